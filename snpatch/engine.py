@@ -5,6 +5,7 @@ which position held an EOS, and a prefill of both streams costs less than writin
 """
 
 import hashlib
+import importlib.util
 import json
 import operator
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from snpatch import __version__
 from snpatch.adapters import load_adapters
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.executors.request import Progress, Request, Statistics
-from snpatch.executors.transformers import TransformersExecutor
 from snpatch.patch import Constant, Noise, Patch
 from snpatch.pretrained import load_pretrained
 from snpatch.ranking import Ranking
@@ -29,6 +29,7 @@ from snpatch.sampling import GREEDY, Sampling
 Chat = list[dict[str, str]]
 Prompt = str | Chat | Sequence[int]
 
+BACKENDS = ("auto", "vllm", "transformers")
 POSITIONS = ("emitted", "emitting", "prompt", "prompt_last")
 CONTRAST_SAMPLING = Sampling(max_tokens=256)  # paper, Eq. 3's completions
 
@@ -56,7 +57,8 @@ class Engine:
     model: Hugging Face folder or name. adapters: name -> PEFT IA3 folder, or a list of folders stacked in order;
     "base" is always there: the weights alone. template: how chats become text: "tokenizer" (its own), "tulu"
     (`<|user|>`, newline, text, newline, `<|assistant|>`, newline) or "auto" (the tokenizer's if it has one).
-    dtype, device, batch_size, token_budget, allow_untested: see TransformersExecutor.
+    backend: "vllm" (VllmExecutor), "transformers" (TransformersExecutor), or "auto": vllm where it is installed.
+    All other arguments are the executor's; see there.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class Engine:
         model: str | Path,
         adapters: dict[str, str | Path | Sequence[str | Path]] | None = None,
         *,
-        backend: str = "transformers",
+        backend: str = "auto",
         template: str = "auto",
         **executor_arguments,
     ) -> None:
-        if backend != "transformers":
-            raise SnpatchError(f"backend must be transformers, got {backend!r}")
+        if backend not in BACKENDS:
+            raise SnpatchError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if backend == "auto":
+            backend = "vllm" if importlib.util.find_spec("vllm") else "transformers"
         if template not in ("auto", "tokenizer", "tulu"):
             raise SnpatchError(f"template must be auto, tokenizer or tulu, got {template!r}")
         self.tokenizer = load_pretrained(AutoTokenizer, model)
@@ -77,11 +81,26 @@ class Engine:
             raise SnpatchError(f"{model}: its tokenizer has no chat template; use template='tulu'")
         self._tulu = template == "tulu" or not self.tokenizer.chat_template
         self._model_name = str(model)
-        self._executor = TransformersExecutor(model, self.tokenizer, **executor_arguments)
+        self.backend = backend
+        if backend == "vllm":
+            from snpatch.executors.vllm.executor import VllmExecutor as Executor
+        else:
+            from snpatch.executors.transformers import TransformersExecutor as Executor
+        self._executor = Executor(model, self.tokenizer, **executor_arguments)
         self.geometry = self._executor.geometry
         self._digests = {"base": self._executor.model_digest}
         for name, folders in (adapters or {}).items():
             self.add_adapter(name, folders)
+
+    def close(self) -> None:
+        """Free what the engine holds; it cannot be used afterwards. `with Engine(...)` does it at its end."""
+        self._executor.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -1,13 +1,14 @@
 """The plan: one row of integers a token that tells the op what to do with it, and the table it is filled from.
 
 Why integers only: a plan is rewritten at every step from tensors that never change shape, so that nothing is
-formatted, looked up by name or sent as floats while text is generated. Both executors call `fill_plan`.
+formatted, looked up by name or sent as floats while text is generated. Both executors call `fill_plan`, in numpy on
+the host: a dozen small operations on integers cost less there than their launches would on a device.
 """
 
 from enum import IntEnum
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 NEVER = 2**31 - 1  # a rank that no window reaches; also "without end" for a position
 
@@ -57,29 +58,33 @@ class Entry(IntEnum):
     CAPTURE_START = 14
     CAPTURE_STOP = 15
     RECEIPT = 16
+    SEEN = 17  # positions before this one were run already: they are patched again, but not observed or captured again
 
 
 def fill_plan(
-    table: Tensor,  # [R, len(Entry)] int32
-    request: Tensor,  # [T] int64: row of `table`; -1 = padding
-    position: Tensor,  # [T] int64: position of the token in its sequence
-) -> Tensor:
-    """The plan rows [T, len(Column)] int32 of one step. Padding asks for nothing: empty window, no group."""
+    table: NDArray[np.int32],  # [R, len(Entry)]
+    request: NDArray[np.int64],  # [T]: row of `table`; -1 = padding
+    position: NDArray[np.int64],  # [T]: position of the token in its sequence
+) -> NDArray[np.int32]:
+    """The plan rows [T, len(Column)] of one step. Padding asks for nothing: empty window, no group."""
+    if not len(table):
+        table = np.zeros((1, len(Entry)), dtype=np.int32)
     real = request >= 0
-    row = table[request.clamp(min=0)]
-    plan = torch.zeros(len(request), len(Column), dtype=torch.int32, device=table.device)
-    plan[:, : Entry.PATCH_START] = row[:, : Entry.PATCH_START]
+    row = table[np.maximum(request, 0)]
+    plan = np.empty((len(request), len(Column)), dtype=np.int32)
+    plan[:, : Entry.PATCH_START] = row[:, : Entry.PATCH_START] * real[:, None]
     plan[:, Column.POSITION] = position
 
-    def within(start: Entry, stop: Entry) -> Tensor:
+    def within(start: Entry, stop: Entry) -> NDArray[np.bool_]:
         return real & (row[:, start] <= position) & (position < row[:, stop])
 
+    new = position >= row[:, Entry.SEEN]
     patched = within(Entry.PATCH_START, Entry.PATCH_STOP)
-    observed = within(Entry.OBSERVE_START, Entry.OBSERVE_STOP)
-    captured = within(Entry.CAPTURE_START, Entry.CAPTURE_STOP)
-    plan[:, Column.HI] = torch.where(patched, row[:, Entry.HI], row[:, Entry.LO])
-    plan[:, Column.GROUP] = torch.where(observed, row[:, Entry.GROUP], -1)
+    observed = within(Entry.OBSERVE_START, Entry.OBSERVE_STOP) & new
+    captured = within(Entry.CAPTURE_START, Entry.CAPTURE_STOP) & new
+    plan[:, Column.HI] = np.where(patched, row[:, Entry.HI], plan[:, Column.LO])
+    plan[:, Column.GROUP] = np.where(observed, row[:, Entry.GROUP], -1)
     slot = row[:, Entry.CAPTURE] + (position - row[:, Entry.CAPTURE_START])
-    plan[:, Column.CAPTURE] = torch.where(captured, slot, -1)
-    plan[:, Column.RECEIPT] = torch.where(patched, row[:, Entry.RECEIPT], -1)
+    plan[:, Column.CAPTURE] = np.where(captured, slot, -1)
+    plan[:, Column.RECEIPT] = np.where(patched, row[:, Entry.RECEIPT], -1)
     return plan

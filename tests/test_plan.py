@@ -1,7 +1,7 @@
 """fill_plan against plans written out by hand."""
 
+import numpy as np
 import pytest
-import torch
 
 from snpatch.plan import NEVER, Column, Entry, fill_plan
 
@@ -18,12 +18,12 @@ def entry(**fields) -> list[int]:
     return row
 
 
-def plan(rows: list[list[int]], request: list[int], position: list[int]) -> torch.Tensor:
-    table = torch.tensor(rows, dtype=torch.int32)
-    return fill_plan(table, torch.tensor(request), torch.tensor(position))
+def plan(rows: list[list[int]], request: list[int], position: list[int]) -> np.ndarray:
+    request, position = (np.array(ints, dtype=np.int64) for ints in (request, position))
+    return fill_plan(np.array(rows, dtype=np.int32), request, position)
 
 
-def column(filled: torch.Tensor, name: str) -> list[int]:
+def column(filled: np.ndarray, name: str) -> list[int]:
     return filled[:, Column[name.upper()]].tolist()
 
 
@@ -33,11 +33,11 @@ def test_two_requests_and_padding():
         entry(recipient=4, source=1, row=6, hi=8, patch=(0, NEVER), capture=(3, 5), capture_row=10, receipt=1, group=2),
     ]
     filled = plan(rows, [0, 0, 0, 0, 0, 1, 1, 1, 1, -1], [0, 1, 2, 3, 4, 2, 3, 4, 5, 2])
-    assert filled.dtype == torch.int32
+    assert filled.dtype == np.int32
     assert filled.tolist()[3] == [1, 2, 3, 5, 9, 0, 0, 77, 3, -1, -1, 0]
     assert filled.tolist()[6] == [4, 0, 0, 0, 8, 1, 6, 0, 3, -1, 10, 1]
-    assert column(filled, "lo") == [5, 5, 5, 5, 5, 0, 0, 0, 0, 5]
-    assert column(filled, "hi") == [5, 5, 9, 9, 5, 8, 8, 8, 8, 5]
+    assert column(filled, "lo") == [5, 5, 5, 5, 5, 0, 0, 0, 0, 0]
+    assert column(filled, "hi") == [5, 5, 9, 9, 5, 8, 8, 8, 8, 0]
     assert column(filled, "receipt") == [-1, -1, 0, 0, -1, 1, 1, 1, 1, -1]
     assert column(filled, "group") == [-1, 0, 0, -1, -1, -1, -1, -1, -1, -1]
     assert column(filled, "capture") == [-1, -1, -1, -1, -1, -1, 10, 11, -1, -1]
@@ -68,7 +68,8 @@ def test_ranges_are_half_open_and_do_not_depend_on_how_a_text_is_cut_into_steps(
     rows = [entry(hi=1, patch=patch)]
     whole = plan(rows, [0] * 6, [0, 1, 2, 3, 4, 5])
     assert column(whole, "hi") == wanted
-    assert torch.equal(torch.cat([plan(rows, [0] * len(p), p) for p in ([0, 1, 2], [3], [4, 5])]), whole)
+    cut = [plan(rows, [0] * len(p), p) for p in ([0, 1, 2], [3], [4, 5])]
+    assert np.array_equal(np.concatenate(cut), whole)
 
 
 def test_rows_follow_their_request_in_any_order_and_an_empty_step_is_empty():
@@ -77,4 +78,19 @@ def test_rows_follow_their_request_in_any_order_and_an_empty_step_is_empty():
     assert column(filled, "recipient") == [3, 0, 3, 2]
     assert column(filled, "hi") == [3, 0, 3, 2]
     assert column(filled, "receipt") == [3, 0, 3, 2]
-    assert fill_plan(torch.tensor(rows, dtype=torch.int32), *torch.zeros(2, 0, dtype=torch.int64)).shape == (0, 12)
+    assert plan(rows, [], []).shape == (0, 12)
+
+
+def test_a_step_of_padding_alone_needs_no_table():
+    filled = fill_plan(np.zeros((0, len(Entry)), dtype=np.int32), np.full(3, -1), np.arange(3))
+    assert filled.tolist() == [[0, 0, 0, 0, 0, 0, 0, 0, position, -1, -1, -1] for position in range(3)]
+
+
+def test_what_was_seen_is_patched_again_but_counted_once():
+    rows = [entry(lo=1, hi=9, receipt=4, group=3, capture_row=5, seen=2, **dict.fromkeys(
+        ("patch", "observe", "capture"), (0, NEVER)))]  # fmt: skip
+    filled = plan(rows, [0, 0, 0, 0], [0, 1, 2, 3])
+    assert column(filled, "hi") == [9, 9, 9, 9]
+    assert column(filled, "receipt") == [4, 4, 4, 4]
+    assert column(filled, "group") == [-1, -1, 3, 3]
+    assert column(filled, "capture") == [-1, -1, 7, 8]

@@ -4,9 +4,11 @@ Why banks are gathered anew for each call: they hold just what its requests name
 no state is left behind that could reach a later request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from snpatch.adapters import Scales
@@ -35,17 +37,16 @@ class Tables:
         rank_rows: list[Tensor] = []
         constant_rows = [torch.zeros(geometry.n_layers, geometry.n_neurons)]
         for request in requests:
-            for name in (request.recipient, request.donor):
-                if isinstance(name, str):
-                    self._adapters.setdefault(name, len(self._adapters))
-            for ranking in _rankings(request):
+            for name in models_of(request):
+                self._adapters.setdefault(name, len(self._adapters))
+            for ranking in rankings_of(request):
                 if ranking.digest not in self._rankings:
                     self._rankings[ranking.digest] = len(rank_rows)
                     rank_rows.append(ranking.rank)
-            if isinstance(request.donor, Constant | Noise) and request.donor.digest not in self._constants:
-                self._constants[request.donor.digest] = len(constant_rows)
-                values = request.donor.values if isinstance(request.donor, Constant) else request.donor.deviation
-                constant_rows.append(values.float())
+            for donor in constants_of(request):
+                if donor.digest not in self._constants:
+                    self._constants[donor.digest] = len(constant_rows)
+                    constant_rows.append(values_of(donor))
         if not rank_rows:
             rank_rows = [torch.full((geometry.n_layers, geometry.n_neurons), NEVER, dtype=torch.int32)]
         used = [scales[name].scale for name in self._adapters]
@@ -66,14 +67,18 @@ class Tables:
             for layer in range(geometry.n_layers)
         ]
 
-    def for_batch(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor]:
+    def for_batch(self, requests: Sequence[Request]) -> tuple[NDArray[np.int32], Tensor, Tensor]:
         """Table [R, len(Entry)], empty captures [slots, K] and empty receipts [R] of one batch."""
         slots, columns = 0, max((r.capture[1] for r in requests if r.capture), default=0)
         rows = []
         for number, request in enumerate(requests):
-            rows.append(self._row(request, slots, number))
+            row = request_row(request, self._adapters, self._rankings, self._constants)
+            row[Entry.RECEIPT] = number
+            if request.capture:
+                row[Entry.CAPTURE] = slots
+            rows.append(row)
             slots += request.capture[3] - request.capture[2] if request.capture else 0
-        table = torch.tensor(rows, dtype=torch.int32, device=self._device)
+        table = np.array(rows, dtype=np.int32)
         capture = torch.full((slots, columns), torch.nan, device=self._device)
         return table, capture, torch.zeros(len(requests), dtype=torch.int64, device=self._device)
 
@@ -103,31 +108,37 @@ class Tables:
         count = torch.stack([bank.count for bank in self.banks], dim=1).cpu()
         return [Statistics(s, c) for s, c in zip(sums, count, strict=True)]
 
-    def _row(self, request: Request, slot: int, number: int) -> list[int]:
-        row = [0] * len(Entry)
-        row[Entry.RECIPIENT] = self._adapters[request.recipient]
-        row[Entry.GROUP] = row[Entry.CAPTURE] = -1
-        row[Entry.RECEIPT] = number
-        rankings = _rankings(request)
-        if len({ranking.digest for ranking in rankings}) > 1:
-            raise SnpatchError("a request cannot capture by one ranking while it is patched by another")
-        if rankings:
-            row[Entry.RANKING] = self._rankings[rankings[0].digest]
-        if isinstance(request.donor, str):
-            row[Entry.DONOR] = self._adapters[request.donor]
-        elif request.donor is not None:
-            is_noise = isinstance(request.donor, Noise)
-            row[Entry.SOURCE] = Source.NOISE if is_noise else Source.CONSTANT
-            row[Entry.SEED] = request.donor.seed if is_noise else 0
-            row[Entry.ROW] = self._constants[request.donor.digest]
-        if request.window:
-            row[Entry.LO], row[Entry.HI] = request.window.lo, request.window.hi
-            row[Entry.PATCH_START], row[Entry.PATCH_STOP] = request.patch_range
-        if request.observe:
-            row[Entry.GROUP : Entry.CAPTURE] = request.observe
-        if request.capture:
-            row[Entry.CAPTURE : Entry.RECEIPT] = [slot, *request.capture[2:]]
-        return row
+
+def request_row(
+    request: Request, adapters: Mapping[str, int], rankings: Mapping[str, int], constants: Mapping[str, int]
+) -> list[int]:
+    """The request table's row [len(Entry)], without a receipt and a row for captures.
+
+    adapters: name -> id; rankings, constants: digest -> id, of all that the request names.
+    """
+    row = [0] * len(Entry)
+    row[Entry.RECIPIENT] = row[Entry.DONOR] = adapters[request.recipient]
+    row[Entry.GROUP] = row[Entry.CAPTURE] = row[Entry.RECEIPT] = -1
+    named = rankings_of(request)
+    if len({ranking.digest for ranking in named}) > 1:
+        raise SnpatchError("a request cannot capture by one ranking while it is patched by another")
+    if named:
+        row[Entry.RANKING] = rankings[named[0].digest]
+    if isinstance(request.donor, str):
+        row[Entry.DONOR] = adapters[request.donor]
+    elif request.donor is not None:
+        is_noise = isinstance(request.donor, Noise)
+        row[Entry.SOURCE] = Source.NOISE if is_noise else Source.CONSTANT
+        row[Entry.SEED] = request.donor.seed if is_noise else 0
+        row[Entry.ROW] = constants[request.donor.digest]
+    if request.window:
+        row[Entry.LO], row[Entry.HI] = request.window.lo, request.window.hi
+        row[Entry.PATCH_START], row[Entry.PATCH_STOP] = request.patch_range
+    if request.observe:
+        row[Entry.GROUP : Entry.CAPTURE] = request.observe
+    if request.capture:
+        row[Entry.CAPTURE_START : Entry.RECEIPT] = request.capture[2:]
+    return row
 
 
 def patched_positions(request: Request, fed: int) -> int:
@@ -136,6 +147,22 @@ def patched_positions(request: Request, fed: int) -> int:
     return max(0, min(stop, fed) - start)
 
 
-def _rankings(request: Request) -> list[Ranking]:
+def models_of(request: Request) -> list[str]:
+    """Names of the models that a request runs."""
+    return [name for name in (request.recipient, request.donor) if isinstance(name, str)]
+
+
+def rankings_of(request: Request) -> list[Ranking]:
+    """The rankings that a request names."""
     captured = [request.capture[0]] if request.capture else []
     return ([request.ranking] if request.ranking is not None else []) + captured
+
+
+def constants_of(request: Request) -> list[Constant | Noise]:
+    """The constant or noise that overwrites, if that is what the request's donor is."""
+    return [request.donor] if isinstance(request.donor, Constant | Noise) else []
+
+
+def values_of(donor: Constant | Noise) -> Tensor:
+    """What a constant or a noise has in the bank of constants: values or deviations, [L, F] float32."""
+    return (donor.values if isinstance(donor, Constant) else donor.deviation).float()

@@ -4,20 +4,20 @@ Why it is simple rather than fast: it is what the vLLM executor is compared with
 both streams of every request exact, whatever else shares the batch.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from snpatch.adapters import Scales, identity
 from snpatch.errors import SnpatchError
+from snpatch.executors.checkpoint import check_weights, eos_ids, load_config
 from snpatch.executors.request import Geometry, Output, Progress, Request, Statistics
 from snpatch.executors.tables import Tables, patched_positions
 from snpatch.executors.text import Writer, choose
-from snpatch.executors.twin import ARCHITECTURES, make_twin
+from snpatch.executors.twin import make_twin
 from snpatch.plan import fill_plan
 from snpatch.pretrained import load_pretrained
 
@@ -52,7 +52,7 @@ class TransformersExecutor:
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
         loaded = load_pretrained(AutoModelForCausalLM, model, dtype=dtype, attn_implementation=attention)
         self._model = loaded.to(self._device).eval().requires_grad_(False)
-        self.model_digest = check_weights(self._model, str(model))
+        self.model_digest = check_weights(self._model.named_parameters(), str(model))
         self.geometry = geometry_of(config, self._model)
         self._tokenizer = tokenizer
         self._batch_size, self._token_budget = batch_size, token_budget
@@ -81,6 +81,10 @@ class TransformersExecutor:
                 progress(done, len(requests))
         self._step.banks = []
         return outputs, tables.statistics()
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = self._step = None
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of the requests that run together; the longest first where a token budget sizes the batches."""
@@ -119,7 +123,8 @@ class TransformersExecutor:
         def forward(ids: Tensor, position: Tensor, index: Tensor, keep: int) -> Tensor:
             """Logits [B, keep or length, V] of the recipients."""
             step.length = ids.shape[1]
-            step.plan = fill_plan(table, index.flatten(), position.flatten())
+            plan = fill_plan(table, *(tensor.flatten().cpu().numpy() for tensor in (index, position)))
+            step.plan = torch.from_numpy(plan).to(device)
             inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position.clamp(min=0)}
             rows = {name: tensor.repeat_interleave(step.streams, dim=0) for name, tensor in inputs.items()}
             run = self._model(**rows, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
@@ -177,42 +182,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_config(model: str | Path, allow_untested: bool):
-    """The model's config; an error for an architecture that was not tested."""
-    config = load_pretrained(AutoConfig, model)
-    if config.model_type not in ARCHITECTURES and not allow_untested:
-        raise SnpatchError(
-            f"{model}: architecture {config.model_type} is not tested (tested: {', '.join(ARCHITECTURES)}); "
-            "allow_untested=True tries it"
-        )
-    varying = _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}
-    if varying:
-        raise SnpatchError(
-            f"{model}: {', '.join(varying)} rotary positions depend on the longest text of a batch, so a request "
-            "would not give what it gives alone"
-        )
-    return config
-
-
-def _rope_types(parameters) -> set[str]:
-    """All rope_type of a config, which may nest them by kind of layer."""
-    if not isinstance(parameters, dict):
-        return set()
-    return {parameters.get("rope_type", "default")}.union(*map(_rope_types, parameters.values()))
-
-
-def check_weights(model: nn.Module, name: str) -> str:
-    """A digest of all weights, by the sums of their rows and columns; NaN or infinity in any is an error."""
-    digest = hashlib.sha256()
-    for weight_name, weight in model.named_parameters():
-        digest.update(f"{weight_name} {tuple(weight.shape)} {weight.dtype}".encode())
-        for sums in (weight.sum(0, dtype=torch.float32), weight.sum(-1, dtype=torch.float32)):
-            if not torch.isfinite(sums).all():
-                raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity")
-            digest.update(sums.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def geometry_of(config, model) -> Geometry:
     """Sizes from the config, and the width of each module that IA3 can scale, from the model."""
     attention, widths = model.model.layers[0].self_attn, {"down_proj": config.intermediate_size}
@@ -226,13 +195,3 @@ def geometry_of(config, model) -> Geometry:
         config.vocab_size,
         widths,
     )
-
-
-def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
-    """Tokens that end a text: the generation config's (else the config's) and the tokenizer's."""
-    try:
-        declared = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        declared = config.eos_token_id
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)

@@ -14,7 +14,6 @@ from snpatch import ops
 from snpatch.errors import SnpatchError
 from snpatch.plan import Column
 
-ARCHITECTURES = ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3")
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
 

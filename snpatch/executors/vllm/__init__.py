@@ -1,0 +1,15 @@
+"""The vLLM executor: both streams of every request inside vLLM's own batches.
+
+    executor.py   in the user's process: what `Engine` calls
+    registry.py   in the user's process: ids for adapters, rankings and constants
+    settings.py   what a twin engine is built with, and what it refuses
+    plugin.py     tells vLLM of the twin models, in every process
+    surgery.py    in the worker: one of vLLM's models made to run two streams
+    banks.py      in the worker: the tensors that the op reads and adds to
+    feed.py       in the worker: requests -> the plan of each step, and the records of what was done
+    runners.py    in the worker: the feed in Model Runner V1 and V2
+    worker.py     in the worker: the commands that the user's process sends
+    versions.py   which vLLM versions are served
+
+Only this folder imports vllm.
+"""

@@ -1,0 +1,90 @@
+"""The feed inside vLLM's two model runners.
+
+Model Runner V1 has no place for a model's own step inputs, so three of its methods are wrapped, once a process and
+only where a twin is built: other models pass through. `_prepare_inputs` lies inside the section that guards pinned
+buffers. Model Runner V2 asks the model for its ModelState. A runner that is neither is refused (worker.py).
+"""
+
+import functools
+from functools import cache
+
+import numpy as np
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
+
+
+def _feed(runner):
+    twin = getattr(runner.get_model(), "snpatch", None)
+    return None if twin is None else twin.feed
+
+
+def _update_states(original, runner, scheduler_output, *args, **kwargs):
+    """Requests end and start; a preempted one keeps its place until it ends."""
+    feed = _feed(runner)
+    if feed is not None:
+        for request_id in scheduler_output.finished_req_ids:
+            feed.remove(request_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            feed.add(new.req_id, new.sampling_params.extra_args)
+    return original(runner, scheduler_output, *args, **kwargs)
+
+
+def _prepare_inputs(original, runner, scheduler_output, num_scheduled_tokens, *args, **kwargs):
+    feed = _feed(runner)
+    if feed is not None:
+        batch = runner.input_batch
+        start = batch.num_computed_tokens_cpu[: batch.num_reqs]
+        feed.step(batch.req_ids, start, num_scheduled_tokens[: batch.num_reqs])
+    return original(runner, scheduler_output, num_scheduled_tokens, *args, **kwargs)
+
+
+def _dummy_run(original, runner, *args, **kwargs):
+    feed = _feed(runner)
+    if feed is not None:
+        feed.clear()
+    return original(runner, *args, **kwargs)
+
+
+WRAPPED = {"_update_states": _update_states, "_prepare_inputs": _prepare_inputs, "_dummy_run": _dummy_run}
+
+
+def hook_v1() -> None:
+    """Wrap the methods of Model Runner V1, if they are not wrapped yet."""
+    for name, wrapper in WRAPPED.items():
+        original = getattr(RunnerV1, name)
+        if not hasattr(original, "snpatch"):
+
+            @functools.wraps(original)
+            def wrapped(runner, *args, _wrapper=wrapper, _original=original, **kwargs):
+                return _wrapper(_original, runner, *args, **kwargs)
+
+            wrapped.snpatch = True
+            setattr(RunnerV1, name, wrapped)
+
+
+@cache
+def twin_model_state() -> type:
+    """The ModelState for Model Runner V2 (its modules need Triton, so they are imported when it asks)."""
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    class TwinModelState(DefaultModelState):
+        """A request that is preempted is removed and added again: its record knows it."""
+
+        def __init__(self, vllm_config, model, *args, **kwargs) -> None:
+            super().__init__(vllm_config, model, *args, **kwargs)
+            self.feed = model.snpatch.feed
+
+        def add_request(self, req_index, new_req_data) -> None:
+            super().add_request(req_index, new_req_data)
+            self.feed.add(new_req_data.req_id, new_req_data.sampling_params.extra_args)
+
+        def remove_request(self, req_id: str) -> None:
+            super().remove_request(req_id)
+            self.feed.remove(req_id)
+
+        def prepare_inputs(self, input_batch, req_states) -> dict:
+            # A dummy batch has request ids that the feed does not know: its plan asks for nothing.
+            count = np.asarray(input_batch.num_scheduled_tokens[: input_batch.num_reqs])
+            self.feed.step(input_batch.req_ids, input_batch.num_computed_tokens_np[: input_batch.num_reqs], count)
+            return super().prepare_inputs(input_batch, req_states)
+
+    return TwinModelState

@@ -1,0 +1,82 @@
+"""What a twin engine is built with, and the vLLM settings under which it refuses to be built.
+
+The settings travel inside vLLM's own config (`additional_config`), so that every process has them and vLLM's
+compile cache tells them apart.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+from snpatch.errors import SnpatchError
+
+KEY = "snpatch"
+
+
+@dataclass(frozen=True)
+class TwinSettings:
+    """Sizes are fixed when the engine starts; an error at one of them says which to raise.
+
+    streams: 2, or 1 for an engine without donors at half the cost (plain generation, constants, captures).
+    max_adapters, max_rankings, max_constants: how many can be in use at once, the base model among the adapters.
+    max_groups: statistics of that many contrasts at once. max_captures x max_captured: positions and neurons of
+    each position that can be held until they are fetched. max_receipts: requests whose receipts can be.
+    scales_kv: whether adapters may scale k_proj and v_proj.
+    """
+
+    streams: int = 2
+    max_adapters: int = 8
+    max_rankings: int = 64
+    max_constants: int = 8
+    max_groups: int = 4
+    max_captures: int = 1024
+    max_captured: int = 2048
+    max_receipts: int = 16384
+    scales_kv: bool = False
+
+    def __post_init__(self) -> None:
+        if self.streams not in (1, 2):
+            raise SnpatchError(f"streams must be 1 or 2, got {self.streams}")
+        for field in fields(self):
+            if field.name.startswith("max_") and getattr(self, field.name) < 1:
+                raise SnpatchError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+
+    def as_config(self) -> dict:
+        """For vLLM's `additional_config`."""
+        return {KEY: asdict(self)}
+
+    @classmethod
+    def of(cls, vllm_config) -> "TwinSettings":
+        """The settings inside a vLLM config; the defaults where it has none."""
+        return cls(**vllm_config.additional_config.get(KEY, {}))
+
+
+def refuse(vllm_config) -> None:
+    """Raise for what two streams in one batch cannot be combined with, with the reason."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    compiled_passes = vllm_config.compilation_config.pass_config
+    refused = {
+        "speculative decoding: draft tokens that are rejected would be patched and counted": (
+            vllm_config.speculative_config is not None
+        ),
+        "LoRA: its per-token adapters do not know of the second stream": vllm_config.lora_config is not None,
+        "pipeline parallel: its stages hand over one row a token": parallel.pipeline_parallel_size > 1,
+        "data parallel: statistics of several engines are not gathered": parallel.data_parallel_size > 1,
+        "context parallel: it splits the keys that both streams share": (
+            getattr(parallel, "decode_context_parallel_size", 1) > 1
+            or getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+        "dual-batch overlap: it splits a step's tokens": bool(getattr(parallel, "use_ubatching", False)),
+        "sequence parallel: it splits a step's rows": bool(getattr(compiled_passes, "enable_sp", False)),
+        "prompt embeddings: they have no second stream": bool(getattr(model, "enable_prompt_embeds", False)),
+        "multi-head latent attention (MLA): its heads share one latent key": bool(model.use_mla),
+        "hybrid and attention-free models: only attention knows of the second stream": bool(
+            model.is_hybrid or model.is_attention_free
+        ),
+        "encoder-decoder models: only decoders are patched": bool(model.is_encoder_decoder),
+        "fast prefill with shared KV: it skips tokens of later layers": bool(
+            vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
+        f"the runner {model.runner_type!r}: only generation is patched": model.runner_type != "generate",
+    }
+    for reason, is_so in refused.items():
+        if is_so:
+            raise SnpatchError(f"a twin model cannot be combined with {reason}")
