@@ -130,18 +130,23 @@ class Engine:
         """Write a completion for each prompt, patched while it is written (the paper's Algorithm 1).
 
         patch: a Patch, or the name of a model to run unpatched, or one of these for each prompt; sampling
-        likewise. A patch that the device did not apply in full is a ReceiptError.
+        likewise. Where it asks for n texts of a prompt, n completions stand in that prompt's place. A patch that
+        the device did not apply in full is a ReceiptError.
         """
         ids = self.encode(prompts)
         patches = _one_each(patch, len(ids), "patch", (Patch, str))
         samplings = _one_each(sampling, len(ids), "sampling", (Sampling,))
         requests = [
-            self._request(i, p, sampling=self._fitted(i, s)) for i, p, s in zip(ids, patches, samplings, strict=True)
+            self._request(i, p, sampling=one)
+            for i, p, s in zip(ids, patches, samplings, strict=True)
+            for one in _one_by_one(self._fitted(i, s))
         ]
         outputs, _ = self._executor.execute(requests, progress=progress)
         return [
-            Completion(i, o.token_ids, o.text, o.finish_reason, o.stop_reason, o.logprobs, o.overwrites)
-            for i, o in zip(ids, outputs, strict=True)
+            Completion(
+                list(r.prompt_ids), o.token_ids, o.text, o.finish_reason, o.stop_reason, o.logprobs, o.overwrites
+            )
+            for r, o in zip(requests, outputs, strict=True)
         ]
 
     def contrast(
@@ -166,6 +171,8 @@ class Engine:
         """
         if at not in POSITIONS:
             raise SnpatchError(f"at must be one of {', '.join(POSITIONS)}, got {at!r}")
+        if sampling.n > 1:
+            raise SnpatchError("contrast: one completion a prompt; give a prompt several times for several")
         if sampling.ignore_eos:
             raise SnpatchError("contrast: EOS never counts, so sampling cannot ignore it")
         ids = self.encode(prompts)
@@ -345,6 +352,12 @@ def tulu(chat: Chat) -> str:
         raise SnpatchError(f"the Tulu template knows system, user and assistant, got {sorted(map(str, roles))}")
     turns = "".join(f"<|{message['role']}|>\n{message['content'].strip()}\n" for message in chat)
     return f"{turns}<|assistant|>\n"
+
+
+def _one_by_one(sampling: Sampling) -> list[Sampling]:
+    """The n samplings of one text each that a sampling of n texts stands for."""
+    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(sampling.n)]
+    return [replace(sampling, n=1, seed=seed) for seed in seeds]
 
 
 def _one_each(given, n: int, name: str, kinds: tuple[type, ...]) -> list:

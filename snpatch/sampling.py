@@ -1,6 +1,7 @@
 """Sampling: how tokens are chosen and when a text ends. Kept free of torch: the CLI takes its defaults from here."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from snpatch.errors import SnpatchError
 
@@ -11,7 +12,9 @@ class Sampling:
 
     max_tokens counts generated tokens, an ending EOS among them; before min_tokens no EOS is chosen, and a stop
     string ends the text only where it reaches past them (as in vLLM). logprobs: report each chosen token's
-    log-probability (of the model's own distribution, before temperature and truncation).
+    log-probability (of the model's own distribution, before temperature and truncation). n: texts of each prompt,
+    the i-th with seed + i; they share the patch and come one after the other. vllm: further fields of vLLM's
+    SamplingParams (min_p, presence_penalty, bad_words, ...), for the vllm backend only.
     """
 
     temperature: float = 0.0
@@ -23,6 +26,8 @@ class Sampling:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: bool = False
+    n: int = 1
+    vllm: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -36,6 +41,11 @@ class Sampling:
             (self.top_k >= 0, f"top_k must be at least 0 (0: all), got {self.top_k}"),
             (self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}"),
             (0 <= self.min_tokens <= self.max_tokens, f"min_tokens must lie in 0..max_tokens, got {self.min_tokens}"),
+            (self.n >= 1, f"n must be at least 1, got {self.n}"),
+            (
+                self.n == 1 or self.temperature > 0,
+                f"n={self.n} greedy texts are all the same: set a temperature",
+            ),
             (all(stop), "a stop string must not be empty"),
         ):
             if not valid:

@@ -41,7 +41,7 @@ RANKING = Ranking.from_order(
 @pytest.fixture(scope="module")
 def engine():
     """Batches as the published code made them: 5, 5, 2, in the given order."""
-    return Engine(HOME / "model", ADAPTERS, dtype="float32", batch_size=5, token_budget=None)
+    return Engine(HOME / "model", ADAPTERS, backend="transformers", dtype="float32", batch_size=5, token_budget=None)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def eos_engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eos") / "model"
     shutil.copytree(HOME / "eos_variant", folder)
     shutil.copy(HOME / "model" / "model.safetensors", folder)
-    return Engine(folder, ADAPTERS, dtype="float32", batch_size=5, token_budget=None)
+    return Engine(folder, ADAPTERS, backend="transformers", dtype="float32", batch_size=5, token_budget=None)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_generation(engine, eos_engine, logits, name):
 def test_the_runs_share_a_batch():
     """All patched runs in one mixed batch, sized by the engine: the same words."""
     names = sorted(n for n in RUNS if n.endswith("batch1") and not n.startswith("eos"))
-    engine = Engine(HOME / "model", ADAPTERS, dtype="float32")
+    engine = Engine(HOME / "model", ADAPTERS, backend="transformers", dtype="float32")
     pairs = [(name, prompt) for prompt in (0, 5, 11) for name in names]
     patches = [patch_of(RUNS[name]) for name, _ in pairs]
     completions = engine.generate([IDS[prompt] for _, prompt in pairs], patches, WRITE)

@@ -18,7 +18,7 @@ def planted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(planted):
-    return Engine(planted.folder, planted.adapters)
+    return Engine(planted.folder, planted.adapters, backend="transformers")
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ class Writer:
         self._generator, self._warpers = None, LogitsProcessorList()
         if self.sampling is None:
             return
+        if self.sampling.vllm:
+            raise SnpatchError(f"sampling: {', '.join(self.sampling.vllm)} needs the vllm backend")
         if self.sampling.logprobs:
             self.output.logprobs = []
         if self.sampling.temperature > 0:

@@ -26,4 +26,6 @@ def register() -> None:
     known = ModelRegistry.get_supported_archs()
     for architecture in (*TESTED, *filter(None, os.environ.get(UNTESTED, "").split(","))):
         if PREFIX + architecture not in known:
-            ModelRegistry.register_model(PREFIX + architecture, f"snpatch.executors.vllm.surgery:{PREFIX}{architecture}")
+            ModelRegistry.register_model(
+                PREFIX + architecture, f"snpatch.executors.vllm.surgery:{PREFIX}{architecture}"
+            )

@@ -6,15 +6,14 @@ never another request's ranking.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from snpatch.errors import SnpatchError
 
-Write = Callable[[str, int, int, dict[str, Tensor]], None]  # kind, handle, row, tensors
+Write = tuple[str, int, int, dict[str, Tensor]]  # kind, handle, row, tensors: the arguments of the worker's command
 
 
 @dataclass(eq=False)
@@ -25,39 +24,44 @@ class Bank:
     first: int
     size: int
     limit: str
-    write: Write
     _entries: dict[str, tuple[int, int]] = field(default_factory=dict)  # key -> (handle, row), longest unused first
     _users: Counter = field(default_factory=Counter)
     _next: int = 1
 
-    @contextmanager
-    def holding(self, wanted: Mapping[str, dict[str, Tensor]]) -> Iterable[dict[str, int]]:
-        """key -> handle of everything wanted; while the context lasts their rows are not given away."""
-        self._users.update(wanted.keys())
-        try:
-            yield {key: self._handle(key, tensors) for key, tensors in wanted.items()}
-        finally:
-            self._users.subtract(wanted.keys())
-            self._users += Counter()  # drops those without users
+    def take(self, wanted: Mapping[str, dict[str, Tensor]]) -> tuple[dict[str, int], dict[str, Write]]:
+        """Key -> handle of everything wanted, and key -> write for what has to be written before it is used.
 
-    def _handle(self, key: str, tensors: dict[str, Tensor]) -> int:
-        if key in self._entries:
-            self._entries[key] = self._entries.pop(key)  # now the last that would be given away
-            return self._entries[key][0]
-        handle, self._next = self._next, self._next + 1
-        row = self._free_row()
-        self.write(self.kind, handle, row, tensors)
-        self._entries[key] = handle, row
-        return handle
-
-    def _free_row(self) -> int:
-        if len(self._entries) < self.size:
-            used = {row for _, row in self._entries.values()}
-            return next(row for row in range(self.first, self.first + self.size) if row not in used)
-        unused = next((key for key in self._entries if key not in self._users), None)
-        if unused is None:
+        Until `give_back` their rows are not given away. More than the bank has room for is an error that takes
+        nothing.
+        """
+        fresh = [key for key in wanted if key not in self._entries]
+        spare = [key for key in self._entries if key not in self._users and key not in wanted]
+        if len(fresh) > self.size - len(self._entries) + len(spare):
             raise SnpatchError(
                 f"more than {self.size} {self.kind}s are in use at once: start the engine with a larger {self.limit}, "
                 "or run fewer of them in one call"
             )
-        return self._entries.pop(unused)[1]
+        self._users.update(wanted.keys())
+        writes = {}
+        for key, tensors in wanted.items():
+            if key in self._entries:
+                self._entries[key] = self._entries.pop(key)  # the last that would be given away
+                continue
+            row = self._free_row() if len(self._entries) < self.size else self._entries.pop(spare.pop(0))[1]
+            self._entries[key] = self._next, row
+            writes[key] = self.kind, self._next, row, tensors
+            self._next += 1
+        return {key: self._entries[key][0] for key in wanted}, writes
+
+    def give_back(self, keys: Iterable[str]) -> None:
+        self._users.subtract(list(keys))
+        self._users += Counter()  # drops those without users
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Drop what could not be written."""
+        for key in keys:
+            self._entries.pop(key, None)
+
+    def _free_row(self) -> int:
+        used = {row for _, row in self._entries.values()}
+        return next(row for row in range(self.first, self.first + self.size) if row not in used)

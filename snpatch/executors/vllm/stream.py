@@ -1,0 +1,64 @@
+"""The streaming executor: one request at a time from many callers, over vLLM's AsyncLLM. What a server builds on."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from snpatch.errors import SnpatchError
+from snpatch.executors.request import Output, Request
+from snpatch.executors.vllm.client import Client, answers_of, starting
+from snpatch.executors.vllm.worker import pack
+
+
+class StreamingExecutor(Client):
+    """Loads a causal language model into vLLM as a twin. Make it with `await StreamingExecutor.start(...)`."""
+
+    @classmethod
+    async def start(cls, model, tokenizer, **arguments) -> "StreamingExecutor":
+        """Arguments: see Client."""
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self = cls(model, tokenizer, **arguments)
+        with starting():
+            self.engine = AsyncLLM.from_engine_args(self.engine_args)
+        self._registering = asyncio.Lock()
+        try:
+            self.started(await self.command("snpatch_start", self.name))
+        except SnpatchError:
+            self.close()
+            raise
+        return self
+
+    async def stream(self, request: Request) -> AsyncIterator[Output]:
+        """The output so far, each time it grew; the last one has its receipt, which was checked.
+
+        A caller who stops listening aborts the request. Statistics need `VllmExecutor`.
+        """
+        if request.observe:
+            raise SnpatchError("statistics cannot be streamed")
+        async with self._registering:  # what a request names arrives before it does
+            held, writes = self.take([request])
+            for kind, handle, row, tensors in writes:
+                packed = {name: pack(tensor) for name, tensor in tensors.items()}
+                await self.command("snpatch_write", kind, handle, row, packed)
+        sent = self.sent(request, held, streaming=True)
+        is_fetched = not sent.has_record
+        try:
+            async for result in self.engine.generate(sent.prompt, sent.params, sent.name):
+                output = self.output(request, result)
+                if result.finished and sent.has_record:
+                    shards = [answer[0] for answer in await self.command("snpatch_fetch", [sent.ticket])]
+                    is_fetched = True
+                    self.confirm(request, output, result, shards)
+                yield output
+        finally:
+            if not is_fetched:
+                await self.command("snpatch_fetch", [sent.ticket])
+            held.release()
+
+    async def command(self, name: str, *arguments) -> list:
+        """Every worker's answer to one of worker.py's commands."""
+        return answers_of(await self.engine.collective_rpc(name, args=arguments))
+
+    def close(self) -> None:
+        """Stop vLLM and its processes."""
+        self.engine.shutdown()

@@ -1,0 +1,155 @@
+"""Prompts, patches and texts that both executors are given, told to the product and to the oracle."""
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import oracle
+import pytest
+import tiny
+import torch
+
+from snpatch import Constant, Noise, Patch, Ranking, Sampling
+
+SHAPE = (tiny.LAYERS, tiny.NEURONS)
+ALL = tiny.LAYERS * tiny.NEURONS
+ENCODE = tiny.tokenizer()
+IDS = [list(ENCODE(prompt)["input_ids"]) for prompt in tiny.PROMPTS]
+GREEDY = Sampling(max_tokens=10, logprobs=True)
+LOGPROB = 1e-4  # largest error of a float32 log-probability
+CLEAR = 3e-5  # smallest distance of the two best logits at which a text is worth comparing
+
+
+def random_order(seed: int) -> list[tuple[int, int]]:
+    """All neurons in a random order."""
+    order = torch.randperm(ALL, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [(flat // tiny.NEURONS, flat % tiny.NEURONS) for flat in order]
+
+
+ORDERS = [random_order(0), random_order(1)]
+RANKINGS = [Ranking.from_order(torch.tensor(order), SHAPE) for order in ORDERS]
+VALUES = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A prompt and what to do with it, as the product and as the oracle are told."""
+
+    prompt: int
+    recipient: str
+    donor: str | torch.Tensor | None = None  # a model, a constant's values, or a noise's deviations
+    window: tuple[int, int] = (0, 0)
+    where: str | int = "all"
+    order: int = 0
+    seed: int | None = None  # of noise
+    suffix: str = field(default="", kw_only=True)  # of adapter names
+
+    @property
+    def ids(self) -> list[int]:
+        return IDS[self.prompt]
+
+    @property
+    def speaker(self) -> str:
+        return self.recipient if self.recipient == "base" else self.recipient + self.suffix
+
+    @property
+    def patch(self) -> Patch | str:
+        if self.donor is None:
+            return self.speaker
+        donor = self.donor + self.suffix if isinstance(self.donor, str) else Constant(self.donor)
+        if self.seed is not None:
+            donor = Noise(self.donor, seed=self.seed)
+        return Patch(self.speaker, donor, RANKINGS[self.order], self.window, self.where)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Patched positions [start, stop), by the definition of `where`."""
+        n = len(self.ids)
+        if isinstance(self.where, int):
+            return (self.where if self.where >= 0 else n + self.where), 10**6
+        return {"all": (0, 10**6), "prompt": (0, n), "generated": (n, 10**6)}[self.where]
+
+    def oracle(self, made) -> tuple[oracle.Model, oracle.Patch | None]:
+        recipient = oracle.model(made.folder, made.of[self.speaker])
+        if self.donor is None:
+            return recipient, None
+        mask = oracle.mask_of(ORDERS[self.order][slice(*self.window)], SHAPE)
+        start, stop = self.span
+        if isinstance(self.donor, str):
+            donor = oracle.model(made.folder, made.of[self.donor + self.suffix])
+            return recipient, oracle.Patch(mask, donor=donor, start=start, stop=stop)
+        values = {"constant": self.donor} if self.seed is None else {"deviation": self.donor, "seed": self.seed}
+        return recipient, oracle.Patch(mask, **values, start=start, stop=stop)
+
+    def overwrites(self, written: int) -> int:
+        """Neurons x patched positions; the last written token is never read."""
+        start, stop = self.span
+        positions = max(0, min(stop, len(self.ids) + written - 1) - start)
+        return 0 if self.donor is None else (self.window[1] - self.window[0]) * positions
+
+
+JOBS = [
+    Job(0, "base"),
+    Job(1, "sft", "dpo", (0, 0)),
+    Job(2, "sft", "dpo", (0, 29)),
+    Job(3, "sft", "dpo", (0, ALL)),
+    Job(4, "base", "dpo", (20, 90)),
+    Job(5, "base", "dpo", (0, 150), order=1),
+    Job(6, "base", "dpo", (0, ALL)),
+    Job(7, "sft", "dpo", (0, 200), "prompt"),
+    Job(0, "base", "dpo", (0, 200), "generated", order=1),
+    Job(2, "sft", "dpo", (0, 200), -2),
+    Job(4, "base", "dpo", (0, 200), 3),
+    Job(1, "dpo"),
+    Job(3, "base", torch.zeros(SHAPE), (0, 40)),
+    Job(6, "sft", VALUES, (10, 60), order=1),
+    Job(7, "dpo", 0.2 * VALUES.abs(), (0, 60), seed=7),
+    Job(5, "base", VALUES, (0, 60), "generated"),
+]
+
+
+def generate(engine, jobs, sampling=GREEDY):
+    return engine.generate([job.ids for job in jobs], [job.patch for job in jobs], sampling)
+
+
+def written(completions) -> list[tuple]:
+    return [(c.token_ids, c.text, c.finish_reason, c.stop_reason, c.overwrites) for c in completions]
+
+
+@cache
+def told(made: tiny.Made, job: Job) -> oracle.Written:
+    """The oracle's text of 10 tokens."""
+    recipient, patch = job.oracle(made)
+    return oracle.generate(recipient, job.ids, 10, patch)
+
+
+def assert_as_the_oracle(made, jobs, completions):
+    for job, completion in zip(jobs, completions, strict=True):
+        want = told(made, job)
+        assert want.gap > CLEAR, f"{job}: too close to call, choose other weights"
+        assert completion.token_ids == want.ids, job
+        assert completion.logprobs == pytest.approx(want.logprobs, abs=LOGPROB)
+        assert completion.overwrites == job.overwrites(10), job
+        assert completion.prompt_ids == job.ids
+        assert completion.finish_reason == "length"
+
+
+COMPLETIONS = [[20 + (7 * i + 3 * j) % 80 for j in range(n)] for i, n in enumerate((6, 3, 0, 9, 1, 4, 2, 5))]
+MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
+
+
+def assert_ranking(ranking, want, order: bool = True):
+    for name in ("scores", *MOMENTS):
+        got = ranking.scores if name == "scores" else ranking.moments[name]
+        assert (got - want[name]).abs().max() <= 1e-5 * want[name].abs().max(), name
+    assert ranking.meta["tokens"] == want["tokens"]
+    if order:
+        scores = want["scores"].flatten()[ranking.rank.flatten().argsort()][: len(ranking)]
+        assert (scores.diff() < 1e-5 * scores.max()).all(), "not ranked by score"
+
+
+def forced(at: str) -> list[tuple[list[int], list[int]]]:
+    """COMPLETIONS after their prompts, with the positions that `at` names."""
+    return [
+        (prompt + text, oracle.scored_positions(at, len(prompt), len(text)))
+        for prompt, text in zip(IDS, COMPLETIONS, strict=True)
+    ]
