@@ -6,6 +6,7 @@ processes.
 
 import gc
 import math
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -66,7 +67,7 @@ def start(in_process, zoo):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_mixed_batch_is_what_the_oracle_writes(zoo, start, architecture):
-    """Texts, log-probabilities and receipts of one batch; then statistics, captures and log-probabilities of prompts."""
+    """Texts, log-probabilities and receipts of one batch; then statistics, captures, log-probabilities of prompts."""
     engine, made = start(architecture), zoo(architecture)
     jobs = [*JOBS, *(KV_JOBS if architecture in tiny.KV_ARCHITECTURES else ())]
     jobs += [job for job in PLAIN if told(made, job).gap > CLEAR]
@@ -84,3 +85,306 @@ def test_a_mixed_batch_is_what_the_oracle_writes(zoo, start, architecture):
         recipient, patch = job.oracle(made)
         want = oracle.logprobs(recipient, IDS[JOBS.index(job)], patch)
         torch.testing.assert_close(logprobs, want, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def llama(zoo):
+    return zoo("llama")
+
+
+@pytest.fixture(scope="module")
+def engine(start):
+    """One engine for every test below that does not need its own."""
+    return start("llama", max_num_batched_tokens=512, max_num_seqs=48)
+
+
+def twin_of(engine):
+    """The worker's side of an engine of this process."""
+    worker = engine._executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
+    return worker.model_runner.get_model().snpatch
+
+
+def test_promise_1_k_0_is_the_unpatched_text_and_all_is_the_donors(engine):
+    for recipient in ("base", "sft"):
+        none = [Job(i, recipient, "dpo", (0, 0)) for i in range(8)]
+        every = [Job(i, recipient, "dpo", (0, ALL)) for i in range(8)]
+        plain = [Job(i, name) for name in (recipient, "dpo") for i in range(8)]
+        texts = [c.token_ids for c in generate(engine, [*none, *every])]
+        assert texts == [c.token_ids for c in generate(engine, plain)]
+
+
+@pytest.mark.parametrize("model", ["base", "sft", "dpo_kv"])
+def test_promise_2_a_model_patched_into_itself_gives_its_own_text(engine, model):
+    plain = generate(engine, [Job(i, model) for i in range(8)])
+    patched = generate(engine, [Job(i, model, model, (0, k)) for i, k in enumerate((0, 1, 50, ALL, 7, 100, ALL, 3))])
+    assert [c.token_ids for c in patched] == [c.token_ids for c in plain]
+    for one, other in zip(patched, plain, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engine):
+    jobs = [*JOBS, *KV_JOBS]
+    samplings = [Sampling(max_tokens=3 + i % 9, logprobs=i % 2 == 0) for i in range(len(jobs))]
+    samplings[3] = samplings[8] = Sampling(temperature=1.0, seed=11, max_tokens=9)
+    alone = [generate(engine, [job], s)[0] for job, s in zip(jobs, samplings, strict=True)]
+    together = generate(engine, jobs, samplings)
+    assert written(together) == written(alone)
+    for one, other in zip(together, alone, strict=True):
+        assert (one.logprobs is None) == (other.logprobs is None)
+        assert one.logprobs is None or one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+LONG = [[tiny.BOS, *(6 + (11 * i + 5 * j) % 96 for j in range(100))] for i in range(3)]  # three blocks of 32 and more
+
+
+def long_texts(engine, patches) -> list[list[int]]:
+    return [c.token_ids for c in engine.generate(LONG, patches, Sampling(max_tokens=10))]
+
+
+PATCHED = [Patch("base", "dpo", RANKINGS[0], 200), Patch("sft", "dpo", RANKINGS[1], 150), "sft"]
+
+
+@pytest.mark.parametrize("first", ["patched", "plain"])
+def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine, first):
+    """Prompts of several blocks, so that a block of the other kind would be found in the cache."""
+
+    def fresh():
+        engine._executor.engine.reset_prefix_cache()
+
+    want = {}
+    for name, patches in (("plain", "base"), ("patched", PATCHED)):
+        fresh()
+        want[name] = long_texts(engine, patches)
+    assert all(a != b for a, b in zip(want["plain"], want["patched"], strict=True))
+    fresh()
+    order = ["patched", "plain"] if first == "patched" else ["plain", "patched"]
+    for name in (*order, *order):
+        assert long_texts(engine, "base" if name == "plain" else PATCHED) == want[name]
+
+
+def test_a_request_reads_the_cache_of_its_own_patch_alone(engine):
+    """Another window, ranking, recipient, donor, source, seed, or place: another salt; the same patch: the same one."""
+    executor = engine._executor
+
+    def salt(patch, ids=LONG[0]):
+        return executor.salt(engine._request(ids, patch, sampling=Sampling()))
+
+    ranking, other = RANKINGS
+    from snpatch import Constant, Noise
+
+    patches = [
+        "sft",
+        Patch("sft", "dpo", ranking, 0),
+        Patch("sft", "dpo", ranking, 5),
+        Patch("sft", "dpo", ranking, (1, 6)),
+        Patch("sft", "dpo", other, 5),
+        Patch("base", "dpo", ranking, 5),
+        Patch("sft", "base", ranking, 5),
+        Patch("sft", "dpo_kv", ranking, 5),
+        Patch("sft", "dpo", ranking, 5, "generated"),
+        Patch("sft", Constant(VALUES), ranking, 5),
+        Patch("sft", Constant(VALUES + 1), ranking, 5),
+        Patch("sft", Noise(VALUES.abs()), ranking, 5),
+        Patch("sft", Noise(VALUES.abs(), seed=1), ranking, 5),
+    ]
+    salts = [salt(patch) for patch in patches]
+    assert len({*salts, None}) == len(patches) + 1
+    assert salt("base") is None
+    assert [salt(patch) for patch in patches] == salts
+    assert salt(Patch("sft", "sft", ranking, 0)) == salt("sft")
+
+
+def test_a_prefix_that_comes_from_the_cache_is_patched_but_not_run(engine):
+    """The receipt is of the positions that this request ran."""
+    patch = Patch("base", "dpo", RANKINGS[0], 77)
+    engine._executor.engine.reset_prefix_cache()
+    first, second = (engine.generate([LONG[1]], patch, Sampling(max_tokens=5))[0] for _ in range(2))
+    assert first.token_ids == second.token_ids
+    assert first.overwrites == 77 * (len(LONG[1]) + 4)
+    assert second.overwrites == 77 * (len(LONG[1]) + 4 - 96)
+
+
+@pytest.mark.parametrize("at", ["emitted", "emitting", "prompt", "prompt_last"])
+def test_contrast_of_given_completions(llama, engine, at):
+    for first, second in (("sft", "dpo"), ("base", "sft_kv")):
+        models = [oracle.model(llama.folder, llama.of[name]) for name in (first, second)]
+        for _ in range(2):  # the second time the prefix cache knows the texts
+            ranking = engine.contrast(IDS, first, second, at=at, completions=COMPLETIONS, exclude_layers=())
+            assert_ranking(ranking, oracle.contrast(*models, forced(at)))
+
+
+def test_several_contrasts_at_once_keep_their_sums_apart(llama, engine):
+    """Groups of one execute, interleaved: each has the sums of its own requests."""
+    from snpatch.executors.request import Request
+
+    texts = [ids + text for ids, text in zip(IDS, COMPLETIONS, strict=True)]
+    requests = [Request(text, "sft", "dpo", observe=(i % 3, 0, len(text))) for i, text in enumerate(texts)]
+    _, statistics = engine._executor.execute(requests, groups=3)
+    models = [oracle.model(llama.folder, llama.of[name]) for name in ("sft", "dpo")]
+    for group, found in enumerate(statistics):
+        mine = [(text, list(range(len(text)))) for i, text in enumerate(texts) if i % 3 == group]
+        want = oracle.contrast(*models, mine)
+        n = want["tokens"].item()
+        assert found.count.tolist() == [n] * tiny.LAYERS
+        scores = (found.sums[:, 4] / n).sqrt()
+        assert (scores - want["scores"]).abs().max() <= 1e-5 * want["scores"].abs().max()
+    with pytest.raises(SnpatchError, match="5 statistics groups are needed, 4 are free: raise max_groups"):
+        engine._executor.execute(requests, groups=5)
+
+
+def test_captures_are_in_rank_order(llama, engine):
+    for model, at, k in (("sft", "prompt_last", 40), ("dpo", 1, 288), ("base", -2, 1)):
+        got = engine.capture(IDS, model, RANKINGS[0], k, at=at)
+        position = -1 if at == "prompt_last" else at
+        activations = [oracle.model(llama.folder, llama.of[model]).activations(ids)[position] for ids in IDS]
+        want = torch.stack([a[tuple(RANKINGS[0].top(k).T)] for a in activations])
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def no_rank(twin):
+    twin.banks.layers[1].rank[:, 5] = 2**31 - 1
+
+
+def no_layer(twin):
+    twin.glus[2].run = lambda gate_up: torch.nn.functional.silu(gate_up.chunk(2, 1)[0]) * gate_up.chunk(2, 1)[1]
+
+
+def no_receipt(twin):
+    twin.banks.receipt.zero_()
+
+
+@pytest.mark.parametrize("fault", [no_rank, no_layer, no_receipt])
+def test_promise_6_a_patch_not_applied_in_full_is_an_error(engine, fault):
+    """The plan says more than is done: in the bank, in a layer, in the count."""
+    twin, job = twin_of(engine), Job(2, "sft", "dpo", (0, ALL))
+    assert generate(engine, [job])[0].overwrites == ALL * (len(job.ids) + 9)
+    kept = [layer.rank.clone() for layer in twin.banks.layers], twin.glus[2].run, twin.feed.fetch
+    if fault is no_receipt:
+        twin.feed.fetch = lambda tickets: (no_receipt(twin), kept[2](tickets))[1]
+    else:
+        fault(twin)
+    with pytest.raises(ReceiptError, match="overwrites were planned"):
+        generate(engine, [job, Job(1, "sft")])
+    for layer, rank in zip(twin.banks.layers, kept[0], strict=True):
+        layer.rank.copy_(rank)
+    twin.glus[2].run, twin.feed.fetch = kept[1:]
+    assert generate(engine, [job])[0].overwrites == ALL * (len(job.ids) + 9)
+
+
+def test_promise_6_a_step_that_got_no_plan_is_an_error(engine, monkeypatch):
+    """What the host believes is compared with the text, too: a step that the feed was not told of."""
+    feed = twin_of(engine).feed
+    real, calls = feed.step, []
+
+    def forgetful(request_ids, start, count):
+        calls.append(1)
+        if len(calls) != 3:
+            real(request_ids, start, count)
+        else:
+            feed.clear()
+
+    monkeypatch.setattr(feed, "step", forgetful)
+    with pytest.raises(ReceiptError, match="of them patched instead of"):
+        generate(engine, [Job(2, "sft", "dpo", (0, ALL))])
+
+
+def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
+    """A layer that patches but adds to copies."""
+    banks, glu = twin_of(engine).banks, twin_of(engine).glus[1]
+    real, bank, capture = glu.run, banks.layers[1], banks.capture
+
+    def run(gate_up):
+        banks.layers[1] = replace(bank, stats=bank.stats.clone(), count=bank.count.clone())
+        banks.capture = capture.clone()
+        try:
+            return real(gate_up)
+        finally:
+            banks.layers[1], banks.capture = bank, capture
+
+    monkeypatch.setattr(glu, "run", run)
+    with pytest.raises(ReceiptError, match="tokens should have counted"):
+        engine.contrast(IDS, "sft", "dpo", at="prompt")
+    with pytest.raises(ReceiptError, match="capture is incomplete"):
+        engine.capture(IDS, "sft", RANKINGS[0], ALL)
+
+
+def test_padded_rows_may_hold_anything(engine):
+    """Rows past the last token of a step (padding of a captured graph): NaN goes through and reaches nothing."""
+    twin, draw = twin_of(engine), torch.Generator().manual_seed(0)
+    request_ids, banks = ["padded"], twin.banks
+    row = [0] * 18
+    row[3:5], row[8:10], row[10:13], row[13:17] = [0, ALL], [0, 100], [0, 0, 100], [-1, 0, 2, -1]
+    twin.feed.add("padded", {"snpatch": [10**6, *row]})
+    banks.clear_statistics([0])
+    twin.feed.step(["unknown", "padded"], [0, 0], [5, 3])  # more rows than the next step, so that some are stale
+    twin.feed.step(request_ids, [3], [2])
+    gate_up = torch.randn(2 * 8, 2 * tiny.NEURONS, generator=draw)
+    gate_up[4:] = math.nan
+    out = twin.glus[0].run(gate_up)
+    assert torch.isfinite(out[:4]).all()
+    assert torch.isfinite(banks.layers[0].stats).all()
+    assert banks.layers[0].count.tolist()[0] == 2
+    (records,) = twin.feed.fetch([10**6])
+    assert records[0]["planned"] == 5
+    twin.feed.clear()
+    assert not banks.plan[:, :9].any()
+    assert (banks.plan[:, 9:] == -1).all()
+
+
+def test_banks_give_rows_away_when_no_request_uses_them(llama, start):
+    """More rankings, adapters and constants than rows, one after the other and then at once."""
+    from snpatch import Constant
+
+    engine = start("llama", max_rankings=2, max_adapters=3, max_constants=1, max_receipts=4, max_num_seqs=4)
+    rankings = [RANKINGS[0].random_control(40, seed=seed) for seed in range(5)]
+    reference = {}
+    for _ in range(2):
+        for number, ranking in enumerate(rankings):
+            patches = [Patch("sft", "dpo", ranking, 40), Patch("sft", Constant(VALUES + number), ranking, 40)]
+            texts = [c.token_ids for c in engine.generate(IDS * 2, patches * 8, Sampling(max_tokens=6))]
+            assert reference.setdefault(number, texts) == texts
+    for kind, patches in {
+        "ranking": [Patch("sft", "dpo", ranking, 40) for ranking in rankings[:3]],
+        "adapter": ["sft", "dpo", "sft_kv"],
+        "constant": [Patch("sft", Constant(VALUES + i), rankings[0], 40) for i in range(2)],
+    }.items():
+        with pytest.raises(
+            SnpatchError, match=f"{kind}s are in use at once: start the engine with a larger max_{kind}s"
+        ):
+            engine.generate(IDS[: len(patches)], patches)
+    assert [c.token_ids for c in engine.generate(IDS * 2, [Patch("sft", "dpo", rankings[0], 40)] * 16)]
+
+
+def test_preemption_chunks_and_one_by_one_count_every_token_once(llama, start):
+    """Promise 5: a cache too small for the batch (requests are preempted and computed again) and prompts cut into
+    pieces; texts, receipts and statistics are the oracle's."""
+    engine = start("llama", kv_cache_memory_bytes=None, num_gpu_blocks_override=12, max_num_batched_tokens=40,
+                   max_num_seqs=32, enable_prefix_caching=False)  # fmt: skip
+    stats = engine._executor.engine.engine_core.engine_core.scheduler
+    jobs = [Job(i % 8, "sft", "dpo", (0, 29 + i)) for i in range(24)]
+    preempted = []
+    real = stats._preempt_request
+    stats._preempt_request = lambda request, *rest, **more: (preempted.append(request), real(request, *rest, **more))[1]
+    completions = engine.generate([job.ids for job in jobs], [job.patch for job in jobs], Sampling(max_tokens=60))
+    assert preempted, "nothing was preempted: the cache is too large for this test"
+    for job, completion in zip(jobs, completions, strict=True):
+        recipient, patch = job.oracle(llama)
+        assert completion.token_ids[:10] == oracle.generate(recipient, job.ids, 10, patch).ids
+        assert completion.overwrites == (29 + jobs.index(job)) * (len(job.ids) + 59)
+    models = [oracle.model(llama.folder, llama.of[name]) for name in ("sft", "dpo")]
+    preempted.clear()
+    long = [LONG[i % 3][: 60 + i] for i in range(12)]
+    ranking = engine.contrast(long, "sft", "dpo", at="prompt", exclude_layers=())
+    assert_ranking(ranking, oracle.contrast(*models, [(text, list(range(len(text)))) for text in long]))
+    from snpatch.executors.request import Request
+
+    # Observed while they are written, so that preempted texts are observed, too.
+    sampling = Sampling(max_tokens=60, ignore_eos=True)
+    requests = [Request(ids, "sft", "dpo", sampling=sampling, observe=(0, 0, 10**6)) for ids in IDS * 3]
+    outputs, (found,) = engine._executor.execute(requests, groups=1)
+    assert preempted
+    texts = [(ids + o.token_ids[:-1]) for ids, o in zip(IDS * 3, outputs, strict=True)]
+    want = oracle.contrast(*models, [(text, list(range(len(text)))) for text in texts])
+    n = want["tokens"].item()
+    assert found.count.tolist() == [n] * tiny.LAYERS
+    assert ((found.sums[:, 4] / n).sqrt() - want["scores"]).abs().max() <= 1e-5 * want["scores"].max()

@@ -316,6 +316,7 @@ def _engine_args(model, config, dtype: str, twin: TwinSettings, context: int, ar
         _use_all_cores(arguments.get("tensor_parallel_size", 1))
         if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & arguments.keys():
             arguments["kv_cache_memory_bytes"] = _spare_memory() // 4
+        arguments.setdefault("enforce_eager", True)  # compiled is no faster there (bench_generate) and starts slower
     own = {
         "model": str(model),
         "tokenizer": str(model),

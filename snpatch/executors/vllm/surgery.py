@@ -46,7 +46,7 @@ def _layer(name: str) -> nn.Module:
 _LIBRARY.impl("twin_glu", lambda gate_up, layer: _layer(layer).run(gate_up), "CompositeExplicitAutograd")
 _LIBRARY.impl("twin_scale_kv", lambda qkv, layer: _layer(layer).scale_kv(qkv), "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "snpatch::twin_glu", lambda gate_up, layer: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2), lib=_LIBRARY
+    "snpatch::twin_glu", lambda gate_up, layer: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2), lib=_LIBRARY
 )
 torch.library.register_fake("snpatch::twin_scale_kv", lambda qkv, layer: torch.empty_like(qkv), lib=_LIBRARY)
 

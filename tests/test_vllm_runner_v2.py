@@ -1,0 +1,173 @@
+"""Model Runner V2 needs a GPU to run, but what it asks of the model is a ModelState. Here a real engine runs Model
+Runner V1 and every scheduler output is kept; the ModelState is then driven through the same schedule with vLLM's own
+request and batch objects, as V2 drives it, and must make the same plans and records.
+"""
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from jobs import IDS, RANKINGS, Job
+
+from snpatch import Engine, Sampling
+from snpatch.executors.request import Request
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="module")
+def engine(zoo):
+    made = zoo("llama")
+    options = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_num_seqs": 32, "block_size": 32}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        adapters = {name: list(folders) for name, folders in made.adapters.items()}
+        with Engine(made.folder, adapters, backend="vllm", enforce_eager=True, scales_kv=True, **options) as engine:
+            yield engine
+
+
+def runner_of(engine):
+    return engine._executor.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+@pytest.fixture(scope="module")
+def log(engine):
+    """Of each step of a run with chunks, preemptions and aborts: the scheduler's output, the order of the batch, and
+    the plan by (request, position); and at the end V1's records."""
+    runner, steps = runner_of(engine), []
+    feed, banks = runner.model.snpatch.feed, runner.model.snpatch.banks
+    real_update, real_step, real_fetch = runner._update_states, feed.step, feed.fetch
+    records = {}
+
+    def update(scheduler_output):
+        states = {i: list(r.prompt_token_ids) + list(r.output_token_ids) for i, r in runner.requests.items()}
+        steps.append(SimpleNamespace(output=copy.deepcopy(scheduler_output), states=states, plan=None))
+        return real_update(scheduler_output)
+
+    def step(request_ids, start, count):
+        real_step(request_ids, start, count)
+        steps[-1].start = dict(zip(request_ids, start.tolist(), strict=True))
+        steps[-1].plan = by_position(banks, request_ids, start, count)
+
+    def fetch(tickets):
+        for ticket in tickets:
+            for request_id in feed._tickets.get(ticket, ()):
+                feed.remove(request_id)
+                records[request_id] = told(feed._records[request_id])
+        return real_fetch(tickets)
+
+    runner._update_states, feed.step, feed.fetch = update, step, fetch
+    jobs = [Job(i % 8, "sft" if i % 3 else "base", "dpo", (i, 29 + i), ("all", "prompt", "generated")[i % 3])
+            for i in range(20)]  # fmt: skip
+    long = [*IDS[3], *range(10, 90)]
+    requests = [engine._request(j.ids, j.patch, sampling=Sampling(max_tokens=40, ignore_eos=True)) for j in jobs]
+    requests += [Request(long, "sft", "dpo", observe=(g, 3, 70)) for g in (0, 1)]
+    requests += [Request(long, "dpo", capture=(RANKINGS[0], 50, 60, 65))]
+    requests += [engine._request(ids, name, sampling=Sampling(max_tokens=9)) for ids in IDS for name in ("base", "sft")]
+    engine._executor.execute(requests, groups=2)
+    del runner._update_states
+    feed.step, feed.fetch = real_step, real_fetch
+    return SimpleNamespace(steps=steps, records=records)
+
+
+def by_position(banks, request_ids, start, count) -> dict:
+    rows = banks.plan.tolist()
+    places = [(i, s + n) for i, s, c in zip(request_ids, start, count, strict=True) for n in range(c)]
+    return {(i, int(position)): rows[n] for n, (i, position) in enumerate(places)}
+
+
+def told(record) -> dict:
+    return {name: getattr(record, name) for name in ("first", "seen", "planned", "ticket")}
+
+
+@pytest.fixture
+def state(engine):
+    """A ModelState of its own beside the engine's, with banks of its own."""
+    from snpatch.executors.vllm import runners
+    from snpatch.executors.vllm.banks import Banks
+    from snpatch.executors.vllm.feed import Feed
+
+    twin = runner_of(engine).model.snpatch
+    banks = Banks(twin.settings, tiny.LAYERS, 0, tiny.NEURONS, None, 512, torch.device("cpu"))
+    feed = Feed(banks)
+    feed.handles = twin.feed.handles
+    model = SimpleNamespace(snpatch=SimpleNamespace(feed=feed, banks=banks))
+    config = engine._executor.engine.vllm_config
+    return runners.twin_model_state()(config, model, None, torch.device("cpu"))
+
+
+def batch_of(request_ids, start, count):
+    """vLLM's own batch object, as V2 prepares it."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+    total = int(sum(count))
+    dummy = InputBatch.make_dummy(len(request_ids), total, InputBuffers(64, 512, torch.device("cpu")))
+    return replace(
+        dummy,
+        req_ids=list(request_ids),
+        num_scheduled_tokens=np.array(count, dtype=np.int32),
+        num_computed_tokens_np=np.array(start, dtype=np.int32),
+    )
+
+
+def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
+    from vllm.v1.core.sched.output import NewRequestData
+
+    feed, banks = state.feed, state.feed.banks
+    params, chunks, resumed = {}, 0, 0
+    for step in log.steps:
+        output = step.output
+        # V2 removes what ended and what was preempted, and gets what resumes as a new request.
+        for request_id in sorted(output.finished_req_ids | (output.preempted_req_ids or set())):
+            state.remove_request(request_id)
+        new = list(output.scheduled_new_reqs)
+        cached = output.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            if request_id in cached.resumed_req_ids:
+                resumed += 1
+                ids = step.states[request_id]
+                fields = {"prompt_token_ids": ids, "prefill_token_ids": ids, "block_ids": ([],), "mm_features": []}
+                fields |= {"pooling_params": None, "lora_request": None, "sampling_params": params[request_id]}
+                new.append(
+                    NewRequestData(req_id=request_id, num_computed_tokens=cached.num_computed_tokens[i], **fields)
+                )
+        for data in new:
+            params[data.req_id] = data.sampling_params
+            state.add_request(0, data)
+        if step.plan is None:
+            continue
+        # V2 orders the batch as it likes: here by the number of tokens.
+        request_ids = sorted(output.num_scheduled_tokens, key=output.num_scheduled_tokens.get)
+        count = [output.num_scheduled_tokens[i] for i in request_ids]
+        start = [step.start[i] for i in request_ids]
+        chunks += any(s and c > 1 for s, c in zip(start, count, strict=True))
+        state.prepare_inputs(batch_of(request_ids, start, count), None)
+        plan = by_position(banks, request_ids, start, count)
+        assert plan.keys() == step.plan.keys()
+        for place, row in plan.items():
+            # Places on the device may be others where a preemption gave some back earlier.
+            assert row[:10] == step.plan[place][:10], place
+            assert [place >= 0 for place in row[10:]] == [place >= 0 for place in step.plan[place][10:]]
+    assert chunks
+    assert resumed, "nothing was preempted"
+    assert len(log.records) == 21
+    for request_id, record in log.records.items():
+        feed.remove(request_id)
+        assert told(feed._records[request_id]) == record
+
+
+def test_a_dummy_batch_asks_for_nothing(state, log):
+    from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+    new = next(d for step in log.steps for d in step.output.scheduled_new_reqs if d.sampling_params.extra_args)
+    state.add_request(0, new)
+    state.prepare_inputs(batch_of([new.req_id], [0], [4]), None)
+    assert state.feed.banks.plan[:4, :8].any()
+    state.prepare_inputs(InputBatch.make_dummy(2, 8, InputBuffers(64, 512, torch.device("cpu"))), None)
+    assert not state.feed.banks.plan[:, :8].any()
+    assert (state.feed.banks.plan[:, 9:] == -1).all()
+    assert state.prepare_dummy_inputs(2, 8) == {}
