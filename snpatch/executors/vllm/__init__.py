@@ -1,6 +1,8 @@
 """The vLLM executor: both streams of every request inside vLLM's own batches.
 
     executor.py   in the user's process: what `Engine` calls
+    stream.py     in the user's process: one request at a time from many callers
+    client.py     in the user's process: what both share
     registry.py   in the user's process: ids for adapters, rankings and constants
     settings.py   what a twin engine is built with, and what it refuses
     plugin.py     tells vLLM of the twin models, in every process
@@ -9,6 +11,7 @@
     feed.py       in the worker: requests -> the plan of each step, and the records of what was done
     runners.py    in the worker: the feed in Model Runner V1 and V2
     worker.py     in the worker: the commands that the user's process sends
+    orphans.py    in the worker: ends it when the user's process is gone
     versions.py   which vLLM versions are served
 
 Only this folder imports vllm.

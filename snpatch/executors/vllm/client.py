@@ -19,7 +19,7 @@ from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.executors.checkpoint import ARCHITECTURES, eos_ids, load_config
 from snpatch.executors.request import Geometry, Output, Request, Statistics
 from snpatch.executors.tables import constants_of, models_of, patched_positions, rankings_of, request_row, values_of
-from snpatch.executors.vllm import feed, plugin, versions
+from snpatch.executors.vllm import feed, orphans, plugin, versions
 from snpatch.executors.vllm.registry import Bank, Write
 from snpatch.executors.vllm.settings import TwinSettings
 from snpatch.executors.vllm.worker import unpack
@@ -303,12 +303,12 @@ def _geometry(config, max_model_len: int | None) -> Geometry:
 
 
 def _engine_args(model, config, dtype: str, twin: TwinSettings, context: int, arguments: dict):
-    """vLLM's EngineArgs for the twin of the model's architecture."""
+    """vLLM's engine arguments for the twin of the model's architecture."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "ForCausalLM"])[0]
     if config.model_type not in ARCHITECTURES:
         os.environ[plugin.UNTESTED] = architecture
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
     plugin.register()
@@ -335,16 +335,16 @@ def _engine_args(model, config, dtype: str, twin: TwinSettings, context: int, ar
     taken = {*own, "enable_lora", "disable_cascade_attn"} & arguments.keys()
     if taken:
         raise SnpatchError(f"backend vllm: {', '.join(sorted(taken))} cannot be set")
-    unknown = arguments.keys() - EngineArgs.__dataclass_fields__.keys()
+    unknown = arguments.keys() - AsyncEngineArgs.__dataclass_fields__.keys()
     if unknown:
         raise SnpatchError(f"backend vllm: neither snpatch nor vLLM has an argument {', '.join(sorted(unknown))}")
-    return EngineArgs(**own, **arguments)
+    return AsyncEngineArgs(**own, **arguments)
 
 
 @contextmanager
 def starting() -> Iterator[None]:
     """The environment in which vLLM takes `engine_args`."""
-    variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+    variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", orphans.PARENT: str(os.getpid())}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -4,14 +4,18 @@ Why it drives `LLMEngine` step by step: requests of different patches are one ba
 whatever interrupts a run can abort what is left.
 """
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.request import Output, Progress, Request, Statistics
 from snpatch.executors.vllm.client import Client, Sent, answers_of, starting
 from snpatch.executors.vllm.worker import pack
 
+DEAD = "vLLM's engine has ended; its own messages above say why"
+CLOSE_S = 2.0  # how long vLLM has to end by itself
 FETCH = 512  # finished requests whose receipts are fetched at once
 
 
@@ -24,6 +28,8 @@ class VllmExecutor(Client):
 
         with starting():
             self.engine = LLMEngine.from_engine_args(self.engine_args)
+        self.stale: list[int] = []  # tickets of aborted requests, whose records are to be dropped
+        threading.Thread(target=_tell_of_death, args=(self.engine.engine_core,), daemon=True).start()
         try:
             self.started(self.command("snpatch_start", self.name))
         except SnpatchError:
@@ -39,6 +45,9 @@ class VllmExecutor(Client):
         held, writes = self.take(requests)
         written = False
         try:
+            if self.stale:
+                self.command("snpatch_fetch", self.stale)
+                self.stale = []
             for kind, handle, row, tensors in writes:
                 packed = {name: pack(tensor) for name, tensor in tensors.items()}
                 self.command("snpatch_write", kind, handle, row, packed)
@@ -52,13 +61,18 @@ class VllmExecutor(Client):
 
     def command(self, name: str, *arguments) -> list:
         """Every worker's answer to one of worker.py's commands."""
-        return answers_of(self.engine.collective_rpc(name, args=arguments))
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return answers_of(self.engine.collective_rpc(name, args=arguments))
+        except EngineDeadError as error:
+            raise SnpatchError(DEAD) from error
 
     def close(self) -> None:
         """Stop vLLM and its processes."""
         engine, self.engine = self.engine, None
         if engine is not None:
-            engine.engine_core.shutdown()
+            engine.engine_core.shutdown(timeout=CLOSE_S)
 
     @contextmanager
     def _groups(self, n: int) -> Iterator[list[int]]:
@@ -103,9 +117,10 @@ class _Run:
             self._fetch()
             return self._outputs
         except EngineDeadError as error:
-            raise SnpatchError(f"vLLM's engine died, its own messages above say of what: {error}") from error
+            raise SnpatchError(DEAD) from error
         except BaseException:
-            self._abort()
+            with suppress(EngineDeadError):
+                self._abort()
             raise
 
     def _take(self, result) -> None:
@@ -127,11 +142,23 @@ class _Run:
             self._executor.confirm(self._requests[index][0], self._outputs[index], result, shards)
 
     def _abort(self) -> None:
-        """Abort what runs and drop its records."""
-        engine, left = self._executor.engine, [*self._running.values(), *(index for index, _ in self._unfetched)]
-        if not left:
-            return
-        engine.abort_request(list(self._running))
-        while engine.has_unfinished_requests():
-            engine.step()
-        self._executor.command("snpatch_fetch", [self._requests[index][1].ticket for index in left])
+        """Abort what runs. Sends only, as the engine may be ending, too; the records are dropped by the next run."""
+        left = [*self._running.values(), *(index for index, _ in self._unfetched)]
+        self._executor.stale += [self._requests[index][1].ticket for index in left]
+        if self._running:
+            self._executor.engine.abort_request(list(self._running))
+
+
+def _tell_of_death(core) -> None:
+    """Wake up whoever waits for an engine process that ended without a word; vLLM's client would wait for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    resources = getattr(core, "resources", None)  # an engine of this process has none
+    if resources is None:
+        return
+    while not resources.engine_dead:
+        time.sleep(0.2)
+    core.outputs_queue.put_nowait(EngineDeadError())
+    for future in list(core.utility_results.values()):
+        if not future.done():
+            future.set_exception(EngineDeadError())

@@ -1,0 +1,97 @@
+"""The published implementation's outputs again (tests/test_goldens.py), now from the vLLM backend."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_goldens import (
+    ADAPTERS,
+    CONTRAST,
+    GENERATION,
+    GOLDEN_LOGITS,
+    HOME,
+    IDS,
+    LOGITS,
+    RANKING,
+    RELATIVE,
+    RUNS,
+    assert_near,
+    patch_of,
+    read,
+    without_padding,
+)
+
+from snpatch import Engine, Patch, Sampling
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+WRITE = Sampling(max_tokens=24, logprobs=True)
+NAMES = sorted({name.rsplit(".", 1)[0] for name in RUNS})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The model, and the same model where another token ends a text."""
+    eos = tmp_path_factory.mktemp("eos") / "model"
+    shutil.copytree(HOME / "eos_variant", eos)
+    shutil.copy(HOME / "model" / "model.safetensors", eos)
+    return {"": HOME / "model", "eos": eos}
+
+
+@pytest.fixture(scope="module", params=["", "eos"])
+def engine(request, folders):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        options = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
+        with Engine(folders[request.param], ADAPTERS, backend="vllm", dtype="float32", **options) as engine:
+            engine.is_eos = request.param == "eos"
+            yield engine
+
+
+def test_contrast(engine):
+    kinds = {"completion_eos": "emitted"} if engine.is_eos else {
+        "completion": "emitted", "prompt": "prompt", "prompt_last": "prompt_last"}  # fmt: skip
+    for kind, at in kinds.items():
+        ranking = engine.contrast(IDS, "sft", "dpo", at=at, sampling=Sampling(max_tokens=24), exclude_layers=())
+        for batch in ("batch5", "batch1"):
+            assert_near(ranking.scores, CONTRAST[f"{kind}.{batch}.change_scores"])
+            for role, name in (("recipient", "second"), ("donor", "first")):
+                for moment in ("mean", "std"):
+                    assert_near(ranking.moments[f"{role}_{moment}"], CONTRAST[f"{kind}.{batch}.{name}_{moment}"])
+
+
+def test_generation_of_all_runs_in_one_batch(engine):
+    """Every word exact, and the log-probabilities of the first and the last word as the golden logits have them."""
+    names = [name for name in NAMES if name.startswith("eos") == engine.is_eos]
+    pairs = [(name, prompt) for name in names for prompt in range(len(IDS))]
+    patches = [patch_of(RUNS[f"{name}.batch1"]) for name, _ in pairs]
+    completions = engine.generate([IDS[prompt] for _, prompt in pairs], patches, WRITE)
+    for (name, prompt), completion in zip(pairs, completions, strict=True):
+        run = RUNS[f"{name}.batch1"]
+        assert completion.token_ids == without_padding(run["ids"][prompt], run.get("eos_token_id")), name
+        read_tokens = len(completion.prompt_ids) + len(completion.token_ids) - 1
+        assert completion.overwrites == read_tokens * (run.get("k") or 0)
+        if prompt in GENERATION["logit_prompts"]:
+            index = GENERATION["logit_prompts"].index(prompt)
+            for step, which in ((0, "first"), (-1, "last")):
+                if which == "last" and run.get("eos_token_id") is not None:
+                    continue  # of the padded batch's last step, which a text that ended does not have
+                golden = GOLDEN_LOGITS[f"{name}.batch1.{which}_logits"][index]
+                want = golden.log_softmax(-1)[completion.token_ids[step]].item()
+                assert completion.logprobs[step] == pytest.approx(want, abs=2 * LOGITS)
+
+
+def test_features_and_perplexity(engine):
+    if engine.is_eos:
+        pytest.skip("the goldens have them of the model with the usual EOS")
+    golden = load_file(HOME / "features.safetensors")
+    assert_near(engine.capture(IDS, "sft", RANKING, 64), golden["batch1.features_rank_order"])
+    golden = read("perplexity.json")
+    ids, size = golden["input_ids"], golden["window"]
+    windows = [ids[start : start + size] for start in range(0, len(ids), size)]
+    for want in golden["results"].values():
+        patch = Patch(want["recipient"], "dpo", RANKING, want["k"])
+        for role, asked in {"recipient": want["recipient"], "donor": "dpo", "patched": patch}.items():
+            losses = torch.stack([-logprobs.mean() for logprobs in engine.logprobs(windows, asked)])
+            assert losses.tolist() == pytest.approx(want[f"{role}_nll"], rel=RELATIVE)

@@ -1,0 +1,182 @@
+"""The engine in vLLM's own processes: the worker across a process boundary, two workers, streaming, and their end."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from jobs import ALL, COMPLETIONS, IDS, JOBS, RANKINGS, Job, assert_as_the_oracle, assert_ranking, forced, generate
+
+from snpatch import Engine, Sampling, SnpatchError
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "scales_kv": True}
+KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
+
+
+def start(made, **options) -> Engine:
+    adapters = {name: list(folders) for name, folders in made.adapters.items()}
+    return Engine(made.folder, adapters, backend="vllm", **{**SMALL, **options})
+
+
+@pytest.mark.parametrize("options", [{"enforce_eager": False}, {"tensor_parallel_size": 2}], ids=["compiled", "tp2"])
+def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo, options, monkeypatch):
+    """In processes of their own: compiled, and with the neurons split over two workers."""
+    if "tensor_parallel_size" in options and len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two workers need two cores")
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    made = zoo("llama")
+    with start(made, **options) as engine:
+        jobs = [*JOBS, *KV_JOBS]
+        assert_as_the_oracle(made, jobs, generate(engine, jobs))
+        models = [oracle.model(made.folder, made.of[name]) for name in ("sft", "dpo")]
+        ranking = engine.contrast(IDS, "sft", "dpo", completions=COMPLETIONS, exclude_layers=())
+        assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
+        captured = engine.capture(IDS, "sft", RANKINGS[0], ALL)
+        want = torch.stack([models[0].activations(ids)[-1][tuple(RANKINGS[0].top(ALL).T)] for ids in IDS])
+        assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
+        with pytest.raises(SnpatchError, match="no model named 'nobody'"):
+            engine.generate(IDS, "nobody")
+        # vLLM's own client would wait for ever for a process that ended without a word.
+        (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
+        threading.Timer(0.5, os.kill, (core, signal.SIGKILL)).start()
+        with pytest.raises(SnpatchError, match="vLLM's engine has ended"):
+            while True:
+                engine.generate(IDS * 8, "sft", Sampling(max_tokens=100, ignore_eos=True))
+    with pytest.raises(SnpatchError, match="closed"):
+        engine.generate(IDS)
+    wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
+
+
+def test_streams_share_an_engine(zoo):
+    """Many callers at once, each with its own patch; one goes away early; the others' texts are the oracle's."""
+    from transformers import AutoTokenizer
+
+    from snpatch.adapters import load_adapters
+    from snpatch.executors.request import Request
+    from snpatch.executors.vllm.stream import StreamingExecutor
+
+    made = zoo("llama")
+    jobs = [job for job in JOBS if job.where == "all" and not isinstance(job.donor, torch.Tensor)]
+
+    def request(job: Job) -> Request:
+        sampling = Sampling(max_tokens=10)
+        if job.donor is None:
+            return Request(job.ids, job.recipient, sampling=sampling)
+        patch = job.patch
+        places = patch.positions(len(job.ids))
+        return Request(job.ids, job.recipient, job.donor, patch.ranking, patch.window, places, sampling=sampling)
+
+    async def run():
+        tokenizer = AutoTokenizer.from_pretrained(made.folder)
+        executor = await StreamingExecutor.start(made.folder, tokenizer, **SMALL)
+        try:
+            geometry = executor.geometry
+            for name, folders in made.adapters.items():
+                executor.register_adapter(name, load_adapters(list(folders), geometry.n_layers, geometry.widths))
+
+            async def listen(job, until=99):
+                seen = []
+                stream = executor.stream(request(job))
+                async for output in stream:
+                    seen.append(output)
+                    if len(output.token_ids) >= until:
+                        break
+                await stream.aclose()
+                return seen
+
+            streams = await asyncio.gather(*map(listen, jobs), listen(jobs[3], until=2))
+            again = await listen(jobs[3])
+            with pytest.raises(SnpatchError, match="statistics cannot be streamed"):
+                async for _ in executor.stream(Request(IDS[0], "sft", "dpo", observe=(0, 0, 3))):
+                    pass
+            return streams, again
+        finally:
+            executor.close()
+
+    streams, again = asyncio.run(run())
+    assert len(streams[-1][-1].token_ids) < 10
+    for job, outputs in zip([*jobs, jobs[3]], [*streams[:-1], again], strict=True):
+        recipient, patch = job.oracle(made)
+        want = oracle.generate(recipient, job.ids, 10, patch).ids
+        assert outputs[-1].token_ids == want
+        assert outputs[-1].overwrites == job.overwrites(10)
+        assert len(outputs) > 2
+        assert all(output.token_ids == want[: len(output.token_ids)] for output in outputs)
+
+
+def descendants(process: int) -> set[int]:
+    found, parents = set(), [process]
+    while parents:
+        text = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parents.pop())], capture_output=True, text=True).stdout
+        new = {int(pid) for pid in text.split()} - found
+        found |= new
+        parents += new
+    return found
+
+
+def command_line(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds: float) -> float:
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, f"not within {seconds} s"
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+@pytest.fixture
+def writing(zoo):
+    """A user's process in the middle of writing, and the processes below it."""
+    made = zoo("llama")
+    adapters = {name: [str(f) for f in folders] for name, folders in made.adapters.items()}
+    child = Path(__file__).with_name("vllm_child.py")
+    process = subprocess.Popen([sys.executable, child, made.folder, json.dumps(adapters)], stdout=subprocess.PIPE,
+                               text=True, start_new_session=True)  # fmt: skip
+    lines = iter(process.stdout.readline, "")
+    assert any(line == "round\n" for line in lines), "the engine did not start"
+    below = descendants(process.pid)
+    yield process, below
+    for pid in (process.pid, *below):
+        if is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_no_process_outlives_a_killed_parent(writing):
+    process, below = writing
+    assert len(below) >= 2
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(map(is_running, below)), 10)
+
+
+def test_ctrl_c_answers(writing):
+    """SIGINT to the whole group, as a terminal sends it, while texts are being written."""
+    process, below = writing
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for(lambda: process.poll() is not None, 15)
+    assert "KeyboardInterrupt" in process.stdout.read()
+    wait_for(lambda: not any(map(is_running, below)), 10)
