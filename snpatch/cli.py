@@ -36,8 +36,13 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many p
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Template = Annotated[str, typer.Option(help="How chats become text: auto, tokenizer or tulu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Most sequences of a batch.")]
+Backend = Annotated[str, typer.Option(help="auto, vllm or transformers. auto: vllm where it is installed.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ... (transformers only).")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Most sequences of a batch (vllm: its max_num_seqs).")]
+EngineSettings = Annotated[
+    list[str] | None,
+    typer.Option("--engine", help="name=value for the backend, as tensor_parallel_size=2. May be repeated."),
+]
 Untested = Annotated[bool, typer.Option("--allow-untested", help="Try architectures that were not tested.")]
 
 
@@ -61,8 +66,10 @@ def contrast(
     limit: Limit = None,
     template: Template = "auto",
     dtype: Dtype = "auto",
+    backend: Backend = "auto",
     device: Device = "auto",
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
+    setting: EngineSettings = None,
     allow_untested: Untested = False,
     as_json: AsJson = False,
 ) -> None:
@@ -74,8 +81,8 @@ def contrast(
     chats = read_prompts(prompts, limit)
     given = read_completions(completions, limit) if completions else None
     check_writable(out)
-    engine = _engine(model, adapter, template, dtype, device, batch_size, allow_untested)
-    with _progress("contrast") as progress:
+    engine = _engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
+    with engine, _progress("contrast") as progress:
         ranking = engine.contrast(
             chats,
             generator,
@@ -132,8 +139,10 @@ def generate(
     limit: Limit = None,
     template: Template = "auto",
     dtype: Dtype = "auto",
+    backend: Backend = "auto",
     device: Device = "auto",
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
+    setting: EngineSettings = None,
     allow_untested: Untested = False,
     as_json: AsJson = False,
 ) -> None:
@@ -158,8 +167,8 @@ def generate(
     if donor is None and (ranking or window or where != "all"):
         raise SnpatchError("--ranking, --window and --where need --donor")
     patch = _patch(recipient, donor, ranking, window, where, seed) if donor else recipient
-    engine = _engine(model, adapter, template, dtype, device, batch_size, allow_untested)
-    with _progress("generate") as progress:
+    engine = _engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
+    with engine, _progress("generate") as progress:
         completions = engine.generate(chats, patch, sampling, progress)
     rows = [
         {
@@ -205,8 +214,10 @@ def sweep(
     limit: Limit = None,
     template: Template = "auto",
     dtype: Dtype = "auto",
+    backend: Backend = "auto",
     device: Device = "auto",
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
+    setting: EngineSettings = None,
     allow_untested: Untested = False,
     as_json: AsJson = False,
 ) -> None:
@@ -236,8 +247,8 @@ def sweep(
     )
     check_writable(out / "table.csv")
     score = _judge(judge, judge_format, device)
-    engine = _engine(model, adapter, template, dtype, device, batch_size, allow_untested)
-    with _progress("sweep") as progress:
+    engine = _engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
+    with engine, _progress("sweep") as progress:
         result = run_sweep(engine, chats, rankings, score, config, store=out, progress=progress)
     _show(result, out, as_json)
 
@@ -246,6 +257,7 @@ def sweep(
 def demo(
     context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table and the plot.")] = Path("snpatch-demo"),
+    backend: Backend = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Contrast SFT with DPO, rank, sweep k for SFT and Base, judge; table and plot."""
@@ -255,7 +267,7 @@ def demo(
     from snpatch.files import check_writable
 
     check_writable(out / "table.csv")
-    _show(run(out, _progress), out, as_json)
+    _show(run(out, _progress, backend), out, as_json)
 
 
 @demo_app.command("build")
@@ -301,10 +313,10 @@ def _failed(message: str, code: int) -> int:
     return code
 
 
-def _engine(model, adapter, template, dtype, device, batch_size, allow_untested):
+def _engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested):
     import transformers
 
-    from snpatch.engine import Engine
+    from snpatch.engine import Engine, chosen
 
     transformers.utils.logging.disable_progress_bar()
     adapters = {}
@@ -315,15 +327,28 @@ def _engine(model, adapter, template, dtype, device, batch_size, allow_untested)
         if name in adapters:
             raise SnpatchError(f"--adapter names {name!r} twice")
         adapters[name] = folders.split(",")
+    backend = chosen(backend)
+    settings = dict(map(_setting, setting or ()))
+    if backend == "transformers":
+        settings |= {"device": device}
+    elif device != "auto":
+        raise SnpatchError("--device is for --backend transformers; vllm runs on its own platform")
+    if batch_size is not None:
+        settings |= {"batch_size" if backend == "transformers" else "max_num_seqs": batch_size}
     return Engine(
-        model,
-        adapters,
-        template=template,
-        dtype=dtype,
-        device=device,
-        batch_size=batch_size,
-        allow_untested=allow_untested,
+        model, adapters, backend=backend, template=template, dtype=dtype, allow_untested=allow_untested, **settings
     )
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """name=value with the value as JSON where it is JSON, else as it stands."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise SnpatchError(f"--engine wants name=value, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _patch(recipient: str, donor: str, ranking: Path | None, window: str | None, where: str, seed: int | None):

@@ -6,6 +6,7 @@ which position held an EOS, and a prefill of both streams costs less than writin
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import operator
 from collections.abc import Sequence
@@ -70,10 +71,6 @@ class Engine:
         template: str = "auto",
         **executor_arguments,
     ) -> None:
-        if backend not in BACKENDS:
-            raise SnpatchError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if backend == "auto":
-            backend = "vllm" if importlib.util.find_spec("vllm") else "transformers"
         if template not in ("auto", "tokenizer", "tulu"):
             raise SnpatchError(f"template must be auto, tokenizer or tulu, got {template!r}")
         self.tokenizer = load_pretrained(AutoTokenizer, model)
@@ -81,16 +78,22 @@ class Engine:
             raise SnpatchError(f"{model}: its tokenizer has no chat template; use template='tulu'")
         self._tulu = template == "tulu" or not self.tokenizer.chat_template
         self._model_name = str(model)
-        self.backend = backend
-        if backend == "vllm":
+        self.backend = chosen(backend)
+        if self.backend == "vllm":
             from snpatch.executors.vllm.executor import VllmExecutor as Executor
         else:
             from snpatch.executors.transformers import TransformersExecutor as Executor
+
+            unknown = executor_arguments.keys() - inspect.signature(Executor).parameters.keys()
+            if unknown:
+                raise SnpatchError(f"backend transformers: there is no argument {', '.join(sorted(unknown))}")
         self._executor = Executor(model, self.tokenizer, **executor_arguments)
         self.geometry = self._executor.geometry
-        self._digests = {"base": self._executor.model_digest}
-        for name, folders in (adapters or {}).items():
+        self._digests = {"base": ""}
+        for name, folders in (adapters or {}).items():  # before what takes long, so that errors come soon
             self.add_adapter(name, folders)
+        self._executor.start()
+        self._digests["base"] = self._executor.model_digest
 
     def close(self) -> None:
         """Free what the engine holds; it cannot be used afterwards. `with Engine(...)` does it at its end."""
@@ -343,6 +346,15 @@ class Engine:
         wanted = (self.geometry.n_layers, self.geometry.n_neurons)
         if ranking.shape != wanted:
             raise SnpatchError(f"the ranking is for a model of {list(ranking.shape)}, this one is {list(wanted)}")
+
+
+def chosen(backend: str) -> str:
+    """ "vllm" or "transformers": what `backend` names, or for "auto" the faster one that is installed."""
+    if backend not in BACKENDS:
+        raise SnpatchError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    return backend
 
 
 def tulu(chat: Chat) -> str:

@@ -16,7 +16,8 @@ from snpatch.data import read_prompts
 
 GOLDEN = Path(__file__).parent / "goldens" / "A"
 MODEL, SFT, DPO = (str(GOLDEN / part) for part in ("model", "adapters/sft", "adapters/dpo"))
-PAIR = ["-a", f"sft={SFT}", "-a", f"dpo={SFT},{DPO}", "--template", "tulu"]
+ADAPTERS = ["-a", f"sft={SFT}", "-a", f"dpo={SFT},{DPO}", "--template", "tulu"]
+PAIR = [*ADAPTERS, "--backend", "transformers"]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,14 @@ def run(capsys, *arguments):
     return code, out, err
 
 
-def test_contrast_then_generate_then_sweep(capsys, prompts, tmp_path):
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_path, backend):
     ranking = tmp_path / "safety.safetensors"
-    common = [MODEL, prompts, *PAIR]
+    common = [MODEL, prompts, *ADAPTERS, "--backend", backend, "--batch-size", 8]
+    if backend == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is not installed")
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the processes have tests of their own
+        common += ["--engine", "kv_cache_memory_bytes=33554432", "--engine", "max_rankings=4"]
     code, out, err = run(capsys, "contrast", *common, "--generator", "sft", "--against", "dpo", "-o", ranking,
                          "--max-tokens", 24, "--keep-all-layers", "--json")  # fmt: skip
     assert code == 0, err
@@ -256,7 +262,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, tmp_path, prompts, ran
     code, out, err = run(capsys, "generate", given["model"], given["prompts"], *given["adapters"], "--recipient",
                          given["recipient"], *donor, "--ranking", given["ranking"], "--window",
                          given["window"], "--max-tokens", 2, "-o", given["out"], "--template", "tulu",
-                         *given["more"])  # fmt: skip
+                         "--backend", "transformers", *given["more"])  # fmt: skip
     lines = [line for line in err.splitlines() if line.startswith("snpatch: error: ")]
     assert code == 2
     assert len(lines) == 1

@@ -6,6 +6,8 @@ processes.
 
 import gc
 import math
+import random
+import tracemalloc
 from dataclasses import replace
 
 import oracle
@@ -29,7 +31,7 @@ from jobs import (
     written,
 )
 
-from snpatch import Engine, Patch, ReceiptError, Sampling, SnpatchError
+from snpatch import Constant, Engine, Noise, Patch, ReceiptError, Sampling, SnpatchError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -54,10 +56,9 @@ def start(in_process, zoo):
         while held:
             held.pop().close()
         gc.collect()
-        made = zoo(architecture)
-        kv = {"scales_kv": True} if architecture in tiny.KV_ARCHITECTURES else {}
+        made = zoo(architecture) if isinstance(architecture, str) else architecture
         adapters = {name: list(folders) for name, folders in made.adapters.items()}
-        held.append(Engine(made.folder, adapters, backend="vllm", **{**SMALL, **kv, **options}))
+        held.append(Engine(made.folder, adapters, backend="vllm", **{**SMALL, **options}))
         return held[0]
 
     yield get
@@ -170,8 +171,6 @@ def test_a_request_reads_the_cache_of_its_own_patch_alone(engine):
         return executor.salt(engine._request(ids, patch, sampling=Sampling()))
 
     ranking, other = RANKINGS
-    from snpatch import Constant, Noise
-
     patches = [
         "sft",
         Patch("sft", "dpo", ranking, 0),
@@ -333,8 +332,6 @@ def test_padded_rows_may_hold_anything(engine):
 
 def test_banks_give_rows_away_when_no_request_uses_them(llama, start):
     """More rankings, adapters and constants than rows, one after the other and then at once."""
-    from snpatch import Constant
-
     engine = start("llama", max_rankings=2, max_adapters=3, max_constants=1, max_receipts=4, max_num_seqs=4)
     rankings = [RANKINGS[0].random_control(40, seed=seed) for seed in range(5)]
     reference = {}
@@ -388,3 +385,184 @@ def test_preemption_chunks_and_one_by_one_count_every_token_once(llama, start):
     n = want["tokens"].item()
     assert found.count.tolist() == [n] * tiny.LAYERS
     assert ((found.sums[:, 4] / n).sqrt() - want["scores"]).abs().max() <= 1e-5 * want["scores"].max()
+
+
+def random_job(rng) -> tuple[list[int], Patch | str, Sampling]:
+    """A prompt of 2 to 60 tokens, any patch over any ranking, any length."""
+    ids = [tiny.BOS, *(rng.randrange(6, 102) for _ in range(rng.randrange(1, 60)))]
+    sampling = Sampling(
+        max_tokens=rng.randrange(1, 30), temperature=rng.choice([0.0, 1.0]), logprobs=rng.random() < 0.3
+    )
+    if rng.random() < 0.3:
+        return ids, rng.choice(["base", "sft", "dpo_kv"]), sampling
+    lo, recipient = rng.randrange(ALL), rng.choice(["base", "sft", "dpo"])
+    donor = rng.choice(["base", "dpo", "sft_kv", Constant(VALUES), Noise(VALUES.abs(), seed=rng.randrange(9))])
+    where = rng.choice(["all", "prompt", "generated", -1, 3, 0])
+    patch = Patch(recipient, donor, rng.choice(RANKINGS), (lo, rng.randrange(lo, ALL + 1)), where)
+    return ids, patch, sampling
+
+
+def held_bytes() -> tuple[int, int]:
+    """What Python objects and tensors hold. (The process grows at first on plain vLLM, too: the allocator warms up.)"""
+    gc.collect()
+    tensors = {t.untyped_storage().data_ptr(): t for t in gc.get_objects() if type(t) is torch.Tensor}
+    return tracemalloc.get_traced_memory()[0], sum(t.untyped_storage().nbytes() for t in tensors.values())
+
+
+def test_soak_of_random_requests_with_aborts_leaves_nothing_behind(llama, start):
+    """2,000 requests; every third batch is broken off in the middle. Every patched one has its receipt checked."""
+    engine = start("llama", max_num_seqs=48, max_num_batched_tokens=256, max_receipts=256)
+    plain = [Job(i, name) for i in range(8) for name in ("base", "sft")]
+    fresh = written(generate(engine, plain))
+    rng, sizes = random.Random(7), []
+
+    class BrokenOffError(Exception):
+        pass
+
+    def broken(done, total):
+        if done >= total // 2:
+            raise BrokenOffError
+
+    for batch in range(20):
+        ids, patches, samplings = zip(*(random_job(rng) for _ in range(100)), strict=True)
+        arguments = ids, list(patches), list(samplings)
+        if batch % 3 == 2:
+            with pytest.raises(BrokenOffError):
+                engine.generate(*arguments, progress=broken)
+        else:
+            assert len(engine.generate(*arguments)) == 100
+            engine.contrast(ids[:5], "sft", "dpo", at="prompt")
+            engine.capture(ids[:5], "sft", RANKINGS[0], 20)
+        if batch == 5:
+            tracemalloc.start()
+        if batch >= 5:
+            sizes.append(held_bytes())
+    tracemalloc.stop()
+    assert written(generate(engine, plain)) == fresh
+    engine.generate([IDS[0]], "base", Sampling(max_tokens=1))  # the step that tells the worker who ended
+    feed = twin_of(engine).feed
+    assert not feed._records
+    assert not feed._tickets
+    assert not feed._ended
+    assert len(feed._free_rows) == len(feed._table)
+    assert sorted(feed._free_receipts) == list(range(256))
+    assert not feed._capture_used.any()
+    assert not feed.banks.receipt.any()
+    assert feed.banks.capture.isnan().all()
+    assert not any(bank._users for bank in engine._executor._banks)
+    assert sorted(engine._executor.free_groups) == [0, 1, 2, 3]
+    for first, last in zip(sizes[1], sizes[-1], strict=True):
+        assert last - first < 2 << 20, sizes
+
+
+@pytest.fixture(scope="module")
+def ended(llama, start, tmp_path_factory):
+    """An engine whose EOS is a word that sft writes, and the same on transformers."""
+    texts = [oracle.generate(oracle.model(llama.folder, llama.of["sft"]), ids, 10).ids for ids in IDS]
+    token = max({t for text in texts for t in text}, key=lambda t: len({x.index(t) for x in texts if t in x[:9]}))
+    made = llama.with_eos(token, tmp_path_factory.mktemp("ended") / "model")
+    adapters = {name: list(folders) for name, folders in made.adapters.items()}
+    engine = start(made)
+    return token, engine, Engine(made.folder, adapters, backend="transformers")
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"max_tokens": 10},
+        {"max_tokens": 10, "min_tokens": 4},
+        {"max_tokens": 10, "ignore_eos": True},
+        {"max_tokens": 1},
+        {"max_tokens": 12, "min_tokens": 6, "stop": ("STOP0",)},
+        {"max_tokens": 12, "stop": ("nowhere", "STOP1", "STOP0")},
+    ],
+    ids=str,
+)
+def test_texts_end_where_they_end_on_transformers(ended, sampling):
+    _, engine, other = ended
+    if "stop" in sampling:
+        words = other.generate([IDS[0]], "sft", Sampling(max_tokens=12, ignore_eos=True))[0].text.split()
+        sampling = {
+            **sampling,
+            "stop": tuple(s.replace("STOP0", words[1]).replace("STOP1", words[4]) for s in sampling["stop"]),
+        }
+    patches = ["sft"] * 8 + [Patch("sft", "dpo", RANKINGS[0], 30)] * 8
+    mine, theirs = (e.generate(IDS * 2, patches, Sampling(logprobs=True, **sampling)) for e in (engine, other))
+    assert written(mine) == written(theirs)
+    for one, two in zip(mine, theirs, strict=True):
+        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("at", ["emitted", "emitting"])
+def test_contrast_writes_its_completions_and_never_counts_eos(ended, at):
+    token, engine, other = ended
+    sampling = Sampling(max_tokens=10)
+    mine, theirs = (e.contrast(IDS, "sft", "dpo", at=at, sampling=sampling) for e in (engine, other))
+    assert mine.meta["tokens"] == theirs.meta["tokens"]
+    assert (mine.scores - theirs.scores).abs().max() <= 1e-5 * theirs.scores.max()
+    assert any(c.token_ids[-1] == token for c in other.generate(IDS, "sft", sampling)), "no text ends early"
+
+
+def test_the_context_ends_a_text_and_may_be_read_whole(ended):
+    _, engine, other = ended
+    prompt = [tiny.BOS, *(10 + i % 90 for i in range(tiny.CONTEXT - 4))]
+    sampling = Sampling(max_tokens=10, ignore_eos=True)
+    mine, theirs = (e.generate([prompt], "sft", sampling)[0] for e in (engine, other))
+    assert (mine.token_ids, mine.finish_reason) == (theirs.token_ids, "length")
+    whole = [*prompt, 9, 9, 9]
+    assert len(whole) == tiny.CONTEXT
+    torch.testing.assert_close(*(e.logprobs([whole], "dpo")[0] for e in (engine, other)), rtol=0, atol=1e-4)
+    with pytest.raises(SnpatchError, match=f"prompt 0 has 128 tokens, the model's context holds {tiny.CONTEXT}"):
+        engine.generate([whole], "sft")
+
+
+def test_n_samples_share_the_patch_and_vllms_own_settings_pass_through(ended):
+    _, engine, other = ended
+    patch, sampling = Patch("sft", "dpo", RANKINGS[0], 30), Sampling(temperature=1.0, seed=5, max_tokens=8, n=3)
+    three = engine.generate(IDS[:2], patch, sampling)
+    assert [c.prompt_ids for c in three] == [IDS[0]] * 3 + [IDS[1]] * 3
+    alone = [
+        engine.generate([IDS[i]], patch, replace(sampling, n=1, seed=5 + s))[0] for i in range(2) for s in range(3)
+    ]
+    assert [c.token_ids for c in three] == [c.token_ids for c in alone]
+    assert len({tuple(c.token_ids) for c in three}) > 3
+    free = engine.generate([IDS[0]], "sft", Sampling(max_tokens=6, ignore_eos=True))[0]
+    bias = Sampling(max_tokens=6, ignore_eos=True, vllm={"logit_bias": {free.token_ids[0]: -100.0}})
+    assert engine.generate([IDS[0]], "sft", bias)[0].token_ids[0] != free.token_ids[0]
+    for wrong, message in {"nonsense": "vLLM does not take", "temperature": "temperature cannot be set"}.items():
+        with pytest.raises(SnpatchError, match=message):
+            engine.generate([IDS[0]], "sft", Sampling(vllm={wrong: 1}))
+    with pytest.raises(SnpatchError, match="logit_bias needs the vllm backend"):
+        other.generate([IDS[0]], "sft", bias)
+
+
+def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(llama, start):
+    engine = start("llama", streams=1)
+    jobs = [job for job in (*JOBS, *PLAIN[:8]) if not isinstance(job.donor, str) and told(llama, job).gap > CLEAR]
+    assert_as_the_oracle(llama, jobs, generate(engine, jobs))
+    captured = engine.capture(IDS, "sft", RANKINGS[0], 40)
+    model = oracle.model(llama.folder, llama.of["sft"])
+    want = torch.stack([model.activations(ids)[-1][tuple(RANKINGS[0].top(40).T)] for ids in IDS])
+    assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
+    for call in (lambda: generate(engine, [JOBS[2]]), lambda: engine.contrast(IDS, "sft", "dpo", at="prompt")):
+        with pytest.raises(SnpatchError, match="a donor model needs streams=2"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonsense": 1}, "neither snpatch nor vLLM has an argument nonsense"),
+        ({"enable_lora": True}, "enable_lora cannot be set"),
+        ({"pipeline_parallel_size": 2}, "cannot be combined with pipeline parallel"),
+        ({"streams": 3}, "streams must be 1 or 2, got 3"),
+        ({"max_rankings": 0}, "max_rankings must be at least 1, got 0"),
+        ({"scales_kv": False}, "this engine was started without; start it with scales_kv=True"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+         "cannot be combined with speculative decoding"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_engines_that_would_be_wrong_are_refused(start, options, message):
+    with pytest.raises(SnpatchError, match=message):
+        start("llama", **options)

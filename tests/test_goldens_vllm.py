@@ -82,9 +82,8 @@ def test_generation_of_all_runs_in_one_batch(engine):
                 assert completion.logprobs[step] == pytest.approx(want, abs=2 * LOGITS)
 
 
+@pytest.mark.parametrize("engine", [""], indirect=True)
 def test_features_and_perplexity(engine):
-    if engine.is_eos:
-        pytest.skip("the goldens have them of the model with the usual EOS")
     golden = load_file(HOME / "features.safetensors")
     assert_near(engine.capture(IDS, "sft", RANKING, 64), golden["batch1.features_rank_order"])
     golden = read("perplexity.json")

@@ -19,7 +19,7 @@ from snpatch import Engine, Sampling, SnpatchError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "scales_kv": True}
+SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
 KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
 
 
@@ -78,11 +78,12 @@ def test_streams_share_an_engine(zoo):
 
     async def run():
         tokenizer = AutoTokenizer.from_pretrained(made.folder)
-        executor = await StreamingExecutor.start(made.folder, tokenizer, **SMALL)
+        executor = StreamingExecutor(made.folder, tokenizer, **SMALL)
+        geometry = executor.geometry
+        for name, folders in made.adapters.items():
+            executor.register_adapter(name, load_adapters(list(folders), geometry.n_layers, geometry.widths))
+        await executor.start()
         try:
-            geometry = executor.geometry
-            for name, folders in made.adapters.items():
-                executor.register_adapter(name, load_adapters(list(folders), geometry.n_layers, geometry.widths))
 
             async def listen(job, until=99):
                 seen = []

@@ -26,7 +26,7 @@ def engine(zoo):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         adapters = {name: list(folders) for name, folders in made.adapters.items()}
-        with Engine(made.folder, adapters, backend="vllm", enforce_eager=True, scales_kv=True, **options) as engine:
+        with Engine(made.folder, adapters, backend="vllm", enforce_eager=True, **options) as engine:
             yield engine
 
 

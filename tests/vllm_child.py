@@ -8,7 +8,7 @@ from snpatch import Engine, Sampling, SnpatchError
 
 if __name__ == "__main__":
     folder, adapters = sys.argv[1], json.loads(sys.argv[2])
-    engine = Engine(folder, adapters, backend="vllm", scales_kv=True, kv_cache_memory_bytes=64 << 20)
+    engine = Engine(folder, adapters, backend="vllm", kv_cache_memory_bytes=64 << 20)
     print("ready", flush=True)
     try:
         while True:

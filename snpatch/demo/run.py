@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snpatch.data import read_prompts
 from snpatch.demo import WORLD
-from snpatch.engine import Engine
+from snpatch.engine import Engine, chosen
 from snpatch.judge import CostModel
 from snpatch.patch import Window
 from snpatch.sampling import Sampling
@@ -14,30 +14,25 @@ from snpatch.sweep import SweepConfig, SweepResult, sweep
 SHARES = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 SAMPLING = Sampling(max_tokens=32)
 PROMPTS = 100
+BATCH = 512
 
 
-def run(out: Path, progress: Callable) -> SweepResult:
+def run(out: Path, progress: Callable, backend: str = "auto") -> SweepResult:
     """Contrast SFT with DPO, save the ranking in `out`, sweep k for both recipients, judge by the world's cost model.
 
-    progress: a context manager that takes a name and gives a Progress.
+    progress: a context manager that takes a name and gives a Progress. backend: as Engine's.
     """
     adapters = {"sft": WORLD / "sft", "dpo": [WORLD / "sft", WORLD / "dpo"]}
-    engine = Engine(WORLD / "base", adapters, template="tulu", batch_size=128)
-    with progress("contrast") as report:
-        ranking = engine.contrast(
-            read_prompts(WORLD / "contrast.jsonl"), "sft", "dpo", sampling=SAMPLING, progress=report
-        )
-    ranking.save(out / "ranking.safetensors")
-    windows = tuple(Window(0, round(share * len(ranking))) for share in SHARES)
-    config = SweepConfig(("sft", "base"), "dpo", windows, controls=3, sampling=SAMPLING)
+    batch = {"max_num_seqs": BATCH} if chosen(backend) == "vllm" else {"batch_size": BATCH}
     prompts = read_prompts(WORLD / "eval" / "beavertails.jsonl", PROMPTS)
-    with progress("sweep") as report:
-        return sweep(
-            engine,
-            prompts,
-            {"safety": ranking},
-            CostModel(WORLD / "cost", format="tulu"),
-            config,
-            store=out,
-            progress=report,
-        )
+    judge = CostModel(WORLD / "cost", format="tulu")
+    with Engine(WORLD / "base", adapters, backend=backend, template="tulu", **batch) as engine:
+        with progress("contrast") as report:
+            ranking = engine.contrast(
+                read_prompts(WORLD / "contrast.jsonl"), "sft", "dpo", sampling=SAMPLING, progress=report
+            )
+        ranking.save(out / "ranking.safetensors")
+        windows = tuple(Window(0, round(share * len(ranking))) for share in SHARES)
+        config = SweepConfig(("sft", "base"), "dpo", windows, controls=3, sampling=SAMPLING)
+        with progress("sweep") as report:
+            return sweep(engine, prompts, {"safety": ranking}, judge, config, store=out, progress=report)

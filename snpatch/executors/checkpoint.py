@@ -16,6 +16,8 @@ from snpatch.errors import SnpatchError
 from snpatch.pretrained import load_pretrained
 
 ARCHITECTURES = ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
 def load_config(model: str | Path, allow_untested: bool):
@@ -33,6 +35,18 @@ def load_config(model: str | Path, allow_untested: bool):
             "would not give what it gives alone"
         )
     return config
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise SnpatchError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def check_has_weights(model: str | Path) -> None:
+    """An error for a local folder without a file of weights; a name from the hub passes."""
+    folder = Path(model)
+    if folder.is_dir() and not any(found for pattern in WEIGHTS for found in folder.glob(pattern)):
+        raise SnpatchError(f"cannot load {model}: it holds no weights ({', '.join(WEIGHTS)})")
 
 
 def _rope_types(parameters) -> set[str]:

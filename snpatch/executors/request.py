@@ -82,11 +82,13 @@ Progress = Callable[[int, int], None]  # (requests done, requests in all)
 class Executor(Protocol):
     """Runs requests. `execute` returns outputs in the order of the requests and one Statistics a group."""
 
-    geometry: Geometry
-    model_digest: str  # names the base model by its content
+    geometry: Geometry  # known before `start`
+    model_digest: str  # names the base model by its content; known after it
     eos_ids: frozenset[int]  # tokens that end a text
 
     def register_adapter(self, name: str, scales) -> None: ...
+
+    def start(self) -> None: ...
 
     def execute(
         self, requests: Sequence[Request], groups: int = 0, progress: Progress | None = None

@@ -13,15 +13,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from snpatch.adapters import Scales, identity
 from snpatch.errors import SnpatchError
-from snpatch.executors.checkpoint import check_weights, eos_ids, load_config
+from snpatch.executors.checkpoint import check_dtype, check_weights, eos_ids, load_config
 from snpatch.executors.request import Geometry, Output, Progress, Request, Statistics
 from snpatch.executors.tables import Tables, patched_positions
 from snpatch.executors.text import Writer, choose
 from snpatch.executors.twin import make_twin
 from snpatch.plan import fill_plan
 from snpatch.pretrained import load_pretrained
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class TransformersExecutor:
@@ -44,8 +42,7 @@ class TransformersExecutor:
     ) -> None:
         if batch_size < 1 or (token_budget is not None and token_budget < 1):
             raise SnpatchError(f"batch_size and token_budget must be at least 1, got {batch_size} and {token_budget}")
-        if dtype not in DTYPES:
-            raise SnpatchError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        check_dtype(dtype)
         config = load_config(model, allow_untested)
         self._device = pick_device(device)
         # SDPA in transformers drops Gemma 2's soft cap on attention logits.
@@ -63,6 +60,9 @@ class TransformersExecutor:
     def register_adapter(self, name: str, scales: Scales) -> None:
         """Make `name` a model that requests can name as recipient or donor."""
         self._scales[name] = scales
+
+    def start(self) -> None:
+        """Nothing is left to do: the geometry is read off the loaded model."""
 
     @torch.inference_mode()
     def execute(

@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -16,12 +16,12 @@ import torch
 
 from snpatch.adapters import Scales, identity
 from snpatch.errors import ReceiptError, SnpatchError
-from snpatch.executors.checkpoint import ARCHITECTURES, eos_ids, load_config
+from snpatch.executors.checkpoint import ARCHITECTURES, check_dtype, check_has_weights, eos_ids, load_config
 from snpatch.executors.request import Geometry, Output, Request, Statistics
 from snpatch.executors.tables import constants_of, models_of, patched_positions, rankings_of, request_row, values_of
 from snpatch.executors.vllm import feed, orphans, plugin, versions
 from snpatch.executors.vllm.registry import Bank, Write
-from snpatch.executors.vllm.settings import TwinSettings
+from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.executors.vllm.worker import unpack
 from snpatch.plan import Entry
 from snpatch.reference import SUMS
@@ -39,7 +39,7 @@ class Sent:
 
 
 class Client:
-    """Loads nothing itself: `engine_args` are for the engine that the executor starts, `started` takes its answer.
+    """Checks everything that can be checked before vLLM starts. The executor starts it, and `started` takes its answer.
 
     streams, max_adapters, max_rankings, max_constants, max_groups, max_captures, max_captured, max_receipts,
     scales_kv: see TwinSettings. All other arguments are vLLM's own engine arguments (tensor_parallel_size,
@@ -51,7 +51,10 @@ class Client:
         self, model: str | Path, tokenizer, *, dtype: str = "auto", allow_untested: bool = False, **arguments
     ) -> None:
         self.version = versions.check()
-        config = load_config(model, allow_untested)
+        check_dtype(dtype)
+        self._config = config = load_config(model, allow_untested)
+        if arguments.get("load_format") != "dummy":
+            check_has_weights(model)
         self._tokenizer, self.name = tokenizer, str(model)
         self.eos_ids = eos_ids(model, config, tokenizer)
         self.geometry = _geometry(config, arguments.get("max_model_len"))
@@ -59,7 +62,7 @@ class Client:
         self.settings = TwinSettings(**twin)
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {config.model_type} model has no k_proj and v_proj of their own")
-        self.engine_args = _engine_args(model, config, dtype, self.settings, self.geometry.context, arguments)
+        self._arguments = _engine_arguments(model, config, dtype, arguments)
         self._tickets = count(1)
         self.free_groups = list(range(self.settings.max_groups))
         self._banks = (
@@ -69,6 +72,17 @@ class Client:
         )
         self._scales = {"base": identity(self.geometry.n_layers, self.geometry.widths)}
 
+    def engine_args(self):
+        """vLLM's engine arguments; from now on the settings are fixed."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        if self.settings.scales_kv is None:
+            self.settings = replace(self.settings, scales_kv=any(map(_scales_kv, self._scales.values())))
+        # vLLM wants room for a token after every prompt; a text that fills the context is read all the same.
+        own = {"max_model_len": self.geometry.context + 1}
+        own["additional_config"] = {**self._arguments.get("additional_config", {}), **self.settings.as_config()}
+        return AsyncEngineArgs(**{**self._arguments, **own})
+
     def started(self, shards: list[dict]) -> None:
         """Take what every worker answered to snpatch_start."""
         self._shards = [(shard["first_neuron"], shard["n_neurons"]) for shard in shards]
@@ -77,9 +91,7 @@ class Client:
 
     def register_adapter(self, name: str, scales: Scales) -> None:
         """Make `name` a model that requests can name as recipient or donor."""
-        if not self.settings.scales_kv and any(
-            (scales.scale[module] != 1).any() for module in scales.scale if module != "down_proj"
-        ):
+        if self.settings.scales_kv is False and _scales_kv(scales):
             raise SnpatchError(
                 f"adapter {name}: it scales k_proj or v_proj, and this engine was started without; "
                 "start it with scales_kv=True"
@@ -176,6 +188,10 @@ class Client:
             rankings |= {ranking.digest: {"rank": ranking.rank} for ranking in rankings_of(request)}
             constants |= {donor.digest: {"values": values_of(donor)} for donor in constants_of(request)}
         return adapters, rankings, constants
+
+
+def _scales_kv(scales: Scales) -> bool:
+    return any(bool((scales.scale[module] != 1).any()) for module in scales.scale if module != "down_proj")
 
 
 @dataclass(eq=False)
@@ -284,10 +300,10 @@ def _output(request: Request, result, tokenizer) -> Output:
         is_string = isinstance(written.stop_reason, str)
         output.finish_reason = "stop" if is_string else "eos"
         output.stop_reason = written.stop_reason if is_string else None
-    # With stop strings the text is vLLM's, which is cut at the one that it found.
-    output.text = (
-        written.text if request.sampling.stop else tokenizer.decode(output.token_ids, skip_special_tokens=True)
-    )
+    # Not vLLM's own text, which hangs on the prompt's last tokens; the stop string that ended it is its last one.
+    output.text = tokenizer.decode(output.token_ids, skip_special_tokens=True)
+    if output.stop_reason is not None:
+        output.text = output.text[: output.text.rindex(output.stop_reason)]
     if request.sampling.logprobs:
         output.logprobs = [at[token].logprob for at, token in zip(written.logprobs, output.token_ids, strict=True)]
     return output
@@ -302,9 +318,9 @@ def _geometry(config, max_model_len: int | None) -> Geometry:
     return Geometry(config.num_hidden_layers, config.intermediate_size, context, config.vocab_size, widths)
 
 
-def _engine_args(model, config, dtype: str, twin: TwinSettings, context: int, arguments: dict):
-    """vLLM's engine arguments for the twin of the model's architecture."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+def _engine_arguments(model, config, dtype: str, arguments: dict) -> dict:
+    """vLLM's engine arguments for the twin of the model's architecture: the user's and our own, checked."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "ForCausalLM"])[0]
     if config.model_type not in ARCHITECTURES:
         os.environ[plugin.UNTESTED] = architecture
@@ -317,38 +333,41 @@ def _engine_args(model, config, dtype: str, twin: TwinSettings, context: int, ar
         if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & arguments.keys():
             arguments["kv_cache_memory_bytes"] = _spare_memory() // 4
         arguments.setdefault("enforce_eager", True)  # compiled is no faster there (bench_generate) and starts slower
+    arguments.setdefault("use_tqdm_on_load", False)
     own = {
         "model": str(model),
         "tokenizer": str(model),
         "dtype": str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
         "hf_overrides": {"architectures": [plugin.PREFIX + architecture]},
         "worker_extension_cls": "snpatch.executors.vllm.worker.WorkerExtension",
-        "additional_config": twin.as_config(),
-        # vLLM wants room for a token after every prompt; a text that fills the context is read all the same.
-        "max_model_len": context + 1,
         "disable_log_stats": True,
         "generation_config": "vllm",
     }
-    for name in ("hf_overrides", "additional_config"):
-        own[name] |= arguments.pop(name, {})
-    arguments.pop("max_model_len", None)
+    own["hf_overrides"] |= arguments.pop("hf_overrides", {})
     taken = {*own, "enable_lora", "disable_cascade_attn"} & arguments.keys()
     if taken:
         raise SnpatchError(f"backend vllm: {', '.join(sorted(taken))} cannot be set")
     unknown = arguments.keys() - AsyncEngineArgs.__dataclass_fields__.keys()
     if unknown:
         raise SnpatchError(f"backend vllm: neither snpatch nor vLLM has an argument {', '.join(sorted(unknown))}")
-    return AsyncEngineArgs(**own, **arguments)
+    return {**arguments, **own}
 
 
 @contextmanager
-def starting() -> Iterator[None]:
-    """The environment in which vLLM takes `engine_args`."""
+def starting(engine_args) -> Iterator[object]:
+    """vLLM's config of these arguments, checked, and the environment to start an engine of it in."""
+    from vllm.usage.usage_lib import UsageContext
+
     variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", orphans.PARENT: str(os.getpid())}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
-        yield
+        config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
+        refuse(config)
+        yield config
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SnpatchError(f"vLLM does not start: {reason} (its own messages above say more)") from error
     finally:
         for name, value in before.items():
             if value is None:

@@ -22,12 +22,14 @@ FETCH = 512  # finished requests whose receipts are fetched at once
 class VllmExecutor(Client):
     """Loads a causal language model into vLLM as a twin and serves `Executor`. Arguments: see Client."""
 
-    def __init__(self, model, tokenizer, **arguments) -> None:
-        super().__init__(model, tokenizer, **arguments)
+    engine = None  # until it is started, and when it is closed
+
+    def start(self) -> None:
+        """Start vLLM, which takes its time, and check what it made of the model."""
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        with starting():
-            self.engine = LLMEngine.from_engine_args(self.engine_args)
+        with starting(self.engine_args()) as config:
+            self.engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self.stale: list[int] = []  # tickets of aborted requests, whose records are to be dropped
         threading.Thread(target=_tell_of_death, args=(self.engine.engine_core,), daemon=True).start()
         try:

@@ -19,7 +19,7 @@ class TwinSettings:
     max_adapters, max_rankings, max_constants: how many can be in use at once, the base model among the adapters.
     max_groups: statistics of that many contrasts at once. max_captures x max_captured: positions and neurons of
     each position that can be held until they are fetched. max_receipts: requests whose receipts can be.
-    scales_kv: whether adapters may scale k_proj and v_proj.
+    scales_kv: whether adapters may scale k_proj and v_proj; None: if one of those that the engine starts with does.
     """
 
     streams: int = 2
@@ -30,7 +30,7 @@ class TwinSettings:
     max_captures: int = 1024
     max_captured: int = 2048
     max_receipts: int = 16384
-    scales_kv: bool = False
+    scales_kv: bool | None = None
 
     def __post_init__(self) -> None:
         if self.streams not in (1, 2):

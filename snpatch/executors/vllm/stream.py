@@ -10,23 +10,20 @@ from snpatch.executors.vllm.worker import pack
 
 
 class StreamingExecutor(Client):
-    """Loads a causal language model into vLLM as a twin. Make it with `await StreamingExecutor.start(...)`."""
+    """Loads a causal language model into vLLM as a twin. Arguments: see Client. To be started before it is used."""
 
-    @classmethod
-    async def start(cls, model, tokenizer, **arguments) -> "StreamingExecutor":
-        """Arguments: see Client."""
+    async def start(self) -> None:
+        """Start vLLM, which takes its time, and check what it made of the model."""
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self = cls(model, tokenizer, **arguments)
-        with starting():
-            self.engine = AsyncLLM.from_engine_args(self.engine_args)
+        with starting(self.engine_args()) as config:
+            self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         self._registering = asyncio.Lock()
         try:
             self.started(await self.command("snpatch_start", self.name))
         except SnpatchError:
             self.close()
             raise
-        return self
 
     async def stream(self, request: Request) -> AsyncIterator[Output]:
         """The output so far, each time it grew; the last one has its receipt, which was checked.
