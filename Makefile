@@ -6,7 +6,7 @@ READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format asan triton36 bench-op readme gpu-check clean
+.PHONY: demo test lint format asan triton36 bench-op bench-generate readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
@@ -46,6 +46,13 @@ triton36: $(READY)
 bench-op: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q bench/bench_patched_glu.py --benchmark-enable \
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/patched_glu.cpu.json
+
+# Patched generation inside vLLM against native vLLM and hooks (minutes); contrasts; filling the plan.
+bench-generate: $(READY)
+	$(BIN)/python -m pytest -q bench/bench_generate.py bench/bench_plan.py --benchmark-enable \
+	  --benchmark-columns=median,iqr --benchmark-json=bench/results/generate.cpu.json
+	SNPATCH_BENCH_SIZE=tiny $(BIN)/python -m pytest -q bench/bench_generate.py -k contrast --benchmark-enable \
+	  --benchmark-columns=median,iqr --benchmark-json=bench/results/contrast.cpu.json
 
 # What the README shows: the demo's table and plot, and its tables made from the records.
 readme: $(READY)

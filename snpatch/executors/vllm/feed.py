@@ -7,6 +7,7 @@ runs. Records outlive their requests until the user's process fetches them: only
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from snpatch.plan import Column, Entry, fill_plan
 KEY = "snpatch"  # in SamplingParams.extra_args: [ticket, *request row]
 UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
 KINDS = {Entry.RECIPIENT: "adapter", Entry.DONOR: "adapter", Entry.RANKING: "ranking", Entry.ROW: "constant"}
-NOTHING = np.zeros(len(Entry), dtype=np.int32)
+PROGRESS = [Entry.PATCH_START, Entry.PATCH_STOP, Entry.SEEN]
 
 
 @dataclass(eq=False)
@@ -57,6 +58,7 @@ class Feed:
     def __post_init__(self) -> None:
         settings = self.banks.settings
         self._records: dict[str, Record] = {}  # by request id, running or not
+        self._rows: dict[str, int] = {}  # request id -> row of the table, of those that run
         self._tickets: dict[int, list[str]] = {}
         self._ended: dict[str, None] = {}  # request ids that no longer run, in the order of their end
         self._table = np.zeros((256, len(Entry)), dtype=np.int32)
@@ -85,7 +87,7 @@ class Feed:
         self._ended.pop(request_id, None)
         if not self._free_rows:
             self._grow()
-        record.row = self._free_rows.pop()
+        record.row = self._rows[request_id] = self._free_rows.pop()
         self._table[record.row] = record.entries
         self._table[record.row, Entry.SEEN] = record.seen
         self._first[record.row], self._planned[record.row] = record.first, record.planned
@@ -96,7 +98,7 @@ class Feed:
         if record is None or record.row < 0:
             return
         self._read_row(record)
-        self._free_rows.append(record.row)
+        self._free_rows.append(self._rows.pop(request_id))
         record.row = -1
         self._ended[request_id] = None
         if not (record.patches or record.captures):
@@ -136,10 +138,9 @@ class Feed:
 
     def step(self, request_ids: Sequence[str], start: NDArray, count: NDArray) -> None:
         """The plan of a step that runs `count` tokens of each request from position `start` on, in this order."""
-        records, n = self._records, len(request_ids)
-        rows = np.fromiter((r.row if (r := records.get(i)) else -1 for i in request_ids), dtype=np.int64, count=n)
-        if (rows < 0).all() and not self._filled:
+        if not self._rows and not self._filled:
             return
+        rows = np.fromiter(map(self._rows.get, request_ids, repeat(-1)), dtype=np.int64, count=len(request_ids))
         start, count = np.asarray(start, dtype=np.int64), np.asarray(count, dtype=np.int64)
         stop = start + count
         if count.max(initial=1) == 1:
@@ -149,12 +150,13 @@ class Feed:
             position = np.arange(len(request)) + np.repeat(start - (count.cumsum() - count), count)
         known = rows >= 0
         self._write(fill_plan(self._table, request, position), bool(known.any()))
-        rows, start, stop = rows[known], start[known], stop[known]
-        mine = self._table[rows]
-        covered = np.minimum(stop, mine[:, Entry.PATCH_STOP]) - np.maximum(start, mine[:, Entry.PATCH_START])
-        self._planned[rows] += np.maximum(covered, 0)
-        self._first[rows] = np.where(self._first[rows] < 0, start, self._first[rows])
-        self._table[rows, Entry.SEEN] = np.maximum(mine[:, Entry.SEEN], stop)
+        if not known.all():
+            rows, start, stop = rows[known], start[known], stop[known]
+        patch_start, patch_stop, seen = self._table[rows[:, None], PROGRESS].T
+        self._planned[rows] += np.maximum(np.minimum(stop, patch_stop) - np.maximum(start, patch_start), 0)
+        first = self._first[rows]
+        self._first[rows] = np.where(first < 0, start, first)
+        self._table[rows, Entry.SEEN] = np.maximum(seen, stop)
 
     def clear(self) -> None:
         """A step without requests: nothing of the last one may be left in the plan."""

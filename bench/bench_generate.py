@@ -1,0 +1,196 @@
+"""Patched generation and contrasts inside vLLM against native vLLM and against hooks: `make bench-generate`.
+
+SNPATCH_BENCH_SIZE: tiny, 160m (default on a CPU), 1b, 7b (default on a GPU; random weights made by vLLM). Two engines
+live side by side and take turns, so that a drift of the machine meets both; a ratio is the median of the ratios of
+neighbouring runs. Prompts are new in every run: nothing is read from the prefix cache.
+
+rows: a patched token is two rows, the recipient's and the donor's. "native 2B" runs as many rows as "twin B".
+"""
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import geometry
+import pytest
+import torch
+from hooked import Hooked
+
+from snpatch import Engine, Patch, Ranking, Sampling
+from snpatch.executors.request import Request
+
+GPU = torch.cuda.is_available()
+SIZE = os.environ.get("SNPATCH_BENCH_SIZE", "7b" if GPU else "160m")
+LAYERS, NEURONS = geometry.SIZES[SIZE]["num_hidden_layers"], geometry.SIZES[SIZE]["intermediate_size"]
+BATCHES = [1, 4, 16, 64, 256] if GPU else [1, 4, 16, 32]
+PROMPT, NEW = 32, 128 if GPU else 48
+ROUNDS = int(os.environ.get("SNPATCH_BENCH_ROUNDS", 11))
+K = LAYERS * NEURONS // 20
+ORDER = torch.randperm(LAYERS * NEURONS, generator=torch.Generator().manual_seed(0))
+RANKING = Ranking.from_order(torch.stack([ORDER // NEURONS, ORDER % NEURONS], dim=1), (LAYERS, NEURONS))
+PATCH = Patch("sft", "dpo", RANKING, K)
+COMMON = {"kv_cache_memory_bytes": (16 << 30) if GPU else (2 << 30), "max_num_seqs": 512, "enforce_eager": not GPU}
+COMMON |= {"max_num_batched_tokens": 8192} if GPU else {"max_num_batched_tokens": 4096}
+_draw = torch.Generator().manual_seed(1)
+
+
+def prompts(n: int, length: int = PROMPT) -> list[list[int]]:
+    return torch.randint(3, geometry.SIZES[SIZE]["vocab_size"], (n, length), generator=_draw).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    home = tmp_path_factory.mktemp("model")
+    geometry.make(SIZE, home, weights=SIZE != "7b")
+    return home
+
+
+@pytest.fixture(scope="module")
+def twin(folder):
+    adapters = {"sft": folder / "sft", "dpo": [folder / "sft", folder / "dpo"]}
+    loading = {"load_format": "dummy"} if SIZE == "7b" else {}
+    with Engine(folder / "model", adapters, backend="vllm", max_model_len=512, **loading, **COMMON) as engine:
+        agree(engine, folder, adapters)
+        yield engine
+
+
+def agree(engine, folder, adapters) -> None:
+    """Patched log-probabilities are those of the transformers executor (where the weights are on disk), and a model
+    patched with all of another's neurons speaks as the other."""
+    texts, every = prompts(4), Patch("sft", "dpo", RANKING, len(RANKING))
+    ours = engine.logprobs(texts, every)
+    for one, other in zip(ours, engine.logprobs(texts, "dpo"), strict=True):
+        assert (one - other).abs().max() < 0.1
+    if SIZE != "7b":
+        with Engine(folder / "model", adapters, backend="transformers") as reference:
+            for one, other in zip(engine.logprobs(texts, PATCH), reference.logprobs(texts, PATCH), strict=True):
+                assert (one - other).abs().mean() < 0.05
+
+
+@pytest.fixture(scope="module")
+def native(folder, twin):
+    from vllm import LLM
+
+    loading = {"load_format": "dummy"} if SIZE == "7b" else {}
+    return LLM(str(folder / "model"), dtype="bfloat16", max_model_len=513, disable_log_stats=True, **loading, **COMMON)
+
+
+def run_twin(twin, batch: int, patch=PATCH, lengths: int | list[int] = NEW) -> None:
+    lengths = [lengths] * batch if isinstance(lengths, int) else lengths
+    samplings = [Sampling(max_tokens=n, ignore_eos=True) for n in lengths]
+    done = twin.generate(prompts(batch), patch, samplings)
+    assert [len(c.token_ids) for c in done] == lengths
+
+
+def run_native(native, batch: int) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    done = native.generate([{"prompt_token_ids": ids} for ids in prompts(batch)], params, use_tqdm=False)
+    assert all(len(r.outputs[0].token_ids) == NEW for r in done)
+
+
+def paired(benchmark, name: str, run, others: dict, rounds: int = ROUNDS, **info) -> None:
+    """Time `run`, and before each of its rounds each of `others`; ratios are others' seconds to its own."""
+    seconds: dict[str, list[float]] = {other: [] for other in others}
+    own: list[float] = []
+
+    def take_turns():
+        for other, call in others.items():
+            start = time.perf_counter()
+            call()
+            seconds[other].append(time.perf_counter() - start)
+
+    def timed():
+        start = time.perf_counter()
+        run()
+        own.append(time.perf_counter() - start)
+
+    benchmark.pedantic(timed, setup=take_turns, rounds=rounds, iterations=1, warmup_rounds=1)
+    for other, times in seconds.items():
+        ratios = [t / o for t, o in zip(times[1:], own[1:], strict=True)]  # without the warm-up
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        benchmark.extra_info[other] = {"median_s": statistics.median(times[1:]), "ratio": middle, "q1": low, "q3": high}
+    benchmark.extra_info.update(side=name, size=SIZE, prompt=PROMPT, new=NEW, device="cuda" if GPU else "cpu", **info)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_twin_against_native(benchmark, twin, native, batch):
+    others = {"native 2B": lambda: run_native(native, 2 * batch), "native B": lambda: run_native(native, batch)}
+    paired(benchmark, "twin", lambda: run_twin(twin, batch), others, batch=batch)
+
+
+@pytest.mark.parametrize("batch", BATCHES[-2:])
+def test_plain_requests_on_a_twin_engine(benchmark, twin, native, batch):
+    others = {"native 2B": lambda: run_native(native, 2 * batch)}
+    paired(benchmark, "plain on twin", lambda: run_twin(twin, batch, "base"), others, batch=batch)
+
+
+def test_windows(benchmark, twin):
+    """32 different windows of one batch against one window for all."""
+    patches = [Patch("sft", "dpo", RANKING, (i, i + K)) for i in range(32)]
+    others = {"one window": lambda: run_twin(twin, 32)}
+    paired(benchmark, "32 windows", lambda: run_twin(twin, 32, patches), others, batch=32)
+
+
+def test_statistics(benchmark, twin):
+    """Every position of a batch observed against none."""
+
+    def run(observe):
+        sampling = Sampling(max_tokens=NEW, ignore_eos=True)
+        requests = [Request(ids, "sft", "dpo", sampling=sampling, observe=observe) for ids in prompts(32)]
+        _, statistics = twin._executor.execute(requests, groups=1 if observe else 0)
+        assert all((s.count == 32 * (PROMPT + NEW - 1)).all() for s in statistics)
+
+    others = {"without": lambda: run(None)}
+    paired(benchmark, "statistics", lambda: run((0, 0, 10**6)), others, batch=32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "lengths"), [(4, "static"), (32, "ragged"), (32, "static")], ids=["B4", "B32-ragged", "B32-static"]
+)
+def test_against_hooks(benchmark, twin, folder, batch, lengths):
+    """Two transformers models with hooks: same weights, neurons, prompts' length and threads."""
+    if SIZE == "7b":
+        pytest.skip("7b has no weights on disk: use SNPATCH_BENCH_SIZE=1b, or hooks of 7b need them")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    adapters = [folder / "sft"], [folder / "sft", folder / "dpo"]
+    hooked = Hooked(folder / "model", *adapters, RANKING.top(K), "cuda" if GPU else "cpu")
+    new = [NEW] * batch if lengths == "static" else [8 + 120 * i // (batch - 1) for i in range(batch)]
+    others = {"hooks": lambda: hooked.generate(prompts(batch), new)}
+    paired(benchmark, "twin", lambda: run_twin(twin, batch, PATCH, new), others, max(3, ROUNDS // 2), batch=batch,
+           lengths=lengths)  # fmt: skip
+
+
+def resident_bytes(process: int) -> int:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def processes(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [parent, *(p for child in children for p in processes(int(child)))]
+
+
+@pytest.mark.parametrize("positions", [10**3, 10**4, 10**5, 10**6])
+def test_contrast(benchmark, twin, positions):
+    """Positions a second of reading given texts with both models, and what that adds to all processes' memory."""
+    if SIZE not in ("tiny", "7b") and positions > 10**5:
+        positions = 10**5  # minutes are enough; the tiny size goes to 10^6
+    length = 250
+    texts = prompts(positions // length, length)
+    requests = [Request(ids, "sft", "dpo", observe=(0, 0, length)) for ids in texts]
+    mine = processes(os.getpid())
+    before = sum(map(resident_bytes, mine))
+
+    def run():
+        _, (found,) = twin._executor.execute(requests, groups=1)
+        assert (found.count == len(texts) * length).all()
+
+    benchmark.pedantic(run, rounds=1 if positions > 10**4 else 3, iterations=1)
+    grown = sum(map(resident_bytes, mine)) - before
+    benchmark.extra_info.update(
+        side="contrast", size=SIZE, positions=len(texts) * length, device="cuda" if GPU else "cpu",
+        positions_per_s=len(texts) * length / benchmark.stats.stats.median, grown_bytes=grown,
+        stored_bytes=2 * 4 * LAYERS * NEURONS * len(texts) * length,
+    )  # fmt: skip

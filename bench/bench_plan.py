@@ -1,0 +1,26 @@
+"""Filling the plan of a step: `make bench-generate` runs it, too. Decode steps, and a step of prompts in chunks."""
+
+import numpy as np
+import pytest
+import torch
+
+from snpatch.executors.vllm.banks import Banks
+from snpatch.executors.vllm.feed import Feed
+from snpatch.executors.vllm.settings import TwinSettings
+from snpatch.plan import NEVER, Entry
+
+
+@pytest.mark.parametrize(("requests", "tokens"), [(32, 1), (256, 1), (256, 16)])
+def test_fill(benchmark, requests, tokens):
+    feed = Feed(Banks(TwinSettings(), 1, 0, 8, None, 8192, torch.device("cpu")))
+    ids = [f"snpatch-{i}-0123abcd" for i in range(requests)]
+    for number, request_id in enumerate(ids):
+        row = [0] * len(Entry)
+        row[Entry.GROUP] = -1
+        row[Entry.LO], row[Entry.HI], row[Entry.PATCH_STOP] = number, number + 1000, NEVER
+        feed.add(request_id, {"snpatch": [number, *row]})
+    start, count = np.full(requests, 7), np.full(requests, tokens)
+    feed.step(ids, start, count)
+    assert feed.banks.plan[requests * tokens - 1, 4].item() == requests - 1 + 1000
+    benchmark.pedantic(feed.step, args=(ids, start, count), rounds=500, iterations=5, warmup_rounds=20)
+    benchmark.extra_info.update(side="plan", requests=requests, tokens=requests * tokens)

@@ -1,0 +1,58 @@
+"""Dynamic patching as it is done today, and done well: two transformers models, hooks on down_proj, a static batch.
+
+Both models keep a KV cache; the donor runs first and its hook keeps the activations of the step, the recipient's hook
+overwrites the chosen neurons. Indices are made once, nothing is copied to the host but the chosen tokens.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, DynamicCache
+
+
+class Hooked:
+    """neurons: [n, 2] of (layer, neuron) to copy from the donor into the recipient."""
+
+    def __init__(
+        self, folder: Path, recipient: list[Path], donor: list[Path], neurons: torch.Tensor, device: str
+    ) -> None:
+        self.models = [
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval() for _ in range(2)
+        ]
+        self.device, self.kept = device, {}
+        for role, (model, adapters) in enumerate(zip(self.models, (donor, recipient), strict=True)):
+            for index, layer in enumerate(model.model.layers):
+                key = f"base_model.model.model.layers.{index}.mlp.down_proj.ia3_l"
+                scale = torch.ones(model.config.intermediate_size)
+                for adapter in adapters:
+                    scale = scale * load_file(adapter / "adapter_model.safetensors")[key][0]
+                mine = neurons[neurons[:, 0] == index, 1].to(device)
+                hook = self._hook(role, index, scale.to(device, torch.bfloat16), mine)
+                layer.mlp.down_proj.register_forward_pre_hook(hook)
+
+    def _hook(self, role: int, layer: int, scale: torch.Tensor, mine: torch.Tensor):
+        def keep(_module, inputs):
+            value = inputs[0] * scale
+            self.kept[layer] = value[..., mine]
+            return (value,)
+
+        def overwrite(_module, inputs):
+            value = inputs[0] * scale
+            value[..., mine] = self.kept[layer]
+            return (value,)
+
+        return overwrite if role else keep
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        """Greedy texts of the given lengths; the batch runs until its longest is done. Prompts have one length."""
+        ids = torch.tensor(prompts, device=self.device)
+        caches, written = [DynamicCache(), DynamicCache()], []
+        for _ in range(max(lengths)):
+            for model, cache in zip(self.models, caches, strict=True):
+                logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            ids = logits[:, -1].argmax(-1, keepdim=True)
+            written.append(ids)
+        texts = torch.cat(written, dim=1).tolist()
+        return [text[:n] for text, n in zip(texts, lengths, strict=True)]
