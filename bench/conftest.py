@@ -5,6 +5,8 @@ from importlib.metadata import version
 
 import torch
 
+from snpatch.executors.vllm import versions
+
 KEPT = ("median", "iqr", "q1", "q3", "min", "rounds")
 
 
@@ -18,7 +20,8 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         "device": device if isinstance(device, str) else device.get("brand_raw", platform.processor()),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: version(name) for name in ("torch", "triton", "pytest-benchmark")},
+        "versions": {name: version(name) for name in ("torch", "triton", "transformers", "pytest-benchmark")},
     }
+    output_json["machine_info"]["versions"]["vllm"] = versions.installed()
     commit = output_json["commit_info"]
     output_json["commit_info"] = {"id": commit.get("id"), "dirty": commit.get("dirty"), "time": commit.get("time")}

@@ -47,7 +47,55 @@ def demo_table(folder: Path = RESULTS / "demo") -> str:
     return "\n".join(lines)
 
 
-TABLES = {"op": op_table, "demo": demo_table}
+def generate_table(record: Path = RESULTS / "generate.cpu.json") -> str:
+    """Ratios of bench_generate.py: how many times the rows or tokens a second of each other side."""
+    data = json.loads(record.read_text())
+    runs = {run["name"]: run for run in data["benchmarks"]}
+    size = next(run["extra_info"]["size"] for run in runs.values() if "size" in run["extra_info"])
+
+    def ratio(name: str, other: str) -> str:
+        found = runs[name]["extra_info"][other]
+        return f"{found['ratio']:.2f}x ({found['q1']:.2f} .. {found['q3']:.2f})"
+
+    batches = [run["extra_info"]["batch"] for name, run in runs.items() if name.startswith("test_twin_against")]
+    lines = ["| patched, 5 % of the neurons | patched tokens/s | of native vLLM on as many rows | of native vLLM on as many requests |",
+             "|---|---|---|---|"]  # fmt: skip
+    for batch in batches:
+        run = runs[f"test_twin_against_native[{batch}]"]
+        speed = batch * run["extra_info"]["new"] / run["stats"]["median"]
+        cells = [ratio(run["name"], other) for other in ("native 2B", "native B")]
+        lines.append(f"| batch of {batch} | {speed:.0f} | {cells[0]} | {cells[1]} |")
+    lines += ["", "| | ratio of speeds (quartiles) |", "|---|---|"]
+    more = {
+        "two transformers models with hooks, batch of 4": ("test_against_hooks[B4]", "hooks"),
+        "the same, batch of 32, texts of 8 to 128 tokens": ("test_against_hooks[B32-ragged]", "hooks"),
+        "the same, batch of 32, texts of one length": ("test_against_hooks[B32-static]", "hooks"),
+        "32 different windows in a batch, against one": ("test_windows", "one window"),
+        "statistics of every position, against none": ("test_statistics", "without"),
+    }
+    for label, (name, other) in more.items():
+        lines.append(f"| {label} | {ratio(name, other)} |")
+    for batch in batches[-2:]:
+        label = f"plain requests on a twin engine, batch of {batch}, against native vLLM on as many rows"
+        lines.append(f"| {label} | {ratio(f'test_plain_requests_on_a_twin_engine[{batch}]', 'native 2B')} |")
+    machine = data["machine_info"]
+    lines.append(f"\n{size} geometry, bfloat16, {machine['device']}, {machine['threads']} threads; "
+                 f"vLLM {machine['versions']['vllm']}, torch {machine['versions']['torch']}; medians.")  # fmt: skip
+    return "\n".join(lines)
+
+
+def contrast_table(record: Path = RESULTS / "contrast.cpu.json") -> str:
+    """Memory of a contrast against the number of positions."""
+    data = json.loads(record.read_text())
+    lines = ["| positions | positions/s | memory grew by | activations kept would take |", "|---|---|---|---|"]
+    for run in data["benchmarks"]:
+        info = run["extra_info"]
+        grown, stored = info["grown_bytes"] / 2**20, info["stored_bytes"] / 2**20
+        lines.append(f"| {info['positions']} | {info['positions_per_s']:.0f} | {grown:.0f} MiB | {stored:.0f} MiB |")
+    return "\n".join(lines)
+
+
+TABLES = {"generate": generate_table, "contrast": contrast_table, "op": op_table, "demo": demo_table}
 
 
 def filled(text: str) -> str:
