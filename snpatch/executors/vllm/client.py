@@ -23,7 +23,7 @@ from snpatch.executors.vllm import feed, orphans, plugin, versions
 from snpatch.executors.vllm.registry import Bank, Write
 from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.executors.vllm.worker import unpack
-from snpatch.plan import Entry
+from snpatch.plan import UNLESS_END, Entry
 from snpatch.reference import SUMS
 
 
@@ -59,7 +59,7 @@ class Client:
         self.eos_ids = eos_ids(model, config, tokenizer)
         self.geometry = _geometry(config, arguments.get("max_model_len"))
         twin = {f: arguments.pop(f) for f in TwinSettings.__dataclass_fields__ if f in arguments}
-        self.settings = TwinSettings(**twin)
+        self.settings = TwinSettings(**{"ends": tuple(sorted(self.eos_ids)), **twin})
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {config.model_type} model has no k_proj and v_proj of their own")
         self._arguments = _engine_arguments(model, config, dtype, arguments)
@@ -122,7 +122,7 @@ class Client:
         adapters, rankings, constants = held.ids
         row = request_row(request, {"base": 0, **adapters}, rankings, constants)
         if request.observe:
-            row[Entry.GROUP] = groups[request.observe[0]]
+            row[Entry.GROUP] = groups[request.observe[0]] + (0 if request.observe_ends else UNLESS_END)
         is_plain = salt is None and not request.observe and not request.capture
         return Sent(
             f"snpatch-{ticket}",
@@ -258,7 +258,11 @@ def _sampling_params(request: Request, ends: frozenset[int], extra_args: dict | 
         "output_kind": RequestOutputKind.CUMULATIVE if streaming else RequestOutputKind.FINAL_ONLY,
         "prompt_logprobs": 0 if request.prompt_logprobs else None,
         # Positions that come from the cache are not run, so nothing of them could be observed.
-        "skip_reading_prefix_cache": bool(request.observe or request.capture or request.prompt_logprobs),
+        "skip_reading_prefix_cache": bool(
+            (request.observe and request.observe[1] < len(request.prompt_ids))
+            or request.capture
+            or request.prompt_logprobs
+        ),
     }
     s = request.sampling
     if s is None:
