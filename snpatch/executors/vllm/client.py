@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from itertools import count
 from pathlib import Path
 
@@ -331,6 +332,8 @@ def _engine_arguments(model, config, dtype: str, arguments: dict) -> dict:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
+    if not any(point.name == feed.KEY for point in entry_points(group="vllm.general_plugins")):
+        raise SnpatchError("vLLM would not find snpatch's plugin: install the package (pip install -e .)")
     plugin.register()
     if current_platform.is_cpu():
         _use_all_cores(arguments.get("tensor_parallel_size", 1))
