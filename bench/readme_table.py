@@ -59,7 +59,7 @@ def generate_table(record: Path = RESULTS / "generate.cpu.json") -> str:
 
     batches = [run["extra_info"]["batch"] for name, run in runs.items() if name.startswith("test_twin_against")]
     lines = [
-        "| patched, 5 % of the neurons | patched tokens/s | against native vLLM on as many rows | on as many requests |",
+        "| patched, 5 % of the neurons | tokens/s | against native vLLM on as many rows | on as many requests |",
         "|---|---|---|---|",
     ]
     for batch in batches:

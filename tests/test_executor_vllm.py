@@ -574,6 +574,8 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
         ({"nonsense": 1}, "neither snpatch nor vLLM has an argument nonsense"),
         ({"enable_lora": True}, "enable_lora cannot be set"),
         ({"pipeline_parallel_size": 2}, "cannot be combined with pipeline parallel"),
+        ({"max_model_len": 129}, r"max_model_len must lie in 1\.\.128, got 129"),
+        ({"dtype": "float99"}, "dtype must be one of auto, float32"),
         ({"streams": 3}, "streams must be 1 or 2, got 3"),
         ({"max_rankings": 0}, "max_rankings must be at least 1, got 0"),
         ({"scales_kv": False}, "this engine was started without; start it with scales_kv=True"),

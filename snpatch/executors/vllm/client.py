@@ -27,6 +27,9 @@ from snpatch.executors.vllm.worker import unpack
 from snpatch.plan import UNLESS_END, Entry
 from snpatch.reference import SUMS
 
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what the user did
+
 
 @dataclass(frozen=True, eq=False)
 class Sent:
@@ -320,6 +323,8 @@ def _geometry(config, max_model_len: int | None) -> Geometry:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         widths |= dict.fromkeys(("k_proj", "v_proj"), config.num_key_value_heads * head)
     context = config.max_position_embeddings if max_model_len is None else max_model_len
+    if not 1 <= context <= config.max_position_embeddings:
+        raise SnpatchError(f"max_model_len must lie in 1..{config.max_position_embeddings}, got {context}")
     return Geometry(config.num_hidden_layers, config.intermediate_size, context, config.vocab_size, widths)
 
 
@@ -388,7 +393,8 @@ def _use_all_cores(workers: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // workers)
     parts = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(workers)]
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, part)) for part in parts))
+    if os.environ.get(BIND) in (None, os.environ.get(BOUND)):
+        os.environ[BIND] = os.environ[BOUND] = "|".join(",".join(map(str, part)) for part in parts)
 
 
 def _spare_memory() -> int:
