@@ -97,7 +97,7 @@ def test_a_bank_gives_the_longest_unused_row_away_and_never_a_used_one():
     bank = registry.Bank("ranking", 0, 2, "max_rankings")
     ids, writes = bank.take({"a": {}, "b": {}})
     assert [writes[key][2] for key in "ab"] == [0, 1]
-    with pytest.raises(SnpatchError, match="more than 2 rankings are in use at once: .* larger max_rankings"):
+    with pytest.raises(SnpatchError, match=r"more than 2 rankings are in use at once: .* larger max_rankings"):
         bank.take({"c": {}})
     bank.give_back("ab")
     assert bank.take({"a": {}}) == ({"a": ids["a"]}, {})
