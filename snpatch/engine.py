@@ -1,7 +1,7 @@
 """Engine: load, contrast, generate, capture; the one facade over the executors.
 
-Why the contrast reads its completions once more instead of counting while they are written: only then is it known
-which position held an EOS, and a prefill of both streams costs less than writing the text did.
+Why a contrast counts the positions that hold its completions' tokens while they are written, but reads the finished
+texts once more for those that emit them: which of these emitted an EOS is known only afterwards.
 """
 
 import hashlib
@@ -179,22 +179,14 @@ class Engine:
         if sampling.ignore_eos:
             raise SnpatchError("contrast: EOS never counts, so sampling cannot ignore it")
         ids = self.encode(prompts)
-        written: Sequence[list[int]] = [[] for _ in ids]
-        if at.startswith("emit"):
-            written = self._completions(ids, generator, completions, sampling, progress)
-        requests = []
-        for prompt, completion in zip(ids, written, strict=True):
-            start, stop = _observed(at, len(prompt), len(completion))
-            text = [*prompt, *completion]
-            self._check_room(text[: stop + 1], room=0)
-            if stop > start:
-                requests.append(
-                    Request(text[:stop], self._known(generator), self._known(against), observe=(0, start, stop))
-                )
-        expected = sum(r.observe[2] - r.observe[1] for r in requests)
-        if not expected:
-            raise SnpatchError("contrast: there is no position to observe: every completion is empty")
-        _, (statistics,) = self._executor.execute(requests, groups=1, progress=progress)
+        pair = self._known(generator), self._known(against)
+        if at == "emitted" and completions is None and not sampling.stop:
+            statistics, expected = self._observe_writing(ids, pair, sampling, progress)
+        else:
+            written: Sequence[list[int]] = [[] for _ in ids]
+            if at.startswith("emit"):
+                written = self._completions(ids, generator, completions, sampling, progress)
+            statistics, expected = self._observe_reading(ids, written, pair, at, progress)
         if (statistics.count != expected).any():
             raise ReceiptError(
                 f"contrast: {expected} tokens should have counted in each layer, got {statistics.count.tolist()}"
@@ -253,6 +245,39 @@ class Engine:
         ]
         outputs, _ = self._executor.execute(requests, progress=progress)
         return [output.prompt_logprobs for output in outputs]
+
+    def _observe_writing(self, ids, pair, sampling, progress) -> tuple[Statistics, int]:
+        """Statistics over the positions that hold the first model's completions, gathered while it writes them.
+
+        The position of the last token is run for one more token, which is dropped, unless an EOS ended the text.
+        """
+        fitted = [self._fitted(prompt, sampling) for prompt in ids]
+        requests = [
+            Request(
+                prompt,
+                *pair,
+                observe=(0, len(prompt), len(prompt) + s.max_tokens),
+                observe_ends=False,
+                sampling=replace(s, max_tokens=s.max_tokens + 1),
+            )
+            for prompt, s in zip(ids, fitted, strict=True)
+        ]
+        outputs, (statistics,) = self._executor.execute(requests, groups=1, progress=progress)
+        kept = [len(o.token_ids) - (o.finish_reason == "eos") for o in outputs]
+        return statistics, _some(sum(min(n, s.max_tokens) for n, s in zip(kept, fitted, strict=True)))
+
+    def _observe_reading(self, ids, written, pair, at, progress) -> tuple[Statistics, int]:
+        """Statistics over the positions that `at` names of finished texts."""
+        requests = []
+        for prompt, completion in zip(ids, written, strict=True):
+            start, stop = _observed(at, len(prompt), len(completion))
+            text = [*prompt, *completion]
+            self._check_room(text[:stop], room=0)
+            if stop > start:
+                requests.append(Request(text[:stop], *pair, observe=(0, start, stop)))
+        expected = _some(sum(r.observe[2] - r.observe[1] for r in requests))
+        _, (statistics,) = self._executor.execute(requests, groups=1, progress=progress)
+        return statistics, expected
 
     def _request(self, prompt: list[int], patch: Patch | str, **asked) -> Request:
         if isinstance(patch, str):
@@ -380,6 +405,12 @@ def _one_each(given, n: int, name: str, kinds: tuple[type, ...]) -> list:
         if not isinstance(one, kinds):
             raise SnpatchError(f"{name}: wanted {' or '.join(k.__name__ for k in kinds)}, got {one!r}")
     return each
+
+
+def _some(positions: int) -> int:
+    if not positions:
+        raise SnpatchError("contrast: there is no position to observe: every completion is empty")
+    return positions
 
 
 def _observed(at: str, prompt: int, completion: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NEVER = 2**31 - 1  # a rank that no window reaches; also "without end" for a position
+UNLESS_END = 2**24  # added to a statistics group: the position counts unless its token ends a text
 
 
 class Column(IntEnum):
@@ -25,7 +26,7 @@ class Column(IntEnum):
     ROW = 6  # row of `constant`: the value, or the standard deviation of the noise
     SEED = 7  # key of the noise
     POSITION = 8  # token's position in its sequence, 0 is the first; counter of the noise
-    GROUP = 9  # statistics group, -1 for none
+    GROUP = 9  # statistics group, -1 for none (on its way to the device perhaps UNLESS_END + group)
     CAPTURE = 10  # row of `capture`, -1 for none
     RECEIPT = 11  # entry of `receipt`, -1 for none
 

@@ -330,6 +330,25 @@ def test_padded_rows_may_hold_anything(engine):
     assert (banks.plan[:, 9:] == -1).all()
 
 
+def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
+    """With asynchronous scheduling a step is planned before it is known that its token ends the text."""
+    from snpatch.plan import UNLESS_END, Column, Entry
+
+    twin = twin_of(engine)
+    for ticket, group in ((1, 2), (2, UNLESS_END + 2)):
+        row = [0] * len(Entry)
+        row[Entry.GROUP], row[Entry.OBSERVE_START], row[Entry.OBSERVE_STOP] = group, 1, 9
+        twin.feed.add(f"ahead {ticket}", {"snpatch": [10**6 + ticket, *row]})
+    twin.feed.step(["ahead 1", "ahead 2"], [0, 0], [4, 4])
+    ids = torch.tensor([9, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS], dtype=torch.int32)
+    with torch.inference_mode():
+        assert torch.equal(twin.glus[0].take_tokens(ids), ids)
+    assert twin.banks.plan[:9, Column.GROUP].tolist() == [-1, 2, 2, 2, -1, 2, -1, 2, -1]
+    twin.feed.remove("ahead 1")
+    twin.feed.remove("ahead 2")
+    twin.feed.clear()
+
+
 def test_banks_give_rows_away_when_no_request_uses_them(llama, start):
     """More rankings, adapters and constants than rows, one after the other and then at once."""
     engine = start("llama", max_rankings=2, max_adapters=3, max_constants=1, max_receipts=4, max_num_seqs=4)
@@ -555,6 +574,8 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
         ({"nonsense": 1}, "neither snpatch nor vLLM has an argument nonsense"),
         ({"enable_lora": True}, "enable_lora cannot be set"),
         ({"pipeline_parallel_size": 2}, "cannot be combined with pipeline parallel"),
+        ({"max_model_len": 129}, r"max_model_len must lie in 1\.\.128, got 129"),
+        ({"dtype": "float99"}, "dtype must be one of auto, float32"),
         ({"streams": 3}, "streams must be 1 or 2, got 3"),
         ({"max_rankings": 0}, "max_rankings must be at least 1, got 0"),
         ({"scales_kv": False}, "this engine was started without; start it with scales_kv=True"),

@@ -29,11 +29,10 @@ def start(made, **options) -> Engine:
 
 
 @pytest.mark.parametrize("options", [{"enforce_eager": False}, {"tensor_parallel_size": 2}], ids=["compiled", "tp2"])
-def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo, options, monkeypatch):
+def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo, options):
     """In processes of their own: compiled, and with the neurons split over two workers."""
     if "tensor_parallel_size" in options and len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
-    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     made = zoo("llama")
     with start(made, **options) as engine:
         jobs = [*JOBS, *KV_JOBS]

@@ -22,6 +22,7 @@ class Request:
     recipient: the model that speaks. donor: what the second stream runs or what overwrites; None: neither.
     window over ranking: neurons to overwrite at positions [patch_range); None: none.
     observe: statistics group and range of positions [start, stop) that go into it; needs a donor stream.
+    observe_ends False: not those that hold a token that ends a text (which an executor may have run ahead into).
     capture: (ranking, k, range of positions): the activations of its first k neurons are returned.
     sampling: None writes nothing (the prompt alone is run). prompt_logprobs: of each prompt token but the first.
     """
@@ -33,6 +34,7 @@ class Request:
     window: Window | None = None
     patch_range: tuple[int, int] = (0, 0)
     observe: tuple[int, int, int] | None = None
+    observe_ends: bool = True
     capture: tuple[Ranking, int, int, int] | None = None
     sampling: Sampling | None = None
     prompt_logprobs: bool = False

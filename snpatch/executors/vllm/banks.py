@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snpatch.executors.twin import LayerBank
 from snpatch.executors.vllm.settings import TwinSettings
-from snpatch.plan import NEVER, Column
+from snpatch.plan import NEVER, UNLESS_END, Column
 from snpatch.reference import SUMS
 
 
@@ -48,6 +48,16 @@ class Banks:
         self.receipt = torch.zeros(settings.max_receipts, **i64)
         self.plan = torch.zeros(max_tokens, len(Column), **i32)
         self.plan[:, Column.GROUP :] = -1
+        self._ends = torch.tensor(settings.ends, dtype=torch.int64, device=device)
+
+    def settle_groups(self, ids: Tensor) -> None:
+        """Take out of their groups the step's tokens [T] that end a text, where UNLESS_END says so.
+
+        On the device, because with asynchronous scheduling a step is planned before its tokens are known.
+        """
+        group = self.plan[: len(ids), Column.GROUP]
+        counts = torch.where((ids[:, None] == self._ends).any(1), -1, group - UNLESS_END)
+        group.copy_(torch.where(group >= UNLESS_END, counts, group))
 
     def write_adapter(self, row: int, scales: dict[str, Tensor]) -> None:
         """scales: module -> [L, width] float32 of the whole model."""

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from itertools import count
 from pathlib import Path
 
@@ -23,8 +24,11 @@ from snpatch.executors.vllm import feed, orphans, plugin, versions
 from snpatch.executors.vllm.registry import Bank, Write
 from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.executors.vllm.worker import unpack
-from snpatch.plan import Entry
+from snpatch.plan import UNLESS_END, Entry
 from snpatch.reference import SUMS
+
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what the user did
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +63,7 @@ class Client:
         self.eos_ids = eos_ids(model, config, tokenizer)
         self.geometry = _geometry(config, arguments.get("max_model_len"))
         twin = {f: arguments.pop(f) for f in TwinSettings.__dataclass_fields__ if f in arguments}
-        self.settings = TwinSettings(**twin)
+        self.settings = TwinSettings(**{"ends": tuple(sorted(self.eos_ids)), **twin})
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {config.model_type} model has no k_proj and v_proj of their own")
         self._arguments = _engine_arguments(model, config, dtype, arguments)
@@ -122,7 +126,7 @@ class Client:
         adapters, rankings, constants = held.ids
         row = request_row(request, {"base": 0, **adapters}, rankings, constants)
         if request.observe:
-            row[Entry.GROUP] = groups[request.observe[0]]
+            row[Entry.GROUP] = groups[request.observe[0]] + (0 if request.observe_ends else UNLESS_END)
         is_plain = salt is None and not request.observe and not request.capture
         return Sent(
             f"snpatch-{ticket}",
@@ -258,7 +262,11 @@ def _sampling_params(request: Request, ends: frozenset[int], extra_args: dict | 
         "output_kind": RequestOutputKind.CUMULATIVE if streaming else RequestOutputKind.FINAL_ONLY,
         "prompt_logprobs": 0 if request.prompt_logprobs else None,
         # Positions that come from the cache are not run, so nothing of them could be observed.
-        "skip_reading_prefix_cache": bool(request.observe or request.capture or request.prompt_logprobs),
+        "skip_reading_prefix_cache": bool(
+            (request.observe and request.observe[1] < len(request.prompt_ids))
+            or request.capture
+            or request.prompt_logprobs
+        ),
     }
     s = request.sampling
     if s is None:
@@ -315,6 +323,8 @@ def _geometry(config, max_model_len: int | None) -> Geometry:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         widths |= dict.fromkeys(("k_proj", "v_proj"), config.num_key_value_heads * head)
     context = config.max_position_embeddings if max_model_len is None else max_model_len
+    if not 1 <= context <= config.max_position_embeddings:
+        raise SnpatchError(f"max_model_len must lie in 1..{config.max_position_embeddings}, got {context}")
     return Geometry(config.num_hidden_layers, config.intermediate_size, context, config.vocab_size, widths)
 
 
@@ -327,6 +337,8 @@ def _engine_arguments(model, config, dtype: str, arguments: dict) -> dict:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
+    if not any(point.name == feed.KEY for point in entry_points(group="vllm.general_plugins")):
+        raise SnpatchError("vLLM would not find snpatch's plugin: install the package (pip install -e .)")
     plugin.register()
     if current_platform.is_cpu():
         _use_all_cores(arguments.get("tensor_parallel_size", 1))
@@ -381,7 +393,8 @@ def _use_all_cores(workers: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // workers)
     parts = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(workers)]
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, part)) for part in parts))
+    if os.environ.get(BIND) in (None, os.environ.get(BOUND)):
+        os.environ[BIND] = os.environ[BOUND] = "|".join(",".join(map(str, part)) for part in parts)
 
 
 def _spare_memory() -> int:

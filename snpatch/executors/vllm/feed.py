@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.banks import Banks
-from snpatch.plan import Column, Entry, fill_plan
+from snpatch.plan import UNLESS_END, Column, Entry, fill_plan
 
 KEY = "snpatch"  # in SamplingParams.extra_args: [ticket, *request row]
 UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
@@ -116,8 +116,9 @@ class Feed:
             if handle not in self.handles[kind]:
                 raise SnpatchError(f"request {request_id}: no {kind} is registered under {handle} (any more)")
             record.entries[entry] = self.handles[kind][handle]
-        if not 0 <= record.entries[Entry.GROUP] + 1 <= self.banks.settings.max_groups:
-            raise SnpatchError(f"request {request_id}: no statistics group {record.entries[Entry.GROUP]}")
+        group = int(record.entries[Entry.GROUP])
+        if not -1 <= group - (UNLESS_END if group >= UNLESS_END else 0) < self.banks.settings.max_groups:
+            raise SnpatchError(f"request {request_id}: no statistics group {group}")
         self._take_places(record)
         self._records[request_id] = record
         self._tickets.setdefault(record.ticket, []).append(request_id)

@@ -19,6 +19,7 @@ class TwinSettings:
     max_adapters, max_rankings, max_constants: how many can be in use at once, the base model among the adapters.
     max_groups: statistics of that many contrasts at once. max_captures x max_captured: positions and neurons of
     each position that can be held until they are fetched. max_receipts: requests whose receipts can be.
+    ends: tokens that end a text; their positions do not count where a request says so.
     scales_kv: whether adapters may scale k_proj and v_proj; None: if one of those that the engine starts with does.
     """
 
@@ -30,6 +31,7 @@ class TwinSettings:
     max_captures: int = 1024
     max_captured: int = 2048
     max_receipts: int = 16384
+    ends: tuple[int, ...] = ()
     scales_kv: bool | None = None
 
     def __post_init__(self) -> None:

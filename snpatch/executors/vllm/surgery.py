@@ -38,6 +38,7 @@ from snpatch.plan import Column
 _LIBRARY = torch.library.Library("snpatch", "FRAGMENT")
 _LIBRARY.define("twin_glu(Tensor gate_up, str layer) -> Tensor")
 _LIBRARY.define("twin_scale_kv(Tensor qkv, str layer) -> Tensor")
+_LIBRARY.define("twin_tokens(Tensor ids, str layer) -> Tensor")
 
 
 def _layer(name: str) -> nn.Module:
@@ -46,10 +47,12 @@ def _layer(name: str) -> nn.Module:
 
 _LIBRARY.impl("twin_glu", lambda gate_up, layer: _layer(layer).run(gate_up), "CompositeExplicitAutograd")
 _LIBRARY.impl("twin_scale_kv", lambda qkv, layer: _layer(layer).scale_kv(qkv), "CompositeExplicitAutograd")
+_LIBRARY.impl("twin_tokens", lambda ids, layer: _layer(layer).take_tokens(ids), "CompositeExplicitAutograd")
 torch.library.register_fake(
     "snpatch::twin_glu", lambda gate_up, layer: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2), lib=_LIBRARY
 )
-torch.library.register_fake("snpatch::twin_scale_kv", lambda qkv, layer: torch.empty_like(qkv), lib=_LIBRARY)
+for _name in ("twin_scale_kv", "twin_tokens"):
+    torch.library.register_fake(f"snpatch::{_name}", lambda rows, layer: torch.empty_like(rows), lib=_LIBRARY)
 
 
 class TwinGLU(nn.Module):
@@ -83,6 +86,11 @@ class TwinGLU(nn.Module):
             first_neuron=self.first_neuron,
         )
 
+    def take_tokens(self, ids: Tensor) -> Tensor:
+        """The step's tokens, before anything else of it is computed."""
+        self.banks.settle_groups(ids)
+        return ids.clone()  # what is computed from it comes after it, in a compiled graph, too
+
     def scale_kv(self, qkv: Tensor) -> Tensor:
         """Keys and values [2T, 2 * width] at the end of each row, times their row's IA3 vectors."""
         factor = self.banks.layers[self.layer].attention_scale["kv"]
@@ -115,10 +123,6 @@ def _reclass(module: nn.Module, forward) -> None:
 
 def _twice(rows: Tensor) -> Tensor:
     return rows.repeat_interleave(2, dim=0)
-
-
-def _embed(embed, ids, *args, **kwargs):
-    return _twice(embed(ids, *args, **kwargs))
 
 
 def _attend_block(block, positions, *args, **kwargs):
@@ -180,7 +184,12 @@ class Twin:
         if any(layer.kv_sharing_target_layer_name is not None for layer in attention):
             raise SnpatchError("twin surgery: layers that share their keys and values cannot be patched")
         if settings.streams == 2:
-            _reclass(embeddings[0], _embed)
+            first = self.glus[0].name
+
+            def embed(forward, ids, *args, **kwargs):
+                return _twice(forward(torch.ops.snpatch.twin_tokens(ids, first), *args, **kwargs))
+
+            _reclass(embeddings[0], embed)
             for block in blocks:
                 _reclass(block, _attend_block)
             for layer in attention:
