@@ -54,11 +54,10 @@ def log(engine):
         steps[-1].plan = by_position(banks, request_ids, start, count)
 
     def fetch(tickets):
-        for ticket in tickets:
-            for request_id in feed._tickets.get(ticket, ()):
-                feed.remove(request_id)
-                records[request_id] = told(feed._records[request_id])
-        return real_fetch(tickets)
+        mine = [(i, feed._records[i]) for ticket in tickets for i in feed._tickets.get(ticket, ())]
+        found = real_fetch(tickets)
+        records.update({i: told(record) for i, record in mine})
+        return found
 
     runner._update_states, feed.step, feed.fetch = update, step, fetch
     jobs = [Job(i % 8, "sft" if i % 3 else "base", "dpo", (i, 29 + i), ("all", "prompt", "generated")[i % 3])
@@ -66,6 +65,8 @@ def log(engine):
     long = [*IDS[3], *range(10, 90)]
     requests = [engine._request(j.ids, j.patch, sampling=Sampling(max_tokens=40, ignore_eos=True)) for j in jobs]
     requests += [Request(long, "sft", "dpo", observe=(g, 3, 70)) for g in (0, 1)]
+    writing = Sampling(max_tokens=40, ignore_eos=True)
+    requests += [Request(ids, "sft", "dpo", observe=(0, 2, 99), sampling=writing) for ids in IDS]
     requests += [Request(long, "dpo", capture=(RANKINGS[0], 50, 60, 65))]
     requests += [engine._request(ids, name, sampling=Sampling(max_tokens=9)) for ids in IDS for name in ("base", "sft")]
     engine._executor.execute(requests, groups=2)
@@ -81,7 +82,7 @@ def by_position(banks, request_ids, start, count) -> dict:
 
 
 def told(record) -> dict:
-    return {name: getattr(record, name) for name in ("first", "seen", "planned", "ticket")}
+    return {name: getattr(record, name) for name in ("seen", "planned", "skipped", "ticket")}
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
     from vllm.v1.core.sched.output import NewRequestData
 
     feed, banks = state.feed, state.feed.banks
-    params, chunks, resumed = {}, 0, 0
+    params, chunks, resumed, observed = {}, 0, 0, 0
     for step in log.steps:
         output = step.output
         # V2 removes what ended and what was preempted, and gets what resumes as a new request.
@@ -129,6 +130,7 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
         for i, request_id in enumerate(cached.req_ids):
             if request_id in cached.resumed_req_ids:
                 resumed += 1
+                observed += feed._records[request_id].observes
                 ids = step.states[request_id]
                 fields = {"prompt_token_ids": ids, "prefill_token_ids": ids, "block_ids": ([],), "mm_features": []}
                 fields |= {"pooling_params": None, "lora_request": None, "sampling_params": params[request_id]}
@@ -154,7 +156,8 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
             assert [place >= 0 for place in row[10:]] == [place >= 0 for place in step.plan[place][10:]]
     assert chunks
     assert resumed, "nothing was preempted"
-    assert len(log.records) == 21
+    assert observed, "nothing that is observed was preempted"
+    assert len(log.records) == 20 + 2 + 8 + 1
     for request_id, record in log.records.items():
         feed.remove(request_id)
         assert told(feed._records[request_id]) == record

@@ -133,7 +133,11 @@ class Client:
             ticket,
             tokens_input(list(request.prompt_ids), cache_salt=salt),
             _sampling_params(request, self.eos_ids, None if is_plain else {feed.KEY: [ticket, *row]}, streaming),
-            bool(request.capture or (request.window and request.patch_range[0] < request.patch_range[1])),
+            bool(
+                request.observe
+                or request.capture
+                or (request.window and request.patch_range[0] < request.patch_range[1])
+            ),
         )
 
     def salt(self, request: Request) -> str | None:
@@ -153,13 +157,13 @@ class Client:
         """What vLLM's result (so far) says; receipts and captures are not yet in it."""
         return _output(request, result, self._tokenizer)
 
-    def confirm(self, request: Request, output: Output, result, shards: Sequence[list[dict]]) -> None:
+    def confirm(self, request: Request, output: Output, shards: Sequence[list[dict]]) -> None:
         """Complete an output with the workers' records of it; one that differs from the patch is a ReceiptError."""
         if any(len(records) != 1 for records in shards):
             raise ReceiptError(f"a request has {[len(records) for records in shards]} records, not one a worker")
         records = [records[0] for records in shards]
         fed = len(request.prompt_ids) + max(len(output.token_ids) - 1, 0)
-        output.overwrites = _receipt(request, records, result.num_cached_tokens or 0, fed)
+        output.overwrites = _receipt(request, records, fed)
         if request.capture:
             output.captured = _captured(request, records)
 
@@ -221,20 +225,23 @@ def answers_of(answers: list[dict]) -> list:
     return [answer["ok"] for answer in answers]
 
 
-def _receipt(request: Request, records: list[dict], cached: int, fed: int) -> int:
-    """Check that the device did what was planned and that the plan covered the text; the text's own overwrites."""
+def _receipt(request: Request, records: list[dict], fed: int) -> int:
+    """Check that the device did what was planned and that the plan covered the text; the text's own overwrites.
+
+    Positions that came from the prefix cache were overwritten when they were put there, and do not count again.
+    """
     width = len(request.window) if request.window else 0
     done = sum(record["done"] for record in records)
-    first, seen, planned = (records[0][name] for name in ("first", "seen", "planned"))
+    seen, planned, skipped = (records[0][name] for name in ("seen", "planned", "skipped"))
     if done != planned * width:
         raise ReceiptError(
             f"a patch was not applied in full: {planned * width} overwrites were planned, the device did {done}"
         )
-    wanted = patched_positions(request, fed) - patched_positions(request, cached)
-    if first != cached or seen < fed or planned < wanted:
+    wanted = patched_positions(request, fed) - skipped
+    if seen < fed or (width and planned < wanted):
         raise ReceiptError(
-            f"a patch was not applied in full: positions {cached}..{fed} of the text were to be run, {first}..{seen} "
-            f"were, and {planned} of them patched instead of {wanted}"
+            f"a patch was not applied in full: {fed} positions were to be run, {seen} were, and {planned} of them "
+            f"patched instead of {wanted}"
         )
     return wanted * width
 
@@ -311,7 +318,8 @@ def _output(request: Request, result, tokenizer) -> Output:
     # Not vLLM's own text, which hangs on the prompt's last tokens; the stop string that ended it is its last one.
     output.text = tokenizer.decode(output.token_ids, skip_special_tokens=True)
     if output.stop_reason is not None:
-        output.text = output.text[: output.text.rindex(output.stop_reason)]
+        at = max(output.text.rfind(output.stop_reason), output.text.rfind(output.stop_reason.lstrip()))
+        output.text = output.text[: at if at >= 0 else None]
     if request.sampling.logprobs:
         output.logprobs = [at[token].logprob for at, token in zip(written.logprobs, output.token_ids, strict=True)]
     return output
@@ -375,6 +383,7 @@ def starting(engine_args) -> Iterator[object]:
     os.environ.update(variables)
     try:
         config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
+        config.compilation_config.pass_config.fuse_allreduce_rms = False  # sized by tokens, and the rows are twice that
         refuse(config)
         yield config
     except (RuntimeError, ValueError) as error:

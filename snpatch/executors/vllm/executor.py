@@ -99,7 +99,7 @@ class _Run:
         self._executor, self._requests, self._progress = executor, requests, progress
         self._outputs: list[Output | None] = [None] * len(requests)
         self._running: dict[str, int] = {}  # vLLM's name -> index
-        self._unfetched: list[tuple[int, object]] = []  # index, vLLM's result
+        self._unfetched: list[int] = []  # finished, but for their receipts
 
     def finish(self) -> list[Output]:
         """Add all, and step until every one is done. Whatever interrupts this, nothing of it is left behind."""
@@ -130,22 +130,23 @@ class _Run:
         request, sent = self._requests[index]
         self._outputs[index] = self._executor.output(request, result)
         if sent.has_record:
-            self._unfetched.append((index, result))
+            self._unfetched.append(index)
         if self._progress:
             self._progress(len(self._requests) - len(self._running), len(self._requests))
 
     def _fetch(self) -> None:
         """Receipts and captures of what finished."""
-        finished, self._unfetched = self._unfetched, []
-        if not finished:
+        if not self._unfetched:
             return
-        tickets = [self._requests[index][1].ticket for index, _ in finished]
-        for (index, result), *shards in zip(finished, *self._executor.command("snpatch_fetch", tickets), strict=True):
-            self._executor.confirm(self._requests[index][0], self._outputs[index], result, shards)
+        tickets = [self._requests[index][1].ticket for index in self._unfetched]
+        answers = self._executor.command("snpatch_fetch", tickets)
+        finished, self._unfetched = self._unfetched, []
+        for index, *shards in zip(finished, *answers, strict=True):
+            self._executor.confirm(self._requests[index][0], self._outputs[index], shards)
 
     def _abort(self) -> None:
         """Abort what runs. Sends only, as the engine may be ending, too; the records are dropped by the next run."""
-        left = [*self._running.values(), *(index for index, _ in self._unfetched)]
+        left = [*self._running.values(), *self._unfetched]
         self._executor.stale += [self._requests[index][1].ticket for index in left]
         if self._running:
             self._executor.engine.abort_request(list(self._running))

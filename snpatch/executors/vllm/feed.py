@@ -25,21 +25,26 @@ PROGRESS = [Entry.PATCH_START, Entry.PATCH_STOP, Entry.SEEN]
 
 @dataclass(eq=False)
 class Record:
-    """One request: its table row and what happened to it. first: the first position that was run, the ones before
-    came from the prefix cache; seen: one past the last; planned: positions that its patch covered, each run counted."""
+    """One request: its table row and what happened to it. seen: one past the last position that was run; planned:
+    positions that its patch covered, each run counted; skipped: those of them that came from the prefix cache."""
 
     ticket: int
     entries: NDArray[np.int32]
     row: int = -1  # of the table; -1 while it does not run
-    first: int = -1
     seen: int = 0
     planned: int = 0
+    skipped: int = 0
+    is_fetched: bool = False
     done: int = 0  # the receipt and the captures, once their places were given back
     captured: np.ndarray | None = None
 
     @property
     def patches(self) -> bool:
         return bool(self.entries[Entry.PATCH_STOP] > self.entries[Entry.PATCH_START])
+
+    @property
+    def observes(self) -> bool:
+        return bool(self.entries[Entry.GROUP] >= 0)
 
     @property
     def captures(self) -> int:
@@ -62,7 +67,8 @@ class Feed:
         self._tickets: dict[int, list[str]] = {}
         self._ended: dict[str, None] = {}  # request ids that no longer run, in the order of their end
         self._table = np.zeros((256, len(Entry)), dtype=np.int32)
-        self._first, self._planned = np.full(256, -1), np.zeros(256, dtype=np.int64)
+        self._planned, self._skipped = np.zeros((2, 256), dtype=np.int64)
+        self._may_skip = np.zeros(256, dtype=bool)  # rows whose next step may start behind the prefix cache
         self._free_rows = list(range(255, -1, -1))
         self._free_receipts = list(range(settings.max_receipts - 1, -1, -1))
         self._capture_used = np.zeros(settings.max_captures, dtype=bool)
@@ -87,10 +93,16 @@ class Feed:
         self._ended.pop(request_id, None)
         if not self._free_rows:
             self._grow()
-        record.row = self._rows[request_id] = self._free_rows.pop()
-        self._table[record.row] = record.entries
-        self._table[record.row, Entry.SEEN] = record.seen
-        self._first[record.row], self._planned[record.row] = record.first, record.planned
+        record.row = row = self._rows[request_id] = self._free_rows.pop()
+        self._table[row] = record.entries
+        self._table[row, Entry.SEEN] = record.seen
+        self._planned[row], self._skipped[row] = record.planned, record.skipped
+        self._may_skip[row] = True
+
+    def resume(self, request_id: str) -> None:
+        """A request that kept its row goes on after a preemption: what it had computed may be in the prefix cache."""
+        if request_id in self._rows:
+            self._may_skip[self._rows[request_id]] = True
 
     def remove(self, request_id: str) -> None:
         """A request ended or was preempted; its record stays."""
@@ -101,7 +113,7 @@ class Feed:
         self._free_rows.append(self._rows.pop(request_id))
         record.row = -1
         self._ended[request_id] = None
-        if not (record.patches or record.captures):
+        if record.is_fetched or not (record.patches or record.captures or record.observes):
             self._forget(request_id)
         elif len(self._ended) > UNFETCHED:
             self._release([next(iter(self._ended))])
@@ -127,12 +139,12 @@ class Feed:
     def _grow(self) -> None:
         n = len(self._table)
         self._table = np.concatenate([self._table, np.zeros_like(self._table)])
-        self._first = np.concatenate([self._first, np.full(n, -1)])
-        self._planned = np.concatenate([self._planned, np.zeros(n, dtype=np.int64)])
+        self._planned, self._skipped = (np.concatenate([a, np.zeros_like(a)]) for a in (self._planned, self._skipped))
+        self._may_skip = np.concatenate([self._may_skip, np.zeros_like(self._may_skip)])
         self._free_rows = list(range(2 * n - 1, n - 1, -1))
 
     def _read_row(self, record: Record) -> None:
-        record.first, record.planned = int(self._first[record.row]), int(self._planned[record.row])
+        record.planned, record.skipped = int(self._planned[record.row]), int(self._skipped[record.row])
         record.seen = int(self._table[record.row, Entry.SEEN])
 
     # ---- each step ----------------------------------------------------------------------------------------------
@@ -155,8 +167,10 @@ class Feed:
             rows, start, stop = rows[known], start[known], stop[known]
         patch_start, patch_stop, seen = self._table[rows[:, None], PROGRESS].T
         self._planned[rows] += np.maximum(np.minimum(stop, patch_stop) - np.maximum(start, patch_start), 0)
-        first = self._first[rows]
-        self._first[rows] = np.where(first < 0, start, first)
+        if self._may_skip[rows].any():
+            over = np.maximum(np.minimum(start, patch_stop) - np.maximum(seen, patch_start), 0)
+            self._skipped[rows] += np.where(self._may_skip[rows], over, 0)
+            self._may_skip[rows] = False
         self._table[rows, Entry.SEEN] = np.maximum(seen, stop)
 
     def clear(self) -> None:
@@ -179,17 +193,22 @@ class Feed:
     # ---- what was done ------------------------------------------------------------------------------------------
 
     def fetch(self, tickets: Iterable[int]) -> list[list[dict]]:
-        """For each ticket its requests' records as plain data; their places are free afterwards."""
-        tickets = list(tickets)
-        for ticket in tickets:
-            for request_id in self._tickets.get(ticket, ()):
-                self.remove(request_id)
-        self._release([i for t in tickets for i in self._tickets.get(t, ())])
-        found = []
-        for ticket in tickets:
-            ids = list(self._tickets.get(ticket, ()))
-            found.append([_as_data(self._records[i]) for i in ids])
-            for request_id in ids:
+        """For each ticket its requests' records as plain data; their places are free afterwards.
+
+        A request that still runs (a step may have been scheduled before its end was known) keeps its row to its end,
+        so that what it writes into the KV cache is of its own patch; it only counts no more.
+        """
+        ids = [self._tickets.pop(ticket, []) for ticket in tickets]
+        for record in (self._records[i] for group in ids for i in group):
+            if record.row >= 0:
+                self._read_row(record)
+                self._table[record.row, Entry.RECEIPT] = -1
+                self._table[record.row, [Entry.OBSERVE_STOP, Entry.CAPTURE_STOP]] = 0
+        self._release([i for group in ids for i in group])
+        found = [[_as_data(self._records[i]) for i in group] for group in ids]
+        for request_id in (i for group in ids for i in group):
+            self._records[request_id].is_fetched = True
+            if self._records[request_id].row < 0:
                 self._forget(request_id)
         return found
 
@@ -219,10 +238,11 @@ class Feed:
     def _forget(self, request_id: str) -> None:
         record = self._records.pop(request_id)
         self._ended.pop(request_id, None)
-        ids = self._tickets[record.ticket]
-        ids.remove(request_id)
+        ids = self._tickets.get(record.ticket, [])
+        if request_id in ids:
+            ids.remove(request_id)
         if not ids:
-            del self._tickets[record.ticket]
+            self._tickets.pop(record.ticket, None)
 
     def _holds(self, record: Record) -> bool:
         """Whether it has the places that it needs on the device."""
@@ -260,7 +280,7 @@ class _Stage:
 
     def __init__(self, plan: torch.Tensor, depth: int = 4) -> None:
         self._plan, self._next = plan, 0
-        self._buffers = [torch.empty(plan.shape, dtype=plan.dtype, pin_memory=True) for _ in range(depth)]
+        self._buffers = [torch.empty(plan.shape, dtype=plan.dtype, device="cpu", pin_memory=True) for _ in range(depth)]
         self._events = [torch.cuda.Event() for _ in range(depth)]
 
     def copy(self, rows: NDArray[np.int32]) -> None:
@@ -275,9 +295,9 @@ class _Stage:
 def _as_data(record: Record) -> dict:
     captured = record.captured
     return {
-        "first": record.first,
         "seen": record.seen,
         "planned": record.planned,
+        "skipped": record.skipped,
         "done": record.done,
         "captured": None if captured is None else (list(captured.shape), captured.tobytes()),
     }

@@ -25,6 +25,8 @@ def _update_states(original, runner, scheduler_output, *args, **kwargs):
             feed.remove(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             feed.add(new.req_id, new.sampling_params.extra_args)
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            feed.resume(request_id)
     return original(runner, scheduler_output, *args, **kwargs)
 
 

@@ -28,7 +28,7 @@ class TwinSettings:
     max_rankings: int = 64
     max_constants: int = 8
     max_groups: int = 4
-    max_captures: int = 1024
+    max_captures: int = 4096
     max_captured: int = 2048
     max_receipts: int = 16384
     ends: tuple[int, ...] = ()
@@ -68,6 +68,9 @@ def refuse(vllm_config) -> None:
         ),
         "dual-batch overlap: it splits a step's tokens": bool(getattr(parallel, "use_ubatching", False)),
         "sequence parallel: it splits a step's rows": bool(getattr(compiled_passes, "enable_sp", False)),
+        "fused all-reduce and norm (fuse_allreduce_rms): it is sized by tokens, and the rows are twice that": bool(
+            getattr(compiled_passes, "fuse_allreduce_rms", False)
+        ),
         "prompt embeddings: they have no second stream": bool(getattr(model, "enable_prompt_embeds", False)),
         "multi-head latent attention (MLA): its heads share one latent key": bool(model.use_mla),
         "hybrid and attention-free models: only attention knows of the second stream": bool(

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.request import Output, Request
@@ -32,25 +33,32 @@ class StreamingExecutor(Client):
         """
         if request.observe:
             raise SnpatchError("statistics cannot be streamed")
-        async with self._registering:  # what a request names arrives before it does
-            held, writes = self.take([request])
-            for kind, handle, row, tensors in writes:
-                packed = {name: pack(tensor) for name, tensor in tensors.items()}
-                await self.command("snpatch_write", kind, handle, row, packed)
-        sent = self.sent(request, held, streaming=True)
-        is_fetched = not sent.has_record
+        held, is_written, is_fetched = None, False, True
         try:
-            async for result in self.engine.generate(sent.prompt, sent.params, sent.name):
-                output = self.output(request, result)
-                if result.finished and sent.has_record:
-                    shards = [answer[0] for answer in await self.command("snpatch_fetch", [sent.ticket])]
-                    is_fetched = True
-                    self.confirm(request, output, result, shards)
-                yield output
+            async with self._registering:  # what a request names arrives before it does
+                held, writes = self.take([request])
+                for kind, handle, row, tensors in writes:
+                    packed = {name: pack(tensor) for name, tensor in tensors.items()}
+                    await self.command("snpatch_write", kind, handle, row, packed)
+                is_written = True
+            sent = self.sent(request, held, streaming=True)
+            is_fetched = not sent.has_record
+            # Closed here and now, so that a request nobody listens to is aborted before its record goes.
+            async with aclosing(self.engine.generate(sent.prompt, sent.params, sent.name)) as results:
+                async for result in results:
+                    output = self.output(request, result)
+                    if result.finished and not is_fetched:
+                        shards = [answer[0] for answer in await self.command("snpatch_fetch", [sent.ticket])]
+                        is_fetched = True
+                        self.confirm(request, output, shards)
+                    yield output
         finally:
-            if not is_fetched:
-                await self.command("snpatch_fetch", [sent.ticket])
-            held.release()
+            try:
+                if not is_fetched:
+                    await self.command("snpatch_fetch", [sent.ticket])
+            finally:
+                if held is not None:
+                    held.release(is_written)
 
     async def command(self, name: str, *arguments) -> list:
         """Every worker's answer to one of worker.py's commands."""
