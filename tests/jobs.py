@@ -153,3 +153,30 @@ def forced(at: str) -> list[tuple[list[int], list[int]]]:
         (prompt + text, oracle.scored_positions(at, len(prompt), len(text)))
         for prompt, text in zip(IDS, COMPLETIONS, strict=True)
     ]
+
+
+def assert_none_and_all_are_the_pure_texts(engine):
+    """Promise 1. down_proj adapters alone: with every neuron patched nothing of the recipient is left."""
+    for recipient in ("base", "sft"):
+        none = [Job(i, recipient, "dpo", (0, 0)) for i in range(8)]
+        every = [Job(i, recipient, "dpo", (0, ALL)) for i in range(8)]
+        plain = [Job(i, name) for name in (recipient, "dpo") for i in range(8)]
+        texts = [c.token_ids for c in generate(engine, [*none, *every])]
+        assert texts == [c.token_ids for c in generate(engine, plain)]
+
+
+def assert_patched_into_itself_it_gives_its_own_text(engine, model):
+    """Promise 2."""
+    plain = generate(engine, [Job(i, model) for i in range(8)])
+    patched = generate(engine, [Job(i, model, model, (0, k)) for i, k in enumerate((0, 1, 50, ALL, 7, 100, ALL, 3))])
+    assert [c.token_ids for c in patched] == [c.token_ids for c in plain]
+    for one, other in zip(patched, plain, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def assert_together_as_alone(together, alone, logprob: float):
+    """Promise 3: what a batch gave and what its requests gave one by one."""
+    assert written(together) == written(alone)
+    for one, other in zip(together, alone, strict=True):
+        assert (one.logprobs is None) == (other.logprobs is None)
+        assert one.logprobs is None or one.logprobs == pytest.approx(other.logprobs, abs=logprob)

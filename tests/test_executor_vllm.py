@@ -24,7 +24,10 @@ from jobs import (
     VALUES,
     Job,
     assert_as_the_oracle,
+    assert_none_and_all_are_the_pure_texts,
+    assert_patched_into_itself_it_gives_its_own_text,
     assert_ranking,
+    assert_together_as_alone,
     forced,
     generate,
     told,
@@ -106,21 +109,12 @@ def twin_of(engine):
 
 
 def test_promise_1_k_0_is_the_unpatched_text_and_all_is_the_donors(engine):
-    for recipient in ("base", "sft"):
-        none = [Job(i, recipient, "dpo", (0, 0)) for i in range(8)]
-        every = [Job(i, recipient, "dpo", (0, ALL)) for i in range(8)]
-        plain = [Job(i, name) for name in (recipient, "dpo") for i in range(8)]
-        texts = [c.token_ids for c in generate(engine, [*none, *every])]
-        assert texts == [c.token_ids for c in generate(engine, plain)]
+    assert_none_and_all_are_the_pure_texts(engine)
 
 
 @pytest.mark.parametrize("model", ["base", "sft", "dpo_kv"])
 def test_promise_2_a_model_patched_into_itself_gives_its_own_text(engine, model):
-    plain = generate(engine, [Job(i, model) for i in range(8)])
-    patched = generate(engine, [Job(i, model, model, (0, k)) for i, k in enumerate((0, 1, 50, ALL, 7, 100, ALL, 3))])
-    assert [c.token_ids for c in patched] == [c.token_ids for c in plain]
-    for one, other in zip(patched, plain, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert_patched_into_itself_it_gives_its_own_text(engine, model)
 
 
 def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engine):
@@ -129,10 +123,7 @@ def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engine)
     samplings[3] = samplings[8] = Sampling(temperature=1.0, seed=11, max_tokens=9)
     alone = [generate(engine, [job], s)[0] for job, s in zip(jobs, samplings, strict=True)]
     together = generate(engine, jobs, samplings)
-    assert written(together) == written(alone)
-    for one, other in zip(together, alone, strict=True):
-        assert (one.logprobs is None) == (other.logprobs is None)
-        assert one.logprobs is None or one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert_together_as_alone(together, alone, 1e-4)
 
 
 LONG = [[tiny.BOS, *(6 + (11 * i + 5 * j) % 96 for j in range(100))] for i in range(3)]  # three blocks of 32 and more
