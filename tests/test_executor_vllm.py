@@ -33,6 +33,7 @@ from jobs import (
     told,
     written,
 )
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from snpatch import Constant, Engine, Noise, Patch, ReceiptError, Sampling, SnpatchError
 
@@ -579,3 +580,37 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
 def test_engines_that_would_be_wrong_are_refused(start, options, message):
     with pytest.raises(SnpatchError, match=message):
         start("llama", **options)
+
+
+def other_model(kind: str, folder, **options) -> tiny.Made:
+    """A tiny random model of an architecture outside the tested list, and an adapter where its MLP is a plain one."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
+             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **options), dtype=torch.float32)
+    tiny.fill(model, 1)
+    model.save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    if "num_local_experts" not in options:
+        tiny.adapter(model, folder / "sft", ["down_proj"], seed=2)
+    return tiny.Made(folder / "model", {} if "num_local_experts" in options else {"sft": (folder / "sft",)})
+
+
+def test_other_architectures_are_refused_unless_asked_for(start, tmp_path):
+    made = other_model("granite", tmp_path)
+    with pytest.raises(SnpatchError, match=r"architecture granite is not tested .* allow_untested=True tries it"):
+        start(made)
+    engine = start(made, allow_untested=True)
+    adapters = {"sft": list(made.adapters["sft"])}
+    other = Engine(made.folder, adapters, backend="transformers", allow_untested=True)
+    patches = [Patch("base", "sft", RANKINGS[0], 30 * i) for i in range(8)]
+    mine, theirs = (e.logprobs(IDS, patches) for e in (engine, other))
+    for one, two in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+
+
+def test_a_mixture_of_experts_cannot_be_patched(start, tmp_path):
+    made = other_model("mixtral", tmp_path, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(SnpatchError, match=r"mixture of experts, shared layers\) cannot be patched"):
+        start(made, allow_untested=True)

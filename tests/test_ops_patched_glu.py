@@ -290,7 +290,7 @@ def test_nan_in_padded_rows_reaches_nothing(patched_glu, streams):
     position = torch.tensor([0, 0, 1, 2, 0, 5])
     real = request >= 0
     rows = real.repeat_interleave(streams)
-    tensors["plan"] = fill_plan(table, request, position)
+    tensors["plan"] = torch.from_numpy(fill_plan(table.numpy(), request.numpy(), position.numpy()))
     tensors["gate_up"][~rows] = torch.tensor([math.nan, math.inf, -math.inf] * 14)
     setting = {**SETTING, "streams": streams}
     out, after = run(patched_glu, tensors, setting)

@@ -119,3 +119,13 @@ def test_versions(monkeypatch, recwarn, version, warns):
     monkeypatch.setattr(versions, "installed", lambda: None)
     with pytest.raises(SnpatchError, match=r"vLLM is not installed; install snpatch\[cpu\] or snpatch\[cuda\]"):
         versions.check()
+
+
+def test_quantised_weights_have_a_digest_and_nan_is_still_found():
+    from snpatch.executors.checkpoint import check_weights
+
+    quantised = (torch.tensor([values]).to(torch.float8_e4m3fn) for values in ([1.0, 2.0], [2.0, 1.0]))
+    one, other = (check_weights([("w", weight)], "model") for weight in quantised)
+    assert one != other
+    with pytest.raises(SnpatchError, match="weight w holds NaN"):
+        check_weights([("w", torch.tensor([[1.0, torch.nan]]))], "model")

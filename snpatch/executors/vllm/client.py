@@ -352,12 +352,12 @@ def _engine_arguments(model, config, dtype: str, arguments: dict) -> dict:
         _use_all_cores(arguments.get("tensor_parallel_size", 1))
         if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & arguments.keys():
             arguments["kv_cache_memory_bytes"] = _spare_memory() // 4
-        arguments.setdefault("enforce_eager", True)  # compiled is no faster there (bench_generate) and starts slower
+        arguments.setdefault("enforce_eager", True)  # compiled measured no faster there and starts slower
     arguments.setdefault("use_tqdm_on_load", False)
     own = {
         "model": str(model),
         "tokenizer": str(model),
-        "dtype": str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
+        "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
         "hf_overrides": {"architectures": [plugin.PREFIX + architecture]},
         "worker_extension_cls": "snpatch.executors.vllm.worker.WorkerExtension",
         "disable_log_stats": True,

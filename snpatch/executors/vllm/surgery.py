@@ -161,9 +161,7 @@ class Twin:
         self.n_layers, self.attention = config.num_hidden_layers, attention
         context = vllm_config.compilation_config.static_forward_context
         gated = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SiluAndMul | GeluAndMul)]
-        self.glus = [
-            self._replace(model, name, layer, TwinSettings.of(vllm_config), context) for layer, name in enumerate(gated)
-        ]
+        self.glus = [self._replace(model, name, layer, settings, context) for layer, name in enumerate(gated)]
         embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
         embeddings = [m for m in embeddings if not isinstance(m, ParallelLMHead)]
         blocks = [m for m in model.modules() if any(isinstance(child, Attention) for child in m.children())]
@@ -200,7 +198,7 @@ class Twin:
             raise SnpatchError(f"{config.intermediate_size} neurons cannot be split over {shards} workers")
         self.n_neurons = config.intermediate_size // shards
         self.first_neuron = rank * self.n_neurons
-        kv = self._scale_kv(qkv, vllm_config, rank) if settings.scales_kv else None
+        kv = self._scale_kv(qkv, rank) if settings.scales_kv else None
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
         self.banks = Banks(
@@ -218,7 +216,7 @@ class Twin:
         setattr(model.get_submodule(parent), child, glu)
         return glu
 
-    def _scale_kv(self, qkv: list[QKVParallelLinear], vllm_config: VllmConfig, rank: int) -> tuple[int, int]:
+    def _scale_kv(self, qkv: list[QKVParallelLinear], rank: int) -> tuple[int, int]:
         """Scale what the projections give; returns (first, width) of this worker's keys within all of them."""
         for projection, glu in zip(qkv, self.glus, strict=True):
 
