@@ -334,7 +334,7 @@ def _engine(model, adapter, template, dtype, backend, device, batch_size, settin
     elif device != "auto":
         raise SnpatchError("--device is for --backend transformers; vllm runs on its own platform")
     if batch_size is not None:
-        settings |= {"batch_size" if backend == "transformers" else "max_num_seqs": batch_size}
+        settings |= {"batch_size": batch_size}
     return Engine(
         model, adapters, backend=backend, template=template, dtype=dtype, allow_untested=allow_untested, **settings
     )

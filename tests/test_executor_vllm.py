@@ -565,6 +565,7 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
     ("options", "message"),
     [
         ({"nonsense": 1}, "neither snpatch nor vLLM has an argument nonsense"),
+        ({"batch_size": 8}, "batch_size is max_num_seqs; give one of them"),
         ({"enable_lora": True}, "enable_lora cannot be set"),
         ({"pipeline_parallel_size": 2}, "cannot be combined with pipeline parallel"),
         ({"max_model_len": 129}, r"max_model_len must lie in 1\.\.128, got 129"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snpatch.data import read_prompts
 from snpatch.demo import WORLD
-from snpatch.engine import Engine, chosen
+from snpatch.engine import Engine
 from snpatch.judge import CostModel
 from snpatch.patch import Window
 from snpatch.sampling import Sampling
@@ -23,10 +23,9 @@ def run(out: Path, progress: Callable, backend: str = "auto") -> SweepResult:
     progress: a context manager that takes a name and gives a Progress. backend: as Engine's.
     """
     adapters = {"sft": WORLD / "sft", "dpo": [WORLD / "sft", WORLD / "dpo"]}
-    batch = {"max_num_seqs": BATCH} if chosen(backend) == "vllm" else {"batch_size": BATCH}
     prompts = read_prompts(WORLD / "eval" / "beavertails.jsonl", PROMPTS)
     judge = CostModel(WORLD / "cost", format="tulu")
-    with Engine(WORLD / "base", adapters, backend=backend, template="tulu", **batch) as engine:
+    with Engine(WORLD / "base", adapters, backend=backend, template="tulu", batch_size=BATCH) as engine:
         with progress("contrast") as report:
             ranking = engine.contrast(
                 read_prompts(WORLD / "contrast.jsonl"), "sft", "dpo", sampling=SAMPLING, progress=report

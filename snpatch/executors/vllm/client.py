@@ -21,9 +21,9 @@ from snpatch.executors.checkpoint import ARCHITECTURES, check_dtype, check_has_w
 from snpatch.executors.request import Geometry, Output, Request, Statistics
 from snpatch.executors.tables import constants_of, models_of, patched_positions, rankings_of, request_row, values_of
 from snpatch.executors.vllm import feed, orphans, plugin, versions
-from snpatch.executors.vllm.registry import Bank, Write
+from snpatch.executors.vllm.registry import Bank
 from snpatch.executors.vllm.settings import TwinSettings, refuse
-from snpatch.executors.vllm.worker import unpack
+from snpatch.executors.vllm.worker import pack, unpack
 from snpatch.plan import UNLESS_END, Entry
 from snpatch.reference import SUMS
 
@@ -48,15 +48,27 @@ class Client:
     streams, max_adapters, max_rankings, max_constants, max_groups, max_captures, max_captured, max_receipts,
     scales_kv: see TwinSettings. All other arguments are vLLM's own engine arguments (tensor_parallel_size,
     max_model_len, max_num_seqs, gpu_memory_utilization, enforce_eager, quantization, ...); unknown ones are an error.
-    dtype "auto" is the checkpoint's own. allow_untested: try architectures outside the tested list.
+    dtype "auto" is the checkpoint's own. batch_size: most sequences of a batch, vLLM's max_num_seqs. allow_untested:
+    try architectures outside the tested list.
     """
 
     def __init__(
-        self, model: str | Path, tokenizer, *, dtype: str = "auto", allow_untested: bool = False, **arguments
+        self,
+        model: str | Path,
+        tokenizer,
+        *,
+        dtype: str = "auto",
+        batch_size: int | None = None,
+        allow_untested: bool = False,
+        **arguments,
     ) -> None:
-        self.version = versions.check()
+        versions.check()
         check_dtype(dtype)
-        self._config = config = load_config(model, allow_untested)
+        config = load_config(model, allow_untested)
+        if batch_size is not None:
+            if "max_num_seqs" in arguments:
+                raise SnpatchError("backend vllm: batch_size is max_num_seqs; give one of them")
+            arguments["max_num_seqs"] = batch_size
         if arguments.get("load_format") != "dummy":
             check_has_weights(model)
         self._tokenizer, self.name = tokenizer, str(model)
@@ -102,8 +114,8 @@ class Client:
             )
         self._scales[name] = scales
 
-    def take(self, requests: Sequence[Request]) -> tuple["Held", list[Write]]:
-        """Hold what the requests name; the writes have to reach the workers before the requests do."""
+    def take(self, requests: Sequence[Request]) -> tuple["Held", list[tuple]]:
+        """Hold what the requests name, and the arguments of each snpatch_write that the workers need before them."""
         for request in requests:
             self._check(request)
         held, writes = Held([], []), []
@@ -112,7 +124,9 @@ class Client:
                 ids, fresh = bank.take(wanted)
                 held.banks.append((bank, list(wanted), list(fresh)))
                 held.ids.append(ids)
-                writes += fresh.values()
+                writes += [
+                    (*place, {n: pack(tensor) for n, tensor in tensors.items()}) for *place, tensors in fresh.values()
+                ]
         except SnpatchError:
             held.release(written=False)
             raise
@@ -249,10 +263,8 @@ def _receipt(request: Request, records: list[dict], fed: int) -> int:
 def _captured(request: Request, records: list[dict]) -> torch.Tensor:
     """[positions, k] float32 of all shards: each neuron comes from the one worker that holds it."""
     _, k, start, stop = request.capture
-    shards = [torch.frombuffer(bytearray(r["captured"][1]), dtype=torch.float32) for r in records]
-    shards = [shard.view(records[0]["captured"][0])[:, :k] for shard in shards]
-    captured = shards[0]
-    for shard in shards[1:]:
+    captured, *others = (unpack(record["captured"])[:, :k] for record in records)
+    for shard in others:
         captured = torch.where(captured.isnan(), shard, captured)
     if captured.shape != (stop - start, k) or captured.isnan().any():
         raise ReceiptError("a capture is incomplete: some of its neurons were not written")

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from snpatch.errors import SnpatchError
 from snpatch.executors.request import Output, Progress, Request, Statistics
 from snpatch.executors.vllm.client import Client, Sent, answers_of, starting
-from snpatch.executors.vllm.worker import pack
 
 DEAD = "vLLM's engine has ended; its own messages above say why"
 CLOSE_S = 2.0  # how long vLLM has to end by itself
@@ -50,9 +49,8 @@ class VllmExecutor(Client):
             if self.stale:
                 self.command("snpatch_fetch", self.stale)
                 self.stale = []
-            for kind, handle, row, tensors in writes:
-                packed = {name: pack(tensor) for name, tensor in tensors.items()}
-                self.command("snpatch_write", kind, handle, row, packed)
+            for write in writes:
+                self.command("snpatch_write", *write)
             written = True
             with self._groups(groups) as taken:
                 run = _Run(self, [(request, self.sent(request, held, taken)) for request in requests], progress)

@@ -193,7 +193,7 @@ class Feed:
     # ---- what was done ------------------------------------------------------------------------------------------
 
     def fetch(self, tickets: Iterable[int]) -> list[list[dict]]:
-        """For each ticket its requests' records as plain data; their places are free afterwards.
+        """For each ticket its requests' records as data; their places are free afterwards.
 
         A request that still runs (a step may have been scheduled before its end was known) keeps its row to its end,
         so that what it writes into the KV cache is of its own patch; it only counts no more.
@@ -293,11 +293,10 @@ class _Stage:
 
 
 def _as_data(record: Record) -> dict:
-    captured = record.captured
     return {
         "seen": record.seen,
         "planned": record.planned,
         "skipped": record.skipped,
         "done": record.done,
-        "captured": None if captured is None else (list(captured.shape), captured.tobytes()),
+        "captured": record.captured,
     }

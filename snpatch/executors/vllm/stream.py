@@ -7,7 +7,6 @@ from contextlib import aclosing
 from snpatch.errors import SnpatchError
 from snpatch.executors.request import Output, Request
 from snpatch.executors.vllm.client import Client, answers_of, starting
-from snpatch.executors.vllm.worker import pack
 
 
 class StreamingExecutor(Client):
@@ -37,9 +36,8 @@ class StreamingExecutor(Client):
         try:
             async with self._registering:  # what a request names arrives before it does
                 held, writes = self.take([request])
-                for kind, handle, row, tensors in writes:
-                    packed = {name: pack(tensor) for name, tensor in tensors.items()}
-                    await self.command("snpatch_write", kind, handle, row, packed)
+                for write in writes:
+                    await self.command("snpatch_write", *write)
                 is_written = True
             sent = self.sent(request, held, streaming=True)
             is_fetched = not sent.has_record

@@ -57,7 +57,6 @@ class WorkerExtension:
         return {
             "first_neuron": twin.first_neuron,
             "n_neurons": twin.n_neurons,
-            "n_layers": twin.n_layers,
             "runner": _runner_kind(runner),
             "digest": check_weights(weights, name),
         }
@@ -89,8 +88,12 @@ class WorkerExtension:
 
     @_command
     def snpatch_fetch(self, tickets: list[int]) -> list[list[dict]]:
-        """See Feed.fetch."""
-        return self._snpatch_twin().feed.fetch(tickets)
+        """See Feed.fetch; captures travel packed."""
+        found = self._snpatch_twin().feed.fetch(tickets)
+        for record in (record for records in found for record in records):
+            if record["captured"] is not None:
+                record["captured"] = pack(torch.from_numpy(record["captured"]))
+        return found
 
     def _snpatch_twin(self):
         twin = getattr(self.model_runner.get_model(), "snpatch", None)
