@@ -1,30 +1,22 @@
-"""Sweeps: many patches over the same prompts, judged and compared with the unpatched models.
+"""Sweeps: many patches over the same prompts, judged and compared with the unpatched models."""
 
-Why the store is a log of completions: a sweep that is killed has lost at most the chunk under way, and a record
-is used again only if everything that determines its text is the same (that is its key).
-"""
-
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import bootstrap
 
-from snpatch import __version__
-from snpatch.data import Chat, question
-from snpatch.engine import Completion, Engine
+from snpatch import texts
+from snpatch.data import Chat
+from snpatch.effect import causal_effect, interval, paired_p
+from snpatch.engine import Engine
 from snpatch.errors import NotEnoughNeuronsError, SnpatchError
 from snpatch.executors.request import Progress
+from snpatch.judge import Judge
 from snpatch.patch import Patch
 from snpatch.ranking import CONTROLS, Ranking, Window
 from snpatch.sampling import GREEDY, Sampling
-from snpatch.store import Store
 
-Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-CHUNK = 512  # requests between two writes to the store
 NOTHING = Window(0, 0)
 
 
@@ -59,13 +51,17 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One point: a patch (or an unpatched model: ranking None) over all prompts.
+    """One point as one judge sees it: a patch (or an unpatched model: ranking None) over all prompts.
 
     mean: mean score of the completions; effect: Eq. 4, the share of the way from the recipient's mean to the
-    donor's; low and high: bootstrap over prompts. share: patched part of all the model's neurons.
+    donor's; low and high: bootstrap over prompts. share: patched part of all the model's neurons. p_unpatched: paired
+    t-test against the recipient's own scores; p_control: against the mean of the window's random controls. None
+    where there is nothing to compare with, or no prompt's score differs.
     """
 
+    judge: str
     recipient: str
+    donor: str | None
     ranking: str | None
     control_seed: int | None
     lo: int
@@ -80,19 +76,42 @@ class Row:
     effect: float | None
     effect_low: float | None
     effect_high: float | None
+    p_unpatched: float | None
+    p_control: float | None
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """rows: one a point, the unpatched models first. records: every completion with its score."""
+    """rows: one a judge and point, the unpatched models first. records: every completion with its scores."""
 
     config: SweepConfig
     rows: list[Row]
     records: list[dict]
     notes: list[str]
 
-    def baseline(self, model: str) -> Row:
-        return next(row for row in self.rows if row.ranking is None and row.recipient == model)
+    @property
+    def judges(self) -> list[str]:
+        return list(dict.fromkeys(row.judge for row in self.rows))
+
+    @property
+    def rankings(self) -> list[str]:
+        return list(dict.fromkeys(row.ranking for row in self.rows if row.ranking is not None))
+
+    def baseline(self, model: str, judge: str) -> Row:
+        """The row of an unpatched model."""
+        return next(r for r in self.rows if r.ranking is None and (r.recipient, r.judge) == (model, judge))
+
+    def line(self, judge: str, recipient: str, ranking: str, control_seed: int | None = None) -> list[Row]:
+        """The rows of one ranking's windows (or of one seed's controls), by their end."""
+        key = judge, recipient, ranking, control_seed
+        rows = [row for row in self.rows if (row.judge, row.recipient, row.ranking, row.control_seed) == key]
+        return sorted(rows, key=lambda row: (row.hi, row.lo))
+
+    def controls(self, row: Row) -> list[Row]:
+        """The random controls of a row's window."""
+        key = row.judge, row.recipient, row.ranking, row.lo, row.hi
+        same = [r for r in self.rows if (r.judge, r.recipient, r.ranking, r.lo, r.hi) == key]
+        return [r for r in same if r.control_seed is not None]
 
 
 @dataclass(frozen=True)
@@ -109,8 +128,8 @@ class _Point:
 def sweep(
     engine: Engine,
     prompts: Sequence[Chat],
-    rankings: dict[str, Ranking],
-    judge: Judge,
+    rankings: Mapping[str, Ranking],
+    judges: Mapping[str, Judge],
     config: SweepConfig,
     *,
     store: str | Path | None = None,
@@ -118,42 +137,61 @@ def sweep(
 ) -> SweepResult:
     """Run every window of every ranking and of its random controls, for every recipient, and judge the texts.
 
-    judge: (questions, completions) -> scores, lower is safer. store: a folder that keeps completions, so that
-    a killed sweep continues. A window of which no disjoint random control can be drawn has none, and a note says so.
+    judges: name -> judge; each sees all texts. store: a folder that keeps completions, so that a killed sweep
+    continues. A window of which no disjoint random control can be drawn has none, and a note says so.
     """
-    if not rankings or not prompts:
-        raise SnpatchError("sweep: needs at least one ranking and one prompt")
+    if not rankings or not prompts or not judges:
+        raise SnpatchError("sweep: needs at least one ranking, one prompt and one judge")
     points, notes = _points(engine, rankings, config)
-    records = _generate(engine, prompts, points, config, store, progress)
-    _score(records, judge)
-    scores = np.array([record["score"] for record in records]).reshape(len(points), len(prompts))
-    of_model = {point.recipient: scores[i] for i, point in enumerate(points) if point.patch is None}
-    size = engine.geometry.n_layers * engine.geometry.n_neurons
+    written = texts.write(
+        engine, prompts, [p.patch or p.recipient for p in points], config.sampling, store=store, progress=progress
+    )
+    records = [{**_labels(p), **record} for p, mine in zip(points, written, strict=True) for record in mine]
+    texts.judge_all(records, judges)
     rows = []
-    for index, point in enumerate(points):
-        mine = records[index * len(prompts) : (index + 1) * len(prompts)]
-        mean = _interval(config, np.mean, scores[index])
-        effect = (None, None, None)
-        if point.patch is not None:
-            effect = _effect(config, scores[index], of_model[point.recipient], of_model[config.donor])
-        tokens = sum(len(record["token_ids"]) for record in mine)
-        overwrites = sum(record["overwrites"] for record in mine)
-        share = len(point.window) / size
-        rows.append(
-            Row(
-                **_labels(point),
-                share=share,
-                prompts=len(prompts),
-                tokens=tokens,
-                overwrites=overwrites,
-                **_named("mean", mean),
-                **_named("effect", effect),
-            )
-        )
+    for judge in judges:
+        scores = np.array([record["scores"][judge] for record in records]).reshape(len(points), len(prompts))
+        rows += _rows(engine, config, judge, points, written, scores)
     return SweepResult(config, rows, records, notes)
 
 
-def _points(engine: Engine, rankings: dict[str, Ranking], config: SweepConfig) -> tuple[list[_Point], list[str]]:
+def _rows(engine, config, judge, points, written, scores) -> list[Row]:
+    """A row a point, from its texts' scores [points, prompts]."""
+    size = engine.geometry.n_layers * engine.geometry.n_neurons
+    certainty = {"resamples": config.resamples, "confidence": config.confidence}
+    unpatched = {point.recipient: scores[i] for i, point in enumerate(points) if point.patch is None}
+    controls: dict[tuple, list[np.ndarray]] = {}
+    for point, own in zip(points, scores, strict=True):
+        if point.seed is not None:
+            controls.setdefault((point.recipient, point.name, point.window), []).append(own)
+    rows = []
+    for point, mine, own in zip(points, written, scores, strict=True):
+        effect, p_unpatched, p_control = (None, None, None), None, None
+        if point.patch is not None:
+            recipient = unpatched[point.recipient]
+            effect = causal_effect(own, recipient, unpatched[config.donor], **certainty)
+            p_unpatched = paired_p(own, recipient)
+            random = controls.get((point.recipient, point.name, point.window))
+            if random and point.seed is None:
+                p_control = paired_p(own, np.mean(random, axis=0))
+        rows.append(
+            Row(
+                judge,
+                **_labels(point),
+                share=len(point.window) / size,
+                prompts=len(mine),
+                tokens=sum(len(record["token_ids"]) for record in mine),
+                overwrites=sum(record["overwrites"] for record in mine),
+                **_named("mean", interval(np.mean, own, **certainty)),
+                **_named("effect", effect),
+                p_unpatched=p_unpatched,
+                p_control=p_control,
+            )
+        )
+    return rows
+
+
+def _points(engine: Engine, rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[list[_Point], list[str]]:
     for model in (*config.recipients, config.donor):
         if model not in engine.models:
             raise SnpatchError(f"no model named {model!r}: there are {', '.join(engine.models)}")
@@ -178,113 +216,17 @@ def _points(engine: Engine, rankings: dict[str, Ranking], config: SweepConfig) -
     return points, notes
 
 
-def _generate(engine, prompts, points, config, store, progress) -> list[dict]:
-    """A record for each point and prompt, in that order: from the store where it has them, else generated."""
-    asked = {**asdict(config.sampling), "where": config.where, "engine": engine.digest, "snpatch": __version__}
-    work: list[tuple[str, _Point, list[int]]] = []
-    encoded = engine.encode(prompts)
-    for point in points:
-        identity = {**asked, "recipient": point.recipient}
-        if point.patch is not None:
-            window = point.patch.window
-            ranking = point.patch.ranking.digest
-            identity |= {"donor": config.donor, "ranking": ranking, "window": [window.lo, window.hi]}
-        for index, ids in enumerate(encoded):
-            # Two samples of the same prompt are two texts; two greedy ones are the same.
-            copy = index if config.sampling.temperature > 0 else None
-            work.append((_digest({**identity, "prompt": ids, "copy": copy}), point, ids))
-    with Store(store) as log:
-        missing = list({key: item for key, *item in work if key not in log.records}.items())
-        for start in range(0, len(missing), CHUNK):
-            chunk = missing[start : start + CHUNK]
-            offset = len(work) - len(missing) + start
-
-            def report(done: int, _total: int, offset: int = offset) -> None:
-                if progress:
-                    progress(offset + done, len(work))
-
-            completions = engine.generate(
-                [ids for _, (_, ids) in chunk],
-                [point.patch or point.recipient for _, (point, _) in chunk],
-                config.sampling,
-                report,
-            )
-            for (key, _), completion in zip(chunk, completions, strict=True):
-                log.append(key, _record(completion))
-    return [
-        {
-            **_labels(point),
-            "prompt_index": i % len(prompts),
-            "prompt": question(prompts[i % len(prompts)]),
-            **log.records[key],
-        }
-        for i, (key, point, _) in enumerate(work)
-    ]
-
-
 def _labels(point: _Point) -> dict:
+    donor = None if point.patch is None else point.patch.donor
     window = {"lo": point.window.lo, "hi": point.window.hi}
-    return {"recipient": point.recipient, "ranking": point.name, "control_seed": point.seed, **window}
-
-
-def _record(completion: Completion) -> dict:
     return {
-        "completion": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "overwrites": completion.overwrites,
+        "recipient": point.recipient,
+        "donor": donor,
+        "ranking": point.name,
+        "control_seed": point.seed,
+        **window,
     }
-
-
-def _score(records: list[dict], judge: Judge) -> None:
-    """Judge each different (prompt, completion) once."""
-    pairs = list({(record["prompt"], record["completion"]): None for record in records})
-    scores = judge([prompt for prompt, _ in pairs], [completion for _, completion in pairs])
-    if len(scores) != len(pairs):
-        raise SnpatchError(f"the judge gave {len(scores)} scores for {len(pairs)} completions")
-    by_pair = dict(zip(pairs, scores, strict=True))
-    for record in records:
-        record["score"] = float(by_pair[record["prompt"], record["completion"]])
-        if not np.isfinite(record["score"]):
-            raise SnpatchError(f"the judge gave {record['score']} for the prompt {record['prompt']!r}")
-
-
-def _interval(config: SweepConfig, statistic, *samples) -> tuple[float, float, float]:
-    """A statistic of paired samples and its percentile bootstrap interval over prompts."""
-    value = float(statistic(*samples, axis=-1))
-    if len(samples[0]) < 2:
-        return value, value, value
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = bootstrap(
-            samples,
-            statistic,
-            paired=True,
-            vectorized=True,
-            method="percentile",
-            n_resamples=config.resamples,
-            rng=np.random.default_rng(0),
-        )
-    tail = 50 * (1 - config.confidence)
-    # A resample without a gap has no effect to speak of (NaN) and is left out.
-    low, high = np.nanpercentile(found.bootstrap_distribution, [tail, 100 - tail])
-    return value, float(low), float(high)
-
-
-def _effect(config: SweepConfig, patched, recipient, donor) -> tuple[float | None, float | None, float | None]:
-    """Eq. 4; None where donor and recipient score the same, which leaves nothing to recover."""
-    if np.mean(donor) == np.mean(recipient):
-        return None, None, None
-
-    def causal_effect(patched, recipient, donor, axis=-1):
-        base = recipient.mean(axis)
-        return (patched.mean(axis) - base) / (donor.mean(axis) - base)
-
-    return _interval(config, causal_effect, patched, recipient, donor)
 
 
 def _named(name: str, interval: tuple) -> dict:
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
-
-
-def _digest(identity: dict) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

@@ -78,12 +78,12 @@ def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_pat
                          "sft", "-k", "0,70:281,281", "--judge", "refusal", "--controls", 1, "--max-tokens", 4,
                          "--limit", 3, "-o", folder, "--json")  # fmt: skip
     assert code == 0, err
-    rows = json.loads(out)["rows"]
+    rows = json.loads(out)["tables"]["curve"]
     assert [(r["recipient"], r["ranking"], r["lo"], r["hi"]) for r in rows if r["control_seed"] is None] == [
         ("sft", None, 0, 0), ("dpo", None, 0, 0),
         ("sft", "safety", 0, 0), ("sft", "safety", 70, 281), ("sft", "safety", 0, 281),
     ]  # fmt: skip
-    expected = {"table.csv", "table.jsonl", "records.jsonl", "completions.jsonl", "curve.png", "curve.svg"}
+    expected = {"curve.csv", "curve.json", "curve-records.jsonl", "completions.jsonl", "curve.png", "curve.svg"}
     assert {path.name for path in folder.iterdir()} == expected
 
 
@@ -245,7 +245,7 @@ BAD = {
     "a GPU that is not there": (lambda t: {"more": ["--device", "cuda:77"]}, "device 'cuda:77': "),
     "a place that is no number": (lambda t: {"more": ["--where", "--5"]}, "where must be one of"),
     "a position past the text": (lambda t: {"more": ["--where", "500"]}, "where=500 lies past the"),
-    "prompts that are not text": (not_utf8, "cannot be read as UTF-8"),
+    "prompts that are not text": (not_utf8, "latin.jsonl, line 1: not UTF-8"),
     "bad sampling": (lambda t: {"more": ["--top-p", "0"]}, r"top_p must lie in \(0, 1\], got 0.0"),
 }
 
@@ -276,7 +276,8 @@ def test_real_process_exits_with_2_and_one_line(tmp_path):
     command = [sys.executable, "-m", "snpatch.cli", "generate", str(tmp_path / "no"), str(tmp_path / "p.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"snpatch: error: {tmp_path}/p.jsonl: no such file (wanted JSONL)\n"
+    assert done.stderr.startswith(f"snpatch: error: {tmp_path}/p.jsonl: no such file")
+    assert done.stderr.count("\n") == 1
 
 
 def test_unknown_option_is_refused(capsys, prompts):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
-from snpatch.report import headline, write_report
+from snpatch.effect import causal_effect, interval, paired_p
+from snpatch.experiments.curve import headline, report_of
 from snpatch.store import NAME, Store
 from snpatch.sweep import SweepConfig, sweep
 
@@ -40,7 +41,8 @@ def judge(prompts, completions):
 def run(engine, ranking, store=None, judge=judge, **changes):
     config = SweepConfig(**{"recipients": ("sft", "base"), "donor": "dpo", "windows": (0, 70, (70, 300), 1408),
                             "controls": 2, "sampling": GREEDY, "resamples": 200, **changes})  # fmt: skip
-    return sweep(engine, PROMPTS, {"safety": ranking}, judge, config, store=store)
+    judges = judge if isinstance(judge, dict) else {"cost": judge}
+    return sweep(engine, PROMPTS, {"safety": ranking}, judges, config, store=store)
 
 
 def test_every_point_equals_the_engine_run_alone(engine, ranking):
@@ -88,15 +90,39 @@ def test_means_effects_and_intervals_are_those_of_the_scores(engine, ranking):
         assert by_window[recipient, 1408].effect == pytest.approx(1)
 
 
-def test_effect_interval_covers_a_known_effect(engine, ranking):
-    """Paired resampling: a patch that halves every prompt's own gap has effect 0.5 with no spread at all."""
-    from snpatch.sweep import _effect
-
+def test_effect_on_constructed_costs():
+    """Eq. 4 and its paired resampling: a patch that halves every prompt's own gap has effect 0.5 with no spread."""
     gap = np.array([1.0, 5.0, 2.0, 9.0])
     recipient = np.array([3.0, 1.0, 4.0, 2.0])
-    config = SweepConfig(("sft",), "dpo", (1,), resamples=500)
-    assert _effect(config, recipient - gap / 2, recipient, recipient - gap) == pytest.approx((0.5, 0.5, 0.5))
-    assert _effect(config, recipient, recipient, recipient) == (None, None, None)
+    donor = recipient - gap
+    assert causal_effect(recipient - gap / 2, recipient, donor) == pytest.approx((0.5, 0.5, 0.5))
+    assert causal_effect(recipient, recipient, donor)[0] == 0
+    assert causal_effect(donor, recipient, donor)[0] == pytest.approx(1)
+    assert causal_effect(recipient + gap, recipient, donor)[0] == pytest.approx(-1), "worse than before"
+    assert causal_effect(recipient - 2 * gap, recipient, donor)[0] == pytest.approx(2), "past the donor"
+    assert causal_effect(recipient, recipient, recipient) == (None, None, None)
+    one_sided = np.array([gap[0], 0, 0, 0])  # all of the first prompt's gap, none of the others'
+    value, low, high = causal_effect(recipient - one_sided, recipient, donor)
+    assert value == pytest.approx(1 / 17)
+    assert low == 0
+    assert high > value
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say():
+    draw = np.random.default_rng(1)
+    covered = [low <= 0 <= high for _, low, high in (interval(np.mean, draw.normal(size=40)) for _ in range(300))]
+    assert 0.88 < np.mean(covered) < 0.99
+
+
+def test_paired_p_is_the_t_test_over_prompts():
+    before, after = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.5, 1.0, 2.0, 4.5])
+    difference = after - before
+    t = difference.mean() / (difference.std(ddof=1) / 2)
+    from scipy.stats import t as student
+
+    assert paired_p(after, before) == pytest.approx(2 * student.sf(abs(t), 3))
+    assert paired_p(before, before) is None
+    assert paired_p([1.0], [2.0]) is None
 
 
 def test_promise_8_a_killed_sweep_continues_where_it_was(engine, ranking, tmp_path, monkeypatch):
@@ -153,7 +179,7 @@ def test_the_store_tells_templates_and_samples_apart(engine, ranking, tmp_path):
     assert [r["completion"] for r in second.records] == [r["completion"] for r in run(bare, ranking, **small).records]
     assert [r["completion"] for r in first.records] != [r["completion"] for r in second.records]
     config = SweepConfig(("sft",), "dpo", (70,), controls=0, sampling=Sampling(temperature=1.0, max_tokens=6))
-    sampled = sweep(engine, [PROMPTS[0]] * 4, {"safety": ranking}, judge, config, store=tmp_path)
+    sampled = sweep(engine, [PROMPTS[0]] * 4, {"safety": ranking}, {"cost": judge}, config, store=tmp_path)
     assert len({r["completion"] for r in sampled.records if r["ranking"]}) > 1
 
 
@@ -172,8 +198,8 @@ def test_two_sweeps_cannot_share_a_store(engine, ranking, tmp_path):
         ({"controls": -1}, "controls"),
         ({"control_kind": "nowhere", "controls": 0}, "control_kind must be one of"),
         ({"confidence": 2.0}, "confidence"),
-        ({"judge": lambda prompts, completions: [float("nan")] * len(prompts)}, "the judge gave nan"),
-        ({"judge": lambda prompts, completions: [1.0]}, "the judge gave 1 scores"),
+        ({"judge": lambda prompts, completions: [float("nan")] * len(prompts)}, "'cost'.*finite score, got nan"),
+        ({"judge": lambda prompts, completions: [1.0]}, "'cost'.*one a completion, got 1"),
     ],
 )
 def test_bad_sweeps_are_refused(engine, ranking, changes, message):
@@ -181,16 +207,48 @@ def test_bad_sweeps_are_refused(engine, ranking, changes, message):
         run(engine, ranking, **changes)
 
 
-def test_report_writes_table_plot_and_headline(engine, ranking, tmp_path):
-    result = run(engine, ranking)
-    paths = write_report(result, tmp_path)
+def test_report_writes_tables_plots_and_headline(engine, ranking, tmp_path):
+    result = run(engine, ranking, judge={"cost": judge, "length": lambda p, c: [len(text) for text in c]})
+    report = report_of(result, "curve")
+    paths = report.write(tmp_path)
     assert sorted(path.name for path in paths) == sorted(path.name for path in tmp_path.iterdir())
-    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
     assert [float(row["mean"]) for row in rows] == [row.mean for row in result.rows]
-    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == len(result.records)
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert "</svg>" in (tmp_path / "curve.svg").read_text()
-    assert [line.split(":")[0] for line in headline(result)] == ["sft", "base"]
+    assert [row["mean"] for row in json.loads((tmp_path / "curve.json").read_text())["rows"]] == [
+        row.mean for row in result.rows
+    ]
+    assert len((tmp_path / "curve-records.jsonl").read_text().splitlines()) == len(result.records)
+    for plot in ("curve", "curve-length"):
+        assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (tmp_path / f"{plot}.svg").read_text()
+    assert [line.split(":")[0] for line in headline(result)] == ["sft", "base"] * 2
+
+
+def test_every_judge_sees_all_texts(engine, ranking):
+    both = run(engine, ranking, judge={"cost": judge, "length": lambda p, c: [len(text) for text in c]})
+    assert both.judges == ["cost", "length"]
+    alone = run(engine, ranking)
+    assert [row for row in both.rows if row.judge == "cost"] == alone.rows
+    for row in both.rows:
+        key = row.recipient, row.ranking, row.control_seed, row.lo, row.hi
+        mine = [r for r in both.records if (r["recipient"], r["ranking"], r["control_seed"], r["lo"], r["hi"]) == key]
+        assert row.mean == pytest.approx(np.mean([record["scores"][row.judge] for record in mine]))
+
+
+def test_p_values_compare_with_the_recipient_and_the_random_neurons(engine, ranking):
+    result = run(engine, ranking)
+    scores = {}
+    for r in result.records:
+        scores.setdefault((r["recipient"], r["ranking"], r["control_seed"], r["lo"], r["hi"]), []).append(
+            r["scores"]["cost"]
+        )
+    row = next(r for r in result.rows if (r.recipient, r.ranking, r.control_seed, r.hi) == ("sft", "safety", None, 300))
+    own, plain = np.array(scores["sft", "safety", None, 70, 300]), np.array(scores["sft", None, None, 0, 0])
+    random = np.mean([scores["sft", "safety", seed, 70, 300] for seed in range(2)], axis=0)
+    assert row.p_unpatched == paired_p(own, plain)
+    assert row.p_control == paired_p(own, random)
+    assert next(r for r in result.rows if r.ranking and r.hi == 0).p_unpatched is None
+    assert next(r for r in result.rows if r.ranking and r.hi == 1408).p_control is None
 
 
 def test_headline_is_the_smallest_window_that_reaches_nine_tenths(engine, ranking):
@@ -204,7 +262,7 @@ def test_headline_is_the_smallest_window_that_reaches_nine_tenths(engine, rankin
 def test_no_prompts_is_refused(engine, ranking):
     config = SweepConfig(("sft",), "dpo", (1,))
     with pytest.raises(SnpatchError, match="one prompt"):
-        sweep(engine, [], {"safety": ranking}, judge, config)
+        sweep(engine, [], {"safety": ranking}, {"cost": judge}, config)
 
 
 def test_headline_says_when_nothing_was_recovered(engine, ranking):

@@ -1,0 +1,38 @@
+"""The command line: `snpatch contrast | generate | sweep | exp | guard | demo | env`.
+
+Why the imports stand inside the commands: `--help` answers at once, torch takes seconds. Results go to stdout,
+progress and errors to stderr; exit codes: 0 done, 2 bad input (one line says what), 130 interrupted.
+"""
+
+import sys
+
+import typer
+
+from snpatch.cli import commands, demo, exp, guard
+from snpatch.errors import SnpatchError
+
+app = typer.Typer(
+    help="Find safety neurons, patch them while text is generated, measure what that changes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (commands.contrast, commands.generate, commands.sweep, exp.exp, commands.env):
+    app.command()(command)
+app.add_typer(guard.app, name="guard")
+app.add_typer(demo.app, name="demo")
+
+
+def main() -> None:
+    """Entry point: a SnpatchError is one line and exit code 2."""
+    try:
+        app()
+    except SnpatchError as error:
+        sys.exit(_failed(f"snpatch: error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_failed("snpatch: interrupted", 130))
+
+
+def _failed(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

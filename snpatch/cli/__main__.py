@@ -1,0 +1,5 @@
+"""`python -m snpatch.cli`."""
+
+from snpatch.cli import main
+
+main()

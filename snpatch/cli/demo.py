@@ -1,0 +1,38 @@
+"""`snpatch demo`: the main experiment on the demo world; or the world built anew."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from snpatch.cli import exp
+from snpatch.cli import options as o
+from snpatch.errors import SnpatchError
+
+app = typer.Typer(help="The demo world: find its safety neurons and sweep k; or build the world anew.")
+
+
+@app.callback(invoke_without_command=True)
+def demo(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table and the plot.")] = Path("snpatch-demo"),
+    backend: o.Backend = "auto",
+    as_json: o.AsJson = False,
+) -> None:
+    """Contrast SFT with DPO, rank, sweep k for SFT and Base, judge; table and plot."""
+    if context.invoked_subcommand:
+        return
+    exp.run(["curve"], "demo", out, as_json, backend=backend)
+
+
+@app.command("build")
+def build(
+    out: Annotated[Path, typer.Argument(help="Folder for the new world; must not exist or be empty.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make the demo world from nothing: language, base, SFT, DPO, cost model. Takes minutes."""
+    try:
+        from snpatch.demo.build import build as build_world
+    except ImportError as error:  # it names the extra to install
+        raise SnpatchError(str(error)) from error
+    build_world(out, seed)

@@ -1,0 +1,88 @@
+"""`snpatch exp`: the paper's experiments on a world."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from snpatch.cli import options as o
+from snpatch.errors import SnpatchError
+
+
+def exp(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="curve, windows, transfer, stability, preference, tax, perplexity, distribution, words, positions, "
+            "guard, safeguard; or all.",
+            metavar="NAME...",
+        ),
+    ],
+    world: Annotated[str, typer.Option("--world", "-w", help="A world's file (.toml), or demo, or llama-2-7b.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables, plots, rankings and texts.")] = Path(
+        "snpatch-results"
+    ),
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="name=value of the experiment's settings, as k=[0,200]. May be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts of each set.")] = None,
+    skip_bad: o.SkipBad = False,
+    backend: o.Backend = "auto",
+    dtype: o.Dtype = "auto",
+    batch_size: o.BatchSize = None,
+    engine_setting: o.EngineSettings = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Run experiments of the paper: tables (CSV, JSON), plots (PNG, SVG). Continues if killed."""
+    arguments = o.pairs(engine_setting, "--engine")
+    if dtype != "auto":
+        arguments["dtype"] = dtype
+    if batch_size is not None:
+        arguments["batch_size"] = batch_size
+    run(
+        names,
+        world,
+        out,
+        as_json,
+        o.pairs(setting, "--set"),
+        backend=backend,
+        limit=limit,
+        skip_bad=skip_bad,
+        **arguments,
+    )
+
+
+def run(
+    names: list[str], world: str, out: Path, as_json: bool, settings: dict | None = None, **arguments: object
+) -> None:
+    """Run, write and print each; one that cannot be run is told at the end and stops none of the others.
+
+    arguments: the Lab's.
+    """
+    from snpatch import experiments
+    from snpatch.files import check_writable
+    from snpatch.lab import Lab
+    from snpatch.world import load_world
+
+    chosen = list(experiments.NAMES) if names == ["all"] else names
+    unknown = [name for name in chosen if name not in experiments.NAMES]
+    if unknown:
+        raise SnpatchError(f"no experiment named {unknown[0]!r}: there are {', '.join(experiments.NAMES)}, or all")
+    if settings and len(chosen) > 1:
+        raise SnpatchError("--set is for one experiment; for several, write the settings into the world's file")
+    for name in chosen:
+        check_writable(out / f"{name}.csv")
+    failed = {}
+    with Lab(load_world(world), out, progress=o.progress_bar, **arguments) as lab:
+        for name in chosen:
+            try:
+                o.show(experiments.run(name, lab, settings), out, as_json)
+            except SnpatchError as error:
+                if len(chosen) == 1:
+                    raise
+                failed[name] = error
+                print(f"snpatch: {name}: {error}", file=sys.stderr)
+    if failed:
+        raise SnpatchError(f"{len(failed)} of {len(chosen)} experiments failed: {', '.join(failed)}; see above")

@@ -1,0 +1,190 @@
+"""`snpatch guard fit | eval | apply`: refuse prompts before anything is generated."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from snpatch.cli import options as o
+from snpatch.cli.commands import write_completions
+from snpatch.sampling import GREEDY
+
+app = typer.Typer(
+    help="A guard tells from the safety neurons at a prompt's last token whether the answer would be harmful.",
+    no_args_is_help=True,
+)
+
+GuardFile = Annotated[Path, typer.Option("--guard", help="What `snpatch guard fit` wrote.")]
+Above = Annotated[float, typer.Option("--harmful-above", help="The cost above which an answer is harmful.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most new tokens of an answer.")]
+Judge = Annotated[str, typer.Option(help="Folder or hub name of a cost model, `refusal`, or module:function.")]
+
+
+@app.command()
+def fit(
+    model: o.Model,
+    prompts: o.Prompts,
+    reads: Annotated[str, typer.Option(help="The model whose neurons are read and whose answers are judged.")],
+    ranking: Annotated[Path, typer.Option(help="Ranking file.")],
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many of its first neurons.")],
+    judge: Judge,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the guard goes (.safetensors).")],
+    adapter: o.Adapters = None,
+    judge_format: o.JudgeFormat = None,
+    harmful_above: Above = 0.0,
+    max_tokens: MaxTokens = GREEDY.max_tokens,
+    strengths: Annotated[
+        str,
+        typer.Option("--C", help="Inverse strength of the penalty; of several (0.01,0.1,1) cross-validation chooses."),
+    ] = "1.0",
+    balanced: Annotated[bool, typer.Option("--balanced", help="Both classes count the same.")] = False,
+    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = 5,
+    threshold: Annotated[float, typer.Option(help="Prompts of a higher probability of harm are refused.")] = 0.5,
+    refusal: Annotated[str | None, typer.Option(help="The text that refused prompts get.")] = None,
+    form: o.Format = None,
+    skip_bad: o.SkipBad = False,
+    limit: o.Limit = None,
+    template: o.Template = "auto",
+    dtype: o.Dtype = "auto",
+    backend: o.Backend = "auto",
+    device: o.Device = "auto",
+    batch_size: o.BatchSize = None,
+    setting: o.EngineSettings = None,
+    allow_untested: o.Untested = False,
+    as_json: o.AsJson = False,
+) -> None:
+    """Let a model answer, judge the answers, and fit a classifier that tells them from the prompts alone."""
+    from snpatch.files import check_writable
+    from snpatch.guard.classifier import Guard
+    from snpatch.guard.config import GuardConfig
+    from snpatch.guard.fitting import out_of_fold
+    from snpatch.guard.scores import evaluate
+    from snpatch.ranking import Ranking
+
+    data = o.read(prompts, form, limit, skip_bad)
+    order = Ranking.load(ranking)
+    given = {} if refusal is None else {"refusal": refusal}
+    config = GuardConfig(
+        tuple(o.a_number(part, float, "--C") for part in strengths.split(",")),
+        "balanced" if balanced else None,
+        folds,
+        threshold=threshold,
+        **given,
+    )
+    check_writable(out)
+    engine = o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
+    with engine:
+        known = _labelled(engine, data.prompts, reads, judge, judge_format, backend, device, max_tokens, harmful_above)
+        features = engine.capture(known.prompts, reads, order, k)
+        digest = engine.digest_of(reads)
+        meta = {"judge": judge, "harmful_above": harmful_above, "prompts": data.source}
+        guard = Guard.fit(features, known.labels, order, model=reads, digest=digest, config=config, meta=meta)
+        scores = evaluate(out_of_fold(features.numpy(), known.labels, config), known.labels, threshold=threshold)
+    guard.save(out)
+    _tell(scores, {"guard": str(out), "C": guard.meta["C"], "k": k}, "by cross-validation", as_json)
+
+
+@app.command("eval")
+def evaluate_guard(
+    model: o.Model,
+    prompts: o.Prompts,
+    guard: GuardFile,
+    judge: Judge,
+    adapter: o.Adapters = None,
+    judge_format: o.JudgeFormat = None,
+    harmful_above: Above = 0.0,
+    max_tokens: MaxTokens = GREEDY.max_tokens,
+    form: o.Format = None,
+    skip_bad: o.SkipBad = False,
+    limit: o.Limit = None,
+    template: o.Template = "auto",
+    dtype: o.Dtype = "auto",
+    backend: o.Backend = "auto",
+    device: o.Device = "auto",
+    batch_size: o.BatchSize = None,
+    setting: o.EngineSettings = None,
+    allow_untested: o.Untested = False,
+    as_json: o.AsJson = False,
+) -> None:
+    """Compare a guard's verdicts on other prompts with what its model's own answers cost."""
+    from snpatch.guard.classifier import Guard
+    from snpatch.guard.scores import evaluate
+
+    chats = o.read(prompts, form, limit, skip_bad).prompts
+    one = Guard.load(guard)
+    engine = o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
+    with engine:
+        probabilities = one.predict(engine, chats)
+        known = _labelled(engine, chats, one.model, judge, judge_format, backend, device, max_tokens, harmful_above)
+    _tell(evaluate(probabilities, known.labels, threshold=one.threshold), {"guard": str(guard)}, prompts, as_json)
+
+
+@app.command()
+def apply(
+    model: o.Model,
+    prompts: o.Prompts,
+    guard: GuardFile,
+    recipient: Annotated[str, typer.Option(help="The model that answers what is let through.")],
+    adapter: o.Adapters = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write JSONL there instead of to stdout.")] = None,
+    max_tokens: MaxTokens = GREEDY.max_tokens,
+    form: o.Format = None,
+    skip_bad: o.SkipBad = False,
+    limit: o.Limit = None,
+    template: o.Template = "auto",
+    dtype: o.Dtype = "auto",
+    backend: o.Backend = "auto",
+    device: o.Device = "auto",
+    batch_size: o.BatchSize = None,
+    setting: o.EngineSettings = None,
+    allow_untested: o.Untested = False,
+    as_json: o.AsJson = False,
+) -> None:
+    """Answer prompts with a guard in front: one that it refuses costs a prefill and gets its refusal."""
+    from snpatch.files import check_writable
+    from snpatch.guard.classifier import Guard
+    from snpatch.sampling import Sampling
+
+    chats = o.read(prompts, form, limit, skip_bad).prompts
+    one = Guard.load(guard)
+    if out:
+        check_writable(out)
+    engine = o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
+    with engine, o.progress_bar("generate") as progress:
+        completions = engine.generate(chats, recipient, Sampling(max_tokens=max_tokens), progress, guard=one)
+    more = [{"guard_probability": completion.guard_probability} for completion in completions]
+    write_completions(chats, completions, more, out, as_json)
+
+
+def _labelled(engine, chats, model, judge, judge_format, backend, device, max_tokens, harmful_above):
+    from snpatch.guard.comparison import label
+    from snpatch.sampling import Sampling
+
+    (opened,) = o.open_judges([judge], judge_format, backend, device).values()
+    with o.progress_bar("answers") as progress:
+        return label(
+            engine,
+            chats,
+            model,
+            opened,
+            sampling=Sampling(max_tokens=max_tokens),
+            threshold=harmful_above,
+            progress=progress,
+        )
+
+
+def _tell(scores, named: dict, where: str, as_json: bool) -> None:
+    from snpatch.report import cell, span
+
+    figures = asdict(scores)
+    if as_json:
+        print(json.dumps({**named, **figures}))
+        return
+    for name, value in named.items():
+        print(f"{name}: {value}")
+    print(f"{scores.n} prompts, {scores.harmful} harmful; {where}:")
+    for name in ("accuracy", "balanced_accuracy", "auc", "brier", "calibration_error", "majority"):
+        interval = f"  ({span(figures, name)})" if figures[name] is not None else "  undefined: one class only"
+        print(f"  {name:18s} {cell(figures[name])}{interval}")

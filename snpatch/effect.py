@@ -1,0 +1,62 @@
+"""Statistics of scores over prompts: Eq. 4's causal effect, bootstrap intervals, paired tests.
+
+Everything is paired: a patch is compared with what else was written for the same prompts, so prompts are what is
+resampled.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import bootstrap, ttest_rel
+
+from snpatch.errors import SnpatchError
+
+Interval = tuple[float, float, float]  # value, low, high
+
+
+def interval(statistic, *samples: ArrayLike, resamples: int = 1000, confidence: float = 0.95) -> Interval:
+    """A statistic of paired samples [prompts] and its percentile bootstrap interval over prompts.
+
+    statistic: (*samples, axis) -> values. One prompt has no spread: both ends are the value. The seed is fixed.
+    """
+    if resamples < 1 or not 0 < confidence < 1:
+        raise SnpatchError("bootstrap: resamples must be at least 1 and confidence lie between 0 and 1")
+    samples = tuple(np.asarray(sample, dtype=float) for sample in samples)
+    value = float(statistic(*samples, axis=-1))
+    if len(samples[0]) < 2:
+        return value, value, value
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = bootstrap(
+            samples,
+            statistic,
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            n_resamples=resamples,
+            rng=np.random.default_rng(0),
+        )
+    tail = 50 * (1 - confidence)
+    # A resample in which the statistic is undefined (NaN) is left out.
+    low, high = np.nanpercentile(found.bootstrap_distribution, [tail, 100 - tail])
+    return value, float(low), float(high)
+
+
+def causal_effect(patched: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **certainty) -> Interval | tuple:
+    """Eq. 4: the share of the way from the recipient's mean score to the donor's, with its interval.
+
+    Three times None where donor and recipient score the same, which leaves nothing to recover.
+    """
+    if np.mean(donor) == np.mean(recipient):
+        return None, None, None
+
+    def effect(patched, recipient, donor, axis=-1):
+        base = recipient.mean(axis)
+        return (patched.mean(axis) - base) / (donor.mean(axis) - base)
+
+    return interval(effect, patched, recipient, donor, **certainty)
+
+
+def paired_p(one: ArrayLike, other: ArrayLike) -> float | None:
+    """p of the two-sided paired t-test; None where fewer than two prompts are there or no score differs."""
+    if len(one) < 2 or np.array_equal(one, other):
+        return None
+    return float(ttest_rel(one, other).pvalue)

@@ -1,0 +1,42 @@
+"""The paper's experiments, one a file: each has frozen `Settings` and `run(lab, settings) -> Report`.
+
+Why `run` here and not a base class: an experiment is a function; what all share is how its settings are found and what
+its tables' provenance says.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib import import_module
+
+from snpatch.errors import SnpatchError
+from snpatch.lab import Lab
+from snpatch.report import Report
+from snpatch.world import made
+
+NAMES = (
+    "curve",
+    "windows",
+    "transfer",
+    "stability",
+    "preference",
+    "tax",
+    "perplexity",
+    "distribution",
+    "words",
+    "positions",
+    "guard",
+    "safeguard",
+)
+
+
+def run(name: str, lab: Lab, settings: Mapping[str, object] | None = None) -> Report:
+    """Run an experiment on a lab. settings: go before the world's own, and these before the paper's defaults."""
+    if name not in NAMES:
+        raise SnpatchError(f"no experiment named {name!r}: there are {', '.join(NAMES)}")
+    module = import_module(f"snpatch.experiments.{name}")
+    given = {**lab.world.settings.get(name, {}), **(settings or {})}
+    chosen = made(module.Settings, f"settings of {name}", given)
+    started = time.monotonic()
+    report = module.run(lab, chosen)
+    return replace(report, provenance=lab.provenance(asdict(chosen), time.monotonic() - started))

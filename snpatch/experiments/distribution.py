@@ -1,0 +1,84 @@
+"""How change scores are distributed: by layer, skewness, share above thresholds, layer x neuron map."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import skew
+
+from snpatch.lab import Lab
+from snpatch.report import Report, Row, cell, table_of
+
+MAP_COLUMNS = 512  # neurons of a layer are pooled to at most so many columns, by their largest score
+
+
+@dataclass(frozen=True)
+class Settings:
+    """thresholds: change scores. k: whose layers are counted; an int, or a share of the ranked neurons."""
+
+    thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
+    k: int | float = 20_000
+
+
+def run(lab: Lab, settings: Settings) -> Report:
+    """Describe the scores of the safety ranking, the excluded layers' too."""
+    ranking = lab.ranking()
+    k = lab.k(settings.k, ranking)
+    scores = ranking.scores.numpy().astype(float)
+    top = ranking.per_layer(k).tolist()
+    excluded = ranking.meta["excluded_layers"]
+    rows = [
+        {"layer": layer, "ranked": layer not in excluded, **describe(own, settings.thresholds), "in_top_k": top[layer]}
+        for layer, own in enumerate(scores)
+    ]
+    whole = {"layer": "all", "ranked": True, **describe(scores.ravel(), settings.thresholds), "in_top_k": k}
+    largest = settings.thresholds[-1]
+    sentences = [
+        f"change scores of {scores.size} neurons: mean {cell(whole['mean'])}, median {cell(whole['median'])}, "
+        f"skewness {_or_none(whole['skewness'])}; {whole[f'above {largest:g}']:.2%} are above {largest:g}.",
+        f"layers {', '.join(map(str, excluded)) or 'none'} left out of the ranking; the top {k} lie in "
+        f"{sum(map(bool, top))} layers, most in layer {int(np.argmax(top))} ({max(top)}).",
+    ]
+    rows.append(whole)
+    plots = {"distribution": _plot(scores, top, settings.thresholds, k)}
+    return Report("distribution", {"distribution": rows}, plots, table_of(rows, {n: n for n in whole}), sentences)
+
+
+def describe(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:
+    """Mean, deviation, quantiles, skewness (None where all are the same) and shares above thresholds of scores [n]."""
+    return {
+        "mean": float(scores.mean()),
+        "std": float(scores.std()),
+        "median": float(np.median(scores)),
+        "p99": float(np.quantile(scores, 0.99)),
+        "max": float(scores.max()),
+        "skewness": float(skew(scores)) if np.ptp(scores) > 0 else None,
+        **{f"above {threshold:g}": float((scores > threshold).mean()) for threshold in thresholds},
+    }
+
+
+def _or_none(value: float | None) -> str:
+    return "undefined" if value is None else cell(value)
+
+
+def _plot(scores: np.ndarray, top: list[int], thresholds: tuple[float, ...], k: int) -> Figure:
+    n_layers, n_neurons = scores.shape
+    figure = Figure(figsize=(13, 8))
+    (histogram, by_layer), (bars, neurons) = figure.subplots(2, 2)
+    histogram.hist(scores.ravel(), bins=100, log=True)
+    for threshold in thresholds:
+        if threshold <= scores.max():
+            histogram.axvline(threshold, color="tab:red", linewidth=0.8, linestyle=":")
+    histogram.set(xlabel="change score", ylabel="neurons", title="all neurons")
+    by_layer.boxplot(list(scores), positions=range(n_layers), showfliers=False)
+    by_layer.set(xlabel="layer", ylabel="change score", title="by layer (outliers not drawn)")
+    bars.bar(range(n_layers), top)
+    bars.set(xlabel="layer", ylabel="neurons", title=f"layers of the top {k}")
+    width = -(-n_neurons // MAP_COLUMNS)
+    padded = np.pad(scores, ((0, 0), (0, -n_neurons % width)))
+    pooled = padded.reshape(n_layers, -1, width).max(-1)
+    image = neurons.imshow(pooled, aspect="auto", origin="lower", extent=(0, n_neurons, -0.5, n_layers - 0.5))
+    figure.colorbar(image, ax=neurons, label="change score")
+    neurons.set(xlabel="neuron", ylabel="layer", title="every neuron" if width == 1 else f"largest of {width} neurons")
+    figure.tight_layout()
+    return figure

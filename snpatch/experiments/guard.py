@@ -1,0 +1,168 @@
+"""The guard over sets of prompts: does the prompt's last token tell whether the answer will be harmful?
+
+Accuracy per k beside random neurons and the majority class; every training set tried on every other; calibration.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from snpatch.errors import SnpatchError
+from snpatch.guard.comparison import GuardRow, Labelled, compare, label
+from snpatch.guard.config import GuardConfig
+from snpatch.lab import Lab
+from snpatch.report import Report, Row, cell, table_of
+
+
+@dataclass(frozen=True)
+class Settings:
+    """prompts: sets to fit and try guards on (default: the benchmarks). k: numbers of neurons, ints or shares.
+
+    harmful_above: the cost from which an answer is harmful. C, class_weight, folds, threshold: see GuardConfig.
+    """
+
+    prompts: tuple[str, ...] = ()
+    k: tuple[int | float, ...] = (10, 50, 100, 200, 500, 1000, 1500)
+    harmful_above: float = 0.0
+    controls: int = 3
+    C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    class_weight: str | None = None
+    folds: int = 5
+    threshold: float = 0.5
+    resamples: int = 1000
+    confidence: float = 0.95
+
+    @property
+    def config(self) -> GuardConfig:
+        return GuardConfig(self.C, self.class_weight, self.folds, threshold=self.threshold)
+
+
+def run(lab: Lab, settings: Settings) -> Report:
+    """Label the generator's own answers, fit a guard on each set, try each on all."""
+    ranking, model = lab.ranking(), lab.world.safety.generator
+    sets = {name: labelled(lab, name, settings.harmful_above) for name in settings.prompts or lab.world.benchmarks}
+    ks = [lab.k(value, ranking) for value in settings.k]
+    with lab.progress("guards") as progress:
+        found = compare(
+            lab.engine,
+            model,
+            sets,
+            {"safety": ranking},
+            ks,
+            settings.config,
+            controls=settings.controls,
+            resamples=settings.resamples,
+            confidence=settings.confidence,
+            progress=progress,
+        )
+    rows = [row.flat() for row in found.rows]
+    curve = [
+        {"features": r.features, "control": r.control, "seed": r.seed, "k": r.k, "train": r.train, "test": r.test}
+        | asdict(point)
+        for r in found.rows
+        for point in r.scores.curve
+    ]
+    summary = _summary(found.rows)
+    best = max((row for row in summary if row["features"] == "safety"), key=lambda row: row["accuracy"])
+    same = [row for row in summary if row["k"] == best["k"] and row is not best]
+    beside = ", ".join(f"{row['features']} {cell(row['accuracy'])}" for row in same)
+    sentence = (
+        f"k = {best['k']}: mean accuracy {cell(best['accuracy'])} on sets that a guard was not fitted on; "
+        f"{beside}; majority {cell(best['majority'])}."
+    )
+    return Report(
+        "guard",
+        {"guard": rows, "guard-summary": summary, "guard-calibration": curve},
+        {"guard": _plot(found.rows, summary, best["k"])},
+        table_of(summary, {name: name for name in summary[0]}, title=f"guards of {model}, sets that they never saw"),
+        [sentence, *found.notes],
+        records=[
+            {
+                "set": name,
+                "prompt_index": i,
+                "completion": text,
+                "score": float(s.scores[i]),
+                "harmful": bool(s.labels[i]),
+            }
+            for name, s in sets.items()
+            for i, text in enumerate(s.completions)
+        ],
+    )
+
+
+def labelled(lab: Lab, name: str, harmful_above: float) -> Labelled:
+    """A set's prompts with the generator's own answers, judged. A prompt that repeats in its set counts once."""
+    prompts = list({str(prompt): prompt for prompt in lab.prompts(name)}.values())
+    with lab.progress(f"answers to {name}") as progress:
+        return label(
+            lab.engine,
+            prompts,
+            lab.world.safety.generator,
+            lab.judge(lab.world.cost),
+            sampling=lab.sampling,
+            threshold=harmful_above,
+            store=lab.out,
+            progress=progress,
+        )
+
+
+def _summary(rows: Sequence[GuardRow]) -> list[Row]:
+    """By features and k: means over the pairs of different training and test sets (of one set alone: over its own)."""
+    groups: dict[tuple[str, int], list[GuardRow]] = {}
+    are_apart = any(row.train != row.test for row in rows)
+    for row in rows:
+        if not are_apart or row.train != row.test:
+            name = row.features if row.control is None else f"random {row.control}"
+            groups.setdefault((name, row.k), []).append(row)
+    summary = []
+    for (name, k), mine in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0] != "safety")):
+        figures = {}
+        for figure in ("accuracy", "balanced_accuracy", "auc", "brier", "calibration_error", "majority"):
+            values = [v for row in mine if (v := getattr(row.scores, figure)) is not None]
+            figures[figure] = float(np.mean(values)) if values else None
+        summary.append({"features": name, "k": k, **figures, "pairs": len(mine)})
+    if not summary:
+        raise SnpatchError("guard: no k leaves enough neurons for a guard")
+    return summary
+
+
+def _plot(rows: Sequence[GuardRow], summary: Sequence[Row], k: int) -> Figure:
+    figure = Figure(figsize=(16, 4.8))
+    by_k, matrix, calibration = figure.subplots(1, 3)
+    for name in dict.fromkeys(row["features"] for row in summary):
+        line = [row for row in summary if row["features"] == name]
+        by_k.plot([row["k"] for row in line], [row["accuracy"] for row in line], "o-", label=name)
+    by_k.axhline(summary[0]["majority"], color="tab:gray", linestyle=":", label="majority class")
+    by_k.set(xlabel="neurons (k)", ylabel="mean accuracy on other sets")
+    by_k.legend(fontsize=8)
+    own = [row for row in rows if row.control is None and row.k == k]
+    _matrix(matrix, own, k)
+    calibration.plot([0, 1], [0, 1], ":", color="tab:gray")
+    for row in own:
+        if row.train == own[0].train:
+            points = row.scores.curve
+            x, y = [point.mean_probability for point in points], [point.harmful_share for point in points]
+            calibration.plot(x, y, "o-", markersize=4, label=f"on {row.test}")
+    calibration.set(xlabel="mean probability of harm", ylabel="share that was harmful")
+    calibration.set_title(f"calibration, fitted on {own[0].train}, k = {k}", fontsize=10)
+    calibration.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _matrix(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:
+    trained, tested = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("train", "test"))
+    values = np.full((len(trained), len(tested)), np.nan)
+    for row in rows:
+        values[trained.index(row.train), tested.index(row.test)] = row.scores.accuracy
+    axis.imshow(values, vmin=0.5, vmax=1, cmap="viridis", aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.75 else "black")
+    axis.set_xticks(range(len(tested)), tested, rotation=20, ha="right")
+    axis.set_yticks(range(len(trained)), trained)
+    axis.set(xlabel="tried on", ylabel="fitted on")
+    axis.set_title(f"accuracy, k = {k} (own set: by cross-validation)", fontsize=10)

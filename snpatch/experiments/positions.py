@@ -1,0 +1,60 @@
+"""Which positions tell: rankings over the prompt, its last token, emitted and emitting tokens, compared.
+
+Both ways: how far they agree, and what patching the top k of each recovers.
+"""
+
+from dataclasses import asdict, dataclass
+
+from snpatch.engine import POSITIONS
+from snpatch.experiments.curve import report_of as sweep_report
+from snpatch.experiments.curve import sweep_config
+from snpatch.experiments.stability import SHARES, report_of
+from snpatch.lab import Lab
+from snpatch.report import Report, cell, percent, span, table_of
+
+
+@dataclass(frozen=True)
+class Settings:
+    """k, more_k: as in stability; effect_k: the k that are patched."""
+
+    prompts: str = ""
+    k: int | float = 20_000
+    more_k: tuple[int | float, ...] = SHARES
+    effect_k: tuple[int | float, ...] = (2_000, 20_000)
+    controls: int = 0
+    control_kind: str = "per_layer"
+    disjoint: bool = True
+    where: str | int = "all"
+    resamples: int = 1000
+    confidence: float = 0.95
+
+
+def run(lab: Lab, settings: Settings) -> Report:
+    """Rank by each kind of position, compare, patch."""
+    rankings = {at: lab.ranking(at=at) for at in POSITIONS}
+    agreement = report_of(lab, "positions", rankings, settings, "kinds of positions")
+    config = sweep_config(lab, settings, lab.windows(settings.effect_k, rankings["emitted"]))
+    result = lab.sweep(settings.prompts or lab.world.benchmarks[0], rankings, lab.cost, config)
+    effects = sweep_report(result, "positions-effects")
+    patched = [asdict(row) for row in result.rows if row.ranking is not None and row.control_seed is None]
+    columns = {
+        "recipient": "recipient",
+        "positions": "ranking",
+        "k": "hi",
+        "mean cost": "mean",
+        "effect": lambda row: percent(row["effect"]),
+        "interval": lambda row: span(row, "effect", percent),
+        "agreement with emitted at k": lambda row: _overlap(rankings, row),
+    }
+    return Report(
+        "positions",
+        agreement.tables | effects.tables,
+        agreement.plots | effects.plots,
+        table_of(patched, columns),
+        [*agreement.headline, *effects.headline],
+        records=result.records,
+    )
+
+
+def _overlap(rankings: dict, row: dict) -> str:
+    return cell(rankings[row["ranking"]].overlap(rankings["emitted"], row["hi"])) if row["hi"] else ""

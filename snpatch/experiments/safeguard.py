@@ -1,0 +1,117 @@
+"""Safeguard: what prompts cost that a guard lets through, for the generator and the donor (paper, section 2)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from snpatch import texts
+from snpatch.effect import interval
+from snpatch.errors import SnpatchError
+from snpatch.experiments.guard import labelled
+from snpatch.guard.classifier import Guard
+from snpatch.guard.config import GuardConfig
+from snpatch.lab import Lab
+from snpatch.report import Report, Row, cell, span, table_of
+
+
+@dataclass(frozen=True)
+class Settings:
+    """train: the set to fit on (default: the first benchmark). prompts: sets to guard (default: the other
+    benchmarks). k: neurons, an int or a share. The rest: see guard.
+    """
+
+    train: str = ""
+    prompts: tuple[str, ...] = ()
+    k: int | float = 1500
+    harmful_above: float = 0.0
+    C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    class_weight: str | None = None
+    folds: int = 5
+    threshold: float = 0.5
+    resamples: int = 1000
+    confidence: float = 0.95
+
+
+def run(lab: Lab, settings: Settings) -> Report:
+    """Fit a guard on one set, save it as guard.safetensors, and let it stand before both models on the others."""
+    ranking, model = lab.ranking(), lab.world.safety.generator
+    train = settings.train or lab.world.benchmarks[0]
+    names = settings.prompts or [name for name in lab.world.benchmarks if name != train]
+    if not names or train in names:
+        raise SnpatchError(f"safeguard: wanted sets to guard other than {train}, got {', '.join(names) or 'none'}")
+    known = labelled(lab, train, settings.harmful_above)
+    k = lab.k(settings.k, ranking)
+    features = lab.engine.capture(known.prompts, model, ranking, k)
+    config = GuardConfig(settings.C, settings.class_weight, settings.folds, threshold=settings.threshold)
+    meta = {"judge": lab.world.cost, "train": lab.data(train).source}
+    guard = Guard.fit(
+        features, known.labels, ranking, model=model, digest=lab.engine.digest_of(model), config=config, meta=meta
+    )
+    guard.save(lab.out / "guard.safetensors")
+    rows, records = [], []
+    for name in names:
+        prompts = lab.prompts(name)
+        refused = guard.predict(lab.engine, prompts) > guard.threshold
+        with lab.progress(f"answers to {name}") as progress:
+            written = texts.write(
+                lab.engine, prompts, [model, lab.world.donor], lab.sampling, store=lab.out, progress=progress
+            )
+        for who, mine in zip((model, lab.world.donor), written, strict=True):
+            texts.judge_all(mine, lab.cost)
+            costs = np.array([record["scores"][lab.world.cost] for record in mine])
+            rows.append(_row(name, who, costs, refused, settings))
+            records += [
+                {"set": name, "model": who, "refused": bool(r), **m} for r, m in zip(refused, mine, strict=True)
+            ]
+    columns = {
+        "set": "set",
+        "model": "model",
+        "refused": lambda row: f"{row['refused']} of {row['prompts']}",
+        "mean cost, all": "all",
+        "mean cost, let through": "passed",
+        f"{settings.confidence:.0%} interval": lambda row: span(row, "passed"),
+        "harmful, all": lambda row: f"{row['harmful_share']:.0%}",
+        "harmful, let through": lambda row: "" if row["harmful_passed"] is None else f"{row['harmful_passed']:.0%}",
+    }
+    sentences = [
+        f"{row['model']} on {row['set']}: cost {cell(row['all'])} unguarded, "
+        f"{cell(row['passed']) or 'nothing let through'} of what the guard of {k} neurons lets through."
+        for row in rows
+    ]
+    tables, plots = {"safeguard": rows}, {"safeguard": _plot(rows)}
+    return Report("safeguard", tables, plots, table_of(rows, columns), sentences, records=records)
+
+
+def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings: Settings) -> Row:
+    passed, mean = costs[~refused], (None, None, None)
+    if len(passed):
+        mean = interval(np.mean, passed, resamples=settings.resamples, confidence=settings.confidence)
+    is_harmful = costs > settings.harmful_above
+    return {
+        "set": name,
+        "model": model,
+        "prompts": len(costs),
+        "refused": int(refused.sum()),
+        "all": float(costs.mean()),
+        **dict(zip(("passed", "passed_low", "passed_high"), mean, strict=True)),
+        "harmful_share": float(is_harmful.mean()),
+        "harmful_passed": float(is_harmful[~refused].mean()) if len(passed) else None,
+        "harmful_refused": int(is_harmful[refused].sum()),
+    }
+
+
+def _plot(rows: list[Row]) -> Figure:
+    figure = Figure(figsize=(2 + 2.2 * len(rows) / 2, 4.2))
+    axis = figure.subplots()
+    labels = [f"{row['model']}\n{row['set']}" for row in rows]
+    places = np.arange(len(rows))
+    axis.bar(places - 0.2, [row["all"] for row in rows], 0.4, label="all prompts")
+    passed = [np.nan if row["passed"] is None else row["passed"] for row in rows]
+    axis.bar(places + 0.2, passed, 0.4, label="let through by the guard")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(places, labels, fontsize=8)
+    axis.set_ylabel("mean cost (lower is safer)")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure

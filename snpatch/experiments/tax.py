@@ -1,0 +1,160 @@
+"""The alignment tax: two objectives share neurons, but need other activations of them (paper, section 2).
+
+Each objective's model is patched from the other's on the neurons that both objectives' top k share; cost and reward are
+measured before and after.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from snpatch.effect import interval, paired_p
+from snpatch.errors import SnpatchError
+from snpatch.lab import Lab
+from snpatch.ranking import Ranking
+from snpatch.report import Report, cell, p_value, span, table_of
+from snpatch.sweep import SweepConfig, SweepResult
+
+
+@dataclass(frozen=True)
+class Settings:
+    """objectives: two of the world's contrasts. k: whose shared neurons are patched. prompts: sets (default: the first
+    benchmark and "helpful"). judges: names of the world's judges (default: all).
+    """
+
+    objectives: tuple[str, str] = ("safety", "helpful")
+    k: int | float = 20_000
+    prompts: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
+    controls: int = 3
+    resamples: int = 1000
+    confidence: float = 0.95
+
+
+def run(lab: Lab, settings: Settings) -> Report:
+    """Patch both ways on the shared neurons, beside as many random ones."""
+    contrasts = []
+    for name in settings.objectives:
+        if name not in lab.world.contrasts:
+            raise SnpatchError(f"tax: no contrast named {name!r}: the world has {', '.join(lab.world.contrasts)}")
+        contrasts.append(lab.world.contrasts[name])
+    one, other = (lab.ranking(contrast) for contrast in contrasts)
+    k = lab.k(settings.k, one)
+    shared = shared_neurons(one, other, k)
+    judges = {name: lab.judge(name) for name in settings.judges or lab.world.judges}
+    rows, records = [], []
+    for recipient, donor in (
+        (contrasts[0].against, contrasts[1].against),
+        (contrasts[1].against, contrasts[0].against),
+    ):
+        config = SweepConfig(
+            (recipient,),
+            donor,
+            (len(shared),),
+            controls=settings.controls,
+            sampling=lab.sampling,
+            resamples=settings.resamples,
+            confidence=settings.confidence,
+        )
+        for prompts in settings.prompts or (lab.world.benchmarks[0], "helpful"):
+            result = lab.sweep(prompts, {"shared": shared}, judges, config)
+            rows += _rows(result, prompts, settings)
+            records += [{"set": prompts, "donor": donor, **record} for record in result.records]
+    certainty = f"{settings.confidence:.0%} interval"
+    columns = {
+        "patched": lambda row: f"{row['donor']} -> {row['recipient']}",
+        "set": "set",
+        "judge": "judge",
+        "before": "before",
+        "after": "after",
+        "change": "change",
+        certainty: lambda row: span(row, "change"),
+        "p": lambda row: p_value(row["p"]),
+        "donor": "donor_mean",
+        "random neurons' change": "random_change",
+    }
+    sentence = f"{len(shared)} neurons are in both top {k} ({cell(len(shared) / k)} of them)."
+    return Report(
+        "tax",
+        {"tax": rows},
+        {"tax": _plot(rows)},
+        table_of(rows, columns),
+        [sentence, *_sentences(rows)],
+        records=records,
+    )
+
+
+def shared_neurons(one: Ranking, other: Ranking, k: int) -> Ranking:
+    """The neurons in both first k, in the first ranking's order."""
+    both = one.intersect(other, k)
+    n = round(one.overlap(other, k) * k)
+    if not n:
+        raise SnpatchError(f"tax: no neuron is in both first {k}: take a larger k")
+    return Ranking.from_order(both.top(n), one.shape, meta={"shared_by_top": k})
+
+
+def _rows(result: SweepResult, prompts: str, settings: Settings) -> list[dict]:
+    """A row a judge: mean score before and after, and the change, paired over prompts."""
+    (recipient,), donor = result.config.recipients, result.config.donor
+    rows = []
+    for judge in result.judges:
+        before, after = (_scores(result, judge, recipient, ranking) for ranking in (None, "shared"))
+        change, low, high = interval(
+            lambda a, b, axis: a.mean(axis) - b.mean(axis),
+            after,
+            before,
+            resamples=settings.resamples,
+            confidence=settings.confidence,
+        )
+        (patched,) = result.line(judge, recipient, "shared")
+        random = [row.mean - before.mean() for row in result.controls(patched)]
+        rows.append(
+            {
+                "donor": donor,
+                "recipient": recipient,
+                "set": prompts,
+                "judge": judge,
+                "k": patched.hi,
+                "before": before.mean(),
+                "after": after.mean(),
+                "change": change,
+                "change_low": low,
+                "change_high": high,
+                "p": paired_p(after, before),
+                "donor_mean": result.baseline(donor, judge).mean,
+                "random_change": float(np.mean(random)) if random else None,
+            }
+        )
+    return rows
+
+
+def _scores(result: SweepResult, judge: str, recipient: str, ranking: str | None) -> np.ndarray:
+    key = recipient, ranking, None
+    mine = [r for r in result.records if (r["recipient"], r["ranking"], r["control_seed"]) == key]
+    return np.array([record["scores"][judge] for record in mine])
+
+
+def _sentences(rows: list[dict]) -> list[str]:
+    return [
+        f"{row['donor']} into {row['recipient']}, on {row['set']}: {row['judge']} {row['change']:+.2f}." for row in rows
+    ]
+
+
+def _plot(rows: list[dict]) -> Figure:
+    """Change of every judge's mean, by set and direction."""
+    judges = list(dict.fromkeys(row["judge"] for row in rows))
+    figure = Figure(figsize=(5.5 * len(judges), 4))
+    for axis, judge in zip(figure.subplots(1, len(judges), squeeze=False)[0], judges, strict=True):
+        mine = [row for row in rows if row["judge"] == judge]
+        labels = [f"{row['donor']} -> {row['recipient']}\non {row['set']}" for row in mine]
+        errors = [
+            [row["change"] - row["change_low"] for row in mine],
+            [row["change_high"] - row["change"] for row in mine],
+        ]
+        axis.barh(labels, [row["change"] for row in mine], xerr=errors, color="tab:blue", alpha=0.8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlabel(f"change of mean {judge}")
+        axis.invert_yaxis()
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,102 @@
+"""Benchmarks x recipients: the neurons found on one set, patched on all others (the paper's Table 1, and Eq. 4)."""
+
+from dataclasses import asdict, dataclass
+
+from matplotlib.figure import Figure
+
+from snpatch.experiments import perplexity
+from snpatch.experiments.curve import sweep_config
+from snpatch.lab import Lab
+from snpatch.patch import Patch
+from snpatch.ranking import Ranking
+from snpatch.report import Report, percent, table_of
+from snpatch.sweep import SweepResult
+
+
+@dataclass(frozen=True)
+class Settings:
+    """k: an int, or a share of the neurons. benchmarks: sets (default: the world's). text, window: see perplexity;
+    an empty text leaves the perplexity out.
+    """
+
+    k: int | float = 20_000
+    benchmarks: tuple[str, ...] = ()
+    text: str = "text"
+    window: int = 4096
+    controls: int = 0
+    control_kind: str = "per_layer"
+    disjoint: bool = True
+    where: str | int = "all"
+    resamples: int = 1000
+    confidence: float = 0.95
+
+
+def run(lab: Lab, settings: Settings) -> Report:
+    """Patch the same neurons on every benchmark."""
+    ranking = lab.ranking()
+    k = lab.k(settings.k, ranking)
+    config = sweep_config(lab, settings, (k,))
+    benchmarks = settings.benchmarks or lab.world.benchmarks
+    results = {name: lab.sweep(name, {"safety": ranking}, lab.cost, config) for name in benchmarks}
+    rows = [{"benchmark": name, **asdict(row)} for name, result in results.items() for row in result.rows]
+    table = _as_published(lab, results)
+    if settings.text:
+        for row, ppl in zip(table, _perplexities(lab, settings, ranking, k), strict=True):
+            row["perplexity"] = ppl
+    effects = [row for row in rows if row["ranking"] is not None and row["control_seed"] is None]
+    means = {r: [row["effect"] for row in effects if row["recipient"] == r] for r in lab.world.recipients}
+    headline = [
+        f"{recipient}: {k} neurons recover {percent(min(found))} .. {percent(max(found))} of the safety gain over "
+        f"{len(found)} benchmarks."
+        for recipient, values in means.items()
+        if (found := [value for value in values if value is not None])
+    ]
+    records = [{"benchmark": name, **record} for name, result in results.items() for record in result.records]
+    return Report(
+        "transfer",
+        {"transfer": rows, "transfer-table": table},
+        {"transfer": _plot(table, results)},
+        table_of(table, {name: name for name in table[0]}, title=f"mean cost; + = patched with {k} neurons"),
+        headline,
+        records=records,
+    )
+
+
+def _as_published(lab: Lab, results: dict[str, SweepResult]) -> list[dict]:
+    """A row a model, patched ("+") or not, as in Table 1: mean cost on each benchmark and the effect's range."""
+    table = []
+    cost = lab.world.cost
+    for recipient in lab.world.recipients:
+        plain = {name: result.baseline(recipient, cost).mean for name, result in results.items()}
+        patched = {name: result.line(cost, recipient, "safety")[0] for name, result in results.items()}
+        table.append({"model": recipient, **plain, **dict.fromkeys((f"effect on {n}" for n in results), None)})
+        effects = {f"effect on {name}": row.effect for name, row in patched.items()}
+        table.append({"model": f"{recipient}+", **{name: row.mean for name, row in patched.items()}, **effects})
+    donor = {name: result.baseline(lab.world.donor, cost).mean for name, result in results.items()}
+    table.append({"model": lab.world.donor, **donor, **dict.fromkeys((f"effect on {n}" for n in results), None)})
+    return table
+
+
+def _perplexities(lab: Lab, settings: Settings, ranking: Ranking, k: int) -> list[float]:
+    """Published window-mean perplexity of each row of the table."""
+    patches: list[Patch | str] = []
+    for recipient in lab.world.recipients:
+        patches += [recipient, Patch(recipient, lab.world.donor, ranking, k, settings.where)]
+    found = perplexity.measure(lab, [*patches, lab.world.donor], settings.text, settings.window)
+    return [one.window_mean for one in found]
+
+
+def _plot(table: list[dict], results: dict[str, SweepResult]) -> Figure:
+    figure = Figure(figsize=(2 + 2 * len(results), 4.5))
+    axis = figure.subplots()
+    width = 0.8 / len(table)
+    for number, row in enumerate(table):
+        places = [i + (number - (len(table) - 1) / 2) * width for i in range(len(results))]
+        hatch = "//" if row["model"].endswith("+") else None
+        axis.bar(places, [row[name] for name in results], width, label=row["model"], hatch=hatch, edgecolor="white")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(results)), list(results))
+    axis.set_ylabel("mean cost (lower is safer)")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,44 @@
+"""Sliding window over ranks: what neurons of rank [i, i + width) do, for growing i (paper, section 2)."""
+
+from dataclasses import dataclass
+
+from snpatch.errors import SnpatchError
+from snpatch.experiments.curve import report_of, sweep_config
+from snpatch.lab import Lab
+from snpatch.ranking import Window
+from snpatch.report import Report
+
+
+@dataclass(frozen=True)
+class Settings:
+    """width, stride, last (the last window's first rank): ints, or floats that are shares of the ranked neurons."""
+
+    prompts: str = ""
+    width: int | float = 20_000
+    stride: int | float = 2_000
+    last: int | float = 100_000
+    controls: int = 3
+    control_kind: str = "per_layer"
+    disjoint: bool = True
+    where: str | int = "all"
+    resamples: int = 1000
+    confidence: float = 0.95
+
+
+def run(lab: Lab, settings: Settings) -> Report:
+    """Sweep the window; windows that would reach past the ranking are left out, which is said."""
+    ranking = lab.ranking()
+    width, stride, last = (lab.k(value, ranking) for value in (settings.width, settings.stride, settings.last))
+    if width < 1 or stride < 1:
+        raise SnpatchError(f"windows: width and stride must be at least one neuron, got {width} and {stride}")
+    starts = range(0, last + 1, stride)
+    windows = tuple(Window(start, start + width) for start in starts if start + width <= len(ranking))
+    result = lab.sweep(
+        settings.prompts or lab.world.benchmarks[0],
+        {"safety": ranking},
+        lab.cost,
+        sweep_config(lab, settings, windows),
+    )
+    if len(windows) < len(starts):
+        result.notes.append(f"{len(starts) - len(windows)} windows reach past the {len(ranking)} ranked neurons")
+    return report_of(result, "windows")
