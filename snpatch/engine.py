@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from snpatch import __version__
 from snpatch.adapters import load_adapters
 from snpatch.errors import ReceiptError, SnpatchError
-from snpatch.executors.request import Progress, Request, Statistics
+from snpatch.executors.request import Logprobs, Progress, Request, Statistics
 from snpatch.patch import Constant, Noise, Patch
 from snpatch.pretrained import load_pretrained
 from snpatch.ranking import Ranking
@@ -236,15 +236,24 @@ class Engine:
         prompts: Sequence[Prompt],
         patch: Patch | str | Sequence[Patch | str] = "base",
         progress: Progress | None = None,
-    ) -> list[Tensor]:
-        """Log-probability of each token of each prompt but the first, patched: a list of [tokens - 1] float32."""
+        *,
+        completions: Sequence[str | Sequence[int]] | None = None,
+    ) -> list[Logprobs]:
+        """Log-probability of each token of each prompt but the first, patched; with completions: of their tokens.
+
+        completions: one for each prompt, read as if it had been generated: a patch's `where` counts from its start.
+        """
         ids = self.encode(prompts, room=0)
-        requests = [
-            self._request(i, p, prompt_logprobs=True)
-            for i, p in zip(ids, _one_each(patch, len(ids), "patch", (Patch, str)), strict=True)
-        ]
+        patches = _one_each(patch, len(ids), "patch", (Patch, str))
+        read = [[] for _ in ids] if completions is None else self._tokens(completions, len(ids))
+        for index, (prompt, completion) in enumerate(zip(ids, read, strict=True)):
+            if completions is not None and not completion:
+                raise SnpatchError(f"completion {index} has no tokens")
+            self._check_room(prompt, len(completion), index)
+        requests = [self._request(*each, prompt_logprobs=True) for each in zip(ids, patches, read, strict=True)]
         outputs, _ = self._executor.execute(requests, progress=progress)
-        return [output.prompt_logprobs for output in outputs]
+        found = [output.prompt_logprobs for output in outputs]
+        return found if completions is None else [f.last(len(c)) for f, c in zip(found, read, strict=True)]
 
     def _observe_writing(self, ids, pair, sampling, progress) -> tuple[Statistics, int]:
         """Statistics over the positions that hold the first model's completions, gathered while it writes them.
@@ -279,16 +288,17 @@ class Engine:
         _, (statistics,) = self._executor.execute(requests, groups=1, progress=progress)
         return statistics, expected
 
-    def _request(self, prompt: list[int], patch: Patch | str, **asked) -> Request:
+    def _request(self, prompt: list[int], patch: Patch | str, completion: Sequence[int] = (), **asked) -> Request:
+        text = [*prompt, *completion]
         if isinstance(patch, str):
-            return Request(prompt, self._known(patch), **asked)
+            return Request(text, self._known(patch), **asked)
         self._check_shape(patch.ranking)
-        most = len(prompt) + (asked["sampling"].max_tokens if "sampling" in asked else 0)
+        most = len(text) + (asked["sampling"].max_tokens if "sampling" in asked else 0)
         if isinstance(patch.where, int) and patch.where >= most:
             raise SnpatchError(f"where={patch.where} lies past the {most} tokens that the text can have")
         donor = patch.donor if isinstance(patch.donor, Constant | Noise) else self._known(patch.donor)
         return Request(
-            prompt,
+            text,
             self._known(patch.recipient),
             donor,
             patch.ranking,
@@ -302,19 +312,23 @@ class Engine:
         if completions is None:
             written = self.generate(ids, generator, sampling, progress)
             return [c.token_ids[:-1] if c.finish_reason == "eos" else c.token_ids for c in written]
-        if len(completions) != len(ids):
-            raise SnpatchError(f"contrast: {len(ids)} prompts and {len(completions)} completions")
-        ids = []
-        for index, completion in enumerate(completions):
-            if isinstance(completion, str):
-                completion = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
-            written = self._checked_ids(completion, f"completion {index}")
+        given = self._tokens(completions, len(ids))
+        for index, written in enumerate(given):
             while written and written[-1] in self._executor.eos_ids:
                 written.pop()
             if not self._executor.eos_ids.isdisjoint(written):
                 raise SnpatchError(f"completion {index} goes on after an EOS")
-            ids.append(written)
-        return ids
+        return given
+
+    def _tokens(self, completions: Sequence[str | Sequence[int]], prompts: int) -> list[list[int]]:
+        """Token ids of the completion of each prompt."""
+        if len(completions) != prompts:
+            raise SnpatchError(f"{prompts} prompts and {len(completions)} completions")
+        texts = (
+            c if not isinstance(c, str) else self.tokenizer(c, add_special_tokens=False)["input_ids"]
+            for c in completions
+        )
+        return [self._checked_ids(ids, f"completion {index}") for index, ids in enumerate(texts)]
 
     def encode(self, prompts: Sequence[Prompt], room: int = 1) -> list[list[int]]:
         """Token ids of each prompt, as `generate` runs them; `room`: how many tokens must still fit the context."""

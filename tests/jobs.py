@@ -133,6 +133,20 @@ def assert_as_the_oracle(made, jobs, completions):
         assert completion.finish_reason == "length"
 
 
+def assert_read_as_written(engine, made, jobs):
+    """The oracle's texts, given as completions, have the log-probabilities of their writing; `where` tells them from
+    prompts; every token but a wrong last one is greedy."""
+    texts = [told(made, job) for job in jobs]
+    wrong = [[*text.ids[:-1], (text.ids[-1] + 1) % 90 + 10] for text in texts]
+    prompts, patches = [job.ids for job in jobs], [job.patch for job in jobs]
+    for text, found in zip(texts, engine.logprobs(prompts, patches, completions=[t.ids for t in texts]), strict=True):
+        assert found.values.dtype == torch.float32
+        assert found.values.tolist() == pytest.approx(text.logprobs, abs=LOGPROB)
+        assert found.is_greedy.all()
+    for found in engine.logprobs(prompts, patches, completions=wrong):
+        assert found.is_greedy.tolist() == [True] * 9 + [False]
+
+
 COMPLETIONS = [[20 + (7 * i + 3 * j) % 80 for j in range(n)] for i, n in enumerate((6, 3, 0, 9, 1, 4, 2, 5))]
 MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
 

@@ -25,6 +25,7 @@ from jobs import (
     assert_none_and_all_are_the_pure_texts,
     assert_patched_into_itself_it_gives_its_own_text,
     assert_ranking,
+    assert_read_as_written,
     assert_together_as_alone,
     forced,
     generate,
@@ -401,8 +402,9 @@ def test_logprobs_of_texts_patched_and_not(zoo, engines, architecture):
     got = engines(architecture).logprobs([job.ids for job in JOBS], [job.patch for job in JOBS])
     for job, logprobs in zip(JOBS, got, strict=True):
         recipient, patch = job.oracle(zoo(architecture))
-        assert logprobs.dtype == torch.float32
-        torch.testing.assert_close(logprobs, oracle.logprobs(recipient, job.ids, patch), rtol=0, atol=LOGPROB)
+        want = oracle.logprobs(recipient, job.ids, patch)
+        torch.testing.assert_close(logprobs.values, want, rtol=0, atol=LOGPROB)
+    assert_read_as_written(engines(architecture), zoo(architecture), JOBS)
 
 
 def test_half_precision_is_near(llama, engines):
@@ -410,7 +412,7 @@ def test_half_precision_is_near(llama, engines):
     half = engines(dtype="bfloat16").logprobs([job.ids for job in jobs], [job.patch for job in jobs])
     for job, logprobs in zip(jobs, half, strict=True):
         recipient, patch = job.oracle(llama)
-        assert (logprobs - oracle.logprobs(recipient, job.ids, patch)).abs().mean() < 0.1
+        assert (logprobs.values - oracle.logprobs(recipient, job.ids, patch)).abs().mean() < 0.1
 
 
 def test_prompts_are_text_chats_or_ids(engine):
@@ -450,6 +452,9 @@ SCORED = Ranking.from_scores(torch.rand(SHAPE), [-1])
         (lambda e: e.contrast(IDS, "sft", "dpo", completions=[[]] * 8), "every completion is empty"),
         (lambda e: e.contrast(IDS[:1], "sft", "dpo", completions=[[128]]), "token ids must be integers in 0..127"),
         (lambda e: e.contrast(IDS[:1], "sft", "dpo", completions=[[9] * 123]), "context holds 128"),
+        (lambda e: e.logprobs(IDS, completions=COMPLETIONS[1:]), "8 prompts and 7 completions"),
+        (lambda e: e.logprobs(IDS, completions=COMPLETIONS), "completion 2 has no tokens"),
+        (lambda e: e.logprobs(IDS[:1], completions=[[9] * 123]), "prompt 0 has .* context holds 128"),
         (lambda e: e.capture(IDS, "sft", RANKINGS[0], 0), r"k must lie in 1\.\.288"),
         (lambda e: e.capture(IDS, "sft", SCORED, 193), r"k must lie in 1\.\.192"),
         (lambda e: e.capture(IDS, "sft", RANKINGS[0], 3, at=2), "prompt 1 has 2 tokens"),

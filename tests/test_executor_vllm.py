@@ -27,6 +27,7 @@ from jobs import (
     assert_none_and_all_are_the_pure_texts,
     assert_patched_into_itself_it_gives_its_own_text,
     assert_ranking,
+    assert_read_as_written,
     assert_together_as_alone,
     forced,
     generate,
@@ -89,7 +90,8 @@ def test_a_mixed_batch_is_what_the_oracle_writes(zoo, start, architecture):
     for job, logprobs in zip(JOBS[:8], engine.logprobs(IDS, [job.patch for job in JOBS[:8]]), strict=True):
         recipient, patch = job.oracle(made)
         want = oracle.logprobs(recipient, IDS[JOBS.index(job)], patch)
-        torch.testing.assert_close(logprobs, want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logprobs.values, want, rtol=0, atol=1e-4)
+    assert_read_as_written(engine, made, JOBS)
 
 
 @pytest.fixture(scope="module")
@@ -523,7 +525,7 @@ def test_the_context_ends_a_text_and_may_be_read_whole(ended):
     assert (mine.token_ids, mine.finish_reason) == (theirs.token_ids, "length")
     whole = [*prompt, 9, 9, 9]
     assert len(whole) == tiny.CONTEXT
-    torch.testing.assert_close(*(e.logprobs([whole], "dpo")[0] for e in (engine, other)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(*(e.logprobs([whole], "dpo")[0].values for e in (engine, other)), rtol=0, atol=1e-4)
     with pytest.raises(SnpatchError, match=f"prompt 0 has 128 tokens, the model's context holds {tiny.CONTEXT}"):
         engine.generate([whole], "sft")
 
@@ -608,7 +610,7 @@ def test_other_architectures_are_refused_unless_asked_for(start, tmp_path):
     patches = [Patch("base", "sft", RANKINGS[0], 30 * i) for i in range(8)]
     mine, theirs = (e.logprobs(IDS, patches) for e in (engine, other))
     for one, two in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+        torch.testing.assert_close(one.values, two.values, rtol=0, atol=1e-4)
 
 
 def test_a_mixture_of_experts_cannot_be_patched(start, tmp_path):

@@ -180,6 +180,6 @@ def test_perplexity(engine, name):
         "patched": Patch(want["recipient"], "dpo", RANKING, want["k"]),
     }
     for role, patch in patches.items():
-        losses = torch.stack([-logprobs.mean() for logprobs in engine.logprobs(windows, patch)])
+        losses = torch.stack([-logprobs.values.mean() for logprobs in engine.logprobs(windows, patch)])
         assert losses.tolist() == pytest.approx(want[f"{role}_nll"], rel=RELATIVE)
         assert losses.mean().exp().item() == pytest.approx(want[f"{role}_ppl"], rel=RELATIVE)

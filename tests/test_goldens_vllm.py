@@ -92,5 +92,5 @@ def test_features_and_perplexity(engine):
     for want in golden["results"].values():
         patch = Patch(want["recipient"], "dpo", RANKING, want["k"])
         for role, asked in {"recipient": want["recipient"], "donor": "dpo", "patched": patch}.items():
-            losses = torch.stack([-logprobs.mean() for logprobs in engine.logprobs(windows, asked)])
+            losses = torch.stack([-logprobs.values.mean() for logprobs in engine.logprobs(windows, asked)])
             assert losses.tolist() == pytest.approx(want[f"{role}_nll"], rel=RELATIVE)

@@ -45,6 +45,19 @@ class Request:
         return 2 if isinstance(self.donor, str) else 1
 
 
+@dataclass(frozen=True, eq=False)
+class Logprobs:
+    """Log-probabilities of given tokens: values [n] float32; is_greedy [n] bool: no other token is likelier."""
+
+    values: Tensor
+    is_greedy: Tensor
+
+    def last(self, n: int) -> "Logprobs":
+        """Those of the last n tokens."""
+        start = len(self.values) - n
+        return Logprobs(self.values[start:], self.is_greedy[start:])
+
+
 @dataclass(eq=False)
 class Output:
     """What one request gave. token_ids includes an ending EOS; `overwrites` is the device's count (the receipt)."""
@@ -54,7 +67,7 @@ class Output:
     finish_reason: str | None = None  # "eos", "stop" or "length"; None where nothing was to be written
     stop_reason: str | None = None  # the stop string that ended it
     logprobs: list[float] | None = None  # [len(token_ids)]
-    prompt_logprobs: Tensor | None = None  # [len(prompt_ids) - 1] float32
+    prompt_logprobs: Logprobs | None = None  # [len(prompt_ids) - 1]
     captured: Tensor | None = None  # [positions, k] float32
     overwrites: int = 0
 

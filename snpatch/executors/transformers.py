@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from snpatch.adapters import Scales, identity
 from snpatch.errors import SnpatchError
 from snpatch.executors.checkpoint import check_dtype, check_weights, eos_ids, load_config
-from snpatch.executors.request import Geometry, Output, Progress, Request, Statistics
+from snpatch.executors.request import Geometry, Logprobs, Output, Progress, Request, Statistics
 from snpatch.executors.tables import Tables, patched_positions
 from snpatch.executors.text import Writer, choose
 from snpatch.executors.twin import make_twin
@@ -139,7 +139,8 @@ class TransformersExecutor:
                 start = width - len(request.prompt_ids)
                 targets = torch.as_tensor(request.prompt_ids[1:], device=device)
                 rows = logits[row, start:-1].float().log_softmax(-1)
-                writers[row].output.prompt_logprobs = rows.gather(1, targets[:, None]).squeeze(1).cpu()
+                values = rows.gather(1, targets[:, None]).squeeze(1)
+                writers[row].output.prompt_logprobs = Logprobs(values.cpu(), (values >= rows.amax(-1)).cpu())
         active = list(range(len(requests)))  # the batch's rows, by request
         logits = logits[:, -1]
         while True:

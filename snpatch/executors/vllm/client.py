@@ -18,7 +18,7 @@ import torch
 from snpatch.adapters import Scales, identity
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.executors.checkpoint import ARCHITECTURES, check_dtype, check_has_weights, eos_ids, load_config
-from snpatch.executors.request import Geometry, Output, Request, Statistics
+from snpatch.executors.request import Geometry, Logprobs, Output, Request, Statistics
 from snpatch.executors.tables import constants_of, models_of, patched_positions, rankings_of, request_row, values_of
 from snpatch.executors.vllm import feed, orphans, plugin, versions
 from snpatch.executors.vllm.registry import Bank
@@ -279,7 +279,7 @@ def _sampling_params(request: Request, ends: frozenset[int], extra_args: dict | 
     common = {
         "extra_args": extra_args,
         "output_kind": RequestOutputKind.CUMULATIVE if streaming else RequestOutputKind.FINAL_ONLY,
-        "prompt_logprobs": 0 if request.prompt_logprobs else None,
+        "prompt_logprobs": 1 if request.prompt_logprobs else None,  # the likeliest token's beside the given one's
         # Positions that come from the cache are not run, so nothing of them could be observed.
         "skip_reading_prefix_cache": bool(
             (request.observe and request.observe[1] < len(request.prompt_ids))
@@ -317,7 +317,9 @@ def _output(request: Request, result, tokenizer) -> Output:
     output = Output()
     if request.prompt_logprobs:
         given = zip(result.prompt_logprobs[1:], request.prompt_ids[1:], strict=True)
-        output.prompt_logprobs = torch.tensor([at[token].logprob for at, token in given], dtype=torch.float32)
+        pairs = [(at[token].logprob, max(other.logprob for other in at.values())) for at, token in given]
+        values, best = torch.tensor(pairs, dtype=torch.float32).view(-1, 2).unbind(1)
+        output.prompt_logprobs = Logprobs(values, values >= best)
     if request.sampling is None:
         return output
     written = result.outputs[0]
