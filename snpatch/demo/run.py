@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from snpatch.data import read_prompts
+from snpatch.data import load
 from snpatch.demo import WORLD
 from snpatch.engine import Engine
-from snpatch.judge import CostModel
 from snpatch.patch import Window
 from snpatch.sampling import Sampling
+from snpatch.score_model import ScoreModel
 from snpatch.sweep import SweepConfig, SweepResult, sweep
 
 SHARES = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -23,12 +23,12 @@ def run(out: Path, progress: Callable, backend: str = "auto") -> SweepResult:
     progress: a context manager that takes a name and gives a Progress. backend: as Engine's.
     """
     adapters = {"sft": WORLD / "sft", "dpo": [WORLD / "sft", WORLD / "dpo"]}
-    prompts = read_prompts(WORLD / "eval" / "beavertails.jsonl", PROMPTS)
-    judge = CostModel(WORLD / "cost", format="tulu")
+    prompts = load(WORLD / "eval" / "beavertails.jsonl").first(PROMPTS).prompts
+    judge = ScoreModel(WORLD / "cost", format="tulu", backend="transformers")
     with Engine(WORLD / "base", adapters, backend=backend, template="tulu", batch_size=BATCH) as engine:
         with progress("contrast") as report:
             ranking = engine.contrast(
-                read_prompts(WORLD / "contrast.jsonl"), "sft", "dpo", sampling=SAMPLING, progress=report
+                load(WORLD / "contrast.jsonl").prompts, "sft", "dpo", sampling=SAMPLING, progress=report
             )
         ranking.save(out / "ranking.safetensors")
         windows = tuple(Window(0, round(share * len(ranking))) for share in SHARES)

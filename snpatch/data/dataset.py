@@ -1,0 +1,130 @@
+"""What a data set is once it is read: examples, and the shapes that generation, training and perplexity take.
+
+Why an example has a `dialogue` beside its prompt: the paper judges the first human turn alone, but trains on whole
+conversations.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from snpatch.errors import SnpatchError
+
+Chat = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. A row of a text (Wikitext-2) has no prompt: its `response` is the text."""
+
+    prompt: Chat  # what is asked; ends with the user's turn
+    response: str | None = None  # the answer to `dialogue`
+    chosen: str | None = None  # the better and
+    rejected: str | None = None  # the worse answer to `dialogue`
+    dialogue: Chat | None = None  # the turns before the answers, where they are not just the prompt
+    meta: dict[str, Any] = field(default_factory=dict)  # file and row (from 1), and the other columns as published
+
+    @property
+    def asked(self) -> Chat:
+        """The turns that the answers follow."""
+        return self.prompt if self.dialogue is None else self.dialogue
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples in the order of the source.
+
+    skipped: bad rows that `skip_bad` skipped. source: where it comes from (path or hub id, split, revision), `rows`
+    read, `skipped`, `left_out` and `no_pair` (how many rows the set's rules leave out, or give no pair, by reason),
+    `sha256` (the digest as loaded), and `selection` if these are not all of the examples.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    skipped: int
+    source: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def prompts(self) -> list[Chat]:
+        if not all(example.prompt for example in self.examples):
+            raise SnpatchError(f"{self.name} is a text: it has no prompts")
+        return [example.prompt for example in self.examples]
+
+    @property
+    def text(self) -> str:
+        """The rows joined by blank lines, as the paper's perplexity takes them."""
+        if any(example.prompt for example in self.examples):
+            raise SnpatchError(f"{self.name} holds prompts: it is not a text")
+        return "\n\n".join(example.response for example in self.examples)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the turns and answers in their order, whatever kind of file they came from."""
+        return digest(self.examples)
+
+    def first(self, n: int) -> "Dataset":
+        """The first n examples, or all if there are not so many."""
+        return self._select(self.examples[:n], f"first {n}")
+
+    def sample(self, n: int, seed: int) -> "Dataset":
+        """n examples drawn without replacement; SnpatchError if there are fewer.
+
+        The first n of numpy's RandomState(seed).permutation, whose stream numpy keeps for ever: the same n and seed
+        give the same examples, and a smaller sample is the start of a larger one.
+        """
+        if not 0 < n <= len(self):
+            raise SnpatchError(f"{self.name}: cannot draw {n} examples, it has {len(self)}")
+        order = np.random.RandomState(seed).permutation(len(self))[:n]
+        return self._select(tuple(self.examples[i] for i in order), f"{n} drawn with seed {seed}")
+
+    def where(self, column: str, *values: Any) -> "Dataset":
+        """The examples whose `meta[column]` is one of the values, such as where("subset", "refusals-dangerous")."""
+        kept = tuple(e for e in self.examples if e.meta.get(column) in values)
+        if not kept:
+            raise SnpatchError(f"{self.name}: no example has {column} in {', '.join(map(repr, values))}")
+        return self._select(kept, f"{column} in {', '.join(map(repr, values))}")
+
+    def pairs(self) -> list[dict[str, Chat]]:
+        """Rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples that have two different answers."""
+        rows = [
+            {"prompt": e.asked, "chosen": _said(e.chosen), "rejected": _said(e.rejected)}
+            for e in self.examples
+            if e.chosen and e.rejected
+        ]
+        if not rows:
+            raise SnpatchError(f"{self.name} has no pairs of a chosen and a rejected answer")
+        return rows
+
+    def conversations(self) -> list[dict[str, Chat]]:
+        """Rows {"messages"} for `train_sft`, of the examples that have a response."""
+        rows = [{"messages": e.asked + _said(e.response)} for e in self.examples if e.prompt and e.response]
+        if not rows:
+            raise SnpatchError(f"{self.name} has no responses to train on")
+        return rows
+
+    def _select(self, examples: tuple[Example, ...], how: str) -> "Dataset":
+        source = {**self.source, "selection": [*self.source.get("selection", []), how]}
+        return replace(self, examples=examples, source=source)
+
+
+def digest(examples: tuple[Example, ...]) -> str:
+    """See Dataset.digest."""
+    state = hashlib.sha256()
+    for e in examples:
+        state.update(json.dumps([e.prompt, e.dialogue, e.response, e.chosen, e.rejected]).encode() + b"\n")
+    return state.hexdigest()
+
+
+def question(chat: Chat) -> str:
+    """What the user asked last: the prompt that a judge sees."""
+    return next(m["content"] for m in reversed(chat) if m["role"] == "user")
+
+
+def _said(answer: str) -> Chat:
+    return [{"role": "assistant", "content": answer}]

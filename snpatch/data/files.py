@@ -1,0 +1,199 @@
+"""Rows of files in the formats that data sets are published in, each with its place in the file.
+
+Why a row can hold an error instead of a value: one broken row may be skipped if the caller says so; a file that is
+broken as a whole (truncated, no such column) may not, and is raised here.
+"""
+
+import codecs
+import csv
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import IO, Any
+
+from snpatch.errors import SnpatchError
+
+KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".raw")
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module's own limit of 131072 is less than some published fields
+
+Columns = tuple[tuple[str, ...], ...]  # the columns that must be there: all of one of these
+
+
+@dataclass(frozen=True)
+class Row:
+    file: str
+    unit: str  # what number counts: line (a row's first), row or item
+    number: int  # from 1
+    value: Any = None
+    error: str | None = None  # what is wrong with the row, which then has no value
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}, {self.unit} {self.number}"
+
+
+def find_files(path: Path, split: str | None = None) -> list[Path]:
+    """The file, or the data files in a folder (and its folders) in the order of their names.
+
+    split: only those of a folder that have it as a word of their path, such as `test-00000-of-00002.parquet` or
+    `test/0000.parquet`. A folder that mixes splits, or kinds of file, is an error.
+    """
+    if not path.is_dir():
+        if not path.is_file():
+            raise SnpatchError(f"{path}: no such file")
+        if split:
+            raise SnpatchError(f"{path}: split chooses among the files of a folder, this is one file")
+        return [path]
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and _kind(p) in KINDS)
+    names = [name for name in names if not name.startswith(".") and "/." not in name]
+    found = [word for word in SPLITS if any(_has_word(name, word) for name in names)]
+    if split:
+        names = [name for name in names if _has_word(name, split)]
+    elif len(found) > 1:
+        raise SnpatchError(f"{path}: holds several splits ({', '.join(found)}): choose one with split")
+    if not names:
+        which = f" with {split!r} in its name" if split else ""
+        raise SnpatchError(f"{path}: holds no data file{which} (wanted {', '.join(KINDS)})")
+    kinds = sorted({_kind(path / name) for name in names})
+    if len(kinds) > 1:
+        raise SnpatchError(f"{path}: holds several kinds of file ({', '.join(kinds)}): wanted one kind")
+    return [path / name for name in names]
+
+
+def read_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    """The rows of a file: JSON lines or an array of objects (told apart by content), CSV, Parquet, or lines of text.
+
+    Compressed by gzip or xz if its name ends so; a byte order mark is passed over, and so are blank lines, except in
+    a text. Raises SnpatchError if the file cannot be read to its end, or if its header lacks all choices of `columns`.
+    """
+    kind = _kind(path)
+    if kind in (".jsonl", ".json"):
+        return _json_rows(path)
+    if kind == ".csv":
+        return _csv_rows(path, columns)
+    if kind in (".txt", ".raw"):
+        return _text_rows(path, columns)
+    if kind == ".parquet":
+        from snpatch.data.parquet import parquet_rows
+
+        return parquet_rows(path, columns)
+    raise SnpatchError(f"{path}: wanted a file that ends in {', '.join(KINDS)} (with or without .gz, .xz)")
+
+
+def check_columns(where: object, got: Sequence[str], wanted: Columns) -> None:
+    """SnpatchError unless all columns of one of the choices are there."""
+    if not any(set(choice) <= set(got) for choice in wanted):
+        choices = " or ".join(", ".join(choice) for choice in wanted)
+        raise SnpatchError(f"{where}: wanted the columns {choices}, got {', '.join(got) or 'none'}")
+
+
+def _kind(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+
+
+def _has_word(name: str, word: str) -> bool:
+    return re.search(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", name) is not None
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rb") as stream:
+            yield stream
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise SnpatchError(f"{path}: cannot be read: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    with _open(path) as stream:
+        first = True
+        for number, line in enumerate(stream, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not line.strip():
+                continue
+            if first and line.lstrip().startswith(b"["):  # hh-rlhf's red_team_attempts.jsonl.gz is an array
+                yield from _json_items(path, b"\n" * (number - 1) + line + stream.read())
+                return
+            first = False
+            value, error = _json(line)
+            yield Row(str(path), "line", number, value, error)
+
+
+def _json_items(path: Path, content: bytes) -> Iterator[Row]:
+    items, error = _json(content)
+    if error:
+        raise SnpatchError(f"{path}: {error}")
+    for number, value in enumerate(items, start=1):
+        yield Row(str(path), "item", number, value)
+
+
+def _json(content: bytes) -> tuple[Any, str | None]:
+    """(value, None), or (None, what is wrong)."""
+    try:
+        return json.loads(content.decode("utf-8")), None
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8: {error}"
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON: {error}"
+
+
+def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    csv.field_size_limit(MAX_CSV_FIELD)  # the module has one limit for the whole process
+    with _open(path) as stream:
+        reader = csv.reader(_decoded(stream, newline=""), strict=True)
+        header = None
+        number = 1
+        try:
+            for cells in reader:
+                if header is None:
+                    header = cells
+                    check_columns(path, header, columns)
+                    if len(set(header)) < len(header):
+                        raise SnpatchError(f"{path}: two columns have one name ({', '.join(header)})")
+                elif cells:
+                    yield _csv_row(path, number, header, cells)
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise SnpatchError(f"{path}, line {number}: not CSV: {error}") from error
+
+
+def _csv_row(path: Path, number: int, header: list[str], cells: list[str]) -> Row:
+    if len(cells) != len(header):
+        return Row(str(path), "line", number, error=f"wanted {len(header)} fields, got {len(cells)}")
+    if not all(map(is_unicode, cells)):
+        return Row(str(path), "line", number, error="not UTF-8")
+    return Row(str(path), "line", number, dict(zip(header, cells, strict=True)))
+
+
+def _text_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    """A row {"text"} for each line, in the hub's form of Wikitext: with its line end, or empty if the line is blank."""
+    check_columns(path, ["text"], columns)
+    with _open(path) as stream:
+        for number, line in enumerate(_decoded(stream), start=1):
+            if is_unicode(line):
+                yield Row(str(path), "line", number, {"text": line if line.strip() else ""})
+            else:
+                yield Row(str(path), "line", number, error="not UTF-8")
+
+
+def _decoded(stream: IO[bytes], newline: str | None = None) -> TextIOWrapper:
+    """Bytes that are not UTF-8 become lone surrogates, so that the reader can go on and tell which row holds them."""
+    return TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: lone surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

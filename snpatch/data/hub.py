@@ -1,0 +1,41 @@
+"""Rows of published data sets, fetched and cached by the `datasets` library.
+
+Why some sets are asked for by file: it refuses repositories that hold a loading script (LIMA), or files that are not
+all alike (ShareGPT), and HarmBench is published on GitHub.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from snpatch.data.files import Columns, Row, check_columns
+from snpatch.data.formats import Hub
+from snpatch.errors import SnpatchError
+
+try:
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.utils import httpx
+except ImportError as error:
+    raise SnpatchError("data sets from the hub need more packages: pip install 'snpatch[data]'") from error
+
+
+def fetch(hub: Hub, columns: Columns, split: str | None, revision: str | None) -> tuple[Iterator[Row], dict[str, Any]]:
+    """(rows, provenance) of a set. Raises SnpatchError if the hub cannot be reached or lacks the split or columns."""
+    split = split or hub.split
+    if hub.files:
+        if split != hub.split and not any("{split}" in url for url in hub.files):
+            raise SnpatchError(f"{hub.id}: has one split, {hub.split}, got {split!r}")
+        names = {"split": split, "revision": revision or "main"}
+        arguments = {"data_files": [url.format(**names) for url in hub.files], "split": "train"}
+    else:
+        arguments = {"name": hub.config, "data_dir": hub.data_dir, "split": split, "revision": revision}
+    try:
+        table = datasets.load_dataset(hub.path, **arguments)
+    except (OSError, ValueError, RuntimeError, DatasetsError, httpx.HTTPError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise SnpatchError(f"cannot load {hub.id} ({split}) from the hub: {reason}") from error
+    where = f"{hub.id}, {split}"
+    check_columns(where, table.column_names, columns)
+    rows = (Row(where, "row", number, value) for number, value in enumerate(table, start=1))
+    files = sorted(table.info.download_checksums or ())  # URLs that name the commit
+    return rows, {"hub": hub.id, "split": split, "revision": revision, "files": files}
