@@ -70,6 +70,8 @@ class Dataset:
 
     def first(self, n: int) -> "Dataset":
         """The first n examples, or all if there are not so many."""
+        if n < 1:
+            raise SnpatchError(f"{self.name}: cannot take the first {n} examples")
         return self._select(self.examples[:n], f"first {n}")
 
     def sample(self, n: int, seed: int) -> "Dataset":
@@ -80,6 +82,8 @@ class Dataset:
         """
         if not 0 < n <= len(self):
             raise SnpatchError(f"{self.name}: cannot draw {n} examples, it has {len(self)}")
+        if not 0 <= seed < 2**32:
+            raise SnpatchError(f"{self.name}: seed must be at least 0 and less than 2^32, got {seed}")
         order = np.random.RandomState(seed).permutation(len(self))[:n]
         return self._select(tuple(self.examples[i] for i in order), f"{n} drawn with seed {seed}")
 

@@ -179,7 +179,11 @@ def _shp(row: dict) -> Example:
 
 
 def _reward_bench(row: dict) -> Example:
-    """meta["subset"] tells the kind; `Dataset.where` takes some of them."""
+    """meta["subset"] tells the kind, for `Dataset.where`.
+
+    Safety is refusals-dangerous, refusals-offensive, xstest-should-refuse, xstest-should-respond and donotanswer (which
+    the paper's code misspells, and so leaves out).
+    """
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     meta = _rest(row, "prompt", "chosen", "rejected")
     return Example(_user(_text(row, "prompt")), chosen=chosen, rejected=rejected, meta=meta)

@@ -37,5 +37,4 @@ def fetch(hub: Hub, columns: Columns, split: str | None, revision: str | None) -
     where = f"{hub.id}, {split}"
     check_columns(where, table.column_names, columns)
     rows = (Row(where, "row", number, value) for number, value in enumerate(table, start=1))
-    files = sorted(table.info.download_checksums or ())  # URLs that name the commit
-    return rows, {"hub": hub.id, "split": split, "revision": revision, "files": files}
+    return rows, {"hub": hub.id, "split": split, "revision": revision}

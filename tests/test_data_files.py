@@ -1,0 +1,255 @@
+"""Files: what is one row, where a broken one is, what makes a whole file unreadable, and what is drawn from it."""
+
+import gzip
+import json
+import lzma
+
+import pytest
+from published import ROWS, lines, parquet, talk, turns, write
+
+from snpatch.data import load, read_completions, read_prompts
+from snpatch.errors import SnpatchError
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def numbered(n):
+    return [{"prompt": f"p{i}"} for i in range(n)]
+
+
+def saved(tmp_path, name, content):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def texts(data):
+    return [prompt[-1]["content"] for prompt in data.prompts]
+
+
+def test_lines_with_byte_order_mark_blanks_and_line_ends(tmp_path):
+    rows = [json.dumps({"prompt": p}, ensure_ascii=False) for p in (" a\u2028b\x85c ", "d")]
+    path = saved(tmp_path, "p.jsonl", f"\ufeff\r\n{rows[0]}\r\n \n\n{rows[1]}".encode())
+    data = load(path)
+    assert texts(data) == ["a\u2028b\x85c", "d"]
+    assert [e.meta for e in data.examples] == [{"file": str(path), "row": 2}, {"file": str(path), "row": 5}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "half', "not JSON"),
+        ('{"prompt": "café"}'.encode("latin-1"), "not UTF-8"),
+        ('{"prompt": "a"}'.encode("utf-16"), "not UTF-8"),
+        (b'{"prompt": "\\ud800"}', "prompt holds half a surrogate pair"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"prompt": 7}', "prompt must be a text that is not empty, got 7"),
+        (b'{"prompt": " "}', "prompt must be a text that is not empty, got ' '"),
+        (b'{"messages": "hi"}', "messages must be a list of role and content, got 'hi'"),
+        (b'{"messages": []}', "wanted turns with a user turn"),
+        (b'{"text": "x"}', "wanted an object with prompt or messages"),
+        (b'"x"', "wanted an object with prompt or messages"),
+    ],
+)
+def test_broken_line_has_its_number_or_is_counted(tmp_path, line, message):
+    path = saved(tmp_path, "p.jsonl", b'\n{"prompt": "a"}\n\n' + line + b'\n{"prompt": "b"}\n')
+    with pytest.raises(SnpatchError, match=rf"p\.jsonl, line 4: {message}"):
+        load(path)
+    data = load(path, skip_bad=True)
+    assert (texts(data), data.skipped, data.source["rows"]) == (["a", "b"], 1, 3)
+    assert data.examples[1].meta["row"] == 5
+
+
+def test_csv_counts_physical_lines_and_takes_long_fields(tmp_path):
+    long = "x" * 200_000
+    content = f'id,prompt\r\n1,"two\nlines, ""quoted"""\r\n\r\n2,{long}\r\n3,a,b\r\n4,last\r\n'
+    path = saved(tmp_path, "p.csv", b"\xef\xbb\xbf" + content.encode())
+    with pytest.raises(SnpatchError, match=r"p\.csv, line 6: wanted 2 fields, got 3"):
+        load(path)
+    data = load(path, skip_bad=True)
+    assert texts(data) == ['two\nlines, "quoted"', long, "last"]
+    assert [(e.meta["id"], e.meta["row"]) for e in data.examples] == [("1", 2), ("2", 5), ("4", 7)]
+
+
+def test_csv_that_is_not_utf8_in_one_row(tmp_path):
+    path = saved(tmp_path, "p.csv", b"prompt\na\ncaf\xe9\nb\n")
+    with pytest.raises(SnpatchError, match=r"p\.csv, line 3: not UTF-8"):
+        load(path)
+    assert texts(load(path, skip_bad=True)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", b'prompt\na\n"b\nc\n', r"p\.csv, line 3: not CSV: unexpected end of data"),
+        ("p.csv", b'prompt\n"a"b\n', r"p\.csv, line 2: not CSV"),
+        ("p.csv", b"question,id\na,1\n", r"p\.csv: wanted the columns prompt or messages, got question, id"),
+        ("p.csv", b"prompt,prompt\na,b\n", r"p\.csv: two columns have one name"),
+        ("p.csv", b"", r"p\.csv: holds no prompt"),
+        ("p.txt", b"a\nb\n", r"p\.txt: wanted the columns prompt or messages, got text"),
+        ("p.json", b'\n[{"prompt": "a"},\n{"prompt": }]', r"p\.json: not JSON: .* line 3"),
+        ("p.jsonl", b"\n\n", r"p\.jsonl: holds no prompt \(0 rows, 0 of them bad\)"),
+        ("p.jsonl", b"{}\n{}\n", r"p\.jsonl: holds no prompt \(2 rows, 2 of them bad\)"),
+        ("p.jsonl.gz", gzip.compress(lines(numbered(999)))[:-40], r"p\.jsonl\.gz: cannot be read"),
+        ("p.jsonl.gz", lines(numbered(9)), r"p\.jsonl\.gz: cannot be read"),
+        ("p.jsonl.xz", lzma.compress(lines(numbered(999)))[:-40], r"p\.jsonl\.xz: cannot be read"),
+        ("p.jsonl.xz", lines(numbered(9)), r"p\.jsonl\.xz: cannot be read"),
+        ("p.csv.gz", gzip.compress(b"prompt\n" + b"a\n" * 9999)[:-9], r"p\.csv\.gz: cannot be read"),
+        ("p.parquet", parquet(numbered(9))[:-9], r"p\.parquet: cannot be read"),
+        ("p.parquet", parquet([{"question": "a"}]), r"p\.parquet: wanted the columns prompt or messages, got question"),
+        ("p.tsv", b"prompt\na\n", r"p\.tsv: wanted a file that ends in \.jsonl, \.json, \.csv, \.parquet"),
+    ],
+)
+def test_a_file_that_is_broken_as_a_whole_is_always_an_error(tmp_path, name, content, message):
+    path = saved(tmp_path, name, content)
+    for skip_bad in (True,) if "2 of them bad" in message else (True, False):
+        with pytest.raises(SnpatchError, match=message):
+            load(path, skip_bad=skip_bad)
+
+
+def test_parquet_row_numbers_go_on_over_row_groups(tmp_path):
+    path = saved(tmp_path, "p.parquet", parquet([*numbered(70_000), {"prompt": None}]))
+    with pytest.raises(SnpatchError, match=r"p\.parquet, row 70001: prompt must be a text that is not empty, got None"):
+        load(path)
+    assert load(path, skip_bad=True).examples[-1].meta["row"] == 70_000
+
+
+def test_wikitext_line_that_is_not_utf8(tmp_path):
+    path = saved(tmp_path, "wiki.test.raw", b" \r\n = A = \r\n \n caf\xe9\n")
+    with pytest.raises(SnpatchError, match=r"wiki\.test\.raw, line 4: not UTF-8"):
+        load(path, format="wikitext-2")
+    assert load(path, format="wikitext-2", skip_bad=True).text == "\n\n = A = \n\n\n"
+
+
+def test_folder_of_shards_in_the_order_of_their_names(tmp_path):
+    rows = numbered(6)
+    for i in (2, 0, 1):
+        write(tmp_path / "data", f"test-0000{i}-of-00003", ".parquet", rows[2 * i : 2 * i + 2])
+    saved(tmp_path, "README.md", b"# card")
+    saved(tmp_path, ".cache/test.parquet", b"junk")
+    data = load(tmp_path, split="test")
+    assert texts(data) == [row["prompt"] for row in rows]
+    assert data.examples[3].meta == {"file": str(tmp_path / "data/test-00001-of-00003.parquet"), "row": 2}
+    assert load(tmp_path).digest == data.digest
+
+
+def test_splits_of_a_folder(tmp_path):
+    for domain in ("askbaking", "legaladvice"):
+        for split, rows in (("train", ROWS["shp"]), ("test", ROWS["shp"][:1])):
+            write(tmp_path / "shp" / domain, split, ".json", rows)
+    assert len(load(tmp_path / "shp", format="shp", split="train")) == 4
+    assert len(load(tmp_path / "shp", format="shp", split="test")) == 2
+    with pytest.raises(SnpatchError, match=r"shp: holds several splits \(train, test\): choose one with split"):
+        load(tmp_path / "shp", format="shp")
+    with pytest.raises(SnpatchError, match="shp: holds no data file with 'validation' in its name"):
+        load(tmp_path / "shp", format="shp", split="validation")
+    write(tmp_path / "wiki", "wiki.test", ".raw", ROWS["wikitext-2"])
+    write(tmp_path / "wiki", "wiki.valid", ".raw", ROWS["wikitext-2"][:1])
+    assert len(load(tmp_path / "wiki", format="wikitext-2", split="test")) == 5
+    write(tmp_path / "wiki", "wiki.test", ".jsonl", ROWS["wikitext-2"])
+    with pytest.raises(SnpatchError, match=r"holds several kinds of file \(\.jsonl, \.raw\)"):
+        load(tmp_path / "wiki", format="wikitext-2", split="test")
+
+
+def test_what_is_asked_for_must_fit_together(tmp_path):
+    path = write(tmp_path, "p", ".jsonl", numbered(2))
+    for arguments, message in (
+        ({"source": "beavertail"}, r"beavertail: no such file, nor a set of that name \(beavertails, hh-harmless,"),
+        ({"source": path, "format": "beavertail"}, "format: wanted one of beavertails, .* got 'beavertail'"),
+        ({"source": path, "format": "lima", "column": "prompt"}, "column: lima has its own columns, got 'prompt'"),
+        ({"source": path, "split": "test"}, r"p\.jsonl: split chooses among the files of a folder"),
+        ({"source": path, "revision": "main"}, "revision is for sets from the hub, this is a path"),
+        ({"source": "lima", "format": "lima"}, r"lima: format and column are for files; .* \(a file: \./lima\)"),
+        ({"source": "lima", "column": "x"}, "lima: format and column are for files"),
+        ({"source": tmp_path / "nothing"}, "nothing: no such file"),
+    ):
+        with pytest.raises(SnpatchError, match=message):
+            load(**arguments)
+
+
+def test_a_column_of_any_file(tmp_path):
+    rows = [{"question": "Why?", "chosen": "So.", "rejected": "No.", "id": 3}]
+    pair = {"prompt": turns("Why?"), "chosen": turns("", "So.")[1:], "rejected": turns("", "No.")[1:]}
+    for kind in (".jsonl", ".csv", ".parquet"):
+        data = load(write(tmp_path, "q", kind, rows), column="question")
+        assert data.prompts == [user("Why?")]
+        assert data.pairs() == [pair]
+        assert str(data.examples[0].meta["id"]) == "3"
+    with pytest.raises(SnpatchError, match=r"q\.csv: wanted the columns prompt, got question, chosen"):
+        load(tmp_path / "q.csv", column="prompt")
+
+
+def test_messages_and_answers_of_any_file(tmp_path):
+    system = [{"role": "system", "content": "Be kind."}]
+    rows = [
+        {"messages": [*system, *turns("a", "b", "c")]},
+        {"messages": turns("a", "b", "c", " d ")},
+        {"prompt": "a", "completion": "b"},
+    ]
+    data = load(write(tmp_path, "m", ".jsonl", rows))
+    assert data.prompts == [[*system, *turns("a", "b", "c")], turns("a", "b", "c"), user("a")]
+    assert [e.response for e in data.examples] == [None, "d", "b"]
+    assert data.conversations() == [{"messages": turns("a", "b", "c", "d")}, {"messages": turns("a", "b")}]
+    for row, message in (
+        ({"messages": turns("a", "b") + turns("", "c")[1:]}, "wanted nothing but one assistant turn after the last"),
+        ({"prompt": "a", "chosen": user("b")}, "chosen must be a text or one assistant turn"),
+        ({"prompt": "a", "response": 7}, "response must be a text, got 7"),
+    ):
+        with pytest.raises(SnpatchError, match=f"line 1: {message}"):
+            load(write(tmp_path, "m", ".jsonl", [row]))
+
+
+def test_pairs_and_conversations_can_be_saved_and_loaded(tmp_path):
+    hh = load(write(tmp_path, "hh", ".jsonl", ROWS["hh-harmless"]), format="hh-harmless")
+    assert load(write(tmp_path, "pairs", ".jsonl", hh.pairs())).pairs() == hh.pairs()
+    lima = load(write(tmp_path, "lima", ".jsonl", ROWS["lima"]), format="lima")
+    again = load(write(tmp_path, "said", ".parquet", lima.conversations()))
+    assert again.conversations() == lima.conversations()
+
+
+def test_samples_are_drawn_without_replacement_and_stay_the_same(tmp_path):
+    data = load(write(tmp_path, "p", ".jsonl", numbered(10)))
+    drawn = data.sample(4, seed=1)
+    assert texts(drawn) == ["p2", "p9", "p6", "p4"]  # for ever: numpy keeps this stream
+    assert texts(data.sample(10, seed=1))[:4] == texts(drawn)
+    assert sorted(texts(data.sample(10, seed=1))) == sorted(texts(data))
+    assert texts(data.sample(4, seed=2)) != texts(drawn)
+    assert drawn.source["selection"] == ["4 drawn with seed 1"]
+    assert drawn.digest != data.digest == drawn.source["sha256"]
+    assert drawn.first(2).source["selection"] == ["4 drawn with seed 1", "first 2"]
+    assert (len(data.first(3)), len(data.first(99)), texts(data.first(2))) == (3, 10, ["p0", "p1"])
+    for select, message in ((lambda: data.first(0), "first 0"), (lambda: data.sample(1, -1), "seed must be at least 0")):
+        with pytest.raises(SnpatchError, match=message):
+            select()
+    for n in (11, 0, -1):
+        with pytest.raises(SnpatchError, match=rf"p\.jsonl: cannot draw {n} examples, it has 10"):
+            data.sample(n, seed=1)
+
+
+def test_digest_covers_what_is_asked_and_answered(tmp_path):
+    def digest(**changes):
+        return load(write(tmp_path, "d", ".jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", **changes}])).digest
+
+    assert digest() == digest(id=7)
+    assert len({digest(), digest(prompt="x"), digest(chosen="x"), digest(rejected="x"), digest(response="x")}) == 5
+    histories = [
+        load(write(tmp_path, "hh", ".jsonl", [row]), format="hh-harmless").digest
+        for row in ({"chosen": talk("a", x, "b", "c"), "rejected": talk("a", x, "b", "d")} for x in "yz")
+    ]
+    assert histories[0] != histories[1]
+
+
+def test_prompts_and_completions_of_a_generated_file(tmp_path):
+    path = write(tmp_path, "out", ".jsonl", [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "y"}])
+    assert read_prompts(path) == [user("a"), user("b")]
+    assert read_prompts(path, 1) == [user("a")]
+    assert read_completions(path) == ["", "y"]
+    path = saved(tmp_path, "bad.jsonl", path.read_bytes() + b'{"prompt": "c"}\n')
+    assert read_completions(path, 2) == ["", "y"]
+    with pytest.raises(SnpatchError, match=r"bad\.jsonl, line 3: wanted an object with a completion"):
+        read_completions(path)
+    with pytest.raises(SnpatchError, match=r"none\.jsonl: no such file"):
+        read_completions(tmp_path / "none.jsonl")
