@@ -4,6 +4,7 @@ import sys
 
 import datasets
 import pytest
+from huggingface_hub.utils import httpx
 from published import CATEGORIES, KINDS, ROWS, attempt, bench, shp, tails, talk, turns, write
 
 from snpatch.data import SETS, load
@@ -282,6 +283,7 @@ def test_broken_rows_from_the_hub(hub):
         datasets.exceptions.DatasetNotFoundError("Couldn't reach it: gated"),
         ValueError("Couldn't reach it: unknown split"),
         RuntimeError("Couldn't reach it: scripts are no longer supported"),
+        httpx.ConnectError("Couldn't reach it: name not known"),
     ],
 )
 def test_errors_of_the_hub_are_one_line(monkeypatch, error):

@@ -221,9 +221,10 @@ def test_samples_are_drawn_without_replacement_and_stay_the_same(tmp_path):
     assert drawn.digest != data.digest == drawn.source["sha256"]
     assert drawn.first(2).source["selection"] == ["4 drawn with seed 1", "first 2"]
     assert (len(data.first(3)), len(data.first(99)), texts(data.first(2))) == (3, 10, ["p0", "p1"])
-    for select, message in ((lambda: data.first(0), "first 0"), (lambda: data.sample(1, -1), "seed must be at least 0")):
-        with pytest.raises(SnpatchError, match=message):
-            select()
+    with pytest.raises(SnpatchError, match="cannot take the first 0"):
+        data.first(0)
+    with pytest.raises(SnpatchError, match="seed must be at least 0"):
+        data.sample(1, seed=-1)
     for n in (11, 0, -1):
         with pytest.raises(SnpatchError, match=rf"p\.jsonl: cannot draw {n} examples, it has 10"):
             data.sample(n, seed=1)

@@ -95,7 +95,7 @@ class Dataset:
         return self._select(kept, f"{column} in {', '.join(map(repr, values))}")
 
     def pairs(self) -> list[dict[str, Chat]]:
-        """Rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples that have two different answers."""
+        """Rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples that have both answers."""
         rows = [
             {"prompt": e.asked, "chosen": _said(e.chosen), "rejected": _said(e.rejected)}
             for e in self.examples

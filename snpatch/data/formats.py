@@ -62,10 +62,9 @@ def plain(column: str | None = None) -> Format:
         else:
             prompt, response = _user(_text(row, field)), None
         for name in ("response", "completion"):
-            response = _answer(row, name) if row.get(name) is not None else response
-        chosen, rejected = (_answer(row, f) if row.get(f) is not None else None for f in ("chosen", "rejected"))
+            response = _answer(row, name, response)
         meta = _rest(row, field, "response", "completion", "chosen", "rejected")
-        return Example(prompt, response, chosen, rejected, meta=meta)
+        return Example(prompt, response, _answer(row, "chosen"), _answer(row, "rejected"), meta=meta)
 
     return Format(parse, tuple((f,) for f in fields))
 
@@ -80,7 +79,9 @@ def _asked(turns: Chat) -> tuple[Chat, str | None]:
     return turns[: last + 1], after[0]["content"] if after else None
 
 
-def _answer(row: dict, field: str) -> str:
+def _answer(row: dict, field: str, otherwise: str | None = None) -> str | None:
+    if row.get(field) is None:
+        return otherwise
     if isinstance(row[field], list):
         turns = _turns(row, field)
         if [turn["role"] for turn in turns] != ["assistant"]:
