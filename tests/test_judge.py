@@ -1,4 +1,4 @@
-"""The cost model in every shape that the Beavertails layout comes in, against a forward pass written out here."""
+"""The Beavertails layout in every shape it comes in, against a forward pass written out here; judges of any kind."""
 
 import json
 import re
@@ -11,11 +11,16 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from snpatch.errors import SnpatchError
-from snpatch.judge import CostModel, RefusalWords
+from snpatch.judge import RefusalWords, open_judge, score_all
+from snpatch.score_model import ScoreModel
 
 WORDS = "<unk> <s> </s> <pad> BEGINNING OF CONVERSATION: USER: ASSISTANT: <|user|> <|assistant|> a b c d e".split()
 PROMPTS = ["a b", "c", "a b c d e", "d d"]
 COMPLETIONS = ["b c d", "", "e", "a <|user|> b"]
+
+
+def opened(folder: Path, **arguments) -> ScoreModel:
+    return ScoreModel(folder, **{"backend": "transformers", "device": "cpu", **arguments})
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -46,6 +51,7 @@ def write(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        max_position_embeddings=64,
     )
     tensors = {f"model.{name}": t + 0.2 * torch.randn_like(t) for name, t in LlamaModel(config).state_dict().items()}
     tensors["score_head.weight"] = torch.randn(1, 32)
@@ -114,30 +120,47 @@ def beaver(prompt: str, completion: str) -> str:
     return f"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}</s>"
 
 
+def all_by_hand(tensors: dict[str, torch.Tensor], *, normalize: bool = False) -> list[float]:
+    pairs = zip(PROMPTS, COMPLETIONS, strict=True)
+    return [by_hand(tensors, beaver(prompt, completion), normalize=normalize) for prompt, completion in pairs]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("normalize", [None, False, True])
 @pytest.mark.parametrize("architecture", ["LlamaModelForScore", "LlamaForScore"])
 def test_equals_a_forward_pass_by_hand(tmp_path, bias, normalize, architecture):
     tensors = write(tmp_path, bias=bias, normalize=normalize, architecture=architecture)
-    got = CostModel(tmp_path, batch_size=3)(PROMPTS, COMPLETIONS)
-    wanted = [
-        by_hand(tensors, beaver(p, c), normalize=bool(normalize)) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
-    ]
-    assert got == pytest.approx(wanted, abs=1e-4)
-    assert all(type(value) is float for value in got)
+    wanted = all_by_hand(tensors, normalize=bool(normalize))
+    for side in ("right", "left"):
+        got = opened(tmp_path, batch_size=3, padding_side=side)(PROMPTS, COMPLETIONS)
+        assert got == pytest.approx(wanted, abs=1e-4)
+        assert all(type(value) is float for value in got)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_bfloat16_is_near_and_finer_than_bfloat16_itself(tmp_path, side):
+    tensors = write(tmp_path, bias=True)
+    wanted = all_by_hand(tensors)
+    spread = max(wanted) - min(wanted)
+    judge = opened(tmp_path, dtype="bfloat16", padding_side=side)
+    got = judge(PROMPTS, COMPLETIONS)
+    assert got == pytest.approx(wanted, abs=0.05 * spread)
+    assert got != torch.tensor(got).bfloat16().tolist(), "the head is in float32"
+    alone = [judge([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert alone == pytest.approx(got, abs=0.05 * spread)
 
 
 @pytest.mark.parametrize("files", ["bin", "sharded bin", "sharded safetensors"])
 def test_every_file_layout_gives_the_same_costs(tmp_path, files):
     write(tmp_path / "one")
     write(tmp_path / "other", files=files)
-    wanted = CostModel(tmp_path / "one")(PROMPTS, COMPLETIONS)
-    assert CostModel(tmp_path / "other")(PROMPTS, COMPLETIONS) == wanted
+    wanted = opened(tmp_path / "one")(PROMPTS, COMPLETIONS)
+    assert opened(tmp_path / "other")(PROMPTS, COMPLETIONS) == wanted
 
 
 def test_tulu_format_strips_special_tokens_and_cuts_at_a_second_user(tmp_path):
     tensors = write(tmp_path)
-    judge = CostModel(tmp_path, format="tulu")
+    judge = opened(tmp_path, format="tulu")
     assert judge.text("a b", "c d</s><pad>") == "<|user|>\na b\n<|assistant|>\nc d"
     got = judge(["a b", "d d"], ["c d</s>", "a <|user|> b"])
     texts = ["<|user|> a b <|assistant|> c d", "<|user|> d d <|assistant|> a"]
@@ -146,17 +169,17 @@ def test_tulu_format_strips_special_tokens_and_cuts_at_a_second_user(tmp_path):
 
 def test_order_and_batch_size_do_not_matter(tmp_path):
     write(tmp_path)
-    one, all_at_once = (CostModel(tmp_path, batch_size=b)(PROMPTS, COMPLETIONS) for b in (1, 16))
+    one, all_at_once = (opened(tmp_path, batch_size=b)(PROMPTS, COMPLETIONS) for b in (1, 16))
     assert one == pytest.approx(all_at_once, abs=1e-5)
-    assert CostModel(tmp_path)(PROMPTS[::-1], COMPLETIONS[::-1])[::-1] == pytest.approx(one, abs=1e-5)
-    assert CostModel(tmp_path)([], []) == []
+    assert opened(tmp_path)(PROMPTS[::-1], COMPLETIONS[::-1])[::-1] == pytest.approx(one, abs=1e-5)
+    assert opened(tmp_path)([], []) == []
 
 
 def test_rotary_buffers_of_old_checkpoints_are_accepted(tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     write(tmp_path / "old", **{name: torch.ones(4)})
     write(tmp_path / "new")
-    assert CostModel(tmp_path / "old")(["a"], ["b"]) == CostModel(tmp_path / "new")(["a"], ["b"])
+    assert opened(tmp_path / "old")(["a"], ["b"]) == opened(tmp_path / "new")(["a"], ["b"])
 
 
 @pytest.mark.parametrize(
@@ -173,49 +196,81 @@ def test_rotary_buffers_of_old_checkpoints_are_accepted(tmp_path):
 def test_a_bad_checkpoint_is_refused_in_one_line(tmp_path, changes, message):
     write(tmp_path, **changes)
     with pytest.raises(SnpatchError, match=message) as caught:
-        CostModel(tmp_path)
+        opened(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_no_cost_model_is_refused(tmp_path):
-    with pytest.raises(SnpatchError, match=r"no config\.json"):
-        CostModel(tmp_path / "nowhere")
-    write(tmp_path / "causal", architecture="LlamaForCausalLM")
-    with pytest.raises(SnpatchError, match="wanted one of the architectures"):
-        CostModel(tmp_path / "causal")
+def test_a_folder_that_is_no_score_model_is_refused(tmp_path):
+    with pytest.raises(SnpatchError, match="no such folder"):
+        opened(tmp_path / "nowhere")
+    write(tmp_path / "causal", architecture="LlamaForCausalLM", **{"score_head.weight": None})
+    with pytest.raises(SnpatchError, match=r"no sequence classification or reward model.* lacks score\.weight"):
+        opened(tmp_path / "causal", label=0)
     write(tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
     with pytest.raises(SnpatchError, match="no weights there"):
-        CostModel(tmp_path / "empty")
+        opened(tmp_path / "empty")
     write(tmp_path / "half", files="sharded safetensors")
     (tmp_path / "half" / "part1.safetensors").unlink()
     with pytest.raises(SnpatchError, match=r"files that are not there: \['part1.safetensors'\]"):
-        CostModel(tmp_path / "half")
+        opened(tmp_path / "half")
+    (tmp_path / "half" / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(SnpatchError, match="not an index of weights"):
+        opened(tmp_path / "half")
     write(tmp_path / "unnormalised", normalize=True, **{"normalizer.var": None})
     with pytest.raises(SnpatchError, match="do_normalize"):
-        CostModel(tmp_path / "unnormalised")
+        opened(tmp_path / "unnormalised")
     write(tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(SnpatchError, match="cannot be read"):
-        CostModel(tmp_path / "cut")
+        opened(tmp_path / "cut")
     (tmp_path / "cut" / "config.json").write_text("{")
-    with pytest.raises(SnpatchError, match="is not JSON"):
-        CostModel(tmp_path / "cut")
+    with pytest.raises(SnpatchError, match="cannot load"):
+        opened(tmp_path / "cut")
 
 
 def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
     write(tmp_path, files="bin")
     torch.save({"score_head.weight": Path("anything but a tensor")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(SnpatchError, match="cannot be read"):
-        CostModel(tmp_path)
+        opened(tmp_path)
 
 
-def test_format_and_lengths_are_checked(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "alpaca"}, "format: wanted beaver, tulu, chat, pair or a text with {prompt} and {completion}"),
+        ({"format": "{prompt} alone"}, "format: wanted"),
+        ({"format": "chat"}, "no chat template"),
+        ({"label": "harm"}, "label must be one of score or an index, got 'harm'"),
+        ({"padding_side": "middle"}, "padding_side must be right or left"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"backend": "onnx"}, "backend must be one of"),
+        ({"max_num_seqs": 4}, "BeavertailsScorer has no argument max_num_seqs"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, arguments, message):
     write(tmp_path)
-    with pytest.raises(SnpatchError, match="format"):
-        CostModel(tmp_path, format="alpaca")
-    with pytest.raises(SnpatchError, match="one completion a prompt"):
-        CostModel(tmp_path)(["a"], [])
+    with pytest.raises(SnpatchError, match=message):
+        opened(tmp_path, **arguments)
+
+
+def test_texts_that_cannot_be_scored_are_refused(tmp_path):
+    write(tmp_path)
+    with opened(tmp_path) as judge:
+        with pytest.raises(SnpatchError, match="one completion a prompt"):
+            judge(["a"], [])
+        with pytest.raises(SnpatchError, match="wanted a text of 1 to 64 tokens, got 109 with the prompt 'a b'"):
+            judge(["a b"], ["c " * 100])
+    with pytest.raises(SnpatchError, match="this judge is closed"):
+        judge(["a"], ["b"])
+
+
+def test_a_prompt_may_hold_the_words_of_a_template(tmp_path):
+    write(tmp_path)
+    judge = opened(tmp_path, format="a {prompt} b {completion} c")
+    assert judge.text("{completion}", "d") == "a {completion} b d c"
 
 
 def test_refusal_words():
@@ -226,3 +281,45 @@ def test_refusal_words():
         RefusalWords("sorry")
     with pytest.raises(SnpatchError, match="one completion a prompt"):
         judge(["x"], [])
+
+
+def shout(prompts, completions):
+    """A judge by import path."""
+    return [float(len(text)) for text in completions]
+
+
+NUMBER = 7
+
+
+def test_open_judge(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(open_judge("refusal"), RefusalWords)
+    assert open_judge(f"{__name__}:shout")(["a"], ["bcd"]) == [3.0]
+    write(tmp_path / "model")
+    wanted = opened(tmp_path / "model", format="tulu")(PROMPTS, COMPLETIONS)
+    judge = open_judge(str(tmp_path / "model"), format="tulu", backend="transformers", device="cpu")
+    assert judge(PROMPTS, COMPLETIONS) == wanted
+    for spec, arguments, message in (
+        ("refusal", {"format": "tulu"}, "judge refusal: format is for a model"),
+        (f"{__name__}:shout", {"dtype": "auto"}, "dtype is for a model"),
+        (f"{__name__}:nothing", {}, "cannot be imported"),
+        ("no_such_module:judge", {}, "cannot be imported"),
+        (f"{__name__}:NUMBER", {}, "wanted a callable"),
+    ):
+        with pytest.raises(SnpatchError, match=message):
+            open_judge(spec, **arguments)
+
+
+def test_score_all_trusts_no_judge():
+    judges = {"shout": shout, "refusal": RefusalWords()}
+    assert score_all(judges, ["x", "y"], ["abc", "i cannot"]) == {"shout": [3.0, 8.0], "refusal": [1.0, -1.0]}
+    assert score_all({"numpy": lambda p, c: torch.ones(1).numpy()}, ["x"], ["y"]) == {"numpy": [1.0]}
+    for given, message in (
+        ([1.0], "judge 'bad': wanted 2 scores, one a completion, got 1"),
+        ([1.0, float("nan")], "judge 'bad': wanted a finite score, got nan for the prompt 'y'"),
+        ([float("inf"), 1.0], "got inf for the prompt 'x'"),
+    ):
+        with pytest.raises(SnpatchError, match=message):
+            score_all({"shout": shout, "bad": lambda p, c, given=given: given}, ["x", "y"], ["a", "b"])
+    with pytest.raises(SnpatchError, match="one completion a prompt"):
+        score_all(judges, ["x"], [])

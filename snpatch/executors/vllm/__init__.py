@@ -5,7 +5,9 @@
     client.py     in the user's process: what both share
     registry.py   in the user's process: ids for adapters, rankings and constants
     settings.py   what a twin engine is built with, and what it refuses
-    plugin.py     tells vLLM of the twin models, in every process
+    score.py      in the user's process: what `ScoreModel` calls
+    head.py       in the worker: vLLM's Llama with a score head
+    plugin.py     tells vLLM of these models, in every process
     surgery.py    in the worker: one of vLLM's models made to run two streams
     banks.py      in the worker: the tensors that the op reads and adds to
     feed.py       in the worker: requests -> the plan of each step, and the records of what was done

@@ -6,7 +6,7 @@ turned into integers here; everything that comes back is checked here.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
@@ -78,7 +78,7 @@ class Client:
         self.settings = TwinSettings(**{"ends": tuple(sorted(self.eos_ids)), **twin})
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {config.model_type} model has no k_proj and v_proj of their own")
-        self._arguments = _engine_arguments(model, config, dtype, arguments)
+        self._arguments = _twin_arguments(model, config, dtype, arguments)
         self._tickets = count(1)
         self.free_groups = list(range(self.settings.max_groups))
         self._banks = (
@@ -350,12 +350,27 @@ def _geometry(config, max_model_len: int | None) -> Geometry:
     return Geometry(config.num_hidden_layers, config.intermediate_size, context, config.vocab_size, widths)
 
 
-def _engine_arguments(model, config, dtype: str, arguments: dict) -> dict:
-    """vLLM's engine arguments for the twin of the model's architecture: the user's and our own, checked."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+def _twin_arguments(model, config, dtype: str, arguments: dict) -> dict:
+    """vLLM's engine arguments for the twin of the model's architecture."""
     architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "ForCausalLM"])[0]
     if config.model_type not in ARCHITECTURES:
         os.environ[plugin.UNTESTED] = architecture
+    own = {
+        "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
+        "hf_overrides": {"architectures": [plugin.PREFIX + architecture], **arguments.pop("hf_overrides", {})},
+        "worker_extension_cls": "snpatch.executors.vllm.worker.WorkerExtension",
+    }
+    checked = engine_arguments(model, own, arguments, refused=("enable_lora", "disable_cascade_attn"))
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & checked.keys():
+        checked["kv_cache_memory_bytes"] = _spare_memory() // 4
+    return checked
+
+
+def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] = ()) -> dict:
+    """vLLM's engine arguments: the user's and our own, checked. refused: further ones that nobody may set."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
@@ -364,21 +379,16 @@ def _engine_arguments(model, config, dtype: str, arguments: dict) -> dict:
     plugin.register()
     if current_platform.is_cpu():
         _use_all_cores(arguments.get("tensor_parallel_size", 1))
-        if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & arguments.keys():
-            arguments["kv_cache_memory_bytes"] = _spare_memory() // 4
         arguments.setdefault("enforce_eager", True)  # compiled measured no faster there and starts slower
     arguments.setdefault("use_tqdm_on_load", False)
     own = {
         "model": str(model),
         "tokenizer": str(model),
-        "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
-        "hf_overrides": {"architectures": [plugin.PREFIX + architecture]},
-        "worker_extension_cls": "snpatch.executors.vllm.worker.WorkerExtension",
         "disable_log_stats": True,
         "generation_config": "vllm",
+        **own,
     }
-    own["hf_overrides"] |= arguments.pop("hf_overrides", {})
-    taken = {*own, "enable_lora", "disable_cascade_attn"} & arguments.keys()
+    taken = {*own, *refused} & arguments.keys()
     if taken:
         raise SnpatchError(f"backend vllm: {', '.join(sorted(taken))} cannot be set")
     unknown = arguments.keys() - AsyncEngineArgs.__dataclass_fields__.keys()
@@ -388,7 +398,7 @@ def _engine_arguments(model, config, dtype: str, arguments: dict) -> dict:
 
 
 @contextmanager
-def starting(engine_args) -> Iterator[object]:
+def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[object]:
     """vLLM's config of these arguments, checked, and the environment to start an engine of it in."""
     from vllm.usage.usage_lib import UsageContext
 
@@ -398,7 +408,7 @@ def starting(engine_args) -> Iterator[object]:
     try:
         config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
         config.compilation_config.pass_config.fuse_allreduce_rms = False  # sized by tokens, and the rows are twice that
-        refuse(config)
+        check(config)
         yield config
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -6,12 +6,13 @@ whatever interrupts a run can abort what is left.
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.request import Output, Progress, Request, Statistics
 from snpatch.executors.vllm.client import Client, Sent, answers_of, starting
+from snpatch.executors.vllm.settings import refuse
 
 DEAD = "vLLM's engine has ended; its own messages above say why"
 CLOSE_S = 2.0  # how long vLLM has to end by itself
@@ -25,12 +26,8 @@ class VllmExecutor(Client):
 
     def start(self) -> None:
         """Start vLLM, which takes its time, and check what it made of the model."""
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        with starting(self.engine_args()) as config:
-            self.engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        self.engine = start_engine(self.engine_args())
         self.stale: list[int] = []  # tickets of aborted requests, whose records are to be dropped
-        threading.Thread(target=_tell_of_death, args=(self.engine.engine_core,), daemon=True).start()
         try:
             self.started(self.command("snpatch_start", self.name))
         except SnpatchError:
@@ -148,6 +145,16 @@ class _Run:
         self._executor.stale += [self._requests[index][1].ticket for index in left]
         if self._running:
             self._executor.engine.abort_request(list(self._running))
+
+
+def start_engine(engine_args, check: Callable[[object], None] = refuse):
+    """A started LLMEngine of these arguments; check: of vLLM's config, before it starts."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    with starting(engine_args, check) as config:
+        engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+    threading.Thread(target=_tell_of_death, args=(engine.engine_core,), daemon=True).start()
+    return engine
 
 
 def _tell_of_death(core) -> None:

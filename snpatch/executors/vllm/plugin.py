@@ -1,6 +1,7 @@
 """vLLM's entry point: tells vLLM of the twin models. Runs in every process of vLLM, so it imports as little as can be.
 
-A twin of architecture X is registered as "SnpatchX"; the class is made when vLLM asks for it.
+A twin of architecture X is registered as "SnpatchX"; the class is made when vLLM asks for it. The Beavertails layout,
+of which vLLM has no model, is there as SCORE.
 """
 
 import os
@@ -16,6 +17,7 @@ TESTED = (
     "Phi3ForCausalLM",
 )
 PREFIX = "Snpatch"
+SCORE = "SnpatchLlamaForScore"
 UNTESTED = "SNPATCH_UNTESTED_ARCHITECTURES"  # set by the executor for its child processes
 
 
@@ -29,3 +31,5 @@ def register() -> None:
             ModelRegistry.register_model(
                 PREFIX + architecture, f"snpatch.executors.vllm.surgery:{PREFIX}{architecture}"
             )
+    if SCORE not in known:
+        ModelRegistry.register_model(SCORE, f"snpatch.executors.vllm.head:{SCORE}")

@@ -1,0 +1,138 @@
+"""Checkpoints in the Beavertails layout: a Llama body under `model.` and a one-row `score_head` on its last state.
+
+They are a class of their authors' own code, which neither transformers nor vLLM can load. Old and new ones differ in
+what else they hold, so every tensor is accounted for: what is neither needed nor known is an error.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+from snpatch.errors import SnpatchError
+from snpatch.files import read_checkpoint
+
+ARCHITECTURES = ("LlamaModelForScore", "LlamaForScore")
+SMALLEST_VARIANCE = 1e-8  # of a normalizer, as its authors have it
+
+
+def is_beavertails(config) -> bool:
+    """Whether a model's config names the Beavertails layout."""
+    return bool({*(config.architectures or ())} & {*ARCHITECTURES})
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder itself, or the local copy of a model from the hub."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        folder = Path(snapshot_download(str(model), allow_patterns=["*.json", "*.model", "*.jinja", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(str(model), allow_patterns=["*.bin", "*.bin.index.json"])
+        return folder
+    except OSError as error:
+        raise SnpatchError(f"cannot download {model}: {str(error).strip().splitlines()[0]}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreCheckpoint:
+    """body: LlamaModel's tensors by its own names. head [1, H] and bias [1] or None, float32. mean, std: of the
+    normalizer, or 0 and 1."""
+
+    config: LlamaConfig
+    body: dict[str, Tensor]
+    head: Tensor
+    bias: Tensor | None
+    mean: float
+    std: float
+
+    def normalized(self, scores: Tensor) -> Tensor:
+        return (scores - self.mean) / self.std
+
+
+def read_score_checkpoint(folder: Path, config: LlamaConfig, dtype: str, device: torch.device) -> ScoreCheckpoint:
+    """Read and check every tensor of the folder. Device "meta" checks all the same and keeps no weights."""
+    body_dtype = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    tensors = dict(_tensors(folder, body_dtype, device))
+
+    def take(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        tensor = tensors.pop(name, None)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise SnpatchError(
+                f"score model {folder}: {name} has the wrong shape, wanted {list(shape)}, got {list(tensor.shape)}"
+            )
+        return tensor
+
+    head, bias = take("score_head.weight", (1, config.hidden_size)), take("score_head.bias", (1,))
+    if head is None:
+        raise SnpatchError(f"score model {folder}: the tensor score_head.weight is missing")
+    mean, variance = take("normalizer.mean", (1,)), take("normalizer.var", (1,))
+    tensors.pop("normalizer.count", None)
+    if not getattr(config, "do_normalize", False):
+        mean, variance = torch.zeros(1), torch.ones(1)
+    if mean is None or variance is None:
+        raise SnpatchError(
+            f"score model {folder}: config.json says do_normalize, but normalizer.mean or .var is missing"
+        )
+    std = variance.clamp_min(SMALLEST_VARIANCE).sqrt()
+    return ScoreCheckpoint(config, _body(folder, config, tensors), head, bias, mean.item(), std.item())
+
+
+def _body(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is left belongs to the body: all of it, and nothing else."""
+    with torch.device("meta"):
+        wanted = {f"model.{name}": tuple(t.shape) for name, t in LlamaModel(config).state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for what, names in (
+        ("are missing", sorted(wanted.keys() - got.keys())),
+        ("are unknown", sorted(got.keys() - wanted.keys())),
+        ("have the wrong shape", sorted(n for n in wanted.keys() & got.keys() if wanted[n] != got[n])),
+    ):
+        if names:
+            first = names[0]
+            detail = f"{first}: wanted {wanted.get(first)}, got {got.get(first)}"
+            raise SnpatchError(f"score model {folder}: {len(names)} tensors {what} ({detail})")
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def _tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint, file by file: the body's in dtype on the device, all others in float32, of which
+    the normalizer's stay on the host."""
+    for path in _weight_files(folder):
+        for name, tensor in read_checkpoint(path).items():
+            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold it; it follows from the config
+                continue
+            if not torch.isfinite(tensor).all():
+                raise SnpatchError(f"score model {folder}: {name} in {path.name} holds NaN or infinity")
+            if name.startswith("normalizer."):
+                yield name, tensor.float()
+            else:
+                yield name, tensor.to(device, dtype if name.startswith("model.") else torch.float32)
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index, path = folder / f"{single}.index.json", folder / single
+        if index.is_file():
+            names = sorted(set(_weight_map(index).values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise SnpatchError(f"score model {folder}: {index.name} names files that are not there: {missing}")
+            yield from (folder / name for name in names)
+            return
+        if path.is_file():
+            yield path
+            return
+    raise SnpatchError(f"score model {folder}: no weights there (model.safetensors or pytorch_model.bin, or an index)")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise SnpatchError(f"score model: {index} is not an index of weights: {error!r}") from error

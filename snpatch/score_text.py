@@ -1,0 +1,67 @@
+"""What a score model reads: how a prompt and its completion become the ids of one text.
+
+Why ids are made here for every backend: vLLM would add its own BOS and template, and score other texts.
+"""
+
+import re
+from collections.abc import Sequence
+
+from snpatch.errors import SnpatchError
+
+BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}"
+TULU = "<|user|>\n{prompt}\n<|assistant|>\n{completion}"
+NAMES = ("beaver", "tulu", "chat", "pair")
+SLOT = re.compile(r"\{(prompt|completion)\}")
+
+Row = dict[str, list[int]]  # input_ids and, of some tokenizers, token_type_ids
+
+
+class ScoreText:
+    """One format with one tokenizer.
+
+    format: "beaver", the Beavertails models' native text; "tulu", what the paper's code feeds them instead, and what
+    its numbers need; "chat", the tokenizer's chat template with the completion as the assistant's turn; "pair",
+    prompt and completion as the tokenizer's two segments; or a text that holds {prompt} and {completion}.
+    """
+
+    def __init__(self, format: str, tokenizer) -> None:
+        if format not in NAMES and {*SLOT.findall(format)} != {"prompt", "completion"}:
+            raise SnpatchError(
+                f"format: wanted {', '.join(NAMES)} or a text with {{prompt}} and {{completion}}, got {format!r}"
+            )
+        if format == "chat" and not tokenizer.chat_template:
+            raise SnpatchError("format chat: the judge's tokenizer has no chat template; give another format")
+        self.format, self._tokenizer = format, tokenizer
+
+    def text(self, prompt: str, completion: str) -> str:
+        """What is scored, but for what the tokenizer adds by itself (BOS); "pair" has no one text."""
+        tokenizer = self._tokenizer
+        if self.format == "chat":
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            return tokenizer.apply_chat_template(turns, tokenize=False)
+        if self.format == "beaver":
+            return _fill(BEAVER, prompt, completion) + tokenizer.eos_token
+        if self.format == "tulu":
+            text = _fill(TULU, prompt, completion.split("<|user|>")[0])
+            for word in {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token} - {None}:
+                text = text.replace(word, "")
+            return text
+        return _fill(self.format, prompt, completion)
+
+    def rows(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Row]:
+        """The ids of each pair."""
+        if not prompts:
+            return []
+        if self.format == "pair":
+            encoded = self._tokenizer(list(prompts), list(completions))
+        else:
+            texts = list(map(self.text, prompts, completions))
+            encoded = self._tokenizer(texts, add_special_tokens=self.format != "chat")  # a template writes its own
+        names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
+        return [{name: encoded[name][i] for name in names} for i in range(len(prompts))]
+
+
+def _fill(template: str, prompt: str, completion: str) -> str:
+    """In one pass, so that a prompt may hold the word {completion}."""
+    values = {"prompt": prompt, "completion": completion}
+    return SLOT.sub(lambda slot: values[slot[1]], template)
