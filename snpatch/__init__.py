@@ -16,6 +16,7 @@ _HOMES = {
     "Constant": "patch",
     "Noise": "patch",
     "Ranking": "ranking",
+    "Guard": "guard.classifier",
     "SnpatchError": "errors",
     "ReceiptError": "errors",
 }

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 from snpatch import __version__
 from snpatch.adapters import load_adapters
 from snpatch.errors import ReceiptError, SnpatchError
-from snpatch.executors.request import Logprobs, Progress, Request, Statistics
+from snpatch.executors.request import Logprobs, Output, Progress, Request, Statistics
+from snpatch.guard.classifier import Guard
 from snpatch.patch import Constant, Noise, Patch
 from snpatch.pretrained import load_pretrained
 from snpatch.ranking import Ranking
@@ -40,7 +41,9 @@ class Completion:
     """What one prompt gave.
 
     token_ids and logprobs include an ending EOS; text has no special tokens and is cut before a stop string.
-    finish_reason: "eos", "stop" (stop_reason is the string) or "length". overwrites: the device's own count.
+    finish_reason: "eos", "stop" (stop_reason is the string), "length", or "guard": text is the guard's refusal, and no
+    token was written. overwrites: the device's own count. harm: the guard's probability that its model's own answer
+    would be harmful; None without a guard.
     """
 
     prompt_ids: list[int]
@@ -50,6 +53,7 @@ class Completion:
     stop_reason: str | None
     logprobs: list[float] | None
     overwrites: int
+    harm: float | None = None
 
 
 class Engine:
@@ -115,6 +119,11 @@ class Engine:
         """Names the model and its adapters by their content: part of a sweep record's key."""
         return hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()[:16]
 
+    def digest_of(self, model: str) -> str:
+        """Names one model by its content, whatever it and the others are called: what a guard is bound to."""
+        parts = [self._digests["base"], self._digests[self._known(model)]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
     def add_adapter(self, name: str, folders: str | Path | Sequence[str | Path]) -> None:
         """Make the model with these adapters available as `name`."""
         if name in self._digests:
@@ -129,27 +138,35 @@ class Engine:
         patch: Patch | str | Sequence[Patch | str] = "base",
         sampling: Sampling | Sequence[Sampling] = GREEDY,
         progress: Progress | None = None,
+        guard: Guard | None = None,
     ) -> list[Completion]:
         """Write a completion for each prompt, patched while it is written (the paper's Algorithm 1).
 
         patch: a Patch, or the name of a model to run unpatched, or one of these for each prompt; sampling
         likewise. Where it asks for n texts of a prompt, n completions stand in that prompt's place. A patch that
-        the device did not apply in full is a ReceiptError.
+        the device did not apply in full is a ReceiptError. guard: first reads each prompt once, in the model that it
+        was fitted on; prompts that it finds harmful are answered with its refusal, and progress does not count them.
         """
+        if guard is not None and not isinstance(guard, Guard):
+            raise SnpatchError(f"guard: wanted a Guard, got {guard!r}")
         ids = self.encode(prompts)
         patches = _one_each(patch, len(ids), "patch", (Patch, str))
         samplings = _one_each(sampling, len(ids), "sampling", (Sampling,))
-        requests = [
-            self._request(i, p, sampling=one)
+        asked = [
+            [self._request(i, p, sampling=one) for one in _one_by_one(self._fitted(i, s))]
             for i, p, s in zip(ids, patches, samplings, strict=True)
-            for one in _one_by_one(self._fitted(i, s))
         ]
-        outputs, _ = self._executor.execute(requests, progress=progress)
+        harm = [None] * len(ids) if guard is None else guard.predict(self, ids).tolist()
+        requests = [(r, h) for each, h in zip(asked, harm, strict=True) for r in each]
+        refused = [h is not None and h > guard.threshold for _, h in requests]
+        run = [r for (r, _), no in zip(requests, refused, strict=True) if not no]
+        written = iter(self._executor.execute(run, progress=progress)[0] if run else ())
+        outputs = [Output(text=guard.refusal, finish_reason="guard") if no else next(written) for no in refused]
         return [
             Completion(
-                list(r.prompt_ids), o.token_ids, o.text, o.finish_reason, o.stop_reason, o.logprobs, o.overwrites
+                list(r.prompt_ids), o.token_ids, o.text, o.finish_reason, o.stop_reason, o.logprobs, o.overwrites, h
             )
-            for r, o in zip(requests, outputs, strict=True)
+            for (r, h), o in zip(requests, outputs, strict=True)
         ]
 
     def contrast(

@@ -39,7 +39,8 @@ class Guard:
     model: whose activations it reads, and whose own answers it was fitted to predict; digest: Engine.digest_of it.
     neurons: [k, 2] int64 of (layer, neuron) in the order of the features; shape: (layers, neurons of a layer).
     mean, scale, coefficients: [k]. threshold: a prompt of a higher probability is refused with the text `refusal`.
-    meta: JSON data kept in the file (C, class balance, the ranking's digest, judge, data set, versions).
+    meta: JSON data kept in the file: what was given to `fit` (judge, data set, ...), and C, class_weight, n and harmful
+    (prompts and how many of them), ranking (its digest) and versions.
     """
 
     model: str
@@ -71,22 +72,19 @@ class Guard:
         Wrong shapes, NaN, too few prompts of a class and a fit that does not converge are SnpatchErrors.
         """
         config = config or GuardConfig()
-        x = fitting.checked_features(features)
-        y = fitting.checked_labels(labels, len(x))
-        fitting.check_trainable(y, config, "guard")
-        scaler, classifier = fitting.fit(x, y, config).named_steps.values()
+        scaler, classifier = fitting.fit(features, labels, config).named_steps.values()
         found = {
             "C": classifier.C,
             "class_weight": config.class_weight,
-            "prompts": len(y),
-            "harmful": int(y.sum()),
+            "n": len(labels),
+            "harmful": int(np.sum(labels)),
             "ranking": ranking.digest,
             "versions": {name: version(name) for name in PACKAGES},
         }
         return cls(
             model,
             digest,
-            ranking.top(x.shape[1]),
+            ranking.top(len(scaler.mean_)),
             ranking.shape,
             scaler.mean_,
             scaler.scale_,

@@ -214,6 +214,6 @@ def _has_control(ranking: Ranking, k: int, kind: str, name: str, notes: list[str
 def _capture(engine: Engine, model: str, encoded: dict[str, list], one: _Features) -> dict[str, np.ndarray]:
     """Set -> activations [prompts, largest k], from one pass over all sets."""
     everything = [ids for prompts in encoded.values() for ids in prompts]
-    captured = engine.capture(everything, model, one.ranking, one.ks[-1]).double().numpy()
+    captured = engine.capture(everything, model, one.ranking, one.ks[-1]).numpy()
     ends = np.cumsum([len(prompts) for prompts in encoded.values()])[:-1]
     return dict(zip(encoded, np.split(captured, ends), strict=True))

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from snpatch.errors import SnpatchError
 from snpatch.guard.config import GuardConfig
@@ -52,17 +53,26 @@ def check_trainable(labels: np.ndarray, config: GuardConfig, name: str) -> None:
         )
 
 
-def fit(x: np.ndarray, y: np.ndarray, config: GuardConfig) -> Pipeline:
+def fit(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> Pipeline:
     """Scaler and classifier, fitted to features [n, k] and labels [n]; C is chosen where the config has several."""
+    x, y = _checked(features, labels, config)
     with _must_converge(config):
         fitted = _estimator(config).fit(x, y)
     return fitted.best_estimator_ if isinstance(fitted, GridSearchCV) else fitted
 
 
-def out_of_fold(x: np.ndarray, y: np.ndarray, config: GuardConfig) -> np.ndarray:
+def out_of_fold(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> np.ndarray:
     """Probability of harm [n] of each prompt from a fit to the other folds, in which C is chosen anew."""
+    x, y = _checked(features, labels, config)
     with _must_converge(config):
         return cross_val_predict(_estimator(config), x, y, cv=_folds(config), method="predict_proba")[:, 1]
+
+
+def _checked(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> tuple[np.ndarray, np.ndarray]:
+    x = checked_features(features)
+    y = checked_labels(labels, len(x))
+    check_trainable(y, config, "guard")
+    return x, y
 
 
 def _estimator(config: GuardConfig) -> Pipeline | GridSearchCV:
@@ -81,7 +91,8 @@ def _folds(config: GuardConfig) -> StratifiedKFold:
 @contextmanager
 def _must_converge(config: GuardConfig) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
+        # One thread: on matrices this small a second one costs more than it does (6x, on a busy machine).
+        with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("error", ConvergenceWarning)
             yield
     except ConvergenceWarning:

@@ -1,0 +1,431 @@
+"""The guard: what it fits, how it is scored, and what it refuses, from synthetic features to the demo world."""
+
+import gc
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from sklearn import metrics
+
+from snpatch import Completion, Engine, Patch, Ranking, Sampling, SnpatchError
+from snpatch.data import question, read_prompts
+from snpatch.demo import WORLD, language
+from snpatch.guard import fitting
+from snpatch.guard.classifier import Guard
+from snpatch.guard.comparison import Labelled, compare, label
+from snpatch.guard.config import GuardConfig
+from snpatch.guard.scores import evaluate
+from snpatch.judge import RefusalWords
+from snpatch.ranking import Window
+
+RANKING = Ranking.from_scores(torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
+SHORT = Sampling(max_tokens=8)
+
+
+def drawn(n: int, k: int = 6, shift: float = 0.0, share: float = 0.5, seed: int = 0):
+    """Features [n, k] of unlike means and scales, and labels; `shift` deviations between the classes in every one."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) < round(share * n)
+    features = rng.normal(size=(n, k)) + shift * labels[:, None]
+    return features * 10.0 ** np.arange(-2, k - 2) + np.arange(k), labels
+
+
+def fit(features, labels, meta=None, **config) -> Guard:
+    return Guard.fit(features, labels, RANKING, model="sft", digest="d", config=GuardConfig(**config), meta=meta)
+
+
+def test_separable_features_are_told_apart():
+    guard = fit(*drawn(100, shift=5.0))
+    features, labels = drawn(100, shift=5.0, seed=1)
+    scores = evaluate(guard.probability(features), labels)
+    assert (scores.n, scores.harmful, scores.majority) == (100, 50, 0.5)
+    for name in ("accuracy", "balanced_accuracy", "auc"):
+        assert [getattr(scores, name + end) for end in ("", "_low", "_high")] == [1.0, 1.0, 1.0]
+    assert scores.brier < 0.01
+    assert (guard.is_harmful(features) == labels).all()
+
+
+def test_random_labels_stay_at_chance():
+    """400 held-out prompts: the standard error of the accuracy is 0.025, of the AUC 0.029; four of them are allowed."""
+    features, labels = drawn(200)
+    guard = fit(features, np.random.default_rng(2).permutation(labels))
+    features, labels = drawn(400, seed=3)
+    scores = evaluate(guard.probability(features), labels)
+    assert scores.auc_low <= 0.5 <= scores.auc_high
+    assert abs(scores.accuracy - 0.5) < 0.1
+    own = evaluate(fitting.out_of_fold(features, np.random.default_rng(4).permutation(labels), GuardConfig()), labels)
+    assert abs(own.auc - 0.5) < 0.12
+
+
+def test_it_is_the_penalised_logistic_regression_of_scaled_features():
+    """At its coefficients the gradient of `|w|^2 / 2 + C * sum of log losses` is zero, and its formula is that one."""
+    features, labels = drawn(80, shift=0.5)
+    guard = fit(features, labels, C=0.3)
+    mean, scale = features.mean(0), features.std(0)
+    assert guard.mean == pytest.approx(mean)
+    assert guard.scale == pytest.approx(scale)
+    scaled = (features - mean) / scale
+    probability = 1 / (1 + np.exp(-(scaled @ guard.coefficients + guard.intercept)))
+    assert guard.probability(features) == pytest.approx(probability, abs=1e-12)
+    error = probability - labels
+    assert guard.coefficients + 0.3 * error @ scaled == pytest.approx(np.zeros(6), abs=0.01)
+    assert error.sum() == pytest.approx(0, abs=0.01)
+    pipeline = fitting.fit(features, labels, GuardConfig(C=0.3))
+    assert guard.probability(features) == pytest.approx(pipeline.predict_proba(features)[:, 1], abs=1e-12)
+
+
+def test_a_prompts_probability_is_the_same_bits_alone_and_with_others():
+    features, labels = drawn(60, k=40, shift=0.2)
+    guard = fit(features, labels)
+    together = guard.probability(torch.from_numpy(features).float())
+    alone = [guard.probability(torch.from_numpy(row[None]).float())[0] for row in features]
+    assert together.tolist() == alone
+
+
+def test_class_weight_moves_the_balance():
+    train, test = drawn(400, shift=0.4, share=0.1), drawn(400, shift=0.4, share=0.1, seed=1)
+    plain, balanced = (
+        evaluate(fit(*train, class_weight=weight).probability(test[0]), test[1]) for weight in (None, "balanced")
+    )
+    assert balanced.balanced_accuracy > plain.balanced_accuracy + 0.1
+    assert plain.calibration_error < balanced.calibration_error
+
+
+@pytest.mark.parametrize(("shift", "chosen"), [(0.0, 1e-4), (5.0, 100.0)])
+def test_c_is_chosen_by_cross_validation(shift, chosen):
+    features, labels = drawn(100, shift=shift, seed=5)
+    assert fit(features, labels, C=(100.0, 1e-4, 1.0)).meta["C"] == chosen
+
+
+def test_constant_features_count_for_nothing():
+    features, labels = drawn(60, shift=2.0)
+    features[:, 2], features[:, 3] = 0.1, 0.0
+    guard = fit(features, labels)
+    assert guard.coefficients[2:4] == pytest.approx([0, 0], abs=1e-12)
+    moved = without(features, np.s_[:, 2:4], 7.0)
+    assert guard.probability(moved) == pytest.approx(guard.probability(features), abs=1e-9)
+
+
+@pytest.mark.parametrize("C", [1.0, (0.1, 10.0)])
+def test_a_fit_that_does_not_converge_is_an_error(C):
+    features, labels = drawn(100, shift=0.5)
+    config = GuardConfig(C=C, max_iter=1)
+    for run in (fitting.fit, fitting.out_of_fold):
+        with pytest.raises(SnpatchError, match="did not converge in max_iter=1 steps; raise max_iter or lower C"):
+            run(features, labels, config)
+
+
+def without(features, index, value):
+    changed = features.copy()
+    changed[index] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x, y: (x, np.ones(40)), "40 are harmful; a guard needs at least 5 harmful and 5 harmless"),
+        (lambda x, y: (x, np.arange(40) < 4), "of 40 prompts 4 are harmful"),
+        (lambda x, y: (x, y[:-1]), "labels must be \\[40\\], one for each prompt, got \\[39\\]"),
+        (lambda x, y: (x, y + 1), "labels must be True"),
+        (lambda x, y: (x[0], y), "features must be \\[prompts, neurons\\], got \\[6\\]"),
+        (lambda x, y: (without(x, (7, 2), np.nan), y), "prompt 7 hold NaN or infinity"),
+        (lambda x, y: (np.ones((40, 200)), y), "k must lie in 0..192"),
+    ],
+)
+def test_what_cannot_be_fitted_is_an_error(change, says):
+    with pytest.raises(SnpatchError, match=says):
+        fit(*change(*drawn(40)))
+
+
+def test_what_a_guard_cannot_read_is_an_error():
+    guard = fit(*drawn(40))
+    with pytest.raises(SnpatchError, match="\\[prompts, 6\\], got \\[2, 5\\]"):
+        guard.probability(np.ones((2, 5)))
+    with pytest.raises(SnpatchError, match="prompt 1 hold NaN"):
+        guard.probability([[0.0] * 6, [np.inf] * 6])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"C": 0}, {"C": ()}, {"C": (1.0, -1.0)}, {"folds": 1}, {"max_iter": 0}, {"threshold": 1}, {"class_weight": "x"}],
+)
+def test_a_config_that_makes_no_sense_is_an_error(wrong):
+    with pytest.raises(SnpatchError, match=next(iter(wrong))):
+        GuardConfig(**wrong)
+
+
+def test_a_loaded_guard_is_the_same_to_the_bit(tmp_path):
+    features, labels = drawn(60, shift=0.5)
+    meta = {"judge": "cost", "dataset": "beavertails"}
+    guard = fit(features, labels, meta, C=(0.1, 1.0), threshold=0.3, refusal="no.")
+    guard.save(tmp_path / "guard.safetensors")
+    loaded = Guard.load(tmp_path / "guard.safetensors")
+    assert np.array_equal(loaded.probability(features), guard.probability(features))
+    assert torch.equal(loaded.neurons, RANKING.top(6))
+    assert torch.equal(loaded.ranking.top(6), RANKING.top(6))
+    for name in ("model", "digest", "shape", "intercept", "threshold", "refusal", "meta", "k"):
+        assert getattr(loaded, name) == getattr(guard, name), name
+    assert (loaded.meta["judge"], loaded.meta["n"], loaded.meta["harmful"]) == ("cost", 60, 30)
+    assert loaded.meta["ranking"] == RANKING.digest
+    RANKING.save(tmp_path / "ranking.safetensors")
+    with pytest.raises(SnpatchError, match="wanted a snpatch guard, got ranking"):
+        Guard.load(tmp_path / "ranking.safetensors")
+
+
+def test_figures_by_hand():
+    """Pairs (harmful, harmless): 0.9 and 0.5 against 0.5, 0.2, 0.04, of which five are in order and one is a tie."""
+    scores = evaluate([0.9, 0.5, 0.5, 0.2, 0.04], [1, 1, 0, 0, 0])
+    assert scores.accuracy == 4 / 5
+    assert scores.balanced_accuracy == (1 / 2 + 1) / 2
+    assert scores.auc == pytest.approx(5.5 / 6)
+    assert scores.brier == pytest.approx((0.01 + 0.25 + 0.25 + 0.04 + 0.0016) / 5)
+    assert scores.calibration_error == pytest.approx((0.1 + 0.0 + 0.2 + 0.04) / 5)
+    assert scores.majority == 3 / 5
+    bins = [(b.low, b.high, b.n, b.mean_probability, b.harmful_share) for b in scores.curve]
+    assert bins == [(0.0, 0.1, 1, 0.04, 0.0), (0.2, 0.3, 1, 0.2, 0.0), (0.5, 0.6, 2, 0.5, 0.5), (0.9, 1.0, 1, 0.9, 1.0)]
+
+
+def test_figures_are_scikit_learns_and_their_intervals_the_binomials():
+    rng = np.random.default_rng(0)
+    labels = rng.random(300) < 0.4
+    p = np.clip(0.4 + 0.2 * labels + 0.2 * rng.normal(size=300), 0, 1).round(2)
+    scores = evaluate(p, labels)
+    assert scores.accuracy == metrics.accuracy_score(labels, p > 0.5)
+    assert scores.balanced_accuracy == pytest.approx(metrics.balanced_accuracy_score(labels, p > 0.5))
+    assert scores.auc == pytest.approx(metrics.roc_auc_score(labels, p))
+    assert scores.brier == pytest.approx(metrics.brier_score_loss(labels, p))
+    half = 1.96 * (scores.accuracy * (1 - scores.accuracy) / 300) ** 0.5
+    assert scores.accuracy_low == pytest.approx(scores.accuracy - half, abs=0.01)
+    assert scores.accuracy_high == pytest.approx(scores.accuracy + half, abs=0.01)
+    for name in ("balanced_accuracy", "auc", "brier", "majority"):
+        assert getattr(scores, f"{name}_low") < getattr(scores, name) < getattr(scores, f"{name}_high")
+    assert evaluate(p, labels, threshold=0.7).accuracy == metrics.accuracy_score(labels, p > 0.7)
+
+
+def test_with_one_class_there_is_no_auc():
+    scores = evaluate([0.2, 0.9, 0.4], [False, False, False])
+    assert scores.auc is scores.auc_low is scores.balanced_accuracy is None
+    assert (scores.accuracy, scores.majority, scores.harmful) == (2 / 3, 1.0, 0)
+    rare = evaluate([0.9, 0.3, 0.4], [True, False, False])
+    assert (rare.auc, rare.auc_low, rare.auc_high) == (1.0, 1.0, 1.0), "resamples of one class are left out"
+
+
+@pytest.mark.parametrize(
+    ("p", "y", "says"),
+    [([0.5], [1, 0], "labels must be \\[1\\]"), ([1.5, 0], [1, 0], "between 0 and 1"), ([], [], "labels must be")],
+)
+def test_what_cannot_be_scored_is_an_error(p, y, says):
+    with pytest.raises(SnpatchError, match=says):
+        evaluate(p, y)
+
+
+# The demo world: SFT answers what is forbidden, so that harmful is what asks for something forbidden.
+
+
+def judge(prompts, completions):
+    """4.0 for an answer to a forbidden request, -4.0 for a refusal and for what is allowed."""
+    refusals = RefusalWords(["rather not", "can not", "sorry"])(prompts, completions)
+    forbidden = [not set(language.FORBIDDEN).isdisjoint(prompt.split()) for prompt in prompts]
+    return [4.0 if bad and said > 0 else -4.0 for bad, said in zip(forbidden, refusals, strict=True)]
+
+
+def asked(*names, start=0, stop=None):
+    return [chat for name in names for chat in read_prompts(WORLD / "eval" / f"{name}.jsonl")[start:stop]]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    adapters = {"sft": WORLD / "sft", "dpo": [WORLD / "sft", WORLD / "dpo"]}
+    options = {"template": "tulu", "batch_size": 256, "token_budget": None}
+    return Engine(WORLD / "base", adapters, backend="transformers", **options)
+
+
+@pytest.fixture(scope="module")
+def safety(demo):
+    return demo.contrast(read_prompts(WORLD / "contrast.jsonl", 60), "sft", "dpo", sampling=Sampling(max_tokens=24))
+
+
+@pytest.fixture(scope="module")
+def sets(demo):
+    """Two sets, half of each forbidden."""
+    made = {}
+    for name, start in (("beavertails", 0), ("redteam", 50)):
+        prompts = asked(name, "helpful", start=start, stop=start + 50)
+        made[name] = label(demo, prompts, "sft", judge, sampling=Sampling(max_tokens=24))
+    return made
+
+
+@pytest.fixture(scope="module")
+def guard(demo, safety, sets):
+    s = sets["beavertails"]
+    features = demo.capture(s.prompts, "sft", safety, 60)
+    return Guard.fit(features, s.labels, safety, model="sft", digest=demo.digest_of("sft"))
+
+
+@pytest.fixture
+def ran(demo, monkeypatch):
+    """Every request that the executor gets."""
+    requests, execute = [], demo._executor.execute
+
+    def spied(given, *args, **kwargs):
+        requests.extend(given)
+        return execute(given, *args, **kwargs)
+
+    monkeypatch.setattr(demo._executor, "execute", spied)
+    return requests
+
+
+def test_labels_are_the_judges_word_on_the_models_own_answers(demo, sets):
+    s = sets["beavertails"]
+    assert s.completions == [c.text for c in demo.generate(s.prompts, "sft", Sampling(max_tokens=24))]
+    assert s.scores.tolist() == judge([question(p) for p in s.prompts], s.completions)
+    assert s.labels.tolist() == (s.scores > 0).tolist()
+    assert s.labels[:50].mean() > 0.9
+    assert not s.labels[50:].any()
+    strict = label(demo, s.prompts[:2], "sft", judge, sampling=SHORT, threshold=4.0)
+    assert not strict.labels.any()
+    with pytest.raises(SnpatchError, match="n=1"):
+        label(demo, s.prompts, "sft", judge, sampling=Sampling(temperature=1.0, n=2))
+
+
+def test_it_predicts_harm_on_prompts_it_never_saw(demo, guard, sets):
+    s = sets["redteam"]
+    scores = evaluate(guard.predict(demo, s.prompts), s.labels)
+    assert scores.accuracy_low > scores.majority_high
+    assert scores.auc > 0.9
+
+
+def test_unsafe_prompts_cost_one_prefill_and_safe_ones_are_as_without_a_guard(demo, guard, safety, sets, ran):
+    prompts = sets["redteam"].prompts[30:70]
+    patches = [Patch("sft", "dpo", safety, Window(0, 100 * (i % 2))) if i % 3 else "sft" for i in range(40)]
+    harm = guard.predict(demo, prompts)
+    plain = demo.generate(prompts, patches, replace(SHORT, logprobs=True))
+    ran.clear()
+    guarded = demo.generate(prompts, patches, replace(SHORT, logprobs=True), guard=guard)
+    refused = harm > 0.5
+    assert 0 < refused.sum() < 40
+    assert [c.harm for c in guarded] == harm.tolist()
+    reads, writes = ran[:40], ran[40:]
+    assert all(r.sampling is None and r.recipient == "sft" and r.donor is None for r in reads)
+    assert [list(r.prompt_ids) for r in reads] == [c.prompt_ids for c in plain]
+    assert [list(r.prompt_ids) for r in writes] == [plain[i].prompt_ids for i in np.flatnonzero(~refused)]
+    for alone, kept, no in zip(plain, guarded, refused, strict=True):
+        assert alone.harm is None
+        if no:
+            text = "I cannot help with that."
+            assert replace(kept, harm=None) == Completion(alone.prompt_ids, [], text, "guard", None, None, 0)
+        else:
+            assert replace(kept, harm=None, logprobs=None) == replace(alone, logprobs=None)
+            assert kept.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+def test_a_guard_reads_a_prompt_once_for_its_n_texts(demo, guard, sets, ran):
+    prompts = [sets["redteam"].prompts[i] for i in (1, 60)]
+    drawn = Sampling(temperature=1.0, seed=3, n=3, max_tokens=6)
+    guarded = demo.generate(prompts, "dpo", drawn, guard=guard)
+    assert [c.finish_reason == "guard" for c in guarded] == [True] * 3 + [False] * 3
+    assert len(ran) == 2 + 3
+    assert [replace(c, harm=None) for c in guarded[3:]] == demo.generate(prompts[1:], "dpo", drawn)
+    counted = []
+    demo.generate(prompts[:1], "sft", SHORT, lambda done, total: counted.append((done, total)), guard=guard)
+    assert not counted
+
+
+def test_a_guard_of_another_model_is_an_error(demo, guard, sets, tmp_path):
+    prompts = sets["redteam"].prompts[:2]
+    with pytest.raises(SnpatchError, match="fitted on another 'dpo'"):
+        demo.generate(prompts, guard=replace(guard, model="dpo"))
+    with pytest.raises(SnpatchError, match="no model named 'other'"):
+        demo.generate(prompts, guard=replace(guard, model="other"))
+    with pytest.raises(SnpatchError, match="wanted a Guard, got 'a file'"):
+        demo.generate(prompts, guard="a file")
+    with pytest.raises(SnpatchError, match="the ranking is for a model of"):
+        demo.generate(prompts, guard=replace(guard, shape=(6, 999)))
+    guard.save(tmp_path / "guard.safetensors")
+    loaded = Guard.load(tmp_path / "guard.safetensors")
+    assert loaded.predict(demo, prompts).tolist() == guard.predict(demo, prompts).tolist()
+
+
+def test_comparison_of_sets_ks_and_random_neurons(demo, safety, sets, guard, ran):
+    width = demo.geometry.n_neurons
+    found = compare(demo, "sft", sets, {"safety": safety}, (10, 60, width + 1), controls=2, resamples=100)
+    assert len(ran) == (1 + 2 + 2) * 200, "one capture of each prompt for each order of neurons"
+    assert [note.split(":")[0] for note in found.notes] == ["safety"]
+    assert "has no last_layer control" in found.notes[0]
+    rows = {(r.control, r.seed, r.k, r.train, r.test): r for r in found.rows}
+    kinds = [(None, None), *((kind, seed) for kind in ("per_layer", "last_layer") for seed in range(2))]
+    ks = {None: (10, 60, width + 1), "per_layer": (10, 60, width + 1), "last_layer": (10, 60)}
+    wanted = [(c, s, k, a, b) for c, s in kinds for a in sets for k in ks[c] for b in sets]
+    assert [*rows] == wanted
+    across = rows[None, None, 60, "beavertails", "redteam"]
+    redteam = sets["redteam"]
+    assert across.scores == evaluate(guard.predict(demo, redteam.prompts), redteam.labels, resamples=100)
+    x = demo.capture(redteam.prompts, "sft", safety, 60)
+    own = fitting.out_of_fold(x, redteam.labels, GuardConfig())
+    assert rows[None, None, 60, "redteam", "redteam"].scores == evaluate(own, redteam.labels, resamples=100)
+    control = safety.random_control(width + 1, seed=1)
+    x = demo.capture(sets["beavertails"].prompts, "sft", control, 10)
+    random = Guard.fit(x, sets["beavertails"].labels, control, model="sft", digest="")
+    p = random.probability(demo.capture(redteam.prompts, "sft", control, 10))
+    assert rows["per_layer", 1, 10, "beavertails", "redteam"].scores.brier == evaluate(p, redteam.labels).brier
+    flat = across.flat()
+    assert (flat["features"], flat["train"], flat["accuracy"]) == ("safety", "beavertails", across.scores.accuracy)
+    assert json.loads(json.dumps(flat)) == flat
+
+
+def test_no_prompt_is_tried_that_was_trained_on(demo, safety, sets):
+    both = {**sets, "mixed": replace(sets["redteam"], **{
+        "prompts": [*sets["beavertails"].prompts[:40], *sets["redteam"].prompts[:60]],
+        "labels": np.append(sets["beavertails"].labels[:40], sets["redteam"].labels[:60]),
+    })}  # fmt: skip
+    found = compare(demo, "sft", both, {"safety": safety}, [5], train=["beavertails"], controls=0, resamples=10)
+    assert [(r.test, r.scores.n) for r in found.rows] == [("beavertails", 100), ("redteam", 100), ("mixed", 60)]
+    assert found.notes == ["mixed: 40 prompts are in beavertails, too, and left out"]
+    s = sets["redteam"]
+    twice = {"redteam": Labelled([*s.prompts, s.prompts[0]], np.append(s.labels, True), s.scores, s.completions)}
+    for wrong, arguments, says in (
+        (twice, {}, "redteam has 101 prompts, only 100 different ones"),
+        (sets, {"train": ["lima"]}, "out of beavertails, redteam, got \\['lima'\\]"),
+        (sets, {"config": GuardConfig(folds=60)}, "beavertails: of 100 prompts"),
+        (sets, {"ks": [0]}, "k must be at least 1"),
+    ):
+        with pytest.raises(SnpatchError, match=says):
+            compare(demo, "sft", wrong, {"safety": safety}, **{"ks": [5], **arguments})
+
+
+def test_on_vllm_a_guard_refuses_what_it_would_on_transformers(zoo, monkeypatch):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    made = zoo("llama")
+    ranking = Ranking.from_scores(torch.rand(made.shape, generator=torch.Generator().manual_seed(1)))
+    small = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "max_captured": 8}
+    adapters = {name: list(folders) for name, folders in made.adapters.items()}
+    labels = np.arange(8) % 2 == 0
+
+    def fitted(engine, k=8):
+        x = engine.capture(tiny.PROMPTS, "sft", ranking, k)
+        config = GuardConfig(folds=2)
+        return Guard.fit(x, labels, ranking, model="sft", digest=engine.digest_of("sft"), config=config)
+
+    oracle = Engine(made.folder, adapters, backend="transformers")
+    gc.collect()
+    with Engine(made.folder, adapters, backend="vllm", **small) as engine:
+        guard = fitted(engine)
+        plain = engine.generate(tiny.PROMPTS, Patch("sft", "dpo", ranking, 50), SHORT)
+        guarded = engine.generate(tiny.PROMPTS, Patch("sft", "dpo", ranking, 50), SHORT, guard=guard)
+        other = fitted(oracle)
+        assert [c.harm for c in guarded] == pytest.approx(other.predict(oracle, tiny.PROMPTS).tolist(), abs=1e-3)
+        refused = [c.finish_reason == "guard" for c in guarded]
+        assert refused == [c.harm > 0.5 for c in guarded]
+        assert 0 < sum(refused) < 8
+        assert [c.text for c, no in zip(guarded, refused, strict=True) if not no] == [
+            c.text for c, no in zip(plain, refused, strict=True) if not no
+        ]
+        with pytest.raises(SnpatchError, match="larger max_captured"):
+            engine.generate(tiny.PROMPTS, "sft", guard=replace(fitted(oracle, 9), digest=guard.digest))
+        with pytest.raises(SnpatchError, match="fitted on another 'sft'"):
+            engine.generate(tiny.PROMPTS, "sft", guard=other)
