@@ -17,7 +17,7 @@ from snpatch.data import Chat, Dataset, load
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.request import Progress
-from snpatch.judge import Judge, open_judge
+from snpatch.judge import Judge, is_model, open_judge
 from snpatch.ranking import Ranking, Window
 from snpatch.sampling import Sampling
 from snpatch.sweep import SweepConfig, SweepResult, sweep
@@ -92,7 +92,7 @@ class Lab:
         if name not in self._judges:
             arguments = dict(self.world.judges[name])
             source = self.world.place(arguments.pop("source"))
-            if Path(source).is_dir():
+            if is_model(source):
                 arguments.setdefault("backend", self._backend)
             self._judges[name] = open_judge(source, **arguments)
         self._used["judges"][name] = self.world.judges[name]
@@ -117,6 +117,8 @@ class Lab:
                 revision=s.revision,
                 skip_bad=self._skip_bad,
             )
+            if s.where:
+                data = data.where(*s.where)
             if s.sample is not None:
                 data = data.sample(s.sample, s.seed)
             elif s.first is not None:

@@ -40,7 +40,7 @@ def write(
     work: list[tuple[str, Patch | str, list[int]]] = []
     encoded = engine.encode(prompts)
     for patch in patches:
-        identity = {**asked, **_identity(patch)}
+        identity = {**asked, **(patch.identity if isinstance(patch, Patch) else {"recipient": patch})}
         for index, ids in enumerate(encoded):
             # Two samples of the same prompt are two texts; two greedy ones are the same.
             copy = index if sampling.temperature > 0 else None
@@ -75,22 +75,6 @@ def judge_all(records: Sequence[dict], judges: Mapping[str, Judge]) -> None:
     by_pair = {pair: {name: found[name][i] for name in found} for i, pair in enumerate(pairs)}
     for record in records:
         record["scores"] = by_pair[record["prompt"], record["completion"]]
-
-
-def _identity(patch: Patch | str) -> dict:
-    if isinstance(patch, str):
-        return {"recipient": patch}
-    donor = patch.donor
-    if not isinstance(donor, str):
-        donor = [type(donor).__name__, donor.digest, getattr(donor, "seed", None)]
-    window = [patch.window.lo, patch.window.hi]
-    return {
-        "recipient": patch.recipient,
-        "donor": donor,
-        "ranking": patch.ranking.digest,
-        "window": window,
-        "where": patch.where,
-    }
 
 
 def _record(completion: Completion) -> dict:

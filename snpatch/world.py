@@ -22,7 +22,8 @@ NAMED = {
 class PromptSet:
     """Where prompts come from. source, format, split, column, revision: see snpatch.data.load.
 
-    first: only the first so many; sample: so many drawn with `seed`.
+    where: a column and the values of it that are wanted. first: only the first so many; sample: so many drawn with
+    `seed`.
     """
 
     source: str
@@ -30,6 +31,7 @@ class PromptSet:
     split: str | None = None
     column: str | None = None
     revision: str | None = None
+    where: tuple[str, ...] = ()
     first: int | None = None
     sample: int | None = None
     seed: int = 0
@@ -131,18 +133,18 @@ def load_world(source: str | Path) -> World:
 
 
 def _world(folder: Path, data: dict) -> World:
-    made = dict(data)
-    made["adapters"] = {name: tuple([one] if isinstance(one, str) else one) for name, one in _table(data, "adapters")}
-    made["sets"] = {name: made(PromptSet, f"sets.{name}", one) for name, one in _table(data, "sets")}
+    parts = dict(data)
+    parts["adapters"] = {name: tuple([one] if isinstance(one, str) else one) for name, one in _table(data, "adapters")}
+    parts["sets"] = {name: made(PromptSet, f"sets.{name}", one) for name, one in _table(data, "sets")}
     for group in ("contrasts", "seeds"):
-        made[group] = {name: made(Contrast, f"{group}.{name}", one) for name, one in _table(data, group)}
-    made["judges"] = dict(_table(data, "judges"))
-    for name, judge in made["judges"].items():
+        parts[group] = {name: made(Contrast, f"{group}.{name}", one) for name, one in _table(data, group)}
+    parts["judges"] = dict(_table(data, "judges"))
+    for name, judge in parts["judges"].items():
         if not isinstance(judge, dict) or not isinstance(judge.get("source"), str):
             raise SnpatchError(f"judges.{name}: wanted a table with source")
     for name in ("recipients", "benchmarks"):
-        made[name] = tuple(data.get(name, ()))
-    return made(World, "the file", {"folder": folder, **made})
+        parts[name] = tuple(data.get(name, ()))
+    return made(World, "the file", {"folder": folder, **parts})
 
 
 def _table(data: dict, name: str):

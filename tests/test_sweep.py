@@ -172,7 +172,7 @@ def test_controls_are_drawn_from_all_neurons_outside_their_own_window(ranking):
 def test_the_store_tells_templates_and_samples_apart(engine, ranking, tmp_path):
     adapters = {"sft": GOLDEN / "adapters/sft", "dpo": [GOLDEN / "adapters/sft", GOLDEN / "adapters/dpo"]}
     bare = Engine(GOLDEN / "model", adapters, backend="transformers", template="tulu")
-    bare._tulu, bare.tokenizer.chat_template = False, "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    bare.template, bare.tokenizer.chat_template = "tokenizer", "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     small = {"windows": (70,), "controls": 0, "recipients": ("sft",)}
     first = run(engine, ranking, store=tmp_path, **small)
     second = run(bare, ranking, store=tmp_path, **small)

@@ -154,7 +154,7 @@ def apply(
     engine = o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
     with engine, o.progress_bar("generate") as progress:
         completions = engine.generate(chats, recipient, Sampling(max_tokens=max_tokens), progress, guard=one)
-    more = [{"guard_probability": completion.guard_probability} for completion in completions]
+    more = [{"harm": completion.harm} for completion in completions]
     write_completions(chats, completions, more, out, as_json)
 
 

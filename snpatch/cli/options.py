@@ -140,14 +140,17 @@ def a_number(text: str, kind: Callable, what: str):
 
 def open_judges(entries: list[str], form: str | None, backend: str, device: str) -> dict:
     """name=judge, or the judge alone (then its name is "cost"), each opened."""
-    from snpatch.judge import open_judge
+    from snpatch.judge import is_model, open_judge
 
+    given = {} if form is None else {"format": form}
+    placed = {"backend": backend} | ({"device": device} if device != "auto" else {})
     judges = {}
     for entry in entries:
         name, _, source = entry.rpartition("=")
         if (name or "cost") in judges:
             raise SnpatchError(f"--judge: two judges have one name ({name or 'cost'}): give them as name=judge")
-        judges[name or "cost"] = open_judge(source, format=form, backend=backend, device=device)
+        arguments = given | (placed if is_model(source) else {})
+        judges[name or "cost"] = open_judge(source, **arguments)
     return judges
 
 

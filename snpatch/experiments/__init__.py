@@ -30,13 +30,20 @@ NAMES = (
 )
 
 
-def run(name: str, lab: Lab, settings: Mapping[str, object] | None = None) -> Report:
-    """Run an experiment on a lab. settings: go before the world's own, and these before the paper's defaults."""
+def settings_of(name: str, values: Mapping[str, object]):
+    """An experiment's Settings from values by name; unknown ones are errors."""
     if name not in NAMES:
         raise SnpatchError(f"no experiment named {name!r}: there are {', '.join(NAMES)}")
-    module = import_module(f"snpatch.experiments.{name}")
-    given = {**lab.world.settings.get(name, {}), **(settings or {})}
-    chosen = made(module.Settings, f"settings of {name}", given)
+    return made(_module(name).Settings, f"settings of {name}", values)
+
+
+def run(name: str, lab: Lab, settings: Mapping[str, object] | None = None) -> Report:
+    """Run an experiment on a lab. settings: go before the world's own, and these before the paper's defaults."""
+    chosen = settings_of(name, {**lab.world.settings.get(name, {}), **(settings or {})})
     started = time.monotonic()
-    report = module.run(lab, chosen)
+    report = _module(name).run(lab, chosen)
     return replace(report, provenance=lab.provenance(asdict(chosen), time.monotonic() - started))
+
+
+def _module(name: str):
+    return import_module(f"snpatch.experiments.{name}")

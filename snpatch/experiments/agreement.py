@@ -42,7 +42,7 @@ def compare(rankings: Mapping[str, Ranking], ks: Sequence[int]) -> list[Row]:
 
 def plot(rows: Sequence[Row], rankings: Mapping[str, Ranking], k: int) -> Figure:
     """Overlap by k, both figures of each pair at k, and where the top k of one stand in the other."""
-    figure = Figure(figsize=(16, 4.8))
+    figure = Figure(figsize=(16, 4.8), layout="constrained")
     by_k, pairs, ranks = figure.subplots(1, 3)
     for a, b in combinations(rankings, 2):
         line = [row for row in rows if (row["a"], row["b"]) == (a, b)]
@@ -52,7 +52,6 @@ def plot(rows: Sequence[Row], rankings: Mapping[str, Ranking], k: int) -> Figure
     by_k.legend(fontsize=8)
     _matrix(pairs, [row for row in rows if row["k"] == k], list(rankings), k)
     _rank_map(ranks, rankings, k)
-    figure.tight_layout()
     return figure
 
 

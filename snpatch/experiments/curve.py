@@ -93,11 +93,10 @@ def plot(result: SweepResult, judge: str) -> Figure:
     Against k, or against a window's first rank where windows do not all begin at 0.
     """
     recipients = result.config.recipients
-    figure = Figure(figsize=(6 * len(recipients), 4.5))
+    figure = Figure(figsize=(6 * len(recipients), 4.5), layout="constrained")
     axes = figure.subplots(1, len(recipients), sharey=True, squeeze=False)
     for axis, recipient in zip(axes[0], recipients, strict=True):
         _curves(axis, result, judge, recipient)
-    figure.tight_layout()
     return figure
 
 

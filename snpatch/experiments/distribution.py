@@ -63,7 +63,7 @@ def _or_none(value: float | None) -> str:
 
 def _plot(scores: np.ndarray, top: list[int], thresholds: tuple[float, ...], k: int) -> Figure:
     n_layers, n_neurons = scores.shape
-    figure = Figure(figsize=(13, 8))
+    figure = Figure(figsize=(13, 8), layout="constrained")
     (histogram, by_layer), (bars, neurons) = figure.subplots(2, 2)
     histogram.hist(scores.ravel(), bins=100, log=True)
     for threshold in thresholds:
@@ -80,5 +80,4 @@ def _plot(scores: np.ndarray, top: list[int], thresholds: tuple[float, ...], k: 
     image = neurons.imshow(pooled, aspect="auto", origin="lower", extent=(0, n_neurons, -0.5, n_layers - 0.5))
     figure.colorbar(image, ax=neurons, label="change score")
     neurons.set(xlabel="neuron", ylabel="layer", title="every neuron" if width == 1 else f"largest of {width} neurons")
-    figure.tight_layout()
     return figure

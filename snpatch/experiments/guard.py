@@ -28,7 +28,7 @@ class Settings:
     k: tuple[int | float, ...] = (10, 50, 100, 200, 500, 1000, 1500)
     harmful_above: float = 0.0
     controls: int = 3
-    C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    C: tuple[float, ...] = (1.0,)
     class_weight: str | None = None
     folds: int = 5
     threshold: float = 0.5
@@ -130,7 +130,7 @@ def _summary(rows: Sequence[GuardRow]) -> list[Row]:
 
 
 def _plot(rows: Sequence[GuardRow], summary: Sequence[Row], k: int) -> Figure:
-    figure = Figure(figsize=(16, 4.8))
+    figure = Figure(figsize=(16, 4.8), layout="constrained")
     by_k, matrix, calibration = figure.subplots(1, 3)
     for name in dict.fromkeys(row["features"] for row in summary):
         line = [row for row in summary if row["features"] == name]
@@ -140,17 +140,23 @@ def _plot(rows: Sequence[GuardRow], summary: Sequence[Row], k: int) -> Figure:
     by_k.legend(fontsize=8)
     own = [row for row in rows if row.control is None and row.k == k]
     _matrix(matrix, own, k)
-    calibration.plot([0, 1], [0, 1], ":", color="tab:gray")
-    for row in own:
-        if row.train == own[0].train:
-            points = row.scores.curve
-            x, y = [point.mean_probability for point in points], [point.harmful_share for point in points]
-            calibration.plot(x, y, "o-", markersize=4, label=f"on {row.test}")
-    calibration.set(xlabel="mean probability of harm", ylabel="share that was harmful")
-    calibration.set_title(f"calibration, fitted on {own[0].train}, k = {k}", fontsize=10)
-    calibration.legend(fontsize=8)
-    figure.tight_layout()
+    _calibration(calibration, own, k)
     return figure
+
+
+def _calibration(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:
+    """Each bin of probabilities, all training and test sets together; the larger, the more prompts."""
+    bins: dict[float, list] = {}
+    for row in rows:
+        for point in row.scores.curve:
+            bins.setdefault(point.low, []).append(point)
+    axis.plot([0, 1], [0, 1], ":", color="tab:gray")
+    for points in bins.values():
+        n = np.array([point.n for point in points])
+        x, y = (n @ [getattr(p, name) for p in points] / n.sum() for name in ("mean_probability", "harmful_share"))
+        axis.scatter(x, y, s=10 + 2000 * n.sum() / sum(row.scores.n for row in rows), color="tab:blue", alpha=0.6)
+    axis.set(xlabel="mean probability of harm", ylabel="share that was harmful", xlim=(-0.1, 1.1), ylim=(-0.1, 1.1))
+    axis.set_title(f"calibration, all sets, k = {k} (size: prompts)", fontsize=10)
 
 
 def _matrix(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:

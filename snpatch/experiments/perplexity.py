@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
+from transformers import AutoConfig
 
 from snpatch.effect import interval
 from snpatch.errors import SnpatchError
 from snpatch.lab import Lab
 from snpatch.patch import Patch
+from snpatch.pretrained import load_pretrained
 from snpatch.report import Report, span, table_of
 
 
@@ -113,7 +115,7 @@ def measure(
     if not 2 <= window <= lab.engine.geometry.context:
         raise SnpatchError(f"perplexity: window must lie in 2..{lab.engine.geometry.context} tokens, got {window}")
     bos = None
-    if bos_each_window is True or (bos_each_window == "auto" and "gemma" in lab.engine.model_type):
+    if bos_each_window is True or (bos_each_window == "auto" and _is_gemma(lab)):
         bos = tokenizer.bos_token_id
     windows = windows_of(ids, window, bos)
     with lab.progress(f"perplexity on {text}") as progress:
@@ -123,6 +125,10 @@ def measure(
     losses = [(-one.values.double().sum().item(), len(one.values)) for one in found]
     n = len(windows)
     return [Perplexity(tuple(losses[start : start + n])) for start in range(0, len(losses), n)]
+
+
+def _is_gemma(lab: Lab) -> bool:
+    return load_pretrained(AutoConfig, lab.world.place(lab.world.model)).model_type.startswith("gemma")
 
 
 def windows_of(ids: Sequence[int], size: int, bos: int | None = None) -> list[list[int]]:
@@ -138,7 +144,7 @@ def windows_of(ids: Sequence[int], size: int, bos: int | None = None) -> list[li
 
 
 def _plot(rows: list[dict], recipients: Sequence[str], donor: str) -> Figure:
-    figure = Figure(figsize=(6, 4.2))
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()
     for number, recipient in enumerate(recipients):
         line = [row for row in rows if row["model"] == recipient]
@@ -150,5 +156,4 @@ def _plot(rows: list[dict], recipients: Sequence[str], donor: str) -> Figure:
     axis.set(xlabel="patched neurons (k)", ylabel="perplexity")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    figure.tight_layout()
     return figure

@@ -25,7 +25,7 @@ class Settings:
     prompts: tuple[str, ...] = ()
     k: int | float = 1500
     harmful_above: float = 0.0
-    C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    C: tuple[float, ...] = (1.0,)
     class_weight: str | None = None
     folds: int = 5
     threshold: float = 0.5
@@ -102,7 +102,7 @@ def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings
 
 
 def _plot(rows: list[Row]) -> Figure:
-    figure = Figure(figsize=(2 + 2.2 * len(rows) / 2, 4.2))
+    figure = Figure(figsize=(2 + 2.2 * len(rows) / 2, 4.2), layout="constrained")
     axis = figure.subplots()
     labels = [f"{row['model']}\n{row['set']}" for row in rows]
     places = np.arange(len(rows))
@@ -113,5 +113,4 @@ def _plot(rows: list[Row]) -> Figure:
     axis.set_xticks(places, labels, fontsize=8)
     axis.set_ylabel("mean cost (lower is safer)")
     axis.legend(fontsize=8)
-    figure.tight_layout()
     return figure

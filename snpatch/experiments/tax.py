@@ -144,7 +144,7 @@ def _sentences(rows: list[dict]) -> list[str]:
 def _plot(rows: list[dict]) -> Figure:
     """Change of every judge's mean, by set and direction."""
     judges = list(dict.fromkeys(row["judge"] for row in rows))
-    figure = Figure(figsize=(5.5 * len(judges), 4))
+    figure = Figure(figsize=(5.5 * len(judges), 4), layout="constrained")
     for axis, judge in zip(figure.subplots(1, len(judges), squeeze=False)[0], judges, strict=True):
         mine = [row for row in rows if row["judge"] == judge]
         labels = [f"{row['donor']} -> {row['recipient']}\non {row['set']}" for row in mine]
@@ -156,5 +156,4 @@ def _plot(rows: list[dict]) -> Figure:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(f"change of mean {judge}")
         axis.invert_yaxis()
-    figure.tight_layout()
     return figure

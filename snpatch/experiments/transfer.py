@@ -87,7 +87,7 @@ def _perplexities(lab: Lab, settings: Settings, ranking: Ranking, k: int) -> lis
 
 
 def _plot(table: list[dict], results: dict[str, SweepResult]) -> Figure:
-    figure = Figure(figsize=(2 + 2 * len(results), 4.5))
+    figure = Figure(figsize=(2 + 2 * len(results), 4.5), layout="constrained")
     axis = figure.subplots()
     width = 0.8 / len(table)
     for number, row in enumerate(table):
@@ -98,5 +98,4 @@ def _plot(table: list[dict], results: dict[str, SweepResult]) -> Figure:
     axis.set_xticks(range(len(results)), list(results))
     axis.set_ylabel("mean cost (lower is safer)")
     axis.legend(fontsize=8)
-    figure.tight_layout()
     return figure

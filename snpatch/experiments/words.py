@@ -71,7 +71,7 @@ def neuron_logits(model, ranking: Ranking, n: int) -> Tensor:
 def _plot(rows: list[dict], lines: list[dict]) -> Figure:
     width = len(rows) // len(lines)
     values = torch.tensor([row["logit"] for row in rows]).view(len(lines), width)
-    figure = Figure(figsize=(1.1 * width + 2, 0.5 * len(lines) + 1.5))
+    figure = Figure(figsize=(1.1 * width + 2, 0.5 * len(lines) + 1.5), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(values, aspect="auto", cmap="viridis")
     figure.colorbar(image, ax=axis, label="logit")
@@ -81,7 +81,7 @@ def _plot(rows: list[dict], lines: list[dict]) -> Figure:
         colour = "black" if values[y, x] > middle else "white"
         text = str(row["token"]).replace("$", r"\$")
         axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
-    axis.set_yticks(range(len(lines)), [f"{line['layer']}.{line['neuron']}" for line in lines])
-    axis.set(xlabel="place among the neuron's tokens", ylabel="layer.neuron, by rank")
-    figure.tight_layout()
+    axis.set_xticks([])
+    axis.set_yticks(range(len(lines)), [f"layer {line['layer']}, neuron {line['neuron']}" for line in lines])
+    axis.set_xlabel("tokens that the neuron speaks for, the strongest first")
     return figure

@@ -1,0 +1,250 @@
+"""What experiments compute, on constructed data: agreement, shared neurons, perplexity, words, distribution, tables."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from snpatch import Ranking, SnpatchError, experiments
+from snpatch.experiments import agreement
+from snpatch.experiments.distribution import describe
+from snpatch.experiments.perplexity import Perplexity, windows_of
+from snpatch.experiments.tax import shared_neurons
+from snpatch.experiments.words import neuron_logits
+from snpatch.lab import Lab
+from snpatch.report import Report, table_of
+from snpatch.world import load_world
+
+SHAPE = (2, 10)
+
+
+def order(*flat: int) -> Ranking:
+    """A ranking of these neurons of two layers of ten, best first."""
+    return Ranking.from_order(torch.tensor([[i // 10, i % 10] for i in flat]), SHAPE)
+
+
+def test_agreement_of_constructed_rankings():
+    same, back = order(*range(20)), order(*range(19, -1, -1))
+    half = order(0, 1, 2, 3, 10, 11, 12, 13, *range(4, 10), *range(14, 20))
+    rows = agreement.compare({"same": same, "copy": order(*range(20)), "back": back, "half": half}, [8, 20])
+    found = {(row["a"], row["b"], row["k"]): row for row in rows}
+    assert len(rows) == 12
+    assert found["same", "copy", 8]["overlap"] == found["same", "copy", 8]["spearman"] == 1
+    assert found["same", "back", 20]["spearman"] == pytest.approx(-1)
+    assert (found["same", "back", 8]["overlap"], found["same", "back", 8]["spearman"]) == (0, None)
+    assert found["same", "half", 8]["overlap"] == 0.5
+    assert found["same", "half", 8]["common"] == 4
+    assert found["same", "half", 8]["spearman"] == pytest.approx(1), "re-ranked within the four that both hold"
+    assert found["same", "half", 8]["chance"] == 0.4
+    with pytest.raises(SnpatchError, match="at least two"):
+        agreement.compare({"alone": same}, [8])
+
+
+def test_agreement_plot_draws_every_pair():
+    rankings = {"a": order(*range(20)), "b": order(*range(19, -1, -1)), "c": order(*range(0, 20, 2), *range(1, 20, 2))}
+    rows = agreement.compare(rankings, [5, 10])
+    by_k, matrix, ranks, _ = agreement.plot(rows, rankings, 10).axes
+    assert [line.get_label() for line in by_k.get_lines()] == ["a, b", "a, c", "b, c", "random orders"]
+    assert len([text for text in matrix.texts if text.get_text()]) == 6
+    common = sum(row["common"] for row in rows if row["k"] == 10)
+    assert ranks.images[0].get_array().sum() == common
+
+
+def test_shared_neurons_are_those_in_both_first_k():
+    one, other = order(*range(20)), order(9, 8, 7, 3, 15, 16, *range(3), *range(4, 7), *range(10, 15), 17, 18, 19)
+    shared = shared_neurons(one, other, 6)
+    assert shared.top(len(shared)).tolist() == [[0, 3]], "the only one that both hold"
+    shared = shared_neurons(one, other, 10)
+    assert [neuron for _, neuron in shared.top(len(shared)).tolist()] == [0, 1, 2, 3, 4, 7, 8, 9]
+    with pytest.raises(SnpatchError, match="no neuron is in both first 2"):
+        shared_neurons(one, other, 2)
+
+
+def test_perplexity_weights_windows_and_tokens():
+    one = Perplexity(((20.0, 10), (1.0, 1)))
+    assert one.window_mean == pytest.approx(math.exp((2.0 + 1.0) / 2))
+    assert one.token_weighted == pytest.approx(math.exp(21 / 11))
+    assert one.tokens == 11
+    assert windows_of([1, 2, 3, 4, 5, 6, 7], 3) == [[1, 2, 3], [4, 5, 6]], "the last token predicts nothing"
+    assert windows_of([1, 2, 3, 4, 5], 3, bos=9) == [[9, 2, 3], [9, 5]]
+    with pytest.raises(SnpatchError, match="fewer than two tokens"):
+        windows_of([1], 3)
+
+
+def test_distribution_of_constructed_scores():
+    scores = np.array([0.0, 0.0, 0.0, 4.0])
+    found = describe(scores, (0.5, 4.0))
+    assert (found["mean"], found["max"], found["median"]) == (1.0, 4.0, 0.0)
+    assert found["skewness"] == pytest.approx((3 * (-1.0) ** 3 + 27) / 4 / 3**1.5)
+    assert (found["above 0.5"], found["above 4"]) == (0.25, 0.0)
+    assert describe(np.ones(4), (0.5,))["skewness"] is None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+def test_words_are_the_models_own_head_on_a_column(zoo, architecture):
+    folder = zoo(architecture).folder
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    places = [(2, 5), (0, 95), (1, 0)]
+    ranking = Ranking.from_order(torch.tensor(places), (tiny.LAYERS, tiny.NEURONS))
+    got = neuron_logits(model, ranking, 3)
+    state = model.state_dict()
+    for row, (layer, neuron) in zip(got, places, strict=True):
+        column = state[f"model.layers.{layer}.mlp.down_proj.weight"][:, neuron]
+        normed = column / (column.square().mean() + model.config.rms_norm_eps).sqrt()
+        normed = normed * (state["model.norm.weight"] + (architecture == "gemma"))
+        wanted = state["lm_head.weight"] @ normed
+        assert torch.allclose(row, wanted, atol=1e-4)
+
+
+def world_file(folder: Path, made, change=lambda text: text) -> Path:
+    (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS))
+    adapters = "\n".join(f"{name} = {[str(f) for f in made.adapters[name]]}" for name in ("sft", "dpo"))
+    text = f"""
+model = "{made.folder}"
+template = "tulu"
+recipients = ["sft", "base"]
+benchmarks = ["p"]
+max_tokens = 4
+contrast_tokens = 4
+[adapters]
+{adapters}
+[contrasts]
+safety = {{ generator = "sft", against = "dpo", prompts = "p" }}
+[judges]
+cost = {{ source = "refusal" }}
+[sets]
+p = {{ source = "p.jsonl" }}
+[settings.curve]
+k = [0, 0.5]
+controls = 1
+"""
+    (folder / "world.toml").write_text(change(text))
+    return folder / "world.toml"
+
+
+BAD = {
+    "an unknown key": (lambda t: 'colour = "red"\n' + t, "the file: there is no colour"),
+    "no safety": (lambda t: t.replace("safety =", "other ="), "must have one named safety"),
+    "an unknown model": (lambda t: t.replace('against = "dpo"', 'against = "tulu"'), "no model named 'tulu'"),
+    "an unknown set": (lambda t: t.replace('benchmarks = ["p"]', 'benchmarks = ["q"]'), "no set named 'q'"),
+    "an unknown key of a set": (
+        lambda t: t.replace("p.jsonl", 'p.jsonl", frist = 3, x="'),
+        "sets.p: there is no frist",
+    ),
+    "a judge without source": (
+        lambda t: t.replace('source = "refusal"', ""),
+        "judges.cost: wanted a table with source",
+    ),
+    "a missing key": (lambda t: t.replace('recipients = ["sft", "base"]', ""), "one recipient"),
+    "no model": (lambda t: t.replace("model =", "#"), "missing.*'model'"),
+    "both samples": (lambda t: t.replace('"p.jsonl"', '"p.jsonl", first = 1, sample = 2'), "first or sample"),
+    "a donor that is recipient": (lambda t: t.replace('"base"]', '"dpo"]'), "'dpo' is recipient and donor"),
+    "no TOML": (lambda t: t + "[[", "not a TOML file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_broken_world_is_refused(tmp_path, zoo, case):
+    change, message = BAD[case]
+    with pytest.raises(SnpatchError, match=message) as caught:
+        load_world(world_file(tmp_path, zoo("llama"), change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_world_that_is_not_there():
+    with pytest.raises(SnpatchError, match="no such file, and the named ones are demo, llama-2-7b"):
+        load_world("nowhere")
+
+
+@pytest.mark.parametrize("name", ["demo", "llama-2-7b"])
+def test_settings_of_named_worlds_are_known(name):
+    world = load_world(name)
+    for experiment, settings in world.settings.items():
+        experiments.settings_of(experiment, settings)
+
+
+def test_rankings_and_texts_are_kept_and_used_again(tmp_path, zoo, monkeypatch):
+    world = load_world(world_file(tmp_path, zoo("llama")))
+
+    def run() -> Report:
+        with Lab(world, tmp_path / "out", backend="transformers") as lab:
+            return experiments.run("curve", lab)
+
+    first = run()
+    from snpatch import Engine
+
+    monkeypatch.setattr(Engine, "contrast", lambda *_, **__: pytest.fail("the ranking is there"))
+    monkeypatch.setattr(Engine, "generate", lambda *_, **__: pytest.fail("the texts are there"))
+    assert run().tables == first.tables
+    other = load_world(
+        world_file(tmp_path, zoo("llama"), lambda t: t.replace("contrast_tokens = 4", "contrast_tokens = 5"))
+    )
+    with Lab(other, tmp_path / "out", backend="transformers") as lab, pytest.raises(pytest.fail.Exception):
+        lab.ranking()
+
+
+def test_what_a_table_hangs_on_is_in_its_file(tmp_path, zoo):
+    with Lab(load_world(world_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers", limit=3) as lab:
+        report = experiments.run("curve", lab, {"k": [0, 0.25, 7], "resamples": 50})
+    paths = report.write(tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "curve.json").read_text())
+    told = data["provenance"]
+    assert told["settings"]["k"] == [0, 0.25, 7]
+    assert told["settings"]["resamples"] == 50
+    assert told["settings"]["controls"] == 1, "the world's"
+    assert told["backend"] == "transformers"
+    assert told["sets"]["p"]["rows_used"] == 3
+    assert told["sets"]["p"]["sha256"]
+    assert told["judges"] == {"cost": {"source": "refusal"}}
+    assert list(told["rankings"]) == ["sft, dpo, emitted"]
+    assert told["versions"]["torch"] == torch.__version__
+    assert len(data["rows"]) == len((tmp_path / "out" / "curve.csv").read_text().splitlines()) - 1
+    assert {path.suffix for path in paths} == {".csv", ".json", ".jsonl", ".png", ".svg"}
+    ks = {row["hi"] for row in data["rows"] if row["ranking"]}
+    assert ks == {0, round(0.25 * 2 * tiny.NEURONS), 7}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("nothing", {}, "no experiment named 'nothing'"),
+        ("curve", {"kk": [1]}, "settings of curve: there is no kk"),
+        ("curve", {"k": [1.5]}, r"share of the neurons must lie in 0\.0\.\.1\.0, got 1.5"),
+        ("curve", {"judges": ["reward"]}, "no judge named 'reward'"),
+        ("curve", {"prompts": "q"}, "no set named 'q'"),
+        ("stability", {}, "needs at least two"),
+        ("tax", {}, "no contrast named 'helpful'"),
+        ("perplexity", {"k": [0]}, "no set named 'text'"),
+        ("perplexity", {"text": "p", "k": [0]}, "holds prompts: it is not a text"),
+        ("windows", {"width": 0}, "at least one neuron"),
+        ("words", {"neurons": 0}, "at least 1"),
+        ("safeguard", {}, "sets to guard other than p"),
+    ],
+)
+def test_what_cannot_be_run_says_why(tmp_path, zoo, name, settings, message):
+    with (
+        Lab(load_world(world_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers") as lab,
+        pytest.raises(SnpatchError, match=message),
+    ):
+        experiments.run(name, lab, settings)
+
+
+def test_a_table_is_written_whole_and_told_shortly(tmp_path):
+    rows = [{"a": 1, "b": None, "c": 0.123456}, {"a": 2, "b": "x,y", "c": 1e-5}]
+    report = Report("t", {"t": rows}, {}, table_of(rows, {"A": "a", "C": "c", "B": lambda row: row["b"]}))
+    report.write(tmp_path)
+    assert (tmp_path / "t.csv").read_text() == 'a,b,c\n1,,0.123456\n2,"x,y",1e-05\n'
+    assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows
+    from rich.console import Console
+
+    console = Console(width=60, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.print(console)
+    text = console.export_text()
+    assert "0.12" in text
+    assert "0.123" not in text
+    assert "1e-05" in text
