@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from snpatch.engine import chosen
 from snpatch.errors import SnpatchError
 from snpatch.executors.checkpoint import check_dtype, load_config
-from snpatch.executors.score import BeavertailsScorer, ClassifierScorer, usable_padding
+from snpatch.executors.score import BeavertailsScorer, ClassifierScorer, padding_of
 from snpatch.executors.score_checkpoint import is_beavertails
 from snpatch.judge import check_pairs
 from snpatch.pretrained import load_pretrained
@@ -59,8 +59,9 @@ class ScoreModel:
         self._text = ScoreText(format or default, tokenizer)
         self._label = _label(model, ["score"] if is_beaver else list(config.id2label.values()), label)
         self._is_independent = config.problem_type in INDEPENDENT
-        # Where transformers' decoders find the end of a text; a Beavertails text ends with its last token.
-        self._padding = None if is_beaver else usable_padding(config)
+        padding = padding_of(config)
+        # A Beavertails text is judged at its last token, transformers' decoders judge before padding.
+        self._padding = None if is_beaver else padding
         self.context = _context(config, tokenizer)
         if self.backend == "vllm":
             from snpatch.executors.vllm.score import VllmScorer as Scorer

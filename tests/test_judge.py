@@ -15,6 +15,7 @@ from snpatch.judge import RefusalWords, open_judge, score_all
 from snpatch.score_model import ScoreModel
 
 WORDS = "<unk> <s> </s> <pad> BEGINNING OF CONVERSATION: USER: ASSISTANT: <|user|> <|assistant|> a b c d e".split()
+HEAD = 32  # numbers a head, the fewest that vLLM's attention takes
 PROMPTS = ["a b", "c", "a b c d e", "d d"]
 COMPLETIONS = ["b c d", "", "e", "a <|user|> b"]
 
@@ -51,6 +52,7 @@ def write(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=HEAD,
         max_position_embeddings=64,
     )
     tensors = {f"model.{name}": t + 0.2 * torch.randn_like(t) for name, t in LlamaModel(config).state_dict().items()}
@@ -89,15 +91,15 @@ def by_hand(tensors: dict[str, torch.Tensor], text: str, *, normalize: bool = Fa
     """One text, one row, no padding: Llama written out."""
     words = ["<s>", *text.replace("ASSISTANT:", " ASSISTANT: ").replace("</s>", " </s> ").split()]
     x = tensors["model.embed_tokens.weight"][[WORDS.index(word) for word in words]]
-    angles = torch.arange(len(words))[:, None] / 10000.0 ** (torch.arange(0, 8, 2) / 8)
+    angles = torch.arange(len(words))[:, None] / 10000.0 ** (torch.arange(0, HEAD, 2) / HEAD)
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * tensors[f"model.{name}.weight"]
 
     def heads(x: torch.Tensor, name: str, rotate: bool) -> torch.Tensor:
-        y = (x @ tensors[f"model.{name}.weight"].T).unflatten(-1, (-1, 8)).transpose(0, 1)
-        turned = torch.cat([-y[..., 4:], y[..., :4]], -1)
+        y = (x @ tensors[f"model.{name}.weight"].T).unflatten(-1, (-1, HEAD)).transpose(0, 1)
+        turned = torch.cat([-y[..., HEAD // 2 :], y[..., : HEAD // 2]], -1)
         y = y * cos + turned * sin if rotate else y
         return y.repeat_interleave(4 // y.shape[0], 0)
 
@@ -105,7 +107,7 @@ def by_hand(tensors: dict[str, torch.Tensor], text: str, *, normalize: bool = Fa
     for i in range(2):
         h, layer = norm(x, f"layers.{i}.input_layernorm"), f"layers.{i}.self_attn"
         q, k = heads(h, f"{layer}.q_proj", True), heads(h, f"{layer}.k_proj", True)
-        weights = (q @ k.mT / 8**0.5).masked_fill(future, -torch.inf).softmax(-1)
+        weights = (q @ k.mT / HEAD**0.5).masked_fill(future, -torch.inf).softmax(-1)
         mixed = (weights @ heads(h, f"{layer}.v_proj", False)).transpose(0, 1).flatten(1)
         x = x + mixed @ tensors[f"model.{layer}.o_proj.weight"].T
         h = norm(x, f"layers.{i}.post_attention_layernorm")
@@ -182,17 +184,17 @@ def test_rotary_buffers_of_old_checkpoints_are_accepted(tmp_path):
     assert opened(tmp_path / "old")(["a"], ["b"]) == opened(tmp_path / "new")(["a"], ["b"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"score_head.weight": None}, "score_head.weight is missing"),
-        ({"score_head.weight": torch.ones(1, 31)}, r"score_head.weight has the wrong shape, wanted \[1, 32\]"),
-        ({"model.norm.weight": None}, "1 tensors are missing .*model.norm.weight"),
-        ({"model.norm.weight": torch.ones(31)}, "1 tensors have the wrong shape .*model.norm.weight"),
-        ({"lm_head.weight": torch.ones(2, 2)}, "1 tensors are unknown .*lm_head.weight"),
-        ({"model.norm.weight": torch.full((32,), torch.nan)}, "model.norm.weight in .* holds NaN"),
-    ],
-)
+BROKEN = [
+    ({"score_head.weight": None}, "score_head.weight is missing"),
+    ({"score_head.weight": torch.ones(1, 31)}, r"score_head.weight has the wrong shape, wanted \[1, 32\]"),
+    ({"model.norm.weight": None}, "1 tensors are missing .*model.norm.weight"),
+    ({"model.norm.weight": torch.ones(31)}, "1 tensors have the wrong shape .*model.norm.weight"),
+    ({"lm_head.weight": torch.ones(2, 2)}, "1 tensors are unknown .*lm_head.weight"),
+    ({"model.norm.weight": torch.full((32,), torch.nan)}, "model.norm.weight in .* holds NaN"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN)
 def test_a_bad_checkpoint_is_refused_in_one_line(tmp_path, changes, message):
     write(tmp_path, **changes)
     with pytest.raises(SnpatchError, match=message) as caught:

@@ -90,7 +90,7 @@ class ClassifierScorer:
         check_weights(loaded.named_parameters(), str(model))
         self._model = loaded.to(self._device).eval()
         self._text_config = loaded.config.get_text_config()
-        self._has_padding = usable_padding(loaded.config) is not None
+        self._has_padding = padding_of(loaded.config) is not None
         self._takes_types = "token_type_ids" in inspect.signature(loaded.forward).parameters
 
     def score(self, rows: Sequence[Row]) -> Tensor:
@@ -111,11 +111,13 @@ class ClassifierScorer:
         self._model = None
 
 
-def usable_padding(config) -> int | None:
-    """The padding that the model itself knows of; None if it has none, or none that it has an embedding for."""
+def padding_of(config) -> int | None:
+    """The token that the model itself takes for padding; None if it knows of none."""
     text = config.get_text_config()
     padding = text.pad_token_id
-    return padding if padding is not None and 0 <= padding < text.vocab_size else None
+    if padding is not None and padding >= text.vocab_size:
+        raise SnpatchError(f"config: pad_token_id {padding} must be one of the {text.vocab_size} tokens")
+    return None if padding is None or padding < 0 else padding
 
 
 @torch.inference_mode()

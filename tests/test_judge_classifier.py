@@ -1,0 +1,123 @@
+"""Sequence classification and reward models of transformers as judges: each text scored as it is alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_judge import COMPLETIONS, PROMPTS, WORDS, opened, tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
+
+from snpatch.errors import SnpatchError
+
+SIZES = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e < > | user assistant .".split()
+TEMPLATE = "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' </s> ' }}{% endfor %}"
+
+
+def write(folder: Path, kind: str = "llama", template: str | None = None, **changes):
+    """A random classifier and its tokenizer; changes are the config's."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": len(WORDS), "pad_token_id": 3, "max_position_embeddings": 64}
+    settings |= {} if "id2label" in changes else {"num_labels": 1}
+    config = AutoConfig.for_model(kind, **{**settings, **SIZES, **changes})
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    words = tokenizer() if kind == "llama" else BertTokenizer(vocab={word: i for i, word in enumerate(BERT)})
+    words.chat_template = template
+    words.save_pretrained(folder)
+    return model
+
+
+def logits(model, texts: list[str]) -> torch.Tensor:
+    """One text at a time, as the models' own instructions have it."""
+    with torch.inference_mode():
+        rows = [tokenizer()(text)["input_ids"] for text in texts]
+        return torch.cat([model(torch.tensor([row])).logits for row in rows])
+
+
+def filled(template: str) -> list[str]:
+    return [template.format(prompt=p, completion=c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+@pytest.mark.parametrize("padding", [3, 2, None, -1], ids=["own", "eos", "none", "negative"])
+def test_a_batch_scores_each_text_as_alone_whatever_the_padding(tmp_path, padding):
+    """Texts end in </s>, which is the padding of many models, and many have none."""
+    model = write(tmp_path, pad_token_id=None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": padding}))
+    template = "<|user|> {prompt} <|assistant|> {completion} </s>"
+    model.config.pad_token_id = padding
+    wanted = logits(model, filled(template))[:, 0].tolist()
+    for batch_size in (1, 3, 16):
+        got = opened(tmp_path, format=template, batch_size=batch_size)(PROMPTS, COMPLETIONS)
+        assert got == pytest.approx(wanted, abs=1e-4)
+
+
+def test_several_labels_are_scored_by_log_odds(tmp_path):
+    model = write(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"})
+    template = "{prompt} {completion}"
+    wanted = logits(model, filled(template)).softmax(-1).logit()
+    for label, index in (("harm", 1), (1, 1), ("safe", 0), (2, 2)):
+        got = opened(tmp_path, format=template, label=label)(PROMPTS, COMPLETIONS)
+        assert got == pytest.approx(wanted[:, index].tolist(), abs=1e-4)
+    for label in (None, "good", 3, -1):
+        with pytest.raises(SnpatchError, match=r"label must be one of safe, harm, odd or an index"):
+            opened(tmp_path, label=label)
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_independent_labels_are_scored_by_their_own_logit(tmp_path, kind):
+    model = write(tmp_path, id2label={0: "rude", 1: "threat"}, problem_type=kind)
+    got = opened(tmp_path, format="{prompt} {completion}", label="threat")(PROMPTS, COMPLETIONS)
+    assert got == pytest.approx(logits(model, filled("{prompt} {completion}"))[:, 1].tolist(), abs=1e-4)
+
+
+def test_the_chat_template_is_the_default_where_there_is_one(tmp_path):
+    model = write(tmp_path, template=TEMPLATE)
+    judge = opened(tmp_path)
+    assert judge.text("a b", "c") == "<|user|> a b </s> <|assistant|> c </s> "
+    with torch.inference_mode():
+        ids = tokenizer()(judge.text("a b", "c"), add_special_tokens=False)["input_ids"]
+        wanted = model(torch.tensor([ids])).logits.item()
+    assert judge(["a b", "d"], ["c", "e e e"])[0] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_pairs_with_token_types_in_an_encoder(tmp_path):
+    """What the tokenizer's own pair call gives is what the model says, alone and in batches."""
+    model = write(tmp_path, "bert", pad_token_id=0)
+    words = BertTokenizer.from_pretrained(tmp_path)
+    wanted = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        inputs = words([prompt], [completion], return_tensors="pt")
+        assert {*inputs["token_type_ids"][0].tolist()} == {0, 1}
+        with torch.inference_mode():
+            wanted.append(model(**inputs).logits.item())
+    for batch_size in (1, 3):
+        assert opened(tmp_path, batch_size=batch_size)(PROMPTS, COMPLETIONS) == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(SnpatchError, match="ClassifierScorer has no argument padding_side"):
+        opened(tmp_path, padding_side="left")
+
+
+def test_models_that_cannot_be_judges_are_refused(tmp_path):
+    write(tmp_path / "longrope", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    with pytest.raises(SnpatchError, match="dynamic rotary positions"):
+        opened(tmp_path / "longrope")
+    model = write(tmp_path / "nan")
+    with torch.no_grad():
+        model.score.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(SnpatchError, match=r"score\.weight holds NaN"):
+        opened(tmp_path / "nan")
+    config = json.loads((tmp_path / "longrope" / "config.json").read_text())
+    (tmp_path / "longrope" / "config.json").write_text(
+        json.dumps({**config, "rope_parameters": None, "pad_token_id": 99})
+    )
+    with pytest.raises(SnpatchError, match="pad_token_id 99 must be one of the 16 tokens"):
+        opened(tmp_path / "longrope")
+    with pytest.raises(SnpatchError, match="wanted a text of 1 to 64 tokens, got 0"):
+        write(tmp_path / "short", template="{{ '' }}")
+        opened(tmp_path / "short")(["a"], ["b"])

@@ -1,0 +1,115 @@
+"""Score models in vLLM's pooling runner: transformers' scores, in any batch, and beside an engine that generates."""
+
+import gc
+import os
+import signal
+import threading
+
+import pytest
+import test_judge_classifier as classifier
+import torch
+from test_judge import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, opened, write
+from test_vllm_processes import command_line, descendants, wait_for
+
+from snpatch import Engine, Sampling
+from snpatch.demo import WORLD
+from snpatch.errors import SnpatchError
+from snpatch.score_model import ScoreModel
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+# Texts of which vLLM's prefix cache keeps a block that many of them share.
+LONG = [" ".join(["a b c d e"] * 8)] * 6
+ENDINGS = ["a", "b c", "", "d d e", "a", "e e e e e e e"]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    yield
+    gc.collect()
+
+
+def test_scores_are_transformers_in_any_batch(tmp_path, in_process):
+    """Of an old checkpoint with a bias and a normalizer: all at once, in turn, one by one, from the prefix cache."""
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    tensors = write(tmp_path, bias=True, normalize=True, files="sharded bin", **buffers)
+    prompts, completions = PROMPTS + LONG, COMPLETIONS + ENDINGS
+    wanted = opened(tmp_path)(prompts, completions)
+    assert wanted[: len(PROMPTS)] == pytest.approx(all_by_hand(tensors, normalize=True), abs=1e-4)
+    with ScoreModel(tmp_path, batch_size=4, max_num_batched_tokens=48, block_size=32) as judge:
+        assert judge.backend == "vllm", "the default for the Beavertails layout"
+        got = judge(prompts, completions)
+        assert got == pytest.approx(wanted, abs=1e-3)
+        assert judge(prompts[::-1], completions[::-1])[::-1] == pytest.approx(got, abs=1e-4)
+        alone = [judge([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+        assert alone == pytest.approx(got, abs=1e-4)
+        assert all(type(value) is float for value in got)
+        assert judge([], []) == []
+        with pytest.raises(SnpatchError, match="wanted a text of 1 to 64 tokens, got 109"):
+            judge(["a b"], ["c " * 100])
+    with pytest.raises(SnpatchError, match="this judge is closed"):
+        judge(["a"], ["b"])
+
+
+def test_bfloat16(in_process):
+    """The demo world's cost model, as the paper's code feeds it: within 1 % of the scores' spread, as documented."""
+    prompts, completions = PROMPTS * 4, [*COMPLETIONS, *ENDINGS, *COMPLETIONS, "a", "b"]
+    exact = opened(WORLD / "cost", format="tulu")(prompts, completions)
+    with ScoreModel(WORLD / "cost", format="tulu", dtype="bfloat16", max_model_len=128) as judge:
+        got = judge(prompts, completions)
+        assert got == pytest.approx(exact, abs=0.05)
+        alone = [judge([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+        assert alone == pytest.approx(got, abs=0.05)
+
+
+def test_a_classifier_that_vllm_knows(tmp_path, in_process):
+    """Its texts end in what is also its padding, before which transformers reads the score."""
+    classifier.write(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"}, pad_token_id=2)
+    arguments = {"format": "<|user|> {prompt} <|assistant|> {completion} </s>", "label": "harm"}
+    wanted = opened(tmp_path, **arguments)(PROMPTS, COMPLETIONS)
+    with ScoreModel(tmp_path, backend="vllm", **arguments) as judge:
+        assert judge(PROMPTS, COMPLETIONS) == pytest.approx(wanted, abs=1e-3)
+        with pytest.raises(SnpatchError, match="needs token types"):
+            judge._scorer.score([{"input_ids": [5, 6], "token_type_ids": [0, 1]}])
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN)
+def test_a_bad_checkpoint_is_refused_before_vllm_starts(tmp_path, changes, message):
+    write(tmp_path, **changes)
+    with pytest.raises(SnpatchError, match=message):
+        ScoreModel(tmp_path, backend="vllm")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "cpu"}, "neither snpatch nor vLLM has an argument device"),
+        ({"batch_size": 2, "max_num_seqs": 2}, "batch_size is max_num_seqs"),
+        ({"runner": "generate"}, "runner cannot be set"),
+        ({"pooler_config": None}, "pooler_config cannot be set"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, arguments, message):
+    write(tmp_path)
+    with pytest.raises(SnpatchError, match=message):
+        ScoreModel(tmp_path, backend="vllm", **arguments)
+
+
+def test_beside_a_generating_engine_and_its_end():
+    """Each in processes of its own; when the judge's engine dies, that is an error, and the other one goes on."""
+    prompts = PROMPTS * 3
+    with Engine(WORLD / "base", template="tulu", backend="vllm", kv_cache_memory_bytes=64 << 20) as engine:
+        others = descendants(os.getpid())
+        with ScoreModel(WORLD / "cost", backend="vllm") as judge:
+            written = [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))]
+            wanted = opened(WORLD / "cost")(prompts, written)
+            assert judge(prompts, written) == pytest.approx(wanted, abs=1e-3)
+            mine = descendants(os.getpid()) - others
+            (core,) = (pid for pid in mine if b"EngineCore" in command_line(pid))
+            threading.Timer(0.5, os.kill, (core, signal.SIGKILL)).start()
+            with pytest.raises(SnpatchError, match="vLLM's engine has ended"):
+                while True:
+                    judge(prompts * 20, written * 20)
+        wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in mine), 10)
+        assert [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))] == written
