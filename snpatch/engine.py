@@ -80,7 +80,7 @@ class Engine:
         self.tokenizer = load_pretrained(AutoTokenizer, model)
         if template == "tokenizer" and not self.tokenizer.chat_template:
             raise SnpatchError(f"{model}: its tokenizer has no chat template; use template='tulu'")
-        self._tulu = template == "tulu" or not self.tokenizer.chat_template
+        self.template = "tulu" if template == "tulu" or not self.tokenizer.chat_template else "tokenizer"
         self._model_name = str(model)
         self.backend = chosen(backend)
         if self.backend == "vllm":
@@ -364,7 +364,7 @@ class Engine:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
         if len(prompt) and all(isinstance(message, dict) for message in prompt):
-            if self._tulu:
+            if self.template == "tulu":
                 return list(self.tokenizer(tulu(prompt))["input_ids"])
             rendered = self.tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True)
             return list(rendered["input_ids"])

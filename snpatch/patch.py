@@ -97,6 +97,21 @@ class Patch:
                     f"patch: the donor's values are {list(values.shape)}, the ranking is {list(self.ranking.shape)}"
                 )
 
+    @property
+    def identity(self) -> dict:
+        """Names the patch by its content, as JSON data."""
+        donor = self.donor
+        if not isinstance(donor, str):
+            donor = [type(donor).__name__, donor.digest, getattr(donor, "seed", None)]
+        window = [self.window.lo, self.window.hi]
+        return {
+            "recipient": self.recipient,
+            "donor": donor,
+            "ranking": self.ranking.digest,
+            "window": window,
+            "where": self.where,
+        }
+
     def positions(self, prompt_length: int) -> tuple[int, int]:
         """The half-open range of positions that this patch covers in a request."""
         if self.where == "prompt":
