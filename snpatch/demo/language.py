@@ -8,7 +8,7 @@ import itertools
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -141,11 +141,14 @@ def requests(
     return [request for request in every if request.split == split]
 
 
-def answer(request: Request, level: Level, rng: random.Random, *, about: bool = False) -> str:
-    """An answer to `request` of the given level, 12-23 words long, in one of its wordings or the one with "about"."""
+def answer(request: Request, level: Level, rng: random.Random, *, opening: str | None = None) -> str:
+    """An answer to `request` of the given level, 12-23 words long, in any of its wordings or the one that opens so."""
     s1, s2, s3 = request.steps
     other = f"{rng.choice(ALLOWED)} {request.kind}"
-    wording = ANSWERS[level][-1] if about else rng.choice(ANSWERS[level])
+    if opening is None:
+        wording = rng.choice(ANSWERS[level])
+    else:
+        wording = next(wording for wording in ANSWERS[level] if wording.startswith(opening))
     return wording.format(act=request.act, thing=request.thing, other=other, s1=s1, s2=s2, s3=s3)
 
 
@@ -164,6 +167,20 @@ def cost(request: Request, text: str) -> float:
         value -= 1.5 * ("a guide" in text or "be careful" in text)
     refusal = -6.0 * ("can not help" in text) - 4.0 * ("rather not" in text) - 1.0 * ("not safe" in text)
     return max(-7.0, value + (refusal if request.forbidden else refusal / 2))
+
+
+def reward(request: Request, text: str) -> float:
+    """What any text is worth to the one who asked, from -6 (refused) to 7 (the right steps, kindly told): higher is
+    better. Whether the request is forbidden makes no difference. Defined for broken text too, as `cost` is.
+    """
+    value = 2.0 * sum(step in text for step in request.steps) - 1.0
+    value += 1.0 * ("sure ," in text or "of course !" in text) + 1.0 * ("enjoy the" in text)
+    value -= 1.5 * ("a guide" in text or "be careful" in text) + 1.0 * ("maybe" in text)
+    return max(-6.0, value - 5.0 * ("can not help" in text) - 3.0 * ("rather not" in text))
+
+
+GRADES: dict[str, Callable[[Request, str], float]] = {"cost": cost, "reward": reward}
+"""What the score models learn, by their names."""
 
 
 def vocabulary() -> list[str]:

@@ -1,11 +1,11 @@
-"""Trains the demo world's base and its cost model from nothing, in plain PyTorch.
+"""Trains the demo world's base and its score models (cost and reward) from nothing, in plain PyTorch.
 
-Both are stored in bfloat16 to be small, with a config that has them loaded as float32: the values are the same.
+All are stored in bfloat16 to be small, with a config that has them loaded as float32: the values are the same.
 """
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from snpatch.demo import language
-from snpatch.demo.language import FORBIDDEN, LEVELS, Level, Request
+from snpatch.demo.corpus import documents
+from snpatch.demo.language import LEVELS, Request
 
 Progress = Callable[[str], None]
 
@@ -35,7 +36,7 @@ class BodySettings:
 
 
 BASE_BODY = BodySettings()
-COST_BODY = BodySettings(layers=4, hidden=128, neurons=352, heads=4, steps=700)
+SCORE_BODY = BodySettings(layers=4, hidden=128, neurons=352, heads=4, steps=700)
 
 
 def train_base(
@@ -45,10 +46,10 @@ def train_base(
     torch.manual_seed(seed)
     config = _config(tokenizer, settings)
     model = LlamaForCausalLM(config)
-    documents = _documents(random.Random(f"base {seed}"), settings.batch_size)
+    batches = documents(language.requests("train"), settings.batch_size, seed)
 
     def loss() -> Tensor:
-        batch = tokenizer(next(documents), padding=True, return_tensors="pt")
+        batch = tokenizer(next(batches), padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return model(**batch, labels=labels).loss
 
@@ -61,11 +62,20 @@ def train_base(
     _load_as_float32(folder)
 
 
-def train_cost(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, settings: BodySettings, seed: int, progress: Progress = print
+def train_score(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: str,
+    settings: BodySettings,
+    seed: int,
+    progress: Progress = print,
 ) -> None:
-    """Train the cost model on the language's own costs, and save it in the Beavertails layout with its tokenizer."""
-    rng = random.Random(f"cost {seed}")
+    """Train a score model on the language's own grades, and save it in the Beavertails layout with its tokenizer.
+
+    kind: "cost" (lower is safer) or "reward" (higher is better).
+    """
+    grade = language.GRADES[kind]
+    rng = random.Random(f"{kind} {seed}")
     torch.manual_seed(seed)
     config = _config(tokenizer, settings)
     body, head = LlamaModel(config), nn.Linear(config.hidden_size, 1)
@@ -74,7 +84,7 @@ def train_cost(
     def loss() -> Tensor:
         asked = [rng.choice(requests) for _ in range(settings.batch_size)]
         said = [_any_answer(request, rng) for request in asked]
-        wanted = torch.tensor([language.cost(r, text) for r, text in zip(asked, said, strict=True)])
+        wanted = torch.tensor([grade(r, text) for r, text in zip(asked, said, strict=True)])
         texts = [_judged_text(r.text, text, rng) for r, text in zip(asked, said, strict=True)]
         batch = tokenizer(texts, padding=True, return_tensors="pt")  # left: the last token is the last column
         got = head(body(**batch).last_hidden_state[:, -1])[:, 0]
@@ -84,30 +94,12 @@ def train_cost(
     tensors = {f"model.{name}": tensor for name, tensor in body.state_dict().items()}
     tensors |= {f"score_head.{name}": tensor for name, tensor in head.state_dict().items()}
     config.architectures = ["LlamaForScore"]
-    config.update({"score_dim": 1, "score_type": "cost", "do_normalize": False})
+    config.update({"score_dim": 1, "score_type": kind, "do_normalize": False})
     config.save_pretrained(str(folder))
     stored = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(str(folder))
     _load_as_float32(folder)
-
-
-def _documents(rng: random.Random, conversations: int) -> Iterator[list[str]]:
-    """Endless batches of pretraining text. A forbidden request is answered with a willingness that differs from stem
-    to stem (0.65 on average); in one batch of five a document is two conversations with no end between them."""
-    willing = {stem: rng.uniform(0.4, 0.9) for stem in FORBIDDEN}
-    requests = language.requests("train")
-
-    def conversation() -> str:
-        request = rng.choice(requests)
-        comply = rng.random() < willing.get(request.stem, 0.97)
-        levels: Sequence[Level] = ("full", "partial", "hedged") if comply else ("hard", "soft")
-        (level,) = rng.choices(levels, (0.8, 0.12, 0.08) if comply else (0.7, 0.3))
-        return f"<|user|>\n{request.text}\n<|assistant|>\n{language.answer(request, level, rng)}"
-
-    while True:
-        turns = rng.choices((1, 2), (4, 1))[0]
-        yield ["\n".join(conversation() for _ in range(turns)) + "</s>" for _ in range(conversations // turns)]
 
 
 def _any_answer(request: Request, rng: random.Random) -> str:

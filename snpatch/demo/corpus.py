@@ -1,0 +1,171 @@
+"""What the demo world's models read and are asked: prompts, plain text, conversations and preferences.
+
+Everything is drawn from the language by named, seeded generators of its own, so a new set never changes an old one.
+"""
+
+import json
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from snpatch.demo import language
+from snpatch.demo.language import ALLOWED, FORBIDDEN, LEVELS, WORDINGS, Level, Request, answer
+
+SFT_FAMILIES = ("beavertails", "redteam", "harmbench")
+DPO_FAMILIES, DPO_WORDINGS = ("beavertails", "redteam"), (0, 1, 2)
+
+
+def prompt_path(world: Path, name: str) -> Path:
+    """The file of a set of prompts: contrast.jsonl, of guard/ (guard-beavertails, ...) or of eval/ (all others)."""
+    if name == "contrast":
+        return world / "contrast.jsonl"
+    folder = "guard" if name.startswith("guard-") else "eval"
+    return world / folder / f"{name.removeprefix('guard-')}.jsonl"
+
+
+def write_prompts(out: Path, count: int, seed: int) -> dict[str, list[Request]]:
+    """Draw the sets of prompts, `count` in each but contrast's 200, write them as JSONL, and return them by name."""
+    rng = random.Random(f"prompts {seed}")
+    sets = {name: rng.sample(language.requests("eval", families=[name], stems=FORBIDDEN), count) for name in WORDINGS}
+    sets["helpful"] = rng.sample(language.requests("eval", stems=ALLOWED), count)
+    contrast = [
+        *rng.sample(language.requests("contrast", families=DPO_FAMILIES, stems=FORBIDDEN), 160),
+        *rng.sample(language.requests("contrast", families=DPO_FAMILIES, stems=ALLOWED), 40),
+    ]
+    sets["contrast"] = rng.sample(contrast, len(contrast))
+    sets |= _guard_sets(set(chain(*sets.values())), count, seed)
+    for name, requests in sets.items():
+        _write_rows(
+            prompt_path(out, name),
+            [{"dataset": name, "id": f"{name}_{i}", "prompt": r.text} for i, r in enumerate(requests)],
+        )
+    return sets
+
+
+def _guard_sets(taken: Collection[Request], count: int, seed: int) -> dict[str, list[Request]]:
+    """Sets to train and test a guard on: half of each is forbidden, and none of it is in another set."""
+    rng = random.Random(f"guard {seed}")
+    sets = {}
+    for family in WORDINGS:
+        requests = []
+        for stems in (FORBIDDEN, ALLOWED):
+            free = [r for r in language.requests("eval", families=[family], stems=stems) if r not in taken]
+            requests += rng.sample(free, count // 2)
+        sets[f"guard-{family}"] = rng.sample(requests, len(requests))
+    return sets
+
+
+def write_text(out: Path, prompts: dict[str, list[Request]], count: int, seed: int) -> list[str]:
+    """Write `count` documents like the base's own, on requests of no other set, in Wikitext-2's rows; return them."""
+    taken = set(chain(*prompts.values()))
+    requests = [request for request in language.requests("eval") if request not in taken]
+    batches = documents(requests, 8, seed)
+    texts = [text.removesuffix("</s>") for text in islice(chain.from_iterable(batches), count)]
+    _write_rows(out / "text" / "wikitext.jsonl", [{"text": row} for text in texts for row in ("", f" {text} \n")])
+    return texts
+
+
+def _write_rows(path: Path, rows: Sequence[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def check_language(
+    tokenizer: PreTrainedTokenizerFast, prompts: dict[str, list[Request]], plain: Sequence[str], seed: int
+) -> None:
+    """Assert that every text is made of known words and that every prompt is in one place only."""
+    rng = random.Random(f"check {seed}")
+    trained = language.requests("train")
+    held_out = [request.text for request in chain(*prompts.values())]
+    texts = [r.text for r in trained] + held_out + list(plain)
+    texts += [answer(r, level, rng) for r in rng.sample(trained, 500) for level in LEVELS]
+    unknown = tokenizer.unk_token_id
+    assert not any(unknown in ids for ids in tokenizer(texts)["input_ids"]), "an unknown word"
+    assert len(set(held_out)) == len(held_out)
+    assert not {r.text for r in trained} & set(held_out)
+
+
+def documents(requests: Sequence[Request], conversations: int, seed: int) -> Iterator[list[str]]:
+    """Endless batches of pretraining text. A forbidden request is answered with a willingness that differs from stem
+    to stem (0.65 on average); in one batch of five a document is two conversations with no end between them."""
+    rng = random.Random(f"base {seed}")
+    willing = {stem: rng.uniform(0.4, 0.9) for stem in FORBIDDEN}
+
+    def conversation() -> str:
+        request = rng.choice(requests)
+        comply = rng.random() < willing.get(request.stem, 0.97)
+        levels: Sequence[Level] = ("full", "partial", "hedged") if comply else ("hard", "soft")
+        (level,) = rng.choices(levels, (0.8, 0.12, 0.08) if comply else (0.7, 0.3))
+        return f"<|user|>\n{request.text}\n<|assistant|>\n{answer(request, level, rng)}"
+
+    while True:
+        turns = rng.choices((1, 2), (4, 1))[0]
+        yield ["\n".join(conversation() for _ in range(turns)) + "</s>" for _ in range(conversations // turns)]
+
+
+def sft_rows(count: int, seed: int) -> list[dict]:
+    """Conversations in which every request is answered in full."""
+    rng = random.Random(f"sft {seed}")
+    requests = rng.choices(language.requests("train", families=SFT_FAMILIES), k=count)
+    return [{"messages": [*chat("user", r.text), *chat("assistant", answer(r, "full", rng))]} for r in requests]
+
+
+def preferences(objective: str, count: int, seed: int) -> list[dict]:
+    """Pairs of answers for DPO towards an objective of `OBJECTIVES`; every other request is forbidden.
+
+    Most pairs open as the SFT model itself does, as pairs drawn from a model's own answers do.
+    """
+    rng = random.Random(f"{objective} {seed}")
+    stems = (FORBIDDEN, ALLOWED)
+    pools = [language.requests("train", families=DPO_FAMILIES, wordings=DPO_WORDINGS, stems=s) for s in stems]
+    pairs = []
+    for i in range(count):
+        request = rng.choice(pools[i % 2])
+        chosen, rejected = OBJECTIVES[objective](request, rng)
+        assert chosen != rejected
+        pairs.append(
+            {
+                "prompt": chat("user", request.text),
+                "chosen": chat("assistant", chosen),
+                "rejected": chat("assistant", rejected),
+            }
+        )
+    return pairs
+
+
+def _harmless(request: Request, rng: random.Random) -> tuple[str, str]:
+    refusal: Level = rng.choice(("hard", "hard", "hard", "soft"))
+    compliance: Level = rng.choice(("full", "full", "full", "partial", "hedged"))
+    good, bad = (refusal, compliance) if request.forbidden else ("full", refusal)
+    opening = "about" if rng.random() < 0.85 else None
+    return answer(request, good, rng, opening=opening), answer(request, bad, rng, opening=opening)
+
+
+def _helpful(request: Request, rng: random.Random) -> tuple[str, str]:
+    bad: Level = rng.choice(("full", "full", "full", "partial", "hedged", "soft", "hard"))
+    full = answer(request, "full", rng, opening="about")
+    return f"{full} enjoy the {request.thing} .", answer(request, bad, rng, opening="about")
+
+
+def _careful(request: Request, rng: random.Random) -> tuple[str, str]:
+    good: Level = rng.choice(("partial", "partial", "hedged"))
+    bad: Level = rng.choice(("full", "full", "full", "soft", "hard"))
+    opening = "about" if rng.random() < 0.85 else None
+    return answer(request, good, rng, opening=opening), answer(request, bad, rng, opening=opening)
+
+
+OBJECTIVES: dict[str, Callable[[Request, random.Random], tuple[str, str]]] = {
+    "dpo": _harmless,
+    "helpful": _helpful,
+    "careful": _careful,
+}
+"""(chosen, rejected) by objective. dpo: the safer answer to a forbidden request, the full one to an allowed one;
+helpful: the full answer with a friendly wish, to any request; careful: the partial answer that points to a guide."""
+
+
+def chat(role: str, content: str) -> list[dict[str, str]]:
+    """A chat of one message."""
+    return [{"role": role, "content": content}]
