@@ -17,6 +17,7 @@ _HOMES = {
     "Noise": "patch",
     "Ranking": "ranking",
     "Guard": "guard.classifier",
+    "ScoreModel": "score_model",
     "SnpatchError": "errors",
     "ReceiptError": "errors",
 }

@@ -33,8 +33,8 @@ class ScoreModel:
     the checkpoint's own. batch_size: most texts of a batch. All other arguments are the scorer's: see
     BeavertailsScorer and ClassifierScorer (device, padding_side) and VllmScorer (vLLM's own engine arguments).
 
-    A score does not depend on what else is in the batch: within 1e-4 in float32. In bfloat16 the body's rounding
-    differs from batch to batch, which moves a score by about 1 % of the scores' spread.
+    Other texts, their order and batch_size move a score by less than 1e-4 in float32, and by less than 1 % of the
+    scores' spread in bfloat16, where every layer rounds.
     """
 
     def __init__(

@@ -34,8 +34,10 @@ class ScoreText:
         self.format, self._tokenizer = format, tokenizer
 
     def text(self, prompt: str, completion: str) -> str:
-        """What is scored, but for what the tokenizer adds by itself (BOS); "pair" has no one text."""
+        """What is scored, but for what the tokenizer adds by itself (BOS)."""
         tokenizer = self._tokenizer
+        if self.format == "pair":
+            raise SnpatchError("format pair: its two segments are not one text")
         if self.format == "chat":
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
             return tokenizer.apply_chat_template(turns, tokenize=False)
