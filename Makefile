@@ -58,7 +58,7 @@ bench-generate: $(READY)
 readme: $(READY)
 	$(BIN)/snpatch demo --out snpatch-demo
 	mkdir -p bench/results/demo
-	cp snpatch-demo/table.csv snpatch-demo/table.jsonl snpatch-demo/curve.png bench/results/demo/
+	cp snpatch-demo/curve.csv snpatch-demo/curve.json snpatch-demo/curve.png bench/results/demo/
 	$(BIN)/python bench/readme_table.py
 
 # On a machine with a GPU, torch and triton (no .venv needed): the compiled kernels' tests, then their bench; where vLLM

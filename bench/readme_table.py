@@ -36,7 +36,7 @@ def op_table(record: Path = RESULTS / "patched_glu.cpu.json") -> str:
 
 def demo_table(folder: Path = RESULTS / "demo") -> str:
     """The sentences and the points of the demo's own sweep."""
-    rows = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
+    rows = json.loads((folder / "curve.json").read_text())["rows"]
     lines = ["| recipient | k (share of neurons) | mean cost | effect (95 % interval) |", "|---|---|---|---|"]
     for row in rows:
         if row["ranking"] is None:

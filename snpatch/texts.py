@@ -6,13 +6,14 @@ again only if everything that determines its text is the same (that is its key).
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from snpatch import __version__
 from snpatch.data import Chat, question
 from snpatch.engine import Completion, Engine
+from snpatch.errors import SnpatchError
 from snpatch.executors.request import Progress
 from snpatch.judge import Judge, score_all
 from snpatch.patch import Patch
@@ -20,6 +21,7 @@ from snpatch.sampling import Sampling
 from snpatch.store import Store
 
 CHUNK = 512  # requests between two writes to the store
+RANKINGS = 32  # different ones in a chunk: an engine in vLLM holds so many at once (max_rankings)
 
 
 def write(
@@ -36,6 +38,8 @@ def write(
     Records hold prompt_index, prompt (the user's last question), completion, token_ids, finish_reason, overwrites.
     store: a folder that keeps completions, so that a killed run continues.
     """
+    if sampling.n > 1:
+        raise SnpatchError("texts: one text of each prompt is written; give a prompt several times for several")
     asked = {**asdict(sampling), "engine": engine.digest, "snpatch": __version__}
     work: list[tuple[str, Patch | str, list[int]]] = []
     encoded = engine.encode(prompts)
@@ -47,9 +51,8 @@ def write(
             work.append((_digest({**identity, "prompt": ids, "copy": copy}), patch, ids))
     with Store(store) as log:
         missing = list({key: item for key, *item in work if key not in log.records}.items())
-        for start in range(0, len(missing), CHUNK):
-            chunk = missing[start : start + CHUNK]
-            offset = len(work) - len(missing) + start
+        offset = len(work) - len(missing)
+        for chunk in _chunks(missing):
 
             def report(done: int, _total: int, offset: int = offset) -> None:
                 if progress:
@@ -60,12 +63,26 @@ def write(
             )
             for (key, _), completion in zip(chunk, completions, strict=True):
                 log.append(key, _record(completion))
+            offset += len(chunk)
     asked_of = [question(prompt) for prompt in prompts]
     records = [
         {"prompt_index": i % len(prompts), "prompt": asked_of[i % len(prompts)], **log.records[key]}
         for i, (key, _, _) in enumerate(work)
     ]
     return [records[start : start + len(prompts)] for start in range(0, len(records), len(prompts))]
+
+
+def _chunks(work: list[tuple]) -> Iterator[list[tuple]]:
+    chunk, rankings = [], set()
+    for key, (patch, ids) in work:
+        ranking = None if isinstance(patch, str) else patch.ranking.digest
+        if len(chunk) == CHUNK or len(rankings | {ranking}) > RANKINGS:
+            yield chunk
+            chunk, rankings = [], set()
+        chunk.append((key, (patch, ids)))
+        rankings.add(ranking)
+    if chunk:
+        yield chunk
 
 
 def judge_all(records: Sequence[dict], judges: Mapping[str, Judge]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
+from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window, texts
 from snpatch.effect import causal_effect, interval, paired_p
 from snpatch.experiments.curve import headline, report_of
 from snpatch.store import NAME, Store
@@ -150,6 +150,22 @@ def test_promise_8_a_killed_sweep_continues_where_it_was(engine, ranking, tmp_pa
     other = Ranking.from_order(ranking.top(100).flip(0), ranking.shape)
     run(engine, other, store=tmp_path, windows=(50,), controls=0)
     assert sum(generated) == 2 * len(PROMPTS), "another ranking must not find the first one's texts"
+
+
+def test_a_chunk_has_no_more_rankings_than_an_engine_holds(engine, ranking, monkeypatch):
+    calls = []
+
+    def counting(self, prompts, patches, *args, **kwargs):
+        calls.append(len({patch.ranking.digest for patch in patches if isinstance(patch, Patch)}))
+        return original(self, prompts, patches, *args, **kwargs)
+
+    original = Engine.generate
+    whole = run(engine, ranking)
+    monkeypatch.setattr(texts, "RANKINGS", 2)
+    monkeypatch.setattr(Engine, "generate", counting)
+    assert run(engine, ranking).records == whole.records
+    assert len(calls) > 4
+    assert max(calls) <= 2
 
 
 def test_controls_may_be_none_or_overlapping(engine, ranking):

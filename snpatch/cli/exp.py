@@ -84,5 +84,6 @@ def run(
                     raise
                 failed[name] = error
                 print(f"snpatch: {name}: {error}", file=sys.stderr)
+    experiments.write_summary(out)
     if failed:
         raise SnpatchError(f"{len(failed)} of {len(chosen)} experiments failed: {', '.join(failed)}; see above")

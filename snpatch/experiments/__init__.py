@@ -4,12 +4,15 @@ Why `run` here and not a base class: an experiment is a function; what all share
 its tables' provenance says.
 """
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib import import_module
+from pathlib import Path
 
 from snpatch.errors import SnpatchError
+from snpatch.files import write_text
 from snpatch.lab import Lab
 from snpatch.report import Report
 from snpatch.world import made
@@ -43,6 +46,25 @@ def run(name: str, lab: Lab, settings: Mapping[str, object] | None = None) -> Re
     started = time.monotonic()
     report = _module(name).run(lab, chosen)
     return replace(report, provenance=lab.provenance(asdict(chosen), time.monotonic() - started))
+
+
+def write_summary(folder: str | Path) -> Path:
+    """report.md: what every experiment whose table lies in the folder found, with its plot."""
+    folder = Path(folder)
+    parts = ["# Experiments\n"]
+    for name in NAMES:
+        path = folder / f"{name}.json"
+        if path.is_file():
+            data = json.loads(path.read_text(encoding="utf-8"))
+            told = data["provenance"]
+            parts.append(f"## {name}\n")
+            parts += [f"- {sentence}" for sentence in data["headline"]]
+            parts.append(
+                f"\nModel {told['model']}, {told['backend']}, {told['seconds']} s; table: [{name}.csv]({name}.csv), "
+                f"settings and provenance: [{name}.json]({name}.json).\n\n![{name}]({name}.png)\n"
+            )
+    write_text(folder / "report.md", "\n".join(parts))
+    return folder / "report.md"
 
 
 def _module(name: str):

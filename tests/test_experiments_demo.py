@@ -1,0 +1,143 @@
+"""Every experiment of the paper on the demo world, through the command line: what it finds, and what it writes."""
+
+import csv
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from snpatch import cli, experiments
+from snpatch.demo import WORLD
+from snpatch.guard.classifier import Guard
+
+SMALLER = {  # so that all of them take a minute or two
+    "[0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0]": "[0.0, 0.1, 0.2, 0.5, 1.0]",
+    "stride = 0.05": "stride = 0.3",
+    "k = [0.0, 0.05, 0.1, 0.2, 0.5, 1.0]": "k = [0.0, 0.2]",
+    "k = [1, 5, 20, 50, 100, 200]\ncontrols = 2": "k = [1, 50]\ncontrols = 1\nresamples = 100",
+    "effect_k = [0.05, 0.1, 0.2]": "effect_k = [0.1]",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    world, out = (tmp_path_factory.mktemp(name) for name in ("world", "out"))
+    shutil.copytree(WORLD, world, dirs_exist_ok=True)
+    text = (world / "world.toml").read_text()
+    for old, new in SMALLER.items():
+        assert old in text
+        text = text.replace(old, new)
+    (world / "world.toml").write_text(text)
+    command = ["exp", "all", "--world", world / "world.toml", "-o", out, "--backend", "transformers", "--limit", 60]
+    cli.app(list(map(str, command)), standalone_mode=False)
+    return out
+
+
+def table(folder: Path, stem: str) -> list[dict]:
+    data = json.loads((folder / f"{stem}.json").read_text())
+    with (folder / f"{stem}.csv").open() as file:
+        assert [list(row) for row in csv.DictReader(file)] == [list(row) for row in data["rows"]]
+    assert data["provenance"]["engine"]
+    return data["rows"]
+
+
+def test_every_experiment_leaves_table_and_plot(folder):
+    names = {path.name for path in folder.iterdir()}
+    for name in experiments.NAMES:
+        assert {f"{name}.{kind}" for kind in ("csv", "json", "png", "svg")} <= names
+    report = (folder / "report.md").read_text()
+    assert all(f"## {name}\n" in report for name in experiments.NAMES)
+    assert "](curve.png)" in report
+
+
+def test_curve_recovers_the_gain_and_random_neurons_do_not(folder):
+    rows = table(folder, "curve")
+    sft = {
+        row["hi"]: row for row in rows if row["recipient"] == "sft" and row["ranking"] and row["control_seed"] is None
+    }
+    assert sft[0]["effect"] == 0
+    assert sft[2560]["effect"] > 0.9
+    assert sft[512]["effect"] > 0.6
+    assert sft[512]["p_unpatched"] < 1e-6
+    assert sft[512]["p_control"] < 1e-6
+    random = [row["effect"] for row in rows if row["recipient"] == "sft" and row["control_seed"] is not None]
+    assert all(abs(effect) < 0.2 for effect in random)
+
+
+def test_windows_further_down_do_less(folder):
+    rows = [row for row in table(folder, "windows") if row["recipient"] == "sft" and row["control_seed"] is None]
+    effects = {row["lo"]: row["effect"] for row in rows if row["ranking"]}
+    assert list(effects) == [0, 768, 1536, 2304]
+    assert effects[0] > max(effects[lo] for lo in (768, 1536, 2304))
+
+
+def test_transfer_works_on_sets_that_the_ranking_never_saw(folder):
+    rows = {row["model"]: row for row in table(folder, "transfer-table")}
+    assert list(rows) == ["sft", "sft+", "base", "base+", "dpo"]
+    for name in ("beavertails", "redteam", "harmbench", "jailbreak"):
+        assert rows["dpo"][name] < rows["sft+"][name] < 0 < rows["sft"][name]
+        effect = (rows["sft+"][name] - rows["sft"][name]) / (rows["dpo"][name] - rows["sft"][name])
+        assert rows["sft+"][f"effect on {name}"] == pytest.approx(effect)
+    patched = {row["model"]: row["window_mean"] for row in table(folder, "perplexity") if row["k"] in (0, 512)}
+    assert rows["dpo"]["perplexity"] == pytest.approx(patched["dpo"], rel=1e-5)
+    assert rows["sft+"]["perplexity"] == pytest.approx(patched["sft"], rel=1e-5), "the last of sft's rows: patched"
+
+
+def test_seeds_agree_more_than_objectives(folder):
+    (seeds,) = (row for row in table(folder, "stability") if row["k"] == 256)
+    others = [row for row in table(folder, "preference") if row["k"] == 256]
+    assert {(row["a"], row["b"]) for row in others} == {
+        ("safety", "helpful"),
+        ("safety", "careful"),
+        ("helpful", "careful"),
+    }
+    assert seeds["overlap"] > 0.85 > max(row["overlap"] for row in others) > seeds["chance"] == 0.1
+    assert seeds["spearman"] > 0.85 > max(row["spearman"] for row in others)
+
+
+def test_tax_is_the_change_of_both_judges(folder):
+    rows = table(folder, "tax")
+    assert len(rows) == 8
+    for row in rows:
+        assert row["change"] == pytest.approx(row["after"] - row["before"])
+        assert row["change_low"] <= row["change"] <= row["change_high"]
+    harm = next(r for r in rows if (r["recipient"], r["set"], r["judge"]) == ("dpo", "beavertails", "cost"))
+    assert harm["change"] > 2, "helpful's activations make the safe model less safe"
+    assert harm["p"] < 1e-4
+
+
+def test_distribution_is_skewed(folder):
+    *layers, whole = table(folder, "distribution")
+    assert [row["layer"] for row in layers] == list(range(6))
+    assert [row["ranked"] for row in layers] == [True] * 5 + [False]
+    assert sum(row["in_top_k"] for row in layers) == whole["in_top_k"] == 256
+    assert whole["skewness"] > 1
+    assert whole["above 0.05"] > whole["above 0.5"] > 0
+
+
+def test_words_positions_guard_and_safeguard(folder):
+    words = table(folder, "words")
+    assert len(words) == 10 * 20
+    assert [row["logit"] for row in words[:20]] == sorted((row["logit"] for row in words[:20]), reverse=True)
+    agreement = {(row["a"], row["b"]): row for row in table(folder, "positions") if row["k"] == 256}
+    assert agreement["emitted", "emitting"]["overlap"] > agreement["emitted", "prompt"]["overlap"]
+    effects = {row["ranking"]: row["effect"] for row in table(folder, "positions-effects") if row["recipient"] == "sft"}
+    assert effects["emitted"] > 0.3
+    rows = table(folder, "guard")
+    assert {(row["train"], row["test"]) for row in rows if row["control"] is None and row["k"] == 50} == {
+        (a, b) for a in SETS for b in SETS
+    }
+    summary = {(row["features"], row["k"]): row for row in table(folder, "guard-summary")}
+    assert summary["safety", 50]["accuracy"] > 0.85 > summary["safety", 50]["majority"]
+    assert ("random per_layer", 50) in summary
+    assert ("random last_layer", 50) in summary
+    for row in table(folder, "safeguard"):
+        if row["model"] == "sft":
+            assert row["passed"] < -2 < row["all"]
+    guard = Guard.load(folder / "guard.safetensors")
+    assert (guard.model, guard.k) == ("sft", 100)
+
+
+SETS = tomllib.loads((WORLD / "world.toml").read_text())["settings"]["guard"]["prompts"]
