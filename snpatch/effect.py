@@ -4,9 +4,11 @@ Everything is paired: a patch is compared with what else was written for the sam
 resampled.
 """
 
+import warnings
+
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import bootstrap, ttest_rel
+from scipy.stats import DegenerateDataWarning, bootstrap, ttest_rel
 
 from snpatch.errors import SnpatchError
 
@@ -24,7 +26,8 @@ def interval(statistic, *samples: ArrayLike, resamples: int = 1000, confidence: 
     value = float(statistic(*samples, axis=-1))
     if len(samples[0]) < 2:
         return value, value, value
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # no spread over prompts: an interval of one point
         found = bootstrap(
             samples,
             statistic,

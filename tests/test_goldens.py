@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from snpatch import Constant, Engine, Patch, Ranking, Sampling
 from snpatch.executors import transformers as executor
+from snpatch.experiments.perplexity import perplexities, windows_of
 
 HOME = Path(__file__).parent / "goldens" / "A"
 SHAPE = (4, 352)
@@ -172,14 +173,13 @@ def test_features(engine, batch):
 def test_perplexity(engine, name):
     golden = read("perplexity.json")
     ids, size, want = golden["input_ids"], golden["window"], golden["results"][name]
-    windows = [ids[start : start + size] for start in range(0, len(ids), size)]
+    windows = windows_of(ids, size)
     assert list(map(len, windows)) == golden["window_lengths"]
     patches = {
         "recipient": want["recipient"],
         "donor": "dpo",
         "patched": Patch(want["recipient"], "dpo", RANKING, want["k"]),
     }
-    for role, patch in patches.items():
-        losses = torch.stack([-logprobs.values.mean() for logprobs in engine.logprobs(windows, patch)])
-        assert losses.tolist() == pytest.approx(want[f"{role}_nll"], rel=RELATIVE)
-        assert losses.mean().exp().item() == pytest.approx(want[f"{role}_ppl"], rel=RELATIVE)
+    for role, found in zip(patches, perplexities(engine, windows, list(patches.values())), strict=True):
+        assert [total / n for total, n in found.losses] == pytest.approx(want[f"{role}_nll"], rel=RELATIVE)
+        assert found.window_mean == pytest.approx(want[f"{role}_ppl"], rel=RELATIVE)

@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig
 
 from snpatch.effect import interval
+from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
+from snpatch.executors.request import Progress
 from snpatch.lab import Lab
 from snpatch.patch import Patch
 from snpatch.pretrained import load_pretrained
@@ -119,9 +121,15 @@ def measure(
         bos = tokenizer.bos_token_id
     windows = windows_of(ids, window, bos)
     with lab.progress(f"perplexity on {text}") as progress:
-        found = lab.engine.logprobs(
-            windows * len(patches), [patch for patch in patches for _ in windows], progress=progress
-        )
+        return perplexities(lab.engine, windows, patches, progress)
+
+
+def perplexities(
+    engine: Engine, windows: Sequence[Sequence[int]], patches: Sequence[Patch | str], progress: Progress | None = None
+) -> list[Perplexity]:
+    """Of each patched or unpatched model on windows of token ids."""
+    every = [patch for patch in patches for _ in windows]
+    found = engine.logprobs([*windows] * len(patches), every, progress=progress)
     losses = [(-one.values.double().sum().item(), len(one.values)) for one in found]
     n = len(windows)
     return [Perplexity(tuple(losses[start : start + n])) for start in range(0, len(losses), n)]

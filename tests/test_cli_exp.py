@@ -1,0 +1,109 @@
+"""The command line of experiments, guards, data sets and judges: real runs on the golden model, and bad input."""
+
+import json
+
+import pytest
+from test_cli import ADAPTERS, GOLDEN, MODEL, PAIR, prompts, ranking, run  # noqa: F401
+
+JUDGE = "some_judge:by_words"
+
+
+def test_guard_is_fitted_tried_and_applied(capsys, prompts, ranking, tmp_path):  # noqa: F811
+    guard = tmp_path / "guard.safetensors"
+    common = ["--judge", JUDGE, "--max-tokens", 3, *PAIR]
+    fit = ["guard", "fit", MODEL, prompts, *common, "--reads", "sft", "--ranking", ranking, "-k", 200, "--folds", 2]
+    code, out, err = run(capsys, *fit, "--C", "1,10", "--refusal", "no .", "-o", guard, "--json")
+    assert code == 0, err
+    fitted = json.loads(out)
+    assert fitted["n"] == 12
+    assert fitted["C"] in (1.0, 10.0)
+    assert 0 < fitted["harmful"] < 12
+    code, out, err = run(capsys, "guard", "eval", MODEL, prompts, *common, "--guard", guard, "--json")
+    assert code == 0, err
+    assert json.loads(out)["accuracy"] == 1.0, "on the prompts that it was fitted on"
+    texts = tmp_path / "texts.jsonl"
+    code, _, err = run(capsys, "guard", "apply", MODEL, prompts, *PAIR, "--guard", guard, "--recipient", "dpo",
+                       "--max-tokens", 3, "-o", texts)  # fmt: skip
+    assert code == 0, err
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    refused = [row for row in rows if row["finish_reason"] == "guard"]
+    assert len(refused) == fitted["harmful"]
+    assert all(row["completion"] == "no ." and row["token_ids"] == [] and row["harm"] > 0.5 for row in refused)
+    assert all(row["token_ids"] and row["harm"] <= 0.5 for row in rows if row not in refused)
+    code, out, err = run(capsys, *fit, "-o", guard)
+    assert code == 0, err
+    assert "by cross-validation" in out
+    code, _, err = run(capsys, "guard", "eval", MODEL, prompts, *common[:4], "-a", f"sft={GOLDEN / 'adapters/dpo'}",
+                       "--template", "tulu", "--backend", "transformers", "--guard", guard)  # fmt: skip
+    assert code == 2
+    assert "fitted on another 'sft'" in err
+
+
+def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):  # noqa: F811
+    table = tmp_path / "behaviours.csv"
+    words = [row["content"] for row in json.loads((GOLDEN / "prompts.json").read_text())["prompts"][:3]]
+    lines = [f'"{text}",standard,,,,{i}' for i, text in enumerate(words)]
+    header = "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID"
+    table.write_text("\n".join([header, *lines, '"",standard,,,,bad']) + "\n")
+    command = ["sweep", MODEL, table, "--format", "harmbench", *PAIR, "--ranking", f"safety={ranking}", "--donor",
+               "dpo", "--recipient", "sft", "-k", "0,70", "--judge", f"cost={JUDGE}", "--judge", "refused=refusal",
+               "--controls", 0, "--max-tokens", 3, "-o", tmp_path / "out", "--json"]  # fmt: skip
+    code, _, err = run(capsys, *command)
+    assert code == 2
+    assert "behaviours.csv, line 5: Behavior" in err
+    code, out, err = run(capsys, *command, "--skip-bad")
+    assert code == 0, err
+    assert "left out 1 broken rows" in err
+    rows = json.loads(out)["tables"]["curve"]
+    assert {row["judge"] for row in rows} == {"cost", "refused"}
+    assert {row["prompts"] for row in rows} == {3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["exp", "nothing", "-w", "demo"], "no experiment named 'nothing': there are curve"),
+        (["exp", "curve", "-w", "nowhere"], "world nowhere: no such file"),
+        (["exp", "curve", "words", "-w", "demo", "--set", "k=[1]"], "--set is for one experiment"),
+        (["exp", "curve", "-w", "demo", "--set", "k"], "--set wants name=value, got 'k'"),
+        (
+            ["exp", "words", "-w", "demo", "--set", "neurons=0", "--backend", "transformers", "--limit", "2"],
+            "at least 1",
+        ),
+        (["exp", "curve", "-w", "demo", "--backend", "jax"], "backend must be one of"),
+    ],
+)
+def test_bad_experiments_are_one_line(capsys, tmp_path, arguments, message):
+    code, out, err = run(capsys, *arguments, "-o", tmp_path / "out")
+    lines = [line for line in err.splitlines() if line.startswith("snpatch: error: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not out
+
+
+def test_an_experiment_that_fails_stops_no_other(capsys, tmp_path):
+    world = tmp_path / "world.toml"
+    world.write_text(f"""
+model = "{MODEL}"
+template = "tulu"
+recipients = ["sft"]
+benchmarks = ["p"]
+contrast_tokens = 3
+adapters = {{ sft = "{GOLDEN / "adapters/sft"}", dpo = ["{GOLDEN / "adapters/sft"}", "{GOLDEN / "adapters/dpo"}"] }}
+judges = {{ cost = {{ source = "refusal" }} }}
+sets = {{ p = {{ source = "p.jsonl" }} }}
+[contrasts]
+safety = {{ generator = "sft", against = "dpo", prompts = "p" }}
+[settings.distribution]
+k = 0.1
+""")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "kuze"}\n')
+    out = tmp_path / "out"
+    code, _, err = run(capsys, "exp", "stability", "distribution", "-w", world, "-o", out, "--backend", "transformers")
+    assert code == 2
+    assert "snpatch: stability: rankings to compare: needs at least two" in err
+    assert "snpatch: error: 1 of 2 experiments failed: stability" in err
+    assert (out / "distribution.csv").is_file()
+    assert "## distribution" in (out / "report.md").read_text()
+    assert not (out / "stability.csv").exists()
