@@ -54,11 +54,12 @@ bench-generate: $(READY)
 	SNPATCH_BENCH_SIZE=tiny $(BIN)/python -m pytest -q bench/bench_generate.py -k contrast --benchmark-enable \
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/contrast.cpu.json
 
-# What the README shows: the demo's table and plot, and its tables made from the records.
+# What the README shows: the experiments on the demo world (minutes), and its tables made from the records.
 readme: $(READY)
-	$(BIN)/snpatch demo --out snpatch-demo
+	rm -rf build/experiments
+	$(BIN)/snpatch exp all --world demo --out build/experiments
 	mkdir -p bench/results/demo
-	cp snpatch-demo/curve.csv snpatch-demo/curve.json snpatch-demo/curve.png bench/results/demo/
+	cp $(addprefix build/experiments/,curve.csv curve.json curve.png report.json) bench/results/demo/
 	$(BIN)/python bench/readme_table.py
 
 # On a machine with a GPU, torch and triton (no .venv needed): the compiled kernels' tests, then their bench; where vLLM

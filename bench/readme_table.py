@@ -47,6 +47,22 @@ def demo_table(folder: Path = RESULTS / "demo") -> str:
     return "\n".join(lines)
 
 
+def experiments_table(folder: Path = RESULTS / "demo") -> str:
+    """What each experiment found in the demo world, and its seconds."""
+    found = json.loads((folder / "report.json").read_text())
+    lines = ["| experiment | found in the demo world | seconds |", "|---|---|---|"]
+    for name, told in found.items():
+        sentence = told["headline"][0] if told["headline"] else ""
+        lines.append(f"| {name} | {sentence} | {told['provenance']['seconds']:.0f} |")
+    machine = next(iter(found.values()))["provenance"]
+    minutes = sum(told["provenance"]["seconds"] for told in found.values()) / 60
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("vllm", "torch"))
+    lines.append(
+        f"\n{minutes:.1f} minutes in all ({machine['device']['cpu threads']} CPU threads, {machine['device']['cpu capability']}, {versions})."
+    )
+    return "\n".join(lines)
+
+
 def generate_table(record: Path = RESULTS / "generate.cpu.json") -> str:
     """Ratios of bench_generate.py: how many times the rows or tokens a second of each other side."""
     data = json.loads(record.read_text())
@@ -97,7 +113,13 @@ def contrast_table(record: Path = RESULTS / "contrast.cpu.json") -> str:
     return "\n".join(lines)
 
 
-TABLES = {"generate": generate_table, "contrast": contrast_table, "op": op_table, "demo": demo_table}
+TABLES = {
+    "generate": generate_table,
+    "contrast": contrast_table,
+    "op": op_table,
+    "demo": demo_table,
+    "experiments": experiments_table,
+}
 
 
 def filled(text: str) -> str:

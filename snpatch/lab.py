@@ -6,15 +6,14 @@ tables), and a killed run must not start from nothing.
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from snpatch.data import Chat, Dataset, load
 from snpatch.engine import Engine
+from snpatch.environment import describe
 from snpatch.errors import SnpatchError
 from snpatch.executors.request import Progress
 from snpatch.judge import Judge, is_model, open_judge
@@ -23,7 +22,6 @@ from snpatch.sampling import Sampling
 from snpatch.sweep import SweepConfig, SweepResult, sweep
 from snpatch.world import Contrast, World
 
-PACKAGES = ("snpatch", "torch", "transformers", "vllm", "scikit-learn", "numpy", "scipy")
 Progresses = Callable[[str], AbstractContextManager[Progress | None]]
 
 
@@ -176,8 +174,7 @@ class Lab:
             "backend": self.engine.backend if opened else None,
             "max_tokens": self.world.max_tokens,
             **used,
-            "versions": {name: _version(name) for name in PACKAGES},
-            "machine": platform.machine(),
+            **describe(),
             "seconds": round(seconds, 1),
         }
 
@@ -210,12 +207,3 @@ class Lab:
         ranking.meta["key"] = self._key(contrast, at)
         ranking.save(self._path(contrast, at))
         return ranking
-
-
-def _version(package: str) -> str | None:
-    for name in (package, f"{package}-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None

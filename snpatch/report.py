@@ -22,7 +22,7 @@ Columns = Mapping[str, str | Callable[[Row], object]]
 
 @dataclass(frozen=True)
 class Report:
-    """tables: file stem -> rows, which all have the same keys. plots: file stem -> figure. headline: sentences that sum it up.
+    """tables: file stem -> rows, which all have the same keys. plots: file stem -> figure. headline: what was found.
 
     shown: the terminal's table. provenance: goes into each table's JSON file. records: texts behind the figures.
     """
@@ -83,6 +83,12 @@ def span(row: Row, name: str, form: Callable[[object], str] = cell) -> str:
     """ "low .. high" of a figure of the row, empty where it is undefined."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     return "" if low is None else f"{form(low)} .. {form(high)}"
+
+
+def between(values: Sequence[float], form: Callable[[object], str] = cell) -> str:
+    """The range of several figures, or the one that they all are."""
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low} .. {high}"
 
 
 def percent(value: float | None) -> str:

@@ -12,6 +12,7 @@ from snpatch import cli, experiments
 from snpatch.demo import WORLD
 from snpatch.guard.classifier import Guard
 
+SETS = tomllib.loads((WORLD / "world.toml").read_text())["settings"]["guard"]["prompts"]
 SMALLER = {  # so that all of them take a minute or two
     "[0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0]": "[0.0, 0.1, 0.2, 0.5, 1.0]",
     "stride = 0.05": "stride = 0.3",
@@ -22,15 +23,21 @@ SMALLER = {  # so that all of them take a minute or two
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    world, out = (tmp_path_factory.mktemp(name) for name in ("world", "out"))
-    shutil.copytree(WORLD, world, dirs_exist_ok=True)
-    text = (world / "world.toml").read_text()
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    shutil.copytree(WORLD, folder, dirs_exist_ok=True)
+    text = (folder / "world.toml").read_text()
     for old, new in SMALLER.items():
         assert old in text
         text = text.replace(old, new)
-    (world / "world.toml").write_text(text)
-    command = ["exp", "all", "--world", world / "world.toml", "-o", out, "--backend", "transformers", "--limit", 60]
+    (folder / "world.toml").write_text(text)
+    return folder / "world.toml"
+
+
+@pytest.fixture(scope="module")
+def folder(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    command = ["exp", "all", "--world", world, "-o", out, "--backend", "transformers", "--limit", 60]
     cli.app(list(map(str, command)), standalone_mode=False)
     return out
 
@@ -140,4 +147,11 @@ def test_words_positions_guard_and_safeguard(folder):
     assert (guard.model, guard.k) == ("sft", 100)
 
 
-SETS = tomllib.loads((WORLD / "world.toml").read_text())["settings"]["guard"]["prompts"]
+def test_vllm_gives_the_same_tables(folder, world, tmp_path):
+    """Both engines and both runners of the cost model, in processes of their own, as a user has them."""
+    command = ["exp", "curve", "perplexity", "safeguard", "--world", world, "-o", tmp_path, "--backend", "vllm"]
+    cli.app([*map(str, command), "--limit", "60"], standalone_mode=False)
+    for name in ("curve", "perplexity", "safeguard"):
+        for one, other in zip(table(tmp_path, name), table(folder, name), strict=True):
+            for key, value in other.items():
+                assert one[key] == (pytest.approx(value, abs=2e-3) if isinstance(value, float) else value), key

@@ -48,15 +48,16 @@ def run(name: str, lab: Lab, settings: Mapping[str, object] | None = None) -> Re
     return replace(report, provenance=lab.provenance(asdict(chosen), time.monotonic() - started))
 
 
-def write_summary(folder: str | Path) -> Path:
-    """report.md: what every experiment whose table lies in the folder found, with its plot."""
-    folder = Path(folder)
+def write_summary(folder: str | Path) -> None:
+    """report.md, and report.json for programs: what each experiment whose table lies in the folder found."""
+    folder, found = Path(folder), {}
     parts = ["# Experiments\n"]
     for name in NAMES:
         path = folder / f"{name}.json"
         if path.is_file():
             data = json.loads(path.read_text(encoding="utf-8"))
             told = data["provenance"]
+            found[name] = {"headline": data["headline"], "provenance": told}
             parts.append(f"## {name}\n")
             parts += [f"- {sentence}" for sentence in data["headline"]]
             parts.append(
@@ -64,7 +65,7 @@ def write_summary(folder: str | Path) -> Path:
                 f"settings and provenance: [{name}.json]({name}.json).\n\n![{name}]({name}.png)\n"
             )
     write_text(folder / "report.md", "\n".join(parts))
-    return folder / "report.md"
+    write_text(folder / "report.json", json.dumps(found, indent=1) + "\n")
 
 
 def _module(name: str):

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snpatch.lab import Lab
-from snpatch.report import Report, cell, p_value, percent, span, table_of
+from snpatch.report import Report, between, p_value, percent, span, table_of
 from snpatch.sweep import Row, SweepConfig, SweepResult
 
 PAPER_K = (0, 200, 400, 600, 800, 1000, 1200, 1500, *range(2000, 10_000, 1000), *range(10_000, 20_001, 2000))
@@ -143,9 +143,9 @@ def headline(result: SweepResult) -> list[str]:
                     sentences.append(f"{recipient}: no window of {ranking} neurons recovered any of {gain}.")
                     continue
                 row = min((row for row in line if row.effect >= 0.9 * best), key=lambda row: row.share)
-                random = _random(result, row)
+                random, place = _random(result, row), f", from rank {row.lo}" if row.lo else ""
                 sentences.append(
-                    f"{recipient}: {row.share:.1%} of the neurons ({row.hi - row.lo} by {ranking}) recovered "
+                    f"{recipient}: {row.share:.1%} of the neurons ({row.hi - row.lo} by {ranking}{place}) recovered "
                     f"{percent(row.effect)} of {gain} of {result.config.donor}"
                     + (f"; random ones: {judge}, effect {random}." if random else ".")
                 )
@@ -158,5 +158,4 @@ def _random(result: SweepResult, row: Row) -> str:
     if not same or row.control_seed is not None:
         return ""
     means, effects = [r.mean for r in same], [r.effect for r in same if r.effect is not None]
-    mean = f"{cell(min(means))} .. {cell(max(means))}"
-    return f"{mean}, {percent(min(effects))} .. {percent(max(effects))}" if effects else mean
+    return f"{between(means)}, {between(effects, percent)}" if effects else between(means)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from snpatch.experiments import agreement
 from snpatch.lab import Lab
-from snpatch.report import Report, cell, table_of
+from snpatch.report import Report, between, cell, table_of
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
 COLUMNS = {name: name for name in ("a", "b", "k", "overlap", "chance", "common", "spearman")}
@@ -34,10 +34,9 @@ def report_of(lab: Lab, name: str, rankings: dict, settings, what: str) -> Repor
     spearmans = [row["spearman"] for row in main if row["spearman"] is not None]
     overlaps = [row["overlap"] for row in main]
     sentence = (
-        f"{len(rankings)} {what}: overlap {cell(min(overlaps))} .. {cell(max(overlaps))} at k = {k} "
-        f"({cell(main[0]['chance'])} for random orders)"
+        f"{len(rankings)} {what}: overlap {between(overlaps)} at k = {k} ({cell(main[0]['chance'])} for random orders)"
     )
     if spearmans:
-        sentence += f", Spearman {cell(min(spearmans))} .. {cell(max(spearmans))}"
+        sentence += f", Spearman {between(spearmans)}"
     plots = {name: agreement.plot(rows, rankings, k)}
     return Report(name, {name: rows}, plots, table_of(rows, COLUMNS), [f"{sentence}."])

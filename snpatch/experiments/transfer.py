@@ -9,7 +9,7 @@ from snpatch.experiments.curve import sweep_config
 from snpatch.lab import Lab
 from snpatch.patch import Patch
 from snpatch.ranking import Ranking
-from snpatch.report import Report, percent, table_of
+from snpatch.report import Report, between, percent, table_of
 from snpatch.sweep import SweepResult
 
 
@@ -46,8 +46,7 @@ def run(lab: Lab, settings: Settings) -> Report:
     effects = [row for row in rows if row["ranking"] is not None and row["control_seed"] is None]
     means = {r: [row["effect"] for row in effects if row["recipient"] == r] for r in lab.world.recipients}
     headline = [
-        f"{recipient}: {k} neurons recover {percent(min(found))} .. {percent(max(found))} of the safety gain over "
-        f"{len(found)} benchmarks."
+        f"{recipient}: {k} neurons recover {between(found, percent)} of the safety gain over {len(found)} benchmarks."
         for recipient, values in means.items()
         if (found := [value for value in values if value is not None])
     ]
