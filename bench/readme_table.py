@@ -57,9 +57,8 @@ def experiments_table(folder: Path = RESULTS / "demo") -> str:
     machine = next(iter(found.values()))["provenance"]
     minutes = sum(told["provenance"]["seconds"] for told in found.values()) / 60
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("vllm", "torch"))
-    lines.append(
-        f"\n{minutes:.1f} minutes in all ({machine['device']['cpu threads']} CPU threads, {machine['device']['cpu capability']}, {versions})."
-    )
+    cpu = f"{machine['device']['cpu threads']} CPU threads, {machine['device']['cpu capability']}"
+    lines.append(f"\n{minutes:.1f} minutes in all ({cpu}, {versions}).")
     return "\n".join(lines)
 
 
