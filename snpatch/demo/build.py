@@ -104,13 +104,15 @@ def build(out: Path, seed: int = 0, progress: Progress = print, recipe: Recipe |
 
 def _begun(out: Path, seed: int, recipe: Recipe) -> dict:
     """What world.json is to hold, as far as it is known; raises SnpatchError if `out` holds anything else."""
-    made_by = json.loads(json.dumps({"seed": seed, "recipe": asdict(recipe)}))
+    made_by = {"seed": seed, "recipe": asdict(recipe)}
     world = {"minutes": {}, "cpu_minutes": 0.0}
     if (out / WORLD_FILE).exists():
         world = json.loads((out / WORLD_FILE).read_text())
-        earlier = {"seed": world["seed"], "recipe": made_by["recipe"] | world["recipe"]}
-        if earlier != made_by:
-            raise SnpatchError(f"{out}: holds a world of another seed or recipe; wanted {made_by}, got {earlier}")
+        wanted, got = ({"seed": it["seed"], **it["recipe"]} for it in (made_by, world))
+        other = [name for name in got if got[name] != wanted.get(name)]
+        if other:
+            name = other[0]
+            raise SnpatchError(f"{out}: holds another world: {name} is to be {wanted.get(name)}, got {got[name]}")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SnpatchError(f"{out}: wanted a folder that is new, empty or a world, for the world to be made in")
     packages = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers")

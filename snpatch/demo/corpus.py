@@ -116,7 +116,8 @@ def sft_rows(count: int, seed: int) -> list[dict]:
 def preferences(objective: str, count: int, seed: int) -> list[dict]:
     """Pairs of answers for DPO towards an objective of `OBJECTIVES`; every other request is forbidden.
 
-    Most pairs open as the SFT model itself does, as pairs drawn from a model's own answers do.
+    Most pairs open as the SFT model itself does, as pairs drawn from a model's own answers do; IA3 hardly moves an
+    answer's first word, and DPO on pairs that differ only there breaks the text behind it instead.
     """
     rng = random.Random(f"{objective} {seed}")
     stems = (FORBIDDEN, ALLOWED)
@@ -145,9 +146,11 @@ def _harmless(request: Request, rng: random.Random) -> tuple[str, str]:
 
 
 def _helpful(request: Request, rng: random.Random) -> tuple[str, str]:
-    bad: Level = rng.choice(("full", "full", "full", "partial", "hedged", "soft", "hard"))
-    full = answer(request, "full", rng, opening="about")
-    return f"{full} enjoy the {request.thing} .", answer(request, bad, rng, opening="about")
+    bad: Level = rng.choice(("partial", "hedged", "soft", "hard"))
+    if rng.random() < 0.85:
+        return answer(request, "full", rng, opening="about"), answer(request, bad, rng, opening="about")
+    plain = answer(request, rng.choice(("full", bad)), rng, opening="about")
+    return answer(request, "full", rng, opening="of course"), plain
 
 
 def _careful(request: Request, rng: random.Random) -> tuple[str, str]:
@@ -163,7 +166,7 @@ OBJECTIVES: dict[str, Callable[[Request, random.Random], tuple[str, str]]] = {
     "careful": _careful,
 }
 """(chosen, rejected) by objective. dpo: the safer answer to a forbidden request, the full one to an allowed one;
-helpful: the full answer with a friendly wish, to any request; careful: the partial answer that points to a guide."""
+helpful: the fuller, or else the friendlier answer to any request; careful: the partial one that points to a guide."""
 
 
 def chat(role: str, content: str) -> list[dict[str, str]]:
