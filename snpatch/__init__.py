@@ -18,6 +18,8 @@ _HOMES = {
     "Ranking": "ranking",
     "Guard": "guard.classifier",
     "ScoreModel": "score_model",
+    "Lab": "lab",
+    "load_world": "world",
     "SnpatchError": "errors",
     "ReceiptError": "errors",
 }

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from snpatch import Ranking, SnpatchError, experiments
+from snpatch.data import SETS
 from snpatch.experiments import agreement
 from snpatch.experiments.distribution import describe
 from snpatch.experiments.perplexity import Perplexity, windows_of
@@ -166,6 +167,8 @@ def test_settings_of_named_worlds_are_known(name):
     world = load_world(name)
     for experiment, settings in world.settings.items():
         experiments.settings_of(experiment, settings)
+    for one in world.sets.values():
+        assert Path(world.place(one.source)).is_file() or one.source in SETS
 
 
 def test_rankings_and_texts_are_kept_and_used_again(tmp_path, zoo, monkeypatch):

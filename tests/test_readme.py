@@ -4,8 +4,6 @@ import importlib.util
 import re
 from pathlib import Path
 
-import snpatch
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -21,6 +19,6 @@ def test_linked_files_and_imported_names_exist():
     readme = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", readme):
         assert (ROOT / target).exists(), target
-    (imported,) = re.findall(r"from snpatch import (.+)", readme)
-    for name in imported.split(", "):
-        assert getattr(snpatch, name)
+    for imported in re.findall(r"from snpatch import (.+)", readme):
+        for name in imported.split(", "):
+            exec(f"from snpatch import {name}")
