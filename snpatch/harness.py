@@ -30,6 +30,7 @@ try:
 except ImportError as error:
     raise ImportError("evaluation needs more packages: pip install 'snpatch[eval]'") from error
 
+MAX_GEN_TOKS = 256  # lm-eval's own default
 SAMPLING = ("top_p", "top_k", "min_tokens", "ignore_eos", "seed")  # of gen_kwargs; the rest is vLLM's own
 
 
@@ -41,7 +42,7 @@ class SnpatchLM(TemplateLM):
     A prompt longer than the context loses its beginning, and a warning says how many did.
     """
 
-    def __init__(self, engine: Engine, patch: Patch | str = "base", max_gen_toks: int = 256) -> None:
+    def __init__(self, engine: Engine, patch: Patch | str = "base", max_gen_toks: int = MAX_GEN_TOKS) -> None:
         super().__init__()
         self.engine, self.patch, self.max_gen_toks = engine, patch, max_gen_toks
         self.tokenizer, self.max_length = engine.tokenizer, engine.geometry.context
@@ -57,16 +58,15 @@ class SnpatchLM(TemplateLM):
         adapters=sft=SFT;dpo=SFT+DPO (name=folder, folders stacked in order; or a dict), recipient (default: base);
         donor (a model, zero, mean:recipient, mean:donor or noise:N), ranking (a file), k (or LO:HI) and where;
         max_gen_toks; and any argument of Engine: backend, template, dtype, tensor_parallel_size, ...
-        lm-eval's own --batch_size and --device are the engine's, but for their defaults: the engine knows better.
+        lm-eval's --batch_size and --device are the engine's, too, but for their defaults, which mean the engine's own.
         """
         given = {name: _whole(value) for name, value in arg_dict.items() if value is not None}
         if "model" not in given:
             raise SnpatchError("model_args: model=FOLDER is missing")
         model, adapters = str(given.pop("model")), _adapters(given.pop("adapters", {}))
-        patch = _patch(given)
-        asked = {name: given.pop(name) for name in ("max_gen_toks",) if name in given}
+        patch, max_gen_toks = _patch(given), given.pop("max_gen_toks", MAX_GEN_TOKS)
         engine = Engine(model, adapters, **{**_placed(**(additional_config or {})), **given})
-        made = cls(engine, patch, **asked)
+        made = cls(engine, patch, max_gen_toks)
         weakref.finalize(made, engine.close)
         return made
 
@@ -225,7 +225,7 @@ def _patch(given: dict) -> Patch | str:
 
 def _placed(batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None) -> dict:
     """lm-eval's own options as arguments of Engine, where they are not its defaults: 1, auto, cuda:0."""
-    most = str(batch_size or 1)
+    most = str(1 if batch_size is None else batch_size)
     if most.startswith("auto"):
         most = str(max_batch_size or 1)
     if not most.isdigit():
