@@ -62,7 +62,7 @@ class ScoreModel:
         padding = padding_of(config)
         # A Beavertails text is judged at its last token, transformers' decoders judge before padding.
         self._padding = None if is_beaver else padding
-        self.context = _context(config, tokenizer)
+        self._n_words, self.context = config.get_text_config().vocab_size, _context(config, tokenizer)
         if self.backend == "vllm":
             from snpatch.executors.vllm.score import VllmScorer as Scorer
 
@@ -110,6 +110,10 @@ class ScoreModel:
         if not 1 <= n <= self.context:
             raise SnpatchError(
                 f"judge: wanted a text of 1 to {self.context} tokens, got {n} with the prompt {prompt[:80]!r}"
+            )
+        if max(row["input_ids"]) >= self._n_words:
+            raise SnpatchError(
+                f"judge: its tokenizer made token {max(row['input_ids'])}, its model knows {self._n_words} tokens"
             )
         return {name: ids[:n] for name, ids in row.items()}
 

@@ -118,6 +118,9 @@ def test_models_that_cannot_be_judges_are_refused(tmp_path):
     )
     with pytest.raises(SnpatchError, match="pad_token_id 99 must be one of the 16 tokens"):
         opened(tmp_path / "longrope")
+    write(tmp_path / "few words", vocab_size=15)
+    with pytest.raises(SnpatchError, match="its tokenizer made token 15, its model knows 15 tokens"):
+        opened(tmp_path / "few words")(["a"], ["b e"])
     with pytest.raises(SnpatchError, match="wanted a text of 1 to 64 tokens, got 0"):
         write(tmp_path / "short", template="{{ '' }}")
         opened(tmp_path / "short")(["a"], ["b"])
