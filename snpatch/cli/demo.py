@@ -27,10 +27,10 @@ def demo(
 
 @app.command("build")
 def build(
-    out: Annotated[Path, typer.Argument(help="Folder for the new world; must not exist or be empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the world: new, empty, or a world to complete.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Make the demo world from nothing: language, base, SFT, DPO, cost model. Takes minutes."""
+    """Make the demo world from nothing: base, SFT, DPO objectives, a second seed, score models. Takes minutes."""
     try:
         from snpatch.demo.build import build as build_world
     except ImportError as error:  # it names the extra to install

@@ -42,7 +42,11 @@ Judges = Annotated[
     ),
 ]
 JudgeFormat = Annotated[
-    str | None, typer.Option(help="Input of a score model: tulu (the paper's code), beaver, chat, pair, or a template.")
+    str | None,
+    typer.Option(
+        help="Input of a score model: beaver (its own), tulu (what the paper's code feeds it, and its numbers need), chat, "
+        "pair, or a text with {prompt} and {completion}. Default: the model's own."
+    ),
 ]
 Untested = Annotated[bool, typer.Option("--allow-untested", help="Try architectures that were not tested.")]
 
