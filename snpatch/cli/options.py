@@ -44,8 +44,8 @@ Judges = Annotated[
 JudgeFormat = Annotated[
     str | None,
     typer.Option(
-        help="Input of a score model: beaver (its own), tulu (what the paper's code feeds it, and its numbers need), chat, "
-        "pair, or a text with {prompt} and {completion}. Default: the model's own."
+        help="Input of a score model: beaver (Beavertails' own), tulu (what the paper's code feeds it, and its numbers "
+        "need), chat, pair, or a text with {prompt} and {completion}. Default: the model's own."
     ),
 ]
 Untested = Annotated[bool, typer.Option("--allow-untested", help="Try architectures that were not tested.")]

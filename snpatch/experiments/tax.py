@@ -13,7 +13,7 @@ from snpatch.effect import interval, paired_p
 from snpatch.errors import SnpatchError
 from snpatch.lab import Lab
 from snpatch.ranking import Ranking
-from snpatch.report import Report, cell, p_value, span, table_of
+from snpatch.report import Report, p_value, span, table_of
 from snpatch.sweep import SweepConfig, SweepResult
 
 
@@ -74,13 +74,12 @@ def run(lab: Lab, settings: Settings) -> Report:
         "donor": "donor_mean",
         "random neurons' change": "random_change",
     }
-    sentence = f"{len(shared)} neurons are in both top {k} ({cell(len(shared) / k)} of them)."
     return Report(
         "tax",
         {"tax": rows},
         {"tax": _plot(rows)},
         table_of(rows, columns),
-        [sentence, *_sentences(rows)],
+        _sentences(rows, k),
         records=records,
     )
 
@@ -135,10 +134,14 @@ def _scores(result: SweepResult, judge: str, recipient: str, ranking: str | None
     return np.array([record["scores"][judge] for record in mine])
 
 
-def _sentences(rows: list[dict]) -> list[str]:
-    return [
-        f"{row['donor']} into {row['recipient']}, on {row['set']}: {row['judge']} {row['change']:+.2f}." for row in rows
-    ]
+def _sentences(rows: list[dict], k: int) -> list[str]:
+    """One a direction: what it changed, by judge and set."""
+    sentences = []
+    for donor, recipient in dict.fromkeys((row["donor"], row["recipient"]) for row in rows):
+        mine = [row for row in rows if (row["donor"], row["recipient"]) == (donor, recipient)]
+        changes = ", ".join(f"{row['judge']} {row['change']:+.2f} on {row['set']}" for row in mine)
+        sentences.append(f"{donor} into {recipient} on the {mine[0]['k']} neurons of both top {k}: {changes}.")
+    return sentences
 
 
 def _plot(rows: list[dict]) -> Figure:

@@ -57,7 +57,9 @@ def run(lab: Lab, settings: Settings) -> Report:
         for rank, (layer, neuron) in enumerate(ranking.top(settings.neurons).tolist())
     ]
     plots = {"words": _plot(rows, lines)}
-    return Report("words", {"words": rows}, plots, table_of(lines, {name: name for name in lines[0]}))
+    first = lines[0]
+    sentence = f"layer {first['layer']}, neuron {first['neuron']} ranks first; it speaks for: {first['tokens']}."
+    return Report("words", {"words": rows}, plots, table_of(lines, {name: name for name in first}), [sentence])
 
 
 @torch.inference_mode()
