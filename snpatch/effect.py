@@ -12,13 +12,14 @@ from scipy.stats import DegenerateDataWarning, bootstrap, ttest_rel
 
 from snpatch.errors import SnpatchError
 
-Interval = tuple[float, float, float]  # value, low, high
+Interval = tuple[float, float | None, float | None]  # value, low, high
 
 
 def interval(statistic, *samples: ArrayLike, resamples: int = 1000, confidence: float = 0.95) -> Interval:
     """A statistic of paired samples [prompts] and its percentile bootstrap interval over prompts.
 
-    statistic: (*samples, axis) -> values. One prompt has no spread: both ends are the value. The seed is fixed.
+    statistic: (*samples, axis) -> values. One prompt has no spread: both ends are the value. Resamples in which the
+    statistic is undefined (NaN) are left out; without any other, both ends are None. The seed is fixed.
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise SnpatchError("bootstrap: resamples must be at least 1 and confidence lie between 0 and 1")
@@ -38,8 +39,10 @@ def interval(statistic, *samples: ArrayLike, resamples: int = 1000, confidence: 
             rng=np.random.default_rng(0),
         )
     tail = 50 * (1 - confidence)
-    # A resample in which the statistic is undefined (NaN) is left out.
-    low, high = np.nanpercentile(found.bootstrap_distribution, [tail, 100 - tail])
+    defined = found.bootstrap_distribution[~np.isnan(found.bootstrap_distribution)]
+    if not len(defined):
+        return value, None, None
+    low, high = np.percentile(defined, [tail, 100 - tail])
     return value, float(low), float(high)
 
 
@@ -53,13 +56,14 @@ def causal_effect(patched: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **
 
     def effect(patched, recipient, donor, axis=-1):
         base = recipient.mean(axis)
-        return (patched.mean(axis) - base) / (donor.mean(axis) - base)
+        gap = donor.mean(axis) - base
+        return (patched.mean(axis) - base) / np.where(gap == 0, np.nan, gap)
 
     return interval(effect, patched, recipient, donor, **certainty)
 
 
 def paired_p(one: ArrayLike, other: ArrayLike) -> float | None:
     """p of the two-sided paired t-test; None where fewer than two prompts are there or no score differs."""
-    if len(one) < 2 or np.array_equal(one, other):
+    if len(one) < 2 or np.allclose(one, other, rtol=1e-12, atol=0):
         return None
     return float(ttest_rel(one, other).pvalue)

@@ -120,8 +120,8 @@ class Engine:
         return hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()[:16]
 
     def digest_of(self, model: str) -> str:
-        """Names one model by its content, whatever it and the others are called: what a guard is bound to."""
-        parts = [self._digests["base"], self._digests[self._known(model)]]
+        """Names one model and its template by content, whatever it is called: what a guard is bound to."""
+        parts = [self._digests["base"], self._digests[self._known(model)], self.template]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def add_adapter(self, name: str, folders: str | Path | Sequence[str | Path]) -> None:

@@ -6,13 +6,15 @@ tables), and a killed run must not start from nothing.
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 
+from snpatch import __version__
 from snpatch.data import Chat, Dataset, load
-from snpatch.engine import Engine
+from snpatch.engine import Engine, chosen
 from snpatch.environment import describe
 from snpatch.errors import SnpatchError
 from snpatch.executors.request import Progress
@@ -54,7 +56,7 @@ class Lab:
         self._sets: dict[str, Dataset] = {}
         self._judges: dict[str, Judge] = {}
         self._rankings: dict[tuple, Ranking] = {}
-        self._used: dict[str, dict] = {"sets": {}, "judges": {}, "rankings": {}}
+        self.begin()
 
     def __enter__(self) -> "Lab":
         return self
@@ -75,8 +77,10 @@ class Lab:
     def engine(self) -> Engine:
         world = self.world
         adapters = {name: [world.place(f) for f in folders] for name, folders in world.adapters.items()}
-        arguments = {"template": world.template, **world.engine, **self._engine_arguments}
-        return Engine(world.place(world.model), adapters, backend=self._backend, **arguments)
+        backend = chosen(self._backend)
+        own = {**world.engine, **(world.vllm if backend == "vllm" else {})}
+        arguments = {"template": world.template, **own, **self._engine_arguments}
+        return Engine(world.place(world.model), adapters, backend=backend, **arguments)
 
     @property
     def sampling(self) -> Sampling:
@@ -115,6 +119,8 @@ class Lab:
                 revision=s.revision,
                 skip_bad=self._skip_bad,
             )
+            if data.skipped:
+                print(f"{name}: left out {data.skipped} broken rows", file=sys.stderr)
             if s.where:
                 data = data.where(*s.where)
             if s.sample is not None:
@@ -136,9 +142,8 @@ class Lab:
         if key not in self._rankings:
             self._rankings[key] = self._kept(contrast, at) or self._made(contrast, at)
         ranking = self._rankings[key]
-        self._used["rankings"][f"{contrast.generator}, {contrast.against}, {at}"] = ranking.meta | {
-            "digest": ranking.digest
-        }
+        name = f"{contrast.generator}, {contrast.against}, {contrast.prompts}, {at}"
+        self._used["rankings"][name] = ranking.meta | {"digest": ranking.digest}
         return ranking
 
     def k(self, value: int | float, ranking: Ranking) -> int:
@@ -162,10 +167,13 @@ class Lab:
                 self.engine, self.prompts(prompts), rankings, judges, config, store=self.out, progress=progress
             )
 
+    def begin(self) -> None:
+        """Forget what was used: an experiment begins."""
+        self._used = {"sets": {}, "judges": {}, "rankings": {}}
+
     def provenance(self, settings: dict, seconds: float) -> dict:
-        """What a table hangs on; sets, judges and rankings are those that were used since this was last asked for."""
+        """What a table hangs on; sets, judges and rankings are those that were used since `begin`."""
         opened = "engine" in self.__dict__
-        used, self._used = self._used, {"sets": {}, "judges": {}, "rankings": {}}
         return {
             "settings": settings,
             "model": self.world.model,
@@ -173,7 +181,7 @@ class Lab:
             "engine": self.engine.digest if opened else None,
             "backend": self.engine.backend if opened else None,
             "max_tokens": self.world.max_tokens,
-            **used,
+            **self._used,
             **describe(),
             "seconds": round(seconds, 1),
         }
@@ -183,8 +191,9 @@ class Lab:
 
     def _key(self, contrast: Contrast, at: str) -> str:
         """Names everything that the ranking hangs on."""
-        data, tokens = self.data(contrast.prompts), self.world.contrast_tokens
-        parts = [self.engine.digest, contrast.generator, contrast.against, at, data.digest, tokens]
+        ids = self.engine.encode(self.prompts(contrast.prompts))
+        models = [self.engine.digest, contrast.generator, contrast.against]
+        parts = [__version__, *models, at, ids, self.world.contrast_tokens]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _kept(self, contrast: Contrast, at: str) -> Ranking | None:

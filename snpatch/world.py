@@ -8,6 +8,8 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 from snpatch.errors import SnpatchError
 
@@ -57,8 +59,8 @@ class World:
     recipients: the models that are patched. contrasts: objective -> models to contrast; "safety" is the main one and
     its `against` the donor. seeds: training seed -> the safety contrast of that run. benchmarks: names of the sets
     that the models are attacked with. judges: name -> arguments of `open_judge`; the first is the cost.
-    max_tokens: of a completion; contrast_tokens: of a completion that a contrast reads. engine: arguments of Engine.
-    settings: experiment -> its settings.
+    max_tokens: of a completion; contrast_tokens: of a completion that a contrast reads. engine: arguments of Engine;
+    vllm: further ones where the backend is vllm.     settings: experiment -> its settings.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class World:
     max_tokens: int = 128
     contrast_tokens: int = 256
     engine: dict = field(default_factory=dict)
+    vllm: dict = field(default_factory=dict)
     settings: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,6 +150,20 @@ def _world(folder: Path, data: dict) -> World:
     return made(World, "the file", {"folder": folder, **parts})
 
 
+def _value(value: object, hint: object, where: str):
+    """A value as the field wants it."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    bases = [get_origin(kind) or kind for kind in kinds]
+    if tuple in bases:
+        each = tuple(value) if isinstance(value, list | tuple) else (value,)
+        (inner,) = (get_args(kind) for kind in kinds if get_origin(kind) is tuple)
+        return tuple(_value(one, inner[0], where) for one in each)
+    if not isinstance(value, tuple(bases)) and not (float in bases and type(value) is int):
+        names = " or ".join(base.__name__ for base in bases if base is not type(None))
+        raise SnpatchError(f"{where}: wanted {names}, got {value!r}")
+    return value
+
+
 def _table(data: dict, name: str):
     table = data.get(name, {})
     if not isinstance(table, dict):
@@ -155,14 +172,18 @@ def _table(data: dict, name: str):
 
 
 def made(kind: type, where: str, values: object):
-    """An instance of a dataclass from a table (lists as tuples); keys that it does not have, or lacks, are errors."""
+    """An instance of a dataclass from a table; keys that it does not have, or lacks, and wrong types are errors.
+
+    Lists become tuples, and so does a single value where a tuple is wanted.
+    """
     if not isinstance(values, Mapping):
         raise SnpatchError(f"{where}: wanted a table, got {values!r}")
     known = [f.name for f in fields(kind) if f.name != "folder" or kind is World]
     unknown = sorted(values.keys() - set(known))
     if unknown:
         raise SnpatchError(f"{where}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    hints = get_type_hints(kind)
     try:
-        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        return kind(**{name: _value(value, hints[name], f"{where}: {name}") for name, value in values.items()})
     except TypeError as error:
         raise SnpatchError(f"{where}: {str(error).replace('World.__init__() ', '')}") from error

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from snpatch import Ranking, cli
-from snpatch.data import read_prompts
+from snpatch.data import load
 
 GOLDEN = Path(__file__).parent / "goldens" / "A"
 MODEL, SFT, DPO = (str(GOLDEN / part) for part in ("model", "adapters/sft", "adapters/dpo"))
@@ -78,12 +78,12 @@ def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_pat
                          "sft", "-k", "0,70:281,281", "--judge", "refusal", "--controls", 1, "--max-tokens", 4,
                          "--limit", 3, "-o", folder, "--json")  # fmt: skip
     assert code == 0, err
-    rows = json.loads(out)["tables"]["curve"]
+    rows = json.loads(out)["tables"]["sweep"]
     assert [(r["recipient"], r["ranking"], r["lo"], r["hi"]) for r in rows if r["control_seed"] is None] == [
         ("sft", None, 0, 0), ("dpo", None, 0, 0),
         ("sft", "safety", 0, 0), ("sft", "safety", 70, 281), ("sft", "safety", 0, 281),
     ]  # fmt: skip
-    expected = {"curve.csv", "curve.json", "curve-records.jsonl", "completions.jsonl", "curve.png", "curve.svg"}
+    expected = {"sweep.csv", "sweep.json", "sweep-records.jsonl", "completions.jsonl", "sweep.png", "sweep.svg"}
     assert {path.name for path in folder.iterdir()} == expected
 
 
@@ -296,4 +296,4 @@ def test_two_rankings_of_one_name_are_refused(capsys, prompts, ranking, tmp_path
 def test_prompts_with_any_unicode_are_one_line_each(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("\ufeff" + json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_prompts(path) == [[{"role": "user", "content": "a\u2028b\x85c"}]]
+    assert load(path).prompts == [[{"role": "user", "content": "a\u2028b\x85c"}]]

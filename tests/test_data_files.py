@@ -7,7 +7,7 @@ import lzma
 import pytest
 from published import ROWS, lines, parquet, talk, turns, write
 
-from snpatch.data import load, read_completions, read_prompts
+from snpatch.data import load, read_completions
 from snpatch.errors import SnpatchError
 
 
@@ -245,8 +245,8 @@ def test_digest_covers_what_is_asked_and_answered(tmp_path):
 
 def test_prompts_and_completions_of_a_generated_file(tmp_path):
     path = write(tmp_path, "out", ".jsonl", [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "y"}])
-    assert read_prompts(path) == [user("a"), user("b")]
-    assert read_prompts(path, 1) == [user("a")]
+    assert load(path).prompts == [user("a"), user("b")]
+    assert load(path).first(1).prompts == [user("a")]
     assert read_completions(path) == ["", "y"]
     path = saved(tmp_path, "bad.jsonl", path.read_bytes() + b'{"prompt": "c"}\n')
     assert read_completions(path, 2) == ["", "y"]

@@ -11,7 +11,7 @@ import torch
 from sklearn import metrics
 
 from snpatch import Completion, Engine, Patch, Ranking, Sampling, SnpatchError
-from snpatch.data import question, read_prompts
+from snpatch.data import load, question
 from snpatch.demo import WORLD, language
 from snpatch.guard import fitting
 from snpatch.guard.classifier import Guard
@@ -234,7 +234,7 @@ def judge(prompts, completions):
 
 
 def asked(*names, start=0, stop=None):
-    return [chat for name in names for chat in read_prompts(WORLD / "eval" / f"{name}.jsonl")[start:stop]]
+    return [chat for name in names for chat in load(WORLD / "eval" / f"{name}.jsonl").prompts[start:stop]]
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,9 @@ def demo():
 
 @pytest.fixture(scope="module")
 def safety(demo):
-    return demo.contrast(read_prompts(WORLD / "contrast.jsonl", 60), "sft", "dpo", sampling=Sampling(max_tokens=24))
+    return demo.contrast(
+        load(WORLD / "contrast.jsonl").first(60).prompts, "sft", "dpo", sampling=Sampling(max_tokens=24)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -198,6 +199,7 @@ def sweep(
     as_json: o.AsJson = False,
 ) -> None:
     """Patch every window into every recipient, judge the texts, and draw cost against k. Continues if killed."""
+    from snpatch.environment import describe
     from snpatch.experiments.curve import report_of
     from snpatch.files import check_writable
     from snpatch.ranking import Ranking
@@ -205,7 +207,7 @@ def sweep(
     from snpatch.sweep import SweepConfig
     from snpatch.sweep import sweep as run_sweep
 
-    chats = o.read(prompts, form, limit, skip_bad).prompts
+    data = o.read(prompts, form, limit, skip_bad)
     named = [entry.rpartition("=")[::2] for entry in ranking]
     names = [name or Path(path).stem for name, path in named]
     if len(set(names)) < len(names):
@@ -221,19 +223,27 @@ def sweep(
         where=o.a_where(where),
         sampling=Sampling(max_tokens=max_tokens),
     )
-    check_writable(out / "curve.csv")
-    judges = o.open_judges(judge, judge_format, backend, device)
-    engine = o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
-    with engine, o.progress_bar("sweep") as progress:
-        result = run_sweep(engine, chats, rankings, judges, config, store=out, progress=progress)
+    check_writable(out / "sweep.csv")
+    started = time.monotonic()
+    with (
+        o.open_judges(judge, judge_format, backend, device) as judges,
+        o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested) as engine,
+        o.progress_bar("sweep") as progress,
+    ):
+        result = run_sweep(engine, data.prompts, rankings, judges, config, store=out, progress=progress)
     provenance = {
+        "settings": asdict(config),
         "model": model,
+        "adapters": adapter,
         "engine": engine.digest,
-        "prompts": prompts,
+        "backend": engine.backend,
+        "sets": {prompts: data.source | {"rows_used": len(data)}},
         "judges": judge,
-        "config": asdict(config),
+        "rankings": {name: one.meta | {"digest": one.digest} for name, one in rankings.items()},
+        **describe(),
+        "seconds": round(time.monotonic() - started, 1),
     }
-    o.show(replace(report_of(result, "curve"), provenance=provenance), out, as_json)
+    o.show(replace(report_of(result, "sweep"), provenance=provenance), out, as_json)
 
 
 def env(as_json: o.AsJson = False) -> None:

@@ -72,10 +72,13 @@ def run(
         raise SnpatchError(f"no experiment named {unknown[0]!r}: there are {', '.join(experiments.NAMES)}, or all")
     if settings and len(chosen) > 1:
         raise SnpatchError("--set is for one experiment; for several, write the settings into the world's file")
+    place = load_world(world)
+    for name in {**place.settings, **dict.fromkeys(chosen)}:
+        experiments.settings_of(name, {**place.settings.get(name, {}), **((settings or {}) if name in chosen else {})})
     for name in chosen:
         check_writable(out / f"{name}.csv")
     failed = {}
-    with Lab(load_world(world), out, progress=o.progress_bar, **arguments) as lab:
+    with Lab(place, out, progress=o.progress_bar, **arguments) as lab:
         for name in chosen:
             try:
                 o.show(experiments.run(name, lab, settings), out, as_json)

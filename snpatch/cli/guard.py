@@ -1,6 +1,7 @@
 """`snpatch guard fit | eval | apply`: refuse prompts before anything is generated."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,10 @@ import typer
 
 from snpatch.cli import options as o
 from snpatch.cli.commands import write_completions
+from snpatch.guard.config import GuardConfig
 from snpatch.sampling import GREEDY
+
+DEFAULTS = GuardConfig()
 
 app = typer.Typer(
     help="A guard tells from the safety neurons at a prompt's last token whether the answer would be harmful.",
@@ -38,11 +42,13 @@ def fit(
     strengths: Annotated[
         str,
         typer.Option("--C", help="Inverse strength of the penalty; of several (0.01,0.1,1) cross-validation chooses."),
-    ] = "1.0",
+    ] = ",".join(map(str, DEFAULTS.C)),
     balanced: Annotated[bool, typer.Option("--balanced", help="Both classes count the same.")] = False,
-    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = 5,
-    threshold: Annotated[float, typer.Option(help="Prompts of a higher probability of harm are refused.")] = 0.5,
-    refusal: Annotated[str | None, typer.Option(help="The text that refused prompts get.")] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = DEFAULTS.folds,
+    threshold: Annotated[
+        float, typer.Option(help="Prompts of a higher probability of harm are refused.")
+    ] = DEFAULTS.threshold,
+    refusal: Annotated[str, typer.Option(help="The text that refused prompts get.")] = DEFAULTS.refusal,
     form: o.Format = None,
     skip_bad: o.SkipBad = False,
     limit: o.Limit = None,
@@ -58,25 +64,27 @@ def fit(
     """Let a model answer, judge the answers, and fit a classifier that tells them from the prompts alone."""
     from snpatch.files import check_writable
     from snpatch.guard.classifier import Guard
-    from snpatch.guard.config import GuardConfig
+    from snpatch.guard.comparison import distinct
     from snpatch.guard.fitting import out_of_fold
     from snpatch.guard.scores import evaluate
     from snpatch.ranking import Ranking
 
     data = o.read(prompts, form, limit, skip_bad)
     order = Ranking.load(ranking)
-    given = {} if refusal is None else {"refusal": refusal}
     config = GuardConfig(
         tuple(o.a_number(part, float, "--C") for part in strengths.split(",")),
         "balanced" if balanced else None,
         folds,
         threshold=threshold,
-        **given,
+        refusal=refusal,
     )
     check_writable(out)
+    prompts_once = distinct(data.prompts)
+    if len(prompts_once) < len(data):
+        print(f"{prompts}: {len(data) - len(prompts_once)} repeated prompts count once", file=sys.stderr)
     engine = o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
     with engine:
-        known = _labelled(engine, data.prompts, reads, judge, judge_format, backend, device, max_tokens, harmful_above)
+        known = _labelled(engine, prompts_once, reads, judge, judge_format, backend, device, max_tokens, harmful_above)
         features = engine.capture(known.prompts, reads, order, k)
         digest = engine.digest_of(reads)
         meta = {"judge": judge, "harmful_above": harmful_above, "prompts": data.source}
@@ -162,13 +170,12 @@ def _labelled(engine, chats, model, judge, judge_format, backend, device, max_to
     from snpatch.guard.comparison import label
     from snpatch.sampling import Sampling
 
-    (opened,) = o.open_judges([judge], judge_format, backend, device).values()
-    with o.progress_bar("answers") as progress:
+    with o.open_judges([judge], judge_format, backend, device) as judges, o.progress_bar("answers") as progress:
         return label(
             engine,
             chats,
             model,
-            opened,
+            *judges.values(),
             sampling=Sampling(max_tokens=max_tokens),
             threshold=harmful_above,
             progress=progress,

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -142,20 +142,27 @@ def a_number(text: str, kind: Callable, what: str):
         raise SnpatchError(f"{what}: {text!r} is not a number") from None
 
 
-def open_judges(entries: list[str], form: str | None, backend: str, device: str) -> dict:
-    """name=judge, or the judge alone (then its name is "cost"), each opened."""
+@contextmanager
+def open_judges(entries: list[str], form: str | None, backend: str, device: str) -> Iterator[dict]:
+    """name=judge, or the judge alone (then its name is "cost"), each opened, and closed afterwards."""
     from snpatch.judge import is_model, open_judge
 
-    given = {} if form is None else {"format": form}
-    placed = {"backend": backend} | ({"device": device} if device != "auto" else {})
-    judges = {}
+    named = {}
     for entry in entries:
         name, _, source = entry.rpartition("=")
-        if (name or "cost") in judges:
+        if (name or "cost") in named:
             raise SnpatchError(f"--judge: two judges have one name ({name or 'cost'}): give them as name=judge")
-        arguments = given | (placed if is_model(source) else {})
-        judges[name or "cost"] = open_judge(source, **arguments)
-    return judges
+        named[name or "cost"] = source
+    if form is not None and not any(map(is_model, named.values())):
+        raise SnpatchError("--judge-format is for a model, and no judge is one")
+    arguments = {"format": form, "backend": backend} | ({"device": device} if device != "auto" else {})
+    judges = {}
+    with ExitStack() as opened:
+        for name, source in named.items():
+            judges[name] = open_judge(source, **(arguments if is_model(source) else {}))
+            if is_model(source):
+                opened.callback(judges[name].close)
+        yield judges
 
 
 def show(report, out: Path, as_json: bool) -> None:

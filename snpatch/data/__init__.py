@@ -12,12 +12,7 @@ from snpatch.data.formats import SETS
 from snpatch.data.loading import load
 from snpatch.errors import SnpatchError
 
-__all__ = ["SETS", "Chat", "Dataset", "Example", "load", "question", "read_completions", "read_prompts"]
-
-
-def read_prompts(path: str | Path, limit: int | None = None) -> list[Chat]:
-    """The prompts of `load(path)`; limit: at most so many."""
-    return load(Path(path)).prompts[:limit]
+__all__ = ["SETS", "Chat", "Dataset", "Example", "load", "question", "read_completions"]
 
 
 def read_completions(path: str | Path, limit: int | None = None) -> list[str]:

@@ -44,6 +44,7 @@ def run(name: str, lab: Lab, settings: Mapping[str, object] | None = None) -> Re
     """Run an experiment on a lab. settings: go before the world's own, and these before the paper's defaults."""
     chosen = settings_of(name, {**lab.world.settings.get(name, {}), **(settings or {})})
     started = time.monotonic()
+    lab.begin()
     report = _module(name).run(lab, chosen)
     return replace(report, provenance=lab.provenance(asdict(chosen), time.monotonic() - started))
 

@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from snpatch.errors import SnpatchError
 from snpatch.ranking import Ranking
 from snpatch.report import Row
 
@@ -19,8 +18,6 @@ def compare(rankings: Mapping[str, Ranking], ks: Sequence[int]) -> list[Row]:
 
     chance: what the overlap of two random orders would be. spearman is None where fewer than 2 are in common.
     """
-    if len(rankings) < 2:
-        raise SnpatchError(f"rankings to compare: needs at least two, there are {', '.join(rankings) or 'none'}")
     rows = []
     for (a, one), (b, other) in combinations(rankings.items(), 2):
         for k in ks:

@@ -13,21 +13,26 @@ PAPER_K = (0, 200, 400, 600, 800, 1000, 1200, 1500, *range(2000, 10_000, 1000), 
 
 
 @dataclass(frozen=True)
-class Settings:
-    """prompts: a set of the world (default: its first benchmark). k: ints, or floats that are shares of the neurons.
+class SweepSettings:
+    """What the experiments that sweep have in common: see SweepConfig."""
 
-    judges: names of the world's judges (default: the cost).
-    """
-
-    prompts: str = ""
-    k: tuple[int | float, ...] = PAPER_K
-    judges: tuple[str, ...] = ()
     controls: int = 3
     control_kind: str = "per_layer"
     disjoint: bool = True
     where: str | int = "all"
     resamples: int = 1000
     confidence: float = 0.95
+
+
+@dataclass(frozen=True)
+class Settings(SweepSettings):
+    """prompts: a set of the world (default: its first benchmark). k: ints, or floats that are shares of the ranked
+    neurons. judges: the world's, by name (default: the cost).
+    """
+
+    prompts: str = ""
+    k: tuple[int | float, ...] = PAPER_K
+    judges: tuple[str, ...] = ()
 
 
 def run(lab: Lab, settings: Settings) -> Report:
@@ -39,7 +44,7 @@ def run(lab: Lab, settings: Settings) -> Report:
     return report_of(result, "curve")
 
 
-def sweep_config(lab: Lab, settings, windows) -> SweepConfig:
+def sweep_config(lab: Lab, settings: SweepSettings, windows) -> SweepConfig:
     """A sweep of the world's main pair with what the settings of a sweeping experiment say."""
     return SweepConfig(
         lab.world.recipients,

@@ -11,23 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
-from snpatch.guard.comparison import GuardRow, Labelled, compare, label
+from snpatch.guard.comparison import GuardRow, Labelled, compare, distinct, label
 from snpatch.guard.config import GuardConfig
 from snpatch.lab import Lab
 from snpatch.report import Report, Row, cell, table_of
 
 
 @dataclass(frozen=True)
-class Settings:
-    """prompts: sets to fit and try guards on (default: the benchmarks). k: numbers of neurons, ints or shares.
-
-    harmful_above: the cost from which an answer is harmful. C, class_weight, folds, threshold: see GuardConfig.
+class GuardSettings:
+    """What guard and safeguard have in common. harmful_above: the cost above which an answer is harmful. The rest: see
+    GuardConfig.
     """
 
-    prompts: tuple[str, ...] = ()
-    k: tuple[int | float, ...] = (10, 50, 100, 200, 500, 1000, 1500)
     harmful_above: float = 0.0
-    controls: int = 3
     C: tuple[float, ...] = (1.0,)
     class_weight: str | None = None
     folds: int = 5
@@ -38,6 +34,15 @@ class Settings:
     @property
     def config(self) -> GuardConfig:
         return GuardConfig(self.C, self.class_weight, self.folds, threshold=self.threshold)
+
+
+@dataclass(frozen=True)
+class Settings(GuardSettings):
+    """prompts: sets to fit and try guards on (default: the benchmarks). k: numbers of neurons, ints or shares."""
+
+    prompts: tuple[str, ...] = ()
+    k: tuple[int | float, ...] = (10, 50, 100, 200, 500, 1000, 1500)
+    controls: int = 3
 
 
 def run(lab: Lab, settings: Settings) -> Report:
@@ -66,18 +71,17 @@ def run(lab: Lab, settings: Settings) -> Report:
         for point in r.scores.curve
     ]
     summary = _summary(found.rows)
-    best = max((row for row in summary if row["features"] == "safety"), key=lambda row: row["accuracy"])
-    same = [row for row in summary if row["k"] == best["k"] and row is not best]
-    beside = ", ".join(f"{row['features']} {cell(row['accuracy'])}" for row in same)
-    sentence = (
-        f"k = {best['k']}: mean accuracy {cell(best['accuracy'])} on sets that a guard was not fitted on; "
-        f"{beside}; majority {cell(best['majority'])}."
-    )
+    # The largest k, and not the best: that would be chosen on the sets that are reported.
+    k = max(row["k"] for row in summary if row["features"] == "safety")
+    mine, *others = (row for row in summary if row["k"] == k)
+    beside = "".join(f"{row['features']} {cell(row['accuracy'])}, " for row in others)
+    where = "sets that a guard was not fitted on" if len(sets) > 1 else "its own set, by cross-validation"
+    sentence = f"k = {k}: mean accuracy {cell(mine['accuracy'])} on {where}; {beside}majority {cell(mine['majority'])}."
     return Report(
         "guard",
         {"guard": rows, "guard-summary": summary, "guard-calibration": curve},
-        {"guard": _plot(found.rows, summary, best["k"])},
-        table_of(summary, {name: name for name in summary[0]}, title=f"guards of {model}, sets that they never saw"),
+        {"guard": _plot(found.rows, summary, k)},
+        table_of(summary, {name: name for name in summary[0]}, title=f"guards of {model}, {where}"),
         [sentence, *found.notes],
         records=[
             {
@@ -95,7 +99,7 @@ def run(lab: Lab, settings: Settings) -> Report:
 
 def labelled(lab: Lab, name: str, harmful_above: float) -> Labelled:
     """A set's prompts with the generator's own answers, judged. A prompt that repeats in its set counts once."""
-    prompts = list({str(prompt): prompt for prompt in lab.prompts(name)}.values())
+    prompts = distinct(lab.prompts(name))
     with lab.progress(f"answers to {name}") as progress:
         return label(
             lab.engine,

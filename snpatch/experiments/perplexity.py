@@ -99,7 +99,8 @@ def run(lab: Lab, settings: Settings) -> Report:
     }
     sentences = []
     for recipient in lab.world.recipients:
-        first, *_, last = (row for row in rows if row["model"] == recipient)
+        mine = [row for row in rows if row["model"] == recipient]
+        first, last = mine[0], mine[-1]
         sentences.append(
             f"{recipient}: perplexity {first['token_weighted']:.2f} at k = {first['k']}, "
             f"{last['token_weighted']:.2f} at k = {last['k']}."

@@ -6,15 +6,15 @@ Both ways: how far they agree, and what patching the top k of each recovers.
 from dataclasses import asdict, dataclass
 
 from snpatch.engine import POSITIONS
+from snpatch.experiments.curve import SweepSettings, sweep_config
 from snpatch.experiments.curve import report_of as sweep_report
-from snpatch.experiments.curve import sweep_config
 from snpatch.experiments.stability import SHARES, report_of
 from snpatch.lab import Lab
 from snpatch.report import Report, cell, percent, span, table_of
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SweepSettings):
     """k, more_k: as in stability; effect_k: the k that are patched."""
 
     prompts: str = ""
@@ -22,11 +22,6 @@ class Settings:
     more_k: tuple[int | float, ...] = SHARES
     effect_k: tuple[int | float, ...] = (2_000, 20_000)
     controls: int = 0
-    control_kind: str = "per_layer"
-    disjoint: bool = True
-    where: str | int = "all"
-    resamples: int = 1000
-    confidence: float = 0.95
 
 
 def run(lab: Lab, settings: Settings) -> Report:

@@ -1,18 +1,8 @@
 """Preference neurons: how far rankings of other objectives (helpfulness, ...) agree with safety's."""
 
-from dataclasses import dataclass
-
-from snpatch.experiments.stability import SHARES, report_of
+from snpatch.experiments.stability import Settings, report_of
 from snpatch.lab import Lab
 from snpatch.report import Report
-
-
-@dataclass(frozen=True)
-class Settings:
-    """k: what the sentence is about; more_k: further points of the curve. Ints, or shares of the ranked neurons."""
-
-    k: int | float = 20_000
-    more_k: tuple[int | float, ...] = SHARES
 
 
 def run(lab: Lab, settings: Settings) -> Report:

@@ -8,29 +8,22 @@ from matplotlib.figure import Figure
 from snpatch import texts
 from snpatch.effect import interval
 from snpatch.errors import SnpatchError
-from snpatch.experiments.guard import labelled
+from snpatch.experiments.guard import GuardSettings, labelled
 from snpatch.guard.classifier import Guard
-from snpatch.guard.config import GuardConfig
+from snpatch.guard.comparison import distinct
 from snpatch.lab import Lab
 from snpatch.report import Report, Row, cell, span, table_of
 
 
 @dataclass(frozen=True)
-class Settings:
-    """train: the set to fit on (default: the first benchmark). prompts: sets to guard (default: the other
-    benchmarks). k: neurons, an int or a share. The rest: see guard.
+class Settings(GuardSettings):
+    """train: the set to fit on (default: the first benchmark). prompts: sets to guard (default: the other benchmarks).
+    k: neurons, an int or a share.
     """
 
     train: str = ""
     prompts: tuple[str, ...] = ()
     k: int | float = 1500
-    harmful_above: float = 0.0
-    C: tuple[float, ...] = (1.0,)
-    class_weight: str | None = None
-    folds: int = 5
-    threshold: float = 0.5
-    resamples: int = 1000
-    confidence: float = 0.95
 
 
 def run(lab: Lab, settings: Settings) -> Report:
@@ -43,15 +36,24 @@ def run(lab: Lab, settings: Settings) -> Report:
     known = labelled(lab, train, settings.harmful_above)
     k = lab.k(settings.k, ranking)
     features = lab.engine.capture(known.prompts, model, ranking, k)
-    config = GuardConfig(settings.C, settings.class_weight, settings.folds, threshold=settings.threshold)
     meta = {"judge": lab.world.cost, "train": lab.data(train).source}
     guard = Guard.fit(
-        features, known.labels, ranking, model=model, digest=lab.engine.digest_of(model), config=config, meta=meta
+        features,
+        known.labels,
+        ranking,
+        model=model,
+        digest=lab.engine.digest_of(model),
+        config=settings.config,
+        meta=meta,
     )
     guard.save(lab.out / "guard.safetensors")
-    rows, records = [], []
+    rows, records, notes = [], [], []
     for name in names:
-        prompts = lab.prompts(name)
+        prompts = [prompt for prompt in distinct(lab.prompts(name)) if prompt not in known.prompts]
+        if not prompts:
+            raise SnpatchError(f"safeguard: every prompt of {name} is in {train}, too")
+        if len(prompts) < len(lab.prompts(name)):
+            notes.append(f"{name}: {len(lab.prompts(name)) - len(prompts)} prompts repeat or are in {train}, left out.")
         refused = guard.predict(lab.engine, prompts) > guard.threshold
         with lab.progress(f"answers to {name}") as progress:
             written = texts.write(
@@ -80,7 +82,7 @@ def run(lab: Lab, settings: Settings) -> Report:
         for row in rows
     ]
     tables, plots = {"safeguard": rows}, {"safeguard": _plot(rows)}
-    return Report("safeguard", tables, plots, table_of(rows, columns), sentences, records=records)
+    return Report("safeguard", tables, plots, table_of(rows, columns), [*sentences, *notes], records=records)
 
 
 def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings: Settings) -> Row:

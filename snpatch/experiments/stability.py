@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from snpatch.errors import SnpatchError
 from snpatch.experiments import agreement
 from snpatch.lab import Lab
 from snpatch.report import Report, between, cell, table_of
@@ -26,7 +27,9 @@ def run(lab: Lab, settings: Settings) -> Report:
 
 def report_of(lab: Lab, name: str, rankings: dict, settings, what: str) -> Report:
     """The report of any comparison of rankings."""
-    any_one = next(iter(rankings.values()), lab.ranking())
+    if len(rankings) < 2:
+        raise SnpatchError(f"{name}: needs at least two {what} in the world, there are {', '.join(rankings) or 'none'}")
+    any_one = next(iter(rankings.values()))
     k = lab.k(settings.k, any_one)
     ks = sorted({k, *(lab.k(value, any_one) for value in settings.more_k)})
     rows = agreement.compare(rankings, ks)

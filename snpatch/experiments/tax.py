@@ -43,6 +43,9 @@ def run(lab: Lab, settings: Settings) -> Report:
     k = lab.k(settings.k, one)
     shared = shared_neurons(one, other, k)
     judges = {name: lab.judge(name) for name in settings.judges or lab.world.judges}
+    sets = settings.prompts or (lab.world.benchmarks[0], "helpful")
+    for name in sets:  # an error before the long part
+        lab.data(name)
     rows, records = [], []
     for recipient, donor in (
         (contrasts[0].against, contrasts[1].against),
@@ -57,7 +60,7 @@ def run(lab: Lab, settings: Settings) -> Report:
             resamples=settings.resamples,
             confidence=settings.confidence,
         )
-        for prompts in settings.prompts or (lab.world.benchmarks[0], "helpful"):
+        for prompts in sets:
             result = lab.sweep(prompts, {"shared": shared}, judges, config)
             rows += _rows(result, prompts, settings)
             records += [{"set": prompts, "donor": donor, **record} for record in result.records]

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from matplotlib.figure import Figure
 
 from snpatch.experiments import perplexity
-from snpatch.experiments.curve import sweep_config
+from snpatch.experiments.curve import SweepSettings, sweep_config
 from snpatch.lab import Lab
 from snpatch.patch import Patch
 from snpatch.ranking import Ranking
@@ -14,7 +14,7 @@ from snpatch.sweep import SweepResult
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SweepSettings):
     """k: an int, or a share of the neurons. benchmarks: sets (default: the world's). text, window: see perplexity;
     an empty text leaves the perplexity out.
     """
@@ -24,11 +24,6 @@ class Settings:
     text: str = "text"
     window: int = 4096
     controls: int = 0
-    control_kind: str = "per_layer"
-    disjoint: bool = True
-    where: str | int = "all"
-    resamples: int = 1000
-    confidence: float = 0.95
 
 
 def run(lab: Lab, settings: Settings) -> Report:
@@ -37,12 +32,12 @@ def run(lab: Lab, settings: Settings) -> Report:
     k = lab.k(settings.k, ranking)
     config = sweep_config(lab, settings, (k,))
     benchmarks = settings.benchmarks or lab.world.benchmarks
+    perplexities = _perplexities(lab, settings, ranking, k) if settings.text else None
     results = {name: lab.sweep(name, {"safety": ranking}, lab.cost, config) for name in benchmarks}
     rows = [{"benchmark": name, **asdict(row)} for name, result in results.items() for row in result.rows]
     table = _as_published(lab, results)
-    if settings.text:
-        for row, ppl in zip(table, _perplexities(lab, settings, ranking, k), strict=True):
-            row["perplexity"] = ppl
+    if perplexities:
+        table = [row | {"perplexity": ppl} for row, ppl in zip(table, perplexities, strict=True)]
     effects = [row for row in rows if row["ranking"] is not None and row["control_seed"] is None]
     means = {r: [row["effect"] for row in effects if row["recipient"] == r] for r in lab.world.recipients}
     headline = [

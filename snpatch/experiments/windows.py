@@ -3,26 +3,20 @@
 from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
-from snpatch.experiments.curve import report_of, sweep_config
+from snpatch.experiments.curve import SweepSettings, report_of, sweep_config
 from snpatch.lab import Lab
 from snpatch.ranking import Window
 from snpatch.report import Report
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SweepSettings):
     """width, stride, last (the last window's first rank): ints, or floats that are shares of the ranked neurons."""
 
     prompts: str = ""
     width: int | float = 20_000
     stride: int | float = 2_000
     last: int | float = 100_000
-    controls: int = 3
-    control_kind: str = "per_layer"
-    disjoint: bool = True
-    where: str | int = "all"
-    resamples: int = 1000
-    confidence: float = 0.95
 
 
 def run(lab: Lab, settings: Settings) -> Report:

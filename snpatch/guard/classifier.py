@@ -124,7 +124,7 @@ class Guard:
         if digest != self.digest:
             raise SnpatchError(
                 f"the guard was fitted on another {self.model!r} ({self.digest}) than this engine's ({digest}): "
-                "weights, adapters, dtype, backend and tensor parallel size must be the same, or fit it anew"
+                "weights, adapters, template, dtype, backend and tensor parallel size must be the same, or fit it anew"
             )
         return self.probability(engine.capture(prompts, self.model, self.ranking, self.k, progress=progress))
 

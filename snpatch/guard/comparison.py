@@ -3,6 +3,7 @@
 Why random neurons: they come close to the safety neurons where k is large, so that no accuracy means much alone.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,6 +75,11 @@ class _Features:
     seed: int | None
     ranking: Ranking
     ks: list[int]
+
+
+def distinct(prompts: Sequence[Chat]) -> list[Chat]:
+    """Each prompt once: one that stood in two folds would be fitted on and tested on."""
+    return list({json.dumps(prompt): prompt for prompt in prompts}.values())
 
 
 def label(
