@@ -102,7 +102,7 @@ k = 0.1
     out = tmp_path / "out"
     code, _, err = run(capsys, "exp", "stability", "distribution", "-w", world, "-o", out, "--backend", "transformers")
     assert code == 2
-    assert "snpatch: stability: rankings to compare: needs at least two" in err
+    assert "snpatch: stability: needs at least two training seeds in the world, there are none" in err
     assert "snpatch: error: 1 of 2 experiments failed: stability" in err
     assert (out / "distribution.csv").is_file()
     assert "## distribution" in (out / "report.md").read_text()

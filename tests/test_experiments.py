@@ -42,8 +42,6 @@ def test_agreement_of_constructed_rankings():
     assert found["same", "half", 8]["common"] == 4
     assert found["same", "half", 8]["spearman"] == pytest.approx(1), "re-ranked within the four that both hold"
     assert found["same", "half", 8]["chance"] == 0.4
-    with pytest.raises(SnpatchError, match="at least two"):
-        agreement.compare({"alone": same}, [8])
 
 
 def test_agreement_plot_draws_every_pair():
@@ -204,7 +202,7 @@ def test_what_a_table_hangs_on_is_in_its_file(tmp_path, zoo):
     assert told["sets"]["p"]["rows_used"] == 3
     assert told["sets"]["p"]["sha256"]
     assert told["judges"] == {"cost": {"source": "refusal"}}
-    assert list(told["rankings"]) == ["sft, dpo, emitted"]
+    assert list(told["rankings"]) == ["sft, dpo, p, emitted"]
     assert told["versions"]["torch"] == torch.__version__
     assert len(data["rows"]) == len((tmp_path / "out" / "curve.csv").read_text().splitlines()) - 1
     assert {path.suffix for path in paths} == {".csv", ".json", ".jsonl", ".png", ".svg"}

@@ -28,7 +28,7 @@ def run(lab: Lab, settings: Settings) -> Report:
 def report_of(lab: Lab, name: str, rankings: dict, settings, what: str) -> Report:
     """The report of any comparison of rankings."""
     if len(rankings) < 2:
-        raise SnpatchError(f"{name}: needs at least two {what} in the world, there are {', '.join(rankings) or 'none'}")
+        raise SnpatchError(f"needs at least two {what} in the world, there are {', '.join(rankings) or 'none'}")
     any_one = next(iter(rankings.values()))
     k = lab.k(settings.k, any_one)
     ks = sorted({k, *(lab.k(value, any_one) for value in settings.more_k)})
