@@ -147,21 +147,30 @@ def wait_for(condition, seconds: float) -> float:
 
 
 @pytest.fixture
-def writing(zoo):
-    """A user's process in the middle of writing, and the processes below it."""
+def starting(zoo):
+    """A user's process that starts an engine."""
     made = zoo("llama")
     adapters = {name: [str(f) for f in folders] for name, folders in made.adapters.items()}
     child = Path(__file__).with_name("vllm_child.py")
     process = subprocess.Popen([sys.executable, child, made.folder, json.dumps(adapters)], stdout=subprocess.PIPE,
                                text=True, start_new_session=True)  # fmt: skip
-    lines = iter(process.stdout.readline, "")
-    assert any(line == "round\n" for line in lines), "the engine did not start"
-    below = descendants(process.pid)
-    yield process, below
-    for pid in (process.pid, *below):
+    yield process
+    for pid in (process.pid, *descendants(process.pid)):
         if is_running(pid):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+@pytest.fixture
+def writing(starting):
+    """A user's process in the middle of writing, and the processes below it."""
+    lines = iter(starting.stdout.readline, "")
+    assert any(line == "round\n" for line in lines), "the engine did not start"
+    below = descendants(starting.pid)
+    yield starting, below
+    for pid in below:
+        if is_running(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_no_process_outlives_a_killed_parent(writing):
@@ -173,10 +182,26 @@ def test_no_process_outlives_a_killed_parent(writing):
 
 
 def test_ctrl_c_answers(writing):
-    """SIGINT to the whole group, as a terminal sends it, while texts are being written."""
+    """SIGINT to the whole group, as a terminal or a notebook sends it, while texts are being written.
+
+    It is for the user's process alone, and its engine can be used again.
+    """
     process, below = writing
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
     wait_for(lambda: process.poll() is not None, 15)
-    assert "KeyboardInterrupt" in process.stdout.read()
+    told = process.stdout.read()
+    assert "KeyboardInterrupt" in told
+    assert "goes on 1" in told
+    wait_for(lambda: not any(map(is_running, below)), 10)
+
+
+def test_ctrl_c_answers_while_vllm_starts(starting):
+    """vLLM's own start passes over it, and may wait for an engine that has gone for ten minutes."""
+    wait_for(lambda: len(descendants(starting.pid)) > 1, 120)
+    time.sleep(1)
+    below = descendants(starting.pid)
+    os.killpg(starting.pid, signal.SIGINT)
+    wait_for(lambda: starting.poll() is not None, 30)
+    assert "ready" not in starting.stdout.read()
     wait_for(lambda: not any(map(is_running, below)), 10)

@@ -16,6 +16,8 @@ if __name__ == "__main__":
             print("round", flush=True)
     except (KeyboardInterrupt, SnpatchError) as error:
         print(type(error).__name__, error, flush=True)
+        if isinstance(error, KeyboardInterrupt):
+            print("goes on", len(engine.generate([[1, 5, 6]], "sft", Sampling(max_tokens=4))), flush=True)
         start = time.monotonic()
         engine.close()
         print(f"closed {time.monotonic() - start:.1f}", flush=True)

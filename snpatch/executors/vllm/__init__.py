@@ -13,7 +13,7 @@
     feed.py       in the worker: requests -> the plan of each step, and the records of what was done
     runners.py    in the worker: the feed in Model Runner V1 and V2
     worker.py     in the worker: the commands that the user's process sends
-    orphans.py    in the worker: ends it when the user's process is gone
+    processes.py  in every process: ends with the user's process, leaves Ctrl-C to it
     versions.py   which vLLM versions are served
 
 Only this folder imports vllm.

@@ -20,7 +20,7 @@ from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.executors.checkpoint import ARCHITECTURES, check_dtype, check_has_weights, eos_ids, load_config
 from snpatch.executors.request import Geometry, Logprobs, Output, Request, Statistics
 from snpatch.executors.tables import constants_of, models_of, patched_positions, rankings_of, request_row, values_of
-from snpatch.executors.vllm import feed, orphans, plugin, versions
+from snpatch.executors.vllm import feed, plugin, processes, versions
 from snpatch.executors.vllm.registry import Bank
 from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.executors.vllm.worker import pack, unpack
@@ -402,14 +402,15 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
     """vLLM's config of these arguments, checked, and the environment to start an engine of it in."""
     from vllm.usage.usage_lib import UsageContext
 
-    variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", orphans.PARENT: str(os.getpid())}
+    variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", processes.PARENT: str(os.getpid())}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
         config.compilation_config.pass_config.fuse_allreduce_rms = False  # sized by tokens, and the rows are twice that
         check(config)
-        yield config
+        with processes.ctrl_c_stops():
+            yield config
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SnpatchError(f"vLLM does not start: {reason} (its own messages above say more)") from error

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.model_executor.models.adapters import as_seq_cls_model
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
-from snpatch.executors.vllm import orphans
+from snpatch.executors.vllm import processes
 from snpatch.executors.vllm.score import BIAS
 
 
@@ -41,4 +41,4 @@ class WorkerExtension:
 
     def snpatch_watch(self) -> None:
         """End with the user's process."""
-        orphans.watch()
+        processes.watch()

@@ -6,6 +6,8 @@ of which vLLM has no model, is there as SCORE.
 
 import os
 
+from snpatch.executors.vllm import processes
+
 TESTED = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -25,6 +27,7 @@ def register() -> None:
     """Entry point of the group vllm.general_plugins; may run more than once."""
     from vllm import ModelRegistry
 
+    processes.leave_ctrl_c()
     known = ModelRegistry.get_supported_archs()
     for architecture in (*TESTED, *filter(None, os.environ.get(UNTESTED, "").split(","))):
         if PREFIX + architecture not in known:

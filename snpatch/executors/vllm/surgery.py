@@ -27,7 +27,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from snpatch import ops
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm import orphans
+from snpatch.executors.vllm import processes
 from snpatch.executors.vllm.banks import Banks
 from snpatch.executors.vllm.feed import Feed
 from snpatch.executors.vllm.plugin import PREFIX
@@ -237,7 +237,7 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
             from snpatch.executors.vllm import runners
 
             refuse(vllm_config)
-            orphans.watch()
+            processes.watch()
             runners.hook_v1()
             if TwinSettings.of(vllm_config).streams == 2:
                 with _twice_the_heads() as attention:

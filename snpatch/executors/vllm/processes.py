@@ -1,0 +1,85 @@
+"""vLLM's processes end when the user's process does, however it ended, and leave Ctrl-C to it.
+
+By itself vLLM outlives a killed parent, and on Ctrl-C, which a terminal or a notebook sends to all processes, its
+engine ends before the user's process can abort what it runs and go on.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PARENT = "SNPATCH_PARENT"  # the user's process, for the processes that it starts
+EVERY_S = 1.0
+
+
+def watch() -> None:
+    """In a worker: look every second whether the user's process is still there, and leave when it is not."""
+    if parent := _parent():
+        threading.Thread(target=_watch, args=(parent, os.getppid()), daemon=True, name="snpatch-orphans").start()
+
+
+def leave_ctrl_c() -> None:
+    """In any process of vLLM: do not answer Ctrl-C. plugin.py calls this where it was spawned, fork does itself.
+
+    Why both: a forked process gets vLLM's handler later, which the mask outlasts; a spawned one may have threads
+    already, without the mask.
+    """
+    if _parent():
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=leave_ctrl_c)
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C, by another name than the one that vLLM's start passes over (it then waits for its engine)."""
+
+
+@contextmanager
+def ctrl_c_stops() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt out of this block, unless the user has a handler of their own."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    except _Interrupted:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number, frame) -> None:
+    raise _Interrupted
+
+
+def _parent() -> int:
+    """The user's process, in a process that its engine started; 0 in any other."""
+    parent = int(os.environ.get(PARENT, 0))
+    return 0 if parent == os.getpid() else parent
+
+
+def _watch(parent: int, engine: int) -> None:
+    while _lives(parent) and os.getppid() == engine:
+        time.sleep(EVERY_S)
+    if engine != parent and os.getppid() == engine:
+        os.kill(engine, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _lives(process: int) -> bool:
+    """Whether a process runs; one that has ended and was not yet collected by its own parent does not."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
