@@ -60,6 +60,7 @@ readme: $(READY)
 	$(BIN)/snpatch exp all --world demo --out build/experiments
 	mkdir -p bench/results/demo
 	cp $(addprefix build/experiments/,curve.csv curve.json curve.png report.json) bench/results/demo/
+	sed -i 's|$(CURDIR)/||g' bench/results/demo/*.json
 	$(BIN)/python bench/readme_table.py
 
 # On a machine with a GPU, torch and triton (no .venv needed): the compiled kernels' tests, then their bench; where vLLM
