@@ -60,7 +60,7 @@ class World:
     its `against` the donor. seeds: training seed -> the safety contrast of that run. benchmarks: names of the sets
     that the models are attacked with. judges: name -> arguments of `open_judge`; the first is the cost.
     max_tokens: of a completion; contrast_tokens: of a completion that a contrast reads. engine: arguments of Engine;
-    vllm: further ones where the backend is vllm.     settings: experiment -> its settings.
+    vllm: further ones where the backend is vllm. settings: experiment -> its settings.
     """
 
     folder: Path
