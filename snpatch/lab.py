@@ -55,7 +55,7 @@ class Lab:
         self._backend, self._limit, self._skip_bad, self._engine_arguments = backend, limit, skip_bad, engine
         self._sets: dict[str, Dataset] = {}
         self._judges: dict[str, Judge] = {}
-        self._rankings: dict[tuple, Ranking] = {}
+        self._rankings: dict[tuple[str, ...], Ranking] = {}
         self.begin()
 
     def __enter__(self) -> "Lab":
@@ -128,7 +128,7 @@ class Lab:
             elif s.first is not None:
                 data = data.first(s.first)
             self._sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
-        self._used["sets"][name] = self._sets[name].source | {"rows_used": len(self._sets[name])}
+        self._used["sets"][name] = self._sets[name].provenance
         return self._sets[name]
 
     def prompts(self, name: str) -> list[Chat]:
@@ -138,12 +138,12 @@ class Lab:
     def ranking(self, contrast: Contrast | None = None, at: str = "emitted") -> Ranking:
         """The ranking of a contrast (default: safety), from `out` where the very same one was made before."""
         contrast = contrast or self.world.safety
-        key = (contrast, at)
-        if key not in self._rankings:
-            self._rankings[key] = self._kept(contrast, at) or self._made(contrast, at)
-        ranking = self._rankings[key]
-        name = f"{contrast.generator}, {contrast.against}, {contrast.prompts}, {at}"
-        self._used["rankings"][name] = ranking.meta | {"digest": ranking.digest}
+        parts = (contrast.generator, contrast.against, contrast.prompts, at)
+        if parts not in self._rankings:
+            path, key = self.out / "rankings" / f"{'-'.join(parts)}.safetensors", self._key(contrast, at)
+            self._rankings[parts] = _kept(path, key) or self._made(contrast, at, path, key)
+        ranking = self._rankings[parts]
+        self._used["rankings"][", ".join(parts)] = ranking.provenance
         return ranking
 
     def k(self, value: int | float, ranking: Ranking) -> int:
@@ -186,9 +186,6 @@ class Lab:
             "seconds": round(seconds, 1),
         }
 
-    def _path(self, contrast: Contrast, at: str) -> Path:
-        return self.out / "rankings" / f"{contrast.generator}-{contrast.against}-{contrast.prompts}-{at}.safetensors"
-
     def _key(self, contrast: Contrast, at: str) -> str:
         """Names everything that the ranking hangs on."""
         ids = self.engine.encode(self.prompts(contrast.prompts))
@@ -196,14 +193,7 @@ class Lab:
         parts = [__version__, *models, at, ids, self.world.contrast_tokens]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def _kept(self, contrast: Contrast, at: str) -> Ranking | None:
-        path = self._path(contrast, at)
-        if not path.is_file():
-            return None
-        ranking = Ranking.load(path)
-        return ranking if ranking.meta.get("key") == self._key(contrast, at) else None
-
-    def _made(self, contrast: Contrast, at: str) -> Ranking:
+    def _made(self, contrast: Contrast, at: str, path: Path, key: str) -> Ranking:
         with self.progress(f"contrast of {contrast.generator} and {contrast.against}") as progress:
             ranking = self.engine.contrast(
                 self.prompts(contrast.prompts),
@@ -213,6 +203,12 @@ class Lab:
                 sampling=Sampling(max_tokens=self.world.contrast_tokens),
                 progress=progress,
             )
-        ranking.meta["key"] = self._key(contrast, at)
-        ranking.save(self._path(contrast, at))
+        ranking.meta["key"] = key
+        ranking.save(path)
         return ranking
+
+
+def _kept(path: Path, key: str) -> Ranking | None:
+    """The ranking of a file, if it is there and was made of the very same."""
+    ranking = Ranking.load(path) if path.is_file() else None
+    return ranking if ranking and ranking.meta.get("key") == key else None

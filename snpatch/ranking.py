@@ -131,6 +131,11 @@ class Ranking:
         """Names the order by its content."""
         return hashlib.sha256(self.rank.contiguous().numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
 
+    @property
+    def provenance(self) -> dict:
+        """What a table that hangs on this ranking says of it."""
+        return self.meta | {"digest": self.digest}
+
     def top(self, k: int) -> Tensor:
         """The first k neurons, [k, 2] int64 of (layer, neuron)."""
         flat = self._first(k)

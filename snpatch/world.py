@@ -137,7 +137,8 @@ def load_world(source: str | Path) -> World:
 
 def _world(folder: Path, data: dict) -> World:
     parts = dict(data)
-    parts["adapters"] = {name: tuple([one] if isinstance(one, str) else one) for name, one in _table(data, "adapters")}
+    folders = tuple[str, ...]
+    parts["adapters"] = {name: _value(one, folders, f"adapters.{name}") for name, one in _table(data, "adapters")}
     parts["sets"] = {name: made(PromptSet, f"sets.{name}", one) for name, one in _table(data, "sets")}
     for group in ("contrasts", "seeds"):
         parts[group] = {name: made(Contrast, f"{group}.{name}", one) for name, one in _table(data, group)}
@@ -146,7 +147,7 @@ def _world(folder: Path, data: dict) -> World:
         if not isinstance(judge, dict) or not isinstance(judge.get("source"), str):
             raise SnpatchError(f"judges.{name}: wanted a table with source")
     for name in ("recipients", "benchmarks"):
-        parts[name] = tuple(data.get(name, ()))
+        parts.setdefault(name, ())
     return made(World, "the file", {"folder": folder, **parts})
 
 
@@ -178,7 +179,7 @@ def made(kind: type, where: str, values: object):
     """
     if not isinstance(values, Mapping):
         raise SnpatchError(f"{where}: wanted a table, got {values!r}")
-    known = [f.name for f in fields(kind) if f.name != "folder" or kind is World]
+    known = [f.name for f in fields(kind)]
     unknown = sorted(values.keys() - set(known))
     if unknown:
         raise SnpatchError(f"{where}: there is no {', '.join(unknown)}; there are {', '.join(known)}")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import oracle
@@ -155,9 +156,8 @@ def starting(zoo):
     process = subprocess.Popen([sys.executable, child, made.folder, json.dumps(adapters)], stdout=subprocess.PIPE,
                                text=True, start_new_session=True)  # fmt: skip
     yield process
-    for pid in (process.pid, *descendants(process.pid)):
-        if is_running(pid):
-            os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -166,11 +166,7 @@ def writing(starting):
     """A user's process in the middle of writing, and the processes below it."""
     lines = iter(starting.stdout.readline, "")
     assert any(line == "round\n" for line in lines), "the engine did not start"
-    below = descendants(starting.pid)
-    yield starting, below
-    for pid in below:
-        if is_running(pid):
-            os.kill(pid, signal.SIGKILL)
+    return starting, descendants(starting.pid)
 
 
 def test_no_process_outlives_a_killed_parent(writing):

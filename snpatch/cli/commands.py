@@ -237,9 +237,9 @@ def sweep(
         "adapters": adapter,
         "engine": engine.digest,
         "backend": engine.backend,
-        "sets": {prompts: data.source | {"rows_used": len(data)}},
+        "sets": {prompts: data.provenance},
         "judges": judge,
-        "rankings": {name: one.meta | {"digest": one.digest} for name, one in rankings.items()},
+        "rankings": {name: one.provenance for name, one in rankings.items()},
         **describe(),
         "seconds": round(time.monotonic() - started, 1),
     }

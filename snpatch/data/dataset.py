@@ -112,6 +112,11 @@ class Dataset:
             raise SnpatchError(f"{self.name} has no responses to train on")
         return rows
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a table that hangs on these rows says of them."""
+        return self.source | {"rows_used": len(self)}
+
     def _select(self, examples: tuple[Example, ...], how: str) -> "Dataset":
         source = {**self.source, "selection": [*self.source.get("selection", []), how]}
         return replace(self, examples=examples, source=source)

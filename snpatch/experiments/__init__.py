@@ -33,16 +33,16 @@ NAMES = (
 )
 
 
-def settings_of(name: str, values: Mapping[str, object]):
-    """An experiment's Settings from values by name; unknown ones are errors."""
+def settings_of(name: str, values: Mapping[str, object], given: Mapping[str, object] | None = None):
+    """An experiment's Settings from values by name, those given before the others; unknown ones are errors."""
     if name not in NAMES:
         raise SnpatchError(f"no experiment named {name!r}: there are {', '.join(NAMES)}")
-    return made(_module(name).Settings, f"settings of {name}", values)
+    return made(_module(name).Settings, f"settings of {name}", {**values, **given} if given else values)
 
 
 def run(name: str, lab: Lab, settings: Mapping[str, object] | None = None) -> Report:
     """Run an experiment on a lab. settings: go before the world's own, and these before the paper's defaults."""
-    chosen = settings_of(name, {**lab.world.settings.get(name, {}), **(settings or {})})
+    chosen = settings_of(name, lab.world.settings.get(name, {}), settings)
     started = time.monotonic()
     lab.begin()
     report = _module(name).run(lab, chosen)
