@@ -1,12 +1,13 @@
-"""What the worker checks when an engine starts, what the user's process keeps registered, and the served versions."""
+"""What the worker checks when an engine starts, and what the user's process keeps registered."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from snpatch import SnpatchError
-from snpatch.executors.vllm import registry, versions
+from snpatch.executors.vllm import registry
 from snpatch.executors.vllm.settings import TwinSettings
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -58,17 +59,38 @@ def test_an_unknown_model_runner_is_refused():
     class Other:
         pass
 
-    class Replaced(runners.RunnerV1):
+    v1 = runners.runner_v1()
+
+    class Replaced(v1):
         def __init__(self):
             pass
 
         def _prepare_inputs(self, *_):
             pass
 
-    assert _runner_kind(runners.RunnerV1.__new__(runners.RunnerV1)) == "v1"
+    assert _runner_kind(v1.__new__(v1)) == "v1"
     for runner, message in ((Other(), "Other is not known to snpatch"), (Replaced(), "replaces _prepare_inputs")):
         with pytest.raises(SnpatchError, match=message):
             _runner_kind(runner)
+
+
+def test_a_vllm_without_model_runner_v1_serves_v2(monkeypatch):
+    from snpatch.executors.vllm import runners
+    from snpatch.executors.vllm.worker import _runner_kind
+
+    class State:
+        pass
+
+    monkeypatch.setattr(runners, "twin_model_state", lambda: State)
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_model_runner", None)
+    runners.runner_v1.cache_clear()
+    try:
+        runners.hook_v1()
+        assert _runner_kind(SimpleNamespace(model_state=State())) == "v2"
+        with pytest.raises(SnpatchError, match="SimpleNamespace is not known to snpatch"):
+            _runner_kind(SimpleNamespace())
+    finally:
+        runners.runner_v1.cache_clear()
 
 
 def test_a_stale_handle_and_a_broken_row_are_errors():
@@ -108,17 +130,6 @@ def test_a_bank_gives_the_longest_unused_row_away_and_never_a_used_one():
     again, writes = bank.take({"b": {}})
     assert again["b"] not in (*ids.values(), *fresh.values())
     assert writes["b"][2] == 0
-
-
-@pytest.mark.parametrize(("version", "warns"), [("0.24.0", False), ("0.32.0", False), ("0.33.1", True), ("0.9", True)])
-def test_versions(monkeypatch, recwarn, version, warns):
-    monkeypatch.setattr(versions, "installed", lambda: version)
-    assert versions.check() == version
-    told = [str(w.message) for w in recwarn if "snpatch is tested with vLLM 0.24 to 0.32" in str(w.message)]
-    assert len(told) == warns
-    monkeypatch.setattr(versions, "installed", lambda: None)
-    with pytest.raises(SnpatchError, match=r"vLLM is not installed; install snpatch\[cpu\] or snpatch\[cuda\]"):
-        versions.check()
 
 
 def test_quantised_weights_have_a_digest_and_nan_is_still_found():

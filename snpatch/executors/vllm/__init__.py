@@ -15,6 +15,7 @@
     worker.py     in the worker: the commands that the user's process sends
     processes.py  in every process: ends with the user's process, leaves Ctrl-C to it
     versions.py   which vLLM versions are served
+    contract.py   every name of vLLM that is touched, for versions that nobody has seen
 
 Only this folder imports vllm.
 """

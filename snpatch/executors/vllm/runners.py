@@ -2,14 +2,14 @@
 
 Model Runner V1 has no place for a model's own step inputs, so three of its methods are wrapped, once a process and
 only where a twin is built: other models pass through. `_prepare_inputs` lies inside the section that guards pinned
-buffers. Model Runner V2 asks the model for its ModelState. A runner that is neither is refused (worker.py).
+buffers. Model Runner V2 asks the model for its ModelState. A runner that is neither is refused (worker.py). Each is
+imported when it is asked for: V1 is deprecated from vLLM 0.33 on, V2's modules need Triton.
 """
 
 import functools
 from functools import cache
 
 import numpy as np
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
 
 def _feed(runner):
@@ -49,10 +49,25 @@ def _dummy_run(original, runner, *args, **kwargs):
 WRAPPED = {"_update_states": _update_states, "_prepare_inputs": _prepare_inputs, "_dummy_run": _dummy_run}
 
 
+@cache
+def runner_v1() -> type | None:
+    """vLLM's Model Runner V1; None where it is gone."""
+    try:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    except ModuleNotFoundError as error:
+        if error.name != "vllm.v1.worker.gpu_model_runner":
+            raise
+        return None
+    return GPUModelRunner
+
+
 def hook_v1() -> None:
-    """Wrap the methods of Model Runner V1, if they are not wrapped yet."""
+    """Wrap the methods of Model Runner V1, if there is one and they are not wrapped yet."""
+    runner_class = runner_v1()
+    if runner_class is None:
+        return
     for name, wrapper in WRAPPED.items():
-        original = getattr(RunnerV1, name)
+        original = getattr(runner_class, name)
         if not hasattr(original, "snpatch"):
 
             @functools.wraps(original)
@@ -60,12 +75,12 @@ def hook_v1() -> None:
                 return _wrapper(_original, runner, *args, **kwargs)
 
             wrapped.snpatch = True
-            setattr(RunnerV1, name, wrapped)
+            setattr(runner_class, name, wrapped)
 
 
 @cache
 def twin_model_state() -> type:
-    """The ModelState for Model Runner V2 (its modules need Triton, so they are imported when it asks)."""
+    """The ModelState for Model Runner V2."""
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
     class TwinModelState(DefaultModelState):

@@ -106,7 +106,8 @@ def _runner_kind(runner) -> str:
     """ "v1" or "v2"; an error for a runner that nothing would tell of patches."""
     from snpatch.executors.vllm import runners
 
-    if isinstance(runner, runners.RunnerV1):
+    v1 = runners.runner_v1()
+    if v1 is not None and isinstance(runner, v1):
         missing = [name for name in runners.WRAPPED if not hasattr(getattr(type(runner), name), "snpatch")]
         if not missing:
             return "v1"

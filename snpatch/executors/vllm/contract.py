@@ -1,0 +1,251 @@
+"""Every name of vLLM that this folder touches, and whether a vLLM still has it.
+
+Why vLLM's source is read instead of imported: it takes a second, needs neither a GPU nor Triton (of which Model Runner
+V2's modules need both), and sees what objects get in their methods (`self.input_batch = ...`), which no class has.
+What is read with a default (`getattr(config, name, False)`) may be missing and is not listed.
+"""
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+# module -> name -> what is used of it: (parameters of a call), attributes, methods(and their parameters).
+CONTRACT = {
+    "vllm": {
+        "ModelRegistry": "get_supported_archs register_model(model_arch, model_cls)",
+        "PoolingParams": "(task, use_activation)",
+        "SamplingParams": "(temperature, top_p, top_k, max_tokens, min_tokens, stop, stop_token_ids, ignore_eos, seed, "
+        "n, logprobs, prompt_logprobs, detokenize, bad_words, output_kind, extra_args, skip_reading_prefix_cache)",
+    },
+    "vllm.config": {
+        "VllmConfig": "additional_config cache_config compilation_config lora_config model_config parallel_config "
+        "scheduler_config speculative_config",
+        "CacheConfig": "kv_sharing_fast_prefill",
+        "CompilationConfig": "max_cudagraph_capture_size pass_config static_forward_context",
+        "ModelConfig": "get_num_attention_heads get_num_kv_heads head_dtype hf_config hf_text_config "
+        "is_attention_free is_encoder_decoder is_hybrid pooler_config runner_type use_mla",
+        "ParallelConfig": "data_parallel_size pipeline_parallel_size",
+        "PassConfig": "fuse_allreduce_rms",
+        "SchedulerConfig": "max_num_batched_tokens",
+    },
+    "vllm.distributed": {"get_tensor_model_parallel_rank": "", "get_tensor_model_parallel_world_size": ""},
+    "vllm.engine.arg_utils": {
+        "EngineArgs": "create_engine_config(usage_context)",
+        "AsyncEngineArgs": "(model, tokenizer, runner, dtype, hf_overrides, generation_config, load_format, "
+        "max_model_len, max_num_seqs, tensor_parallel_size, gpu_memory_utilization, kv_cache_memory_bytes, "
+        "enforce_eager, use_tqdm_on_load, disable_log_stats, additional_config, worker_extension_cls) "
+        "__dataclass_fields__",
+    },
+    "vllm.envs": {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "", "VLLM_CPU_OMP_THREADS_BIND": "", "VLLM_LOGGING_LEVEL": ""},
+    "vllm.forward_context": {"get_forward_context": "", "ForwardContext": "no_compile_layers"},
+    "vllm.inputs": {"tokens_input": "(prompt_token_ids, cache_salt)"},
+    "vllm.logprobs": {"Logprob": "logprob"},
+    "vllm.model_executor.layers.activation": {"GeluAndMul": "approximate", "SiluAndMul": ""},
+    "vllm.model_executor.layers.attention": {
+        "Attention": "(num_heads, head_size, scale, num_kv_heads) num_heads num_kv_heads layer_name "
+        "kv_sharing_target_layer_name",
+    },
+    "vllm.model_executor.layers.linear": {
+        "QKVParallelLinear": "head_size num_kv_heads num_kv_head_replicas",
+        "ReplicatedLinear": "(input_size, output_size, bias, params_dtype, prefix, return_bias)",
+    },
+    "vllm.model_executor.layers.pooler": {"DispatchPooler": "for_seq_cls(pooler_config, classifier)"},
+    "vllm.model_executor.layers.vocab_parallel_embedding": {"ParallelLMHead": "", "VocabParallelEmbedding": ""},
+    "vllm.model_executor.models.adapters": {
+        "as_seq_cls_model": "ModelForSequenceClassification",
+        "_create_pooling_model_cls": "ModelForPooling",
+    },
+    "vllm.model_executor.models.llama": {"LlamaForCausalLM": "(vllm_config, prefix) forward load_weights"},
+    "vllm.model_executor.models.registry": {"ModelRegistry": "_try_load_model_cls(model_arch)"},
+    "vllm.outputs": {
+        "RequestOutput": "request_id finished outputs prompt_logprobs",
+        "CompletionOutput": "token_ids logprobs finish_reason stop_reason",
+        "PoolingRequestOutput": "request_id outputs",
+        "PoolingOutput": "data",
+    },
+    "vllm.platforms": {"current_platform": "is_cpu get_device_total_memory"},
+    "vllm.plugins": {"load_general_plugins": ""},
+    "vllm.sampling_params": {"RequestOutputKind": "CUMULATIVE FINAL_ONLY"},
+    "vllm.usage.usage_lib": {"UsageContext": "LLM_CLASS"},
+    "vllm.utils.torch_utils": {
+        "LayerNameType": "",
+        "_encode_layer_name": "(layer_name)",
+        "_resolve_layer_name": "(layer_name)",
+    },
+    "vllm.v1.core.sched.output": {
+        "SchedulerOutput": "finished_req_ids scheduled_new_reqs scheduled_cached_reqs",
+        "CachedRequestData": "resumed_req_ids",
+        "NewRequestData": "req_id sampling_params",
+    },
+    "vllm.v1.engine.async_llm": {
+        "AsyncLLM": "from_vllm_config(vllm_config, disable_log_stats) generate(prompt, sampling_params, request_id) "
+        "collective_rpc(method, args) shutdown",
+    },
+    "vllm.v1.engine.core_client": {
+        "EngineCoreClient": "shutdown(timeout)",
+        "BackgroundResources": "engine_dead",
+        "SyncMPClient": "resources outputs_queue utility_results",
+    },
+    "vllm.v1.engine.exceptions": {"EngineDeadError": ""},
+    "vllm.v1.engine.llm_engine": {
+        "LLMEngine": "from_vllm_config(vllm_config, disable_log_stats) add_request(request_id, prompt, params) step "
+        "abort_request(request_ids) collective_rpc(method, args) get_supported_tasks engine_core",
+    },
+    "vllm.v1.worker.utils": {"AttentionGroup": "layer_names metadata_builders"},
+    "vllm.v1.worker.worker_base": {"WorkerBase": "model_runner"},
+}
+# One of the two is enough: V1 is deprecated from 0.33 on, V2 does not run on a CPU.
+RUNNERS = {
+    "v1": {
+        "vllm.v1.worker.gpu_input_batch": {"InputBatch": "num_computed_tokens_cpu num_reqs req_ids"},
+        "vllm.v1.worker.gpu_model_runner": {
+            "GPUModelRunner": "_update_states(scheduler_output) _prepare_inputs(scheduler_output, "
+            "num_scheduled_tokens) _dummy_run attn_groups get_model input_batch",
+        },
+    },
+    "v2": {
+        "vllm.v1.worker.gpu.input_batch": {
+            "InputBatch": "num_computed_tokens_np num_reqs num_scheduled_tokens req_ids"
+        },
+        "vllm.v1.worker.gpu.model_runner": {"GPUModelRunner": "attn_groups get_model model_state"},
+        "vllm.v1.worker.gpu.model_states": {"init_model_state": ""},
+        "vllm.v1.worker.gpu.model_states.default": {
+            "DefaultModelState": "(vllm_config, model) add_request(req_index, new_req_data) remove_request(req_id) "
+            "prepare_inputs(input_batch, req_states)",
+        },
+    },
+}
+USE = re.compile(r"(\w*)(?:\(([\w, ]*)\))?")
+Found = tuple[str, ast.AST]  # a definition and the module that it stands in
+
+
+def missing() -> list[str]:
+    """What the installed vLLM lacks, as dotted names; empty if the contract holds."""
+    _names.cache_clear()
+    runners = [list(_lacking(runner)) for runner in RUNNERS.values()]
+    return [*_lacking(CONTRACT), *(() if [] in runners else (name for names in runners for name in names))]
+
+
+def source(module: str) -> str | None:
+    """The text of one of vLLM's modules; None if there is no such module."""
+    root = Path(importlib.util.find_spec("vllm").origin).parent
+    path = root.joinpath(*module.split(".")[1:])
+    for file in (path / "__init__.py", path.with_suffix(".py")):
+        if file.is_file():
+            return file.read_text()
+    return None
+
+
+def _lacking(contract: dict[str, dict[str, str]]) -> Iterator[str]:
+    for module, names in contract.items():
+        if _names(module) is None:
+            yield module
+            continue
+        for name, uses in names.items():
+            found = _resolve(module, name)
+            if found is None:
+                yield f"{module}.{name}"
+                continue
+            for member, parameters in (match.groups() for match in USE.finditer(uses) if match[0]):
+                what = _member(found, member) if member else found
+                if what is None:
+                    yield f"{module}.{name}.{member}"
+                    continue
+                path = f"{module}.{name}.{member}".rstrip(".")
+                for parameter in filter(None, (parameters or "").replace(",", " ").split()):
+                    if not _takes(what, parameter):
+                        yield f"{path}({parameter})"
+
+
+@cache
+def _names(module: str) -> dict[str, ast.AST] | None:
+    """What a module defines and imports at its top, under `if` and `try`, too; "*" has the modules of star imports."""
+    text = source(module)
+    return None if text is None else _defined(ast.parse(text).body)
+
+
+def _defined(body: list[ast.stmt]) -> dict[str, ast.AST]:
+    names: dict = {"*": []}
+    for node in body:
+        match node:
+            case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                names[node.name] = node
+            case ast.ImportFrom(names=[ast.alias(name="*")]):
+                names["*"].append(node)
+            case ast.ImportFrom() | ast.Import():
+                names |= {alias.asname or alias.name: node for alias in node.names}
+            case ast.Assign(targets=targets):
+                for target in targets:
+                    if isinstance(target, ast.Name):
+                        names.setdefault(target.id, node)
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names.setdefault(name, node)
+            case ast.If() | ast.Try() | ast.With():
+                parts = [*node.body, *getattr(node, "orelse", ())]
+                inner = _defined([*parts, *(line for h in getattr(node, "handlers", ()) for line in h.body)])
+                names["*"] += inner.pop("*")
+                names |= {name: inner[name] for name in inner if name not in names}
+    return names
+
+
+def _resolve(module: str, name: str) -> Found | None:
+    """The definition of a module's name, through imports, and through a variable to the class of its value."""
+    names = _names(module)
+    if names is None:
+        return None
+    node = names.get(name)
+    if node is None:
+        through = (_resolve(_module(module, star), name) for star in names["*"])
+        return next(filter(None, through), None)
+    match node:
+        case ast.ImportFrom():
+            original = next(alias.name for alias in node.names if name in (alias.asname, alias.name))
+            target = _module(module, node)
+            return _resolve(target, original) if target.split(".")[0] == "vllm" else (module, node)
+        case ast.Assign(value=ast.Call(func=ast.Name(id=kind))) | ast.AnnAssign(annotation=ast.Name(id=kind)):
+            return (kind in names and _resolve(module, kind)) or (module, node)
+    return module, node
+
+
+def _module(module: str, node: ast.ImportFrom) -> str:
+    """The absolute name of the module that an import names."""
+    if not node.level:
+        return node.module
+    path = Path(importlib.util.find_spec("vllm").origin).parent.joinpath(*module.split(".")[1:])
+    parts = module.split(".") if path.is_dir() else module.split(".")[:-1]
+    return ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+
+
+def _member(found: Found, name: str) -> Found | None:
+    """A class's (or its bases') method, field, or attribute that a method sets; a function's local definition."""
+    module, node = found
+    if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return None
+    if name in (names := _defined(node.body)):
+        return module, names[name]
+    if name == "__dataclass_fields__" and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+        return found
+    for inner in ast.walk(node):
+        match inner:
+            case ast.Attribute(value=ast.Name(id="self"), attr=attr, ctx=ast.Store()) if attr == name:
+                return module, inner
+    for base in getattr(node, "bases", ()):
+        base = base.value if isinstance(base, ast.Subscript) else base
+        of = _resolve(module, base.id) if isinstance(base, ast.Name) else None
+        if of is not None and of != found and (inherited := _member(of, name)):
+            return inherited
+    return None
+
+
+def _takes(found: Found, parameter: str) -> bool:
+    """Whether a function, or a class when it is made, has a parameter of that name."""
+    node = found[1]
+    if isinstance(node, ast.ClassDef):
+        init = _member(found, "__init__")
+        return _takes(init, parameter) if init else _member(found, parameter) is not None
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    return parameter in {a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}

@@ -1,0 +1,158 @@
+"""The names of vLLM that snpatch touches, and what becomes of a version that nobody has seen."""
+
+import ast
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+from snpatch import SnpatchError
+from snpatch.executors.vllm import contract, versions
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+FOLDER = Path(contract.__file__).parent
+LISTED = [contract.CONTRACT, *contract.RUNNERS.values()]
+CORE = "vllm.v1.engine.llm_engine"
+
+
+def lacking(*edits):
+    """contract.source of a vLLM in which some texts of a module are other ones, or a module is gone (text None)."""
+    real, done = contract.source, set()
+
+    def source(module):
+        text = real(module)
+        for name, old, new in edits:
+            if name == module and text is not None:
+                assert new is None or old in text, f"{name} has no {old}"
+                done.add((name, old))
+                text = None if new is None else text.replace(old, new)
+        return text
+
+    return source
+
+
+def test_the_installed_vllm_keeps_the_contract():
+    assert contract.missing() == []
+
+
+def test_it_would_see_anything_that_is_missing():
+    """Each name, attribute and parameter of the contract under another name, one at a time."""
+    for listed in LISTED:
+        for module, names in listed.items():
+            for name, uses in names.items():
+                probes = {(f"not_{name}", ""): f"{module}.not_{name}"}
+                for member, parameters in (m.groups() for m in contract.USE.finditer(uses) if m[0]):
+                    if parameters is None:
+                        probes[name, f"not_{member}"] = f"{module}.{name}.not_{member}"
+                    for parameter in filter(None, re.split(r"[ ,]+", parameters or "")):
+                        path = f"{module}.{name}.{member}".rstrip(".")
+                        probes[name, f"{member}(not_{parameter})"] = f"{path}(not_{parameter})"
+                for (probe, use), want in probes.items():
+                    assert list(contract._lacking({module: {probe: use}})) == [want]
+            assert list(contract._lacking({module + ".x": names})) == [module + ".x"]
+
+
+def test_every_import_of_vllm_is_in_the_contract():
+    """Any `from vllm... import X` in this package's own source, wherever in a file it stands."""
+    imports = set()
+    for file in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm" and not node.level:
+                imports |= {(node.module, alias.name) for alias in node.names}
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.split(".")[0] == "vllm" for alias in node.names), "import names from vllm"
+    assert len(imports) > 25
+    assert {(module, name) for module, name in imports if not any(name in c.get(module, {}) for c in LISTED)} == set()
+
+
+def test_only_this_folder_imports_vllm():
+    package = FOLDER.parent.parent
+    files = [file for file in package.rglob("*.py") if FOLDER not in file.parents]
+    assert len(files) > 30
+    for file in files:
+        assert not re.search(r"^\s*(from|import) vllm\b", file.read_text(), re.MULTILINE), file
+
+
+def test_0_24_to_0_33_are_known_and_the_installed_one_was_run(recwarn):
+    assert sorted(versions.KNOWN) == [(0, minor) for minor in range(24, 34)]
+    assert versions.SERVED == "0.24 to 0.33"
+    major, minor = map(int, versions.check().split(".")[:2])
+    assert versions.KNOWN[major, minor] == versions.RUN
+    assert not [w for w in recwarn if "vLLM" in str(w.message)]
+
+
+@pytest.fixture
+def version(monkeypatch):
+    """version(text): makes it the installed one."""
+    versions._try_unknown.cache_clear()
+    yield lambda text: monkeypatch.setattr(versions, "installed", lambda: text)
+    versions._try_unknown.cache_clear()
+
+
+@pytest.mark.parametrize("known", ["0.24.0", "0.29.1", "0.32.0+cpu", "0.33.0"])
+def test_a_known_version_is_not_checked(version, monkeypatch, recwarn, known):
+    version(known)
+    monkeypatch.setattr(contract, "missing", lambda: pytest.fail("a known version was checked"))
+    assert versions.check() == known
+    assert not recwarn
+
+
+@pytest.mark.parametrize("unknown", ["0.34.0", "0.40.2", "1.0", "dev"])
+def test_an_unknown_version_gives_one_warning_and_runs(version, unknown):
+    version(unknown)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert [versions.check() for _ in range(3)] == [unknown] * 3
+    assert [str(w.message) for w in told] == [
+        f"snpatch is tested with vLLM 0.24 to 0.33, this is {unknown}: it has all that snpatch uses, and is tried"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("edits", "named"),
+    [
+        ([(CORE, "def abort_request(", "def abort(")], f"{CORE}.LLMEngine.abort_request"),
+        ([("vllm.inputs.engine", "cache_salt", "salt")],
+         "vllm.inputs.tokens_input(cache_salt)"),
+        ([("vllm.v1.core.sched.output", "resumed_req_ids", "resumed")],
+         "vllm.v1.core.sched.output.CachedRequestData.resumed_req_ids"),
+        ([("vllm.forward_context", "", None)], "vllm.forward_context"),
+        ([("vllm.v1.worker.gpu_model_runner", "", None), ("vllm.v1.worker.gpu.model_states.default", "", None)],
+         "vllm.v1.worker.gpu_model_runner, vllm.v1.worker.gpu.model_states.default"),
+        ([(CORE, "def step(", "def run("), (CORE, "def add_request(", "def add(")],
+         f"{CORE}.LLMEngine.add_request, {CORE}.LLMEngine.step"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_an_unknown_version_that_lacks_something_is_an_error_that_names_it(version, monkeypatch, recwarn, edits, named):
+    version("0.34.0")
+    monkeypatch.setattr(contract, "source", lacking(*edits))
+    for _ in range(2):
+        with pytest.raises(SnpatchError) as error:
+            versions.check()
+        assert str(error.value) == (
+            "backend vllm: snpatch is tested with vLLM 0.24 to 0.33, this is 0.34.0 and lacks "
+            f"{named}; install vLLM 0.24 to 0.33"
+        )
+    assert not recwarn
+
+
+@pytest.mark.parametrize("gone", ["vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_states.default"])
+def test_one_model_runner_is_enough(monkeypatch, gone):
+    monkeypatch.setattr(contract, "source", lacking((gone, "", None)))
+    assert contract.missing() == []
+
+
+@pytest.mark.parametrize("old", ["0.9.2", "0.23.0"])
+def test_an_older_version_is_an_error(version, old):
+    version(old)
+    with pytest.raises(SnpatchError, match=f"snpatch needs vLLM 0.24 to 0.33, this is {old}; install one of those"):
+        versions.check()
+
+
+def test_no_vllm_is_an_error(version):
+    version(None)
+    with pytest.raises(SnpatchError, match=r"vLLM is not installed; install snpatch\[cpu\] or snpatch\[cuda\]"):
+        versions.check()
