@@ -6,7 +6,7 @@ READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format asan triton36 bench-op bench-generate readme gpu-check clean
+.PHONY: demo test test-vllm lint format asan triton36 bench-op bench-generate readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
@@ -30,6 +30,10 @@ $(INSTALLED): pyproject.toml setup.py .ci/setup_env.py
 	@command -v $(PYTHON) >/dev/null || { echo "snpatch setup: needs Python 3.11 or newer, and $(PYTHON) is not on PATH"; exit 1; }
 	@$(PYTHON) .ci/setup_env.py
 	@touch $@
+
+# The executor's tests with another vLLM, on a CPU, in build/vllm-VERSION: make test-vllm VERSION=0.24.0
+test-vllm: $(READY)
+	$(BIN)/python .ci/test_vllm.py $(VERSION)
 
 # The tests of the CPU kernels on an address-sanitizer build of csrc/.
 asan: $(READY)
