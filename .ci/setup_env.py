@@ -14,7 +14,7 @@ import sysconfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
-TORCH = {"cpu": "torch==2.13.0", "cuda": "torch==2.13.0"}
+TORCH = {"cpu": "torch==2.13.0", "cuda": "torch==2.14.0"}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 FREE_GB = {"cpu": 6, "cuda": 20}
 
