@@ -37,12 +37,15 @@ from jobs import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from snpatch import Constant, Engine, Noise, Patch, ReceiptError, Sampling, SnpatchError
+from snpatch.executors.vllm import versions
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
 
 SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32}
 KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
 PLAIN = [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
+VERSION = tuple(map(int, versions.check().split(".")[:2]))
+DROPS_SEEDS = platforms.current_platform.is_cpu() and VERSION < (0, 29)  # vLLM's own sampler: versions.py
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +123,16 @@ def test_promise_2_a_model_patched_into_itself_gives_its_own_text(engine, model)
     assert_patched_into_itself_it_gives_its_own_text(engine, model)
 
 
-def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engine):
+@pytest.mark.parametrize(
+    "sampled",
+    [(), pytest.param((3, 8), marks=pytest.mark.xfail(DROPS_SEEDS, reason="vLLM drops seeds", strict=True))],
+    ids=["greedy", "two sampled with a seed"],
+)
+def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engine, sampled):
     jobs = [*JOBS, *KV_JOBS]
     samplings = [Sampling(max_tokens=3 + i % 9, logprobs=i % 2 == 0) for i in range(len(jobs))]
-    samplings[3] = samplings[8] = Sampling(temperature=1.0, seed=11, max_tokens=9)
+    for i in sampled:
+        samplings[i] = Sampling(temperature=1.0, seed=11, max_tokens=9)
     alone = [generate(engine, [job], s)[0] for job, s in zip(jobs, samplings, strict=True)]
     together = generate(engine, jobs, samplings)
     assert_together_as_alone(together, alone, 1e-4)
