@@ -64,7 +64,8 @@ def check_weights(weights: Iterable[tuple[str, Tensor]], name: str) -> str:
         digest.update(f"{weight_name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.dtype.itemsize == 1:  # quantised: summed as the integers that its bytes are
             weight = weight.view(torch.uint8)
-        for sums in (weight.sum(0, dtype=torch.float32), weight.sum(-1, dtype=torch.float32)):
+        exact = torch.float32 if weight.is_floating_point() else torch.int64
+        for sums in (weight.sum(0, dtype=exact), weight.sum(-1, dtype=exact)):
             if not torch.isfinite(sums).all():
                 raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity")
             digest.update(sums.cpu().numpy().tobytes())

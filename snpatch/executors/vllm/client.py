@@ -49,7 +49,7 @@ class Client:
     scales_kv: see TwinSettings. All other arguments are vLLM's own engine arguments (tensor_parallel_size,
     max_model_len, max_num_seqs, gpu_memory_utilization, enforce_eager, quantization, ...); unknown ones are an error.
     dtype "auto" is the checkpoint's own. batch_size: most sequences of a batch, vLLM's max_num_seqs. allow_untested:
-    try architectures outside the tested list.
+    try architectures and quantisations outside the tested ones.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class Client:
         self.eos_ids = eos_ids(model, config, tokenizer)
         self.geometry = _geometry(config, arguments.get("max_model_len"))
         twin = {f: arguments.pop(f) for f in TwinSettings.__dataclass_fields__ if f in arguments}
-        self.settings = TwinSettings(**{"ends": tuple(sorted(self.eos_ids)), **twin})
+        own = {"ends": tuple(sorted(self.eos_ids)), "allow_untested": allow_untested}
+        self.settings = TwinSettings(**{**own, **twin})
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {config.model_type} model has no k_proj and v_proj of their own")
         self._arguments = _twin_arguments(model, config, dtype, arguments)

@@ -7,6 +7,7 @@ compile cache tells them apart.
 from dataclasses import asdict, dataclass, fields
 
 from snpatch.errors import SnpatchError
+from snpatch.executors.vllm import quantised
 
 KEY = "snpatch"
 
@@ -21,6 +22,7 @@ class TwinSettings:
     each position that can be held until they are fetched. max_receipts: requests whose receipts can be.
     ends: tokens that end a text; their positions do not count where a request says so.
     scales_kv: whether adapters may scale k_proj and v_proj; None: if one of those that the engine starts with does.
+    allow_untested: try quantisations that no test covers.
     """
 
     streams: int = 2
@@ -33,6 +35,7 @@ class TwinSettings:
     max_receipts: int = 16384
     ends: tuple[int, ...] = ()
     scales_kv: bool | None = None
+    allow_untested: bool = False
 
     def __post_init__(self) -> None:
         if self.streams not in (1, 2):
@@ -55,6 +58,7 @@ def refuse(vllm_config) -> None:
     """Raise for what two streams in one batch cannot be combined with, with the reason."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     compiled_passes = vllm_config.compilation_config.pass_config
+    untested = [] if TwinSettings.of(vllm_config).allow_untested else quantised.untested(vllm_config)
     refused = {
         "speculative decoding: draft tokens that are rejected would be patched and counted": (
             vllm_config.speculative_config is not None
@@ -79,6 +83,14 @@ def refuse(vllm_config) -> None:
         "encoder-decoder models: only decoders are patched": bool(model.is_encoder_decoder),
         "fast prefill with shared KV: it skips tokens of later layers": bool(
             vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
+        f"the quantisation {', '.join(untested)}, which is not tested (tested: {quantised.TESTED}); "
+        "allow_untested=True tries it": bool(untested),
+        "a scale for each head of the cache (kv_cache_scheme attn_head): the twin has twice the heads": (
+            quantised.scales_heads(vllm_config)
+        ),
+        "cache scales measured on the first batch (calculate_kv_scales): they hang on its patches": bool(
+            getattr(vllm_config.cache_config, "calculate_kv_scales", False)
         ),
         f"the runner {model.runner_type!r}: only generation is patched": model.runner_type != "generate",
     }
