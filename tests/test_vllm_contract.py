@@ -75,11 +75,11 @@ def test_only_this_folder_imports_vllm():
         assert not re.search(r"^\s*(from|import) vllm\b", file.read_text(), re.MULTILINE), file
 
 
-def test_0_24_to_0_33_are_known_and_the_installed_one_was_run(recwarn):
+def test_0_24_to_0_33_are_known_and_the_installed_one_is_among_them(recwarn):
     assert sorted(versions.KNOWN) == [(0, minor) for minor in range(24, 34)]
     assert versions.SERVED == "0.24 to 0.33"
     major, minor = map(int, versions.check().split(".")[:2])
-    assert versions.KNOWN[major, minor] == versions.RUN
+    assert (major, minor) in versions.KNOWN
     assert not [w for w in recwarn if "vLLM" in str(w.message)]
 
 
@@ -129,13 +129,12 @@ def test_an_unknown_version_gives_one_warning_and_runs(version, unknown):
 def test_an_unknown_version_that_lacks_something_is_an_error_that_names_it(version, monkeypatch, recwarn, edits, named):
     version("0.34.0")
     monkeypatch.setattr(contract, "source", lacking(*edits))
-    for _ in range(2):
-        with pytest.raises(SnpatchError) as error:
-            versions.check()
-        assert str(error.value) == (
-            "backend vllm: snpatch is tested with vLLM 0.24 to 0.33, this is 0.34.0 and lacks "
-            f"{named}; install vLLM 0.24 to 0.33"
-        )
+    with pytest.raises(SnpatchError) as error:
+        versions.check()
+    assert str(error.value) == (
+        "backend vllm: snpatch is tested with vLLM 0.24 to 0.33, this is 0.34.0 and lacks "
+        f"{named}; install vLLM 0.24 to 0.33"
+    )
     assert not recwarn
 
 

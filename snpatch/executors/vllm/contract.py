@@ -22,11 +22,11 @@ CONTRACT = {
     },
     "vllm.config": {
         "VllmConfig": "additional_config cache_config compilation_config lora_config model_config parallel_config "
-        "scheduler_config speculative_config",
-        "CacheConfig": "kv_sharing_fast_prefill",
+        "quant_config scheduler_config speculative_config",
+        "CacheConfig": "cache_dtype kv_sharing_fast_prefill",
         "CompilationConfig": "max_cudagraph_capture_size pass_config static_forward_context",
         "ModelConfig": "get_num_attention_heads get_num_kv_heads head_dtype hf_config hf_text_config "
-        "is_attention_free is_encoder_decoder is_hybrid pooler_config runner_type use_mla",
+        "is_attention_free is_encoder_decoder is_hybrid pooler_config quantization runner_type use_mla",
         "ParallelConfig": "data_parallel_size pipeline_parallel_size",
         "PassConfig": "fuse_allreduce_rms",
         "SchedulerConfig": "max_num_batched_tokens",
@@ -43,6 +43,9 @@ CONTRACT = {
     "vllm.forward_context": {"get_forward_context": "", "ForwardContext": "no_compile_layers"},
     "vllm.inputs": {"tokens_input": "(prompt_token_ids, cache_salt)"},
     "vllm.logprobs": {"Logprob": "logprob"},
+    "vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel": {
+        "FP8ScaledMMLinearKernel": "apply_weights quant_fp8",
+    },
     "vllm.model_executor.layers.activation": {"GeluAndMul": "approximate", "SiluAndMul": ""},
     "vllm.model_executor.layers.attention": {
         "Attention": "(num_heads, head_size, scale, num_kv_heads) num_heads num_kv_heads layer_name "
@@ -53,6 +56,11 @@ CONTRACT = {
         "ReplicatedLinear": "(input_size, output_size, bias, params_dtype, prefix, return_bias)",
     },
     "vllm.model_executor.layers.pooler": {"DispatchPooler": "for_seq_cls(pooler_config, classifier)"},
+    "vllm.model_executor.layers.quantization.input_quant_fp8": {"QuantFP8": "static group_shape"},
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors": {
+        "CompressedTensorsConfig": "kv_cache_scheme target_scheme_map",
+    },
+    "vllm.model_executor.layers.quantization.utils.quant_utils": {"GroupShape": "is_per_tensor"},
     "vllm.model_executor.layers.vocab_parallel_embedding": {"ParallelLMHead": "", "VocabParallelEmbedding": ""},
     "vllm.model_executor.models.adapters": {
         "as_seq_cls_model": "ModelForSequenceClassification",
