@@ -378,8 +378,8 @@ def test_banks_give_rows_away_when_no_request_uses_them(llama, start):
 def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, caching):
     """A cache too small for the batch (requests are preempted and computed again) and prompts cut into
     pieces; texts, receipts and statistics are the oracle's."""
-    engine = start("llama", kv_cache_memory_bytes=None, num_gpu_blocks_override=12, max_num_batched_tokens=40,
-                   max_num_seqs=32, enable_prefix_caching=caching)  # fmt: skip
+    engine = start("llama", kv_cache_memory_bytes=None, gpu_memory_utilization=0.3, num_gpu_blocks_override=12,
+                   max_num_batched_tokens=40, max_num_seqs=32, enable_prefix_caching=caching)  # fmt: skip
     stats = engine._executor.engine.engine_core.engine_core.scheduler
     jobs = [Job(i % 8, "sft", "dpo", (0, 29 + i)) for i in range(24)]
     preempted = []
