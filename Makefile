@@ -67,18 +67,10 @@ readme: $(READY)
 	sed -i 's|$(CURDIR)/||g' bench/results/demo/*.json
 	$(BIN)/python bench/readme_table.py
 
-# On a machine with a GPU, torch and triton (no .venv needed): the compiled kernels' tests, then their bench; where vLLM
-# is importable, too, its executor's tests and bench. vLLM finds the plugin by the egg-info beside the package.
+# On a machine with a GPU, torch and triton (no .venv needed): `python bench/gpu_check.py --help` says how. Elsewhere it
+# lists what it skips.
 gpu-check:
-	TRITON_INTERPRET=0 $(PYTHON) -m pytest -q -p no:cacheprovider tests/test_ops_patched_glu_native.py -k triton
-	$(PYTHON) -m pytest -q -p no:cacheprovider bench/bench_patched_glu.py --benchmark-enable \
-	  --benchmark-columns=median,iqr --benchmark-json=bench/results/patched_glu.gpu.json
-	$(PYTHON) setup.py -q egg_info
-	TRITON_INTERPRET=0 PYTHONPATH=$(CURDIR):$$PYTHONPATH $(PYTHON) -m pytest -q -p no:cacheprovider \
-	  tests/test_executor_vllm.py tests/test_goldens_vllm.py
-	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(PYTHON) -m pytest -q -p no:cacheprovider bench/bench_generate.py \
-	  bench/bench_plan.py --benchmark-enable --benchmark-columns=median,iqr \
-	  --benchmark-json=bench/results/generate.gpu.json
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu_check.py --all
 
 clean:
 	rm -rf .venv build dist *.egg-info

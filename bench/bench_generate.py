@@ -1,20 +1,25 @@
 """Patched generation and contrasts inside vLLM against native vLLM and against hooks: `make bench-generate`.
 
-SNPATCH_BENCH_SIZE: tiny, 160m (default on a CPU), 1b, 7b (default on a GPU; random weights made by vLLM). Two engines
-live side by side and take turns, so that a drift of the machine meets both; a ratio is the median of the ratios of
-neighbouring runs. Prompts are new in every run: nothing is read from the prefix cache.
+SNPATCH_BENCH_SIZE: tiny, 160m (default on a CPU), 1b, 7b (default on a GPU; random weights made by vLLM), rehearsal
+(smallest, for bench/gpu_check.py --rehearse). Two engines live side by side and take turns, so that a drift of the
+machine meets both; a ratio is the median of the ratios of neighbouring runs. Prompts are new in every run: nothing is
+read from the prefix cache. VLLM_USE_V2_MODEL_RUNNER chooses the model runner of both engines.
 
 rows: a patched token is two rows, the recipient's and the donor's. "native 2B" runs as many rows as "twin B".
 """
 
+import gzip
+import json
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import geometry
 import pytest
 import torch
+import trace_events
 from hooked import Hooked
 
 from snpatch import Engine, Patch, Ranking, Sampling
@@ -23,16 +28,21 @@ from snpatch.executors.request import Request
 GPU = torch.cuda.is_available()
 SIZE = os.environ.get("SNPATCH_BENCH_SIZE", "7b" if GPU else "160m")
 LAYERS, NEURONS = geometry.SIZES[SIZE]["num_hidden_layers"], geometry.SIZES[SIZE]["intermediate_size"]
-BATCHES = [1, 4, 16, 64, 256] if GPU else [1, 4, 16, 32]
-PROMPT, NEW = 32, 128 if GPU else 48
+IS_REHEARSAL = SIZE == "rehearsal"
+BATCHES = [1, 3] if IS_REHEARSAL else [1, 8, 32, 64, 128, 256] if GPU else [1, 4, 16, 32]
+PROMPT, NEW = 32, 16 if IS_REHEARSAL else 128 if GPU else 48
+# (prompt, new) of batches whose texts of full length would not fit into both caches on a card of 80 GB
+SHORTER = {128: (8, 112), 256: (8, 56)} if GPU else {}
 ROUNDS = int(os.environ.get("SNPATCH_BENCH_ROUNDS", 11))
 K = LAYERS * NEURONS // 20
 ORDER = torch.randperm(LAYERS * NEURONS, generator=torch.Generator().manual_seed(0))
 RANKING = Ranking.from_order(torch.stack([ORDER // NEURONS, ORDER % NEURONS], dim=1), (LAYERS, NEURONS))
 PATCH = Patch("sft", "dpo", RANKING, K)
-CACHE_BYTES = {"tiny": 128 << 20, "160m": 2 << 30, "1b": 4 << 30, "7b": 16 << 30}[SIZE]
+CACHE_BYTES = {"rehearsal": 64 << 20, "tiny": 128 << 20, "160m": 2 << 30, "1b": 4 << 30, "7b": 17 << 30}[SIZE]
 COMMON = {"kv_cache_memory_bytes": CACHE_BYTES, "max_num_seqs": 512, "enforce_eager": not GPU}
-COMMON |= {"max_num_batched_tokens": 8192} if GPU else {"max_num_batched_tokens": 4096}
+# vLLM asks for this share of the card's memory to be free at its start, with kv_cache_memory_bytes, too.
+COMMON |= {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.3} if GPU else {"max_num_batched_tokens": 4096}
+PROFILED_AFTER, PROFILED = 5, 6  # steps; a text of the rehearsal has 16
 _draw = torch.Generator().manual_seed(1)
 
 
@@ -48,10 +58,33 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def twin(folder):
+def traces(tmp_path_factory):
+    """Where each engine's profiler writes; it runs only while a test asks for it."""
+    return {side: tmp_path_factory.mktemp(side) for side in ("twin", "native")}
+
+
+def profiler(folder: Path):
+    from vllm.config import ProfilerConfig
+
+    return ProfilerConfig(
+        profiler="torch",
+        torch_profiler_dir=str(folder),
+        torch_profiler_with_stack=False,
+        delay_iterations=PROFILED_AFTER,
+        max_iterations=PROFILED,
+    )
+
+
+@pytest.fixture(scope="module")
+def twin(folder, traces):
     adapters = {"sft": folder / "sft", "dpo": [folder / "sft", folder / "dpo"]}
-    loading = {"load_format": "dummy"} if SIZE == "7b" else {}
-    with Engine(folder / "model", adapters, backend="vllm", max_model_len=512, **loading, **COMMON) as engine:
+    options = {"max_model_len": 512, "profiler_config": profiler(traces["twin"]), **COMMON}
+    options |= {"load_format": "dummy"} if SIZE == "7b" else {}
+    with pytest.MonkeyPatch.context() as patch:
+        if IS_REHEARSAL:
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts two processes less
+        engine = Engine(folder / "model", adapters, backend="vllm", **options)
+    with engine:
         agree(engine, folder, adapters)
         yield engine
 
@@ -70,26 +103,31 @@ def agree(engine, folder, adapters) -> None:
 
 
 @pytest.fixture(scope="module")
-def native(folder, twin):
+def native(folder, traces):
     from vllm import LLM
 
-    loading = {"load_format": "dummy"} if SIZE == "7b" else {}
-    return LLM(str(folder / "model"), dtype="bfloat16", max_model_len=513, disable_log_stats=True, **loading, **COMMON)
+    options = {"max_model_len": 513, "profiler_config": profiler(traces["native"]), **COMMON}
+    options |= {"load_format": "dummy"} if SIZE == "7b" else {}
+    return LLM(str(folder / "model"), dtype="bfloat16", disable_log_stats=True, **options)
 
 
-def run_twin(twin, batch: int, patch=PATCH, lengths: int | list[int] = NEW) -> None:
+def runner_of(native) -> str:
+    return "v2" if native.llm_engine.vllm_config.use_v2_model_runner else "v1"
+
+
+def run_twin(twin, batch: int, patch=PATCH, lengths: int | list[int] = NEW, prompt: int = PROMPT) -> None:
     lengths = [lengths] * batch if isinstance(lengths, int) else lengths
     samplings = [Sampling(max_tokens=n, ignore_eos=True) for n in lengths]
-    done = twin.generate(prompts(batch), patch, samplings)
+    done = twin.generate(prompts(batch, prompt), patch, samplings)
     assert [len(c.token_ids) for c in done] == lengths
 
 
-def run_native(native, batch: int) -> None:
+def run_native(native, batch: int, new: int = NEW, prompt: int = PROMPT) -> None:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
-    done = native.generate([{"prompt_token_ids": ids} for ids in prompts(batch)], params, use_tqdm=False)
-    assert all(len(r.outputs[0].token_ids) == NEW for r in done)
+    params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
+    done = native.generate([{"prompt_token_ids": ids} for ids in prompts(batch, prompt)], params, use_tqdm=False)
+    assert all(len(r.outputs[0].token_ids) == new for r in done)
 
 
 def paired(benchmark, name: str, run, others: dict, rounds: int = ROUNDS, **info) -> None:
@@ -113,26 +151,62 @@ def paired(benchmark, name: str, run, others: dict, rounds: int = ROUNDS, **info
         ratios = [t / o for t, o in zip(times[1:], own[1:], strict=True)]  # without the warm-up
         low, middle, high = statistics.quantiles(ratios, n=4)
         benchmark.extra_info[other] = {"median_s": statistics.median(times[1:]), "ratio": middle, "q1": low, "q3": high}
-    benchmark.extra_info.update(side=name, size=SIZE, prompt=PROMPT, new=NEW, device="cuda" if GPU else "cpu", **info)
+    benchmark.extra_info.update({**about(), "side": name, "prompt": PROMPT, "new": NEW, **info})
+
+
+def about() -> dict:
+    """What every record says of where it was measured; the tests add the model runner."""
+    return {"size": SIZE, "device": "cuda" if GPU else "cpu", "card": torch.cuda.get_device_name() if GPU else None}
+
+
+def against_native(benchmark, twin, native, name: str, sides: dict[str, int], run, new: int, prompt: int, **info):
+    """`run` against native vLLM at `sides`' numbers of requests, both on one model runner."""
+    runner = twin._executor.runner
+    assert runner == runner_of(native), "the two sides run different model runners"
+    others = {side: lambda n=n: run_native(native, n, new, prompt) for side, n in sides.items()}
+    paired(benchmark, name, run, others, runner=runner, new=new, prompt=prompt, **info)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_twin_against_native(benchmark, twin, native, batch):
-    others = {"native 2B": lambda: run_native(native, 2 * batch), "native B": lambda: run_native(native, batch)}
-    paired(benchmark, "twin", lambda: run_twin(twin, batch), others, batch=batch)
+    prompt, new = SHORTER.get(batch, (PROMPT, NEW))
+    sides = {"native 2B": 2 * batch, "native B": batch}
+    run = partial(run_twin, twin, batch, PATCH, new, prompt)
+    against_native(benchmark, twin, native, "twin", sides, run, new, prompt, batch=batch)
 
 
 @pytest.mark.parametrize("batch", BATCHES[-2:])
 def test_plain_requests_on_a_twin_engine(benchmark, twin, native, batch):
-    others = {"native 2B": lambda: run_native(native, 2 * batch)}
-    paired(benchmark, "plain on twin", lambda: run_twin(twin, batch, "base"), others, batch=batch)
+    prompt, new = SHORTER.get(batch, (PROMPT, NEW))
+    run = partial(run_twin, twin, batch, "base", new, prompt)
+    against_native(benchmark, twin, native, "plain on twin", {"native 2B": 2 * batch}, run, new, prompt, batch=batch)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_native_alone(benchmark, native, batch):
+    prompt, new = SHORTER.get(batch, (PROMPT, NEW))
+    rounds = max(2, ROUNDS // 2)
+    benchmark.pedantic(run_native, (native, batch, new, prompt), rounds=rounds, iterations=1, warmup_rounds=1)
+    speed = batch * new / benchmark.stats.stats.median
+    benchmark.extra_info.update(
+        **about(), side="native", runner=runner_of(native), batch=batch, prompt=prompt, new=new, tokens_per_s=speed
+    )
+
+
+def test_prefill(benchmark, twin, native):
+    """Reading prompts, with one written token: where the second stream costs its arithmetic."""
+    batch, prompt = (4, 100) if IS_REHEARSAL else (32, 400)
+    sides = {"native 2B": 2 * batch, "native B": batch}
+    run = partial(run_twin, twin, batch, PATCH, 1, prompt)
+    against_native(benchmark, twin, native, "prefill", sides, run, 1, prompt, batch=batch)
 
 
 def test_windows(benchmark, twin):
     """32 different windows of one batch against one window for all."""
     patches = [Patch("sft", "dpo", RANKING, (i, i + K)) for i in range(32)]
     others = {"one window": lambda: run_twin(twin, 32)}
-    paired(benchmark, "32 windows", lambda: run_twin(twin, 32, patches), others, batch=32)
+    runner = twin._executor.runner
+    paired(benchmark, "32 windows", lambda: run_twin(twin, 32, patches), others, batch=32, runner=runner)
 
 
 def test_statistics(benchmark, twin):
@@ -145,23 +219,23 @@ def test_statistics(benchmark, twin):
         assert all((s.count == 32 * (PROMPT + NEW - 1)).all() for s in statistics)
 
     others = {"without": lambda: run(None)}
-    paired(benchmark, "statistics", lambda: run((0, 0, 10**6)), others, batch=32)
+    paired(benchmark, "statistics", lambda: run((0, 0, 10**6)), others, batch=32, runner=twin._executor.runner)
 
 
 @pytest.mark.parametrize(
     ("batch", "lengths"), [(4, "static"), (32, "ragged"), (32, "static")], ids=["B4", "B32-ragged", "B32-static"]
 )
 def test_against_hooks(benchmark, twin, folder, batch, lengths):
-    """Two transformers models with hooks: same weights, neurons, prompts' length and threads."""
-    if SIZE == "7b":
-        pytest.skip("7b has no weights on disk: use SNPATCH_BENCH_SIZE=1b, or hooks of 7b need them")
+    """Two transformers models with hooks: same neurons, prompts and threads, and weights where they are on disk."""
+    if SIZE == "7b" and not GPU:
+        pytest.skip("7b has no weights on disk, and to draw them twice takes a GPU")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     adapters = [folder / "sft"], [folder / "sft", folder / "dpo"]
     hooked = Hooked(folder / "model", *adapters, RANKING.top(K), "cuda" if GPU else "cpu")
     new = [NEW] * batch if lengths == "static" else [8 + 120 * i // (batch - 1) for i in range(batch)]
     others = {"hooks": lambda: hooked.generate(prompts(batch), new)}
     paired(benchmark, "twin", lambda: run_twin(twin, batch, PATCH, new), others, max(3, ROUNDS // 2), batch=batch,
-           lengths=lengths)  # fmt: skip
+           lengths=lengths, runner=twin._executor.runner)  # fmt: skip
 
 
 def resident_bytes(process: int) -> int:
@@ -184,7 +258,7 @@ def touched(twin):
 @pytest.mark.parametrize("positions", [10**3, 10**4, 10**5, 10**6])
 def test_contrast(benchmark, twin, touched, positions):
     """Positions a second of reading given texts with both models, and what that adds to all processes' memory."""
-    if SIZE in ("160m", "1b") and not GPU and positions > 10**4:
+    if SIZE in ("160m", "1b", "rehearsal") and not GPU and positions > 10**4:
         pytest.skip("takes minutes on a CPU: SNPATCH_BENCH_SIZE=tiny goes to 10^6")
     length = 250
     texts = prompts(positions // length, length)
@@ -199,7 +273,30 @@ def test_contrast(benchmark, twin, touched, positions):
     benchmark.pedantic(run, rounds=1 if positions > 10**4 else 3, iterations=1)
     grown = sum(map(resident_bytes, mine)) - before
     benchmark.extra_info.update(
-        side="contrast", size=SIZE, positions=len(texts) * length, device="cuda" if GPU else "cpu",
+        **about(), side="contrast", runner=twin._executor.runner, positions=len(texts) * length,
         positions_per_s=len(texts) * length / benchmark.stats.stats.median, grown_bytes=grown,
         stored_bytes=2 * 4 * LAYERS * NEURONS * len(texts) * length,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["twin", "native 2B", "native B"])
+def test_profile(request, benchmark, traces, side):
+    """Where the time of a decode step goes, by vLLM's own profiler. Last in this file: its engines stay annotated."""
+    batch = (3 if IS_REHEARSAL else 32) * (2 if side == "native 2B" else 1)
+    name = "twin" if side == "twin" else "native"
+    engine = request.getfixturevalue(name)
+    run = partial(run_twin if side == "twin" else run_native, engine, batch)
+    profiled = engine._executor.engine if side == "twin" else engine.llm_engine
+    runner = engine._executor.runner if side == "twin" else runner_of(engine)
+    before = set(traces[name].glob("*.json.gz"))
+
+    def profile():
+        profiled.start_profile()
+        run()
+        profiled.stop_profile()
+
+    benchmark.pedantic(profile, rounds=1, iterations=1)
+    (written,) = set(traces[name].glob("*.json.gz")) - before
+    with gzip.open(written, "rt") as file:
+        steps = trace_events.decode_steps(json.load(file)["traceEvents"], "kernel" if GPU else "cpu_op")
+    benchmark.extra_info.update(**about(), side=f"profile of {side}", runner=runner, batch=batch, **steps)

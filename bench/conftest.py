@@ -1,13 +1,33 @@
-"""Records keep medians and quartiles, not every sample, and say what they were measured on."""
+"""Records keep medians and quartiles, not every sample, and say what they were measured on.
 
+SNPATCH_BENCH_LOG: a file that gets every record as soon as it is measured, so that a run that is stopped keeps them.
+"""
+
+import json
+import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
+import pytest
 import torch
 
 from snpatch.executors.vllm import versions
 
 KEPT = ("median", "iqr", "q1", "q3", "min", "rounds")
+
+
+@pytest.fixture(autouse=True)
+def logged(request):
+    """Append what the test measured to SNPATCH_BENCH_LOG."""
+    log = os.environ.get("SNPATCH_BENCH_LOG")
+    benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
+    yield
+    if log and benchmark is not None and benchmark.stats is not None:
+        stats = {name: getattr(benchmark.stats.stats, name) for name in KEPT}
+        record = {"name": request.node.name, "extra_info": benchmark.extra_info, "stats": stats}
+        with Path(log).open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

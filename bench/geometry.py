@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SIZES = {
+    "rehearsal": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "heads": 4, "vocab_size": 512},
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "heads": 4, "vocab_size": 2048},
     "160m": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "heads": 12, "vocab_size": 32000},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "heads": 32, "kv_heads": 4,

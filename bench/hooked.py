@@ -8,18 +8,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 
 class Hooked:
-    """neurons: [n, 2] of (layer, neuron) to copy from the donor into the recipient."""
+    """neurons: [n, 2] of (layer, neuron) to copy from the donor into the recipient.
+
+    A folder without weights gives random ones, drawn on the device: speed does not hang on their values.
+    """
 
     def __init__(
         self, folder: Path, recipient: list[Path], donor: list[Path], neurons: torch.Tensor, device: str
     ) -> None:
-        self.models = [
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval() for _ in range(2)
-        ]
+        self.models = [_model(folder, device) for _ in range(2)]
         self.device, self.kept = device, {}
         for role, (model, adapters) in enumerate(zip(self.models, (donor, recipient), strict=True)):
             for index, layer in enumerate(model.model.layers):
@@ -56,3 +57,10 @@ class Hooked:
             written.append(ids)
         texts = torch.cat(written, dim=1).tolist()
         return [text[:n] for text, n in zip(texts, lengths, strict=True)]
+
+
+def _model(folder: Path, device: str):
+    if any(folder.glob("*.safetensors")):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval()

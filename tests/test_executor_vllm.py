@@ -42,6 +42,8 @@ from snpatch.executors.vllm import versions
 platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
 
 SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32}
+if torch.cuda.is_available():
+    SMALL["gpu_memory_utilization"] = 0.3  # vLLM wants this share free at its start, and 0.92 by default
 KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
 PLAIN = [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
 VERSION = tuple(map(int, versions.check().split(".")[:2]))
@@ -322,7 +324,7 @@ def test_padded_rows_may_hold_anything(engine):
     twin.feed.step(request_ids, [3], [2])
     gate_up = torch.randn(2 * 8, 2 * tiny.NEURONS, generator=draw)
     gate_up[4:] = math.nan
-    out = twin.glus[0].run(gate_up)
+    out = twin.glus[0].run(gate_up.to(banks.device))
     assert torch.isfinite(out[:4]).all()
     assert torch.isfinite(banks.layers[0].stats).all()
     assert banks.layers[0].count.tolist()[0] == 2
@@ -344,6 +346,7 @@ def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
         twin.feed.add(f"ahead {ticket}", {"snpatch": [10**6 + ticket, *row]})
     twin.feed.step(["ahead 1", "ahead 2"], [0, 0], [4, 4])
     ids = torch.tensor([9, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS], dtype=torch.int32)
+    ids = ids.to(twin.banks.device)
     with torch.inference_mode():
         assert torch.equal(twin.glus[0].take_tokens(ids), ids)
     assert twin.banks.plan[:9, Column.GROUP].tolist() == [-1, 2, 2, 2, -1, 2, -1, 2, -1]
@@ -590,6 +593,8 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
     ids=str,
 )  # fmt: skip
 def test_engines_that_would_be_wrong_are_refused(start, options, message):
+    if torch.cuda.device_count() == 1 and "pipeline_parallel_size" in options:
+        pytest.skip("vLLM counts the GPUs before it asks us")
     with pytest.raises(SnpatchError, match=message):
         start("llama", **options)
 
@@ -623,6 +628,8 @@ def test_other_architectures_are_refused_unless_asked_for(start, tmp_path):
 
 
 def test_a_mixture_of_experts_cannot_be_patched(start, tmp_path):
+    if torch.cuda.is_available() and not hasattr(torch.ops._moe_C, "topk_softmax"):
+        pytest.skip("this vLLM came without its kernels for mixtures of experts")
     made = other_model("mixtral", tmp_path, num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(SnpatchError, match=r"mixture of experts, shared layers\) cannot be patched"):
         start(made, allow_untested=True)

@@ -44,6 +44,7 @@ def engine(request, folders):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         options = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
+        options |= {"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {}
         with Engine(folders[request.param], ADAPTERS, backend="vllm", dtype="float32", **options) as engine:
             engine.is_eos = request.param == "eos"
             yield engine

@@ -1,0 +1,179 @@
+"""The steps of gpu_check.py as data, most valuable first, and what each part of a step needs of the machine.
+
+A part is one child process. `rehearsal` holds what stands in for it on a machine without a card, or says why nothing
+does. The rehearsed benches of one file share a child, so that engines start once.
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+
+STEP_S = 480
+GENERATE, OP = "bench/bench_generate.py", "bench/bench_patched_glu.py"
+KERNELS = "tests/test_ops_patched_glu_native.py"
+BENCHES = ["-s", "--benchmark-enable", "--benchmark-columns=median"]  # -s: vLLM's own log is kept, too
+IN_CI = "CI runs these tests themselves"
+RUNNERS = {"v2": {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
+FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}  # attention's tl.dot would be TF32, and float32 tests allow 1e-4
+# A rehearsal's engines wait for each other on few cores: threads that spin would take all of them.
+SMALL = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", **RUNNERS["v1"]}
+COMPILED, INTERPRETED = {"TRITON_INTERPRET": "0"}, {"TRITON_INTERPRET": "1"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """kind: "probe" (gpu_probe.py's answer), "tests" or "benches" (pytest over `what`, with -k `select`).
+
+    limit_s: it is killed then. expect_s: it is not started with less time left. needs: of card, vllm, sanitizer.
+    prefix: a program that runs the child. {sanitizer} and {kind} stand for what the machine has: the program, and the
+    card as predict.py names it.
+    """
+
+    name: str
+    kind: str
+    what: tuple[str, ...]
+    select: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+    limit_s: int = 240
+    expect_s: int = 30
+    needs: tuple[str, ...] = ("card",)
+    prefix: tuple[str, ...] = ()
+    rehearsal: "Part | str" = IN_CI
+
+    @property
+    def command(self) -> list[str]:
+        if self.kind == "probe":
+            return [*self.prefix, sys.executable, "bench/gpu_probe.py", *self.what]
+        command = [*self.prefix, sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", *self.what]
+        command += ["-k", self.select] if self.select else []
+        return command + (BENCHES if self.kind == "benches" else [])
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    title: str
+    parts: tuple[Part, ...]
+
+
+def generate(name: str, *tests: str, size: str, env: dict[str, str], is_rehearsed: bool = False, **options) -> Part:
+    """Benches of bench_generate.py. Rehearsed are those of Model Runner V1, and what `is_rehearsed` on it instead."""
+    sized = {**env, **COMPILED, "SNPATCH_BENCH_SIZE": size, "SNPATCH_BENCH_ROUNDS": "5", "VLLM_LOGGING_LEVEL": "INFO"}
+    what = tuple(f"{GENERATE}::{test}" for test in tests)
+    part = Part(name, "benches", what, env=sized, needs=("card", "vllm"), **options)
+    if env is RUNNERS["v2"] and not is_rehearsed:
+        return replace(part, rehearsal="Model Runner V2 needs a GPU")
+    small = {**SMALL, "SNPATCH_BENCH_SIZE": "rehearsal", "SNPATCH_BENCH_ROUNDS": "2"}
+    shrunk = tuple(test.replace("[100000]", "[1000]") for test in what)
+    return replace(part, rehearsal=replace(part, what=shrunk, env=small, needs=("vllm",)))
+
+
+def tests(name: str, file: str, select: str, env: dict[str, str], **options) -> Part:
+    """Tests of the vLLM executor: in the executor's tests models are float32."""
+    settings = {**env, **COMPILED, **FLOAT32}
+    return Part(name, "tests", (file,), select, settings, needs=("card", "vllm"), **options)
+
+
+def modes(name: str, env: dict[str, str], **options) -> Part:
+    part = tests(name, "tests/test_vllm_gpu.py", "float32", env, **options)
+    if env is RUNNERS["v2"]:
+        return replace(part, rehearsal="Model Runner V2 needs a GPU")
+    small = replace(part, select="float32 and eager", env={"SNPATCH_REHEARSAL": "1", **SMALL}, needs=("vllm",))
+    return replace(part, rehearsal=small)
+
+
+def equal(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
+    executor = "tests/test_executor_vllm.py"
+    return (
+        generate(f"160m-{runner}", "test_windows", size="160m", env=env, limit_s=200, expect_s=60),
+        tests(f"goldens-{runner}", "tests/test_goldens_vllm.py", "", env, limit_s=240, expect_s=60),
+        modes(f"float32-{runner}", env, limit_s=300, expect_s=90),
+        tests(f"promises-{runner}", executor, "promise", env, limit_s=240, expect_s=60),
+        tests(f"bfloat16-{runner}", "tests/test_vllm_gpu.py", "bfloat16", env, limit_s=240, expect_s=60),
+    )
+
+
+def end_to_end(runner: str, env: dict[str, str]) -> Part:
+    sides = ("test_twin_against_native", "test_plain_requests_on_a_twin_engine", "test_windows", "test_statistics")
+    return generate(f"twin-{runner}", *sides, size="7b", env=env, limit_s=470, expect_s=300)
+
+
+def steps() -> tuple[Step, ...]:
+    v2, v1 = RUNNERS["v2"], RUNNERS["v1"]
+    select, slow = "equals and triton and 60 and silu and float32", {**INTERPRETED, **SMALL}
+    small = Part("tests", "tests", (KERNELS,), select, slow, needs=())
+    quick = Part("bench", "benches", (OP,), "snpatch and 688 and float32", needs=())
+    sanitized = {**COMPILED, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    rest = "not promise and not soak"
+    return (
+        Step(
+            "kernels",
+            "environment; the Triton kernel against the reference in bf16, f16, f32; graph capture and replay",
+            (
+                Part("machine", "probe", ("machine",), needs=()),
+                Part("ceilings", "probe", ("ceilings",), limit_s=60, expect_s=15, rehearsal="needs a card"),
+                Part("graphs", "tests", (KERNELS,), "graph_capture or (equals and triton and 688)", COMPILED, 200),
+                Part("tests", "tests", (KERNELS,), "triton", COMPILED, 300, 60, rehearsal=small),
+            ),
+        ),
+        Step(
+            "op",
+            "the kernel against copies of as many bytes and vLLM's silu_and_mul; predicted beside measured",
+            (
+                Part("predicted", "probe", ("predicted", "{kind}"), needs=()),
+                Part("bench", "benches", (OP,), "", COMPILED, 400, 60, rehearsal=quick),
+            ),
+        ),
+        Step(
+            "native",
+            "vLLM found, and native vLLM alone at 7b geometry on both model runners",
+            (
+                Part("vllm", "probe", ("vllm",), limit_s=120, needs=("card", "vllm"), rehearsal="needs a card"),
+                *(
+                    generate(f"native-{r}", "test_native_alone", size="7b", env=e, limit_s=230, expect_s=100)
+                    for r, e in RUNNERS.items()
+                ),
+            ),
+        ),
+        Step(
+            "equal",
+            "twin == transformers in float32: eager, piecewise, full graphs; promises, goldens; FlashAttention in bf16",
+            (*equal("v2", v2), *equal("v1", v1)),
+        ),
+        Step(
+            "end-to-end",
+            "patched generation at 7b against native vLLM on as many rows and requests; windows, statistics, hooks",
+            (
+                end_to_end("v2", v2),
+                generate("hooks-v2", "test_against_hooks[B32-static]", "test_against_hooks[B32-ragged]", size="7b",
+                         env=v2, is_rehearsed=True, limit_s=300, expect_s=150),
+                end_to_end("v1", v1),
+            ),
+        ),
+        Step(
+            "profile",
+            "where a decode step's time goes; prefill; a contrast of 10^5 positions",
+            tuple(
+                generate(f"profile-{r}", "test_prefill", "test_contrast[100000]", "test_profile", size="7b", env=e,
+                         limit_s=360, expect_s=180)
+                for r, e in RUNNERS.items()
+            ),
+        ),
+        Step(
+            "sanitizer",
+            "compute-sanitizer's memcheck on small cases of the Triton kernel",
+            (
+                Part("memcheck", "tests", (KERNELS,), "triton and bfloat16 and silu and equals and (63 or 129) and 60",
+                     sanitized, 300, 60, ("card", "sanitizer"),
+                     ("{sanitizer}", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"),
+                     "needs a card"),
+            ),
+        ),
+        Step(
+            "tests",
+            "what the executor's tests hold beside the promises, on both model runners",
+            tuple(
+                tests(f"executor-{r}", "tests/test_executor_vllm.py", rest, e, limit_s=470, expect_s=200)
+                for r, e in RUNNERS.items()
+            ),
+        ),
+    )  # fmt: skip

@@ -1,0 +1,79 @@
+"""A decode step's time by kernel, out of a torch profiler's trace.
+
+Why not the profiler's own table: it sums over everything that was recorded, and a step is what is asked for.
+"""
+
+import re
+from collections import defaultdict
+
+# First match wins; names as CUDA libraries, vLLM, Inductor and snpatch's Triton kernels have them.
+GROUPS = (
+    ("snpatch's op", r"patched_glu|twin_|snpatch"),
+    ("attention", r"flash|attention|attn|fmha|merge_state|split_kv|_fwd_kernel"),
+    ("cache writes", r"reshape_and_cache|concat_and_cache|copy_blocks"),
+    ("matrix products", r"gemm|nvjet|cutlass|cublas|splitk|wgmma|aten::mm|aten::addmm|aten::linear|onednn|dnnl"),
+    ("activation", r"act_and_mul|silu|gelu"),
+    ("norms", r"norm"),
+    ("positions", r"rotary|rope"),
+    ("sampling", r"argmax|topk|softmax|sample|gumbel|logprob"),
+    ("fused by Inductor", r"^triton_"),
+    ("copies", r"memcpy|copy|cat|index|fill|memset"),
+)
+TOP = 15
+
+
+def decode_steps(events: list[dict], category: str) -> dict:
+    """Of a trace's events: steps seen, microseconds a step, and its time by group and by kernel.
+
+    category: "kernel" on a GPU, "cpu_op" without one. A kernel inside another one counts once.
+    """
+    marks = sorted(e["ts"] for e in events if e.get("cat") == "user_annotation" and _is_decode(e["name"]))
+    if len(marks) < 3:
+        names = sorted({e["name"] for e in events if e.get("cat") == "user_annotation"})
+        raise ValueError(f"the trace marks {len(marks)} decode steps, wanted 3 or more; it marks {names[:10]}")
+    start, stop, steps = marks[0], marks[-1], len(marks) - 1
+    kernels = [e for e in events if e.get("cat") == category and e.get("ph") == "X" and start <= e["ts"] < stop]
+    spent: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    for event, own in _self_times(kernels):
+        spent[event["name"]] += own
+        calls[event["name"]] += 1
+    groups: dict[str, float] = defaultdict(float)
+    for name, time in spent.items():
+        groups[group_of(name)] += time / steps
+    top = sorted(spent, key=spent.get, reverse=True)[:TOP]
+    return {
+        "steps": steps,
+        "step_us": (stop - start) / steps,
+        "busy_us": sum(spent.values()) / steps,
+        "groups_us": dict(sorted(groups.items(), key=lambda item: -item[1])),
+        "top": [{"name": n[:120], "us": spent[n] / steps, "calls": calls[n] / steps} for n in top],
+    }
+
+
+def group_of(name: str) -> str:
+    return next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def _is_decode(name: str) -> bool:
+    """vLLM marks a step "execute_context_0(0)_generation_32(32)": 32 requests write, none is read."""
+    found = re.match(r"execute_context_(\d+)\(.*_generation_(\d+)\(", name)
+    return bool(found) and found[1] == "0" and found[2] != "0"
+
+
+def _self_times(events: list[dict]):
+    """(event, its duration without that of the events inside it)."""
+    lanes: dict[tuple, list[dict]] = defaultdict(list)
+    for event in events:
+        lanes[event["pid"], event["tid"]].append(event)
+    for lane in lanes.values():
+        own, stack = {}, []
+        for index in sorted(range(len(lane)), key=lambda i: (lane[i]["ts"], -lane[i]["dur"])):
+            event = lane[index]
+            while stack and lane[stack[-1]]["ts"] + lane[stack[-1]]["dur"] <= event["ts"]:
+                stack.pop()
+            if stack:
+                own[stack[-1]] -= event["dur"]
+            own[index] = event["dur"]
+            stack.append(index)
+        yield from ((lane[index], time) for index, time in own.items())

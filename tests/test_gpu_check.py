@@ -1,0 +1,216 @@
+"""bench/gpu_check.py as a user runs it: a rehearsal of all steps without a card, and what it does with parts that fail,
+hang, skip, or find no time. No number of a rehearsal means anything, so none is looked at."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.metadata import distributions
+from pathlib import Path
+
+import gpu_check
+import gpu_steps
+import pytest
+import torch
+import trace_events
+from gpu_host import Host
+from gpu_steps import Part, Step
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+STEPS = [step.name for step in gpu_steps.steps()]
+# What runs without a card, in a rehearsal.
+REHEARSED = {
+    "kernels": {"machine", "tests"},
+    "op": {"predicted", "bench"},
+    "native": {"native-v1"},
+    "equal": {"160m-v1", "float32-v1"},
+    "end-to-end": {"twin-v1", "hooks-v2"},
+    "profile": {"profile-v1"},
+    "sanitizer": set(),
+    "tests": set(),
+}
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "bench/gpu_check.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
+
+
+def records(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def results() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in RESULTS.rglob("*") if path.is_file()}
+
+
+def test_a_rehearsal_runs_every_step_and_writes_its_records(tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    arguments = ["--all", "--rehearse", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    before = results()
+    run = call(*arguments)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert results() == before
+    found = records(tmp_path / "out")
+    assert sorted(found) == sorted(STEPS)
+    for name, record in found.items():
+        assert str(ROOT) not in json.dumps(record)
+        assert record["rehearsal"] is True
+        assert {"step", "title", "card", "versions", "commit", "source", "parts"} <= record.keys()
+        ran = {part for part, told in record["parts"].items() if told["status"] == "ok"}
+        assert ran == REHEARSED[name]
+        for part, told in record["parts"].items():
+            assert told["asked"] == "python bench/gpu_check.py --all --rehearse --out OUT --work WORK"
+            assert part in ran or (told["status"] == "skipped" and told["reason"])
+            if "command" in told:
+                assert told["benchmarks"] if "--benchmark-enable" in told["command"] else told["seconds"]
+    sides = {b["extra_info"]["side"] for record in found.values() for p in record["parts"].values()
+             for b in p.get("benchmarks", ())}  # fmt: skip
+    assert {"twin", "native", "32 windows", "statistics", "prefill", "contrast", "profile of twin"} <= sides
+    table = run.stdout[run.stdout.index("steps (a rehearsal") :]
+    assert all(f"\n{step}" in table for step in STEPS)
+    assert "profile of" not in table
+    assert "native 2B / native B" in run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_it_says_what_is_skipped_and_why(tmp_path):
+    run = call("2", "sanitizer", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "sanitizer: memcheck skipped no NVIDIA card here" in run.stdout
+    found = records(tmp_path / "out")
+    assert found["op"]["parts"]["predicted"]["status"] == "ok"
+    assert found["op"]["parts"]["bench"]["status"] == "skipped"
+    assert found["op"]["card"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name steps, or --all, or --list"),
+        (["nonsense"], "there is no step nonsense; the steps are kernels, op"),
+        (
+            ["1", "--rehearse", "--out", str(RESULTS / "gpu")],
+            "a rehearsal's records do not belong in bench/results",
+        ),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+TESTS = """
+import json, os, subprocess, sys, time, pytest
+def test_good(): pass
+def test_bad(): assert False, "what went wrong"
+def test_skipped(): pytest.skip("has a reason")
+def test_hangs():
+    with open(os.environ["SNPATCH_BENCH_LOG"], "a") as file:
+        file.write(json.dumps({"name": "test_hangs", "extra_info": {}, "stats": {}}) + "\\n")
+    subprocess.run([sys.executable, "-c", "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); "
+                    "time.sleep(100)", os.environ["CHILD"]])
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """fake(part, ...): runs a step of these parts; (exit status, the record's parts)."""
+    file = tmp_path / "test_parts.py"
+    file.write_text(TESTS)
+    machine = {"card": None, "versions": {}, "has_vllm": False, "sanitizer": None}
+    monkeypatch.setattr(Host, "machine", lambda self: dict(machine))
+    monkeypatch.setattr(gpu_check, "source", lambda: run.source)
+
+    def run(*parts: Part, options=()) -> tuple[int, dict]:
+        monkeypatch.setattr(gpu_check, "steps", lambda: (Step("fake", "parts of a test", parts),))
+        status = gpu_check.main(["fake", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *options])
+        return status, records(tmp_path / "out")["fake"]["parts"]
+
+    def part(name: str, **options) -> Part:
+        return Part(name, "tests", (str(file),), name, expect_s=1, needs=(), **options)
+
+    run.part, run.machine, run.source = part, machine, "this code"
+    return run
+
+
+def test_a_part_that_fails_is_told_and_the_next_goes_on(fake, capsys):
+    status, parts = fake(fake.part("bad"), fake.part("good"), fake.part("skipped"), fake.part("nothing"))
+    assert status == 1
+    assert [told["status"] for told in parts.values()] == ["failed", "ok", "skipped", "failed"]
+    assert any("what went wrong" in line for line in parts["bad"]["tail"])
+    assert parts["good"]["counts"]["passed"] == 1
+    assert parts["skipped"]["reason"].endswith("has a reason")
+    assert parts["nothing"]["reason"] == "exit status 5"
+    assert "what went wrong" in capsys.readouterr().out
+
+
+def test_a_part_that_hangs_is_killed_with_all_it_started_and_keeps_what_it_measured(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHILD", str(tmp_path / "pid"))
+    monkeypatch.setattr(gpu_check.gpu_tables, "measurements", lambda records: "")
+    hanging = Part("hangs", "benches", fake.part("hangs").what, "hangs", limit_s=6, expect_s=1, needs=())
+    status, parts = fake(hanging, fake.part("good"))
+    assert status == 1
+    assert (parts["hangs"]["status"], parts["good"]["status"]) == ("timed out", "ok")
+    assert parts["hangs"]["reason"] == "killed after 6 s"
+    assert [b["name"] for b in parts["hangs"]["benchmarks"]] == ["test_hangs"]
+    process = Path("/proc") / (tmp_path / "pid").read_text()
+    deadline = time.monotonic() + 5
+    while process.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not process.exists()
+
+
+def test_what_has_no_time_is_left_for_the_next_call_and_what_is_settled_stays(fake):
+    slow = Part("slow", "tests", fake.part("good").what, "good", expect_s=600, needs=())
+    status, first = fake(fake.part("good"), slow, options=("--minutes", "1"))
+    assert status == 3
+    assert [told["status"] for told in first.values()] == ["ok", "left"]
+    quick = replace(slow, expect_s=1)
+    status, second = fake(fake.part("good"), quick)
+    assert status == 0
+    assert second["good"] == first["good"]
+    assert second["slow"]["status"] == "ok"
+    _, third = fake(fake.part("good"), quick, options=("--again",))
+    assert third["good"] != first["good"]
+
+
+def test_records_count_on_their_card_for_their_code_and_outlive_the_folder_they_went_to(fake, tmp_path):
+    fake.machine["card"] = "NVIDIA H200"
+    _, first = fake(fake.part("good"))
+    shutil.rmtree(tmp_path / "out")
+    assert fake(fake.part("good"))[1] == first
+    fake.source = "other code"
+    assert fake(fake.part("good"), options=("--any-commit",))[1] == first
+    assert fake(fake.part("good"))[1]["good"]["source"] == "other code"
+    fake.machine["card"] = "NVIDIA H100 80GB HBM3"
+    assert fake(fake.part("bad"))[1].keys() == {"bad"}
+    assert records(tmp_path / "out")["fake"]["card"] == "NVIDIA H100 80GB HBM3"
+
+
+def test_the_plugin_is_found_without_an_install(tmp_path):
+    host = Host(tmp_path, tmp_path / "site")
+    host.register_plugin()
+    (found,) = distributions(path=[str(host.entry)])
+    points = {point.group: point.value for point in found.entry_points}
+    assert found.metadata["Name"] == "snpatch"
+    assert points["vllm.general_plugins"] == "snpatch.executors.vllm.plugin:register"
+
+
+def test_a_decode_steps_time_is_told_by_kernel():
+    """Three steps of 10 us; of what is inside another event the time counts once; prefill and the last step do not."""
+    names = ["execute_context_2(9)_generation_0(0)", *["execute_context_0(0)_generation_2(2)"] * 4]
+    events = [{"cat": "user_annotation", "name": n, "ts": 10 * i, "ph": "X", "dur": 9} for i, n in enumerate(names)]
+    for start in (0, 10, 20, 30, 40):
+        for name, at, dur in (("outer_gemm", 1, 6), ("_patched_glu_kernel", 2, 4), ("flash_fwd", 8, 1)):
+            events.append({"cat": "kernel", "ph": "X", "name": name, "ts": start + at, "dur": dur, "pid": 0, "tid": 7})
+    found = trace_events.decode_steps(events, "kernel")
+    assert (found["steps"], found["step_us"], found["busy_us"]) == (3, 10, 7)
+    assert found["groups_us"] == {"snpatch's op": 4, "matrix products": 2, "attention": 1}
+    assert found["top"][0] == {"name": "_patched_glu_kernel", "us": 4, "calls": 1}
+    with pytest.raises(ValueError, match="marks 1 decode steps, wanted 3 or more"):
+        trace_events.decode_steps(events[:2], "kernel")

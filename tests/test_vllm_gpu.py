@@ -1,0 +1,129 @@
+"""The twin under CUDA graphs, on a card: float32 against transformers in every graph mode, and bfloat16, where
+FlashAttention serves (float32 never meets it), against the oracle at odd batch sizes that a captured graph pads.
+
+VLLM_USE_V2_MODEL_RUNNER chooses the model runner. `bench/gpu_check.py --rehearse` runs the eager case without a card.
+"""
+
+import gc
+import itertools
+import os
+
+import oracle
+import pytest
+import tiny
+import torch
+from jobs import (
+    ALL,
+    CLEAR,
+    COMPLETIONS,
+    GREEDY,
+    IDS,
+    JOBS,
+    Job,
+    assert_as_the_oracle,
+    assert_ranking,
+    assert_read_as_written,
+    forced,
+    generate,
+    told,
+)
+from transformers import AutoModelForCausalLM
+
+from snpatch import Engine
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not (GPU or os.environ.get("SNPATCH_REHEARSAL")), reason="needs a GPU")
+
+SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32}
+SMALL |= {"gpu_memory_utilization": 0.3} if GPU else {}
+MODES = {
+    "eager": {"enforce_eager": True},
+    "piecewise": {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "PIECEWISE"}},
+    "full": {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL"}},
+    "default": {"enforce_eager": False},
+}
+BATCHES = (1, 3, 5, 9, 17, 33)
+MANY = [*JOBS, *(Job(i % 8, "sft", "dpo", (i, 29 + 9 * i)) for i in range(17))]
+# bfloat16 against a float32 oracle of the same weights; on a CPU they differ by up to 0.05 and 0.09
+CLEAR_BF16 = 0.15  # two best logits that far apart are chosen alike
+LOGPROB_BF16 = 0.2
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(made, mode, **options): an engine of this process; the one before is closed."""
+    held = []
+
+    def get(made: tiny.Made, mode: str, **options) -> Engine:
+        while held:
+            held.pop().close()
+        gc.collect()
+        adapters = {name: list(folders) for name, folders in made.adapters.items()}
+        held.append(Engine(made.folder, adapters, backend="vllm", **SMALL, **MODES[mode], **options))
+        return held[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield get
+        while held:
+            held.pop().close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_float32_is_what_transformers_gives(zoo, start, mode):
+    """Texts, log-probabilities, receipts, statistics and captures, of batches that no graph was captured for, too."""
+    made = zoo("llama")
+    engine = start(made, mode)
+    jobs = [job for job in MANY if told(made, job).gap > CLEAR]
+    assert len(jobs) >= 30
+    for size in BATCHES:
+        assert_as_the_oracle(made, jobs[:size], generate(engine, jobs[:size]))
+    assert_read_as_written(engine, made, JOBS)
+    models = [oracle.model(made.folder, made.of[name]) for name in ("base", "dpo")]
+    ranking = engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
+    assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
+    adapters = {name: list(folders) for name, folders in made.adapters.items()}
+    patches = [job.patch for job in JOBS[:8]]
+    with Engine(made.folder, adapters, backend="transformers") as other:
+        for mine, theirs in zip(engine.logprobs(IDS, patches), other.logprobs(IDS, patches), strict=True):
+            torch.testing.assert_close(mine.values, theirs.values, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory):
+    """A Llama with heads of 64, which FlashAttention serves; its weights are bfloat16 on disk, so the oracle's, too."""
+    folder = tmp_path_factory.mktemp("bf16")
+    model = AutoModelForCausalLM.from_config(tiny.config("llama", head_dim=64), dtype=torch.float32)
+    tiny.fill(model, 1)
+    tiny.adapter(model, folder / "sft", ["down_proj"], seed=11)
+    tiny.adapter(model, folder / "dpo", ["down_proj"], seed=12)
+    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    return tiny.Made(folder / "model", {"sft": (folder / "sft",), "dpo": (folder / "sft", folder / "dpo")})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_at_odd_batches_is_near_the_oracle(bf16, start, mode):
+    """Receipts are exact. Words are the oracle's until its choice is a close call, and their log-probabilities near."""
+    engine = start(bf16, mode)
+    if GPU and torch.cuda.get_device_capability() == (9, 0):
+        worker = engine._executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
+        layers = worker.model_runner.get_model().snpatch.attention
+        assert {layer.attn_backend.get_name() for layer in layers} == {"FLASH_ATTN"}
+    compared = 0
+    for size in BATCHES:
+        jobs = MANY[:size]
+        for job, completion in zip(jobs, generate(engine, jobs, GREEDY), strict=True):
+            assert completion.overwrites == job.overwrites(10), job
+            want = told(bf16, job)
+            same = sum(itertools.accumulate((a == b for a, b in zip(completion.token_ids, want.ids, strict=True)), min))
+            if same < len(want.ids):
+                best, second = want.logits[same].topk(2).values.tolist()
+                assert best - second < CLEAR_BF16, f"{job}: word {same} differs"
+            assert completion.logprobs[:same] == pytest.approx(want.logprobs[:same], abs=LOGPROB_BF16), job
+            compared += same
+    assert compared >= 5 * sum(BATCHES), f"of {10 * sum(BATCHES)} words {compared} could be compared"
+    engine.contrast(IDS, "sft", "dpo", at="prompt")  # counts every token once, or raises
+    every = generate(engine, [Job(i, "sft", "dpo", (0, ALL)) for i in range(8)])
+    assert [c.token_ids for c in every] == [c.token_ids for c in generate(engine, [Job(i, "dpo") for i in range(8)])]
