@@ -7,17 +7,19 @@ read once.
 
 from pathlib import Path
 
+import predict
 import pytest
 import torch
 from torch.utils import cpp_extension
 
 from snpatch import ops, reference
+from snpatch.kernels import patched_glu as kernel
 from snpatch.plan import Column
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 CPU_CASES = [(64, 11008, torch.bfloat16), (64, 11008, torch.float32), (4, 688, torch.bfloat16), (4, 688, torch.float32)]
-GPU_CASES = [(t, f, torch.bfloat16) for f in (11008, 14336) for t in (1, 4, 16, 64, 128, 2048, 8192)]
+GPU_CASES = [(t, f, torch.bfloat16) for f in predict.NEURONS for t in predict.TOKENS]
 CASES = GPU_CASES if GPU else CPU_CASES
 torch.set_num_threads(1)
 
@@ -43,6 +45,8 @@ def all_features(T, F, dtype):
         "capture": torch.zeros(1, 64),
         "receipt": torch.zeros(T, dtype=torch.int64),
     }
+    tensors["unobserved"] = plan.clone()
+    tensors["unobserved"][:, Column.GROUP] = -1
     tensors["order"] = torch.argsort(tensors["rank"][0])[:64]  # for the unfused side: what is captured
     tensors["plain_out"] = torch.empty(2 * T, F, dtype=dtype)
     return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
@@ -50,6 +54,26 @@ def all_features(T, F, dtype):
 
 def fused(t):
     return ops.patched_glu(*list(t.values())[:9], activation="silu", streams=2, layer=0)
+
+
+def unobserved(t):
+    """The step of a plain generation: patched, captured and counted, without statistics."""
+    tensors = [t["unobserved"] if name == "plan" else tensor for name, tensor in list(t.items())[:9]]
+    return ops.patched_glu(*tensors, activation="silu", streams=2, layer=0)
+
+
+def with_tile(block_t, block_f):
+    """`unobserved` by another tile of the Triton kernel: what the choice of its tile is checked against."""
+
+    def run(t):
+        chosen = dict(kernel.TILE)
+        kernel.TILE.update(BLOCK_T=block_t, BLOCK_F=block_f)
+        try:
+            return unobserved(t)
+        finally:
+            kernel.TILE.update(chosen)
+
+    return run
 
 
 def unfused(t):
@@ -100,9 +124,10 @@ def yardstick():
 
 def sides():
     """name -> a function of the tensors; what runs on this machine."""
-    found = {"snpatch": fused, "plain silu*up": plain, "eager": unfused}
+    found = {"snpatch": fused, "snpatch, unobserved": unobserved, "plain silu*up": plain, "eager": unfused}
     if GPU:
         found["copy"] = copy
+        found |= {f"tile {t}x{f}": with_tile(t, f) for t, f in ((1, 1024), (2, 512), (8, 128), (16, 64))}
         try:
             import vllm._custom_ops  # noqa: F401
 
@@ -115,13 +140,15 @@ def sides():
 
 
 SIDES = sides()
+UNOBSERVED = [side for side in SIDES if side.startswith("tile") or side.endswith("unobserved")]
 
 
 def bytes_moved(t, side):
     data = t["gate_up"].numel() * t["gate_up"].element_size() * 3 // 2
     if side in ("plain silu*up", "vllm silu_and_mul"):
         return data
-    return data + sum(t[name].numel() * t[name].element_size() for name in ("rank", "scale")) + 2 * t["stats"].nbytes
+    statistics = 0 if side in UNOBSERVED else 2 * t["stats"].nbytes
+    return data + sum(t[name].numel() * t[name].element_size() for name in ("rank", "scale")) + statistics
 
 
 def agree(t, side):
@@ -138,6 +165,8 @@ def agree(t, side):
         return
     want = {name: t[name].clone() for name in mutated}
     inputs = [want.get(name, tensor) for name, tensor in list(t.items())[:9]]
+    if side in UNOBSERVED:
+        inputs[4] = t["unobserved"]
     out = reference.patched_glu(*inputs, "silu", 2, 0, 0)
     got = SIDES[side](t)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if out.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}

@@ -23,12 +23,12 @@ POINTERS = {
     "p_rank": "*i32",
     "p_constant": "*fp32",
     "p_plan": "*i32",
-    "p_sums": "*fp64",
+    "p_stats": "*fp64",
     "p_count": "*i64",
     "p_capture": "*fp32",
     "p_receipt": "*i64",
 }
-ALIGNED = ("n_neurons", "row_stride", "sums_stride")
+ALIGNED = ("n_neurons", "row_stride")
 
 
 def compile_variant(capability: int, dtype: str, streams: int) -> dict:
@@ -38,9 +38,8 @@ def compile_variant(capability: int, dtype: str, streams: int) -> dict:
         "ACTIVATION": "silu",
         "STREAMS": streams,
         "HAS_GROUPS": True,
-        "BLOCK_T": module.BLOCK_T,
-        "BLOCK_F": module.BLOCK_BYTES // {"bf16": 2, "fp32": 4}[dtype],
         "INTERPRETED": False,
+        **module.TILE,
     }
     types = {**POINTERS, "p_gate_up": f"*{dtype}", "p_out": f"*{dtype}", **dict.fromkeys(constants, "constexpr")}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
@@ -64,8 +63,8 @@ def compile_variant(capability: int, dtype: str, streams: int) -> dict:
         "streams": streams,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "wide_loads": len(re.findall(r"LDG\.E\.128", sass)),
-        "wide_stores": len(re.findall(r"STG\.E\.128", sass)),
+        "wide_loads": len(re.findall(r"LDG\.E\S*\.128", sass)),
+        "wide_stores": len(re.findall(r"STG\.E\S*\.128", sass)),
     }
 
 
@@ -74,5 +73,5 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    capabilities, types = (80, 90, 100), (("bf16", 1), ("bf16", 2), ("fp32", 2))
-    print(json.dumps([compile_variant(c, dtype, streams) for c in capabilities for dtype, streams in types]))
+    kinds = (("bf16", 1), ("bf16", 2), ("fp32", 2))
+    print(json.dumps([compile_variant(capability, *kind) for capability in (80, 90, 100) for kind in kinds]))

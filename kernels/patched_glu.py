@@ -3,9 +3,9 @@
     neuron[t, s, n] = act(gate[t, s, n]) * up[t, s, n] * scale[adapter[t, s], n]
     out[t, recipient, n] = source of neuron n if lo[t] <= rank[t, n] < hi[t] else neuron[t, recipient, n]
 
-The definition is snpatch/reference.py. A program owns BLOCK_F neurons and walks through its tokens in order, so each
-neuron's sums are added up in one fixed order. A decode step has one program a block of neurons, which adds straight to
-`stats`; a prefill splits the tokens over programs, whose partial sums a second kernel adds up, again in order.
+The definition is snpatch/reference.py. One launch has programs of two kinds. The first few own a block of neurons each
+and add its statistics up, walking through all tokens in order; where no token has a group they end at once. All others
+make the output of one tile. So each sum has one fixed order, and the output has as many programs as it has tiles.
 """
 
 import triton
@@ -28,12 +28,11 @@ RECEIPT = tl.constexpr(11)
 COLUMNS = tl.constexpr(12)
 CONSTANT = tl.constexpr(1)
 NOISE = tl.constexpr(2)
-RUN = tl.constexpr(8)  # tiles: float32 rounding within a run stays below 5e-7 of the sum
-NO_GROUP = tl.constexpr(2**31 - 1)
-BLOCK_T = 16
-BLOCK_BYTES = 128  # of a row: one 128-bit load a thread
-# Two programs a multiprocessor. The compiler's own choice is 168 registers, which spills in the noise branch.
-OPTIONS = {"num_warps": 4, "maxnreg": 200, "enable_fp_fusion": True}
+NEVER = tl.constexpr(2**31 - 1)
+# Tokens x neurons. kernels/README.md says why these.
+TILE = {"BLOCK_T": 4, "BLOCK_F": 256, "SUM_T": 32, "SUM_F": 32}
+INTERPRETED_TILE = {"BLOCK_T": 32, "BLOCK_F": 4096, "SUM_T": 128, "SUM_F": 4096}  # a program costs milliseconds there
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -59,6 +58,18 @@ def _cos_turns(v):
 
 
 @triton.jit
+def _normal(seed, position, layer, neuron):
+    """reference.normal: [BLOCK_T, BLOCK_F] for seed and position [BLOCK_T, 1] and neuron [1, BLOCK_F]."""
+    zero = tl.zeros_like(seed + neuron)
+    w0, w1, _, _ = tl.philox(
+        (zero + seed).to(tl.uint32, bitcast=True), zero + neuron, zero + layer, zero + position, zero
+    )
+    u = ((w0 >> 8) + 1).to(tl.float32) * (2.0**-24)
+    v = (w1 >> 8).to(tl.float32) * (2.0**-24)
+    return tl.sqrt(-2.0 * tl.log(u)) * _cos_turns(v)
+
+
+@triton.jit
 def _store(p, value, mask, INTERPRETED: tl.constexpr):
     if INTERPRETED and p.dtype.element_ty == tl.bfloat16:
         # The interpreter truncates; the hardware rounds to nearest even.
@@ -69,30 +80,133 @@ def _store(p, value, mask, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _add_to(p, value, mask):
-    tl.store(p, tl.load(p, mask=mask, other=0.0) + value.to(p.dtype.element_ty), mask=mask)
+def _add_sum(p, values, mine, m_neuron):
+    total = tl.sum(tl.where(mine, values, 0.0), axis=0)
+    tl.store(p, tl.load(p, mask=m_neuron, other=0.0) + total.to(tl.float64), mask=m_neuron)
 
 
 @triton.jit
-def _close_run(p_sums, group, r1, r2, d1, d2, dd, n_neurons, m_neuron, STREAMS: tl.constexpr):
-    p = p_sums + group.to(tl.int64) * 5 * n_neurons
-    _add_to(p, r1, m_neuron)
-    _add_to(p + n_neurons, r2, m_neuron)
+def _rows(p_table, row, n_neurons, o_neuron, m, other):
+    """[BLOCK_T, BLOCK_F]: each token's own row of a table [rows, F]."""
+    return tl.load(p_table + (row.to(tl.int64) * n_neurons)[:, None] + o_neuron[None, :], mask=m, other=other)
+
+
+@triton.jit
+def _streams(
+    p_gate_up, p_scale, p_row, o_token, o_neuron, m_token, m, n_neurons, row_stride,
+    ACTIVATION: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
+    """Both streams' neurons of a tile, float32. All loads are under way before the first is used."""
+    adapter = tl.load(p_row + RECIPIENT, mask=m_token, other=0)
+    donor = tl.load(p_row + DONOR, mask=m_token, other=0)
+    p_gate = p_gate_up + (o_token.to(tl.int64) * STREAMS * row_stride)[:, None] + o_neuron[None, :]
+    gate = tl.load(p_gate, mask=m, other=0.0, eviction_policy="evict_first")
+    up = tl.load(p_gate + n_neurons, mask=m, other=0.0, eviction_policy="evict_first")
     if STREAMS == 2:
-        _add_to(p + 2 * n_neurons, d1, m_neuron)
-        _add_to(p + 3 * n_neurons, d2, m_neuron)
-        _add_to(p + 4 * n_neurons, dd, m_neuron)
+        gate_d = tl.load(p_gate + row_stride, mask=m, other=0.0, eviction_policy="evict_first")
+        up_d = tl.load(p_gate + row_stride + n_neurons, mask=m, other=0.0, eviction_policy="evict_first")
+        scale_d = _rows(p_scale, donor, n_neurons, o_neuron, m, 0.0)
+    scale = _rows(p_scale, adapter, n_neurons, o_neuron, m, 0.0)
+    r = _activate(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32) * scale
+    d = r
+    if STREAMS == 2:
+        d = _activate(gate_d.to(tl.float32), ACTIVATION) * up_d.to(tl.float32) * scale_d
+    return r, d
+
+
+@triton.jit
+def _add_statistics(
+    i_block, p_gate_up, p_scale, p_plan, p_stats, p_count, n_tokens, n_neurons, row_stride,
+    ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, SUM_T: tl.constexpr, SUM_F: tl.constexpr,
+):  # fmt: skip
+    """One block of neurons over all tokens: float32 within a tile, float64 beyond."""
+    o_neuron = i_block * SUM_F + tl.arange(0, SUM_F)
+    m_neuron = o_neuron < n_neurons
+    for start in range(0, n_tokens, SUM_T):
+        o_token = start + tl.arange(0, SUM_T)
+        m_token = o_token < n_tokens
+        p_row = p_plan + o_token.to(tl.int64) * COLUMNS
+        group = tl.load(p_row + GROUP, mask=m_token, other=-1)
+        highest = tl.max(group, axis=0)
+        if highest >= 0:
+            lowest = tl.min(tl.where(group >= 0, group, NEVER), axis=0)
+            m = (group >= 0)[:, None] & m_neuron[None, :]
+            r, d = _streams(
+                p_gate_up, p_scale, p_row, o_token, o_neuron, m_token, m, n_neurons, row_stride, ACTIVATION, STREAMS
+            )
+            for g in range(lowest, highest + 1):
+                n_mine = tl.sum((group == g).to(tl.int32), axis=0)
+                if n_mine > 0:
+                    mine = m & (group == g)[:, None]
+                    p_sum = p_stats + (tl.zeros([], tl.int64) + g) * 5 * n_neurons + o_neuron
+                    _add_sum(p_sum, r, mine, m_neuron)
+                    _add_sum(p_sum + n_neurons, r * r, mine, m_neuron)
+                    if STREAMS == 2:
+                        _add_sum(p_sum + 2 * n_neurons, d, mine, m_neuron)
+                        _add_sum(p_sum + 3 * n_neurons, d * d, mine, m_neuron)
+                        _add_sum(p_sum + 4 * n_neurons, (r - d) * (r - d), mine, m_neuron)
+                    if i_block == 0:
+                        tl.atomic_add(p_count + g, n_mine.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _make_output(
+    i_tile, p_gate_up, p_scale, p_rank, p_constant, p_plan, p_capture, p_receipt, p_out, n_tokens, n_neurons,
+    row_stride, n_captured, layer, first_neuron, ACTIVATION: tl.constexpr, STREAMS: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """One tile: both streams, capture, overwrite and receipts."""
+    n_blocks = tl.cdiv(n_neurons, BLOCK_F)
+    o_neuron = (i_tile % n_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
+    o_token = (i_tile // n_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_token = o_token < n_tokens
+    m = m_token[:, None] & (o_neuron < n_neurons)[None, :]
+    p_row = p_plan + o_token.to(tl.int64) * COLUMNS
+    lo = tl.load(p_row + LO, mask=m_token, other=0)
+    hi = tl.load(p_row + HI, mask=m_token, other=0)
+    slot = tl.load(p_row + CAPTURE, mask=m_token, other=-1)
+    source = tl.load(p_row + SOURCE, mask=m_token, other=0)
+    ranking = tl.load(p_row + RANKING, mask=m_token, other=0)
+    r, d = _streams(
+        p_gate_up, p_scale, p_row, o_token, o_neuron, m_token, m, n_neurons, row_stride, ACTIVATION, STREAMS
+    )
+    m_rank = m & ((lo < hi) | (slot >= 0))[:, None]
+    rank = _rows(p_rank, ranking, n_neurons, o_neuron, m_rank, NEVER)
+    if tl.max(slot, axis=0) >= 0:
+        m_capture = m_rank & (slot >= 0)[:, None] & (rank < n_captured)
+        tl.store(p_capture + (slot.to(tl.int64) * n_captured)[:, None] + rank, r, mask=m_capture)
+    if STREAMS == 1:  # a donor's value is neither copied nor counted, so that the receipt tells
+        lo = tl.where(source > 0, lo, hi)
+    patched = m_rank & (lo[:, None] <= rank) & (rank < hi[:, None])
+    by = d
+    if tl.max(source, axis=0) > 0:
+        row = tl.load(p_row + ROW, mask=m_token, other=0)
+        constant = _rows(p_constant, row, n_neurons, o_neuron, m, 0.0)
+        by = tl.where((source == CONSTANT)[:, None], constant, by)
+        if tl.max(source, axis=0) == NOISE:
+            seed = tl.load(p_row + SEED, mask=m_token, other=0)
+            position = tl.load(p_row + POSITION, mask=m_token, other=0)
+            noise = _normal(seed[:, None], position[:, None], layer, (first_neuron + o_neuron)[None, :])
+            by = tl.where((source == NOISE)[:, None], r + constant * noise, by)
+    p_to = p_out + (o_token.to(tl.int64) * STREAMS * n_neurons)[:, None] + o_neuron[None, :]
+    _store(p_to, tl.where(patched, by, r), m, INTERPRETED)
+    if STREAMS == 2:
+        _store(p_to + n_neurons, d, m, INTERPRETED)
+    if tl.max(hi - lo, axis=0) > 0:
+        receipt = tl.load(p_row + RECEIPT, mask=m_token, other=-1)
+        done = tl.sum(patched.to(tl.int32), axis=1).to(tl.int64)
+        tl.atomic_add(p_receipt + receipt, done, mask=(receipt >= 0) & (done > 0), sem="relaxed")
 
 
 # Not specialised: one compiled kernel serves every layer and number of tokens, so none is met first in a graph capture.
-@triton.jit(do_not_specialize=["n_tokens", "n_captured", "tokens_per_split", "layer", "first_neuron"])
+@triton.jit(do_not_specialize=["n_tokens", "n_captured", "layer", "first_neuron"])
 def _patched_glu_kernel(
     p_gate_up,  # [S*T, 2F], rows `row_stride` apart
     p_scale,  # [A, F] float32
     p_rank,  # [R, F] int32
     p_constant,  # [C, F] float32
     p_plan,  # [T, COLUMNS] int32
-    p_sums,  # [G, 5, F] float64 stats, or [splits, G, 5, F] float64 partial sums
+    p_stats,  # [G, 5, F] float64
     p_count,  # [G] int64
     p_capture,  # [slots, K] float32
     p_receipt,  # [slots] int64
@@ -101,151 +215,30 @@ def _patched_glu_kernel(
     n_neurons,
     row_stride,
     n_captured,  # K
-    sums_stride,  # elements between two splits' sums; 0 without splits
-    tokens_per_split,
     layer,
     first_neuron,
     ACTIVATION: tl.constexpr,
     STREAMS: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    SUM_T: tl.constexpr,
+    SUM_F: tl.constexpr,
 ):
-    i_block = tl.program_id(0)
-    i_split = tl.program_id(1)
-    o_neuron = i_block * BLOCK_F + tl.arange(0, BLOCK_F)
-    m_neuron = o_neuron < n_neurons
-    p_sums += i_split.to(tl.int64) * sums_stride + o_neuron
-    first = i_split * tokens_per_split
-    last = tl.minimum(first + tokens_per_split, n_tokens)
-
-    open_group = tl.full([], -1, tl.int32)
-    n_run = tl.full([], 0, tl.int32)  # tiles in the float32 sums
-    r1 = tl.zeros([BLOCK_F], tl.float32)
-    r2 = tl.zeros([BLOCK_F], tl.float32)
-    d1 = tl.zeros([BLOCK_F], tl.float32)
-    d2 = tl.zeros([BLOCK_F], tl.float32)
-    dd = tl.zeros([BLOCK_F], tl.float32)
-
-    for start in range(first, last, BLOCK_T):
-        o_token = start + tl.arange(0, BLOCK_T)
-        m_token = o_token < last
-        p_row = p_plan + o_token.to(tl.int64) * COLUMNS
-        m = m_token[:, None] & m_neuron[None, :]
-
-        p_gate = p_gate_up + (o_token.to(tl.int64) * STREAMS * row_stride)[:, None] + o_neuron[None, :]
-        gate = tl.load(p_gate, mask=m, other=0.0).to(tl.float32)
-        up = tl.load(p_gate + n_neurons, mask=m, other=0.0).to(tl.float32)
-        adapter = tl.load(p_row + RECIPIENT, mask=m_token, other=0).to(tl.int64)
-        scale = tl.load(p_scale + (adapter * n_neurons)[:, None] + o_neuron[None, :], mask=m, other=0.0)
-        r = _activate(gate, ACTIVATION) * up * scale
-        d = r
-        if STREAMS == 2:
-            p_gate += row_stride
-            gate = tl.load(p_gate, mask=m, other=0.0).to(tl.float32)
-            up = tl.load(p_gate + n_neurons, mask=m, other=0.0).to(tl.float32)
-            adapter = tl.load(p_row + DONOR, mask=m_token, other=0).to(tl.int64)
-            scale = tl.load(p_scale + (adapter * n_neurons)[:, None] + o_neuron[None, :], mask=m, other=0.0)
-            d = _activate(gate, ACTIVATION) * up * scale
-
-        if HAS_GROUPS:
-            group = tl.load(p_row + GROUP, mask=m_token, other=-1)
-            lowest = tl.min(tl.where(group >= 0, group, NO_GROUP), axis=0)
-            highest = tl.max(group, axis=0)
-            if highest >= 0:
-                for g in range(lowest, highest + 1):
-                    mine = m & (group == g)[:, None]
-                    n_mine = tl.sum((group == g).to(tl.int32), axis=0)
-                    if n_mine > 0:
-                        if (g != open_group) | (n_run == RUN):
-                            if open_group >= 0:
-                                _close_run(p_sums, open_group, r1, r2, d1, d2, dd, n_neurons, m_neuron, STREAMS)
-                            open_group = g
-                            n_run = 0
-                            r1 = tl.zeros([BLOCK_F], tl.float32)
-                            r2 = tl.zeros([BLOCK_F], tl.float32)
-                            d1 = tl.zeros([BLOCK_F], tl.float32)
-                            d2 = tl.zeros([BLOCK_F], tl.float32)
-                            dd = tl.zeros([BLOCK_F], tl.float32)
-                        n_run += 1
-                        r1 += tl.sum(tl.where(mine, r, 0.0), axis=0)
-                        r2 += tl.sum(tl.where(mine, r * r, 0.0), axis=0)
-                        if STREAMS == 2:
-                            d1 += tl.sum(tl.where(mine, d, 0.0), axis=0)
-                            d2 += tl.sum(tl.where(mine, d * d, 0.0), axis=0)
-                            dd += tl.sum(tl.where(mine, (r - d) * (r - d), 0.0), axis=0)
-                        if i_block == 0:
-                            tl.atomic_add(p_count + g, n_mine.to(tl.int64))
-
-        lo = tl.load(p_row + LO, mask=m_token, other=0)
-        hi = tl.load(p_row + HI, mask=m_token, other=0)
-        slot = tl.load(p_row + CAPTURE, mask=m_token, other=-1)
-        is_patched = tl.max(hi - lo, axis=0) > 0
-        is_captured = tl.max(slot, axis=0) >= 0
-        if is_patched or is_captured:
-            ranking = tl.load(p_row + RANKING, mask=m_token, other=0).to(tl.int64)
-            rank = tl.load(p_rank + (ranking * n_neurons)[:, None] + o_neuron[None, :], mask=m, other=2147483647)
-            if is_captured:
-                m_capture = m & (slot >= 0)[:, None] & (rank < n_captured)
-                tl.store(p_capture + (slot.to(tl.int64) * n_captured)[:, None] + rank, r, mask=m_capture)
-            if is_patched:
-                patched = m & (lo[:, None] <= rank) & (rank < hi[:, None])
-                source = tl.load(p_row + SOURCE, mask=m_token, other=0)
-                if STREAMS == 1:
-                    patched = patched & (source > 0)[:, None]
-                by = d
-                if tl.max(source, axis=0) > 0:
-                    row = tl.load(p_row + ROW, mask=m_token, other=0).to(tl.int64)
-                    p_row_constant = p_constant + (row * n_neurons)[:, None] + o_neuron[None, :]
-                    constant = tl.load(p_row_constant, mask=m, other=0.0)
-                    by = tl.where((source == CONSTANT)[:, None], constant, by)
-                    if tl.max(source, axis=0) == NOISE:
-                        seed = tl.load(p_row + SEED, mask=m_token, other=0)
-                        position = tl.load(p_row + POSITION, mask=m_token, other=0)
-                        zero = tl.zeros([BLOCK_T, BLOCK_F], tl.int32)
-                        w0, w1, _, _ = tl.philox(
-                            (zero + seed[:, None]).to(tl.uint32, bitcast=True),
-                            zero + first_neuron + o_neuron[None, :],
-                            zero + layer,
-                            zero + position[:, None],
-                            zero,
-                        )
-                        u = ((w0 >> 8) + 1).to(tl.float32) * (2.0**-24)
-                        v = (w1 >> 8).to(tl.float32) * (2.0**-24)
-                        noise = tl.sqrt(-2.0 * tl.log(u)) * _cos_turns(v)
-                        by = tl.where((source == NOISE)[:, None], r + constant * noise, by)
-                r = tl.where(patched, by, r)
-                receipt = tl.load(p_row + RECEIPT, mask=m_token, other=-1)
-                done = tl.sum(patched.to(tl.int32), axis=1).to(tl.int64)
-                tl.atomic_add(p_receipt + receipt, done, mask=(receipt >= 0) & (done > 0), sem="relaxed")
-
-        p_to = p_out + (o_token.to(tl.int64) * STREAMS * n_neurons)[:, None] + o_neuron[None, :]
-        _store(p_to, r, m, INTERPRETED)
-        if STREAMS == 2:
-            _store(p_to + n_neurons, d, m, INTERPRETED)
-
-    if HAS_GROUPS:
-        if open_group >= 0:
-            _close_run(p_sums, open_group, r1, r2, d1, d2, dd, n_neurons, m_neuron, STREAMS)
-
-
-@triton.jit
-def _add_splits_kernel(
-    p_partial,  # [splits, size] float64
-    p_stats,  # [size] float64
-    n_splits,
-    size,
-    BLOCK: tl.constexpr,
-):
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < size
-    total = tl.load(p_stats + o, mask=m)
-    p_partial += o
-    for _ in range(n_splits):
-        total += tl.load(p_partial, mask=m)
-        p_partial += size
-    tl.store(p_stats + o, total, mask=m)
+    n_summing = tl.cdiv(n_neurons, SUM_F) if HAS_GROUPS else 0
+    i_program = tl.program_id(0)
+    if i_program < n_summing:
+        _add_statistics(
+            i_program, p_gate_up, p_scale, p_plan, p_stats, p_count, n_tokens, n_neurons, row_stride,
+            ACTIVATION, STREAMS, SUM_T, SUM_F,
+        )  # fmt: skip
+    else:
+        _make_output(
+            i_program - n_summing, p_gate_up, p_scale, p_rank, p_constant, p_plan, p_capture, p_receipt, p_out,
+            n_tokens, n_neurons, row_stride, n_captured, layer, first_neuron, ACTIVATION, STREAMS,
+            INTERPRETED, BLOCK_T, BLOCK_F,
+        )  # fmt: skip
 
 
 def patched_glu(
@@ -268,22 +261,16 @@ def patched_glu(
     out = gate_up.new_empty(gate_up.shape[0], n_neurons)
     if n_tokens == 0 or n_neurons == 0:
         return out
-    # An interpreted program costs milliseconds, so there the tiles are as large as they may be.
     interpreted = triton.knobs.runtime.interpret
-    block_f = 4096 if interpreted else BLOCK_BYTES // gate_up.element_size()
-    n_groups = stats.shape[0]
-    n_splits = _splits(n_tokens)
-    tokens_per_split = triton.cdiv(triton.cdiv(n_tokens, n_splits), BLOCK_T) * BLOCK_T
-    n_splits = triton.cdiv(n_tokens, tokens_per_split)
-    is_split = n_groups > 0 and n_splits > 1
-    sums = stats.new_zeros(n_splits, *stats.shape) if is_split else stats
-    _patched_glu_kernel[(triton.cdiv(n_neurons, block_f), n_splits)](
+    tile = INTERPRETED_TILE if interpreted else TILE
+    has_groups = stats.shape[0] > 0
+    _patched_glu_kernel[(programs(n_tokens, n_neurons, has_groups, tile),)](
         gate_up,
         scale,
         rank,
         constant,
         plan,
-        sums,
+        stats,
         count,
         capture,
         receipt,
@@ -292,25 +279,19 @@ def patched_glu(
         n_neurons,
         gate_up.stride(0),
         capture.shape[1],
-        stats.numel() if is_split else 0,
-        tokens_per_split,
         layer,
         first_neuron,
         ACTIVATION=activation,
         STREAMS=streams,
-        HAS_GROUPS=n_groups > 0,
-        BLOCK_T=BLOCK_T,
-        BLOCK_F=block_f,
+        HAS_GROUPS=has_groups,
         INTERPRETED=interpreted,
+        **tile,
         **OPTIONS,
     )
-    if is_split:
-        block = 1 << 16 if interpreted else 256
-        _add_splits_kernel[(triton.cdiv(stats.numel(), block),)](sums, stats, n_splits, stats.numel(), BLOCK=block)
     return out
 
 
-def _splits(n_tokens: int) -> int:
-    """Programs that share the tokens of a block of neurons: one for a decode step, whose sums then need no second
-    kernel; for more tokens enough to fill a large GPU, and few enough that their partial sums stay small."""
-    return 1 if n_tokens <= 128 else min(16, n_tokens // 64)
+def programs(n_tokens: int, n_neurons: int, has_groups: bool, tile: dict[str, int]) -> int:
+    """How many programs a launch has: those that add up statistics, and one a tile of the output."""
+    summing = triton.cdiv(n_neurons, tile["SUM_F"]) if has_groups else 0
+    return summing + triton.cdiv(n_tokens, tile["BLOCK_T"]) * triton.cdiv(n_neurons, tile["BLOCK_F"])

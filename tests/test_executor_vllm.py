@@ -294,18 +294,9 @@ def test_promise_6_a_step_that_got_no_plan_is_an_error(engine, monkeypatch):
 
 def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
     """A layer that patches but adds to copies."""
-    banks, glu = twin_of(engine).banks, twin_of(engine).glus[1]
-    real, bank, capture = glu.run, banks.layers[1], banks.capture
-
-    def run(gate_up):
-        banks.layers[1] = replace(bank, stats=bank.stats.clone(), count=bank.count.clone())
-        banks.capture = capture.clone()
-        try:
-            return real(gate_up)
-        finally:
-            banks.layers[1], banks.capture = bank, capture
-
-    monkeypatch.setattr(glu, "run", run)
+    glu = twin_of(engine).glus[1]
+    stats, count, capture, receipt = glu.written
+    monkeypatch.setattr(glu, "written", (stats.clone(), count.clone(), capture.clone(), receipt))
     with pytest.raises(ReceiptError, match="tokens should have counted"):
         engine.contrast(IDS, "sft", "dpo", at="prompt")
     with pytest.raises(ReceiptError, match="capture is incomplete"):

@@ -15,6 +15,14 @@ def test_tables_are_made_from_the_records():
     assert module.filled(readme) == readme
 
 
+def test_the_kernels_expected_times_are_the_ones_computed():
+    import predict
+
+    readme = (ROOT / "kernels" / "README.md").read_text()
+    assert "| 64 x 11008 |" in readme
+    assert predict.filled(readme) == readme
+
+
 def test_linked_files_and_imported_names_exist():
     readme = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", readme):

@@ -48,7 +48,21 @@ class Banks:
         self.receipt = torch.zeros(settings.max_receipts, **i64)
         self.plan = torch.zeros(max_tokens, len(Column), **i32)
         self.plan[:, Column.GROUP :] = -1
+        self._step = self.plan[:0]
+        self._positions = torch.zeros(max_tokens, 2, **i64)
         self._ends = torch.tensor(settings.ends, dtype=torch.int64, device=device)
+
+    def plan_of(self, n_tokens: int) -> Tensor:
+        """The plan's first rows: one view, which all layers of a step share."""
+        if self._step.shape[0] != n_tokens:
+            self._step = self.plan[:n_tokens]
+        return self._step
+
+    def twice(self, positions: Tensor) -> Tensor:
+        """[2T]: each of the positions [T] twice, always at the same address, since parts of the model are captured."""
+        pairs = self._positions[: positions.shape[0]]
+        pairs.copy_(positions[:, None])
+        return pairs.view(-1)
 
     def settle_groups(self, ids: Tensor) -> None:
         """Take out of their groups the step's tokens [T] that end a text, where UNLESS_END says so.

@@ -80,6 +80,9 @@ def refuse(vllm_config) -> None:
         "hybrid and attention-free models: only attention knows of the second stream": bool(
             model.is_hybrid or model.is_attention_free
         ),
+        "several positions a token (M-RoPE, XD-RoPE): each row would need all of them": bool(
+            model.uses_mrope or getattr(model, "uses_xdrope_dim", 0)
+        ),
         "encoder-decoder models: only decoders are patched": bool(model.is_encoder_decoder),
         "fast prefill with shared KV: it skips tokens of later layers": bool(
             vllm_config.cache_config.kv_sharing_fast_prefill

@@ -3,10 +3,10 @@
 Rows come in pairs, so [2T, heads * size] and [T, 2 * heads * size] are the same numbers in the same order: to the
 attention layer the donor is simply more heads, under the request's own block table. Nothing else of vLLM changes.
 
+    forward      gets each position twice, and returns the recipients' rows
     embedding    gives each token's row twice
-    attention    its block gets each position twice; the layer itself is built with twice the heads
+    attention    is built with twice the heads
     activation   becomes the op
-    forward      returns the recipients' rows
 
 Why a module gets another class instead of a wrapper around it: its weights keep their names.
 """
@@ -24,6 +24,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name
 
 from snpatch import ops
 from snpatch.errors import SnpatchError
@@ -35,56 +36,68 @@ from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.plan import Column
 
 # Opaque to torch.compile: what a layer adds to and reads is looked up by its name, as vLLM's attention finds its cache.
+# The name is of vLLM's type for it: a plain str would be a constant of each layer's graph, and each would be compiled.
 _LIBRARY = torch.library.Library("snpatch", "FRAGMENT")
-_LIBRARY.define("twin_glu(Tensor gate_up, str layer) -> Tensor")
-_LIBRARY.define("twin_scale_kv(Tensor qkv, str layer) -> Tensor")
-_LIBRARY.define("twin_tokens(Tensor ids, str layer) -> Tensor")
 
 
-def _layer(name: str) -> nn.Module:
-    return get_forward_context().no_compile_layers[name]
+def _layer(name: LayerNameType) -> nn.Module:
+    return get_forward_context().no_compile_layers[_resolve_layer_name(name)]
 
 
-_LIBRARY.impl("twin_glu", lambda gate_up, layer: _layer(layer).run(gate_up), "CompositeExplicitAutograd")
-_LIBRARY.impl("twin_scale_kv", lambda qkv, layer: _layer(layer).scale_kv(qkv), "CompositeExplicitAutograd")
-_LIBRARY.impl("twin_tokens", lambda ids, layer: _layer(layer).take_tokens(ids), "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "snpatch::twin_glu", lambda gate_up, layer: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2), lib=_LIBRARY
-)
-for _name in ("twin_scale_kv", "twin_tokens"):
-    torch.library.register_fake(f"snpatch::{_name}", lambda rows, layer: torch.empty_like(rows), lib=_LIBRARY)
+def _twin_glu(gate_up: Tensor, layer: LayerNameType) -> Tensor:
+    return _layer(layer).run(gate_up)
+
+
+def _twin_scale_kv(qkv: Tensor, layer: LayerNameType) -> Tensor:
+    return _layer(layer).scale_kv(qkv)
+
+
+def _twin_tokens(ids: Tensor, layer: LayerNameType) -> Tensor:
+    return _layer(layer).take_tokens(ids)
+
+
+def _like(rows: Tensor, layer: LayerNameType) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def _half_as_wide(gate_up: Tensor, layer: LayerNameType) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+for _op, _fake in ((_twin_glu, _half_as_wide), (_twin_scale_kv, _like), (_twin_tokens, _like)):
+    _name = _op.__name__.removeprefix("_")
+    _LIBRARY.define(_name + torch.library.infer_schema(_op, mutates_args=()))
+    _LIBRARY.impl(_name, _op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"snpatch::{_name}", _fake, lib=_LIBRARY)
 
 
 class TwinGLU(nn.Module):
-    """The op where the gated activation stood. `banks` is set once the model is whole."""
+    """The op where the gated activation stood. It is given its banks once the model is whole."""
 
     def __init__(self, activation: str, layer: int, name: str, settings: TwinSettings, context: dict) -> None:
         super().__init__()
         self.activation, self.layer, self.name, self.streams = activation, layer, name, settings.streams
-        self.banks: Banks | None = None
-        self.first_neuron = 0
         context[name] = self
 
+    def join(self, banks: Banks, first_neuron: int) -> None:
+        self.banks, bank = banks, banks.layers[self.layer]
+        self.read = bank.scale, bank.rank, bank.constant
+        self.written = bank.stats, bank.count, banks.capture, banks.receipt
+        self.settings = {
+            "activation": self.activation,
+            "streams": self.streams,
+            "layer": self.layer,
+            "first_neuron": first_neuron,
+        }
+
     def forward(self, gate_up: Tensor) -> Tensor:
-        return torch.ops.snpatch.twin_glu(gate_up, self.name)
+        if torch.compiler.is_compiling():
+            return torch.ops.snpatch.twin_glu(gate_up, _encode_layer_name(self.name))
+        return self.run(gate_up)
 
     def run(self, gate_up: Tensor) -> Tensor:
-        bank = self.banks.layers[self.layer]
-        return ops.patched_glu(
-            gate_up,
-            bank.scale,
-            bank.rank,
-            bank.constant,
-            self.banks.plan[: len(gate_up) // self.streams],
-            bank.stats,
-            bank.count,
-            self.banks.capture,
-            self.banks.receipt,
-            activation=self.activation,
-            streams=self.streams,
-            layer=self.layer,
-            first_neuron=self.first_neuron,
-        )
+        plan = self.banks.plan_of(gate_up.shape[0] // self.streams)
+        return ops.patched_glu(gate_up, *self.read, plan, *self.written, **self.settings)
 
     def take_tokens(self, ids: Tensor) -> Tensor:
         """The step's tokens, before anything else of it is computed."""
@@ -94,7 +107,7 @@ class TwinGLU(nn.Module):
     def scale_kv(self, qkv: Tensor) -> Tensor:
         """Keys and values [2T, 2 * width] at the end of each row, times their row's IA3 vectors."""
         factor = self.banks.layers[self.layer].attention_scale["kv"]
-        plan = self.banks.plan[: len(qkv) // self.streams, Column.RECIPIENT : Column.RECIPIENT + self.streams]
+        plan = self.banks.plan_of(len(qkv) // self.streams)[:, Column.RECIPIENT : Column.RECIPIENT + self.streams]
         query = qkv.shape[1] - factor.shape[1]
         scaled = (qkv[:, query:] * factor[plan.reshape(-1).long()]).to(qkv.dtype)
         return torch.cat([qkv[:, :query], scaled], dim=1)
@@ -119,14 +132,6 @@ def _reclass(module: nn.Module, forward) -> None:
 
     twin = type(f"Twin{own.__name__}", (own,), {"forward": twin_forward})
     module.__class__ = twin
-
-
-def _twice(rows: Tensor) -> Tensor:
-    return rows.repeat_interleave(2, dim=0)
-
-
-def _attend_block(block, positions, *args, **kwargs):
-    return block(_twice(positions), *args, **kwargs)
 
 
 def _attend(attend, query, key, value, *args, **kwargs):
@@ -164,11 +169,10 @@ class Twin:
         self.glus = [self._replace(model, name, layer, settings, context) for layer, name in enumerate(gated)]
         embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
         embeddings = [m for m in embeddings if not isinstance(m, ParallelLMHead)]
-        blocks = [m for m in model.modules() if any(isinstance(child, Attention) for child in m.children())]
         qkv = [m for m in model.modules() if isinstance(m, QKVParallelLinear)]
         found = {"activation": len(self.glus)}
         if settings.streams == 2:
-            found |= {"attention": len(attention), "attention block": len(blocks)}
+            found["attention"] = len(attention)
             if len(embeddings) != 1:
                 raise SnpatchError(f"twin surgery: wanted 1 input embedding, the model has {len(embeddings)}")
         if settings.scales_kv:
@@ -185,11 +189,10 @@ class Twin:
             first = self.glus[0].name
 
             def embed(forward, ids, *args, **kwargs):
-                return _twice(forward(torch.ops.snpatch.twin_tokens(ids, first), *args, **kwargs))
+                ids = torch.ops.snpatch.twin_tokens(ids, _encode_layer_name(first))
+                return forward(ids, *args, **kwargs).repeat_interleave(2, dim=0)
 
             _reclass(embeddings[0], embed)
-            for block in blocks:
-                _reclass(block, _attend_block)
             for layer in attention:
                 _reclass(layer, _attend)
             vllm_config.model_config.__class__ = TwinModelConfig
@@ -205,8 +208,15 @@ class Twin:
             settings, self.n_layers, self.first_neuron, self.n_neurons, kv, max_tokens, torch.empty(0).device
         )
         for glu in self.glus:
-            glu.banks, glu.first_neuron = self.banks, self.first_neuron
+            glu.join(self.banks, self.first_neuron)
+        self._warm_up(vllm_config.model_config.dtype)
         self.feed = Feed(self.banks)
+
+    def _warm_up(self, dtype: torch.dtype) -> None:
+        """Run the op once on a row that asks for nothing: its kernel must not be met first in a graph capture."""
+        row = torch.zeros(self.settings.streams, 2 * self.n_neurons, dtype=dtype, device=self.banks.device)
+        for glu in {glu.activation: glu for glu in self.glus}.values():
+            glu.run(row)
 
     def _replace(self, model, name: str, layer: int, settings: TwinSettings, context: dict) -> TwinGLU:
         module, (parent, _, child) = model.get_submodule(name), name.rpartition(".")
@@ -222,7 +232,7 @@ class Twin:
 
             def project(forward, *args, name: str = glu.name, **kwargs):
                 out, bias = forward(*args, **kwargs)
-                return torch.ops.snpatch.twin_scale_kv(out, name), bias
+                return torch.ops.snpatch.twin_scale_kv(out, _encode_layer_name(name)), bias
 
             _reclass(projection, project)
         width = qkv[0].num_kv_heads * qkv[0].head_size
@@ -247,8 +257,10 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
                 attention = [m for m in self.modules() if isinstance(m, Attention)]
             self.snpatch = Twin(self, vllm_config, attention)
 
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)[:: self.snpatch.settings.streams]
+        def forward(self, input_ids, positions, *args, **kwargs):
+            if self.snpatch.settings.streams == 1:
+                return super().forward(input_ids, positions, *args, **kwargs)
+            return super().forward(input_ids, self.snpatch.banks.twice(positions), *args, **kwargs)[::2]
 
         @classmethod
         def get_model_state_cls(cls):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.checkpoint import check_weights
+from snpatch.executors.vllm import quantised
 
 Packed = list  # [dtype's name, shape, bytes]
 # Where the backends' builders of attention metadata keep their head counts.
@@ -53,6 +54,7 @@ class WorkerExtension:
         runner = self.model_runner
         for group in (group for groups in runner.attn_groups for group in groups):
             _check_heads(group, {layer.layer_name: layer for layer in twin.attention})
+        quantised.check_rows(runner.get_model())
         weights = runner.get_model().named_parameters()
         return {
             "first_neuron": twin.first_neuron,
