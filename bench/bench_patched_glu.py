@@ -207,5 +207,7 @@ def test_patched_glu(benchmark, side, T, F, dtype):
     benchmark.extra_info.update(
         side=side, tokens=T, neurons=F, dtype=str(dtype)[6:], device=DEVICE, calls=calls, bytes=bytes_moved(t, side)
     )
-    rounds = 200 if T * F < 100_000 or GPU else 60
+    rounds = 200 if T * F < 100_000 else 60
+    if GPU:
+        rounds = 100 if T <= 256 else 15
     benchmark.pedantic(run, rounds=rounds, iterations=1 if GPU or T > 4 else 20, warmup_rounds=5)
