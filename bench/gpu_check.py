@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(*(f"    {part.name} ({', '.join(part.needs) or 'any machine'})" for part in step.parts), sep="\n")
         return 0
     chosen = [step for step in known if options.all or step.name in options.steps]
-    host = Host(options.work, options.site)
+    host = Host(options.work, options.site, has_own_caches=not options.rehearse)
     no_vllm = host.unpack(options.parts) if options.parts else None
     machine = {**host.machine(), "no_vllm": no_vllm}
     if options.out is None:

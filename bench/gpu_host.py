@@ -30,18 +30,21 @@ CODE = ("snpatch", "kernels", "bench", "tests")
 
 
 class Host:
-    """work: keeps compiled kernels, logs and records between calls. site: where vLLM is, or is unpacked to."""
+    """work: keeps compiled kernels, logs and records between calls. site: where vLLM is, or is unpacked to.
 
-    def __init__(self, work: Path, site: Path) -> None:
+    has_own_caches: whether compiled kernels are kept in `work`; a rehearsal takes the user's, which are warm.
+    """
+
+    def __init__(self, work: Path, site: Path, has_own_caches: bool = True) -> None:
         self.work, self.site = work, site
+        self._caches = {n: str(work / "cache" / folder) for n, folder in CACHES.items()} if has_own_caches else {}
         self.entry = work / "entry"
 
     def environment(self, **more: str) -> dict[str, str]:
         """A child's environment. The caller's own PYTHONPATH comes last."""
         inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         paths = [str(ROOT), str(self.entry), str(self.site), *inherited]
-        caches = {name: str(self.work / "cache" / folder) for name, folder in CACHES.items()}
-        return {**os.environ, **ALWAYS, **caches, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+        return {**os.environ, **ALWAYS, **self._caches, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
 
     def unpack(self, parts: Path) -> str | None:
         """Unpack vLLM's parts into the site by their own unpack.py; what it said where it failed."""
