@@ -23,7 +23,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t BLOCK = 512;  // neurons: with their five sums and both streams 22 KB, inside every L1
 constexpr int64_t RUN = 16;     // tokens: float32 rounding within a run stays below 1e-6 of the sum
-constexpr int64_t GRAIN = 131072;  // elements, 50 us of work, that a thread must have: in an engine its waking costs as much
+constexpr int64_t GRAIN = 131072;  // elements, 50 us of work: in an engine it costs as much to wake a thread
 
 // Columns of a plan row and values of its source, as in snpatch/plan.py.
 enum Column { RECIPIENT, DONOR, RANKING, LO, HI, SOURCE, ROW, SEED, POSITION, GROUP, CAPTURE, RECEIPT, COLUMNS };
