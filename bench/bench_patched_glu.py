@@ -35,7 +35,7 @@ def all_features(T, F, dtype):
     plan[0, Column.CAPTURE] = 0
     plan[:, Column.RECEIPT] = torch.arange(T)
     tensors = {
-        "gate_up": torch.randn(2 * T, 2 * F, generator=g).to(dtype),
+        "gate_up": torch.randn(2 * T, 2 * F, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE).to(dtype),
         "scale": torch.cat([torch.ones(1, F), 1 + 0.3 * torch.randn(2, F, generator=g)]),
         "rank": torch.randperm(F, generator=g).int()[None],
         "constant": torch.zeros(1, F),
