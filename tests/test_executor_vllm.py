@@ -573,6 +573,8 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
         ({"batch_size": 8}, "batch_size is max_num_seqs; give one of them"),
         ({"enable_lora": True}, "enable_lora cannot be set"),
         ({"pipeline_parallel_size": 2}, "cannot be combined with pipeline parallel"),
+        ({"compilation_config": {"dynamic_shapes_config": {"type": "unbacked"}}}, "with unbacked dynamic shapes"),
+        ({"compilation_config": {"compile_sizes": [8], "custom_ops": ["+rotary_embedding"]}}, "compile_sizes beside"),
         ({"max_model_len": 129}, r"max_model_len must lie in 1\.\.128, got 129"),
         ({"dtype": "float99"}, "dtype must be one of auto, float32"),
         ({"streams": 3}, "streams must be 1 or 2, got 3"),

@@ -24,7 +24,7 @@ CONTRACT = {
         "VllmConfig": "additional_config cache_config compilation_config lora_config model_config parallel_config "
         "quant_config scheduler_config speculative_config",
         "CacheConfig": "cache_dtype kv_sharing_fast_prefill",
-        "CompilationConfig": "max_cudagraph_capture_size pass_config static_forward_context",
+        "CompilationConfig": "compile_sizes custom_ops max_cudagraph_capture_size pass_config static_forward_context",
         "ModelConfig": "get_num_attention_heads get_num_kv_heads head_dtype hf_config hf_text_config "
         "is_attention_free is_encoder_decoder is_hybrid pooler_config quantization runner_type use_mla uses_mrope",
         "ParallelConfig": "data_parallel_size pipeline_parallel_size",

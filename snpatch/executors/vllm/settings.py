@@ -56,8 +56,9 @@ class TwinSettings:
 
 def refuse(vllm_config) -> None:
     """Raise for what two streams in one batch cannot be combined with, with the reason."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    compiled_passes = vllm_config.compilation_config.pass_config
+    model, parallel, compilation = vllm_config.model_config, vllm_config.parallel_config, vllm_config.compilation_config
+    compiled_passes = compilation.pass_config
+    shapes = getattr(getattr(compilation, "dynamic_shapes_config", None), "type", "")
     untested = [] if TwinSettings.of(vllm_config).allow_untested else quantised.untested(vllm_config)
     refused = {
         "speculative decoding: draft tokens that are rejected would be patched and counted": (
@@ -82,6 +83,12 @@ def refuse(vllm_config) -> None:
         ),
         "several positions a token (M-RoPE, XD-RoPE): each row would need all of them": bool(
             model.uses_mrope or getattr(model, "uses_xdrope_dim", 0)
+        ),
+        "unbacked dynamic shapes: vLLM declares as many positions as tokens, and the twin has twice as many": (
+            str(shapes).lower().endswith("unbacked")
+        ),
+        "compile_sizes beside +rotary_embedding: vLLM would compile as many positions as tokens": (
+            bool(compilation.compile_sizes) and "+rotary_embedding" in compilation.custom_ops
         ),
         "encoder-decoder models: only decoders are patched": bool(model.is_encoder_decoder),
         "fast prefill with shared KV: it skips tokens of later layers": bool(
