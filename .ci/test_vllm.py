@@ -15,11 +15,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 from setup_env import CPU_INDEX, ROOT, run, stop
+
+sys.path.append(str(Path(ROOT, "bench")))
+from gpu_host import register_plugin
 
 TESTS = """executor_vllm vllm_worker goldens_vllm vllm_runner_v2 vllm_piecewise vllm_quantised vllm_contract""".split()
 # What vLLM's wheel for GPUs asks for and its Python does without on a CPU; the first three break transformers where
@@ -98,16 +100,9 @@ def make(version: str, home: Path) -> None:
 
 
 def link(site: Path) -> None:
-    """This checkout as an installed package: vLLM finds the plugin by its entry point."""
-    project = tomllib.loads(Path(ROOT, "pyproject.toml").read_text())["project"]
+    """This checkout as an installed package."""
     (site / "snpatch.pth").write_text(ROOT + "\n")
-    info = site / f"snpatch-{project['version']}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: snpatch\nVersion: {project['version']}\n")
-    points = [
-        (group, f"{name} = {what}") for group, all in project["entry-points"].items() for name, what in all.items()
-    ]
-    (info / "entry_points.txt").write_text("".join(f"[{group}]\n{point}\n" for group, point in points))
+    register_plugin(site)
 
 
 def main() -> None:

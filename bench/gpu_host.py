@@ -56,24 +56,11 @@ class Host:
         lines = (done.stdout + done.stderr).strip().splitlines()
         return None if done.returncode == 0 else f"unpack.py ended with {done.returncode}: {lines[-1] if lines else ''}"
 
-    def register_plugin(self) -> None:
-        """Metadata of snpatch without an install, for machines where it is not installed."""
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        folder = self.entry / f"{project['name']}-{project['version']}.dist-info"
-        folder.mkdir(parents=True, exist_ok=True)
-        metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-        (folder / "METADATA").write_text(metadata)
-        groups = project["entry-points"].items()
-        lines = [
-            line for g, points in groups for line in (f"[{g}]", *(f"{n} = {target}" for n, target in points.items()))
-        ]
-        (folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
-
     def machine(self) -> dict:
         """gpu_probe.py's view of the machine, with the plugin registered."""
         found = self._probe()
         if not found["has_plugin"]:
-            self.register_plugin()
+            register_plugin(self.entry)
             found = self._probe()
         return found
 
@@ -88,6 +75,18 @@ class Host:
         if done.returncode:
             raise SystemExit("gpu_check: this Python cannot run the steps: " + done.stderr.strip().splitlines()[-1])
         return json.loads(done.stdout.splitlines()[-1])
+
+
+def register_plugin(folder: Path) -> None:
+    """Metadata of snpatch without an install, in a folder of the Python path: vLLM finds the plugin by it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = folder / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (info / "METADATA").write_text(metadata)
+    groups = project["entry-points"].items()
+    lines = [line for g, points in groups for line in (f"[{g}]", *(f"{n} = {target}" for n, target in points.items()))]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
 def commit() -> str | None:

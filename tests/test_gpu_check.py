@@ -15,7 +15,7 @@ import gpu_steps
 import pytest
 import torch
 import trace_events
-from gpu_host import Host
+from gpu_host import Host, register_plugin
 from gpu_steps import Part, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +194,7 @@ def test_records_count_on_their_card_for_their_code_and_outlive_the_folder_they_
 
 def test_the_plugin_is_found_without_an_install(tmp_path):
     host = Host(tmp_path, tmp_path / "site")
-    host.register_plugin()
+    register_plugin(host.entry)
     (found,) = distributions(path=[str(host.entry)])
     points = {point.group: point.value for point in found.entry_points}
     assert found.metadata["Name"] == "snpatch"

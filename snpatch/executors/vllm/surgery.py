@@ -83,7 +83,7 @@ class TwinGLU(nn.Module):
         self.banks, bank = banks, banks.layers[self.layer]
         self.read = bank.scale, bank.rank, bank.constant
         self.written = bank.stats, bank.count, banks.capture, banks.receipt
-        self.settings = {
+        self.attributes = {
             "activation": self.activation,
             "streams": self.streams,
             "layer": self.layer,
@@ -97,7 +97,7 @@ class TwinGLU(nn.Module):
 
     def run(self, gate_up: Tensor) -> Tensor:
         plan = self.banks.plan_of(gate_up.shape[0] // self.streams)
-        return ops.patched_glu(gate_up, *self.read, plan, *self.written, **self.settings)
+        return ops.patched_glu(gate_up, *self.read, plan, *self.written, **self.attributes)
 
     def take_tokens(self, ids: Tensor) -> Tensor:
         """The step's tokens, before anything else of it is computed."""
