@@ -23,7 +23,7 @@ import trace_events
 from hooked import Hooked
 
 from snpatch import Engine, Patch, Ranking, Sampling
-from snpatch.executors.request import Request
+from snpatch.executors.base import Request
 
 GPU = torch.cuda.is_available()
 SIZE = os.environ.get("SNPATCH_BENCH_SIZE", "7b" if GPU else "160m")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from snpatch import ops, reference
 from snpatch.kernels import patched_glu as kernel
-from snpatch.plan import Column
+from snpatch.op import ops, reference
+from snpatch.op.plan import Column
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

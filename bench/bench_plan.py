@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from snpatch.executors.vllm.banks import Banks
-from snpatch.executors.vllm.feed import Feed
 from snpatch.executors.vllm.settings import TwinSettings
-from snpatch.plan import NEVER, Entry
+from snpatch.executors.vllm.worker.banks import Banks
+from snpatch.executors.vllm.worker.feed import Feed
+from snpatch.op.plan import NEVER, Entry
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(32, 1), (256, 1), (256, 16)])

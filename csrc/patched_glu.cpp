@@ -1,4 +1,4 @@
-// snpatch::patched_glu for the CPU: what snpatch/reference.py defines, in one pass over gate_up.
+// snpatch::patched_glu for the CPU: what snpatch/op/reference.py defines, in one pass over gate_up.
 //
 // The work is split by neurons, never by tokens: each neuron's sums are added up in token order by one thread, so the
 // same batch gives the same bits whatever the number of threads. A block of neurons and its sums stay in the L1 cache
@@ -25,7 +25,7 @@ constexpr int64_t BLOCK = 512;  // neurons: with their five sums and both stream
 constexpr int64_t RUN = 16;     // tokens: float32 rounding within a run stays below 1e-6 of the sum
 constexpr int64_t GRAIN = 131072;  // elements, 50 us of work: in an engine it costs as much to wake a thread
 
-// Columns of a plan row and values of its source, as in snpatch/plan.py.
+// Columns of a plan row and values of its source, as in snpatch/op/plan.py.
 enum Column { RECIPIENT, DONOR, RANKING, LO, HI, SOURCE, ROW, SEED, POSITION, GROUP, CAPTURE, RECEIPT, COLUMNS };
 enum Source { FROM_DONOR, FROM_CONSTANT, FROM_NOISE };
 

@@ -3,16 +3,17 @@
     neuron[t, s, n] = act(gate[t, s, n]) * up[t, s, n] * scale[adapter[t, s], n]
     out[t, recipient, n] = source of neuron n if lo[t] <= rank[t, n] < hi[t] else neuron[t, recipient, n]
 
-The definition is snpatch/reference.py. One launch has programs of two kinds. The first few own a block of neurons each
-and add its statistics up, walking through all tokens in order; where no token has a group they end at once. All others
-make the output of one tile. So each sum has one fixed order, and the output has as many programs as it has tiles.
+The definition is snpatch/op/reference.py. One launch has programs of two kinds. The first few own a block of neurons
+each and add its statistics up, walking through all tokens in order; where no token has a group they end at once. All
+others make the output of one tile. So each sum has one fixed order, and the output has as many programs as it has
+tiles.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns of a plan row and values of its source: snpatch/plan.py (tests compare the two).
+# Columns of a plan row and values of its source: snpatch/op/plan.py (tests compare the two).
 RECIPIENT = tl.constexpr(0)
 DONOR = tl.constexpr(1)
 RANKING = tl.constexpr(2)
@@ -256,7 +257,7 @@ def patched_glu(
     layer: int,
     first_neuron: int,
 ) -> Tensor:
-    """`reference.patched_glu`: [S*T, F] in gate_up's type. Shapes are checked by snpatch/ops.py."""
+    """`reference.patched_glu`: [S*T, F] in gate_up's type. Shapes are checked by snpatch/op/ops.py."""
     n_tokens, n_neurons = plan.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(gate_up.shape[0], n_neurons)
     if n_tokens == 0 or n_neurons == 0:

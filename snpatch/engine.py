@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from snpatch import __version__
-from snpatch.adapters import load_adapters
 from snpatch.errors import ReceiptError, SnpatchError
-from snpatch.executors.request import Logprobs, Output, Progress, Request, Statistics
-from snpatch.guard.classifier import Guard
-from snpatch.patch import Constant, Noise, Patch
-from snpatch.pretrained import load_pretrained
-from snpatch.ranking import Ranking
+from snpatch.executors.base import Logprobs, Output, Progress, Request, Statistics
+from snpatch.guard.guard import Guard
+from snpatch.models.adapters import load_adapters
+from snpatch.models.pretrained import load_pretrained
+from snpatch.patching.patch import Constant, Noise, Patch
+from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import GREEDY, Sampling
 
 Chat = list[dict[str, str]]
@@ -86,7 +86,7 @@ class Engine:
         if self.backend == "vllm":
             from snpatch.executors.vllm.executor import VllmExecutor as Executor
         else:
-            from snpatch.executors.transformers import TransformersExecutor as Executor
+            from snpatch.executors.transformers.executor import TransformersExecutor as Executor
 
             unknown = executor_arguments.keys() - inspect.signature(Executor).parameters.keys()
             if unknown:

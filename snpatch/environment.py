@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from snpatch import ops
+from snpatch.op import ops
 
 PACKAGES = ("snpatch", "torch", "transformers", "triton", "vllm", "peft", "trl", "scikit-learn", "safetensors")
 

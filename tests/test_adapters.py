@@ -10,8 +10,8 @@ from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from snpatch.adapters import identity, load_adapters
 from snpatch.errors import SnpatchError
+from snpatch.models.adapters import identity, load_adapters
 
 LAYERS = 3
 WIDTHS = {"down_proj": 24, "k_proj": 8, "v_proj": 8}

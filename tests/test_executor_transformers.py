@@ -32,8 +32,9 @@ from jobs import (
     told,
 )
 
-from snpatch import Constant, Engine, Noise, Patch, Ranking, ReceiptError, Sampling, SnpatchError, ops
-from snpatch.plan import NEVER, Column
+from snpatch import Constant, Engine, Noise, Patch, Ranking, ReceiptError, Sampling, SnpatchError
+from snpatch.op import ops
+from snpatch.op.plan import NEVER, Column
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,7 @@ def test_contrast_of_given_completions(llama, engine, at):
 
 def test_several_contrasts_at_once_keep_their_sums_apart(llama, engine):
     """Groups of one execute, interleaved: each has the sums of its own requests."""
-    from snpatch.executors.request import Request
+    from snpatch.executors.base import Request
 
     texts = [ids + text for ids, text in zip(IDS, COMPLETIONS, strict=True)]
     requests = [Request(text, "sft", "dpo", observe=(i % 3, 0, len(text))) for i, text in enumerate(texts)]
@@ -328,7 +328,7 @@ def test_padded_rows_may_hold_anything(engine):
 
 def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
     """With asynchronous scheduling a step is planned before it is known that its token ends the text."""
-    from snpatch.plan import UNLESS_END, Column, Entry
+    from snpatch.op.plan import UNLESS_END, Column, Entry
 
     twin = twin_of(engine)
     for ticket, group in ((1, 2), (2, UNLESS_END + 2)):
@@ -390,7 +390,7 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
     long = [LONG[i % 3][: 60 + i] for i in range(12)]
     ranking = engine.contrast(long, "sft", "dpo", at="prompt", exclude_layers=())
     assert_ranking(ranking, oracle.contrast(*models, [(text, list(range(len(text)))) for text in long]))
-    from snpatch.executors.request import Request
+    from snpatch.executors.base import Request
 
     # Observed while they are written, so that preempted texts are observed, too.
     sampling = Sampling(max_tokens=60, ignore_eos=True)

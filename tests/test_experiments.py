@@ -17,9 +17,9 @@ from snpatch.experiments.distribution import describe
 from snpatch.experiments.perplexity import Perplexity, windows_of
 from snpatch.experiments.tax import shared_neurons
 from snpatch.experiments.words import neuron_logits
-from snpatch.lab import Lab
-from snpatch.report import Report, table_of
-from snpatch.world import load_world
+from snpatch.report.report import Report, table_of
+from snpatch.worlds.lab import Lab
+from snpatch.worlds.world import load_world
 
 SHAPE = (2, 10)
 

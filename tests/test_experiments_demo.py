@@ -10,7 +10,7 @@ import pytest
 
 from snpatch import cli, experiments
 from snpatch.demo import WORLD
-from snpatch.guard.classifier import Guard
+from snpatch.guard.guard import Guard
 
 SETS = tomllib.loads((WORLD / "world.toml").read_text())["settings"]["guard"]["prompts"]
 SMALLER = {  # so that all of them take a minute or two

@@ -7,7 +7,7 @@ import torch
 
 from snpatch import SnpatchError
 from snpatch.files import check_writable, read_tensors, whole_file, write_tensors, write_text
-from snpatch.store import NAME, Store
+from snpatch.runs.store import NAME, Store
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

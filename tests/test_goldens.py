@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from snpatch import Constant, Engine, Patch, Ranking, Sampling
-from snpatch.executors import transformers as executor
+from snpatch.executors.transformers import executor as executor
 from snpatch.experiments.perplexity import perplexities, windows_of
 
 HOME = Path(__file__).parent / "goldens" / "A"

@@ -198,7 +198,7 @@ def test_the_plugin_is_found_without_an_install(tmp_path):
     (found,) = distributions(path=[str(host.entry)])
     points = {point.group: point.value for point in found.entry_points}
     assert found.metadata["Name"] == "snpatch"
-    assert points["vllm.general_plugins"] == "snpatch.executors.vllm.plugin:register"
+    assert points["vllm.general_plugins"] == "snpatch.executors.vllm.worker.plugin:register"
 
 
 def test_a_decode_steps_time_is_told_by_kernel():

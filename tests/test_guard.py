@@ -14,12 +14,12 @@ from snpatch import Completion, Engine, Patch, Ranking, Sampling, SnpatchError
 from snpatch.data import load, question
 from snpatch.demo import WORLD, language
 from snpatch.guard import fitting
-from snpatch.guard.classifier import Guard
 from snpatch.guard.comparison import Labelled, compare, label
 from snpatch.guard.config import GuardConfig
+from snpatch.guard.guard import Guard
 from snpatch.guard.scores import evaluate
-from snpatch.judge import RefusalWords
-from snpatch.ranking import Window
+from snpatch.judges.judge import RefusalWords
+from snpatch.ranking.ranking import Window
 
 RANKING = Ranking.from_scores(torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
 SHORT = Sampling(max_tokens=8)

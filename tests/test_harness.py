@@ -19,8 +19,9 @@ from jobs import CLEAR, ENCODE, ORDERS, RANKINGS, SHAPE
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from snpatch import Engine, Patch, SnpatchError, harness
-from snpatch.harness import SnpatchLM
+from snpatch import Engine, Patch, SnpatchError
+from snpatch.integrations import lm_eval as harness
+from snpatch.integrations.lm_eval import SnpatchLM
 
 METRICS = {
     "tiny_choice": ["acc", "acc_norm"],
@@ -407,7 +408,14 @@ def test_chats_go_through_the_engines_template(llama, adapters, evaluate, templa
 def test_the_command_line(folder, results, model_args, tmp_path):
     patched = told(model_args, recipient="sft", donor="dpo", k=K)
     options = ["--tasks", *TASKS, "--include_path", folder, "--output_path", tmp_path, "--model_args", patched]
-    command = [sys.executable, "-c", "from snpatch.harness import main; main()", "--model", "snpatch", *options]
+    command = [
+        sys.executable,
+        "-c",
+        "from snpatch.integrations.lm_eval import main; main()",
+        "--model",
+        "snpatch",
+        *options,
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (path,) = tmp_path.rglob("results_*.json")

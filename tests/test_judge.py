@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from snpatch.errors import SnpatchError
-from snpatch.judge import RefusalWords, open_judge, score_all
-from snpatch.score_model import ScoreModel
+from snpatch.judges.judge import RefusalWords, open_judge, score_all
+from snpatch.judges.score_model import ScoreModel
 
 WORDS = "<unk> <s> </s> <pad> BEGINNING OF CONVERSATION: USER: ASSISTANT: <|user|> <|assistant|> a b c d e".split()
 HEAD = 32  # numbers a head, the fewest that vLLM's attention takes

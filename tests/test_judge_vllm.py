@@ -14,7 +14,7 @@ from test_vllm_processes import command_line, descendants, wait_for
 from snpatch import Engine, Sampling
 from snpatch.demo import WORLD
 from snpatch.errors import SnpatchError
-from snpatch.score_model import ScoreModel
+from snpatch.judges.score_model import ScoreModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 

@@ -7,9 +7,9 @@ import oracle
 import pytest
 import torch
 
-from snpatch import ops, reference
 from snpatch.errors import SnpatchError
-from snpatch.plan import NEVER, Column, Entry, Source, fill_plan
+from snpatch.op import ops, reference
+from snpatch.op.plan import NEVER, Column, Entry, Source, fill_plan
 
 SUMS_ERROR = 2e-6  # relative RMS error of float32 arithmetic against double
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # the output's own type adds its rounding

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from snpatch import SnpatchError, ops, plan, reference
+from snpatch import SnpatchError
 from snpatch.kernels import patched_glu as triton_kernel
-from snpatch.plan import Column, Source
+from snpatch.op import ops, plan, reference
+from snpatch.op.plan import Column, Source
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
@@ -299,7 +300,7 @@ def test_full_graph_compile_with_a_tensor_of_its_own_for_each_layer():
 @pytest.mark.parametrize("choice", ["reference", "cpp", "triton"])
 def test_environment_forces_an_implementation(choice):
     run = subprocess.run(
-        [sys.executable, "-c", "from snpatch import ops; import json; print(json.dumps(ops.implementations()))"],
+        [sys.executable, "-c", "from snpatch.op import ops; import json; print(json.dumps(ops.implementations()))"],
         env={**os.environ, "SNPATCH_OPS": choice},
         capture_output=True,
         text=True,
@@ -314,7 +315,7 @@ def test_a_missing_build_falls_back_with_one_warning():
         "import sys, warnings; sys.modules['snpatch._C'] = None\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
-        "    from snpatch import ops\n"
+        "    from snpatch.op import ops\n"
         "print([str(w.message) for w in seen if 'snpatch' in str(w.message)], ops.implementations())"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from snpatch.plan import NEVER, Column, Entry, fill_plan
+from snpatch.op.plan import NEVER, Column, Entry, fill_plan
 
 
 def entry(**fields) -> list[int]:

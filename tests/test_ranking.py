@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from snpatch.errors import SnpatchError
-from snpatch.plan import NEVER
-from snpatch.ranking import MOMENTS, Ranking
+from snpatch.op.plan import NEVER
+from snpatch.ranking.ranking import MOMENTS, Ranking
 
 SCORES = torch.tensor([[3.0, 1.0, 4.0], [1.0, 5.0, 9.0]])  # 1.0 twice: layer 0 comes first
 N = NEVER

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window, texts
-from snpatch.effect import causal_effect, interval, paired_p
+from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
 from snpatch.experiments.curve import headline, report_of
-from snpatch.store import NAME, Store
-from snpatch.sweep import SweepConfig, sweep
+from snpatch.runs import texts
+from snpatch.runs.store import NAME, Store
+from snpatch.runs.sweep import SweepConfig, sweep
+from snpatch.statistics import causal_effect, interval, paired_p
 
 GOLDEN = Path(__file__).parent / "goldens" / "A"
 PROMPTS = [

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from snpatch.errors import SnpatchError
-from snpatch.train import TULU_TEMPLATE, DpoSettings, TrainSettings, train_dpo, train_sft
+from snpatch.training.training import TULU_TEMPLATE, DpoSettings, TrainSettings, train_dpo, train_sft
 
 WORDS = "<unk> <s> </s> <pad> <|user|> <|assistant|> ask one two three yes here it is no never".split()
 TOY = {
@@ -182,6 +182,6 @@ def test_defaults_are_the_papers():
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "snpatch.train")
+    monkeypatch.delitem(sys.modules, "snpatch.training.training")
     with pytest.raises(ImportError, match=r"pip install 'snpatch\[train\]'"):
-        importlib.import_module("snpatch.train")
+        importlib.import_module("snpatch.training.training")

@@ -78,7 +78,7 @@ def test_vllm_finds_the_plugin_by_the_checkouts_entry_point(script, tmp_path):
     )
     told = subprocess.run([sys.executable, "-S", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
     package = SCRIPT.parent.parent / "snpatch" / "__init__.py"
-    assert told.stdout == f"0.1.0 {package} ['snpatch.executors.vllm.plugin:register']\n"
+    assert told.stdout == f"0.1.0 {package} ['snpatch.executors.vllm.worker.plugin:register']\n"
 
 
 @pytest.fixture

@@ -61,9 +61,9 @@ def test_streams_share_an_engine(zoo):
     """Many callers at once, each with its own patch; one goes away early; the others' texts are the oracle's."""
     from transformers import AutoTokenizer
 
-    from snpatch.adapters import load_adapters
-    from snpatch.executors.request import Request
-    from snpatch.executors.vllm.stream import StreamingExecutor
+    from snpatch.executors.base import Request
+    from snpatch.executors.vllm.streaming import StreamingExecutor
+    from snpatch.models.adapters import load_adapters
 
     made = zoo("llama")
     jobs = [job for job in JOBS if job.where == "all" and not isinstance(job.donor, torch.Tensor)]
@@ -152,7 +152,7 @@ def starting(zoo):
     """A user's process that starts an engine."""
     made = zoo("llama")
     adapters = {name: [str(f) for f in folders] for name, folders in made.adapters.items()}
-    child = Path(__file__).with_name("vllm_child.py")
+    child = Path(__file__).parent / "support" / "vllm_child.py"
     process = subprocess.Popen([sys.executable, child, made.folder, json.dumps(adapters)], stdout=subprocess.PIPE,
                                text=True, start_new_session=True)  # fmt: skip
     yield process

@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from snpatch import Engine, ReceiptError, SnpatchError
-from snpatch.executors.checkpoint import check_weights
 from snpatch.executors.vllm import quantised
 from snpatch.executors.vllm.client import starting
 from snpatch.executors.vllm.executor import VllmExecutor
+from snpatch.models.checkpoint import check_weights
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -315,7 +315,7 @@ def test_a_mixed_batch_is_what_the_oracle_writes(served):
 
 def test_quantised_kernels_serve_and_the_op_stands_in_every_layer(served):
     """So that the test above is of them, and none of them took the activation."""
-    from snpatch.executors.vllm.surgery import TwinGLU
+    from snpatch.executors.vllm.worker.surgery import TwinGLU
 
     kernels = {type(kernel).__name__ for layer in served.layers for kernel in kernels_of(layer)}
     assert (

@@ -14,7 +14,7 @@ import torch
 from jobs import IDS, RANKINGS, Job
 
 from snpatch import Engine, Sampling
-from snpatch.executors.request import Request
+from snpatch.executors.base import Request
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -88,9 +88,9 @@ def told(record) -> dict:
 @pytest.fixture
 def state(engine):
     """A ModelState of its own beside the engine's, with banks of its own."""
-    from snpatch.executors.vllm import runners
-    from snpatch.executors.vllm.banks import Banks
-    from snpatch.executors.vllm.feed import Feed
+    from snpatch.executors.vllm.worker import runners
+    from snpatch.executors.vllm.worker.banks import Banks
+    from snpatch.executors.vllm.worker.feed import Feed
 
     twin = runner_of(engine).model.snpatch
     banks = Banks(twin.settings, tiny.LAYERS, 0, tiny.NEURONS, None, 512, torch.device("cpu"))

@@ -28,7 +28,7 @@ LAYERS = {"layer": SimpleNamespace(num_heads=8, num_kv_heads=4)}
 )  # fmt: skip
 def test_attention_planned_for_other_head_counts_is_refused(heads):
     """As FlashAttention of vLLM 0.24 would be, which takes them from the model config; no CPU test runs that."""
-    from snpatch.executors.vllm.worker import _check_heads
+    from snpatch.executors.vllm.worker.commands import _check_heads
 
     with pytest.raises(SnpatchError, match="plans attention for"):
         _check_heads(group_of(**heads), LAYERS)
@@ -41,7 +41,7 @@ def test_attention_planned_for_other_head_counts_is_refused(heads):
 def test_the_twins_model_config_tells_twice_the_heads():
     from vllm.config import ModelConfig
 
-    from snpatch.executors.vllm.surgery import TwinModelConfig
+    from snpatch.executors.vllm.worker.surgery import TwinModelConfig
 
     config = TwinModelConfig.__new__(TwinModelConfig)
     with pytest.MonkeyPatch.context() as patch:
@@ -51,8 +51,8 @@ def test_the_twins_model_config_tells_twice_the_heads():
 
 
 def test_an_unknown_model_runner_is_refused():
-    from snpatch.executors.vllm import runners
-    from snpatch.executors.vllm.worker import _runner_kind
+    from snpatch.executors.vllm.worker import runners
+    from snpatch.executors.vllm.worker.commands import _runner_kind
 
     runners.hook_v1()
 
@@ -75,8 +75,8 @@ def test_an_unknown_model_runner_is_refused():
 
 
 def test_a_vllm_without_model_runner_v1_serves_v2(monkeypatch):
-    from snpatch.executors.vllm import runners
-    from snpatch.executors.vllm.worker import _runner_kind
+    from snpatch.executors.vllm.worker import runners
+    from snpatch.executors.vllm.worker.commands import _runner_kind
 
     class State:
         pass
@@ -94,9 +94,9 @@ def test_a_vllm_without_model_runner_v1_serves_v2(monkeypatch):
 
 
 def test_a_stale_handle_and_a_broken_row_are_errors():
-    from snpatch.executors.vllm.banks import Banks
-    from snpatch.executors.vllm.feed import Feed
-    from snpatch.plan import Entry
+    from snpatch.executors.vllm.worker.banks import Banks
+    from snpatch.executors.vllm.worker.feed import Feed
+    from snpatch.op.plan import Entry
 
     feed = Feed(Banks(TwinSettings(), 1, 0, 8, None, 64, torch.device("cpu")))
     row = [0] * len(Entry)
@@ -133,7 +133,7 @@ def test_a_bank_gives_the_longest_unused_row_away_and_never_a_used_one():
 
 
 def test_quantised_weights_have_a_digest_and_nan_is_still_found():
-    from snpatch.executors.checkpoint import check_weights
+    from snpatch.models.checkpoint import check_weights
 
     quantised = (torch.tensor([values]).to(torch.float8_e4m3fn) for values in ([1.0, 2.0], [2.0, 1.0]))
     one, other = (check_weights([("w", weight)], "model") for weight in quantised)

@@ -202,10 +202,10 @@ def sweep(
     from snpatch.environment import describe
     from snpatch.experiments.curve import report_of
     from snpatch.files import check_writable
-    from snpatch.ranking import Ranking
+    from snpatch.ranking.ranking import Ranking
+    from snpatch.runs.sweep import SweepConfig
+    from snpatch.runs.sweep import sweep as run_sweep
     from snpatch.sampling import Sampling
-    from snpatch.sweep import SweepConfig
-    from snpatch.sweep import sweep as run_sweep
 
     data = o.read(prompts, form, limit, skip_bad)
     named = [entry.rpartition("=")[::2] for entry in ranking]

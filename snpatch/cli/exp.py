@@ -63,8 +63,8 @@ def run(
     """
     from snpatch import experiments
     from snpatch.files import check_writable
-    from snpatch.lab import Lab
-    from snpatch.world import load_world
+    from snpatch.worlds.lab import Lab
+    from snpatch.worlds.world import load_world
 
     chosen = list(experiments.NAMES) if names == ["all"] else names
     unknown = [name for name in chosen if name not in experiments.NAMES]

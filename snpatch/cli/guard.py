@@ -63,11 +63,11 @@ def fit(
 ) -> None:
     """Let a model answer, judge the answers, and fit a classifier that tells them from the prompts alone."""
     from snpatch.files import check_writable
-    from snpatch.guard.classifier import Guard
     from snpatch.guard.comparison import distinct
     from snpatch.guard.fitting import out_of_fold
+    from snpatch.guard.guard import Guard
     from snpatch.guard.scores import evaluate
-    from snpatch.ranking import Ranking
+    from snpatch.ranking.ranking import Ranking
 
     data = o.read(prompts, form, limit, skip_bad)
     order = Ranking.load(ranking)
@@ -117,7 +117,7 @@ def evaluate_guard(
     as_json: o.AsJson = False,
 ) -> None:
     """Compare a guard's verdicts on other prompts with what its model's own answers cost."""
-    from snpatch.guard.classifier import Guard
+    from snpatch.guard.guard import Guard
     from snpatch.guard.scores import evaluate
 
     chats = o.read(prompts, form, limit, skip_bad).prompts
@@ -152,7 +152,7 @@ def apply(
 ) -> None:
     """Answer prompts with a guard in front: one that it refuses costs a prefill and gets its refusal."""
     from snpatch.files import check_writable
-    from snpatch.guard.classifier import Guard
+    from snpatch.guard.guard import Guard
     from snpatch.sampling import Sampling
 
     chats = o.read(prompts, form, limit, skip_bad).prompts
@@ -183,7 +183,7 @@ def _labelled(engine, chats, model, judge, judge_format, backend, device, max_to
 
 
 def _tell(scores, named: dict, where: str, as_json: bool) -> None:
-    from snpatch.report import cell, span
+    from snpatch.report.report import cell, span
 
     figures = asdict(scores)
     if as_json:

@@ -104,8 +104,8 @@ def read(prompts: str, form: str | None, limit: int | None, skip_bad: bool):
 
 
 def a_patch(recipient: str, donor: str, ranking: Path | None, window: str | None, where: str, seed: int | None):
-    from snpatch.patch import Constant, Noise, Patch
-    from snpatch.ranking import Ranking
+    from snpatch.patching.patch import Constant, Noise, Patch
+    from snpatch.ranking.ranking import Ranking
 
     if ranking is None or window is None:
         raise SnpatchError("--donor needs --ranking and --window")
@@ -123,7 +123,7 @@ def a_patch(recipient: str, donor: str, ranking: Path | None, window: str | None
 
 
 def a_window(text: str):
-    from snpatch.patch import Window
+    from snpatch.patching.patch import Window
 
     lo, colon, hi = text.strip().partition(":")
     if not colon:
@@ -145,7 +145,7 @@ def a_number(text: str, kind: Callable, what: str):
 @contextmanager
 def open_judges(entries: list[str], form: str | None, backend: str, device: str) -> Iterator[dict]:
     """name=judge, or the judge alone (then its name is "cost"), each opened, and closed afterwards."""
-    from snpatch.judge import is_model, open_judge
+    from snpatch.judges.judge import is_model, open_judge
 
     named = {}
     for entry in entries:

@@ -11,34 +11,19 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
 
+from snpatch.data.rows import Columns, Row, check_columns
 from snpatch.errors import SnpatchError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".raw")
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module's own limit of 131072 is less than some published fields
-
-Columns = tuple[tuple[str, ...], ...]  # the columns that must be there: all of one of these
-
-
-@dataclass(frozen=True)
-class Row:
-    file: str
-    unit: str  # what number counts: line (a row's first), row or item
-    number: int  # from 1
-    value: Any = None
-    error: str | None = None  # what is wrong with the row, which then has no value
-
-    @property
-    def where(self) -> str:
-        return f"{self.file}, {self.unit} {self.number}"
 
 
 def find_files(path: Path, split: str | None = None) -> list[Path]:
@@ -87,13 +72,6 @@ def read_rows(path: Path, columns: Columns) -> Iterator[Row]:
 
         return parquet_rows(path, columns)
     raise SnpatchError(f"{path}: wanted a file that ends in {', '.join(KINDS)} (with or without .gz, .xz)")
-
-
-def check_columns(where: object, got: Sequence[str], wanted: Columns) -> None:
-    """SnpatchError unless all columns of one of the choices are there."""
-    if not any(set(choice) <= set(got) for choice in wanted):
-        choices = " or ".join(", ".join(choice) for choice in wanted)
-        raise SnpatchError(f"{where}: wanted the columns {choices}, got {', '.join(got) or 'none'}")
 
 
 def _kind(path: Path) -> str:

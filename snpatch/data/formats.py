@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from snpatch.data.dataset import Chat, Example
-from snpatch.data.files import Columns, is_unicode
+from snpatch.data.files import is_unicode
+from snpatch.data.rows import Columns
 
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # only where a paragraph starts: people write "Human:" in texts
 ROLES = {"Human": "user", "Assistant": "assistant"}

@@ -7,8 +7,8 @@ all alike (ShareGPT), and HarmBench is published on GitHub.
 from collections.abc import Iterator
 from typing import Any
 
-from snpatch.data.files import Columns, Row, check_columns
 from snpatch.data.formats import Hub
+from snpatch.data.rows import Columns, Row, check_columns
 from snpatch.errors import SnpatchError
 
 try:

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from snpatch.data.dataset import Dataset, Example, digest
-from snpatch.data.files import Row, find_files, read_rows
+from snpatch.data.files import find_files, read_rows
 from snpatch.data.formats import SETS, Format, RowError, plain
+from snpatch.data.rows import Row
 from snpatch.errors import SnpatchError
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from snpatch.data.files import Columns, Row, check_columns
+from snpatch.data.rows import Columns, Row, check_columns
 from snpatch.errors import SnpatchError
 
 try:

@@ -25,10 +25,10 @@ from snpatch.demo.language import Request
 from snpatch.demo.pretrain import BASE_BODY, SCORE_BODY, BodySettings, Progress, train_base, train_score
 from snpatch.engine import tulu
 from snpatch.errors import SnpatchError
-from snpatch.judge import RefusalWords
-from snpatch.score_model import ScoreModel
-from snpatch.train import TULU_TEMPLATE, DpoSettings, TrainSettings, train_dpo, train_sft
-from snpatch.world import NAMED, load_world
+from snpatch.judges.judge import RefusalWords
+from snpatch.judges.score_model import ScoreModel
+from snpatch.training.training import TULU_TEMPLATE, DpoSettings, TrainSettings, train_dpo, train_sft
+from snpatch.worlds.world import NAMED, load_world
 
 REFUSALS = ("can not help", "rather not")
 NEW_TOKENS = 32
@@ -74,7 +74,7 @@ def build(out: Path, seed: int = 0, progress: Progress = print, recipe: Recipe |
     AssertionError if the language or its data is not what the world promises (an unknown word, equal pairs, a text in
     two places). The figures are measured, not asserted: a short recipe gives a poor world, not an error.
     """
-    import datasets  # here and below: importing snpatch.train has said by now if the extra is not installed
+    import datasets  # here and below: importing snpatch.training.training has said by now if the extra is not installed
 
     recipe = recipe or Recipe()
     begin, cpu = time.monotonic(), time.process_time()

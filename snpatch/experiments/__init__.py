@@ -13,9 +13,9 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError
 from snpatch.files import write_text
-from snpatch.lab import Lab
-from snpatch.report import Report
-from snpatch.world import made
+from snpatch.report.report import Report
+from snpatch.worlds.lab import Lab
+from snpatch.worlds.world import made
 
 NAMES = (
     "curve",

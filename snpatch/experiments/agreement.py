@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from snpatch.ranking import Ranking
-from snpatch.report import Row
+from snpatch.ranking.ranking import Ranking
+from snpatch.report.report import Row
 
 BINS = 40
 

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from snpatch.lab import Lab
-from snpatch.report import Report, between, p_value, percent, span, table_of
-from snpatch.sweep import Row, SweepConfig, SweepResult
+from snpatch.report.report import Report, between, p_value, percent, span, table_of
+from snpatch.runs.sweep import Row, SweepConfig, SweepResult
+from snpatch.worlds.lab import Lab
 
 PAPER_K = (0, 200, 400, 600, 800, 1000, 1200, 1500, *range(2000, 10_000, 1000), *range(10_000, 20_001, 2000))
 

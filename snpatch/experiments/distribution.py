@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import skew
 
-from snpatch.lab import Lab
-from snpatch.report import Report, Row, cell, table_of
+from snpatch.report.report import Report, Row, cell, table_of
+from snpatch.worlds.lab import Lab
 
 MAP_COLUMNS = 512  # neurons of a layer are pooled to at most so many columns, by their largest score
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from snpatch.errors import SnpatchError
 from snpatch.guard.comparison import GuardRow, Labelled, compare, distinct, label
 from snpatch.guard.config import GuardConfig
-from snpatch.lab import Lab
-from snpatch.report import Report, Row, cell, table_of
+from snpatch.report.report import Report, Row, cell, table_of
+from snpatch.worlds.lab import Lab
 
 
 @dataclass(frozen=True)

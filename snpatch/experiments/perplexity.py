@@ -12,14 +12,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from snpatch.effect import interval
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
-from snpatch.executors.request import Progress
-from snpatch.lab import Lab
-from snpatch.patch import Patch
-from snpatch.pretrained import load_pretrained
-from snpatch.report import Report, span, table_of
+from snpatch.executors.base import Progress
+from snpatch.models.pretrained import load_pretrained
+from snpatch.patching.patch import Patch
+from snpatch.report.report import Report, span, table_of
+from snpatch.statistics import interval
+from snpatch.worlds.lab import Lab
 
 
 @dataclass(frozen=True)

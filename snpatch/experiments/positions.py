@@ -9,8 +9,8 @@ from snpatch.engine import POSITIONS
 from snpatch.experiments.curve import SweepSettings, sweep_config
 from snpatch.experiments.curve import report_of as sweep_report
 from snpatch.experiments.stability import SHARES, report_of
-from snpatch.lab import Lab
-from snpatch.report import Report, cell, percent, span, table_of
+from snpatch.report.report import Report, cell, percent, span, table_of
+from snpatch.worlds.lab import Lab
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Preference neurons: how far rankings of other objectives (helpfulness, ...) agree with safety's."""
 
 from snpatch.experiments.stability import Settings, report_of
-from snpatch.lab import Lab
-from snpatch.report import Report
+from snpatch.report.report import Report
+from snpatch.worlds.lab import Lab
 
 
 def run(lab: Lab, settings: Settings) -> Report:

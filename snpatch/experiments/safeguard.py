@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from snpatch import texts
-from snpatch.effect import interval
 from snpatch.errors import SnpatchError
 from snpatch.experiments.guard import GuardSettings, labelled
-from snpatch.guard.classifier import Guard
 from snpatch.guard.comparison import distinct
-from snpatch.lab import Lab
-from snpatch.report import Report, Row, cell, span, table_of
+from snpatch.guard.guard import Guard
+from snpatch.report.report import Report, Row, cell, span, table_of
+from snpatch.runs import texts
+from snpatch.statistics import interval
+from snpatch.worlds.lab import Lab
 
 
 @dataclass(frozen=True)

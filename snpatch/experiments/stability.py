@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
 from snpatch.experiments import agreement
-from snpatch.lab import Lab
-from snpatch.report import Report, between, cell, table_of
+from snpatch.report.report import Report, between, cell, table_of
+from snpatch.worlds.lab import Lab
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
 COLUMNS = {name: name for name in ("a", "b", "k", "overlap", "chance", "common", "spearman")}

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from snpatch.effect import interval, paired_p
 from snpatch.errors import SnpatchError
-from snpatch.lab import Lab
-from snpatch.ranking import Ranking
-from snpatch.report import Report, p_value, span, table_of
-from snpatch.sweep import SweepConfig, SweepResult
+from snpatch.ranking.ranking import Ranking
+from snpatch.report.report import Report, p_value, span, table_of
+from snpatch.runs.sweep import SweepConfig, SweepResult
+from snpatch.statistics import interval, paired_p
+from snpatch.worlds.lab import Lab
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from matplotlib.figure import Figure
 
 from snpatch.experiments import perplexity
 from snpatch.experiments.curve import SweepSettings, sweep_config
-from snpatch.lab import Lab
-from snpatch.patch import Patch
-from snpatch.ranking import Ranking
-from snpatch.report import Report, between, percent, table_of
-from snpatch.sweep import SweepResult
+from snpatch.patching.patch import Patch
+from snpatch.ranking.ranking import Ranking
+from snpatch.report.report import Report, between, percent, table_of
+from snpatch.runs.sweep import SweepResult
+from snpatch.worlds.lab import Lab
 
 
 @dataclass(frozen=True)

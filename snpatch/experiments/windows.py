@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
 from snpatch.experiments.curve import SweepSettings, report_of, sweep_config
-from snpatch.lab import Lab
-from snpatch.ranking import Window
-from snpatch.report import Report
+from snpatch.ranking.ranking import Window
+from snpatch.report.report import Report
+from snpatch.worlds.lab import Lab
 
 
 @dataclass(frozen=True)

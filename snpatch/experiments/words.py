@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from snpatch.errors import SnpatchError
-from snpatch.lab import Lab
-from snpatch.pretrained import load_pretrained
-from snpatch.ranking import Ranking
-from snpatch.report import Report, table_of
+from snpatch.models.pretrained import load_pretrained
+from snpatch.ranking.ranking import Ranking
+from snpatch.report.report import Report, table_of
+from snpatch.worlds.lab import Lab
 
 
 @dataclass(frozen=True)

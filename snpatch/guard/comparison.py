@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from snpatch import texts
 from snpatch.data import Chat
 from snpatch.engine import Engine
 from snpatch.errors import NotEnoughNeuronsError, SnpatchError
-from snpatch.executors.request import Progress
+from snpatch.executors.base import Progress
 from snpatch.guard import fitting
-from snpatch.guard.classifier import Guard
 from snpatch.guard.config import GuardConfig
+from snpatch.guard.guard import Guard
 from snpatch.guard.scores import GuardScores, evaluate
-from snpatch.judge import Judge
-from snpatch.ranking import Ranking
+from snpatch.judges.judge import Judge
+from snpatch.ranking.ranking import Ranking
+from snpatch.runs import texts
 from snpatch.sampling import GREEDY, Sampling
 
 

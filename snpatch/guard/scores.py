@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from snpatch.effect import interval
 from snpatch.errors import SnpatchError
 from snpatch.guard.fitting import checked_labels
+from snpatch.statistics import interval
 
 BINS = 10  # of the calibration curve, of equal width
 

@@ -15,17 +15,25 @@ from pathlib import Path
 
 import torch
 
-from snpatch.adapters import Scales, identity
 from snpatch.errors import ReceiptError, SnpatchError
-from snpatch.executors.checkpoint import ARCHITECTURES, check_dtype, check_has_weights, eos_ids, load_config
-from snpatch.executors.request import Geometry, Logprobs, Output, Request, Statistics
-from snpatch.executors.tables import constants_of, models_of, patched_positions, rankings_of, request_row, values_of
-from snpatch.executors.vllm import feed, plugin, processes, versions
+from snpatch.executors.base import Geometry, Logprobs, Output, Request, Statistics
+from snpatch.executors.transformers.banks import (
+    constants_of,
+    models_of,
+    patched_positions,
+    rankings_of,
+    request_row,
+    values_of,
+)
+from snpatch.executors.vllm import processes, versions
 from snpatch.executors.vllm.registry import Bank
 from snpatch.executors.vllm.settings import TwinSettings, refuse
-from snpatch.executors.vllm.worker import pack, unpack
-from snpatch.plan import UNLESS_END, Entry
-from snpatch.reference import SUMS
+from snpatch.executors.vllm.worker import feed, plugin
+from snpatch.executors.vllm.worker.commands import pack, unpack
+from snpatch.models.adapters import Scales, identity
+from snpatch.models.checkpoint import ARCHITECTURES, check_dtype, check_has_weights, eos_ids, load_config
+from snpatch.op.plan import UNLESS_END, Entry
+from snpatch.op.reference import SUMS
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what the user did
@@ -359,7 +367,7 @@ def _twin_arguments(model, config, dtype: str, arguments: dict) -> dict:
     own = {
         "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
         "hf_overrides": {"architectures": [plugin.PREFIX + architecture], **arguments.pop("hf_overrides", {})},
-        "worker_extension_cls": "snpatch.executors.vllm.worker.WorkerExtension",
+        "worker_extension_cls": "snpatch.executors.vllm.worker.commands.WorkerExtension",
     }
     checked = engine_arguments(model, own, arguments, refused=("enable_lora", "disable_cascade_attn"))
     from vllm.platforms import current_platform

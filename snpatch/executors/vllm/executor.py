@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.request import Output, Progress, Request, Statistics
+from snpatch.executors.base import Output, Progress, Request, Statistics
 from snpatch.executors.vllm.client import Client, Sent, answers_of, starting
 from snpatch.executors.vllm.settings import refuse
 

@@ -1,0 +1,1 @@
+"""The executor on transformers: any machine, and what the other one is tested against."""

@@ -1,0 +1,198 @@
+"""The transformers executor: runs requests on any machine with one set of weights, in left-padded batches.
+
+Why it is simple rather than fast: it is what the vLLM executor is compared with. What it must do well is to keep
+both streams of every request exact, whatever else shares the batch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from snpatch.errors import SnpatchError
+from snpatch.executors.base import Geometry, Logprobs, Output, Progress, Request, Statistics
+from snpatch.executors.transformers.banks import Tables, patched_positions
+from snpatch.executors.transformers.surgery import make_twin
+from snpatch.executors.transformers.text import Writer, choose
+from snpatch.models.adapters import Scales, identity
+from snpatch.models.checkpoint import check_dtype, check_weights, eos_ids, load_config
+from snpatch.models.pretrained import load_pretrained
+from snpatch.op.plan import fill_plan
+
+
+class TransformersExecutor:
+    """Loads a causal language model and serves `Executor`.
+
+    batch_size: most sequences of a batch. token_budget: most padded tokens of a batch, prompt and generated,
+    counting every stream; None: static batches of batch_size in the given order.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_size: int = 32,
+        token_budget: int | None = 16384,
+        allow_untested: bool = False,
+    ) -> None:
+        if batch_size < 1 or (token_budget is not None and token_budget < 1):
+            raise SnpatchError(f"batch_size and token_budget must be at least 1, got {batch_size} and {token_budget}")
+        check_dtype(dtype)
+        config = load_config(model, allow_untested)
+        self._device = pick_device(device)
+        # SDPA in transformers drops Gemma 2's soft cap on attention logits.
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+        loaded = load_pretrained(AutoModelForCausalLM, model, dtype=dtype, attn_implementation=attention)
+        self._model = loaded.to(self._device).eval().requires_grad_(False)
+        self.model_digest = check_weights(self._model.named_parameters(), str(model))
+        self.geometry = geometry_of(config, self._model)
+        self._tokenizer = tokenizer
+        self._batch_size, self._token_budget = batch_size, token_budget
+        self.eos_ids = eos_ids(model, config, tokenizer)
+        self._scales = {"base": identity(self.geometry.n_layers, self.geometry.widths)}
+        self._step = make_twin(self._model)
+
+    def register_adapter(self, name: str, scales: Scales) -> None:
+        """Make `name` a model that requests can name as recipient or donor."""
+        self._scales[name] = scales
+
+    def start(self) -> None:
+        """Nothing is left to do: the geometry is read off the loaded model."""
+
+    @torch.inference_mode()
+    def execute(
+        self, requests: Sequence[Request], groups: int = 0, progress: Progress | None = None
+    ) -> tuple[list[Output], list[Statistics]]:
+        """Run all requests; outputs in their order, and one Statistics for each of `groups` groups."""
+        tables = Tables(requests, self._scales, groups, self.geometry, self._device)
+        self._step.banks = tables.banks
+        outputs: list[Output | None] = [None] * len(requests)
+        done = 0
+        for batch in self._batches(requests):
+            for index, output in zip(batch, self._run([requests[i] for i in batch], tables), strict=True):
+                outputs[index] = output
+            done += len(batch)
+            if progress:
+                progress(done, len(requests))
+        self._step.banks = []
+        return outputs, tables.statistics()
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = self._step = None
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices of the requests that run together; the longest first where a token budget sizes the batches."""
+        lengths = [len(r.prompt_ids) + (r.sampling.max_tokens if r.sampling else 0) for r in requests]
+        order = list(range(len(requests)))
+        if self._token_budget is not None:
+            order.sort(key=lambda i: (requests[i].streams, -lengths[i]))
+        batches: list[list[int]] = []
+        for index in order:
+            batch = batches[-1] if batches else []
+            fits = batch and len(batch) < self._batch_size and requests[batch[0]].streams == requests[index].streams
+            if fits and self._token_budget is not None:
+                padded = max(lengths[batch[0]], lengths[index]) * (len(batch) + 1) * requests[index].streams
+                fits = padded <= self._token_budget
+            if fits:
+                batch.append(index)
+            else:
+                batches.append([index])
+        return batches
+
+    def _run(self, requests: list[Request], tables: Tables) -> list[Output]:
+        """One batch from its prompts to its last token."""
+        step, device = self._step, self._device
+        table, capture, receipt = tables.for_batch(requests)
+        step.streams, step.capture, step.receipt = requests[0].streams, capture, receipt
+        lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
+        width = int(lengths.max())
+        ids = torch.zeros(len(requests), width, dtype=torch.int64)
+        for row, request in enumerate(requests):
+            ids[row, width - len(request.prompt_ids) :] = torch.as_tensor(request.prompt_ids)
+        position = torch.arange(width, device=device) - (width - lengths)[:, None]
+        mask = position >= 0
+        index = torch.where(mask, torch.arange(len(requests), device=device)[:, None], -1)
+        cache = DynamicCache(config=self._model.config) if any(r.sampling for r in requests) else None
+
+        def forward(ids: Tensor, position: Tensor, index: Tensor, keep: int) -> Tensor:
+            """Logits [B, keep or length, V] of the recipients."""
+            step.length = ids.shape[1]
+            plan = fill_plan(table, *(tensor.flatten().cpu().numpy() for tensor in (index, position)))
+            step.plan = torch.from_numpy(plan).to(device)
+            inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position.clamp(min=0)}
+            rows = {name: tensor.repeat_interleave(step.streams, dim=0) for name, tensor in inputs.items()}
+            run = self._model(**rows, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
+            return run.logits
+
+        wants_prompt = any(r.prompt_logprobs for r in requests)
+        logits = forward(ids.to(device), position, index, 0 if wants_prompt else 1)
+        fed = [len(r.prompt_ids) for r in requests]
+        writers = [Writer(r, self._tokenizer, self.eos_ids) for r in requests]
+        for row, request in enumerate(requests):
+            if request.prompt_logprobs:
+                start = width - len(request.prompt_ids)
+                targets = torch.as_tensor(request.prompt_ids[1:], device=device)
+                rows = logits[row, start:-1].float().log_softmax(-1)
+                values = rows.gather(1, targets[:, None]).squeeze(1)
+                writers[row].output.prompt_logprobs = Logprobs(values.cpu(), (values >= rows.amax(-1)).cpu())
+        active = list(range(len(requests)))  # the batch's rows, by request
+        logits = logits[:, -1]
+        while True:
+            writing = [row for row, request in enumerate(active) if not writers[request].done]
+            if not writing:
+                break
+            chosen = choose(logits[writing].float(), [writers[active[row]] for row in writing])
+            for row, (token, logprob) in zip(writing, chosen, strict=True):
+                writers[active[row]].write(token, logprob)
+            alive = [row for row, request in enumerate(active) if not writers[request].done]
+            if not alive:
+                break
+            if len(alive) <= len(active) // 2:
+                # Halving, so that all copies of the cache together cost less than one copy of the first.
+                keep = torch.tensor(alive, device=device)
+                streams = torch.arange(step.streams, device=device)
+                cache.batch_select_indices((keep[:, None] * step.streams + streams).flatten())
+                mask, active = mask[keep], [active[row] for row in alive]
+            lives = torch.tensor([not writers[request].done for request in active], device=device)
+            rows = torch.tensor(active, device=device)
+            position = torch.tensor([[fed[request]] for request in active], device=device)
+            token = torch.tensor([[writers[request].last_token] for request in active], device=device)
+            mask = torch.cat([mask, lives[:, None]], dim=1)
+            logits = forward(token, position, torch.where(lives, rows, -1)[:, None], 1)[:, -1]
+            for request in active:
+                fed[request] += not writers[request].done
+        patched = [patched_positions(request, n) for request, n in zip(requests, fed, strict=True)]
+        return tables.receipts(requests, [writer.finish() for writer in writers], patched, step)
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device; "auto" is the first GPU if there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SnpatchError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def geometry_of(config, model) -> Geometry:
+    """Sizes from the config, and the width of each module that IA3 can scale, from the model."""
+    attention, widths = model.model.layers[0].self_attn, {"down_proj": config.intermediate_size}
+    for name in ("k_proj", "v_proj"):
+        if hasattr(attention, name):
+            widths[name] = getattr(attention, name).out_features
+    return Geometry(
+        config.num_hidden_layers,
+        config.intermediate_size,
+        config.max_position_embeddings,
+        config.vocab_size,
+        widths,
+    )

@@ -1,0 +1,101 @@
+"""The tensors that the op reads and adds to, allocated once for the life of a worker.
+
+Why their addresses never change: a captured graph holds them. What is registered later is copied into a row; a worker
+of a tensor-parallel group holds the neurons of its own shard.
+"""
+
+import torch
+from torch import Tensor
+
+from snpatch.executors.vllm.settings import TwinSettings
+from snpatch.op.bank import LayerBank
+from snpatch.op.plan import NEVER, UNLESS_END, Column
+from snpatch.op.reference import SUMS
+
+
+class Banks:
+    """One worker's tensors. first_neuron, n_neurons: its shard of each layer; kv: (first, width) of its keys' and
+    values' shard, or None where adapters do not scale them. max_tokens: most tokens of a step, padding included."""
+
+    def __init__(
+        self,
+        settings: TwinSettings,
+        n_layers: int,
+        first_neuron: int,
+        n_neurons: int,
+        kv: tuple[int, int] | None,
+        max_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.device = settings, device
+        self._neurons = slice(first_neuron, first_neuron + n_neurons)
+        self._kv = None if kv is None else slice(kv[0], kv[0] + kv[1])
+        i32, f32, f64, i64 = (
+            {"dtype": dtype, "device": device} for dtype in (torch.int32, torch.float32, torch.float64, torch.int64)
+        )
+        self.layers = [
+            LayerBank(
+                scale=torch.ones(settings.max_adapters, n_neurons, **f32),
+                rank=torch.full((settings.max_rankings, n_neurons), NEVER, **i32),
+                constant=torch.zeros(settings.max_constants + 1, n_neurons, **f32),
+                stats=torch.zeros(settings.max_groups, SUMS, n_neurons, **f64),
+                count=torch.zeros(settings.max_groups, **i64),
+                attention_scale={} if kv is None else {"kv": torch.ones(settings.max_adapters, 2 * kv[1], **f32)},
+            )
+            for _ in range(n_layers)
+        ]
+        self.capture = torch.full((settings.max_captures, settings.max_captured), torch.nan, **f32)
+        self.receipt = torch.zeros(settings.max_receipts, **i64)
+        self.plan = torch.zeros(max_tokens, len(Column), **i32)
+        self.plan[:, Column.GROUP :] = -1
+        self._step = self.plan[:0]
+        self._positions = torch.zeros(max_tokens, 2, **i64)
+        self._ends = torch.tensor(settings.ends, dtype=torch.int64, device=device)
+
+    def plan_of(self, n_tokens: int) -> Tensor:
+        """The plan's first rows: one view, which all layers of a step share."""
+        if self._step.shape[0] != n_tokens:
+            self._step = self.plan[:n_tokens]
+        return self._step
+
+    def twice(self, positions: Tensor) -> Tensor:
+        """[2T]: each of the positions [T] twice, always at the same address, since parts of the model are captured."""
+        pairs = self._positions[: positions.shape[0]]
+        pairs.copy_(positions[:, None])
+        return pairs.view(-1)
+
+    def settle_groups(self, ids: Tensor) -> None:
+        """Take out of their groups the step's tokens [T] that end a text, where UNLESS_END says so.
+
+        On the device, because with asynchronous scheduling a step is planned before its tokens are known.
+        """
+        group = self.plan[: len(ids), Column.GROUP]
+        counts = torch.where((ids[:, None] == self._ends).any(1), -1, group - UNLESS_END)
+        group.copy_(torch.where(group >= UNLESS_END, counts, group))
+
+    def write_adapter(self, row: int, scales: dict[str, Tensor]) -> None:
+        """scales: module -> [L, width] float32 of the whole model."""
+        for index, layer in enumerate(self.layers):
+            layer.scale[row] = scales["down_proj"][index, self._neurons].to(self.device)
+            if self._kv is not None:
+                parts = [scales[name][index, self._kv] for name in ("k_proj", "v_proj")]
+                layer.attention_scale["kv"][row] = torch.cat(parts).to(self.device)
+
+    def write_ranking(self, row: int, rank: Tensor) -> None:
+        """rank: [L, F] int32 of the whole model."""
+        for index, layer in enumerate(self.layers):
+            layer.rank[row] = rank[index, self._neurons].to(self.device)
+
+    def write_constant(self, row: int, values: Tensor) -> None:
+        """values: [L, F] float32 of the whole model."""
+        for index, layer in enumerate(self.layers):
+            layer.constant[row] = values[index, self._neurons].to(self.device)
+
+    def clear_statistics(self, groups: list[int]) -> None:
+        for layer in self.layers:
+            layer.stats[groups], layer.count[groups] = 0.0, 0
+
+    def statistics(self, groups: list[int]) -> tuple[Tensor, Tensor]:
+        """Sums [groups, L, 5, shard] float64 and counts [groups, L] int64, on the host."""
+        sums = torch.stack([layer.stats[groups] for layer in self.layers], dim=1).cpu()
+        return sums, torch.stack([layer.count[groups] for layer in self.layers], dim=1).cpu()

@@ -1,0 +1,302 @@
+"""From requests to the plan of each step, and the record of what was planned and done for each of them.
+
+A request brings a `ticket` and the row of the request table, both plain integers (`SamplingParams.extra_args`). The
+feed knows neither scheduler nor model runner: runners.py tells it which requests came and went and what each step
+runs. Records outlive their requests until the user's process fetches them: only then are receipts compared.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from snpatch.errors import SnpatchError
+from snpatch.executors.vllm.worker.banks import Banks
+from snpatch.op.plan import UNLESS_END, Column, Entry, fill_plan
+
+KEY = "snpatch"  # in SamplingParams.extra_args: [ticket, *request row]
+UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
+KINDS = {Entry.RECIPIENT: "adapter", Entry.DONOR: "adapter", Entry.RANKING: "ranking", Entry.ROW: "constant"}
+PROGRESS = [Entry.PATCH_START, Entry.PATCH_STOP, Entry.SEEN]
+
+
+@dataclass(eq=False)
+class Record:
+    """One request: its table row and what happened to it. seen: one past the last position that was run; planned:
+    positions that its patch covered, each run counted; skipped: those of them that came from the prefix cache."""
+
+    ticket: int
+    entries: NDArray[np.int32]
+    row: int = -1  # of the table; -1 while it does not run
+    seen: int = 0
+    planned: int = 0
+    skipped: int = 0
+    is_fetched: bool = False
+    done: int = 0  # the receipt and the captures, once their places were given back
+    captured: np.ndarray | None = None
+
+    @property
+    def patches(self) -> bool:
+        return bool(self.entries[Entry.PATCH_STOP] > self.entries[Entry.PATCH_START])
+
+    @property
+    def observes(self) -> bool:
+        return bool(self.entries[Entry.GROUP] >= 0)
+
+    @property
+    def captures(self) -> int:
+        return int(self.entries[Entry.CAPTURE_STOP] - self.entries[Entry.CAPTURE_START])
+
+
+@dataclass(eq=False)
+class Feed:
+    """The requests of one worker."""
+
+    banks: Banks
+    handles: dict[str, dict[int, int]] = field(
+        default_factory=lambda: {"adapter": {0: 0}, "ranking": {0: 0}, "constant": {0: 0}}
+    )  # kind -> handle -> row of its bank; a handle is never used twice
+
+    def __post_init__(self) -> None:
+        settings = self.banks.settings
+        self._records: dict[str, Record] = {}  # by request id, running or not
+        self._rows: dict[str, int] = {}  # request id -> row of the table, of those that run
+        self._tickets: dict[int, list[str]] = {}
+        self._ended: dict[str, None] = {}  # request ids that no longer run, in the order of their end
+        self._table = np.zeros((256, len(Entry)), dtype=np.int32)
+        self._planned, self._skipped = np.zeros((2, 256), dtype=np.int64)
+        self._may_skip = np.zeros(256, dtype=bool)  # rows whose next step may start behind the prefix cache
+        self._free_rows = list(range(255, -1, -1))
+        self._free_receipts = list(range(settings.max_receipts - 1, -1, -1))
+        self._capture_used = np.zeros(settings.max_captures, dtype=bool)
+        device = self.banks.device
+        self._filled = 0  # rows of the plan that may hold something
+        self._stage = _Stage(self.banks.plan) if device.type == "cuda" else None
+
+    # ---- requests come and go -----------------------------------------------------------------------------------
+
+    def add(self, request_id: str, extra_args: dict | None) -> None:
+        """A request starts, or goes on after a preemption. One without our key is plain and needs no record."""
+        ints = (extra_args or {}).get(KEY)
+        if ints is None:
+            return
+        record = self._records.get(request_id)
+        if record is None:
+            record = self._new_record(request_id, ints)
+        elif record.row >= 0:
+            return
+        elif not self._holds(record):
+            self._take_places(record)  # they were given back while it was preempted
+        self._ended.pop(request_id, None)
+        if not self._free_rows:
+            self._grow()
+        record.row = row = self._rows[request_id] = self._free_rows.pop()
+        self._table[row] = record.entries
+        self._table[row, Entry.SEEN] = record.seen
+        self._planned[row], self._skipped[row] = record.planned, record.skipped
+        self._may_skip[row] = True
+
+    def resume(self, request_id: str) -> None:
+        """A request that kept its row goes on after a preemption: what it had computed may be in the prefix cache."""
+        if request_id in self._rows:
+            self._may_skip[self._rows[request_id]] = True
+
+    def remove(self, request_id: str) -> None:
+        """A request ended or was preempted; its record stays."""
+        record = self._records.get(request_id)
+        if record is None or record.row < 0:
+            return
+        self._read_row(record)
+        self._free_rows.append(self._rows.pop(request_id))
+        record.row = -1
+        self._ended[request_id] = None
+        if record.is_fetched or not (record.patches or record.captures or record.observes):
+            self._forget(request_id)
+        elif len(self._ended) > UNFETCHED:
+            self._release([next(iter(self._ended))])
+            self._forget(next(iter(self._ended)))
+
+    def _new_record(self, request_id: str, ints: Sequence[int]) -> Record:
+        if len(ints) != 1 + len(Entry):
+            raise SnpatchError(f"request {request_id}: wanted {1 + len(Entry)} integers for snpatch, got {len(ints)}")
+        record = Record(int(ints[0]), np.array(ints[1:], dtype=np.int32))
+        for entry, kind in KINDS.items():
+            handle = int(record.entries[entry])
+            if handle not in self.handles[kind]:
+                raise SnpatchError(f"request {request_id}: no {kind} is registered under {handle} (any more)")
+            record.entries[entry] = self.handles[kind][handle]
+        group = int(record.entries[Entry.GROUP])
+        if not -1 <= group - (UNLESS_END if group >= UNLESS_END else 0) < self.banks.settings.max_groups:
+            raise SnpatchError(f"request {request_id}: no statistics group {group}")
+        self._take_places(record)
+        self._records[request_id] = record
+        self._tickets.setdefault(record.ticket, []).append(request_id)
+        return record
+
+    def _grow(self) -> None:
+        n = len(self._table)
+        self._table = np.concatenate([self._table, np.zeros_like(self._table)])
+        self._planned, self._skipped = (np.concatenate([a, np.zeros_like(a)]) for a in (self._planned, self._skipped))
+        self._may_skip = np.concatenate([self._may_skip, np.zeros_like(self._may_skip)])
+        self._free_rows = list(range(2 * n - 1, n - 1, -1))
+
+    def _read_row(self, record: Record) -> None:
+        record.planned, record.skipped = int(self._planned[record.row]), int(self._skipped[record.row])
+        record.seen = int(self._table[record.row, Entry.SEEN])
+
+    # ---- each step ----------------------------------------------------------------------------------------------
+
+    def step(self, request_ids: Sequence[str], start: NDArray, count: NDArray) -> None:
+        """The plan of a step that runs `count` tokens of each request from position `start` on, in this order."""
+        if not self._rows and not self._filled:
+            return
+        rows = np.fromiter(map(self._rows.get, request_ids, repeat(-1)), dtype=np.int64, count=len(request_ids))
+        start, count = np.asarray(start, dtype=np.int64), np.asarray(count, dtype=np.int64)
+        stop = start + count
+        if count.max(initial=1) == 1:
+            request, position = rows, start
+        else:
+            request = np.repeat(rows, count)
+            position = np.arange(len(request)) + np.repeat(start - (count.cumsum() - count), count)
+        known = rows >= 0
+        self._write(fill_plan(self._table, request, position), bool(known.any()))
+        if not known.all():
+            rows, start, stop = rows[known], start[known], stop[known]
+        patch_start, patch_stop, seen = self._table[rows[:, None], PROGRESS].T
+        self._planned[rows] += np.maximum(np.minimum(stop, patch_stop) - np.maximum(start, patch_start), 0)
+        if self._may_skip[rows].any():
+            over = np.maximum(np.minimum(start, patch_stop) - np.maximum(seen, patch_start), 0)
+            self._skipped[rows] += np.where(self._may_skip[rows], over, 0)
+            self._may_skip[rows] = False
+        self._table[rows, Entry.SEEN] = np.maximum(seen, stop)
+
+    def clear(self) -> None:
+        """A step without requests: nothing of the last one may be left in the plan."""
+        if self._filled:
+            self._write(np.zeros((0, len(Column)), dtype=np.int32), False)
+
+    def _write(self, plan: NDArray[np.int32], asks: bool) -> None:
+        """Copy the rows of this step, and clear what the last one left behind them. asks: for anything at all."""
+        n, self._filled = max(len(plan), self._filled), len(plan) if asks else 0
+        if n > len(plan):
+            rest = np.zeros((n - len(plan), len(Column)), dtype=np.int32)
+            rest[:, Column.GROUP :] = -1
+            plan = np.concatenate([plan, rest])
+        if self._stage is None:
+            self.banks.plan[:n].numpy()[:] = plan
+        else:
+            self._stage.copy(plan)
+
+    # ---- what was done ------------------------------------------------------------------------------------------
+
+    def fetch(self, tickets: Iterable[int]) -> list[list[dict]]:
+        """For each ticket its requests' records as data; their places are free afterwards.
+
+        A request that still runs (a step may have been scheduled before its end was known) keeps its row to its end,
+        so that what it writes into the KV cache is of its own patch; it only counts no more.
+        """
+        ids = [self._tickets.pop(ticket, []) for ticket in tickets]
+        for record in (self._records[i] for group in ids for i in group):
+            if record.row >= 0:
+                self._read_row(record)
+                self._table[record.row, Entry.RECEIPT] = -1
+                self._table[record.row, [Entry.OBSERVE_STOP, Entry.CAPTURE_STOP]] = 0
+        self._release([i for group in ids for i in group])
+        found = [[_as_data(self._records[i]) for i in group] for group in ids]
+        for request_id in (i for group in ids for i in group):
+            self._records[request_id].is_fetched = True
+            if self._records[request_id].row < 0:
+                self._forget(request_id)
+        return found
+
+    def _release(self, request_ids: Sequence[str]) -> None:
+        """Read receipts and captures off the device, in two copies for all, and give their places back."""
+        records = [self._records[i] for i in request_ids]
+        receipts = [r for r in records if r.entries[Entry.RECEIPT] >= 0]
+        if receipts:
+            places = [int(r.entries[Entry.RECEIPT]) for r in receipts]
+            for record, done in zip(receipts, self.banks.receipt[places].tolist(), strict=True):
+                record.done += done
+                record.entries[Entry.RECEIPT] = -1
+            self.banks.receipt[places] = 0
+            self._free_receipts += places
+        captures = [r for r in records if r.captures and r.entries[Entry.CAPTURE] >= 0]
+        if captures:
+            spans = [(int(r.entries[Entry.CAPTURE]), r.captures) for r in captures]
+            places = [row for first, n in spans for row in range(first, first + n)]
+            values = self.banks.capture[places].cpu().numpy()
+            for record, part in zip(captures, np.split(values, np.cumsum([n for _, n in spans])[:-1]), strict=True):
+                earlier = record.captured
+                record.captured = part if earlier is None else np.where(np.isnan(earlier), part, earlier)
+                record.entries[Entry.CAPTURE] = -1
+            self.banks.capture[places] = torch.nan
+            self._capture_used[places] = False
+
+    def _forget(self, request_id: str) -> None:
+        record = self._records.pop(request_id)
+        self._ended.pop(request_id, None)
+        ids = self._tickets.get(record.ticket, [])
+        if request_id in ids:
+            ids.remove(request_id)
+        if not ids:
+            self._tickets.pop(record.ticket, None)
+
+    def _holds(self, record: Record) -> bool:
+        """Whether it has the places that it needs on the device."""
+        entries = record.entries
+        return (not record.patches or entries[Entry.RECEIPT] >= 0) and (
+            not record.captures or entries[Entry.CAPTURE] >= 0
+        )
+
+    def _take_places(self, record: Record) -> None:
+        record.entries[Entry.RECEIPT] = self._take_receipt() if record.patches else -1
+        record.entries[Entry.CAPTURE] = self._take_captures(record.captures) if record.captures else -1
+
+    def _take_receipt(self) -> int:
+        if not self._free_receipts:
+            self._release(list(self._ended))
+        if not self._free_receipts:
+            raise SnpatchError(f"more than {self.banks.settings.max_receipts} patched requests: raise max_receipts")
+        return self._free_receipts.pop()
+
+    def _take_captures(self, n: int) -> int:
+        for _ in range(2):
+            free = np.flatnonzero(~self._capture_used)
+            if n <= len(free):
+                runs = np.flatnonzero(free[n - 1 :] - free[: len(free) - n + 1] == n - 1)
+                if len(runs):
+                    first = int(free[runs[0]])
+                    self._capture_used[first : first + n] = True
+                    return first
+            self._release(list(self._ended))
+        raise SnpatchError(f"no room to capture {n} more positions: raise max_captures ({len(self._capture_used)})")
+
+
+class _Stage:
+    """Pinned host buffers that a step's plan is copied from: one is used again only when its copy is over."""
+
+    def __init__(self, plan: torch.Tensor, depth: int = 4) -> None:
+        self._plan, self._next = plan, 0
+        self._buffers = [torch.empty(plan.shape, dtype=plan.dtype, device="cpu", pin_memory=True) for _ in range(depth)]
+        self._events = [torch.cuda.Event() for _ in range(depth)]
+
+    def copy(self, rows: NDArray[np.int32]) -> None:
+        buffer, event = self._buffers[self._next], self._events[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
+        event.synchronize()
+        buffer.numpy()[: len(rows)] = rows
+        self._plan[: len(rows)].copy_(buffer[: len(rows)], non_blocking=True)
+        event.record()
+
+
+def _as_data(record: Record) -> dict:
+    return {
+        "seen": record.seen,
+        "planned": record.planned,
+        "skipped": record.skipped,
+        "done": record.done,
+        "captured": record.captured,
+    }

@@ -1,0 +1,38 @@
+"""vLLM's entry point: tells vLLM of the twin models. Runs in every process of vLLM, so it imports as little as can be.
+
+A twin of architecture X is registered as "SnpatchX"; the class is made when vLLM asks for it. The Beavertails layout,
+of which vLLM has no model, is there as SCORE.
+"""
+
+import os
+
+from snpatch.executors.vllm import processes
+
+TESTED = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Phi3ForCausalLM",
+)
+PREFIX = "Snpatch"
+SCORE = "SnpatchLlamaForScore"
+UNTESTED = "SNPATCH_UNTESTED_ARCHITECTURES"  # set by the executor for its child processes
+
+
+def register() -> None:
+    """Entry point of the group vllm.general_plugins; may run more than once."""
+    from vllm import ModelRegistry
+
+    processes.leave_ctrl_c()
+    known = ModelRegistry.get_supported_archs()
+    for architecture in (*TESTED, *filter(None, os.environ.get(UNTESTED, "").split(","))):
+        if PREFIX + architecture not in known:
+            ModelRegistry.register_model(
+                PREFIX + architecture, f"snpatch.executors.vllm.worker.surgery:{PREFIX}{architecture}"
+            )
+    if SCORE not in known:
+        ModelRegistry.register_model(SCORE, f"snpatch.executors.vllm.worker.score_head:{SCORE}")

@@ -1,0 +1,44 @@
+"""vLLM's Llama with the Beavertails layout's head: one row, with a bias where the checkpoint has one.
+
+Why the normalizer is not here: it is applied to the scores in the user's process, the same for both backends.
+"""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.pooler import DispatchPooler
+from vllm.model_executor.models.adapters import as_seq_cls_model
+from vllm.model_executor.models.llama import LlamaForCausalLM
+
+from snpatch.executors.vllm import processes
+from snpatch.executors.vllm.pooling import BIAS
+
+
+class SnpatchLlamaForScore(as_seq_cls_model(LlamaForCausalLM)):
+    """Pools the last token's final state [T, H] into raw scores [n, 1], in float32 by vLLM's default for heads."""
+
+    def _init_pooler(self, vllm_config: VllmConfig, prefix: str = "") -> DispatchPooler:
+        config = vllm_config.model_config
+        self.score_head = ReplicatedLinear(
+            config.hf_config.hidden_size,
+            1,
+            bias=getattr(config.hf_config, BIAS),
+            params_dtype=config.head_dtype,
+            return_bias=False,
+            prefix="score_head",
+        )
+        return DispatchPooler.for_seq_cls(config.pooler_config, classifier=self.score_head)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """All but the normalizer's; what a checkpoint may hold at all was checked before vLLM started."""
+        return super().load_weights((name, t) for name, t in weights if not name.startswith("normalizer."))
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class."""
+
+    def snpatch_watch(self) -> None:
+        """End with the user's process."""
+        processes.watch()

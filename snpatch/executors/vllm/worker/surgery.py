@@ -1,0 +1,285 @@
+"""One of vLLM's own models, made to run every token twice: as the recipient and as the donor.
+
+Rows come in pairs, so [2T, heads * size] and [T, 2 * heads * size] are the same numbers in the same order: to the
+attention layer the donor is simply more heads, under the request's own block table. Nothing else of vLLM changes.
+
+    forward      gets each position twice, and returns the recipients' rows
+    embedding    gives each token's row twice
+    attention    is built with twice the heads
+    activation   becomes the op
+
+Why a module gets another class instead of a wrapper around it: its weights keep their names.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name
+
+from snpatch.errors import SnpatchError
+from snpatch.executors.vllm import processes
+from snpatch.executors.vllm.settings import TwinSettings, refuse
+from snpatch.executors.vllm.worker.banks import Banks
+from snpatch.executors.vllm.worker.feed import Feed
+from snpatch.executors.vllm.worker.plugin import PREFIX
+from snpatch.op import ops
+from snpatch.op.plan import Column
+
+# Opaque to torch.compile: what a layer adds to and reads is looked up by its name, as vLLM's attention finds its cache.
+# The name is of vLLM's type for it: a plain str would be a constant of each layer's graph, and each would be compiled.
+_LIBRARY = torch.library.Library("snpatch", "FRAGMENT")
+
+
+def _layer(name: LayerNameType) -> nn.Module:
+    return get_forward_context().no_compile_layers[_resolve_layer_name(name)]
+
+
+def _twin_glu(gate_up: Tensor, layer: LayerNameType) -> Tensor:
+    return _layer(layer).run(gate_up)
+
+
+def _twin_scale_kv(qkv: Tensor, layer: LayerNameType) -> Tensor:
+    return _layer(layer).scale_kv(qkv)
+
+
+def _twin_tokens(ids: Tensor, layer: LayerNameType) -> Tensor:
+    return _layer(layer).take_tokens(ids)
+
+
+def _like(rows: Tensor, layer: LayerNameType) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def _half_as_wide(gate_up: Tensor, layer: LayerNameType) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+for _op, _fake in ((_twin_glu, _half_as_wide), (_twin_scale_kv, _like), (_twin_tokens, _like)):
+    _name = _op.__name__.removeprefix("_")
+    _LIBRARY.define(_name + torch.library.infer_schema(_op, mutates_args=()))
+    _LIBRARY.impl(_name, _op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"snpatch::{_name}", _fake, lib=_LIBRARY)
+
+
+class TwinGLU(nn.Module):
+    """The op where the gated activation stood. It is given its banks once the model is whole."""
+
+    def __init__(self, activation: str, layer: int, name: str, settings: TwinSettings, context: dict) -> None:
+        super().__init__()
+        self.activation, self.layer, self.name, self.streams = activation, layer, name, settings.streams
+        context[name] = self
+
+    def join(self, banks: Banks, first_neuron: int) -> None:
+        self.banks, bank = banks, banks.layers[self.layer]
+        self.read = bank.scale, bank.rank, bank.constant
+        self.written = bank.stats, bank.count, banks.capture, banks.receipt
+        self.attributes = {
+            "activation": self.activation,
+            "streams": self.streams,
+            "layer": self.layer,
+            "first_neuron": first_neuron,
+        }
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.snpatch.twin_glu(gate_up, _encode_layer_name(self.name))
+        return self.run(gate_up)
+
+    def run(self, gate_up: Tensor) -> Tensor:
+        plan = self.banks.plan_of(gate_up.shape[0] // self.streams)
+        return ops.patched_glu(gate_up, *self.read, plan, *self.written, **self.attributes)
+
+    def take_tokens(self, ids: Tensor) -> Tensor:
+        """The step's tokens, before anything else of it is computed."""
+        self.banks.settle_groups(ids)
+        return ids.clone()  # what is computed from it comes after it, in a compiled graph, too
+
+    def scale_kv(self, qkv: Tensor) -> Tensor:
+        """Keys and values [2T, 2 * width] at the end of each row, times their row's IA3 vectors."""
+        factor = self.banks.layers[self.layer].attention_scale["kv"]
+        plan = self.banks.plan_of(len(qkv) // self.streams)[:, Column.RECIPIENT : Column.RECIPIENT + self.streams]
+        query = qkv.shape[1] - factor.shape[1]
+        scaled = (qkv[:, query:] * factor[plan.reshape(-1).long()]).to(qkv.dtype)
+        return torch.cat([qkv[:, :query], scaled], dim=1)
+
+
+class TwinModelConfig(ModelConfig):
+    """A model config that tells the twin's head counts to those who plan attention by them."""
+
+    def get_num_attention_heads(self, *args, **kwargs) -> int:
+        return 2 * super().get_num_attention_heads(*args, **kwargs)
+
+    def get_num_kv_heads(self, *args, **kwargs) -> int:
+        return 2 * super().get_num_kv_heads(*args, **kwargs)
+
+
+def _reclass(module: nn.Module, forward) -> None:
+    """Give a module a subclass of its own class whose forward is `forward(super_forward, *args)`."""
+    own = type(module)
+
+    def twin_forward(self, *args, **kwargs):
+        return forward(super(twin, self).forward, *args, **kwargs)
+
+    twin = type(f"Twin{own.__name__}", (own,), {"forward": twin_forward})
+    module.__class__ = twin
+
+
+def _attend(attend, query, key, value, *args, **kwargs):
+    rows = query.shape[0]
+    tokens = (tensor.reshape(rows // 2, -1) for tensor in (query, key, value))
+    return attend(*tokens, *args, **kwargs).view(rows, -1)
+
+
+@contextmanager
+def _twice_the_heads() -> Iterator[list[Attention]]:
+    """Attention layers made in this context have twice the heads; the list fills with them."""
+    made, init = [], Attention.__init__
+
+    def twin_init(self, num_heads, head_size, scale, num_kv_heads=None, *args, **kwargs):
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        init(self, 2 * num_heads, head_size, scale, 2 * kv_heads, *args, **kwargs)
+        made.append(self)
+
+    Attention.__init__ = twin_init
+    try:
+        yield made
+    finally:
+        Attention.__init__ = init
+
+
+class Twin:
+    """What surgery leaves on a model: its settings, the layers that run the op, their banks, and the feed."""
+
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, attention: list[Attention]) -> None:
+        config = vllm_config.model_config.hf_text_config
+        self.settings = settings = TwinSettings.of(vllm_config)
+        self.n_layers, self.attention = config.num_hidden_layers, attention
+        context = vllm_config.compilation_config.static_forward_context
+        gated = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SiluAndMul | GeluAndMul)]
+        self.glus = [self._replace(model, name, layer, settings, context) for layer, name in enumerate(gated)]
+        embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+        embeddings = [m for m in embeddings if not isinstance(m, ParallelLMHead)]
+        qkv = [m for m in model.modules() if isinstance(m, QKVParallelLinear)]
+        found = {"activation": len(self.glus)}
+        if settings.streams == 2:
+            found["attention"] = len(attention)
+            if len(embeddings) != 1:
+                raise SnpatchError(f"twin surgery: wanted 1 input embedding, the model has {len(embeddings)}")
+        if settings.scales_kv:
+            found["qkv projection"] = len(qkv)
+        for kind, n in found.items():
+            if n != self.n_layers:
+                raise SnpatchError(
+                    f"twin surgery: wanted {self.n_layers} {kind} modules, one a layer, the model has {n}: "
+                    "an architecture like this (mixture of experts, shared layers) cannot be patched"
+                )
+        if any(layer.kv_sharing_target_layer_name is not None for layer in attention):
+            raise SnpatchError("twin surgery: layers that share their keys and values cannot be patched")
+        if settings.streams == 2:
+            first = self.glus[0].name
+
+            def embed(forward, ids, *args, **kwargs):
+                ids = torch.ops.snpatch.twin_tokens(ids, _encode_layer_name(first))
+                return forward(ids, *args, **kwargs).repeat_interleave(2, dim=0)
+
+            _reclass(embeddings[0], embed)
+            for layer in attention:
+                _reclass(layer, _attend)
+            vllm_config.model_config.__class__ = TwinModelConfig
+        shards, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        if config.intermediate_size % shards:
+            raise SnpatchError(f"{config.intermediate_size} neurons cannot be split over {shards} workers")
+        self.n_neurons = config.intermediate_size // shards
+        self.first_neuron = rank * self.n_neurons
+        kv = self._scale_kv(qkv, rank) if settings.scales_kv else None
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
+        self.banks = Banks(
+            settings, self.n_layers, self.first_neuron, self.n_neurons, kv, max_tokens, torch.empty(0).device
+        )
+        for glu in self.glus:
+            glu.join(self.banks, self.first_neuron)
+        self._warm_up(vllm_config.model_config.dtype)
+        self.feed = Feed(self.banks)
+
+    def _warm_up(self, dtype: torch.dtype) -> None:
+        """Run the op once on a row that asks for nothing: its kernel must not be met first in a graph capture."""
+        row = torch.zeros(self.settings.streams, 2 * self.n_neurons, dtype=dtype, device=self.banks.device)
+        for glu in {glu.activation: glu for glu in self.glus}.values():
+            glu.run(row)
+
+    def _replace(self, model, name: str, layer: int, settings: TwinSettings, context: dict) -> TwinGLU:
+        module, (parent, _, child) = model.get_submodule(name), name.rpartition(".")
+        if isinstance(module, GeluAndMul) and module.approximate != "tanh":
+            raise SnpatchError("activation gelu without the tanh approximation is not supported")
+        glu = TwinGLU("gelu_tanh" if isinstance(module, GeluAndMul) else "silu", layer, name, settings, context)
+        setattr(model.get_submodule(parent), child, glu)
+        return glu
+
+    def _scale_kv(self, qkv: list[QKVParallelLinear], rank: int) -> tuple[int, int]:
+        """Scale what the projections give; returns (first, width) of this worker's keys within all of them."""
+        for projection, glu in zip(qkv, self.glus, strict=True):
+
+            def project(forward, *args, name: str = glu.name, **kwargs):
+                out, bias = forward(*args, **kwargs)
+                return torch.ops.snpatch.twin_scale_kv(out, _encode_layer_name(name)), bias
+
+            _reclass(projection, project)
+        width = qkv[0].num_kv_heads * qkv[0].head_size
+        return rank // qkv[0].num_kv_head_replicas * width, width
+
+
+def twin_of(base: type[nn.Module]) -> type[nn.Module]:
+    """The twin of one of vLLM's model classes."""
+
+    class TwinModel(base):
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            from snpatch.executors.vllm.worker import runners
+
+            refuse(vllm_config)
+            processes.watch()
+            runners.hook_v1()
+            if TwinSettings.of(vllm_config).streams == 2:
+                with _twice_the_heads() as attention:
+                    super().__init__(vllm_config=vllm_config, prefix=prefix)
+            else:
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+                attention = [m for m in self.modules() if isinstance(m, Attention)]
+            self.snpatch = Twin(self, vllm_config, attention)
+
+        def forward(self, input_ids, positions, *args, **kwargs):
+            if self.snpatch.settings.streams == 1:
+                return super().forward(input_ids, positions, *args, **kwargs)
+            return super().forward(input_ids, self.snpatch.banks.twice(positions), *args, **kwargs)[::2]
+
+        @classmethod
+        def get_model_state_cls(cls):
+            from snpatch.executors.vllm.worker import runners
+
+            return runners.twin_model_state()
+
+    TwinModel.__name__ = TwinModel.__qualname__ = PREFIX + base.__name__
+    TwinModel.__module__ = __name__
+    return TwinModel
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Twin classes by name, made when vLLM asks for them."""
+    if not name.startswith(PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base = ModelRegistry._try_load_model_cls(name.removeprefix(PREFIX))
+    if base is None:
+        raise SnpatchError(f"vLLM has no model of the architecture {name.removeprefix(PREFIX)}")
+    twin = twin_of(base)
+    globals()[name] = twin
+    return twin

@@ -1,0 +1,149 @@
+"""Guard: a fitted classifier with everything it needs to be used: its neurons, scaler, coefficients and refusal.
+
+Why it keeps arrays and not scikit-learn's objects: a file of tensors needs no pickle, and gives the same bits with
+every version of scikit-learn.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from scipy.special import expit
+from torch import Tensor
+
+from snpatch.errors import SnpatchError
+from snpatch.files import read_tensors, write_tensors
+from snpatch.guard import fitting
+from snpatch.guard.config import GuardConfig
+from snpatch.ranking.ranking import Ranking
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from snpatch.engine import Engine, Prompt
+    from snpatch.executors.base import Progress
+
+VECTORS = ("mean", "scale", "coefficients")
+PACKAGES = ("snpatch", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """Probability of harm = logistic((features - mean) / scale . coefficients + intercept), in float64.
+
+    model: whose activations it reads, and whose own answers it was fitted to predict; digest: Engine.digest_of it.
+    neurons: [k, 2] int64 of (layer, neuron) in the order of the features; shape: (layers, neurons of a layer).
+    mean, scale, coefficients: [k]. threshold: a prompt of a higher probability is refused with the text `refusal`.
+    meta: JSON data kept in the file: what was given to `fit` (judge, data set, ...), and C, class_weight, n and harmful
+    (prompts and how many of them), ranking (its digest) and versions.
+    """
+
+    model: str
+    digest: str
+    neurons: Tensor
+    shape: tuple[int, int]
+    mean: np.ndarray
+    scale: np.ndarray
+    coefficients: np.ndarray
+    intercept: float
+    threshold: float
+    refusal: str
+    meta: dict = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls,
+        features: ArrayLike | Tensor,  # [prompts, k]
+        labels: ArrayLike,  # [prompts], True: harmful
+        ranking: Ranking,
+        *,
+        model: str,
+        digest: str,
+        config: GuardConfig | None = None,
+        meta: dict | None = None,
+    ) -> Self:
+        """Fit to what `engine.capture(prompts, model, ranking, k)` gave; digest: engine.digest_of(model).
+
+        Wrong shapes, NaN, too few prompts of a class and a fit that does not converge are SnpatchErrors.
+        """
+        config = config or GuardConfig()
+        scaler, classifier = fitting.fit(features, labels, config).named_steps.values()
+        found = {
+            "C": classifier.C,
+            "class_weight": config.class_weight,
+            "n": len(labels),
+            "harmful": int(np.sum(labels)),
+            "ranking": ranking.digest,
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+        return cls(
+            model,
+            digest,
+            ranking.top(len(scaler.mean_)),
+            ranking.shape,
+            scaler.mean_,
+            scaler.scale_,
+            classifier.coef_[0],
+            float(classifier.intercept_[0]),
+            config.threshold,
+            config.refusal,
+            {**(meta or {}), **found},
+        )
+
+    @property
+    def k(self) -> int:
+        """The number of neurons it reads."""
+        return len(self.neurons)
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """Its neurons alone, in the order of the features."""
+        return Ranking.from_order(self.neurons, self.shape)
+
+    def probability(self, features: ArrayLike | Tensor) -> np.ndarray:
+        """Probability of harm [prompts] from features [prompts, k]."""
+        x = fitting.checked_features(features, self.k)
+        # Row sums, not a matrix product: a prompt's bits do not hang on how many stand beside it.
+        return expit(((x - self.mean) / self.scale * self.coefficients).sum(axis=1) + self.intercept)
+
+    def is_harmful(self, features: ArrayLike | Tensor) -> np.ndarray:
+        """Whether each prompt is to be refused, [prompts] bool, from features [prompts, k]."""
+        return self.probability(features) > self.threshold
+
+    def predict(self, engine: "Engine", prompts: "Sequence[Prompt]", progress: "Progress | None" = None) -> np.ndarray:
+        """Probability of harm [prompts] of each prompt, for one prefill of it in `model`.
+
+        An engine in which `model` is not what the guard was fitted on is a SnpatchError.
+        """
+        digest = engine.digest_of(self.model)
+        if digest != self.digest:
+            raise SnpatchError(
+                f"the guard was fitted on another {self.model!r} ({self.digest}) than this engine's ({digest}): "
+                "weights, adapters, template, dtype, backend and tensor parallel size must be the same, or fit it anew"
+            )
+        return self.probability(engine.capture(prompts, self.model, self.ranking, self.k, progress=progress))
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with the rest as JSON; the file appears whole or not at all."""
+        tensors = {name: torch.from_numpy(getattr(self, name)) for name in VECTORS}
+        tensors |= {"neurons": self.neurons, "intercept": torch.tensor(self.intercept, dtype=torch.float64)}
+        names = ("model", "digest", "shape", "threshold", "refusal", "meta")
+        write_tensors(path, tensors, kind="guard", meta={name: getattr(self, name) for name in names})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; its probabilities are the same to the bit."""
+        tensors, rest = read_tensors(path, kind="guard")
+        wanted = {"neurons": 2, "intercept": 0, **dict.fromkeys(VECTORS, 1)}
+        if {name: tensor.dim() for name, tensor in tensors.items()} != wanted:
+            raise SnpatchError(f"{path}: not a guard: it holds {', '.join(sorted(tensors))}")
+        if len({len(tensor) for tensor in tensors.values() if tensor.dim()}) > 1:
+            raise SnpatchError(f"{path}: its vectors differ in length")
+        vectors = {name: tensors[name].numpy() for name in VECTORS}
+        rest["shape"] = tuple(rest["shape"])
+        return cls(neurons=tensors["neurons"], intercept=tensors["intercept"].item(), **vectors, **rest)

@@ -1,0 +1,1 @@
+"""snpatch inside other people's tools."""

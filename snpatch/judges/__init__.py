@@ -1,0 +1,1 @@
+"""Judges: what scores a completion as an answer to its prompt."""

@@ -1,0 +1,1 @@
+"""Models: weights and what scales them, as files hold them."""

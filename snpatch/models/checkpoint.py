@@ -1,0 +1,82 @@
+"""What a checkpoint tells: its architecture, where its texts end, and a digest of its weights.
+
+Why the digest sums rows and columns instead of hashing bytes: weights may already lie on a device, and the same pass
+finds NaN and infinity.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig
+
+from snpatch.errors import SnpatchError
+from snpatch.models.pretrained import load_pretrained
+
+ARCHITECTURES = ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+
+
+def load_config(model: str | Path, allow_untested: bool):
+    """The model's config; an error for an architecture that was not tested."""
+    config = load_pretrained(AutoConfig, model)
+    if config.model_type not in ARCHITECTURES and not allow_untested:
+        raise SnpatchError(
+            f"{model}: architecture {config.model_type} is not tested (tested: {', '.join(ARCHITECTURES)}); "
+            "allow_untested=True tries it"
+        )
+    varying = _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}
+    if varying:
+        raise SnpatchError(
+            f"{model}: {', '.join(varying)} rotary positions depend on the longest text of a batch, so a request "
+            "would not give what it gives alone"
+        )
+    return config
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise SnpatchError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def check_has_weights(model: str | Path) -> None:
+    """An error for a local folder without a file of weights; a name from the hub passes."""
+    folder = Path(model)
+    if folder.is_dir() and not any(found for pattern in WEIGHTS for found in folder.glob(pattern)):
+        raise SnpatchError(f"cannot load {model}: it holds no weights ({', '.join(WEIGHTS)})")
+
+
+def _rope_types(parameters) -> set[str]:
+    """All rope_type of a config, which may nest them by kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    return {parameters.get("rope_type", "default")}.union(*map(_rope_types, parameters.values()))
+
+
+@torch.no_grad()
+def check_weights(weights: Iterable[tuple[str, Tensor]], name: str) -> str:
+    """A digest of all weights, by the sums of their rows and columns; NaN or infinity in any is an error."""
+    digest = hashlib.sha256()
+    for weight_name, weight in weights:
+        digest.update(f"{weight_name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if weight.dtype.itemsize == 1:  # quantised: summed as the integers that its bytes are
+            weight = weight.view(torch.uint8)
+        exact = torch.float32 if weight.is_floating_point() else torch.int64
+        for sums in (weight.sum(0, dtype=exact), weight.sum(-1, dtype=exact)):
+            if not torch.isfinite(sums).all():
+                raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity")
+            digest.update(sums.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
+    """Tokens that end a text: the generation config's (else the config's) and the tokenizer's."""
+    try:
+        declared = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        declared = config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)

@@ -1,0 +1,94 @@
+"""Each op in plain PyTorch and float32: the definition that every other implementation is tested against.
+
+Written to be read, not to be fast. A padded row may hold anything, NaN included, so values are selected and
+never multiplied by zero.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from snpatch.op.plan import Column, Source
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+SUMS = 5  # r, r^2, d, d^2, (r - d)^2
+
+
+def patched_glu(
+    gate_up: Tensor,  # [S*T, 2*N], model dtype; row S*t is token t's recipient, S*t + 1 its donor
+    scale: Tensor,  # [A, N] float32, IA3 vectors of this layer; row 0 is ones
+    rank: Tensor,  # [R, N] int32, global rank in each ranking; 2^31 - 1 = never patched
+    constant: Tensor,  # [C, N] float32; row 0 is zeros
+    plan: Tensor,  # [T, len(Column)] int32
+    stats: Tensor,  # [G, 5, N] float64, added to: sums of r, r^2, d, d^2, (r - d)^2
+    count: Tensor,  # [G] int64, added to: tokens that went into stats
+    capture: Tensor,  # [slots, K] float32, written: neurons with rank < K, in rank order
+    receipt: Tensor,  # [slots] int64, added to: overwrites done
+    activation: str,  # a key of ACTIVATIONS
+    streams: int,  # S: 1, or 2 with donor rows
+    layer: int,  # index of this layer, for the noise
+    first_neuron: int,  # global index of neuron 0 here, for the noise
+) -> Tensor:
+    """Gated activation, IA3 scale, statistics, capture and overwrite of one layer: [S*T, N] in the model dtype.
+
+    A neuron is `act(gate) * up * scale`, computed in float32. Statistics and captures see the recipient as it
+    would have been (r) and the donor (d), before the overwrite; the donor's own rows are never changed.
+    Source: paper section 3.2 and Algorithm 1, arXiv 2406.14144.
+    """
+    tokens, width = plan.shape[0], gate_up.shape[1] // 2
+    gate, up = gate_up.float().split(width, dim=1)
+    adapter = plan[:, Column.RECIPIENT : Column.RECIPIENT + streams].long()
+    value = (ACTIVATIONS[activation](gate) * up).view(tokens, streams, width) * scale[adapter]
+    recipient, donor = value[:, 0], value[:, -1]
+
+    observed = plan[:, Column.GROUP] >= 0
+    group = plan[observed, Column.GROUP].long()
+    r, d = recipient[observed], donor[observed]
+    sums = [r, r * r] if streams == 1 else [r, r * r, d, d * d, (r - d) ** 2]
+    stats[:, : len(sums)].index_add_(0, group, torch.stack(sums, dim=1).double())
+    count.index_add_(0, group, torch.ones_like(group))
+
+    row_rank = rank[plan[:, Column.RANKING].long()]
+    token, neuron = torch.nonzero((plan[:, Column.CAPTURE, None] >= 0) & (row_rank < capture.shape[1]), as_tuple=True)
+    slot = plan[token, Column.CAPTURE].long()
+    capture[slot, row_rank[token, neuron].long()] = recipient[token, neuron]
+
+    patched = (plan[:, Column.LO, None] <= row_rank) & (row_rank < plan[:, Column.HI, None])
+    source = plan[:, Column.SOURCE, None]
+    if streams == 1:
+        patched &= source != Source.DONOR  # there is none: not done and not counted, so that the receipt tells
+    row = constant[plan[:, Column.ROW].long()]
+    noisy = recipient + row * normal(plan[:, Column.SEED], plan[:, Column.POSITION], layer, first_neuron, width)
+    replacement = torch.where(source == Source.CONSTANT, row, torch.where(source == Source.NOISE, noisy, donor))
+    spoken = torch.where(patched, replacement, recipient)
+    counted = plan[:, Column.RECEIPT] >= 0
+    receipt.index_add_(0, plan[counted, Column.RECEIPT].long(), patched[counted].sum(1))
+    return torch.cat([spoken[:, None], value[:, 1:]], dim=1).view(-1, width).to(gate_up.dtype)
+
+
+def normal(seed: Tensor, position: Tensor, layer: int, first_neuron: int, width: int) -> Tensor:
+    """Standard normal numbers [T, width] float32, a function of (seed, position, layer, neuron) alone.
+
+    Philox-4x32-10 with key (seed, 0) and counter (neuron, layer, position, 0); the first two words make one
+    number by Box and Muller. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    neuron = torch.arange(first_neuron, first_neuron + width, device=seed.device)
+    zero = torch.zeros(len(seed), width, dtype=torch.int64, device=seed.device)
+    counter = [zero + neuron, zero + layer, zero + position.long()[:, None], zero]
+    key = [(seed.long() & 0xFFFFFFFF)[:, None], zero]
+    for _ in range(10):
+        high0, low0 = _multiply(counter[0], 0xD2511F53)
+        high1, low1 = _multiply(counter[2], 0xCD9E8D57)
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    # 24 bits each, so that the fractions are exact in float32 and the logarithm's argument is never 0.
+    radius = torch.sqrt(-2.0 * torch.log(((counter[0] >> 8) + 1).float() * 2.0**-24))
+    return radius * torch.cos(2.0 * math.pi * ((counter[1] >> 8).float() * 2.0**-24))
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the product of 32-bit numbers held in int64 (which may wrap: the bits are right)."""
+    product = a * b
+    return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF

@@ -1,0 +1,1 @@
+"""Patches: what overwrites which neurons where."""

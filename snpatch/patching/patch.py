@@ -1,0 +1,142 @@
+"""What a request asks for: Patch = recipient + donor + ranking + window + where in the text it applies.
+
+Why everything is checked when a patch is made: a window past the ranking or a mean of the wrong shape would
+otherwise overwrite fewer neurons than the caller believes, and the text would not show it.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from snpatch.errors import SnpatchError
+from snpatch.op.plan import NEVER
+from snpatch.ranking.ranking import Ranking, Window
+
+PLACES = ("all", "prompt", "generated")
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A donor that is a fixed value for each neuron: values [L, F] float32."""
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        _check_finite(self.values, "constant")
+
+    @classmethod
+    def zero(cls, ranking: Ranking) -> "Constant":
+        """Zero ablation."""
+        return cls(torch.zeros(ranking.shape))
+
+    @classmethod
+    def mean(cls, ranking: Ranking, of: str = "recipient") -> "Constant":
+        """Mean ablation with the mean that the contrast measured in the "recipient" or the "donor"."""
+        return cls(_moment(ranking, f"{of}_mean"))
+
+    @cached_property
+    def digest(self) -> str:
+        return _digest(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """A donor that is the recipient's own value plus Gaussian noise: deviation [L, F] float32, seeded."""
+
+    deviation: Tensor
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_finite(self.deviation, "noise")
+        if (self.deviation < 0).any():
+            raise SnpatchError("noise: a standard deviation must not be negative")
+        if not 0 <= self.seed < 2**31:
+            raise SnpatchError(f"noise: seed must lie in 0..2^31-1, got {self.seed}")
+
+    @classmethod
+    def of_std(cls, ranking: Ranking, n: float = 3.0, of: str = "recipient", seed: int = 0) -> "Noise":
+        """n standard deviations of each neuron, as the contrast measured them in the "recipient" or "donor"."""
+        return cls(_moment(ranking, f"{of}_std") * n, seed)
+
+    @cached_property
+    def digest(self) -> str:
+        return _digest(self.deviation)
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Overwrite the recipient's neurons of a window with the donor's, at the chosen positions.
+
+    recipient: name of the model that speaks. donor: name of the model whose activations are copied, or a
+    Constant or Noise. window: Window, k for the top k, or (lo, hi). where: "all", "prompt", "generated", or
+    an int n: from position n on (negative: counted from the prompt's end, -1 is its last token).
+    """
+
+    recipient: str
+    donor: str | Constant | Noise
+    ranking: Ranking
+    window: Window | int | tuple[int, int]
+    where: str | int = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", Window.of(self.window))
+        if self.window.hi > len(self.ranking):
+            raise SnpatchError(
+                f"window [{self.window.lo}, {self.window.hi}) reaches past the ranking's {len(self.ranking)} neurons"
+            )
+        is_position = isinstance(self.where, int) and abs(self.where) < NEVER
+        if not is_position and self.where not in PLACES:
+            raise SnpatchError(f"where must be one of {', '.join(PLACES)} or a position, got {self.where!r}")
+        if not isinstance(self.donor, str):
+            values = self.donor.values if isinstance(self.donor, Constant) else self.donor.deviation
+            if values.shape != self.ranking.rank.shape:
+                raise SnpatchError(
+                    f"patch: the donor's values are {list(values.shape)}, the ranking is {list(self.ranking.shape)}"
+                )
+
+    @property
+    def identity(self) -> dict:
+        """Names the patch by its content, as JSON data."""
+        donor = self.donor
+        if not isinstance(donor, str):
+            donor = [type(donor).__name__, donor.digest, getattr(donor, "seed", None)]
+        window = [self.window.lo, self.window.hi]
+        return {
+            "recipient": self.recipient,
+            "donor": donor,
+            "ranking": self.ranking.digest,
+            "window": window,
+            "where": self.where,
+        }
+
+    def positions(self, prompt_length: int) -> tuple[int, int]:
+        """The half-open range of positions that this patch covers in a request."""
+        if self.where == "prompt":
+            return 0, prompt_length
+        if self.where == "generated":
+            return prompt_length, NEVER
+        if self.where == "all":
+            return 0, NEVER
+        return (self.where if self.where >= 0 else max(0, prompt_length + self.where)), NEVER
+
+
+def _moment(ranking: Ranking, name: str) -> Tensor:
+    if name not in ranking.moments:
+        have = ", ".join(ranking.moments) or "none"
+        raise SnpatchError(f"the ranking holds no {name} (it has: {have}): make it with engine.contrast")
+    return ranking.moments[name]
+
+
+def _check_finite(values: Tensor, name: str) -> None:
+    if values.dim() != 2:
+        raise SnpatchError(f"{name}: wanted [layers, neurons], got {list(values.shape)}")
+    if not torch.isfinite(values).all():
+        layer, neuron = torch.nonzero(~torch.isfinite(values))[0].tolist()
+        raise SnpatchError(f"{name}: not finite at layer {layer}, neuron {neuron}")
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.float().contiguous().numpy().tobytes()).hexdigest()[:16]

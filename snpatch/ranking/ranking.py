@@ -1,0 +1,284 @@
+"""Ranking: neurons ordered by change score; set operations, random controls, comparison, files.
+
+Why `rank` and not a list of neurons is what is kept: a window over it is two integers a token, so requests
+with different k share one tensor on the device.
+"""
+
+import hashlib
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from snpatch.errors import NotEnoughNeuronsError, SnpatchError
+from snpatch.files import read_checkpoint, read_tensors, write_tensors
+from snpatch.op.plan import NEVER
+
+MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
+TAKEN = 2.0  # above every random lot
+CONTROLS = ("per_layer", "last_layer", "everywhere")
+
+
+@dataclass(frozen=True)
+class Window:
+    """[lo, hi) over a ranking: neuron n is patched iff lo <= rank[n] < hi."""
+
+    lo: int
+    hi: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lo <= self.hi:
+            raise SnpatchError(f"window: wanted 0 <= lo <= hi, got [{self.lo}, {self.hi})")
+
+    def __len__(self) -> int:
+        return self.hi - self.lo
+
+    @classmethod
+    def of(cls, window: "Window | int | tuple[int, int]") -> "Window":
+        """A window as it is, k for the top k, or (lo, hi)."""
+        if isinstance(window, Window):
+            return window
+        try:
+            lo, hi = window if isinstance(window, tuple | list) else (0, window)
+            return cls(operator.index(lo), operator.index(hi))
+        except (TypeError, ValueError):
+            raise SnpatchError(f"window: wanted k, (lo, hi) or a Window, got {window!r}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """An order over the neurons of a model with L layers of F neurons.
+
+    rank: [L, F] int32, 0 is the largest change; 2^31 - 1 where the neuron is not ranked.
+    scores: [L, F] float32 change scores, or None for an order without scores (a random control).
+    moments: name -> [L, F] float32, any of MOMENTS: what means and noise are taken from.
+    meta: JSON data kept in the file (model, adapters, positions, token count, versions).
+    """
+
+    rank: Tensor
+    scores: Tensor | None = None
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rank.dim() != 2 or self.rank.dtype != torch.int32:
+            raise SnpatchError(
+                f"ranking: rank must be [layers, neurons] int32, got {list(self.rank.shape)} {self.rank.dtype}"
+            )
+        ranked = self.rank[self.rank != NEVER]
+        if not torch.equal(ranked.sort().values, torch.arange(len(ranked), dtype=torch.int32)):
+            raise SnpatchError(f"ranking: ranks must be 0..{len(ranked) - 1}, each once")
+        for name, tensor in {"scores": self.scores, **self.moments}.items():
+            if tensor is None:
+                continue
+            if tensor.shape != self.rank.shape:
+                raise SnpatchError(f"ranking: {name} must be {list(self.rank.shape)}, got {list(tensor.shape)}")
+            if not torch.isfinite(tensor).all():
+                layer, neuron = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
+                raise SnpatchError(f"ranking: {name} is not finite at layer {layer}, neuron {neuron}")
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Tensor,  # [L, F]
+        exclude_layers: Sequence[int] = (),
+        moments: dict[str, Tensor] | None = None,
+        meta: dict | None = None,
+    ) -> "Ranking":
+        """Order by score, largest first; equal scores by layer, then neuron. Negative layers count from the end."""
+        scores = scores.float()
+        n_layers, n_neurons = scores.shape
+        for layer in exclude_layers:
+            if not -n_layers <= layer < n_layers:
+                raise SnpatchError(f"exclude_layers: the model has {n_layers} layers, got {layer}")
+        excluded = sorted({layer % n_layers for layer in exclude_layers})
+        order = torch.sort(scores.flatten(), descending=True, stable=True).indices
+        order = order[~torch.isin(order // n_neurons, torch.tensor(excluded, dtype=torch.int64))]
+        rank = _rank_of(order, scores.shape)
+        return cls(rank, scores, moments or {}, {**(meta or {}), "excluded_layers": excluded})
+
+    @classmethod
+    def from_order(cls, order: Tensor, shape: tuple[int, int], meta: dict | None = None, **kept) -> "Ranking":
+        """From neurons [n, 2] of (layer, neuron), best first, in a model of `shape` (L, F)."""
+        order = order.long()
+        if order.dim() != 2 or order.shape[1] != 2:
+            raise SnpatchError(f"ranking: order must be [n, 2] of (layer, neuron), got {list(order.shape)}")
+        if ((order < 0) | (order >= torch.tensor(shape))).any():
+            raise SnpatchError(f"ranking: a neuron of the order lies outside {list(shape)}")
+        flat = order[:, 0] * shape[1] + order[:, 1]
+        if len(flat.unique()) != len(flat):
+            raise SnpatchError("ranking: the order names a neuron twice")
+        return cls(_rank_of(flat, shape), meta=meta or {}, **kept)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, neurons of a layer)."""
+        return tuple(self.rank.shape)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __repr__(self) -> str:
+        return f"Ranking({len(self)} neurons of {self.shape[0]} x {self.shape[1]})"
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the order by its content."""
+        return hashlib.sha256(self.rank.contiguous().numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
+
+    @property
+    def provenance(self) -> dict:
+        """What a table that hangs on this ranking says of it."""
+        return self.meta | {"digest": self.digest}
+
+    def top(self, k: int) -> Tensor:
+        """The first k neurons, [k, 2] int64 of (layer, neuron)."""
+        flat = self._first(k)
+        return torch.stack([flat // self.shape[1], flat % self.shape[1]], dim=1)
+
+    def per_layer(self, k: int) -> Tensor:
+        """How many of the first k neurons lie in each layer, [L] int64."""
+        return torch.bincount(self._first(k) // self.shape[1], minlength=self.shape[0])
+
+    def intersect(self, other: "Ranking", k: int) -> "Ranking":
+        """The neurons that are also in `other`'s first k, in this order."""
+        return self._keep(torch.isin(self._order, self._same_shape(other)._first(k)), "intersect", k)
+
+    def leave_out(self, other: "Ranking", k: int) -> "Ranking":
+        """The neurons that are not in `other`'s first k, in this order."""
+        return self._keep(~torch.isin(self._order, self._same_shape(other)._first(k)), "leave_out", k)
+
+    def random_control(
+        self, window: Window | int | tuple[int, int], *, seed: int, kind: str = "per_layer", disjoint: bool = True
+    ) -> "Ranking":
+        """As many random neurons as a window of this ranking has, as a ranking of their own: its control.
+
+        kind "per_layer": the i-th lies in the same layer as the window's i-th, so that the counts of all layers
+        are the same; "last_layer": all in the last layer; "everywhere": any neuron, ranked or not. disjoint:
+        none of the window's own (the paper's text; its code: not disjoint). Too few neurons to draw from is a
+        NotEnoughNeuronsError.
+        """
+        if kind not in CONTROLS:
+            raise SnpatchError(f"random_control: kind must be one of {', '.join(CONTROLS)}, got {kind!r}")
+        window = Window.of(window)
+        n_layers, n_neurons = self.shape
+        own = self._first(window.hi)[window.lo :]
+        # One random number a neuron; the window's own are out of reach where the control is disjoint.
+        lot = torch.rand(n_layers * n_neurons, generator=torch.Generator().manual_seed(seed))
+        if disjoint:
+            lot[own] = TAKEN
+        if kind == "per_layer":
+            chosen = torch.empty_like(own)
+            layer_of = own // n_neurons
+            for layer in layer_of.unique().tolist():
+                places = torch.nonzero(layer_of == layer).flatten()
+                chosen[places] = _draw(lot, layer * n_neurons, n_neurons, len(places), f"layer {layer}")
+        elif kind == "last_layer":
+            chosen = _draw(lot, (n_layers - 1) * n_neurons, n_neurons, len(own), "the last layer")
+        else:
+            chosen = _draw(lot, 0, n_layers * n_neurons, len(own), "the model")
+        meta = {
+            "control": kind,
+            "of": self.digest,
+            "window": [window.lo, window.hi],
+            "seed": seed,
+            "disjoint": disjoint,
+        }
+        return Ranking(_rank_of(chosen, self.shape), meta=meta)
+
+    def overlap(self, other: "Ranking", k: int) -> float:
+        """|A and B| / k of the two first k."""
+        if k < 1:
+            raise SnpatchError(f"overlap: k must be at least 1, got {k}")
+        return torch.isin(self._first(k), self._same_shape(other)._first(k)).float().mean().item()
+
+    def spearman(self, other: "Ranking", k: int) -> float:
+        """Rank correlation over the neurons in both first k, re-ranked within them (paper, stability)."""
+        mine = self._first(k)
+        common = mine[torch.isin(mine, self._same_shape(other)._first(k))]
+        if len(common) < 2:
+            raise SnpatchError(f"spearman: the first {k} of both have {len(common)} neurons in common, need 2")
+        return float(spearmanr(self.rank.flatten()[common], other.rank.flatten()[common]).statistic)
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with `meta` as JSON; the file appears whole or not at all."""
+        tensors = {"rank": self.rank, **self.moments}
+        if self.scores is not None:
+            tensors["scores"] = self.scores
+        write_tensors(path, tensors, kind="ranking", meta=self.meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Ranking":
+        """Read what `save` wrote."""
+        tensors, meta = read_tensors(path, kind="ranking")
+        unknown = set(tensors) - {"rank", "scores", *MOMENTS}
+        if "rank" not in tensors or unknown:
+            raise SnpatchError(f"{path}: not a ranking: it holds {', '.join(sorted(tensors))}")
+        return cls(tensors.pop("rank"), tensors.pop("scores", None), tensors, meta)
+
+    @classmethod
+    def from_published(cls, path: str | Path, n_layers: int | None = None) -> "Ranking":
+        """Import the published code's `.pt`: (scores, ranks, first mean, first std, second mean, second std).
+
+        There "first" is the donor and "second" the recipient that generates. The file leaves out trailing
+        layers (by the substring '31'): pass the model's `n_layers` to put them back, unranked.
+        """
+        published = read_checkpoint(path)
+        if not isinstance(published, list | tuple) or len(published) != 6:
+            raise SnpatchError(f"{path}: wanted the published 6-tuple, got {type(published).__name__}")
+        scores, order, *moments = published
+        missing = (n_layers or len(scores)) - len(scores)
+        if missing < 0:
+            raise SnpatchError(f"{path}: holds {len(scores)} layers, the model has {n_layers}")
+        padded = [torch.nn.functional.pad(t.detach().float(), (0, 0, 0, missing)) for t in (scores, *moments)]
+        names = ("donor_mean", "donor_std", "recipient_mean", "recipient_std")
+        return cls.from_order(
+            order,
+            tuple(padded[0].shape),
+            scores=padded[0],
+            moments=dict(zip(names, padded[1:], strict=True)),
+            meta={"imported": Path(path).name, "at": "emitted"},
+        )
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Flat neuron indices [n] int64, best first."""
+        order = torch.argsort(self.rank.flatten().long(), stable=True)
+        return order[: int((self.rank != NEVER).sum())]
+
+    def _first(self, k: int) -> Tensor:
+        if not 0 <= k <= len(self):
+            raise SnpatchError(f"k must lie in 0..{len(self)}, the ranked neurons; got {k}")
+        return self._order[:k]
+
+    def _same_shape(self, other: "Ranking") -> "Ranking":
+        if other.shape != self.shape:
+            raise SnpatchError(f"rankings of different models: {list(self.shape)} and {list(other.shape)}")
+        return other
+
+    def _keep(self, kept: Tensor, operation: str, k: int) -> "Ranking":
+        meta = {**self.meta, "set_operation": operation, "set_k": k}
+        return Ranking(_rank_of(self._order[kept], self.shape), self.scores, self.moments, meta)
+
+
+def _rank_of(order: Tensor, shape: tuple[int, int]) -> Tensor:
+    rank = torch.full((shape[0] * shape[1],), NEVER, dtype=torch.int32)
+    rank[order] = torch.arange(len(order), dtype=torch.int32)
+    return rank.view(shape)
+
+
+def _draw(lot: Tensor, start: int, size: int, n: int, where: str) -> Tensor:
+    """The n neurons of [start, start + size) with the smallest lots."""
+    part = lot[start : start + size]
+    free = int((part < TAKEN).sum())
+    if n > free:
+        raise NotEnoughNeuronsError(
+            f"random_control: {n} neurons are needed in {where}, which has {free} to draw from; "
+            "use a smaller window or disjoint=False"
+        )
+    return start + torch.argsort(part, stable=True)[:n]

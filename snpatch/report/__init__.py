@@ -1,0 +1,1 @@
+"""Reports: what an experiment leaves behind, and the ways to show it."""

@@ -1,0 +1,1 @@
+"""Runs: texts of many patches, kept and judged; sweeps over them."""

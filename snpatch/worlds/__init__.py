@@ -1,0 +1,1 @@
+"""Worlds: everything that experiments run on, as a file and opened."""

@@ -1,0 +1,214 @@
+"""Lab: an open world. What experiments share (engine, judges, prompts, rankings, texts) is made once and kept.
+
+Why rankings and texts are kept in the folder: experiments overlap (`exp all` patches the same neurons for five of its
+tables), and a killed run must not start from nothing.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from snpatch import __version__
+from snpatch.data import Chat, Dataset, load
+from snpatch.engine import Engine, chosen
+from snpatch.environment import describe
+from snpatch.errors import SnpatchError
+from snpatch.executors.base import Progress
+from snpatch.judges.judge import Judge, is_model, open_judge
+from snpatch.ranking.ranking import Ranking, Window
+from snpatch.runs.sweep import SweepConfig, SweepResult, sweep
+from snpatch.sampling import Sampling
+from snpatch.worlds.world import Contrast, World
+
+Progresses = Callable[[str], AbstractContextManager[Progress | None]]
+
+
+@contextmanager
+def silent(_name: str) -> Iterator[None]:
+    yield None
+
+
+class Lab:
+    """Use as a context, or close it.
+
+    out: the folder that keeps rankings and texts. backend: of the engine and of score models. limit: only so many
+    prompts of each set. skip_bad: see snpatch.data.load. progress: name -> context that gives a Progress.
+    engine: further arguments of Engine, before the world's own.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        out: str | Path,
+        *,
+        backend: str = "auto",
+        limit: int | None = None,
+        skip_bad: bool = False,
+        progress: Progresses = silent,
+        **engine,
+    ) -> None:
+        self.world, self.out, self.progress = world, Path(out), progress
+        self._backend, self._limit, self._skip_bad, self._engine_arguments = backend, limit, skip_bad, engine
+        self._sets: dict[str, Dataset] = {}
+        self._judges: dict[str, Judge] = {}
+        self._rankings: dict[tuple[str, ...], Ranking] = {}
+        self.begin()
+
+    def __enter__(self) -> "Lab":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for judge in self._judges.values():
+            if hasattr(judge, "close"):
+                judge.close()
+        self._judges = {}
+        if "engine" in self.__dict__:
+            self.__dict__.pop("engine").close()
+
+    @cached_property
+    def engine(self) -> Engine:
+        world = self.world
+        adapters = {name: [world.place(f) for f in folders] for name, folders in world.adapters.items()}
+        backend = chosen(self._backend)
+        own = {**world.engine, **(world.vllm if backend == "vllm" else {})}
+        arguments = {"template": world.template, **own, **self._engine_arguments}
+        return Engine(world.place(world.model), adapters, backend=backend, **arguments)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How completions are written: greedy."""
+        return Sampling(max_tokens=self.world.max_tokens)
+
+    def judge(self, name: str) -> Judge:
+        """The world's judge of this name."""
+        if name not in self.world.judges:
+            raise SnpatchError(f"no judge named {name!r}: the world has {', '.join(self.world.judges)}")
+        if name not in self._judges:
+            arguments = dict(self.world.judges[name])
+            source = self.world.place(arguments.pop("source"))
+            if is_model(source):
+                arguments.setdefault("backend", self._backend)
+            self._judges[name] = open_judge(source, **arguments)
+        self._used["judges"][name] = self.world.judges[name]
+        return self._judges[name]
+
+    @property
+    def cost(self) -> dict[str, Judge]:
+        """The cost judge, by its name."""
+        return {self.world.cost: self.judge(self.world.cost)}
+
+    def data(self, name: str) -> Dataset:
+        """The world's set of this name."""
+        if name not in self.world.sets:
+            raise SnpatchError(f"no set named {name!r}: the world has {', '.join(self.world.sets)}")
+        if name not in self._sets:
+            s = self.world.sets[name]
+            data = load(
+                self.world.place(s.source),
+                format=s.format,
+                split=s.split,
+                column=s.column,
+                revision=s.revision,
+                skip_bad=self._skip_bad,
+            )
+            if data.skipped:
+                print(f"{name}: left out {data.skipped} broken rows", file=sys.stderr)
+            if s.where:
+                data = data.where(*s.where)
+            if s.sample is not None:
+                data = data.sample(s.sample, s.seed)
+            elif s.first is not None:
+                data = data.first(s.first)
+            self._sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
+        self._used["sets"][name] = self._sets[name].provenance
+        return self._sets[name]
+
+    def prompts(self, name: str) -> list[Chat]:
+        """The prompts of a set."""
+        return self.data(name).prompts
+
+    def ranking(self, contrast: Contrast | None = None, at: str = "emitted") -> Ranking:
+        """The ranking of a contrast (default: safety), from `out` where the very same one was made before."""
+        contrast = contrast or self.world.safety
+        parts = (contrast.generator, contrast.against, contrast.prompts, at)
+        if parts not in self._rankings:
+            path, key = self.out / "rankings" / f"{'-'.join(parts)}.safetensors", self._key(contrast, at)
+            self._rankings[parts] = _kept(path, key) or self._made(contrast, at, path, key)
+        ranking = self._rankings[parts]
+        self._used["rankings"][", ".join(parts)] = ranking.provenance
+        return ranking
+
+    def k(self, value: int | float, ranking: Ranking) -> int:
+        """A number of neurons: an int as it is, a float as that share of the ranked ones."""
+        if isinstance(value, float):
+            if not 0 <= value <= 1:
+                raise SnpatchError(f"k: a share of the neurons must lie in 0.0..1.0, got {value}")
+            return round(value * len(ranking))
+        return value
+
+    def windows(self, values: Sequence[int | float], ranking: Ranking) -> tuple[Window, ...]:
+        """The top k of each value, each once."""
+        return tuple(dict.fromkeys(Window(0, self.k(value, ranking)) for value in values))
+
+    def sweep(
+        self, prompts: str, rankings: dict[str, Ranking], judges: dict[str, Judge], config: SweepConfig
+    ) -> SweepResult:
+        """A sweep over a set of the world, whose texts are kept in `out`."""
+        with self.progress(f"sweep of {prompts}") as progress:
+            return sweep(
+                self.engine, self.prompts(prompts), rankings, judges, config, store=self.out, progress=progress
+            )
+
+    def begin(self) -> None:
+        """Forget what was used: an experiment begins."""
+        self._used = {"sets": {}, "judges": {}, "rankings": {}}
+
+    def provenance(self, settings: dict, seconds: float) -> dict:
+        """What a table hangs on; sets, judges and rankings are those that were used since `begin`."""
+        opened = "engine" in self.__dict__
+        return {
+            "settings": settings,
+            "model": self.world.model,
+            "adapters": {name: list(folders) for name, folders in self.world.adapters.items()},
+            "engine": self.engine.digest if opened else None,
+            "backend": self.engine.backend if opened else None,
+            "max_tokens": self.world.max_tokens,
+            **self._used,
+            **describe(),
+            "seconds": round(seconds, 1),
+        }
+
+    def _key(self, contrast: Contrast, at: str) -> str:
+        """Names everything that the ranking hangs on."""
+        ids = self.engine.encode(self.prompts(contrast.prompts))
+        models = [self.engine.digest, contrast.generator, contrast.against]
+        parts = [__version__, *models, at, ids, self.world.contrast_tokens]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def _made(self, contrast: Contrast, at: str, path: Path, key: str) -> Ranking:
+        with self.progress(f"contrast of {contrast.generator} and {contrast.against}") as progress:
+            ranking = self.engine.contrast(
+                self.prompts(contrast.prompts),
+                contrast.generator,
+                contrast.against,
+                at=at,
+                sampling=Sampling(max_tokens=self.world.contrast_tokens),
+                progress=progress,
+            )
+        ranking.meta["key"] = key
+        ranking.save(path)
+        return ranking
+
+
+def _kept(path: Path, key: str) -> Ranking | None:
+    """The ranking of a file, if it is there and was made of the very same."""
+    ranking = Ranking.load(path) if path.is_file() else None
+    return ranking if ranking and ranking.meta.get("key") == key else None

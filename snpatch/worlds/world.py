@@ -1,0 +1,190 @@
+"""World: everything that experiments run on, in one TOML file: model, adapters, prompts, judges, settings.
+
+Why a file: a table is worth what its provenance is, and this file is the whole of it. Paths in it are relative to its
+folder; what is not there is taken for a hub name.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
+
+from snpatch.errors import SnpatchError
+
+NAMED = {
+    "demo": Path(__file__).parents[1] / "demo" / "world" / "world.toml",
+    "llama-2-7b": Path(__file__).parents[1] / "experiments" / "llama-2-7b.toml",
+}
+"""Worlds that ship with the package: the demo's, and the paper's main one, whose adapters have to be trained first."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Where prompts come from. source, format, split, column, revision: see snpatch.data.load.
+
+    where: a column and the values of it that are wanted. first: only the first so many; sample: so many drawn with
+    `seed`.
+    """
+
+    source: str
+    format: str | None = None
+    split: str | None = None
+    column: str | None = None
+    revision: str | None = None
+    where: tuple[str, ...] = ()
+    first: int | None = None
+    sample: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.first is not None and self.sample is not None:
+            raise SnpatchError(f"set {self.source}: give first or sample, not both")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Whose activations are compared (Eq. 3): the generator writes the completions, `against` is the donor to be."""
+
+    generator: str
+    against: str
+    prompts: str = "contrast"
+
+
+@dataclass(frozen=True)
+class World:
+    """A world file's content.
+
+    recipients: the models that are patched. contrasts: objective -> models to contrast; "safety" is the main one and
+    its `against` the donor. seeds: training seed -> the safety contrast of that run. benchmarks: names of the sets
+    that the models are attacked with. judges: name -> arguments of `open_judge`; the first is the cost.
+    max_tokens: of a completion; contrast_tokens: of a completion that a contrast reads. engine: arguments of Engine;
+    vllm: further ones where the backend is vllm. settings: experiment -> its settings.
+    """
+
+    folder: Path
+    model: str
+    adapters: dict[str, tuple[str, ...]]
+    contrasts: dict[str, Contrast]
+    recipients: tuple[str, ...]
+    sets: dict[str, PromptSet]
+    judges: dict[str, dict]
+    benchmarks: tuple[str, ...]
+    seeds: dict[str, Contrast] = field(default_factory=dict)
+    template: str = "auto"
+    max_tokens: int = 128
+    contrast_tokens: int = 256
+    engine: dict = field(default_factory=dict)
+    vllm: dict = field(default_factory=dict)
+    settings: dict[str, dict] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if "safety" not in self.contrasts:
+            raise SnpatchError("contrasts must have one named safety: its models are the experiments' main pair")
+        if not self.judges or not self.recipients or not self.benchmarks:
+            raise SnpatchError("needs at least one judge, one recipient and one benchmark")
+        models = ["base", *self.adapters]
+        named = [*self.recipients]
+        for contrast in (*self.contrasts.values(), *self.seeds.values()):
+            named += [contrast.generator, contrast.against]
+            self._known_set(contrast.prompts, "a contrast")
+        for name in named:
+            if name not in models:
+                raise SnpatchError(f"no model named {name!r}: there are {', '.join(models)}")
+        for name in self.benchmarks:
+            self._known_set(name, "benchmarks")
+        if self.donor in self.recipients:
+            raise SnpatchError(f"{self.donor!r} is recipient and donor")
+
+    @property
+    def safety(self) -> Contrast:
+        return self.contrasts["safety"]
+
+    @property
+    def donor(self) -> str:
+        return self.safety.against
+
+    @property
+    def cost(self) -> str:
+        """The name of the judge that tells what is safe."""
+        return next(iter(self.judges))
+
+    def place(self, source: str) -> str:
+        """A path of the file as it is seen from here; what is no file there is a name and stays as it is."""
+        path = self.folder / source
+        return str(path) if path.exists() else source
+
+    def _known_set(self, name: str, where: str) -> None:
+        if name not in self.sets:
+            raise SnpatchError(f"{where}: no set named {name!r}: there are {', '.join(self.sets)}")
+
+
+def load_world(source: str | Path) -> World:
+    """A world by its name (`demo`, `llama-2-7b`) or its file. Unknown keys and broken references are errors."""
+    path = NAMED.get(str(source), Path(source))
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SnpatchError(f"world {source}: no such file, and the named ones are {', '.join(NAMED)}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SnpatchError(f"world {path}: not a TOML file: {error}") from error
+    try:
+        return _world(path.parent, data)
+    except SnpatchError as error:
+        raise SnpatchError(f"world {path}: {error}") from error
+
+
+def _world(folder: Path, data: dict) -> World:
+    parts = dict(data)
+    folders = tuple[str, ...]
+    parts["adapters"] = {name: _value(one, folders, f"adapters.{name}") for name, one in _table(data, "adapters")}
+    parts["sets"] = {name: made(PromptSet, f"sets.{name}", one) for name, one in _table(data, "sets")}
+    for group in ("contrasts", "seeds"):
+        parts[group] = {name: made(Contrast, f"{group}.{name}", one) for name, one in _table(data, group)}
+    parts["judges"] = dict(_table(data, "judges"))
+    for name, judge in parts["judges"].items():
+        if not isinstance(judge, dict) or not isinstance(judge.get("source"), str):
+            raise SnpatchError(f"judges.{name}: wanted a table with source")
+    for name in ("recipients", "benchmarks"):
+        parts.setdefault(name, ())
+    return made(World, "the file", {"folder": folder, **parts})
+
+
+def _value(value: object, hint: object, where: str):
+    """A value as the field wants it."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    bases = [get_origin(kind) or kind for kind in kinds]
+    if tuple in bases:
+        each = tuple(value) if isinstance(value, list | tuple) else (value,)
+        (inner,) = (get_args(kind) for kind in kinds if get_origin(kind) is tuple)
+        return tuple(_value(one, inner[0], where) for one in each)
+    if not isinstance(value, tuple(bases)) and not (float in bases and type(value) is int):
+        names = " or ".join(base.__name__ for base in bases if base is not type(None))
+        raise SnpatchError(f"{where}: wanted {names}, got {value!r}")
+    return value
+
+
+def _table(data: dict, name: str):
+    table = data.get(name, {})
+    if not isinstance(table, dict):
+        raise SnpatchError(f"{name}: wanted a table, got {table!r}")
+    return table.items()
+
+
+def made(kind: type, where: str, values: object):
+    """An instance of a dataclass from a table; keys that it does not have, or lacks, and wrong types are errors.
+
+    Lists become tuples, and so does a single value where a tuple is wanted.
+    """
+    if not isinstance(values, Mapping):
+        raise SnpatchError(f"{where}: wanted a table, got {values!r}")
+    known = [f.name for f in fields(kind)]
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise SnpatchError(f"{where}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    hints = get_type_hints(kind)
+    try:
+        return kind(**{name: _value(value, hints[name], f"{where}: {name}") for name, value in values.items()})
+    except TypeError as error:
+        raise SnpatchError(f"{where}: {str(error).replace('World.__init__() ', '')}") from error
