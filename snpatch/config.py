@@ -1,0 +1,146 @@
+"""EngineConfig: everything that an engine is started with, as one value. Its defaults are the only ones.
+
+The CLI's options, world files, replicas and servers read and write it. Kept free of torch, so that they need not wait
+for it. Why vLLM's own arguments are a mapping: they are vLLM's to name, and differ between its versions.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from snpatch import schema
+from snpatch.errors import SnpatchError
+
+BACKENDS = ("auto", "vllm", "transformers")
+TEMPLATES = ("auto", "tokenizer", "tulu")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Folders = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class TwinSizes:
+    """What a twin engine in vLLM has room for. Fixed when it starts; an error at one of them says which to raise.
+
+    streams: 2, or 1 for an engine without donors at half the cost (plain generation, constants, captures).
+    max_adapters, max_rankings, max_constants: how many can be in use at once, the base model among the adapters.
+    max_groups: statistics of that many contrasts at once. max_captures x max_captured: positions and neurons of
+    each position that can be held until they are fetched. max_receipts: requests whose receipts can be.
+    scales_kv: whether adapters may scale k_proj and v_proj; None: if one of those that the engine starts with does.
+    """
+
+    streams: int = 2
+    max_adapters: int = 8
+    max_rankings: int = 64
+    max_constants: int = 8
+    max_groups: int = 4
+    max_captures: int = 4096
+    max_captured: int = 2048
+    max_receipts: int = 16384
+    scales_kv: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.streams not in (1, 2):
+            raise SnpatchError(f"streams must be 1 or 2, got {self.streams}")
+        for f in fields(TwinSizes):
+            if f.name.startswith("max_") and getattr(self, f.name) < 1:
+                raise SnpatchError(f"{f.name} must be at least 1, got {getattr(self, f.name)}")
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """model: Hugging Face folder or name. adapters: name -> PEFT IA3 folders, stacked in order.
+
+    backend: "vllm", "transformers", or "auto": vllm where it is installed. template: how chats become text:
+    "tokenizer" (its own), "tulu", or "auto" (what the adapters were trained with, else the tokenizer's, else tulu).
+    dtype "auto" is the checkpoint's own. batch_size: most sequences of a batch (vllm: its max_num_seqs). token_budget:
+    most padded tokens of a batch, prompt and generated, counting every stream; None: static batches of batch_size in
+    the given order. allow_untested: try architectures and quantisations outside the tested ones. twin: sizes, see
+    TwinSizes. vllm: vLLM's own engine arguments (tensor_parallel_size, max_model_len, gpu_memory_utilization, ...).
+    device and token_budget are for the transformers backend, twin and vllm for the other: what is set for one that
+    does not run is an error.
+    """
+
+    model: str
+    adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    backend: str = _option("auto", "auto, vllm or transformers. auto: vllm where it is installed.")
+    template: str = _option("auto", "How chats become text: auto, tokenizer or tulu.")
+    dtype: str = _option("auto", "auto, float32, bfloat16 or float16.")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ... (transformers only).")
+    batch_size: int | None = _option(None, "Most sequences of a batch (vllm: its max_num_seqs).")
+    token_budget: int | None = 16384
+    allow_untested: bool = _option(False, "Try architectures that were not tested.")
+    twin: TwinSizes = TwinSizes()
+    vllm: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", str(self.model))
+        object.__setattr__(self, "adapters", {name: _folders(one) for name, one in self.adapters.items()})
+        for name, known in (("backend", BACKENDS), ("template", TEMPLATES), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise SnpatchError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("batch_size", "token_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SnpatchError(f"{name} must be at least 1, got {value}")
+
+    @classmethod
+    def of(cls, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> "EngineConfig":
+        """From arguments side by side: this class's own, TwinSizes' and vLLM's, each by its name."""
+        own = {name: arguments.pop(name) for name in _OWN if name in arguments}
+        twin = {f.name: arguments.pop(f.name) for f in fields(TwinSizes) if f.name in arguments}
+        return cls(str(model), adapters or {}, **own, twin=TwinSizes(**twin), vllm=arguments)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, object], where: str = "engine") -> "EngineConfig":
+        """Read what `as_table` wrote (or a user, in TOML or JSON); unknown keys and wrong types are errors."""
+        parts = dict(table)
+        adapters = parts.get("adapters", {})
+        if not isinstance(adapters, Mapping):
+            raise SnpatchError(f"{where}: adapters: wanted a table, got {adapters!r}")
+        folders = tuple[str, ...]
+        parts["adapters"] = {n: schema.value_of(f, folders, f"{where}: adapters.{n}") for n, f in adapters.items()}
+        parts["twin"] = schema.read(TwinSizes, f"{where}: twin", parts.get("twin", {}))
+        return schema.read(cls, where, parts)
+
+    def as_table(self) -> dict:
+        """As plain data for TOML and JSON: what differs from the defaults."""
+        default = asdict(EngineConfig(self.model))
+        table = {name: value for name, value in asdict(self).items() if value != default[name] or name == "model"}
+        if "twin" in table:
+            table["twin"] = {n: v for n, v in table["twin"].items() if v != default["twin"][n]}
+        return table
+
+    @property
+    def chosen_backend(self) -> str:
+        """ "vllm" or "transformers"; an error for what is set for the other one alone."""
+        backend = choose_backend(self.backend)
+        if backend == "transformers":
+            twin = {f.name for f in fields(TwinSizes) if getattr(self.twin, f.name) != f.default}
+            if unknown := sorted({*self.vllm, *twin}):
+                raise SnpatchError(f"backend transformers: there is no argument {', '.join(unknown)}")
+        elif self.device != "auto":
+            raise SnpatchError("device is for the transformers backend; vllm runs on its own platform")
+        elif self.token_budget != _OWN["token_budget"]:
+            raise SnpatchError("token_budget is for the transformers backend; vllm has max_num_batched_tokens")
+        return backend
+
+
+_OWN = {f.name: f.default for f in fields(EngineConfig) if f.name not in ("model", "adapters", "twin", "vllm")}
+
+
+def choose_backend(backend: str) -> str:
+    """ "vllm" or "transformers": what `backend` names, or for "auto" the faster one that is installed."""
+    if backend not in BACKENDS:
+        raise SnpatchError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    return backend
+
+
+def _folders(given: Folders) -> tuple[str, ...]:
+    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))
