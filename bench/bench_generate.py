@@ -23,7 +23,8 @@ import trace_events
 from hooked import Hooked
 
 from snpatch import Engine, Patch, Ranking, Sampling
-from snpatch.executors.base import Request
+from snpatch.executors.base import Observation
+from snpatch.ranking.statistics import Statistics
 
 GPU = torch.cuda.is_available()
 SIZE = os.environ.get("SNPATCH_BENCH_SIZE", "7b" if GPU else "160m")
@@ -37,7 +38,8 @@ ROUNDS = int(os.environ.get("SNPATCH_BENCH_ROUNDS", 11))
 K = LAYERS * NEURONS // 20
 ORDER = torch.randperm(LAYERS * NEURONS, generator=torch.Generator().manual_seed(0))
 RANKING = Ranking.from_order(torch.stack([ORDER // NEURONS, ORDER % NEURONS], dim=1), (LAYERS, NEURONS))
-PATCH = Patch("sft", "dpo", RANKING, K)
+PAIR = "sft", "dpo"
+PATCH = Patch(*PAIR, RANKING, K)
 CACHE_BYTES = {"rehearsal": 64 << 20, "tiny": 128 << 20, "160m": 2 << 30, "1b": 4 << 30, "7b": 17 << 30}[SIZE]
 COMMON = {"kv_cache_memory_bytes": CACHE_BYTES, "max_num_seqs": 512, "enforce_eager": not GPU}
 # vLLM asks for this share of the card's memory to be free at its start, with kv_cache_memory_bytes, too.
@@ -161,7 +163,7 @@ def about() -> dict:
 
 def against_native(benchmark, twin, native, name: str, sides: dict[str, int], run, new: int, prompt: int, **info):
     """`run` against native vLLM at `sides`' numbers of requests, both on one model runner."""
-    runner = twin._executor.runner
+    runner = twin.executor.started.runner
     assert runner == runner_of(native), "the two sides run different model runners"
     others = {side: lambda n=n: run_native(native, n, new, prompt) for side, n in sides.items()}
     paired(benchmark, name, run, others, runner=runner, new=new, prompt=prompt, **info)
@@ -205,21 +207,22 @@ def test_windows(benchmark, twin):
     """32 different windows of one batch against one window for all."""
     patches = [Patch("sft", "dpo", RANKING, (i, i + K)) for i in range(32)]
     others = {"one window": lambda: run_twin(twin, 32)}
-    runner = twin._executor.runner
+    runner = twin.executor.started.runner
     paired(benchmark, "32 windows", lambda: run_twin(twin, 32, patches), others, batch=32, runner=runner)
 
 
 def test_statistics(benchmark, twin):
     """Every position of a batch observed against none."""
 
-    def run(observe):
+    def run(observes):
         sampling = Sampling(max_tokens=NEW, ignore_eos=True)
-        requests = [Request(ids, "sft", "dpo", sampling=sampling, observe=observe) for ids in prompts(32)]
-        _, statistics = twin._executor.execute(requests, groups=1 if observe else 0)
-        assert all((s.count == 32 * (PROMPT + NEW - 1)).all() for s in statistics)
+        statistics = Statistics.zeros(LAYERS, NEURONS)
+        observe = Observation(statistics, 0, 10**6) if observes else None
+        twin.execute([twin.requests.observing(ids, PAIR, observe, sampling=sampling) for ids in prompts(32)])
+        assert (statistics.count == (32 * (PROMPT + NEW - 1) if observes else 0)).all()
 
-    others = {"without": lambda: run(None)}
-    paired(benchmark, "statistics", lambda: run((0, 0, 10**6)), others, batch=32, runner=twin._executor.runner)
+    others = {"without": lambda: run(False)}
+    paired(benchmark, "statistics", lambda: run(True), others, batch=32, runner=twin.executor.started.runner)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,7 @@ def test_against_hooks(benchmark, twin, folder, batch, lengths):
     new = [NEW] * batch if lengths == "static" else [8 + 120 * i // (batch - 1) for i in range(batch)]
     others = {"hooks": lambda: hooked.generate(prompts(batch), new)}
     paired(benchmark, "twin", lambda: run_twin(twin, batch, PATCH, new), others, max(3, ROUNDS // 2), batch=batch,
-           lengths=lengths, runner=twin._executor.runner)  # fmt: skip
+           lengths=lengths, runner=twin.executor.started.runner)  # fmt: skip
 
 
 def resident_bytes(process: int) -> int:
@@ -252,7 +255,7 @@ def touched(twin):
     """Once through the whole KV cache, whose memory was reserved at the start but is used only now."""
     token = 2 * 2 * 2 * LAYERS * geometry.SIZES[SIZE]["hidden_size"]  # two streams, keys and values, bfloat16
     texts = prompts(1 + CACHE_BYTES // token // 250, 250)
-    twin._executor.execute([Request(ids, "sft", "dpo") for ids in texts])
+    twin.execute([twin.requests.observing(ids, PAIR, None) for ids in texts])
 
 
 @pytest.mark.parametrize("positions", [10**3, 10**4, 10**5, 10**6])
@@ -262,18 +265,18 @@ def test_contrast(benchmark, twin, touched, positions):
         pytest.skip("takes minutes on a CPU: SNPATCH_BENCH_SIZE=tiny goes to 10^6")
     length = 250
     texts = prompts(positions // length, length)
-    requests = [Request(ids, "sft", "dpo", observe=(0, 0, length)) for ids in texts]
     mine = processes(os.getpid())
     before = sum(map(resident_bytes, mine))
 
     def run():
-        _, (found,) = twin._executor.execute(requests, groups=1)
+        found = Statistics.zeros(LAYERS, NEURONS)
+        twin.execute([twin.requests.observing(ids, PAIR, Observation(found, 0, length)) for ids in texts])
         assert (found.count == len(texts) * length).all()
 
     benchmark.pedantic(run, rounds=1 if positions > 10**4 else 3, iterations=1)
     grown = sum(map(resident_bytes, mine)) - before
     benchmark.extra_info.update(
-        **about(), side="contrast", runner=twin._executor.runner, positions=len(texts) * length,
+        **about(), side="contrast", runner=twin.executor.started.runner, positions=len(texts) * length,
         positions_per_s=len(texts) * length / benchmark.stats.stats.median, grown_bytes=grown,
         stored_bytes=2 * 4 * LAYERS * NEURONS * len(texts) * length,
     )  # fmt: skip
@@ -286,8 +289,8 @@ def test_profile(request, benchmark, traces, side):
     name = "twin" if side == "twin" else "native"
     engine = request.getfixturevalue(name)
     run = partial(run_twin if side == "twin" else run_native, engine, batch)
-    profiled = engine._executor.engine if side == "twin" else engine.llm_engine
-    runner = engine._executor.runner if side == "twin" else runner_of(engine)
+    profiled = engine.executor.engine if side == "twin" else engine.llm_engine
+    runner = engine.executor.started.runner if side == "twin" else runner_of(engine)
     before = set(traces[name].glob("*.json.gz"))
 
     def profile():

@@ -9,7 +9,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "engine",
-    "Completion": "engine",
+    "AsyncEngine": "async_engine",
+    "EngineConfig": "config",
+    "Completion": "requests",
     "Sampling": "sampling",
     "Patch": "patching.patch",
     "Window": "ranking.ranking",

@@ -1,7 +1,7 @@
 """Sampling: how tokens are chosen and when a text ends. Kept free of torch: the CLI takes its defaults from here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from snpatch.errors import SnpatchError
 
@@ -50,6 +50,11 @@ class Sampling:
         ):
             if not valid:
                 raise SnpatchError(f"sampling: {message}")
+
+    def singles(self) -> "list[Sampling]":
+        """The n samplings of one text each that this one of n texts stands for."""
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
 GREEDY = Sampling()

@@ -37,7 +37,10 @@ from jobs import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from snpatch import Constant, Engine, Noise, Patch, ReceiptError, Sampling, SnpatchError
+from snpatch.executors.base import Observation
 from snpatch.executors.vllm import versions
+from snpatch.executors.vllm.wire import salt_of
+from snpatch.ranking.statistics import Statistics
 
 platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
 
@@ -45,6 +48,7 @@ SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs
 if torch.cuda.is_available():
     SMALL["gpu_memory_utilization"] = 0.3  # vLLM wants this share free at its start, and 0.92 by default
 KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
+PAIR = "sft", "dpo"
 PLAIN = [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
 VERSION = tuple(map(int, versions.check().split(".")[:2]))
 DROPS_SEEDS = platforms.current_platform.is_cpu() and VERSION < (0, 29)  # vLLM's own sampler: versions.py
@@ -112,7 +116,7 @@ def engine(start):
 
 def twin_of(engine):
     """The worker's side of an engine of this process."""
-    worker = engine._executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker = engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
     return worker.model_runner.get_model().snpatch
 
 
@@ -155,7 +159,7 @@ def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine, fir
     """Prompts of several blocks, so that a block of the other kind would be found in the cache."""
 
     def fresh():
-        engine._executor.engine.reset_prefix_cache()
+        engine.executor.engine.reset_prefix_cache()
 
     want = {}
     for name, patches in (("plain", "base"), ("patched", PATCHED)):
@@ -170,10 +174,9 @@ def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine, fir
 
 def test_a_request_reads_the_cache_of_its_own_patch_alone(engine):
     """Another window, ranking, recipient, donor, source, seed, or place: another salt; the same patch: the same one."""
-    executor = engine._executor
 
     def salt(patch, ids=LONG[0]):
-        return executor.salt(engine._request(ids, patch, sampling=Sampling()))
+        return salt_of(engine.requests.patched(ids, patch, sampling=Sampling()))
 
     ranking, other = RANKINGS
     patches = [
@@ -201,7 +204,7 @@ def test_a_request_reads_the_cache_of_its_own_patch_alone(engine):
 def test_a_prefix_that_comes_from_the_cache_is_patched_but_not_run(engine):
     """The receipt is of the positions that this request ran."""
     patch = Patch("base", "dpo", RANKINGS[0], 77)
-    engine._executor.engine.reset_prefix_cache()
+    engine.executor.engine.reset_prefix_cache()
     first, second = (engine.generate([LONG[1]], patch, Sampling(max_tokens=5))[0] for _ in range(2))
     assert first.token_ids == second.token_ids
     assert first.overwrites == 77 * (len(LONG[1]) + 4)
@@ -218,12 +221,16 @@ def test_contrast_of_given_completions(llama, engine, at):
 
 
 def test_several_contrasts_at_once_keep_their_sums_apart(llama, engine):
-    """Groups of one execute, interleaved: each has the sums of its own requests."""
-    from snpatch.executors.base import Request
-
+    """Statistics of one run, interleaved: each has the sums of its own requests."""
     texts = [ids + text for ids, text in zip(IDS, COMPLETIONS, strict=True)]
-    requests = [Request(text, "sft", "dpo", observe=(i % 3, 0, len(text))) for i, text in enumerate(texts)]
-    _, statistics = engine._executor.execute(requests, groups=3)
+
+    def observing(n: int) -> list[Statistics]:
+        found = [Statistics.zeros(tiny.LAYERS, tiny.NEURONS) for _ in range(n)]
+        asked = [Observation(found[i % n], 0, len(text)) for i, text in enumerate(texts)]
+        engine.execute([engine.requests.observing(text, PAIR, o) for text, o in zip(texts, asked, strict=True)])
+        return found
+
+    statistics = observing(3)
     models = [oracle.model(llama.folder, llama.of[name]) for name in ("sft", "dpo")]
     for group, found in enumerate(statistics):
         mine = [(text, list(range(len(text)))) for i, text in enumerate(texts) if i % 3 == group]
@@ -232,8 +239,9 @@ def test_several_contrasts_at_once_keep_their_sums_apart(llama, engine):
         assert found.count.tolist() == [n] * tiny.LAYERS
         scores = (found.sums[:, 4] / n).sqrt()
         assert (scores - want["scores"]).abs().max() <= 1e-5 * want["scores"].abs().max()
-    with pytest.raises(SnpatchError, match="5 statistics groups are needed, 4 are free: raise max_groups"):
-        engine._executor.execute(requests, groups=5)
+    with pytest.raises(SnpatchError, match="all statistics groups are in use: start the engine with a larger max_gr"):
+        observing(5)
+    assert not any(engine.executor.registry.in_use.values())
 
 
 def test_captures_are_in_rank_order(llama, engine):
@@ -346,6 +354,38 @@ def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
     twin.feed.clear()
 
 
+def test_texts_stream_as_they_finish(engine):
+    """Short texts come before long ones that were asked for first, each once and as `generate` gives it."""
+    lengths = [40, 3, 20, 1, 40, 2, 30, 5]
+    samplings = [Sampling(max_tokens=n, ignore_eos=True) for n in lengths]
+    patches = ["sft", *[Patch("sft", "dpo", RANKINGS[i % 2], 20 * i) for i in range(1, 8)]]
+    want = engine.generate(IDS, patches, samplings)
+    order, found = zip(*engine.stream(IDS, patches, samplings), strict=True)
+    assert sorted(order) == list(range(8))
+    assert [found[order.index(i)] for i in range(8)] == want
+    assert order.index(3) < order.index(0)
+
+
+def test_two_streams_of_one_engine_do_not_take_each_others_texts(engine):
+    """A caller may generate while it reads a stream; who stops listening leaves nothing running."""
+    sampling = Sampling(max_tokens=12, ignore_eos=True)
+    want = [c.token_ids for c in engine.generate(IDS, "sft", sampling)]
+    inner, outer = [], [None] * 8
+    for index, completion in engine.stream(IDS, "sft", sampling):
+        outer[index] = completion.token_ids
+        inner.append([c.token_ids for c in engine.generate(IDS, "sft", sampling)])
+    assert outer == want
+    assert inner == [want] * 8
+    stream = engine.stream(IDS, "sft", replace(sampling, max_tokens=100))
+    stream.close()
+    short = [Sampling(max_tokens=n, ignore_eos=True) for n in (1, *[100] * 7)]
+    next(stream := engine.stream(IDS, "sft", short))
+    stream.close()
+    assert not engine.executor.owners
+    assert not any(engine.executor.registry.in_use.values())
+    assert not engine.executor.engine.has_unfinished_requests()
+
+
 def test_banks_give_rows_away_when_no_request_uses_them(llama, start):
     """More rankings, adapters and constants than rows, one after the other and then at once."""
     engine = start("llama", max_rankings=2, max_adapters=3, max_constants=1, max_receipts=4, max_num_seqs=4)
@@ -356,16 +396,29 @@ def test_banks_give_rows_away_when_no_request_uses_them(llama, start):
             patches = [Patch("sft", "dpo", ranking, 40), Patch("sft", Constant(VALUES + number), ranking, 40)]
             texts = [c.token_ids for c in engine.generate(IDS * 2, patches * 8, Sampling(max_tokens=6))]
             assert reference.setdefault(number, texts) == texts
-    for kind, patches in {
-        "ranking": [Patch("sft", "dpo", ranking, 40) for ranking in rankings[:3]],
-        "adapter": ["sft", "dpo", "sft_kv"],
-        "constant": [Patch("sft", Constant(VALUES + i), rankings[0], 40) for i in range(2)],
-    }.items():
-        with pytest.raises(
-            SnpatchError, match=f"{kind}s are in use at once: start the engine with a larger max_{kind}s"
-        ):
-            engine.generate(IDS[: len(patches)], patches)
-    assert [c.token_ids for c in engine.generate(IDS * 2, [Patch("sft", "dpo", rankings[0], 40)] * 16)]
+    together = [
+        *(Patch("sft", "dpo", ranking, 40) for ranking in rankings),
+        *("sft", "dpo", "sft_kv", "base"),
+        *(Patch("sft", Constant(VALUES + i), rankings[0], 40) for i in range(3)),
+    ]
+    alone = [engine.generate([IDS[i % 8]], patch)[0].token_ids for i, patch in enumerate(together)]
+    waited = engine.generate([IDS[i % 8] for i in range(len(together))], together)
+    assert [c.token_ids for c in waited] == alone
+    assert not any(engine.executor.registry.in_use.values())
+
+
+def test_what_can_never_fit_is_an_error_before_anything_runs(start):
+    engine = start("llama", max_adapters=2, max_captured=30)
+    told = []
+    for call, message in (
+        (lambda: engine.generate(IDS[:2], ["sft", Patch("sft", "dpo", RANKINGS[0], 40)], progress=told.append),
+         "a request needs 2 adapters at once, and there is room for 1: start the engine with a larger max_adapters"),
+        (lambda: engine.capture(IDS, "sft", RANKINGS[0], 31), "a capture of 31 neurons: start the engine with"),
+    ):  # fmt: skip
+        with pytest.raises(SnpatchError, match=message):
+            call()
+    assert not told
+    assert engine.generate([IDS[0]], "sft")
 
 
 @pytest.mark.parametrize("caching", [False, True])
@@ -374,7 +427,7 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
     pieces; texts, receipts and statistics are the oracle's."""
     engine = start("llama", kv_cache_memory_bytes=None, gpu_memory_utilization=0.3, num_gpu_blocks_override=12,
                    max_num_batched_tokens=40, max_num_seqs=32, enable_prefix_caching=caching)  # fmt: skip
-    stats = engine._executor.engine.engine_core.engine_core.scheduler
+    stats = engine.executor.engine.engine_core.engine_core.scheduler
     jobs = [Job(i % 8, "sft", "dpo", (0, 29 + i)) for i in range(24)]
     preempted = []
     real = stats._preempt_request
@@ -390,12 +443,10 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
     long = [LONG[i % 3][: 60 + i] for i in range(12)]
     ranking = engine.contrast(long, "sft", "dpo", at="prompt", exclude_layers=())
     assert_ranking(ranking, oracle.contrast(*models, [(text, list(range(len(text)))) for text in long]))
-    from snpatch.executors.base import Request
-
     # Observed while they are written, so that preempted texts are observed, too.
-    sampling = Sampling(max_tokens=60, ignore_eos=True)
-    requests = [Request(ids, "sft", "dpo", sampling=sampling, observe=(0, 0, 10**6)) for ids in IDS * 3]
-    outputs, (found,) = engine._executor.execute(requests, groups=1)
+    sampling, found = Sampling(max_tokens=60, ignore_eos=True), Statistics.zeros(tiny.LAYERS, tiny.NEURONS)
+    observe = Observation(found, 0, 10**6)
+    outputs = engine.execute([engine.requests.observing(ids, PAIR, observe, sampling=sampling) for ids in IDS * 3])
     assert preempted
     texts = [(ids + o.token_ids[:-1]) for ids, o in zip(IDS * 3, outputs, strict=True)]
     want = oracle.contrast(*models, [(text, list(range(len(text)))) for text in texts])
@@ -466,8 +517,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing_behind(llama, start)
     assert not feed._capture_used.any()
     assert not feed.banks.receipt.any()
     assert feed.banks.capture.isnan().all()
-    assert not any(bank._users for bank in engine._executor._banks)
-    assert sorted(engine._executor.free_groups) == [0, 1, 2, 3]
+    assert not any(engine.executor.registry.in_use.values())
     for first, last in zip(sizes[1], sizes[-1], strict=True):
         assert last - first < 2 << 20, sizes
 

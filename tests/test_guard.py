@@ -271,13 +271,13 @@ def guard(demo, safety, sets):
 @pytest.fixture
 def ran(demo, monkeypatch):
     """Every request that the executor gets."""
-    requests, execute = [], demo._executor.execute
+    requests, stream = [], demo.executor.stream
 
     def spied(given, *args, **kwargs):
         requests.extend(given)
-        return execute(given, *args, **kwargs)
+        return stream(given, *args, **kwargs)
 
-    monkeypatch.setattr(demo._executor, "execute", spied)
+    monkeypatch.setattr(demo.executor, "stream", spied)
     return requests
 
 
@@ -312,7 +312,7 @@ def test_unsafe_prompts_cost_one_prefill_and_safe_ones_are_as_without_a_guard(de
     assert 0 < refused.sum() < 40
     assert [c.harm for c in guarded] == harm.tolist()
     reads, writes = ran[:40], ran[40:]
-    assert all(r.sampling is None and r.recipient == "sft" and r.donor is None for r in reads)
+    assert all(r.sampling is None and r.recipient is demo.requests.model("sft") and r.donor is None for r in reads)
     assert [list(r.prompt_ids) for r in reads] == [c.prompt_ids for c in plain]
     assert [list(r.prompt_ids) for r in writes] == [plain[i].prompt_ids for i in np.flatnonzero(~refused)]
     for alone, kept, no in zip(plain, guarded, refused, strict=True):

@@ -2,15 +2,16 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
 from snpatch.experiments.curve import headline, report_of
-from snpatch.runs import texts
 from snpatch.runs.store import NAME, Store
 from snpatch.runs.sweep import SweepConfig, sweep
 from snpatch.statistics import causal_effect, interval, paired_p
@@ -126,47 +127,96 @@ def test_paired_p_is_the_t_test_over_prompts():
     assert paired_p([1.0], [2.0]) is None
 
 
-def test_promise_8_a_killed_sweep_continues_where_it_was(engine, ranking, tmp_path, monkeypatch):
+def test_promise_8_a_killed_sweep_continues_where_it_was(engine, ranking, tmp_path, written):
     whole = run(engine, ranking)
-    generated = []
-
-    def counting(self, prompts, *args, **kwargs):
-        generated.append(len(prompts))
-        return original(self, prompts, *args, **kwargs)
-
-    original = Engine.generate
-    monkeypatch.setattr(Engine, "generate", counting)
+    written.clear()
     run(engine, ranking, store=tmp_path)
     lines = (tmp_path / NAME).read_bytes().splitlines(keepends=True)
-    assert sum(generated) == len(lines) > 30
+    assert sum(written) == len(lines) > 30
     (tmp_path / NAME).write_bytes(b"".join(lines[:20]) + lines[20][:15])  # killed while writing the 21st
-    generated.clear()
+    written.clear()
     resumed = run(engine, ranking, store=tmp_path)
-    assert sum(generated) == len(lines) - 20
+    assert sum(written) == len(lines) - 20
     assert resumed.records == whole.records
     assert resumed.rows == whole.rows
     keys = [json.loads(line)["key"] for line in (tmp_path / NAME).read_text().splitlines()]
     assert len(keys) == len(set(keys)) == len(lines)
-    generated.clear()
+    written.clear()
     other = Ranking.from_order(ranking.top(100).flip(0), ranking.shape)
     run(engine, other, store=tmp_path, windows=(50,), controls=0)
-    assert sum(generated) == 2 * len(PROMPTS), "another ranking must not find the first one's texts"
+    assert sum(written) == 2 * len(PROMPTS), "another ranking must not find the first one's texts"
 
 
-def test_a_chunk_has_no_more_rankings_than_an_engine_holds(engine, ranking, monkeypatch):
-    calls = []
+def model_with(folder, **files) -> Path:
+    """A copy of the golden model with other files."""
+    shutil.copytree(GOLDEN / "model", folder)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return folder
 
-    def counting(self, prompts, patches, *args, **kwargs):
-        calls.append(len({patch.ranking.digest for patch in patches if isinstance(patch, Patch)}))
-        return original(self, prompts, patches, *args, **kwargs)
 
-    original = Engine.generate
-    whole = run(engine, ranking)
-    monkeypatch.setattr(texts, "RANKINGS", 2)
-    monkeypatch.setattr(Engine, "generate", counting)
-    assert run(engine, ranking).records == whole.records
-    assert len(calls) > 4
-    assert max(calls) <= 2
+@pytest.fixture
+def written(monkeypatch):
+    """How many texts each call had written."""
+    counts, original = [], Engine.stream
+
+    def counting(self, prompts, *args, **kwargs):
+        counts.append(len(prompts))
+        return original(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "stream", counting)
+    return counts
+
+
+SFT, DPO = GOLDEN / "adapters/sft", [GOLDEN / "adapters/sft", GOLDEN / "adapters/dpo"]
+SMALL = {"windows": (70,), "controls": 0, "recipients": ("sft",)}
+
+
+def another_byte() -> bytes:
+    weights = load_file(GOLDEN / "model/model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"].view(torch.uint8)[0, 0] ^= 1
+    return save(weights)
+
+
+def another_config() -> bytes:
+    config = json.loads((GOLDEN / "model/config.json").read_text())
+    return json.dumps(config | {"rms_norm_eps": 2e-6}).encode()
+
+
+@pytest.mark.parametrize(
+    ("is_new", "files", "adapters", "options"),
+    [
+        (False, {}, {"sft": SFT, "dpo": DPO}, {}),
+        (False, {}, {"more": DPO, "dpo": DPO, "sft": SFT}, {"batch_size": 2}),
+        (True, {"model__safetensors": another_byte()}, {"sft": SFT, "dpo": DPO}, {}),
+        (True, {"config__json": another_config()}, {"sft": SFT, "dpo": DPO}, {}),
+        (True, {}, {"sft": DPO, "dpo": SFT}, {}),
+        (True, {}, {"sft": SFT, "dpo": DPO}, {"dtype": "bfloat16"}),
+    ],
+    ids=["another place", "more adapters", "another byte", "another config", "other adapters", "another type"],
+)
+def test_texts_are_kept_by_content(engine, ranking, tmp_path, written, is_new, files, adapters, options):
+    """Another place or company of the same models finds their texts; another byte of what made them does not."""
+    first = run(engine, ranking, store=tmp_path, **SMALL)
+    assert sum(written) == 3 * len(PROMPTS)
+    written.clear()
+    same = {"dtype": engine.config.dtype, "template": engine.config.template}
+    folder = model_with(tmp_path / "copy", **files)
+    other = Engine(folder, adapters, backend="transformers", **{**same, **options})
+    found = run(other, ranking, store=tmp_path, **SMALL)
+    assert bool(written) == is_new
+    assert is_new or found.records == first.records
+
+
+def test_texts_of_renamed_models_are_found(engine, ranking, tmp_path, written):
+    first = run(engine, ranking, store=tmp_path, **SMALL)
+    written.clear()
+    same = {"dtype": engine.config.dtype, "template": engine.config.template}
+    renamed = Engine(GOLDEN / "model", {"s": SFT, "d": DPO}, backend="transformers", **same)
+    config = SweepConfig(("s",), "d", (70,), controls=0, sampling=GREEDY)
+    found = sweep(renamed, PROMPTS, {"safety": ranking}, {"cost": judge}, config, store=tmp_path)
+    assert not written
+    assert [r["completion"] for r in found.records] == [r["completion"] for r in first.records]
 
 
 def test_controls_may_be_none_or_overlapping(engine, ranking):
@@ -188,8 +238,9 @@ def test_controls_are_drawn_from_all_neurons_outside_their_own_window(ranking):
 
 def test_the_store_tells_templates_and_samples_apart(engine, ranking, tmp_path):
     adapters = {"sft": GOLDEN / "adapters/sft", "dpo": [GOLDEN / "adapters/sft", GOLDEN / "adapters/dpo"]}
-    bare = Engine(GOLDEN / "model", adapters, backend="transformers", template="tulu")
-    bare.template, bare.tokenizer.chat_template = "tokenizer", "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    template = b"{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    folder = model_with(tmp_path / "bare", chat_template__jinja=template)
+    bare = Engine(folder, adapters, backend="transformers", template="tokenizer")
     small = {"windows": (70,), "controls": 0, "recipients": ("sft",)}
     first = run(engine, ranking, store=tmp_path, **small)
     second = run(bare, ranking, store=tmp_path, **small)

@@ -108,7 +108,7 @@ def test_bfloat16_at_odd_batches_is_near_the_oracle(bf16, start, mode):
     """Receipts are exact. Words are the oracle's until its choice is a close call, and their log-probabilities near."""
     engine = start(bf16, mode)
     if GPU and torch.cuda.get_device_capability() == (9, 0):
-        worker = engine._executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
+        worker = engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
         layers = worker.model_runner.get_model().snpatch.attention
         assert {layer.attn_backend.get_name() for layer in layers} == {"FLASH_ATTN"}
     compared = 0

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from snpatch import Engine, ReceiptError, SnpatchError
 from snpatch.executors.vllm import quantised
-from snpatch.executors.vllm.client import starting
 from snpatch.executors.vllm.executor import VllmExecutor
+from snpatch.executors.vllm.launch import starting
 from snpatch.models.checkpoint import check_weights
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -247,7 +247,7 @@ class Served:
 
     @property
     def worker(self):
-        return self.engine._executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
+        return self.engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
 
     @property
     def layers(self):

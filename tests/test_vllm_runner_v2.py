@@ -14,7 +14,8 @@ import torch
 from jobs import IDS, RANKINGS, Job
 
 from snpatch import Engine, Sampling
-from snpatch.executors.base import Request
+from snpatch.executors.base import Capture, Observation, Request
+from snpatch.ranking.statistics import Statistics
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -31,7 +32,7 @@ def engine(zoo):
 
 
 def runner_of(engine):
-    return engine._executor.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +64,15 @@ def log(engine):
     jobs = [Job(i % 8, "sft" if i % 3 else "base", "dpo", (i, 29 + i), ("all", "prompt", "generated")[i % 3])
             for i in range(20)]  # fmt: skip
     long = [*IDS[3], *range(10, 90)]
-    requests = [engine._request(j.ids, j.patch, sampling=Sampling(max_tokens=40, ignore_eos=True)) for j in jobs]
-    requests += [Request(long, "sft", "dpo", observe=(g, 3, 70)) for g in (0, 1)]
+    make, pair = engine.requests, ("sft", "dpo")
+    statistics = [Statistics.zeros(tiny.LAYERS, tiny.NEURONS) for _ in range(2)]
     writing = Sampling(max_tokens=40, ignore_eos=True)
-    requests += [Request(ids, "sft", "dpo", observe=(0, 2, 99), sampling=writing) for ids in IDS]
-    requests += [Request(long, "dpo", capture=(RANKINGS[0], 50, 60, 65))]
-    requests += [engine._request(ids, name, sampling=Sampling(max_tokens=9)) for ids in IDS for name in ("base", "sft")]
-    engine._executor.execute(requests, groups=2)
+    requests = [make.patched(j.ids, j.patch, sampling=writing) for j in jobs]
+    requests += [make.observing(long, pair, Observation(s, 3, 70)) for s in statistics]
+    requests += [make.observing(ids, pair, Observation(statistics[0], 2, 99), sampling=writing) for ids in IDS]
+    requests += [Request(long, make.model("dpo"), capture=Capture(RANKINGS[0], 50, 60, 65))]
+    requests += [make.patched(ids, name, sampling=Sampling(max_tokens=9)) for ids in IDS for name in ("base", "sft")]
+    engine.execute(requests)
     del runner._update_states
     feed.step, feed.fetch = real_step, real_fetch
     return SimpleNamespace(steps=steps, records=records)
@@ -97,7 +100,7 @@ def state(engine):
     feed = Feed(banks)
     feed.handles = twin.feed.handles
     model = SimpleNamespace(snpatch=SimpleNamespace(feed=feed, banks=banks))
-    config = engine._executor.engine.vllm_config
+    config = engine.executor.engine.vllm_config
     return runners.twin_model_state()(config, model, None, torch.device("cpu"))
 
 

@@ -235,7 +235,7 @@ def sweep(
         "settings": asdict(config),
         "model": model,
         "adapters": adapter,
-        "engine": engine.digest,
+        "models": {name: engine.digest_of(name) for name in engine.models},
         "backend": engine.backend,
         "sets": {prompts: data.provenance},
         "judges": judge,

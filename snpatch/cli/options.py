@@ -55,7 +55,8 @@ def open_engine(model, adapter, template, dtype, backend, device, batch_size, se
     """The Engine that the common options ask for."""
     import transformers
 
-    from snpatch.engine import Engine, chosen
+    from snpatch.config import choose_backend
+    from snpatch.engine import Engine
 
     transformers.utils.logging.disable_progress_bar()
     adapters = {}
@@ -66,7 +67,7 @@ def open_engine(model, adapter, template, dtype, backend, device, batch_size, se
         if name in adapters:
             raise SnpatchError(f"--adapter names {name!r} twice")
         adapters[name] = folders.split(",")
-    backend = chosen(backend)
+    backend = choose_backend(backend)
     settings = pairs(setting, "--engine")
     if backend == "transformers":
         settings |= {"device": device}

@@ -1,48 +1,67 @@
-"""What the engine hands an executor and what comes back: the one interface that every executor serves.
+"""What an engine hands an executor and what comes back: the one interface that every executor serves.
 
 Why one kind of request: generation, contrast, capture and log-probabilities differ only in how many tokens are
 written and in which positions are observed, so they mix in one batch and an executor has one path to get right.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
-from snpatch.patching.patch import Constant, Noise, Window
+from snpatch.models.model import Model
+from snpatch.patching.patch import Overwrite
 from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.statistics import Statistics
 from snpatch.sampling import Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Statistics of both streams at positions [start, stop), added to `into` when the run has ended.
+
+    ends False: not of those that hold a token that ends a text (which an executor may have run ahead into).
+    """
+
+    into: Statistics
+    start: int
+    stop: int
+    ends: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """The activations of a ranking's first k neurons at positions [start, stop) are returned."""
+
+    ranking: Ranking
+    k: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
     """One sequence to run.
 
-    recipient: the model that speaks. donor: what the second stream runs or what overwrites; None: neither.
-    window over ranking: neurons to overwrite at positions [patch_range); None: none.
-    observe: statistics group and range of positions [start, stop) that go into it; needs a donor stream.
-    observe_ends False: not those that hold a token that ends a text (which an executor may have run ahead into).
-    capture: (ranking, k, range of positions): the activations of its first k neurons are returned.
-    sampling: None writes nothing (the prompt alone is run). prompt_logprobs: of each prompt token but the first.
+    recipient: the model that speaks. donor: the model that the second stream runs; None: there is no second stream.
+    overwrite: its source is the donor, or needs none. sampling: None writes nothing (the prompt alone is run).
+    prompt_logprobs: of each prompt token but the first.
     """
 
     prompt_ids: Sequence[int]
-    recipient: str
-    donor: str | Constant | Noise | None = None
-    ranking: Ranking | None = None
-    window: Window | None = None
-    patch_range: tuple[int, int] = (0, 0)
-    observe: tuple[int, int, int] | None = None
-    observe_ends: bool = True
-    capture: tuple[Ranking, int, int, int] | None = None
+    recipient: Model
+    donor: Model | None = None
+    overwrite: Overwrite | None = None
+    observe: Observation | None = None
+    capture: Capture | None = None
     sampling: Sampling | None = None
     prompt_logprobs: bool = False
 
     @property
     def streams(self) -> int:
-        """2 if a donor model runs beside the recipient, else 1."""
-        return 2 if isinstance(self.donor, str) else 1
+        """2 if a donor runs beside the recipient, else 1."""
+        return 1 if self.donor is None else 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +91,6 @@ class Output:
     overwrites: int = 0
 
 
-@dataclass(eq=False)
-class Statistics:
-    """Sums over the tokens of one group: sums [L, 5, F] float64 of r, r^2, d, d^2, (r - d)^2; count [L] int64."""
-
-    sums: Tensor
-    count: Tensor
-
-
 @dataclass(frozen=True)
 class Geometry:
     """What of a model the rest needs to know. widths: IA3 module -> width of its vector, where the model has it."""
@@ -95,18 +106,33 @@ Progress = Callable[[int, int], None]  # (requests done, requests in all)
 
 
 class Executor(Protocol):
-    """Runs requests. `execute` returns outputs in the order of the requests and one Statistics a group."""
+    """Runs requests."""
 
     geometry: Geometry  # known before `start`
-    model_digest: str  # names the base model by its content; known after it
     eos_ids: frozenset[int]  # tokens that end a text
 
-    def register_adapter(self, name: str, scales) -> None: ...
+    def check(self, name: str, model: Model) -> None:
+        """An error for a model that this executor cannot run, as early as it can be told."""
 
-    def start(self) -> None: ...
+    def start(self, models: Sequence[Model]) -> None:
+        """Get ready to run requests; models: those that are known so far."""
 
-    def execute(
-        self, requests: Sequence[Request], groups: int = 0, progress: Progress | None = None
-    ) -> tuple[list[Output], list[Statistics]]: ...
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+        """(index, output) of each request as it finishes, its receipt checked.
 
-    def close(self) -> None: ...
+        All are checked before any runs, and taken as there is room for them. Statistics are whole when the last output
+        was taken; whoever stops before ends the requests that run.
+        """
+
+    def close(self) -> None:
+        """Free what is held; nothing can be run afterwards."""
+
+
+def execute(executor: Executor, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
+    """The outputs of all requests, in their order."""
+    outputs: list[Output | None] = [None] * len(requests)
+    for done, (index, output) in enumerate(executor.stream(requests), start=1):
+        outputs[index] = output
+        if progress:
+            progress(done, len(requests))
+    return outputs

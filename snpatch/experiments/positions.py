@@ -5,7 +5,7 @@ Both ways: how far they agree, and what patching the top k of each recovers.
 
 from dataclasses import asdict, dataclass
 
-from snpatch.engine import POSITIONS
+from snpatch.contrast import POSITIONS
 from snpatch.experiments.curve import SweepSettings, sweep_config
 from snpatch.experiments.curve import report_of as sweep_report
 from snpatch.experiments.stability import SHARES, report_of

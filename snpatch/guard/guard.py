@@ -25,8 +25,9 @@ from snpatch.ranking.ranking import Ranking
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from snpatch.engine import Engine, Prompt
+    from snpatch.engine import Engine
     from snpatch.executors.base import Progress
+    from snpatch.requests import Prompt
 
 VECTORS = ("mean", "scale", "coefficients")
 PACKAGES = ("snpatch", "numpy", "scikit-learn")

@@ -14,8 +14,9 @@ from itertools import takewhile
 from jinja2 import TemplateError
 
 from snpatch.cli.options import a_patch
-from snpatch.engine import Chat, Engine, tulu
+from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
+from snpatch.models.templates import Chat, tulu
 from snpatch.patching.patch import Patch
 from snpatch.sampling import Sampling
 
@@ -145,8 +146,9 @@ class SnpatchLM(TemplateLM):
 
     def get_model_info(self) -> dict:
         """What lm-eval's results say of the model, by content rather than by files' names."""
-        patch = self.patch.identity if isinstance(self.patch, Patch) else {"recipient": self.patch}
-        return {"backend": self.engine.backend, "engine": self.engine.digest, "patch": patch}
+        name_of = self.engine.digest_of
+        patch = self.patch.content(name_of) if isinstance(self.patch, Patch) else {"recipient": name_of(self.patch)}
+        return {"backend": self.engine.backend, "patch": patch}
 
     def _cut(self, prompts: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
         """The ends of the prompts that leave so much room in the context."""

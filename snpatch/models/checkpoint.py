@@ -80,3 +80,11 @@ def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
         declared = config.eos_token_id
     ids = declared if isinstance(declared, list) else [declared]
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+
+
+@torch.no_grad()
+def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
+    """NaN or infinity in any weight is an error that names it."""
+    for weight_name, weight in weights:
+        if weight.is_floating_point() and weight.dtype.itemsize > 1 and not torch.isfinite(weight).all():
+            raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity")

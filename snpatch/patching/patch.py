@@ -1,20 +1,26 @@
-"""What a request asks for: Patch = recipient + donor + ranking + window + where in the text it applies.
+"""Patch: recipient + donor + ranking + window + where in the text it applies. The one place that says what a patch is.
 
-Why everything is checked when a patch is made: a window past the ranking or a mean of the wrong shape would
-otherwise overwrite fewer neurons than the caller believes, and the text would not show it.
+What names a patch by content, its JSON and the prefix cache's key all come from the fields of `Patch` and `Overwrite`
+(`content_of`), so that a further field is in all of them. Why everything is checked when a patch is made: a window past
+the ranking or a mean of the wrong shape would otherwise overwrite fewer neurons than the caller believes, and the text
+would not show it.
 """
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError
+from snpatch.models.model import Model
 from snpatch.op.plan import NEVER
 from snpatch.ranking.ranking import Ranking, Window
 
+MODELS = ("recipient", "donor")  # the fields that name a model
 PLACES = ("all", "prompt", "generated")
 
 
@@ -97,20 +103,15 @@ class Patch:
                     f"patch: the donor's values are {list(values.shape)}, the ranking is {list(self.ranking.shape)}"
                 )
 
-    @property
-    def identity(self) -> dict:
-        """Names the patch by its content, as JSON data."""
-        donor = self.donor
-        if not isinstance(donor, str):
-            donor = [type(donor).__name__, donor.digest, getattr(donor, "seed", None)]
-        window = [self.window.lo, self.window.hi]
-        return {
-            "recipient": self.recipient,
-            "donor": donor,
-            "ranking": self.ranking.digest,
-            "window": window,
-            "where": self.where,
-        }
+    def content(self, name_of: Callable[[str], str]) -> dict:
+        """The patch as JSON data, by content. name_of: what stands for a model of this name."""
+        found = {f.name: content_of(getattr(self, f.name)) for f in fields(self)}
+        return found | {side: name_of(found[side]) for side in MODELS if isinstance(getattr(self, side), str)}
+
+    def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "Overwrite":
+        """What it does to a prompt of so many tokens. model_of: the model of a name."""
+        source = model_of(self.donor) if isinstance(self.donor, str) else self.donor
+        return Overwrite(source, self.ranking, self.window, *self.positions(prompt_length))
 
     def positions(self, prompt_length: int) -> tuple[int, int]:
         """The half-open range of positions that this patch covers in a request."""
@@ -121,6 +122,40 @@ class Patch:
         if self.where == "all":
             return 0, NEVER
         return (self.where if self.where >= 0 else max(0, prompt_length + self.where)), NEVER
+
+
+@dataclass(frozen=True, eq=False)
+class Overwrite:
+    """A patch as an executor applies it: at positions [start, stop) the window's neurons take the source's values."""
+
+    source: Model | Constant | Noise
+    ranking: Ranking
+    window: Window
+    start: int
+    stop: int
+
+    def positions(self, fed: int) -> int:
+        """How many of a text's first `fed` positions it covers."""
+        return max(0, min(self.stop, fed) - self.start)
+
+    @property
+    def content(self) -> dict:
+        """What it does, as JSON data, by content."""
+        return {f.name: content_of(getattr(self, f.name)) for f in fields(self)}
+
+
+def content_of(value: object) -> object:
+    """A field of a patch as JSON data, by content."""
+    if isinstance(value, Constant | Noise):
+        return [type(value).__name__, value.digest, getattr(value, "seed", None)]
+    if isinstance(value, Ranking | Model):
+        return value.digest
+    return [value.lo, value.hi] if isinstance(value, Window) else value
+
+
+def digest_of(content: object) -> str:
+    """Names JSON data by its canonical text."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _moment(ranking: Ranking, name: str) -> Tensor:

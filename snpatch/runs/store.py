@@ -25,24 +25,20 @@ class Store:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a+b", buffering=0)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise SnpatchError(f"{self._path.parent} is in use by another sweep") from None
         except OSError as error:
             raise SnpatchError(f"cannot write {self._path}: {error.strerror or error}") from error
-        self._file.seek(0)
-        whole = 0
-        for number, line in enumerate(self._file.readlines(), start=1):
-            if not line.endswith(b"\n"):
-                break  # a record that was being written when the run was killed
-            try:
-                record = json.loads(line)
-                self.records[record.pop("key")] = record
-            except (ValueError, KeyError, AttributeError) as error:
-                raise SnpatchError(f"{self._path}, line {number}: not a record of a sweep: {error}") from error
-            whole += len(line)
-        self._file.truncate(whole)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.truncate(self._read())
+        except BlockingIOError:
+            self._close()
+            raise SnpatchError(f"{self._path.parent} is in use by another sweep") from None
+        except OSError as error:
+            self._close()
+            raise SnpatchError(f"cannot write {self._path}: {error.strerror or error}") from error
+        except SnpatchError:
+            self._close()
+            raise
         return self
 
     def append(self, key: str, record: dict) -> None:
@@ -60,4 +56,23 @@ class Store:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             os.fsync(self._file.fileno())
-            self._file.close()
+            self._close()
+
+    def _read(self) -> int:
+        """Take in what earlier runs wrote; the bytes of whole records."""
+        self._file.seek(0)
+        whole = 0
+        for number, line in enumerate(self._file.readlines(), start=1):
+            if not line.endswith(b"\n"):
+                break  # a record that was being written when the run was killed
+            try:
+                record = json.loads(line)
+                self.records[record.pop("key")] = record
+            except (ValueError, KeyError, AttributeError) as error:
+                raise SnpatchError(f"{self._path}, line {number}: not a record of a sweep: {error}") from error
+            whole += len(line)
+        return whole
+
+    def _close(self) -> None:
+        self._file.close()
+        self._file = None

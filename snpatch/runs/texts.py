@@ -1,27 +1,24 @@
 """Texts of many patches over the same prompts, each written once and judged once.
 
-Why the store is a log of completions: a run that is killed has lost at most the chunk under way, and a record is used
-again only if everything that determines its text is the same (that is its key).
+Why a text is kept under a key of all that made it, by content: a killed run loses at most the texts under way, and what
+is kept stays valid whatever models are called and whatever else is loaded, and no longer.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 from snpatch import __version__
 from snpatch.data import Chat, question
-from snpatch.engine import Completion, Engine
+from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.judge import Judge, score_all
-from snpatch.patching.patch import Patch
+from snpatch.patching.patch import Patch, digest_of
+from snpatch.requests import Completion
 from snpatch.runs.store import Store
 from snpatch.sampling import Sampling
-
-CHUNK = 512  # requests between two writes to the store
-RANKINGS = 32  # different ones in a chunk: an engine in vLLM holds so many at once (max_rankings)
 
 
 def write(
@@ -40,30 +37,24 @@ def write(
     """
     if sampling.n > 1:
         raise SnpatchError("texts: one text of each prompt is written; give a prompt several times for several")
-    asked = {**asdict(sampling), "engine": engine.digest, "snpatch": __version__}
-    work: list[tuple[str, Patch | str, list[int]]] = []
     encoded = engine.encode(prompts)
-    for patch in patches:
-        identity = {**asked, **(patch.identity if isinstance(patch, Patch) else {"recipient": patch})}
-        for index, ids in enumerate(encoded):
-            # Two samples of the same prompt are two texts; two greedy ones are the same.
-            copy = index if sampling.temperature > 0 else None
-            work.append((_digest({**identity, "prompt": ids, "copy": copy}), patch, ids))
+    work = [
+        # Two samples of the same prompt are two texts; two greedy ones are the same.
+        (key_of(engine, ids, patch, sampling, copy=index if sampling.temperature > 0 else None), patch, ids)
+        for patch in patches
+        for index, ids in enumerate(encoded)
+    ]
     with Store(store) as log:
         missing = list({key: item for key, *item in work if key not in log.records}.items())
-        offset = len(work) - len(missing)
-        for chunk in _chunks(missing):
-
-            def report(done: int, _total: int, offset: int = offset) -> None:
-                if progress:
-                    progress(offset + done, len(work))
-
-            completions = engine.generate(
-                [ids for _, (_, ids) in chunk], [patch for _, (patch, _) in chunk], sampling, report
-            )
-            for (key, _), completion in zip(chunk, completions, strict=True):
-                log.append(key, _record(completion))
-            offset += len(chunk)
+        done = len(work) - len(missing)
+        if missing:
+            asked = [ids for _, (_, ids) in missing], [patch for _, (patch, _) in missing]
+            with closing(engine.stream(*asked, sampling)) as completions:
+                for index, completion in completions:
+                    log.append(missing[index][0], _record(completion))
+                    done += 1
+                    if progress:
+                        progress(done, len(work))
     asked_of = [question(prompt) for prompt in prompts]
     records = [
         {"prompt_index": i % len(prompts), "prompt": asked_of[i % len(prompts)], **log.records[key]}
@@ -72,17 +63,19 @@ def write(
     return [records[start : start + len(prompts)] for start in range(0, len(records), len(prompts))]
 
 
-def _chunks(work: list[tuple]) -> Iterator[list[tuple]]:
-    chunk, rankings = [], set()
-    for key, (patch, ids) in work:
-        ranking = None if isinstance(patch, str) else patch.ranking.digest
-        if len(chunk) == CHUNK or len(rankings | {ranking}) > RANKINGS:
-            yield chunk
-            chunk, rankings = [], set()
-        chunk.append((key, (patch, ids)))
-        rankings.add(ranking)
-    if chunk:
-        yield chunk
+def key_of(engine: Engine, ids: list[int], patch: Patch | str, sampling: Sampling, copy: int | None) -> str:
+    """Names a text by the content of everything that makes it."""
+    is_patch = isinstance(patch, Patch)
+    return digest_of(
+        {
+            "snpatch": __version__,
+            "patch": patch.content(engine.digest_of) if is_patch else {"recipient": engine.digest_of(patch)},
+            "sampling": asdict(engine.requests.fitted(ids, sampling)),
+            "ends": sorted(engine.requests.eos_ids),
+            "prompt": ids,
+            "copy": copy,
+        }
+    )
 
 
 def judge_all(records: Sequence[dict], judges: Mapping[str, Judge]) -> None:
@@ -101,7 +94,3 @@ def _record(completion: Completion) -> dict:
         "finish_reason": completion.finish_reason,
         "overwrites": completion.overwrites,
     }
-
-
-def _digest(identity: dict) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

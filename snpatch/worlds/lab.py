@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 
 from snpatch import __version__
+from snpatch.config import choose_backend
 from snpatch.data import Chat, Dataset, load
-from snpatch.engine import Engine, chosen
+from snpatch.engine import Engine
 from snpatch.environment import describe
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
@@ -77,7 +78,7 @@ class Lab:
     def engine(self) -> Engine:
         world = self.world
         adapters = {name: [world.place(f) for f in folders] for name, folders in world.adapters.items()}
-        backend = chosen(self._backend)
+        backend = choose_backend(self._backend)
         own = {**world.engine, **(world.vllm if backend == "vllm" else {})}
         arguments = {"template": world.template, **own, **self._engine_arguments}
         return Engine(world.place(world.model), adapters, backend=backend, **arguments)
@@ -178,7 +179,7 @@ class Lab:
             "settings": settings,
             "model": self.world.model,
             "adapters": {name: list(folders) for name, folders in self.world.adapters.items()},
-            "engine": self.engine.digest if opened else None,
+            "models": {name: self.engine.digest_of(name) for name in self.engine.models} if opened else None,
             "backend": self.engine.backend if opened else None,
             "max_tokens": self.world.max_tokens,
             **self._used,
@@ -189,7 +190,7 @@ class Lab:
     def _key(self, contrast: Contrast, at: str) -> str:
         """Names everything that the ranking hangs on."""
         ids = self.engine.encode(self.prompts(contrast.prompts))
-        models = [self.engine.digest, contrast.generator, contrast.against]
+        models = [self.engine.digest_of(name) for name in (contrast.generator, contrast.against)]
         parts = [__version__, *models, at, ids, self.world.contrast_tokens]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

@@ -4,83 +4,61 @@ Why it is simple rather than fast: it is what the vLLM executor is compared with
 both streams of every request exact, whatever else shares the batch.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
-from snpatch.executors.base import Geometry, Logprobs, Output, Progress, Request, Statistics
-from snpatch.executors.transformers.banks import Tables, patched_positions
+from snpatch.executors.base import Geometry, Logprobs, Output, Request
+from snpatch.executors.receipts import confirm
+from snpatch.executors.transformers.banks import Banks, records_of
 from snpatch.executors.transformers.surgery import make_twin
 from snpatch.executors.transformers.text import Writer, choose
-from snpatch.models.adapters import Scales, identity
-from snpatch.models.checkpoint import check_dtype, check_weights, eos_ids, load_config
+from snpatch.models.checkpoint import check_finite, eos_ids, load_config
+from snpatch.models.model import Model
 from snpatch.models.pretrained import load_pretrained
 from snpatch.op.plan import fill_plan
 
+BATCH_SIZE = 32  # sequences of a batch where none is given
+
 
 class TransformersExecutor:
-    """Loads a causal language model and serves `Executor`.
+    """Loads a causal language model and serves `Executor`. config: dtype, device, batch_size, token_budget, ..."""
 
-    batch_size: most sequences of a batch. token_budget: most padded tokens of a batch, prompt and generated,
-    counting every stream; None: static batches of batch_size in the given order.
-    """
-
-    def __init__(
-        self,
-        model: str | Path,
-        tokenizer,
-        *,
-        dtype: str = "auto",
-        device: str = "auto",
-        batch_size: int = 32,
-        token_budget: int | None = 16384,
-        allow_untested: bool = False,
-    ) -> None:
-        if batch_size < 1 or (token_budget is not None and token_budget < 1):
-            raise SnpatchError(f"batch_size and token_budget must be at least 1, got {batch_size} and {token_budget}")
-        check_dtype(dtype)
-        config = load_config(model, allow_untested)
-        self._device = pick_device(device)
+    def __init__(self, config: EngineConfig, tokenizer) -> None:
+        model, own = config.model, load_config(config.model, config.allow_untested)
+        self._device = pick_device(config.device)
         # SDPA in transformers drops Gemma 2's soft cap on attention logits.
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-        loaded = load_pretrained(AutoModelForCausalLM, model, dtype=dtype, attn_implementation=attention)
+        attention = "eager" if getattr(own, "attn_logit_softcapping", None) else "sdpa"
+        loaded = load_pretrained(AutoModelForCausalLM, model, dtype=config.dtype, attn_implementation=attention)
         self._model = loaded.to(self._device).eval().requires_grad_(False)
-        self.model_digest = check_weights(self._model.named_parameters(), str(model))
-        self.geometry = geometry_of(config, self._model)
-        self._tokenizer = tokenizer
-        self._batch_size, self._token_budget = batch_size, token_budget
-        self.eos_ids = eos_ids(model, config, tokenizer)
-        self._scales = {"base": identity(self.geometry.n_layers, self.geometry.widths)}
+        check_finite(self._model.named_parameters(), model)
+        self.geometry = geometry_of(own, self._model)
+        self.eos_ids = eos_ids(model, own, tokenizer)
+        self._tokenizer, self._token_budget = tokenizer, config.token_budget
+        self._batch_size = BATCH_SIZE if config.batch_size is None else config.batch_size
         self._step = make_twin(self._model)
 
-    def register_adapter(self, name: str, scales: Scales) -> None:
-        """Make `name` a model that requests can name as recipient or donor."""
-        self._scales[name] = scales
+    def check(self, name: str, model: Model) -> None:
+        """Every model whose adapters fit the geometry can be run."""
 
-    def start(self) -> None:
-        """Nothing is left to do: the geometry is read off the loaded model."""
+    def start(self, models: Sequence[Model]) -> None:
+        """Nothing is left to do: the model was loaded for its geometry."""
 
-    @torch.inference_mode()
-    def execute(
-        self, requests: Sequence[Request], groups: int = 0, progress: Progress | None = None
-    ) -> tuple[list[Output], list[Statistics]]:
-        """Run all requests; outputs in their order, and one Statistics for each of `groups` groups."""
-        tables = Tables(requests, self._scales, groups, self.geometry, self._device)
-        self._step.banks = tables.banks
-        outputs: list[Output | None] = [None] * len(requests)
-        done = 0
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+        """(index, output) of each request; those of a batch come together."""
+        if self._step is None:
+            raise SnpatchError("this engine is closed")
+        banks = Banks(requests, self.geometry, self._device)
         for batch in self._batches(requests):
-            for index, output in zip(batch, self._run([requests[i] for i in batch], tables), strict=True):
-                outputs[index] = output
-            done += len(batch)
-            if progress:
-                progress(done, len(requests))
-        self._step.banks = []
-        return outputs, tables.statistics()
+            self._step.banks = banks.layers
+            outputs = self._run([requests[i] for i in batch], banks)
+            self._step.banks = []
+            yield from zip(batch, outputs, strict=True)
+        banks.gather()
 
     def close(self) -> None:
         """Let go of the model."""
@@ -105,10 +83,11 @@ class TransformersExecutor:
                 batches.append([index])
         return batches
 
-    def _run(self, requests: list[Request], tables: Tables) -> list[Output]:
+    @torch.inference_mode()
+    def _run(self, requests: list[Request], banks: Banks) -> list[Output]:
         """One batch from its prompts to its last token."""
         step, device = self._step, self._device
-        table, capture, receipt = tables.for_batch(requests)
+        table, capture, receipt = banks.for_batch(requests)
         step.streams, step.capture, step.receipt = requests[0].streams, capture, receipt
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
         width = int(lengths.max())
@@ -167,8 +146,11 @@ class TransformersExecutor:
             logits = forward(token, position, torch.where(lives, rows, -1)[:, None], 1)[:, -1]
             for request in active:
                 fed[request] += not writers[request].done
-        patched = [patched_positions(request, n) for request, n in zip(requests, fed, strict=True)]
-        return tables.receipts(requests, [writer.finish() for writer in writers], patched, step)
+        outputs = [writer.finish() for writer in writers]
+        records = records_of(requests, fed, capture, receipt)
+        for request, output, record in zip(requests, outputs, records, strict=True):
+            confirm(request, output, [record])
+        return outputs
 
 
 def pick_device(name: str) -> torch.device:

@@ -4,60 +4,68 @@ Why it drives `LLMEngine` step by step: requests of different patches are one ba
 whatever interrupts a run can abort what is left.
 """
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
+from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
-from snpatch.executors.base import Output, Progress, Request, Statistics
-from snpatch.executors.vllm.client import Client, Sent, answers_of, starting
-from snpatch.executors.vllm.settings import refuse
+from snpatch.executors.base import Output, Request
+from snpatch.executors.vllm.answers import Started, answers_of
+from snpatch.executors.vllm.launch import CLOSE_S, DEAD, TwinLaunch, start_engine
+from snpatch.executors.vllm.registry import Held, Registry
+from snpatch.executors.vllm.wire import Sent, Wire
+from snpatch.models.model import Model
+from snpatch.op.plan import UNLESS_END
+from snpatch.ranking.statistics import Statistics
 
-DEAD = "vLLM's engine has ended; its own messages above say why"
-CLOSE_S = 2.0  # how long vLLM has to end by itself
+BACKLOG = 4  # times as many requests are inside vLLM as run at once: it never waits for one, and none waits long
 FETCH = 512  # finished requests whose receipts are fetched at once
+FETCH_S = 0.25  # or so long after the first of them finished
 
 
-class VllmExecutor(Client):
-    """Loads a causal language model into vLLM as a twin and serves `Executor`. Arguments: see Client."""
+class VllmExecutor:
+    """Loads a causal language model into vLLM as a twin and serves `Executor`."""
 
     engine = None  # until it is started, and when it is closed
 
-    def start(self) -> None:
+    def __init__(self, config: EngineConfig, tokenizer) -> None:
+        self.launch = TwinLaunch(config, tokenizer)
+        self.geometry, self.eos_ids = self.launch.geometry, self.launch.eos_ids
+        self.wire = Wire(tokenizer, self.eos_ids, self.geometry)
+        self.registry = Registry(self.launch.settings)
+
+    def check(self, name: str, model: Model) -> None:
+        """An error for keys or values that this engine was started without scaling."""
+        self.launch.check(name, model)
+
+    def start(self, models: Sequence[Model]) -> None:
         """Start vLLM, which takes its time, and check what it made of the model."""
-        self.engine = start_engine(self.engine_args())
+        self.engine = start_engine(self.launch.engine_args(scales_kv=any(m.scales_kv for m in models)))
         self.stale: list[int] = []  # tickets of aborted requests, whose records are to be dropped
+        self.owners: dict[str, _Run] = {}  # vLLM's name of what runs -> who asked for it
         try:
-            self.started(self.command("snpatch_start", self.name))
-        except SnpatchError:
+            self.started = Started.of(self.command("snpatch_start", self.launch.name))
+        except BaseException:
             self.close()
             raise
+        self.backlog = BACKLOG * self.engine.vllm_config.scheduler_config.max_num_seqs
 
-    def execute(
-        self, requests: Sequence[Request], groups: int = 0, progress: Progress | None = None
-    ) -> tuple[list[Output], list[Statistics]]:
-        """Run all requests; outputs in their order, and one Statistics for each of `groups` groups."""
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+        """(index, output) of each request as it finishes, its receipt checked. Requests are taken as there is room."""
         if self.engine is None:
             raise SnpatchError("this engine is closed")
-        held, writes = self.take(requests)
-        written = False
+        for request in requests:
+            self.registry.check(request)
+        run = _Run(self)
         try:
-            if self.stale:
-                self.command("snpatch_fetch", self.stale)
-                self.stale = []
-            for write in writes:
-                self.command("snpatch_write", *write)
-            written = True
-            with self._groups(groups) as taken:
-                run = _Run(self, [(request, self.sent(request, held, taken)) for request in requests], progress)
-                outputs = run.finish()
-                return outputs, self.gathered(self.command("snpatch_statistics", taken)) if taken else []
+            yield from run.outputs(requests)
         finally:
-            held.release(written)
+            run.end()
 
     def command(self, name: str, *arguments) -> list:
-        """Every worker's answer to one of worker.py's commands."""
+        """Every worker's answer to one of worker/commands.py."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -65,108 +73,134 @@ class VllmExecutor(Client):
         except EngineDeadError as error:
             raise SnpatchError(DEAD) from error
 
+    def step(self) -> None:
+        """Wait for vLLM's next results, and hand each to the run that asked for it."""
+        for result in self.engine.step():
+            if result.finished:
+                self.owners.pop(result.request_id).take(result)
+
     def close(self) -> None:
         """Stop vLLM and its processes."""
         engine, self.engine = self.engine, None
         if engine is not None:
             engine.engine_core.shutdown(timeout=CLOSE_S)
 
-    @contextmanager
-    def _groups(self, n: int) -> Iterator[list[int]]:
-        """n of the engine's statistics groups, empty."""
-        if n > len(self.free_groups):
-            raise SnpatchError(f"{n} statistics groups are needed, {len(self.free_groups)} are free: raise max_groups")
-        taken = [self.free_groups.pop() for _ in range(n)]
-        try:
-            if n:
-                self.command("snpatch_clear_statistics", taken)
-            yield taken
-        finally:
-            self.free_groups += taken
-
 
 class _Run:
-    """One `execute`: the requests inside the engine, and their outputs."""
+    """One `stream`: its requests inside the engine, and what it holds there."""
 
-    def __init__(
-        self, executor: VllmExecutor, requests: Sequence[tuple[Request, Sent]], progress: Progress | None
-    ) -> None:
-        self._executor, self._requests, self._progress = executor, requests, progress
-        self._outputs: list[Output | None] = [None] * len(requests)
-        self._running: dict[str, int] = {}  # vLLM's name -> index
-        self._unfetched: list[int] = []  # finished, but for their receipts
+    def __init__(self, executor: VllmExecutor) -> None:
+        self._executor = executor
+        self._running: dict[str, tuple[int, Request, Sent, Held]] = {}  # by vLLM's name
+        self._finished: deque[tuple[int, Request, Sent, Output]] = deque()  # but for their receipts
+        self._groups: dict[int, tuple[Statistics, int]] = {}  # by the identity of the statistics
+        self._waiting: tuple[int, Request] | None = None  # the one that there was no room for
+        self._fetch_at = 0.0
 
-    def finish(self) -> list[Output]:
-        """Add all, and step until every one is done. Whatever interrupts this, nothing of it is left behind."""
+    def outputs(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        engine = self._executor.engine
+        executor, rest = self._executor, enumerate(requests)
+        if executor.stale:
+            executor.command("snpatch_fetch", executor.stale)
+            executor.stale = []
         try:
-            for index, (_, sent) in enumerate(self._requests):
-                self._running[sent.name] = index
-                engine.add_request(sent.name, sent.prompt, sent.params)
-            while self._running:
-                for result in engine.step():
-                    if result.finished:
-                        self._take(result)
-                if len(self._unfetched) >= FETCH:
-                    self._fetch()
-            self._fetch()
-            return self._outputs
+            while self._admit(rest) or self._running or self._waiting or self._finished:
+                if self._is_time_to_fetch() or not (self._running or self._waiting):
+                    yield from self._fetch()
+                else:
+                    executor.step()
+            self._gather()
         except EngineDeadError as error:
             raise SnpatchError(DEAD) from error
-        except BaseException:
+
+    def take(self, result) -> None:
+        """One of this run's requests is finished."""
+        index, request, sent, held = self._running.pop(result.request_id)
+        held.release()
+        if not self._finished:
+            self._fetch_at = time.monotonic() + FETCH_S
+        self._finished.append((index, request, sent, self._executor.wire.output(request, result)))
+
+    def end(self) -> None:
+        """Nothing of it is left behind. Sends only, as the engine may be ending; records are dropped by the next."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        executor = self._executor
+        executor.stale += [sent.ticket for _, _, sent, _ in (*self._running.values(), *self._finished)]
+        for name, (_, _, _, held) in self._running.items():
+            held.release()
+            executor.owners.pop(name, None)
+        for _, group in self._groups.values():
+            executor.registry.give_back_group(group)
+        if self._running and executor.engine is not None:
             with suppress(EngineDeadError):
-                self._abort()
-            raise
+                executor.engine.abort_request(list(self._running))
+        self._running, self._groups = {}, {}
+        self._finished.clear()
 
-    def _take(self, result) -> None:
-        index = self._running.pop(result.request_id)
-        request, sent = self._requests[index]
-        self._outputs[index] = self._executor.output(request, result)
-        if sent.has_record:
-            self._unfetched.append(index)
-        if self._progress:
-            self._progress(len(self._requests) - len(self._running), len(self._requests))
+    def _admit(self, rest: Iterator[tuple[int, Request]]) -> bool:
+        """Hand requests to vLLM while there is room; whether any was."""
+        executor, admitted = self._executor, False
+        while len(self._running) < executor.backlog:
+            index, request = self._waiting or next(rest, (None, None))
+            if request is None:
+                break
+            group = self._group_of(request)
+            held = executor.registry.take(request, group)
+            if held is None:
+                assert executor.owners, "nothing runs, and there is no room for a request that fits"
+                self._waiting = index, request
+                break
+            self._waiting = None
+            try:
+                for write in held.writes:
+                    executor.command("snpatch_write", *write)
+                held.written()
+                sent = executor.wire.sent(request, held)
+                executor.engine.add_request(sent.name, sent.prompt, sent.params)
+            except BaseException:
+                held.release()
+                raise
+            self._running[sent.name] = index, request, sent, held
+            executor.owners[sent.name] = self
+            admitted = True
+        return admitted
 
-    def _fetch(self) -> None:
-        """Receipts and captures of what finished."""
-        if not self._unfetched:
+    def _group_of(self, request: Request) -> int:
+        """The group of the request's statistics as its row has it; emptied when it is first used."""
+        if request.observe is None:
+            return -1
+        into = request.observe.into
+        if id(into) not in self._groups:
+            group = self._executor.registry.take_group()
+            self._groups[id(into)] = into, group
+            self._executor.command("snpatch_clear_statistics", [group])
+        group = self._groups[id(into)][1]
+        return group if request.observe.ends else group + UNLESS_END
+
+    def _is_time_to_fetch(self) -> bool:
+        n = len(self._finished)
+        return n >= FETCH or (n > 0 and time.monotonic() >= self._fetch_at)
+
+    def _fetch(self) -> Iterator[tuple[int, Output]]:
+        """What finished, with its receipts and captures."""
+        executor, finished = self._executor, list(self._finished)
+        asked = [each for each in finished if each[2].has_record]
+        tickets = [sent.ticket for _, _, sent, _ in asked]
+        answers = executor.command("snpatch_fetch", tickets) if tickets else []
+        self._finished.clear()
+        for (_, request, _, output), *shards in zip(asked, *answers, strict=True):
+            executor.wire.confirm(request, output, shards)
+        for index, _, _, output in finished:
+            yield index, output
+
+    def _gather(self) -> None:
+        """Add what was observed to the requests' statistics."""
+        if not self._groups:
             return
-        tickets = [self._requests[index][1].ticket for index in self._unfetched]
-        answers = self._executor.command("snpatch_fetch", tickets)
-        finished, self._unfetched = self._unfetched, []
-        for index, *shards in zip(finished, *answers, strict=True):
-            self._executor.confirm(self._requests[index][0], self._outputs[index], shards)
-
-    def _abort(self) -> None:
-        """Abort what runs. Sends only, as the engine may be ending, too; the records are dropped by the next run."""
-        left = [*self._running.values(), *self._unfetched]
-        self._executor.stale += [self._requests[index][1].ticket for index in left]
-        if self._running:
-            self._executor.engine.abort_request(list(self._running))
-
-
-def start_engine(engine_args, check: Callable[[object], None] = refuse):
-    """A started LLMEngine of these arguments; check: of vLLM's config, before it starts."""
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    with starting(engine_args, check) as config:
-        engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
-    threading.Thread(target=_tell_of_death, args=(engine.engine_core,), daemon=True).start()
-    return engine
-
-
-def _tell_of_death(core) -> None:
-    """Wake up whoever waits for an engine process that ended without a word; vLLM's client would wait for ever."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    resources = getattr(core, "resources", None)  # an engine of this process has none
-    if resources is None:
-        return
-    while not resources.engine_dead:
-        time.sleep(0.2)
-    core.outputs_queue.put_nowait(EngineDeadError())
-    for future in list(core.utility_results.values()):
-        if not future.done():
-            future.set_exception(EngineDeadError())
+        statistics, groups = zip(*self._groups.values(), strict=True)
+        answers = self._executor.command("snpatch_statistics", list(groups))
+        found = self._executor.wire.gathered(self._executor.started.shards, answers)
+        for one, own in zip(statistics, found, strict=True):
+            one.add(own.sums, own.count)

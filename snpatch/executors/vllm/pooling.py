@@ -14,8 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import versions
-from snpatch.executors.vllm.client import engine_arguments
-from snpatch.executors.vllm.executor import CLOSE_S, DEAD, start_engine
+from snpatch.executors.vllm.launch import CLOSE_S, DEAD, engine_arguments, start_engine
 from snpatch.executors.vllm.worker import plugin
 from snpatch.judges.beavertails import is_beavertails, local_folder, read_score_checkpoint
 from snpatch.judges.score_text import Row

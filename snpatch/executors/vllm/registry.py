@@ -1,4 +1,4 @@
-"""Ids for adapters, rankings and constants: what is sent to the workers once so that requests carry integers only.
+"""Rows for adapters, rankings, constants and statistics: what the workers are sent once, so that requests are integers.
 
 A bank has as many rows as the engine was started with. A row whose content no unfinished request uses is given away,
 the one that was unused for longest first. Handles are never used twice, so a stale one is an error in the worker and
@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from snpatch.errors import SnpatchError
+from snpatch.executors.base import Request
+from snpatch.executors.rows import Places, named_by
+from snpatch.executors.vllm.packing import pack
+from snpatch.executors.vllm.settings import TwinSettings
 
 Write = tuple[str, int, int, dict[str, Tensor]]  # kind, handle, row, tensors: the arguments of the worker's command
 
@@ -28,19 +32,25 @@ class Bank:
     _users: Counter = field(default_factory=Counter)
     _next: int = 1
 
+    def check(self, n: int) -> None:
+        """An error for more at once than there are rows: waiting would not help."""
+        if n > self.size:
+            raise SnpatchError(
+                f"a request needs {n} {self.kind}s at once, and there is room for {self.size}: start the engine with "
+                f"a larger {self.limit}"
+            )
+
+    def has_room(self, wanted: Mapping[str, dict[str, Tensor]]) -> bool:
+        """Whether all that is wanted has a row or can get one now."""
+        fresh = sum(key not in self._entries for key in wanted)
+        return fresh <= self.size - len(self._entries) + len(self._spare(wanted))
+
     def take(self, wanted: Mapping[str, dict[str, Tensor]]) -> tuple[dict[str, int], dict[str, Write]]:
         """Key -> handle of everything wanted, and key -> write for what has to be written before it is used.
 
-        Until `give_back` their rows are not given away. More than the bank has room for is an error that takes
-        nothing.
+        Until `give_back` their rows are not given away. To be called where there is room.
         """
-        fresh = [key for key in wanted if key not in self._entries]
-        spare = [key for key in self._entries if key not in self._users and key not in wanted]
-        if len(fresh) > self.size - len(self._entries) + len(spare):
-            raise SnpatchError(
-                f"more than {self.size} {self.kind}s are in use at once: start the engine with a larger {self.limit}, "
-                "or run fewer of them in one call"
-            )
+        spare = self._spare(wanted)
         self._users.update(wanted.keys())
         writes = {}
         for key, tensors in wanted.items():
@@ -62,6 +72,94 @@ class Bank:
         for key in keys:
             self._entries.pop(key, None)
 
+    @property
+    def in_use(self) -> int:
+        """How many of its rows unfinished requests use."""
+        return len(self._users)
+
+    def _spare(self, wanted: Mapping) -> list[str]:
+        return [key for key in self._entries if key not in self._users and key not in wanted]
+
     def _free_row(self) -> int:
         used = {row for _, row in self._entries.values()}
         return next(row for row in range(self.first, self.first + self.size) if row not in used)
+
+
+@dataclass(eq=False)
+class Held:
+    """What an unfinished request keeps. writes: arguments of each snpatch_write that the workers need before it."""
+
+    places: Places
+    writes: list[tuple]
+    _banks: list[tuple[Bank, list[str], list[str]]]  # bank, keys, those of them that have to be written
+    _is_written: bool = False
+
+    def written(self) -> None:
+        """The workers have it all."""
+        self._is_written = True
+
+    def release(self) -> None:
+        """The request is over; what never reached the workers is forgotten."""
+        for bank, keys, fresh in self._banks:
+            bank.give_back(keys)
+            if not self._is_written:
+                bank.forget(fresh)
+        self._banks = []
+
+
+class Registry:
+    """All rows of one engine."""
+
+    def __init__(self, settings: TwinSettings) -> None:
+        self._settings = settings
+        self._banks = {
+            "models": Bank("adapter", 1, settings.max_adapters - 1, "max_adapters"),
+            "rankings": Bank("ranking", 0, settings.max_rankings, "max_rankings"),
+            "constants": Bank("constant", 1, settings.max_constants, "max_constants"),
+        }
+        self._free_groups = list(range(settings.max_groups))
+
+    def check(self, request: Request) -> None:
+        """An error for what this engine has no room for, however long a request waits."""
+        if self._settings.streams == 1 and request.streams == 2:
+            raise SnpatchError("this engine runs one stream: a donor model needs streams=2")
+        if request.capture and request.capture.k > self._settings.max_captured:
+            raise SnpatchError(
+                f"a capture of {request.capture.k} neurons: start the engine with a larger max_captured "
+                f"({self._settings.max_captured})"
+            )
+        named = named_by(request)
+        for name, bank in self._banks.items():
+            bank.check(len(getattr(named, name)))
+
+    def take(self, request: Request, group: int = -1) -> Held | None:
+        """Hold what a request names; None while unfinished requests hold too much. group: of its statistics."""
+        named = named_by(request)
+        wanted = {
+            "models": {key: model.scales.scale for key, model in named.models.items()},
+            "rankings": {key: {"rank": ranking.rank} for key, ranking in named.rankings.items()},
+            "constants": {key: {"values": values} for key, values in named.constants.items()},
+        }
+        if not all([bank.has_room(wanted[name]) for name, bank in self._banks.items()]):
+            return None
+        held, writes, handles = [], [], {}
+        for name, bank in self._banks.items():
+            handles[name], fresh = bank.take(wanted[name])
+            held.append((bank, list(wanted[name]), list(fresh)))
+            writes += [(*place, {n: pack(t) for n, t in tensors.items()}) for *place, tensors in fresh.values()]
+        return Held(Places(**handles, group=group), writes, held)
+
+    def take_group(self) -> int:
+        """A statistics group, to be emptied before it is used."""
+        if not self._free_groups:
+            raise SnpatchError("all statistics groups are in use: start the engine with a larger max_groups")
+        return self._free_groups.pop()
+
+    def give_back_group(self, group: int) -> None:
+        self._free_groups.append(group)
+
+    @property
+    def in_use(self) -> dict[str, int]:
+        """Rows that unfinished requests use, and groups of statistics, by kind."""
+        rows = {bank.kind: bank.in_use for bank in self._banks.values()}
+        return {**rows, "group": self._settings.max_groups - len(self._free_groups)}

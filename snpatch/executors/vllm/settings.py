@@ -4,45 +4,30 @@ The settings travel inside vLLM's own config (`additional_config`), so that ever
 compile cache tells them apart.
 """
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 
+from snpatch.config import TwinSizes
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantised
 
-KEY = "snpatch"
+KEY = "snpatch"  # of additional_config, and of each request's extra_args: [ticket, *row]
 
 
 @dataclass(frozen=True)
-class TwinSettings:
-    """Sizes are fixed when the engine starts; an error at one of them says which to raise.
+class TwinSettings(TwinSizes):
+    """The sizes, and what else every process has to know.
 
-    streams: 2, or 1 for an engine without donors at half the cost (plain generation, constants, captures).
-    max_adapters, max_rankings, max_constants: how many can be in use at once, the base model among the adapters.
-    max_groups: statistics of that many contrasts at once. max_captures x max_captured: positions and neurons of
-    each position that can be held until they are fetched. max_receipts: requests whose receipts can be.
-    ends: tokens that end a text; their positions do not count where a request says so.
-    scales_kv: whether adapters may scale k_proj and v_proj; None: if one of those that the engine starts with does.
-    allow_untested: try quantisations that no test covers.
+    ends: tokens that end a text; their positions do not count where a request says so. allow_untested: try
+    quantisations that no test covers.
     """
 
-    streams: int = 2
-    max_adapters: int = 8
-    max_rankings: int = 64
-    max_constants: int = 8
-    max_groups: int = 4
-    max_captures: int = 4096
-    max_captured: int = 2048
-    max_receipts: int = 16384
     ends: tuple[int, ...] = ()
-    scales_kv: bool | None = None
     allow_untested: bool = False
 
-    def __post_init__(self) -> None:
-        if self.streams not in (1, 2):
-            raise SnpatchError(f"streams must be 1 or 2, got {self.streams}")
-        for field in fields(self):
-            if field.name.startswith("max_") and getattr(self, field.name) < 1:
-                raise SnpatchError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+    @classmethod
+    def made(cls, sizes: TwinSizes, ends: Iterable[int], allow_untested: bool) -> "TwinSettings":
+        return cls(**asdict(sizes), ends=tuple(sorted(ends)), allow_untested=allow_untested)
 
     def as_config(self) -> dict:
         """For vLLM's `additional_config`."""

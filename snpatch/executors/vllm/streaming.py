@@ -1,27 +1,53 @@
-"""The streaming executor: one request at a time from many callers, over vLLM's AsyncLLM. What a server builds on."""
+"""The streaming executor: one request at a time from many callers, over vLLM's AsyncLLM. What a server builds on.
+
+Why admission is a queue of its own: a request that finds no row waits, first come first served, and what it names has
+reached the workers before it does.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
 
+from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Output, Request
-from snpatch.executors.vllm.client import Client, answers_of, starting
+from snpatch.executors.vllm.answers import Started, answers_of
+from snpatch.executors.vllm.launch import DEAD, TwinLaunch, starting
+from snpatch.executors.vllm.registry import Held, Registry
+from snpatch.executors.vllm.wire import Wire
+from snpatch.models.model import Model
+
+LOOK_S = 0.2  # between two looks at whether vLLM's engine lives
 
 
-class StreamingExecutor(Client):
-    """Loads a causal language model into vLLM as a twin. Arguments: see Client. To be started before it is used."""
+class StreamingExecutor:
+    """Loads a causal language model into vLLM as a twin. To be started before it is used."""
 
-    async def start(self) -> None:
+    engine = None  # until it is started, and when it is closed
+
+    def __init__(self, config: EngineConfig, tokenizer) -> None:
+        self.launch = TwinLaunch(config, tokenizer)
+        self.geometry, self.eos_ids = self.launch.geometry, self.launch.eos_ids
+        self.wire = Wire(tokenizer, self.eos_ids, self.geometry)
+        self.registry = Registry(self.launch.settings)
+
+    def check(self, name: str, model: Model) -> None:
+        """An error for keys or values that this engine was started without scaling."""
+        self.launch.check(name, model)
+
+    async def start(self, models: Sequence[Model]) -> None:
         """Start vLLM, which takes its time, and check what it made of the model."""
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        with starting(self.engine_args()) as config:
+        with starting(self.launch.engine_args(scales_kv=any(m.scales_kv for m in models))) as config:
             self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-        self._registering = asyncio.Lock()
+        self._admission, self._freed = asyncio.Lock(), asyncio.Event()
+        self._unfetched: dict[int, asyncio.Future] = {}  # ticket -> its records
+        self._tasks: set[asyncio.Task] = set()  # that nobody waits for
+        self._death = asyncio.create_task(self._watch())
         try:
-            self.started(await self.command("snpatch_start", self.name))
-        except SnpatchError:
+            self.started = Started.of(await self.command("snpatch_start", self.launch.name))
+        except BaseException:
             self.close()
             raise
 
@@ -30,38 +56,114 @@ class StreamingExecutor(Client):
 
         A caller who stops listening aborts the request. Statistics need `VllmExecutor`.
         """
+        if self.engine is None:
+            raise SnpatchError("this engine is closed")
         if request.observe:
             raise SnpatchError("statistics cannot be streamed")
-        held, is_written, is_fetched = None, False, True
+        self.registry.check(request)
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        held = await self._admit(request)
+        sent, is_fetched = None, True
         try:
-            async with self._registering:  # what a request names arrives before it does
-                held, writes = self.take([request])
-                for write in writes:
-                    await self.command("snpatch_write", *write)
-                is_written = True
-            sent = self.sent(request, held, streaming=True)
+            sent = self.wire.sent(request, held, streaming=True)
             is_fetched = not sent.has_record
             # Closed here and now, so that a request nobody listens to is aborted before its record goes.
             async with aclosing(self.engine.generate(sent.prompt, sent.params, sent.name)) as results:
                 async for result in results:
-                    output = self.output(request, result)
+                    output = self.wire.output(request, result)
                     if result.finished and not is_fetched:
-                        shards = [answer[0] for answer in await self.command("snpatch_fetch", [sent.ticket])]
+                        shards = await self._records(sent.ticket)
                         is_fetched = True
-                        self.confirm(request, output, shards)
+                        self.wire.confirm(request, output, shards)
                     yield output
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise SnpatchError(DEAD) from error
         finally:
-            try:
-                if not is_fetched:
-                    await self.command("snpatch_fetch", [sent.ticket])
-            finally:
-                if held is not None:
-                    held.release(is_written)
+            held.release()
+            self._freed.set()
+            if not is_fetched:  # in a task of its own: a caller that is cancelled may not wait
+                self._in_background(self._drop(sent.ticket))
 
     async def command(self, name: str, *arguments) -> list:
-        """Every worker's answer to one of worker.py's commands."""
-        return answers_of(await self.engine.collective_rpc(name, args=arguments))
+        """Every worker's answer to one of worker/commands.py."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return answers_of(await self._or_death(self.engine.collective_rpc(name, args=arguments)))
+        except EngineDeadError as error:
+            raise SnpatchError(DEAD) from error
 
     def close(self) -> None:
         """Stop vLLM and its processes."""
-        self.engine.shutdown()
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            self._death.cancel()
+            engine.shutdown()
+
+    async def _admit(self, request: Request) -> Held:
+        """Wait for rows for what a request names, and write what is not there. Callers are served in their order."""
+        async with self._admission:
+            while (held := self.registry.take(request)) is None:
+                self._freed.clear()
+                await self._or_death(self._freed.wait())
+            try:
+                # Shielded: a write that was sent arrives, whether its caller is still there or not.
+                await asyncio.shield(self._write(held))
+            except BaseException:
+                held.release()
+                raise
+            return held
+
+    async def _write(self, held: Held) -> None:
+        for write in held.writes:
+            await self.command("snpatch_write", *write)
+        held.written()
+
+    async def _records(self, ticket: int) -> list[list[dict]]:
+        """Each worker's records of a ticket. What finishes while others are fetched is fetched together."""
+        self._unfetched[ticket] = found = asyncio.get_running_loop().create_future()
+        if len(self._unfetched) == 1:
+            self._in_background(self._fetch())
+        return await found
+
+    async def _fetch(self) -> None:
+        await asyncio.sleep(0)  # all that finished in the same step are in it
+        asked, self._unfetched = self._unfetched, {}
+        try:
+            answers = await self.command("snpatch_fetch", list(asked))
+        except SnpatchError as error:
+            for found in asked.values():
+                if not found.done():
+                    found.set_exception(error)
+            return
+        for found, *shards in zip(asked.values(), *answers, strict=True):
+            if not found.done():
+                found.set_result(shards)
+
+    async def _drop(self, ticket: int) -> None:
+        """Free the places of an aborted request; with the engine they are gone anyway."""
+        if self.engine is not None and not self._death.done():
+            await self.command("snpatch_fetch", [ticket])
+
+    def _in_background(self, work) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self) -> None:
+        """Ends when vLLM's engine does: vLLM itself would let whoever waits for an answer wait for ever."""
+        while self.engine is not None and not self.engine.errored:
+            await asyncio.sleep(LOOK_S)
+
+    async def _or_death(self, awaited: Awaitable):
+        """What is awaited, unless the engine ends before."""
+        task = asyncio.ensure_future(awaited)
+        try:
+            await asyncio.wait({task, self._death}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+        if task.done() and not task.cancelled():
+            return task.result()
+        raise SnpatchError(DEAD)

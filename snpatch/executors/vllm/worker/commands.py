@@ -7,28 +7,16 @@ exception in a worker ends the engine.
 import functools
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantised
+from snpatch.executors.vllm.packing import Packed, pack, unpack
 from snpatch.models.checkpoint import check_weights
 
-Packed = list  # [dtype's name, shape, bytes]
 # Where the backends' builders of attention metadata keep their head counts.
 QUERY_HEADS = ("num_heads_q", "num_qo_heads", "num_heads")
 KV_HEADS = ("num_heads_kv", "num_kv_heads")
-
-
-def pack(tensor: Tensor) -> Packed:
-    array = tensor.contiguous().numpy()
-    return [array.dtype.name, list(array.shape), array.tobytes()]
-
-
-def unpack(packed: Packed) -> Tensor:
-    name, shape, data = packed
-    return torch.from_numpy(np.frombuffer(data, dtype=name).reshape(shape).copy())
 
 
 def _command(method: Callable) -> Callable:

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from snpatch.errors import SnpatchError
+from snpatch.executors.vllm.settings import KEY
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.op.plan import UNLESS_END, Column, Entry, fill_plan
 
-KEY = "snpatch"  # in SamplingParams.extra_args: [ticket, *request row]
 UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
 KINDS = {Entry.RECIPIENT: "adapter", Entry.DONOR: "adapter", Entry.RANKING: "ranking", Entry.ROW: "constant"}
 PROGRESS = [Entry.PATCH_START, Entry.PATCH_STOP, Entry.SEEN]

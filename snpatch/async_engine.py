@@ -1,0 +1,116 @@
+"""AsyncEngine: one engine for many callers at once; texts arrive while they are written. What a server builds on."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from snpatch.config import EngineConfig, Folders
+from snpatch.errors import SnpatchError
+from snpatch.executors.base import Output, Request
+from snpatch.models.opening import Opened
+from snpatch.patching.patch import Patch
+from snpatch.requests import Completion, Prompt, Requests
+from snpatch.sampling import GREEDY, Sampling
+
+BROKEN = "\ufffd"  # what stands for a character whose last bytes are not written yet
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a text grew by: token_ids, and text of whole characters that no stop string will take back.
+
+    completion: the finished text, its receipt checked, in the last delta; None in all others.
+    """
+
+    token_ids: list[int]
+    text: str
+    completion: Completion | None = None
+
+
+class AsyncEngine:
+    """A model and its adapters in vLLM, for many callers of one event loop. Arguments: Engine's.
+
+        async with AsyncEngine(model, adapters) as engine:
+            async for delta in engine.generate("Hello", Patch("sft", "dpo", safety, 20_000)):
+                print(delta.text, end="")
+
+    A caller that stops listening, or is cancelled, ends its own request and nothing else. Where vLLM has no room for
+    what a request names, it waits, first come first served. The end of vLLM is a SnpatchError for whoever waits.
+    """
+
+    def __init__(self, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> None:
+        self._open(EngineConfig.of(model, adapters, **arguments))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> "AsyncEngine":
+        """The engine that a config describes."""
+        engine = cls.__new__(cls)
+        engine._open(config)
+        return engine
+
+    def _open(self, config: EngineConfig) -> None:
+        if config.chosen_backend != "vllm":
+            raise SnpatchError("AsyncEngine runs in vLLM: install snpatch[cpu] or snpatch[cuda], or use Engine")
+        from snpatch.executors.vllm.streaming import StreamingExecutor
+
+        self.config, self._opened = config, Opened(config)
+        self.tokenizer = self._opened.tokenizer
+        self.executor = StreamingExecutor(config, self.tokenizer)
+        self.geometry = self.executor.geometry
+        self._opened.add(config.adapters, self.geometry, self.executor.check)
+        self.requests = Requests(
+            self.tokenizer, self._opened.template, self.geometry, self.executor.eos_ids, self._opened.models
+        )
+
+    async def start(self) -> None:
+        """Start vLLM, which takes its time; `async with` does it."""
+        await self.executor.start(list(self._opened.models.values()))
+
+    def close(self) -> None:
+        """Stop vLLM; open requests end with a SnpatchError."""
+        self.executor.close()
+
+    async def __aenter__(self) -> "AsyncEngine":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names that can be recipients and donors."""
+        return tuple(self._opened.models)
+
+    def digest_of(self, model: str) -> str:
+        """See Engine.digest_of."""
+        return self._opened.digest_of(self.requests.model(model))
+
+    def add_adapter(self, name: str, folders: Folders) -> None:
+        """Make the model with these adapters available as `name`."""
+        self._opened.add({name: folders}, self.geometry, self.executor.check)
+
+    def generate(
+        self, prompt: Prompt, patch: Patch | str = "base", sampling: Sampling = GREEDY
+    ) -> AsyncIterator[Delta]:
+        """A completion of one prompt as it is written, patched; bad input is an error before anything runs."""
+        if sampling.n > 1:
+            raise SnpatchError("AsyncEngine.generate: one text a call; call it several times for several")
+        ((_, request),) = self.requests.writing(self.requests.encode([prompt]), patch, sampling)
+        return self._deltas(request)
+
+    async def _deltas(self, request: Request) -> AsyncIterator[Delta]:
+        held_back = max((len(stop) for stop in request.sampling.stop), default=1) - 1
+        told = Output()
+        async with aclosing(self.executor.stream(request)) as outputs:
+            async for output in outputs:
+                text = output.text
+                if output.finish_reason is None:
+                    text = text[: len(text) - held_back].rstrip(BROKEN)
+                new = text[len(told.text) :]
+                tokens = output.token_ids[len(told.token_ids) :]
+                told = Output(output.token_ids, told.text + new)
+                completion = Completion.of(request, output) if output.finish_reason is not None else None
+                if tokens or completion:
+                    yield Delta(tokens, new, completion)

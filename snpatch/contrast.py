@@ -1,0 +1,147 @@
+"""Contrast: both models of a pair read the same texts, and neurons are ranked by how much they differ (Eq. 3).
+
+Why the positions that hold a completion's tokens are counted while it is written, but the finished texts are read once
+more for those that emit them: which of these emitted an EOS is known only afterwards.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+
+from snpatch import __version__
+from snpatch.errors import ReceiptError, SnpatchError
+from snpatch.executors.base import Observation, Progress
+from snpatch.ranking.methods import METHODS
+from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.statistics import Statistics
+from snpatch.requests import Prompt
+from snpatch.sampling import Sampling
+
+if TYPE_CHECKING:
+    from snpatch.engine import Engine
+
+POSITIONS = ("emitted", "emitting", "prompt", "prompt_last")
+SAMPLING = Sampling(max_tokens=256)  # paper, Eq. 3's completions
+EXCLUDED = (-1,)  # layers that are not ranked; the last one's difference is the answer itself
+
+
+def contrast(
+    engine: "Engine",
+    prompts: Sequence[Prompt],
+    generator: str,
+    against: str,
+    *,
+    at: str = "emitted",
+    completions: Sequence[str | Sequence[int]] | None = None,
+    sampling: Sampling = SAMPLING,
+    exclude_layers: Sequence[int] = EXCLUDED,
+    method: str = "rms",
+    progress: Progress | None = None,
+) -> Ranking:
+    """See Engine.contrast."""
+    if at not in POSITIONS:
+        raise SnpatchError(f"at must be one of {', '.join(POSITIONS)}, got {at!r}")
+    if method not in METHODS:
+        raise SnpatchError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if sampling.n > 1:
+        raise SnpatchError("contrast: one completion a prompt; give a prompt several times for several")
+    if sampling.ignore_eos:
+        raise SnpatchError("contrast: EOS never counts, so sampling cannot ignore it")
+    ids, pair = engine.encode(prompts), (generator, against)
+    models = {name: engine.digest_of(name) for name in pair}
+    if at == "emitted" and completions is None and not sampling.stop:
+        statistics, expected = _observe_writing(engine, ids, pair, sampling, progress)
+    else:
+        written: Sequence[list[int]] = [[] for _ in ids]
+        if at.startswith("emit"):
+            written = _completions(engine, ids, generator, completions, sampling, progress)
+        statistics, expected = _observe_reading(engine, ids, written, pair, at, progress)
+    if (statistics.count != expected).any():
+        raise ReceiptError(
+            f"contrast: {expected} tokens should have counted in each layer, got {statistics.count.tolist()}"
+        )
+    meta = {
+        "model": engine.weights.name,
+        "weights": engine.weights.digest,
+        "revision": engine.weights.revision,
+        "models": models,
+        "generator": generator,
+        "against": against,
+        "at": at,
+        "method": method,
+        "tokens": expected,
+        "prompts": len(ids),
+        "prompts_digest": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
+        "versions": {"snpatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    return Ranking.from_scores(METHODS[method](statistics), exclude_layers, statistics.moments(), meta)
+
+
+def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics, int]:
+    """Statistics over the positions that hold the first model's completions, gathered while it writes them.
+
+    The position of the last token is run for one more token, which is dropped, unless an EOS ended the text.
+    """
+    statistics, most, requests = _empty(engine), [], []
+    for prompt in ids:
+        own = engine.requests.fitted(prompt, sampling)
+        observe = Observation(statistics, len(prompt), len(prompt) + own.max_tokens, ends=False)
+        longer = replace(own, max_tokens=own.max_tokens + 1)
+        requests.append(engine.requests.observing(prompt, pair, observe, sampling=longer))
+        most.append(own.max_tokens)
+    outputs = engine.execute(requests, progress)
+    kept = [len(o.token_ids) - (o.finish_reason == "eos") for o in outputs]
+    return statistics, _some(sum(map(min, kept, most)))
+
+
+def _observe_reading(engine, ids, written, pair, at, progress) -> tuple[Statistics, int]:
+    """Statistics over the positions that `at` names of finished texts."""
+    statistics, requests = _empty(engine), []
+    for prompt, completion in zip(ids, written, strict=True):
+        start, stop = _observed(at, len(prompt), len(completion))
+        text = [*prompt, *completion][:stop]
+        engine.requests.check_room(text, room=0)
+        if stop > start:
+            requests.append(engine.requests.observing(text, pair, Observation(statistics, start, stop)))
+    expected = _some(sum(r.observe.stop - r.observe.start for r in requests))
+    engine.execute(requests, progress)
+    return statistics, expected
+
+
+def _completions(engine, ids, generator, completions, sampling, progress) -> list[list[int]]:
+    """Token ids of each completion, without an ending EOS."""
+    if completions is None:
+        written = engine.generate(ids, generator, sampling, progress)
+        return [c.token_ids[:-1] if c.finish_reason == "eos" else c.token_ids for c in written]
+    given, ends = engine.requests.completions(completions, len(ids)), engine.requests.eos_ids
+    for index, written in enumerate(given):
+        while written and written[-1] in ends:
+            written.pop()
+        if not ends.isdisjoint(written):
+            raise SnpatchError(f"completion {index} goes on after an EOS")
+    return given
+
+
+def _empty(engine) -> Statistics:
+    return Statistics.zeros(engine.geometry.n_layers, engine.geometry.n_neurons)
+
+
+def _some(positions: int) -> int:
+    if not positions:
+        raise SnpatchError("contrast: there is no position to observe: every completion is empty")
+    return positions
+
+
+def _observed(at: str, prompt: int, completion: int) -> tuple[int, int]:
+    """The half-open range of positions that count."""
+    return {
+        "emitted": (prompt, prompt + completion),
+        "emitting": (prompt - 1, prompt + completion - 1),
+        "prompt": (0, prompt),
+        "prompt_last": (prompt - 1, prompt),
+    }[at]

@@ -1,0 +1,69 @@
+"""Receipts: whether the device did what a request implies. One rule for every executor.
+
+Why a receipt and not a check of the text: a patch that was applied to fewer neurons or positions gives another
+text that looks as good.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snpatch.errors import ReceiptError
+from snpatch.executors.base import Output, Request
+from snpatch.executors.rows import patched_positions, window_width
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What one worker tells of a request.
+
+    seen: one past the last position that was run. planned: positions that its patch covered, each run counted;
+    skipped: those of them that were not run as the prefix cache had them, overwritten when they were put there.
+    done: overwrites that the device counted. captured: [positions, K] float32, NaN where another worker has the neuron.
+    """
+
+    seen: int
+    planned: int
+    skipped: int
+    done: int
+    captured: Tensor | None = None
+
+
+def confirm(request: Request, output: Output, shards: Sequence[Record]) -> None:
+    """Complete an output with its receipt and captures; one that differs from the patch is a ReceiptError.
+
+    shards: a record from each worker, which holds its part of the neurons. Positions that were run twice count once.
+    """
+    fed = len(request.prompt_ids) + max(len(output.token_ids) - 1, 0)
+    output.overwrites = _overwrites(request, shards, fed)
+    if request.capture:
+        output.captured = _captured(request, [shard.captured for shard in shards])
+
+
+def _overwrites(request: Request, shards: Sequence[Record], fed: int) -> int:
+    width, first = window_width(request), shards[0]
+    done = sum(shard.done for shard in shards)
+    if done != first.planned * width:
+        raise ReceiptError(
+            f"a patch was not applied in full: {first.planned * width} overwrites were planned, the device did {done}"
+        )
+    wanted = patched_positions(request, fed) - first.skipped
+    if first.seen < fed or (width and first.planned < wanted):
+        raise ReceiptError(
+            f"a patch was not applied in full: {fed} positions were to be run, {first.seen} were, and {first.planned} "
+            f"of them patched instead of {wanted}"
+        )
+    return wanted * width
+
+
+def _captured(request: Request, parts: Sequence[Tensor]) -> Tensor:
+    """[positions, k] float32: each neuron comes from the one worker that holds it."""
+    capture = request.capture
+    whole, *others = (part[:, : capture.k] for part in parts)
+    for part in others:
+        whole = torch.where(whole.isnan(), part, whole)
+    if whole.shape != (capture.stop - capture.start, capture.k) or whole.isnan().any():
+        raise ReceiptError("a capture is incomplete: some of its neurons were not written")
+    return whole

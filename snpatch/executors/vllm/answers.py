@@ -1,0 +1,25 @@
+"""What vLLM's workers answer to the commands of worker/commands.py."""
+
+from dataclasses import dataclass
+
+from snpatch.errors import SnpatchError
+
+
+def answers_of(answers: list[dict]) -> list:
+    """What each worker returned; an error of one of them is raised."""
+    for answer in answers:
+        if "error" in answer:
+            raise SnpatchError(answer["error"])
+    return [answer["ok"] for answer in answers]
+
+
+@dataclass(frozen=True)
+class Started:
+    """What the workers told when they had started. shards: (first neuron, neurons) of each; runner: "v1" or "v2"."""
+
+    shards: tuple[tuple[int, int], ...]
+    runner: str
+
+    @classmethod
+    def of(cls, answers: list[dict]) -> "Started":
+        return cls(tuple((a["first_neuron"], a["n_neurons"]) for a in answers), answers[0]["runner"])

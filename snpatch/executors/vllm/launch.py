@@ -1,0 +1,189 @@
+"""Where vLLM starts: its engine arguments, ours and the user's, checked; the environment that it starts in; its death.
+
+For twins and for score models alike. What can be checked is checked before vLLM starts, which takes its time.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import entry_points
+
+import torch
+
+from snpatch.config import EngineConfig
+from snpatch.errors import SnpatchError
+from snpatch.executors.base import Geometry
+from snpatch.executors.vllm import processes, versions
+from snpatch.executors.vllm.settings import KEY, TwinSettings, refuse
+from snpatch.executors.vllm.worker import plugin
+from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, eos_ids, load_config
+from snpatch.models.model import Model
+
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what the user did
+DEAD = "vLLM's engine has ended; its own messages above say why"
+CLOSE_S = 2.0  # how long vLLM has to end by itself
+
+
+class TwinLaunch:
+    """What a twin of a config is started with. geometry and eos_ids are known before it is."""
+
+    def __init__(self, config: EngineConfig, tokenizer) -> None:
+        versions.check()
+        arguments, model, self.name = dict(config.vllm), config.model, config.model
+        own = load_config(model, config.allow_untested)
+        if config.batch_size is not None:
+            if "max_num_seqs" in arguments:
+                raise SnpatchError("backend vllm: batch_size is max_num_seqs; give one of them")
+            arguments["max_num_seqs"] = config.batch_size
+        if arguments.get("load_format") != "dummy":
+            check_has_weights(model)
+        self.eos_ids = eos_ids(model, own, tokenizer)
+        self.geometry = geometry_of(own, arguments.get("max_model_len"))
+        self.settings = TwinSettings.made(config.twin, self.eos_ids, config.allow_untested)
+        if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
+            raise SnpatchError(f"scales_kv: a {own.model_type} model has no k_proj and v_proj of their own")
+        self._arguments = twin_arguments(model, own, config.dtype, arguments)
+
+    def check(self, name: str, model: Model) -> None:
+        """An error for keys or values that the engine is started without scaling."""
+        if self.settings.scales_kv is False and model.scales_kv:
+            raise SnpatchError(
+                f"adapter {name}: it scales k_proj or v_proj, and this engine was started without; "
+                "start it with scales_kv=True"
+            )
+
+    def engine_args(self, scales_kv: bool):
+        """vLLM's engine arguments; from now on the settings are fixed. scales_kv: where the settings do not say."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        if self.settings.scales_kv is None:
+            self.settings = replace(self.settings, scales_kv=scales_kv)
+        # vLLM wants room for a token after every prompt; a text that fills the context is read all the same.
+        own = {"max_model_len": self.geometry.context + 1}
+        own["additional_config"] = {**self._arguments.get("additional_config", {}), **self.settings.as_config()}
+        return AsyncEngineArgs(**{**self._arguments, **own})
+
+
+def geometry_of(config, max_model_len: int | None) -> Geometry:
+    widths = {"down_proj": config.intermediate_size}
+    if config.model_type != "phi3":  # whose queries, keys and values are one projection
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        widths |= dict.fromkeys(("k_proj", "v_proj"), config.num_key_value_heads * head)
+    context = config.max_position_embeddings if max_model_len is None else max_model_len
+    if not 1 <= context <= config.max_position_embeddings:
+        raise SnpatchError(f"max_model_len must lie in 1..{config.max_position_embeddings}, got {context}")
+    return Geometry(config.num_hidden_layers, config.intermediate_size, context, config.vocab_size, widths)
+
+
+def twin_arguments(model, config, dtype: str, arguments: dict) -> dict:
+    """vLLM's engine arguments for the twin of the model's architecture."""
+    architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "ForCausalLM"])[0]
+    if config.model_type not in ARCHITECTURES:
+        os.environ[plugin.UNTESTED] = architecture
+    own = {
+        "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
+        "hf_overrides": {"architectures": [plugin.PREFIX + architecture], **arguments.pop("hf_overrides", {})},
+        "worker_extension_cls": "snpatch.executors.vllm.worker.commands.WorkerExtension",
+    }
+    checked = engine_arguments(model, own, arguments, refused=("enable_lora", "disable_cascade_attn"))
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & checked.keys():
+        checked["kv_cache_memory_bytes"] = _spare_memory() // 4
+    return checked
+
+
+def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] = ()) -> dict:
+    """vLLM's engine arguments: the user's and our own, checked. refused: further ones that nobody may set."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    if not any(point.name == KEY for point in entry_points(group="vllm.general_plugins")):
+        raise SnpatchError("vLLM would not find snpatch's plugin: install the package (pip install -e .)")
+    plugin.register()
+    if current_platform.is_cpu():
+        _use_all_cores(arguments.get("tensor_parallel_size", 1))
+        arguments.setdefault("enforce_eager", True)  # compiled measured no faster there and starts slower
+    arguments.setdefault("use_tqdm_on_load", False)
+    own = {
+        "model": str(model),
+        "tokenizer": str(model),
+        "disable_log_stats": True,
+        "generation_config": "vllm",
+        **own,
+    }
+    taken = {*own, *refused} & arguments.keys()
+    if taken:
+        raise SnpatchError(f"backend vllm: {', '.join(sorted(taken))} cannot be set")
+    unknown = arguments.keys() - AsyncEngineArgs.__dataclass_fields__.keys()
+    if unknown:
+        raise SnpatchError(f"backend vllm: neither snpatch nor vLLM has an argument {', '.join(sorted(unknown))}")
+    return {**arguments, **own}
+
+
+@contextmanager
+def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[object]:
+    """vLLM's config of these arguments, checked, and the environment to start an engine of it in."""
+    from vllm.usage.usage_lib import UsageContext
+
+    variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", processes.PARENT: str(os.getpid())}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
+        config.compilation_config.pass_config.fuse_allreduce_rms = False  # sized by tokens, and the rows are twice that
+        check(config)
+        with processes.ctrl_c_stops():
+            yield config
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SnpatchError(f"vLLM does not start: {reason} (its own messages above say more)") from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def start_engine(engine_args, check: Callable[[object], None] = refuse):
+    """A started LLMEngine of these arguments; check: of vLLM's config, before it starts."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    with starting(engine_args, check) as config:
+        engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+    threading.Thread(target=_tell_of_death, args=(engine.engine_core,), daemon=True).start()
+    return engine
+
+
+def _tell_of_death(core) -> None:
+    """Wake up whoever waits for an engine process that ended without a word; vLLM's client would wait for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    resources = getattr(core, "resources", None)  # an engine of this process has none
+    if resources is None:
+        return
+    while not resources.engine_dead:
+        time.sleep(0.2)
+    core.outputs_queue.put_nowait(EngineDeadError())
+    for future in list(core.utility_results.values()):
+        if not future.done():
+            future.set_exception(EngineDeadError())
+
+
+def _use_all_cores(workers: int) -> None:
+    """vLLM leaves a core idle on a CPU; give each worker its share of all, unless the user bound them."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // workers)
+    parts = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(workers)]
+    if os.environ.get(BIND) in (None, os.environ.get(BOUND)):
+        os.environ[BIND] = os.environ[BOUND] = "|".join(",".join(map(str, part)) for part in parts)
+
+
+def _spare_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,162 @@
+"""How a request travels to vLLM and what it gives comes back; everything that comes back is checked.
+
+What it names has become integers (rows.py); what names it by content is the salt of the prefix cache, so that no
+request reads keys and values that another patch has made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+
+from snpatch.errors import ReceiptError, SnpatchError
+from snpatch.executors import receipts
+from snpatch.executors.base import Geometry, Logprobs, Output, Request
+from snpatch.executors.receipts import Record
+from snpatch.executors.rows import request_row
+from snpatch.executors.vllm.packing import unpack
+from snpatch.executors.vllm.registry import Held
+from snpatch.executors.vllm.settings import KEY
+from snpatch.op.reference import SUMS
+from snpatch.patching.patch import digest_of
+from snpatch.ranking.statistics import Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """A request as vLLM gets it. has_record: the workers keep a receipt or captures for its ticket."""
+
+    name: str
+    ticket: int
+    prompt: dict
+    params: object
+    has_record: bool
+
+
+class Wire:
+    """The translation for one engine."""
+
+    def __init__(self, tokenizer, eos_ids: frozenset[int], geometry: Geometry) -> None:
+        self._tokenizer, self._eos_ids, self._geometry = tokenizer, eos_ids, geometry
+        self._tickets = count(1)
+
+    def sent(self, request: Request, held: Held, streaming: bool = False) -> Sent:
+        """The request as vLLM gets it."""
+        from vllm.inputs import tokens_input
+
+        ticket, salt = next(self._tickets), salt_of(request)
+        is_plain = salt is None and not request.observe and not request.capture
+        extra_args = None if is_plain else {KEY: [ticket, *request_row(request, held.places)]}
+        overwrite = request.overwrite
+        return Sent(
+            f"snpatch-{ticket}",
+            ticket,
+            tokens_input(list(request.prompt_ids), cache_salt=salt),
+            _sampling_params(request, self._eos_ids, extra_args, streaming),
+            bool(request.observe or request.capture or (overwrite and overwrite.start < overwrite.stop)),
+        )
+
+    def output(self, request: Request, result) -> Output:
+        """What vLLM's result (so far) says; receipts and captures are not yet in it."""
+        return _output(request, result, self._tokenizer)
+
+    def confirm(self, request: Request, output: Output, shards: Sequence[list[dict]]) -> None:
+        """Complete an output with the workers' records of it; one that differs from the patch is a ReceiptError."""
+        if any(len(records) != 1 for records in shards):
+            raise ReceiptError(f"a request has {[len(records) for records in shards]} records, not one a worker")
+        receipts.confirm(request, output, [_record(records[0]) for records in shards])
+
+    def gathered(self, shards: Sequence[tuple[int, int]], answers: list[list]) -> list[Statistics]:
+        """Statistics of all workers, by global neuron, from their answers to snpatch_statistics.
+
+        shards: (first neuron, neurons) of each worker.
+        """
+        parts = [[unpack(packed) for packed in answer] for answer in answers]
+        counts = parts[0][1]
+        sums = torch.zeros(len(counts), self._geometry.n_layers, SUMS, self._geometry.n_neurons, dtype=torch.float64)
+        for (first, n), (part, own) in zip(shards, parts, strict=True):
+            sums[..., first : first + n] = part
+            if not torch.equal(own, counts):
+                raise ReceiptError(f"the workers counted different tokens: {own.tolist()} and {counts.tolist()}")
+        return [Statistics(s, c) for s, c in zip(sums, counts, strict=True)]
+
+
+def salt_of(request: Request) -> str | None:
+    """Names everything that a request's keys and values hang on besides its tokens; None for a plain request."""
+    models = [(model or request.recipient) for model in (request.recipient, request.donor)]
+    if request.overwrite is None and all(model.is_plain for model in models):
+        return None
+    return digest_of([*(m.scales.digest for m in models), request.overwrite and request.overwrite.content])
+
+
+def _record(data: dict) -> Record:
+    return Record(**{**data, "captured": None if data["captured"] is None else unpack(data["captured"])})
+
+
+def _sampling_params(request: Request, ends: frozenset[int], extra_args: dict | None, streaming: bool):
+    """vLLM's SamplingParams for a request. One that writes nothing still samples a token, which is dropped."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    common = {
+        "extra_args": extra_args,
+        "output_kind": RequestOutputKind.CUMULATIVE if streaming else RequestOutputKind.FINAL_ONLY,
+        "prompt_logprobs": 1 if request.prompt_logprobs else None,  # the likeliest token's beside the given one's
+        # Positions that come from the cache are not run, so nothing of them could be observed.
+        "skip_reading_prefix_cache": bool(
+            (request.observe and request.observe.start < len(request.prompt_ids))
+            or request.capture
+            or request.prompt_logprobs
+        ),
+    }
+    s = request.sampling
+    if s is None:
+        return SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, **common)
+    own = {
+        "temperature": s.temperature,
+        "top_p": s.top_p,
+        "top_k": s.top_k,
+        "max_tokens": s.max_tokens,
+        "min_tokens": s.min_tokens,
+        "stop": list(s.stop) or None,
+        "stop_token_ids": None if s.ignore_eos else sorted(ends),
+        "ignore_eos": s.ignore_eos,
+        "seed": s.seed,
+        "logprobs": 0 if s.logprobs else None,
+        "detokenize": bool(s.stop or s.vllm.get("bad_words")),
+        **common,
+    }
+    taken = {*own, "n"} & s.vllm.keys()
+    if taken:
+        raise SnpatchError(f"sampling: {', '.join(sorted(taken))} cannot be set through vllm=")
+    try:
+        return SamplingParams(**own, **s.vllm)
+    except (TypeError, ValueError) as error:
+        raise SnpatchError(f"sampling: vLLM does not take {dict(s.vllm)}: {error}") from error
+
+
+def _output(request: Request, result, tokenizer) -> Output:
+    output = Output()
+    if request.prompt_logprobs:
+        given = zip(result.prompt_logprobs[1:], request.prompt_ids[1:], strict=True)
+        pairs = [(at[token].logprob, max(other.logprob for other in at.values())) for at, token in given]
+        values, best = torch.tensor(pairs, dtype=torch.float32).view(-1, 2).unbind(1)
+        output.prompt_logprobs = Logprobs(values, values >= best)
+    if request.sampling is None:
+        return output
+    written = result.outputs[0]
+    output.token_ids = list(written.token_ids)
+    output.finish_reason = written.finish_reason
+    if written.finish_reason == "stop":
+        is_string = isinstance(written.stop_reason, str)
+        output.finish_reason = "stop" if is_string else "eos"
+        output.stop_reason = written.stop_reason if is_string else None
+    # Not vLLM's own text, which hangs on the prompt's last tokens; the stop string that ended it is its last one.
+    output.text = tokenizer.decode(output.token_ids, skip_special_tokens=True)
+    if output.stop_reason is not None:
+        at = max(output.text.rfind(output.stop_reason), output.text.rfind(output.stop_reason.lstrip()))
+        output.text = output.text[: at if at >= 0 else None]
+    if request.sampling.logprobs:
+        output.logprobs = [at[token].logprob for at, token in zip(written.logprobs, output.token_ids, strict=True)]
+    return output

@@ -1,0 +1,3 @@
+from snpatch.ranking.methods.rms import rms
+
+METHODS = {"rms": rms}

@@ -1,0 +1,211 @@
+"""Requests: prompts, patches and sampling become what an executor runs; what it gives becomes completions.
+
+Every caller goes through here (engines, contrasts, sweeps, servers), so that a prompt has the same ids and a patch the
+same meaning whoever asks. All of a call is checked before any of it runs.
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from snpatch.errors import SnpatchError
+from snpatch.executors.base import Capture, Geometry, Observation, Output, Request
+from snpatch.models.model import Model
+from snpatch.models.templates import Chat, Template
+from snpatch.patching.patch import Patch
+from snpatch.ranking.ranking import Ranking
+from snpatch.sampling import Sampling
+
+Prompt = str | Chat | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one prompt gave.
+
+    token_ids and logprobs include an ending EOS; text has no special tokens and is cut before a stop string.
+    finish_reason: "eos", "stop" (stop_reason is the string), "length", or "guard": text is the guard's refusal, and no
+    token was written. overwrites: the device's own count. harm: the guard's probability that its model's own answer
+    would be harmful; None without a guard.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    stop_reason: str | None
+    logprobs: list[float] | None
+    overwrites: int
+    harm: float | None = None
+
+    @classmethod
+    def of(cls, request: Request, output: Output, harm: float | None = None) -> "Completion":
+        """What the executor gave for a request that writes."""
+        return cls(
+            list(request.prompt_ids),
+            output.token_ids,
+            output.text,
+            output.finish_reason,
+            output.stop_reason,
+            output.logprobs,
+            output.overwrites,
+            harm,
+        )
+
+    @classmethod
+    def refused(cls, prompt_ids: Sequence[int], refusal: str, harm: float) -> "Completion":
+        """What stands in the place of an answer that a guard did not let be written."""
+        return cls(list(prompt_ids), [], refusal, "guard", None, None, 0, harm)
+
+
+class Requests:
+    """Makes requests for one engine. models: name -> Model, as the engine knows them."""
+
+    def __init__(
+        self, tokenizer, template: Template, geometry: Geometry, eos_ids: frozenset[int], models: Mapping[str, Model]
+    ) -> None:
+        self.tokenizer, self.template, self.eos_ids = tokenizer, template, eos_ids
+        self._geometry, self._models = geometry, models
+
+    def model(self, name: str) -> Model:
+        """The model of this name."""
+        if name not in self._models:
+            raise SnpatchError(f"no model named {name!r}: there are {', '.join(self._models)}")
+        return self._models[name]
+
+    # ---- ids ----------------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[Prompt], room: int = 1) -> list[list[int]]:
+        """Token ids of each prompt; `room`: how many tokens must still fit the context."""
+        if isinstance(prompts, str):
+            raise SnpatchError("prompts must be a list; got one text")
+        if not len(prompts):
+            raise SnpatchError("the list of prompts is empty")
+        encoded = []
+        for index, prompt in enumerate(prompts):
+            ids = self._ids(prompt, index)
+            self.check_room(ids, room, f"prompt {index}")
+            encoded.append(ids)
+        return encoded
+
+    def completions(self, completions: Sequence[str | Sequence[int]], prompts: int) -> list[list[int]]:
+        """Token ids of the completion of each prompt."""
+        if len(completions) != prompts:
+            raise SnpatchError(f"{prompts} prompts and {len(completions)} completions")
+        texts = (
+            c if not isinstance(c, str) else self.tokenizer(c, add_special_tokens=False)["input_ids"]
+            for c in completions
+        )
+        return [self._checked(ids, f"completion {index}") for index, ids in enumerate(texts)]
+
+    def check_room(self, ids: Sequence[int], room: int, name: str = "a text") -> None:
+        """An error for a text without tokens, or after which so many do not fit the context."""
+        if not ids:
+            raise SnpatchError(f"{name} has no tokens")
+        if len(ids) + room > self._geometry.context:
+            raise SnpatchError(f"{name} has {len(ids)} tokens, the model's context holds {self._geometry.context}")
+
+    def fitted(self, ids: Sequence[int], sampling: Sampling) -> Sampling:
+        """The same sampling, ended by the context where that comes first."""
+        room = self._geometry.context - len(ids)
+        if sampling.max_tokens <= room:
+            return sampling
+        return replace(sampling, max_tokens=room, min_tokens=min(room, sampling.min_tokens))
+
+    def _ids(self, prompt: Prompt, index: int) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if len(prompt) and all(isinstance(message, dict) for message in prompt):
+            return self.template.ids(prompt)
+        return self._checked(prompt, f"prompt {index}")
+
+    def _checked(self, given: Sequence[int], name: str) -> list[int]:
+        try:
+            ids = [operator.index(i) for i in given]
+        except TypeError:
+            ids = [-1]
+        if not all(0 <= i < self._geometry.vocab_size for i in ids):
+            raise SnpatchError(f"{name}: token ids must be integers in 0..{self._geometry.vocab_size - 1}")
+        return ids
+
+    # ---- requests -----------------------------------------------------------------------------------------------
+
+    def writing(
+        self,
+        ids: Sequence[list[int]],
+        patch: Patch | str | Sequence[Patch | str],
+        sampling: Sampling | Sequence[Sampling],
+    ) -> list[tuple[int, Request]]:
+        """(index of the prompt, request) of each text to write; n of a prompt where its sampling says so."""
+        patches = one_each(patch, len(ids), "patch", (Patch, str))
+        samplings = one_each(sampling, len(ids), "sampling", (Sampling,))
+        return [
+            (index, self.patched(prompt, one, sampling=single))
+            for index, (prompt, one, s) in enumerate(zip(ids, patches, samplings, strict=True))
+            for single in self.fitted(prompt, s).singles()
+        ]
+
+    def reading(
+        self,
+        ids: Sequence[list[int]],
+        patch: Patch | str | Sequence[Patch | str],
+        completions: Sequence[list[int]] | None,
+    ) -> list[Request]:
+        """A request for each prompt and its completion, which is read as if it had been generated."""
+        patches = one_each(patch, len(ids), "patch", (Patch, str))
+        read = [[] for _ in ids] if completions is None else completions
+        for index, (prompt, completion) in enumerate(zip(ids, read, strict=True)):
+            if completions is not None and not completion:
+                raise SnpatchError(f"completion {index} has no tokens")
+            self.check_room(prompt, len(completion), f"prompt {index}")
+        return [self.patched(*each, prompt_logprobs=True) for each in zip(ids, patches, read, strict=True)]
+
+    def capturing(self, ids: Sequence[list[int]], model: str, ranking: Ranking, k: int, at: str | int) -> list[Request]:
+        """A request for each prompt that reads it once; at: "prompt_last" or a position."""
+        if not 1 <= k <= len(ranking):
+            raise SnpatchError(f"k must lie in 1..{len(ranking)}, the ranked neurons; got {k}")
+        self._check_shape(ranking)
+        requests = []
+        for index, prompt in enumerate(ids):
+            position = -1 if at == "prompt_last" else at
+            if not isinstance(position, int) or not -len(prompt) <= position < len(prompt):
+                raise SnpatchError(f"at={at!r}: prompt {index} has {len(prompt)} tokens")
+            position %= len(prompt)
+            capture = Capture(ranking, k, position, position + 1)
+            requests.append(Request(prompt, self.model(model), capture=capture))
+        return requests
+
+    def observing(self, ids: list[int], pair: tuple[str, str], observe: Observation, **asked) -> Request:
+        """A text that both models of a pair read, the first one as the recipient."""
+        recipient, donor = map(self.model, pair)
+        return Request(ids, recipient, donor, observe=observe, **asked)
+
+    def patched(self, prompt: list[int], patch: Patch | str, completion: Sequence[int] = (), **asked) -> Request:
+        """A prompt, and perhaps a completion to read, under a patch or in an unpatched model."""
+        text = [*prompt, *completion]
+        if isinstance(patch, str):
+            return Request(text, self.model(patch), **asked)
+        self._check_shape(patch.ranking)
+        most = len(text) + (asked["sampling"].max_tokens if "sampling" in asked else 0)
+        if isinstance(patch.where, int) and patch.where >= most:
+            raise SnpatchError(f"where={patch.where} lies past the {most} tokens that the text can have")
+        overwrite = patch.resolved(self.model, len(prompt))
+        donor = overwrite.source if isinstance(overwrite.source, Model) else None
+        # An empty window names nothing, so that texts with it share what is kept of the unpatched ones.
+        return Request(text, self.model(patch.recipient), donor, overwrite if len(patch.window) else None, **asked)
+
+    def _check_shape(self, ranking: Ranking) -> None:
+        wanted = (self._geometry.n_layers, self._geometry.n_neurons)
+        if ranking.shape != wanted:
+            raise SnpatchError(f"the ranking is for a model of {list(ranking.shape)}, this one is {list(wanted)}")
+
+
+def one_each(given, n: int, name: str, kinds: tuple[type, ...]) -> list:
+    """One thing for all of n prompts, or a list of one for each, as such a list."""
+    each = list(given) if isinstance(given, list | tuple) else [given] * n
+    if len(each) != n:
+        raise SnpatchError(f"{name}: wanted one for all or one for each of {n} prompts, got {len(each)}")
+    for one in each:
+        if not isinstance(one, kinds):
+            raise SnpatchError(f"{name}: wanted {' or '.join(k.__name__ for k in kinds)}, got {one!r}")
+    return each

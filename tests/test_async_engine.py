@@ -1,0 +1,135 @@
+"""AsyncEngine: many callers of one engine in vLLM's own processes; waiting for rows, aborts, the end of vLLM."""
+
+import asyncio
+import os
+import signal
+
+import oracle
+import pytest
+import torch
+from jobs import IDS, JOBS, RANKINGS, Job
+from processes import command_line, descendants
+
+from snpatch import AsyncEngine, Patch, Sampling, SnpatchError
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16, "max_rankings": 2, "max_adapters": 3}
+TEN = Sampling(max_tokens=10)
+ENDLESS = Sampling(max_tokens=100, ignore_eos=True)
+
+
+async def listen(engine, job: Job, until: int = 99, sampling: Sampling = TEN):
+    """The deltas of a job, which is left after so many tokens."""
+    seen, deltas = [], engine.generate(job.ids, job.patch, sampling)
+    async for delta in deltas:
+        seen.append(delta)
+        if sum(len(d.token_ids) for d in seen) >= until:
+            break
+    await deltas.aclose()
+    return seen
+
+
+async def everything(made) -> dict:
+    """All that the tests below look at, from one engine."""
+    adapters = {name: list(made.adapters[name]) for name in ("sft", "dpo")}
+    rankings = [RANKINGS[0].random_control(40, seed=seed) for seed in range(8)]
+    many = [Patch("sft", "dpo", ranking, 40) for ranking in rankings]
+    found = {}
+    async with AsyncEngine(made.folder, adapters, **SMALL) as engine:
+        jobs = [job for job in JOBS if job.where == "all" and not isinstance(job.donor, torch.Tensor)]
+        *found["streams"], found["left early"] = await asyncio.gather(
+            *(listen(engine, job) for job in jobs), listen(engine, jobs[3], until=2)
+        )
+        found["jobs"] = jobs
+
+        async def text(patch, ids=IDS[0]):
+            return [d async for d in engine.generate(ids, patch, TEN)][-1].completion.token_ids
+
+        found["alone"] = [await text(patch) for patch in many]
+        found["at once"] = await asyncio.gather(*map(text, many))
+        task = asyncio.create_task(listen(engine, jobs[3], sampling=ENDLESS))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        found["cancelled"] = task.cancelled()
+        await asyncio.sleep(0.5)
+        found["in use"] = engine.executor.registry.in_use
+        found["after"] = await text(many[3])
+        stop = found["alone"][0][4]
+        word = engine.tokenizer.decode([stop])
+        deltas = [d async for d in engine.generate(IDS[0], many[0], Sampling(max_tokens=10, stop=(word,)))]
+        found["stopped"] = word, deltas
+        for name, call in {
+            "no such model": lambda: engine.generate(IDS[0], "nobody"),
+            "n": lambda: engine.generate(IDS[0], "sft", Sampling(n=2, temperature=1.0)),
+        }.items():
+            with pytest.raises(SnpatchError) as caught:
+                call()
+            found[name] = str(caught.value)
+        (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
+        open_ones = [asyncio.create_task(listen(engine, job, sampling=ENDLESS)) for job in jobs[:4]]
+        await asyncio.sleep(0.2)
+        os.kill(core, signal.SIGKILL)
+        found["deaths"] = await asyncio.wait_for(asyncio.gather(*open_ones, return_exceptions=True), 20)
+        found["after death"] = await asyncio.wait_for(asyncio.gather(text("sft"), return_exceptions=True), 20)
+    with pytest.raises(SnpatchError, match="closed"):
+        await text("sft")
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(zoo):
+    made = zoo("llama")
+    return {"made": made, **asyncio.run(everything(made))}
+
+
+def test_callers_at_once_each_get_the_oracles_text(found):
+    made = found["made"]
+    for job, deltas in zip(found["jobs"], found["streams"], strict=True):
+        want = oracle.generate(job.oracle(made)[0], job.ids, 10, job.oracle(made)[1])
+        *_, last = deltas
+        assert last.completion.token_ids == want.ids
+        assert last.completion.overwrites == job.overwrites(10)
+        assert [t for d in deltas for t in d.token_ids] == want.ids
+        assert "".join(d.text for d in deltas) == last.completion.text
+        assert all(d.completion is None for d in deltas[:-1])
+        assert len(deltas) > 2
+
+
+def test_a_caller_that_leaves_or_is_cancelled_ends_its_own_request_alone(found):
+    assert sum(len(d.token_ids) for d in found["left early"]) < 10
+    assert found["cancelled"]
+    assert not any(found["in use"].values())
+    assert found["after"] == found["alone"][3]
+
+
+def test_requests_wait_for_a_row_where_there_are_more_rankings_than_rows(found):
+    assert found["at once"] == found["alone"]
+    assert len({tuple(ids) for ids in found["alone"]}) > 1
+
+
+def test_no_delta_shows_what_a_stop_string_takes_back(found):
+    word, deltas = found["stopped"]
+    assert deltas[-1].completion.finish_reason == "stop"
+    told = "".join(d.text for d in deltas)
+    assert word not in told
+    assert told == deltas[-1].completion.text
+
+
+def test_bad_input_is_an_error_at_the_call(found):
+    assert "no model named 'nobody'" in found["no such model"]
+    assert "one text a call" in found["n"]
+
+
+def test_the_end_of_vllm_is_an_error_for_whoever_waits(found):
+    errors = [*found["deaths"], *found["after death"]]
+    assert len(errors) == 5
+    for error in errors:
+        assert isinstance(error, SnpatchError), error
+        assert "vLLM's engine has ended" in str(error)
+
+
+def test_it_needs_vllm(found):
+    with pytest.raises(SnpatchError, match="AsyncEngine runs in vLLM"):
+        AsyncEngine(found["made"].folder, backend="transformers")
