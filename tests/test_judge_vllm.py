@@ -8,8 +8,8 @@ import threading
 import pytest
 import test_judge_classifier as classifier
 import torch
+from processes import command_line, descendants, wait_for
 from test_judge import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, opened, write
-from test_vllm_processes import command_line, descendants, wait_for
 
 from snpatch import Engine, Sampling
 from snpatch.demo import WORLD

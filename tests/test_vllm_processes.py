@@ -1,6 +1,5 @@
 """The engine in vLLM's own processes: the worker across a process boundary, two workers, streaming, and their end."""
 
-import asyncio
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ import oracle
 import pytest
 import torch
 from jobs import ALL, COMPLETIONS, IDS, JOBS, RANKINGS, Job, assert_as_the_oracle, assert_ranking, forced, generate
+from processes import command_line, descendants, is_running, wait_for
 
 from snpatch import Engine, Sampling, SnpatchError
 
@@ -55,96 +55,6 @@ def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo, options):
     with pytest.raises(SnpatchError, match="closed"):
         engine.generate(IDS)
     wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
-
-
-def test_streams_share_an_engine(zoo):
-    """Many callers at once, each with its own patch; one goes away early; the others' texts are the oracle's."""
-    from transformers import AutoTokenizer
-
-    from snpatch.executors.base import Request
-    from snpatch.executors.vllm.streaming import StreamingExecutor
-    from snpatch.models.adapters import load_adapters
-
-    made = zoo("llama")
-    jobs = [job for job in JOBS if job.where == "all" and not isinstance(job.donor, torch.Tensor)]
-
-    def request(job: Job) -> Request:
-        sampling = Sampling(max_tokens=10)
-        if job.donor is None:
-            return Request(job.ids, job.recipient, sampling=sampling)
-        patch = job.patch
-        places = patch.positions(len(job.ids))
-        return Request(job.ids, job.recipient, job.donor, patch.ranking, patch.window, places, sampling=sampling)
-
-    async def run():
-        tokenizer = AutoTokenizer.from_pretrained(made.folder)
-        executor = StreamingExecutor(made.folder, tokenizer, **SMALL)
-        geometry = executor.geometry
-        for name, folders in made.adapters.items():
-            executor.register_adapter(name, load_adapters(list(folders), geometry.n_layers, geometry.widths))
-        await executor.start()
-        try:
-
-            async def listen(job, until=99):
-                seen = []
-                stream = executor.stream(request(job))
-                async for output in stream:
-                    seen.append(output)
-                    if len(output.token_ids) >= until:
-                        break
-                await stream.aclose()
-                return seen
-
-            streams = await asyncio.gather(*map(listen, jobs), listen(jobs[3], until=2))
-            again = await listen(jobs[3])
-            with pytest.raises(SnpatchError, match="statistics cannot be streamed"):
-                async for _ in executor.stream(Request(IDS[0], "sft", "dpo", observe=(0, 0, 3))):
-                    pass
-            return streams, again
-        finally:
-            executor.close()
-
-    streams, again = asyncio.run(run())
-    assert len(streams[-1][-1].token_ids) < 10
-    for job, outputs in zip([*jobs, jobs[3]], [*streams[:-1], again], strict=True):
-        recipient, patch = job.oracle(made)
-        want = oracle.generate(recipient, job.ids, 10, patch).ids
-        assert outputs[-1].token_ids == want
-        assert outputs[-1].overwrites == job.overwrites(10)
-        assert len(outputs) > 2
-        assert all(output.token_ids == want[: len(output.token_ids)] for output in outputs)
-
-
-def descendants(process: int) -> set[int]:
-    found, parents = set(), [process]
-    while parents:
-        text = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parents.pop())], capture_output=True, text=True).stdout
-        new = {int(pid) for pid in text.split()} - found
-        found |= new
-        parents += new
-    return found
-
-
-def command_line(process: int) -> bytes:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    except FileNotFoundError:
-        return b""
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(condition, seconds: float) -> float:
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, f"not within {seconds} s"
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 @pytest.fixture
