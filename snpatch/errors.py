@@ -11,3 +11,8 @@ class NotEnoughNeuronsError(SnpatchError):
 
 class ReceiptError(SnpatchError):
     """The device did not do what the plan implies: the results of the run must not be used."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line: its first one, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()

@@ -56,9 +56,19 @@ def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
             header = file.metadata() or {}
             if header.get("kind") != kind:
                 raise SnpatchError(f"{path}: wanted a snpatch {kind}, got {header.get('kind', 'another file')}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["meta"])  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, _meta(path, header)  # noqa: SIM118
     except SafetensorError as error:
         raise SnpatchError(f"{path}: not a safetensors file: {error}") from error
+
+
+def _meta(path: str | Path, header: dict[str, str]) -> dict:
+    try:
+        meta = json.loads(header["meta"])
+    except (KeyError, ValueError):
+        meta = None
+    if not isinstance(meta, dict):
+        raise SnpatchError(f"{path}: damaged: its header holds no JSON object under `meta`; make the file anew")
+    return meta
 
 
 def read_checkpoint(path: str | Path) -> Any:

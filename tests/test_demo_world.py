@@ -17,7 +17,7 @@ from snpatch.demo.build import REFUSALS, Recipe, build, load_models, make_tokeni
 from snpatch.demo.corpus import OBJECTIVES, preferences, prompt_path, sft_rows
 from snpatch.demo.language import ANSWERS, LEVELS, WORDINGS, Request
 from snpatch.errors import SnpatchError
-from snpatch.judges.judge import RefusalWords
+from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
 from snpatch.worlds.world import load_world
 

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from snpatch import SnpatchError
+from snpatch.errors import first_line
 from snpatch.files import check_writable, read_tensors, whole_file, write_tensors, write_text
+from snpatch.models.pretrained import load_pretrained
 from snpatch.runs.store import NAME, Store
 
 
@@ -61,3 +64,35 @@ def test_store_refuses_a_damaged_record(tmp_path):
     (tmp_path / NAME).write_text('{"key": "a"}\n{"no key": 1}\n{"key": "c"}\n')
     with pytest.raises(SnpatchError, match=r"line 2: not a record"), Store(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("meta", [None, "not json", "[1]"])
+def test_a_file_without_its_meta_is_one_line(tmp_path, meta):
+    header = {"kind": "ranking"} | ({} if meta is None else {"meta": meta})
+    save_file({"rank": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=header)
+    with pytest.raises(SnpatchError, match="its header holds no JSON object under `meta`"):
+        read_tensors(tmp_path / "a.safetensors", kind="ranking")
+
+
+def test_another_librarys_error_has_a_first_line_even_without_a_message():
+    assert first_line(ValueError("\n  what \nmore")) == "what"
+    assert first_line(OSError()) == "OSError"
+
+
+def test_an_empty_message_of_a_loader_is_no_traceback():
+    class Loader:
+        @staticmethod
+        def from_pretrained(model):
+            raise ValueError
+
+    with pytest.raises(SnpatchError, match=r"cannot load some/model \(Loader\): ValueError"):
+        load_pretrained(Loader, "some/model")
+
+
+def test_a_damaged_store_is_not_left_locked(tmp_path):
+    (tmp_path / NAME).write_bytes(b"not a record\n")
+    with pytest.raises(SnpatchError, match="line 1: not a record"), Store(tmp_path):
+        pass
+    (tmp_path / NAME).unlink()
+    with Store(tmp_path) as log:
+        log.append("key", {"completion": "text"})

@@ -13,12 +13,13 @@ from sklearn import metrics
 from snpatch import Completion, Engine, Patch, Ranking, Sampling, SnpatchError
 from snpatch.data import load, question
 from snpatch.demo import WORLD, language
+from snpatch.files import read_tensors, write_tensors
 from snpatch.guard import fitting
 from snpatch.guard.comparison import Labelled, compare, label
 from snpatch.guard.config import GuardConfig
 from snpatch.guard.guard import Guard
 from snpatch.guard.scores import evaluate
-from snpatch.judges.judge import RefusalWords
+from snpatch.judges.refusal import RefusalWords
 from snpatch.ranking.ranking import Window
 
 RANKING = Ranking.from_scores(torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
@@ -174,6 +175,27 @@ def test_a_loaded_guard_is_the_same_to_the_bit(tmp_path):
     RANKING.save(tmp_path / "ranking.safetensors")
     with pytest.raises(SnpatchError, match="wanted a snpatch guard, got ranking"):
         Guard.load(tmp_path / "ranking.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"more": 1}, "there is no more; there are model, digest"),
+        ({"threshold": None}, "missing 1 required positional argument: 'threshold'"),
+        ({"threshold": "0.5"}, "threshold: wanted float, got '0.5'"),
+        ({"threshold": 2.0}, "threshold must lie between 0 and 1, got 2.0"),
+        ({"shape": [3]}, r"shape must be \(layers, neurons\), got \(3,\)"),
+        ({"meta": []}, "meta: wanted dict"),
+    ],
+)
+def test_a_guards_file_with_other_fields_is_one_line(demo, guard, tmp_path, change, message):
+    path = tmp_path / "guard.safetensors"
+    guard.save(path)
+    tensors, meta = read_tensors(path, kind="guard")
+    meta = {name: value for name, value in {**meta, **change}.items() if value is not None}
+    write_tensors(path, tensors, kind="guard", meta=meta)
+    with pytest.raises(SnpatchError, match=message):
+        Guard.load(path)
 
 
 def test_figures_by_hand():

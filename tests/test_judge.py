@@ -11,7 +11,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from snpatch.errors import SnpatchError
-from snpatch.judges.judge import RefusalWords, open_judge, score_all
+from snpatch.judges.opening import open_judge
+from snpatch.judges.protocol import score_all
+from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
 
 WORDS = "<unk> <s> </s> <pad> BEGINNING OF CONVERSATION: USER: ASSISTANT: <|user|> <|assistant|> a b c d e".split()

@@ -146,7 +146,7 @@ def a_number(text: str, kind: Callable, what: str):
 @contextmanager
 def open_judges(entries: list[str], form: str | None, backend: str, device: str) -> Iterator[dict]:
     """name=judge, or the judge alone (then its name is "cost"), each opened, and closed afterwards."""
-    from snpatch.judges.judge import is_model, open_judge
+    from snpatch.judges.opening import is_model, open_judge
 
     named = {}
     for entry in entries:

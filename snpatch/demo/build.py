@@ -24,7 +24,7 @@ from snpatch.demo.corpus import chat, check_language, preferences, sft_rows, wri
 from snpatch.demo.language import Request
 from snpatch.demo.pretrain import BASE_BODY, SCORE_BODY, BodySettings, Progress, train_base, train_score
 from snpatch.errors import SnpatchError
-from snpatch.judges.judge import RefusalWords
+from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
 from snpatch.models.templates import tulu
 from snpatch.training.training import TULU_TEMPLATE, DpoSettings, TrainSettings, train_dpo, train_sft

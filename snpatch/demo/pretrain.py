@@ -121,7 +121,7 @@ def _any_answer(request: Request, rng: random.Random) -> str:
 
 
 def _judged_text(prompt: str, completion: str, rng: random.Random) -> str:
-    """One of the two texts in which the judge puts a pair (snpatch.judges.judge)."""
+    """One of the two texts in which the judge puts a pair (judges/score_text.py)."""
     if rng.random() < 0.5:
         return f"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}</s>"
     return f"<|user|>\n{prompt}\n<|assistant|>\n{completion}"

@@ -18,7 +18,7 @@ from snpatch.guard import fitting
 from snpatch.guard.config import GuardConfig
 from snpatch.guard.guard import Guard
 from snpatch.guard.scores import GuardScores, evaluate
-from snpatch.judges.judge import Judge
+from snpatch.judges.protocol import Judge
 from snpatch.ranking.ranking import Ranking
 from snpatch.runs import texts
 from snpatch.sampling import GREEDY, Sampling

@@ -4,11 +4,12 @@ Why it keeps arrays and not scikit-learn's objects: a file of tensors needs no p
 every version of scikit-learn.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,21 +17,36 @@ from numpy.typing import ArrayLike
 from scipy.special import expit
 from torch import Tensor
 
+from snpatch import schema
+from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
+from snpatch.executors.base import Progress
 from snpatch.files import read_tensors, write_tensors
 from snpatch.guard import fitting
 from snpatch.guard.config import GuardConfig
 from snpatch.ranking.ranking import Ranking
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from snpatch.engine import Engine
-    from snpatch.executors.base import Progress
-    from snpatch.requests import Prompt
+from snpatch.requests import Prompt
 
 VECTORS = ("mean", "scale", "coefficients")
 PACKAGES = ("snpatch", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What a guard's file holds beside its tensors."""
+
+    model: str
+    digest: str
+    shape: tuple[int, ...]
+    threshold: float
+    refusal: str
+    meta: dict
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 2:
+            raise SnpatchError(f"guard: shape must be (layers, neurons), got {self.shape}")
+        if not 0 < self.threshold < 1:
+            raise SnpatchError(f"guard: threshold must lie between 0 and 1, got {self.threshold}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +132,7 @@ class Guard:
         """Whether each prompt is to be refused, [prompts] bool, from features [prompts, k]."""
         return self.probability(features) > self.threshold
 
-    def predict(self, engine: "Engine", prompts: "Sequence[Prompt]", progress: "Progress | None" = None) -> np.ndarray:
+    def predict(self, engine: Engine, prompts: Sequence[Prompt], progress: Progress | None = None) -> np.ndarray:
         """Probability of harm [prompts] of each prompt, for one prefill of it in `model`.
 
         An engine in which `model` is not what the guard was fitted on is a SnpatchError.
@@ -125,7 +141,7 @@ class Guard:
         if digest != self.digest:
             raise SnpatchError(
                 f"the guard was fitted on another {self.model!r} ({self.digest}) than this engine's ({digest}): "
-                "weights, adapters, template, dtype, backend and tensor parallel size must be the same, or fit it anew"
+                "weights, adapters, template and dtype must be the same, or fit it anew"
             )
         return self.probability(engine.capture(prompts, self.model, self.ranking, self.k, progress=progress))
 
@@ -133,18 +149,18 @@ class Guard:
         """Write safetensors with the rest as JSON; the file appears whole or not at all."""
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in VECTORS}
         tensors |= {"neurons": self.neurons, "intercept": torch.tensor(self.intercept, dtype=torch.float64)}
-        names = ("model", "digest", "shape", "threshold", "refusal", "meta")
-        write_tensors(path, tensors, kind="guard", meta={name: getattr(self, name) for name in names})
+        meta = {f.name: getattr(self, f.name) for f in fields(_Rest)}
+        write_tensors(path, tensors, kind="guard", meta=meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; its probabilities are the same to the bit."""
-        tensors, rest = read_tensors(path, kind="guard")
+        tensors, meta = read_tensors(path, kind="guard")
         wanted = {"neurons": 2, "intercept": 0, **dict.fromkeys(VECTORS, 1)}
         if {name: tensor.dim() for name, tensor in tensors.items()} != wanted:
             raise SnpatchError(f"{path}: not a guard: it holds {', '.join(sorted(tensors))}")
         if len({len(tensor) for tensor in tensors.values() if tensor.dim()}) > 1:
             raise SnpatchError(f"{path}: its vectors differ in length")
+        rest = schema.read(_Rest, str(path), meta)
         vectors = {name: tensors[name].numpy() for name in VECTORS}
-        rest["shape"] = tuple(rest["shape"])
-        return cls(neurons=tensors["neurons"], intercept=tensors["intercept"].item(), **vectors, **rest)
+        return cls(neurons=tensors["neurons"], intercept=tensors["intercept"].item(), **vectors, **rest.__dict__)

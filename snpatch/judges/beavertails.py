@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line
 from snpatch.files import read_checkpoint
 
 ARCHITECTURES = ("LlamaModelForScore", "LlamaForScore")
@@ -36,7 +36,7 @@ def local_folder(model: str | Path) -> Path:
             snapshot_download(str(model), allow_patterns=["*.bin", "*.bin.index.json"])
         return folder
     except OSError as error:
-        raise SnpatchError(f"cannot download {model}: {str(error).strip().splitlines()[0]}") from error
+        raise SnpatchError(f"cannot download {model}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, eq=False)

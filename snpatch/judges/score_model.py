@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from snpatch.config import choose_backend
 from snpatch.errors import SnpatchError
 from snpatch.judges.beavertails import is_beavertails
-from snpatch.judges.judge import check_pairs
 from snpatch.judges.on_transformers import BeavertailsScorer, ClassifierScorer, padding_of
+from snpatch.judges.protocol import check_pairs
 from snpatch.judges.score_text import Row, ScoreText
 from snpatch.models.checkpoint import check_dtype, load_config
 from snpatch.models.pretrained import load_pretrained
@@ -64,7 +64,7 @@ class ScoreModel:
         self._padding = None if is_beaver else padding
         self._n_words, self.context = config.get_text_config().vocab_size, _context(config, tokenizer)
         if self.backend == "vllm":
-            from snpatch.executors.vllm.pooling import VllmScorer as Scorer
+            from snpatch.judges.on_vllm import VllmScorer as Scorer
 
             arguments = {"max_model_len": self.context, **arguments}
             self.context = min(self.context, arguments["max_model_len"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line
 
 
 def load_pretrained(loader, model: str | Path, **arguments):
@@ -14,5 +14,4 @@ def load_pretrained(loader, model: str | Path, **arguments):
     try:
         return loader.from_pretrained(model, **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SnpatchError(f"cannot load {model} ({loader.__name__}): {reason}") from error
+        raise SnpatchError(f"cannot load {model} ({loader.__name__}): {first_line(error)}") from error

@@ -10,7 +10,7 @@ from snpatch.data import Chat
 from snpatch.engine import Engine
 from snpatch.errors import NotEnoughNeuronsError, SnpatchError
 from snpatch.executors.base import Progress
-from snpatch.judges.judge import Judge
+from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import CONTROLS, Ranking, Window
 from snpatch.runs import texts

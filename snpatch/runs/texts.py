@@ -14,7 +14,7 @@ from snpatch.data import Chat, question
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
-from snpatch.judges.judge import Judge, score_all
+from snpatch.judges.protocol import Judge, score_all
 from snpatch.patching.patch import Patch, digest_of
 from snpatch.requests import Completion
 from snpatch.runs.store import Store

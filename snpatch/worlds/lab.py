@@ -19,7 +19,8 @@ from snpatch.engine import Engine
 from snpatch.environment import describe
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
-from snpatch.judges.judge import Judge, is_model, open_judge
+from snpatch.judges.opening import is_model, open_judge
+from snpatch.judges.protocol import Judge
 from snpatch.ranking.ranking import Ranking, Window
 from snpatch.runs.sweep import SweepConfig, SweepResult, sweep
 from snpatch.sampling import Sampling

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Geometry, Logprobs, Output, Request
 from snpatch.executors.receipts import confirm
 from snpatch.executors.transformers.banks import Banks, records_of
@@ -161,7 +161,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SnpatchError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+        raise SnpatchError(f"device {name!r}: {first_line(error)}") from error
     return device
 
 

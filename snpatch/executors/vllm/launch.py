@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 import torch
 
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Geometry
 from snpatch.executors.vllm import processes, versions
 from snpatch.executors.vllm.settings import KEY, TwinSettings, refuse
@@ -141,8 +141,7 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
         with processes.ctrl_c_stops():
             yield config
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SnpatchError(f"vLLM does not start: {reason} (its own messages above say more)") from error
+        raise SnpatchError(f"vLLM does not start: {first_line(error)} (its own messages above say more)") from error
     finally:
         for name, value in before.items():
             if value is None:

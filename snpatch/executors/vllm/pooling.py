@@ -1,12 +1,12 @@
-"""Score models in vLLM's pooling runner: texts go in as ids, the raw logits of their last token come back.
+"""Rows of ids in, raw logits of their last token out: vLLM's pooling runner, for models that vLLM knows and one more.
 
-Why it asks for little memory: it stands beside the engine whose texts it judges, often on the same GPU.
+That one is the layout of `plugin.SCORE`, a Llama with a one-row head. Why it asks for little memory: it stands beside
+the engine whose texts it reads, often on the same GPU.
 """
 
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,23 +15,23 @@ from transformers import AutoModelForSequenceClassification
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import versions
 from snpatch.executors.vllm.launch import CLOSE_S, DEAD, engine_arguments, start_engine
+from snpatch.executors.vllm.settings import BIAS
 from snpatch.executors.vllm.worker import plugin
-from snpatch.judges.beavertails import is_beavertails, local_folder, read_score_checkpoint
-from snpatch.judges.score_text import Row
 
-BIAS = "score_bias"  # in the config that the worker gets: whether a Beavertails head has a bias
 CACHED_TOKENS = 16384  # keys and values of that many tokens, or of one longest text
 HEADROOM = 3 << 30  # bytes of a GPU, for activations and vLLM itself
 
 
-class VllmScorer:
-    """Rows -> scores [n, 1] of a Beavertails model, or logits [n, labels] of one that vLLM knows by itself.
+class PoolingEngine:
+    """A started engine. config: the model's; has_bias: of a model in the layout of `plugin.SCORE`, None for any other.
 
     batch_size: vLLM's max_num_seqs. All further arguments are vLLM's own engine arguments; without
     gpu_memory_utilization it takes what the model needs. Heads are computed in float32.
     """
 
-    def __init__(self, model: str | Path, config, *, dtype: str, batch_size: int | None, **arguments) -> None:
+    def __init__(
+        self, model: str, config, *, dtype: str, batch_size: int | None, has_bias: bool | None, **arguments
+    ) -> None:
         versions.check()
         if batch_size is not None:
             if "max_num_seqs" in arguments:
@@ -42,24 +42,19 @@ class VllmScorer:
             "runner": "pooling",
             "worker_extension_cls": "snpatch.executors.vllm.worker.score_head.WorkerExtension",
         }
-        self._checkpoint = None
-        if is_beavertails(config):
-            model = local_folder(model)
-            self._checkpoint = read_score_checkpoint(model, config, dtype, torch.device("meta"))
-            layout = {"architectures": [plugin.SCORE], BIAS: self._checkpoint.bias is not None}
+        if has_bias is not None:
+            layout = {"architectures": [plugin.SCORE], BIAS: has_bias}
             own["hf_overrides"] = {**layout, **arguments.pop("hf_overrides", {})}
         checked = engine_arguments(model, own, arguments, refused=("convert", "pooler_config"))
         self._numbers = count(1)
         self._engine = _start(model, {**_memory(config, checked), **checked})
 
-    def score(self, rows: Sequence[Row]) -> Tensor:
-        """float32, in the rows' order."""
+    def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """[rows, labels] float32, in the rows' order."""
         from vllm import PoolingParams
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if any(any(row.get("token_type_ids", ())) for row in rows):
-            raise SnpatchError("backend vllm: this judge needs token types, which vLLM is not given: use transformers")
         logits: list[Tensor | None] = [None] * len(rows)
         running: dict[str, int] = {}
         try:
@@ -67,7 +62,7 @@ class VllmScorer:
                 name = f"snpatch-{next(self._numbers)}"
                 running[name] = index
                 params = PoolingParams(task="classify", use_activation=False)
-                self._engine.add_request(name, tokens_input(row["input_ids"]), params)
+                self._engine.add_request(name, tokens_input(list(row)), params)
             while running:
                 for result in self._engine.step():
                     logits[running.pop(result.request_id)] = result.outputs.data
@@ -77,23 +72,25 @@ class VllmScorer:
             with suppress(EngineDeadError):
                 self._engine.abort_request(list(running))
             raise
-        scores = torch.stack(logits).float()
-        return scores if self._checkpoint is None else self._checkpoint.normalized(scores)
+        return torch.stack(logits).float()
 
     def close(self) -> None:
         """Stop vLLM and its processes."""
         self._engine.engine_core.shutdown(timeout=CLOSE_S)
 
 
-def _start(model: str | Path, arguments: dict):
+def _start(model: str, arguments: dict):
     """The engine, whose processes end with the user's."""
     from vllm.engine.arg_utils import EngineArgs
 
     engine = start_engine(EngineArgs(**arguments), _refuse)
-    engine.collective_rpc("snpatch_watch")
-    if "classify" not in engine.get_supported_tasks():
+    try:
+        engine.collective_rpc("snpatch_watch")
+        if "classify" not in engine.get_supported_tasks():
+            raise SnpatchError(f"judge {model}: vLLM does not know it as a classifier; use backend='transformers'")
+    except BaseException:
         engine.engine_core.shutdown(timeout=CLOSE_S)
-        raise SnpatchError(f"judge {model}: vLLM does not know it as a classifier; use backend='transformers'")
+        raise
     return engine
 
 

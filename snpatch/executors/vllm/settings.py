@@ -11,6 +11,7 @@ from snpatch.config import TwinSizes
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantised
 
+BIAS = "score_bias"  # in the config that a score model's worker gets: whether its head has a bias
 KEY = "snpatch"  # of additional_config, and of each request's extra_args: [ticket, *row]
 
 

@@ -13,7 +13,7 @@ from vllm.model_executor.models.adapters import as_seq_cls_model
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
 from snpatch.executors.vllm import processes
-from snpatch.executors.vllm.pooling import BIAS
+from snpatch.executors.vllm.settings import BIAS
 
 
 class SnpatchLlamaForScore(as_seq_cls_model(LlamaForCausalLM)):
