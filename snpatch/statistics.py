@@ -1,4 +1,4 @@
-"""Statistics of scores over prompts: Eq. 4's causal effect, bootstrap intervals, paired tests.
+"""Statistics of scores: Eq. 4's causal effect, bootstrap intervals, paired tests, correlation of ranks, skewness.
 
 Everything is paired: a patch is compared with what else was written for the same prompts, so prompts are what is
 resampled.
@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import DegenerateDataWarning, bootstrap, ttest_rel
+from scipy.stats import DegenerateDataWarning, bootstrap, skew, spearmanr, ttest_rel
 
 from snpatch.errors import SnpatchError
 
@@ -67,3 +67,14 @@ def paired_p(one: ArrayLike, other: ArrayLike) -> float | None:
     if len(one) < 2 or np.allclose(one, other, rtol=1e-12, atol=0):
         return None
     return float(ttest_rel(one, other).pvalue)
+
+
+def spearman(one: ArrayLike, other: ArrayLike) -> float:
+    """Rank correlation of paired values."""
+    return float(spearmanr(one, other).statistic)
+
+
+def skewness(values: ArrayLike) -> float | None:
+    """Of a sample's distribution; None where all values are the same."""
+    values = np.asarray(values)
+    return float(skew(values)) if np.ptp(values) > 0 else None

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import skew
 
 from snpatch.report.report import Report, Row, cell, table_of
+from snpatch.statistics import skewness
 from snpatch.worlds.lab import Lab
 
 MAP_COLUMNS = 512  # neurons of a layer are pooled to at most so many columns, by their largest score
@@ -52,7 +52,7 @@ def describe(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:
         "median": float(np.median(scores)),
         "p99": float(np.quantile(scores, 0.99)),
         "max": float(scores.max()),
-        "skewness": float(skew(scores)) if np.ptp(scores) > 0 else None,
+        "skewness": skewness(scores),
         **{f"above {threshold:g}": float((scores > threshold).mean()) for threshold in thresholds},
     }
 
