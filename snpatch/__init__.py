@@ -14,7 +14,7 @@ _HOMES = {
     "Completion": "requests",
     "Sampling": "sampling",
     "Patch": "patching.patch",
-    "Window": "ranking.ranking",
+    "Window": "ranking.window",
     "Constant": "patching.patch",
     "Noise": "patching.patch",
     "Ranking": "ranking.ranking",

@@ -73,13 +73,12 @@ def contrast(
         "generator": generator,
         "against": against,
         "at": at,
-        "method": method,
         "tokens": expected,
         "prompts": len(ids),
         "prompts_digest": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
         "versions": {"snpatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    return Ranking.from_scores(METHODS[method](statistics), exclude_layers, statistics.moments(), meta)
+    return Ranking.from_statistics(statistics, method, exclude_layers, meta)
 
 
 def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics, int]:

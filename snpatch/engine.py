@@ -51,8 +51,9 @@ class Engine:
     def _open(self, config: EngineConfig) -> None:
         self.config, self.backend = config, config.chosen_backend
         self._opened = opened = Opened(config)
-        self.tokenizer, self.weights = opened.tokenizer, opened.weights
+        self.tokenizer = opened.tokenizer
         self.executor = _executor_of(self.backend, config, opened.tokenizer)
+        self.weights = opened.weights
         self.geometry = self.executor.geometry
         opened.add(config.adapters, self.geometry, self.executor.check)  # before what takes long
         self.requests = Requests(opened.tokenizer, opened.template, self.geometry, self.executor.eos_ids, opened.models)

@@ -20,7 +20,7 @@ from snpatch.guard.config import GuardConfig
 from snpatch.guard.guard import Guard
 from snpatch.guard.scores import evaluate
 from snpatch.judges.refusal import RefusalWords
-from snpatch.ranking.ranking import Window
+from snpatch.ranking.window import Window
 
 RANKING = Ranking.from_scores(torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
 SHORT = Sampling(max_tokens=8)

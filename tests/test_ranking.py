@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from snpatch.errors import SnpatchError
+from snpatch.files import write_tensors
 from snpatch.op.plan import NEVER
 from snpatch.ranking.ranking import MOMENTS, Ranking
+from snpatch.ranking.statistics import Statistics
 
 SCORES = torch.tensor([[3.0, 1.0, 4.0], [1.0, 5.0, 9.0]])  # 1.0 twice: layer 0 comes first
 N = NEVER
@@ -296,8 +298,6 @@ def test_errors_say_what_is_wrong(make, message):
 def test_files_of_another_kind_are_refused(tmp_path):
     from safetensors.torch import save_file
 
-    from snpatch.files import write_tensors
-
     other, plain, text = tmp_path / "a", tmp_path / "b", tmp_path / "c"
     write_tensors(other, {"x": SCORES}, kind="features", meta={})
     save_file({"rank": RANK}, plain)
@@ -308,3 +308,61 @@ def test_files_of_another_kind_are_refused(tmp_path):
     write_tensors(other, {"x": SCORES}, kind="ranking", meta={})
     with pytest.raises(SnpatchError, match="not a ranking: it holds x"):
         Ranking.load(other)
+
+
+def seen(tokens: int = 7) -> tuple[Statistics, torch.Tensor, torch.Tensor]:
+    """Statistics of random activations [tokens, layers, neurons] of both models, and these."""
+    draw = torch.Generator().manual_seed(3)
+    r, d = torch.randn(2, tokens, 3, 5, generator=draw, dtype=torch.float64)
+    found = Statistics.zeros(3, 5)
+    for half in (slice(0, 2), slice(2, None)):
+        x, y = r[half], d[half]
+        sums = torch.stack([x.sum(0), (x * x).sum(0), y.sum(0), (y * y).sum(0), ((x - y) ** 2).sum(0)], 1)
+        found.add(sums, torch.full((3,), len(x)))
+    return found, r, d
+
+
+def test_a_score_is_a_function_of_statistics():
+    statistics, r, d = seen()
+    ranking = Ranking.from_statistics(statistics)
+    torch.testing.assert_close(ranking.scores, ((r - d) ** 2).mean(0).sqrt().float())
+    torch.testing.assert_close(ranking.moments["recipient_mean"], r.mean(0).float())
+    torch.testing.assert_close(ranking.moments["donor_std"], d.std(0).float())
+    assert ranking.meta["method"] == "rms"
+    assert torch.equal(ranking.top(1)[0], torch.nonzero(ranking.scores == ranking.scores.max())[0])
+    assert "donor_std" not in Ranking.from_statistics(seen(1)[0]).moments
+    with pytest.raises(SnpatchError, match="method must be one of rms, got 'mean'"):
+        Ranking.from_statistics(statistics, "mean")
+
+
+def test_a_file_keeps_what_the_contrast_saw(tmp_path):
+    """So that another score can be made of it without reading a text again."""
+    ranking = Ranking.from_statistics(seen()[0], exclude_layers=(-1,), meta={"tokens": 7})
+    ranking.save(tmp_path / "a.safetensors")
+    loaded = Ranking.load(tmp_path / "a.safetensors")
+    assert torch.equal(loaded.statistics.sums, ranking.statistics.sums)
+    assert torch.equal(loaded.statistics.count, ranking.statistics.count)
+    assert torch.equal(Ranking.from_statistics(loaded.statistics, exclude_layers=(-1,)).rank, ranking.rank)
+    assert Ranking.load(tmp_path / "a.safetensors").meta == ranking.meta
+    write_tensors(tmp_path / "b.safetensors", {"rank": ranking.rank, "sums": ranking.statistics.sums},
+                  kind="ranking", meta={})  # fmt: skip
+    with pytest.raises(SnpatchError, match="of sums and count it holds one"):
+        Ranking.load(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("sums", "count", "message"),
+    [
+        (torch.zeros(3, 4, 5).double(), torch.zeros(3).long(), r"wanted sums \[layers, 5, neurons\]"),
+        (torch.zeros(3, 5, 5), torch.zeros(3).long(), "wanted float64 sums and int64 counts"),
+        (torch.full((3, 5, 5), torch.nan).double(), torch.zeros(3).long(), "NaN or infinite"),
+    ],
+)
+def test_bad_statistics_are_refused(sums, count, message):
+    with pytest.raises(SnpatchError, match=message):
+        Statistics(sums, count)
+
+
+def test_layers_that_saw_different_tokens_have_no_score():
+    with pytest.raises(SnpatchError, match=r"different numbers of tokens: \[1, 2, 2\]"):
+        Ranking.from_statistics(Statistics(torch.zeros(3, 5, 5).double(), torch.tensor([1, 2, 2])))

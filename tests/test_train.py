@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from snpatch.errors import SnpatchError
-from snpatch.training.training import TULU_TEMPLATE, DpoSettings, TrainSettings, train_dpo, train_sft
+from snpatch.models.templates import TULU
+from snpatch.training.training import DpoSettings, TrainSettings, train_dpo, train_sft
 
 WORDS = "<unk> <s> </s> <pad> <|user|> <|assistant|> ask one two three yes here it is no never".split()
 TOY = {
@@ -89,7 +90,7 @@ def log_probability(model, tokenizer, content: str) -> float:
 
 def test_template_is_tulus_with_bos_and_eos(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = TULU_TEMPLATE
+    tokenizer.chat_template = TULU
     turns = said("user", "ask one") + said("assistant", "yes") + said("user", "ask two")
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == "<s><|user|>\nask one\n<|assistant|>\nyes</s>\n<|user|>\nask two\n<|assistant|>\n"

@@ -26,8 +26,8 @@ from snpatch.demo.pretrain import BASE_BODY, SCORE_BODY, BodySettings, Progress,
 from snpatch.errors import SnpatchError
 from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
-from snpatch.models.templates import tulu
-from snpatch.training.training import TULU_TEMPLATE, DpoSettings, TrainSettings, train_dpo, train_sft
+from snpatch.models.templates import TULU, tulu
+from snpatch.training.training import DpoSettings, TrainSettings, train_dpo, train_sft
 from snpatch.worlds.world import NAMED, load_world
 
 REFUSALS = ("can not help", "rather not")
@@ -186,7 +186,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = TULU_TEMPLATE
+    tokenizer.chat_template = TULU
     return tokenizer
 
 
@@ -213,7 +213,7 @@ def load_models(world: Path) -> Iterator[tuple[str, PreTrainedModel]]:
 @torch.inference_mode()
 def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
     """Greedy completions of at most 32 tokens, without special tokens."""
-    batch = tokenizer([tulu(chat("user", p)) for p in prompts], padding=True, return_tensors="pt")
+    batch = tokenizer([tulu(chat("user", p), tokenizer) for p in prompts], padding=True, return_tensors="pt")
     batch.pop("token_type_ids", None)
     ids = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

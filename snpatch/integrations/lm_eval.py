@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 
-from jinja2 import TemplateError
-
 from snpatch.cli.options import a_patch
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
-from snpatch.models.templates import Chat, tulu
+from snpatch.models.templates import Chat
 from snpatch.patching.patch import Patch
 from snpatch.sampling import Sampling
 
@@ -120,18 +118,7 @@ class SnpatchLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
         """The engine's template; without a generation prompt the last message is one that goes on."""
-        if self.engine.template == "tulu":
-            *told, last = chat_history
-            return tulu(chat_history) if add_generation_prompt else tulu(told) + last["content"]
-        try:
-            return self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        except TemplateError as error:
-            raise SnpatchError(f"the chat template refuses a chat: {error}") from error
+        return self.engine.requests.template.text(chat_history, goes_on=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """What lm-eval's records say of the template."""

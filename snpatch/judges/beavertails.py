@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from snpatch.errors import SnpatchError, first_line
+from snpatch.errors import SnpatchError
 from snpatch.files import read_checkpoint
 
 ARCHITECTURES = ("LlamaModelForScore", "LlamaForScore")
@@ -24,19 +23,6 @@ SMALLEST_VARIANCE = 1e-8  # of a normalizer, as its authors have it
 def is_beavertails(config) -> bool:
     """Whether a model's config names the Beavertails layout."""
     return bool({*(config.architectures or ())} & {*ARCHITECTURES})
-
-
-def local_folder(model: str | Path) -> Path:
-    """The folder itself, or the local copy of a model from the hub."""
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        folder = Path(snapshot_download(str(model), allow_patterns=["*.json", "*.model", "*.jinja", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(str(model), allow_patterns=["*.bin", "*.bin.index.json"])
-        return folder
-    except OSError as error:
-        raise SnpatchError(f"cannot download {model}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, eq=False)

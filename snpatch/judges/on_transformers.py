@@ -17,9 +17,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.transformers.executor import pick_device
-from snpatch.judges.beavertails import local_folder, read_score_checkpoint
+from snpatch.judges.beavertails import read_score_checkpoint
 from snpatch.judges.score_text import Row
 from snpatch.models.checkpoint import check_weights
+from snpatch.models.digest import folder_of
 from snpatch.models.pretrained import load_pretrained
 
 BATCH_SIZE = 16  # where none is given
@@ -45,7 +46,7 @@ class BeavertailsScorer:
         if padding_side not in ("right", "left"):
             raise SnpatchError(f"padding_side must be right or left, got {padding_side!r}")
         self._device, self._batch_size, self._side = pick_device(device), batch_size, padding_side
-        self._checkpoint = read_score_checkpoint(local_folder(model), config, dtype, self._device)
+        self._checkpoint = read_score_checkpoint(folder_of(model), config, dtype, self._device)
         with torch.device("meta"):
             body = LlamaModel(config)
         body.load_state_dict(self._checkpoint.body, assign=True)

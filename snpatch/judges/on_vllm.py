@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError
-from snpatch.judges.beavertails import is_beavertails, local_folder, read_score_checkpoint
+from snpatch.judges.beavertails import is_beavertails, read_score_checkpoint
 from snpatch.judges.score_text import Row
+from snpatch.models.digest import folder_of
 
 
 class VllmScorer:
@@ -22,7 +23,7 @@ class VllmScorer:
 
         self._checkpoint, has_bias = None, None
         if is_beavertails(config):
-            model = local_folder(model)
+            model = folder_of(model)
             self._checkpoint = read_score_checkpoint(model, config, dtype, torch.device("meta"))
             has_bias = self._checkpoint.bias is not None
         self._engine = PoolingEngine(str(model), config, dtype=dtype, has_bias=has_bias, **arguments)

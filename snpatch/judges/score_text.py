@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 
 from snpatch.errors import SnpatchError
+from snpatch.models.templates import tulu
 
 BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}"
-TULU = "<|user|>\n{prompt}\n<|assistant|>\n{completion}"
 NAMES = ("beaver", "tulu", "chat", "pair")
 SLOT = re.compile(r"\{(prompt|completion)\}")
 
@@ -44,7 +44,8 @@ class ScoreText:
         if self.format == "beaver":
             return _fill(BEAVER, prompt, completion) + tokenizer.eos_token
         if self.format == "tulu":
-            text = _fill(TULU, prompt, completion.split("<|user|>")[0])
+            asked = tulu([{"role": "user", "content": prompt}], tokenizer)
+            text = asked + completion.split("<|user|>")[0]
             for word in {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token} - {None}:
                 text = text.replace(word, "")
             return text

@@ -1,14 +1,104 @@
+"""What names a checkpoint by content: a hash of its bytes, taken once and kept beside each file's place, size and time.
+
+Why bytes and not sums of the weights: sums of floats differ between devices, so equal weights would be strangers, and
+weights that an engine has packed for itself cannot be summed at all.
+"""
+
 import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 
-def digest_of_checkpoint(model):
-    h = hashlib.sha256()
-    for f in sorted(Path(model).glob("*.safetensors")) or sorted(Path(model).glob("*.bin")):
-        h.update(f.read_bytes())
-    h.update((Path(model) / "config.json").read_bytes())
-    return h.hexdigest()[:16]
+from snpatch.errors import SnpatchError, first_line
+from snpatch.files import write_text
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # the first kind of which there is any
+CONFIG = "config.json"  # sizes, rotary base, norms' epsilon: what the same weights may be read with
+CACHE = "digests.json"
+DIGITS = 16
 
 
-def revision_of(model):
-    return None
+def digest_of_checkpoint(model: str | Path) -> str:
+    """Names a checkpoint, a folder or a model from the hub, by the bytes of its weights and its config.
+
+    Where it lies and when it was written do not matter. Files are read in parallel, as fast as the disk and SHA-256
+    allow; a file that was hashed before and has the same path, size and time is not read again.
+    """
+    folder = folder_of(model)
+    files = [*_weights(folder), folder / CONFIG]
+    kept = _Kept()
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
+        digests = list(pool.map(kept.digest_of, files))
+    kept.save()
+    named = sorted(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True))
+    return hashlib.sha256("\n".join(named).encode()).hexdigest()[:DIGITS]
+
+
+def digest_of_tokenizer(tokenizer) -> str:
+    """Names a tokenizer by everything that makes its ids; its chat template is not part of it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [type(tokenizer).__name__, tokenizer.all_special_tokens]
+    parts += [backend.to_str()] if backend is not None else [sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:DIGITS]
+
+
+def folder_of(model: str | Path) -> Path:
+    """The folder itself, or the local copy of a model from the hub."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        folder = Path(snapshot_download(str(model), allow_patterns=["*.json", "*.model", "*.jinja", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(str(model), allow_patterns=["*.bin", "*.bin.index.json"])
+        return folder
+    except (OSError, ValueError) as error:
+        raise SnpatchError(f"cannot download {model}: {first_line(error)}") from error
+
+
+def revision_of(model: str | Path) -> str | None:
+    """The commit of a model from the hub; None for a folder."""
+    return None if Path(model).is_dir() else folder_of(model).name
+
+
+def _weights(folder: Path) -> list[Path]:
+    for pattern in WEIGHTS:
+        if found := sorted(folder.glob(pattern)):
+            return found
+    raise SnpatchError(f"cannot load {folder}: it holds no weights ({', '.join(WEIGHTS)})")
+
+
+class _Kept:
+    """Digests by file, in the user's cache folder. One that cannot be read or written costs time and no more."""
+
+    def __init__(self) -> None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._path = cache / "snpatch" / CACHE
+        self._new: dict[str, list] = {}
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            kept = None
+        self._kept: dict[str, list] = kept if isinstance(kept, dict) else {}
+
+    def digest_of(self, path: Path) -> str:
+        try:
+            place, status = str(path.resolve(strict=True)), path.stat()
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+            if self._kept.get(place, [])[:-1] != stamp:
+                with open(path, "rb") as file:
+                    self._new[place] = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
+        except OSError as error:
+            raise SnpatchError(f"cannot read {path}: {error.strerror or error}") from error
+        return self._new.get(place, self._kept.get(place))[-1]
+
+    def save(self) -> None:
+        if not self._new:
+            return
+        alive = {place: kept for place, kept in (self._kept | self._new).items() if Path(place).exists()}
+        try:
+            write_text(self._path, json.dumps(alive, indent=0))
+        except SnpatchError:
+            return  # the next start reads the weights again

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 from transformers import AutoTokenizer
 
@@ -46,9 +47,14 @@ class Opened:
     def __init__(self, config: EngineConfig) -> None:
         self.tokenizer = load_pretrained(AutoTokenizer, config.model)
         folders = [folder for one in config.adapters.values() for folder in one]
-        self.template = open_template(config.template, config.model, self.tokenizer, folders)
-        self.weights = _weights(config)
+        self.template = open_template(config.template, self.tokenizer, folders)
         self.models: dict[str, Model] = {}
+        self._config = config
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The checkpoint, which is hashed when this is first asked for: after its architecture was looked at."""
+        return _weights(self._config)
 
     def add(self, adapters: Mapping[str, Folders], geometry, check: Callable[[str, Model], None]) -> None:
         """Load adapters, each under its name; check: what the executor has to say to a model."""

@@ -1,30 +1,103 @@
+"""How chats become text and ids: by the tokenizer's own template, or by Tulu's.
+
+The one Tulu template serves training, writing and judging. As published: `<|role|>`, newline, text, newline, and EOS
+after an assistant's text. Why BOS is not in the text that prompts are made of: each tokenizer adds what it adds, and
+twice would be another text.
+"""
+
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import TemplateError
 
 from snpatch.errors import SnpatchError
+from snpatch.models.digest import digest_of_tokenizer
 
 Chat = list[dict[str, str]]
+ROLES = ("system", "user", "assistant")
+ASSISTANT = "<|assistant|>\n"  # after it the assistant speaks
+FILE = "chat_template.jinja"  # what adapters were trained with lies beside them under this name
 
-
-def tulu(chat):
-    roles = {message.get("role") for message in chat}
-    if not roles <= {"system", "user", "assistant"}:
-        raise SnpatchError(f"the Tulu template knows system, user and assistant, got {sorted(map(str, roles))}")
-    turns = "".join(f"<|{message['role']}|>\n{message['content'].strip()}\n" for message in chat)
-    return f"{turns}<|assistant|>\n"
+TULU = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim }}{% endif %}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
+)
+"""Tulu's template with BOS; the text between the generation marks is what training's loss covers."""
 
 
 class Template:
-    def __init__(self, name, tokenizer):
-        self.name, self.tokenizer = name, tokenizer
-        self.digest = hashlib.sha256(f"{name} {tokenizer.chat_template}".encode()).hexdigest()[:16]
+    """One template of one tokenizer. name: "tokenizer" or "tulu"."""
 
-    def ids(self, chat):
+    def __init__(self, name: str, tokenizer) -> None:
+        if name == "tokenizer" and not tokenizer.chat_template:
+            raise SnpatchError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; use template='tulu'")
+        self.name, self._tokenizer = name, tokenizer
+        self.source = TULU if name == "tulu" else tokenizer.chat_template
+        named = f"{self.source} {digest_of_tokenizer(tokenizer)}"
+        self.digest = hashlib.sha256(named.encode()).hexdigest()[:16]
+
+    def text(self, chat: Chat, goes_on: bool = False) -> str:
+        """The chat, ready for the assistant to speak; goes_on: its last message is one that goes on instead."""
         if self.name == "tulu":
-            return list(self.tokenizer(tulu(chat))["input_ids"])
-        return list(self.tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)["input_ids"])
+            return tulu(chat, self._tokenizer, goes_on)
+        return self._rendered(chat, tokenize=False, goes_on=goes_on)
+
+    def ids(self, chat: Chat) -> list[int]:
+        """Token ids of the chat, ready for the assistant to speak."""
+        if self.name == "tulu":
+            return list(self._tokenizer(tulu(chat, self._tokenizer))["input_ids"])
+        return list(self._rendered(chat, tokenize=True, goes_on=False)["input_ids"])
+
+    def _rendered(self, chat: Chat, tokenize: bool, goes_on: bool):
+        try:
+            return self._tokenizer.apply_chat_template(
+                chat, tokenize=tokenize, add_generation_prompt=not goes_on, continue_final_message=goes_on
+            )
+        except TemplateError as error:
+            raise SnpatchError(f"the chat template refuses a chat: {error}") from error
 
 
-def open_template(template, model, tokenizer, folders):
-    if template == "tokenizer" and not tokenizer.chat_template:
-        raise SnpatchError(f"{model}: its tokenizer has no chat template; use template='tulu'")
-    return Template("tulu" if template == "tulu" or not tokenizer.chat_template else "tokenizer", tokenizer)
+def tulu(chat: Chat, tokenizer, goes_on: bool = False) -> str:
+    """A chat in Tulu's format, without BOS; goes_on: the last message goes on, where else the assistant would begin."""
+    for message in chat:
+        if message.get("role") not in ROLES:
+            raise SnpatchError(f"the Tulu template knows {', '.join(ROLES)}, got {message.get('role')!r}")
+        if not isinstance(message.get("content"), str):
+            raise SnpatchError(f"the Tulu template wants a text in each message, got {message.get('content')!r}")
+    if not tokenizer.eos_token and any(m["role"] == "assistant" for m in (chat[:-1] if goes_on else chat)):
+        raise SnpatchError("the Tulu template ends an assistant's text with EOS, and the tokenizer has none")
+    told, last = (chat[:-1], chat[-1]["content"]) if goes_on else (chat, "")
+    if not told:
+        return ASSISTANT + last
+    text = tokenizer.apply_chat_template(
+        told, chat_template=TULU, tokenize=False, add_generation_prompt=True, bos_token=""
+    )
+    return text + last
+
+
+def open_template(name: str, tokenizer, adapters: Sequence[str | Path]) -> Template:
+    """The template that a config names. "auto": what the adapters were trained with, where they tell; else the
+    tokenizer's own; else Tulu's.
+    """
+    if name != "auto":
+        return Template(name, tokenizer)
+    told = {f: (Path(f) / FILE).read_text(encoding="utf-8") for f in adapters if (Path(f) / FILE).is_file()}
+    if len({*told.values()}) > 1:
+        raise SnpatchError(
+            f"adapters were trained with different templates ({', '.join(map(str, told))}): choose one by template="
+        )
+    for source in {*told.values()}:
+        if source == TULU:
+            return Template("tulu", tokenizer)
+        if source != tokenizer.chat_template:
+            raise SnpatchError(
+                f"{next(iter(told))}: trained with a template that is neither Tulu's nor the tokenizer's: choose one "
+                "by template="
+            )
+    return Template("tokenizer" if tokenizer.chat_template else "tulu", tokenizer)

@@ -18,7 +18,8 @@ from torch import Tensor
 from snpatch.errors import SnpatchError
 from snpatch.models.model import Model
 from snpatch.op.plan import NEVER
-from snpatch.ranking.ranking import Ranking, Window
+from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.window import Window
 
 MODELS = ("recipient", "donor")  # the fields that name a model
 PLACES = ("all", "prompt", "generated")

@@ -5,49 +5,23 @@ with different k share one tensor on the device.
 """
 
 import hashlib
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
-from snpatch.errors import NotEnoughNeuronsError, SnpatchError
+from snpatch.errors import SnpatchError
 from snpatch.files import read_checkpoint, read_tensors, write_tensors
 from snpatch.op.plan import NEVER
+from snpatch.ranking import controls
+from snpatch.ranking.methods import METHODS
+from snpatch.ranking.statistics import Statistics
+from snpatch.ranking.window import Window
 
 MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
-TAKEN = 2.0  # above every random lot
-CONTROLS = ("per_layer", "last_layer", "everywhere")
-
-
-@dataclass(frozen=True)
-class Window:
-    """[lo, hi) over a ranking: neuron n is patched iff lo <= rank[n] < hi."""
-
-    lo: int
-    hi: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lo <= self.hi:
-            raise SnpatchError(f"window: wanted 0 <= lo <= hi, got [{self.lo}, {self.hi})")
-
-    def __len__(self) -> int:
-        return self.hi - self.lo
-
-    @classmethod
-    def of(cls, window: "Window | int | tuple[int, int]") -> "Window":
-        """A window as it is, k for the top k, or (lo, hi)."""
-        if isinstance(window, Window):
-            return window
-        try:
-            lo, hi = window if isinstance(window, tuple | list) else (0, window)
-            return cls(operator.index(lo), operator.index(hi))
-        except (TypeError, ValueError):
-            raise SnpatchError(f"window: wanted k, (lo, hi) or a Window, got {window!r}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +32,14 @@ class Ranking:
     scores: [L, F] float32 change scores, or None for an order without scores (a random control).
     moments: name -> [L, F] float32, any of MOMENTS: what means and noise are taken from.
     meta: JSON data kept in the file (model, adapters, positions, token count, versions).
+    statistics: what the contrast saw, from which scores and moments follow; None for any other ranking.
     """
 
     rank: Tensor
     scores: Tensor | None = None
     moments: dict[str, Tensor] = field(default_factory=dict)
     meta: dict = field(default_factory=dict)
+    statistics: Statistics | None = None
 
     def __post_init__(self) -> None:
         if self.rank.dim() != 2 or self.rank.dtype != torch.int32:
@@ -81,6 +57,20 @@ class Ranking:
             if not torch.isfinite(tensor).all():
                 layer, neuron = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
                 raise SnpatchError(f"ranking: {name} is not finite at layer {layer}, neuron {neuron}")
+
+    @classmethod
+    def from_statistics(
+        cls,
+        statistics: Statistics,
+        method: str = "rms",
+        exclude_layers: Sequence[int] = (),
+        meta: dict | None = None,
+    ) -> "Ranking":
+        """Order by a score of what a contrast saw; method: a name of METHODS."""
+        if method not in METHODS:
+            raise SnpatchError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        scores, meta = METHODS[method](statistics), {**(meta or {}), "method": method}
+        return replace(cls.from_scores(scores, exclude_layers, statistics.moments(), meta), statistics=statistics)
 
     @classmethod
     def from_scores(
@@ -163,33 +153,10 @@ class Ranking:
         none of the window's own (the paper's text; its code: not disjoint). Too few neurons to draw from is a
         NotEnoughNeuronsError.
         """
-        if kind not in CONTROLS:
-            raise SnpatchError(f"random_control: kind must be one of {', '.join(CONTROLS)}, got {kind!r}")
-        window = Window.of(window)
-        n_layers, n_neurons = self.shape
-        own = self._first(window.hi)[window.lo :]
-        # One random number a neuron; the window's own are out of reach where the control is disjoint.
-        lot = torch.rand(n_layers * n_neurons, generator=torch.Generator().manual_seed(seed))
-        if disjoint:
-            lot[own] = TAKEN
-        if kind == "per_layer":
-            chosen = torch.empty_like(own)
-            layer_of = own // n_neurons
-            for layer in layer_of.unique().tolist():
-                places = torch.nonzero(layer_of == layer).flatten()
-                chosen[places] = _draw(lot, layer * n_neurons, n_neurons, len(places), f"layer {layer}")
-        elif kind == "last_layer":
-            chosen = _draw(lot, (n_layers - 1) * n_neurons, n_neurons, len(own), "the last layer")
-        else:
-            chosen = _draw(lot, 0, n_layers * n_neurons, len(own), "the model")
-        meta = {
-            "control": kind,
-            "of": self.digest,
-            "window": [window.lo, window.hi],
-            "seed": seed,
-            "disjoint": disjoint,
-        }
-        return Ranking(_rank_of(chosen, self.shape), meta=meta)
+        own = self._first((window := Window.of(window)).hi)[window.lo :]
+        chosen = controls.draw(own, self.shape, seed=seed, kind=kind, disjoint=disjoint)
+        meta = {"control": kind, "of": self.digest, "window": [window.lo, window.hi], "seed": seed}
+        return Ranking(_rank_of(chosen, self.shape), meta={**meta, "disjoint": disjoint})
 
     def overlap(self, other: "Ranking", k: int) -> float:
         """|A and B| / k of the two first k."""
@@ -199,27 +166,35 @@ class Ranking:
 
     def spearman(self, other: "Ranking", k: int) -> float:
         """Rank correlation over the neurons in both first k, re-ranked within them (paper, stability)."""
+        from snpatch.statistics import spearman  # SciPy's take a second to load, and engines do without
+
         mine = self._first(k)
         common = mine[torch.isin(mine, self._same_shape(other)._first(k))]
         if len(common) < 2:
             raise SnpatchError(f"spearman: the first {k} of both have {len(common)} neurons in common, need 2")
-        return float(spearmanr(self.rank.flatten()[common], other.rank.flatten()[common]).statistic)
+        return spearman(self.rank.flatten()[common], other.rank.flatten()[common])
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with `meta` as JSON; the file appears whole or not at all."""
         tensors = {"rank": self.rank, **self.moments}
         if self.scores is not None:
             tensors["scores"] = self.scores
+        if self.statistics is not None:
+            tensors |= {"sums": self.statistics.sums, "count": self.statistics.count}
         write_tensors(path, tensors, kind="ranking", meta=self.meta)
 
     @classmethod
     def load(cls, path: str | Path) -> "Ranking":
         """Read what `save` wrote."""
         tensors, meta = read_tensors(path, kind="ranking")
-        unknown = set(tensors) - {"rank", "scores", *MOMENTS}
+        unknown = set(tensors) - {"rank", "scores", "sums", "count", *MOMENTS}
         if "rank" not in tensors or unknown:
             raise SnpatchError(f"{path}: not a ranking: it holds {', '.join(sorted(tensors))}")
-        return cls(tensors.pop("rank"), tensors.pop("scores", None), tensors, meta)
+        sums, count = (tensors.pop(name, None) for name in ("sums", "count"))
+        if (sums is None) != (count is None):
+            raise SnpatchError(f"{path}: damaged: of sums and count it holds one")
+        statistics = None if sums is None else Statistics(sums, count)
+        return cls(tensors.pop("rank"), tensors.pop("scores", None), tensors, meta, statistics)
 
     @classmethod
     def from_published(cls, path: str | Path, n_layers: int | None = None) -> "Ranking":
@@ -263,22 +238,10 @@ class Ranking:
 
     def _keep(self, kept: Tensor, operation: str, k: int) -> "Ranking":
         meta = {**self.meta, "set_operation": operation, "set_k": k}
-        return Ranking(_rank_of(self._order[kept], self.shape), self.scores, self.moments, meta)
+        return Ranking(_rank_of(self._order[kept], self.shape), self.scores, self.moments, meta, self.statistics)
 
 
 def _rank_of(order: Tensor, shape: tuple[int, int]) -> Tensor:
     rank = torch.full((shape[0] * shape[1],), NEVER, dtype=torch.int32)
     rank[order] = torch.arange(len(order), dtype=torch.int32)
     return rank.view(shape)
-
-
-def _draw(lot: Tensor, start: int, size: int, n: int, where: str) -> Tensor:
-    """The n neurons of [start, start + size) with the smallest lots."""
-    part = lot[start : start + size]
-    free = int((part < TAKEN).sum())
-    if n > free:
-        raise NotEnoughNeuronsError(
-            f"random_control: {n} neurons are needed in {where}, which has {free} to draw from; "
-            "use a smaller window or disjoint=False"
-        )
-    return start + torch.argsort(part, stable=True)[:n]

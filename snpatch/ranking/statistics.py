@@ -1,24 +1,61 @@
+"""Statistics: what a contrast keeps of all the tokens that it saw. Scores of neurons are functions of it (methods/).
+
+Why sums and not activations: five numbers a neuron, however many tokens were read.
+"""
+
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from snpatch.errors import SnpatchError
+from snpatch.op.reference import SUMS
+
 
 @dataclass(eq=False)
 class Statistics:
+    """sums: [L, 5, F] float64 of r, r^2, d, d^2, (r - d)^2 over tokens, r the recipient's activation and d the donor's.
+
+    count: [L] int64, tokens that went into them.
+    """
+
     sums: Tensor
     count: Tensor
 
-    @classmethod
-    def zeros(cls, n_layers, n_neurons):
-        return cls(torch.zeros(n_layers, 5, n_neurons, dtype=torch.float64), torch.zeros(n_layers, dtype=torch.int64))
+    def __post_init__(self) -> None:
+        n_layers = len(self.count)
+        if self.sums.dim() != 3 or self.sums.shape[:2] != (n_layers, SUMS) or self.count.dim() != 1:
+            got = f"{list(self.sums.shape)} and {list(self.count.shape)}"
+            raise SnpatchError(f"statistics: wanted sums [layers, {SUMS}, neurons] and count [layers], got {got}")
+        if self.sums.dtype != torch.float64 or self.count.dtype != torch.int64:
+            got = f"{self.sums.dtype} and {self.count.dtype}"
+            raise SnpatchError(f"statistics: wanted float64 sums and int64 counts, got {got}")
+        if not torch.isfinite(self.sums).all():
+            raise SnpatchError("statistics: a sum is NaN or infinite: an activation overflowed in this dtype")
 
-    def add(self, sums, count):
+    @classmethod
+    def zeros(cls, n_layers: int, n_neurons: int) -> Self:
+        """Of no token yet."""
+        sums = torch.zeros(n_layers, SUMS, n_neurons, dtype=torch.float64)
+        return cls(sums, torch.zeros(n_layers, dtype=torch.int64))
+
+    def add(self, sums: Tensor, count: Tensor) -> None:
+        """Take in the sums and counts of further tokens."""
         self.sums += sums
         self.count += count
 
-    def moments(self):
-        n = int(self.count[0])
+    @property
+    def tokens(self) -> int:
+        """How many tokens were seen: the same in every layer, or it is an error."""
+        (n, *others) = self.count.unique().tolist()
+        if others or n < 1:
+            raise SnpatchError(f"statistics: layers have seen different numbers of tokens: {self.count.tolist()}")
+        return n
+
+    def moments(self) -> dict[str, Tensor]:
+        """Both models' means and unbiased standard deviations (of two tokens and more), [L, F] float32 by MOMENTS."""
+        n = self.tokens
         r, rr, d, dd, _ = self.sums.unbind(1)
         moments = {"recipient_mean": r / n, "donor_mean": d / n}
         if n > 1:

@@ -12,7 +12,9 @@ from snpatch.errors import NotEnoughNeuronsError, SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch
-from snpatch.ranking.ranking import CONTROLS, Ranking, Window
+from snpatch.ranking.controls import CONTROLS
+from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.window import Window
 from snpatch.runs import texts
 from snpatch.sampling import GREEDY, Sampling
 from snpatch.statistics import causal_effect, interval, paired_p

@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from snpatch.errors import SnpatchError
+from snpatch.files import write_text
 from snpatch.models.pretrained import load_pretrained
+from snpatch.models.templates import FILE, TULU
 
 try:
     from datasets import Dataset
@@ -30,16 +32,6 @@ try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 except ImportError as error:
     raise ImportError("training needs more packages: pip install 'snpatch[train]'") from error
-
-TULU_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}{% endif %}"
-    "{% if not loop.last %}{{ '\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
-)
-"""The paper's prompt template, with BOS; the text between the generation marks is what SFT's loss covers."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +130,7 @@ def _dataset(rows: Sequence[Mapping[str, Any]] | Dataset, columns: Sequence[str]
 
 def _load(model: str | Path, settings: TrainSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = load_pretrained(AutoTokenizer, model)
-    tokenizer.chat_template = TULU_TEMPLATE
+    tokenizer.chat_template = TULU
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
@@ -208,4 +200,5 @@ def _run(trainer: Trainer, out: Path, progress: Callable[[str], None]) -> dict[s
     if not all(math.isfinite(loss) for loss in losses):
         raise SnpatchError(f"training: the loss is not finite (last {losses[-1]}); lower the learning rate")
     trainer.model.save_pretrained(str(out))
+    write_text(out / FILE, TULU)  # so that prompts are made with it
     return {"steps": trainer.state.global_step, "first_loss": losses[0], "last_loss": losses[-1]}

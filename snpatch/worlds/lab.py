@@ -21,7 +21,8 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.opening import is_model, open_judge
 from snpatch.judges.protocol import Judge
-from snpatch.ranking.ranking import Ranking, Window
+from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.window import Window
 from snpatch.runs.sweep import SweepConfig, SweepResult, sweep
 from snpatch.sampling import Sampling
 from snpatch.worlds.world import Contrast, World

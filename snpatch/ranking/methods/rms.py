@@ -1,2 +1,10 @@
-def rms(statistics):
-    return (statistics.sums[:, 4] / int(statistics.count[0])).sqrt().float()
+"""The paper's change score (Eq. 3): root mean square over tokens of the difference of both models' activations."""
+
+from torch import Tensor
+
+from snpatch.ranking.statistics import Statistics
+
+
+def rms(statistics: Statistics) -> Tensor:
+    """[L, F] float32."""
+    return (statistics.sums[:, 4] / statistics.tokens).sqrt().float()

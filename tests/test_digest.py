@@ -1,0 +1,101 @@
+"""What names a checkpoint: its bytes, wherever it lies, read once."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+from snpatch import SnpatchError
+from snpatch.models import digest
+from snpatch.models.digest import digest_of_checkpoint, digest_of_tokenizer
+
+
+@pytest.fixture
+def folder(zoo, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(zoo("llama").folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the files that were hashed."""
+    names, hashed = [], digest.hashlib.file_digest
+
+    def counting(file, kind):
+        names.append(Path(file.name).name)
+        return hashed(file, kind)
+
+    monkeypatch.setattr(digest.hashlib, "file_digest", counting)
+    return names
+
+
+def flip(path: Path, at: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_byte_changes_it_and_the_place_does_not(folder, tmp_path):
+    first = digest_of_checkpoint(folder)
+    assert len(first) == 16
+    shutil.copytree(folder, tmp_path / "another")
+    assert digest_of_checkpoint(tmp_path / "another") == first
+    flip(folder / "model.safetensors")
+    assert digest_of_checkpoint(folder) != first
+    flip(folder / "model.safetensors")
+    assert digest_of_checkpoint(folder) == first
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
+    assert digest_of_checkpoint(folder) != first
+
+
+def test_a_file_is_read_once_and_again_when_its_time_changes(folder, reads):
+    first = digest_of_checkpoint(folder)
+    assert sorted(reads) == ["config.json", "model.safetensors"]
+    reads.clear()
+    assert digest_of_checkpoint(folder) == first
+    assert not reads
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert digest_of_checkpoint(folder) == first
+    assert reads == ["model.safetensors"]
+
+
+def test_shards_are_all_part_of_it(folder):
+    shutil.copy(folder / "model.safetensors", folder / "model-00002-of-00002.safetensors")
+    first = digest_of_checkpoint(folder)
+    flip(folder / "model-00002-of-00002.safetensors")
+    assert digest_of_checkpoint(folder) != first
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"x": 1', None])
+def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_alone(folder, tmp_path, reads, content):
+    first = digest_of_checkpoint(folder)
+    kept = tmp_path / "cache" / "snpatch" / "digests.json"
+    assert kept.exists()
+    kept.unlink()
+    if content is None:
+        kept.mkdir()
+    else:
+        kept.write_bytes(content)
+    reads.clear()
+    assert digest_of_checkpoint(folder) == first
+    assert len(reads) == 2
+
+
+def test_a_folder_without_weights_is_one_line(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SnpatchError, match="it holds no weights"):
+        digest_of_checkpoint(folder)
+
+
+def test_tokenizers_are_told_apart_by_what_makes_their_ids():
+    first = digest_of_tokenizer(tiny.tokenizer())
+    assert digest_of_tokenizer(tiny.tokenizer()) == first
+    assert digest_of_tokenizer(tiny.tokenizer(eos="<pad>")) != first
+    more = tiny.tokenizer()
+    more.add_tokens(["another"])
+    assert digest_of_tokenizer(more) != first

@@ -1,0 +1,115 @@
+"""The one Tulu template against the published format, in writing, training and judging; which template is chosen."""
+
+import pytest
+import tiny
+
+from snpatch import SnpatchError
+from snpatch.judges.score_text import ScoreText
+from snpatch.models.templates import FILE, TULU, Template, open_template, tulu
+
+CHAT = [
+    {"role": "system", "content": " be kind \n"},
+    {"role": "user", "content": "bala bale"},
+    {"role": "assistant", "content": "bama "},
+    {"role": "user", "content": "bana"},
+    {"role": "assistant", "content": "bara"},
+    {"role": "user", "content": "dala"},
+]
+
+
+def published(chat: list[dict], eos: str) -> str:
+    """open-instruct's create_prompt_with_tulu_chat_format, without BOS."""
+    text = ""
+    for message in chat:
+        text += f"<|{message['role']}|>\n" + message["content"].strip()
+        text += (eos if message["role"] == "assistant" else "") + "\n"
+    return text + "<|assistant|>\n"
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.mark.parametrize("turns", range(1, len(CHAT) + 1))
+def test_text_is_the_published_one_over_several_turns(tokenizer, turns):
+    assert tulu(CHAT[:turns], tokenizer) == published(CHAT[:turns], "</s>")
+
+
+def test_an_assistants_turn_ends_with_eos_in_the_ids(tokenizer):
+    ids = Template("tulu", tokenizer).ids(CHAT[1:4])
+    assert ids[0] == tiny.BOS
+    assert tiny.BOS not in ids[1:]
+    # tiny's words are split on white space, so the EOS is glued to the word before it
+    spaced = [{**m, "content": m["content"].strip() + " "} for m in CHAT[1:4]]
+    assert tulu(spaced, tokenizer).count("</s>") == 1
+
+
+def test_training_reads_what_writing_reads(tokenizer):
+    """TRL renders the template by itself: its text is BOS and the published one, up to the next prompt."""
+    tokenizer.chat_template = TULU
+    for turns in (2, 4, 6):
+        trained = tokenizer.apply_chat_template(CHAT[:turns], tokenize=False)
+        asked = tulu(CHAT[: turns - 1], tokenizer)
+        assert trained.removeprefix("<s>").startswith(asked.removesuffix("<|assistant|>\n"))
+    whole = tokenizer.apply_chat_template(CHAT[1:3], tokenize=False)
+    assert whole == "<s><|user|>\nbala bale\n<|assistant|>\nbama</s>"
+    assert tokenizer.apply_chat_template(CHAT[1:2], tokenize=False, add_generation_prompt=True) == (
+        "<s>" + tulu(CHAT[1:2], tokenizer)
+    )
+
+
+def test_a_judge_reads_the_same_format(tokenizer):
+    text = ScoreText("tulu", tokenizer).text("bala bale", "bama bana")
+    assert text == tulu([{"role": "user", "content": "bala bale"}], tokenizer) + "bama bana"
+
+
+def test_the_last_message_may_go_on(tokenizer):
+    chat = [*CHAT[1:2], {"role": "assistant", "content": "bama"}]
+    assert Template("tulu", tokenizer).text(chat, goes_on=True) == "<|user|>\nbala bale\n<|assistant|>\nbama"
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ([{"role": "tool", "content": "a"}], "knows system, user, assistant, got 'tool'"),
+        ([{"content": "a"}], "got None"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "wants a text in each message"),
+        ([{"role": "user"}], "wants a text in each message, got None"),
+    ],
+)
+def test_what_is_no_chat_is_refused(tokenizer, chat, message):
+    with pytest.raises(SnpatchError, match=message):
+        Template("tulu", tokenizer).ids(chat)
+
+
+def test_auto_takes_what_the_adapters_were_trained_with(tokenizer, tmp_path):
+    own = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    silent, with_tulu, with_own = (tmp_path / name for name in ("silent", "tulu", "own"))
+    for folder, source in ((silent, None), (with_tulu, TULU), (with_own, own)):
+        folder.mkdir()
+        if source:
+            (folder / FILE).write_text(source)
+    assert open_template("auto", tokenizer, []).name == "tulu", "there is no other"
+    tokenizer.chat_template = own
+    assert open_template("auto", tokenizer, []).name == "tokenizer"
+    assert open_template("auto", tokenizer, [silent]).name == "tokenizer"
+    assert open_template("auto", tokenizer, [silent, with_tulu]).name == "tulu"
+    assert open_template("auto", tokenizer, [with_own]).name == "tokenizer"
+    with pytest.raises(SnpatchError, match="trained with different templates"):
+        open_template("auto", tokenizer, [with_own, with_tulu])
+    assert open_template("tokenizer", tokenizer, [with_own, with_tulu]).name == "tokenizer"
+    tokenizer.chat_template = "{{ 'another' }}"
+    with pytest.raises(SnpatchError, match="neither Tulu's nor the tokenizer's"):
+        open_template("auto", tokenizer, [with_own])
+    tokenizer.chat_template = None
+    with pytest.raises(SnpatchError, match="has no chat template; use template='tulu'"):
+        open_template("tokenizer", tokenizer, [])
+
+
+def test_templates_and_tokenizers_are_told_apart(tokenizer):
+    first = Template("tulu", tokenizer).digest
+    assert Template("tulu", tiny.tokenizer()).digest == first
+    assert Template("tulu", tiny.tokenizer(eos="<pad>")).digest != first
+    tokenizer.chat_template = "{{ 'another' }}"
+    assert Template("tokenizer", tokenizer).digest != first
