@@ -1,9 +1,14 @@
 """fill_plan against plans written out by hand."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from snpatch.op.plan import NEVER, Column, Entry, fill_plan
+from snpatch.op.plan import COPIED, NEVER, Column, Entry, Source, fill_plan
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def entry(**fields) -> list[int]:
@@ -94,3 +99,22 @@ def test_what_was_seen_is_patched_again_but_counted_once():
     assert column(filled, "receipt") == [4, 4, 4, 4]
     assert column(filled, "group") == [-1, -1, 3, 3]
     assert column(filled, "capture") == [-1, -1, 7, 8]
+
+
+def test_the_layout_is_pythons_in_cpp_and_triton_and_in_the_request_table():
+    """plan.py says it; the two kernels, which cannot import it, repeat it."""
+    columns = {column.name: column.value for column in Column}
+    source = (ROOT / "csrc" / "patched_glu.cpp").read_text()
+
+    def enumerated(name: str) -> list[str]:
+        return re.search(rf"enum {name} {{ (.*?) }};", source)[1].split(", ")
+
+    assert {name: value for value, name in enumerate(enumerated("Column"))} == columns | {"COLUMNS": len(Column)}
+    assert enumerated("Source") == [f"FROM_{kind.name}" for kind in sorted(Source)]
+    found = re.findall(r"^(\w+) = tl\.constexpr\((.+)\)$", (ROOT / "kernels" / "patched_glu.py").read_text(), re.M)
+    constants = {name: eval(value) for name, value in found}
+    kinds = {kind.name: kind.value for kind in Source if kind is not Source.DONOR}
+    assert constants == columns | kinds | {"COLUMNS": len(Column), "NEVER": NEVER}
+    assert [entry.name for entry in Entry if entry < COPIED] == [column.name for column in Column if column < COPIED]
+    assert [column.value for column in Column] == list(range(len(Column)))
+    assert [entry.value for entry in Entry] == list(range(len(Entry)))

@@ -40,7 +40,10 @@ class Source(IntEnum):
 
 
 class Entry(IntEnum):
-    """Columns of the request table [requests, len(Entry)], int32. Ranges are half open, in positions."""
+    """Columns of the request table [requests, len(Entry)], int32. Ranges are half open, in positions.
+
+    The first COPIED of them are a plan row's, too, in the same places.
+    """
 
     RECIPIENT = 0
     DONOR = 1
@@ -62,6 +65,9 @@ class Entry(IntEnum):
     SEEN = 17  # positions before this one were run already: they are patched again, but not observed or captured again
 
 
+COPIED = Entry.PATCH_START
+
+
 def fill_plan(
     table: NDArray[np.int32],  # [R, len(Entry)]
     request: NDArray[np.int64],  # [T]: row of `table`; -1 = padding
@@ -73,7 +79,7 @@ def fill_plan(
     real = request >= 0
     row = table[np.maximum(request, 0)]
     plan = np.empty((len(request), len(Column)), dtype=np.int32)
-    plan[:, : Entry.PATCH_START] = row[:, : Entry.PATCH_START] * real[:, None]
+    plan[:, :COPIED] = row[:, :COPIED] * real[:, None]
     plan[:, Column.POSITION] = position
 
     def within(start: Entry, stop: Entry) -> NDArray[np.bool_]:
