@@ -14,10 +14,11 @@ from snpatch import Ranking, SnpatchError, experiments
 from snpatch.data import SETS
 from snpatch.experiments import agreement
 from snpatch.experiments.distribution import describe
-from snpatch.experiments.perplexity import Perplexity, windows_of
 from snpatch.experiments.tax import shared_neurons
 from snpatch.experiments.words import neuron_logits
-from snpatch.report.report import Report, table_of
+from snpatch.report import files, terminal
+from snpatch.report.report import Report, View
+from snpatch.runs.perplexity import Perplexity, windows_of
 from snpatch.worlds.lab import Lab
 from snpatch.worlds.world import load_world
 
@@ -192,7 +193,7 @@ def test_rankings_and_texts_are_kept_and_used_again(tmp_path, zoo, monkeypatch):
 def test_what_a_table_hangs_on_is_in_its_file(tmp_path, zoo):
     with Lab(load_world(world_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers", limit=3) as lab:
         report = experiments.run("curve", lab, {"k": [0, 0.25, 7], "resamples": 50})
-    paths = report.write(tmp_path / "out")
+    paths = files.write(report, tmp_path / "out")
     data = json.loads((tmp_path / "out" / "curve.json").read_text())
     told = data["provenance"]
     assert told["settings"]["k"] == [0, 0.25, 7]
@@ -237,14 +238,14 @@ def test_what_cannot_be_run_says_why(tmp_path, zoo, name, settings, message):
 
 def test_a_table_is_written_whole_and_told_shortly(tmp_path):
     rows = [{"a": 1, "b": None, "c": 0.123456}, {"a": 2, "b": "x,y", "c": 1e-5}]
-    report = Report("t", {"t": rows}, {}, table_of(rows, {"A": "a", "C": "c", "B": lambda row: row["b"]}))
-    report.write(tmp_path)
+    report = Report("t", {"t": rows}, {}, View.of(rows, {"A": "a", "C": "c", "B": lambda row: row["b"]}))
+    files.write(report, tmp_path)
     assert (tmp_path / "t.csv").read_text() == 'a,b,c\n1,,0.123456\n2,"x,y",1e-05\n'
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows
     from rich.console import Console
 
     console = Console(width=60, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    report.print(console)
+    terminal.show(report, console)
     text = console.export_text()
     assert "0.12" in text
     assert "0.123" not in text

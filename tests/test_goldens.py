@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from snpatch import Constant, Engine, Patch, Ranking, Sampling
 from snpatch.executors.transformers import executor as executor
-from snpatch.experiments.perplexity import perplexities, windows_of
+from snpatch.runs.perplexity import perplexities, windows_of
 
 HOME = Path(__file__).parent / "goldens" / "A"
 SHAPE = (4, 352)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save
 
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
-from snpatch.experiments.curve import headline, report_of
+from snpatch.experiments.sweeps import headline, report_of
+from snpatch.report import files
 from snpatch.runs.store import NAME, Store
 from snpatch.runs.sweep import SweepConfig, sweep
 from snpatch.statistics import causal_effect, interval, paired_p
@@ -278,7 +279,7 @@ def test_bad_sweeps_are_refused(engine, ranking, changes, message):
 def test_report_writes_tables_plots_and_headline(engine, ranking, tmp_path):
     result = run(engine, ranking, judge={"cost": judge, "length": lambda p, c: [len(text) for text in c]})
     report = report_of(result, "curve")
-    paths = report.write(tmp_path)
+    paths = files.write(report, tmp_path)
     assert sorted(path.name for path in paths) == sorted(path.name for path in tmp_path.iterdir())
     rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
     assert [float(row["mean"]) for row in rows] == [row.mean for row in result.rows]

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -199,15 +198,17 @@ def sweep(
     as_json: o.AsJson = False,
 ) -> None:
     """Patch every window into every recipient, judge the texts, and draw cost against k. Continues if killed."""
-    from snpatch.environment import describe
-    from snpatch.experiments.curve import report_of
+    from snpatch.experiments.sweeps import report_of
     from snpatch.files import check_writable
     from snpatch.ranking.ranking import Ranking
     from snpatch.runs.sweep import SweepConfig
     from snpatch.runs.sweep import sweep as run_sweep
     from snpatch.sampling import Sampling
+    from snpatch.worlds.provenance import Provenance
 
+    used = Provenance(model=model, max_tokens=max_tokens)
     data = o.read(prompts, form, limit, skip_bad)
+    used.set(prompts, data)
     named = [entry.rpartition("=")[::2] for entry in ranking]
     names = [name or Path(path).stem for name, path in named]
     if len(set(names)) < len(names):
@@ -224,26 +225,19 @@ def sweep(
         sampling=Sampling(max_tokens=max_tokens),
     )
     check_writable(out / "sweep.csv")
-    started = time.monotonic()
     with (
         o.open_judges(judge, judge_format, backend, device) as judges,
         o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested) as engine,
         o.progress_bar("sweep") as progress,
     ):
         result = run_sweep(engine, data.prompts, rankings, judges, config, store=out, progress=progress)
-    provenance = {
-        "settings": asdict(config),
-        "model": model,
-        "adapters": adapter,
-        "models": {name: engine.digest_of(name) for name in engine.models},
-        "backend": engine.backend,
-        "sets": {prompts: data.provenance},
-        "judges": judge,
-        "rankings": {name: one.provenance for name, one in rankings.items()},
-        **describe(),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    o.show(replace(report_of(result, "sweep"), provenance=provenance), out, as_json)
+        for name in (*config.recipients, config.donor):
+            used.model(engine, name, engine.config.adapters.get(name, ()))
+        for name, source in zip(judges, judge, strict=True):
+            used.judge(name, {"source": source.rpartition("=")[2], "format": judge_format})
+        for name, one in rankings.items():
+            used.ranking(name, one)
+    o.show(replace(report_of(result, "sweep"), provenance=used.told(asdict(config))), out, as_json)
 
 
 def env(as_json: o.AsJson = False) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.errors import SnpatchError
+from snpatch.errors import ReceiptError, SnpatchError
 
 
 def exp(
@@ -59,9 +59,11 @@ def run(
 ) -> None:
     """Run, write and print each; one that cannot be run is told at the end and stops none of the others.
 
-    arguments: the Lab's.
+    But for a ReceiptError: the device did what it was not asked, so that nothing of this run may be used; what it has
+    written of tables and plots is removed. arguments: the Lab's.
     """
     from snpatch import experiments
+    from snpatch.experiments import summary
     from snpatch.files import check_writable
     from snpatch.worlds.lab import Lab
     from snpatch.worlds.world import load_world
@@ -77,16 +79,21 @@ def run(
         experiments.settings_of(name, place.settings.get(name, {}), settings if name in chosen else None)
     for name in chosen:
         check_writable(out / f"{name}.csv")
-    failed = {}
+    failed, written = {}, []
     with Lab(place, out, progress=o.progress_bar, **arguments) as lab:
         for name in chosen:
             try:
-                o.show(experiments.run(name, lab, settings), out, as_json)
+                written += o.show(experiments.run(name, lab, settings), out, as_json)
+            except ReceiptError as error:
+                for path in (*written, out / "report.md", out / "report.json"):
+                    path.unlink(missing_ok=True)
+                raise ReceiptError(f"{name}: {error}; the tables of this run were removed: run it again") from error
             except SnpatchError as error:
                 if len(chosen) == 1:
                     raise
                 failed[name] = error
                 print(f"snpatch: {name}: {error}", file=sys.stderr)
-    experiments.write_summary(out)
+        for name, why in summary.write(lab, dict.fromkeys(chosen, settings or {})).items():
+            print(f"snpatch: {name}.json is left out of report.md: {why}", file=sys.stderr)
     if failed:
         raise SnpatchError(f"{len(failed)} of {len(chosen)} experiments failed: {', '.join(failed)}; see above")

@@ -183,7 +183,7 @@ def _labelled(engine, chats, model, judge, judge_format, backend, device, max_to
 
 
 def _tell(scores, named: dict, where: str, as_json: bool) -> None:
-    from snpatch.report.report import cell, span
+    from snpatch.report.cells import cell, span
 
     figures = asdict(scores)
     if as_json:

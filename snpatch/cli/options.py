@@ -166,18 +166,21 @@ def open_judges(entries: list[str], form: str | None, backend: str, device: str)
         yield judges
 
 
-def show(report, out: Path, as_json: bool) -> None:
-    """Write a report and print it."""
+def show(report, out: Path, as_json: bool) -> list[Path]:
+    """Write a report and print it; the files that it wrote."""
     from rich.console import Console
 
-    paths = report.write(out)
+    from snpatch.report import files, terminal
+
+    paths = files.write(report, out)
     if as_json:
         told = {"name": report.name, "tables": report.tables, "headline": report.headline}
         print(json.dumps({**told, "files": [str(path) for path in paths]}))
-        return
+        return paths
     console = Console(width=None if sys.stdout.isatty() else 160)
-    report.print(console)
+    terminal.show(report, console)
     console.print("wrote " + ", ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
+    return paths
 
 
 @contextmanager

@@ -1,16 +1,53 @@
-"""How much rankings agree: overlap and Spearman over pairs, by k. What stability, preference and positions share."""
+"""Agreement of rankings in experiments: overlap and Spearman over pairs, by k; its settings, plot and report.
+
+Why one report for three experiments: training seeds, objectives and kinds of positions are compared alike.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from snpatch.errors import SnpatchError
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.report import Row
+from snpatch.report.cells import between, cell
+from snpatch.report.report import Report, Row, View
+from snpatch.worlds.lab import Lab
 
 BINS = 40
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
+COLUMNS = {name: name for name in ("a", "b", "k", "overlap", "chance", "common", "spearman")}
+
+
+@dataclass(frozen=True)
+class AgreementSettings:
+    """k: what the sentence is about; more_k: further points of the curve. Ints, or shares of the ranked neurons."""
+
+    k: int | float = 20_000
+    more_k: tuple[int | float, ...] = SHARES
+
+
+def report_of(lab: Lab, name: str, rankings: Mapping[str, Ranking], settings: AgreementSettings, what: str) -> Report:
+    """The report of any comparison of rankings."""
+    if len(rankings) < 2:
+        raise SnpatchError(f"needs at least two {what} in the world, there are {', '.join(rankings) or 'none'}")
+    any_one = next(iter(rankings.values()))
+    k = lab.k(settings.k, any_one)
+    ks = sorted({k, *(lab.k(value, any_one) for value in settings.more_k)})
+    rows = compare(rankings, ks)
+    main = [row for row in rows if row["k"] == k]
+    spearmans = [row["spearman"] for row in main if row["spearman"] is not None]
+    overlaps = [row["overlap"] for row in main]
+    sentence = (
+        f"{len(rankings)} {what}: overlap {between(overlaps)} at k = {k} ({cell(main[0]['chance'])} for random orders)"
+    )
+    if spearmans:
+        sentence += f", Spearman {between(spearmans)}"
+    plots = {name: plot(rows, rankings, k)}
+    return Report(name, {name: rows}, plots, View.of(rows, COLUMNS), [f"{sentence}."])
 
 
 def compare(rankings: Mapping[str, Ranking], ks: Sequence[int]) -> list[Row]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from snpatch.report.report import Report, Row, cell, table_of
+from snpatch.report.cells import cell
+from snpatch.report.report import Report, Row, View
 from snpatch.statistics import skewness
 from snpatch.worlds.lab import Lab
 
@@ -41,7 +42,7 @@ def run(lab: Lab, settings: Settings) -> Report:
     ]
     rows.append(whole)
     plots = {"distribution": _plot(scores, top, settings.thresholds, k)}
-    return Report("distribution", {"distribution": rows}, plots, table_of(rows, {n: n for n in whole}), sentences)
+    return Report("distribution", {"distribution": rows}, plots, View.of(rows, {n: n for n in whole}), sentences)
 
 
 def describe(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:

@@ -11,29 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
-from snpatch.guard.comparison import GuardRow, Labelled, compare, distinct, label
-from snpatch.guard.config import GuardConfig
-from snpatch.report.report import Report, Row, cell, table_of
+from snpatch.experiments.labels import GuardSettings, labelled
+from snpatch.guard.comparison import GuardRow, compare
+from snpatch.report.cells import cell
+from snpatch.report.report import Report, Row, View
 from snpatch.worlds.lab import Lab
-
-
-@dataclass(frozen=True)
-class GuardSettings:
-    """What guard and safeguard have in common. harmful_above: the cost above which an answer is harmful. The rest: see
-    GuardConfig.
-    """
-
-    harmful_above: float = 0.0
-    C: tuple[float, ...] = (1.0,)
-    class_weight: str | None = None
-    folds: int = 5
-    threshold: float = 0.5
-    resamples: int = 1000
-    confidence: float = 0.95
-
-    @property
-    def config(self) -> GuardConfig:
-        return GuardConfig(self.C, self.class_weight, self.folds, threshold=self.threshold)
 
 
 @dataclass(frozen=True)
@@ -47,7 +29,7 @@ class Settings(GuardSettings):
 
 def run(lab: Lab, settings: Settings) -> Report:
     """Label the generator's own answers, fit a guard on each set, try each on all."""
-    ranking, model = lab.ranking(), lab.world.safety.generator
+    ranking, model = lab.ranking(), lab.model(lab.world.safety.generator)
     sets = {name: labelled(lab, name, settings.harmful_above) for name in settings.prompts or lab.world.benchmarks}
     ks = [lab.k(value, ranking) for value in settings.k]
     with lab.progress("guards") as progress:
@@ -81,7 +63,7 @@ def run(lab: Lab, settings: Settings) -> Report:
         "guard",
         {"guard": rows, "guard-summary": summary, "guard-calibration": curve},
         {"guard": _plot(found.rows, summary, k)},
-        table_of(summary, {name: name for name in summary[0]}, title=f"guards of {model}, {where}"),
+        View.of(summary, {name: name for name in summary[0]}, title=f"guards of {model}, {where}"),
         [sentence, *found.notes],
         records=[
             {
@@ -95,22 +77,6 @@ def run(lab: Lab, settings: Settings) -> Report:
             for i, text in enumerate(s.completions)
         ],
     )
-
-
-def labelled(lab: Lab, name: str, harmful_above: float) -> Labelled:
-    """A set's prompts with the generator's own answers, judged. A prompt that repeats in its set counts once."""
-    prompts = distinct(lab.prompts(name))
-    with lab.progress(f"answers to {name}") as progress:
-        return label(
-            lab.engine,
-            prompts,
-            lab.world.safety.generator,
-            lab.judge(lab.world.cost),
-            sampling=lab.sampling,
-            threshold=harmful_above,
-            store=lab.out,
-            progress=progress,
-        )
 
 
 def _summary(rows: Sequence[GuardRow]) -> list[Row]:

@@ -6,20 +6,19 @@ Both ways: how far they agree, and what patching the top k of each recovers.
 from dataclasses import asdict, dataclass
 
 from snpatch.contrast import POSITIONS
-from snpatch.experiments.curve import SweepSettings, sweep_config
-from snpatch.experiments.curve import report_of as sweep_report
-from snpatch.experiments.stability import SHARES, report_of
-from snpatch.report.report import Report, cell, percent, span, table_of
+from snpatch.experiments import agreement, sweeps
+from snpatch.report.cells import cell, percent, span
+from snpatch.report.report import Report, View
 from snpatch.worlds.lab import Lab
 
 
 @dataclass(frozen=True)
-class Settings(SweepSettings):
-    """k, more_k: as in stability; effect_k: the k that are patched."""
+class Settings(sweeps.SweepSettings):
+    """k, more_k: see AgreementSettings; effect_k: the k that are patched."""
 
     prompts: str = ""
     k: int | float = 20_000
-    more_k: tuple[int | float, ...] = SHARES
+    more_k: tuple[int | float, ...] = agreement.SHARES
     effect_k: tuple[int | float, ...] = (2_000, 20_000)
     controls: int = 0
 
@@ -27,10 +26,10 @@ class Settings(SweepSettings):
 def run(lab: Lab, settings: Settings) -> Report:
     """Rank by each kind of position, compare, patch."""
     rankings = {at: lab.ranking(at=at) for at in POSITIONS}
-    agreement = report_of(lab, "positions", rankings, settings, "kinds of positions")
-    config = sweep_config(lab, settings, lab.windows(settings.effect_k, rankings["emitted"]))
+    agreeing = agreement.report_of(lab, "positions", rankings, settings, "kinds of positions")
+    config = sweeps.sweep_config(lab, settings, lab.windows(settings.effect_k, rankings["emitted"]))
     result = lab.sweep(settings.prompts or lab.world.benchmarks[0], rankings, lab.cost, config)
-    effects = sweep_report(result, "positions-effects")
+    effects = sweeps.report_of(result, "positions-effects")
     patched = [asdict(row) for row in result.rows if row.ranking is not None and row.control_seed is None]
     columns = {
         "recipient": "recipient",
@@ -43,10 +42,10 @@ def run(lab: Lab, settings: Settings) -> Report:
     }
     return Report(
         "positions",
-        agreement.tables | effects.tables,
-        agreement.plots | effects.plots,
-        table_of(patched, columns),
-        [*agreement.headline, *effects.headline],
+        agreeing.tables | effects.tables,
+        agreeing.plots | effects.plots,
+        View.of(patched, columns),
+        [*agreeing.headline, *effects.headline],
         records=result.records,
     )
 

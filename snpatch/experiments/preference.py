@@ -1,8 +1,15 @@
 """Preference neurons: how far rankings of other objectives (helpfulness, ...) agree with safety's."""
 
-from snpatch.experiments.stability import Settings, report_of
+from dataclasses import dataclass
+
+from snpatch.experiments.agreement import AgreementSettings, report_of
 from snpatch.report.report import Report
 from snpatch.worlds.lab import Lab
+
+
+@dataclass(frozen=True)
+class Settings(AgreementSettings):
+    """See AgreementSettings."""
 
 
 def run(lab: Lab, settings: Settings) -> Report:

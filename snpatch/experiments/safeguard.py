@@ -6,10 +6,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
-from snpatch.experiments.guard import GuardSettings, labelled
+from snpatch.experiments.labels import GuardSettings, labelled
 from snpatch.guard.comparison import distinct
 from snpatch.guard.guard import Guard
-from snpatch.report.report import Report, Row, cell, span, table_of
+from snpatch.report.cells import cell, span
+from snpatch.report.report import Report, Row, View
 from snpatch.runs import texts
 from snpatch.statistics import interval
 from snpatch.worlds.lab import Lab
@@ -28,7 +29,7 @@ class Settings(GuardSettings):
 
 def run(lab: Lab, settings: Settings) -> Report:
     """Fit a guard on one set, save it as guard.safetensors, and let it stand before both models on the others."""
-    ranking, model = lab.ranking(), lab.world.safety.generator
+    ranking, model, donor = lab.ranking(), lab.model(lab.world.safety.generator), lab.model(lab.world.donor)
     train = settings.train or lab.world.benchmarks[0]
     names = settings.prompts or [name for name in lab.world.benchmarks if name != train]
     if not names or train in names:
@@ -56,10 +57,8 @@ def run(lab: Lab, settings: Settings) -> Report:
             notes.append(f"{name}: {len(lab.prompts(name)) - len(prompts)} prompts repeat or are in {train}, left out.")
         refused = guard.predict(lab.engine, prompts) > guard.threshold
         with lab.progress(f"answers to {name}") as progress:
-            written = texts.write(
-                lab.engine, prompts, [model, lab.world.donor], lab.sampling, store=lab.out, progress=progress
-            )
-        for who, mine in zip((model, lab.world.donor), written, strict=True):
+            written = texts.write(lab.engine, prompts, [model, donor], lab.sampling, store=lab.out, progress=progress)
+        for who, mine in zip((model, donor), written, strict=True):
             texts.judge_all(mine, lab.cost)
             costs = np.array([record["scores"][lab.world.cost] for record in mine])
             rows.append(_row(name, who, costs, refused, settings))
@@ -82,7 +81,7 @@ def run(lab: Lab, settings: Settings) -> Report:
         for row in rows
     ]
     tables, plots = {"safeguard": rows}, {"safeguard": _plot(rows)}
-    return Report("safeguard", tables, plots, table_of(rows, columns), [*sentences, *notes], records=records)
+    return Report("safeguard", tables, plots, View.of(rows, columns), [*sentences, *notes], records=records)
 
 
 def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings: Settings) -> Row:

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.report import Report, p_value, span, table_of
+from snpatch.report.cells import p_value, span
+from snpatch.report.report import Report, View
 from snpatch.runs.sweep import SweepConfig, SweepResult
 from snpatch.statistics import interval, paired_p
 from snpatch.worlds.lab import Lab
@@ -81,7 +82,7 @@ def run(lab: Lab, settings: Settings) -> Report:
         "tax",
         {"tax": rows},
         {"tax": _plot(rows)},
-        table_of(rows, columns),
+        View.of(rows, columns),
         _sentences(rows, k),
         records=records,
     )

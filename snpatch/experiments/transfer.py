@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass
 
 from matplotlib.figure import Figure
 
-from snpatch.experiments import perplexity
-from snpatch.experiments.curve import SweepSettings, sweep_config
+from snpatch.experiments.sweeps import SweepSettings, sweep_config
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.report import Report, between, percent, table_of
+from snpatch.report.cells import between, percent
+from snpatch.report.report import Report, View
 from snpatch.runs.sweep import SweepResult
 from snpatch.worlds.lab import Lab
 
@@ -50,7 +50,7 @@ def run(lab: Lab, settings: Settings) -> Report:
         "transfer",
         {"transfer": rows, "transfer-table": table},
         {"transfer": _plot(table, results)},
-        table_of(table, {name: name for name in table[0]}, title=f"mean cost; + = patched with {k} neurons"),
+        View.of(table, {name: name for name in table[0]}, title=f"mean cost; + = patched with {k} neurons"),
         headline,
         records=records,
     )
@@ -76,7 +76,7 @@ def _perplexities(lab: Lab, settings: Settings, ranking: Ranking, k: int) -> lis
     patches: list[Patch | str] = []
     for recipient in lab.world.recipients:
         patches += [recipient, Patch(recipient, lab.world.donor, ranking, k, settings.where)]
-    found = perplexity.measure(lab, [*patches, lab.world.donor], settings.text, settings.window)
+    found = lab.perplexity(settings.text, [*patches, lab.world.donor], settings.window)
     return [one.window_mean for one in found]
 
 

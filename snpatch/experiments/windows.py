@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
-from snpatch.experiments.curve import SweepSettings, report_of, sweep_config
+from snpatch.experiments.sweeps import SweepSettings, report_of, sweep_config
 from snpatch.ranking.window import Window
 from snpatch.report.report import Report
 from snpatch.worlds.lab import Lab

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from snpatch.errors import SnpatchError
 from snpatch.models.pretrained import load_pretrained
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.report import Report, table_of
+from snpatch.report.report import Report, View
 from snpatch.worlds.lab import Lab
 
 
@@ -59,7 +59,7 @@ def run(lab: Lab, settings: Settings) -> Report:
     plots = {"words": _plot(rows, lines)}
     first = lines[0]
     sentence = f"layer {first['layer']}, neuron {first['neuron']} ranks first; it speaks for: {first['tokens']}."
-    return Report("words", {"words": rows}, plots, table_of(lines, {name: name for name in first}), [sentence])
+    return Report("words", {"words": rows}, plots, View.of(lines, {name: name for name in first}), [sentence])
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Lab: an open world. What experiments share (engine, judges, prompts, rankings, texts) is made once and kept.
 
 Why rankings and texts are kept in the folder: experiments overlap (`exp all` patches the same neurons for five of its
-tables), and a killed run must not start from nothing.
+tables), and a killed run must not start from nothing. What is handed out is noted in the provenance at every use.
 """
 
 import hashlib
@@ -16,15 +16,17 @@ from snpatch import __version__
 from snpatch.config import choose_backend
 from snpatch.data import Chat, Dataset, load
 from snpatch.engine import Engine
-from snpatch.environment import describe
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.opening import is_model, open_judge
 from snpatch.judges.protocol import Judge
+from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
+from snpatch.runs.perplexity import Perplexity, measure
 from snpatch.runs.sweep import SweepConfig, SweepResult, sweep
 from snpatch.sampling import Sampling
+from snpatch.worlds.provenance import Provenance
 from snpatch.worlds.world import Contrast, World
 
 Progresses = Callable[[str], AbstractContextManager[Progress | None]]
@@ -59,7 +61,7 @@ class Lab:
         self._sets: dict[str, Dataset] = {}
         self._judges: dict[str, Judge] = {}
         self._rankings: dict[tuple[str, ...], Ranking] = {}
-        self.begin()
+        self._provenance = self.begin()
 
     def __enter__(self) -> "Lab":
         return self
@@ -85,6 +87,19 @@ class Lab:
         arguments = {"template": world.template, **own, **self._engine_arguments}
         return Engine(world.place(world.model), adapters, backend=backend, **arguments)
 
+    def begin(self) -> Provenance:
+        """An experiment begins: what is handed out from here on is noted in what this gives."""
+        world = self.world
+        self._provenance = Provenance(
+            model=world.model, max_tokens=world.max_tokens, contrast_tokens=world.contrast_tokens
+        )
+        return self._provenance
+
+    def model(self, name: str) -> str:
+        """The name of a model that is run or read: whoever uses the engine itself asks here first."""
+        self._provenance.model(self.engine, name, self.world.adapters.get(name, ()))
+        return name
+
     @property
     def sampling(self) -> Sampling:
         """How completions are written: greedy."""
@@ -100,7 +115,7 @@ class Lab:
             if is_model(source):
                 arguments.setdefault("backend", self._backend)
             self._judges[name] = open_judge(source, **arguments)
-        self._used["judges"][name] = self.world.judges[name]
+        self._provenance.judge(name, self.world.judges[name])
         return self._judges[name]
 
     @property
@@ -131,7 +146,7 @@ class Lab:
             elif s.first is not None:
                 data = data.first(s.first)
             self._sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
-        self._used["sets"][name] = self._sets[name].provenance
+        self._provenance.set(name, self._sets[name])
         return self._sets[name]
 
     def prompts(self, name: str) -> list[Chat]:
@@ -141,13 +156,15 @@ class Lab:
     def ranking(self, contrast: Contrast | None = None, at: str = "emitted") -> Ranking:
         """The ranking of a contrast (default: safety), from `out` where the very same one was made before."""
         contrast = contrast or self.world.safety
+        for model in (contrast.generator, contrast.against):
+            self.model(model)
+        self.data(contrast.prompts)
         parts = (contrast.generator, contrast.against, contrast.prompts, at)
         if parts not in self._rankings:
             path, key = self.out / "rankings" / f"{'-'.join(parts)}.safetensors", self._key(contrast, at)
             self._rankings[parts] = _kept(path, key) or self._made(contrast, at, path, key)
-        ranking = self._rankings[parts]
-        self._used["rankings"][", ".join(parts)] = ranking.provenance
-        return ranking
+        self._provenance.ranking(", ".join(parts), self._rankings[parts])
+        return self._rankings[parts]
 
     def k(self, value: int | float, ranking: Ranking) -> int:
         """A number of neurons: an int as it is, a float as that share of the ranked ones."""
@@ -165,29 +182,23 @@ class Lab:
         self, prompts: str, rankings: dict[str, Ranking], judges: dict[str, Judge], config: SweepConfig
     ) -> SweepResult:
         """A sweep over a set of the world, whose texts are kept in `out`."""
+        for model in (*config.recipients, config.donor):
+            self.model(model)
         with self.progress(f"sweep of {prompts}") as progress:
             return sweep(
                 self.engine, self.prompts(prompts), rankings, judges, config, store=self.out, progress=progress
             )
 
-    def begin(self) -> None:
-        """Forget what was used: an experiment begins."""
-        self._used = {"sets": {}, "judges": {}, "rankings": {}}
-
-    def provenance(self, settings: dict, seconds: float) -> dict:
-        """What a table hangs on; sets, judges and rankings are those that were used since `begin`."""
-        opened = "engine" in self.__dict__
-        return {
-            "settings": settings,
-            "model": self.world.model,
-            "adapters": {name: list(folders) for name, folders in self.world.adapters.items()},
-            "models": {name: self.engine.digest_of(name) for name in self.engine.models} if opened else None,
-            "backend": self.engine.backend if opened else None,
-            "max_tokens": self.world.max_tokens,
-            **self._used,
-            **describe(),
-            "seconds": round(seconds, 1),
-        }
+    def perplexity(
+        self, text: str, patches: Sequence[Patch | str], window: int, bos_each_window: bool | str = "auto"
+    ) -> list[Perplexity]:
+        """Of each patched or unpatched model on a text of the world: see runs.perplexity.measure."""
+        read = self.data(text).text
+        for patch in patches:
+            for model in (patch.recipient, patch.donor) if isinstance(patch, Patch) else (patch,):
+                self.model(model)
+        with self.progress(f"perplexity on {text}") as progress:
+            return measure(self.engine, read, patches, window, bos_each_window=bos_each_window, progress=progress)
 
     def _key(self, contrast: Contrast, at: str) -> str:
         """Names everything that the ranking hangs on."""

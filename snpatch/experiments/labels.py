@@ -1,0 +1,45 @@
+"""Labels in experiments: a set's prompts with the answers of the world's generator, harmful or not.
+
+Why apart from `guard`: safeguard fits its guard on the same labels, with the same settings.
+"""
+
+from dataclasses import dataclass
+
+from snpatch.guard.comparison import Labelled, distinct, label
+from snpatch.guard.config import GuardConfig
+from snpatch.worlds.lab import Lab
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What guard and safeguard have in common. harmful_above: the cost above which an answer is harmful. The rest: see
+    GuardConfig.
+    """
+
+    harmful_above: float = 0.0
+    C: tuple[float, ...] = (1.0,)
+    class_weight: str | None = None
+    folds: int = 5
+    threshold: float = 0.5
+    resamples: int = 1000
+    confidence: float = 0.95
+
+    @property
+    def config(self) -> GuardConfig:
+        return GuardConfig(self.C, self.class_weight, self.folds, threshold=self.threshold)
+
+
+def labelled(lab: Lab, name: str, harmful_above: float) -> Labelled:
+    """A set's prompts with the generator's own answers, judged. A prompt that repeats in its set counts once."""
+    prompts = distinct(lab.prompts(name))
+    with lab.progress(f"answers to {name}") as progress:
+        return label(
+            lab.engine,
+            prompts,
+            lab.model(lab.world.safety.generator),
+            lab.judge(lab.world.cost),
+            sampling=lab.sampling,
+            threshold=harmful_above,
+            store=lab.out,
+            progress=progress,
+        )

@@ -1,0 +1,98 @@
+"""Summary: report.md for people and report.json for programs, of all experiments whose tables lie in a folder.
+
+Why each table's provenance is compared first: a folder may hold tables of another world, of other weights or of other
+settings, and beside each other they would read as one result.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from snpatch.errors import SnpatchError
+from snpatch.experiments import NAMES, settings_of
+from snpatch.files import write_text
+from snpatch.worlds.lab import Lab
+
+COMPARED = (
+    "model",
+    "adapters",
+    "models",
+    "sets",
+    "judges",
+    "max_tokens",
+    "contrast_tokens",
+    "settings",
+    "versions",
+)
+
+
+def write(lab: Lab, given: Mapping[str, Mapping[str, object]] | None = None) -> dict[str, str]:
+    """Write both into the lab's folder; what was left out: name -> why.
+
+    given: experiment -> settings that go before the world's own, as its table was made with.
+    """
+    found, left_out = {}, {}
+    parts = ["# Experiments\n"]
+    for name in NAMES:
+        path = lab.out / f"{name}.json"
+        if not path.is_file():
+            continue
+        data = _read(path)
+        told = data.get("provenance", {})
+        settings = asdict(settings_of(name, lab.world.settings.get(name, {}), (given or {}).get(name)))
+        if other := _other(told, lab, settings):
+            left_out[name] = other
+            continue
+        found[name] = {"headline": data["headline"], "provenance": told}
+        parts.append(f"## {name}\n")
+        parts += [f"- {sentence}" for sentence in data["headline"]]
+        parts.append(
+            f"\nModel {told['model']}, {told['backend']}, {told['seconds']} s; table: [{name}.csv]({name}.csv), "
+            f"settings and provenance: [{name}.json]({name}.json).\n\n![{name}]({name}.png)\n"
+        )
+    if left_out:
+        parts.append("## Left out\n")
+        parts += [f"- [{name}.json]({name}.json): {why}" for name, why in left_out.items()]
+        parts.append("")
+    write_text(lab.out / "report.md", "\n".join(parts))
+    write_text(lab.out / "report.json", json.dumps(found, indent=1) + "\n")
+    return left_out
+
+
+def _read(path: Path) -> dict:
+    """The file's object; without any, nothing, which is no table of this world."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _other(told: dict, lab: Lab, settings: dict) -> str | None:
+    """What a table hangs on that is not the lab's; None: it is the table that the lab would make."""
+    used = lab.begin()
+    try:
+        for name in told.get("models", {}):
+            lab.model(name)
+        for name in told.get("sets", {}):
+            lab.data(name)
+    except SnpatchError as error:
+        return f"of another world: {error}"
+    judges = {name: lab.world.judges.get(name) for name in told.get("judges", {})}
+    now = json.loads(json.dumps(used.told(settings) | {"judges": judges}))
+    for what in COMPARED:
+        if _placeless(what, told.get(what)) != _placeless(what, now[what]):
+            return f"made with other {what}"
+    return None
+
+
+def _placeless(what: str, value: object) -> object:
+    """Without the path of a file whose hash is there: where it lies depends on where one stands."""
+    if what == "versions" and isinstance(value, dict):
+        return value.get("snpatch")
+    if what == "sets" and isinstance(value, dict):
+        return {
+            name: {k: v for k, v in one.items() if k != "path" or "sha256" not in one} for name, one in value.items()
+        }
+    return value

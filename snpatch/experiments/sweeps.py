@@ -1,0 +1,150 @@
+"""Sweeps in experiments: the settings that they share, and what a sweep's report says and draws.
+
+Why apart from `curve`: windows, transfer, positions and `snpatch sweep` tell of sweeps, too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from snpatch.ranking.window import Window
+from snpatch.report.cells import between, p_value, percent, span
+from snpatch.report.report import Report, View
+from snpatch.runs.sweep import Row, SweepConfig, SweepResult
+from snpatch.worlds.lab import Lab
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What the experiments that sweep have in common: see SweepConfig."""
+
+    controls: int = 3
+    control_kind: str = "per_layer"
+    disjoint: bool = True
+    where: str | int = "all"
+    resamples: int = 1000
+    confidence: float = 0.95
+
+
+def sweep_config(lab: Lab, settings: SweepSettings, windows: Sequence[Window | int]) -> SweepConfig:
+    """A sweep of the world's main pair with what the settings of a sweeping experiment say."""
+    return SweepConfig(
+        lab.world.recipients,
+        lab.world.donor,
+        tuple(windows),
+        controls=settings.controls,
+        control_kind=settings.control_kind,
+        disjoint=settings.disjoint,
+        where=settings.where,
+        sampling=lab.sampling,
+        resamples=settings.resamples,
+        confidence=settings.confidence,
+    )
+
+
+def report_of(result: SweepResult, name: str) -> Report:
+    """A sweep's report: its rows, a plot for each judge, and what share of the neurons recovered what."""
+    first, *others = result.judges
+    plots = {name: plot(result, first)} | {f"{name}-{judge}": plot(result, judge) for judge in others}
+    shown = [r for r in result.rows if r.control_seed is None]
+    interval = f"{result.config.confidence:.0%} interval"
+    columns = {
+        "judge": lambda r: r.judge,
+        "recipient": lambda r: r.recipient,
+        "ranking": lambda r: r.ranking or "unpatched",
+        "window": lambda r: f"[{r.lo}, {r.hi})" if r.ranking else "",
+        "share": lambda r: f"{r.share:.1%}" if r.ranking else "",
+        "mean": lambda r: r.mean,
+        interval: lambda r: span(asdict(r), "mean"),
+        "effect": lambda r: percent(r.effect) if r.ranking else "",
+        "of the effect": lambda r: span(asdict(r), "effect", percent),
+        "p": lambda r: p_value(r.p_unpatched),
+        "random: mean, effect": lambda r: _random(result, r),
+        "p against it": lambda r: p_value(r.p_control),
+    }
+    if not others:
+        del columns["judge"]
+    return Report(
+        name,
+        {name: [asdict(row) for row in result.rows]},
+        plots,
+        View.of(shown, columns),
+        [*headline(result), *result.notes],
+        records=result.records,
+    )
+
+
+def plot(result: SweepResult, judge: str) -> Figure:
+    """Mean score for each recipient: each ranking, the band of its random controls, both models' lines.
+
+    Against k, or against a window's first rank where windows do not all begin at 0.
+    """
+    recipients = result.config.recipients
+    figure = Figure(figsize=(6 * len(recipients), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(recipients), sharey=True, squeeze=False)
+    for axis, recipient in zip(axes[0], recipients, strict=True):
+        _curves(axis, result, judge, recipient)
+    return figure
+
+
+def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None:
+    is_top = all(window.lo == 0 for window in result.config.windows)
+
+    def place(row: Row) -> int:
+        return row.hi if is_top else row.lo
+
+    donor = result.config.donor
+    for model, colour, style in ((recipient, "tab:gray", "--"), (donor, "tab:green", ":")):
+        axis.axhline(result.baseline(model, judge).mean, color=colour, linestyle=style, label=f"{model}, unpatched")
+    for number, ranking in enumerate(result.rankings):
+        colour, line = f"C{number}", result.line(judge, recipient, ranking)
+        x = [place(row) for row in line]
+        axis.plot(x, [row.mean for row in line], "o-", color=colour, markersize=4, label=f"{ranking} neurons")
+        axis.fill_between(x, [row.mean_low for row in line], [row.mean_high for row in line], color=colour, alpha=0.15)
+        controls = {place(row): [r.mean for r in result.controls(row)] for row in line}
+        controls = {at: means for at, means in controls.items() if means}
+        if controls:
+            x, means = list(controls), list(controls.values())
+            axis.fill_between(x, [min(m) for m in means], [max(m) for m in means], color="tab:red", alpha=0.3)
+            label = f"random neurons, {result.config.controls} seeds"
+            axis.plot(x, [sum(m) / len(m) for m in means], color="tab:red", label=label)
+    axis.set(title=f"{recipient} patched from {donor}", ylabel=f"mean {judge}")
+    axis.set_xlabel("patched neurons (k)" if is_top else "first rank of the window")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def headline(result: SweepResult) -> list[str]:
+    """One sentence a judge, recipient and ranking: what share of the neurons recovered what share of the donor's gain.
+
+    The window is the smallest that reaches 90 % of the best window's effect.
+    """
+    sentences = []
+    for judge in result.judges:
+        gain = "the safety gain" if judge == "cost" else f"the change of {judge}"
+        for recipient in result.config.recipients:
+            for ranking in result.rankings:
+                line = [row for row in result.line(judge, recipient, ranking) if row.effect is not None]
+                best = max((row.effect for row in line), default=0.0)
+                if best <= 0:
+                    sentences.append(f"{recipient}: no window of {ranking} neurons recovered any of {gain}.")
+                    continue
+                row = min((row for row in line if row.effect >= 0.9 * best), key=lambda row: row.share)
+                random, place = _random(result, row), f", from rank {row.lo}" if row.lo else ""
+                sentences.append(
+                    f"{recipient}: {row.share:.1%} of the neurons ({row.hi - row.lo} by {ranking}{place}) recovered "
+                    f"{percent(row.effect)} of {gain} of {result.config.donor}"
+                    + (f"; random ones: {judge}, effect {random}." if random else ".")
+                )
+    return sentences
+
+
+def _random(result: SweepResult, row: Row) -> str:
+    """The range of the row's random controls, mean and effect."""
+    same = result.controls(row)
+    if not same or row.control_seed is not None:
+        return ""
+    means, effects = [r.mean for r in same], [r.effect for r in same if r.effect is not None]
+    return f"{between(means)}, {between(effects, percent)}" if effects else between(means)

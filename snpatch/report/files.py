@@ -1,0 +1,42 @@
+"""Reports as files: CSV for spreadsheets, JSON with provenance for programs, plots as PNG and SVG.
+
+Why rows are plain dicts: every experiment's table goes through the same two writers.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from snpatch.files import whole_file, write_text
+from snpatch.report.report import Report, Row
+
+
+def write(report: Report, folder: str | Path) -> list[Path]:
+    """STEM.csv and STEM.json of each table, STEM.png and STEM.svg of each plot, NAME-records.jsonl; their paths."""
+    folder = Path(folder)
+    texts = {}
+    for stem, rows in report.tables.items():
+        texts[f"{stem}.csv"] = _csv(rows)
+        kept = {"provenance": report.provenance, "headline": report.headline, "rows": rows}
+        texts[f"{stem}.json"] = json.dumps(kept, indent=1) + "\n"
+    if report.records:
+        texts[f"{report.name}-records.jsonl"] = "".join(json.dumps(record) + "\n" for record in report.records)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    paths = [folder / name for name in texts]
+    for stem, figure in report.plots.items():
+        for kind in ("png", "svg"):
+            paths.append(folder / f"{stem}.{kind}")
+            with whole_file(paths[-1]) as partial:
+                figure.savefig(partial, format=kind, dpi=130)
+    return paths
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
