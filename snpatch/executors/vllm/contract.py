@@ -29,7 +29,7 @@ CONTRACT = {
         "is_attention_free is_encoder_decoder is_hybrid pooler_config quantization runner_type use_mla uses_mrope",
         "ParallelConfig": "data_parallel_size pipeline_parallel_size",
         "PassConfig": "fuse_allreduce_rms",
-        "SchedulerConfig": "max_num_batched_tokens",
+        "SchedulerConfig": "max_num_batched_tokens max_num_seqs",
     },
     "vllm.distributed": {"get_tensor_model_parallel_rank": "", "get_tensor_model_parallel_world_size": ""},
     "vllm.engine.arg_utils": {
@@ -67,7 +67,11 @@ CONTRACT = {
         "_create_pooling_model_cls": "ModelForPooling",
     },
     "vllm.model_executor.models.llama": {"LlamaForCausalLM": "(vllm_config, prefix) forward load_weights"},
-    "vllm.model_executor.models.registry": {"ModelRegistry": "_try_load_model_cls(model_arch)"},
+    "vllm.model_executor.models.registry": {
+        "ModelRegistry": "_try_load_model_cls(model_arch) models",
+        "_LazyRegisteredModel": "(module_name, class_name) inspect_model_cls load_model_cls",
+        "_ModelInfo": "from_model_cls(model)",
+    },
     "vllm.outputs": {
         "RequestOutput": "request_id finished outputs prompt_logprobs",
         "CompletionOutput": "token_ids logprobs finish_reason stop_reason",
@@ -90,17 +94,18 @@ CONTRACT = {
     },
     "vllm.v1.engine.async_llm": {
         "AsyncLLM": "from_vllm_config(vllm_config, disable_log_stats) generate(prompt, sampling_params, request_id) "
-        "collective_rpc(method, args) shutdown",
+        "collective_rpc(method, args) shutdown errored",
     },
     "vllm.v1.engine.core_client": {
         "EngineCoreClient": "shutdown(timeout)",
         "BackgroundResources": "engine_dead",
         "SyncMPClient": "resources outputs_queue utility_results",
     },
-    "vllm.v1.engine.exceptions": {"EngineDeadError": ""},
+    "vllm.v1.engine.exceptions": {"EngineDeadError": "", "EngineGenerateError": ""},
     "vllm.v1.engine.llm_engine": {
         "LLMEngine": "from_vllm_config(vllm_config, disable_log_stats) add_request(request_id, prompt, params) step "
-        "abort_request(request_ids) collective_rpc(method, args) get_supported_tasks engine_core",
+        "abort_request(request_ids) collective_rpc(method, args) get_supported_tasks engine_core "
+        "vllm_config",
     },
     "vllm.v1.worker.utils": {"AttentionGroup": "layer_names metadata_builders"},
     "vllm.v1.worker.worker_base": {"WorkerBase": "model_runner"},

@@ -5,6 +5,7 @@ of which vLLM has no model, is there as SCORE.
 """
 
 import os
+import sys
 
 from snpatch.executors.vllm import processes
 
@@ -20,6 +21,7 @@ TESTED = (
 )
 PREFIX = "Snpatch"
 SCORE = "SnpatchLlamaForScore"
+SURGERY = "snpatch.executors.vllm.worker.surgery"
 UNTESTED = "SNPATCH_UNTESTED_ARCHITECTURES"  # set by the executor for its child processes
 
 
@@ -31,8 +33,22 @@ def register() -> None:
     known = ModelRegistry.get_supported_archs()
     for architecture in (*TESTED, *filter(None, os.environ.get(UNTESTED, "").split(","))):
         if PREFIX + architecture not in known:
-            ModelRegistry.register_model(
-                PREFIX + architecture, f"snpatch.executors.vllm.worker.surgery:{PREFIX}{architecture}"
-            )
+            ModelRegistry.models[PREFIX + architecture] = _twin(SURGERY, PREFIX + architecture)
     if SCORE not in known:
         ModelRegistry.register_model(SCORE, f"snpatch.executors.vllm.worker.score_head:{SCORE}")
+
+
+def _twin(module: str, name: str):
+    """vLLM's entry for a twin class, which it looks at in a process of its own, for 13 s, lest this one touches CUDA.
+
+    A process that has the surgery loaded runs models by itself, and looks at the class here.
+    """
+    from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
+
+    class Twin(_LazyRegisteredModel):
+        def inspect_model_cls(self) -> _ModelInfo:
+            if SURGERY not in sys.modules:
+                return super().inspect_model_cls()
+            return _ModelInfo.from_model_cls(self.load_model_cls())
+
+    return Twin(module_name=module, class_name=name)
