@@ -85,20 +85,32 @@ def test_distribution_of_constructed_scores():
     assert describe(np.ones(4), (0.5,))["skewness"] is None
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma"])
-def test_words_are_the_models_own_head_on_a_column(zoo, architecture):
-    folder = zoo(architecture).folder
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    places = [(2, 5), (0, 95), (1, 0)]
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_words_are_the_models_own_head_on_a_column(zoo, tmp_path, architecture, dtype):
+    model = AutoModelForCausalLM.from_pretrained(zoo(architecture).folder, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    places = [(2, 5), (0, 95), (1, 0), (0, 3)]
     ranking = Ranking.from_order(torch.tensor(places), (tiny.LAYERS, tiny.NEURONS))
-    got = neuron_logits(model, ranking, 3)
-    state = model.state_dict()
+    got = neuron_logits(tmp_path, ranking, 4)
+    layers = model.model.layers
+    columns = torch.stack([layers[layer].mlp.down_proj.weight[:, neuron] for layer, neuron in places])
+    assert torch.equal(got, model.lm_head(model.model.norm(columns)).float())
+    state = {name: tensor.float() for name, tensor in model.state_dict().items()}
     for row, (layer, neuron) in zip(got, places, strict=True):
         column = state[f"model.layers.{layer}.mlp.down_proj.weight"][:, neuron]
         normed = column / (column.square().mean() + model.config.rms_norm_eps).sqrt()
-        normed = normed * (state["model.norm.weight"] + (architecture == "gemma"))
+        normed = normed * (state["model.norm.weight"] + architecture.startswith("gemma"))
         wanted = state["lm_head.weight"] @ normed
-        assert torch.allclose(row, wanted, atol=1e-4)
+        assert torch.allclose(row, wanted, atol=1e-4 if dtype is torch.float32 else 0.05 * wanted.abs().max())
+
+
+def test_words_load_no_second_model(tmp_path, zoo, monkeypatch):
+    with Lab(load_world(world_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers") as lab:
+        lab.ranking()
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a second model"))
+        rows = experiments.run("words", lab, {"neurons": 3, "tokens": 4}).tables["words"]
+    assert len(rows) == 12
 
 
 def world_file(folder: Path, made, change=lambda text: text) -> Path:

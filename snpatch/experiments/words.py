@@ -1,14 +1,21 @@
-"""neuron2word: the tokens that a neuron's output direction speaks for, `lm_head(norm(W_down[:, n]))`."""
+"""neuron2word: the tokens that a neuron's output direction speaks for, `lm_head(norm(W_down[:, n]))`.
+
+Why the weights come from the checkpoint's files: the engine may run in other processes or packed, and a whole second
+model beside it would not fit.
+"""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch.nn import functional
 
 from snpatch.errors import SnpatchError
-from snpatch.models.pretrained import load_pretrained
+from snpatch.models.checkpoint import load_config
+from snpatch.models.weights import CheckpointWeights, open_weights
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.report import Report, View
 from snpatch.worlds.lab import Lab
@@ -27,8 +34,9 @@ def run(lab: Lab, settings: Settings) -> Report:
     ranking = lab.ranking()
     if settings.neurons < 1 or settings.tokens < 1:
         raise SnpatchError("words: neurons and tokens must be at least 1")
-    model = load_pretrained(AutoModelForCausalLM, lab.world.place(lab.world.model))
-    logits = neuron_logits(model, ranking, settings.neurons)
+    lab.model("base")
+    config = lab.engine.config
+    logits = neuron_logits(config.model, ranking, settings.neurons, config.allow_untested)
     best = logits.topk(min(settings.tokens, logits.shape[1]))
     rows = []
     for rank, (layer, neuron) in enumerate(ranking.top(settings.neurons).tolist()):
@@ -62,17 +70,35 @@ def run(lab: Lab, settings: Settings) -> Report:
     return Report("words", {"words": rows}, plots, View.of(lines, {name: name for name in first}), [sentence])
 
 
-@torch.inference_mode()
-def neuron_logits(model, ranking: Ranking, n: int) -> Tensor:
+def neuron_logits(model: str | Path, ranking: Ranking, n: int, allow_untested: bool = False) -> Tensor:
     """[n, vocabulary] float32: the model's own final norm and output layer on each neuron's column of `down_proj`."""
-    layers = model.model.layers
-    columns = [layers[layer].mlp.down_proj.weight[:, neuron] for layer, neuron in ranking.top(n).tolist()]
-    return model.lm_head(model.model.norm(torch.stack(columns))).float()
+    config, weights = load_config(model, allow_untested), open_weights(model)
+    normed = _norm(_columns(weights, ranking.top(n)), weights.read("model.norm.weight"), config)
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return functional.linear(normed, weights.read(head)).float()
+
+
+def _columns(weights: CheckpointWeights, places: Tensor) -> Tensor:
+    """The output directions of neurons (layer, neuron), [n, hidden]; a layer's are read together."""
+    found: dict[int, Tensor] = {}
+    for layer in places[:, 0].unique().tolist():
+        rows = torch.nonzero(places[:, 0] == layer).flatten().tolist()
+        columns = weights.columns(f"model.layers.{layer}.mlp.down_proj.weight", places[rows, 1].tolist())
+        found |= dict(zip(rows, columns.T, strict=True))
+    return torch.stack([found[row] for row in range(len(places))])
+
+
+def _norm(x: Tensor, weight: Tensor, config) -> Tensor:
+    """RMSNorm with the architectures' own rounding: Gemma's scales by 1 + weight, and in float32."""
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + config.rms_norm_eps)
+    if config.model_type.startswith("gemma"):
+        return (normed * (1 + weight.float())).to(x.dtype)
+    return weight * normed.to(x.dtype)
 
 
 def _plot(rows: list[dict], lines: list[dict]) -> Figure:
     width = len(rows) // len(lines)
-    values = torch.tensor([row["logit"] for row in rows]).view(len(lines), width)
+    values = np.array([row["logit"] for row in rows]).reshape(len(lines), width)
     figure = Figure(figsize=(1.1 * width + 2, 0.5 * len(lines) + 1.5), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(values, aspect="auto", cmap="viridis")

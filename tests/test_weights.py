@@ -1,0 +1,88 @@
+"""Weights read from a checkpoint's files: one file or several, safetensors or torch's, and what is broken."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from snpatch import SnpatchError
+from snpatch.models.weights import open_weights
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def model(zoo):
+    return AutoModelForCausalLM.from_pretrained(zoo("llama").folder)
+
+
+def as_safetensors(model, folder):
+    model.save_pretrained(folder)
+
+
+def as_shards(model, folder):
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def as_torch(model, folder):
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def as_torch_shards(model, folder):
+    state = list(model.state_dict().items())
+    placed = {}
+    for number, part in enumerate((state[::2], state[1::2])):
+        torch.save(dict(part), folder / f"pytorch_model-{number}.bin")
+        placed |= dict.fromkeys(dict(part), f"pytorch_model-{number}.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": placed}))
+
+
+@pytest.mark.parametrize("save", [as_safetensors, as_shards, as_torch, as_torch_shards])
+def test_every_tensor_is_the_models(model, tmp_path, save):
+    save(model, tmp_path)
+    weights = open_weights(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert name in weights
+        assert torch.equal(weights.read(name), tensor)
+    assert torch.equal(weights.columns(DOWN, [5, 0, 95, 5]), model.state_dict()[DOWN][:, [5, 0, 95, 5]])
+    with pytest.raises(SnpatchError, match="has no tensor model"):
+        weights.read("model.layers.9.mlp.down_proj.weight")
+
+
+def broken_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+def missing_shard(folder):
+    next(folder.glob("*-00002-*.safetensors")).unlink()
+
+
+def broken_shard(folder):
+    next(folder.glob("*-00002-*.safetensors")).write_bytes(b"nothing")
+
+
+def nothing(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("breaking", "message"),
+    [
+        (broken_index, "not an index of weights"),
+        (missing_shard, "no such file, and the index names it"),
+        (broken_shard, "not a safetensors file"),
+        (nothing, "holds no weights"),
+    ],
+)
+def test_broken_checkpoints_are_one_line(model, tmp_path, breaking, message):
+    as_shards(model, tmp_path)
+    breaking(tmp_path)
+    with pytest.raises(SnpatchError, match=message) as caught:
+        weights = open_weights(tmp_path)
+        for name in model.state_dict():
+            weights.read(name)
+    assert "\n" not in str(caught.value)
