@@ -5,6 +5,9 @@ import json
 import pytest
 from test_cli import ADAPTERS, GOLDEN, MODEL, PAIR, prompts, ranking, run  # noqa: F401
 
+from snpatch import Engine
+from snpatch.errors import ReceiptError
+
 JUDGE = "some_judge:by_words"
 
 
@@ -57,6 +60,11 @@ def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):  # noq
     rows = json.loads(out)["tables"]["sweep"]
     assert {row["judge"] for row in rows} == {"cost", "refused"}
     assert {row["prompts"] for row in rows} == {3}
+    told = json.loads((tmp_path / "out" / "sweep.json").read_text())["provenance"]
+    assert list(told["models"]) == list(told["adapters"]) == ["dpo", "sft"], "what was used, and no more"
+    assert told["judges"]["refused"]["source"] == "refusal"
+    assert told["sets"][str(table)]["rows_used"] == 3
+    assert told["rankings"]["safety"]["digest"]
 
 
 @pytest.mark.parametrize(
@@ -82,13 +90,16 @@ def test_bad_experiments_are_one_line(capsys, tmp_path, arguments, message):
     assert not out
 
 
-def test_an_experiment_that_fails_stops_no_other(capsys, tmp_path):
-    world = tmp_path / "world.toml"
-    world.write_text(f"""
+@pytest.fixture
+def world(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "kuze"}\n')
+    path = tmp_path / "world.toml"
+    path.write_text(f"""
 model = "{MODEL}"
 template = "tulu"
 recipients = ["sft"]
 benchmarks = ["p"]
+max_tokens = 3
 contrast_tokens = 3
 adapters = {{ sft = "{GOLDEN / "adapters/sft"}", dpo = ["{GOLDEN / "adapters/sft"}", "{GOLDEN / "adapters/dpo"}"] }}
 judges = {{ cost = {{ source = "refusal" }} }}
@@ -97,8 +108,17 @@ sets = {{ p = {{ source = "p.jsonl" }} }}
 safety = {{ generator = "sft", against = "dpo", prompts = "p" }}
 [settings.distribution]
 k = 0.1
+[settings.curve]
+k = [0.1]
+controls = 0
+[settings.words]
+neurons = 2
+tokens = 2
 """)
-    (tmp_path / "p.jsonl").write_text('{"prompt": "kuze"}\n')
+    return path
+
+
+def test_an_experiment_that_fails_stops_no_other(capsys, world, tmp_path):
     out = tmp_path / "out"
     code, _, err = run(capsys, "exp", "stability", "distribution", "-w", world, "-o", out, "--backend", "transformers")
     assert code == 2
@@ -107,3 +127,49 @@ k = 0.1
     assert (out / "distribution.csv").is_file()
     assert "## distribution" in (out / "report.md").read_text()
     assert not (out / "stability.csv").exists()
+
+
+def test_a_wrong_receipt_ends_all_and_leaves_no_table(capsys, monkeypatch, world, tmp_path):
+    def wrong(*_, **__):
+        raise ReceiptError("7 overwrites were done, 8 are implied")
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(Engine, "stream", wrong)
+    names = "distribution", "curve", "words"
+    code, _, err = run(capsys, "exp", *names, "-w", world, "-o", out, "--backend", "transformers")
+    assert code == 2
+    (line,) = (line for line in err.splitlines() if line.startswith("snpatch: error: "))
+    assert "curve: 7 overwrites were done, 8 are implied" in line
+    assert "tables of this run were removed" in line
+    assert {path.name for path in out.iterdir()} <= {"rankings", "completions.jsonl"}, "words did not run"
+
+
+def test_a_report_holds_what_one_world_and_its_settings_made(capsys, world, tmp_path):
+    def exp(*arguments):
+        code, _, err = run(capsys, "exp", *arguments, "-w", world, "-o", out, "--backend", "transformers")
+        assert code == 0, err
+        return err, list(json.loads((out / "report.json").read_text())), (out / "report.md").read_text()
+
+    out, text = tmp_path / "out", world.read_text()
+    assert exp("curve")[1] == ["curve"]
+    assert exp("words")[1] == ["curve", "words"], "an earlier run's, of the same world"
+    world.write_text(text.replace("neurons = 2", "neurons = 3"))
+    err, names, told = exp("distribution")
+    assert names == ["curve", "distribution"]
+    assert "snpatch: words.json is left out of report.md: made with other settings" in err
+    assert "- [words.json](words.json): made with other settings" in told
+    assert exp("words")[1] == ["curve", "distribution", "words"]
+    assert exp("words", "--set", "tokens=3")[1] == ["curve", "distribution", "words"]
+    world.write_text(text.replace("contrast_tokens = 3", "contrast_tokens = 2"))
+    assert exp("words")[1] == ["words"], "other rankings"
+    world.write_text(text.replace("neurons = 2", "neurons = 3"))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "kuze"}\n{"prompt": "kuze kuze"}\n')
+    err, names, _ = exp("distribution")
+    assert names == ["distribution"]
+    assert "curve.json is left out of report.md: made with other sets" in err
+    world.write_text(text.replace("sft", "one").replace("adapters/one", "adapters/sft"))
+    err, names, _ = exp("words")
+    assert names == ["words"]
+    assert "curve.json is left out of report.md: of another world: no model named 'sft'" in err
+    (out / "curve.json").write_text("nothing")
+    assert exp("words")[1] == ["words"]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +225,51 @@ def test_what_a_table_hangs_on_is_in_its_file(tmp_path, zoo):
     assert ks == {0, round(0.25 * 2 * tiny.NEURONS), 7}
 
 
+ORDER = {
+    "curve": {},
+    "distribution": {"k": 0.1},
+    "words": {"neurons": 2, "tokens": 2},
+    "windows": {"width": 0.5, "stride": 0.5, "last": 0.5, "controls": 0},
+    "positions": {"k": 0.1, "more_k": [0.2], "effect_k": [0.1]},
+    "tax": {"objectives": ["safety", "other"], "k": 0.9, "prompts": ["p"]},
+    "perplexity": {"text": "t", "k": [0, 0.5], "window": 16},
+    "guard": {"k": [5], "folds": 2, "controls": 1, "harmful_above": -1.0},
+    "preference": {"k": 0.1, "more_k": [0.2]},
+}
+
+
+def richer(text: str) -> str:
+    """The world with a second objective, a text, and a judge that finds both."""
+    text = text.replace("[judges]", 'other = { generator = "base", against = "sft", prompts = "p" }\n[judges]')
+    text = text.replace('source = "refusal"', 'source = "some_judge:by_words"')
+    return text.replace("[sets]", '[sets]\nt = { source = "t.jsonl", format = "wikitext-2" }')
+
+
+def test_provenance_does_not_depend_on_what_ran_before(tmp_path, zoo):
+    world = world_file(tmp_path, zoo("llama"), richer)
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": " ".join(tiny.WORDS * 2)}) + "\n")
+
+    def told(names, out) -> dict[str, str]:
+        with Lab(load_world(world), tmp_path / out, backend="transformers") as lab:
+            found = {name: experiments.run(name, lab, ORDER[name]).provenance for name in names}
+        return {name: json.dumps(one | {"seconds": None}, indent=1) for name, one in found.items()}
+
+    one = told(ORDER, "one")
+    other = told(reversed(ORDER), "other")
+    again = told(reversed(ORDER), "one")  # rankings and texts are there already
+    for name, text in one.items():
+        assert other[name] == text, name
+        assert again[name] == text, name
+        assert json.loads(text)["backend"] == "transformers"
+    models = {name: list(json.loads(text)["models"]) for name, text in one.items()}
+    assert models["distribution"] == ["dpo", "sft"]
+    assert models["words"] == models["curve"] == ["base", "dpo", "sft"]
+    assert models["guard"] == ["dpo", "sft"]
+    sets = {name: list(json.loads(text)["sets"]) for name, text in one.items()}
+    assert sets["distribution"] == sets["curve"] == ["p"]
+    assert sets["perplexity"] == ["p", "t"]
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -262,3 +309,10 @@ def test_a_table_is_written_whole_and_told_shortly(tmp_path):
     assert "0.12" in text
     assert "0.123" not in text
     assert "1e-05" in text
+
+
+def test_a_report_needs_neither_terminal_nor_plots():
+    code = "import sys, snpatch.report.report, snpatch.report.files; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "snpatch.report.report" in loaded
+    assert not {"matplotlib", "rich", "scipy"} & {*loaded}
