@@ -1,131 +1,200 @@
-"""The README's tables from the records in bench/results/: `python bench/readme_table.py` rewrites them in place."""
+"""The README's tables from the records in bench/results/: `python bench/readme_table.py` rewrites them in place.
+
+What a measurement is, its record says itself (`extra_info`: side, size, batch, what it is compared with): a further one
+shows up here without a line of code. Where no record is of a GPU, its tables stay empty.
+"""
 
 import json
 import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-SIDES = ("snpatch", "plain silu*up", "inductor", "eager")
+WHAT = {
+    "32 windows": "32 different windows in a batch",
+    "plain on twin": "plain requests on a twin engine",
+    "prefill": "reading prompts, one written token",
+    "statistics": "statistics of every position",
+    "twin": "patched",
+}
+AGAINST = {
+    "hooks": "two transformers models with hooks",
+    "native 2B": "native vLLM on as many rows",
+    "native B": "native vLLM on as many requests",
+    "one window": "one",
+    "without": "none",
+}
 
 
-def op_table(record: Path = RESULTS / "patched_glu.cpu.json") -> str:
-    """Microseconds of each side of bench_patched_glu.py, and how many times the op's time the others take."""
-    data = json.loads(record.read_text())
-    cases: dict[tuple, dict[str, dict]] = {}
-    for run in data["benchmarks"]:
-        info = run["extra_info"]
-        cases.setdefault((info["tokens"], info["neurons"], info["dtype"]), {})[info["side"]] = run
-    machine = data["machine_info"]
-    lines = [
-        "| tokens x neurons, type | " + " | ".join(SIDES) + " | op's GB/s |",
-        "|---|" + "---|" * (len(SIDES) + 1),
+@dataclass(frozen=True)
+class Run:
+    """One measurement. info: its extra_info; seconds: the median; machine: where; versions: of what."""
+
+    info: dict
+    seconds: float
+    machine: str
+    versions: dict
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.info.get("device") != "cpu"
+
+    @property
+    def ratios(self) -> dict[str, str]:
+        """What it was compared with -> how many times as fast it is, with quartiles."""
+        compared = {name: told for name, told in self.info.items() if isinstance(told, dict) and "ratio" in told}
+        return {name: f"{t['ratio']:.2f}x ({t['q1']:.2f} .. {t['q3']:.2f})" for name, t in compared.items()}
+
+
+def runs(folder: Path = RESULTS) -> Iterator[Run]:
+    """Every measurement of all records: pytest-benchmark's, and those of gpu_check.py in gpu/."""
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        about = record["machine_info"]
+        threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
+        yield from _runs(
+            record["benchmarks"], f"{about['device']}, {threads}, {about['capability']}", about["versions"]
+        )
+    for path in sorted((folder / "gpu").glob("*.json")):
+        record = json.loads(path.read_text())
+        if not record["rehearsal"]:
+            for part in record["parts"].values():
+                yield from _runs(part.get("benchmarks", ()), record["card"], record["versions"])
+
+
+def _runs(benchmarks: Iterable[dict], machine: str, versions: dict) -> Iterator[Run]:
+    for one in benchmarks:
+        info = one["extra_info"]
+        yield Run(info, one["stats"]["median"] / info.get("calls", 1), machine, versions)
+
+
+def op_table(found: list[Run]) -> str:
+    """Microseconds of each side on the same tokens, and how many times the op's time the others take."""
+    cases: dict[tuple, dict[str, Run]] = {}
+    for run in found:
+        if "bytes" in run.info:
+            case = run.info["tokens"], run.info["neurons"], run.info["dtype"]
+            cases.setdefault(case, {})[run.info["side"]] = run
+    if not cases:
+        return ""
+    first = next(iter(cases.values()))
+    others = sorted(first.keys() - {"snpatch"}, key=lambda side: first[side].seconds)
+    rows = []
+    for (tokens, neurons, dtype), sides in cases.items():
+        own = sides["snpatch"]
+        times = [f"{sides[o].seconds * 1e6:.0f} us ({sides[o].seconds / own.seconds:.2f}x)" for o in others]
+        speed = own.info["bytes"] / own.seconds / 1e9
+        rows.append((f"{tokens} x {neurons}, {dtype}", f"{own.seconds * 1e6:.0f} us", *times, f"{speed:.0f}"))
+    table = _table(("tokens x neurons, type", "snpatch", *others, "op's GB/s"), rows)
+    return f"{table}\n\n{own.machine}; {_versions(own, 'torch', 'triton')}; medians."
+
+
+def generate_table(found: list[Run]) -> str:
+    """Patched generation against native vLLM, and every other comparison, of each machine, size and model runner."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in found:
+        if run.ratios:
+            groups.setdefault((run.machine, run.info["size"], run.info["runner"]), []).append(run)
+    return "\n\n".join(_generate_group(group) for group in groups.values())
+
+
+def _generate_group(group: list[Run]) -> str:
+    decoding, others = [], []
+    for run in group:
+        if run.info["side"] == "twin" and {"native 2B", "native B"} <= run.ratios.keys():
+            speed = run.info["batch"] * run.info["new"] / run.seconds
+            ratios = run.ratios["native 2B"], run.ratios["native B"]
+            decoding.append((f"batch of {run.info['batch']}", f"{speed:.0f}", *ratios))
+        else:
+            what = WHAT.get(run.info["side"], run.info["side"])
+            batch = f", batch of {run.info['batch']}" if "batch" in run.info else ""
+            texts = ", texts of 8 to 128 tokens" if run.info.get("lengths") == "ragged" else ""
+            for other, ratio in run.ratios.items():
+                others.append((f"{what}{batch}{texts}, against {AGAINST.get(other, other)}", ratio))
+    head = "patched, 5 % of the neurons", "tokens/s", "against native vLLM on as many rows", "on as many requests"
+    tables = [_table(head, decoding), _table(("", "ratio of speeds (quartiles)"), others)]
+    about = f"{run.info['size']} geometry, bfloat16, {run.machine}, model runner {run.info['runner']}"
+    return "\n\n".join([*filter(None, tables), f"{about}; {_versions(run, 'vllm', 'torch')}; medians."])
+
+
+def contrast_table(found: list[Run]) -> str:
+    """Memory of a contrast against the number of positions, of the geometry that was read the longest."""
+    sizes: dict[str, list[dict]] = {}
+    for run in found:
+        if run.info.get("side") == "contrast":
+            sizes.setdefault(run.info["size"], []).append(run.info)
+    longest = max(sizes.values(), key=lambda infos: infos[-1]["positions"], default=[])
+    rows = [
+        (i["positions"], f"{i['positions_per_s']:.0f}", _mib(i["grown_bytes"]), _mib(i["stored_bytes"]))
+        for i in longest
     ]
-    for (tokens, neurons, dtype), runs in cases.items():
-        own = runs["snpatch"]["stats"]["median"]
-        cells = [f"{own * 1e6:.0f} us"]
-        cells += [
-            f"{runs[s]['stats']['median'] * 1e6:.0f} us ({runs[s]['stats']['median'] / own:.2f}x)" for s in SIDES[1:]
-        ]
-        speed = runs["snpatch"]["extra_info"]["bytes"] / own / 1e9
-        lines.append(f"| {tokens} x {neurons}, {dtype} | " + " | ".join(cells) + f" | {speed:.0f} |")
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines.append(f"\n{machine['device']}, {machine['threads']} thread, {machine['capability']}; {versions}; median.")
-    return "\n".join(lines)
+    return _table(("positions", "positions/s", "memory grew by", "activations kept would take"), rows)
 
 
 def demo_table(folder: Path = RESULTS / "demo") -> str:
     """The sentences and the points of the demo's own sweep."""
-    rows = json.loads((folder / "curve.json").read_text())["rows"]
-    lines = ["| recipient | k (share of neurons) | mean cost | effect (95 % interval) |", "|---|---|---|---|"]
-    for row in rows:
+    rows = []
+    for row in json.loads((folder / "curve.json").read_text())["rows"]:
         if row["ranking"] is None:
-            lines.append(f"| {row['recipient']} | unpatched | {row['mean']:.2f} | |")
+            rows.append((row["recipient"], "unpatched", f"{row['mean']:.2f}", ""))
         elif row["control_seed"] is None and 0.03 < row["share"] < 0.2:
-            interval = f"{row['effect']:.0%} ({row['effect_low']:.0%} .. {row['effect_high']:.0%})"
-            lines.append(f"| {row['recipient']} | {row['hi']} ({row['share']:.1%}) | {row['mean']:.2f} | {interval} |")
-    return "\n".join(lines)
+            effect = f"{row['effect']:.0%} ({row['effect_low']:.0%} .. {row['effect_high']:.0%})"
+            rows.append((row["recipient"], f"{row['hi']} ({row['share']:.1%})", f"{row['mean']:.2f}", effect))
+    return _table(("recipient", "k (share of neurons)", "mean cost", "effect (95 % interval)"), rows)
 
 
 def experiments_table(folder: Path = RESULTS / "demo") -> str:
     """What each experiment found in the demo world, and its seconds."""
     found = json.loads((folder / "report.json").read_text())
-    lines = ["| experiment | found in the demo world | seconds |", "|---|---|---|"]
-    for name, told in found.items():
-        sentence = told["headline"][0] if told["headline"] else ""
-        lines.append(f"| {name} | {sentence} | {told['provenance']['seconds']:.0f} |")
-    machine = next(iter(found.values()))["provenance"]
-    minutes = sum(told["provenance"]["seconds"] for told in found.values()) / 60
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("vllm", "torch"))
-    cpu = f"{machine['device']['cpu threads']} CPU threads, {machine['device']['cpu capability']}"
-    lines.append(f"\n{minutes:.1f} minutes in all ({cpu}, {versions}).")
-    return "\n".join(lines)
+    seconds = {name: told["provenance"]["seconds"] for name, told in found.items()}
+    rows = [(name, next(iter(told["headline"]), ""), f"{seconds[name]:.0f}") for name, told in found.items()]
+    about = next(iter(found.values()))["provenance"]
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("vllm", "torch"))
+    cpu = f"{about['device']['cpu threads']} CPU threads, {about['device']['cpu capability']}"
+    table = _table(("experiment", "found in the demo world", "seconds"), rows)
+    return f"{table}\n\n{sum(seconds.values()) / 60:.1f} minutes in all ({cpu}, {versions})."
 
 
-def generate_table(record: Path = RESULTS / "generate.cpu.json") -> str:
-    """Ratios of bench_generate.py: how many times the rows or tokens a second of each other side."""
-    data = json.loads(record.read_text())
-    runs = {run["name"]: run for run in data["benchmarks"]}
-    size = next(run["extra_info"]["size"] for run in runs.values() if "size" in run["extra_info"])
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("|" + "|".join(_cell(cell) for cell in line) + "|" for line in lines) if rows else ""
 
-    def ratio(name: str, other: str) -> str:
-        found = runs[name]["extra_info"][other]
-        return f"{found['ratio']:.2f}x ({found['q1']:.2f} .. {found['q3']:.2f})"
 
-    batches = [run["extra_info"]["batch"] for name, run in runs.items() if name.startswith("test_twin_against")]
-    lines = [
-        "| patched, 5 % of the neurons | tokens/s | against native vLLM on as many rows | on as many requests |",
-        "|---|---|---|---|",
-    ]
-    for batch in batches:
-        run = runs[f"test_twin_against_native[{batch}]"]
-        speed = batch * run["extra_info"]["new"] / run["stats"]["median"]
-        cells = [ratio(run["name"], other) for other in ("native 2B", "native B")]
-        lines.append(f"| batch of {batch} | {speed:.0f} | {cells[0]} | {cells[1]} |")
-    lines += ["", "| | ratio of speeds (quartiles) |", "|---|---|"]
-    more = {
-        "two transformers models with hooks, batch of 4": ("test_against_hooks[B4]", "hooks"),
-        "the same, batch of 32, texts of 8 to 128 tokens": ("test_against_hooks[B32-ragged]", "hooks"),
-        "the same, batch of 32, texts of one length": ("test_against_hooks[B32-static]", "hooks"),
-        "32 different windows in a batch, against one": ("test_windows", "one window"),
-        "statistics of every position, against none": ("test_statistics", "without"),
+def _cell(cell: object) -> str:
+    return cell if cell == "---" else f" {cell} " if cell != "" else " "
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _versions(run: Run, *packages: str) -> str:
+    return ", ".join(f"{name} {run.versions[name]}" for name in packages if name in run.versions)
+
+
+def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
+    """Name of a place in the README -> what makes its table."""
+    found = list(runs(folder))
+    cpu, gpu = [run for run in found if not run.is_gpu], [run for run in found if run.is_gpu]
+    return {
+        "generate": lambda: generate_table(cpu),
+        "generate on a GPU": lambda: generate_table(gpu),
+        "contrast": lambda: contrast_table(cpu),
+        "op": lambda: op_table(cpu),
+        "op on a GPU": lambda: op_table(gpu),
+        "demo": lambda: demo_table(folder / "demo"),
+        "experiments": lambda: experiments_table(folder / "demo"),
     }
-    for label, (name, other) in more.items():
-        lines.append(f"| {label} | {ratio(name, other)} |")
-    for batch in batches[-2:]:
-        label = f"plain requests on a twin engine, batch of {batch}, against native vLLM on as many rows"
-        lines.append(f"| {label} | {ratio(f'test_plain_requests_on_a_twin_engine[{batch}]', 'native 2B')} |")
-    machine = data["machine_info"]
-    lines.append(f"\n{size} geometry, bfloat16, {machine['device']}, {machine['threads']} threads; "
-                 f"vLLM {machine['versions']['vllm']}, torch {machine['versions']['torch']}; medians.")  # fmt: skip
-    return "\n".join(lines)
 
 
-def contrast_table(record: Path = RESULTS / "contrast.cpu.json") -> str:
-    """Memory of a contrast against the number of positions."""
-    data = json.loads(record.read_text())
-    lines = ["| positions | positions/s | memory grew by | activations kept would take |", "|---|---|---|---|"]
-    for run in data["benchmarks"]:
-        info = run["extra_info"]
-        grown, stored = info["grown_bytes"] / 2**20, info["stored_bytes"] / 2**20
-        lines.append(f"| {info['positions']} | {info['positions_per_s']:.0f} | {grown:.0f} MiB | {stored:.0f} MiB |")
-    return "\n".join(lines)
-
-
-TABLES = {
-    "generate": generate_table,
-    "contrast": contrast_table,
-    "op": op_table,
-    "demo": demo_table,
-    "experiments": experiments_table,
-}
-
-
-def filled(text: str) -> str:
+def filled(text: str, folder: Path = RESULTS) -> str:
     """README text with every table between its markers made anew."""
-    for name, make in TABLES.items():
+    for name, make in tables(folder).items():
+        table = "".join(f"{part}\n" for part in [make()] if part)
         pattern = rf"(<!-- table: {name} -->\n)(?:(?!<!--).)*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.DOTALL)
+        text, found = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}{m[2]}", text, flags=re.DOTALL)
         if found != 1:
             raise SystemExit(f"the README must have one place for the table {name}, has {found}")
     return text
