@@ -39,7 +39,7 @@ class Run:
 
     @property
     def is_gpu(self) -> bool:
-        return self.info.get("device") != "cpu"
+        return self.info.get("device") == "cuda"
 
     @property
     def ratios(self) -> dict[str, str]:
@@ -54,9 +54,8 @@ def runs(folder: Path = RESULTS) -> Iterator[Run]:
         record = json.loads(path.read_text())
         about = record["machine_info"]
         threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
-        yield from _runs(
-            record["benchmarks"], f"{about['device']}, {threads}, {about['capability']}", about["versions"]
-        )
+        machine = f"{about['device']}, {threads}, {about['capability']}"
+        yield from _runs(record["benchmarks"], machine, about["versions"])
     for path in sorted((folder / "gpu").glob("*.json")):
         record = json.loads(path.read_text())
         if not record["rehearsal"]:

@@ -1,18 +1,51 @@
 """The README's tables are the records' and its Python names exist."""
 
 import importlib.util
+import json
 import re
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_tables_are_made_from_the_records():
+@pytest.fixture(scope="module")
+def readme_table():
     spec = importlib.util.spec_from_file_location("readme_table", ROOT / "bench" / "readme_table.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["readme_table"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_made_from_the_records(readme_table):
     readme = (ROOT / "README.md").read_text()
-    assert module.filled(readme) == readme
+    assert readme_table.filled(readme) == readme
+
+
+def test_records_of_a_gpu_get_tables_of_their_own(readme_table, tmp_path):
+    assert readme_table.tables(tmp_path)["generate on a GPU"]() == ""
+    assert readme_table.tables(tmp_path)["op on a GPU"]() == ""
+    ratio = {"ratio": 0.97, "q1": 0.96, "q3": 0.98}
+    info = {"device": "cuda", "size": "7b", "runner": "v2", "side": "twin", "batch": 8, "new": 100}
+    twin = {"extra_info": {**info, "native 2B": ratio, "native B": ratio}, "stats": {"median": 2.0}}
+    case = {"device": "cuda", "tokens": 64, "neurons": 11008, "dtype": "bfloat16", "bytes": 10**7, "calls": 10}
+    sides = [
+        {"extra_info": {**case, "side": side}, "stats": {"median": seconds}}
+        for side, seconds in (("copy", 2e-5), ("snpatch", 1e-4))
+    ]
+    parts = {"bench": {"status": "ok", "benchmarks": [twin, *sides]}, "tests": {"status": "ok"}}
+    record = {"rehearsal": False, "card": "NVIDIA A100", "versions": {"vllm": "0.33.0"}, "parts": parts}
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "end-to-end.json").write_text(json.dumps(record))
+    made = readme_table.tables(tmp_path)
+    assert "| batch of 8 | 400 | 0.97x (0.96 .. 0.98) | 0.97x (0.96 .. 0.98) |" in made["generate on a GPU"]()
+    assert "7b geometry, bfloat16, NVIDIA A100, model runner v2; vllm 0.33.0; medians." in made["generate on a GPU"]()
+    assert "| 64 x 11008, bfloat16 | 10 us | 2 us (0.20x) | 1000 |" in made["op on a GPU"]()
+    assert made["generate"]() == made["op"]() == made["contrast"]() == ""
+    (tmp_path / "gpu" / "end-to-end.json").write_text(json.dumps(record | {"rehearsal": True}))
+    assert readme_table.tables(tmp_path)["op on a GPU"]() == ""
 
 
 def test_the_kernels_expected_times_are_the_ones_computed():
