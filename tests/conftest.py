@@ -4,7 +4,6 @@ for name, value in {
     "TRITON_INTERPRET": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_LOGGING_LEVEL": "ERROR",
 }.items():
     os.environ.setdefault(name, value)
 

@@ -5,7 +5,7 @@ finds NaN and infinity.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -82,9 +82,19 @@ def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
 
 
-@torch.no_grad()
 def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
     """NaN or infinity in any weight is an error that names it."""
+    for _ in finite(weights, name):
+        pass
+
+
+@torch.no_grad()
+def finite(weights: Iterable[tuple[str, Tensor]], name: str) -> Iterator[tuple[str, Tensor]]:
+    """The weights as they come, each looked at: NaN or infinity is an error that names it. Integers pass."""
     for weight_name, weight in weights:
-        if weight.is_floating_point() and weight.dtype.itemsize > 1 and not torch.isfinite(weight).all():
-            raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity")
+        if weight.is_floating_point() and weight.numel():
+            of_bytes = weight.dtype.itemsize == 1
+            extremes = torch.aminmax(weight.bfloat16() if of_bytes else weight)  # 30 times as fast as isfinite on a CPU
+            if not torch.isfinite(torch.stack(extremes)).all():
+                raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity")
+        yield weight_name, weight

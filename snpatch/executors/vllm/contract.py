@@ -26,7 +26,8 @@ CONTRACT = {
         "CacheConfig": "cache_dtype kv_sharing_fast_prefill",
         "CompilationConfig": "compile_sizes custom_ops max_cudagraph_capture_size pass_config static_forward_context",
         "ModelConfig": "get_num_attention_heads get_num_kv_heads head_dtype hf_config hf_text_config "
-        "is_attention_free is_encoder_decoder is_hybrid pooler_config quantization runner_type use_mla uses_mrope",
+        "get_head_size is_attention_free is_encoder_decoder is_hybrid model pooler_config quantization runner_type "
+        "use_mla uses_mrope",
         "ParallelConfig": "data_parallel_size pipeline_parallel_size",
         "PassConfig": "fuse_allreduce_rms",
         "SchedulerConfig": "max_num_batched_tokens max_num_seqs",
@@ -39,7 +40,14 @@ CONTRACT = {
         "enforce_eager, use_tqdm_on_load, disable_log_stats, additional_config, worker_extension_cls) "
         "__dataclass_fields__",
     },
-    "vllm.envs": {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "", "VLLM_CPU_OMP_THREADS_BIND": "", "VLLM_LOGGING_LEVEL": ""},
+    "vllm.envs": {
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "",
+        "VLLM_CPU_OMP_THREADS_BIND": "",
+        "VLLM_LOGGING_CONFIG_PATH": "",
+        "VLLM_LOGGING_LEVEL": "",
+        "VLLM_LOGGING_STREAM": "",
+        "VLLM_RPC_BASE_PATH": "",
+    },
     "vllm.forward_context": {"get_forward_context": "", "ForwardContext": "no_compile_layers"},
     "vllm.inputs": {"tokens_input": "(prompt_token_ids, cache_salt)"},
     "vllm.logprobs": {"Logprob": "logprob"},
@@ -87,6 +95,7 @@ CONTRACT = {
         "_encode_layer_name": "(layer_name)",
         "_resolve_layer_name": "(layer_name)",
     },
+    "vllm.v1.attention.backends.cpu_attn": {"CPUAttentionBackend": "get_supported_head_sizes"},
     "vllm.v1.core.sched.output": {
         "SchedulerOutput": "finished_req_ids scheduled_new_reqs scheduled_cached_reqs",
         "CachedRequestData": "resumed_req_ids",

@@ -13,7 +13,8 @@ from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Output, Request
 from snpatch.executors.vllm.answers import Started, answers_of
-from snpatch.executors.vllm.launch import CLOSE_S, DEAD, TwinLaunch, start_engine
+from snpatch.executors.vllm.launch import TwinLaunch
+from snpatch.executors.vllm.lifetime import died, start_engine
 from snpatch.executors.vllm.registry import Held, Registry
 from snpatch.executors.vllm.wire import Sent, Wire
 from snpatch.models.model import Model
@@ -42,11 +43,11 @@ class VllmExecutor:
 
     def start(self, models: Sequence[Model]) -> None:
         """Start vLLM, which takes its time, and check what it made of the model."""
-        self.engine = start_engine(self.launch.engine_args(scales_kv=any(m.scales_kv for m in models)))
+        self.engine, self._end = start_engine(self.launch.engine_args(scales_kv=any(m.scales_kv for m in models)))
         self.stale: list[int] = []  # tickets of aborted requests, whose records are to be dropped
         self.owners: dict[str, _Run] = {}  # vLLM's name of what runs -> who asked for it
         try:
-            self.started = Started.of(self.command("snpatch_start", self.launch.name))
+            self.started = Started.of(self.command("snpatch_start"))
         except BaseException:
             self.close()
             raise
@@ -71,7 +72,7 @@ class VllmExecutor:
         try:
             return answers_of(self.engine.collective_rpc(name, args=arguments))
         except EngineDeadError as error:
-            raise SnpatchError(DEAD) from error
+            raise died() from error
 
     def step(self) -> None:
         """Wait for vLLM's next results, and hand each to the run that asked for it."""
@@ -83,7 +84,7 @@ class VllmExecutor:
         """Stop vLLM and its processes."""
         engine, self.engine = self.engine, None
         if engine is not None:
-            engine.engine_core.shutdown(timeout=CLOSE_S)
+            self._end.close()
 
 
 class _Run:
@@ -112,7 +113,7 @@ class _Run:
                     executor.step()
             self._gather()
         except EngineDeadError as error:
-            raise SnpatchError(DEAD) from error
+            raise died() from error
 
     def take(self, result) -> None:
         """One of this run's requests is finished."""

@@ -1,31 +1,26 @@
-"""Where vLLM starts: its engine arguments, ours and the user's, checked; the environment that it starts in; its death.
+"""What vLLM is started with: its engine arguments, ours and the user's, checked. For twins and for score models alike.
 
-For twins and for score models alike. What can be checked is checked before vLLM starts, which takes its time.
+Why as much as can be is checked here: vLLM's start takes its time. lifetime.py starts it.
 """
 
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
 
 import torch
 
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError, first_line
+from snpatch.errors import SnpatchError
 from snpatch.executors.base import Geometry
-from snpatch.executors.vllm import processes, versions
-from snpatch.executors.vllm.settings import KEY, TwinSettings, refuse
+from snpatch.executors.vllm import log, versions
+from snpatch.executors.vllm.settings import KEY, TwinSettings
 from snpatch.executors.vllm.worker import plugin
 from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, eos_ids, load_config
 from snpatch.models.model import Model
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what the user did
-DEAD = "vLLM's engine has ended; its own messages above say why"
-CLOSE_S = 2.0  # how long vLLM has to end by itself
 
 
 class TwinLaunch:
@@ -33,7 +28,7 @@ class TwinLaunch:
 
     def __init__(self, config: EngineConfig, tokenizer) -> None:
         versions.check()
-        arguments, model, self.name = dict(config.vllm), config.model, config.model
+        arguments, model = dict(config.vllm), config.model
         own = load_config(model, config.allow_untested)
         if config.batch_size is not None:
             if "max_num_seqs" in arguments:
@@ -83,7 +78,7 @@ def twin_arguments(model, config, dtype: str, arguments: dict) -> dict:
     """vLLM's engine arguments for the twin of the model's architecture."""
     architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "ForCausalLM"])[0]
     if config.model_type not in ARCHITECTURES:
-        os.environ[plugin.UNTESTED] = architecture
+        plugin.add_untested(architecture)
     own = {
         "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
         "hf_overrides": {"architectures": [plugin.PREFIX + architecture], **arguments.pop("hf_overrides", {})},
@@ -97,9 +92,9 @@ def twin_arguments(model, config, dtype: str, arguments: dict) -> dict:
     return checked
 
 
+@log.quiet()
 def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] = ()) -> dict:
     """vLLM's engine arguments: the user's and our own, checked. refused: further ones that nobody may set."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
@@ -124,55 +119,6 @@ def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] =
     if unknown:
         raise SnpatchError(f"backend vllm: neither snpatch nor vLLM has an argument {', '.join(sorted(unknown))}")
     return {**arguments, **own}
-
-
-@contextmanager
-def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[object]:
-    """vLLM's config of these arguments, checked, and the environment to start an engine of it in."""
-    from vllm.usage.usage_lib import UsageContext
-
-    variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", processes.PARENT: str(os.getpid())}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
-        config.compilation_config.pass_config.fuse_allreduce_rms = False  # sized by tokens, and the rows are twice that
-        check(config)
-        with processes.ctrl_c_stops():
-            yield config
-    except (RuntimeError, ValueError) as error:
-        raise SnpatchError(f"vLLM does not start: {first_line(error)} (its own messages above say more)") from error
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def start_engine(engine_args, check: Callable[[object], None] = refuse):
-    """A started LLMEngine of these arguments; check: of vLLM's config, before it starts."""
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    with starting(engine_args, check) as config:
-        engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
-    threading.Thread(target=_tell_of_death, args=(engine.engine_core,), daemon=True).start()
-    return engine
-
-
-def _tell_of_death(core) -> None:
-    """Wake up whoever waits for an engine process that ended without a word; vLLM's client would wait for ever."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    resources = getattr(core, "resources", None)  # an engine of this process has none
-    if resources is None:
-        return
-    while not resources.engine_dead:
-        time.sleep(0.2)
-    core.outputs_queue.put_nowait(EngineDeadError())
-    for future in list(core.utility_results.values()):
-        if not future.done():
-            future.set_exception(EngineDeadError())
 
 
 def _use_all_cores(workers: int) -> None:

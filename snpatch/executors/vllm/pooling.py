@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import versions
-from snpatch.executors.vllm.launch import CLOSE_S, DEAD, engine_arguments, start_engine
+from snpatch.executors.vllm.launch import engine_arguments
+from snpatch.executors.vllm.lifetime import died, start_engine
 from snpatch.executors.vllm.settings import BIAS
 from snpatch.executors.vllm.worker import plugin
 
@@ -47,7 +48,7 @@ class PoolingEngine:
             own["hf_overrides"] = {**layout, **arguments.pop("hf_overrides", {})}
         checked = engine_arguments(model, own, arguments, refused=("convert", "pooler_config"))
         self._numbers = count(1)
-        self._engine = _start(model, {**_memory(config, checked), **checked})
+        self._engine, self._end = _start(model, {**_memory(config, checked), **checked})
 
     def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """[rows, labels] float32, in the rows' order."""
@@ -67,7 +68,7 @@ class PoolingEngine:
                 for result in self._engine.step():
                     logits[running.pop(result.request_id)] = result.outputs.data
         except EngineDeadError as error:
-            raise SnpatchError(DEAD) from error
+            raise died() from error
         except BaseException:
             with suppress(EngineDeadError):
                 self._engine.abort_request(list(running))
@@ -76,22 +77,22 @@ class PoolingEngine:
 
     def close(self) -> None:
         """Stop vLLM and its processes."""
-        self._engine.engine_core.shutdown(timeout=CLOSE_S)
+        self._end.close()
 
 
 def _start(model: str, arguments: dict):
-    """The engine, whose processes end with the user's."""
+    """The engine, whose processes end with the user's, and what closed ends it."""
     from vllm.engine.arg_utils import EngineArgs
 
-    engine = start_engine(EngineArgs(**arguments), _refuse)
+    engine, end = start_engine(EngineArgs(**arguments), _refuse)
     try:
         engine.collective_rpc("snpatch_watch")
         if "classify" not in engine.get_supported_tasks():
             raise SnpatchError(f"judge {model}: vLLM does not know it as a classifier; use backend='transformers'")
     except BaseException:
-        engine.engine_core.shutdown(timeout=CLOSE_S)
+        end.close()
         raise
-    return engine
+    return engine, end
 
 
 def _refuse(vllm_config) -> None:

@@ -8,10 +8,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from snpatch.errors import SnpatchError
 
 PARENT = "SNPATCH_PARENT"  # the user's process, for the processes that it starts
+REASON = "SNPATCH_REASON"  # the file in which they tell it why they cannot start
 EVERY_S = 1.0
 
 
@@ -34,6 +39,35 @@ def leave_ctrl_c() -> None:
 
 
 os.register_at_fork(after_in_child=leave_ctrl_c)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """In a worker: a SnpatchError out of this block reaches the user's process. vLLM only tells that one failed."""
+    try:
+        yield
+    except SnpatchError as error:
+        if path := os.environ.get(REASON):
+            Path(path).write_text(str(error), encoding="utf-8")
+        raise
+
+
+def below(roots: Iterable[int]) -> list[int]:
+    """These processes, and all that they and theirs have started."""
+    children = defaultdict(list)
+    for process in filter(str.isdecimal, os.listdir("/proc")):
+        if fields := _stat(int(process)):
+            children[int(fields[1])].append(int(process))
+    found = list(roots)
+    for process in found:  # which grows
+        found += children[process]
+    return found
+
+
+def kill(process: int) -> None:
+    """Kill it, if it is still there."""
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 class _Interrupted(BaseException):
@@ -78,8 +112,14 @@ def _watch(parent: int, engine: int) -> None:
 
 def _lives(process: int) -> bool:
     """Whether a process runs; one that has ended and was not yet collected by its own parent does not."""
+    fields = _stat(process)
+    return bool(fields) and fields[0] not in "ZX"
+
+
+def _stat(process: int) -> list[str]:
+    """State, parent and further numbers of a process; empty if there is none."""
     try:
         with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+            return file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []

@@ -40,6 +40,22 @@ class TwinSettings(TwinSizes):
         return cls(**vllm_config.additional_config.get(KEY, {}))
 
 
+def check_heads(vllm_config) -> None:
+    """An error for heads that vLLM's attention has no code for on a CPU; it would fail at its first step."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    model, sizes = vllm_config.model_config, CPUAttentionBackend.get_supported_head_sizes()
+    if not model.use_mla and model.get_head_size() not in sizes:
+        raise SnpatchError(
+            f"{model.model}: its heads have {model.get_head_size()} values, and on a CPU vLLM's attention takes "
+            f'{", ".join(map(str, sizes))}; use backend="transformers"'
+        )
+
+
 def refuse(vllm_config) -> None:
     """Raise for what two streams in one batch cannot be combined with, with the reason."""
     model, parallel, compilation = vllm_config.model_config, vllm_config.parallel_config, vllm_config.compilation_config

@@ -12,7 +12,8 @@ from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Output, Request
 from snpatch.executors.vllm.answers import Started, answers_of
-from snpatch.executors.vllm.launch import DEAD, TwinLaunch, starting
+from snpatch.executors.vllm.launch import TwinLaunch
+from snpatch.executors.vllm.lifetime import died, start_async_engine
 from snpatch.executors.vllm.registry import Held, Registry
 from snpatch.executors.vllm.wire import Wire
 from snpatch.models.model import Model
@@ -37,16 +38,14 @@ class StreamingExecutor:
 
     async def start(self, models: Sequence[Model]) -> None:
         """Start vLLM, which takes its time, and check what it made of the model."""
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        with starting(self.launch.engine_args(scales_kv=any(m.scales_kv for m in models))) as config:
-            self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        args = self.launch.engine_args(scales_kv=any(m.scales_kv for m in models))
+        self.engine, self._end = start_async_engine(args)
         self._admission, self._freed = asyncio.Lock(), asyncio.Event()
         self._unfetched: dict[int, asyncio.Future] = {}  # ticket -> its records
         self._tasks: set[asyncio.Task] = set()  # that nobody waits for
         self._death = asyncio.create_task(self._watch())
         try:
-            self.started = Started.of(await self.command("snpatch_start", self.launch.name))
+            self.started = Started.of(await self.command("snpatch_start"))
         except BaseException:
             self.close()
             raise
@@ -78,7 +77,7 @@ class StreamingExecutor:
                         self.wire.confirm(request, output, shards)
                     yield output
         except (EngineDeadError, EngineGenerateError) as error:
-            raise SnpatchError(DEAD) from error
+            raise died() from error
         finally:
             held.release()
             self._freed.set()
@@ -92,14 +91,14 @@ class StreamingExecutor:
         try:
             return answers_of(await self._or_death(self.engine.collective_rpc(name, args=arguments)))
         except EngineDeadError as error:
-            raise SnpatchError(DEAD) from error
+            raise died() from error
 
     def close(self) -> None:
         """Stop vLLM and its processes."""
         engine, self.engine = self.engine, None
         if engine is not None:
             self._death.cancel()
-            engine.shutdown()
+            self._end.close()
 
     async def _admit(self, request: Request) -> Held:
         """Wait for rows for what a request names, and write what is not there. Callers are served in their order."""
@@ -166,4 +165,4 @@ class StreamingExecutor:
                 task.cancel()
         if task.done() and not task.cancelled():
             return task.result()
-        raise SnpatchError(DEAD)
+        raise died()

@@ -12,7 +12,7 @@ import torch
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantised
 from snpatch.executors.vllm.packing import Packed, pack, unpack
-from snpatch.models.checkpoint import check_weights
+from snpatch.models.checkpoint import check_finite
 
 # Where the backends' builders of attention metadata keep their head counts.
 QUERY_HEADS = ("num_heads_q", "num_qo_heads", "num_heads")
@@ -36,19 +36,19 @@ class WorkerExtension:
     """Mixed into vLLM's worker class."""
 
     @_command
-    def snpatch_start(self, name: str) -> dict:
-        """Check that the surgery, the runner and attention's plans agree; tell the shard and the weights' digest."""
+    def snpatch_start(self) -> dict:
+        """Check that the surgery, the runner and attention's plans agree; tell the shard."""
         twin = self._snpatch_twin()
         runner = self.model_runner
         for group in (group for groups in runner.attn_groups for group in groups):
             _check_heads(group, {layer.layer_name: layer for layer in twin.attention})
         quantised.check_rows(runner.get_model())
-        weights = runner.get_model().named_parameters()
+        if not twin.has_seen_weights:  # some formats of checkpoints go past load_weights
+            check_finite(runner.get_model().named_parameters(), twin.name)
         return {
             "first_neuron": twin.first_neuron,
             "n_neurons": twin.n_neurons,
             "runner": _runner_kind(runner),
-            "digest": check_weights(weights, name),
         }
 
     @_command

@@ -22,7 +22,7 @@ TESTED = (
 PREFIX = "Snpatch"
 SCORE = "SnpatchLlamaForScore"
 SURGERY = "snpatch.executors.vllm.worker.surgery"
-UNTESTED = "SNPATCH_UNTESTED_ARCHITECTURES"  # set by the executor for its child processes
+UNTESTED = "SNPATCH_UNTESTED_ARCHITECTURES"  # what the user's process has tried, for the processes that it starts
 
 
 def register() -> None:
@@ -31,11 +31,20 @@ def register() -> None:
 
     processes.leave_ctrl_c()
     known = ModelRegistry.get_supported_archs()
-    for architecture in (*TESTED, *filter(None, os.environ.get(UNTESTED, "").split(","))):
+    for architecture in (*TESTED, *_untested()):
         if PREFIX + architecture not in known:
             ModelRegistry.models[PREFIX + architecture] = _twin(SURGERY, PREFIX + architecture)
     if SCORE not in known:
         ModelRegistry.register_model(SCORE, f"snpatch.executors.vllm.worker.score_head:{SCORE}")
+
+
+def add_untested(architecture: str) -> None:
+    """Have `register` know one more architecture, here and in all processes of vLLM that start from now on."""
+    os.environ[UNTESTED] = ",".join(sorted({*_untested(), architecture}))
+
+
+def _untested() -> list[str]:
+    return [name for name in os.environ.get(UNTESTED, "").split(",") if name]
 
 
 def _twin(module: str, name: str):

@@ -11,7 +11,7 @@ attention layer the donor is simply more heads, under the request's own block ta
 Why a module gets another class instead of a wrapper around it: its weights keep their names.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,6 +32,7 @@ from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
 from snpatch.executors.vllm.worker.plugin import PREFIX
+from snpatch.models.checkpoint import finite
 from snpatch.op import ops
 from snpatch.op.plan import Column
 
@@ -163,7 +164,8 @@ class Twin:
     def __init__(self, model: nn.Module, vllm_config: VllmConfig, attention: list[Attention]) -> None:
         config = vllm_config.model_config.hf_text_config
         self.settings = settings = TwinSettings.of(vllm_config)
-        self.n_layers, self.attention = config.num_hidden_layers, attention
+        self.has_seen_weights = False
+        self.n_layers, self.attention, self.name = config.num_hidden_layers, attention, vllm_config.model_config.model
         context = vllm_config.compilation_config.static_forward_context
         gated = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SiluAndMul | GeluAndMul)]
         self.glus = [self._replace(model, name, layer, settings, context) for layer, name in enumerate(gated)]
@@ -243,6 +245,7 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
     """The twin of one of vLLM's model classes."""
 
     class TwinModel(base):
+        @processes.telling()
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             from snpatch.executors.vllm.worker import runners
 
@@ -256,6 +259,12 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
                 attention = [m for m in self.modules() if isinstance(m, Attention)]
             self.snpatch = Twin(self, vllm_config, attention)
+
+        @processes.telling()
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+            # Looked at on their way: afterwards they are packed for the device, and some are emptied.
+            self.snpatch.has_seen_weights = True
+            return super().load_weights(finite(weights, self.snpatch.name))
 
         def forward(self, input_ids, positions, *args, **kwargs):
             if self.snpatch.settings.streams == 1:

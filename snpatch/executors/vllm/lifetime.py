@@ -1,0 +1,107 @@
+"""An engine of vLLM from its start to its end, for twins and for score models alike.
+
+Why nothing here trusts vLLM to clean up: a start that fails or is interrupted leaves processes, and an engine that dies
+lets whoever waits for it wait for ever.
+"""
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from snpatch.errors import SnpatchError, first_line
+from snpatch.executors.vllm import log, processes
+from snpatch.executors.vllm.offspring import Offspring
+from snpatch.executors.vllm.settings import check_heads, refuse
+
+CLOSE_S = 2.0  # how long vLLM has to end by itself
+
+
+def start_engine(engine_args, check: Callable[[object], None] = refuse):
+    """A started LLMEngine of these arguments, and what closed ends it. check: of vLLM's config, before it starts."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    with starting(engine_args, check) as (config, end):
+        engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        end.callback(engine.engine_core.shutdown, timeout=CLOSE_S)
+    threading.Thread(target=_tell_of_death, args=(engine.engine_core,), daemon=True).start()
+    return engine, end
+
+
+def start_async_engine(engine_args):
+    """A started AsyncLLM of these arguments, and what closed ends it."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    with starting(engine_args) as (config, end):
+        engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        end.callback(engine.shutdown)
+    return engine, end
+
+
+def died() -> SnpatchError:
+    """The error of an engine that is no more."""
+    return SnpatchError(f"vLLM's engine has ended; {log.named()}")
+
+
+@contextmanager
+def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[tuple[object, ExitStack]]:
+    """vLLM's config of these arguments, checked, to start an engine of it in this block, and what ends that engine.
+
+    The engine's own end is to be added. What was started is ended where the block fails, and with this process.
+    """
+    with log.quiet():
+        from vllm.usage.usage_lib import UsageContext
+
+        offspring, end = Offspring(), ExitStack()
+        end.callback(offspring.end)
+        variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", processes.PARENT: str(os.getpid())}
+        try:
+            with _variables({**variables, **offspring.environment()}), processes.ctrl_c_stops():
+                config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
+                # Sized by tokens, and the rows are twice that.
+                config.compilation_config.pass_config.fuse_allreduce_rms = False
+                check(config)
+                check_heads(config)
+                yield config, end
+        except (RuntimeError, ValueError) as error:
+            reason = offspring.reason() or f"vLLM does not start: {first_line(error)} ({log.named()})"
+            end.close()
+            raise SnpatchError(reason) from error
+        except BaseException:
+            end.close()
+            raise
+        offspring.started()
+        atexit.register(end.close)
+        end.callback(atexit.unregister, end.close)
+
+
+@contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """The process's environment with these variables."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _tell_of_death(core) -> None:
+    """Wake up whoever waits for an engine process that ended without a word; vLLM's client would wait for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    resources = getattr(core, "resources", None)  # an engine of this process has none
+    if resources is None:
+        return
+    while not resources.engine_dead:
+        time.sleep(0.2)
+    core.outputs_queue.put_nowait(EngineDeadError())
+    for future in list(core.utility_results.values()):
+        if not future.done():
+            future.set_exception(EngineDeadError())

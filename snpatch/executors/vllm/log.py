@@ -1,0 +1,80 @@
+"""vLLM's own messages, and those of what lies beneath it: in a file that errors name, instead of on the user's screen.
+
+Why file descriptors are turned while vLLM starts: its processes inherit them, write before any of our code runs in
+them, and C++ asks no logger. What the user's other threads print in that time is in the file, too.
+"""
+
+import atexit
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TextIO
+
+LOUD = ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH")  # who sets one of them wants vLLM's messages on the screen
+_OUTPUTS = (1, 2)
+_turning = threading.RLock()  # two that start at once would give each other's descriptors back
+_named: set[str] = set()  # logs that an error has named: they are kept
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """All that this process and those that it starts write inside this block, and vLLM's logger ever after, is in the
+    log; where the user asked for vLLM's messages they are on stderr."""
+    if _is_loud():
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        yield
+        return
+    with _turning:
+        log = _log_of(os.getpid())
+        _flush()
+        screen = [os.dup(output) for output in _OUTPUTS]
+        try:
+            for output in _OUTPUTS:
+                os.dup2(log.fileno(), output)
+            yield
+        finally:
+            _flush()
+            for output, own in zip(_OUTPUTS, screen, strict=True):
+                os.dup2(own, output)
+                os.close(own)
+            for handler in logging.getLogger("vllm").handlers:
+                if isinstance(handler, logging.StreamHandler):
+                    handler.setStream(log)
+
+
+def named() -> str:
+    """Where vLLM's messages are, to be told in an error; the log is kept from now on."""
+    if _is_loud():
+        return "its own messages above say more"
+    path = _log_of(os.getpid()).name
+    _named.add(path)
+    return f"its log: {path}"
+
+
+def _is_loud() -> bool:
+    return any(map(os.environ.get, LOUD))
+
+
+@cache
+def _log_of(process: int) -> TextIO:
+    descriptor, path = tempfile.mkstemp(prefix="snpatch-vllm-", suffix=".log")
+    os.close(descriptor)
+    atexit.register(_remove, process, path)
+    return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def _remove(process: int, path: str) -> None:
+    if os.getpid() == process and path not in _named:
+        Path(path).unlink(missing_ok=True)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
