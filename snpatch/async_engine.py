@@ -50,7 +50,7 @@ class AsyncEngine:
         return engine
 
     def _open(self, config: EngineConfig) -> None:
-        if config.chosen_backend != "vllm":
+        if config.checked_backend() != "vllm":
             raise SnpatchError("AsyncEngine runs in vLLM: install snpatch[cpu] or snpatch[cuda], or use Engine")
         from snpatch.executors.vllm.streaming import StreamingExecutor
 

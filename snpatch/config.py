@@ -5,17 +5,21 @@ for it. Why vLLM's own arguments are a mapping: they are vLLM's to name, and dif
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from snpatch import schema
 from snpatch.errors import SnpatchError
+from snpatch.schema import option
 
 BACKENDS = ("auto", "vllm", "transformers")
 TEMPLATES = ("auto", "tokenizer", "tulu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Folders = str | Path | Sequence[str | Path]
+RESAMPLES, CONFIDENCE = 1000, 0.95  # of every bootstrap interval, where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,6 @@ class TwinSizes:
                 raise SnpatchError(f"{f.name} must be at least 1, got {getattr(self, f.name)}")
 
 
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class EngineConfig:
     """model: Hugging Face folder or name. adapters: name -> PEFT IA3 folders, stacked in order.
@@ -67,13 +67,13 @@ class EngineConfig:
 
     model: str
     adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    backend: str = _option("auto", "auto, vllm or transformers. auto: vllm where it is installed.")
-    template: str = _option("auto", "How chats become text: auto, tokenizer or tulu.")
-    dtype: str = _option("auto", "auto, float32, bfloat16 or float16.")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ... (transformers only).")
-    batch_size: int | None = _option(None, "Most sequences of a batch (vllm: its max_num_seqs).")
+    backend: str = option("auto", "auto, vllm or transformers. auto: vllm where it is installed.")
+    template: str = option("auto", "How chats become text: auto, tokenizer or tulu.")
+    dtype: str = option("auto", "auto, float32, bfloat16 or float16.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... (transformers only).")
+    batch_size: int | None = option(None, "Most sequences of a batch (vllm: its max_num_seqs).", min=1)
     token_budget: int | None = 16384
-    allow_untested: bool = _option(False, "Try architectures that were not tested.")
+    allow_untested: bool = option(False, "Try architectures that were not tested.")
     twin: TwinSizes = TwinSizes()
     vllm: Mapping[str, object] = field(default_factory=dict)
 
@@ -91,9 +91,35 @@ class EngineConfig:
     @classmethod
     def of(cls, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> "EngineConfig":
         """From arguments side by side: this class's own, TwinSizes' and vLLM's, each by its name."""
+        return cls(str(model), adapters or {}).changed(**arguments)
+
+    def changed(self, **arguments) -> "EngineConfig":
+        """The same but for these arguments, each by its name: this class's own, TwinSizes' or vLLM's."""
         own = {name: arguments.pop(name) for name in _OWN if name in arguments}
         twin = {f.name: arguments.pop(f.name) for f in fields(TwinSizes) if f.name in arguments}
-        return cls(str(model), adapters or {}, **own, twin=TwinSizes(**twin), vllm=arguments)
+        return replace(self, **own, twin=replace(self.twin, **twin), vllm={**self.vllm, **arguments})
+
+    def placed(self, folder: Path) -> "EngineConfig":
+        """The same with paths that are relative to a folder; what is no file there is a name and stays as it is."""
+        adapters = {name: tuple(place(folder, one) for one in folders) for name, folders in self.adapters.items()}
+        return replace(self, model=place(folder, self.model), adapters=adapters)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "EngineConfig":
+        """From a TOML or JSON file, whose paths are relative to its folder."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except (OSError, ValueError) as error:
+            raise SnpatchError(f"engine {path}: cannot be read: {error}") from error
+        return cls.from_table(table, f"engine {path}").placed(path.parent)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON that `load` reads; paths as they are."""
+        from snpatch.files import write_text  # which loads torch
+
+        write_text(path, json.dumps(self.as_table(), indent=1) + "\n")
 
     @classmethod
     def from_table(cls, table: Mapping[str, object], where: str = "engine") -> "EngineConfig":
@@ -115,8 +141,7 @@ class EngineConfig:
             table["twin"] = {n: v for n, v in table["twin"].items() if v != default["twin"][n]}
         return table
 
-    @property
-    def chosen_backend(self) -> str:
+    def checked_backend(self) -> str:
         """ "vllm" or "transformers"; an error for what is set for the other one alone."""
         backend = choose_backend(self.backend)
         if backend == "transformers":
@@ -142,5 +167,27 @@ def choose_backend(backend: str) -> str:
     return backend
 
 
+def adapters_of(entries: Iterable[str], between: str, form: str) -> dict[str, list[str]]:
+    """Adapters from text: name=folder each, or folders stacked in order with `between` between them; each name once.
+
+    form: what is wanted, for errors.
+    """
+    adapters = {}
+    for entry in entries:
+        name, equals, folders = entry.partition("=")
+        if not equals or not name or not folders:
+            raise SnpatchError(f"{form}, each name once; got {entry!r}")
+        if name in adapters:
+            raise SnpatchError(f"{form}, each name once; got {name!r} twice")
+        adapters[name] = folders.split(between)
+    return adapters
+
+
 def _folders(given: Folders) -> tuple[str, ...]:
     return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))
+
+
+def place(folder: Path, source: str) -> str:
+    """A path relative to a folder as it is seen from here; what is no file there is a name and stays as it is."""
+    path = folder / source
+    return str(path) if path.exists() else source

@@ -20,13 +20,12 @@ from snpatch.ranking.methods import METHODS
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.statistics import Statistics
 from snpatch.requests import Prompt
-from snpatch.sampling import Sampling
+from snpatch.sampling import CONTRAST, Sampling
 
 if TYPE_CHECKING:
     from snpatch.engine import Engine
 
 POSITIONS = ("emitted", "emitting", "prompt", "prompt_last")
-SAMPLING = Sampling(max_tokens=256)  # paper, Eq. 3's completions
 EXCLUDED = (-1,)  # layers that are not ranked; the last one's difference is the answer itself
 
 
@@ -38,7 +37,7 @@ def contrast(
     *,
     at: str = "emitted",
     completions: Sequence[str | Sequence[int]] | None = None,
-    sampling: Sampling = SAMPLING,
+    sampling: Sampling = CONTRAST,
     exclude_layers: Sequence[int] = EXCLUDED,
     method: str = "rms",
     progress: Progress | None = None,

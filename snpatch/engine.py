@@ -17,7 +17,7 @@ from snpatch.models.opening import Opened
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.requests import Completion, Prompt, Requests
-from snpatch.sampling import GREEDY, Sampling
+from snpatch.sampling import CONTRAST, GREEDY, Sampling
 
 
 @runtime_checkable
@@ -49,7 +49,7 @@ class Engine:
         return engine
 
     def _open(self, config: EngineConfig) -> None:
-        self.config, self.backend = config, config.chosen_backend
+        self.config, self.backend = config, config.checked_backend()
         self._opened = opened = Opened(config)
         self.tokenizer = opened.tokenizer
         self.executor = _executor_of(self.backend, config, opened.tokenizer)
@@ -140,7 +140,7 @@ class Engine:
         *,
         at: str = "emitted",
         completions: Sequence[str | Sequence[int]] | None = None,
-        sampling: Sampling = contrasts.SAMPLING,
+        sampling: Sampling = CONTRAST,
         exclude_layers: Sequence[int] = contrasts.EXCLUDED,
         method: str = "rms",
         progress: Progress | None = None,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from snpatch.errors import SnpatchError
+from snpatch.schema import option
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,15 @@ class Sampling:
     SamplingParams (min_p, presence_penalty, bad_words, ...), for the vllm backend only.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 128
-    min_tokens: int = 0
-    stop: tuple[str, ...] = ()
+    temperature: float = option(0.0, "0 is greedy.")
+    top_p: float = option(1.0, "Only the likeliest tokens of this probability together.")
+    top_k: int = option(0, "Only so many of the likeliest tokens; 0: all.")
+    max_tokens: int = option(128, "Most new tokens of a text.", min=1)
+    min_tokens: int = option(0, "No EOS before so many.", min=0)
+    stop: tuple[str, ...] = option((), "A string that ends the text. May be repeated.")
     ignore_eos: bool = False
-    seed: int | None = None
-    logprobs: bool = False
+    seed: int | None = option(None, "Of the sampling, and of the noise (there 0 by default).")
+    logprobs: bool = option(False, "Report each token's log-probability.")
     n: int = 1
     vllm: Mapping[str, object] = field(default_factory=dict)
 
@@ -58,3 +59,4 @@ class Sampling:
 
 
 GREEDY = Sampling()
+CONTRAST = Sampling(max_tokens=256)  # paper, Eq. 3's completions

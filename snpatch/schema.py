@@ -4,11 +4,16 @@ Why not the dataclass's own constructor: it would take a number for a text, and 
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import field, fields
 from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 from snpatch.errors import SnpatchError
+
+
+def option(default, help: str, **metadata):
+    """A dataclass field that the command line has an option for; metadata: `min`, the least that it may be."""
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 def read(kind: type, where: str, values: object):

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import DegenerateDataWarning, bootstrap, skew, spearmanr, ttest_rel
 
+from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 
 Interval = tuple[float, float | None, float | None]  # value, low, high
 
 
-def interval(statistic, *samples: ArrayLike, resamples: int = 1000, confidence: float = 0.95) -> Interval:
+def interval(statistic, *samples: ArrayLike, resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> Interval:
     """A statistic of paired samples [prompts] and its percentile bootstrap interval over prompts.
 
     statistic: (*samples, axis) -> values. One prompt has no spread: both ends are the value. Resamples in which the

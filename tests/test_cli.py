@@ -51,7 +51,7 @@ def run(capsys, *arguments):
     return code, out, err
 
 
-@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.engine)])
 def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_path, backend):
     ranking = tmp_path / "safety.safetensors"
     common = [MODEL, prompts, *ADAPTERS, "--backend", backend, "--batch-size", 8]
@@ -109,7 +109,9 @@ def test_generate_with_constant_donors(capsys, prompts, tmp_path, donor):
     code, _, err = run(capsys, "generate", MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", donor, "--ranking",
                        ranking, "-k", 100, "--max-tokens", 3, "--limit", 2, "-o", out_file)  # fmt: skip
     assert code == 0, err
-    assert all(json.loads(line)["overwrites"] > 0 for line in out_file.read_text().splitlines())
+    overwrites = [json.loads(line)["overwrites"] for line in out_file.read_text().splitlines()]
+    assert len(overwrites) == 2
+    assert min(overwrites) > 0
 
 
 def test_env_says_what_serves_each_op(capsys):

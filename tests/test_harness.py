@@ -212,6 +212,7 @@ def test_figures_are_the_oracles(results, oracles, name):
     assert_figures(results[name], oracles[name])
 
 
+@pytest.mark.engine
 def test_figures_are_the_oracles_in_vllm_too(llama, adapters, evaluate, oracles, monkeypatch):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -300,7 +301,7 @@ def test_errors_say_what_is_wrong(evaluate, model_args, more, message):
 def test_batch_size_and_device_of_lm_eval_are_the_engines(model_args):
     def made(**additional):
         given = {name: value for name, value in model_args.items() if name != "ranking"}
-        return SnpatchLM.create_from_arg_obj(given, additional).engine._executor
+        return SnpatchLM.create_from_arg_obj(given, additional).engine.executor
 
     default = made()._batch_size
     assert default > 1

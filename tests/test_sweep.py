@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
 from snpatch.experiments.sweeps import headline, report_of
 from snpatch.report import files
+from snpatch.runs.config import SweepConfig
 from snpatch.runs.store import NAME, Store
-from snpatch.runs.sweep import SweepConfig, sweep
+from snpatch.runs.sweep import sweep
 from snpatch.statistics import causal_effect, interval, paired_p
 
 GOLDEN = Path(__file__).parent / "goldens" / "A"

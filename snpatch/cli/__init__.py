@@ -8,7 +8,12 @@ import sys
 
 import typer
 
-from snpatch.cli import commands, demo, exp, guard
+from snpatch.cli import demo, guard
+from snpatch.cli.contrast import contrast
+from snpatch.cli.env import env
+from snpatch.cli.exp import exp
+from snpatch.cli.generate import generate
+from snpatch.cli.sweep import sweep
 from snpatch.errors import SnpatchError
 
 app = typer.Typer(
@@ -17,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (commands.contrast, commands.generate, commands.sweep, exp.exp, commands.env):
+for command in (contrast, generate, sweep, exp, env):
     app.command()(command)
 app.add_typer(guard.app, name="guard")
 app.add_typer(demo.app, name="demo")

@@ -5,24 +5,27 @@ from typing import Annotated
 
 import typer
 
-from snpatch.cli import exp
 from snpatch.cli import options as o
+from snpatch.cli.exp import run
+from snpatch.cli.generated import Fields, Some, generated
+from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 
 app = typer.Typer(help="The demo world: find its safety neurons and sweep k; or build the world anew.")
 
 
 @app.callback(invoke_without_command=True)
+@generated(engine=Some(EngineConfig, ("backend",)))
 def demo(
     context: typer.Context,
+    engine: Fields,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table and the plot.")] = Path("snpatch-demo"),
-    backend: o.Backend = "auto",
     as_json: o.AsJson = False,
 ) -> None:
     """Contrast SFT with DPO, rank, sweep k for SFT and Base, judge; table and plot."""
     if context.invoked_subcommand:
         return
-    exp.run(["curve"], "demo", out, as_json, backend=backend)
+    run(["curve"], "demo", out, as_json, **engine)
 
 
 @app.command("build")

@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
+from snpatch.cli.generated import Engine, Fields, generated, pairs
 from snpatch.errors import ReceiptError, SnpatchError
 
 
+@generated(config=Engine(has_model=False))
 def exp(
     names: Annotated[
         list[str],
@@ -19,6 +21,7 @@ def exp(
             metavar="NAME...",
         ),
     ],
+    config: Fields,
     world: Annotated[str, typer.Option("--world", "-w", help="A world's file (.toml), or demo, or llama-2-7b.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables, plots, rankings and texts.")] = Path(
         "snpatch-results"
@@ -29,29 +32,10 @@ def exp(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts of each set.")] = None,
     skip_bad: o.SkipBad = False,
-    backend: o.Backend = "auto",
-    dtype: o.Dtype = "auto",
-    batch_size: o.BatchSize = None,
-    engine_setting: o.EngineSettings = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Run experiments of the paper: tables (CSV, JSON), plots (PNG, SVG). Continues if killed."""
-    arguments = o.pairs(engine_setting, "--engine")
-    if dtype != "auto":
-        arguments["dtype"] = dtype
-    if batch_size is not None:
-        arguments["batch_size"] = batch_size
-    run(
-        names,
-        world,
-        out,
-        as_json,
-        o.pairs(setting, "--set"),
-        backend=backend,
-        limit=limit,
-        skip_bad=skip_bad,
-        **arguments,
-    )
+    run(names, world, out, as_json, pairs(setting, "--set"), limit=limit, skip_bad=skip_bad, **config)
 
 
 def run(

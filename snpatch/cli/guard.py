@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.commands import write_completions
+from snpatch.cli.generate import write_completions
+from snpatch.cli.generated import Engine, Fields, Some, generated
+from snpatch.config import EngineConfig
 from snpatch.guard.config import GuardConfig
-from snpatch.sampling import GREEDY
+from snpatch.sampling import GREEDY, Sampling
 
-DEFAULTS = GuardConfig()
+ENGINE, ANSWERS = Engine(), Some(GREEDY, ("max_tokens",))
 
 app = typer.Typer(
     help="A guard tells from the safety neurons at a prompt's last token whether the answer would be harmful.",
@@ -22,43 +24,31 @@ app = typer.Typer(
 
 GuardFile = Annotated[Path, typer.Option("--guard", help="What `snpatch guard fit` wrote.")]
 Above = Annotated[float, typer.Option("--harmful-above", help="The cost above which an answer is harmful.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most new tokens of an answer.")]
 Judge = Annotated[str, typer.Option(help="Folder or hub name of a cost model, `refusal`, or module:function.")]
 
 
 @app.command()
+@generated(config=ENGINE, answers=ANSWERS, fitted=Some(GuardConfig, ("folds", "threshold", "refusal")))
 def fit(
-    model: o.Model,
+    config: EngineConfig,
     prompts: o.Prompts,
     reads: Annotated[str, typer.Option(help="The model whose neurons are read and whose answers are judged.")],
     ranking: Annotated[Path, typer.Option(help="Ranking file.")],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many of its first neurons.")],
     judge: Judge,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the guard goes (.safetensors).")],
-    adapter: o.Adapters = None,
+    answers: Fields,
+    fitted: Fields,
     judge_format: o.JudgeFormat = None,
     harmful_above: Above = 0.0,
-    max_tokens: MaxTokens = GREEDY.max_tokens,
     strengths: Annotated[
         str,
         typer.Option("--C", help="Inverse strength of the penalty; of several (0.01,0.1,1) cross-validation chooses."),
-    ] = ",".join(map(str, DEFAULTS.C)),
+    ] = ",".join(map(str, GuardConfig().C)),
     balanced: Annotated[bool, typer.Option("--balanced", help="Both classes count the same.")] = False,
-    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = DEFAULTS.folds,
-    threshold: Annotated[
-        float, typer.Option(help="Prompts of a higher probability of harm are refused.")
-    ] = DEFAULTS.threshold,
-    refusal: Annotated[str, typer.Option(help="The text that refused prompts get.")] = DEFAULTS.refusal,
     form: o.Format = None,
     skip_bad: o.SkipBad = False,
     limit: o.Limit = None,
-    template: o.Template = "auto",
-    dtype: o.Dtype = "auto",
-    backend: o.Backend = "auto",
-    device: o.Device = "auto",
-    batch_size: o.BatchSize = None,
-    setting: o.EngineSettings = None,
-    allow_untested: o.Untested = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Let a model answer, judge the answers, and fit a classifier that tells them from the prompts alone."""
@@ -67,53 +57,47 @@ def fit(
     from snpatch.guard.fitting import out_of_fold
     from snpatch.guard.guard import Guard
     from snpatch.guard.scores import evaluate
+    from snpatch.patching import spec
     from snpatch.ranking.ranking import Ranking
 
     data = o.read(prompts, form, limit, skip_bad)
     order = Ranking.load(ranking)
-    config = GuardConfig(
-        tuple(o.a_number(part, float, "--C") for part in strengths.split(",")),
+    settings = GuardConfig(
+        tuple(spec.number_of(part, float, "--C") for part in strengths.split(",")),
         "balanced" if balanced else None,
-        folds,
-        threshold=threshold,
-        refusal=refusal,
+        **fitted,
     )
     check_writable(out)
     prompts_once = distinct(data.prompts)
     if len(prompts_once) < len(data):
         print(f"{prompts}: {len(data) - len(prompts_once)} repeated prompts count once", file=sys.stderr)
-    engine = o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
+    engine = o.open_engine(config)
     with engine:
-        known = _labelled(engine, prompts_once, reads, judge, judge_format, backend, device, max_tokens, harmful_above)
+        known = _labelled(engine, prompts_once, reads, judge, judge_format, answers, harmful_above)
         features = engine.capture(known.prompts, reads, order, k)
         digest = engine.digest_of(reads)
         meta = {"judge": judge, "harmful_above": harmful_above, "prompts": data.source}
-        guard = Guard.fit(features, known.labels, order, model=reads, digest=digest, config=config, meta=meta)
-        scores = evaluate(out_of_fold(features.numpy(), known.labels, config), known.labels, threshold=threshold)
+        guard = Guard.fit(features, known.labels, order, model=reads, digest=digest, config=settings, meta=meta)
+        scores = evaluate(
+            out_of_fold(features.numpy(), known.labels, settings), known.labels, threshold=settings.threshold
+        )
     guard.save(out)
     _tell(scores, {"guard": str(out), "C": guard.meta["C"], "k": k}, "by cross-validation", as_json)
 
 
 @app.command("eval")
+@generated(config=ENGINE, answers=ANSWERS)
 def evaluate_guard(
-    model: o.Model,
+    config: EngineConfig,
     prompts: o.Prompts,
     guard: GuardFile,
     judge: Judge,
-    adapter: o.Adapters = None,
+    answers: Fields,
     judge_format: o.JudgeFormat = None,
     harmful_above: Above = 0.0,
-    max_tokens: MaxTokens = GREEDY.max_tokens,
     form: o.Format = None,
     skip_bad: o.SkipBad = False,
     limit: o.Limit = None,
-    template: o.Template = "auto",
-    dtype: o.Dtype = "auto",
-    backend: o.Backend = "auto",
-    device: o.Device = "auto",
-    batch_size: o.BatchSize = None,
-    setting: o.EngineSettings = None,
-    allow_untested: o.Untested = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Compare a guard's verdicts on other prompts with what its model's own answers cost."""
@@ -122,61 +106,52 @@ def evaluate_guard(
 
     chats = o.read(prompts, form, limit, skip_bad).prompts
     one = Guard.load(guard)
-    engine = o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
+    engine = o.open_engine(config)
     with engine:
         probabilities = one.predict(engine, chats)
-        known = _labelled(engine, chats, one.model, judge, judge_format, backend, device, max_tokens, harmful_above)
+        known = _labelled(engine, chats, one.model, judge, judge_format, answers, harmful_above)
     _tell(evaluate(probabilities, known.labels, threshold=one.threshold), {"guard": str(guard)}, prompts, as_json)
 
 
 @app.command()
+@generated(config=ENGINE, answers=ANSWERS)
 def apply(
-    model: o.Model,
+    config: EngineConfig,
     prompts: o.Prompts,
     guard: GuardFile,
     recipient: Annotated[str, typer.Option(help="The model that answers what is let through.")],
-    adapter: o.Adapters = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write JSONL there instead of to stdout.")] = None,
-    max_tokens: MaxTokens = GREEDY.max_tokens,
+    answers: Fields,
+    out: o.Out = None,
     form: o.Format = None,
     skip_bad: o.SkipBad = False,
     limit: o.Limit = None,
-    template: o.Template = "auto",
-    dtype: o.Dtype = "auto",
-    backend: o.Backend = "auto",
-    device: o.Device = "auto",
-    batch_size: o.BatchSize = None,
-    setting: o.EngineSettings = None,
-    allow_untested: o.Untested = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Answer prompts with a guard in front: one that it refuses costs a prefill and gets its refusal."""
     from snpatch.files import check_writable
     from snpatch.guard.guard import Guard
-    from snpatch.sampling import Sampling
 
     chats = o.read(prompts, form, limit, skip_bad).prompts
     one = Guard.load(guard)
     if out:
         check_writable(out)
-    engine = o.open_engine(model, adapter, template, dtype, backend, device, batch_size, setting, allow_untested)
+    engine = o.open_engine(config)
     with engine, o.progress_bar("generate") as progress:
-        completions = engine.generate(chats, recipient, Sampling(max_tokens=max_tokens), progress, guard=one)
+        completions = engine.generate(chats, recipient, Sampling(**answers), progress, guard=one)
     more = [{"harm": completion.harm} for completion in completions]
     write_completions(chats, completions, more, out, as_json)
 
 
-def _labelled(engine, chats, model, judge, judge_format, backend, device, max_tokens, harmful_above):
+def _labelled(engine, chats, model, judge, judge_format, answers, harmful_above):
     from snpatch.guard.comparison import label
-    from snpatch.sampling import Sampling
 
-    with o.open_judges([judge], judge_format, backend, device) as judges, o.progress_bar("answers") as progress:
+    with o.open_judges([judge], judge_format, engine.config) as judges, o.progress_bar("answers") as progress:
         return label(
             engine,
             chats,
             model,
             *judges.values(),
-            sampling=Sampling(max_tokens=max_tokens),
+            sampling=Sampling(**answers),
             threshold=harmful_above,
             progress=progress,
         )

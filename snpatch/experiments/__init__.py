@@ -10,8 +10,8 @@ from importlib import import_module
 
 from snpatch.errors import SnpatchError
 from snpatch.report.report import Report
+from snpatch.schema import read
 from snpatch.worlds.lab import Lab
-from snpatch.worlds.world import made
 
 NAMES = (
     "curve",
@@ -33,7 +33,7 @@ def settings_of(name: str, values: Mapping[str, object], given: Mapping[str, obj
     """An experiment's Settings from values by name, those given before the others; unknown ones are errors."""
     if name not in NAMES:
         raise SnpatchError(f"no experiment named {name!r}: there are {', '.join(NAMES)}")
-    return made(_module(name).Settings, f"settings of {name}", {**values, **given} if given else values)
+    return read(_module(name).Settings, f"settings of {name}", {**values, **given} if given else values)
 
 
 def run(name: str, lab: Lab, settings: Mapping[str, object] | None = None) -> Report:

@@ -15,6 +15,7 @@ from snpatch.experiments.labels import GuardSettings, labelled
 from snpatch.guard.comparison import GuardRow, compare
 from snpatch.report.cells import cell
 from snpatch.report.report import Report, Row, View
+from snpatch.runs.config import SweepConfig
 from snpatch.worlds.lab import Lab
 
 
@@ -24,7 +25,7 @@ class Settings(GuardSettings):
 
     prompts: tuple[str, ...] = ()
     k: tuple[int | float, ...] = (10, 50, 100, 200, 500, 1000, 1500)
-    controls: int = 3
+    controls: int = SweepConfig.controls
 
 
 def run(lab: Lab, settings: Settings) -> Report:

@@ -5,6 +5,7 @@ Why apart from `guard`: safeguard fits its guard on the same labels, with the sa
 
 from dataclasses import dataclass
 
+from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.guard.comparison import Labelled, distinct, label
 from snpatch.guard.config import GuardConfig
 from snpatch.worlds.lab import Lab
@@ -19,10 +20,10 @@ class GuardSettings:
     harmful_above: float = 0.0
     C: tuple[float, ...] = (1.0,)
     class_weight: str | None = None
-    folds: int = 5
-    threshold: float = 0.5
-    resamples: int = 1000
-    confidence: float = 0.95
+    folds: int = GuardConfig.folds
+    threshold: float = GuardConfig.threshold
+    resamples: int = RESAMPLES
+    confidence: float = CONFIDENCE
 
     @property
     def config(self) -> GuardConfig:

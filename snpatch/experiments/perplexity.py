@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
+from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.patching.patch import Patch
 from snpatch.report.cells import span
 from snpatch.report.report import Report, View
@@ -27,8 +28,8 @@ class Settings:
     k: tuple[int | float, ...] = (0, 20_000)
     where: str | int = "all"
     bos_each_window: bool | str = "auto"
-    resamples: int = 1000
-    confidence: float = 0.95
+    resamples: int = RESAMPLES
+    confidence: float = CONFIDENCE
 
 
 def run(lab: Lab, settings: Settings) -> Report:

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from snpatch.ranking.window import Window
 from snpatch.report.cells import between, p_value, percent, span
 from snpatch.report.report import Report, View
-from snpatch.runs.sweep import Row, SweepConfig, SweepResult
+from snpatch.runs.config import SweepConfig
+from snpatch.runs.sweep import Row, SweepResult
 from snpatch.worlds.lab import Lab
 
 
@@ -20,12 +21,12 @@ from snpatch.worlds.lab import Lab
 class SweepSettings:
     """What the experiments that sweep have in common: see SweepConfig."""
 
-    controls: int = 3
-    control_kind: str = "per_layer"
-    disjoint: bool = True
-    where: str | int = "all"
-    resamples: int = 1000
-    confidence: float = 0.95
+    controls: int = SweepConfig.controls
+    control_kind: str = SweepConfig.control_kind
+    disjoint: bool = SweepConfig.disjoint
+    where: str | int = SweepConfig.where
+    resamples: int = SweepConfig.resamples
+    confidence: float = SweepConfig.confidence
 
 
 def sweep_config(lab: Lab, settings: SweepSettings, windows: Sequence[Window | int]) -> SweepConfig:

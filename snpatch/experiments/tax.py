@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
+from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.cells import p_value, span
 from snpatch.report.report import Report, View
-from snpatch.runs.sweep import SweepConfig, SweepResult
+from snpatch.runs.config import SweepConfig
+from snpatch.runs.sweep import SweepResult
 from snpatch.statistics import interval, paired_p
 from snpatch.worlds.lab import Lab
 
@@ -28,9 +30,9 @@ class Settings:
     k: int | float = 20_000
     prompts: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
-    controls: int = 3
-    resamples: int = 1000
-    confidence: float = 0.95
+    controls: int = SweepConfig.controls
+    resamples: int = RESAMPLES
+    confidence: float = CONFIDENCE
 
 
 def run(lab: Lab, settings: Settings) -> Report:

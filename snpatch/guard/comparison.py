@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.data import Chat
 from snpatch.engine import Engine
 from snpatch.errors import NotEnoughNeuronsError, SnpatchError
@@ -21,6 +22,7 @@ from snpatch.guard.scores import GuardScores, evaluate
 from snpatch.judges.protocol import Judge
 from snpatch.ranking.ranking import Ranking
 from snpatch.runs import texts
+from snpatch.runs.config import SweepConfig
 from snpatch.sampling import GREEDY, Sampling
 
 
@@ -114,10 +116,10 @@ def compare(
     config: GuardConfig | None = None,
     *,
     train: Sequence[str] | None = None,
-    controls: int = 3,
+    controls: int = SweepConfig.controls,
     control_kinds: Sequence[str] = ("per_layer", "last_layer"),
-    resamples: int = 1000,
-    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
     progress: Progress | None = None,
 ) -> Comparison:
     """Fit a guard for every ranking (and its random controls), k and training set, and try each on every set.

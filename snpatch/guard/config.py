@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
+from snpatch.schema import option
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,11 @@ class GuardConfig:
 
     C: float | tuple[float, ...] = 1.0
     class_weight: str | None = None
-    folds: int = 5
+    folds: int = option(5, "Of the cross-validation.", min=2)
     seed: int = 0
     max_iter: int = 1000
-    threshold: float = 0.5
-    refusal: str = "I cannot help with that."
+    threshold: float = option(0.5, "Prompts of a higher probability of harm are refused.")
+    refusal: str = option("I cannot help with that.", "The text that refused prompts get.")
 
     def __post_init__(self) -> None:
         strengths = tuple(self.C) if isinstance(self.C, Iterable) else (self.C,)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
+from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 from snpatch.guard.fitting import checked_labels
 from snpatch.statistics import interval
@@ -63,8 +64,8 @@ def evaluate(
     labels: ArrayLike,  # [prompts], True: harmful
     *,
     threshold: float = 0.5,
-    resamples: int = 1000,
-    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
 ) -> GuardScores:
     """Compare probabilities of harm with what turned out to be harmful. Bad input is a SnpatchError."""
     p = np.asarray(probabilities, dtype=np.float64)

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 
-from snpatch.cli.options import a_patch
+from snpatch.config import adapters_of
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import Chat
+from snpatch.patching import spec
 from snpatch.patching.patch import Patch
 from snpatch.sampling import Sampling
 
@@ -190,13 +191,7 @@ def _whole(value: object) -> object:
 def _adapters(given: str | dict) -> dict:
     if isinstance(given, dict):
         return given
-    adapters = {}
-    for entry in str(given).split(";"):
-        name, equals, folders = entry.partition("=")
-        if not equals or not name or not folders or name in adapters:
-            raise SnpatchError(f"model_args: adapters wants name=folder+folder;..., each name once; got {given!r}")
-        adapters[name] = folders.split("+")
-    return adapters
+    return adapters_of(str(given).split(";"), "+", "model_args: adapters wants name=folder+folder;...")
 
 
 def _patch(given: dict) -> Patch | str:
@@ -209,7 +204,7 @@ def _patch(given: dict) -> Patch | str:
         return recipient
     if ranking is None or k is None:
         raise SnpatchError("model_args: a donor needs ranking=FILE and k=")
-    return a_patch(recipient, str(donor), ranking, str(k), "all" if where is None else str(where), seed=None)
+    return spec.from_text(recipient, str(donor), ranking, str(k), "all" if where is None else str(where))
 
 
 def _placed(batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None) -> dict:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import NotEnoughNeuronsError, SnpatchError
+from snpatch.ranking.window import CONTROLS
 
 TAKEN = 2.0  # above every random lot
-CONTROLS = ("per_layer", "last_layer", "everywhere")
 
 
 def draw(own: Tensor, shape: tuple[int, int], *, seed: int, kind: str, disjoint: bool) -> Tensor:

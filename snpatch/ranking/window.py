@@ -1,9 +1,11 @@
-"""Window: which part of a ranking is patched."""
+"""Window: which part of a ranking is patched, and what kinds of random controls there are of it. Free of torch."""
 
 import operator
 from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
+
+CONTROLS = ("per_layer", "last_layer", "everywhere")  # see Ranking.random_control
 
 
 @dataclass(frozen=True)

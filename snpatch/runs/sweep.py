@@ -12,43 +12,13 @@ from snpatch.errors import NotEnoughNeuronsError, SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch
-from snpatch.ranking.controls import CONTROLS
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 from snpatch.runs import texts
-from snpatch.sampling import GREEDY, Sampling
+from snpatch.runs.config import SweepConfig
 from snpatch.statistics import causal_effect, interval, paired_p
 
 NOTHING = Window(0, 0)
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """What is swept. windows: Window, k or (lo, hi). controls: random controls of each window, one a seed from 0 on."""
-
-    recipients: tuple[str, ...]
-    donor: str
-    windows: tuple[Window, ...]
-    controls: int = 3
-    control_kind: str = "per_layer"
-    disjoint: bool = True
-    where: str | int = "all"
-    sampling: Sampling = GREEDY
-    resamples: int = 1000
-    confidence: float = 0.95
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", tuple(Window.of(window) for window in self.windows))
-        if not self.windows or not self.recipients:
-            raise SnpatchError("sweep: needs at least one window and one recipient")
-        if self.controls < 0:
-            raise SnpatchError(f"sweep: controls must be at least 0, got {self.controls}")
-        if self.control_kind not in CONTROLS:
-            raise SnpatchError(f"sweep: control_kind must be one of {', '.join(CONTROLS)}, got {self.control_kind!r}")
-        if self.resamples < 1 or not 0 < self.confidence < 1:
-            raise SnpatchError("sweep: resamples must be at least 1 and confidence lie between 0 and 1")
-        if self.donor in self.recipients:
-            raise SnpatchError(f"sweep: {self.donor!r} is recipient and donor")
 
 
 @dataclass(frozen=True)

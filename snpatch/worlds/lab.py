@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 from snpatch import __version__
-from snpatch.config import choose_backend
 from snpatch.data import Chat, Dataset, load
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
@@ -23,8 +22,9 @@ from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
+from snpatch.runs.config import SweepConfig
 from snpatch.runs.perplexity import Perplexity, measure
-from snpatch.runs.sweep import SweepConfig, SweepResult, sweep
+from snpatch.runs.sweep import SweepResult, sweep
 from snpatch.sampling import Sampling
 from snpatch.worlds.provenance import Provenance
 from snpatch.worlds.world import Contrast, World
@@ -42,7 +42,7 @@ class Lab:
 
     out: the folder that keeps rankings and texts. backend: of the engine and of score models. limit: only so many
     prompts of each set. skip_bad: see snpatch.data.load. progress: name -> context that gives a Progress.
-    engine: further arguments of Engine, before the world's own.
+    engine: further fields of EngineConfig, TwinSizes' or vLLM's arguments, before the world's own.
     """
 
     def __init__(
@@ -80,24 +80,19 @@ class Lab:
 
     @cached_property
     def engine(self) -> Engine:
-        world = self.world
-        adapters = {name: [world.place(f) for f in folders] for name, folders in world.adapters.items()}
-        backend = choose_backend(self._backend)
-        own = {**world.engine, **(world.vllm if backend == "vllm" else {})}
-        arguments = {"template": world.template, **own, **self._engine_arguments}
-        return Engine(world.place(world.model), adapters, backend=backend, **arguments)
+        return Engine.from_config(self.world.engine_config(self._backend, **self._engine_arguments))
 
     def begin(self) -> Provenance:
         """An experiment begins: what is handed out from here on is noted in what this gives."""
         world = self.world
         self._provenance = Provenance(
-            model=world.model, max_tokens=world.max_tokens, contrast_tokens=world.contrast_tokens
+            model=world.engine.model, max_tokens=world.max_tokens, contrast_tokens=world.contrast_tokens
         )
         return self._provenance
 
     def model(self, name: str) -> str:
         """The name of a model that is run or read: whoever uses the engine itself asks here first."""
-        self._provenance.model(self.engine, name, self.world.adapters.get(name, ()))
+        self._provenance.model(self.engine, name, self.world.engine.adapters.get(name, ()))
         return name
 
     @property

@@ -5,13 +5,13 @@ folder; what is not there is taken for a hub name.
 """
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import get_args, get_origin, get_type_hints
 
+from snpatch.config import EngineConfig, TwinSizes, choose_backend, place
 from snpatch.errors import SnpatchError
+from snpatch.sampling import CONTRAST, GREEDY
+from snpatch.schema import read
 
 NAMED = {
     "demo": Path(__file__).parents[1] / "demo" / "world" / "world.toml",
@@ -59,24 +59,21 @@ class World:
     recipients: the models that are patched. contrasts: objective -> models to contrast; "safety" is the main one and
     its `against` the donor. seeds: training seed -> the safety contrast of that run. benchmarks: names of the sets
     that the models are attacked with. judges: name -> arguments of `open_judge`; the first is the cost.
-    max_tokens: of a completion; contrast_tokens: of a completion that a contrast reads. engine: arguments of Engine;
-    vllm: further ones where the backend is vllm. settings: experiment -> its settings.
+    max_tokens: of a completion; contrast_tokens: of a completion that a contrast reads. engine: model, adapters and
+    what else an engine is started with, as the file has it; its vllm and twin count where the backend is vllm.
+    settings: experiment -> its settings.
     """
 
     folder: Path
-    model: str
-    adapters: dict[str, tuple[str, ...]]
+    engine: EngineConfig
     contrasts: dict[str, Contrast]
     recipients: tuple[str, ...]
     sets: dict[str, PromptSet]
     judges: dict[str, dict]
     benchmarks: tuple[str, ...]
     seeds: dict[str, Contrast] = field(default_factory=dict)
-    template: str = "auto"
-    max_tokens: int = 128
-    contrast_tokens: int = 256
-    engine: dict = field(default_factory=dict)
-    vllm: dict = field(default_factory=dict)
+    max_tokens: int = GREEDY.max_tokens
+    contrast_tokens: int = CONTRAST.max_tokens
     settings: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,7 +81,7 @@ class World:
             raise SnpatchError("contrasts must have one named safety: its models are the experiments' main pair")
         if not self.judges or not self.recipients or not self.benchmarks:
             raise SnpatchError("needs at least one judge, one recipient and one benchmark")
-        models = ["base", *self.adapters]
+        models = ["base", *self.engine.adapters]
         named = [*self.recipients]
         for contrast in (*self.contrasts.values(), *self.seeds.values()):
             named += [contrast.generator, contrast.against]
@@ -112,8 +109,15 @@ class World:
 
     def place(self, source: str) -> str:
         """A path of the file as it is seen from here; what is no file there is a name and stays as it is."""
-        path = self.folder / source
-        return str(path) if path.exists() else source
+        return place(self.folder, source)
+
+    def engine_config(self, backend: str = "auto", **arguments) -> EngineConfig:
+        """The engine on a backend. arguments: EngineConfig's, TwinSizes' or vLLM's, before the file's own."""
+        backend = choose_backend(backend)
+        own = replace(self.engine, backend=backend).placed(self.folder)
+        if backend == "transformers":
+            own = replace(own, twin=TwinSizes(), vllm={})
+        return own.changed(**arguments)
 
     def _known_set(self, name: str, where: str) -> None:
         if name not in self.sets:
@@ -137,32 +141,20 @@ def load_world(source: str | Path) -> World:
 
 def _world(folder: Path, data: dict) -> World:
     parts = dict(data)
-    folders = tuple[str, ...]
-    parts["adapters"] = {name: _value(one, folders, f"adapters.{name}") for name, one in _table(data, "adapters")}
-    parts["sets"] = {name: made(PromptSet, f"sets.{name}", one) for name, one in _table(data, "sets")}
+    engine = {name: parts.pop(name) for name in ("model", "adapters", "template") if name in parts}
+    further = {**dict(_table(parts, "engine")), **dict(_table(parts, "vllm"))}
+    parts.pop("vllm", None)
+    parts["engine"] = EngineConfig.from_table(engine, "the file").changed(**further)
+    parts["sets"] = {name: read(PromptSet, f"sets.{name}", one) for name, one in _table(data, "sets")}
     for group in ("contrasts", "seeds"):
-        parts[group] = {name: made(Contrast, f"{group}.{name}", one) for name, one in _table(data, group)}
+        parts[group] = {name: read(Contrast, f"{group}.{name}", one) for name, one in _table(data, group)}
     parts["judges"] = dict(_table(data, "judges"))
     for name, judge in parts["judges"].items():
         if not isinstance(judge, dict) or not isinstance(judge.get("source"), str):
             raise SnpatchError(f"judges.{name}: wanted a table with source")
     for name in ("recipients", "benchmarks"):
         parts.setdefault(name, ())
-    return made(World, "the file", {"folder": folder, **parts})
-
-
-def _value(value: object, hint: object, where: str):
-    """A value as the field wants it."""
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    bases = [get_origin(kind) or kind for kind in kinds]
-    if tuple in bases:
-        each = tuple(value) if isinstance(value, list | tuple) else (value,)
-        (inner,) = (get_args(kind) for kind in kinds if get_origin(kind) is tuple)
-        return tuple(_value(one, inner[0], where) for one in each)
-    if not isinstance(value, tuple(bases)) and not (float in bases and type(value) is int):
-        names = " or ".join(base.__name__ for base in bases if base is not type(None))
-        raise SnpatchError(f"{where}: wanted {names}, got {value!r}")
-    return value
+    return read(World, "the file", {"folder": folder, **parts})
 
 
 def _table(data: dict, name: str):
@@ -170,21 +162,3 @@ def _table(data: dict, name: str):
     if not isinstance(table, dict):
         raise SnpatchError(f"{name}: wanted a table, got {table!r}")
     return table.items()
-
-
-def made(kind: type, where: str, values: object):
-    """An instance of a dataclass from a table; keys that it does not have, or lacks, and wrong types are errors.
-
-    Lists become tuples, and so does a single value where a tuple is wanted.
-    """
-    if not isinstance(values, Mapping):
-        raise SnpatchError(f"{where}: wanted a table, got {values!r}")
-    known = [f.name for f in fields(kind)]
-    unknown = sorted(values.keys() - set(known))
-    if unknown:
-        raise SnpatchError(f"{where}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
-    hints = get_type_hints(kind)
-    try:
-        return kind(**{name: _value(value, hints[name], f"{where}: {name}") for name, value in values.items()})
-    except TypeError as error:
-        raise SnpatchError(f"{where}: {str(error).replace('World.__init__() ', '')}") from error

@@ -1,0 +1,72 @@
+"""`snpatch contrast`: neurons ranked by how differently two models activate them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from snpatch.cli import options as o
+from snpatch.cli.generated import Engine, Fields, Some, generated
+from snpatch.config import EngineConfig
+from snpatch.sampling import CONTRAST
+
+SHOWN, TOLD = 10, 20  # of the first neurons, as text and as JSON
+
+
+@generated(config=Engine(), sampling=Some(CONTRAST, ("max_tokens",)))
+def contrast(
+    config: EngineConfig,
+    prompts: o.Prompts,
+    generator: Annotated[str, typer.Option(help="The model that writes the completions (the recipient).")],
+    against: Annotated[str, typer.Option(help="The model it is compared with (the donor).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the ranking goes (.safetensors).")],
+    sampling: Fields,
+    at: Annotated[str, typer.Option(help="Positions: emitted, emitting, prompt or prompt_last.")] = "emitted",
+    completions: Annotated[
+        Path | None, typer.Option(help="JSONL with the `completion` of each prompt, instead of generated ones.")
+    ] = None,
+    exclude_layer: Annotated[
+        list[int] | None, typer.Option(help="A layer to leave out, -1 is the last. May be repeated. Default: -1.")
+    ] = None,
+    keep_all_layers: Annotated[bool, typer.Option("--keep-all-layers", help="Leave no layer out.")] = False,
+    form: o.Format = None,
+    skip_bad: o.SkipBad = False,
+    limit: o.Limit = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Rank neurons by how differently two models activate them on the same text."""
+    from snpatch.contrast import EXCLUDED
+    from snpatch.data import read_completions
+    from snpatch.files import check_writable
+
+    chats = o.read(prompts, form, limit, skip_bad).prompts
+    given = read_completions(completions, limit) if completions else None
+    check_writable(out)
+    with o.open_engine(config) as engine, o.progress_bar("contrast") as progress:
+        ranking = engine.contrast(
+            chats,
+            generator,
+            against,
+            at=at,
+            completions=given,
+            sampling=replace(CONTRAST, **sampling),
+            exclude_layers=[] if keep_all_layers else (exclude_layer or EXCLUDED),
+            progress=progress,
+        )
+    ranking.save(out)
+    summary = {
+        "ranking": str(out),
+        "neurons": len(ranking),
+        **{key: ranking.meta[key] for key in ("generator", "against", "at", "tokens", "prompts")},
+        "top": [
+            [*neuron, ranking.scores[tuple(neuron)].item()] for neuron in ranking.top(min(TOLD, len(ranking))).tolist()
+        ],
+    }
+    if as_json:
+        print(json.dumps(summary))
+        return
+    print(f"{len(ranking)} neurons ranked over {summary['tokens']} tokens of {summary['prompts']} prompts -> {out}")
+    for layer, neuron, score in summary["top"][:SHOWN]:
+        print(f"  layer {layer:3d}  neuron {neuron:6d}  change score {score:.4f}")

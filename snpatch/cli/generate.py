@@ -1,0 +1,82 @@
+"""`snpatch generate`: completions, patched while they are written or not."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from snpatch.cli import options as o
+from snpatch.cli.generated import Engine, Fields, Some, generated
+from snpatch.config import EngineConfig
+from snpatch.errors import SnpatchError
+from snpatch.sampling import GREEDY, Sampling
+
+SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs")
+
+
+@generated(config=Engine(), sampling=Some(GREEDY, SAMPLING))
+def generate(
+    config: EngineConfig,
+    prompts: o.Prompts,
+    sampling: Fields,
+    recipient: Annotated[str, typer.Option(help="The model that speaks.")] = "base",
+    donor: Annotated[
+        str | None,
+        typer.Option(
+            help="What overwrites: a model, or zero, mean:recipient, mean:donor, noise:N (N standard deviations). "
+            "None: unpatched."
+        ),
+    ] = None,
+    ranking: Annotated[Path | None, typer.Option(help="Ranking file; needed with --donor.")] = None,
+    window: Annotated[
+        str | None, typer.Option("--window", "-k", help="k for the top k, or LO:HI; needed with --donor.")
+    ] = None,
+    where: Annotated[str, typer.Option(help="all, prompt, generated, or a position to start from.")] = "all",
+    out: o.Out = None,
+    form: o.Format = None,
+    skip_bad: o.SkipBad = False,
+    limit: o.Limit = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Write completions, patched while they are written or not."""
+    from snpatch.files import check_writable
+    from snpatch.patching import spec
+
+    chats = o.read(prompts, form, limit, skip_bad).prompts
+    wanted = Sampling(**sampling)
+    if out:
+        check_writable(out)
+    if donor is None and (ranking or window or where != "all"):
+        raise SnpatchError("--ranking, --window and --where need --donor")
+    patch = spec.from_text(recipient, donor, ranking, window, where, wanted.seed) if donor else recipient
+    with o.open_engine(config) as engine, o.progress_bar("generate") as progress:
+        completions = engine.generate(chats, patch, wanted, progress)
+    more = [{"logprobs": completion.logprobs} if wanted.logprobs else {} for completion in completions]
+    write_completions(chats, completions, more, out, as_json)
+
+
+def write_completions(chats, completions, more: list[dict], out: Path | None, as_json: bool) -> None:
+    """Completions as JSONL to a file or stdout, or as text for reading. more: further fields of each."""
+    from snpatch.data import question
+    from snpatch.files import write_text
+
+    rows = [
+        {
+            "prompt": question(chat),
+            "completion": completion.text,
+            "finish_reason": completion.finish_reason,
+            "overwrites": completion.overwrites,
+            "token_ids": completion.token_ids,
+            **fields,
+        }
+        for chat, completion, fields in zip(chats, completions, more, strict=True)
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if out:
+        write_text(out, lines)
+    if as_json or not out:
+        sys.stdout.write(lines if as_json else "".join(f"> {r['prompt']}\n{r['completion']}\n\n" for r in rows))
+    else:
+        print(f"{len(rows)} completions -> {out}")

@@ -1,0 +1,130 @@
+"""Options that come from dataclasses: each field's name, type, default and help are said there and nowhere else.
+
+A command that takes `config: EngineConfig` or `sampling: Fields` is given options in their place: adding a field adds
+the option to every command that has the others.
+"""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
+
+import typer
+
+from snpatch.config import EngineConfig, adapters_of
+from snpatch.errors import SnpatchError
+
+Fields = dict[str, object]  # what was chosen of a dataclass's fields, to be handed to it
+ENGINE_FILES = (".toml", ".json")
+ADAPTER_FORM = "--adapter wants name=folder or name=folder,folder"
+
+
+@dataclass(frozen=True)
+class Some:
+    """Options for some fields of a dataclass. of: it, or an instance, whose values are then the defaults."""
+
+    of: object
+    names: tuple[str, ...]
+
+    def parameters(self) -> list[inspect.Parameter]:
+        kind = self.of if isinstance(self.of, type) else type(self.of)
+        declared, hints = {f.name: f for f in fields(kind)}, get_type_hints(kind)
+        return [_parameter(declared[name], hints[name], getattr(self.of, name)) for name in self.names]
+
+    def made(self, values: dict) -> Fields:
+        return {n: getattr(self.of, n) if values[n] is None else values[n] for n in self.names}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Options for everything that an engine is started with. has_model: also the model and its adapters."""
+
+    has_model: bool = True
+
+    def parameters(self) -> list[inspect.Parameter]:
+        own = tuple(f.name for f in fields(EngineConfig) if f.metadata)
+        model = [("model", _MODEL, inspect.Parameter.empty), ("adapter", _ADAPTERS, None)] if self.has_model else []
+        return [
+            inspect.Parameter("context", _BY_NAME, annotation=typer.Context),
+            *(inspect.Parameter(n, _BY_NAME, default=default, annotation=hint) for n, hint, default in model),
+            *Some(EngineConfig, own).parameters(),
+            inspect.Parameter("engine", _BY_NAME, default=None, annotation=_SETTINGS),
+        ]
+
+    def made(self, values: dict) -> EngineConfig | Fields:
+        """The config, of which options that were given go before the file's; without a model: what was given."""
+        context = values["context"]
+        given = {
+            f.name: values[f.name]
+            for f in fields(EngineConfig)
+            if f.metadata and context.get_parameter_source(f.name).name == "COMMANDLINE"
+        } | pairs(values["engine"], "--engine")
+        if not self.has_model:
+            return given
+        model, adapters = values["model"], adapters_of(values["adapter"] or (), ",", ADAPTER_FORM)
+        if Path(model).suffix in ENGINE_FILES and Path(model).is_file():
+            config = EngineConfig.load(model)
+            return replace(config, adapters={**config.adapters, **adapters}).changed(**given)
+        return EngineConfig.of(model, adapters, **given)
+
+
+def generated(**kinds: Some | Engine) -> Callable:
+    """Decorates a command: parameters of these names are made from options that stand in their places."""
+
+    def decorate(command: Callable) -> Callable:
+        signature = inspect.signature(command)
+        parameters = []
+        for parameter in signature.parameters.values():
+            found = kinds[parameter.name].parameters() if parameter.name in kinds else [parameter]
+            parameters += [p.replace(kind=_BY_NAME) for p in found]
+
+        @functools.wraps(command)
+        def run(**values):
+            own = {name: values[name] for name in signature.parameters if name not in kinds}
+            return command(**own, **{name: kind.made(values) for name, kind in kinds.items()})
+
+        run.__signature__ = signature.replace(parameters=parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        return run
+
+    return decorate
+
+
+def pairs(texts: list[str] | None, option: str) -> dict[str, object]:
+    """name=value of a repeated option; a value is JSON where it is JSON, else as it stands."""
+    found = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise SnpatchError(f"{option} wants name=value, got {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+_BY_NAME = inspect.Parameter.KEYWORD_ONLY
+_MODEL = Annotated[str, typer.Argument(help="Hugging Face folder or model name, or an engine's config (.toml, .json).")]
+_ADAPTERS = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", "-a", help="name=folder, or name=folder,folder stacked in order. May be repeated."),
+]
+_SETTINGS = Annotated[
+    list[str] | None,
+    typer.Option("--engine", help="name=value for the backend, as tensor_parallel_size=2. May be repeated."),
+]
+
+
+def _parameter(field, hint, default) -> inspect.Parameter:
+    least = {"min": field.metadata["min"]} if "min" in field.metadata else {}
+    flags = [f"--{field.name.replace('_', '-')}"] if hint is bool else []
+    if get_origin(hint) is tuple:
+        hint, default = list[str] | None, None
+    elif str in get_args(hint) and int in get_args(hint):  # a word or a number: read as a word
+        hint = str
+    annotation = Annotated[hint, typer.Option(*flags, help=field.metadata["help"], **least)]
+    return inspect.Parameter(field.name, _BY_NAME, default=default, annotation=annotation)

@@ -1,0 +1,132 @@
+"""EngineConfig: what all who start engines read and write; where its values meet the command line."""
+
+import dataclasses
+import inspect
+import json
+import pickle
+
+import pytest
+import typer
+
+from snpatch import EngineConfig, Sampling, SnpatchError
+from snpatch.cli.generated import Engine, Fields, Some, generated
+from snpatch.config import TwinSizes
+
+WHOLE = EngineConfig.of(
+    "model", {"sft": "a", "dpo": ["a", "b"]}, backend="vllm", dtype="bfloat16", batch_size=4, max_rankings=3,
+    tensor_parallel_size=2,
+)  # fmt: skip
+
+
+def test_arguments_find_their_place():
+    assert WHOLE.adapters == {"sft": ("a",), "dpo": ("a", "b")}
+    assert WHOLE.twin == TwinSizes(max_rankings=3)
+    assert WHOLE.vllm == {"tensor_parallel_size": 2}
+    assert WHOLE.changed(max_model_len=9).vllm == {"tensor_parallel_size": 2, "max_model_len": 9}
+    assert WHOLE.changed(max_rankings=5, dtype="auto").twin.max_rankings == 5
+
+
+def test_it_is_frozen_and_travels(tmp_path):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        WHOLE.dtype = "auto"
+    assert pickle.loads(pickle.dumps(WHOLE)) == WHOLE
+    assert EngineConfig.from_table(json.loads(json.dumps(WHOLE.as_table()))) == WHOLE
+    WHOLE.save(tmp_path / "engine.json")
+    assert EngineConfig.load(tmp_path / "engine.json") == WHOLE
+    assert EngineConfig("m").as_table() == {"model": "m"}
+
+
+def test_a_files_paths_are_relative_to_it(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "engine.toml").write_text('model = "model"\n[adapters]\nsft = "sft"\ndpo = ["sft", "hub/name"]\n')
+    config = EngineConfig.load(tmp_path / "engine.toml")
+    assert config.model == str(tmp_path / "model")
+    assert config.adapters == {"sft": (str(tmp_path / "sft"),), "dpo": (str(tmp_path / "sft"), "hub/name")}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({}, "missing 1 required positional argument: 'model'"),
+        ({"model": "m", "nonsense": 1}, "there is no nonsense; there are model, adapters"),
+        ({"model": 3}, "model: wanted str, got 3"),
+        ({"model": "m", "adapters": ["a"]}, "adapters: wanted a table"),
+        ({"model": "m", "adapters": {"sft": 3}}, "adapters.sft: wanted str, got 3"),
+        ({"model": "m", "twin": {"max_rankings": "3"}}, "twin: max_rankings: wanted int"),
+        ({"model": "m", "twin": {"max_rankings": 0}}, "max_rankings must be at least 1, got 0"),
+        ({"model": "m", "dtype": "float99"}, "dtype must be one of auto, float32"),
+        ({"model": "m", "backend": "jax"}, "backend must be one of"),
+        ({"model": "m", "batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_tables_are_one_line(table, message):
+    with pytest.raises(SnpatchError, match=message):
+        EngineConfig.from_table(table)
+
+
+@pytest.mark.parametrize("content", ["model = ", "{", ""])
+def test_a_file_that_is_none_is_one_line(tmp_path, content):
+    path = tmp_path / ("engine.json" if content == "{" else "engine.toml")
+    path.write_text(content)
+    with pytest.raises(SnpatchError, match=r"engine\.\w+: "):
+        EngineConfig.load(path)
+    with pytest.raises(SnpatchError, match="cannot be read"):
+        EngineConfig.load(tmp_path / "none.toml")
+
+
+def test_what_is_set_for_the_other_backend_is_an_error():
+    for options, message in (
+        ({"backend": "transformers", "tensor_parallel_size": 2}, "there is no argument tensor_parallel_size"),
+        ({"backend": "transformers", "streams": 1}, "there is no argument streams"),
+    ):
+        with pytest.raises(SnpatchError, match=message):
+            EngineConfig.of("m", **options).checked_backend()
+    assert EngineConfig.of("m", backend="transformers", token_budget=None).checked_backend() == "transformers"
+    for options in ({"device": "cpu"}, {"token_budget": 9}):
+        with pytest.raises(SnpatchError, match="is for the transformers backend"):
+            EngineConfig.of("m", backend="vllm", **options).checked_backend()
+
+
+def called(command, arguments: list[str]):
+    """What a command of these options got."""
+    app, got = typer.Typer(), []
+    app.command()(generated(**command)(_taking(list(command), got)))
+    app(arguments, standalone_mode=False)
+    return got[0]
+
+
+def _taking(names: list[str], got: list):
+    def command(**values):
+        got.append(values)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    command.__signature__ = inspect.Signature([inspect.Parameter(n, kind, annotation=Fields) for n in names])
+    return command
+
+
+def test_every_option_has_its_dataclasss_default():
+    """No default is written a second time: commands that name none get the dataclass's."""
+    names = tuple(f.name for f in dataclasses.fields(Sampling) if f.metadata)
+    assert {"max_tokens", "temperature", "stop"} <= set(names)
+    got = called({"config": Engine(), "sampling": Some(Sampling(), names)}, ["m"])
+    assert got["config"] == EngineConfig("m")
+    assert Sampling(**got["sampling"]) == Sampling()
+    assert called({"sampling": Some(Sampling(max_tokens=7), ("max_tokens",))}, []) == {"sampling": {"max_tokens": 7}}
+
+
+def test_options_go_before_a_file(tmp_path):
+    (tmp_path / "engine.toml").write_text('model = "m"\ndtype = "bfloat16"\n[twin]\nmax_rankings = 3\n')
+    arguments = [str(tmp_path / "engine.toml"), "-a", "sft=a,b", "--engine", "max_model_len=9", "--backend", "vllm"]
+    config = called({"config": Engine()}, arguments)["config"]
+    assert config == EngineConfig.of(
+        "m", {"sft": ["a", "b"]}, dtype="bfloat16", max_rankings=3, max_model_len=9, backend="vllm"
+    )
+    assert called({"config": Engine()}, [*arguments, "--dtype", "auto"])["config"].dtype == "auto"
+    assert called({"config": Engine(has_model=False)}, ["--dtype", "float32"])["config"] == {"dtype": "float32"}
+
+
+@pytest.mark.parametrize("wrong", ["sft", "=a", "sft="])
+def test_bad_adapters_of_a_command_are_one_line(wrong):
+    with pytest.raises(SnpatchError, match="--adapter wants name=folder"):
+        called({"config": Engine()}, ["m", "-a", wrong])

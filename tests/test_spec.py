@@ -1,0 +1,95 @@
+"""Patches as text and JSON."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from jobs import ALL, RANKINGS
+
+from snpatch import Constant, Noise, Patch, Ranking, SnpatchError, Window
+from snpatch.patching import spec
+
+NAMED = {"safety": RANKINGS[0], "other": RANKINGS[1]}
+windows = st.tuples(st.integers(0, ALL), st.integers(0, ALL)).map(sorted)
+places = st.sampled_from(["all", "prompt", "generated"]) | st.integers(-9, 9)
+
+
+@given(st.sampled_from(["base", "sft"]), st.sampled_from([*NAMED]), windows, places)
+def test_json_and_patch_are_each_others_inverse(recipient, name, window, where):
+    data = {"recipient": recipient, "donor": "dpo", "ranking": name, "window": window, "where": where}
+    patch = spec.from_json(data, NAMED)
+    assert spec.to_json(patch) == data | {"ranking": NAMED[name].digest}
+    by_digest = {ranking.digest: ranking for ranking in NAMED.values()}
+    assert spec.to_json(spec.from_json(spec.to_json(patch), by_digest)) == spec.to_json(patch)
+
+
+def test_k_alone_is_the_top_k_and_where_is_all():
+    patch = spec.from_json({"recipient": "sft", "donor": "dpo", "ranking": "safety", "window": 9}, NAMED)
+    assert (patch.window, patch.where) == (Window(0, 9), "all")
+
+
+GOOD = {"recipient": "sft", "donor": "dpo", "ranking": "safety", "window": 9}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 1}, "there is no k; a patch has recipient, donor, ranking, window, where"),
+        ({"donor": None}, "donor: wanted a text, got None"),
+        ({"recipient": 3}, "recipient: wanted a text, got 3"),
+        ({"ranking": "none"}, "no ranking named 'none': there are safety, other"),
+        ({"window": "9"}, "window: wanted k or \\[lo, hi\\], got '9'"),
+        ({"window": [1, 2, 3]}, "window: wanted k"),
+        ({"window": True}, "window: wanted k"),
+        ({"window": [9, 1]}, "wanted 0 <= lo <= hi"),
+        ({"window": ALL + 1}, "reaches past the ranking's"),
+        ({"where": 1.5}, "where: wanted a text or a position, got 1.5"),
+        ({"where": "here"}, "where must be one of"),
+        ({"seed": "1"}, "seed: wanted a number"),
+        ({"donor": "noise:x"}, "donor noise:N: 'x' is not a number"),
+        ({"donor": "mean:donor"}, "the ranking holds no donor_mean"),
+    ],
+)
+def test_bad_json_names_the_field(change, message):
+    with pytest.raises(SnpatchError, match=message):
+        spec.from_json(GOOD | change, NAMED)
+
+
+@pytest.mark.parametrize("data", [None, [], "sft", 3])
+def test_what_is_no_object_is_refused(data):
+    with pytest.raises(SnpatchError, match="wanted an object"):
+        spec.from_json(data, NAMED)
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(SnpatchError, match="ranking, window is missing"):
+        spec.from_json({"recipient": "sft", "donor": "dpo"}, NAMED)
+
+
+def test_words_for_donors():
+    ranking = Ranking(RANKINGS[0].rank, moments={"recipient_std": torch.ones(RANKINGS[0].shape)})
+    assert spec.donor_of("dpo", ranking) == "dpo"
+    assert isinstance(spec.donor_of("zero", ranking), Constant)
+    noise = spec.donor_of("noise:2", ranking)
+    assert isinstance(noise, Noise)
+    assert (noise.seed, noise.deviation.unique().tolist()) == (0, [2.0])
+    assert spec.donor_of("noise:2", ranking, seed=5).seed == 5
+
+
+def test_a_patchs_content_changes_with_every_field():
+    """What names it (keys, salts, JSON) is made of all its fields, so that none can be left out."""
+    ranking, other = RANKINGS
+    patches = [
+        Patch("sft", "dpo", ranking, 5),
+        Patch("base", "dpo", ranking, 5),
+        Patch("sft", "base", ranking, 5),
+        Patch("sft", "dpo", other, 5),
+        Patch("sft", "dpo", ranking, (1, 5)),
+        Patch("sft", "dpo", ranking, 5, "prompt"),
+        Patch("sft", Constant.zero(ranking), ranking, 5),
+        Patch("sft", Noise(torch.zeros(ranking.shape), seed=1), ranking, 5),
+        Patch("sft", Noise(torch.zeros(ranking.shape), seed=2), ranking, 5),
+    ]
+    contents = [repr(patch.content(str)) for patch in patches]
+    assert len({*contents}) == len(patches)
+    assert all(set(patch.content(str)) == set(Patch.__dataclass_fields__) for patch in patches)
