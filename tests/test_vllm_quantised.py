@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from snpatch import Engine, ReceiptError, SnpatchError
+from snpatch.config import EngineConfig
 from snpatch.executors.vllm import quantised
-from snpatch.executors.vllm.executor import VllmExecutor
-from snpatch.executors.vllm.launch import starting
-from snpatch.models.checkpoint import check_weights
+from snpatch.executors.vllm.launch import TwinLaunch
+from snpatch.executors.vllm.lifetime import starting
+from snpatch.models.checkpoint import check_finite
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -446,9 +447,11 @@ def config_of(made, folder, settings, **options):
     shutil.copytree(made.folder, checkpoint.folder)
     if settings:
         configure(checkpoint, "float16", settings)
-    executor = VllmExecutor(checkpoint.folder, tiny.tokenizer(), **{**SMALL, "dtype": "float16", **options})
-    with starting(executor.engine_args()) as config:
-        return config
+    own = EngineConfig.of(checkpoint.folder, None, backend="vllm", **{**SMALL, "dtype": "float16", **options})
+    with starting(TwinLaunch(own, tiny.tokenizer()).engine_args(scales_kv=False)) as (config, end):
+        pass
+    end.close()
+    return config
 
 
 @pytest.mark.parametrize(
@@ -480,9 +483,11 @@ def test_scales_of_single_heads_are_refused(zoo, tmp_path):
         config_of(zoo("llama"), tmp_path, compressed({"proj": INT8.scheme}, kv_cache_scheme=HEADS), allow_untested=True)
 
 
-def test_the_digest_sees_the_lowest_bit_of_packed_weights():
-    words = torch.full((64, 8), 0x77777777, dtype=torch.int32)
-    other = words.clone()
-    other[5, 3] ^= 1
-    one, two = (check_weights([("qweight", weight)], "model") for weight in (words, other))
-    assert one != two
+@pytest.mark.parametrize("kind", [FP8, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float16], ids=str)
+def test_nan_is_found_in_quantised_weights_and_integers_pass(kind):
+    good = torch.full((64, 8), 2.0).to(kind)
+    check_finite([("qweight", torch.full((64, 8), 0x77777777, dtype=torch.int32)), ("w", good), ("e", good[:0])], "m")
+    bad = good.float()
+    bad[5, 3] = torch.nan
+    with pytest.raises(SnpatchError, match="m: weight w holds NaN or infinity"):
+        check_finite([("w", bad.to(kind))], "m")

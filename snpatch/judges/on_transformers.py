@@ -19,7 +19,7 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.transformers.executor import pick_device
 from snpatch.judges.beavertails import read_score_checkpoint
 from snpatch.judges.score_text import Row
-from snpatch.models.checkpoint import check_weights
+from snpatch.models.checkpoint import check_finite
 from snpatch.models.digest import folder_of
 from snpatch.models.pretrained import load_pretrained
 
@@ -88,7 +88,7 @@ class ClassifierScorer:
                 f"judge {model}: no sequence classification or reward model, as its checkpoint lacks "
                 f"{', '.join(sorted(found['missing_keys'])[:3])}"
             )
-        check_weights(loaded.named_parameters(), str(model))
+        check_finite(loaded.named_parameters(), str(model))
         self._model = loaded.to(self._device).eval()
         self._text_config = loaded.config.get_text_config()
         self._has_padding = padding_of(loaded.config) is not None

@@ -1,10 +1,8 @@
-"""What a checkpoint tells: its architecture, where its texts end, and a digest of its weights.
+"""What a checkpoint tells: its architecture, where its texts end, and whether its weights are numbers.
 
-Why the digest sums rows and columns instead of hashing bytes: weights may already lie on a device, and the same pass
-finds NaN and infinity.
+Why weights are looked at while they are loaded: an engine may pack them afterwards, and empty what it has packed.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -54,22 +52,6 @@ def _rope_types(parameters) -> set[str]:
     if not isinstance(parameters, dict):
         return set()
     return {parameters.get("rope_type", "default")}.union(*map(_rope_types, parameters.values()))
-
-
-@torch.no_grad()
-def check_weights(weights: Iterable[tuple[str, Tensor]], name: str) -> str:
-    """A digest of all weights, by the sums of their rows and columns; NaN or infinity in any is an error."""
-    digest = hashlib.sha256()
-    for weight_name, weight in weights:
-        digest.update(f"{weight_name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if weight.dtype.itemsize == 1:  # quantised: summed as the integers that its bytes are
-            weight = weight.view(torch.uint8)
-        exact = torch.float32 if weight.is_floating_point() else torch.int64
-        for sums in (weight.sum(0, dtype=exact), weight.sum(-1, dtype=exact)):
-            if not torch.isfinite(sums).all():
-                raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity")
-            digest.update(sums.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:

@@ -44,7 +44,7 @@ def quiet() -> Iterator[None]:
                 os.dup2(own, output)
                 os.close(own)
             for handler in logging.getLogger("vllm").handlers:
-                if isinstance(handler, logging.StreamHandler):
+                if type(handler) is logging.StreamHandler:  # vLLM's own
                     handler.setStream(log)
 
 
