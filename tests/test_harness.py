@@ -264,8 +264,9 @@ def test_model_args_make_the_same_model(evaluate, results, model_args, adapters)
     ):
         got = evaluate("snpatch", TASKS[:2], model_args=arguments)
         assert figures(got) == {task: figures(want)[task] for task in TASKS[:2]}
-        for name in ("backend", "engine", "patch"):
+        for name in ("backend", "models", "patch"):
             assert got["config"][name] == want["config"][name]
+    assert [*want["config"]["models"]] == ["sft", "dpo"]
     assert want["config"]["patch"] == {
         "recipient": "sft",
         "donor": "dpo",

@@ -16,7 +16,7 @@ from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import Chat
 from snpatch.patching import spec
-from snpatch.patching.patch import Patch
+from snpatch.patching.patch import MODELS, Patch
 from snpatch.sampling import Sampling
 
 try:
@@ -133,10 +133,11 @@ class SnpatchLM(TemplateLM):
         return f"{self.tokenizer.name_or_path}--{self.engine.template}".replace("/", "__")
 
     def get_model_info(self) -> dict:
-        """What lm-eval's results say of the model, by content rather than by files' names."""
-        name_of = self.engine.digest_of
-        patch = self.patch.content(name_of) if isinstance(self.patch, Patch) else {"recipient": name_of(self.patch)}
-        return {"backend": self.engine.backend, "patch": patch}
+        """What lm-eval's results say of the model: the patch, and the content of the models that it names."""
+        patch = spec.to_json(self.patch) if isinstance(self.patch, Patch) else {"recipient": self.patch}
+        names = [patch[side] for side in MODELS if isinstance(patch.get(side), str)]
+        models = {name: self.engine.digest_of(name) for name in names}
+        return {"backend": self.engine.backend, "models": models, "patch": patch}
 
     def _cut(self, prompts: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
         """The ends of the prompts that leave so much room in the context."""

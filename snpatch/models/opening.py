@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from snpatch.config import EngineConfig, Folders
 from snpatch.errors import SnpatchError
@@ -76,5 +76,11 @@ class Opened:
 def _weights(config: EngineConfig) -> Weights:
     settings = {name: value for name, value in config.vllm.items() if name not in RESOURCES}
     digest = "dummy" if settings.get("load_format") == "dummy" else digest_of_checkpoint(config.model)
-    named = json.dumps({"dtype": config.dtype, **settings}, sort_keys=True, default=str)
+    named = json.dumps({"dtype": _dtype(config), **settings}, sort_keys=True, default=str)
     return Weights(config.model, digest, revision_of(config.model), named)
+
+
+def _dtype(config: EngineConfig) -> str:
+    """The dtype of the weights as they run, so that "auto" and the checkpoint's own, when it is named, are the same."""
+    own = load_pretrained(AutoConfig, config.model).dtype if config.dtype == "auto" else None
+    return config.dtype if own is None else str(own).removeprefix("torch.")
