@@ -6,17 +6,22 @@ READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-vllm lint format asan triton36 bench-op bench-generate readme gpu-check clean
+.PHONY: demo test check test-vllm lint format asan triton36 bench-op bench-generate readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=25
+
+# What starts no vLLM engine: minutes less, for the work from minute to minute.
+check: lint
+	$(BIN)/python -m pytest -m "not engine"
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

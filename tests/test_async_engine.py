@@ -13,6 +13,7 @@ from processes import command_line, descendants
 from snpatch import AsyncEngine, Patch, Sampling, SnpatchError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.engine
 
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16, "max_rankings": 2, "max_adapters": 3}
 TEN = Sampling(max_tokens=10)

@@ -43,6 +43,7 @@ from snpatch.executors.vllm.wire import salt_of
 from snpatch.ranking.statistics import Statistics
 
 platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
+pytestmark = pytest.mark.engine
 
 SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32}
 if torch.cuda.is_available():

@@ -13,13 +13,16 @@ from snpatch.demo import WORLD
 from snpatch.guard.guard import Guard
 
 SETS = tomllib.loads((WORLD / "world.toml").read_text())["settings"]["guard"]["prompts"]
-SMALLER = {  # so that all of them take a minute or two
-    "[0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0]": "[0.0, 0.1, 0.2, 0.5, 1.0]",
-    "stride = 0.05": "stride = 0.3",
+SMALLER = {  # so that all of them take half a minute
+    "max_tokens = 32\ncontrast_tokens = 32": "max_tokens = 20\ncontrast_tokens = 20",
+    "[0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0]": "[0.0, 0.2, 1.0]\ncontrols = 2",
+    "stride = 0.05": "stride = 0.3\ncontrols = 1",
+    "[settings.tax]": "[settings.tax]\ncontrols = 1",
     "k = [0.0, 0.05, 0.1, 0.2, 0.5, 1.0]": "k = [0.0, 0.2]",
     "k = [1, 5, 20, 50, 100, 200]\ncontrols = 2": "k = [1, 50]\ncontrols = 1\nresamples = 100",
     "effect_k = [0.05, 0.1, 0.2]": "effect_k = [0.1]",
 }
+LIMIT = 40  # prompts of each set
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    command = ["exp", "all", "--world", world, "-o", out, "--backend", "transformers", "--limit", 60]
+    command = ["exp", "all", "--world", world, "-o", out, "--backend", "transformers", "--limit", LIMIT]
     cli.app(list(map(str, command)), standalone_mode=False)
     return out
 
@@ -46,7 +49,7 @@ def table(folder: Path, stem: str) -> list[dict]:
     data = json.loads((folder / f"{stem}.json").read_text())
     with (folder / f"{stem}.csv").open() as file:
         assert [list(row) for row in csv.DictReader(file)] == [list(row) for row in data["rows"]]
-    assert data["provenance"]["engine"]
+    assert data["provenance"]["models"]
     return data["rows"]
 
 
@@ -147,10 +150,11 @@ def test_words_positions_guard_and_safeguard(folder):
     assert (guard.model, guard.k) == ("sft", 100)
 
 
+@pytest.mark.engine
 def test_vllm_gives_the_same_tables(folder, world, tmp_path):
     """Both engines and both runners of the cost model, in processes of their own, as a user has them."""
     command = ["exp", "curve", "perplexity", "safeguard", "--world", world, "-o", tmp_path, "--backend", "vllm"]
-    cli.app([*map(str, command), "--limit", "60"], standalone_mode=False)
+    cli.app([*map(str, command), "--limit", str(LIMIT)], standalone_mode=False)
     for name in ("curve", "perplexity", "safeguard"):
         for one, other in zip(table(tmp_path, name), table(folder, name), strict=True):
             for key, value in other.items():

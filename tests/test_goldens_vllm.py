@@ -25,6 +25,7 @@ from test_goldens import (
 from snpatch import Engine, Patch, Sampling
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.engine
 
 WRITE = Sampling(max_tokens=24, logprobs=True)
 NAMES = sorted({name.rsplit(".", 1)[0] for name in RUNS})

@@ -47,6 +47,7 @@ def results() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in RESULTS.rglob("*") if path.is_file()}
 
 
+@pytest.mark.engine
 def test_a_rehearsal_runs_every_step_and_writes_its_records(tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     arguments = ["--all", "--rehearse", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]

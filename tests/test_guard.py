@@ -421,6 +421,7 @@ def test_no_prompt_is_tried_that_was_trained_on(demo, safety, sets):
             compare(demo, "sft", wrong, {"safety": safety}, **{"ks": [5], **arguments})
 
 
+@pytest.mark.engine
 def test_on_vllm_a_guard_refuses_what_it_would_on_transformers(zoo, monkeypatch):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

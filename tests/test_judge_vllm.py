@@ -17,6 +17,7 @@ from snpatch.errors import SnpatchError
 from snpatch.judges.score_model import ScoreModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.engine
 
 # Texts of which vLLM's prefix cache keeps a block that many of them share.
 LONG = [" ".join(["a b c d e"] * 8)] * 6

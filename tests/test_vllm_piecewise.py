@@ -7,6 +7,7 @@ from jobs import JOBS, assert_as_the_oracle, generate
 from snpatch import Engine
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from processes import command_line, descendants, is_running, wait_for
 from snpatch import Engine, Sampling, SnpatchError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.engine
 
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
 KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]

@@ -292,6 +292,7 @@ BATCH = [job for job in JOBS if job.seed is None]  # the oracle's noise is slow,
 BATCH += [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
 
 
+@pytest.mark.engine
 def test_a_mixed_batch_is_what_the_oracle_writes(served):
     """Texts up to the first two words that lie too near, receipts, log-probabilities of the oracle's texts, and change
     scores."""
@@ -314,6 +315,7 @@ def test_a_mixed_batch_is_what_the_oracle_writes(served):
     assert (ranking.scores - want).abs().max() <= served.form.scores * want.max()
 
 
+@pytest.mark.engine
 def test_quantised_kernels_serve_and_the_op_stands_in_every_layer(served):
     """So that the test above is of them, and none of them took the activation."""
     from snpatch.executors.vllm.worker.surgery import TwinGLU
@@ -340,6 +342,7 @@ def kernels_of(layer) -> list:
     return [getattr(holder, "kernel", None) or holder.fp8_linear for holder in holders]
 
 
+@pytest.mark.engine
 def test_an_activation_that_vllm_would_fuse_is_not(served, monkeypatch):
     """vLLM's Llama hands the activation to the FP8 quantisation of down_proj. It does not find ours; were it to, the
     receipt would tell."""
@@ -406,6 +409,7 @@ def w4a16_config():
     return CompressedTensorsConfig.from_config(compressed({"down_proj": W4A16.scheme}))
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("config", "linear"), [(gptq_config, GPTQ), (w4a16_config, W4A16)], ids=["gptq", "w4a16"])
 def test_other_formats_are_row_wise_products_like_awq(served, config, linear):
     """One layer instead of an engine: AWQ's kernel reads these layouts, too, and each row's result is its own."""
@@ -419,6 +423,7 @@ def test_other_formats_are_row_wise_products_like_awq(served, config, linear):
         assert torch.equal(layer(x[row : row + 1])[0][0].float(), out[row])
 
 
+@pytest.mark.engine
 def test_one_scale_for_all_rows_of_a_step_is_refused(served):
     """FP8 with a dynamic scale for the whole tensor: a row is rounded as the largest row of its step bids."""
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config

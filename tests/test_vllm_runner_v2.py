@@ -18,6 +18,7 @@ from snpatch.executors.base import Capture, Observation, Request
 from snpatch.ranking.statistics import Statistics
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,164 @@
+"""Where vLLM starts and ends: what is refused before it starts, what its messages become, and what is left of it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from left_behind import left, untidy
+from processes import command_line, descendants, is_running, wait_for
+from safetensors.torch import load_file, save_file
+
+from snpatch import Engine, Sampling, SnpatchError
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16}
+NARROW = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+@pytest.fixture
+def before():
+    return left()
+
+
+def test_nan_in_a_weight_that_vllm_packs_ends_the_start_in_one_line(zoo, tmp_path, before):
+    """On a CPU vLLM empties a linear layer's weight once it has packed it: afterwards nobody would see it."""
+    shutil.copytree(zoo("llama").folder, tmp_path / "model")
+    path, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    weights = load_file(path)
+    weights[name][5, 7] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(SnpatchError) as error:
+        Engine(tmp_path / "model", backend="vllm", **SMALL)
+    assert str(error.value) == f"{tmp_path / 'model'}: weight {name} holds NaN or infinity"
+    assert not [pid for pid in descendants(os.getpid()) if b"VLLM" in command_line(pid)]
+    assert {path.suffix for path in left(before)} <= {".log"}
+
+
+def test_a_killed_engine_leaves_its_log_and_nothing_else(zoo, before):
+    with Engine(zoo("llama").folder, backend="vllm", **SMALL) as engine:
+        (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
+        assert len(left(before)) > 2
+        threading.Timer(0.5, os.kill, (core, signal.SIGKILL)).start()
+        with pytest.raises(SnpatchError, match=r"vLLM's engine has ended; its log: \S+\.log$") as error:
+            while True:
+                engine.generate([[1, 5, 6]] * 64, sampling=Sampling(max_tokens=100, ignore_eos=True))
+    log = Path(str(error.value).rpartition(" ")[2])
+    assert "vllm" in log.read_text()
+    assert left(before) == {log}
+
+
+def test_what_vllm_says_when_it_does_not_start_is_in_the_log(zoo, before):
+    with pytest.raises(SnpatchError, match=r"^vLLM does not start: .+ \(its log: \S+\.log\)$") as error:
+        Engine(zoo("llama").folder, backend="vllm", max_num_seqs=16, kv_cache_memory_bytes=1)
+    log = Path(re.search(r"its log: (\S+)\)", str(error.value))[1])
+    assert "KV cache" in log.read_text()
+    assert left(before) == {log}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SnpatchError, RuntimeError])
+def test_what_was_started_before_a_start_fails_is_ended_and_removed(before, error):
+    from snpatch.executors.vllm.lifetime import starting
+
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace()), model_config=SimpleNamespace(use_mla=True)
+    )
+    arguments = SimpleNamespace(create_engine_config=lambda usage: config)
+    context = get_context("spawn")
+    told = context.Queue()
+    with pytest.raises(SnpatchError if error is RuntimeError else error), starting(arguments, lambda config: None):
+        process = context.Process(target=untidy, args=(told,), daemon=True)
+        process.start()
+        pid, block, folder = told.get(timeout=60)
+        assert Path("/dev/shm", block).exists()
+        assert (Path(folder) / "rendezvous").exists()
+        raise error("ends")
+    assert not is_running(pid)
+    assert not Path(folder).exists()
+    told.close()
+    told.join_thread()
+    del told
+    assert {path for path in left(before) if path.suffix != ".log"} == set()
+
+
+def test_heads_that_vllms_attention_has_no_code_for_are_refused_at_once(tmp_path, monkeypatch):
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("a GPU's attention has code for them")
+    monkeypatch.setitem(tiny.ARCHITECTURES, "llama", NARROW)
+    made = tiny.make("llama", tmp_path)
+    with pytest.raises(
+        SnpatchError, match=r"its heads have 16 values, .* takes 32, 64, .*; use backend=\"transformers\""
+    ):
+        Engine(made.folder, backend="vllm", **SMALL)
+
+
+def test_two_architectures_that_are_tried_are_both_registered(monkeypatch):
+    from vllm import ModelRegistry
+
+    from snpatch.executors.vllm.worker import plugin
+
+    monkeypatch.setenv(plugin.UNTESTED, "")
+    monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+    for name in ("OlmoForCausalLM", "GraniteForCausalLM", "OlmoForCausalLM"):
+        plugin.add_untested(name)
+    plugin.register()
+    assert {"SnpatchOlmoForCausalLM", "SnpatchGraniteForCausalLM"} <= set(ModelRegistry.get_supported_archs())
+    assert os.environ[plugin.UNTESTED] == "GraniteForCausalLM,OlmoForCausalLM"
+
+
+def test_what_is_written_in_a_quiet_block_is_in_the_log(capfd, monkeypatch):
+    from snpatch.executors.vllm import log
+
+    for name in log.LOUD:
+        monkeypatch.delenv(name, raising=False)
+    with log.quiet(), log.quiet():
+        os.write(1, b"from C\n")
+        subprocess.run(["sh", "-c", "echo from a process >&2"], check=True)
+    os.write(2, b"the user's\n")
+    assert capfd.readouterr() == ("", "the user's\n")
+    text = Path(log.named().removeprefix("its log: ")).read_text()
+    assert text.endswith("from C\nfrom a process\n")
+
+
+def test_a_user_who_asks_for_vllms_messages_has_them(capfd, monkeypatch):
+    from snpatch.executors.vllm import log
+
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    with log.quiet():
+        os.write(2, b"from C\n")
+    assert capfd.readouterr().err == "from C\n"
+    assert log.named() == "its own messages above say more"
+
+
+def test_a_command_has_its_own_lines_on_stderr_and_leaves_nothing(zoo, tmp_path):
+    """The first screen: nothing of vLLM, torch or transformers on it."""
+    made = zoo("llama")
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": tiny.PROMPTS[0]}) + "\n")
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    shared = left()
+    command = [sys.executable, "-m", "snpatch.cli", "generate", made.folder, tmp_path / "prompts.jsonl",
+               "--max-tokens", "4", "--backend", "vllm", "--engine", "kv_cache_memory_bytes=67108864"]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "generate: 1/1\n")
+    assert done.stdout.startswith("> ")
+    assert not list((tmp_path / "temporary").iterdir())
+    assert not left(shared)
+
+
+def test_no_process_waits(zoo):
+    wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
