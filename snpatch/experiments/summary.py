@@ -14,17 +14,7 @@ from snpatch.experiments import NAMES, settings_of
 from snpatch.files import write_text
 from snpatch.worlds.lab import Lab
 
-COMPARED = (
-    "model",
-    "adapters",
-    "models",
-    "sets",
-    "judges",
-    "max_tokens",
-    "contrast_tokens",
-    "settings",
-    "versions",
-)
+COMPARED = ("models", "sets", "judges", "max_tokens", "contrast_tokens", "settings", "snpatch")
 
 
 def write(lab: Lab, given: Mapping[str, Mapping[str, object]] | None = None) -> dict[str, str]:
@@ -61,38 +51,34 @@ def write(lab: Lab, given: Mapping[str, Mapping[str, object]] | None = None) -> 
 
 
 def _read(path: Path) -> dict:
-    """The file's object; without any, nothing, which is no table of this world."""
+    """The file's object; of a file that holds none, an empty one, which is of no world."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return {}
-    return data if isinstance(data, dict) else {}
+    return data if isinstance(data, dict) and isinstance(data.get("provenance"), dict) else {}
 
 
 def _other(told: dict, lab: Lab, settings: dict) -> str | None:
     """What a table hangs on that is not the lab's; None: it is the table that the lab would make."""
     used = lab.begin()
     try:
-        for name in told.get("models", {}):
-            lab.model(name)
-        for name in told.get("sets", {}):
+        for model in told.get("models") or ():
+            lab.model(model)
+        for name in told.get("sets") or ():
             lab.data(name)
     except SnpatchError as error:
         return f"of another world: {error}"
-    judges = {name: lab.world.judges.get(name) for name in told.get("judges", {})}
+    judges = {name: lab.world.judges.get(name) for name in told.get("judges") or ()}
     now = json.loads(json.dumps(used.told(settings) | {"judges": judges}))
-    for what in COMPARED:
-        if _placeless(what, told.get(what)) != _placeless(what, now[what]):
-            return f"made with other {what}"
-    return None
+    kept, wanted = _comparable(told), _comparable(now)
+    return next((f"made with other {what}" for what in COMPARED if kept.get(what) != wanted[what]), None)
 
 
-def _placeless(what: str, value: object) -> object:
-    """Without the path of a file whose hash is there: where it lies depends on where one stands."""
-    if what == "versions" and isinstance(value, dict):
-        return value.get("snpatch")
-    if what == "sets" and isinstance(value, dict):
-        return {
-            name: {k: v for k, v in one.items() if k != "path" or "sha256" not in one} for name, one in value.items()
-        }
-    return value
+def _comparable(told: dict) -> dict:
+    """A file whose hash is there is the same wherever it lies; of all versions, snpatch's is what keys hang on."""
+    sets = {
+        name: {key: value for key, value in one.items() if key != "path" or "sha256" not in one}
+        for name, one in (told.get("sets") or {}).items()
+    }
+    return told | {"sets": sets, "snpatch": told.get("versions", {}).get("snpatch")}
