@@ -288,6 +288,13 @@ def test_unknown_option_is_refused(capsys, prompts):
     assert "No such option" in err
 
 
+@pytest.mark.parametrize("given", [[], ["-k", 1], ["--ranking", "r.safetensors"]])
+def test_a_donor_without_ranking_or_window_is_refused(capsys, prompts, given):
+    code, _, err = run(capsys, "generate", MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", *given)
+    assert code == 2
+    assert "--donor needs --ranking and --window" in err
+
+
 def test_two_rankings_of_one_name_are_refused(capsys, prompts, ranking, tmp_path):
     code, _, err = run(capsys, "sweep", MODEL, prompts, *PAIR, "--ranking", ranking, "--ranking", ranking, "--donor",
                        "dpo", "--recipient", "sft", "-k", "1", "--judge", "refusal", "-o", tmp_path / "s")  # fmt: skip

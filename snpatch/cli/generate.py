@@ -50,6 +50,8 @@ def generate(
         check_writable(out)
     if donor is None and (ranking or window or where != "all"):
         raise SnpatchError("--ranking, --window and --where need --donor")
+    if donor and (ranking is None or window is None):
+        raise SnpatchError("--donor needs --ranking and --window")
     patch = spec.from_text(recipient, donor, ranking, window, where, wanted.seed) if donor else recipient
     with o.open_engine(config) as engine, o.progress_bar("generate") as progress:
         completions = engine.generate(chats, patch, wanted, progress)
