@@ -68,6 +68,16 @@ class Entry(IntEnum):
 COPIED = Entry.PATCH_START
 
 
+def unless_end(group: int) -> int:
+    """Entry.GROUP of a request whose tokens that end a text do not count."""
+    return group + UNLESS_END
+
+
+def group_of(entry: int) -> int:
+    """The statistics group of an Entry.GROUP, -1 for none."""
+    return entry - UNLESS_END if entry >= UNLESS_END else entry
+
+
 def fill_plan(
     table: NDArray[np.int32],  # [R, len(Entry)]
     request: NDArray[np.int64],  # [T]: row of `table`; -1 = padding

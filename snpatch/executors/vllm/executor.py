@@ -18,7 +18,7 @@ from snpatch.executors.vllm.lifetime import died, start_engine
 from snpatch.executors.vllm.registry import Held, Registry
 from snpatch.executors.vllm.wire import Sent, Wire
 from snpatch.models.model import Model
-from snpatch.op.plan import UNLESS_END
+from snpatch.op.plan import unless_end
 from snpatch.ranking.statistics import Statistics
 
 BACKLOG = 4  # times as many requests are inside vLLM as run at once: it never waits for one, and none waits long
@@ -178,7 +178,7 @@ class _Run:
             self._groups[id(into)] = into, group
             self._executor.command("snpatch_clear_statistics", [group])
         group = self._groups[id(into)][1]
-        return group if request.observe.ends else group + UNLESS_END
+        return group if request.observe.ends else unless_end(group)
 
     def _is_time_to_fetch(self) -> bool:
         n = len(self._finished)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.settings import KEY
 from snpatch.executors.vllm.worker.banks import Banks
-from snpatch.op.plan import UNLESS_END, Column, Entry, fill_plan
+from snpatch.op.plan import Column, Entry, fill_plan, group_of
 
 UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
 KINDS = {Entry.RECIPIENT: "adapter", Entry.DONOR: "adapter", Entry.RANKING: "ranking", Entry.ROW: "constant"}
@@ -76,8 +76,6 @@ class Feed:
         self._filled = 0  # rows of the plan that may hold something
         self._stage = _Stage(self.banks.plan) if device.type == "cuda" else None
 
-    # ---- requests come and go -----------------------------------------------------------------------------------
-
     def add(self, request_id: str, extra_args: dict | None) -> None:
         """A request starts, or goes on after a preemption. One without our key is plain and needs no record."""
         ints = (extra_args or {}).get(KEY)
@@ -128,8 +126,8 @@ class Feed:
             if handle not in self.handles[kind]:
                 raise SnpatchError(f"request {request_id}: no {kind} is registered under {handle} (any more)")
             record.entries[entry] = self.handles[kind][handle]
-        group = int(record.entries[Entry.GROUP])
-        if not -1 <= group - (UNLESS_END if group >= UNLESS_END else 0) < self.banks.settings.max_groups:
+        group = group_of(int(record.entries[Entry.GROUP]))
+        if not -1 <= group < self.banks.settings.max_groups:
             raise SnpatchError(f"request {request_id}: no statistics group {group}")
         self._take_places(record)
         self._records[request_id] = record
@@ -146,8 +144,6 @@ class Feed:
     def _read_row(self, record: Record) -> None:
         record.planned, record.skipped = int(self._planned[record.row]), int(self._skipped[record.row])
         record.seen = int(self._table[record.row, Entry.SEEN])
-
-    # ---- each step ----------------------------------------------------------------------------------------------
 
     def step(self, request_ids: Sequence[str], start: NDArray, count: NDArray) -> None:
         """The plan of a step that runs `count` tokens of each request from position `start` on, in this order."""
@@ -189,8 +185,6 @@ class Feed:
             self.banks.plan[:n].numpy()[:] = plan
         else:
             self._stage.copy(plan)
-
-    # ---- what was done ------------------------------------------------------------------------------------------
 
     def fetch(self, tickets: Iterable[int]) -> list[list[dict]]:
         """For each ticket its requests' records as data; their places are free afterwards.
