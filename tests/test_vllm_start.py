@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,11 +16,12 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from left_behind import left, untidy
-from processes import command_line, descendants, is_running, wait_for
+from left_behind import SHARED, shared_below, untidy
+from processes import command_line, descendants, is_running
 from safetensors.torch import load_file, save_file
 
 from snpatch import Engine, Sampling, SnpatchError
+from snpatch.executors.vllm import log
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -28,11 +30,19 @@ NARROW = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
 @pytest.fixture
-def before():
-    return left()
+def temporary(monkeypatch):
+    """This process's temporary folder, whose path has room for a socket; empty at the end."""
+    folder = Path(tempfile.mkdtemp())
+    with log.quiet():  # the one log of this process is elsewhere
+        pass
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    left = list(folder.iterdir())
+    shutil.rmtree(folder)
+    assert not left
 
 
-def test_nan_in_a_weight_that_vllm_packs_ends_the_start_in_one_line(zoo, tmp_path, before):
+def test_nan_in_a_weight_that_vllm_packs_ends_the_start_in_one_line(zoo, tmp_path, temporary):
     """On a CPU vLLM empties a linear layer's weight once it has packed it: afterwards nobody would see it."""
     shutil.copytree(zoo("llama").folder, tmp_path / "model")
     path, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
@@ -43,32 +53,29 @@ def test_nan_in_a_weight_that_vllm_packs_ends_the_start_in_one_line(zoo, tmp_pat
         Engine(tmp_path / "model", backend="vllm", **SMALL)
     assert str(error.value) == f"{tmp_path / 'model'}: weight {name} holds NaN or infinity"
     assert not [pid for pid in descendants(os.getpid()) if b"VLLM" in command_line(pid)]
-    assert {path.suffix for path in left(before)} <= {".log"}
 
 
-def test_a_killed_engine_leaves_its_log_and_nothing_else(zoo, before):
+def test_a_killed_engine_leaves_its_log_and_nothing_else(zoo, temporary):
     with Engine(zoo("llama").folder, backend="vllm", **SMALL) as engine:
         (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
-        assert len(left(before)) > 2
+        shared = shared_below(os.getpid())
+        assert shared
         threading.Timer(0.5, os.kill, (core, signal.SIGKILL)).start()
         with pytest.raises(SnpatchError, match=r"vLLM's engine has ended; its log: \S+\.log$") as error:
             while True:
                 engine.generate([[1, 5, 6]] * 64, sampling=Sampling(max_tokens=100, ignore_eos=True))
-    log = Path(str(error.value).rpartition(" ")[2])
-    assert "vllm" in log.read_text()
-    assert left(before) == {log}
+    assert "vllm" in Path(str(error.value).rpartition(" ")[2]).read_text()
+    assert not [path for path in shared if path.exists()]
 
 
-def test_what_vllm_says_when_it_does_not_start_is_in_the_log(zoo, before):
+def test_what_vllm_says_when_it_does_not_start_is_in_the_log(zoo, temporary):
     with pytest.raises(SnpatchError, match=r"^vLLM does not start: .+ \(its log: \S+\.log\)$") as error:
         Engine(zoo("llama").folder, backend="vllm", max_num_seqs=16, kv_cache_memory_bytes=1)
-    log = Path(re.search(r"its log: (\S+)\)", str(error.value))[1])
-    assert "KV cache" in log.read_text()
-    assert left(before) == {log}
+    assert "KV cache" in Path(re.search(r"its log: (\S+)\)", str(error.value))[1]).read_text()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SnpatchError, RuntimeError])
-def test_what_was_started_before_a_start_fails_is_ended_and_removed(before, error):
+def test_what_was_started_before_a_start_fails_is_ended_and_removed(temporary, error):
     from snpatch.executors.vllm.lifetime import starting
 
     config = SimpleNamespace(
@@ -81,15 +88,15 @@ def test_what_was_started_before_a_start_fails_is_ended_and_removed(before, erro
         process = context.Process(target=untidy, args=(told,), daemon=True)
         process.start()
         pid, block, folder = told.get(timeout=60)
-        assert Path("/dev/shm", block).exists()
+        shared = shared_below(os.getpid())
+        assert SHARED / block in shared
         assert (Path(folder) / "rendezvous").exists()
         raise error("ends")
     assert not is_running(pid)
     assert not Path(folder).exists()
-    told.close()
-    told.join_thread()
-    del told
-    assert {path for path in left(before) if path.suffix != ".log"} == set()
+    assert sorted({path.name[:4] for path in shared if not path.exists()}) == ["psm_", "sem."]
+    told.put("it can be used")  # what this process holds, too, is not removed
+    assert told.get(timeout=10) == "it can be used"
 
 
 def test_heads_that_vllms_attention_has_no_code_for_are_refused_at_once(tmp_path, monkeypatch):
@@ -120,8 +127,6 @@ def test_two_architectures_that_are_tried_are_both_registered(monkeypatch):
 
 
 def test_what_is_written_in_a_quiet_block_is_in_the_log(capfd, monkeypatch):
-    from snpatch.executors.vllm import log
-
     for name in log.LOUD:
         monkeypatch.delenv(name, raising=False)
     with log.quiet(), log.quiet():
@@ -134,8 +139,6 @@ def test_what_is_written_in_a_quiet_block_is_in_the_log(capfd, monkeypatch):
 
 
 def test_a_user_who_asks_for_vllms_messages_has_them(capfd, monkeypatch):
-    from snpatch.executors.vllm import log
-
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     with log.quiet():
@@ -144,21 +147,14 @@ def test_a_user_who_asks_for_vllms_messages_has_them(capfd, monkeypatch):
     assert log.named() == "its own messages above say more"
 
 
-def test_a_command_has_its_own_lines_on_stderr_and_leaves_nothing(zoo, tmp_path):
-    """The first screen: nothing of vLLM, torch or transformers on it."""
+def test_a_command_has_its_own_lines_on_stderr_and_leaves_nothing(zoo, tmp_path, temporary):
+    """The first screen: nothing of vLLM, torch or transformers on it, nor of shared memory that nobody removed."""
     made = zoo("llama")
-    (tmp_path / "temporary").mkdir()
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": tiny.PROMPTS[0]}) + "\n")
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
-    shared = left()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
     command = [sys.executable, "-m", "snpatch.cli", "generate", made.folder, tmp_path / "prompts.jsonl",
                "--max-tokens", "4", "--backend", "vllm", "--engine", "kv_cache_memory_bytes=67108864"]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "generate: 1/1\n")
     assert done.stdout.startswith("> ")
-    assert not list((tmp_path / "temporary").iterdir())
-    assert not left(shared)
-
-
-def test_no_process_waits(zoo):
-    wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
+    assert not list(temporary.iterdir())

@@ -1,18 +1,25 @@
-"""What an engine leaves in the temporary folder and in shared memory, and a process that leaves all of it."""
+"""What processes hold in shared memory, and a process that leaves all that one can."""
 
 import os
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing import Queue, get_context, shared_memory
 from pathlib import Path
 
+from processes import descendants
 
-def left(since: set[Path] = frozenset()) -> set[Path]:
-    """All that engines of this process may leave, but for what was there before."""
-    folders = Path(tempfile.gettempdir()), Path("/dev/shm")
-    found = {path for folder in folders for path in folder.iterdir()}
-    kinds = ("snpatch-", "vllm_dist_", "psm_", "sem.mp-")
-    return {path for path in found if path.name.startswith(kinds) or path.is_socket()} - set(since)
+SHARED = Path("/dev/shm")
+
+
+def shared_below(process: int) -> set[Path]:
+    """The files of shared memory that the processes below one have mapped."""
+    inodes = set()
+    for pid in descendants(process):
+        with suppress(FileNotFoundError):  # `ps` itself, which has ended
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            inodes |= {int(line.split()[4]) for line in lines if f" {SHARED}/" in line}
+    return {Path(file) for file in os.scandir(SHARED) if file.inode() in inodes}
 
 
 def untidy(told: Queue) -> None:

@@ -15,6 +15,7 @@ from snpatch.executors.vllm import processes
 
 SHARED = Path("/dev/shm")
 KINDS = ("psm_", "sem.mp-", "vllm_dist_", "-cpushm")  # Python's blocks and semaphores, and vLLM's own on a CPU
+LONGEST = 53  # characters of a temporary folder: a socket's path of 107 has room for no more
 LOOK_S = 0.5
 END_S = 5.0  # how long a killed process has to be gone
 
@@ -23,7 +24,8 @@ class Offspring:
     """To be made before the engine starts. folder: the temporary folder of its processes."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="snpatch-"))
+        root = tempfile.gettempdir()
+        self.folder = Path(tempfile.mkdtemp(prefix="snpatch-", dir=root if len(root) <= LONGEST else "/tmp"))
         self._older = {child.pid for child in multiprocessing.active_children()}
         self._shared: set[str] = set()
         self._has_started = threading.Event()
@@ -71,9 +73,10 @@ class Offspring:
             self._note()
 
     def _note(self) -> None:
-        own = _shared_by(os.getpid())
-        for process in self._processes():
-            self._shared |= _shared_by(process) - own
+        theirs = set().union(*map(_mapped_by, self._processes())) - _mapped_by(os.getpid())
+        if theirs:
+            files = [file for file in os.scandir(SHARED) if any(kind in file.name for kind in KINDS)]
+            self._shared |= {file.name for file in files if file.inode() in theirs}
 
     def _children(self) -> list:
         return [child for child in multiprocessing.active_children() if child.pid not in self._older]
@@ -82,14 +85,13 @@ class Offspring:
         return processes.below(child.pid for child in self._children())
 
 
-def _shared_by(process: int) -> set[str]:
-    """The names in shared memory that a process has mapped, of the kinds that vLLM makes."""
+def _mapped_by(process: int) -> set[int]:
+    """Inodes of what a process has mapped of shared memory: a semaphore is mapped under another name than its own."""
     try:
         lines = Path(f"/proc/{process}/maps").read_text(errors="replace").splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return set()
-    names = {line.partition(f" {SHARED}/")[2] for line in lines if f" {SHARED}/" in line}
-    return {name for name in names if any(kind in name for kind in KINDS) and not name.endswith(" (deleted)")}
+    return {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED}/" in line}
 
 
 def _remove_shared(name: str) -> None:
