@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import rooms
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 WHAT = {
@@ -185,6 +187,7 @@ def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "op on a GPU": lambda: op_table(gpu),
         "demo": lambda: demo_table(folder / "demo"),
         "experiments": lambda: experiments_table(folder / "demo"),
+        "rooms": rooms.plan,
     }
 
 

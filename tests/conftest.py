@@ -9,6 +9,7 @@ for name, value in {
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+from commands import prompts, ranking  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")

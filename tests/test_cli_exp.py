@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_cli import ADAPTERS, GOLDEN, MODEL, PAIR, prompts, ranking, run  # noqa: F401
+from commands import GOLDEN, MODEL, PAIR, run
 
 from snpatch import Engine
 from snpatch.errors import ReceiptError
@@ -11,7 +11,7 @@ from snpatch.errors import ReceiptError
 JUDGE = "some_judge:by_words"
 
 
-def test_guard_is_fitted_tried_and_applied(capsys, prompts, ranking, tmp_path):  # noqa: F811
+def test_guard_is_fitted_tried_and_applied(capsys, prompts, ranking, tmp_path):
     guard = tmp_path / "guard.safetensors"
     common = ["--judge", JUDGE, "--max-tokens", 3, *PAIR]
     fit = ["guard", "fit", MODEL, prompts, *common, "--reads", "sft", "--ranking", ranking, "-k", 200, "--folds", 2]
@@ -42,7 +42,7 @@ def test_guard_is_fitted_tried_and_applied(capsys, prompts, ranking, tmp_path): 
     assert "fitted on another 'sft'" in err
 
 
-def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):  # noqa: F811
+def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):
     table = tmp_path / "behaviours.csv"
     words = [row["content"] for row in json.loads((GOLDEN / "prompts.json").read_text())["prompts"][:3]]
     lines = [f'"{text}",standard,,,,{i}' for i, text in enumerate(words)]

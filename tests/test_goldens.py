@@ -1,42 +1,33 @@
 """What the published implementation computed on a tiny model, kept as data: tests/goldens/README.md says how, and
 gives the tolerances."""
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from golden import (
+    ADAPTERS,
+    CONTRAST,
+    GENERATION,
+    GOLDEN_LOGITS,
+    HOME,
+    IDS,
+    LOGITS,
+    PROMPTS,
+    RANKING,
+    RELATIVE,
+    RUNS,
+    WRITE,
+    assert_near,
+    patch_of,
+    read,
+    without_padding,
+)
 from safetensors.torch import load_file
 
-from snpatch import Constant, Engine, Patch, Ranking, Sampling
+from snpatch import Engine, Patch, Sampling
 from snpatch.executors.transformers import executor as executor
 from snpatch.runs.perplexity import perplexities, windows_of
-
-HOME = Path(__file__).parent / "goldens" / "A"
-SHAPE = (4, 352)
-ADAPTERS = {"sft": [HOME / "adapters" / "sft"], "dpo": [HOME / "adapters" / "sft", HOME / "adapters" / "dpo"]}
-RELATIVE = 1e-5  # of the largest value: arrays of the contrast, features; of itself: perplexity
-LOGITS = 1e-4
-WRITE = Sampling(max_tokens=24)
-PAD = 3
-
-
-def read(name: str):
-    return json.loads((HOME / name).read_text())
-
-
-CONTRAST, GENERATION = load_file(HOME / "contrast.safetensors"), read("generation.json")
-PROMPTS = read("prompts.json")["prompts"]
-IDS = [prompt["input_ids"] for prompt in PROMPTS]
-RANKING = Ranking.from_order(
-    CONTRAST["completion.batch5.neuron_ranks"],
-    SHAPE,
-    moments={
-        "recipient_mean": CONTRAST["completion.batch5.second_mean"],
-        "donor_mean": CONTRAST["completion.batch5.first_mean"],
-    },
-)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +61,6 @@ def logits(monkeypatch):
     return lambda: [torch.stack(rows) for rows in seen.values()]
 
 
-def assert_near(got: torch.Tensor, want: torch.Tensor, relative: float = RELATIVE):
-    assert got.shape == want.shape
-    assert (got - want).abs().max() <= relative * want.abs().max()
-
-
 @pytest.mark.parametrize("batch", ["batch5", "batch1"])
 @pytest.mark.parametrize(
     ("kind", "at"),
@@ -105,26 +91,6 @@ def test_contrast_of_the_goldens_own_texts(engine):
     ranking = engine.contrast([p["text"] for p in PROMPTS], "sft", "dpo", completions=completions)
     assert_near(ranking.scores, CONTRAST["completion.batch5.change_scores"])
     assert len(ranking) == 3 * 352
-
-
-def patch_of(run: dict) -> Patch | str:
-    """What a run of generation.json or ablation.json asks for."""
-    if "value" in run:
-        donor = {
-            "zero": lambda: Constant.zero(RANKING),
-            "mean_of_sft": lambda: Constant.mean(RANKING, of="recipient"),
-            "mean_of_dpo": lambda: Constant.mean(RANKING, of="donor"),
-        }[run["value"]]()
-        return Patch(run["model"], donor, RANKING, run["k"])
-    return run["recipient"] if run["donor"] is None else Patch(run["recipient"], "dpo", RANKING, run["k"])
-
-
-def without_padding(ids: list[int], eos: int | None) -> list[int]:
-    return ids[: ids.index(eos) + 1] if eos in ids else ids
-
-
-RUNS = {**GENERATION["runs"], **read("ablation.json")["runs"]}
-GOLDEN_LOGITS = {**load_file(HOME / "generation.safetensors"), **load_file(HOME / "ablation.safetensors")}
 
 
 @pytest.mark.parametrize("name", sorted({name.rsplit(".", 1)[0] for name in RUNS}))

@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_goldens import (
+from golden import (
     ADAPTERS,
     CONTRAST,
     GENERATION,
@@ -21,6 +20,7 @@ from test_goldens import (
     read,
     without_padding,
 )
+from safetensors.torch import load_file
 
 from snpatch import Engine, Patch, Sampling
 

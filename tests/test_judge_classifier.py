@@ -1,35 +1,15 @@
 """Sequence classification and reward models of transformers as judges: each text scored as it is alone."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from test_judge import COMPLETIONS, PROMPTS, WORDS, opened, tokenizer
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
+from judged import COMPLETIONS, PROMPTS, opened, tokenizer, write_classifier
+from transformers import BertTokenizer
 
 from snpatch.errors import SnpatchError
 
-SIZES = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-BERT = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e < > | user assistant .".split()
 TEMPLATE = "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' </s> ' }}{% endfor %}"
-
-
-def write(folder: Path, kind: str = "llama", template: str | None = None, **changes):
-    """A random classifier and its tokenizer; changes are the config's."""
-    torch.manual_seed(0)
-    settings = {"vocab_size": len(WORDS), "pad_token_id": 3, "max_position_embeddings": 64}
-    settings |= {} if "id2label" in changes else {"num_labels": 1}
-    config = AutoConfig.for_model(kind, **{**settings, **SIZES, **changes})
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.2 * torch.randn_like(weight))
-    model.save_pretrained(folder)
-    words = tokenizer() if kind == "llama" else BertTokenizer(vocab={word: i for i, word in enumerate(BERT)})
-    words.chat_template = template
-    words.save_pretrained(folder)
-    return model
 
 
 def logits(model, texts: list[str]) -> torch.Tensor:
@@ -46,7 +26,7 @@ def filled(template: str) -> list[str]:
 @pytest.mark.parametrize("padding", [3, 2, None, -1], ids=["own", "eos", "none", "negative"])
 def test_a_batch_scores_each_text_as_alone_whatever_the_padding(tmp_path, padding):
     """Texts end in </s>, which is the padding of many models, and many have none."""
-    model = write(tmp_path, pad_token_id=None)
+    model = write_classifier(tmp_path, pad_token_id=None)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": padding}))
     template = "<|user|> {prompt} <|assistant|> {completion} </s>"
@@ -58,7 +38,7 @@ def test_a_batch_scores_each_text_as_alone_whatever_the_padding(tmp_path, paddin
 
 
 def test_several_labels_are_scored_by_log_odds(tmp_path):
-    model = write(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"})
+    model = write_classifier(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"})
     template = "{prompt} {completion}"
     wanted = logits(model, filled(template)).softmax(-1).logit()
     for label, index in (("harm", 1), (1, 1), ("safe", 0), (2, 2)):
@@ -71,13 +51,13 @@ def test_several_labels_are_scored_by_log_odds(tmp_path):
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
 def test_independent_labels_are_scored_by_their_own_logit(tmp_path, kind):
-    model = write(tmp_path, id2label={0: "rude", 1: "threat"}, problem_type=kind)
+    model = write_classifier(tmp_path, id2label={0: "rude", 1: "threat"}, problem_type=kind)
     got = opened(tmp_path, format="{prompt} {completion}", label="threat")(PROMPTS, COMPLETIONS)
     assert got == pytest.approx(logits(model, filled("{prompt} {completion}"))[:, 1].tolist(), abs=1e-4)
 
 
 def test_the_chat_template_is_the_default_where_there_is_one(tmp_path):
-    model = write(tmp_path, template=TEMPLATE)
+    model = write_classifier(tmp_path, template=TEMPLATE)
     judge = opened(tmp_path)
     assert judge.text("a b", "c") == "<|user|> a b </s> <|assistant|> c </s> "
     with torch.inference_mode():
@@ -88,7 +68,7 @@ def test_the_chat_template_is_the_default_where_there_is_one(tmp_path):
 
 def test_pairs_with_token_types_in_an_encoder(tmp_path):
     """What the tokenizer's own pair call gives is what the model says, alone and in batches."""
-    model = write(tmp_path, "bert", pad_token_id=0)
+    model = write_classifier(tmp_path, "bert", pad_token_id=0)
     words = BertTokenizer.from_pretrained(tmp_path)
     wanted = []
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
@@ -103,10 +83,12 @@ def test_pairs_with_token_types_in_an_encoder(tmp_path):
 
 
 def test_models_that_cannot_be_judges_are_refused(tmp_path):
-    write(tmp_path / "longrope", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    write_classifier(
+        tmp_path / "longrope", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    )
     with pytest.raises(SnpatchError, match="dynamic rotary positions"):
         opened(tmp_path / "longrope")
-    model = write(tmp_path / "nan")
+    model = write_classifier(tmp_path / "nan")
     with torch.no_grad():
         model.score.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "nan")
@@ -118,9 +100,9 @@ def test_models_that_cannot_be_judges_are_refused(tmp_path):
     )
     with pytest.raises(SnpatchError, match="pad_token_id 99 must be one of the 16 tokens"):
         opened(tmp_path / "longrope")
-    write(tmp_path / "few words", vocab_size=15)
+    write_classifier(tmp_path / "few words", vocab_size=15)
     with pytest.raises(SnpatchError, match="its tokenizer made token 15, its model knows 15 tokens"):
         opened(tmp_path / "few words")(["a"], ["b e"])
     with pytest.raises(SnpatchError, match="wanted a text of 1 to 64 tokens, got 0"):
-        write(tmp_path / "short", template="{{ '' }}")
+        write_classifier(tmp_path / "short", template="{{ '' }}")
         opened(tmp_path / "short")(["a"], ["b"])

@@ -6,10 +6,9 @@ import signal
 import threading
 
 import pytest
-import test_judge_classifier as classifier
 import torch
+from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, opened, write, write_classifier
 from processes import command_line, descendants, wait_for
-from test_judge import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, opened, write
 
 from snpatch import Engine, Sampling
 from snpatch.demo import WORLD
@@ -66,7 +65,7 @@ def test_bfloat16(in_process):
 
 def test_a_classifier_that_vllm_knows(tmp_path, in_process):
     """Its texts end in what is also its padding, before which transformers reads the score."""
-    classifier.write(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"}, pad_token_id=2)
+    write_classifier(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"}, pad_token_id=2)
     arguments = {"format": "<|user|> {prompt} <|assistant|> {completion} </s>", "label": "harm"}
     wanted = opened(tmp_path, **arguments)(PROMPTS, COMPLETIONS)
     with ScoreModel(tmp_path, backend="vllm", **arguments) as judge:

@@ -1,1 +1,1 @@
-"""What runs requests: transformers.py on any machine."""
+"""Executors: what runs requests, on transformers or inside vLLM, behind one interface (base)."""

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from snpatch.config import EngineConfig, Folders
 from snpatch.errors import SnpatchError
@@ -45,6 +45,9 @@ class Opened:
     """What an engine knows of its model before and beside what runs it. models: name -> Model."""
 
     def __init__(self, config: EngineConfig) -> None:
+
+        from transformers import AutoTokenizer  # brings scikit-learn with it, and takes two seconds
+
         self.tokenizer = load_pretrained(AutoTokenizer, config.model)
         folders = [folder for one in config.adapters.values() for folder in one]
         self.template = open_template(config.template, self.tokenizer, folders)

@@ -1,0 +1,60 @@
+"""The published implementation's outputs in tests/goldens, and how they are told to an engine."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from snpatch import Constant, Patch, Ranking, Sampling
+from snpatch.executors.transformers import executor as executor
+
+HOME = Path(__file__).parents[1] / "goldens" / "A"
+SHAPE = (4, 352)
+ADAPTERS = {"sft": [HOME / "adapters" / "sft"], "dpo": [HOME / "adapters" / "sft", HOME / "adapters" / "dpo"]}
+RELATIVE = 1e-5  # of the largest value: arrays of the contrast, features; of itself: perplexity
+LOGITS = 1e-4
+WRITE = Sampling(max_tokens=24)
+PAD = 3
+
+
+def read(name: str):
+    return json.loads((HOME / name).read_text())
+
+
+PROMPTS = read("prompts.json")["prompts"]
+IDS = [prompt["input_ids"] for prompt in PROMPTS]
+CONTRAST, GENERATION = load_file(HOME / "contrast.safetensors"), read("generation.json")
+RANKING = Ranking.from_order(
+    CONTRAST["completion.batch5.neuron_ranks"],
+    SHAPE,
+    moments={
+        "recipient_mean": CONTRAST["completion.batch5.second_mean"],
+        "donor_mean": CONTRAST["completion.batch5.first_mean"],
+    },
+)
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, relative: float = RELATIVE):
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= relative * want.abs().max()
+
+
+def patch_of(run: dict) -> Patch | str:
+    """What a run of generation.json or ablation.json asks for."""
+    if "value" in run:
+        donor = {
+            "zero": lambda: Constant.zero(RANKING),
+            "mean_of_sft": lambda: Constant.mean(RANKING, of="recipient"),
+            "mean_of_dpo": lambda: Constant.mean(RANKING, of="donor"),
+        }[run["value"]]()
+        return Patch(run["model"], donor, RANKING, run["k"])
+    return run["recipient"] if run["donor"] is None else Patch(run["recipient"], "dpo", RANKING, run["k"])
+
+
+def without_padding(ids: list[int], eos: int | None) -> list[int]:
+    return ids[: ids.index(eos) + 1] if eos in ids else ids
+
+
+RUNS = {**GENERATION["runs"], **read("ablation.json")["runs"]}
+GOLDEN_LOGITS = {**load_file(HOME / "generation.safetensors"), **load_file(HOME / "ablation.safetensors")}
