@@ -45,7 +45,6 @@ class Opened:
     """What an engine knows of its model before and beside what runs it. models: name -> Model."""
 
     def __init__(self, config: EngineConfig) -> None:
-
         from transformers import AutoTokenizer  # brings scikit-learn with it, and takes two seconds
 
         self.tokenizer = load_pretrained(AutoTokenizer, config.model)
