@@ -74,7 +74,7 @@ CONTRACT = {
         "as_seq_cls_model": "ModelForSequenceClassification",
         "_create_pooling_model_cls": "ModelForPooling",
     },
-    "vllm.model_executor.models.llama": {"LlamaForCausalLM": "(vllm_config, prefix) forward load_weights"},
+    "vllm.model_executor.models.llama": {"LlamaForCausalLM": "(vllm_config, prefix) forward load_weights(weights)"},
     "vllm.model_executor.models.registry": {
         "ModelRegistry": "_try_load_model_cls(model_arch) models",
         "_LazyRegisteredModel": "(module_name, class_name) inspect_model_cls load_model_cls",

@@ -9,14 +9,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Output, Request
 from snpatch.executors.vllm.answers import Started, answers_of
-from snpatch.executors.vllm.launch import TwinLaunch
 from snpatch.executors.vllm.lifetime import died, start_engine
-from snpatch.executors.vllm.registry import Held, Registry
-from snpatch.executors.vllm.wire import Sent, Wire
+from snpatch.executors.vllm.registry import Held
+from snpatch.executors.vllm.side import UsersSide
+from snpatch.executors.vllm.wire import Sent
 from snpatch.models.model import Model
 from snpatch.op.plan import unless_end
 from snpatch.ranking.statistics import Statistics
@@ -26,20 +25,8 @@ FETCH = 512  # finished requests whose receipts are fetched at once
 FETCH_S = 0.25  # or so long after the first of them finished
 
 
-class VllmExecutor:
+class VllmExecutor(UsersSide):
     """Loads a causal language model into vLLM as a twin and serves `Executor`."""
-
-    engine = None  # until it is started, and when it is closed
-
-    def __init__(self, config: EngineConfig, tokenizer) -> None:
-        self.launch = TwinLaunch(config, tokenizer)
-        self.geometry, self.eos_ids = self.launch.geometry, self.launch.eos_ids
-        self.wire = Wire(tokenizer, self.eos_ids, self.geometry)
-        self.registry = Registry(self.launch.settings)
-
-    def check(self, name: str, model: Model) -> None:
-        """An error for keys or values that this engine was started without scaling."""
-        self.launch.check(name, model)
 
     def start(self, models: Sequence[Model]) -> None:
         """Start vLLM, which takes its time, and check what it made of the model."""

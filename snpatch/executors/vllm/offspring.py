@@ -14,7 +14,7 @@ from pathlib import Path
 from snpatch.executors.vllm import processes
 
 SHARED = Path("/dev/shm")
-KINDS = ("psm_", "sem.mp-", "vllm_dist_", "-cpushm")  # Python's blocks and semaphores, and vLLM's own on a CPU
+KINDS = ("psm_", "sem.mp-", "sem.loky-", "vllm_dist_", "-cpushm")  # Python's, joblib's, and vLLM's own on a CPU
 LONGEST = 53  # characters of a temporary folder: a socket's path of 107 has room for no more
 LOOK_S = 0.5
 END_S = 5.0  # how long a killed process has to be gone

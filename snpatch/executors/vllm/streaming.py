@@ -8,33 +8,19 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
 
-from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Output, Request
 from snpatch.executors.vllm.answers import Started, answers_of
-from snpatch.executors.vllm.launch import TwinLaunch
 from snpatch.executors.vllm.lifetime import died, start_async_engine
-from snpatch.executors.vllm.registry import Held, Registry
-from snpatch.executors.vllm.wire import Wire
+from snpatch.executors.vllm.registry import Held
+from snpatch.executors.vllm.side import UsersSide
 from snpatch.models.model import Model
 
 LOOK_S = 0.2  # between two looks at whether vLLM's engine lives
 
 
-class StreamingExecutor:
+class StreamingExecutor(UsersSide):
     """Loads a causal language model into vLLM as a twin. To be started before it is used."""
-
-    engine = None  # until it is started, and when it is closed
-
-    def __init__(self, config: EngineConfig, tokenizer) -> None:
-        self.launch = TwinLaunch(config, tokenizer)
-        self.geometry, self.eos_ids = self.launch.geometry, self.launch.eos_ids
-        self.wire = Wire(tokenizer, self.eos_ids, self.geometry)
-        self.registry = Registry(self.launch.settings)
-
-    def check(self, name: str, model: Model) -> None:
-        """An error for keys or values that this engine was started without scaling."""
-        self.launch.check(name, model)
 
     async def start(self, models: Sequence[Model]) -> None:
         """Start vLLM, which takes its time, and check what it made of the model."""
