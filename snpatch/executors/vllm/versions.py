@@ -2,7 +2,7 @@
 
 0.24   attention metadata builders take both head counts from the model config
 0.32   query heads from the layers, key and value heads of some backends from the model config
-       -> surgery.py lets the model config tell the twin's counts, worker.py compares every builder's
+       -> surgery.py lets the model config tell the twin's counts, commands.py compares every builder's
 0.24   ModelState has get_mm_embeddings, 0.32 prepare_inputs_embeds
        -> runners.py inherits from DefaultModelState and overrides neither
 0.24   _prepare_inputs returns two values, 0.32 three

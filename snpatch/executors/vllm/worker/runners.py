@@ -2,7 +2,7 @@
 
 Model Runner V1 has no place for a model's own step inputs, so three of its methods are wrapped, once a process and
 only where a twin is built: other models pass through. `_prepare_inputs` lies inside the section that guards pinned
-buffers. Model Runner V2 asks the model for its ModelState. A runner that is neither is refused (worker.py). Each is
+buffers. Model Runner V2 asks the model for its ModelState. A runner that is neither is refused (commands.py). Each is
 imported when it is asked for: V1 is deprecated from vLLM 0.33 on, V2's modules need Triton.
 """
 
