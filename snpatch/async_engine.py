@@ -1,16 +1,15 @@
 """AsyncEngine: one engine for many callers at once; texts arrive while they are written. What a server builds on."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 
-from snpatch.config import EngineConfig, Folders
+from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Output, Request
-from snpatch.models.opening import Opened
+from snpatch.loaded import Loaded
 from snpatch.patching.patch import Patch
-from snpatch.requests import Completion, Prompt, Requests
+from snpatch.requests import Completion, Prompt
 from snpatch.sampling import GREEDY, Sampling
 
 BROKEN = "\ufffd"  # what stands for a character whose last bytes are not written yet
@@ -28,7 +27,7 @@ class Delta:
     completion: Completion | None = None
 
 
-class AsyncEngine:
+class AsyncEngine(Loaded):
     """A model and its adapters in vLLM, for many callers of one event loop. Arguments: Engine's.
 
         async with AsyncEngine(model, adapters) as engine:
@@ -39,29 +38,12 @@ class AsyncEngine:
     what a request names, it waits, first come first served. The end of vLLM is a SnpatchError for whoever waits.
     """
 
-    def __init__(self, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> None:
-        self._open(EngineConfig.of(model, adapters, **arguments))
-
-    @classmethod
-    def from_config(cls, config: EngineConfig) -> "AsyncEngine":
-        """The engine that a config describes."""
-        engine = cls.__new__(cls)
-        engine._open(config)
-        return engine
-
-    def _open(self, config: EngineConfig) -> None:
-        if config.checked_backend() != "vllm":
+    def _executor_of(self, config: EngineConfig):
+        if self.backend != "vllm":
             raise SnpatchError("AsyncEngine runs in vLLM: install snpatch[cpu] or snpatch[cuda], or use Engine")
         from snpatch.executors.vllm.streaming import StreamingExecutor
 
-        self.config, self._opened = config, Opened(config)
-        self.tokenizer = self._opened.tokenizer
-        self.executor = StreamingExecutor(config, self.tokenizer)
-        self.geometry = self.executor.geometry
-        self._opened.add(config.adapters, self.geometry, self.executor.check)
-        self.requests = Requests(
-            self.tokenizer, self._opened.template, self.geometry, self.executor.eos_ids, self._opened.models
-        )
+        return StreamingExecutor(config, self.tokenizer)
 
     async def start(self) -> None:
         """Start vLLM, which takes its time; `async with` does it."""
@@ -77,19 +59,6 @@ class AsyncEngine:
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The names that can be recipients and donors."""
-        return tuple(self._opened.models)
-
-    def digest_of(self, model: str) -> str:
-        """See Engine.digest_of."""
-        return self._opened.digest_of(self.requests.model(model))
-
-    def add_adapter(self, name: str, folders: Folders) -> None:
-        """Make the model with these adapters available as `name`."""
-        self._opened.add({name: folders}, self.geometry, self.executor.check)
 
     def generate(
         self, prompt: Prompt, patch: Patch | str = "base", sampling: Sampling = GREEDY

@@ -20,7 +20,7 @@ from snpatch.ranking.methods import METHODS
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.statistics import Statistics
 from snpatch.requests import Prompt
-from snpatch.sampling import CONTRAST, Sampling
+from snpatch.sampling import Sampling
 
 if TYPE_CHECKING:
     from snpatch.engine import Engine
@@ -32,17 +32,15 @@ EXCLUDED = (-1,)  # layers that are not ranked; the last one's difference is the
 def contrast(
     engine: "Engine",
     prompts: Sequence[Prompt],
-    generator: str,
-    against: str,
-    *,
-    at: str = "emitted",
-    completions: Sequence[str | Sequence[int]] | None = None,
-    sampling: Sampling = CONTRAST,
-    exclude_layers: Sequence[int] = EXCLUDED,
-    method: str = "rms",
-    progress: Progress | None = None,
+    pair: tuple[str, str],  # the generator, and the model that it is compared with
+    at: str,
+    completions: Sequence[str | Sequence[int]] | None,
+    sampling: Sampling,
+    exclude_layers: Sequence[int],
+    method: str,
+    progress: Progress | None,
 ) -> Ranking:
-    """See Engine.contrast."""
+    """See Engine.contrast, which has the defaults."""
     if at not in POSITIONS:
         raise SnpatchError(f"at must be one of {', '.join(POSITIONS)}, got {at!r}")
     if method not in METHODS:
@@ -51,7 +49,7 @@ def contrast(
         raise SnpatchError("contrast: one completion a prompt; give a prompt several times for several")
     if sampling.ignore_eos:
         raise SnpatchError("contrast: EOS never counts, so sampling cannot ignore it")
-    ids, pair = engine.encode(prompts), (generator, against)
+    ids, (generator, against) = engine.encode(prompts), pair
     models = {name: engine.digest_of(name) for name in pair}
     if at == "emitted" and completions is None and not sampling.stop:
         statistics, expected = _observe_writing(engine, ids, pair, sampling, progress)

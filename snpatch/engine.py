@@ -1,8 +1,7 @@
 """Engine: a model and its adapters, ready to be patched. The facade over requests, contrast and the executors."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor
 
 from snpatch import contrast as contrasts
-from snpatch.config import EngineConfig, Folders
+from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Executor, Logprobs, Output, Progress, Request, execute
-from snpatch.models.opening import Opened
+from snpatch.loaded import Loaded
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
-from snpatch.requests import Completion, Prompt, Requests
+from snpatch.requests import Completion, Prompt
 from snpatch.sampling import CONTRAST, GREEDY, Sampling
 
 
@@ -30,7 +29,7 @@ class PromptGuard(Protocol):
     def predict(self, engine: "Engine", prompts: Sequence[Prompt], progress: Progress | None = None) -> np.ndarray: ...
 
 
-class Engine:
+class Engine(Loaded):
     """A model and its adapters, ready to run as recipients and donors.
 
     model: Hugging Face folder or name. adapters: name -> PEFT IA3 folder, or a list of folders stacked in order;
@@ -38,26 +37,16 @@ class Engine:
     TwinSizes' and vLLM's own engine arguments, each by its name. An engine is used from one thread.
     """
 
-    def __init__(self, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> None:
-        self._open(EngineConfig.of(model, adapters, **arguments))
-
-    @classmethod
-    def from_config(cls, config: EngineConfig) -> "Engine":
-        """The engine that a config describes."""
-        engine = cls.__new__(cls)
-        engine._open(config)
-        return engine
-
     def _open(self, config: EngineConfig) -> None:
-        self.config, self.backend = config, config.checked_backend()
-        self._opened = opened = Opened(config)
-        self.tokenizer = opened.tokenizer
-        self.executor = _executor_of(self.backend, config, opened.tokenizer)
-        self.weights = opened.weights
-        self.geometry = self.executor.geometry
-        opened.add(config.adapters, self.geometry, self.executor.check)  # before what takes long
-        self.requests = Requests(opened.tokenizer, opened.template, self.geometry, self.executor.eos_ids, opened.models)
-        self.executor.start(list(opened.models.values()))
+        super()._open(config)
+        self.executor.start(list(self._opened.models.values()))
+
+    def _executor_of(self, config: EngineConfig) -> Executor:
+        if self.backend == "vllm":
+            from snpatch.executors.vllm.executor import VllmExecutor as Executor
+        else:
+            from snpatch.executors.transformers.executor import TransformersExecutor as Executor
+        return Executor(config, self.tokenizer)
 
     def close(self) -> None:
         """Free what the engine holds; it cannot be used afterwards. `with Engine(...)` does it at its end."""
@@ -68,31 +57,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The names that can be recipients and donors."""
-        return tuple(self._opened.models)
-
-    @property
-    def template(self) -> str:
-        """How chats become text: "tokenizer" or "tulu"."""
-        return self._opened.template.name
-
-    def digest_of(self, model: str) -> str:
-        """Names one model by content, whatever it is called: weights, adapters, template and tokenizer.
-
-        What kept texts, rankings and guards are bound to.
-        """
-        return self._opened.digest_of(self.requests.model(model))
-
-    def add_adapter(self, name: str, folders: Folders) -> None:
-        """Make the model with these adapters available as `name`."""
-        self._opened.add({name: folders}, self.geometry, self.executor.check)
-
-    def encode(self, prompts: Sequence[Prompt], room: int = 1) -> list[list[int]]:
-        """Token ids of each prompt, as `generate` runs them; `room`: how many tokens must still fit the context."""
-        return self.requests.encode(prompts, room)
 
     def stream(
         self,
@@ -155,16 +119,7 @@ class Engine:
         Moments of the ranking: recipient = generator, donor = against.
         """
         return contrasts.contrast(
-            self,
-            prompts,
-            generator,
-            against,
-            at=at,
-            completions=completions,
-            sampling=sampling,
-            exclude_layers=exclude_layers,
-            method=method,
-            progress=progress,
+            self, prompts, (generator, against), at, completions, sampling, exclude_layers, method, progress
         )
 
     def capture(
@@ -228,11 +183,3 @@ class Engine:
 
 def _is_refused(guard: PromptGuard | None, harm: float | None) -> bool:
     return guard is not None and harm > guard.threshold
-
-
-def _executor_of(backend: str, config: EngineConfig, tokenizer) -> Executor:
-    if backend == "vllm":
-        from snpatch.executors.vllm.executor import VllmExecutor as Executor
-    else:
-        from snpatch.executors.transformers.executor import TransformersExecutor as Executor
-    return Executor(config, tokenizer)

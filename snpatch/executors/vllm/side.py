@@ -1,0 +1,23 @@
+"""The user's side of a twin: how it is launched, its rows, and how requests travel. What both executors stand on."""
+
+from snpatch.config import EngineConfig
+from snpatch.executors.vllm.launch import TwinLaunch
+from snpatch.executors.vllm.registry import Registry
+from snpatch.executors.vllm.wire import Wire
+from snpatch.models.model import Model
+
+
+class UsersSide:
+    """Everything that can be checked before vLLM starts is checked when it is made. engine: vLLM's, once started."""
+
+    engine = None  # until it is started, and when it is closed
+
+    def __init__(self, config: EngineConfig, tokenizer) -> None:
+        self.launch = TwinLaunch(config, tokenizer)
+        self.geometry, self.eos_ids = self.launch.geometry, self.launch.eos_ids
+        self.wire = Wire(tokenizer, self.eos_ids, self.geometry)
+        self.registry = Registry(self.launch.settings)
+
+    def check(self, name: str, model: Model) -> None:
+        """An error for keys or values that this engine was started without scaling."""
+        self.launch.check(name, model)

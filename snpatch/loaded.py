@@ -1,0 +1,60 @@
+"""What both engines are before they run anything: a config, a tokenizer, models by name, and what makes requests."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from snpatch.config import EngineConfig, Folders
+from snpatch.models.opening import Opened
+from snpatch.requests import Prompt, Requests
+
+
+class Loaded:
+    """Opened as its config says. `_executor_of` gives what runs the requests, not yet started."""
+
+    def __init__(self, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> None:
+        self._open(EngineConfig.of(model, adapters, **arguments))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Self:
+        """The engine that a config describes."""
+        engine = cls.__new__(cls)
+        engine._open(config)
+        return engine
+
+    def _open(self, config: EngineConfig) -> None:
+        self.config, self.backend = config, config.checked_backend()
+        self._opened = opened = Opened(config)
+        self.tokenizer = opened.tokenizer
+        self.executor = self._executor_of(config)
+        self.geometry, self.weights = self.executor.geometry, opened.weights
+        opened.add(config.adapters, self.geometry, self.executor.check)  # before what takes long
+        self.requests = Requests(opened.tokenizer, opened.template, self.geometry, self.executor.eos_ids, opened.models)
+
+    def _executor_of(self, config: EngineConfig):
+        raise NotImplementedError
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names that can be recipients and donors."""
+        return tuple(self._opened.models)
+
+    @property
+    def template(self) -> str:
+        """How chats become text: "tokenizer" or "tulu"."""
+        return self._opened.template.name
+
+    def digest_of(self, model: str) -> str:
+        """Names one model by content, whatever it is called: weights, adapters, template and tokenizer.
+
+        What kept texts, rankings and guards are bound to.
+        """
+        return self._opened.digest_of(self.requests.model(model))
+
+    def add_adapter(self, name: str, folders: Folders) -> None:
+        """Make the model with these adapters available as `name`."""
+        self._opened.add({name: folders}, self.geometry, self.executor.check)
+
+    def encode(self, prompts: Sequence[Prompt], room: int = 1) -> list[list[int]]:
+        """Token ids of each prompt, as they are run; `room`: how many tokens must still fit the context."""
+        return self.requests.encode(prompts, room)
