@@ -8,17 +8,17 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, Some, generated
+from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
 from snpatch.config import EngineConfig
 from snpatch.sampling import CONTRAST
 
 SHOWN, TOLD = 10, 20  # of the first neurons, as text and as JSON
 
 
-@generated(config=Engine(), sampling=Some(CONTRAST, ("max_tokens",)))
+@generated(config=Engine(), prompts=Data(), sampling=Some(CONTRAST, ("max_tokens",)))
 def contrast(
     config: EngineConfig,
-    prompts: o.Prompts,
+    prompts: Prompts,
     generator: Annotated[str, typer.Option(help="The model that writes the completions (the recipient).")],
     against: Annotated[str, typer.Option(help="The model it is compared with (the donor).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the ranking goes (.safetensors).")],
@@ -31,9 +31,6 @@ def contrast(
         list[int] | None, typer.Option(help="A layer to leave out, -1 is the last. May be repeated. Default: -1.")
     ] = None,
     keep_all_layers: Annotated[bool, typer.Option("--keep-all-layers", help="Leave no layer out.")] = False,
-    form: o.Format = None,
-    skip_bad: o.SkipBad = False,
-    limit: o.Limit = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Rank neurons by how differently two models activate them on the same text."""
@@ -41,8 +38,8 @@ def contrast(
     from snpatch.data import read_completions
     from snpatch.files import check_writable
 
-    chats = o.read(prompts, form, limit, skip_bad).prompts
-    given = read_completions(completions, limit) if completions else None
+    chats = prompts.data.prompts
+    given = read_completions(completions, prompts.limit) if completions else None
     check_writable(out)
     with o.open_engine(config) as engine, o.progress_bar("contrast") as progress:
         ranking = engine.contrast(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, generated, pairs
+from snpatch.cli.generated import Engine, Fields, SkipBad, generated, pairs
 from snpatch.errors import ReceiptError, SnpatchError
 
 
@@ -31,7 +31,7 @@ def exp(
         typer.Option("--set", help="name=value of the experiment's settings, as k=[0,200]. May be repeated."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts of each set.")] = None,
-    skip_bad: o.SkipBad = False,
+    skip_bad: SkipBad = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Run experiments of the paper: tables (CSV, JSON), plots (PNG, SVG). Continues if killed."""

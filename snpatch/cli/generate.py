@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, Some, generated
+from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.sampling import GREEDY, Sampling
@@ -16,10 +16,10 @@ from snpatch.sampling import GREEDY, Sampling
 SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs")
 
 
-@generated(config=Engine(), sampling=Some(GREEDY, SAMPLING))
+@generated(config=Engine(), prompts=Data(), sampling=Some(GREEDY, SAMPLING))
 def generate(
     config: EngineConfig,
-    prompts: o.Prompts,
+    prompts: Prompts,
     sampling: Fields,
     recipient: Annotated[str, typer.Option(help="The model that speaks.")] = "base",
     donor: Annotated[
@@ -35,16 +35,13 @@ def generate(
     ] = None,
     where: Annotated[str, typer.Option(help="all, prompt, generated, or a position to start from.")] = "all",
     out: o.Out = None,
-    form: o.Format = None,
-    skip_bad: o.SkipBad = False,
-    limit: o.Limit = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Write completions, patched while they are written or not."""
     from snpatch.files import check_writable
     from snpatch.patching import spec
 
-    chats = o.read(prompts, form, limit, skip_bad).prompts
+    chats = prompts.data.prompts
     wanted = Sampling(**sampling)
     if out:
         check_writable(out)

@@ -7,15 +7,19 @@ the option to every command that has the others.
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, get_args, get_origin, get_type_hints
 
 import typer
 
 from snpatch.config import EngineConfig, adapters_of
 from snpatch.errors import SnpatchError
+
+if TYPE_CHECKING:
+    from snpatch.data import Dataset
 
 Fields = dict[str, object]  # what was chosen of a dataclass's fields, to be handed to it
 ENGINE_FILES = (".toml", ".json")
@@ -71,7 +75,38 @@ class Engine:
         return EngineConfig.of(model, adapters, **given)
 
 
-def generated(**kinds: Some | Engine) -> Callable:
+@dataclass(frozen=True)
+class Prompts:
+    """What was read. name: as it was asked for; limit: of prompts, if there is one."""
+
+    name: str
+    data: "Dataset"
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Options for a set of prompts: what to read, in which format, and how much of it."""
+
+    def parameters(self) -> list[inspect.Parameter]:
+        empty = inspect.Parameter.empty
+        given = ("prompts", _PROMPTS, empty), ("form", _FORMAT, None), ("skip_bad", SkipBad, False)
+        return [
+            inspect.Parameter(n, _BY_NAME, default=d, annotation=a) for n, a, d in (*given, ("limit", _LIMIT, None))
+        ]
+
+    def made(self, values: dict) -> Prompts:
+        """What was skipped is told."""
+        from snpatch.data import load
+
+        name, limit = values["prompts"], values["limit"]
+        data = load(name, format=values["form"], skip_bad=values["skip_bad"])
+        if data.skipped:
+            print(f"{name}: left out {data.skipped} broken rows", file=sys.stderr)
+        return Prompts(name, data if limit is None else data.first(min(limit, len(data))), limit)
+
+
+def generated(**kinds: Some | Engine | Data) -> Callable:
     """Decorates a command: parameters of these names are made from options that stand in their places."""
 
     def decorate(command: Callable) -> Callable:
@@ -109,6 +144,13 @@ def pairs(texts: list[str] | None, option: str) -> dict[str, object]:
 
 _BY_NAME = inspect.Parameter.KEYWORD_ONLY
 _MODEL = Annotated[str, typer.Argument(help="Hugging Face folder or model name, or an engine's config (.toml, .json).")]
+_PROMPTS = Annotated[
+    str,
+    typer.Argument(help="File (JSONL, CSV, parquet; `prompt` or `messages`), or a data set's name: beavertails, ..."),
+]
+_FORMAT = Annotated[str | None, typer.Option("--format", help="The data set whose published format the file has.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken rows out, and say how many.")]
+_LIMIT = Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")]
 _ADAPTERS = Annotated[
     list[str] | None,
     typer.Option("--adapter", "-a", help="name=folder, or name=folder,folder stacked in order. May be repeated."),

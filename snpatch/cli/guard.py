@@ -10,7 +10,7 @@ import typer
 
 from snpatch.cli import options as o
 from snpatch.cli.generate import write_completions
-from snpatch.cli.generated import Engine, Fields, Some, generated
+from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
 from snpatch.config import EngineConfig
 from snpatch.guard.config import GuardConfig
 from snpatch.sampling import GREEDY, Sampling
@@ -28,10 +28,10 @@ Judge = Annotated[str, typer.Option(help="Folder or hub name of a cost model, `r
 
 
 @app.command()
-@generated(config=ENGINE, answers=ANSWERS, fitted=Some(GuardConfig, ("folds", "threshold", "refusal")))
+@generated(config=ENGINE, prompts=Data(), answers=ANSWERS, fitted=Some(GuardConfig, ("folds", "threshold", "refusal")))
 def fit(
     config: EngineConfig,
-    prompts: o.Prompts,
+    prompts: Prompts,
     reads: Annotated[str, typer.Option(help="The model whose neurons are read and whose answers are judged.")],
     ranking: Annotated[Path, typer.Option(help="Ranking file.")],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many of its first neurons.")],
@@ -46,9 +46,6 @@ def fit(
         typer.Option("--C", help="Inverse strength of the penalty; of several (0.01,0.1,1) cross-validation chooses."),
     ] = ",".join(map(str, GuardConfig().C)),
     balanced: Annotated[bool, typer.Option("--balanced", help="Both classes count the same.")] = False,
-    form: o.Format = None,
-    skip_bad: o.SkipBad = False,
-    limit: o.Limit = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Let a model answer, judge the answers, and fit a classifier that tells them from the prompts alone."""
@@ -60,7 +57,6 @@ def fit(
     from snpatch.patching import spec
     from snpatch.ranking.ranking import Ranking
 
-    data = o.read(prompts, form, limit, skip_bad)
     order = Ranking.load(ranking)
     settings = GuardConfig(
         tuple(spec.number_of(part, float, "--C") for part in strengths.split(",")),
@@ -68,15 +64,15 @@ def fit(
         **fitted,
     )
     check_writable(out)
-    prompts_once = distinct(data.prompts)
-    if len(prompts_once) < len(data):
-        print(f"{prompts}: {len(data) - len(prompts_once)} repeated prompts count once", file=sys.stderr)
+    prompts_once = distinct(prompts.data.prompts)
+    if len(prompts_once) < len(prompts.data):
+        print(f"{prompts.name}: {len(prompts.data) - len(prompts_once)} repeated prompts count once", file=sys.stderr)
     engine = o.open_engine(config)
     with engine:
         known = _labelled(engine, prompts_once, reads, judge, judge_format, answers, harmful_above)
         features = engine.capture(known.prompts, reads, order, k)
         digest = engine.digest_of(reads)
-        meta = {"judge": judge, "harmful_above": harmful_above, "prompts": data.source}
+        meta = {"judge": judge, "harmful_above": harmful_above, "prompts": prompts.data.source}
         guard = Guard.fit(features, known.labels, order, model=reads, digest=digest, config=settings, meta=meta)
         scores = evaluate(
             out_of_fold(features.numpy(), known.labels, settings), known.labels, threshold=settings.threshold
@@ -86,52 +82,46 @@ def fit(
 
 
 @app.command("eval")
-@generated(config=ENGINE, answers=ANSWERS)
+@generated(config=ENGINE, prompts=Data(), answers=ANSWERS)
 def evaluate_guard(
     config: EngineConfig,
-    prompts: o.Prompts,
+    prompts: Prompts,
     guard: GuardFile,
     judge: Judge,
     answers: Fields,
     judge_format: o.JudgeFormat = None,
     harmful_above: Above = 0.0,
-    form: o.Format = None,
-    skip_bad: o.SkipBad = False,
-    limit: o.Limit = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Compare a guard's verdicts on other prompts with what its model's own answers cost."""
     from snpatch.guard.guard import Guard
     from snpatch.guard.scores import evaluate
 
-    chats = o.read(prompts, form, limit, skip_bad).prompts
+    chats = prompts.data.prompts
     one = Guard.load(guard)
     engine = o.open_engine(config)
     with engine:
         probabilities = one.predict(engine, chats)
         known = _labelled(engine, chats, one.model, judge, judge_format, answers, harmful_above)
-    _tell(evaluate(probabilities, known.labels, threshold=one.threshold), {"guard": str(guard)}, prompts, as_json)
+    _tell(evaluate(probabilities, known.labels, threshold=one.threshold), {"guard": str(guard)}, prompts.name, as_json)
 
 
 @app.command()
-@generated(config=ENGINE, answers=ANSWERS)
+@generated(config=ENGINE, prompts=Data(), answers=ANSWERS)
 def apply(
     config: EngineConfig,
-    prompts: o.Prompts,
+    prompts: Prompts,
     guard: GuardFile,
     recipient: Annotated[str, typer.Option(help="The model that answers what is let through.")],
     answers: Fields,
     out: o.Out = None,
-    form: o.Format = None,
-    skip_bad: o.SkipBad = False,
-    limit: o.Limit = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Answer prompts with a guard in front: one that it refuses costs a prefill and gets its refusal."""
     from snpatch.files import check_writable
     from snpatch.guard.guard import Guard
 
-    chats = o.read(prompts, form, limit, skip_bad).prompts
+    chats = prompts.data.prompts
     one = Guard.load(guard)
     if out:
         check_writable(out)

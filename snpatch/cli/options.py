@@ -1,4 +1,4 @@
-"""Options that commands share, and what they stand for: prompts, judges, an engine, a report, a progress bar."""
+"""Options that commands share, and what they stand for: judges, an engine, a report, a progress bar."""
 
 import json
 import sys
@@ -12,13 +12,6 @@ import typer
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 
-Prompts = Annotated[
-    str,
-    typer.Argument(help="File (JSONL, CSV, parquet; `prompt` or `messages`), or a data set's name: beavertails, ..."),
-]
-Format = Annotated[str | None, typer.Option("--format", help="The data set whose published format the file has.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken rows out, and say how many.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write JSONL there instead of to stdout.")]
 Judges = Annotated[
@@ -45,16 +38,6 @@ def open_engine(config: EngineConfig):
 
     transformers.utils.logging.disable_progress_bar()
     return Engine.from_config(config)
-
-
-def read(prompts: str, form: str | None, limit: int | None, skip_bad: bool):
-    """The Dataset of a prompts argument; what was skipped is told."""
-    from snpatch.data import load
-
-    data = load(prompts, format=form, skip_bad=skip_bad)
-    if data.skipped:
-        print(f"{prompts}: left out {data.skipped} broken rows", file=sys.stderr)
-    return data if limit is None else data.first(min(limit, len(data)))
 
 
 @contextmanager

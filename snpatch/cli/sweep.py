@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, Some, generated
+from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.runs.config import SweepConfig
@@ -16,12 +16,13 @@ from snpatch.sampling import GREEDY, Sampling
 
 @generated(
     config=Engine(),
+    prompts=Data(),
     swept=Some(SweepConfig, ("controls", "control_kind", "where")),
     sampling=Some(GREEDY, ("max_tokens",)),
 )
 def sweep(
     config: EngineConfig,
-    prompts: o.Prompts,
+    prompts: Prompts,
     ranking: Annotated[list[str], typer.Option(help="Ranking file, or name=file. May be repeated.")],
     donor: Annotated[str, typer.Option(help="The model whose activations are copied.")],
     judge: o.Judges,
@@ -34,9 +35,6 @@ def sweep(
         bool, typer.Option("--overlapping-controls", help="Controls may hold the ranking's own neurons.")
     ] = False,
     judge_format: o.JudgeFormat = None,
-    form: o.Format = None,
-    skip_bad: o.SkipBad = False,
-    limit: o.Limit = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Patch every window into every recipient, judge the texts, and draw cost against k. Continues if killed."""
@@ -49,8 +47,7 @@ def sweep(
 
     wanted = Sampling(**sampling)
     used = Provenance(model=config.model, max_tokens=wanted.max_tokens)
-    data = o.read(prompts, form, limit, skip_bad)
-    used.set(prompts, data)
+    used.set(prompts.name, prompts.data)
     named = [entry.rpartition("=")[::2] for entry in ranking]
     names = [name or Path(path).stem for name, path in named]
     if len(set(names)) < len(names):
@@ -70,7 +67,7 @@ def sweep(
         o.open_engine(config) as engine,
         o.progress_bar("sweep") as progress,
     ):
-        result = run_sweep(engine, data.prompts, rankings, judges, plan, store=out, progress=progress)
+        result = run_sweep(engine, prompts.data.prompts, rankings, judges, plan, store=out, progress=progress)
         for name in (*plan.recipients, plan.donor):
             used.model(engine, name, engine.config.adapters.get(name, ()))
         for name, source in zip(judges, judge, strict=True):
