@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from snpatch import Ranking, SnpatchError, experiments
 from snpatch.data import SETS
+from snpatch.demo import WORLD
 from snpatch.experiments import agreement
 from snpatch.experiments.distribution import describe
 from snpatch.experiments.tax import shared_neurons
 from snpatch.experiments.words import neuron_logits
+from snpatch.models.weights import open_weights
 from snpatch.report import files, terminal
 from snpatch.report.report import Report, View
 from snpatch.runs.perplexity import Perplexity, windows_of
@@ -105,6 +107,17 @@ def test_words_are_the_models_own_head_on_a_column(zoo, tmp_path, architecture, 
         normed = normed * (state["model.norm.weight"] + architecture.startswith("gemma"))
         wanted = state["lm_head.weight"] @ normed
         assert torch.allclose(row, wanted, atol=1e-4 if dtype is torch.float32 else 0.05 * wanted.abs().max())
+
+
+def test_words_are_computed_in_the_type_of_the_config():
+    """The demo's weights lie in bfloat16, and its model computes in float32."""
+    base = WORLD / "base"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    places = [(0, 13), (5, 1)]
+    ranking = Ranking.from_order(torch.tensor(places), (len(model.model.layers), model.config.intermediate_size))
+    columns = torch.stack([model.model.layers[layer].mlp.down_proj.weight[:, neuron] for layer, neuron in places])
+    assert open_weights(base).read("model.norm.weight").dtype != model.dtype
+    assert torch.equal(neuron_logits(base, ranking, 2), model.lm_head(model.model.norm(columns)).float())
 
 
 def test_words_load_no_second_model(tmp_path, zoo, monkeypatch):

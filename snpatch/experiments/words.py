@@ -71,11 +71,15 @@ def run(lab: Lab, settings: Settings) -> Report:
 
 
 def neuron_logits(model: str | Path, ranking: Ranking, n: int, allow_untested: bool = False) -> Tensor:
-    """[n, vocabulary] float32: the model's own final norm and output layer on each neuron's column of `down_proj`."""
+    """[n, vocabulary] float32: the model's own final norm and output layer on each neuron's column of `down_proj`.
+
+    In the type that the model's config names, as the model itself would compute it; without any, the checkpoint's.
+    """
     config, weights = load_config(model, allow_untested), open_weights(model)
-    normed = _norm(_columns(weights, ranking.top(n)), weights.read("model.norm.weight"), config)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return functional.linear(normed, weights.read(head)).float()
+    tensors = _columns(weights, ranking.top(n)), weights.read("model.norm.weight"), weights.read(head)
+    columns, norm, output = (tensor.to(config.dtype) if config.dtype else tensor for tensor in tensors)
+    return functional.linear(_norm(columns, norm, config), output).float()
 
 
 def _columns(weights: CheckpointWeights, places: Tensor) -> Tensor:
