@@ -6,7 +6,7 @@ reached the workers before it does.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Output, Request
@@ -128,8 +128,9 @@ class StreamingExecutor(UsersSide):
 
     async def _drop(self, ticket: int) -> None:
         """Free the places of an aborted request; with the engine they are gone anyway."""
-        if self.engine is not None and not self._death.done():
-            await self.command("snpatch_fetch", [ticket])
+        if self.engine is not None:
+            with suppress(SnpatchError):
+                await self.command("snpatch_fetch", [ticket])
 
     def _in_background(self, work) -> None:
         task = asyncio.create_task(work)
