@@ -30,7 +30,7 @@ NARROW = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
 @pytest.fixture
-def temporary(monkeypatch):
+def temporary(tmp_path, monkeypatch):  # pytest has its own folder by now
     """This process's temporary folder, whose path has room for a socket; empty at the end."""
     folder = Path(tempfile.mkdtemp())
     with log.quiet():  # the one log of this process is elsewhere
