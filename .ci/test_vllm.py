@@ -96,8 +96,6 @@ def make(version: str, home: Path) -> None:
     uv += ["--overrides", str(home / "overrides"), "--excludes", str(home / "excludes")]
     run(f"installing vLLM {version}", *uv, str(wheel), "-r", "pyproject.toml", "--extra", "dev")
     shutil.rmtree(downloads)
-    (site,) = home.glob("lib/python*/site-packages")
-    link(site)
 
 
 def link(site: Path) -> None:
@@ -115,6 +113,8 @@ def main() -> None:
     if not whole.exists():
         make(version, home)
         whole.touch()
+    for site in home.glob("lib/python*/site-packages"):  # the checkout may have changed since it was made
+        link(site)
     python = str(home / "bin" / "python")
     tests = [f"tests/test_{name}.py" for name in TESTS]
     subprocess.run([python, "-c", VERSIONS], cwd=ROOT)

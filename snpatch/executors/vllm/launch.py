@@ -14,7 +14,7 @@ from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Geometry
 from snpatch.executors.vllm import log, versions
-from snpatch.executors.vllm.settings import KEY, TwinSettings
+from snpatch.executors.vllm.settings import TwinSettings
 from snpatch.executors.vllm.worker import plugin
 from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, eos_ids, load_config
 from snpatch.models.model import Model
@@ -98,7 +98,7 @@ def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] =
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
-    if not any(point.name == KEY for point in entry_points(group="vllm.general_plugins")):
+    if not any(point.module == plugin.__name__ for point in entry_points(group="vllm.general_plugins")):
         raise SnpatchError("vLLM would not find snpatch's plugin: install the package (pip install -e .)")
     plugin.register()
     if current_platform.is_cpu():
