@@ -1,12 +1,10 @@
 """The guard: what it fits, how it is scored, and what it refuses, from synthetic features to the demo world."""
 
-import gc
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from sklearn import metrics
 
@@ -419,38 +417,3 @@ def test_no_prompt_is_tried_that_was_trained_on(demo, safety, sets):
     ):
         with pytest.raises(SnpatchError, match=says):
             compare(demo, "sft", wrong, {"safety": safety}, **{"ks": [5], **arguments})
-
-
-@pytest.mark.engine
-def test_on_vllm_a_guard_refuses_what_it_would_on_transformers(zoo, monkeypatch):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    made = zoo("llama")
-    ranking = Ranking.from_scores(torch.rand(made.shape, generator=torch.Generator().manual_seed(1)))
-    small = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "max_captured": 8}
-    adapters = {name: list(folders) for name, folders in made.adapters.items()}
-    labels = np.arange(8) % 2 == 0
-
-    def fitted(engine, k=8):
-        x = engine.capture(tiny.PROMPTS, "sft", ranking, k)
-        config = GuardConfig(folds=2)
-        return Guard.fit(x, labels, ranking, model="sft", digest=engine.digest_of("sft"), config=config)
-
-    oracle = Engine(made.folder, adapters, backend="transformers")
-    gc.collect()
-    with Engine(made.folder, adapters, backend="vllm", **small) as engine:
-        guard = fitted(engine)
-        plain = engine.generate(tiny.PROMPTS, Patch("sft", "dpo", ranking, 50), SHORT)
-        guarded = engine.generate(tiny.PROMPTS, Patch("sft", "dpo", ranking, 50), SHORT, guard=guard)
-        other = fitted(oracle)
-        assert [c.harm for c in guarded] == pytest.approx(other.predict(oracle, tiny.PROMPTS).tolist(), abs=1e-3)
-        refused = [c.finish_reason == "guard" for c in guarded]
-        assert refused == [c.harm > 0.5 for c in guarded]
-        assert 0 < sum(refused) < 8
-        assert [c.text for c, no in zip(guarded, refused, strict=True) if not no] == [
-            c.text for c, no in zip(plain, refused, strict=True) if not no
-        ]
-        with pytest.raises(SnpatchError, match="larger max_captured"):
-            engine.generate(tiny.PROMPTS, "sft", guard=replace(fitted(oracle, 9), digest=guard.digest))
-        with pytest.raises(SnpatchError, match="fitted on another 'sft'"):
-            engine.generate(tiny.PROMPTS, "sft", guard=other)

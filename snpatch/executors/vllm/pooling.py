@@ -88,7 +88,7 @@ def _start(model: str, arguments: dict):
     try:
         engine.collective_rpc("snpatch_watch")
         if "classify" not in engine.get_supported_tasks():
-            raise SnpatchError(f"judge {model}: vLLM does not know it as a classifier; use backend='transformers'")
+            raise SnpatchError(f"{model}: vLLM does not know it as a classifier; use backend='transformers'")
     except BaseException:
         end.close()
         raise
@@ -97,7 +97,7 @@ def _start(model: str, arguments: dict):
 
 def _refuse(vllm_config) -> None:
     if vllm_config.parallel_config.data_parallel_size > 1:
-        raise SnpatchError("a judge is one engine: data_parallel_size must be 1")
+        raise SnpatchError("a pooling model is one engine: data_parallel_size must be 1")
 
 
 def _memory(config, arguments: dict) -> dict:
