@@ -195,9 +195,8 @@ def load_models(world: Path) -> Iterator[tuple[str, PreTrainedModel]]:
     the next."""
     from peft import PeftModel
 
-    chains = {
-        name: [world / part for part in parts] for name, parts in load_world(world / "world.toml").adapters.items()
-    }
+    adapters = load_world(world / "world.toml").engine.placed(world).adapters
+    chains = {name: [Path(part) for part in parts] for name, parts in adapters.items()}
     model = AutoModelForCausalLM.from_pretrained(str(world / "base")).eval()
     yield "base", model
     for part in dict.fromkeys(chain.from_iterable(chains.values())):
