@@ -186,12 +186,35 @@ def test_a_loaded_guard_is_the_same_to_the_bit(tmp_path):
         ({"meta": []}, "meta: wanted dict"),
     ],
 )
-def test_a_guards_file_with_other_fields_is_one_line(demo, guard, tmp_path, change, message):
+def test_a_guards_file_with_other_fields_is_one_line(tmp_path, change, message):
     path = tmp_path / "guard.safetensors"
-    guard.save(path)
+    fit(*drawn(40)).save(path)
     tensors, meta = read_tensors(path, kind="guard")
     meta = {name: value for name, value in {**meta, **change}.items() if value is not None}
     write_tensors(path, tensors, kind="guard", meta=meta)
+    with pytest.raises(SnpatchError, match=message):
+        Guard.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"coefficients": lambda t: t * torch.nan}, "coefficients holds numbers that no fit gives"),
+        ({"scale": lambda t: t * 0}, "scale holds numbers that no fit gives"),
+        ({"mean": lambda t: t.bfloat16()}, "mean: wanted torch.float64, got torch.bfloat16"),
+        ({"neurons": lambda t: t + 1000}, r"a neuron of the order lies outside \[3, 64\]"),
+        ({"neurons": lambda t: t * 0}, "names a neuron twice"),
+        ({"neurons": lambda t: t[:3]}, "its vectors differ in length"),
+        ({"intercept": lambda t: t[None]}, "not a guard"),
+    ],
+)
+def test_a_guards_file_with_other_numbers_is_one_line(tmp_path, change, message):
+    """A probability of NaN would be above no threshold, and every prompt harmless."""
+    path = tmp_path / "guard.safetensors"
+    fit(*drawn(40)).save(path)
+    tensors, meta = read_tensors(path, kind="guard")
+    changed = {name: edit(tensors[name]) for name, edit in change.items()}
+    write_tensors(path, {**tensors, **changed}, kind="guard", meta=meta)
     with pytest.raises(SnpatchError, match=message):
         Guard.load(path)
 

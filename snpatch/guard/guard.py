@@ -156,11 +156,23 @@ class Guard:
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; its probabilities are the same to the bit."""
         tensors, meta = read_tensors(path, kind="guard")
-        wanted = {"neurons": 2, "intercept": 0, **dict.fromkeys(VECTORS, 1)}
-        if {name: tensor.dim() for name, tensor in tensors.items()} != wanted:
-            raise SnpatchError(f"{path}: not a guard: it holds {', '.join(sorted(tensors))}")
-        if len({len(tensor) for tensor in tensors.values() if tensor.dim()}) > 1:
-            raise SnpatchError(f"{path}: its vectors differ in length")
+        _check_tensors(path, tensors)
         rest = schema.read(_Rest, str(path), meta)
+        Ranking.from_order(tensors["neurons"], rest.shape)  # an error unless they are neurons of such a model
         vectors = {name: tensors[name].numpy() for name in VECTORS}
         return cls(neurons=tensors["neurons"], intercept=tensors["intercept"].item(), **vectors, **rest.__dict__)
+
+
+def _check_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """An error for what `save` would not write. NaN above all: no probability would ever be above the threshold."""
+    wanted = {"neurons": 2, "intercept": 0, **dict.fromkeys(VECTORS, 1)}
+    if {name: tensor.dim() for name, tensor in tensors.items()} != wanted:
+        raise SnpatchError(f"{path}: not a guard: it holds {', '.join(sorted(tensors))}")
+    if len({len(tensor) for tensor in tensors.values() if tensor.dim()}) > 1:
+        raise SnpatchError(f"{path}: its vectors differ in length")
+    for name, tensor in tensors.items():
+        dtype = torch.int64 if name == "neurons" else torch.float64
+        if tensor.dtype != dtype:
+            raise SnpatchError(f"{path}: {name}: wanted {dtype}, got {tensor.dtype}")
+        if not tensor.isfinite().all() or (name == "scale" and not (tensor > 0).all()):
+            raise SnpatchError(f"{path}: {name} holds numbers that no fit gives; fit the guard anew")
