@@ -30,13 +30,12 @@ def start(made, **options) -> Engine:
     return Engine(made.folder, adapters, backend="vllm", **{**SMALL, **options})
 
 
-@pytest.mark.parametrize("options", [{"enforce_eager": False}, {"tensor_parallel_size": 2}], ids=["compiled", "tp2"])
-def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo, options):
-    """In processes of their own: compiled, and with the neurons split over two workers."""
-    if "tensor_parallel_size" in options and len(os.sched_getaffinity(0)) < 2:
+def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo):
+    """In processes of their own, compiled, with the neurons split over two workers; then one of them dies."""
+    if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
     made = zoo("llama")
-    with start(made, **options) as engine:
+    with start(made, enforce_eager=False, tensor_parallel_size=2) as engine:
         jobs = [*JOBS, *KV_JOBS]
         assert_as_the_oracle(made, jobs, generate(engine, jobs))
         models = [oracle.model(made.folder, made.of[name]) for name in ("sft", "dpo")]
@@ -72,34 +71,25 @@ def starting(zoo):
     process.wait()
 
 
-@pytest.fixture
-def writing(starting):
-    """A user's process in the middle of writing, and the processes below it."""
-    lines = iter(starting.stdout.readline, "")
-    assert any(line == "round\n" for line in lines), "the engine did not start"
-    return starting, descendants(starting.pid)
-
-
-def test_no_process_outlives_a_killed_parent(writing):
-    process, below = writing
-    assert len(below) >= 2
-    process.kill()
-    process.wait()
-    wait_for(lambda: not any(map(is_running, below)), 10)
-
-
-def test_ctrl_c_answers(writing):
+def test_ctrl_c_answers_and_no_process_outlives_a_killed_parent(starting):
     """SIGINT to the whole group, as a terminal or a notebook sends it, while texts are being written.
 
-    It is for the user's process alone, and its engine can be used again.
+    It is for the user's process alone, and its engine can be used again; then the user's process is killed.
     """
-    process, below = writing
+    lines = iter(starting.stdout.readline, "")
+    assert any(line == "round\n" for line in lines), "the engine did not start"
+    below = descendants(starting.pid)
+    assert len(below) >= 2
     time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGINT)
-    wait_for(lambda: process.poll() is not None, 15)
-    told = process.stdout.read()
-    assert "KeyboardInterrupt" in told
-    assert "goes on 1" in told
+    sent = time.monotonic()
+    os.killpg(starting.pid, signal.SIGINT)
+    assert any(line == "KeyboardInterrupt\n" for line in lines)
+    assert next(lines) == "goes on 1\n"
+    assert time.monotonic() - sent < 15
+    assert next(lines) == "round\n"
+    assert all(map(is_running, below))
+    starting.kill()
+    starting.wait()
     wait_for(lambda: not any(map(is_running, below)), 10)
 
 
