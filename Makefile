@@ -6,17 +6,30 @@ READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check test-vllm lint format asan triton36 bench-op bench-generate readme gpu-check clean
+.PHONY: demo test check tests-engine tests-op tests-rest test-vllm lint format asan triton36 bench-op bench-generate readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
 
+# Tests run on one thread each, two parts of them at once.
+PYTEST := $(BIN)/python -m pytest --durations=25
+OP := $(wildcard tests/test_ops_*.py tests/test_gpu_check.py tests/test_harness.py tests/test_packaging.py)
+
 test: lint
-	$(BIN)/python -m pytest --durations=25
+	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync tests-engine tests-op tests-rest
 
 # What starts no vLLM engine: minutes less, for the work from minute to minute.
 check: lint
-	$(BIN)/python -m pytest -m "not engine"
+	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync tests-op tests-rest
+
+tests-engine: $(READY)
+	$(PYTEST) -m engine
+
+tests-op: $(READY)
+	$(PYTEST) -m "not engine" $(OP)
+
+tests-rest: $(READY)
+	$(PYTEST) -m "not engine" $(filter-out $(OP),$(wildcard tests/test_*.py))
 
 lint: $(READY)
 	$(BIN)/ruff check .

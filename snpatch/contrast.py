@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -22,15 +21,12 @@ from snpatch.ranking.statistics import Statistics
 from snpatch.requests import Prompt
 from snpatch.sampling import Sampling
 
-if TYPE_CHECKING:
-    from snpatch.engine import Engine
-
 POSITIONS = ("emitted", "emitting", "prompt", "prompt_last")
 EXCLUDED = (-1,)  # layers that are not ranked; the last one's difference is the answer itself
 
 
 def contrast(
-    engine: "Engine",
+    engine,  # the Engine that runs it
     prompts: Sequence[Prompt],
     pair: tuple[str, str],  # the generator, and the model that it is compared with
     at: str,

@@ -46,6 +46,8 @@ def test_on_vllm_a_guard_refuses_what_it_would_on_transformers(zoo, monkeypatch)
             c.text for c, no in zip(plain, refused, strict=True) if not no
         ]
         with pytest.raises(SnpatchError, match="larger max_captured"):
-            engine.generate(tiny.PROMPTS, "sft", guard=replace(fitted(oracle, 9), digest=guard.digest))
+            engine.generate(tiny.PROMPTS, "sft", guard=fitted(oracle, 9))
+        # A guard is bound to its model's content, whichever backend ran it; to another's it is a stranger.
+        assert other.predict(engine, tiny.PROMPTS) == pytest.approx([c.harm for c in guarded], abs=1e-3)
         with pytest.raises(SnpatchError, match="fitted on another 'sft'"):
-            engine.generate(tiny.PROMPTS, "sft", guard=other)
+            engine.generate(tiny.PROMPTS, "sft", guard=replace(other, digest=engine.digest_of("dpo")))

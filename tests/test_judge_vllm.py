@@ -99,9 +99,10 @@ def test_bad_arguments_are_refused(tmp_path, arguments, message):
 def test_beside_a_generating_engine_and_its_end():
     """Each in processes of its own; when the judge's engine dies, that is an error, and the other one goes on."""
     prompts = PROMPTS * 3
-    with Engine(WORLD / "base", template="tulu", backend="vllm", kv_cache_memory_bytes=64 << 20) as engine:
+    small = {"backend": "vllm", "enforce_eager": True}  # to compile both takes half a minute, and is tested elsewhere
+    with Engine(WORLD / "base", template="tulu", kv_cache_memory_bytes=64 << 20, **small) as engine:
         others = descendants(os.getpid())
-        with ScoreModel(WORLD / "cost", backend="vllm") as judge:
+        with ScoreModel(WORLD / "cost", **small) as judge:
             written = [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))]
             wanted = opened(WORLD / "cost")(prompts, written)
             assert judge(prompts, written) == pytest.approx(wanted, abs=1e-3)

@@ -21,7 +21,7 @@ from processes import command_line, descendants, is_running
 from safetensors.torch import load_file, save_file
 
 from snpatch import Engine, Sampling, SnpatchError
-from snpatch.executors.vllm import log
+from snpatch.executors.vllm import launch, log
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -42,6 +42,7 @@ def temporary(tmp_path, monkeypatch):  # pytest has its own folder by now
     assert not left
 
 
+@pytest.mark.engine
 def test_nan_in_a_weight_that_vllm_packs_ends_the_start_in_one_line(zoo, tmp_path, temporary):
     """On a CPU vLLM empties a linear layer's weight once it has packed it: afterwards nobody would see it."""
     shutil.copytree(zoo("llama").folder, tmp_path / "model")
@@ -55,6 +56,7 @@ def test_nan_in_a_weight_that_vllm_packs_ends_the_start_in_one_line(zoo, tmp_pat
     assert not [pid for pid in descendants(os.getpid()) if b"VLLM" in command_line(pid)]
 
 
+@pytest.mark.engine
 def test_a_killed_engine_leaves_its_log_and_nothing_else(zoo, temporary):
     with Engine(zoo("llama").folder, backend="vllm", **SMALL) as engine:
         (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
@@ -68,6 +70,7 @@ def test_a_killed_engine_leaves_its_log_and_nothing_else(zoo, temporary):
     assert not [path for path in shared if path.exists()]
 
 
+@pytest.mark.engine
 def test_what_vllm_says_when_it_does_not_start_is_in_the_log(zoo, temporary):
     with pytest.raises(SnpatchError, match=r"^vLLM does not start: .+ \(its log: \S+\.log\)$") as error:
         Engine(zoo("llama").folder, backend="vllm", max_num_seqs=16, kv_cache_memory_bytes=1)
@@ -126,6 +129,19 @@ def test_two_architectures_that_are_tried_are_both_registered(monkeypatch):
     assert os.environ[plugin.UNTESTED] == "GraniteForCausalLM,OlmoForCausalLM"
 
 
+@pytest.mark.parametrize(("workers", "bound"), [(1, "0,2,3"), (2, "0|2"), (4, "0|2|3|3")])
+def test_workers_share_all_cores_unless_a_user_bound_them(monkeypatch, workers, bound):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 0, 2})
+    monkeypatch.delenv(launch.BIND)
+    monkeypatch.delenv(launch.BOUND, raising=False)
+    for _ in range(2):  # what the first engine of a process bound is no user's wish
+        launch._use_all_cores(workers)
+        assert os.environ[launch.BIND] == bound
+    monkeypatch.setenv(launch.BIND, "nobind")
+    launch._use_all_cores(workers)
+    assert os.environ[launch.BIND] == "nobind"
+
+
 def test_what_is_written_in_a_quiet_block_is_in_the_log(capfd, monkeypatch):
     for name in log.LOUD:
         monkeypatch.delenv(name, raising=False)
@@ -147,6 +163,7 @@ def test_a_user_who_asks_for_vllms_messages_has_them(capfd, monkeypatch):
     assert log.named() == "its own messages above say more"
 
 
+@pytest.mark.engine
 def test_a_command_has_its_own_lines_on_stderr_and_leaves_nothing(zoo, tmp_path, temporary):
     """The first screen: nothing of vLLM, torch or transformers on it, nor of shared memory that nobody removed."""
     made = zoo("llama")
