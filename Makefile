@@ -6,7 +6,8 @@ READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check tests-engine tests-op tests-rest test-vllm lint format asan triton36 bench-op bench-generate readme gpu-check clean
+.PHONY: demo test check tests-engine tests-op tests-rest test-vllm lint format asan triton36 bench-op bench-generate
+.PHONY: readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
