@@ -71,16 +71,19 @@ def test_shards_are_all_part_of_it(folder):
     assert digest_of_checkpoint(folder) != first
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"x": 1', None])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"x": 1', 5, [], None])
 def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_alone(folder, tmp_path, reads, content):
+    """content: of the file, or what it holds for each of the checkpoint's files."""
     first = digest_of_checkpoint(folder)
     kept = tmp_path / "cache" / "snpatch" / "digests.json"
-    assert kept.exists()
+    places = json.loads(kept.read_text())
     kept.unlink()
     if content is None:
         kept.mkdir()
-    else:
+    elif isinstance(content, bytes):
         kept.write_bytes(content)
+    else:
+        kept.write_text(json.dumps(dict.fromkeys(places, content)))
     reads.clear()
     assert digest_of_checkpoint(folder) == first
     assert len(reads) == 2

@@ -1,6 +1,7 @@
 """Ranking against orders, counts and correlations worked out by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -348,6 +349,16 @@ def test_a_file_keeps_what_the_contrast_saw(tmp_path):
                   kind="ranking", meta={})  # fmt: skip
     with pytest.raises(SnpatchError, match="of sums and count it holds one"):
         Ranking.load(tmp_path / "b.safetensors")
+    with pytest.raises(SnpatchError, match=r"statistics must be of \[2, 3\], got \[3, 5\]"):
+        Ranking(Ranking.from_scores(SCORES).rank, statistics=ranking.statistics)
+
+
+def test_moments_follow_from_statistics_where_a_file_has_none(tmp_path):
+    ranking, path = Ranking.from_statistics(seen()[0]), tmp_path / "a.safetensors"
+    replace(ranking, moments={}).save(path)
+    loaded = Ranking.load(path)
+    assert set(loaded.moments) == set(MOMENTS)
+    assert all(torch.equal(loaded.moments[name], ranking.moments[name]) for name in MOMENTS)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ class _Kept:
         try:
             place, status = str(path.resolve(strict=True)), path.stat()
             stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
-            if self._kept.get(place, [])[:-1] != stamp:
+            kept = self._kept.get(place)
+            if not isinstance(kept, list) or kept[:-1] != stamp:
                 with open(path, "rb") as file:
                     self._new[place] = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
         except OSError as error:

@@ -57,6 +57,8 @@ class Ranking:
             if not torch.isfinite(tensor).all():
                 layer, neuron = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
                 raise SnpatchError(f"ranking: {name} is not finite at layer {layer}, neuron {neuron}")
+        if self.statistics is not None and self.statistics.shape != self.shape:
+            raise SnpatchError(f"ranking: statistics must be of {list(self.shape)}, got {list(self.statistics.shape)}")
 
     @classmethod
     def from_statistics(
@@ -194,7 +196,10 @@ class Ranking:
         if (sums is None) != (count is None):
             raise SnpatchError(f"{path}: damaged: of sums and count it holds one")
         statistics = None if sums is None else Statistics(sums, count)
-        return cls(tensors.pop("rank"), tensors.pop("scores", None), tensors, meta, statistics)
+        rank, scores, moments = tensors.pop("rank"), tensors.pop("scores", None), tensors
+        if statistics is not None and not moments:
+            moments = statistics.moments()
+        return cls(rank, scores, moments, meta, statistics)
 
     @classmethod
     def from_published(cls, path: str | Path, n_layers: int | None = None) -> "Ranking":

@@ -46,6 +46,11 @@ class Statistics:
         self.count += count
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, neurons of a layer)."""
+        return self.sums.shape[0], self.sums.shape[2]
+
+    @property
     def tokens(self) -> int:
         """How many tokens were seen: the same in every layer, or it is an error."""
         (n, *others) = self.count.unique().tolist()
