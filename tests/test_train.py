@@ -3,8 +3,6 @@
 import importlib
 import json
 import math
-import os
-import subprocess
 import sys
 
 import pytest
@@ -188,14 +186,3 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "snpatch.training.training")
     with pytest.raises(ImportError, match=r"pip install 'snpatch\[train\]'"):
         importlib.import_module("snpatch.training.training")
-
-
-def test_training_beside_an_engine_leaves_vllms_messages_where_they_were():
-    """trl sets vLLM's logging level when it is imported, which an engine would take for the user's wish."""
-    code = "import snpatch.training.training, os; print(os.environ.get('VLLM_LOGGING_LEVEL'))"
-    for given, want in (({}, "None"), ({"VLLM_LOGGING_LEVEL": "INFO"}, "INFO")):
-        clean = {name: value for name, value in os.environ.items() if name != "VLLM_LOGGING_LEVEL"}
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, check=True
-        )
-        assert run.stdout.split()[-1] == want

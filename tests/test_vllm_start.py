@@ -154,6 +154,14 @@ def test_what_is_written_in_a_quiet_block_is_in_the_log(capfd, monkeypatch):
     assert text.endswith("from C\nfrom a process\n")
 
 
+def test_what_an_import_of_trl_sets_asks_for_no_messages(capfd, monkeypatch):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    with log.quiet():
+        os.write(2, b"from C\n")
+    assert capfd.readouterr().err == ""
+    assert log.named().startswith("its log: ")
+
+
 def test_a_user_who_asks_for_vllms_messages_has_them(capfd, monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")

@@ -5,7 +5,6 @@ inputs, so at use time the two vectors are multiplied: SFT * DPO, in that order.
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +29,7 @@ from snpatch.models.templates import FILE, TULU
 try:
     from datasets import Dataset
     from peft import IA3Config, PeftModel
-
-    _level = os.environ.get("VLLM_LOGGING_LEVEL")
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
-    if _level is None:  # trl sets it, and an engine would take that for the user's wish to see vLLM's messages
-        os.environ.pop("VLLM_LOGGING_LEVEL", None)
 except ImportError as error:
     raise ImportError("training needs more packages: pip install 'snpatch[train]'") from error
 

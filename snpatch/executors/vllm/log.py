@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import TextIO
 
-LOUD = ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH")  # who sets one of them wants vLLM's messages on the screen
 _OUTPUTS = (1, 2)
 _turning = threading.RLock()  # two that start at once would give each other's descriptors back
 _named: set[str] = set()  # logs that an error has named: they are kept
@@ -58,7 +57,9 @@ def named() -> str:
 
 
 def _is_loud() -> bool:
-    return any(map(os.environ.get, LOUD))
+    """Whether somebody wants vLLM's messages on the screen; level ERROR is what an import of trl leaves behind."""
+    level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR").upper()
+    return level != "ERROR" or bool(os.environ.get("VLLM_LOGGING_CONFIG_PATH"))
 
 
 @cache
