@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import TULU
-from snpatch.training.training import DpoSettings, TrainSettings, train_dpo, train_sft
+from snpatch.training.settings import DpoSettings, TrainSettings
+from snpatch.training.training import train_dpo, train_sft
 
 WORDS = "<unk> <s> </s> <pad> <|user|> <|assistant|> ask one two three yes here it is no never".split()
 TOY = {

@@ -27,7 +27,8 @@ from snpatch.errors import SnpatchError
 from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
 from snpatch.models.templates import TULU, tulu
-from snpatch.training.training import DpoSettings, TrainSettings, train_dpo, train_sft
+from snpatch.training.settings import DpoSettings, TrainSettings
+from snpatch.training.training import train_dpo, train_sft
 from snpatch.worlds.world import NAMED, load_world
 
 REFUSALS = ("can not help", "rather not")

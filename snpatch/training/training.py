@@ -6,7 +6,6 @@ inputs, so at use time the two vectors are multiplied: SFT * DPO, in that order.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from snpatch.errors import SnpatchError
 from snpatch.files import write_text
 from snpatch.models.pretrained import load_pretrained
 from snpatch.models.templates import FILE, TULU
+from snpatch.training.settings import DpoSettings, TrainSettings
 
 try:
     from datasets import Dataset
@@ -32,37 +32,6 @@ try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 except ImportError as error:
     raise ImportError("training needs more packages: pip install 'snpatch[train]'") from error
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What SFT and DPO have in common; the defaults are the paper's."""
-
-    learning_rate: float = 1e-3
-    epochs: float = 3
-    batch_size: int = 120  # sequences (SFT) or pairs (DPO) an optimiser step
-    micro_batch_size: int = 4  # of them in memory at once; must divide batch_size
-    max_length: int = 4096  # tokens
-    weight_decay: float = 0.1  # pulls an IA3 vector towards 0, not towards 1
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    bf16: bool = True
-    gradient_checkpointing: bool = True
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size:
-            raise SnpatchError(
-                f"micro_batch_size must divide batch_size, got {self.micro_batch_size} and {self.batch_size}"
-            )
-
-
-@dataclass(frozen=True)
-class DpoSettings(TrainSettings):
-    """DPO's own settings; the defaults are the paper's."""
-
-    beta: float = 0.1
-    max_prompt_length: int = 2048  # tokens; pairs with a longer prompt are left out
 
 
 def train_sft(
