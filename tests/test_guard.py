@@ -13,9 +13,10 @@ from snpatch.data import load, question
 from snpatch.demo import WORLD, language
 from snpatch.files import read_tensors, write_tensors
 from snpatch.guard import fitting
-from snpatch.guard.comparison import Labelled, compare, label
+from snpatch.guard.comparison import compare
 from snpatch.guard.config import GuardConfig
 from snpatch.guard.guard import Guard
+from snpatch.guard.labels import Labelled, label
 from snpatch.guard.scores import evaluate
 from snpatch.judges.refusal import RefusalWords
 from snpatch.ranking.window import Window

@@ -50,9 +50,9 @@ def fit(
 ) -> None:
     """Let a model answer, judge the answers, and fit a classifier that tells them from the prompts alone."""
     from snpatch.files import check_writable
-    from snpatch.guard.comparison import distinct
     from snpatch.guard.fitting import out_of_fold
     from snpatch.guard.guard import Guard
+    from snpatch.guard.labels import distinct
     from snpatch.guard.scores import evaluate
     from snpatch.patching import spec
     from snpatch.ranking.ranking import Ranking
@@ -133,7 +133,7 @@ def apply(
 
 
 def _labelled(engine, chats, model, judge, judge_format, answers, harmful_above):
-    from snpatch.guard.comparison import label
+    from snpatch.guard.labels import label
 
     with o.open_judges([judge], judge_format, engine.config) as judges, o.progress_bar("answers") as progress:
         return label(

@@ -6,8 +6,8 @@ Why apart from `guard`: safeguard fits its guard on the same labels, with the sa
 from dataclasses import dataclass
 
 from snpatch.config import CONFIDENCE, RESAMPLES
-from snpatch.guard.comparison import Labelled, distinct, label
 from snpatch.guard.config import GuardConfig
+from snpatch.guard.labels import Labelled, distinct, label
 from snpatch.worlds.lab import Lab
 
 

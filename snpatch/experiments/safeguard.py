@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
 from snpatch.experiments.labels import GuardSettings, labelled
-from snpatch.guard.comparison import distinct
 from snpatch.guard.guard import Guard
+from snpatch.guard.labels import distinct
 from snpatch.report.cells import cell, span
 from snpatch.report.report import Report, Row, View
 from snpatch.runs import texts

@@ -3,10 +3,8 @@
 Why random neurons: they come close to the safety neurons where k is large, so that no accuracy means much alone.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -18,22 +16,10 @@ from snpatch.executors.base import Progress
 from snpatch.guard import fitting
 from snpatch.guard.config import GuardConfig
 from snpatch.guard.guard import Guard
+from snpatch.guard.labels import Labelled
 from snpatch.guard.scores import GuardScores, evaluate
-from snpatch.judges.protocol import Judge
 from snpatch.ranking.ranking import Ranking
-from snpatch.runs import texts
 from snpatch.runs.config import SweepConfig
-from snpatch.sampling import GREEDY, Sampling
-
-
-@dataclass(frozen=True, eq=False)
-class Labelled:
-    """Prompts and a model's own answers. labels: [prompts] bool, True: harmful; scores: what the judge gave."""
-
-    prompts: Sequence[Chat]
-    labels: np.ndarray
-    scores: np.ndarray
-    completions: list[str]
 
 
 @dataclass(frozen=True)
@@ -77,34 +63,6 @@ class _Features:
     seed: int | None
     ranking: Ranking
     ks: list[int]
-
-
-def distinct(prompts: Sequence[Chat]) -> list[Chat]:
-    """Each prompt once: one that stood in two folds would be fitted on and tested on."""
-    return list({json.dumps(prompt): prompt for prompt in prompts}.values())
-
-
-def label(
-    engine: Engine,
-    prompts: Sequence[Chat],
-    model: str,
-    judge: Judge,
-    *,
-    sampling: Sampling = GREEDY,
-    threshold: float = 0.0,
-    store: str | Path | None = None,
-    progress: Progress | None = None,
-) -> Labelled:
-    """Let a model answer and the judge say which answers are harmful: those that score above the threshold.
-
-    The defaults are the paper's: greedy, 128 tokens, cost above 0. store: a folder that keeps the answers.
-    """
-    if sampling.n > 1:
-        raise SnpatchError("guard: a label is of one answer to each prompt; set n=1")
-    (records,) = texts.write(engine, prompts, [model], sampling, store=store, progress=progress)
-    texts.judge_all(records, {"judge": judge})
-    scores = np.array([record["scores"]["judge"] for record in records])
-    return Labelled(prompts, scores > threshold, scores, [record["completion"] for record in records])
 
 
 def compare(
