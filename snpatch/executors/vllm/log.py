@@ -56,6 +56,11 @@ def named() -> str:
     return f"its log: {path}"
 
 
+def environment() -> dict[str, str]:
+    """Environment variables to start vLLM in: a log that an error names is to hold more than errors."""
+    return {} if _is_loud() else {"VLLM_LOGGING_LEVEL": "INFO"}
+
+
 def _is_loud() -> bool:
     """Whether somebody wants vLLM's messages on the screen; level ERROR is what an import of trl leaves behind."""
     level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR").upper()
