@@ -58,7 +58,7 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
         end.callback(offspring.end)
         variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", processes.PARENT: str(os.getpid())}
         try:
-            with _variables({**variables, **offspring.environment()}), processes.ctrl_c_stops():
+            with _variables({**variables, **log.environment(), **offspring.environment()}), processes.ctrl_c_stops():
                 config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
                 # Sized by tokens, and the rows are twice that.
                 config.compilation_config.pass_config.fuse_allreduce_rms = False
