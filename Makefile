@@ -6,31 +6,37 @@ READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check tests-engine tests-op tests-rest test-vllm lint format asan triton36 bench-op bench-generate
-.PHONY: readme gpu-check clean
+.PHONY: demo test check tests-twin tests-engine tests-op tests-rest test-vllm lint format asan triton36
+.PHONY: bench-op bench-generate readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
 
 # Tests run on one thread each, two parts of them at once.
 PYTEST := $(BIN)/python -m pytest --durations=25
-OP := $(wildcard tests/test_ops_*.py tests/test_gpu_check.py tests/test_harness.py tests/test_packaging.py)
+PARTS := @$(MAKE) --no-print-directory -j2 --keep-going --output-sync
+TESTS := $(wildcard tests/test_*.py)
+TWIN := $(filter tests/test_vllm_% tests/test_executor_vllm.py tests/test_goldens_vllm.py,$(TESTS))
+OP := $(filter tests/test_ops_% tests/test_gpu_check.py tests/test_packaging.py,$(TESTS))
 
 test: lint
-	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync tests-engine tests-op tests-rest
+	$(PARTS) tests-twin tests-engine tests-op tests-rest
 
 # What starts no vLLM engine: minutes less, for the work from minute to minute.
 check: lint
-	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync tests-op tests-rest
+	$(PARTS) tests-op tests-rest
+
+tests-twin: $(READY)
+	$(PYTEST) -m engine $(TWIN)
 
 tests-engine: $(READY)
-	$(PYTEST) -m engine
+	$(PYTEST) -m engine $(filter-out $(TWIN),$(TESTS))
 
 tests-op: $(READY)
 	$(PYTEST) -m "not engine" $(OP)
 
 tests-rest: $(READY)
-	$(PYTEST) -m "not engine" $(filter-out $(OP),$(wildcard tests/test_*.py))
+	$(PYTEST) -m "not engine" $(filter-out $(OP),$(TESTS))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import subprocess
 import sys
 import tomllib
 from importlib import import_module
@@ -407,19 +406,11 @@ def test_chats_go_through_the_engines_template(llama, adapters, evaluate, templa
     assert names == {TEMPLATE if template == "tokenizer" else "tulu", f"{folder}--{template}".replace("/", "__")}
 
 
-def test_the_command_line(folder, results, model_args, tmp_path):
+def test_the_command_line(folder, results, model_args, monkeypatch, tmp_path):
     patched = told(model_args, recipient="sft", donor="dpo", k=K)
     options = ["--tasks", *TASKS, "--include_path", folder, "--output_path", tmp_path, "--model_args", patched]
-    command = [
-        sys.executable,
-        "-c",
-        "from snpatch.integrations.lm_eval import main; main()",
-        "--model",
-        "snpatch",
-        *options,
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "snpatch", *map(str, options)])
+    harness.main()
     (path,) = tmp_path.rglob("results_*.json")
     assert figures(json.loads(path.read_text())) == figures(results["all"])
 
