@@ -6,37 +6,29 @@ READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check tests-twin tests-engine tests-op tests-rest test-vllm lint format asan triton36
+.PHONY: demo test check REST OP VLLM EXECUTORS test-vllm lint format asan triton36
 .PHONY: bench-op bench-generate readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
 
-# Tests run on one thread each, two parts of them at once.
-PYTEST := $(BIN)/python -m pytest --durations=25
-PARTS := @$(MAKE) --no-print-directory -j2 --keep-going --output-sync
+# Tests run on one thread each, two parts of them at once; the longest parts first.
 TESTS := $(wildcard tests/test_*.py)
-TWIN := $(filter tests/test_vllm_% tests/test_executor_vllm.py tests/test_goldens_vllm.py,$(TESTS))
+VLLM := $(filter tests/test_vllm_%,$(TESTS))
 OP := $(filter tests/test_ops_% tests/test_gpu_check.py tests/test_packaging.py,$(TESTS))
+EXECUTORS := $(filter tests/test_executor_% tests/test_goldens% tests/test_judge_%,$(TESTS))
+REST := $(filter-out $(VLLM) $(OP) $(EXECUTORS),$(TESTS))
+PARTS := REST VLLM OP EXECUTORS
 
 test: lint
-	$(PARTS) tests-twin tests-engine tests-op tests-rest
+	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync $(PARTS)
 
 # What starts no vLLM engine: minutes less, for the work from minute to minute.
 check: lint
-	$(PARTS) tests-op tests-rest
+	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync $(PARTS) SELECT='-m "not engine"'
 
-tests-twin: $(READY)
-	$(PYTEST) -m engine $(TWIN)
-
-tests-engine: $(READY)
-	$(PYTEST) -m engine $(filter-out $(TWIN),$(TESTS))
-
-tests-op: $(READY)
-	$(PYTEST) -m "not engine" $(OP)
-
-tests-rest: $(READY)
-	$(PYTEST) -m "not engine" $(filter-out $(OP),$(TESTS))
+$(PARTS): $(READY)
+	$(BIN)/python -m pytest --durations=25 $(SELECT) $($@)
 
 lint: $(READY)
 	$(BIN)/ruff check .

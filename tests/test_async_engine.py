@@ -17,14 +17,16 @@ pytestmark = pytest.mark.engine
 
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16, "max_rankings": 2, "max_adapters": 3}
 TEN = Sampling(max_tokens=10)
-ENDLESS = Sampling(max_tokens=100, ignore_eos=True)
+ENDLESS = Sampling(max_tokens=400, ignore_eos=True)
 
 
-async def listen(engine, job: Job, until: int = 99, sampling: Sampling = TEN):
-    """The deltas of a job, which is left after so many tokens."""
+async def listen(engine, job: Job, until: int = 999, sampling: Sampling = TEN, begun: asyncio.Event | None = None):
+    """The deltas of a job, which is left after so many tokens; the first sets `begun`."""
     seen, deltas = [], engine.generate(job.ids, job.patch, sampling)
     async for delta in deltas:
         seen.append(delta)
+        if begun:
+            begun.set()
         if sum(len(d.token_ids) for d in seen) >= until:
             break
     await deltas.aclose()
@@ -49,8 +51,9 @@ async def everything(made) -> dict:
 
         found["alone"] = [await text(patch) for patch in many]
         found["at once"] = await asyncio.gather(*map(text, many))
-        task = asyncio.create_task(listen(engine, jobs[3], sampling=ENDLESS))
-        await asyncio.sleep(0.2)
+        begun = asyncio.Event()
+        task = asyncio.create_task(listen(engine, jobs[3], sampling=ENDLESS, begun=begun))
+        await begun.wait()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         found["cancelled"] = task.cancelled()
@@ -69,8 +72,10 @@ async def everything(made) -> dict:
                 call()
             found[name] = str(caught.value)
         (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
-        open_ones = [asyncio.create_task(listen(engine, job, sampling=ENDLESS)) for job in jobs[:4]]
-        await asyncio.sleep(0.2)
+        begun = [asyncio.Event() for _ in jobs[:4]]
+        calls = (listen(engine, job, sampling=ENDLESS, begun=one) for job, one in zip(jobs, begun, strict=False))
+        open_ones = [asyncio.create_task(call) for call in calls]
+        await asyncio.gather(*(one.wait() for one in begun))
         os.kill(core, signal.SIGKILL)
         found["deaths"] = await asyncio.wait_for(asyncio.gather(*open_ones, return_exceptions=True), 20)
         found["after death"] = await asyncio.wait_for(asyncio.gather(text("sft"), return_exceptions=True), 20)
