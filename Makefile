@@ -6,28 +6,26 @@ READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check REST OP VLLM EXECUTORS test-vllm lint format asan triton36
+.PHONY: demo test check HALF OTHER test-vllm lint format asan triton36
 .PHONY: bench-op bench-generate readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
 
-# Tests run on one thread each, two parts of them at once; the longest parts first.
+# Tests run on one thread each, in two halves at once that take equally long, with vLLM and without.
 TESTS := $(wildcard tests/test_*.py)
-VLLM := $(filter tests/test_vllm_%,$(TESTS))
-OP := $(filter tests/test_ops_% tests/test_gpu_check.py tests/test_packaging.py,$(TESTS))
-EXECUTORS := $(filter tests/test_executor_% tests/test_goldens% tests/test_judge_%,$(TESTS))
-REST := $(filter-out $(VLLM) $(OP) $(EXECUTORS),$(TESTS))
-PARTS := REST VLLM OP EXECUTORS
+HALF := $(filter tests/test_ops_% tests/test_executor_% tests/test_goldens% tests/test_async_% $(addprefix tests/test_, \
+  gpu_check.py packaging.py judge_vllm.py vllm_quantised.py),$(TESTS))
+OTHER := $(filter-out $(HALF),$(TESTS))
 
 test: lint
-	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync $(PARTS)
+	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync HALF OTHER
 
 # What starts no vLLM engine: minutes less, for the work from minute to minute.
 check: lint
-	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync $(PARTS) SELECT='-m "not engine"'
+	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync HALF OTHER SELECT='-m "not engine"'
 
-$(PARTS): $(READY)
+HALF OTHER: $(READY)
 	$(BIN)/python -m pytest --durations=25 $(SELECT) $($@)
 
 lint: $(READY)

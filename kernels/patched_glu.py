@@ -32,7 +32,7 @@ NOISE = tl.constexpr(2)
 NEVER = tl.constexpr(2**31 - 1)
 # Tokens x neurons. kernels/README.md says why these.
 TILE = {"BLOCK_T": 4, "BLOCK_F": 256, "SUM_T": 32, "SUM_F": 32}
-INTERPRETED_TILE = {"BLOCK_T": 32, "BLOCK_F": 4096, "SUM_T": 128, "SUM_F": 4096}  # a program costs milliseconds there
+INTERPRETED_TILE = {"BLOCK_T": 32, "BLOCK_F": 1024, "SUM_T": 64, "SUM_F": 1024}  # a program costs milliseconds there
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 

@@ -22,7 +22,7 @@ SMALLER = {  # so that all of them take half a minute
     "k = [1, 5, 20, 50, 100, 200]\ncontrols = 2": "k = [1, 50]\ncontrols = 1\nresamples = 100",
     "effect_k = [0.05, 0.1, 0.2]": "effect_k = [0.1]",
 }
-LIMIT = 40  # prompts of each set
+LIMIT = 24  # prompts of each set
 
 
 @pytest.fixture(scope="module")

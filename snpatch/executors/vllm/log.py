@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import TextIO
@@ -36,7 +36,8 @@ def quiet() -> Iterator[None]:
         try:
             for output in _OUTPUTS:
                 os.dup2(log.fileno(), output)
-            yield
+            with redirect_stdout(log), redirect_stderr(log):  # in a notebook they are no descriptors
+                yield
         finally:
             _flush()
             for output, own in zip(_OUTPUTS, screen, strict=True):
