@@ -14,7 +14,7 @@ from torch.utils import cpp_extension
 
 from snpatch.kernels import patched_glu as kernel
 from snpatch.op import ops, reference
-from snpatch.op.plan import Column
+from snpatch.op.plan import Column, bits_of
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -28,9 +28,10 @@ def all_features(T, F, dtype):
     """A decode step of T tokens with every feature on: own adapters, windows, statistics, a capture, receipts."""
     g = torch.Generator().manual_seed(0)
     plan = torch.zeros(T, len(Column), dtype=torch.int32)
-    plan[:, Column.RECIPIENT], plan[:, Column.DONOR] = 1, 2
+    plan[:, Column.FIRST], plan[:, Column.SECOND] = 1, 2
     plan[:, Column.LO] = torch.randint(0, F // 2, (T,), generator=g)
     plan[:, Column.HI] = plan[:, Column.LO] + F // 10
+    plan[:, Column.TAKE] = bits_of(1)
     plan[:, Column.CAPTURE] = -1
     plan[0, Column.CAPTURE] = 0
     plan[:, Column.RECEIPT] = torch.arange(T)

@@ -26,7 +26,8 @@ constexpr int64_t RUN = 16;     // tokens: float32 rounding within a run stays b
 constexpr int64_t GRAIN = 131072;  // elements, 50 us of work: in an engine it costs as much to wake a thread
 
 // Columns of a plan row and values of its source, as in snpatch/op/plan.py.
-enum Column { RECIPIENT, DONOR, RANKING, LO, HI, SOURCE, ROW, SEED, POSITION, GROUP, CAPTURE, RECEIPT, COLUMNS };
+enum Column { FIRST, SECOND, SPEAKER, RANKING, LO, HI, SOURCE, ROW, SEED, KEEP, TAKE, POSITION, GROUP, CAPTURE,
+              RECEIPT, COLUMNS };
 enum Source { FROM_DONOR, FROM_CONSTANT, FROM_NOISE };
 
 // ---- loops over a block of neurons -------------------------------------------------------------------------------
@@ -110,6 +111,16 @@ DEFINE_OVERWRITE(overwrite_f32, float, ((void)to, r[i] = value))
 DEFINE_OVERWRITE(overwrite_bf16, Bf16, store(value, to + i))
 DEFINE_OVERWRITE(overwrite_fp16, Fp16, store(value, to + i))
 
+// keep * r + take * by, in place of `by`; what has the factor 0 is not looked at.
+CLONES void mix(const float* __restrict r, float* __restrict by, float keep, float take, int64_t n) {
+  if (keep == 0.0f)
+    for (int64_t i = 0; i < n; ++i) by[i] = take * by[i];
+  else if (take == 0.0f)
+    for (int64_t i = 0; i < n; ++i) by[i] = keep * r[i];
+  else
+    for (int64_t i = 0; i < n; ++i) by[i] = keep * r[i] + take * by[i];
+}
+
 // ---- noise: reference.normal -------------------------------------------------------------------------------------
 
 float normal(uint32_t seed, uint32_t position, uint32_t layer, uint32_t neuron) {
@@ -160,6 +171,8 @@ struct Loops {
   Store<Element> store;
 };
 
+inline float factor(int32_t bits) { return float_of(static_cast<uint32_t>(bits)); }
+
 inline float* in_place(float* to, float*) { return to; }
 template <typename Element>
 float* in_place(Element*, float* block) { return block; }
@@ -183,14 +196,14 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
   for (int64_t t = 0; t < a.tokens; ++t) {
     const int32_t* plan = a.plan + t * COLUMNS;
     const int32_t* rank = a.rank + plan[RANKING] * a.width + start;
-    const Element* row = gate_up + t * a.streams * a.row_stride + start;
-    Element* to = out + t * a.streams * a.width + start;
+    const int64_t mine = t * a.streams + plan[SPEAKER], others = t * a.streams + a.streams - 1 - plan[SPEAKER];
+    const Element *row = gate_up + mine * a.row_stride + start, *donor_row = gate_up + others * a.row_stride + start;
+    Element *to = out + mine * a.width + start, *to_donor = out + others * a.width + start;
     // Neurons are float32 until they are stored; where the output is float32 they are made in their place.
     float* r = in_place(to, r_block);
-    float* d = in_place(to + (a.streams - 1) * a.width, d_block);
-    const float* scale = a.scale + plan[RECIPIENT] * a.width + start;
-    const float* donor_scale = a.scale + plan[DONOR] * a.width + start;
-    const Element* donor_row = row + a.row_stride;
+    float* d = in_place(to_donor, d_block);
+    const float* scale = a.scale + plan[FIRST + plan[SPEAKER]] * a.width + start;
+    const float* donor_scale = a.scale + plan[SECOND - plan[SPEAKER]] * a.width + start;
     const bool observed = plan[GROUP] >= 0;
     if (observed) {
       if (plan[GROUP] != open_group || in_run == RUN) close_run();
@@ -199,13 +212,13 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
       if (start == 0) ++a.count[open_group];
     }
     if (observed && a.streams == 2) {
-      pair(row, row + a.width, scale, donor_row, donor_row + a.width, donor_scale, r, d, to + a.width, sums, n);
+      pair(row, row + a.width, scale, donor_row, donor_row + a.width, donor_scale, r, d, to_donor, sums, n);
     } else {
       glu(row, row + a.width, scale, r, n);
       if (observed) add_one(r, sums, n);
       if (a.streams == 2) {
         glu(donor_row, donor_row + a.width, donor_scale, d, n);
-        store_block(d, to + a.width, n);
+        store_block(d, to_donor, n);
       }
     }
     if (plan[CAPTURE] >= 0) {
@@ -216,13 +229,18 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
     // Without a donor stream nothing is copied from it, and nothing counted: the receipt tells.
     if (plan[LO] < plan[HI] && (a.streams == 2 || plan[SOURCE] != FROM_DONOR)) {
       const float* constant = a.constant + plan[ROW] * a.width + start;
+      const float keep = factor(plan[KEEP]), take = factor(plan[TAKE]);
       const float* by = plan[SOURCE] == FROM_CONSTANT ? constant : d;
       if (plan[SOURCE] == FROM_NOISE) {
         for (int64_t i = 0; i < n; ++i) {
           const bool patched = plan[LO] <= rank[i] && rank[i] < plan[HI];
-          other[i] = patched ? r[i] + constant[i] * normal(plan[SEED], plan[POSITION], a.layer, a.first_neuron + start + i)
-                             : r[i];
+          other[i] = patched ? constant[i] * normal(plan[SEED], plan[POSITION], a.layer, a.first_neuron + start + i) : 0;
         }
+        by = other;
+      }
+      if (keep != 0.0f || take != 1.0f) {
+        if (by != other) std::copy(by, by + n, other);
+        mix(r, other, keep, take, n);
         by = other;
       }
       const int64_t done = overwrite(r, by, rank, plan[LO], plan[HI], to, n);
@@ -258,11 +276,11 @@ bool is(const Tensor& tensor, ScalarType type, int64_t dims) {
 
 // Every index of the plan points into its tensor: a wrong one is an error here, not a read of other memory.
 void check_plan(const Tensor& plan, const Tensor& scale, const Tensor& rank, const Tensor& constant,
-                const Tensor& stats, const Tensor& capture, const Tensor& receipt) {
+                const Tensor& stats, const Tensor& capture, const Tensor& receipt, int64_t streams) {
   const auto* row = static_cast<const int32_t*>(plan.const_data_ptr());
   const int64_t adapters = scale.size(0);
   const struct { Column column; int64_t lowest, end; const char* name; } ranges[] = {
-      {RECIPIENT, 0, adapters, "recipient"}, {DONOR, 0, adapters, "donor"},
+      {FIRST, 0, adapters, "first"}, {SECOND, 0, adapters, "second"}, {SPEAKER, 0, streams, "speaker"},
       {RANKING, 0, rank.size(0), "ranking"}, {SOURCE, 0, FROM_NOISE + 1, "source"},
       {ROW, 0, constant.size(0), "row"},     {GROUP, -1, stats.size(0), "group"},
       {CAPTURE, -1, capture.size(0), "capture"}, {RECEIPT, -1, receipt.size(0), "receipt"}};
@@ -282,7 +300,7 @@ Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& ran
   const bool is_silu = activation == "silu";
   if (!is_silu && activation != "gelu_tanh")
     throw std::runtime_error("patched_glu: activation must be silu or gelu_tanh, got " + activation);
-  check(is(plan, ScalarType::Int, 2) && plan.size(1) == COLUMNS, "plan", "[T, 12] int32, contiguous", plan);
+  check(is(plan, ScalarType::Int, 2) && plan.size(1) == COLUMNS, "plan", "[T, 15] int32, contiguous", plan);
   const int64_t tokens = plan.size(0);
   const bool two_dimensional = gate_up.dim() == 2;
   check(two_dimensional && gate_up.size(0) == streams * tokens && gate_up.size(1) % 2 == 0 &&
@@ -298,7 +316,7 @@ Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& ran
   check(is(count, ScalarType::Long, 1) && count.size(0) == stats.size(0), "count", "[G] int64, contiguous", count);
   check(is(capture, ScalarType::Float, 2), "capture", "[slots, K] float32, contiguous", capture);
   check(is(receipt, ScalarType::Long, 1), "receipt", "[slots] int64, contiguous", receipt);
-  check_plan(plan, scale, rank, constant, stats, capture, receipt);
+  check_plan(plan, scale, rank, constant, stats, capture, receipt, streams);
 
   Tensor out = torch::stable::new_empty(gate_up, {streams * tokens, width});
   const Arguments a{static_cast<const float*>(scale.const_data_ptr()),

@@ -1,7 +1,8 @@
 """snpatch::patched_glu for the GPU: kernel, then launcher.
 
     neuron[t, s, n] = act(gate[t, s, n]) * up[t, s, n] * scale[adapter[t, s], n]
-    out[t, recipient, n] = source of neuron n if lo[t] <= rank[t, n] < hi[t] else neuron[t, recipient, n]
+    own = neuron[t, speaker[t], n]
+    out[t, speaker[t], n] = keep[t] * own + take[t] * source[t, n] if lo[t] <= rank[t, n] < hi[t] else own
 
 The definition is snpatch/op/reference.py. One launch has programs of two kinds. The first few own a block of neurons
 each and add its statistics up, walking through all tokens in order; where no token has a group they end at once. All
@@ -14,19 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 # Columns of a plan row and values of its source: snpatch/op/plan.py (tests compare the two).
-RECIPIENT = tl.constexpr(0)
-DONOR = tl.constexpr(1)
-RANKING = tl.constexpr(2)
-LO = tl.constexpr(3)
-HI = tl.constexpr(4)
-SOURCE = tl.constexpr(5)
-ROW = tl.constexpr(6)
-SEED = tl.constexpr(7)
-POSITION = tl.constexpr(8)
-GROUP = tl.constexpr(9)
-CAPTURE = tl.constexpr(10)
-RECEIPT = tl.constexpr(11)
-COLUMNS = tl.constexpr(12)
+FIRST = tl.constexpr(0)
+SECOND = tl.constexpr(1)
+SPEAKER = tl.constexpr(2)
+RANKING = tl.constexpr(3)
+LO = tl.constexpr(4)
+HI = tl.constexpr(5)
+SOURCE = tl.constexpr(6)
+ROW = tl.constexpr(7)
+SEED = tl.constexpr(8)
+KEEP = tl.constexpr(9)
+TAKE = tl.constexpr(10)
+POSITION = tl.constexpr(11)
+GROUP = tl.constexpr(12)
+CAPTURE = tl.constexpr(13)
+RECEIPT = tl.constexpr(14)
+COLUMNS = tl.constexpr(15)
 CONSTANT = tl.constexpr(1)
 NOISE = tl.constexpr(2)
 NEVER = tl.constexpr(2**31 - 1)
@@ -98,21 +102,33 @@ def _streams(
     ACTIVATION: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
     """Both streams' neurons of a tile, float32. All loads are under way before the first is used."""
-    adapter = tl.load(p_row + RECIPIENT, mask=m_token, other=0)
-    donor = tl.load(p_row + DONOR, mask=m_token, other=0)
+    first = tl.load(p_row + FIRST, mask=m_token, other=0)
+    second = tl.load(p_row + SECOND, mask=m_token, other=0)
     p_gate = p_gate_up + (o_token.to(tl.int64) * STREAMS * row_stride)[:, None] + o_neuron[None, :]
     gate = tl.load(p_gate, mask=m, other=0.0, eviction_policy="evict_first")
     up = tl.load(p_gate + n_neurons, mask=m, other=0.0, eviction_policy="evict_first")
     if STREAMS == 2:
-        gate_d = tl.load(p_gate + row_stride, mask=m, other=0.0, eviction_policy="evict_first")
-        up_d = tl.load(p_gate + row_stride + n_neurons, mask=m, other=0.0, eviction_policy="evict_first")
-        scale_d = _rows(p_scale, donor, n_neurons, o_neuron, m, 0.0)
-    scale = _rows(p_scale, adapter, n_neurons, o_neuron, m, 0.0)
-    r = _activate(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32) * scale
-    d = r
+        gate_1 = tl.load(p_gate + row_stride, mask=m, other=0.0, eviction_policy="evict_first")
+        up_1 = tl.load(p_gate + row_stride + n_neurons, mask=m, other=0.0, eviction_policy="evict_first")
+        scale_1 = _rows(p_scale, second, n_neurons, o_neuron, m, 0.0)
+    scale = _rows(p_scale, first, n_neurons, o_neuron, m, 0.0)
+    v0 = _activate(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32) * scale
+    v1 = v0
     if STREAMS == 2:
-        d = _activate(gate_d.to(tl.float32), ACTIVATION) * up_d.to(tl.float32) * scale_d
-    return r, d
+        v1 = _activate(gate_1.to(tl.float32), ACTIVATION) * up_1.to(tl.float32) * scale_1
+    return v0, v1
+
+
+@triton.jit
+def _roles(v0, v1, p_row, m_token, STREAMS: tl.constexpr):
+    """The recipient's values and the donor's, and where stream 0 is the recipient's, [BLOCK_T, 1]."""
+    is_first = (tl.load(p_row + SPEAKER, mask=m_token, other=0) == 0)[:, None]
+    r = v0
+    d = v1
+    if STREAMS == 2:
+        r = tl.where(is_first, v0, v1)
+        d = tl.where(is_first, v1, v0)
+    return r, d, is_first
 
 
 @triton.jit
@@ -132,9 +148,10 @@ def _add_statistics(
         if highest >= 0:
             lowest = tl.min(tl.where(group >= 0, group, NEVER), axis=0)
             m = (group >= 0)[:, None] & m_neuron[None, :]
-            r, d = _streams(
+            v0, v1 = _streams(
                 p_gate_up, p_scale, p_row, o_token, o_neuron, m_token, m, n_neurons, row_stride, ACTIVATION, STREAMS
             )
+            r, d, _ = _roles(v0, v1, p_row, m_token, STREAMS)
             for g in range(lowest, highest + 1):
                 n_mine = tl.sum((group == g).to(tl.int32), axis=0)
                 if n_mine > 0:
@@ -168,9 +185,10 @@ def _make_output(
     slot = tl.load(p_row + CAPTURE, mask=m_token, other=-1)
     source = tl.load(p_row + SOURCE, mask=m_token, other=0)
     ranking = tl.load(p_row + RANKING, mask=m_token, other=0)
-    r, d = _streams(
+    v0, v1 = _streams(
         p_gate_up, p_scale, p_row, o_token, o_neuron, m_token, m, n_neurons, row_stride, ACTIVATION, STREAMS
     )
+    r, d, is_first = _roles(v0, v1, p_row, m_token, STREAMS)
     m_rank = m & ((lo < hi) | (slot >= 0))[:, None]
     rank = _rows(p_rank, ranking, n_neurons, o_neuron, m_rank, NEVER)
     if tl.max(slot, axis=0) >= 0:
@@ -188,11 +206,17 @@ def _make_output(
             seed = tl.load(p_row + SEED, mask=m_token, other=0)
             position = tl.load(p_row + POSITION, mask=m_token, other=0)
             noise = _normal(seed[:, None], position[:, None], layer, (first_neuron + o_neuron)[None, :])
-            by = tl.where((source == NOISE)[:, None], r + constant * noise, by)
+            by = tl.where((source == NOISE)[:, None], constant * noise, by)
+    keep = tl.load(p_row + KEEP, mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
+    take = tl.load(p_row + TAKE, mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
+    mixture = tl.where(take == 0, keep * r, keep * r + take * by)
+    spoken = tl.where(patched, tl.where(keep == 0, take * by, mixture), r)
     p_to = p_out + (o_token.to(tl.int64) * STREAMS * n_neurons)[:, None] + o_neuron[None, :]
-    _store(p_to, tl.where(patched, by, r), m, INTERPRETED)
     if STREAMS == 2:
-        _store(p_to + n_neurons, d, m, INTERPRETED)
+        _store(p_to, tl.where(is_first, spoken, d), m, INTERPRETED)
+        _store(p_to + n_neurons, tl.where(is_first, d, spoken), m, INTERPRETED)
+    else:
+        _store(p_to, spoken, m, INTERPRETED)
     if tl.max(hi - lo, axis=0) > 0:
         receipt = tl.load(p_row + RECEIPT, mask=m_token, other=-1)
         done = tl.sum(patched.to(tl.int32), axis=1).to(tl.int64)
@@ -247,7 +271,7 @@ def patched_glu(
     scale: Tensor,  # [A, F] float32
     rank: Tensor,  # [R, F] int32
     constant: Tensor,  # [C, F] float32
-    plan: Tensor,  # [T, 12] int32
+    plan: Tensor,  # [T, 15] int32
     stats: Tensor,  # [G, 5, F] float64, added to
     count: Tensor,  # [G] int64, added to
     capture: Tensor,  # [slots, K] float32, written

@@ -17,6 +17,7 @@ _HOMES = {
     "Window": "ranking.window",
     "Constant": "patching.patch",
     "Noise": "patching.patch",
+    "Scale": "patching.patch",
     "Ranking": "ranking.ranking",
     "Guard": "guard.guard",
     "ScoreModel": "judges.score_model",

@@ -52,8 +52,37 @@ class TwinSizes:
 
 
 @dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: weights, and what is put on them.
+
+    weights: a checkpoint of the engine's architecture, folder or name; None: the engine's own. lora: PEFT LoRA folders,
+    merged into the weights in order. adapters: PEFT IA3 folders, stacked in order.
+    """
+
+    weights: str | None = None
+    lora: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+
+    def placed(self, folder: Path) -> "ModelSource":
+        """The same with paths that are relative to a folder; what is no file there stays as it is."""
+        parts = ((place(folder, one) for one in folders) for folders in (self.lora, self.adapters))
+        return ModelSource(self.weights and place(folder, self.weights), *map(tuple, parts))
+
+    @property
+    def set(self) -> "ModelSource":
+        """The set of weights alone."""
+        return replace(self, adapters=())
+
+
+OWN_SET = ModelSource()
+
+
+@dataclass(frozen=True)
 class EngineConfig:
-    """model: Hugging Face folder or name. adapters: name -> PEFT IA3 folders, stacked in order.
+    """model: Hugging Face folder or name. adapters: name -> PEFT IA3 folders, stacked in order, on its weights.
+
+    models: name -> ModelSource, or its weights, for models on other weights than the engine's own: an engine runs one
+    further set, see `second`.
 
     backend: "vllm", "transformers", or "auto": vllm where it is installed. template: how chats become text:
     "tokenizer" (its own), "tulu", or "auto" (what the adapters were trained with, else the tokenizer's, else tulu).
@@ -67,6 +96,7 @@ class EngineConfig:
 
     model: str
     adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    models: Mapping[str, ModelSource] = field(default_factory=dict)
     backend: str = option("auto", "auto, vllm or transformers. auto: vllm where it is installed.")
     template: str = option("auto", "How chats become text: auto, tokenizer or tulu.")
     dtype: str = option("auto", "auto, float32, bfloat16 or float16.")
@@ -80,6 +110,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", str(self.model))
         object.__setattr__(self, "adapters", {name: _folders(one) for name, one in self.adapters.items()})
+        object.__setattr__(self, "models", {name: self._source(name, one) for name, one in self.models.items()})
+        sets = list(dict.fromkeys(source.set for source in self.models.values() if source.set != OWN_SET))
+        if len(sets) > 1:
+            named = "; ".join(", ".join([one.weights or self.model, *one.lora]) for one in sets)
+            raise SnpatchError(
+                f"models: an engine runs its own weights and one further set, and these are {len(sets)}: {named}; "
+                "start one engine for each pair, with one of the two as its model"
+            )
         for name, known in (("backend", BACKENDS), ("template", TEMPLATES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise SnpatchError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -87,6 +125,32 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SnpatchError(f"{name} must be at least 1, got {value}")
+
+    def _source(self, name: str, given: "ModelSource | Mapping | str | Path") -> ModelSource:
+        """A model as `models` names it; weights that are the engine's own are None."""
+        if name in self.adapters:
+            raise SnpatchError(f"models: {name} is also among the adapters")
+        if isinstance(given, str | Path):
+            given = {"weights": str(given)}
+        if not isinstance(given, ModelSource):
+            given = schema.read(ModelSource, f"models: {name}", {part: _texts(one) for part, one in given.items()})
+        own = given.weights is not None and place(Path(), given.weights) == place(Path(), self.model)
+        return replace(given, weights=None) if own else given
+
+    @property
+    def sources(self) -> dict[str, ModelSource]:
+        """Every model but the engine's own, by name."""
+        return {name: ModelSource(adapters=one) for name, one in self.adapters.items()} | dict(self.models)
+
+    def origin(self, name: str) -> object:
+        """Where a model comes from, as data: its adapters on the engine's own weights, or a ModelSource's parts."""
+        source = self.sources.get(name, OWN_SET)
+        return source.adapters if source.set == OWN_SET else asdict(source)
+
+    @property
+    def second(self) -> ModelSource | None:
+        """The engine's second set of weights, if its models need one."""
+        return next((source.set for source in self.models.values() if source.set != OWN_SET), None)
 
     @classmethod
     def of(cls, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> "EngineConfig":
@@ -102,7 +166,8 @@ class EngineConfig:
     def placed(self, folder: Path) -> "EngineConfig":
         """The same with paths that are relative to a folder; what is no file there is a name and stays as it is."""
         adapters = {name: tuple(place(folder, one) for one in folders) for name, folders in self.adapters.items()}
-        return replace(self, model=place(folder, self.model), adapters=adapters)
+        models = {name: source.placed(folder) for name, source in self.models.items()}
+        return replace(self, model=place(folder, self.model), adapters=adapters, models=models)
 
     @classmethod
     def load(cls, path: str | Path) -> "EngineConfig":
@@ -130,6 +195,8 @@ class EngineConfig:
             raise SnpatchError(f"{where}: adapters: wanted a table, got {adapters!r}")
         folders = tuple[str, ...]
         parts["adapters"] = {n: schema.value_of(f, folders, f"{where}: adapters.{n}") for n, f in adapters.items()}
+        if not isinstance(parts.get("models", {}), Mapping):
+            raise SnpatchError(f"{where}: models: wanted a table, got {parts['models']!r}")
         parts["twin"] = schema.read(TwinSizes, f"{where}: twin", parts.get("twin", {}))
         return schema.read(cls, where, parts)
 
@@ -139,6 +206,8 @@ class EngineConfig:
         table = {name: value for name, value in asdict(self).items() if value != default[name] or name == "model"}
         if "twin" in table:
             table["twin"] = {n: v for n, v in table["twin"].items() if v != default["twin"][n]}
+        if "models" in table:
+            table["models"] = {n: {k: v for k, v in one.items() if v} for n, one in table["models"].items()}
         return table
 
     def checked_backend(self) -> str:
@@ -181,6 +250,13 @@ def adapters_of(entries: Iterable[str], between: str, form: str) -> dict[str, li
             raise SnpatchError(f"{form}, each name once; got {name!r} twice")
         adapters[name] = folders.split(between)
     return adapters
+
+
+def _texts(given: object) -> object:
+    """Paths as texts."""
+    if isinstance(given, list | tuple):
+        return [_texts(one) for one in given]
+    return str(given) if isinstance(given, Path) else given
 
 
 def _folders(given: Folders) -> tuple[str, ...]:

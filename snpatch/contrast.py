@@ -110,7 +110,8 @@ def _completions(engine, ids, generator, completions, sampling, progress) -> lis
     if completions is None:
         written = engine.generate(ids, generator, sampling, progress)
         return [c.token_ids[:-1] if c.finish_reason == "eos" else c.token_ids for c in written]
-    given, ends = engine.requests.completions(completions, len(ids)), engine.requests.eos_ids
+    given = engine.requests.completions(completions, len(ids))
+    ends = engine.requests.model(generator).weights.eos_ids
     for index, written in enumerate(given):
         while written and written[-1] in ends:
             written.pop()

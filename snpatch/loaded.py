@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from snpatch.config import EngineConfig, Folders
+from snpatch.config import OWN_SET, EngineConfig, Folders
 from snpatch.models.opening import Opened
 from snpatch.requests import Prompt, Requests
 
@@ -27,9 +27,9 @@ class Loaded:
         self._opened = opened = Opened(config)
         self.tokenizer = opened.tokenizer
         self.executor = self._executor_of(config)
-        self.geometry, self.weights = self.executor.geometry, opened.weights
-        opened.add(config.adapters, self.geometry, self.executor.check)  # before what takes long
-        self.requests = Requests(opened.tokenizer, opened.template, self.geometry, self.executor.eos_ids, opened.models)
+        self.geometry, self.weights = self.executor.geometry, opened.sets[OWN_SET]
+        opened.add(config.sources, self.geometry, self.executor.check)  # before what takes long
+        self.requests = Requests(opened.tokenizer, opened.template, self.geometry, opened.models)
 
     def _executor_of(self, config: EngineConfig):
         raise NotImplementedError
@@ -53,7 +53,8 @@ class Loaded:
 
     def add_adapter(self, name: str, folders: Folders) -> None:
         """Make the model with these adapters available as `name`."""
-        self._opened.add({name: folders}, self.geometry, self.executor.check)
+        source = EngineConfig(self.config.model, {name: folders}).sources[name]
+        self._opened.add({name: source}, self.geometry, self.executor.check)
 
     def encode(self, prompts: Sequence[Prompt], room: int = 1) -> list[list[int]]:
         """Token ids of each prompt, as they are run; `room`: how many tokens must still fit the context."""

@@ -61,10 +61,8 @@ class Completion:
 class Requests:
     """Makes requests for one engine. models: name -> Model, as the engine knows them."""
 
-    def __init__(
-        self, tokenizer, template: Template, geometry: Geometry, eos_ids: frozenset[int], models: Mapping[str, Model]
-    ) -> None:
-        self.tokenizer, self.template, self.eos_ids = tokenizer, template, eos_ids
+    def __init__(self, tokenizer, template: Template, geometry: Geometry, models: Mapping[str, Model]) -> None:
+        self.tokenizer, self.template = tokenizer, template
         self._geometry, self._models = geometry, models
 
     def model(self, name: str) -> Model:

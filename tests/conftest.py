@@ -1,4 +1,5 @@
 import os
+from functools import cache
 
 # Models are tiny here: threads that wait for one another spin, and take ten times as long beside another process.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,6 +14,7 @@ for name, value in {
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 from commands import prompts, ranking  # noqa: E402, F401
+from in_process import in_process, start  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +29,9 @@ def zoo(tmp_path_factory):
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """pairs(architecture): its tiny.Made on two sets of weights, made once a session."""
+    return cache(lambda architecture: tiny.make_pair(architecture, tmp_path_factory.mktemp(f"{architecture}-pair")))

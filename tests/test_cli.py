@@ -207,7 +207,10 @@ BAD = {
     "broken messages": (bad_jsonl('{"messages": [{"role": "user"}]}'), "line 3: messages must be a list"),
     "prompt past the context": (long_prompt, "prompt 0 has .* tokens, the model's context holds 512"),
     "unwritable output": (blocked_output, "cannot write .*out.jsonl"),
-    "a ranking without a donor": (lambda t: {"donor": None}, "--ranking, --window and --where need --donor"),
+    "a ranking without a donor": (
+        lambda t: {"donor": None},
+        "--ranking, --window, --where and --strength need --donor",
+    ),
     "unknown dtype": (lambda t: {"more": ["--dtype", "float99"]}, "dtype must be one of auto, float32"),
     "a GPU that is not there": (lambda t: {"more": ["--device", "cuda:77"]}, "device 'cuda:77': "),
     "a place that is no number": (lambda t: {"more": ["--where", "--5"]}, "where must be one of"),

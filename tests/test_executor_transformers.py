@@ -18,6 +18,7 @@ from jobs import (
     LOGPROB,
     ORDERS,
     RANKINGS,
+    RICHER,
     SHAPE,
     VALUES,
     Job,
@@ -64,7 +65,8 @@ def engine(engines):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_mixed_batch_is_what_the_oracle_writes(zoo, engines, architecture):
-    assert_as_the_oracle(zoo(architecture), JOBS, generate(engines(architecture), JOBS))
+    jobs = [*JOBS, *RICHER]
+    assert_as_the_oracle(zoo(architecture), jobs, generate(engines(architecture), jobs))
 
 
 @pytest.mark.parametrize("architecture", tiny.KV_ARCHITECTURES)
@@ -217,7 +219,7 @@ def test_promise_7_statistics_use_memory_for_neurons_not_for_tokens(engines, mon
 @pytest.mark.parametrize("at", ["emitted", "emitting", "prompt", "prompt_last"])
 @pytest.mark.parametrize(("first", "second"), [("sft", "dpo"), ("base", "sft_kv")])
 def test_contrast_of_given_completions(llama, engine, at, first, second):
-    models = [oracle.model(llama.folder, llama.of[name]) for name in (first, second)]
+    models = [oracle.model(*llama.of[name]) for name in (first, second)]
     ranking = engine.contrast(IDS, first, second, at=at, completions=COMPLETIONS, exclude_layers=())
     assert_ranking(ranking, oracle.contrast(*models, forced(at)))
     assert len(ranking) == ALL
@@ -227,7 +229,7 @@ def test_contrast_of_given_completions(llama, engine, at, first, second):
 @pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name != "llama"])
 def test_contrast_on_every_architecture(zoo, engines, architecture):
     made = zoo(architecture)
-    models = [oracle.model(made.folder, made.of[name]) for name in ("base", "dpo")]
+    models = [oracle.model(*made.of[name]) for name in ("base", "dpo")]
     options = {"batch_size": 3, "token_budget": None}
     ranking = engines(architecture, **options).contrast(IDS, "base", "dpo", completions=COMPLETIONS)
     assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
@@ -252,7 +254,7 @@ def test_contrast_of_one_model_with_itself_is_nothing(engine):
 @pytest.fixture(scope="module")
 def ended(llama, tmp_path_factory):
     """The Llama with an EOS that sft really writes: after some words, in some texts, in one as the first word."""
-    texts = [oracle.generate(oracle.model(llama.folder, llama.of["sft"]), ids, 10).ids for ids in IDS]
+    texts = [oracle.generate(oracle.model(*llama.of["sft"]), ids, 10).ids for ids in IDS]
 
     def ends(token: int) -> list[int]:
         return [text.index(token) for text in texts if token in text]
@@ -267,7 +269,7 @@ def ended(llama, tmp_path_factory):
 @pytest.mark.parametrize("at", ["emitted", "emitting"])
 def test_contrast_writes_its_completions_and_never_counts_eos(ended, at):
     made, token, engine = ended
-    models = [oracle.model(made.folder, made.of[name]) for name in ("sft", "dpo")]
+    models = [oracle.model(*made.of[name]) for name in ("sft", "dpo")]
     texts = []
     for prompt in IDS:
         text = oracle.generate(models[0], prompt, 10, eos=token).ids
@@ -287,7 +289,7 @@ def test_contrast_of_completions_that_end_in_eos_does_not_count_it(ended):
 
 def test_eos_ends_a_text_and_min_tokens_puts_it_off(ended):
     made, token, engine = ended
-    sft = oracle.model(made.folder, made.of["sft"])
+    sft = oracle.model(*made.of["sft"])
     for min_tokens in (0, 4):
         completions = engine.generate(IDS, "sft", Sampling(max_tokens=10, min_tokens=min_tokens, logprobs=True))
         for prompt, completion in zip(IDS, completions, strict=True):
@@ -339,7 +341,7 @@ def test_stop_strings_and_lengths(engine):
 def test_the_context_ends_a_text(llama, engine):
     prompt = [tiny.BOS, *(10 + i % 90 for i in range(tiny.CONTEXT - 4))]
     (completion,) = engine.generate([prompt], "sft", Sampling(max_tokens=10))
-    want = oracle.generate(oracle.model(llama.folder, llama.of["sft"]), prompt, 3)
+    want = oracle.generate(oracle.model(*llama.of["sft"]), prompt, 3)
     assert (completion.token_ids, completion.finish_reason) == (want.ids, "length")
     with pytest.raises(SnpatchError, match=f"prompt 0 has 128 tokens, the model's context holds {tiny.CONTEXT}"):
         engine.generate([[*prompt, 9, 9, 9]], "sft")
@@ -369,7 +371,7 @@ def test_sampling_from_one_candidate_is_greedy(engine, narrow):
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 1.0, "top_k": 5}])
 def test_sampling_draws_from_the_models_distribution(llama, engine, options):
     """1000 first tokens: each token's share within 5 standard errors of its probability."""
-    logits = oracle.model(llama.folder, llama.of["sft"]).forward(IDS[4])[-1].double()
+    logits = oracle.model(*llama.of["sft"]).forward(IDS[4])[-1].double()
     share = (logits / options["temperature"]).softmax(-1)
     if "top_k" in options:
         share[share < share.topk(options["top_k"]).values[-1]] = 0.0
@@ -392,7 +394,7 @@ def test_captures_are_in_rank_order_whatever_shares_the_batch(zoo, engines, arch
     for model, at, k in (("sft", "prompt_last", 40), ("dpo", 1, 288), ("base", -2, 1)):
         got = engine.capture(IDS, model, RANKINGS[0], k, at=at)
         position = -1 if at == "prompt_last" else at
-        activations = [oracle.model(made.folder, made.of[model]).activations(ids)[position] for ids in IDS]
+        activations = [oracle.model(*made.of[model]).activations(ids)[position] for ids in IDS]
         want = torch.stack([torch.stack([a[layer, n] for layer, n in ORDERS[0][:k]]) for a in activations])
         assert got.shape == (8, k)
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()

@@ -21,6 +21,7 @@ from jobs import (
     IDS,
     JOBS,
     RANKINGS,
+    RICHER,
     VALUES,
     Job,
     assert_as_the_oracle,
@@ -45,9 +46,6 @@ from snpatch.ranking.statistics import Statistics
 platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
 
-SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32}
-if torch.cuda.is_available():
-    SMALL["gpu_memory_utilization"] = 0.3  # vLLM wants this share free at its start, and 0.92 by default
 KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
 PAIR = "sft", "dpo"
 PLAIN = [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
@@ -55,42 +53,16 @@ VERSION = tuple(map(int, versions.check().split(".")[:2]))
 DROPS_SEEDS = platforms.current_platform.is_cpu() and VERSION < (0, 29)  # vLLM's own sampler: versions.py
 
 
-@pytest.fixture(scope="module")
-def in_process():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
-
-
-@pytest.fixture(scope="module")
-def start(in_process, zoo):
-    """start(architecture, **options): an engine; the one before is closed, as two cannot share a process."""
-    held = []
-
-    def get(architecture="llama", **options) -> Engine:
-        while held:
-            held.pop().close()
-        gc.collect()
-        made = zoo(architecture) if isinstance(architecture, str) else architecture
-        adapters = {name: list(folders) for name, folders in made.adapters.items()}
-        held.append(Engine(made.folder, adapters, backend="vllm", **{**SMALL, **options}))
-        return held[0]
-
-    yield get
-    while held:
-        held.pop().close()
-
-
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_mixed_batch_is_what_the_oracle_writes(zoo, start, architecture):
     """Texts, log-probabilities and receipts of one batch; then statistics, captures, log-probabilities of prompts."""
     engine, made = start(architecture), zoo(architecture)
-    jobs = [*JOBS, *(KV_JOBS if architecture in tiny.KV_ARCHITECTURES else ())]
+    jobs = [*JOBS, *RICHER, *(KV_JOBS if architecture in tiny.KV_ARCHITECTURES else ())]
     jobs += [job for job in PLAIN if told(made, job).gap > CLEAR]
     assert len(jobs) >= 32
     assert_as_the_oracle(made, jobs, generate(engine, jobs))
 
-    models = {name: oracle.model(made.folder, made.of[name]) for name in ("base", "sft", "dpo")}
+    models = {name: oracle.model(*made.of[name]) for name in ("base", "sft", "dpo")}
     ranking = engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
     assert_ranking(ranking, oracle.contrast(models["base"], models["dpo"], forced("emitted")))
     captured = engine.capture(IDS, "sft", RANKINGS[0], 40)
@@ -215,7 +187,7 @@ def test_a_prefix_that_comes_from_the_cache_is_patched_but_not_run(engine):
 @pytest.mark.parametrize("at", ["emitted", "emitting", "prompt", "prompt_last"])
 def test_contrast_of_given_completions(llama, engine, at):
     for first, second in (("sft", "dpo"), ("base", "sft_kv")):
-        models = [oracle.model(llama.folder, llama.of[name]) for name in (first, second)]
+        models = [oracle.model(*llama.of[name]) for name in (first, second)]
         for _ in range(2):  # the second time the prefix cache knows the texts
             ranking = engine.contrast(IDS, first, second, at=at, completions=COMPLETIONS, exclude_layers=())
             assert_ranking(ranking, oracle.contrast(*models, forced(at)))
@@ -232,7 +204,7 @@ def test_several_contrasts_at_once_keep_their_sums_apart(llama, engine):
         return found
 
     statistics = observing(3)
-    models = [oracle.model(llama.folder, llama.of[name]) for name in ("sft", "dpo")]
+    models = [oracle.model(*llama.of[name]) for name in ("sft", "dpo")]
     for group, found in enumerate(statistics):
         mine = [(text, list(range(len(text)))) for i, text in enumerate(texts) if i % 3 == group]
         want = oracle.contrast(*models, mine)
@@ -249,7 +221,7 @@ def test_captures_are_in_rank_order(llama, engine):
     for model, at, k in (("sft", "prompt_last", 40), ("dpo", 1, 288), ("base", -2, 1)):
         got = engine.capture(IDS, model, RANKINGS[0], k, at=at)
         position = -1 if at == "prompt_last" else at
-        activations = [oracle.model(llama.folder, llama.of[model]).activations(ids)[position] for ids in IDS]
+        activations = [oracle.model(*llama.of[model]).activations(ids)[position] for ids in IDS]
         want = torch.stack([a[tuple(RANKINGS[0].top(k).T)] for a in activations])
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -439,7 +411,7 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
         recipient, patch = job.oracle(llama)
         assert completion.token_ids[:10] == oracle.generate(recipient, job.ids, 10, patch).ids
         assert completion.overwrites == (29 + jobs.index(job)) * (len(job.ids) + 59)
-    models = [oracle.model(llama.folder, llama.of[name]) for name in ("sft", "dpo")]
+    models = [oracle.model(*llama.of[name]) for name in ("sft", "dpo")]
     long = [LONG[i % 3][: 60 + i] for i in range(12)]
     ranking = engine.contrast(long, "sft", "dpo", at="prompt", exclude_layers=())
     assert_ranking(ranking, oracle.contrast(*models, [(text, list(range(len(text)))) for text in long]))
@@ -526,7 +498,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing_behind(llama, start)
 @pytest.fixture(scope="module")
 def ended(llama, start, tmp_path_factory):
     """An engine whose EOS is a word that sft writes, and the same on transformers."""
-    texts = [oracle.generate(oracle.model(llama.folder, llama.of["sft"]), ids, 10).ids for ids in IDS]
+    texts = [oracle.generate(oracle.model(*llama.of["sft"]), ids, 10).ids for ids in IDS]
     token = max({t for text in texts for t in text}, key=lambda t: len({x.index(t) for x in texts if t in x[:9]}))
     made = llama.with_eos(token, tmp_path_factory.mktemp("ended") / "model")
     adapters = {name: list(folders) for name, folders in made.adapters.items()}
@@ -609,7 +581,7 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
     jobs = [job for job in (*JOBS, *PLAIN[:8]) if not isinstance(job.donor, str) and told(llama, job).gap > CLEAR]
     assert_as_the_oracle(llama, jobs, generate(engine, jobs))
     captured = engine.capture(IDS, "sft", RANKINGS[0], 40)
-    model = oracle.model(llama.folder, llama.of["sft"])
+    model = oracle.model(*llama.of["sft"])
     want = torch.stack([model.activations(ids)[-1][tuple(RANKINGS[0].top(40).T)] for ids in IDS])
     assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
     for call in (lambda: generate(engine, [JOBS[2]]), lambda: engine.contrast(IDS, "sft", "dpo", at="prompt")):

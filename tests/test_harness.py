@@ -51,7 +51,7 @@ def llama(zoo):
 
 @pytest.fixture(scope="module")
 def adapters(llama):
-    return {name: list(map(str, llama.of[name])) for name in ("sft", "dpo")}
+    return {name: list(map(str, llama.adapters[name])) for name in ("sft", "dpo")}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ class Oracle:
     """What the requests of the tasks must give."""
 
     def __init__(self, made: tiny.Made, where: str) -> None:
-        self.recipient, self.where = oracle.model(made.folder, made.of["sft"]), where
-        self.donor = oracle.model(made.folder, made.of["dpo"])
+        self.recipient, self.where = oracle.model(*made.of["sft"]), where
+        self.donor = oracle.model(*made.of["dpo"])
         self.mask = oracle.mask_of(ORDERS[0][:K], SHAPE)
 
     def patch(self, context: list[int]) -> oracle.Patch | None:
@@ -272,6 +272,7 @@ def test_model_args_make_the_same_model(evaluate, results, model_args, adapters)
         "ranking": RANKINGS[0].digest,
         "window": [0, K],
         "where": "generated",
+        "strength": 1.0,
     }
     one = evaluate("snpatch", TASKS[1:2], model_args={n: v for n, v in model_args.items() if n != "ranking"}, limit=1)
     assert one["config"]["patch"] == {"recipient": "base"}

@@ -2,6 +2,7 @@
 
 import math
 import re
+import struct
 
 import oracle
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from snpatch.errors import SnpatchError
 from snpatch.op import ops, reference
-from snpatch.op.plan import NEVER, Column, Entry, Source, fill_plan
+from snpatch.op.plan import NEVER, Column, Entry, Source, bits_of, fill_plan
 
 SUMS_ERROR = 2e-6  # relative RMS error of float32 arithmetic against double
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # the output's own type adds its rounding
@@ -31,9 +32,14 @@ def _empty_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+# (keep, take): the paper's copy, mixtures, what is added, what is only scaled, an amplified source
+FACTORS = [(0, 1), (0.75, 0.25), (-1, 2), (1, 1), (1.5, 0), (0, 2)]
+
+
 def plan_row(**fields) -> list[int]:
     row = [0] * len(Column)
     row[Column.GROUP] = row[Column.CAPTURE] = row[Column.RECEIPT] = -1
+    row[Column.TAKE] = bits_of(1)
     for name, value in fields.items():
         row[Column[name.upper()]] = value
     return row
@@ -96,8 +102,8 @@ def test_two_tokens_by_hand(patched_glu, activation):
         ]
     )
     plan = [
-        plan_row(recipient=0, donor=1, ranking=0, lo=0, hi=2, group=1, receipt=2),
-        plan_row(recipient=1, donor=0, ranking=1, lo=1, hi=2, capture=1, receipt=0),
+        plan_row(first=0, second=1, ranking=0, lo=0, hi=2, group=1, receipt=2),
+        plan_row(first=1, second=0, ranking=1, lo=1, hi=2, capture=1, receipt=0),
     ]
     stats, count = torch.zeros(2, 5, 3, dtype=torch.float64), torch.tensor([7, 7])
     capture, receipt = torch.full((2, 2), -5.0), torch.tensor([10, 20, 30])
@@ -144,11 +150,21 @@ def case(tokens: int, width: int, streams: int = 2, dtype=torch.float32, seed: i
     rank[1] += torch.randint(0, 50, (), generator=draw)  # another layer's neurons come in between
     rank[2, torch.rand(width, generator=draw) < 0.5] = NEVER
     plan = torch.zeros(tokens, len(Column), dtype=torch.int64)
-    for name, high in (("recipient", 3), ("donor", 3), ("ranking", 3), ("source", 3), ("row", 3), ("position", 9)):
+    for name, high in (
+        ("first", 3),
+        ("second", 3),
+        ("speaker", streams),
+        ("ranking", 3),
+        ("source", 3),
+        ("row", 3),
+        ("position", 9),
+    ):
         plan[:, Column[name.upper()]] = integers(high)
     if streams == 1:
         plan[:, Column.SOURCE] = integers(3, low=1)
     plan[:, Column.SEED] = torch.tensor([0, 1, 2**31 - 1])[integers(3)]
+    factors = torch.tensor([[bits_of(factor) for factor in pair] for pair in FACTORS])
+    plan[:, [Column.KEEP, Column.TAKE]] = factors[integers(len(FACTORS))]
     lo = integers(width)
     plan[:, Column.LO] = lo
     plan[:, Column.HI] = torch.stack([lo, lo + integers(width), torch.full_like(lo, NEVER)])[integers(3), range(tokens)]
@@ -183,9 +199,10 @@ def loop(tensors: dict[str, torch.Tensor], setting: dict) -> tuple[torch.Tensor,
             values = []
             for stream in range(streams):
                 line = gate_up[token * streams + stream]
-                adapter = row[Column.DONOR if stream else Column.RECIPIENT]
+                adapter = row[Column.SECOND if stream else Column.FIRST]
                 values.append(act(line[neuron]) * line[width + neuron] * scale[adapter][neuron])
-            r, d = values[0], values[-1]
+            speaker = row[Column.SPEAKER]
+            r, d = values[speaker], values[streams - 1 - speaker]
             if row[Column.GROUP] >= 0:
                 sums = [r, r * r] if streams == 1 else [r, r * r, d, d * d, (r - d) ** 2]
                 for index, value in enumerate(sums):
@@ -196,13 +213,15 @@ def loop(tensors: dict[str, torch.Tensor], setting: dict) -> tuple[torch.Tensor,
             if row[Column.LO] <= place < row[Column.HI]:
                 given = constant[row[Column.ROW]][neuron]
                 where = setting["layer"], setting["first_neuron"] + neuron
-                values[0] = {
+                source = {
                     Source.DONOR: lambda d=d: d,
                     Source.CONSTANT: lambda given=given: given,
-                    Source.NOISE: lambda r=r, given=given, row=row, where=where: (
-                        r + given * oracle.normal(row[Column.SEED], row[Column.POSITION], *where)
+                    Source.NOISE: lambda given=given, row=row, where=where: (
+                        given * oracle.normal(row[Column.SEED], row[Column.POSITION], *where)
                     ),
                 }[row[Column.SOURCE]]()
+                keep, take = (struct.unpack("f", struct.pack("i", row[c]))[0] for c in (Column.KEEP, Column.TAKE))
+                values[speaker] = keep * r + take * source
                 if row[Column.RECEIPT] >= 0:
                     after["receipt"][row[Column.RECEIPT]] += 1
             for stream, value in enumerate(values):
@@ -250,20 +269,25 @@ def test_a_full_window_copies_the_donor_exactly_and_an_empty_one_changes_nothing
     tensors["plan"][:, Column.RANKING] = 0
     tensors["plan"][:, Column.RECEIPT] = 0
     tensors["plan"][:, Column.LO], tensors["plan"][:, Column.HI] = 0, NEVER
+    tensors["plan"][:, Column.KEEP], tensors["plan"][:, Column.TAKE] = 0, bits_of(1)
     full, after = run(patched_glu, tensors, SETTING)
     assert torch.equal(full[0::2], full[1::2])
     assert after["receipt"].tolist() == [100 + 9 * 33, 200, 300]
     tensors["plan"][:, Column.HI] = 0
     empty, after = run(patched_glu, tensors, SETTING)
     alone = tensors["plan"].clone()
+    speaker = alone[:, Column.SPEAKER].long()
+    own, other = 2 * torch.arange(9) + speaker, 2 * torch.arange(9) + 1 - speaker
     alone[:, Column.SOURCE] = Source.CONSTANT
+    alone[:, Column.FIRST] = alone[range(9), Column.FIRST + speaker]
+    alone[:, Column.SPEAKER] = 0
     plain, _ = run(
         patched_glu,
-        {**tensors, "gate_up": tensors["gate_up"][0::2], "plan": alone},
+        {**tensors, "gate_up": tensors["gate_up"][own], "plan": alone},
         {**SETTING, "streams": 1},
     )
-    assert torch.equal(empty[0::2], plain)
-    assert torch.equal(empty[1::2], full[1::2])
+    assert torch.equal(empty[own], plain)
+    assert torch.equal(empty[other], full[other])
     assert after["receipt"].tolist() == [100, 200, 300]
 
 
@@ -283,7 +307,14 @@ def test_nan_in_padded_rows_reaches_nothing(patched_glu, streams):
     """fill_plan's padding over rows of NaN and infinity, beside real rows: everything as if they were not there."""
     tensors = case(6, 21, streams)
     table = torch.zeros(1, len(Entry), dtype=torch.int32)
-    for name, value in {"donor": 1, "hi": 9, "source": 2 - streams, "row": 1, "patch_stop": NEVER}.items():
+    for name, value in {
+        "second": 1,
+        "hi": 9,
+        "source": 2 - streams,
+        "row": 1,
+        "take": bits_of(1),
+        "patch_stop": NEVER,
+    }.items():
         table[0, Entry[name.upper()]] = value
     table[0, Entry.OBSERVE_STOP] = table[0, Entry.CAPTURE_STOP] = NEVER
     request = torch.tensor([0, -1, 0, 0, -1, -1])
@@ -344,7 +375,7 @@ def test_the_oracles_philox_gives_the_published_vectors(counter, key, words):
 
 def noise(patched_glu, width: int, tokens: int, seed: int, layer: int, first_neuron: int = 0) -> torch.Tensor:
     """[tokens, width] standard normal numbers as the op draws them: own value 0, deviation 1."""
-    row = plan_row(hi=NEVER, source=Source.NOISE, row=1, seed=seed)
+    row = plan_row(hi=NEVER, source=Source.NOISE, row=1, seed=seed, keep=bits_of(1))
     plan = torch.tensor([row] * tokens, dtype=torch.int32).view(tokens, len(Column))
     plan[:, Column.POSITION] = torch.arange(tokens)
     return patched_glu(

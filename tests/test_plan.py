@@ -34,13 +34,27 @@ def column(filled: np.ndarray, name: str) -> list[int]:
 
 def test_two_requests_and_padding():
     rows = [
-        entry(recipient=1, donor=2, ranking=3, lo=5, hi=9, seed=77, patch=(2, 4), group=0, observe=(1, 3), receipt=0),
-        entry(recipient=4, source=1, row=6, hi=8, patch=(0, NEVER), capture=(3, 5), capture_row=10, receipt=1, group=2),
+        entry(
+            first=1,
+            second=2,
+            speaker=1,
+            keep=8,
+            take=9,
+            ranking=3,
+            lo=5,
+            hi=9,
+            seed=77,
+            patch=(2, 4),
+            group=0,
+            observe=(1, 3),
+            receipt=0,
+        ),
+        entry(first=4, source=1, row=6, hi=8, patch=(0, NEVER), capture=(3, 5), capture_row=10, receipt=1, group=2),
     ]
     filled = plan(rows, [0, 0, 0, 0, 0, 1, 1, 1, 1, -1], [0, 1, 2, 3, 4, 2, 3, 4, 5, 2])
     assert filled.dtype == np.int32
-    assert filled.tolist()[3] == [1, 2, 3, 5, 9, 0, 0, 77, 3, -1, -1, 0]
-    assert filled.tolist()[6] == [4, 0, 0, 0, 8, 1, 6, 0, 3, -1, 10, 1]
+    assert filled.tolist()[3] == [1, 2, 1, 3, 5, 9, 0, 0, 77, 8, 9, 3, -1, -1, 0]
+    assert filled.tolist()[6] == [4, 0, 0, 0, 0, 8, 1, 6, 0, 0, 0, 3, -1, 10, 1]
     assert column(filled, "lo") == [5, 5, 5, 5, 5, 0, 0, 0, 0, 0]
     assert column(filled, "hi") == [5, 5, 9, 9, 5, 8, 8, 8, 8, 0]
     assert column(filled, "receipt") == [-1, -1, 0, 0, -1, 1, 1, 1, 1, -1]
@@ -78,17 +92,17 @@ def test_ranges_are_half_open_and_do_not_depend_on_how_a_text_is_cut_into_steps(
 
 
 def test_rows_follow_their_request_in_any_order_and_an_empty_step_is_empty():
-    rows = [entry(recipient=i, hi=i, patch=(0, NEVER), receipt=i) for i in range(4)]
+    rows = [entry(first=i, hi=i, patch=(0, NEVER), receipt=i) for i in range(4)]
     filled = plan(rows, [3, 0, 3, 2], [9, 8, 7, 6])
-    assert column(filled, "recipient") == [3, 0, 3, 2]
+    assert column(filled, "first") == [3, 0, 3, 2]
     assert column(filled, "hi") == [3, 0, 3, 2]
     assert column(filled, "receipt") == [3, 0, 3, 2]
-    assert plan(rows, [], []).shape == (0, 12)
+    assert plan(rows, [], []).shape == (0, 15)
 
 
 def test_a_step_of_padding_alone_needs_no_table():
     filled = fill_plan(np.zeros((0, len(Entry)), dtype=np.int32), np.full(3, -1), np.arange(3))
-    assert filled.tolist() == [[0, 0, 0, 0, 0, 0, 0, 0, position, -1, -1, -1] for position in range(3)]
+    assert filled.tolist() == [[*[0] * 11, position, -1, -1, -1] for position in range(3)]
 
 
 def test_what_was_seen_is_patched_again_but_counted_once():
@@ -107,7 +121,7 @@ def test_the_layout_is_pythons_in_cpp_and_triton_and_in_the_request_table():
     source = (ROOT / "csrc" / "patched_glu.cpp").read_text()
 
     def enumerated(name: str) -> list[str]:
-        return re.search(rf"enum {name} {{ (.*?) }};", source)[1].split(", ")
+        return re.search(rf"enum {name} {{ (.*?) }};", source, re.DOTALL)[1].replace(",", " ").split()
 
     assert {name: value for value, name in enumerate(enumerated("Column"))} == columns | {"COLUMNS": len(Column)}
     assert enumerated("Source") == [f"FROM_{kind.name}" for kind in sorted(Source)]

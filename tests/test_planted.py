@@ -32,7 +32,7 @@ def answers(engine, patch) -> set[str]:
 
 def test_the_model_is_what_it_claims_to_be(planted):
     """By the oracle: the adapters answer differently, and the planted neurons are all of the difference."""
-    sft, dpo = (oracle.model(planted.folder, planted.of[name]) for name in ("sft", "dpo"))
+    sft, dpo = (oracle.model(*planted.of[name]) for name in ("sft", "dpo"))
     mask = oracle.mask_of(tiny.PLANTED, planted.shape)
     for prompt in tiny.PROMPTS:
         ids = tiny.tokenizer()(prompt)["input_ids"]

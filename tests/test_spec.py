@@ -14,9 +14,10 @@ windows = st.tuples(st.integers(0, ALL), st.integers(0, ALL)).map(sorted)
 places = st.sampled_from(["all", "prompt", "generated"]) | st.integers(-9, 9)
 
 
-@given(st.sampled_from(["base", "sft"]), st.sampled_from([*NAMED]), windows, places)
-def test_json_and_patch_are_each_others_inverse(recipient, name, window, where):
+@given(st.sampled_from(["base", "sft"]), st.sampled_from([*NAMED]), windows, places, st.sampled_from([1.0, 0.5, -2.0]))
+def test_json_and_patch_are_each_others_inverse(recipient, name, window, where, strength):
     data = {"recipient": recipient, "donor": "dpo", "ranking": name, "window": window, "where": where}
+    data["strength"] = strength
     patch = spec.from_json(data, NAMED)
     assert spec.to_json(patch) == data | {"ranking": NAMED[name].digest}
     by_digest = {ranking.digest: ranking for ranking in NAMED.values()}

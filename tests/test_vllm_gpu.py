@@ -80,7 +80,7 @@ def test_float32_is_what_transformers_gives(zoo, start, mode):
     for size in BATCHES:
         assert_as_the_oracle(made, jobs[:size], generate(engine, jobs[:size]))
     assert_read_as_written(engine, made, JOBS)
-    models = [oracle.model(made.folder, made.of[name]) for name in ("base", "dpo")]
+    models = [oracle.model(*made.of[name]) for name in ("base", "dpo")]
     ranking = engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
     assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
     adapters = {name: list(folders) for name, folders in made.adapters.items()}

@@ -38,7 +38,7 @@ def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo):
     with start(made, enforce_eager=False, tensor_parallel_size=2) as engine:
         jobs = [*JOBS, *KV_JOBS]
         assert_as_the_oracle(made, jobs, generate(engine, jobs))
-        models = [oracle.model(made.folder, made.of[name]) for name in ("sft", "dpo")]
+        models = [oracle.model(*made.of[name]) for name in ("sft", "dpo")]
         ranking = engine.contrast(IDS, "sft", "dpo", completions=COMPLETIONS, exclude_layers=())
         assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
         captured = engine.capture(IDS, "sft", RANKINGS[0], ALL)

@@ -226,7 +226,7 @@ def written(made: tiny.Made, folder: Path, form: Format) -> tuple[tiny.Made, tin
     save_file(tensors, checkpoint.folder / "model.safetensors", metadata={"format": "pt"})
     configure(checkpoint, form.dtype, form.settings)
     for name in ("base", "sft", "dpo"):
-        for path, module in oracle.model(copy.folder, copy.of[name]).model.named_modules():
+        for path, module in oracle.model(*copy.of[name]).model.named_modules():
             is_quantised = isinstance(module, torch.nn.Linear) and path != "lm_head"
             if is_quantised and (inputs := form.linear(path).inputs):
                 module.register_forward_pre_hook(lambda _m, args, f=inputs: (f(args[0]),))
@@ -310,7 +310,7 @@ def test_a_mixed_batch_is_what_the_oracle_writes(served):
     assert errors.max() <= served.form.logprob
     assert errors.quantile(0.95) <= served.form.usual
     ranking = served.engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
-    models = [oracle.model(served.copy.folder, served.copy.of[name]) for name in ("base", "dpo")]
+    models = [oracle.model(*served.copy.of[name]) for name in ("base", "dpo")]
     want = oracle.contrast(*models, forced("emitted"))["scores"]
     assert (ranking.scores - want).abs().max() <= served.form.scores * want.max()
 

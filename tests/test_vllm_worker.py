@@ -103,12 +103,12 @@ def test_a_stale_handle_and_a_broken_row_are_errors():
     row[Entry.GROUP] = -1
     for place, value, message in (
         (Entry.RANKING, 7, "no ranking is registered under 7"),
-        (Entry.DONOR, 9, "no adapter is registered under 9"),
+        (Entry.SECOND, 9, "no adapter is registered under 9"),
         (Entry.GROUP, 4, "no statistics group 4"),
     ):
         with pytest.raises(SnpatchError, match=message):
             feed.add("request", {"snpatch": [1, *row[:place], value, *row[place + 1 :]]})
-    with pytest.raises(SnpatchError, match="wanted 19 integers for snpatch, got 3"):
+    with pytest.raises(SnpatchError, match="wanted 22 integers for snpatch, got 3"):
         feed.add("request", {"snpatch": [1, 2, 3]})
     feed.add("plain", None)
     feed.add("plain", {"other": 1})

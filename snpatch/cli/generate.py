@@ -25,8 +25,8 @@ def generate(
     donor: Annotated[
         str | None,
         typer.Option(
-            help="What overwrites: a model, or zero, mean:recipient, mean:donor, noise:N (N standard deviations). "
-            "None: unpatched."
+            help="What overwrites: a model, or zero, mean:recipient, mean:donor (add:mean:donor adds it), noise:N (N "
+            "standard deviations), scale:F (F times its own value). None: unpatched."
         ),
     ] = None,
     ranking: Annotated[Path | None, typer.Option(help="Ranking file; needed with --donor.")] = None,
@@ -34,6 +34,9 @@ def generate(
         str | None, typer.Option("--window", "-k", help="k for the top k, or LO:HI; needed with --donor.")
     ] = None,
     where: Annotated[str, typer.Option(help="all, prompt, generated, or a position to start from.")] = "all",
+    strength: Annotated[
+        float, typer.Option(help="1: the donor's value; between 0 and 1 a mixture; above amplifies, below 0 reverses.")
+    ] = 1.0,
     out: o.Out = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -45,11 +48,11 @@ def generate(
     wanted = Sampling(**sampling)
     if out:
         check_writable(out)
-    if donor is None and (ranking or window or where != "all"):
-        raise SnpatchError("--ranking, --window and --where need --donor")
+    if donor is None and (ranking or window or where != "all" or strength != 1):
+        raise SnpatchError("--ranking, --window, --where and --strength need --donor")
     if donor and (ranking is None or window is None):
         raise SnpatchError("--donor needs --ranking and --window")
-    patch = spec.from_text(recipient, donor, ranking, window, where, wanted.seed) if donor else recipient
+    patch = spec.from_text(recipient, donor, ranking, window, where, wanted.seed, strength) if donor else recipient
     with o.open_engine(config) as engine, o.progress_bar("generate") as progress:
         completions = engine.generate(chats, patch, wanted, progress)
     more = [{"logprobs": completion.logprobs} if wanted.logprobs else {} for completion in completions]

@@ -8,7 +8,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args, get_origin, get_type_hints
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Fields = dict[str, object]  # what was chosen of a dataclass's fields, to be handed to it
 ENGINE_FILES = (".toml", ".json")
-ADAPTER_FORM = "--adapter wants name=folder or name=folder,folder"
+FORM = "--{} wants name=folder or name=folder,folder"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Engine:
 
     def parameters(self) -> list[inspect.Parameter]:
         own = tuple(f.name for f in fields(EngineConfig) if f.metadata)
-        model = [("model", _MODEL, inspect.Parameter.empty), ("adapter", _ADAPTERS, None)] if self.has_model else []
+        model = [("model", _MODEL, inspect.Parameter.empty)] if self.has_model else []
+        model += [(name, hint, None) for name, hint in _ON_TOP.items()] if self.has_model else []
         return [
             inspect.Parameter("context", _BY_NAME, annotation=typer.Context),
             *(inspect.Parameter(n, _BY_NAME, default=default, annotation=hint) for n, hint, default in model),
@@ -68,11 +69,12 @@ class Engine:
         } | pairs(values["engine"], "--engine")
         if not self.has_model:
             return given
-        model, adapters = values["model"], adapters_of(values["adapter"] or (), ",", ADAPTER_FORM)
+        model, (adapters, models) = values["model"], _on_top(**{name: values[name] or () for name in _ON_TOP})
         if Path(model).suffix in ENGINE_FILES and Path(model).is_file():
             config = EngineConfig.load(model)
-            return replace(config, adapters={**config.adapters, **adapters}).changed(**given)
-        return EngineConfig.of(model, adapters, **given)
+            both = {"adapters": {**config.adapters, **adapters}, "models": {**config.models, **models}}
+            return replace(config, **both).changed(**given)
+        return EngineConfig.of(model, adapters, models=models, **given)
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,21 @@ def pairs(texts: list[str] | None, option: str) -> dict[str, object]:
     return found
 
 
+def _on_top(adapter: Iterable[str], weights: Iterable[str], lora: Iterable[str]) -> tuple[dict, dict]:
+    """Adapters on the model's own weights, and the models that have others: both as EngineConfig takes them."""
+    adapters, others, loras = (
+        adapters_of(given, ",", FORM.format(name))
+        for name, given in (("adapter", adapter), ("weights", weights), ("lora", lora))
+    )
+    models = {}
+    for name in others.keys() | loras.keys():
+        if len(others.get(name, ())) > 1:
+            raise SnpatchError(f"--weights wants one checkpoint a name, got {','.join(others[name])}")
+        source = others.get(name, [None])[0]
+        models[name] = {"weights": source, "lora": loras.get(name, ()), "adapters": adapters.pop(name, ())}
+    return adapters, models
+
+
 _BY_NAME = inspect.Parameter.KEYWORD_ONLY
 _MODEL = Annotated[str, typer.Argument(help="Hugging Face folder or model name, or an engine's config (.toml, .json).")]
 _PROMPTS = Annotated[
@@ -155,6 +172,15 @@ _ADAPTERS = Annotated[
     list[str] | None,
     typer.Option("--adapter", "-a", help="name=folder, or name=folder,folder stacked in order. May be repeated."),
 ]
+_WEIGHTS = Annotated[
+    list[str] | None,
+    typer.Option("--weights", help="name=checkpoint: a model on another set of weights than MODEL's. May be repeated."),
+]
+_LORA = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="name=folder: a model with a LoRA merged into its weights. May be repeated."),
+]
+_ON_TOP = {"adapter": _ADAPTERS, "weights": _WEIGHTS, "lora": _LORA}
 _SETTINGS = Annotated[
     list[str] | None,
     typer.Option("--engine", help="name=value for the backend, as tensor_parallel_size=2. May be repeated."),

@@ -69,7 +69,7 @@ def sweep(
     ):
         result = run_sweep(engine, prompts.data.prompts, rankings, judges, plan, store=out, progress=progress)
         for name in (*plan.recipients, plan.donor):
-            used.model(engine, name, engine.config.adapters.get(name, ()))
+            used.model(engine, name, engine.config.origin(name))
         for name, source in zip(judges, judge, strict=True):
             used.judge(name, {"source": source.rpartition("=")[2], "format": judge_format})
         for name, one in rankings.items():

@@ -109,7 +109,7 @@ class Executor(Protocol):
     """Runs requests."""
 
     geometry: Geometry  # known before `start`
-    eos_ids: frozenset[int]  # tokens that end a text
+    second_bytes: int  # of what a second set of weights holds apart from the first; known after it
 
     def check(self, name: str, model: Model) -> None:
         """An error for a model that this executor cannot run, as early as it can be told."""

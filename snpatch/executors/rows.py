@@ -11,8 +11,8 @@ from torch import Tensor
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Request
 from snpatch.models.model import Model
-from snpatch.op.plan import Entry, Source
-from snpatch.patching.patch import Constant, Noise
+from snpatch.op.plan import Entry, Source, bits_of
+from snpatch.patching.patch import Constant, Noise, Scale
 from snpatch.ranking.ranking import Ranking
 
 PLAIN = 0  # the place of a model that nothing scales
@@ -60,18 +60,26 @@ def named_by(request: Request) -> Named:
     return named
 
 
-def request_row(request: Request, places: Places) -> list[int]:
-    """The request table's row [len(Entry)], without a receipt and a row for captures."""
+def streams(request: Request, speaker: int = 0) -> tuple[Model, Model]:
+    """The models that the two streams run; the donor's stream runs the recipient where there is no donor."""
+    donor = request.recipient if request.donor is None else request.donor
+    return (donor, request.recipient) if speaker else (request.recipient, donor)
+
+
+def request_row(request: Request, places: Places, speaker: int = 0) -> list[int]:
+    """The request table's row [len(Entry)], without a receipt and a row for captures. speaker: recipient's stream."""
     row = [0] * len(Entry)
-    row[Entry.RECIPIENT] = row[Entry.DONOR] = places.of_model(request.recipient)
+    row[Entry.FIRST], row[Entry.SECOND] = map(places.of_model, streams(request, speaker))
+    row[Entry.SPEAKER] = speaker
     row[Entry.GROUP] = row[Entry.CAPTURE] = row[Entry.RECEIPT] = -1
-    if request.donor is not None:
-        row[Entry.DONOR] = places.of_model(request.donor)
     if overwrite := request.overwrite:
         row[Entry.RANKING] = places.rankings[overwrite.ranking.digest]
         row[Entry.LO], row[Entry.HI] = overwrite.window.lo, overwrite.window.hi
         row[Entry.PATCH_START], row[Entry.PATCH_STOP] = overwrite.start, overwrite.stop
-        if isinstance(overwrite.source, Constant | Noise):
+        row[Entry.KEEP], row[Entry.TAKE] = map(bits_of, overwrite.factors)
+        if isinstance(overwrite.source, Scale):
+            row[Entry.SOURCE] = Source.CONSTANT  # of which nothing is taken
+        elif isinstance(overwrite.source, Constant | Noise):
             is_noise = isinstance(overwrite.source, Noise)
             row[Entry.SOURCE] = Source.NOISE if is_noise else Source.CONSTANT
             row[Entry.SEED] = overwrite.source.seed if is_noise else 0

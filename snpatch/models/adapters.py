@@ -5,7 +5,6 @@ has its own. The rules of which modules an adapter covers are PEFT's.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError
-from snpatch.files import read_checkpoint
+from snpatch.models.peft_files import read_config, read_tensors
 
 MODULES = {"down_proj": "mlp.down_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
 _KEY = re.compile(r"base_model\.model\.(?P<module>(?:.+\.)?layers\.(?P<layer>\d+)\.(?P<path>.+))\.ia3_l")
@@ -73,7 +72,7 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> Scales:
             if not any(MODULES[name].endswith(target.rpartition(".")[2]) for name in widths):
                 raise SnpatchError(f"{folder}: IA3 on {target} is not supported, only on {', '.join(widths)}")
     seen = set()
-    for key, tensor in _read_tensors(folder).items():
+    for key, tensor in read_tensors(folder).items():
         match = _KEY.fullmatch(key)
         if not match:
             raise SnpatchError(f"{folder}: unknown tensor {key}")
@@ -105,19 +104,7 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> Scales:
 
 
 def _read_config(folder: Path) -> dict:
-    path = folder / "adapter_config.json"
-    if not folder.is_dir():
-        raise SnpatchError(f"{folder}: no such folder (wanted a PEFT adapter)")
-    if not path.is_file():
-        raise SnpatchError(f"{folder}: no adapter_config.json: not a PEFT adapter folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SnpatchError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise SnpatchError(f"{path}: wanted a JSON object, got {type(config).__name__}")
-    if config.get("peft_type") != "IA3":
-        raise SnpatchError(f"{folder}: adapter type {config.get('peft_type')} is not supported, only IA3")
+    config = read_config(folder, "IA3")
     if config.get("modules_to_save"):
         raise SnpatchError(f"{folder}: modules_to_save {config['modules_to_save']} is not supported")
     excluded = config.get("exclude_modules")
@@ -126,13 +113,6 @@ def _read_config(folder: Path) -> dict:
     if not config.get("target_modules"):
         raise SnpatchError(f"{folder}: adapter_config.json names no target_modules")
     return {"feedforward_modules": None, **config}
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).is_file():
-            return read_checkpoint(folder / name)
-    raise SnpatchError(f"{folder}: neither adapter_model.safetensors nor adapter_model.bin")
 
 
 def _covers(targets: str | Sequence[str], module: str) -> bool:

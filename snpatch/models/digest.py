@@ -38,6 +38,14 @@ def digest_of_checkpoint(model: str | Path) -> str:
     return hashlib.sha256("\n".join(named).encode()).hexdigest()[:DIGITS]
 
 
+def digest_of_adapter(folder: str | Path) -> str:
+    """Names a PEFT folder by the bytes of its tensors and its config."""
+    files = [*_weights(Path(folder)), Path(folder) / "adapter_config.json"]
+    kept = _Kept()
+    digests = [kept.digest_of(file) for file in files]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:DIGITS]
+
+
 def digest_of_tokenizer(tokenizer) -> str:
     """Names a tokenizer by everything that makes its ids; its chat template is not part of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

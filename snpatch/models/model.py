@@ -15,13 +15,17 @@ from snpatch.models.adapters import Scales
 class Weights:
     """A checkpoint as an engine runs it.
 
-    digest: of its bytes; revision: of a model from the hub; settings: dtype and what else changes its numbers.
+    digest: of its bytes, and of the LoRA adapters that are merged into it; revision: of a model from the hub; settings:
+    dtype and what else changes its numbers; eos_ids: tokens that end its texts; place: 0 for an engine's own set of
+    weights, 1 for its second.
     """
 
     name: str
     digest: str
     revision: str | None
     settings: str
+    eos_ids: frozenset[int] = frozenset()
+    place: int = 0
 
     @cached_property
     def identity(self) -> str:

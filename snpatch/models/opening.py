@@ -7,11 +7,13 @@ from functools import cached_property
 
 from transformers import AutoConfig
 
-from snpatch.config import EngineConfig, Folders
+from snpatch.config import OWN_SET, EngineConfig, ModelSource
 from snpatch.errors import SnpatchError
 from snpatch.models.adapters import identity, load_adapters
-from snpatch.models.digest import digest_of_checkpoint, revision_of
+from snpatch.models.checkpoint import eos_ids
+from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint, revision_of
 from snpatch.models.model import Model, Weights
+from snpatch.models.pairing import check_pair
 from snpatch.models.pretrained import load_pretrained
 from snpatch.models.templates import open_template
 
@@ -48,24 +50,31 @@ class Opened:
         from transformers import AutoTokenizer  # brings scikit-learn with it, and takes two seconds
 
         self.tokenizer = load_pretrained(AutoTokenizer, config.model)
-        folders = [folder for one in config.adapters.values() for folder in one]
+        folders = [folder for source in config.sources.values() for folder in source.adapters]
         self.template = open_template(config.template, self.tokenizer, folders)
         self.models: dict[str, Model] = {}
         self._config = config
+        if config.second is not None and config.second.weights is not None:
+            check_pair(config.model, config.second.weights, self.tokenizer)
 
     @cached_property
-    def weights(self) -> Weights:
-        """The checkpoint, which is hashed when this is first asked for: after its architecture was looked at."""
-        return _weights(self._config)
+    def sets(self) -> dict[ModelSource, Weights]:
+        """The checkpoints, which are hashed when this is first asked for: after their architecture was looked at."""
+        config = self._config
+        found = [OWN_SET] if config.second is None else [OWN_SET, config.second]
+        return {one: _weights(config, one, self.tokenizer, place) for place, one in enumerate(found)}
 
-    def add(self, adapters: Mapping[str, Folders], geometry, check: Callable[[str, Model], None]) -> None:
-        """Load adapters, each under its name; check: what the executor has to say to a model."""
+    def add(self, sources: Mapping[str, ModelSource], geometry, check: Callable[[str, Model], None]) -> None:
+        """Load adapters, each model under its name; check: what the executor has to say to it."""
         if not self.models:
-            self.models[BASE] = Model(self.weights, identity(geometry.n_layers, geometry.widths))
-        for name, folders in adapters.items():
+            self.models[BASE] = Model(self.sets[OWN_SET], identity(geometry.n_layers, geometry.widths))
+        for name, source in sources.items():
             if name in self.models:
-                raise SnpatchError(f"adapter name {name!r} is taken")
-            model = Model(self.weights, load_adapters(folders, geometry.n_layers, geometry.widths))
+                raise SnpatchError(f"model name {name!r} is taken")
+            scales = identity(geometry.n_layers, geometry.widths)
+            if source.adapters:
+                scales = load_adapters(source.adapters, geometry.n_layers, geometry.widths)
+            model = Model(self.sets[source.set], scales)
             check(name, model)
             self.models[name] = model
 
@@ -75,11 +84,16 @@ class Opened:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _weights(config: EngineConfig) -> Weights:
-    settings = {name: value for name, value in config.vllm.items() if name not in RESOURCES}
-    digest = "dummy" if settings.get("load_format") == "dummy" else digest_of_checkpoint(config.model)
+def _weights(config: EngineConfig, source: ModelSource, tokenizer, place: int) -> Weights:
+    settings, name = {n: v for n, v in config.vllm.items() if n not in RESOURCES}, source.weights or config.model
+    if settings.get("load_format") == "dummy":
+        digest = "dummy"
+    else:
+        parts = [digest_of_checkpoint(name), *map(digest_of_adapter, source.lora)]
+        digest = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     named = json.dumps({"dtype": _dtype(config), **settings}, sort_keys=True, default=str)
-    return Weights(config.model, digest, revision_of(config.model), named)
+    ends = eos_ids(name, load_pretrained(AutoConfig, name), tokenizer)
+    return Weights(name, digest, revision_of(name), named, ends, place)
 
 
 def _dtype(config: EngineConfig) -> str:

@@ -15,28 +15,31 @@ UNLESS_END = 2**24  # added to a statistics group: the position counts unless it
 
 
 class Column(IntEnum):
-    """Columns of a plan row [T, len(Column)], int32."""
+    """Columns of a plan row [T, len(Column)], int32; of two streams unless there is only one."""
 
-    RECIPIENT = 0  # row of `scale` for the recipient's stream
-    DONOR = 1  # row of `scale` for the donor's stream
-    RANKING = 2  # row of `rank`, for the window and for the capture
-    LO = 3  # first rank that is patched
-    HI = 4  # first rank that is not; LO == HI patches nothing
-    SOURCE = 5  # where the overwriting value comes from: Source
-    ROW = 6  # row of `constant`: the value, or the standard deviation of the noise
-    SEED = 7  # key of the noise
-    POSITION = 8  # token's position in its sequence, 0 is the first; counter of the noise
-    GROUP = 9  # statistics group, -1 for none (on its way to the device perhaps UNLESS_END + group)
-    CAPTURE = 10  # row of `capture`, -1 for none
-    RECEIPT = 11  # entry of `receipt`, -1 for none
+    FIRST = 0  # row of `scale` for stream 0
+    SECOND = 1  # row of `scale` for stream 1
+    SPEAKER = 2  # the recipient's stream, 0 or 1; the other one is the donor's
+    RANKING = 3  # row of `rank`, for the window and for the capture
+    LO = 4  # first rank that is patched
+    HI = 5  # first rank that is not; LO == HI patches nothing
+    SOURCE = 6  # where the overwriting value comes from: Source
+    ROW = 7  # row of `constant`: the value, or the standard deviation of the noise
+    SEED = 8  # key of the noise
+    KEEP = 9  # factor of the recipient's own value, as the bits of a float32 (bits_of)
+    TAKE = 10  # factor of the source's value, likewise; 0 and 1: an exact copy
+    POSITION = 11  # token's position in its sequence, 0 is the first; counter of the noise
+    GROUP = 12  # statistics group, -1 for none (on its way to the device perhaps UNLESS_END + group)
+    CAPTURE = 13  # row of `capture`, -1 for none
+    RECEIPT = 14  # entry of `receipt`, -1 for none
 
 
 class Source(IntEnum):
-    """What overwrites a patched neuron."""
+    """Whose value a patched neuron takes: keep * the recipient's own + take * the source's."""
 
     DONOR = 0  # the donor stream's value of the same token
     CONSTANT = 1  # constant[row]
-    NOISE = 2  # the recipient's own value + constant[row] * a standard normal number
+    NOISE = 2  # constant[row] * a standard normal number
 
 
 class Entry(IntEnum):
@@ -45,27 +48,35 @@ class Entry(IntEnum):
     The first COPIED of them are a plan row's, too, in the same places.
     """
 
-    RECIPIENT = 0
-    DONOR = 1
-    RANKING = 2
-    LO = 3
-    HI = 4
-    SOURCE = 5
-    ROW = 6
-    SEED = 7
-    PATCH_START = 8
-    PATCH_STOP = 9
-    GROUP = 10
-    OBSERVE_START = 11
-    OBSERVE_STOP = 12
-    CAPTURE = 13  # row of the range's first position; the next position has the next row
-    CAPTURE_START = 14
-    CAPTURE_STOP = 15
-    RECEIPT = 16
-    SEEN = 17  # positions before this one were run already: they are patched again, but not observed or captured again
+    FIRST = 0
+    SECOND = 1
+    SPEAKER = 2
+    RANKING = 3
+    LO = 4
+    HI = 5
+    SOURCE = 6
+    ROW = 7
+    SEED = 8
+    KEEP = 9
+    TAKE = 10
+    PATCH_START = 11
+    PATCH_STOP = 12
+    GROUP = 13
+    OBSERVE_START = 14
+    OBSERVE_STOP = 15
+    CAPTURE = 16  # row of the range's first position; the next position has the next row
+    CAPTURE_START = 17
+    CAPTURE_STOP = 18
+    RECEIPT = 19
+    SEEN = 20  # positions before this one were run already: they are patched again, but not observed or captured again
 
 
 COPIED = Entry.PATCH_START
+
+
+def bits_of(factor: float) -> int:
+    """A factor as Column.KEEP and Column.TAKE hold it."""
+    return int(np.float32(factor).view(np.int32))
 
 
 def unless_end(group: int) -> int:

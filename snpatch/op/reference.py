@@ -17,7 +17,7 @@ SUMS = 5  # r, r^2, d, d^2, (r - d)^2
 
 
 def patched_glu(
-    gate_up: Tensor,  # [S*T, 2*N], model dtype; row S*t is token t's recipient, S*t + 1 its donor
+    gate_up: Tensor,  # [S*T, 2*N], model dtype; row S*t is token t's stream 0, S*t + 1 its stream 1
     scale: Tensor,  # [A, N] float32, IA3 vectors of this layer; row 0 is ones
     rank: Tensor,  # [R, N] int32, global rank in each ranking; 2^31 - 1 = never patched
     constant: Tensor,  # [C, N] float32; row 0 is zeros
@@ -33,15 +33,19 @@ def patched_glu(
 ) -> Tensor:
     """Gated activation, IA3 scale, statistics, capture and overwrite of one layer: [S*T, N] in the model dtype.
 
-    A neuron is `act(gate) * up * scale`, computed in float32. Statistics and captures see the recipient as it
-    would have been (r) and the donor (d), before the overwrite; the donor's own rows are never changed.
+    A neuron is `act(gate) * up * scale`, computed in float32. The plan says which stream is a token's recipient.
+    Statistics and captures see the recipient as it would have been (r) and the donor (d), before the overwrite; the
+    donor's own rows are never changed. A patched neuron becomes keep * r + take * source; where keep is 0 r is not
+    looked at, where take is 0 the source is not, so that 0 and 1 give the source bit for bit.
     Source: paper section 3.2 and Algorithm 1, arXiv 2406.14144.
     """
     tokens, width = plan.shape[0], gate_up.shape[1] // 2
     gate, up = gate_up.float().split(width, dim=1)
-    adapter = plan[:, Column.RECIPIENT : Column.RECIPIENT + streams].long()
+    adapter = plan[:, Column.FIRST : Column.FIRST + streams].long()
     value = (ACTIVATIONS[activation](gate) * up).view(tokens, streams, width) * scale[adapter]
-    recipient, donor = value[:, 0], value[:, -1]
+    speaker = plan[:, Column.SPEAKER].long()
+    token = torch.arange(tokens, device=plan.device)
+    recipient, donor = value[token, speaker], value[token, streams - 1 - speaker]
 
     observed = plan[:, Column.GROUP] >= 0
     group = plan[observed, Column.GROUP].long()
@@ -51,21 +55,23 @@ def patched_glu(
     count.index_add_(0, group, torch.ones_like(group))
 
     row_rank = rank[plan[:, Column.RANKING].long()]
-    token, neuron = torch.nonzero((plan[:, Column.CAPTURE, None] >= 0) & (row_rank < capture.shape[1]), as_tuple=True)
-    slot = plan[token, Column.CAPTURE].long()
-    capture[slot, row_rank[token, neuron].long()] = recipient[token, neuron]
+    at, neuron = torch.nonzero((plan[:, Column.CAPTURE, None] >= 0) & (row_rank < capture.shape[1]), as_tuple=True)
+    slot = plan[at, Column.CAPTURE].long()
+    capture[slot, row_rank[at, neuron].long()] = recipient[at, neuron]
 
     patched = (plan[:, Column.LO, None] <= row_rank) & (row_rank < plan[:, Column.HI, None])
     source = plan[:, Column.SOURCE, None]
     if streams == 1:
         patched &= source != Source.DONOR  # there is none: not done and not counted, so that the receipt tells
     row = constant[plan[:, Column.ROW].long()]
-    noisy = recipient + row * normal(plan[:, Column.SEED], plan[:, Column.POSITION], layer, first_neuron, width)
-    replacement = torch.where(source == Source.CONSTANT, row, torch.where(source == Source.NOISE, noisy, donor))
-    spoken = torch.where(patched, replacement, recipient)
+    noise = row * normal(plan[:, Column.SEED], plan[:, Column.POSITION], layer, first_neuron, width)
+    taken = torch.where(source == Source.CONSTANT, row, torch.where(source == Source.NOISE, noise, donor))
+    keep, take = (plan[:, column, None].view(torch.float32) for column in (Column.KEEP, Column.TAKE))
+    mixture = torch.where(take == 0, keep * recipient, keep * recipient + take * taken)
+    spoken = torch.where(patched, torch.where(keep == 0, take * taken, mixture), recipient)
     counted = plan[:, Column.RECEIPT] >= 0
     receipt.index_add_(0, plan[counted, Column.RECEIPT].long(), patched[counted].sum(1))
-    return torch.cat([spoken[:, None], value[:, 1:]], dim=1).view(-1, width).to(gate_up.dtype)
+    return value.index_put((token, speaker), spoken).view(-1, width).to(gate_up.dtype)
 
 
 def normal(seed: Tensor, position: Tensor, layer: int, first_neuron: int, width: int) -> Tensor:

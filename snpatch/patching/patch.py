@@ -8,6 +8,7 @@ would not show it.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -25,14 +26,20 @@ MODELS = ("recipient", "donor")  # the fields that name a model
 PLACES = ("all", "prompt", "generated")
 
 
+MODES = ("replace", "add")
+
+
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """A donor that is a fixed value for each neuron: values [L, F] float32."""
+    """A donor that is a fixed value for each neuron: values [L, F] float32. mode "add" adds it to the recipient's."""
 
     values: Tensor
+    mode: str = "replace"
 
     def __post_init__(self) -> None:
         _check_finite(self.values, "constant")
+        if self.mode not in MODES:
+            raise SnpatchError(f"constant: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
 
     @classmethod
     def zero(cls, ranking: Ranking) -> "Constant":
@@ -73,20 +80,40 @@ class Noise:
         return _digest(self.deviation)
 
 
+@dataclass(frozen=True)
+class Scale:
+    """A donor that is the recipient's own value times a factor."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor, "scale: factor")
+
+    @property
+    def digest(self) -> str:
+        return repr(float(self.factor))
+
+
+Source = Constant | Noise | Scale  # what can stand in a donor model's place
+
+
 @dataclass(frozen=True, eq=False)
 class Patch:
     """Overwrite the recipient's neurons of a window with the donor's, at the chosen positions.
 
     recipient: name of the model that speaks. donor: name of the model whose activations are copied, or a
-    Constant or Noise. window: Window, k for the top k, or (lo, hi). where: "all", "prompt", "generated", or
-    an int n: from position n on (negative: counted from the prompt's end, -1 is its last token).
+    Constant, Noise or Scale. window: Window, k for the top k, or (lo, hi). where: "all", "prompt", "generated", or
+    an int n: from position n on (negative: counted from the prompt's end, -1 is its last token). strength: a neuron
+    becomes (1 - strength) * the recipient's + strength * the donor's value: 1 is the paper's exact copy, more
+    amplifies what the donor changed, less than 0 reverses it. What is added (noise, constants) is multiplied by it.
     """
 
     recipient: str
-    donor: str | Constant | Noise
+    donor: str | Source
     ranking: Ranking
     window: Window | int | tuple[int, int]
     where: str | int = "all"
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", Window.of(self.window))
@@ -97,7 +124,8 @@ class Patch:
         is_position = isinstance(self.where, int) and abs(self.where) < NEVER
         if not is_position and self.where not in PLACES:
             raise SnpatchError(f"where must be one of {', '.join(PLACES)} or a position, got {self.where!r}")
-        if not isinstance(self.donor, str):
+        _check_factor(self.strength, "strength")
+        if isinstance(self.donor, Constant | Noise):
             values = self.donor.values if isinstance(self.donor, Constant) else self.donor.deviation
             if values.shape != self.ranking.rank.shape:
                 raise SnpatchError(
@@ -112,7 +140,7 @@ class Patch:
     def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "Overwrite":
         """What it does to a prompt of so many tokens. model_of: the model of a name."""
         source = model_of(self.donor) if isinstance(self.donor, str) else self.donor
-        return Overwrite(source, self.ranking, self.window, *self.positions(prompt_length))
+        return Overwrite(source, self.ranking, self.window, *self.positions(prompt_length), float(self.strength))
 
     def positions(self, prompt_length: int) -> tuple[int, int]:
         """The half-open range of positions that this patch covers in a request."""
@@ -127,13 +155,23 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class Overwrite:
-    """A patch as an executor applies it: at positions [start, stop) the window's neurons take the source's values."""
+    """A patch as an executor applies it: at positions [start, stop) the window's neurons become `factors` of their
+    own and the source's values."""
 
-    source: Model | Constant | Noise
+    source: Model | Source
     ranking: Ranking
     window: Window
     start: int
     stop: int
+    strength: float = 1.0
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """(keep, take): a neuron becomes keep * its own value + take * the source's."""
+        if isinstance(self.source, Scale):
+            return 1 + self.strength * (self.source.factor - 1), 0.0
+        is_added = isinstance(self.source, Noise) or (isinstance(self.source, Constant) and self.source.mode == "add")
+        return 1.0 if is_added else 1 - self.strength, self.strength
 
     def positions(self, fed: int) -> int:
         """How many of a text's first `fed` positions it covers."""
@@ -147,8 +185,8 @@ class Overwrite:
 
 def content_of(value: object) -> object:
     """A field of a patch as JSON data, by content."""
-    if isinstance(value, Constant | Noise):
-        return [type(value).__name__, value.digest, getattr(value, "seed", None)]
+    if isinstance(value, Source):
+        return [type(value).__name__, value.digest, getattr(value, "seed", None), getattr(value, "mode", None)]
     if isinstance(value, Ranking | Model):
         return value.digest
     return [value.lo, value.hi] if isinstance(value, Window) else value
@@ -164,6 +202,11 @@ def _moment(ranking: Ranking, name: str) -> Tensor:
         have = ", ".join(ranking.moments) or "none"
         raise SnpatchError(f"the ranking holds no {name} (it has: {have}): make it with engine.contrast")
     return ranking.moments[name]
+
+
+def _check_factor(factor: object, name: str) -> None:
+    if not isinstance(factor, int | float) or not math.isfinite(factor):
+        raise SnpatchError(f"{name} must be a finite number, got {factor!r}")
 
 
 def _check_finite(values: Tensor, name: str) -> None:

@@ -5,14 +5,15 @@ The only place that knows these forms; what a patch is stands in patch.py.
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
-from snpatch.patching.patch import Constant, Noise, Patch
+from snpatch.patching.patch import Constant, Noise, Patch, Scale, Source
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 
-FIELDS = ("recipient", "donor", "ranking", "window", "where")
+FIELDS = ("recipient", "donor", "ranking", "window", "where", "strength")
 NOISE_SEED = 0  # where none is given
 
 
@@ -23,18 +24,20 @@ def from_text(
     window: str | None,
     where: str,
     seed: int | None = None,
+    strength: float = 1.0,
 ) -> Patch:
     """A patch from a command line's words. ranking: a file; donor, window, where: see the functions below."""
     if ranking is None or window is None:
         raise SnpatchError("a donor needs a ranking and a window (k)")
     loaded = Ranking.load(ranking)
-    return Patch(recipient, donor_of(donor, loaded, seed), loaded, window_of(window), where_of(where))
+    return Patch(recipient, donor_of(donor, loaded, seed), loaded, window_of(window), where_of(where), strength)
 
 
 def from_json(data: object, rankings: Mapping[str, Ranking]) -> Patch:
-    """A patch from JSON data: recipient, donor, ranking (a name), window (k or [lo, hi]) and perhaps where and seed.
+    """A patch from JSON data: recipient, donor, ranking (a name), window (k or [lo, hi]).
 
-    donor: a model's name or one of `donor_of`'s words; seed: of noise. Every error names the field.
+    Perhaps also where, strength and seed. donor: a model's name or one of `donor_of`'s words; seed: of noise. Every
+    error names the field.
     """
     if not isinstance(data, Mapping):
         raise SnpatchError(f"patch: wanted an object, got {data!r}")
@@ -55,9 +58,10 @@ def from_json(data: object, rankings: Mapping[str, Ranking]) -> Patch:
         raise SnpatchError(f"patch: where: wanted a text or a position, got {where!r}")
     if not (seed is None or _is_int(seed)):
         raise SnpatchError(f"patch: seed: wanted a number, got {seed!r}")
-    ranking = rankings[data["ranking"]]
+    ranking, strength = rankings[data["ranking"]], data.get("strength", 1.0)
     donor = donor_of(data["donor"], ranking, seed)
-    return Patch(data["recipient"], donor, ranking, Window.of(tuple(whole) if len(whole) == 2 else whole[0]), where)
+    span = Window.of(tuple(whole) if len(whole) == 2 else whole[0])
+    return Patch(data["recipient"], donor, ranking, span, where, strength)
 
 
 def to_json(patch: Patch) -> dict:
@@ -65,9 +69,17 @@ def to_json(patch: Patch) -> dict:
     return patch.content(name_of=str)
 
 
-def donor_of(text: str, ranking: Ranking, seed: int | None = None) -> str | Constant | Noise:
-    """`zero`, `mean:recipient`, `mean:donor`, `noise:N` (N standard deviations, seeded), or else a model's name."""
+def donor_of(text: str, ranking: Ranking, seed: int | None = None) -> str | Source:
+    """`zero`, `mean:recipient`, `mean:donor` (`add:mean:donor` adds it), `noise:N` (N standard deviations, seeded),
+    `scale:F`, or else a model's name."""
     kind, _, argument = text.partition(":")
+    if kind == "add" and argument:
+        constant = donor_of(argument, ranking)
+        if not isinstance(constant, Constant):
+            raise SnpatchError(f"donor {text!r}: only mean:recipient and mean:donor can be added")
+        return replace(constant, mode="add")
+    if kind == "scale" and argument:
+        return Scale(number_of(argument, float, "donor scale:F"))
     if text == "zero":
         return Constant.zero(ranking)
     if kind == "mean" and argument in ("recipient", "donor"):

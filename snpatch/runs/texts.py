@@ -66,12 +66,13 @@ def write(
 def key_of(engine: Engine, ids: list[int], patch: Patch | str, sampling: Sampling, copy: int | None) -> str:
     """Names a text by the content of everything that makes it."""
     is_patch = isinstance(patch, Patch)
+    recipient = engine.requests.model(patch.recipient if is_patch else patch)
     return digest_of(
         {
             "snpatch": __version__,
             "patch": patch.content(engine.digest_of) if is_patch else {"recipient": engine.digest_of(patch)},
             "sampling": asdict(engine.requests.fitted(ids, sampling)),
-            "ends": sorted(engine.requests.eos_ids),
+            "ends": sorted(recipient.weights.eos_ids),
             "prompt": ids,
             "copy": copy,
         }

@@ -92,7 +92,7 @@ class Lab:
 
     def model(self, name: str) -> str:
         """The name of a model that is run or read: whoever uses the engine itself asks here first."""
-        self._provenance.model(self.engine, name, self.world.engine.adapters.get(name, ()))
+        self._provenance.model(self.engine, name, self.world.engine.origin(name))
         return name
 
     @property

@@ -59,9 +59,9 @@ class World:
     recipients: the models that are patched. contrasts: objective -> models to contrast; "safety" is the main one and
     its `against` the donor. seeds: training seed -> the safety contrast of that run. benchmarks: names of the sets
     that the models are attacked with. judges: name -> arguments of `open_judge`; the first is the cost.
-    max_tokens: of a completion; contrast_tokens: of a completion that a contrast reads. engine: model, adapters and
-    what else an engine is started with, as the file has it; its vllm and twin count where the backend is vllm.
-    settings: experiment -> its settings.
+    max_tokens: of a completion; contrast_tokens: of a completion that a contrast reads. engine: model, adapters,
+    models and what else an engine is started with, as the file has it; its vllm and twin count where the backend is
+    vllm. settings: experiment -> its settings.
     """
 
     folder: Path
@@ -81,7 +81,7 @@ class World:
             raise SnpatchError("contrasts must have one named safety: its models are the experiments' main pair")
         if not self.judges or not self.recipients or not self.benchmarks:
             raise SnpatchError("needs at least one judge, one recipient and one benchmark")
-        models = ["base", *self.engine.adapters]
+        models = ["base", *self.engine.sources]
         named = [*self.recipients]
         for contrast in (*self.contrasts.values(), *self.seeds.values()):
             named += [contrast.generator, contrast.against]
@@ -141,7 +141,7 @@ def load_world(source: str | Path) -> World:
 
 def _world(folder: Path, data: dict) -> World:
     parts = dict(data)
-    engine = {name: parts.pop(name) for name in ("model", "adapters", "template") if name in parts}
+    engine = {name: parts.pop(name) for name in ("model", "adapters", "models", "template") if name in parts}
     further = {**dict(_table(parts, "engine")), **dict(_table(parts, "vllm"))}
     parts.pop("vllm", None)
     parts["engine"] = EngineConfig.from_table(engine, "the file").changed(**further)

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from snpatch import Constant, Noise, Patch, Ranking, Sampling
+from snpatch import Constant, Noise, Patch, Ranking, Sampling, Scale
 
 SHAPE = (tiny.LAYERS, tiny.NEURONS)
 ALL = tiny.LAYERS * tiny.NEURONS
@@ -41,6 +41,9 @@ class Job:
     where: str | int = "all"
     order: int = 0
     seed: int | None = None  # of noise
+    strength: float = field(default=1.0, kw_only=True)
+    mode: str = field(default="replace", kw_only=True)  # of a constant
+    factor: float | None = field(default=None, kw_only=True)  # the donor is the own value times this
     suffix: str = field(default="", kw_only=True)  # of adapter names
 
     @property
@@ -53,12 +56,19 @@ class Job:
 
     @property
     def patch(self) -> Patch | str:
-        if self.donor is None:
+        if not self.is_patched:
             return self.speaker
-        donor = self.donor + self.suffix if isinstance(self.donor, str) else Constant(self.donor)
-        if self.seed is not None:
+        if self.factor is not None:
+            donor = Scale(self.factor)
+        elif self.seed is not None:
             donor = Noise(self.donor, seed=self.seed)
-        return Patch(self.speaker, donor, RANKINGS[self.order], self.window, self.where)
+        else:
+            donor = self.donor + self.suffix if isinstance(self.donor, str) else Constant(self.donor, self.mode)
+        return Patch(self.speaker, donor, RANKINGS[self.order], self.window, self.where, self.strength)
+
+    @property
+    def is_patched(self) -> bool:
+        return self.donor is not None or self.factor is not None
 
     @property
     def span(self) -> tuple[int, int]:
@@ -69,22 +79,28 @@ class Job:
         return {"all": (0, 10**6), "prompt": (0, n), "generated": (n, 10**6)}[self.where]
 
     def oracle(self, made) -> tuple[oracle.Model, oracle.Patch | None]:
-        recipient = oracle.model(made.folder, made.of[self.speaker])
-        if self.donor is None:
+        recipient = oracle.model(*made.of[self.speaker])
+        if not self.is_patched:
             return recipient, None
         mask = oracle.mask_of(ORDERS[self.order][slice(*self.window)], SHAPE)
         start, stop = self.span
         if isinstance(self.donor, str):
-            donor = oracle.model(made.folder, made.of[self.donor + self.suffix])
-            return recipient, oracle.Patch(mask, donor=donor, start=start, stop=stop)
-        values = {"constant": self.donor} if self.seed is None else {"deviation": self.donor, "seed": self.seed}
-        return recipient, oracle.Patch(mask, **values, start=start, stop=stop)
+            values = {"donor": oracle.model(*made.of[self.donor + self.suffix])}
+        elif self.factor is not None:
+            values = {"constant": torch.zeros(SHAPE)}
+        else:
+            values = {"constant": self.donor} if self.seed is None else {"deviation": self.donor, "seed": self.seed}
+        is_added = self.seed is not None or self.mode == "add"
+        keep, take = 1.0 if is_added else 1 - self.strength, self.strength
+        if self.factor is not None:
+            keep = 1 - self.strength + self.strength * self.factor
+        return recipient, oracle.Patch(mask, **values, start=start, stop=stop, keep=keep, take=take)
 
     def overwrites(self, written: int) -> int:
         """Neurons x patched positions; the last written token is never read."""
         start, stop = self.span
         positions = max(0, min(stop, len(self.ids) + written - 1) - start)
-        return 0 if self.donor is None else (self.window[1] - self.window[0]) * positions
+        return 0 if not self.is_patched else (self.window[1] - self.window[0]) * positions
 
 
 JOBS = [
@@ -104,6 +120,21 @@ JOBS = [
     Job(6, "sft", VALUES, (10, 60), order=1),
     Job(7, "dpo", 0.2 * VALUES.abs(), (0, 60), seed=7),
     Job(5, "base", VALUES, (0, 60), "generated"),
+]
+
+
+# What more a patch can be, and recipients and donors the other way round.
+RICHER = [
+    Job(2, "sft", "dpo", (0, 150), strength=0.5),
+    Job(4, "base", "dpo", (20, 120), order=1, strength=1.5),
+    Job(0, "base", "dpo", (0, 90), strength=-0.5),
+    Job(3, "sft", 0.5 * VALUES, (0, 80), mode="add"),
+    Job(6, "base", VALUES, (0, 80), "generated", strength=0.25),
+    Job(7, "sft", 0.2 * VALUES.abs(), (0, 60), seed=3, strength=2.0),
+    Job(5, "dpo", None, (0, 100), factor=1.75),
+    Job(1, "base", None, (10, 200), factor=0.0),
+    Job(2, "dpo", "sft", (0, 70)),
+    Job(5, "dpo", "base", (30, 140), -3, order=1, strength=1.25),
 ]
 
 

@@ -94,8 +94,8 @@ def model(folder: Path, adapters: tuple[Path, ...] = ()) -> Model:
 
 @dataclass
 class Patch:
-    """mask [L, F] bool: neurons to overwrite, at positions from `start` up to `stop`, with the donor model's values,
-    with `constant` [L, F], or with the own value plus `deviation` [L, F] times the noise of `seed`."""
+    """mask [L, F] bool: neurons to overwrite, at positions from `start` up to `stop`, with keep * the own value +
+    take * the source's: the donor model's, `constant` [L, F], or `deviation` [L, F] times the noise of `seed`."""
 
     mask: Tensor
     donor: Model | None = None
@@ -104,6 +104,8 @@ class Patch:
     seed: int = 0
     start: int = 0
     stop: int = 10**9
+    keep: float = 0.0
+    take: float = 1.0
 
     def forward(self, recipient: Model, ids: list[int]) -> Tensor:
         """The patched recipient's logits [T, V] over ids."""
@@ -115,12 +117,14 @@ class Patch:
         def overwrite(layer: int, value: Tensor) -> Tensor:
             value = value.clone()
             for position in positions:
-                for neuron in self.mask[layer].nonzero().flatten().tolist() if self.deviation is not None else ():
-                    noise = normal(self.seed, position, layer, neuron)
-                    value[position, neuron] += self.deviation[layer, neuron].item() * noise
-                if self.deviation is None:
+                own, mask = value[position].clone(), self.mask[layer]
+                if self.deviation is not None:
+                    new = torch.zeros_like(own)
+                    for neuron in mask.nonzero().flatten().tolist():
+                        new[neuron] = self.deviation[layer, neuron].item() * normal(self.seed, position, layer, neuron)
+                else:
                     new = self.constant[layer] if self.donor is None else donated[layer][position]
-                    value[position, self.mask[layer]] = new[self.mask[layer]]
+                value[position, mask] = self.keep * own[mask] + self.take * new[mask]
             return value
 
         return recipient.forward(ids, overwrite)

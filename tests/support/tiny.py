@@ -5,7 +5,8 @@ Their weights are large, so that texts wander, differ between adapters, and hang
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -50,16 +51,25 @@ KV_ARCHITECTURES = [name for name in ARCHITECTURES if name != "phi3"]  # Phi 3 f
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A model folder and its adapters: name -> folders, stacked in order."""
+    """A model folder and its adapters: name -> folders, stacked in order. models: those on a second set of weights,
+    name -> its folder and the adapters on it."""
 
     folder: Path
     adapters: dict[str, tuple[Path, ...]]
     shape: tuple[int, int] = (LAYERS, NEURONS)
+    models: dict[str, tuple[Path, tuple[Path, ...]]] = field(default_factory=dict)
 
     @cached_property
-    def of(self) -> dict[str, tuple[Path, ...]]:
-        """Name -> adapter folders, "base" among them."""
-        return {"base": (), **self.adapters}
+    def of(self) -> dict[str, tuple[Path, tuple[Path, ...]]]:
+        """Name -> weights' folder and adapter folders, "base" among them."""
+        own = {name: (self.folder, folders) for name, folders in {"base": (), **self.adapters}.items()}
+        return own | self.models
+
+    @property
+    def given(self) -> dict:
+        """The arguments of an engine that name its models."""
+        models = {name: {"weights": str(w), "adapters": list(map(str, a))} for name, (w, a) in self.models.items()}
+        return {"adapters": self.adapters, "models": models}
 
     def with_eos(self, token: int, folder: Path) -> "Made":
         """The same model in another folder, where this token ends a text."""
@@ -131,6 +141,31 @@ def make(architecture: str, folder: Path, seed: int = 1) -> Made:
         adapters[f"sft{kind}"] = (folder / f"sft{kind}",)
         adapters[f"dpo{kind}"] = (folder / f"sft{kind}", folder / f"dpo{kind}")
     return Made(folder / "model", adapters)
+
+
+def make_pair(architecture: str, folder: Path, same: Callable[[str], bool] = lambda name: False, **options) -> Made:
+    """Two models of independent weights: base and sft (an adapter) on the first, dpo and tuned on the second.
+
+    same: names of weights that are the first's in the second, too. options: of the second's config.
+    """
+    first = make(architecture, folder / "first")
+    own = AutoModelForCausalLM.from_pretrained(first.folder)
+    with torch.no_grad():
+        own.get_output_embeddings().weight[-8:] *= 0.02  # the second's vocabulary may lack them
+    own.save_pretrained(first.folder)
+    second = AutoModelForCausalLM.from_config(config(architecture, **options), dtype=torch.float32)
+    fill(second, seed=7)
+    with torch.no_grad():
+        theirs = dict(second.named_parameters())
+        for name, weight in own.named_parameters():
+            if same(name):
+                theirs[name].copy_(weight)
+    second.generation_config.eos_token_id = EOS
+    second.save_pretrained(folder / "second")
+    tokenizer().save_pretrained(folder / "second")
+    sft = first.adapters["sft"]
+    models = {"dpo": (folder / "second", ()), "tuned": (folder / "second", sft)}
+    return Made(first.folder, {"sft": sft}, models=models)
 
 
 def adapter(model, folder: Path, modules: list[str], seed: int, vectors: dict[tuple[int, str], Tensor] | None = None):

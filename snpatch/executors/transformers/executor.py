@@ -1,23 +1,25 @@
-"""The transformers executor: runs requests on any machine with one set of weights, in left-padded batches.
+"""The transformers executor: runs requests on any machine with one or two sets of weights, in left-padded batches.
 
 Why it is simple rather than fast: it is what the vLLM executor is compared with. What it must do well is to keep
 both streams of every request exact, whatever else shares the batch.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from snpatch.config import EngineConfig
+from snpatch.config import OWN_SET, EngineConfig, ModelSource
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Geometry, Logprobs, Output, Request
 from snpatch.executors.receipts import confirm
 from snpatch.executors.transformers.banks import Banks, records_of
 from snpatch.executors.transformers.surgery import make_twin
 from snpatch.executors.transformers.text import Writer, choose
-from snpatch.models.checkpoint import check_finite, eos_ids, load_config
+from snpatch.models.checkpoint import check_finite, load_config
+from snpatch.models.lora import merged
 from snpatch.models.model import Model
 from snpatch.models.pretrained import load_pretrained
 from snpatch.op.plan import fill_plan
@@ -31,16 +33,24 @@ class TransformersExecutor:
     def __init__(self, config: EngineConfig, tokenizer) -> None:
         model, own = config.model, load_config(config.model, config.allow_untested)
         self._device = pick_device(config.device)
-        # SDPA in transformers drops Gemma 2's soft cap on attention logits.
-        attention = "eager" if getattr(own, "attn_logit_softcapping", None) else "sdpa"
-        loaded = load_pretrained(AutoModelForCausalLM, model, dtype=config.dtype, attn_implementation=attention)
-        self._model = loaded.to(self._device).eval().requires_grad_(False)
-        check_finite(self._model.named_parameters(), model)
+        self._model = load(model, OWN_SET, config.dtype, self._device)
         self.geometry = geometry_of(own, self._model)
-        self.eos_ids = eos_ids(model, own, tokenizer)
+        second = None
+        if config.second is not None:
+            second = load(model, config.second, config.dtype, self._device)
+            other = geometry_of(second.config, second)
+            least = {
+                name: min(getattr(self.geometry, name), getattr(other, name)) for name in ("context", "vocab_size")
+            }
+            self.geometry = replace(self.geometry, **least)
         self._tokenizer, self._token_budget = tokenizer, config.token_budget
         self._batch_size = BATCH_SIZE if config.batch_size is None else config.batch_size
-        self._step = make_twin(self._model)
+        self._step = make_twin(self._model, second)
+
+    @property
+    def second_bytes(self) -> int:
+        """Bytes of what the second set of weights holds apart from the first."""
+        return self._step.second_bytes
 
     def check(self, name: str, model: Model) -> None:
         """Every model whose adapters fit the geometry can be run."""
@@ -69,11 +79,11 @@ class TransformersExecutor:
         lengths = [len(r.prompt_ids) + (r.sampling.max_tokens if r.sampling else 0) for r in requests]
         order = list(range(len(requests)))
         if self._token_budget is not None:
-            order.sort(key=lambda i: (requests[i].streams, -lengths[i]))
+            order.sort(key=lambda i: (_sets(requests[i]), -lengths[i]))
         batches: list[list[int]] = []
         for index in order:
             batch = batches[-1] if batches else []
-            fits = batch and len(batch) < self._batch_size and requests[batch[0]].streams == requests[index].streams
+            fits = batch and len(batch) < self._batch_size and _sets(requests[batch[0]]) == _sets(requests[index])
             if fits and self._token_budget is not None:
                 padded = max(lengths[batch[0]], lengths[index]) * (len(batch) + 1) * requests[index].streams
                 fits = padded <= self._token_budget
@@ -88,7 +98,7 @@ class TransformersExecutor:
         """One batch from its prompts to its last token."""
         step, device = self._step, self._device
         table, capture, receipt = banks.for_batch(requests)
-        step.streams, step.capture, step.receipt = requests[0].streams, capture, receipt
+        step.sets, step.capture, step.receipt = _sets(requests[0]), capture, receipt
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
         width = int(lengths.max())
         ids = torch.zeros(len(requests), width, dtype=torch.int64)
@@ -112,7 +122,7 @@ class TransformersExecutor:
         wants_prompt = any(r.prompt_logprobs for r in requests)
         logits = forward(ids.to(device), position, index, 0 if wants_prompt else 1)
         fed = [len(r.prompt_ids) for r in requests]
-        writers = [Writer(r, self._tokenizer, self.eos_ids) for r in requests]
+        writers = [Writer(r, self._tokenizer) for r in requests]
         for row, request in enumerate(requests):
             if request.prompt_logprobs:
                 start = width - len(request.prompt_ids)
@@ -151,6 +161,31 @@ class TransformersExecutor:
         for request, output, record in zip(requests, outputs, records, strict=True):
             confirm(request, output, [record])
         return outputs
+
+
+def load(model: str, source: ModelSource, dtype: str, device: torch.device):
+    """A set of weights as a transformers model; model: the engine's own. LoRA is merged in float32, then rounded."""
+    name = source.weights or model
+    own = load_pretrained(AutoConfig, name)
+    # SDPA in transformers drops Gemma 2's soft cap on attention logits.
+    attention = "eager" if getattr(own, "attn_logit_softcapping", None) else "sdpa"
+    first = "float32" if source.lora else dtype
+    loaded = load_pretrained(AutoModelForCausalLM, name, dtype=first, attn_implementation=attention)
+    loaded = loaded.to(device).eval().requires_grad_(False)
+    if source.lora:
+        parameters = dict(loaded.named_parameters())
+        for weight, value in merged(parameters.items(), source.lora):
+            parameters[weight].copy_(value)
+        kind = own.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        loaded = loaded.to(kind)
+    check_finite(loaded.named_parameters(), name)
+    return loaded
+
+
+def _sets(request: Request) -> tuple[int, ...]:
+    """Whose weights each stream of a request runs, the recipient's first: places in the engine's sets."""
+    models = (request.recipient,) if request.donor is None else (request.recipient, request.donor)
+    return tuple(model.weights.place for model in models)
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,8 +1,8 @@
 """Surgery that lets one transformers model run every token twice: as the recipient and as the donor.
 
 A batch of B sequences has B*S rows, S streams each: row S*b is sequence b's recipient, row S*b + 1 its donor. Both
-go through the same weights with their own KV cache; only the MLP's op, the IA3 scales of k_proj and v_proj and
-the final projection know that rows come in streams.
+go through one model with their own KV cache; only the MLP's op, the IA3 scales of k_proj and v_proj and the final
+projection know that rows come in streams. With a second set of weights, so does each module that has weights.
 """
 
 from dataclasses import dataclass, field
@@ -22,12 +22,17 @@ _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh
 class Step:
     """What every layer reads in the forward pass under way."""
 
-    streams: int = 1
+    sets: tuple[int, ...] = (0,)  # whose weights each stream runs: the first model's or the second's
     length: int = 1  # positions of each row in this pass
     plan: Tensor = field(default_factory=lambda: torch.empty(0, len(Column), dtype=torch.int32))
     capture: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     receipt: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     banks: list[LayerBank] = field(default_factory=list)
+    second_bytes: int = 0  # of the second set's weights that differ from the first's
+
+    @property
+    def streams(self) -> int:
+        return len(self.sets)
 
     def tokens_first(self, rows: Tensor) -> Tensor:
         """[B*S, length, X] -> [B*length*S, X]: the streams of a token become neighbours."""
@@ -73,17 +78,59 @@ class PatchedMLP(nn.Module):
         return self.down_proj(step.rows_first(neurons))
 
 
-def make_twin(model: nn.Module) -> Step:
-    """Operate on a causal language model in place; returns the Step that steers it."""
+class PairedModule(nn.Module):
+    """A module of the first model and its like of the second: each stream's rows go through its own set's."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, step: Step) -> None:
+        super().__init__()
+        self.of, self.step = nn.ModuleList([first, second]), step
+
+    def forward(self, rows: Tensor) -> Tensor:
+        sets = self.step.sets
+        if len(set(sets)) == 1:
+            return self.of[sets[0]](rows)
+        parts = [self.of[place](rows[stream :: len(sets)]) for stream, place in enumerate(sets)]
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+class PairedHead(PairedModule):
+    """The final projection, which is given the recipients' rows alone."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.of[self.step.sets[0]](rows)
+
+
+def make_twin(model: nn.Module, second: nn.Module | None = None) -> Step:
+    """Operate on a causal language model in place; returns the Step that steers it. second: another set of weights."""
     step = Step()
-    layers = model.model.layers
-    for index, layer in enumerate(layers):
-        layer.mlp = PatchedMLP(layer.mlp, index, step)
+    for one in (model, second) if second is not None else (model,):
+        for index, layer in enumerate(one.model.layers):
+            layer.mlp = PatchedMLP(layer.mlp, index, step)
+    if second is not None:
+        _pair(model, second, step)
+    for index, layer in enumerate(model.model.layers):
         for name in ("k_proj", "v_proj"):
             if hasattr(layer.self_attn, name):
                 getattr(layer.self_attn, name).register_forward_hook(_scale_rows(step, index, name))
     model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:: step.streams],))
     return step
+
+
+def _pair(model: nn.Module, second: nn.Module, step: Step) -> None:
+    """Put a PairedModule where the two models' weights differ; what is equal is held once."""
+    others = dict(second.named_modules())
+    for name, own in list(model.named_modules()):
+        if next(own.parameters(recurse=False), None) is None or _equal(own, others[name]):
+            continue
+        step.second_bytes += sum(p.numel() * p.element_size() for p in others[name].parameters(recurse=False))
+        parent, _, child = name.rpartition(".")
+        kind = PairedHead if own is model.lm_head else PairedModule
+        setattr(model.get_submodule(parent), child, kind(own, others[name], step))
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    own, theirs = (dict(m.named_parameters(recurse=False)) for m in (one, other))
+    return own.keys() == theirs.keys() and all(torch.equal(own[n], theirs[n]) for n in own)
 
 
 def _fuse(gate: nn.Linear, up: nn.Linear) -> nn.Linear:
@@ -107,7 +154,7 @@ def _scale_rows(step: Step, layer: int, name: str):
         scale = step.banks[layer].attention_scale.get(name)
         if scale is None:
             return None
-        adapter = step.plan[:, Column.RECIPIENT : Column.RECIPIENT + step.streams]
+        adapter = step.plan[:, Column.FIRST : Column.FIRST + step.streams]
         factor = scale[step.rows_first(adapter.reshape(-1, 1)).squeeze(-1).long()]
         return (output * factor).to(output.dtype)
 

@@ -18,9 +18,9 @@ from snpatch.executors.base import Output, Request
 class Writer:
     """One request's text as it grows. A request without sampling is done before it begins."""
 
-    def __init__(self, request: Request, tokenizer, eos_ids: frozenset[int]) -> None:
+    def __init__(self, request: Request, tokenizer) -> None:
         self.output = Output()
-        self.sampling, self.eos_ids = request.sampling, eos_ids
+        self.sampling, self.eos_ids = request.sampling, request.recipient.weights.eos_ids
         self.done = self.sampling is None
         self._tokenizer = tokenizer
         self._cut_at: int | None = None

@@ -21,6 +21,8 @@ CONTRACT = {
         "n, logprobs, prompt_logprobs, detokenize, bad_words, output_kind, extra_args, skip_reading_prefix_cache)",
     },
     "vllm.config": {
+        "CompilationMode": "NONE",
+        "set_current_vllm_config": "(vllm_config)",
         "VllmConfig": "additional_config cache_config compilation_config lora_config model_config parallel_config "
         "quant_config scheduler_config speculative_config",
         "CacheConfig": "cache_dtype kv_sharing_fast_prefill",
@@ -59,7 +61,9 @@ CONTRACT = {
         "Attention": "(num_heads, head_size, scale, num_kv_heads) num_heads num_kv_heads layer_name "
         "kv_sharing_target_layer_name",
     },
+    "vllm.model_executor.layers.layernorm": {"GemmaRMSNorm": "", "RMSNorm": ""},
     "vllm.model_executor.layers.linear": {
+        "LinearBase": "",
         "QKVParallelLinear": "head_size num_kv_heads num_kv_head_replicas",
         "ReplicatedLinear": "(input_size, output_size, bias, params_dtype, prefix, return_bias)",
     },
@@ -70,6 +74,7 @@ CONTRACT = {
     },
     "vllm.model_executor.layers.quantization.utils.quant_utils": {"GroupShape": "is_per_tensor"},
     "vllm.model_executor.layers.vocab_parallel_embedding": {"ParallelLMHead": "", "VocabParallelEmbedding": ""},
+    "vllm.model_executor.model_loader": {"get_model_loader": "(load_config)"},
     "vllm.model_executor.models.adapters": {
         "as_seq_cls_model": "ModelForSequenceClassification",
         "_create_pooling_model_cls": "ModelForPooling",

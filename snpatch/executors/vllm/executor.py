@@ -40,6 +40,11 @@ class VllmExecutor(UsersSide):
             raise
         self.backlog = BACKLOG * self.engine.vllm_config.scheduler_config.max_num_seqs
 
+    @property
+    def second_bytes(self) -> int:
+        """Bytes of what the second set of weights holds apart from the first, over all workers."""
+        return self.started.weights[1]
+
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
         """(index, output) of each request as it finishes, its receipt checked. Requests are taken as there is room."""
         if self.engine is None:

@@ -24,7 +24,7 @@ BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what th
 
 
 class TwinLaunch:
-    """What a twin of a config is started with. geometry and eos_ids are known before it is."""
+    """What a twin of a config is started with. geometry is known before it is."""
 
     def __init__(self, config: EngineConfig, tokenizer) -> None:
         versions.check()
@@ -36,9 +36,21 @@ class TwinLaunch:
             arguments["max_num_seqs"] = config.batch_size
         if arguments.get("load_format") != "dummy":
             check_has_weights(model)
-        self.eos_ids = eos_ids(model, own, tokenizer)
         self.geometry = geometry_of(own, arguments.get("max_model_len"))
-        self.settings = TwinSettings.made(config.twin, self.eos_ids, config.allow_untested)
+        second, ends = config.second, [eos_ids(model, own, tokenizer)]
+        if second is not None:
+            if config.twin.streams == 1:
+                raise SnpatchError("streams=1: a second set of weights runs in a second stream; start two engines")
+            name = second.weights or model
+            other = load_config(name, config.allow_untested)
+            if arguments.get("load_format") != "dummy":
+                check_has_weights(name)
+            ends.append(eos_ids(name, other, tokenizer))
+            least = {"vocab_size": min(own.vocab_size, other.vocab_size)}
+            if "max_model_len" not in arguments:
+                least["context"] = min(self.geometry.context, other.max_position_embeddings)
+            self.geometry = replace(self.geometry, **least)
+        self.settings = TwinSettings.made(config.twin, ends, second, config.allow_untested)
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {own.model_type} model has no k_proj and v_proj of their own")
         self._arguments = twin_arguments(model, own, config.dtype, arguments)

@@ -123,6 +123,13 @@ class Registry:
         """An error for what this engine has no room for, however long a request waits."""
         if self._settings.streams == 1 and request.streams == 2:
             raise SnpatchError("this engine runs one stream: a donor model needs streams=2")
+        sets = [model.weights for model in (request.recipient, request.donor) if model is not None]
+        if self._settings.has_second and len(sets) == 2 and sets[0].place == sets[1].place:
+            raise SnpatchError(
+                f"both models of this request are on the weights of {sets[0].name}, and in vLLM an engine with a "
+                "second set of weights runs one set in each stream: start an engine of these weights alone, or use "
+                'backend="transformers"'
+            )
         if request.capture and request.capture.k > self._settings.max_captured:
             raise SnpatchError(
                 f"a capture of {request.capture.k} neurons: start the engine with a larger max_captured "

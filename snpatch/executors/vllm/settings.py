@@ -7,7 +7,7 @@ compile cache tells them apart.
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from snpatch.config import TwinSizes
+from snpatch.config import ModelSource, TwinSizes
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantised
 
@@ -19,16 +19,24 @@ KEY = "snpatch"  # of additional_config, and of each request's extra_args: [tick
 class TwinSettings(TwinSizes):
     """The sizes, and what else every process has to know.
 
-    ends: tokens that end a text; their positions do not count where a request says so. allow_untested: try
-    quantisations that no test covers.
+    ends: of each set of weights the tokens that end its texts; their positions do not count where a request says so.
+    weights, lora: of the second set, if there is one; see ModelSource. allow_untested: try quantisations that no test
+    covers.
     """
 
-    ends: tuple[int, ...] = ()
+    ends: tuple[tuple[int, ...], ...] = ((),)
+    has_second: bool = False
+    weights: str | None = None
+    lora: tuple[str, ...] = ()
     allow_untested: bool = False
 
     @classmethod
-    def made(cls, sizes: TwinSizes, ends: Iterable[int], allow_untested: bool) -> "TwinSettings":
-        return cls(**asdict(sizes), ends=tuple(sorted(ends)), allow_untested=allow_untested)
+    def made(
+        cls, sizes: TwinSizes, ends: Iterable[Iterable[int]], second: ModelSource | None, allow_untested: bool
+    ) -> "TwinSettings":
+        parts = {} if second is None else {"has_second": True, "weights": second.weights, "lora": second.lora}
+        every = tuple(tuple(sorted(one)) for one in ends)
+        return cls(**asdict(sizes), ends=every, allow_untested=allow_untested, **parts)
 
     def as_config(self) -> dict:
         """For vLLM's `additional_config`."""

@@ -14,8 +14,8 @@ class UsersSide:
 
     def __init__(self, config: EngineConfig, tokenizer) -> None:
         self.launch = TwinLaunch(config, tokenizer)
-        self.geometry, self.eos_ids = self.launch.geometry, self.launch.eos_ids
-        self.wire = Wire(tokenizer, self.eos_ids, self.geometry)
+        self.geometry = self.launch.geometry
+        self.wire = Wire(tokenizer, self.geometry, has_second=config.second is not None)
         self.registry = Registry(self.launch.settings)
 
     def check(self, name: str, model: Model) -> None:

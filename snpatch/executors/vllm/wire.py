@@ -14,7 +14,7 @@ from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.executors import receipts
 from snpatch.executors.base import Geometry, Logprobs, Output, Request
 from snpatch.executors.receipts import Record
-from snpatch.executors.rows import request_row
+from snpatch.executors.rows import request_row, streams
 from snpatch.executors.vllm.packing import unpack
 from snpatch.executors.vllm.registry import Held
 from snpatch.executors.vllm.settings import KEY
@@ -37,23 +37,25 @@ class Sent:
 class Wire:
     """The translation for one engine."""
 
-    def __init__(self, tokenizer, eos_ids: frozenset[int], geometry: Geometry) -> None:
-        self._tokenizer, self._eos_ids, self._geometry = tokenizer, eos_ids, geometry
+    def __init__(self, tokenizer, geometry: Geometry, has_second: bool) -> None:
+        self._tokenizer, self._geometry, self._has_second = tokenizer, geometry, has_second
         self._tickets = count(1)
 
     def sent(self, request: Request, held: Held, streaming: bool = False) -> Sent:
         """The request as vLLM gets it."""
         from vllm.inputs import tokens_input
 
-        ticket, salt = next(self._tickets), salt_of(request)
-        is_plain = salt is None and not request.observe and not request.capture
-        extra_args = None if is_plain else {KEY: [ticket, *request_row(request, held.places)]}
+        # With a second set of weights each stream has its own, and the recipient speaks on its own weights' stream.
+        speaker = request.recipient.weights.place if self._has_second else 0
+        ticket, salt = next(self._tickets), salt_of(request, speaker)
+        is_plain = salt is None and not (request.observe or request.capture or speaker)
+        extra_args = None if is_plain else {KEY: [ticket, *request_row(request, held.places, speaker)]}
         overwrite = request.overwrite
         return Sent(
             f"snpatch-{ticket}",
             ticket,
             tokens_input(list(request.prompt_ids), cache_salt=salt),
-            _sampling_params(request, self._eos_ids, extra_args, streaming),
+            _sampling_params(request, extra_args, streaming),
             bool(request.observe or request.capture or (overwrite and overwrite.start < overwrite.stop)),
         )
 
@@ -82,19 +84,19 @@ class Wire:
         return [Statistics(s, c) for s, c in zip(sums, counts, strict=True)]
 
 
-def salt_of(request: Request) -> str | None:
+def salt_of(request: Request, speaker: int) -> str | None:
     """Names everything that a request's keys and values hang on besides its tokens; None for a plain request."""
-    models = [(model or request.recipient) for model in (request.recipient, request.donor)]
-    if request.overwrite is None and all(model.is_plain for model in models):
-        return None
-    return digest_of([*(m.scales.digest for m in models), request.overwrite and request.overwrite.content])
+    models = streams(request, speaker)
+    if request.overwrite is None:
+        return None if all(m.is_plain for m in models) else digest_of([m.scales.digest for m in models])
+    return digest_of([*(m.scales.digest for m in models), speaker, request.overwrite.content])
 
 
 def _record(data: dict) -> Record:
     return Record(**{**data, "captured": None if data["captured"] is None else unpack(data["captured"])})
 
 
-def _sampling_params(request: Request, ends: frozenset[int], extra_args: dict | None, streaming: bool):
+def _sampling_params(request: Request, extra_args: dict | None, streaming: bool):
     """vLLM's SamplingParams for a request. One that writes nothing still samples a token, which is dropped."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -120,7 +122,7 @@ def _sampling_params(request: Request, ends: frozenset[int], extra_args: dict | 
         "max_tokens": s.max_tokens,
         "min_tokens": s.min_tokens,
         "stop": list(s.stop) or None,
-        "stop_token_ids": None if s.ignore_eos else sorted(ends),
+        "stop_token_ids": None if s.ignore_eos else sorted(request.recipient.weights.eos_ids),
         "ignore_eos": s.ignore_eos,
         "seed": s.seed,
         "logprobs": 0 if s.logprobs else None,

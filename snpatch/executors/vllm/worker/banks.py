@@ -49,8 +49,11 @@ class Banks:
         self.plan = torch.zeros(max_tokens, len(Column), **i32)
         self.plan[:, Column.GROUP :] = -1
         self._step = self.plan[:0]
+        self._streams = torch.arange(2, **i32)
         self._positions = torch.zeros(max_tokens, 2, **i64)
-        self._ends = torch.tensor(settings.ends, dtype=torch.int64, device=device)
+        most = max(map(len, settings.ends))
+        ends = [[*one, *[-1] * (most - len(one))] for one in settings.ends]
+        self._ends = torch.tensor(ends, dtype=torch.int64, device=device)  # [sets of weights, most]
 
     def plan_of(self, n_tokens: int) -> Tensor:
         """The plan's first rows: one view, which all layers of a step share."""
@@ -64,13 +67,18 @@ class Banks:
         pairs.copy_(positions[:, None])
         return pairs.view(-1)
 
+    def speaks(self, n_tokens: int) -> Tensor:
+        """[T, 2] bool: which stream of each token is its recipient's."""
+        return self.plan[:n_tokens, Column.SPEAKER, None] == self._streams
+
     def settle_groups(self, ids: Tensor) -> None:
         """Take out of their groups the step's tokens [T] that end a text, where UNLESS_END says so.
 
         On the device, because with asynchronous scheduling a step is planned before its tokens are known.
         """
-        group = self.plan[: len(ids), Column.GROUP]
-        counts = torch.where((ids[:, None] == self._ends).any(1), -1, group - UNLESS_END)
+        group, speaker = self.plan[: len(ids), Column.GROUP], self.plan[: len(ids), Column.SPEAKER]
+        ends = self._ends[speaker.long()] if len(self._ends) > 1 else self._ends
+        counts = torch.where((ids[:, None] == ends).any(1), -1, group - UNLESS_END)
         group.copy_(torch.where(group >= UNLESS_END, counts, group))
 
     def write_adapter(self, row: int, scales: dict[str, Tensor]) -> None:

@@ -49,6 +49,7 @@ class WorkerExtension:
             "first_neuron": twin.first_neuron,
             "n_neurons": twin.n_neurons,
             "runner": _runner_kind(runner),
+            "weights": twin.weights(),
         }
 
     @_command

@@ -19,7 +19,7 @@ from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.op.plan import Column, Entry, fill_plan, group_of
 
 UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
-KINDS = {Entry.RECIPIENT: "adapter", Entry.DONOR: "adapter", Entry.RANKING: "ranking", Entry.ROW: "constant"}
+KINDS = {Entry.FIRST: "adapter", Entry.SECOND: "adapter", Entry.RANKING: "ranking", Entry.ROW: "constant"}
 PROGRESS = [Entry.PATCH_START, Entry.PATCH_STOP, Entry.SEEN]
 
 
@@ -74,6 +74,7 @@ class Feed:
         self._capture_used = np.zeros(settings.max_captures, dtype=bool)
         device = self.banks.device
         self._filled = 0  # rows of the plan that may hold something
+        self.speaks = (True, False)  # whether each stream is the recipient's of some token of this step
         self._stage = _Stage(self.banks.plan) if device.type == "cuda" else None
 
     def add(self, request_id: str, extra_args: dict | None) -> None:
@@ -148,6 +149,7 @@ class Feed:
     def step(self, request_ids: Sequence[str], start: NDArray, count: NDArray) -> None:
         """The plan of a step that runs `count` tokens of each request from position `start` on, in this order."""
         if not self._rows and not self._filled:
+            self.speaks = (True, False)
             return
         rows = np.fromiter(map(self._rows.get, request_ids, repeat(-1)), dtype=np.int64, count=len(request_ids))
         start, count = np.asarray(start, dtype=np.int64), np.asarray(count, dtype=np.int64)
@@ -158,7 +160,10 @@ class Feed:
             request = np.repeat(rows, count)
             position = np.arange(len(request)) + np.repeat(start - (count.cumsum() - count), count)
         known = rows >= 0
-        self._write(fill_plan(self._table, request, position), bool(known.any()))
+        plan = fill_plan(self._table, request, position)
+        if self.banks.settings.has_second:
+            self.speaks = not plan[:, Column.SPEAKER].all(), bool(plan[:, Column.SPEAKER].any())
+        self._write(plan, bool(known.any()))
         if not known.all():
             rows, start, stop = rows[known], start[known], stop[known]
         patch_start, patch_stop, seen = self._table[rows[:, None], PROGRESS].T
@@ -171,6 +176,7 @@ class Feed:
 
     def clear(self) -> None:
         """A step without requests: nothing of the last one may be left in the plan."""
+        self.speaks = (True, False)
         if self._filled:
             self._write(np.zeros((0, len(Column)), dtype=np.int32), False)
 

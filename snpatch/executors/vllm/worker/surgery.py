@@ -3,7 +3,8 @@
 Rows come in pairs, so [2T, heads * size] and [T, 2 * heads * size] are the same numbers in the same order: to the
 attention layer the donor is simply more heads, under the request's own block table. Nothing else of vLLM changes.
 
-    forward      gets each position twice, and returns the recipients' rows
+    forward      gets each position twice, and returns the recipients' rows (with a second set of weights: both
+                 rows side by side, and zeros for the one that is silent)
     embedding    gives each token's row twice
     attention    is built with twice the heads
     activation   becomes the op
@@ -31,6 +32,7 @@ from snpatch.executors.vllm import processes
 from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
+from snpatch.executors.vllm.worker.pairing import SecondSet, interleaved
 from snpatch.executors.vllm.worker.plugin import PREFIX
 from snpatch.models.checkpoint import finite
 from snpatch.op import ops
@@ -108,7 +110,7 @@ class TwinGLU(nn.Module):
     def scale_kv(self, qkv: Tensor) -> Tensor:
         """Keys and values [2T, 2 * width] at the end of each row, times their row's IA3 vectors."""
         factor = self.banks.layers[self.layer].attention_scale["kv"]
-        plan = self.banks.plan_of(len(qkv) // self.streams)[:, Column.RECIPIENT : Column.RECIPIENT + self.streams]
+        plan = self.banks.plan_of(len(qkv) // self.streams)[:, Column.FIRST : Column.FIRST + self.streams]
         query = qkv.shape[1] - factor.shape[1]
         scaled = (qkv[:, query:] * factor[plan.reshape(-1).long()]).to(qkv.dtype)
         return torch.cat([qkv[:, :query], scaled], dim=1)
@@ -165,6 +167,7 @@ class Twin:
         config = vllm_config.model_config.hf_text_config
         self.settings = settings = TwinSettings.of(vllm_config)
         self.has_seen_weights = False
+        self.second: SecondSet | None = None
         self.n_layers, self.attention, self.name = config.num_hidden_layers, attention, vllm_config.model_config.model
         context = vllm_config.compilation_config.static_forward_context
         gated = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SiluAndMul | GeluAndMul)]
@@ -188,13 +191,14 @@ class Twin:
         if any(layer.kv_sharing_target_layer_name is not None for layer in attention):
             raise SnpatchError("twin surgery: layers that share their keys and values cannot be patched")
         if settings.streams == 2:
-            first = self.glus[0].name
+            first, embedding = self.glus[0].name, embeddings[0]
 
-            def embed(forward, ids, *args, **kwargs):
+            def embed(forward, ids):
                 ids = torch.ops.snpatch.twin_tokens(ids, _encode_layer_name(first))
-                return forward(ids, *args, **kwargs).repeat_interleave(2, dim=0)
+                rows, second = forward(ids), getattr(embedding, "second", None)
+                return interleaved(rows, rows if second is None else second(ids))
 
-            _reclass(embeddings[0], embed)
+            _reclass(embedding, embed)
             for layer in attention:
                 _reclass(layer, _attend)
             vllm_config.model_config.__class__ = TwinModelConfig
@@ -213,6 +217,10 @@ class Twin:
             glu.join(self.banks, self.first_neuron)
         self._warm_up(vllm_config.model_config.dtype)
         self.feed = Feed(self.banks)
+
+    def weights(self) -> tuple[int, int]:
+        """Bytes of the first set of weights on this worker, and of what the second holds apart from it."""
+        return (0, 0) if self.second is None else (self.second.own_bytes, self.second.bytes)
 
     def _warm_up(self, dtype: torch.dtype) -> None:
         """Run the op once on a row that asks for nothing: its kernel must not be met first in a graph capture."""
@@ -258,18 +266,35 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
             else:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
                 attention = [m for m in self.modules() if isinstance(m, Attention)]
-            self.snpatch = Twin(self, vllm_config, attention)
+            self.snpatch = twin = Twin(self, vllm_config, attention)
+            if twin.settings.has_second:
+                twin.second = SecondSet(base, vllm_config, prefix, twin.feed)
+                if vllm_config.load_config.load_format == "dummy":  # vLLM fills what it finds, and loads nothing
+                    twin.second.join(self, is_shared=lambda one, other: False)
 
         @processes.telling()
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
             # Looked at on their way: afterwards they are packed for the device, and some are emptied.
-            self.snpatch.has_seen_weights = True
-            return super().load_weights(finite(weights, self.snpatch.name))
+            twin = self.snpatch
+            twin.has_seen_weights = True
+            loaded = super().load_weights(finite(weights, twin.name))
+            return loaded if twin.second is None else loaded | twin.second.load(self)
 
         def forward(self, input_ids, positions, *args, **kwargs):
             if self.snpatch.settings.streams == 1:
                 return super().forward(input_ids, positions, *args, **kwargs)
-            return super().forward(input_ids, self.snpatch.banks.twice(positions), *args, **kwargs)[::2]
+            banks = self.snpatch.banks
+            rows = super().forward(input_ids, banks.twice(positions), *args, **kwargs)
+            if self.snpatch.second is None:
+                return rows[::2]
+            speaks = banks.speaks(positions.shape[0])
+            return torch.where(speaks[..., None], rows.view(*speaks.shape, -1), 0).flatten(1)
+
+        def compute_logits(self, hidden_states, *args, **kwargs):
+            second = self.snpatch.second
+            if second is not None and not second.has_head:
+                hidden_states = sum(hidden_states.chunk(2, dim=1))  # one half is zero
+            return super().compute_logits(hidden_states, *args, **kwargs)
 
         @classmethod
         def get_model_state_cls(cls):

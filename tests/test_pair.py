@@ -1,0 +1,222 @@
+"""Two sets of weights in one engine, on transformers: against the oracle's two hooked models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import oracle
+import pytest
+import tiny
+import torch
+from jobs import (
+    ALL,
+    COMPLETIONS,
+    IDS,
+    JOBS,
+    LOGPROB,
+    RANKINGS,
+    RICHER,
+    Job,
+    assert_as_the_oracle,
+    assert_patched_into_itself_it_gives_its_own_text,
+    assert_ranking,
+    assert_together_as_alone,
+    forced,
+    generate,
+)
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from snpatch import Engine, EngineConfig, Sampling, SnpatchError
+from snpatch.models.lora import load_lora, merged
+
+# Both models of a patch on the second set, and the second set's own adapters.
+SAME_SET = [Job(3, "tuned", "dpo", (0, 120)), Job(6, "dpo", "tuned", (20, 90)), Job(1, "tuned", "sft", (0, ALL))]
+
+
+@pytest.fixture(scope="module")
+def engines(pairs):
+    made = {}
+
+    def get(architecture="llama", **options) -> Engine:
+        key = (architecture, *sorted(options.items()))
+        if key not in made:
+            pair = pairs(architecture)
+            made[key] = Engine(pair.folder, **pair.given, backend="transformers", **options)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, engines, architecture):
+    jobs = [*JOBS, *RICHER, *SAME_SET]
+    assert_as_the_oracle(pairs(architecture), jobs, generate(engines(architecture), jobs))
+
+
+@pytest.mark.parametrize("pair", [("sft", "dpo"), ("dpo", "base"), ("tuned", "dpo")])
+def test_contrast_is_the_oracles(pairs, engines, pair):
+    models = [oracle.model(*pairs("llama").of[name]) for name in pair]
+    ranking = engines().contrast(IDS, *pair, completions=COMPLETIONS, exclude_layers=())
+    assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
+
+
+def test_captures_are_the_models_own(pairs, engines):
+    for name in ("base", "dpo", "tuned"):
+        got = engines().capture(IDS, name, RANKINGS[0], 30)
+        want = torch.stack([oracle.model(*pairs("llama").of[name]).activations(ids)[-1] for ids in IDS])
+        neurons = RANKINGS[0].rank.flatten().argsort()[:30]
+        assert (got - want.flatten(1)[:, neurons]).abs().max() < 1e-4
+
+
+def test_promises(engines):
+    engine = engines()
+    for model in ("base", "dpo", "tuned"):
+        assert_patched_into_itself_it_gives_its_own_text(engine, model)
+    jobs = [*JOBS, *RICHER]
+    together, alone = generate(engine, jobs), [generate(engine, [job])[0] for job in jobs]
+    assert_together_as_alone(together, alone, 1e-5)
+
+
+def test_a_model_beside_its_own_copy_is_the_shared_engine(zoo, tmp_path):
+    made = zoo("llama")
+    shutil.copytree(made.folder, tmp_path / "copy")
+    with Engine(made.folder, made.adapters, backend="transformers") as shared:
+        want = generate(shared, JOBS)
+    models = {"dpo": {"weights": tmp_path / "copy", "adapters": made.adapters["dpo"]}}
+    with Engine(made.folder, {"sft": made.adapters["sft"]}, models=models, backend="transformers") as engine:
+        assert engine.executor.second_bytes == 0  # what is equal is held once
+        assert_together_as_alone(generate(engine, JOBS), want, LOGPROB)  # batches are others
+
+
+# ---- LoRA --------------------------------------------------------------------------------------------------------
+
+
+def lora(folder: Path, out: Path, **options) -> Path:
+    """A random LoRA that PEFT wrote, and, in a folder beside it, what PEFT merges it into."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], **options}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+    adapted.save_pretrained(out / "lora")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(out / "merged")
+    return out / "lora"
+
+
+VARIANTS = [
+    {},
+    {"use_rslora": True},
+    {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 32}},
+    {"target_modules": "all-linear"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_lora_is_merged_as_peft_does_it(zoo, tmp_path, options):
+    folder = zoo("llama").folder
+    made = lora(folder, tmp_path, **options)
+    plain = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    want = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    got = dict(merged(plain.items(), [made]))
+    assert got.keys() == want.keys()
+    assert any(not torch.equal(got[name], plain[name]) for name in plain)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
+
+
+def test_lora_is_a_second_set_of_weights(zoo, tmp_path):
+    made = zoo("llama")
+    folder = lora(made.folder, tmp_path)
+    pair = tiny.Made(made.folder, {}, models={"dpo": (tmp_path / "merged", ())})
+    jobs = [job for job in (*JOBS, *RICHER) if "sft" not in (job.recipient, job.donor)]
+    with Engine(made.folder, models={"dpo": {"lora": folder}}, backend="transformers") as engine:
+        assert_as_the_oracle(pair, jobs, generate(engine, jobs))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"bias": "all"}, "bias = all is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* is not supported"),
+    ],
+)
+def test_what_is_more_than_a_merge_is_refused(zoo, tmp_path, options, message):
+    with pytest.raises(SnpatchError, match=message):
+        load_lora(lora(zoo("llama").folder, tmp_path, **options))
+
+
+def test_a_lora_of_another_model_and_ia3_are_refused(zoo, tmp_path):
+    made, weights = zoo("llama"), {"model.layers.0.mlp.up_proj.weight": torch.zeros(4, 4)}
+    folder = lora(made.folder, tmp_path)
+    with pytest.raises(SnpatchError, match=r"up_proj.weight is \[4, 4\], its update \[96, 64\]"):
+        list(merged(weights.items(), [folder]))
+    with pytest.raises(SnpatchError, match=r"has no weight .* a LoRA of another model"):
+        list(merged({}.items(), [folder]))
+    with pytest.raises(SnpatchError, match="adapter type IA3 is not supported, only LORA"):
+        load_lora(made.adapters["sft"][0])
+
+
+# ---- what cannot be a pair ---------------------------------------------------------------------------------------
+
+
+def changed(folder: Path, out: Path, file: str = "config.json", **changes) -> Path:
+    shutil.copytree(folder, out)
+    (out / file).write_text(json.dumps({**json.loads((out / file).read_text()), **changes}))
+    return out
+
+
+def test_other_architectures_and_shapes_are_refused_by_name(zoo, pairs, tmp_path):
+    own = pairs("llama").folder
+    with pytest.raises(SnpatchError, match=r"is a qwen3 and .* a llama: two models of one engine have one"):
+        Engine(own, models={"dpo": zoo("qwen3").folder}, backend="transformers")
+    other = changed(own, tmp_path / "shape", intermediate_size=100)
+    with pytest.raises(SnpatchError, match=r"intermediate_size = 100, and .* has 96: the two models .* one shape"):
+        Engine(own, models={"dpo": other}, backend="transformers")
+
+
+def test_the_first_difference_of_two_tokenizers_is_the_error(pairs, tmp_path):
+    own = pairs("llama").folder
+    other = changed(own, tmp_path / "other")
+    path = other / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[tiny.WORDS[3]], vocab[tiny.WORDS[5]] = vocab[tiny.WORDS[5]], vocab[tiny.WORDS[3]]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(SnpatchError, match=f"differ in the token '{tiny.WORDS[3]}': 9 and 11; both .* the same ids"):
+        Engine(own, models={"dpo": other}, backend="transformers")
+    tokenizer["model"]["vocab"] = json.loads((own / "tokenizer.json").read_text())["model"]["vocab"]
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(SnpatchError, match=r"differ in the pre_tokenizer: .*WhitespaceSplit.* and .*Whitespace"):
+        Engine(own, models={"dpo": other}, backend="transformers")
+
+
+def test_a_third_set_of_weights_is_an_error_that_says_what_to_do(pairs, zoo):
+    own, dpo = pairs("llama").folder, pairs("llama").models["dpo"][0]
+    with pytest.raises(SnpatchError, match=r"one further set, and these are 2: .*; start one engine for each pair"):
+        EngineConfig.of(own, models={"dpo": dpo, "other": zoo("llama").folder})
+    config = EngineConfig.of(own, models={"sft": own, "dpo": dpo, "tuned": {"weights": dpo, "adapters": ["a"]}})
+    assert config.second == config.models["dpo"]
+    assert config.models["sft"].weights is None
+
+
+def test_a_config_of_models_travels_through_a_file(pairs, tmp_path):
+    given = pairs("llama").given
+    config = EngineConfig.of(pairs("llama").folder, **given, backend="transformers")
+    config.save(tmp_path / "engine.json")
+    assert EngineConfig.load(tmp_path / "engine.json") == config
+    with pytest.raises(SnpatchError, match="models: dpo: there is no weight; there are weights, lora, adapters"):
+        EngineConfig.from_table({"model": "m", "models": {"dpo": {"weight": "n"}}})
+
+
+def test_each_sides_own_eos_ends_its_texts(pairs, tmp_path):
+    """The recipient's tokens count."""
+    pair = pairs("llama")
+    own, end = pair.folder, oracle.generate(oracle.model(*pair.of["dpo"]), IDS[0], 10).ids[4]
+    second = changed(pair.models["dpo"][0], tmp_path / "second", "generation_config.json", eos_token_id=end)
+    with Engine(own, models={"dpo": second}, backend="transformers") as engine:
+        (ended,) = engine.generate([IDS[0]], "dpo")
+        assert (ended.finish_reason, ended.token_ids[-1]) == ("eos", end)
+        assert all(text.finish_reason == "length" for text in engine.generate(IDS, "base", Sampling(max_tokens=10)))
