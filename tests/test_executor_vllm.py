@@ -41,6 +41,7 @@ from snpatch import Constant, Engine, Noise, Patch, ReceiptError, Sampling, Snpa
 from snpatch.executors.base import Observation
 from snpatch.executors.vllm import versions
 from snpatch.executors.vllm.wire import salt_of
+from snpatch.op.plan import Column, Entry
 from snpatch.ranking.statistics import Statistics
 
 platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
@@ -149,7 +150,7 @@ def test_a_request_reads_the_cache_of_its_own_patch_alone(engine):
     """Another window, ranking, recipient, donor, source, seed, or place: another salt; the same patch: the same one."""
 
     def salt(patch, ids=LONG[0]):
-        return salt_of(engine.requests.patched(ids, patch, sampling=Sampling()))
+        return salt_of(engine.requests.patched(ids, patch, sampling=Sampling()), speaker=0)
 
     ranking, other = RANKINGS
     patches = [
@@ -288,8 +289,12 @@ def test_padded_rows_may_hold_anything(engine):
     """Rows past the last token of a step (padding of a captured graph): NaN goes through and reaches nothing."""
     twin, draw = twin_of(engine), torch.Generator().manual_seed(0)
     request_ids, banks = ["padded"], twin.banks
-    row = [0] * 18
-    row[3:5], row[8:10], row[10:13], row[13:17] = [0, ALL], [0, 100], [0, 0, 100], [-1, 0, 2, -1]
+    row = [0] * len(Entry)
+    for entry, value in {
+        Entry.HI: ALL, Entry.PATCH_STOP: 100, Entry.OBSERVE_STOP: 100, Entry.CAPTURE: -1, Entry.CAPTURE_STOP: 2,
+        Entry.RECEIPT: -1,
+    }.items():  # fmt: skip
+        row[entry] = value
     twin.feed.add("padded", {"snpatch": [10**6, *row]})
     banks.clear_statistics([0])
     twin.feed.step(["unknown", "padded"], [0, 0], [5, 3])  # more rows than the next step, so that some are stale
@@ -303,13 +308,13 @@ def test_padded_rows_may_hold_anything(engine):
     (records,) = twin.feed.fetch([10**6])
     assert records[0]["planned"] == 5
     twin.feed.clear()
-    assert not banks.plan[:, :9].any()
-    assert (banks.plan[:, 9:] == -1).all()
+    assert not banks.plan[:, : Column.GROUP].any()
+    assert (banks.plan[:, Column.GROUP :] == -1).all()
 
 
 def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
     """With asynchronous scheduling a step is planned before it is known that its token ends the text."""
-    from snpatch.op.plan import UNLESS_END, Column, Entry
+    from snpatch.op.plan import UNLESS_END
 
     twin = twin_of(engine)
     for ticket, group in ((1, 2), (2, UNLESS_END + 2)):

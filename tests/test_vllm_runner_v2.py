@@ -15,6 +15,7 @@ from jobs import IDS, RANKINGS, Job
 
 from snpatch import Engine, Sampling
 from snpatch.executors.base import Capture, Observation, Request
+from snpatch.op.plan import Column
 from snpatch.ranking.statistics import Statistics
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -173,8 +174,8 @@ def test_a_dummy_batch_asks_for_nothing(state, log):
     new = next(d for step in log.steps for d in step.output.scheduled_new_reqs if d.sampling_params.extra_args)
     state.add_request(0, new)
     state.prepare_inputs(batch_of([new.req_id], [0], [4]), None)
-    assert state.feed.banks.plan[:4, :8].any()
+    assert state.feed.banks.plan[:4, : Column.POSITION].any()
     state.prepare_inputs(InputBatch.make_dummy(2, 8, InputBuffers(64, 512, torch.device("cpu"))), None)
-    assert not state.feed.banks.plan[:, :8].any()
-    assert (state.feed.banks.plan[:, 9:] == -1).all()
+    assert not state.feed.banks.plan[:, : Column.POSITION].any()
+    assert (state.feed.banks.plan[:, Column.GROUP :] == -1).all()
     assert state.prepare_dummy_inputs(2, 8) == {}
