@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check HALF OTHER test-vllm lint format asan triton36
-.PHONY: bench-op bench-generate readme gpu-check clean
+.PHONY: bench-op bench-generate bench-pair readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
@@ -72,6 +72,11 @@ bench-generate: $(READY)
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/generate.cpu.json
 	SNPATCH_BENCH_SIZE=tiny $(BIN)/python -m pytest -q bench/bench_generate.py -k contrast --benchmark-enable \
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/contrast.cpu.json
+
+# Two sets of weights in one engine against two native engines; one stream against native (minutes).
+bench-pair: $(READY)
+	$(BIN)/python -m pytest -q bench/bench_pair.py --benchmark-enable \
+	  --benchmark-columns=median,iqr --benchmark-json=bench/results/pair.cpu.json
 
 # What the README shows: the experiments on the demo world (minutes), and its tables made from the records.
 readme: $(READY)

@@ -19,10 +19,10 @@ SIZES = {
 EOS = 2
 
 
-def make(size: str, folder: Path, *, weights: bool = True, dtype: torch.dtype = torch.bfloat16) -> Path:
+def make(size: str, folder: Path, *, weights: bool = True, dtype: torch.dtype = torch.bfloat16, draw: int = 0) -> Path:
     """A Llama of this size in `folder`/model and the adapters `folder`/sft and `folder`/dpo.
 
-    weights False: config and tokenizer only, for vLLM's load_format="dummy".
+    draw: of the random weights. weights False: config and tokenizer only, for vLLM's load_format="dummy".
     """
     sizes = dict(SIZES[size])
     heads, kv_heads = sizes.pop("heads"), sizes.pop("kv_heads", None)
@@ -38,7 +38,7 @@ def make(size: str, folder: Path, *, weights: bool = True, dtype: torch.dtype = 
     )
     model = folder / "model"
     if weights:
-        torch.manual_seed(0)
+        torch.manual_seed(draw)
         LlamaForCausalLM(config).to(dtype).save_pretrained(model)
     else:
         config.save_pretrained(model)

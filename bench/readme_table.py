@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 WHAT = {
     "32 windows": "32 different windows in a batch",
+    "one stream": "plain requests with streams=1",
+    "pair": "patched between two sets of weights",
     "plain on twin": "plain requests on a twin engine",
     "prefill": "reading prompts, one written token",
     "statistics": "statistics of every position",
@@ -26,6 +28,7 @@ AGAINST = {
     "native 2B": "native vLLM on as many rows",
     "native B": "native vLLM on as many requests",
     "one window": "one",
+    "two natives": "two native engines, one after the other",
     "without": "none",
 }
 

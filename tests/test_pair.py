@@ -85,7 +85,7 @@ def test_a_model_beside_its_own_copy_is_the_shared_engine(zoo, tmp_path):
         want = generate(shared, JOBS)
     models = {"dpo": {"weights": tmp_path / "copy", "adapters": made.adapters["dpo"]}}
     with Engine(made.folder, {"sft": made.adapters["sft"]}, models=models, backend="transformers") as engine:
-        assert engine.executor.second_bytes == 0  # what is equal is held once
+        assert engine.executor.memory.second == 0  # what is equal is held once
         assert_together_as_alone(generate(engine, JOBS), want, LOGPROB)  # batches are others
 
 

@@ -1,5 +1,7 @@
 """Two sets of weights in one vLLM twin: against the oracle's two hooked models."""
 
+from types import SimpleNamespace
+
 import oracle
 import pytest
 import tiny
@@ -71,7 +73,7 @@ def test_what_is_equal_is_held_once(start, tmp_path_factory):
     model = oracle.model(*made.of["dpo"]).model
     bytes_apart = sum(4 * p.numel() for name, p in model.named_parameters() if not is_equal(name))
     engine = start(made)
-    assert engine.executor.second_bytes == bytes_apart
+    assert engine.executor.memory.second == bytes_apart
     jobs = [*JOBS, *RICHER]
     assert_as_the_oracle(made, jobs, generate(engine, jobs))
 
@@ -89,3 +91,13 @@ def test_two_models_of_one_set_are_refused_with_the_way_out(pairs, start):
         SnpatchError, match=r"both models .* are on the weights of .*: start an engine of these weights"
     ):
         engine.generate([IDS[0]], Patch("dpo", "tuned", RANKINGS[0], 5))
+
+
+def test_too_little_memory_is_an_error_that_says_how_much_is_missing(monkeypatch):
+    from snpatch.executors.vllm.worker import pairing
+
+    config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=3 * 10**9))
+    monkeypatch.setattr(pairing, "free_bytes", lambda: 10 * 10**9)
+    pairing.check_room(7 * 10**9, config)
+    with pytest.raises(SnpatchError, match=r"9.00 GB, .* 3.00 GB .* 10.00 GB are free, so that 2.00 GB are"):
+        pairing.check_room(9 * 10**9, config)

@@ -70,7 +70,7 @@ def test_it_works_the_other_way_round_and_with_the_mean(engine, ranking):
 
 def test_the_last_layer_is_left_out_unless_asked_for(engine, ranking):
     assert len(ranking) == 2 * 48
-    assert ranking.per_layer(len(ranking)).tolist() == [48, 48, 0]
+    assert ranking.layer_counts(len(ranking)).tolist() == [48, 48, 0]
     whole = engine.contrast(tiny.PROMPTS, "sft", "dpo", sampling=WORDS, exclude_layers=())
     assert len(whole) == 3 * 48
     assert torch.equal(whole.scores, ranking.scores)

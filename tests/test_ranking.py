@@ -37,7 +37,7 @@ def test_order_is_by_score_then_layer_then_neuron():
     assert order(ranking) == [[1, 2], [1, 1], [0, 2], [0, 0], [0, 1], [1, 0]]
     assert order(Ranking.from_scores(torch.zeros(2, 2))) == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert ranking.top(2).tolist() == [[1, 2], [1, 1]]
-    assert ranking.per_layer(3).tolist() == [1, 2]
+    assert ranking.layer_counts(3).tolist() == [1, 2]
     assert ranking.top(0).shape == (0, 2)
 
 
@@ -78,7 +78,7 @@ def test_a_per_layer_control_has_every_prefixs_counts(disjoint):
     control = safety.random_control(50, seed=1, disjoint=disjoint)
     assert len(control) == 50
     for k in range(51):
-        assert torch.equal(control.per_layer(k), safety.per_layer(k))
+        assert torch.equal(control.layer_counts(k), safety.layer_counts(k))
     assert (control.overlap(safety, 50) == 0) == disjoint
 
 
@@ -134,7 +134,7 @@ def test_a_windows_control_has_its_size_and_avoids_just_it(kind):
         assert len(control) == 7
         assert not ranks & set(range(4, 11))
         if kind == "per_layer":
-            assert torch.equal(control.per_layer(7), ranking.per_layer(11) - ranking.per_layer(4))
+            assert torch.equal(control.layer_counts(7), ranking.layer_counts(11) - ranking.layer_counts(4))
         drawn |= ranks
     assert drawn & set(range(4)), "the neurons before the window may be drawn"
 
@@ -377,3 +377,23 @@ def test_bad_statistics_are_refused(sums, count, message):
 def test_layers_that_saw_different_tokens_have_no_score():
     with pytest.raises(SnpatchError, match=r"different numbers of tokens: \[1, 2, 2\]"):
         Ranking.from_statistics(Statistics(torch.zeros(3, 5, 5).double(), torch.tensor([1, 2, 2])))
+
+
+def test_layers_alone_are_rankings_of_their_own():
+    ranking = Ranking.from_scores(SCORES)
+    assert order(ranking.only([0])) == [[0, 2], [0, 0], [0, 1]]
+    assert order(ranking.only(range(-1, 0))) == [[1, 2], [1, 1], [1, 0]]
+    assert order(ranking.only([1, 0, -1])) == order(ranking)
+    assert ranking.only([1]).meta["only_layers"] == [1]
+    assert torch.equal(ranking.only([0]).scores, SCORES)
+    with pytest.raises(SnpatchError, match="only: the model has 2 layers, got 2"):
+        ranking.only([2])
+
+
+def test_the_first_of_each_layer():
+    ranking = Ranking.from_scores(SCORES)
+    assert order(ranking.per_layer(1)) == [[1, 2], [0, 2]]
+    assert order(ranking.per_layer(2)) == [[1, 2], [1, 1], [0, 2], [0, 0]]
+    assert order(ranking.per_layer(9)) == order(ranking)
+    with pytest.raises(SnpatchError, match="per_layer: k must be at least 1, got 0"):
+        ranking.per_layer(0)

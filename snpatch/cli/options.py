@@ -37,7 +37,10 @@ def open_engine(config: EngineConfig):
     from snpatch.engine import Engine
 
     transformers.utils.logging.disable_progress_bar()
-    return Engine.from_config(config)
+    engine = Engine.from_config(config)
+    if config.second is not None:
+        print(f"snpatch: {engine.executor.memory}", file=sys.stderr)
+    return engine
 
 
 @contextmanager

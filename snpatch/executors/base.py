@@ -102,6 +102,20 @@ class Geometry:
     widths: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What an engine holds, in bytes over all its devices. second: what a second set of weights holds apart from the
+    first; cache: the KV cache of both streams, 0 where it is made anew for each batch."""
+
+    weights: int
+    second: int
+    cache: int
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "of a second set apart from them": self.second, "KV cache": self.cache}
+        return ", ".join(f"{size / 1e9:.2f} GB {what}" for what, size in parts.items() if size)
+
+
 Progress = Callable[[int, int], None]  # (requests done, requests in all)
 
 
@@ -109,7 +123,7 @@ class Executor(Protocol):
     """Runs requests."""
 
     geometry: Geometry  # known before `start`
-    second_bytes: int  # of what a second set of weights holds apart from the first; known after it
+    memory: Memory  # known after it
 
     def check(self, name: str, model: Model) -> None:
         """An error for a model that this executor cannot run, as early as it can be told."""

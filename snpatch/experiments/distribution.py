@@ -26,7 +26,7 @@ def run(lab: Lab, settings: Settings) -> Report:
     ranking = lab.ranking()
     k = lab.k(settings.k, ranking)
     scores = ranking.scores.numpy().astype(float)
-    top = ranking.per_layer(k).tolist()
+    top = ranking.layer_counts(k).tolist()
     excluded = ranking.meta["excluded_layers"]
     rows = [
         {"layer": layer, "ranked": layer not in excluded, **describe(own, settings.thresholds), "in_top_k": top[layer]}

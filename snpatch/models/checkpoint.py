@@ -13,7 +13,18 @@ from transformers import AutoConfig, GenerationConfig
 from snpatch.errors import SnpatchError
 from snpatch.models.pretrained import load_pretrained
 
-ARCHITECTURES = ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3")
+ARCHITECTURES = (
+    "llama",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "olmo3",
+    "qwen2",
+    "qwen3",
+    "phi3",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 

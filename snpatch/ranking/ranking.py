@@ -85,10 +85,7 @@ class Ranking:
         """Order by score, largest first; equal scores by layer, then neuron. Negative layers count from the end."""
         scores = scores.float()
         n_layers, n_neurons = scores.shape
-        for layer in exclude_layers:
-            if not -n_layers <= layer < n_layers:
-                raise SnpatchError(f"exclude_layers: the model has {n_layers} layers, got {layer}")
-        excluded = sorted({layer % n_layers for layer in exclude_layers})
+        excluded = _layers(exclude_layers, n_layers, "exclude_layers")
         order = torch.sort(scores.flatten(), descending=True, stable=True).indices
         order = order[~torch.isin(order // n_neurons, torch.tensor(excluded, dtype=torch.int64))]
         rank = _rank_of(order, scores.shape)
@@ -133,7 +130,7 @@ class Ranking:
         flat = self._first(k)
         return torch.stack([flat // self.shape[1], flat % self.shape[1]], dim=1)
 
-    def per_layer(self, k: int) -> Tensor:
+    def layer_counts(self, k: int) -> Tensor:
         """How many of the first k neurons lie in each layer, [L] int64."""
         return torch.bincount(self._first(k) // self.shape[1], minlength=self.shape[0])
 
@@ -144,6 +141,23 @@ class Ranking:
     def leave_out(self, other: "Ranking", k: int) -> "Ranking":
         """The neurons that are not in `other`'s first k, in this order."""
         return self._keep(~torch.isin(self._order, self._same_shape(other)._first(k)), "leave_out", k)
+
+    def only(self, layers: Sequence[int]) -> "Ranking":
+        """The neurons of these layers, in this order. Negative ones count from the end: range(-n, 0) is the last n."""
+        named = torch.tensor(_layers(layers, self.shape[0], "only"), dtype=torch.int64)
+        kept = torch.isin(self._order // self.shape[1], named)
+        return self._of(self._order[kept], {"only_layers": named.tolist()})
+
+    def per_layer(self, k: int) -> "Ranking":
+        """The first k neurons of each layer, in this order."""
+        if k < 1:
+            raise SnpatchError(f"per_layer: k must be at least 1, got {k}")
+        layer = self._order // self.shape[1]
+        place = torch.zeros_like(layer)
+        for one in layer.unique():
+            own = layer == one
+            place[own] = torch.arange(int(own.sum()))
+        return self._of(self._order[place < k], {"per_layer": k})
 
     def random_control(
         self, window: Window | int | tuple[int, int], *, seed: int, kind: str = "per_layer", disjoint: bool = True
@@ -242,8 +256,20 @@ class Ranking:
         return other
 
     def _keep(self, kept: Tensor, operation: str, k: int) -> "Ranking":
-        meta = {**self.meta, "set_operation": operation, "set_k": k}
-        return Ranking(_rank_of(self._order[kept], self.shape), self.scores, self.moments, meta, self.statistics)
+        return self._of(self._order[kept], {"set_operation": operation, "set_k": k})
+
+    def _of(self, order: Tensor, meta: dict) -> "Ranking":
+        """Some of its neurons as a ranking of their own."""
+        rank = _rank_of(order, self.shape)
+        return Ranking(rank, self.scores, self.moments, {**self.meta, **meta}, self.statistics)
+
+
+def _layers(layers: Sequence[int], n_layers: int, name: str) -> list[int]:
+    """Layers counted from the start, each once."""
+    for layer in layers:
+        if not -n_layers <= layer < n_layers:
+            raise SnpatchError(f"{name}: the model has {n_layers} layers, got {layer}")
+    return sorted({layer % n_layers for layer in layers})
 
 
 def _rank_of(order: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -1,9 +1,13 @@
 """vLLM engines in the tests' own process, one at a time."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Model
+from transformers.models.olmo3.modeling_olmo3 import Olmo3Model
 
 from snpatch import Engine
 
@@ -19,6 +23,23 @@ def in_process():
         yield
 
 
+@contextmanager
+def _untouched(*classes: type) -> Iterator[None]:
+    """Where vLLM runs a model of transformers it marks its class for compilation; the oracle has need of it as it was."""
+    kept = [(cls, cls.__bases__, {name: cls.__dict__.get(name) for name in MARKED}) for cls in classes]
+    yield
+    for cls, bases, own in kept:
+        cls.__bases__ = bases
+        for name, value in own.items():
+            if value is not None:
+                setattr(cls, name, value)
+            elif name in cls.__dict__:
+                delattr(cls, name)
+
+
+MARKED = ("__init__", "__call__", "_ignore_compile_vllm", "load_weights")
+
+
 @pytest.fixture(scope="module")
 def start(in_process, zoo):
     """start(architecture, **options): an engine; the one before is closed, as two cannot share a process."""
@@ -29,7 +50,8 @@ def start(in_process, zoo):
             held.pop().close()
         gc.collect()
         made = zoo(architecture) if isinstance(architecture, str) else architecture
-        held.append(Engine(made.folder, **made.given, backend="vllm", **{**SMALL, **options}))
+        with _untouched(Olmo2Model, Olmo3Model):
+            held.append(Engine(made.folder, **made.given, backend="vllm", **{**SMALL, **options}))
         return held[0]
 
     yield get

@@ -42,6 +42,12 @@ ARCHITECTURES = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "query_pre_attn_scalar": HEAD_DIM,
     },
+    "olmo2": HEADS_WITHIN,
+    "olmo3": {
+        **HEADS_WITHIN,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "qwen2": HEADS_WITHIN,
     "qwen3": HEADS_APART,
     "phi3": {**HEADS_WITHIN, "original_max_position_embeddings": CONTEXT},

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from snpatch.config import OWN_SET, EngineConfig, ModelSource
 from snpatch.errors import SnpatchError, first_line
-from snpatch.executors.base import Geometry, Logprobs, Output, Request
+from snpatch.executors.base import Geometry, Logprobs, Memory, Output, Request
 from snpatch.executors.receipts import confirm
 from snpatch.executors.transformers.banks import Banks, records_of
 from snpatch.executors.transformers.surgery import make_twin
@@ -45,12 +45,9 @@ class TransformersExecutor:
             self.geometry = replace(self.geometry, **least)
         self._tokenizer, self._token_budget = tokenizer, config.token_budget
         self._batch_size = BATCH_SIZE if config.batch_size is None else config.batch_size
+        own = sum(p.numel() * p.element_size() for p in self._model.parameters())
         self._step = make_twin(self._model, second)
-
-    @property
-    def second_bytes(self) -> int:
-        """Bytes of what the second set of weights holds apart from the first."""
-        return self._step.second_bytes
+        self.memory = Memory(own, self._step.second_bytes, 0)
 
     def check(self, name: str, model: Model) -> None:
         """Every model whose adapters fit the geometry can be run."""

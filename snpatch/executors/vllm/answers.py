@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
+from snpatch.executors.base import Memory
 
 
 def answers_of(answers: list[dict]) -> list:
@@ -15,17 +16,13 @@ def answers_of(answers: list[dict]) -> list:
 
 @dataclass(frozen=True)
 class Started:
-    """What the workers told when they had started. shards: (first neuron, neurons) of each; runner: "v1" or "v2".
-
-    weights: bytes of the first set of weights over all workers, and of what the second holds apart from it; both 0
-    where there is no second.
-    """
+    """What the workers told when they had started. shards: (first neuron, neurons) of each; runner: "v1" or "v2"."""
 
     shards: tuple[tuple[int, int], ...]
     runner: str
-    weights: tuple[int, int]
+    memory: Memory
 
     @classmethod
     def of(cls, answers: list[dict]) -> "Started":
-        weights = tuple(map(sum, zip(*(a["weights"] for a in answers), strict=True)))
-        return cls(tuple((a["first_neuron"], a["n_neurons"]) for a in answers), answers[0]["runner"], weights)
+        memory = Memory(*map(sum, zip(*(a["memory"] for a in answers), strict=True)))
+        return cls(tuple((a["first_neuron"], a["n_neurons"]) for a in answers), answers[0]["runner"], memory)

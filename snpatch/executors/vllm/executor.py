@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.base import Output, Request
+from snpatch.executors.base import Memory, Output, Request
 from snpatch.executors.vllm.answers import Started, answers_of
 from snpatch.executors.vllm.lifetime import died, start_engine
 from snpatch.executors.vllm.registry import Held
@@ -41,9 +41,9 @@ class VllmExecutor(UsersSide):
         self.backlog = BACKLOG * self.engine.vllm_config.scheduler_config.max_num_seqs
 
     @property
-    def second_bytes(self) -> int:
-        """Bytes of what the second set of weights holds apart from the first, over all workers."""
-        return self.started.weights[1]
+    def memory(self) -> Memory:
+        """What all workers hold."""
+        return self.started.memory
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
         """(index, output) of each request as it finishes, its receipt checked. Requests are taken as there is room."""

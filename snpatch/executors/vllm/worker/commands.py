@@ -5,7 +5,7 @@ exception in a worker ends the engine.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -49,7 +49,7 @@ class WorkerExtension:
             "first_neuron": twin.first_neuron,
             "n_neurons": twin.n_neurons,
             "runner": _runner_kind(runner),
-            "weights": twin.weights(),
+            "memory": (twin.own_bytes, twin.second.bytes if twin.second else 0, _bytes(runner.kv_caches)),
         }
 
     @_command
@@ -91,6 +91,10 @@ class WorkerExtension:
         if twin is None:
             raise SnpatchError("this engine's model is not a twin: is snpatch's vLLM plugin switched off?")
         return twin
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _runner_kind(runner) -> str:

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
@@ -37,11 +38,12 @@ class SecondSet:
     feed: tells which streams speak in the step under way.
     """
 
-    def __init__(self, base: type[nn.Module], vllm_config: VllmConfig, prefix: str, feed: Feed) -> None:
+    def __init__(self, base: type[nn.Module], vllm_config: VllmConfig, prefix: str, feed: Feed, own_bytes: int) -> None:
         self._config, self._settings, self._feed = vllm_config, TwinSettings.of(vllm_config), feed
         self.name = self._settings.weights or vllm_config.model_config.model
-        self.bytes, self.own_bytes, self.paired, self.has_head = 0, 0, [], False
+        self.bytes, self.paired, self.has_head = 0, [], False
         self._vocabulary = vllm_config.model_config.get_vocab_size()
+        check_room(own_bytes, vllm_config)
         with _apart(vllm_config) as apart:
             self._holder = base(vllm_config=apart, prefix=prefix)
 
@@ -62,7 +64,6 @@ class SecondSet:
     def join(self, model: nn.Module, is_shared: Callable[[nn.Module, nn.Module], bool] | None = None) -> set[str]:
         """Hang each module of the second set that differs from the model's own into it."""
         is_shared, others, names = is_shared or _equal, dict(self._holder.named_modules()), set()
-        self.own_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         for name, own in list(model.named_modules()):
             parameters = dict(own.named_parameters(recurse=False))
             if not parameters or is_shared(own, others[name]):
@@ -123,6 +124,33 @@ class SecondSet:
             yield name, weight
 
 
+def check_room(needed: int, vllm_config: VllmConfig) -> None:
+    """An error where a second set of so many bytes, and the cache that was asked for, do not fit the memory."""
+    cache = vllm_config.cache_config.kv_cache_memory_bytes or 0
+    free = free_bytes()
+    if needed + cache > free:
+        second, kv, room, missing = (f"{n / 1e9:.2f} GB" for n in (needed, cache, free, needed + cache - free))
+        raise SnpatchError(
+            f"no room for a second set of weights: it needs {second}, the KV cache {kv} (kv_cache_memory_bytes), and "
+            f"{room} are free, so that {missing} are missing: set kv_cache_memory_bytes lower, or spread the engine by "
+            "tensor_parallel_size"
+        )
+
+
+def free_bytes() -> int:
+    """What is free on this worker's device."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def by_stream(rows: Tensor, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Tensor:
+    """Each stream's rows through its own. rows: [2 * T, ...]; of vLLM's Transformers models a batch of one of that."""
+    flat = rows[0] if len(rows) == 1 else rows
+    both = interleaved(first(flat[0::2]), second(flat[1::2]))
+    return both if flat is rows else both[None]
+
+
 def interleaved(first: Tensor, second: Tensor) -> Tensor:
     """[2 * T, ...]: row 2t is row t of the first, row 2t + 1 of the second."""
     return torch.stack([first, second], dim=1).flatten(0, 1)
@@ -134,7 +162,9 @@ def _by_stream(own: nn.Module, other: nn.Module) -> Callable[..., Tensor]:
 
     def product(layer: nn.Module, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         theirs = other.bias if bias is not None else None
-        return interleaved(apply(layer, rows[0::2], bias), other.quant_method.apply(other, rows[1::2], theirs))
+        return by_stream(
+            rows, lambda own: apply(layer, own, bias), lambda own: other.quant_method.apply(other, own, theirs)
+        )
 
     return product
 
@@ -144,7 +174,7 @@ def _norm_by_stream(forward: Callable, other: nn.Module) -> Callable:
 
     def norm(rows: Tensor, residual: Tensor | None = None):
         if residual is None:
-            return interleaved(forward(rows[0::2].contiguous()), other(rows[1::2].contiguous()))
+            return by_stream(rows, lambda own: forward(own.contiguous()), lambda own: other(own.contiguous()))
         first = forward(rows[0::2].contiguous(), residual[0::2].contiguous())
         second = other(rows[1::2].contiguous(), residual[1::2].contiguous())
         return tuple(map(interleaved, first, second))

@@ -18,6 +18,8 @@ TESTED = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Phi3ForCausalLM",
+    "Olmo2ForCausalLM",
+    "Olmo3ForCausalLM",
 )
 PREFIX = "Snpatch"
 SCORE = "SnpatchLlamaForScore"

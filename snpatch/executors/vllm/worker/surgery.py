@@ -94,9 +94,12 @@ class TwinGLU(nn.Module):
         }
 
     def forward(self, gate_up: Tensor) -> Tensor:
+        rows = gate_up.flatten(0, -2)
         if torch.compiler.is_compiling():
-            return torch.ops.snpatch.twin_glu(gate_up, _encode_layer_name(self.name))
-        return self.run(gate_up)
+            out = torch.ops.snpatch.twin_glu(rows, _encode_layer_name(self.name))
+        else:
+            out = self.run(rows)
+        return out.view(*gate_up.shape[:-1], -1)
 
     def run(self, gate_up: Tensor) -> Tensor:
         plan = self.banks.plan_of(gate_up.shape[0] // self.streams)
@@ -168,6 +171,7 @@ class Twin:
         self.settings = settings = TwinSettings.of(vllm_config)
         self.has_seen_weights = False
         self.second: SecondSet | None = None
+        self.own_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.n_layers, self.attention, self.name = config.num_hidden_layers, attention, vllm_config.model_config.model
         context = vllm_config.compilation_config.static_forward_context
         gated = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SiluAndMul | GeluAndMul)]
@@ -193,10 +197,11 @@ class Twin:
         if settings.streams == 2:
             first, embedding = self.glus[0].name, embeddings[0]
 
-            def embed(forward, ids):
-                ids = torch.ops.snpatch.twin_tokens(ids, _encode_layer_name(first))
+            def embed(forward, given):
+                ids = torch.ops.snpatch.twin_tokens(given.flatten(), _encode_layer_name(first))
                 rows, second = forward(ids), getattr(embedding, "second", None)
-                return interleaved(rows, rows if second is None else second(ids))
+                both = interleaved(rows, rows if second is None else second(ids))
+                return both if given.dim() == 1 else both[None]  # vLLM's Transformers models want a batch of one
 
             _reclass(embedding, embed)
             for layer in attention:
@@ -218,10 +223,6 @@ class Twin:
         self._warm_up(vllm_config.model_config.dtype)
         self.feed = Feed(self.banks)
 
-    def weights(self) -> tuple[int, int]:
-        """Bytes of the first set of weights on this worker, and of what the second holds apart from it."""
-        return (0, 0) if self.second is None else (self.second.own_bytes, self.second.bytes)
-
     def _warm_up(self, dtype: torch.dtype) -> None:
         """Run the op once on a row that asks for nothing: its kernel must not be met first in a graph capture."""
         row = torch.zeros(self.settings.streams, 2 * self.n_neurons, dtype=dtype, device=self.banks.device)
@@ -241,8 +242,10 @@ class Twin:
         for projection, glu in zip(qkv, self.glus, strict=True):
 
             def project(forward, *args, name: str = glu.name, **kwargs):
-                out, bias = forward(*args, **kwargs)
-                return torch.ops.snpatch.twin_scale_kv(out, _encode_layer_name(name)), bias
+                given = forward(*args, **kwargs)
+                out, *bias = given if isinstance(given, tuple) else (given,)
+                scaled = torch.ops.snpatch.twin_scale_kv(out.flatten(0, -2), _encode_layer_name(name)).view_as(out)
+                return (scaled, *bias) if isinstance(given, tuple) else scaled
 
             _reclass(projection, project)
         width = qkv[0].num_kv_heads * qkv[0].head_size
@@ -268,7 +271,7 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
                 attention = [m for m in self.modules() if isinstance(m, Attention)]
             self.snpatch = twin = Twin(self, vllm_config, attention)
             if twin.settings.has_second:
-                twin.second = SecondSet(base, vllm_config, prefix, twin.feed)
+                twin.second = SecondSet(base, vllm_config, prefix, twin.feed, twin.own_bytes)
                 if vllm_config.load_config.load_format == "dummy":  # vLLM fills what it finds, and loads nothing
                     twin.second.join(self, is_shared=lambda one, other: False)
 

@@ -1,0 +1,88 @@
+"""Two sets of weights in one engine against two native engines, and one stream against native: `make bench-pair`.
+
+The pair engine writes B patched texts; the two native ones, which live beside it and take turns with it, write B texts
+each, one engine after the other: what one would run without snpatch, and without a patch. Sizes: see bench_generate.py.
+"""
+
+from dataclasses import asdict
+from functools import partial
+
+import geometry
+import pytest
+from bench_generate import (
+    BATCHES,
+    COMMON,
+    IS_REHEARSAL,
+    PROMPT,
+    RANKING,
+    SIZE,
+    K,
+    paired,
+    run_native,
+    run_twin,
+    runner_of,
+)
+
+from snpatch import Engine, Patch
+
+SHOWN = BATCHES if IS_REHEARSAL else [b for b in BATCHES if 4 <= b <= 64]
+PATCH = Patch("base", "dpo", RANKING, K)
+OPTIONS = {"max_model_len": 512, **COMMON} | ({"load_format": "dummy"} if SIZE == "7b" else {})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two models of one shape and independent random weights."""
+    homes = [tmp_path_factory.mktemp(name) for name in ("recipient", "donor")]
+    return [geometry.make(SIZE, home, weights=SIZE != "7b", draw=draw) for draw, home in enumerate(homes)]
+
+
+@pytest.fixture(scope="module")
+def pair(folders):
+    own, donor = folders
+    with Engine(own, models={"dpo": donor}, backend="vllm", **OPTIONS) as engine:
+        if SIZE != "7b":
+            agree(engine, folders)
+        yield engine
+
+
+def agree(engine, folders) -> None:
+    """Patched log-probabilities are those of the transformers executor."""
+    texts = [[(7 * i + 3 * j) % 500 + 3 for j in range(PROMPT)] for i in range(4)]
+    with Engine(folders[0], models={"dpo": folders[1]}, backend="transformers") as reference:
+        for patch in (PATCH, "base", "dpo"):
+            for one, other in zip(engine.logprobs(texts, patch), reference.logprobs(texts, patch), strict=True):
+                assert (one.values - other.values).abs().mean() < 0.05
+
+
+@pytest.fixture(scope="module")
+def natives(folders):
+    from vllm import LLM
+
+    return [LLM(str(folder), dtype="bfloat16", disable_log_stats=True, **OPTIONS) for folder in folders]
+
+
+@pytest.mark.parametrize("batch", SHOWN)
+def test_pair_against_two_native_engines(benchmark, pair, natives, batch):
+    def both():
+        for native in natives:
+            run_native(native, batch)
+
+    run = partial(run_twin, pair, batch, PATCH)
+    runner = pair.executor.started.runner
+    assert runner == runner_of(natives[0])
+    paired(benchmark, "pair", run, {"two natives": both}, batch=batch, runner=runner,
+           bytes=asdict(pair.executor.memory))  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", SHOWN)
+def test_one_stream_against_native(benchmark, folders, natives, batch, one_stream):
+    run = partial(run_twin, one_stream, batch, "base")
+    others = {"native B": lambda: run_native(natives[0], batch)}
+    paired(benchmark, "one stream", run, others, batch=batch, runner=one_stream.executor.started.runner)
+
+
+@pytest.fixture(scope="module")
+def one_stream(folders):
+    with Engine(folders[0], backend="vllm", streams=1, **OPTIONS) as engine:
+        yield engine
