@@ -25,7 +25,7 @@ def in_process():
 
 @contextmanager
 def _untouched(*classes: type) -> Iterator[None]:
-    """Where vLLM runs a model of transformers it marks its class for compilation; the oracle has need of it as it was."""
+    """Where vLLM runs a model of transformers it marks its class for compilation; the oracle needs it as it was."""
     kept = [(cls, cls.__bases__, {name: cls.__dict__.get(name) for name in MARKED}) for cls in classes]
     yield
     for cls, bases, own in kept:
