@@ -72,7 +72,7 @@ def test_pair_against_two_native_engines(benchmark, pair, natives, batch):
     runner = pair.executor.started.runner
     assert runner == runner_of(natives[0])
     paired(benchmark, "pair", run, {"two natives": both}, batch=batch, runner=runner,
-           bytes=asdict(pair.executor.memory))  # fmt: skip
+           memory=asdict(pair.executor.memory))  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", SHOWN)

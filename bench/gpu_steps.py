@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field, replace
 
 STEP_S = 480
-GENERATE, OP = "bench/bench_generate.py", "bench/bench_patched_glu.py"
+GENERATE, PAIR, OP = "bench/bench_generate.py", "bench/bench_pair.py", "bench/bench_patched_glu.py"
 KERNELS = "tests/test_ops_patched_glu_native.py"
 BENCHES = ["-s", "--benchmark-enable", "--benchmark-columns=median"]  # -s: vLLM's own log is kept, too
 IN_CI = "CI runs these tests themselves"
@@ -55,10 +55,18 @@ class Step:
     parts: tuple[Part, ...]
 
 
-def generate(name: str, *tests: str, size: str, env: dict[str, str], is_rehearsed: bool = False, **options) -> Part:
-    """Benches of bench_generate.py. Rehearsed are those of Model Runner V1, and what `is_rehearsed` on it instead."""
+def generate(
+    name: str,
+    *tests: str,
+    size: str,
+    env: dict[str, str],
+    file: str = GENERATE,
+    is_rehearsed: bool = False,
+    **options,
+) -> Part:
+    """Benches of whole engines. Rehearsed are those of Model Runner V1, and what `is_rehearsed` on it instead."""
     sized = {**env, **COMPILED, "SNPATCH_BENCH_SIZE": size, "SNPATCH_BENCH_ROUNDS": "3", "VLLM_LOGGING_LEVEL": "INFO"}
-    what = tuple(f"{GENERATE}::{test}" for test in tests)
+    what = tuple(f"{file}::{test}" for test in tests)
     part = Part(name, "benches", what, env=sized, needs=("card", "vllm"), **options)
     if env is RUNNERS["v2"] and not is_rehearsed:
         return replace(part, rehearsal="Model Runner V2 needs a GPU")
@@ -88,6 +96,7 @@ def equal(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
         tests(f"goldens-{runner}", "tests/test_goldens_vllm.py", "", env, limit_s=240, expect_s=60),
         modes(f"float32-{runner}", env, limit_s=300, expect_s=90),
         tests(f"promises-{runner}", executor, "promise", env, limit_s=240, expect_s=60),
+        tests(f"pair-{runner}", "tests/test_pair_vllm.py", "not workers", env, limit_s=300, expect_s=90),
         tests(f"bfloat16-{runner}", "tests/test_vllm_gpu.py", "bfloat16", env, limit_s=240, expect_s=60),
     )
 
@@ -146,6 +155,8 @@ def steps() -> tuple[Step, ...]:
                 end_to_end("v2", v2),
                 generate("hooks-v2", "test_against_hooks[B32-static]", "test_against_hooks[B32-ragged]", size="7b",
                          env=v2, is_rehearsed=True, limit_s=300, expect_s=150),
+                generate("pair-v2", "test_pair_against_two_native_engines", "test_one_stream_against_native", size="1b",
+                         env=v2, file=PAIR, limit_s=300, expect_s=150),
                 end_to_end("v1", v1),
             ),
         ),

@@ -15,9 +15,11 @@ from snpatch import schema
 from snpatch.errors import SnpatchError
 from snpatch.schema import option
 
-BACKENDS = ("auto", "vllm", "transformers")
-TEMPLATES = ("auto", "tokenizer", "tulu")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+KNOWN = {
+    "backend": ("auto", "vllm", "transformers"),
+    "template": ("auto", "tokenizer", "tulu"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
 Folders = str | Path | Sequence[str | Path]
 RESAMPLES, CONFIDENCE = 1000, 0.95  # of every bootstrap interval, where nothing else is said
 
@@ -118,9 +120,8 @@ class EngineConfig:
                 f"models: an engine runs its own weights and one further set, and these are {len(sets)}: {named}; "
                 "start one engine for each pair, with one of the two as its model"
             )
-        for name, known in (("backend", BACKENDS), ("template", TEMPLATES), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
-                raise SnpatchError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in KNOWN:
+            check_known(name, getattr(self, name))
         for name in ("batch_size", "token_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -227,10 +228,15 @@ class EngineConfig:
 _OWN = {f.name: f.default for f in fields(EngineConfig) if f.name not in ("model", "adapters", "twin", "vllm")}
 
 
+def check_known(name: str, value: object) -> None:
+    """An error for a backend, template or dtype that there is not."""
+    if value not in KNOWN[name]:
+        raise SnpatchError(f"{name} must be one of {', '.join(KNOWN[name])}, got {value!r}")
+
+
 def choose_backend(backend: str) -> str:
     """ "vllm" or "transformers": what `backend` names, or for "auto" the faster one that is installed."""
-    if backend not in BACKENDS:
-        raise SnpatchError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_known("backend", backend)
     if backend == "auto":
         return "vllm" if importlib.util.find_spec("vllm") else "transformers"
     return backend

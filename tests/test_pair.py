@@ -8,15 +8,15 @@ import oracle
 import pytest
 import tiny
 import torch
+from commands import run
 from jobs import (
-    ALL,
     COMPLETIONS,
     IDS,
     JOBS,
     LOGPROB,
     RANKINGS,
     RICHER,
-    Job,
+    SAME_SET,
     assert_as_the_oracle,
     assert_patched_into_itself_it_gives_its_own_text,
     assert_ranking,
@@ -27,11 +27,8 @@ from jobs import (
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from snpatch import Engine, EngineConfig, Sampling, SnpatchError
+from snpatch import Engine, EngineConfig, Patch, Ranking, Sampling, SnpatchError
 from snpatch.models.lora import load_lora, merged
-
-# Both models of a patch on the second set, and the second set's own adapters.
-SAME_SET = [Job(3, "tuned", "dpo", (0, 120)), Job(6, "dpo", "tuned", (20, 90)), Job(1, "tuned", "sft", (0, ALL))]
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +217,59 @@ def test_each_sides_own_eos_ends_its_texts(pairs, tmp_path):
         (ended,) = engine.generate([IDS[0]], "dpo")
         assert (ended.finish_reason, ended.token_ids[-1]) == ("eos", end)
         assert all(text.finish_reason == "length" for text in engine.generate(IDS, "base", Sampling(max_tokens=10)))
+
+
+# ---- the command line and world files ----------------------------------------------------------------------------
+
+
+def test_the_command_line_takes_pairs(capsys, pairs, tmp_path):
+    made, prompts, ranking = pairs("llama"), tmp_path / "prompts.jsonl", tmp_path / "ranking.safetensors"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in tiny.PROMPTS))
+    second, sft = made.models["dpo"][0], made.adapters["sft"][0]
+    common = [made.folder, prompts, "-a", f"sft={sft}", "--weights", f"dpo={second}", "--weights", f"tuned={second}"]
+    common += ["-a", f"tuned={sft}", "--template", "tulu", "--backend", "transformers"]
+    code, _, err = run(capsys, "contrast", *common, "--generator", "sft", "--against", "dpo", "-o", ranking,
+                       "--max-tokens", 4, "--keep-all-layers")  # fmt: skip
+    assert code == 0, err
+    assert "GB of a second set apart from them" in err
+    patched = ["--recipient", "tuned", "--donor", "sft", "--ranking", ranking, "-k", 40, "--strength", 1.5]
+    code, out, err = run(capsys, "generate", *common, *patched, "--max-tokens", 5, "--json")
+    assert code == 0, err
+    with Engine(made.folder, **made.given, template="tulu", backend="transformers") as engine:
+        patch = Patch("tuned", "sft", Ranking.load(ranking), 40, strength=1.5)
+        chats = [[{"role": "user", "content": text}] for text in tiny.PROMPTS]
+        want = engine.generate(chats, patch, Sampling(max_tokens=5))
+    assert [json.loads(line)["token_ids"] for line in out.splitlines()] == [c.token_ids for c in want]
+    code, _, err = run(capsys, "generate", made.folder, prompts, "--weights", f"dpo={second},{second}")
+    assert (code, "--weights wants one checkpoint a name" in err) == (2, True)
+
+
+def test_world_files_take_pairs(capsys, pairs, tmp_path):
+    made = pairs("llama")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in tiny.PROMPTS))
+    shutil.copytree(made.models["dpo"][0], tmp_path / "second")
+    (tmp_path / "world.toml").write_text(f"""
+model = "{made.folder}"
+template = "tulu"
+recipients = ["base"]
+benchmarks = ["p"]
+max_tokens = 3
+contrast_tokens = 3
+[models]
+dpo = {{ weights = "second" }}
+[contrasts]
+safety = {{ generator = "base", against = "dpo", prompts = "p" }}
+[judges]
+cost = {{ source = "refusal" }}
+[sets]
+p = {{ source = "p.jsonl" }}
+[settings.curve]
+k = [0, 0.5]
+controls = 1
+""")
+    arguments = ["-w", tmp_path / "world.toml", "-o", tmp_path / "out", "--backend", "transformers"]
+    code, _, err = run(capsys, "exp", "curve", *arguments)
+    assert code == 0, err
+    told = json.loads((tmp_path / "out" / "curve.json").read_text())["provenance"]
+    assert told["adapters"]["dpo"] == {"weights": "second", "lora": [], "adapters": []}
+    assert {row["recipient"] for row in json.loads((tmp_path / "out" / "curve.json").read_text())["rows"]} >= {"base"}

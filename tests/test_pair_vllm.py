@@ -1,5 +1,6 @@
 """Two sets of weights in one vLLM twin: against the oracle's two hooked models."""
 
+import os
 from types import SimpleNamespace
 
 import oracle
@@ -13,8 +14,10 @@ from jobs import (
     JOBS,
     RANKINGS,
     RICHER,
+    SAME_SET,
     Job,
     assert_as_the_oracle,
+    assert_patched_into_itself_it_gives_its_own_text,
     assert_ranking,
     assert_read_as_written,
     assert_together_as_alone,
@@ -23,19 +26,20 @@ from jobs import (
     told,
 )
 
-from snpatch import Patch, SnpatchError
+from snpatch import Engine, Patch, SnpatchError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
 
+SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}  # of an engine in processes of its own
 PLAIN = [Job(i, name) for i in range(8) for name in ("base", "dpo", "tuned")]
 
 
-def assert_is_the_pair(engine, made) -> None:
-    """One mixed batch, then what is observed and read."""
-    jobs = [*JOBS, *RICHER, *(job for job in PLAIN if told(made, job).gap > CLEAR)]
+def assert_is_the_pair(engine, made, across: bool = False) -> None:
+    """One mixed batch, then what is observed and read. across: no request has both models on one set."""
+    jobs = [*JOBS, *RICHER, *(job for job in PLAIN if told(made, job).gap > CLEAR), *([] if across else SAME_SET)]
     assert_as_the_oracle(made, jobs, generate(engine, jobs))
-    for pair in (("base", "dpo"), ("dpo", "sft")):
+    for pair in (("base", "dpo"), ("dpo", "sft"), *([] if across else [("dpo", "tuned")])):
         models = [oracle.model(*made.of[name]) for name in pair]
         ranking = engine.contrast(IDS, *pair, completions=COMPLETIONS)
         assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
@@ -54,13 +58,52 @@ def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, start, architectur
 
 def test_compiled(pairs, start):
     made = pairs("qwen3")
-    assert_is_the_pair(start(made, enforce_eager=False), made)
+    engine = start(made, enforce_eager=False)
+    assert_is_the_pair(engine, made, across=True)
+    with pytest.raises(SnpatchError, match=r"both models .* are on the weights of .* start it with enforce_eager=True"):
+        engine.generate([IDS[0]], Patch("dpo", "tuned", RANKINGS[0], 5))
 
 
-def test_a_crowded_batch_is_its_requests_alone(pairs, start):
-    engine, jobs = start(pairs("llama")), [*JOBS, *RICHER]
+def test_promises(pairs, start):
+    """1 (none is the recipient), 2, 3 (together as alone), 5 (in pieces)."""
+    engine = start(pairs("llama"), max_num_batched_tokens=64)
+    jobs = [*JOBS, *RICHER, *SAME_SET]
     together, alone = generate(engine, jobs), [generate(engine, [job])[0] for job in jobs]
     assert_together_as_alone(together, alone, 1e-5)
+    for model in ("base", "dpo", "tuned"):
+        assert_patched_into_itself_it_gives_its_own_text(engine, model)
+    for recipient, donor in (("base", "dpo"), ("dpo", "sft")):
+        none = generate(engine, [Job(i, recipient, donor, (0, 0)) for i in range(8)])
+        plain = generate(engine, [Job(i, recipient) for i in range(8)])
+        assert [c.token_ids for c in none] == [c.token_ids for c in plain]
+
+
+def test_statistics_and_captures_of_a_crowded_batch_are_each_requests_own(pairs, start):
+    """By value, against the oracle's one request at a time, with rows used again; then from a prefix cache."""
+    engine, made = start(pairs("llama"), max_num_seqs=6, enable_prefix_caching=True), pairs("llama")
+    pair_of = [("base", "dpo"), ("dpo", "base"), ("sft", "dpo"), ("dpo", "tuned")]
+    texts = [[*ids, *range(20, 60)] for ids in IDS]
+    models = {name: oracle.model(*made.of[name]) for name in ("base", "sft", "dpo", "tuned")}
+    rankings = [engine.contrast(texts, *pair, at="prompt", exclude_layers=()) for pair in pair_of * 2]
+    for pair, ranking in zip(pair_of * 2, rankings, strict=True):
+        want = oracle.contrast(*(models[name] for name in pair), [(ids, list(range(len(ids)))) for ids in texts])
+        assert_ranking(ranking, want)
+    for name in models:
+        got, want = engine.capture(texts, name, RANKINGS[0], 60), [models[name].activations(ids)[-1] for ids in texts]
+        top = tuple(RANKINGS[0].top(60).T)
+        assert (got - torch.stack([each[top] for each in want])).abs().max() < 1e-4
+    jobs = [*JOBS, *RICHER, *SAME_SET]
+    first, cached = generate(engine, jobs), generate(engine, jobs)
+    assert_together_as_alone(cached, first, 1e-5)
+    assert_as_the_oracle(made, jobs, cached)
+
+
+def test_two_workers(pairs):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two workers need two cores")
+    made = pairs("gemma2")
+    with Engine(made.folder, **made.given, backend="vllm", tensor_parallel_size=2, **SMALL) as engine:
+        assert_is_the_pair(engine, made)
 
 
 def test_what_is_equal_is_held_once(start, tmp_path_factory):
@@ -83,14 +126,6 @@ def test_vocabularies_of_other_padding_are_one(start, tmp_path_factory):
     jobs = [job for job in (*JOBS, *RICHER) if told(made, job).gap > CLEAR]
     assert len(jobs) > 20
     assert_as_the_oracle(made, jobs, generate(start(made), jobs))
-
-
-def test_two_models_of_one_set_are_refused_with_the_way_out(pairs, start):
-    engine = start(pairs("llama"))
-    with pytest.raises(
-        SnpatchError, match=r"both models .* are on the weights of .*: start an engine of these weights"
-    ):
-        engine.generate([IDS[0]], Patch("dpo", "tuned", RANKINGS[0], 5))
 
 
 def test_too_little_memory_is_an_error_that_says_how_much_is_missing(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from snpatch import Constant, Engine, Patch, Sampling
+from snpatch import Constant, Engine, Patch, Ranking, Sampling, Scale
 
 K = len(tiny.PLANTED)
 WORDS = Sampling(max_tokens=4)
@@ -74,3 +74,27 @@ def test_the_last_layer_is_left_out_unless_asked_for(engine, ranking):
     whole = engine.contrast(tiny.PROMPTS, "sft", "dpo", sampling=WORDS, exclude_layers=())
     assert len(whole) == 3 * 48
     assert torch.equal(whole.scores, ranking.scores)
+
+
+def test_a_strength_moves_what_a_planted_neuron_writes_by_exactly_that_factor(engine, planted):
+    """Of the answer's direction in the residual stream, read back from three logits; the last norm cancels out."""
+    last = [neuron for neuron in tiny.PLANTED if neuron[0] == 1]  # after them nothing reads or writes the direction
+    ranking = Ranking.from_order(torch.tensor(last), planted.shape)
+    ids, other = list(tiny.tokenizer()(tiny.PROMPTS[0])["input_ids"]), 50
+
+    def direction(patch) -> float:
+        words = [[tiny.VOCAB.index(tiny.SAFE)], [tiny.VOCAB.index(tiny.HARM)], [other]]
+        safe, harm, rest = (p.values.item() for p in engine.logprobs([ids] * 3, patch, completions=words))
+        return (safe - harm) / (safe + harm - 2 * rest)
+
+    none = direction("sft")
+    full = direction(Patch("sft", "dpo", ranking, len(last))) - none
+    assert full > 0.1
+    for strength in (0.0, 0.25, 1.0, 2.0, 5.0, -1.0):
+        moved = direction(Patch("sft", "dpo", ranking, len(last), strength=strength)) - none
+        assert moved == pytest.approx(strength * full, rel=1e-4, abs=1e-5)
+    own = direction(Patch("sft", Scale(2.0), ranking, len(last))) - none
+    assert own > 0.1
+    for factor in (0.0, 0.5, 4.0, -2.0):
+        moved = direction(Patch("sft", Scale(factor), ranking, len(last))) - none
+        assert moved == pytest.approx((factor - 1) * own, rel=1e-4, abs=1e-5)

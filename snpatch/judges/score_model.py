@@ -10,13 +10,13 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from snpatch.config import choose_backend
+from snpatch.config import check_known, choose_backend
 from snpatch.errors import SnpatchError
 from snpatch.judges.beavertails import is_beavertails
 from snpatch.judges.on_transformers import BeavertailsScorer, ClassifierScorer, padding_of
 from snpatch.judges.protocol import check_pairs
 from snpatch.judges.score_text import Row, ScoreText
-from snpatch.models.checkpoint import check_dtype, load_config
+from snpatch.models.checkpoint import load_config
 from snpatch.models.pretrained import load_pretrained
 
 INDEPENDENT = ("regression", "multi_label_classification")  # problem_type of labels that do not compete
@@ -48,7 +48,7 @@ class ScoreModel:
         batch_size: int | None = None,
         **arguments,
     ) -> None:
-        check_dtype(dtype)
+        check_known("dtype", dtype)
         if batch_size is not None and batch_size < 1:
             raise SnpatchError(f"batch_size must be at least 1, got {batch_size}")
         config = load_config(model, allow_untested=True)

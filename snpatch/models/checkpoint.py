@@ -25,7 +25,6 @@ ARCHITECTURES = (
     "qwen3",
     "phi3",
 )
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -44,11 +43,6 @@ def load_config(model: str | Path, allow_untested: bool):
             "would not give what it gives alone"
         )
     return config
-
-
-def check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise SnpatchError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def check_has_weights(model: str | Path) -> None:

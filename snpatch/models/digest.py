@@ -21,15 +21,16 @@ CACHE = "digests.json"
 DIGITS = 16
 
 
-def digest_of_checkpoint(model: str | Path) -> str:
+def digest_of_checkpoint(model: str | Path, has_weights: bool = True) -> str:
     """Names a checkpoint, a folder or a model from the hub, by the bytes of its weights and its config.
 
-    Where it lies and when it was written do not matter. Files are read in parallel, as fast as the disk and SHA-256
-    allow (1.8 GB a second and core where the CPU has instructions for it); a file that was hashed before and has the
-    same path, size and time is not read again (3 ms).
+    has_weights False: by its config alone, as its weights are drawn at random. Where it lies and when it was written do
+    not matter. Files are read in parallel, as fast as the disk and SHA-256 allow (1.8 GB a second and core where the
+    CPU has instructions for it); a file that was hashed before and has the same path, size and time is not read again
+    (3 ms).
     """
-    folder = folder_of(model)
-    files = [*_weights(folder), folder / CONFIG]
+    folder = folder_of(model, has_weights)
+    files = [*(_weights(folder) if has_weights else ()), folder / CONFIG]
     kept = _Kept()
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
         digests = list(pool.map(kept.digest_of, files))
@@ -54,13 +55,14 @@ def digest_of_tokenizer(tokenizer) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:DIGITS]
 
 
-def folder_of(model: str | Path) -> Path:
-    """The folder itself, or the local copy of a model from the hub."""
+def folder_of(model: str | Path, has_weights: bool = True) -> Path:
+    """The folder itself, or the local copy of a model from the hub, perhaps without its weights."""
     if Path(model).is_dir():
         return Path(model)
     try:
-        folder = Path(snapshot_download(str(model), allow_patterns=["*.json", "*.model", "*.jinja", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
+        wanted = ["*.json", "*.model", "*.jinja", *(["*.safetensors"] if has_weights else [])]
+        folder = Path(snapshot_download(str(model), allow_patterns=wanted))
+        if has_weights and not any(folder.glob("*.safetensors")):
             snapshot_download(str(model), allow_patterns=["*.bin", "*.bin.index.json"])
         return folder
     except (OSError, ValueError) as error:

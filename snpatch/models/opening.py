@@ -86,11 +86,9 @@ class Opened:
 
 def _weights(config: EngineConfig, source: ModelSource, tokenizer, place: int) -> Weights:
     settings, name = {n: v for n, v in config.vllm.items() if n not in RESOURCES}, source.weights or config.model
-    if settings.get("load_format") == "dummy":
-        digest = "dummy"
-    else:
-        parts = [digest_of_checkpoint(name), *map(digest_of_adapter, source.lora)]
-        digest = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    own = digest_of_checkpoint(name, has_weights=settings.get("load_format") != "dummy")
+    parts = [own, *map(digest_of_adapter, source.lora)]
+    digest = own if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     named = json.dumps({"dtype": _dtype(config), **settings}, sort_keys=True, default=str)
     ends = eos_ids(name, load_pretrained(AutoConfig, name), tokenizer)
     return Weights(name, digest, revision_of(name), named, ends, place)

@@ -137,6 +137,15 @@ RICHER = [
     Job(5, "dpo", "base", (30, 140), -3, order=1, strength=1.25),
 ]
 
+# Of a pair: both models of a patch on one set of weights, the second set's own adapters.
+SAME_SET = [
+    Job(3, "tuned", "dpo", (0, 120)),
+    Job(6, "dpo", "tuned", (20, 90)),
+    Job(4, "dpo", "dpo", (0, 50)),
+    Job(0, "sft", "base", (0, 200), "generated"),
+    Job(1, "tuned", "sft", (0, ALL)),
+]
+
 
 def generate(engine, jobs, sampling=GREEDY):
     return engine.generate([job.ids for job in jobs], [job.patch for job in jobs], sampling)

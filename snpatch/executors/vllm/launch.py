@@ -50,10 +50,13 @@ class TwinLaunch:
             if "max_model_len" not in arguments:
                 least["context"] = min(self.geometry.context, other.max_position_embeddings)
             self.geometry = replace(self.geometry, **least)
-        self.settings = TwinSettings.made(config.twin, ends, second, config.allow_untested)
+        self._arguments = twin_arguments(model, own, config.dtype, arguments)
+        is_eager = bool(self._arguments.get("enforce_eager"))
+        self.settings = TwinSettings.made(
+            config.twin, ends, second, is_eager=is_eager, allow_untested=config.allow_untested
+        )
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {own.model_type} model has no k_proj and v_proj of their own")
-        self._arguments = twin_arguments(model, own, config.dtype, arguments)
 
     def check(self, name: str, model: Model) -> None:
         """An error for keys or values that the engine is started without scaling."""

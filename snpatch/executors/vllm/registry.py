@@ -124,11 +124,12 @@ class Registry:
         if self._settings.streams == 1 and request.streams == 2:
             raise SnpatchError("this engine runs one stream: a donor model needs streams=2")
         sets = [model.weights for model in (request.recipient, request.donor) if model is not None]
-        if self._settings.has_second and len(sets) == 2 and sets[0].place == sets[1].place:
+        is_on_one = self._settings.has_second and len(sets) == 2 and sets[0].place == sets[1].place
+        if is_on_one and not self._settings.tells_rows:
             raise SnpatchError(
-                f"both models of this request are on the weights of {sets[0].name}, and in vLLM an engine with a "
-                "second set of weights runs one set in each stream: start an engine of these weights alone, or use "
-                'backend="transformers"'
+                f"both models of this request are on the weights of {sets[0].name}, and an engine with a second set of "
+                "weights runs one set in each stream where it is compiled: start it with enforce_eager=True, or start "
+                "an engine of these weights alone"
             )
         if request.capture and request.capture.k > self._settings.max_captured:
             raise SnpatchError(

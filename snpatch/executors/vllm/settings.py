@@ -12,6 +12,7 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantised
 
 BIAS = "score_bias"  # in the config that a score model's worker gets: whether its head has a bias
+ON_ONE_SET = "snpatch_on_one_set"  # of extra_args: both models of the request are on one of two sets of weights
 KEY = "snpatch"  # of additional_config, and of each request's extra_args: [ticket, *row]
 
 
@@ -20,21 +21,31 @@ class TwinSettings(TwinSizes):
     """The sizes, and what else every process has to know.
 
     ends: of each set of weights the tokens that end its texts; their positions do not count where a request says so.
-    weights, lora: of the second set, if there is one; see ModelSource. allow_untested: try quantisations that no test
+    weights, lora: of the second set, if there is one; see ModelSource. tells_rows: whether nothing is compiled, so that
+    a row can go through the other stream's set. allow_untested: try quantisations that no test
     covers.
     """
 
     ends: tuple[tuple[int, ...], ...] = ((),)
     has_second: bool = False
     weights: str | None = None
+    tells_rows: bool = True
     lora: tuple[str, ...] = ()
     allow_untested: bool = False
 
     @classmethod
     def made(
-        cls, sizes: TwinSizes, ends: Iterable[Iterable[int]], second: ModelSource | None, allow_untested: bool
+        cls,
+        sizes: TwinSizes,
+        ends: Iterable[Iterable[int]],
+        second: ModelSource | None,
+        *,
+        is_eager: bool,
+        allow_untested: bool,
     ) -> "TwinSettings":
-        parts = {} if second is None else {"has_second": True, "weights": second.weights, "lora": second.lora}
+        parts = {"tells_rows": is_eager}
+        if second is not None:
+            parts |= {"has_second": True, "weights": second.weights, "lora": second.lora}
         every = tuple(tuple(sorted(one)) for one in ends)
         return cls(**asdict(sizes), ends=every, allow_untested=allow_untested, **parts)
 
@@ -69,7 +80,9 @@ def refuse(vllm_config) -> None:
     model, parallel, compilation = vllm_config.model_config, vllm_config.parallel_config, vllm_config.compilation_config
     compiled_passes = compilation.pass_config
     shapes = getattr(getattr(compilation, "dynamic_shapes_config", None), "type", "")
-    untested = [] if TwinSettings.of(vllm_config).allow_untested else quantised.untested(vllm_config)
+    settings = TwinSettings.of(vllm_config)
+    untested = [] if settings.allow_untested else quantised.untested(vllm_config)
+    is_untried_pair = settings.has_second and model.quantization is not None and not settings.allow_untested
     refused = {
         "speculative decoding: draft tokens that are rejected would be patched and counted": (
             vllm_config.speculative_config is not None
@@ -106,6 +119,8 @@ def refuse(vllm_config) -> None:
         ),
         f"the quantisation {', '.join(untested)}, which is not tested (tested: {quantised.TESTED}); "
         "allow_untested=True tries it": bool(untested),
+        "a second set of weights where they are quantised, which is not tested; allow_untested=True tries it, and one "
+        "engine for each model does without": is_untried_pair,
         "a scale for each head of the cache (kv_cache_scheme attn_head): the twin has twice the heads": (
             quantised.scales_heads(vllm_config)
         ),

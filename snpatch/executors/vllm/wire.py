@@ -17,7 +17,7 @@ from snpatch.executors.receipts import Record
 from snpatch.executors.rows import request_row, streams
 from snpatch.executors.vllm.packing import unpack
 from snpatch.executors.vllm.registry import Held
-from snpatch.executors.vllm.settings import KEY
+from snpatch.executors.vllm.settings import KEY, ON_ONE_SET
 from snpatch.op.reference import SUMS
 from snpatch.patching.patch import digest_of
 from snpatch.ranking.statistics import Statistics
@@ -47,9 +47,12 @@ class Wire:
 
         # With a second set of weights each stream has its own, and the recipient speaks on its own weights' stream.
         speaker = request.recipient.weights.place if self._has_second else 0
-        ticket, salt = next(self._tickets), salt_of(request, speaker)
+        is_flipped = self._has_second and is_on_one_set(request)
+        ticket, salt = next(self._tickets), salt_of(request, speaker, is_flipped)
         is_plain = salt is None and not (request.observe or request.capture or speaker)
         extra_args = None if is_plain else {KEY: [ticket, *request_row(request, held.places, speaker)]}
+        if is_flipped:
+            extra_args[ON_ONE_SET] = True
         overwrite = request.overwrite
         return Sent(
             f"snpatch-{ticket}",
@@ -84,12 +87,21 @@ class Wire:
         return [Statistics(s, c) for s, c in zip(sums, counts, strict=True)]
 
 
-def salt_of(request: Request, speaker: int) -> str | None:
-    """Names everything that a request's keys and values hang on besides its tokens; None for a plain request."""
+def is_on_one_set(request: Request) -> bool:
+    """Whether its donor is on the recipient's set of weights."""
+    return request.donor is not None and request.donor.weights.place == request.recipient.weights.place
+
+
+def salt_of(request: Request, speaker: int = 0, is_flipped: bool = False) -> str | None:
+    """Names everything that a request's keys and values hang on besides its tokens; None for a plain request.
+
+    is_flipped: the donor's rows go through the set of weights that is not its stream's.
+    """
     models = streams(request, speaker)
     if request.overwrite is None:
-        return None if all(m.is_plain for m in models) else digest_of([m.scales.digest for m in models])
-    return digest_of([*(m.scales.digest for m in models), speaker, request.overwrite.content])
+        is_plain = all(m.is_plain for m in models) and not is_flipped
+        return None if is_plain else digest_of([*(m.scales.digest for m in models), is_flipped and speaker])
+    return digest_of([*(m.scales.digest for m in models), speaker, is_flipped, request.overwrite.content])
 
 
 def _record(data: dict) -> Record:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm.settings import KEY
+from snpatch.executors.vllm.settings import KEY, ON_ONE_SET
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.op.plan import Column, Entry, fill_plan, group_of
 
@@ -75,6 +75,8 @@ class Feed:
         device = self.banks.device
         self._filled = 0  # rows of the plan that may hold something
         self.speaks = (True, False)  # whether each stream is the recipient's of some token of this step
+        self.flipped: NDArray | None = None  # rows of this step that go through the other stream's set of weights
+        self._on_one_set = np.zeros(256, dtype=bool)  # rows of the table whose two models are on one set of weights
         self._stage = _Stage(self.banks.plan) if device.type == "cuda" else None
 
     def add(self, request_id: str, extra_args: dict | None) -> None:
@@ -97,6 +99,7 @@ class Feed:
         self._table[row, Entry.SEEN] = record.seen
         self._planned[row], self._skipped[row] = record.planned, record.skipped
         self._may_skip[row] = True
+        self._on_one_set[row] = bool(extra_args.get(ON_ONE_SET))
 
     def resume(self, request_id: str) -> None:
         """A request that kept its row goes on after a preemption: what it had computed may be in the prefix cache."""
@@ -140,6 +143,7 @@ class Feed:
         self._table = np.concatenate([self._table, np.zeros_like(self._table)])
         self._planned, self._skipped = (np.concatenate([a, np.zeros_like(a)]) for a in (self._planned, self._skipped))
         self._may_skip = np.concatenate([self._may_skip, np.zeros_like(self._may_skip)])
+        self._on_one_set = np.concatenate([self._on_one_set, np.zeros_like(self._on_one_set)])
         self._free_rows = list(range(2 * n - 1, n - 1, -1))
 
     def _read_row(self, record: Record) -> None:
@@ -149,7 +153,7 @@ class Feed:
     def step(self, request_ids: Sequence[str], start: NDArray, count: NDArray) -> None:
         """The plan of a step that runs `count` tokens of each request from position `start` on, in this order."""
         if not self._rows and not self._filled:
-            self.speaks = (True, False)
+            self.speaks, self.flipped = (True, False), None
             return
         rows = np.fromiter(map(self._rows.get, request_ids, repeat(-1)), dtype=np.int64, count=len(request_ids))
         start, count = np.asarray(start, dtype=np.int64), np.asarray(count, dtype=np.int64)
@@ -162,6 +166,7 @@ class Feed:
         known = rows >= 0
         plan = fill_plan(self._table, request, position)
         if self.banks.settings.has_second:
+            self._flip(request, plan[:, Column.SPEAKER])
             self.speaks = not plan[:, Column.SPEAKER].all(), bool(plan[:, Column.SPEAKER].any())
         self._write(plan, bool(known.any()))
         if not known.all():
@@ -174,9 +179,15 @@ class Feed:
             self._may_skip[rows] = False
         self._table[rows, Entry.SEEN] = np.maximum(seen, stop)
 
+    def _flip(self, request: NDArray, speaker: NDArray) -> None:
+        """The donors' rows of this step's tokens whose donor is on the recipient's set of weights."""
+        flips = self._on_one_set[np.maximum(request, 0)] & (request >= 0)
+        token = np.flatnonzero(flips)
+        self.flipped = 2 * token + 1 - speaker[token] if len(token) else None
+
     def clear(self) -> None:
         """A step without requests: nothing of the last one may be left in the plan."""
-        self.speaks = (True, False)
+        self.speaks, self.flipped = (True, False), None
         if self._filled:
             self._write(np.zeros((0, len(Column)), dtype=np.int32), False)
 

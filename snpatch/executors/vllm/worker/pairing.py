@@ -1,4 +1,6 @@
 """A second set of weights in a twin: each module that has weights applies the first to stream 0, the second to 1.
+Where both models of a request are on one set, the donor's rows go through that one instead; only an engine that
+compiles nothing can tell such rows apart.
 
 The second set is loaded into vLLM's own model class, by vLLM's own loader, without attention and outside of the
 engine's books; then each of its modules is hung into its like of the first. What is equal in both is held once. Rows
@@ -35,13 +37,14 @@ VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 class SecondSet:
     """The second set of weights of one worker, from its making to its place in the model.
 
-    feed: tells which streams speak in the step under way.
+    feed: tells which streams speak in the step under way, and which rows go through the other stream's set.
     """
 
     def __init__(self, base: type[nn.Module], vllm_config: VllmConfig, prefix: str, feed: Feed, own_bytes: int) -> None:
         self._config, self._settings, self._feed = vllm_config, TwinSettings.of(vllm_config), feed
         self.name = self._settings.weights or vllm_config.model_config.model
         self.bytes, self.paired, self.has_head = 0, [], False
+        self._rows: tuple | None = None  # what they were split for, and the rows of each set
         self._vocabulary = vllm_config.model_config.get_vocab_size()
         check_room(own_bytes, vllm_config)
         with _apart(vllm_config) as apart:
@@ -83,16 +86,64 @@ class SecondSet:
         if isinstance(own, LinearBase):
             if own.skip_bias_add and own.bias is not None:
                 raise SnpatchError(f"{name}: a bias that is added later cannot be paired")
-            own.quant_method.apply = _by_stream(own, other)
+            own.quant_method.apply = self._product(own, other)
         elif isinstance(own, VocabParallelEmbedding):
             own.quant_method.apply = self._by_speaker(own, other)  # of the head; the input's is the surgery's
             self.has_head |= (
                 isinstance(own, ParallelLMHead) or self._config.model_config.hf_text_config.tie_word_embeddings
             )
         elif isinstance(own, RMSNorm | GemmaRMSNorm):
-            own.forward = _norm_by_stream(own.forward, other)
+            own.forward = self._norm(own.forward, other)
         else:
             raise SnpatchError(f"{name}: a {type(own).__name__} cannot have a second set of weights")
+
+    def embed(self, ids: Tensor, own: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> Tensor:
+        """[2 * T, H]: each row's embedding of its token, by its own set."""
+        first, second = self._split(ids.repeat_interleave(2))
+        return self._joined(own(first), other(second))
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows [2 * T, ...] of the first set, and those of the second."""
+        if self._feed.flipped is None:
+            return rows[0::2], rows[1::2]
+        if self._rows is None or self._rows[0] is not self._feed.flipped:
+            is_second = torch.arange(len(rows), device=rows.device) % 2 == 1
+            is_second[torch.from_numpy(self._feed.flipped).to(rows.device)] ^= True
+            self._rows = self._feed.flipped, (~is_second).nonzero().squeeze(1), is_second.nonzero().squeeze(1)
+        return rows[self._rows[1]], rows[self._rows[2]]
+
+    def _joined(self, first: Tensor, second: Tensor) -> Tensor:
+        """The rows in their order again."""
+        if self._feed.flipped is None:
+            return interleaved(first, second)
+        rows = first.new_empty(len(first) + len(second), *first.shape[1:])
+        rows[self._rows[1]], rows[self._rows[2]] = first, second
+        return rows
+
+    def _product(self, own: nn.Module, other: nn.Module) -> Callable[..., Tensor]:
+        """A linear layer's: each row with its own set."""
+        apply = own.quant_method.apply
+
+        def product(layer: nn.Module, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+            theirs = other.bias if bias is not None else None
+            first, second = self._split(rows.flatten(0, -2))  # vLLM's Transformers models give a batch of one
+            both = self._joined(apply(layer, first, bias), other.quant_method.apply(other, second, theirs))
+            return both.view(*rows.shape[:-1], -1)
+
+        return product
+
+    def _norm(self, forward: Callable, other: nn.Module) -> Callable:
+        """A norm, perhaps with the residual that it adds first; vLLM's kernels want rows side by side."""
+
+        def norm(rows: Tensor, residual: Tensor | None = None):
+            given = [tensor[0] if len(tensor) == 1 else tensor for tensor in (rows, residual) if tensor is not None]
+            first, second = zip(*map(self._split, given), strict=True)
+            mine, theirs = forward(*(t.contiguous() for t in first)), other(*(t.contiguous() for t in second))
+            if residual is None:
+                return self._joined(mine, theirs).view_as(rows)
+            return tuple(self._joined(*both).view_as(rows) for both in zip(mine, theirs, strict=True))
+
+        return norm
 
     def _by_speaker(self, own: nn.Module, other: nn.Module) -> Callable[..., Tensor]:
         """The head: rows [n, 2 * H] whose silent half is zero, through the speaker's own."""
@@ -144,42 +195,9 @@ def free_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-def by_stream(rows: Tensor, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Tensor:
-    """Each stream's rows through its own. rows: [2 * T, ...]; of vLLM's Transformers models a batch of one of that."""
-    flat = rows[0] if len(rows) == 1 else rows
-    both = interleaved(first(flat[0::2]), second(flat[1::2]))
-    return both if flat is rows else both[None]
-
-
 def interleaved(first: Tensor, second: Tensor) -> Tensor:
     """[2 * T, ...]: row 2t is row t of the first, row 2t + 1 of the second."""
     return torch.stack([first, second], dim=1).flatten(0, 1)
-
-
-def _by_stream(own: nn.Module, other: nn.Module) -> Callable[..., Tensor]:
-    """A linear layer's product: each stream's rows with its own set."""
-    apply = own.quant_method.apply
-
-    def product(layer: nn.Module, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-        theirs = other.bias if bias is not None else None
-        return by_stream(
-            rows, lambda own: apply(layer, own, bias), lambda own: other.quant_method.apply(other, own, theirs)
-        )
-
-    return product
-
-
-def _norm_by_stream(forward: Callable, other: nn.Module) -> Callable:
-    """A norm, perhaps with the residual that it adds first; vLLM's kernels want rows side by side."""
-
-    def norm(rows: Tensor, residual: Tensor | None = None):
-        if residual is None:
-            return by_stream(rows, lambda own: forward(own.contiguous()), lambda own: other(own.contiguous()))
-        first = forward(rows[0::2].contiguous(), residual[0::2].contiguous())
-        second = other(rows[1::2].contiguous(), residual[1::2].contiguous())
-        return tuple(map(interleaved, first, second))
-
-    return norm
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:

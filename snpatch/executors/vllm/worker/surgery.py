@@ -32,7 +32,7 @@ from snpatch.executors.vllm import processes
 from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
-from snpatch.executors.vllm.worker.pairing import SecondSet, interleaved
+from snpatch.executors.vllm.worker.pairing import SecondSet
 from snpatch.executors.vllm.worker.plugin import PREFIX
 from snpatch.models.checkpoint import finite
 from snpatch.op import ops
@@ -199,8 +199,11 @@ class Twin:
 
             def embed(forward, given):
                 ids = torch.ops.snpatch.twin_tokens(given.flatten(), _encode_layer_name(first))
-                rows, second = forward(ids), getattr(embedding, "second", None)
-                both = interleaved(rows, rows if second is None else second(ids))
+                second = getattr(embedding, "second", None)
+                if second is None:
+                    both = forward(ids).repeat_interleave(2, dim=0)
+                else:
+                    both = self.second.embed(ids, forward, second)
                 return both if given.dim() == 1 else both[None]  # vLLM's Transformers models want a batch of one
 
             _reclass(embedding, embed)
