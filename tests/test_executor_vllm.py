@@ -14,6 +14,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from in_process import architectures
 from jobs import (
     ALL,
     CLEAR,
@@ -54,7 +55,7 @@ VERSION = tuple(map(int, versions.check().split(".")[:2]))
 DROPS_SEEDS = platforms.current_platform.is_cpu() and VERSION < (0, 29)  # vLLM's own sampler: versions.py
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_a_mixed_batch_is_what_the_oracle_writes(zoo, start, architecture):
     """Texts, log-probabilities and receipts of one batch; then statistics, captures, log-probabilities of prompts."""
     engine, made = start(architecture), zoo(architecture)

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from in_process import architectures
 from jobs import (
     CLEAR,
     COMPLETIONS,
@@ -50,7 +51,7 @@ def assert_is_the_pair(engine, made, across: bool = False) -> None:
     assert_read_as_written(engine, made, [*JOBS, *RICHER])
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, start, architecture):
     made = pairs(architecture)
     assert_is_the_pair(start(made), made)

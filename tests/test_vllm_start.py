@@ -74,7 +74,7 @@ def test_a_killed_engine_leaves_its_log_and_nothing_else(zoo, temporary):
 def test_what_vllm_says_when_it_does_not_start_is_in_the_log(zoo, temporary):
     with pytest.raises(SnpatchError, match=r"^vLLM does not start: .+ \(its log: \S+\.log\)$") as error:
         Engine(zoo("llama").folder, backend="vllm", max_num_seqs=16, kv_cache_memory_bytes=1)
-    assert "for the cache blocks" in Path(re.search(r"its log: (\S+)\)", str(error.value))[1]).read_text()
+    assert "when initializing the engine" in Path(re.search(r"its log: (\S+)\)", str(error.value))[1]).read_text()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SnpatchError, RuntimeError])
@@ -180,6 +180,8 @@ def test_a_command_has_its_own_lines_on_stderr_and_leaves_nothing(zoo, tmp_path,
     command = [sys.executable, "-m", "snpatch.cli", "generate", made.folder, tmp_path / "prompts.jsonl",
                "--max-tokens", "4", "--backend", "vllm", "--engine", "kv_cache_memory_bytes=67108864"]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "generate: 1/1\n")
+    # A CUDA build of PyTorch where there is no card says so at once.
+    lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert (done.returncode, lines) == (0, ["generate: 1/1"])
     assert done.stdout.startswith("> ")
     assert not list(temporary.iterdir())
