@@ -57,8 +57,8 @@ class TwinSizes:
 class ModelSource:
     """Where a model comes from: weights, and what is put on them.
 
-    weights: a checkpoint of the engine's architecture, folder or name; None: the engine's own. lora: PEFT LoRA folders,
-    merged into the weights in order. adapters: PEFT IA3 folders, stacked in order.
+    weights: a checkpoint of the engine's architecture, folder, name or name@revision; None: the engine's own. lora:
+    PEFT LoRA folders, merged into the weights in order. adapters: PEFT IA3 folders, stacked in order.
     """
 
     weights: str | None = None
@@ -81,7 +81,7 @@ OWN_SET = ModelSource()
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """model: Hugging Face folder or name. adapters: name -> PEFT IA3 folders, stacked in order, on its weights.
+    """model: Hugging Face folder, name or name@revision. adapters: name -> PEFT IA3 folders, stacked, on its weights.
 
     models: name -> ModelSource, or its weights, for models on other weights than the engine's own: an engine runs one
     further set, see `second`.

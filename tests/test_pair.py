@@ -155,6 +155,22 @@ def test_a_lora_of_another_model_and_ia3_are_refused(zoo, tmp_path):
         load_lora(made.adapters["sft"][0])
 
 
+def test_a_revision_is_a_model_of_its_own(pairs, tmp_path, monkeypatch):
+    """A hub's two commits under one name, found in the local cache."""
+    made, cache = pairs("llama"), tmp_path / "models--org--tiny"
+    for revision, folder in (("main", made.folder), ("v2", made.models["dpo"][0])):
+        shutil.copytree(folder, cache / "snapshots" / f"commit-{revision}")
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / revision).write_text(f"commit-{revision}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    jobs = [job for job in (*JOBS, *RICHER) if "sft" not in (job.recipient, job.donor)]
+    with Engine("org/tiny", models={"dpo": "org/tiny@v2"}, backend="transformers") as engine:
+        assert_as_the_oracle(made, jobs, generate(engine, jobs))
+        assert engine.weights.revision == "commit-main"
+    with pytest.raises(SnpatchError, match=r"cannot download org/tiny@v3"):
+        Engine("org/tiny", models={"dpo": "org/tiny@v3"}, backend="transformers")
+
+
 # ---- what cannot be a pair ---------------------------------------------------------------------------------------
 
 

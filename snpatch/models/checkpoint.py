@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from snpatch.errors import SnpatchError
+from snpatch.models.digest import pinned
 from snpatch.models.pretrained import load_pretrained
 
 ARCHITECTURES = (
@@ -62,7 +63,7 @@ def _rope_types(parameters) -> set[str]:
 def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
     """Tokens that end a text: the generation config's (else the config's) and the tokenizer's."""
     try:
-        declared = GenerationConfig.from_pretrained(model).eos_token_id
+        declared = GenerationConfig.from_pretrained(pinned(model)).eos_token_id
     except OSError:
         declared = config.eos_token_id
     ids = declared if isinstance(declared, list) else [declared]

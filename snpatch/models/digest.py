@@ -56,17 +56,23 @@ def digest_of_tokenizer(tokenizer) -> str:
 
 
 def folder_of(model: str | Path, has_weights: bool = True) -> Path:
-    """The folder itself, or the local copy of a model from the hub, perhaps without its weights."""
+    """The folder itself, or the local copy of a model from the hub (name or name@revision), perhaps without weights."""
     if Path(model).is_dir():
         return Path(model)
     try:
         wanted = ["*.json", "*.model", "*.jinja", *(["*.safetensors"] if has_weights else [])]
-        folder = Path(snapshot_download(str(model), allow_patterns=wanted))
+        name, _, revision = str(model).partition("@")
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
         if has_weights and not any(folder.glob("*.safetensors")):
-            snapshot_download(str(model), allow_patterns=["*.bin", "*.bin.index.json"])
+            snapshot_download(name, revision=revision or None, allow_patterns=["*.bin", "*.bin.index.json"])
         return folder
     except (OSError, ValueError) as error:
         raise SnpatchError(f"cannot download {model}: {first_line(error)}") from error
+
+
+def pinned(model: str | Path) -> str:
+    """What a library is told of a model: for name@revision its local copy, as few know that form; else the name."""
+    return str(folder_of(model)) if "@" in str(model) and not Path(model).is_dir() else str(model)
 
 
 def revision_of(model: str | Path) -> str | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from snpatch.errors import SnpatchError, first_line
+from snpatch.models.digest import pinned
 
 
 def load_pretrained(loader, model: str | Path, **arguments):
@@ -12,6 +13,6 @@ def load_pretrained(loader, model: str | Path, **arguments):
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith(".")):
         raise SnpatchError(f"{model}: no such folder (wanted a Hugging Face model)")
     try:
-        return loader.from_pretrained(model, **arguments)
+        return loader.from_pretrained(pinned(model), **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SnpatchError(f"cannot load {model} ({loader.__name__}): {first_line(error)}") from error

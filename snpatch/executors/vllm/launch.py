@@ -17,6 +17,7 @@ from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.settings import TwinSettings
 from snpatch.executors.vllm.worker import plugin
 from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, eos_ids, load_config
+from snpatch.models.digest import pinned
 from snpatch.models.model import Model
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
@@ -121,8 +122,8 @@ def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] =
         arguments.setdefault("enforce_eager", True)  # compiled measured no faster there and starts slower
     arguments.setdefault("use_tqdm_on_load", False)
     own = {
-        "model": str(model),
-        "tokenizer": str(model),
+        "model": pinned(model),
+        "tokenizer": pinned(model),
         "disable_log_stats": True,
         "generation_config": "vllm",
         **own,
