@@ -24,7 +24,6 @@ from jobs import (
     forced,
     generate,
 )
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from snpatch import Engine, EngineConfig, Patch, Ranking, Sampling, SnpatchError
@@ -89,18 +88,6 @@ def test_a_model_beside_its_own_copy_is_the_shared_engine(zoo, tmp_path):
 # ---- LoRA --------------------------------------------------------------------------------------------------------
 
 
-def lora(folder: Path, out: Path, **options) -> Path:
-    """A random LoRA that PEFT wrote, and, in a folder beside it, what PEFT merges it into."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], **options}
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
-    adapted.save_pretrained(out / "lora")
-    merged = adapted.merge_and_unload()
-    merged.save_pretrained(out / "merged")
-    return out / "lora"
-
-
 VARIANTS = [
     {},
     {"use_rslora": True},
@@ -112,7 +99,7 @@ VARIANTS = [
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_lora_is_merged_as_peft_does_it(zoo, tmp_path, options):
     folder = zoo("llama").folder
-    made = lora(folder, tmp_path, **options)
+    made = tiny.lora(folder, tmp_path, **options)
     plain = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     want = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     got = dict(merged(plain.items(), [made]))
@@ -124,7 +111,7 @@ def test_lora_is_merged_as_peft_does_it(zoo, tmp_path, options):
 
 def test_lora_is_a_second_set_of_weights(zoo, tmp_path):
     made = zoo("llama")
-    folder = lora(made.folder, tmp_path)
+    folder = tiny.lora(made.folder, tmp_path)
     pair = tiny.Made(made.folder, {}, models={"dpo": (tmp_path / "merged", ())})
     jobs = [job for job in (*JOBS, *RICHER) if "sft" not in (job.recipient, job.donor)]
     with Engine(made.folder, models={"dpo": {"lora": folder}}, backend="transformers") as engine:
@@ -141,12 +128,12 @@ def test_lora_is_a_second_set_of_weights(zoo, tmp_path):
 )
 def test_what_is_more_than_a_merge_is_refused(zoo, tmp_path, options, message):
     with pytest.raises(SnpatchError, match=message):
-        load_lora(lora(zoo("llama").folder, tmp_path, **options))
+        load_lora(tiny.lora(zoo("llama").folder, tmp_path, **options))
 
 
 def test_a_lora_of_another_model_and_ia3_are_refused(zoo, tmp_path):
     made, weights = zoo("llama"), {"model.layers.0.mlp.up_proj.weight": torch.zeros(4, 4)}
-    folder = lora(made.folder, tmp_path)
+    folder = tiny.lora(made.folder, tmp_path)
     with pytest.raises(SnpatchError, match=r"up_proj.weight is \[4, 4\], its update \[96, 64\]"):
         list(merged(weights.items(), [folder]))
     with pytest.raises(SnpatchError, match=r"has no weight .* a LoRA of another model"):

@@ -129,6 +129,14 @@ def test_vocabularies_of_other_padding_are_one(start, tmp_path_factory):
     assert_as_the_oracle(made, jobs, generate(start(made), jobs))
 
 
+def test_lora_is_a_second_set_of_weights(zoo, start, tmp_path):
+    own = zoo("qwen2").folder
+    made = tiny.Made(own, {}, models={"dpo": (tmp_path / "merged", ())})
+    given = tiny.Made(own, {}, models={"dpo": {"lora": str(tiny.lora(own, tmp_path))}})
+    jobs = [job for job in (*JOBS, *RICHER) if "sft" not in (job.recipient, job.donor)]
+    assert_as_the_oracle(made, jobs, generate(start(given), jobs))
+
+
 def test_too_little_memory_is_an_error_that_says_how_much_is_missing(monkeypatch):
     from snpatch.executors.vllm.worker import pairing
 

@@ -7,6 +7,8 @@ differs unnoticed would make another text and no error.
 import json
 from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import AutoConfig
 
 from snpatch.errors import SnpatchError
@@ -55,6 +57,12 @@ def check_pair(model: str | Path, second: str | Path, tokenizer) -> None:
                 "of an engine must be of one shape; run each in an engine of its own"
             )
     check_tokenizers(tokenizer, load_pretrained(AutoTokenizer, second), str(model), str(second))
+
+
+def are_equal(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules hold the same weights, of their own and not of the modules in them."""
+    own, theirs = (dict(m.named_parameters(recurse=False)) for m in (one, other))
+    return own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
 
 
 def check_tokenizers(own, other, model: str, second: str) -> None:

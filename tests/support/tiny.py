@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
@@ -58,7 +59,7 @@ KV_ARCHITECTURES = [name for name in ARCHITECTURES if name != "phi3"]  # Phi 3 f
 @dataclass(frozen=True, eq=False)
 class Made:
     """A model folder and its adapters: name -> folders, stacked in order. models: those on a second set of weights,
-    name -> its folder and the adapters on it."""
+    name -> its folder and the adapters on it, or as an engine is given it."""
 
     folder: Path
     adapters: dict[str, tuple[Path, ...]]
@@ -74,7 +75,10 @@ class Made:
     @property
     def given(self) -> dict:
         """The arguments of an engine that name its models."""
-        models = {name: {"weights": str(w), "adapters": list(map(str, a))} for name, (w, a) in self.models.items()}
+        models = {
+            name: one if isinstance(one, dict) else {"weights": str(one[0]), "adapters": list(map(str, one[1]))}
+            for name, one in self.models.items()
+        }
         return {"adapters": self.adapters, "models": models}
 
     def with_eos(self, token: int, folder: Path) -> "Made":
@@ -201,6 +205,18 @@ def adapter(model, folder: Path, modules: list[str], seed: int, vectors: dict[tu
         "task_type": "CAUSAL_LM",
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def lora(folder: Path, out: Path, **options) -> Path:
+    """A random LoRA that PEFT wrote, and, in a folder beside it, what PEFT merges it into."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], **options}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+    adapted.save_pretrained(out / "lora")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(out / "merged")
+    return out / "lora"
 
 
 # Eight prompts of 2 to 14 tokens, BOS included: some shorter, some longer than WINDOW.

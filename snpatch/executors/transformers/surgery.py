@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from snpatch.errors import SnpatchError
+from snpatch.models.pairing import are_equal
 from snpatch.op import ops
 from snpatch.op.bank import LayerBank
 from snpatch.op.plan import Column
@@ -120,17 +121,12 @@ def _pair(model: nn.Module, second: nn.Module, step: Step) -> None:
     """Put a PairedModule where the two models' weights differ; what is equal is held once."""
     others = dict(second.named_modules())
     for name, own in list(model.named_modules()):
-        if next(own.parameters(recurse=False), None) is None or _equal(own, others[name]):
+        if next(own.parameters(recurse=False), None) is None or are_equal(own, others[name]):
             continue
         step.second_bytes += sum(p.numel() * p.element_size() for p in others[name].parameters(recurse=False))
         parent, _, child = name.rpartition(".")
         kind = PairedHead if own is model.lm_head else PairedModule
         setattr(model.get_submodule(parent), child, kind(own, others[name], step))
-
-
-def _equal(one: nn.Module, other: nn.Module) -> bool:
-    own, theirs = (dict(m.named_parameters(recurse=False)) for m in (one, other))
-    return own.keys() == theirs.keys() and all(torch.equal(own[n], theirs[n]) for n in own)
 
 
 def _fuse(gate: nn.Linear, up: nn.Linear) -> nn.Linear:

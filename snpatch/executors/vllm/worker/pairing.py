@@ -29,6 +29,7 @@ from snpatch.executors.vllm.settings import KEY, TwinSettings
 from snpatch.executors.vllm.worker.feed import Feed
 from snpatch.models.checkpoint import finite
 from snpatch.models.lora import merged
+from snpatch.models.pairing import are_equal
 
 SECOND = "second"  # the name under which a module holds its like of the second set
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
@@ -66,7 +67,7 @@ class SecondSet:
 
     def join(self, model: nn.Module, is_shared: Callable[[nn.Module, nn.Module], bool] | None = None) -> set[str]:
         """Hang each module of the second set that differs from the model's own into it."""
-        is_shared, others, names = is_shared or _equal, dict(self._holder.named_modules()), set()
+        is_shared, others, names = is_shared or are_equal, dict(self._holder.named_modules()), set()
         for name, own in list(model.named_modules()):
             parameters = dict(own.named_parameters(recurse=False))
             if not parameters or is_shared(own, others[name]):
@@ -198,11 +199,6 @@ def free_bytes() -> int:
 def interleaved(first: Tensor, second: Tensor) -> Tensor:
     """[2 * T, ...]: row 2t is row t of the first, row 2t + 1 of the second."""
     return torch.stack([first, second], dim=1).flatten(0, 1)
-
-
-def _equal(one: nn.Module, other: nn.Module) -> bool:
-    own, theirs = (dict(m.named_parameters(recurse=False)) for m in (one, other))
-    return own.keys() == theirs.keys() and all(torch.equal(own[n], theirs[n]) for n in own)
 
 
 @contextmanager
