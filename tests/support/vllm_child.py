@@ -4,6 +4,7 @@ Ctrl-C ends a call and not the engine: it goes on.
 """
 
 import json
+import signal
 import sys
 
 from snpatch import Engine, Sampling
@@ -18,6 +19,7 @@ def write(engine: Engine) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
     folder, adapters = sys.argv[1], json.loads(sys.argv[2])
     engine = Engine(folder, adapters, backend="vllm", kv_cache_memory_bytes=64 << 20)
     print("ready", flush=True)
