@@ -37,6 +37,7 @@ def compile_variant(capability: int, dtype: str, streams: int) -> dict:
     constants = {
         "ACTIVATION": "silu",
         "STREAMS": streams,
+        "CLAUSES": 1,
         "HAS_GROUPS": True,
         "INTERPRETED": False,
         **module.TILE,

@@ -28,6 +28,7 @@ constexpr int64_t GRAIN = 131072;  // elements, 50 us of work: in an engine it c
 // Columns of a plan row and values of its source, as in snpatch/op/plan.py.
 enum Column { FIRST, SECOND, SPEAKER, RANKING, LO, HI, SOURCE, ROW, SEED, KEEP, TAKE, POSITION, GROUP, CAPTURE,
               RECEIPT, COLUMNS };
+constexpr int64_t CLAUSE = TAKE + 1 - RANKING;  // columns of a further clause, after the last of a row
 enum Source { FROM_DONOR, FROM_CONSTANT, FROM_NOISE };
 
 // ---- loops over a block of neurons -------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ struct Arguments {
   float* capture;
   int64_t* receipt;
   int64_t tokens, width, row_stride, captured;  // row_stride: of gate_up, in elements; captured: K
-  int64_t streams, layer, first_neuron;
+  int64_t streams, clauses, layer, first_neuron;
 };
 
 template <typename Element>
@@ -194,7 +195,7 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
   };
 
   for (int64_t t = 0; t < a.tokens; ++t) {
-    const int32_t* plan = a.plan + t * COLUMNS;
+    const int32_t* plan = a.plan + t * (COLUMNS + CLAUSE * (a.clauses - 1));
     const int32_t* rank = a.rank + plan[RANKING] * a.width + start;
     const int64_t mine = t * a.streams + plan[SPEAKER], others = t * a.streams + a.streams - 1 - plan[SPEAKER];
     const Element *row = gate_up + mine * a.row_stride + start, *donor_row = gate_up + others * a.row_stride + start;
@@ -226,28 +227,36 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
       for (int64_t i = 0; i < n; ++i)
         if (0 <= rank[i] && rank[i] < a.captured) captured[rank[i]] = r[i];
     }
-    // Without a donor stream nothing is copied from it, and nothing counted: the receipt tells.
-    if (plan[LO] < plan[HI] && (a.streams == 2 || plan[SOURCE] != FROM_DONOR)) {
-      const float* constant = a.constant + plan[ROW] * a.width + start;
-      const float keep = factor(plan[KEEP]), take = factor(plan[TAKE]);
-      const float* by = plan[SOURCE] == FROM_CONSTANT ? constant : d;
-      if (plan[SOURCE] == FROM_NOISE) {
-        for (int64_t i = 0; i < n; ++i) {
-          const bool patched = plan[LO] <= rank[i] && rank[i] < plan[HI];
-          other[i] = patched ? constant[i] * normal(plan[SEED], plan[POSITION], a.layer, a.first_neuron + start + i) : 0;
+    // One clause is stored as it is made. Of several each changes r, which is stored at the end.
+    int64_t done = 0;
+    for (int64_t i = 0; i < a.clauses; ++i) {
+      const int32_t* clause = i == 0 ? plan + RANKING : plan + COLUMNS + CLAUSE * (i - 1);
+      const auto of = [clause](Column column) { return clause[column - RANKING]; };
+      const int32_t lo = of(LO), hi = of(HI), source = of(SOURCE);
+      // Without a donor stream nothing is copied from it, and nothing counted: the receipt tells.
+      const bool patches = lo < hi && (a.streams == 2 || source != FROM_DONOR);
+      if (patches) {
+        const int32_t* ranks = a.rank + of(RANKING) * a.width + start;
+        const float* constant = a.constant + of(ROW) * a.width + start;
+        const float keep = factor(of(KEEP)), take = factor(of(TAKE));
+        const float* by = source == FROM_CONSTANT ? constant : d;
+        if (source == FROM_NOISE) {
+          for (int64_t j = 0; j < n; ++j)
+            other[j] = lo <= ranks[j] && ranks[j] < hi
+                           ? constant[j] * normal(of(SEED), plan[POSITION], a.layer, a.first_neuron + start + j)
+                           : 0;
+          by = other;
         }
-        by = other;
+        if (keep != 0.0f || take != 1.0f) {
+          if (by != other) std::copy(by, by + n, other);
+          mix(r, other, keep, take, n);
+          by = other;
+        }
+        done += a.clauses == 1 ? overwrite(r, by, ranks, lo, hi, to, n) : overwrite_f32(r, by, ranks, lo, hi, nullptr, n);
       }
-      if (keep != 0.0f || take != 1.0f) {
-        if (by != other) std::copy(by, by + n, other);
-        mix(r, other, keep, take, n);
-        by = other;
-      }
-      const int64_t done = overwrite(r, by, rank, plan[LO], plan[HI], to, n);
-      if (plan[RECEIPT] >= 0) __atomic_fetch_add(a.receipt + plan[RECEIPT], done, __ATOMIC_RELAXED);
-    } else {
-      store_block(r, to, n);
+      if (a.clauses > 1 ? i + 1 == a.clauses : !patches) store_block(r, to, n);
     }
+    if (done > 0 && plan[RECEIPT] >= 0) __atomic_fetch_add(a.receipt + plan[RECEIPT], done, __ATOMIC_RELAXED);
   }
   close_run();
 }
@@ -284,11 +293,15 @@ void check_plan(const Tensor& plan, const Tensor& scale, const Tensor& rank, con
       {RANKING, 0, rank.size(0), "ranking"}, {SOURCE, 0, FROM_NOISE + 1, "source"},
       {ROW, 0, constant.size(0), "row"},     {GROUP, -1, stats.size(0), "group"},
       {CAPTURE, -1, capture.size(0), "capture"}, {RECEIPT, -1, receipt.size(0), "receipt"}};
-  for (int64_t t = 0; t < plan.size(0); ++t, row += COLUMNS)
-    for (const auto& range : ranges)
-      if (row[range.column] < range.lowest || row[range.column] >= range.end)
-        throw std::runtime_error("patched_glu: plan row " + std::to_string(t) + " names " + range.name + " " +
-                                 std::to_string(row[range.column]) + ", there are " + std::to_string(range.end));
+  for (int64_t t = 0; t < plan.size(0); ++t, row += plan.size(1))
+    for (const auto& range : ranges) {
+      const bool is_clauses = RANKING <= range.column && range.column <= TAKE;
+      for (int64_t at = range.column; at < plan.size(1);
+           at += at >= COLUMNS ? CLAUSE : is_clauses ? COLUMNS - RANKING : plan.size(1))
+        if (row[at] < range.lowest || row[at] >= range.end)
+          throw std::runtime_error("patched_glu: plan row " + std::to_string(t) + " names " + range.name + " " +
+                                   std::to_string(row[at]) + ", there are " + std::to_string(range.end));
+    }
 }
 
 Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& rank, const Tensor& constant,
@@ -300,8 +313,9 @@ Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& ran
   const bool is_silu = activation == "silu";
   if (!is_silu && activation != "gelu_tanh")
     throw std::runtime_error("patched_glu: activation must be silu or gelu_tanh, got " + activation);
-  check(is(plan, ScalarType::Int, 2) && plan.size(1) == COLUMNS, "plan", "[T, 15] int32, contiguous", plan);
-  const int64_t tokens = plan.size(0);
+  check(is(plan, ScalarType::Int, 2) && plan.size(1) >= COLUMNS && (plan.size(1) - COLUMNS) % CLAUSE == 0, "plan",
+        "[T, 15 + 8 * (clauses - 1)] int32, contiguous", plan);
+  const int64_t tokens = plan.size(0), clauses = 1 + (plan.size(1) - COLUMNS) / CLAUSE;
   const bool two_dimensional = gate_up.dim() == 2;
   check(two_dimensional && gate_up.size(0) == streams * tokens && gate_up.size(1) % 2 == 0 &&
             (gate_up.stride(1) == 1 || gate_up.size(1) <= 1 || tokens == 0),
@@ -327,7 +341,7 @@ Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& ran
                     static_cast<int64_t*>(count.mutable_data_ptr()),
                     static_cast<float*>(capture.mutable_data_ptr()),
                     static_cast<int64_t*>(receipt.mutable_data_ptr()),
-                    tokens, width, gate_up.stride(0), capture.size(1), streams, layer, first_neuron};
+                    tokens, width, gate_up.stride(0), capture.size(1), streams, clauses, layer, first_neuron};
   switch (gate_up.scalar_type()) {
 #define RUN(SCALAR, TYPE, SUFFIX)                                                                            \
   case ScalarType::SCALAR:                                                                                   \

@@ -31,6 +31,8 @@ GROUP = tl.constexpr(12)
 CAPTURE = tl.constexpr(13)
 RECEIPT = tl.constexpr(14)
 COLUMNS = tl.constexpr(15)
+# Columns of a further clause: those from RANKING to TAKE.
+BLOCK = tl.constexpr(8)
 CONSTANT = tl.constexpr(1)
 NOISE = tl.constexpr(2)
 NEVER = tl.constexpr(2**31 - 1)
@@ -134,7 +136,7 @@ def _roles(v0, v1, p_row, m_token, STREAMS: tl.constexpr):
 @triton.jit
 def _add_statistics(
     i_block, p_gate_up, p_scale, p_plan, p_stats, p_count, n_tokens, n_neurons, row_stride,
-    ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, SUM_T: tl.constexpr, SUM_F: tl.constexpr,
+    ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, CLAUSES: tl.constexpr, SUM_T: tl.constexpr, SUM_F: tl.constexpr,
 ):  # fmt: skip
     """One block of neurons over all tokens: float32 within a tile, float64 beyond."""
     o_neuron = i_block * SUM_F + tl.arange(0, SUM_F)
@@ -142,7 +144,7 @@ def _add_statistics(
     for start in range(0, n_tokens, SUM_T):
         o_token = start + tl.arange(0, SUM_T)
         m_token = o_token < n_tokens
-        p_row = p_plan + o_token.to(tl.int64) * COLUMNS
+        p_row = p_plan + o_token.to(tl.int64) * (COLUMNS + BLOCK * (CLAUSES - 1))
         group = tl.load(p_row + GROUP, mask=m_token, other=-1)
         highest = tl.max(group, axis=0)
         if highest >= 0:
@@ -168,10 +170,38 @@ def _add_statistics(
 
 
 @triton.jit
+def _clause(
+    v, d, rank, p_clause, p_row, p_constant, o_neuron, m_token, m, m_rank, n_neurons, layer, first_neuron,
+    STREAMS: tl.constexpr,
+):  # fmt: skip
+    """What a clause makes of the recipient's neurons, and which ones it patched."""
+    lo = tl.load(p_clause + (LO - RANKING), mask=m_token, other=0)
+    hi = tl.load(p_clause + (HI - RANKING), mask=m_token, other=0)
+    source = tl.load(p_clause + (SOURCE - RANKING), mask=m_token, other=0)
+    if STREAMS == 1:  # a donor's value is neither copied nor counted, so that the receipt tells
+        lo = tl.where(source > 0, lo, hi)
+    patched = m_rank & (lo[:, None] <= rank) & (rank < hi[:, None])
+    by = d
+    if tl.max(source, axis=0) > 0:
+        row = tl.load(p_clause + (ROW - RANKING), mask=m_token, other=0)
+        constant = _rows(p_constant, row, n_neurons, o_neuron, m, 0.0)
+        by = tl.where((source == CONSTANT)[:, None], constant, by)
+        if tl.max(source, axis=0) == NOISE:
+            seed = tl.load(p_clause + (SEED - RANKING), mask=m_token, other=0)
+            position = tl.load(p_row + POSITION, mask=m_token, other=0)
+            noise = _normal(seed[:, None], position[:, None], layer, (first_neuron + o_neuron)[None, :])
+            by = tl.where((source == NOISE)[:, None], constant * noise, by)
+    keep = tl.load(p_clause + (KEEP - RANKING), mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
+    take = tl.load(p_clause + (TAKE - RANKING), mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
+    mixture = tl.where(take == 0, keep * v, keep * v + take * by)
+    return tl.where(patched, tl.where(keep == 0, take * by, mixture), v), patched
+
+
+@triton.jit
 def _make_output(
     i_tile, p_gate_up, p_scale, p_rank, p_constant, p_plan, p_capture, p_receipt, p_out, n_tokens, n_neurons,
     row_stride, n_captured, layer, first_neuron, ACTIVATION: tl.constexpr, STREAMS: tl.constexpr,
-    INTERPRETED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    CLAUSES: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One tile: both streams, capture, overwrite and receipts."""
     n_blocks = tl.cdiv(n_neurons, BLOCK_F)
@@ -179,11 +209,10 @@ def _make_output(
     o_token = (i_tile // n_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_token = o_token < n_tokens
     m = m_token[:, None] & (o_neuron < n_neurons)[None, :]
-    p_row = p_plan + o_token.to(tl.int64) * COLUMNS
+    p_row = p_plan + o_token.to(tl.int64) * (COLUMNS + BLOCK * (CLAUSES - 1))
     lo = tl.load(p_row + LO, mask=m_token, other=0)
     hi = tl.load(p_row + HI, mask=m_token, other=0)
     slot = tl.load(p_row + CAPTURE, mask=m_token, other=-1)
-    source = tl.load(p_row + SOURCE, mask=m_token, other=0)
     ranking = tl.load(p_row + RANKING, mask=m_token, other=0)
     v0, v1 = _streams(
         p_gate_up, p_scale, p_row, o_token, o_neuron, m_token, m, n_neurons, row_stride, ACTIVATION, STREAMS
@@ -194,23 +223,20 @@ def _make_output(
     if tl.max(slot, axis=0) >= 0:
         m_capture = m_rank & (slot >= 0)[:, None] & (rank < n_captured)
         tl.store(p_capture + (slot.to(tl.int64) * n_captured)[:, None] + rank, r, mask=m_capture)
-    if STREAMS == 1:  # a donor's value is neither copied nor counted, so that the receipt tells
-        lo = tl.where(source > 0, lo, hi)
-    patched = m_rank & (lo[:, None] <= rank) & (rank < hi[:, None])
-    by = d
-    if tl.max(source, axis=0) > 0:
-        row = tl.load(p_row + ROW, mask=m_token, other=0)
-        constant = _rows(p_constant, row, n_neurons, o_neuron, m, 0.0)
-        by = tl.where((source == CONSTANT)[:, None], constant, by)
-        if tl.max(source, axis=0) == NOISE:
-            seed = tl.load(p_row + SEED, mask=m_token, other=0)
-            position = tl.load(p_row + POSITION, mask=m_token, other=0)
-            noise = _normal(seed[:, None], position[:, None], layer, (first_neuron + o_neuron)[None, :])
-            by = tl.where((source == NOISE)[:, None], constant * noise, by)
-    keep = tl.load(p_row + KEEP, mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
-    take = tl.load(p_row + TAKE, mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
-    mixture = tl.where(take == 0, keep * r, keep * r + take * by)
-    spoken = tl.where(patched, tl.where(keep == 0, take * by, mixture), r)
+    spoken, patched = _clause(r, d, rank, p_row + RANKING, p_row, p_constant, o_neuron, m_token, m, m_rank, n_neurons,
+                              layer, first_neuron, STREAMS)  # fmt: skip
+    done = tl.sum(patched.to(tl.int32), axis=1)
+    for i in tl.static_range(1, CLAUSES):
+        p_clause = p_row + COLUMNS + BLOCK * (i - 1)
+        ranking = tl.load(p_clause, mask=m_token, other=0)
+        lo_i = tl.load(p_clause + (LO - RANKING), mask=m_token, other=0)
+        hi_i = tl.load(p_clause + (HI - RANKING), mask=m_token, other=0)
+        m_i = m & (lo_i < hi_i)[:, None]
+        rank_i = _rows(p_rank, ranking, n_neurons, o_neuron, m_i, NEVER)
+        spoken, patched = _clause(spoken, d, rank_i, p_clause, p_row, p_constant, o_neuron, m_token, m, m_i, n_neurons,
+                                  layer, first_neuron, STREAMS)  # fmt: skip
+        done += tl.sum(patched.to(tl.int32), axis=1)
+        hi = tl.maximum(hi, lo + hi_i - lo_i)
     p_to = p_out + (o_token.to(tl.int64) * STREAMS * n_neurons)[:, None] + o_neuron[None, :]
     if STREAMS == 2:
         _store(p_to, tl.where(is_first, spoken, d), m, INTERPRETED)
@@ -219,8 +245,7 @@ def _make_output(
         _store(p_to, spoken, m, INTERPRETED)
     if tl.max(hi - lo, axis=0) > 0:
         receipt = tl.load(p_row + RECEIPT, mask=m_token, other=-1)
-        done = tl.sum(patched.to(tl.int32), axis=1).to(tl.int64)
-        tl.atomic_add(p_receipt + receipt, done, mask=(receipt >= 0) & (done > 0), sem="relaxed")
+        tl.atomic_add(p_receipt + receipt, done.to(tl.int64), mask=(receipt >= 0) & (done > 0), sem="relaxed")
 
 
 # Not specialised: one compiled kernel serves every layer and number of tokens, so none is met first in a graph capture.
@@ -230,7 +255,7 @@ def _patched_glu_kernel(
     p_scale,  # [A, F] float32
     p_rank,  # [R, F] int32
     p_constant,  # [C, F] float32
-    p_plan,  # [T, COLUMNS] int32
+    p_plan,  # [T, COLUMNS + BLOCK * (CLAUSES - 1)] int32
     p_stats,  # [G, 5, F] float64
     p_count,  # [G] int64
     p_capture,  # [slots, K] float32
@@ -244,6 +269,7 @@ def _patched_glu_kernel(
     first_neuron,
     ACTIVATION: tl.constexpr,
     STREAMS: tl.constexpr,
+    CLAUSES: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -256,13 +282,13 @@ def _patched_glu_kernel(
     if i_program < n_summing:
         _add_statistics(
             i_program, p_gate_up, p_scale, p_plan, p_stats, p_count, n_tokens, n_neurons, row_stride,
-            ACTIVATION, STREAMS, SUM_T, SUM_F,
+            ACTIVATION, STREAMS, CLAUSES, SUM_T, SUM_F,
         )  # fmt: skip
     else:
         _make_output(
             i_program - n_summing, p_gate_up, p_scale, p_rank, p_constant, p_plan, p_capture, p_receipt, p_out,
             n_tokens, n_neurons, row_stride, n_captured, layer, first_neuron, ACTIVATION, STREAMS,
-            INTERPRETED, BLOCK_T, BLOCK_F,
+            CLAUSES, INTERPRETED, BLOCK_T, BLOCK_F,
         )  # fmt: skip
 
 
@@ -271,7 +297,7 @@ def patched_glu(
     scale: Tensor,  # [A, F] float32
     rank: Tensor,  # [R, F] int32
     constant: Tensor,  # [C, F] float32
-    plan: Tensor,  # [T, 15] int32
+    plan: Tensor,  # [T, 15 + 8 * (clauses - 1)] int32
     stats: Tensor,  # [G, 5, F] float64, added to
     count: Tensor,  # [G] int64, added to
     capture: Tensor,  # [slots, K] float32, written
@@ -308,6 +334,7 @@ def patched_glu(
         first_neuron,
         ACTIVATION=activation,
         STREAMS=streams,
+        CLAUSES=1 + (plan.shape[1] - COLUMNS.value) // BLOCK.value,
         HAS_GROUPS=has_groups,
         INTERPRETED=interpreted,
         **tile,

@@ -14,6 +14,7 @@ _HOMES = {
     "Completion": "requests",
     "Sampling": "sampling",
     "Patch": "patching.patch",
+    "Clause": "patching.patch",
     "Window": "ranking.window",
     "Constant": "patching.patch",
     "Noise": "patching.patch",

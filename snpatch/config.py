@@ -30,8 +30,9 @@ class TwinSizes:
 
     streams: 2, or 1 for an engine without donors at half the cost (plain generation, constants, captures).
     max_adapters, max_rankings, max_constants: how many can be in use at once, the base model among the adapters.
-    max_groups: statistics of that many contrasts at once. max_captures x max_captured: positions and neurons of
-    each position that can be held until they are fetched. max_receipts: requests whose receipts can be.
+    max_clauses: of one patch. max_groups: statistics of that many contrasts at once. max_captures x max_captured:
+    positions and neurons of each position that can be held until they are fetched. max_receipts: requests whose
+    receipts can be.
     scales_kv: whether adapters may scale k_proj and v_proj; None: if one of those that the engine starts with does.
     """
 
@@ -39,6 +40,7 @@ class TwinSizes:
     max_adapters: int = 8
     max_rankings: int = 64
     max_constants: int = 8
+    max_clauses: int = 1
     max_groups: int = 4
     max_captures: int = 4096
     max_captured: int = 2048

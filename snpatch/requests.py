@@ -185,12 +185,14 @@ class Requests:
             return Request(text, self.model(patch), **asked)
         self._check_shape(patch.ranking)
         most = len(text) + (asked["sampling"].max_tokens if "sampling" in asked else 0)
-        if isinstance(patch.where, int) and patch.where >= most:
-            raise SnpatchError(f"where={patch.where} lies past the {most} tokens that the text can have")
-        overwrite = patch.resolved(self.model, len(prompt))
-        donor = overwrite.source if isinstance(overwrite.source, Model) else None
+        for clause in patch.clauses:
+            if isinstance(clause.where, int) and clause.where >= most:
+                raise SnpatchError(f"where={clause.where} lies past the {most} tokens that the text can have")
+        overwrites = patch.resolved(self.model, len(prompt))
+        donor = next((one.source for one in overwrites if isinstance(one.source, Model)), None)
         # An empty window names nothing, so that texts with it share what is kept of the unpatched ones.
-        return Request(text, self.model(patch.recipient), donor, overwrite if len(patch.window) else None, **asked)
+        kept = tuple(one for one in overwrites if len(one.window))
+        return Request(text, self.model(patch.recipient), donor, kept, **asked)
 
     def _check_shape(self, ranking: Ranking) -> None:
         wanted = (self._geometry.n_layers, self._geometry.n_neurons)

@@ -11,6 +11,7 @@ import tiny
 import torch
 from jobs import (
     ALL,
+    CLAUSES,
     COMPLETIONS,
     ENCODE,
     IDS,
@@ -65,7 +66,7 @@ def engine(engines):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_mixed_batch_is_what_the_oracle_writes(zoo, engines, architecture):
-    jobs = [*JOBS, *RICHER]
+    jobs = [*JOBS, *RICHER, *CLAUSES]
     assert_as_the_oracle(zoo(architecture), jobs, generate(engines(architecture), jobs))
 
 

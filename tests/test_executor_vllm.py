@@ -17,6 +17,7 @@ import torch
 from in_process import architectures
 from jobs import (
     ALL,
+    CLAUSES,
     CLEAR,
     COMPLETIONS,
     IDS,
@@ -307,7 +308,7 @@ def test_padded_rows_may_hold_anything(engine):
     assert torch.isfinite(banks.layers[0].stats).all()
     assert banks.layers[0].count.tolist()[0] == 2
     (records,) = twin.feed.fetch([10**6])
-    assert records[0]["planned"] == 5
+    assert records[0]["planned"] == 5 * ALL
     twin.feed.clear()
     assert not banks.plan[:, : Column.GROUP].any()
     assert (banks.plan[:, Column.GROUP :] == -1).all()
@@ -432,6 +433,19 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
     n = want["tokens"].item()
     assert found.count.tolist() == [n] * tiny.LAYERS
     assert ((found.sums[:, 4] / n).sqrt() - want["scores"]).abs().max() <= 1e-5 * want["scores"].max()
+
+
+def test_patches_of_several_clauses(llama, start):
+    engine = start("llama", max_clauses=3, max_num_batched_tokens=64)
+    jobs = [*JOBS, *CLAUSES, *RICHER]
+    assert_as_the_oracle(llama, jobs, generate(engine, jobs))
+    assert_as_the_oracle(llama, jobs, generate(engine, jobs))  # from the prefix cache, each its own
+    four = replace(CLAUSES[3], then=(*CLAUSES[3].then, CLAUSES[0])).patch
+    with pytest.raises(SnpatchError, match=r"a patch of 4 clauses: start the engine with a larger max_clauses \(3\)"):
+        engine.generate([IDS[0]], four)
+    donors = Job(0, "base", "dpo", (0, 5), then=(Job(0, "", "sft", (5, 9)),))
+    with pytest.raises(SnpatchError, match=r"its clauses name 2 donor models \(dpo, sft\): one can run"):
+        donors.patch  # noqa: B018
 
 
 def random_job(rng) -> tuple[list[int], Patch | str, Sampling]:

@@ -10,7 +10,7 @@ import torch
 
 from snpatch.errors import SnpatchError
 from snpatch.op import ops, reference
-from snpatch.op.plan import NEVER, Column, Entry, Source, bits_of, fill_plan
+from snpatch.op.plan import NEVER, Column, Entry, Source, bits_of, clauses_of, column_of, fill_plan, width_of
 
 SUMS_ERROR = 2e-6  # relative RMS error of float32 arithmetic against double
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # the output's own type adds its rounding
@@ -135,7 +135,9 @@ TENSORS = "gate_up scale rank constant plan stats count capture receipt".split()
 SETTING = {"activation": "silu", "streams": 2, "layer": 3, "first_neuron": 40}
 
 
-def case(tokens: int, width: int, streams: int = 2, dtype=torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
+def case(
+    tokens: int, width: int, streams: int = 2, dtype=torch.float32, seed: int = 0, clauses: int = 1
+) -> dict[str, torch.Tensor]:
     """Random arguments of every kind: 3 adapters, 3 rankings (one covers half the neurons), 3 constants, empty, full
     and mixed windows, all sources, repeated groups, captures and receipts. Outputs start at other values than 0."""
     draw = torch.Generator().manual_seed(seed)
@@ -149,25 +151,24 @@ def case(tokens: int, width: int, streams: int = 2, dtype=torch.float32, seed: i
     rank = torch.stack([torch.randperm(width, generator=draw) for _ in range(3)])
     rank[1] += torch.randint(0, 50, (), generator=draw)  # another layer's neurons come in between
     rank[2, torch.rand(width, generator=draw) < 0.5] = NEVER
-    plan = torch.zeros(tokens, len(Column), dtype=torch.int64)
-    for name, high in (
-        ("first", 3),
-        ("second", 3),
-        ("speaker", streams),
-        ("ranking", 3),
-        ("source", 3),
-        ("row", 3),
-        ("position", 9),
-    ):
+    plan = torch.zeros(tokens, width_of(clauses), dtype=torch.int64)
+    for name, high in (("first", 3), ("second", 3), ("speaker", streams), ("position", 9)):
         plan[:, Column[name.upper()]] = integers(high)
-    if streams == 1:
-        plan[:, Column.SOURCE] = integers(3, low=1)
-    plan[:, Column.SEED] = torch.tensor([0, 1, 2**31 - 1])[integers(3)]
     factors = torch.tensor([[bits_of(factor) for factor in pair] for pair in FACTORS])
-    plan[:, [Column.KEEP, Column.TAKE]] = factors[integers(len(FACTORS))]
-    lo = integers(width)
-    plan[:, Column.LO] = lo
-    plan[:, Column.HI] = torch.stack([lo, lo + integers(width), torch.full_like(lo, NEVER)])[integers(3), range(tokens)]
+    for clause in range(clauses):
+        lo = integers(width)
+        values = {
+            Column.RANKING: integers(3),
+            Column.SOURCE: integers(3, low=2 - streams),
+            Column.ROW: integers(3),
+            Column.SEED: torch.tensor([0, 1, 2**31 - 1])[integers(3)],
+            Column.LO: lo,
+            Column.HI: torch.stack([lo, lo + integers(width), torch.full_like(lo, NEVER)])[integers(3), range(tokens)],
+        }
+        for column, value in values.items():
+            plan[:, column_of(column, clause)] = value
+        where = [column_of(column, clause) for column in (Column.KEEP, Column.TAKE)]
+        plan[:, where] = factors[integers(len(FACTORS))]
     plan[:, Column.GROUP] = integers(2, low=-1)
     plan[:, Column.CAPTURE] = torch.where(integers(2) > 0, torch.arange(tokens), -1)
     plan[:, Column.RECEIPT] = integers(3, low=-1)
@@ -210,18 +211,25 @@ def loop(tensors: dict[str, torch.Tensor], setting: dict) -> tuple[torch.Tensor,
             place = int(rank[row[Column.RANKING]][neuron])
             if row[Column.CAPTURE] >= 0 and place < after["capture"].shape[1]:
                 after["capture"][row[Column.CAPTURE], place] = r
-            if row[Column.LO] <= place < row[Column.HI]:
-                given = constant[row[Column.ROW]][neuron]
+            for clause in range(clauses_of(len(row))):
+                own = {
+                    column: row[column_of(column, clause)]
+                    for column in Column
+                    if Column.RANKING <= column <= Column.TAKE
+                }
+                if not own[Column.LO] <= int(rank[own[Column.RANKING]][neuron]) < own[Column.HI]:
+                    continue
+                given = constant[own[Column.ROW]][neuron]
                 where = setting["layer"], setting["first_neuron"] + neuron
                 source = {
                     Source.DONOR: lambda d=d: d,
                     Source.CONSTANT: lambda given=given: given,
-                    Source.NOISE: lambda given=given, row=row, where=where: (
-                        given * oracle.normal(row[Column.SEED], row[Column.POSITION], *where)
+                    Source.NOISE: lambda given=given, own=own, row=row, where=where: (
+                        given * oracle.normal(own[Column.SEED], row[Column.POSITION], *where)
                     ),
-                }[row[Column.SOURCE]]()
-                keep, take = (struct.unpack("f", struct.pack("i", row[c]))[0] for c in (Column.KEEP, Column.TAKE))
-                values[speaker] = keep * r + take * source
+                }[own[Column.SOURCE]]()
+                keep, take = (struct.unpack("f", struct.pack("i", own[c]))[0] for c in (Column.KEEP, Column.TAKE))
+                values[speaker] = keep * values[speaker] + take * source
                 if row[Column.RECEIPT] >= 0:
                     after["receipt"][row[Column.RECEIPT]] += 1
             for stream, value in enumerate(values):
@@ -254,7 +262,8 @@ def agree(patched_glu, tensors, setting, out_error=ROUNDING[torch.float32]):
 def test_agrees_with_a_loop_in_double(patched_glu, tokens, width, streams):
     activation = "gelu_tanh" if width == 63 else "silu"
     setting = {**SETTING, "streams": streams, "activation": activation}
-    agree(patched_glu, case(tokens, width, streams), setting)
+    for clauses in (1, 3):
+        agree(patched_glu, case(tokens, width, streams, clauses=clauses), setting)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ import torch
 
 from snpatch import SnpatchError
 from snpatch.op import ops, plan, reference
-from snpatch.op.plan import Column, Source
+from snpatch.op.plan import Column, Source, column_of, width_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
@@ -47,35 +47,38 @@ IMPLEMENTATIONS = {"cpp": cpp, "triton": triton}
 FACTORS = torch.tensor([[0, 1], [0, 1], [0.75, 0.25], [-1, 2], [1, 1], [1.5, 0], [0, 2]]).view(torch.int32)
 
 
-def case(T, F, S, dtype, seed=0, groups=3, slots=4, K=5, adapters=3, rankings=2, values=None):
+def case(T, F, S, dtype, seed=0, groups=3, slots=4, K=5, adapters=3, rankings=2, values=None, clauses=1):
     """Random tensors and a plan that uses every feature, in the op's order, by name."""
     g = torch.Generator().manual_seed(seed)
 
     def pick(low, high):
         return torch.randint(low, high, (T,), generator=g, dtype=torch.int32)
 
-    rows = torch.zeros(T, len(Column), dtype=torch.int32)
-    lo = pick(0, F + 1)
-    mixed = pick(0, len(FACTORS)).long()
+    rows = torch.zeros(T, width_of(clauses), dtype=torch.int32)
     some_captured = torch.where(torch.arange(T) % 5 == 2, torch.arange(T) // 5, -1)
     for column, value in {
         Column.FIRST: pick(0, adapters),
         Column.SECOND: pick(0, adapters),
         Column.SPEAKER: pick(0, S),
-        Column.RANKING: pick(0, rankings),
-        Column.LO: torch.where(pick(0, 3) == 0, 0, lo),
-        Column.HI: torch.where(pick(0, 4) == 0, lo, lo + pick(0, F + 3)),
-        Column.SOURCE: pick(0 if S == 2 else 1, len(Source)),
-        Column.ROW: pick(0, 2),
-        Column.SEED: pick(0, 2**31 - 1),
-        Column.KEEP: FACTORS[mixed, 0],
-        Column.TAKE: FACTORS[mixed, 1],
         Column.POSITION: pick(0, 5000),
         Column.GROUP: pick(-1, groups),
         Column.CAPTURE: torch.where(some_captured < slots, some_captured, -1),
         Column.RECEIPT: pick(-1, slots),
     }.items():
         rows[:, column] = value
+    for clause in range(clauses):
+        lo, mixed = pick(0, F + 1), pick(0, len(FACTORS)).long()
+        for column, value in {
+            Column.RANKING: pick(0, rankings),
+            Column.LO: torch.where(pick(0, 3) == 0, 0, lo),
+            Column.HI: torch.where(pick(0, 4) == 0, lo, lo + pick(0, F + 3)),
+            Column.SOURCE: pick(0 if S == 2 else 1, len(Source)),
+            Column.ROW: pick(0, 2),
+            Column.SEED: pick(0, 2**31 - 1),
+            Column.KEEP: FACTORS[mixed, 0],
+            Column.TAKE: FACTORS[mixed, 1],
+        }.items():
+            rows[:, column_of(column, clause)] = value
     rank = torch.stack([torch.randperm(F + 2, generator=g)[:F] for _ in range(rankings)]).int()
     rank[:, ::7] = plan.NEVER
     scale = 1 + 0.3 * torch.randn(adapters, F, generator=g)
@@ -145,7 +148,8 @@ def assert_same(given, dtype, implementation, activation="silu", streams=2, laye
     ("T", "F"), [*itertools.product((0, 1, 2, 63, 129), (1, 60, 688)), (1, 11008), (33, 11008), (300, 63)]
 )
 def test_equals_the_reference(name, dtype, activation, streams, T, F):
-    assert_same(case(T, F, streams, dtype), dtype, IMPLEMENTATIONS[name], activation, streams)
+    given = case(T, F, streams, dtype, clauses=1 + (T + F) % 3)
+    assert_same(given, dtype, IMPLEMENTATIONS[name], activation, streams)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -229,10 +233,10 @@ def test_fuzz_cpp():
     @hypothesis.settings(max_examples=150, deadline=None)
     @hypothesis.given(
         st.integers(0, 40), st.integers(1, 1100), st.integers(1, 2), st.sampled_from(DTYPES),
-        st.sampled_from(list(reference.ACTIVATIONS)), st.integers(0, 10**6),
+        st.sampled_from(list(reference.ACTIVATIONS)), st.integers(0, 10**6), st.integers(1, 3),
     )  # fmt: skip
-    def fuzz(T, F, S, dtype, activation, seed):
-        assert_same(case(T, F, S, dtype, seed), dtype, cpp, activation, S)
+    def fuzz(T, F, S, dtype, activation, seed, clauses):
+        assert_same(case(T, F, S, dtype, seed, clauses=clauses), dtype, cpp, activation, S)
 
     fuzz()
 
@@ -403,13 +407,13 @@ def test_tensors_that_are_not_dense_are_refused(name, tensor):
 
 
 @pytest.mark.parametrize(
-    ("column", "value"),
-    [("FIRST", -1), ("SECOND", 3), ("SPEAKER", 2), ("RANKING", 2), ("SOURCE", 3), ("ROW", 2), ("GROUP", 3),
-     ("CAPTURE", 2**30), ("RECEIPT", 4)],
+    ("column", "value", "clause"),
+    [("FIRST", -1, 0), ("SECOND", 3, 0), ("SPEAKER", 2, 0), ("RANKING", 2, 0), ("SOURCE", 3, 0), ("ROW", 2, 0),
+     ("RANKING", 2, 1), ("SOURCE", -1, 1), ("ROW", 2, 2), ("GROUP", 3, 0), ("CAPTURE", 2**30, 0), ("RECEIPT", 4, 0)],
 )  # fmt: skip
-def test_cpp_refuses_a_plan_that_points_outside(column, value):
-    given = case(9, 60, 2, torch.float32)
-    given["plan"][4, Column[column]] = value
+def test_cpp_refuses_a_plan_that_points_outside(column, value, clause):
+    given = case(9, 60, 2, torch.float32, clauses=3)
+    given["plan"][4, column_of(Column[column], clause)] = value
     with pytest.raises(RuntimeError, match=f"plan row 4 names {column.lower()} {value}"):
         run(cpp, given, activation="silu", streams=2, layer=0, first_neuron=0)
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 from commands import run
 from jobs import (
+    CLAUSES,
     COMPLETIONS,
     IDS,
     JOBS,
@@ -46,7 +47,7 @@ def engines(pairs):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, engines, architecture):
-    jobs = [*JOBS, *RICHER, *SAME_SET]
+    jobs = [*JOBS, *RICHER, *CLAUSES, *SAME_SET]
     assert_as_the_oracle(pairs(architecture), jobs, generate(engines(architecture), jobs))
 
 
@@ -69,7 +70,7 @@ def test_promises(engines):
     engine = engines()
     for model in ("base", "dpo", "tuned"):
         assert_patched_into_itself_it_gives_its_own_text(engine, model)
-    jobs = [*JOBS, *RICHER]
+    jobs = [*JOBS, *RICHER, *CLAUSES]
     together, alone = generate(engine, jobs), [generate(engine, [job])[0] for job in jobs]
     assert_together_as_alone(together, alone, 1e-5)
 

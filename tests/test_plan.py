@@ -6,7 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from snpatch.op.plan import COPIED, NEVER, Column, Entry, Source, fill_plan
+from snpatch.op.plan import (
+    BLOCK,
+    COPIED,
+    ENTRIES,
+    NEVER,
+    Column,
+    Entry,
+    Source,
+    clauses_of,
+    column_of,
+    entry_of,
+    fill_plan,
+    width_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -128,7 +141,23 @@ def test_the_layout_is_pythons_in_cpp_and_triton_and_in_the_request_table():
     found = re.findall(r"^(\w+) = tl\.constexpr\((.+)\)$", (ROOT / "kernels" / "patched_glu.py").read_text(), re.M)
     constants = {name: eval(value) for name, value in found}
     kinds = {kind.name: kind.value for kind in Source if kind is not Source.DONOR}
-    assert constants == columns | kinds | {"COLUMNS": len(Column), "NEVER": NEVER}
+    assert constants == columns | kinds | {"COLUMNS": len(Column), "NEVER": NEVER, "BLOCK": BLOCK}
     assert [entry.name for entry in Entry if entry < COPIED] == [column.name for column in Column if column < COPIED]
     assert [column.value for column in Column] == list(range(len(Column)))
     assert [entry.value for entry in Entry] == list(range(len(Entry)))
+
+
+def test_each_clause_has_its_own_window_and_its_own_place():
+    row = [*entry(lo=1, hi=4, ranking=1, patch=(0, 2), receipt=7), *[0] * (2 * ENTRIES)]
+    for clause, values in ((1, (2, 5, 8, 1, 3, 0, 9, 9, 1, 3)), (2, (0, 6, 7, 2, 0, 5, 1, 1, 4, NEVER))):
+        for name, value in zip([e for e in Entry if Entry.RANKING <= e <= Entry.PATCH_STOP], values, strict=True):
+            row[entry_of(name, clause)] = value
+    filled = plan([row], [0] * 6 + [-1], [0, 1, 2, 3, 4, 5, 0])
+    assert filled.shape == (7, width_of(3))
+    assert clauses_of(filled.shape[1]) == 3
+    his = [filled[:, column_of(Column.HI, clause)].tolist() for clause in range(3)]
+    assert his == [[4, 4, 1, 1, 1, 1, 0], [5, 8, 8, 5, 5, 5, 0], [6, 6, 6, 6, 7, 7, 0]]
+    assert column(filled, "receipt") == [7, 7, 7, -1, 7, 7, -1]
+    assert filled[1, column_of(Column.RANKING, 1) : column_of(Column.TAKE, 1) + 1].tolist() == [2, 5, 8, 1, 3, 0, 9, 9]
+    assert filled[6, : Column.GROUP].tolist() == [0] * Column.GROUP
+    assert not filled[6, len(Column) :].any()

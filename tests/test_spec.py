@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jobs import ALL, RANKINGS
 
-from snpatch import Constant, Noise, Patch, Ranking, SnpatchError, Window
+from snpatch import Clause, Constant, Noise, Patch, Ranking, Scale, SnpatchError, Window
 from snpatch.patching import spec
 
 NAMED = {"safety": RANKINGS[0], "other": RANKINGS[1]}
@@ -22,6 +22,18 @@ def test_json_and_patch_are_each_others_inverse(recipient, name, window, where, 
     assert spec.to_json(patch) == data | {"ranking": NAMED[name].digest}
     by_digest = {ranking.digest: ranking for ranking in NAMED.values()}
     assert spec.to_json(spec.from_json(spec.to_json(patch), by_digest)) == spec.to_json(patch)
+
+
+def test_further_clauses_are_read_and_told():
+    then = [{"donor": "dpo", "ranking": "other", "window": [3, 9], "where": -1, "strength": 0.5}]
+    data = {"recipient": "sft", "donor": "dpo", "ranking": "safety", "window": [0, 9], "where": "all", "strength": 1.0}
+    patch = spec.from_json({**data, "then": then}, NAMED)
+    assert [clause.window for clause in patch.clauses] == [Window(0, 9), Window(3, 9)]
+    told = spec.to_json(patch)
+    assert told["then"] == [{**then[0], "ranking": NAMED["other"].digest}]
+    for bad, message in ((7, "wanted a list of clauses"), ([{"donor": "dpo"}], "wanted clauses of donor, ranking")):
+        with pytest.raises(SnpatchError, match=message):
+            spec.from_json({**data, "then": bad}, NAMED)
 
 
 def test_k_alone_is_the_top_k_and_where_is_all():
@@ -90,7 +102,14 @@ def test_a_patchs_content_changes_with_every_field():
         Patch("sft", Constant.zero(ranking), ranking, 5),
         Patch("sft", Noise(torch.zeros(ranking.shape), seed=1), ranking, 5),
         Patch("sft", Noise(torch.zeros(ranking.shape), seed=2), ranking, 5),
+        Patch("sft", Constant(torch.zeros(ranking.shape), mode="add"), ranking, 5),
+        Patch("sft", Scale(2.0), ranking, 5),
+        Patch("sft", "dpo", ranking, 5, strength=0.5),
+        Patch("sft", "dpo", ranking, 5, then=(Clause("dpo", other, 5),)),
+        Patch("sft", "dpo", ranking, 5, then=(Clause("dpo", other, 5, "prompt"),)),
     ]
     contents = [repr(patch.content(str)) for patch in patches]
     assert len({*contents}) == len(patches)
-    assert all(set(patch.content(str)) == set(Patch.__dataclass_fields__) for patch in patches)
+    fields = set(Patch.__dataclass_fields__)
+    assert all(fields - {"then"} <= set(patch.content(str)) <= fields for patch in patches)
+    assert set(patches[-1].content(str)) == fields

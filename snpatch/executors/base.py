@@ -45,14 +45,14 @@ class Request:
     """One sequence to run.
 
     recipient: the model that speaks. donor: the model that the second stream runs; None: there is no second stream.
-    overwrite: its source is the donor, or needs none. sampling: None writes nothing (the prompt alone is run).
-    prompt_logprobs: of each prompt token but the first.
+    overwrites: in order; their sources are the donor, or need none. sampling: None writes nothing (the prompt alone is
+    run). prompt_logprobs: of each prompt token but the first.
     """
 
     prompt_ids: Sequence[int]
     recipient: Model
     donor: Model | None = None
-    overwrite: Overwrite | None = None
+    overwrites: tuple[Overwrite, ...] = ()
     observe: Observation | None = None
     capture: Capture | None = None
     sampling: Sampling | None = None

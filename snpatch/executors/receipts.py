@@ -12,15 +12,15 @@ from torch import Tensor
 
 from snpatch.errors import ReceiptError
 from snpatch.executors.base import Output, Request
-from snpatch.executors.rows import patched_positions, window_width
+from snpatch.executors.rows import implied_overwrites
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
     """What one worker tells of a request.
 
-    seen: one past the last position that was run. planned: positions that its patch covered, each run counted;
-    skipped: those of them that were not run as the prefix cache had them, overwritten when they were put there.
+    seen: one past the last position that was run. planned: overwrites that its patch implied, each run of a position
+    counted; skipped: those of positions that were not run as the prefix cache had them, done when they were put there.
     done: overwrites that the device counted. captured: [positions, K] float32, NaN where another worker has the neuron.
     """
 
@@ -43,19 +43,18 @@ def confirm(request: Request, output: Output, shards: Sequence[Record]) -> None:
 
 
 def _overwrites(request: Request, shards: Sequence[Record], fed: int) -> int:
-    width, first = window_width(request), shards[0]
-    done = sum(shard.done for shard in shards)
-    if done != first.planned * width:
+    first, done = shards[0], sum(shard.done for shard in shards)
+    if done != first.planned:
         raise ReceiptError(
-            f"a patch was not applied in full: {first.planned * width} overwrites were planned, the device did {done}"
+            f"a patch was not applied in full: {first.planned} overwrites were planned, the device did {done}"
         )
-    wanted = patched_positions(request, fed) - first.skipped
-    if first.seen < fed or (width and first.planned < wanted):
+    wanted = implied_overwrites(request, fed) - first.skipped
+    if first.seen < fed or first.planned < wanted:
         raise ReceiptError(
             f"a patch was not applied in full: {fed} positions were to be run, {first.seen} were, and {first.planned} "
-            f"of them patched instead of {wanted}"
+            f"overwrites planned instead of {wanted}"
         )
-    return wanted * width
+    return wanted
 
 
 def _captured(request: Request, parts: Sequence[Tensor]) -> Tensor:

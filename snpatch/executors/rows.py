@@ -11,8 +11,8 @@ from torch import Tensor
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Request
 from snpatch.models.model import Model
-from snpatch.op.plan import Entry, Source, bits_of
-from snpatch.patching.patch import Constant, Noise, Scale
+from snpatch.op.plan import Entry, Source, bits_of, entries_of, entry_of
+from snpatch.patching.patch import Constant, Noise, Overwrite, Scale
 from snpatch.ranking.ranking import Ranking
 
 PLAIN = 0  # the place of a model that nothing scales
@@ -46,17 +46,17 @@ def named_by(request: Request) -> Named:
     for model in (request.recipient, request.donor):
         if model is not None and not model.is_plain:
             named.models[model.scales.digest] = model
-    if request.overwrite:
-        named.rankings[request.overwrite.ranking.digest] = request.overwrite.ranking
-        source = request.overwrite.source
+    for overwrite in request.overwrites:
+        named.rankings[overwrite.ranking.digest] = overwrite.ranking
+        source = overwrite.source
         if isinstance(source, Constant):
             named.constants[source.digest] = source.values.float()
         elif isinstance(source, Noise):
             named.constants[source.digest] = source.deviation.float()
-    if request.capture:
-        named.rankings[request.capture.ranking.digest] = request.capture.ranking
-    if len(named.rankings) > 1:
-        raise SnpatchError("a request cannot capture by one ranking while it is patched by another")
+    if capture := request.capture:
+        if request.overwrites and request.overwrites[0].ranking.digest != capture.ranking.digest:
+            raise SnpatchError("a request cannot capture by one ranking while it is patched by another")
+        named.rankings[capture.ranking.digest] = capture.ranking
     return named
 
 
@@ -66,24 +66,18 @@ def streams(request: Request, speaker: int = 0) -> tuple[Model, Model]:
     return (donor, request.recipient) if speaker else (request.recipient, donor)
 
 
-def request_row(request: Request, places: Places, speaker: int = 0) -> list[int]:
-    """The request table's row [len(Entry)], without a receipt and a row for captures. speaker: recipient's stream."""
-    row = [0] * len(Entry)
+def request_row(request: Request, places: Places, clauses: int, speaker: int = 0) -> list[int]:
+    """The request table's row, without a receipt and a row for captures.
+
+    clauses: as many as the table has room for. speaker: the recipient's stream.
+    """
+    row = [0] * entries_of(clauses)
     row[Entry.FIRST], row[Entry.SECOND] = map(places.of_model, streams(request, speaker))
     row[Entry.SPEAKER] = speaker
     row[Entry.GROUP] = row[Entry.CAPTURE] = row[Entry.RECEIPT] = -1
-    if overwrite := request.overwrite:
-        row[Entry.RANKING] = places.rankings[overwrite.ranking.digest]
-        row[Entry.LO], row[Entry.HI] = overwrite.window.lo, overwrite.window.hi
-        row[Entry.PATCH_START], row[Entry.PATCH_STOP] = overwrite.start, overwrite.stop
-        row[Entry.KEEP], row[Entry.TAKE] = map(bits_of, overwrite.factors)
-        if isinstance(overwrite.source, Scale):
-            row[Entry.SOURCE] = Source.CONSTANT  # of which nothing is taken
-        elif isinstance(overwrite.source, Constant | Noise):
-            is_noise = isinstance(overwrite.source, Noise)
-            row[Entry.SOURCE] = Source.NOISE if is_noise else Source.CONSTANT
-            row[Entry.SEED] = overwrite.source.seed if is_noise else 0
-            row[Entry.ROW] = places.constants[overwrite.source.digest]
+    for clause, overwrite in enumerate(request.overwrites):
+        for entry, value in _clause(overwrite, places).items():
+            row[entry_of(entry, clause)] = value
     if observe := request.observe:
         row[Entry.GROUP] = places.group
         row[Entry.OBSERVE_START], row[Entry.OBSERVE_STOP] = observe.start, observe.stop
@@ -93,14 +87,30 @@ def request_row(request: Request, places: Places, speaker: int = 0) -> list[int]
     return row
 
 
-def window_width(request: Request) -> int:
-    """Neurons that are overwritten at each patched position."""
-    return len(request.overwrite.window) if request.overwrite else 0
+def _clause(overwrite: Overwrite, places: Places) -> dict[Entry, int]:
+    """A clause's entries; where nothing is said they are 0."""
+    source, (keep, take) = overwrite.source, map(bits_of, overwrite.factors)
+    entries = {
+        Entry.RANKING: places.rankings[overwrite.ranking.digest],
+        Entry.LO: overwrite.window.lo,
+        Entry.HI: overwrite.window.hi,
+        Entry.KEEP: keep,
+        Entry.TAKE: take,
+        Entry.PATCH_START: overwrite.start,
+        Entry.PATCH_STOP: overwrite.stop,
+    }
+    if isinstance(source, Scale):
+        entries[Entry.SOURCE] = Source.CONSTANT  # of which nothing is taken
+    elif isinstance(source, Constant):
+        entries |= {Entry.SOURCE: Source.CONSTANT, Entry.ROW: places.constants[source.digest]}
+    elif isinstance(source, Noise):
+        entries |= {Entry.SOURCE: Source.NOISE, Entry.ROW: places.constants[source.digest], Entry.SEED: source.seed}
+    return entries
 
 
-def patched_positions(request: Request, fed: int) -> int:
-    """How many of the first `fed` positions the request's patch covers."""
-    return request.overwrite.positions(fed) if request.overwrite else 0
+def implied_overwrites(request: Request, fed: int) -> int:
+    """How many neurons a request's patch overwrites in the first `fed` positions, each clause counted."""
+    return sum(len(overwrite.window) * overwrite.positions(fed) for overwrite in request.overwrites)
 
 
 def observed_statistics(requests: Sequence[Request]) -> list:

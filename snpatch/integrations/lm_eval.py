@@ -16,7 +16,7 @@ from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import Chat
 from snpatch.patching import spec
-from snpatch.patching.patch import MODELS, Patch
+from snpatch.patching.patch import Patch
 from snpatch.sampling import Sampling
 
 try:
@@ -135,7 +135,7 @@ class SnpatchLM(TemplateLM):
     def get_model_info(self) -> dict:
         """What lm-eval's results say of the model: the patch, and the content of the models that it names."""
         patch = spec.to_json(self.patch) if isinstance(self.patch, Patch) else {"recipient": self.patch}
-        names = [patch[side] for side in MODELS if isinstance(patch.get(side), str)]
+        names = [patch[side] for side in ("recipient", "donor") if isinstance(patch.get(side), str)]
         models = {name: self.engine.digest_of(name) for name in names}
         return {"backend": self.engine.backend, "models": models, "patch": patch}
 

@@ -15,7 +15,11 @@ UNLESS_END = 2**24  # added to a statistics group: the position counts unless it
 
 
 class Column(IntEnum):
-    """Columns of a plan row [T, len(Column)], int32; of two streams unless there is only one."""
+    """Columns of a plan row, int32; of two streams unless there is only one.
+
+    Those from RANKING to TAKE are a patch's first clause. Each further clause has a block of the same columns after
+    the last one here: `column_of`.
+    """
 
     FIRST = 0  # row of `scale` for stream 0
     SECOND = 1  # row of `scale` for stream 1
@@ -43,9 +47,10 @@ class Source(IntEnum):
 
 
 class Entry(IntEnum):
-    """Columns of the request table [requests, len(Entry)], int32. Ranges are half open, in positions.
+    """Columns of the request table, int32. Ranges are half open, in positions.
 
-    The first COPIED of them are a plan row's, too, in the same places.
+    The first COPIED of them are a plan row's, too, in the same places. Each further clause has a block after the last
+    one here: the columns from RANKING to PATCH_STOP, `entry_of`.
     """
 
     FIRST = 0
@@ -72,6 +77,33 @@ class Entry(IntEnum):
 
 
 COPIED = Entry.PATCH_START
+BLOCK = Column.TAKE + 1 - Column.RANKING  # columns of a further clause in a plan row
+ENTRIES = Entry.PATCH_STOP + 1 - Entry.RANKING  # and in the request table
+
+
+def width_of(clauses: int) -> int:
+    """Columns of a plan row of so many clauses."""
+    return len(Column) + BLOCK * (clauses - 1)
+
+
+def entries_of(clauses: int) -> int:
+    """Columns of the request table for so many clauses."""
+    return len(Entry) + ENTRIES * (clauses - 1)
+
+
+def clauses_of(width: int) -> int:
+    """How many clauses a plan row of this width has."""
+    return 1 + (width - len(Column)) // BLOCK
+
+
+def column_of(column: Column, clause: int) -> int:
+    """Where a plan row has a column, from RANKING to TAKE, of a clause."""
+    return column if clause == 0 else len(Column) + BLOCK * (clause - 1) + column - Column.RANKING
+
+
+def entry_of(entry: Entry, clause: int) -> int:
+    """Where the request table has an entry, from RANKING to PATCH_STOP, of a clause."""
+    return entry if clause == 0 else len(Entry) + ENTRIES * (clause - 1) + entry - Entry.RANKING
 
 
 def bits_of(factor: float) -> int:
@@ -90,20 +122,21 @@ def group_of(entry: int) -> int:
 
 
 def fill_plan(
-    table: NDArray[np.int32],  # [R, len(Entry)]
+    table: NDArray[np.int32],  # [R, len(Entry) + ENTRIES * (clauses - 1)]
     request: NDArray[np.int64],  # [T]: row of `table`; -1 = padding
     position: NDArray[np.int64],  # [T]: position of the token in its sequence
 ) -> NDArray[np.int32]:
-    """The plan rows [T, len(Column)] of one step. Padding asks for nothing: empty window, no group."""
+    """The plan rows [T, width_of(clauses)] of one step. Padding asks for nothing: empty window, no group."""
     if not len(table):
-        table = np.zeros((1, len(Entry)), dtype=np.int32)
+        table = np.zeros((1, table.shape[1]), dtype=np.int32)
     real = request >= 0
     row = table[np.maximum(request, 0)]
-    plan = np.empty((len(request), len(Column)), dtype=np.int32)
+    clauses = 1 + (table.shape[1] - len(Entry)) // ENTRIES
+    plan = np.empty((len(request), width_of(clauses)), dtype=np.int32)
     plan[:, :COPIED] = row[:, :COPIED] * real[:, None]
     plan[:, Column.POSITION] = position
 
-    def within(start: Entry, stop: Entry) -> NDArray[np.bool_]:
+    def within(start: int, stop: int) -> NDArray[np.bool_]:
         return real & (row[:, start] <= position) & (position < row[:, stop])
 
     new = position >= row[:, Entry.SEEN]
@@ -114,5 +147,13 @@ def fill_plan(
     plan[:, Column.GROUP] = np.where(observed, row[:, Entry.GROUP], -1)
     slot = row[:, Entry.CAPTURE] + (position - row[:, Entry.CAPTURE_START])
     plan[:, Column.CAPTURE] = np.where(captured, slot, -1)
+    for clause in range(1, clauses):
+        first, last = column_of(Column.RANKING, clause), column_of(Column.TAKE, clause)
+        own = row[:, entry_of(Entry.RANKING, clause) : entry_of(Entry.TAKE, clause) + 1]
+        plan[:, first : last + 1] = own * real[:, None]
+        here = within(entry_of(Entry.PATCH_START, clause), entry_of(Entry.PATCH_STOP, clause))
+        lo, hi = column_of(Column.LO, clause), column_of(Column.HI, clause)
+        plan[:, hi] = np.where(here, row[:, entry_of(Entry.HI, clause)], plan[:, lo])
+        patched |= here
     plan[:, Column.RECEIPT] = np.where(patched, row[:, Entry.RECEIPT], -1)
     return plan

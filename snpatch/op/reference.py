@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snpatch.op.plan import Column, Source
+from snpatch.op.plan import Column, Source, clauses_of, column_of
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 SUMS = 5  # r, r^2, d, d^2, (r - d)^2
@@ -21,7 +21,7 @@ def patched_glu(
     scale: Tensor,  # [A, N] float32, IA3 vectors of this layer; row 0 is ones
     rank: Tensor,  # [R, N] int32, global rank in each ranking; 2^31 - 1 = never patched
     constant: Tensor,  # [C, N] float32; row 0 is zeros
-    plan: Tensor,  # [T, len(Column)] int32
+    plan: Tensor,  # [T, width_of(clauses)] int32
     stats: Tensor,  # [G, 5, N] float64, added to: sums of r, r^2, d, d^2, (r - d)^2
     count: Tensor,  # [G] int64, added to: tokens that went into stats
     capture: Tensor,  # [slots, K] float32, written: neurons with rank < K, in rank order
@@ -36,7 +36,8 @@ def patched_glu(
     A neuron is `act(gate) * up * scale`, computed in float32. The plan says which stream is a token's recipient.
     Statistics and captures see the recipient as it would have been (r) and the donor (d), before the overwrite; the
     donor's own rows are never changed. A patched neuron becomes keep * r + take * source; where keep is 0 r is not
-    looked at, where take is 0 the source is not, so that 0 and 1 give the source bit for bit.
+    looked at, where take is 0 the source is not, so that 0 and 1 give the source bit for bit. Further clauses do the
+    same, in order, to what the ones before them left.
     Source: paper section 3.2 and Algorithm 1, arXiv 2406.14144.
     """
     tokens, width = plan.shape[0], gate_up.shape[1] // 2
@@ -59,18 +60,24 @@ def patched_glu(
     slot = plan[at, Column.CAPTURE].long()
     capture[slot, row_rank[at, neuron].long()] = recipient[at, neuron]
 
-    patched = (plan[:, Column.LO, None] <= row_rank) & (row_rank < plan[:, Column.HI, None])
-    source = plan[:, Column.SOURCE, None]
-    if streams == 1:
-        patched &= source != Source.DONOR  # there is none: not done and not counted, so that the receipt tells
-    row = constant[plan[:, Column.ROW].long()]
-    noise = row * normal(plan[:, Column.SEED], plan[:, Column.POSITION], layer, first_neuron, width)
-    taken = torch.where(source == Source.CONSTANT, row, torch.where(source == Source.NOISE, noise, donor))
-    keep, take = (plan[:, column, None].view(torch.float32) for column in (Column.KEEP, Column.TAKE))
-    mixture = torch.where(take == 0, keep * recipient, keep * recipient + take * taken)
-    spoken = torch.where(patched, torch.where(keep == 0, take * taken, mixture), recipient)
-    counted = plan[:, Column.RECEIPT] >= 0
-    receipt.index_add_(0, plan[counted, Column.RECEIPT].long(), patched[counted].sum(1))
+    spoken, counted = recipient, plan[:, Column.RECEIPT] >= 0
+    for clause in range(clauses_of(plan.shape[1])):
+
+        def of(column: Column, clause: int = clause) -> Tensor:
+            return plan[:, column_of(column, clause)]
+
+        row_rank = rank[of(Column.RANKING).long()]
+        patched = (of(Column.LO)[:, None] <= row_rank) & (row_rank < of(Column.HI)[:, None])
+        source = of(Column.SOURCE)[:, None]
+        if streams == 1:
+            patched &= source != Source.DONOR  # there is none: not done and not counted, so that the receipt tells
+        row = constant[of(Column.ROW).long()]
+        noise = row * normal(of(Column.SEED), plan[:, Column.POSITION], layer, first_neuron, width)
+        taken = torch.where(source == Source.CONSTANT, row, torch.where(source == Source.NOISE, noise, donor))
+        keep, take = (of(column)[:, None].contiguous().view(torch.float32) for column in (Column.KEEP, Column.TAKE))
+        mixture = torch.where(take == 0, keep * spoken, keep * spoken + take * taken)
+        spoken = torch.where(patched, torch.where(keep == 0, take * taken, mixture), spoken)
+        receipt.index_add_(0, plan[counted, Column.RECEIPT].long(), patched[counted].sum(1))
     return value.index_put((token, speaker), spoken).view(-1, width).to(gate_up.dtype)
 
 

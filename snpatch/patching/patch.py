@@ -1,6 +1,6 @@
 """Patch: recipient + donor + ranking + window + where in the text it applies. The one place that says what a patch is.
 
-What names a patch by content, its JSON and the prefix cache's key all come from the fields of `Patch` and `Overwrite`
+What names a patch by content, its JSON and the prefix cache's key all come from the fields of `Clause` and `Overwrite`
 (`content_of`), so that a further field is in all of them. Why everything is checked when a patch is made: a window past
 the ranking or a mean of the wrong shape would otherwise overwrite fewer neurons than the caller believes, and the text
 would not show it.
@@ -22,7 +22,6 @@ from snpatch.op.plan import NEVER
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 
-MODELS = ("recipient", "donor")  # the fields that name a model
 PLACES = ("all", "prompt", "generated")
 
 
@@ -98,17 +97,9 @@ Source = Constant | Noise | Scale  # what can stand in a donor model's place
 
 
 @dataclass(frozen=True, eq=False)
-class Patch:
-    """Overwrite the recipient's neurons of a window with the donor's, at the chosen positions.
+class Clause:
+    """One overwrite: at the chosen positions the neurons of a window become the donor's. Fields: see Patch."""
 
-    recipient: name of the model that speaks. donor: name of the model whose activations are copied, or a
-    Constant, Noise or Scale. window: Window, k for the top k, or (lo, hi). where: "all", "prompt", "generated", or
-    an int n: from position n on (negative: counted from the prompt's end, -1 is its last token). strength: a neuron
-    becomes (1 - strength) * the recipient's + strength * the donor's value: 1 is the paper's exact copy, more
-    amplifies what the donor changed, less than 0 reverses it. What is added (noise, constants) is multiplied by it.
-    """
-
-    recipient: str
     donor: str | Source
     ranking: Ranking
     window: Window | int | tuple[int, int]
@@ -133,9 +124,9 @@ class Patch:
                 )
 
     def content(self, name_of: Callable[[str], str]) -> dict:
-        """The patch as JSON data, by content. name_of: what stands for a model of this name."""
-        found = {f.name: content_of(getattr(self, f.name)) for f in fields(self)}
-        return found | {side: name_of(found[side]) for side in MODELS if isinstance(getattr(self, side), str)}
+        """The clause as JSON data, by content. name_of: what stands for a model of this name."""
+        found = {f.name: content_of(getattr(self, f.name)) for f in fields(Clause)}
+        return found | ({"donor": name_of(self.donor)} if isinstance(self.donor, str) else {})
 
     def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "Overwrite":
         """What it does to a prompt of so many tokens. model_of: the model of a name."""
@@ -143,7 +134,7 @@ class Patch:
         return Overwrite(source, self.ranking, self.window, *self.positions(prompt_length), float(self.strength))
 
     def positions(self, prompt_length: int) -> tuple[int, int]:
-        """The half-open range of positions that this patch covers in a request."""
+        """The half-open range of positions that it covers in a request."""
         if self.where == "prompt":
             return 0, prompt_length
         if self.where == "generated":
@@ -154,8 +145,50 @@ class Patch:
 
 
 @dataclass(frozen=True, eq=False)
+class Patch:
+    """Overwrite the recipient's neurons of a window with the donor's, at the chosen positions.
+
+    recipient: name of the model that speaks. donor: name of the model whose activations are copied, or a
+    Constant, Noise or Scale. window: Window, k for the top k, or (lo, hi). where: "all", "prompt", "generated", or
+    an int n: from position n on (negative: counted from the prompt's end, -1 is its last token). strength: a neuron
+    becomes (1 - strength) * the recipient's + strength * the donor's value: 1 is the paper's exact copy, more
+    amplifies what the donor changed, less than 0 reverses it. What is added (noise, constants) is multiplied by it.
+    then: further clauses, in order, each applied to what the ones before it left; of one donor model at most.
+    """
+
+    recipient: str
+    donor: str | Source
+    ranking: Ranking
+    window: Window | int | tuple[int, int]
+    where: str | int = "all"
+    strength: float = 1.0
+    then: tuple[Clause, ...] = ()
+
+    def __post_init__(self) -> None:
+        first = Clause(self.donor, self.ranking, self.window, self.where, self.strength)
+        object.__setattr__(self, "window", first.window)
+        object.__setattr__(self, "then", tuple(self.then))
+        object.__setattr__(self, "clauses", (first, *self.then))
+        donors = dict.fromkeys(clause.donor for clause in self.clauses if isinstance(clause.donor, str))
+        if len(donors) > 1:
+            raise SnpatchError(f"patch: its clauses name {len(donors)} donor models ({', '.join(donors)}): one can run")
+        shapes = {clause.ranking.shape for clause in self.clauses}
+        if len(shapes) > 1:
+            raise SnpatchError(f"patch: its rankings are of different models: {', '.join(map(str, sorted(shapes)))}")
+
+    def content(self, name_of: Callable[[str], str]) -> dict:
+        """The patch as JSON data, by content. name_of: what stands for a model of this name."""
+        first, *then = (clause.content(name_of) for clause in self.clauses)
+        return {"recipient": name_of(self.recipient), **first, **({"then": then} if then else {})}
+
+    def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "tuple[Overwrite, ...]":
+        """What it does to a prompt of so many tokens, clause by clause. model_of: the model of a name."""
+        return tuple(clause.resolved(model_of, prompt_length) for clause in self.clauses)
+
+
+@dataclass(frozen=True, eq=False)
 class Overwrite:
-    """A patch as an executor applies it: at positions [start, stop) the window's neurons become `factors` of their
+    """A clause as an executor applies it: at positions [start, stop) the window's neurons become `factors` of their
     own and the source's values."""
 
     source: Model | Source

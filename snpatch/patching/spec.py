@@ -5,15 +5,15 @@ The only place that knows these forms; what a patch is stands in patch.py.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
-from snpatch.patching.patch import Constant, Noise, Patch, Scale, Source
+from snpatch.patching.patch import Clause, Constant, Noise, Patch, Scale, Source
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 
-FIELDS = ("recipient", "donor", "ranking", "window", "where", "strength")
+FIELDS = ("recipient", "donor", "ranking", "window", "where", "strength", "then")
 NOISE_SEED = 0  # where none is given
 
 
@@ -36,8 +36,8 @@ def from_text(
 def from_json(data: object, rankings: Mapping[str, Ranking]) -> Patch:
     """A patch from JSON data: recipient, donor, ranking (a name), window (k or [lo, hi]).
 
-    Perhaps also where, strength and seed. donor: a model's name or one of `donor_of`'s words; seed: of noise. Every
-    error names the field.
+    Perhaps also where, strength, seed and then (a list of further clauses: the same without recipient). donor: a
+    model's name or one of `donor_of`'s words; seed: of noise. Every error names the field.
     """
     if not isinstance(data, Mapping):
         raise SnpatchError(f"patch: wanted an object, got {data!r}")
@@ -45,7 +45,22 @@ def from_json(data: object, rankings: Mapping[str, Ranking]) -> Patch:
     if unknown or missing:
         what = f"there is no {', '.join(unknown)}" if unknown else f"{', '.join(missing)} is missing"
         raise SnpatchError(f"patch: {what}; a patch has {', '.join(FIELDS)}")
-    for name in ("recipient", "donor", "ranking"):
+    if not isinstance(data["recipient"], str):
+        raise SnpatchError(f"patch: recipient: wanted a text, got {data['recipient']!r}")
+    then = data.get("then", [])
+    if not isinstance(then, list):
+        raise SnpatchError(f"patch: then: wanted a list of clauses, got {then!r}")
+    own = {name: value for name, value in data.items() if name not in ("recipient", "then")}
+    first, *others = (_clause(one, rankings) for one in (own, *then))
+    return Patch(data["recipient"], *(getattr(first, f.name) for f in fields(Clause)), tuple(others))
+
+
+def _clause(data: object, rankings: Mapping[str, Ranking]) -> Clause:
+    """One clause from JSON data."""
+    known = ("donor", "ranking", "window", "where", "strength", "seed")
+    if not isinstance(data, Mapping) or data.keys() - set(known) or set(known[:3]) - data.keys():
+        raise SnpatchError(f"patch: then: wanted clauses of {', '.join(known)}, got {data!r}")
+    for name in ("donor", "ranking"):
         if not isinstance(data[name], str):
             raise SnpatchError(f"patch: {name}: wanted a text, got {data[name]!r}")
     if data["ranking"] not in rankings:
@@ -58,10 +73,9 @@ def from_json(data: object, rankings: Mapping[str, Ranking]) -> Patch:
         raise SnpatchError(f"patch: where: wanted a text or a position, got {where!r}")
     if not (seed is None or _is_int(seed)):
         raise SnpatchError(f"patch: seed: wanted a number, got {seed!r}")
-    ranking, strength = rankings[data["ranking"]], data.get("strength", 1.0)
-    donor = donor_of(data["donor"], ranking, seed)
+    ranking = rankings[data["ranking"]]
     span = Window.of(tuple(whole) if len(whole) == 2 else whole[0])
-    return Patch(data["recipient"], donor, ranking, span, where, strength)
+    return Clause(donor_of(data["donor"], ranking, seed), ranking, span, where, data.get("strength", 1.0))
 
 
 def to_json(patch: Patch) -> dict:

@@ -1,6 +1,6 @@
 """Prompts, patches and texts that both executors are given, told to the product and to the oracle."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import oracle
@@ -44,6 +44,7 @@ class Job:
     strength: float = field(default=1.0, kw_only=True)
     mode: str = field(default="replace", kw_only=True)  # of a constant
     factor: float | None = field(default=None, kw_only=True)  # the donor is the own value times this
+    then: "tuple[Job, ...]" = field(default=(), kw_only=True)  # further clauses: prompt and recipient are this one's
     suffix: str = field(default="", kw_only=True)  # of adapter names
 
     @property
@@ -64,7 +65,12 @@ class Job:
             donor = Noise(self.donor, seed=self.seed)
         else:
             donor = self.donor + self.suffix if isinstance(self.donor, str) else Constant(self.donor, self.mode)
-        return Patch(self.speaker, donor, RANKINGS[self.order], self.window, self.where, self.strength)
+        then = [one.within(self).patch.clauses[0] for one in self.then]
+        return Patch(self.speaker, donor, RANKINGS[self.order], self.window, self.where, self.strength, then)
+
+    def within(self, job: "Job") -> "Job":
+        """A further clause of a job as a job of its own."""
+        return replace(self, prompt=job.prompt, recipient=job.recipient)
 
     @property
     def is_patched(self) -> bool:
@@ -94,13 +100,15 @@ class Job:
         keep, take = 1.0 if is_added else 1 - self.strength, self.strength
         if self.factor is not None:
             keep = 1 - self.strength + self.strength * self.factor
-        return recipient, oracle.Patch(mask, **values, start=start, stop=stop, keep=keep, take=take)
+        then = tuple(one.within(self).oracle(made)[1] for one in self.then)
+        return recipient, oracle.Patch(mask, **values, start=start, stop=stop, keep=keep, take=take, then=then)
 
     def overwrites(self, written: int) -> int:
         """Neurons x patched positions; the last written token is never read."""
         start, stop = self.span
         positions = max(0, min(stop, len(self.ids) + written - 1) - start)
-        return 0 if not self.is_patched else (self.window[1] - self.window[0]) * positions
+        own = (self.window[1] - self.window[0]) * positions if self.is_patched else 0
+        return own + sum(one.within(self).overwrites(written) for one in self.then)
 
 
 JOBS = [
@@ -144,6 +152,18 @@ SAME_SET = [
     Job(4, "dpo", "dpo", (0, 50)),
     Job(0, "sft", "base", (0, 200), "generated"),
     Job(1, "tuned", "sft", (0, ALL)),
+]
+
+# Several clauses: a constant beside the donor, windows that overlap, other places, noise, scaling of what was copied.
+CLAUSES = [
+    Job(2, "sft", "dpo", (0, 90), then=(Job(0, "", VALUES, (60, 140), order=1),)),
+    Job(0, "base", "dpo", (0, 60), "prompt", then=(Job(0, "", "dpo", (60, 200), "generated", strength=0.5),)),
+    Job(4, "sft", 0.2 * VALUES.abs(), (0, 50), seed=5, then=(Job(0, "", "dpo", (20, 80), order=1),)),
+    Job(
+        7, "base", "dpo", (0, 80), then=(Job(0, "", None, (0, 80), factor=2.0), Job(0, "", VALUES, (0, 9), mode="add"))
+    ),
+    Job(3, "dpo", "sft", (0, 0), then=(Job(0, "", "sft", (0, 150), -2, strength=1.5), Job(0, "", VALUES, (5, 5)))),
+    Job(6, "base", VALUES, (0, 40), 3, then=(Job(0, "", torch.zeros(SHAPE), (30, 70), order=1),)),
 ]
 
 

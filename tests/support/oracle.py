@@ -106,9 +106,20 @@ class Patch:
     stop: int = 10**9
     keep: float = 0.0
     take: float = 1.0
+    then: "tuple[Patch, ...]" = ()
 
     def forward(self, recipient: Model, ids: list[int]) -> Tensor:
         """The patched recipient's logits [T, V] over ids."""
+        overwrites = [clause._overwrite(ids) for clause in (self, *self.then)]
+
+        def overwrite(layer: int, value: Tensor) -> Tensor:
+            for one in overwrites:
+                value = one(layer, value)
+            return value
+
+        return recipient.forward(ids, overwrite)
+
+    def _overwrite(self, ids: list[int]) -> Callable[[int, Tensor], Tensor]:
         positions = range(self.start, min(self.stop, len(ids)))
         if self.donor is not None:
             self.donor.forward(ids)
@@ -127,7 +138,7 @@ class Patch:
                 value[position, mask] = self.keep * own[mask] + self.take * new[mask]
             return value
 
-        return recipient.forward(ids, overwrite)
+        return overwrite
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from snpatch.executors.base import Geometry, Request
 from snpatch.executors.receipts import Record
-from snpatch.executors.rows import Named, Places, named_by, observed_statistics, patched_positions, request_row
+from snpatch.executors.rows import Named, Places, implied_overwrites, named_by, observed_statistics, request_row
 from snpatch.op.bank import LayerBank
 from snpatch.op.plan import NEVER, Entry
 from snpatch.op.reference import SUMS
@@ -61,11 +61,12 @@ class Banks:
         ]
 
     def for_batch(self, requests: Sequence[Request]) -> tuple[NDArray[np.int32], Tensor, Tensor]:
-        """Table [R, len(Entry)], empty captures [slots, K] and empty receipts [R] of one batch."""
+        """Table [R, entries_of(clauses)], empty captures [slots, K] and empty receipts [R] of one batch."""
         slots, columns = 0, max((r.capture.k for r in requests if r.capture), default=0)
+        clauses = max(1, *(len(r.overwrites) for r in requests))
         rows = []
         for number, request in enumerate(requests):
-            row = request_row(request, replace(self._places, group=self._group(request)))
+            row = request_row(request, replace(self._places, group=self._group(request)), clauses)
             row[Entry.RECEIPT] = number
             if request.capture:
                 row[Entry.CAPTURE] = slots
@@ -96,5 +97,5 @@ def records_of(requests: Sequence[Request], fed: Sequence[int], capture: Tensor,
         if request.capture:
             stop = slot + request.capture.stop - request.capture.start
             own, slot = capture[slot:stop].cpu(), stop
-        records.append(Record(n, patched_positions(request, n), 0, done, own))
+        records.append(Record(n, implied_overwrites(request, n), 0, done, own))
     return records

@@ -123,6 +123,11 @@ class Registry:
         """An error for what this engine has no room for, however long a request waits."""
         if self._settings.streams == 1 and request.streams == 2:
             raise SnpatchError("this engine runs one stream: a donor model needs streams=2")
+        if len(request.overwrites) > self._settings.max_clauses:
+            raise SnpatchError(
+                f"a patch of {len(request.overwrites)} clauses: start the engine with a larger max_clauses "
+                f"({self._settings.max_clauses})"
+            )
         sets = [model.weights for model in (request.recipient, request.donor) if model is not None]
         is_on_one = self._settings.has_second and len(sets) == 2 and sets[0].place == sets[1].place
         if is_on_one and not self._settings.tells_rows:

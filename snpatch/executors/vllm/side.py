@@ -15,7 +15,7 @@ class UsersSide:
     def __init__(self, config: EngineConfig, tokenizer) -> None:
         self.launch = TwinLaunch(config, tokenizer)
         self.geometry = self.launch.geometry
-        self.wire = Wire(tokenizer, self.geometry, has_second=config.second is not None)
+        self.wire = Wire(tokenizer, self.geometry, config.twin.max_clauses, config.second is not None)
         self.registry = Registry(self.launch.settings)
 
     def check(self, name: str, model: Model) -> None:

@@ -37,8 +37,9 @@ class Sent:
 class Wire:
     """The translation for one engine."""
 
-    def __init__(self, tokenizer, geometry: Geometry, has_second: bool) -> None:
-        self._tokenizer, self._geometry, self._has_second = tokenizer, geometry, has_second
+    def __init__(self, tokenizer, geometry: Geometry, clauses: int, has_second: bool) -> None:
+        self._tokenizer, self._geometry = tokenizer, geometry
+        self._clauses, self._has_second = clauses, has_second
         self._tickets = count(1)
 
     def sent(self, request: Request, held: Held, streaming: bool = False) -> Sent:
@@ -50,16 +51,15 @@ class Wire:
         is_flipped = self._has_second and is_on_one_set(request)
         ticket, salt = next(self._tickets), salt_of(request, speaker, is_flipped)
         is_plain = salt is None and not (request.observe or request.capture or speaker)
-        extra_args = None if is_plain else {KEY: [ticket, *request_row(request, held.places, speaker)]}
+        extra_args = None if is_plain else {KEY: [ticket, *request_row(request, held.places, self._clauses, speaker)]}
         if is_flipped:
             extra_args[ON_ONE_SET] = True
-        overwrite = request.overwrite
         return Sent(
             f"snpatch-{ticket}",
             ticket,
             tokens_input(list(request.prompt_ids), cache_salt=salt),
             _sampling_params(request, extra_args, streaming),
-            bool(request.observe or request.capture or (overwrite and overwrite.start < overwrite.stop)),
+            bool(request.observe or request.capture or any(one.start < one.stop for one in request.overwrites)),
         )
 
     def output(self, request: Request, result) -> Output:
@@ -98,10 +98,11 @@ def salt_of(request: Request, speaker: int = 0, is_flipped: bool = False) -> str
     is_flipped: the donor's rows go through the set of weights that is not its stream's.
     """
     models = streams(request, speaker)
-    if request.overwrite is None:
+    if not request.overwrites:
         is_plain = all(m.is_plain for m in models) and not is_flipped
         return None if is_plain else digest_of([*(m.scales.digest for m in models), is_flipped and speaker])
-    return digest_of([*(m.scales.digest for m in models), speaker, is_flipped, request.overwrite.content])
+    clauses = [overwrite.content for overwrite in request.overwrites]
+    return digest_of([*(m.scales.digest for m in models), speaker, is_flipped, clauses])
 
 
 def _record(data: dict) -> Record:

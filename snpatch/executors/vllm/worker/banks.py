@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snpatch.executors.vllm.settings import TwinSettings
 from snpatch.op.bank import LayerBank
-from snpatch.op.plan import NEVER, UNLESS_END, Column
+from snpatch.op.plan import NEVER, UNLESS_END, Column, width_of
 from snpatch.op.reference import SUMS
 
 
@@ -46,8 +46,8 @@ class Banks:
         ]
         self.capture = torch.full((settings.max_captures, settings.max_captured), torch.nan, **f32)
         self.receipt = torch.zeros(settings.max_receipts, **i64)
-        self.plan = torch.zeros(max_tokens, len(Column), **i32)
-        self.plan[:, Column.GROUP :] = -1
+        self.plan = torch.zeros(max_tokens, width_of(settings.max_clauses), **i32)
+        self.plan[:, Column.GROUP : len(Column)] = -1
         self._step = self.plan[:0]
         self._streams = torch.arange(2, **i32)
         self._positions = torch.zeros(max_tokens, 2, **i64)

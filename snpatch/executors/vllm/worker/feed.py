@@ -16,17 +16,16 @@ from numpy.typing import NDArray
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.settings import KEY, ON_ONE_SET
 from snpatch.executors.vllm.worker.banks import Banks
-from snpatch.op.plan import Column, Entry, fill_plan, group_of
+from snpatch.op.plan import ENTRIES, Column, Entry, entries_of, entry_of, fill_plan, group_of, width_of
 
 UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
-KINDS = {Entry.FIRST: "adapter", Entry.SECOND: "adapter", Entry.RANKING: "ranking", Entry.ROW: "constant"}
-PROGRESS = [Entry.PATCH_START, Entry.PATCH_STOP, Entry.SEEN]
+OF_CLAUSE = {Entry.RANKING: "ranking", Entry.ROW: "constant"}
 
 
 @dataclass(eq=False)
 class Record:
     """One request: its table row and what happened to it. seen: one past the last position that was run; planned:
-    positions that its patch covered, each run counted; skipped: those of them that came from the prefix cache."""
+    overwrites that its patch implied, each run counted; skipped: those of positions that came from the prefix cache."""
 
     ticket: int
     entries: NDArray[np.int32]
@@ -40,7 +39,8 @@ class Record:
 
     @property
     def patches(self) -> bool:
-        return bool(self.entries[Entry.PATCH_STOP] > self.entries[Entry.PATCH_START])
+        starts, stops = (self.entries[entries] for entries in _places(len(self.entries)))
+        return bool((stops > starts).any())
 
     @property
     def observes(self) -> bool:
@@ -66,7 +66,13 @@ class Feed:
         self._rows: dict[str, int] = {}  # request id -> row of the table, of those that run
         self._tickets: dict[int, list[str]] = {}
         self._ended: dict[str, None] = {}  # request ids that no longer run, in the order of their end
-        self._table = np.zeros((256, len(Entry)), dtype=np.int32)
+        entries = entries_of(settings.max_clauses)
+        self._table = np.zeros((256, entries), dtype=np.int32)
+        self._kinds = {Entry.FIRST: "adapter", Entry.SECOND: "adapter"}
+        for clause in range(settings.max_clauses):
+            self._kinds |= {entry_of(entry, clause): kind for entry, kind in OF_CLAUSE.items()}
+        self._starts, self._stops = _places(entries)
+        self._los, self._his = _places(entries, Entry.LO, Entry.HI)
         self._planned, self._skipped = np.zeros((2, 256), dtype=np.int64)
         self._may_skip = np.zeros(256, dtype=bool)  # rows whose next step may start behind the prefix cache
         self._free_rows = list(range(255, -1, -1))
@@ -122,10 +128,11 @@ class Feed:
             self._forget(next(iter(self._ended)))
 
     def _new_record(self, request_id: str, ints: Sequence[int]) -> Record:
-        if len(ints) != 1 + len(Entry):
-            raise SnpatchError(f"request {request_id}: wanted {1 + len(Entry)} integers for snpatch, got {len(ints)}")
+        wanted = 1 + self._table.shape[1]
+        if len(ints) != wanted:
+            raise SnpatchError(f"request {request_id}: wanted {wanted} integers for snpatch, got {len(ints)}")
         record = Record(int(ints[0]), np.array(ints[1:], dtype=np.int32))
-        for entry, kind in KINDS.items():
+        for entry, kind in self._kinds.items():
             handle = int(record.entries[entry])
             if handle not in self.handles[kind]:
                 raise SnpatchError(f"request {request_id}: no {kind} is registered under {handle} (any more)")
@@ -171,11 +178,21 @@ class Feed:
         self._write(plan, bool(known.any()))
         if not known.all():
             rows, start, stop = rows[known], start[known], stop[known]
-        patch_start, patch_stop, seen = self._table[rows[:, None], PROGRESS].T
-        self._planned[rows] += np.maximum(np.minimum(stop, patch_stop) - np.maximum(start, patch_start), 0)
+        own, seen = self._table[rows], self._table[rows, Entry.SEEN]
+        width, patch_start, patch_stop = (
+            own[:, self._his] - own[:, self._los],
+            own[:, self._starts],
+            own[:, self._stops],
+        )
+
+        def implied(first: NDArray, last: NDArray) -> NDArray:
+            """Overwrites of each request at positions [first, last), of all its clauses."""
+            here = np.minimum(last[:, None], patch_stop) - np.maximum(first[:, None], patch_start)
+            return (np.maximum(here, 0) * width).sum(axis=1)
+
+        self._planned[rows] += implied(start, stop)
         if self._may_skip[rows].any():
-            over = np.maximum(np.minimum(start, patch_stop) - np.maximum(seen, patch_start), 0)
-            self._skipped[rows] += np.where(self._may_skip[rows], over, 0)
+            self._skipped[rows] += np.where(self._may_skip[rows], implied(seen, start), 0)
             self._may_skip[rows] = False
         self._table[rows, Entry.SEEN] = np.maximum(seen, stop)
 
@@ -189,14 +206,14 @@ class Feed:
         """A step without requests: nothing of the last one may be left in the plan."""
         self.speaks, self.flipped = (True, False), None
         if self._filled:
-            self._write(np.zeros((0, len(Column)), dtype=np.int32), False)
+            self._write(np.zeros((0, width_of(self.banks.settings.max_clauses)), dtype=np.int32), False)
 
     def _write(self, plan: NDArray[np.int32], asks: bool) -> None:
         """Copy the rows of this step, and clear what the last one left behind them. asks: for anything at all."""
         n, self._filled = max(len(plan), self._filled), len(plan) if asks else 0
         if n > len(plan):
-            rest = np.zeros((n - len(plan), len(Column)), dtype=np.int32)
-            rest[:, Column.GROUP :] = -1
+            rest = np.zeros((n - len(plan), plan.shape[1]), dtype=np.int32)
+            rest[:, Column.GROUP : len(Column)] = -1
             plan = np.concatenate([plan, rest])
         if self._stage is None:
             self.banks.plan[:n].numpy()[:] = plan
@@ -284,6 +301,12 @@ class Feed:
                     return first
             self._release(list(self._ended))
         raise SnpatchError(f"no room to capture {n} more positions: raise max_captures ({len(self._capture_used)})")
+
+
+def _places(entries: int, first: Entry = Entry.PATCH_START, second: Entry = Entry.PATCH_STOP) -> tuple[list, list]:
+    """Where each clause has two entries, in a table of so many columns."""
+    clauses = range(1 + (entries - len(Entry)) // ENTRIES)
+    return [entry_of(first, clause) for clause in clauses], [entry_of(second, clause) for clause in clauses]
 
 
 class _Stage:
