@@ -52,7 +52,7 @@ def _overwrites(request: Request, shards: Sequence[Record], fed: int) -> int:
     if first.seen < fed or first.planned < wanted:
         raise ReceiptError(
             f"a patch was not applied in full: {fed} positions were to be run, {first.seen} were, and {first.planned} "
-            f"overwrites planned instead of {wanted}"
+            f"neurons of them patched instead of {wanted}"
         )
     return wanted
 

@@ -93,10 +93,12 @@ def _columns(weights: CheckpointWeights, places: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, config) -> Tensor:
-    """RMSNorm with the architectures' own rounding: Gemma's scales by 1 + weight, and in float32."""
+    """RMSNorm with the architectures' own rounding: Gemma's scales by 1 + weight, and like OLMo's in float32."""
     normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + config.rms_norm_eps)
     if config.model_type.startswith("gemma"):
         return (normed * (1 + weight.float())).to(x.dtype)
+    if config.model_type.startswith("olmo"):
+        return (normed * weight.float()).to(x.dtype)
     return weight * normed.to(x.dtype)
 
 
