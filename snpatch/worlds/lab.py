@@ -190,7 +190,7 @@ class Lab:
         """Of each patched or unpatched model on a text of the world: see runs.perplexity.measure."""
         read = self.data(text).text
         for patch in patches:
-            for model in (patch.recipient, patch.donor) if isinstance(patch, Patch) else (patch,):
+            for model in (patch.recipient, *(c.donor for c in patch.clauses)) if isinstance(patch, Patch) else (patch,):
                 self.model(model)
         with self.progress(f"perplexity on {text}") as progress:
             return measure(self.engine, read, patches, window, bos_each_window=bos_each_window, progress=progress)
