@@ -12,18 +12,19 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(READY)
 	$(BIN)/snpatch demo
 
-# Tests run on one thread each, in two halves at once that take equally long, with vLLM and without.
+# Tests run on one thread each, in two halves at once that take equally long, with vLLM's engines and without.
 TESTS := $(wildcard tests/test_*.py)
 HALF := $(filter tests/test_ops_% tests/test_executor_% tests/test_goldens% tests/test_async_% $(addprefix tests/test_, \
   gpu_check.py packaging.py judge_vllm.py pair_vllm.py),$(TESTS))
 OTHER := $(filter-out $(HALF),$(TESTS))
+BOTH := @$(MAKE) --no-print-directory -j2 --keep-going --output-sync HALF OTHER
 
 test: lint
-	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync HALF OTHER
+	$(BOTH)
 
 # What starts no vLLM engine: minutes less, for the work from minute to minute.
 check: lint
-	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync HALF OTHER SELECT='-m "not engine"'
+	$(BOTH) SELECT='-m "not engine"'
 
 HALF OTHER: $(READY)
 	$(BIN)/python -m pytest --durations=25 $(SELECT) $($@)

@@ -62,6 +62,12 @@ def natives(folders):
     return [LLM(str(folder), dtype="bfloat16", disable_log_stats=True, **OPTIONS) for folder in folders]
 
 
+@pytest.fixture(scope="module")
+def one_stream(folders):
+    with Engine(folders[0], backend="vllm", streams=1, **OPTIONS) as engine:
+        yield engine
+
+
 @pytest.mark.parametrize("batch", SHOWN)
 def test_pair_against_two_native_engines(benchmark, pair, natives, batch):
     def both():
@@ -76,13 +82,7 @@ def test_pair_against_two_native_engines(benchmark, pair, natives, batch):
 
 
 @pytest.mark.parametrize("batch", SHOWN)
-def test_one_stream_against_native(benchmark, folders, natives, batch, one_stream):
+def test_one_stream_against_native(benchmark, one_stream, natives, batch):
     run = partial(run_twin, one_stream, batch, "base")
     others = {"native B": lambda: run_native(natives[0], batch)}
     paired(benchmark, "one stream", run, others, batch=batch, runner=one_stream.executor.started.runner)
-
-
-@pytest.fixture(scope="module")
-def one_stream(folders):
-    with Engine(folders[0], backend="vllm", streams=1, **OPTIONS) as engine:
-        yield engine

@@ -5,10 +5,11 @@ differs unnoticed would make another text and no error.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from snpatch.errors import SnpatchError
@@ -63,6 +64,11 @@ def are_equal(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules hold the same weights, of their own and not of the modules in them."""
     own, theirs = (dict(m.named_parameters(recurse=False)) for m in (one, other))
     return own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """What they hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def check_tokenizers(own, other, model: str, second: str) -> None:

@@ -96,6 +96,11 @@ def clauses_of(width: int) -> int:
     return 1 + (width - len(Column)) // BLOCK
 
 
+def clauses_in(entries: int) -> int:
+    """How many clauses a request table of so many columns has."""
+    return 1 + (entries - len(Entry)) // ENTRIES
+
+
 def column_of(column: Column, clause: int) -> int:
     """Where a plan row has a column, from RANKING to TAKE, of a clause."""
     return column if clause == 0 else len(Column) + BLOCK * (clause - 1) + column - Column.RANKING
@@ -122,7 +127,7 @@ def group_of(entry: int) -> int:
 
 
 def fill_plan(
-    table: NDArray[np.int32],  # [R, len(Entry) + ENTRIES * (clauses - 1)]
+    table: NDArray[np.int32],  # [R, entries_of(clauses)]
     request: NDArray[np.int64],  # [T]: row of `table`; -1 = padding
     position: NDArray[np.int64],  # [T]: position of the token in its sequence
 ) -> NDArray[np.int32]:
@@ -131,7 +136,7 @@ def fill_plan(
         table = np.zeros((1, table.shape[1]), dtype=np.int32)
     real = request >= 0
     row = table[np.maximum(request, 0)]
-    clauses = 1 + (table.shape[1] - len(Entry)) // ENTRIES
+    clauses = clauses_in(table.shape[1])
     plan = np.empty((len(request), width_of(clauses)), dtype=np.int32)
     plan[:, :COPIED] = row[:, :COPIED] * real[:, None]
     plan[:, Column.POSITION] = position

@@ -21,6 +21,7 @@ from snpatch.executors.transformers.text import Writer, choose
 from snpatch.models.checkpoint import check_finite, load_config
 from snpatch.models.lora import merged
 from snpatch.models.model import Model
+from snpatch.models.pairing import bytes_of
 from snpatch.models.pretrained import load_pretrained
 from snpatch.op.plan import fill_plan
 
@@ -45,9 +46,9 @@ class TransformersExecutor:
             self.geometry = replace(self.geometry, **least)
         self._tokenizer, self._token_budget = tokenizer, config.token_budget
         self._batch_size = BATCH_SIZE if config.batch_size is None else config.batch_size
-        own = sum(p.numel() * p.element_size() for p in self._model.parameters())
+        own = bytes_of(self._model.parameters())
         self._step = make_twin(self._model, second)
-        self.memory = Memory(own, self._step.second_bytes, 0)
+        self.memory = Memory(own, bytes_of(self._model.parameters()) - own, 0)
 
     def check(self, name: str, model: Model) -> None:
         """Every model whose adapters fit the geometry can be run."""

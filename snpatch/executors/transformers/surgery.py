@@ -29,7 +29,6 @@ class Step:
     capture: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     receipt: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     banks: list[LayerBank] = field(default_factory=list)
-    second_bytes: int = 0  # of the second set's weights that differ from the first's
 
     @property
     def streams(self) -> int:
@@ -123,7 +122,6 @@ def _pair(model: nn.Module, second: nn.Module, step: Step) -> None:
     for name, own in list(model.named_modules()):
         if next(own.parameters(recurse=False), None) is None or are_equal(own, others[name]):
             continue
-        step.second_bytes += sum(p.numel() * p.element_size() for p in others[name].parameters(recurse=False))
         parent, _, child = name.rpartition(".")
         kind = PairedHead if own is model.lm_head else PairedModule
         setattr(model.get_submodule(parent), child, kind(own, others[name], step))

@@ -5,7 +5,7 @@ exception in a worker ends the engine.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
@@ -13,6 +13,7 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantised
 from snpatch.executors.vllm.packing import Packed, pack, unpack
 from snpatch.models.checkpoint import check_finite
+from snpatch.models.pairing import bytes_of
 
 # Where the backends' builders of attention metadata keep their head counts.
 QUERY_HEADS = ("num_heads_q", "num_qo_heads", "num_heads")
@@ -49,7 +50,7 @@ class WorkerExtension:
             "first_neuron": twin.first_neuron,
             "n_neurons": twin.n_neurons,
             "runner": _runner_kind(runner),
-            "memory": (twin.own_bytes, twin.second.bytes if twin.second else 0, _bytes(runner.kv_caches)),
+            "memory": (twin.own_bytes, twin.second.bytes if twin.second else 0, bytes_of(runner.kv_caches)),
         }
 
     @_command
@@ -91,10 +92,6 @@ class WorkerExtension:
         if twin is None:
             raise SnpatchError("this engine's model is not a twin: is snpatch's vLLM plugin switched off?")
         return twin
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _runner_kind(runner) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.settings import KEY, ON_ONE_SET
 from snpatch.executors.vllm.worker.banks import Banks
-from snpatch.op.plan import ENTRIES, Column, Entry, entries_of, entry_of, fill_plan, group_of, width_of
+from snpatch.op.plan import Column, Entry, clauses_in, entries_of, entry_of, fill_plan, group_of, width_of
 
 UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
 OF_CLAUSE = {Entry.RANKING: "ranking", Entry.ROW: "constant"}
@@ -179,11 +179,8 @@ class Feed:
         if not known.all():
             rows, start, stop = rows[known], start[known], stop[known]
         own, seen = self._table[rows], self._table[rows, Entry.SEEN]
-        width, patch_start, patch_stop = (
-            own[:, self._his] - own[:, self._los],
-            own[:, self._starts],
-            own[:, self._stops],
-        )
+        width = own[:, self._his] - own[:, self._los]
+        patch_start, patch_stop = own[:, self._starts], own[:, self._stops]
 
         def implied(first: NDArray, last: NDArray) -> NDArray:
             """Overwrites of each request at positions [first, last), of all its clauses."""
@@ -305,7 +302,7 @@ class Feed:
 
 def _places(entries: int, first: Entry = Entry.PATCH_START, second: Entry = Entry.PATCH_STOP) -> tuple[list, list]:
     """Where each clause has two entries, in a table of so many columns."""
-    clauses = range(1 + (entries - len(Entry)) // ENTRIES)
+    clauses = range(clauses_in(entries))
     return [entry_of(first, clause) for clause in clauses], [entry_of(second, clause) for clause in clauses]
 
 

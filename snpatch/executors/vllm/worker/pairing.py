@@ -29,7 +29,7 @@ from snpatch.executors.vllm.settings import KEY, TwinSettings
 from snpatch.executors.vllm.worker.feed import Feed
 from snpatch.models.checkpoint import finite
 from snpatch.models.lora import merged
-from snpatch.models.pairing import are_equal
+from snpatch.models.pairing import are_equal, bytes_of
 
 SECOND = "second"  # the name under which a module holds its like of the second set
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
@@ -76,7 +76,7 @@ class SecondSet:
             self._pair(name, own, other)
             own.add_module(SECOND, other)
             self.paired.append(name)
-            self.bytes += sum(p.numel() * p.element_size() for p in other.parameters(recurse=False))
+            self.bytes += bytes_of(other.parameters(recurse=False))
             names |= {f"{name}.{SECOND}.{parameter}" for parameter in parameters}
         self._holder = None
         # Which modules are paired shapes the graphs that vLLM compiles and keeps: its key has to know.

@@ -32,9 +32,10 @@ from snpatch.executors.vllm import processes
 from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
-from snpatch.executors.vllm.worker.pairing import SecondSet
+from snpatch.executors.vllm.worker.pairing import SECOND, SecondSet
 from snpatch.executors.vllm.worker.plugin import PREFIX
 from snpatch.models.checkpoint import finite
+from snpatch.models.pairing import bytes_of
 from snpatch.op import ops
 from snpatch.op.plan import Column
 
@@ -171,7 +172,7 @@ class Twin:
         self.settings = settings = TwinSettings.of(vllm_config)
         self.has_seen_weights = False
         self.second: SecondSet | None = None
-        self.own_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.own_bytes = bytes_of(model.parameters())
         self.n_layers, self.attention, self.name = config.num_hidden_layers, attention, vllm_config.model_config.model
         context = vllm_config.compilation_config.static_forward_context
         gated = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SiluAndMul | GeluAndMul)]
@@ -199,7 +200,7 @@ class Twin:
 
             def embed(forward, given):
                 ids = torch.ops.snpatch.twin_tokens(given.flatten(), _encode_layer_name(first))
-                second = getattr(embedding, "second", None)
+                second = getattr(embedding, SECOND, None)
                 if second is None:
                     both = forward(ids).repeat_interleave(2, dim=0)
                 else:
