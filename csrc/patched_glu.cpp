@@ -178,13 +178,15 @@ inline float* in_place(float* to, float*) { return to; }
 template <typename Element>
 float* in_place(Element*, float* block) { return block; }
 
-template <typename Element>
+// is_single: the one clause of a token is stored as it is made. Of several each changes r, which is stored at the end.
+template <typename Element, bool is_single>
 void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t start,
                const Loops<Element>& loops) {
   const auto [glu, pair, overwrite, store_block] = loops;
   const int64_t n = std::min(BLOCK, a.width - start);
   alignas(64) float r_block[BLOCK], d_block[BLOCK], other[BLOCK];
-  alignas(64) float sums[5 * BLOCK] = {};
+  alignas(64) float sums[5 * BLOCK];
+  bool has_sums = false;    // whether anything was observed yet
   int32_t open_group = -1;  // the group whose sums are in `sums`
   int64_t in_run = 0;
   const auto close_run = [&] {
@@ -195,7 +197,7 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
   };
 
   for (int64_t t = 0; t < a.tokens; ++t) {
-    const int32_t* plan = a.plan + t * (COLUMNS + CLAUSE * (a.clauses - 1));
+    const int32_t* plan = a.plan + t * (COLUMNS + (is_single ? 0 : CLAUSE * (a.clauses - 1)));
     const int32_t* rank = a.rank + plan[RANKING] * a.width + start;
     const int64_t mine = t * a.streams + plan[SPEAKER], others = t * a.streams + a.streams - 1 - plan[SPEAKER];
     const Element *row = gate_up + mine * a.row_stride + start, *donor_row = gate_up + others * a.row_stride + start;
@@ -207,6 +209,8 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
     const float* donor_scale = a.scale + plan[SECOND - plan[SPEAKER]] * a.width + start;
     const bool observed = plan[GROUP] >= 0;
     if (observed) {
+      if (!has_sums) std::fill_n(sums, 5 * BLOCK, 0.0f);
+      has_sums = true;
       if (plan[GROUP] != open_group || in_run == RUN) close_run();
       open_group = plan[GROUP];
       ++in_run;
@@ -227,16 +231,15 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
       for (int64_t i = 0; i < n; ++i)
         if (0 <= rank[i] && rank[i] < a.captured) captured[rank[i]] = r[i];
     }
-    // One clause is stored as it is made. Of several each changes r, which is stored at the end.
     int64_t done = 0;
-    for (int64_t i = 0; i < a.clauses; ++i) {
-      const int32_t* clause = i == 0 ? plan + RANKING : plan + COLUMNS + CLAUSE * (i - 1);
+    for (int64_t i = 0; i < (is_single ? 1 : a.clauses); ++i) {
+      const int32_t* clause = is_single || i == 0 ? plan + RANKING : plan + COLUMNS + CLAUSE * (i - 1);
       const auto of = [clause](Column column) { return clause[column - RANKING]; };
       const int32_t lo = of(LO), hi = of(HI), source = of(SOURCE);
       // Without a donor stream nothing is copied from it, and nothing counted: the receipt tells.
       const bool patches = lo < hi && (a.streams == 2 || source != FROM_DONOR);
       if (patches) {
-        const int32_t* ranks = a.rank + of(RANKING) * a.width + start;
+        const int32_t* ranks = is_single ? rank : a.rank + of(RANKING) * a.width + start;
         const float* constant = a.constant + of(ROW) * a.width + start;
         const float keep = factor(of(KEEP)), take = factor(of(TAKE));
         const float* by = source == FROM_CONSTANT ? constant : d;
@@ -252,9 +255,9 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
           mix(r, other, keep, take, n);
           by = other;
         }
-        done += a.clauses == 1 ? overwrite(r, by, ranks, lo, hi, to, n) : overwrite_f32(r, by, ranks, lo, hi, nullptr, n);
+        done += is_single ? overwrite(r, by, ranks, lo, hi, to, n) : overwrite_f32(r, by, ranks, lo, hi, nullptr, n);
       }
-      if (a.clauses > 1 ? i + 1 == a.clauses : !patches) store_block(r, to, n);
+      if (is_single ? !patches : i + 1 == a.clauses) store_block(r, to, n);
     }
     if (done > 0 && plan[RECEIPT] >= 0) __atomic_fetch_add(a.receipt + plan[RECEIPT], done, __ATOMIC_RELAXED);
   }
@@ -267,8 +270,9 @@ void run(const Arguments& a, const Tensor& gate_up, const Tensor& out, const Loo
   auto* to = static_cast<Element*>(out.mutable_data_ptr());
   const int64_t blocks = (a.width + BLOCK - 1) / BLOCK;
   const int64_t grain = std::max<int64_t>(1, GRAIN / (BLOCK * std::max<int64_t>(1, a.tokens * a.streams)));
+  const auto own = a.clauses == 1 ? run_block<Element, true> : run_block<Element, false>;
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) run_block<Element>(a, from, to, block * BLOCK, loops);
+    for (int64_t block = begin; block < end; ++block) own(a, from, to, block * BLOCK, loops);
   });
 }
 
@@ -293,15 +297,17 @@ void check_plan(const Tensor& plan, const Tensor& scale, const Tensor& rank, con
       {RANKING, 0, rank.size(0), "ranking"}, {SOURCE, 0, FROM_NOISE + 1, "source"},
       {ROW, 0, constant.size(0), "row"},     {GROUP, -1, stats.size(0), "group"},
       {CAPTURE, -1, capture.size(0), "capture"}, {RECEIPT, -1, receipt.size(0), "receipt"}};
-  for (int64_t t = 0; t < plan.size(0); ++t, row += plan.size(1))
-    for (const auto& range : ranges) {
-      const bool is_clauses = RANKING <= range.column && range.column <= TAKE;
-      for (int64_t at = range.column; at < plan.size(1);
-           at += at >= COLUMNS ? CLAUSE : is_clauses ? COLUMNS - RANKING : plan.size(1))
-        if (row[at] < range.lowest || row[at] >= range.end)
-          throw std::runtime_error("patched_glu: plan row " + std::to_string(t) + " names " + range.name + " " +
-                                   std::to_string(row[at]) + ", there are " + std::to_string(range.end));
-    }
+  const auto check = [](int64_t token, int32_t named, const auto& range) {
+    if (named < range.lowest || named >= range.end)
+      throw std::runtime_error("patched_glu: plan row " + std::to_string(token) + " names " + range.name + " " +
+                               std::to_string(named) + ", there are " + std::to_string(range.end));
+  };
+  for (int64_t t = 0; t < plan.size(0); ++t, row += plan.size(1)) {
+    for (const auto& range : ranges) check(t, row[range.column], range);
+    for (int64_t further = COLUMNS; further < plan.size(1); further += CLAUSE)
+      for (const auto& range : ranges)
+        if (RANKING <= range.column && range.column <= TAKE) check(t, row[further + range.column - RANKING], range);
+  }
 }
 
 Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& rank, const Tensor& constant,
