@@ -66,7 +66,8 @@ class AsyncEngine(Loaded):
         """A completion of one prompt as it is written, patched; bad input is an error before anything runs."""
         if sampling.n > 1:
             raise SnpatchError("AsyncEngine.generate: one text a call; call it several times for several")
-        ((_, request),) = self.requests.writing(self.requests.encode([prompt]), patch, sampling)
+        ids = self.encode([prompt], self.requests.recipients(patch, 1))
+        ((_, request),) = self.requests.writing(ids, patch, sampling)
         return self._deltas(request)
 
     async def _deltas(self, request: Request) -> AsyncIterator[Delta]:

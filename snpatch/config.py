@@ -260,6 +260,19 @@ def adapters_of(entries: Iterable[str], between: str, form: str) -> dict[str, li
     return adapters
 
 
+def models_of(
+    adapters: Mapping[str, list[str]], weights: Mapping[str, list[str]], loras: Mapping[str, list[str]]
+) -> tuple[dict[str, list[str]], dict[str, dict]]:
+    """Adapters on a model's own weights, and the models that have others, as EngineConfig takes them."""
+    adapters, models = dict(adapters), {}
+    for name in weights.keys() | loras.keys():
+        if len(weights.get(name, ())) > 1:
+            raise SnpatchError(f"weights: wanted one checkpoint a name, got {','.join(weights[name])} for {name}")
+        source = weights.get(name, [None])[0]
+        models[name] = {"weights": source, "lora": loras.get(name, ()), "adapters": adapters.pop(name, ())}
+    return adapters, models
+
+
 def _texts(given: object) -> object:
     """Paths as texts."""
     if isinstance(given, list | tuple):

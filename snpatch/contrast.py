@@ -28,7 +28,7 @@ EXCLUDED = (-1,)  # layers that are not ranked; the last one's difference is the
 def contrast(
     engine,  # the Engine that runs it
     prompts: Sequence[Prompt],
-    pair: tuple[str, str],  # the generator, and the model that it is compared with
+    pair: tuple[str, str | None],  # the generator, and the model that it is compared with
     at: str,
     completions: Sequence[str | Sequence[int]] | None,
     sampling: Sampling,
@@ -45,8 +45,8 @@ def contrast(
         raise SnpatchError("contrast: one completion a prompt; give a prompt several times for several")
     if sampling.ignore_eos:
         raise SnpatchError("contrast: EOS never counts, so sampling cannot ignore it")
-    ids, (generator, against) = engine.encode(prompts), pair
-    models = {name: engine.digest_of(name) for name in pair}
+    ids, (generator, against) = engine.encode(prompts, pair[0]), pair
+    models = {name: engine.digest_of(name) for name in pair if name is not None}
     if at == "emitted" and completions is None and not sampling.stop:
         statistics, expected = _observe_writing(engine, ids, pair, sampling, progress)
     else:
@@ -58,6 +58,8 @@ def contrast(
         raise ReceiptError(
             f"contrast: {expected} tokens should have counted in each layer, got {statistics.count.tolist()}"
         )
+    if against is None:
+        statistics = statistics.of_one()
     meta = {
         "model": engine.weights.name,
         "weights": engine.weights.digest,

@@ -100,7 +100,7 @@ class Engine(Loaded):
         self,
         prompts: Sequence[Prompt],
         generator: str,
-        against: str,
+        against: str | None = None,
         *,
         at: str = "emitted",
         completions: Sequence[str | Sequence[int]] | None = None,
@@ -116,7 +116,8 @@ class Engine(Loaded):
         at: the positions that count: "emitted" holds the completion's tokens (published code),
         "emitting" are the ones that predict them (paper's text), "prompt" all of the prompt, "prompt_last" its
         last token; EOS never counts. method: which score of the statistics ranks them, see ranking.methods.
-        Moments of the ranking: recipient = generator, donor = against.
+        Moments of the ranking: recipient = generator, donor = against. Without `against` one model alone is observed,
+        on an engine of one stream as well: the scores are its own activations' root mean square.
         """
         return contrasts.contrast(
             self, prompts, (generator, against), at, completions, sampling, exclude_layers, method, progress
@@ -136,7 +137,7 @@ class Engine(Loaded):
 
         at: "prompt_last", or a position counted from 0 (negative: from the prompt's end).
         """
-        requests = self.requests.capturing(self.encode(prompts), model, ranking, k, at)
+        requests = self.requests.capturing(self.encode(prompts, model), model, ranking, k, at)
         return torch.cat([output.captured for output in self.execute(requests, progress)])
 
     def logprobs(
@@ -151,7 +152,7 @@ class Engine(Loaded):
 
         completions: one for each prompt, read as if it had been generated: a patch's `where` counts from its start.
         """
-        ids = self.encode(prompts, room=0)
+        ids = self.encode(prompts, self.requests.recipients(patch, len(prompts)), room=0)
         read = None if completions is None else self.requests.completions(completions, len(ids))
         found = [o.prompt_logprobs for o in self.execute(self.requests.reading(ids, patch, read), progress)]
         return found if read is None else [f.last(len(c)) for f, c in zip(found, read, strict=True)]
@@ -164,9 +165,9 @@ class Engine(Loaded):
         """The requests of all texts, and each one's probability of harm, if a guard was asked."""
         if guard is not None and not isinstance(guard, PromptGuard):
             raise SnpatchError(f"guard: wanted a Guard, got {guard!r}")
-        ids = self.encode(prompts)
+        ids = self.encode(prompts, self.requests.recipients(patch, len(prompts)))
         asked = self.requests.writing(ids, patch, sampling)
-        harm = [None] * len(ids) if guard is None else guard.predict(self, ids).tolist()
+        harm = [None] * len(ids) if guard is None else guard.predict(self, prompts).tolist()
         return [request for _, request in asked], [harm[index] for index, _ in asked], guard
 
     def _stream(self, requests, harm, guard) -> Iterator[tuple[int, Completion]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from snpatch.config import OWN_SET, EngineConfig, Folders
-from snpatch.models.opening import Opened
+from snpatch.models.opening import BASE, Opened
 from snpatch.requests import Prompt, Requests
 
 
@@ -29,7 +29,7 @@ class Loaded:
         self.executor = self._executor_of(config)
         self.geometry, self.weights = self.executor.geometry, opened.sets[OWN_SET]
         opened.add(config.sources, self.geometry, self.executor.check)  # before what takes long
-        self.requests = Requests(opened.tokenizer, opened.template, self.geometry, opened.models)
+        self.requests = Requests(opened.tokenizer, opened.templates, self.geometry, opened.models)
 
     def _executor_of(self, config: EngineConfig):
         raise NotImplementedError
@@ -41,8 +41,8 @@ class Loaded:
 
     @property
     def template(self) -> str:
-        """How chats become text: "tokenizer" or "tulu"."""
-        return self._opened.template.name
+        """How chats become text for the engine's own weights: "tokenizer" or "tulu"."""
+        return self._opened.templates[0].name
 
     def digest_of(self, model: str) -> str:
         """Names one model by content, whatever it is called: weights, adapters, template and tokenizer.
@@ -56,6 +56,9 @@ class Loaded:
         source = EngineConfig(self.config.model, {name: folders}).sources[name]
         self._opened.add({name: source}, self.geometry, self.executor.check)
 
-    def encode(self, prompts: Sequence[Prompt], room: int = 1) -> list[list[int]]:
-        """Token ids of each prompt, as they are run; `room`: how many tokens must still fit the context."""
-        return self.requests.encode(prompts, room)
+    def encode(self, prompts: Sequence[Prompt], model: str | Sequence[str] = BASE, room: int = 1) -> list[list[int]]:
+        """Token ids of each prompt, as they are run; `room`: how many tokens must still fit the context.
+
+        model: the recipient, whose chat template counts; one for all or one for each.
+        """
+        return self.requests.encode(prompts, model, room)

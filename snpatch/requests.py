@@ -59,10 +59,12 @@ class Completion:
 
 
 class Requests:
-    """Makes requests for one engine. models: name -> Model, as the engine knows them."""
+    """Makes requests for one engine. templates: of each set of weights; models: name -> Model, the engine's."""
 
-    def __init__(self, tokenizer, template: Template, geometry: Geometry, models: Mapping[str, Model]) -> None:
-        self.tokenizer, self.template = tokenizer, template
+    def __init__(
+        self, tokenizer, templates: Sequence[Template], geometry: Geometry, models: Mapping[str, Model]
+    ) -> None:
+        self.tokenizer, self.templates = tokenizer, templates
         self._geometry, self._models = geometry, models
 
     def model(self, name: str) -> Model:
@@ -71,17 +73,23 @@ class Requests:
             raise SnpatchError(f"no model named {name!r}: there are {', '.join(self._models)}")
         return self._models[name]
 
+    def template(self, model: str) -> Template:
+        """How a model reads chats."""
+        return self.templates[self.model(model).weights.place]
+
     # ---- ids ----------------------------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[Prompt], room: int = 1) -> list[list[int]]:
-        """Token ids of each prompt; `room`: how many tokens must still fit the context."""
+    def encode(self, prompts: Sequence[Prompt], model: str | Sequence[str], room: int = 1) -> list[list[int]]:
+        """Token ids of each prompt; model: who reads it; `room`: how many tokens must still fit the context."""
         if isinstance(prompts, str):
             raise SnpatchError("prompts must be a list; got one text")
         if not len(prompts):
             raise SnpatchError("the list of prompts is empty")
         encoded = []
-        for index, prompt in enumerate(prompts):
-            ids = self._ids(prompt, index)
+        for index, (prompt, reader) in enumerate(
+            zip(prompts, one_each(model, len(prompts), "model", (str,)), strict=True)
+        ):
+            ids = self._ids(prompt, reader, index)
             self.check_room(ids, room, f"prompt {index}")
             encoded.append(ids)
         return encoded
@@ -110,11 +118,11 @@ class Requests:
             return sampling
         return replace(sampling, max_tokens=room, min_tokens=min(room, sampling.min_tokens))
 
-    def _ids(self, prompt: Prompt, index: int) -> list[int]:
+    def _ids(self, prompt: Prompt, model: str, index: int) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
         if len(prompt) and all(isinstance(message, dict) for message in prompt):
-            return self.template.ids(prompt)
+            return self.template(model).ids(prompt)
         return self._checked(prompt, f"prompt {index}")
 
     def _checked(self, given: Sequence[int], name: str) -> list[int]:
@@ -125,6 +133,11 @@ class Requests:
         if not all(0 <= i < self._geometry.vocab_size for i in ids):
             raise SnpatchError(f"{name}: token ids must be integers in 0..{self._geometry.vocab_size - 1}")
         return ids
+
+    @staticmethod
+    def recipients(patch: Patch | str | Sequence[Patch | str], n: int) -> list[str]:
+        """Who speaks in each of n texts."""
+        return [one if isinstance(one, str) else one.recipient for one in one_each(patch, n, "patch", (Patch, str))]
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -173,9 +186,9 @@ class Requests:
             requests.append(Request(prompt, self.model(model), capture=capture))
         return requests
 
-    def observing(self, ids: list[int], pair: tuple[str, str], observe: Observation, **asked) -> Request:
-        """A text that both models of a pair read, the first one as the recipient."""
-        recipient, donor = map(self.model, pair)
+    def observing(self, ids: list[int], pair: tuple[str, str | None], observe: Observation, **asked) -> Request:
+        """A text that both models of a pair read, the first one as the recipient; None: the recipient alone."""
+        recipient, donor = (None if name is None else self.model(name) for name in pair)
         return Request(ids, recipient, donor, observe=observe, **asked)
 
     def patched(self, prompt: list[int], patch: Patch | str, completion: Sequence[int] = (), **asked) -> Request:

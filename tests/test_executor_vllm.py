@@ -29,6 +29,7 @@ from jobs import (
     assert_as_the_oracle,
     assert_none_and_all_are_the_pure_texts,
     assert_patched_into_itself_it_gives_its_own_text,
+    assert_ranked_alone,
     assert_ranking,
     assert_read_as_written,
     assert_together_as_alone,
@@ -604,6 +605,7 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
     model = oracle.model(*llama.of["sft"])
     want = torch.stack([model.activations(ids)[-1][tuple(RANKINGS[0].top(40).T)] for ids in IDS])
     assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
+    assert_ranked_alone(engine.contrast(IDS, "sft", completions=COMPLETIONS, exclude_layers=()), model)
     for call in (lambda: generate(engine, [JOBS[2]]), lambda: engine.contrast(IDS, "sft", "dpo", at="prompt")):
         with pytest.raises(SnpatchError, match="a donor model needs streams=2"):
             call()

@@ -284,7 +284,7 @@ def test_model_args_make_the_same_model(evaluate, results, model_args, adapters)
         ({"model": None}, "model=FOLDER is missing"),
         ({"adapters": "sft"}, r"adapters wants name=folder\+folder;..., each name once; got 'sft'"),
         ({"adapters": "sft=a;sft=b"}, "each name once"),
-        ({"k": 3}, "ranking, k and where need a donor"),
+        ({"k": 3}, "ranking, k, where and strength need a donor"),
         ({"donor": "dpo"}, "a donor needs ranking=FILE and k="),
         ({"donor": "dpo", "k": "few"}, "a window: 'few' is not a number"),
         ({"donor": "dpo", "k": 10**6}, "reaches past the ranking's 288 neurons"),
@@ -297,6 +297,17 @@ def test_model_args_make_the_same_model(evaluate, results, model_args, adapters)
 def test_errors_say_what_is_wrong(evaluate, model_args, more, message):
     with pytest.raises(SnpatchError, match=message):
         evaluate("snpatch", TASKS[1:2], model_args={**model_args, **more}, limit=1)
+
+
+def test_a_pair_by_model_args(evaluate, model_args, pairs):
+    made = pairs("llama")
+    with Engine(made.folder, **made.given, backend="transformers") as engine:
+        patch = Patch("base", "dpo", RANKINGS[0], 20, strength=1.5)
+        want = evaluate(SnpatchLM(engine, patch), TASKS[1:2], limit=3)
+    given = {"model": made.folder, "weights": f"dpo={made.models['dpo'][0]}", "backend": "transformers"}
+    patched = {"donor": "dpo", "ranking": model_args["ranking"], "k": 20, "strength": 1.5}
+    got = evaluate("snpatch", TASKS[1:2], model_args=told(given, **patched), limit=3)
+    assert figures(got) == figures(want) != figures(evaluate("snpatch", TASKS[1:2], model_args=told(given), limit=3))
 
 
 def test_batch_size_and_device_of_lm_eval_are_the_engines(model_args):

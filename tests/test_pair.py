@@ -20,12 +20,13 @@ from jobs import (
     SAME_SET,
     assert_as_the_oracle,
     assert_patched_into_itself_it_gives_its_own_text,
+    assert_ranked_alone,
     assert_ranking,
     assert_together_as_alone,
     forced,
     generate,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from snpatch import Engine, EngineConfig, Patch, Ranking, Sampling, SnpatchError
 from snpatch.models.lora import load_lora, merged
@@ -56,6 +57,41 @@ def test_contrast_is_the_oracles(pairs, engines, pair):
     models = [oracle.model(*pairs("llama").of[name]) for name in pair]
     ranking = engines().contrast(IDS, *pair, completions=COMPLETIONS, exclude_layers=())
     assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
+
+
+def test_one_model_alone_is_ranked_by_its_own_size(pairs, engines, tmp_path):
+    for name in ("base", "dpo"):
+        ranking = engines().contrast(IDS, name, completions=COMPLETIONS, exclude_layers=())
+        assert_ranked_alone(ranking, oracle.model(*pairs("llama").of[name]))
+        ranking.save(tmp_path / "alone.safetensors")
+        assert_ranked_alone(Ranking.load(tmp_path / "alone.safetensors"), oracle.model(*pairs("llama").of[name]))
+
+
+def test_chats_are_put_into_the_recipients_template(tmp_path):
+    """Each checkpoint has its own; one without reads them as the other does."""
+    chat = [[{"role": "user", "content": "bala bana"}]]
+    kinds = {"own": "{% for m in messages %}<|user|> {{ m.content }}{% endfor %}", "other": "{{ messages[0].content }}"}
+    made = tiny.make_pair("llama", tmp_path)
+    folders = made.folder, made.models["dpo"][0]
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+
+    def engine(*templates):
+        for tokenizer, folder, template in zip(tokenizers, folders, templates, strict=True):
+            tokenizer.chat_template = template
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
+            tokenizer.save_pretrained(folder)
+        return Engine(made.folder, **made.given, backend="transformers")
+
+    both = engine(kinds["own"], kinds["other"])
+    want = [list(t.apply_chat_template(chat[0], add_generation_prompt=True)["input_ids"]) for t in tokenizers]
+    assert want[0] != want[1]
+    patches = [Patch("base", "dpo", RANKINGS[0], 20), Patch("dpo", "base", RANKINGS[0], 20)]
+    found = both.generate(chat * 4, ["base", "dpo", *patches], Sampling(max_tokens=2))
+    assert [c.prompt_ids for c in found] == want * 2
+    assert both.digest_of("base") != both.digest_of("dpo")
+    for templates, place in (((kinds["own"], None), 0), ((None, kinds["other"]), 1)):
+        one = engine(*templates)
+        assert [one.encode(chat, name) for name in ("base", "dpo")] == [[want[place]]] * 2
 
 
 def test_captures_are_the_models_own(pairs, engines):
@@ -245,7 +281,7 @@ def test_the_command_line_takes_pairs(capsys, pairs, tmp_path):
         want = engine.generate(chats, patch, Sampling(max_tokens=5))
     assert [json.loads(line)["token_ids"] for line in out.splitlines()] == [c.token_ids for c in want]
     code, _, err = run(capsys, "generate", made.folder, prompts, "--weights", f"dpo={second},{second}")
-    assert (code, "--weights wants one checkpoint a name" in err) == (2, True)
+    assert (code, "weights: wanted one checkpoint a name" in err) == (2, True)
 
 
 def test_world_files_take_pairs(capsys, pairs, tmp_path):

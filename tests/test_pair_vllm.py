@@ -9,6 +9,7 @@ import tiny
 import torch
 from in_process import architectures
 from jobs import (
+    CLAUSES,
     CLEAR,
     COMPLETIONS,
     IDS,
@@ -38,7 +39,13 @@ PLAIN = [Job(i, name) for i in range(8) for name in ("base", "dpo", "tuned")]
 
 def assert_is_the_pair(engine, made, across: bool = False) -> None:
     """One mixed batch, then what is observed and read. across: no request has both models on one set."""
-    jobs = [*JOBS, *RICHER, *(job for job in PLAIN if told(made, job).gap > CLEAR), *([] if across else SAME_SET)]
+    jobs = [
+        *JOBS,
+        *RICHER,
+        *CLAUSES,
+        *(job for job in PLAIN if told(made, job).gap > CLEAR),
+        *([] if across else SAME_SET),
+    ]
     assert_as_the_oracle(made, jobs, generate(engine, jobs))
     for pair in (("base", "dpo"), ("dpo", "sft"), *([] if across else [("dpo", "tuned")])):
         models = [oracle.model(*made.of[name]) for name in pair]
@@ -54,12 +61,12 @@ def assert_is_the_pair(engine, made, across: bool = False) -> None:
 @pytest.mark.parametrize("architecture", architectures())
 def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, start, architecture):
     made = pairs(architecture)
-    assert_is_the_pair(start(made), made)
+    assert_is_the_pair(start(made, max_clauses=3), made)
 
 
 def test_compiled(pairs, start):
     made = pairs("qwen3")
-    engine = start(made, enforce_eager=False)
+    engine = start(made, enforce_eager=False, max_clauses=3)
     assert_is_the_pair(engine, made, across=True)
     with pytest.raises(SnpatchError, match=r"both models .* are on the weights of .* start it with enforce_eager=True"):
         engine.generate([IDS[0]], Patch("dpo", "tuned", RANKINGS[0], 5))
@@ -103,7 +110,7 @@ def test_two_workers(pairs):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
     made = pairs("gemma2")
-    with Engine(made.folder, **made.given, backend="vllm", tensor_parallel_size=2, **SMALL) as engine:
+    with Engine(made.folder, **made.given, backend="vllm", tensor_parallel_size=2, max_clauses=3, **SMALL) as engine:
         assert_is_the_pair(engine, made)
 
 

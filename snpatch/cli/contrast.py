@@ -20,9 +20,12 @@ def contrast(
     config: EngineConfig,
     prompts: Prompts,
     generator: Annotated[str, typer.Option(help="The model that writes the completions (the recipient).")],
-    against: Annotated[str, typer.Option(help="The model it is compared with (the donor).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the ranking goes (.safetensors).")],
     sampling: Fields,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The model it is compared with (the donor). Without one: by the generator's own size."),
+    ] = None,
     at: Annotated[str, typer.Option(help="Positions: emitted, emitting, prompt or prompt_last.")] = "emitted",
     completions: Annotated[
         Path | None, typer.Option(help="JSONL with the `completion` of each prompt, instead of generated ones.")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, get_args, get_origin, get_type_hint
 
 import typer
 
-from snpatch.config import EngineConfig, adapters_of
+from snpatch.config import EngineConfig, adapters_of, models_of
 from snpatch.errors import SnpatchError
 
 if TYPE_CHECKING:
@@ -146,17 +146,12 @@ def pairs(texts: list[str] | None, option: str) -> dict[str, object]:
 
 def _on_top(adapter: Iterable[str], weights: Iterable[str], lora: Iterable[str]) -> tuple[dict, dict]:
     """Adapters on the model's own weights, and the models that have others: both as EngineConfig takes them."""
-    adapters, others, loras = (
-        adapters_of(given, ",", FORM.format(name))
-        for name, given in (("adapter", adapter), ("weights", weights), ("lora", lora))
+    return models_of(
+        *(
+            adapters_of(given, ",", FORM.format(name))
+            for name, given in (("adapter", adapter), ("weights", weights), ("lora", lora))
+        )
     )
-    models = {}
-    for name in others.keys() | loras.keys():
-        if len(others.get(name, ())) > 1:
-            raise SnpatchError(f"--weights wants one checkpoint a name, got {','.join(others[name])}")
-        source = others.get(name, [None])[0]
-        models[name] = {"weights": source, "lora": loras.get(name, ()), "adapters": adapters.pop(name, ())}
-    return adapters, models
 
 
 _BY_NAME = inspect.Parameter.KEYWORD_ONLY

@@ -94,7 +94,7 @@ def compare(
         raise SnpatchError(f"guard: wanted a ranking and training sets out of {', '.join(sets)}, got {train}")
     for name in train:
         fitting.check_trainable(sets[name].labels, config, name)
-    encoded = {name: _distinct(engine, s.prompts, name) for name, s in sets.items()}
+    encoded = {name: _distinct(engine, model, s.prompts, name) for name, s in sets.items()}
     fresh, notes = _unseen(encoded, train)
     features = _features(rankings, ks, controls, control_kinds, notes)
     digest, rows = engine.digest_of(model), []
@@ -123,9 +123,9 @@ def compare(
     return Comparison(rows, notes)
 
 
-def _distinct(engine: Engine, prompts: Sequence[Chat], name: str) -> list[tuple[int, ...]]:
+def _distinct(engine: Engine, model: str, prompts: Sequence[Chat], name: str) -> list[tuple[int, ...]]:
     """Token ids of each prompt. The same prompt in two folds would be a training row that is tested on."""
-    encoded = [tuple(ids) for ids in engine.encode(prompts)]
+    encoded = [tuple(ids) for ids in engine.encode(prompts, model)]
     if len(set(encoded)) < len(encoded):
         raise SnpatchError(f"guard: {name} has {len(encoded)} prompts, only {len(set(encoded))} different ones")
     return encoded

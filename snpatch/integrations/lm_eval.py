@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 
-from snpatch.config import adapters_of
+from snpatch.config import adapters_of, models_of
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import Chat
@@ -46,6 +46,7 @@ class SnpatchLM(TemplateLM):
         super().__init__()
         self.engine, self.patch, self.max_gen_toks = engine, patch, max_gen_toks
         self.tokenizer, self.max_length = engine.tokenizer, engine.geometry.context
+        self._template = engine.requests.template(patch if isinstance(patch, str) else patch.recipient)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "SnpatchLM":
@@ -55,17 +56,18 @@ class SnpatchLM(TemplateLM):
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "SnpatchLM":
         """From `--model_args`: model=FOLDER, and as many of these as are wanted.
 
-        adapters=sft=SFT;dpo=SFT+DPO (name=folder, folders stacked in order; or a dict), recipient (default: base);
-        donor (a model, zero, mean:recipient, mean:donor or noise:N), ranking (a file), k (or LO:HI) and where;
-        max_gen_toks; and any argument of Engine: backend, template, dtype, tensor_parallel_size, ...
+        adapters=sft=SFT;dpo=SFT+DPO (name=folder, folders stacked in order; or a dict), weights=dpo=CHECKPOINT and
+        lora=dpo=LORA (models on a second set of weights, as adapters are given), recipient (default: base);
+        donor (a model, zero, mean:recipient, mean:donor, noise:N or scale:F), ranking (a file), k (or LO:HI) and where;
+        strength; max_gen_toks; and any argument of Engine: backend, template, dtype, tensor_parallel_size, ...
         lm-eval's --batch_size and --device are the engine's, too, but for their defaults, which mean the engine's own.
         """
         given = {name: _whole(value) for name, value in arg_dict.items() if value is not None}
         if "model" not in given:
             raise SnpatchError("model_args: model=FOLDER is missing")
-        model, adapters = str(given.pop("model")), _adapters(given.pop("adapters", {}))
+        model, (adapters, models) = str(given.pop("model")), _models(given)
         patch, max_gen_toks = _patch(given), given.pop("max_gen_toks", MAX_GEN_TOKS)
-        engine = Engine(model, adapters, **{**_placed(**(additional_config or {})), **given})
+        engine = Engine(model, adapters, models=models, **{**_placed(**(additional_config or {})), **given})
         made = cls(engine, patch, max_gen_toks)
         weakref.finalize(made, engine.close)
         return made
@@ -118,19 +120,19 @@ class SnpatchLM(TemplateLM):
         return [self._until(c.token_ids, s.stop) for c, s in zip(completions, samplings, strict=True)]
 
     def apply_chat_template(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
-        """The engine's template; without a generation prompt the last message is one that goes on."""
-        return self.engine.requests.template.text(chat_history, goes_on=not add_generation_prompt)
+        """The recipient's template; without a generation prompt the last message is one that goes on."""
+        return self._template.text(chat_history, goes_on=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """What lm-eval's records say of the template."""
         if isinstance(chat_template, str):
             raise SnpatchError(f"--apply_chat_template takes no name, got {chat_template!r}: choose by template=")
-        return "tulu" if self.engine.template == "tulu" else self.tokenizer.chat_template
+        return "tulu" if self._template.name == "tulu" else self._template.source
 
     @property
     def tokenizer_name(self) -> str:
         """What lm-eval's cache of prompts goes by."""
-        return f"{self.tokenizer.name_or_path}--{self.engine.template}".replace("/", "__")
+        return f"{self.tokenizer.name_or_path}--{self._template.name}".replace("/", "__")
 
     def get_model_info(self) -> dict:
         """What lm-eval's results say of the model: the patch, and the content of the models that it names."""
@@ -189,23 +191,30 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _adapters(given: str | dict) -> dict:
-    if isinstance(given, dict):
-        return given
-    return adapters_of(str(given).split(";"), "+", "model_args: adapters wants name=folder+folder;...")
+def _models(given: dict) -> tuple[dict, dict]:
+    """Takes what stands on the model's own weights, and the models that have others, out of the model arguments."""
+    kinds = []
+    for kind in ("adapters", "weights", "lora"):
+        named = given.pop(kind, {})
+        if not isinstance(named, dict):
+            named = adapters_of(str(named).split(";"), "+", f"model_args: {kind} wants name=folder+folder;...")
+        kinds.append({name: [folders] if isinstance(folders, str) else folders for name, folders in named.items()})
+    return models_of(*kinds)
 
 
 def _patch(given: dict) -> Patch | str:
     """Takes what makes a patch out of the model arguments."""
     recipient = str(given.pop("recipient", "base"))
     donor, ranking, k, where = (given.pop(name, None) for name in ("donor", "ranking", "k", "where"))
+    strength = given.pop("strength", 1.0)
     if donor is None:
-        if (ranking, k, where) != (None, None, None):
-            raise SnpatchError("model_args: ranking, k and where need a donor")
+        if (ranking, k, where, strength) != (None, None, None, 1.0):
+            raise SnpatchError("model_args: ranking, k, where and strength need a donor")
         return recipient
     if ranking is None or k is None:
         raise SnpatchError("model_args: a donor needs ranking=FILE and k=")
-    return spec.from_text(recipient, str(donor), ranking, str(k), "all" if where is None else str(where))
+    place = "all" if where is None else str(where)
+    return spec.from_text(recipient, str(donor), ranking, str(k), place, strength=strength)
 
 
 def _placed(batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None) -> dict:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 
 from transformers import AutoConfig
 
@@ -44,25 +45,38 @@ RESOURCES = (
 
 
 class Opened:
-    """What an engine knows of its model before and beside what runs it. models: name -> Model."""
+    """What an engine knows of its model before and beside what runs it. models: name -> Model.
+
+    templates: how each set of weights reads chats; a checkpoint without a chat template reads them as the other does.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         from transformers import AutoTokenizer  # brings scikit-learn with it, and takes two seconds
 
         self.tokenizer = load_pretrained(AutoTokenizer, config.model)
-        folders = [folder for source in config.sources.values() for folder in source.adapters]
-        self.template = open_template(config.template, self.tokenizer, folders)
+        self._tokenizers = [self.tokenizer] * (1 if config.second is None else 2)
+        if config.second is not None and config.second.weights is not None:
+            self._tokenizers[1] = load_pretrained(AutoTokenizer, config.second.weights)
+            check_pair(config.model, config.second.weights, *self._tokenizers)
+        own, other = self._tokenizers[0], self._tokenizers[-1]
+        own.chat_template, other.chat_template = (
+            own.chat_template or other.chat_template,
+            other.chat_template or own.chat_template,
+        )
+        self.templates = [
+            open_template(config.template, tokenizer, _adapters_on(config, place))
+            for place, tokenizer in enumerate(self._tokenizers)
+        ]
         self.models: dict[str, Model] = {}
         self._config = config
-        if config.second is not None and config.second.weights is not None:
-            check_pair(config.model, config.second.weights, self.tokenizer)
 
     @cached_property
     def sets(self) -> dict[ModelSource, Weights]:
         """The checkpoints, which are hashed when this is first asked for: after their architecture was looked at."""
         config = self._config
         found = [OWN_SET] if config.second is None else [OWN_SET, config.second]
-        return {one: _weights(config, one, self.tokenizer, place) for place, one in enumerate(found)}
+        tokenizers = self._tokenizers
+        return {one: _weights(config, one, tokenizers[place], place) for place, one in enumerate(found)}
 
     def add(self, sources: Mapping[str, ModelSource], geometry, check: Callable[[str, Model], None]) -> None:
         """Load adapters, each model under its name; check: what the executor has to say to it."""
@@ -80,8 +94,14 @@ class Opened:
 
     def digest_of(self, model: Model) -> str:
         """Names a model with its template and tokenizer by content."""
-        parts = [model.digest, self.template.digest]
+        parts = [model.digest, self.templates[model.weights.place].digest]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _adapters_on(config: EngineConfig, place: int) -> list[str | Path]:
+    """The adapter folders of all models on one set of weights."""
+    sources = (one for one in config.sources.values() if (one.set != OWN_SET) == bool(place))
+    return [folder for source in sources for folder in source.adapters]
 
 
 def _weights(config: EngineConfig, source: ModelSource, tokenizer, place: int) -> Weights:

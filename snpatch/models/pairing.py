@@ -37,13 +37,8 @@ MAY_DIFFER = (
 MAKES_IDS = ("normalizer", "pre_tokenizer", "model", "post_processor")
 
 
-def check_pair(model: str | Path, second: str | Path, tokenizer) -> None:
-    """An error that names the first difference between two checkpoints that one engine cannot run both of.
-
-    tokenizer: the first one's.
-    """
-    from transformers import AutoTokenizer  # brings scikit-learn with it, and takes two seconds
-
+def check_pair(model: str | Path, second: str | Path, tokenizer, other_tokenizer) -> None:
+    """An error that names the first difference between two checkpoints that one engine cannot run both of."""
     own, other = (load_pretrained(AutoConfig, name) for name in (model, second))
     if own.model_type != other.model_type:
         raise SnpatchError(
@@ -57,7 +52,7 @@ def check_pair(model: str | Path, second: str | Path, tokenizer) -> None:
                 f"{second}: its config has {key} = {theirs.get(key)}, and {model} has {mine.get(key)}: the two models "
                 "of an engine must be of one shape; run each in an engine of its own"
             )
-    check_tokenizers(tokenizer, load_pretrained(AutoTokenizer, second), str(model), str(second))
+    check_tokenizers(tokenizer, other_tokenizer, str(model), str(second))
 
 
 def are_equal(one: nn.Module, other: nn.Module) -> bool:

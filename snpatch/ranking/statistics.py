@@ -17,7 +17,7 @@ from snpatch.op.reference import SUMS
 class Statistics:
     """sums: [L, 5, F] float64 of r, r^2, d, d^2, (r - d)^2 over tokens, r the recipient's activation and d the donor's.
 
-    count: [L] int64, tokens that went into them.
+    count: [L] int64, tokens that went into them. Where no donor was observed (of_one), d is 0.
     """
 
     sums: Tensor
@@ -45,6 +45,17 @@ class Statistics:
         self.sums += sums
         self.count += count
 
+    def of_one(self) -> Self:
+        """What was seen of the recipient, with 0 in the donor's place."""
+        sums = torch.zeros_like(self.sums)
+        sums[:, :2], sums[:, 4] = self.sums[:, :2], self.sums[:, 1]
+        return type(self)(sums, self.count)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether there was a donor."""
+        return bool(self.sums[:, 2:4].any())
+
     @property
     def shape(self) -> tuple[int, int]:
         """(layers, neurons of a layer)."""
@@ -59,11 +70,11 @@ class Statistics:
         return n
 
     def moments(self) -> dict[str, Tensor]:
-        """Both models' means and unbiased standard deviations (of two tokens and more), [L, F] float32 by MOMENTS."""
-        n = self.tokens
+        """Each model's mean and unbiased standard deviation (of two tokens and more), [L, F] float32 by MOMENTS."""
+        n, moments = self.tokens, {}
         r, rr, d, dd, _ = self.sums.unbind(1)
-        moments = {"recipient_mean": r / n, "donor_mean": d / n}
-        if n > 1:
-            for name, total, squares in (("recipient_std", r, rr), ("donor_std", d, dd)):
-                moments[name] = ((squares - total * total / n).clamp(min=0) / (n - 1)).sqrt()
+        for name, total, squares in (("recipient", r, rr), ("donor", d, dd))[: 1 + self.is_pair]:
+            moments[f"{name}_mean"] = total / n
+            if n > 1:
+                moments[f"{name}_std"] = ((squares - total * total / n).clamp(min=0) / (n - 1)).sqrt()
         return {name: moment.float() for name, moment in moments.items()}

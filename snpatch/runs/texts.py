@@ -37,12 +37,13 @@ def write(
     """
     if sampling.n > 1:
         raise SnpatchError("texts: one text of each prompt is written; give a prompt several times for several")
-    encoded = engine.encode(prompts)
+    recipients = engine.requests.recipients(patches, len(patches))
+    encoded = {recipient: engine.encode(prompts, recipient) for recipient in dict.fromkeys(recipients)}
     work = [
         # Two samples of the same prompt are two texts; two greedy ones are the same.
         (key_of(engine, ids, patch, sampling, copy=index if sampling.temperature > 0 else None), patch, ids)
-        for patch in patches
-        for index, ids in enumerate(encoded)
+        for patch, recipient in zip(patches, recipients, strict=True)
+        for index, ids in enumerate(encoded[recipient])
     ]
     with Store(store) as log:
         missing = list({key: item for key, *item in work if key not in log.records}.items())

@@ -197,7 +197,7 @@ class Lab:
 
     def _key(self, contrast: Contrast, at: str) -> str:
         """Names everything that the ranking hangs on."""
-        ids = self.engine.encode(self.prompts(contrast.prompts))
+        ids = self.engine.encode(self.prompts(contrast.prompts), contrast.generator)
         models = [self.engine.digest_of(name) for name in (contrast.generator, contrast.against)]
         parts = [__version__, *models, at, ids, self.world.contrast_tokens]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -221,6 +221,17 @@ def assert_ranking(ranking, want, order: bool = True):
         assert (scores.diff() < 1e-5 * scores.max()).all(), "not ranked by score"
 
 
+def assert_ranked_alone(ranking, model):
+    """By the size of one model's own activations, with its moments and nobody else's."""
+    want = oracle.contrast(model, model, forced("emitted"))
+    size = (want["recipient_mean"].square() + want["recipient_std"].square() * (1 - 1 / want["tokens"])).sqrt()
+    assert (ranking.scores - size).abs().max() <= 1e-5 * size.max()
+    assert ranking.moments.keys() == {"recipient_mean", "recipient_std"}
+    for name, moment in ranking.moments.items():
+        assert (moment - want[name]).abs().max() <= 1e-5 * want[name].abs().max()
+    assert ranking.meta["against"] is None
+
+
 def forced(at: str) -> list[tuple[list[int], list[int]]]:
     """COMPLETIONS after their prompts, with the positions that `at` names."""
     return [
