@@ -4,6 +4,7 @@ The pair engine writes B patched texts; the two native ones, which live beside i
 each, one engine after the other: what one would run without snpatch, and without a patch. Sizes: see bench_generate.py.
 """
 
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 
@@ -37,7 +38,7 @@ def folders(tmp_path_factory):
     return [geometry.make(SIZE, home, weights=SIZE != "7b", draw=draw) for draw, home in enumerate(homes)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def pair(folders):
     own, donor = folders
     with Engine(own, models={"dpo": donor}, backend="vllm", **OPTIONS) as engine:
@@ -55,34 +56,53 @@ def agree(engine, folders) -> None:
                 assert (one.values - other.values).abs().mean() < 0.05
 
 
-@pytest.fixture(scope="module")
-def natives(folders):
+@contextmanager
+def native_engines(folders):
     from vllm import LLM
 
-    return [LLM(str(folder), dtype="bfloat16", disable_log_stats=True, **OPTIONS) for folder in folders]
+    engines = [LLM(str(folder), dtype="bfloat16", disable_log_stats=True, **OPTIONS) for folder in folders]
+    yield engines
+    for engine in engines:
+        engine.llm_engine.engine_core.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
+def natives(folders):
+    with native_engines(folders) as engines:
+        yield engines
+
+
+@pytest.fixture(scope="class")
+def native(folders):
+    with native_engines(folders[:1]) as engines:
+        yield engines[0]
+
+
+@pytest.fixture(scope="class")
 def one_stream(folders):
     with Engine(folders[0], backend="vllm", streams=1, **OPTIONS) as engine:
         yield engine
 
 
-@pytest.mark.parametrize("batch", SHOWN)
-def test_pair_against_two_native_engines(benchmark, pair, natives, batch):
-    def both():
-        for native in natives:
-            run_native(native, batch)
+class TestPair:
+    @pytest.mark.parametrize("batch", SHOWN)
+    def test_pair_against_two_native_engines(self, benchmark, pair, natives, batch):
+        def both():
+            for native in natives:
+                run_native(native, batch)
 
-    run = partial(run_twin, pair, batch, PATCH)
-    runner = pair.executor.started.runner
-    assert runner == runner_of(natives[0])
-    paired(benchmark, "pair", run, {"two natives": both}, batch=batch, runner=runner,
-           memory=asdict(pair.executor.memory))  # fmt: skip
+        run = partial(run_twin, pair, batch, PATCH)
+        runner = pair.executor.started.runner
+        assert runner == runner_of(natives[0])
+        paired(benchmark, "pair", run, {"two natives": both}, batch=batch, runner=runner,
+               memory=asdict(pair.executor.memory))  # fmt: skip
 
 
-@pytest.mark.parametrize("batch", SHOWN)
-def test_one_stream_against_native(benchmark, one_stream, natives, batch):
-    run = partial(run_twin, one_stream, batch, "base")
-    others = {"native B": lambda: run_native(natives[0], batch)}
-    paired(benchmark, "one stream", run, others, batch=batch, runner=one_stream.executor.started.runner)
+class TestOneStream:
+    """With no other engine beside the two that are compared: four disturb each other by more than they differ."""
+
+    @pytest.mark.parametrize("batch", SHOWN)
+    def test_one_stream_against_native(self, benchmark, one_stream, native, batch):
+        run = partial(run_twin, one_stream, batch, "base")
+        others = {"native B": lambda: run_native(native, batch)}
+        paired(benchmark, "one stream", run, others, batch=batch, runner=one_stream.executor.started.runner)

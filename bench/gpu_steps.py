@@ -155,7 +155,7 @@ def steps() -> tuple[Step, ...]:
                 end_to_end("v2", v2),
                 generate("hooks-v2", "test_against_hooks[B32-static]", "test_against_hooks[B32-ragged]", size="7b",
                          env=v2, is_rehearsed=True, limit_s=300, expect_s=150),
-                generate("pair-v2", "test_pair_against_two_native_engines", "test_one_stream_against_native", size="1b",
+                generate("pair-v2", "TestPair", "TestOneStream", size="1b",
                          env=v2, file=PAIR, limit_s=300, expect_s=150),
                 end_to_end("v1", v1),
             ),
