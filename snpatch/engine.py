@@ -48,6 +48,12 @@ class Engine(Loaded):
             from snpatch.executors.transformers.executor import TransformersExecutor as Executor
         return Executor(config, self.tokenizer)
 
+    def restart(self) -> None:
+        """Start anew what runs the requests, as after an EngineDiedError; models and what was kept of them stay."""
+        self.executor.close()
+        self.executor = self._executor_of(self.config)
+        self.executor.start(list(self._opened.models.values()))
+
     def close(self) -> None:
         """Free what the engine holds; it cannot be used afterwards. `with Engine(...)` does it at its end."""
         self.executor.close()

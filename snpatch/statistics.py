@@ -63,6 +63,23 @@ def causal_effect(patched: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **
     return interval(effect, patched, recipient, donor, **certainty)
 
 
+def net_effect(
+    patched: ArrayLike, controls: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **certainty
+) -> Interval | tuple:
+    """The causal effect without what random neurons recover, with its interval. controls: their mean for each prompt.
+
+    Three times None where donor and recipient score the same.
+    """
+    if np.mean(donor) == np.mean(recipient):
+        return None, None, None
+
+    def net(patched, controls, recipient, donor, axis=-1):
+        gap = donor.mean(axis) - recipient.mean(axis)
+        return (patched.mean(axis) - controls.mean(axis)) / np.where(gap == 0, np.nan, gap)
+
+    return interval(net, patched, controls, recipient, donor, **certainty)
+
+
 def paired_p(one: ArrayLike, other: ArrayLike) -> float | None:
     """p of the two-sided paired t-test; None where fewer than two prompts are there or no score differs."""
     if len(one) < 2 or np.allclose(one, other, rtol=1e-12, atol=0):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
 from snpatch.experiments.sweeps import headline, report_of
 from snpatch.report import files
 from snpatch.runs.config import SweepConfig
-from snpatch.runs.store import NAME, Store
+from snpatch.runs.store import NAME, OLD, Store
 from snpatch.runs.sweep import sweep
 from snpatch.statistics import causal_effect, interval, paired_p
 
@@ -43,7 +44,7 @@ def judge(prompts, completions):
 
 
 def run(engine, ranking, store=None, judge=judge, **changes):
-    config = SweepConfig(**{"recipients": ("sft", "base"), "donor": "dpo", "windows": (0, 70, (70, 300), 1408),
+    config = SweepConfig(**{"recipients": ("sft", "base"), "donors": "dpo", "windows": (0, 70, (70, 300), 1408),
                             "controls": 2, "sampling": GREEDY, "resamples": 200, **changes})  # fmt: skip
     judges = judge if isinstance(judge, dict) else {"cost": judge}
     return sweep(engine, PROMPTS, {"safety": ranking}, judges, config, store=store)
@@ -133,20 +134,20 @@ def test_promise_8_a_killed_sweep_continues_where_it_was(engine, ranking, tmp_pa
     whole = run(engine, ranking)
     written.clear()
     run(engine, ranking, store=tmp_path)
-    lines = (tmp_path / NAME).read_bytes().splitlines(keepends=True)
-    assert sum(written) == len(lines) > 30
-    (tmp_path / NAME).write_bytes(b"".join(lines[:20]) + lines[20][:15])  # killed while writing the 21st
+    keys = list(written)
+    assert len(keys) == len(set(keys)) > 30
+    with sqlite3.connect(tmp_path / NAME) as file:  # as if it had been killed after the 20th text
+        file.executemany("DELETE FROM texts WHERE key = ?", [(key,) for key in keys[20:]])
+        file.execute("DELETE FROM work")
     written.clear()
     resumed = run(engine, ranking, store=tmp_path)
-    assert sum(written) == len(lines) - 20
+    assert sorted(written) == sorted(keys[20:])
     assert resumed.records == whole.records
     assert resumed.rows == whole.rows
-    keys = [json.loads(line)["key"] for line in (tmp_path / NAME).read_text().splitlines()]
-    assert len(keys) == len(set(keys)) == len(lines)
     written.clear()
     other = Ranking.from_order(ranking.top(100).flip(0), ranking.shape)
     run(engine, other, store=tmp_path, windows=(50,), controls=0)
-    assert sum(written) == 2 * len(PROMPTS), "another ranking must not find the first one's texts"
+    assert len(written) == 2 * len(PROMPTS), "another ranking must not find the first one's texts"
 
 
 def model_with(folder, **files) -> Path:
@@ -159,15 +160,15 @@ def model_with(folder, **files) -> Path:
 
 @pytest.fixture
 def written(monkeypatch):
-    """How many texts each call had written."""
-    counts, original = [], Engine.stream
+    """The keys of the texts that were written."""
+    keys, original = [], Store.keep
 
-    def counting(self, prompts, *args, **kwargs):
-        counts.append(len(prompts))
-        return original(self, prompts, *args, **kwargs)
+    def keep(self, key, text):
+        keys.append(key)
+        return original(self, key, text)
 
-    monkeypatch.setattr(Engine, "stream", counting)
-    return counts
+    monkeypatch.setattr(Store, "keep", keep)
+    return keys
 
 
 SFT, DPO = GOLDEN / "adapters/sft", [GOLDEN / "adapters/sft", GOLDEN / "adapters/dpo"]
@@ -200,7 +201,7 @@ def another_config() -> bytes:
 def test_texts_are_kept_by_content(engine, ranking, tmp_path, written, is_new, files, adapters, options):
     """Another place or company of the same models finds their texts; another byte of what made them does not."""
     first = run(engine, ranking, store=tmp_path, **SMALL)
-    assert sum(written) == 3 * len(PROMPTS)
+    assert len(written) == 2 * len(PROMPTS) + len(PROMPTS)
     written.clear()
     same = {"dtype": engine.config.dtype, "template": engine.config.template}
     folder = model_with(tmp_path / "copy", **files)
@@ -253,8 +254,9 @@ def test_the_store_tells_templates_and_samples_apart(engine, ranking, tmp_path):
     assert len({r["completion"] for r in sampled.records if r["ranking"]}) > 1
 
 
-def test_two_sweeps_cannot_share_a_store(engine, ranking, tmp_path):
-    with Store(tmp_path), pytest.raises(SnpatchError, match="in use by another sweep"):
+def test_the_store_of_an_older_snpatch_is_named(engine, ranking, tmp_path):
+    (tmp_path / OLD).write_text("{}\n")
+    with pytest.raises(SnpatchError, match=f"{OLD} is of an older snpatch, .* move it away"):
         run(engine, ranking, store=tmp_path)
 
 

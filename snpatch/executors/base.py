@@ -4,7 +4,7 @@ Why one kind of request: generation, contrast, capture and log-probabilities dif
 written and in which positions are observed, so they mix in one batch and an executor has one path to get right.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -131,11 +131,15 @@ class Executor(Protocol):
     def start(self, models: Sequence[Model]) -> None:
         """Get ready to run requests; models: those that are known so far."""
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+    def check_request(self, request: Request) -> None:
+        """An error for a request that this executor cannot run, however long it waits."""
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
         """(index, output) of each request as it finishes, its receipt checked.
 
-        All are checked before any runs, and taken as there is room for them. Statistics are whole when the last output
-        was taken; whoever stops before ends the requests that run.
+        They are taken as there is room for them. Those of a list are all checked before any runs; whoever makes them
+        on the way has checked them. Statistics are whole when the last output was taken; whoever stops before ends the
+        requests that run.
         """
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ from snpatch.guard.guard import Guard
 from snpatch.guard.labels import distinct
 from snpatch.report.cells import cell, span
 from snpatch.report.report import Report, Row, View
-from snpatch.runs import texts
+from snpatch.runs import judging, texts
+from snpatch.runs.store import Store
 from snpatch.statistics import interval
 from snpatch.worlds.lab import Lab
 
@@ -56,10 +57,11 @@ def run(lab: Lab, settings: Settings) -> Report:
         if len(prompts) < len(lab.prompts(name)):
             notes.append(f"{name}: {len(lab.prompts(name)) - len(prompts)} prompts repeat or are in {train}, left out.")
         refused = guard.predict(lab.engine, prompts) > guard.threshold
-        with lab.progress(f"answers to {name}") as progress:
-            written = texts.write(lab.engine, prompts, [model, donor], lab.sampling, store=lab.out, progress=progress)
+        with lab.progress(f"answers to {name}") as progress, Store(lab.out) as store:
+            written = texts.write(lab.engine, prompts, [model, donor], lab.sampling, store=store, progress=progress)
+            judging.judge_all([record for mine in written for record in mine], lab.cost, store)
         for who, mine in zip((model, donor), written, strict=True):
-            texts.judge_all(mine, lab.cost)
+            judging.check_scored(mine)
             costs = np.array([record["scores"][lab.world.cost] for record in mine])
             rows.append(_row(name, who, costs, refused, settings))
             records += [

@@ -16,6 +16,8 @@ from snpatch.runs.config import SweepConfig
 from snpatch.runs.sweep import Row, SweepResult
 from snpatch.worlds.lab import Lab
 
+TOLD = 10  # failures that a report names
+
 
 @dataclass(frozen=True)
 class SweepSettings:
@@ -47,46 +49,72 @@ def sweep_config(lab: Lab, settings: SweepSettings, windows: Sequence[Window | i
 
 def report_of(result: SweepResult, name: str) -> Report:
     """A sweep's report: its rows, a plot for each judge, and what share of the neurons recovered what."""
-    first, *others = result.judges
-    plots = {name: plot(result, first)} | {f"{name}-{judge}": plot(result, judge) for judge in others}
+    first = result.judges[0]
+    plots = {
+        "-".join([name, *([judge] if judge != first else []), *([label.replace(", ", "-")] if label else [])]): figure
+        for judge in result.judges
+        for label, part in result.slices()
+        if (figure := plot(part, judge, label)) is not None
+    }
     shown = [r for r in result.rows if r.control_seed is None]
     interval = f"{result.config.confidence:.0%} interval"
     columns = {
         "judge": lambda r: r.judge,
+        "set": lambda r: r.set,
         "recipient": lambda r: r.recipient,
+        "donor": lambda r: r.donor or "",
+        "strength": lambda r: r.strength if r.ranking else "",
         "ranking": lambda r: r.ranking or "unpatched",
         "window": lambda r: f"[{r.lo}, {r.hi})" if r.ranking else "",
         "share": lambda r: f"{r.share:.1%}" if r.ranking else "",
+        "left out": lambda r: r.failed or "",
         "mean": lambda r: r.mean,
         interval: lambda r: span(asdict(r), "mean"),
         "effect": lambda r: percent(r.effect) if r.ranking else "",
         "of the effect": lambda r: span(asdict(r), "effect", percent),
+        "net of random": lambda r: percent(r.net) if r.net is not None else "",
+        "of the net": lambda r: span(asdict(r), "net", percent),
         "p": lambda r: p_value(r.p_unpatched),
         "random: mean, effect": lambda r: _random(result, r),
         "p against it": lambda r: p_value(r.p_control),
     }
-    if not others:
-        del columns["judge"]
+    several = {"judge": result.judges, "set": result.sets, "donor": result.config.donors}
+    several |= {"strength": result.config.strengths}
+    for column, values in several.items():
+        if len(values) == 1:
+            del columns[column]
+    if not any(row.failed for row in result.rows):
+        del columns["left out"]
     return Report(
         name,
         {name: [asdict(row) for row in result.rows]},
         plots,
         View.of(shown, columns),
-        [*headline(result), *result.notes],
+        [*(s for label, part in result.slices() for s in headline(part, label)), *result.notes, *_failed(result)],
         records=result.records,
     )
 
 
-def plot(result: SweepResult, judge: str) -> Figure:
+def _failed(result: SweepResult) -> list[str]:
+    """The first things that failed, and how many did."""
+    told = [f"failed: {line}" for line in result.failures[:TOLD]]
+    return [*told, f"... {len(result.failures)} in all"] if len(result.failures) > TOLD else told
+
+
+def plot(result: SweepResult, judge: str, label: str = "") -> Figure | None:
     """Mean score for each recipient: each ranking, the band of its random controls, both models' lines.
 
-    Against k, or against a window's first rank where windows do not all begin at 0.
+    Against k, or against a window's first rank where windows do not all begin at 0. result: of one set, donor and
+    strength, which `label` tells. None where its donor is the only recipient.
     """
     recipients = result.config.recipients
+    if not recipients:
+        return None
     figure = Figure(figsize=(6 * len(recipients), 4.5), layout="constrained")
     axes = figure.subplots(1, len(recipients), sharey=True, squeeze=False)
     for axis, recipient in zip(axes[0], recipients, strict=True):
         _curves(axis, result, judge, recipient)
+    figure.suptitle(label)
     return figure
 
 
@@ -96,7 +124,7 @@ def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None
     def place(row: Row) -> int:
         return row.hi if is_top else row.lo
 
-    donor = result.config.donor
+    donor = result.donor
     for model, colour, style in ((recipient, "tab:gray", "--"), (donor, "tab:green", ":")):
         axis.axhline(result.baseline(model, judge).mean, color=colour, linestyle=style, label=f"{model}, unpatched")
     for number, ranking in enumerate(result.rankings):
@@ -117,12 +145,13 @@ def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None
     axis.grid(alpha=0.3)
 
 
-def headline(result: SweepResult) -> list[str]:
-    """One sentence a judge, recipient and ranking: what share of the neurons recovered what share of the donor's gain.
+def headline(result: SweepResult, label: str = "") -> list[str]:
+    """One sentence a judge, recipient and ranking: what share of the neurons recovered what of the donor's gain.
 
-    The window is the smallest that reaches 90 % of the best window's effect.
+    result: of one set, donor and strength, which `label` tells. The window is the smallest that reaches 90 % of the
+    best window's effect.
     """
-    sentences = []
+    sentences, where = [], f" ({label})" if label else ""
     for judge in result.judges:
         gain = "the safety gain" if judge == "cost" else f"the change of {judge}"
         for recipient in result.config.recipients:
@@ -130,13 +159,13 @@ def headline(result: SweepResult) -> list[str]:
                 line = [row for row in result.line(judge, recipient, ranking) if row.effect is not None]
                 best = max((row.effect for row in line), default=0.0)
                 if best <= 0:
-                    sentences.append(f"{recipient}: no window of {ranking} neurons recovered any of {gain}.")
+                    sentences.append(f"{recipient}: no window of {ranking} neurons recovered any of {gain}{where}.")
                     continue
                 row = min((row for row in line if row.effect >= 0.9 * best), key=lambda row: row.share)
                 random, place = _random(result, row), f", from rank {row.lo}" if row.lo else ""
                 sentences.append(
                     f"{recipient}: {row.share:.1%} of the neurons ({row.hi - row.lo} by {ranking}{place}) recovered "
-                    f"{percent(row.effect)} of {gain} of {result.config.donor}"
+                    f"{percent(row.effect)} of {gain} of {result.donor}{where}"
                     + (f"; random ones: {judge}, effect {random}." if random else ".")
                 )
     return sentences

@@ -66,7 +66,7 @@ def run(lab: Lab, settings: Settings) -> Report:
         for prompts in sets:
             result = lab.sweep(prompts, {"shared": shared}, judges, config)
             rows += _rows(result, prompts, settings)
-            records += [{"set": prompts, "donor": donor, **record} for record in result.records]
+            records += [{**record, "donor": donor} for record in result.records]
     certainty = f"{settings.confidence:.0%} interval"
     columns = {
         "patched": lambda row: f"{row['donor']} -> {row['recipient']}",
@@ -101,7 +101,7 @@ def shared_neurons(one: Ranking, other: Ranking, k: int) -> Ranking:
 
 def _rows(result: SweepResult, prompts: str, settings: Settings) -> list[dict]:
     """A row a judge: mean score before and after, and the change, paired over prompts."""
-    (recipient,), donor = result.config.recipients, result.config.donor
+    (recipient,), donor = result.config.recipients, result.donor
     rows = []
     for judge in result.judges:
         before, after = (_scores(result, judge, recipient, ranking) for ranking in (None, "shared"))

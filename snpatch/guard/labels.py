@@ -15,7 +15,8 @@ from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.protocol import Judge
-from snpatch.runs import texts
+from snpatch.runs import judging, texts
+from snpatch.runs.store import Store
 from snpatch.sampling import GREEDY, Sampling
 
 
@@ -51,7 +52,9 @@ def label(
     """
     if sampling.n > 1:
         raise SnpatchError("guard: a label is of one answer to each prompt; set n=1")
-    (records,) = texts.write(engine, prompts, [model], sampling, store=store, progress=progress)
-    texts.judge_all(records, {"judge": judge})
+    with Store(store) as kept:
+        (records,) = texts.write(engine, prompts, [model], sampling, store=kept, progress=progress)
+        judging.judge_all(records, {"judge": judge}, kept)
+    judging.check_scored(records)
     scores = np.array([record["scores"]["judge"] for record in records])
     return Labelled(prompts, scores > threshold, scores, [record["completion"] for record in records])

@@ -11,8 +11,15 @@ from typing import Protocol
 from snpatch.errors import SnpatchError
 
 
+class BrokenJudgeError(SnpatchError):
+    """A judge gives another number of scores than of texts: none of them can be told whose it is."""
+
+
 class Judge(Protocol):
-    """A number for each completion as an answer to its prompt, in the given order."""
+    """A number for each completion as an answer to its prompt, in the given order.
+
+    One that has a `digest`, which names it by content, has its scores kept; any other is asked anew.
+    """
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]: ...
 
@@ -29,7 +36,7 @@ def score_all(
     for name, judge in judges.items():
         found = [float(score) for score in judge(prompts, completions)]
         if len(found) != len(prompts):
-            raise SnpatchError(f"judge {name!r}: wanted {len(prompts)} scores, one a completion, got {len(found)}")
+            raise BrokenJudgeError(f"judge {name!r}: wanted {len(prompts)} scores, one a completion, got {len(found)}")
         for prompt, score in zip(prompts, found, strict=True):
             if not math.isfinite(score):
                 raise SnpatchError(f"judge {name!r}: wanted a finite score, got {score} for the prompt {prompt[:80]!r}")

@@ -1,5 +1,6 @@
 """The cheap judge: words by which a model refuses."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -24,6 +25,12 @@ class RefusalWords:
         self.patterns = [
             re.compile(re.escape(word), re.IGNORECASE) if isinstance(word, str) else word for word in words
         ]
+
+    @property
+    def digest(self) -> str:
+        """Names it by content: its scores can be kept under it."""
+        words = [(pattern.pattern, pattern.flags) for pattern in self.patterns]
+        return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         check_pairs(prompts, completions)

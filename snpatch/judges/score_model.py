@@ -3,8 +3,11 @@
 Why a text is never cut: a completion is judged at its end, so one that does not fit is an error.
 """
 
+import hashlib
 import inspect
+import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +20,7 @@ from snpatch.judges.on_transformers import BeavertailsScorer, ClassifierScorer, 
 from snpatch.judges.protocol import check_pairs
 from snpatch.judges.score_text import Row, ScoreText
 from snpatch.models.checkpoint import load_config
+from snpatch.models.digest import digest_of_checkpoint, digest_of_tokenizer
 from snpatch.models.pretrained import load_pretrained
 
 INDEPENDENT = ("regression", "multi_label_classification")  # problem_type of labels that do not compete
@@ -57,6 +61,7 @@ class ScoreModel:
         tokenizer = load_pretrained(AutoTokenizer, model)
         default = "beaver" if is_beaver else "chat" if tokenizer.chat_template else "pair"
         self._text = ScoreText(format or default, tokenizer)
+        self._named = model, [digest_of_tokenizer(tokenizer), format or default, label, dtype, self.backend]
         self._label = _label(model, ["score"] if is_beaver else list(config.id2label.values()), label)
         self._is_independent = config.problem_type in INDEPENDENT
         padding = padding_of(config)
@@ -85,6 +90,12 @@ class ScoreModel:
             raise SnpatchError("this judge is closed")
         rows = [self._fitted(*pair) for pair in zip(prompts, self._text.rows(prompts, completions), strict=True)]
         return self._values(self._scorer.score(rows)).tolist() if rows else []
+
+    @cached_property
+    def digest(self) -> str:
+        """Names it by content: its scores can be kept under it."""
+        model, parts = self._named
+        return hashlib.sha256(json.dumps([digest_of_checkpoint(model), *parts]).encode()).hexdigest()[:16]
 
     def text(self, prompt: str, completion: str) -> str:
         """The text that is scored, but for what the tokenizer adds by itself."""

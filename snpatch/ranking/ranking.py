@@ -120,6 +120,11 @@ class Ranking:
         """Names the order by its content."""
         return hashlib.sha256(self.rank.contiguous().numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
 
+    def digest_of(self, window: Window) -> str:
+        """Names a window's neurons by content, whatever their order."""
+        neurons = self._first(window.hi)[window.lo :].sort().values
+        return hashlib.sha256(neurons.numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
+
     @property
     def provenance(self) -> dict:
         """What a table that hangs on this ranking says of it."""

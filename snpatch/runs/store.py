@@ -1,78 +1,428 @@
-"""A log of records in a folder, one JSON object a line, that survives being killed at any point."""
+"""The store of a sweep's folder: texts, scores, open work and failures, in one SQLite file that any kill leaves whole.
 
-import fcntl
+Why work is taken under a lease: several processes of one machine may fill the same folder, and what a dead one had
+taken must become free again. A process whose end can be seen is not waited for.
+"""
+
+import hashlib
 import json
 import os
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from snpatch.errors import SnpatchError
 
-NAME = "completions.jsonl"
+NAME = "sweep.sqlite"
+OLD = "completions.jsonl"  # of the versions before it
+LEASE_S = 60.0
+APART = 8  # into so many groups what was under way in a failed run is split, until the text that fails is found
+VERSION = 1
+OPEN, DONE, FAILED = range(3)
+
+SCHEMA = """
+CREATE TABLE texts (
+  key TEXT PRIMARY KEY,           -- names everything that made the text, see texts.key_of
+  completion TEXT NOT NULL,
+  token_ids BLOB NOT NULL,        -- int32
+  finish_reason TEXT NOT NULL,
+  overwrites INTEGER NOT NULL,
+  written REAL NOT NULL           -- seconds since 1970
+) WITHOUT ROWID;
+CREATE TABLE scores (
+  text TEXT NOT NULL,             -- names prompt and completion
+  judge TEXT NOT NULL,            -- its digest
+  score REAL NOT NULL,
+  PRIMARY KEY (text, judge)
+) WITHOUT ROWID;
+CREATE TABLE work (
+  key TEXT PRIMARY KEY,
+  state INTEGER NOT NULL,         -- 0 open, 1 done, 2 failed
+  owner TEXT,                     -- who writes it now
+  expires REAL,
+  attempts INTEGER NOT NULL,      -- how many runs failed while it was under way
+  error TEXT                      -- of the last of them
+) WITHOUT ROWID;
+CREATE INDEX work_state ON work (state);
+CREATE TABLE asked (               -- the last sweep's texts, by what they are called; of one row each
+  place INTEGER PRIMARY KEY,
+  key TEXT,                       -- NULL: its prompt cannot be run
+  labels TEXT NOT NULL,           -- JSON: set, prompt_index, sample, prompt, recipient, donor, ranking, ...
+  error TEXT
+);
+CREATE TABLE judges (              -- the last sweep's
+  name TEXT PRIMARY KEY,
+  judge TEXT NOT NULL             -- the digest that its scores are kept under
+);
+CREATE TABLE failures (
+  place TEXT NOT NULL,            -- JSON: which prompt of which set, or which text before which judge
+  error TEXT NOT NULL,
+  at REAL NOT NULL
+);
+CREATE TABLE runs (
+  id INTEGER PRIMARY KEY,
+  owner TEXT NOT NULL,
+  command TEXT NOT NULL,
+  started REAL NOT NULL,
+  ended REAL,
+  outcome TEXT                    -- NULL: still under way, or killed
+);
+"""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A completion as it is kept."""
+
+    completion: str
+    token_ids: list[int]
+    finish_reason: str
+    overwrites: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a folder's work is. taken: open, and being written now. rate: texts a second in the last minutes, None
+    where nothing was written; left_s: seconds that the open ones would take at it."""
+
+    done: int
+    open: int
+    taken: int
+    failed: int
+    scores: int
+    failures: tuple[dict, ...]
+    rate: float | None
+    left_s: float | None
+    runs: tuple[dict, ...]
 
 
 class Store:
-    """Use as a context. `records`: key -> record of what earlier runs wrote. folder None: keeps nothing."""
+    """Use as a context, from one thread. folder None: kept in memory. must_exist: an error where there is none yet."""
 
-    def __init__(self, folder: str | Path | None) -> None:
-        self.records: dict[str, dict] = {}
-        self._path = None if folder is None else Path(folder) / NAME
-        self._file: IO[bytes] | None = None
+    def __init__(self, folder: str | Path | None, must_exist: bool = False) -> None:
+        self.path = None if folder is None else Path(folder) / NAME
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._must_exist = must_exist
+        self._connection: sqlite3.Connection | None = None
+        self._stop = threading.Event()
+        self._beat: threading.Thread | None = None
 
     def __enter__(self) -> "Store":
-        if self._path is None:
-            return self
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "a+b", buffering=0)
-        except OSError as error:
-            raise SnpatchError(f"cannot write {self._path}: {error.strerror or error}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.truncate(self._read())
-        except BlockingIOError:
-            self._close()
-            raise SnpatchError(f"{self._path.parent} is in use by another sweep") from None
-        except OSError as error:
-            self._close()
-            raise SnpatchError(f"cannot write {self._path}: {error.strerror or error}") from error
-        except SnpatchError:
-            self._close()
-            raise
+        if self.path is not None:
+            if self._must_exist and not self.path.is_file():
+                raise SnpatchError(f"{self.path.parent} holds no sweep ({NAME})")
+            if (self.path.parent / OLD).is_file() and not self.path.is_file():
+                raise SnpatchError(
+                    f"{self.path.parent / OLD} is of an older snpatch, whose texts have other keys: move it away, or "
+                    "choose another folder"
+                )
+        with self._errors():
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = self._connect()
+            self._migrate()
+            self._execute("CREATE TEMP TABLE mine (place INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE)")
         return self
 
-    def append(self, key: str, record: dict) -> None:
-        """Keep a record; unbuffered, so that killing the process loses none that were appended."""
-        self.records[key] = record
-        if self._file is None:
-            return
-        line = json.dumps({"key": key, **record}).encode() + b"\n"
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            raise SnpatchError(f"cannot write {self._path}: {error.strerror or error}") from error
-
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._close()
+        self._stop.set()
+        if self._beat is not None:
+            self._beat.join()
+        try:
+            self._execute("UPDATE work SET owner = NULL, expires = NULL WHERE owner = ?", self.owner)
+        finally:
+            self._connection.close()
+            self._connection = None
 
-    def _read(self) -> int:
-        """Take in what earlier runs wrote; the bytes of whole records."""
-        self._file.seek(0)
-        whole = 0
-        for number, line in enumerate(self._file.readlines(), start=1):
-            if not line.endswith(b"\n"):
-                break  # a record that was being written when the run was killed
-            try:
-                record = json.loads(line)
-                self.records[record.pop("key")] = record
-            except (ValueError, KeyError, AttributeError) as error:
-                raise SnpatchError(f"{self._path}, line {number}: not a record of a sweep: {error}") from error
-            whole += len(line)
-        return whole
+    # ---- texts --------------------------------------------------------------------------------------------------
 
-    def _close(self) -> None:
-        self._file.close()
-        self._file = None
+    def texts(self, keys: Iterable[str]) -> dict[str, Text]:
+        """Those of the texts that are there."""
+        found = {}
+        for part in _parts(list(keys), 500):
+            marks = ",".join("?" * len(part))
+            for key, completion, ids, reason, overwrites in self._execute(
+                f"SELECT key, completion, token_ids, finish_reason, overwrites FROM texts WHERE key IN ({marks})", *part
+            ):
+                found[key] = Text(completion, array("i", ids).tolist(), reason, overwrites)
+        return found
+
+    def keep(self, key: str, text: Text) -> None:
+        """A text is finished; from here on nothing but a broken disk loses it."""
+        ids = array("i", text.token_ids).tobytes()
+        with self._transaction():
+            self._execute(
+                "INSERT OR IGNORE INTO texts VALUES (?, ?, ?, ?, ?, ?)",
+                key, text.completion, ids, text.finish_reason, text.overwrites, time.time(),
+            )  # fmt: skip
+            self._execute("UPDATE work SET state = ?, owner = NULL, error = NULL WHERE key = ?", DONE, key)
+            self._execute("DELETE FROM mine WHERE key = ?", key)
+
+    # ---- work ---------------------------------------------------------------------------------------------------
+
+    def ask(self, keys: Sequence[str]) -> int:
+        """These texts are wanted, in this order; how many of them are missing. What failed before is open again."""
+        with self._transaction():
+            self._execute("DELETE FROM mine")
+            self._many("INSERT OR IGNORE INTO mine (key) VALUES (?)", ((key,) for key in keys))
+            self._execute(
+                "INSERT OR IGNORE INTO work SELECT m.key, t.key IS NOT NULL, NULL, NULL, 0, NULL "
+                "FROM mine m LEFT JOIN texts t USING (key)"
+            )
+            self._execute(
+                "UPDATE work SET state = ?, attempts = 0 WHERE state = ? AND key IN (SELECT key FROM mine)",
+                OPEN, FAILED,
+            )  # fmt: skip
+            self._execute("DELETE FROM mine WHERE key IN (SELECT key FROM work WHERE state = ?)", DONE)
+            (missing,) = self._row("SELECT count(*) FROM mine")
+        return missing
+
+    def claim(self, most: int) -> list[str]:
+        """So many of the texts asked for that nobody writes, under a lease of this process. Those that were under way
+        in a run that failed come last, and in a group of their own: see `suspect`."""
+        now = time.time()
+        free = "w.state = 0 AND (w.owner IS NULL OR w.expires < ?) AND w.attempts"
+        chosen = "SELECT m.key FROM mine m JOIN work w USING (key) WHERE"
+        with self._transaction():
+            self._free_dead()
+            found = self._execute(f"{chosen} {free} = 0 ORDER BY m.place LIMIT ?", now, most).fetchall()
+            if not found:
+                attempts, suspects = self._row(
+                    f"SELECT max(w.attempts), count(*) FROM mine m JOIN work w USING (key) WHERE {free} > 0", now
+                )
+                if suspects:
+                    group = -(-suspects // APART)
+                    found = self._execute(
+                        f"{chosen} {free} = ? ORDER BY m.place LIMIT ?", now, attempts, group
+                    ).fetchall()
+            keys = [key for (key,) in found]
+            self._many(
+                "UPDATE work SET owner = ?, expires = ? WHERE key = ?",
+                ((self.owner, now + LEASE_S, key) for key in keys),
+            )
+        if keys and self._beat is None and self.path is not None:
+            self._beat = threading.Thread(target=self._renew, name="snpatch-lease", daemon=True)
+            self._beat.start()
+        return keys
+
+    def is_suspect(self, key: str) -> bool:
+        """Whether a run failed while it was under way."""
+        return bool(self._row("SELECT attempts FROM work WHERE key = ?", key)[0])
+
+    def missing(self) -> int:
+        """How many of the texts asked for are open, here or elsewhere."""
+        return self._row("SELECT count(*) FROM mine m JOIN work w USING (key) WHERE w.state = 0")[0]
+
+    def suspect(self, error: str) -> list[str]:
+        """A run failed: what this process had under way is to be tried again in smaller groups, and one that was alone
+        has failed; the keys of those that have."""
+        with self._transaction():
+            under_way = [
+                key for (key,) in self._execute("SELECT key FROM work WHERE owner = ? AND state = 0", self.owner)
+            ]
+            self._execute(
+                "UPDATE work SET owner = NULL, expires = NULL, attempts = attempts + 1, error = ?, state = ? "
+                "WHERE owner = ? AND state = 0",
+                error, FAILED if len(under_way) == 1 else OPEN, self.owner,
+            )  # fmt: skip
+        return under_way if len(under_way) == 1 else []
+
+    def errors(self, keys: Iterable[str]) -> dict[str, str]:
+        """Why each of these failed that did."""
+        found = {}
+        for part in _parts(list(keys), 500):
+            marks = ",".join("?" * len(part))
+            found |= dict(
+                self._execute(f"SELECT key, error FROM work WHERE state = 2 AND key IN ({marks})", *part).fetchall()
+            )
+        return found
+
+    # ---- a sweep ------------------------------------------------------------------------------------------------
+
+    def name(self, labels: Sequence[tuple[str | None, Mapping[str, object], str | None]]) -> None:
+        """What a sweep's texts are called: key, labels and why there is none, in the order of its points."""
+        with self._transaction():
+            self._execute("DELETE FROM asked")
+            self._many(
+                "INSERT INTO asked (key, labels, error) VALUES (?, ?, ?)",
+                ((key, json.dumps(dict(own)), error) for key, own, error in labels),
+            )
+
+    def name_judges(self, digests: Mapping[str, str]) -> None:
+        """Under which digests the scores of a sweep's judges are kept, by the judge's name."""
+        with self._transaction():
+            self._execute("DELETE FROM judges")
+            self._many("INSERT INTO judges VALUES (?, ?)", digests.items())
+
+    def records(self) -> Iterator[dict]:
+        """The last sweep's texts as they are now, by what they are called, with the scores that they have."""
+        judges = dict(self._execute("SELECT name, judge FROM judges").fetchall())
+        scores = {name: self.scores(judge) for name, judge in judges.items()}
+        rows = self._execute(
+            "SELECT a.labels, coalesce(a.error, w.error), t.completion, t.token_ids, t.finish_reason, t.overwrites "
+            "FROM asked a LEFT JOIN texts t USING (key) LEFT JOIN work w USING (key) ORDER BY a.place"
+        )
+        for labels, error, completion, ids, reason, overwrites in rows.fetchall():
+            record = json.loads(labels)
+            text = None if completion is None else text_of(record["prompt"], completion)
+            yield {
+                **record,
+                "completion": completion,
+                "tokens": 0 if ids is None else len(ids) // 4,
+                "finish_reason": reason,
+                "overwrites": overwrites or 0,
+                "error": None if completion is not None else error,
+                "scores": {name: kept.get(text) for name, kept in scores.items()},
+            }
+
+    # ---- scores and failures --------------------------------------------------------------------------------------
+
+    def scores(self, judge: str) -> dict[str, float]:
+        """text -> score, of all that a judge of this digest scored."""
+        return dict(self._execute("SELECT text, score FROM scores WHERE judge = ?", judge).fetchall())
+
+    def keep_scores(self, judge: str, scores: Mapping[str, float]) -> None:
+        """Scores by text."""
+        with self._transaction():
+            self._many(
+                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", ((text, judge, s) for text, s in scores.items())
+            )
+
+    def fail(self, place: Mapping[str, object], error: str) -> None:
+        """Note what went wrong besides texts: a prompt that cannot be read, a text that a judge cannot score."""
+        self._execute("INSERT INTO failures VALUES (?, ?, ?)", json.dumps(place), error, time.time())
+
+    # ---- runs ---------------------------------------------------------------------------------------------------
+
+    def begin(self, command: str) -> int:
+        """A run begins, which forgets the failures of those before it; its number."""
+        with self._transaction():
+            self._execute("DELETE FROM failures")
+            return self._execute(
+                "INSERT INTO runs (owner, command, started) VALUES (?, ?, ?)", self.owner, command, time.time()
+            ).lastrowid
+
+    def end(self, run: int, outcome: str) -> None:
+        """A run ends: "done", or what stopped it."""
+        self._execute("UPDATE runs SET ended = ?, outcome = ? WHERE id = ?", time.time(), outcome, run)
+
+    def status(self, window_s: float = 300.0) -> Status:
+        """How far everything is that was ever asked for. window_s: over which the rate is taken."""
+        now = time.time()
+        with self._transaction():
+            self._free_dead()
+            counts = dict(self._execute("SELECT state, count(*) FROM work GROUP BY state").fetchall())
+            (taken,) = self._row("SELECT count(*) FROM work WHERE state = 0 AND owner IS NOT NULL AND expires > ?", now)
+            last, n, first = self._row(
+                "SELECT max(written), count(*), min(written) FROM texts WHERE written > "
+                "(SELECT max(written) FROM texts) - ?", window_s,
+            )  # fmt: skip
+            (scores,) = self._row("SELECT count(*) FROM scores")
+            failures = [
+                {"error": error, **json.loads(place)}
+                for place, error in self._execute("SELECT place, error FROM failures")
+            ]
+            failures += [
+                {"error": error, "key": key}
+                for key, error in self._execute("SELECT key, error FROM work WHERE state = 2")
+            ]
+            names = ("owner", "command", "started", "ended", "outcome")
+            runs = [dict(zip(names, row, strict=True)) for row in self._execute(f"SELECT {', '.join(names)} FROM runs")]
+        rate = (n - 1) / (last - first) if n and last > first else None
+        left = counts.get(OPEN, 0)
+        return Status(
+            counts.get(DONE, 0), left, taken, counts.get(FAILED, 0), scores, tuple(failures),
+            rate, left / rate if rate else None, tuple(runs),
+        )  # fmt: skip
+
+    # ---- the file -----------------------------------------------------------------------------------------------
+
+    def _connect(self) -> sqlite3.Connection:
+        target = ":memory:" if self.path is None else self.path
+        connection = sqlite3.connect(target, timeout=60, isolation_level=None)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing; a power cut the last texts, at most
+        return connection
+
+    def _migrate(self) -> None:
+        with self._transaction():
+            (version,) = self._row("PRAGMA user_version")
+            if version == 0:
+                for statement in SCHEMA.split(";\n"):
+                    self._execute(statement)
+                self._execute(f"PRAGMA user_version = {VERSION}")
+            elif version != VERSION:
+                raise SnpatchError(f"{self.path} is of a newer snpatch (version {version} of its tables)")
+
+    def _free_dead(self) -> None:
+        """Leases of processes of this machine that are no more."""
+        here = socket.gethostname()
+        for (owner,) in self._execute("SELECT DISTINCT owner FROM work WHERE state = 0 AND owner IS NOT NULL"):
+            host, pid, _ = owner.rsplit(":", 2)
+            if host == here and owner != self.owner and not _is_alive(int(pid)):
+                self._execute("UPDATE work SET owner = NULL, expires = NULL WHERE owner = ? AND state = 0", owner)
+
+    def _renew(self) -> None:
+        """Keep the leases while this process lives, whatever it waits for."""
+        connection = self._connect()
+        while not self._stop.wait(LEASE_S / 4):
+            connection.execute(
+                "UPDATE work SET expires = ? WHERE owner = ? AND state = 0", (time.time() + LEASE_S, self.owner)
+            )
+        connection.close()
+
+    def _execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+        with self._errors():
+            return self._connection.execute(statement, values)
+
+    def _many(self, statement: str, rows: Iterable[tuple]) -> None:
+        with self._errors():
+            self._connection.executemany(statement, rows)
+
+    def _row(self, statement: str, *values: object) -> tuple:
+        return self._execute(statement, *values).fetchone()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise SnpatchError(f"cannot use {self.path}: {error}") from error
+
+
+def text_of(prompt: str, completion: str) -> str:
+    """Names a completion as an answer to its prompt, by content."""
+    return hashlib.sha256(f"{prompt}\0{completion}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _parts(keys: list[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(keys), size):
+        yield keys[start : start + size]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

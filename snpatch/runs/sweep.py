@@ -1,7 +1,9 @@
 """Sweeps: many patches over the same prompts, judged and compared with the unpatched models."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,52 +16,66 @@ from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
-from snpatch.runs import texts
+from snpatch.runs import judging, texts
 from snpatch.runs.config import SweepConfig
-from snpatch.statistics import causal_effect, interval, paired_p
+from snpatch.runs.store import Store
+from snpatch.statistics import causal_effect, interval, net_effect, paired_p
 
 NOTHING = Window(0, 0)
+PROMPTS = "prompts"  # the name of a set that has none
 
 
 @dataclass(frozen=True)
 class Row:
-    """One point as one judge sees it: a patch (or an unpatched model: ranking None) over all prompts.
+    """One point as one judge sees it: a patch (or an unpatched model: ranking None) over all prompts of a set.
 
     mean: mean score of the completions; effect: Eq. 4, the share of the way from the recipient's mean to the
-    donor's; low and high: bootstrap over prompts. share: patched part of all the model's neurons. p_unpatched: paired
-    t-test against the recipient's own scores; p_control: against the mean of the window's random controls. None
-    where there is nothing to compare with, or no prompt's score differs.
+    donor's; net: the same without what its random controls recover; low and high: bootstrap over prompts. share:
+    patched part of all the model's neurons. prompts: that count: those of which every text that is compared was
+    written and scored; failed: all others. p_unpatched: paired t-test against the recipient's own scores; p_control:
+    against the mean of the window's random controls. None where there is nothing to compare with, or no prompt's score
+    differs.
     """
 
     judge: str
+    set: str
     recipient: str
     donor: str | None
     ranking: str | None
     control_seed: int | None
     lo: int
     hi: int
+    strength: float | None
     share: float
     prompts: int
+    failed: int
     tokens: int
     overwrites: int
-    mean: float
-    mean_low: float
-    mean_high: float
+    mean: float | None
+    mean_low: float | None
+    mean_high: float | None
     effect: float | None
     effect_low: float | None
     effect_high: float | None
+    net: float | None
+    net_low: float | None
+    net_high: float | None
     p_unpatched: float | None
     p_control: float | None
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """rows: one a judge and point, the unpatched models first. records: every completion with its scores."""
+    """rows: one a judge, set and point, the unpatched models first. records: every completion with its scores.
+
+    failures: what could not be written or scored, by prompt and error.
+    """
 
     config: SweepConfig
     rows: list[Row]
     records: list[dict]
     notes: list[str]
+    failures: list[str]
 
     @property
     def judges(self) -> list[str]:
@@ -68,6 +84,33 @@ class SweepResult:
     @property
     def rankings(self) -> list[str]:
         return list(dict.fromkeys(row.ranking for row in self.rows if row.ranking is not None))
+
+    @property
+    def sets(self) -> list[str]:
+        return list(dict.fromkeys(row.set for row in self.rows))
+
+    @property
+    def donor(self) -> str:
+        """The one donor of a slice."""
+        (donor,) = self.config.donors
+        return donor
+
+    def slices(self) -> Iterator[tuple[str, "SweepResult"]]:
+        """The parts with one set, one donor and one strength, which can be drawn as one curve; and what they are."""
+        for name in self.sets:
+            for donor in self.config.donors:
+                for strength in self.config.strengths:
+                    rows = [
+                        row
+                        for row in self.rows
+                        if row.set == name and (row.ranking is None or (row.donor, row.strength) == (donor, strength))
+                    ]
+                    parts = {name: self.sets, f"donor {donor}": self.config.donors}
+                    parts |= {f"strength {strength:g}": self.config.strengths}
+                    label = ", ".join(part for part, all_of_it in parts.items() if len(all_of_it) > 1)
+                    recipients = tuple(one for one in self.config.recipients if one != donor)
+                    one = replace(self.config, recipients=recipients, donors=(donor,), strengths=(strength,))
+                    yield label, replace(self, config=one, rows=rows)
 
     def baseline(self, model: str, judge: str) -> Row:
         """The row of an unpatched model."""
@@ -81,13 +124,16 @@ class SweepResult:
 
     def controls(self, row: Row) -> list[Row]:
         """The random controls of a row's window."""
-        key = row.judge, row.recipient, row.ranking, row.lo, row.hi
-        same = [r for r in self.rows if (r.judge, r.recipient, r.ranking, r.lo, r.hi) == key]
-        return [r for r in same if r.control_seed is not None]
+        return [r for r in self.rows if r.control_seed is not None and _beside(r) == _beside(row)]
+
+
+def _beside(row: Row) -> tuple:
+    """What a row has in common with its random controls."""
+    return row.judge, row.set, row.recipient, row.donor, row.ranking, row.lo, row.hi, row.strength
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
     """What one row of the table runs. window: of the named ranking; patch: what is run for it."""
 
     recipient: str
@@ -96,66 +142,168 @@ class _Point:
     seed: int | None = None
     window: Window = NOTHING
 
+    @property
+    def runs(self) -> Patch | str:
+        """The patch, or the model that is run unpatched."""
+        return self.patch or self.recipient
+
+    @property
+    def compared(self) -> tuple:
+        """What it has in common with its random controls."""
+        return self.recipient, self.patch and (self.patch.donor, self.patch.strength), self.name, self.window
+
+    @property
+    def labels(self) -> dict:
+        """What its rows and records are found by."""
+        return {
+            "recipient": self.recipient,
+            "donor": None if self.patch is None else self.patch.donor,
+            "ranking": self.name,
+            "control_seed": self.seed,
+            "lo": self.window.lo,
+            "hi": self.window.hi,
+            "strength": None if self.patch is None else self.patch.strength,
+        }
+
 
 def sweep(
     engine: Engine,
-    prompts: Sequence[Chat],
+    prompts: Sequence[Chat] | Mapping[str, Sequence[Chat]],
     rankings: Mapping[str, Ranking],
     judges: Mapping[str, Judge],
     config: SweepConfig,
     *,
-    store: str | Path | None = None,
+    store: str | Path | Store | None = None,
+    restarts: int = texts.RESTARTS,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Run every window of every ranking and of its random controls, for every recipient, and judge the texts.
+    """Run every window of every ranking and of its random controls, for every recipient and donor, and judge the texts.
 
-    judges: name -> judge; each sees all texts. store: a folder that keeps completions, so that a killed sweep
-    continues. A window of which no disjoint random control can be drawn has none, and a note says so.
+    prompts: or several sets of them by name. judges: name -> judge; each sees all texts. store: a folder that keeps
+    texts and scores, so that a killed sweep continues; or an open Store. A window of which no disjoint random control
+    can be drawn has none, and a note says so. What fails is left out of the rows and told in `failures`. restarts: of
+    an engine that dies.
     """
-    if not rankings or not prompts or not judges:
-        raise SnpatchError("sweep: needs at least one ranking, one prompt and one judge")
-    points, notes = _points(engine, rankings, config)
-    written = texts.write(
-        engine, prompts, [p.patch or p.recipient for p in points], config.sampling, store=store, progress=progress
-    )
-    records = [{**_labels(p), **record} for p, mine in zip(points, written, strict=True) for record in mine]
-    texts.judge_all(records, judges)
+    sets = dict(prompts) if isinstance(prompts, Mapping) else {PROMPTS: prompts}
+    if not rankings or not sets or not all(map(len, sets.values())) or not judges:
+        raise SnpatchError("sweep: needs at least one ranking, one prompt of each set and one judge")
+    points, notes = points_of(engine, rankings, config)
+    chats = [chat for mine in sets.values() for chat in mine]
+    names, firsts = _places(sets)
+    items = [texts.wanted(engine, chats, point.runs, config.sampling, config.samples) for point in points]
+    labels = [
+        {
+            **point.labels,
+            "set": names[i],
+            "prompt_index": i - firsts[names[i]],
+            "prompt": item.prompt,
+            "sample": item.sample,
+        }
+        for point, mine in zip(points, items, strict=True)
+        for item in mine
+        for i in [item.prompt_index]
+    ]
+    with Store(store) if not isinstance(store, Store) else nullcontext(store) as kept:
+        flat = [item for mine in items for item in mine]
+        kept.name([(item.key, own, item.error) for item, own in zip(flat, labels, strict=True)])
+        kept.name_judges(judging.digests_of(judges, kept))
+        texts.fill(engine, flat, kept, restarts=restarts, progress=progress)
+        written = texts.records(items, kept)
+        records = [{**record, **own} for record, own in zip(chain.from_iterable(written), labels, strict=True)]
+        judging.judge_all(records, judges, kept)
     rows = []
     for judge in judges:
-        scores = np.array([record["scores"][judge] for record in records]).reshape(len(points), len(prompts))
-        rows += _rows(engine, config, judge, points, written, scores)
-    return SweepResult(config, rows, records, notes)
+        scores = _means(records, judge, (len(points), len(chats), config.samples))
+        for name, first in firsts.items():
+            own = slice(first, first + len(sets[name]))
+            texts_of = [[r for r in mine if own.start <= r["prompt_index"] < own.stop] for mine in written]
+            rows += _rows(engine, config, judge, name, points, texts_of, scores[:, own])
+    return SweepResult(config, rows, records, notes, _failures(records))
 
 
-def _rows(engine, config, judge, points, written, scores) -> list[Row]:
+def points_of(engine: Engine, rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[list[Point], list[str]]:
+    """What a sweep runs, the unpatched models first, and which windows have no control."""
+    for model in config.models:
+        engine.requests.model(model)
+    # Built in full before anything is generated: every mistake in names, windows and controls surfaces here.
+    points, notes = [Point(model) for model in config.models], []
+    for name, ranking in rankings.items():
+        for window in config.windows:
+            controls, note = _controls(ranking, window, config)
+            if note:
+                notes.append(f"{name} [{window.lo}, {window.hi}) has no random control: {note}")
+            for recipient in config.recipients:
+                for donor in (one for one in config.donors if one != recipient):
+                    for strength in config.strengths:
+                        how = {"where": config.where, "strength": strength}
+                        patch = Patch(recipient, donor, ranking, window, **how)
+                        points.append(Point(recipient, patch, name, None, window))
+                        for seed, control in enumerate(controls):
+                            patch = Patch(recipient, donor, control, len(window), **how)
+                            points.append(Point(recipient, patch, name, seed, window))
+    return points, notes
+
+
+def _controls(ranking: Ranking, window: Window, config: SweepConfig) -> tuple[list[Ranking], str | None]:
+    """The random controls of a window, or why there are none."""
+    try:
+        kind = {"kind": config.control_kind, "disjoint": config.disjoint}
+        return [ranking.random_control(window, seed=seed, **kind) for seed in range(config.controls)], None
+    except NotEnoughNeuronsError as error:
+        return [], str(error)
+
+
+def _places(sets: Mapping[str, Sequence[Chat]]) -> tuple[list[str], dict[str, int]]:
+    """The set of each prompt, when all follow one another, and where each set begins."""
+    names = [name for name, chats in sets.items() for _ in chats]
+    return names, {name: names.index(name) for name in sets}
+
+
+def _means(records: Sequence[dict], judge: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Scores [points, prompts] of a judge, NaN where one of a prompt's samples has none."""
+    scores = [record["scores"][judge] for record in records]
+    return np.array([np.nan if score is None else score for score in scores]).reshape(shape).mean(-1)
+
+
+def _rows(engine, config, judge, name, points, written, scores) -> list[Row]:
     """A row a point, from its texts' scores [points, prompts]."""
     size = engine.geometry.n_layers * engine.geometry.n_neurons
     certainty = {"resamples": config.resamples, "confidence": config.confidence}
-    unpatched = {point.recipient: scores[i] for i, point in enumerate(points) if point.patch is None}
+    unpatched = {point.recipient: own for point, own in zip(points, scores, strict=True) if point.patch is None}
     controls: dict[tuple, list[np.ndarray]] = {}
     for point, own in zip(points, scores, strict=True):
         if point.seed is not None:
-            controls.setdefault((point.recipient, point.name, point.window), []).append(own)
+            controls.setdefault(point.compared, []).append(own)
     rows = []
     for point, mine, own in zip(points, written, scores, strict=True):
-        effect, p_unpatched, p_control = (None, None, None), None, None
+        compared = [own]
         if point.patch is not None:
-            recipient = unpatched[point.recipient]
-            effect = causal_effect(own, recipient, unpatched[config.donor], **certainty)
-            p_unpatched = paired_p(own, recipient)
-            random = controls.get((point.recipient, point.name, point.window))
-            if random and point.seed is None:
-                p_control = paired_p(own, np.mean(random, axis=0))
+            compared += [unpatched[point.recipient], unpatched[point.patch.donor]]
+            if point.seed is None and point.compared in controls:
+                compared.append(np.mean(controls[point.compared], axis=0))
+        whole = ~np.isnan(compared).any(axis=0)
+        own, *others = (each[whole] for each in compared)
+        effect = net = (None, None, None)
+        p_unpatched = p_control = None
+        if others and len(own):
+            recipient, donor, *random = others
+            effect, p_unpatched = causal_effect(own, recipient, donor, **certainty), paired_p(own, recipient)
+            if random:
+                net = net_effect(own, random[0], recipient, donor, **certainty)
+                p_control = paired_p(own, random[0])
         rows.append(
             Row(
                 judge,
-                **_labels(point),
+                name,
+                **point.labels,
                 share=len(point.window) / size,
-                prompts=len(mine),
+                prompts=len(own),
+                failed=len(whole) - len(own),
                 tokens=sum(len(record["token_ids"]) for record in mine),
                 overwrites=sum(record["overwrites"] for record in mine),
-                **_named("mean", interval(np.mean, own, **certainty)),
+                **_named("mean", interval(np.mean, own, **certainty) if len(own) else (None, None, None)),
                 **_named("effect", effect),
+                **_named("net", net),
                 p_unpatched=p_unpatched,
                 p_control=p_control,
             )
@@ -163,42 +311,17 @@ def _rows(engine, config, judge, points, written, scores) -> list[Row]:
     return rows
 
 
-def _points(engine: Engine, rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[list[_Point], list[str]]:
-    for model in (*config.recipients, config.donor):
-        if model not in engine.models:
-            raise SnpatchError(f"no model named {model!r}: there are {', '.join(engine.models)}")
-    points, notes = [_Point(model) for model in (*config.recipients, config.donor)], []
-    for name, ranking in rankings.items():
-        lines: list[tuple[int | None, Window, Ranking, Window]] = []  # seed, window, what is run for it
-        for window in config.windows:
-            lines.append((None, window, ranking, window))
-            try:
-                for seed in range(config.controls):
-                    control = ranking.random_control(
-                        window, seed=seed, kind=config.control_kind, disjoint=config.disjoint
-                    )
-                    lines.append((seed, window, control, Window(0, len(control))))
-            except NotEnoughNeuronsError as reason:
-                notes.append(f"{name}: window [{window.lo}, {window.hi}) has no random control: {reason}")
-        points += [
-            _Point(recipient, Patch(recipient, config.donor, line, run, config.where), name, seed, window)
-            for recipient in config.recipients
-            for seed, window, line, run in lines
-        ]
-    return points, notes
-
-
-def _labels(point: _Point) -> dict:
-    donor = None if point.patch is None else point.patch.donor
-    window = {"lo": point.window.lo, "hi": point.window.hi}
-    return {
-        "recipient": point.recipient,
-        "donor": donor,
-        "ranking": point.name,
-        "control_seed": point.seed,
-        **window,
-    }
-
-
 def _named(name: str, interval: tuple) -> dict:
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
+
+
+def _failures(records: Sequence[dict]) -> list[str]:
+    """One line for each different thing that could not be made."""
+    lines = []
+    for record in records:
+        if record["completion"] is None:
+            lines.append(f"{record['set']}, prompt {record['prompt_index']}: {record['error']}")
+        for judge, score in record["scores"].items():
+            if score is None and record["completion"] is not None:
+                lines.append(f"{record['set']}, prompt {record['prompt_index']}: {judge} has no score of its text")
+    return list(dict.fromkeys(lines))

@@ -1,24 +1,42 @@
-"""Texts of many patches over the same prompts, each written once and judged once.
+"""Texts of many patches over the same prompts, each written once, as one continuous batch, and kept as it finishes.
 
 Why a text is kept under a key of all that made it, by content: a killed run loses at most the texts under way, and what
-is kept stays valid whatever models are called and whatever else is loaded, and no longer.
+is kept stays valid whatever models are called and whatever else is loaded, and no longer. Greedy texts of equal neurons
+are one text, whichever ranking names them.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from snpatch import __version__
 from snpatch.data import Chat, question
 from snpatch.engine import Engine
-from snpatch.errors import SnpatchError
-from snpatch.executors.base import Progress
-from snpatch.judges.protocol import Judge, score_all
-from snpatch.patching.patch import Patch, digest_of
+from snpatch.errors import EngineDiedError, SnpatchError
+from snpatch.executors.base import Progress, Request
+from snpatch.patching.patch import Clause, Patch, digest_of
 from snpatch.requests import Completion
-from snpatch.runs.store import Store
+from snpatch.runs.store import Store, Text
 from snpatch.sampling import Sampling
+
+RESTARTS = 5  # of a dying engine, in one run
+CLAIM = 64  # texts that are taken at once from what is open
+POLL_S = 0.5  # how often it is looked whether other processes have finished what is theirs
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text that is wanted: one sample of a prompt under a patch. error: why its prompt cannot be run."""
+
+    key: str | None
+    prompt_index: int
+    prompt: str
+    sample: int
+    request: Request | None = None
+    error: str | None = None
 
 
 def write(
@@ -27,72 +45,151 @@ def write(
     patches: Sequence[Patch | str],
     sampling: Sampling,
     *,
-    store: str | Path | None = None,
+    samples: int = 1,
+    store: str | Path | Store | None = None,
+    restarts: int = RESTARTS,
     progress: Progress | None = None,
 ) -> list[list[dict]]:
-    """A record for each patch (or unpatched model) and prompt: from the store where it has them, else generated.
+    """A record for each patch (or unpatched model), prompt and sample: from the store where it has them, else written.
 
-    Records hold prompt_index, prompt (the user's last question), completion, token_ids, finish_reason, overwrites.
-    store: a folder that keeps completions, so that a killed run continues.
+    Records hold prompt_index, prompt (the user's last question), sample, completion, token_ids, finish_reason,
+    overwrites; of a text that failed completion is None and error says why. samples: texts of a prompt, which need a
+    temperature. store: a folder that keeps texts, so that a killed run continues; or an open Store. restarts: how often
+    an engine that dies is started anew.
     """
+    items = [wanted(engine, prompts, patch, sampling, samples) for patch in patches]
+    with Store(store) if not isinstance(store, Store) else nullcontext(store) as kept:
+        fill(engine, [item for mine in items for item in mine], kept, restarts=restarts, progress=progress)
+        return records(items, kept)
+
+
+def wanted(
+    engine: Engine, prompts: Sequence[Chat], patch: Patch | str, sampling: Sampling, samples: int = 1
+) -> list[Item]:
+    """What a patch asks for: an item for each prompt and sample. One that cannot be run has an error instead."""
     if sampling.n > 1:
-        raise SnpatchError("texts: one text of each prompt is written; give a prompt several times for several")
-    recipients = engine.requests.recipients(patches, len(patches))
-    encoded = {recipient: engine.encode(prompts, recipient) for recipient in dict.fromkeys(recipients)}
-    work = [
-        # Two samples of the same prompt are two texts; two greedy ones are the same.
-        (key_of(engine, ids, patch, sampling, copy=index if sampling.temperature > 0 else None), patch, ids)
-        for patch, recipient in zip(patches, recipients, strict=True)
-        for index, ids in enumerate(encoded[recipient])
-    ]
-    with Store(store) as log:
-        missing = list({key: item for key, *item in work if key not in log.records}.items())
-        done = len(work) - len(missing)
-        if missing:
-            asked = [ids for _, (_, ids) in missing], [patch for _, (patch, _) in missing]
-            with closing(engine.stream(*asked, sampling)) as completions:
-                for index, completion in completions:
-                    log.append(missing[index][0], _record(completion))
-                    done += 1
+        raise SnpatchError("texts: one text of each prompt is written; ask for several samples of it")
+    if samples > 1 and sampling.temperature == 0:
+        raise SnpatchError("texts: several samples of a prompt need a temperature above 0: greedy ones are the same")
+    recipient = patch if isinstance(patch, str) else patch.recipient
+    content = _content(engine, patch)
+    items = []
+    for index, (prompt, ids) in enumerate(zip(prompts, _encoded(engine, prompts, recipient), strict=True)):
+        asked = question(prompt)
+        if isinstance(ids, str):
+            items += [Item(None, index, asked, sample, error=ids) for sample in range(samples)]
+            continue
+        for sample in range(samples):
+            one = engine.requests.fitted(ids, _seeded(sampling, sample, samples))
+            # Two samples of the same prompt are two texts; two greedy ones are the same.
+            key = digest_of({**content, "sampling": asdict(one), "prompt": ids,
+                             "copy": index if sampling.temperature > 0 else None})  # fmt: skip
+            items.append(Item(key, index, asked, sample, engine.requests.patched(ids, patch, sampling=one)))
+    return items
+
+
+def fill(
+    engine: Engine, items: Sequence[Item], store: Store, *, restarts: int = RESTARTS, progress: Progress | None = None
+) -> None:
+    """Write what the store lacks. Returns when none of it is open, here or with another process.
+
+    A run of the engine that fails is begun again without what was under way, which is then tried in smaller groups:
+    the one text that fails alone is given up, and its error kept.
+    """
+    by_key = {item.key: item.request for item in items if item.request is not None}
+    for request in by_key.values():
+        engine.executor.check_request(request)
+    left = store.ask(list(by_key))
+    while left:
+        claimed: list[str] = []
+        try:
+            with closing(engine.executor.stream(_claimed(store, by_key, claimed))) as outputs:
+                for index, output in outputs:
+                    completion = Completion.of(by_key[claimed[index]], output)
+                    store.keep(claimed[index], _text(completion))
+                    left -= 1
                     if progress:
-                        progress(done, len(work))
-    asked_of = [question(prompt) for prompt in prompts]
-    records = [
-        {"prompt_index": i % len(prompts), "prompt": asked_of[i % len(prompts)], **log.records[key]}
-        for i, (key, _, _) in enumerate(work)
-    ]
-    return [records[start : start + len(prompts)] for start in range(0, len(records), len(prompts))]
+                        progress(len(by_key) - left, len(by_key))
+        except SnpatchError as error:
+            store.suspect(str(error))
+            print(f"snpatch: a run failed and is begun again: {error}", file=sys.stderr)
+            if isinstance(error, EngineDiedError):
+                if not restarts:
+                    raise
+                restarts -= 1
+                engine.restart()
+        left = store.missing()
+        if left and not claimed:
+            time.sleep(POLL_S)
+        if progress:
+            progress(len(by_key) - left, len(by_key))
 
 
-def key_of(engine: Engine, ids: list[int], patch: Patch | str, sampling: Sampling, copy: int | None) -> str:
-    """Names a text by the content of everything that makes it."""
-    is_patch = isinstance(patch, Patch)
-    recipient = engine.requests.model(patch.recipient if is_patch else patch)
-    return digest_of(
-        {
-            "snpatch": __version__,
-            "patch": patch.content(engine.digest_of) if is_patch else {"recipient": engine.digest_of(patch)},
-            "sampling": asdict(engine.requests.fitted(ids, sampling)),
-            "ends": sorted(recipient.weights.eos_ids),
-            "prompt": ids,
-            "copy": copy,
-        }
-    )
+def records(items: Sequence[Sequence[Item]], store: Store) -> list[list[dict]]:
+    """A record of each item, see `write`."""
+    keys = {item.key for mine in items for item in mine if item.key is not None}
+    texts = store.texts(keys)
+    errors = store.errors(keys - texts.keys())
+    return [[_record(item, texts.get(item.key), errors.get(item.key)) for item in mine] for mine in items]
 
 
-def judge_all(records: Sequence[dict], judges: Mapping[str, Judge]) -> None:
-    """Set each record's scores (judge -> number); each different (prompt, completion) is judged once."""
-    pairs = list({(record["prompt"], record["completion"]): None for record in records})
-    found = score_all(dict(judges), [prompt for prompt, _ in pairs], [completion for _, completion in pairs])
-    by_pair = {pair: {name: found[name][i] for name in found} for i, pair in enumerate(pairs)}
-    for record in records:
-        record["scores"] = by_pair[record["prompt"], record["completion"]]
+def _claimed(store: Store, by_key: dict[str, Request], claimed: list[str]) -> Iterator[Request]:
+    """Requests as the engine has room for them, each noted in `claimed`. Suspects end the run after their own group."""
+    while keys := store.claim(CLAIM):
+        for key in keys:
+            claimed.append(key)
+            yield by_key[key]
+        if store.is_suspect(keys[0]):
+            return
 
 
-def _record(completion: Completion) -> dict:
-    return {
-        "completion": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "overwrites": completion.overwrites,
+def _encoded(engine: Engine, prompts: Sequence[Chat], recipient: str) -> list[list[int] | str]:
+    """Token ids of each prompt, or why it has none."""
+    try:
+        return engine.encode(prompts, recipient)
+    except SnpatchError:
+        if not len(prompts) or isinstance(prompts, str):
+            raise
+    found: list[list[int] | str] = []
+    for prompt in prompts:
+        try:
+            found += engine.encode([prompt], recipient)
+        except SnpatchError as error:
+            found.append(str(error))
+    return found
+
+
+def _seeded(sampling: Sampling, sample: int, samples: int) -> Sampling:
+    """The sampling of one of several samples: each has a seed of its own, from the sampling's on."""
+    return sampling if samples == 1 else replace(sampling, seed=(sampling.seed or 0) + sample)
+
+
+def _content(engine: Engine, patch: Patch | str) -> dict:
+    """What names a text besides its prompt and sampling, by content."""
+    name = patch if isinstance(patch, str) else patch.recipient
+    content = {
+        "snpatch": __version__,
+        "recipient": engine.digest_of(name),
+        "ends": sorted(engine.requests.model(name).weights.eos_ids),
     }
+    if isinstance(patch, str):
+        return content
+    return content | {"clauses": [_clause(engine, clause) for clause in patch.clauses if len(clause.window)]}
+
+
+def _clause(engine: Engine, clause: Clause) -> dict:
+    content = clause.content(engine.digest_of)
+    del content["ranking"], content["window"]  # their order within a window is nothing to a text
+    return content | {"neurons": clause.ranking.digest_of(clause.window)}
+
+
+def _text(completion: Completion) -> Text:
+    return Text(completion.text, completion.token_ids, completion.finish_reason, completion.overwrites)
+
+
+def _record(item: Item, text: Text | None, error: str | None) -> dict:
+    record = {"prompt_index": item.prompt_index, "prompt": item.prompt, "sample": item.sample}
+    if text is not None:
+        return record | asdict(text)
+    nothing = {"completion": None, "token_ids": [], "finish_reason": None, "overwrites": 0}
+    return record | nothing | {"error": item.error or error}

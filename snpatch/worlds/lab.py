@@ -22,6 +22,7 @@ from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
+from snpatch.runs import judging
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.perplexity import Perplexity, measure
 from snpatch.runs.sweep import SweepResult, sweep
@@ -176,13 +177,14 @@ class Lab:
     def sweep(
         self, prompts: str, rankings: dict[str, Ranking], judges: dict[str, Judge], config: SweepConfig
     ) -> SweepResult:
-        """A sweep over a set of the world, whose texts are kept in `out`."""
-        for model in (*config.recipients, config.donor):
+        """A sweep over a set of the world, whose texts are kept in `out`. Any that fails is an error."""
+        for model in config.models:
             self.model(model)
+        sets = {prompts: self.prompts(prompts)}
         with self.progress(f"sweep of {prompts}") as progress:
-            return sweep(
-                self.engine, self.prompts(prompts), rankings, judges, config, store=self.out, progress=progress
-            )
+            result = sweep(self.engine, sets, rankings, judges, config, store=self.out, progress=progress)
+        judging.check_scored(result.records)
+        return result
 
     def perplexity(
         self, text: str, patches: Sequence[Patch | str], window: int, bos_each_window: bool | str = "auto"

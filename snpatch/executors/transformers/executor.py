@@ -4,8 +4,9 @@ Why it is simple rather than fast: it is what the vLLM executor is compared with
 both streams of every request exact, whatever else shares the batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from snpatch.models.pretrained import load_pretrained
 from snpatch.op.plan import fill_plan
 
 BATCH_SIZE = 32  # sequences of a batch where none is given
+TAKEN = 8  # batches of requests that are taken together, of those that are made on the way
 
 
 class TransformersExecutor:
@@ -56,10 +58,23 @@ class TransformersExecutor:
     def start(self, models: Sequence[Model]) -> None:
         """Nothing is left to do: the model was loaded for its geometry."""
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+    def check_request(self, request: Request) -> None:
+        """Every request of a model that fits the geometry can be run."""
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
         """(index, output) of each request; those of a batch come together."""
         if self._step is None:
             raise SnpatchError("this engine is closed")
+        if isinstance(requests, Sequence):
+            yield from self._all(requests)
+            return
+        requests, start = iter(requests), 0
+        while taken := list(islice(requests, TAKEN * self._batch_size)):
+            for index, output in self._all(taken):
+                yield start + index, output
+            start += len(taken)
+
+    def _all(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
         banks = Banks(requests, self.geometry, self._device)
         for batch in self._batches(requests):
             self._step.banks = banks.layers

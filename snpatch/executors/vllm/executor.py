@@ -6,7 +6,7 @@ whatever interrupts a run can abort what is left.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from snpatch.errors import SnpatchError
@@ -45,12 +45,17 @@ class VllmExecutor(UsersSide):
         """What all workers hold."""
         return self.started.memory
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+    def check_request(self, request: Request) -> None:
+        """An error for what this engine has no room for, however long a request waits."""
+        self.registry.check(request)
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
         """(index, output) of each request as it finishes, its receipt checked. Requests are taken as there is room."""
         if self.engine is None:
             raise SnpatchError("this engine is closed")
-        for request in requests:
-            self.registry.check(request)
+        if isinstance(requests, Sequence):
+            for request in requests:
+                self.check_request(request)
         run = _Run(self)
         try:
             yield from run.outputs(requests)
@@ -90,7 +95,7 @@ class _Run:
         self._waiting: tuple[int, Request] | None = None  # the one that there was no room for
         self._fetch_at = 0.0
 
-    def outputs(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+    def outputs(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         executor, rest = self._executor, enumerate(requests)

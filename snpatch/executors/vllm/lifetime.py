@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from snpatch.errors import SnpatchError, first_line
+from snpatch.errors import EngineDiedError, SnpatchError, first_line
 from snpatch.executors.vllm import log, processes
 from snpatch.executors.vllm.offspring import Offspring
 from snpatch.executors.vllm.settings import check_heads, refuse
@@ -40,9 +40,9 @@ def start_async_engine(engine_args):
     return engine, end
 
 
-def died() -> SnpatchError:
+def died() -> EngineDiedError:
     """The error of an engine that is no more."""
-    return SnpatchError(f"vLLM's engine has ended; {log.named()}")
+    return EngineDiedError(f"vLLM's engine has ended; {log.named()}")
 
 
 @contextmanager
