@@ -48,7 +48,7 @@ def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_pat
         ("sft", None, 0, 0), ("dpo", None, 0, 0),
         ("sft", "safety", 0, 0), ("sft", "safety", 70, 281), ("sft", "safety", 0, 281),
     ]  # fmt: skip
-    expected = {"sweep.csv", "sweep.json", "sweep-records.jsonl", "completions.jsonl", "sweep.png", "sweep.svg"}
+    expected = {"sweep.csv", "sweep.json", "sweep-records.jsonl", "sweep.sqlite", "spec.json", "sweep.png", "sweep.svg"}
     assert {path.name for path in folder.iterdir()} == expected
 
 
@@ -267,7 +267,7 @@ def test_two_rankings_of_one_name_are_refused(capsys, prompts, ranking, tmp_path
     code, _, err = run(capsys, "sweep", MODEL, prompts, *PAIR, "--ranking", ranking, "--ranking", ranking, "--donor",
                        "dpo", "--recipient", "sft", "-k", "1", "--judge", "refusal", "-o", tmp_path / "s")  # fmt: skip
     assert code == 2
-    assert "two rankings have one name (golden, golden)" in err
+    assert "--ranking: two have one name (golden): give them as name=file" in err
 
 
 def test_prompts_with_any_unicode_are_one_line_each(tmp_path):

@@ -63,8 +63,92 @@ def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):
     told = json.loads((tmp_path / "out" / "sweep.json").read_text())["provenance"]
     assert list(told["models"]) == list(told["adapters"]) == ["dpo", "sft"], "what was used, and no more"
     assert told["judges"]["refused"]["source"] == "refusal"
-    assert told["sets"][str(table)]["rows_used"] == 3
+    assert told["sets"]["prompts"]["rows_used"] == 3
     assert told["rankings"]["safety"]["digest"]
+
+
+def spec_of(tmp_path, prompts, ranking, **sweep):
+    """A sweep's file with two sets, two strengths and an engine of its own."""
+    adapters = {"sft": str(GOLDEN / "adapters/sft"), "dpo": [str(GOLDEN / f"adapters/{n}") for n in ("sft", "dpo")]}
+    spec = {
+        "model": MODEL, "adapters": adapters, "template": "tulu", "engine": {"backend": "transformers"},
+        "sets": {"few": {"source": str(prompts), "first": 2}, "more": {"source": str(prompts), "first": 3}},
+        "judges": {"cost": {"source": JUDGE}, "refused": {"source": "refusal"}},
+        "rankings": {"safety": str(ranking), "own": {"generator": "sft", "against": "dpo", "prompts": "few"}},
+        "contrast_tokens": 4, "sampling": {"max_tokens": 3},
+        "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, "10:70"], "strengths": [1, 0.5],
+                  "controls": 1, **sweep},
+    }  # fmt: skip
+    path = tmp_path / "sweep-spec.json"
+    path.write_text(json.dumps(spec))
+    return path
+
+
+def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, tmp_path):
+    path, out = spec_of(tmp_path, prompts, ranking), tmp_path / "out"
+    code, told, err = run(capsys, "sweep", path, "-o", out, "--json")
+    assert code == 0, err
+    rows = json.loads(told)["tables"]["sweep"]
+    points = {(r["ranking"], r["control_seed"], r["lo"], r["hi"], r["strength"]) for r in rows}
+    patched = {
+        (n, s, *w, x) for n in ("safety", "own") for s in (None, 0) for w in ((0, 0), (10, 70)) for x in (1, 0.5)
+    }
+    assert points == {(None, None, 0, 0, None), *patched}
+    assert {(r["set"], r["prompts"]) for r in rows} == {("few", 2), ("more", 3)}
+    assert {r["judge"] for r in rows} == {"cost", "refused"}
+    assert {f.name for f in out.glob("sweep-*.png")} >= {
+        "sweep-few-strength 0.5.png",
+        "sweep-refused-more-strength 1.png",
+    }
+    code, told, err = run(capsys, "sweep", "status", out, "--json")
+    status = json.loads(told)
+    assert (code, status["open"], status["failed"], status["runs"][-1]["outcome"]) == (0, 0, 0, "done")
+    assert status["done"] > 20
+    again, before = out / "sweep.csv", status["done"]
+    table = again.read_bytes()
+    assert run(capsys, "sweep", out / "spec.json", "-o", out)[0] == 0, "the file that it wrote is the same sweep"
+    assert again.read_bytes() == table
+    assert json.loads(run(capsys, "sweep", "status", out, "--json")[1])["done"] == before
+    assert f"{before} texts done, 0 open" in run(capsys, "sweep", "status", out)[1]
+    for name in ("texts.jsonl", "texts.csv", "texts.parquet"):
+        assert run(capsys, "sweep", "export", out, tmp_path / name)[0] == 0
+    texts = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert len(texts) == len(points) * 5 + 5, "sft and dpo unpatched"
+    assert all(t["completion"] is not None and t["score cost"] is not None for t in texts)
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    assert pyarrow.read_table(tmp_path / "texts.parquet").num_rows == len(texts)
+    code, _, err = run(capsys, "sweep", "export", out, tmp_path / "texts.xml")
+    assert (code, "wanted .csv, .jsonl or .parquet" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"windows": []}, [], "at least one window"),
+        ({"windows": ["many"]}, [], "a window: 'many' is not a number"),
+        ({"recipients": ["tulu"]}, [], "no model named 'tulu'"),
+        ({"sets": ["none"]}, [], "sets: no set named 'none': there are few, more"),
+        ({"judges": ["none"]}, [], "judges: no judge named 'none'"),
+        ({"strength": 1}, [], "sweep: there is no strength"),
+        ({"samples": 2}, [], "several samples of a prompt need a temperature above 0"),
+        ({}, ["-k", "3"], "--windows: without PROMPTS"),
+        ({}, ["-a", "x=y"], "--adapter: without PROMPTS"),
+    ],
+)
+def test_bad_sweep_files_are_one_line(capsys, prompts, ranking, tmp_path, change, options, message):
+    path = spec_of(tmp_path, prompts, ranking, **change)
+    code, _, err = run(capsys, "sweep", path, "-o", tmp_path / "out", *options)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+
+
+def test_a_sweep_by_flags_says_what_it_lacks(capsys, prompts, ranking, tmp_path):
+    code, _, err = run(capsys, "sweep", MODEL, prompts, *PAIR, "--ranking", ranking, "-o", tmp_path / "out")
+    assert (code, err.splitlines()[-1]) == (
+        2, "snpatch: error: a sweep without a file needs --donor, --recipient, --windows, --judge"
+    )  # fmt: skip
+    code, _, err = run(capsys, "sweep", "status", tmp_path)
+    assert (code, "holds no sweep" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

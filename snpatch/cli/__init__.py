@@ -8,12 +8,11 @@ import sys
 
 import typer
 
-from snpatch.cli import demo, guard
+from snpatch.cli import demo, guard, sweep
 from snpatch.cli.contrast import contrast
 from snpatch.cli.env import env
 from snpatch.cli.exp import exp
 from snpatch.cli.generate import generate
-from snpatch.cli.sweep import sweep
 from snpatch.errors import SnpatchError
 
 app = typer.Typer(
@@ -22,8 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (contrast, generate, sweep, exp, env):
+for command in (contrast, generate, exp, env):
     app.command()(command)
+app.add_typer(sweep.app, name="sweep")
 app.add_typer(guard.app, name="guard")
 app.add_typer(demo.app, name="demo")
 

@@ -61,12 +61,8 @@ class Engine:
 
     def made(self, values: dict) -> EngineConfig | Fields:
         """The config, of which options that were given go before the file's; without a model: what was given."""
-        context = values["context"]
-        given = {
-            f.name: values[f.name]
-            for f in fields(EngineConfig)
-            if f.metadata and context.get_parameter_source(f.name).name == "COMMANDLINE"
-        } | pairs(values["engine"], "--engine")
+        given = {f.name: values[f.name] for f in fields(EngineConfig) if f.metadata and is_given(values, f.name)}
+        given |= pairs(values["engine"], "--engine")
         if not self.has_model:
             return given
         model, (adapters, models) = values["model"], _on_top(**{name: values[name] or () for name in _ON_TOP})
@@ -106,6 +102,28 @@ class Data:
         if data.skipped:
             print(f"{name}: left out {data.skipped} broken rows", file=sys.stderr)
         return Prompts(name, data if limit is None else data.first(min(limit, len(data))), limit)
+
+
+@dataclass(frozen=True)
+class Source(Data):
+    """The same options, not read yet; there may be no prompts."""
+
+    def parameters(self) -> list[inspect.Parameter]:
+        prompts, *others = super().parameters()
+        hint = Annotated[str | None, *prompts.annotation.__metadata__]
+        return [prompts.replace(default=None, annotation=hint), *others]
+
+    def made(self, values: dict) -> Fields | None:
+        """The fields of a PromptSet, and skip_bad."""
+        if values["prompts"] is None:
+            return None
+        names = {"source": "prompts", "format": "form", "first": "limit", "skip_bad": "skip_bad"}
+        return {name: values[option] for name, option in names.items()}
+
+
+def is_given(values: dict, name: str) -> bool:
+    """Whether an option or argument of a command stood on the command line."""
+    return values["context"].get_parameter_source(name).name == "COMMANDLINE"
 
 
 def generated(**kinds: Some | Engine | Data) -> Callable:

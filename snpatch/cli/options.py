@@ -21,6 +21,7 @@ Judges = Annotated[
         "name=judge for several. May be repeated."
     ),
 ]
+OptionalJudges = Annotated[list[str] | None, *Judges.__metadata__]
 JudgeFormat = Annotated[
     str | None,
     typer.Option(

@@ -1,77 +1,218 @@
-"""`snpatch sweep`: every window into every recipient, judged."""
+"""`snpatch sweep`: every window into every recipient, judged; how far it is; its texts as a table.
 
-from dataclasses import asdict, replace
+Why one command takes a file or flags: flags are written as a file beside the results, so that any sweep can be run
+again, continued or split among workers by its file.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
+from snpatch.cli.generated import Engine, Fields, Some, Source, generated, is_given
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.runs.config import SweepConfig
 from snpatch.sampling import GREEDY, Sampling
 
+INCOMPLETE = 1  # exit code of a sweep of which something failed
+NEEDED = ("ranking", "donor", "recipient", "windows", "judge")  # of a sweep by flags
 
-@generated(
-    config=Engine(),
-    prompts=Data(),
-    swept=Some(SweepConfig, ("controls", "control_kind", "where")),
-    sampling=Some(GREEDY, ("max_tokens",)),
+
+class SweepGroup(TyperGroup):
+    """What follows `snpatch sweep` and is no command of it is `run`'s."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=SweepGroup,
+    no_args_is_help=True,
+    help="Patch every window into every recipient, judge the texts, and draw cost against k: `snpatch sweep SPEC`, or "
+    "`snpatch sweep MODEL PROMPTS` with the options of `snpatch sweep run`.",
 )
-def sweep(
-    config: EngineConfig,
-    prompts: Prompts,
-    ranking: Annotated[list[str], typer.Option(help="Ranking file, or name=file. May be repeated.")],
-    donor: Annotated[str, typer.Option(help="The model whose activations are copied.")],
-    judge: o.Judges,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table, plot and completions.")],
-    recipient: Annotated[list[str], typer.Option(help="A model to patch. May be repeated.")],
-    window: Annotated[str, typer.Option("--windows", "-k", help="Comma-separated k or LO:HI.")],
+
+
+@dataclass(frozen=True)
+class Target(Engine):
+    """The engine's options; without prompts the model is a sweep's file, and only what was given goes before it."""
+
+    def made(self, values: dict) -> EngineConfig | Fields:
+        if values["prompts"] is not None:
+            return super().made(values)
+        own = {"model", "out", "restarts", "as_json", *(p.name for p in Engine(has_model=False).parameters())} - {
+            "context"
+        }
+        for option in values["context"].command.params:
+            if option.name not in own and is_given(values, option.name):
+                name = option.name.replace("_", "-")
+                raise SnpatchError(f"--{name}: without PROMPTS, {values['model']} is a sweep's file, which says it")
+        return {"file": values["model"], **Engine(has_model=False).made(values)}
+
+
+@app.command()
+@generated(
+    config=Target(),
+    prompts=Source(),
+    swept=Some(SweepConfig, ("controls", "control_kind", "where", "samples")),
+    sampling=Some(GREEDY, ("max_tokens", "temperature", "seed")),
+)
+def run(
+    config: EngineConfig | Fields,
+    prompts: Fields | None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table, plot, texts and scores.")],
     swept: Fields,
     sampling: Fields,
+    ranking: Annotated[list[str] | None, typer.Option(help="Ranking file, or name=file. May be repeated.")] = None,
+    donor: Annotated[
+        list[str] | None, typer.Option(help="A model whose activations are copied. May be repeated.")
+    ] = None,
+    judge: o.OptionalJudges = None,
+    recipient: Annotated[list[str] | None, typer.Option(help="A model to patch. May be repeated.")] = None,
+    windows: Annotated[str | None, typer.Option("--windows", "-k", help="Comma-separated k or LO:HI.")] = None,
+    strengths: Annotated[str, typer.Option(help="Comma-separated strengths of the patch.")] = "1",
     overlapping_controls: Annotated[
         bool, typer.Option("--overlapping-controls", help="Controls may hold the ranking's own neurons.")
     ] = False,
     judge_format: o.JudgeFormat = None,
+    restarts: Annotated[int, typer.Option(min=0, help="How often an engine that dies is started anew.")] = 5,
     as_json: o.AsJson = False,
 ) -> None:
-    """Patch every window into every recipient, judge the texts, and draw cost against k. Continues if killed."""
+    """Run a sweep's file (SPEC), or a MODEL on PROMPTS with these options. The same command again continues.
+
+    Exit code 1: something failed, and is told; all else is there.
+    """
     from snpatch.experiments.sweeps import report_of
     from snpatch.files import check_writable
-    from snpatch.patching import spec
-    from snpatch.ranking.ranking import Ranking
-    from snpatch.runs.sweep import sweep as run_sweep
-    from snpatch.worlds.provenance import Provenance
+    from snpatch.runs.store import Store
+    from snpatch.worlds.lab import Lab
+    from snpatch.worlds.spec import FILE, SweepSpec
 
-    wanted = Sampling(**sampling)
-    used = Provenance(model=config.model, max_tokens=wanted.max_tokens)
-    used.set(prompts.name, prompts.data)
-    named = [entry.rpartition("=")[::2] for entry in ranking]
-    names = [name or Path(path).stem for name, path in named]
-    if len(set(names)) < len(names):
-        raise SnpatchError(f"two rankings have one name ({', '.join(names)}): give them as name=file")
-    rankings = {name: Ranking.load(path) for name, (_, path) in zip(names, named, strict=True)}
-    plan = SweepConfig(
-        tuple(recipient),
-        donor,
-        tuple(map(spec.window_of, window.split(","))),
-        disjoint=not overlapping_controls,
-        sampling=wanted,
-        **swept | {"where": spec.where_of(swept["where"])},
-    )
+    if prompts is None:
+        spec, given, skip_bad = SweepSpec.load(config.pop("file")), config, False
+    else:
+        given, skip_bad = {}, prompts.pop("skip_bad")
+        config.checked_backend()
+        flags = {
+            "ranking": ranking, "donor": donor, "recipient": recipient, "windows": windows, "judge": judge
+        }  # fmt: skip
+        if missing := [f"--{name}" for name in NEEDED if not flags[name]]:
+            raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
+        plan = {"strengths": strengths, "disjoint": not overlapping_controls, **swept}
+        spec = _spec(config, prompts, flags, judge_format, plan, Sampling(**sampling))
     check_writable(out / "sweep.csv")
-    with (
-        o.open_judges(judge, judge_format, config) as judges,
-        o.open_engine(config) as engine,
-        o.progress_bar("sweep") as progress,
-    ):
-        result = run_sweep(engine, prompts.data.prompts, rankings, judges, plan, store=out, progress=progress)
-        for name in (*plan.recipients, plan.donor):
-            used.model(engine, name, engine.config.origin(name))
-        for name, source in zip(judges, judge, strict=True):
-            used.judge(name, {"source": source.rpartition("=")[2], "format": judge_format})
-        for name, one in rankings.items():
-            used.ranking(name, one)
-    o.show(replace(report_of(result, "sweep"), provenance=used.told(asdict(plan))), out, as_json)
+    spec.save(out / FILE)
+    command, outcome = " ".join(["snpatch", *sys.argv[1:]]), "interrupted"
+    given = {"backend": spec.engine.backend, **given}
+    with Lab(spec, out, skip_bad=skip_bad, progress=o.progress_bar, **given) as lab, Store(out) as store:
+        used, number = lab.begin(), store.begin(command)
+        try:
+            result = lab.run(spec, restarts=restarts, store=store)
+            outcome = "done" if not result.failures else f"{len(result.failures)} failed"
+        except SnpatchError as error:
+            outcome = str(error)
+            raise
+        finally:
+            store.end(number, outcome)
+        report = replace(report_of(result, "sweep"), provenance=used.told({**asdict(spec.plan), "command": command}))
+    o.show(report, out, as_json)
+    if result.failures:
+        raise typer.Exit(INCOMPLETE)
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    as_json: o.AsJson = False,
+) -> None:
+    """How far a sweep is: texts done, open and failed, the rate, and the time left."""
+    from snpatch.report.cells import cell
+    from snpatch.runs.store import Store
+
+    with Store(folder, must_exist=True) as store:
+        found = store.status()
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    print(f"{found.done} texts done, {found.open} open ({found.taken} being written), {found.failed} failed")
+    if found.rate is not None and found.open:
+        left = timedelta(seconds=round(found.left_s))
+        print(f"{cell(found.rate)} texts a second: {left} left")
+    print(f"{found.scores} scores")
+    for failure in found.failures:
+        where = ", ".join(f"{name} {value!r}" for name, value in failure.items() if name != "error")
+        print(f"failed: {where}: {failure['error']}")
+    for one in found.runs[-1:]:
+        print(f"last run: {one['command']}: {one['outcome'] or 'under way, or killed'}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    out: Annotated[Path, typer.Argument(help="File: .csv, .jsonl or .parquet.")],
+) -> None:
+    """Write every text of a sweep with its labels and scores, as far as it is."""
+    from snpatch.report.files import write_records
+    from snpatch.runs.store import Store
+
+    with Store(folder, must_exist=True) as store:
+        records = [
+            {**{n: v for n, v in r.items() if n != "scores"}, **{f"score {n}": v for n, v in r["scores"].items()}}
+            for r in store.records()
+        ]
+    if not records:
+        raise SnpatchError(f"{folder} holds no sweep's texts")
+    write_records(records, out)
+    print(f"wrote {len(records)} texts to {out}")
+
+
+def _spec(config: EngineConfig, prompts: Fields, flags: dict, judge_format: str | None, plan: dict, sampling: Sampling):
+    """The file that flags stand for."""
+    from snpatch.judges.opening import is_model
+    from snpatch.patching import spec
+    from snpatch.worlds.spec import SweepSpec, engine_table
+
+    rankings = _named(flags["ranking"], "ranking", lambda path: Path(path).stem)
+    judges = _named(flags["judge"], "judge", lambda _: "cost")
+    if judge_format is not None and not any(map(is_model, judges.values())):
+        raise SnpatchError("--judge-format is for a model, and no judge is one")
+    arguments = {"format": judge_format} if judge_format else {}
+    if config.device != EngineConfig.device:
+        arguments["device"] = config.device
+    table = {
+        **engine_table(config),
+        "sets": {"prompts": {name: value for name, value in prompts.items() if value is not None}},
+        "judges": {name: {"source": one, **(arguments if is_model(one) else {})} for name, one in judges.items()},
+        "rankings": rankings,
+        "sampling": {name: value for name, value in asdict(sampling).items() if value is not None},
+        "sweep": {
+            **plan,
+            "where": spec.where_of(str(plan["where"])),
+            "strengths": [spec.number_of(one, float, "--strengths") for one in plan["strengths"].split(",")],
+            "recipients": flags["recipient"],
+            "donors": flags["donor"],
+            "windows": flags["windows"].split(","),
+        },
+    }
+    return SweepSpec.of(table, Path())
+
+
+def _named(entries: list[str], option: str, default) -> dict[str, str]:
+    """name=source, or the source alone."""
+    named = {}
+    for entry in entries:
+        name, _, source = entry.rpartition("=")
+        name = name or default(source)
+        if name in named:
+            raise SnpatchError(f"--{option}: two have one name ({name}): give them as name=file")
+        named[name] = source
+    return named

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from snpatch.errors import SnpatchError
 from snpatch.files import whole_file, write_text
 from snpatch.report.report import Report, Row
 
@@ -32,6 +33,25 @@ def write(report: Report, folder: str | Path) -> list[Path]:
             with whole_file(paths[-1]) as partial:
                 figure.savefig(partial, format=kind, dpi=130)
     return paths
+
+
+def write_records(records: Sequence[Row], path: str | Path) -> None:
+    """Records of the same keys as one table: .csv, .jsonl or .parquet; the file appears whole or not at all."""
+    path = Path(path)
+    if path.suffix == ".csv":
+        write_text(path, _csv(records))
+    elif path.suffix == ".jsonl":
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    elif path.suffix == ".parquet":
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise SnpatchError("parquet needs pyarrow: pip install 'snpatch[data]'") from None
+        with whole_file(path) as partial:
+            parquet.write_table(pyarrow.Table.from_pylist(list(records)), partial)
+    else:
+        raise SnpatchError(f"{path}: wanted .csv, .jsonl or .parquet")
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -194,11 +194,12 @@ class Store:
             self._free_dead()
             found = self._execute(f"{chosen} {free} = 0 ORDER BY m.place LIMIT ?", now, most).fetchall()
             if not found:
-                attempts, suspects = self._row(
-                    f"SELECT max(w.attempts), count(*) FROM mine m JOIN work w USING (key) WHERE {free} > 0", now
-                )
-                if suspects:
-                    group = -(-suspects // APART)
+                suspects = self._execute(
+                    f"SELECT w.attempts, count(*) FROM mine m JOIN work w USING (key) WHERE {free} > 0 "
+                    "GROUP BY w.attempts ORDER BY w.attempts DESC LIMIT 1", now,
+                ).fetchone()  # fmt: skip
+                if suspects is not None:
+                    attempts, group = suspects[0], -(-suspects[1] // APART)
                     found = self._execute(
                         f"{chosen} {free} = ? ORDER BY m.place LIMIT ?", now, attempts, group
                     ).fetchall()

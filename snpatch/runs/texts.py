@@ -15,7 +15,7 @@ from pathlib import Path
 from snpatch import __version__
 from snpatch.data import Chat, question
 from snpatch.engine import Engine
-from snpatch.errors import EngineDiedError, SnpatchError
+from snpatch.errors import EngineDiedError, ReceiptError, SnpatchError
 from snpatch.executors.base import Progress, Request
 from snpatch.patching.patch import Clause, Patch, digest_of
 from snpatch.requests import Completion
@@ -23,7 +23,7 @@ from snpatch.runs.store import Store, Text
 from snpatch.sampling import Sampling
 
 RESTARTS = 5  # of a dying engine, in one run
-CLAIM = 64  # texts that are taken at once from what is open
+CLAIM = 16  # texts that are taken at once from what is open
 POLL_S = 0.5  # how often it is looked whether other processes have finished what is theirs
 
 
@@ -110,6 +110,8 @@ def fill(
                     left -= 1
                     if progress:
                         progress(len(by_key) - left, len(by_key))
+        except ReceiptError:
+            raise  # nothing that this engine writes can be used
         except SnpatchError as error:
             store.suspect(str(error))
             print(f"snpatch: a run failed and is begun again: {error}", file=sys.stderr)

@@ -26,9 +26,11 @@ from snpatch.runs import judging
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.perplexity import Perplexity, measure
 from snpatch.runs.sweep import SweepResult, sweep
+from snpatch.runs.texts import RESTARTS
 from snpatch.sampling import Sampling
 from snpatch.worlds.provenance import Provenance
-from snpatch.worlds.world import Contrast, World
+from snpatch.worlds.spec import RankingSource, SweepSpec
+from snpatch.worlds.world import Contrast, Setting
 
 Progresses = Callable[[str], AbstractContextManager[Progress | None]]
 
@@ -41,14 +43,15 @@ def silent(_name: str) -> Iterator[None]:
 class Lab:
     """Use as a context, or close it.
 
-    out: the folder that keeps rankings and texts. backend: of the engine and of score models. limit: only so many
-    prompts of each set. skip_bad: see snpatch.data.load. progress: name -> context that gives a Progress.
-    engine: further fields of EngineConfig, TwinSizes' or vLLM's arguments, before the world's own.
+    world: what texts are written and judged with, a World or a SweepSpec. out: the folder that keeps rankings and
+    texts. backend: of the engine and of score models. limit: only so many prompts of each set. skip_bad: see
+    snpatch.data.load. progress: name -> context that gives a Progress. engine: further fields of EngineConfig,
+    TwinSizes' or vLLM's arguments, before the world's own.
     """
 
     def __init__(
         self,
-        world: World,
+        world: Setting,
         out: str | Path,
         *,
         backend: str = "auto",
@@ -186,6 +189,20 @@ class Lab:
         judging.check_scored(result.records)
         return result
 
+    def run(self, spec: SweepSpec, *, restarts: int = RESTARTS, **how) -> SweepResult:
+        """The sweep of a file, whose texts and scores are kept in `out`. What fails is told in the result.
+
+        how: further arguments of runs.sweep.sweep.
+        """
+        judges = {name: self.judge(name) for name in spec.judged}  # first what is quick to fail
+        sets = {name: self.prompts(name) for name in spec.swept}
+        rankings = {name: self._named_ranking(name, source) for name, source in spec.rankings.items()}
+        for model in spec.plan.models:
+            self.model(model)
+        how = {"store": self.out, **how}
+        with self.progress("sweep") as progress:
+            return sweep(self.engine, sets, rankings, judges, spec.plan, restarts=restarts, progress=progress, **how)
+
     def perplexity(
         self, text: str, patches: Sequence[Patch | str], window: int, bos_each_window: bool | str = "auto"
     ) -> list[Perplexity]:
@@ -196,6 +213,13 @@ class Lab:
                 self.model(model)
         with self.progress(f"perplexity on {text}") as progress:
             return measure(self.engine, read, patches, window, bos_each_window=bos_each_window, progress=progress)
+
+    def _named_ranking(self, name: str, source: str | RankingSource) -> Ranking:
+        if isinstance(source, RankingSource):
+            return self.ranking(Contrast(source.generator, source.against, source.prompts), source.at)
+        ranking = Ranking.load(source)
+        self._provenance.ranking(name, ranking)
+        return ranking
 
     def _key(self, contrast: Contrast, at: str) -> str:
         """Names everything that the ranking hangs on."""

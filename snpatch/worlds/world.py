@@ -5,6 +5,7 @@ folder; what is not there is taken for a hub name.
 """
 
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -52,28 +53,60 @@ class Contrast:
     prompts: str = "contrast"
 
 
-@dataclass(frozen=True)
-class World:
-    """A world file's content.
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What texts are written and judged with: the content of a file, whose paths are relative to its folder.
 
-    recipients: the models that are patched. contrasts: objective -> models to contrast; "safety" is the main one and
-    its `against` the donor. seeds: training seed -> the safety contrast of that run. benchmarks: names of the sets
-    that the models are attacked with. judges: name -> arguments of `open_judge`; the first is the cost.
-    max_tokens: of a completion; contrast_tokens: of a completion that a contrast reads. engine: model, adapters,
-    models and what else an engine is started with, as the file has it; its vllm and twin count where the backend is
-    vllm. settings: experiment -> its settings.
+    engine: model, adapters, models and what else an engine is started with, as the file has it; its vllm and twin
+    count where the backend is vllm. sets: of prompts. judges: name -> arguments of `open_judge`. max_tokens: of a
+    completion; contrast_tokens: of a completion that a contrast reads.
     """
 
     folder: Path
     engine: EngineConfig
-    contrasts: dict[str, Contrast]
-    recipients: tuple[str, ...]
     sets: dict[str, PromptSet]
     judges: dict[str, dict]
-    benchmarks: tuple[str, ...]
-    seeds: dict[str, Contrast] = field(default_factory=dict)
     max_tokens: int = GREEDY.max_tokens
     contrast_tokens: int = CONTRAST.max_tokens
+
+    def place(self, source: str) -> str:
+        """A path of the file as it is seen from here; what is no file there is a name and stays as it is."""
+        return place(self.folder, source)
+
+    def engine_config(self, backend: str = "auto", **arguments) -> EngineConfig:
+        """The engine on a backend. arguments: EngineConfig's, TwinSizes' or vLLM's, before the file's own."""
+        backend = choose_backend(backend)
+        own = replace(self.engine, backend=backend).placed(self.folder)
+        if backend == "transformers":
+            own = replace(own, twin=TwinSizes(), vllm={})
+        return own.changed(**arguments)
+
+    def known_set(self, name: str, where: str) -> None:
+        """An error for a set that is not there."""
+        if name not in self.sets:
+            raise SnpatchError(f"{where}: no set named {name!r}: there are {', '.join(self.sets)}")
+
+    def known_models(self, names: Iterable[str]) -> None:
+        """An error for a model that is not there."""
+        models = ["base", *self.engine.sources]
+        for name in names:
+            if name not in models:
+                raise SnpatchError(f"no model named {name!r}: there are {', '.join(models)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World(Setting):
+    """A world file's content: all that experiments run on.
+
+    recipients: the models that are patched. contrasts: objective -> models to contrast; "safety" is the main one and
+    its `against` the donor. seeds: training seed -> the safety contrast of that run. benchmarks: names of the sets
+    that the models are attacked with. judges: the first is the cost. settings: experiment -> its settings.
+    """
+
+    contrasts: dict[str, Contrast]
+    recipients: tuple[str, ...]
+    benchmarks: tuple[str, ...]
+    seeds: dict[str, Contrast] = field(default_factory=dict)
     settings: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,16 +114,13 @@ class World:
             raise SnpatchError("contrasts must have one named safety: its models are the experiments' main pair")
         if not self.judges or not self.recipients or not self.benchmarks:
             raise SnpatchError("needs at least one judge, one recipient and one benchmark")
-        models = ["base", *self.engine.sources]
         named = [*self.recipients]
         for contrast in (*self.contrasts.values(), *self.seeds.values()):
             named += [contrast.generator, contrast.against]
-            self._known_set(contrast.prompts, "a contrast")
-        for name in named:
-            if name not in models:
-                raise SnpatchError(f"no model named {name!r}: there are {', '.join(models)}")
+            self.known_set(contrast.prompts, "a contrast")
+        self.known_models(named)
         for name in self.benchmarks:
-            self._known_set(name, "benchmarks")
+            self.known_set(name, "benchmarks")
         if self.donor in self.recipients:
             raise SnpatchError(f"{self.donor!r} is recipient and donor")
 
@@ -106,22 +136,6 @@ class World:
     def cost(self) -> str:
         """The name of the judge that tells what is safe."""
         return next(iter(self.judges))
-
-    def place(self, source: str) -> str:
-        """A path of the file as it is seen from here; what is no file there is a name and stays as it is."""
-        return place(self.folder, source)
-
-    def engine_config(self, backend: str = "auto", **arguments) -> EngineConfig:
-        """The engine on a backend. arguments: EngineConfig's, TwinSizes' or vLLM's, before the file's own."""
-        backend = choose_backend(backend)
-        own = replace(self.engine, backend=backend).placed(self.folder)
-        if backend == "transformers":
-            own = replace(own, twin=TwinSizes(), vllm={})
-        return own.changed(**arguments)
-
-    def _known_set(self, name: str, where: str) -> None:
-        if name not in self.sets:
-            raise SnpatchError(f"{where}: no set named {name!r}: there are {', '.join(self.sets)}")
 
 
 def load_world(source: str | Path) -> World:
@@ -140,25 +154,32 @@ def load_world(source: str | Path) -> World:
 
 
 def _world(folder: Path, data: dict) -> World:
-    parts = dict(data)
-    engine = {name: parts.pop(name) for name in ("model", "adapters", "models", "template") if name in parts}
-    further = {**dict(_table(parts, "engine")), **dict(_table(parts, "vllm"))}
-    parts.pop("vllm", None)
-    parts["engine"] = EngineConfig.from_table(engine, "the file").changed(**further)
-    parts["sets"] = {name: read(PromptSet, f"sets.{name}", one) for name, one in _table(data, "sets")}
+    parts = setting_of(data)
     for group in ("contrasts", "seeds"):
-        parts[group] = {name: read(Contrast, f"{group}.{name}", one) for name, one in _table(data, group)}
-    parts["judges"] = dict(_table(data, "judges"))
-    for name, judge in parts["judges"].items():
-        if not isinstance(judge, dict) or not isinstance(judge.get("source"), str):
-            raise SnpatchError(f"judges.{name}: wanted a table with source")
+        parts[group] = {name: read(Contrast, f"{group}.{name}", one) for name, one in table(data, group).items()}
     for name in ("recipients", "benchmarks"):
         parts.setdefault(name, ())
     return read(World, "the file", {"folder": folder, **parts})
 
 
-def _table(data: dict, name: str):
-    table = data.get(name, {})
-    if not isinstance(table, dict):
-        raise SnpatchError(f"{name}: wanted a table, got {table!r}")
-    return table.items()
+def setting_of(data: dict) -> dict:
+    """A file's table with what makes a Setting read; all else as it stands."""
+    parts = dict(data)
+    engine = {name: parts.pop(name) for name in ("model", "adapters", "models", "template") if name in parts}
+    further = {**table(parts, "engine"), **table(parts, "vllm")}
+    parts.pop("vllm", None)
+    parts["engine"] = EngineConfig.from_table(engine, "the file").changed(**further)
+    parts["sets"] = {name: read(PromptSet, f"sets.{name}", one) for name, one in table(data, "sets").items()}
+    parts["judges"] = dict(table(data, "judges"))
+    for name, judge in parts["judges"].items():
+        if not isinstance(judge, dict) or not isinstance(judge.get("source"), str):
+            raise SnpatchError(f"judges.{name}: wanted a table with source")
+    return parts
+
+
+def table(data: dict, name: str) -> dict:
+    """A table of a file, empty where it has none of this name."""
+    found = data.get(name, {})
+    if not isinstance(found, dict):
+        raise SnpatchError(f"{name}: wanted a table, got {found!r}")
+    return found

@@ -1,0 +1,205 @@
+"""SweepSpec: a sweep as a file, TOML or JSON: what runs, on which prompts, before which judges.
+
+Paths in it are relative to its folder.
+
+    world = "demo"                  # or its own model, adapters, models, [engine], [vllm], [sets], [judges]
+
+    [rankings]
+    safety = "safety.safetensors"   # a file, or models to contrast:
+    fresh = { generator = "sft", against = "dpo", prompts = "contrast" }
+
+    [sweep]                         # SweepConfig's fields
+    recipients = ["base", "sft"]
+    donors = ["dpo"]
+    windows = [0, 200, 1000, "1000:2000"]
+    sets = ["harmful"]              # default: all
+    judges = ["cost"]               # default: all
+
+    [sampling]
+    max_tokens = 128
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Self
+
+from snpatch.config import EngineConfig, place
+from snpatch.errors import SnpatchError
+from snpatch.files import write_text
+from snpatch.patching.spec import window_of
+from snpatch.ranking.window import Window
+from snpatch.runs.config import SweepConfig
+from snpatch.sampling import Sampling
+from snpatch.schema import read, value_of
+from snpatch.worlds.world import Setting, load_world, setting_of, table
+
+FILE = "spec.json"  # beside a sweep's results
+
+
+@dataclass(frozen=True)
+class RankingSource:
+    """Models to contrast, see engine.contrast; prompts: a set of the file."""
+
+    generator: str
+    against: str
+    prompts: str
+    at: str = "emitted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSpec(Setting):
+    """A sweep file's content. rankings: name -> file, or models to contrast. swept: sets that are written for; judged:
+    judges that see the texts."""
+
+    rankings: dict[str, str | RankingSource]
+    plan: SweepConfig
+    swept: tuple[str, ...]
+    judged: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rankings or not self.swept or not self.judged:
+            raise SnpatchError("needs at least one ranking, one set and one judge")
+        named = list(self.plan.models)
+        for name, source in self.rankings.items():
+            if isinstance(source, RankingSource):
+                named += [source.generator, source.against]
+                self.known_set(source.prompts, f"rankings.{name}")
+        self.known_models(named)
+        for name in self.swept:
+            self.known_set(name, "sets")
+        for name in self.judged:
+            if name not in self.judges:
+                raise SnpatchError(f"judges: no judge named {name!r}: there are {', '.join(self.judges)}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """From a file. Unknown keys, wrong types and broken references are errors that name it."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except (OSError, ValueError) as error:
+            raise SnpatchError(f"sweep {path}: cannot be read: {error}") from error
+        try:
+            return cls.of(data, path.parent)
+        except SnpatchError as error:
+            raise SnpatchError(f"sweep {path}: {error}") from error
+
+    @classmethod
+    def of(cls, data: Mapping, folder: Path) -> Self:
+        """From a table. folder: what paths are relative to."""
+        if not isinstance(data, Mapping):
+            raise SnpatchError(f"wanted a table, got {data!r}")
+        data = dict(data)
+        known = {"world", "rankings", "sweep", "sampling", *_SETTING, "model", "adapters", "models", "template", "vllm"}
+        if unknown := sorted(data.keys() - known):
+            raise SnpatchError(f"there is no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        parts = _from_world(data, folder) if "world" in data else {}
+        if "model" in data or "world" not in data:
+            parts["engine"] = replace(setting_of(data)["engine"]).placed(folder)
+        own = setting_of({**data, "model": ""})
+        parts["sets"] = {**parts.get("sets", {}), **{n: _placed(s, folder) for n, s in own["sets"].items()}}
+        parts["judges"] = {**parts.get("judges", {}), **{n: _judge(j, folder) for n, j in own["judges"].items()}}
+        swept = dict(table(data, "sweep"))
+        names = {
+            name: value_of(swept.pop(name, tuple(parts[name])), tuple[str, ...], f"sweep: {name}")
+            for name in ("sets", "judges")
+        }
+        sampling = read(Sampling, "sampling", {"max_tokens": parts.get("max_tokens", Sampling().max_tokens),
+                                               **table(data, "sampling")})  # fmt: skip
+        return cls(
+            folder=folder,
+            engine=parts["engine"],
+            sets=parts["sets"],
+            judges=parts["judges"],
+            max_tokens=sampling.max_tokens,
+            contrast_tokens=data.get("contrast_tokens", parts.get("contrast_tokens", cls.contrast_tokens)),
+            rankings={name: _ranking(name, one, folder) for name, one in table(data, "rankings").items()},
+            plan=_plan(swept, sampling),
+            swept=names["sets"],
+            judged=names["judges"],
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON that `load` reads, from wherever it lies: paths of files are absolute."""
+        data = {
+            **engine_table(self.engine),
+            "sets": {name: _said(one) for name, one in self.sets.items()},
+            "judges": self.judges,
+            "contrast_tokens": self.contrast_tokens,
+            "rankings": {n: one if isinstance(one, str) else asdict(one) for n, one in self.rankings.items()},
+            "sampling": {name: value for name, value in asdict(self.plan.sampling).items() if value is not None},
+            "sweep": {
+                **{f.name: getattr(self.plan, f.name) for f in fields(SweepConfig) if f.name != "sampling"},
+                "windows": [f"{window.lo}:{window.hi}" for window in self.plan.windows],
+                "sets": self.swept,
+                "judges": self.judged,
+            },
+        }
+        write_text(path, json.dumps({name: part for name, part in data.items() if part != {}}, indent=1) + "\n")
+
+
+def engine_table(config: EngineConfig) -> dict:
+    """An engine as such a file has it."""
+    table = config.placed(Path()).as_table()
+    top = {name: table.pop(name) for name in ("model", "adapters", "models", "template", "vllm") if name in table}
+    return {**top, "engine": {**table.pop("twin", {}), **table}}
+
+
+_SETTING = {f.name for f in fields(Setting)} - {"folder"}
+
+
+def _from_world(data: Mapping, folder: Path) -> dict:
+    """What a world that the file names has of a sweep's parts, with its paths as they are seen from here."""
+    world = load_world(place(folder, str(data["world"])))
+    return {
+        "engine": world.engine.placed(world.folder),
+        "sets": {name: _placed(one, world.folder) for name, one in world.sets.items()},
+        "judges": {name: _judge(one, world.folder) for name, one in world.judges.items()},
+        "max_tokens": world.max_tokens,
+        "contrast_tokens": world.contrast_tokens,
+    }
+
+
+def _placed(one, folder: Path):
+    return replace(one, source=_absolute(folder, one.source))
+
+
+def _judge(arguments: dict, folder: Path) -> dict:
+    return {**arguments, "source": _absolute(folder, arguments["source"])}
+
+
+def _absolute(folder: Path, source: str) -> str:
+    """A file's absolute path; what is no file there is a name and stays as it is."""
+    found = Path(place(folder, source))
+    return str(found.resolve()) if found.exists() else source
+
+
+def _ranking(name: str, one: object, folder: Path) -> str | RankingSource:
+    if isinstance(one, str):
+        return str(Path(place(folder, one)).resolve())
+    return read(RankingSource, f"rankings.{name}", one)
+
+
+def _plan(swept: dict, sampling: Sampling) -> SweepConfig:
+    windows = swept.pop("windows", [])
+    if not isinstance(windows, list | tuple):
+        raise SnpatchError(f"sweep: windows: wanted a list of k or 'LO:HI', got {windows!r}")
+    kept = {"windows": tuple(_window(one) for one in windows), "sampling": sampling}
+    return read(SweepConfig, "sweep", {**swept, **kept})
+
+
+def _window(one: object) -> Window:
+    if isinstance(one, str):
+        return window_of(one)
+    return Window.of(tuple(one) if isinstance(one, list) else one)
+
+
+def _said(one) -> dict:
+    """A set as a table: what differs from the defaults."""
+    return {
+        name: value for name, value in asdict(one).items() if value not in (None, ()) and (name, value) != ("seed", 0)
+    }

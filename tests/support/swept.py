@@ -1,0 +1,73 @@
+"""A small sweep on the golden model, and processes that run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from commands import GOLDEN
+
+from snpatch import Engine, Ranking, Sampling
+from snpatch.data import load
+from snpatch.runs.config import SweepConfig
+from snpatch.runs.sweep import sweep
+
+GREEDY = Sampling(max_tokens=6)
+CONFIG = SweepConfig(("sft",), "dpo", (0, 70, 300), controls=1, sampling=GREEDY, resamples=50)
+ADAPTERS = {"sft": GOLDEN / "adapters/sft", "dpo": [GOLDEN / "adapters/sft", GOLDEN / "adapters/dpo"]}
+
+
+def judge(prompts, completions):
+    """Some number that depends on the text alone."""
+    return [sum(map(ord, completion)) % 97 / 10 for completion in completions]
+
+
+def start(**options) -> Engine:
+    return Engine(GOLDEN / "model", ADAPTERS, backend="transformers", template="tulu", **options)
+
+
+def run(engine, prompts, ranking, folder=None, config=CONFIG, judges=None, **how):
+    return sweep(engine, prompts, {"safety": ranking}, judges or {"cost": judge}, config, store=folder, **how)
+
+
+class Forks:
+    """A process with a loaded engine, copies of which run the sweep into a folder."""
+
+    def __init__(self, prompts: Path, ranking: Path) -> None:
+        paths = os.pathsep.join(map(str, (Path(__file__).parent, *sys.path)))
+        command = [sys.executable, __file__, str(prompts), str(ranking)]
+        env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+
+    def begin(self, folder: Path) -> int:
+        """The process number of a copy that begins now."""
+        self._process.stdin.write(f"{folder}\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def end(self) -> str:
+        """Wait for the copy: how many records it got, or nothing."""
+        return self._process.stdout.readline().strip()
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def _serve(prompts: str, ranking: str) -> None:
+    engine, chats, loaded = start(batch_size=2, device="cpu"), load(prompts).prompts, Ranking.load(ranking)
+    for folder in map(str.strip, sys.stdin):
+        read, write = os.pipe()
+        if not (pid := os.fork()):
+            os.write(write, str(len(run(engine, chats, loaded, folder).records)).encode())
+            os._exit(0)
+        print(pid, flush=True)
+        os.close(write)
+        os.waitpid(pid, 0)
+        print(os.read(read, 100).decode(), flush=True)
+        os.close(read)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])

@@ -1,0 +1,344 @@
+"""What a sweep's folder survives: kills at any moment, other processes, engines and judges and prompts that fail."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import GOLDEN
+from swept import GREEDY, Forks, judge, run, start
+
+from snpatch import Sampling, SnpatchError
+from snpatch.data import load
+from snpatch.errors import EngineDiedError, ReceiptError
+from snpatch.runs import store as stores
+from snpatch.runs.config import SweepConfig
+from snpatch.runs.store import NAME, Store, Text
+from snpatch.runs.sweep import sweep
+
+TEXT = Text("a b", [1, 2], "eos", 3)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """A file of five prompts."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    texts = json.loads((GOLDEN / "prompts.json").read_text())["prompts"][:5]
+    path.write_text("".join(json.dumps({"prompt": one["content"]}) + "\n" for one in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def chats(prompts):
+    return load(prompts).prompts
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return start()
+
+
+@pytest.fixture(scope="module")
+def ranking(engine, chats):
+    return engine.contrast(chats, "sft", "dpo", sampling=GREEDY, exclude_layers=())
+
+
+def test_work_is_taken_once_and_given_back(tmp_path):
+    with Store(tmp_path) as one, Store(tmp_path) as other:
+        assert one.ask(["a", "b", "c"]) == other.ask(["c", "b", "a"]) == 3
+        assert one.claim(2) == ["a", "b"], "in the order in which it was asked for"
+        assert other.claim(5) == ["c"]
+        assert one.claim(5) == []
+        other.keep("c", TEXT)
+        assert (one.missing(), other.missing()) == (2, 2)
+        assert one.status().taken == 2
+        one.keep("a", TEXT)
+        assert one.texts(["a", "b", "c"]) == {"a": TEXT, "c": TEXT}
+    with Store(tmp_path) as other:
+        assert other.ask(["a", "b"]) == 1
+        assert other.claim(5) == ["b"], "who ends gives back what it had taken"
+
+
+def test_a_lease_expires_and_is_kept_by_who_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "LEASE_S", 0.4)
+    with Store(tmp_path) as one, Store(tmp_path) as other:
+        for store in (one, other):
+            store.ask(["a"])
+        assert one.claim(1) == ["a"]
+        time.sleep(0.8)
+        assert other.claim(1) == [], "it was renewed"
+        one._stop.set()
+        one._beat.join()
+        time.sleep(0.5)
+        assert other.claim(1) == ["a"]
+        one.keep("a", TEXT)
+        other.keep("a", Text("another", [], "eos", 0))
+        assert other.texts(["a"]) == {"a": TEXT}, "the first one stays"
+
+
+def test_a_dead_process_is_not_waited_for(tmp_path):
+    code = f"""
+from snpatch.runs.store import Store
+store = Store({str(tmp_path)!r}).__enter__()
+store.ask(["a"])
+print(store.claim(1), flush=True)
+import time; time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"['a']\n"
+    with Store(tmp_path) as store:
+        store.ask(["a"])
+        assert store.claim(1) == []
+        child.kill()
+        child.wait()
+        assert store.claim(1) == ["a"]
+
+
+def test_what_fails_is_narrowed_down_to_one(tmp_path):
+    """A run fails whenever "bad" is in it, as where one prompt kills the engine."""
+    keys = [f"k{i}" for i in range(40)]
+    with Store(tmp_path) as store:
+        store.ask(keys)
+        runs = 0
+        while store.missing():
+            runs += 1
+            taken = store.claim(64)
+            if "k17" in taken:
+                store.suspect("it died")
+                continue
+            for key in taken:
+                store.keep(key, TEXT)
+        assert store.errors(keys) == {"k17": "it died"}
+        assert len(store.texts(keys)) == 39
+        assert runs < 25
+        assert store.ask(keys) == 1, "what failed is tried again by the next command"
+
+
+def test_a_full_disk_is_an_error_and_loses_nothing(engine, chats, ranking, tmp_path):
+    with Store(tmp_path) as store:
+        store._execute(f"PRAGMA max_page_count = {store._row('PRAGMA page_count')[0] + 3}")
+        with pytest.raises(SnpatchError, match=f"cannot use .*{NAME}: database or disk is full"):
+            for i in range(1000):
+                store.keep(f"k{i}", Text("word " * 50, [1] * 50, "eos", 0))
+    with Store(tmp_path) as store:
+        kept = store.texts([f"k{i}" for i in range(1000)])
+        assert len(kept) == i > 0
+
+
+def test_another_file_is_no_store(tmp_path):
+    (tmp_path / NAME).write_bytes(b"no database" * 100)
+    with pytest.raises(SnpatchError, match="file is not a database"), Store(tmp_path):
+        pass
+    (tmp_path / NAME).unlink()
+    with sqlite3.connect(tmp_path / NAME) as file:
+        file.execute("PRAGMA user_version = 99")
+    with pytest.raises(SnpatchError, match="of a newer snpatch"), Store(tmp_path):
+        pass
+
+
+def test_an_engine_that_dies_is_started_anew(engine, chats, ranking, tmp_path, monkeypatch):
+    whole, restarts, original = run(engine, chats, ranking), [], type(engine.executor).stream
+
+    def dying(self, requests):
+        for n, output in enumerate(original(self, requests)):
+            if n == (6, 1, None)[len(restarts)]:
+                raise EngineDiedError("vLLM's engine has ended")
+            yield output
+
+    monkeypatch.setattr(type(engine.executor), "stream", dying)
+    monkeypatch.setattr(type(engine), "restart", lambda self: restarts.append(self))
+    result = run(engine, chats, ranking, tmp_path)
+    assert len(restarts) == 2
+    assert (result.rows, result.records, result.failures) == (whole.rows, whole.records, [])
+    restarts.clear()
+    with pytest.raises(EngineDiedError):
+        run(engine, chats, ranking, tmp_path / "other", restarts=1)
+    with Store(tmp_path / "other") as store:
+        assert store.status().done >= 6, "what was written is kept"
+
+
+def test_a_text_that_fails_leaves_the_rest(engine, chats, ranking, tmp_path, monkeypatch, capsys):
+    whole, original = run(engine, chats, ranking), type(engine.executor).stream
+    bad = engine.encode([chats[2]], "sft")[0]
+
+    def failing(self, requests):
+        def checked():
+            for request in requests:
+                if request.prompt_ids == bad and len(request.overwrites) and request.overwrites[0].window.hi == 300:
+                    raise SnpatchError("this one cannot be run")
+                yield request
+
+        yield from original(self, checked())
+
+    monkeypatch.setattr(type(engine.executor), "stream", failing)
+    result = run(engine, chats, ranking, tmp_path)
+    assert "this one cannot be run" in capsys.readouterr().err
+    assert result.failures == ["prompts, prompt 2: this one cannot be run"]
+    lost = [r for r in result.records if r["completion"] is None]
+    assert {(r["hi"], r["prompt_index"], r["scores"]["cost"]) for r in lost} == {(300, 2, None)}
+    for row, before in zip(result.rows, whole.rows, strict=True):
+        assert (row.prompts, row.failed) == ((4, 1) if row.hi == 300 else (5, 0))
+        assert row.hi == 300 or row == before or row.net is not None
+    monkeypatch.setattr(type(engine.executor), "stream", original)
+    assert run(engine, chats, ranking, tmp_path).rows == whole.rows, "the same command again does what failed"
+
+
+def test_a_prompt_that_cannot_be_run_leaves_the_rest(engine, chats, ranking, tmp_path):
+    long = [{"role": "user", "content": "bala " * 4000}]
+    result = run(engine, [*chats, long], ranking, tmp_path)
+    assert len(result.failures) == 1
+    assert "prompts, prompt 5: prompt 0 has" in result.failures[0]
+    assert {(row.prompts, row.failed) for row in result.rows} == {(5, 1)}
+    assert [row.mean for row in result.rows] == [row.mean for row in run(engine, chats, ranking).rows]
+
+
+def test_a_wrong_receipt_ends_the_run(engine, chats, ranking, monkeypatch):
+    def wrong(self, requests):
+        raise ReceiptError("the device did something else")
+        yield
+
+    monkeypatch.setattr(type(engine.executor), "stream", wrong)
+    with pytest.raises(ReceiptError):
+        run(engine, chats, ranking)
+
+
+def note_texts(monkeypatch) -> list[str]:
+    """The keys of the texts that are written from here on."""
+    keys, original = [], Store.keep
+    monkeypatch.setattr(Store, "keep", lambda self, key, text: keys.append(key) or original(self, key, text))
+    return keys
+
+
+class Words:
+    """A judge with a digest, which notes what it is asked."""
+
+    def __init__(self, digest="words", bad=()):
+        self.digest, self.bad, self.asked = digest, bad, []
+
+    def __call__(self, prompts, completions):
+        self.asked += zip(prompts, completions, strict=True)
+        if any(text in self.bad for text in completions):
+            raise ZeroDivisionError("no such text")
+        return judge(prompts, completions)
+
+
+def test_a_judge_added_later_scores_kept_texts_only(engine, chats, ranking, tmp_path, monkeypatch):
+    written = note_texts(monkeypatch)
+    first, second = Words("a"), Words("b")
+    run(engine, chats, ranking, tmp_path, judges={"one": first})
+    n = len(first.asked)
+    assert n == len(set(first.asked)) > 5
+    written.clear()
+    result = run(engine, chats, ranking, tmp_path, judges={"one": first, "two": second})
+    assert not written
+    assert (len(first.asked), sorted(second.asked)) == (n, sorted(first.asked))
+    assert result.judges == ["one", "two"]
+    more = SweepConfig(("sft",), "dpo", (0, 70, 300, 500), controls=1, sampling=GREEDY, resamples=50)
+    run(engine, chats, ranking, tmp_path, judges={"one": first}, config=more)
+    assert 0 < len(written) <= 2 * len(chats), "a larger grid runs only what is new"
+
+
+def test_a_judge_that_raises_leaves_the_rest(engine, chats, ranking, tmp_path):
+    texts_of = {r["completion"] for r in run(engine, chats, ranking).records if r["ranking"] and r["hi"] == 70}
+    bad = sorted(texts_of)[0]
+    result = run(engine, chats, ranking, tmp_path, judges={"one": Words(bad=[bad]), "other": Words("good")})
+    missing = [r for r in result.records if r["scores"]["one"] is None]
+    assert missing
+    assert {r["completion"] for r in missing} == {bad}
+    assert all(r["scores"]["other"] is not None for r in result.records)
+    assert all("one has no score of its text" in line for line in result.failures)
+    with Store(tmp_path) as store:
+        assert {f["error"] for f in store.status().failures} == {"judge 'one': ZeroDivisionError: no such text"}
+    with pytest.raises(SnpatchError, match="judge 'all': ZeroDivisionError: no such text"):
+        run(engine, chats, ranking, tmp_path, judges={"all": Words("never", [r["completion"] for r in result.records])})
+
+
+def test_equal_texts_are_written_once(engine, chats, ranking, tmp_path, monkeypatch):
+    """k = 0 of all rankings, and the same neurons under another name or in another order."""
+    written = note_texts(monkeypatch)
+    shuffled = type(ranking).from_order(ranking.top(70).flip(0), ranking.shape)
+    config = SweepConfig(("sft",), "dpo", (0, 70), controls=0, sampling=GREEDY)
+    rankings = {"safety": ranking, "same": ranking, "shuffled": shuffled}
+    result = sweep(engine, chats, rankings, {"cost": judge}, config, store=tmp_path)
+    assert len(written) == 4 * len(chats), "two models, k = 0 and k = 70"
+    by = {(row.ranking, row.hi): row for row in result.rows}
+    assert by["safety", 70].mean == by["same", 70].mean == by["shuffled", 70].mean
+    assert by["safety", 0].mean == by["shuffled", 0].mean
+
+
+def test_donors_strengths_and_samples_are_points_of_their_own(engine, chats, ranking, tmp_path):
+    config = SweepConfig(
+        ("sft", "base"), ("dpo", "sft"), (70,), strengths=(1, 0.5), controls=1, samples=3, resamples=50,
+        sampling=Sampling(temperature=1.0, max_tokens=6, seed=5),
+    )  # fmt: skip
+    result = run(engine, chats, ranking, tmp_path, config=config)
+    patched = [(r.recipient, r.donor, r.strength, r.control_seed) for r in result.rows if r.ranking]
+    pairs = [("sft", "dpo"), ("base", "dpo"), ("base", "sft")]
+    assert sorted(patched, key=str) == sorted(
+        ((*p, s, c) for p in pairs for s in (1.0, 0.5) for c in (None, 0)), key=str
+    )
+    assert len(result.records) == (3 + 12) * len(chats) * 3
+    one = [r for r in result.records if (r["recipient"], r["ranking"], r["prompt_index"]) == ("base", None, 0)]
+    assert len({tuple(r["token_ids"]) for r in one}) > 1, "each sample has a seed of its own"
+    assert run(engine, chats, ranking, config=config).records == result.records, "and always the same"
+    row = next(r for r in result.rows if (r.recipient, r.donor, r.ranking) == ("base", "sft", "safety"))
+    means = {r.recipient: r.mean for r in result.rows if r.ranking is None}
+    control = next(r for r in result.controls(row))
+    assert row.effect == pytest.approx((row.mean - means["base"]) / (means["sft"] - means["base"]))
+    assert row.net == pytest.approx(row.effect - control.effect)
+    assert row.net_low <= row.net <= row.net_high
+    labels = [label for label, part in result.slices() if part.config.recipients]
+    assert labels == [f"donor {d}, strength {s}" for d in ("dpo", "sft") for s in ("1", "0.5")]
+
+
+@pytest.fixture
+def forks(prompts, ranking, tmp_path_factory):
+    """Processes that run the sweep into a folder, when they are told to."""
+    path, started = tmp_path_factory.mktemp("ranking") / "ranking.safetensors", []
+    ranking.save(path)
+
+    def start():
+        started.append(Forks(prompts, path))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+def test_promise_8_kills_at_twenty_random_moments(engine, chats, ranking, tmp_path, forks):
+    whole, process, draw, done = run(engine, chats, ranking), forks(), random.Random(0), 0
+    for _ in range(20):
+        pid, until = process.begin(tmp_path), done + draw.randint(0, 2)
+        while _written(tmp_path) < until:
+            time.sleep(draw.random() * 0.01)
+        os.kill(pid, signal.SIGKILL)
+        assert process.end() == ""
+        assert _written(tmp_path) >= done, "nothing that was written is lost"
+        done = _written(tmp_path)
+    keys = {(r["recipient"], r["lo"], r["hi"], r["control_seed"], r["prompt_index"]) for r in whole.records}
+    assert 20 < done < len(keys)
+    result = run(engine, chats, ranking, tmp_path)
+    assert (result.rows, result.records) == (whole.rows, whole.records)
+
+
+def _written(folder) -> int:
+    if not (folder / NAME).is_file():
+        return 0
+    with Store(folder) as store:
+        return store._row("SELECT count(*) FROM texts")[0]
+
+
+def test_two_processes_share_the_work_of_a_folder(engine, chats, ranking, tmp_path, forks):
+    whole, processes = run(engine, chats, ranking), [forks(), forks()]
+    for process in processes:
+        process.begin(tmp_path)
+    assert [process.end() for process in processes] == [str(len(whole.records))] * 2, "both have the whole result"
+    with sqlite3.connect(tmp_path / NAME) as file:
+        assert file.execute("SELECT count(*) FROM work WHERE state != 1").fetchone() == (0,)
+    assert run(engine, chats, ranking, tmp_path).rows == whole.rows
