@@ -5,8 +5,8 @@ import json
 import pytest
 from commands import GOLDEN, MODEL, PAIR, run
 
-from snpatch import Engine
 from snpatch.errors import ReceiptError
+from snpatch.runs import texts
 
 JUDGE = "some_judge:by_words"
 
@@ -218,14 +218,14 @@ def test_a_wrong_receipt_ends_all_and_leaves_no_table(capsys, monkeypatch, world
         raise ReceiptError("7 overwrites were done, 8 are implied")
 
     out = tmp_path / "out"
-    monkeypatch.setattr(Engine, "stream", wrong)
+    monkeypatch.setattr(texts, "fill", wrong)
     names = "distribution", "curve", "words"
     code, _, err = run(capsys, "exp", *names, "-w", world, "-o", out, "--backend", "transformers")
     assert code == 2
     (line,) = (line for line in err.splitlines() if line.startswith("snpatch: error: "))
     assert "curve: 7 overwrites were done, 8 are implied" in line
     assert "tables of this run were removed" in line
-    assert {path.name for path in out.iterdir()} <= {"rankings", "completions.jsonl"}, "words did not run"
+    assert {path.name for path in out.iterdir()} <= {"rankings", "sweep.sqlite"}, "words did not run"
 
 
 def test_a_report_holds_what_one_world_and_its_settings_made(capsys, world, tmp_path):

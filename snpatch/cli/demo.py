@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
+from snpatch.cli import report
 from snpatch.cli.exp import run
 from snpatch.cli.generated import Fields, Some, generated
 from snpatch.config import EngineConfig
@@ -26,6 +27,9 @@ def demo(
     if context.invoked_subcommand:
         return
     run(["curve"], "demo", out, as_json, **engine)
+    path = report.write(out, out / report.FILE)
+    if not as_json:
+        print(f"open {path} in a browser: the curve, and every text")
 
 
 @app.command("build")

@@ -51,15 +51,16 @@ CREATE TABLE work (
   error TEXT                      -- of the last of them
 ) WITHOUT ROWID;
 CREATE INDEX work_state ON work (state);
-CREATE TABLE asked (               -- the last sweep's texts, by what they are called; of one row each
+CREATE TABLE asked (               -- sweeps' texts, by what they are called
   place INTEGER PRIMARY KEY,
+  sweep TEXT NOT NULL,
   key TEXT,                       -- NULL: its prompt cannot be run
   labels TEXT NOT NULL,           -- JSON: set, prompt_index, sample, prompt, recipient, donor, ranking, ...
   error TEXT
 );
-CREATE TABLE judges (              -- the last sweep's
+CREATE TABLE judges (
   name TEXT PRIMARY KEY,
-  judge TEXT NOT NULL             -- the digest that its scores are kept under
+  judge TEXT NOT NULL             -- the digest that its scores are kept under, since the last sweep with it
 );
 CREATE TABLE failures (
   place TEXT NOT NULL,            -- JSON: which prompt of which set, or which text before which judge
@@ -247,30 +248,33 @@ class Store:
 
     # ---- a sweep ------------------------------------------------------------------------------------------------
 
-    def name(self, labels: Sequence[tuple[str | None, Mapping[str, object], str | None]]) -> None:
+    def name(self, sweep: str, labels: Sequence[tuple[str | None, Mapping[str, object], str | None]]) -> None:
         """What a sweep's texts are called: key, labels and why there is none, in the order of its points."""
         with self._transaction():
-            self._execute("DELETE FROM asked")
+            self._execute("DELETE FROM asked WHERE sweep = ?", sweep)
             self._many(
-                "INSERT INTO asked (key, labels, error) VALUES (?, ?, ?)",
-                ((key, json.dumps(dict(own)), error) for key, own, error in labels),
+                "INSERT INTO asked (sweep, key, labels, error) VALUES (?, ?, ?, ?)",
+                ((sweep, key, json.dumps(dict(own)), error) for key, own, error in labels),
             )
 
     def name_judges(self, digests: Mapping[str, str]) -> None:
         """Under which digests the scores of a sweep's judges are kept, by the judge's name."""
         with self._transaction():
-            self._execute("DELETE FROM judges")
-            self._many("INSERT INTO judges VALUES (?, ?)", digests.items())
+            self._many("INSERT OR REPLACE INTO judges VALUES (?, ?)", digests.items())
 
     def records(self) -> Iterator[dict]:
-        """The last sweep's texts as they are now, by what they are called, with the scores that they have."""
+        """The texts of all sweeps as they are now, by what they are called, with the scores that they have."""
         judges = dict(self._execute("SELECT name, judge FROM judges").fetchall())
         scores = {name: self.scores(judge) for name, judge in judges.items()}
         rows = self._execute(
             "SELECT a.labels, coalesce(a.error, w.error), t.completion, t.token_ids, t.finish_reason, t.overwrites "
             "FROM asked a LEFT JOIN texts t USING (key) LEFT JOIN work w USING (key) ORDER BY a.place"
         )
+        told = set()
         for labels, error, completion, ids, reason, overwrites in rows.fetchall():
+            if labels in told:
+                continue  # two sweeps have the point
+            told.add(labels)
             record = json.loads(labels)
             text = None if completion is None else text_of(record["prompt"], completion)
             yield {

@@ -1,5 +1,6 @@
 """Sweeps: many patches over the same prompts, judged and compared with the unpatched models."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -174,58 +175,97 @@ def sweep(
     config: SweepConfig,
     *,
     store: str | Path | Store | None = None,
+    name: str = "sweep",
     restarts: int = texts.RESTARTS,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Run every window of every ranking and of its random controls, for every recipient and donor, and judge the texts.
 
     prompts: or several sets of them by name. judges: name -> judge; each sees all texts. store: a folder that keeps
-    texts and scores, so that a killed sweep continues; or an open Store. A window of which no disjoint random control
+    texts and scores, so that a killed sweep continues; or an open Store, in which name tells its texts from those of
+    other sweeps. A window of which no disjoint random control
     can be drawn has none, and a note says so. What fails is left out of the rows and told in `failures`. restarts: of
     an engine that dies.
     """
-    sets = dict(prompts) if isinstance(prompts, Mapping) else {PROMPTS: prompts}
-    if not rankings or not sets or not all(map(len, sets.values())) or not judges:
-        raise SnpatchError("sweep: needs at least one ranking, one prompt of each set and one judge")
-    points, notes = points_of(engine, rankings, config)
-    chats = [chat for mine in sets.values() for chat in mine]
-    names, firsts = _places(sets)
-    items = [texts.wanted(engine, chats, point.runs, config.sampling, config.samples) for point in points]
-    labels = [
-        {
-            **point.labels,
-            "set": names[i],
-            "prompt_index": i - firsts[names[i]],
-            "prompt": item.prompt,
-            "sample": item.sample,
-        }
-        for point, mine in zip(points, items, strict=True)
-        for item in mine
-        for i in [item.prompt_index]
-    ]
+    asked = ask(engine, prompts, rankings, config)
     with Store(store) if not isinstance(store, Store) else nullcontext(store) as kept:
-        flat = [item for mine in items for item in mine]
-        kept.name([(item.key, own, item.error) for item, own in zip(flat, labels, strict=True)])
-        kept.name_judges(judging.digests_of(judges, kept))
-        texts.fill(engine, flat, kept, restarts=restarts, progress=progress)
-        written = texts.records(items, kept)
-        records = [{**record, **own} for record, own in zip(chain.from_iterable(written), labels, strict=True)]
-        judging.judge_all(records, judges, kept)
-    rows = []
-    for judge in judges:
-        scores = _means(records, judge, (len(points), len(chats), config.samples))
-        for name, first in firsts.items():
-            own = slice(first, first + len(sets[name]))
-            texts_of = [[r for r in mine if own.start <= r["prompt_index"] < own.stop] for mine in written]
-            rows += _rows(engine, config, judge, name, points, texts_of, scores[:, own])
-    return SweepResult(config, rows, records, notes, _failures(records))
+        asked.name(name, judges, kept)
+        texts.fill(engine, asked.flat, kept, restarts=restarts, progress=progress)
+        return finish(asked, judges, config, kept)
 
 
-def points_of(engine: Engine, rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[list[Point], list[str]]:
-    """What a sweep runs, the unpatched models first, and which windows have no control."""
+@dataclass(frozen=True)
+class Asked:
+    """All texts that a sweep wants. items: of each point; labels: of each item, in the same order, as one list."""
+
+    points: list[Point]
+    notes: list[str]
+    sets: dict[str, int]  # how many prompts each has
+    items: list[list[texts.Item]]
+    labels: list[dict]
+
+    @property
+    def flat(self) -> list[texts.Item]:
+        """The items of all points."""
+        return list(chain.from_iterable(self.items))
+
+    def name(self, sweep: str, judges: Mapping[str, Judge], store: Store) -> None:
+        """Tell the store what its texts and scores are called from here on."""
+        store.name(sweep, [(item.key, own, item.error) for item, own in zip(self.flat, self.labels, strict=True)])
+        store.name_judges(judging.digests_of(judges, store))
+
+
+def ask(engine: Engine, prompts, rankings: Mapping[str, Ranking], config: SweepConfig) -> Asked:
+    """What a sweep of these wants, checked in full before anything is written."""
     for model in config.models:
         engine.requests.model(model)
-    # Built in full before anything is generated: every mistake in names, windows and controls surfaces here.
+    sets = sets_of(prompts)
+    points, notes = points_of(rankings, config)
+    chats = list(chain.from_iterable(sets.values()))
+    items = [texts.wanted(engine, chats, point.runs, config.sampling, config.samples) for point in points]
+    return named(points, notes, {name: len(mine) for name, mine in sets.items()}, items)
+
+
+def named(points: list[Point], notes: list[str], sets: dict[str, int], items: list[list[texts.Item]]) -> Asked:
+    """Items with their labels."""
+    place = [(name, index) for name, n in sets.items() for index in range(n)]
+    labels = []
+    for point, mine in zip(points, items, strict=True):
+        for item in mine:
+            name, index = place[item.prompt_index]
+            own = {"set": name, "prompt_index": index, "prompt": item.prompt, "sample": item.sample}
+            labels.append({**point.labels, **own})
+    return Asked(points, notes, sets, items, labels)
+
+
+def finish(asked: Asked, judges: Mapping[str, Judge], config: SweepConfig, store: Store) -> SweepResult:
+    """Judge what the store has of a sweep's texts, and compare."""
+    written = texts.records(asked.items, store)
+    records = [{**record, **own} for record, own in zip(chain.from_iterable(written), asked.labels, strict=True)]
+    judging.judge_all(records, judges, store)
+    rows, shape = [], (len(asked.points), sum(asked.sets.values()), config.samples)
+    for judge in judges:
+        scores, first = _means(records, judge, shape), 0
+        for name, n in asked.sets.items():
+            own = range(first, first + n)
+            texts_of = [[record for record in mine if record["prompt_index"] in own] for mine in written]
+            rows += _rows(config, judge, name, asked.points, texts_of, scores[:, own])
+            first += n
+    return SweepResult(config, rows, records, asked.notes, _failures(records))
+
+
+def sets_of(prompts: Sequence[Chat] | Mapping[str, Sequence[Chat]]) -> dict[str, Sequence[Chat]]:
+    """Sets of prompts by name; none of them is empty."""
+    sets = dict(prompts) if isinstance(prompts, Mapping) else {PROMPTS: prompts}
+    if not sets or not all(map(len, sets.values())):
+        raise SnpatchError("sweep: needs at least one prompt of each set")
+    return sets
+
+
+def points_of(rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[list[Point], list[str]]:
+    """What a sweep runs, the unpatched models first, and which windows have no control."""
+    if not rankings:
+        raise SnpatchError("sweep: needs at least one ranking")
     points, notes = [Point(model) for model in config.models], []
     for name, ranking in rankings.items():
         for window in config.windows:
@@ -253,21 +293,15 @@ def _controls(ranking: Ranking, window: Window, config: SweepConfig) -> tuple[li
         return [], str(error)
 
 
-def _places(sets: Mapping[str, Sequence[Chat]]) -> tuple[list[str], dict[str, int]]:
-    """The set of each prompt, when all follow one another, and where each set begins."""
-    names = [name for name, chats in sets.items() for _ in chats]
-    return names, {name: names.index(name) for name in sets}
-
-
 def _means(records: Sequence[dict], judge: str, shape: tuple[int, int, int]) -> np.ndarray:
     """Scores [points, prompts] of a judge, NaN where one of a prompt's samples has none."""
     scores = [record["scores"][judge] for record in records]
     return np.array([np.nan if score is None else score for score in scores]).reshape(shape).mean(-1)
 
 
-def _rows(engine, config, judge, name, points, written, scores) -> list[Row]:
+def _rows(config, judge, name, points, written, scores) -> list[Row]:
     """A row a point, from its texts' scores [points, prompts]."""
-    size = engine.geometry.n_layers * engine.geometry.n_neurons
+    size = next(math.prod(point.patch.ranking.shape) for point in points if point.patch is not None)
     certainty = {"resamples": config.resamples, "confidence": config.confidence}
     unpatched = {point.recipient: own for point, own in zip(points, scores, strict=True) if point.patch is None}
     controls: dict[tuple, list[np.ndarray]] = {}

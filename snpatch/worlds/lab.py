@@ -185,7 +185,8 @@ class Lab:
             self.model(model)
         sets = {prompts: self.prompts(prompts)}
         with self.progress(f"sweep of {prompts}") as progress:
-            result = sweep(self.engine, sets, rankings, judges, config, store=self.out, progress=progress)
+            name = f"{', '.join(rankings)} on {prompts}"
+            result = sweep(self.engine, sets, rankings, judges, config, store=self.out, name=name, progress=progress)
         judging.check_scored(result.records)
         return result
 

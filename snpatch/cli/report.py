@@ -1,0 +1,24 @@
+"""`snpatch report`: a folder of results as one HTML file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FILE = "report.html"
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `snpatch sweep`, `exp` or `demo` wrote to.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=f"The file; default: {FILE} in the folder.")] = None,
+) -> None:
+    """Write one HTML file of all results in a folder: curves, maps, tables, every text. It needs no network."""
+    print(f"wrote {write(folder, out or folder / FILE)}")
+
+
+def write(folder: Path, path: Path) -> Path:
+    """The page of a folder."""
+    from snpatch.experiments.page import page_of
+    from snpatch.report import page
+
+    return page.write(path, page_of(folder))
