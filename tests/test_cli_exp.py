@@ -3,12 +3,10 @@
 import json
 
 import pytest
-from commands import GOLDEN, MODEL, PAIR, run
+from commands import GOLDEN, JUDGE, MODEL, PAIR, run, spec_of
 
 from snpatch.errors import ReceiptError
 from snpatch.runs import texts
-
-JUDGE = "some_judge:by_words"
 
 
 def test_guard_is_fitted_tried_and_applied(capsys, prompts, ranking, tmp_path):
@@ -65,23 +63,6 @@ def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):
     assert told["judges"]["refused"]["source"] == "refusal"
     assert told["sets"]["prompts"]["rows_used"] == 3
     assert told["rankings"]["safety"]["digest"]
-
-
-def spec_of(tmp_path, prompts, ranking, **sweep):
-    """A sweep's file with two sets, two strengths and an engine of its own."""
-    adapters = {"sft": str(GOLDEN / "adapters/sft"), "dpo": [str(GOLDEN / f"adapters/{n}") for n in ("sft", "dpo")]}
-    spec = {
-        "model": MODEL, "adapters": adapters, "template": "tulu", "engine": {"backend": "transformers"},
-        "sets": {"few": {"source": str(prompts), "first": 2}, "more": {"source": str(prompts), "first": 3}},
-        "judges": {"cost": {"source": JUDGE}, "refused": {"source": "refusal"}},
-        "rankings": {"safety": str(ranking), "own": {"generator": "sft", "against": "dpo", "prompts": "few"}},
-        "contrast_tokens": 4, "sampling": {"max_tokens": 3},
-        "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, "10:70"], "strengths": [1, 0.5],
-                  "controls": 1, **sweep},
-    }  # fmt: skip
-    path = tmp_path / "sweep-spec.json"
-    path.write_text(json.dumps(spec))
-    return path
 
 
 def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, tmp_path):
@@ -257,3 +238,39 @@ def test_a_report_holds_what_one_world_and_its_settings_made(capsys, world, tmp_
     assert "curve.json is left out of report.md: of another world: no model named 'sft'" in err
     (out / "curve.json").write_text("nothing")
     assert exp("words")[1] == ["words"]
+
+
+def test_workers_write_parts_that_the_sweep_joins(capsys, prompts, ranking, tmp_path):
+    path, out, alone = spec_of(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
+    assert run(capsys, "sweep", path, "-o", alone)[0] == 0
+    counts = []
+    for worker in ("1/2", "2/2"):
+        code, told, err = run(capsys, "sweep", path, "-o", out, "--worker", worker)
+        assert code == 0, err
+        counts.append(int(told.split()[1]))
+    assert max(counts) - min(counts) <= 1
+    code, _, err = run(capsys, "sweep", path, "-o", out)
+    assert code == 0, err
+    assert f"took in {counts[1]} texts of sweep-2-of-2.sqlite" in err
+    assert (out / "sweep.csv").read_bytes() == (alone / "sweep.csv").read_bytes()
+    status = json.loads(run(capsys, "sweep", "status", out, "--json")[1])
+    assert (status["done"], status["rate"] is not None) == (sum(counts), True)
+    for wrong in ("0/2", "3/2", "2"):
+        code, _, err = run(capsys, "sweep", path, "-o", out, "--worker", wrong)
+        assert (code, "--worker wants i/n with i in 1..n" in err) == (2, True)
+
+
+def test_a_page_is_made_of_a_sweeps_folder(capsys, prompts, ranking, tmp_path):
+    path, out = spec_of(tmp_path, prompts, ranking, strengths=[1]), tmp_path / "out"
+    code, _, err = run(capsys, "report", tmp_path)
+    assert (code, "holds no table and no texts" in err) == (2, True)
+    assert run(capsys, "sweep", path, "-o", out)[0] == 0
+    code, told, err = run(capsys, "report", out)
+    assert code == 0, err
+    assert told == f"wrote {out / 'report.html'}\n"
+    text = (out / "report.html").read_text()
+    for part in ("snpatch sweep", '"net_low"', "application/json-gz", "Plotly"):
+        assert part in text
+    for table in out.glob("*.json"):
+        table.unlink()
+    assert run(capsys, "report", out)[0] == 0, "of a sweep that is not finished"

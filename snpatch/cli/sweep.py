@@ -49,9 +49,8 @@ class Target(Engine):
     def made(self, values: dict) -> EngineConfig | Fields:
         if values["prompts"] is not None:
             return super().made(values)
-        own = {"model", "out", "restarts", "as_json", *(p.name for p in Engine(has_model=False).parameters())} - {
-            "context"
-        }
+        engine = {parameter.name for parameter in Engine(has_model=False).parameters()} - {"context"}
+        own = {"model", "out", "restarts", "worker", "ray", "gpus", "as_json", *engine}
         for option in values["context"].command.params:
             if option.name not in own and is_given(values, option.name):
                 name = option.name.replace("_", "-")
@@ -84,6 +83,14 @@ def run(
         bool, typer.Option("--overlapping-controls", help="Controls may hold the ranking's own neurons.")
     ] = False,
     judge_format: o.JudgeFormat = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n: write only the i-th of n parts, into a file of its own; the sweep without it joins them."
+        ),
+    ] = None,
+    ray: Annotated[int | None, typer.Option(min=1, help="So many replicas, as actors of Ray.")] = None,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each replica, with --ray.")] = 0,
     restarts: Annotated[int, typer.Option(min=0, help="How often an engine that dies is started anew.")] = 5,
     as_json: o.AsJson = False,
 ) -> None:
@@ -93,7 +100,7 @@ def run(
     """
     from snpatch.experiments.sweeps import report_of
     from snpatch.files import check_writable
-    from snpatch.runs.store import Store
+    from snpatch.runs.store import NAME, Store, part_name, parts_in
     from snpatch.worlds.lab import Lab
     from snpatch.worlds.spec import FILE, SweepSpec
 
@@ -112,11 +119,25 @@ def run(
     check_writable(out / "sweep.csv")
     spec.save(out / FILE)
     command, outcome = " ".join(["snpatch", *sys.argv[1:]]), "interrupted"
-    given = {"backend": spec.engine.backend, **given}
-    with Lab(spec, out, skip_bad=skip_bad, progress=o.progress_bar, **given) as lab, Store(out) as store:
+    given = {"backend": spec.engine.backend, "skip_bad": skip_bad, **given}
+    part = None if worker is None else _part(worker)
+    with (
+        Lab(spec, out, progress=o.progress_bar, **given) as lab,
+        Store(out, name=NAME if part is None else part_name(*part)) as store,
+    ):
+        if part is not None:
+            print(f"wrote {lab.write_part(spec, store, *part, restarts=restarts)} texts to {store.path}")
+            return
+        for path in parts_in(out):
+            print(f"snpatch: took in {store.take_in(path)} texts of {path.name}", file=sys.stderr)
         used, number = lab.begin(), store.begin(command)
         try:
-            result = lab.run(spec, restarts=restarts, store=store)
+            if ray is None:
+                result = lab.run(spec, restarts=restarts, store=store)
+            else:
+                from snpatch.worlds import replicas
+
+                result = replicas.run(lab, spec, store, replicas=ray, gpus=gpus, restarts=restarts, **given)
             outcome = "done" if not result.failures else f"{len(result.failures)} failed"
         except SnpatchError as error:
             outcome = str(error)
@@ -204,6 +225,14 @@ def _spec(config: EngineConfig, prompts: Fields, flags: dict, judge_format: str 
         },
     }
     return SweepSpec.of(table, Path())
+
+
+def _part(worker: str) -> tuple[int, int]:
+    """i and n of "i/n"."""
+    number, slash, of = worker.partition("/")
+    if not (slash and number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise SnpatchError(f"--worker wants i/n with i in 1..n, got {worker!r}")
+    return int(number), int(of)
 
 
 def _named(entries: list[str], option: str, default) -> dict[str, str]:

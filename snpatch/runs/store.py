@@ -105,10 +105,13 @@ class Status:
 
 
 class Store:
-    """Use as a context, from one thread. folder None: kept in memory. must_exist: an error where there is none yet."""
+    """Use as a context, from one thread. folder None: kept in memory. must_exist: an error where there is none yet.
 
-    def __init__(self, folder: str | Path | None, must_exist: bool = False) -> None:
-        self.path = None if folder is None else Path(folder) / NAME
+    name: of the file, where it is a worker's part of a sweep.
+    """
+
+    def __init__(self, folder: str | Path | None, must_exist: bool = False, name: str = NAME) -> None:
+        self.path = None if folder is None else Path(folder) / name
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._must_exist = must_exist
         self._connection: sqlite3.Connection | None = None
@@ -222,19 +225,20 @@ class Store:
         """How many of the texts asked for are open, here or elsewhere."""
         return self._row("SELECT count(*) FROM mine m JOIN work w USING (key) WHERE w.state = 0")[0]
 
-    def suspect(self, error: str) -> list[str]:
-        """A run failed: what this process had under way is to be tried again in smaller groups, and one that was alone
-        has failed; the keys of those that have."""
+    def suspect(self, error: str, keys: Sequence[str] | None = None) -> None:
+        """A run failed: what was under way in it is to be tried again in smaller groups; what was alone has failed.
+
+        keys: what was under way; None: all that this process has taken.
+        """
         with self._transaction():
-            under_way = [
-                key for (key,) in self._execute("SELECT key FROM work WHERE owner = ? AND state = 0", self.owner)
-            ]
-            self._execute(
+            if keys is None:
+                taken = self._execute("SELECT key FROM work WHERE owner = ? AND state = 0", self.owner)
+                keys = [key for (key,) in taken]
+            self._many(
                 "UPDATE work SET owner = NULL, expires = NULL, attempts = attempts + 1, error = ?, state = ? "
-                "WHERE owner = ? AND state = 0",
-                error, FAILED if len(under_way) == 1 else OPEN, self.owner,
-            )  # fmt: skip
-        return under_way if len(under_way) == 1 else []
+                "WHERE key = ?",
+                ((error, FAILED if len(keys) == 1 else OPEN, key) for key in keys),
+            )
 
     def errors(self, keys: Iterable[str]) -> dict[str, str]:
         """Why each of these failed that did."""
@@ -286,6 +290,23 @@ class Store:
                 "error": None if completion is not None else error,
                 "scores": {name: kept.get(text) for name, kept in scores.items()},
             }
+
+    def take_in(self, part: Path) -> int:
+        """The texts and scores of a worker's file, see part_name; how many texts there were."""
+        with self._errors():
+            other = sqlite3.connect(part)
+            try:
+                (version,) = other.execute("PRAGMA user_version").fetchone()
+                if version != VERSION:
+                    raise SnpatchError(f"{part} is of another snpatch (version {version} of its tables)")
+                rows = {table: other.execute(f"SELECT * FROM {table}").fetchall() for table in ("texts", "scores")}
+            finally:
+                other.close()
+        with self._transaction():
+            self._many("INSERT OR IGNORE INTO texts VALUES (?, ?, ?, ?, ?, ?)", rows["texts"])
+            self._many("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows["scores"])
+            self._execute("UPDATE work SET state = ? WHERE key IN (SELECT key FROM texts)", DONE)
+        return len(rows["texts"])
 
     # ---- scores and failures --------------------------------------------------------------------------------------
 
@@ -411,6 +432,16 @@ class Store:
             yield
         except (sqlite3.Error, OSError) as error:
             raise SnpatchError(f"cannot use {self.path}: {error}") from error
+
+
+def part_name(worker: int, workers: int) -> str:
+    """The file of one of several workers, counted from 1."""
+    return f"sweep-{worker}-of-{workers}.sqlite"
+
+
+def parts_in(folder: str | Path) -> list[Path]:
+    """The files of all workers in a folder."""
+    return sorted(Path(folder).glob("sweep-*-of-*.sqlite"))
 
 
 def text_of(prompt: str, completion: str) -> str:

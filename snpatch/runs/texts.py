@@ -88,6 +88,14 @@ def wanted(
     return items
 
 
+def told(chats: Sequence[Chat], texts: Sequence[tuple[str | None, str | None]], samples: int) -> list[Item]:
+    """What another process's `wanted` gave, from the key and error of each: items without requests."""
+    return [
+        Item(key, index // samples, question(chats[index // samples]), index % samples, error=error)
+        for index, (key, error) in enumerate(texts)
+    ]
+
+
 def fill(
     engine: Engine, items: Sequence[Item], store: Store, *, restarts: int = RESTARTS, progress: Progress | None = None
 ) -> None:
@@ -106,7 +114,7 @@ def fill(
             with closing(engine.executor.stream(_claimed(store, by_key, claimed))) as outputs:
                 for index, output in outputs:
                     completion = Completion.of(by_key[claimed[index]], output)
-                    store.keep(claimed[index], _text(completion))
+                    store.keep(claimed[index], text_of(completion))
                     left -= 1
                     if progress:
                         progress(len(by_key) - left, len(by_key))
@@ -185,7 +193,8 @@ def _clause(engine: Engine, clause: Clause) -> dict:
     return content | {"neurons": clause.ranking.digest_of(clause.window)}
 
 
-def _text(completion: Completion) -> Text:
+def text_of(completion: Completion) -> Text:
+    """A completion as it is kept."""
     return Text(completion.text, completion.token_ids, completion.finish_reason, completion.overwrites)
 
 

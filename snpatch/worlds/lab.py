@@ -22,10 +22,11 @@ from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
-from snpatch.runs import judging
+from snpatch.runs import judging, texts
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.perplexity import Perplexity, measure
-from snpatch.runs.sweep import SweepResult, sweep
+from snpatch.runs.store import Store
+from snpatch.runs.sweep import SweepResult, ask, sweep
 from snpatch.runs.texts import RESTARTS
 from snpatch.sampling import Sampling
 from snpatch.worlds.provenance import Provenance
@@ -96,8 +97,16 @@ class Lab:
 
     def model(self, name: str) -> str:
         """The name of a model that is run or read: whoever uses the engine itself asks here first."""
-        self._provenance.model(self.engine, name, self.world.engine.origin(name))
+        self.note_model(self.engine, name)
         return name
+
+    def note_model(self, engine: Engine, name: str) -> None:
+        """A model of some engine was run, which tells its backend and digests."""
+        self._provenance.model(engine, name, self.world.engine.origin(name))
+
+    def note_ranking(self, name: str, ranking: Ranking) -> None:
+        """A ranking was used."""
+        self._provenance.ranking(name, ranking)
 
     @property
     def sampling(self) -> Sampling:
@@ -196,13 +205,33 @@ class Lab:
         how: further arguments of runs.sweep.sweep.
         """
         judges = {name: self.judge(name) for name in spec.judged}  # first what is quick to fail
-        sets = {name: self.prompts(name) for name in spec.swept}
-        rankings = {name: self._named_ranking(name, source) for name, source in spec.rankings.items()}
+        how = {"store": self.out, "restarts": restarts, **how}
+        sets, rankings = {name: self.prompts(name) for name in spec.swept}, self.rankings(spec)
+        with self.progress("sweep") as progress:
+            return sweep(self.engine, sets, rankings, judges, spec.plan, progress=progress, **how)
+
+    def write_part(self, spec: SweepSpec, store: Store, worker: int, workers: int, restarts: int = RESTARTS) -> int:
+        """Write and judge one worker's share of a sweep's texts, into a store of its own; how many texts that is.
+
+        worker: counted from 1. Every `workers`-th text is its: all that share a prompt's beginning go round.
+        """
+        judges = {name: self.judge(name) for name in spec.judged}
+        sets, rankings = {name: self.prompts(name) for name in spec.swept}, self.rankings(spec)
+        asked = ask(self.engine, sets, rankings, spec.plan)
+        keys = list(dict.fromkeys(item.key for item in asked.flat if item.key is not None))
+        own = set(keys[worker - 1 :: workers])
+        items = [item for item in asked.flat if item.key in own]
+        with self.progress(f"worker {worker} of {workers}") as progress:
+            texts.fill(self.engine, items, store, restarts=restarts, progress=progress)
+        (records,) = texts.records([items], store)
+        judging.judge_all(records, judges, store)
+        return len(own)
+
+    def rankings(self, spec: SweepSpec) -> dict[str, Ranking]:
+        """The rankings of a sweep's file, by name."""
         for model in spec.plan.models:
             self.model(model)
-        how = {"store": self.out, **how}
-        with self.progress("sweep") as progress:
-            return sweep(self.engine, sets, rankings, judges, spec.plan, restarts=restarts, progress=progress, **how)
+        return {name: self._named_ranking(name, source) for name, source in spec.rankings.items()}
 
     def perplexity(
         self, text: str, patches: Sequence[Patch | str], window: int, bos_each_window: bool | str = "auto"
@@ -219,7 +248,7 @@ class Lab:
         if isinstance(source, RankingSource):
             return self.ranking(Contrast(source.generator, source.against, source.prompts), source.at)
         ranking = Ranking.load(source)
-        self._provenance.ranking(name, ranking)
+        self.note_ranking(name, ranking)
         return ranking
 
     def _key(self, contrast: Contrast, at: str) -> str:

@@ -12,6 +12,7 @@ from snpatch import Ranking, cli
 GOLDEN = Path(__file__).parents[1] / "goldens" / "A"
 MODEL, SFT, DPO = (str(GOLDEN / part) for part in ("model", "adapters/sft", "adapters/dpo"))
 ADAPTERS = ["-a", f"sft={SFT}", "-a", f"dpo={SFT},{DPO}", "--template", "tulu"]
+JUDGE = "some_judge:by_words"
 PAIR = [*ADAPTERS, "--backend", "transformers"]
 
 
@@ -44,3 +45,20 @@ def run(capsys, *arguments):
         sys.argv = argv
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def spec_of(tmp_path, prompts, ranking, **sweep):
+    """A sweep's file with two sets, two strengths and an engine of its own."""
+    adapters = {"sft": str(GOLDEN / "adapters/sft"), "dpo": [str(GOLDEN / f"adapters/{n}") for n in ("sft", "dpo")]}
+    spec = {
+        "model": MODEL, "adapters": adapters, "template": "tulu", "engine": {"backend": "transformers"},
+        "sets": {"few": {"source": str(prompts), "first": 2}, "more": {"source": str(prompts), "first": 3}},
+        "judges": {"cost": {"source": JUDGE}, "refused": {"source": "refusal"}},
+        "rankings": {"safety": str(ranking), "own": {"generator": "sft", "against": "dpo", "prompts": "few"}},
+        "contrast_tokens": 4, "sampling": {"max_tokens": 3},
+        "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, "10:70"], "strengths": [1, 0.5],
+                  "controls": 1, **sweep},
+    }  # fmt: skip
+    path = tmp_path / "sweep-spec.json"
+    path.write_text(json.dumps(spec))
+    return path

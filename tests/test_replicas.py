@@ -1,0 +1,62 @@
+"""A sweep on two replicas of Ray, one of which is killed: the same table as one engine's."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import run, spec_of
+
+ray = pytest.importorskip("ray", reason="replicas need Ray: pip install 'snpatch[ray]'")
+
+from snpatch import SnpatchError  # noqa: E402
+from snpatch.runs.store import NAME  # noqa: E402
+
+
+def replicas() -> list[int]:
+    """The processes of all replicas."""
+    found = subprocess.run(["pgrep", "-f", "ray::Replica.write"], capture_output=True, text=True).stdout
+    return [int(line) for line in found.split()]
+
+
+def written(out) -> int:
+    if not (out / NAME).is_file():
+        return 0
+    with sqlite3.connect(out / NAME) as file:
+        return file.execute("SELECT count(*) FROM texts").fetchone()[0]
+
+
+def test_a_replica_that_is_killed_is_replaced(capsys, prompts, ranking, tmp_path):
+    path, out, alone = spec_of(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
+    assert run(capsys, "sweep", path, "-o", alone)[0] == 0
+    command = [sys.executable, "-m", "snpatch.cli", "sweep", path, "-o", out, "--ray", "2", "--engine", "batch_size=1"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_AUTH_MODE": "disabled"}
+    process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and written(out) < 5:
+        time.sleep(0.02)
+    os.kill(replicas()[0], signal.SIGKILL)
+    err = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, err[-3000:]
+    assert "is replaced: a replica has ended" in err
+    assert (out / "sweep.csv").read_bytes() == (alone / "sweep.csv").read_bytes()
+    with sqlite3.connect(out / NAME) as file:
+        assert file.execute("SELECT count(*) FROM work WHERE state != 1").fetchone() == (0,)
+    told = json.loads((out / "sweep.json").read_text())["provenance"]
+    assert told["models"].keys() == {"sft", "dpo"}
+    assert replicas() == []
+
+
+def test_without_restarts_its_end_is_an_error(capsys, prompts, ranking, tmp_path, monkeypatch):
+    from snpatch.worlds import replicas as room
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    path = spec_of(tmp_path, prompts, ranking, recipients=["base"])
+    monkeypatch.setattr(room.Replica, "prepare", lambda self: os._exit(1))
+    code, _, err = run(capsys, "sweep", path, "-o", tmp_path / "out", "--ray", 1)
+    assert (code, "a replica has ended" in err) == (2, True)
+    with pytest.raises(SnpatchError, match="went wrong"):
+        raise room._error(type("E", (Exception,), {"cause": SnpatchError("went wrong")})())
