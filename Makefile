@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check HALF OTHER test-vllm lint format asan triton36
-.PHONY: bench-op bench-generate bench-pair readme gpu-check clean
+.PHONY: bench-op bench-generate bench-pair bench-sweep bench-report readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
@@ -78,6 +78,16 @@ bench-generate: $(READY)
 bench-pair: $(READY)
 	$(BIN)/python -m pytest -q bench/bench_pair.py --benchmark-enable \
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/pair.cpu.json
+
+# Sweeps: many windows in one batch, the store, a finished sweep again (minutes).
+bench-sweep: $(READY)
+	$(BIN)/python -m pytest -q bench/bench_sweep.py --benchmark-enable \
+	  --benchmark-columns=median,iqr --benchmark-json=bench/results/sweep.cpu.json
+
+# The page of a sweep: writing, opening, searching; needs Chromium.
+bench-report: $(READY)
+	$(BIN)/python -m pytest -q bench/bench_report.py --benchmark-enable \
+	  --benchmark-columns=median,iqr --benchmark-json=bench/results/report.cpu.json
 
 # What the README shows: the experiments on the demo world (minutes), and its tables made from the records.
 readme: $(READY)

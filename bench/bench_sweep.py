@@ -1,0 +1,108 @@
+"""Sweeps in vLLM: many windows against one, what the store costs, a finished sweep again: `make bench-sweep`.
+
+Sizes: see bench_generate.py; the store is measured on the demo world, whose texts are the fastest there are.
+"""
+
+import functools
+import random
+import time
+from collections import Counter
+
+import pytest
+from bench_generate import GPU, IS_REHEARSAL, LAYERS, NEURONS, PAIR, RANKING, about, folder, paired, traces, twin  # noqa: F401 - fixtures
+
+from snpatch import Engine, Patch, Sampling
+from snpatch.data import load
+from snpatch.runs import texts
+from snpatch.runs.config import SweepConfig
+from snpatch.runs.store import Store
+from snpatch.runs.sweep import sweep
+from snpatch.worlds.world import load_world
+
+WINDOWS, PROMPTS, NEW = (4, 4, 8) if IS_REHEARSAL else (32, 64, 8)
+KS = [round(LAYERS * NEURONS * (i + 1) / (2 * WINDOWS)) for i in range(WINDOWS)]
+MANY = 40 if IS_REHEARSAL else 10_000
+ROUNDS = 2 if IS_REHEARSAL else 3
+
+
+def write(engine, patches, chats) -> None:
+    written = texts.write(engine, chats, patches, Sampling(max_tokens=NEW, ignore_eos=True))
+    assert sum(len(one["token_ids"]) for mine in written for one in mine) == len(patches) * len(chats) * NEW
+
+
+def chats(engine, n: int) -> list[str]:
+    """Prompts of random tokens, as texts of one user."""
+    words = [engine.tokenizer.decode([i]) for i in range(100, 140)]
+    draw = random.Random(time.time_ns())
+    return [[{"role": "user", "content": "".join(draw.choices(words, k=24))}] for _ in range(n)]
+
+
+def test_windows_in_one_batch(benchmark, twin):  # noqa: F811
+    """As many requests of one window; and one window after the other."""
+    patches = [Patch(*PAIR, RANKING, k) for k in KS]
+
+    def one_after_the_other():
+        mine = chats(twin, PROMPTS)
+        for patch in patches:
+            write(twin, [patch], mine)
+
+    others = {
+        "one window": lambda: write(twin, patches[:1], chats(twin, PROMPTS * WINDOWS)),
+        "one after the other": one_after_the_other,
+    }
+    paired(benchmark, "sweep", lambda: write(twin, patches, chats(twin, PROMPTS)), others, rounds=ROUNDS,
+           windows=WINDOWS, prompts=PROMPTS, runner=twin.executor.started.runner)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo():
+    world = load_world("demo")
+    config = world.engine_config("vllm", **({} if GPU else {"enforce_eager": True}))
+    with Engine.from_config(config) as engine:
+        source = world.sets[world.benchmarks[0]]
+        yield engine, load(world.place(source.source)).prompts
+
+
+def judge(asked, answers):
+    return [float(len(answer)) for answer in answers]
+
+
+def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
+    """Seconds in the store's own methods, of a run of so many texts; then the same command again."""
+    engine, asked = demo
+    spent, depth = Counter(), [0]
+
+    def timed(name, method):
+        @functools.wraps(method)
+        def call(*args, **kwargs):
+            start, depth[0] = time.perf_counter(), depth[0] + 1
+            try:
+                return method(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+                if not depth[0]:
+                    spent[name] += time.perf_counter() - start
+
+        return call
+
+    for name in ("keep", "claim", "is_suspect", "ask", "texts", "missing", "name", "keep_scores", "scores", "errors"):
+        monkeypatch.setattr(Store, name, timed(name, getattr(Store, name)))
+    size = engine.geometry.n_layers * engine.geometry.n_neurons
+    ranking = engine.contrast(asked[:20], "sft", "dpo", sampling=Sampling(max_tokens=16), exclude_layers=())
+    n = max(1, MANY // len(asked))
+    config = SweepConfig(("sft",), "dpo", tuple(1 + i * (size - 1) // n for i in range(n)), controls=0, resamples=10,
+                         sampling=Sampling(max_tokens=24))  # fmt: skip
+    seconds = []
+
+    def run():
+        start = time.perf_counter()
+        result = sweep(engine, asked, {"safety": ranking}, {"length": judge}, config, store=tmp_path)
+        seconds.append(time.perf_counter() - start)
+        assert len(result.records) >= MANY - len(asked)
+
+    run()
+    store_s = sum(spent.values())
+    spent.clear()
+    benchmark.pedantic(run, rounds=1)
+    benchmark.extra_info.update({**about(), "side": "again", "texts": MANY, "first_s": seconds[0], "store_s": store_s,
+                                 "store_share": store_s / seconds[0], "again_s": seconds[1]})  # fmt: skip
