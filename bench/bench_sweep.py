@@ -34,7 +34,7 @@ def chats(engine, n: int) -> list[str]:
     """Prompts of random tokens, as texts of one user."""
     words = [engine.tokenizer.decode([i]) for i in range(100, 140)]
     draw = random.Random(time.time_ns())
-    return [[{"role": "user", "content": "".join(draw.choices(words, k=24))}] for _ in range(n)]
+    return [[{"role": "user", "content": " ".join(draw.choices(words, k=24))}] for _ in range(n)]
 
 
 def test_windows_in_one_batch(benchmark, twin):  # noqa: F811

@@ -25,7 +25,6 @@ OLD = "completions.jsonl"  # of the versions before it
 LEASE_S = 60.0
 APART = 8  # into so many groups what was under way in a failed run is split, until the text that fails is found
 VERSION = 1
-OPEN, DONE, FAILED = range(3)
 
 SCHEMA = """
 CREATE TABLE texts (
@@ -42,15 +41,15 @@ CREATE TABLE scores (
   score REAL NOT NULL,
   PRIMARY KEY (text, judge)
 ) WITHOUT ROWID;
-CREATE TABLE work (
+CREATE TABLE work (              -- texts that were asked for: done where `texts` has the key
   key TEXT PRIMARY KEY,
-  state INTEGER NOT NULL,         -- 0 open, 1 done, 2 failed
   owner TEXT,                     -- who writes it now
   expires REAL,
   attempts INTEGER NOT NULL,      -- how many runs failed while it was under way
-  error TEXT                      -- of the last of them
+  error TEXT,                     -- of the last of them
+  failed INTEGER NOT NULL         -- 1: given up
 ) WITHOUT ROWID;
-CREATE INDEX work_state ON work (state);
+CREATE INDEX work_owner ON work (owner) WHERE owner IS NOT NULL;
 CREATE TABLE asked (               -- sweeps' texts, by what they are called
   place INTEGER PRIMARY KEY,
   sweep TEXT NOT NULL,
@@ -76,6 +75,9 @@ CREATE TABLE runs (
   outcome TEXT                    -- NULL: still under way, or killed
 );
 """
+
+IS_OPEN = "NOT w.failed AND NOT EXISTS (SELECT 1 FROM texts t WHERE t.key = w.key)"
+MINE = f"FROM mine m JOIN work w USING (key) WHERE {IS_OPEN} AND (w.owner IS NULL OR w.expires < ?)"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,9 @@ class Store:
         if self._beat is not None:
             self._beat.join()
         try:
-            self._execute("UPDATE work SET owner = NULL, expires = NULL WHERE owner = ?", self.owner)
+            with self._transaction():
+                self._execute("UPDATE work SET owner = NULL, expires = NULL WHERE owner = ?", self.owner)
+                self._execute("DELETE FROM work WHERE key IN (SELECT key FROM texts)")
         finally:
             self._connection.close()
             self._connection = None
@@ -161,13 +165,10 @@ class Store:
     def keep(self, key: str, text: Text) -> None:
         """A text is finished; from here on nothing but a broken disk loses it."""
         ids = array("i", text.token_ids).tobytes()
-        with self._transaction():
-            self._execute(
-                "INSERT OR IGNORE INTO texts VALUES (?, ?, ?, ?, ?, ?)",
-                key, text.completion, ids, text.finish_reason, text.overwrites, time.time(),
-            )  # fmt: skip
-            self._execute("UPDATE work SET state = ?, owner = NULL, error = NULL WHERE key = ?", DONE, key)
-            self._execute("DELETE FROM mine WHERE key = ?", key)
+        self._execute(
+            "INSERT OR IGNORE INTO texts VALUES (?, ?, ?, ?, ?, ?)",
+            key, text.completion, ids, text.finish_reason, text.overwrites, time.time(),
+        )  # fmt: skip
 
     # ---- work ---------------------------------------------------------------------------------------------------
 
@@ -176,42 +177,33 @@ class Store:
         with self._transaction():
             self._execute("DELETE FROM mine")
             self._many("INSERT OR IGNORE INTO mine (key) VALUES (?)", ((key,) for key in keys))
-            self._execute(
-                "INSERT OR IGNORE INTO work SELECT m.key, t.key IS NOT NULL, NULL, NULL, 0, NULL "
-                "FROM mine m LEFT JOIN texts t USING (key)"
-            )
-            self._execute(
-                "UPDATE work SET state = ?, attempts = 0 WHERE state = ? AND key IN (SELECT key FROM mine)",
-                OPEN, FAILED,
-            )  # fmt: skip
-            self._execute("DELETE FROM mine WHERE key IN (SELECT key FROM work WHERE state = ?)", DONE)
+            self._execute("DELETE FROM mine WHERE key IN (SELECT key FROM texts)")
+            self._execute("INSERT OR IGNORE INTO work SELECT key, NULL, NULL, 0, NULL, 0 FROM mine")
+            self._execute("UPDATE work SET failed = 0, attempts = 0 WHERE failed AND key IN (SELECT key FROM mine)")
             (missing,) = self._row("SELECT count(*) FROM mine")
         return missing
 
     def claim(self, most: int) -> list[str]:
         """So many of the texts asked for that nobody writes, under a lease of this process. Those that were under way
         in a run that failed come last, and in a group of their own: see `suspect`."""
-        now = time.time()
-        free = "w.state = 0 AND (w.owner IS NULL OR w.expires < ?) AND w.attempts"
-        chosen = "SELECT m.key FROM mine m JOIN work w USING (key) WHERE"
         with self._transaction():
-            self._free_dead()
-            found = self._execute(f"{chosen} {free} = 0 ORDER BY m.place LIMIT ?", now, most).fetchall()
-            if not found:
+            now = time.time()
+            keys = self._free(now, most, 0)
+            if not keys:
+                self._free_dead()
+                keys = self._free(now, most, 0)
+            if not keys:
                 suspects = self._execute(
-                    f"SELECT w.attempts, count(*) FROM mine m JOIN work w USING (key) WHERE {free} > 0 "
-                    "GROUP BY w.attempts ORDER BY w.attempts DESC LIMIT 1", now,
+                    f"SELECT w.attempts, count(*) {MINE} AND w.attempts > 0 GROUP BY w.attempts "
+                    "ORDER BY w.attempts DESC LIMIT 1", now,
                 ).fetchone()  # fmt: skip
                 if suspects is not None:
-                    attempts, group = suspects[0], -(-suspects[1] // APART)
-                    found = self._execute(
-                        f"{chosen} {free} = ? ORDER BY m.place LIMIT ?", now, attempts, group
-                    ).fetchall()
-            keys = [key for (key,) in found]
+                    keys = self._free(now, -(-suspects[1] // APART), suspects[0])
             self._many(
                 "UPDATE work SET owner = ?, expires = ? WHERE key = ?",
                 ((self.owner, now + LEASE_S, key) for key in keys),
             )
+            self._many("DELETE FROM mine WHERE key = ?", ((key,) for key in keys))
         if keys and self._beat is None and self.path is not None:
             self._beat = threading.Thread(target=self._renew, name="snpatch-lease", daemon=True)
             self._beat.start()
@@ -222,8 +214,8 @@ class Store:
         return bool(self._row("SELECT attempts FROM work WHERE key = ?", key)[0])
 
     def missing(self) -> int:
-        """How many of the texts asked for are open, here or elsewhere."""
-        return self._row("SELECT count(*) FROM mine m JOIN work w USING (key) WHERE w.state = 0")[0]
+        """How many of the texts asked for are open, here (but for those that are taken) or elsewhere."""
+        return self._row(f"SELECT count(*) FROM mine m JOIN work w USING (key) WHERE {IS_OPEN}")[0]
 
     def suspect(self, error: str, keys: Sequence[str] | None = None) -> None:
         """A run failed: what was under way in it is to be tried again in smaller groups; what was alone has failed.
@@ -232,13 +224,14 @@ class Store:
         """
         with self._transaction():
             if keys is None:
-                taken = self._execute("SELECT key FROM work WHERE owner = ? AND state = 0", self.owner)
+                taken = self._execute(f"SELECT w.key FROM work w WHERE w.owner = ? AND {IS_OPEN}", self.owner)
                 keys = [key for (key,) in taken]
             self._many(
-                "UPDATE work SET owner = NULL, expires = NULL, attempts = attempts + 1, error = ?, state = ? "
+                "UPDATE work SET owner = NULL, expires = NULL, attempts = attempts + 1, error = ?, failed = ? "
                 "WHERE key = ?",
-                ((error, FAILED if len(keys) == 1 else OPEN, key) for key in keys),
+                ((error, len(keys) == 1, key) for key in keys),
             )
+            self._many("INSERT OR IGNORE INTO mine (key) VALUES (?)", ((key,) for key in keys))
 
     def errors(self, keys: Iterable[str]) -> dict[str, str]:
         """Why each of these failed that did."""
@@ -246,7 +239,7 @@ class Store:
         for part in _parts(list(keys), 500):
             marks = ",".join("?" * len(part))
             found |= dict(
-                self._execute(f"SELECT key, error FROM work WHERE state = 2 AND key IN ({marks})", *part).fetchall()
+                self._execute(f"SELECT key, error FROM work WHERE failed AND key IN ({marks})", *part).fetchall()
             )
         return found
 
@@ -271,7 +264,8 @@ class Store:
         judges = dict(self._execute("SELECT name, judge FROM judges").fetchall())
         scores = {name: self.scores(judge) for name, judge in judges.items()}
         rows = self._execute(
-            "SELECT a.labels, coalesce(a.error, w.error), t.completion, t.token_ids, t.finish_reason, t.overwrites "
+            "SELECT a.labels, coalesce(a.error, CASE WHEN w.failed THEN w.error END), t.completion, t.token_ids, "
+            "t.finish_reason, t.overwrites "
             "FROM asked a LEFT JOIN texts t USING (key) LEFT JOIN work w USING (key) ORDER BY a.place"
         )
         told = set()
@@ -305,7 +299,6 @@ class Store:
         with self._transaction():
             self._many("INSERT OR IGNORE INTO texts VALUES (?, ?, ?, ?, ?, ?)", rows["texts"])
             self._many("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows["scores"])
-            self._execute("UPDATE work SET state = ? WHERE key IN (SELECT key FROM texts)", DONE)
         return len(rows["texts"])
 
     # ---- scores and failures --------------------------------------------------------------------------------------
@@ -344,8 +337,10 @@ class Store:
         now = time.time()
         with self._transaction():
             self._free_dead()
-            counts = dict(self._execute("SELECT state, count(*) FROM work GROUP BY state").fetchall())
-            (taken,) = self._row("SELECT count(*) FROM work WHERE state = 0 AND owner IS NOT NULL AND expires > ?", now)
+            (done,) = self._row("SELECT count(*) FROM texts")
+            left, taken = self._row(
+                f"SELECT count(*), count(w.owner) FILTER (WHERE w.expires > ?) FROM work w WHERE {IS_OPEN}", now
+            )
             last, n, first = self._row(
                 "SELECT max(written), count(*), min(written) FROM texts WHERE written > "
                 "(SELECT max(written) FROM texts) - ?", window_s,
@@ -356,15 +351,13 @@ class Store:
                 for place, error in self._execute("SELECT place, error FROM failures")
             ]
             failures += [
-                {"error": error, "key": key}
-                for key, error in self._execute("SELECT key, error FROM work WHERE state = 2")
+                {"error": error, "key": key} for key, error in self._execute("SELECT key, error FROM work WHERE failed")
             ]
             names = ("owner", "command", "started", "ended", "outcome")
             runs = [dict(zip(names, row, strict=True)) for row in self._execute(f"SELECT {', '.join(names)} FROM runs")]
         rate = (n - 1) / (last - first) if n and last > first else None
-        left = counts.get(OPEN, 0)
         return Status(
-            counts.get(DONE, 0), left, taken, counts.get(FAILED, 0), scores, tuple(failures),
+            done, left, taken, sum("key" in one for one in failures), scores, tuple(failures),
             rate, left / rate if rate else None, tuple(runs),
         )  # fmt: skip
 
@@ -387,21 +380,26 @@ class Store:
             elif version != VERSION:
                 raise SnpatchError(f"{self.path} is of a newer snpatch (version {version} of its tables)")
 
+    def _free(self, now: float, most: int, attempts: int) -> list[str]:
+        """So many of the texts asked for that nobody writes and so many runs failed with."""
+        found = self._execute(
+            f"SELECT m.key {MINE} AND w.attempts = ? ORDER BY m.place LIMIT ?", now, attempts, most
+        ).fetchall()
+        return [key for (key,) in found]
+
     def _free_dead(self) -> None:
         """Leases of processes of this machine that are no more."""
         here = socket.gethostname()
-        for (owner,) in self._execute("SELECT DISTINCT owner FROM work WHERE state = 0 AND owner IS NOT NULL"):
+        for (owner,) in self._execute("SELECT DISTINCT owner FROM work WHERE owner IS NOT NULL").fetchall():
             host, pid, _ = owner.rsplit(":", 2)
             if host == here and owner != self.owner and not _is_alive(int(pid)):
-                self._execute("UPDATE work SET owner = NULL, expires = NULL WHERE owner = ? AND state = 0", owner)
+                self._execute("UPDATE work SET owner = NULL, expires = NULL WHERE owner = ?", owner)
 
     def _renew(self) -> None:
         """Keep the leases while this process lives, whatever it waits for."""
         connection = self._connect()
         while not self._stop.wait(LEASE_S / 4):
-            connection.execute(
-                "UPDATE work SET expires = ? WHERE owner = ? AND state = 0", (time.time() + LEASE_S, self.owner)
-            )
+            connection.execute("UPDATE work SET expires = ? WHERE owner = ?", (time.time() + LEASE_S, self.owner))
         connection.close()
 
     def _execute(self, statement: str, *values: object) -> sqlite3.Cursor:

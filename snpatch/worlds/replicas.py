@@ -180,7 +180,7 @@ class _Team:
 
     def fill(self, store: Store, keys: list[str], restarts: int, progress) -> None:
         """Write what the store lacks, see texts.fill."""
-        left, lost, number = store.ask(keys), Counter(), len(self._actors)
+        left, lost, number, of = store.ask(keys), Counter(), len(self._actors), len(set(keys))
         while left:
             if claimed := store.claim(left):
                 ray.get(self._work.add.remote(claimed))
@@ -191,9 +191,9 @@ class _Team:
                     key, text = result
                     waiting.discard(key)
                     store.keep(key, text)
-                    left = store.missing()
+                    left -= 1
                     if progress:
-                        progress(len(set(keys)) - left, len(set(keys)))
+                        progress(of - left, of)
                     continue
                 (error,) = result
                 if isinstance(error, ReceiptError) or not restarts:
