@@ -4,12 +4,24 @@ Sizes: see bench_generate.py; the store is measured on the demo world, whose tex
 """
 
 import functools
-import random
 import time
 from collections import Counter
 
 import pytest
-from bench_generate import GPU, IS_REHEARSAL, LAYERS, NEURONS, PAIR, RANKING, about, folder, paired, traces, twin  # noqa: F401 - fixtures
+from bench_generate import (  # noqa: F401 - fixtures
+    GPU,
+    IS_REHEARSAL,
+    LAYERS,
+    NEURONS,
+    PAIR,
+    RANKING,
+    about,
+    folder,
+    paired,
+    prompts,
+    traces,
+    twin,
+)
 
 from snpatch import Engine, Patch, Sampling
 from snpatch.data import load
@@ -25,16 +37,19 @@ MANY = 40 if IS_REHEARSAL else 10_000
 ROUNDS = 2 if IS_REHEARSAL else 3
 
 
-def write(engine, patches, chats) -> None:
-    written = texts.write(engine, chats, patches, Sampling(max_tokens=NEW, ignore_eos=True))
-    assert sum(len(one["token_ids"]) for mine in written for one in mine) == len(patches) * len(chats) * NEW
-
-
-def chats(engine, n: int) -> list[str]:
-    """Prompts of random tokens, as texts of one user."""
-    words = [engine.tokenizer.decode([i]) for i in range(100, 140)]
-    draw = random.Random(time.time_ns())
-    return [[{"role": "user", "content": " ".join(draw.choices(words, k=24))}] for _ in range(n)]
+def write(engine, patches, asked) -> None:
+    """Every patch on every prompt, as a sweep writes them."""
+    sampling = Sampling(max_tokens=NEW, ignore_eos=True)
+    items = [
+        texts.Item(f"{number} {index}", index, "", 0, engine.requests.patched(ids, patch, sampling=sampling))
+        for number, patch in enumerate(patches)
+        for index, ids in enumerate(asked)
+    ]
+    with Store(None) as store:
+        texts.fill(engine, items, store)
+        assert sum(len(text.token_ids) for text in store.texts([item.key for item in items]).values()) == NEW * len(
+            items
+        )
 
 
 def test_windows_in_one_batch(benchmark, twin):  # noqa: F811
@@ -42,16 +57,16 @@ def test_windows_in_one_batch(benchmark, twin):  # noqa: F811
     patches = [Patch(*PAIR, RANKING, k) for k in KS]
 
     def one_after_the_other():
-        mine = chats(twin, PROMPTS)
+        asked = prompts(PROMPTS)
         for patch in patches:
-            write(twin, [patch], mine)
+            write(twin, [patch], asked)
 
     others = {
-        "one window": lambda: write(twin, patches[:1], chats(twin, PROMPTS * WINDOWS)),
+        "one window": lambda: write(twin, patches[:1], prompts(PROMPTS * WINDOWS)),
         "one after the other": one_after_the_other,
     }
-    paired(benchmark, "sweep", lambda: write(twin, patches, chats(twin, PROMPTS)), others, rounds=ROUNDS,
-           windows=WINDOWS, prompts=PROMPTS, runner=twin.executor.started.runner)  # fmt: skip
+    paired(benchmark, "sweep", lambda: write(twin, patches, prompts(PROMPTS)), others, rounds=ROUNDS,
+           windows=WINDOWS, prompts=PROMPTS, new=NEW, runner=twin.executor.started.runner)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +116,9 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
         assert len(result.records) >= MANY - len(asked)
 
     run()
-    store_s = sum(spent.values())
+    store_s, by = sum(spent.values()), dict(spent)
     spent.clear()
     benchmark.pedantic(run, rounds=1)
-    benchmark.extra_info.update({**about(), "side": "again", "texts": MANY, "first_s": seconds[0], "store_s": store_s,
-                                 "store_share": store_s / seconds[0], "again_s": seconds[1]})  # fmt: skip
+    benchmark.extra_info.update({**about(), "side": "again", "texts": MANY, "first_s": seconds[0],
+                                 "store_s": store_s, "store_share": store_s / seconds[0], "store_by": by,
+                                 "again_s": seconds[1]})  # fmt: skip

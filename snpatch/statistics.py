@@ -4,11 +4,13 @@ Everything is paired: a patch is compared with what else was written for the sam
 resampled.
 """
 
+import math
 import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import DegenerateDataWarning, bootstrap, skew, spearmanr, ttest_rel
+from scipy.stats import t as student
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
@@ -85,6 +87,22 @@ def paired_p(one: ArrayLike, other: ArrayLike) -> float | None:
     if len(one) < 2 or np.allclose(one, other, rtol=1e-12, atol=0):
         return None
     return float(ttest_rel(one, other).pvalue)
+
+
+def half_width(values: ArrayLike, tail: float, population: int | None = None) -> float:
+    """Half the width of the t-interval of a mean. tail: probability of each side.
+
+    population: how many values there are in all, if these were drawn from so many without replacement. Infinite for
+    fewer than two values, unless they are all there is.
+    """
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    if n == population:
+        return 0.0
+    if n < 2:
+        return math.inf
+    left = 1.0 if population is None else (population - n) / (population - 1)
+    return float(student.isf(tail, n - 1) * values.std(ddof=1) * math.sqrt(left / n))
 
 
 def spearman(one: ArrayLike, other: ArrayLike) -> float:

@@ -274,3 +274,28 @@ def test_a_page_is_made_of_a_sweeps_folder(capsys, prompts, ranking, tmp_path):
     for table in out.glob("*.json"):
         table.unlink()
     assert run(capsys, "report", out)[0] == 0, "of a sweep that is not finished"
+
+
+def test_the_smallest_k_is_the_whole_grids(capsys, prompts, ranking, tmp_path):
+    """Near the answer all of so few prompts are looked at; then a sweep finds the texts."""
+    common = [MODEL, prompts, *PAIR, "--ranking", f"safety={ranking}", "--donor", "dpo", "--recipient", "base",
+              "--judge",
+              "some_judge:by_letters", "--max-tokens", 4, "-k", "0,50,100,200,300,500,800,1100,1408"]  # fmt: skip
+    out = tmp_path / "out"
+    code, told, err = run(capsys, "minimal", *common, "-o", out, "--recover", 0.5, "--blocks", 2, "--json")
+    assert code == 0, err
+    rows = json.loads(told)["tables"]["minimal"]
+    (smallest,) = [row["k"] for row in rows if row["is_smallest"]]
+    assert "fewest of the grid" in json.loads(told)["headline"][0]
+    assert {row["block"] for row in json.loads(told)["tables"]["minimal-blocks"]} <= {"layers 0-1", "layers 2-3"}
+    code, told, err = run(capsys, "sweep", *common, "--controls", 0, "-o", out, "--json")
+    assert code == 0, err
+    effects = {r["hi"]: r["effect"] for r in json.loads(told)["tables"]["sweep"] if r["ranking"]}
+    assert effects[smallest] >= 0.5
+    below = max((k for k in effects if k < smallest), default=None)
+    assert below is None or effects[below] < 0.5
+    for row in rows:
+        if row["prompts"] == 12:
+            assert row["effect"] == pytest.approx(effects[row["k"]])
+    code, _, err = run(capsys, "minimal", *common, "--strengths", "1,2", "-o", out)
+    assert (code, "one donor, one strength and one sample" in err) == (2, True)

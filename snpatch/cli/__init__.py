@@ -1,4 +1,4 @@
-"""The command line: `snpatch contrast | generate | sweep | exp | report | guard | demo | env`.
+"""The command line: `snpatch contrast | generate | sweep | minimal | exp | report | guard | demo | env`.
 
 Why the imports stand inside the commands: `--help` answers at once, torch takes seconds. Results go to stdout,
 progress and errors to stderr; exit codes: 0 done, 2 bad input (one line says what), 130 interrupted.
@@ -13,6 +13,7 @@ from snpatch.cli.contrast import contrast
 from snpatch.cli.env import env
 from snpatch.cli.exp import exp
 from snpatch.cli.generate import generate
+from snpatch.cli.minimal import minimal
 from snpatch.cli.report import report
 from snpatch.errors import SnpatchError
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (contrast, generate, exp, report, env):
+for command in (contrast, generate, minimal, exp, report, env):
     app.command()(command)
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(guard.app, name="guard")

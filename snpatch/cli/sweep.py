@@ -4,12 +4,13 @@ Why one command takes a file or flags: flags are written as a file beside the re
 again, continued or split among workers by its file.
 """
 
+import inspect
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -21,7 +22,12 @@ from snpatch.errors import SnpatchError
 from snpatch.runs.config import SweepConfig
 from snpatch.sampling import GREEDY, Sampling
 
+if TYPE_CHECKING:
+    from snpatch.worlds.spec import SweepSpec
+
 INCOMPLETE = 1  # exit code of a sweep of which something failed
+SWEPT = Some(SweepConfig, ("controls", "control_kind", "where", "samples"))
+SAMPLING = Some(GREEDY, ("max_tokens", "temperature", "seed"))
 NEEDED = ("ranking", "donor", "recipient", "windows", "judge")  # of a sweep by flags
 
 
@@ -43,50 +49,83 @@ app = typer.Typer(
 
 
 @dataclass(frozen=True)
-class Target(Engine):
-    """The engine's options; without prompts the model is a sweep's file, and only what was given goes before it."""
+class Planned:
+    """What is swept: a file alone, or a model on prompts with options, as a SweepSpec and the Lab's arguments."""
 
-    def made(self, values: dict) -> EngineConfig | Fields:
-        if values["prompts"] is not None:
-            return super().made(values)
-        engine = {parameter.name for parameter in Engine(has_model=False).parameters()} - {"context"}
-        own = {"model", "out", "restarts", "worker", "ray", "gpus", "as_json", *engine}
-        for option in values["context"].command.params:
-            if option.name not in own and is_given(values, option.name):
-                name = option.name.replace("_", "-")
+    def parameters(self) -> list[inspect.Parameter]:
+        own = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+            for name, (hint, default) in _PLAN.items()
+        ]
+        parts = (Engine(), Source(), SWEPT, SAMPLING)
+        return [*own, *(parameter for part in parts for parameter in part.parameters())]
+
+    def made(self, values: dict) -> "Plan":
+        from snpatch.worlds.spec import SweepSpec
+
+        if values["prompts"] is None:
+            self._check_none_given(values)
+            spec = SweepSpec.load(values["model"])
+            return Plan(spec, {"backend": spec.engine.backend, **Engine(has_model=False).made(values)})
+        if missing := [f"--{name}" for name in NEEDED if not values[name]]:
+            raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
+        config, prompts = Engine().made(values), Source().made(values)
+        config.checked_backend()
+        arguments = {"backend": config.backend, "skip_bad": prompts.pop("skip_bad")}
+        plan = SWEPT.made(values) | {"disjoint": not values["overlapping_controls"]}
+        table = _table(config, prompts, values, plan, Sampling(**SAMPLING.made(values)))
+        return Plan(SweepSpec.of(table, Path()), arguments)
+
+    def _check_none_given(self, values: dict) -> None:
+        """A file says what is swept: options that say it, too, are an error."""
+        engine = {parameter.name for parameter in Engine(has_model=False).parameters()} | {"model"}
+        for parameter in self.parameters():
+            if parameter.name not in engine and is_given(values, parameter.name):
+                name = parameter.name.replace("_", "-")
                 raise SnpatchError(f"--{name}: without PROMPTS, {values['model']} is a sweep's file, which says it")
-        return {"file": values["model"], **Engine(has_model=False).made(values)}
+        for name in ("adapter", "weights", "lora"):
+            if values[name]:
+                raise SnpatchError(f"--{name}: without PROMPTS, {values['model']} is a sweep's file, which says it")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep's file, and arguments of the Lab that runs it."""
+
+    spec: "SweepSpec"
+    lab: dict
+
+
+_PLAN = {
+    "ranking": (
+        Annotated[list[str] | None, typer.Option(help="Ranking file, or name=file. May be repeated.")],
+        None,
+    ),
+    "donor": (
+        Annotated[list[str] | None, typer.Option(help="A model whose activations are copied. May be repeated.")],
+        None,
+    ),
+    "judge": (o.OptionalJudges, None),
+    "recipient": (Annotated[list[str] | None, typer.Option(help="A model to patch. May be repeated.")], None),
+    "windows": (Annotated[str | None, typer.Option("--windows", "-k", help="Comma-separated k or LO:HI.")], None),
+    "strengths": (Annotated[str, typer.Option(help="Comma-separated strengths of the patch.")], "1"),
+    "overlapping_controls": (
+        Annotated[bool, typer.Option("--overlapping-controls", help="Controls may hold the ranking's own neurons.")],
+        False,
+    ),
+    "judge_format": (o.JudgeFormat, None),
+}
 
 
 @app.command()
-@generated(
-    config=Target(),
-    prompts=Source(),
-    swept=Some(SweepConfig, ("controls", "control_kind", "where", "samples")),
-    sampling=Some(GREEDY, ("max_tokens", "temperature", "seed")),
-)
+@generated(plan=Planned())
 def run(
-    config: EngineConfig | Fields,
-    prompts: Fields | None,
+    plan: Plan,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table, plot, texts and scores.")],
-    swept: Fields,
-    sampling: Fields,
-    ranking: Annotated[list[str] | None, typer.Option(help="Ranking file, or name=file. May be repeated.")] = None,
-    donor: Annotated[
-        list[str] | None, typer.Option(help="A model whose activations are copied. May be repeated.")
-    ] = None,
-    judge: o.OptionalJudges = None,
-    recipient: Annotated[list[str] | None, typer.Option(help="A model to patch. May be repeated.")] = None,
-    windows: Annotated[str | None, typer.Option("--windows", "-k", help="Comma-separated k or LO:HI.")] = None,
-    strengths: Annotated[str, typer.Option(help="Comma-separated strengths of the patch.")] = "1",
-    overlapping_controls: Annotated[
-        bool, typer.Option("--overlapping-controls", help="Controls may hold the ranking's own neurons.")
-    ] = False,
-    judge_format: o.JudgeFormat = None,
     worker: Annotated[
         str | None,
         typer.Option(
-            help="i/n: write only the i-th of n parts, into a file of its own; the sweep without it joins them."
+            help="i/n: write only the i-th of n parts, to a file of its own; the sweep without it joins them."
         ),
     ] = None,
     ray: Annotated[int | None, typer.Option(min=1, help="So many replicas, as actors of Ray.")] = None,
@@ -102,24 +141,12 @@ def run(
     from snpatch.files import check_writable
     from snpatch.runs.store import NAME, Store, part_name, parts_in
     from snpatch.worlds.lab import Lab
-    from snpatch.worlds.spec import FILE, SweepSpec
+    from snpatch.worlds.spec import FILE
 
-    if prompts is None:
-        spec, given, skip_bad = SweepSpec.load(config.pop("file")), config, False
-    else:
-        given, skip_bad = {}, prompts.pop("skip_bad")
-        config.checked_backend()
-        flags = {
-            "ranking": ranking, "donor": donor, "recipient": recipient, "windows": windows, "judge": judge
-        }  # fmt: skip
-        if missing := [f"--{name}" for name in NEEDED if not flags[name]]:
-            raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
-        plan = {"strengths": strengths, "disjoint": not overlapping_controls, **swept}
-        spec = _spec(config, prompts, flags, judge_format, plan, Sampling(**sampling))
+    spec, given = plan.spec, plan.lab
     check_writable(out / "sweep.csv")
     spec.save(out / FILE)
     command, outcome = " ".join(["snpatch", *sys.argv[1:]]), "interrupted"
-    given = {"backend": spec.engine.backend, "skip_bad": skip_bad, **given}
     part = None if worker is None else _part(worker)
     with (
         Lab(spec, out, progress=o.progress_bar, **given) as lab,
@@ -196,20 +223,21 @@ def export(
     print(f"wrote {len(records)} texts to {out}")
 
 
-def _spec(config: EngineConfig, prompts: Fields, flags: dict, judge_format: str | None, plan: dict, sampling: Sampling):
-    """The file that flags stand for."""
+def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sampling: Sampling) -> dict:
+    """The file that options stand for, as data."""
     from snpatch.judges.opening import is_model
     from snpatch.patching import spec
-    from snpatch.worlds.spec import SweepSpec, engine_table
+    from snpatch.worlds.spec import engine_table
 
-    rankings = _named(flags["ranking"], "ranking", lambda path: Path(path).stem)
-    judges = _named(flags["judge"], "judge", lambda _: "cost")
-    if judge_format is not None and not any(map(is_model, judges.values())):
+    rankings = _named(values["ranking"], "ranking", lambda path: Path(path).stem)
+    judges = _named(values["judge"], "judge", lambda _: "cost")
+    form = values["judge_format"]
+    if form is not None and not any(map(is_model, judges.values())):
         raise SnpatchError("--judge-format is for a model, and no judge is one")
-    arguments = {"format": judge_format} if judge_format else {}
+    arguments = {"format": form} if form else {}
     if config.device != EngineConfig.device:
         arguments["device"] = config.device
-    table = {
+    return {
         **engine_table(config),
         "sets": {"prompts": {name: value for name, value in prompts.items() if value is not None}},
         "judges": {name: {"source": one, **(arguments if is_model(one) else {})} for name, one in judges.items()},
@@ -218,13 +246,12 @@ def _spec(config: EngineConfig, prompts: Fields, flags: dict, judge_format: str 
         "sweep": {
             **plan,
             "where": spec.where_of(str(plan["where"])),
-            "strengths": [spec.number_of(one, float, "--strengths") for one in plan["strengths"].split(",")],
-            "recipients": flags["recipient"],
-            "donors": flags["donor"],
-            "windows": flags["windows"].split(","),
+            "strengths": [spec.number_of(one, float, "--strengths") for one in values["strengths"].split(",")],
+            "recipients": values["recipient"],
+            "donors": values["donor"],
+            "windows": values["windows"].split(","),
         },
     }
-    return SweepSpec.of(table, Path())
 
 
 def _part(worker: str) -> tuple[int, int]:

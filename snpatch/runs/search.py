@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
 
 from snpatch.errors import SnpatchError
+from snpatch.statistics import half_width
 
 FIRST = 12  # prompts of the first look
 PROBES = 3  # windows of a round
@@ -205,8 +205,4 @@ class _Asked:
 
     def _half(self, what: Hashable, tail: float, of_all: bool) -> float:
         """Half the width of the t-interval of its mean."""
-        values, n = np.asarray(self._past[what]), self.seen(what)
-        if n < 2:
-            return 0.0 if of_all and n == self.prompts else math.inf
-        left = (self.prompts - n) / (self.prompts - 1) if of_all else 1.0
-        return float(student.isf(tail, n - 1) * values.std(ddof=1) * math.sqrt(left / n))
+        return half_width(self._past[what], tail, self.prompts if of_all else None)

@@ -1,0 +1,47 @@
+"""`snpatch minimal`: the smallest k that recovers a share of the gain, from as few completions as possible."""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from snpatch.cli import options as o
+from snpatch.cli.generated import generated
+from snpatch.cli.sweep import Plan, Planned
+
+
+@generated(plan=Planned())
+def minimal(
+    plan: Plan,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table, plot, texts and scores.")],
+    recover: Annotated[float, typer.Option(min=0, max=1, help="The share of the gain.")] = 0.9,
+    blocks: Annotated[
+        int | None, typer.Option(min=1, help="Also find which blocks of so many layers suffice, greedily.")
+    ] = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Find the smallest of the windows that recovers the share, for each recipient and ranking of the first set.
+
+    As `snpatch sweep`: a sweep's file, or a model on prompts with these options; the first judge decides. Texts are
+    kept in the folder, and a sweep into it finds them.
+    """
+    from snpatch.experiments.minimal import report_of
+    from snpatch.files import check_writable
+    from snpatch.runs.minimal import minimal as search
+    from snpatch.runs.store import Store
+    from snpatch.worlds.lab import Lab
+
+    spec, command = plan.spec, " ".join(["snpatch", *sys.argv[1:]])
+    check_writable(out / "minimal.csv")
+    with Lab(spec, out, progress=o.progress_bar, **plan.lab) as lab, Store(out) as store:
+        used, judge, prompts = lab.begin(), lab.judge(spec.judged[0]), lab.prompts(spec.swept[0])
+        rankings = lab.rankings(spec)
+        with lab.progress("minimal") as progress:
+            found = search(
+                lab.engine, prompts, rankings, judge, spec.plan,
+                share=recover, layers=blocks, store=store, progress=progress,
+            )  # fmt: skip
+        told = used.told({**asdict(spec.plan), "recover": recover, "blocks": blocks, "command": command})
+    o.show(replace(report_of(found, recover), provenance=told), out, as_json)
