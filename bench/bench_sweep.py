@@ -25,8 +25,10 @@ from bench_generate import (  # noqa: F401 - fixtures
 
 from snpatch import Engine, Patch, Sampling
 from snpatch.data import load
+from snpatch.judges.opening import open_judge
 from snpatch.runs import texts
 from snpatch.runs.config import SweepConfig
+from snpatch.runs.minimal import minimal
 from snpatch.runs.store import Store
 from snpatch.runs.sweep import sweep
 from snpatch.worlds.world import load_world
@@ -122,3 +124,27 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
     benchmark.extra_info.update({**about(), "side": "again", "texts": MANY, "first_s": seconds[0],
                                  "store_s": store_s, "store_share": store_s / seconds[0], "store_by": by,
                                  "again_s": seconds[1]})  # fmt: skip
+
+
+def test_minimal(benchmark, demo, tmp_path):
+    """The smallest k that recovers 90 %, against the whole grid, whose texts it is not given."""
+    engine, asked = demo
+    world = load_world("demo")
+    arguments = dict(world.judges[world.cost])
+    cost = open_judge(world.place(arguments.pop("source")), backend="transformers", **arguments)
+    contrast = load(world.place(world.sets[world.safety.prompts].source)).prompts
+    ranking = engine.contrast(contrast, "sft", "dpo", sampling=Sampling(max_tokens=world.contrast_tokens))
+    ks = tuple(round(len(ranking) * i / 24) for i in range(25))
+    config = SweepConfig(("sft", "base"), "dpo", ks, controls=0, sampling=Sampling(max_tokens=world.max_tokens))
+    grid = sweep(engine, asked, {"safety": ranking}, {"cost": cost}, config, store=tmp_path / "grid")
+
+    def search():
+        return minimal(engine, asked, {"safety": ranking}, cost, config, store=tmp_path / "search")
+
+    for one in benchmark.pedantic(search, rounds=1):
+        line = grid.line("cost", one.recipient, "safety")
+        exact = next((row.hi for row in line if row.effect >= 0.9), None)
+        found = one.found
+        told = {"k": found.k, "low": found.low, "high": found.high, "used": found.used, "full": found.full}
+        benchmark.extra_info[one.recipient] = {**told, "rounds": found.rounds, "whole_grid": exact}
+    benchmark.extra_info.update({**about(), "side": "minimal"})

@@ -21,13 +21,15 @@ WHAT = {
     "plain on twin": "plain requests on a twin engine",
     "prefill": "reading prompts, one written token",
     "statistics": "statistics of every position",
+    "sweep": "a sweep of 32 windows x 64 prompts",
     "twin": "patched",
 }
 AGAINST = {
     "hooks": "two transformers models with hooks",
     "native 2B": "native vLLM on as many rows",
     "native B": "native vLLM on as many requests",
-    "one window": "one",
+    "one after the other": "one window after the other",
+    "one window": "as many texts of one window",
     "two natives": "two native engines, one after the other",
     "without": "none",
 }
@@ -123,6 +125,27 @@ def _generate_group(group: list[Run]) -> str:
     return "\n\n".join([*filter(None, tables), f"{about}; {_versions(run, 'vllm', 'torch')}; medians."])
 
 
+def sweeps_table(found: list[Run]) -> str:
+    """What a sweep's store costs, and the completions that finding the smallest k takes."""
+    rows = []
+    for run in found:
+        if "store_share" in run.info:
+            i = run.info
+            rows += [
+                (f"{i['texts']} texts of the demo world, kept and judged", f"{i['first_s']:.0f} s"),
+                ("of these in the store", f"{i['store_s']:.2f} s ({i['store_share']:.1%})"),
+                ("the same command again", f"{i['again_s']:.1f} s"),
+            ]
+        if run.info.get("side") == "minimal":
+            for name, told in run.info.items():
+                if isinstance(told, dict):
+                    answer = (
+                        f"k = {told['k']} (interval {told['low']} .. {told['high']}; whole grid: {told['whole_grid']})"
+                    )
+                    rows.append((f"smallest k, {name}: {answer}", f"{told['used']} of {told['full']} completions"))
+    return _table(("sweeps", ""), rows)
+
+
 def contrast_table(found: list[Run]) -> str:
     """Memory of a contrast against the number of positions, of the geometry that was read the longest."""
     sizes: dict[str, list[dict]] = {}
@@ -185,6 +208,7 @@ def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
     return {
         "generate": lambda: generate_table(cpu),
         "generate on a GPU": lambda: generate_table(gpu),
+        "sweeps": lambda: sweeps_table(cpu),
         "contrast": lambda: contrast_table(cpu),
         "op": lambda: op_table(cpu),
         "op on a GPU": lambda: op_table(gpu),

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,6 +17,7 @@ from swept import GREEDY, Forks, judge, run, start
 from snpatch import Sampling, SnpatchError
 from snpatch.data import load
 from snpatch.errors import EngineDiedError, ReceiptError
+from snpatch.runs import judging
 from snpatch.runs import store as stores
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.store import NAME, Store, Text
@@ -256,6 +258,30 @@ def test_a_judge_that_raises_leaves_the_rest(engine, chats, ranking, tmp_path):
         assert {f["error"] for f in store.status().failures} == {"judge 'one': ZeroDivisionError: no such text"}
     with pytest.raises(SnpatchError, match="judge 'all': ZeroDivisionError: no such text"):
         run(engine, chats, ranking, tmp_path, judges={"all": Words("never", [r["completion"] for r in result.records])})
+
+
+def test_texts_are_judged_while_others_are_written(engine, chats, ranking, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "TOGETHER", 4)
+    threads, seen, original = set(), [], type(engine.executor).stream
+
+    class Threaded(Words):
+        def __call__(self, prompts, completions):
+            threads.add(threading.current_thread().name.split("_")[0])
+            return super().__call__(prompts, completions)
+
+    def slow(self, requests):
+        for output in original(self, requests):
+            time.sleep(0.01)
+            seen.append(len(words.asked))
+            yield output
+
+    words = Threaded()
+    monkeypatch.setattr(type(engine.executor), "stream", slow)
+    result = run(engine, chats, ranking, tmp_path, judges={"one": words})
+    assert seen[-1] > 8, "before the last text was written"
+    assert threads == {"snpatch-judges", "MainThread"}
+    assert len(words.asked) == len(set(words.asked)), "and none is asked for twice"
+    assert result.rows == run(engine, chats, ranking, judges={"one": Words()}).rows
 
 
 def test_equal_texts_are_written_once(engine, chats, ranking, tmp_path, monkeypatch):

@@ -4,7 +4,9 @@ Why a judge that raises does not end a run: texts and scores are what took the t
 and all else goes on; only a judge that can score nothing is an error.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from snpatch.errors import SnpatchError, first_line
 from snpatch.judges.protocol import BrokenJudgeError, Judge, score_all
@@ -14,6 +16,48 @@ TOGETHER = 256  # texts that a judge is given at once
 GIVE_UP = 16  # failures one after the other, after which a judge is asked no more
 
 Pair = tuple[str, str]
+
+
+class Meanwhile:
+    """Scores texts in a thread while others are written. Use as a context, within which the judges are its own.
+
+    What cannot be scored here is left to `judge_all`, which says why.
+    """
+
+    def __init__(self, judges: Mapping[str, Judge], store: Store) -> None:
+        self._judges, self._store, self._digests = judges, store, digests_of(judges, store)
+        self._asked: set[Pair] = set()
+        self._waiting: list[Pair] = []
+        self._pool = ThreadPoolExecutor(1, "snpatch-judges")
+        self._scoring: deque[Future] = deque()
+
+    def __enter__(self) -> "Meanwhile":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self._keep()
+
+    def add(self, prompt: str, completion: str) -> None:
+        """A text is finished."""
+        if (pair := (prompt, completion)) not in self._asked:
+            self._asked.add(pair)
+            self._waiting.append(pair)
+        if len(self._waiting) >= TOGETHER:
+            self._scoring.append(self._pool.submit(self._score, self._waiting))
+            self._waiting = []
+            self._keep()
+
+    def _score(self, pairs: list[Pair]) -> dict[str, dict[Pair, float]]:
+        return {name: score_chunk(name, judge, pairs)[0] for name, judge in self._judges.items()}
+
+    def _keep(self) -> None:
+        """Keep what has been scored so far."""
+        while self._scoring and self._scoring[0].done():
+            for name, scores in self._scoring.popleft().result().items():
+                own = {text_of(*pair): score for pair, score in scores.items()}
+                self._store.keep_scores(self._digests[name], own)
 
 
 def digests_of(judges: Mapping[str, Judge], store: Store) -> dict[str, str]:

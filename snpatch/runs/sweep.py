@@ -190,7 +190,9 @@ def sweep(
     asked = ask(engine, prompts, rankings, config)
     with Store(store) if not isinstance(store, Store) else nullcontext(store) as kept:
         asked.name(name, judges, kept)
-        texts.fill(engine, asked.flat, kept, restarts=restarts, progress=progress)
+        with judging.Meanwhile(judges, kept) as meanwhile:
+            how = {"restarts": restarts, "written": meanwhile.add, "progress": progress}
+            texts.fill(engine, asked.flat, kept, **how)
         return finish(asked, judges, config, kept)
 
 

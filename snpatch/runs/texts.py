@@ -7,7 +7,7 @@ are one text, whichever ranking names them.
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -97,13 +97,20 @@ def told(chats: Sequence[Chat], texts: Sequence[tuple[str | None, str | None]], 
 
 
 def fill(
-    engine: Engine, items: Sequence[Item], store: Store, *, restarts: int = RESTARTS, progress: Progress | None = None
+    engine: Engine,
+    items: Sequence[Item],
+    store: Store,
+    *,
+    restarts: int = RESTARTS,
+    written: Callable[[str, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write what the store lacks. Returns when none of it is open, here or with another process.
 
     A run of the engine that fails is begun again without what was under way, which is then tried in smaller groups:
-    the one text that fails alone is given up, and its error kept.
+    the one text that fails alone is given up, and its error kept. written: is told prompt and completion of each text.
     """
+    prompts = {item.key: item.prompt for item in items}
     by_key = {item.key: item.request for item in items if item.request is not None}
     for request in by_key.values():
         engine.executor.check_request(request)
@@ -115,6 +122,8 @@ def fill(
                 for index, output in outputs:
                     completion = Completion.of(by_key[claimed[index]], output)
                     store.keep(claimed[index], text_of(completion))
+                    if written:
+                        written(prompts[claimed[index]], completion.text)
                     left -= 1
                     if progress:
                         progress(len(by_key) - left, len(by_key))

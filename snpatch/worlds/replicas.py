@@ -17,7 +17,7 @@ from pathlib import Path
 from snpatch.errors import EngineDiedError, ReceiptError, SnpatchError, first_line
 from snpatch.ranking.ranking import Ranking
 from snpatch.requests import Completion
-from snpatch.runs import sweep, texts
+from snpatch.runs import judging, sweep, texts
 from snpatch.runs.store import Store, Text
 from snpatch.worlds.lab import Lab
 from snpatch.worlds.spec import SweepSpec
@@ -140,8 +140,9 @@ def run(
         items = [texts.told(chats, mine, spec.plan.samples) for mine in told.texts]
         asked = sweep.named(points, notes, {name: len(lab.prompts(name)) for name in spec.swept}, items)
         asked.name("sweep", judges, store)
-        with lab.progress("sweep") as progress:
-            team.fill(store, [item.key for item in asked.flat if item.key is not None], restarts, progress)
+        prompts = {item.key: item.prompt for item in asked.flat if item.key is not None}
+        with lab.progress("sweep") as progress, judging.Meanwhile(judges, store) as meanwhile:
+            team.fill(store, prompts, restarts, meanwhile.add, progress)
     return sweep.finish(asked, judges, spec.plan, store)
 
 
@@ -178,9 +179,9 @@ class _Team:
             self._listen(number)
         return told
 
-    def fill(self, store: Store, keys: list[str], restarts: int, progress) -> None:
-        """Write what the store lacks, see texts.fill."""
-        left, lost, number, of = store.ask(keys), Counter(), len(self._actors), len(set(keys))
+    def fill(self, store: Store, prompts: dict[str, str], restarts: int, written, progress) -> None:
+        """Write what the store lacks, see texts.fill. prompts: by the key of each text."""
+        left, lost, number = store.ask(list(prompts)), Counter(), len(self._actors)
         while left:
             if claimed := store.claim(left):
                 ray.get(self._work.add.remote(claimed))
@@ -191,9 +192,10 @@ class _Team:
                     key, text = result
                     waiting.discard(key)
                     store.keep(key, text)
+                    written(prompts[key], text.completion)
                     left -= 1
                     if progress:
-                        progress(of - left, of)
+                        progress(len(prompts) - left, len(prompts))
                     continue
                 (error,) = result
                 if isinstance(error, ReceiptError) or not restarts:
