@@ -133,9 +133,12 @@ def sweeps_table(found: list[Run]) -> str:
             i = run.info
             rows += [
                 (f"{i['texts']} texts of the demo world, kept and judged", f"{i['first_s']:.0f} s"),
-                ("of these in the store", f"{i['store_s']:.2f} s ({i['store_share']:.1%})"),
+                ("CPU time of these in the store", f"{i['store_s']:.2f} s ({i['store_share']:.1%})"),
                 ("the same command again", f"{i['again_s']:.1f} s"),
             ]
+        if run.info.get("side") == "two processes":
+            texts = f"{run.info['texts']} texts by two processes of one folder, start and end included"
+            rows.append((texts, f"{run.seconds:.0f} s (one process: {run.info['one_s']:.0f} s)"))
         if run.info.get("side") == "minimal":
             for name, told in run.info.items():
                 if isinstance(told, dict):

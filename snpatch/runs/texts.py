@@ -23,7 +23,7 @@ from snpatch.runs.store import Store, Text
 from snpatch.sampling import Sampling
 
 RESTARTS = 5  # of a dying engine, in one run
-CLAIM = 16  # texts that are taken at once from what is open
+CLAIM = 32  # texts that are taken at once from what is open
 POLL_S = 0.5  # how often it is looked whether other processes have finished what is theirs
 
 
