@@ -199,6 +199,24 @@ def test_a_prompt_that_cannot_be_run_leaves_the_rest(engine, chats, ranking, tmp
     assert [row.mean for row in result.rows] == [row.mean for row in run(engine, chats, ranking).rows]
 
 
+def test_a_run_that_fails_whatever_it_writes_ends(engine, chats, ranking, tmp_path, monkeypatch):
+    calls = []
+
+    def failing(self, requests):
+        calls.append(next(iter(requests), None))
+        raise SnpatchError("no memory")
+        yield
+
+    monkeypatch.setattr(type(engine.executor), "stream", failing)
+    with pytest.raises(SnpatchError, match="no memory"):
+        run(engine, chats, ranking, tmp_path)
+    assert len(calls) == 8
+    monkeypatch.setattr(type(engine.executor), "stream", lambda self, requests: failing(self, []))
+    with pytest.raises(SnpatchError, match="no memory"):
+        run(engine, chats, ranking, tmp_path)
+    assert len(calls) == 9, "nothing was under way"
+
+
 def test_a_wrong_receipt_ends_the_run(engine, chats, ranking, monkeypatch):
     def wrong(self, requests):
         raise ReceiptError("the device did something else")

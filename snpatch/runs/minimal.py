@@ -92,7 +92,7 @@ class _Scorer:
         """The score of each (name of a patch, prompt)."""
         for patch in dict.fromkeys(patches[name] for name, _ in pairs):
             if patch not in self._items:
-                self._items[patch] = texts.wanted(self._engine, self._prompts, patch, self._config.sampling)
+                (self._items[patch],) = texts.wanted(self._engine, self._prompts, [patch], self._config.sampling)
         items = [self._items[patches[name]][prompt] for name, prompt in pairs]
         texts.fill(self._engine, items, self._store, progress=self._progress)
         (records,) = texts.records([items], self._store)

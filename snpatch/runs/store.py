@@ -217,10 +217,10 @@ class Store:
         """How many of the texts asked for are open, here (but for those that are taken) or elsewhere."""
         return self._row(f"SELECT count(*) FROM mine m JOIN work w USING (key) WHERE {IS_OPEN}")[0]
 
-    def suspect(self, error: str, keys: Sequence[str] | None = None) -> None:
+    def suspect(self, error: str, keys: Sequence[str] | None = None) -> int:
         """A run failed: what was under way in it is to be tried again in smaller groups; what was alone has failed.
 
-        keys: what was under way; None: all that this process has taken.
+        keys: what was under way; None: all that this process has taken. Returns how many that were.
         """
         with self._transaction():
             if keys is None:
@@ -232,6 +232,7 @@ class Store:
                 ((error, len(keys) == 1, key) for key in keys),
             )
             self._many("INSERT OR IGNORE INTO mine (key) VALUES (?)", ((key,) for key in keys))
+        return len(keys)
 
     def errors(self, keys: Iterable[str]) -> dict[str, str]:
         """Why each of these failed that did."""
@@ -255,8 +256,15 @@ class Store:
             )
 
     def name_judges(self, digests: Mapping[str, str]) -> None:
-        """Under which digests the scores of a sweep's judges are kept, by the judge's name."""
+        """Under which digests the scores of a sweep's judges are kept, by the judge's name.
+
+        Those of an earlier run of a judge without a digest, which holds a space, are not needed any more.
+        """
         with self._transaction():
+            self._many(
+                "DELETE FROM scores WHERE judge = (SELECT judge FROM judges WHERE name = ? AND judge LIKE '% %')",
+                ((name,) for name in digests),
+            )
             self._many("INSERT OR REPLACE INTO judges VALUES (?, ?)", digests.items())
 
     def records(self) -> Iterator[dict]:

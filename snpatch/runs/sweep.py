@@ -224,7 +224,7 @@ def ask(engine: Engine, prompts, rankings: Mapping[str, Ranking], config: SweepC
     sets = sets_of(prompts)
     points, notes = points_of(rankings, config)
     chats = list(chain.from_iterable(sets.values()))
-    items = [texts.wanted(engine, chats, point.runs, config.sampling, config.samples) for point in points]
+    items = texts.wanted(engine, chats, [point.runs for point in points], config.sampling, config.samples)
     return named(points, notes, {name: len(mine) for name, mine in sets.items()}, items)
 
 

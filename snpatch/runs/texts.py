@@ -17,11 +17,13 @@ from snpatch.data import Chat, question
 from snpatch.engine import Engine
 from snpatch.errors import EngineDiedError, ReceiptError, SnpatchError
 from snpatch.executors.base import Progress, Request
+from snpatch.judges.protocol import BrokenJudgeError
 from snpatch.patching.patch import Clause, Patch, digest_of
 from snpatch.requests import Completion
 from snpatch.runs.store import Store, Text
 from snpatch.sampling import Sampling
 
+GIVE_UP = 8  # failed runs one after the other, in none of which a text was written
 RESTARTS = 5  # of a dying engine, in one run
 CLAIM = 32  # texts that are taken at once from what is open
 POLL_S = 0.5  # how often it is looked whether other processes have finished what is theirs
@@ -57,35 +59,43 @@ def write(
     temperature. store: a folder that keeps texts, so that a killed run continues; or an open Store. restarts: how often
     an engine that dies is started anew.
     """
-    items = [wanted(engine, prompts, patch, sampling, samples) for patch in patches]
+    items = wanted(engine, prompts, patches, sampling, samples)
     with Store(store) if not isinstance(store, Store) else nullcontext(store) as kept:
         fill(engine, [item for mine in items for item in mine], kept, restarts=restarts, progress=progress)
         return records(items, kept)
 
 
 def wanted(
-    engine: Engine, prompts: Sequence[Chat], patch: Patch | str, sampling: Sampling, samples: int = 1
-) -> list[Item]:
-    """What a patch asks for: an item for each prompt and sample. One that cannot be run has an error instead."""
+    engine: Engine, prompts: Sequence[Chat], patches: Sequence[Patch | str], sampling: Sampling, samples: int = 1
+) -> list[list[Item]]:
+    """What each patch asks for: an item for each prompt and sample. One that cannot be run has an error instead."""
     if sampling.n > 1:
         raise SnpatchError("texts: one text of each prompt is written; ask for several samples of it")
     if samples > 1 and sampling.temperature == 0:
         raise SnpatchError("texts: several samples of a prompt need a temperature above 0: greedy ones are the same")
-    recipient = patch if isinstance(patch, str) else patch.recipient
-    content = _content(engine, patch)
-    items = []
-    for index, (prompt, ids) in enumerate(zip(prompts, _encoded(engine, prompts, recipient), strict=True)):
-        asked = question(prompt)
-        if isinstance(ids, str):
-            items += [Item(None, index, asked, sample, error=ids) for sample in range(samples)]
-            continue
-        for sample in range(samples):
-            one = engine.requests.fitted(ids, _seeded(sampling, sample, samples))
-            # Two samples of the same prompt are two texts; two greedy ones are the same.
-            key = digest_of({**content, "sampling": asdict(one), "prompt": ids,
-                             "copy": index if sampling.temperature > 0 else None})  # fmt: skip
-            items.append(Item(key, index, asked, sample, engine.requests.patched(ids, patch, sampling=one)))
-    return items
+    recipients = engine.requests.recipients(patches, len(patches))
+    encoded = {recipient: _encoded(engine, prompts, recipient) for recipient in dict.fromkeys(recipients)}
+    seeded = [_seeded(sampling, sample, samples) for sample in range(samples)]
+    return [
+        [
+            _item(engine, patch, content, sampling, sample, index, prompt, ids)
+            for index, (prompt, ids) in enumerate(zip(prompts, encoded[recipient], strict=True))
+            for sample, sampling in enumerate(seeded)
+        ]
+        for patch, recipient in zip(patches, recipients, strict=True)
+        for content in [_content(engine, patch)]
+    ]
+
+
+def _item(engine, patch, content, sampling, sample, index, prompt, ids) -> Item:
+    asked = question(prompt)
+    if isinstance(ids, str):
+        return Item(None, index, asked, sample, error=ids)
+    one = engine.requests.fitted(ids, sampling)
+    # Two samples of the same prompt are two texts; two greedy ones are the same.
+    copy = index if sampling.temperature > 0 else None
+    key = digest_of({**content, "sampling": asdict(one), "prompt": ids, "copy": copy})
+    return Item(key, index, asked, sample, engine.requests.patched(ids, patch, sampling=one))
 
 
 def told(chats: Sequence[Chat], texts: Sequence[tuple[str | None, str | None]], samples: int) -> list[Item]:
@@ -114,7 +124,7 @@ def fill(
     by_key = {item.key: item.request for item in items if item.request is not None}
     for request in by_key.values():
         engine.executor.check_request(request)
-    left = store.ask(list(by_key))
+    left, failed = store.ask(list(by_key)), 0
     while left:
         claimed: list[str] = []
         try:
@@ -124,13 +134,15 @@ def fill(
                     store.keep(claimed[index], text_of(completion))
                     if written:
                         written(prompts[claimed[index]], completion.text)
-                    left -= 1
+                    left, failed = left - 1, 0
                     if progress:
                         progress(len(by_key) - left, len(by_key))
-        except ReceiptError:
-            raise  # nothing that this engine writes can be used
+        except (BrokenJudgeError, ReceiptError):
+            raise  # nothing that such an engine writes can be used, and nothing that such a judge says
         except SnpatchError as error:
-            store.suspect(str(error))
+            failed += 1
+            if not store.suspect(str(error)) or failed == GIVE_UP:
+                raise  # it is none of the texts' doing
             print(f"snpatch: a run failed and is begun again: {error}", file=sys.stderr)
             if isinstance(error, EngineDiedError):
                 if not restarts:
