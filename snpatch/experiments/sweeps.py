@@ -104,8 +104,8 @@ def _failed(result: SweepResult) -> list[str]:
 def plot(result: SweepResult, judge: str, label: str = "") -> Figure | None:
     """Mean score for each recipient: each ranking, the band of its random controls, both models' lines.
 
-    Against k, or against a window's first rank where windows do not all begin at 0. result: of one set, donor and
-    strength, which `label` tells. None where its donor is the only recipient.
+    Against k, or against a window's first rank where windows slide. result: of one set, donor and strength, which
+    `label` tells. None where its donor is the only recipient.
     """
     recipients = result.config.recipients
     if not recipients:
@@ -119,7 +119,8 @@ def plot(result: SweepResult, judge: str, label: str = "") -> Figure | None:
 
 
 def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None:
-    is_top = all(window.lo == 0 for window in result.config.windows)
+    tops = [window.lo == 0 for window in result.config.windows]
+    is_top = all(tops) or sum(tops) > 1
 
     def place(row: Row) -> int:
         return row.hi if is_top else row.lo
@@ -128,10 +129,14 @@ def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None
     for model, colour, style in ((recipient, "tab:gray", "--"), (donor, "tab:green", ":")):
         axis.axhline(result.baseline(model, judge).mean, color=colour, linestyle=style, label=f"{model}, unpatched")
     for number, ranking in enumerate(result.rankings):
-        colour, line = f"C{number}", result.line(judge, recipient, ranking)
+        colour, rows = f"C{number}", result.line(judge, recipient, ranking)
+        line = [row for row in rows if row.lo == 0] if is_top else rows
         x = [place(row) for row in line]
         axis.plot(x, [row.mean for row in line], "o-", color=colour, markersize=4, label=f"{ranking} neurons")
         axis.fill_between(x, [row.mean_low for row in line], [row.mean_high for row in line], color=colour, alpha=0.15)
+        for row in rows:
+            if row not in line:  # a window further down lies over its ranks
+                axis.hlines(row.mean, row.lo, row.hi, color=colour, linewidth=3)
         controls = {place(row): [r.mean for r in result.controls(row)] for row in line}
         controls = {at: means for at, means in controls.items() if means}
         if controls:
