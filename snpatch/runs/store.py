@@ -199,11 +199,12 @@ class Store:
                 ).fetchone()  # fmt: skip
                 if suspects is not None:
                     keys = self._free(now, -(-suspects[1] // APART), suspects[0])
-            self._many(
-                "UPDATE work SET owner = ?, expires = ? WHERE key = ?",
-                ((self.owner, now + LEASE_S, key) for key in keys),
-            )
-            self._many("DELETE FROM mine WHERE key = ?", ((key,) for key in keys))
+            for part in _parts(keys, 500):
+                marks = ",".join("?" * len(part))
+                self._execute(
+                    f"UPDATE work SET owner = ?, expires = ? WHERE key IN ({marks})", self.owner, now + LEASE_S, *part
+                )
+                self._execute(f"DELETE FROM mine WHERE key IN ({marks})", *part)
         if keys and self._beat is None and self.path is not None:
             self._beat = threading.Thread(target=self._renew, name="snpatch-lease", daemon=True)
             self._beat.start()

@@ -25,7 +25,7 @@ from snpatch.sampling import Sampling
 
 GIVE_UP = 8  # failed runs one after the other, in none of which a text was written
 RESTARTS = 5  # of a dying engine, in one run
-CLAIM = 32  # texts that are taken at once from what is open
+CLAIM = 64  # texts that are taken at once from what is open
 POLL_S = 0.5  # how often it is looked whether other processes have finished what is theirs
 
 
