@@ -1,6 +1,4 @@
-"""Files appear whole or not at all, and a store survives being killed at any byte."""
-
-import json
+"""Files appear whole or not at all."""
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from snpatch import SnpatchError
 from snpatch.errors import first_line
 from snpatch.files import check_writable, read_tensors, whole_file, write_tensors, write_text
 from snpatch.models.pretrained import load_pretrained
-from snpatch.runs.store import NAME, Store
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -45,27 +42,6 @@ def test_tensors_round_trip_and_kinds_are_told_apart(tmp_path):
         read_tensors(path, kind="ranking")
 
 
-def test_store_cut_at_every_byte_keeps_each_whole_record(tmp_path):
-    with Store(tmp_path) as store:
-        for key in ("a", "b", "c"):
-            store.append(key, {"text": key * 3})
-    whole = (tmp_path / NAME).read_bytes()
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in range(len(whole) + 1):
-        (tmp_path / NAME).write_bytes(whole[:cut])
-        with Store(tmp_path) as store:
-            assert list(store.records) == ["a", "b", "c"][: sum(end <= cut for end in ends)]
-            store.append("d", {"text": "new"})
-        lines = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
-        assert lines[-1] == {"key": "d", "text": "new"}
-
-
-def test_store_refuses_a_damaged_record(tmp_path):
-    (tmp_path / NAME).write_text('{"key": "a"}\n{"no key": 1}\n{"key": "c"}\n')
-    with pytest.raises(SnpatchError, match=r"line 2: not a record"), Store(tmp_path):
-        pass
-
-
 @pytest.mark.parametrize("meta", [None, "not json", "[1]"])
 def test_a_file_without_its_meta_is_one_line(tmp_path, meta):
     header = {"kind": "ranking"} | ({} if meta is None else {"meta": meta})
@@ -87,12 +63,3 @@ def test_an_empty_message_of_a_loader_is_no_traceback():
 
     with pytest.raises(SnpatchError, match=r"cannot load some/model \(Loader\): ValueError"):
         load_pretrained(Loader, "some/model")
-
-
-def test_a_damaged_store_is_not_left_locked(tmp_path):
-    (tmp_path / NAME).write_bytes(b"not a record\n")
-    with pytest.raises(SnpatchError, match="line 1: not a record"), Store(tmp_path):
-        pass
-    (tmp_path / NAME).unlink()
-    with Store(tmp_path) as log:
-        log.append("key", {"completion": "text"})

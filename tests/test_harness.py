@@ -303,11 +303,11 @@ def test_a_pair_by_model_args(evaluate, model_args, pairs):
     made = pairs("llama")
     with Engine(made.folder, **made.given, backend="transformers") as engine:
         patch = Patch("base", "dpo", RANKINGS[0], 20, strength=1.5)
-        want = evaluate(SnpatchLM(engine, patch), TASKS[1:2], limit=3)
+        want = evaluate(SnpatchLM(engine, patch), TASKS[2:], limit=2)
     given = {"model": made.folder, "weights": f"dpo={made.models['dpo'][0]}", "backend": "transformers"}
     patched = {"donor": "dpo", "ranking": model_args["ranking"], "k": 20, "strength": 1.5}
-    got = evaluate("snpatch", TASKS[1:2], model_args=told(given, **patched), limit=3)
-    assert figures(got) == figures(want) != figures(evaluate("snpatch", TASKS[1:2], model_args=told(given), limit=3))
+    got = evaluate("snpatch", TASKS[2:], model_args=told(given, **patched), limit=2)
+    assert figures(got) == figures(want) != figures(evaluate("snpatch", TASKS[2:], model_args=told(given), limit=2))
 
 
 def test_batch_size_and_device_of_lm_eval_are_the_engines(model_args):

@@ -137,6 +137,9 @@ def test_another_file_is_no_store(tmp_path):
     with pytest.raises(SnpatchError, match="file is not a database"), Store(tmp_path):
         pass
     (tmp_path / NAME).unlink()
+    with Store(tmp_path) as store:  # it was not left locked
+        assert store.ask(["a"]) == 1
+    (tmp_path / NAME).unlink()
     with sqlite3.connect(tmp_path / NAME) as file:
         file.execute("PRAGMA user_version = 99")
     with pytest.raises(SnpatchError, match="of a newer snpatch"), Store(tmp_path):
