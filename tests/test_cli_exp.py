@@ -1,6 +1,7 @@
 """The command line of experiments, guards, data sets and judges: real runs on the golden model, and bad input."""
 
 import json
+import sys
 
 import pytest
 from commands import GOLDEN, JUDGE, MODEL, PAIR, run, spec_of
@@ -299,3 +300,11 @@ def test_the_smallest_k_is_the_whole_grids(capsys, prompts, ranking, tmp_path):
             assert row["effect"] == pytest.approx(effects[row["k"]])
     code, _, err = run(capsys, "minimal", *common, "--strengths", "1,2", "-o", out)
     assert (code, "one donor, one strength and one sample" in err) == (2, True)
+
+
+def test_replicas_without_ray_say_what_to_install(capsys, prompts, ranking, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "snpatch.worlds.replicas", raising=False)
+    path = spec_of(tmp_path, prompts, ranking)
+    code, _, err = run(capsys, "sweep", path, "-o", tmp_path / "out", "--ray", 2)
+    assert (code, "--ray: replicas need more packages: pip install 'snpatch[ray]'" in err) == (2, True)

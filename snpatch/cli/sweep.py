@@ -162,9 +162,7 @@ def run(
             if ray is None:
                 result = lab.run(spec, restarts=restarts, store=store)
             else:
-                from snpatch.worlds import replicas
-
-                result = replicas.run(lab, spec, store, replicas=ray, gpus=gpus, restarts=restarts, **given)
+                result = _replicas().run(lab, spec, store, replicas=ray, gpus=gpus, restarts=restarts, **given)
             outcome = "done" if not result.failures else f"{len(result.failures)} failed"
         except SnpatchError as error:
             outcome = str(error)
@@ -221,6 +219,15 @@ def export(
         raise SnpatchError(f"{folder} holds no sweep's texts")
     write_records(records, out)
     print(f"wrote {len(records)} texts to {out}")
+
+
+def _replicas():
+    """The room that needs Ray."""
+    try:
+        from snpatch.worlds import replicas
+    except ImportError as error:
+        raise SnpatchError(f"--ray: {error}") from error
+    return replicas
 
 
 def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sampling: Sampling) -> dict:
