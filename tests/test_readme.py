@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from snpatch.worlds.spec import SweepSpec
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -63,3 +65,12 @@ def test_linked_files_and_imported_names_exist():
     for imported in re.findall(r"from snpatch import (.+)", readme):
         for name in imported.split(", "):
             exec(f"from snpatch import {name}")
+
+
+def test_the_sweep_file_is_one(tmp_path):
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "sweep.toml").write_text(block)
+    spec = SweepSpec.load(tmp_path / "sweep.toml")
+    assert [window.hi for window in spec.plan.windows] == [0, 200, 1000, 5000, 20_000]
+    spec.save(tmp_path / "again.json")
+    assert SweepSpec.load(tmp_path / "again.json").plan == spec.plan
