@@ -142,7 +142,7 @@ def test_another_file_is_no_store(tmp_path):
     (tmp_path / NAME).unlink()
     with sqlite3.connect(tmp_path / NAME) as file:
         file.execute("PRAGMA user_version = 99")
-    with pytest.raises(SnpatchError, match="of a newer snpatch"), Store(tmp_path):
+    with pytest.raises(SnpatchError, match="of another snpatch"), Store(tmp_path):
         pass
 
 

@@ -24,7 +24,7 @@ NAME = "sweep.sqlite"
 OLD = "completions.jsonl"  # of the versions before it
 LEASE_S = 60.0
 APART = 8  # into so many groups what was under way in a failed run is split, until the text that fails is found
-VERSION = 1
+VERSION = 2
 
 SCHEMA = """
 CREATE TABLE texts (
@@ -42,13 +42,14 @@ CREATE TABLE scores (
   PRIMARY KEY (text, judge)
 ) WITHOUT ROWID;
 CREATE TABLE work (              -- texts that were asked for: done where `texts` has the key
-  key TEXT PRIMARY KEY,
+  id INTEGER PRIMARY KEY AUTOINCREMENT,  -- in the order of asking, so that a claim changes few pages of the file
+  key TEXT NOT NULL UNIQUE,
   owner TEXT,                     -- who writes it now
   expires REAL,
   attempts INTEGER NOT NULL,      -- how many runs failed while it was under way
   error TEXT,                     -- of the last of them
   failed INTEGER NOT NULL         -- 1: given up
-) WITHOUT ROWID;
+);
 CREATE INDEX work_owner ON work (owner) WHERE owner IS NOT NULL;
 CREATE TABLE asked (               -- sweeps' texts, by what they are called
   place INTEGER PRIMARY KEY,
@@ -76,8 +77,10 @@ CREATE TABLE runs (
 );
 """
 
+ASKED = "CREATE TEMP TABLE mine (place INTEGER PRIMARY KEY, work INTEGER NOT NULL UNIQUE)"
 IS_OPEN = "NOT w.failed AND NOT EXISTS (SELECT 1 FROM texts t WHERE t.key = w.key)"
-MINE = f"FROM mine m JOIN work w USING (key) WHERE {IS_OPEN} AND (w.owner IS NULL OR w.expires < ?)"
+OPEN = f"FROM mine m JOIN work w ON w.id = m.work WHERE {IS_OPEN}"
+FREE = f"{OPEN} AND (w.owner IS NULL OR w.expires < ?)"
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Store:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = self._connect()
             self._migrate()
-            self._execute("CREATE TEMP TABLE mine (place INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE)")
+            self._execute(ASKED)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,10 +179,16 @@ class Store:
         """These texts are wanted, in this order; how many of them are missing. What failed before is open again."""
         with self._transaction():
             self._execute("DELETE FROM mine")
-            self._many("INSERT OR IGNORE INTO mine (key) VALUES (?)", ((key,) for key in keys))
-            self._execute("DELETE FROM mine WHERE key IN (SELECT key FROM texts)")
-            self._execute("INSERT OR IGNORE INTO work SELECT key, NULL, NULL, 0, NULL, 0 FROM mine")
-            self._execute("UPDATE work SET failed = 0, attempts = 0 WHERE failed AND key IN (SELECT key FROM mine)")
+            rows = [(key,) for key in keys]
+            self._many(
+                "INSERT OR IGNORE INTO work (key, attempts, failed) "
+                "SELECT ?1, 0, 0 WHERE NOT EXISTS (SELECT 1 FROM texts WHERE key = ?1)", rows,
+            )  # fmt: skip
+            self._many(
+                "INSERT OR IGNORE INTO mine (work) "
+                "SELECT id FROM work w WHERE key = ? AND NOT EXISTS (SELECT 1 FROM texts t WHERE t.key = w.key)", rows,
+            )  # fmt: skip
+            self._execute("UPDATE work SET failed = 0, attempts = 0 WHERE failed AND id IN (SELECT work FROM mine)")
             (missing,) = self._row("SELECT count(*) FROM mine")
         return missing
 
@@ -188,23 +197,21 @@ class Store:
         in a run that failed come last, and in a group of their own: see `suspect`."""
         with self._transaction():
             now = time.time()
-            keys = self._free(now, most, 0)
-            if not keys:
+            free = self._free(now, most, 0)
+            if not free:
                 self._free_dead()
-                keys = self._free(now, most, 0)
-            if not keys:
+                free = self._free(now, most, 0)
+            if not free:
                 suspects = self._execute(
-                    f"SELECT w.attempts, count(*) {MINE} AND w.attempts > 0 GROUP BY w.attempts "
+                    f"SELECT w.attempts, count(*) {FREE} AND w.attempts > 0 GROUP BY w.attempts "
                     "ORDER BY w.attempts DESC LIMIT 1", now,
                 ).fetchone()  # fmt: skip
                 if suspects is not None:
-                    keys = self._free(now, -(-suspects[1] // APART), suspects[0])
-            for part in _parts(keys, 500):
-                marks = ",".join("?" * len(part))
-                self._execute(
-                    f"UPDATE work SET owner = ?, expires = ? WHERE key IN ({marks})", self.owner, now + LEASE_S, *part
-                )
-                self._execute(f"DELETE FROM mine WHERE key IN ({marks})", *part)
+                    free = self._free(now, -(-suspects[1] // APART), suspects[0])
+            lease = self.owner, now + LEASE_S
+            self._many("UPDATE work SET owner = ?, expires = ? WHERE id = ?", ((*lease, work) for work, _ in free))
+            self._many("DELETE FROM mine WHERE work = ?", ((work,) for work, _ in free))
+        keys = [key for _, key in free]
         if keys and self._beat is None and self.path is not None:
             self._beat = threading.Thread(target=self._renew, name="snpatch-lease", daemon=True)
             self._beat.start()
@@ -216,7 +223,7 @@ class Store:
 
     def missing(self) -> int:
         """How many of the texts asked for are open, here (but for those that are taken) or elsewhere."""
-        return self._row(f"SELECT count(*) FROM mine m JOIN work w USING (key) WHERE {IS_OPEN}")[0]
+        return self._row(f"SELECT count(*) {OPEN}")[0]
 
     def suspect(self, error: str, keys: Sequence[str] | None = None) -> int:
         """A run failed: what was under way in it is to be tried again in smaller groups; what was alone has failed.
@@ -232,7 +239,7 @@ class Store:
                 "WHERE key = ?",
                 ((error, len(keys) == 1, key) for key in keys),
             )
-            self._many("INSERT OR IGNORE INTO mine (key) VALUES (?)", ((key,) for key in keys))
+            self._many("INSERT OR IGNORE INTO mine (work) SELECT id FROM work WHERE key = ?", ((key,) for key in keys))
         return len(keys)
 
     def errors(self, keys: Iterable[str]) -> dict[str, str]:
@@ -387,14 +394,13 @@ class Store:
                     self._execute(statement)
                 self._execute(f"PRAGMA user_version = {VERSION}")
             elif version != VERSION:
-                raise SnpatchError(f"{self.path} is of a newer snpatch (version {version} of its tables)")
+                raise SnpatchError(f"{self.path} is of another snpatch (version {version} of its tables)")
 
-    def _free(self, now: float, most: int, attempts: int) -> list[str]:
-        """So many of the texts asked for that nobody writes and so many runs failed with."""
-        found = self._execute(
-            f"SELECT m.key {MINE} AND w.attempts = ? ORDER BY m.place LIMIT ?", now, attempts, most
+    def _free(self, now: float, most: int, attempts: int) -> list[tuple[int, str]]:
+        """So many of the texts asked for (id, key) that nobody writes and so many runs failed with."""
+        return self._execute(
+            f"SELECT w.id, w.key {FREE} AND w.attempts = ? ORDER BY m.place LIMIT ?", now, attempts, most
         ).fetchall()
-        return [key for (key,) in found]
 
     def _free_dead(self) -> None:
         """Leases of processes of this machine that are no more."""
