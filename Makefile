@@ -81,8 +81,10 @@ bench-pair: $(READY)
 
 # Sweeps: many windows in one batch, the store, a finished sweep again (minutes).
 bench-sweep: $(READY)
-	$(BIN)/python -m pytest -q bench/bench_sweep.py -k windows --benchmark-enable \
+	$(BIN)/python -m pytest -q bench/bench_sweep.py -k "windows and not demo" --benchmark-enable \
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/sweep.cpu.json
+	$(BIN)/python -m pytest -q bench/bench_sweep.py -k "windows and demo" --benchmark-enable \
+	  --benchmark-columns=median,iqr --benchmark-json=bench/results/sweep_demo.cpu.json
 	$(BIN)/python -m pytest -q bench/bench_sweep.py -k "not windows" --benchmark-enable \
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/store.cpu.json
 

@@ -11,11 +11,10 @@ import time
 from collections import Counter
 
 import pytest
+import torch
 from bench_generate import (  # noqa: F401 - fixtures
     GPU,
     IS_REHEARSAL,
-    LAYERS,
-    NEURONS,
     PAIR,
     RANKING,
     about,
@@ -26,7 +25,7 @@ from bench_generate import (  # noqa: F401 - fixtures
     twin,
 )
 
-from snpatch import Engine, Patch, Sampling
+from snpatch import Engine, Patch, Ranking, Sampling
 from snpatch.data import load
 from snpatch.judges.opening import open_judge
 from snpatch.runs import texts
@@ -37,7 +36,6 @@ from snpatch.runs.sweep import sweep
 from snpatch.worlds.world import load_world
 
 WINDOWS, PROMPTS, NEW = (4, 4, 8) if IS_REHEARSAL else (32, 64, 8)
-KS = [round(LAYERS * NEURONS * (i + 1) / (2 * WINDOWS)) for i in range(WINDOWS)]
 MANY = 40 if IS_REHEARSAL else 10_000
 ROUNDS = 2
 
@@ -52,26 +50,47 @@ def write(engine, patches, asked) -> None:
     ]
     with Store(None) as store:
         texts.fill(engine, items, store)
-        assert sum(len(text.token_ids) for text in store.texts([item.key for item in items]).values()) == NEW * len(
-            items
-        )
+        written = store.texts([item.key for item in items])
+    assert sum(len(text.token_ids) for text in written.values()) == NEW * len(items)
 
 
-def test_windows_in_one_batch(benchmark, twin):  # noqa: F811
-    """As many requests of one window; and one window after the other."""
-    patches = [Patch(*PAIR, RANKING, k) for k in KS]
+def windows_in_one_batch(benchmark, engine, ranking, prompts, rounds, **info) -> None:
+    """Windows up to half of the neurons against as many requests of one window; and one window after the other.
+
+    prompts: makes so many new ones.
+    """
+    ks = [round(len(ranking) * (i + 1) / (2 * WINDOWS)) for i in range(WINDOWS)]
+    patches = [Patch(*PAIR, ranking, k) for k in ks]
 
     def one_after_the_other():
         asked = prompts(PROMPTS)
         for patch in patches:
-            write(twin, [patch], asked)
+            write(engine, [patch], asked)
 
     others = {
-        "one window": lambda: write(twin, patches[:1], prompts(PROMPTS * WINDOWS)),
+        "one window": lambda: write(engine, patches[:1], prompts(PROMPTS * WINDOWS)),
         "one after the other": one_after_the_other,
     }
-    paired(benchmark, "sweep", lambda: write(twin, patches, prompts(PROMPTS)), others, rounds=ROUNDS,
-           windows=WINDOWS, prompts=PROMPTS, new=NEW, runner=twin.executor.started.runner)  # fmt: skip
+    runner = engine.executor.started.runner
+    paired(benchmark, "sweep", lambda: write(engine, patches, prompts(PROMPTS)), others, rounds=rounds,
+           windows=WINDOWS, prompts=PROMPTS, new=NEW, runner=runner, **info)  # fmt: skip
+
+
+def test_windows(benchmark, twin):  # noqa: F811
+    windows_in_one_batch(benchmark, twin, RANKING, prompts, ROUNDS)
+
+
+def test_windows_of_the_demo(benchmark, demo):
+    engine, _ = demo
+    (layers, neurons), words = (engine.geometry.n_layers, engine.geometry.n_neurons), len(engine.tokenizer)
+    places = torch.cartesian_prod(torch.arange(layers), torch.arange(neurons))
+    draw = torch.Generator().manual_seed(1)
+    ranking = Ranking.from_order(places[torch.randperm(len(places), generator=draw)], (layers, neurons))
+
+    def new(n):
+        return torch.randint(3, words, (n, 32), generator=draw).tolist()
+
+    windows_in_one_batch(benchmark, engine, ranking, new, 5 * ROUNDS, size="demo", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,8 @@ def _generate_group(group: list[Run]) -> str:
                 others.append((f"{what}{batch}{texts}, against {AGAINST.get(other, other)}", ratio))
     head = "patched, 5 % of the neurons", "tokens/s", "against native vLLM on as many rows", "on as many requests"
     tables = [_table(head, decoding), _table(("", "ratio of speeds (quartiles)"), others)]
-    about = f"{run.info['size']} geometry, bfloat16, {run.machine}, model runner {run.info['runner']}"
+    geometry = f"{run.info['size']} geometry, {run.info.get('dtype', 'bfloat16')}"
+    about = f"{geometry}, {run.machine}, model runner {run.info['runner']}"
     return "\n\n".join([*filter(None, tables), f"{about}; {_versions(run, 'vllm', 'torch')}; medians."])
 
 
