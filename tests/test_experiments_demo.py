@@ -10,6 +10,7 @@ import pytest
 
 from snpatch import cli, experiments
 from snpatch.demo import WORLD
+from snpatch.experiments.page import page_of
 from snpatch.guard.guard import Guard
 
 SETS = tomllib.loads((WORLD / "world.toml").read_text())["settings"]["guard"]["prompts"]
@@ -51,6 +52,16 @@ def table(folder: Path, stem: str) -> list[dict]:
         assert [list(row) for row in csv.DictReader(file)] == [list(row) for row in data["rows"]]
     assert data["provenance"]["models"]
     return data["rows"]
+
+
+def test_a_page_shows_every_experiment_and_what_made_it(folder):
+    page = page_of(folder)
+    assert {one["name"] for one in page.reports} >= set(experiments.NAMES)
+    for one in page.reports:
+        assert all((one["tables"] or page.rows, one["images"] or one["name"] not in experiments.NAMES)), one["name"]
+    assert page.command.startswith("snpatch ")
+    assert "\n" not in page.command, "one command made them all"
+    assert all((page.texts, page.maps))
 
 
 def test_every_experiment_leaves_table_and_plot(folder):

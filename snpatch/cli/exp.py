@@ -64,7 +64,7 @@ def run(
     for name in chosen:
         check_writable(out / f"{name}.csv")
     failed, written = {}, []
-    with Lab(place, out, progress=o.progress_bar, **arguments) as lab:
+    with Lab(place, out, progress=o.progress_bar, command=o.command(), **arguments) as lab:
         for name in chosen:
             try:
                 written += o.show(experiments.run(name, lab, settings), out, as_json)

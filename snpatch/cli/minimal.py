@@ -1,6 +1,5 @@
 """`snpatch minimal`: the smallest k that recovers a share of the gain, from as few completions as possible."""
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -33,9 +32,9 @@ def minimal(
     from snpatch.runs.store import Store
     from snpatch.worlds.lab import Lab
 
-    spec, command = plan.spec, " ".join(["snpatch", *sys.argv[1:]])
+    spec = plan.spec
     check_writable(out / "minimal.csv")
-    with Lab(spec, out, progress=o.progress_bar, **plan.lab) as lab, Store(out) as store:
+    with Lab(spec, out, progress=o.progress_bar, command=o.command(), **plan.lab) as lab, Store(out) as store:
         used, judge, prompts = lab.begin(), lab.judge(spec.judged[0]), lab.prompts(spec.swept[0])
         rankings = lab.rankings(spec)
         with lab.progress("minimal") as progress:
@@ -43,5 +42,5 @@ def minimal(
                 lab.engine, prompts, rankings, judge, spec.plan,
                 share=recover, layers=blocks, store=store, progress=progress,
             )  # fmt: skip
-        told = used.told({**asdict(spec.plan), "recover": recover, "blocks": blocks, "command": command})
+        told = used.told({**asdict(spec.plan), "recover": recover, "blocks": blocks})
     o.show(replace(report_of(found, recover), provenance=told), out, as_json)

@@ -1,6 +1,7 @@
 """Options that commands share, and what they stand for: judges, an engine, a report, a progress bar."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -67,6 +68,11 @@ def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> I
             if is_model(source):
                 opened.callback(judges[name].close)
         yield judges
+
+
+def command() -> str:
+    """What runs now, as it can be typed again."""
+    return shlex.join(["snpatch", *sys.argv[1:]])
 
 
 def show(report, out: Path, as_json: bool) -> list[Path]:

@@ -146,10 +146,10 @@ def run(
     spec, given = plan.spec, plan.lab
     check_writable(out / "sweep.csv")
     spec.save(out / FILE)
-    command, outcome = " ".join(["snpatch", *sys.argv[1:]]), "interrupted"
+    command, outcome = o.command(), "interrupted"
     part = None if worker is None else _part(worker)
     with (
-        Lab(spec, out, progress=o.progress_bar, **given) as lab,
+        Lab(spec, out, progress=o.progress_bar, command=command, **given) as lab,
         Store(out, name=NAME if part is None else part_name(*part)) as store,
     ):
         if part is not None:
@@ -169,7 +169,7 @@ def run(
             raise
         finally:
             store.end(number, outcome)
-        report = replace(report_of(result, "sweep"), provenance=used.told({**asdict(spec.plan), "command": command}))
+        report = replace(report_of(result, "sweep"), provenance=used.told(asdict(spec.plan)))
     o.show(report, out, as_json)
     if result.failures:
         raise typer.Exit(INCOMPLETE)

@@ -34,10 +34,10 @@ def page_of(folder: str | Path) -> Page:
         raise SnpatchError(f"{folder} holds no table and no texts of a sweep or an experiment")
     swept = {stem: one for stem, one in tables.items() if one["rows"][0].keys() >= ROW}
     rows = {tuple(row[name] for name in sorted(ROW)): row for one in swept.values() for row in one["rows"]}
-    settings = next((one["provenance"].get("settings", {}) for one in swept.values()), {})
+    commands = [one["provenance"].get("command") for one in tables.values()] + [run["command"] for run in runs[-1:]]
     return Page(
         title=f"snpatch: {folder.resolve().name}",
-        command=settings.get("command") or (runs[-1]["command"] if runs else ""),
+        command="\n".join(dict.fromkeys(filter(None, commands))),
         headline=[sentence for one in swept.values() for sentence in one["headline"]],
         provenance={stem: one["provenance"] for stem, one in tables.items()},
         rows=[{name: row[name] for name in ROW} for row in rows.values()],

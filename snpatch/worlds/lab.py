@@ -46,8 +46,8 @@ class Lab:
 
     world: what texts are written and judged with, a World or a SweepSpec. out: the folder that keeps rankings and
     texts. backend: of the engine and of score models. limit: only so many prompts of each set. skip_bad: see
-    snpatch.data.load. progress: name -> context that gives a Progress. engine: further fields of EngineConfig,
-    TwinSizes' or vLLM's arguments, before the world's own.
+    snpatch.data.load. progress: name -> context that gives a Progress. command: that the tables are made by, as their
+    provenance tells it. engine: further fields of EngineConfig, TwinSizes' or vLLM's arguments, before the world's own.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class Lab:
         limit: int | None = None,
         skip_bad: bool = False,
         progress: Progresses = silent,
+        command: str | None = None,
         **engine,
     ) -> None:
-        self.world, self.out, self.progress = world, Path(out), progress
+        self.world, self.out, self.progress, self._command = world, Path(out), progress, command
         self._backend, self._limit, self._skip_bad, self._engine_arguments = backend, limit, skip_bad, engine
         self._sets: dict[str, Dataset] = {}
         self._judges: dict[str, Judge] = {}
@@ -91,7 +92,10 @@ class Lab:
         """An experiment begins: what is handed out from here on is noted in what this gives."""
         world = self.world
         self._provenance = Provenance(
-            model=world.engine.model, max_tokens=world.max_tokens, contrast_tokens=world.contrast_tokens
+            command=self._command,
+            model=world.engine.model,
+            max_tokens=world.max_tokens,
+            contrast_tokens=world.contrast_tokens,
         )
         return self._provenance
 
