@@ -61,6 +61,13 @@ GOOD = {"recipient": "sft", "donor": "dpo", "ranking": "safety", "window": 9}
         ({"seed": "1"}, "seed: wanted a number"),
         ({"donor": "noise:x"}, "donor noise:N: 'x' is not a number"),
         ({"donor": "mean:donor"}, "the ranking holds no donor_mean"),
+        ({"strength": "1"}, "strength must be a finite number of float32, got '1'"),
+        ({"strength": True}, "strength must be a finite number"),
+        ({"strength": float("nan")}, "strength must be a finite number"),
+        ({"strength": 1e39}, "strength must be a finite number of float32"),
+        ({"strength": 10**400}, "strength must be a finite number of float32"),
+        ({"donor": "scale:1e39"}, "scale: factor must be a finite number of float32"),
+        ({"donor": "scale:1e30", "strength": -1e30}, "strength \\* \\(scale - 1\\) must be a finite number"),
     ],
 )
 def test_bad_json_names_the_field(change, message):
@@ -110,6 +117,7 @@ def test_a_patchs_content_changes_with_every_field():
     ]
     contents = [repr(patch.content(str)) for patch in patches]
     assert len({*contents}) == len(patches)
+    assert repr(Patch("sft", "dpo", ranking, 5, strength=1).content(str)) == contents[0], "1 is 1.0"
     fields = set(Patch.__dataclass_fields__)
     assert all(fields - {"then"} <= set(patch.content(str)) <= fields for patch in patches)
     assert set(patches[-1].content(str)) == fields

@@ -8,7 +8,6 @@ would not show it.
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -23,9 +22,8 @@ from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 
 PLACES = ("all", "prompt", "generated")
-
-
 MODES = ("replace", "add")
+LARGEST = torch.finfo(torch.float32).max  # factors are float32 on the device
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +114,9 @@ class Clause:
         if not is_position and self.where not in PLACES:
             raise SnpatchError(f"where must be one of {', '.join(PLACES)} or a position, got {self.where!r}")
         _check_factor(self.strength, "strength")
+        object.__setattr__(self, "strength", float(self.strength))  # 1 and 1.0 are one content
+        if isinstance(self.donor, Scale):
+            _check_factor(self.strength * (self.donor.factor - 1), "strength * (scale - 1)")
         if isinstance(self.donor, Constant | Noise):
             values = self.donor.values if isinstance(self.donor, Constant) else self.donor.deviation
             if values.shape != self.ranking.rank.shape:
@@ -131,7 +132,7 @@ class Clause:
     def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "Overwrite":
         """What it does to a prompt of so many tokens. model_of: the model of a name."""
         source = model_of(self.donor) if isinstance(self.donor, str) else self.donor
-        return Overwrite(source, self.ranking, self.window, *self.positions(prompt_length), float(self.strength))
+        return Overwrite(source, self.ranking, self.window, *self.positions(prompt_length), self.strength)
 
     def positions(self, prompt_length: int) -> tuple[int, int]:
         """The half-open range of positions that it covers in a request."""
@@ -238,8 +239,9 @@ def _moment(ranking: Ranking, name: str) -> Tensor:
 
 
 def _check_factor(factor: object, name: str) -> None:
-    if not isinstance(factor, int | float) or not math.isfinite(factor):
-        raise SnpatchError(f"{name} must be a finite number, got {factor!r}")
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if not (is_number and abs(factor) <= LARGEST):  # NaN is not, either
+        raise SnpatchError(f"{name} must be a finite number of float32, got {factor!r}")
 
 
 def _check_finite(values: Tensor, name: str) -> None:
