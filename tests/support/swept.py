@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from commands import GOLDEN
@@ -14,6 +15,7 @@ from snpatch.runs.sweep import sweep
 
 GREEDY = Sampling(max_tokens=6)
 CONFIG = SweepConfig(("sft",), "dpo", (0, 70, 300), controls=1, sampling=GREEDY, resamples=50)
+LONG = replace(CONFIG, windows=tuple(range(0, 301, 30)))  # what the processes below run
 ADAPTERS = {"sft": GOLDEN / "adapters/sft", "dpo": [GOLDEN / "adapters/sft", GOLDEN / "adapters/dpo"]}
 
 
@@ -60,7 +62,7 @@ def _serve(prompts: str, ranking: str) -> None:
     for folder in map(str.strip, sys.stdin):
         read, write = os.pipe()
         if not (pid := os.fork()):
-            os.write(write, str(len(run(engine, chats, loaded, folder).records)).encode())
+            os.write(write, str(len(run(engine, chats, loaded, folder, LONG).records)).encode())
             os._exit(0)
         print(pid, flush=True)
         os.close(write)
