@@ -36,8 +36,14 @@ PROMPT, NEW = 32, 16 if IS_REHEARSAL else 128 if GPU else 48
 SHORTER = {128: (8, 112), 256: (8, 56)} if GPU else {}
 ROUNDS = int(os.environ.get("SNPATCH_BENCH_ROUNDS", 11))
 K = LAYERS * NEURONS // 20
-ORDER = torch.randperm(LAYERS * NEURONS, generator=torch.Generator().manual_seed(0))
-RANKING = Ranking.from_order(torch.stack([ORDER // NEURONS, ORDER % NEURONS], dim=1), (LAYERS, NEURONS))
+
+
+def random_ranking(layers: int, neurons: int) -> Ranking:
+    order = torch.randperm(layers * neurons, generator=torch.Generator().manual_seed(0))
+    return Ranking.from_order(torch.stack([order // neurons, order % neurons], dim=1), (layers, neurons))
+
+
+RANKING = random_ranking(LAYERS, NEURONS)
 PAIR = "sft", "dpo"
 PATCH = Patch(*PAIR, RANKING, K)
 CACHE_BYTES = {"rehearsal": 64 << 20, "tiny": 128 << 20, "160m": 2 << 30, "1b": 4 << 30, "7b": 17 << 30}[SIZE]
@@ -48,8 +54,8 @@ PROFILED_AFTER, PROFILED = 5, 6  # steps; a text of the rehearsal has 16
 _draw = torch.Generator().manual_seed(1)
 
 
-def prompts(n: int, length: int = PROMPT) -> list[list[int]]:
-    return torch.randint(3, geometry.SIZES[SIZE]["vocab_size"], (n, length), generator=_draw).tolist()
+def prompts(n: int, length: int = PROMPT, words: int = geometry.SIZES[SIZE]["vocab_size"]) -> list[list[int]]:
+    return torch.randint(3, words, (n, length), generator=_draw).tolist()
 
 
 @pytest.fixture(scope="module")

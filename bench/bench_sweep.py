@@ -11,7 +11,6 @@ import time
 from collections import Counter
 
 import pytest
-import torch
 from bench_generate import (  # noqa: F401 - fixtures
     GPU,
     IS_REHEARSAL,
@@ -21,11 +20,12 @@ from bench_generate import (  # noqa: F401 - fixtures
     folder,
     paired,
     prompts,
+    random_ranking,
     traces,
     twin,
 )
 
-from snpatch import Engine, Patch, Ranking, Sampling
+from snpatch import Engine, Patch, Sampling
 from snpatch.data import load
 from snpatch.judges.opening import open_judge
 from snpatch.runs import texts
@@ -82,14 +82,8 @@ def test_windows(benchmark, twin):  # noqa: F811
 
 def test_windows_of_the_demo(benchmark, demo):
     engine, _ = demo
-    (layers, neurons), words = (engine.geometry.n_layers, engine.geometry.n_neurons), len(engine.tokenizer)
-    places = torch.cartesian_prod(torch.arange(layers), torch.arange(neurons))
-    draw = torch.Generator().manual_seed(1)
-    ranking = Ranking.from_order(places[torch.randperm(len(places), generator=draw)], (layers, neurons))
-
-    def new(n):
-        return torch.randint(3, words, (n, 32), generator=draw).tolist()
-
+    ranking = random_ranking(engine.geometry.n_layers, engine.geometry.n_neurons)
+    new = functools.partial(prompts, words=len(engine.tokenizer))
     windows_in_one_batch(benchmark, engine, ranking, new, 5 * ROUNDS, size="demo", dtype="float32")
 
 
