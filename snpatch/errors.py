@@ -1,8 +1,18 @@
 """The exceptions for what a user can put right: the CLI prints the message as one line and exits with 2."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SnpatchError(Exception):
-    """Bad input or an impossible request. The message says what, what was wanted, what came, and what to do."""
+    """Bad input or an impossible request. The message says what, what was wanted, what came, and what to do.
+
+    field: of what was given, the part that is wrong, as `window` or `clauses.0.donor`; None where it is no part of it.
+    """
+
+    def __init__(self, message: str = "", field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class NotEnoughNeuronsError(SnpatchError):
@@ -15,6 +25,16 @@ class ReceiptError(SnpatchError):
 
 class EngineDiedError(SnpatchError):
     """The engine is no more: what was under way is lost, and it can be started anew."""
+
+
+@contextmanager
+def within(field: str) -> Iterator[None]:
+    """Errors out of this block are of this field, or of a part of it."""
+    try:
+        yield
+    except SnpatchError as error:
+        error.field = field if error.field is None else f"{field}.{error.field}"
+        raise
 
 
 def first_line(error: BaseException) -> str:

@@ -4,11 +4,13 @@ Why not the dataclass's own constructor: it would take a number for a text, and 
 """
 
 from collections.abc import Mapping
-from dataclasses import field, fields
-from types import UnionType
+from dataclasses import MISSING, field, fields, is_dataclass
+from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, within
+
+JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
 
 
 def option(default, help: str, **metadata):
@@ -19,30 +21,77 @@ def option(default, help: str, **metadata):
 def read(kind: type, where: str, values: object):
     """An instance of a dataclass from a table; keys that it does not have, or lacks, and wrong types are errors.
 
-    Lists become tuples, and so does a single value where a tuple is wanted.
+    Lists become tuples, and so does a single value where a tuple of any length is wanted.
     """
     if not isinstance(values, Mapping):
         raise SnpatchError(f"{where}: wanted a table, got {values!r}")
     known = [f.name for f in fields(kind)]
-    unknown = sorted(values.keys() - set(known))
-    if unknown:
-        raise SnpatchError(f"{where}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
-    hints = get_type_hints(kind)
-    try:
-        return kind(**{name: value_of(value, hints[name], f"{where}: {name}") for name, value in values.items()})
-    except TypeError as error:
-        raise SnpatchError(f"{where}: {str(error).replace(f'{kind.__name__}.__init__() ', '')}") from error
+    if unknown := sorted(map(str, values.keys() - set(known))):
+        message = f"{where}: there is no {', '.join(unknown)}; there are {', '.join(known)}"
+        raise SnpatchError(message, field=unknown[0])
+    if missing := [name for name in required(kind) if name not in values]:
+        raise SnpatchError(f"{where}: {', '.join(missing)} is missing", field=missing[0])
+    hints, read = get_type_hints(kind), {}
+    for name, value in values.items():
+        with within(name):
+            read[name] = value_of(value, hints[name], f"{where}: {name}")
+    return kind(**read)
+
+
+def required(kind: type) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    return [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def value_of(value: object, hint: object, where: str):
     """A value as the type hint wants it."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     bases = [get_origin(kind) or kind for kind in kinds]
-    if tuple in bases:
-        each = tuple(value) if isinstance(value, list | tuple) else (value,)
-        (inner,) = (get_args(kind) for kind in kinds if get_origin(kind) is tuple)
-        return tuple(value_of(one, inner[0], where) for one in each)
-    if not isinstance(value, tuple(bases)) and not (float in bases and type(value) is int):
-        names = " or ".join(base.__name__ for base in bases if base is not type(None))
+    for kind, base in zip(kinds, bases, strict=True):
+        if base is tuple:
+            *each, last = get_args(kind)
+            if last is Ellipsis:
+                given = tuple(value) if isinstance(value, list | tuple) else (value,)
+                return tuple(value_of(one, each[0], where) for one in given)
+            if isinstance(value, list | tuple) and len(value) == len(each) + 1:
+                return tuple(value_of(one, wanted, where) for one, wanted in zip(value, (*each, last), strict=True))
+        elif is_dataclass(base) and isinstance(value, Mapping):
+            return read(base, where, value)
+    is_whole = float in bases and type(value) is int
+    is_own = isinstance(value, tuple(base for base in bases if base is not tuple))
+    if not (is_whole or is_own) or (isinstance(value, bool) and bool not in bases):
+        names = " or ".join(_named(kind) for kind in kinds if kind is not NoneType)
         raise SnpatchError(f"{where}: wanted {names}, got {value!r}")
     return value
+
+
+def json_schema(kind: type) -> dict:
+    """The JSON Schema of the tables that `read` takes. From a field's metadata: `help` and `min`."""
+    hints, properties = get_type_hints(kind), {}
+    for f in fields(kind):
+        properties[f.name] = _schema_of(hints[f.name])
+        if "help" in f.metadata:
+            properties[f.name]["description"] = f.metadata["help"]
+        if "min" in f.metadata:
+            properties[f.name]["minimum"] = f.metadata["min"]
+        if f.default is not MISSING and not isinstance(f.default, tuple):
+            properties[f.name]["default"] = f.default
+    return {"type": "object", "properties": properties, "required": required(kind), "additionalProperties": False}
+
+
+def _schema_of(hint: object) -> dict:
+    if isinstance(hint, UnionType):
+        return {"anyOf": [_schema_of(kind) for kind in get_args(hint)]}
+    if get_origin(hint) is tuple:
+        *each, last = get_args(hint)
+        if last is Ellipsis:
+            return {"type": "array", "items": _schema_of(each[0])}
+        items = [_schema_of(one) for one in (*each, last)]
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+    return json_schema(hint) if is_dataclass(hint) else {"type": JSON_TYPES[hint]}
+
+
+def _named(kind: object) -> str:
+    if get_origin(kind) is tuple:
+        return f"[{', '.join(map(_named, get_args(kind)))}]"
+    return getattr(kind, "__name__", str(kind))

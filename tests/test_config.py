@@ -48,7 +48,7 @@ def test_a_files_paths_are_relative_to_it(tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({}, "missing 1 required positional argument: 'model'"),
+        ({}, "engine: model is missing"),
         ({"model": "m", "nonsense": 1}, "there is no nonsense; there are model, adapters"),
         ({"model": 3}, "model: wanted str, got 3"),
         ({"model": "m", "adapters": ["a"]}, "adapters: wanted a table"),

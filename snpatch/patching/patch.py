@@ -108,20 +108,23 @@ class Clause:
         object.__setattr__(self, "window", Window.of(self.window))
         if self.window.hi > len(self.ranking):
             raise SnpatchError(
-                f"window [{self.window.lo}, {self.window.hi}) reaches past the ranking's {len(self.ranking)} neurons"
+                f"window [{self.window.lo}, {self.window.hi}) reaches past the ranking's {len(self.ranking)} neurons",
+                field="window",
             )
         is_position = isinstance(self.where, int) and abs(self.where) < NEVER
         if not is_position and self.where not in PLACES:
-            raise SnpatchError(f"where must be one of {', '.join(PLACES)} or a position, got {self.where!r}")
-        _check_factor(self.strength, "strength")
+            message = f"where must be one of {', '.join(PLACES)} or a position, got {self.where!r}"
+            raise SnpatchError(message, field="where")
+        _check_factor(self.strength, "strength", field="strength")
         object.__setattr__(self, "strength", float(self.strength))  # 1 and 1.0 are one content
         if isinstance(self.donor, Scale):
-            _check_factor(self.strength * (self.donor.factor - 1), "strength * (scale - 1)")
+            _check_factor(self.strength * (self.donor.factor - 1), "strength * (scale - 1)", field="strength")
         if isinstance(self.donor, Constant | Noise):
             values = self.donor.values if isinstance(self.donor, Constant) else self.donor.deviation
             if values.shape != self.ranking.rank.shape:
                 raise SnpatchError(
-                    f"patch: the donor's values are {list(values.shape)}, the ranking is {list(self.ranking.shape)}"
+                    f"patch: the donor's values are {list(values.shape)}, the ranking is {list(self.ranking.shape)}",
+                    field="donor",
                 )
 
     def content(self, name_of: Callable[[str], str]) -> dict:
@@ -172,15 +175,17 @@ class Patch:
         object.__setattr__(self, "clauses", (first, *self.then))
         donors = dict.fromkeys(clause.donor for clause in self.clauses if isinstance(clause.donor, str))
         if len(donors) > 1:
-            raise SnpatchError(f"patch: its clauses name {len(donors)} donor models ({', '.join(donors)}): one can run")
+            message = f"patch: its clauses name {len(donors)} donor models ({', '.join(donors)}): one can run"
+            raise SnpatchError(message, field="clauses")
         shapes = {clause.ranking.shape for clause in self.clauses}
         if len(shapes) > 1:
-            raise SnpatchError(f"patch: its rankings are of different models: {', '.join(map(str, sorted(shapes)))}")
+            message = f"patch: its rankings are of different models: {', '.join(map(str, sorted(shapes)))}"
+            raise SnpatchError(message, field="clauses")
 
     def content(self, name_of: Callable[[str], str]) -> dict:
         """The patch as JSON data, by content. name_of: what stands for a model of this name."""
         first, *then = (clause.content(name_of) for clause in self.clauses)
-        return {"recipient": name_of(self.recipient), **first, **({"then": then} if then else {})}
+        return {"recipient": name_of(self.recipient), **first, **({"clauses": then} if then else {})}
 
     def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "tuple[Overwrite, ...]":
         """What it does to a prompt of so many tokens, clause by clause. model_of: the model of a name."""
@@ -238,10 +243,10 @@ def _moment(ranking: Ranking, name: str) -> Tensor:
     return ranking.moments[name]
 
 
-def _check_factor(factor: object, name: str) -> None:
+def _check_factor(factor: object, name: str, field: str | None = None) -> None:
     is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
     if not (is_number and abs(factor) <= LARGEST):  # NaN is not, either
-        raise SnpatchError(f"{name} must be a finite number of float32, got {factor!r}")
+        raise SnpatchError(f"{name} must be a finite number of float32, got {factor!r}", field=field)
 
 
 def _check_finite(values: Tensor, name: str) -> None:

@@ -1,20 +1,60 @@
 """Patches as text and as JSON: what a command line, a file or a client writes, and the Patch that it means.
 
-The only place that knows these forms; what a patch is stands in patch.py.
+The only place that knows these forms; what a patch is stands in patch.py. What its JSON may hold is what `PatchForm`
+declares: readers, errors and the JSON Schema are made of that.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from snpatch.errors import SnpatchError
+from snpatch import schema
+from snpatch.errors import SnpatchError, within
 from snpatch.patching.patch import Clause, Constant, Noise, Patch, Scale, Source
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
+from snpatch.schema import option
 
-FIELDS = ("recipient", "donor", "ranking", "window", "where", "strength", "then")
 NOISE_SEED = 0  # where none is given
+NEEDED = ("donor", "ranking", "window")  # of every clause
+DONORS = (
+    "A model's name; `zero`, `mean:recipient`, `mean:donor` or `constant:NAME` (`add:` before one of these three adds "
+    "it); `noise:N`, N standard deviations; or `scale:F`, the recipient's own times F."
+)
+RANKING, WINDOW = "Name of a ranking.", "k for its first k neurons, or [lo, hi]."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClauseForm:
+    """One clause as JSON has it."""
+
+    donor: str = field(metadata={"help": DONORS})
+    ranking: str = field(metadata={"help": RANKING})
+    window: int | tuple[int, int] = field(metadata={"help": WINDOW})
+    where: str | int = option("all", "all, prompt, generated, or a position to start from; -1: the prompt's last.")
+    strength: float = option(1.0, "1: the donor's value, 0.5: half of each, 2: twice the difference, -1: its reverse.")
+    seed: int | None = option(None, "Of noise; 0 where it is left out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchForm(ClauseForm):
+    """A patch as JSON has it. Without donor, ranking and window its clauses are all in `clauses`, or it has none."""
+
+    recipient: str = field(metadata={"help": "The model that speaks."})
+    donor: str | None = option(None, DONORS)
+    ranking: str | None = option(None, RANKING)
+    window: int | tuple[int, int] | None = option(None, WINDOW)
+    clauses: tuple[ClauseForm, ...] = option((), "Further clauses, in order, each on what the ones before it left.")
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a patch's JSON can name besides models."""
+
+    rankings: Mapping[str, Ranking]
+    constants: Mapping[str, Constant]
 
 
 def from_text(
@@ -33,49 +73,63 @@ def from_text(
     return Patch(recipient, donor_of(donor, loaded, seed), loaded, window_of(window), where_of(where), strength)
 
 
-def from_json(data: object, rankings: Mapping[str, Ranking]) -> Patch:
-    """A patch from JSON data: recipient, donor, ranking (a name), window (k or [lo, hi]).
+def table_of(text: str) -> dict:
+    """A patch's JSON data from `recipient=sft,donor=dpo,ranking=safety,k=20000,...`, or from JSON.
 
-    Perhaps also where, strength, seed and then (a list of further clauses: the same without recipient). donor: a
-    model's name or one of `donor_of`'s words; seed: of noise. Every error names the field.
+    `k` is the window, as k or LO:HI. Several clauses need JSON. Values are read, but not checked.
     """
-    if not isinstance(data, Mapping):
-        raise SnpatchError(f"patch: wanted an object, got {data!r}")
-    unknown, missing = sorted(data.keys() - {*FIELDS, "seed"}), sorted({*FIELDS[:4]} - data.keys())
-    if unknown or missing:
-        what = f"there is no {', '.join(unknown)}" if unknown else f"{', '.join(missing)} is missing"
-        raise SnpatchError(f"patch: {what}; a patch has {', '.join(FIELDS)}")
-    if not isinstance(data["recipient"], str):
-        raise SnpatchError(f"patch: recipient: wanted a text, got {data['recipient']!r}")
-    then = data.get("then", [])
-    if not isinstance(then, list):
-        raise SnpatchError(f"patch: then: wanted a list of clauses, got {then!r}")
-    own = {name: value for name, value in data.items() if name not in ("recipient", "then")}
-    first, *others = (_clause(one, rankings) for one in (own, *then))
-    return Patch(data["recipient"], *(getattr(first, f.name) for f in fields(Clause)), tuple(others))
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise SnpatchError(f"patch {text!r}: no JSON: {error}") from error
+    table = {}
+    for part in text.split(","):
+        name, equals, value = (one.strip() for one in part.partition("="))
+        name = "window" if name == "k" else name
+        if not equals or name in table:
+            raise SnpatchError(f"patch {text!r}: wanted name=value,name=value, each name once, got {part!r}")
+        table[name] = _READ.get(name, str)(value)
+    return table
 
 
-def _clause(data: object, rankings: Mapping[str, Ranking]) -> Clause:
-    """One clause from JSON data."""
-    known = ("donor", "ranking", "window", "where", "strength", "seed")
-    if not isinstance(data, Mapping) or data.keys() - set(known) or set(known[:3]) - data.keys():
-        raise SnpatchError(f"patch: then: wanted clauses of {', '.join(known)}, got {data!r}")
-    for name in ("donor", "ranking"):
-        if not isinstance(data[name], str):
-            raise SnpatchError(f"patch: {name}: wanted a text, got {data[name]!r}")
-    if data["ranking"] not in rankings:
-        raise SnpatchError(f"patch: no ranking named {data['ranking']!r}: there are {', '.join(rankings) or 'none'}")
-    window, where, seed = data["window"], data.get("where", "all"), data.get("seed")
-    whole = window if isinstance(window, list) else [window]
-    if not all(_is_int(number) for number in whole) or len(whole) not in (1, 2):
-        raise SnpatchError(f"patch: window: wanted k or [lo, hi], got {window!r}")
-    if not (isinstance(where, str) or _is_int(where)):
-        raise SnpatchError(f"patch: where: wanted a text or a position, got {where!r}")
-    if not (seed is None or _is_int(seed)):
-        raise SnpatchError(f"patch: seed: wanted a number, got {seed!r}")
-    ranking = rankings[data["ranking"]]
-    span = Window.of(tuple(whole) if len(whole) == 2 else whole[0])
-    return Clause(donor_of(data["donor"], ranking, seed), ranking, span, where, data.get("strength", 1.0))
+def from_json(data: object, named: Named) -> Patch | str:
+    """What JSON data of `PatchForm`'s fields means: a patch, or the name of a model to run unpatched.
+
+    Every error has the field.
+    """
+    return patch_of(schema.read(PatchForm, "patch", data), named)
+
+
+def patch_of(form: PatchForm, named: Named) -> Patch | str:
+    """The patch that a form stands for, or the name of the model that it leaves unpatched."""
+    clauses = []
+    if any(getattr(form, name) is not None for name in NEEDED):
+        if missing := [name for name in NEEDED if getattr(form, name) is None]:
+            raise SnpatchError(f"patch: {', '.join(missing)} is missing", field=missing[0])
+        clauses.append(_clause(form, named))
+    for place, one in enumerate(form.clauses):
+        with within(f"clauses.{place}"):
+            clauses.append(_clause(one, named))
+    if not clauses:
+        for name in ("where", "strength", "seed"):
+            if getattr(form, name) != getattr(ClauseForm, name):
+                raise SnpatchError(f"patch: {name} needs a donor, a ranking and a window", field=name)
+        return form.recipient
+    first, *others = clauses
+    return Patch(form.recipient, *(getattr(first, f.name) for f in fields(Clause)), tuple(others))
+
+
+def _clause(form: ClauseForm, named: Named) -> Clause:
+    if form.ranking not in named.rankings:
+        there = ", ".join(named.rankings) or "none"
+        raise SnpatchError(f"patch: no ranking named {form.ranking!r}: there are {there}", field="ranking")
+    ranking = named.rankings[form.ranking]
+    with within("window"):
+        window = Window.of(form.window)
+    with within("donor"):
+        donor = donor_of(form.donor, ranking, form.seed, named.constants)
+    return Clause(donor, ranking, window, form.where, form.strength)
 
 
 def to_json(patch: Patch) -> dict:
@@ -83,14 +137,16 @@ def to_json(patch: Patch) -> dict:
     return patch.content(name_of=str)
 
 
-def donor_of(text: str, ranking: Ranking, seed: int | None = None) -> str | Source:
-    """`zero`, `mean:recipient`, `mean:donor` (`add:mean:donor` adds it), `noise:N` (N standard deviations, seeded),
-    `scale:F`, or else a model's name."""
+def donor_of(
+    text: str, ranking: Ranking, seed: int | None = None, constants: Mapping[str, Constant] | None = None
+) -> str | Source:
+    """`zero`, `mean:recipient`, `mean:donor`, `constant:NAME` (`add:` before these adds it), `noise:N` (N standard
+    deviations, seeded), `scale:F`, or else a model's name."""
     kind, _, argument = text.partition(":")
     if kind == "add" and argument:
-        constant = donor_of(argument, ranking)
+        constant = donor_of(argument, ranking, constants=constants)
         if not isinstance(constant, Constant):
-            raise SnpatchError(f"donor {text!r}: only mean:recipient and mean:donor can be added")
+            raise SnpatchError(f"donor {text!r}: only mean:recipient, mean:donor and constants can be added")
         return replace(constant, mode="add")
     if kind == "scale" and argument:
         return Scale(number_of(argument, float, "donor scale:F"))
@@ -98,6 +154,10 @@ def donor_of(text: str, ranking: Ranking, seed: int | None = None) -> str | Sour
         return Constant.zero(ranking)
     if kind == "mean" and argument in ("recipient", "donor"):
         return Constant.mean(ranking, argument)
+    if kind == "constant" and argument:
+        if argument not in (constants or {}):
+            raise SnpatchError(f"no constant named {argument!r}: there are {', '.join(constants or ()) or 'none'}")
+        return constants[argument]
     if kind == "noise" and argument:
         deviations = number_of(argument, float, "donor noise:N")
         return Noise.of_std(ranking, deviations, seed=NOISE_SEED if seed is None else seed)
@@ -125,5 +185,14 @@ def number_of(text: str, kind: Callable, what: str):
         raise SnpatchError(f"{what}: {text!r} is not a number") from None
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _window_table(text: str) -> int | list[int]:
+    window = window_of(text)
+    return [window.lo, window.hi] if ":" in text else window.hi
+
+
+_READ = {
+    "window": _window_table,
+    "where": where_of,
+    "strength": lambda text: number_of(text, float, "strength"),
+    "seed": lambda text: number_of(text, int, "seed"),
+}  # how a text gives a field that is no text
