@@ -45,9 +45,9 @@ class AsyncEngine(Loaded):
 
         return StreamingExecutor(config, self.tokenizer)
 
-    async def start(self) -> None:
-        """Start vLLM, which takes its time; `async with` does it."""
-        await self.executor.start(list(self._opened.models.values()))
+    async def start(self, log_stats: bool = False) -> None:
+        """Start vLLM, which takes its time; `async with` does it. log_stats: keep vLLM's metrics."""
+        await self.executor.start(list(self._opened.models.values()), log_stats)
 
     def close(self) -> None:
         """Stop vLLM; open requests end with a SnpatchError."""

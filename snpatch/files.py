@@ -64,7 +64,7 @@ def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
 def _meta(path: str | Path, header: dict[str, str]) -> dict:
     try:
         meta = json.loads(header["meta"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict):
         raise SnpatchError(f"{path}: damaged: its header holds no JSON object under `meta`; make the file anew")

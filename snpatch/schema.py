@@ -47,6 +47,13 @@ def value_of(value: object, hint: object, where: str):
     """A value as the type hint wants it."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     bases = [get_origin(kind) or kind for kind in kinds]
+    plain = tuple(base for base in bases if base is not tuple)
+    if isinstance(value, bool):
+        is_plain = bool in plain or object in plain
+    else:
+        is_plain = isinstance(value, plain) or (float in plain and type(value) is int)
+    if is_plain:
+        return value
     for kind, base in zip(kinds, bases, strict=True):
         if base is tuple:
             *each, last = get_args(kind)
@@ -57,12 +64,8 @@ def value_of(value: object, hint: object, where: str):
                 return tuple(value_of(one, wanted, where) for one, wanted in zip(value, (*each, last), strict=True))
         elif is_dataclass(base) and isinstance(value, Mapping):
             return read(base, where, value)
-    is_whole = float in bases and type(value) is int
-    is_own = isinstance(value, tuple(base for base in bases if base is not tuple))
-    if not (is_whole or is_own) or (isinstance(value, bool) and bool not in bases):
-        names = " or ".join(_named(kind) for kind in kinds if kind is not NoneType)
-        raise SnpatchError(f"{where}: wanted {names}, got {value!r}")
-    return value
+    names = " or ".join(_named(kind) for kind in kinds if kind is not NoneType)
+    raise SnpatchError(f"{where}: wanted {names}, got {value!r}")
 
 
 def json_schema(kind: type) -> dict:

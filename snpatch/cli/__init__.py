@@ -1,4 +1,4 @@
-"""The command line: `snpatch contrast | generate | sweep | minimal | exp | report | guard | demo | env`.
+"""The command line: `snpatch contrast | generate | sweep | minimal | exp | serve | report | guard | demo | env`.
 
 Why the imports stand inside the commands: `--help` answers at once, torch takes seconds. Results go to stdout,
 progress and errors to stderr; exit codes: 0 done, 2 bad input (one line says what), 130 interrupted.
@@ -15,6 +15,7 @@ from snpatch.cli.exp import exp
 from snpatch.cli.generate import generate
 from snpatch.cli.minimal import minimal
 from snpatch.cli.report import report
+from snpatch.cli.serve import FORWARDED, serve
 from snpatch.errors import SnpatchError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (contrast, generate, minimal, exp, report, env):
     app.command()(command)
+app.command(context_settings=FORWARDED)(serve)
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(guard.app, name="guard")
 app.add_typer(demo.app, name="demo")

@@ -61,16 +61,17 @@ class Engine:
 
     def made(self, values: dict) -> EngineConfig | Fields:
         """The config, of which options that were given go before the file's; without a model: what was given."""
-        given = {f.name: values[f.name] for f in fields(EngineConfig) if f.metadata and is_given(values, f.name)}
-        given |= pairs(values["engine"], "--engine")
         if not self.has_model:
-            return given
-        model, (adapters, models) = values["model"], _on_top(**{name: values[name] or () for name in _ON_TOP})
-        if Path(model).suffix in ENGINE_FILES and Path(model).is_file():
-            config = EngineConfig.load(model)
-            both = {"adapters": {**config.adapters, **adapters}, "models": {**config.models, **models}}
-            return replace(config, **both).changed(**given)
-        return EngineConfig.of(model, adapters, models=models, **given)
+            return _given(values)
+        model = values["model"]
+        is_file = Path(model).suffix in ENGINE_FILES and Path(model).is_file()
+        return self.changed(EngineConfig.load(model) if is_file else EngineConfig(model), values)
+
+    def changed(self, config: EngineConfig, values: dict) -> EngineConfig:
+        """The same but for what was given."""
+        adapters, models = _on_top(**{name: values[name] or () for name in _ON_TOP})
+        both = {"adapters": {**config.adapters, **adapters}, "models": {**config.models, **models}}
+        return replace(config, **both).changed(**_given(values))
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,12 @@ class Source(Data):
             return None
         names = {"source": "prompts", "format": "form", "first": "limit", "skip_bad": "skip_bad"}
         return {name: values[option] for name, option in names.items()}
+
+
+def _given(values: dict) -> Fields:
+    """What was said of an engine besides its models."""
+    given = {f.name: values[f.name] for f in fields(EngineConfig) if f.metadata and is_given(values, f.name)}
+    return given | pairs(values["engine"], "--engine")
 
 
 def is_given(values: dict, name: str) -> bool:

@@ -70,6 +70,18 @@ def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> I
         yield judges
 
 
+def named(entries: list[str] | None, option: str, default: Callable[[str], str]) -> dict[str, str]:
+    """name=source, or the source alone, named by `default`."""
+    found = {}
+    for entry in entries or ():
+        name, _, source = entry.rpartition("=")
+        name = name or default(source)
+        if name in found:
+            raise SnpatchError(f"--{option}: two have one name ({name}): give them as name=file")
+        found[name] = source
+    return found
+
+
 def command() -> str:
     """What runs now, as it can be typed again."""
     return shlex.join(["snpatch", *sys.argv[1:]])

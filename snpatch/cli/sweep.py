@@ -236,8 +236,8 @@ def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sa
     from snpatch.patching import spec
     from snpatch.worlds.spec import engine_table
 
-    rankings = _named(values["ranking"], "ranking", lambda path: Path(path).stem)
-    judges = _named(values["judge"], "judge", lambda _: "cost")
+    rankings = o.named(values["ranking"], "ranking", lambda path: Path(path).stem)
+    judges = o.named(values["judge"], "judge", lambda _: "cost")
     form = values["judge_format"]
     if form is not None and not any(map(is_model, judges.values())):
         raise SnpatchError("--judge-format is for a model, and no judge is one")
@@ -267,15 +267,3 @@ def _part(worker: str) -> tuple[int, int]:
     if not (slash and number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
         raise SnpatchError(f"--worker wants i/n with i in 1..n, got {worker!r}")
     return int(number), int(of)
-
-
-def _named(entries: list[str], option: str, default) -> dict[str, str]:
-    """name=source, or the source alone."""
-    named = {}
-    for entry in entries:
-        name, _, source = entry.rpartition("=")
-        name = name or default(source)
-        if name in named:
-            raise SnpatchError(f"--{option}: two have one name ({name}): give them as name=file")
-        named[name] = source
-    return named

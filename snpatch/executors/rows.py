@@ -26,6 +26,10 @@ class Named:
     rankings: dict[str, Ranking] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def is_empty(self) -> bool:
+        return not (self.models or self.rankings or self.constants)
+
 
 @dataclass(frozen=True, eq=False)
 class Places:

@@ -24,6 +24,7 @@ from snpatch.executors.base import Progress
 from snpatch.files import read_tensors, write_tensors
 from snpatch.guard import fitting
 from snpatch.guard.config import GuardConfig
+from snpatch.loaded import Loaded
 from snpatch.ranking.ranking import Ranking
 from snpatch.requests import Prompt
 
@@ -137,13 +138,17 @@ class Guard:
 
         An engine in which `model` is not what the guard was fitted on is a SnpatchError.
         """
+        self.check(engine)
+        return self.probability(engine.capture(prompts, self.model, self.ranking, self.k, progress=progress))
+
+    def check(self, engine: Loaded) -> None:
+        """An error for an engine in which `model` is not what the guard was fitted on."""
         digest = engine.digest_of(self.model)
         if digest != self.digest:
             raise SnpatchError(
                 f"the guard was fitted on another {self.model!r} ({self.digest}) than this engine's ({digest}): "
                 "weights, adapters, template and dtype must be the same, or fit it anew"
             )
-        return self.probability(engine.capture(prompts, self.model, self.ranking, self.k, progress=progress))
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with the rest as JSON; the file appears whole or not at all."""

@@ -11,11 +11,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError
+from snpatch.files import read_tensors, write_tensors
 from snpatch.models.model import Model
 from snpatch.op.plan import NEVER
 from snpatch.ranking.ranking import Ranking
@@ -51,6 +53,19 @@ class Constant:
     @cached_property
     def digest(self) -> str:
         return _digest(self.values)
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors; the file appears whole or not at all."""
+        write_tensors(path, {"values": self.values.float()}, kind="constant", meta={"mode": self.mode})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Constant":
+        """Read what `save` wrote."""
+        tensors, meta = read_tensors(path, kind="constant")
+        if {*tensors} != {"values"} or tensors["values"].dtype != torch.float32:
+            found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in sorted(tensors.items())) or "nothing"
+            raise SnpatchError(f"{path}: not a constant: wanted values torch.float32, got {found}")
+        return cls(tensors["values"], meta.get("mode", "replace"))
 
 
 @dataclass(frozen=True, eq=False)

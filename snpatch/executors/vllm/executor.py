@@ -125,7 +125,7 @@ class _Run:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         executor = self._executor
-        executor.stale += [sent.ticket for _, _, sent, _ in (*self._running.values(), *self._finished)]
+        executor.stale += [sent.tag.ticket for _, _, sent, _ in (*self._running.values(), *self._finished)]
         for name, (_, _, _, held) in self._running.items():
             held.release()
             executor.owners.pop(name, None)
@@ -184,8 +184,8 @@ class _Run:
     def _fetch(self) -> Iterator[tuple[int, Output]]:
         """What finished, with its receipts and captures."""
         executor, finished = self._executor, list(self._finished)
-        asked = [each for each in finished if each[2].has_record]
-        tickets = [sent.ticket for _, _, sent, _ in asked]
+        asked = [each for each in finished if each[2].tag.has_record]
+        tickets = [sent.tag.ticket for _, _, sent, _ in asked]
         answers = executor.command("snpatch_fetch", tickets) if tickets else []
         self._finished.clear()
         for (_, request, _, output), *shards in zip(asked, *answers, strict=True):

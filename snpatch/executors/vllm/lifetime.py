@@ -30,12 +30,12 @@ def start_engine(engine_args, check: Callable[[object], None] = refuse):
     return engine, end
 
 
-def start_async_engine(engine_args):
-    """A started AsyncLLM of these arguments, and what closed ends it."""
+def start_async_engine(engine_args, log_stats: bool = False):
+    """A started AsyncLLM of these arguments, and what closed ends it. log_stats: keep vLLM's metrics."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     with starting(engine_args) as (config, end):
-        engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        engine = AsyncLLM.from_vllm_config(config, disable_log_stats=not log_stats)
         end.callback(engine.shutdown)
     return engine, end
 

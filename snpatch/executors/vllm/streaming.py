@@ -5,15 +5,17 @@ reached the workers before it does.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Output, Request
+from snpatch.executors.rows import named_by
 from snpatch.executors.vllm.answers import Started, answers_of
 from snpatch.executors.vllm.lifetime import died, start_async_engine
 from snpatch.executors.vllm.registry import Held
 from snpatch.executors.vllm.side import UsersSide
+from snpatch.executors.vllm.wire import Sent
 from snpatch.models.model import Model
 
 LOOK_S = 0.2  # between two looks at whether vLLM's engine lives
@@ -22,10 +24,12 @@ LOOK_S = 0.2  # between two looks at whether vLLM's engine lives
 class StreamingExecutor(UsersSide):
     """Loads a causal language model into vLLM as a twin. To be started before it is used."""
 
-    async def start(self, models: Sequence[Model]) -> None:
-        """Start vLLM, which takes its time, and check what it made of the model."""
+    waiting = 0  # requests that wait for a place of what they name
+
+    async def start(self, models: Sequence[Model], log_stats: bool = False) -> None:
+        """Start vLLM, which takes its time, and check what it made of the model. log_stats: keep vLLM's metrics."""
         args = self.launch.engine_args(scales_kv=any(m.scales_kv for m in models))
-        self.engine, self._end = start_async_engine(args)
+        self.engine, self._end = start_async_engine(args, log_stats)
         self._admission, self._freed = asyncio.Lock(), asyncio.Event()
         self._unfetched: dict[int, asyncio.Future] = {}  # ticket -> its records
         self._tasks: set[asyncio.Task] = set()  # that nobody waits for
@@ -41,6 +45,30 @@ class StreamingExecutor(UsersSide):
 
         A caller who stops listening aborts the request. Statistics need `VllmExecutor`.
         """
+        results = self.results(request, lambda held: self.wire.sent(request, held, streaming=True))
+        async with aclosing(results):
+            async for result, records in results:
+                output = self.wire.output(request, result)
+                if records is not None:
+                    self.wire.confirm(request, output, records)
+                yield output
+
+    async def output(self, request: Request) -> Output:
+        """What a request gave, once it is finished, its receipt checked."""
+        async with aclosing(self.results(request, lambda held: self.wire.sent(request, held))) as results:
+            async for result, records in results:
+                output = self.wire.output(request, result)
+                if records is not None:
+                    self.wire.confirm(request, output, records)
+        return output
+
+    async def results(
+        self, request: Request, send: Callable[[Held], Sent]
+    ) -> AsyncIterator[tuple[object, list[list[dict]] | None]]:
+        """vLLM's own results of a request, and with the last one each worker's records of it, if they keep any.
+
+        send: how vLLM gets it, once what it names has its rows.
+        """
         if self.engine is None:
             raise SnpatchError("this engine is closed")
         if request.observe:
@@ -51,24 +79,23 @@ class StreamingExecutor(UsersSide):
         held = await self._admit(request)
         sent, is_fetched = None, True
         try:
-            sent = self.wire.sent(request, held, streaming=True)
-            is_fetched = not sent.has_record
+            sent = send(held)
+            is_fetched = not sent.tag.has_record
             # Closed here and now, so that a request nobody listens to is aborted before its record goes.
-            async with aclosing(self.engine.generate(sent.prompt, sent.params, sent.name)) as results:
+            async with aclosing(self.engine.generate(sent.prompt, sent.params, sent.name, **sent.more)) as results:
                 async for result in results:
-                    output = self.wire.output(request, result)
+                    records = None
                     if result.finished and not is_fetched:
-                        shards = await self._records(sent.ticket)
+                        records = await self._records(sent.tag.ticket)
                         is_fetched = True
-                        self.wire.confirm(request, output, shards)
-                    yield output
+                    yield result, records
         except (EngineDeadError, EngineGenerateError) as error:
             raise died() from error
         finally:
             held.release()
             self._freed.set()
             if not is_fetched:  # in a task of its own: a caller that is cancelled may not wait
-                self._in_background(self._drop(sent.ticket))
+                self._in_background(self._drop(sent.tag.ticket))
 
     async def command(self, name: str, *arguments) -> list:
         """Every worker's answer to one of worker/commands.py."""
@@ -87,18 +114,25 @@ class StreamingExecutor(UsersSide):
             self._end.close()
 
     async def _admit(self, request: Request) -> Held:
-        """Wait for rows for what a request names, and write what is not there. Callers are served in their order."""
-        async with self._admission:
-            while (held := self.registry.take(request)) is None:
-                self._freed.clear()
-                await self._or_death(self._freed.wait())
-            try:
-                # Shielded: a write that was sent arrives, whether its caller is still there or not.
-                await asyncio.shield(self._write(held))
-            except BaseException:
-                held.release()
-                raise
-            return held
+        """Wait for rows for what a request names, and write what is not there. Callers are served in their order;
+        who names nothing does not wait."""
+        if named_by(request).is_empty:
+            return self.registry.take(request)
+        self.waiting += 1
+        try:
+            async with self._admission:
+                while (held := self.registry.take(request)) is None:
+                    self._freed.clear()
+                    await self._or_death(self._freed.wait())
+                try:
+                    # Shielded: a write that was sent arrives, whether its caller is still there or not.
+                    await asyncio.shield(self._write(held))
+                except BaseException:
+                    held.release()
+                    raise
+                return held
+        finally:
+            self.waiting -= 1
 
     async def _write(self, held: Held) -> None:
         for write in held.writes:

@@ -5,7 +5,7 @@ request reads keys and values that another patch has made.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 import torch
@@ -24,14 +24,28 @@ from snpatch.ranking.statistics import Statistics
 
 
 @dataclass(frozen=True, eq=False)
+class Tag:
+    """What of a request vLLM carries to the workers.
+
+    ticket: what its record goes by. salt: of its keys and values in the prefix cache; None for a plain request.
+    extra_args: of its SamplingParams. has_record: the workers keep a receipt or captures for its ticket.
+    """
+
+    ticket: int
+    salt: str | None
+    extra_args: dict | None
+    has_record: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Sent:
-    """A request as vLLM gets it. has_record: the workers keep a receipt or captures for its ticket."""
+    """A request as vLLM gets it. more: further arguments of vLLM's `generate`."""
 
     name: str
-    ticket: int
+    tag: Tag
     prompt: dict
     params: object
-    has_record: bool
+    more: dict = field(default_factory=dict)
 
 
 class Wire:
@@ -42,10 +56,8 @@ class Wire:
         self._clauses, self._has_second = clauses, has_second
         self._tickets = count(1)
 
-    def sent(self, request: Request, held: Held, streaming: bool = False) -> Sent:
-        """The request as vLLM gets it."""
-        from vllm.inputs import tokens_input
-
+    def tag(self, request: Request, held: Held) -> Tag:
+        """What goes with the request, once what it names has its rows."""
         # With a second set of weights each stream has its own, and the recipient speaks on its own weights' stream.
         speaker = request.recipient.weights.place if self._has_second else 0
         is_flipped = self._has_second and is_on_one_set(request)
@@ -54,12 +66,19 @@ class Wire:
         extra_args = None if is_plain else {KEY: [ticket, *request_row(request, held.places, self._clauses, speaker)]}
         if is_flipped:
             extra_args[ON_ONE_SET] = True
+        has_record = bool(request.observe or request.capture or any(one.start < one.stop for one in request.overwrites))
+        return Tag(ticket, salt, extra_args, has_record)
+
+    def sent(self, request: Request, held: Held, streaming: bool = False) -> Sent:
+        """The request as vLLM gets it."""
+        from vllm.inputs import tokens_input
+
+        tag = self.tag(request, held)
         return Sent(
-            f"snpatch-{ticket}",
-            ticket,
-            tokens_input(list(request.prompt_ids), cache_salt=salt),
-            _sampling_params(request, extra_args, streaming),
-            bool(request.observe or request.capture or any(one.start < one.stop for one in request.overwrites)),
+            f"snpatch-{tag.ticket}",
+            tag,
+            tokens_input(list(request.prompt_ids), cache_salt=tag.salt),
+            _sampling_params(request, tag.extra_args, streaming),
         )
 
     def output(self, request: Request, result) -> Output:

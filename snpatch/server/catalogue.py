@@ -1,0 +1,168 @@
+"""Catalogue: what a server's clients can name (models, rankings, constants, patches, guards), and what they mean.
+
+Everything that is named at the start is checked then: a patch that could not run is no server.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+from snpatch import schema
+from snpatch.async_engine import AsyncEngine
+from snpatch.errors import SnpatchError, within
+from snpatch.guard.guard import Guard
+from snpatch.patching import spec
+from snpatch.patching.patch import Constant, Patch
+from snpatch.ranking.ranking import Ranking
+from snpatch.server.asks import Ask, AskForm
+from snpatch.server.config import ServeConfig
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+TAKEN = ("text", "image", "audio", "video")  # vLLM applies an adapter of these names to messages with such parts
+KEPT = 256  # patches of requests that are kept as they were read
+
+
+class Catalogue:
+    """Of one engine, which need not be started. base_names: of the engine's own model, besides "base"."""
+
+    def __init__(self, engine: AsyncEngine, config: ServeConfig, base_names: tuple[str, ...] = ()) -> None:
+        self.engine, self.base_names = engine, (*base_names, "base")
+        self.rankings: dict[str, Ranking] = {}
+        self.constants: dict[str, Constant] = {}
+        self.guards = {name: self._guard(name, file) for name, file in config.guards.items()}
+        self._read = lru_cache(KEPT)(self._meant)
+        for name, file in config.rankings.items():
+            self.add("rankings", name, Ranking.load(file))
+        for name, file in config.constants.items():
+            self.add("constants", name, Constant.load(file))
+        self.patches: dict[str, Ask] = {}
+        for name, table in config.patches.items():
+            check_name(name, "a patch")
+            if name in engine.models or name in self.base_names:
+                raise SnpatchError(f"patch {name}: a model has this name")
+            try:
+                self.patches[name] = replace(self.ask(table), told=name)
+            except SnpatchError as error:
+                raise SnpatchError(f"patch {name}: {error}") from error
+        for name in engine.models:
+            if name in TAKEN:
+                raise SnpatchError(f"a model cannot be named {name}: vLLM's server uses that name")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a request's `model` may say, besides the base's own names."""
+        return (*(name for name in self.engine.models if name != "base"), *self.patches)
+
+    def named(self, model: str | None) -> Ask | None:
+        """What a request's `model` stands for, unless it names nothing that is served."""
+        if not model or model in self.base_names:
+            return Ask("base", "base")
+        if model in self.patches:
+            return self.patches[model].again()
+        return Ask(model, model) if model in self.engine.models else None
+
+    def ask(self, table: object) -> Ask:
+        """What an object `snpatch` means, checked; every error has the field."""
+        form = schema.read(AskForm, "snpatch", table)
+        return self._read(form).again()
+
+    def add(self, kind: str, name: str, one: Ranking | Constant) -> None:
+        """A ranking or constant of the engine's shape can be named from now on; one of the same name goes."""
+        check_name(name, f"one of the {kind}")
+        shape = one.shape if isinstance(one, Ranking) else tuple(one.values.shape)
+        wanted = (self.engine.geometry.n_layers, self.engine.geometry.n_neurons)
+        if shape != wanted:
+            raise SnpatchError(f"{name}: is for a model of {list(shape)}, this one is {list(wanted)}")
+        self._of(kind)[name] = one
+        self._read.cache_clear()
+
+    def remove(self, kind: str, name: str) -> None:
+        """It can no longer be named; patches that were made of it stay as they are."""
+        del self._of(kind)[name]
+        self._read.cache_clear()
+
+    def told(self) -> dict:
+        """As JSON data, for clients."""
+        engine = self.engine
+        return {
+            "models": {name: {"digest": engine.digest_of(name)} for name in engine.models},
+            **{kind: {name: self.told_of(kind, name) for name in self._of(kind)} for kind in ("rankings", "constants")},
+            "patches": {name: self._patch_told(ask) for name, ask in self.patches.items()},
+            "guards": {
+                name: {"model": one.model, "k": one.k, "threshold": one.threshold} for name, one in self.guards.items()
+            },
+        }
+
+    def told_of(self, kind: str, name: str) -> dict:
+        """What a ranking or constant is, as JSON data."""
+        one = self._of(kind)[name]
+        if isinstance(one, Ranking):
+            return {"neurons": len(one), "shape": list(one.shape), "digest": one.digest, "moments": [*one.moments]}
+        return {"shape": list(one.values.shape), "digest": one.digest, "mode": one.mode}
+
+    def _patch_told(self, ask: Ask) -> dict:
+        told = spec.to_json(ask.patch) if isinstance(ask.patch, Patch) else {"recipient": ask.patch}
+        guards = [name for name, guard in self.guards.items() if guard is ask.guard]
+        return told | ({"guard": guards[0]} if guards else {})
+
+    def _of(self, kind: str) -> dict:
+        return {"rankings": self.rankings, "constants": self.constants}[kind]
+
+    def _meant(self, form: AskForm) -> Ask:
+        """The patch of a form; an error for what the engine could never run."""
+        patch = spec.patch_of(form, spec.Named(self.rankings, self.constants))
+        donors = [one.donor for one in getattr(patch, "clauses", ()) if isinstance(one.donor, str)]
+        for field, name in (("recipient", form.recipient), *(("donor", name) for name in donors)):
+            with within(field):
+                self.engine.requests.model(name)
+        self.engine.executor.registry.check(self.engine.requests.patched([0], _anywhere(patch)))
+        guard = None if form.guard is None else self._guard_of(form.guard, form.recipient)
+        return Ask(_without_defaults(form), patch, guard)
+
+    def _guard_of(self, name: str, recipient: str) -> Guard:
+        if name not in self.guards:
+            there = ", ".join(self.guards) or "none"
+            raise SnpatchError(f"snpatch: no guard named {name!r}: there are {there}", field="guard")
+        guard, template = self.guards[name], self.engine.requests.template
+        if template(guard.model).digest != template(recipient).digest:
+            message = f"snpatch: guard {name} reads {guard.model}, whose chat template is not {recipient}'s"
+            raise SnpatchError(message, field="guard")
+        return guard
+
+    def _guard(self, name: str, file: str) -> Guard:
+        check_name(name, "a guard")
+        guard, engine = Guard.load(file), self.engine
+        guard.check(engine)
+        capture = engine.requests.capturing([[0]], guard.model, guard.ranking, guard.k, "prompt_last")
+        engine.executor.registry.check(capture[0])
+        return guard
+
+
+def check_name(name: str, what: str) -> None:
+    """An error for what cannot be a name in a path and in vLLM's list of models."""
+    if not NAME.fullmatch(name):
+        raise SnpatchError(
+            f"{what}: a name has up to 64 letters, digits, dots, dashes and underscores, and begins with a letter or a "
+            f"digit; got {name[:80]!r}"
+        )
+    if name in TAKEN:
+        raise SnpatchError(f"{what} cannot be named {name}: vLLM's server uses that name")
+
+
+def _anywhere(patch: Patch | str) -> Patch | str:
+    """The same patch at every position: what it needs of the engine, whatever prompt it meets."""
+    if isinstance(patch, str):
+        return patch
+    return replace(patch, where="all", then=tuple(replace(clause, where="all") for clause in patch.then))
+
+
+def _without_defaults(form) -> Mapping:
+    """A form as its client could have written it."""
+    told = {}
+    for name, value in form.__dict__.items():
+        if name == "clauses":
+            value = [_without_defaults(one) for one in value]
+        if name == "recipient" or value not in (getattr(type(form), name, None), []):
+            told[name] = list(value) if isinstance(value, tuple) else value
+    return told

@@ -1,0 +1,81 @@
+"""vLLM's handlers, wrapped: what a request asks for is read before any work, and its answer carries the receipt."""
+
+import functools
+import json
+from collections.abc import Awaitable, Callable
+
+from snpatch.errors import SnpatchError, within
+from snpatch.executors.vllm.settings import KEY
+from snpatch.server.answers import with_receipt
+from snpatch.server.asks import ASK, Ask
+from snpatch.server.errors import kind_of, status_of
+from snpatch.server.serving import Serving
+
+WRAPPED = {  # of the app's state -> the method that its route calls
+    "openai_serving_chat": "create_chat_completion",
+    "openai_serving_completion": "create_completion",
+    "openai_serving_responses": "create_responses",
+    "anthropic_serving_messages": "create_messages",
+}
+
+
+def wrap(serving: Serving, state) -> None:
+    """Put ours around each of vLLM's handlers."""
+    for name, method in WRAPPED.items():
+        handler = getattr(state, name, None)
+        if handler is not None:
+            setattr(handler, method, _patched(serving, handler, getattr(handler, method), name))
+
+
+def _patched(serving: Serving, handler, create: Callable[..., Awaitable], kind: str) -> Callable[..., Awaitable]:
+    @functools.wraps(create)
+    async def patched(request, raw_request=None):
+        try:
+            ask = await _asked(serving, request, raw_request)
+            if ask is not None:  # else vLLM says itself that there is no such model
+                if kind != "openai_serving_completion":
+                    serving.check_template(ask.recipient)
+                ASK.set(ask)
+            answer = await create(request, raw_request)
+        except SnpatchError as error:
+            status = status_of(error)
+            return handler.create_error_response(
+                str(error), err_type=kind_of(status), status_code=status, param=error.field
+            )
+        return answer if ask is None else with_receipt(answer, ask)
+
+    return patched
+
+
+async def _asked(serving: Serving, request, raw_request) -> Ask | None:
+    """What a request asks for; None where its model is not served."""
+    if getattr(request, "use_beam_search", False):
+        raise SnpatchError("beam search is not served: its beams would not be patched", field="use_beam_search")
+    if getattr(request, "background", False):
+        raise SnpatchError("an answer in the background would come without its receipt", field="background")
+    ask, given = serving.catalogue.named(request.model), await _given(request, raw_request)
+    if ask is not None and given is not None:
+        with within(KEY):
+            ask = serving.catalogue.ask(given)
+    if ask is not None and not ask.is_plain:
+        serving.check_waiting()
+    return ask
+
+
+async def _given(request, raw_request) -> object:
+    """The object of a request's own field, or of its vllm_xargs, where it stands as JSON."""
+    more = getattr(request, "vllm_xargs", None) or {}
+    given = (request.model_extra or {}).get(KEY)
+    if given is None and type(request).model_config.get("extra") != "allow" and raw_request is not None:
+        given = (await raw_request.json()).get(KEY)  # kept since vLLM read it
+    if KEY not in more:
+        return given
+    text = more.pop(KEY)
+    if given is not None:
+        raise SnpatchError(f"{KEY} stands in the request and in its vllm_xargs", field=f"vllm_xargs.{KEY}")
+    try:
+        if not isinstance(text, str):
+            raise ValueError("wanted a text")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SnpatchError(f"vllm_xargs: {KEY} is no JSON: {error}", field=f"vllm_xargs.{KEY}") from error

@@ -1,0 +1,114 @@
+"""The routes that are ours: what the server holds, uploads, sweeps."""
+
+import asyncio
+import json
+from importlib.metadata import version
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from snpatch import __version__, schema
+from snpatch.errors import SnpatchError
+from snpatch.executors.vllm import versions
+from snpatch.server import uploads
+from snpatch.server.asks import AskForm
+from snpatch.server.errors import ForbiddenError, MissingError, TooMuchError, error
+from snpatch.server.serving import Serving
+from snpatch.server.sweeps import Sweep, SweepForm
+
+MOST_BODY = 64 << 20  # bytes of a sweep's prompts
+
+
+def router(serving: Serving) -> APIRouter:
+    """The routes of one server."""
+    routes, changing = APIRouter(tags=["snpatch"]), asyncio.Lock()
+
+    @routes.get("/v1/snpatch")
+    async def held() -> JSONResponse:
+        """What can be named, the JSON Schema of a request's `snpatch` and of a sweep, limits and versions."""
+        told = await asyncio.to_thread(serving.catalogue.told)
+        return JSONResponse(
+            {
+                **told,
+                "judges": [*serving.judges],
+                "schema": schema.json_schema(AskForm),
+                "sweep_schema": schema.json_schema(SweepForm),
+                "limits": _limits(serving),
+                "versions": {
+                    "snpatch": __version__,
+                    "vllm": versions.installed(),
+                    **{name: version(name) for name in ("torch", "transformers")},
+                },
+            }
+        )
+
+    @routes.put("/v1/snpatch/{kind}/{name}")
+    async def put(kind: str, name: str, request: Request) -> Response:
+        """Keep a safetensors file, which the body is, under a name. kind: rankings or constants."""
+        try:
+            there = _uploads(serving, kind)
+            there.check(kind, name)
+            body = await _body(request, there.limit)
+            async with changing:
+                return JSONResponse(await asyncio.to_thread(there.put, kind, name, body), 201)
+        except SnpatchError as reason:
+            return error(reason)
+
+    @routes.delete("/v1/snpatch/{kind}/{name}")
+    async def delete(kind: str, name: str) -> Response:
+        """Forget a name that was uploaded; what runs goes on with it."""
+        try:
+            there = _uploads(serving, kind)
+            async with changing:
+                if await asyncio.to_thread(there.delete, kind, name):
+                    return Response(status_code=204)
+            raise MissingError(f"{kind}: no {name} was uploaded", field="name")
+        except SnpatchError as reason:
+            return error(reason)
+
+    @routes.post("/v1/snpatch/sweep")
+    async def sweep(request: Request) -> Response:
+        """Patch every window into every prompt, judge the texts: server-sent events start, text, row, summary."""
+        try:
+            body = await _body(request, MOST_BODY)
+            try:
+                table = json.loads(body)
+            except (ValueError, RecursionError) as reason:
+                raise SnpatchError(f"sweep: no JSON: {reason}", field="body") from reason
+            running = Sweep(serving, schema.read(SweepForm, "sweep", table))
+        except SnpatchError as reason:
+            return error(reason)
+        return StreamingResponse(running.events(), media_type="text/event-stream")
+
+    return routes
+
+
+def _limits(serving: Serving) -> dict:
+    engine, twin = serving.engine, serving.engine.config.twin
+    sizes = ("streams", "max_adapters", "max_rankings", "max_constants", "max_clauses")
+    return {
+        "context": engine.geometry.context,
+        "layers": engine.geometry.n_layers,
+        "neurons_a_layer": engine.geometry.n_neurons,
+        **{name: getattr(twin, name) for name in sizes},
+        "max_waiting": serving.config.max_waiting,
+        "max_sweep_texts": serving.config.max_sweep_texts,
+        "upload_bytes": serving.uploads.limit if serving.uploads else 0,
+    }
+
+
+def _uploads(serving: Serving, kind: str) -> uploads.Uploads:
+    if kind not in uploads.KINDS:
+        raise MissingError(f"there are {' and '.join(uploads.KINDS)}, and no {kind[:80]!r}")
+    if serving.uploads is None:
+        raise ForbiddenError("this server takes no uploads: start it with --allow-upload DIR")
+    return serving.uploads
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise TooMuchError(f"the body is larger than {limit} bytes", field="body")
+    return bytes(body)

@@ -1,0 +1,92 @@
+"""A server from its start to its end."""
+
+import inspect
+import os
+import sys
+import warnings
+from argparse import Namespace
+from contextlib import closing
+
+from snpatch.async_engine import AsyncEngine
+from snpatch.errors import SnpatchError, first_line
+from snpatch.executors.vllm import log
+from snpatch.executors.vllm.lifetime import died
+from snpatch.judges.opening import is_model, open_judge
+from snpatch.judges.protocol import Judge
+from snpatch.judges.refusal import RefusalWords
+from snpatch.server import flags
+from snpatch.server.catalogue import Catalogue
+from snpatch.server.client import PatchedClient
+from snpatch.server.config import ServeConfig
+from snpatch.server.serving import Serving
+from snpatch.server.uploads import Uploads
+from snpatch.server.visitors import Visitors
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C, after which running requests end first. The engine's death is a SnpatchError."""
+    import uvloop
+
+    uvloop.run(_serve(config))
+
+
+async def _serve(config: ServeConfig) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its new place is none in vLLM 0.24
+        from vllm.entrypoints.openai.api_server import build_and_serve, setup_server
+
+    config.engine.checked_backend()
+    args = flags.namespace(config.engine.model, config.vllm_server, config.engine.vllm)
+    engine = AsyncEngine.from_config(config.engine)
+    served = tuple(args.served_model_name or [config.engine.model])
+    catalogue = Catalogue(engine, config, served)
+    serving = Serving(
+        config,
+        engine,
+        catalogue,
+        Visitors(config.drain_s),
+        judges=_judges(config),
+        uploads=None if config.allow_upload is None else Uploads(config.allow_upload, catalogue),
+        has_key=bool(args.api_key or os.environ.get("VLLM_API_KEY")),
+        has_own_template=args.chat_template is not None,
+    )
+    try:
+        with log.quiet():
+            address, sock = setup_server(args, **_only_one(setup_server))
+    except (OSError, KeyError) as error:
+        raise SnpatchError(f"vLLM's server does not start: {first_line(error)}") from error
+    with closing(sock), closing(engine):
+        await engine.start(log_stats=True)
+        _complete(args, serving, served)
+        models, patches = ", ".join(engine.models), ", ".join(catalogue.patches) or "none"
+        print(f"snpatch: serving at {address}: models {models}; patches {patches}", file=sys.stderr, flush=True)
+        ending = await build_and_serve(PatchedClient(serving), address, sock, args)
+        is_dead = engine.executor.engine.errored
+        engine.close()
+        await ending
+    if is_dead:
+        raise died()
+
+
+def _complete(args: Namespace, serving: Serving, served: tuple[str, ...]) -> None:
+    """What vLLM's server takes from an engine that it starts itself."""
+    engine = serving.engine
+    args.served_model_name = [*served, "base"]
+    args.disable_log_stats = False
+    args.structured_outputs_config = engine.executor.engine.vllm_config.structured_outputs_config
+    template = engine.requests.templates[0]
+    if not serving.has_own_template and template.name != "tokenizer":
+        args.chat_template = template.source
+
+
+def _only_one(setup_server) -> dict:
+    """One server listens to one port; vLLM 0.24 has no word for it."""
+    return {"reuse_port": False} if "reuse_port" in inspect.signature(setup_server).parameters else {}
+
+
+def _judges(config: ServeConfig) -> dict[str, Judge]:
+    opened = {
+        name: open_judge(source, **({"backend": "transformers"} if is_model(source) else {}))
+        for name, source in config.judges.items()
+    }
+    return {"refusal": RefusalWords()} | opened

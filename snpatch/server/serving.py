@@ -1,0 +1,42 @@
+"""Serving: what one server holds: its engine, what clients can name, judges, uploads, and who is being answered."""
+
+from dataclasses import dataclass, field
+
+from snpatch.async_engine import AsyncEngine
+from snpatch.errors import SnpatchError
+from snpatch.judges.protocol import Judge
+from snpatch.server.catalogue import Catalogue
+from snpatch.server.config import ServeConfig
+from snpatch.server.errors import BusyError
+from snpatch.server.uploads import Uploads
+from snpatch.server.visitors import Visitors
+
+
+@dataclass(eq=False)
+class Serving:
+    """has_key: whether clients need an API key. has_own_template: whether the user named the server's chat template."""
+
+    config: ServeConfig
+    engine: AsyncEngine
+    catalogue: Catalogue
+    visitors: Visitors
+    judges: dict[str, Judge]
+    uploads: Uploads | None
+    has_key: bool
+    has_own_template: bool
+    sweeps: set = field(default_factory=set)  # that run
+
+    def check_template(self, recipient: str) -> None:
+        """An error for a model that reads chats by another template than vLLM's server renders them with."""
+        template = self.engine.requests.template
+        if not self.has_own_template and template(recipient).digest != self.engine.requests.templates[0].digest:
+            raise SnpatchError(
+                f"{recipient} reads chats by another template than this server renders them with: send its text to "
+                "/v1/completions, or start a server with its weights as MODEL",
+                field="messages",
+            )
+
+    def check_waiting(self) -> None:
+        """An error where too many wait."""
+        if self.engine.executor.waiting >= max(1, self.config.max_waiting):
+            raise BusyError(f"{self.engine.executor.waiting} requests wait for a place of what they name")

@@ -1,0 +1,241 @@
+"""Sweeps that clients ask for, on the engine that serves and in its batch: a curve as it grows, as server-sent events.
+
+start: what will run. text: each as it is finished. row: a window over all prompts, judged. summary: totals, and the
+noise floor: how much k = 0 and a patch from the recipient into itself change, which should be nothing.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from snpatch.data import question
+from snpatch.errors import SnpatchError, first_line, within
+from snpatch.executors.base import Request
+from snpatch.judges.protocol import score_all
+from snpatch.patching.patch import Patch
+from snpatch.requests import Completion
+from snpatch.sampling import Sampling
+from snpatch.schema import option
+from snpatch.server.errors import BusyError
+from snpatch.server.serving import Serving
+from snpatch.statistics import causal_effect, interval
+
+MOST = 4  # sweeps at once
+
+
+@dataclass(frozen=True)
+class Message:
+    """One of a chat's."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepForm:
+    """What a client asks for. Fields but these as in spec.PatchForm."""
+
+    recipient: str
+    donor: str
+    ranking: str
+    windows: tuple[int | tuple[int, int], ...]
+    prompts: tuple[str | tuple[Message, ...], ...]
+    where: str | int = "all"
+    strength: float = 1.0
+    seed: int | None = None
+    judge: str = option("refusal", "Name of a judge of the server.")
+    max_tokens: int = option(128, "Most new tokens of a text.", min=1)
+    temperature: float = option(0.0, "0 is greedy.")
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A patch, or an unpatched model, over all prompts. floor: which part of the noise floor it is."""
+
+    patch: Patch | str
+    window: tuple[int, int] | None = None
+    floor: str | None = None
+
+
+class Sweep:
+    """One sweep; bad input is an error when it is made."""
+
+    _no_self_patch: str | None = None  # why
+
+    def __init__(self, serving: Serving, form: SweepForm) -> None:
+        self._serving, self._form, engine = serving, form, serving.engine
+        if len(serving.sweeps) >= MOST:
+            raise BusyError(f"{MOST} sweeps are running")
+        if form.judge not in serving.judges:
+            raise SnpatchError(f"no judge named {form.judge!r}: there are {', '.join(serving.judges)}", field="judge")
+        if not form.windows or not form.prompts:
+            raise SnpatchError("sweep: needs a window and a prompt", field="prompts" if form.windows else "windows")
+        prompts = [one if isinstance(one, str) else [asdict(message) for message in one] for one in form.prompts]
+        self._points = self._every_point()
+        n = len(self._points) * len(prompts)
+        if n > serving.config.max_sweep_texts:
+            most = serving.config.max_sweep_texts
+            raise SnpatchError(f"sweep: {len(self._points)} points of {len(prompts)} prompts: at most {most} texts")
+        with within("max_tokens"):
+            sampling = Sampling(max_tokens=form.max_tokens, temperature=form.temperature, seed=form.seed)
+        self._questions = [one if isinstance(one, str) else question(one) for one in prompts]
+        encoded = {}
+        with within("prompts"):
+            for name in dict.fromkeys(_speaker(point) for point in self._points):
+                encoded[name] = engine.encode(prompts, name)
+        self._requests: list[list[Request]] = []
+        for point in self._points:
+            asked = engine.requests.writing(encoded[_speaker(point)], point.patch, sampling)
+            self._requests.append([request for _, request in asked])
+            engine.executor.registry.check(self._requests[-1][0])
+
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events; whoever stops listening ends what runs."""
+        begun, self._texts = time.monotonic(), [[None] * len(self._questions) for _ in self._points]
+        news: asyncio.Queue = asyncio.Queue()
+        work = iter([(p, i) for p in range(len(self._points)) for i in range(len(self._questions))])
+        seats = max(1, self._serving.engine.executor.engine.vllm_config.scheduler_config.max_num_seqs // 2)
+        self._serving.sweeps.add(self)
+        tasks = [asyncio.create_task(self._write(work, news)) for _ in range(seats)]
+        try:
+            n = len(self._points) * len(self._questions)
+            yield _event("start", points=[self._named(point) for point in self._points], texts=n)
+            left = {p: len(self._questions) for p in range(len(self._points))}
+            scores: dict[int, np.ndarray] = {}
+            while left:
+                found = await news.get()
+                if isinstance(found, SnpatchError):
+                    raise found
+                p, i = found
+                yield _event("text", **self._text(p, i))
+                left[p] -= 1
+                # In their order, as each is compared with the unpatched ones before it.
+                while left and not left[min(left)]:
+                    p = min(left)
+                    del left[p]
+                    scores[p] = np.array(await asyncio.to_thread(self._score, p))
+                    yield _event("row", **await asyncio.to_thread(self._row, p, scores))
+            yield _event("summary", **self._summary(scores, time.monotonic() - begun))
+        except SnpatchError as error:
+            yield _event("error", message=str(error))
+        finally:
+            self._serving.sweeps.discard(self)
+            for task in tasks:
+                task.cancel()
+
+    async def _write(self, work, news: asyncio.Queue) -> None:
+        """One seat in the batch, which writes text after text."""
+        try:
+            for p, i in work:
+                request = self._requests[p][i]
+                self._texts[p][i] = Completion.of(request, await self._serving.engine.executor.output(request))
+                news.put_nowait((p, i))
+        except SnpatchError as error:
+            news.put_nowait(error)
+
+    def _every_point(self) -> list[_Point]:
+        """The unpatched models, the noise floor, and each window."""
+        form, catalogue = self._form, self._serving.catalogue
+        own = {n: getattr(form, n) for n in ("recipient", "donor", "ranking", "where", "strength", "seed")}
+        patched = []
+        for place, window in enumerate(form.windows):
+            try:
+                patched.append(catalogue.ask({**own, "window": window}).patch)
+            except SnpatchError as error:
+                error.field = f"windows.{place}" if error.field == "window" else error.field
+                raise
+        points = [_Point(form.recipient)]
+        if form.donor in self._serving.engine.models:
+            points.append(_Point(form.donor))
+        largest = max(patched, key=lambda patch: patch.window.hi).window
+        points.append(_Point(replace(patched[0], window=0), (0, 0), "k = 0"))
+        itself = replace(patched[0], donor=form.recipient, window=largest, strength=1.0)
+        try:
+            self._serving.engine.executor.registry.check(self._serving.engine.requests.patched([0], itself))
+            points.append(_Point(itself, (largest.lo, largest.hi), "self-patch"))
+        except SnpatchError as error:  # two sets of weights, compiled: one model cannot run in both streams
+            self._no_self_patch = str(error)
+        return points + [_Point(patch, (patch.window.lo, patch.window.hi)) for patch in patched]
+
+    def _named(self, point: _Point) -> dict:
+        """What a point is, in every event that is about it."""
+        told = {"recipient": _speaker(point)}
+        if isinstance(point.patch, Patch):
+            donor = point.patch.donor if isinstance(point.patch.donor, str) else self._form.donor
+            told |= {"donor": donor, "window": list(point.window)}
+        return told | ({"floor": point.floor} if point.floor else {})
+
+    def _text(self, p: int, i: int) -> dict:
+        one: Completion = self._texts[p][i]
+        return {
+            **self._named(self._points[p]),
+            "prompt_index": i,
+            "text": one.text,
+            "tokens": len(one.token_ids),
+            "finish_reason": one.finish_reason,
+            "overwrites": one.overwrites,
+        }
+
+    def _score(self, p: int) -> list[float]:
+        judge, texts = self._form.judge, [one.text for one in self._texts[p]]
+        try:
+            return score_all({judge: self._serving.judges[judge]}, self._questions, texts)[judge]
+        except SnpatchError:
+            raise
+        except Exception as error:  # a user's own function
+            raise SnpatchError(f"judge {judge!r} failed: {first_line(error)}") from error
+
+    def _row(self, p: int, scores: dict[int, np.ndarray]) -> dict:
+        """A point over all prompts. changed: the share of texts that are not the unpatched recipient's; effect: Eq. 4,
+        the share of the way from the recipient's mean score to the donor's, where the donor is a model."""
+        mean, low, high = interval(np.mean, scores[p])
+        row = {
+            **self._named(self._points[p]),
+            "judge": self._form.judge,
+            "prompts": len(scores[p]),
+            "mean": mean,
+            "mean_low": low,
+            "mean_high": high,
+            "changed": self._changed(p),
+            "overwrites": sum(one.overwrites for one in self._texts[p]),
+        }
+        is_patched = self._points[p].window is not None
+        if is_patched and isinstance(self._points[1].patch, str):
+            found = causal_effect(scores[p], scores[0], scores[1])
+            row |= dict(zip(("effect", "effect_low", "effect_high"), found, strict=True))
+        return row
+
+    def _changed(self, p: int) -> float:
+        return sum(a.token_ids != b.token_ids for a, b in zip(self._texts[p], self._texts[0], strict=True)) / len(
+            self._questions
+        )
+
+    def _summary(self, scores: dict[int, np.ndarray], seconds: float) -> dict:
+        every = [one for texts in self._texts for one in texts]
+        floor = {
+            point.floor: {"changed": self._changed(p), "difference": float((scores[p] - scores[0]).mean())}
+            for p, point in enumerate(self._points)
+            if point.floor
+        }
+        if self._no_self_patch:
+            floor["self-patch"] = {"error": self._no_self_patch}
+        return {
+            "texts": len(every),
+            "tokens": sum(len(one.token_ids) for one in every),
+            "overwrites": sum(one.overwrites for one in every),
+            "seconds": seconds,
+            "verified": True,  # a text whose receipt failed would have ended the sweep
+            "floor": floor,
+        }
+
+
+def _speaker(point: _Point) -> str:
+    return point.patch if isinstance(point.patch, str) else point.patch.recipient
+
+
+def _event(name: str, **data) -> str:
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
