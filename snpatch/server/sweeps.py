@@ -17,6 +17,7 @@ from snpatch.errors import SnpatchError, first_line, within
 from snpatch.executors.base import Request
 from snpatch.judges.protocol import score_all
 from snpatch.patching.patch import Patch
+from snpatch.ranking.window import Window
 from snpatch.requests import Completion
 from snpatch.sampling import Sampling
 from snpatch.schema import option
@@ -151,7 +152,7 @@ class Sweep:
         points = [_Point(form.recipient)]
         if form.donor in self._serving.engine.models:
             points.append(_Point(form.donor))
-        largest = max(patched, key=lambda patch: patch.window.hi).window
+        largest = Window(0, max(patch.window.hi for patch in patched))
         points.append(_Point(replace(patched[0], window=0), (0, 0), "k = 0"))
         itself = replace(patched[0], donor=form.recipient, window=largest, strength=1.0)
         try:

@@ -1,0 +1,97 @@
+"""`snpatch serve` in a process of its own, with one route more, which tells what the workers hold.
+
+As a program it is the command line itself: its arguments are those after `snpatch`.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+HELD = "/v1/snpatch/held"  # of the tests alone
+
+
+class Server:
+    """A running server. options: of `snpatch serve`, after MODEL."""
+
+    def __init__(self, folder: Path, *options: str, wait_s: float = 180) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = folder / "server.log"
+        words = [sys.executable, __file__, "serve", *map(str, options), "--port", str(self.port)]
+        environment = {**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONUNBUFFERED": "1"}
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+        end = time.monotonic() + wait_s
+        while not self._is_up():
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.2)
+
+    def said(self) -> str:
+        """What it wrote."""
+        return self._log.read_text()
+
+    def get(self, path: str, **more) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **more)
+
+    def post(self, path: str, table: object, **more) -> httpx.Response:
+        return httpx.post(self.url + path, json=table, timeout=60, **more)
+
+    def held(self) -> dict[str, int]:
+        """What the engine and its workers keep for requests, in sum."""
+        return self.get(HELD).json()
+
+    def end(self, number: int = signal.SIGTERM, wait_s: float = 60) -> int:
+        """Its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(wait_s)
+
+    def _is_up(self) -> bool:
+        try:
+            return self.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+def kept(worker) -> dict[str, int]:
+    """In a worker: what it keeps for requests."""
+    feed = worker.model_runner.get_model().snpatch.feed
+    return {
+        "records": len(feed._records),
+        "rows": len(feed._rows),
+        "tickets": len(feed._tickets),
+        "receipts": feed.banks.settings.max_receipts - len(feed._free_receipts),
+        "captures": int(feed._capture_used.sum()),
+    }
+
+
+def main() -> None:
+    from snpatch import cli
+    from snpatch.server import opening
+
+    def router(serving):
+        routes, executor = opening_router(serving), serving.engine.executor
+
+        @routes.get(HELD)
+        async def held() -> dict:
+            found = await executor.engine.collective_rpc(kept)
+            here = {**executor.registry.in_use, "waiting": executor.waiting, "sweeps": len(serving.sweeps)}
+            return here | {name: sum(one[name] for one in found) for name in found[0]}
+
+        return routes
+
+    opening_router, opening.routes.router = opening.routes.router, router
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A server for all tests, what it serves, and what the offline engine and the oracle say of that."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from jobs import CLAUSES, IDS, JOBS, RANKINGS, RICHER, SHAPE, VALUES, Job
+from served import Server
+
+from snpatch import Constant, Engine, Guard, Sampling
+from snpatch.guard.config import GuardConfig
+
+SMALL = ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "64", "--block-size", "32"]
+SIZES = ["--engine", "max_clauses=3", "--engine", "max_rankings=4"]
+CONSTANTS = {"values": VALUES, "half": 0.5 * VALUES, "zeros": torch.zeros(SHAPE)}
+SAFE = {"recipient": "sft", "donor": "dpo", "ranking": "first", "window": 60}
+WORDS = "bala bama bana bara"  # of the tiny model's tongue
+CHAT = [{"role": "user", "content": WORDS}]
+
+
+def form(job: Job) -> dict:
+    """A job as a request's `snpatch`."""
+    if not job.is_patched:
+        return {"recipient": job.recipient}
+    first, *others = (_clause(one) for one in (job, *job.then))
+    return {"recipient": job.recipient, **first, **({"clauses": others} if others else {})}
+
+
+def _clause(job: Job) -> dict:
+    donor = job.donor
+    if job.factor is not None:
+        donor = f"scale:{job.factor}"
+    elif isinstance(donor, torch.Tensor):
+        name = next(name for name, values in CONSTANTS.items() if torch.equal(values, donor))
+        donor = f"{'add:' if job.mode == 'add' else ''}constant:{name}"
+    ranking = ("first", "second")[job.order]
+    return {"donor": donor, "ranking": ranking, "window": [*job.window], "where": job.where, "strength": job.strength}
+
+
+SERVED = [job for job in (*JOBS, *RICHER, *CLAUSES) if not any(one.seed is not None for one in (job, *job.then))]
+SIXTEEN = [job for job in SERVED if job.is_patched][:16]
+MANY = [replace(job, prompt=(i + i // 16) % 8) for i, job in enumerate(SIXTEEN * 4)]
+
+
+@pytest.fixture(scope="session")
+def world(zoo, tmp_path_factory):
+    """The tiny model's files, and what the offline engine writes: of MANY, of seeds, of a chat; a guard."""
+    made, folder = zoo("llama"), tmp_path_factory.mktemp("served")
+    for name, ranking in zip(("first", "second"), RANKINGS, strict=True):
+        ranking.save(folder / f"{name}.safetensors")
+    for name, values in CONSTANTS.items():
+        Constant(values).save(folder / f"{name}.safetensors")
+    options = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32, "max_clauses": 3}
+    with Engine(made.folder, made.adapters, template="tulu", max_rankings=4, **options) as engine:
+        ten = Sampling(max_tokens=10)
+        many = engine.generate([job.ids for job in MANY], [job.patch for job in MANY], ten)
+        seeded = engine.generate([IDS[2]], JOBS[2].patch, replace(ten, temperature=1.0, seed=5, n=3))
+        chat = engine.generate([CHAT], JOBS[3].patch, ten)
+        digest, config = engine.digest_of("sft"), GuardConfig(folds=2)
+        features, labels = engine.capture(IDS, "sft", RANKINGS[0], 5), np.array([True, False] * 4)
+        guard = Guard.fit(features, labels, RANKINGS[0], model="sft", digest=digest, config=config)
+        harm = guard.predict(engine, IDS)
+    guard = replace(guard, threshold=float(np.median(harm)))
+    guard.save(folder / "guard.safetensors")
+    return SimpleNamespace(made=made, folder=folder, many=many, seeded=seeded, chat=chat[0], guard=guard, harm=harm)
+
+
+def options_of(made, folder) -> list[str]:
+    """Of a server of the tiny model, with files in a folder."""
+    adapters = [f"-a{name}={','.join(map(str, folders))}" for name, folders in made.adapters.items()]
+    files = [f"--ranking={folder / name}.safetensors" for name in ("first", "second")]
+    files += [f"--constant={folder / name}.safetensors" for name in CONSTANTS]
+    return [str(made.folder), "--template", "tulu", *adapters, *files, *SMALL]
+
+
+@pytest.fixture(scope="session")
+def server(world, tmp_path_factory):
+    """One of every file and patch that the tests name; it ends well."""
+    folder = tmp_path_factory.mktemp("server")
+    patches = ["--patch=safe=recipient=sft,donor=dpo,ranking=first,k=60", "--patch=kept=recipient=sft,guard=guard"]
+    guard = [f"--guard={world.folder / 'guard.safetensors'}"]
+    limits = ["--allow-upload", folder / "uploads", "--max-sweep-texts", 200, *SIZES]
+    one = Server(folder, *options_of(world.made, world.folder), *patches, *guard, *limits)
+    yield one
+    assert one.end() == 0, one.said()
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def complete(client, job: Job, **more):
+    """The answer to a job, with token ids."""
+    body = {"return_token_ids": True, "snpatch": form(job)}
+    arguments = {"model": "base", "prompt": job.ids, "max_tokens": 10, "temperature": 0, **more}
+    return client.completions.create(**arguments, extra_body=body)

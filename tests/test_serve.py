@@ -1,0 +1,185 @@
+"""`snpatch serve` with real clients: what is patched is what the oracle and the offline engine write, and nothing
+else is; bad input is a 4xx; nothing is left of whoever leaves."""
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from jobs import ALL, IDS, JOBS, Job, told
+from serving import CHAT, MANY, SAFE, SERVED, WORDS, complete
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+openai = pytest.importorskip("openai")
+pytestmark = pytest.mark.engine
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_patch_over_http_gives_the_oracles_text(world, client):
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda job: complete(client, job), SERVED))
+    for job, answer in zip(SERVED, answers, strict=True):
+        want = told(world.made, job)
+        assert answer.choices[0].token_ids == want.ids, job
+        assert answer.snpatch["overwrites"] == job.overwrites(10), job
+        assert answer.snpatch["verified"] is True
+
+
+def test_64_clients_with_16_patches_get_the_offline_engines_tokens(world, server):
+    async def everything():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(complete(client, job) for job in MANY))
+
+    for answer, want in zip(asyncio.run(everything()), world.many, strict=True):
+        assert answer.choices[0].token_ids == want.token_ids
+        assert answer.snpatch["overwrites"] == want.overwrites
+        assert answer.choices[0].text.split() == want.text.split()
+    assert len({tuple(one.token_ids) for one in world.many}) > 30
+
+
+def test_a_patch_by_name_by_request_and_by_xargs_is_one(world, client):
+    want = world.chat
+    positions = len(want.prompt_ids) + 9
+    job = {"recipient": "sft", "donor": "dpo", "ranking": "first", "window": ALL}
+    asked = {"messages": CHAT, "max_tokens": 10, "temperature": 0}
+    inline = client.chat.completions.create(model="base", **asked, extra_body={"snpatch": job})
+    xargs = {"vllm_xargs": {"snpatch": json.dumps(job)}}
+    again = client.chat.completions.create(model="safe", **asked, extra_body=xargs)
+    for answer in (inline, again):
+        assert answer.choices[0].message.content.split() == want.text.split()
+        assert answer.snpatch == {"patch": job, "overwrites": want.overwrites, "positions": positions, "verified": True}
+    named = client.chat.completions.create(model="safe", **asked)
+    by_request = client.chat.completions.create(model="base", **asked, extra_body={"snpatch": SAFE})
+    assert named.model == "safe"
+    assert named.snpatch == {**by_request.snpatch, "patch": "safe"}
+    assert named.choices[0].message.content == by_request.choices[0].message.content
+
+
+def test_models_are_listed_and_speak_unpatched(world, server, client):
+    listed = {one.id: one for one in client.models.list()}
+    assert {"base", "sft", "dpo", "safe", "kept", str(world.made.folder)} <= listed.keys()
+    for name in ("base", "sft", "dpo"):
+        want = told(world.made, Job(1, name))
+        answer = client.completions.create(
+            model=name, prompt=IDS[1], max_tokens=10, temperature=0, extra_body={"return_token_ids": True}
+        )
+        assert answer.choices[0].token_ids == want.ids
+        assert answer.snpatch == {"patch": name, "overwrites": 0, "positions": 0, "verified": True}
+
+
+def test_n_texts_have_their_seeds_and_receipts(world, client):
+    job = JOBS[2]
+    for stream in (False, True):
+        answer = complete(client, job, temperature=1.0, seed=5, n=3, stream=stream)
+        if stream:
+            ids = [[], [], []]
+            for chunk in answer:
+                for choice in chunk.choices:
+                    ids[choice.index] += choice.token_ids or []
+            receipt = chunk.snpatch
+        else:
+            ids, receipt = [choice.token_ids for choice in answer.choices], answer.snpatch
+        assert ids == [one.token_ids for one in world.seeded]
+        assert [one["overwrites"] for one in receipt["choices"]] == [one.overwrites for one in world.seeded]
+        assert receipt["overwrites"] == sum(one.overwrites for one in world.seeded)
+
+
+def test_a_list_of_prompts_has_a_receipt_of_each(world, client):
+    arguments = {"model": "safe", "prompt": [IDS[0], IDS[1]], "max_tokens": 5, "temperature": 0}
+    answer = client.completions.create(**arguments)
+    alone = [client.completions.create(**{**arguments, "prompt": ids}) for ids in IDS[:2]]
+    assert [choice.text for choice in answer.choices] == [one.choices[0].text for one in alone]
+    assert answer.snpatch["choices"] == [
+        {name: one.snpatch[name] for name in ("overwrites", "positions", "verified")} for one in alone
+    ]
+
+
+def test_streams_carry_the_receipt_in_their_last_chunk(client):
+    arguments = {"model": "safe", "messages": CHAT, "max_tokens": 10, "temperature": 0}
+    want = client.chat.completions.create(**arguments)
+    for usage in (None, {"include_usage": True}):
+        *others, last = client.chat.completions.create(**arguments, stream=True, stream_options=usage)
+        assert last.snpatch == want.snpatch
+        assert not any(hasattr(one, "snpatch") for one in others)
+        text = "".join(one.choices[0].delta.content or "" for one in (*others, last) if one.choices)
+        assert text == want.choices[0].message.content
+        reasons = [choice.finish_reason for one in (*others, last) for choice in one.choices]
+        assert reasons[-1] == "length"
+        assert not any(reasons[:-1])
+    prompts = {"model": "safe", "prompt": [IDS[0], IDS[1]], "max_tokens": 4, "temperature": 0}
+    *_, last = client.completions.create(**prompts, stream=True)
+    assert last.snpatch == client.completions.create(**prompts).snpatch
+
+
+def test_responses_and_messages_are_patched_and_carry_the_receipt(server, client):
+    arguments = {"model": "safe", "input": WORDS, "max_output_tokens": 6, "temperature": 0}
+    answer = client.responses.create(**arguments)
+    assert answer.snpatch["overwrites"] > 0
+    inline = client.responses.create(**{**arguments, "model": "base"}, extra_body={"snpatch": SAFE})
+    assert inline.output_text == answer.output_text
+    *_, last = client.responses.create(**arguments, stream=True)
+    assert last.response.snpatch == answer.snpatch
+    anthropic = pytest.importorskip("anthropic").Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    arguments = {"model": "safe", "messages": CHAT, "max_tokens": 6}
+    greedy = {**arguments, "extra_body": {"temperature": 0}}
+    answer = anthropic.messages.create(**greedy)
+    chat = client.chat.completions.create(**arguments, temperature=0)
+    assert answer.content[0].text == chat.choices[0].message.content
+    assert answer.snpatch == chat.snpatch
+    inline = anthropic.messages.create(**{**arguments, "model": "base"}, extra_body={"temperature": 0, "snpatch": SAFE})
+    assert inline.content[0].text == answer.content[0].text
+    told_by = [one.snpatch for one in anthropic.messages.create(**greedy, stream=True) if hasattr(one, "snpatch")]
+    assert told_by == [answer.snpatch]
+
+
+def test_what_vllm_does_beside_goes_on_patched(client):
+    arguments = {"model": "safe", "messages": CHAT, "max_tokens": 6, "temperature": 0}
+    plain = client.chat.completions.create(**arguments)
+    scored = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=3)
+    assert [len(one.top_logprobs) for one in scored.choices[0].logprobs.content] == [3] * 6
+    assert scored.choices[0].message.content == plain.choices[0].message.content
+    word = plain.choices[0].message.content.split()[2]
+    stopped = client.chat.completions.create(**arguments, stop=[word])
+    assert (stopped.choices[0].finish_reason, stopped.choices[0].stop_reason) == ("stop", word)
+    assert word not in stopped.choices[0].message.content
+    assert stopped.snpatch["verified"]
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    called = client.chat.completions.create(**arguments, tools=[tool], tool_choice="none")
+    assert called.snpatch["verified"]
+    choice = {"structured_outputs": {"choice": ["bala bama", "bara"]}}
+    chosen = client.chat.completions.create(**arguments, extra_body=choice)
+    assert chosen.choices[0].message.content.strip() in choice["structured_outputs"]["choice"]
+    assert chosen.snpatch["verified"]
+    echoed = client.completions.create(model="safe", prompt=IDS[0], max_tokens=1, echo=True, logprobs=1, temperature=0)
+    assert len(echoed.choices[0].logprobs.token_logprobs) == len(IDS[0]) + 1
+
+
+# ---- guard -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_guard_refuses_what_it_refuses_offline(world, server, client):
+    guard, refused = world.guard, 0
+    before = _metric(server, "snpatch_refused_prompts_total")
+    for ids, harm in zip(IDS, world.harm, strict=True):
+        arguments = {"model": "kept", "prompt": ids, "max_tokens": 4, "temperature": 0}
+        answer = client.completions.create(**arguments)
+        *_, last = client.completions.create(**arguments, stream=True)
+        assert answer.snpatch["harm"] == pytest.approx(harm, abs=1e-6)
+        assert last.snpatch == answer.snpatch
+        is_refused = bool(harm > guard.threshold)
+        assert answer.snpatch["refused"] is is_refused
+        if is_refused:
+            refused += 1
+            assert answer.choices[0].text == guard.refusal
+            assert (answer.choices[0].finish_reason, answer.choices[0].stop_reason) == ("content_filter", "guard")
+        else:
+            plain = client.completions.create(**{**arguments, "model": "sft"})
+            assert answer.choices[0].text == plain.choices[0].text
+    assert 0 < refused < len(IDS)
+    assert _metric(server, "snpatch_refused_prompts_total") == before + 2 * refused
+
+
+def _metric(server, name: str) -> float:
+    lines = server.get("/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(name + " "))

@@ -1,0 +1,220 @@
+"""Whatever a client sends `snpatch serve`: bad input is a 4xx that says what and where, and harms nobody else."""
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from jobs import ALL, IDS, JOBS, RANKINGS, told
+from serving import CHAT, SAFE, complete
+
+from snpatch import SnpatchError, schema
+from snpatch.patching import spec
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.engine
+
+ASKED = {"model": "base", "messages": CHAT, "max_tokens": 1}
+CHATS = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "message"),
+    [
+        ({"recipient": "nobody"}, "recipient", "no model named 'nobody': there are base, sft, dpo"),
+        ({**SAFE, "donor": "nobody"}, "donor", "no model named 'nobody'"),
+        ({**SAFE, "ranking": "none"}, "ranking", "no ranking named 'none': there are first, second"),
+        ({**SAFE, "window": [5, 3]}, "window", "wanted 0 <= lo <= hi, got [5, 3)"),
+        ({**SAFE, "window": ALL + 1}, "window", "reaches past the ranking's 288 neurons"),
+        ({**SAFE, "where": "here"}, "where", "where must be one of all, prompt, generated or a position"),
+        ({**SAFE, "where": 99}, None, "where=99 lies past the"),
+        ({**SAFE, "strength": 1e39}, "strength", "must be a finite number of float32"),
+        ({**SAFE, "k": 9}, "k", "there is no k; there are donor, ranking, window"),
+        ({**SAFE, "guard": "none"}, "guard", "no guard named 'none': there are guard"),
+        ({"donor": "dpo"}, "recipient", "recipient is missing"),
+        ({"recipient": "sft", "donor": "dpo"}, "ranking", "ranking, window is missing"),
+        ({**SAFE, "donor": "mean:donor"}, "donor", "the ranking holds no donor_mean"),
+        ({**SAFE, "clauses": [{**SAFE}]}, "clauses.recipient", "there is no recipient"),
+        ({**SAFE, "clauses": [{"donor": "base", "ranking": "first", "window": 3}]}, "clauses", "2 donor models"),
+        (7, None, "wanted a table, got 7"),
+    ],
+)
+def test_a_bad_patch_is_a_400_with_its_field(server, given, field, message):
+    for path, body in (
+        (CHATS, ASKED),
+        ("/v1/completions", {"model": "base", "prompt": IDS[0], "max_tokens": 1}),
+        ("/v1/responses", {"model": "base", "input": "bala", "max_output_tokens": 1}),
+        (CHATS, {**ASKED, "stream": True}),
+    ):
+        answer = server.post(path, {**body, "snpatch": given})
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert message in error["message"]
+        assert error["param"] == ".".join(filter(None, ("snpatch", field))) or field is None
+    answer = server.post("/v1/messages", {**ASKED, "snpatch": given})
+    assert (answer.status_code, message in answer.text) == (400, True)
+    answer = server.post(CHATS, {**ASKED, "vllm_xargs": {"snpatch": json.dumps(given)}})
+    assert (answer.status_code, message in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"use_beam_search": True, "n": 2}, "beam search is not served"),
+        ({"vllm_xargs": {"snpatch": [1, 2, 3]}}, "snpatch is no JSON: wanted a text"),
+        ({"vllm_xargs": {"snpatch": "{"}}, "snpatch is no JSON"),
+        ({"vllm_xargs": {"snpatch": "[" * 100_000}}, "snpatch is no JSON"),
+        ({"vllm_xargs": {"snpatch_on_one_set": 1}}, "wanted an object, or its JSON in vllm_xargs"),
+        ({"vllm_xargs": {"snpatch": json.dumps(SAFE)}, "snpatch": SAFE}, "stands in the request and in"),
+        ({"snpatch": {**SAFE, "guard": "guard"}, "prompt_logprobs": 1}, "a guard does not go with"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(server, more, message):
+    answer = server.post(CHATS, {**ASKED, **more})
+    assert (answer.status_code, message in answer.text) == (400, True), answer.text
+
+
+def test_an_answer_in_the_background_is_refused(server):
+    answer = server.post("/v1/responses", {"model": "safe", "input": "bala", "background": True, "store": True})
+    assert (answer.status_code, "without its receipt" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "path",
+    """/inference/v1/generate /generative_scoring /v1/chat/completions/batch /collective_rpc /v1/load_lora_adapter
+    /v1/chat/completions/render /v1/embeddings /pooling /score /pause /update_weights /start_profile /v1/snpatches
+    /v1/decisions /v2/chat /reset_prefix_cache /scale_elastic_ep""".split(),
+)
+def test_no_other_way_into_vllm_is_open(server, path):
+    answer = server.post(path, {"model": "base", "prompt": "bala", "token_ids": [5], "sampling_params": {}})
+    assert (answer.status_code, "not served by snpatch" in answer.text) == (404, True)
+
+
+def test_an_unknown_model_is_vllms_own_404(server):
+    for more in ({}, {"snpatch": SAFE}):
+        answer = server.post(CHATS, {**ASKED, "model": "none", **more})
+        assert (answer.status_code, "does not exist" in answer.text) == (404, True)
+
+
+def test_a_prompt_without_room_is_a_400(server):
+    for n in (128, 129, 500):
+        answer = server.post("/v1/completions", {"model": "safe", "prompt": [20] * n, "max_tokens": 1})
+        assert answer.status_code == 400, answer.text
+    answer = server.post("/v1/completions", {"model": "safe", "prompt": [20] * 120, "ignore_eos": True}).json()
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+# ---- fuzz ------------------------------------------------------------------------------------------------------------
+
+NAMED = spec.Named(dict(zip(("first", "second"), RANKINGS, strict=True)), {})
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+)
+numbers = st.integers(-5, ALL + 5) | st.integers() | st.floats()
+clause = {
+    "donor": st.sampled_from(
+        ["dpo", "sft", "zero", "mean:donor", "noise:2", "scale:2", "constant:x", "add:zero", "add:"]
+    ),
+    "ranking": st.sampled_from(["first", "second", "third", ""]),
+    "window": numbers | st.lists(numbers, max_size=3),
+    "where": st.sampled_from(["all", "prompt", "generated", "here"]) | numbers,
+    "strength": numbers,
+    "seed": numbers,
+}
+mutated = {name: st.one_of(strategy, strategy, strategy, anything) for name, strategy in clause.items()}
+clauses = st.fixed_dictionaries({}, optional=mutated)
+patches = st.fixed_dictionaries(
+    {"recipient": st.sampled_from(["sft", "base"]) | anything},
+    optional={**mutated, "clauses": st.lists(clauses, max_size=2) | anything, "guard": anything, "k": numbers},
+)
+fields = (
+    "model messages prompt input max_tokens n stream stop seed temperature logprobs logit_bias vllm_xargs tools".split()
+)
+bodies = st.dictionaries(st.sampled_from([*fields, "snpatch", "windows", "prompts"]), anything, max_size=6)
+ROUTES = [CHATS, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/snpatch/sweep"]
+READING = ["/tokenize", "/detokenize", "/v1/messages/count_tokens"]
+RUNS = {
+    "deadline": None,
+    "database": None,
+    "phases": [Phase.generate],
+    "suppress_health_check": list(HealthCheck),
+    "derandomize": True,
+}
+
+
+def is_good(data: object) -> bool:
+    """Whether a reader of the schema that the server publishes, and of a patch, finds nothing wrong."""
+    try:
+        jsonschema.validate(data, schema.json_schema(spec.PatchForm))
+        spec.from_json(data, NAMED)
+    except (jsonschema.ValidationError, SnpatchError):
+        return False
+    return True
+
+
+@settings(max_examples=250, **RUNS)
+@given(st.lists(patches, min_size=20, max_size=20))
+def test_5000_patches_by_the_schema_are_served_or_a_400(server, batch):
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        for data in batch:
+            body = json.dumps({**ASKED, "snpatch": data})
+            answer = http.post(CHATS, content=body, headers={"content-type": "application/json"})
+            if answer.status_code == 200:
+                assert is_good({name: value for name, value in data.items() if (name, value) != ("guard", None)}), data
+                assert answer.json()["snpatch"]["verified"]
+            else:
+                assert answer.status_code == 400, (data, answer.text)
+
+
+@settings(max_examples=150, **RUNS)
+@given(st.lists(st.tuples(st.sampled_from(ROUTES), bodies), min_size=20, max_size=20))
+def test_3000_bodies_of_wrong_fields_are_a_4xx(server, batch):
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        for route, data in batch:
+            body = json.dumps({**data, "snpatch": {"recipient": 3}} if "snpatch" not in data else data)
+            answer = http.post(route, content=body, headers={"content-type": "application/json"})
+            assert 400 <= answer.status_code < 500, (route, body, answer.text)
+
+
+def _broken(seed: int) -> bytes:
+    """A body that is no request: bytes, JSON cut short, nested too deep, numbers and texts that JSON has not."""
+    draw = random.Random(seed)
+    whole = json.dumps({**ASKED, "snpatch": SAFE}).encode()
+    return draw.choice(
+        [
+            lambda: draw.randbytes(draw.randrange(300)),
+            lambda: whole[: draw.randrange(len(whole))],
+            lambda: whole.replace(b"60", draw.choice([b"NaN", b"-Infinity", b"1e999", b"0x3", b"6_0", b"'6'"])),
+            lambda: b"[" * draw.randrange(1, 3000),
+            lambda: b'{"snpatch":' * draw.randrange(1, 2000) + b"1",
+            lambda: whole.replace(b"sft", b"\\\\ud800"[1:]),
+            lambda: whole.replace(b'"dpo"', str(10 ** draw.randrange(9, 400)).encode()),
+            lambda: bytes(b ^ draw.choice([0, 0, 0, 1, 128]) for b in whole[:-1]),
+        ]
+    )()
+
+
+def test_2000_malformed_bodies_are_a_4xx(server):
+    def send(seed: int) -> tuple[str, int, str]:
+        kind = ("application/json", "text/plain", "application/octet-stream", "")[seed % 4 if seed % 3 else 0]
+        path = (ROUTES + READING)[seed % 8]
+        answer = http.post(path, content=_broken(seed), headers={"content-type": kind})
+        return path, answer.status_code, answer.text
+
+    with httpx.Client(base_url=server.url, timeout=60) as http, ThreadPoolExecutor(8) as pool:
+        for seed, (path, status, text) in enumerate(pool.map(send, range(2000))):
+            is_read = path in READING and status == 200  # which take no notice of `snpatch`
+            assert is_read or 400 <= status < 500, (seed, path, _broken(seed), text)
+
+
+def test_afterwards_the_engine_lives_and_patches_exactly(world, server, client):
+    """To be run after the fuzz above."""
+    for job in JOBS[2:6]:
+        assert complete(client, job).choices[0].token_ids == told(world.made, job).ids
+    assert not any(server.held().values()), server.held()

@@ -1,0 +1,413 @@
+"""`snpatch serve` at its limits: clients that leave, uploads, sweeps, full banks, keys, its end, its engine's death."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+
+import httpx
+import pytest
+from commands import run
+from jobs import ALL, IDS, JOBS, told
+from processes import command_line, descendants, wait_for
+from served import Server
+from serving import CHAT, CONSTANTS, MANY, SAFE, SIZES, WORDS, complete, form, options_of
+
+from snpatch import Constant
+from snpatch.server.config import ServeConfig
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+openai = pytest.importorskip("openai")
+pytestmark = pytest.mark.engine
+
+ENDLESS = {"max_tokens": 100, "temperature": 1.0, "seed": 1, "ignore_eos": True}
+CHATS, COMPLETIONS, SWEEP = "/v1/chat/completions", "/v1/completions", "/v1/snpatch/sweep"
+KEY = {"authorization": "Bearer secret"}
+
+
+def long(job, **more) -> dict:
+    """The body of a request that takes its time."""
+    return {"model": "base", "prompt": job.ids, "snpatch": form(job), "n": 40, **ENDLESS, **more}
+
+
+def events(lines) -> list[tuple[str, dict]]:
+    """(name, data) of server-sent events."""
+    found, name = [], None
+    for line in lines:
+        kind, _, text = line.partition(": ")
+        if kind == "event":
+            name = text
+        elif kind == "data" and text != "[DONE]":
+            found.append((name, json.loads(text)))
+    return found
+
+
+# ---- clients that leave ----------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_of_clients_that_leave(world, server, client):
+    """In mid-stream, before an answer, while they wait for a place, in n texts, in a sweep."""
+    jobs = [MANY[i] for i in range(8)]
+
+    async def leave_stream(http, job):
+        async with http.stream("POST", COMPLETIONS, json=long(job, stream=True, n=3)) as answer:
+            async for _ in answer.aiter_lines():
+                return
+
+    async def leave_answer(http, job):
+        with pytest.raises(httpx.TimeoutException):
+            await http.post(COMPLETIONS, json=long(job), timeout=0.15)
+
+    async def leave_sweep(http):
+        body = {**SAFE, "windows": [10, 20], "prompts": [WORDS] * 20, "max_tokens": 90}
+        del body["window"]
+        async with http.stream("POST", SWEEP, json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line == "event: text":
+                    return
+
+    async def everything():
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            await asyncio.gather(
+                *(leave_stream(http, job) for job in jobs),
+                *(leave_answer(http, job) for job in jobs),
+                leave_sweep(http),
+            )
+
+    asyncio.run(everything())
+    wait_for(lambda: not any(server.held().values()), 10)
+    for job in JOBS[2:5]:
+        assert complete(client, job).choices[0].token_ids == told(world.made, job).ids
+
+
+def test_a_patched_request_never_changes_a_later_plain_one(world, server, client):
+    """The prefix cache over HTTP: the same prompt, plain, patched and plain again; and a client's own cache salt."""
+    prompt = [20 + i % 70 for i in range(96)]  # three whole blocks
+    ask = {"model": "base", "prompt": prompt, "max_tokens": 8, "temperature": 0}
+
+    def text(**more):
+        body = {"return_token_ids": True, **more}
+        return client.completions.create(**ask, extra_body=body).choices[0].token_ids
+
+    patch = {**SAFE, "recipient": "base", "window": ALL}
+    patched = text(snpatch=patch)
+    plain = text()
+    assert patched != plain
+    assert text(snpatch=patch) == patched
+    assert text(cache_salt="mine") == plain
+    assert text(cache_salt="mine", snpatch=patch) == patched
+    assert text(cache_salt="mine") == plain == text()
+
+
+# ---- uploads ---------------------------------------------------------------------------------------------------------
+
+
+def request(server, verb: str, path: str, **more) -> httpx.Response:
+    return httpx.request(verb, f"{server.url}/v1/snpatch/{path}", timeout=60, **more)
+
+
+def test_uploads_are_named_kept_and_forgotten(world, server, client):
+    ranking = (world.folder / "second.safetensors").read_bytes()
+    constant = (world.folder / "half.safetensors").read_bytes()
+    for path, body in (("rankings/mine", ranking), ("constants/mine", constant)):
+        answer = request(server, "PUT", path, content=body)
+        assert answer.status_code == 201, answer.text
+    held = server.get("/v1/snpatch").json()
+    assert held["rankings"]["mine"] == held["rankings"]["second"]
+    assert held["constants"]["mine"] == held["constants"]["half"]
+    job = next(job for job in MANY if job.order == 1 and isinstance(job.donor, str))
+    named = {**form(job), "ranking": "mine"}
+    answer = client.completions.create(
+        model="base",
+        prompt=job.ids,
+        max_tokens=10,
+        temperature=0,
+        extra_body={"return_token_ids": True, "snpatch": named},
+    )
+    assert answer.choices[0].token_ids == complete(client, job).choices[0].token_ids
+    assert request(server, "DELETE", "rankings/mine").status_code == 204
+    assert request(server, "DELETE", "rankings/mine").status_code == 404
+    gone = server.post(COMPLETIONS, {"model": "base", "prompt": job.ids, "snpatch": named})
+    assert (gone.status_code, "no ranking named 'mine'" in gone.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("rankings/first", "second", 409, "first is the server's own"),
+        ("rankings/..", "second", 405, ""),
+        ("rankings/..%2F..%2Fx", "second", 404, ""),
+        ("rankings/.hidden", "second", 400, "a name has up to 64 letters"),
+        ("rankings/a%00b", "second", 400, "a name has up to 64 letters"),
+        ("rankings/" + "a" * 65, "second", 400, "a name has up to 64 letters"),
+        ("rankings/image", "second", 400, "cannot be named image"),
+        ("rankings/other", "half", 400, "wanted a snpatch ranking, got constant"),
+        ("constants/other", "second", 400, "wanted a snpatch constant, got ranking"),
+        ("pickles/other", "second", 404, "there are rankings and constants"),
+        ("rankings/other", b"", 400, "not a safetensors file"),
+        ("rankings/other", b"\x80\x04cos\nsystem\n.", 400, "not a safetensors file"),
+        ("rankings/other", b"x" * (2 << 20), 413, "the body is larger than"),
+    ],
+)
+def test_bad_uploads_are_a_4xx_and_leave_nothing(world, server, path, body, status, message):
+    before = server.get("/v1/snpatch").json()
+    content = (world.folder / f"{body}.safetensors").read_bytes() if isinstance(body, str) else body
+    answer = request(server, "PUT", path, content=content)
+    assert (answer.status_code, message in answer.text) == (status, True), answer.text
+    assert str(world.folder.parent) not in answer.text
+    assert server.get("/v1/snpatch").json() == before
+
+
+def test_a_ranking_of_another_model_is_a_400(server, tmp_path):
+    Constant(CONSTANTS["values"][:2]).save(tmp_path / "small.safetensors")
+    answer = request(server, "PUT", "constants/small", content=(tmp_path / "small.safetensors").read_bytes())
+    assert (answer.status_code, "is for a model of [2, 96], this one is [3, 96]" in answer.text) == (400, True)
+
+
+# ---- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_the_offline_texts_judged_with_its_noise_floor(world, server, client):
+    prompts = [WORDS, CHAT, "dora mela"]
+    body = {"recipient": "sft", "donor": "dpo", "ranking": "first", "windows": [0, 60, [20, ALL]], "prompts": prompts}
+    with httpx.stream("POST", server.url + SWEEP, json={**body, "max_tokens": 8}, timeout=60) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        (first, begun), *told_of, (last, summary) = events(answer.iter_lines())
+    assert (first, last) == ("start", "summary")
+    texts = [data for name, data in told_of if name == "text"]
+    rows = [data for name, data in told_of if name == "row"]
+    assert begun["texts"] == summary["texts"] == len(texts) == 3 * 7
+    names = [(row["recipient"], row.get("donor"), row.get("window"), row.get("floor")) for row in rows]
+    assert names == [
+        ("sft", None, None, None),
+        ("dpo", None, None, None),
+        ("sft", "dpo", [0, 0], "k = 0"),
+        ("sft", "sft", [0, ALL], "self-patch"),
+        ("sft", "dpo", [0, 0], None),
+        ("sft", "dpo", [0, 60], None),
+        ("sft", "dpo", [20, ALL], None),
+    ]
+    assert [row["changed"] for row in rows[2:5]] == [0, 0, 0]
+    assert rows[6]["changed"] > 0
+    nothing = {"changed": 0, "difference": 0}
+    assert summary["floor"] == {"k = 0": nothing, "self-patch": nothing}
+    for window in ([0, 60], [20, ALL]):
+        written = {one["prompt_index"]: one for one in texts if one.get("window") == window}
+        for i, prompt in ((0, WORDS), (2, "dora mela")):
+            patch = {**SAFE, "window": window}
+            alone = client.completions.create(
+                model="base", prompt=prompt, max_tokens=8, temperature=0, extra_body={"snpatch": patch}
+            )
+            assert written[i]["text"].split() == alone.choices[0].text.split()
+            assert written[i]["overwrites"] == alone.snpatch["overwrites"]
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "message"),
+    [
+        ({"windows": []}, "windows", "needs a window and a prompt"),
+        ({"windows": [3, [5, 1]]}, "windows.1", "wanted 0 <= lo <= hi"),
+        ({"prompts": []}, "prompts", "needs a window and a prompt"),
+        ({"prompts": ["bala " * 200]}, "prompts", "the model's context holds 128"),
+        ({"prompts": [[{"role": "user"}]]}, "prompts.content", "content is missing"),
+        ({"prompts": ["bala"] * 99}, None, "at most 200 texts"),
+        ({"judge": "nobody"}, "judge", "no judge named 'nobody': there are refusal"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens must be at least 1"),
+        ({"donor": "nobody"}, "donor", "no model named 'nobody'"),
+    ],
+)
+def test_a_bad_sweep_is_a_400_with_its_field(server, change, field, message):
+    body = {"recipient": "sft", "donor": "dpo", "ranking": "first", "windows": [5], "prompts": ["bala"], **change}
+    answer = server.post(SWEEP, body)
+    assert (answer.status_code, message in answer.text) == (400, True), answer.text
+    assert answer.json()["error"]["param"] == field
+
+
+# ---- what a server says of itself ------------------------------------------------------------------------------------
+
+
+def test_the_server_says_what_it_holds(world, server):
+    held = server.get("/v1/snpatch").json()
+    assert {"base", "sft", "dpo"} <= held["models"].keys()
+    assert held["patches"]["safe"] == {**SAFE, "ranking": held["rankings"]["first"]["digest"], "window": [0, 60],
+                                       "where": "all", "strength": 1.0}  # fmt: skip
+    assert held["patches"]["kept"] == {"recipient": "sft", "guard": "guard"}
+    assert held["guards"]["guard"]["k"] == 5
+    assert held["schema"]["required"] == ["recipient"]
+    assert held["limits"]["context"] == 128
+    assert held["versions"].keys() == {"snpatch", "vllm", "torch", "transformers"}
+    for path in ("/health", "/version", "/metrics", "/docs", "/openapi.json"):
+        assert server.get(path).status_code == 200
+
+
+# ---- full banks, keys, the end ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(world, tmp_path_factory):
+    """One ranking at once, two that may wait, a key; started from a file that --print-config wrote."""
+    folder = tmp_path_factory.mktemp("narrow")
+    limits = ["--engine", "max_rankings=1", "--max-waiting", "2", "--api-key", "secret"]
+    words = [sys.executable, "-m", "snpatch.cli", "serve", *options_of(world.made, world.folder), *limits]
+    printed = subprocess.run([*words, "--print-config"], capture_output=True, text=True, check=True).stdout
+    (folder / "serve.toml").write_text(printed)
+    read = ServeConfig.load(folder / "serve.toml").as_table()
+    assert json.loads(json.dumps(read)) == tomllib.loads(printed)
+    one = Server(folder, folder / "serve.toml")
+    yield one
+    one.end(signal.SIGKILL)
+
+
+def test_without_the_key_nothing_runs(narrow):
+    for path in (CHATS, COMPLETIONS, "/v1/responses", "/v1/messages", SWEEP):
+        assert narrow.post(path, {}).status_code == 401
+    assert request(narrow, "PUT", "rankings/x", content=b"").status_code == 401
+    assert request(narrow, "DELETE", "rankings/x").status_code == 401
+    assert narrow.get("/v1/snpatch").status_code == 401
+    body = {"model": "base", "messages": CHAT, "max_tokens": 1}
+    assert narrow.post("/invocations", body).status_code == 404
+    assert narrow.post("/invocations", body, headers=KEY).status_code == 404
+    assert narrow.post(CHATS, body, headers=KEY).status_code == 200
+    upload = request(narrow, "PUT", "rankings/x", content=b"", headers=KEY)
+    assert (upload.status_code, "start it with --allow-upload" in upload.text) == (403, True)
+
+
+def test_full_banks_serve_in_order_and_refuse_past_the_limit(narrow):
+    """One ranking at once: whoever names another waits, first come first served, but not who names none."""
+
+    async def everything():
+        async with httpx.AsyncClient(base_url=narrow.url, timeout=60, headers=KEY) as http:
+            order = []
+
+            async def ask(name, **body):
+                answer = await http.post(COMPLETIONS, json={"prompt": IDS[0], "max_tokens": 3, **body})
+                order.append(name)
+                return answer
+
+            def patch(ranking, **more):
+                return {"model": "base", "snpatch": {**SAFE, "ranking": ranking}, **more}
+
+            async with http.stream("POST", COMPLETIONS, json=long(JOBS[2], stream=True)) as holding:
+                lines = holding.aiter_lines()
+                await anext(lines)
+                waiting = []
+                for name, body in (("other", patch("second")), ("own", patch("first"))):
+                    waiting.append(asyncio.create_task(ask(name, **body)))
+                    await asyncio.sleep(0.1)
+                refused = await ask("refused", **patch("first"))
+                plain = await ask("plain", model="base")
+                metrics = (await http.get("/metrics")).text
+                async for _ in lines:
+                    ...
+                order.append("held")
+            return order, refused, plain, metrics, await asyncio.gather(*waiting)
+
+    order, refused, plain, metrics, served = asyncio.run(everything())
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert "2 requests wait for a place" in refused.json()["error"]["message"]
+    assert plain.status_code == 200
+    assert 'snpatch_banks_in_use{kind="ranking"} 1.0' in metrics
+    assert "snpatch_waiting_requests 2.0" in metrics
+    assert order == ["refused", "plain", "held", "other", "own"]
+    assert all(answer.json()["snpatch"]["verified"] for answer in served)
+
+
+def test_sigterm_lets_streams_end_with_their_receipts(narrow):
+    """The last test of this server."""
+
+    async def everything():
+        async with httpx.AsyncClient(base_url=narrow.url, timeout=60, headers=KEY) as http:
+
+            async def listen(job, begun):
+                async with http.stream("POST", COMPLETIONS, json=long(job, stream=True, n=16)) as answer:
+                    found = []
+                    async for line in answer.aiter_lines():
+                        found.append(line)
+                        begun.set()
+                    return found
+
+            begun = [asyncio.Event() for _ in range(3)]
+            tasks = [asyncio.create_task(listen(JOBS[2], one)) for one in begun]
+            await asyncio.gather(*(one.wait() for one in begun))
+            narrow.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.2)
+            late = await http.post(COMPLETIONS, json={"model": "base", "prompt": IDS[0], "max_tokens": 1})
+            return late, await asyncio.gather(*tasks)
+
+    late, streams = asyncio.run(everything())
+    assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+    for lines in streams:
+        assert lines[-2] == "data: [DONE]"
+        *_, (_, last) = events(lines)
+        assert last["snpatch"]["verified"]
+        assert len(last["snpatch"]["choices"]) == 16
+    assert narrow.end() == 0, narrow.said()
+
+
+def test_two_workers_patch_exactly_and_an_engines_death_is_told(world, tmp_path):
+    """Tensor parallel; then SIGKILL for the engine: open requests get errors, health says so, the exit code is no 0."""
+    two = Server(tmp_path, *options_of(world.made, world.folder), *SIZES, "--tensor-parallel-size", "2")
+    with openai.OpenAI(base_url=f"{two.url}/v1", api_key="none", max_retries=0) as client:
+        for job, want in zip(MANY[:16], world.many[:16], strict=True):
+            answer = complete(client, job)
+            assert answer.choices[0].token_ids == want.token_ids
+            assert answer.snpatch["overwrites"] == want.overwrites
+        assert not any(two.held().values())
+        (core,) = (pid for pid in descendants(two.process.pid) if b"EngineCore" in command_line(pid))
+
+        async def everything():
+            async with httpx.AsyncClient(base_url=two.url, timeout=60) as http:
+
+                async def stream(begun):
+                    async with http.stream("POST", COMPLETIONS, json=long(JOBS[2], stream=True)) as answer:
+                        found = []
+                        async for line in answer.aiter_lines():
+                            found.append(line)
+                            begun.set()
+                        return found
+
+                begun = asyncio.Event()
+                streaming = asyncio.create_task(stream(begun))
+                whole = asyncio.create_task(http.post(COMPLETIONS, json=long(JOBS[3])))
+                await begun.wait()
+                os.kill(core, signal.SIGKILL)
+                whole, lines = await asyncio.wait_for(asyncio.gather(whole, streaming), 30)
+                return whole, lines, await http.get("/health")
+
+        whole, lines, health = asyncio.run(everything())
+    assert (whole.status_code, "vLLM's engine has ended" in whole.text) == (500, True)
+    *_, (_, last) = events(lines)
+    assert "vLLM's engine has ended" in last["error"]["message"]
+    assert not any(choice["finish_reason"] for _, one in events(lines) for choice in one.get("choices", ()))
+    assert health.status_code == 503
+    assert two.process.wait(60) == 2, two.said()
+    assert "vLLM's engine has ended" in two.said()
+
+
+# ---- what cannot be started ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--patch=safe=recipient=sft,donor=dpo,ranking=none,k=3"], "patch safe: patch: no ranking named 'none'"),
+        (["--patch=sft=recipient=sft"], "patch sft: a model has this name"),
+        (["--patch=a/b=recipient=sft"], "a name has up to 64 letters"),
+        (["--patch=one=recipient=sft,donor=dpo,ranking=first,k=9999"], "reaches past the ranking's 288 neurons"),
+        (["--patch=one"], "--patch wants name=patch"),
+        (["--api-server-count=2"], "rows and receipts belong to one process"),
+        (["--headless"], "--headless is not served"),
+        (["--enable-lora"], "enable_lora cannot be set"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--port=x"], "--port: invalid"),
+        (["--pipeline-parallel-size=2"], "a twin model cannot be combined with pipeline parallel"),
+        (["--guard=none.safetensors"], "none.safetensors: no such file"),
+    ],
+)
+def test_a_bad_start_is_one_line(world, capsys, words, message):
+    code, _, error = run(capsys, "serve", *options_of(world.made, world.folder), *words)
+    assert (code, message in error) == (2, True), error
+    assert "Traceback" not in error
