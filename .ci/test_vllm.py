@@ -24,7 +24,7 @@ sys.path.append(str(Path(ROOT, "bench")))
 from gpu_host import register_plugin
 
 TESTS = """executor_vllm pair_vllm vllm_start vllm_worker vllm_runner_v2 vllm_piecewise vllm_quantised vllm_contract
-goldens_vllm""".split()
+goldens_vllm serve serve_limits""".split()
 # What vLLM's wheel for GPUs asks for and its Python does without on a CPU; the first three break transformers where
 # they do not fit PyTorch.
 LEFT_OUT = """torchvision torchaudio torchcodec flashinfer-python fastsafetensors humming-kernels instanttensor

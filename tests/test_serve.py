@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from jobs import ALL, IDS, JOBS, Job, told
+from served import MISCOUNT
 from serving import CHAT, MANY, SAFE, SERVED, WORDS, complete
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -153,6 +154,53 @@ def test_what_vllm_does_beside_goes_on_patched(client):
     assert chosen.snpatch["verified"]
     echoed = client.completions.create(model="safe", prompt=IDS[0], max_tokens=1, echo=True, logprobs=1, temperature=0)
     assert len(echoed.choices[0].logprobs.token_logprobs) == len(IDS[0]) + 1
+
+
+# ---- receipts that fail ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def miscounting(server):
+    """A server whose workers say that they did less than they did."""
+    server.post(MISCOUNT, {})
+    yield server
+    server.post(MISCOUNT, {})
+
+
+def test_a_receipt_that_fails_is_a_500_or_an_error_chunk_without_a_finish_reason(miscounting, client):
+    before = _metric(miscounting, "snpatch_receipts_failed_total")
+    chat = {"model": "safe", "messages": CHAT, "max_tokens": 4, "temperature": 0}
+    texts = {"model": "safe", "prompt": IDS[0], "max_tokens": 4, "temperature": 0}
+    calls = [
+        (client.chat.completions.create, chat),
+        (client.chat.completions.create, {**chat, "n": 2, "temperature": 1.0}),
+        (client.completions.create, texts),
+        (client.responses.create, {"model": "safe", "input": WORDS, "max_output_tokens": 4}),
+    ]
+    for create, arguments in calls:
+        with pytest.raises(openai.InternalServerError, match="a patch was not applied in full"):
+            create(**arguments)
+    for create, arguments in calls:
+        chunks, reason = [], None
+        try:
+            for chunk in create(**arguments, stream=True):
+                chunks.append(chunk)
+        except openai.APIError as error:
+            reason = str(error)
+        # Of Responses the client gives errors as events.
+        assert "a patch was not applied in full" in (reason or chunks[-1].message)
+        assert not any(choice.finish_reason for one in chunks for choice in getattr(one, "choices", ()))
+        assert not any(getattr(one, "type", "") == "response.completed" or hasattr(one, "snpatch") for one in chunks)
+    message = {"model": "safe", "messages": CHAT, "max_tokens": 4}
+    answer = miscounting.post("/v1/messages", message)
+    assert (answer.status_code, "a patch was not applied in full" in answer.text) == (500, True)
+    streamed = miscounting.post("/v1/messages", {**message, "stream": True}).text
+    assert "event: error" in streamed
+    assert "message_stop" not in streamed
+    assert "stop_reason" not in streamed.split("event: message_start")[1].partition("event: ")[2]
+    plain = client.chat.completions.create(**{**chat, "model": "sft"})
+    assert plain.snpatch["verified"], "which nothing patches"
+    assert _metric(miscounting, "snpatch_receipts_failed_total") >= before + 10
 
 
 # ---- guard -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from snpatch.executors.vllm import contract, versions
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 FOLDER = Path(contract.__file__).parent
-LISTED = [contract.CONTRACT, *contract.RUNNERS.values()]
+LISTED = [contract.CONTRACT, *contract.RUNNERS.values(), contract.SERVER]
+SERVER = FOLDER.parents[1] / "server"
 CORE = "vllm.v1.engine.llm_engine"
 
 
@@ -34,7 +35,7 @@ def lacking(*edits):
 
 
 def test_the_installed_vllm_keeps_the_contract():
-    assert contract.missing() == []
+    assert contract.missing(serving=True) == []
 
 
 def test_it_would_see_anything_that_is_missing():
@@ -55,9 +56,9 @@ def test_it_would_see_anything_that_is_missing():
 
 
 def test_every_import_of_vllm_is_in_the_contract():
-    """Any `from vllm... import X` in this package's own source, wherever in a file it stands."""
+    """Any `from vllm... import X` in these rooms' own source, wherever in a file it stands."""
     imports = set()
-    for file in FOLDER.rglob("*.py"):
+    for file in (*FOLDER.rglob("*.py"), *SERVER.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm" and not node.level:
                 imports |= {(node.module, alias.name) for alias in node.names}
@@ -67,9 +68,9 @@ def test_every_import_of_vllm_is_in_the_contract():
     assert {(module, name) for module, name in imports if not any(name in c.get(module, {}) for c in LISTED)} == set()
 
 
-def test_only_this_folder_imports_vllm():
+def test_only_these_folders_import_vllm():
     package = FOLDER.parent.parent
-    files = [file for file in package.rglob("*.py") if FOLDER not in file.parents]
+    files = [file for file in package.rglob("*.py") if not {FOLDER, SERVER} & {*file.parents}]
     assert len(files) > 30
     for file in files:
         assert not re.search(r"^\s*(from|import) vllm\b", file.read_text(), re.MULTILINE), file
@@ -94,7 +95,7 @@ def version(monkeypatch):
 @pytest.mark.parametrize("known", ["0.24.0", "0.29.1", "0.32.0+cpu", "0.33.0"])
 def test_a_known_version_is_not_checked(version, monkeypatch, recwarn, known):
     version(known)
-    monkeypatch.setattr(contract, "missing", lambda: pytest.fail("a known version was checked"))
+    monkeypatch.setattr(contract, "missing", lambda serving: pytest.fail("a known version was checked"))
     assert versions.check() == known
     assert not recwarn
 
@@ -141,7 +142,7 @@ def test_an_unknown_version_that_lacks_something_is_an_error_that_names_it(versi
 @pytest.mark.parametrize("gone", ["vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_states.default"])
 def test_one_model_runner_is_enough(monkeypatch, gone):
     monkeypatch.setattr(contract, "source", lacking((gone, "", None)))
-    assert contract.missing() == []
+    assert contract.missing(serving=True) == []
 
 
 @pytest.mark.parametrize("old", ["0.9.2", "0.23.0"])

@@ -9,7 +9,7 @@ from contextlib import closing
 
 from snpatch.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
-from snpatch.executors.vllm import log
+from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.lifetime import died
 from snpatch.judges.opening import is_model, open_judge
 from snpatch.judges.protocol import Judge
@@ -35,7 +35,9 @@ async def _serve(config: ServeConfig) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # its new place is none in vLLM 0.24
         from vllm.entrypoints.openai.api_server import build_and_serve, setup_server
 
-    config.engine.checked_backend()
+    if config.engine.checked_backend() != "vllm":
+        raise SnpatchError("a server runs in vLLM: install snpatch[cpu] or snpatch[cuda]")
+    versions.check(serving=True)
     args = flags.namespace(config.engine.model, config.vllm_server, config.engine.vllm)
     engine = AsyncEngine.from_config(config.engine)
     served = tuple(args.served_model_name or [config.engine.model])

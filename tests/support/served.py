@@ -1,4 +1,4 @@
-"""`snpatch serve` in a process of its own, with one route more, which tells what the workers hold.
+"""`snpatch serve` in a process of its own, with two routes more: what the workers hold, and workers that miscount.
 
 As a program it is the command line itself: its arguments are those after `snpatch`.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-HELD = "/v1/snpatch/held"  # of the tests alone
+HELD, MISCOUNT = "/v1/snpatch/held", "/v1/snpatch/miscount"  # of the tests alone
 
 
 class Server:
@@ -74,6 +74,23 @@ def kept(worker) -> dict[str, int]:
     }
 
 
+def miscount(worker) -> None:
+    """In a worker: from now on, or no longer, its device has done one overwrite less than it did."""
+    feed = worker.model_runner.get_model().snpatch.feed
+    if "fetch" in vars(feed):
+        del feed.fetch
+        return
+    fetch = feed.fetch
+
+    def less(tickets):
+        found = fetch(tickets)
+        for record in (record for records in found for record in records):
+            record["done"] -= 1
+        return found
+
+    feed.fetch = less
+
+
 def main() -> None:
     from snpatch import cli
     from snpatch.server import opening
@@ -86,6 +103,10 @@ def main() -> None:
             found = await executor.engine.collective_rpc(kept)
             here = {**executor.registry.in_use, "waiting": executor.waiting, "sweeps": len(serving.sweeps)}
             return here | {name: sum(one[name] for one in found) for name in found[0]}
+
+        @routes.post(MISCOUNT)
+        async def toggle() -> None:
+            await executor.engine.collective_rpc(miscount)
 
         return routes
 

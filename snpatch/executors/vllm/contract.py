@@ -145,15 +145,48 @@ RUNNERS = {
         },
     },
 }
+# What `snpatch serve` touches beside.
+SERVER = {
+    "vllm.engine.protocol": {
+        "EngineClient": "generate(prompt, sampling_params, request_id, lora_request) shutdown(timeout)"
+    },
+    "vllm.entrypoints.anthropic.serving": {"AnthropicServingMessages": "create_messages(request, raw_request)"},
+    "vllm.entrypoints.cli.serve": {"ServeSubcommand": "subparser_init(subparsers) validate(args)"},
+    "vllm.entrypoints.openai.api_server": {
+        "build_and_serve": "(engine_client, listen_address, sock, args)",
+        "setup_server": "(args)",
+    },
+    "vllm.entrypoints.openai.chat_completion.serving": {
+        "OpenAIServingChat": "create_chat_completion(request, raw_request)"
+    },
+    "vllm.entrypoints.openai.completion.serving": {"OpenAIServingCompletion": "create_completion(request, raw_request)"},
+    "vllm.entrypoints.openai.models.serving": {"OpenAIServingModels": "lora_requests"},
+    "vllm.entrypoints.openai.responses.serving": {"OpenAIServingResponses": "create_responses(request, raw_request)"},
+    "vllm.entrypoints.serve.engine.serving": {
+        "BaseServing": "create_error_response(message, err_type, status_code, param)"
+    },
+    "vllm.lora.request": {"LoRARequest": "lora_name lora_int_id lora_path"},
+    "vllm.outputs": {
+        "CompletionOutput": "(index, text, token_ids, cumulative_logprob, logprobs, finish_reason, stop_reason)",
+        "RequestOutput": "(request_id, prompt, prompt_token_ids, prompt_logprobs, outputs, finished)",
+    },
+    "vllm.sampling_params": {
+        "RequestOutputKind": "DELTA FINAL_ONLY",
+        "SamplingParams": "n seed extra_args max_tokens min_tokens output_kind logprobs prompt_logprobs "
+        "update_from_generation_config(generation_config)",
+    },
+    "vllm.utils.argparse_utils": {"FlexibleArgumentParser": "parse_args(args)"},
+}
 USE = re.compile(r"(\w*)(?:\(([\w, ]*)\))?")
 Found = tuple[str, ast.AST]  # a definition and the module that it stands in
 
 
-def missing() -> list[str]:
-    """What the installed vLLM lacks, as dotted names; empty if the contract holds."""
+def missing(serving: bool = False) -> list[str]:
+    """What the installed vLLM lacks, as dotted names; empty if the contract holds. serving: also of its server."""
     _names.cache_clear()
     runners = [list(_lacking(runner)) for runner in RUNNERS.values()]
-    return [*_lacking(CONTRACT), *(() if [] in runners else (name for names in runners for name in names))]
+    lacking = [*_lacking(CONTRACT), *(() if [] in runners else (name for names in runners for name in names))]
+    return [*lacking, *_lacking(SERVER)] if serving else lacking
 
 
 def source(module: str) -> str | None:

@@ -49,8 +49,9 @@ def installed() -> str | None:
     return None
 
 
-def check() -> str:
-    """The installed version. One that is not known has to keep the contract, and gets one warning a process."""
+def check(serving: bool = False) -> str:
+    """The installed version. One that is not known has to keep the contract, and gets one warning a process. serving:
+    it is to run its server."""
     found = installed()
     if found is None:
         raise SnpatchError("backend vllm: vLLM is not installed; install snpatch[cpu] or snpatch[cuda]")
@@ -59,13 +60,13 @@ def check() -> str:
     if minor is not None and minor < min(KNOWN):
         raise SnpatchError(f"backend vllm: snpatch needs vLLM {SERVED}, this is {found}; install one of those")
     if minor not in KNOWN:
-        _try_unknown(found)
+        _try_unknown(found, serving)
     return found
 
 
 @functools.cache
-def _try_unknown(found: str) -> None:
-    missing = contract.missing()
+def _try_unknown(found: str, serving: bool) -> None:
+    missing = contract.missing(serving)
     if missing:
         raise SnpatchError(
             f"backend vllm: snpatch is tested with vLLM {SERVED}, this is {found} and lacks {', '.join(missing)}; "
