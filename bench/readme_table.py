@@ -33,6 +33,7 @@ AGAINST = {
     "two natives": "two native engines, one after the other",
     "without": "none",
 }
+TIMES = ("median_ttft_ms", "median_tpot_ms")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def generate_table(found: list[Run]) -> str:
     """Patched generation against native vLLM, and every other comparison, of each machine, size and model runner."""
     groups: dict[tuple, list[Run]] = {}
     for run in found:
-        if run.ratios:
+        if run.ratios and "runner" in run.info:
             groups.setdefault((run.machine, run.info["size"], run.info["runner"]), []).append(run)
     return "\n\n".join(_generate_group(group) for group in groups.values())
 
@@ -148,6 +149,39 @@ def sweeps_table(found: list[Run]) -> str:
                     )
                     rows.append((f"smallest k, {name}: {answer}", f"{told['used']} of {told['full']} completions"))
     return _table(("sweeps", ""), rows)
+
+
+def serve_table(found: list[Run]) -> str:
+    """The server under vLLM's own serving benchmark, and what HTTP adds to the offline engine."""
+    rows, tables, about = [], [], None
+    sides = ("served patched", "served plain", "native server 2B")
+    for run in found:
+        if run.info.get("side") == "served":
+            figures, about = run.info["figures"], run
+            speeds = f"{figures[sides[0]]['request_throughput']:.2f}"
+            ratios = run.ratios["served plain"], run.ratios["native server 2B"]
+            times = (" / ".join(f"{figures[side][key]:.0f}" for side in sides) for key in TIMES)
+            rows.append((run.info["batch"], speeds, *ratios, *times))
+    if rows:
+        head = (
+            "concurrency",
+            "requests/s",
+            "against plain, same server",
+            "against vLLM's server, twice the concurrency",
+        )
+        tables.append(_table((*head, "TTFT, ms: patched / plain / vLLM's, twice", "TPOT, ms"), rows))
+    for run in found:
+        if run.info.get("side") == "http":
+            i = run.info
+            tables.append(
+                f"{i['requests']} whole answers of {i['new']} tokens, {i['batch']} at a time: HTTP adds "
+                f"{i['added_ms']:.1f} ms a request ({i['added_q1']:.1f} .. {i['added_q3']:.1f}) to the offline "
+                f"engine's {i['offline_ms']:.0f} ms."
+            )
+    if about is not None:
+        geometry = f"{about.info['size']} geometry, texts of {about.info['prompt']} + {about.info['new']} tokens"
+        tables.append(f"{geometry}, {about.machine}; {_versions(about, 'vllm', 'torch')}; medians (quartiles).")
+    return "\n\n".join(tables)
 
 
 def contrast_table(found: list[Run]) -> str:
@@ -213,6 +247,7 @@ def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "generate": lambda: generate_table(cpu),
         "generate on a GPU": lambda: generate_table(gpu),
         "sweeps": lambda: sweeps_table(cpu),
+        "serve": lambda: serve_table(cpu),
         "contrast": lambda: contrast_table(cpu),
         "op": lambda: op_table(cpu),
         "op on a GPU": lambda: op_table(gpu),

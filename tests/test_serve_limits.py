@@ -180,22 +180,22 @@ def test_a_sweep_is_the_offline_texts_judged_with_its_noise_floor(world, server,
     texts = [data for name, data in told_of if name == "text"]
     rows = [data for name, data in told_of if name == "row"]
     assert begun["texts"] == summary["texts"] == len(texts) == 3 * 7
-    names = [(row["recipient"], row.get("donor"), row.get("window"), row.get("floor")) for row in rows]
+    names = [(row["recipient"], row["donor"], row["lo"], row["hi"], row.get("floor")) for row in rows]
     assert names == [
-        ("sft", None, None, None),
-        ("dpo", None, None, None),
-        ("sft", "dpo", [0, 0], "k = 0"),
-        ("sft", "sft", [0, ALL], "self-patch"),
-        ("sft", "dpo", [0, 0], None),
-        ("sft", "dpo", [0, 60], None),
-        ("sft", "dpo", [20, ALL], None),
+        ("sft", None, 0, 0, None),
+        ("dpo", None, 0, 0, None),
+        ("sft", "dpo", 0, 0, "k = 0"),
+        ("sft", "sft", 0, ALL, "self-patch"),
+        ("sft", "dpo", 0, 0, None),
+        ("sft", "dpo", 0, 60, None),
+        ("sft", "dpo", 20, ALL, None),
     ]
     assert [row["changed"] for row in rows[2:5]] == [0, 0, 0]
     assert rows[6]["changed"] > 0
     nothing = {"changed": 0, "difference": 0}
     assert summary["floor"] == {"k = 0": nothing, "self-patch": nothing}
     for window in ([0, 60], [20, ALL]):
-        written = {one["prompt_index"]: one for one in texts if one.get("window") == window}
+        written = {one["prompt_index"]: one for one in texts if [one["lo"], one["hi"]] == window}
         for i, prompt in ((0, WORDS), (2, "dora mela")):
             patch = {**SAFE, "window": window}
             alone = client.completions.create(

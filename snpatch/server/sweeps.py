@@ -19,13 +19,15 @@ from snpatch.judges.protocol import score_all
 from snpatch.patching.patch import Patch
 from snpatch.ranking.window import Window
 from snpatch.requests import Completion
+from snpatch.runs.sweep import PROMPTS, Row
 from snpatch.sampling import Sampling
 from snpatch.schema import option
 from snpatch.server.errors import BusyError
 from snpatch.server.serving import Serving
-from snpatch.statistics import causal_effect, interval
+from snpatch.statistics import Interval, causal_effect, interval, paired_p
 
 MOST = 4  # sweeps at once
+NOTHING, SELF = "k = 0", "self-patch"  # the noise floor
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,6 @@ class _Point:
     """A patch, or an unpatched model, over all prompts. floor: which part of the noise floor it is."""
 
     patch: Patch | str
-    window: tuple[int, int] | None = None
     floor: str | None = None
 
 
@@ -69,6 +70,7 @@ class Sweep:
 
     def __init__(self, serving: Serving, form: SweepForm) -> None:
         self._serving, self._form, engine = serving, form, serving.engine
+        self._neurons = engine.geometry.n_layers * engine.geometry.n_neurons
         if len(serving.sweeps) >= MOST:
             raise BusyError(f"{MOST} sweeps are running")
         if form.judge not in serving.judges:
@@ -153,22 +155,27 @@ class Sweep:
         if form.donor in self._serving.engine.models:
             points.append(_Point(form.donor))
         largest = Window(0, max(patch.window.hi for patch in patched))
-        points.append(_Point(replace(patched[0], window=0), (0, 0), "k = 0"))
+        points.append(_Point(replace(patched[0], window=0), NOTHING))
         itself = replace(patched[0], donor=form.recipient, window=largest, strength=1.0)
         try:
             self._serving.engine.executor.registry.check(self._serving.engine.requests.patched([0], itself))
-            points.append(_Point(itself, (largest.lo, largest.hi), "self-patch"))
+            points.append(_Point(itself, SELF))
         except SnpatchError as error:  # two sets of weights, compiled: one model cannot run in both streams
             self._no_self_patch = str(error)
-        return points + [_Point(patch, (patch.window.lo, patch.window.hi)) for patch in patched]
+        return points + [_Point(patch) for patch in patched]
 
     def _named(self, point: _Point) -> dict:
-        """What a point is, in every event that is about it."""
-        told = {"recipient": _speaker(point)}
-        if isinstance(point.patch, Patch):
-            donor = point.patch.donor if isinstance(point.patch.donor, str) else self._form.donor
-            told |= {"donor": donor, "window": list(point.window)}
-        return told | ({"floor": point.floor} if point.floor else {})
+        """What a point is, in every event that is about it; see runs.sweep.Row."""
+        form, is_patched = self._form, isinstance(point.patch, Patch)
+        return {
+            "recipient": _speaker(point),
+            "donor": (form.recipient if point.floor == SELF else form.donor) if is_patched else None,
+            "ranking": form.ranking if is_patched else None,
+            "lo": point.patch.window.lo if is_patched else 0,
+            "hi": point.patch.window.hi if is_patched else 0,
+            "strength": point.patch.strength if is_patched else None,
+            **({"floor": point.floor} if point.floor else {}),
+        }
 
     def _text(self, p: int, i: int) -> dict:
         one: Completion = self._texts[p][i]
@@ -191,24 +198,29 @@ class Sweep:
             raise SnpatchError(f"judge {judge!r} failed: {first_line(error)}") from error
 
     def _row(self, p: int, scores: dict[int, np.ndarray]) -> dict:
-        """A point over all prompts. changed: the share of texts that are not the unpatched recipient's; effect: Eq. 4,
-        the share of the way from the recipient's mean score to the donor's, where the donor is a model."""
-        mean, low, high = interval(np.mean, scores[p])
-        row = {
-            **self._named(self._points[p]),
-            "judge": self._form.judge,
-            "prompts": len(scores[p]),
-            "mean": mean,
-            "mean_low": low,
-            "mean_high": high,
-            "changed": self._changed(p),
-            "overwrites": sum(one.overwrites for one in self._texts[p]),
-        }
-        is_patched = self._points[p].window is not None
+        """A point over all prompts: a Row, and `changed`, the share of texts that are not the unpatched recipient's."""
+        named, point, texts = self._named(self._points[p]), self._points[p], self._texts[p]
+        floor = {"floor": named.pop("floor")} if point.floor else {}
+        is_patched, effect = isinstance(point.patch, Patch), (None, None, None)
         if is_patched and isinstance(self._points[1].patch, str):
-            found = causal_effect(scores[p], scores[0], scores[1])
-            row |= dict(zip(("effect", "effect_low", "effect_high"), found, strict=True))
-        return row
+            effect = causal_effect(scores[p], scores[0], scores[1])
+        row = Row(
+            **named,
+            judge=self._form.judge,
+            set=PROMPTS,
+            control_seed=None,
+            share=(named["hi"] - named["lo"]) / self._neurons,
+            prompts=len(texts),
+            failed=0,
+            tokens=sum(len(one.token_ids) for one in texts),
+            overwrites=sum(one.overwrites for one in texts),
+            **_spread("mean", interval(np.mean, scores[p])),
+            **_spread("effect", effect),
+            **_spread("net", (None, None, None)),
+            p_unpatched=paired_p(scores[p], scores[0]) if is_patched else None,
+            p_control=None,
+        )
+        return {**asdict(row), "changed": self._changed(p), **floor}
 
     def _changed(self, p: int) -> float:
         return sum(a.token_ids != b.token_ids for a, b in zip(self._texts[p], self._texts[0], strict=True)) / len(
@@ -223,7 +235,7 @@ class Sweep:
             if point.floor
         }
         if self._no_self_patch:
-            floor["self-patch"] = {"error": self._no_self_patch}
+            floor[SELF] = {"error": self._no_self_patch}
         return {
             "texts": len(every),
             "tokens": sum(len(one.token_ids) for one in every),
@@ -232,6 +244,11 @@ class Sweep:
             "verified": True,  # a text whose receipt failed would have ended the sweep
             "floor": floor,
         }
+
+
+def _spread(name: str, found: Interval) -> dict[str, float | None]:
+    """A value and its interval as a Row has them."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
 
 def _speaker(point: _Point) -> str:

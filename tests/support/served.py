@@ -9,23 +9,25 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 
 HELD, MISCOUNT = "/v1/snpatch/held", "/v1/snpatch/miscount"  # of the tests alone
+OWN = (__file__, "serve")
 
 
 class Server:
-    """A running server. options: of `snpatch serve`, after MODEL."""
+    """A running server. options: of `snpatch serve`, or of another program."""
 
-    def __init__(self, folder: Path, *options: str, wait_s: float = 180) -> None:
+    def __init__(self, folder: Path, *options: str, program: Sequence[str] = OWN, wait_s: float = 180) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "server.log"
-        words = [sys.executable, __file__, "serve", *map(str, options), "--port", str(self.port)]
+        words = [sys.executable, *program, *map(str, options), "--port", str(self.port)]
         environment = {**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONUNBUFFERED": "1"}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)

@@ -159,7 +159,9 @@ SERVER = {
     "vllm.entrypoints.openai.chat_completion.serving": {
         "OpenAIServingChat": "create_chat_completion(request, raw_request)"
     },
-    "vllm.entrypoints.openai.completion.serving": {"OpenAIServingCompletion": "create_completion(request, raw_request)"},
+    "vllm.entrypoints.openai.completion.serving": {
+        "OpenAIServingCompletion": "create_completion(request, raw_request)"
+    },
     "vllm.entrypoints.openai.models.serving": {"OpenAIServingModels": "lora_requests"},
     "vllm.entrypoints.openai.responses.serving": {"OpenAIServingResponses": "create_responses(request, raw_request)"},
     "vllm.entrypoints.serve.engine.serving": {

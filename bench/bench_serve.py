@@ -1,0 +1,149 @@
+"""`snpatch serve` under vLLM's own serving benchmark, against plain requests of the same server and vLLM's own server
+at twice the concurrency; and what HTTP adds to the offline engine: `make bench-serve`.
+
+The client is what `vllm bench serve` runs, called in this process: its command line asks for a package named vllm,
+which vLLM's build for CPUs is not. Servers live side by side and take turns, as in bench_generate.py; prompts are new
+in every run. On a CPU client, HTTP server and engine share the cores.
+"""
+
+import argparse
+import asyncio
+import statistics
+import time
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import httpx
+import pytest
+from bench_generate import COMMON, GPU, NEW, PATCH, PROMPT, RANKING, ROUNDS, SIZE, K, about, folder, prompts  # noqa: F401
+from served import Server
+
+from snpatch import Engine, Sampling
+
+CONCURRENCY = (1, 8, 32)
+WAVES = 3  # of requests in a run: so many times the concurrency
+FEW = max(3, ROUNDS // 2)
+KEPT = ("request_throughput", "median_ttft_ms", "median_tpot_ms", "p99_ttft_ms", "p99_tpot_ms")
+WAIT_S = 600
+_seeds = count()
+
+
+def flags(max_model_len: int) -> list[str]:
+    """COMMON as a command line has it."""
+    words = [f"--max-model-len={max_model_len}", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
+    for name, value in COMMON.items():
+        flag = name.replace("_", "-")
+        words.append((f"--{flag}" if value else f"--no-{flag}") if isinstance(value, bool) else f"--{flag}={value}")
+    return words
+
+
+@pytest.fixture(scope="module")
+def served(folder, tmp_path_factory):  # noqa: F811
+    RANKING.save(folder / "ranking.safetensors")
+    pair = [f"-asft={folder / 'sft'}", f"-adpo={folder / 'sft'},{folder / 'dpo'}"]
+    named = [
+        f"--ranking=ranking={folder / 'ranking.safetensors'}",
+        f"--patch=patched=recipient=sft,donor=dpo,ranking=ranking,k={K}",
+    ]
+    words = [str(folder / "model"), *pair, *named, *flags(512)]
+    server = Server(tmp_path_factory.mktemp("served"), *words, program=("-m", "snpatch.cli", "serve"), wait_s=WAIT_S)
+    yield server
+    server.end()
+
+
+@pytest.fixture(scope="module")
+def native(folder, tmp_path_factory):  # noqa: F811
+    words = ["--model", str(folder / "model"), "--dtype", "bfloat16", *flags(513)]
+    server = Server(
+        tmp_path_factory.mktemp("native"), *words, program=("-m", "vllm.entrypoints.openai.api_server"), wait_s=WAIT_S
+    )
+    yield server
+    server.end()
+
+
+def bench_serve(server: Server, model: str, tokenizer: Path, concurrency: int) -> dict:
+    """One run of `vllm bench serve`: its own figures."""
+    from vllm.benchmarks.serve import add_cli_args, main
+
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    n = WAVES * concurrency + concurrency
+    args = parser.parse_args(
+        f"""--backend openai --base-url {server.url} --model {tokenizer} --served-model-name {model}
+        --dataset-name random --random-input-len {PROMPT} --random-output-len {NEW} --num-prompts {n} --ignore-eos
+        --max-concurrency {concurrency} --seed {next(_seeds)} --temperature 0 --disable-tqdm
+        --ready-check-timeout-sec 0""".split()
+    )
+    found = main(args)
+    assert found["completed"] == n
+    return {name: found[name] for name in KEPT} | {"duration": found["duration"]}
+
+
+@pytest.mark.parametrize("concurrency", CONCURRENCY)
+def test_patched_against_plain_and_native(benchmark, folder, served, native, concurrency):  # noqa: F811
+    """Ratios are of request throughputs of neighbouring runs."""
+    tokenizer, native_name = folder / "model", str(folder / "model")
+    sides = {
+        "served patched": partial(bench_serve, served, "patched", tokenizer, concurrency),
+        "served plain": partial(bench_serve, served, "base", tokenizer, concurrency),
+        "native server 2B": partial(bench_serve, native, native_name, tokenizer, 2 * concurrency),
+        "native server B": partial(bench_serve, native, native_name, tokenizer, concurrency),
+    }
+    found: dict[str, list[dict]] = {name: [] for name in sides}
+
+    def turn():
+        for name, run in sides.items():
+            found[name].append(run())
+
+    benchmark.pedantic(turn, rounds=FEW, iterations=1, warmup_rounds=1)
+    own = [one["request_throughput"] for one in found["served patched"][1:]]
+    for name in sides.keys() - {"served patched"}:
+        ratios = [o / t["request_throughput"] for o, t in zip(own, found[name][1:], strict=True)]
+        if name == "native server 2B":
+            ratios = [2 * ratio for ratio in ratios]  # it serves two requests where the patch runs two rows
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        benchmark.extra_info[name] = {"ratio": middle, "q1": low, "q3": high}
+    figures = {
+        name: {key: statistics.median(one[key] for one in runs[1:]) for key in KEPT} for name, runs in found.items()
+    }
+    benchmark.extra_info.update(**about(), side="served", batch=concurrency, prompt=PROMPT, new=NEW, figures=figures)
+
+
+def test_what_http_adds(benchmark, folder, served):  # noqa: F811
+    """Seconds a request of whole answers over HTTP, 32 at a time, less those of the offline engine."""
+    concurrency, n = 32, 128
+    adapters = {"sft": folder / "sft", "dpo": [folder / "sft", folder / "dpo"]}
+    body = {"model": "patched", "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+
+    async def ask(texts) -> None:
+        waiting = iter(texts)
+
+        async def seat(http):
+            for ids in waiting:
+                answer = await http.post("/v1/completions", json={**body, "prompt": ids})
+                assert answer.json()["usage"]["completion_tokens"] == NEW
+
+        limits = httpx.Limits(max_connections=concurrency)
+        async with httpx.AsyncClient(base_url=served.url, timeout=600, limits=limits) as http:
+            await asyncio.gather(*(seat(http) for _ in range(concurrency)))
+
+    options = {**COMMON, "max_num_seqs": concurrency, "max_model_len": 512}
+    with Engine(folder / "model", adapters, backend="vllm", **options) as engine:
+        http, offline = [], []
+
+        def turn():
+            start = time.perf_counter()
+            asyncio.run(ask(prompts(n)))
+            http.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            engine.generate(prompts(n), PATCH, Sampling(max_tokens=NEW, ignore_eos=True))
+            offline.append(time.perf_counter() - start)
+
+        benchmark.pedantic(turn, rounds=ROUNDS, iterations=1, warmup_rounds=1)
+    added = [1e3 * (a - b) / n for a, b in zip(http[1:], offline[1:], strict=True)]
+    low, middle, high = statistics.quantiles(added, n=4)
+    benchmark.extra_info.update(
+        **about(), side="http", batch=concurrency, new=NEW, requests=n, added_ms=middle, added_q1=low, added_q3=high,
+        offline_ms=1e3 * statistics.median(offline[1:]) / n,
+    )  # fmt: skip
