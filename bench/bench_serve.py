@@ -26,6 +26,7 @@ WAVES = 3  # of requests in a run: so many times the concurrency
 FEW = max(3, ROUNDS // 2)
 KEPT = ("request_throughput", "median_ttft_ms", "median_tpot_ms", "p99_ttft_ms", "p99_tpot_ms")
 WAIT_S = 600
+SERVED, NATIVE = ("-m", "snpatch.cli", "serve"), ("-m", "vllm.entrypoints.openai.api_server")
 _seeds = count()
 
 
@@ -47,7 +48,7 @@ def served(folder, tmp_path_factory):  # noqa: F811
         f"--patch=patched=recipient=sft,donor=dpo,ranking=ranking,k={K}",
     ]
     words = [str(folder / "model"), *pair, *named, *flags(512)]
-    server = Server(tmp_path_factory.mktemp("served"), *words, program=("-m", "snpatch.cli", "serve"), wait_s=WAIT_S)
+    server = Server(tmp_path_factory.mktemp("served"), *words, program=SERVED, wait_s=WAIT_S)
     yield server
     server.end()
 
@@ -55,9 +56,7 @@ def served(folder, tmp_path_factory):  # noqa: F811
 @pytest.fixture(scope="module")
 def native(folder, tmp_path_factory):  # noqa: F811
     words = ["--model", str(folder / "model"), "--dtype", "bfloat16", *flags(513)]
-    server = Server(
-        tmp_path_factory.mktemp("native"), *words, program=("-m", "vllm.entrypoints.openai.api_server"), wait_s=WAIT_S
-    )
+    server = Server(tmp_path_factory.mktemp("native"), *words, program=NATIVE, wait_s=WAIT_S)
     yield server
     server.end()
 

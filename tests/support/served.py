@@ -28,7 +28,9 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "server.log"
         words = [sys.executable, *program, *map(str, options), "--port", str(self.port)]
-        environment = {**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if program is OWN:
+            environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its routes send functions to the workers
         with self._log.open("w") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         end = time.monotonic() + wait_s
