@@ -23,6 +23,10 @@ class ReceiptError(SnpatchError):
     """The device did not do what the plan implies: the results of the run must not be used."""
 
 
+class BusyError(SnpatchError):
+    """There is no room now: to be asked again."""
+
+
 class EngineDiedError(SnpatchError):
     """The engine is no more: what was under way is lost, and it can be started anew."""
 

@@ -12,7 +12,7 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.base import Capture, Geometry, Observation, Output, Request
 from snpatch.models.model import Model
 from snpatch.models.templates import Chat, Template
-from snpatch.patching.patch import Patch
+from snpatch.patching.patch import Patch, speaker
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import Sampling
 
@@ -137,7 +137,7 @@ class Requests:
     @staticmethod
     def recipients(patch: Patch | str | Sequence[Patch | str], n: int) -> list[str]:
         """Who speaks in each of n texts."""
-        return [one if isinstance(one, str) else one.recipient for one in one_each(patch, n, "patch", (Patch, str))]
+        return [speaker(one) for one in one_each(patch, n, "patch", (Patch, str))]
 
     # ---- requests -----------------------------------------------------------------------------------------------
 

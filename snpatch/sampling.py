@@ -1,10 +1,13 @@
 """Sampling: how tokens are chosen and when a text ends. Kept free of torch: the CLI takes its defaults from here."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from snpatch.errors import SnpatchError
 from snpatch.schema import option
+
+SEEDS = 2**63  # an int64 on the device
 
 
 @dataclass(frozen=True)
@@ -33,24 +36,35 @@ class Sampling:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
-        for valid, message in (
+        for valid, name, message in (
             (
-                self.temperature == 0 or self.temperature >= 1e-5,
-                f"temperature must be 0 (greedy) or at least 1e-5, got {self.temperature}",
+                self.temperature == 0 or 1e-5 <= self.temperature < math.inf,
+                "temperature",
+                f"must be 0 (greedy) or at least 1e-5, got {self.temperature}",
             ),
-            (0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}"),
-            (self.top_k >= 0, f"top_k must be at least 0 (0: all), got {self.top_k}"),
-            (self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}"),
-            (0 <= self.min_tokens <= self.max_tokens, f"min_tokens must lie in 0..max_tokens, got {self.min_tokens}"),
-            (self.n >= 1, f"n must be at least 1, got {self.n}"),
+            (0 < self.top_p <= 1, "top_p", f"must lie in (0, 1], got {self.top_p}"),
+            (self.top_k >= 0, "top_k", f"must be at least 0 (0: all), got {self.top_k}"),
+            (self.max_tokens >= 1, "max_tokens", f"must be at least 1, got {self.max_tokens}"),
+            (
+                0 <= self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                f"must lie in 0..max_tokens, got {self.min_tokens}",
+            ),
+            (self.n >= 1, "n", f"must be at least 1, got {self.n}"),
             (
                 self.n == 1 or self.temperature > 0,
-                f"n={self.n} greedy texts are all the same: set a temperature",
+                "n",
+                f"is {self.n}, and greedy texts are all the same: set a temperature",
             ),
-            (all(stop), "a stop string must not be empty"),
+            (
+                self.seed is None or -SEEDS <= self.seed <= SEEDS - self.n,
+                "seed",
+                f"must lie in -2^63..2^63-1, with those of all n texts, got {self.seed}",
+            ),
+            (all(stop), "stop", "holds an empty string"),
         ):
             if not valid:
-                raise SnpatchError(f"sampling: {message}")
+                raise SnpatchError(f"sampling: {name} {message}", field=name)
 
     def singles(self) -> "list[Sampling]":
         """The n samplings of one text each that this one of n texts stands for."""

@@ -7,10 +7,10 @@ import signal
 import oracle
 import pytest
 import torch
-from jobs import IDS, JOBS, RANKINGS, Job
+from jobs import IDS, JOBS, RANKINGS, SHAPE, VALUES, Job
 from processes import command_line, descendants
 
-from snpatch import AsyncEngine, Patch, Sampling, SnpatchError
+from snpatch import AsyncEngine, Noise, Patch, Sampling, Scale, SnpatchError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
@@ -33,6 +33,38 @@ async def listen(engine, job: Job, until: int = 999, sampling: Sampling = TEN, b
     return seen
 
 
+LATE = Job(0, "base", 0.2 * VALUES.abs(), (0, 60), seed=7)  # whose ranking the workers have, but not its constant
+
+
+async def left_while_written(engine, text) -> tuple[list[int], list[tuple]]:
+    """A caller leaves between the two writes of what its patch names, when another's constant is to be written.
+
+    The other's text, and the writes in their order: (kind, handle, row).
+    """
+    await text(Patch("base", Scale(0.5), LATE.patch.ranking, 60))
+    first, between, written, command = asyncio.Event(), asyncio.Event(), [], engine.executor.command
+
+    async def slow(name, *arguments):
+        if name == "snpatch_write":
+            written.append(arguments[:3])
+            first.set()
+            await between.wait()
+        return await command(name, *arguments)
+
+    engine.executor.command = slow
+    fresh = RANKINGS[0].random_control(40, seed=100)
+    leaving = asyncio.create_task(text(Patch("base", Noise(torch.ones(SHAPE), seed=3), fresh, 40)))
+    await first.wait()
+    other = asyncio.create_task(text(LATE.patch, LATE.ids))
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    await asyncio.sleep(0)
+    between.set()
+    told = await other
+    del engine.executor.command
+    return told, written
+
+
 async def everything(made) -> dict:
     """All that the tests below look at, from one engine."""
     adapters = {name: list(made.adapters[name]) for name in ("sft", "dpo")}
@@ -52,6 +84,7 @@ async def everything(made) -> dict:
         found["alone"] = [await text(patch) for patch in many]
         found["at once"] = await asyncio.gather(*map(text, many))
         begun = asyncio.Event()
+        found["left while written"] = await left_while_written(engine, text)
         task = asyncio.create_task(listen(engine, jobs[3], sampling=ENDLESS, begun=begun))
         await begun.wait()
         task.cancel()
@@ -108,6 +141,15 @@ def test_a_caller_that_leaves_or_is_cancelled_ends_its_own_request_alone(found):
     assert found["cancelled"]
     assert not any(found["in use"].values())
     assert found["after"] == found["alone"][3]
+
+
+def test_who_leaves_in_the_middle_of_writes_changes_nobody_elses_row(found):
+    told, written = found["left while written"]
+    recipient, patch = LATE.oracle(found["made"])
+    assert told == oracle.generate(recipient, LATE.ids, 10, patch).ids
+    rows = [row for kind, _, row in written if kind == "constant"]
+    assert len(rows) == 2
+    assert rows[0] != rows[1]
 
 
 def test_requests_wait_for_a_row_where_there_are_more_rankings_than_rows(found):

@@ -211,9 +211,14 @@ def test_a_sweep_is_the_offline_texts_judged_with_its_noise_floor(world, server,
         ({"windows": []}, "windows", "needs a window and a prompt"),
         ({"windows": [3, [5, 1]]}, "windows.1", "wanted 0 <= lo <= hi"),
         ({"prompts": []}, "prompts", "needs a window and a prompt"),
-        ({"prompts": ["bala " * 200]}, "prompts", "the model's context holds 128"),
+        ({"prompts": ["bala", "bala " * 200]}, "prompts.1", "the model's context holds 128"),
         ({"prompts": [[{"role": "user"}]]}, "prompts.content", "content is missing"),
-        ({"prompts": ["bala"] * 99}, None, "at most 200 texts"),
+        ({"prompts": ["bala"] * 99}, None, "at most 200 are written"),
+        ({"prompts": ["bala " * 2000]}, "prompts.0", "more than 4096 letters"),
+        ({"prompts": [[{"role": "system", "content": "bala"}]]}, "prompts.0", "a chat without a user's message"),
+        ({"prompts": ["bala \ud800"]}, "body", "surrogates not allowed"),
+        ({"temperature": float("inf")}, "temperature", "temperature must be 0 (greedy) or at least 1e-5"),
+        ({"seed": 2**63}, "seed", "seed must lie in"),
         ({"judge": "nobody"}, "judge", "no judge named 'nobody': there are refusal"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens must be at least 1"),
         ({"donor": "nobody"}, "donor", "no model named 'nobody'"),
@@ -221,7 +226,7 @@ def test_a_sweep_is_the_offline_texts_judged_with_its_noise_floor(world, server,
 )
 def test_a_bad_sweep_is_a_400_with_its_field(server, change, field, message):
     body = {"recipient": "sft", "donor": "dpo", "ranking": "first", "windows": [5], "prompts": ["bala"], **change}
-    answer = server.post(SWEEP, body)
+    answer = httpx.post(server.url + SWEEP, content=json.dumps(body), timeout=60)
     assert (answer.status_code, message in answer.text) == (400, True), answer.text
     assert answer.json()["error"]["param"] == field
 
@@ -307,7 +312,7 @@ def test_full_banks_serve_in_order_and_refuse_past_the_limit(narrow):
 
     order, refused, plain, metrics, served = asyncio.run(everything())
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-    assert "2 requests wait for a place" in refused.json()["error"]["message"]
+    assert "2 texts wait for a place" in refused.json()["error"]["message"]
     assert plain.status_code == 200
     assert 'snpatch_banks_in_use{kind="ranking"} 1.0' in metrics
     assert "snpatch_waiting_requests 2.0" in metrics
@@ -345,6 +350,27 @@ def test_sigterm_lets_streams_end_with_their_receipts(narrow):
         assert last["snpatch"]["verified"]
         assert len(last["snpatch"]["choices"]) == 16
     assert narrow.end() == 0, narrow.said()
+
+
+def test_past_the_drains_limit_streams_end_with_an_error(world, tmp_path):
+    brief = Server(tmp_path, *options_of(world.made, world.folder), "--drain-s", "0.2")
+
+    async def everything():
+        body, found = long(JOBS[2], stream=True, n=60), []
+        async with (
+            httpx.AsyncClient(timeout=60) as http,
+            http.stream("POST", brief.url + COMPLETIONS, json=body) as told,
+        ):
+            async for line in told.aiter_lines():
+                if not found:
+                    brief.process.send_signal(signal.SIGTERM)
+                found.append(line)
+        return found
+
+    lines = asyncio.run(everything())
+    *_, (_, last) = events(lines)
+    assert "vLLM's engine has ended" in last["error"]["message"]
+    assert brief.end() == 0, brief.said()
 
 
 def test_two_workers_patch_exactly_and_an_engines_death_is_told(world, tmp_path):

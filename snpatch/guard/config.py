@@ -41,6 +41,7 @@ class GuardConfig:
             (self.folds >= 2, f"folds must be at least 2, got {self.folds}"),
             (self.max_iter >= 1, f"max_iter must be at least 1, got {self.max_iter}"),
             (0 < self.threshold < 1, f"threshold must lie between 0 and 1, got {self.threshold}"),
+            (self.refusal.strip(), "refusal must be a text: it stands in the place of an answer"),
         ):
             if not valid:
                 raise SnpatchError(f"guard: {message}")

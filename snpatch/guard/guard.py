@@ -48,6 +48,8 @@ class _Rest:
             raise SnpatchError(f"guard: shape must be (layers, neurons), got {self.shape}")
         if not 0 < self.threshold < 1:
             raise SnpatchError(f"guard: threshold must lie between 0 and 1, got {self.threshold}")
+        if not self.refusal.strip():
+            raise SnpatchError("guard: its refusal is empty")
 
 
 @dataclass(frozen=True, eq=False)

@@ -207,6 +207,11 @@ class Patch:
         return tuple(clause.resolved(model_of, prompt_length) for clause in self.clauses)
 
 
+def speaker(patch: Patch | str) -> str:
+    """The model that speaks under a patch, or unpatched."""
+    return patch if isinstance(patch, str) else patch.recipient
+
+
 @dataclass(frozen=True, eq=False)
 class Overwrite:
     """A clause as an executor applies it: at positions [start, stop) the window's neurons become `factors` of their

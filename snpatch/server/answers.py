@@ -43,36 +43,35 @@ def _extended(kind: type[BaseModel]) -> type[BaseModel]:
 async def _stream(chunks: AsyncIterator, ask: Ask) -> AsyncIterator:
     """Chunks as they come, but for the one that may be OpenAI's last: what comes after it tells."""
     ASK.set(ask)  # a stream runs in another context than the handler that made it
-    kept: str | None = None
+    kept, before = None, None
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
                 if not isinstance(chunk, str):
                     yield _event(chunk, ask)
-                    continue
-                if chunk.startswith(LAST_OF_ANTHROPIC):
-                    chunk = _told(chunk, ask)
-                if kept is not None:
-                    yield _told(kept, ask) if chunk.startswith(DONE) else kept
-                    kept = None
-                if chunk.startswith((DONE, "event: ")) or GOES_ON in chunk:
+                elif chunk.startswith("event: "):
+                    yield _told(chunk, ask) if chunk.startswith(LAST_OF_ANTHROPIC) else chunk
+                elif chunk.startswith(DONE):
+                    if kept or before:  # one without choices, where all that was asked for was never begun
+                        yield _told(kept or before, ask, {} if kept else {"choices": []})
                     yield chunk
                 else:
-                    kept = chunk
+                    if kept is not None:
+                        yield kept
+                    kept, before = (None, chunk) if GOES_ON in chunk else (chunk, None)
+                    if before:
+                        yield before
         except SnpatchError as error:  # of Responses alone: vLLM's other streams tell it themselves
             yield _failed(error)
-            return
-    if kept is not None:
-        yield kept
 
 
-def _told(chunk: str, ask: Ask) -> str:
+def _told(chunk: str, ask: Ask, change: dict | None = None) -> str:
     """The last chunk, with the receipt; an error stays one."""
     head, data, text = chunk.partition("data: ")
     table = json.loads(text)
     if "error" in table:
         return chunk
-    return f"{head}{data}{json.dumps({**table, KEY: ask.answer()}, ensure_ascii=False)}\n\n"
+    return f"{head}{data}{json.dumps({**table, **(change or {}), KEY: ask.answer()}, ensure_ascii=False)}\n\n"
 
 
 def _event(event: BaseModel, ask: Ask) -> BaseModel:

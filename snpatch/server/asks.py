@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from snpatch.guard.guard import Guard
-from snpatch.patching.patch import Patch
+from snpatch.patching.patch import Patch, speaker
 from snpatch.patching.spec import PatchForm
 from snpatch.schema import option
 
@@ -24,7 +24,7 @@ class Receipt:
 
     overwrites: int = 0
     positions: int = 0
-    verified: bool = True
+    verified: bool = False
     harm: float | None = None
     refused: bool = False
 
@@ -41,7 +41,7 @@ class Ask:
     @property
     def recipient(self) -> str:
         """The model that speaks."""
-        return self.patch if isinstance(self.patch, str) else self.patch.recipient
+        return speaker(self.patch)
 
     @property
     def is_plain(self) -> bool:

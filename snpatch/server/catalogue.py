@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 from snpatch import schema
 from snpatch.async_engine import AsyncEngine
@@ -33,7 +34,7 @@ class Catalogue:
         self.guards = {name: self._guard(name, file) for name, file in config.guards.items()}
         self._read = lru_cache(KEPT)(self._meant)
         for name, file in config.rankings.items():
-            self.add("rankings", name, Ranking.load(file))
+            self.add("rankings", name, named_ranking(file))
         for name, file in config.constants.items():
             self.add("constants", name, Constant.load(file))
         self.patches: dict[str, Ask] = {}
@@ -46,8 +47,10 @@ class Catalogue:
             except SnpatchError as error:
                 raise SnpatchError(f"patch {name}: {error}") from error
         for name in engine.models:
-            if name in TAKEN:
-                raise SnpatchError(f"a model cannot be named {name}: vLLM's server uses that name")
+            if name in TAKEN or (name in base_names and name != "base"):
+                raise SnpatchError(
+                    f"a model cannot be named {name}: vLLM's server uses that name, or serves its own by it"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,14 +71,21 @@ class Catalogue:
         return self._read(form).again()
 
     def add(self, kind: str, name: str, one: Ranking | Constant) -> None:
-        """A ranking or constant of the engine's shape can be named from now on; one of the same name goes."""
+        """A ranking or constant of the engine's shape can be named from now on; one of the same name goes.
+
+        To be called where requests are read, or one that is just being read would be kept with what goes.
+        """
+        self.check(kind, name, one)
+        self._of(kind)[name] = one
+        self._read.cache_clear()
+
+    def check(self, kind: str, name: str, one: Ranking | Constant) -> None:
+        """An error for what cannot be added."""
         check_name(name, f"one of the {kind}")
         shape = one.shape if isinstance(one, Ranking) else tuple(one.values.shape)
         wanted = (self.engine.geometry.n_layers, self.engine.geometry.n_neurons)
         if shape != wanted:
             raise SnpatchError(f"{name}: is for a model of {list(shape)}, this one is {list(wanted)}")
-        self._of(kind)[name] = one
-        self._read.cache_clear()
 
     def remove(self, kind: str, name: str) -> None:
         """It can no longer be named; patches that were made of it stay as they are."""
@@ -87,19 +97,13 @@ class Catalogue:
         engine = self.engine
         return {
             "models": {name: {"digest": engine.digest_of(name)} for name in engine.models},
-            **{kind: {name: self.told_of(kind, name) for name in self._of(kind)} for kind in ("rankings", "constants")},
+            "rankings": {name: told_of(one) for name, one in dict(self.rankings).items()},
+            "constants": {name: told_of(one) for name, one in dict(self.constants).items()},
             "patches": {name: self._patch_told(ask) for name, ask in self.patches.items()},
             "guards": {
                 name: {"model": one.model, "k": one.k, "threshold": one.threshold} for name, one in self.guards.items()
             },
         }
-
-    def told_of(self, kind: str, name: str) -> dict:
-        """What a ranking or constant is, as JSON data."""
-        one = self._of(kind)[name]
-        if isinstance(one, Ranking):
-            return {"neurons": len(one), "shape": list(one.shape), "digest": one.digest, "moments": [*one.moments]}
-        return {"shape": list(one.values.shape), "digest": one.digest, "mode": one.mode}
 
     def _patch_told(self, ask: Ask) -> dict:
         told = spec.to_json(ask.patch) if isinstance(ask.patch, Patch) else {"recipient": ask.patch}
@@ -137,6 +141,18 @@ class Catalogue:
         capture = engine.requests.capturing([[0]], guard.model, guard.ranking, guard.k, "prompt_last")
         engine.executor.registry.check(capture[0])
         return guard
+
+
+def named_ranking(file: str | Path) -> Ranking:
+    """A ranking of a file, without what no patch needs of it."""
+    return replace(Ranking.load(file), scores=None, statistics=None)
+
+
+def told_of(one: Ranking | Constant) -> dict:
+    """What a ranking or constant is, as JSON data."""
+    if isinstance(one, Ranking):
+        return {"neurons": len(one), "shape": list(one.shape), "digest": one.digest, "moments": [*one.moments]}
+    return {"shape": list(one.values.shape), "digest": one.digest, "mode": one.mode}
 
 
 def check_name(name: str, what: str) -> None:

@@ -16,10 +16,11 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.executors.base import Output, Request
+from snpatch.executors.rows import named_by
 from snpatch.executors.vllm.registry import Held
 from snpatch.executors.vllm.settings import KEY
 from snpatch.executors.vllm.wire import Sent
-from snpatch.sampling import Sampling
+from snpatch.sampling import SEEDS, Sampling
 from snpatch.server import metrics
 from snpatch.server.asks import ASK, Ask, Receipt
 from snpatch.server.serving import Serving
@@ -75,6 +76,9 @@ class PatchedClient:
             raise SnpatchError("prompts are texts or token ids")
         if ask.guard is not None and sampling_params.prompt_logprobs is not None:
             raise SnpatchError("a guard does not go with log-probabilities of the prompt", field="guard")
+        n, seed = sampling_params.n, sampling_params.seed
+        if seed is not None and seed + n > SEEDS:
+            raise SnpatchError(f"seed: those of {n} texts go past 2^63-1", field="seed")
         requests, ids = self.engine.requests, list(prompt["prompt_token_ids"])
         requests.check_room(ids, 1, "the prompt")
         params, room = copy.copy(sampling_params), self.engine.geometry.context - len(ids)
@@ -82,8 +86,10 @@ class PatchedClient:
         params.min_tokens = min(params.min_tokens, params.max_tokens)
         params.update_from_generation_config({"eos_token_id": sorted(requests.model(ask.recipient).weights.eos_ids)})
         request = requests.patched(ids, ask.patch, sampling=Sampling(max_tokens=params.max_tokens))
+        if not named_by(request).is_empty:
+            self.serving.check_waiting(len(ask.receipts) + n)
         text = _Text(ask, len(ask.receipts), request, prompt, params, request_id, more)
-        ask.receipts += [Receipt(verified=False)] * params.n
+        ask.receipts += [Receipt()] * n
         if ask.guard is not None:
             return self._guarded(text)
         return self._results(text)
@@ -101,7 +107,7 @@ class PatchedClient:
         ask, n = text.ask, text.params.n
         harm = await self._harm(text)
         refused = harm > ask.guard.threshold
-        ask.receipts[text.place : text.place + n] = [Receipt(harm=harm, refused=refused)] * n
+        ask.receipts[text.place : text.place + n] = [Receipt(verified=refused, harm=harm, refused=refused)] * n
         if refused:
             metrics.REFUSED.inc()
             yield _refusal(text)
@@ -131,7 +137,7 @@ class PatchedClient:
             except Exception as error:  # noqa: BLE001 (raised below)
                 news.put_nowait((i, error))
 
-        tasks, left, whole = [asyncio.create_task(tell(i)) for i in range(n)], n, []
+        tasks, left, done, whole = [asyncio.create_task(tell(i)) for i in range(n)], n, 0, []
         try:
             while left:
                 i, result = await news.get()
@@ -142,10 +148,11 @@ class PatchedClient:
                 else:
                     result.request_id, result.outputs[0].index = text.name, i
                     whole += result.outputs
-                    result.finished = is_final or (left == 1 and result.finished)
+                    done += result.finished
+                    result.finished = done == n
                     if not is_final:
                         yield result
-                    elif len(whole) == n:
+                    elif result.finished:
                         result.outputs = sorted(whole, key=lambda output: output.index)
                         yield result
         finally:
@@ -154,15 +161,27 @@ class PatchedClient:
 
     async def _one(self, text: _Text) -> AsyncIterator[RequestOutput]:
         """vLLM's results of one text; the last one comes when its receipt is confirmed."""
-        ids, is_delta = [], text.params.output_kind == RequestOutputKind.DELTA
-        results = self.engine.executor.results(text.request, lambda held: self._sent(text, held))
-        async with aclosing(results):
-            async for result, records in results:
-                output = result.outputs[0]
-                ids = ids + list(output.token_ids) if is_delta else list(output.token_ids)
-                if result.finished:
-                    self._confirm(text, ids, output.finish_reason, records)
-                yield result
+        ids, is_delta, serving = [], text.params.output_kind == RequestOutputKind.DELTA, self.serving
+        is_waiting = True
+
+        def send(held: Held) -> Sent:
+            nonlocal is_waiting
+            is_waiting = False
+            serving.waiting -= 1
+            return self._sent(text, held)
+
+        serving.waiting += 1
+        try:
+            async with aclosing(self.engine.executor.results(text.request, send)) as results:
+                async for result, records in results:
+                    output = result.outputs[0]
+                    ids = ids if is_delta else []
+                    ids += output.token_ids
+                    if result.finished:
+                        self._confirm(text, ids, output.finish_reason, records)
+                    yield result
+        finally:
+            serving.waiting -= is_waiting
 
     def _sent(self, text: _Text, held: Held) -> Sent:
         tag = self.engine.executor.wire.tag(text.request, held)

@@ -35,6 +35,10 @@ class ServeConfig:
     max_sweep_texts: int = option(10_000, "Most texts of a sweep that a client asks for.", min=1)
     drain_s: float = option(120.0, "How many seconds SIGTERM waits for running requests.", min=0)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.drain_s < 1e6:
+            raise SnpatchError(f"drain_s must be a number of seconds below 1e6, got {self.drain_s}")
+
     @classmethod
     def load(cls, path: str | Path) -> "ServeConfig":
         """From a TOML or JSON file, whose paths are relative to its folder."""
@@ -68,7 +72,8 @@ class ServeConfig:
         return self.engine.as_table() | {n: one for n, one in own.items() if one != getattr(default, n)}
 
     def placed(self, folder: Path) -> "ServeConfig":
-        """The same with paths that are relative to a folder; what is no file there is a name and stays as it is."""
+        """The same with paths that are relative to a folder; what is no file there is a name and stays as it is, and
+        so do vLLM's flags."""
         files = {name: {k: place(folder, v) for k, v in getattr(self, name).items()} for name in (*FILES, "judges")}
         upload = None if self.allow_upload is None else str(folder / self.allow_upload)
         return replace(self, engine=self.engine.placed(folder), allow_upload=upload, **files)

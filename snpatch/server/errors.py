@@ -4,13 +4,13 @@ from http import HTTPStatus
 
 from starlette.responses import JSONResponse
 
-from snpatch.errors import EngineDiedError, ReceiptError, SnpatchError
+from snpatch.errors import BusyError, EngineDiedError, ReceiptError, SnpatchError
 
 RETRY_S = 1  # when a client may come again after a 503
 
 
-class BusyError(SnpatchError):
-    """There is no room now: to be asked again."""
+class FaultError(SnpatchError):
+    """The server's own: nothing that a client can mend."""
 
 
 class ForbiddenError(SnpatchError):
@@ -35,6 +35,7 @@ STATUS = {
     MissingError: HTTPStatus.NOT_FOUND,
     TakenError: HTTPStatus.CONFLICT,
     TooMuchError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    FaultError: HTTPStatus.INTERNAL_SERVER_ERROR,
     EngineDiedError: HTTPStatus.INTERNAL_SERVER_ERROR,
     ReceiptError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
@@ -50,9 +51,19 @@ def kind_of(status: HTTPStatus) -> str:
     return "".join(word.capitalize() for word in status.phrase.split()).removesuffix("Error") + "Error"
 
 
+def field_of(reason: SnpatchError) -> str | None:
+    """The field that is wrong; like `message_of`."""
+    return reason.field and reason.field.encode("utf-8", "backslashreplace").decode()
+
+
+def message_of(reason: SnpatchError) -> str:
+    """Its text as UTF-8 can have it: what a client sent may be none."""
+    return str(reason).encode("utf-8", "backslashreplace").decode()
+
+
 def error(reason: SnpatchError) -> JSONResponse:
     """An error as OpenAI's clients read it."""
     status = status_of(reason)
-    told = {"message": str(reason), "type": kind_of(status), "param": reason.field, "code": status}
+    told = {"message": message_of(reason), "type": kind_of(status), "param": field_of(reason), "code": status}
     headers = {"retry-after": str(RETRY_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
     return JSONResponse({"error": told}, status, headers)

@@ -17,7 +17,8 @@ from snpatch.errors import SnpatchError
 
 HOST = "127.0.0.1"  # where nothing else is said
 GATE = "snpatch.server.gate.Gate"
-PLAIN = (str, int, float, bool, type(None), list, dict, tuple)
+PLAIN = (str, int, float, bool, list, dict)
+INNER = ("subparser", "dispatch_function")  # of the parser's own
 REFUSED = {  # what a server of patches cannot be, and why
     "headless": "it has no server",
     "grpc": "its requests would not be patched",
@@ -43,8 +44,10 @@ def read(argv: Sequence[str]) -> Flags:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     given = vars(_parsed(parser, argv))
+    if given.pop("model_tag", None) is not None:
+        raise SnpatchError(f"one MODEL is served, and these are words beside it: {' '.join(argv)}")
     engine = {f.name for f in fields(AsyncEngineArgs)}
-    plain = {name: _plain(name, value, parser.texts) for name, value in given.items() if name not in _IGNORED}
+    plain = {name: _plain(name, value, parser.texts) for name, value in given.items() if name not in INNER}
     return Flags(
         {name: value for name, value in plain.items() if name in engine},
         {name: value for name, value in plain.items() if name not in engine},
@@ -53,14 +56,17 @@ def read(argv: Sequence[str]) -> Flags:
 
 def namespace(model: str, server: Mapping[str, object], engine: Mapping[str, object]) -> argparse.Namespace:
     """What vLLM's server is started with, all of it. What cannot be right is an error."""
+    given = {**server, **engine}
     for name, reason in REFUSED.items():
-        if server.get(name):
+        if given.get(name):
             raise SnpatchError(f"--{name.replace('_', '-')} is not served: {reason}")
     if server.get("api_server_count", 1) != 1:
         raise SnpatchError("--api-server-count: one: rows and receipts belong to one process")
-    args = _parsed(_parser(), [model, *_argv(server)])
+    parser = _parser()
+    args = _parsed(parser, [model, *_argv(parser, server)])
     for name, value in engine.items():
-        setattr(args, name, value)
+        if isinstance(value, PLAIN) and not isinstance(value, dict):  # vLLM's own configs come from the engine
+            setattr(args, name, value)
     try:
         ServeSubcommand().validate(args)
     except (ValueError, TypeError, KeyError) as error:
@@ -70,9 +76,6 @@ def namespace(model: str, server: Mapping[str, object], engine: Mapping[str, obj
         args.host = HOST
     args.middleware = [*args.middleware, GATE]
     return args
-
-
-_IGNORED = ("model_tag", "subparser", "config", "dispatch_function")
 
 
 class _Parser(FlexibleArgumentParser):
@@ -107,23 +110,27 @@ def _parsed(parser: _Parser, argv: Sequence[str]) -> argparse.Namespace:
 
 def _plain(name: str, value: object, texts: Mapping[str, str]) -> object:
     """A value as TOML and JSON have it: of vLLM's own types what was written."""
-    if isinstance(value, PLAIN) and not (hasattr(value, "value") and not isinstance(value, PLAIN)):
-        return list(value) if isinstance(value, tuple) else value
+    if type(value) in PLAIN:
+        return value
     try:
         return json.loads(texts[name])
     except (KeyError, ValueError) as error:
         raise SnpatchError(f"--{name.replace('_', '-')}: wanted JSON, got {texts.get(name)!r}") from error
 
 
-def _argv(table: Mapping[str, object]) -> list[str]:
+def _argv(parser: _Parser, table: Mapping[str, object]) -> list[str]:
     """The words that stand for name -> value."""
     words = []
     for name, value in table.items():
         flag = f"--{name.replace('_', '-')}"
+        action = parser._option_string_actions.get(flag)
         if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, list):
+            word = flag if value else f"--no-{flag[2:]}"
+            words += [word] if value or word in parser._option_string_actions else []  # else it is off by itself
+        elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
+            words += [f"{flag}={one}" for one in value]
+        elif isinstance(value, list) and action is not None and action.nargs:
             words += [flag, *map(str, value)]
-        elif value is not None:
-            words.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+        else:
+            words.append(f"{flag}={json.dumps(value) if isinstance(value, list | dict) else value}")
     return words

@@ -7,7 +7,8 @@ without patches and receipts, or reach the workers.
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from snpatch.server.errors import RETRY_S, BusyError, MissingError, error
+from snpatch.errors import BusyError
+from snpatch.server.errors import RETRY_S, MissingError, error
 from snpatch.server.opening import open_doors
 from snpatch.server.serving import Serving
 

@@ -2,15 +2,17 @@
 
 import functools
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 
 from snpatch.errors import SnpatchError, within
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server.answers import with_receipt
 from snpatch.server.asks import ASK, Ask
-from snpatch.server.errors import kind_of, status_of
+from snpatch.server.errors import field_of, kind_of, message_of, status_of
 from snpatch.server.serving import Serving
 
+BEFORE = ("response.created", "response.in_progress")  # events that come before vLLM generates
 WRAPPED = {  # of the app's state -> the method that its route calls
     "openai_serving_chat": "create_chat_completion",
     "openai_serving_completion": "create_completion",
@@ -37,10 +39,12 @@ def _patched(serving: Serving, handler, create: Callable[..., Awaitable], kind: 
                     serving.check_template(ask.recipient)
                 ASK.set(ask)
             answer = await create(request, raw_request)
+            if kind == "openai_serving_responses" and hasattr(answer, "__anext__"):
+                answer = await _begun(answer)
         except SnpatchError as error:
             status = status_of(error)
             return handler.create_error_response(
-                str(error), err_type=kind_of(status), status_code=status, param=error.field
+                message_of(error), err_type=kind_of(status), status_code=status, param=field_of(error)
             )
         return answer if ask is None else with_receipt(answer, ask)
 
@@ -59,7 +63,28 @@ async def _asked(serving: Serving, request, raw_request) -> Ask | None:
             ask = serving.catalogue.ask(given)
     if ask is not None and not ask.is_plain:
         serving.check_waiting()
+    is_forced = getattr(request, "tool_choice", None) not in (None, "none", "auto")
+    if ask is not None and ask.guard is not None and is_forced:
+        raise SnpatchError("a guard does not go with a tool that must be called", field="tool_choice")
     return ask
+
+
+async def _begun(events: AsyncIterator) -> AsyncIterator:
+    """A stream of Responses, once its engine gave something: until then bad input can be a 400."""
+    first = []
+    async for event in events:
+        first.append(event)
+        if event.type not in BEFORE:
+            break
+
+    async def whole() -> AsyncIterator:
+        async with aclosing(events):
+            for event in first:
+                yield event
+            async for event in events:
+                yield event
+
+    return whole()
 
 
 async def _given(request, raw_request) -> object:

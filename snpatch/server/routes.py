@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from snpatch import __version__, schema
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import versions
 from snpatch.server import uploads
 from snpatch.server.asks import AskForm
@@ -16,7 +16,7 @@ from snpatch.server.errors import ForbiddenError, MissingError, TooMuchError, er
 from snpatch.server.serving import Serving
 from snpatch.server.sweeps import Sweep, SweepForm
 
-MOST_BODY = 64 << 20  # bytes of a sweep's prompts
+MOST_BODY = 16 << 20  # bytes of a sweep's prompts
 
 
 def router(serving: Serving) -> APIRouter:
@@ -50,7 +50,8 @@ def router(serving: Serving) -> APIRouter:
             there.check(kind, name)
             body = await _body(request, there.limit)
             async with changing:
-                return JSONResponse(await asyncio.to_thread(there.put, kind, name, body), 201)
+                stored = await asyncio.to_thread(there.store, kind, name, body)
+                return JSONResponse(there.put(kind, name, *stored), 201)
         except SnpatchError as reason:
             return error(reason)
 
@@ -60,7 +61,7 @@ def router(serving: Serving) -> APIRouter:
         try:
             there = _uploads(serving, kind)
             async with changing:
-                if await asyncio.to_thread(there.delete, kind, name):
+                if there.delete(kind, name):
                     return Response(status_code=204)
             raise MissingError(f"{kind}: no {name} was uploaded", field="name")
         except SnpatchError as reason:
@@ -71,11 +72,7 @@ def router(serving: Serving) -> APIRouter:
         """Patch every window into every prompt, judge the texts: server-sent events start, text, row, summary."""
         try:
             body = await _body(request, MOST_BODY)
-            try:
-                table = json.loads(body)
-            except (ValueError, RecursionError) as reason:
-                raise SnpatchError(f"sweep: no JSON: {reason}", field="body") from reason
-            running = Sweep(serving, schema.read(SweepForm, "sweep", table))
+            running = await Sweep.made(serving, schema.read(SweepForm, "sweep", _json(body)))
         except SnpatchError as reason:
             return error(reason)
         return StreamingResponse(running.events(), media_type="text/event-stream")
@@ -103,6 +100,15 @@ def _uploads(serving: Serving, kind: str) -> uploads.Uploads:
     if serving.uploads is None:
         raise ForbiddenError("this server takes no uploads: start it with --allow-upload DIR")
     return serving.uploads
+
+
+def _json(body: bytes) -> object:
+    try:
+        table = json.loads(body)
+        json.dumps(table, ensure_ascii=False).encode()  # texts that are no Unicode: no tokenizer takes them
+    except (ValueError, RecursionError) as reason:
+        raise SnpatchError(f"sweep: no JSON: {first_line(reason)}", field="body") from reason
+    return table
 
 
 async def _body(request: Request, limit: int) -> bytes:

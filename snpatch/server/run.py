@@ -22,6 +22,8 @@ from snpatch.server.serving import Serving
 from snpatch.server.uploads import Uploads
 from snpatch.server.visitors import Visitors
 
+GRACE_S = 5  # for connections whose requests were ended
+
 
 def serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C, after which running requests end first. The engine's death is a SnpatchError."""
@@ -40,7 +42,8 @@ async def _serve(config: ServeConfig) -> None:
     versions.check(serving=True)
     args = flags.namespace(config.engine.model, config.vllm_server, config.engine.vllm)
     engine = AsyncEngine.from_config(config.engine)
-    served = tuple(args.served_model_name or [config.engine.model])
+    names = args.served_model_name or config.engine.model
+    served = (names,) if isinstance(names, str) else tuple(names)
     catalogue = Catalogue(engine, config, served)
     serving = Serving(
         config,
@@ -62,7 +65,9 @@ async def _serve(config: ServeConfig) -> None:
         _complete(args, serving, served)
         models, patches = ", ".join(engine.models), ", ".join(catalogue.patches) or "none"
         print(f"snpatch: serving at {address}: models {models}; patches {patches}", file=sys.stderr, flush=True)
-        ending = await build_and_serve(PatchedClient(serving), address, sock, args)
+        # Past the drain's limit whoever still listens is cut off: uvicorn would wait for them for ever.
+        client, limit = PatchedClient(serving), {"timeout_graceful_shutdown": GRACE_S}
+        ending = await build_and_serve(client, address, sock, args, **limit)
         is_dead = engine.executor.engine.errored
         engine.close()
         await ending

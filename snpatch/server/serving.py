@@ -3,11 +3,10 @@
 from dataclasses import dataclass, field
 
 from snpatch.async_engine import AsyncEngine
-from snpatch.errors import SnpatchError
+from snpatch.errors import BusyError, SnpatchError
 from snpatch.judges.protocol import Judge
 from snpatch.server.catalogue import Catalogue
 from snpatch.server.config import ServeConfig
-from snpatch.server.errors import BusyError
 from snpatch.server.uploads import Uploads
 from snpatch.server.visitors import Visitors
 
@@ -24,6 +23,7 @@ class Serving:
     uploads: Uploads | None
     has_key: bool
     has_own_template: bool
+    waiting: int = 0  # texts that clients asked for, and that have no place yet
     sweeps: set = field(default_factory=set)  # that run
 
     def check_template(self, recipient: str) -> None:
@@ -36,7 +36,8 @@ class Serving:
                 field="messages",
             )
 
-    def check_waiting(self) -> None:
-        """An error where too many wait."""
-        if self.engine.executor.waiting >= max(1, self.config.max_waiting):
-            raise BusyError(f"{self.engine.executor.waiting} requests wait for a place of what they name")
+    def check_waiting(self, n: int = 1) -> None:
+        """An error for so many more texts where too many wait."""
+        is_full = self.engine.executor.waiting > 0
+        if is_full and self.waiting + n > self.config.max_waiting:
+            raise BusyError(f"{self.waiting} texts wait for a place of what they name, and {n} more would")

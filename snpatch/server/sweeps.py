@@ -12,21 +12,22 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from snpatch.data import question
-from snpatch.errors import SnpatchError, first_line, within
+from snpatch.errors import BusyError, SnpatchError, first_line, within
 from snpatch.executors.base import Request
 from snpatch.judges.protocol import score_all
-from snpatch.patching.patch import Patch
+from snpatch.patching.patch import Patch, speaker
 from snpatch.ranking.window import Window
 from snpatch.requests import Completion
 from snpatch.runs.sweep import PROMPTS, Row
 from snpatch.sampling import Sampling
 from snpatch.schema import option
-from snpatch.server.errors import BusyError
+from snpatch.server.errors import message_of
 from snpatch.server.serving import Serving
 from snpatch.statistics import Interval, causal_effect, interval, paired_p
 
 MOST = 4  # sweeps at once
+BESIDE = 4  # points beside the windows, at most: two unpatched models and the noise floor
+LETTERS = 32  # of a prompt, a token of the context: longer ones cannot fit
 NOTHING, SELF = "k = 0", "self-patch"  # the noise floor
 
 
@@ -64,37 +65,56 @@ class _Point:
 
 
 class Sweep:
-    """One sweep; bad input is an error when it is made."""
-
-    _no_self_patch: str | None = None  # why
+    """One sweep, to be made by `made`."""
 
     def __init__(self, serving: Serving, form: SweepForm) -> None:
-        self._serving, self._form, engine = serving, form, serving.engine
-        self._neurons = engine.geometry.n_layers * engine.geometry.n_neurons
+        self._serving, self._form = serving, form
+        self._neurons = serving.engine.geometry.n_layers * serving.engine.geometry.n_neurons
+        self._requests: list[list[Request]] = []  # of each point and prompt
+        self._no_self_patch: str | None = None  # why
+        self._check_size()
+        self._questions = [_question(place, one) for place, one in enumerate(form.prompts)]
+        self._points = self._every_point()
+
+    @classmethod
+    async def made(cls, serving: Serving, form: SweepForm) -> "Sweep":
+        """A sweep that could run; bad input is an error. Other requests are served meanwhile."""
+        sweep, requests = cls(serving, form), serving.engine.requests
+        sampling = Sampling(max_tokens=form.max_tokens, temperature=form.temperature, seed=form.seed)
+        encoded: dict[str, list[list[int]]] = {}
+        for name in dict.fromkeys(speaker(point.patch) for point in sweep._points):
+            encoded[name] = []
+            for place, prompt in enumerate(form.prompts):
+                chat = prompt if isinstance(prompt, str) else [asdict(message) for message in prompt]
+                with within(f"prompts.{place}"):
+                    encoded[name] += requests.encode([chat], name)
+                await asyncio.sleep(0)
+        for point in sweep._points:
+            asked = requests.writing(encoded[speaker(point.patch)], point.patch, sampling)
+            sweep._requests.append([request for _, request in asked])
+            serving.engine.executor.registry.check(sweep._requests[-1][0])
+            await asyncio.sleep(0)
+        return sweep
+
+    def _check_size(self) -> None:
+        form, serving = self._form, self._serving
         if len(serving.sweeps) >= MOST:
             raise BusyError(f"{MOST} sweeps are running")
         if form.judge not in serving.judges:
             raise SnpatchError(f"no judge named {form.judge!r}: there are {', '.join(serving.judges)}", field="judge")
-        if not form.windows or not form.prompts:
-            raise SnpatchError("sweep: needs a window and a prompt", field="prompts" if form.windows else "windows")
-        prompts = [one if isinstance(one, str) else [asdict(message) for message in one] for one in form.prompts]
-        self._points = self._every_point()
-        n = len(self._points) * len(prompts)
-        if n > serving.config.max_sweep_texts:
-            most = serving.config.max_sweep_texts
-            raise SnpatchError(f"sweep: {len(self._points)} points of {len(prompts)} prompts: at most {most} texts")
-        with within("max_tokens"):
-            sampling = Sampling(max_tokens=form.max_tokens, temperature=form.temperature, seed=form.seed)
-        self._questions = [one if isinstance(one, str) else question(one) for one in prompts]
-        encoded = {}
-        with within("prompts"):
-            for name in dict.fromkeys(_speaker(point) for point in self._points):
-                encoded[name] = engine.encode(prompts, name)
-        self._requests: list[list[Request]] = []
-        for point in self._points:
-            asked = engine.requests.writing(encoded[_speaker(point)], point.patch, sampling)
-            self._requests.append([request for _, request in asked])
-            engine.executor.registry.check(self._requests[-1][0])
+        for name in ("windows", "prompts"):
+            if not getattr(form, name):
+                raise SnpatchError("sweep: needs a window and a prompt", field=name)
+        n, most = (len(form.windows) + BESIDE) * len(form.prompts), serving.config.max_sweep_texts
+        if n > most:
+            raise SnpatchError(
+                f"sweep: {len(form.windows)} windows and {BESIDE} points beside, of {len(form.prompts)} prompts, are "
+                f"{n} texts: at most {most} are written"
+            )
+        longest = LETTERS * serving.engine.geometry.context
+        for place, prompt in enumerate(form.prompts):
+            if sum(map(len, [prompt] if isinstance(prompt, str) else [m.content for m in prompt])) > longest:
+                raise SnpatchError(f"sweep: prompt {place} has more than {longest} letters", field=f"prompts.{place}")
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events; whoever stops listening ends what runs."""
@@ -103,15 +123,18 @@ class Sweep:
         work = iter([(p, i) for p in range(len(self._points)) for i in range(len(self._questions))])
         seats = max(1, self._serving.engine.executor.engine.vllm_config.scheduler_config.max_num_seqs // 2)
         self._serving.sweeps.add(self)
-        tasks = [asyncio.create_task(self._write(work, news)) for _ in range(seats)]
+        tasks = []
         try:
+            if len(self._serving.sweeps) > MOST:
+                raise BusyError(f"{MOST} sweeps are running")
+            tasks += [asyncio.create_task(self._write(work, news)) for _ in range(seats)]
             n = len(self._points) * len(self._questions)
             yield _event("start", points=[self._named(point) for point in self._points], texts=n)
             left = {p: len(self._questions) for p in range(len(self._points))}
             scores: dict[int, np.ndarray] = {}
             while left:
                 found = await news.get()
-                if isinstance(found, SnpatchError):
+                if isinstance(found, Exception):
                     raise found
                 p, i = found
                 yield _event("text", **self._text(p, i))
@@ -124,7 +147,7 @@ class Sweep:
                     yield _event("row", **await asyncio.to_thread(self._row, p, scores))
             yield _event("summary", **self._summary(scores, time.monotonic() - begun))
         except SnpatchError as error:
-            yield _event("error", message=str(error))
+            yield _event("error", message=message_of(error))
         finally:
             self._serving.sweeps.discard(self)
             for task in tasks:
@@ -139,6 +162,8 @@ class Sweep:
                 news.put_nowait((p, i))
         except SnpatchError as error:
             news.put_nowait(error)
+        except Exception as error:  # noqa: BLE001 (vLLM's own, of which whoever listens must hear)
+            news.put_nowait(SnpatchError(f"a text was not written: {first_line(error)}"))
 
     def _every_point(self) -> list[_Point]:
         """The unpatched models, the noise floor, and each window."""
@@ -168,7 +193,7 @@ class Sweep:
         """What a point is, in every event that is about it; see runs.sweep.Row."""
         form, is_patched = self._form, isinstance(point.patch, Patch)
         return {
-            "recipient": _speaker(point),
+            "recipient": speaker(point.patch),
             "donor": (form.recipient if point.floor == SELF else form.donor) if is_patched else None,
             "ranking": form.ranking if is_patched else None,
             "lo": point.patch.window.lo if is_patched else 0,
@@ -251,8 +276,14 @@ def _spread(name: str, found: Interval) -> dict[str, float | None]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
 
-def _speaker(point: _Point) -> str:
-    return point.patch if isinstance(point.patch, str) else point.patch.recipient
+def _question(place: int, prompt: str | tuple[Message, ...]) -> str:
+    """What judges are shown of a prompt: the user's last question."""
+    if isinstance(prompt, str):
+        return prompt
+    asked = [message.content for message in prompt if message.role == "user"]
+    if not asked:
+        raise SnpatchError(f"sweep: prompt {place} is a chat without a user's message", field=f"prompts.{place}")
+    return asked[-1]
 
 
 def _event(name: str, **data) -> str:

@@ -8,15 +8,15 @@ import hashlib
 import json
 from pathlib import Path
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line
 from snpatch.files import check_writable, whole_file, write_text
 from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
-from snpatch.server.catalogue import Catalogue, check_name
-from snpatch.server.errors import TakenError, TooMuchError
+from snpatch.server.catalogue import Catalogue, check_name, named_ranking, told_of
+from snpatch.server.errors import FaultError, TakenError, TooMuchError
 
-KINDS = {"rankings": Ranking, "constants": Constant}
-MOST = 256  # names of all kinds
+KINDS = {"rankings": named_ranking, "constants": Constant.load}
+MOST = 64  # names of all kinds
 BYTES_A_NEURON, HEADER = 96, 1 << 20  # of a ranking's file: rank, scores, moments and statistics take 72
 
 
@@ -33,7 +33,7 @@ class Uploads:
             for name, digest in named.items():
                 if name in self._own[kind]:
                     raise SnpatchError(f"{self._index}: {kind}: {name} is also among the server's own")
-                catalogue.add(kind, name, KINDS[kind].load(self._file(digest)))
+                catalogue.add(kind, name, KINDS[kind](self._file(digest)))
 
     @property
     def limit(self) -> int:
@@ -49,48 +49,65 @@ class Uploads:
         if name not in self._names[kind] and sum(map(len, self._names.values())) >= MOST:
             raise TooMuchError(f"{MOST} rankings and constants are kept: delete some first")
 
-    def put(self, kind: str, name: str, body: bytes) -> dict:
-        """Keep a file's content under a name, and tell it; one of the same name goes."""
-        self.check(kind, name)
+    def store(self, kind: str, name: str, body: bytes) -> tuple[str, Ranking | Constant]:
+        """Write a file's content, read and checked: its digest, and what it holds. Nothing names it yet."""
         digest = hashlib.sha256(body).hexdigest()
-        with whole_file(self._file(digest)) as partial:
-            partial.write_bytes(body)
-            self._catalogue.add(kind, name, self._loaded(kind, name, partial))  # before it has its place
+        try:
+            with whole_file(self._file(digest)) as partial:
+                partial.write_bytes(body)
+                one = self._loaded(kind, name, partial)  # before it has its place
+        except SnpatchError as error:
+            if error.field is None:
+                raise FaultError(f"the upload cannot be kept: {error}") from error
+            raise
+        told_of(one)  # which hashes it
+        return digest, one
+
+    def put(self, kind: str, name: str, digest: str, one: Ranking | Constant) -> dict:
+        """Name what was stored, and tell it; what had the name before goes."""
+        self.check(kind, name)
         before = self._names[kind].get(name)
-        self._names[kind][name] = digest
-        self._write()
-        if before is not None:
-            self._forget(before)
-        return {"name": name, **self._catalogue.told_of(kind, name)}
+        self._write({**self._names, kind: {**self._names[kind], name: digest}})
+        self._catalogue.add(kind, name, one)
+        self._forget(before)
+        return {"name": name, **told_of(one)}
 
     def delete(self, kind: str, name: str) -> bool:
         """Whether there was one. What runs goes on with it."""
         if name in self._own[kind]:
             raise TakenError(f"{kind}: {name} is the server's own", field="name")
-        digest = self._names[kind].pop(name, None)
-        if digest is None:
+        before = self._names[kind].get(name)
+        if before is None:
             return False
+        self._write({**self._names, kind: {n: one for n, one in self._names[kind].items() if n != name}})
         self._catalogue.remove(kind, name)
-        self._write()
-        self._forget(digest)
+        self._forget(before)
         return True
 
     def _loaded(self, kind: str, name: str, path: Path) -> Ranking | Constant:
         try:
-            return KINDS[kind].load(path)
+            one = KINDS[kind](path)
+            self._catalogue.check(kind, name, one)
         except SnpatchError as error:  # the client knows it by another name
             raise SnpatchError(str(error).replace(str(path), name), field="body") from error
+        except Exception as error:  # a file may hold tensors of any type and shape
+            raise SnpatchError(f"{name}: holds what no {kind[:-1]} does: {first_line(error)}", field="body") from error
+        return one
 
-    def _forget(self, digest: str) -> None:
+    def _forget(self, digest: str | None) -> None:
         """Remove what no name has any more."""
-        if not any(digest in named.values() for named in self._names.values()):
+        if digest is not None and not any(digest in named.values() for named in self._names.values()):
             self._file(digest).unlink(missing_ok=True)
 
     def _file(self, digest: str) -> Path:
         return self._folder / f"{digest}.safetensors"
 
-    def _write(self) -> None:
-        write_text(self._index, json.dumps(self._names, indent=1) + "\n")
+    def _write(self, names: dict[str, dict[str, str]]) -> None:
+        try:
+            write_text(self._index, json.dumps(names, indent=1) + "\n")
+        except SnpatchError as error:
+            raise FaultError(f"the names of uploads cannot be kept: {error}") from error
+        self._names = names
 
     def _read(self) -> dict[str, dict[str, str]]:
         if not self._index.is_file():

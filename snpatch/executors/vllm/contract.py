@@ -50,6 +50,7 @@ CONTRACT = {
         "VLLM_LOGGING_STREAM": "",
         "VLLM_RPC_BASE_PATH": "",
     },
+    "vllm.exceptions": {"VLLMValidationError": ""},
     "vllm.forward_context": {"get_forward_context": "", "ForwardContext": "no_compile_layers"},
     "vllm.inputs": {"tokens_input": "(prompt_token_ids, cache_salt)"},
     "vllm.logprobs": {"Logprob": "logprob"},
@@ -108,7 +109,7 @@ CONTRACT = {
     },
     "vllm.v1.engine.async_llm": {
         "AsyncLLM": "from_vllm_config(vllm_config, disable_log_stats) generate(prompt, sampling_params, request_id) "
-        "collective_rpc(method, args) shutdown errored",
+        "collective_rpc(method, args) shutdown errored output_processor",
     },
     "vllm.v1.engine.core_client": {
         "EngineCoreClient": "shutdown(timeout)",
@@ -121,6 +122,7 @@ CONTRACT = {
         "abort_request(request_ids) collective_rpc(method, args) get_supported_tasks engine_core "
         "vllm_config",
     },
+    "vllm.v1.engine.output_processor": {"OutputProcessor": "propagate_error(e)"},
     "vllm.v1.worker.utils": {"AttentionGroup": "layer_names metadata_builders"},
     "vllm.v1.worker.worker_base": {"WorkerBase": "model_runner"},
 }

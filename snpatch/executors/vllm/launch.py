@@ -5,13 +5,13 @@ Why as much as can be is checked here: vLLM's start takes its time. lifetime.py 
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import MISSING, is_dataclass, replace
 from importlib.metadata import entry_points
 
 import torch
 
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Geometry
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.settings import TwinSettings
@@ -134,7 +134,20 @@ def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] =
     unknown = arguments.keys() - AsyncEngineArgs.__dataclass_fields__.keys()
     if unknown:
         raise SnpatchError(f"backend vllm: neither snpatch nor vLLM has an argument {', '.join(sorted(unknown))}")
-    return {**arguments, **own}
+    return {**{name: _of_vllm(name, value) for name, value in arguments.items()}, **own}
+
+
+def _of_vllm(name: str, value: object) -> object:
+    """A table as vLLM's own config of that name, where it has one: it does not make all of them itself."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    factory = AsyncEngineArgs.__dataclass_fields__[name].default_factory
+    if not isinstance(value, dict) or factory is MISSING or not is_dataclass(default := factory()):
+        return value
+    try:
+        return type(default)(**value)
+    except (TypeError, ValueError) as error:
+        raise SnpatchError(f"backend vllm: {name}: {first_line(error)}") from error
 
 
 def _use_all_cores(workers: int) -> None:

@@ -160,7 +160,7 @@ class Registry:
             handles[name], fresh = bank.take(wanted[name])
             held.append((bank, list(wanted[name]), list(fresh)))
             writes += [(*place, {n: pack(t) for n, t in tensors.items()}) for *place, tensors in fresh.values()]
-        return Held(Places(**handles, group=group), writes, held)
+        return Held(Places(**handles, group=group), writes, held, _is_written=not writes)
 
     def take_group(self) -> int:
         """A statistics group, to be emptied before it is used."""

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Output, Request
 from snpatch.executors.rows import named_by
 from snpatch.executors.vllm.answers import Started, answers_of
@@ -24,13 +24,12 @@ LOOK_S = 0.2  # between two looks at whether vLLM's engine lives
 class StreamingExecutor(UsersSide):
     """Loads a causal language model into vLLM as a twin. To be started before it is used."""
 
-    waiting = 0  # requests that wait for a place of what they name
-
     async def start(self, models: Sequence[Model], log_stats: bool = False) -> None:
         """Start vLLM, which takes its time, and check what it made of the model. log_stats: keep vLLM's metrics."""
         args = self.launch.engine_args(scales_kv=any(m.scales_kv for m in models))
         self.engine, self._end = start_async_engine(args, log_stats)
         self._admission, self._freed = asyncio.Lock(), asyncio.Event()
+        self._queued, self._is_full = 0, False  # requests on their way to the lock's end; whether the first one waits
         self._unfetched: dict[int, asyncio.Future] = {}  # ticket -> its records
         self._tasks: set[asyncio.Task] = set()  # that nobody waits for
         self._death = asyncio.create_task(self._watch())
@@ -89,11 +88,16 @@ class StreamingExecutor(UsersSide):
                         records = await self._records(sent.tag.ticket)
                         is_fetched = True
                     yield result, records
-        except (EngineDeadError, EngineGenerateError) as error:
+        except EngineDeadError as error:
             raise died() from error
+        except EngineGenerateError as error:  # of this request alone, unless the engine is dead as well
+            raise (
+                died()
+                if self.engine is None or self.engine.errored
+                else SnpatchError(f"vLLM does not run this request: {first_line(error.__cause__ or error)}")
+            ) from error
         finally:
-            held.release()
-            self._freed.set()
+            self._release(held)
             if not is_fetched:  # in a task of its own: a caller that is cancelled may not wait
                 self._in_background(self._drop(sent.tag.ticket))
 
@@ -108,8 +112,11 @@ class StreamingExecutor(UsersSide):
 
     def close(self) -> None:
         """Stop vLLM and its processes."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         engine, self.engine = self.engine, None
         if engine is not None:
+            engine.output_processor.propagate_error(EngineDeadError())  # vLLM would let them wait for ever
             self._death.cancel()
             self._end.close()
 
@@ -118,21 +125,34 @@ class StreamingExecutor(UsersSide):
         who names nothing does not wait."""
         if named_by(request).is_empty:
             return self.registry.take(request)
-        self.waiting += 1
+        self._queued += 1
         try:
             async with self._admission:
                 while (held := self.registry.take(request)) is None:
                     self._freed.clear()
+                    self._is_full = True
                     await self._or_death(self._freed.wait())
-                try:
-                    # Shielded: a write that was sent arrives, whether its caller is still there or not.
-                    await asyncio.shield(self._write(held))
-                except BaseException:
-                    held.release()
-                    raise
+                self._is_full = False
+                if held.writes:
+                    writing = self._in_background(self._write(held))
+                    try:
+                        await asyncio.shield(writing)
+                    except BaseException:
+                        # Its rows are nobody else's before its last write was made, which would change theirs.
+                        writing.add_done_callback(lambda _: self._release(held))
+                        raise
                 return held
         finally:
-            self.waiting -= 1
+            self._queued -= 1
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for others to give up what they name a place of."""
+        return self._queued if self._is_full else 0
+
+    def _release(self, held: Held) -> None:
+        held.release()
+        self._freed.set()
 
     async def _write(self, held: Held) -> None:
         for write in held.writes:
@@ -151,14 +171,13 @@ class StreamingExecutor(UsersSide):
         asked, self._unfetched = self._unfetched, {}
         try:
             answers = await self.command("snpatch_fetch", list(asked))
-        except SnpatchError as error:
+            for found, *shards in zip(asked.values(), *answers, strict=True):
+                if not found.done():
+                    found.set_result(shards)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is theirs who wait)
             for found in asked.values():
                 if not found.done():
                     found.set_exception(error)
-            return
-        for found, *shards in zip(asked.values(), *answers, strict=True):
-            if not found.done():
-                found.set_result(shards)
 
     async def _drop(self, ticket: int) -> None:
         """Free the places of an aborted request; with the engine they are gone anyway."""
@@ -166,10 +185,11 @@ class StreamingExecutor(UsersSide):
             with suppress(SnpatchError):
                 await self.command("snpatch_fetch", [ticket])
 
-    def _in_background(self, work) -> None:
+    def _in_background(self, work) -> asyncio.Task:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _watch(self) -> None:
         """Ends when vLLM's engine does: vLLM itself would let whoever waits for an answer wait for ever."""

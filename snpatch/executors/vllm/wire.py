@@ -131,6 +131,7 @@ def _record(data: dict) -> Record:
 def _sampling_params(request: Request, extra_args: dict | None, streaming: bool):
     """vLLM's SamplingParams for a request. One that writes nothing still samples a token, which is dropped."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind
 
     common = {
@@ -166,7 +167,7 @@ def _sampling_params(request: Request, extra_args: dict | None, streaming: bool)
         raise SnpatchError(f"sampling: {', '.join(sorted(taken))} cannot be set through vllm=")
     try:
         return SamplingParams(**own, **s.vllm)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, VLLMValidationError) as error:
         raise SnpatchError(f"sampling: vLLM does not take {dict(s.vllm)}: {error}") from error
 
 

@@ -1,0 +1,168 @@
+"""vLLM's own flags of a server: read by its parser, kept as plain data, and given back as they were."""
+
+import json
+import shutil
+
+import pytest
+
+from snpatch import AsyncEngine, SnpatchError
+from snpatch.config import EngineConfig
+from snpatch.server.config import ServeConfig
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from jobs import RANKINGS
+from serving import SAFE
+
+from snpatch.server import flags
+from snpatch.server.catalogue import Catalogue
+from snpatch.server.serving import Serving
+from snpatch.server.visitors import Visitors
+
+WORDS = """--port 8123 --host 0.0.0.0 --api-key one --api-key two --allowed-origins ["https://x","https://y"]
+--middleware a.b --middleware c.d --enable-auto-tool-choice --tool-call-parser hermes --no-enable-log-deltas
+--default-chat-template-kwargs {"a":1} --uvicorn-log-level warning --disable-uvicorn-access-log
+--root-path /here --enable-prompt-tokens-details""".split()
+ENGINE = """--max-model-len 1k -tp 2 --no-enforce-eager --structured-outputs-config {"backend":"xgrammar"}
+--compilation-config {"mode":0} --served-model-name mine --max-num-seqs 8""".split()
+
+
+def test_flags_are_told_apart_and_plain():
+    found = flags.read([*WORDS, *ENGINE])
+    assert found.engine == {
+        "max_model_len": 1000,
+        "tensor_parallel_size": 2,
+        "enforce_eager": False,
+        "structured_outputs_config": {"backend": "xgrammar"},
+        "compilation_config": {"mode": 0},
+        "served_model_name": ["mine"],
+        "max_num_seqs": 8,
+    }
+    assert found.server["allowed_origins"] == ["https://x", "https://y"]
+    assert json.loads(json.dumps([found.engine, found.server])) == [found.engine, found.server]
+
+
+def test_what_was_read_is_what_vllm_would_have_read():
+    """Every flag of the server, through plain data and back, has the value that vLLM's own parser gives it."""
+    found = flags.read([*WORDS, *ENGINE])
+    again = vars(flags.namespace("m", found.server, {}))
+    want = vars(flags._parsed(flags._parser(), ["m", *WORDS]))
+    assert again["middleware"] == ["a.b", "c.d", flags.GATE]
+    assert again["model"] == "m"
+    changed = {name for name in want if again[name] != want[name] and name not in ("middleware", "model")}
+    assert changed == set(), {name: (again[name], want[name]) for name in changed}
+
+
+def test_vllms_own_file_of_flags_is_read(tmp_path):
+    (tmp_path / "flags.yaml").write_text("port: 8123\nmax-num-seqs: 3\n")
+    found = flags.read(["--config", str(tmp_path / "flags.yaml")])
+    assert (found.engine, found.server) == ({"max_num_seqs": 3}, {"port": 8123})
+
+
+def test_it_listens_to_this_machine_alone_unless_told_otherwise():
+    assert flags.namespace("m", {}, {}).host == "127.0.0.1"
+    assert flags.namespace("m", {"host": "0.0.0.0"}, {}).host == "0.0.0.0"
+    assert flags.namespace("m", {"uds": "/s"}, {}).host is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["word"], "one MODEL is served, and these are words beside it: word"),
+        (["--nothing"], "unrecognized arguments: --nothing"),
+        (["--port", "x"], "--port: invalid"),
+    ],
+)
+def test_words_that_are_no_flags_are_errors(words, message):
+    with pytest.raises(SnpatchError, match=message):
+        flags.read(words)
+
+
+@pytest.mark.parametrize("name", flags.REFUSED)
+def test_what_cannot_be_right_is_refused_wherever_it_is_said(name):
+    for server, engine in (({name: True}, {}), ({}, {name: True})):
+        with pytest.raises(SnpatchError, match=f"--{name.replace('_', '-')} is not served"):
+            flags.namespace("m", server, engine)
+
+
+def test_a_config_is_a_file_and_back(tmp_path):
+    table = {
+        "model": "m", "adapters": {"sft": ["sft"]}, "twin": {"max_rankings": 4}, "vllm": {"max_num_seqs": 8},
+        "rankings": {"safety": "r.safetensors"}, "patches": {"safe": SAFE}, "vllm_server": {"port": 1},
+        "allow_upload": "up", "drain_s": 3.0,
+    }  # fmt: skip
+    config = ServeConfig.from_table(table)
+    assert json.loads(json.dumps(config.as_table())) == table
+    (tmp_path / "r.safetensors").touch()
+    placed = config.placed(tmp_path)
+    assert placed.rankings == {"safety": str(tmp_path / "r.safetensors")}
+    assert placed.allow_upload == str(tmp_path / "up")
+    for bad, message in (
+        ({**table, "rankings": {"a": 3}}, "rankings.a: wanted str, got 3"),
+        ({**table, "patches": {"a": "b"}}, "patches.a: wanted Mapping"),
+        ({**table, "drain_s": float("inf")}, "drain_s must be a number of seconds"),
+        ({**table, "nothing": 1}, "there is no nothing"),
+        ([], "wanted a table"),
+    ):
+        with pytest.raises(SnpatchError, match=message):
+            ServeConfig.from_table(bad)
+
+
+@pytest.fixture
+def catalogue(zoo, tmp_path):
+    """catalogue(base_names, **fields of ServeConfig): of an engine that is not started."""
+    made = zoo("llama")
+    RANKINGS[0].save(tmp_path / "first.safetensors")
+    config = EngineConfig.of(made.folder, {n: list(made.adapters[n]) for n in ("sft", "dpo")}, template="tulu")
+    engine = AsyncEngine.from_config(config)
+
+    def get(base_names=(), **fields) -> Catalogue:
+        rankings = {"first": str(tmp_path / "first.safetensors")}
+        return Catalogue(engine, ServeConfig(config, rankings=rankings, **fields), base_names)
+
+    return get
+
+
+def test_a_model_named_as_the_server_names_its_own_is_refused(catalogue):
+    with pytest.raises(SnpatchError, match="a model cannot be named sft"):
+        catalogue(("sft",))
+
+
+def test_a_name_stands_for_its_patch_and_an_object_for_its_own(catalogue):
+    held = catalogue(("m",), patches={"safe": SAFE})
+    assert held.names == ("sft", "dpo", "safe")
+    assert held.named("nobody") is None
+    assert held.named("m").patch == held.named("base").patch == held.named(None).patch == "base"
+    assert held.named("sft").patch == "sft"
+    assert held.named("safe").told == "safe"
+    assert held.named("safe").receipts is not held.named("safe").receipts
+    inline = held.ask({**SAFE, "where": "all", "strength": 1.0})
+    assert inline.told == SAFE
+    assert inline.patch is held.named("safe").patch, "kept as it was read"
+    held.remove("rankings", "first")
+    with pytest.raises(SnpatchError, match="no ranking named 'first'"):
+        held.ask(SAFE)
+    assert held.named("safe").patch is inline.patch
+
+
+def test_chats_for_another_template_than_the_servers_are_refused(pairs, tmp_path):
+    """The second set of weights has a template of its own."""
+    made = pairs("llama")
+    folder = made.models["dpo"][0] if not isinstance(made.models["dpo"], dict) else made.models["dpo"]["weights"]
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "chat_template.jinja").write_text("{{ messages[-1]['content'] }} other")
+    own = tmp_path / "own"
+    shutil.copytree(made.folder, own)
+    (own / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    config = EngineConfig.of(own, models={"dpo": str(other)})
+    engine = AsyncEngine.from_config(config)
+    serving = Serving(
+        ServeConfig(config), engine, Catalogue(engine, ServeConfig(config)), Visitors(1), {}, None, False, False
+    )
+    serving.check_template("base")
+    with pytest.raises(SnpatchError, match="dpo reads chats by another template") as caught:
+        serving.check_template("dpo")
+    assert caught.value.field == "messages"
+    serving.has_own_template = True
+    serving.check_template("dpo")
