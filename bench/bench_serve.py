@@ -14,7 +14,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-import httpx
+import aiohttp
 import pytest
 from bench_generate import COMMON, GPU, NEW, PATCH, PROMPT, RANKING, ROUNDS, SIZE, K, about, folder, prompts  # noqa: F401
 from served import Server
@@ -118,14 +118,13 @@ def test_what_http_adds(benchmark, folder, served):  # noqa: F811
     async def ask(texts) -> None:
         waiting = iter(texts)
 
-        async def seat(http):
+        async def seat(session):
             for ids in waiting:
-                answer = await http.post("/v1/completions", json={**body, "prompt": ids})
-                assert answer.json()["usage"]["completion_tokens"] == NEW
+                async with session.post(f"{served.url}/v1/completions", json={**body, "prompt": ids}) as answer:
+                    assert (await answer.json())["usage"]["completion_tokens"] == NEW
 
-        limits = httpx.Limits(max_connections=concurrency)
-        async with httpx.AsyncClient(base_url=served.url, timeout=600, limits=limits) as http:
-            await asyncio.gather(*(seat(http) for _ in range(concurrency)))
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(600)) as session:
+            await asyncio.gather(*(seat(session) for _ in range(concurrency)))
 
     options = {**COMMON, "max_num_seqs": concurrency, "max_model_len": 512}
     with Engine(folder / "model", adapters, backend="vllm", **options) as engine:

@@ -180,7 +180,7 @@ def test_a_loaded_guard_is_the_same_to_the_bit(tmp_path):
     ("change", "message"),
     [
         ({"more": 1}, "there is no more; there are model, digest"),
-        ({"threshold": None}, "missing 1 required positional argument: 'threshold'"),
+        ({"threshold": None}, "threshold is missing"),
         ({"threshold": "0.5"}, "threshold: wanted float, got '0.5'"),
         ({"threshold": 2.0}, "threshold must lie between 0 and 1, got 2.0"),
         ({"shape": [3]}, r"shape must be \(layers, neurons\), got \(3,\)"),

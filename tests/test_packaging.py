@@ -53,5 +53,6 @@ def test_wheel_holds_the_demo_world_and_the_pages_assets(distributions):
     names = set(zipfile.ZipFile(distributions[0]).namelist())
     assets = (ROOT / "snpatch" / "report" / "assets").iterdir()
     assert {f"snpatch/report/assets/{path.name}" for path in assets} <= names
+    assert {f"snpatch/server/examples/{name}" for name in ("five_lines.py", "curl.sh", "curve.py")} <= names
     for part in ("base/model.safetensors", "sft/adapter_config.json", "cost/config.json", "contrast.jsonl"):
         assert f"snpatch/demo/world/{part}" in names

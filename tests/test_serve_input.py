@@ -20,6 +20,11 @@ pytestmark = pytest.mark.engine
 
 ASKED = {"model": "base", "messages": CHAT, "max_tokens": 1}
 CHATS = "/v1/chat/completions"
+LOOK = {"name": "look", "parameters": {"type": "object", "properties": {}}}
+CALLED = {
+    "tools": [{"type": "function", "function": LOOK}],
+    "tool_choice": {"type": "function", "function": {"name": "look"}},
+}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,7 @@ def test_a_bad_patch_is_a_400_with_its_field(server, given, field, message):
         ("/v1/completions", {"model": "base", "prompt": IDS[0], "max_tokens": 1}),
         ("/v1/responses", {"model": "base", "input": "bala", "max_output_tokens": 1}),
         (CHATS, {**ASKED, "stream": True}),
+        ("/v1/responses", {"model": "base", "input": "bala", "max_output_tokens": 1, "stream": True}),
     ):
         answer = server.post(path, {**body, "snpatch": given})
         assert answer.status_code == 400, answer.text
@@ -71,11 +77,20 @@ def test_a_bad_patch_is_a_400_with_its_field(server, given, field, message):
         ({"vllm_xargs": {"snpatch_on_one_set": 1}}, "wanted an object, or its JSON in vllm_xargs"),
         ({"vllm_xargs": {"snpatch": json.dumps(SAFE)}, "snpatch": SAFE}, "stands in the request and in"),
         ({"snpatch": {**SAFE, "guard": "guard"}, "prompt_logprobs": 1}, "a guard does not go with"),
+        ({"snpatch": {**SAFE, "guard": "guard"}, **CALLED}, "a guard does not go with a tool that must be called"),
+        ({"seed": 2**63 - 1, "n": 2, "temperature": 1.0}, "seed: those of 2 texts go past 2^63-1"),
     ],
 )
 def test_what_cannot_be_right_is_refused(server, more, message):
     answer = server.post(CHATS, {**ASKED, **more})
     assert (answer.status_code, message in answer.text) == (400, True), answer.text
+
+
+def test_what_vllm_cannot_send_is_this_requests_own_error(server, client):
+    answer = server.post(CHATS, ASKED, headers={"x-vllm-priority": "9" * 24})
+    assert (answer.status_code, "vLLM does not run this request" in answer.text) == (400, True), answer.text
+    assert server.get("/health").status_code == 200
+    assert complete(client, JOBS[2]).snpatch["verified"]
 
 
 def test_an_answer_in_the_background_is_refused(server):
