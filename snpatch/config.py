@@ -6,7 +6,6 @@ for it. Why vLLM's own arguments are a mapping: they are vLLM's to name, and dif
 
 import importlib.util
 import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -175,13 +174,7 @@ class EngineConfig:
     @classmethod
     def load(cls, path: str | Path) -> "EngineConfig":
         """From a TOML or JSON file, whose paths are relative to its folder."""
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-            table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-        except (OSError, ValueError) as error:
-            raise SnpatchError(f"engine {path}: cannot be read: {error}") from error
-        return cls.from_table(table, f"engine {path}").placed(path.parent)
+        return cls.from_table(schema.load_table(path, "engine"), f"engine {path}").placed(Path(path).parent)
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load` reads; paths as they are."""

@@ -3,8 +3,11 @@
 Why not the dataclass's own constructor: it would take a number for a text, and name neither the file nor the key.
 """
 
+import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
@@ -16,6 +19,15 @@ JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", N
 def option(default, help: str, **metadata):
     """A dataclass field that the command line has an option for; metadata: `min`, the least that it may be."""
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def load_table(path: str | Path, what: str) -> object:
+    """What a TOML or, by its suffix, a JSON file holds. what: names it in errors."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise SnpatchError(f"{what} {path}: cannot be read: {error}") from error
 
 
 def read(kind: type, where: str, values: object):

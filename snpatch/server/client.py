@@ -57,8 +57,7 @@ class PatchedClient:
     """
 
     def __init__(self, serving: Serving) -> None:
-        self.engine, self._visitors = serving.engine, serving.visitors
-        self.serving = serving
+        self.serving, self.engine = serving, serving.engine
 
     def __getattr__(self, name: str):
         return getattr(self.engine.executor.engine, name)
@@ -97,7 +96,7 @@ class PatchedClient:
     def shutdown(self, timeout: float | None = None) -> None:
         """What vLLM's server calls in a thread on SIGTERM, before it stops listening: lets what runs end. The engine is
         closed by whoever started it."""
-        self._visitors.close(timeout)
+        self.serving.visitors.close(timeout)
 
     def _results(self, text: _Text) -> AsyncIterator[RequestOutput]:
         return self._one(text) if text.params.n == 1 else self._several(text)

@@ -1,7 +1,5 @@
 """ServeConfig: everything that a server is started with, as one value: an engine, and what clients can name."""
 
-import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -42,13 +40,7 @@ class ServeConfig:
     @classmethod
     def load(cls, path: str | Path) -> "ServeConfig":
         """From a TOML or JSON file, whose paths are relative to its folder."""
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-            table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-        except (OSError, ValueError) as error:
-            raise SnpatchError(f"server {path}: cannot be read: {error}") from error
-        return cls.from_table(table, f"server {path}").placed(path.parent)
+        return cls.from_table(schema.load_table(path, "server"), f"server {path}").placed(Path(path).parent)
 
     @classmethod
     def from_table(cls, table: object, where: str = "server") -> "ServeConfig":

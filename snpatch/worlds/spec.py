@@ -20,7 +20,6 @@ Paths in it are relative to its folder.
 """
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from snpatch.patching.spec import window_of
 from snpatch.ranking.window import Window
 from snpatch.runs.config import SweepConfig
 from snpatch.sampling import Sampling
-from snpatch.schema import read, value_of
+from snpatch.schema import load_table, read, value_of
 from snpatch.worlds.world import Setting, load_world, setting_of, table
 
 FILE = "spec.json"  # beside a sweep's results
@@ -77,14 +76,9 @@ class SweepSpec(Setting):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """From a file. Unknown keys, wrong types and broken references are errors that name it."""
-        path = Path(path)
+        data = load_table(path, "sweep")
         try:
-            text = path.read_text(encoding="utf-8")
-            data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-        except (OSError, ValueError) as error:
-            raise SnpatchError(f"sweep {path}: cannot be read: {error}") from error
-        try:
-            return cls.of(data, path.parent)
+            return cls.of(data, Path(path).parent)
         except SnpatchError as error:
             raise SnpatchError(f"sweep {path}: {error}") from error
 
