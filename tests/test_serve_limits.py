@@ -17,6 +17,7 @@ from served import Server
 from serving import CHAT, CONSTANTS, MANY, SAFE, SIZES, WORDS, complete, form, options_of
 
 from snpatch import Constant
+from snpatch.executors.vllm import versions
 from snpatch.server.config import ServeConfig
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -339,11 +340,16 @@ def test_sigterm_lets_streams_end_with_their_receipts(narrow):
             await asyncio.gather(*(one.wait() for one in begun))
             narrow.process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.2)
-            late = await http.post(COMPLETIONS, json={"model": "base", "prompt": IDS[0], "max_tokens": 1})
-            return late, await asyncio.gather(*tasks)
+            body = {"model": "base", "prompt": IDS[0], "max_tokens": 1}
+            if versions.check() < "0.25":  # whose server stops listening at once
+                with pytest.raises(httpx.ConnectError):
+                    await http.post(COMPLETIONS, json=body)
+            else:
+                late = await http.post(COMPLETIONS, json=body)
+                assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+            return await asyncio.gather(*tasks)
 
-    late, streams = asyncio.run(everything())
-    assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+    streams = asyncio.run(everything())
     for lines in streams:
         assert lines[-2] == "data: [DONE]"
         *_, (_, last) = events(lines)

@@ -6,6 +6,7 @@ import sys
 import warnings
 from argparse import Namespace
 from contextlib import closing
+from math import ceil
 
 from snpatch.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
@@ -65,8 +66,9 @@ async def _serve(config: ServeConfig) -> None:
         _complete(args, serving, served)
         models, patches = ", ".join(engine.models), ", ".join(catalogue.patches) or "none"
         print(f"snpatch: serving at {address}: models {models}; patches {patches}", file=sys.stderr, flush=True)
-        # Past the drain's limit whoever still listens is cut off: uvicorn would wait for them for ever.
-        client, limit = PatchedClient(serving), {"timeout_graceful_shutdown": GRACE_S}
+        # Past the drain's limit whoever still listens is cut off: uvicorn would wait for them for ever. In vLLM 0.24 it
+        # hears of SIGTERM itself, and counts from there.
+        client, limit = PatchedClient(serving), {"timeout_graceful_shutdown": ceil(config.drain_s) + GRACE_S}
         ending = await build_and_serve(client, address, sock, args, **limit)
         is_dead = engine.executor.engine.errored
         engine.close()
