@@ -33,6 +33,7 @@ _seeds = count()
 def flags(max_model_len: int) -> list[str]:
     """COMMON as a command line has it."""
     words = [f"--max-model-len={max_model_len}", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
+    words += ["--load-format=dummy"] if SIZE == "7b" else []
     for name, value in COMMON.items():
         flag = name.replace("_", "-")
         words.append((f"--{flag}" if value else f"--no-{flag}") if isinstance(value, bool) else f"--{flag}={value}")
@@ -127,6 +128,7 @@ def test_what_http_adds(benchmark, folder, served):  # noqa: F811
             await asyncio.gather(*(seat(session) for _ in range(concurrency)))
 
     options = {**COMMON, "max_num_seqs": concurrency, "max_model_len": 512}
+    options |= {"load_format": "dummy"} if SIZE == "7b" else {}
     with Engine(folder / "model", adapters, backend="vllm", **options) as engine:
         http, offline = [], []
 
