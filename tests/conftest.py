@@ -15,7 +15,14 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 from commands import prompts, ranking  # noqa: E402, F401
 from in_process import in_process, start  # noqa: E402, F401
-from serving import client, server, world  # noqa: E402, F401
+from serving import RUNNING, client, server, world  # noqa: E402, F401
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """The server ends with the last test that may use it: others look at all processes below this one."""
+    if nextitem is None or not nextitem.path.name.startswith("test_serve"):
+        while RUNNING:
+            RUNNING.pop().end()
 
 
 @pytest.fixture(scope="session")

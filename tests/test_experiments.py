@@ -168,7 +168,7 @@ BAD = {
         "judges.cost: wanted a table with source",
     ),
     "a missing key": (lambda t: t.replace('recipients = ["sft", "base"]', ""), "one recipient"),
-    "no model": (lambda t: t.replace("model =", "#"), "missing.*'model'"),
+    "no model": (lambda t: t.replace("model =", "#"), "model is missing"),
     "both samples": (lambda t: t.replace('"p.jsonl"', '"p.jsonl", first = 1, sample = 2'), "first or sample"),
     "a donor that is recipient": (lambda t: t.replace('"base"]', '"dpo"]'), "'dpo' is recipient and donor"),
     "no TOML": (lambda t: t + "[[", "not a TOML file"),

@@ -44,6 +44,9 @@ SIXTEEN = [job for job in SERVED if job.is_patched][:16]
 MANY = [replace(job, prompt=(i + i // 16) % 8) for i, job in enumerate(SIXTEEN * 4)]
 
 
+RUNNING: list[Server] = []  # what conftest.py ends
+
+
 @pytest.fixture(scope="session")
 def world(zoo, tmp_path_factory):
     """The tiny model's files, and what the offline engine writes: of MANY, of seeds, of a chat; a guard."""
@@ -83,6 +86,7 @@ def server(world, tmp_path_factory):
     guard = [f"--guard={world.folder / 'guard.safetensors'}"]
     limits = ["--allow-upload", folder / "uploads", "--max-sweep-texts", 200, *SIZES]
     one = Server(folder, *options_of(world.made, world.folder), *patches, *guard, *limits)
+    RUNNING.append(one)
     yield one
     assert one.end() == 0, one.said()
 
