@@ -27,7 +27,8 @@ def written(out) -> int:
     if not (out / NAME).is_file():
         return 0
     with sqlite3.connect(out / NAME) as file:
-        return file.execute("SELECT count(*) FROM texts").fetchone()[0]
+        is_made = file.execute("SELECT count(*) FROM sqlite_master WHERE name = 'texts'").fetchone()[0]
+        return file.execute("SELECT count(*) FROM texts").fetchone()[0] if is_made else 0
 
 
 def test_a_replica_that_is_killed_is_replaced(capsys, prompts, ranking, tmp_path):
