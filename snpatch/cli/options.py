@@ -82,6 +82,11 @@ def named(entries: list[str] | None, option: str, default: Callable[[str], str])
     return found
 
 
+def stem(source: str) -> str:
+    """What a file is called where it has no other name."""
+    return Path(source).stem
+
+
 def command() -> str:
     """What runs now, as it can be typed again."""
     return shlex.join(["snpatch", *sys.argv[1:]])

@@ -54,7 +54,7 @@ class Served:
         else:
             config = ServeConfig(Engine().made(values))
         for option, (field, _) in _NAMED.items():
-            given = _tables(values[option]) if option == "patch" else o.named(values[option], option, _stem)
+            given = _tables(values[option]) if option == "patch" else o.named(values[option], option, o.stem)
             config = replace(config, **{field: {**getattr(config, field), **given}})
         given = {name: value for name, value in LIMITS.made(values).items() if is_given(values, name)}
         own = flags.read(values["context"].args)
@@ -93,7 +93,3 @@ def _tables(entries: list[str] | None) -> dict[str, dict]:
             raise SnpatchError(f"--patch wants name=patch, each name once; got {entry!r}")
         tables[name] = spec.table_of(text)
     return tables
-
-
-def _stem(source: str) -> str:
-    return Path(source).stem

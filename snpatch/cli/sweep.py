@@ -236,7 +236,7 @@ def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sa
     from snpatch.patching import spec
     from snpatch.worlds.spec import engine_table
 
-    rankings = o.named(values["ranking"], "ranking", lambda path: Path(path).stem)
+    rankings = o.named(values["ranking"], "ranking", o.stem)
     judges = o.named(values["judge"], "judge", lambda _: "cost")
     form = values["judge_format"]
     if form is not None and not any(map(is_model, judges.values())):

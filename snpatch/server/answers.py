@@ -13,6 +13,7 @@ from pydantic import BaseModel, create_model
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server.asks import ASK, Ask
+from snpatch.server.errors import field_of, message_of
 
 GOES_ON = '"finish_reason":null'  # in every chunk of OpenAI's that is not a choice's last
 DONE = "data: [DONE]"
@@ -84,5 +85,5 @@ def _failed(error: SnpatchError) -> BaseModel:
     from openai.types.responses import ResponseErrorEvent
 
     return ResponseErrorEvent(
-        type="error", code="server_error", message=str(error), param=error.field, sequence_number=-1
+        type="error", code="server_error", message=message_of(error), param=field_of(error), sequence_number=-1
     )

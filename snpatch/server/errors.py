@@ -6,8 +6,6 @@ from starlette.responses import JSONResponse
 
 from snpatch.errors import BusyError, EngineDiedError, ReceiptError, SnpatchError
 
-RETRY_S = 1  # when a client may come again after a 503
-
 
 class FaultError(SnpatchError):
     """The server's own: nothing that a client can mend."""
@@ -52,18 +50,22 @@ def kind_of(status: HTTPStatus) -> str:
 
 
 def field_of(reason: SnpatchError) -> str | None:
-    """The field that is wrong; like `message_of`."""
-    return reason.field and reason.field.encode("utf-8", "backslashreplace").decode()
+    """The field that is wrong, if it is one."""
+    return None if reason.field is None else _utf8(reason.field)
 
 
 def message_of(reason: SnpatchError) -> str:
-    """Its text as UTF-8 can have it: what a client sent may be none."""
-    return str(reason).encode("utf-8", "backslashreplace").decode()
+    """What is wrong."""
+    return _utf8(str(reason))
+
+
+def _utf8(text: str) -> str:
+    """As UTF-8 can have it: what a client sent, and a reason repeats, may be none."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def error(reason: SnpatchError) -> JSONResponse:
     """An error as OpenAI's clients read it."""
     status = status_of(reason)
     told = {"message": message_of(reason), "type": kind_of(status), "param": field_of(reason), "code": status}
-    headers = {"retry-after": str(RETRY_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
-    return JSONResponse({"error": told}, status, headers)
+    return JSONResponse({"error": told}, status)

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from snpatch.errors import BusyError
-from snpatch.server.errors import RETRY_S, MissingError, error
+from snpatch.server.errors import MissingError, error
 from snpatch.server.opening import open_doors
 from snpatch.server.serving import Serving
 
@@ -17,6 +17,7 @@ OTHERS = """/health /ping /version /metrics /load /docs /docs/oauth2-redirect /r
 /v1/models /v1/messages/count_tokens /tokenize /detokenize /v1/snpatch""".split()
 BELOW = ("/v1/responses/", "/v1/snpatch/")
 READING = ("GET", "HEAD", "OPTIONS")
+RETRY_AFTER = (b"retry-after", b"1")  # seconds, with every 503 but a GET's
 
 
 class Gate:
@@ -36,7 +37,7 @@ class Gate:
             return
         refusal = _refusal(serving, scope["path"].removeprefix(scope.get("root_path", "")), scope["method"])
         if refusal is not None:
-            await refusal(scope, receive, send)
+            await refusal(scope, receive, _telling_when_to_retry(send))
         elif scope["method"] in READING:
             await self._app(scope, receive, send)
         else:
@@ -57,8 +58,8 @@ def _refusal(serving: Serving, path: str, method: str) -> JSONResponse | None:
 def _telling_when_to_retry(send: Send) -> Send:
     async def told(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] == 503:
-            headers = [(name, value) for name, value in message["headers"] if name.lower() != b"retry-after"]
-            message = {**message, "headers": [*headers, (b"retry-after", str(RETRY_S).encode())]}
+            headers = [(name, value) for name, value in message["headers"] if name.lower() != RETRY_AFTER[0]]
+            message = {**message, "headers": [*headers, RETRY_AFTER]}
         await send(message)
 
     return told

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from snpatch.data import question
 from snpatch.errors import BusyError, SnpatchError, first_line, within
 from snpatch.executors.base import Request
 from snpatch.judges.protocol import score_all
@@ -72,8 +73,9 @@ class Sweep:
         self._neurons = serving.engine.geometry.n_layers * serving.engine.geometry.n_neurons
         self._requests: list[list[Request]] = []  # of each point and prompt
         self._no_self_patch: str | None = None  # why
-        self._check_size()
-        self._questions = [_question(place, one) for place, one in enumerate(form.prompts)]
+        self._check_asked()
+        self._prompts = [one if isinstance(one, str) else [asdict(message) for message in one] for one in form.prompts]
+        self._questions = [one if isinstance(one, str) else question(one) for one in self._prompts]
         self._points = self._every_point()
 
     @classmethod
@@ -84,10 +86,9 @@ class Sweep:
         encoded: dict[str, list[list[int]]] = {}
         for name in dict.fromkeys(speaker(point.patch) for point in sweep._points):
             encoded[name] = []
-            for place, prompt in enumerate(form.prompts):
-                chat = prompt if isinstance(prompt, str) else [asdict(message) for message in prompt]
+            for place, prompt in enumerate(sweep._prompts):
                 with within(f"prompts.{place}"):
-                    encoded[name] += requests.encode([chat], name)
+                    encoded[name] += requests.encode([prompt], name)
                 await asyncio.sleep(0)
         for point in sweep._points:
             asked = requests.writing(encoded[speaker(point.patch)], point.patch, sampling)
@@ -96,7 +97,7 @@ class Sweep:
             await asyncio.sleep(0)
         return sweep
 
-    def _check_size(self) -> None:
+    def _check_asked(self) -> None:
         form, serving = self._form, self._serving
         if len(serving.sweeps) >= MOST:
             raise BusyError(f"{MOST} sweeps are running")
@@ -115,6 +116,10 @@ class Sweep:
         for place, prompt in enumerate(form.prompts):
             if sum(map(len, [prompt] if isinstance(prompt, str) else [m.content for m in prompt])) > longest:
                 raise SnpatchError(f"sweep: prompt {place} has more than {longest} letters", field=f"prompts.{place}")
+            if not isinstance(prompt, str) and not any(message.role == "user" for message in prompt):
+                raise SnpatchError(
+                    f"sweep: prompt {place} is a chat without a user's message", field=f"prompts.{place}"
+                )
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events; whoever stops listening ends what runs."""
@@ -274,16 +279,6 @@ class Sweep:
 def _spread(name: str, found: Interval) -> dict[str, float | None]:
     """A value and its interval as a Row has them."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
-
-
-def _question(place: int, prompt: str | tuple[Message, ...]) -> str:
-    """What judges are shown of a prompt: the user's last question."""
-    if isinstance(prompt, str):
-        return prompt
-    asked = [message.content for message in prompt if message.role == "user"]
-    if not asked:
-        raise SnpatchError(f"sweep: prompt {place} is a chat without a user's message", field=f"prompts.{place}")
-    return asked[-1]
 
 
 def _event(name: str, **data) -> str:
