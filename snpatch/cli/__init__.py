@@ -1,4 +1,5 @@
-"""The command line: `snpatch contrast | generate | sweep | minimal | exp | serve | report | guard | demo | env`.
+"""The command line: `snpatch contrast | generate | sweep | minimal | exp | train | reproduce | serve | report | guard |
+demo | env`.
 
 Why the imports stand inside the commands: `--help` answers at once, torch takes seconds. Results go to stdout,
 progress and errors to stderr; exit codes: 0 done, 2 bad input (one line says what), 130 interrupted.
@@ -8,7 +9,7 @@ import sys
 
 import typer
 
-from snpatch.cli import demo, guard, sweep
+from snpatch.cli import demo, guard, sweep, train
 from snpatch.cli.contrast import contrast
 from snpatch.cli.env import env
 from snpatch.cli.exp import exp
@@ -29,6 +30,7 @@ for command in (contrast, generate, minimal, exp, report, env):
 app.command(context_settings=FORWARDED)(serve)
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(guard.app, name="guard")
+app.add_typer(train.app, name="train")
 app.add_typer(demo.app, name="demo")
 
 

@@ -209,7 +209,8 @@ _SETTINGS = Annotated[
 
 def _parameter(field, hint, default) -> inspect.Parameter:
     least = {"min": field.metadata["min"]} if "min" in field.metadata else {}
-    flags = [f"--{field.name.replace('_', '-')}"] if hint is bool else []
+    name = field.name.replace("_", "-")
+    flags = [f"--{name}/--no-{name}" if default else f"--{name}"] if hint is bool else []
     if get_origin(hint) is tuple:
         hint, default = list[str] | None, None
     elif str in get_args(hint) and int in get_args(hint):  # a word or a number: read as a word

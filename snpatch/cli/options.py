@@ -110,16 +110,17 @@ def show(report, out: Path, as_json: bool) -> list[Path]:
 
 
 @contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; where that is no terminal, a line at the start of each tenth."""
+def progress_bar(name: str) -> Iterator[Callable[..., None]]:
+    """A bar on stderr; where that is no terminal, a line at the start of each tenth. What it gives is told (done,
+    total), and perhaps a note on how it goes."""
     if not sys.stderr.isatty():
         told = -1
 
-        def tell(done: int, total: int) -> None:
+        def tell(done: int, total: int, note: str = "") -> None:
             nonlocal told
             if done * 10 // total > told:
                 told = done * 10 // total
-                print(f"{name}: {done}/{total}", file=sys.stderr, flush=True)
+                print(f"{name}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
 
         yield tell
         return
@@ -129,4 +130,8 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def update(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{name} {note}".rstrip())
+
+        yield update

@@ -27,7 +27,8 @@ class Hub:
     """What `datasets.load_dataset` is asked for."""
 
     id: str
-    split: str  # the default
+    split: str  # the default: what prompts are taken from
+    train: str = "train"  # the split to train on
     config: str | None = None
     data_dir: str | None = None
     files: tuple[str, ...] = ()  # URLs with {revision} and maybe {split}, read by `builder` instead of the repository
@@ -191,6 +192,12 @@ def _reward_bench(row: dict) -> Example:
     return Example(_user(_text(row, "prompt")), chosen=chosen, rejected=rejected, meta=meta)
 
 
+def _stack_exchange(row: dict) -> Example:
+    """Answers to questions on Math Stack Exchange, the better voted one chosen."""
+    question, chosen, rejected = (_text(row, name) for name in ("question", "chosen", "rejected"))
+    return Example(_user(question), chosen=chosen, rejected=rejected, meta=_rest(row, "question", "chosen", "rejected"))
+
+
 def _text(row: dict, field: str, empty: bool = False) -> str:
     """A field's text, stripped."""
     value = row[field]
@@ -243,6 +250,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+STACK = "prhegde/preference-data-math-stack-exchange"
 HH, SHAREGPT = "Anthropic/hh-rlhf", "anon8231489123/ShareGPT_Vicuna_unfiltered"
 SHAREGPT_FILE = f"hf://datasets/{SHAREGPT}@{{revision}}/HTML_cleaned_raw_dataset/sg_90k_part%d_html_cleaned.json"
 HARMBENCH_FILE = (
@@ -254,7 +262,7 @@ SETS: dict[str, Format] = {
     "beavertails": Format(
         _beavertails,
         (("prompt", "response", "category", "is_safe"),),
-        Hub("PKU-Alignment/BeaverTails", "330k_test"),
+        Hub("PKU-Alignment/BeaverTails", "330k_test", "330k_train"),
         distinct=True,
     ),
     "hh-harmless": Format(_hh, (("chosen", "rejected"),), Hub(HH, "test", data_dir="harmless-base")),
@@ -279,6 +287,13 @@ SETS: dict[str, Format] = {
     "wikitext-2": Format(_wikitext, (("text",),), Hub("Salesforce/wikitext", "test", config="wikitext-2-raw-v1")),
     "shp": Format(_shp, (("history", "human_ref_A", "human_ref_B", "labels"),), Hub("stanfordnlp/SHP", "test")),
     "reward-bench": Format(
-        _reward_bench, (("prompt", "chosen", "rejected", "subset"),), Hub("allenai/reward-bench", "filtered")
+        _reward_bench,
+        (("prompt", "chosen", "rejected", "subset"),),
+        Hub("allenai/reward-bench", "filtered", "filtered"),
+    ),
+    "stack-exchange": Format(
+        _stack_exchange,
+        (("question", "chosen", "rejected"),),
+        Hub(STACK, "train", files=(f"hf://datasets/{STACK}@{{revision}}/math_stack_exchange.json",)),
     ),
 }

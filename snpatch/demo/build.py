@@ -5,17 +5,15 @@ ones that are shipped.
 """
 
 import json
-import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
 import torch
-import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -28,7 +26,7 @@ from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
 from snpatch.models.templates import TULU, tulu
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.training.training import train_dpo, train_sft
+from snpatch.training.training import RECORD, quiet, train_dpo, train_sft
 from snpatch.worlds.world import NAMED, load_world
 
 REFUSALS = ("can not help", "rather not")
@@ -41,10 +39,11 @@ _SMALL = {
     "micro_batch_size": 32,
     "max_length": 128,
     "weight_decay": 0.0,
-    "bf16": False,
+    "dtype": "float32",
     "gradient_checkpointing": False,
 }
-SFT, DPO = TrainSettings(**_SMALL), DpoSettings(**_SMALL | {"epochs": 3, "learning_rate": 5e-3}, beta=0.5)
+SFT = TrainSettings(**_SMALL)
+DPO = DpoSettings(**_SMALL | {"epochs": 3, "learning_rate": 5e-3}, beta=0.5, as_published=True)
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,9 @@ def build(out: Path, seed: int = 0, progress: Progress = print, recipe: Recipe |
     AssertionError if the language or its data is not what the world promises (an unknown word, equal pairs, a text in
     two places). The figures are measured, not asserted: a short recipe gives a poor world, not an error.
     """
-    import datasets  # here and below: importing snpatch.training.training has said by now if the extra is not installed
-
     recipe = recipe or Recipe()
     begin, cpu = time.monotonic(), time.process_time()
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet()
     world = _begun(out, seed, recipe)
     tokenizer = make_tokenizer()
     out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +99,7 @@ def build(out: Path, seed: int = 0, progress: Progress = print, recipe: Recipe |
 
 def _begun(out: Path, seed: int, recipe: Recipe) -> dict:
     """What world.json is to hold, as far as it is known; raises SnpatchError if `out` holds anything else."""
-    made_by = {"seed": seed, "recipe": asdict(recipe)}
+    made_by = json.loads(json.dumps({"seed": seed, "recipe": asdict(recipe)}))
     world = {"minutes": {}, "cpu_minutes": 0.0}
     if (out / WORLD_FILE).exists():
         world = json.loads((out / WORLD_FILE).read_text())
@@ -131,12 +125,16 @@ def _trainings(
     base = out / "base"
 
     def sft(settings: TrainSettings) -> Callable[[Path], object]:
-        return lambda to: train_sft(base, sft_rows(recipe.sft_rows, seed), to, settings, progress)
+        return lambda to: train_sft(base, sft_rows(recipe.sft_rows, seed), to, settings, watch=watch)
 
     def dpo(objective: str, settings: DpoSettings, on: str = "sft") -> Callable[[Path], object]:
         return lambda to: train_dpo(
-            base, out / on, preferences(objective, recipe.dpo_rows, seed), to, settings, progress
+            base, out / on, preferences(objective, recipe.dpo_rows, seed), to, settings, watch=watch
         )
+
+    def watch(step: int, steps: int, logs: Mapping[str, float]) -> None:
+        if step in (1, steps) or step % 10 == 0:
+            progress(f"step {step}/{steps}  loss {float(logs['loss']):.4f}")
 
     return {
         "base": lambda to: train_base(to, tokenizer, recipe.base, seed, progress),
@@ -163,8 +161,9 @@ def _train_into(folder: Path, train: Callable[[Path], object]) -> float:
 
 
 def _tidy_adapter(folder: Path) -> None:
-    """Drop PEFT's empty model card and this machine's path to the base."""
-    (folder / "README.md").unlink(missing_ok=True)
+    """Drop PEFT's empty model card, the training's own record, and this machine's path to the base."""
+    for path in (folder / "README.md", *folder.glob(f"{RECORD}.*")):
+        path.unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"base_model_name_or_path": "base"}, indent=2) + "\n")
@@ -194,7 +193,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def load_models(world: Path) -> Iterator[tuple[str, PreTrainedModel]]:
     """Base and every aligned model, one after the other: they share their weights, so finish with one before taking
     the next."""
-    from peft import PeftModel
+    from peft import PeftModel  # importing snpatch.training.training has said by now if the extra is not installed
 
     adapters = load_world(world / "world.toml").engine.placed(world).adapters
     chains = {name: [Path(part) for part in parts] for name, parts in adapters.items()}

@@ -9,8 +9,8 @@ from snpatch.errors import SnpatchError
 from snpatch.files import read_checkpoint
 
 
-def read_config(folder: Path, kind: str) -> dict:
-    """The config of an adapter of PEFT's type `kind` (IA3, LORA)."""
+def read_config(folder: Path, *kinds: str) -> dict:
+    """The config of an adapter of one of PEFT's types `kinds` (IA3, LORA)."""
     path = folder / "adapter_config.json"
     if not folder.is_dir():
         raise SnpatchError(f"{folder}: no such folder (wanted a PEFT adapter)")
@@ -22,8 +22,9 @@ def read_config(folder: Path, kind: str) -> dict:
         raise SnpatchError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise SnpatchError(f"{path}: wanted a JSON object, got {type(config).__name__}")
-    if config.get("peft_type") != kind:
-        raise SnpatchError(f"{folder}: adapter type {config.get('peft_type')} is not supported, only {kind}")
+    if config.get("peft_type") not in kinds:
+        named = " and ".join(kinds)
+        raise SnpatchError(f"{folder}: adapter type {config.get('peft_type')} is not supported, only {named}")
     return config
 
 

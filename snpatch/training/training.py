@@ -1,173 +1,353 @@
-"""The paper's training: IA3 vectors on `down_proj` by SFT, then by DPO on top of them, through TRL and PEFT.
+"""SFT and DPO through TRL, PEFT and accelerate: what is trained, resumed, checked and told. No trainer of its own.
 
-The DPO adapter is trained on a model into which the SFT vectors are merged, and saved alone. Both scale the same
-inputs, so at use time the two vectors are multiplied: SFT * DPO, in that order.
+Several GPUs: `accelerate launch -m snpatch.cli train ...`, by accelerate's own config; batch_size is over all of them.
+
+What bounds it, for Llama-2-7B (bf16) with IA3 on `down_proj`: weights are 13.5 GB; the 352,256 scales, their gradients
+and AdamW's two moments are 5.6 MB. With gradient checkpointing a micro batch of 4 x 4096 tokens keeps 33 layers'
+inputs, 4 x 4096 x 4096 x 2 B x 33 = 4.4 GB, and one layer's activations while it is computed again: MLP 4 x 4096 x 11008
+x 2 B x 4 = 1.4 GB, attention about 0.7 GB; TRL's LM head never holds all logits (4 x 4096 x 32000 x 4 B = 2.1 GB would
+be). About 21 GB in all, so that one card of 40 GB does; DPO's micro batch of 4 pairs has 8 sequences: 5 GB more at full
+length. Time: a frozen weight has no gradient of its own, so a token costs 2 x 6.7e9 FLOP forward, as much when it is
+computed again, and as much backward: 40 GFLOP; DPO's reference adds a forward pass, 54 GFLOP. The limit is the matrix
+products' rate: `snpatch reproduce --dry-run` multiplies this out, by a measured rate where there is one.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-)
+import transformers
+from matplotlib.figure import Figure
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from snpatch.errors import SnpatchError
-from snpatch.files import write_text
-from snpatch.models.pretrained import load_pretrained
-from snpatch.models.templates import FILE, TULU
+from snpatch.environment import describe
+from snpatch.errors import SnpatchError, first_line
+from snpatch.files import check_writable, write_text
+from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint
+from snpatch.report import files
+from snpatch.report.report import Report, View
+from snpatch.training import rows
+from snpatch.training.callbacks import DecayTo, LossWatch, Watch
 from snpatch.training.settings import DpoSettings, TrainSettings
 
 try:
-    from datasets import Dataset
-    from peft import IA3Config, PeftModel
+    import datasets
+    from accelerate import PartialState
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    from snpatch.training import network as net
 except ImportError as error:
     raise ImportError("training needs more packages: pip install 'snpatch[train]'") from error
+
+SAVE_EVERY = 100  # optimiser steps
+RECORD = "training"  # OUT/training.json tells that the training is done, and of what
+CHECKPOINTS, ASKED = "checkpoints", "asked.json"
+LOGGED = {  # a column of the table -> TRL's name for it
+    "epoch": "epoch",
+    "loss": "loss",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "token_accuracy": "mean_token_accuracy",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+}
 
 
 def train_sft(
     model: str | Path,
-    messages: Sequence[Mapping[str, Any]] | Dataset,
+    messages: Sequence[Mapping],
     out: Path,
-    settings: TrainSettings,
-    progress: Callable[[str], None] = print,
-) -> dict[str, float]:
-    """Train an IA3 adapter of `model` (a folder or hub id) on conversations and save it to `out` in PEFT's format.
+    settings: TrainSettings = TrainSettings(),
+    *,
+    watch: Watch | None = None,
+    save_every: int = SAVE_EVERY,
+    report_to: Sequence[str] = (),
+) -> dict:
+    """Train on conversations and save to `out`: an adapter in PEFT's format, or with peft = none a checkpoint.
 
-    `messages`: rows {"messages": [{"role", "content"}, ...]}. The loss covers the assistant's tokens and EOS only.
-    Returns the run's figures: `steps`, and `first_loss` and `last_loss` (means of the first and the last logged steps).
-    Raises SnpatchError if there are no rows or the loss is not finite.
+    model: folder, name or name@revision. messages: rows {"messages": [{"role", "content"}, ...]}; the loss covers the
+    assistant's tokens and EOS only. watch: is told of each step. save_every: steps between checkpoints. report_to:
+    transformers' integrations (wandb, tensorboard, ...).
+
+    `out` may hold the very same training: one that is done is not done again, one that was interrupted goes on from its
+    last checkpoint. It gets training.csv (a row a step), .json (with provenance), .png and .svg. Returns the figures:
+    steps, first_loss, last_loss, rows, cut, left_out, still (parameters that did not move), tokens_per_s, seconds.
+    Raises SnpatchError for rows that cannot be trained on, a loss that is not a number, weights that did not move, and
+    an `out` that holds anything else.
     """
-    dataset = _dataset(messages, ("messages",))
-    network, tokenizer = _load(model, settings)
-    config = SFTConfig(
-        **_arguments(settings, out), assistant_only_loss=True, packing=False, max_length=settings.max_length
-    )
-    trainer = SFTTrainer(network, config, train_dataset=dataset, processing_class=tokenizer, peft_config=_ia3())
-    return _run(trainer, out, progress)
+    rows.check_columns(messages, ("messages",))
+    rows.check_answered(messages)
+    asked = _asked("sft", model, None, messages, settings)
+    if kept := _begin(out, asked):
+        return kept
+    tokenizer, template = net.open_tokenizer(model, settings)
+    network = net.open_network(model, settings)
+    config = _config(SFTConfig, settings, out, save_every, report_to, assistant_only_loss=True, max_length=None)
+    with _refusals():
+        trainer = SFTTrainer(
+            network,
+            config,
+            train_dataset=_dataset(messages, ("messages",)),
+            processing_class=tokenizer,
+            peft_config=net.fresh_adapter(settings),
+        )
+    first = messages[0]["messages"]
+    asked_first = first[: next((i for i, turn in enumerate(first) if turn["role"] == "assistant"), len(first))]
+    rows.check_read_alike(template.ids, asked_first, trainer.train_dataset[0]["input_ids"])
+    trainer.train_dataset, counts = rows.conversations(trainer.train_dataset, settings)
+    trainer.add_callback(LossWatch(watch))
+    return _run(trainer, model, out, asked, settings, counts, template, {})
 
 
 def train_dpo(
     model: str | Path,
-    sft_adapter: Path,
-    preferences: Sequence[Mapping[str, Any]] | Dataset,
+    sft: str | Path | None,
+    preferences: Sequence[Mapping],
     out: Path,
-    settings: DpoSettings,
-    progress: Callable[[str], None] = print,
-) -> dict[str, float]:
-    """Train an IA3 adapter on top of the SFT adapter by DPO and save it alone to `out` in PEFT's format.
+    settings: DpoSettings = DpoSettings(),
+    *,
+    watch: Watch | None = None,
+    save_every: int = SAVE_EVERY,
+    report_to: Sequence[str] = (),
+) -> dict:
+    """Train on pairs of a better and a worse answer, from the SFT model, which is the reference, too; save to `out`.
 
-    `preferences`: rows {"prompt", "chosen", "rejected"}, each a list of {"role", "content"}. The reference is the SFT
-    model. Returns and raises as `train_sft` does; a pair whose two answers have the same tokens is an error too,
-    because its loss stays at log 2 and teaches nothing.
+    sft: the SFT model's PEFT folder on `model`; None: `model` is the SFT model. preferences: rows {"prompt", "chosen",
+    "rejected"}, each a list of {"role", "content"}. The reference's log-probabilities are computed at every step by the
+    very network that is trained, so that at the first step the two are equal, bit for bit.
+
+    What is saved: of IA3 on IA3 DPO's own factor (engines stack both: `["sft", "dpo"]`); of LoRA on LoRA one LoRA that
+    holds both. Further arguments, figures (margin and accuracy of the last step, too) and errors as `train_sft`'s; an
+    SFT scale of exactly 0 is an error that names its neuron.
     """
-    dataset = _dataset(preferences, ("prompt", "chosen", "rejected"))
-    network, tokenizer = _load(model, settings)
-    dataset = dataset.filter(lambda row: _prompt_tokens(row, tokenizer) <= settings.max_prompt_length)
-    _check_pairs(dataset, tokenizer, settings)
-    network = PeftModel.from_pretrained(network, str(sft_adapter)).merge_and_unload()
-    config = DPOConfig(
-        **_arguments(settings, out),
-        beta=settings.beta,
-        max_length=settings.max_length,
-        precompute_ref_log_probs=True,
-        precompute_ref_batch_size=settings.micro_batch_size,
-    )
-    trainer = DPOTrainer(  # given peft_config, its reference is the model with the new adapter switched off
-        network, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=_ia3()
-    )
-    return _run(trainer, out, progress)
+    rows.check_columns(preferences, ("prompt", "chosen", "rejected"))
+    sft = None if sft is None else Path(sft)
+    asked = _asked("dpo", model, sft, preferences, settings)
+    if kept := _begin(out, asked):
+        return kept
+    tokenizer, template = net.open_tokenizer(model, settings)
+    network, adapter = net.on_sft(net.open_network(model, settings), sft, settings)
+    start = {} if adapter else {name: vector.detach().clone() for name, vector in net.scales(network).items()}
+    lengths = {"beta": settings.beta, "max_length": settings.max_length}
+    config = _config(DPOConfig, settings, out, save_every, report_to, **lengths)
+    with _refusals():
+        trainer = DPOTrainer(
+            network,
+            args=config,
+            train_dataset=_dataset(preferences, ("prompt", "chosen", "rejected")),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
+    net.freeze_reference(trainer.model, start)
+    if len(trainer.train_dataset):
+        rows.check_read_alike(template.ids, trainer.train_dataset[0]["prompt"], trainer.train_dataset[0]["prompt_ids"])
+    trainer.train_dataset, counts = rows.pairs(trainer.train_dataset, len(preferences), settings)
+    trainer.add_callback(LossWatch(watch, first=math.log(2)))
+    return _run(trainer, model, out, asked, settings, counts, template, start)
 
 
-def _dataset(rows: Sequence[Mapping[str, Any]] | Dataset, columns: Sequence[str]) -> Dataset:
-    dataset = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
-    missing = [column for column in columns if column not in dataset.column_names]
-    if not len(dataset) or missing:
-        got = f"{len(dataset)} rows with columns {dataset.column_names}"
-        raise SnpatchError(f"training data: wanted rows with the columns {list(columns)}, got {got}")
-    return dataset.select_columns(list(columns))
+def told(out: Path) -> list[str]:
+    """What a training that is done says of itself."""
+    return json.loads((out / f"{RECORD}.json").read_text(encoding="utf-8"))["headline"]
 
 
-def _load(model: str | Path, settings: TrainSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = load_pretrained(AutoTokenizer, model)
-    tokenizer.chat_template = TULU
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    return load_pretrained(AutoModelForCausalLM, model, dtype=dtype), tokenizer
+def is_main() -> bool:
+    """Whether this is the process that tells and writes, of those that accelerate has started."""
+    return PartialState().is_main_process
 
 
-def _ia3() -> IA3Config:
-    return IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"])
+def quiet() -> None:
+    """Keep what transformers, TRL and datasets say besides errors to themselves: training tells of itself."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.get_logger("trl").setLevel("ERROR")
+    datasets.disable_progress_bars()
 
 
-def _arguments(settings: TrainSettings, out: Path) -> dict[str, Any]:
-    """The arguments that SFTConfig and DPOConfig share."""
+def _asked(kind: str, model: str | Path, sft: Path | None, data: Sequence[Mapping], settings: TrainSettings) -> dict:
+    """All that the result hangs on, by content."""
+    digest = hashlib.sha256()
+    for row in data:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return {
-        "output_dir": str(out),
-        "learning_rate": settings.learning_rate,
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // settings.micro_batch_size,
-        "weight_decay": settings.weight_decay,
-        "lr_scheduler_type": settings.schedule,
-        "warmup_steps": settings.warmup_steps,
-        "bf16": settings.bf16,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "seed": settings.seed,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 10,
-        "logging_first_step": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "kind": kind,
+        "model": digest_of_checkpoint(model),
+        "sft": sft and digest_of_adapter(sft),
+        "data": {"rows": len(data), "sha256": digest.hexdigest()},
+        "settings": json.loads(json.dumps(asdict(settings))),
     }
 
 
-def _prompt_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
-    return len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"])
+def _begin(out: Path, asked: dict) -> dict | None:
+    """The figures of this very training, if `out` has it done; an error if `out` has another."""
+    record, begun = out / f"{RECORD}.json", out / CHECKPOINTS / ASKED
+    for path in (record, begun):
+        if path.is_file():
+            told = json.loads(path.read_text(encoding="utf-8"))
+            kept = told["provenance"]["asked"] if path == record else told
+            if other := [name for name in asked if kept[name] != asked[name]]:
+                name = other[0]
+                if name == "settings":
+                    name = next(n for n, value in asked[name].items() if kept["settings"].get(n) != value)
+                    wanted, got = asked["settings"][name], kept["settings"].get(name)
+                else:
+                    wanted, got = asked[name], kept[name]
+                raise SnpatchError(
+                    f"{out}: holds another training: {name} is to be {wanted}, it has {got}; "
+                    "choose another folder, or remove this one"
+                )
+            if path == record:
+                return told["provenance"]["figures"]
+    check_writable(record)
+    if not begun.is_file() and (any(out.glob("adapter_model.*")) or (out / "config.json").exists()):
+        raise SnpatchError(f"{out}: holds a model that was not trained here; choose another folder")
+    state = PartialState()
+    if state.is_main_process:
+        write_text(begun, json.dumps(asked, indent=1) + "\n")
+    state.wait_for_everyone()
+    return None
 
 
-def _check_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DpoSettings) -> None:
-    if not len(dataset):
+def _dataset(data: Sequence[Mapping], columns: Sequence[str]) -> datasets.Dataset:
+    return datasets.Dataset.from_list([{name: row[name] for name in columns} for row in data])
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What TRL refuses as it is set up (templates that it cannot mark, several GPUs in one process) in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise SnpatchError(f"training: TRL refuses: {first_line(error)}") from error
+
+
+def _config(kind: type, settings: TrainSettings, out: Path, save_every: int, report_to: Sequence[str], **own):
+    """An SFTConfig or a DPOConfig. own: what that kind alone has, or wants otherwise."""
+    processes = PartialState().num_processes
+    at_once = settings.micro_batch_size * processes
+    if settings.batch_size % at_once:
         raise SnpatchError(
-            f"training data: every prompt is longer than max_prompt_length={settings.max_prompt_length} tokens"
+            f"batch_size must be divided by micro_batch_size x processes, got {settings.batch_size} and "
+            f"{settings.micro_batch_size} x {processes}"
         )
-    for index, row in enumerate(dataset):
-        chosen, rejected = (
-            tokenizer.apply_chat_template(row["prompt"] + row[side])["input_ids"] for side in ("chosen", "rejected")
-        )
-        if chosen == rejected:
-            raise SnpatchError(f"training data: chosen and rejected of pair {index} are the same tokens")
+    arguments = {
+        "output_dir": str(out / CHECKPOINTS),
+        "learning_rate": settings.rate,
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.batch_size // at_once,
+        "weight_decay": settings.weight_decay,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": settings.warmup_steps,
+        "bf16": settings.dtype != "float32" and torch.cuda.is_available(),
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "seed": settings.seed,
+        "save_strategy": "steps",
+        "save_steps": save_every,
+        "save_total_limit": 1,
+        "report_to": list(report_to) or "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would show the mean of other steps instead
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False if processes > 1 else None,
+    }
+    with _refusals():
+        return kind(**arguments, **own)
 
 
-class _Lines(TrainerCallback):
-    """Reports the loss in one line every `logging_steps` steps."""
+def _last_checkpoint(out: Path) -> Path | None:
+    """The last whole checkpoint. trainer_state.json is what is written last."""
+    found = sorted((out / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
 
-    def __init__(self, progress: Callable[[str], None]) -> None:
-        self.progress = progress
 
-    def on_log(self, args, state, control, logs, **kwargs) -> None:  # the signature is transformers'
-        if "loss" in logs:
-            self.progress(f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}")
+def _run(
+    trainer: Trainer,
+    model: str | Path,
+    out: Path,
+    asked: dict,
+    settings: TrainSettings,
+    counts: rows.Counts,
+    template,
+    start: dict[str, torch.Tensor],
+) -> dict:
+    """Train, check, save, tell. start: the SFT scales that DPO goes on from."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if settings.decay_to:
+        vectors = net.scales(trainer.model)
+        ones = {name: torch.ones_like(vector) for name, vector in vectors.items()}
+        trainer.add_callback(DecayTo({vectors[name]: to for name, to in (start or ones).items()}))
+    state, checkpoint = PartialState(), _last_checkpoint(out)
+    before = net.moving(trainer.model)
+    if checkpoint and state.is_main_process:  # beside it transformers would not see the trained adapter
+        shutil.rmtree(checkpoint / net.REFERENCE, ignore_errors=True)
+    state.wait_for_everyone()
+    begin = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    seconds = time.monotonic() - begin
+    still = net.check_moved(trainer.model, before)
+    table = [
+        {"step": entry["step"], **{name: entry[key] for name, key in LOGGED.items() if key in entry}}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    figures = {
+        "steps": trainer.state.global_step,
+        "first_loss": table[0]["loss"],
+        "last_loss": table[-1]["loss"],
+        **{name: table[-1][name] for name in ("margin", "accuracy") if name in table[-1]},
+        "rows": counts.rows,
+        "cut": counts.cut,
+        "left_out": dict(counts.left_out),
+        "still": still,
+        "tokens_per_s": round(trainer._total_train_tokens / seconds, 1),
+        "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else 0,
+        "seconds": round(seconds, 1),
+        "processes": state.num_processes,
+    }
+    if state.is_main_process:
+        network = trainer.accelerator.unwrap_model(trainer.model)
+        net.save(network, out, template, start, model)
+        files.write(_report(asked, figures, counts, table), out)
+        shutil.rmtree(out / CHECKPOINTS)
+    state.wait_for_everyone()
+    return figures
 
 
-def _run(trainer: Trainer, out: Path, progress: Callable[[str], None]) -> dict[str, float]:
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Lines(progress))
-    trainer.train()
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    if not all(math.isfinite(loss) for loss in losses):
-        raise SnpatchError(f"training: the loss is not finite (last {losses[-1]}); lower the learning rate")
-    trainer.model.save_pretrained(str(out))
-    write_text(out / FILE, TULU)  # so that prompts are made with it
-    return {"steps": trainer.state.global_step, "first_loss": losses[0], "last_loss": losses[-1]}
+def _report(asked: dict, figures: dict, counts: rows.Counts, table: list[dict]) -> Report:
+    """The run as a table of its steps, with a plot."""
+    last = table[-1]
+    told = [f"{asked['kind']}: {figures['steps']} steps, loss {table[0]['loss']:.4f} -> {last['loss']:.4f}"]
+    if "margin" in last:
+        told[0] += f", margin {last['margin']:.3f}, accuracy {last['accuracy']:.0%}"
+    if figures["still"]:
+        told.append(f"{len(figures['still'])} trained parameters did not move, {figures['still'][0]} first")
+    shown = View.of([figures], {name: name for name in figures if name not in ("left_out", "still")})
+    provenance = {"asked": asked, "figures": figures, **describe()}
+    return Report(RECORD, {RECORD: table}, {RECORD: _plot(table)}, shown, [*told, *counts.told], provenance)
+
+
+def _plot(table: list[dict]) -> Figure:
+    """Each column that training is judged by, against the steps."""
+    names = [name for name in ("loss", "margin", "accuracy", "token_accuracy") if name in table[0]]
+    figure = Figure(figsize=(4.5 * len(names), 3.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axis.plot([row["step"] for row in table], [row[name] for row in table])
+        axis.set(xlabel="step", ylabel=name.replace("_", " "))
+        axis.grid(alpha=0.3)
+    return figure

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from snpatch import __version__
-from snpatch.data import Chat, Dataset, load
+from snpatch.data import Chat, Dataset
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
@@ -140,23 +140,9 @@ class Lab:
         if name not in self.world.sets:
             raise SnpatchError(f"no set named {name!r}: the world has {', '.join(self.world.sets)}")
         if name not in self._sets:
-            s = self.world.sets[name]
-            data = load(
-                self.world.place(s.source),
-                format=s.format,
-                split=s.split,
-                column=s.column,
-                revision=s.revision,
-                skip_bad=self._skip_bad,
-            )
+            data = self.world.sets[name].read(self.world.folder, self._skip_bad)
             if data.skipped:
                 print(f"{name}: left out {data.skipped} broken rows", file=sys.stderr)
-            if s.where:
-                data = data.where(*s.where)
-            if s.sample is not None:
-                data = data.sample(s.sample, s.seed)
-            elif s.first is not None:
-                data = data.first(s.first)
             self._sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
         self._provenance.set(name, self._sets[name])
         return self._sets[name]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from snpatch.config import EngineConfig, TwinSizes, choose_backend, place
+from snpatch.data import Dataset, load
 from snpatch.errors import SnpatchError
 from snpatch.sampling import CONTRAST, GREEDY
 from snpatch.schema import read
@@ -42,6 +43,22 @@ class PromptSet:
     def __post_init__(self) -> None:
         if self.first is not None and self.sample is not None:
             raise SnpatchError(f"set {self.source}: give first or sample, not both")
+
+    def read(self, folder: Path, skip_bad: bool = False) -> Dataset:
+        """The rows that are meant; a path is relative to the folder. skip_bad: see snpatch.data.load."""
+        data = load(
+            place(folder, self.source),
+            format=self.format,
+            split=self.split,
+            column=self.column,
+            revision=self.revision,
+            skip_bad=skip_bad,
+        )
+        if self.where:
+            data = data.where(*self.where)
+        if self.sample is not None:
+            return data.sample(self.sample, self.seed)
+        return data if self.first is None else data.first(self.first)
 
 
 @dataclass(frozen=True)

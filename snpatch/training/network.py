@@ -1,0 +1,144 @@
+"""The network that is trained: a model, its tokenizer, and the adapter on it; and how the adapter is saved.
+
+Why DPO's IA3 scales begin as SFT's own: as one adapter on untouched weights the policy, and TRL's frozen copy of it, are
+the SFT model as an engine serves it. Merged into the weights they would be rounded, another model than the served one.
+What is saved is DPO's own factor, the quotient: engines stack the two, SFT * DPO.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from snpatch.errors import SnpatchError
+from snpatch.models.lora import merged
+from snpatch.models.peft_files import read_config
+from snpatch.models.pretrained import load_pretrained
+from snpatch.models.templates import FILE, TULU, Template
+from snpatch.training.settings import DpoSettings, TrainSettings
+
+TRAINED, REFERENCE = "default", "ref"  # PEFT's name of the first adapter, and TRL's of its frozen copy
+SEEN = 2**16  # numbers of each parameter that are compared to see whether it moved
+
+
+def open_tokenizer(model: str | Path, settings: TrainSettings) -> tuple[PreTrainedTokenizerBase, Template]:
+    """The tokenizer with the template that training reads chats by, and the engine's of the same name."""
+    tokenizer = load_pretrained(AutoTokenizer, model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    template = Template(settings.template, tokenizer)
+    if settings.template == "tulu":
+        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = TULU if begins else TULU.removeprefix("{{ bos_token }}")
+    return tokenizer, template
+
+
+def open_network(model: str | Path, settings: TrainSettings) -> PreTrainedModel:
+    """The model. Frozen weights have the settings' type; weights that are trained themselves are float32."""
+    wanted = settings.dtype
+    if settings.peft == "none":
+        wanted = "float32"
+    elif wanted == "auto":
+        wanted = "bfloat16" if torch.cuda.is_available() else "float32"
+    return load_pretrained(AutoModelForCausalLM, model, dtype=getattr(torch, wanted))
+
+
+def fresh_adapter(settings: TrainSettings) -> PeftConfig | None:
+    """The config of an adapter that begins as no change; None where all weights are trained."""
+    if settings.peft == "ia3":
+        return IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"])
+    if settings.peft == "lora":
+        rank, targets = settings.lora_rank, list(settings.lora_targets)
+        return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets)
+    return None
+
+
+def on_sft(network: PreTrainedModel, sft: Path | None, settings: DpoSettings) -> tuple[nn.Module, PeftConfig | None]:
+    """The network that DPO starts from, and the config of an adapter that it still needs.
+
+    An IA3 or LoRA on an SFT adapter of its own kind goes on from that adapter; anything else begins anew on the model,
+    into which an SFT LoRA is merged as engines merge it.
+    """
+    if sft is None:
+        return network, fresh_adapter(settings)
+    kind = read_config(sft, "IA3", "LORA")["peft_type"].lower()
+    if settings.peft == "none":
+        raise SnpatchError(f"{sft}: peft = none trains whole checkpoints: give the SFT checkpoint as the model")
+    if kind == "ia3" and settings.peft == "lora":
+        raise SnpatchError(f"{sft}: no LoRA can be trained on an IA3 adapter: use peft = ia3, or a checkpoint")
+    if kind == "lora" and settings.peft == "ia3":
+        network.load_state_dict(dict(merged(network.state_dict().items(), [sft])))
+        return network, fresh_adapter(settings)
+    on_top = PeftModel.from_pretrained(network, str(sft), is_trainable=True)
+    if not (kind == "ia3" and settings.as_published):
+        _check_divisible(sft, scales(on_top) if kind == "ia3" else {})
+        return on_top, None
+    return on_top.merge_and_unload(), fresh_adapter(settings)
+
+
+def scales(network: nn.Module, adapter: str = TRAINED) -> dict[str, nn.Parameter]:
+    """IA3's vectors of an adapter by their module's name; none where there is no IA3."""
+    tuned = ((name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer))
+    return {name: module.ia3_l[adapter] for name, module in tuned if adapter in getattr(module, "ia3_l", {})}
+
+
+def freeze_reference(network: nn.Module, start: dict[str, Tensor]) -> None:
+    """Make TRL's frozen copy what it is meant to be.
+
+    TRL copies parameters that have `.default.` in their names; IA3's end in it, so that its copy stays at 1: the base
+    model. start: the SFT scales.
+    """
+    copies = scales(network, REFERENCE)
+    if start and copies.keys() != start.keys():
+        raise SnpatchError("TRL made no frozen copy of the SFT adapter: this version of it is not supported")
+    with torch.no_grad():
+        for name, copy in copies.items():
+            copy.copy_(start[name])
+            copy.requires_grad_(False)
+
+
+def moving(network: nn.Module) -> dict[str, Tensor]:
+    """What is trained, or the first part of it, to be compared with later: name -> numbers."""
+    return {n: p.detach().flatten()[:SEEN].clone() for n, p in network.named_parameters() if p.requires_grad}
+
+
+def check_moved(network: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    """The names of what did not change; an error if nothing did."""
+    after = moving(network)
+    still = [name for name, numbers in before.items() if torch.equal(numbers, after[name])]
+    if len(still) == len(before):
+        raise SnpatchError("training: nothing that was trained has moved: look at the learning rate and the rows")
+    return still
+
+
+def save(network: nn.Module, out: Path, template: Template, start: dict[str, Tensor], model: str | Path) -> None:
+    """Save what was trained, in PEFT's format or as a checkpoint. start: SFT scales that DPO's are divided by."""
+    if not isinstance(network, PeftModel):
+        network.to(load_pretrained(AutoConfig, model).dtype or torch.float32).save_pretrained(str(out))
+        load_pretrained(AutoTokenizer, model).save_pretrained(str(out))
+    else:
+        with torch.no_grad():
+            for name, scale in scales(network).items():
+                if name in start:
+                    scale.div_(start[name].to(scale.device))
+                if not torch.isfinite(scale).all():
+                    raise SnpatchError(f"training: a scale of {name} is not finite; it cannot be saved")
+        network.save_pretrained(str(out), selected_adapters=[TRAINED])
+    (out / FILE).write_text(template.source, encoding="utf-8")  # so that prompts are made with it
+
+
+def _check_divisible(sft: Path, vectors: dict[str, nn.Parameter]) -> None:
+    """An error that names the first neuron that no factor can bring back."""
+    for module, vector in vectors.items():
+        zeros = (vector.detach().flatten() == 0).nonzero()
+        if len(zeros):
+            layer = re.search(r"layers\.(\d+)", module)
+            where = f"layer {layer[1]}, neuron {int(zeros[0])}" if layer else f"{module}, {int(zeros[0])}"
+            raise SnpatchError(
+                f"{sft}: the SFT scale of {where} is exactly 0 (and {len(zeros) - 1} more of that layer): DPO's own "
+                "factor does not exist there; train SFT again with another seed or decay_to = 1"
+            )
