@@ -16,6 +16,7 @@ from snpatch.cli.exp import exp
 from snpatch.cli.generate import generate
 from snpatch.cli.minimal import minimal
 from snpatch.cli.report import report
+from snpatch.cli.reproduce import reproduce
 from snpatch.cli.serve import FORWARDED, serve
 from snpatch.errors import SnpatchError
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (contrast, generate, minimal, exp, report, env):
+for command in (contrast, generate, minimal, exp, reproduce, report, env):
     app.command()(command)
 app.command(context_settings=FORWARDED)(serve)
 app.add_typer(sweep.app, name="sweep")

@@ -22,7 +22,7 @@ def exp(
         ),
     ],
     config: Fields,
-    world: Annotated[str, typer.Option("--world", "-w", help="A world's file (.toml), or demo, or llama-2-7b.")],
+    world: Annotated[str, typer.Option("--world", "-w", help="A world's file (.toml), or demo.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables, plots, rankings and texts.")] = Path(
         "snpatch-results"
     ),

@@ -36,10 +36,16 @@ _OPTIONS = {
         Annotated[str | None, typer.Option(help="Split. Default for a named set: what it has to train on.")],
         None,
     ),
+    "column": (Annotated[str | None, typer.Option(help="The column that holds the prompt.")], None),
+    "revision": (Annotated[str | None, typer.Option(help="Of a named set: branch, tag or commit.")], None),
     "where": (Annotated[str | None, typer.Option(help="column=value,value: only rows that have one of them.")], None),
     "limit": (Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")], None),
+    "sample": (Annotated[int | None, typer.Option(min=1, help="So many rows, drawn with --sample-seed.")], None),
+    "sample_seed": (Annotated[int, typer.Option(min=0, help="What --sample draws with.")], 0),
     "skip_bad": (SkipBad, False),
 }
+
+_SOME = {"first": "limit", "sample": "sample", "seed": "sample_seed"}  # of a PromptSet -> the option
 
 
 @dataclass(frozen=True)
@@ -50,17 +56,17 @@ class Trained:
         return [inspect.Parameter(n, _BY_NAME, default=d, annotation=hint) for n, (hint, d) in _OPTIONS.items()]
 
     def made(self, values: dict) -> Fields | None:
-        given = {name: values[name] for name in ("split", "where") if values[name] is not None}
+        given = {name: values[name] for name in ("split", "column", "revision", "where") if values[name] is not None}
         if values["data"] is None:
             if given or values["form"]:
-                raise SnpatchError("--format, --split and --where are for DATA, and there is none")
-            return None if values["limit"] is None else {"first": values["limit"]}
+                raise SnpatchError("--format, --split, --column, --revision, --where are for DATA: there is none")
+            return {n: values[o] for n, o in _SOME.items() if values[o]} or None
         if "where" in given:
             column, equals, wanted = given["where"].partition("=")
             if not equals or not column:
                 raise SnpatchError(f"--where wants column=value,value, got {given['where']!r}")
             given["where"] = (column, *wanted.split(","))
-        names = {"source": "data", "format": "form", "first": "limit", "skip_bad": "skip_bad"}
+        names = {"source": "data", "format": "form", "skip_bad": "skip_bad", **_SOME}
         return {**given, **{name: values[option] for name, option in names.items()}}
 
 

@@ -35,12 +35,7 @@ def write(lab: Lab, given: Mapping[str, Mapping[str, object]] | None = None) -> 
             left_out[name] = other
             continue
         found[name] = {"headline": data["headline"], "provenance": told}
-        parts.append(f"## {name}\n")
-        parts += [f"- {sentence}" for sentence in data["headline"]]
-        parts.append(
-            f"\nModel {told['model']}, {told['backend']}, {told['seconds']} s; table: [{name}.csv]({name}.csv), "
-            f"settings and provenance: [{name}.json]({name}.json).\n\n![{name}]({name}.png)\n"
-        )
+        parts.append(section(name, data))
     if left_out:
         parts.append("## Left out\n")
         parts += [f"- [{name}.json]({name}.json): {why}" for name, why in left_out.items()]
@@ -48,6 +43,16 @@ def write(lab: Lab, given: Mapping[str, Mapping[str, object]] | None = None) -> 
     write_text(lab.out / "report.md", "\n".join(parts))
     write_text(lab.out / "report.json", json.dumps(found, indent=1) + "\n")
     return left_out
+
+
+def section(name: str, data: Mapping) -> str:
+    """What a report says of an experiment. data: the content of its NAME.json."""
+    told = data["provenance"]
+    sentences = "".join(f"- {sentence}\n" for sentence in data["headline"])
+    return (
+        f"## {name}\n\n{sentences}\nModel {told['model']}, {told['backend']}, {told['seconds']} s; table: "
+        f"[{name}.csv]({name}.csv), settings and provenance: [{name}.json]({name}.json).\n\n![{name}]({name}.png)\n"
+    )
 
 
 def _read(path: Path) -> dict:

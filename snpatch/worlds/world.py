@@ -17,9 +17,8 @@ from snpatch.schema import read
 
 NAMED = {
     "demo": Path(__file__).parents[1] / "demo" / "world" / "world.toml",
-    "llama-2-7b": Path(__file__).parents[1] / "experiments" / "llama-2-7b.toml",
 }
-"""Worlds that ship with the package: the demo's, and the paper's main one, whose adapters have to be trained first."""
+"""Worlds that ship with the package. Those of the paper's models are made by `snpatch reproduce`."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class World(Setting):
 
 
 def load_world(source: str | Path) -> World:
-    """A world by its name (`demo`, `llama-2-7b`) or its file. Unknown keys and broken references are errors."""
+    """A world by its name (`demo`) or its file. Unknown keys and broken references are errors."""
     path = NAMED.get(str(source), Path(source))
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -165,12 +164,13 @@ def load_world(source: str | Path) -> World:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SnpatchError(f"world {path}: not a TOML file: {error}") from error
     try:
-        return _world(path.parent, data)
+        return world_of(data, path.parent)
     except SnpatchError as error:
         raise SnpatchError(f"world {path}: {error}") from error
 
 
-def _world(folder: Path, data: dict) -> World:
+def world_of(data: dict, folder: Path) -> World:
+    """A world from its file's table. folder: what paths are relative to."""
     parts = setting_of(data)
     for group in ("contrasts", "seeds"):
         parts[group] = {name: read(Contrast, f"{group}.{name}", one) for name, one in table(data, group).items()}

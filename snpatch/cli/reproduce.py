@@ -1,0 +1,115 @@
+"""`snpatch reproduce`: the whole paper on a model, step by step."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from snpatch.cli import options as o
+from snpatch.cli.report import FILE, write
+from snpatch.cli.generated import Engine, Fields, SkipBad, generated
+from snpatch.errors import SnpatchError
+
+
+@generated(config=Engine(has_model=False))
+def reproduce(
+    config: Fields,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="llama2-7b, mistral-7b, gemma-7b (trained by the paper's recipe); qwen3-4b-saferl, tulu-2-7b, "
+            "llama-3-8b-sft-dpo (public pairs); demo; or a preset's file (.toml)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for all of it. The same folder again: goes on.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print steps, downloads, GPU hours, disk; do nothing.")
+    ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this step alone, done or not. May be repeated.", metavar="STEP")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Run this step and all after it, done or not.", metavar="STEP")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or name of the model, in place of the preset's.")] = None,
+    take: Annotated[
+        list[str] | None,
+        typer.Option(help="name=folder: an adapter that is there and not trained, as dpo-42=FOLDER. May be repeated."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Training seed, the main pair's first. May be repeated.")
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(help='What starts a training, as "accelerate launch". Default: Python.')
+    ] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts of each set.")] = None,
+    skip_bad: SkipBad = False,
+    as_json: o.AsJson = False,
+) -> None:
+    """Train or take the pairs, contrast, run every experiment, report beside the paper's numbers. What is done is not
+    done again, by the content of what it reads; a killed run goes on.
+
+    Exit code 1 where an experiment failed; the others' results stand.
+    """
+    from snpatch.reproduce import report
+    from snpatch.reproduce.pipeline import Pipeline
+    from snpatch.reproduce.preset import load_preset
+
+    pipeline = Pipeline(
+        load_preset(model, base, tuple(seed or ())),
+        out,
+        taken=_taken(take),
+        launcher=launcher,
+        limit=limit,
+        skip_bad=skip_bad,
+        progress=o.progress_bar,
+        command=o.command(),
+        **config,
+    )
+    if only and start:
+        raise SnpatchError("give --only or --from, not both")
+    if dry_run:
+        _show_plan(pipeline, as_json)
+        return
+    failed = pipeline.run(tuple(only or ()), start, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    paths = report.write(pipeline)
+    if any(path.suffix == ".json" and path.name != "report.json" for path in out.glob("*.json")):
+        paths.append(write(out, out / FILE))
+    if as_json:
+        print(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
+    else:
+        print("wrote " + ", ".join(str(path) for path in paths))
+    if failed:
+        print(f"snpatch: {len(failed)} experiments failed: {', '.join(failed)}; see above", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _taken(entries: list[str] | None) -> dict[str, str]:
+    found = {}
+    for entry in entries or ():
+        name, equals, folder = entry.partition("=")
+        if not equals or not name or not folder or name in found:
+            raise SnpatchError(f"--take wants name=folder, each name once; got {entry!r}")
+        found[name] = folder
+    return found
+
+
+def _show_plan(pipeline, as_json: bool) -> None:
+    from rich.console import Console
+
+    from snpatch.report import terminal
+    from snpatch.reproduce import estimates
+
+    views = {"steps": estimates.plan(pipeline), "downloads": estimates.downloads(pipeline)}
+    if as_json:
+        told = {name: [dict(zip(v.columns, row, strict=True)) for row in v.rows] for name, v in views.items()}
+        commands = {name: step.command for name, step in pipeline.steps.steps.items()}
+        print(json.dumps({**told, "commands": commands, "left_out": pipeline.skipped}))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for view in views.values():
+        terminal.show_view(view, console)
+    for name, why in pipeline.skipped.items():
+        console.print(f"left out: {name}: {why}")

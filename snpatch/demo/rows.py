@@ -1,0 +1,25 @@
+"""Rows to train the demo world's pairs on, as files that `snpatch train` reads."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from snpatch.demo.build import Recipe
+from snpatch.demo.corpus import OBJECTIVES, preferences, sft_rows
+from snpatch.errors import SnpatchError
+from snpatch.files import write_text
+
+SHIPPED = {"safety": "dpo"}  # an objective's name here -> in the corpus
+
+
+def write_rows(folder: Path, names: Iterable[str], seed: int = 0) -> list[Path]:
+    """Write NAME.jsonl of each: "sft", or an objective (safety, helpful, careful), as many as the world's recipe has."""
+    recipe, paths = Recipe(), []
+    for name in names:
+        objective = SHIPPED.get(name, name)
+        if name != "sft" and objective not in OBJECTIVES:
+            raise SnpatchError(f"the demo's language has no objective {name}: it has safety, helpful, careful")
+        rows = sft_rows(recipe.sft_rows, seed) if name == "sft" else preferences(objective, recipe.dpo_rows, seed)
+        paths.append(folder / f"{name}.jsonl")
+        write_text(paths[-1], "".join(json.dumps(row) + "\n" for row in rows))
+    return paths

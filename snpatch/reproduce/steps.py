@@ -1,0 +1,130 @@
+"""Steps that are done once: which of them are done is told by the content of what they read and of what they made.
+
+Why what a step reads is noted after it has run: an experiment finds out on its way which models, sets and judges it
+needs, and only their change should make it run again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from snpatch.errors import SnpatchError
+from snpatch.files import write_text
+
+FILE = "steps.json"
+REPLACED = "replaced"  # where what a step had made goes when it is made anew
+DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a step read, by the names that the pipeline has for it, and the files and folders that it made."""
+
+    read: Iterable[str]
+    made: Iterable[Path]
+
+
+@dataclass(frozen=True)
+class Step:
+    """run: does it. reads: what is known beforehand to be read. folder: what it makes piece by piece, and goes on with
+    after a kill if it still reads the same. command: what runs, for people."""
+
+    name: str
+    run: Callable[[], Done]
+    command: str
+    reads: tuple[str, ...] = ()
+    folder: Path | None = None
+
+
+class Steps:
+    """The steps of one folder, in their order. digest: name of something that is read -> its content as a text."""
+
+    def __init__(self, out: Path, steps: Sequence[Step], digest: Callable[[str], str]) -> None:
+        self.out, self._digest = out, digest
+        self.steps = {step.name: step for step in steps}
+        self._kept = _read(out / FILE)
+
+    def reason(self, name: str) -> str | None:
+        """Why a step has to run; None: it is done."""
+        kept = self._kept.get(name)
+        if kept is None or "made" not in kept:
+            return "begun" if kept else "not run yet"
+        for path, digest in kept["made"].items():
+            if digest_of(self.out / path) != digest:
+                return f"{path} is not what it made"
+        return self._other(kept["read"])
+
+    def seconds(self, name: str) -> float | None:
+        """How long a step took that is done."""
+        return self._kept.get(name, {}).get("seconds")
+
+    def run(self, name: str) -> None:
+        """Run a step, done or not, and note what it read and made."""
+        step = self.steps[name]
+        kept = self._kept.get(name)
+        begun = {one: self._digest(one) for one in step.reads}
+        if kept is not None and kept["begun"] != begun:
+            self.again(name)
+        self._note(name, {"begun": begun})
+        start = time.monotonic()
+        done = step.run()
+        read = {one: self._digest(one) for one in sorted({*step.reads, *done.read})}
+        made = {str(path.relative_to(self.out)): digest_of(path) for path in sorted(done.made)}
+        seconds = round(time.monotonic() - start, 1)
+        self._note(name, {"begun": begun, "read": read, "made": made, "seconds": seconds})
+
+    def again(self, name: str) -> None:
+        """A step is to be run anew: what it has made is put away."""
+        folder = self.steps[name].folder
+        if folder is not None and folder.exists():
+            self._put_away(folder)
+
+    def _other(self, read: dict[str, str]) -> str | None:
+        for one, digest in read.items():
+            try:
+                now = self._digest(one)
+            except SnpatchError as error:
+                return f"{one}: {error}"
+            if now != digest:
+                return f"{one} is another"
+        return None
+
+    def _put_away(self, folder: Path) -> None:
+        number = 1
+        while (to := self.out / REPLACED / f"{folder.name}-{number}").exists():
+            number += 1
+        to.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(to)
+
+    def _note(self, name: str, kept: dict) -> None:
+        self._kept[name] = kept
+        write_text(self.out / FILE, json.dumps(self._kept, indent=1) + "\n")
+
+
+def digest_of(path: Path) -> str:
+    """Names a file by its bytes, and a folder by its files'; "" where there is none."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    return short([[str(p.relative_to(path)), digest_of(p)] for p in files]) if files else ""
+
+
+def short(data: object) -> str:
+    """Names JSON data by its content."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:DIGITS]
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SnpatchError(f"{path}: not JSON: {error}; remove it, and what is made will be made again") from error
+    if not isinstance(kept, dict):
+        raise SnpatchError(f"{path}: wanted a JSON object; remove it, and what is made will be made again")
+    return kept
