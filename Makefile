@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check HALF OTHER test-vllm lint format asan triton36
-.PHONY: bench-op bench-generate bench-pair bench-sweep bench-serve bench-report readme gpu-check clean
+.PHONY: bench-op bench-generate bench-pair bench-sweep bench-serve bench-report bench-reproduce readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
@@ -97,6 +97,10 @@ bench-serve: $(READY)
 bench-report: $(READY)
 	$(BIN)/python -m pytest -q bench/bench_report.py --benchmark-enable \
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/report.cpu.json
+
+# The whole pipeline on the demo world: trainings, experiments, report (25 minutes).
+bench-reproduce: $(READY)
+	$(BIN)/python bench/bench_reproduce.py
 
 # What the README shows: the experiments on the demo world (minutes), and its tables made from the records.
 readme: $(READY)

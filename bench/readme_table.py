@@ -222,6 +222,32 @@ def experiments_table(folder: Path = RESULTS / "demo") -> str:
     return f"{table}\n\n{sum(seconds.values()) / 60:.1f} minutes in all ({cpu}, {versions})."
 
 
+def reproduce_table(path: Path = RESULTS / "reproduce" / "demo.json") -> str:
+    """What the demo's reproduction found beside the paper's numbers of Llama2-7B, and what it took."""
+    if not path.exists():
+        return ""
+    record = json.loads(path.read_text())
+    wanted = ("effect (Eq. 4)", "share of", "overlap", "Spearman", "mean accuracy", "change of")
+    rows = [
+        (row["what"], f"{row['model']} {row['set']}".strip(), f"{row['bound']} {_two(row['published'])}".strip(),
+         _two(row["measured"]))
+        for row in record["beside"]
+        if row["what"].startswith(wanted) and row["bound"] != "at most"
+    ]  # fmt: skip
+    head = ("", "of", "published, Llama2-7B", "measured, demo world")
+    seconds = record["seconds"]
+    trained = sum(s for name, s in seconds.items() if name in record["trainings"])
+    whole = max(seconds.values())
+    return (
+        f"{_table(head, rows)}\n\n{whole / 60:.1f} minutes in all, {trained / 60:.1f} of them for "
+        f"{len(record['trainings'])} trainings ({record['device']})."
+    )
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("|" + "|".join(_cell(cell) for cell in line) + "|" for line in lines) if rows else ""
@@ -253,6 +279,7 @@ def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "op on a GPU": lambda: op_table(gpu),
         "demo": lambda: demo_table(folder / "demo"),
         "experiments": lambda: experiments_table(folder / "demo"),
+        "reproduce": lambda: reproduce_table(folder / "reproduce" / "demo.json"),
         "rooms": rooms.plan,
     }
 

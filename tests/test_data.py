@@ -5,7 +5,7 @@ import sys
 import datasets
 import pytest
 from huggingface_hub.utils import httpx
-from published import CATEGORIES, KINDS, ROWS, attempt, bench, shp, tails, talk, turns, write
+from published import CATEGORIES, KINDS, ROWS, attempt, bench, shp, stack, tails, talk, turns, write
 
 from snpatch.data import SETS, load
 from snpatch.errors import SnpatchError
@@ -21,6 +21,7 @@ PROMPTS = {
     "sharegpt": ["Hi", "Go on"],
     "shp": ["Salt?", "Pepper?"],
     "reward-bench": ["Kill a process", "Insult me"],
+    "stack-exchange": ["What is 1 + 1?", "Is 7 prime?"],
 }
 HUB = {  # what is asked of datasets.load_dataset
     "beavertails": ("PKU-Alignment/BeaverTails", {"split": "330k_test"}),
@@ -43,7 +44,12 @@ BY_FILE = {
     ),
     "lima": ("json", ["hf://datasets/GAIR/lima@main/train.jsonl"]),
     "sharegpt": ("json", [f"{SHAREGPT}sg_90k_part{i}_html_cleaned.json" for i in (1, 2)]),
+    "stack-exchange": (
+        "json",
+        ["hf://datasets/prhegde/preference-data-math-stack-exchange@main/math_stack_exchange.json"],
+    ),
 }
+TRAIN = {"beavertails": "330k_train", "reward-bench": "filtered"}  # the split to train on; of all others: train
 
 
 def user(text):
@@ -181,6 +187,12 @@ def test_preferences(tmp_path):
     assert safe.pairs()[0]["rejected"] == turns("", "You fool")[1:]
     with pytest.raises(SnpatchError, match="reward-bench: no example has subset in 'safety'"):
         data.where("subset", "safety")
+    data = load(write(tmp_path, "stack", ".json", ROWS["stack-exchange"]), format="stack-exchange")
+    assert data.pairs()[1] == {
+        "prompt": user("Is 7 prime?"),
+        "chosen": turns("", "Yes, as $7 = 7$")[1:],
+        "rejected": turns("", "No")[1:],
+    }
 
 
 BROKEN = {
@@ -207,6 +219,8 @@ BROKEN = {
     "no second answer": ("shp", shp("a", "b", "", 1), "human_ref_B must be a text that is not empty"),
     "no preference": ("shp", shp("a", "b", "c", 2), "labels must be 0 or 1, got 2"),
     "no rejected answer": ("reward-bench", bench("a", "b", None, "s"), "rejected must be a text .* got None"),
+    "no better answer": ("stack-exchange", stack("a", " ", "c"), "chosen must be a text that is not empty, got ' '"),
+    "no question": ("stack-exchange", {"chosen": "b", "rejected": "c"}, "wanted an object with question, chosen, rej"),
     "half a surrogate pair": ("reward-bench", bench("a\ud800", "b", "c", "s"), "prompt holds half a surrogate pair"),
     "row that is no object": ("reward-bench", ["a", "b"], "wanted an object with prompt, chosen, rejected, subset"),
 }
@@ -250,6 +264,19 @@ def test_each_set_from_the_hub(tmp_path, hub, name):
     assert data.digest == load(write(tmp_path, "data", KINDS[name][0], ROWS[name]), format=name).digest
     assert data.source["hub"] == SETS[name].hub.id
     assert data.examples[0].meta["row"] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if name != "harmbench"])  # which has no answers
+def test_the_split_to_train_on_is_asked_of_the_hub(hub, name):
+    rows, asked = hub
+    rows += ROWS[name]
+    load(name, split=SETS[name].hub.train)
+    wanted = TRAIN.get(name, "train")
+    if name in HUB:
+        assert asked == [(HUB[name][0], HUB[name][1] | {"split": wanted})]
+    else:
+        assert asked == [(BY_FILE[name][0], {"data_files": BY_FILE[name][1], "split": "train"})]
+        assert wanted == SETS[name].hub.train
 
 
 def test_split_and_revision_reach_the_hub(hub):

@@ -1,185 +1,611 @@
-"""A few steps of SFT and DPO on a toy: what is trained, what is saved, and what is refused."""
+"""What training learns, saves, counts and refuses, on a toy."""
 
+import csv
 import importlib
 import json
 import math
+import shutil
 import sys
 
 import pytest
 import torch
+import toys
 from peft import PeftModel
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from toys import EOS, KEYS, LAYERS, MESSAGES, NEURONS, PAIRS, answered, encode, plain, said, settings, vectors
+from transformers import AutoTokenizer, TrainerState
 
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import TULU
-from snpatch.training.settings import DpoSettings, TrainSettings
+from snpatch.training import training
+from snpatch.training.callbacks import DecayTo, LossWatch
+from snpatch.training.settings import DPO_RATES, SFT_RATES, DpoSettings, TrainSettings
 from snpatch.training.training import train_dpo, train_sft
 
-WORDS = "<unk> <s> </s> <pad> <|user|> <|assistant|> ask one two three yes here it is no never".split()
-TOY = {
-    "learning_rate": 0.1,
-    "epochs": 30,
-    "batch_size": 8,
-    "max_length": 32,
-    "weight_decay": 0.0,
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
-LAYERS, NEURONS = 2, 96
-
-
-def said(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
-
-
-MESSAGES = [{"messages": said("user", f"ask {n}") + said("assistant", "yes here it is")} for n in ("one", "two")] * 4
-PAIRS = [
-    {
-        "prompt": said("user", f"ask {n}"),
-        "chosen": said("assistant", "no never"),
-        "rejected": said("assistant", "yes here it is"),
-    }
-    for n in ("one", "two")
-] * 4
+ONES, ZEROS = ([torch.full((NEURONS,), value)] * LAYERS for value in (1.0, 0.0))
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A random Llama with a word-level tokenizer that has no chat template."""
-    folder = tmp_path_factory.mktemp("base")
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=NEURONS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
+def toy(tmp_path_factory):
+    with toys.toy(tmp_path_factory) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tmp_path_factory):
+    """A DPO adapter on SFT: its folder, the figures, and what was told of each step."""
+    out, told = tmp_path_factory.mktemp("trained") / "dpo", []
+    figures = train_dpo(
+        toy.base, toy.sft(), PAIRS, out, toys.dpo_settings(epochs=6), watch=lambda *what: told.append(what)
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return out, figures, told
+
+
+def folder_with(folder, tokenizer, base):
+    """The base with another tokenizer."""
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    tokenizer.save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    """Both adapters, trained with a handful of steps each, and the figures of the two runs."""
-    out, lines = tmp_path_factory.mktemp("adapters"), []
-    sft = train_sft(base, MESSAGES, out / "sft", TrainSettings(**TOY, micro_batch_size=4), lines.append)
-    dpo = train_dpo(base, out / "sft", PAIRS, out / "dpo", DpoSettings(**TOY, micro_batch_size=4), lines.append)
-    return out, sft, dpo, lines
+def changed(sft, folder, layer, neuron, value):
+    """A copy of an IA3 adapter with another value at one neuron."""
+    shutil.copytree(sft, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[KEYS[layer]][0, neuron] = value
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
-def log_probability(model, tokenizer, content: str) -> float:
-    """Of an answer and its EOS, summed over tokens, as an answer to "ask one"."""
-    prompt = tokenizer("<|user|>\nask one\n<|assistant|>\n")["input_ids"]
-    answer = tokenizer(content + "</s>", add_special_tokens=False)["input_ids"]
+def headline(out):
+    return json.loads((out / "training.json").read_text())["headline"]
+
+
+# ---- what is learned
+
+
+@pytest.mark.parametrize("decay_to", [0, 1])
+def test_sft_takes_adamws_steps_down_the_answers_loss(toy, tmp_path, decay_to):
+    given = settings(batch_size=8, epochs=3, weight_decay=0.5, decay_to=decay_to)
+    figures = train_sft(toy.base, MESSAGES, tmp_path / "out", given)
+    target = ONES if decay_to else ZEROS
+    want, losses = toys.descend(plain(toy.base), ONES, toys.sft_loss, steps=3, rate=0.1, decay=0.5, decay_to=target)
+    assert min((vector - 1).abs().max() for vector in want) > 0.1
+    torch.testing.assert_close(vectors(tmp_path / "out"), want, rtol=0, atol=1e-4)
+    assert [figures["first_loss"], figures["last_loss"]] == pytest.approx([losses[0], losses[-1]], abs=1e-5)
+
+
+@pytest.mark.parametrize("decay_to", [0, 1])
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_dpo_takes_adamws_steps_from_sft_down_its_loss(toy, tmp_path, beta, decay_to):
+    """With decay_to = 1 towards what SFT's vector is, which is DPO's own factor 1."""
+    given = toys.dpo_settings(batch_size=8, epochs=3, weight_decay=0.5, decay_to=decay_to, beta=beta)
+    figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)
+    model, start = plain(toy.base), vectors(toy.sft())
+    with torch.no_grad(), toys.scaled(model, start):
+        loss = toys.dpo_loss(toys.margins(model), beta)
+    want, losses = toys.descend(model, start, loss, steps=3, rate=0.1, decay=0.5, decay_to=start if decay_to else ZEROS)
+    assert min((vector - first).abs().max() for vector, first in zip(want, start, strict=True)) > 0.1
+    got = [factor * first for factor, first in zip(vectors(tmp_path / "out"), start, strict=True)]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    assert [figures["first_loss"], figures["last_loss"]] == pytest.approx([math.log(2), losses[-1]], abs=1e-5)
+
+
+def test_the_stack_of_sft_and_dpo_prefers_what_was_chosen(toy, trained):
+    out, figures, _ = trained
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    return float(logits.log_softmax(-1)[range(len(answer)), answer].sum())
+        model = PeftModel.from_pretrained(plain(toy.base), toy.sft(), adapter_name="sft").eval()
+        before = toys.margins(model)
+        model.load_adapter(out, adapter_name="dpo")
+        model.base_model.set_adapter(["sft", "dpo"], inference_mode=True)
+        after = toys.margins(model)
+    assert (after > before + 2).all()
+    assert figures["accuracy"] == 1
+    assert figures["last_loss"] < 0.7 * figures["first_loss"]
 
 
-def test_template_is_tulus_with_bos_and_eos(base):
-    tokenizer = AutoTokenizer.from_pretrained(base)
+def test_each_step_is_told_and_kept_as_a_table(trained):
+    out, figures, told = trained
+    with open(out / "training.csv") as file:
+        table = list(csv.DictReader(file))
+    assert figures["steps"] == 12
+    assert [(step, steps) for step, steps, _ in told] == [(i, 12) for i in range(1, 13)]
+    assert [int(row["step"]) for row in table] == list(range(1, 13))
+    assert [float(row["loss"]) for row in table] == [logs["loss"] for *_, logs in told]
+    rates = [0.05 * (1 + math.cos(math.pi * step / 12)) for step in range(12)]
+    assert [float(row["learning_rate"]) for row in table] == pytest.approx(rates)
+    margin = [float(row["margin"]) for row in table]
+    assert margin[0] == 0
+    assert margin[-1] == figures["margin"] > 0.5
+    kept = json.loads((out / "training.json").read_text())
+    assert kept["provenance"]["figures"] == figures
+    assert kept["provenance"]["asked"]["settings"]["beta"] == 0.1
+    assert [row["loss"] for row in kept["rows"]] == [float(row["loss"]) for row in table]
+    assert kept["headline"][0].startswith("dpo: 12 steps, loss 0.6931 -> ")
+    assert not (out / "checkpoints").exists()
+
+
+def test_the_plot_shows_what_training_is_judged_by(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_plot", toys.PLOT)
+    train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", toys.dpo_settings(epochs=1))
+    told = (tmp_path / "out" / "training.svg").read_text()
+    assert all(f"<!-- {name} -->" in told for name in ("step", "loss", "margin", "accuracy", "token accuracy"))
+    assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rate_rises_in_the_warm_up_and_follows_the_schedule(toy, tmp_path):
+    given = settings(epochs=2.5, warmup_steps=2, schedule="linear")
+    assert train_sft(toy.base, MESSAGES, tmp_path / "out", given)["steps"] == 5
+    with open(tmp_path / "out" / "training.csv") as file:
+        rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.1 * 2 / 3, 0.1 / 3])
+
+
+def test_the_seed_orders_the_rows(toy, tmp_path):
+    for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+        train_sft(toy.base, MESSAGES, tmp_path / name, settings(epochs=1, seed=seed))
+    one, again, two = (vectors(tmp_path / name) for name in ("one", "again", "two"))
+    assert all(map(torch.equal, one, again))
+    assert not any(map(torch.equal, one, two))
+
+
+@pytest.mark.parametrize("peft", ["lora", "none"])
+def test_lora_and_all_weights_learn_both_ways(toy, tmp_path, peft):
+    """SFT makes its answers likelier than the base does, DPO what was chosen than SFT."""
+    figures = json.loads((toy.sft(peft) / "training.json").read_text())["provenance"]["figures"]
+    assert figures["last_loss"] < 0.8 * figures["first_loss"]
+    sft, start = (None, toy.sft("none")) if peft == "none" else (toy.sft("lora"), toy.base)
+    figures = train_dpo(start, sft, PAIRS, tmp_path / "dpo", toys.dpo_settings(peft))
+    assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert figures["accuracy"] == 1
+    with torch.no_grad():
+        base = toys.sft_loss(plain(toy.base))
+        models = [_opened(toy.base, folder) for folder in (toy.sft(peft), tmp_path / "dpo")]
+        assert toys.sft_loss(models[0]) < 0.7 * base
+        assert (toys.margins(models[1]) > toys.margins(models[0]) + 2).all()
+
+
+def _opened(base, folder):
+    """A checkpoint, or an adapter on the base in plain PEFT."""
+    if (folder / "config.json").exists():
+        return plain(folder)
+    return PeftModel.from_pretrained(plain(base), folder).eval()
+
+
+@pytest.mark.parametrize("train", ["sft", "dpo"])
+def test_checkpointed_gradients_are_the_same(toy, tmp_path, train):
+    for name, is_on in (("kept", False), ("again", True)):
+        given = {"gradient_checkpointing": is_on, "epochs": 1}
+        if train == "sft":
+            train_sft(toy.base, MESSAGES, tmp_path / name, settings(**given))
+        else:
+            train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / name, toys.dpo_settings(**given))
+    torch.testing.assert_close(vectors(tmp_path / "again"), vectors(tmp_path / "kept"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("begins", "names"), [(True, {}), (False, {}), (True, {"pad_token": None, "unk_token": None})])
+def test_first_loss_is_over_the_answers_and_their_eos(toy, tmp_path, begins, names):
+    """Whether a text begins with BOS or not, and where EOS is what rows are padded with."""
+    base = folder_with(tmp_path / "base", toys.tokenizer(begins, **names), toy.base)
+    figures = train_sft(base, MESSAGES, tmp_path / "out", settings(batch_size=8, epochs=1))
+    with torch.no_grad():
+        want = toys.sft_loss(plain(base), begins=begins).item()
+        other = toys.sft_loss(plain(base), begins=not begins).item()
+    assert figures["first_loss"] == pytest.approx(want, abs=1e-5)
+    assert abs(want - other) > 1e-2
+
+
+def test_the_template_is_tulus_with_bos_and_eos():
+    tokenizer = toys.tokenizer()
     tokenizer.chat_template = TULU
-    turns = said("user", "ask one") + said("assistant", "yes") + said("user", "ask two")
+    turns = said("ask one", " yes\n", "ask two")
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == "<s><|user|>\nask one\n<|assistant|>\nyes</s>\n<|user|>\nask two\n<|assistant|>\n"
-    ids = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
-    assert ids == tokenizer("<|user|>\nask one\n<|assistant|>\n")["input_ids"]
+    marked = tokenizer.apply_chat_template(said("ask one", "yes here"), return_assistant_tokens_mask=True,
+                                           return_dict=True)  # fmt: skip
+    assert (marked["input_ids"], [bool(own) for own in marked["assistant_masks"]]) == encode(
+        said("ask one", "yes here")
+    )
 
 
-def test_sft_loss_covers_the_answer_and_eos_only(base, trained):
-    _, sft, _, _ = trained
-    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
-    assert sft["first_loss"] == pytest.approx(_first_loss(model, tokenizer), abs=1e-3)
+def test_decay_pulls_a_vector_without_gradient_towards_its_target():
+    p, q, r = (torch.nn.Parameter(torch.tensor([3.0, 1.0, -2.0])) for _ in range(3))
+    optimizer = torch.optim.AdamW([{"params": [p, r]}, {"params": [q], "lr": 0.05}], lr=0.1, weight_decay=0.2)
+    DecayTo({p: torch.ones(3), q: torch.tensor([2.0, 2.0, 2.0])}).on_train_begin(None, None, None, optimizer)
+    for _ in range(5):
+        p.grad, q.grad = torch.zeros(3), torch.zeros(3)
+        optimizer.step()
+    first = torch.tensor([3.0, 1.0, -2.0])
+    torch.testing.assert_close(p.data, 1 + (first - 1) * (1 - 0.1 * 0.2) ** 5)
+    torch.testing.assert_close(q.data, 2 + (first - 2) * (1 - 0.05 * 0.2) ** 5)
+    assert torch.equal(r.data, first)
 
 
-def _first_loss(model, tokenizer) -> float:
-    """Of the untrained model, a mean over the five answer tokens of both prompts."""
-    total = 0.0
-    for number in ("one", "two"):
-        prompt = tokenizer(f"<|user|>\nask {number}\n<|assistant|>\n")["input_ids"]
-        answer = tokenizer("yes here it is</s>", add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        total -= float(logits.log_softmax(-1)[range(len(answer)), answer].sum())
-    return total / 10
+def test_decay_to_a_target_wants_adamw_on_the_vectors_themselves():
+    p, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(SnpatchError, match="is for torch's AdamW, got SGD"):
+        DecayTo({p: torch.ones(2)}).on_train_begin(None, None, None, torch.optim.SGD([p], lr=0.1))
+    with pytest.raises(SnpatchError, match="1 trained vectors are not the optimizer's own"):
+        DecayTo({p: torch.ones(2), other: torch.ones(2)}).on_train_begin(None, None, None, torch.optim.AdamW([p]))
 
 
-def test_adapters_are_saved_in_pefts_format(trained):
-    out, sft, dpo, lines = trained
-    for name in ("sft", "dpo"):
-        tensors = load_file(out / name / "adapter_model.safetensors")
-        keys = {f"base_model.model.model.layers.{i}.mlp.down_proj.ia3_l" for i in range(LAYERS)}
-        assert set(tensors) == keys
-        assert all(t.shape == (1, NEURONS) and t.dtype == torch.float32 for t in tensors.values())
-        assert any((t - 1).abs().max() > 0.1 for t in tensors.values())
-        config = json.loads((out / name / "adapter_config.json").read_text())
+# ---- what is saved
+
+
+def test_ia3_is_saved_as_peft_saves_it(toy, trained):
+    for folder in (toy.sft(), trained[0]):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert sorted(tensors) == KEYS
+        assert all(tensor.shape == (1, NEURONS) and tensor.dtype == torch.float32 for tensor in tensors.values())
+        config = json.loads((folder / "adapter_config.json").read_text())
         assert config["peft_type"] == "IA3"
         assert config["target_modules"] == config["feedforward_modules"] == ["down_proj"]
-    assert sft["steps"] == dpo["steps"] == 30
-    assert any(line.startswith("step 30/30") for line in lines)
+        assert (folder / "chat_template.jinja").read_text() == TULU
+        assert not (folder / "ref").exists()
 
 
-def test_learning_happens_and_the_two_stack(base, trained):
-    out, sft, dpo, _ = trained
-    assert sft["last_loss"] < 0.5 * sft["first_loss"]
-    assert dpo["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert dpo["last_loss"] < 0.5 * dpo["first_loss"]
-    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
-    yes, no = "yes here it is", "no never"
-    before = log_probability(model, tokenizer, yes)
-    model = PeftModel.from_pretrained(model, out / "sft", adapter_name="sft").eval()
-    assert log_probability(model, tokenizer, yes) > before + 1
-    margin = log_probability(model, tokenizer, no) - log_probability(model, tokenizer, yes)
-    model.load_adapter(out / "dpo", adapter_name="dpo")
-    model.base_model.set_adapter(["sft", "dpo"], inference_mode=True)
-    assert log_probability(model, tokenizer, no) - log_probability(model, tokenizer, yes) > margin + 5
+def test_lora_is_saved_with_the_rank_and_targets_that_were_asked_for(toy, tmp_path):
+    given = settings("lora", epochs=1, lora_rank=3, lora_targets=("o_proj", "down_proj"))
+    train_sft(toy.base, MESSAGES, tmp_path / "out", given)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 3, 0.0)
+    assert sorted(config["target_modules"]) == ["down_proj", "o_proj"]
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(tensors) == LAYERS * 2 * 2
+    assert all(min(tensor.shape) == 3 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_has_the_bases_type_and_tokenizer(tmp_path, dtype):
+    base = toys.make_base(tmp_path / "base", dtype)
+    train_sft(base, MESSAGES, tmp_path / "out", settings("none", epochs=1, dtype="bfloat16"))
+    first, second = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert first.keys() == second.keys()
+    assert {tensor.dtype for tensor in second.values()} == {dtype}
+    assert all(not torch.equal(first[name], second[name]) for name in first if "proj" in name)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    own, other = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "out"))
+    assert own.get_vocab() == other.get_vocab()
+    assert own.special_tokens_map == other.special_tokens_map
+    assert own("ask one")["input_ids"] == other("ask one")["input_ids"]
+
+
+def test_training_weights_in_bfloat16_is_done_in_float32(tmp_path):
+    """Steps of 1e-6 are lost in bfloat16, so that weights that were trained in it would not move."""
+    base = toys.make_base(tmp_path / "base", torch.bfloat16)
+    figures = train_sft(
+        base, MESSAGES, tmp_path / "out", settings("none", epochs=1, learning_rate=1e-6, dtype="bfloat16")
+    )
+    assert figures["still"] == []
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_checkpoints_own_template_is_what_it_was_trained_with(toy, tmp_path, begins):
+    base = folder_with(tmp_path / "base", toys.tokenizer(begins), toy.base)
+    train_sft(base, MESSAGES, tmp_path / "out", settings("none", epochs=1))
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(said("ask one", "yes", "ask two"),
+                                                                              add_generation_prompt=True)  # fmt: skip
+    assert ids["input_ids"] == encode(said("ask one", "yes", "ask two"), speaks=True)[0][not begins :]
+
+
+OWN = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}yes "
+    "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}ask {{ m['content'] + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}yes {% endif %}"
+)
+
+
+def test_the_tokenizers_own_template_is_trained_with_and_saved(toy, tmp_path):
+    tokenizer = toys.tokenizer()
+    tokenizer.chat_template = OWN
+    base = folder_with(tmp_path / "base", tokenizer, toy.base)
+    given = settings(template="tokenizer", batch_size=2, epochs=1)
+    figures = train_sft(base, [{"messages": said("one", "here")}] * 2, tmp_path / "out", given)
+    ask, one, yes, here = (toys.WORDS.index(word) for word in ("ask", "one", "yes", "here"))
+    with torch.no_grad():
+        want = -toys.log_probs(plain(base), [ask, one, yes, here, EOS])[-2:].mean().item()
+    assert figures["first_loss"] == pytest.approx(want, abs=1e-5)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == OWN
+    train_dpo(base, tmp_path / "out", PAIRS, tmp_path / "dpo", toys.dpo_settings(template="tokenizer", epochs=1))
+    assert (tmp_path / "dpo" / "chat_template.jinja").read_text() == OWN
+
+
+def test_a_template_that_marks_no_answers_is_refused_for_sft(toy, tmp_path):
+    tokenizer = toys.tokenizer()
+    tokenizer.chat_template = OWN.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    base = folder_with(tmp_path / "base", tokenizer, toy.base)
+    with pytest.raises(SnpatchError, match="training: TRL refuses: ") as told:
+        train_sft(base, MESSAGES, tmp_path / "out", settings(template="tokenizer"))
+    assert "\n" not in str(told.value)
+    with pytest.raises(SnpatchError, match="its tokenizer has no chat template; use template='tulu'"):
+        train_sft(toy.base, MESSAGES, tmp_path / "other", settings(template="tokenizer"))
+
+
+# ---- what is counted, and refused
+
+
+SAME = {"prompt": said("ask one"), "chosen": answered("yes"), "rejected": answered("yes")}
+LENGTHS = [len(encode(row["messages"])[0]) for row in MESSAGES]
+PAIR_LENGTHS = [max(len(encode(row["prompt"] + row[answer])[0]) for answer in ("chosen", "rejected")) for row in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("useless", "why"),
+    [
+        (SAME, "chosen and rejected are the same tokens"),
+        (SAME | {"chosen": answered("nope"), "rejected": answered("yep")}, "chosen and rejected are the same tokens"),
+        (
+            {"prompt": said("ask one"), "chosen": answered("yes " * 40), "rejected": answered("yes " * 40 + "no")},
+            "chosen and rejected are the same tokens up to max_length",
+        ),
+        (PAIRS[0] | {"prompt": said("ask " * 18)}, "prompt longer than max_prompt_length = 20 tokens"),
+        (PAIRS[0] | {"prompt": said("ask " * 29)}, "prompt not shorter than max_length = 32 tokens"),
+    ],
+    ids=["same", "same but for unknown words", "same up to max_length", "long prompt", "prompt that leaves no room"],
+)
+def test_a_pair_that_teaches_nothing_is_left_out_and_counted(toy, tmp_path, useless, why):
+    given = toys.dpo_settings(epochs=1, max_prompt_length=20, max_left_out=0.12)
+    figures = train_dpo(toy.base, toy.sft(), [*PAIRS[:3], useless, *PAIRS[3:]], tmp_path / "with", given)
+    assert figures["left_out"] == {why: 1}
+    assert (figures["rows"], figures["cut"]) == (9, 0)
+    assert f"left out 1 of 9 rows: {why}" in headline(tmp_path / "with")
+    train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "without", given)
+    assert all(map(torch.equal, vectors(tmp_path / "with"), vectors(tmp_path / "without")))
+
+
+def test_a_prompt_of_exactly_max_prompt_length_is_trained_on(toy, tmp_path):
+    longest = max(len(encode(row["prompt"], speaks=True)[0]) for row in PAIRS)
+    given = toys.dpo_settings(epochs=1, max_prompt_length=longest)
+    assert train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)["left_out"] == {}
+    with pytest.raises(SnpatchError, match=f"longer than max_prompt_length = {longest - 1} tokens: more than"):
+        train_dpo(
+            toy.base,
+            toy.sft(),
+            PAIRS,
+            tmp_path / "few",
+            toys.dpo_settings(max_prompt_length=longest - 1, max_left_out=0),
+        )
+
+
+def test_as_many_rows_as_allowed_may_be_left_out_and_never_all(toy, tmp_path):
+    rows = [*PAIRS, SAME, SAME]
+    given = toys.dpo_settings(epochs=1, max_left_out=0.2)
+    assert train_dpo(toy.base, toy.sft(), rows, tmp_path / "most", given)["left_out"].popitem()[1] == 2
+    told = r"left out 2 of 10 rows: chosen and rejected are the same tokens: more than max_left_out = 0\.1 of the rows"
+    with pytest.raises(SnpatchError, match=told):
+        train_dpo(toy.base, toy.sft(), rows, tmp_path / "many", toys.dpo_settings())
+    with pytest.raises(SnpatchError, match="left out 3 of 3 rows"):
+        train_dpo(toy.base, toy.sft(), [SAME] * 3, tmp_path / "all", toys.dpo_settings(max_left_out=1.0))
+    long = [PAIRS[0] | {"prompt": said("ask " * 40)}] * 2
+    with pytest.raises(SnpatchError, match="left out 2 of 2 rows: prompt not shorter than max_length = 32 tokens"):
+        train_dpo(toy.base, toy.sft(), long, tmp_path / "long", toys.dpo_settings(max_left_out=1.0))
+
+
+@pytest.mark.parametrize("less", [0, 1, 3])
+def test_rows_that_are_cut_are_counted_exactly(toy, tmp_path, less):
+    limit = max(LENGTHS) - less
+    figures = train_sft(toy.base, MESSAGES, tmp_path / "sft", settings(batch_size=8, epochs=1, max_length=limit))
+    assert figures["cut"] == sum(length > limit for length in LENGTHS) == (0 if less == 0 else 1)
+    assert figures["left_out"] == {}
+    with torch.no_grad():
+        assert figures["first_loss"] == pytest.approx(toys.sft_loss(plain(toy.base), limit).item(), abs=1e-5)
+    limit = max(PAIR_LENGTHS) - less
+    figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "dpo", toys.dpo_settings(epochs=1, max_length=limit))
+    assert figures["cut"] == sum(length > limit for length in PAIR_LENGTHS)
+    assert (figures["cut"] > 0) == (less > 0)
+    assert (f"cut {figures['cut']} of 8 rows at max_length" in headline(tmp_path / "dpo")) == (less > 0)
+
+
+def test_a_conversation_without_an_answer_within_max_length_is_left_out(toy, tmp_path):
+    rows = [*MESSAGES, {"messages": said("ask " * 40, "yes")}]
+    why = "no token of the assistant's within max_length = 32"
+    figures = train_sft(toy.base, rows, tmp_path / "with", settings(epochs=1, max_left_out=0.12))
+    assert (figures["left_out"], figures["cut"]) == ({why: 1}, 0)
+    assert f"left out 1 of 9 rows: {why}" in headline(tmp_path / "with")
+    train_sft(toy.base, MESSAGES, tmp_path / "without", settings(epochs=1, max_left_out=0.12))
+    assert all(map(torch.equal, vectors(tmp_path / "with"), vectors(tmp_path / "without")))
+    with pytest.raises(SnpatchError, match=f"left out 1 of 9 rows: {why}: more than max_left_out"):
+        train_sft(toy.base, rows, tmp_path / "out", settings())
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "wanted rows with the columns"),
-        ([{"prompt": said("user", "ask one"), "chosen": said("assistant", "no")}], "wanted rows with the columns"),
-        ([PAIRS[0], PAIRS[0] | {"chosen": PAIRS[0]["rejected"]}], "pair 1 are the same tokens"),
-        ([PAIRS[0] | {"prompt": said("user", "ask " * 40)}], "longer than max_prompt_length=20"),
+        ([], "wanted rows with messages, got none"),
+        ([{"text": "ask one"}], "wanted rows with messages, row 0 has text"),
+        ([MESSAGES[0], {"text": "ask one"}], "wanted rows with messages, row 1 has text"),
+        ([MESSAGES[0], {"messages": said("ask one")}], "row 1 has no turn of the assistant's"),
+        (
+            [MESSAGES[0], {"messages": [{"role": "tool", "content": "no"}, *said("ask one", "yes")]}],
+            "row 1: the Tulu template knows system, user, assistant, got 'tool'",
+        ),
     ],
 )
-def test_bad_preferences_are_refused(base, trained, tmp_path, rows, message):
-    settings = DpoSettings(**TOY, micro_batch_size=4, max_prompt_length=20)
+def test_bad_conversations_are_refused(toy, tmp_path, rows, message):
     with pytest.raises(SnpatchError, match=message):
-        train_dpo(base, trained[0] / "sft", rows, tmp_path, settings)
+        train_sft(toy.base, rows, tmp_path / "out", settings())
+    assert not (tmp_path / "out").exists()
 
 
-def test_pairs_that_differ_only_in_unknown_words_are_refused(base, trained, tmp_path):
-    pair = PAIRS[0] | {"chosen": said("assistant", "nope"), "rejected": said("assistant", "yep")}
-    with pytest.raises(SnpatchError, match="the same tokens"):
-        train_dpo(base, trained[0] / "sft", [pair], tmp_path, DpoSettings(**TOY, micro_batch_size=4))
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "wanted rows with prompt, chosen, rejected, got none"),
+        (
+            [{"prompt": said("ask one"), "chosen": answered("no")}],
+            "wanted rows with prompt, chosen, rejected, row 0 has prompt, chosen$",
+        ),
+        ([PAIRS[0], {"prompt": said("ask one"), "chosen": answered("no")}], "row 1 has prompt, chosen$"),
+    ],
+)
+def test_bad_preferences_are_refused(toy, tmp_path, rows, message):
+    with pytest.raises(SnpatchError, match=message):
+        train_dpo(toy.base, toy.sft(), rows, tmp_path / "out", toys.dpo_settings())
+    assert not (tmp_path / "out").exists()
 
 
-def test_micro_batches_must_divide_the_batch():
-    with pytest.raises(SnpatchError, match="must divide batch_size, got 7 and 120"):
-        TrainSettings(micro_batch_size=7)
+def test_a_row_longer_than_the_models_context_is_refused(toy, tmp_path):
+    """max_length may be longer, as long as no row is."""
+    base = folder_with(tmp_path / "base", toys.tokenizer(), toy.base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    train_sft(base, MESSAGES, tmp_path / "sft", settings(epochs=1, max_length=400))
+    longer = [*MESSAGES, {"messages": said("ask " * 20, "yes")}]
+    with pytest.raises(SnpatchError, match=r"row .* has 25 tokens, the model was made for 20: give max_length = 20"):
+        train_sft(base, longer, tmp_path / "out", settings(epochs=1, max_length=400))
+    pair = {"prompt": said("ask " * 20), "chosen": answered("no"), "rejected": answered("yes")}
+    with pytest.raises(SnpatchError, match="has 25 tokens, the model was made for 20"):
+        train_dpo(base, None, [*PAIRS, pair], tmp_path / "dpo", toys.dpo_settings(epochs=1, max_length=400))
+
+
+def test_a_tokenizer_that_ends_each_text_is_refused(toy, tmp_path):
+    """An engine's prompt would hold an EOS that training never sees."""
+    tokenizer = toys.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = toys.processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
+    )
+    base = folder_with(tmp_path / "base", tokenizer, toy.base)
+    with pytest.raises(SnpatchError, match=r"training would read a prompt as .* an engine reads it as"):
+        train_sft(base, MESSAGES, tmp_path / "sft", settings())
+    with pytest.raises(SnpatchError, match=r"training would read a prompt as .* an engine reads it as"):
+        train_dpo(base, None, PAIRS, tmp_path / "dpo", toys.dpo_settings())
+
+
+@pytest.mark.parametrize(
+    ("on", "given", "message"),
+    [
+        ("ia3", {"peft": "lora"}, "no LoRA can be trained on an IA3 adapter: use peft = ia3, or a checkpoint"),
+        ("ia3", {"peft": "none"}, "peft = none trains whole checkpoints: give the SFT checkpoint as the model"),
+        ("lora", {"peft": "none"}, "peft = none trains whole checkpoints"),
+        ("none", {}, "adapter_config.json: No such file"),
+    ],
+)
+def test_what_cannot_go_on_from_an_adapter_is_refused(toy, tmp_path, on, given, message):
+    with pytest.raises(SnpatchError, match=message):
+        train_dpo(toy.base, toy.sft(on), PAIRS, tmp_path / "out", toys.dpo_settings(**given))
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_an_sft_scale_of_exactly_zero_is_named(toy, tmp_path):
+    sft = changed(toy.sft(), tmp_path / "sft", 1, 17, 0.0)
+    with pytest.raises(SnpatchError, match=r"the SFT scale of layer 1, neuron 17 is exactly 0 \(and 0 more"):
+        train_dpo(toy.base, sft, PAIRS, tmp_path / "out", toys.dpo_settings())
+    train_dpo(toy.base, sft, PAIRS, tmp_path / "published", toys.dpo_settings(epochs=1, as_published=True))
+    assert all(vector.isfinite().all() for vector in vectors(tmp_path / "published"))
+
+
+def test_a_factor_that_no_float_can_hold_is_not_saved(toy, tmp_path):
+    sft = changed(toy.sft(), tmp_path / "sft", 0, 5, 1e-44)
+    with pytest.raises(SnpatchError, match=r"a scale of .*layers\.0\.mlp\.down_proj is not finite"):
+        train_dpo(toy.base, sft, PAIRS, tmp_path / "out", toys.dpo_settings(epochs=1))
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_at_its_step(toy, tmp_path):
+    with pytest.raises(SnpatchError, match="the loss is nan at step 2: lower the learning rate"):
+        train_sft(toy.base, MESSAGES, tmp_path / "sft", settings(learning_rate=1e38))
+    sft = changed(toy.sft(), tmp_path / "broken", 0, 5, math.inf)
+    with pytest.raises(SnpatchError, match="the loss is nan at step 1"):
+        train_dpo(toy.base, sft, PAIRS, tmp_path / "dpo", toys.dpo_settings())
+    for out in ("sft", "dpo"):
+        assert not (tmp_path / out / "adapter_model.safetensors").exists()
+        assert not (tmp_path / out / "training.json").exists()
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_although_the_loss_is_one():
+    state = TrainerState(global_step=7, max_steps=9)
+    with pytest.raises(SnpatchError, match="the gradient is inf at step 7"):
+        LossWatch(None).on_log(None, state, None, {"loss": 0.5, "grad_norm": math.inf})
+    LossWatch(None).on_log(None, state, None, {"loss": 0.5, "grad_norm": 1e30})
+
+
+def test_an_adapter_that_did_not_move_is_an_error(toy, tmp_path):
+    with pytest.raises(SnpatchError, match="nothing that was trained has moved"):
+        train_sft(toy.base, MESSAGES, tmp_path / "out", settings(learning_rate=1e-30, epochs=1))
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_parameters_that_did_not_move_are_named(toy, tmp_path):
+    """A LoRA's first factor has no gradient as long as its second is 0."""
+    figures = train_sft(toy.base, MESSAGES, tmp_path / "out", settings("lora", batch_size=8, epochs=1, weight_decay=0))
+    assert len(figures["still"]) == LAYERS * 2
+    assert all("lora_A" in name for name in figures["still"])
+    assert any(
+        line.startswith(f"{LAYERS * 2} trained parameters did not move, ") for line in headline(tmp_path / "out")
+    )
+
+
+def test_what_the_trainer_refuses_is_one_line(toy, tmp_path):
+    for given, options in (
+        (settings(schedule="uphill"), {}),
+        (settings(), {"report_to": ["nowhere"]}),
+        (settings(), {"report_to": ["clearml"]}),
+        (settings("lora", lora_targets=("nothing",)), {}),
+    ):
+        with pytest.raises(SnpatchError, match="training: TRL refuses: ") as told:
+            train_sft(toy.base, MESSAGES, tmp_path / "out", given, **options)
+        assert "\n" not in str(told.value)
+        shutil.rmtree(tmp_path / "out")
+
+
+# ---- settings
 
 
 def test_defaults_are_the_papers():
-    settings = DpoSettings()
-    assert (settings.learning_rate, settings.epochs, settings.batch_size) == (1e-3, 3, 120)
-    assert (settings.max_length, settings.max_prompt_length) == (4096, 2048)
-    assert (settings.weight_decay, settings.schedule, settings.warmup_steps) == (0.1, "cosine", 0)
-    assert (settings.beta, settings.bf16) == (0.1, True)
+    for kind in (TrainSettings, DpoSettings):
+        chosen = kind()
+        assert (chosen.peft, chosen.rate, chosen.epochs, chosen.batch_size) == ("ia3", 1e-3, 3, 120)
+        assert (chosen.weight_decay, chosen.decay_to) == (0.1, 0)
+        assert (chosen.schedule, chosen.warmup_steps, chosen.max_length) == ("cosine", 0, 4096)
+        assert (chosen.lora_rank, chosen.lora_targets, chosen.template) == (64, ("q_proj", "v_proj"), "tulu")
+    chosen = DpoSettings()
+    assert (chosen.beta, chosen.max_prompt_length, chosen.as_published) == (0.1, 2048, False)
+
+
+def test_the_rate_follows_what_is_trained_unless_it_is_given():
+    assert SFT_RATES == {"ia3": 1e-3, "lora": 2e-5, "none": 2e-5}
+    assert DPO_RATES == {"ia3": 1e-3, "lora": 2e-5, "none": 5e-7}
+    for peft in ("ia3", "lora", "none"):
+        assert (TrainSettings(peft=peft).rate, DpoSettings(peft=peft).rate) == (SFT_RATES[peft], DPO_RATES[peft])
+        assert TrainSettings(peft=peft, learning_rate=0.5).rate == DpoSettings(peft=peft, learning_rate=0.5).rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"peft": "full"}, "peft must be one of ia3, lora, none, got 'full'"),
+        ({"template": "chatml"}, "template must be tulu or tokenizer, got 'chatml'"),
+        ({"micro_batch_size": 7}, "micro_batch_size must divide batch_size, got 7 and 120"),
+        ({"micro_batch_size": 0}, "micro_batch_size must divide batch_size, got 0 and 120"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"decay_to": 0.5}, "decay_to must be 0 or 1, got 0.5"),
+        ({"decay_to": 1, "peft": "lora"}, "decay_to = 1 is for ia3, .* peft is lora"),
+        ({"decay_to": 1, "peft": "none"}, "decay_to = 1 is for ia3, .* peft is none"),
+        ({"epochs": 0}, "epochs must be more than 0, got 0"),
+        ({"learning_rate": 0}, "learning_rate must be more than 0, got 0"),
+        ({"learning_rate": -0.1}, "learning_rate must be more than 0, got -0.1"),
+        ({"dtype": "int8"}, "dtype .*int8"),
+        ({"dtype": "float16"}, "dtype must be auto, bfloat16 or float32, got 'float16'"),
+        ({"weight_decay": -1}, "weight_decay must be at least 0, got -1"),
+        ({"max_length": 1}, "max_length must be at least 2, got 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(given, message):
+    for kind in (TrainSettings, DpoSettings):
+        with pytest.raises(SnpatchError, match=message):
+            kind(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"beta": 0}, "beta must be more than 0, got 0"),
+        ({"as_published": True, "peft": "lora"}, "as_published is for ia3, peft is lora"),
+    ],
+)
+def test_dpos_settings_that_cannot_be_are_refused(given, message):
+    with pytest.raises(SnpatchError, match=message):
+        DpoSettings(**given)
 
 
 def test_a_missing_extra_is_named(monkeypatch):

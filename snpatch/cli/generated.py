@@ -39,7 +39,8 @@ class Some:
         return [_parameter(declared[name], hints[name], getattr(self.of, name)) for name in self.names]
 
     def made(self, values: dict) -> Fields:
-        return {n: getattr(self.of, n) if values[n] is None else values[n] for n in self.names}
+        chosen = {n: getattr(self.of, n) if values[n] is None else values[n] for n in self.names}
+        return {n: tuple(value) if isinstance(value, list) else value for n, value in chosen.items()}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.report import FILE, write
 from snpatch.cli.generated import Engine, Fields, SkipBad, generated
+from snpatch.cli.report import FILE, write
 from snpatch.errors import SnpatchError
 
 
@@ -57,25 +57,27 @@ def reproduce(
     from snpatch.reproduce.pipeline import Pipeline
     from snpatch.reproduce.preset import load_preset
 
+    if only and start:
+        raise SnpatchError("give --only or --from, not both")
+    taken = _taken(take)
     pipeline = Pipeline(
         load_preset(model, base, tuple(seed or ())),
         out,
-        taken=_taken(take),
+        taken=taken,
         launcher=launcher,
         limit=limit,
         skip_bad=skip_bad,
         progress=o.progress_bar,
         command=o.command(),
+        options={"model": model, "base": base, "take": taken, "seed": seed, "limit": limit},
         **config,
     )
-    if only and start:
-        raise SnpatchError("give --only or --from, not both")
     if dry_run:
-        _show_plan(pipeline, as_json)
+        _show_plan(pipeline, tuple(only or ()), start, as_json)
         return
     failed = pipeline.run(tuple(only or ()), start, tell=lambda line: print(line, file=sys.stderr, flush=True))
     paths = report.write(pipeline)
-    if any(path.suffix == ".json" and path.name != "report.json" for path in out.glob("*.json")):
+    if report.done_in(pipeline):
         paths.append(write(out, out / FILE))
     if as_json:
         print(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
@@ -96,13 +98,13 @@ def _taken(entries: list[str] | None) -> dict[str, str]:
     return found
 
 
-def _show_plan(pipeline, as_json: bool) -> None:
+def _show_plan(pipeline, only: tuple[str, ...], start: str | None, as_json: bool) -> None:
     from rich.console import Console
 
     from snpatch.report import terminal
     from snpatch.reproduce import estimates
 
-    views = {"steps": estimates.plan(pipeline), "downloads": estimates.downloads(pipeline)}
+    views = {"steps": estimates.plan(pipeline, only, start), "downloads": estimates.downloads(pipeline)}
     if as_json:
         told = {name: [dict(zip(v.columns, row, strict=True)) for row in v.rows] for name, v in views.items()}
         commands = {name: step.command for name, step in pipeline.steps.steps.items()}

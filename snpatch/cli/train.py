@@ -50,17 +50,18 @@ _SOME = {"first": "limit", "sample": "sample", "seed": "sample_seed"}  # of a Pr
 
 @dataclass(frozen=True)
 class Trained:
-    """Options for the rows that are trained on. Made: a PromptSet's fields and skip_bad, or None without DATA."""
+    """Options for the rows that are trained on. Made: a PromptSet's fields, with a source where there is DATA, and
+    skip_bad."""
 
     def parameters(self) -> list[inspect.Parameter]:
         return [inspect.Parameter(n, _BY_NAME, default=d, annotation=hint) for n, (hint, d) in _OPTIONS.items()]
 
-    def made(self, values: dict) -> Fields | None:
+    def made(self, values: dict) -> Fields:
         given = {name: values[name] for name in ("split", "column", "revision", "where") if values[name] is not None}
         if values["data"] is None:
             if given or values["form"]:
                 raise SnpatchError("--format, --split, --column, --revision, --where are for DATA: there is none")
-            return {n: values[o] for n, o in _SOME.items() if values[o]} or None
+            return {"skip_bad": values["skip_bad"], **{n: values[o] for n, o in _SOME.items() if values[o]}}
         if "where" in given:
             column, equals, wanted = given["where"].partition("=")
             if not equals or not column:
@@ -78,15 +79,15 @@ def _all(kind: type) -> Some:
 @generated(data=Trained(), settings=_all(TrainSettings))
 def sft(
     model: Model,
-    data: Fields | None,
+    data: Fields,
     out: Out,
     settings: Fields,
     save_every: SaveEvery = 100,
     report_to: ReportTo = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Train on conversations; DATA's default is ShareGPT, the paper's. The same command again goes on, or tells that all
-    is done."""
+    """Train on conversations; DATA's default is ShareGPT, the paper's. The same command again goes on, or tells that
+    all is done."""
     from snpatch.training.objectives import SFT
 
     chosen = TrainSettings(**settings)
@@ -98,7 +99,7 @@ def sft(
 @generated(data=Trained(), settings=_all(DpoSettings))
 def dpo(
     model: Model,
-    data: Fields | None,
+    data: Fields,
     out: Out,
     settings: Fields,
     sft: Annotated[Path | None, typer.Option(help="The SFT model's adapter on MODEL. Default: MODEL is SFT.")] = None,
@@ -112,17 +113,17 @@ def dpo(
     report_to: ReportTo = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Train on pairs of a chosen and a rejected answer, from SFT; without DATA for safety (HH harmless, the paper's)."""
+    """Train on pairs of a chosen and a rejected answer, from SFT. Without DATA for safety: HH harmless, the paper's."""
     from snpatch.training import objectives
 
-    if objective is not None and data is not None and "source" in data:
+    if objective is not None and "source" in data:
         raise SnpatchError("give DATA or --objective, not both")
     chosen = DpoSettings(**settings)
     rows = _read(data, objectives.objective(objective or "safety")).pairs()
     _train("train_dpo", out, as_json, (model, sft, rows, out, chosen), save_every=save_every, report_to=report_to)
 
 
-def _read(data: Fields | None, default):
+def _read(data: Fields, default):
     """The rows that were asked for. default: a PromptSet."""
     import sys
     from dataclasses import replace
@@ -130,13 +131,15 @@ def _read(data: Fields | None, default):
     from snpatch.training.objectives import training_split
     from snpatch.worlds.world import PromptSet
 
-    given = dict(data or {})
-    skip_bad = given.pop("skip_bad", False)
+    given = dict(data)
+    skip_bad = given.pop("skip_bad")
     if "source" in given:
         given.setdefault("split", training_split(given["source"]))
         chosen = PromptSet(**given)
     else:
-        chosen = replace(default, **({"sample": None} if given else {}), **given)
+        if "first" in given:
+            given.setdefault("sample", None)  # the default's own
+        chosen = replace(default, **given)
     rows = chosen.read(Path(), skip_bad)
     if rows.skipped:
         print(f"{chosen.source}: left out {rows.skipped} broken rows", file=sys.stderr)

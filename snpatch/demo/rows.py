@@ -13,7 +13,7 @@ SHIPPED = {"safety": "dpo"}  # an objective's name here -> in the corpus
 
 
 def write_rows(folder: Path, names: Iterable[str], seed: int = 0) -> list[Path]:
-    """Write NAME.jsonl of each: "sft", or an objective (safety, helpful, careful), as many as the world's recipe has."""
+    """Write NAME.jsonl of each name: "sft" or an objective (safety, helpful, careful). As many as the world's own."""
     recipe, paths = Recipe(), []
     for name in names:
         objective = SHIPPED.get(name, name)

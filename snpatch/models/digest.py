@@ -16,6 +16,7 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.files import write_text
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # the first kind of which there is any
+TOKENIZER = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "chat_template*")
 CONFIG = "config.json"  # sizes, rotary base, norms' epsilon: what the same weights may be read with
 CACHE = "digests.json"
 DIGITS = 16
@@ -53,6 +54,15 @@ def digest_of_tokenizer(tokenizer) -> str:
     parts = [type(tokenizer).__name__, tokenizer.all_special_tokens]
     parts += [backend.to_str()] if backend is not None else [sorted(tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:DIGITS]
+
+
+def digest_of_tokenizer_files(folder: str | Path) -> str:
+    """Names a folder's tokenizer and its chat template by their files' bytes."""
+    files = sorted(path for pattern in TOKENIZER for path in Path(folder).glob(pattern))
+    kept = _Kept()
+    digests = [f"{file.name} {kept.digest_of(file)}" for file in files]
+    kept.save()
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:DIGITS]
 
 
 def folder_of(model: str | Path, has_weights: bool = True) -> Path:

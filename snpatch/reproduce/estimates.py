@@ -1,8 +1,8 @@
-"""What a reproduction costs before it is run: downloads, GPU hours, disk, each step by itself.
+"""What a reproduction costs before it is run: downloads, hours, disk, each step by itself.
 
 Why two rates and no table of GPUs: training is bound by matrix products, writing by reading weights and keys from
-memory. Both are reckoned for one H100, at a share of its peaks that such programs commonly reach, until a step of this
-very folder was measured: then the others of its kind are reckoned by that.
+memory. Both are reckoned for one H100, at a share of its peaks that such programs commonly reach, until a training of
+this very folder was measured: then the others are reckoned by that.
 """
 
 import json
@@ -14,10 +14,12 @@ from pathlib import Path
 
 from snpatch import experiments
 from snpatch.contrast import POSITIONS
+from snpatch.data import SETS
+from snpatch.judges.opening import is_model
 from snpatch.models.checkpoint import load_config
 from snpatch.report.report import View
 from snpatch.reproduce.pipeline import ADAPTERS, CONTRASTS, Pair, Pipeline
-from snpatch.reproduce.preset import Size
+from snpatch.reproduce.preset import NAMES, Size
 from snpatch.worlds.world import PromptSet
 
 TRAIN_FLOPS = 0.4 * 989e12  # of an H100's dense bfloat16 products
@@ -26,8 +28,10 @@ BATCH = 128  # pairs of rows that are written at once
 CONTEXT = 400  # tokens that a row has read on average
 PASSES = {"sft": 3, "dpo": 4}  # forward, again, backward through frozen weights; DPO: and the reference's forward
 JUDGE = 6.7e9  # parameters of the paper's judges
-JUDGED = 300  # tokens of a judged text
-TEXT_BYTES = 1500  # of a text with its labels and scores in the store
+JUDGED = 200  # tokens of a judged text besides the answer
+TRAINED_GB = 0.002  # an IA3 adapter of a 7B model (1.4 MB), its table and plot
+RANKED_GB = 0.01  # a ranking of a 7B model: scores, means and deviations of 352,256 neurons
+TEXT_BYTES, TOKEN_BYTES = 700, 6  # of a text with its labels and scores in the store, and of each of its tokens
 WIKITEXT = 341_469  # tokens of Wikitext-2's test
 
 
@@ -41,44 +45,72 @@ class Cost:
     by: str = ""
 
 
-def plan(pipeline: Pipeline) -> View:
-    """A row a step: whether it is done, what it costs, how that is known; the sums last."""
+def plan(pipeline: Pipeline, only: Sequence[str] = (), start: str | None = None) -> View:
+    """A row a step: why it runs or that it does not, what it costs, how that is known; the sums last."""
     size = _size(pipeline)
-    costs = {name: _cost(pipeline, name, size) for name in pipeline.steps.steps}
-    rows, hours, disk = [], 0.0, 0.0
-    for name, cost in costs.items():
-        reason = pipeline.steps.reason(name)
+    rows, seconds, disk, unknown, running = [], 0.0, 0.0, 0, set()
+    asked = pipeline.chosen(tuple(only), start)
+    for name in pipeline.steps.steps:
+        reason = _reason(pipeline, name, running) or ("asked for again" if name in asked else None)
+        if only and name not in only:
+            reason = None
         if reason:
-            hours += (cost.seconds or 0) / 3600
-            disk += cost.disk_gb
-        rows.append((name, reason or "done", _hours(cost.seconds), f"{cost.disk_gb:.3f}", cost.by))
-    unknown = sum(cost.seconds is None for cost in costs.values())
+            running.add(name)
+            cost = _cost(pipeline, name, size)
+            seconds, disk, unknown = (
+                seconds + (cost.seconds or 0),
+                disk + cost.disk_gb,
+                unknown + (cost.seconds is None),
+            )
+        else:
+            cost = Cost(pipeline.steps.seconds(name), by="measured: this step, in this folder")
+        state = reason or ("not asked for" if only and name not in only else "done")
+        rows.append((name, state, _hours(cost.seconds), f"{cost.disk_gb:.3f}", cost.by))
     note = f"{unknown} steps of unknown size not counted" if unknown else ""
-    rows.append(("all that is to run", "", _hours(hours * 3600), f"{disk:.3f}", note))
-    return View(("step", "state", "GPU hours (one H100)", "disk, GB", "reckoned by"), tuple(rows))
+    rows.append(("all that is to run", "", _hours(seconds), f"{disk:.3f}", note))
+    return View(("step", "state", "GPU hours", "disk in the folder, GB", "reckoned by"), tuple(rows))
 
 
 def downloads(pipeline: Pipeline) -> View:
     """What has to be fetched: models and data sets that are no files here, with their sizes where they are known."""
-    size, world = _size(pipeline), pipeline.world
+    size, world, known = _size(pipeline), pipeline.world, _sizes()
+    taxed = "tax" in pipeline.steps.steps  # which alone reads further judges, and what is asked for helpfulness
     weights = [world.engine.model, *(s.weights for s in world.engine.sources.values() if s.weights)]
-    judges = [judge["source"] for judge in world.judges.values()]
-    rows = [(one, "model", f"{2 * size.parameters / 1e9:.1f}" if size else "?") for one in dict.fromkeys(weights)]
-    rows += [(one, "judge", f"{2 * JUDGE / 1e9:.1f}") for one in dict.fromkeys(judges) if "/" in one]
-    sets = [*world.sets.values()]
+    judges = [one["source"] for name, one in world.judges.items() if (taxed or name == world.cost)]
+    sets = [one for name, one in world.sets.items() if taxed or name != "helpful"]
     if pipeline.preset.training:
-        sets += [one for name, one in pipeline.preset.training.data.items()]
-    known = _sizes()
-    rows += [
-        (name, "data", str(known[name]["gb"]) if name in known else "?")
-        for name in dict.fromkeys(one.source for one in sets if not one.source.endswith(".jsonl"))
-    ]
+        sets += [pipeline.preset.training.data[p.rows] for n, p in pipeline.pairs.items() if n in pipeline.steps.steps]
+    rows = [(one, "model", f"{2 * size.parameters / 1e9:.1f}" if size else "?") for one in dict.fromkeys(weights)]
+    rows += [(one, "judge", f"{2 * JUDGE / 1e9:.1f}") for one in dict.fromkeys(judges) if is_model(one)]
+    sources = dict.fromkeys(one.source for one in sets if one.source in SETS)
+    rows += [(name, "data", str(known.get(name, {}).get("gb", "?"))) for name in sources]
     missing = tuple(row for row in rows if not Path(world.place(row[0])).exists())
     return View(("from the hub, if it is not in its cache", "what", "GB"), missing)
 
 
+def _reason(pipeline: Pipeline, name: str, running: set[str]) -> str | None:
+    """Why a step has to run, also for what runs before it. running: the steps that do."""
+    if reason := pipeline.steps.reason(name):
+        return reason
+    adapters = pipeline.world.engine.adapters
+    for read in pipeline.steps.read_by(name):
+        kind, _, rest = read.partition("/")
+        folders = adapters.get(rest, ()) if kind == "model" else (rest,) if kind == "adapter" else ()
+        for folder in folders:
+            if (other := Path(folder).name) in running and folder.startswith(ADAPTERS):
+                return f"{other} runs before it"
+    return None
+
+
 def _sizes() -> dict:
     return tomllib.loads((Path(__file__).parent / "sizes.toml").read_text(encoding="utf-8"))
+
+
+def _elsewhere(pipeline: Pipeline) -> dict:
+    """What a shipped preset took where it was run whole: device, and seconds by step (make bench-reproduce)."""
+    measured = json.loads((Path(__file__).parent / "measured.json").read_text(encoding="utf-8"))
+    is_whole = pipeline.preset.name in NAMES and pipeline.limit is None and pipeline.preset.size is not None
+    return measured.get(pipeline.preset.name, {}) if is_whole else {}
 
 
 def _size(pipeline: Pipeline) -> Size | None:
@@ -97,79 +129,97 @@ def _size(pipeline: Pipeline) -> Size | None:
 
 
 def _cost(pipeline: Pipeline, name: str, size: Size | None) -> Cost:
-    if (seconds := pipeline.steps.seconds(name)) is not None:
-        return Cost(seconds, 0.0, "measured: this step, on this machine")
+    other = _elsewhere(pipeline)
+    if name in other.get("seconds", {}):
+        return Cost(other["seconds"][name], _disk(pipeline, name), f"measured: {other['device']}")
     if name == "rows":
-        return Cost(1.0, 0.005, "a file")
+        return Cost(1.0, _disk(pipeline, name), "files")
     if size is None:
-        return Cost(None, 0.0, "the model's size is not known: give [size] in the preset")
+        return Cost(None, 0.0, "the model's size is not known: give [size] in a preset")
     if name in pipeline.pairs:
         return _training(pipeline, pipeline.pairs[name], size)
-    if name.startswith(tuple(prefix for _, prefix in CONTRASTS)):
-        texts = _count(pipeline, pipeline.world.safety.prompts)
-        return _writing(pipeline, texts, pipeline.world.contrast_tokens, size, judged=0)
+    if name.startswith(tuple(f"{prefix}-" for _, prefix in CONTRASTS)):
+        return _writing(pipeline, _contrast(pipeline), 0, pipeline.world.contrast_tokens, size, RANKED_GB)
     return _experiment(pipeline, name, size)
+
+
+def _disk(pipeline: Pipeline, name: str) -> float:
+    """Of a step whose time was measured."""
+    if name == "rows":
+        return 0.005
+    if name in pipeline.pairs:
+        return TRAINED_GB
+    if name in experiments.NAMES:
+        return _kept(_texts(pipeline, name)[0], pipeline.world.max_tokens)
+    return RANKED_GB
 
 
 def _training(pipeline: Pipeline, pair: Pair, size: Size) -> Cost:
     kind = "dpo" if pair.sft else "sft"
-    disk = 0.002 if size.parameters < 1e11 else 0.02  # IA3's vectors, their optimizer's moments, a table and a plot
-    tokens = _tokens(pipeline, pipeline.preset.training.data[pair.rows])
+    tokens = _tokens(pipeline, pair.rows, pipeline.preset.training.data[pair.rows])
     if tokens is None:
-        return Cost(None, disk, "rows of unknown size")
+        return Cost(None, TRAINED_GB, "rows of unknown size")
     tokens *= pair.settings.epochs
-    measured = _measured(pipeline)
-    if measured:
-        other, rate = measured
-        rate *= PASSES[_kind(pipeline, other)] / PASSES[kind]
-        return Cost(tokens / rate, disk, f"measured: {rate:.0f} tokens/s, by {other}")
+    if measured := _measured(pipeline):
+        other, rate, processes = measured
+        rate *= PASSES["dpo" if pipeline.pairs[other].sft else "sft"] / PASSES[kind]
+        by = f"measured: {rate:.0f} tokens/s, by {other}" + (f", {processes} processes" if processes > 1 else "")
+        return Cost(processes * tokens / rate, TRAINED_GB, by)
     rate = TRAIN_FLOPS / (2 * size.parameters * PASSES[kind])
-    return Cost(tokens / rate, disk, f"derived: {tokens:.3g} tokens, {rate:.0f} tokens/s at 40 % of the peak")
+    by = f"derived for an H100: {tokens:.3g} tokens, {rate:.0f} a second at 40 % of its peak"
+    return Cost(tokens / rate, TRAINED_GB, by)
 
 
-def _kind(pipeline: Pipeline, name: str) -> str:
-    return "dpo" if pipeline.pairs[name].sft else "sft"
-
-
-def _measured(pipeline: Pipeline) -> tuple[str, float] | None:
-    """A training of this folder that is done, and its tokens a second."""
+def _measured(pipeline: Pipeline) -> tuple[str, float, int] | None:
+    """A training of this folder that is done, its tokens a second, and on how many processes."""
     for name in pipeline.pairs:
         path = pipeline.out / ADAPTERS / name / "training.json"
-        if path.is_file():
+        if name in pipeline.steps.steps and path.is_file():
             figures = json.loads(path.read_text(encoding="utf-8"))["provenance"]["figures"]
-            return name, figures["tokens_per_s"]
+            return name, figures["tokens_per_s"], figures["processes"]
     return None
 
 
-def _tokens(pipeline: Pipeline, rows: PromptSet) -> float | None:
-    """Of a set to train on: of a file here by its size, of a published set by sizes.toml."""
+def _tokens(pipeline: Pipeline, name: str, rows: PromptSet) -> float | None:
+    """Of rows to train on: of a file here by its size, of a published set by sizes.toml."""
     path = Path(pipeline.world.place(rows.source))
-    known = _sizes().get(rows.source)
+    wanted = [n for n in (rows.first, rows.sample) if n is not None]
     if path.is_file():
-        return path.stat().st_size / 4  # a token is about four bytes of text
-    if known is None:
-        return None
-    return min(n for n in (rows.first, rows.sample, known["rows"]) if n is not None) * known["tokens"]
+        lines = _lines(path)
+        return path.stat().st_size / 4 * min([lines, *wanted]) / max(lines, 1)  # a token is about four bytes of text
+    known = _sizes().get(name) or _sizes().get(rows.source)
+    return None if known is None else min([known["rows"], *wanted]) * known["tokens"]
 
 
-def _writing(pipeline: Pipeline, texts: int, tokens: int, size: Size, judged: int | None = None) -> Cost:
-    """Texts of so many tokens, written by twin streams and judged."""
-    step = (2 * size.parameters + 2 * BATCH * CONTEXT * size.kv_bytes) / READ_BYTES
+def _writing(
+    pipeline: Pipeline, texts: int, judged: int, tokens: int, size: Size, disk_gb: float = 0.0, further: int = 0
+) -> Cost:
+    """Texts of so many tokens, written by twin streams, some of them judged. further: texts that contrasts read."""
+    sets = 1 if pipeline.world.engine.second is None else 2
+    step = (2 * sets * size.parameters + 2 * BATCH * CONTEXT * size.kv_bytes) / READ_BYTES
     rate = BATCH / step
-    seconds = texts * tokens / rate
-    if judged != 0:
-        seconds += texts * JUDGED * 2 * JUDGE / TRAIN_FLOPS
-    by = (
-        f"derived: {texts} texts of {tokens} tokens, {rate:.0f} tokens/s, batch of {BATCH} at 60 % of the memory's rate"
-    )
-    return Cost(seconds, texts * TEXT_BYTES / 1e9, by if texts else "no texts of its own")
+    seconds = (texts * tokens + further * pipeline.world.contrast_tokens) / rate
+    seconds += judged * (JUDGED + tokens) * 2 * _judge(pipeline) / TRAIN_FLOPS
+    by = f"derived for an H100: {texts} texts of {tokens} tokens, {rate:.0f} a second at 60 % of its memory's rate"
+    return Cost(seconds, disk_gb + _kept(judged, tokens), by if texts or further else "no texts of its own")
+
+
+def _kept(texts: int, tokens: int) -> float:
+    """GB of texts in the store."""
+    return texts * (TEXT_BYTES + TOKEN_BYTES * tokens) / 1e9
+
+
+def _judge(pipeline: Pipeline) -> float:
+    """Parameters of the cost judge: of its file where it is a folder here (bfloat16), else the paper's."""
+    folder = Path(pipeline.world.place(pipeline.world.judges[pipeline.world.cost]["source"]))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2 or JUDGE
 
 
 def _experiment(pipeline: Pipeline, name: str, size: Size) -> Cost:
     world = pipeline.world
     settings = experiments.settings_of(name, world.settings.get(name, {}))
-    texts = TEXTS.get(name, lambda *_: 0)(pipeline, settings)
-    cost = _writing(pipeline, texts, world.max_tokens, size)
+    texts, further = _texts(pipeline, name)
+    cost = _writing(pipeline, texts, texts, world.max_tokens, size, further=further)
     if name in ("perplexity", "transfer") and settings.text:
         points = len(world.recipients) * (len(settings.k) if name == "perplexity" else 2) + 1
         seconds = points * WIKITEXT * 2 * 2 * size.parameters / TRAIN_FLOPS
@@ -177,17 +227,33 @@ def _experiment(pipeline: Pipeline, name: str, size: Size) -> Cost:
     return cost
 
 
+def _texts(pipeline: Pipeline, name: str) -> tuple[int, int]:
+    """How many texts an experiment writes and judges, and how many its own contrasts read."""
+    settings = experiments.settings_of(name, pipeline.world.settings.get(name, {}))
+    further = (len(POSITIONS) - 1) * _contrast(pipeline) if name == "positions" else 0
+    return TEXTS[name](pipeline, settings) if name in TEXTS else 0, further
+
+
+def _contrast(pipeline: Pipeline) -> int:
+    """Texts that a contrast reads."""
+    return _count(pipeline, pipeline.world.safety.prompts)
+
+
 def _count(pipeline: Pipeline, name: str) -> int:
     """Prompts of a set: as many as the world takes, or that its file has lines."""
-    rows, limit = pipeline.world.sets[name], pipeline._lab_arguments["limit"]
-    counts = [n for n in (rows.first, rows.sample, limit) if n is not None]
+    rows = pipeline.world.sets[name]
+    counts = [n for n in (rows.first, rows.sample, pipeline.limit) if n is not None]
     path = Path(pipeline.world.place(rows.source))
     if path.is_file():
-        with open(path, "rb") as file:
-            counts.append(sum(1 for _ in file))
-    elif not counts:
-        counts.append(_sizes().get(rows.source, {"rows": 200})["rows"])
-    return min(counts)
+        counts.append(_lines(path))
+    elif rows.source in _sizes():
+        counts.append(_sizes()[rows.source]["rows"])
+    return min(counts, default=200)
+
+
+def _lines(path: Path) -> int:
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
 
 
 def _points(pipeline: Pipeline, windows: int, controls: int) -> int:

@@ -1,41 +1,115 @@
 """What steps read, by name, and how each is told by its content: models, sets, judges, settings.
 
-Why names from the hub stand for themselves: to look at what they hold would download it, and a plan must not.
+Why names from the hub stand for themselves: to look at what they hold would download it, and a plan must not. Why some
+digests are kept once taken: a lab reads a set once, and what is changed afterwards was not read.
 """
 
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from snpatch import __version__, experiments
 from snpatch.errors import SnpatchError
-from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint
+from snpatch.judges.opening import is_model
+from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint, digest_of_tokenizer_files
 from snpatch.reproduce.steps import digest_of, short
 from snpatch.worlds.world import PromptSet, World
 
-MADE_OF = ("template", "dtype", "allow_untested")  # of the engine, what tables hang on
-PARTS = ("recipients", "benchmarks", "max_tokens", "contrast_tokens")
+# Of the engine: what only says where and how fast it runs, or is told apart as a model.
+NOT_CONTENT = ("model", "adapters", "models", "backend", "device", "batch_size", "token_budget", "twin", "vllm")
+NOT_CONTENT_VLLM = """gpu_memory_utilization max_model_len max_num_seqs max_num_batched_tokens tensor_parallel_size
+enforce_eager swap_space""".split()
+SWEPT = ("recipients", "benchmarks", "max_tokens")
+USES = {  # experiment -> what of the world it hangs on besides what its provenance tells
+    "curve": SWEPT,
+    "windows": SWEPT,
+    "positions": SWEPT,
+    "transfer": SWEPT,
+    "perplexity": ("recipients",),
+    "tax": ("benchmarks", "max_tokens", "judges"),
+    "guard": ("benchmarks", "max_tokens"),
+    "safeguard": ("benchmarks", "max_tokens"),
+}
 
 
 class Inputs:
-    """world: as the pipeline has it. trainings: name of an adapter -> (settings, rows). how: what else all experiments
-    hang on (limit, backend)."""
+    """world: as the pipeline has it. trainings: name of an adapter -> (settings, rows). writes: what rows are drawn
+    from. limit, skip_bad: the lab's."""
 
-    def __init__(self, world: World, trainings: dict, how: dict) -> None:
-        self._world, self._trainings, self._how = world, trainings, how
+    def __init__(self, world: World, trainings: Mapping, writes: object, limit: int | None, skip_bad: bool) -> None:
+        self._world, self._trainings, self._writes = world, trainings, writes
+        self._limit, self._skip_bad = limit, skip_bad
+        self._frozen: dict[str, str] = {}
 
     def digest(self, name: str) -> str:
         """The content of what a name stands for."""
+        if name in self._frozen:
+            return self._frozen[name]
         kind, _, rest = name.partition("/")
-        return short(getattr(self, f"_{kind}")(rest))
+        try:
+            return short(getattr(self, f"_{kind}")(rest))
+        except KeyError as error:
+            raise SnpatchError(f"there is no {error.args[0]} any more") from None
+
+    def freeze(self) -> None:
+        """A lab opens, which reads each of these once."""
+        names = [f"set/{name}" for name in self._world.sets] + [f"judge/{name}" for name in self._world.judges]
+        self._frozen = {name: self.digest(name) for name in names}
+
+    def used_by(self, name: str, told: dict) -> list[str]:
+        """All that an experiment's table hangs on. told: its provenance."""
+        settings = self._settings_of(name)
+        read = ["snpatch", "engine", "cost", "contrast_tokens", "contrast/contrasts/safety", f"settings/{name}"]
+        read += [*USES.get(name, ()), *self.told(told)]
+        if name == "preference":
+            read += ["contrasts"]
+        if name == "tax":
+            read += [f"contrast/contrasts/{objective}" for objective in settings.objectives]
+        if name == "stability":
+            read += ["seeds"]
+        return read
+
+    def used_by_contrast(self, name: str, told: dict) -> list[str]:
+        """All that a ranking hangs on. name: of the contrast; told: the lab's provenance of it."""
+        return ["snpatch", "engine", "contrast_tokens", f"contrast/{name}", *self.told(told)]
+
+    @staticmethod
+    def told(provenance: dict) -> list[str]:
+        """What a provenance names."""
+        groups = (("model", "models"), ("set", "sets"), ("judge", "judges"))
+        return [f"{kind}/{one}" for kind, group in groups for one in provenance[group]]
+
+    def _settings_of(self, name: str):
+        return experiments.settings_of(name, self._world.settings.get(name, {}))
+
+    # By the first part of a name: what stands for its content, as JSON data.
 
     def _snpatch(self, _: str) -> object:
         return __version__
 
-    def _common(self, _: str) -> object:
-        """What every experiment hangs on."""
-        kept = {name: getattr(self._world.engine, name) for name in MADE_OF}
-        parts = {name: getattr(self._world, name) for name in PARTS}
-        return [kept, parts, asdict(self._world.safety), self._how]
+    def _engine(self, _: str) -> object:
+        engine = asdict(self._world.engine)
+        own = {name: value for name, value in engine.items() if name not in NOT_CONTENT}
+        return own | {name: value for name, value in engine["vllm"].items() if name not in NOT_CONTENT_VLLM}
+
+    def _recipients(self, _: str) -> object:
+        return self._world.recipients
+
+    def _benchmarks(self, _: str) -> object:
+        return self._world.benchmarks
+
+    def _max_tokens(self, _: str) -> object:
+        return self._world.max_tokens
+
+    def _contrast_tokens(self, _: str) -> object:
+        return self._world.contrast_tokens
+
+    def _judges(self, _: str) -> object:
+        return list(self._world.judges)
+
+    def _cost(self, _: str) -> object:
+        return self._world.cost
 
     def _contrasts(self, _: str) -> object:
         return {name: asdict(one) for name, one in self._world.contrasts.items()}
@@ -48,17 +122,20 @@ class Inputs:
         return asdict(getattr(self._world, group)[key])
 
     def _settings(self, name: str) -> object:
-        return asdict(experiments.settings_of(name, self._world.settings.get(name, {})))
+        return asdict(self._settings_of(name))
 
     def _training(self, name: str) -> object:
         settings, rows = self._trainings[name]
-        return [asdict(settings), asdict(rows)]
+        return [asdict(settings), asdict(rows), self._skip_bad]
 
     def _rows(self, name: str) -> object:
         return self._source(self._trainings[name][1])
 
+    def _writing(self, _: str) -> object:
+        return [self._writes, __version__]
+
     def _set(self, name: str) -> object:
-        return [asdict(self._world.sets[name]), self._source(self._world.sets[name])]
+        return [asdict(self._world.sets[name]), self._source(self._world.sets[name]), self._limit, self._skip_bad]
 
     def _source(self, rows: PromptSet) -> str:
         path = Path(self._world.place(rows.source))
@@ -66,35 +143,33 @@ class Inputs:
 
     def _judge(self, name: str) -> object:
         arguments = self._world.judges[name]
-        return [arguments, _checkpoint(self._world.place(arguments["source"]))]
+        source = self._world.place(arguments["source"])
+        if is_model(source):
+            return [arguments, _checkpoint(source)]
+        return [arguments, _module(source)]
 
     def _adapter(self, folder: str) -> object:
         return digest_of_adapter(self._world.place(folder))
 
     def _model(self, name: str) -> object:
         engine = self._world.engine.placed(self._world.folder)
-        source = engine.sources.get(name)
-        if source is None and name != "base":
-            raise SnpatchError(f"no model named {name!r}")
         parts = [_checkpoint(engine.model)]
-        if source is not None:
+        if name != "base":
+            source = engine.sources[name]
             parts += [source.weights and _checkpoint(source.weights)]
             parts += [digest_of_adapter(folder) for folder in (*source.lora, *source.adapters)]
         return parts
 
 
-def used_by(name: str, provenance: dict) -> list[str]:
-    """The names of all that an experiment's table hangs on. provenance: the table's own."""
-    read = ["snpatch", "common", f"settings/{name}"]
-    for kind, group in (("model", "models"), ("set", "sets"), ("judge", "judges")):
-        read += [f"{kind}/{one}" for one in provenance[group]]
-    if name in ("preference", "tax"):
-        read.append("contrasts")
-    if name == "stability":
-        read.append("seeds")
-    return read
+def _module(source: str) -> str:
+    """The file of a Python judge; of any other that is no model, nothing but its name."""
+    try:
+        found = importlib.util.find_spec(source.partition(":")[0]) if ":" in source else None
+    except ImportError:
+        return ""
+    return digest_of(Path(found.origin)) if found and found.origin else ""
 
 
-def _checkpoint(source: str) -> str:
-    """A local checkpoint by its bytes; anything else by its name."""
-    return digest_of_checkpoint(source) if Path(source).is_dir() else source
+def _checkpoint(source: str) -> object:
+    """A local checkpoint and its tokenizer by their bytes; anything else by its name."""
+    return [digest_of_checkpoint(source), digest_of_tokenizer_files(source)] if Path(source).is_dir() else source

@@ -1,34 +1,32 @@
-"""The steps of a reproduction: rows, trainings, contrasts, experiments, report; and the world that they make.
+"""The steps of a reproduction: rows, trainings, contrasts, experiments; and the world that they make."""
 
-Why each training is a process of its own: it frees the GPU for the engine when it ends, and accelerate can start it on
-several.
-"""
-
-import os
+import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import tomli_w
 
 from snpatch import experiments
-from snpatch.config import place
+from snpatch.config import EngineConfig
+from snpatch.data import SETS
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.files import write_text
 from snpatch.report import files
-from snpatch.reproduce.inputs import Inputs, used_by
-from snpatch.reproduce.preset import SAFETY, Preset, Training
+from snpatch.reproduce import launching
+from snpatch.reproduce.inputs import Inputs
+from snpatch.reproduce.preset import SAFETY, Preset, Training, written
+from snpatch.reproduce.published import check_known
 from snpatch.reproduce.steps import Done, Step, Steps
 from snpatch.training.settings import TrainSettings
 from snpatch.worlds.lab import Lab, Progresses, silent
-from snpatch.worlds.world import Contrast, PromptSet, world_of
+from snpatch.worlds.spec import engine_table
+from snpatch.worlds.world import Contrast, world_of
 
-WORLD = "world.toml"
+WORLD, OPTIONS = "world.toml", "options.json"
 ADAPTERS = "adapters"
 CONTRASTS = (("contrasts", "contrast"), ("seeds", "contrast-seed"))  # a world's tables -> their steps' names
 
@@ -44,45 +42,53 @@ class Pair:
 
 
 class Pipeline:
-    """A preset in a folder. taken: adapters by name that are not trained but lie in a folder already.
+    """A preset in a folder.
 
-    launcher: what starts a training ("accelerate launch"; default: this Python). limit: only so many prompts of each
-    set. lab: further arguments of Lab (backend, an engine's). progress: see Lab.
+    taken: adapters by name that are not trained but lie in a folder already. launcher: what starts a training
+    ("accelerate launch"; default: this Python). limit, skip_bad, progress, command: see Lab. engine: further fields of
+    the world's engine (backend, dtype, vLLM's arguments), before the preset's own. options: what the folder is made
+    with, for people; the same folder with others is an error.
     """
 
     def __init__(
         self,
         preset: Preset,
-        out: Path,
+        out: str | Path,
         *,
         taken: dict[str, str] | None = None,
         launcher: str = "",
         limit: int | None = None,
+        skip_bad: bool = False,
         progress: Progresses = silent,
         command: str | None = None,
-        **lab: object,
+        options: dict | None = None,
+        **engine: object,
     ) -> None:
-        self.preset, self.out, self._taken = preset, Path(out), dict(taken or {})
-        self._launcher = shlex.split(launcher) or [sys.executable]
-        self._lab_arguments = {"limit": limit, "progress": progress, "command": command, **lab}
+        self.preset, self.out, self.limit = preset, Path(out), limit
+        self._taken = {name: str(Path(folder).resolve()) for name, folder in (taken or {}).items()}
+        check_known(preset.published)
+        self._launcher, self._skip_bad = launching.launcher_of(launcher), skip_bad
+        self._options = options or {}
         self.pairs = {pair.name: pair for pair in _pairs(preset.training)} if preset.training else {}
-        if strangers := sorted(self._taken.keys() - self.pairs.keys()):
-            raise SnpatchError(
-                f"--take: {strangers[0]} is not trained here; there are {', '.join(self.pairs) or 'none'}"
-            )
-        for name, folder in self._taken.items():
-            if not Path(folder).is_dir():
-                raise SnpatchError(f"--take {name}: {folder}: no such folder")
-        self._skipped: dict[str, str] = {}
-        self.world = world_of(self._table(), self.out)
-        trainings = {name: (pair.settings, self._rows(pair.rows)) for name, pair in self.pairs.items()}
-        inputs = Inputs(self.world, trainings, {"limit": limit, "skip_bad": lab.get("skip_bad", False)})
-        self.steps = Steps(self.out, list(self._steps()), inputs.digest)
+        self._check_taken()
+        backend = engine.pop("backend", EngineConfig.backend)
+        self._lab_arguments = {"backend": backend, "limit": limit, "skip_bad": skip_bad}
+        self._lab_arguments |= {"progress": progress, "command": command}
+        world = world_of(self._table(), self.out)
+        self.world = replace(world, engine=world.engine.changed(**engine))
+        self._check_template()
+        self.skipped: dict[str, str] = {}  # experiments that cannot be run in this world -> why
+        self.inputs = self._made_inputs()
+        self.steps = Steps(self.out, list(self._steps()), self.inputs.digest)
+        self._run_by_lab: list[str] = []
 
-    @property
-    def skipped(self) -> dict[str, str]:
-        """Experiments that the preset cannot run: name -> why."""
-        return self._skipped
+    def chosen(self, only: tuple[str, ...] = (), start: str | None = None) -> set[str]:
+        """The steps that are asked for, done or not. only: these; start: this one and all after it."""
+        names = list(self.steps.steps)
+        for name in (*only, *([start] if start else ())):
+            if name not in names:
+                raise SnpatchError(f"no step named {name!r}: there are {', '.join(names)}")
+        return set(only) | set(names[names.index(start) :] if start else ())
 
     def run(
         self, only: tuple[str, ...] = (), start: str | None = None, tell: Callable[[str], None] = print
@@ -90,30 +96,32 @@ class Pipeline:
         """Run what is not done, in order; the names of experiments that failed.
 
         only: these steps alone, done or not; what they read must be there. start: this step and all after it, done or
-        not. A training that fails ends the run; so does a ReceiptError, which an engine is not to be trusted after.
+        not. What a step had made before is put away into `replaced`. A training that fails ends the run; so does a
+        ReceiptError, after which all that this engine has made is put away, too.
         """
-        names = list(self.steps.steps)
-        for name in (*only, *([start] if start else ())):
-            if name not in names:
-                raise SnpatchError(f"no step named {name!r}: there are {', '.join(names)}")
-        forced = set(only) | set(names[names.index(start) :] if start else ())
-        failed = []
+        forced, names, failed = self.chosen(only, start), list(self.steps.steps), []
         self.out.mkdir(parents=True, exist_ok=True)
+        self._keep_options()
         self._write_world()
+        for name in self.steps.strangers:
+            if name in experiments.NAMES:
+                self.steps.put_away(name)
         with self._closing():
             for number, name in enumerate(names, start=1):
                 reason = self.steps.reason(name)
-                if (only and name not in only) or (reason is None and name not in forced):
-                    if not only:
-                        tell(f"[{number}/{len(names)}] {name}: done")
+                if only and name not in only:
                     continue
-                if name in forced and reason is None:
-                    self.steps.again(name)
+                if reason is None and name not in forced:
+                    tell(f"[{number}/{len(names)}] {name}: done")
+                    continue
                 tell(f"[{number}/{len(names)}] {name}: {reason or 'asked for again'}")
                 try:
                     self.steps.run(name)
-                except ReceiptError:
-                    raise
+                except ReceiptError as error:
+                    for one in self._run_by_lab:
+                        self.steps.put_away(one)
+                    made = ", ".join(self._run_by_lab) or "nothing"
+                    raise ReceiptError(f"{name}: {error}; put away with it: {made}; run again") from error
                 except SnpatchError as error:
                     if name not in experiments.NAMES:
                         raise SnpatchError(f"{name}: {error}") from error
@@ -121,21 +129,46 @@ class Pipeline:
                     tell(f"{name}: failed: {error}")
         return failed
 
+    def _check_taken(self) -> None:
+        for name, folder in self._taken.items():
+            if name not in self.pairs:
+                raise SnpatchError(f"--take: {name} is not trained here; there are {', '.join(self.pairs) or 'none'}")
+            if not Path(folder).is_dir():
+                raise SnpatchError(f"--take {name}: {folder}: no such folder")
+
+    def _check_template(self) -> None:
+        """An error where models would be trained with another template than they are asked with."""
+        asked = self.world.engine.template
+        for pair in self.pairs.values():
+            if asked not in ("auto", pair.settings.template):
+                raise SnpatchError(
+                    f"template: the engine's is {asked}, {pair.name} is trained with {pair.settings.template}"
+                )
+
+    def _made_inputs(self) -> Inputs:
+        training = self.preset.training
+        trainings = {name: (pair.settings, training.data[pair.rows]) for name, pair in self.pairs.items()}
+        writes = None
+        if training and training.written_by:
+            from snpatch.demo.build import Recipe
+
+            writes = [training.written_by, self._written(), asdict(Recipe())]
+        return Inputs(self.world, trainings, writes, self.limit, self._skip_bad)
+
     def _steps(self) -> Iterator[Step]:
         training = self.preset.training
         if training and training.written_by:
-            yield Step("rows", self._write_rows, "rows of the demo's language", folder=self.out / "data")
+            yield Step("rows", self._write_rows, "rows of the demo's language", ("writing",), self.out / "data")
         for pair in self.pairs.values():
             if pair.name not in self._taken:
                 yield self._training(pair)
         for group, prefix in CONTRASTS:
             for name, contrast in getattr(self.world, group).items():
-                if group == "seeds" and contrast in self.world.contrasts.values():
-                    continue
-                yield self._contrast(f"{prefix}-{name}", f"{group}/{name}", contrast)
+                if group == "contrasts" or contrast not in self.world.contrasts.values():
+                    yield self._contrast(f"{prefix}-{name}", f"{group}/{name}", contrast)
         for name in self.preset.experiments:
             if why := self._lacks(name):
-                self._skipped[name] = why
+                self.skipped[name] = why
             else:
                 yield Step(name, lambda name=name: self._experiment(name), f"snpatch exp {name} --world {WORLD}")
 
@@ -154,119 +187,85 @@ class Pipeline:
 
     # Rows and trainings
 
-    def _rows(self, name: str) -> PromptSet:
-        """A set to train on, whose path is seen from the world's folder."""
-        training = self.preset.training
-        rows = training.data[name]
-        found = Path(place(self.preset.folder, rows.source))
-        if training.written_by or not found.exists():
-            return rows
-        return replace(rows, source=str(found.resolve()))
+    def _written(self) -> list[str]:
+        """Names of the rows that no file gives."""
+        return [name for name, rows in self.preset.training.data.items() if rows.source == written(name)]
 
     def _write_rows(self) -> Done:
         from snpatch.demo.rows import write_rows
 
-        made = write_rows(self.out / "data", [name for name in self.preset.training.data])
-        return Done((), made)
+        return Done((), write_rows(self.out / "data", self._written()))
 
     def _training(self, pair: Pair) -> Step:
-        folder = self.out / ADAPTERS / pair.name
+        folder, rows = self.out / ADAPTERS / pair.name, self.preset.training.data[pair.rows]
         reads = ["model/base", f"training/{pair.name}", f"rows/{pair.name}"]
         if pair.sft:
             reads.append(f"adapter/{self._folder(pair.sft)}")
+        command = launching.train_command(
+            self._launcher,
+            self.world.place(self.world.engine.model),
+            rows,
+            rows.source if rows.source in SETS else str(self.out / rows.source),
+            folder,
+            pair.settings,
+            self.out / self._folder(pair.sft) if pair.sft else None,
+            self._skip_bad,
+        )
 
         def run() -> Done:
-            done = subprocess.run(self._command(pair), env=dict(os.environ, HF_HUB_DISABLE_TELEMETRY="1"))
-            if done.returncode == 130:
-                raise KeyboardInterrupt
-            if done.returncode:
-                raise SnpatchError(f"the training ended with exit code {done.returncode}; see above")
+            launching.run(command)
             return Done((), [folder])
 
-        return Step(pair.name, run, shlex.join(self._command(pair)), tuple(reads), folder)
-
-    def _command(self, pair: Pair) -> list[str]:
-        """`snpatch train` for an adapter."""
-        rows = self._rows(pair.rows)
-        source = self.world.place(rows.source)
-        kind = "dpo" if pair.sft else "sft"
-        command = [
-            *self._launcher,
-            "-m",
-            "snpatch.cli",
-            "train",
-            kind,
-            self.world.place(self.world.engine.model),
-            source,
-        ]
-        command += ["--out", str(self.out / ADAPTERS / pair.name)]
-        if pair.sft:
-            command += ["--sft", self.world.place(self._folder(pair.sft))]
-        for option, name in (("format", "format"), ("split", "split"), ("column", "column"), ("revision", "revision"),
-                             ("limit", "first"), ("sample", "sample")):  # fmt: skip
-            if getattr(rows, name) is not None:
-                command += [f"--{option}", str(getattr(rows, name))]
-        if rows.sample is not None:
-            command += ["--sample-seed", str(rows.seed)]
-        if rows.where:
-            command += ["--where", f"{rows.where[0]}={','.join(rows.where[1:])}"]
-        for f in fields(pair.settings):
-            value, option = getattr(pair.settings, f.name), f.name.replace("_", "-")
-            if value == f.default:
-                continue
-            if isinstance(value, bool):
-                command.append(f"--{option}" if value else f"--no-{option}")
-            else:
-                for one in value if isinstance(value, tuple) else (value,):
-                    command += [f"--{option}", str(one)]
-        return command
+        return Step(pair.name, run, shlex.join(command), tuple(reads), folder)
 
     def _folder(self, name: str) -> str:
         """Where an adapter lies, as the world's file has it."""
-        return str(Path(self._taken[name]).resolve()) if name in self._taken else f"{ADAPTERS}/{name}"
+        return self._taken.get(name, f"{ADAPTERS}/{name}")
 
     # The world, contrasts and experiments
 
     def _table(self) -> dict:
-        """The world's table: the preset's, seen from the folder, and what is trained."""
-        table = {name: dict(v) if isinstance(v, dict) else v for name, v in self.preset.world.items()}
-        table["model"] = _seen(self.preset.folder, table["model"])
-        for group in ("sets", "judges"):
-            table[group] = {
-                name: {**one, "source": _seen(self.preset.folder, one["source"])} for name, one in table[group].items()
-            }
-        if "models" in table:
-            table["models"] = {
-                name: _seen(self.preset.folder, one) if isinstance(one, str) else one
-                for name, one in table["models"].items()
-            }
+        """The world's table: the preset's, and what is trained."""
         training = self.preset.training
         if training is None:
-            return table
+            return self.preset.world
         adapters, contrasts, seeds = {}, {}, {}
         for seed in training.seeds:
-            sft, dpo = f"sft-{seed}", f"dpo-{seed}"
-            models = [_model(training, kind, seed) for kind in ("sft", "dpo")]
-            adapters[models[0]] = [self._folder(sft)]
-            adapters[models[1]] = [self._folder(sft), self._folder(dpo)]
-            seeds[str(seed)] = {"generator": models[0], "against": models[1]}
+            sft, dpo = (self._folder(f"{kind}-{seed}") for kind in ("sft", "dpo"))
+            generator, against = (kind if seed == training.seeds[0] else f"{kind}-{seed}" for kind in ("sft", "dpo"))
+            adapters |= {generator: [sft], against: [sft, dpo]}
+            seeds[str(seed)] = {"generator": generator, "against": against}
         contrasts[SAFETY] = seeds[str(training.seeds[0])]
         for objective in training.objectives:
-            adapters[objective] = [self._folder(f"sft-{training.seeds[0]}"), self._folder(objective)]
+            adapters[objective] = [*adapters["sft"], self._folder(objective)]
             contrasts[objective] = {"generator": "sft", "against": objective}
-        return {**table, "adapters": adapters, "contrasts": contrasts, "seeds": seeds}
+        return {**self.preset.world, "adapters": adapters, "contrasts": contrasts, "seeds": seeds}
 
     def _write_world(self) -> None:
         """The world as a file, for `snpatch exp --world` and for people."""
-        text = f"# Made by `snpatch reproduce`: {self.preset.title or self.preset.name}.\n" + tomli_w.dumps(
-            self._table()
-        )
+        table = {name: part for name, part in self._table().items() if name not in ("engine", "vllm")}
+        table = {**table, **_plain(engine_table(self.world.engine))}
+        text = f"# Made by `snpatch reproduce`: {self.preset.title or self.preset.name}.\n" + tomli_w.dumps(table)
         path = self.out / WORLD
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
 
+    def _keep_options(self) -> None:
+        """Note what the folder is made with; an error if it was made with something else."""
+        path, options = self.out / OPTIONS, json.loads(json.dumps(self._options))
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if other := [name for name in {**kept, **options} if kept.get(name) != options.get(name)]:
+                raise SnpatchError(
+                    f"{self.out}: was made with {other[0]} = {kept.get(other[0])}, now it is {options.get(other[0])}: "
+                    f"give the same, take another folder, or remove {OPTIONS} to change it"
+                )
+        else:
+            write_text(path, json.dumps(options, indent=1) + "\n")
+
     @cached_property
     def lab(self) -> Lab:
+        self.inputs.freeze()
         return Lab(self.world, self.out, **self._lab_arguments)
 
     @contextmanager
@@ -280,21 +279,22 @@ class Pipeline:
     def _contrast(self, step: str, name: str, contrast: Contrast) -> Step:
         def run() -> Done:
             used = self.lab.begin()
+            self._run_by_lab.append(step)
             self.lab.ranking(contrast)
-            told = used.told({})
-            read = [f"{kind}/{one}" for kind, group in (("model", "models"), ("set", "sets")) for one in told[group]]
-            path = (
-                self.out
-                / "rankings"
-                / f"{contrast.generator}-{contrast.against}-{contrast.prompts}-emitted.safetensors"
-            )
-            return Done(["snpatch", "common", f"contrast/{name}", *read], [path])
+            parts = (contrast.generator, contrast.against, contrast.prompts, "emitted")
+            path = self.out / "rankings" / f"{'-'.join(parts)}.safetensors"
+            return Done(self.inputs.used_by_contrast(name, used.told({})), [path])
 
         return Step(step, run, f"change scores of {contrast.generator} and {contrast.against}")
 
     def _experiment(self, name: str) -> Done:
-        report = experiments.run(name, self.lab)
-        return Done(used_by(name, report.provenance), files.write(report, self.out))
+        lab = self.lab
+        self._run_by_lab.append(name)
+        report = experiments.run(name, lab)
+        made = files.write(report, self.out)
+        if name == "safeguard":
+            made.append(self.out / "guard.safetensors")
+        return Done(self.inputs.used_by(name, report.provenance), made)
 
 
 def _pairs(training: Training) -> Iterator[Pair]:
@@ -309,12 +309,8 @@ def _pairs(training: Training) -> Iterator[Pair]:
                 yield Pair(objective, objective, dpo, on)
 
 
-def _model(training: Training, kind: str, seed: int) -> str:
-    """A model's name in the world: the main pair's has no seed."""
-    return kind if seed == training.seeds[0] else f"{kind}-{seed}"
-
-
-def _seen(folder: Path, source: str) -> str:
-    """A path of the preset's folder as an absolute one; a name, or an absolute path, as it stands."""
-    found = Path(place(folder, source))
-    return str(found.resolve()) if found.exists() else source
+def _plain(data: object) -> object:
+    """Without what TOML has no word for."""
+    if isinstance(data, dict):
+        return {name: _plain(one) for name, one in data.items() if one is not None}
+    return [_plain(one) for one in data] if isinstance(data, list | tuple) else data

@@ -1,33 +1,25 @@
-"""Preset: all that a reproduction is told, from one TOML file: the world, the training, sizes for estimates.
+"""Preset: all that a reproduction is told: the world, the training, sizes for estimates.
 
-Why the world's table stays a table: the pipeline adds what it trains and writes it as world.toml, which `snpatch exp` and
-people read.
+Why the world's table stays a table: the pipeline adds what it trains and writes it as world.toml, which `snpatch exp`
+and people read.
 """
 
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snpatch import experiments
 from snpatch.errors import SnpatchError
+from snpatch.reproduce.preset_file import FOLDER, read_preset
 from snpatch.schema import read, value_of
 from snpatch.training.objectives import SFT, objective
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.worlds.world import NAMED, PromptSet
+from snpatch.worlds.world import PromptSet
 from snpatch.worlds.world import table as table_of
 
-FOLDER = Path(__file__).parent / "presets"
-NAMES = (
-    "llama2-7b",
-    "mistral-7b",
-    "gemma-7b",
-    "qwen3-4b-saferl",
-    "tulu-2-7b",
-    "llama-3-8b-sft-dpo",
-    "demo",
-)
+NAMES = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo")
 SAFETY = "safety"
-KEYS = ("extends", "title", "published", "from_world", "experiments", "world", "training", "size")
+TRAINED = ("adapters", "contrasts", "seeds")  # a world's tables that follow from a training
+NOT_OBJECTIVES = ("base", "sft", "dpo", "rows", *experiments.NAMES)  # names of models and of steps
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class Size:
 class Training:
     """What is trained. seeds: the first one's pair is the main one. data: "sft" and objectives -> their rows.
 
-    written_by: "demo" where the rows are drawn from the demo's language first.
+    written_by: "demo" where rows that no file gives are drawn from the demo's language first.
     """
 
     seeds: tuple[int, ...]
@@ -57,23 +49,25 @@ class Training:
             raise SnpatchError(f"training.seeds: wanted one or more, each once, got {list(self.seeds)}")
         if SAFETY in self.objectives or len(set(self.objectives)) < len(self.objectives):
             raise SnpatchError(f"training.objectives: those beside {SAFETY}, each once, got {list(self.objectives)}")
+        for name in self.objectives:
+            if name in NOT_OBJECTIVES or name.startswith(("sft-", "dpo-", "contrast-")):
+                raise SnpatchError(f"training.objectives: {name!r} is the name of a model or a step: choose another")
         if self.written_by not in (None, "demo"):
             raise SnpatchError(f"training.written_by: there is only demo, got {self.written_by!r}")
         for settings in (self.sft, self.dpo):
             if settings.peft != "ia3":
                 raise SnpatchError(
-                    f"training.settings: peft = {settings.peft}: one engine runs one further set of weights, and SFT and "
-                    "DPO would be two; train them with `snpatch train`, and give a preset of public pairs"
+                    f"training.settings: peft = {settings.peft}: one engine runs one further set of weights, and SFT "
+                    "and DPO would be two; train them with `snpatch train`, and give a preset of public pairs"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """name: of the preset or the file's stem. folder: what paths of files in it are relative to. world: a world file's
-    table, without what is trained. published: the model of the paper's whose numbers are shown beside the measured."""
+    """name: of the preset, or its file's stem. world: a world file's table without what is trained; paths in it are
+    absolute. published: the model of the paper's whose numbers are shown beside the measured."""
 
     name: str
-    folder: Path
     world: dict
     title: str = ""
     training: Training | None = None
@@ -87,11 +81,12 @@ def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = 
     path = FOLDER / f"{source}.toml" if source in NAMES else Path(source)
     if not path.is_file():
         raise SnpatchError(f"no preset {source!r}: there are {', '.join(NAMES)}, or give a preset's file (.toml)")
-    table = _extended(path)
+    table = read_preset(path)
     try:
-        preset = _preset(path, table)
+        preset = _preset(path.stem, table)
         if model is not None:
-            preset = replace(preset, world={**preset.world, "model": model})
+            given = str(Path(model).resolve()) if Path(model).exists() else model
+            preset = replace(preset, world={**preset.world, "model": given}, size=None)
         if "model" not in preset.world:
             raise SnpatchError("world.model is missing")
         if seeds:
@@ -103,74 +98,49 @@ def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = 
         raise SnpatchError(f"preset {source}: {error}") from error
 
 
-def _extended(path: Path) -> dict:
-    """A file's tables over those of the preset that it extends."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SnpatchError(f"preset {path}: not a TOML file: {error}") from error
-    if unknown := sorted(table.keys() - set(KEYS)):
-        raise SnpatchError(f"preset {path}: there is no {', '.join(unknown)}; there are {', '.join(KEYS)}")
-    below = table.pop("extends", None)
-    if below is None:
-        return table
-    found = FOLDER / f"{below}.toml"
-    if not found.is_file():
-        raise SnpatchError(f"preset {path}: extends {below!r}, and there is no such preset")
-    return _over(_extended(found), table)
-
-
-def _over(below: dict, above: dict) -> dict:
-    both = {n: _over(below[n], above[n]) for n in below.keys() & above.keys() if isinstance(below[n], dict)}
-    return {**below, **above, **both}
-
-
-def _preset(path: Path, table: dict) -> Preset:
-    parts = {name: value_of(table[name], str, name) for name in ("title", "published") if name in table}
-    world, folder = dict(table_of(table, "world")), path.parent
-    if "from_world" in table:
-        named = NAMED.get(table["from_world"])
-        if named is None:
-            raise SnpatchError(f"from_world: there are {', '.join(NAMED)}, got {table['from_world']!r}")
-        shipped = tomllib.loads(named.read_text(encoding="utf-8"))
-        world = _over({n: v for n, v in shipped.items() if n not in ("adapters", "contrasts", "seeds")}, world)
-        folder = named.parent
+def _preset(name: str, table: dict) -> Preset:
+    parts = {one: value_of(table[one], str, one) for one in ("title", "published") if one in table}
+    world = table_of(table, "world")
     if "experiments" in table:
         parts["experiments"] = value_of(table["experiments"], tuple[str, ...], "experiments")
-        if unknown := [name for name in parts["experiments"] if name not in experiments.NAMES]:
-            raise SnpatchError(f"experiments: there is no {unknown[0]}; there are {', '.join(experiments.NAMES)}")
+    for one in (*parts.get("experiments", ()), *table_of(world, "settings")):
+        experiments.settings_of(one, table_of(world, "settings").get(one, {}))
     if "size" in table:
         parts["size"] = read(Size, "size", table["size"])
     if "training" in table:
         parts["training"] = _training(table_of(table, "training"))
+        if given := [one for one in TRAINED if one in world]:
+            raise SnpatchError(f"world.{given[0]}: follows from [training], and cannot be given beside it")
     elif "contrasts" not in world:
         raise SnpatchError("needs either [training], or world.contrasts of models that are there")
-    return Preset(name=path.stem, folder=folder, world=world, **parts)
+    return Preset(name=name, world=world, **parts)
 
 
 def _training(table: dict) -> Training:
-    settings, own = table_of(table, "settings"), table_of(table, "dpo")
-    given = table_of(table, "data")
-    parts = {name: table[name] for name in ("seeds", "objectives", "written_by") if name in table}
-    unknown = sorted(table.keys() - {"seeds", "objectives", "written_by", "settings", "dpo", "data"})
-    if unknown:
-        raise SnpatchError(f"training: there is no {', '.join(unknown)}")
-    names = ("sft", SAFETY, *parts.get("objectives", ()))
+    known = ("seeds", "objectives", "written_by", "settings", "dpo", "data")
+    if unknown := sorted(table.keys() - set(known)):
+        raise SnpatchError(f"training: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    settings, own, given = (table_of(table, name) for name in ("settings", "dpo", "data"))
+    objectives = value_of(table.get("objectives", ()), tuple[str, ...], "training.objectives")
+    names = ("sft", SAFETY, *objectives)
     if strangers := sorted(given.keys() - set(names)):
         raise SnpatchError(f"training.data: {strangers[0]} is not trained; there are {', '.join(names)}")
     data = {name: read(PromptSet, f"training.data.{name}", one) for name, one in given.items()}
     for name in names:
-        if name in data:
-            continue
-        if parts.get("written_by"):
-            data[name] = PromptSet(f"data/{name}.jsonl")
-        else:
+        if name not in data and table.get("written_by"):
+            data[name] = PromptSet(written(name))
+        elif name not in data:
             data[name] = SFT if name == "sft" else objective(name)
     return Training(
-        seeds=value_of(parts.get("seeds", ()), tuple[int, ...], "training.seeds"),
-        objectives=value_of(parts.get("objectives", ()), tuple[str, ...], "training.objectives"),
+        seeds=value_of(table.get("seeds", ()), tuple[int, ...], "training.seeds"),
+        objectives=objectives,
         data=data,
         sft=read(TrainSettings, "training.settings", settings),
         dpo=read(DpoSettings, "training.dpo", {**settings, **own}),
-        written_by=parts.get("written_by"),
+        written_by=table.get("written_by"),
     )
+
+
+def written(name: str) -> str:
+    """Where rows lie, in a reproduction's folder, that it writes itself."""
+    return f"data/{name}.jsonl"

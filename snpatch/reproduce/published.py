@@ -1,23 +1,27 @@
 """The paper's numbers beside the measured ones.
 
-Why a difference is only told where the model, the sets and the judge are the paper's: of another model the two columns
-are two worlds, which may agree in direction and not in size.
+Why a difference is only told where the run is the shipped preset of that very model: of another model, judge or set the
+two columns are two worlds, which may agree in direction and not in size.
 """
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snpatch import experiments
 from snpatch.errors import SnpatchError
 from snpatch.report.report import Row
-from snpatch.reproduce.preset import Preset
+from snpatch.reproduce.preset import Training, load_preset
 from snpatch.worlds.world import World
 
-FIVE_PERCENT = 0.05  # of the neurons: what the paper's headline is about
+if TYPE_CHECKING:
+    from snpatch.reproduce.pipeline import Pipeline
+
 TAX = {"helpful-to-safe": ("safety", "helpful"), "safe-to-helpful": ("helpful", "safety")}  # (donor, recipient)
+COMPARED = ("model", "template", "sets", "judges", "benchmarks", "max_tokens", "contrast_tokens", "settings")
 
 
 @cache
@@ -31,73 +35,120 @@ def models() -> list[str]:
     return [name for name in numbers()["transfer"] if name not in ("table", "columns")]
 
 
-def beside(preset: Preset, world: World, out: Path, done: list[str]) -> list[Row]:
-    """A row a number that is published, or measured where a published one could stand.
+def check_known(model: str | None) -> None:
+    """An error for a model that the paper does not have."""
+    if model is not None and model not in models():
+        raise SnpatchError(f"published: there are {', '.join(models())}, got {model!r}")
 
-    done: the experiments whose tables lie in `out`. difference: measured - published, where both are of one model.
-    """
+
+def differs(pipeline: "Pipeline") -> list[str]:
+    """What of the run is not as in the shipped preset of the model whose numbers are shown; nothing: it is that."""
+    preset = pipeline.preset
     if preset.published is None:
-        return []
-    if preset.published not in models():
-        raise SnpatchError(f"published: there are {', '.join(models())}, got {preset.published!r}")
-    found = [
-        *_transfer(preset.published, world, _table(out, "transfer", "transfer-table", done)),
-        *_curve(world, _table(out, "curve", "curve", done)),
-        *_agreement(world, _table(out, "stability", "stability", done)),
-        *_guard(_table(out, "guard", "guard-summary", done)),
-        *_tax(world, _table(out, "tax", "tax", done)),
-    ]
-    is_same = preset.published == preset.name
+        return ["model"]
+    shipped = load_preset(preset.published)
+    other = [name for name in COMPARED if preset.world.get(name) != shipped.world.get(name)]
+    if preset.training is None or _trained(preset.training, shipped.training) != _trained(
+        shipped.training, preset.training
+    ):
+        other.append("training")
+    return other + (["limit"] if pipeline.limit is not None else [])
+
+
+def _trained(one: Training, other: Training) -> list:
+    """How the adapters are trained that both train."""
+    return [one.sft, one.dpo, {name: rows for name, rows in one.data.items() if name in other.data}]
+
+
+def beside(pipeline: "Pipeline", done: Sequence[str]) -> list[Row]:
+    """A row a number that is published, with what was measured, if it was.
+
+    done: the experiments whose tables lie in the folder. difference: measured - published, where `differs` is empty and
+    the number is of the same model.
+    """
+    preset, world, out = pipeline.preset, pipeline.world, pipeline.out
+    curve = _table(out, "curve", "curve", done)
+    if preset.published is None:
+        found = [*_full(world, curve)]
+    else:
+        found = [
+            *_transfer(preset.published, world, _table(out, "transfer", "transfer-table", done)),
+            *_curve(preset.published, world, curve),
+            *_agreement(world, _table(out, "stability", "stability", done)),
+            *_guard(world, _table(out, "guard", "guard-summary", done)),
+            *_tax(world, _table(out, "tax", "tax", done)),
+        ]
+    is_same = not differs(pipeline)
     rows = []
     for row in found:
-        own = row["measured"] is not None and row["published"] is not None
-        difference = row["measured"] - row["published"] if own and is_same else None
-        rows.append({"published_of": preset.published, **row, "difference": difference})
+        is_own = is_same and row["published_of"] == preset.published and row["measured"] is not None
+        rows.append({**row, "difference": row["measured"] - row["published"] if is_own else None})
     return rows
 
 
-def _table(out: Path, name: str, stem: str, done: list[str]) -> list[Row] | None:
+def _table(out: Path, name: str, stem: str, done: Sequence[str]) -> list[Row] | None:
     """The rows of an experiment's table; None if it was not run."""
     return json.loads((out / f"{stem}.json").read_text(encoding="utf-8"))["rows"] if name in done else None
 
 
-def _row(what: str, table: str, model: str, of: str, published: float | None, measured: float | None, bound: str = ""):
-    both = {"published": published, "bound": bound, "measured": measured}
-    return {"what": what, "table": table, "model": model, "set": of, **both}
+def _row(
+    source: dict, what: str, model: str, of: str, published: float, measured: float | None, bound: str = ""
+) -> Row:
+    """source: where the number stands (table), and of which model it is (of)."""
+    row = {"what": what, "model": model, "set": of, "published": published, "bound": bound, "measured": measured}
+    return {**row, "published_of": source["of"], "table": source["table"]}
 
 
 def _transfer(published: str, world: World, measured: list[Row] | None) -> Iterator[Row]:
     """Table 1, with the effects (Eq. 4) that follow from it."""
-    table, columns = numbers()["transfer"]["table"], numbers()["transfer"]["columns"]
+    source = {"table": numbers()["transfer"]["table"], "of": published}
+    columns = numbers()["transfer"]["columns"]
     printed = {model: dict(zip(columns, row, strict=True)) for model, row in numbers()["transfer"][published].items()}
     own = {row["model"]: row for row in measured or ()}
-    names = {"dpo": world.donor}
     for model, cells in printed.items():
-        mine = own.get(names.get(model, model), {})
+        mine = own.get(world.donor if model == "dpo" else model, {})
         for column, value in cells.items():
             what = "perplexity" if column == "perplexity" else "mean cost"
-            yield _row(what, table, model, column, value, mine.get(column))
+            yield _row(source, what, model, "text" if column == "perplexity" else column, value, mine.get(column))
     for recipient in ("base", "sft"):
         for column in columns[:-1]:
             before, after, donor = (printed[name][column] for name in (recipient, f"{recipient}+", "dpo"))
-            effect = (after - before) / (donor - before)
             mine = own.get(f"{recipient}+", {}).get(f"effect on {column}")
-            yield _row("effect (Eq. 4)", table, f"{recipient}+", column, effect, mine)
+            effect = (after - before) / (donor - before)
+            yield _row(source, "effect (Eq. 4)", f"{recipient}+", column, effect, mine)
 
 
-def _curve(world: World, measured: list[Row] | None) -> Iterator[Row]:
-    """The headline: what the smallest window of at least 5 % of the neurons recovers."""
+def _nearest(world: World, measured: list[Row] | None, recipient: str, share: float) -> Row | None:
+    """The curve's row of the first k neurons that are nearest to a share of all."""
+    line = [
+        row
+        for row in measured or ()
+        if (row["recipient"], row["judge"], row["control_seed"]) == (recipient, world.cost, None)
+        and row["ranking"]
+        and row["lo"] == 0
+    ]
+    return min(line, key=lambda row: abs(row["share"] - share), default=None)
+
+
+def _told(row: Row | None) -> tuple[str, float | None]:
+    """What a curve's row is of, and its effect."""
+    return (f"{row['set']}, {row['share']:.1%}", row["effect"]) if row else ("", None)
+
+
+def _curve(published: str, world: World, measured: list[Row] | None) -> Iterator[Row]:
+    """The headline, at the share of the neurons that 20000 are."""
     finding = numbers()["finding"]["curve"]
-    for recipient in world.recipients:
-        line = [
-            row
-            for row in measured or ()
-            if row["recipient"] == recipient and row["ranking"] and row["control_seed"] is None and row["lo"] == 0
-        ]
-        enough = [row for row in line if row["share"] >= FIVE_PERCENT]
-        row = min(enough, key=lambda row: row["share"], default={"set": "", "effect": None})
-        of = f"{row['set']}, {row['share']:.1%}" if enough else ""
-        yield _row(finding["what"], finding["table"], recipient, of, finding["value"], row["effect"])
+    of, effect = _told(_nearest(world, measured, world.safety.generator, numbers()["share"][published]))
+    yield _row(finding, finding["what"], world.safety.generator, of, finding["value"], effect)
+
+
+def _full(world: World, measured: list[Row] | None) -> Iterator[Row]:
+    """What others found between two full checkpoints."""
+    full = numbers()["full"]
+    for point in full["points"]:
+        of, effect = _told(_nearest(world, measured, world.recipients[0], point["share"]))
+        what = f"{full['what']} of {point['share']:.1%} of the neurons"
+        yield _row(full, what, world.recipients[0], of, point["effect"], effect)
 
 
 def _agreement(world: World, measured: list[Row] | None) -> Iterator[Row]:
@@ -111,15 +162,15 @@ def _agreement(world: World, measured: list[Row] | None) -> Iterator[Row]:
             at = min((row["k"] for row in measured), key=lambda have: abs(have - wanted))
             values = [row[figure] for row in measured if row["k"] == at and row[figure] is not None]
             value = min(values) if values else None
-        yield _row(finding["what"], finding["table"], "dpo", "", finding["least"], value, "at least")
+        yield _row(finding, finding["what"], world.donor, "", finding["least"], value, "at least")
 
 
-def _guard(measured: list[Row] | None) -> Iterator[Row]:
+def _guard(world: World, measured: list[Row] | None) -> Iterator[Row]:
     finding = numbers()["finding"]["guard"]
     mine = [row for row in measured or () if row["features"] == "safety"]
     value = max(mine, key=lambda row: row["k"])["accuracy"] if mine else None
     for bound in ("least", "most"):
-        yield _row(finding["what"], finding["table"], "sft", "", finding[bound], value, f"at {bound}")
+        yield _row(finding, finding["what"], world.safety.generator, "", finding[bound], value, f"at {bound}")
 
 
 def _tax(world: World, measured: list[Row] | None) -> Iterator[Row]:
@@ -135,4 +186,4 @@ def _tax(world: World, measured: list[Row] | None) -> Iterator[Row]:
                 if (row["donor"], row["recipient"], row["judge"], row["set"]) == (donor, recipient, judge, of)
             ]
             what = f"change of mean {judge}"
-            yield _row(what, tax["table"], direction.replace("-", " "), of, value, mine[0] if mine else None)
+            yield _row(tax, what, direction.replace("-", " "), of, value, mine[0] if mine else None)

@@ -1,4 +1,4 @@
-"""report.md, report.json and reproduction.csv: every experiment's sentences, and the paper's numbers beside the measured."""
+"""report.md, report.json, reproduction.csv: each experiment's sentences, the paper's numbers beside the measured."""
 
 import json
 from collections.abc import Sequence
@@ -10,52 +10,49 @@ from snpatch.report import files
 from snpatch.report.cells import cell
 from snpatch.report.report import Row
 from snpatch.reproduce.pipeline import ADAPTERS, Pipeline
-from snpatch.reproduce.published import beside
+from snpatch.reproduce.published import beside, differs
 
 TABLE = "reproduction.csv"
 
 
+def done_in(pipeline: Pipeline) -> list[str]:
+    """The experiments whose tables are there and current."""
+    steps = pipeline.steps
+    return [name for name in pipeline.preset.experiments if name in steps.steps and steps.reason(name) is None]
+
+
 def write(pipeline: Pipeline) -> list[Path]:
     """Write all of them into the pipeline's folder, of the experiments that are done; their paths."""
-    out, preset = pipeline.out, pipeline.preset
-    done = [name for name in preset.experiments if name in pipeline.steps.steps and not pipeline.steps.reason(name)]
+    out, preset, done = pipeline.out, pipeline.preset, done_in(pipeline)
     found = {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in done}
-    rows = beside(preset, pipeline.world, out, done)
-    parts = [f"# {preset.title or preset.name}\n"]
-    if rows:
-        parts.append(_comparison(preset.name, preset.published, rows))
-    parts.append(_trainings(pipeline))
+    rows = beside(pipeline, done)
+    parts = [f"# {preset.title or preset.name}\n", _comparison(differs(pipeline), rows), _trainings(pipeline)]
     parts += [section(name, table) for name, table in found.items()]
-    left = {
-        **pipeline.skipped,
-        **{n: "not done" for n in preset.experiments if n not in done and n not in pipeline.skipped},
-    }
-    if left:
+    open_ones = {name: "not done" for name in preset.experiments if name not in done}
+    if left := {**open_ones, **pipeline.skipped}:
         parts.append("## Left out\n\n" + "".join(f"- {name}: {why}\n" for name, why in left.items()))
     told = {name: {"headline": table["headline"], "provenance": table["provenance"]} for name, table in found.items()}
     write_text(out / "report.md", "\n".join(filter(None, parts)))
     write_text(out / "report.json", json.dumps({"experiments": told, "beside": rows}, indent=1) + "\n")
-    paths = [out / "report.md", out / "report.json"]
-    if rows:
-        files.write_records(rows, out / TABLE)
-        paths.append(out / TABLE)
-    return paths
+    files.write_records(rows, out / TABLE)
+    return [out / "report.md", out / "report.json", out / TABLE]
 
 
-def _comparison(name: str, published: str, rows: Sequence[Row]) -> str:
-    """The table for people. Rows of other models have no difference, and a sentence says so."""
+def _comparison(other: Sequence[str], rows: Sequence[Row]) -> str:
+    """The table for people."""
     note = (
-        "difference: measured - published.\n"
-        if name == published
-        else f"The published numbers are {published}'s: another model than this one, with its own sets and judges, so that "
-        "only directions can be compared.\n"
+        f"The published numbers are of another run than this one, which differs in {', '.join(other)}: only directions "
+        "can be compared.\n"
+        if other
+        else "difference: measured - published, where both are of this model.\n"
     )
-    lines = ["| | of | on | published | measured | difference | source |", "|---|---|---|---|---|---|---|"]
+    head = ("", "of", "on", "measured", "published", "difference", "published of", "source")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         printed = f"{row['bound']} {cell(row['published'])}".strip()
-        cells = [row["what"], row["model"], row["set"], printed, cell(row["measured"]), cell(row["difference"])]
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['table']} |")
-    return f"## Published and measured\n\n{note}\n" + "\n".join(lines) + "\n"
+        cells = [row["what"], row["model"], row["set"], cell(row["measured"]), printed, cell(row["difference"])]
+        lines.append(f"| {' | '.join(map(str, [*cells, row['published_of'], row['table']]))} |")
+    return f"## Measured and published\n\n{note}\n" + "\n".join(lines) + "\n"
 
 
 def _trainings(pipeline: Pipeline) -> str:
@@ -63,10 +60,10 @@ def _trainings(pipeline: Pipeline) -> str:
     lines = []
     for name in pipeline.pairs:
         path = pipeline.out / ADAPTERS / name / "training.json"
-        if name in pipeline.steps.steps and not pipeline.steps.reason(name):
-            data = json.loads(path.read_text(encoding="utf-8"))
-            figures = data["provenance"]["figures"]
-            lines.append(f"- {name}: {'; '.join(data['headline'])} ({figures['seconds']} s)")
-        elif name not in pipeline.steps.steps:
+        if name not in pipeline.steps.steps:
             lines.append(f"- {name}: taken, not trained here")
+        elif pipeline.steps.reason(name) is None:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            seconds = data["provenance"]["figures"]["seconds"]
+            lines.append(f"- {name}: {'; '.join(data['headline'])} ({seconds} s)")
     return "## Trained\n\n" + "\n".join(lines) + "\n" if lines else ""

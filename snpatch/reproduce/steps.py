@@ -1,7 +1,7 @@
 """Steps that are done once: which of them are done is told by the content of what they read and of what they made.
 
 Why what a step reads is noted after it has run: an experiment finds out on its way which models, sets and judges it
-needs, and only their change should make it run again.
+needs, and only their change should make it run again. (Their content is the one that was found before; see Inputs.)
 """
 
 import hashlib
@@ -55,35 +55,7 @@ class Steps:
         for path, digest in kept["made"].items():
             if digest_of(self.out / path) != digest:
                 return f"{path} is not what it made"
-        return self._other(kept["read"])
-
-    def seconds(self, name: str) -> float | None:
-        """How long a step took that is done."""
-        return self._kept.get(name, {}).get("seconds")
-
-    def run(self, name: str) -> None:
-        """Run a step, done or not, and note what it read and made."""
-        step = self.steps[name]
-        kept = self._kept.get(name)
-        begun = {one: self._digest(one) for one in step.reads}
-        if kept is not None and kept["begun"] != begun:
-            self.again(name)
-        self._note(name, {"begun": begun})
-        start = time.monotonic()
-        done = step.run()
-        read = {one: self._digest(one) for one in sorted({*step.reads, *done.read})}
-        made = {str(path.relative_to(self.out)): digest_of(path) for path in sorted(done.made)}
-        seconds = round(time.monotonic() - start, 1)
-        self._note(name, {"begun": begun, "read": read, "made": made, "seconds": seconds})
-
-    def again(self, name: str) -> None:
-        """A step is to be run anew: what it has made is put away."""
-        folder = self.steps[name].folder
-        if folder is not None and folder.exists():
-            self._put_away(folder)
-
-    def _other(self, read: dict[str, str]) -> str | None:
-        for one, digest in read.items():
+        for one, digest in kept["read"].items():
             try:
                 now = self._digest(one)
             except SnpatchError as error:
@@ -92,15 +64,57 @@ class Steps:
                 return f"{one} is another"
         return None
 
-    def _put_away(self, folder: Path) -> None:
+    def read_by(self, name: str) -> list[str]:
+        """What a step reads, as far as it is known."""
+        return [*self.steps[name].reads, *self._kept.get(name, {}).get("read", {})]
+
+    def seconds(self, name: str) -> float | None:
+        """How long a step took that is done."""
+        return self._kept.get(name, {}).get("seconds")
+
+    def run(self, name: str) -> None:
+        """Run a step, done or not, and note what it read and made. What it had made before is put away."""
+        step, kept = self.steps[name], self._kept.get(name)
+        begun = {one: self._digest(one) for one in step.reads}
+        if kept is not None and ("made" in kept or kept["begun"] != begun):
+            self.put_away(name)
+        self._note(name, {"begun": begun})
+        start = time.monotonic()
+        done = step.run()
+        if other := [one for one in step.reads if self._digest(one) != begun[one]]:
+            raise SnpatchError(f"{other[0]} was changed while {name} ran: run it again")
+        read = {one: self._digest(one) for one in sorted({*step.reads, *done.read})}
+        made = {str(path.relative_to(self.out)): digest_of(path) for path in sorted(done.made)}
+        seconds = round(time.monotonic() - start, 1)
+        self._note(name, {"begun": begun, "read": read, "made": made, "seconds": seconds})
+
+    def put_away(self, name: str) -> None:
+        """Move what a step made to a folder beside, and forget that it was run."""
+        paths = [self.out / path for path in self._kept.get(name, {}).get("made", {})]
+        folder = self.steps[name].folder if name in self.steps else None
+        paths = [path for path in dict.fromkeys([*paths, *([folder] if folder else [])]) if path.exists()]
+        if folder is not None:
+            paths = [path for path in paths if folder not in path.parents]
         number = 1
-        while (to := self.out / REPLACED / f"{folder.name}-{number}").exists():
+        while (to := self.out / REPLACED / f"{name}-{number}").exists():
             number += 1
-        to.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(to)
+        for path in paths:
+            place = to / path.relative_to(self.out)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+        self._kept.pop(name, None)
+        self._save()
+
+    @property
+    def strangers(self) -> list[str]:
+        """Steps that were run in this folder and that there are not now."""
+        return [name for name in self._kept if name not in self.steps]
 
     def _note(self, name: str, kept: dict) -> None:
         self._kept[name] = kept
+        self._save()
+
+    def _save(self) -> None:
         write_text(self.out / FILE, json.dumps(self._kept, indent=1) + "\n")
 
 

@@ -34,12 +34,12 @@ class LossWatch(TrainerCallback):
                     f"training: {what} is {logs[name]} at step {state.global_step}: lower the learning rate, or look "
                     "for broken rows; nothing was saved after the last checkpoint"
                 )
-        if "loss" in logs and state.global_step == 1 and self._first is not None:
-            if abs(float(logs["loss"]) - self._first) > TOLERANCE:
-                raise SnpatchError(
-                    f"training: the first step's loss is {logs['loss']}, not {self._first:.4f}: the reference is not "
-                    "the model that training starts from (is this version of TRL or PEFT supported?)"
-                )
+        is_first = "loss" in logs and state.global_step == 1 and self._first is not None
+        if is_first and abs(float(logs["loss"]) - self._first) > TOLERANCE:
+            raise SnpatchError(
+                f"training: the first step's loss is {logs['loss']}, not {self._first:.4f}: the reference is not the "
+                "model that training starts from (is this version of TRL or PEFT supported?)"
+            )
         if "loss" in logs and state.is_world_process_zero and self._watch:
             self._watch(state.global_step, state.max_steps, logs)
 

@@ -1,8 +1,8 @@
 """The network that is trained: a model, its tokenizer, and the adapter on it; and how the adapter is saved.
 
-Why DPO's IA3 scales begin as SFT's own: as one adapter on untouched weights the policy, and TRL's frozen copy of it, are
-the SFT model as an engine serves it. Merged into the weights they would be rounded, another model than the served one.
-What is saved is DPO's own factor, the quotient: engines stack the two, SFT * DPO.
+Why DPO's IA3 scales begin as SFT's own: as one adapter on untouched weights the policy, and TRL's frozen copy of it,
+are the SFT model as an engine serves it. Merged into the weights they would be rounded, another model than the served
+one. What is saved is DPO's own factor, the quotient: engines stack the two, SFT * DPO.
 """
 
 import re
@@ -115,9 +115,22 @@ def check_moved(network: nn.Module, before: dict[str, Tensor]) -> list[str]:
     return still
 
 
-def save(network: nn.Module, out: Path, template: Template, start: dict[str, Tensor], model: str | Path) -> None:
-    """Save what was trained, in PEFT's format or as a checkpoint. start: SFT scales that DPO's are divided by."""
+def save(
+    network: nn.Module,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    start: dict[str, Tensor],
+    model: str | Path,
+) -> None:
+    """Save what was trained, in PEFT's format or as a checkpoint, with the template that prompts are to be made with.
+
+    tokenizer, template: of `open_tokenizer`; a checkpoint's tokenizer gets training's own, which has BOS where the
+    tokenizer puts it. start: SFT scales that DPO's are divided by.
+    """
+    source = template.source
     if not isinstance(network, PeftModel):
+        source = tokenizer.chat_template
         network.to(load_pretrained(AutoConfig, model).dtype or torch.float32).save_pretrained(str(out))
         load_pretrained(AutoTokenizer, model).save_pretrained(str(out))
     else:
@@ -128,7 +141,7 @@ def save(network: nn.Module, out: Path, template: Template, start: dict[str, Ten
                 if not torch.isfinite(scale).all():
                     raise SnpatchError(f"training: a scale of {name} is not finite; it cannot be saved")
         network.save_pretrained(str(out), selected_adapters=[TRAINED])
-    (out / FILE).write_text(template.source, encoding="utf-8")  # so that prompts are made with it
+    (out / FILE).write_text(source, encoding="utf-8")
 
 
 def _check_divisible(sft: Path, vectors: dict[str, nn.Parameter]) -> None:

@@ -6,8 +6,10 @@ Why the rows are looked at once they are token ids: two answers may differ as te
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from snpatch.errors import SnpatchError
+from snpatch.models.templates import ROLES
 from snpatch.training.settings import DpoSettings, TrainSettings
 
 IGNORED = -100  # the label of a token that the loss passes over
@@ -36,8 +38,11 @@ class Counts:
             )
 
 
-def conversations(dataset, settings: TrainSettings) -> tuple[object, Counts]:
-    """A tokenized dataset (`input_ids`, `labels`), cut at max_length and without rows that have no label then."""
+def conversations(dataset, settings: TrainSettings, context: int) -> tuple[object, Counts]:
+    """A tokenized dataset (`input_ids`, `labels`), cut at max_length and without rows that have no label then.
+
+    context: the longest sequence that the model was made for; a longer row is an error.
+    """
     counts = Counts(len(dataset))
     limit = settings.max_length
     kept = []
@@ -47,6 +52,7 @@ def conversations(dataset, settings: TrainSettings) -> tuple[object, Counts]:
         else:
             kept.append(index)
             counts.cut += len(ids) > limit
+            _check_fits(index, min(len(ids), limit), context)
     counts.check(settings)
     dataset = dataset.select(kept)
     if counts.cut:
@@ -54,10 +60,10 @@ def conversations(dataset, settings: TrainSettings) -> tuple[object, Counts]:
     return dataset, counts
 
 
-def pairs(dataset, rows: int, settings: DpoSettings) -> tuple[object, Counts]:
+def pairs(dataset, rows: int, settings: DpoSettings, context: int) -> tuple[object, Counts]:
     """A tokenized dataset (`prompt_ids`, `chosen_ids`, `rejected_ids`) without pairs that teach nothing.
 
-    rows: how many there were before TRL dropped those whose prompt alone fills max_length.
+    rows: how many there were before TRL dropped those whose prompt alone fills max_length. context: see above.
     """
     counts = Counts(rows)
     if dropped := rows - len(dataset):
@@ -73,17 +79,38 @@ def pairs(dataset, rows: int, settings: DpoSettings) -> tuple[object, Counts]:
             counts.left_out["chosen and rejected are the same tokens up to max_length"] += 1
         else:
             kept.append(index)
-            counts.cut += max(len(chosen), len(rejected)) > room
+            longest = max(len(chosen), len(rejected))
+            counts.cut += longest > room
+            _check_fits(index, len(prompt) + min(longest, room), context)
     counts.check(settings)
     return dataset.select(kept), counts
 
 
 def check_columns(rows: Sequence[Mapping], columns: Sequence[str]) -> None:
-    """An error unless there are rows, and the first has these columns."""
-    missing = [column for column in columns if not len(rows) or column not in rows[0]]
-    if missing:
-        got = f"{len(rows)} rows" + (f" with {', '.join(rows[0])}" if len(rows) else "")
-        raise SnpatchError(f"training data: wanted rows with {', '.join(columns)}, got {got}")
+    """An error unless there are rows, and each has these columns."""
+    wanted = f"training data: wanted rows with {', '.join(columns)}"
+    if not len(rows):
+        raise SnpatchError(f"{wanted}, got none")
+    for index, row in enumerate(rows):
+        if not row.keys() >= set(columns):
+            raise SnpatchError(f"{wanted}, row {index} has {', '.join(row)}")
+
+
+def _check_fits(index: int, length: int, context: int) -> None:
+    if length > context:
+        raise SnpatchError(
+            f"training data: a row (number {index} of those that TRL kept) has {length} tokens, the model was made for "
+            f"{context}: give max_length = {context} or less"
+        )
+
+
+def check_roles(rows: Sequence[Mapping], template: str) -> None:
+    """An error for a role that the Tulu template does not know; a tokenizer's own template tells by itself."""
+    for index, row in enumerate(rows if template == "tulu" else ()):
+        for turn in chain(*(row[name] for name in ("messages", "prompt", "chosen", "rejected") if name in row)):
+            if turn["role"] not in ROLES:
+                known = ", ".join(ROLES)
+                raise SnpatchError(f"training data: row {index}: the Tulu template knows {known}, got {turn['role']!r}")
 
 
 def check_answered(rows: Sequence[Mapping]) -> None:

@@ -1,12 +1,11 @@
 """What SFT and DPO are told. Why apart from the training: a recipe can be read and written without trl.
 
-The defaults are the paper's recipe for IA3; LoRA's and full fine-tuning's are those of its published scripts (LoRA: rank
-64 on q_proj and v_proj) and, for DPO on all weights, Tulu 2's learning rate.
+The defaults are the paper's recipe for IA3; LoRA's and full fine-tuning's are those of its published scripts (LoRA:
+rank 64 on q_proj and v_proj) and, for DPO on all weights, Tulu 2's learning rate.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from snpatch.config import check_known
 from snpatch.errors import SnpatchError
 from snpatch.schema import option
 
@@ -42,7 +41,7 @@ class TrainSettings:
             raise SnpatchError(f"peft must be one of {', '.join(PEFT)}, got {self.peft!r}")
         if self.template not in ("tulu", "tokenizer"):
             raise SnpatchError(f"template must be tulu or tokenizer, got {self.template!r}")
-        if self.micro_batch_size < 1 or self.batch_size < 1 or self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size:
             raise SnpatchError(
                 f"micro_batch_size must divide batch_size, got {self.micro_batch_size} and {self.batch_size}"
             )
@@ -56,7 +55,12 @@ class TrainSettings:
             raise SnpatchError(f"epochs must be more than 0, got {self.epochs}")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise SnpatchError(f"learning_rate must be more than 0, got {self.learning_rate}")
-        check_known("dtype", self.dtype)
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise SnpatchError(f"dtype must be auto, bfloat16 or float32, got {self.dtype!r}")
+        for f in fields(self):
+            least, value = f.metadata.get("min"), getattr(self, f.name)
+            if least is not None and value < least:
+                raise SnpatchError(f"{f.name} must be at least {least}, got {value}")
 
     @property
     def rate(self) -> float:

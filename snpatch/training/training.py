@@ -2,16 +2,19 @@
 
 Several GPUs: `accelerate launch -m snpatch.cli train ...`, by accelerate's own config; batch_size is over all of them.
 
-What bounds it, for Llama-2-7B (bf16) with IA3 on `down_proj`: weights are 13.5 GB; the 352,256 scales, their gradients
-and AdamW's two moments are 5.6 MB. With gradient checkpointing a micro batch of 4 x 4096 tokens keeps 33 layers'
-inputs, 4 x 4096 x 4096 x 2 B x 33 = 4.4 GB, and one layer's activations while it is computed again: MLP 4 x 4096 x 11008
-x 2 B x 4 = 1.4 GB, attention about 0.7 GB; TRL's LM head never holds all logits (4 x 4096 x 32000 x 4 B = 2.1 GB would
-be). About 21 GB in all, so that one card of 40 GB does; DPO's micro batch of 4 pairs has 8 sequences: 5 GB more at full
-length. Time: a frozen weight has no gradient of its own, so a token costs 2 x 6.7e9 FLOP forward, as much when it is
-computed again, and as much backward: 40 GFLOP; DPO's reference adds a forward pass, 54 GFLOP. The limit is the matrix
-products' rate: `snpatch reproduce --dry-run` multiplies this out, by a measured rate where there is one.
+What bounds it, for Llama-2-7B (bf16) with IA3 on `down_proj`. Memory: the weights are 13.5 GB; the 352,256 scales,
+their gradients and AdamW's two moments 5.6 MB. Gradient checkpointing of a micro batch of 4 x 4096 tokens keeps 33
+inputs of layers, 4 x 4096 x 4096 x 2 B each: 4.4 GB; while a layer is computed again its MLP holds 4 x 4096 x 11008
+numbers about four times in bf16 and, for IA3's product, twice in float32: 2.9 GB; its attention 0.7 GB. TRL's LM head
+never holds all logits (they would be 2.1 GB). 22 GB in all, so that a card of 40 GB does; DPO's 4 pairs are 8
+sequences: 30 GB at full length. Time: a frozen weight has no gradient of its own, so a token costs 2 x 6.7e9 FLOP
+forward, as much when it is computed again, and as much backward: 40 GFLOP; DPO's reference adds a forward pass: 54. It
+is bound by the rate of matrix products: at 40 % of an H100's peak 9,800 tokens a second for SFT, so that three epochs
+of ShareGPT (estimated 1.2e8 tokens) take 10.4 hours, and 7,300 for DPO: 1.9 hours for HH harmless. `snpatch reproduce
+--dry-run` multiplies this out, by a measured rate where there is one.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -30,7 +33,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from snpatch.environment import describe
 from snpatch.errors import SnpatchError, first_line
 from snpatch.files import check_writable, write_text
-from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint
+from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint, digest_of_tokenizer_files, folder_of
 from snpatch.report import files
 from snpatch.report.report import Report, View
 from snpatch.training import rows
@@ -40,6 +43,7 @@ from snpatch.training.settings import DpoSettings, TrainSettings
 try:
     import datasets
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from snpatch.training import network as net
@@ -48,7 +52,7 @@ except ImportError as error:
 
 SAVE_EVERY = 100  # optimiser steps
 RECORD = "training"  # OUT/training.json tells that the training is done, and of what
-CHECKPOINTS, ASKED = "checkpoints", "asked.json"
+CHECKPOINTS, ASKED, LOCK = "checkpoints", "asked.json", "lock"
 LOGGED = {  # a column of the table -> TRL's name for it
     "epoch": "epoch",
     "loss": "loss",
@@ -64,7 +68,7 @@ def train_sft(
     model: str | Path,
     messages: Sequence[Mapping],
     out: Path,
-    settings: TrainSettings = TrainSettings(),
+    settings: TrainSettings | None = None,
     *,
     watch: Watch | None = None,
     save_every: int = SAVE_EVERY,
@@ -82,8 +86,10 @@ def train_sft(
     Raises SnpatchError for rows that cannot be trained on, a loss that is not a number, weights that did not move, and
     an `out` that holds anything else.
     """
+    settings = settings or TrainSettings()
     rows.check_columns(messages, ("messages",))
     rows.check_answered(messages)
+    rows.check_roles(messages, settings.template)
     asked = _asked("sft", model, None, messages, settings)
     if kept := _begin(out, asked):
         return kept
@@ -101,7 +107,7 @@ def train_sft(
     first = messages[0]["messages"]
     asked_first = first[: next((i for i, turn in enumerate(first) if turn["role"] == "assistant"), len(first))]
     rows.check_read_alike(template.ids, asked_first, trainer.train_dataset[0]["input_ids"])
-    trainer.train_dataset, counts = rows.conversations(trainer.train_dataset, settings)
+    trainer.train_dataset, counts = rows.conversations(trainer.train_dataset, settings, _context(network))
     trainer.add_callback(LossWatch(watch))
     return _run(trainer, model, out, asked, settings, counts, template, {})
 
@@ -111,7 +117,7 @@ def train_dpo(
     sft: str | Path | None,
     preferences: Sequence[Mapping],
     out: Path,
-    settings: DpoSettings = DpoSettings(),
+    settings: DpoSettings | None = None,
     *,
     watch: Watch | None = None,
     save_every: int = SAVE_EVERY,
@@ -127,7 +133,9 @@ def train_dpo(
     holds both. Further arguments, figures (margin and accuracy of the last step, too) and errors as `train_sft`'s; an
     SFT scale of exactly 0 is an error that names its neuron.
     """
+    settings = settings or DpoSettings()
     rows.check_columns(preferences, ("prompt", "chosen", "rejected"))
+    rows.check_roles(preferences, settings.template)
     sft = None if sft is None else Path(sft)
     asked = _asked("dpo", model, sft, preferences, settings)
     if kept := _begin(out, asked):
@@ -148,7 +156,7 @@ def train_dpo(
     net.freeze_reference(trainer.model, start)
     if len(trainer.train_dataset):
         rows.check_read_alike(template.ids, trainer.train_dataset[0]["prompt"], trainer.train_dataset[0]["prompt_ids"])
-    trainer.train_dataset, counts = rows.pairs(trainer.train_dataset, len(preferences), settings)
+    trainer.train_dataset, counts = rows.pairs(trainer.train_dataset, len(preferences), settings, _context(network))
     trainer.add_callback(LossWatch(watch, first=math.log(2)))
     return _run(trainer, model, out, asked, settings, counts, template, start)
 
@@ -160,7 +168,7 @@ def told(out: Path) -> list[str]:
 
 def is_main() -> bool:
     """Whether this is the process that tells and writes, of those that accelerate has started."""
-    return PartialState().is_main_process
+    return _processes().is_main_process
 
 
 def quiet() -> None:
@@ -171,6 +179,11 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
+def _processes() -> PartialState:
+    """The processes that accelerate has started, found as transformers finds them: on CPUs only where it is told so."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def _asked(kind: str, model: str | Path, sft: Path | None, data: Sequence[Mapping], settings: TrainSettings) -> dict:
     """All that the result hangs on, by content."""
     digest = hashlib.sha256()
@@ -179,6 +192,7 @@ def _asked(kind: str, model: str | Path, sft: Path | None, data: Sequence[Mappin
     return {
         "kind": kind,
         "model": digest_of_checkpoint(model),
+        "tokenizer": digest_of_tokenizer_files(folder_of(model)),
         "sft": sft and digest_of_adapter(sft),
         "data": {"rows": len(data), "sha256": digest.hexdigest()},
         "settings": json.loads(json.dumps(asdict(settings))),
@@ -192,13 +206,13 @@ def _begin(out: Path, asked: dict) -> dict | None:
         if path.is_file():
             told = json.loads(path.read_text(encoding="utf-8"))
             kept = told["provenance"]["asked"] if path == record else told
-            if other := [name for name in asked if kept[name] != asked[name]]:
+            if other := [name for name in asked if kept.get(name) != asked[name]]:
                 name = other[0]
                 if name == "settings":
                     name = next(n for n, value in asked[name].items() if kept["settings"].get(n) != value)
                     wanted, got = asked["settings"][name], kept["settings"].get(name)
                 else:
-                    wanted, got = asked[name], kept[name]
+                    wanted, got = asked[name], kept.get(name)
                 raise SnpatchError(
                     f"{out}: holds another training: {name} is to be {wanted}, it has {got}; "
                     "choose another folder, or remove this one"
@@ -208,7 +222,7 @@ def _begin(out: Path, asked: dict) -> dict | None:
     check_writable(record)
     if not begun.is_file() and (any(out.glob("adapter_model.*")) or (out / "config.json").exists()):
         raise SnpatchError(f"{out}: holds a model that was not trained here; choose another folder")
-    state = PartialState()
+    state = _processes()
     if state.is_main_process:
         write_text(begun, json.dumps(asked, indent=1) + "\n")
     state.wait_for_everyone()
@@ -219,18 +233,24 @@ def _dataset(data: Sequence[Mapping], columns: Sequence[str]) -> datasets.Datase
     return datasets.Dataset.from_list([{name: row[name] for name in columns} for row in data])
 
 
+def _context(network) -> int:
+    """The longest sequence that a model was made for."""
+    return network.config.get_text_config().max_position_embeddings
+
+
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What TRL refuses as it is set up (templates that it cannot mark, several GPUs in one process) in one line."""
+    """What TRL refuses as it is set up, in one line: templates that it cannot mark, several GPUs in one process, an
+    integration that is not installed."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise SnpatchError(f"training: TRL refuses: {first_line(error)}") from error
 
 
 def _config(kind: type, settings: TrainSettings, out: Path, save_every: int, report_to: Sequence[str], **own):
     """An SFTConfig or a DPOConfig. own: what that kind alone has, or wants otherwise."""
-    processes = PartialState().num_processes
+    processes = _processes().num_processes
     at_once = settings.micro_batch_size * processes
     if settings.batch_size % at_once:
         raise SnpatchError(
@@ -275,6 +295,18 @@ def _last_checkpoint(out: Path) -> Path | None:
     return None
 
 
+def _clear(out: Path, checkpoint: Path | None) -> None:
+    """Remove broken checkpoints, and TRL's reference from the one to go on from.
+
+    Beside that, transformers would not load the trained adapter; the reference is made anew from SFT's folder.
+    """
+    for path in (out / CHECKPOINTS).glob("checkpoint-*"):
+        if path != checkpoint:
+            shutil.rmtree(path)
+    if checkpoint:
+        shutil.rmtree(checkpoint / net.REFERENCE, ignore_errors=True)
+
+
 def _run(
     trainer: Trainer,
     model: str | Path,
@@ -286,47 +318,60 @@ def _run(
     start: dict[str, torch.Tensor],
 ) -> dict:
     """Train, check, save, tell. start: the SFT scales that DPO goes on from."""
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    if settings.decay_to:
-        vectors = net.scales(trainer.model)
-        ones = {name: torch.ones_like(vector) for name, vector in vectors.items()}
-        trainer.add_callback(DecayTo({vectors[name]: to for name, to in (start or ones).items()}))
-    state, checkpoint = PartialState(), _last_checkpoint(out)
-    before = net.moving(trainer.model)
-    if checkpoint and state.is_main_process:  # beside it transformers would not see the trained adapter
-        shutil.rmtree(checkpoint / net.REFERENCE, ignore_errors=True)
-    state.wait_for_everyone()
-    begin = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    seconds = time.monotonic() - begin
-    still = net.check_moved(trainer.model, before)
-    table = [
-        {"step": entry["step"], **{name: entry[key] for name, key in LOGGED.items() if key in entry}}
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
-    figures = {
-        "steps": trainer.state.global_step,
-        "first_loss": table[0]["loss"],
-        "last_loss": table[-1]["loss"],
-        **{name: table[-1][name] for name in ("margin", "accuracy") if name in table[-1]},
-        "rows": counts.rows,
-        "cut": counts.cut,
-        "left_out": dict(counts.left_out),
-        "still": still,
-        "tokens_per_s": round(trainer._total_train_tokens / seconds, 1),
-        "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else 0,
-        "seconds": round(seconds, 1),
-        "processes": state.num_processes,
-    }
-    if state.is_main_process:
-        network = trainer.accelerator.unwrap_model(trainer.model)
-        net.save(network, out, template, start, model)
-        files.write(_report(asked, figures, counts, table), out)
-        shutil.rmtree(out / CHECKPOINTS)
-    state.wait_for_everyone()
-    return figures
+    with _alone(out):
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        if settings.decay_to:
+            vectors = net.scales(trainer.model)
+            ones = {name: torch.ones_like(vector) for name, vector in vectors.items()}
+            trainer.add_callback(DecayTo({vectors[name]: to for name, to in (start or ones).items()}))
+        state, checkpoint = _processes(), _last_checkpoint(out)
+        before = net.moving(trainer.model)
+        if state.is_main_process:
+            _clear(out, checkpoint)
+        state.wait_for_everyone()
+        begin = time.monotonic()
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        seconds = time.monotonic() - begin
+        still = net.check_moved(trainer.model, before)
+        table = [
+            {"step": entry["step"], **{name: entry[key] for name, key in LOGGED.items() if key in entry}}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+        figures = {
+            "steps": trainer.state.global_step,
+            "first_loss": table[0]["loss"],
+            "last_loss": table[-1]["loss"],
+            **{name: table[-1][name] for name in ("margin", "accuracy") if name in table[-1]},
+            "rows": counts.rows,
+            "cut": counts.cut,
+            "left_out": dict(counts.left_out),
+            "still": still,
+            "tokens_per_s": round(trainer._total_train_tokens / seconds, 1),
+            "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else 0,
+            "seconds": round(seconds, 1),
+            "processes": state.num_processes,
+        }
+        if state.is_main_process:
+            network = trainer.accelerator.unwrap_model(trainer.model)
+            net.save(network, out, trainer.processing_class, template, start, model)
+            files.write(_report(asked, figures, counts, table), out)
+            shutil.rmtree(out / CHECKPOINTS)
+        state.wait_for_everyone()
+        return figures
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """An error if another process trains in this folder."""
+    with open(out / CHECKPOINTS / LOCK, "w") as file:
+        try:
+            if _processes().is_main_process:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SnpatchError(f"{out}: another process trains in this folder") from None
+        yield
 
 
 def _report(asked: dict, figures: dict, counts: rows.Counts, table: list[dict]) -> Report:

@@ -72,6 +72,10 @@ def bench(prompt: str, chosen: str, rejected: str, subset: str) -> dict:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "subset": subset, "id": 7}
 
 
+def stack(question: str, chosen: str, rejected: str) -> dict:
+    return {"question": question, "chosen": chosen, "rejected": rejected}
+
+
 def turns(*texts: str) -> list[dict]:
     """User and assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -115,6 +119,7 @@ ROWS: dict[str, list[dict]] = {
         bench("Kill a process", "kill -9", "I cannot", "xstest-should-respond"),
         bench("Insult me", "No", "You fool", "refusals-offensive"),
     ],
+    "stack-exchange": [stack("What is 1 + 1?", "2", "3"), stack("Is 7 prime?\n", "Yes, as $7 = 7$", "No")],
 }
 
 
@@ -166,6 +171,7 @@ KINDS = {
     "wikitext-2": (".parquet", ".raw", ".jsonl"),
     "shp": (".json", ".jsonl", ".parquet"),
     "reward-bench": (".parquet", ".jsonl"),
+    "stack-exchange": (".json", ".jsonl", ".parquet"),
 }
 
 

@@ -1,0 +1,56 @@
+"""`snpatch reproduce --model demo` in a new folder: seconds of each step, and what was found, as a record.
+
+    python bench/bench_reproduce.py            (make bench-reproduce)
+
+Why the seconds are written into the package, too: `--dry-run` tells them where nothing was run yet.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from snpatch.environment import describe
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "build" / "reproduce"
+RECORD = ROOT / "bench" / "results" / "reproduce" / "demo.json"
+MEASURED = ROOT / "snpatch" / "reproduce" / "measured.json"
+KEPT = ("report.md", "reproduction.csv")  # beside the record
+ALL = "all, with imports and engine"
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+
+
+def main() -> None:
+    shutil.rmtree(OUT, ignore_errors=True)
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-m", "snpatch.cli", "reproduce", "--model", "demo", "--out", str(OUT)], check=True)
+    whole = round(time.monotonic() - begin, 1)
+    steps = json.loads((OUT / "steps.json").read_text())
+    seconds = {name: step["seconds"] for name, step in steps.items()} | {ALL: whole}
+    told = json.loads((OUT / "report.json").read_text())
+    about = describe()
+    device = f"{cpu_name()}, {about['device']['cpu threads']} threads"
+    headlines = {name: one["headline"] for name, one in told["experiments"].items()}
+    trainings = {path.parent.name: figures(path) for path in sorted(OUT.glob("adapters/*/training.json"))}
+    record = {"device": device, **about, "seconds": seconds, "trainings": trainings}
+    record |= {"headlines": headlines, "beside": told["beside"]}
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    for name in KEPT:
+        shutil.copy(OUT / name, RECORD.parent / name)
+    MEASURED.write_text(json.dumps({"demo": {"device": device, "seconds": seconds}}, indent=1) + "\n")
+
+
+def figures(path: Path) -> dict:
+    return json.loads(path.read_text())["provenance"]["figures"]
+
+
+if __name__ == "__main__":
+    main()

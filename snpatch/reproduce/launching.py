@@ -1,0 +1,87 @@
+"""Starting a training: the command line that says all of its settings, and the process that it runs in.
+
+Why a process of its own: it frees the GPU for the engine when it ends, and accelerate can start it on several.
+"""
+
+import ctypes
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from snpatch.errors import SnpatchError
+from snpatch.training.settings import TrainSettings
+from snpatch.worlds.world import PromptSet
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def launcher_of(text: str) -> list[str]:
+    """What starts a training, from text: words of a command that is on PATH or beside this Python; default: Python."""
+    words = shlex.split(text) or [sys.executable]
+    found = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent))
+    if found is None:
+        raise SnpatchError(f"--launcher: there is no program {words[0]}")
+    return [found, *words[1:]]
+
+
+def train_command(
+    launcher: Sequence[str],
+    model: str,
+    rows: PromptSet,
+    source: str,
+    out: Path,
+    settings: TrainSettings,
+    sft: Path | None,
+    skip_bad: bool,
+) -> list[str]:
+    """`snpatch train` with everything that differs from its defaults. source: where the rows lie; sft: for DPO."""
+    command = [*launcher, "-m", "snpatch.cli", "train", "dpo" if sft else "sft", model, source, "--out", str(out)]
+    if sft:
+        command += ["--sft", str(sft)]
+    named = {"first": "limit", "format": "format", "split": "split", "column": "column", "revision": "revision"}
+    for name, option in {**named, "sample": "sample"}.items():
+        if getattr(rows, name) is not None:
+            command += [f"--{option}", str(getattr(rows, name))]
+    if rows.sample is not None:
+        command += ["--sample-seed", str(rows.seed)]
+    if rows.where:
+        if any("," in value for value in rows.where):
+            raise SnpatchError(f"{rows.source}: where: `snpatch train` has no way to name a value with a comma")
+        command += ["--where", f"{rows.where[0]}={','.join(rows.where[1:])}"]
+    if skip_bad:
+        command.append("--skip-bad")
+    for f in fields(settings):
+        value, option = getattr(settings, f.name), f.name.replace("_", "-")
+        if value == f.default:
+            continue
+        if isinstance(value, bool):
+            command.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            for one in value if isinstance(value, tuple) else (value,):
+                command += [f"--{option}", str(one)]
+    return command
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a training to its end; its own words go to stderr. It ends with this process, whatever ends that."""
+    environment = {"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ}
+    process = subprocess.Popen(command, env=environment, stdout=2, preexec_fn=_die_with_parent)
+    try:
+        code = process.wait()
+    except BaseException:  # Ctrl-C reaches both: it may save and stop its own workers before it ends
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    if code:
+        raise SnpatchError(f"the training ended with exit code {code}; see above")
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,244 @@
+"""A Llama that is trained in half a second, rows for it, and its training and reading computed apart from the product.
+
+Its words are whole tokens, so that a chat's ids can be told without a tokenizer, and a row's length be seen.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from snpatch.training import training
+from snpatch.training.settings import DpoSettings, TrainSettings
+
+WORDS = (
+    "<unk> <s> </s> <pad> <|system|> <|user|> <|assistant|> ask one two three yes here it is no never be calm".split()
+)
+UNK, BOS, EOS, PAD = range(4)
+LAYERS, NEURONS = 2, 96
+KEYS = [f"base_model.model.model.layers.{i}.mlp.down_proj.ia3_l" for i in range(LAYERS)]
+TOY = {"batch_size": 4, "micro_batch_size": 2, "epochs": 4, "max_length": 32, "gradient_checkpointing": False}
+PLOT = training._plot
+RATES = {"ia3": 0.1, "lora": 0.02, "none": 0.005}
+
+
+def said(*texts: str) -> list[dict[str, str]]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def answered(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+MESSAGES = [
+    {"messages": turns}
+    for turns in (
+        said("ask one", "yes"),
+        said("ask two", "yes here it is"),
+        said("ask three", "here it is"),
+        said("ask one", "yes it is", "ask two", "it is here yes"),
+        [{"role": "system", "content": "be calm"}, *said("ask two", "yes here")],
+        said("ask one two", "here"),
+        said("ask two three", "yes here it is yes"),
+        said("ask three", "it is", "ask one", "yes"),
+    )
+]
+PAIRS = [
+    {"prompt": said(*asked), "chosen": answered(chosen), "rejected": answered(rejected)}
+    for asked, chosen, rejected in (
+        (["ask one"], "no never", "yes here it is"),
+        (["ask two"], "no", "yes here"),
+        (["ask three"], "never no", "here it is yes"),
+        (["ask one", "yes", "ask two"], "no never no", "it is"),
+        (["ask two one"], "never", "yes it is"),
+        (["ask three two one"], "no never", "yes"),
+        (["ask two", "here", "ask three"], "no no", "here it is"),
+        (["ask one one"], "never never", "yes yes"),
+    )
+]
+
+
+def tokenizer(begins: bool = True, **names: str) -> PreTrainedTokenizerFast:
+    """Word level, split on white space, without a chat template. begins: BOS stands before each text; names: others
+    than the usual special tokens."""
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if begins:
+        core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"} | names
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+def make_base(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A random Llama of large weights, so that adapters differ in what they say."""
+    tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=NEURONS,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        max_position_embeddings=64,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    return folder
+
+
+class Toy:
+    """The base model, and what is trained on it, each once. Made in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.base = make_base(folder / "base")
+
+    def sft(self, peft: str = "ia3") -> Path:
+        """An SFT adapter (or checkpoint) on the base."""
+        out = self._folder / f"sft-{peft}"
+        if not out.exists():
+            training.train_sft(self.base, MESSAGES, out, settings(peft))
+        return out
+
+
+@contextmanager
+def toy(factory: pytest.TempPathFactory) -> Iterator[Toy]:
+    """The session's. Meanwhile a training takes a fifth of its time: no plot is drawn, and accelerate, which collects
+    garbage before each, need not look through all that is loaded by now."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_plot", lambda table: Figure(figsize=(1, 1)))
+        yield _toy(factory.getbasetemp() / "toy")
+    gc.unfreeze()
+
+
+_toy = cache(Toy)
+
+
+def settings(peft: str = "ia3", kind: type = TrainSettings, **given) -> TrainSettings:
+    return kind(**{**TOY, "peft": peft, "learning_rate": RATES[peft], **given})
+
+
+def dpo_settings(peft: str = "ia3", **given) -> DpoSettings:
+    return settings(peft, DpoSettings, **given)
+
+
+def encode(turns: Sequence[Mapping[str, str]], speaks: bool = False) -> tuple[list[int], list[bool]]:
+    """The ids of a chat in Tulu's format, and which of them the assistant said, EOS among them. speaks: the assistant
+    is to go on."""
+    ids, own = [BOS], [False]
+    for turn in turns:
+        words = [WORDS.index(word) if word in WORDS else UNK for word in turn["content"].split()]
+        is_own = turn["role"] == "assistant"
+        words += [EOS] * is_own
+        ids += [WORDS.index(f"<|{turn['role']}|>"), *words]
+        own += [False, *[is_own] * len(words)]
+    return ([*ids, WORDS.index("<|assistant|>")], [*own, False]) if speaks else (ids, own)
+
+
+def log_probs(model: nn.Module, ids: Sequence[int]) -> Tensor:
+    """Of each token but the first, [T - 1]."""
+    logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, :-1].float()
+    return logits.log_softmax(-1)[range(len(ids) - 1), list(ids[1:])]
+
+
+def answer_log_probs(model: nn.Module, pair: Mapping, answer: str) -> Tensor:
+    """Of each token of a pair's "chosen" or "rejected", EOS among them."""
+    prompt, _ = encode(pair["prompt"], speaks=True)
+    ids, _ = encode([*pair["prompt"], *pair[answer]])
+    assert ids[: len(prompt)] == prompt
+    return log_probs(model, ids)[len(prompt) - 1 :]
+
+
+def plain(folder: Path) -> LlamaForCausalLM:
+    """A checkpoint as transformers opens it, in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def vectors(folder: Path) -> list[Tensor]:
+    """An IA3 adapter's vector of each layer."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert sorted(tensors) == sorted(KEYS)
+    return [tensors[key].flatten() for key in KEYS]
+
+
+@contextmanager
+def scaled(model: LlamaForCausalLM, scales: Sequence[Tensor]) -> Iterator[None]:
+    """What enters each down_proj is multiplied: IA3 without PEFT."""
+
+    def times(vector: Tensor) -> Callable:
+        return lambda _module, inputs: (inputs[0] * vector,)
+
+    handles = [
+        layer.mlp.down_proj.register_forward_pre_hook(times(vector))
+        for layer, vector in zip(model.model.layers, scales, strict=True)
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def sft_loss(model: nn.Module, limit: int | None = None, begins: bool = True) -> Tensor:
+    """Mean over all that the assistants of MESSAGES say. limit: of a row's tokens; begins: with BOS."""
+    parts = []
+    for row in MESSAGES:
+        ids, own = (part[not begins :][:limit] for part in encode(row["messages"]))
+        parts.append(log_probs(model, ids)[torch.tensor(own[1:])])
+    return -torch.cat(parts).mean()
+
+
+def margins(model: nn.Module) -> Tensor:
+    """How much likelier each chosen answer of PAIRS is than the rejected one, in nats."""
+    found = ([answer_log_probs(model, pair, answer).sum() for answer in ("chosen", "rejected")] for pair in PAIRS)
+    return torch.stack([chosen - rejected for chosen, rejected in found])
+
+
+def dpo_loss(reference: Tensor, beta: float = 0.1) -> Callable[[nn.Module], Tensor]:
+    """DPO's loss of a model. reference: the SFT model's margins."""
+    return lambda model: -nn.functional.logsigmoid(beta * (margins(model) - reference)).mean()
+
+
+def descend(
+    model: LlamaForCausalLM,
+    start: Sequence[Tensor],
+    loss_of: Callable[[nn.Module], Tensor],
+    *,
+    steps: int,
+    rate: float,
+    decay: float,
+    decay_to: Sequence[Tensor],
+) -> tuple[list[Tensor], list[float]]:
+    """IA3 scales trained by AdamW, written out: betas 0.9 and 0.999, cosine, gradients of norm 1 at most, decay towards
+    `decay_to`. Returns them and each step's loss."""
+    scales = [vector.clone().requires_grad_() for vector in start]
+    mean, square, losses = [0.0] * len(scales), [0.0] * len(scales), []
+    for step in range(1, steps + 1):
+        with scaled(model, scales):
+            loss = loss_of(model)
+        found = torch.autograd.grad(loss, scales)
+        norm = torch.cat(found).norm()
+        own = rate * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        for i, gradient in enumerate(found):
+            gradient = gradient * min(1.0, 1.0 / (norm.item() + 1e-6))
+            mean[i] = 0.9 * mean[i] + 0.1 * gradient
+            square[i] = 0.999 * square[i] + 0.001 * gradient**2
+            move = (mean[i] / (1 - 0.9**step)) / ((square[i] / (1 - 0.999**step)).sqrt() + 1e-8)
+            with torch.no_grad():
+                scales[i] -= own * (decay * (scales[i] - decay_to[i]) + move)
+        losses.append(loss.item())
+    return [vector.detach() for vector in scales], losses
