@@ -677,10 +677,10 @@ def test_killed_in_the_middle_it_goes_on(small, capsys):
     assert "made" not in steps_of(out)["dpo-42"]
     killed_when(lambda: "curve" in steps_of(out))
     assert "made" not in steps_of(out)["curve"]
-    whole = subprocess.run(arguments, capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    assert ran(whole.stderr) == ["curve", "stability", "words"]
-    assert json.loads(whole.stdout)["failed"] == []
+    code, told, err = run(capsys, *command(preset, out))
+    assert code == 0, err
+    assert ran(err) == ["curve", "stability", "words"]
+    assert json.loads(told)["failed"] == []
     assert load_world(out / "world.toml").donor == "dpo"
 
     report = (out / "report.md").read_text()
@@ -688,7 +688,7 @@ def test_killed_in_the_middle_it_goes_on(small, capsys):
     assert "sft-1: taken, not trained here" in report
     assert "2 training seeds: overlap" in report
     table = (out / "reproduction.csv").read_text()
-    assert table.startswith("published_of,what,table,model,set,published,bound,measured,difference\n")
+    assert table.startswith("what,model,set,published,bound,measured,published_of,table,difference\n")
     assert (out / "report.html").stat().st_size > 10_000
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("adapters/*/adapter_model.safetensors")}
     assert len(stamps) == 2
