@@ -163,8 +163,9 @@ def test_hours_follow_from_a_training_that_was_measured(tmp_path):
     """SFT at 9000 tokens a second on two GPUs: DPO, with four passes for three, at 6750."""
     out = tmp_path / "out"
     (out / "adapters" / "sft-42").mkdir(parents=True)
-    record = {"provenance": {"figures": {"tokens_per_s": 9000.0, "processes": 2}}}
+    record = {"provenance": {"figures": {"tokens_per_s": 9000.0, "processes": 2, "resumed_at": 0}}}
     (out / "adapters" / "sft-42" / "training.json").write_text(json.dumps(record))
+    (out / "steps.json").write_text(json.dumps({"sft-42": {"begun": {}, "made": {}, "read": {}}}))
     row = next(row for row in estimates.plan(Pipeline(load_preset("llama2-7b"), out)).rows if row[0] == "dpo-42")
     assert row[4] == "measured: 6750 tokens/s, by sft-42, 2 processes"
     assert float(row[2]) == pytest.approx(2 * 42_537 * 400 * 3 / 6750 / 3600, abs=0.006)  # of GPUs, not of the clock
@@ -388,10 +389,25 @@ def test_an_input_that_changes_while_it_is_read_is_not_taken_for_the_one_that_wa
     assert kitchen.go() == ["bread", "soup", "meal"]
 
 
-def test_a_broken_record_of_steps_is_an_error(tmp_path):
-    (tmp_path / "steps.json").write_text("{")
-    with pytest.raises(SnpatchError, match=r"steps.json: not JSON"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[]", "wanted steps by name"), ('{"bread": 3}', "wanted steps by name")],
+)
+def test_a_broken_record_of_steps_is_an_error(tmp_path, text, message):
+    (tmp_path / "steps.json").write_text(text)
+    with pytest.raises(SnpatchError, match=f"steps.json: {message}"):
         Steps(tmp_path, [], str)
+
+
+def test_what_lies_there_of_another_input_is_stale(tmp_path):
+    kitchen = Kitchen(tmp_path / "out")
+    kitchen.go()
+    assert kitchen.steps.stale == []
+    kitchen.has["salt"] = "2"
+    assert kitchen.steps.stale == ["meal"]
+    kitchen.steps.put_away("meal")
+    assert kitchen.steps.stale == []
+    assert (tmp_path / "out" / "replaced" / "meal-1" / "meal" / "it").exists()
 
 
 # The paper's numbers
@@ -507,8 +523,18 @@ def test_a_difference_is_told_of_the_papers_own_run_alone(tmp_path, change, diff
     assert all((row["difference"] is None) == bool(differs) for row in rows)
 
 
-def test_fewer_prompts_are_another_run(tmp_path):
-    assert {row["difference"] for row in beside("llama2-7b", tmp_path / "out", limit=6)} == {None}
+@pytest.mark.parametrize(
+    ("how", "differs"),
+    [
+        ({"limit": 6}, "limit"),
+        ({"skip_bad": True}, "skip_bad"),
+        ({"dtype": "float32"}, "engine"),
+        ({"taken": {"sft-42": str(WORLD / "sft")}}, "taken adapters"),
+    ],
+)
+def test_other_options_are_another_run(tmp_path, how, differs):
+    assert published.differs(Pipeline(load_preset("llama2-7b"), tmp_path / "o", **how)) == [differs]
+    assert {row["difference"] for row in beside("llama2-7b", tmp_path / "out", **how)} == {None}
 
 
 def test_of_full_checkpoints_others_found_what_stands_beside(tmp_path):
@@ -577,6 +603,8 @@ def test_inputs_are_told_by_content(tmp_path):
 
 def test_what_is_gone_from_a_preset_makes_its_readers_run(tmp_path):
     pipeline = Pipeline(load_preset("demo"), tmp_path / "out")
+    with pytest.raises(SnpatchError, match="this version knows no input spice"):
+        pipeline.inputs.digest("spice/pepper")
     for name in ("set/gone", "judge/gone", "model/gone", "training/gone", "contrast/seeds/9"):
         with pytest.raises(SnpatchError, match="there is no"):
             pipeline.inputs.digest(name)
@@ -631,6 +659,13 @@ def test_a_folder_is_not_gone_on_with_by_other_options(capsys, tmp_path):
     assert code == 2
     assert "was made with take = {'dpo-42': 'x'}, now it is {}" in err
     assert not (out / "steps.json").exists()
+
+
+def test_a_broken_record_of_options_is_one_line(capsys, tmp_path):
+    (tmp_path / "options.json").write_text("{")
+    code, _, err = run(capsys, "reproduce", "--model", "demo", "--out", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "options.json: cannot be read" in err
 
 
 def test_a_dry_run_tells_what_follows_from_a_change(tmp_path):

@@ -10,15 +10,19 @@ import sys
 import pytest
 import torch
 import toys
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toys import EOS, KEYS, LAYERS, MESSAGES, NEURONS, PAIRS, answered, encode, plain, said, settings, vectors
-from transformers import AutoTokenizer, TrainerState
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerState
 
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import TULU
 from snpatch.training import training
 from snpatch.training.callbacks import DecayTo, LossWatch
+from snpatch.training.network import open_tokenizer
+from snpatch.training.rows import pairs
 from snpatch.training.settings import DPO_RATES, SFT_RATES, DpoSettings, TrainSettings
 from snpatch.training.training import train_dpo, train_sft
 
@@ -255,6 +259,29 @@ def test_lora_is_saved_with_the_rank_and_targets_that_were_asked_for(toy, tmp_pa
     assert all(min(tensor.shape) == 3 for tensor in tensors.values())
 
 
+def test_whole_weights_whose_steps_are_lost_in_rounding_are_told(tmp_path):
+    """bfloat16 keeps eight bits: most steps of 5e-7 vanish, and all of 1e-12."""
+    base = toys.make_base(tmp_path / "base", torch.bfloat16)
+    figures = train_dpo(base, None, PAIRS, tmp_path / "out", toys.dpo_settings("none", learning_rate=5e-7, epochs=1))
+    assert 0 < figures["moved"] < 0.5
+    assert any(
+        "of the trained numbers differ from the start's as they are saved" in line
+        for line in headline(tmp_path / "out")
+    )
+    few = toys.dpo_settings("none", learning_rate=1e-12, epochs=1)
+    with pytest.raises(SnpatchError, match=r"rounded to torch.bfloat16 as it is saved, has moved"):
+        train_dpo(base, None, PAIRS, tmp_path / "few", few)
+
+
+def test_a_checkpoints_config_is_the_bases(toy, tmp_path):
+    """Trainers switch the cache off and choose a padding of their own."""
+    tokenizer = toys.tokenizer(pad_token=None)
+    base = folder_with(tmp_path / "base", tokenizer, toy.base)
+    train_sft(base, MESSAGES, tmp_path / "out", settings("none", epochs=1))
+    was, now = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
+    assert {name for name in {**was, **now} if was.get(name) != now.get(name)} <= {"transformers_version"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_has_the_bases_type_and_tokenizer(tmp_path, dtype):
     base = toys.make_base(tmp_path / "base", dtype)
@@ -276,7 +303,7 @@ def test_training_weights_in_bfloat16_is_done_in_float32(tmp_path):
     figures = train_sft(
         base, MESSAGES, tmp_path / "out", settings("none", epochs=1, learning_rate=1e-6, dtype="bfloat16")
     )
-    assert figures["still"] == []
+    assert 0 < figures["moved"] < 0.5  # a step or two of 1e-6 round to another number here and there
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -319,6 +346,44 @@ def test_a_template_that_marks_no_answers_is_refused_for_sft(toy, tmp_path):
     assert "\n" not in str(told.value)
     with pytest.raises(SnpatchError, match="its tokenizer has no chat template; use template='tulu'"):
         train_sft(toy.base, MESSAGES, tmp_path / "other", settings(template="tokenizer"))
+
+
+def test_a_template_that_does_not_end_the_answer_is_refused_for_sft(toy, tmp_path):
+    """The model would never learn to stop."""
+    tokenizer = toys.tokenizer()
+    tokenizer.chat_template = OWN.replace(
+        "{{ m['content'] + eos_token }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ eos_token }}"
+    )
+    base = folder_with(tmp_path / "base", tokenizer, toy.base)
+    with pytest.raises(SnpatchError, match="has the assistant's end of turn outside of what is trained"):
+        train_sft(base, MESSAGES, tmp_path / "out", settings(template="tokenizer"))
+
+
+def test_a_template_that_refuses_a_chat_is_one_line(toy, tmp_path):
+    tokenizer = toys.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + OWN
+    )
+    base = folder_with(tmp_path / "base", tokenizer, toy.base)
+    with pytest.raises(SnpatchError, match="training: TRL refuses: no system"):
+        train_sft(base, MESSAGES, tmp_path / "out", settings(template="tokenizer"))
+
+
+@pytest.mark.parametrize("prepend", ["first", "always", "never"])
+def test_a_text_reads_alike_with_bos_in_it_and_with_bos_before_it(tmp_path, prepend):
+    """Llama-2's tokenizer puts a space before a text's beginning, and after a BOS that the text itself holds none."""
+    letters = sorted({*"<|user|>\n<|assistant|>\nabc", "▁", "<unk>", "<s>", "</s>"})
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", letters.index("<s>"))])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(tmp_path)
+    tokenizer, template = open_tokenizer(tmp_path, TrainSettings())
+    for turns in (said("a"), said("ab", "c", "b")):
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        assert list(ids) == template.ids(turns)
+        assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.unk_token_id not in ids
 
 
 # ---- what is counted, and refused
@@ -496,7 +561,7 @@ def test_an_sft_scale_of_exactly_zero_is_named(toy, tmp_path):
 
 def test_a_factor_that_no_float_can_hold_is_not_saved(toy, tmp_path):
     sft = changed(toy.sft(), tmp_path / "sft", 0, 5, 1e-44)
-    with pytest.raises(SnpatchError, match=r"a scale of .*layers\.0\.mlp\.down_proj is not finite"):
+    with pytest.raises(SnpatchError, match="the scale of layer 0, neuron 5 is not finite"):
         train_dpo(toy.base, sft, PAIRS, tmp_path / "out", toys.dpo_settings(epochs=1))
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
@@ -613,3 +678,27 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "snpatch.training.training")
     with pytest.raises(ImportError, match=r"pip install 'snpatch\[train\]'"):
         importlib.import_module("snpatch.training.training")
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharded_training_is_refused(toy, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(SnpatchError, match=f"accelerate's config asks for {name}"):
+        train_sft(toy.base, MESSAGES, tmp_path / "out", settings())
+
+
+def test_accelerates_precision_does_not_change_ours(toy, tmp_path, monkeypatch):
+    plain_loss = train_sft(toy.base, MESSAGES, tmp_path / "a", settings(epochs=1))["first_loss"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert train_sft(toy.base, MESSAGES, tmp_path / "b", settings(epochs=1))["first_loss"] == plain_loss
+
+
+def test_prompts_that_are_not_read_as_the_answers_beginning_are_left_out():
+    rows = {
+        "prompt_ids": [[1, 7, 5, 6], [1, 8, 5, 6], [1, 7, 5]],
+        "chosen_ids": [[9, 2]] * 3,
+        "rejected_ids": [[8, 2]] * 3,
+    }
+    kept, counts = pairs(Dataset.from_dict(rows), 3, DpoSettings(max_left_out=0.4), context=99)
+    assert kept["prompt_ids"] == rows["prompt_ids"][:2]
+    assert dict(counts.left_out) == {"the template does not read the prompt as the beginning of its answers": 1}

@@ -174,9 +174,10 @@ def _measured(pipeline: Pipeline) -> tuple[str, float, int] | None:
     """A training of this folder that is done, its tokens a second, and on how many processes."""
     for name in pipeline.pairs:
         path = pipeline.out / ADAPTERS / name / "training.json"
-        if name in pipeline.steps.steps and path.is_file():
+        if name in pipeline.steps.steps and pipeline.steps.reason(name) is None:
             figures = json.loads(path.read_text(encoding="utf-8"))["provenance"]["figures"]
-            return name, figures["tokens_per_s"], figures["processes"]
+            if not figures["resumed_at"]:  # else its rate is of the rest alone
+                return name, figures["tokens_per_s"], figures["processes"]
     return None
 
 

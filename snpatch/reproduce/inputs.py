@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from snpatch import __version__, experiments
+from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.judges.opening import is_model
 from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint, digest_of_tokenizer_files
@@ -47,15 +48,23 @@ class Inputs:
         if name in self._frozen:
             return self._frozen[name]
         kind, _, rest = name.partition("/")
+        content = getattr(self, f"_{kind}", None)
+        if content is None:
+            raise SnpatchError(f"this version knows no input {kind}")
         try:
-            return short(getattr(self, f"_{kind}")(rest))
+            return short(content(rest))
         except KeyError as error:
             raise SnpatchError(f"there is no {error.args[0]} any more") from None
 
     def freeze(self) -> None:
         """A lab opens, which reads each of these once."""
+        self.thaw()
         names = [f"set/{name}" for name in self._world.sets] + [f"judge/{name}" for name in self._world.judges]
         self._frozen = {name: self.digest(name) for name in names}
+
+    def thaw(self) -> None:
+        """The lab is closed."""
+        self._frozen = {}
 
     def used_by(self, name: str, told: dict) -> list[str]:
         """All that an experiment's table hangs on. told: its provenance."""
@@ -89,9 +98,7 @@ class Inputs:
         return __version__
 
     def _engine(self, _: str) -> object:
-        engine = asdict(self._world.engine)
-        own = {name: value for name, value in engine.items() if name not in NOT_CONTENT}
-        return own | {name: value for name, value in engine["vllm"].items() if name not in NOT_CONTENT_VLLM}
+        return engine_content(self._world.engine)
 
     def _recipients(self, _: str) -> object:
         return self._world.recipients
@@ -159,6 +166,13 @@ class Inputs:
             parts += [source.weights and _checkpoint(source.weights)]
             parts += [digest_of_adapter(folder) for folder in (*source.lora, *source.adapters)]
         return parts
+
+
+def engine_content(engine: EngineConfig) -> dict:
+    """Of an engine, what its results hang on besides its models."""
+    parts = asdict(engine)
+    own = {name: value for name, value in parts.items() if name not in NOT_CONTENT}
+    return own | {name: value for name, value in parts["vllm"].items() if name not in NOT_CONTENT_VLLM}
 
 
 def _module(source: str) -> str:

@@ -18,6 +18,7 @@ from snpatch.errors import SnpatchError
 from snpatch.training.settings import TrainSettings
 from snpatch.worlds.world import PromptSet
 
+LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -69,7 +70,10 @@ def train_command(
 
 
 def run(command: Sequence[str]) -> None:
-    """Run a training to its end; its own words go to stderr. It ends with this process, whatever ends that."""
+    """Run a training to its end; its own words go to stderr. It ends with this process, if that is killed, too.
+
+    What a launcher has started is the launcher's to end: of a killed one a training may live on, and holds its folder.
+    """
     environment = {"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ}
     process = subprocess.Popen(command, env=environment, stdout=2, preexec_fn=_die_with_parent)
     try:
@@ -84,4 +88,4 @@ def run(command: Sequence[str]) -> None:
 
 def _die_with_parent() -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -21,6 +21,7 @@ from snpatch.reproduce.inputs import Inputs
 from snpatch.reproduce.preset import SAFETY, Preset, Training, written
 from snpatch.reproduce.published import check_known
 from snpatch.reproduce.steps import Done, Step, Steps
+from snpatch.schema import load_table
 from snpatch.training.settings import TrainSettings
 from snpatch.worlds.lab import Lab, Progresses, silent
 from snpatch.worlds.spec import engine_table
@@ -28,6 +29,7 @@ from snpatch.worlds.world import Contrast, world_of
 
 WORLD, OPTIONS = "world.toml", "options.json"
 ADAPTERS = "adapters"
+TRAINED = ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "training.json")  # of a training
 CONTRASTS = (("contrasts", "contrast"), ("seeds", "contrast-seed"))  # a world's tables -> their steps' names
 
 
@@ -65,9 +67,9 @@ class Pipeline:
         **engine: object,
     ) -> None:
         self.preset, self.out, self.limit = preset, Path(out), limit
-        self._taken = {name: str(Path(folder).resolve()) for name, folder in (taken or {}).items()}
+        self.taken = {name: str(Path(folder).resolve()) for name, folder in (taken or {}).items()}
         check_known(preset.published)
-        self._launcher, self._skip_bad = launching.launcher_of(launcher), skip_bad
+        self._launcher, self.skip_bad = launching.launcher_of(launcher), skip_bad
         self._options = options or {}
         self.pairs = {pair.name: pair for pair in _pairs(preset.training)} if preset.training else {}
         self._check_taken()
@@ -75,6 +77,7 @@ class Pipeline:
         self._lab_arguments = {"backend": backend, "limit": limit, "skip_bad": skip_bad}
         self._lab_arguments |= {"progress": progress, "command": command}
         world = world_of(self._table(), self.out)
+        self.own_engine = world.engine
         self.world = replace(world, engine=world.engine.changed(**engine))
         self._check_template()
         self.skipped: dict[str, str] = {}  # experiments that cannot be run in this world -> why
@@ -119,7 +122,7 @@ class Pipeline:
                     self.steps.run(name)
                 except ReceiptError as error:
                     for one in self._run_by_lab:
-                        self.steps.put_away(one)
+                        self.steps.put_away(one, [self.out / "rankings"])
                     made = ", ".join(self._run_by_lab) or "nothing"
                     raise ReceiptError(f"{name}: {error}; put away with it: {made}; run again") from error
                 except SnpatchError as error:
@@ -127,10 +130,13 @@ class Pipeline:
                         raise SnpatchError(f"{name}: {error}") from error
                     failed.append(name)
                     tell(f"{name}: failed: {error}")
+        for name in self.steps.stale:
+            if name in experiments.NAMES:  # its tables would stand beside the others as if they were of one world
+                self.steps.put_away(name)
         return failed
 
     def _check_taken(self) -> None:
-        for name, folder in self._taken.items():
+        for name, folder in self.taken.items():
             if name not in self.pairs:
                 raise SnpatchError(f"--take: {name} is not trained here; there are {', '.join(self.pairs) or 'none'}")
             if not Path(folder).is_dir():
@@ -153,14 +159,14 @@ class Pipeline:
             from snpatch.demo.build import Recipe
 
             writes = [training.written_by, self._written(), asdict(Recipe())]
-        return Inputs(self.world, trainings, writes, self.limit, self._skip_bad)
+        return Inputs(self.world, trainings, writes, self.limit, self.skip_bad)
 
     def _steps(self) -> Iterator[Step]:
         training = self.preset.training
         if training and training.written_by:
             yield Step("rows", self._write_rows, "rows of the demo's language", ("writing",), self.out / "data")
         for pair in self.pairs.values():
-            if pair.name not in self._taken:
+            if pair.name not in self.taken:
                 yield self._training(pair)
         for group, prefix in CONTRASTS:
             for name, contrast in getattr(self.world, group).items():
@@ -209,18 +215,18 @@ class Pipeline:
             folder,
             pair.settings,
             self.out / self._folder(pair.sft) if pair.sft else None,
-            self._skip_bad,
+            self.skip_bad,
         )
 
         def run() -> Done:
             launching.run(command)
-            return Done((), [folder])
+            return Done((), [folder / name for name in TRAINED])
 
         return Step(pair.name, run, shlex.join(command), tuple(reads), folder)
 
     def _folder(self, name: str) -> str:
         """Where an adapter lies, as the world's file has it."""
-        return self._taken.get(name, f"{ADAPTERS}/{name}")
+        return self.taken.get(name, f"{ADAPTERS}/{name}")
 
     # The world, contrasts and experiments
 
@@ -254,7 +260,9 @@ class Pipeline:
         """Note what the folder is made with; an error if it was made with something else."""
         path, options = self.out / OPTIONS, json.loads(json.dumps(self._options))
         if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = load_table(path, "options")
+            if not isinstance(kept, dict):
+                raise SnpatchError(f"{path}: wanted a JSON object; remove it to go on")
             if other := [name for name in {**kept, **options} if kept.get(name) != options.get(name)]:
                 raise SnpatchError(
                     f"{self.out}: was made with {other[0]} = {kept.get(other[0])}, now it is {options.get(other[0])}: "
@@ -275,6 +283,7 @@ class Pipeline:
         finally:
             if "lab" in self.__dict__:
                 self.__dict__.pop("lab").close()
+            self.inputs.thaw()
 
     def _contrast(self, step: str, name: str, contrast: Contrast) -> Step:
         def run() -> Done:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from snpatch import experiments
 from snpatch.errors import SnpatchError
 from snpatch.report.report import Row
+from snpatch.reproduce.inputs import engine_content
 from snpatch.reproduce.preset import Training, load_preset
 from snpatch.worlds.world import World
 
@@ -52,7 +53,10 @@ def differs(pipeline: "Pipeline") -> list[str]:
         shipped.training, preset.training
     ):
         other.append("training")
-    return other + (["limit"] if pipeline.limit is not None else [])
+    if engine_content(pipeline.world.engine) != engine_content(pipeline.own_engine):
+        other.append("engine")
+    options = {"limit": pipeline.limit, "skip_bad": pipeline.skip_bad, "taken adapters": pipeline.taken}
+    return other + [name for name, value in options.items() if value]
 
 
 def _trained(one: Training, other: Training) -> list:

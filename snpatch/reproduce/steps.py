@@ -88,11 +88,16 @@ class Steps:
         seconds = round(time.monotonic() - start, 1)
         self._note(name, {"begun": begun, "read": read, "made": made, "seconds": seconds})
 
-    def put_away(self, name: str) -> None:
-        """Move what a step made to a folder beside, and forget that it was run."""
+    @property
+    def stale(self) -> list[str]:
+        """Steps whose results lie here and are not those that they would have now."""
+        return [name for name in self.steps if "made" in self._kept.get(name, {}) and self.reason(name) is not None]
+
+    def put_away(self, name: str, further: Sequence[Path] = ()) -> None:
+        """Move what a step made (and further files) to a folder beside, and forget that it was run."""
         paths = [self.out / path for path in self._kept.get(name, {}).get("made", {})]
         folder = self.steps[name].folder if name in self.steps else None
-        paths = [path for path in dict.fromkeys([*paths, *([folder] if folder else [])]) if path.exists()]
+        paths = [path for path in dict.fromkeys([*paths, *further, *([folder] if folder else [])]) if path.exists()]
         if folder is not None:
             paths = [path for path in paths if folder not in path.parents]
         number = 1
@@ -139,6 +144,6 @@ def _read(path: Path) -> dict:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SnpatchError(f"{path}: not JSON: {error}; remove it, and what is made will be made again") from error
-    if not isinstance(kept, dict):
-        raise SnpatchError(f"{path}: wanted a JSON object; remove it, and what is made will be made again")
+    if not isinstance(kept, dict) or not all(isinstance(one, dict) and "begun" in one for one in kept.values()):
+        raise SnpatchError(f"{path}: wanted steps by name; remove it, and what is made will be made again")
     return kept

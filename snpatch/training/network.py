@@ -12,9 +12,17 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from snpatch.errors import SnpatchError
+from snpatch.models.digest import pinned
 from snpatch.models.lora import merged
 from snpatch.models.peft_files import read_config
 from snpatch.models.pretrained import load_pretrained
@@ -22,6 +30,7 @@ from snpatch.models.templates import FILE, TULU, Template
 from snpatch.training.settings import DpoSettings, TrainSettings
 
 TRAINED, REFERENCE = "default", "ref"  # PEFT's name of the first adapter, and TRL's of its frozen copy
+BOS = "{{ bos_token }}"  # what Tulu's template begins with
 SEEN = 2**16  # numbers of each parameter that are compared to see whether it moved
 
 
@@ -32,18 +41,31 @@ def open_tokenizer(model: str | Path, settings: TrainSettings) -> tuple[PreTrain
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     template = Template(settings.template, tokenizer)
     if settings.template == "tulu":
-        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = TULU if begins else TULU.removeprefix("{{ bos_token }}")
+        tokenizer.chat_template = _tulu_as_one_text(tokenizer, template)
     return tokenizer, template
 
 
-def open_network(model: str | Path, settings: TrainSettings) -> PreTrainedModel:
+def _tulu_as_one_text(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
+    """Tulu's template with what has to stand before it, so that the whole text gives the ids that an engine reads.
+
+    An engine's tokenizer adds BOS to the text; training tokenizes a text that holds it, and some tokenizers (Llama-2's)
+    read what follows a BOS as the text's beginning only behind a space.
+    """
+    chat, bare = [{"role": "user", "content": "a"}], TULU.removeprefix(BOS)
+    for before in (BOS, "", f"{BOS} "):
+        ids = tokenizer.apply_chat_template(chat, chat_template=before + bare, add_generation_prompt=True)["input_ids"]
+        if list(ids) == template.ids(chat):
+            return before + bare
+    return TULU  # it is refused with the first prompt, by its ids
+
+
+def open_network(model: str | Path, settings: TrainSettings, on_gpu: bool) -> PreTrainedModel:
     """The model. Frozen weights have the settings' type; weights that are trained themselves are float32."""
     wanted = settings.dtype
     if settings.peft == "none":
         wanted = "float32"
     elif wanted == "auto":
-        wanted = "bfloat16" if torch.cuda.is_available() else "float32"
+        wanted = "bfloat16" if on_gpu else "float32"
     return load_pretrained(AutoModelForCausalLM, model, dtype=getattr(torch, wanted))
 
 
@@ -106,13 +128,28 @@ def moving(network: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().flatten()[:SEEN].clone() for n, p in network.named_parameters() if p.requires_grad}
 
 
-def check_moved(network: nn.Module, before: dict[str, Tensor]) -> list[str]:
-    """The names of what did not change; an error if nothing did."""
+def check_moved(network: nn.Module, before: dict[str, Tensor], kept: torch.dtype) -> tuple[list[str], float]:
+    """The names of what did not change, and the share of the numbers that did; an error if nothing did.
+
+    kept: the type in which they are saved: whole weights are rounded to it, and small steps may be lost.
+    """
     after = moving(network)
-    still = [name for name, numbers in before.items() if torch.equal(numbers, after[name])]
+    other = {name: numbers.to(kept) != after[name].to(kept) for name, numbers in before.items()}
+    still = [name for name, changed in other.items() if not changed.any()]
     if len(still) == len(before):
-        raise SnpatchError("training: nothing that was trained has moved: look at the learning rate and the rows")
-    return still
+        rounded = "" if kept == torch.float32 else f", rounded to {kept} as it is saved,"
+        raise SnpatchError(
+            f"training: nothing that was trained{rounded} has moved: look at the learning rate and the rows"
+        )
+    total = sum(changed.numel() for changed in other.values())
+    return still, sum(int(changed.sum()) for changed in other.values()) / total
+
+
+def kept_dtype(network: nn.Module, model: str | Path) -> torch.dtype:
+    """The type in which what is trained is saved: a checkpoint's is the base's, an adapter's float32."""
+    if isinstance(network, PeftModel):
+        return torch.float32
+    return load_pretrained(AutoConfig, model).dtype or torch.float32
 
 
 def save(
@@ -131,17 +168,37 @@ def save(
     source = template.source
     if not isinstance(network, PeftModel):
         source = tokenizer.chat_template
-        network.to(load_pretrained(AutoConfig, model).dtype or torch.float32).save_pretrained(str(out))
+        _restore_configs(network, model)
+        network.to(kept_dtype(network, model)).save_pretrained(str(out))
         load_pretrained(AutoTokenizer, model).save_pretrained(str(out))
     else:
         with torch.no_grad():
             for name, scale in scales(network).items():
                 if name in start:
                     scale.div_(start[name].to(scale.device))
-                if not torch.isfinite(scale).all():
-                    raise SnpatchError(f"training: a scale of {name} is not finite; it cannot be saved")
+                broken = (~torch.isfinite(scale.flatten())).nonzero()
+                if len(broken):
+                    where = _place(name, int(broken[0]))
+                    raise SnpatchError(f"training: the scale of {where} is not finite; it cannot be saved")
         network.save_pretrained(str(out), selected_adapters=[TRAINED])
     (out / FILE).write_text(source, encoding="utf-8")
+
+
+def _restore_configs(network: PreTrainedModel, model: str | Path) -> None:
+    """Take back what trainers set in a model's configs: its cache is switched off, its padding is training's."""
+    config = load_pretrained(AutoConfig, model)
+    for name in ("use_cache", "pad_token_id"):
+        setattr(network.config, name, getattr(config, name, None))
+    try:
+        network.generation_config = GenerationConfig.from_pretrained(pinned(model))
+    except OSError:  # it has none
+        network.generation_config = GenerationConfig.from_model_config(config)
+
+
+def _place(module: str, index: int) -> str:
+    """A number of an IA3 vector, for people."""
+    layer = re.search(r"layers\.(\d+).*down_proj$", module)
+    return f"layer {layer[1]}, neuron {index}" if layer else f"{module}, {index}"
 
 
 def _check_divisible(sft: Path, vectors: dict[str, nn.Parameter]) -> None:
@@ -149,8 +206,7 @@ def _check_divisible(sft: Path, vectors: dict[str, nn.Parameter]) -> None:
     for module, vector in vectors.items():
         zeros = (vector.detach().flatten() == 0).nonzero()
         if len(zeros):
-            layer = re.search(r"layers\.(\d+)", module)
-            where = f"layer {layer[1]}, neuron {int(zeros[0])}" if layer else f"{module}, {int(zeros[0])}"
+            where = _place(module, int(zeros[0]))
             raise SnpatchError(
                 f"{sft}: the SFT scale of {where} is exactly 0 (and {len(zeros) - 1} more of that layer): DPO's own "
                 "factor does not exist there; train SFT again with another seed or decay_to = 1"

@@ -68,10 +68,12 @@ def pairs(dataset, rows: int, settings: DpoSettings, context: int) -> tuple[obje
     counts = Counts(rows)
     if dropped := rows - len(dataset):
         counts.left_out[f"prompt not shorter than max_length = {settings.max_length} tokens"] = dropped
-    kept = []
+    kept, end = [], dataset[0]["prompt_ids"][-1:] if len(dataset) else []
     for index, (prompt, chosen, rejected) in enumerate(_columns(dataset, "prompt_ids", "chosen_ids", "rejected_ids")):
         room = settings.max_length - len(prompt)
-        if len(prompt) > settings.max_prompt_length:
+        if prompt[-1:] != end:  # TRL has cut the prompt to what the answers' texts begin with
+            counts.left_out["the template does not read the prompt as the beginning of its answers"] += 1
+        elif len(prompt) > settings.max_prompt_length:
             counts.left_out[f"prompt longer than max_prompt_length = {settings.max_prompt_length} tokens"] += 1
         elif chosen == rejected:
             counts.left_out["chosen and rejected are the same tokens"] += 1
@@ -118,6 +120,20 @@ def check_answered(rows: Sequence[Mapping]) -> None:
     for index, row in enumerate(rows):
         if not any(turn["role"] == "assistant" for turn in row["messages"]):
             raise SnpatchError(f"training data: row {index} has no turn of the assistant's")
+
+
+def check_ends(row: Mapping[str, Sequence[int]], special: Sequence[int]) -> None:
+    """An error where what ends an assistant's turn is not trained: the model would not learn to stop.
+
+    row: `input_ids` and `labels` of a conversation; special: ids of the tokenizer's special tokens.
+    """
+    ids, labels = row["input_ids"], row["labels"]
+    last = max((i for i, label in enumerate(labels) if label != IGNORED), default=len(ids))
+    if last + 1 < len(ids) and ids[last] not in special and ids[last + 1] in special:
+        raise SnpatchError(
+            "training: the chat template has the assistant's end of turn outside of what is trained, so that the model "
+            "would not learn to stop: use template = tulu"
+        )
 
 
 def check_read_alike(prompt_ids: Callable[[list], list[int]], chat: list, ids: Sequence[int]) -> None:

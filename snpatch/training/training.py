@@ -18,15 +18,18 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from matplotlib.figure import Figure
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
@@ -50,8 +53,10 @@ try:
 except ImportError as error:
     raise ImportError("training needs more packages: pip install 'snpatch[train]'") from error
 
+PATIENCE = timedelta(hours=2)  # of processes that wait while one of them reads and tokenizes the rows
 SAVE_EVERY = 100  # optimiser steps
 RECORD = "training"  # OUT/training.json tells that the training is done, and of what
+KEPT = ("asked", "figures")
 CHECKPOINTS, ASKED, LOCK = "checkpoints", "asked.json", "lock"
 LOGGED = {  # a column of the table -> TRL's name for it
     "epoch": "epoch",
@@ -94,7 +99,7 @@ def train_sft(
     if kept := _begin(out, asked):
         return kept
     tokenizer, template = net.open_tokenizer(model, settings)
-    network = net.open_network(model, settings)
+    network = net.open_network(model, settings, _on_gpu())
     config = _config(SFTConfig, settings, out, save_every, report_to, assistant_only_loss=True, max_length=None)
     with _refusals():
         trainer = SFTTrainer(
@@ -104,6 +109,7 @@ def train_sft(
             processing_class=tokenizer,
             peft_config=net.fresh_adapter(settings),
         )
+    rows.check_ends(trainer.train_dataset[0], tokenizer.all_special_ids)
     first = messages[0]["messages"]
     asked_first = first[: next((i for i, turn in enumerate(first) if turn["role"] == "assistant"), len(first))]
     rows.check_read_alike(template.ids, asked_first, trainer.train_dataset[0]["input_ids"])
@@ -141,7 +147,7 @@ def train_dpo(
     if kept := _begin(out, asked):
         return kept
     tokenizer, template = net.open_tokenizer(model, settings)
-    network, adapter = net.on_sft(net.open_network(model, settings), sft, settings)
+    network, adapter = net.on_sft(net.open_network(model, settings, _on_gpu()), sft, settings)
     start = {} if adapter else {name: vector.detach().clone() for name, vector in net.scales(network).items()}
     lengths = {"beta": settings.beta, "max_length": settings.max_length}
     config = _config(DPOConfig, settings, out, save_every, report_to, **lengths)
@@ -181,7 +187,11 @@ def quiet() -> None:
 
 def _processes() -> PartialState:
     """The processes that accelerate has started, found as transformers finds them: on CPUs only where it is told so."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+
+
+def _on_gpu() -> bool:
+    return _processes().device.type == "cuda"
 
 
 def _asked(kind: str, model: str | Path, sft: Path | None, data: Sequence[Mapping], settings: TrainSettings) -> dict:
@@ -204,13 +214,14 @@ def _begin(out: Path, asked: dict) -> dict | None:
     record, begun = out / f"{RECORD}.json", out / CHECKPOINTS / ASKED
     for path in (record, begun):
         if path.is_file():
-            told = json.loads(path.read_text(encoding="utf-8"))
+            told = _read(path)
             kept = told["provenance"]["asked"] if path == record else told
             if other := [name for name in asked if kept.get(name) != asked[name]]:
                 name = other[0]
                 if name == "settings":
-                    name = next(n for n, value in asked[name].items() if kept["settings"].get(n) != value)
-                    wanted, got = asked["settings"][name], kept["settings"].get(name)
+                    both = {**kept["settings"], **asked["settings"]}
+                    name = next(n for n in both if kept["settings"].get(n) != asked["settings"].get(n))
+                    wanted, got = asked["settings"].get(name), kept["settings"].get(name)
                 else:
                     wanted, got = asked[name], kept.get(name)
                 raise SnpatchError(
@@ -218,6 +229,8 @@ def _begin(out: Path, asked: dict) -> dict | None:
                     "choose another folder, or remove this one"
                 )
             if path == record:
+                if _processes().is_main_process:  # what a kill after the record left
+                    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
                 return told["provenance"]["figures"]
     check_writable(record)
     if not begun.is_file() and (any(out.glob("adapter_model.*")) or (out / "config.json").exists()):
@@ -227,6 +240,15 @@ def _begin(out: Path, asked: dict) -> dict | None:
         write_text(begun, json.dumps(asked, indent=1) + "\n")
     state.wait_for_everyone()
     return None
+
+
+def _read(path: Path) -> dict:
+    """A record of a training."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return told if path.name == ASKED else {"provenance": {name: told["provenance"][name] for name in KEPT}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SnpatchError(f"{path}: damaged ({error}): remove its folder, or choose another") from error
 
 
 def _dataset(data: Sequence[Mapping], columns: Sequence[str]) -> datasets.Dataset:
@@ -244,12 +266,20 @@ def _refusals() -> Iterator[None]:
     integration that is not installed."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TemplateError) as error:
         raise SnpatchError(f"training: TRL refuses: {first_line(error)}") from error
 
 
 def _config(kind: type, settings: TrainSettings, out: Path, save_every: int, report_to: Sequence[str], **own):
     """An SFTConfig or a DPOConfig. own: what that kind alone has, or wants otherwise."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise SnpatchError(
+                f"training: accelerate's config asks for {name}: only data parallel training is supported (weights are "
+                "compared and saved whole, by one process)"
+            )
+    in_bf16 = settings.dtype != "float32" and _on_gpu()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bf16 else "no"  # accelerate's config has one, too
     processes = _processes().num_processes
     at_once = settings.micro_batch_size * processes
     if settings.batch_size % at_once:
@@ -266,7 +296,7 @@ def _config(kind: type, settings: TrainSettings, out: Path, save_every: int, rep
         "weight_decay": settings.weight_decay,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": settings.warmup_steps,
-        "bf16": settings.dtype != "float32" and torch.cuda.is_available(),
+        "bf16": in_bf16,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "seed": settings.seed,
         "save_strategy": "steps",
@@ -276,7 +306,7 @@ def _config(kind: type, settings: TrainSettings, out: Path, save_every: int, rep
         "disable_tqdm": True,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would show the mean of other steps instead
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": _on_gpu(),
         "ddp_find_unused_parameters": False if processes > 1 else None,
     }
     with _refusals():
@@ -331,9 +361,14 @@ def _run(
             _clear(out, checkpoint)
         state.wait_for_everyone()
         begin = time.monotonic()
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except torch.OutOfMemoryError as error:
+            raise SnpatchError(
+                f"training: the GPU's memory is full ({first_line(error)}): lower micro_batch_size or max_length"
+            ) from error
         seconds = time.monotonic() - begin
-        still = net.check_moved(trainer.model, before)
+        still, moved = net.check_moved(trainer.model, before, net.kept_dtype(trainer.model, model))
         table = [
             {"step": entry["step"], **{name: entry[key] for name, key in LOGGED.items() if key in entry}}
             for entry in trainer.state.log_history
@@ -348,6 +383,7 @@ def _run(
             "cut": counts.cut,
             "left_out": dict(counts.left_out),
             "still": still,
+            "moved": round(moved, 4),
             "tokens_per_s": round(trainer._total_train_tokens / seconds, 1),
             "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else 0,
             "seconds": round(seconds, 1),
@@ -382,6 +418,8 @@ def _report(asked: dict, figures: dict, counts: rows.Counts, table: list[dict]) 
         told[0] += f", margin {last['margin']:.3f}, accuracy {last['accuracy']:.0%}"
     if figures["still"]:
         told.append(f"{len(figures['still'])} trained parameters did not move, {figures['still'][0]} first")
+    if figures["moved"] < 0.5:
+        told.append(f"only {figures['moved']:.1%} of the trained numbers differ from the start's as they are saved")
     shown = View.of([figures], {name: name for name in figures if name not in ("left_out", "still")})
     provenance = {"asked": asked, "figures": figures, **describe()}
     return Report(RECORD, {RECORD: table}, {RECORD: _plot(table)}, shown, [*told, *counts.told], provenance)
