@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "reproduce"
 RECORD = ROOT / "bench" / "results" / "reproduce" / "demo.json"
 MEASURED = ROOT / "snpatch" / "reproduce" / "measured.json"
-KEPT = ("report.md", "reproduction.csv")  # beside the record
+KEPT = ("reproduction.csv",)  # beside the record
 ALL = "all, with imports and engine"
 
 
@@ -36,16 +36,16 @@ def main() -> None:
     seconds = {name: step["seconds"] for name, step in steps.items()} | {ALL: whole}
     told = json.loads((OUT / "report.json").read_text())
     about = describe()
-    device = f"{cpu_name()}, {about['device']['cpu threads']} threads"
+    machine = f"{cpu_name()}, {about['device']['cpu threads']} threads"
     headlines = {name: one["headline"] for name, one in told["experiments"].items()}
     trainings = {path.parent.name: figures(path) for path in sorted(OUT.glob("adapters/*/training.json"))}
-    record = {"device": device, **about, "seconds": seconds, "trainings": trainings}
+    record = {"machine": machine, **about, "seconds": seconds, "trainings": trainings}
     record |= {"headlines": headlines, "beside": told["beside"]}
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     for name in KEPT:
         shutil.copy(OUT / name, RECORD.parent / name)
-    MEASURED.write_text(json.dumps({"demo": {"device": device, "seconds": seconds}}, indent=1) + "\n")
+    MEASURED.write_text(json.dumps({"demo": {"machine": machine, "seconds": seconds}}, indent=1) + "\n")
 
 
 def figures(path: Path) -> dict:

@@ -229,8 +229,8 @@ def reproduce_table(path: Path = RESULTS / "reproduce" / "demo.json") -> str:
     record = json.loads(path.read_text())
     wanted = ("effect (Eq. 4)", "share of", "overlap", "Spearman", "mean accuracy", "change of")
     rows = [
-        (row["what"], f"{row['model']} {row['set']}".strip(), f"{row['bound']} {_two(row['published'])}".strip(),
-         _two(row["measured"]))
+        (row["what"], f"{row['model']} {row['set']}".strip(), f"{row['bound']} {_number(row['published'])}".strip(),
+         _number(row["measured"]))
         for row in record["beside"]
         if row["what"].startswith(wanted) and row["bound"] != "at most"
     ]  # fmt: skip
@@ -240,12 +240,13 @@ def reproduce_table(path: Path = RESULTS / "reproduce" / "demo.json") -> str:
     whole = max(seconds.values())
     return (
         f"{_table(head, rows)}\n\n{whole / 60:.1f} minutes in all, {trained / 60:.1f} of them for "
-        f"{len(record['trainings'])} trainings ({record['device']})."
+        f"{len(record['trainings'])} trainings ({record['machine']}; "
+        f"vllm {record['versions']['vllm']}, torch {record['versions']['torch']}, trl {record['versions']['trl']})."
     )
 
 
-def _two(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple]) -> str:

@@ -107,7 +107,7 @@ def _sizes() -> dict:
 
 
 def _elsewhere(pipeline: Pipeline) -> dict:
-    """What a shipped preset took where it was run whole: device, and seconds by step (make bench-reproduce)."""
+    """What a shipped preset took where it was run whole: machine, and seconds by step (make bench-reproduce)."""
     measured = json.loads((Path(__file__).parent / "measured.json").read_text(encoding="utf-8"))
     is_whole = pipeline.preset.name in NAMES and pipeline.limit is None and pipeline.preset.size is not None
     return measured.get(pipeline.preset.name, {}) if is_whole else {}
@@ -131,7 +131,7 @@ def _size(pipeline: Pipeline) -> Size | None:
 def _cost(pipeline: Pipeline, name: str, size: Size | None) -> Cost:
     other = _elsewhere(pipeline)
     if name in other.get("seconds", {}):
-        return Cost(other["seconds"][name], _disk(pipeline, name), f"measured: {other['device']}")
+        return Cost(other["seconds"][name], _disk(pipeline, name), f"measured: {other['machine']}")
     if name == "rows":
         return Cost(1.0, _disk(pipeline, name), "files")
     if size is None:
