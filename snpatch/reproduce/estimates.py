@@ -68,7 +68,7 @@ def plan(pipeline: Pipeline, only: Sequence[str] = (), start: str | None = None)
         rows.append((name, state, _hours(cost.seconds), f"{cost.disk_gb:.3f}", cost.by))
     note = f"{unknown} steps of unknown size not counted" if unknown else ""
     rows.append(("all that is to run", "", _hours(seconds), f"{disk:.3f}", note))
-    return View(("step", "state", "GPU hours", "disk in the folder, GB", "reckoned by"), tuple(rows))
+    return View(("step", "state", "GPU hours (or as named)", "disk in the folder, GB", "reckoned by"), tuple(rows))
 
 
 def downloads(pipeline: Pipeline) -> View:
