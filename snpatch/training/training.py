@@ -88,9 +88,9 @@ def train_sft(
     `out` may hold the very same training: one that is done is not done again, one that was interrupted goes on from its
     last checkpoint. It gets training.csv (a row a step), .json (with provenance), .png and .svg. Returns the figures:
     steps, first_loss, last_loss, rows, cut, left_out, still (parameters that did not move), moved (share of the trained
-    numbers that are others as they are saved), tokens_per_s (of all processes), seconds and resumed_at (a step), both of
-    the last leg. Raises SnpatchError for rows that cannot be trained on, a loss that is not a number, weights that did not move, and
-    an `out` that holds anything else.
+    numbers that are others as they are saved), tokens_per_s (of all processes), seconds (of the last leg), resumed_at
+    (the step that it began with). Raises SnpatchError for rows that cannot be trained on, a loss that is not a number,
+    weights that did not move, and an `out` that holds anything else.
     """
     settings = settings or TrainSettings()
     rows.check_columns(messages, ("messages",))
