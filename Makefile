@@ -15,7 +15,7 @@ demo: $(READY)
 # Tests run on one thread each, in two halves at once that take equally long, with vLLM's engines and without.
 TESTS := $(wildcard tests/test_*.py)
 HALF := $(filter tests/test_ops_% tests/test_executor_% tests/test_goldens% tests/test_async_% $(addprefix tests/test_, \
-  gpu_check.py packaging.py judge_vllm.py pair_vllm.py replicas.py reproduce.py train_runs.py vllm_start.py),$(TESTS))
+  gpu_check.py packaging.py judge_vllm.py pair_vllm.py replicas.py reproduce.py vllm_start.py),$(TESTS))
 OTHER := $(filter-out $(HALF),$(TESTS))
 BOTH := @$(MAKE) --no-print-directory -j2 --keep-going --output-sync HALF OTHER
 

@@ -245,8 +245,11 @@ def test_two_processes_train_what_one_trains(toy, tmp_path, capsys):
         sft = ["train", "sft", toy.base, messages, "-o", home / "sft", *OPTIONS, "--json"]
         dpo = ["train", "dpo", toy.base, pairs, "--sft", home / "sft", "-o", home / "dpo", *OPTIONS, "--json"]
         late = ["train", "dpo", toy.base, pairs, "--sft", toy.sft(), "-o", home / "late", *OPTIONS, "--json"]
+        lora = ["train", "dpo", toy.base, pairs, "--sft", toy.sft("lora"), "--peft", "lora", "-o", home / "lora"]
+        none = ["train", "dpo", toy.sft("none"), pairs, "--peft", "none", "-o", home / "none"]
+        further = [[*one, *OPTIONS, "--learning-rate", 1e-3, "--json"] for one in (lora, none)]
         odd = ["train", "sft", toy.base, messages, "-o", home / "odd", *OPTIONS, "--batch-size", 2]
-        return [sft, dpo, late, sft, odd]
+        return [sft, dpo, late, *further, sft, odd]
 
     with pytest.raises(KeyboardInterrupt):
         late = tmp_path / "two" / "late"
@@ -254,14 +257,14 @@ def test_two_processes_train_what_one_trains(toy, tmp_path, capsys):
     told = _in_two(lines(tmp_path / "two"), tmp_path)
     main, other = (out.splitlines() for out, _ in told)
     assert other == ["exit 2"], told[1]
-    assert len(main) == 5, told[0]
-    sft, dpo, late, again = map(json.loads, main[:4])
-    assert main[4] == "exit 2"
+    assert len(main) == 7, told[0]
+    sft, dpo, late, lora, none, again = map(json.loads, main[:6])
+    assert main[6] == "exit 2"
     assert all("batch_size must be divided by micro_batch_size x processes, got 2 and 2 x 2" in err for _, err in told)
     assert {sft["processes"], dpo["processes"], late["processes"]} == {2}
     assert (sft["resumed_at"], dpo["resumed_at"], late["resumed_at"]) == (0, 0, 3)
     assert again == sft
-    for line, two in zip(lines(tmp_path / "one"), (sft, dpo, late), strict=False):
+    for line, two in zip(lines(tmp_path / "one"), (sft, dpo, late, lora, none), strict=False):
         code, out, err = run(capsys, *line)
         assert code == 0, err
         one = json.loads(out)
@@ -272,6 +275,9 @@ def test_two_processes_train_what_one_trains(toy, tmp_path, capsys):
         got, want = vectors(tmp_path / "two" / name), vectors(tmp_path / "one" / name)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
         assert files(tmp_path / "two" / name) == files(tmp_path / "one" / name)
+    for name in ("lora", "none"):
+        torch.testing.assert_close(*(weights(tmp_path / by / name) for by in ("two", "one")), rtol=0, atol=1e-5)
+    for name in ("sft", "dpo", "late"):
         assert len((tmp_path / "two" / name / "training.csv").read_text().splitlines()) == 1 + sft["steps"]
 
 
@@ -328,7 +334,9 @@ def test_the_commands_train_what_the_functions_train(toy, tmp_path, capsys):
     code, out, err = run(capsys, "train", "sft", toy.base, messages, "-o", tmp_path / "sft", *OPTIONS)
     assert code == 0, err
     assert out.splitlines()[0].startswith("sft: 4 steps, loss ")
-    assert out.splitlines()[-1].startswith(f"wrote {tmp_path / 'sft'}: ")
+    assert out.splitlines()[-1].startswith(f"{tmp_path / 'sft'}: wrote ")
+    code, out, err = run(capsys, "train", "sft", toy.base, messages, "-o", tmp_path / "sft", *OPTIONS)
+    assert (code, out.splitlines()[-1]) == (0, f"{tmp_path / 'sft'}: was done before")
     assert "sft: 4/4 loss " in err
     train_sft(toy.base, MESSAGES, tmp_path / "own-sft", settings(epochs=2, weight_decay=0.1))
     assert_alike(tmp_path / "sft", tmp_path / "own-sft")

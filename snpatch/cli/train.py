@@ -153,6 +153,7 @@ def _train(kind: str, out: Path, as_json: bool, arguments: tuple, **how: object)
     except ImportError as error:  # it names the extra to install
         raise SnpatchError(str(error)) from error
     training.quiet()
+    was_done = training.is_done(out)
     how["report_to"] = how["report_to"] or ()
     with o.progress_bar(out.name) as tell:
 
@@ -167,4 +168,5 @@ def _train(kind: str, out: Path, as_json: bool, arguments: tuple, **how: object)
         return
     for line in training.told(out):
         print(line)
-    print(f"wrote {out}: the adapter or checkpoint, and training.csv, .json, .png, .svg")
+    what = "was done before" if was_done else "wrote the adapter or checkpoint, and training.csv, .json, .png, .svg"
+    print(f"{out}: {what}")

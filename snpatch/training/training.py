@@ -168,6 +168,11 @@ def train_dpo(
     return _run(trainer, model, out, asked, settings, counts, template, start)
 
 
+def is_done(out: Path) -> bool:
+    """Whether a folder holds a training that has ended."""
+    return (out / f"{RECORD}.json").is_file()
+
+
 def told(out: Path) -> list[str]:
     """What a training that is done says of itself."""
     return json.loads((out / f"{RECORD}.json").read_text(encoding="utf-8"))["headline"]
