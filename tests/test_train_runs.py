@@ -335,9 +335,9 @@ def test_the_commands_train_what_the_functions_train(toy, tmp_path, capsys):
     assert code == 0, err
     assert out.splitlines()[0].startswith("sft: 4 steps, loss ")
     assert out.splitlines()[-1].startswith(f"{tmp_path / 'sft'}: wrote ")
+    assert "sft: 4/4 loss " in err
     code, out, err = run(capsys, "train", "sft", toy.base, messages, "-o", tmp_path / "sft", *OPTIONS)
     assert (code, out.splitlines()[-1]) == (0, f"{tmp_path / 'sft'}: was done before")
-    assert "sft: 4/4 loss " in err
     train_sft(toy.base, MESSAGES, tmp_path / "own-sft", settings(epochs=2, weight_decay=0.1))
     assert_alike(tmp_path / "sft", tmp_path / "own-sft")
     given = ["train", "dpo", toy.base, pairs, "--sft", tmp_path / "sft", "-o", tmp_path / "dpo", *OPTIONS, "--json"]
