@@ -359,7 +359,8 @@ def test_sampling_hangs_on_the_seed_alone(engine):
     assert together == texts(seeds[::-1])[::-1]
     assert len(set(map(tuple, together))) == 8
     fresh = texts([None] * 8)
-    assert len(set(map(tuple, fresh))) == 8
+    written = [tuple(ids) for ids in fresh if len(ids) > 1]  # one in a hundred is EOS alone, and two of them are equal
+    assert len(set(written)) == len(written) > 4
 
 
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
