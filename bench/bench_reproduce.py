@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from cpuinfo import get_cpu_info
+
 from snpatch.environment import describe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,11 +22,6 @@ RECORD = ROOT / "bench" / "results" / "reproduce" / "demo.json"
 MEASURED = ROOT / "snpatch" / "reproduce" / "measured.json"
 KEPT = ("reproduction.csv",)  # beside the record
 ALL = "all, with imports and engine"
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
 
 
 def main() -> None:
@@ -36,7 +33,7 @@ def main() -> None:
     seconds = {name: step["seconds"] for name, step in steps.items()} | {ALL: whole}
     told = json.loads((OUT / "report.json").read_text())
     about = describe()
-    machine = f"{cpu_name()}, {about['device']['cpu threads']} threads"
+    machine = f"{get_cpu_info()['brand_raw']}, {about['device']['cpu threads']} threads"
     headlines = {name: one["headline"] for name, one in told["experiments"].items()}
     trainings = {path.parent.name: figures(path) for path in sorted(OUT.glob("adapters/*/training.json"))}
     record = {"machine": machine, **about, "seconds": seconds, "trainings": trainings}

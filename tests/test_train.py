@@ -29,10 +29,7 @@ from snpatch.training.training import train_dpo, train_sft
 ONES, ZEROS = ([torch.full((NEURONS,), value)] * LAYERS for value in (1.0, 0.0))
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    with toys.toy(tmp_path_factory) as made:
-        yield made
+toy = pytest.fixture(scope="module")(toys.toy)
 
 
 @pytest.fixture(scope="module")

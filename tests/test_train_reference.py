@@ -18,10 +18,7 @@ from snpatch.training.training import train_dpo, train_sft
 ONES = [torch.ones(NEURONS)] * LAYERS
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    with toys.toy(tmp_path_factory) as made:
-        yield made
+toy = pytest.fixture(scope="module")(toys.toy)
 
 
 @pytest.fixture(scope="module")

@@ -35,10 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6  # three epochs of two
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    with toys.toy(tmp_path_factory) as made:
-        yield made
+toy = pytest.fixture(scope="module")(toys.toy)
 
 
 def start(toy, kind, out, **how):

@@ -60,7 +60,7 @@ def run(
         raise SnpatchError("--set is for one experiment; for several, write the settings into the world's file")
     place = load_world(world)
     for name in {**place.settings, **dict.fromkeys(chosen)}:
-        experiments.settings_of(name, place.settings.get(name, {}), settings if name in chosen else None)
+        experiments.settings_in(place, name, settings if name in chosen else None)
     for name in chosen:
         check_writable(out / f"{name}.csv")
     failed, written = {}, []

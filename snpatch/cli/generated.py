@@ -90,7 +90,7 @@ class Data:
 
     def parameters(self) -> list[inspect.Parameter]:
         empty = inspect.Parameter.empty
-        given = ("prompts", _PROMPTS, empty), ("form", _FORMAT, None), ("skip_bad", SkipBad, False)
+        given = ("prompts", _PROMPTS, empty), ("form", Format, None), ("skip_bad", SkipBad, False)
         return [
             inspect.Parameter(n, _BY_NAME, default=d, annotation=a) for n, a, d in (*given, ("limit", _LIMIT, None))
         ]
@@ -186,7 +186,7 @@ _PROMPTS = Annotated[
     str,
     typer.Argument(help="File (JSONL, CSV, parquet; `prompt` or `messages`), or a data set's name: beavertails, ..."),
 ]
-_FORMAT = Annotated[str | None, typer.Option("--format", help="The data set whose published format the file has.")]
+Format = Annotated[str | None, typer.Option("--format", help="The data set whose published format the file has.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken rows out, and say how many.")]
 _LIMIT = Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")]
 _ADAPTERS = Annotated[

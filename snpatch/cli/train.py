@@ -2,14 +2,15 @@
 
 import inspect
 import json
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Fields, SkipBad, Some, generated
+from snpatch.cli.generated import Fields, Format, SkipBad, Some, generated
 from snpatch.errors import SnpatchError
 from snpatch.training.settings import DpoSettings, TrainSettings
 
@@ -31,7 +32,7 @@ _OPTIONS = {
         Annotated[str | None, typer.Argument(help="File or folder (JSONL, JSON, CSV, parquet), or a data set's name.")],
         None,
     ),
-    "form": (Annotated[str | None, typer.Option("--format", help="The set whose published format a file has.")], None),
+    "form": (Format, None),
     "split": (
         Annotated[str | None, typer.Option(help="Split. Default for a named set: what it has to train on.")],
         None,
@@ -125,9 +126,6 @@ def dpo(
 
 def _read(data: Fields, default):
     """The rows that were asked for. default: a PromptSet."""
-    import sys
-    from dataclasses import replace
-
     from snpatch.training.objectives import training_split
     from snpatch.worlds.world import PromptSet
 

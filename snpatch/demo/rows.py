@@ -1,13 +1,12 @@
 """Rows to train the demo world's pairs on, as files that `snpatch train` reads."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from snpatch.demo.build import Recipe
 from snpatch.demo.corpus import OBJECTIVES, preferences, sft_rows
 from snpatch.errors import SnpatchError
-from snpatch.files import write_text
+from snpatch.report.files import write_records
 
 SHIPPED = {"safety": "dpo"}  # an objective's name here -> in the corpus
 
@@ -21,5 +20,5 @@ def write_rows(folder: Path, names: Iterable[str], seed: int = 0) -> list[Path]:
             raise SnpatchError(f"the demo's language has no objective {name}: it has safety, helpful, careful")
         rows = sft_rows(recipe.sft_rows, seed) if name == "sft" else preferences(objective, recipe.dpo_rows, seed)
         paths.append(folder / f"{name}.jsonl")
-        write_text(paths[-1], "".join(json.dumps(row) + "\n" for row in rows))
+        write_records(rows, paths[-1])
     return paths

@@ -12,6 +12,7 @@ from snpatch.errors import SnpatchError
 from snpatch.report.report import Report
 from snpatch.schema import read
 from snpatch.worlds.lab import Lab
+from snpatch.worlds.world import World
 
 NAMES = (
     "curve",
@@ -36,9 +37,14 @@ def settings_of(name: str, values: Mapping[str, object], given: Mapping[str, obj
     return read(_module(name).Settings, f"settings of {name}", {**values, **given} if given else values)
 
 
+def settings_in(world: World, name: str, given: Mapping[str, object] | None = None):
+    """An experiment's Settings in a world: the world's own, those given before them."""
+    return settings_of(name, world.settings.get(name, {}), given)
+
+
 def run(name: str, lab: Lab, settings: Mapping[str, object] | None = None) -> Report:
     """Run an experiment on a lab. settings: go before the world's own, and these before the paper's defaults."""
-    chosen = settings_of(name, lab.world.settings.get(name, {}), settings)
+    chosen = settings_in(lab.world, name, settings)
     used = lab.begin()
     report = _module(name).run(lab, chosen)
     return replace(report, provenance=used.told(asdict(chosen)))

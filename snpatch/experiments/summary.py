@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
-from snpatch.experiments import NAMES, settings_of
+from snpatch.experiments import NAMES, settings_in
 from snpatch.files import write_text
 from snpatch.worlds.lab import Lab
 
@@ -30,7 +30,7 @@ def write(lab: Lab, given: Mapping[str, Mapping[str, object]] | None = None) -> 
             continue
         data = _read(path)
         told = data.get("provenance", {})
-        settings = asdict(settings_of(name, lab.world.settings.get(name, {}), (given or {}).get(name)))
+        settings = asdict(settings_in(lab.world, name, (given or {}).get(name)))
         if other := _other(told, lab, settings):
             left_out[name] = other
             continue

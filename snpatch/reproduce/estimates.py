@@ -10,6 +10,7 @@ import math
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from snpatch import experiments
@@ -57,11 +58,9 @@ def plan(pipeline: Pipeline, only: Sequence[str] = (), start: str | None = None)
         if reason:
             running.add(name)
             cost = _cost(pipeline, name, size)
-            seconds, disk, unknown = (
-                seconds + (cost.seconds or 0),
-                disk + cost.disk_gb,
-                unknown + (cost.seconds is None),
-            )
+            seconds += cost.seconds or 0
+            disk += cost.disk_gb
+            unknown += cost.seconds is None
         else:
             cost = Cost(pipeline.steps.seconds(name), by="measured: this step, in this folder")
         state = reason or ("not asked for" if only and name not in only else "done")
@@ -102,15 +101,20 @@ def _reason(pipeline: Pipeline, name: str, running: set[str]) -> str | None:
     return None
 
 
+@cache
 def _sizes() -> dict:
     return tomllib.loads((Path(__file__).parent / "sizes.toml").read_text(encoding="utf-8"))
 
 
 def _elsewhere(pipeline: Pipeline) -> dict:
     """What a shipped preset took where it was run whole: machine, and seconds by step (make bench-reproduce)."""
-    measured = json.loads((Path(__file__).parent / "measured.json").read_text(encoding="utf-8"))
     is_whole = pipeline.preset.name in NAMES and pipeline.limit is None and pipeline.preset.size is not None
-    return measured.get(pipeline.preset.name, {}) if is_whole else {}
+    return _records().get(pipeline.preset.name, {}) if is_whole else {}
+
+
+@cache
+def _records() -> dict:
+    return json.loads((Path(__file__).parent / "measured.json").read_text(encoding="utf-8"))
 
 
 def _size(pipeline: Pipeline) -> Size | None:
@@ -218,7 +222,7 @@ def _judge(pipeline: Pipeline) -> float:
 
 def _experiment(pipeline: Pipeline, name: str, size: Size) -> Cost:
     world = pipeline.world
-    settings = experiments.settings_of(name, world.settings.get(name, {}))
+    settings = experiments.settings_in(world, name)
     texts, further = _texts(pipeline, name)
     cost = _writing(pipeline, texts, texts, world.max_tokens, size, further=further)
     if name in ("perplexity", "transfer") and settings.text:
@@ -230,7 +234,7 @@ def _experiment(pipeline: Pipeline, name: str, size: Size) -> Cost:
 
 def _texts(pipeline: Pipeline, name: str) -> tuple[int, int]:
     """How many texts an experiment writes and judges, and how many its own contrasts read."""
-    settings = experiments.settings_of(name, pipeline.world.settings.get(name, {}))
+    settings = experiments.settings_in(pipeline.world, name)
     further = (len(POSITIONS) - 1) * _contrast(pipeline) if name == "positions" else 0
     return TEXTS[name](pipeline, settings) if name in TEXTS else 0, further
 

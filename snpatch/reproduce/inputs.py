@@ -21,6 +21,7 @@ from snpatch.worlds.world import PromptSet, World
 NOT_CONTENT = ("model", "adapters", "models", "backend", "device", "batch_size", "token_budget", "twin", "vllm")
 NOT_CONTENT_VLLM = """gpu_memory_utilization max_model_len max_num_seqs max_num_batched_tokens tensor_parallel_size
 enforce_eager swap_space""".split()
+OF_WORLD = ("recipients", "benchmarks", "max_tokens", "contrast_tokens", "cost")  # a world's own values, by its names
 SWEPT = ("recipients", "benchmarks", "max_tokens")
 USES = {  # experiment -> what of the world it hangs on besides what its provenance tells
     "curve": SWEPT,
@@ -48,6 +49,8 @@ class Inputs:
         if name in self._frozen:
             return self._frozen[name]
         kind, _, rest = name.partition("/")
+        if kind in OF_WORLD:
+            return short(getattr(self._world, kind))
         content = getattr(self, f"_{kind}", None)
         if content is None:
             raise SnpatchError(f"this version knows no input {kind}")
@@ -68,13 +71,14 @@ class Inputs:
 
     def used_by(self, name: str, told: dict) -> list[str]:
         """All that an experiment's table hangs on. told: its provenance."""
-        settings = self._settings_of(name)
         read = ["snpatch", "engine", "cost", "contrast_tokens", "contrast/contrasts/safety", f"settings/{name}"]
         read += [*USES.get(name, ()), *self.told(told)]
         if name == "preference":
             read += ["contrasts"]
         if name == "tax":
-            read += [f"contrast/contrasts/{objective}" for objective in settings.objectives]
+            read += [
+                f"contrast/contrasts/{objective}" for objective in experiments.settings_in(self._world, name).objectives
+            ]
         if name == "stability":
             read += ["seeds"]
         return read
@@ -89,9 +93,6 @@ class Inputs:
         groups = (("model", "models"), ("set", "sets"), ("judge", "judges"))
         return [f"{kind}/{one}" for kind, group in groups for one in provenance[group]]
 
-    def _settings_of(self, name: str):
-        return experiments.settings_of(name, self._world.settings.get(name, {}))
-
     # By the first part of a name: what stands for its content, as JSON data.
 
     def _snpatch(self, _: str) -> object:
@@ -100,23 +101,8 @@ class Inputs:
     def _engine(self, _: str) -> object:
         return engine_content(self._world.engine)
 
-    def _recipients(self, _: str) -> object:
-        return self._world.recipients
-
-    def _benchmarks(self, _: str) -> object:
-        return self._world.benchmarks
-
-    def _max_tokens(self, _: str) -> object:
-        return self._world.max_tokens
-
-    def _contrast_tokens(self, _: str) -> object:
-        return self._world.contrast_tokens
-
     def _judges(self, _: str) -> object:
         return list(self._world.judges)
-
-    def _cost(self, _: str) -> object:
-        return self._world.cost
 
     def _contrasts(self, _: str) -> object:
         return {name: asdict(one) for name, one in self._world.contrasts.items()}
@@ -129,7 +115,7 @@ class Inputs:
         return asdict(getattr(self._world, group)[key])
 
     def _settings(self, name: str) -> object:
-        return asdict(self._settings_of(name))
+        return asdict(experiments.settings_in(self._world, name))
 
     def _training(self, name: str) -> object:
         settings, rows = self._trainings[name]

@@ -45,10 +45,9 @@ def train_command(
     command = [*launcher, "-m", "snpatch.cli", "train", "dpo" if sft else "sft", model, source, "--out", str(out)]
     if sft:
         command += ["--sft", str(sft)]
-    named = {"first": "limit", "format": "format", "split": "split", "column": "column", "revision": "revision"}
-    for name, option in {**named, "sample": "sample"}.items():
+    for name in ("first", "format", "split", "column", "revision", "sample"):
         if getattr(rows, name) is not None:
-            command += [f"--{option}", str(getattr(rows, name))]
+            command += ["--limit" if name == "first" else f"--{name}", str(getattr(rows, name))]
     if rows.sample is not None:
         command += ["--sample-seed", str(rows.seed)]
     if rows.where:

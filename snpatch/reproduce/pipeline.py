@@ -23,7 +23,7 @@ from snpatch.reproduce.published import check_known
 from snpatch.reproduce.steps import Done, Step, Steps
 from snpatch.schema import load_table
 from snpatch.training.settings import TrainSettings
-from snpatch.worlds.lab import Lab, Progresses, silent
+from snpatch.worlds.lab import RANKINGS, Lab, Progresses, silent
 from snpatch.worlds.spec import engine_table
 from snpatch.worlds.world import Contrast, world_of
 
@@ -111,9 +111,9 @@ class Pipeline:
                 self.steps.put_away(name)
         with self._closing():
             for number, name in enumerate(names, start=1):
-                reason = self.steps.reason(name)
                 if only and name not in only:
                     continue
+                reason = self.steps.reason(name)
                 if reason is None and name not in forced:
                     tell(f"[{number}/{len(names)}] {name}: done")
                     continue
@@ -122,7 +122,7 @@ class Pipeline:
                     self.steps.run(name)
                 except ReceiptError as error:
                     for one in self._run_by_lab:
-                        self.steps.put_away(one, [self.out / "rankings"])
+                        self.steps.put_away(one, [self.out / RANKINGS])
                     made = ", ".join(self._run_by_lab) or "nothing"
                     raise ReceiptError(f"{name}: {error}; put away with it: {made}; run again") from error
                 except SnpatchError as error:
@@ -186,7 +186,7 @@ class Pipeline:
         if name == "preference" and len(world.contrasts) < 2:
             return "needs two objectives"
         if name == "tax":
-            wanted = experiments.settings_of(name, world.settings.get(name, {})).objectives
+            wanted = experiments.settings_in(world, name).objectives
             if missing := [one for one in wanted if one not in world.contrasts]:
                 return f"needs the objective {missing[0]}"
         return None
@@ -252,9 +252,7 @@ class Pipeline:
         table = {name: part for name, part in self._table().items() if name not in ("engine", "vllm")}
         table = {**table, **_plain(engine_table(self.world.engine))}
         text = f"# Made by `snpatch reproduce`: {self.preset.title or self.preset.name}.\n" + tomli_w.dumps(table)
-        path = self.out / WORLD
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_text(path, text)
+        write_text(self.out / WORLD, text)
 
     def _keep_options(self) -> None:
         """Note what the folder is made with; an error if it was made with something else."""
@@ -290,9 +288,7 @@ class Pipeline:
             used = self.lab.begin()
             self._run_by_lab.append(step)
             self.lab.ranking(contrast)
-            parts = (contrast.generator, contrast.against, contrast.prompts, "emitted")
-            path = self.out / "rankings" / f"{'-'.join(parts)}.safetensors"
-            return Done(self.inputs.used_by_contrast(name, used.told({})), [path])
+            return Done(self.inputs.used_by_contrast(name, used.told({})), [self.lab.ranking_file(contrast)])
 
         return Step(step, run, f"change scores of {contrast.generator} and {contrast.against}")
 

@@ -157,7 +157,7 @@ def _full(world: World, measured: list[Row] | None) -> Iterator[Row]:
 
 def _agreement(world: World, measured: list[Row] | None) -> Iterator[Row]:
     """The least of all pairs of seeds, as the paper says that all are above."""
-    k = experiments.settings_of("stability", world.settings.get("stability", {})).k
+    k = experiments.settings_in(world, "stability").k
     for figure in ("overlap", "spearman"):
         finding, value = numbers()["finding"][figure], None
         if measured:

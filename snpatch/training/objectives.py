@@ -9,20 +9,28 @@ from snpatch.data import SETS
 from snpatch.errors import SnpatchError
 from snpatch.worlds.world import PromptSet
 
-SFT = PromptSet("sharegpt", split="train")
+
+def training_split(source: str) -> str | None:
+    """The split of a named set to train on; None for a file."""
+    return SETS[source].hub.train if source in SETS else None
+
+
+def _rows(source: str, **more) -> PromptSet:
+    return PromptSet(source, split=training_split(source), **more)
+
+
+SFT = _rows("sharegpt")
 OBJECTIVES: dict[str, PromptSet] = {
-    "safety": PromptSet("hh-harmless", split="train"),
-    "helpful": PromptSet("hh-helpful", split="train"),
-    "shp": PromptSet("shp", split="train", sample=36_000),
-    "reasoning": PromptSet(
+    "safety": _rows("hh-harmless"),
+    "helpful": _rows("hh-helpful"),
+    "shp": _rows("shp", sample=36_000),
+    "reasoning": _rows(
         "reward-bench",
-        split="filtered",
         where=("subset", "hep-python", "hep-go", "hep-cpp", "hep-js", "hep-rust", "hep-java", "math-prm"),
     ),
-    "stack-exchange": PromptSet("stack-exchange", split="train"),
-    "reward-bench-safety": PromptSet(
+    "stack-exchange": _rows("stack-exchange"),
+    "reward-bench-safety": _rows(
         "reward-bench",
-        split="filtered",
         where=(
             "subset",
             "refusals-dangerous",
@@ -40,8 +48,3 @@ def objective(name: str) -> PromptSet:
     if name not in OBJECTIVES:
         raise SnpatchError(f"no objective named {name!r}: there are {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
-
-
-def training_split(source: str) -> str | None:
-    """The split of a named set to train on; None for a file."""
-    return SETS[source].hub.train if source in SETS else None

@@ -56,7 +56,6 @@ except ImportError as error:
 PATIENCE = timedelta(hours=2)  # of processes that wait while one of them reads and tokenizes the rows
 SAVE_EVERY = 100  # optimiser steps
 RECORD = "training"  # OUT/training.json tells that the training is done, and of what
-KEPT = ("asked", "figures")
 CHECKPOINTS, ASKED, LOCK = "checkpoints", "asked.json", "lock"
 LOGGED = {  # a column of the table -> TRL's name for it
     "epoch": "epoch",
@@ -218,26 +217,14 @@ def _asked(kind: str, model: str | Path, sft: Path | None, data: Sequence[Mappin
 def _begin(out: Path, asked: dict) -> dict | None:
     """The figures of this very training, if `out` has it done; an error if `out` has another."""
     record, begun = out / f"{RECORD}.json", out / CHECKPOINTS / ASKED
-    for path in (record, begun):
-        if path.is_file():
-            told = _read(path)
-            kept = told["provenance"]["asked"] if path == record else told
-            if other := [name for name in asked if kept.get(name) != asked[name]]:
-                name = other[0]
-                if name == "settings":
-                    both = {**kept["settings"], **asked["settings"]}
-                    name = next(n for n in both if kept["settings"].get(n) != asked["settings"].get(n))
-                    wanted, got = asked["settings"].get(name), kept["settings"].get(name)
-                else:
-                    wanted, got = asked[name], kept.get(name)
-                raise SnpatchError(
-                    f"{out}: holds another training: {name} is to be {wanted}, it has {got}; "
-                    "choose another folder, or remove this one"
-                )
-            if path == record:
-                if _processes().is_main_process:  # what a kill after the record left
-                    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-                return told["provenance"]["figures"]
+    if record.is_file():
+        figures = _read(record, "provenance", "figures")
+        _check_same(out, asked, _read(record, "provenance", "asked"))
+        if _processes().is_main_process:  # what a kill after the record left
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        return figures
+    if begun.is_file():
+        _check_same(out, asked, _read(begun))
     check_writable(record)
     if not begun.is_file() and (any(out.glob("adapter_model.*")) or (out / "config.json").exists()):
         raise SnpatchError(f"{out}: holds a model that was not trained here; choose another folder")
@@ -248,13 +235,31 @@ def _begin(out: Path, asked: dict) -> dict | None:
     return None
 
 
-def _read(path: Path) -> dict:
-    """A record of a training."""
+def _read(path: Path, *keys: str) -> dict:
+    """A table of a training's record, by the keys that lead to it."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        return told if path.name == ASKED else {"provenance": {name: told["provenance"][name] for name in KEPT}}
+        for key in keys:
+            told = told[key]
+        return dict(told)
     except (ValueError, KeyError, TypeError) as error:
         raise SnpatchError(f"{path}: damaged ({error}): remove its folder, or choose another") from error
+
+
+def _check_same(out: Path, asked: dict, kept: dict) -> None:
+    """An error that names what a folder's training has otherwise than what is asked for."""
+    name = next((name for name in asked if kept.get(name) != asked[name]), None)
+    if name is None:
+        return
+    wanted, got = asked[name], kept.get(name)
+    if name == "settings":
+        both = {**got, **wanted}
+        name = next(n for n in both if got.get(n) != wanted.get(n))
+        wanted, got = wanted.get(name), got.get(name)
+    raise SnpatchError(
+        f"{out}: holds another training: {name} is to be {wanted}, it has {got}; "
+        "choose another folder, or remove this one"
+    )
 
 
 def _dataset(data: Sequence[Mapping], columns: Sequence[str]) -> datasets.Dataset:

@@ -33,6 +33,7 @@ from snpatch.worlds.provenance import Provenance
 from snpatch.worlds.spec import RankingSource, SweepSpec
 from snpatch.worlds.world import Contrast, Setting
 
+RANKINGS = "rankings"  # the folder's own for them
 Progresses = Callable[[str], AbstractContextManager[Progress | None]]
 
 
@@ -157,12 +158,16 @@ class Lab:
         for model in (contrast.generator, contrast.against):
             self.model(model)
         self.data(contrast.prompts)
-        parts = (contrast.generator, contrast.against, contrast.prompts, at)
+        parts = _parts(contrast, at)
         if parts not in self._rankings:
-            path, key = self.out / "rankings" / f"{'-'.join(parts)}.safetensors", self._key(contrast, at)
+            path, key = self.ranking_file(contrast, at), self._key(contrast, at)
             self._rankings[parts] = _kept(path, key) or self._made(contrast, at, path, key)
         self._provenance.ranking(", ".join(parts), self._rankings[parts])
         return self._rankings[parts]
+
+    def ranking_file(self, contrast: Contrast, at: str = "emitted") -> Path:
+        """Where the ranking of a contrast is kept."""
+        return self.out / RANKINGS / f"{'-'.join(_parts(contrast, at))}.safetensors"
 
     def k(self, value: int | float, ranking: Ranking) -> int:
         """A number of neurons: an int as it is, a float as that share of the ranked ones."""
@@ -261,6 +266,11 @@ class Lab:
         ranking.meta["key"] = key
         ranking.save(path)
         return ranking
+
+
+def _parts(contrast: Contrast, at: str) -> tuple[str, ...]:
+    """What tells a ranking from the lab's others."""
+    return contrast.generator, contrast.against, contrast.prompts, at
 
 
 def _kept(path: Path, key: str) -> Ranking | None:

@@ -115,15 +115,17 @@ class Toy:
         return out
 
 
-@contextmanager
-def toy(factory: pytest.TempPathFactory) -> Iterator[Toy]:
-    """The session's. Meanwhile a training takes a fifth of its time: no plot is drawn, and accelerate, which collects
-    garbage before each, need not look through all that is loaded by now."""
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
+    """The session's; a test file makes a fixture of it.
+
+    Meanwhile a training takes a fifth of its time: no plot is drawn, and accelerate, which collects garbage before
+    each, need not look through all that is loaded by now.
+    """
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_plot", lambda table: Figure(figsize=(1, 1)))
-        yield _toy(factory.getbasetemp() / "toy")
+        yield _toy(tmp_path_factory.getbasetemp() / "toy")
     gc.unfreeze()
 
 
