@@ -14,7 +14,7 @@ from torch.utils import cpp_extension
 
 from snpatch.kernels import patched_glu as kernel
 from snpatch.op import ops, reference
-from snpatch.op.plan import Column, bits_of
+from snpatch.op.plan import NEVER, Column, Receipt, bits_of
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -44,7 +44,7 @@ def all_features(T, F, dtype):
         "stats": torch.zeros(1, 5, F, dtype=torch.float64),
         "count": torch.zeros(1, dtype=torch.int64),
         "capture": torch.zeros(1, 64),
-        "receipt": torch.zeros(T, dtype=torch.int64),
+        "receipt": torch.zeros(T, len(Receipt), dtype=torch.int64),
     }
     tensors["unobserved"] = plan.clone()
     tensors["unobserved"][:, Column.GROUP] = -1
@@ -89,8 +89,10 @@ def unfused(t):
     rank, plan = t["rank"], t["plan"]
     t["capture"][0] = r[0, t["order"]]
     patched = (plan[:, Column.LO, None] <= rank) & (rank < plan[:, Column.HI, None])
-    t["receipt"] += patched.sum(1)
-    return torch.stack([torch.where(patched, d, r), d], dim=1).view(-1, width).to(t["gate_up"].dtype)
+    out = torch.stack([torch.where(patched, d, r), d], dim=1).view(-1, width).to(t["gate_up"].dtype)
+    nonfinite = (~out.isfinite()).view(len(r), -1).sum(1)
+    t["receipt"] += torch.stack([patched.sum(1), nonfinite, torch.where(nonfinite > 0, NEVER, 0)], dim=1)
+    return out
 
 
 def plain(t):

@@ -30,6 +30,8 @@ enum Column { FIRST, SECOND, SPEAKER, RANKING, LO, HI, SOURCE, ROW, SEED, KEEP, 
               RECEIPT, COLUMNS };
 constexpr int64_t CLAUSE = TAKE + 1 - RANKING;  // columns of a further clause, after the last of a row
 enum Source { FROM_DONOR, FROM_CONSTANT, FROM_NOISE };
+enum Receipt { OVERWRITES, NONFINITE, LAYER, RECEIPT_COLUMNS };  // columns of a row of `receipt`
+constexpr int64_t NEVER = 0x7fffffff;
 
 // ---- loops over a block of neurons -------------------------------------------------------------------------------
 
@@ -112,6 +114,20 @@ DEFINE_OVERWRITE(overwrite_f32, float, ((void)to, r[i] = value))
 DEFINE_OVERWRITE(overwrite_bf16, Bf16, store(value, to + i))
 DEFINE_OVERWRITE(overwrite_fp16, Fp16, store(value, to + i))
 
+// Values whose exponent bits are all ones: infinities and NaN.
+#define DEFINE_NONFINITE(NAME, TYPE, BITS, EXPONENT)                                                               \
+  CLONES int32_t NAME(const TYPE* __restrict value, int64_t n) {                                                   \
+    int32_t count = 0;                                                                                             \
+    for (int64_t i = 0; i < n; ++i) count += (BITS(value[i]) & EXPONENT) == EXPONENT;                             \
+    return count;                                                                                                  \
+  }
+inline uint32_t stored_bits(float x) { return bits_of(x); }
+inline uint16_t stored_bits(Bf16 x) { return x.bits; }
+inline uint16_t stored_bits(Fp16 x) { return x.bits; }
+DEFINE_NONFINITE(nonfinite_f32, float, stored_bits, 0x7f800000u)
+DEFINE_NONFINITE(nonfinite_bf16, Bf16, stored_bits, 0x7f80u)
+DEFINE_NONFINITE(nonfinite_fp16, Fp16, stored_bits, 0x7c00u)
+
 // keep * r + take * by, in place of `by`; what has the factor 0 is not looked at.
 CLONES void mix(const float* __restrict r, float* __restrict by, float keep, float take, int64_t n) {
   if (keep == 0.0f)
@@ -162,6 +178,8 @@ template <typename Element>
 using Overwrite = int32_t (*)(float*, const float*, const int32_t*, int32_t, int32_t, Element*, int64_t);
 template <typename Element>
 using Store = void (*)(const float*, Element*, int64_t);
+template <typename Element>
+using Nonfinite = int32_t (*)(const Element*, int64_t);
 
 // The loops of one element type and activation.
 template <typename Element>
@@ -170,9 +188,16 @@ struct Loops {
   Pair<Element> pair;
   Overwrite<Element> overwrite;
   Store<Element> store;
+  Nonfinite<Element> nonfinite;
 };
 
 inline float factor(int32_t bits) { return float_of(static_cast<uint32_t>(bits)); }
+
+// *at = max(*at, value), whichever thread comes first.
+inline void raise_to(int64_t* at, int64_t value) {
+  int64_t seen = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (seen < value && !__atomic_compare_exchange_n(at, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
 
 inline float* in_place(float* to, float*) { return to; }
 template <typename Element>
@@ -182,7 +207,7 @@ float* in_place(Element*, float* block) { return block; }
 template <typename Element, bool is_single>
 void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t start,
                const Loops<Element>& loops) {
-  const auto [glu, pair, overwrite, store_block] = loops;
+  const auto [glu, pair, overwrite, store_block, nonfinite] = loops;
   const int64_t n = std::min(BLOCK, a.width - start);
   alignas(64) float r_block[BLOCK], d_block[BLOCK], other[BLOCK];
   alignas(64) float sums[5 * BLOCK];
@@ -259,7 +284,15 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
       }
       if (is_single ? !patches : i + 1 == a.clauses) store_block(r, to, n);
     }
-    if (done > 0 && plan[RECEIPT] >= 0) __atomic_fetch_add(a.receipt + plan[RECEIPT], done, __ATOMIC_RELAXED);
+    if (plan[RECEIPT] >= 0) {
+      int64_t* receipt = a.receipt + plan[RECEIPT] * RECEIPT_COLUMNS;
+      if (done > 0) __atomic_fetch_add(receipt + OVERWRITES, done, __ATOMIC_RELAXED);
+      const int64_t bad = nonfinite(to, n) + (a.streams == 2 ? nonfinite(to_donor, n) : 0);
+      if (bad > 0) {
+        __atomic_fetch_add(receipt + NONFINITE, bad, __ATOMIC_RELAXED);
+        raise_to(receipt + LAYER, NEVER - a.layer);
+      }
+    }
   }
   close_run();
 }
@@ -335,7 +368,8 @@ Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& ran
         "[G, 5, F] float64, contiguous", stats);
   check(is(count, ScalarType::Long, 1) && count.size(0) == stats.size(0), "count", "[G] int64, contiguous", count);
   check(is(capture, ScalarType::Float, 2), "capture", "[slots, K] float32, contiguous", capture);
-  check(is(receipt, ScalarType::Long, 1), "receipt", "[slots] int64, contiguous", receipt);
+  check(is(receipt, ScalarType::Long, 2) && receipt.size(1) == RECEIPT_COLUMNS, "receipt",
+        "[slots, 3] int64, contiguous", receipt);
   check_plan(plan, scale, rank, constant, stats, capture, receipt, streams);
 
   Tensor out = torch::stable::new_empty(gate_up, {streams * tokens, width});
@@ -353,7 +387,7 @@ Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& ran
   case ScalarType::SCALAR:                                                                                   \
     run<TYPE>(a, gate_up, out,                                                                               \
               {is_silu ? glu_silu_##SUFFIX : glu_gelu_##SUFFIX, is_silu ? pair_silu_##SUFFIX : pair_gelu_##SUFFIX, \
-               overwrite_##SUFFIX, store_##SUFFIX});                                                         \
+               overwrite_##SUFFIX, store_##SUFFIX, nonfinite_##SUFFIX});                                     \
     break;
     RUN(Float, float, f32)
     RUN(BFloat16, Bf16, bf16)

@@ -35,6 +35,10 @@ COLUMNS = tl.constexpr(15)
 BLOCK = tl.constexpr(8)
 CONSTANT = tl.constexpr(1)
 NOISE = tl.constexpr(2)
+# Columns of a row of `receipt`: the overwrites, then these.
+NONFINITE = tl.constexpr(1)
+LAYER = tl.constexpr(2)
+RECEIPT_COLUMNS = tl.constexpr(3)
 NEVER = tl.constexpr(2**31 - 1)
 # Tokens x neurons. kernels/README.md says why these.
 TILE = {"BLOCK_T": 4, "BLOCK_F": 256, "SUM_T": 32, "SUM_F": 32}
@@ -78,12 +82,16 @@ def _normal(seed, position, layer, neuron):
 
 @triton.jit
 def _store(p, value, mask, INTERPRETED: tl.constexpr):
+    """Store a tile in the output's type; returns 1 where a stored value is not finite, else 0."""
     if INTERPRETED and p.dtype.element_ty == tl.bfloat16:
         # The interpreter truncates; the hardware rounds to nearest even.
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
-    tl.store(p, value.to(p.dtype.element_ty), mask=mask)
+    stored = value.to(p.dtype.element_ty)
+    tl.store(p, stored, mask=mask)
+    is_finite = tl.abs(stored.to(tl.float32)) < float("inf")  # False for NaN
+    return (mask & (is_finite == 0)).to(tl.int32)
 
 
 @triton.jit
@@ -239,13 +247,19 @@ def _make_output(
         hi = tl.maximum(hi, lo + hi_i - lo_i)
     p_to = p_out + (o_token.to(tl.int64) * STREAMS * n_neurons)[:, None] + o_neuron[None, :]
     if STREAMS == 2:
-        _store(p_to, tl.where(is_first, spoken, d), m, INTERPRETED)
-        _store(p_to + n_neurons, tl.where(is_first, d, spoken), m, INTERPRETED)
+        is_bad = _store(p_to, tl.where(is_first, spoken, d), m, INTERPRETED)
+        is_bad += _store(p_to + n_neurons, tl.where(is_first, d, spoken), m, INTERPRETED)
     else:
-        _store(p_to, spoken, m, INTERPRETED)
-    if tl.max(hi - lo, axis=0) > 0:
+        is_bad = _store(p_to, spoken, m, INTERPRETED)
+    nonfinite = tl.sum(is_bad, axis=1)
+    if tl.max((hi - lo) | nonfinite, axis=0) > 0:
         receipt = tl.load(p_row + RECEIPT, mask=m_token, other=-1)
-        tl.atomic_add(p_receipt + receipt, done.to(tl.int64), mask=(receipt >= 0) & (done > 0), sem="relaxed")
+        p_own = p_receipt + receipt.to(tl.int64) * RECEIPT_COLUMNS
+        tl.atomic_add(p_own, done.to(tl.int64), mask=(receipt >= 0) & (done > 0), sem="relaxed")
+        m_bad = (receipt >= 0) & (nonfinite > 0)
+        tl.atomic_add(p_own + NONFINITE, nonfinite.to(tl.int64), mask=m_bad, sem="relaxed")
+        first = tl.zeros_like(receipt) + (NEVER - layer)
+        tl.atomic_max(p_own + LAYER, first.to(tl.int64), mask=m_bad, sem="relaxed")
 
 
 # Not specialised: one compiled kernel serves every layer and number of tokens, so none is met first in a graph capture.
@@ -259,7 +273,7 @@ def _patched_glu_kernel(
     p_stats,  # [G, 5, F] float64
     p_count,  # [G] int64
     p_capture,  # [slots, K] float32
-    p_receipt,  # [slots] int64
+    p_receipt,  # [slots, RECEIPT_COLUMNS] int64
     p_out,  # [S*T, F]
     n_tokens,
     n_neurons,
@@ -301,7 +315,7 @@ def patched_glu(
     stats: Tensor,  # [G, 5, F] float64, added to
     count: Tensor,  # [G] int64, added to
     capture: Tensor,  # [slots, K] float32, written
-    receipt: Tensor,  # [slots] int64, added to
+    receipt: Tensor,  # [slots, 3] int64, added to
     activation: str,  # "silu" or "gelu_tanh"
     streams: int,
     layer: int,

@@ -5,7 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError
+from snpatch.errors import OverflowedError, SnpatchError, SpoiledEngineError
 from snpatch.executors.base import Output, Request
 from snpatch.loaded import Loaded
 from snpatch.patching.patch import Patch
@@ -47,7 +47,18 @@ class AsyncEngine(Loaded):
 
     async def start(self, log_stats: bool = False) -> None:
         """Start vLLM, which takes its time; `async with` does it. log_stats: keep vLLM's metrics."""
+        self._log_stats = log_stats
         await self.executor.start(list(self._opened.models.values()), log_stats)
+
+    async def restart(self) -> None:
+        """Restart vLLM, as after an EngineDiedError; open requests end with an error, models and adapters stay."""
+        self.executor.close()
+        self.executor = self._executor_of(self.config)
+        await self.start(self._log_stats)
+
+    def judge(self, error: OverflowedError) -> OverflowedError:
+        """Return the error to report of a text that overflowed: a SpoiledEngineError asks for a restart."""
+        return self._spoilage.judge(error)
 
     def close(self) -> None:
         """Stop vLLM; open requests end with a SnpatchError."""
@@ -72,15 +83,21 @@ class AsyncEngine(Loaded):
 
     async def _deltas(self, request: Request) -> AsyncIterator[Delta]:
         held_back = max((len(stop) for stop in request.sampling.stop), default=1) - 1
-        told = Output()
-        async with aclosing(self.executor.stream(request)) as outputs:
-            async for output in outputs:
-                text = output.text
-                if output.finish_reason is None:
-                    text = text[: len(text) - held_back].rstrip(BROKEN)
-                new = text[len(told.text) :]
-                tokens = output.token_ids[len(told.token_ids) :]
-                told = Output(output.token_ids, told.text + new)
-                completion = Completion.of(request, output) if output.finish_reason is not None else None
-                if tokens or completion:
-                    yield Delta(tokens, new, completion)
+        sent, executor = Output(), self.executor
+        try:
+            async with aclosing(executor.stream(request)) as outputs:
+                async for output in outputs:
+                    text = output.text
+                    if output.finish_reason is None:
+                        text = text[: len(text) - held_back].rstrip(BROKEN)
+                    new = text[len(sent.text) :]
+                    tokens = output.token_ids[len(sent.token_ids) :]
+                    sent = Output(output.token_ids, sent.text + new)
+                    completion = Completion.of(request, output) if output.finish_reason is not None else None
+                    if tokens or completion:
+                        yield Delta(tokens, new, completion)
+        except OverflowedError as error:
+            reported = self.judge(error)
+            if isinstance(reported, SpoiledEngineError) and self.executor is executor:
+                await self.restart()
+            raise reported from error

@@ -1,7 +1,7 @@
 """Engine: a model and its adapters, ready to be patched. The facade over requests, contrast and the executors."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from snpatch import contrast as contrasts
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError
-from snpatch.executors.base import Executor, Logprobs, Output, Progress, Request, execute
+from snpatch.errors import SnpatchError, SpoiledEngineError
+from snpatch.executors.base import Executor, Logprobs, Output, Progress, Request
 from snpatch.loaded import Loaded
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
@@ -49,7 +49,7 @@ class Engine(Loaded):
         return Executor(config, self.tokenizer)
 
     def restart(self) -> None:
-        """Start anew what runs the requests, as after an EngineDiedError; models and what was kept of them stay."""
+        """Restart what runs the requests, as after an EngineDiedError; models and adapters stay."""
         self.executor.close()
         self.executor = self._executor_of(self.config)
         self.executor.start(list(self._opened.models.values()))
@@ -89,8 +89,10 @@ class Engine(Loaded):
 
         patch: a Patch, or the name of a model to run unpatched, or one of these for each prompt; sampling
         likewise. Where it asks for n texts of a prompt, n completions stand in that prompt's place. A patch that
-        the device did not apply in full is a ReceiptError. guard: first reads each prompt once, in the model that it
-        was fitted on; prompts that it finds harmful are answered with its refusal, and progress does not count them.
+        the device did not apply in full is a ReceiptError, and so are values that overflow (OverflowedError). An
+        unpatched text that overflows restarts the engine (SpoiledEngineError). guard: first reads each prompt once, in
+        the model that it was fitted on; prompts that it finds harmful are answered with its refusal, and progress does
+        not count them.
         """
         requests, harm, guard = self._asked(prompts, patch, sampling, guard)
         completions: list[Completion | None] = [None] * len(requests)
@@ -164,8 +166,36 @@ class Engine(Loaded):
         return found if read is None else [f.last(len(c)) for f, c in zip(found, read, strict=True)]
 
     def execute(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
-        """The outputs of requests, in their order: what everything above stands on."""
-        return execute(self.executor, requests, progress)
+        """Return the outputs of requests, in their order; a text that overflowed is an OverflowedError."""
+        outputs: list[Output | None] = [None] * len(requests)
+        with self._restarted_if_spoiled():
+            for done, (index, output) in enumerate(self.run(requests), start=1):
+                outputs[index] = _usable(output)
+                if progress:
+                    progress(done, len(requests))
+        return outputs
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
+        """Yield (index, output) of each request as it finishes, its receipt checked; see Executor.stream.
+
+        A patched text that overflowed has its `error`, and the other requests go on. An unpatched one raises a
+        SpoiledEngineError: the caller must restart the engine.
+        """
+        with closing(self.executor.stream(requests)) as outputs:
+            for index, output in outputs:
+                if output.error is not None:
+                    output.error = self._spoilage.judge(output.error)
+                    if isinstance(output.error, SpoiledEngineError):
+                        raise output.error
+                yield index, output
+
+    @contextmanager
+    def _restarted_if_spoiled(self) -> Iterator[None]:
+        try:
+            yield
+        except SpoiledEngineError:
+            self.restart()
+            raise
 
     def _asked(self, prompts, patch, sampling, guard) -> tuple[list[Request], list[float | None], PromptGuard | None]:
         """The requests of all texts, and each one's probability of harm, if a guard was asked."""
@@ -182,10 +212,17 @@ class Engine(Loaded):
             if refused[index]:
                 yield index, Completion.refused(request.prompt_ids, guard.refusal, harm[index])
         left = [index for index, no in enumerate(refused) if not no]
-        with closing(self.executor.stream([requests[index] for index in left])) as outputs:
+        with self._restarted_if_spoiled(), closing(self.run([requests[index] for index in left])) as outputs:
             for place, output in outputs:
                 index = left[place]
-                yield index, Completion.of(requests[index], output, harm[index])
+                yield index, Completion.of(requests[index], _usable(output), harm[index])
+
+
+def _usable(output: Output) -> Output:
+    """Return the output; raise its error if it has one."""
+    if output.error is not None:
+        raise output.error
+    return output
 
 
 def _is_refused(guard: PromptGuard | None, harm: float | None) -> bool:

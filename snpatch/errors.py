@@ -23,12 +23,27 @@ class ReceiptError(SnpatchError):
     """The device did not do what the plan implies: the results of the run must not be used."""
 
 
+class OverflowedError(ReceiptError):
+    """Values of one text are not finite: that text must not be used. Other texts are not affected.
+
+    unpatched: digest of the recipient and the prompt if no patch was applied, else None.
+    """
+
+    def __init__(self, message: str = "", *, unpatched: str | None = None) -> None:
+        super().__init__(message)
+        self.unpatched = unpatched
+
+
 class BusyError(SnpatchError):
     """There is no room now: to be asked again."""
 
 
 class EngineDiedError(SnpatchError):
-    """The engine is no more: what was under way is lost, and it can be started anew."""
+    """The engine process died: running requests are lost. Call restart()."""
+
+
+class SpoiledEngineError(OverflowedError, EngineDiedError):
+    """Values of an unpatched text are not finite: the engine's state may be spoiled, so it is restarted."""
 
 
 @contextmanager

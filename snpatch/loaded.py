@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from snpatch.config import OWN_SET, EngineConfig, Folders
+from snpatch.executors.spoilage import Spoilage
 from snpatch.models.opening import BASE, Opened
 from snpatch.requests import Prompt, Requests
 
@@ -23,7 +24,7 @@ class Loaded:
         return engine
 
     def _open(self, config: EngineConfig) -> None:
-        self.config, self.backend = config, config.checked_backend()
+        self.config, self.backend, self._spoilage = config, config.checked_backend(), Spoilage()
         self._opened = opened = Opened(config)
         self.tokenizer = opened.tokenizer
         self.executor = self._executor_of(config)

@@ -10,7 +10,7 @@ import torch
 
 from snpatch.errors import SnpatchError
 from snpatch.op import ops, reference
-from snpatch.op.plan import NEVER, Column, Entry, Source, bits_of, clauses_of, column_of, fill_plan, width_of
+from snpatch.op.plan import NEVER, Column, Entry, Receipt, Source, bits_of, clauses_of, column_of, fill_plan, width_of
 
 SUMS_ERROR = 2e-6  # relative RMS error of float32 arithmetic against double
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # the output's own type adds its rounding
@@ -43,6 +43,13 @@ def plan_row(**fields) -> list[int]:
     for name, value in fields.items():
         row[Column[name.upper()]] = value
     return row
+
+
+def receipts(*overwrites: int) -> torch.Tensor:
+    """Receipts of so many overwrites, all of their values finite."""
+    receipt = torch.zeros(len(overwrites), len(Receipt), dtype=torch.int64)
+    receipt[:, Receipt.OVERWRITES] = torch.tensor(overwrites)
+    return receipt
 
 
 def near(got: torch.Tensor, want: torch.Tensor, bound: float) -> bool:
@@ -106,7 +113,7 @@ def test_two_tokens_by_hand(patched_glu, activation):
         plan_row(first=1, second=0, ranking=1, lo=1, hi=2, capture=1, receipt=0),
     ]
     stats, count = torch.zeros(2, 5, 3, dtype=torch.float64), torch.tensor([7, 7])
-    capture, receipt = torch.full((2, 2), -5.0), torch.tensor([10, 20, 30])
+    capture, receipt = torch.full((2, 2), -5.0), receipts(10, 20, 30)
     out = patched_glu(
         gate_up,
         torch.tensor([[1.0, 1.0, 1.0], [2.0, 3.0, 0.5]]),
@@ -128,7 +135,7 @@ def test_two_tokens_by_hand(patched_glu, activation):
     assert torch.equal(stats[0], torch.zeros(5, 3, dtype=torch.float64))
     assert count.tolist() == [7, 8]
     assert capture[0].tolist() == [-5.0, -5.0]
-    assert receipt.tolist() == [11, 20, 32]
+    assert torch.equal(receipt, receipts(11, 20, 32))
 
 
 TENSORS = "gate_up scale rank constant plan stats count capture receipt".split()
@@ -181,7 +188,7 @@ def case(
         "stats": real(2, 5, width).double(),
         "count": torch.tensor([5, 6]),
         "capture": torch.full((tokens, 4), -9.0),
-        "receipt": torch.tensor([100, 200, 300]),
+        "receipt": receipts(100, 200, 300),
     }
 
 
@@ -231,7 +238,7 @@ def loop(tensors: dict[str, torch.Tensor], setting: dict) -> tuple[torch.Tensor,
                 keep, take = (struct.unpack("f", struct.pack("i", own[c]))[0] for c in (Column.KEEP, Column.TAKE))
                 values[speaker] = keep * values[speaker] + take * source
                 if row[Column.RECEIPT] >= 0:
-                    after["receipt"][row[Column.RECEIPT]] += 1
+                    after["receipt"][row[Column.RECEIPT], Receipt.OVERWRITES] += 1
             for stream, value in enumerate(values):
                 out[token * streams + stream, neuron] = value
         after["count"][row[Column.GROUP]] += int(row[Column.GROUP] >= 0)
@@ -281,7 +288,7 @@ def test_a_full_window_copies_the_donor_exactly_and_an_empty_one_changes_nothing
     tensors["plan"][:, Column.KEEP], tensors["plan"][:, Column.TAKE] = 0, bits_of(1)
     full, after = run(patched_glu, tensors, SETTING)
     assert torch.equal(full[0::2], full[1::2])
-    assert after["receipt"].tolist() == [100 + 9 * 33, 200, 300]
+    assert torch.equal(after["receipt"], receipts(100 + 9 * 33, 200, 300))
     tensors["plan"][:, Column.HI] = 0
     empty, after = run(patched_glu, tensors, SETTING)
     alone = tensors["plan"].clone()
@@ -297,7 +304,34 @@ def test_a_full_window_copies_the_donor_exactly_and_an_empty_one_changes_nothing
     )
     assert torch.equal(empty[own], plain)
     assert torch.equal(empty[other], full[other])
-    assert after["receipt"].tolist() == [100, 200, 300]
+    assert torch.equal(after["receipt"], receipts(100, 200, 300))
+
+
+# Constants (float32) that the type of the activations cannot hold.
+OVERFLOWS = {torch.float16: 1.2e5, torch.bfloat16: 3.4e38, torch.float32: math.inf}
+
+
+@pytest.mark.parametrize("dtype", OVERFLOWS, ids=str)
+def test_receipt_counts_nonfinite_values_of_both_streams_and_their_first_layer(patched_glu, dtype):
+    tensors = case(5, 21)
+    tensors["gate_up"] = tensors["gate_up"].clamp(-2, 2).to(dtype)
+    tensors["plan"][:, [Column.GROUP, Column.CAPTURE]] = -1
+    tensors["plan"][:, [Column.RANKING, Column.LO]] = 0
+    tensors["plan"][:, Column.HI] = torch.tensor([0, 4, 4, 4, 4], dtype=torch.int32)
+    tensors["plan"][:, Column.SOURCE], tensors["plan"][:, Column.ROW] = Source.CONSTANT, 1
+    tensors["plan"][:, Column.KEEP], tensors["plan"][:, Column.TAKE] = 0, bits_of(1)
+    tensors["plan"][:, Column.RECEIPT] = torch.tensor([0, 1, 1, 2, -1])
+    tensors["rank"][0] = torch.arange(21)
+    tensors["constant"][1] = OVERFLOWS[dtype]
+    speaker = int(tensors["plan"][3, Column.SPEAKER])
+    tensors["gate_up"][2 * 3 + 1 - speaker, 0] = torch.nan  # of token 3's donor: one neuron more
+    tensors["receipt"][2, Receipt.NONFINITE], tensors["receipt"][2, Receipt.LAYER] = 7, NEVER - 3
+    _, after = run(patched_glu, tensors, {**SETTING, "layer": 5})
+    assert after["receipt"].tolist() == [[100, 0, 0], [200 + 8, 8, NEVER - 5], [300 + 4, 7 + 4 + 1, NEVER - 3]]
+    tensors["constant"][1] = torch.finfo(dtype).max
+    tensors["gate_up"].nan_to_num_(0)
+    _, after = run(patched_glu, tensors, {**SETTING, "layer": 1})
+    assert after["receipt"].tolist() == [[100, 0, 0], [200 + 8, 0, 0], [300 + 4, 7, NEVER - 3]]
 
 
 def test_a_sentinel_rank_is_never_patched(patched_glu):
@@ -307,7 +341,7 @@ def test_a_sentinel_rank_is_never_patched(patched_glu):
     out, after = run(patched_glu, tensors, SETTING)
     tensors["plan"][:, Column.HI] = 0
     assert torch.equal(out, run(patched_glu, tensors, SETTING)[0])
-    assert after["receipt"].tolist() == [100, 200, 300]
+    assert torch.equal(after["receipt"], receipts(100, 200, 300))
     assert after["capture"].eq(-9).all()
 
 
@@ -339,7 +373,7 @@ def test_nan_in_padded_rows_reaches_nothing(patched_glu, streams):
     assert torch.equal(out[rows], want_out)
     assert torch.isfinite(want_out).all()
     assert all(torch.equal(after[name], want[name]) for name in want)
-    assert after["receipt"].tolist() == [100 + 3 * 9, 200, 300]
+    assert torch.equal(after["receipt"], receipts(100 + 3 * 9, 200, 300))
     assert after["count"].tolist() == [5 + 3, 6]
 
 
@@ -396,7 +430,7 @@ def noise(patched_glu, width: int, tokens: int, seed: int, layer: int, first_neu
         torch.zeros(0, 5, width, dtype=torch.float64),
         torch.zeros(0, dtype=torch.int64),
         torch.zeros(0, 0),
-        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0, len(Receipt), dtype=torch.int64),
         activation="silu",
         streams=1,
         layer=layer,

@@ -12,7 +12,7 @@ import torch
 
 from snpatch import SnpatchError
 from snpatch.op import ops, plan, reference
-from snpatch.op.plan import Column, Source, column_of, width_of
+from snpatch.op.plan import Column, Receipt, Source, column_of, width_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
@@ -94,7 +94,7 @@ def case(T, F, S, dtype, seed=0, groups=3, slots=4, K=5, adapters=3, rankings=2,
         "stats": torch.randn(groups, 5, F, generator=g, dtype=torch.float64),
         "count": torch.arange(groups),
         "capture": torch.full((slots, K), torch.nan),
-        "receipt": torch.arange(slots) * 10,
+        "receipt": torch.arange(slots * len(Receipt)).view(slots, -1) * 10,
     }
 
 

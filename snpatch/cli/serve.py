@@ -1,6 +1,7 @@
 """`snpatch serve`: vLLM's OpenAI-compatible server, with patches by name and by request."""
 
 import inspect
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 
 from snpatch.cli import options as o
 from snpatch.cli.generated import ENGINE_FILES, Engine, Some, generated, is_given
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, SpoiledEngineError
 from snpatch.server.config import ServeConfig
 
 LIMITS = Some(ServeConfig, ("allow_upload", "max_waiting", "max_sweep_texts", "drain_s"))
@@ -70,7 +71,7 @@ def serve(
     """Serve a model and its patches to OpenAI's clients. MODEL may be a file that --print-config wrote. Further options
     are those of `vllm serve`: --port, --api-key, --max-model-len, --tensor-parallel-size, ...
 
-    Exit code 0 after SIGTERM or Ctrl-C, 2 where the engine has ended.
+    Exit code 0 after SIGTERM or Ctrl-C, 2 if the engine has ended. A spoiled engine restarts the server.
     """
     if print_config:
         import tomli_w
@@ -79,7 +80,11 @@ def serve(
         return
     from snpatch.server.run import serve
 
-    serve(config)
+    try:
+        serve(config)
+    except SpoiledEngineError as error:
+        print(f"snpatch: {error}", file=sys.stderr, flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", "snpatch.cli", *sys.argv[1:]])
 
 
 def _tables(entries: list[str] | None) -> dict[str, dict]:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from snpatch.errors import OverflowedError
 from snpatch.models.model import Model
 from snpatch.patching.patch import Overwrite
 from snpatch.ranking.ranking import Ranking
@@ -89,17 +91,27 @@ class Output:
     prompt_logprobs: Logprobs | None = None  # [len(prompt_ids) - 1]
     captured: Tensor | None = None  # [positions, k] float32
     overwrites: int = 0
+    error: OverflowedError | None = None  # why the text must not be used
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What of a model the rest needs to know. widths: IA3 module -> width of its vector, where the model has it."""
+    """Sizes of a model.
+
+    widths: IA3 module -> width of its vector, where the model has it. dtype: of the activations, as "bfloat16".
+    """
 
     n_layers: int
     n_neurons: int
     context: int
     vocab_size: int
     widths: dict[str, int]
+    dtype: str
+
+    @property
+    def largest(self) -> float:
+        """Largest finite activation."""
+        return torch.finfo(getattr(torch, self.dtype)).max
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,7 @@ class Executor(Protocol):
         """An error for a request that this executor cannot run, however long it waits."""
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
-        """(index, output) of each request as it finishes, its receipt checked.
+        """(index, output) of each request as it finishes, its receipt checked. A text that overflowed has its `error`.
 
         They are taken as there is room for them. Those of a list are all checked before any runs; whoever makes them
         on the way has checked them. Statistics are whole when the last output was taken; whoever stops before ends the
@@ -144,13 +156,3 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Free what is held; nothing can be run afterwards."""
-
-
-def execute(executor: Executor, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
-    """The outputs of all requests, in their order."""
-    outputs: list[Output | None] = [None] * len(requests)
-    for done, (index, output) in enumerate(executor.stream(requests), start=1):
-        outputs[index] = output
-        if progress:
-            progress(done, len(requests))
-    return outputs

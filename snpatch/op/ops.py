@@ -14,7 +14,7 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError
 from snpatch.op import reference
-from snpatch.op.plan import clauses_of, width_of
+from snpatch.op.plan import Receipt, clauses_of, width_of
 
 _LIBRARY = torch.library.Library("snpatch", "DEF")
 _LIBRARY.define(
@@ -75,7 +75,7 @@ def _checked(gate_up, scale, rank, constant, plan, stats, count, capture, receip
         "stats": (stats, (None, reference.SUMS, width), torch.float64),
         "count": (count, (stats.shape[0],), torch.int64),
         "capture": (capture, (None, None), torch.float32),
-        "receipt": (receipt, (None,), torch.int64),
+        "receipt": (receipt, (None, len(Receipt)), torch.int64),
     }
     for name, (tensor, shape, dtype) in want.items():
         fits = tensor.dim() == len(shape) and all(w in (None, g) for w, g in zip(shape, tensor.shape, strict=True))

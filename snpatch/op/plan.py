@@ -35,7 +35,7 @@ class Column(IntEnum):
     POSITION = 11  # token's position in its sequence, 0 is the first; counter of the noise
     GROUP = 12  # statistics group, -1 for none (on its way to the device perhaps UNLESS_END + group)
     CAPTURE = 13  # row of `capture`, -1 for none
-    RECEIPT = 14  # entry of `receipt`, -1 for none
+    RECEIPT = 14  # row of `receipt`, -1 for none
 
 
 class Source(IntEnum):
@@ -44,6 +44,14 @@ class Source(IntEnum):
     DONOR = 0  # the donor stream's value of the same token
     CONSTANT = 1  # constant[row]
     NOISE = 2  # constant[row] * a standard normal number
+
+
+class Receipt(IntEnum):
+    """Columns of a row of `receipt`, int64: what the device did for one request."""
+
+    OVERWRITES = 0  # neurons that were overwritten
+    NONFINITE = 1  # values of either stream that are NaN or infinite in the model's dtype, logits included
+    LAYER = 2  # NEVER minus the first layer that holds such a value; 0 if there is none
 
 
 class Entry(IntEnum):
@@ -145,10 +153,10 @@ def fill_plan(
         return real & (row[:, start] <= position) & (position < row[:, stop])
 
     new = position >= row[:, Entry.SEEN]
-    patched = within(Entry.PATCH_START, Entry.PATCH_STOP)
+    is_patched = within(Entry.PATCH_START, Entry.PATCH_STOP)
     observed = within(Entry.OBSERVE_START, Entry.OBSERVE_STOP) & new
     captured = within(Entry.CAPTURE_START, Entry.CAPTURE_STOP) & new
-    plan[:, Column.HI] = np.where(patched, row[:, Entry.HI], plan[:, Column.LO])
+    plan[:, Column.HI] = np.where(is_patched, row[:, Entry.HI], plan[:, Column.LO])
     plan[:, Column.GROUP] = np.where(observed, row[:, Entry.GROUP], -1)
     slot = row[:, Entry.CAPTURE] + (position - row[:, Entry.CAPTURE_START])
     plan[:, Column.CAPTURE] = np.where(captured, slot, -1)
@@ -159,6 +167,5 @@ def fill_plan(
         here = within(entry_of(Entry.PATCH_START, clause), entry_of(Entry.PATCH_STOP, clause))
         lo, hi = column_of(Column.LO, clause), column_of(Column.HI, clause)
         plan[:, hi] = np.where(here, row[:, entry_of(Entry.HI, clause)], plan[:, lo])
-        patched |= here
-    plan[:, Column.RECEIPT] = np.where(patched, row[:, Entry.RECEIPT], -1)
+    plan[:, Column.RECEIPT] = np.where(real, row[:, Entry.RECEIPT], -1)
     return plan

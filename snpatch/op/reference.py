@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snpatch.op.plan import Column, Source, clauses_of, column_of
+from snpatch.op.plan import NEVER, Column, Receipt, Source, clauses_of, column_of
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 SUMS = 5  # r, r^2, d, d^2, (r - d)^2
@@ -25,10 +25,10 @@ def patched_glu(
     stats: Tensor,  # [G, 5, N] float64, added to: sums of r, r^2, d, d^2, (r - d)^2
     count: Tensor,  # [G] int64, added to: tokens that went into stats
     capture: Tensor,  # [slots, K] float32, written: neurons with rank < K, in rank order
-    receipt: Tensor,  # [slots] int64, added to: overwrites done
+    receipt: Tensor,  # [slots, len(Receipt)] int64, added to: see plan.Receipt
     activation: str,  # a key of ACTIVATIONS
     streams: int,  # S: 1, or 2 with donor rows
-    layer: int,  # index of this layer, for the noise
+    layer: int,  # index of this layer, for the noise and the receipt
     first_neuron: int,  # global index of neuron 0 here, for the noise
 ) -> Tensor:
     """Gated activation, IA3 scale, statistics, capture and overwrite of one layer: [S*T, N] in the model dtype.
@@ -37,7 +37,8 @@ def patched_glu(
     Statistics and captures see the recipient as it would have been (r) and the donor (d), before the overwrite; the
     donor's own rows are never changed. A patched neuron becomes keep * r + take * source; where keep is 0 r is not
     looked at, where take is 0 the source is not, so that 0 and 1 give the source bit for bit. Further clauses do the
-    same, in order, to what the ones before them left.
+    same, in order, to what the ones before them left. The receipt counts the overwrites, and the values of both
+    streams that are not finite once they are rounded to the model dtype.
     Source: paper section 3.2 and Algorithm 1, arXiv 2406.14144.
     """
     tokens, width = plan.shape[0], gate_up.shape[1] // 2
@@ -77,8 +78,24 @@ def patched_glu(
         keep, take = (of(column)[:, None].contiguous().view(torch.float32) for column in (Column.KEEP, Column.TAKE))
         mixture = torch.where(take == 0, keep * spoken, keep * spoken + take * taken)
         spoken = torch.where(patched, torch.where(keep == 0, take * taken, mixture), spoken)
-        receipt.index_add_(0, plan[counted, Column.RECEIPT].long(), patched[counted].sum(1))
-    return value.index_put((token, speaker), spoken).view(-1, width).to(gate_up.dtype)
+        receipt[:, Receipt.OVERWRITES].index_add_(0, plan[counted, Column.RECEIPT].long(), patched[counted].sum(1))
+    out = value.index_put((token, speaker), spoken).view(-1, width).to(gate_up.dtype)
+    nonfinite = (~out.isfinite()).view(tokens, streams * width).sum(1)
+    count_nonfinite(receipt, plan[:, Column.RECEIPT], nonfinite, layer)
+    return out
+
+
+def count_nonfinite(
+    receipt: Tensor,  # [slots, len(Receipt)] int64, added to
+    slot: Tensor,  # [T] int32, row of `receipt`; -1 = do not count
+    nonfinite: Tensor,  # [T] int64 or bool, non-finite values of each token
+    layer: int,
+) -> None:
+    """Add non-finite values to the receipts of their requests. Device code: nothing is read on the host."""
+    nonfinite = torch.where(slot >= 0, nonfinite, 0)
+    row, found = slot.clamp(min=0).long(), torch.where(nonfinite > 0, NEVER - layer, 0)
+    receipt[:, Receipt.NONFINITE].index_add_(0, row, nonfinite.long())
+    receipt[:, Receipt.LAYER].scatter_reduce_(0, row, found.long(), "amax")
 
 
 def normal(seed: Tensor, position: Tensor, layer: int, first_neuron: int, width: int) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from snpatch import __version__
 from snpatch.data import Chat, question
 from snpatch.engine import Engine
-from snpatch.errors import EngineDiedError, ReceiptError, SnpatchError
+from snpatch.errors import EngineDiedError, ReceiptError, SnpatchError, SpoiledEngineError
 from snpatch.executors.base import Progress, Request
 from snpatch.judges.protocol import BrokenJudgeError
 from snpatch.patching.patch import Clause, Patch, digest_of
@@ -128,18 +128,22 @@ def fill(
     while left:
         claimed: list[str] = []
         try:
-            with closing(engine.executor.stream(_claimed(store, by_key, claimed))) as outputs:
+            with closing(engine.run(_claimed(store, by_key, claimed))) as outputs:
                 for index, output in outputs:
-                    completion = Completion.of(by_key[claimed[index]], output)
-                    store.keep(claimed[index], text_of(completion))
-                    if written:
-                        written(prompts[claimed[index]], completion.text)
+                    key = claimed[index]
+                    if output.error is not None:
+                        store.suspect(str(output.error), [key])
+                    else:
+                        completion = Completion.of(by_key[key], output)
+                        store.keep(key, text_of(completion))
+                        if written:
+                            written(prompts[key], completion.text)
                     left, failed = left - 1, 0
                     if progress:
                         progress(len(by_key) - left, len(by_key))
-        except (BrokenJudgeError, ReceiptError):
-            raise  # nothing that such an engine writes can be used, and nothing that such a judge says
         except SnpatchError as error:
+            if isinstance(error, BrokenJudgeError | ReceiptError) and not isinstance(error, SpoiledEngineError):
+                raise  # nothing that such an engine writes can be used, and nothing that such a judge says
             failed += 1
             if not store.suspect(str(error)) or failed == GIVE_UP:
                 raise  # it is none of the texts' doing

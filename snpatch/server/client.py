@@ -14,7 +14,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from snpatch.errors import ReceiptError, SnpatchError
+from snpatch.errors import OverflowedError, ReceiptError, SnpatchError
 from snpatch.executors.base import Output, Request
 from snpatch.executors.rows import named_by
 from snpatch.executors.vllm.registry import Held
@@ -203,11 +203,15 @@ class PatchedClient:
         if records is not None:
             try:
                 self.engine.executor.wire.confirm(request, found, records)
+            except OverflowedError as error:
+                metrics.OVERFLOWED.inc()
+                raise self.serving.judge(error) from error
             except ReceiptError:
                 metrics.RECEIPTS_FAILED.inc()
                 raise
-            metrics.PATCHED.inc()
-            metrics.OVERWRITES.inc(found.overwrites)
+            if request.overwrites:
+                metrics.PATCHED.inc()
+                metrics.OVERWRITES.inc(found.overwrites)
         fed = len(request.prompt_ids) + max(len(ids) - 1, 0)
         receipts[text.place] = replace(
             receipts[text.place], overwrites=found.overwrites, positions=_patched(request, fed), verified=True

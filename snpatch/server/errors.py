@@ -40,8 +40,9 @@ STATUS = {
 
 
 def status_of(error: SnpatchError) -> HTTPStatus:
-    """400 for all bad input."""
-    return STATUS.get(type(error), HTTPStatus.BAD_REQUEST)
+    """Return the status of an error's class or the nearest base class; 400 for all bad input."""
+    found = (STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    return next(found, HTTPStatus.BAD_REQUEST)
 
 
 def kind_of(status: HTTPStatus) -> str:

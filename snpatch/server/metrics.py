@@ -5,6 +5,7 @@ from collections.abc import Callable
 from prometheus_client import Counter, Gauge
 
 PATCHED = Counter("snpatch_patched_requests", "Texts that were patched and whose receipt was verified.")
+OVERFLOWED = Counter("snpatch_overflowed_texts", "Texts with non-finite values: answered with an error.")
 OVERWRITES = Counter("snpatch_overwrites", "Neurons that were overwritten, by the device's own count.")
 REFUSED = Counter("snpatch_refused_prompts", "Prompts that a guard refused.")
 RECEIPTS_FAILED = Counter(

@@ -27,7 +27,12 @@ GRACE_S = 5  # for connections whose requests were ended
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C, after which running requests end first. The engine's death is a SnpatchError."""
+    """Serve until SIGTERM or Ctrl-C, after which running requests end first.
+
+    Raises:
+        SpoiledEngineError: the engine must be restarted, and the server with it.
+        EngineDiedError: the engine ended.
+    """
     import uvloop
 
     uvloop.run(_serve(config))
@@ -73,6 +78,8 @@ async def _serve(config: ServeConfig) -> None:
         is_dead = engine.executor.engine.errored
         engine.close()
         await ending
+    if serving.spoiled is not None:
+        raise serving.spoiled
     if is_dead:
         raise died()
 

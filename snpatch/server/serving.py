@@ -1,9 +1,11 @@
 """Serving: what one server holds: its engine, what clients can name, judges, uploads, and who is being answered."""
 
+import os
+import signal
 from dataclasses import dataclass, field
 
 from snpatch.async_engine import AsyncEngine
-from snpatch.errors import BusyError, SnpatchError
+from snpatch.errors import BusyError, OverflowedError, SnpatchError, SpoiledEngineError
 from snpatch.judges.protocol import Judge
 from snpatch.server.catalogue import Catalogue
 from snpatch.server.config import ServeConfig
@@ -25,6 +27,15 @@ class Serving:
     has_own_template: bool
     waiting: int = 0  # texts that clients asked for, and that have no place yet
     sweeps: set = field(default_factory=set)  # that run
+    spoiled: SpoiledEngineError | None = None  # why the server is to be restarted
+
+    def judge(self, error: OverflowedError) -> OverflowedError:
+        """Return the error to report of a text that overflowed. One of a spoiled engine ends the server, as SIGTERM."""
+        error = self.engine.judge(error)
+        if isinstance(error, SpoiledEngineError) and self.spoiled is None:
+            self.spoiled = error
+            os.kill(os.getpid(), signal.SIGTERM)
+        return error
 
     def check_template(self, recipient: str) -> None:
         """An error for a model that reads chats by another template than vLLM's server renders them with."""

@@ -94,14 +94,20 @@ class Replica:
             [[(item.key, item.error) for item in mine] for mine in asked.items],
         )
 
-    def write(self, work, me: int) -> Iterator[tuple[str, Text]]:
-        """(key, text) of each that it takes from the work, as they are finished. A dead engine ends the actor."""
+    def write(self, work, me: int) -> Iterator[tuple[str, Text | str]]:
+        """Yield (key, text) of each that it takes from the work, as they are finished; a str is why a text failed.
+
+        A dead or spoiled engine ends the actor.
+        """
         while not ray.get(work.is_ended.remote()):
             claimed: list[str] = []
             try:
-                for index, output in self._lab.engine.executor.stream(self._taken(work, me, claimed)):
+                for index, output in self._lab.engine.run(self._taken(work, me, claimed)):
                     key = claimed[index]
-                    yield key, texts.text_of(Completion.of(self._requests[key], output))
+                    if output.error is not None:
+                        yield key, str(output.error)
+                    else:
+                        yield key, texts.text_of(Completion.of(self._requests[key], output))
             except EngineDiedError:
                 os._exit(1)
             if not claimed:
@@ -191,8 +197,11 @@ class _Team:
                 if what == "text":
                     key, text = result
                     waiting.discard(key)
-                    store.keep(key, text)
-                    written(prompts[key], text.completion)
+                    if isinstance(text, str):
+                        store.suspect(text, [key])
+                    else:
+                        store.keep(key, text)
+                        written(prompts[key], text.completion)
                     left -= 1
                     if progress:
                         progress(len(prompts) - left, len(prompts))

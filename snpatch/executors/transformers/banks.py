@@ -16,7 +16,7 @@ from snpatch.executors.base import Geometry, Request
 from snpatch.executors.receipts import Record
 from snpatch.executors.rows import Named, Places, implied_overwrites, named_by, observed_statistics, request_row
 from snpatch.op.bank import LayerBank
-from snpatch.op.plan import NEVER, Entry
+from snpatch.op.plan import NEVER, Entry, Receipt
 from snpatch.op.reference import SUMS
 
 
@@ -61,7 +61,7 @@ class Banks:
         ]
 
     def for_batch(self, requests: Sequence[Request]) -> tuple[NDArray[np.int32], Tensor, Tensor]:
-        """Table [R, entries_of(clauses)], empty captures [slots, K] and empty receipts [R] of one batch."""
+        """Table [R, entries_of(clauses)], empty captures [slots, K] and empty receipts [R, 3] of one batch."""
         slots, columns = 0, max((r.capture.k for r in requests if r.capture), default=0)
         clauses = max(1, *(len(r.overwrites) for r in requests))
         rows = []
@@ -73,7 +73,8 @@ class Banks:
                 slots += request.capture.stop - request.capture.start
             rows.append(row)
         capture = torch.full((slots, columns), torch.nan, device=self._device)
-        return np.array(rows, dtype=np.int32), capture, torch.zeros(len(rows), dtype=torch.int64, device=self._device)
+        receipt = torch.zeros(len(rows), len(Receipt), dtype=torch.int64, device=self._device)
+        return np.array(rows, dtype=np.int32), capture, receipt
 
     def gather(self) -> None:
         """Add what was observed to the requests' statistics."""
@@ -92,10 +93,10 @@ class Banks:
 def records_of(requests: Sequence[Request], fed: Sequence[int], capture: Tensor, receipt: Tensor) -> list[Record]:
     """What a batch did for each of its requests. fed: positions that were run; capture, receipt: from `for_batch`."""
     records, slot = [], 0
-    for request, n, done in zip(requests, fed, receipt.tolist(), strict=True):
+    for request, n, own_receipt in zip(requests, fed, receipt.tolist(), strict=True):
         own = None
         if request.capture:
             stop = slot + request.capture.stop - request.capture.start
             own, slot = capture[slot:stop].cpu(), stop
-        records.append(Record(n, implied_overwrites(request, n), 0, done, own))
+        records.append(Record(n, implied_overwrites(request, n), 0, *own_receipt, own))
     return records

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from snpatch.config import OWN_SET, EngineConfig, ModelSource
-from snpatch.errors import SnpatchError, first_line
+from snpatch.errors import OverflowedError, SnpatchError, first_line
 from snpatch.executors.base import Geometry, Logprobs, Memory, Output, Request
 from snpatch.executors.receipts import confirm
 from snpatch.executors.transformers.banks import Banks, records_of
@@ -24,7 +24,8 @@ from snpatch.models.lora import merged
 from snpatch.models.model import Model
 from snpatch.models.pairing import bytes_of
 from snpatch.models.pretrained import load_pretrained
-from snpatch.op.plan import fill_plan
+from snpatch.op.plan import Column, fill_plan
+from snpatch.op.reference import count_nonfinite
 
 BATCH_SIZE = 32  # sequences of a batch where none is given
 TAKEN = 8  # batches of requests that are taken together, of those that are made on the way
@@ -130,6 +131,9 @@ class TransformersExecutor:
             inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position.clamp(min=0)}
             rows = {name: tensor.repeat_interleave(step.streams, dim=0) for name, tensor in inputs.items()}
             run = self._model(**rows, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
+            slots = step.plan.view(*ids.shape, -1)[:, -1, Column.RECEIPT]
+            is_bad = ~run.logits[:, -1].amax(dim=-1).isfinite()
+            count_nonfinite(receipt, slots, is_bad, self.geometry.n_layers)
             return run.logits
 
         wants_prompt = any(r.prompt_logprobs for r in requests)
@@ -172,7 +176,10 @@ class TransformersExecutor:
         outputs = [writer.finish() for writer in writers]
         records = records_of(requests, fed, capture, receipt)
         for request, output, record in zip(requests, outputs, records, strict=True):
-            confirm(request, output, [record])
+            try:
+                confirm(request, output, [record], self.geometry)
+            except OverflowedError as error:
+                output.error = error
         return outputs
 
 
@@ -225,4 +232,5 @@ def geometry_of(config, model) -> Geometry:
         config.max_position_embeddings,
         config.vocab_size,
         widths,
+        str(model.dtype).removeprefix("torch."),
     )

@@ -14,7 +14,7 @@ from snpatch.errors import SnpatchError
 from snpatch.models.pairing import are_equal
 from snpatch.op import ops
 from snpatch.op.bank import LayerBank
-from snpatch.op.plan import Column
+from snpatch.op.plan import Column, Receipt
 
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
@@ -27,7 +27,7 @@ class Step:
     length: int = 1  # positions of each row in this pass
     plan: Tensor = field(default_factory=lambda: torch.empty(0, len(Column), dtype=torch.int32))
     capture: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    receipt: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    receipt: Tensor = field(default_factory=lambda: torch.empty(0, len(Receipt), dtype=torch.int64))
     banks: list[LayerBank] = field(default_factory=list)
 
     @property

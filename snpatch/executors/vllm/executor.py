@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import OverflowedError, SnpatchError
 from snpatch.executors.base import Memory, Output, Request
 from snpatch.executors.vllm.answers import Started, answers_of
 from snpatch.executors.vllm.lifetime import died, start_engine
@@ -184,12 +184,13 @@ class _Run:
     def _fetch(self) -> Iterator[tuple[int, Output]]:
         """What finished, with its receipts and captures."""
         executor, finished = self._executor, list(self._finished)
-        asked = [each for each in finished if each[2].tag.has_record]
-        tickets = [sent.tag.ticket for _, _, sent, _ in asked]
-        answers = executor.command("snpatch_fetch", tickets) if tickets else []
+        answers = executor.command("snpatch_fetch", [sent.tag.ticket for _, _, sent, _ in finished])
         self._finished.clear()
-        for (_, request, _, output), *shards in zip(asked, *answers, strict=True):
-            executor.wire.confirm(request, output, shards)
+        for (_, request, _, output), *shards in zip(finished, *answers, strict=True):
+            try:
+                executor.wire.confirm(request, output, shards)
+            except OverflowedError as error:
+                output.error = error
         for index, _, _, output in finished:
             yield index, output
 

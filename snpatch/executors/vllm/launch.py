@@ -37,7 +37,7 @@ class TwinLaunch:
             arguments["max_num_seqs"] = config.batch_size
         if arguments.get("load_format") != "dummy":
             check_has_weights(model)
-        self.geometry = geometry_of(own, arguments.get("max_model_len"))
+        self.geometry = geometry_of(own, arguments.get("max_model_len"), config.dtype)
         second, ends = config.second, [eos_ids(model, own, tokenizer)]
         if second is not None:
             if config.twin.streams == 1:
@@ -79,7 +79,8 @@ class TwinLaunch:
         return AsyncEngineArgs(**{**self._arguments, **own})
 
 
-def geometry_of(config, max_model_len: int | None) -> Geometry:
+def geometry_of(config, max_model_len: int | None, dtype: str) -> Geometry:
+    """Return the sizes of a model. dtype: as EngineConfig has it."""
     widths = {"down_proj": config.intermediate_size}
     if config.model_type != "phi3":  # whose queries, keys and values are one projection
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -87,7 +88,14 @@ def geometry_of(config, max_model_len: int | None) -> Geometry:
     context = config.max_position_embeddings if max_model_len is None else max_model_len
     if not 1 <= context <= config.max_position_embeddings:
         raise SnpatchError(f"max_model_len must lie in 1..{config.max_position_embeddings}, got {context}")
-    return Geometry(config.num_hidden_layers, config.intermediate_size, context, config.vocab_size, widths)
+    return Geometry(
+        config.num_hidden_layers, config.intermediate_size, context, config.vocab_size, widths, dtype_of(config, dtype)
+    )
+
+
+def dtype_of(config, dtype: str) -> str:
+    """Return the dtype of a model's activations: the given one, or for "auto" its checkpoint's."""
+    return str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
 
 
 def twin_arguments(model, config, dtype: str, arguments: dict) -> dict:
@@ -96,7 +104,7 @@ def twin_arguments(model, config, dtype: str, arguments: dict) -> dict:
     if config.model_type not in ARCHITECTURES:
         plugin.add_untested(architecture)
     own = {
-        "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
+        "dtype": dtype_of(config, dtype),
         "hf_overrides": {"architectures": [plugin.PREFIX + architecture], **arguments.pop("hf_overrides", {})},
         "worker_extension_cls": "snpatch.executors.vllm.worker.commands.WorkerExtension",
     }

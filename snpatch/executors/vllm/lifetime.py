@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from snpatch.errors import EngineDiedError, SnpatchError, first_line
-from snpatch.executors.vllm import log, processes
+from snpatch.executors.vllm import log, processes, zeroing
 from snpatch.executors.vllm.offspring import Offspring
-from snpatch.executors.vllm.settings import check_heads, refuse
+from snpatch.executors.vllm.settings import KEY, check_heads, refuse
 
 CLOSE_S = 2.0  # how long vLLM has to end by itself
 
@@ -57,6 +57,9 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
         offspring, end = Offspring(), ExitStack()
         end.callback(offspring.end)
         variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", processes.PARENT: str(os.getpid())}
+        if KEY in (engine_args.additional_config or {}):  # a twin
+            variables[zeroing.ENABLED] = "1"
+            zeroing.enable()
         try:
             with _variables({**variables, **log.environment(), **offspring.environment()}), processes.ctrl_c_stops():
                 config = engine_args.create_engine_config(UsageContext.LLM_CLASS)

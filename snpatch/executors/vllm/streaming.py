@@ -64,7 +64,7 @@ class StreamingExecutor(UsersSide):
     async def results(
         self, request: Request, send: Callable[[Held], Sent]
     ) -> AsyncIterator[tuple[object, list[list[dict]] | None]]:
-        """vLLM's own results of a request, and with the last one each worker's records of it, if they keep any.
+        """vLLM's own results of a request, and with the last one each worker's records of it.
 
         send: how vLLM gets it, once what it names has its rows.
         """
@@ -78,8 +78,7 @@ class StreamingExecutor(UsersSide):
         held = await self._admit(request)
         sent, is_fetched = None, True
         try:
-            sent = send(held)
-            is_fetched = not sent.tag.has_record
+            sent, is_fetched = send(held), False
             # Closed here and now, so that a request nobody listens to is aborted before its record goes.
             async with aclosing(self.engine.generate(sent.prompt, sent.params, sent.name, **sent.more)) as results:
                 async for result in results:

@@ -7,6 +7,9 @@
        -> runners.py inherits from DefaultModelState and overrides neither
 0.24   _prepare_inputs returns two values, 0.32 three
        -> runners.py hands on whatever it returns
+0.24   blocks of sliding windows are not zeroed, and on a CPU none
+0.28   blocks of all attention are zeroed, on a CPU of full attention
+       -> zeroing.py
 0.33   Model Runner V1 is deprecated
        -> runners.py imports it when a twin is built, and does without it
 0.24 to 0.28 on a CPU: vLLM's sampler (TopKTopPSampler.forward_cpu) passes over the seeds of a batch in which other
@@ -49,17 +52,22 @@ def installed() -> str | None:
     return None
 
 
+def minor() -> tuple[int, int] | None:
+    """Return the installed (major, minor); None without vLLM or of a version that is no number."""
+    match = re.match(r"(\d+)\.(\d+)", installed() or "")
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def check(serving: bool = False) -> str:
     """The installed version. One that is not known has to keep the contract, and gets one warning a process. serving:
     it is to run its server."""
     found = installed()
     if found is None:
         raise SnpatchError("backend vllm: vLLM is not installed; install snpatch[cpu] or snpatch[cuda]")
-    match = re.match(r"(\d+)\.(\d+)", found)
-    minor = (int(match[1]), int(match[2])) if match else None
-    if minor is not None and minor < min(KNOWN):
+    own = minor()
+    if own is not None and own < min(KNOWN):
         raise SnpatchError(f"backend vllm: snpatch needs vLLM {SERVED}, this is {found}; install one of those")
-    if minor not in KNOWN:
+    if own not in KNOWN:
         _try_unknown(found, serving)
     return found
 

@@ -28,13 +28,12 @@ class Tag:
     """What of a request vLLM carries to the workers.
 
     ticket: what its record goes by. salt: of its keys and values in the prefix cache; None for a plain request.
-    extra_args: of its SamplingParams. has_record: the workers keep a receipt or captures for its ticket.
+    extra_args: of its SamplingParams.
     """
 
     ticket: int
     salt: str | None
-    extra_args: dict | None
-    has_record: bool
+    extra_args: dict
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +61,10 @@ class Wire:
         speaker = request.recipient.weights.place if self._has_second else 0
         is_flipped = self._has_second and is_on_one_set(request)
         ticket, salt = next(self._tickets), salt_of(request, speaker, is_flipped)
-        is_plain = salt is None and not (request.observe or request.capture or speaker)
-        extra_args = None if is_plain else {KEY: [ticket, *request_row(request, held.places, self._clauses, speaker)]}
+        extra_args = {KEY: [ticket, *request_row(request, held.places, self._clauses, speaker)]}
         if is_flipped:
             extra_args[ON_ONE_SET] = True
-        has_record = bool(request.observe or request.capture or any(one.start < one.stop for one in request.overwrites))
-        return Tag(ticket, salt, extra_args, has_record)
+        return Tag(ticket, salt, extra_args)
 
     def sent(self, request: Request, held: Held, streaming: bool = False) -> Sent:
         """The request as vLLM gets it."""
@@ -86,10 +83,10 @@ class Wire:
         return _output(request, result, self._tokenizer)
 
     def confirm(self, request: Request, output: Output, shards: Sequence[list[dict]]) -> None:
-        """Complete an output with the workers' records of it; one that differs from the patch is a ReceiptError."""
+        """Complete an output with the workers' records of it; see receipts.confirm."""
         if any(len(records) != 1 for records in shards):
             raise ReceiptError(f"a request has {[len(records) for records in shards]} records, not one a worker")
-        receipts.confirm(request, output, [_record(records[0]) for records in shards])
+        receipts.confirm(request, output, [_record(records[0]) for records in shards], self._geometry)
 
     def gathered(self, shards: Sequence[tuple[int, int]], answers: list[list]) -> list[Statistics]:
         """Statistics of all workers, by global neuron, from their answers to snpatch_statistics.
@@ -128,7 +125,7 @@ def _record(data: dict) -> Record:
     return Record(**{**data, "captured": None if data["captured"] is None else unpack(data["captured"])})
 
 
-def _sampling_params(request: Request, extra_args: dict | None, streaming: bool):
+def _sampling_params(request: Request, extra_args: dict, streaming: bool):
     """vLLM's SamplingParams for a request. One that writes nothing still samples a token, which is dropped."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError

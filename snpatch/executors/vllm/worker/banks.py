@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snpatch.executors.vllm.settings import TwinSettings
 from snpatch.op.bank import LayerBank
-from snpatch.op.plan import NEVER, UNLESS_END, Column, width_of
+from snpatch.op.plan import NEVER, UNLESS_END, Column, Receipt, width_of
 from snpatch.op.reference import SUMS
 
 
@@ -45,7 +45,8 @@ class Banks:
             for _ in range(n_layers)
         ]
         self.capture = torch.full((settings.max_captures, settings.max_captured), torch.nan, **f32)
-        self.receipt = torch.zeros(settings.max_receipts, **i64)
+        self.receipt = torch.zeros(settings.max_receipts, len(Receipt), **i64)
+        self.sampled = torch.full((max_tokens,), -1, **i32)  # rows of `receipt`, one for each row of a step's logits
         self.plan = torch.zeros(max_tokens, width_of(settings.max_clauses), **i32)
         self.plan[:, Column.GROUP : len(Column)] = -1
         self._step = self.plan[:0]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm import quantised
+from snpatch.executors.vllm import quantised, zeroing
 from snpatch.executors.vllm.packing import Packed, pack, unpack
 from snpatch.models.checkpoint import check_finite
 from snpatch.models.pairing import bytes_of
@@ -44,6 +44,7 @@ class WorkerExtension:
         for group in (group for groups in runner.attn_groups for group in groups):
             _check_heads(group, {layer.layer_name: layer for layer in twin.attention})
         quantised.check_rows(runner.get_model())
+        zeroing.check(runner)
         if not twin.has_seen_weights:  # some formats of checkpoints go past load_weights
             check_finite(runner.get_model().named_parameters(), twin.name)
         return {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.settings import KEY, ON_ONE_SET
 from snpatch.executors.vllm.worker.banks import Banks
-from snpatch.op.plan import Column, Entry, clauses_in, entries_of, entry_of, fill_plan, group_of, width_of
+from snpatch.op.plan import Column, Entry, Receipt, clauses_in, entries_of, entry_of, fill_plan, group_of, width_of
 
 UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
 OF_CLAUSE = {Entry.RANKING: "ranking", Entry.ROW: "constant"}
@@ -34,17 +34,8 @@ class Record:
     planned: int = 0
     skipped: int = 0
     is_fetched: bool = False
-    done: int = 0  # the receipt and the captures, once their places were given back
-    captured: np.ndarray | None = None
-
-    @property
-    def patches(self) -> bool:
-        starts, stops = (self.entries[entries] for entries in _places(len(self.entries)))
-        return bool((stops > starts).any())
-
-    @property
-    def observes(self) -> bool:
-        return bool(self.entries[Entry.GROUP] >= 0)
+    receipt: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(Receipt), dtype=np.int64))
+    captured: np.ndarray | None = None  # like the receipt: complete once their places were given back
 
     @property
     def captures(self) -> int:
@@ -84,9 +75,11 @@ class Feed:
         self.flipped: NDArray | None = None  # rows of this step that go through the other stream's set of weights
         self._on_one_set = np.zeros(256, dtype=bool)  # rows of the table whose two models are on one set of weights
         self._stage = _Stage(self.banks.plan) if device.type == "cuda" else None
+        self._sampled_stage = _Stage(self.banks.sampled) if device.type == "cuda" else None
+        self._sampled: int | None = None  # rows of the logits that this step samples from
 
     def add(self, request_id: str, extra_args: dict | None) -> None:
-        """A request starts, or goes on after a preemption. One without our key is plain and needs no record."""
+        """Start a request, or continue it after a preemption. Without our key it is not snpatch's."""
         ints = (extra_args or {}).get(KEY)
         if ints is None:
             return
@@ -121,7 +114,7 @@ class Feed:
         self._free_rows.append(self._rows.pop(request_id))
         record.row = -1
         self._ended[request_id] = None
-        if record.is_fetched or not (record.patches or record.captures or record.observes):
+        if record.is_fetched:
             self._forget(request_id)
         elif len(self._ended) > UNFETCHED:
             self._release([next(iter(self._ended))])
@@ -159,6 +152,7 @@ class Feed:
 
     def step(self, request_ids: Sequence[str], start: NDArray, count: NDArray) -> None:
         """The plan of a step that runs `count` tokens of each request from position `start` on, in this order."""
+        self._sampled = None
         if not self._rows and not self._filled:
             self.speaks, self.flipped = (True, False), None
             return
@@ -171,6 +165,7 @@ class Feed:
             request = np.repeat(rows, count)
             position = np.arange(len(request)) + np.repeat(start - (count.cumsum() - count), count)
         known = rows >= 0
+        self._write_sampled(np.where(known, self._table[rows, Entry.RECEIPT], -1))
         plan = fill_plan(self._table, request, position)
         if self.banks.settings.has_second:
             self._flip(request, plan[:, Column.SPEAKER])
@@ -200,7 +195,8 @@ class Feed:
         self.flipped = 2 * token + 1 - speaker[token] if len(token) else None
 
     def clear(self) -> None:
-        """A step without requests: nothing of the last one may be left in the plan."""
+        """Run a step without requests: nothing of the last one may be left in the plan."""
+        self._sampled = None
         self.speaks, self.flipped = (True, False), None
         if self._filled:
             self._write(np.zeros((0, width_of(self.banks.settings.max_clauses)), dtype=np.int32), False)
@@ -212,10 +208,20 @@ class Feed:
             rest = np.zeros((n - len(plan), plan.shape[1]), dtype=np.int32)
             rest[:, Column.GROUP : len(Column)] = -1
             plan = np.concatenate([plan, rest])
-        if self._stage is None:
-            self.banks.plan[:n].numpy()[:] = plan
-        else:
-            self._stage.copy(plan)
+        _copy(plan, self.banks.plan, self._stage)
+
+    def _write_sampled(self, slots: NDArray[np.int32]) -> None:
+        """Note the receipt of each request of this step, in the order of its logits."""
+        self._sampled = len(slots)
+        _copy(slots, self.banks.sampled, self._sampled_stage)
+
+    def take_sampled(self) -> torch.Tensor | None:
+        """Return the receipts [n] int32 of the rows of this step's logits; None once they were taken.
+
+        A step computes the logits that it samples from first, then those of prompts.
+        """
+        n, self._sampled = self._sampled, None
+        return None if n is None else self.banks.sampled[:n]
 
     def fetch(self, tickets: Iterable[int]) -> list[list[dict]]:
         """For each ticket its requests' records as data; their places are free afterwards.
@@ -243,8 +249,9 @@ class Feed:
         receipts = [r for r in records if r.entries[Entry.RECEIPT] >= 0]
         if receipts:
             places = [int(r.entries[Entry.RECEIPT]) for r in receipts]
-            for record, done in zip(receipts, self.banks.receipt[places].tolist(), strict=True):
-                record.done += done
+            for record, receipt in zip(receipts, self.banks.receipt[places].cpu().numpy(), strict=True):
+                record.receipt[:2] += receipt[:2]
+                record.receipt[Receipt.LAYER] = max(record.receipt[Receipt.LAYER], receipt[Receipt.LAYER])
                 record.entries[Entry.RECEIPT] = -1
             self.banks.receipt[places] = 0
             self._free_receipts += places
@@ -270,21 +277,19 @@ class Feed:
             self._tickets.pop(record.ticket, None)
 
     def _holds(self, record: Record) -> bool:
-        """Whether it has the places that it needs on the device."""
+        """Return whether it has the places that it needs on the device."""
         entries = record.entries
-        return (not record.patches or entries[Entry.RECEIPT] >= 0) and (
-            not record.captures or entries[Entry.CAPTURE] >= 0
-        )
+        return entries[Entry.RECEIPT] >= 0 and (not record.captures or entries[Entry.CAPTURE] >= 0)
 
     def _take_places(self, record: Record) -> None:
-        record.entries[Entry.RECEIPT] = self._take_receipt() if record.patches else -1
+        record.entries[Entry.RECEIPT] = self._take_receipt()
         record.entries[Entry.CAPTURE] = self._take_captures(record.captures) if record.captures else -1
 
     def _take_receipt(self) -> int:
         if not self._free_receipts:
             self._release(list(self._ended))
         if not self._free_receipts:
-            raise SnpatchError(f"more than {self.banks.settings.max_receipts} patched requests: raise max_receipts")
+            raise SnpatchError(f"more than {self.banks.settings.max_receipts} requests: raise max_receipts")
         return self._free_receipts.pop()
 
     def _take_captures(self, n: int) -> int:
@@ -306,12 +311,20 @@ def _places(entries: int, first: Entry = Entry.PATCH_START, second: Entry = Entr
     return [entry_of(first, clause) for clause in clauses], [entry_of(second, clause) for clause in clauses]
 
 
-class _Stage:
-    """Pinned host buffers that a step's plan is copied from: one is used again only when its copy is over."""
+def _copy(rows: NDArray[np.int32], target: torch.Tensor, stage: "_Stage | None") -> None:
+    """Copy rows to the first ones of a tensor on the device. stage: of a GPU."""
+    if stage is None:
+        target[: len(rows)].numpy()[:] = rows
+    else:
+        stage.copy(rows)
 
-    def __init__(self, plan: torch.Tensor, depth: int = 4) -> None:
-        self._plan, self._next = plan, 0
-        self._buffers = [torch.empty(plan.shape, dtype=plan.dtype, device="cpu", pin_memory=True) for _ in range(depth)]
+
+class _Stage:
+    """Pinned host buffers that a step's integers are copied from: one is used again only when its copy is over."""
+
+    def __init__(self, target: torch.Tensor, depth: int = 4) -> None:
+        self._target, self._next = target, 0
+        self._buffers = [torch.empty_like(target, device="cpu", pin_memory=True) for _ in range(depth)]
         self._events = [torch.cuda.Event() for _ in range(depth)]
 
     def copy(self, rows: NDArray[np.int32]) -> None:
@@ -319,7 +332,7 @@ class _Stage:
         self._next = (self._next + 1) % len(self._buffers)
         event.synchronize()
         buffer.numpy()[: len(rows)] = rows
-        self._plan[: len(rows)].copy_(buffer[: len(rows)], non_blocking=True)
+        self._target[: len(rows)].copy_(buffer[: len(rows)], non_blocking=True)
         event.record()
 
 
@@ -328,6 +341,6 @@ def _as_data(record: Record) -> dict:
         "seen": record.seen,
         "planned": record.planned,
         "skipped": record.skipped,
-        "done": record.done,
+        **{f.name.lower(): int(value) for f, value in zip(Receipt, record.receipt, strict=True)},
         "captured": record.captured,
     }

@@ -7,7 +7,7 @@ of which vLLM has no model, is there as SCORE.
 import os
 import sys
 
-from snpatch.executors.vllm import processes
+from snpatch.executors.vllm import processes, zeroing
 
 TESTED = (
     "LlamaForCausalLM",
@@ -32,6 +32,8 @@ def register() -> None:
     from vllm import ModelRegistry
 
     processes.leave_ctrl_c()
+    if zeroing.ENABLED in os.environ:
+        zeroing.enable()
     known = ModelRegistry.get_supported_archs()
     for architecture in (*TESTED, *_untested()):
         if PREFIX + architecture not in known:

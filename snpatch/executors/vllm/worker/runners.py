@@ -10,6 +10,9 @@ import functools
 from functools import cache
 
 import numpy as np
+from vllm.platforms import current_platform
+
+from snpatch.executors.vllm import zeroing
 
 
 def _feed(runner):
@@ -62,10 +65,14 @@ def runner_v1() -> type | None:
 
 
 def hook_v1() -> None:
-    """Wrap the methods of Model Runner V1, if there is one and they are not wrapped yet."""
+    """Wrap the methods of Model Runner V1, if there is one and they are not wrapped yet; zero all blocks on a CPU."""
     runner_class = runner_v1()
     if runner_class is None:
         return
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        CPUModelRunner._zero_block_ids = zeroing.zero_on_cpu
     for name, wrapper in WRAPPED.items():
         original = getattr(runner_class, name)
         if not hasattr(original, "snpatch"):

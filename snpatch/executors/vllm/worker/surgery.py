@@ -28,7 +28,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm import processes
+from snpatch.executors.vllm import processes, versions, zeroing
 from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
@@ -36,7 +36,7 @@ from snpatch.executors.vllm.worker.pairing import SECOND, SecondSet
 from snpatch.executors.vllm.worker.plugin import PREFIX
 from snpatch.models.checkpoint import finite
 from snpatch.models.pairing import bytes_of
-from snpatch.op import ops
+from snpatch.op import ops, reference
 from snpatch.op.plan import Column
 
 # Opaque to torch.compile: what a layer adds to and reads is looked up by its name, as vLLM's attention finds its cache.
@@ -227,6 +227,18 @@ class Twin:
         self._warm_up(vllm_config.model_config.dtype)
         self.feed = Feed(self.banks)
 
+    def count_logits(self, logits: Tensor | None) -> None:
+        """Add the non-finite rows of a step's logits [n, V] to the receipts of their requests.
+
+        A row counts if its largest logit is not finite: of a second vocabulary some logits are -inf by design.
+        """
+        slots = self.feed.take_sampled()
+        if slots is None or logits is None:  # of prompts or a dummy run; of a worker that does not sample
+            return
+        if len(logits) != len(slots):
+            raise SnpatchError(f"logits: expected a row for each of {len(slots)} requests, got {len(logits)}")
+        reference.count_nonfinite(self.banks.receipt, slots, ~logits.amax(dim=-1).isfinite(), self.n_layers)
+
     def _warm_up(self, dtype: torch.dtype) -> None:
         """Run the op once on a row that asks for nothing: its kernel must not be met first in a graph capture."""
         row = torch.zeros(self.settings.streams, 2 * self.n_neurons, dtype=dtype, device=self.banks.device)
@@ -273,6 +285,8 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
             else:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
                 attention = [m for m in self.modules() if isinstance(m, Attention)]
+            if (versions.minor() or max(versions.KNOWN)) < (0, 28):
+                zeroing.widen_windows(attention)
             self.snpatch = twin = Twin(self, vllm_config, attention)
             if twin.settings.has_second:
                 twin.second = SecondSet(base, vllm_config, prefix, twin.feed, twin.own_bytes)
@@ -301,7 +315,9 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
             second = self.snpatch.second
             if second is not None and not second.has_head:
                 hidden_states = sum(hidden_states.chunk(2, dim=1))  # one half is zero
-            return super().compute_logits(hidden_states, *args, **kwargs)
+            logits = super().compute_logits(hidden_states, *args, **kwargs)
+            self.snpatch.count_logits(logits)
+            return logits
 
         @classmethod
         def get_model_state_cls(cls):
