@@ -12,7 +12,7 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.base import Capture, Geometry, Observation, Output, Request
 from snpatch.models.model import Model
 from snpatch.models.templates import Chat, Template
-from snpatch.patching.patch import Patch, speaker
+from snpatch.patching.patch import Clause, Constant, Noise, Overwrite, Patch, Scale, speaker
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import Sampling
 
@@ -202,10 +202,29 @@ class Requests:
             if isinstance(clause.where, int) and clause.where >= most:
                 raise SnpatchError(f"where={clause.where} lies past the {most} tokens that the text can have")
         overwrites = patch.resolved(self.model, len(prompt))
+        for clause, overwrite in zip(patch.clauses, overwrites, strict=True):
+            self._check_magnitude(clause, overwrite)
         donor = next((one.source for one in overwrites if isinstance(one.source, Model)), None)
         # An empty window names nothing, so that texts with it share what is kept of the unpatched ones.
         kept = tuple(one for one in overwrites if len(one.window))
         return Request(text, self.model(patch.recipient), donor, kept, **asked)
+
+    def _check_magnitude(self, clause: Clause, overwrite: Overwrite) -> None:
+        """Raise an error for factors and values that the activations' dtype cannot hold."""
+        keep, take = overwrite.factors
+        checks = [("strength", "strength", clause.strength)]
+        if isinstance(clause.donor, Scale):
+            checks.append(("donor", "the scale, with the strength,", keep))
+        if isinstance(clause.donor, Constant | Noise):
+            checks.append(("donor", "the donor's largest value, times the strength,", take * clause.donor.magnitude))
+        largest = self._geometry.largest
+        for field, name, value in checks:
+            if not abs(value) <= largest:
+                raise SnpatchError(
+                    f"patch: {name} must be at most {largest:.6g}, what {self._geometry.dtype} can hold and a norm can "
+                    f"square; got {value:.6g}",
+                    field=field,
+                )
 
     def _check_shape(self, ranking: Ranking) -> None:
         wanted = (self._geometry.n_layers, self._geometry.n_neurons)

@@ -33,8 +33,10 @@ from jobs import (
     generate,
     told,
 )
+from spoiled import TOO_LARGE, huge_patch, overflowing
 
 from snpatch import Constant, Engine, Noise, Patch, Ranking, ReceiptError, Sampling, SnpatchError
+from snpatch.errors import OverflowedError, SpoiledEngineError
 from snpatch.op import ops
 from snpatch.op.plan import NEVER, Column
 
@@ -117,7 +119,7 @@ def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engines
     samplings[3] = samplings[8] = Sampling(temperature=1.0, seed=11, max_tokens=9)
     alone = [generate(engines(architecture), [job], s)[0] for job, s in zip(JOBS, samplings, strict=True)]
     together = generate(engines(architecture, **options), JOBS, samplings)
-    assert_together_as_alone(together, alone, 1e-5)
+    assert_together_as_alone(together, alone, LOGPROB)
 
 
 def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine):
@@ -126,6 +128,38 @@ def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine):
     generate(engine, JOBS)
     engine.contrast(IDS, "sft", "dpo", at="prompt")
     assert generate(engine, plain) == before
+
+
+@pytest.mark.parametrize("source", TOO_LARGE, ids=lambda source: type(source).__name__)
+def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(engine, source):
+    plain = [Job(i, name) for i in range(4) for name in ("base", "sft")]
+    want = [completion.token_ids for completion in generate(engine, plain)]
+    sampling = Sampling(max_tokens=10)
+    requests = [engine.requests.patched(job.ids, job.patch, sampling=sampling) for job in plain]
+    outputs = dict(engine.run([overflowing(engine, [40, 41], source, 10), *requests]))
+    assert type(outputs[0].error) is OverflowedError
+    assert "overflowed in float32 at layer 0 under its patch" in str(outputs[0].error)
+    assert [outputs[index].token_ids for index in range(1, 9)] == want
+    with pytest.raises(OverflowedError, match="under its patch"):
+        engine.generate([[40, 41]], huge_patch(), sampling)
+    assert [completion.token_ids for completion in generate(engine, plain)] == want
+
+
+def test_unpatched_text_that_overflows_restarts_the_engine(engine, monkeypatch):
+    want, executor = generate(engine, [Job(2, "base")]), engine.executor
+    real = ops.patched_glu
+
+    def spoiled(gate_up, *tensors, **setting):
+        return real(gate_up * (torch.nan if setting["layer"] == 1 else 1), *tensors, **setting)
+
+    monkeypatch.setattr(ops, "patched_glu", spoiled)
+    with pytest.raises(SpoiledEngineError, match=r"the engine is spoiled: .* in float32 at layer 1 without a patch"):
+        generate(engine, [Job(2, "base")])
+    assert engine.executor is not executor
+    with pytest.raises(OverflowedError, match="the model itself overflows on this prompt"):
+        generate(engine, [Job(2, "base")])
+    monkeypatch.undo()
+    assert generate(engine, [Job(2, "base")]) == want
 
 
 def one_neuron(layer, rank, plan):

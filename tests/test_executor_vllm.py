@@ -38,9 +38,11 @@ from jobs import (
     told,
     written,
 )
+from spoiled import TOO_LARGE, fill_with_nan, huge_patch, overflowing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from snpatch import Constant, Engine, Noise, Patch, ReceiptError, Sampling, SnpatchError
+from snpatch.errors import OverflowedError, SpoiledEngineError
 from snpatch.executors.base import Observation
 from snpatch.executors.vllm import versions
 from snpatch.executors.vllm.wire import salt_of
@@ -64,6 +66,7 @@ def test_a_mixed_batch_is_what_the_oracle_writes(zoo, start, architecture):
     jobs = [*JOBS, *RICHER, *(KV_JOBS if architecture in tiny.KV_ARCHITECTURES else ())]
     jobs += [job for job in PLAIN if told(made, job).gap > CLEAR]
     assert len(jobs) >= 32
+    fill_with_nan(engine)  # promise 4 at its worst, for every layout and kind of attention
     assert_as_the_oracle(made, jobs, generate(engine, jobs))
 
     models = {name: oracle.model(*made.of[name]) for name in ("base", "sft", "dpo")}
@@ -147,6 +150,51 @@ def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine, fir
     order = ["patched", "plain"] if first == "patched" else ["plain", "patched"]
     for name in (*order, *order):
         assert long_texts(engine, "base" if name == "plain" else PATCHED) == want[name]
+
+
+@pytest.mark.parametrize("source", TOO_LARGE, ids=lambda source: type(source).__name__)
+def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(engine, source):
+    """In its own batch, in the next ones, and on the blocks that it used."""
+    jobs = [Job(i, "sft", "dpo", (0, 60)) for i in range(4)] + [Job(i, "base") for i in range(4)]
+    sampling = Sampling(max_tokens=25, ignore_eos=True)
+    requests = [engine.requests.patched(job.ids, job.patch, sampling=sampling) for job in jobs]
+    want = [output.token_ids for output in engine.execute(requests)]
+    beside = [*requests[:4], *(overflowing(engine, [40 + i, 41], source) for i in range(8)), *requests[4:]]
+    for _ in range(3):
+        outputs = [output for _, output in sorted(engine.run(beside), key=lambda pair: pair[0])]
+        errors = [output.error for output in outputs]
+        assert errors[:4] == errors[12:] == [None] * 4
+        assert [output.token_ids for output in outputs[:4] + outputs[12:]] == want
+        for error in errors[4:12]:
+            assert type(error) is OverflowedError
+            assert "overflowed in float32 at layer 0 under its patch" in str(error)
+        # Those blocks are free again: of all of them, spoiled as they are, none may reach a text.
+        fill_with_nan(engine)
+        assert [output.token_ids for output in engine.execute(requests)] == want
+    with pytest.raises(OverflowedError, match="at layer 0 under its patch"):
+        engine.execute(beside)
+    assert [output.token_ids for output in engine.execute(requests)] == want
+
+
+@pytest.mark.parametrize("where", ["all", "prompt", "generated"])
+def test_overflow_within_the_bounds_is_an_error_in_generate(engine, where):
+    patch = replace(huge_patch(), where=where)
+    want = long_texts(engine, "base")
+    if where == "prompt":  # what a norm cannot square it makes 0: such positions are finite, if of no use
+        assert engine.generate(LONG, patch, Sampling(max_tokens=2)) is not None
+    else:
+        with pytest.raises(OverflowedError, match="overflowed in float32 in the logits under its patch"):
+            engine.generate(LONG, patch, Sampling(max_tokens=4, ignore_eos=True))
+    assert long_texts(engine, "base") == want
+
+
+def test_unpatched_text_that_overflows_restarts_the_engine(engine):
+    want, executor = long_texts(engine, "base"), engine.executor
+    twin_of(engine).banks.layers[1].scale[0] = torch.inf
+    with pytest.raises(SpoiledEngineError, match=r"the engine is spoiled: .* in float32 at layer 1 without a patch"):
+        engine.generate(LONG, "base", Sampling(max_tokens=10))
+    assert engine.executor is not executor
+    assert long_texts(engine, "base") == want
 
 
 def test_a_request_reads_the_cache_of_its_own_patch_alone(engine):

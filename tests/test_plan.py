@@ -13,6 +13,7 @@ from snpatch.op.plan import (
     NEVER,
     Column,
     Entry,
+    Receipt,
     Source,
     clauses_of,
     column_of,
@@ -70,7 +71,7 @@ def test_two_requests_and_padding():
     assert filled.tolist()[6] == [4, 0, 0, 0, 0, 8, 1, 6, 0, 0, 0, 3, -1, 10, 1]
     assert column(filled, "lo") == [5, 5, 5, 5, 5, 0, 0, 0, 0, 0]
     assert column(filled, "hi") == [5, 5, 9, 9, 5, 8, 8, 8, 8, 0]
-    assert column(filled, "receipt") == [-1, -1, 0, 0, -1, 1, 1, 1, 1, -1]
+    assert column(filled, "receipt") == [0, 0, 0, 0, 0, 1, 1, 1, 1, -1]
     assert column(filled, "group") == [-1, 0, 0, -1, -1, -1, -1, -1, -1, -1]
     assert column(filled, "capture") == [-1, -1, -1, -1, -1, -1, 10, 11, -1, -1]
     assert column(filled, "position") == [0, 1, 2, 3, 4, 2, 3, 4, 5, 2]
@@ -85,8 +86,8 @@ def test_padding_asks_for_nothing(ranges):
     asked = {name: column(filled, name)[1] for name in ("hi", "group", "capture", "receipt")}
     wanted = {
         "patch": {"hi": 9, "group": -1, "capture": -1, "receipt": 4},
-        "observe": {"hi": 1, "group": 3, "capture": -1, "receipt": -1},
-        "capture": {"hi": 1, "group": -1, "capture": 5, "receipt": -1},
+        "observe": {"hi": 1, "group": 3, "capture": -1, "receipt": 4},
+        "capture": {"hi": 1, "group": -1, "capture": 5, "receipt": 4},
     }
     assert asked == wanted[next(iter(ranges))]
 
@@ -141,7 +142,10 @@ def test_the_layout_is_pythons_in_cpp_and_triton_and_in_the_request_table():
     found = re.findall(r"^(\w+) = tl\.constexpr\((.+)\)$", (ROOT / "kernels" / "patched_glu.py").read_text(), re.M)
     constants = {name: eval(value) for name, value in found}
     kinds = {kind.name: kind.value for kind in Source if kind is not Source.DONOR}
-    assert constants == columns | kinds | {"COLUMNS": len(Column), "NEVER": NEVER, "BLOCK": BLOCK}
+    receipt = {column.name: column.value for column in Receipt if column is not Receipt.OVERWRITES}
+    sizes = {"COLUMNS": len(Column), "NEVER": NEVER, "BLOCK": BLOCK, "RECEIPT_COLUMNS": len(Receipt)}
+    assert constants == columns | kinds | receipt | sizes
+    assert enumerated("Receipt") == [*(column.name for column in Receipt), "RECEIPT_COLUMNS"]
     assert [entry.name for entry in Entry if entry < COPIED] == [column.name for column in Column if column < COPIED]
     assert [column.value for column in Column] == list(range(len(Column)))
     assert [entry.value for entry in Entry] == list(range(len(Entry)))
@@ -157,7 +161,7 @@ def test_each_clause_has_its_own_window_and_its_own_place():
     assert clauses_of(filled.shape[1]) == 3
     his = [filled[:, column_of(Column.HI, clause)].tolist() for clause in range(3)]
     assert his == [[4, 4, 1, 1, 1, 1, 0], [5, 8, 8, 5, 5, 5, 0], [6, 6, 6, 6, 7, 7, 0]]
-    assert column(filled, "receipt") == [7, 7, 7, -1, 7, 7, -1]
+    assert column(filled, "receipt") == [7, 7, 7, 7, 7, 7, -1]
     assert filled[1, column_of(Column.RANKING, 1) : column_of(Column.TAKE, 1) + 1].tolist() == [2, 5, 8, 1, 3, 0, 9, 9]
     assert filled[6, : Column.GROUP].tolist() == [0] * Column.GROUP
     assert not filled[6, len(Column) :].any()

@@ -110,8 +110,8 @@ class Geometry:
 
     @property
     def largest(self) -> float:
-        """Largest finite activation."""
-        return torch.finfo(getattr(torch, self.dtype)).max
+        """Largest activation that the dtype can hold and that a norm can square in float32."""
+        return min(torch.finfo(getattr(torch, self.dtype)).max, torch.finfo(torch.float32).max ** 0.5)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _overflow(request: Request, shards: Sequence[Record], geometry: Geometry) ->
     layer = NEVER - max(shard.layer for shard in shards)
     place = "in the logits" if layer == geometry.n_layers else f"at layer {layer}"
     unpatched = None
-    if not any(len(overwrite.window) for overwrite in request.overwrites):
+    if not request.overwrites:
         unpatched = digest_of([request.recipient.digest, list(request.prompt_ids)])
     cause = "under its patch" if unpatched is None else "without a patch"
     return OverflowedError(

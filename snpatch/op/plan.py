@@ -50,7 +50,7 @@ class Receipt(IntEnum):
     """Columns of a row of `receipt`, int64: what the device did for one request."""
 
     OVERWRITES = 0  # neurons that were overwritten
-    NONFINITE = 1  # values of either stream that are NaN or infinite in the model's dtype, logits included
+    NONFINITE = 1  # values of either stream that are NaN or infinite in the model's dtype, and rows of logits
     LAYER = 2  # NEVER minus the first layer that holds such a value; 0 if there is none
 
 

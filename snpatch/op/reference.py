@@ -98,6 +98,16 @@ def count_nonfinite(
     receipt[:, Receipt.LAYER].scatter_reduce_(0, row, found.long(), "amax")
 
 
+def has_overflowed(logits: Tensor) -> Tensor:
+    """Return whether each row of logits [n, V] is the result of an overflow, [n] bool.
+
+    Its largest one is not finite, or all are equal, as where a norm squared values that float32 cannot hold. Some -inf
+    are no overflow: a second, shorter vocabulary has them.
+    """
+    lowest, highest = torch.aminmax(logits, dim=-1)
+    return ~highest.isfinite() | (lowest == highest)
+
+
 def normal(seed: Tensor, position: Tensor, layer: int, first_neuron: int, width: int) -> Tensor:
     """Standard normal numbers [T, width] float32, a function of (seed, position, layer, neuron) alone.
 

@@ -8,6 +8,7 @@ would not show it.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -26,6 +27,7 @@ from snpatch.ranking.window import Window
 PLACES = ("all", "prompt", "generated")
 MODES = ("replace", "add")
 LARGEST = torch.finfo(torch.float32).max  # factors are float32 on the device
+LARGEST_NORMAL = math.sqrt(48 * math.log(2))  # of the noise: reference.normal draws 24 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,11 @@ class Constant:
     @cached_property
     def digest(self) -> str:
         return _digest(self.values)
+
+    @cached_property
+    def magnitude(self) -> float:
+        """Largest absolute value."""
+        return float(self.values.abs().max())
 
     def save(self, path: str | Path) -> None:
         """Write safetensors; the file appears whole or not at all."""
@@ -90,6 +97,11 @@ class Noise:
     @cached_property
     def digest(self) -> str:
         return _digest(self.deviation)
+
+    @cached_property
+    def magnitude(self) -> float:
+        """Largest absolute value that the noise can have."""
+        return float(self.deviation.max()) * LARGEST_NORMAL
 
 
 @dataclass(frozen=True)

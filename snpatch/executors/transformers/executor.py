@@ -25,7 +25,7 @@ from snpatch.models.model import Model
 from snpatch.models.pairing import bytes_of
 from snpatch.models.pretrained import load_pretrained
 from snpatch.op.plan import Column, fill_plan
-from snpatch.op.reference import count_nonfinite
+from snpatch.op.reference import count_nonfinite, has_overflowed
 
 BATCH_SIZE = 32  # sequences of a batch where none is given
 TAKEN = 8  # batches of requests that are taken together, of those that are made on the way
@@ -132,8 +132,7 @@ class TransformersExecutor:
             rows = {name: tensor.repeat_interleave(step.streams, dim=0) for name, tensor in inputs.items()}
             run = self._model(**rows, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
             slots = step.plan.view(*ids.shape, -1)[:, -1, Column.RECEIPT]
-            is_bad = ~run.logits[:, -1].amax(dim=-1).isfinite()
-            count_nonfinite(receipt, slots, is_bad, self.geometry.n_layers)
+            count_nonfinite(receipt, slots, has_overflowed(run.logits[:, -1]), self.geometry.n_layers)
             return run.logits
 
         wants_prompt = any(r.prompt_logprobs for r in requests)

@@ -13,6 +13,7 @@ from transformers.generation.logits_process import (
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Output, Request
+from snpatch.op.reference import has_overflowed
 
 
 class Writer:
@@ -101,8 +102,8 @@ class Writer:
 
 def choose(logits: Tensor, writers: Sequence[Writer]) -> list[tuple[int, float | None]]:
     """The next token of each writer from its float32 logits [n, V], and its log-probability where asked for."""
-    if not torch.isfinite(logits).all():
-        raise SnpatchError("the model's logits hold NaN or infinity: its weights or scales overflow in this dtype")
+    # Nothing can be drawn from NaN. The receipt of such a text is an error, whatever it says.
+    logits = torch.where(has_overflowed(logits)[:, None], 0, logits)
     allowed = logits
     for row, writer in enumerate(writers):
         if not writer.may_choose_eos and not writer.sampling.ignore_eos:

@@ -103,7 +103,7 @@ CONTRACT = {
     },
     "vllm.v1.attention.backends.cpu_attn": {"CPUAttentionBackend": "get_supported_head_sizes"},
     "vllm.v1.core.sched.output": {
-        "SchedulerOutput": "finished_req_ids scheduled_new_reqs scheduled_cached_reqs",
+        "SchedulerOutput": "finished_req_ids scheduled_new_reqs scheduled_cached_reqs new_block_ids_to_zero",
         "CachedRequestData": "resumed_req_ids",
         "NewRequestData": "req_id sampling_params",
     },
@@ -123,7 +123,12 @@ CONTRACT = {
         "vllm_config",
     },
     "vllm.v1.engine.output_processor": {"OutputProcessor": "propagate_error(e)"},
-    "vllm.v1.worker.utils": {"AttentionGroup": "layer_names metadata_builders"},
+    "vllm.v1.kv_cache_interface": {
+        "FullAttentionSpec": "sliding_window",
+        "KVCacheConfig": "needs_kv_cache_zeroing num_blocks",
+        "SlidingWindowSpec": "sliding_window",
+    },
+    "vllm.v1.worker.utils": {"AttentionGroup": "layer_names metadata_builders", "KVBlockZeroer": "_meta"},
     "vllm.v1.worker.worker_base": {"WorkerBase": "model_runner"},
 }
 # One of the two is enough: V1 is deprecated from 0.33 on, V2 does not run on a CPU.
@@ -132,14 +137,18 @@ RUNNERS = {
         "vllm.v1.worker.gpu_input_batch": {"InputBatch": "num_computed_tokens_cpu num_reqs req_ids"},
         "vllm.v1.worker.gpu_model_runner": {
             "GPUModelRunner": "_update_states(scheduler_output) _prepare_inputs(scheduler_output, "
-            "num_scheduled_tokens) _dummy_run attn_groups get_model input_batch",
+            "num_scheduled_tokens) _dummy_run _init_kv_zero_meta _kv_block_zeroer _zero_block_ids(block_ids) "
+            "attn_groups get_model input_batch kv_cache_config kv_caches",
         },
+        "vllm.v1.worker.cpu_model_runner": {"CPUModelRunner": "_zero_block_ids(block_ids)"},
     },
     "v2": {
         "vllm.v1.worker.gpu.input_batch": {
             "InputBatch": "num_computed_tokens_np num_reqs num_scheduled_tokens req_ids"
         },
-        "vllm.v1.worker.gpu.model_runner": {"GPUModelRunner": "attn_groups get_model model_state"},
+        "vllm.v1.worker.gpu.model_runner": {
+            "GPUModelRunner": "attn_groups get_model kv_block_zeroer kv_cache_config model_state"
+        },
         "vllm.v1.worker.gpu.model_states": {"init_model_state": ""},
         "vllm.v1.worker.gpu.model_states.default": {
             "DefaultModelState": "(vllm_config, model) add_request(req_index, new_req_data) remove_request(req_id) "

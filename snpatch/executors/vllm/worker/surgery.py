@@ -228,16 +228,13 @@ class Twin:
         self.feed = Feed(self.banks)
 
     def count_logits(self, logits: Tensor | None) -> None:
-        """Add the non-finite rows of a step's logits [n, V] to the receipts of their requests.
-
-        A row counts if its largest logit is not finite: of a second vocabulary some logits are -inf by design.
-        """
+        """Add the rows of a step's logits [n, V] that overflowed to the receipts of their requests."""
         slots = self.feed.take_sampled()
         if slots is None or logits is None:  # of prompts or a dummy run; of a worker that does not sample
             return
         if len(logits) != len(slots):
             raise SnpatchError(f"logits: expected a row for each of {len(slots)} requests, got {len(logits)}")
-        reference.count_nonfinite(self.banks.receipt, slots, ~logits.amax(dim=-1).isfinite(), self.n_layers)
+        reference.count_nonfinite(self.banks.receipt, slots, reference.has_overflowed(logits), self.n_layers)
 
     def _warm_up(self, dtype: torch.dtype) -> None:
         """Run the op once on a row that asks for nothing: its kernel must not be met first in a graph capture."""

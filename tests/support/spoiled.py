@@ -1,0 +1,45 @@
+"""Patches that overflow, and KV caches full of NaN."""
+
+from collections.abc import Sequence
+
+import torch
+from jobs import ALL, RANKINGS
+
+from snpatch import Engine, Noise, Patch, Sampling, Scale
+from snpatch.executors.base import Request
+from snpatch.op.plan import NEVER
+from snpatch.patching.patch import Constant, Overwrite
+from snpatch.ranking.window import Window
+
+TOO_LARGE = (
+    Scale(3e38),
+    Constant(torch.full(RANKINGS[0].shape, 3e38)),
+    Noise(torch.full(RANKINGS[0].shape, 3e38), seed=1),
+)
+
+
+def overflowing(engine: Engine, ids: Sequence[int], source=TOO_LARGE[0], tokens: int = 25) -> Request:
+    """Return a request whose keys and values become NaN. Patches from outside are bounded, so it is built by hand."""
+    strength = 2.0 if isinstance(source, Constant) else 1.0
+    return Request(
+        list(ids),
+        engine.requests.model("base"),
+        overwrites=(Overwrite(source, RANKINGS[0], Window(0, ALL), 0, NEVER, strength),),
+        sampling=Sampling(max_tokens=tokens, ignore_eos=True),
+    )
+
+
+def fill_with_nan(engine: Engine) -> None:
+    """Spoil all blocks of the KV cache of an engine in this process, but for vLLM's null block, and forget prefixes."""
+    engine.executor.engine.reset_prefix_cache()
+    runner = engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    blocks = runner.kv_cache_config.num_blocks
+    for kv in runner.kv_caches:
+        parts = kv if kv.shape[:2] == (2, blocks) else [kv]  # vLLM 0.24 keeps keys and values apart
+        for part in parts:
+            part[1:] = torch.nan
+
+
+def huge_patch(donor: object = None) -> Patch:
+    """Return a patch within the bounds of float32 that overflows in the norms."""
+    return Patch("base", donor or Scale(1e19), RANKINGS[0], ALL)

@@ -1,0 +1,53 @@
+"""Which text that overflowed means that its engine is to be restarted."""
+
+import pytest
+
+from snpatch.errors import EngineDiedError, OverflowedError, ReceiptError, SpoiledEngineError
+from snpatch.executors.spoilage import Spoilage
+from snpatch.server.errors import status_of
+
+
+def overflow(unpatched: str | None) -> OverflowedError:
+    return OverflowedError("the text overflowed in float16 at layer 3", unpatched=unpatched)
+
+
+def test_spoilage_of_patched_text_keeps_its_error():
+    error, spoilage = overflow(None), Spoilage()
+    assert spoilage.judge(error) is error
+    assert spoilage.judge(error) is error
+
+
+def test_spoilage_of_unpatched_text_asks_for_a_restart_once():
+    spoilage = Spoilage()
+    first = spoilage.judge(overflow("a"))
+    assert isinstance(first, SpoiledEngineError)
+    assert "the engine is spoiled: the text overflowed in float16 at layer 3" in str(first)
+    again = spoilage.judge(overflow("a"))
+    assert type(again) is OverflowedError
+    assert "the model itself overflows on this prompt" in str(again)
+    assert "use bfloat16 or float32" in str(again)
+
+
+def test_spoilage_of_a_model_that_overflows_by_itself_restarts_no_more():
+    spoilage = Spoilage()
+    for text in ("a", "a"):
+        spoilage.judge(overflow(text))
+    assert type(spoilage.judge(overflow("b"))) is OverflowedError
+
+
+def test_spoilage_after_a_patched_overflow_restarts_again():
+    spoilage = Spoilage()
+    for text in ("a", "a", None):
+        spoilage.judge(overflow(text))
+    assert isinstance(spoilage.judge(overflow("a")), SpoiledEngineError)
+
+
+@pytest.mark.parametrize("kind", [ReceiptError, EngineDiedError])
+def test_spoiled_engine_error_is_caught_as_either_kind(kind):
+    with pytest.raises(kind):
+        raise Spoilage().judge(overflow("a"))
+
+
+@pytest.mark.parametrize("error", [overflow(None), Spoilage().judge(overflow("a"))], ids=["patched", "plain"])
+def test_status_of_overflow_is_500(error):
+    assert status_of(error) == 500
