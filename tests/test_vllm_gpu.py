@@ -27,6 +27,7 @@ from jobs import (
     generate,
     told,
 )
+from spoiled import TOO_LARGE, fill_with_nan, overflowing
 from transformers import AutoModelForCausalLM
 
 from snpatch import Engine
@@ -79,6 +80,12 @@ def test_float32_is_what_transformers_gives(zoo, start, mode):
     assert len(jobs) >= 30
     for size in BATCHES:
         assert_as_the_oracle(made, jobs[:size], generate(engine, jobs[:size]))
+    for source in TOO_LARGE:
+        error = dict(engine.run([overflowing(engine, [40, 41], source)]))[0].error
+        assert "overflowed in float32 at layer 0 under its patch" in str(error)
+        assert_as_the_oracle(made, jobs[:8], generate(engine, jobs[:8]))
+    fill_with_nan(engine)  # attention kernels may read a block past its text's end
+    assert_as_the_oracle(made, jobs, generate(engine, jobs))
     assert_read_as_written(engine, made, JOBS)
     models = [oracle.model(*made.of[name]) for name in ("base", "dpo")]
     ranking = engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)

@@ -56,10 +56,14 @@ def widen_windows(attention: Iterable[nn.Module]) -> None:
         layer.get_kv_cache_spec = get_kv_cache_spec
 
 
+def check_step(scheduler_output) -> None:
+    """Raise an error if the scheduler does not send the blocks to zero: each new request gets one at least."""
+    if scheduler_output.scheduled_new_reqs and not scheduler_output.new_block_ids_to_zero:
+        raise SnpatchError("vLLM's scheduler does not zero blocks of the KV cache: is snpatch's plugin switched off?")
+
+
 def check(runner) -> None:
     """Raise an error if this worker would not zero blocks."""
-    if not runner.kv_cache_config.needs_kv_cache_zeroing:
-        raise SnpatchError("vLLM's worker does not zero blocks of the KV cache: is snpatch's vLLM plugin switched off?")
     if runner.device.type == "cpu":
         is_ready = type(runner)._zero_block_ids is zero_on_cpu
     else:  # Model Runner V1 and V2

@@ -24,6 +24,7 @@ def _update_states(original, runner, scheduler_output, *args, **kwargs):
     """Requests end and start; a preempted one keeps its place until it ends."""
     feed = _feed(runner)
     if feed is not None:
+        zeroing.check_step(scheduler_output)
         for request_id in scheduler_output.finished_req_ids:
             feed.remove(request_id)
         for new in scheduler_output.scheduled_new_reqs:
