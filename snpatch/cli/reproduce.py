@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, SkipBad, generated
+from snpatch.cli.generated import Engine, Fields, SkipBad, TrustConfig, generated
 from snpatch.cli.report import FILE, write
 from snpatch.errors import SnpatchError
 
@@ -46,6 +46,7 @@ def reproduce(
     ] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts of each set.")] = None,
     skip_bad: SkipBad = False,
+    trust_config: TrustConfig = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Train or take the pairs, contrast, run every experiment, report beside the paper's numbers. What is done is not
@@ -61,7 +62,7 @@ def reproduce(
         raise SnpatchError("give --only or --from, not both")
     taken = _taken(take)
     pipeline = Pipeline(
-        load_preset(model, base, tuple(seed or ())),
+        load_preset(model, base, tuple(seed or ()), trust_config),
         out,
         taken=taken,
         launcher=launcher,

@@ -65,7 +65,7 @@ class Planned:
 
         if values["prompts"] is None:
             self._check_none_given(values)
-            spec = SweepSpec.load(values["model"])
+            spec = SweepSpec.load(values["model"], values["trust_config"])
             return Plan(spec, {"backend": spec.engine.backend, **Engine(has_model=False).made(values)})
         if missing := [f"--{name}" for name in NEEDED if not values[name]]:
             raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
@@ -78,7 +78,7 @@ class Planned:
 
     def _check_none_given(self, values: dict) -> None:
         """A file says what is swept: options that say it, too, are an error."""
-        engine = {parameter.name for parameter in Engine(has_model=False).parameters()} | {"model"}
+        engine = {parameter.name for parameter in Engine(has_model=False).parameters()} | {"model", "trust_config"}
         for parameter in self.parameters():
             if parameter.name not in engine and is_given(values, parameter.name):
                 name = parameter.name.replace("_", "-")

@@ -28,7 +28,7 @@ from snpatch.guard.config import GuardConfig
 from snpatch.loaded import Loaded
 from snpatch.ranking.ranking import Ranking
 from snpatch.requests import Prompt
-from snpatch.tensors import check_tensor
+from snpatch.tensors import is_finite
 
 VECTORS = ("mean", "scale", "coefficients")
 MAX_NEURONS = 2**28  # of a model, in all layers: a hundred times those of the largest
@@ -178,11 +178,11 @@ def _check_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     wanted = {"neurons": 2, "intercept": 0, **dict.fromkeys(VECTORS, 1)}
     if {name: tensor.dim() for name, tensor in tensors.items()} != wanted:
         raise SnpatchError(f"{path}: not a guard: it holds {', '.join(sorted(tensors))}")
-    for name, tensor in tensors.items():
-        check_tensor(tensor, f"{path}: {name}", torch.int64 if name == "neurons" else torch.float64)
     if len({len(tensor) for tensor in tensors.values() if tensor.dim()}) > 1:
         raise SnpatchError(f"{path}: its vectors differ in length")
-    if not (tensors["scale"] > 0).all():
-        raise SnpatchError(
-            f"{path}: scale: expected positive numbers, got {tensors['scale'].min()}. Fit the guard again."
-        )
+    for name, tensor in tensors.items():
+        dtype = torch.int64 if name == "neurons" else torch.float64
+        if tensor.dtype != dtype:
+            raise SnpatchError(f"{path}: {name}: wanted {dtype}, got {tensor.dtype}")
+        if not is_finite(tensor) or (name == "scale" and not (tensor > 0).all()):
+            raise SnpatchError(f"{path}: {name} holds numbers that no fit gives; fit the guard anew")

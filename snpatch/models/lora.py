@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snpatch.errors import SnpatchError, shown
+from snpatch.errors import SnpatchError
 from snpatch.models.peft_files import by_pattern, number_of, read_config, read_tensors
 from snpatch.tensors import FLOATS, check_tensor, is_finite
 
@@ -88,11 +88,9 @@ def _read_config(folder: Path) -> dict:
     config = read_config(folder, "LORA")
     for name in REFUSED:
         if config.get(name):
-            raise SnpatchError(
-                f"{folder}: {name} = {shown(config[name])} is not supported: merge this adapter with PEFT"
-            )
+            raise SnpatchError(f"{folder}: {name} = {config[name]} is not supported: merge this adapter with PEFT")
     if config.get("bias", "none") != "none":
-        raise SnpatchError(f"{folder}: bias = {shown(config['bias'])} is not supported: merge this adapter with PEFT")
+        raise SnpatchError(f"{folder}: bias = {config['bias']} is not supported: merge this adapter with PEFT")
     missing = [name for name in ("r", "lora_alpha") if name not in config]
     if missing:
         raise SnpatchError(f"{folder}: adapter_config.json lacks {', '.join(missing)}")

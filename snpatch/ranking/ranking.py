@@ -100,7 +100,7 @@ class Ranking:
     def from_order(cls, order: Tensor, shape: tuple[int, int], meta: dict | None = None, **kept) -> "Ranking":
         """From neurons [n, 2] of (layer, neuron), best first, in a model of `shape` (L, F)."""
         if order.numel():
-            check_type(order, "ranking: order", torch.int64, torch.int32)
+            check_type(order, "ranking: order", torch.int64, torch.int32, torch.int16)
         order = order.long()
         if order.dim() != 2 or order.shape[1] != 2:
             raise SnpatchError(f"ranking: order must be [n, 2] of (layer, neuron), got {list(order.shape)}")

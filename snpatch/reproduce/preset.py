@@ -13,7 +13,7 @@ from snpatch.reproduce.preset_file import FOLDER, read_preset
 from snpatch.schema import read, value_of
 from snpatch.training.objectives import SFT, objective
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.worlds.world import PromptSet
+from snpatch.worlds.world import PromptSet, check_trusted, setting_of
 from snpatch.worlds.world import table as table_of
 
 NAMES = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo")
@@ -76,8 +76,11 @@ class Preset:
     size: Size | None = None
 
 
-def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = ()) -> Preset:
-    """A preset by its name, or a file of one. model: where its model lies; seeds: before the preset's own."""
+def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = (), trust: bool = False) -> Preset:
+    """A preset by its name, or a file of one. model: where its model lies; seeds: before the preset's own.
+
+    trust: take what of a file may run code or open the host, see snpatch.trust; otherwise it is an error.
+    """
     path = FOLDER / f"{source}.toml" if source in NAMES else Path(source)
     if not path.is_file():
         raise SnpatchError(f"no preset {source!r}: there are {', '.join(NAMES)}, or give a preset's file (.toml)")
@@ -93,6 +96,9 @@ def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = 
             if preset.training is None:
                 raise SnpatchError("seeds are for presets that train, and this one does not")
             preset = replace(preset, training=replace(preset.training, seeds=seeds))
+        if not trust:
+            parts = setting_of(preset.world)
+            check_trusted(parts["engine"], parts["judges"], path.parent)
         return preset
     except SnpatchError as error:
         raise SnpatchError(f"preset {source}: {error}") from error
