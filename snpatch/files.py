@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import tempfile
 import zipfile
@@ -20,6 +21,7 @@ from snpatch import __version__
 from snpatch.errors import SnpatchError
 from snpatch.schema import parse_json
 
+_NOT_IN_STEM = re.compile(r"[/\\\x00-\x1f\x7f]|^\.")
 # What torch.load raises for a file that is damaged or made up.
 DAMAGED = (
     UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError,
@@ -138,6 +140,11 @@ def _tensors_in(found: object) -> Iterator[Tensor]:
             left += one.values()
         elif isinstance(one, list | tuple | set):
             left += one
+
+
+def file_stem(name: str) -> str:
+    """Return a name as part of a file's name in its folder: slashes, control characters and a first dot are escaped."""
+    return _NOT_IN_STEM.sub(lambda match: f"%{ord(match[0]):02X}", name)
 
 
 def check_writable(path: str | Path) -> None:

@@ -1,6 +1,5 @@
 """`snpatch exp`: the paper's experiments on a world."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -84,8 +83,8 @@ def run(
                 if len(chosen) == 1:
                     raise
                 failed[name] = error
-                print(f"snpatch: {name}: {error}", file=sys.stderr)
+                o.tell(f"snpatch: {name}: {error}", is_error=True)
         for name, why in summary.write(lab, dict.fromkeys(chosen, settings or {})).items():
-            print(f"snpatch: {name}.json is left out of report.md: {why}", file=sys.stderr)
+            o.tell(f"snpatch: {name}.json is left out of report.md: {why}", is_error=True)
     if failed:
         raise SnpatchError(f"{len(failed)} of {len(chosen)} experiments failed: {', '.join(failed)}; see above")

@@ -76,16 +76,16 @@ def reproduce(
     if dry_run:
         _show_plan(pipeline, tuple(only or ()), start, as_json)
         return
-    failed = pipeline.run(tuple(only or ()), start, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    failed = pipeline.run(tuple(only or ()), start, tell=lambda line: o.tell(line, is_error=True))
     paths = report.write(pipeline)
     if report.done_in(pipeline):
         paths.append(write(out, out / FILE))
     if as_json:
         print(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
     else:
-        print("wrote " + ", ".join(str(path) for path in paths))
+        o.tell("wrote " + ", ".join(str(path) for path in paths))
     if failed:
-        print(f"snpatch: {len(failed)} experiments failed: {', '.join(failed)}; see above", file=sys.stderr)
+        o.tell(f"snpatch: {len(failed)} experiments failed: {', '.join(failed)}; see above", is_error=True)
         raise typer.Exit(1)
 
 
@@ -115,4 +115,4 @@ def _show_plan(pipeline, only: tuple[str, ...], start: str | None, as_json: bool
     for view in views.values():
         terminal.show_view(view, console)
     for name, why in pipeline.skipped.items():
-        console.print(f"left out: {name}: {why}")
+        terminal.say(f"left out: {name}: {why}", console)

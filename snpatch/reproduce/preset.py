@@ -9,6 +9,7 @@ from pathlib import Path
 
 from snpatch import experiments
 from snpatch.errors import SnpatchError
+from snpatch.files import file_stem
 from snpatch.reproduce.preset_file import FOLDER, read_preset
 from snpatch.schema import read, value_of
 from snpatch.training.objectives import SFT, objective
@@ -50,8 +51,10 @@ class Training:
         if SAFETY in self.objectives or len(set(self.objectives)) < len(self.objectives):
             raise SnpatchError(f"training.objectives: those beside {SAFETY}, each once, got {list(self.objectives)}")
         for name in self.objectives:
-            if name in NOT_OBJECTIVES or name.startswith(("sft-", "dpo-", "contrast-")):
-                raise SnpatchError(f"training.objectives: {name!r} is the name of a model or a step: choose another")
+            if file_stem(name) != name or name in NOT_OBJECTIVES or name.startswith(("sft-", "dpo-", "contrast-")):
+                raise SnpatchError(
+                    f"training.objectives: {name!r} is the name of a model or a step, or no file's: choose another"
+                )
         if self.written_by not in (None, "demo"):
             raise SnpatchError(f"training.written_by: there is only demo, got {self.written_by!r}")
         for settings in (self.sft, self.dpo):
