@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line, shown
 from snpatch.models.digest import pinned
 from snpatch.models.pretrained import load_pretrained
 from snpatch.tensors import is_finite
@@ -67,8 +67,12 @@ def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
         declared = GenerationConfig.from_pretrained(pinned(model)).eos_token_id
     except OSError:
         declared = config.eos_token_id
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise SnpatchError(f"{model}: its generation_config.json cannot be read: {first_line(error)}") from error
+    ids = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
+    if wrong := [i for i in ids if i is not None and type(i) is not int]:
+        raise SnpatchError(f"{model}: eos_token_id: expected numbers of tokens, got {shown(wrong[0])}")
+    return frozenset(i for i in ids if i is not None)
 
 
 def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:

@@ -99,7 +99,10 @@ def open_template(name: str, tokenizer, adapters: Sequence[str | Path]) -> Templ
     """
     if name != "auto":
         return Template(name, tokenizer)
-    told = {f: (Path(f) / FILE).read_text(encoding="utf-8") for f in adapters if (Path(f) / FILE).is_file()}
+    try:
+        told = {f: (Path(f) / FILE).read_text(encoding="utf-8") for f in adapters if (Path(f) / FILE).is_file()}
+    except (OSError, ValueError) as error:
+        raise SnpatchError(f"an adapter's {FILE} cannot be read: {error}") from error
     if len({*told.values()}) > 1:
         raise SnpatchError(
             f"adapters were trained with different templates ({', '.join(map(str, told))}): choose one by template="
