@@ -48,7 +48,8 @@ def ia3(tmp_path, name=r"base_model.model.model.layers.0.mlp.down_proj.ia3_l", *
 
 
 def lora(tmp_path, **config):
-    tensors = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
     return folder_of(tmp_path, {"peft_type": "LORA", "r": 1, "lora_alpha": 1, **config}, tensors)
 
 

@@ -21,7 +21,9 @@ def show(report: Report, console: Console) -> None:
 
 def show_view(view: View, console: Console) -> None:
     """The table alone."""
-    table = Table(*map(_text, view.columns), title=None if view.title is None else _text(view.title))
+    table = Table(title=None if view.title is None else _text(view.title))
+    for column in view.columns:
+        table.add_column(_text(column))
     for row in view.rows:
         table.add_row(*(_text(cell(value)) for value in row))
     console.print(table)
