@@ -387,7 +387,7 @@ MARKED = '<a href="https://evil.example/x" target="_top">click</a><b>&amp; $x^2$
 # Hover over the first point of each trace, and return what the labels say; a link in one of them is an error.
 HOVERED = """() => ["plot-mean", "plot-effect"].flatMap(id =>
   document.getElementById(id).data.flatMap(({text}, curveNumber) => {
-    if (!text?.length) return []; // a band
+    if (!Array.isArray(text)) return [];
     Plotly.Fx.hover(id, [{curveNumber, pointNumber: 0}]);
     if (document.querySelector("svg a")) throw new Error("a name became a link");
     return [...document.querySelectorAll(`#${id} .hovertext`)].map(one => one.textContent);
