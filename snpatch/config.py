@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from snpatch import schema
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, shown
 from snpatch.schema import option
+from snpatch.trust import ENGINE, check_arguments
 
 KNOWN = {
     "backend": ("auto", "vllm", "transformers"),
@@ -172,9 +173,15 @@ class EngineConfig:
         return replace(self, model=place(folder, self.model), adapters=adapters, models=models)
 
     @classmethod
-    def load(cls, path: str | Path) -> "EngineConfig":
-        """From a TOML or JSON file, whose paths are relative to its folder."""
-        return cls.from_table(schema.load_table(path, "engine"), f"engine {path}").placed(Path(path).parent)
+    def load(cls, path: str | Path, trust: bool = False) -> "EngineConfig":
+        """From a TOML or JSON file, whose paths are relative to its folder.
+
+        trust: take arguments that may run code or open the host, see snpatch.trust; otherwise they are an error.
+        """
+        config = cls.from_table(schema.load_table(path, "engine"), f"engine {path}")
+        if not trust:
+            check_arguments(config.vllm, ENGINE, f"engine {path}: vllm")
+        return config.placed(Path(path).parent)
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load` reads; paths as they are."""
@@ -185,6 +192,8 @@ class EngineConfig:
     @classmethod
     def from_table(cls, table: Mapping[str, object], where: str = "engine") -> "EngineConfig":
         """Read what `as_table` wrote (or a user, in TOML or JSON); unknown keys and wrong types are errors."""
+        if not isinstance(table, Mapping):
+            raise SnpatchError(f"{where}: wanted a table, got {shown(table)}")
         parts = dict(table)
         adapters = parts.get("adapters", {})
         if not isinstance(adapters, Mapping):

@@ -1,17 +1,40 @@
 """The exceptions for what a user can put right: the CLI prints the message as one line and exits with 2."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MAX_MESSAGE = 4000  # characters of an error
+MAX_VALUE = 200  # characters of a value that an error shows
+# Control characters but tab and newline, line separators, marks that reorder text, and halves of surrogate pairs.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters escaped, as JSON escapes them: no terminal obeys it."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def one_line(text: str) -> str:
+    """Return a text as one printable line."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def shown(value: object) -> str:
+    """Return a value's repr, cut to what an error can show."""
+    text = repr(value)
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
+
 
 class SnpatchError(Exception):
-    """Bad input or an impossible request. The message says what, what was wanted, what came, and what to do.
+    """Bad input or an impossible request. The message says what, what was wanted, what came, and what to do, in a line.
 
     field: of what was given, the part that is wrong, as `window` or `clauses.0.donor`; None where it is no part of it.
     """
 
     def __init__(self, message: str = "", field: str | None = None) -> None:
-        super().__init__(message)
+        line = one_line(message)
+        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}...")
         self.field = field
 
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import struct
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,14 @@ from torch import Tensor
 
 from snpatch import __version__
 from snpatch.errors import SnpatchError
+from snpatch.schema import parse_json
+
+_NOT_IN_STEM = re.compile(r"[/\\\x00-\x1f\x7f]|^\.")
+# What torch.load raises for a file that is damaged or made up.
+DAMAGED = (
+    UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError,
+    AssertionError, MemoryError, OSError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 @contextmanager
@@ -63,8 +74,8 @@ def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
 
 def _meta(path: str | Path, header: dict[str, str]) -> dict:
     try:
-        meta = json.loads(header["meta"])
-    except (KeyError, ValueError, RecursionError):
+        meta = parse_json(header["meta"])
+    except (KeyError, ValueError):
         meta = None
     if not isinstance(meta, dict):
         raise SnpatchError(f"{path}: damaged: its header holds no JSON object under `meta`; make the file anew")
@@ -72,18 +83,68 @@ def _meta(path: str | Path, header: dict[str, str]) -> dict:
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """What a safetensors file or, by any other suffix, a torch file holds; of a pickle only plain tensors."""
+    """Return what a safetensors file or, by any other suffix, a torch file holds; of a pickle only plain tensors.
+
+    A torch file whose tensors would take more room than the file is an error: made up, it could ask for any.
+    """
+    if not Path(path).is_file():
+        raise SnpatchError(f"{path}: no such file")
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SnpatchError(f"{path}: no such file") from None
+        _check_stored(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise SnpatchError(f"{path}: not a safetensors file, cannot be read: {error}") from error
-    except (UnpicklingError, EOFError, LookupError, RuntimeError) as error:
+    except DAMAGED as error:
         reason = type(error).__name__
         raise SnpatchError(f"{path}: not a torch file of plain tensors, cannot be read ({reason})") from error
+    for tensor in _tensors_in(found):
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise SnpatchError(f"{path}: expected plain tensors, got one of {tensor.layout} on {tensor.device}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise SnpatchError(f"{path}: a tensor of {list(tensor.shape)} is larger than what the file holds of it")
+    return found
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint's file by their names."""
+    found = read_checkpoint(path)
+    if not isinstance(found, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items()):
+        raise SnpatchError(f"{path}: expected tensors by name, got another {type(found).__name__}")
+    return found
+
+
+def _check_stored(path: str | Path) -> None:
+    """Raise BadZipFile for a zip file that would grow when it is read: torch stores its entries as they are."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        entries = file.infolist()
+    is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if is_packed or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
+        raise zipfile.BadZipFile("its entries are compressed or overlap")
+
+
+def _tensors_in(found: object) -> Iterator[Tensor]:
+    """Yield each tensor of nested containers once."""
+    left, seen = [found], set()
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, list | tuple | set):
+            left += one
+
+
+def file_stem(name: str) -> str:
+    """Return a name as part of a file's name in its folder: slashes, control characters and a first dot are escaped."""
+    return _NOT_IN_STEM.sub(lambda match: f"%{ord(match[0]):02X}", name)
 
 
 def check_writable(path: str | Path) -> None:

@@ -7,12 +7,16 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
-from snpatch.errors import SnpatchError, within
+from snpatch.errors import SnpatchError, shown, within
 
+MAX_DEPTH = 100  # of nested tables and lists: what reads them afterwards may call itself once a level
+MAX_CONFIG_BYTES = 2**24
+MAX_KEY_PARTS = 100  # of a dotted TOML key, for which tomllib takes quadratic time
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
 
 
@@ -22,12 +26,45 @@ def option(default, help: str, **metadata):
 
 
 def load_table(path: str | Path, what: str) -> object:
-    """What a TOML or, by its suffix, a JSON file holds. what: names it in errors."""
+    """Return what a TOML or, by its suffix, a JSON file holds. what: names it in errors."""
     try:
+        if Path(path).stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has more than {MAX_CONFIG_BYTES} bytes")
         text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
+        return parse_json(text) if Path(path).suffix == ".json" else parse_toml(text)
     except (OSError, ValueError) as error:
         raise SnpatchError(f"{what} {path}: cannot be read: {error}") from error
+
+
+def parse_json(text: str | bytes) -> object:
+    """Return what a JSON text holds; ValueError if it is none, or nested deeper than MAX_DEPTH."""
+    try:
+        return _flat(json.loads(text))
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+
+
+def parse_toml(text: str) -> dict:
+    """Return what a TOML text holds; ValueError if it is none, or nested deeper than MAX_DEPTH."""
+    for line in text.splitlines():
+        *keys, value = line.split("=")
+        if max(part.count(".") for part in keys or [value]) >= MAX_KEY_PARTS:
+            raise ValueError(f"a key has more than {MAX_KEY_PARTS} parts")
+    try:
+        return _flat(tomllib.loads(text))
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+
+
+def _flat(value):
+    """Return the value; ValueError where it is nested deeper than MAX_DEPTH."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = list(chain.from_iterable(nested))
+        if not level:
+            return value
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def read(kind: type, where: str, values: object):
@@ -36,7 +73,7 @@ def read(kind: type, where: str, values: object):
     Lists become tuples, and so does a single value where a tuple of any length is wanted.
     """
     if not isinstance(values, Mapping):
-        raise SnpatchError(f"{where}: wanted a table, got {values!r}")
+        raise SnpatchError(f"{where}: wanted a table, got {shown(values)}")
     known = [f.name for f in fields(kind)]
     if unknown := sorted(map(str, values.keys() - set(known))):
         message = f"{where}: there is no {', '.join(unknown)}; there are {', '.join(known)}"
@@ -77,7 +114,7 @@ def value_of(value: object, hint: object, where: str):
         elif is_dataclass(base) and isinstance(value, Mapping):
             return read(base, where, value)
     names = " or ".join(_named(kind) for kind in kinds if kind is not NoneType)
-    raise SnpatchError(f"{where}: wanted {names}, got {value!r}")
+    raise SnpatchError(f"{where}: wanted {names}, got {shown(value)}")
 
 
 def json_schema(kind: type) -> dict:

@@ -68,7 +68,7 @@ def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):
 
 def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, tmp_path):
     path, out = spec_of(tmp_path, prompts, ranking), tmp_path / "out"
-    code, told, err = run(capsys, "sweep", path, "-o", out, "--json")
+    code, told, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--json")
     assert code == 0, err
     rows = json.loads(told)["tables"]["sweep"]
     points = {(r["ranking"], r["control_seed"], r["lo"], r["hi"], r["strength"]) for r in rows}
@@ -88,7 +88,9 @@ def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, t
     assert status["done"] > 20
     again, before = out / "sweep.csv", status["done"]
     table = again.read_bytes()
-    assert run(capsys, "sweep", out / "spec.json", "-o", out)[0] == 0, "the file that it wrote is the same sweep"
+    assert run(capsys, "sweep", out / "spec.json", "--trust-config", "-o", out)[0] == 0, (
+        "the file that it wrote is the same sweep"
+    )
     assert again.read_bytes() == table
     assert json.loads(run(capsys, "sweep", "status", out, "--json")[1])["done"] == before
     assert f"{before} texts done, 0 open" in run(capsys, "sweep", "status", out)[1]
@@ -119,7 +121,7 @@ def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, t
 )
 def test_bad_sweep_files_are_one_line(capsys, prompts, ranking, tmp_path, change, options, message):
     path = spec_of(tmp_path, prompts, ranking, **change)
-    code, _, err = run(capsys, "sweep", path, "-o", tmp_path / "out", *options)
+    code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", tmp_path / "out", *options)
     assert code == 2
     assert message in err.splitlines()[-1]
 
@@ -243,21 +245,21 @@ def test_a_report_holds_what_one_world_and_its_settings_made(capsys, world, tmp_
 
 def test_workers_write_parts_that_the_sweep_joins(capsys, prompts, ranking, tmp_path):
     path, out, alone = spec_of(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
-    assert run(capsys, "sweep", path, "-o", alone)[0] == 0
+    assert run(capsys, "sweep", path, "--trust-config", "-o", alone)[0] == 0
     counts = []
     for worker in ("1/2", "2/2"):
-        code, told, err = run(capsys, "sweep", path, "-o", out, "--worker", worker)
+        code, told, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--worker", worker)
         assert code == 0, err
         counts.append(int(told.split()[1]))
     assert max(counts) - min(counts) <= 1
-    code, _, err = run(capsys, "sweep", path, "-o", out)
+    code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", out)
     assert code == 0, err
     assert f"took in {counts[1]} texts of sweep-2-of-2.sqlite" in err
     assert (out / "sweep.csv").read_bytes() == (alone / "sweep.csv").read_bytes()
     status = json.loads(run(capsys, "sweep", "status", out, "--json")[1])
     assert (status["done"], status["rate"] is not None) == (sum(counts), True)
     for wrong in ("0/2", "3/2", "2"):
-        code, _, err = run(capsys, "sweep", path, "-o", out, "--worker", wrong)
+        code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--worker", wrong)
         assert (code, "--worker wants i/n with i in 1..n" in err) == (2, True)
 
 
@@ -265,7 +267,7 @@ def test_a_page_is_made_of_a_sweeps_folder(capsys, prompts, ranking, tmp_path):
     path, out = spec_of(tmp_path, prompts, ranking, strengths=[1]), tmp_path / "out"
     code, _, err = run(capsys, "report", tmp_path)
     assert (code, "holds no table and no texts" in err) == (2, True)
-    assert run(capsys, "sweep", path, "-o", out)[0] == 0
+    assert run(capsys, "sweep", path, "--trust-config", "-o", out)[0] == 0
     code, told, err = run(capsys, "report", out)
     assert code == 0, err
     assert told == f"wrote {out / 'report.html'}\n"
@@ -306,5 +308,5 @@ def test_replicas_without_ray_say_what_to_install(capsys, prompts, ranking, tmp_
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "snpatch.worlds.replicas", raising=False)
     path = spec_of(tmp_path, prompts, ranking)
-    code, _, err = run(capsys, "sweep", path, "-o", tmp_path / "out", "--ray", 2)
+    code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", tmp_path / "out", "--ray", 2)
     assert (code, "--ray: replicas need more packages: pip install 'snpatch[ray]'" in err) == (2, True)

@@ -11,6 +11,10 @@ import typer
 from snpatch import EngineConfig, Sampling, SnpatchError
 from snpatch.cli.generated import Engine, Fields, Some, generated
 from snpatch.config import TwinSizes
+from snpatch.reproduce.preset import load_preset
+from snpatch.server.config import ServeConfig
+from snpatch.worlds.spec import SweepSpec
+from snpatch.worlds.world import load_world
 
 WHOLE = EngineConfig.of(
     "model", {"sft": "a", "dpo": ["a", "b"]}, backend="vllm", dtype="bfloat16", batch_size=4, max_rankings=3,
@@ -130,3 +134,30 @@ def test_options_go_before_a_file(tmp_path):
 def test_bad_adapters_of_a_command_are_one_line(wrong):
     with pytest.raises(SnpatchError, match="--adapter wants name=folder"):
         called({"config": Engine()}, ["m", "-a", wrong])
+
+
+@pytest.mark.parametrize("depth", [101, 500, 100_000])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", lambda n: "[" * n + "]" * n),
+        ("a.json", lambda n: '{"a":' * n + "1" + "}" * n),
+        ("a.toml", lambda n: "a = " + "[" * n + "]" * n),
+        ("a.toml", lambda n: ".".join("a" * n) + " = 1"),
+        ("a.toml", lambda n: "[" + ".".join("a" * n) + "]"),
+        ("a.toml", lambda n: "a = {" + ".".join("a" * n) + " = 1}"),
+    ],
+)
+def test_deep_file_is_one_line(tmp_path, name, content, depth):
+    (tmp_path / name).write_text(content(depth))
+    for load in (EngineConfig.load, ServeConfig.load, SweepSpec.load, load_world, lambda path: load_preset(str(path))):
+        with pytest.raises(SnpatchError) as error:
+            load(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_value_in_an_error_is_cut(tmp_path):
+    (tmp_path / "a.toml").write_text(f"model = {['m' * 10_000]}")
+    with pytest.raises(SnpatchError, match="wanted str") as error:
+        EngineConfig.load(tmp_path / "a.toml")
+    assert len(str(error.value)) < 500

@@ -3,11 +3,12 @@
 import gzip
 import json
 import lzma
+from contextlib import suppress
 
 import pytest
 from published import ROWS, lines, parquet, talk, turns, write
 
-from snpatch.data import load, read_completions
+from snpatch.data import files, load, read_completions
 from snpatch.errors import SnpatchError
 
 
@@ -254,3 +255,84 @@ def test_prompts_and_completions_of_a_generated_file(tmp_path):
         read_completions(path)
     with pytest.raises(SnpatchError, match=r"none\.jsonl: no such file"):
         read_completions(tmp_path / "none.jsonl")
+
+
+# ---- bombs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """A line of 1000 bytes, and of compressed files 1000 bytes or 10 times their size."""
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(files, "MAX_EXPANSION", 10)
+
+
+@pytest.mark.parametrize("packed", [gzip.compress, lzma.compress, bytes], ids=["gz", "xz", "plain"])
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("jsonl", b'{"prompt": "%s"}' % (b"a" * 2000)),
+        ("jsonl", b" " * 2000),
+        ("csv", b"prompt\n" + b"a" * 2000),
+        ("csv", b'prompt\n"' + b"a\n" * 1000 + b'"\n'),
+        ("txt", b"a" * 2000),
+    ],
+)
+def test_endless_line_is_one_line(tmp_path, small_limits, packed, kind, content):
+    suffix = {gzip.compress: ".gz", lzma.compress: ".xz"}.get(packed, "")
+    path = tmp_path / f"a.{kind}{suffix}"
+    path.write_bytes(packed(content))
+    columns = (("text",),) if kind == "txt" else (("prompt",),)
+    with pytest.raises(SnpatchError, match=r"expected at most 1000 bytes|field larger than field limit|times its size"):
+        list(files.read_rows(path, columns))
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("jsonl", b"\n" * 100_000),
+        ("jsonl", b"[" + b"[],\n" * 100_000 + b"0]"),
+        ("csv", b"prompt\n" + b"a\n" * 100_000),
+        ("txt", b"a\n" * 100_000),
+    ],
+)
+def test_compressed_bomb_is_one_line(tmp_path, small_limits, kind, content):
+    (tmp_path / f"a.{kind}.gz").write_bytes(gzip.compress(content))
+    columns = (("text",),) if kind == "txt" else (("prompt",),)
+    with pytest.raises(SnpatchError, match=r"expected at most \d+ bytes \(10 times its size\), got more"):
+        list(files.read_rows(tmp_path / f"a.{kind}.gz", columns))
+    (tmp_path / f"a.{kind}").write_bytes(content)
+    list(files.read_rows(tmp_path / f"a.{kind}", columns))
+
+
+def test_line_past_the_shipped_limit_is_refused(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
+        file.write(b'{"prompt": "')
+        for _ in range(128):
+            file.write(b"a" * 2**20)
+    with pytest.raises(SnpatchError, match=f"line 1: expected at most {2**26} bytes, got more"):
+        load(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("depth", [101, 500, 100_000])
+def test_deep_row_is_one_line(tmp_path, depth):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "x": ' + "[" * depth + "]" * depth + "}\n")
+    with pytest.raises(SnpatchError, match="line 1: not JSON: nested deeper than 100 levels"):
+        load(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("depth", [30, 300, 3000])
+def test_deep_parquet_column_is_read_or_one_line(tmp_path, depth):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    kind = pyarrow.int64()
+    for _ in range(depth):
+        kind = pyarrow.struct([("a", kind)])
+    try:
+        table = pyarrow.table({"prompt": ["a"], "x": pyarrow.nulls(1, kind)})
+        parquet.write_table(table, tmp_path / "a.parquet")
+    except (pyarrow.ArrowException, RecursionError):
+        pytest.skip("pyarrow does not write it")
+    with suppress(SnpatchError):  # any other error fails the test
+        assert len(load(tmp_path / "a.parquet")) == 1

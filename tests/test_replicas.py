@@ -33,8 +33,21 @@ def written(out) -> int:
 
 def test_a_replica_that_is_killed_is_replaced(capsys, prompts, ranking, tmp_path):
     path, out, alone = spec_of(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
-    assert run(capsys, "sweep", path, "-o", alone)[0] == 0
-    command = [sys.executable, "-m", "snpatch.cli", "sweep", path, "-o", out, "--ray", "2", "--engine", "batch_size=1"]
+    assert run(capsys, "sweep", path, "--trust-config", "-o", alone)[0] == 0
+    command = [
+        sys.executable,
+        "-m",
+        "snpatch.cli",
+        "sweep",
+        path,
+        "--trust-config",
+        "-o",
+        out,
+        "--ray",
+        "2",
+        "--engine",
+        "batch_size=1",
+    ]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_AUTH_MODE": "disabled"}
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and written(out) < 5:
@@ -57,7 +70,7 @@ def test_without_restarts_its_end_is_an_error(capsys, prompts, ranking, tmp_path
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     path = spec_of(tmp_path, prompts, ranking, recipients=["base"])
     monkeypatch.setattr(room.Replica, "prepare", lambda self: os._exit(1))
-    code, _, err = run(capsys, "sweep", path, "-o", tmp_path / "out", "--ray", 1)
+    code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", tmp_path / "out", "--ray", 1)
     assert (code, "a replica has ended" in err) == (2, True)
     with pytest.raises(SnpatchError, match="went wrong"):
         raise room._error(type("E", (Exception,), {"cause": SnpatchError("went wrong")})())

@@ -379,3 +379,36 @@ def test_each_input_has_a_name(opened):
     for one in tab.locator("input, select").all():
         assert one.evaluate("one => one.labels[0].textContent.trim()")
     assert tab.locator("[role=img]:not([aria-label])").count() == 0
+
+
+MARKED = '<a href="https://evil.example/x" target="_top">click</a><b>&amp; $x^2$ %{x}</b>'
+
+
+# Hover over the first point of each trace, and return what the labels say; a link in one of them is an error.
+HOVERED = """() => ["plot-mean", "plot-effect"].flatMap(id =>
+  document.getElementById(id).data.flatMap(({text}, curveNumber) => {
+    if (!Array.isArray(text)) return [];
+    Plotly.Fx.hover(id, [{curveNumber, pointNumber: 0}]);
+    if (document.querySelector("svg a")) throw new Error("a name became a link");
+    return [...document.querySelectorAll(`#${id} .hovertext`)].map(one => one.textContent);
+  }))"""
+
+
+def test_a_name_is_text_in_every_plot(opened):
+    """Plotly reads pseudo-HTML in names, hover texts and titles."""
+    page = pages.page(2)
+    named = {"ranking": MARKED, "recipient": f"{MARKED}r", "donor": f"{MARKED}d", "judge": f"{MARKED}j"}
+    rows = [
+        row | {name: value for name, value in named.items() if row[name] is not None} | {"set": MARKED}
+        for row in page.rows
+        if row["ranking"] in (None, pages.RANKINGS[0])
+    ]
+    rows += [row | {"lo": 100, "hi": 300} for row in rows if row["ranking"] and row["control_seed"] is None]
+    tab = opened(replace(page, rows=rows, maps={MARKED: page.maps[pages.RANKINGS[0]]}, texts=[], reports=[]))
+    legend = tab.locator("#plot-mean .legendtext").all_text_contents()
+    assert MARKED[:60] + "…" in legend
+    shown = tab.evaluate(HOVERED)
+    assert any(MARKED[:9] in text for text in shown)
+    assert tab.locator("svg a").count() == 0
+    assert tab.locator("main a").count() == 0
+    assert tab.locator("svg tspan[style*=bold]").count() == 0

@@ -576,7 +576,7 @@ def test_inputs_are_told_by_content(tmp_path):
     def all_of(text: str = "", **how) -> dict[str, str]:
         judges = "[world.judges]\ncost = { source = 'world/cost' }\nmine = { source = 'judge_of_mine:by' }\n"
         path.write_text(f"extends = 'demo'\n[world]\nmodel = 'world/base'\n{judges}{text}")
-        pipeline = Pipeline(load_preset(str(path)), tmp_path / "out", **how)
+        pipeline = Pipeline(load_preset(str(path), trust=True), tmp_path / "out", **how)
         names = ["model/base", "judge/cost", "judge/mine", "set/contrast", "judges", "cost", "writing", "benchmarks"]
         return {name: pipeline.inputs.digest(name) for name in names}
 

@@ -67,6 +67,6 @@ def contrast(
     if as_json:
         print(json.dumps(summary))
         return
-    print(f"{len(ranking)} neurons ranked over {summary['tokens']} tokens of {summary['prompts']} prompts -> {out}")
+    o.tell(f"{len(ranking)} neurons ranked over {summary['tokens']} tokens of {summary['prompts']} prompts -> {out}")
     for layer, neuron, score in summary["top"][:SHOWN]:
-        print(f"  layer {layer:3d}  neuron {neuron:6d}  change score {score:.4f}")
+        o.tell(f"  layer {layer:3d}  neuron {neuron:6d}  change score {score:.4f}")

@@ -29,7 +29,7 @@ def demo(
     run(["curve"], "demo", out, as_json, **engine)
     path = report.write(out, out / report.FILE)
     if not as_json:
-        print(f"open {path} in a browser: the curve, and every text")
+        o.tell(f"open {path} in a browser: the curve, and every text")
 
 
 @app.command("build")

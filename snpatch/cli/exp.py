@@ -1,13 +1,12 @@
 """`snpatch exp`: the paper's experiments on a world."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, SkipBad, generated, pairs
+from snpatch.cli.generated import Engine, Fields, SkipBad, TrustConfig, generated, pairs
 from snpatch.errors import ReceiptError, SnpatchError
 
 
@@ -32,19 +31,27 @@ def exp(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts of each set.")] = None,
     skip_bad: SkipBad = False,
+    trust_config: TrustConfig = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Run experiments of the paper: tables (CSV, JSON), plots (PNG, SVG). Continues if killed."""
-    run(names, world, out, as_json, pairs(setting, "--set"), limit=limit, skip_bad=skip_bad, **config)
+    given = pairs(setting, "--set")
+    run(names, world, out, as_json, given, trust=trust_config, limit=limit, skip_bad=skip_bad, **config)
 
 
 def run(
-    names: list[str], world: str, out: Path, as_json: bool, settings: dict | None = None, **arguments: object
+    names: list[str],
+    world: str,
+    out: Path,
+    as_json: bool,
+    settings: dict | None = None,
+    trust: bool = False,
+    **arguments: object,
 ) -> None:
     """Run, write and print each; one that cannot be run is told at the end and stops none of the others.
 
     But for a ReceiptError: the device did what it was not asked, so that nothing of this run may be used; what it has
-    written of tables and plots is removed. arguments: the Lab's.
+    written of tables and plots is removed. trust: see load_world; arguments: the Lab's.
     """
     from snpatch import experiments
     from snpatch.experiments import summary
@@ -58,7 +65,7 @@ def run(
         raise SnpatchError(f"no experiment named {unknown[0]!r}: there are {', '.join(experiments.NAMES)}, or all")
     if settings and len(chosen) > 1:
         raise SnpatchError("--set is for one experiment; for several, write the settings into the world's file")
-    place = load_world(world)
+    place = load_world(world, trust)
     for name in {**place.settings, **dict.fromkeys(chosen)}:
         experiments.settings_in(place, name, settings if name in chosen else None)
     for name in chosen:
@@ -76,8 +83,8 @@ def run(
                 if len(chosen) == 1:
                     raise
                 failed[name] = error
-                print(f"snpatch: {name}: {error}", file=sys.stderr)
+                o.tell(f"snpatch: {name}: {error}", is_error=True)
         for name, why in summary.write(lab, dict.fromkeys(chosen, settings or {})).items():
-            print(f"snpatch: {name}.json is left out of report.md: {why}", file=sys.stderr)
+            o.tell(f"snpatch: {name}.json is left out of report.md: {why}", is_error=True)
     if failed:
         raise SnpatchError(f"{len(failed)} of {len(chosen)} experiments failed: {', '.join(failed)}; see above")

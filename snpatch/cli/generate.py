@@ -10,7 +10,7 @@ import typer
 from snpatch.cli import options as o
 from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, printable
 from snpatch.sampling import GREEDY, Sampling
 
 SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs")
@@ -79,6 +79,7 @@ def write_completions(chats, completions, more: list[dict], out: Path | None, as
     if out:
         write_text(out, lines)
     if as_json or not out:
-        sys.stdout.write(lines if as_json else "".join(f"> {r['prompt']}\n{r['completion']}\n\n" for r in rows))
+        texts = lines if as_json else "".join(f"> {r['prompt']}\n{r['completion']}\n\n" for r in rows)
+        sys.stdout.write(printable(texts))  # of JSON the same data
     else:
-        print(f"{len(rows)} completions -> {out}")
+        o.tell(f"{len(rows)} completions -> {out}")

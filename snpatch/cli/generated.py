@@ -53,6 +53,7 @@ class Engine:
         own = tuple(f.name for f in fields(EngineConfig) if f.metadata)
         model = [("model", _MODEL, inspect.Parameter.empty)] if self.has_model else []
         model += [(name, hint, None) for name, hint in _ON_TOP.items()] if self.has_model else []
+        model += [("trust_config", TrustConfig, False)] if self.has_model else []
         return [
             inspect.Parameter("context", _BY_NAME, annotation=typer.Context),
             *(inspect.Parameter(n, _BY_NAME, default=default, annotation=hint) for n, hint, default in model),
@@ -66,7 +67,8 @@ class Engine:
             return _given(values)
         model = values["model"]
         is_file = Path(model).suffix in ENGINE_FILES and Path(model).is_file()
-        return self.changed(EngineConfig.load(model) if is_file else EngineConfig(model), values)
+        config = EngineConfig.load(model, values["trust_config"]) if is_file else EngineConfig(model)
+        return self.changed(config, values)
 
     def changed(self, config: EngineConfig, values: dict) -> EngineConfig:
         """The same but for what was given."""
@@ -181,6 +183,14 @@ def _on_top(adapter: Iterable[str], weights: Iterable[str], lora: Iterable[str])
 
 
 _BY_NAME = inspect.Parameter.KEYWORD_ONLY
+TrustConfig = Annotated[
+    bool,
+    typer.Option(
+        "--trust-config",
+        help="Take from a config file what may run code or open this host: judges that are Python functions, vLLM's "
+        "arguments outside the harmless ones. Read the file first.",
+    ),
+]
 _MODEL = Annotated[str, typer.Argument(help="Hugging Face folder or model name, or an engine's config (.toml, .json).")]
 _PROMPTS = Annotated[
     str,

@@ -1,7 +1,6 @@
 """`snpatch guard fit | eval | apply`: refuse prompts before anything is generated."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -66,7 +65,7 @@ def fit(
     check_writable(out)
     prompts_once = distinct(prompts.data.prompts)
     if len(prompts_once) < len(prompts.data):
-        print(f"{prompts.name}: {len(prompts.data) - len(prompts_once)} repeated prompts count once", file=sys.stderr)
+        o.tell(f"{prompts.name}: {len(prompts.data) - len(prompts_once)} repeated prompts count once", is_error=True)
     engine = o.open_engine(config)
     with engine:
         known = _labelled(engine, prompts_once, reads, judge, judge_format, answers, harmful_above)
@@ -155,8 +154,8 @@ def _tell(scores, named: dict, where: str, as_json: bool) -> None:
         print(json.dumps({**named, **figures}))
         return
     for name, value in named.items():
-        print(f"{name}: {value}")
-    print(f"{scores.n} prompts, {scores.harmful} harmful; {where}:")
+        o.tell(f"{name}: {value}")
+    o.tell(f"{scores.n} prompts, {scores.harmful} harmful; {where}:")
     for name in ("accuracy", "balanced_accuracy", "auc", "brier", "calibration_error", "majority"):
         interval = f"  ({span(figures, name)})" if figures[name] is not None else "  undefined: one class only"
-        print(f"  {name:18s} {cell(figures[name])}{interval}")
+        o.tell(f"  {name:18s} {cell(figures[name])}{interval}")

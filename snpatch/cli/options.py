@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, one_line, printable
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write JSONL there instead of to stdout.")]
@@ -92,6 +92,11 @@ def command() -> str:
     return shlex.join(["snpatch", *sys.argv[1:]])
 
 
+def tell(text: str, *, is_error: bool = False) -> None:
+    """Print lines without what a terminal would obey in names and texts."""
+    print(printable(text), file=sys.stderr if is_error else sys.stdout, flush=True)
+
+
 def show(report, out: Path, as_json: bool) -> list[Path]:
     """Write a report and print it; the files that it wrote."""
     from rich.console import Console
@@ -105,7 +110,7 @@ def show(report, out: Path, as_json: bool) -> list[Path]:
         return paths
     console = Console(width=None if sys.stdout.isatty() else 160)
     terminal.show(report, console)
-    console.print("wrote " + ", ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
+    terminal.say("wrote " + ", ".join(map(str, paths)), console)
     return paths
 
 
@@ -113,6 +118,7 @@ def show(report, out: Path, as_json: bool) -> list[Path]:
 def progress_bar(name: str) -> Iterator[Callable[..., None]]:
     """A bar on stderr; where that is no terminal, a line at the start of each tenth. What it gives is told (done,
     total), and perhaps a note on how it goes."""
+    name = one_line(name)
     if not sys.stderr.isatty():
         told = -1
 
@@ -120,18 +126,18 @@ def progress_bar(name: str) -> Iterator[Callable[..., None]]:
             nonlocal told
             if done * 10 // total > told:
                 told = done * 10 // total
-                print(f"{name}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+                print(f"{name}: {done}/{total} {one_line(note)}".rstrip(), file=sys.stderr, flush=True)
 
         yield tell
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(name, total=None)
 
         def update(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=f"{name} {note}".rstrip())
+            bar.update(task, completed=done, total=total, description=f"{name} {one_line(note)}".rstrip())
 
         yield update

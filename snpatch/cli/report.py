@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from snpatch.cli import options as o
+
 FILE = "report.html"
 
 
@@ -13,7 +15,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", "-o", help=f"The file; default: {FILE} in the folder.")] = None,
 ) -> None:
     """Write one HTML file of all results in a folder: curves, maps, tables, every text. It needs no network."""
-    print(f"wrote {write(folder, out or folder / FILE)}")
+    o.tell(f"wrote {write(folder, out or folder / FILE)}")
 
 
 def write(folder: Path, path: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, SkipBad, generated
+from snpatch.cli.generated import Engine, Fields, SkipBad, TrustConfig, generated
 from snpatch.cli.report import FILE, write
 from snpatch.errors import SnpatchError
 
@@ -46,6 +46,7 @@ def reproduce(
     ] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts of each set.")] = None,
     skip_bad: SkipBad = False,
+    trust_config: TrustConfig = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Train or take the pairs, contrast, run every experiment, report beside the paper's numbers. What is done is not
@@ -61,7 +62,7 @@ def reproduce(
         raise SnpatchError("give --only or --from, not both")
     taken = _taken(take)
     pipeline = Pipeline(
-        load_preset(model, base, tuple(seed or ())),
+        load_preset(model, base, tuple(seed or ()), trust_config),
         out,
         taken=taken,
         launcher=launcher,
@@ -75,16 +76,16 @@ def reproduce(
     if dry_run:
         _show_plan(pipeline, tuple(only or ()), start, as_json)
         return
-    failed = pipeline.run(tuple(only or ()), start, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    failed = pipeline.run(tuple(only or ()), start, tell=lambda line: o.tell(line, is_error=True))
     paths = report.write(pipeline)
     if report.done_in(pipeline):
         paths.append(write(out, out / FILE))
     if as_json:
         print(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
     else:
-        print("wrote " + ", ".join(str(path) for path in paths))
+        o.tell("wrote " + ", ".join(str(path) for path in paths))
     if failed:
-        print(f"snpatch: {len(failed)} experiments failed: {', '.join(failed)}; see above", file=sys.stderr)
+        o.tell(f"snpatch: {len(failed)} experiments failed: {', '.join(failed)}; see above", is_error=True)
         raise typer.Exit(1)
 
 
@@ -114,4 +115,4 @@ def _show_plan(pipeline, only: tuple[str, ...], start: str | None, as_json: bool
     for view in views.values():
         terminal.show_view(view, console)
     for name, why in pipeline.skipped.items():
-        console.print(f"left out: {name}: {why}")
+        terminal.say(f"left out: {name}: {why}", console)

@@ -50,7 +50,7 @@ class Served:
 
         model = Path(values["model"])
         if model.suffix in ENGINE_FILES and model.is_file():
-            config = ServeConfig.load(model)
+            config = ServeConfig.load(model, values["trust_config"])
             config = replace(config, engine=Engine().changed(config.engine, values))
         else:
             config = ServeConfig(Engine().made(values))

@@ -6,7 +6,6 @@ again, continued or split among workers by its file.
 
 import inspect
 import json
-import sys
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -65,7 +64,7 @@ class Planned:
 
         if values["prompts"] is None:
             self._check_none_given(values)
-            spec = SweepSpec.load(values["model"])
+            spec = SweepSpec.load(values["model"], values["trust_config"])
             return Plan(spec, {"backend": spec.engine.backend, **Engine(has_model=False).made(values)})
         if missing := [f"--{name}" for name in NEEDED if not values[name]]:
             raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
@@ -78,7 +77,7 @@ class Planned:
 
     def _check_none_given(self, values: dict) -> None:
         """A file says what is swept: options that say it, too, are an error."""
-        engine = {parameter.name for parameter in Engine(has_model=False).parameters()} | {"model"}
+        engine = {parameter.name for parameter in Engine(has_model=False).parameters()} | {"model", "trust_config"}
         for parameter in self.parameters():
             if parameter.name not in engine and is_given(values, parameter.name):
                 name = parameter.name.replace("_", "-")
@@ -153,10 +152,10 @@ def run(
         Store(out, name=NAME if part is None else part_name(*part)) as store,
     ):
         if part is not None:
-            print(f"wrote {lab.write_part(spec, store, *part, restarts=restarts)} texts to {store.path}")
+            o.tell(f"wrote {lab.write_part(spec, store, *part, restarts=restarts)} texts to {store.path}")
             return
         for path in parts_in(out):
-            print(f"snpatch: took in {store.take_in(path)} texts of {path.name}", file=sys.stderr)
+            o.tell(f"snpatch: took in {store.take_in(path)} texts of {path.name}", is_error=True)
         used, number = lab.begin(), store.begin(command)
         try:
             if ray is None:
@@ -189,16 +188,16 @@ def status(
     if as_json:
         print(json.dumps(asdict(found)))
         return
-    print(f"{found.done} texts done, {found.open} open ({found.taken} being written), {found.failed} failed")
+    o.tell(f"{found.done} texts done, {found.open} open ({found.taken} being written), {found.failed} failed")
     if found.rate is not None and found.open:
         left = timedelta(seconds=round(found.left_s))
-        print(f"{cell(found.rate)} texts a second: {left} left")
-    print(f"{found.scores} scores")
+        o.tell(f"{cell(found.rate)} texts a second: {left} left")
+    o.tell(f"{found.scores} scores")
     for failure in found.failures:
         where = ", ".join(f"{name} {value!r}" for name, value in failure.items() if name != "error")
-        print(f"failed: {where}: {failure['error']}")
+        o.tell(f"failed: {where}: {failure['error']}")
     for one in found.runs[-1:]:
-        print(f"last run: {one['command']}: {one['outcome'] or 'under way, or killed'}")
+        o.tell(f"last run: {one['command']}: {one['outcome'] or 'under way, or killed'}")
 
 
 @app.command()
@@ -218,7 +217,7 @@ def export(
     if not records:
         raise SnpatchError(f"{folder} holds no sweep's texts")
     write_records(records, out)
-    print(f"wrote {len(records)} texts to {out}")
+    o.tell(f"wrote {len(records)} texts to {out}")
 
 
 def _replicas():

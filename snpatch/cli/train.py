@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -140,7 +139,7 @@ def _read(data: Fields, default):
         chosen = replace(default, **given)
     rows = chosen.read(Path(), skip_bad)
     if rows.skipped:
-        print(f"{chosen.source}: left out {rows.skipped} broken rows", file=sys.stderr)
+        o.tell(f"{chosen.source}: left out {rows.skipped} broken rows", is_error=True)
     return rows
 
 
@@ -165,6 +164,6 @@ def _train(kind: str, out: Path, as_json: bool, arguments: tuple, **how: object)
         print(json.dumps({"out": str(out), **figures}))
         return
     for line in training.told(out):
-        print(line)
+        o.tell(line)
     what = "was done before" if was_done else "wrote the adapter or checkpoint, and training.csv, .json, .png, .svg"
-    print(f"{out}: {what}")
+    o.tell(f"{out}: {what}")

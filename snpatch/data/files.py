@@ -1,29 +1,31 @@
 """Rows of files in the formats that data sets are published in, each with its place in the file.
 
 Why a row can hold an error instead of a value: one broken row may be skipped if the caller says so; a file that is
-broken as a whole (truncated, no such column) may not, and is raised here.
+broken as a whole (truncated, no such column, a bomb) may not, and is raised here.
 """
 
 import codecs
 import csv
 import gzip
-import json
 import lzma
+import math
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, AnyStr
 
 from snpatch.data.rows import Columns, Row, check_columns
 from snpatch.errors import SnpatchError
+from snpatch.schema import parse_json
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".raw")
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
-MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module's own limit of 131072 is less than some published fields
+MAX_LINE_BYTES = 2**26  # of a line, or a field of CSV; the csv module's own 131072 is less than some published fields
+MAX_EXPANSION = 100  # times a compressed file's own size, past MAX_LINE_BYTES: texts take 3 to 20 times
 
 
 def find_files(path: Path, split: str | None = None) -> list[Path]:
@@ -91,15 +93,46 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         raise SnpatchError(f"{path}: cannot be read: {error}") from error
 
 
+def _lines(path: Path, stream: IO[AnyStr]) -> Iterator[AnyStr]:
+    """Yield lines; one longer than MAX_LINE_BYTES, and more in all than a file holds that is no bomb, are errors."""
+    number, total, most = 0, 0, _most(path)
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number, total = number + 1, total + len(line)
+        if len(line) > MAX_LINE_BYTES:
+            raise SnpatchError(f"{path}, line {number}: expected at most {MAX_LINE_BYTES} bytes, got more")
+        if total > most:
+            raise _bomb(path, most)
+        yield line
+
+
+def _rest(path: Path, stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield what is left of a file, in pieces; more than a file holds that is no bomb is an error."""
+    total, most = 0, _most(path)
+    while piece := stream.read(MAX_LINE_BYTES):
+        total += len(piece)
+        if total > most:
+            raise _bomb(path, most)
+        yield piece
+
+
+def _most(path: Path) -> float:
+    """Return how many bytes a file may hold: it was compressed by at most MAX_EXPANSION if it is large."""
+    return max(MAX_LINE_BYTES, MAX_EXPANSION * path.stat().st_size) if path.suffix in OPENERS else math.inf
+
+
+def _bomb(path: Path, most: float) -> SnpatchError:
+    return SnpatchError(f"{path}: expected at most {most} bytes ({MAX_EXPANSION} times its size), got more. Unpack it.")
+
+
 def _json_rows(path: Path) -> Iterator[Row]:
     with _open(path) as stream:
         first = True
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(_lines(path, stream), start=1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             if first and line.lstrip().startswith(b"["):  # hh-rlhf's red_team_attempts.jsonl.gz is an array
-                yield from _json_items(path, b"\n" * (number - 1) + line + stream.read())
+                yield from _json_items(path, b"\n" * (number - 1) + line + b"".join(_rest(path, stream)))
                 return
             first = False
             value, error = _json(line)
@@ -117,17 +150,17 @@ def _json_items(path: Path, content: bytes) -> Iterator[Row]:
 def _json(content: bytes) -> tuple[Any, str | None]:
     """(value, None), or (None, what is wrong)."""
     try:
-        return json.loads(content.decode("utf-8")), None
+        return parse_json(content.decode("utf-8")), None
     except UnicodeDecodeError as error:
         return None, f"not UTF-8: {error}"
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return None, f"not JSON: {error}"
 
 
 def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
-    csv.field_size_limit(MAX_CSV_FIELD)  # the module has one limit for the whole process
+    csv.field_size_limit(MAX_LINE_BYTES)  # the module has one limit for the whole process
     with _open(path) as stream:
-        reader = csv.reader(_decoded(stream, newline=""), strict=True)
+        reader = csv.reader(_lines(path, _decoded(stream, newline="")), strict=True)
         header = None
         number = 1
         try:
@@ -156,7 +189,7 @@ def _text_rows(path: Path, columns: Columns) -> Iterator[Row]:
     """A row {"text"} for each line, in the hub's form of Wikitext: with its line end, or empty if the line is blank."""
     check_columns(path, ["text"], columns)
     with _open(path) as stream:
-        for number, line in enumerate(_decoded(stream), start=1):
+        for number, line in enumerate(_lines(path, _decoded(stream)), start=1):
             if is_unicode(line):
                 yield Row(str(path), "line", number, {"text": line if line.strip() else ""})
             else:

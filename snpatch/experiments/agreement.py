@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.cells import between, cell
+from snpatch.report.cells import between, cell, plot_name
 from snpatch.report.report import Report, Row, View
 from snpatch.worlds.lab import Lab
 
@@ -80,7 +80,13 @@ def plot(rows: Sequence[Row], rankings: Mapping[str, Ranking], k: int) -> Figure
     by_k, pairs, ranks = figure.subplots(1, 3)
     for a, b in combinations(rankings, 2):
         line = [row for row in rows if (row["a"], row["b"]) == (a, b)]
-        by_k.plot([row["k"] for row in line], [row["overlap"] for row in line], "o-", markersize=3, label=f"{a}, {b}")
+        by_k.plot(
+            [row["k"] for row in line],
+            [row["overlap"] for row in line],
+            "o-",
+            markersize=3,
+            label=plot_name(f"{a}, {b}"),
+        )
     by_k.plot([row["k"] for row in line], [row["chance"] for row in line], ":", color="tab:gray", label="random orders")
     by_k.set(xlabel="k", ylabel="overlap of the top k", ylim=(0, 1.02))
     by_k.legend(fontsize=8)
@@ -98,8 +104,9 @@ def _matrix(axis: Axes, rows: Sequence[Row], names: list[str], k: int) -> None:
     for (i, j), value in np.ndenumerate(values):
         text, light = ("", False) if i == j else ("-" if np.isnan(value) else f"{value:.2f}", abs(value) > 0.6)
         axis.text(j, i, text, ha="center", va="center", color="white" if light else "black", fontsize=9)
-    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axis.set_yticks(range(len(names)), names)
+    shown = list(map(plot_name, names))
+    axis.set_xticks(range(len(names)), shown, rotation=30, ha="right")
+    axis.set_yticks(range(len(names)), shown)
     axis.set_title(f"k = {k}: overlap above, Spearman below the diagonal", fontsize=10)
 
 

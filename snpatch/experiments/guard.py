@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from snpatch.errors import SnpatchError
 from snpatch.experiments.labels import GuardSettings, labelled
 from snpatch.guard.comparison import GuardRow, compare
-from snpatch.report.cells import cell
+from snpatch.report.cells import cell, plot_name
 from snpatch.report.report import Report, Row, View
 from snpatch.runs.config import SweepConfig
 from snpatch.worlds.lab import Lab
@@ -105,7 +105,7 @@ def _plot(rows: Sequence[GuardRow], summary: Sequence[Row], k: int) -> Figure:
     by_k, matrix, calibration = figure.subplots(1, 3)
     for name in dict.fromkeys(row["features"] for row in summary):
         line = [row for row in summary if row["features"] == name]
-        by_k.plot([row["k"] for row in line], [row["accuracy"] for row in line], "o-", label=name)
+        by_k.plot([row["k"] for row in line], [row["accuracy"] for row in line], "o-", label=plot_name(name))
     by_k.axhline(summary[0]["majority"], color="tab:gray", linestyle=":", label="majority class")
     by_k.set(xlabel="neurons (k)", ylabel="mean accuracy on other sets")
     by_k.legend(fontsize=8)
@@ -139,7 +139,7 @@ def _matrix(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:
     for (i, j), value in np.ndenumerate(values):
         if not np.isnan(value):
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.75 else "black")
-    axis.set_xticks(range(len(tested)), tested, rotation=20, ha="right")
-    axis.set_yticks(range(len(trained)), trained)
+    axis.set_xticks(range(len(tested)), list(map(plot_name, tested)), rotation=20, ha="right")
+    axis.set_yticks(range(len(trained)), list(map(plot_name, trained)))
     axis.set(xlabel="tried on", ylabel="fitted on")
     axis.set_title(f"accuracy, k = {k} (own set: by cross-validation)", fontsize=10)

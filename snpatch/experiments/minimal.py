@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from snpatch.report.cells import percent, span
+from snpatch.report.cells import percent, plot_name, span
 from snpatch.report.report import Report, View
 from snpatch.runs.minimal import Minimal
 
@@ -68,7 +68,8 @@ def _plot(results: Sequence[Minimal], share: float) -> Figure:
         seen = one.found.curve
         middles = [point.effect for point in seen]
         errors = [[p.effect - p.low for p in seen], [p.high - p.effect for p in seen]]
-        axis.errorbar([p.k for p in seen], middles, errors, fmt="o", capsize=3, label=f"{one.recipient}, {one.ranking}")
+        name = plot_name(f"{one.recipient}, {one.ranking}")
+        axis.errorbar([p.k for p in seen], middles, errors, fmt="o", capsize=3, label=name)
         if one.found.k is not None:
             axis.axvline(one.found.k, linestyle=":", color="tab:gray")
     axis.axhline(share, color="tab:green", linestyle="--", label=f"{percent(share)} of the gain")

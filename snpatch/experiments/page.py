@@ -18,6 +18,7 @@ from snpatch.ranking.ranking import Ranking
 from snpatch.report.page import Page
 from snpatch.runs.store import NAME, Store
 from snpatch.runs.sweep import Row
+from snpatch.schema import parse_json
 from snpatch.worlds.spec import FILE, SweepSpec
 
 BINS = 50  # of ranks, in the map of a ranking
@@ -61,11 +62,23 @@ def map_of(ranking: Ranking, bins: int = BINS) -> dict:
 def _table(path: Path) -> dict | None:
     """What report.files wrote, or None where the file is something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SnpatchError(f"{path}: cannot be read: {error}") from error
     is_table = isinstance(found, dict) and {"provenance", "headline", "rows"} <= found.keys() and found["rows"]
-    return found if is_table else None
+    if not is_table:
+        return None
+    rows, headline = found["rows"], found["headline"]
+    is_whole = (
+        isinstance(found["provenance"], dict)
+        and isinstance(headline, list)
+        and all(isinstance(one, str) for one in headline)
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
+    )
+    if not is_whole:
+        raise SnpatchError(f"{path}: damaged: expected rows of the same columns, sentences and provenance")
+    return found
 
 
 def _texts(folder: Path) -> tuple[list[dict], Sequence[dict]]:
@@ -83,7 +96,8 @@ def _rankings(folder: Path) -> dict[str, Ranking]:
     """The rankings that were made here, and those that the sweep's file names, where they still are."""
     paths = {path.stem: path for path in sorted((folder / "rankings").glob("*.safetensors"))}
     if (folder / FILE).is_file():
-        named = {name: one for name, one in SweepSpec.load(folder / FILE).rankings.items() if isinstance(one, str)}
+        rankings = SweepSpec.load(folder / FILE, trust=True).rankings  # nothing else of it is used
+        named = {name: one for name, one in rankings.items() if isinstance(one, str)}
         paths |= {name: Path(path) for name, path in named.items() if Path(path).is_file()}
     return {name: Ranking.load(path) for name, path in paths.items()}
 
@@ -93,11 +107,12 @@ def _report(folder: Path, stem: str, table: dict, is_swept: bool) -> dict:
     columns = list(table["rows"][0])
     rows = [[_cell(row[name]) for name in columns] for row in table["rows"][:LISTED]]
     image = folder / f"{stem}.png"
+    is_own = image.is_file() and image.resolve().is_relative_to(folder.resolve())  # a link may lead to any file
     return {
         "name": stem,
         "headline": table["headline"],
         "tables": {} if is_swept else {stem: {"columns": columns, "rows": rows}},
-        "images": [_data_uri(image)] if image.is_file() else [],
+        "images": [_data_uri(image)] if is_own else [],
     }
 
 

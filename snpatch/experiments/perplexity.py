@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.patching.patch import Patch
-from snpatch.report.cells import span
+from snpatch.report.cells import plot_name, span
 from snpatch.report.report import Report, View
 from snpatch.statistics import interval
 from snpatch.worlds.lab import Lab
@@ -92,10 +92,11 @@ def _plot(rows: list[dict], recipients: Sequence[str], donor: str) -> Figure:
     for number, recipient in enumerate(recipients):
         line = [row for row in rows if row["model"] == recipient]
         k = [row["k"] for row in line]
-        axis.plot(k, [row["token_weighted"] for row in line], "o-", color=f"C{number}", label=f"{recipient}, patched")
+        name = plot_name(f"{recipient}, patched")
+        axis.plot(k, [row["token_weighted"] for row in line], "o-", color=f"C{number}", label=name)
         axis.plot(k, [row["window_mean"] for row in line], ":", color=f"C{number}", label="mean of windows")
     (last,) = (row for row in rows if row["model"] == donor)
-    axis.axhline(last["token_weighted"], color="tab:green", linestyle="--", label=f"{donor}, unpatched")
+    axis.axhline(last["token_weighted"], color="tab:green", linestyle="--", label=plot_name(f"{donor}, unpatched"))
     axis.set(xlabel="patched neurons (k)", ylabel="perplexity")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

@@ -9,7 +9,7 @@ from snpatch.errors import SnpatchError
 from snpatch.experiments.labels import GuardSettings, labelled
 from snpatch.guard.guard import Guard
 from snpatch.guard.labels import distinct
-from snpatch.report.cells import cell, span
+from snpatch.report.cells import cell, plot_name, span
 from snpatch.report.report import Report, Row, View
 from snpatch.runs import judging, texts
 from snpatch.runs.store import Store
@@ -107,7 +107,7 @@ def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings
 def _plot(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(2 + 2.2 * len(rows) / 2, 4.2), layout="constrained")
     axis = figure.subplots()
-    labels = [f"{row['model']}\n{row['set']}" for row in rows]
+    labels = [f"{plot_name(row['model'])}\n{plot_name(row['set'])}" for row in rows]
     places = np.arange(len(rows))
     axis.bar(places - 0.2, [row["all"] for row in rows], 0.4, label="all prompts")
     passed = [np.nan if row["passed"] is None else row["passed"] for row in rows]

@@ -12,6 +12,8 @@ from pathlib import Path
 from snpatch.errors import SnpatchError
 from snpatch.experiments import NAMES, settings_in
 from snpatch.files import write_text
+from snpatch.report.cells import markdown
+from snpatch.schema import parse_json
 from snpatch.worlds.lab import Lab
 
 COMPARED = ("models", "sets", "judges", "max_tokens", "contrast_tokens", "settings", "snpatch")
@@ -38,7 +40,7 @@ def write(lab: Lab, given: Mapping[str, Mapping[str, object]] | None = None) -> 
         parts.append(section(name, data))
     if left_out:
         parts.append("## Left out\n")
-        parts += [f"- [{name}.json]({name}.json): {why}" for name, why in left_out.items()]
+        parts += [f"- [{name}.json]({name}.json): {markdown(why)}" for name, why in left_out.items()]
         parts.append("")
     write_text(lab.out / "report.md", "\n".join(parts))
     write_text(lab.out / "report.json", json.dumps(found, indent=1) + "\n")
@@ -48,9 +50,10 @@ def write(lab: Lab, given: Mapping[str, Mapping[str, object]] | None = None) -> 
 def section(name: str, data: Mapping) -> str:
     """What a report says of an experiment. data: the content of its NAME.json."""
     told = data["provenance"]
-    sentences = "".join(f"- {sentence}\n" for sentence in data["headline"])
+    sentences = "".join(f"- {markdown(sentence)}\n" for sentence in data["headline"])
+    model, backend, seconds = (markdown(told[part]) for part in ("model", "backend", "seconds"))
     return (
-        f"## {name}\n\n{sentences}\nModel {told['model']}, {told['backend']}, {told['seconds']} s; table: "
+        f"## {name}\n\n{sentences}\nModel {model}, {backend}, {seconds} s; table: "
         f"[{name}.csv]({name}.csv), settings and provenance: [{name}.json]({name}.json).\n\n![{name}]({name}.png)\n"
     )
 
@@ -58,7 +61,7 @@ def section(name: str, data: Mapping) -> str:
 def _read(path: Path) -> dict:
     """The file's object; of a file that holds none, an empty one, which is of no world."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except ValueError:
         return {}
     return data if isinstance(data, dict) and isinstance(data.get("provenance"), dict) else {}

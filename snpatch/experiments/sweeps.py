@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snpatch.ranking.window import Window
-from snpatch.report.cells import between, p_value, percent, span
+from snpatch.report.cells import between, p_value, percent, plot_name, span
 from snpatch.report.report import Report, View
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.sweep import Row, SweepResult
@@ -114,7 +114,7 @@ def plot(result: SweepResult, judge: str, label: str = "") -> Figure | None:
     axes = figure.subplots(1, len(recipients), sharey=True, squeeze=False)
     for axis, recipient in zip(axes[0], recipients, strict=True):
         _curves(axis, result, judge, recipient)
-    figure.suptitle(label)
+    figure.suptitle(plot_name(label))
     return figure
 
 
@@ -127,12 +127,14 @@ def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None
 
     donor = result.donor
     for model, colour, style in ((recipient, "tab:gray", "--"), (donor, "tab:green", ":")):
-        axis.axhline(result.baseline(model, judge).mean, color=colour, linestyle=style, label=f"{model}, unpatched")
+        name = plot_name(f"{model}, unpatched")
+        axis.axhline(result.baseline(model, judge).mean, color=colour, linestyle=style, label=name)
     for number, ranking in enumerate(result.rankings):
         colour, rows = f"C{number}", result.line(judge, recipient, ranking)
         line = [row for row in rows if row.lo == 0] if is_top else rows
         x = [place(row) for row in line]
-        axis.plot(x, [row.mean for row in line], "o-", color=colour, markersize=4, label=f"{ranking} neurons")
+        name = plot_name(f"{ranking} neurons")
+        axis.plot(x, [row.mean for row in line], "o-", color=colour, markersize=4, label=name)
         axis.fill_between(x, [row.mean_low for row in line], [row.mean_high for row in line], color=colour, alpha=0.15)
         for row in rows:
             if row not in line:  # a window further down lies over its ranks
@@ -144,7 +146,7 @@ def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None
             axis.fill_between(x, [min(m) for m in means], [max(m) for m in means], color="tab:red", alpha=0.3)
             label = f"random neurons, {result.config.controls} seeds"
             axis.plot(x, [sum(m) / len(m) for m in means], color="tab:red", label=label)
-    axis.set(title=f"{recipient} patched from {donor}", ylabel=f"mean {judge}")
+    axis.set(title=plot_name(f"{recipient} patched from {donor}"), ylabel=plot_name(f"mean {judge}"))
     axis.set_xlabel("patched neurons (k)" if is_top else "first rank of the window")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.cells import p_value, span
+from snpatch.report.cells import p_value, plot_name, span
 from snpatch.report.report import Report, View
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.sweep import SweepResult
@@ -156,13 +156,13 @@ def _plot(rows: list[dict]) -> Figure:
     figure = Figure(figsize=(5.5 * len(judges), 4), layout="constrained")
     for axis, judge in zip(figure.subplots(1, len(judges), squeeze=False)[0], judges, strict=True):
         mine = [row for row in rows if row["judge"] == judge]
-        labels = [f"{row['donor']} -> {row['recipient']}\non {row['set']}" for row in mine]
+        labels = [plot_name(f"{row['donor']} -> {row['recipient']}") + f"\non {plot_name(row['set'])}" for row in mine]
         errors = [
             [row["change"] - row["change_low"] for row in mine],
             [row["change_high"] - row["change"] for row in mine],
         ]
         axis.barh(labels, [row["change"] for row in mine], xerr=errors, color="tab:blue", alpha=0.8)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlabel(f"change of mean {judge}")
+        axis.set_xlabel(plot_name(f"change of mean {judge}"))
         axis.invert_yaxis()
     return figure

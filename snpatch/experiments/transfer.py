@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from snpatch.experiments.sweeps import SweepSettings, sweep_config
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.cells import between, percent
+from snpatch.report.cells import between, percent, plot_name
 from snpatch.report.report import Report, View
 from snpatch.runs.sweep import SweepResult
 from snpatch.worlds.lab import Lab
@@ -87,9 +87,10 @@ def _plot(table: list[dict], results: dict[str, SweepResult]) -> Figure:
     for number, row in enumerate(table):
         places = [i + (number - (len(table) - 1) / 2) * width for i in range(len(results))]
         hatch = "//" if row["model"].endswith("+") else None
-        axis.bar(places, [row[name] for name in results], width, label=row["model"], hatch=hatch, edgecolor="white")
+        model = plot_name(row["model"])
+        axis.bar(places, [row[name] for name in results], width, label=model, hatch=hatch, edgecolor="white")
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(results)), list(results))
+    axis.set_xticks(range(len(results)), list(map(plot_name, results)))
     axis.set_ylabel("mean cost (lower is safer)")
     axis.legend(fontsize=8)
     return figure

@@ -17,6 +17,7 @@ from snpatch.errors import SnpatchError
 from snpatch.models.checkpoint import load_config
 from snpatch.models.weights import CheckpointWeights, open_weights
 from snpatch.ranking.ranking import Ranking
+from snpatch.report.cells import plot_name
 from snpatch.report.report import Report, View
 from snpatch.worlds.lab import Lab
 
@@ -113,8 +114,7 @@ def _plot(rows: list[dict], lines: list[dict]) -> Figure:
     for i, row in enumerate(rows):
         x, y = i % width, i // width
         colour = "black" if values[y, x] > middle else "white"
-        text = str(row["token"]).replace("$", r"\$")
-        axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
+        axis.text(x, y, plot_name(str(row["token"])), ha="center", va="center", fontsize=7, color=colour)
     axis.set_xticks([])
     axis.set_yticks(range(len(lines)), [f"layer {line['layer']}, neuron {line['neuron']}" for line in lines])
     axis.set_xlabel("tokens that the neuron speaks for, the strongest first")

@@ -4,6 +4,7 @@ Why it keeps arrays and not scikit-learn's objects: a file of tensors needs no p
 every version of scikit-learn.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -27,8 +28,10 @@ from snpatch.guard.config import GuardConfig
 from snpatch.loaded import Loaded
 from snpatch.ranking.ranking import Ranking
 from snpatch.requests import Prompt
+from snpatch.tensors import is_finite
 
 VECTORS = ("mean", "scale", "coefficients")
+MAX_NEURONS = 2**28  # of a model, in all layers: a hundred times those of the largest
 PACKAGES = ("snpatch", "numpy", "scikit-learn")
 
 
@@ -44,7 +47,7 @@ class _Rest:
     meta: dict
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 2:
+        if len(self.shape) != 2 or min(self.shape) < 1 or math.prod(self.shape) > MAX_NEURONS:
             raise SnpatchError(f"guard: shape must be (layers, neurons), got {self.shape}")
         if not 0 < self.threshold < 1:
             raise SnpatchError(f"guard: threshold must lie between 0 and 1, got {self.threshold}")
@@ -181,5 +184,5 @@ def _check_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
         dtype = torch.int64 if name == "neurons" else torch.float64
         if tensor.dtype != dtype:
             raise SnpatchError(f"{path}: {name}: wanted {dtype}, got {tensor.dtype}")
-        if not tensor.isfinite().all() or (name == "scale" and not (tensor > 0).all()):
+        if not is_finite(tensor) or (name == "scale" and not (tensor > 0).all()):
             raise SnpatchError(f"{path}: {name} holds numbers that no fit gives; fit the guard anew")

@@ -4,7 +4,6 @@ They are a class of their authors' own code, which neither transformers nor vLLM
 what else they hold, so every tensor is accounted for: what is neither needed nor known is an error.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from snpatch.errors import SnpatchError
-from snpatch.files import read_checkpoint
+from snpatch.files import read_state
+from snpatch.models.weights import read_index
+from snpatch.tensors import FLOATS, check_tensor
 
 ARCHITECTURES = ("LlamaModelForScore", "LlamaForScore")
 SMALLEST_VARIANCE = 1e-8  # of a normalizer, as its authors have it
@@ -90,35 +91,27 @@ def _tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator
     """Every tensor of the checkpoint, file by file: the body's in dtype on the device, all others in float32, of which
     the normalizer's stay on the host."""
     for path in _weight_files(folder):
-        for name, tensor in read_checkpoint(path).items():
+        for name, tensor in read_state(path).items():
             if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold it; it follows from the config
                 continue
-            if not torch.isfinite(tensor).all():
-                raise SnpatchError(f"score model {folder}: {name} in {path.name} holds NaN or infinity")
-            if name.startswith("normalizer."):
-                yield name, tensor.float()
-            else:
-                yield name, tensor.to(device, dtype if name.startswith("model.") else torch.float32)
+            where, is_count = f"score model {folder}: {name} in {path.name}", name.startswith("normalizer.")
+            types = (*FLOATS, torch.float64, torch.int64) if is_count else FLOATS
+            used = dtype if name.startswith("model.") else torch.float32
+            checked = check_tensor(tensor, where, *types, used=used)
+            yield name, checked if is_count else checked.to(device)
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index, path = folder / f"{single}.index.json", folder / single
         if index.is_file():
-            names = sorted(set(_weight_map(index).values()))
-            missing = [name for name in names if not (folder / name).is_file()]
+            paths = sorted(set(read_index(index).values()))
+            missing = [one.name for one in paths if not one.is_file()]
             if missing:
                 raise SnpatchError(f"score model {folder}: {index.name} names files that are not there: {missing}")
-            yield from (folder / name for name in names)
+            yield from paths
             return
         if path.is_file():
             yield path
             return
     raise SnpatchError(f"score model {folder}: no weights there (model.safetensors or pytorch_model.bin, or an index)")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise SnpatchError(f"score model: {index} is not an index of weights: {error!r}") from error

@@ -23,7 +23,12 @@ def open_judge(spec: str, **arguments) -> Judge:
 
 def is_model(spec: str) -> bool:
     """Whether a text names a model, so that `open_judge` takes ScoreModel's arguments with it."""
-    return spec != "refusal" and (not re.fullmatch(r"[\w.]+:\w+", spec) or Path(spec).exists())
+    return spec != "refusal" and not is_code(spec)
+
+
+def is_code(spec: str) -> bool:
+    """Return whether a text names a Python function, whose module `open_judge` imports."""
+    return re.fullmatch(r"[\w.]+:\w+", spec) is not None and not Path(spec).exists()
 
 
 def _imported(spec: str, module: str, name: str) -> Judge:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from snpatch.errors import SnpatchError
-from snpatch.models.templates import tulu
+from snpatch.models.templates import render, tulu
 
 BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}"
 NAMES = ("beaver", "tulu", "chat", "pair")
@@ -40,7 +40,7 @@ class ScoreText:
             raise SnpatchError("format pair: its two segments are not one text")
         if self.format == "chat":
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return tokenizer.apply_chat_template(turns, tokenize=False)
+            return render(turns, tokenizer, is_asked=False)
         if self.format == "beaver":
             return _fill(BEAVER, prompt, completion) + tokenizer.eos_token
         if self.format == "tulu":

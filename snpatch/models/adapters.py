@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snpatch.errors import SnpatchError
-from snpatch.models.peft_files import read_config, read_tensors
+from snpatch.errors import SnpatchError, shown
+from snpatch.models.peft_files import covered, modules_of, read_config, read_tensors
+from snpatch.tensors import FLOATS, check_tensor
 
 MODULES = {"down_proj": "mlp.down_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
-_KEY = re.compile(r"base_model\.model\.(?P<module>(?:.+\.)?layers\.(?P<layer>\d+)\.(?P<path>.+))\.ia3_l")
+_KEY = re.compile(r"base_model\.model\.(?P<module>(?:.+\.)?layers\.(?P<layer>[0-9]+)\.(?P<path>.+))\.ia3_l")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,10 @@ class Scales:
 
     def stacked(self, other: "Scales") -> "Scales":
         """Both, one after the other: elementwise products."""
-        return Scales({name: self.scale[name] * other.scale[name] for name in self.scale})
+        products = {name: self.scale[name] * other.scale[name] for name in self.scale}
+        for name, product in products.items():
+            check_tensor(product, f"stacked adapters: {name}", torch.float32)
+        return Scales(products)
 
 
 def identity(n_layers: int, widths: dict[str, int]) -> Scales:
@@ -59,23 +63,21 @@ def load_adapters(folders: str | Path | Sequence[str | Path], n_layers: int, wid
 
 
 def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> Scales:
-    config = _read_config(folder)
+    targets, feedforward = _read_config(folder)
     scale = identity(n_layers, widths).scale
-    wanted = {
-        (layer, name)
-        for name in widths
-        for layer in range(n_layers)
-        if _covers(config["target_modules"], f"model.layers.{layer}.{MODULES[name]}")
-    }
-    if not isinstance(config["target_modules"], str):
-        for target in config["target_modules"]:
+    places = {f"model.layers.{layer}.{MODULES[name]}": (layer, name) for name in widths for layer in range(n_layers)}
+    wanted = {places[module] for module in covered(folder, "target_modules", targets, list(places))}
+    if not isinstance(targets, str):
+        for target in targets:
             if not any(MODULES[name].endswith(target.rpartition(".")[2]) for name in widths):
                 raise SnpatchError(f"{folder}: IA3 on {target} is not supported, only on {', '.join(widths)}")
-    seen = set()
-    for key, tensor in read_tensors(folder).items():
-        match = _KEY.fullmatch(key)
-        if not match:
-            raise SnpatchError(f"{folder}: unknown tensor {key}")
+    seen, tensors = set(), read_tensors(folder)
+    matches = {key: _KEY.fullmatch(key) for key in tensors}
+    if unknown := [key for key, match in matches.items() if not match]:
+        raise SnpatchError(f"{folder}: unknown tensor {unknown[0]}")
+    modules = [match["module"] for match in matches.values()]
+    inputs = covered(folder, "feedforward_modules", feedforward, modules)
+    for key, match in matches.items():
         layer, name = int(match["layer"]), match["path"].rsplit(".", 1)[-1]
         if MODULES.get(name) != match["path"] or name not in widths:
             raise SnpatchError(
@@ -83,19 +85,18 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> Scales:
             )
         if (layer, name) not in wanted:
             raise SnpatchError(f"{folder}: {key} is for layer {layer}, the model has {n_layers} layers")
-        is_input = _covers(config["feedforward_modules"] or [], match["module"])
+        is_input = match["module"] in inputs
         if is_input != (name == "down_proj"):
             how = "as feed-forward" if is_input else "not as feed-forward"
             raise SnpatchError(f"{folder}: {name} {how} (feedforward_modules) is not supported")
         shape = [1, widths[name]] if is_input else [widths[name], 1]
+        tensor = check_tensor(tensors[key], f"{folder}: {key}", *FLOATS, used=torch.float32)
         if list(tensor.shape) != shape:
             raise SnpatchError(f"{folder}: {key} must be {shape} for this model, got {list(tensor.shape)}")
-        if not torch.isfinite(tensor).all():
-            raise SnpatchError(f"{folder}: {key} holds NaN or infinity")
         if (layer, name) in seen:
             raise SnpatchError(f"{folder}: {key} names layer {layer}'s {name} a second time")
         seen.add((layer, name))
-        scale[name][layer] = tensor.float().flatten()
+        scale[name][layer] = tensor.flatten()
     missing = sorted(wanted - seen)
     if missing or not seen:
         what = f"layer {missing[0][0]}'s {missing[0][1]}" if missing else "any IA3 vector"
@@ -103,20 +104,12 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> Scales:
     return Scales(scale)
 
 
-def _read_config(folder: Path) -> dict:
+def _read_config(folder: Path) -> tuple[str | list[str], str | list[str]]:
+    """Return target_modules and feedforward_modules."""
     config = read_config(folder, "IA3")
-    if config.get("modules_to_save"):
-        raise SnpatchError(f"{folder}: modules_to_save {config['modules_to_save']} is not supported")
-    excluded = config.get("exclude_modules")
-    if excluded:
-        raise SnpatchError(f"{folder}: exclude_modules {excluded} is not supported")
+    for name in ("modules_to_save", "exclude_modules"):
+        if config.get(name):
+            raise SnpatchError(f"{folder}: {name} {shown(config[name])} is not supported")
     if not config.get("target_modules"):
         raise SnpatchError(f"{folder}: adapter_config.json names no target_modules")
-    return {"feedforward_modules": None, **config}
-
-
-def _covers(targets: str | Sequence[str], module: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their ends."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    return modules_of(folder, config, "target_modules"), modules_of(folder, config, "feedforward_modules")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line, shown
 from snpatch.models.digest import pinned
 from snpatch.models.pretrained import load_pretrained
+from snpatch.tensors import is_finite
 
 ARCHITECTURES = (
     "llama",
@@ -66,8 +67,12 @@ def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
         declared = GenerationConfig.from_pretrained(pinned(model)).eos_token_id
     except OSError:
         declared = config.eos_token_id
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise SnpatchError(f"{model}: its generation_config.json cannot be read: {first_line(error)}") from error
+    ids = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
+    if wrong := [i for i in ids if i is not None and type(i) is not int]:
+        raise SnpatchError(f"{model}: eos_token_id: expected numbers of tokens, got {shown(wrong[0])}")
+    return frozenset(i for i in ids if i is not None)
 
 
 def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
@@ -77,12 +82,17 @@ def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
 
 
 @torch.no_grad()
-def finite(weights: Iterable[tuple[str, Tensor]], name: str) -> Iterator[tuple[str, Tensor]]:
-    """The weights as they come, each looked at: NaN or infinity is an error that names it. Integers pass."""
+def finite(
+    weights: Iterable[tuple[str, Tensor]], name: str, used: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights as they come; NaN or infinity is an error that names the weight. Integers pass.
+
+    used: the type that they are run in, in which they must be finite, too; None: their own.
+    """
     for weight_name, weight in weights:
-        if weight.is_floating_point() and weight.numel():
-            of_bytes = weight.dtype.itemsize == 1
-            extremes = torch.aminmax(weight.bfloat16() if of_bytes else weight)  # 30 times as fast as isfinite on a CPU
-            if not torch.isfinite(torch.stack(extremes)).all():
-                raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity")
+        if weight.is_complex():
+            raise SnpatchError(f"{name}: weight {weight_name}: expected real numbers, got {weight.dtype}")
+        if not is_finite(weight, used):
+            where = f" in {used}" if is_finite(weight) else ""
+            raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity{where}")
         yield weight_name, weight

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError
-from snpatch.models.peft_files import read_config, read_tensors
+from snpatch.models.peft_files import by_pattern, number_of, read_config, read_tensors
+from snpatch.tensors import FLOATS, check_tensor, is_finite
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # What of a LoRA config makes weights that are more than W + scale * B A: refused where it is set.
@@ -38,14 +39,18 @@ def load_lora(folder: str | Path) -> Lora:
         match = _KEY.fullmatch(key)
         if not match or tensor.dim() != 2:
             raise SnpatchError(f"{folder}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear layer")
-        if not torch.isfinite(tensor).all():
-            raise SnpatchError(f"{folder}: {key} holds NaN or infinity")
-        sides.setdefault(match["module"], {})[match["side"]] = tensor.float()
-    updates = {}
+        checked = check_tensor(tensor, f"{folder}: {key}", *FLOATS, used=torch.float32)
+        sides.setdefault(match["module"], {})[match["side"]] = checked
+    updates, modules = {}, list(sides)
+    ranks, alphas = (by_pattern(folder, config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
     for module, pair in sides.items():
         if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise SnpatchError(f"{folder}: {module} lacks a matrix, or its two do not fit each other")
-        updates[f"{module}.weight"] = pair["A"], pair["B"], _scale(folder, config, module, pair["A"].shape[0])
+        rank, wanted = pair["A"].shape[0], ranks.get(module, config["r"])
+        if rank != wanted or not rank:
+            raise SnpatchError(f"{folder}: {module} has rank {rank}, its config says {wanted}")
+        scale = alphas.get(module, config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        updates[f"{module}.weight"] = pair["A"], pair["B"], scale
     if not updates:
         raise SnpatchError(f"{folder}: it holds no LoRA matrices")
     return Lora(str(folder), updates)
@@ -74,23 +79,9 @@ def _merged(loras: Sequence[Lora], left: Sequence[set[str]], name: str, weight: 
         if not weight.is_floating_point() or weight.dtype.itemsize == 1:
             raise SnpatchError(f"{lora.folder}: {name} is quantised ({weight.dtype}): nothing can be merged into it")
         total = total.float() + scale * (b.to(weight.device) @ a.to(weight.device))
+        if not is_finite(total, weight.dtype):
+            raise SnpatchError(f"{lora.folder}: {name}: the merged weight overflows in {weight.dtype}")
     return total.to(weight.dtype)
-
-
-def _scale(folder: Path, config: dict, module: str, rank: int) -> float:
-    """PEFT's rule: a pattern is the end of a module's name, or a regular expression for it."""
-
-    def of(pattern: str, default: float) -> float:
-        for key, value in (config.get(pattern) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({key})$", module):
-                return value
-        return default
-
-    wanted = of("rank_pattern", config["r"])
-    if rank != wanted:
-        raise SnpatchError(f"{folder}: {module} has rank {rank}, its config says {wanted}")
-    alpha = of("alpha_pattern", config["lora_alpha"])
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _read_config(folder: Path) -> dict:
@@ -103,4 +94,6 @@ def _read_config(folder: Path) -> dict:
     missing = [name for name in ("r", "lora_alpha") if name not in config]
     if missing:
         raise SnpatchError(f"{folder}: adapter_config.json lacks {', '.join(missing)}")
+    for name in ("r", "lora_alpha"):
+        number_of(folder, name, config[name])
     return config

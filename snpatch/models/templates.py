@@ -9,9 +9,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import TemplateError
-
 from snpatch.errors import SnpatchError
+from snpatch.models import sandbox
 from snpatch.models.digest import digest_of_tokenizer
 
 Chat = list[dict[str, str]]
@@ -35,10 +34,8 @@ class Template:
     """One template of one tokenizer. name: "tokenizer" or "tulu"."""
 
     def __init__(self, name: str, tokenizer) -> None:
-        if name == "tokenizer" and not tokenizer.chat_template:
-            raise SnpatchError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; use template='tulu'")
         self.name, self._tokenizer = name, tokenizer
-        self.source = TULU if name == "tulu" else tokenizer.chat_template
+        self.source = TULU if name == "tulu" else source_of(tokenizer)
         named = f"{self.source} {digest_of_tokenizer(tokenizer)}"
         self.digest = hashlib.sha256(named.encode()).hexdigest()[:16]
 
@@ -46,21 +43,36 @@ class Template:
         """The chat, ready for the assistant to speak; goes_on: its last message is one that goes on instead."""
         if self.name == "tulu":
             return tulu(chat, self._tokenizer, goes_on)
-        return self._rendered(chat, tokenize=False, goes_on=goes_on)
+        return render(chat, self._tokenizer, is_asked=not goes_on, goes_on=goes_on)
 
     def ids(self, chat: Chat) -> list[int]:
         """Token ids of the chat, ready for the assistant to speak."""
         if self.name == "tulu":
             return list(self._tokenizer(tulu(chat, self._tokenizer))["input_ids"])
-        return list(self._rendered(chat, tokenize=True, goes_on=False)["input_ids"])
+        return list(self._tokenizer(self.text(chat), add_special_tokens=False)["input_ids"])
 
-    def _rendered(self, chat: Chat, tokenize: bool, goes_on: bool):
-        try:
-            return self._tokenizer.apply_chat_template(
-                chat, tokenize=tokenize, add_generation_prompt=not goes_on, continue_final_message=goes_on
-            )
-        except TemplateError as error:
-            raise SnpatchError(f"the chat template refuses a chat: {error}") from error
+
+def source_of(tokenizer) -> str:
+    """Return the source of a tokenizer's own chat template, of several the default one."""
+    if not tokenizer.chat_template:
+        raise SnpatchError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; use template='tulu'")
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise SnpatchError(f"{tokenizer.name_or_path}: {error}") from error
+
+
+def render(chat: Chat, tokenizer, is_asked: bool, goes_on: bool = False) -> str:
+    """Return a chat in the tokenizer's own template.
+
+    is_asked: the assistant is to speak next; goes_on: the last message is one that goes on. A template that is not
+    Tulu's is rendered in the sandbox.
+    """
+    source, options = source_of(tokenizer), {"add_generation_prompt": is_asked, "continue_final_message": goes_on}
+    if source == TULU:
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    subject = f"the chat template of {tokenizer.name_or_path} refuses a chat"
+    return sandbox.render(source, chat, tokenizer.special_tokens_map, options, subject)
 
 
 def tulu(chat: Chat, tokenizer, goes_on: bool = False) -> str:
@@ -87,7 +99,10 @@ def open_template(name: str, tokenizer, adapters: Sequence[str | Path]) -> Templ
     """
     if name != "auto":
         return Template(name, tokenizer)
-    told = {f: (Path(f) / FILE).read_text(encoding="utf-8") for f in adapters if (Path(f) / FILE).is_file()}
+    try:
+        told = {f: (Path(f) / FILE).read_text(encoding="utf-8") for f in adapters if (Path(f) / FILE).is_file()}
+    except (OSError, ValueError) as error:
+        raise SnpatchError(f"an adapter's {FILE} cannot be read: {error}") from error
     if len({*told.values()}) > 1:
         raise SnpatchError(
             f"adapters were trained with different templates ({', '.join(map(str, told))}): choose one by template="

@@ -4,7 +4,6 @@ Why columns are read on their own: a few neurons' output directions are wanted o
 engine's own copy.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from snpatch.errors import SnpatchError
-from snpatch.files import read_checkpoint
+from snpatch.files import read_state
 from snpatch.models.digest import folder_of
+from snpatch.schema import parse_json
 
 INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE = ("*.safetensors", "pytorch_model*.bin")
@@ -54,7 +54,7 @@ class CheckpointWeights:
 
     def _of_torch(self, path: Path, name: str) -> Tensor:
         if path not in self._loaded:
-            self._loaded[path] = read_checkpoint(path)
+            self._loaded[path] = read_state(path)
         return self._loaded[path][name]
 
 
@@ -63,23 +63,28 @@ def open_weights(model: str | Path) -> CheckpointWeights:
     folder = folder_of(model)
     for index, pattern in zip(INDEXED, WHOLE, strict=True):
         if (folder / index).is_file():
-            return CheckpointWeights(str(model), _of_index(folder / index))
+            return CheckpointWeights(str(model), read_index(folder / index))
         if paths := sorted(folder.glob(pattern)):
             return CheckpointWeights(str(model), {name: path for path in paths for name in _names(path)})
     raise SnpatchError(f"{model}: it holds no weights ({', '.join(WHOLE)})")
 
 
-def _of_index(path: Path) -> dict[str, Path]:
+def read_index(path: Path) -> dict[str, Path]:
+    """Return the file of each tensor from an index of weights; all lie in the index's own folder."""
     try:
-        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {name: path.parent / file for name, file in placed.items()}
+        placed = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: path.parent / file for name, file in placed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SnpatchError(f"{path}: not an index of weights ({type(error).__name__}): download it again") from error
+    for name, file in files.items():
+        if file.parent != path.parent:
+            raise SnpatchError(f"{path}: {name}: expected the name of a file in its folder, got {placed[name]}")
+    return files
 
 
 def _names(path: Path) -> list[str]:
     if path.suffix != ".safetensors":
-        return list(read_checkpoint(path))
+        return list(read_state(path))
     with _opened(path) as file:
         return list(file.keys())
 

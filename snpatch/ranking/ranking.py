@@ -20,6 +20,7 @@ from snpatch.ranking import controls
 from snpatch.ranking.methods import METHODS
 from snpatch.ranking.statistics import Statistics
 from snpatch.ranking.window import Window
+from snpatch.tensors import FLOATS, check_tensor, check_type, is_finite
 
 MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
 
@@ -52,9 +53,10 @@ class Ranking:
         for name, tensor in {"scores": self.scores, **self.moments}.items():
             if tensor is None:
                 continue
+            check_type(tensor, f"ranking: {name}", torch.float32)
             if tensor.shape != self.rank.shape:
                 raise SnpatchError(f"ranking: {name} must be {list(self.rank.shape)}, got {list(tensor.shape)}")
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 layer, neuron = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
                 raise SnpatchError(f"ranking: {name} is not finite at layer {layer}, neuron {neuron}")
         if self.statistics is not None and self.statistics.shape != self.shape:
@@ -83,7 +85,10 @@ class Ranking:
         meta: dict | None = None,
     ) -> "Ranking":
         """Order by score, largest first; equal scores by layer, then neuron. Negative layers count from the end."""
+        check_type(scores, "ranking: scores", *FLOATS, torch.float64)
         scores = scores.float()
+        if scores.dim() != 2:
+            raise SnpatchError(f"ranking: scores must be [layers, neurons], got {list(scores.shape)}")
         n_layers, n_neurons = scores.shape
         excluded = _layers(exclude_layers, n_layers, "exclude_layers")
         order = torch.sort(scores.flatten(), descending=True, stable=True).indices
@@ -94,6 +99,8 @@ class Ranking:
     @classmethod
     def from_order(cls, order: Tensor, shape: tuple[int, int], meta: dict | None = None, **kept) -> "Ranking":
         """From neurons [n, 2] of (layer, neuron), best first, in a model of `shape` (L, F)."""
+        if order.numel():
+            check_type(order, "ranking: order", torch.int64, torch.int32, torch.int16)
         order = order.long()
         if order.dim() != 2 or order.shape[1] != 2:
             raise SnpatchError(f"ranking: order must be [n, 2] of (layer, neuron), got {list(order.shape)}")
@@ -230,11 +237,18 @@ class Ranking:
         published = read_checkpoint(path)
         if not isinstance(published, list | tuple) or len(published) != 6:
             raise SnpatchError(f"{path}: wanted the published 6-tuple, got {type(published).__name__}")
-        scores, order, *moments = published
+        types, (scores, order, *moments) = (*FLOATS, torch.float64), published
+        scores, *moments = (
+            check_tensor(one, f"{path}: tensor {i}", *types, used=torch.float32)
+            for i, one in zip((0, 2, 3, 4, 5), (scores, *moments), strict=True)
+        )
+        if scores.dim() != 2 or any(moment.shape != scores.shape for moment in moments):
+            shapes = ", ".join(str(list(one.shape)) for one in (scores, *moments))
+            raise SnpatchError(f"{path}: expected scores and moments of one shape [layers, neurons], got {shapes}")
         missing = (n_layers or len(scores)) - len(scores)
         if missing < 0:
             raise SnpatchError(f"{path}: holds {len(scores)} layers, the model has {n_layers}")
-        padded = [torch.nn.functional.pad(t.detach().float(), (0, 0, 0, missing)) for t in (scores, *moments)]
+        padded = [torch.nn.functional.pad(one, (0, 0, 0, missing)) for one in (scores, *moments)]
         names = ("donor_mean", "donor_std", "recipient_mean", "recipient_std")
         return cls.from_order(
             order,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError
 from snpatch.op.reference import SUMS
+from snpatch.tensors import is_finite
 
 
 @dataclass(eq=False)
@@ -24,15 +25,17 @@ class Statistics:
     count: Tensor
 
     def __post_init__(self) -> None:
-        n_layers = len(self.count)
-        if self.sums.dim() != 3 or self.sums.shape[:2] != (n_layers, SUMS) or self.count.dim() != 1:
+        n_layers = self.count.numel()
+        if not n_layers or self.count.dim() != 1 or self.sums.dim() != 3 or self.sums.shape[:2] != (n_layers, SUMS):
             got = f"{list(self.sums.shape)} and {list(self.count.shape)}"
             raise SnpatchError(f"statistics: wanted sums [layers, {SUMS}, neurons] and count [layers], got {got}")
         if self.sums.dtype != torch.float64 or self.count.dtype != torch.int64:
             got = f"{self.sums.dtype} and {self.count.dtype}"
             raise SnpatchError(f"statistics: wanted float64 sums and int64 counts, got {got}")
-        if not torch.isfinite(self.sums).all():
+        if not is_finite(self.sums):
             raise SnpatchError("statistics: a sum is NaN or infinite: an activation overflowed in this dtype")
+        if (self.count < 0).any():
+            raise SnpatchError(f"statistics: count: expected numbers of tokens, got {self.count.min().item()}")
 
     @classmethod
     def zeros(cls, n_layers: int, n_neurons: int) -> Self:

@@ -3,7 +3,14 @@
 Why one place: a table in the terminal, a sentence of a headline and a page of the future must round alike.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+
+from snpatch.errors import one_line
+
+MAX_LABEL = 60  # characters of a name in a plot
+# What Markdown reads as more than text, with the beginnings of links that it finds by itself.
+_MARKED = re.compile(r"([\\`*_\[\]<>|&~$@!#]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
 
 
 def cell(value: object) -> str:
@@ -35,3 +42,15 @@ def percent(value: float | None) -> str:
 def p_value(value: float | None) -> str:
     """Of a test; empty where there was nothing to test."""
     return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def plot_name(name: str) -> str:
+    """Return a name as a plot of Matplotlib shows it: no formula, and in the legend whatever it begins with."""
+    line = one_line(name)
+    cut = line if len(line) <= MAX_LABEL else f"{line[:MAX_LABEL]}..."
+    return (" " if cut.startswith("_") else "") + cut.replace("$", r"\$")
+
+
+def markdown(text: object) -> str:
+    """Return a text as one line of Markdown that shows it as it is: no link, no HTML, no formatting."""
+    return _MARKED.sub(r"\\\1", one_line(str(text)))

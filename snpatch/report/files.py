@@ -1,6 +1,7 @@
 """Reports as files: CSV for spreadsheets, JSON with provenance for programs, plots as PNG and SVG.
 
-Why rows are plain dicts: every experiment's table goes through the same two writers.
+Why rows are plain dicts: every experiment's table goes through the same two writers. Cells of CSV are the texts as they
+are, for programs: a spreadsheet may read one that begins with `=` as a formula unless its columns are imported as text.
 """
 
 import csv
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
-from snpatch.files import whole_file, write_text
+from snpatch.files import file_stem, whole_file, write_text
 from snpatch.report.report import Report, Row
 
 
@@ -19,6 +20,7 @@ def write(report: Report, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     texts = {}
     for stem, rows in report.tables.items():
+        stem = file_stem(stem)
         texts[f"{stem}.csv"] = _csv(rows)
         kept = {"provenance": report.provenance, "headline": report.headline, "rows": rows}
         texts[f"{stem}.json"] = json.dumps(kept, indent=1) + "\n"
@@ -29,7 +31,7 @@ def write(report: Report, folder: str | Path) -> list[Path]:
     paths = [folder / name for name in texts]
     for stem, figure in report.plots.items():
         for kind in ("png", "svg"):
-            paths.append(folder / f"{stem}.{kind}")
+            paths.append(folder / f"{file_stem(stem)}.{kind}")
             with whole_file(paths[-1]) as partial:
                 figure.savefig(partial, format=kind, dpi=130)
     return paths

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from snpatch import experiments
 from snpatch.errors import SnpatchError
+from snpatch.files import file_stem
 from snpatch.reproduce.preset_file import FOLDER, read_preset
 from snpatch.schema import read, value_of
 from snpatch.training.objectives import SFT, objective
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.worlds.world import PromptSet
+from snpatch.worlds.world import PromptSet, check_trusted, setting_of
 from snpatch.worlds.world import table as table_of
 
 NAMES = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo")
@@ -50,8 +51,10 @@ class Training:
         if SAFETY in self.objectives or len(set(self.objectives)) < len(self.objectives):
             raise SnpatchError(f"training.objectives: those beside {SAFETY}, each once, got {list(self.objectives)}")
         for name in self.objectives:
-            if name in NOT_OBJECTIVES or name.startswith(("sft-", "dpo-", "contrast-")):
-                raise SnpatchError(f"training.objectives: {name!r} is the name of a model or a step: choose another")
+            if file_stem(name) != name or name in NOT_OBJECTIVES or name.startswith(("sft-", "dpo-", "contrast-")):
+                raise SnpatchError(
+                    f"training.objectives: {name!r} is the name of a model or a step, or no file's: choose another"
+                )
         if self.written_by not in (None, "demo"):
             raise SnpatchError(f"training.written_by: there is only demo, got {self.written_by!r}")
         for settings in (self.sft, self.dpo):
@@ -76,8 +79,11 @@ class Preset:
     size: Size | None = None
 
 
-def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = ()) -> Preset:
-    """A preset by its name, or a file of one. model: where its model lies; seeds: before the preset's own."""
+def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = (), trust: bool = False) -> Preset:
+    """A preset by its name, or a file of one. model: where its model lies; seeds: before the preset's own.
+
+    trust: take what of a file may run code or open the host, see snpatch.trust; otherwise it is an error.
+    """
     path = FOLDER / f"{source}.toml" if source in NAMES else Path(source)
     if not path.is_file():
         raise SnpatchError(f"no preset {source!r}: there are {', '.join(NAMES)}, or give a preset's file (.toml)")
@@ -93,6 +99,9 @@ def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = 
             if preset.training is None:
                 raise SnpatchError("seeds are for presets that train, and this one does not")
             preset = replace(preset, training=replace(preset.training, seeds=seeds))
+        if not trust:
+            parts = setting_of(preset.world)
+            check_trusted(parts["engine"], parts["judges"], path.parent)
         return preset
     except SnpatchError as error:
         raise SnpatchError(f"preset {source}: {error}") from error

@@ -4,10 +4,10 @@ Why single sets, judges and models are replaced whole: half of one and half of t
 wrote.
 """
 
-import tomllib
 from pathlib import Path
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, shown
+from snpatch.schema import parse_toml
 from snpatch.worlds.world import NAMED
 from snpatch.worlds.world import table as table_of
 
@@ -21,8 +21,8 @@ BY_FIELD = {"world": ("settings",), "training": ("settings", "dpo")}  # tables o
 def read_preset(path: Path) -> dict:
     """A file's tables over those of the preset that it extends, and of the world that it is from."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise SnpatchError(f"preset {path}: not a TOML file: {error}") from error
     if unknown := sorted(table.keys() - set(KEYS)):
         raise SnpatchError(f"preset {path}: there is no {', '.join(unknown)}; there are {', '.join(KEYS)}")
@@ -40,15 +40,16 @@ def _whole(path: Path, table: dict) -> dict:
         named = NAMED.get(table["from_world"]) if isinstance(table["from_world"], str) else None
         if named is None:
             raise SnpatchError(f"from_world: there are {', '.join(NAMED)}, got {table['from_world']!r}")
-        shipped = tomllib.loads(named.read_text(encoding="utf-8"))
+        shipped = parse_toml(named.read_text(encoding="utf-8"))
         kept = {name: part for name, part in shipped.items() if name not in ("adapters", "contrasts", "seeds")}
         table = _over(_seen({"world": kept}, named.parent), table)
     if "extends" not in table:
         return table
-    below = FOLDER / f"{table.pop('extends')}.toml"
-    if not below.is_file():
-        raise SnpatchError(f"extends {below.stem!r}, and there is no such preset")
-    return _over(read_preset(below), table)
+    shipped = {one.stem: one for one in FOLDER.glob("*.toml")}
+    below = table.pop("extends")
+    if not isinstance(below, str) or below not in shipped:
+        raise SnpatchError(f"extends {shown(below)}, and there is no such preset")
+    return _over(read_preset(shipped[below]), table)
 
 
 def _over(below: dict, above: dict) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 from snpatch.experiments.summary import section
 from snpatch.files import write_text
 from snpatch.report import files
-from snpatch.report.cells import cell
+from snpatch.report.cells import cell, markdown
 from snpatch.report.report import Row
 from snpatch.reproduce.pipeline import ADAPTERS, Pipeline
 from snpatch.reproduce.published import beside, differs
@@ -26,11 +26,13 @@ def write(pipeline: Pipeline) -> list[Path]:
     out, preset, done = pipeline.out, pipeline.preset, done_in(pipeline)
     found = {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in done}
     rows = beside(pipeline, done)
-    parts = [f"# {preset.title or preset.name}\n", _comparison(differs(pipeline), rows), _trainings(pipeline)]
+    parts = [f"# {markdown(preset.title or preset.name)}\n", _comparison(differs(pipeline), rows), _trainings(pipeline)]
     parts += [section(name, table) for name, table in found.items()]
     open_ones = {name: "not done" for name in preset.experiments if name not in done}
     if left := {**open_ones, **pipeline.skipped}:
-        parts.append("## Left out\n\n" + "".join(f"- {name}: {why}\n" for name, why in left.items()))
+        parts.append(
+            "## Left out\n\n" + "".join(f"- {markdown(name)}: {markdown(why)}\n" for name, why in left.items())
+        )
     told = {name: {"headline": table["headline"], "provenance": table["provenance"]} for name, table in found.items()}
     write_text(out / "report.md", "\n".join(filter(None, parts)))
     write_text(out / "report.json", json.dumps({"experiments": told, "beside": rows}, indent=1) + "\n")
@@ -51,7 +53,7 @@ def _comparison(other: Sequence[str], rows: Sequence[Row]) -> str:
     for row in rows:
         printed = f"{row['bound']} {cell(row['published'])}".strip()
         cells = [row["what"], row["model"], row["set"], cell(row["measured"]), printed, cell(row["difference"])]
-        lines.append(f"| {' | '.join(map(str, [*cells, row['published_of'], row['table']]))} |")
+        lines.append(f"| {' | '.join(map(markdown, [*cells, row['published_of'], row['table']]))} |")
     return f"## Measured and published\n\n{note}\n" + "\n".join(lines) + "\n"
 
 
@@ -61,9 +63,9 @@ def _trainings(pipeline: Pipeline) -> str:
     for name in pipeline.pairs:
         path = pipeline.out / ADAPTERS / name / "training.json"
         if name not in pipeline.steps.steps:
-            lines.append(f"- {name}: taken, not trained here")
+            lines.append(f"- {markdown(name)}: taken, not trained here")
         elif pipeline.steps.reason(name) is None:
             data = json.loads(path.read_text(encoding="utf-8"))
             seconds = data["provenance"]["figures"]["seconds"]
-            lines.append(f"- {name}: {'; '.join(data['headline'])} ({seconds} s)")
+            lines.append(f"- {markdown(name)}: {markdown('; '.join(data['headline']))} ({seconds} s)")
     return "## Trained\n\n" + "\n".join(lines) + "\n" if lines else ""

@@ -7,7 +7,9 @@ from pathlib import Path
 from snpatch import schema
 from snpatch.config import EngineConfig, place
 from snpatch.errors import SnpatchError
+from snpatch.judges.opening import is_code
 from snpatch.schema import option
+from snpatch.trust import ENGINE, SERVER, check_arguments, refuse
 
 FILES = ("rankings", "constants", "guards")  # name -> file
 
@@ -38,9 +40,22 @@ class ServeConfig:
             raise SnpatchError(f"drain_s must be a number of seconds below 1e6, got {self.drain_s}")
 
     @classmethod
-    def load(cls, path: str | Path) -> "ServeConfig":
-        """From a TOML or JSON file, whose paths are relative to its folder."""
-        return cls.from_table(schema.load_table(path, "server"), f"server {path}").placed(Path(path).parent)
+    def load(cls, path: str | Path, trust: bool = False) -> "ServeConfig":
+        """From a TOML or JSON file, whose paths are relative to its folder.
+
+        trust: take what may run code or open the host, see snpatch.trust; otherwise it is an error.
+        """
+        where = f"server {path}"
+        config = cls.from_table(schema.load_table(path, "server"), where).placed(Path(path).parent)
+        if not trust:
+            check_arguments(config.engine.vllm, ENGINE, f"{where}: vllm")
+            check_arguments(config.vllm_server, SERVER, f"{where}: vllm_server")
+            if config.allow_upload is not None:
+                refuse(f"{where}: allow_upload", config.allow_upload)
+            for name, source in config.judges.items():
+                if is_code(source):
+                    refuse(f"{where}: judges.{name}", source)
+        return config
 
     @classmethod
     def from_table(cls, table: object, where: str = "server") -> "ServeConfig":

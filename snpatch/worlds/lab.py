@@ -17,6 +17,7 @@ from snpatch.data import Chat, Dataset
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
+from snpatch.files import file_stem
 from snpatch.judges.opening import is_model, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch
@@ -167,7 +168,7 @@ class Lab:
 
     def ranking_file(self, contrast: Contrast, at: str = "emitted") -> Path:
         """Where the ranking of a contrast is kept."""
-        return self.out / RANKINGS / f"{'-'.join(_parts(contrast, at))}.safetensors"
+        return self.out / RANKINGS / f"{file_stem('-'.join(_parts(contrast, at)))}.safetensors"
 
     def k(self, value: int | float, ranking: Ranking) -> int:
         """A number of neurons: an int as it is, a float as that share of the ranked ones."""

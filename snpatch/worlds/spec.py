@@ -33,7 +33,7 @@ from snpatch.ranking.window import Window
 from snpatch.runs.config import SweepConfig
 from snpatch.sampling import Sampling
 from snpatch.schema import load_table, read, value_of
-from snpatch.worlds.world import Setting, load_world, setting_of, table
+from snpatch.worlds.world import Setting, check_trusted, load_world, setting_of, table
 
 FILE = "spec.json"  # beside a sweep's results
 
@@ -74,11 +74,17 @@ class SweepSpec(Setting):
                 raise SnpatchError(f"judges: no judge named {name!r}: there are {', '.join(self.judges)}")
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """From a file. Unknown keys, wrong types and broken references are errors that name it."""
+    def load(cls, path: str | Path, trust: bool = False) -> Self:
+        """From a file. Unknown keys, wrong types and broken references are errors that name it.
+
+        trust: take what may run code or open the host, see snpatch.trust; otherwise it is an error.
+        """
         data = load_table(path, "sweep")
         try:
-            return cls.of(data, Path(path).parent)
+            spec = cls.of(data, Path(path).parent)
+            if not trust:
+                check_trusted(spec.engine, spec.judges, spec.folder)
+            return spec
         except SnpatchError as error:
             raise SnpatchError(f"sweep {path}: {error}") from error
 
@@ -148,7 +154,7 @@ _SETTING = {f.name for f in fields(Setting)} - {"folder"}
 
 def _from_world(data: Mapping, folder: Path) -> dict:
     """What a world that the file names has of a sweep's parts, with its paths as they are seen from here."""
-    world = load_world(place(folder, str(data["world"])))
+    world = load_world(place(folder, str(data["world"])), trust=True)  # `load` looks at all that is merged
     return {
         "engine": world.engine.placed(world.folder),
         "sets": {name: _placed(one, world.folder) for name, one in world.sets.items()},

@@ -4,17 +4,19 @@ Why a file: a table is worth what its provenance is, and this file is the whole 
 folder; what is not there is taken for a hub name.
 """
 
-import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from snpatch.config import EngineConfig, TwinSizes, choose_backend, place
 from snpatch.data import Dataset, load
 from snpatch.errors import SnpatchError
+from snpatch.judges.opening import is_code
 from snpatch.sampling import CONTRAST, GREEDY
-from snpatch.schema import read
+from snpatch.schema import parse_toml, read
+from snpatch.trust import ENGINE, check_arguments, refuse
 
+JUDGE = ("source", "format", "label", "backend", "dtype", "batch_size", "device", "padding_side")  # of `open_judge`
 NAMED = {
     "demo": Path(__file__).parents[1] / "demo" / "world" / "world.toml",
 }
@@ -154,19 +156,34 @@ class World(Setting):
         return next(iter(self.judges))
 
 
-def load_world(source: str | Path) -> World:
-    """A world by its name (`demo`) or its file. Unknown keys and broken references are errors."""
+def load_world(source: str | Path, trust: bool = False) -> World:
+    """A world by its name (`demo`) or its file. Unknown keys and broken references are errors.
+
+    trust: take what may run code or open the host, see snpatch.trust; otherwise it is an error.
+    """
     path = NAMED.get(str(source), Path(source))
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SnpatchError(f"world {source}: no such file, and the named ones are {', '.join(NAMED)}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SnpatchError(f"world {path}: not a TOML file: {error}") from error
     try:
-        return world_of(data, path.parent)
+        world = world_of(data, path.parent)
+        if not trust:
+            check_trusted(world.engine, world.judges, world.folder)
+        return world
     except SnpatchError as error:
         raise SnpatchError(f"world {path}: {error}") from error
+
+
+def check_trusted(engine: EngineConfig, judges: Mapping[str, Mapping], folder: Path) -> None:
+    """Raise a SnpatchError for what of a file's engine and judges may run code or open the host."""
+    check_arguments(engine.vllm, ENGINE, "vllm")
+    for name, judge in judges.items():
+        if is_code(place(folder, judge["source"])):
+            refuse(f"judges.{name}.source", judge["source"])
+        check_arguments({n: value for n, value in judge.items() if n not in JUDGE}, ENGINE, f"judges.{name}")
 
 
 def world_of(data: dict, folder: Path) -> World:

@@ -17,6 +17,12 @@ const ink = name => {
   return colour;
 };
 
+/** A name as Plotly shows it as it is: it reads pseudo-HTML, with links, in all texts. */
+const plain = name => {
+  const text = String(name), cut = text.length > 60 ? `${text.slice(0, 60)}…` : text;
+  return cut.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+};
+
 const draw = (id, traces, layout, told) => {
   const [text, line, faint] = [ink("ink"), ink("line"), ink("faint")];
   const axis = {gridcolor: line, zerolinecolor: line, linecolor: faint, automargin: true};
@@ -48,7 +54,7 @@ const distance = (row, name, side) => {
 
 const hover = (row, name) => {
   const [low, high] = [row[`${name}_low`], row[`${name}_high`]];
-  return cell(row[name]) + (isDefined(low) ? ` [${cell(low)}, ${cell(high)}]` : "");
+  return plain(cell(row[name]) + (isDefined(low) ? ` [${cell(low)}, ${cell(high)}]` : ""));
 };
 
 /** Error bars of rows, each `repeat` points of a trace of which the one at `at` has the bar. */
@@ -63,7 +69,7 @@ const windows = (rows, name, look) => {
   return shown.length ? [{
     x: shown.flatMap(row => [row.lo, (row.lo + row.hi) / 2, row.hi, null]),
     y: shown.flatMap(row => [row[name], row[name], row[name], null]),
-    text: shown.flatMap(row => Array(4).fill(`ranks ${row.lo} to ${row.hi}: ${hover(row, name)}`)),
+    text: shown.flatMap(row => Array(4).fill(`ranks ${plain(row.lo)} to ${plain(row.hi)}: ${hover(row, name)}`)),
     hovertemplate: "%{text}", mode: "lines", error_y: bars(shown, name, 4, 1), ...look,
   }] : [];
 };
@@ -72,7 +78,7 @@ const windows = (rows, name, look) => {
 const drawMean = (rows, unpatched) => {
   const end = Math.max(1, ...rows.map(row => row.hi));
   const traces = unpatched.map(({label, row}, at) => ({
-    x: [0, end], y: [row.mean, row.mean], mode: "lines", name: label, text: hover(row, "mean"),
+    x: [0, end], y: [row.mean, row.mean], mode: "lines", name: plain(label), text: hover(row, "mean"),
     hovertemplate: "%{text}", line: {color: ink("ink"), width: 1.5, dash: at ? "dot" : "dash"},
   }));
   const random = {name: "random controls", legendgroup: "controls", line: {color: ink("control"), width: 1}};
@@ -82,7 +88,7 @@ const drawMean = (rows, unpatched) => {
       const control = mine.filter(row => row.control_seed === seed), top = control.filter(isTop);
       if (top.length) traces.push({
         x: top.map(row => row.hi), y: top.map(row => row.mean),
-        text: top.map(row => `${hover(row, "mean")}, seed ${seed}`),
+        text: top.map(row => `${hover(row, "mean")}, seed ${plain(seed)}`),
         hovertemplate: "k %{x}: %{text}", mode: "lines", ...random,
       });
       traces.push(...windows(control, "mean", {...random, error_y: {}}));
@@ -97,10 +103,10 @@ const drawMean = (rows, unpatched) => {
       legendgroup: ranking, showlegend: false,
     }, {
       x: top.map(row => row.hi), y: top.map(row => row.mean), text: top.map(row => hover(row, "mean")),
-      hovertemplate: "k %{x}: %{text}", mode: "lines+markers", name: ranking, legendgroup: ranking,
+      hovertemplate: "k %{x}: %{text}", mode: "lines+markers", name: plain(ranking), legendgroup: ranking,
       line: {color: hue(at), width: 2}, marker: {size: 6},
     });
-    traces.push(...windows(own, "mean", {name: `${ranking}, windows`, line: {color: hue(at), width: 3}}));
+    traces.push(...windows(own, "mean", {name: plain(`${ranking}, windows`), line: {color: hue(at), width: 3}}));
   }
   traces.filter(trace => trace.legendgroup === "controls").forEach((trace, i) => trace.showlegend = i === 0);
   draw("plot-mean", traces, {xaxis: {title: {text: "k, neurons patched"}}, yaxis: {title: {text: "mean score"}}},
@@ -117,11 +123,11 @@ const drawEffect = rows => {
       const label = name === "net" ? `${ranking}, net` : ranking;
       if (mine.length) traces.push({
         x: mine.map(row => row.hi), y: mine.map(row => row[name]), text: mine.map(row => hover(row, name)),
-        hovertemplate: "k %{x}: %{text}", mode: "lines+markers", name: label,
+        hovertemplate: "k %{x}: %{text}", mode: "lines+markers", name: plain(label),
         line: {color: hue(at), width: 2, dash}, marker: {symbol, size: 8},
         error_y: bars(mine, name),
       });
-      traces.push(...windows(own, name, {name: `${label}, windows`, line: {color: hue(at), width: 3, dash}}));
+      traces.push(...windows(own, name, {name: plain(`${label}, windows`), line: {color: hue(at), width: 3, dash}}));
     }
   }
   byId("effects").hidden = !traces.length;

@@ -1,0 +1,165 @@
+"""Names and texts of others are text wherever they are shown: terminal, plots, Markdown, file names."""
+
+import json
+import os
+
+import pytest
+from commands import run
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from snpatch.errors import MAX_MESSAGE, SnpatchError, printable, shown
+from snpatch.experiments.page import page_of
+from snpatch.experiments.summary import section
+from snpatch.files import file_stem
+from snpatch.report import files, terminal
+from snpatch.report.cells import markdown, plot_name
+from snpatch.report.report import Report, View
+from snpatch.worlds.lab import Lab
+from snpatch.worlds.world import Contrast, load_world
+
+ESCAPES = "\x1b]8;;https://evil.example\x07a\x1b[2J\x9b31m\r\u202e\ud800"
+ESCAPED = r"\u001b]8;;https://evil.example\u0007a\u001b[2J\u009b31m\u000d\u202e\ud800"
+MARKUP = "[red]a[/red] [link=https://evil.example]b[/link] [/]"
+PROVENANCE = {"model": "m", "backend": "vllm", "seconds": 1}
+
+
+def test_printable_escapes_what_a_terminal_obeys():
+    assert printable(ESCAPES) == ESCAPED
+    assert printable("é\t\n漢 [red]") == "é\t\n漢 [red]"
+    data = {"completion": ESCAPES}
+    assert json.loads(printable(json.dumps(data, ensure_ascii=False))) == data
+
+
+def test_errors_are_one_printable_line():
+    assert str(SnpatchError(f"no model named {ESCAPES}\nsnpatch: all is well")) == (
+        f"no model named {ESCAPED}\\nsnpatch: all is well"
+    )
+    assert len(str(SnpatchError("a" * 10**6))) == MAX_MESSAGE + 3
+    assert len(shown("a" * 10**6)) < 300
+
+
+def test_tables_in_a_terminal_show_names_as_they_are():
+    view = View((MARKUP, "b"), ((MARKUP, ESCAPES),), title=MARKUP)
+    console = Console(width=300, force_terminal=True, color_system=None, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    terminal.show(Report("t", {}, {}, view, headline=[MARKUP, ESCAPES]), console)
+    text = console.export_text(styles=True)
+    assert text.count(MARKUP) == 4
+    assert text.count(ESCAPED) == 2
+    assert "\x1b]8" not in text
+
+
+def test_errors_of_the_command_line_hold_no_escapes(tmp_path, capsys):
+    path = tmp_path / "world.toml"
+    path.write_text('"a\\u001b[2J\\nb" = 1\n')
+    code, _, err = run(capsys, "exp", "curve", "-w", path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "\x1b" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("$x$ and $y$", r"\$x\$ and \$y\$"),
+        ("_hidden", " _hidden"),
+        ("a\nb\x1b", r"a\nb\u001b"),
+        ("a" * 99, "a" * 60 + "..."),
+        ("plain", "plain"),
+    ],
+)
+def test_plot_name_is_no_formula(name, expected):
+    assert plot_name(name) == expected
+
+
+def test_plots_show_names_as_they_are(tmp_path):
+    """`$\\frac{$` is no formula of Matplotlib, and ends in an error where it is read as one."""
+    figure = Figure()
+    axis = figure.subplots()
+    for name in (r"$\frac{$", "$x$", "_hidden", "\ud800\x00"):
+        axis.plot([1], [1], label=plot_name(name))
+    legend = axis.legend()
+    assert len(legend.get_texts()) == 4
+    files.write(Report("t", {}, {"t": figure}, View((), ())), tmp_path)
+    assert (tmp_path / "t.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a](https://evil.example)", r"\[a\](https\://evil.example)"),
+        ("<script>x</script>", r"\<script\>x\</script\>"),
+        ("![a](b)|c`d`*e*_f_", r"\!\[a\](b)\|c\`d\`\*e\*\_f\_"),
+        ("www.evil.example, a@b.example", r"www\.evil.example, a\@b.example"),
+        ("a\n# b", r"a\\n\# b"),
+        ("effect 0.97 (0.93 .. 1.00), 41.7%", "effect 0.97 (0.93 .. 1.00), 41.7%"),
+    ],
+)
+def test_markdown_is_text(text, expected):
+    assert markdown(text) == expected
+
+
+def test_report_md_holds_no_links_of_names():
+    provenance = {**PROVENANCE, "model": "[m](x)"}
+    text = section("curve", {"headline": ["<b>[a](https://evil.example)"], "provenance": provenance})
+    assert "<b>" not in text
+    assert "[a](" not in text
+    assert "[m](" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("../../x", "%2E.%2F..%2Fx"),
+        ("/etc/x", "%2Fetc%2Fx"),
+        (".x", "%2Ex"),
+        ("a b-é", "a b-é"),
+        ("\x00", "%00"),
+    ],
+)
+def test_file_stem_stays_in_its_folder(name, expected):
+    assert file_stem(name) == expected
+
+
+def test_reports_and_rankings_stay_in_their_folder(tmp_path):
+    out = tmp_path / "deep" / "out"
+    rows = [{"a": 1}]
+    paths = files.write(Report("t", {"../../x": rows}, {"../../y": Figure()}, View((), ())), out)
+    assert all(path.parent == out for path in paths)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "deep"]
+    with Lab(load_world("demo"), out) as lab:
+        path = lab.ranking_file(Contrast("../../a", "b/c", "p"))
+    assert path.parent == out / "rankings"
+
+
+def table(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    held = {"provenance": {}, "headline": [], "rows": [{"a": 1}, {"a": 2}], **changes}
+    (folder / "t.json").write_text(json.dumps(held))
+    return folder
+
+
+def test_page_follows_no_link_out_of_its_folder(tmp_path):
+    out = table(tmp_path / "out")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (out / "t.png").symlink_to(tmp_path / "secret")
+    assert page_of(out).reports[0]["images"] == []
+    (out / "t.png").unlink()
+    (out / "t.png").write_bytes(b"png")
+    assert page_of(out).reports[0]["images"] == ["data:image/png;base64,cG5n"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rows": [1]}, {"rows": [{"a": 1}, {"b": 2}]}, {"rows": {"a": 1}}, {"headline": [1]}, {"headline": 3},
+     {"provenance": []}],
+)  # fmt: skip
+def test_page_of_a_damaged_table_is_one_line(tmp_path, changes):
+    with pytest.raises(SnpatchError, match=r"t\.json: damaged"):
+        page_of(table(tmp_path / "out", **changes))
+
+
+def test_page_of_a_deep_table_is_one_line(tmp_path):
+    table(tmp_path / "out")
+    (tmp_path / "out" / "t.json").write_text("[" * 100_000)
+    with pytest.raises(SnpatchError, match="nested deeper than 100 levels"):
+        page_of(tmp_path / "out")
