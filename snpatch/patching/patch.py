@@ -23,6 +23,7 @@ from snpatch.models.model import Model
 from snpatch.op.plan import NEVER
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
+from snpatch.tensors import FLOATS, check_tensor
 
 PLACES = ("all", "prompt", "generated")
 MODES = ("replace", "add")
@@ -38,7 +39,7 @@ class Constant:
     mode: str = "replace"
 
     def __post_init__(self) -> None:
-        _check_finite(self.values, "constant")
+        _check_values(self.values, "constant")
         if self.mode not in MODES:
             raise SnpatchError(f"constant: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
 
@@ -69,9 +70,10 @@ class Constant:
     def load(cls, path: str | Path) -> "Constant":
         """Read what `save` wrote."""
         tensors, meta = read_tensors(path, kind="constant")
-        if {*tensors} != {"values"} or tensors["values"].dtype != torch.float32:
-            found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in sorted(tensors.items())) or "nothing"
-            raise SnpatchError(f"{path}: not a constant: wanted values torch.float32, got {found}")
+        if {*tensors} != {"values"}:
+            found = ", ".join(sorted(tensors)) or "nothing"
+            raise SnpatchError(f"{path}: not a constant: expected values, got {found}")
+        check_tensor(tensors["values"], f"{path}: values", torch.float32)
         return cls(tensors["values"], meta.get("mode", "replace"))
 
 
@@ -83,7 +85,7 @@ class Noise:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_finite(self.deviation, "noise")
+        _check_values(self.deviation, "noise")
         if (self.deviation < 0).any():
             raise SnpatchError("noise: a standard deviation must not be negative")
         if not 0 <= self.seed < 2**31:
@@ -281,12 +283,10 @@ def _check_factor(factor: object, name: str, field: str | None = None) -> None:
         raise SnpatchError(f"{name} must be a finite number of float32, got {factor!r}", field=field)
 
 
-def _check_finite(values: Tensor, name: str) -> None:
+def _check_values(values: Tensor, name: str) -> None:
     if values.dim() != 2:
         raise SnpatchError(f"{name}: wanted [layers, neurons], got {list(values.shape)}")
-    if not torch.isfinite(values).all():
-        layer, neuron = torch.nonzero(~torch.isfinite(values))[0].tolist()
-        raise SnpatchError(f"{name}: not finite at layer {layer}, neuron {neuron}")
+    check_tensor(values, name, *FLOATS, used=torch.float32)
 
 
 def _digest(values: Tensor) -> str:

@@ -62,7 +62,7 @@ class SecondSet:
                 f"load_format {self._config.load_config.load_format} cannot load a second set of weights"
             )
         weights = self._fitted(merged(loader.get_all_weights(config, self._holder), self._settings.lora))
-        self._holder.load_weights(finite(weights, self.name))
+        self._holder.load_weights(finite(weights, self.name, used=used_dtype(self._config)))
         return self.join(model)
 
     def join(self, model: nn.Module, is_shared: Callable[[nn.Module, nn.Module], bool] | None = None) -> set[str]:
@@ -174,6 +174,12 @@ class SecondSet:
                 padding = weight.new_zeros(max(0, size - len(weight)), *weight.shape[1:])
                 weight = torch.cat([weight[:size], padding])
             yield name, weight
+
+
+def used_dtype(vllm_config: VllmConfig) -> torch.dtype | None:
+    """Return the dtype in which weights are used; None for quantized ones, which keep their own."""
+    model = vllm_config.model_config
+    return model.dtype if model.quantization is None else None
 
 
 def check_room(needed: int, vllm_config: VllmConfig) -> None:

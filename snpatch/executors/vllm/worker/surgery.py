@@ -32,7 +32,7 @@ from snpatch.executors.vllm import processes, versions, zeroing
 from snpatch.executors.vllm.settings import TwinSettings, refuse
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
-from snpatch.executors.vllm.worker.pairing import SECOND, SecondSet
+from snpatch.executors.vllm.worker.pairing import SECOND, SecondSet, used_dtype
 from snpatch.executors.vllm.worker.plugin import PREFIX
 from snpatch.models.checkpoint import finite
 from snpatch.models.pairing import bytes_of
@@ -171,6 +171,7 @@ class Twin:
         config = vllm_config.model_config.hf_text_config
         self.settings = settings = TwinSettings.of(vllm_config)
         self.has_seen_weights = False
+        self.dtype = used_dtype(vllm_config)
         self.second: SecondSet | None = None
         self.own_bytes = bytes_of(model.parameters())
         self.n_layers, self.attention, self.name = config.num_hidden_layers, attention, vllm_config.model_config.model
@@ -295,7 +296,7 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
             # Looked at on their way: afterwards they are packed for the device, and some are emptied.
             twin = self.snpatch
             twin.has_seen_weights = True
-            loaded = super().load_weights(finite(weights, twin.name))
+            loaded = super().load_weights(finite(weights, twin.name, used=twin.dtype))
             return loaded if twin.second is None else loaded | twin.second.load(self)
 
         def forward(self, input_ids, positions, *args, **kwargs):
