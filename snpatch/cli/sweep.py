@@ -181,7 +181,7 @@ def status(
     as_json: o.AsJson = False,
 ) -> None:
     """How far a sweep is: texts done, open and failed, the rate, and the time left."""
-    from snpatch.report.cells import cell
+    from snpatch.report.cells import cell, printable
     from snpatch.runs.store import Store
 
     with Store(folder, must_exist=True) as store:
@@ -196,9 +196,9 @@ def status(
     print(f"{found.scores} scores")
     for failure in found.failures:
         where = ", ".join(f"{name} {value!r}" for name, value in failure.items() if name != "error")
-        print(f"failed: {where}: {failure['error']}")
+        print(printable(f"failed: {where}: {failure['error']}"))
     for one in found.runs[-1:]:
-        print(f"last run: {one['command']}: {one['outcome'] or 'under way, or killed'}")
+        print(printable(f"last run: {one['command']}: {one['outcome'] or 'under way, or killed'}"))
 
 
 @app.command()
@@ -206,9 +206,9 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
     out: Annotated[Path, typer.Argument(help="File: .csv, .jsonl or .parquet.")],
 ) -> None:
-    """Write every text of a sweep with its labels and scores, as far as it is."""
+    """Write a row for each text of a sweep: labels, state (done, open or failed), completion and scores."""
     from snpatch.report.files import write_records
-    from snpatch.runs.store import Store
+    from snpatch.runs.store import Store, describe_unfinished
 
     with Store(folder, must_exist=True) as store:
         records = [
@@ -218,7 +218,8 @@ def export(
     if not records:
         raise SnpatchError(f"{folder} holds no sweep's texts")
     write_records(records, out)
-    print(f"wrote {len(records)} texts to {out}")
+    print(describe_unfinished(records) or f"All {len(records)} texts are written.")
+    print(f"wrote {len(records)} rows to {out}")
 
 
 def _replicas():

@@ -15,6 +15,11 @@ def cell(value: object) -> str:
     return str(value)
 
 
+def printable(text: str) -> str:
+    """Return a text as one line that any terminal shows: control characters and lone surrogates become escapes."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def span(row: Mapping[str, object], name: str, form: Callable[[object], str] = cell) -> str:
     """ "low .. high" of a figure of the row, empty where it is undefined."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
