@@ -93,10 +93,7 @@ def _indexed(texts: Sequence[dict]) -> tuple[dict, list[str | None]]:
         "piece": PIECE,
         "cases": [dict(zip(CASE, case, strict=True)) for case in cases],
         "points": [dict(zip(POINT, point, strict=True)) for point in points],
-        "texts": [
-            {"case": case, "point": point} | {name: text[name] for name in TEXT}
-            for case, point, text in placed
-        ],
+        "texts": [{"case": case, "point": point} | {name: text[name] for name in TEXT} for case, point, text in placed],
     }
     return index, [text["completion"] for *_, text in placed]
 
