@@ -20,6 +20,7 @@ from snpatch.executors.base import Progress, Request
 from snpatch.judges.protocol import BrokenJudgeError
 from snpatch.patching.patch import Clause, Patch, digest_of
 from snpatch.requests import Completion
+from snpatch.runs.config import check_texts
 from snpatch.runs.store import Store, Text, state_of
 from snpatch.sampling import Sampling
 
@@ -69,8 +70,7 @@ def wanted(
     engine: Engine, prompts: Sequence[Chat], patches: Sequence[Patch | str], sampling: Sampling, samples: int = 1
 ) -> list[list[Item]]:
     """What each patch asks for: an item for each prompt and sample. One that cannot be run has an error instead."""
-    if sampling.n > 1:
-        raise SnpatchError("texts: one text of each prompt is written; ask for several samples of it")
+    check_texts(sampling, "texts")
     if samples > 1 and sampling.temperature == 0:
         raise SnpatchError("texts: several samples of a prompt need a temperature above 0: greedy ones are the same")
     recipients = engine.requests.recipients(patches, len(patches))
