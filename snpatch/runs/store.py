@@ -210,14 +210,6 @@ class Store:
         self._taken.difference_update(keys)
         return len(keys)
 
-    def give_up(self, key: str, error: str) -> None:
-        """Note that a text this process has taken cannot be written; it is tried again by the next command."""
-        self._execute(
-            "UPDATE work SET owner = NULL, expires = NULL, error = ?, failed = 1 WHERE key = ? AND owner = ?",
-            error, key, self.owner,
-        )  # fmt: skip
-        self._taken.discard(key)
-
     def errors(self, keys: Iterable[str]) -> dict[str, str]:
         """Why each of these failed that did."""
         found = {}
