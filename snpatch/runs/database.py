@@ -202,7 +202,7 @@ class Database:
         except sqlite3.OperationalError as error:
             if _code_of(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
                 raise
-            self._connection.close()
+            self._discard()
             return False
         return True
 
