@@ -225,8 +225,7 @@ class Database:
 
     def _check_content(self) -> None:
         """Raise unless the file is whole and holds the tables of a store as tables, and nothing that runs by itself."""
-        found = self.rows("SELECT type, name, sql FROM sqlite_master", kinds=(str, str, str | None))
-        kinds = {name: kind for kind, name, _ in found}
+        kinds = dict(self.rows("SELECT name, type FROM sqlite_master", kinds=(str, str)))
         if "trigger" in kinds.values():
             raise self.damaged("it has a trigger, and no store has one")
         expected = _expected_columns()
@@ -235,9 +234,8 @@ class Database:
         for name, columns in expected.items():
             if kinds.get(name) != "table" or self.rows(f"PRAGMA table_xinfo({name})") != columns:
                 raise self.damaged(f"{name} is not the table that a store has")
-        (verdict,) = self.rows("PRAGMA quick_check(1)")[0]
-        if verdict != "ok":
-            raise self.damaged(first_line(ValueError(verdict)))
+        if (verdicts := self.rows("PRAGMA quick_check(1)")) != [("ok",)]:
+            raise self.damaged(verdicts)
 
     def _run_script(self, script: str) -> None:
         for statement in script.split(";\n"):
@@ -275,6 +273,8 @@ class Database:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except sqlite3.ProgrammingError:
+            raise  # a mistake of ours
         except (sqlite3.Error, UnicodeDecodeError, MemoryError) as error:
             if _code_of(error) in LOCKED:
                 raise SnpatchError(

@@ -96,14 +96,21 @@ class Store:
                 _make_folder(self.path.parent)
         self._database = Database(self.path, self._is_reader, patience_s=2 * LEASE_S)
         if not self._is_reader:
-            self._execute(ASKED)
-            with self._database.transaction():
-                self._free_dead()
-                self._execute(BEAT, *self._heartbeat())
-        if not self._is_reader and self.path is not None:
+            try:
+                self._begin_to_write()
+            except BaseException:
+                self._database.close()
+                raise
+        return self
+
+    def _begin_to_write(self) -> None:
+        self._execute(ASKED)
+        with self._database.transaction():
+            self._free_dead()
+            self._execute(BEAT, *self._heartbeat())
+        if self.path is not None:
             self._beat = threading.Thread(target=self._keep_alive, name="snpatch-lease", daemon=True)
             self._beat.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
