@@ -11,6 +11,7 @@ from dataclasses import replace
 import pages
 import pytest
 
+from snpatch import SnpatchError
 from snpatch.report.page import ASSETS, Page, write
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -36,7 +37,7 @@ def test_a_page_holds_its_texts_and_they_its_scores(tmp_path):
     assert all(one in page.texts for one in found)
     assert [one["prompt_index"] for one in found] == sorted(one["prompt_index"] for one in found)
     [data] = map(json.loads, parts(text, "application/json"))
-    for name in ("command", "headline", "provenance", "rows", "maps", "reports"):
+    for name in ("command", "unfinished", "headline", "provenance", "rows", "maps", "reports"):
         assert data[name] == getattr(page, name)
 
 
@@ -74,6 +75,14 @@ def test_what_is_no_number_is_undefined(tmp_path):
     row = json.loads(parts(text, "application/json")[0], parse_constant=pytest.fail)["rows"][0]
     assert (row["mean"], row["mean_low"]) == (None, None)
     assert unpacked(text)[0]["texts"][0]["scores"]["cost"] is None
+
+
+def test_page_of_nested_data_past_all_depth_is_an_error(tmp_path):
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(SnpatchError, match="expected plain tables and provenance, got some nested too deep"):
+        write(tmp_path / "page.html", replace(pages.page(prompts=1), provenance={"x": nested}))
 
 
 def test_equal_pages_are_equal_files_and_name_no_other(tmp_path):
@@ -205,16 +214,35 @@ def test_a_text_s_first_word_that_differs_is_marked(opened):
     scores = [{"cost": 1.0}, {"cost": 2.5}, {"cost": math.nan}, {}, {"cost": 1.0}, {"cost": 0.0}]
     order = [0, 2, 3, 4, 5, 1]
     for at, completion, score in zip(order, said, scores, strict=True):
-        texts[at] |= {"completion": completion, "scores": score}
+        texts[at] |= {"completion": completion, "scores": score, "state": "open" if completion is None else "done"}
     tab = opened(replace(page, texts=texts))
     cards = tab.locator("#case .card")
     marks = [cards.nth(i).locator("mark").all_inner_texts() for i in range(6)]
     assert marks == [[], [], ["four"], ["⏎"], [], ["more"]]
     same = "1,200 overwrites counted · ended by stop · same text as unpatched"
     assert cards.nth(4).locator(".receipt").inner_text() == same
-    assert cards.nth(1).locator(".text").inner_text() == "no text"
+    assert cards.nth(1).locator(".text").inner_text() == "not written yet"
     shown = [cards.nth(i).locator(".scores").inner_text() for i in range(1, 6)]
     assert shown == ["cost 0.00 -1.00", "cost 2.50 +1.50", "", "", "cost 1.00 0.00"]
+
+
+def test_page_of_an_unfinished_sweep_says_so_and_distinguishes_missing_texts(opened):
+    page = pages.page(1, controls=0, ks=(10, 20))
+    texts = [text for text in page.texts if text["ranking"] in (None, "change")]
+    texts[0] |= {"completion": ""}
+    texts[2] |= {"completion": None, "state": "failed", "error": pages.HOSTILE.replace("\ud800", "")}
+    texts[3] |= {"completion": None, "state": "open"}
+    tab = opened(replace(page, texts=texts, unfinished="Unfinished: 2 of 4 texts are written."))
+    expect(tab, "#unfinished").to_have_text("Unfinished: 2 of 4 texts are written.")
+    shown = [card.inner_text() for card in tab.locator("#case .card .text").all()]
+    assert shown[0] == "empty answer"
+    assert shown[2].startswith("failed: </script>")
+    assert shown[3] == "not written yet"
+    assert tab.evaluate("window.hit") is None
+
+
+def test_page_of_a_finished_sweep_has_no_warning(opened):
+    assert not opened(pages.page(1)).locator("#unfinished").is_visible()
 
 
 def test_search_and_filters(opened):

@@ -205,9 +205,9 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
     out: Annotated[Path, typer.Argument(help="File: .csv, .jsonl or .parquet.")],
 ) -> None:
-    """Write every text of a sweep with its labels and scores, as far as it is."""
+    """Write a row for each text of a sweep: labels, state (done, open or failed), completion and scores."""
     from snpatch.report.files import write_records
-    from snpatch.runs.store import Store
+    from snpatch.runs.store import Store, describe_unfinished
 
     with Store(folder, must_exist=True) as store:
         records = [
@@ -217,7 +217,8 @@ def export(
     if not records:
         raise SnpatchError(f"{folder} holds no sweep's texts")
     write_records(records, out)
-    o.tell(f"wrote {len(records)} texts to {out}")
+    o.tell(describe_unfinished(records) or f"All {len(records)} texts are written.")
+    o.tell(f"wrote {len(records)} rows to {out}")
 
 
 def _replicas():

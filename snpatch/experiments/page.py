@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.page import Page
-from snpatch.runs.store import NAME, Store
+from snpatch.runs.store import NAME, Store, describe_unfinished
 from snpatch.runs.sweep import Row
 from snpatch.schema import parse_json
 from snpatch.worlds.spec import FILE, SweepSpec
@@ -39,9 +39,10 @@ def page_of(folder: str | Path) -> Page:
     return Page(
         title=f"snpatch: {folder.resolve().name}",
         command="\n".join(dict.fromkeys(filter(None, commands))),
+        unfinished=describe_unfinished(texts),
         headline=[sentence for one in swept.values() for sentence in one["headline"]],
         provenance={stem: one["provenance"] for stem, one in tables.items()},
-        rows=[{name: row[name] for name in ROW} for row in rows.values()],
+        rows=[{name: row.get(name) for name in (*ROW, "state")} for row in rows.values()],
         maps={name: map_of(ranking) for name, ranking in _rankings(folder).items()},
         reports=[_report(folder, stem, one, stem in swept) for stem, one in tables.items()],
         texts=texts,
@@ -64,21 +65,24 @@ def _table(path: Path) -> dict | None:
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SnpatchError(f"{path}: cannot be read: {error}") from error
-    is_table = isinstance(found, dict) and {"provenance", "headline", "rows"} <= found.keys() and found["rows"]
-    if not is_table:
+        raise SnpatchError(f"{path}: cannot be read: {first_line(error)}") from error
+    if not (isinstance(found, dict) and {"provenance", "headline", "rows"} <= found.keys() and found["rows"]):
         return None
-    rows, headline = found["rows"], found["headline"]
-    is_whole = (
-        isinstance(found["provenance"], dict)
-        and isinstance(headline, list)
-        and all(isinstance(one, str) for one in headline)
-        and isinstance(rows, list)
-        and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
-    )
-    if not is_whole:
-        raise SnpatchError(f"{path}: damaged: expected rows of the same columns, sentences and provenance")
+    if not _is_whole(**{name: found[name] for name in ("provenance", "headline", "rows")}):
+        raise SnpatchError(f"{path}: damaged: expected the table of a report. Restore a copy, or move it away.")
     return found
+
+
+def _is_whole(provenance: object, headline: object, rows: object) -> bool:
+    """Return True if the parts of a table have the types that report.files writes."""
+    if not (isinstance(provenance, dict) and isinstance(headline, list) and isinstance(rows, list)):
+        return False
+    if not isinstance(provenance.get("command"), str | None) or not all(isinstance(one, str) for one in headline):
+        return False
+    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        return False
+    is_swept = rows[0].keys() >= ROW
+    return not is_swept or all(isinstance(row[name], str | int | float | None) for row in rows for name in ROW)
 
 
 def _texts(folder: Path) -> tuple[list[dict], Sequence[dict]]:
@@ -86,7 +90,7 @@ def _texts(folder: Path) -> tuple[list[dict], Sequence[dict]]:
     if not (folder / NAME).is_file():
         return [], ()
     with Store(folder, must_exist=True) as store:
-        records, runs = list(store.records()), store.status().runs
+        records, runs = store.records(), store.status().runs
     for record in records:
         record["seed"] = record.pop("sample")
     return records, runs

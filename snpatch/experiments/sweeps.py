@@ -13,6 +13,7 @@ from snpatch.ranking.window import Window
 from snpatch.report.cells import between, p_value, percent, plot_name, span
 from snpatch.report.report import Report, View
 from snpatch.runs.config import SweepConfig
+from snpatch.runs.store import describe_unfinished
 from snpatch.runs.sweep import Row, SweepResult
 from snpatch.worlds.lab import Lab
 
@@ -87,7 +88,7 @@ def report_of(result: SweepResult, name: str) -> Report:
         del columns["left out"]
     return Report(
         name,
-        {name: [asdict(row) for row in result.rows]},
+        {name: [{**asdict(row), "state": row.state} for row in result.rows]},
         plots,
         View.of(shown, columns),
         [*(s for label, part in result.slices() for s in headline(part, label)), *result.notes, *_failed(result)],
@@ -96,8 +97,8 @@ def report_of(result: SweepResult, name: str) -> Report:
 
 
 def _failed(result: SweepResult) -> list[str]:
-    """The first things that failed, and how many did."""
-    told = [f"failed: {line}" for line in result.failures[:TOLD]]
+    """How many texts are missing, the first things that failed, and how many did."""
+    told = [*filter(None, [describe_unfinished(result.records)]), *(f"failed: {one}" for one in result.failures[:TOLD])]
     return [*told, f"... {len(result.failures)} in all"] if len(result.failures) > TOLD else told
 
 

@@ -38,8 +38,12 @@ def write(report: Report, folder: str | Path) -> list[Path]:
 
 
 def write_records(records: Sequence[Row], path: str | Path) -> None:
-    """Records of the same keys as one table: .csv, .jsonl or .parquet; the file appears whole or not at all."""
+    """Records of the same keys as one table: .csv, .jsonl or .parquet; the file appears whole or not at all.
+
+    Lone surrogates, which UTF-8 does not have, become escapes.
+    """
     path = Path(path)
+    records = [{name: _encodable(value) for name, value in record.items()} for record in records]
     if path.suffix == ".csv":
         write_text(path, _csv(records))
     elif path.suffix == ".jsonl":
@@ -54,6 +58,10 @@ def write_records(records: Sequence[Row], path: str | Path) -> None:
             parquet.write_table(pyarrow.Table.from_pylist(list(records)), partial)
     else:
         raise SnpatchError(f"{path}: wanted .csv, .jsonl or .parquet")
+
+
+def _encodable(value: object) -> object:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _csv(rows: Sequence[Row]) -> str:

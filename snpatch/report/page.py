@@ -16,11 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
+from snpatch.errors import SnpatchError
 from snpatch.files import write_text
 
 ASSETS = Path(__file__).parent / "assets"
 PIECE = 500  # texts that a browser unpacks at once
 CASE = ("set", "prompt_index", "seed", "prompt")
+TEXT = ("state", "error", "finish_reason", "overwrites", "scores")
+SHOWN = ("command", "unfinished", "headline", "provenance", "rows", "maps", "reports")
 POINT = ("recipient", "donor", "ranking", "control_seed", "lo", "hi", "strength")
 
 
@@ -28,15 +31,17 @@ POINT = ("recipient", "donor", "ranking", "control_seed", "lo", "hi", "strength"
 class Page:
     """What a page shows, as plain data; a figure that is no finite number is shown as undefined.
 
-    command: what made it. rows: one a judge and point: judge, set, recipient, donor, ranking (None: unpatched),
-    control_seed, lo, hi, strength, share, prompts, tokens, overwrites, mean, effect and net (the effect without that of
-    its random controls), each with _low and _high, p_unpatched, p_control. maps: ranking -> layers, bins, values
+    command: what made it. unfinished: how many of its texts are written, None where all are. rows: one a judge and
+    point: judge, set, recipient, donor, ranking (None: unpatched), control_seed, lo, hi, strength, share, prompts,
+    tokens, overwrites, mean, effect and net (the effect without that of its random controls), each with _low and _high,
+    p_unpatched, p_control, state (whole, or how many prompts it is of). maps: ranking -> layers, bins, values
     [layers][bins]. reports: name, headline, tables (title -> columns, rows), images (data URIs). texts: those of CASE
-    and POINT, completion, finish_reason, overwrites, scores (judge -> number).
+    and POINT, state (done, open or failed), completion, error, finish_reason, overwrites, scores (judge -> number).
     """
 
     title: str
     command: str
+    unfinished: str | None = None
     headline: list[str] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
@@ -47,14 +52,17 @@ class Page:
 
 def write(path: str | Path, page: Page) -> Path:
     """The page as one HTML file."""
-    write_text(path, _document(page))
+    try:
+        write_text(path, _document(page))
+    except RecursionError:
+        raise SnpatchError(f"{path}: expected plain tables and provenance, got some nested too deep.") from None
     return Path(path)
 
 
 def _document(page: Page) -> str:
     plotly, *own = (_asset(name) for name in ("plotly-cartesian.min.js", "dom.js", "plots.js", "texts.js", "page.js"))
     code = "".join(own)
-    shown = {name: getattr(page, name) for name in ("command", "headline", "provenance", "rows", "maps", "reports")}
+    shown = {name: getattr(page, name) for name in SHOWN}
     index, completions = _indexed(page.texts)
     pieces = [index, *(completions[at : at + PIECE] for at in range(0, len(completions), PIECE))]
     return Template(_asset("page.html")).substitute(
@@ -85,10 +93,7 @@ def _indexed(texts: Sequence[dict]) -> tuple[dict, list[str | None]]:
         "piece": PIECE,
         "cases": [dict(zip(CASE, case, strict=True)) for case in cases],
         "points": [dict(zip(POINT, point, strict=True)) for point in points],
-        "texts": [
-            {"case": case, "point": point} | {name: text[name] for name in ("finish_reason", "overwrites", "scores")}
-            for case, point, text in placed
-        ],
+        "texts": [{"case": case, "point": point} | {name: text[name] for name in TEXT} for case, point, text in placed],
     }
     return index, [text["completion"] for *_, text in placed]
 

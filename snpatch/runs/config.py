@@ -10,6 +10,14 @@ from snpatch.sampling import GREEDY, Sampling
 from snpatch.schema import option
 
 
+def check_texts(sampling: Sampling, where: str) -> None:
+    """Raise for a sampling that asks for more than one text, or for what is not kept of a text."""
+    if sampling.n > 1:
+        raise SnpatchError(f"{where}: sampling: n: expected 1, got {sampling.n}. Ask for several samples instead.")
+    if sampling.logprobs:
+        raise SnpatchError(f"{where}: sampling: logprobs: expected false, as they are not kept. Leave it out.")
+
+
 @dataclass(frozen=True)
 class SweepConfig:
     """What is swept: recipients x donors x windows x strengths, of every ranking and its random controls.
@@ -38,6 +46,7 @@ class SweepConfig:
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         object.__setattr__(self, "windows", tuple(Window.of(window) for window in self.windows))
         object.__setattr__(self, "strengths", tuple(float(strength) for strength in self.strengths))
+        check_texts(self.sampling, "sweep")
         if not self.windows or not self.recipients or not self.donors or not self.strengths:
             raise SnpatchError("sweep: needs at least one window, one recipient, one donor and one strength")
         if not all(map(math.isfinite, self.strengths)):

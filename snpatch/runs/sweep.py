@@ -64,6 +64,11 @@ class Row:
     p_unpatched: float | None
     p_control: float | None
 
+    @property
+    def state(self) -> str:
+        """ "whole", or how many prompts the figures are of: "4 of 5 prompts"."""
+        return "whole" if not self.failed else f"{self.prompts} of {self.prompts + self.failed} prompts"
+
 
 @dataclass(frozen=True)
 class SweepResult:

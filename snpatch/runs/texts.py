@@ -20,7 +20,8 @@ from snpatch.executors.base import Progress, Request
 from snpatch.judges.protocol import BrokenJudgeError
 from snpatch.patching.patch import Clause, Patch, digest_of
 from snpatch.requests import Completion
-from snpatch.runs.store import Store, Text
+from snpatch.runs.config import check_texts
+from snpatch.runs.store import Store, Text, state_of
 from snpatch.sampling import Sampling
 
 GIVE_UP = 8  # failed runs one after the other, in none of which a text was written
@@ -54,7 +55,7 @@ def write(
 ) -> list[list[dict]]:
     """A record for each patch (or unpatched model), prompt and sample: from the store where it has them, else written.
 
-    Records hold prompt_index, prompt (the user's last question), sample, completion, token_ids, finish_reason,
+    Records hold prompt_index, prompt (the user's last question), sample, state, completion, token_ids, finish_reason,
     overwrites; of a text that failed completion is None and error says why. samples: texts of a prompt, which need a
     temperature. store: a folder that keeps texts, so that a killed run continues; or an open Store. restarts: how often
     an engine that dies is started anew.
@@ -69,8 +70,7 @@ def wanted(
     engine: Engine, prompts: Sequence[Chat], patches: Sequence[Patch | str], sampling: Sampling, samples: int = 1
 ) -> list[list[Item]]:
     """What each patch asks for: an item for each prompt and sample. One that cannot be run has an error instead."""
-    if sampling.n > 1:
-        raise SnpatchError("texts: one text of each prompt is written; ask for several samples of it")
+    check_texts(sampling, "texts")
     if samples > 1 and sampling.temperature == 0:
         raise SnpatchError("texts: several samples of a prompt need a temperature above 0: greedy ones are the same")
     recipients = engine.requests.recipients(patches, len(patches))
@@ -224,8 +224,10 @@ def text_of(completion: Completion) -> Text:
 
 
 def _record(item: Item, text: Text | None, error: str | None) -> dict:
+    error, completion = item.error or error, None if text is None else text.completion
     record = {"prompt_index": item.prompt_index, "prompt": item.prompt, "sample": item.sample}
+    record["state"] = state_of(completion, error)
     if text is not None:
         return record | asdict(text)
     nothing = {"completion": None, "token_ids": [], "finish_reason": None, "overwrites": 0}
-    return record | nothing | {"error": item.error or error}
+    return record | nothing | {"error": error}

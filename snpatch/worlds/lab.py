@@ -47,9 +47,10 @@ class Lab:
     """Use as a context, or close it.
 
     world: what texts are written and judged with, a World or a SweepSpec. out: the folder that keeps rankings and
-    texts. backend: of the engine and of score models. limit: only so many prompts of each set. skip_bad: see
-    snpatch.data.load. progress: name -> context that gives a Progress. command: that the tables are made by, as their
-    provenance tells it. engine: further fields of EngineConfig, TwinSizes' or vLLM's arguments, before the world's own.
+    texts. backend: of the engine and of score models; "auto" is the world's own. limit: only so many prompts of each
+    set. skip_bad: see snpatch.data.load. progress: name -> context that gives a Progress. command: that the tables are
+    made by, as their provenance tells it. engine: further fields of EngineConfig, TwinSizes' or vLLM's arguments,
+    before the world's own.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class Lab:
         **engine,
     ) -> None:
         self.world, self.out, self.progress, self._command = world, Path(out), progress, command
-        self._backend, self._limit, self._skip_bad, self._engine_arguments = backend, limit, skip_bad, engine
+        self._backend = world.engine.backend if backend == "auto" else backend
+        self._limit, self._skip_bad, self._engine_arguments = limit, skip_bad, engine
         self._sets: dict[str, Dataset] = {}
         self._judges: dict[str, Judge] = {}
         self._rankings: dict[tuple[str, ...], Ranking] = {}

@@ -33,7 +33,7 @@ from snpatch.ranking.window import Window
 from snpatch.runs.config import SweepConfig
 from snpatch.sampling import Sampling
 from snpatch.schema import load_table, read, value_of
-from snpatch.worlds.world import Setting, check_trusted, load_world, setting_of, table
+from snpatch.worlds.world import ENGINE_KEYS, Setting, check_trusted, load_world, setting_of, table
 
 FILE = "spec.json"  # beside a sweep's results
 
@@ -94,9 +94,16 @@ class SweepSpec(Setting):
         if not isinstance(data, Mapping):
             raise SnpatchError(f"wanted a table, got {data!r}")
         data = dict(data)
-        known = {"world", "rankings", "sweep", "sampling", *_SETTING, "model", "adapters", "models", "template", "vllm"}
+        known = {"world", "rankings", "sweep", "sampling", "sets", "judges", "contrast_tokens", *ENGINE_KEYS}
+        if "max_tokens" in data:
+            raise SnpatchError("max_tokens: expected under sampling, got it at the top. Move it there.")
         if unknown := sorted(data.keys() - known):
             raise SnpatchError(f"there is no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        if "world" in data and "model" not in data and (given := [name for name in ENGINE_KEYS if name in data]):
+            raise SnpatchError(
+                f"{given[0]}: expected model with it, as the world has an engine of its own. Give model, or set it by "
+                "the command's options."
+            )
         parts = _from_world(data, folder) if "world" in data else {}
         if "model" in data or "world" not in data:
             parts["engine"] = replace(setting_of(data)["engine"]).placed(folder)
@@ -108,6 +115,7 @@ class SweepSpec(Setting):
             name: value_of(swept.pop(name, tuple(parts[name])), tuple[str, ...], f"sweep: {name}")
             for name in ("sets", "judges")
         }
+        contrast_tokens = parts.get("contrast_tokens", cls.contrast_tokens)
         sampling = read(Sampling, "sampling", {"max_tokens": parts.get("max_tokens", Sampling().max_tokens),
                                                **table(data, "sampling")})  # fmt: skip
         return cls(
@@ -116,7 +124,7 @@ class SweepSpec(Setting):
             sets=parts["sets"],
             judges=parts["judges"],
             max_tokens=sampling.max_tokens,
-            contrast_tokens=data.get("contrast_tokens", parts.get("contrast_tokens", cls.contrast_tokens)),
+            contrast_tokens=value_of(data.get("contrast_tokens", contrast_tokens), int, "contrast_tokens"),
             rankings={name: _ranking(name, one, folder) for name, one in table(data, "rankings").items()},
             plan=_plan(swept, sampling),
             swept=names["sets"],
@@ -147,9 +155,6 @@ def engine_table(config: EngineConfig) -> dict:
     table = config.placed(Path()).as_table()
     top = {name: table.pop(name) for name in ("model", "adapters", "models", "template", "vllm") if name in table}
     return {**top, "engine": {**table.pop("twin", {}), **table}}
-
-
-_SETTING = {f.name for f in fields(Setting)} - {"folder"}
 
 
 def _from_world(data: Mapping, folder: Path) -> dict:

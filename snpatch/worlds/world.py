@@ -5,7 +5,7 @@ folder; what is not there is taken for a hub name.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from snpatch.config import EngineConfig, TwinSizes, choose_backend, place
@@ -21,6 +21,8 @@ NAMED = {
     "demo": Path(__file__).parents[1] / "demo" / "world" / "world.toml",
 }
 """Worlds that ship with the package. Those of the paper's models are made by `snpatch reproduce`."""
+TOP = ("model", "adapters", "models", "template")  # fields of an engine that stand at the top of a file
+ENGINE_KEYS = (*TOP, "engine", "vllm")  # all of a file that makes its engine
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class PromptSet:
     def __post_init__(self) -> None:
         if self.first is not None and self.sample is not None:
             raise SnpatchError(f"set {self.source}: give first or sample, not both")
+        if self.seed and self.sample is None:
+            raise SnpatchError(f"set {self.source}: expected seed with sample, got it alone. Give both, or neither.")
 
     def read(self, folder: Path, skip_bad: bool = False) -> Dataset:
         """The rows that are meant; a path is relative to the folder. skip_bad: see snpatch.data.load."""
@@ -92,8 +96,9 @@ class Setting:
         return place(self.folder, source)
 
     def engine_config(self, backend: str = "auto", **arguments) -> EngineConfig:
-        """The engine on a backend. arguments: EngineConfig's, TwinSizes' or vLLM's, before the file's own."""
-        backend = choose_backend(backend)
+        """The engine on a backend; "auto" is the file's own. arguments: EngineConfig's, TwinSizes' or vLLM's, before
+        the file's."""
+        backend = choose_backend(self.engine.backend if backend == "auto" else backend)
         own = replace(self.engine, backend=backend).placed(self.folder)
         if backend == "transformers":
             own = replace(own, twin=TwinSizes(), vllm={})
@@ -198,17 +203,32 @@ def world_of(data: dict, folder: Path) -> World:
 
 def setting_of(data: dict) -> dict:
     """A file's table with what makes a Setting read; all else as it stands."""
-    parts = dict(data)
-    engine = {name: parts.pop(name) for name in ("model", "adapters", "models", "template") if name in parts}
-    further = {**table(parts, "engine"), **table(parts, "vllm")}
-    parts.pop("vllm", None)
-    parts["engine"] = EngineConfig.from_table(engine, "the file").changed(**further)
+    parts = {name: part for name, part in data.items() if name not in ENGINE_KEYS}
+    parts["engine"] = _engine_of(data)
     parts["sets"] = {name: read(PromptSet, f"sets.{name}", one) for name, one in table(data, "sets").items()}
     parts["judges"] = dict(table(data, "judges"))
     for name, judge in parts["judges"].items():
         if not isinstance(judge, dict) or not isinstance(judge.get("source"), str):
             raise SnpatchError(f"judges.{name}: wanted a table with source")
     return parts
+
+
+def _engine_of(data: dict) -> EngineConfig:
+    """Return the engine of a file: models at the top, its own fields and TwinSizes' under engine, vLLM's under vllm."""
+    given = {name: data[name] for name in (*TOP, "vllm") if name in data}
+    own, twin = table(data, "engine"), {}
+    sizes = [f.name for f in fields(TwinSizes)]
+    known = [f.name for f in fields(EngineConfig) if f.name not in (*TOP, "twin", "vllm")]
+    for name, value in own.items():
+        if name not in (*known, *sizes):
+            where = "at the top of the file" if name in TOP else f"one of {', '.join((*known, *sizes))}"
+            raise SnpatchError(f"engine: {name}: expected {where}. Arguments of vLLM's own are under vllm.")
+        (twin if name in sizes else given)[name] = value
+    for name in table(data, "vllm"):
+        if name in (*TOP, *known, *sizes):
+            where = "at the top of the file" if name in TOP else "under engine"
+            raise SnpatchError(f"vllm: {name}: expected {where}. Move it there.")
+    return EngineConfig.from_table({**given, "twin": twin}, "the file")
 
 
 def table(data: dict, name: str) -> dict:

@@ -67,6 +67,7 @@ def _text(index: int, point: tuple, words: int, draw: random.Random) -> dict:
         "set": SETS[index % 2], "prompt_index": index, "seed": None,
         "prompt": f"Question {index}: how would one do it?",
         "recipient": recipient, "donor": donor, "ranking": ranking, "control_seed": seed, "lo": 0, "hi": k,
-        "strength": 1.0, "completion": " ".join(said), "finish_reason": "stop", "overwrites": k * words,
+        "strength": 1.0, "state": "done", "error": None, "completion": " ".join(said), "finish_reason": "stop",
+        "overwrites": k * words,
         "scores": {judge: draw.gauss(1 + k / 1000, 1) for judge in JUDGES},
     }  # fmt: skip

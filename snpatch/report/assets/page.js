@@ -39,6 +39,8 @@ const showReport = ({name, headline = [], tables = {}, images = []}) => element(
   ...Object.entries(tables).map(([title, {columns, rows}]) => table(columns, rows, title)),
   element("div", {class: "images"}, ...images.map(src => element("img", {src, alt: `Plot of ${name}`}))));
 
+byId("unfinished").textContent = data.unfinished ?? "";
+byId("unfinished").hidden = !data.unfinished;
 byId("headline").append(...data.headline.map(sentence => element("li", {}, sentence)));
 byId("command").textContent = data.command;
 byId("made").hidden = !data.command;

@@ -143,6 +143,10 @@ const browse = ({cases, points, byCase, read, lowered}, chosen) => {
     if (current) byId("matches").scrollTop = current.offsetTop - byId("matches").offsetTop - 80;
   };
 
+  /** Why a card has no words: an empty answer, one that failed, one that nobody has written yet. */
+  const absence = text => text.completion === "" ? "empty answer"
+    : text.state === "failed" ? `failed: ${text.error}` : "not written yet";
+
   const card = (point, text, base) => {
     const {judge} = chosen();
     const isControl = isDefined(point.control_seed);
@@ -153,13 +157,13 @@ const browse = ({cases, points, byCase, read, lowered}, chosen) => {
       return element("div", {}, `${name} ${cell(own)} `, isDefined(unpatched) ? change(own - unpatched) : "");
     });
     const isOwn = !base || base === text || !isDefined(base.completion) || !isDefined(text.completion);
-    const told = !isDefined(text.completion) ? [element("em", {}, "no text")]
+    const content = !text.completion ? [element("em", {}, absence(text))]
       : isOwn ? [text.completion] : differing(text.completion, base.completion);
     const overwritten = `${(text.overwrites ?? 0).toLocaleString("en")} overwrites counted`;
     return element("section", {class: ["card", ...kinds.filter(Boolean)].join(" ")},
       element("h3", {}, nameOf(point, cast.donor)),
       element("div", {class: "scores"}, ...scores),
-      element("p", {class: "text", dir: "auto"}, ...told),
+      element("p", {class: "text", dir: "auto"}, ...content),
       element("p", {class: "receipt"}, [overwritten, text.finish_reason && `ended by ${text.finish_reason}`,
         !isOwn && text.completion === base.completion && "same text as unpatched"].filter(Boolean).join(" · ")));
   };

@@ -1,0 +1,337 @@
+"""An SQLite file of a store: opened to write or to read alone, checked before it is believed, waited for while locked.
+
+Why a reader may work on a copy: SQLite writes beside a file with a write-ahead log even to read it, and results must be
+readable from archives and read-only folders. A file without a log has no writer and is read as it lies; one with a log
+and no shared index lost its writer and is copied; all else has a live writer and is shared with it.
+"""
+
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import UnionType
+
+from snpatch.errors import SnpatchError, first_line, one_line
+from snpatch.runs.owners import Process
+
+VERSION = 3
+OLDER = (2,)  # versions that can be read, and are brought up to date by the next writer
+
+TABLES = """
+CREATE TABLE texts (
+  key TEXT PRIMARY KEY,           -- names everything that made the text, see texts.key_of
+  completion TEXT NOT NULL,
+  token_ids BLOB NOT NULL,        -- int32
+  finish_reason TEXT NOT NULL,
+  overwrites INTEGER NOT NULL,
+  written REAL NOT NULL           -- seconds since 1970
+) WITHOUT ROWID;
+CREATE TABLE scores (
+  text TEXT NOT NULL,             -- names prompt and completion
+  judge TEXT NOT NULL,            -- its digest
+  score REAL NOT NULL,
+  PRIMARY KEY (text, judge)
+) WITHOUT ROWID;
+CREATE TABLE work (              -- texts that were asked for: done where `texts` has the key
+  id INTEGER PRIMARY KEY AUTOINCREMENT,  -- in the order of asking, so that a claim changes few pages of the file
+  key TEXT NOT NULL UNIQUE,
+  owner TEXT,                     -- who writes it now
+  expires REAL,
+  attempts INTEGER NOT NULL,      -- how many runs failed while it was under way
+  error TEXT,                     -- of the last of them
+  failed INTEGER NOT NULL         -- 1: given up
+);
+CREATE INDEX work_owner ON work (owner) WHERE owner IS NOT NULL;
+CREATE TABLE asked (               -- sweeps' texts, by what they are called
+  place INTEGER PRIMARY KEY,
+  sweep TEXT NOT NULL,
+  key TEXT,                       -- NULL: its prompt cannot be run
+  labels TEXT NOT NULL,           -- JSON: set, prompt_index, sample, prompt, recipient, donor, ranking, ...
+  error TEXT
+);
+CREATE TABLE judges (
+  name TEXT PRIMARY KEY,
+  judge TEXT NOT NULL             -- the digest that its scores are kept under, since the last sweep with it
+);
+CREATE TABLE failures (
+  place TEXT NOT NULL,            -- JSON: which prompt of which set, or which text before which judge
+  error TEXT NOT NULL,
+  at REAL NOT NULL
+);
+CREATE TABLE runs (
+  id INTEGER PRIMARY KEY,
+  owner TEXT NOT NULL,
+  command TEXT NOT NULL,
+  started REAL NOT NULL,
+  ended REAL,
+  outcome TEXT                    -- NULL: still under way, or killed
+);
+"""
+OWNERS = """
+CREATE TABLE owners (              -- processes that have the store open to write, see owners.Process
+  owner TEXT PRIMARY KEY,         -- a random id
+  host TEXT NOT NULL,
+  pid INTEGER NOT NULL,
+  namespace TEXT,
+  started INTEGER,
+  beat REAL NOT NULL              -- its last heartbeat, seconds since 1970
+) WITHOUT ROWID;
+"""
+SELECT_OWNERS = "SELECT owner, host, pid, namespace, started, beat FROM owners"
+LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+UNUSABLE = (  # what is wrong with the disk, the folder or the machine; all other codes are of the file's content
+    *LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
+)  # fmt: skip
+WAIT_S = 1.0  # that SQLite waits for a lock before Python looks for Ctrl-C
+
+Kinds = tuple[type | UnionType, ...]
+
+
+class Database:
+    """An open store file. All errors out of it are a SnpatchError of one line.
+
+    path: None keeps all in memory. is_reader: nothing is written, to the file or beside it. patience_s: how long a
+    locked file is waited for.
+    """
+
+    def __init__(self, path: Path | None, is_reader: bool = False, patience_s: float = 0.0) -> None:
+        self.path, self._is_reader, self._patience_s = path, is_reader, patience_s
+        self._copy: TemporaryDirectory | None = None
+        self._stamp: tuple | None = None
+        self._connection: sqlite3.Connection | None = None
+        try:
+            with self._errors():
+                self._open_to_read() if is_reader else self._open_to_write()
+        except BaseException:
+            self._discard()
+            raise
+
+    def close(self) -> None:
+        """Close the file. Raise where it changed under a reader that could not see changes."""
+        self._discard()
+        self._check_unchanged()
+
+    def rows(self, statement: str, *values: object, kinds: Kinds | None = None) -> list[tuple]:
+        """Return all rows of a statement. kinds: the type of each column; another is damage."""
+        with self._errors():
+            found = self._wait_for(lambda: self._connection.execute(statement, values).fetchall())
+        return found if kinds is None else self._checked(found, kinds)
+
+    def row(self, statement: str, *values: object, kinds: Kinds | None = None) -> tuple:
+        """Return the only row of a statement."""
+        return self.rows(statement, *values, kinds=kinds)[0]
+
+    def insert(self, statement: str, *values: object) -> int:
+        """Insert one row and return its number."""
+        with self._errors():
+            return self._wait_for(lambda: self._connection.execute(statement, values).lastrowid)
+
+    def many(self, statement: str, rows: Iterable[tuple]) -> None:
+        """Run a statement for each row, within a transaction."""
+        with self._errors():
+            self._connection.executemany(statement, rows)
+
+    @contextmanager
+    def transaction(self) -> Iterator[float]:
+        """Run the block as one transaction, a reader's on one state of the file; yield how long the lock took."""
+        start = time.monotonic()
+        self.rows("BEGIN" if self._is_reader else "BEGIN IMMEDIATE")
+        try:
+            yield time.monotonic() - start
+            self.rows("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self.rows("ROLLBACK")
+            raise
+
+    def owners(self) -> dict[str, tuple[Process, float]]:
+        """Return the processes that have the file open to write, each with its last heartbeat."""
+        return {} if self._version() in OLDER else self._processes(self.rows(SELECT_OWNERS))
+
+    def damaged(self, reason: object) -> SnpatchError:
+        """Return the error for content that no store has."""
+        return SnpatchError(f"{self.path}: damaged: {one_line(str(reason))}. Restore a copy, or choose another folder.")
+
+    # ---- opening ------------------------------------------------------------------------------------------------
+
+    def _open_to_write(self) -> None:
+        self._connect(":memory:" if self.path is None else self.path)
+        self._check_version()
+        self.rows("PRAGMA journal_mode = WAL")
+        self.rows("PRAGMA synchronous = NORMAL")  # a kill loses nothing; a power cut the last texts, at most
+        with self.transaction():
+            version = self._version()
+            if version == 0:
+                self._run_script(TABLES)
+            if version != VERSION:
+                self._run_script(OWNERS)
+                self.rows(f"PRAGMA user_version = {VERSION}")
+        self._check_content()
+
+    def _open_to_read(self) -> None:
+        log, index = (self.path.with_name(f"{self.path.name}-{suffix}") for suffix in ("wal", "shm"))
+        if not _size_of(log):
+            self._stamp = self._stamped()
+            self._connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1")
+        elif not index.exists() or not self._is_shared():
+            self._copy = TemporaryDirectory(prefix="snpatch-")
+            copy = Path(self._copy.name) / self.path.name
+            shutil.copyfile(self.path, copy)
+            shutil.copyfile(log, copy.with_name(f"{copy.name}-wal"))
+            self._connect(copy)
+        self.rows("PRAGMA query_only = ON")
+        self._check_version()
+        if self._version() == 0:
+            raise SnpatchError(f"{self.path}: expected a sweep's store, got a file without its tables.")
+        self._check_content()
+
+    def _is_shared(self) -> bool:
+        """Open the file beside its writer; False where the folder does not allow that."""
+        try:
+            self._connect(f"{self.path.resolve().as_uri()}?mode=ro")
+            self._wait_for(lambda: self._connection.execute("SELECT count(*) FROM sqlite_master").fetchall())
+        except sqlite3.OperationalError as error:
+            if _code_of(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+                raise
+            self._discard()
+            return False
+        return True
+
+    def _connect(self, target: str | Path) -> None:
+        is_uri = str(target).startswith("file:")
+        timeout = min(WAIT_S, self._patience_s)
+        self._connection = sqlite3.connect(target, timeout=timeout, isolation_level=None, uri=is_uri)
+        self._connection.execute("PRAGMA trusted_schema = OFF")
+
+    def _check_version(self) -> None:
+        version = self._version()
+        if version not in (0, *OLDER, VERSION):
+            raise SnpatchError(
+                f"{self.path}: expected version {VERSION} of a sweep's store, got {version}, which is of another "
+                "snpatch. Use that one, or choose another folder."
+            )
+
+    def _version(self) -> int:
+        return self.row("PRAGMA user_version")[0]
+
+    def _check_content(self) -> None:
+        """Raise unless the file is whole and holds the tables of a store as tables, and nothing that runs by itself."""
+        kinds = dict(self.rows("SELECT name, type FROM sqlite_master", kinds=(str, str)))
+        if "trigger" in kinds.values():
+            raise self.damaged("it has a trigger, and no store has one")
+        expected = _expected_columns()
+        if self._version() in OLDER:
+            expected = {name: columns for name, columns in expected.items() if name != "owners"}
+        for name, columns in expected.items():
+            if kinds.get(name) != "table" or self.rows(f"PRAGMA table_xinfo({name})") != columns:
+                raise self.damaged(f"{name} is not the table that a store has")
+        if (verdicts := self.rows("PRAGMA quick_check(1)")) != [("ok",)]:
+            raise self.damaged(verdicts)
+
+    def _run_script(self, script: str) -> None:
+        for statement in script.split(";\n"):
+            self.rows(statement)
+
+    def _checked(self, rows: list[tuple], kinds: Kinds) -> list[tuple]:
+        for row in rows:
+            for value, kind in zip(row, kinds, strict=True):
+                if not isinstance(value, kind):
+                    raise self.damaged(f"{value!r:.60} where {getattr(kind, '__name__', kind)} is expected")
+        return rows
+
+    def _processes(self, rows: list[tuple]) -> dict[str, tuple[Process, float]]:
+        found = {}
+        for owner, *process, beat in self._checked(rows, (str, str, int, str | None, int | None, float)):
+            found[owner] = Process(*process), beat
+            if not 0 < found[owner][0].pid < 2**31:
+                raise self.damaged(f"{found[owner][0].pid} where the number of a process is expected")
+        return found
+
+    # ---- waiting and errors -------------------------------------------------------------------------------------
+
+    def _wait_for(self, step):
+        """Do a step, again and again while another process holds the lock."""
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return step()
+            except sqlite3.OperationalError as error:
+                if _code_of(error) not in LOCKED or time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.01)  # SQLite has waited already, but where it expects a deadlock
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.ProgrammingError:
+            raise  # a mistake of ours
+        except (sqlite3.Error, UnicodeDecodeError, MemoryError) as error:
+            if _code_of(error) in LOCKED:
+                raise SnpatchError(
+                    f"cannot use {self.path}: it was locked for {self._patience_s:g} s by {self._holders()}. Let that "
+                    "process go on or end it, and run the command again."
+                ) from error
+            if _code_of(error) in UNUSABLE or self.path is None:
+                raise SnpatchError(f"cannot use {self.path}: {first_line(error)}") from error
+            self._check_unchanged()
+            raise self.damaged(first_line(error)) from error
+        except OSError as error:
+            raise SnpatchError(f"cannot use {self.path}: {error}") from error
+
+    def _holders(self) -> str:
+        """Name the processes that may hold the lock: a stopped one, else all others that write to the file."""
+        try:
+            rows = self._connection.execute(SELECT_OWNERS).fetchall()
+        except sqlite3.Error:  # an older file, or one that is locked for readers, too
+            rows = []
+        me = Process.current()
+        found = [one for one in self._processes(rows).values() if one[0] != me and not one[0].has_ended()]
+        stopped = [f"{one.host} process {one.pid}, which is stopped" for one, _ in found if one.is_stopped()]
+        now = time.time()
+        others = [f"{one.host} process {one.pid} (last heard of {now - beat:.0f} s ago)" for one, beat in found]
+        return one_line(" or ".join(stopped or others)) or "a process that is no sweep"
+
+    def _check_unchanged(self) -> None:
+        if self._stamp is not None and self._stamp != self._stamped():
+            raise SnpatchError(f"{self.path}: a sweep wrote to it while it was read. Run the command again.")
+
+    def _stamped(self) -> tuple:
+        found = os.stat(self.path)
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _discard(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        if self._copy is not None:
+            self._copy.cleanup()
+
+
+@cache
+def _expected_columns() -> dict[str, list[tuple]]:
+    """Return what SQLite says of the columns of each table of a store."""
+    connection = sqlite3.connect(":memory:")
+    connection.executescript(TABLES + OWNERS)
+    names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    found = {name: connection.execute(f"PRAGMA table_xinfo({name})").fetchall() for name in names}
+    connection.close()
+    return {name: columns for name, columns in found.items() if not name.startswith("sqlite_")}
+
+
+def _code_of(error: Exception) -> int | None:
+    """Return SQLite's primary code of an error, None where it is not of SQLite's own."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,405 @@
+"""Stores that are only read: nothing is written, damage and craft are one line, what is missing is seen."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import sqlite3
+
+import pytest
+from commands import run
+
+from snpatch import SnpatchError
+from snpatch.experiments.page import page_of
+from snpatch.runs import database
+from snpatch.runs.database import OWNERS, TABLES, VERSION
+from snpatch.runs.store import NAME, Store, Text, part_name, text_of
+
+TEXT = Text("text", [1, 2], "stop", 3)
+PROMPT = "how?"
+STATES = {"k0": "done", "k1": "done", "k2": "failed", "k3": "open", "k4": "failed"}
+
+
+def labels_of(index: int) -> dict:
+    return {
+        "set": "s", "prompt_index": index, "prompt": PROMPT, "sample": 0, "recipient": "base", "donor": None,
+        "ranking": None, "control_seed": None, "lo": 0, "hi": 0, "strength": 1.0,
+    }  # fmt: skip
+
+
+def fill(store: Store) -> None:
+    """Write a text, an empty one, one that failed, one that is open, and one whose prompt cannot be run."""
+    keys = list(STATES)
+    run_id = store.begin("snpatch sweep")
+    store.ask(keys[:4])
+    store.name("s", [(key, labels_of(i), None) for i, key in enumerate(keys[:4])] + [(None, labels_of(4), "too long")])
+    store.name_judges({"cost": "digest"})
+    store.claim(4)
+    store.keep("k0", TEXT)
+    store.keep("k1", Text("", [2], "eos", 0))
+    store.suspect("overflowed", ["k2"])
+    store.keep_scores("digest", {text_of(PROMPT, "text"): 1.5})
+    store.fail({"judge": "cost", "prompt": PROMPT}, "no score")
+    store.end(run_id, "interrupted")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return the folder of a sweep that was left unfinished."""
+    with Store(tmp_path / "sweep") as store:
+        fill(store)
+    return tmp_path / "sweep"
+
+
+@pytest.fixture
+def live(tmp_path):
+    """Return the folder of a sweep that is being written: all of it is still in the log."""
+    with Store(tmp_path / "live") as store:
+        fill(store)
+        yield tmp_path / "live"
+
+
+def copied(source, target, *suffixes: str):
+    """Copy a store's files, as an archive or a killed process has them."""
+    target.mkdir()
+    for suffix in ("", *suffixes):
+        shutil.copyfile(source / f"{NAME}{suffix}", target / f"{NAME}{suffix}")
+    return target
+
+
+def stamps(folder) -> dict:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def change(folder, script: str) -> None:
+    connection = sqlite3.connect(folder / NAME)
+    connection.executescript(script)
+    connection.close()
+
+
+def read(folder) -> list[dict]:
+    """Return the records of a store, after everything else that a reader asks for."""
+    with Store(folder, must_exist=True) as store:
+        store.status()
+        store.texts(["k0"])
+        return store.records()
+
+
+def test_records_of_an_unfinished_sweep_have_a_state(folder):
+    records = read(folder)
+    assert [record["state"] for record in records] == list(STATES.values())
+    assert [record["completion"] for record in records] == ["text", "", None, None, None]
+    assert [record["error"] for record in records] == [None, None, "overflowed", None, "too long"]
+    assert [record["scores"] for record in records] == [{"cost": 1.5}, *[{"cost": None}] * 4]
+
+
+@pytest.mark.parametrize("state", ["ended", "archived", "killed", "live"])
+def test_reader_sees_all_rows_and_writes_nothing(folder, live, tmp_path, state):
+    place = {
+        "ended": lambda: folder,
+        "archived": lambda: copied(live, tmp_path / "archived", "-wal"),
+        "killed": lambda: copied(live, tmp_path / "killed", "-wal", "-shm"),
+        "live": lambda: live,
+    }[state]()
+    before = stamps(place)
+    assert len(read(place)) == 5
+    after = stamps(place)
+    assert after.keys() == before.keys()
+    for name in {NAME, f"{NAME}-wal"} & before.keys():
+        assert after[name] == before[name]
+
+
+def test_commands_on_a_read_only_folder_work(capsys, folder, tmp_path):
+    folder.chmod(0o555)
+    (folder / NAME).chmod(0o444)
+    before = stamps(folder)
+    for command in (
+        ["sweep", "status", folder],
+        ["sweep", "export", folder, tmp_path / "texts.csv"],
+        ["report", folder, "-o", tmp_path / "report.html"],
+    ):
+        code, _, err = run(capsys, *command)
+        assert code == 0, err
+    assert stamps(folder) == before
+    folder.chmod(0o755)
+
+
+def test_log_in_a_folder_that_cannot_share_it_is_read(live, tmp_path, monkeypatch):
+    """As on a read-only file system: SQLite cannot open the shared index, and the rows of the log must be seen."""
+    place = copied(live, tmp_path / "killed", "-wal", "-shm")
+    connect = sqlite3.connect
+
+    def connect_read_only(target, *args, **kwargs):
+        if "mode=ro" in str(target) and "immutable" not in str(target):
+            error = sqlite3.OperationalError("attempt to write a readonly database")
+            error.sqlite_errorcode = sqlite3.SQLITE_READONLY
+            raise error
+        return connect(target, *args, **kwargs)
+
+    monkeypatch.setattr(database.sqlite3, "connect", connect_read_only)
+    assert len(read(place)) == 5
+
+
+def test_file_that_changed_under_a_reader_is_an_error(folder):
+    with pytest.raises(SnpatchError, match="a sweep wrote to it while it was read"), Store(folder, True) as reader:
+        reader.status()
+        with Store(folder) as writer:
+            writer.keep("k3", TEXT)
+
+
+def test_reader_that_writes_is_an_error(folder):
+    with Store(folder, must_exist=True) as reader, pytest.raises(SnpatchError, match="readonly database"):
+        reader.keep("k3", TEXT)
+
+
+def error_of(step, *arguments) -> str | None:
+    """Return the line that a step ends with, None where it ends well; anything but a SnpatchError fails the test."""
+    try:
+        step(*arguments)
+    except SnpatchError as error:
+        line = str(error)
+    else:
+        return None
+    assert "\n" not in line
+    return line
+
+
+def test_random_bytes_in_a_store_are_one_line(folder, tmp_path):
+    """1,500 of them in the attack; here a part, with the same kinds of damage."""
+    good, draw, place, damaged = (folder / NAME).read_bytes(), random.Random(2), tmp_path / "damaged", 0
+    place.mkdir()
+    for _ in range(150):
+        content = bytearray(good)
+        for _ in range(draw.choice([1, 3, 30, 300])):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        if draw.random() < 0.1:
+            content = content[: draw.randrange(len(content))]
+        for used in (read, opened):
+            for path in place.iterdir():
+                path.unlink()
+            (place / NAME).write_bytes(content)
+            damaged += error_of(used, place) is not None
+    assert damaged > 150
+
+
+def opened(folder) -> None:
+    """Open a store to write, and do what a sweep does."""
+    with Store(folder) as store:
+        fill(store)
+        store.texts(STATES)
+        store.records()
+
+
+ENDLESS = (
+    "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 300000000) SELECT x AS key, 'a' AS "
+    "completion, x'00000000' AS token_ids, 'stop' AS finish_reason, 0 AS overwrites, x AS written FROM c"
+)
+PROCESS = "INSERT INTO owners VALUES ('o', 'h', {}, {}, 5, 1.0)"
+
+
+def labelled(**changes: object) -> str:
+    """Return the statement that adds a text with other labels."""
+    return f"INSERT INTO asked (sweep, labels) VALUES ('s', '{json.dumps({**labels_of(0), **changes})}')"
+
+
+DAMAGED = {
+    "failures no JSON": "INSERT INTO failures VALUES ('{', 'e', 1)",
+    "failures a list": "INSERT INTO failures VALUES ('[1]', 'e', 1)",
+    "failures nested": f"INSERT INTO failures VALUES ('{'[' * 100_000}', 'e', 1)",
+    "labels no JSON": "INSERT INTO asked (sweep, key, labels) VALUES ('s', 'k0', 'nope')",
+    "labels without a prompt": "INSERT INTO asked (sweep, key, labels) VALUES ('s', 'k0', '{}')",
+    "labels with another key": labelled(x=1),
+    "a prompt that is a list": labelled(prompt=[]),
+    "a window that is true": labelled(hi=True),
+    "a window past int64": labelled(hi=10**30),
+    "an infinite strength": labelled(strength=float("inf")),
+    "token_ids of 3 bytes": "UPDATE texts SET token_ids = x'010203'",
+    "token_ids a text": "UPDATE texts SET token_ids = 'abc'",
+    "completion a blob": "UPDATE texts SET completion = x'ff00'",
+    "completion not UTF-8": "UPDATE texts SET completion = CAST(x'ff00' AS TEXT)",
+    "overwrites a text": "UPDATE texts SET overwrites = 'many'",
+    "written a text": "UPDATE texts SET written = 'now'",
+    "a score that is a text": "INSERT INTO scores VALUES ('t', 'digest', 'high')",
+    "an infinite score": "INSERT INTO scores VALUES ('t', 'digest', 9e999)",
+    "a run without a time": "INSERT INTO runs (owner, command, started) VALUES ('o', 'c', 'now')",
+    "a process number of 20 digits": PROCESS.format("99999999999999999999", "NULL"),
+    "a process number below 0": PROCESS.format("-1", "NULL"),
+    "a namespace that is a blob": PROCESS.format("1", "x'00'"),
+    "texts an endless view": f"ALTER TABLE texts RENAME TO t2; CREATE VIEW texts AS {ENDLESS}",
+    "texts gone": "DROP TABLE texts",
+    "texts without a column": "ALTER TABLE texts DROP COLUMN written",
+    "texts with a computed column": "ALTER TABLE texts ADD COLUMN more AS (key || key)",
+    "a virtual table": "DROP TABLE failures; CREATE VIRTUAL TABLE failures USING fts5(place, error, at)",
+    "a trigger": "CREATE TRIGGER t AFTER DELETE ON failures BEGIN DELETE FROM texts; END",
+}  # fmt: skip
+FINE = {
+    "owner without colons": "INSERT INTO work (key, owner, expires, attempts, failed) VALUES ('z', 'me', 9e99, 0, 0)",
+    "owner with a number": "INSERT INTO work (key, owner, expires, attempts, failed) VALUES ('z', 'h:x:y', 9e99, 0, 0)",
+    "a table of somebody's own": "CREATE TABLE notes (x); CREATE VIEW mine AS SELECT * FROM notes",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_crafted_store_is_named_as_damaged(folder, name):
+    change(folder, DAMAGED[name])
+    with pytest.raises(SnpatchError, match=rf"{NAME}: damaged: .*another folder") as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_crafted_store_does_not_break_a_sweep(folder, name):
+    """What a sweep does not look at it may pass by; all else is one line."""
+    change(folder, DAMAGED[name])
+    error_of(opened, folder)
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_harmless_additions_to_a_store_are_passed_by(folder, name):
+    change(folder, FINE[name])
+    assert len(read(folder)) == 5
+    opened(folder)
+
+
+@pytest.mark.parametrize("name", ["failures nested", "labels no JSON", "texts an endless view"])
+def test_commands_on_a_crafted_store_are_one_line(capsys, folder, tmp_path, name):
+    change(folder, DAMAGED[name])
+    codes = []
+    for command in (["sweep", "status", folder], ["sweep", "export", folder, tmp_path / "t.csv"], ["report", folder]):
+        code, _, err = run(capsys, *command)
+        codes.append(code)
+        assert code == 0 or (err.startswith("snpatch: error: ") and err.count("\n") == 1 and "damaged" in err)
+    assert 2 in codes
+
+
+@pytest.mark.parametrize("version", [0, 1, VERSION + 1, -1])
+def test_store_of_another_version_is_named(folder, version):
+    change(folder, f"PRAGMA user_version = {version}")
+    before = (folder / NAME).read_bytes()
+    with pytest.raises(SnpatchError, match=r"expected (version \d of )?a sweep's store") as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SnpatchError, match="damaged" if version == 0 else "of another snpatch"), Store(folder):
+        pass
+    assert (folder / NAME).read_bytes() == before or version == 0
+
+
+def test_store_of_version_2_is_read_and_brought_up_to_date(folder):
+    change(folder, "DROP TABLE owners; PRAGMA user_version = 2")
+    assert len(read(folder)) == 5
+    with sqlite3.connect(folder / NAME) as file:
+        assert file.execute("PRAGMA user_version").fetchone() == (2,), "reading writes nothing"
+    with Store(folder) as store:
+        assert store.status().done == 2
+    with sqlite3.connect(folder / NAME) as file:
+        assert file.execute("PRAGMA user_version").fetchone() == (VERSION,)
+    assert len(read(folder)) == 5
+
+
+def test_empty_file_is_no_store_to_a_reader_and_a_new_one_to_a_writer(tmp_path):
+    (tmp_path / NAME).write_bytes(b"")
+    with pytest.raises(SnpatchError, match="expected a sweep's store, got a file without its tables"):
+        read(tmp_path)
+    with Store(tmp_path) as store:
+        assert store.ask(["a"]) == 1
+
+
+def test_damaged_part_of_a_worker_is_named(folder, tmp_path):
+    part = folder / part_name(1, 2)
+    with Store(folder, name=part.name) as other:
+        other.keep("mine", TEXT)
+    with Store(folder) as store:
+        assert store.take_in(part) == 1
+        assert store.texts(["mine"]) == {"mine": TEXT}
+        connection = sqlite3.connect(part)
+        connection.executescript("UPDATE texts SET completion = x'ff', key = 'other'")
+        connection.close()
+        with pytest.raises(SnpatchError, match=rf"{part.name}: damaged"):
+            store.take_in(part)
+        assert store.texts(["other"]) == {}
+
+
+def test_schema_has_no_expression_that_sqlite_distrusts():
+    with sqlite3.connect(":memory:") as connection:
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.executescript(TABLES + OWNERS)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_export_says_how_much_is_written_and_gives_each_row_a_state(capsys, folder, tmp_path, suffix):
+    path = tmp_path / f"texts{suffix}"
+    code, out, err = run(capsys, "sweep", "export", folder, path)
+    assert code == 0, err
+    assert "Unfinished: 2 of 5 texts are written, 1 are open and 2 failed." in out
+    if suffix == ".csv":
+        found = list(csv.DictReader(path.open()))
+    elif suffix == ".jsonl":
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        found = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    assert [row["state"] for row in found] == list(STATES.values())
+    assert [row["error"] or None for row in found] == [None, None, "overflowed", None, "too long"]
+
+
+def test_export_of_a_finished_sweep_says_so(capsys, tmp_path):
+    with Store(tmp_path) as store:
+        store.ask(["k0"])
+        store.name("s", [("k0", labels_of(0), None)])
+        store.keep("k0", TEXT)
+    assert "All 1 texts are written." in run(capsys, "sweep", "export", tmp_path, tmp_path / "texts.csv")[1]
+
+
+def test_export_of_a_prompt_with_a_lone_surrogate_is_whole(capsys, tmp_path):
+    with Store(tmp_path) as store:
+        store.name("s", [(None, {**labels_of(0), "prompt": "a\ud800"}, "too long")])
+    for suffix in ("csv", "parquet"):
+        code, _, err = run(capsys, "sweep", "export", tmp_path, tmp_path / f"texts.{suffix}")
+        assert code == 0, err
+    assert "a\\ud800" in (tmp_path / "texts.csv").read_text()
+
+
+def test_status_shows_control_characters_as_escapes(capsys, folder):
+    with Store(folder) as store:
+        store.fail({"prompt": "\x1b[2J"}, "two\nlines \x1b[31m")
+    out = run(capsys, "sweep", "status", folder)[1]
+    assert "\x1b" not in out
+    assert r"two\nlines \x1b[31m" in out
+
+
+def test_page_of_an_unfinished_sweep_says_how_much_is_written(folder):
+    page = page_of(folder)
+    assert page.unfinished == "Unfinished: 2 of 5 texts are written, 1 are open and 2 failed."
+    assert [text["state"] for text in page.texts] == list(STATES.values())
+
+
+TABLE = {"provenance": {}, "headline": ["one"], "rows": [{"a": 1}]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[" * 100_000,
+        json.dumps({**TABLE, "provenance": []}),
+        json.dumps({**TABLE, "provenance": {"command": 3}}),
+        json.dumps({**TABLE, "headline": "one"}),
+        json.dumps({**TABLE, "headline": [None]}),
+        json.dumps({**TABLE, "rows": {"a": 1}}),
+        json.dumps({**TABLE, "rows": [3]}),
+        json.dumps({**TABLE, "rows": [{"a": 1}, {"b": 1}]}),
+    ],
+    ids=["no JSON", "nested", "provenance", "command", "headline", "sentence", "rows", "row", "keys"],
+)
+def test_report_of_a_folder_with_a_broken_table_is_one_line(capsys, folder, content):
+    (folder / "curve.json").write_text(content)
+    code, _, err = run(capsys, "report", folder)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("snpatch: error: ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_store_that_may_not_be_read_is_one_line(folder):
+    (folder / NAME).chmod(0)
+    with pytest.raises(SnpatchError, match="cannot use"):
+        read(folder)
