@@ -222,6 +222,33 @@ def test_texts_of_renamed_models_are_found(engine, ranking, tmp_path, written):
     assert [r["completion"] for r in found.records] == [r["completion"] for r in first.records]
 
 
+def test_promise_4_overflowing_strength_fails_its_own_texts_alone(engine, ranking, tmp_path):
+    """No store keeps such a text and no judge sees it; all other texts are those of a sweep without it."""
+    seen = []
+
+    def watching(prompts, completions):
+        seen.extend(completions)
+        return judge(prompts, completions)
+
+    windows = (0, 70, 1408)
+    want = run(engine, ranking, controls=0, windows=windows).records
+    result = run(engine, ranking, tmp_path, watching, controls=0, windows=windows, strengths=(1.0, 1e19))
+    broken = [r for r in result.records if r["strength"] == 1e19 and r["hi"]]
+    assert len(broken) == 2 * 2 * len(PROMPTS)
+    for record in broken:
+        assert record["completion"] is None
+        assert "overflowed in float32" in record["error"]
+        assert "under its patch" in record["error"]
+        assert record["scores"] == {"cost": None}
+    others = [r for r in result.records if r["strength"] != 1e19]
+    assert [r["completion"] for r in others] == [r["completion"] for r in want]
+    assert set(seen) == {r["completion"] for r in result.records if r not in broken}
+    assert {row.failed for row in result.rows if row.strength == 1e19 and row.hi} == {len(PROMPTS)}
+    assert {row.failed for row in result.rows if row.strength != 1e19} == {0}
+    with Store(tmp_path) as store:
+        assert store.status().failed == len(broken)
+
+
 def test_controls_may_be_none_or_overlapping(engine, ranking):
     assert not [r for r in run(engine, ranking, controls=0).rows if r.control_seed is not None]
     overlapping = run(engine, ranking, disjoint=False)
