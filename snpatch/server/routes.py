@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from snpatch import __version__, schema
@@ -21,7 +23,8 @@ MOST_BODY = 16 << 20  # bytes of a sweep's prompts
 
 def router(serving: Serving) -> APIRouter:
     """The routes of one server."""
-    routes, changing = APIRouter(tags=["snpatch"]), asyncio.Lock()
+    routes = APIRouter(tags=["snpatch"])
+    changes = ThreadPoolExecutor(1, "snpatch-uploads")  # one at a time, and to its end when its client has left
 
     @routes.get("/v1/snpatch")
     async def held() -> JSONResponse:
@@ -49,9 +52,8 @@ def router(serving: Serving) -> APIRouter:
             there = _uploads(serving, kind)
             there.check(kind, name)
             body = await _body(request, there.limit)
-            async with changing:
-                stored = await asyncio.to_thread(there.store, kind, name, body)
-                return JSONResponse(there.put(kind, name, *stored), 201)
+            told = await asyncio.get_running_loop().run_in_executor(changes, there.keep, kind, name, body)
+            return JSONResponse(told, 201)
         except SnpatchError as reason:
             return error(reason)
 
@@ -60,9 +62,8 @@ def router(serving: Serving) -> APIRouter:
         """Forget a name that was uploaded; what runs goes on with it."""
         try:
             there = _uploads(serving, kind)
-            async with changing:
-                if there.delete(kind, name):
-                    return Response(status_code=204)
+            if await asyncio.get_running_loop().run_in_executor(changes, there.delete, kind, name):
+                return Response(status_code=204)
             raise MissingError(f"{kind}: no {name} was uploaded", field="name")
         except SnpatchError as reason:
             return error(reason)
@@ -113,8 +114,11 @@ def _json(body: bytes) -> object:
 
 async def _body(request: Request, limit: int) -> bytes:
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise TooMuchError(f"the body is larger than {limit} bytes", field="body")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise TooMuchError(f"the body is larger than {limit} bytes", field="body")
+    except ClientDisconnect as error:
+        raise SnpatchError("the body: expected all of it, got a client that left", field="body") from error
     return bytes(body)
