@@ -1,7 +1,10 @@
 """The exceptions for what a user can put right: the CLI prints the message as one line and exits with 2."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+
+MAX_NAME = 100  # letters of a name that is compared with others
 
 
 class SnpatchError(Exception):
@@ -39,6 +42,12 @@ def within(field: str) -> Iterator[None]:
     except SnpatchError as error:
         error.field = field if error.field is None else f"{field}.{error.field}"
         raise
+
+
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """Return the names, at most three, that a misspelled one may stand for, the nearest first."""
+    names = {name.lower(): name for name in known}
+    return [names[name] for name in get_close_matches(word[:MAX_NAME].lower(), names)]
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
-from snpatch.errors import SnpatchError, within
+from snpatch.errors import SnpatchError, nearest, within
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
 
@@ -40,6 +40,7 @@ def read(kind: type, where: str, values: object):
     known = [f.name for f in fields(kind)]
     if unknown := sorted(map(str, values.keys() - set(known))):
         message = f"{where}: there is no {', '.join(unknown)}; there are {', '.join(known)}"
+        message += "".join(f". Did you mean {name}?" for name in nearest(unknown[0], known)[:1])
         raise SnpatchError(message, field=unknown[0])
     if missing := [name for name in required(kind) if name not in values]:
         raise SnpatchError(f"{where}: {', '.join(missing)} is missing", field=missing[0])

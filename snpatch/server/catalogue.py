@@ -11,16 +11,18 @@ from pathlib import Path
 
 from snpatch import schema
 from snpatch.async_engine import AsyncEngine
-from snpatch.errors import SnpatchError, within
+from snpatch.errors import SnpatchError, nearest, within
 from snpatch.guard.guard import Guard
 from snpatch.patching import spec
 from snpatch.patching.patch import Constant, Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.asks import Ask, AskForm
 from snpatch.server.config import ServeConfig
+from snpatch.server.errors import MissingError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TAKEN = ("text", "image", "audio", "video")  # vLLM applies an adapter of these names to messages with such parts
+LISTED = 12  # names in an error
 KEPT = 256  # patches of requests that are kept as they were read
 
 
@@ -57,13 +59,17 @@ class Catalogue:
         """What a request's `model` may say, besides the base's own names."""
         return (*(name for name in self.engine.models if name != "base"), *self.patches)
 
-    def named(self, model: str | None) -> Ask | None:
-        """What a request's `model` stands for, unless it names nothing that is served."""
+    def named(self, model: str | None) -> Ask:
+        """Return what a request's `model` stands for; MissingError for one that is not served."""
         if not model or model in self.base_names:
             return Ask("base", "base")
         if model in self.patches:
             return self.patches[model].again()
-        return Ask(model, model) if model in self.engine.models else None
+        if model in self.engine.models:
+            return Ask(model, model)
+        models = _listed(model, [*dict.fromkeys((*self.base_names, *self.engine.models))])
+        patches = f" or of the patches {_listed(model, [*self.patches])}" if self.patches else ""
+        raise MissingError(f"model: expected one of the models {models}{patches}, got {model[:80]!r}", field="model")
 
     def ask(self, table: object) -> Ask:
         """What an object `snpatch` means, checked; every error has the field."""
@@ -153,6 +159,12 @@ def told_of(one: Ranking | Constant) -> dict:
     if isinstance(one, Ranking):
         return {"neurons": len(one), "shape": list(one.shape), "digest": one.digest, "moments": [*one.moments]}
     return {"shape": list(one.values.shape), "digest": one.digest, "mode": one.mode}
+
+
+def _listed(name: str, known: list[str]) -> str:
+    """Return names as a list that fits in an error, those that are nearest to `name` first."""
+    found = [*dict.fromkeys((*nearest(name, known), *known))]
+    return ", ".join(found[:LISTED]) + (f" and {len(found) - LISTED} more" if len(found) > LISTED else "")
 
 
 def check_name(name: str, what: str) -> None:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from snpatch import __version__, schema
 from snpatch.errors import SnpatchError, first_line
@@ -15,6 +15,7 @@ from snpatch.executors.vllm import versions
 from snpatch.server import uploads
 from snpatch.server.asks import AskForm
 from snpatch.server.errors import ForbiddenError, MissingError, TooMuchError, error
+from snpatch.server.sending import EventStream
 from snpatch.server.serving import Serving
 from snpatch.server.sweeps import Sweep, SweepForm
 
@@ -76,7 +77,7 @@ def router(serving: Serving) -> APIRouter:
             running = await Sweep.made(serving, schema.read(SweepForm, "sweep", _json(body)))
         except SnpatchError as reason:
             return error(reason)
-        return StreamingResponse(running.events(), media_type="text/event-stream")
+        return EventStream(running.events())
 
     return routes
 
@@ -91,6 +92,7 @@ def _limits(serving: Serving) -> dict:
         **{name: getattr(twin, name) for name in sizes},
         "max_waiting": serving.config.max_waiting,
         "max_sweep_texts": serving.config.max_sweep_texts,
+        "send_timeout_s": serving.config.send_timeout_s,
         "upload_bytes": serving.uploads.limit if serving.uploads else 0,
     }
 

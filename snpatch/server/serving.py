@@ -1,12 +1,16 @@
 """Serving: what one server holds: its engine, what clients can name, judges, uploads, and who is being answered."""
 
+import tempfile
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 from snpatch.async_engine import AsyncEngine
 from snpatch.errors import BusyError, SnpatchError
 from snpatch.judges.protocol import Judge
 from snpatch.server.catalogue import Catalogue
 from snpatch.server.config import ServeConfig
+from snpatch.server.sending import private_folders
 from snpatch.server.uploads import Uploads
 from snpatch.server.visitors import Visitors
 
@@ -25,6 +29,12 @@ class Serving:
     has_own_template: bool
     waiting: int = 0  # texts that clients asked for, and that have no place yet
     sweeps: set = field(default_factory=set)  # that run
+
+    @cached_property
+    def folders(self) -> tuple[str, ...]:
+        """Return folders of this machine that no answer may name."""
+        uploads, model = self.config.allow_upload or ".", self.config.engine.model
+        return private_folders(uploads, model, tempfile.gettempdir(), Path.home(), Path.cwd())
 
     def check_template(self, recipient: str) -> None:
         """An error for a model that reads chats by another template than vLLM's server renders them with."""
