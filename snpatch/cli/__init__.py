@@ -42,12 +42,13 @@ def program() -> None:
 
     Triton's (nanobind) would print a line for each object that something of vLLM still holds then.
     """
-    code = 1  # of a traceback
+    code, process = 1, os.getpid()  # 1: of a traceback
 
     def end() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code)
+        if os.getpid() == process:  # and not one that was forked
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(code)
 
     atexit.register(end)  # the first that is registered is the last that runs
     try:
