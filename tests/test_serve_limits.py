@@ -4,21 +4,25 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
+from contextlib import ExitStack
 
 import httpx
 import pytest
 from commands import run
-from jobs import ALL, IDS, JOBS, told
+from jobs import ALL, IDS, JOBS, VALUES, told
 from processes import command_line, descendants, wait_for
 from served import Server
-from serving import CHAT, CONSTANTS, MANY, SAFE, SIZES, WORDS, complete, form, options_of
+from serving import CHAT, CONSTANTS, LEAK, MANY, SAFE, SIZES, WORDS, complete, form, options_of
 
 from snpatch import Constant
 from snpatch.executors.vllm import versions
+from snpatch.server import uploads
 from snpatch.server.config import ServeConfig
+from snpatch.server.sweeps import MOST
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 openai = pytest.importorskip("openai")
@@ -162,6 +166,49 @@ def test_bad_uploads_are_a_4xx_and_leave_nothing(world, server, path, body, stat
     assert server.get("/v1/snpatch").json() == before
 
 
+def test_uploads_that_begin_together_leave_only_what_is_named(world, server):
+    """63 names are kept, and many clients send the last one at once, slowly; others leave in the middle."""
+    path, ranking = "/v1/snpatch/rankings", (world.folder / "second.safetensors").read_bytes()
+    free = uploads.MOST - len(list(server.get("/v1/snpatch").json()["rankings"])) + 2  # two are the server's own
+    names = [f"many{i}" for i in range(free - 1)]
+    for name in names:
+        assert request(server, "PUT", f"rankings/{name}", content=ranking).status_code == 201
+
+    async def everything():
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+
+            async def slowly(i: int):
+                tensors = VALUES + i
+                Constant(tensors).save(folder / f"{i}.safetensors")
+                body = (folder / f"{i}.safetensors").read_bytes()
+                yield body[:100]
+                await asyncio.sleep(0.5)
+                yield body[100:]
+
+            async def put(i: int) -> int:
+                return (await http.put(f"/v1/snpatch/constants/last{i}", content=slowly(i))).status_code
+
+            async def leave(i: int):
+                with pytest.raises(httpx.TimeoutException):
+                    await http.put(f"{path}/gone{i}", content=slowly(i), timeout=0.2)
+
+            found = await asyncio.gather(*map(put, range(20)))
+            await asyncio.gather(*map(leave, range(3)))
+            return found
+
+    folder = server.folder / "bodies"
+    folder.mkdir()
+    found = asyncio.run(everything())
+    assert found.count(201) == 1
+    assert set(found) <= {201, 413, 503}
+    last = f"last{found.index(201)}"
+    index = json.loads((server.folder / "uploads" / "index.json").read_text())
+    assert index["constants"].keys() == {last}
+    for kind, name in [*(("rankings", name) for name in names), ("constants", last)]:
+        assert request(server, "DELETE", f"{kind}/{name}").status_code == 204
+    wait_for(lambda: {path.name for path in (server.folder / "uploads").iterdir()} == {"index.json", ".lock"}, 10)
+
+
 def test_a_ranking_of_another_model_is_a_400(server, tmp_path):
     Constant(CONSTANTS["values"][:2]).save(tmp_path / "small.safetensors")
     answer = request(server, "PUT", "constants/small", content=(tmp_path / "small.safetensors").read_bytes())
@@ -230,6 +277,26 @@ def test_a_bad_sweep_is_a_400_with_its_field(server, change, field, message):
     answer = httpx.post(server.url + SWEEP, content=json.dumps(body), timeout=60)
     assert (answer.status_code, message in answer.text) == (400, True), answer.text
     assert answer.json()["error"]["param"] == field
+
+
+def test_sweeps_of_clients_that_do_not_read_end_and_hold_no_place(server):
+    """More text than the sockets take: the server drops who does not read within --send-timeout-s."""
+    prompt = [{"role": "user", "content": WORDS}]
+    body = {"recipient": "sft", "donor": "dpo", "ranking": "first", "windows": [*range(1, 15)], "max_tokens": 100}
+    data = json.dumps({**body, "prompts": [prompt] * 10}).encode()
+    head = (
+        f"POST {SWEEP} HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    )
+    with ExitStack() as clients:
+        for _ in range(MOST):
+            one = clients.enter_context(socket.socket())
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            one.connect(("127.0.0.1", server.port))
+            one.sendall(head.encode() + data)
+        wait_for(lambda: server.held()["sweeps"] == MOST, 10)
+        wait_for(lambda: not any(server.held().values()), 60)
+        body = {**body, "windows": [1], "prompts": [WORDS], "max_tokens": 1}
+        assert server.post(SWEEP, body).status_code == 200
 
 
 # ---- what a server says of itself ------------------------------------------------------------------------------------
@@ -369,14 +436,16 @@ def test_past_the_drains_limit_streams_end_with_an_error(world, tmp_path):
         ):
             async for line in told.aiter_lines():
                 if not found:
-                    brief.process.send_signal(signal.SIGTERM)
+                    brief.process.send_signal(signal.SIGINT)
                 found.append(line)
         return found
 
     lines = asyncio.run(everything())
     *_, (_, last) = events(lines)
     assert "vLLM's engine has ended" in last["error"]["message"]
+    assert "/" not in last["error"]["message"]  # where the log is
     assert brief.end() == 0, brief.said()
+    assert LEAK not in brief.said(), brief.said()
 
 
 def test_two_workers_patch_exactly_and_an_engines_death_is_told(world, tmp_path):

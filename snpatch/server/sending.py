@@ -56,6 +56,7 @@ def timed(receive: Receive, send: Send, limit_s: float) -> tuple[Receive, Send]:
 
     async def sent(message: Message) -> None:
         if has_left.is_set():
+            await asyncio.sleep(0)  # so that whoever sends without end hears of it
             return
         try:
             async with asyncio.timeout(limit_s):
