@@ -10,7 +10,7 @@ from functools import cache
 
 from pydantic import BaseModel
 
-from snpatch.errors import SnpatchError, nearest
+from snpatch.errors import MAX_NAME, SnpatchError, nearest
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server.asks import AskForm
 
@@ -22,16 +22,16 @@ MAX_DEPTH, MAX_EDITS = 3, 2  # of tables in one another; of a name that was mean
 def check_fields(kind: type[BaseModel], body: Mapping, published: Iterable[str]) -> None:
     """Raise for a field that nobody reads. kind: vLLM's model of the request; published: by a client's library."""
     for path in _names(body):
-        place, name = ".".join(path), path[-1]
-        if path not in ((KEY,), (XARGS, KEY)) and _is_meant_as_key(name):
+        if path not in ((KEY,), (XARGS, KEY)) and _is_meant_as_key(path[-1]):
+            place = ".".join(name[:MAX_NAME] for name in path)
             hint = f"Send {KEY!r} as a field of the request, or as JSON in {XARGS}."
             raise SnpatchError(f"request: expected no field {place!r}, which nobody reads. {hint}", field=place)
     known = _declared(kind) | {KEY, *published}
     for name in body:
         if name not in known:
-            raise SnpatchError(
-                f"request: expected a field of this route, got {name!r}. {_hint(name, known)}", field=name
-            )
+            place = name[:MAX_NAME]
+            message = f"request: expected a field of this route, got {place!r}. {_hint(name, known)}"
+            raise SnpatchError(message, field=place)
 
 
 def published_fields(kind: type) -> frozenset[str]:

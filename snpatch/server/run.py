@@ -44,8 +44,9 @@ async def _serve(config: ServeConfig) -> None:
         raise SnpatchError("a server runs in vLLM: install snpatch[cpu] or snpatch[cuda]")
     versions.check(serving=True)
     args = flags.namespace(config.engine.model, config.vllm_server, config.engine.vllm)
-    engine = AsyncEngine.from_config(config.engine)
     served = _served_names(args, config.engine.model)
+    # vLLM's metrics say the first of the names, and without any the model's folder.
+    engine = AsyncEngine.from_config(config.engine.changed(served_model_name=[*served, "base"]))
     catalogue = Catalogue(engine, config, served)
     serving = Serving(
         config,
