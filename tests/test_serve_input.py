@@ -120,7 +120,7 @@ def test_unknown_model_is_a_404_that_lists_models_and_patches(world, server):
         for more in ({}, {"snpatch": SAFE}):
             answer = server.post(path, {**body, "model": "saf", **more})
             assert answer.status_code == 404
-            assert "one of the models base, sft, dpo or of the patches safe, kept, got 'saf'" in answer.text
+            assert "one of the models base, sft, dpo or of the patches safe, kept; 'saf' does not exist" in answer.text
     answer = server.post(CHATS, {**ASKED, "model": "dqo"})
     assert "one of the models dpo, base, sft or" in answer.text
     answer = server.post(CHATS, {**ASKED, "model": str(world.made.folder)})

@@ -4,11 +4,9 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tomllib
-from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -22,7 +20,6 @@ from snpatch import Constant
 from snpatch.executors.vllm import versions
 from snpatch.server import uploads
 from snpatch.server.config import ServeConfig
-from snpatch.server.sweeps import MOST
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 openai = pytest.importorskip("openai")
@@ -277,26 +274,6 @@ def test_a_bad_sweep_is_a_400_with_its_field(server, change, field, message):
     answer = httpx.post(server.url + SWEEP, content=json.dumps(body), timeout=60)
     assert (answer.status_code, message in answer.text) == (400, True), answer.text
     assert answer.json()["error"]["param"] == field
-
-
-def test_sweeps_of_clients_that_do_not_read_end_and_hold_no_place(server):
-    """More text than the sockets take: the server drops who does not read within --send-timeout-s."""
-    prompt = [{"role": "user", "content": WORDS}]
-    body = {"recipient": "sft", "donor": "dpo", "ranking": "first", "windows": [*range(1, 15)], "max_tokens": 100}
-    data = json.dumps({**body, "prompts": [prompt] * 10}).encode()
-    head = (
-        f"POST {SWEEP} HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
-    )
-    with ExitStack() as clients:
-        for _ in range(MOST):
-            one = clients.enter_context(socket.socket())
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            one.connect(("127.0.0.1", server.port))
-            one.sendall(head.encode() + data)
-        wait_for(lambda: server.held()["sweeps"] == MOST, 10)
-        wait_for(lambda: not any(server.held().values()), 60)
-        body = {**body, "windows": [1], "prompts": [WORDS], "max_tokens": 1}
-        assert server.post(SWEEP, body).status_code == 200
 
 
 # ---- what a server says of itself ------------------------------------------------------------------------------------

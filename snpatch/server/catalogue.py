@@ -59,17 +59,20 @@ class Catalogue:
         """What a request's `model` may say, besides the base's own names."""
         return (*(name for name in self.engine.models if name != "base"), *self.patches)
 
-    def named(self, model: str | None) -> Ask:
-        """Return what a request's `model` stands for; MissingError for one that is not served."""
+    def named(self, model: str | None) -> Ask | None:
+        """What a request's `model` stands for, unless it names nothing that is served."""
         if not model or model in self.base_names:
             return Ask("base", "base")
         if model in self.patches:
             return self.patches[model].again()
-        if model in self.engine.models:
-            return Ask(model, model)
+        return Ask(model, model) if model in self.engine.models else None
+
+    def unknown(self, model: str) -> MissingError:
+        """Return the error for a `model` that names nothing that is served: what there is, the nearest first."""
         models = _listed(model, [*dict.fromkeys((*self.base_names, *self.engine.models))])
         patches = f" or of the patches {_listed(model, [*self.patches])}" if self.patches else ""
-        raise MissingError(f"model: expected one of the models {models}{patches}, got {model[:80]!r}", field="model")
+        message = f"model: expected one of the models {models}{patches}; {model[:80]!r} does not exist"
+        return MissingError(message, field="model")
 
     def ask(self, table: object) -> Ask:
         """What an object `snpatch` means, checked; every error has the field."""

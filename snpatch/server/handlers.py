@@ -71,7 +71,10 @@ async def _asked(serving: Serving, request, raw_request) -> Ask:
         raise SnpatchError("beam search is not served: its beams would not be patched", field="use_beam_search")
     if getattr(request, "background", False):
         raise SnpatchError("an answer in the background would come without its receipt", field="background")
-    ask, given = serving.catalogue.named(request.model), await _given(request, raw_request)
+    ask = serving.catalogue.named(request.model)
+    if ask is None:
+        raise serving.catalogue.unknown(request.model)
+    given = await _given(request, raw_request)
     if given is not None:
         with within(KEY):
             ask = serving.catalogue.ask(given)
