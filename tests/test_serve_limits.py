@@ -163,47 +163,49 @@ def test_bad_uploads_are_a_4xx_and_leave_nothing(world, server, path, body, stat
     assert server.get("/v1/snpatch").json() == before
 
 
-def test_uploads_that_begin_together_leave_only_what_is_named(world, server):
-    """63 names are kept, and many clients send the last one at once, slowly; others leave in the middle."""
-    path, ranking = "/v1/snpatch/rankings", (world.folder / "second.safetensors").read_bytes()
-    free = uploads.MOST - len(list(server.get("/v1/snpatch").json()["rankings"])) + 2  # two are the server's own
-    names = [f"many{i}" for i in range(free - 1)]
-    for name in names:
+def test_uploads_that_begin_together_leave_only_what_is_named(world, server, tmp_path):
+    """All places but one are taken, and many clients send the last one at once, slowly; others leave in the middle."""
+    folder, ranking = server.folder / "uploads", (world.folder / "second.safetensors").read_bytes()
+    Constant(VALUES + 1).save(tmp_path / "none")  # of which no other upload is made
+    constant = (tmp_path / "none").read_bytes()
+
+    def named() -> dict[str, dict[str, str]]:
+        index = folder / "index.json"
+        return json.loads(index.read_text()) if index.exists() else {"rankings": {}, "constants": {}}
+
+    def is_clean() -> bool:
+        digests = {digest for names in named().values() for digest in names.values()}
+        return {path.name for path in folder.glob("*.safetensors*")} == {f"{digest}.safetensors" for digest in digests}
+
+    many = [f"many{i}" for i in range(uploads.MOST - 1 - sum(map(len, named().values())))]
+    for name in many:
         assert request(server, "PUT", f"rankings/{name}", content=ranking).status_code == 201
 
     async def everything():
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
 
             async def slowly(i: int):
-                tensors = VALUES + i
-                Constant(tensors).save(folder / f"{i}.safetensors")
-                body = (folder / f"{i}.safetensors").read_bytes()
-                yield body[:100]
+                yield constant[: 100 + i]
                 await asyncio.sleep(0.5)
-                yield body[100:]
+                yield constant[100 + i :]
 
             async def put(i: int) -> int:
                 return (await http.put(f"/v1/snpatch/constants/last{i}", content=slowly(i))).status_code
 
-            async def leave(i: int):
-                with pytest.raises(httpx.TimeoutException):
-                    await http.put(f"{path}/gone{i}", content=slowly(i), timeout=0.2)
+            async def leave(i: int) -> None:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(put(i), 0.3)
 
-            found = await asyncio.gather(*map(put, range(20)))
             await asyncio.gather(*map(leave, range(3)))
-            return found
+            return await asyncio.gather(*map(put, range(20)))
 
-    folder = server.folder / "bodies"
-    folder.mkdir()
     found = asyncio.run(everything())
     assert found.count(201) == 1
     assert set(found) <= {201, 413, 503}
-    last = f"last{found.index(201)}"
-    index = json.loads((server.folder / "uploads" / "index.json").read_text())
-    assert index["constants"].keys() == {last}
-    for kind, name in [*(("rankings", name) for name in names), ("constants", last)]:
-        assert request(server, "DELETE", f"{kind}/{name}").status_code == 204
-    wait_for(lambda: {path.name for path in (server.folder / "uploads").iterdir()} == {"index.json", ".lock"}, 10)
+    assert is_clean()
+    for path in (f"constants/last{found.index(201)}", *(f"rankings/{name}" for name in many)):
+        assert request(server, "DELETE", path).status_code == 204
+    assert is_clean()
 
 
 def test_a_ranking_of_another_model_is_a_400(server, tmp_path):
