@@ -162,7 +162,7 @@ def test_sweep_that_fails_says_so_and_has_no_place(sweep):
     ],
 )  # fmt: skip
 def test_message_names_no_path(text, want):
-    folders = private_folders("/my data/up load", "/srv/up")
+    folders = private_folders("/my data/up load", "/srv/up", "/")
     assert folders == ("/my data/up load",)
     assert without_paths(text, folders) == want
 

@@ -31,7 +31,8 @@ class EventStream(StreamingResponse):
 
 def private_folders(*paths: str | Path) -> tuple[str, ...]:
     """Return the absolute paths among these that PATH alone would not find, as they hold spaces or the like."""
-    return tuple(str(path) for path in map(Path.absolute, map(Path, paths)) if not PATH.fullmatch(str(path)))
+    absolute = [Path(path).absolute() for path in paths]
+    return tuple(str(path) for path in absolute if path.name and not PATH.fullmatch(str(path)))
 
 
 def without_paths(text: str, folders: Iterable[str] = ()) -> str:

@@ -34,7 +34,7 @@ class Serving:
     def folders(self) -> tuple[str, ...]:
         """Return folders of this machine that no answer may name."""
         uploads, model = self.config.allow_upload or ".", self.config.engine.model
-        return private_folders(uploads, model, tempfile.gettempdir(), Path.home(), Path.cwd())
+        return private_folders(uploads, model, tempfile.gettempdir(), Path.cwd())
 
     def check_template(self, recipient: str) -> None:
         """An error for a model that reads chats by another template than vLLM's server renders them with."""
