@@ -1,8 +1,11 @@
 """The exceptions for what a user can put right: the CLI prints the message as one line and exits with 2."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+
+MAX_NAME = 100  # letters of a name that is compared with others
 
 MAX_MESSAGE = 4000  # characters of an error
 MAX_VALUE = 200  # characters of a value that an error shows
@@ -77,6 +80,12 @@ def within(field: str) -> Iterator[None]:
     except SnpatchError as error:
         error.field = field if error.field is None else f"{field}.{error.field}"
         raise
+
+
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """Return the names, at most three, that a misspelled one may stand for, the nearest first."""
+    names = {name.lower(): name for name in known}
+    return [names[name] for name in get_close_matches(word[:MAX_NAME].lower(), names)]
 
 
 def first_line(error: BaseException) -> str:

@@ -1,8 +1,10 @@
 """Files: safetensors with JSON metadata, and writing that never leaves half a file behind."""
 
+import errno
 import json
 import os
 import re
+import stat
 import struct
 import tempfile
 import zipfile
@@ -31,18 +33,41 @@ DAMAGED = (
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path` when the block ends well, and vanishes when it does not."""
+    """Yield a path to write to; it replaces `path` when the block ends well, and vanishes when it does not.
+
+    File and folder are on the disk before this returns: after a power cut `path` is the old file or the new one.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     except OSError as error:
         raise SnpatchError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if path.parent.is_dir():
             partial.unlink(missing_ok=True)
+
+
+def open_regular(path: str, flags: int) -> int:
+    """Open a file as an `opener` of `open`; a link, a pipe or a device is an OSError, and nothing is waited for."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor
+
+
+def sync(path: str | Path) -> None:
+    """Write a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
-from snpatch.errors import SnpatchError, shown, within
+from snpatch.errors import SnpatchError, nearest, shown, within
 
 MAX_DEPTH = 100  # of nested tables and lists: what reads them afterwards may call itself once a level
 MAX_CONFIG_BYTES = 2**24
@@ -77,6 +77,7 @@ def read(kind: type, where: str, values: object):
     known = [f.name for f in fields(kind)]
     if unknown := sorted(map(str, values.keys() - set(known))):
         message = f"{where}: there is no {', '.join(unknown)}; there are {', '.join(known)}"
+        message += "".join(f". Did you mean {name}?" for name in nearest(unknown[0], known)[:1])
         raise SnpatchError(message, field=unknown[0])
     if missing := [name for name in required(kind) if name not in values]:
         raise SnpatchError(f"{where}: {', '.join(missing)} is missing", field=missing[0])

@@ -274,3 +274,11 @@ def test_prompts_with_any_unicode_are_one_line_each(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("\ufeff" + json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert load(path).prompts == [[{"role": "user", "content": "a\u2028b\x85c"}]]
+
+
+@pytest.mark.parametrize(("words", "code"), [(["env"], 0), (["generate", "nothing", "none.jsonl"], 2), (["--no"], 2)])
+def test_program_ends_before_the_destructors_of_libraries_run(words, code):
+    """abort() stands for what nanobind registers, which prints a line for each object that is left."""
+    begin = "import ctypes, sys; ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).abort); from snpatch import cli"
+    program = f"{begin}; sys.argv[1:] = {words}; cli.program()"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == code

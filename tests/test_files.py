@@ -1,12 +1,14 @@
 """Files appear whole or not at all."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from snpatch import SnpatchError
 from snpatch.errors import first_line
-from snpatch.files import check_writable, read_tensors, whole_file, write_tensors, write_text
+from snpatch.files import check_writable, open_regular, read_tensors, whole_file, write_tensors, write_text
 from snpatch.models.pretrained import load_pretrained
 
 
@@ -63,3 +65,30 @@ def test_an_empty_message_of_a_loader_is_no_traceback():
 
     with pytest.raises(SnpatchError, match=r"cannot load some/model \(Loader\): ValueError"):
         load_pretrained(Loader, "some/model")
+
+
+def test_whole_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+
+    def synced(descriptor):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def replaced(partial, path):
+        done.append("replaced")
+        rename(partial, path)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_text(tmp_path / "table.csv", "new")
+    assert done == [f"{tmp_path}/.table.csv.partial{os.getpid()}", "replaced", str(tmp_path)]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/etc/hosts", path)])
+def test_open_regular_refuses_all_but_a_file(tmp_path, make):
+    make(tmp_path / "x")
+    with pytest.raises(OSError, match=r"not a regular file|symbolic links"):
+        open_regular(str(tmp_path / "x"), os.O_RDONLY)
+    (tmp_path / "y").write_text("content")
+    with open(tmp_path / "y", "rb", opener=open_regular) as file:
+        assert file.read() == b"content"

@@ -132,6 +132,13 @@ def test_a_name_stands_for_its_patch_and_an_object_for_its_own(catalogue):
     held = catalogue(("m",), patches={"safe": SAFE})
     assert held.names == ("sft", "dpo", "safe")
     assert held.named("nobody") is None
+    assert str(held.unknown("dqo")) == (
+        "model: expected one of the models dpo, m, base, sft or of the patches safe; 'dqo' does not exist"
+    )
+    many = catalogue((), patches={f"p{i:02}": SAFE for i in range(20)})
+    assert str(many.unknown("p19")).endswith(
+        "or of the patches p19, p18, p17, p00, p01, p02, p03, p04, p05, p06, p07, p08 and 8 more; 'p19' does not exist"
+    )
     assert held.named("m").patch == held.named("base").patch == held.named(None).patch == "base"
     assert held.named("sft").patch == "sft"
     assert held.named("safe").told == "safe"

@@ -109,10 +109,49 @@ def test_no_other_way_into_vllm_is_open(server, path):
     assert (answer.status_code, "not served by snpatch" in answer.text) == (404, True)
 
 
-def test_an_unknown_model_is_vllms_own_404(server):
-    for more in ({}, {"snpatch": SAFE}):
-        answer = server.post(CHATS, {**ASKED, "model": "none", **more})
-        assert (answer.status_code, "does not exist" in answer.text) == (404, True)
+def test_unknown_model_is_a_404_that_lists_models_and_patches(world, server):
+    bodies = {
+        CHATS: ASKED,
+        "/v1/completions": {"prompt": IDS[0]},
+        "/v1/responses": {"input": "bala"},
+        "/v1/messages": ASKED,
+    }
+    for path, body in bodies.items():
+        for more in ({}, {"snpatch": SAFE}):
+            answer = server.post(path, {**body, "model": "saf", **more})
+            assert answer.status_code == 404
+            assert "one of the models base, sft, dpo or of the patches safe, kept; 'saf' does not exist" in answer.text
+    answer = server.post(CHATS, {**ASKED, "model": "dqo"})
+    assert "one of the models dpo, base, sft or" in answer.text
+    answer = server.post(CHATS, {**ASKED, "model": str(world.made.folder)})
+    assert (answer.status_code, "/" in answer.json()["error"]["message"]) == (404, False)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHATS, ASKED),
+        ("/v1/completions", {"model": "base", "prompt": IDS[0], "max_tokens": 1}),
+        ("/v1/responses", {"model": "base", "input": "bala", "max_output_tokens": 1}),
+        ("/v1/messages", ASKED),
+        ("/invocations", ASKED),
+    ],
+)
+def test_misspelled_patch_is_refused_with_the_nearest_name(server, path, body):
+    for change, field, message in (
+        ({"snpach": SAFE}, "snpach", "Send 'snpatch' as a field of the request"),
+        ({"Snpatch": SAFE}, "Snpatch", "Send 'snpatch' as a field of the request"),
+        ({"extra_body": {}}, "extra_body", "an argument of OpenAI's Python client"),
+        ({"metadata": {"snpatch": "safe"}}, "metadata.snpatch", "Send 'snpatch' as a field of the request"),
+        ({"recipient": "sft"}, "recipient", "It is a field of 'snpatch'"),
+        ({"temprature": 0}, "temprature", "Did you mean 'temperature'?"),
+        ({"snpatch": {**SAFE, "widnow": 3}}, "snpatch.widnow", "Did you mean window?"),
+    ):
+        answer = server.post(path, {**body, **change})
+        assert (answer.status_code, message in answer.text) == (400, True), answer.text
+        assert answer.json()["error"].get("param", field) == field
+    answer = server.post(path, {**body, "metadata": {"a": "b"}, "service_tier": "auto"})
+    assert answer.status_code == 200, answer.text
 
 
 def test_a_prompt_without_room_is_a_400(server):

@@ -11,13 +11,14 @@ import tomllib
 import httpx
 import pytest
 from commands import run
-from jobs import ALL, IDS, JOBS, told
+from jobs import ALL, IDS, JOBS, VALUES, told
 from processes import command_line, descendants, wait_for
 from served import Server
-from serving import CHAT, CONSTANTS, MANY, SAFE, SIZES, WORDS, complete, form, options_of
+from serving import CHAT, CONSTANTS, LEAK, MANY, SAFE, SIZES, WORDS, complete, form, options_of
 
 from snpatch import Constant
 from snpatch.executors.vllm import versions
+from snpatch.server import uploads
 from snpatch.server.config import ServeConfig
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -160,6 +161,51 @@ def test_bad_uploads_are_a_4xx_and_leave_nothing(world, server, path, body, stat
     assert (answer.status_code, message in answer.text) == (status, True), answer.text
     assert str(world.folder.parent) not in answer.text
     assert server.get("/v1/snpatch").json() == before
+
+
+def test_uploads_that_begin_together_leave_only_what_is_named(world, server, tmp_path):
+    """All places but one are taken, and many clients send the last one at once, slowly; others leave in the middle."""
+    folder, ranking = server.folder / "uploads", (world.folder / "second.safetensors").read_bytes()
+    Constant(VALUES + 1).save(tmp_path / "none")  # of which no other upload is made
+    constant = (tmp_path / "none").read_bytes()
+
+    def named() -> dict[str, dict[str, str]]:
+        index = folder / "index.json"
+        return json.loads(index.read_text()) if index.exists() else {"rankings": {}, "constants": {}}
+
+    def is_clean() -> bool:
+        digests = {digest for names in named().values() for digest in names.values()}
+        return {path.name for path in folder.glob("*.safetensors*")} == {f"{digest}.safetensors" for digest in digests}
+
+    many = [f"many{i}" for i in range(uploads.MOST - 1 - sum(map(len, named().values())))]
+    for name in many:
+        assert request(server, "PUT", f"rankings/{name}", content=ranking).status_code == 201
+
+    async def everything():
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+
+            async def slowly(i: int):
+                yield constant[: 100 + i]
+                await asyncio.sleep(0.5)
+                yield constant[100 + i :]
+
+            async def put(i: int) -> int:
+                return (await http.put(f"/v1/snpatch/constants/last{i}", content=slowly(i))).status_code
+
+            async def leave(i: int) -> None:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(put(i), 0.3)
+
+            await asyncio.gather(*map(leave, range(3)))
+            return await asyncio.gather(*map(put, range(20)))
+
+    found = asyncio.run(everything())
+    assert found.count(201) == 1
+    assert set(found) <= {201, 413, 503}
+    assert is_clean()
+    for path in (f"constants/last{found.index(201)}", *(f"rankings/{name}" for name in many)):
+        assert request(server, "DELETE", path).status_code == 204
+    assert is_clean()
 
 
 def test_a_ranking_of_another_model_is_a_400(server, tmp_path):
@@ -369,14 +415,16 @@ def test_past_the_drains_limit_streams_end_with_an_error(world, tmp_path):
         ):
             async for line in told.aiter_lines():
                 if not found:
-                    brief.process.send_signal(signal.SIGTERM)
+                    brief.process.send_signal(signal.SIGINT)
                 found.append(line)
         return found
 
     lines = asyncio.run(everything())
     *_, (_, last) = events(lines)
     assert "vLLM's engine has ended" in last["error"]["message"]
+    assert "/" not in last["error"]["message"]  # where the log is
     assert brief.end() == 0, brief.said()
+    assert LEAK not in brief.said(), brief.said()
 
 
 def test_two_workers_patch_exactly_and_an_engines_death_is_told(world, tmp_path):

@@ -5,6 +5,8 @@ Why the imports stand inside the commands: `--help` answers at once, torch takes
 progress and errors to stderr; exit codes: 0 done, 2 bad input (one line says what), 130 interrupted.
 """
 
+import atexit
+import os
 import sys
 
 import typer
@@ -35,8 +37,30 @@ app.add_typer(train.app, name="train")
 app.add_typer(demo.app, name="demo")
 
 
+def program() -> None:
+    """Run `main` as all that this process does, and end it before the destructors of C++ libraries run.
+
+    Triton's (nanobind) would print a line for each object that something of vLLM still holds then.
+    """
+    code, process = 1, os.getpid()  # 1: of a traceback
+
+    def end() -> None:
+        if os.getpid() == process:  # and not one that was forked
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(code)
+
+    atexit.register(end)  # the first that is registered is the last that runs
+    try:
+        main()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+
+
 def main() -> None:
-    """Entry point: a SnpatchError is one line and exit code 2."""
+    """Run the command line: a SnpatchError is one line and exit code 2."""
     try:
         app()
     except SnpatchError as error:

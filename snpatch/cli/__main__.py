@@ -1,5 +1,5 @@
 """`python -m snpatch.cli`."""
 
-from snpatch.cli import main
+from snpatch.cli import program
 
-main()
+program()

@@ -14,7 +14,7 @@ from snpatch.cli.generated import ENGINE_FILES, Engine, Some, generated, is_give
 from snpatch.errors import SnpatchError, SpoiledEngineError
 from snpatch.server.config import ServeConfig
 
-LIMITS = Some(ServeConfig, ("allow_upload", "max_waiting", "max_sweep_texts", "drain_s"))
+LIMITS = Some(ServeConfig, ("allow_upload", "max_waiting", "max_sweep_texts", "send_timeout_s", "drain_s"))
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}  # the words that are vLLM's own flags
 
 

@@ -11,16 +11,18 @@ from pathlib import Path
 
 from snpatch import schema
 from snpatch.async_engine import AsyncEngine
-from snpatch.errors import SnpatchError, within
+from snpatch.errors import SnpatchError, nearest, within
 from snpatch.guard.guard import Guard
 from snpatch.patching import spec
 from snpatch.patching.patch import Constant, Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.asks import Ask, AskForm
 from snpatch.server.config import ServeConfig
+from snpatch.server.errors import MissingError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TAKEN = ("text", "image", "audio", "video")  # vLLM applies an adapter of these names to messages with such parts
+LISTED = 12  # names in an error
 KEPT = 256  # patches of requests that are kept as they were read
 
 
@@ -64,6 +66,13 @@ class Catalogue:
         if model in self.patches:
             return self.patches[model].again()
         return Ask(model, model) if model in self.engine.models else None
+
+    def unknown(self, model: str) -> MissingError:
+        """Return the error for a `model` that names nothing that is served: what there is, the nearest first."""
+        models = _listed(model, [*dict.fromkeys((*self.base_names, *self.engine.models))])
+        patches = f" or of the patches {_listed(model, [*self.patches])}" if self.patches else ""
+        message = f"model: expected one of the models {models}{patches}; {model[:80]!r} does not exist"
+        return MissingError(message, field="model")
 
     def ask(self, table: object) -> Ask:
         """What an object `snpatch` means, checked; every error has the field."""
@@ -153,6 +162,12 @@ def told_of(one: Ranking | Constant) -> dict:
     if isinstance(one, Ranking):
         return {"neurons": len(one), "shape": list(one.shape), "digest": one.digest, "moments": [*one.moments]}
     return {"shape": list(one.values.shape), "digest": one.digest, "mode": one.mode}
+
+
+def _listed(name: str, known: list[str]) -> str:
+    """Return names as a list that fits in an error, those that are nearest to `name` first."""
+    found = [*dict.fromkeys((*nearest(name, known), *known))]
+    return ", ".join(found[:LISTED]) + (f" and {len(found) - LISTED} more" if len(found) > LISTED else "")
 
 
 def check_name(name: str, what: str) -> None:

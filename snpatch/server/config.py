@@ -33,11 +33,16 @@ class ServeConfig:
     )
     max_waiting: int = option(256, "Requests that may wait for a place of what they name; further ones get 503.", min=0)
     max_sweep_texts: int = option(10_000, "Most texts of a sweep that a client asks for.", min=1)
+    send_timeout_s: float = option(
+        120.0, "Seconds within which a client must take each part of its answer; then it is dropped.", min=0.001
+    )
     drain_s: float = option(120.0, "How many seconds SIGTERM waits for running requests.", min=0)
 
     def __post_init__(self) -> None:
         if not 0 <= self.drain_s < 1e6:
             raise SnpatchError(f"drain_s must be a number of seconds below 1e6, got {self.drain_s}")
+        if not 0 < self.send_timeout_s < 1e6:
+            raise SnpatchError(f"send_timeout_s: expected seconds in (0, 1e6), got {self.send_timeout_s}")
 
     @classmethod
     def load(cls, path: str | Path, trust: bool = False) -> "ServeConfig":

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from snpatch.errors import BusyError
 from snpatch.server.errors import MissingError, error
 from snpatch.server.opening import open_doors
+from snpatch.server.sending import clean, timed
 from snpatch.server.serving import Serving
 
 MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations")  # run the model
@@ -35,6 +36,7 @@ class Gate:
             open_doors(serving, scope["app"])
             await self._app(scope, receive, send)
             return
+        receive, send = timed(receive, clean(send, serving.folders), serving.config.send_timeout_s)
         refusal = _refusal(serving, scope["path"].removeprefix(scope.get("root_path", "")), scope["method"])
         if refusal is not None:
             await refusal(scope, receive, _telling_when_to_retry(send))

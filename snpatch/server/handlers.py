@@ -5,11 +5,18 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
+from anthropic.types import message_create_params as message_params
+from anthropic.types.beta import message_create_params as beta_params
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as response_params
+
 from snpatch.errors import SnpatchError, within
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server.answers import with_receipt
 from snpatch.server.asks import ASK, Ask
 from snpatch.server.errors import field_of, kind_of, message_of, status_of
+from snpatch.server.fields import check_fields, published_fields
 from snpatch.server.serving import Serving
 
 BEFORE = ("response.created", "response.in_progress")  # events that come before vLLM generates
@@ -18,6 +25,13 @@ WRAPPED = {  # of the app's state -> the method that its route calls
     "openai_serving_completion": "create_completion",
     "openai_serving_responses": "create_responses",
     "anthropic_serving_messages": "create_messages",
+}
+PUBLISHED = {  # of the app's state -> the fields that clients' libraries have
+    "openai_serving_chat": published_fields(chat_params.CompletionCreateParamsNonStreaming),
+    "openai_serving_completion": published_fields(completion_params.CompletionCreateParamsNonStreaming),
+    "openai_serving_responses": published_fields(response_params.ResponseCreateParamsNonStreaming),
+    "anthropic_serving_messages": published_fields(message_params.MessageCreateParamsNonStreaming)
+    | published_fields(beta_params.MessageCreateParamsNonStreaming),
 }
 
 
@@ -31,13 +45,13 @@ def wrap(serving: Serving, state) -> None:
 
 def _patched(serving: Serving, handler, create: Callable[..., Awaitable], kind: str) -> Callable[..., Awaitable]:
     @functools.wraps(create)
-    async def patched(request, raw_request=None):
+    async def patched(request, raw_request):
         try:
+            check_fields(type(request), await raw_request.json(), PUBLISHED[kind])  # kept since vLLM read it
             ask = await _asked(serving, request, raw_request)
-            if ask is not None:  # else vLLM says itself that there is no such model
-                if kind != "openai_serving_completion":
-                    serving.check_template(ask.recipient)
-                ASK.set(ask)
+            if kind != "openai_serving_completion":
+                serving.check_template(ask.recipient)
+            ASK.set(ask)
             answer = await create(request, raw_request)
             if kind == "openai_serving_responses" and hasattr(answer, "__anext__"):
                 answer = await _begun(answer)
@@ -46,25 +60,28 @@ def _patched(serving: Serving, handler, create: Callable[..., Awaitable], kind: 
             return handler.create_error_response(
                 message_of(error), err_type=kind_of(status), status_code=status, param=field_of(error)
             )
-        return answer if ask is None else with_receipt(answer, ask)
+        return with_receipt(answer, ask)
 
     return patched
 
 
-async def _asked(serving: Serving, request, raw_request) -> Ask | None:
-    """What a request asks for; None where its model is not served."""
+async def _asked(serving: Serving, request, raw_request) -> Ask:
+    """What a request asks for."""
     if getattr(request, "use_beam_search", False):
         raise SnpatchError("beam search is not served: its beams would not be patched", field="use_beam_search")
     if getattr(request, "background", False):
         raise SnpatchError("an answer in the background would come without its receipt", field="background")
-    ask, given = serving.catalogue.named(request.model), await _given(request, raw_request)
-    if ask is not None and given is not None:
+    ask = serving.catalogue.named(request.model)
+    if ask is None:
+        raise serving.catalogue.unknown(request.model)
+    given = await _given(request, raw_request)
+    if given is not None:
         with within(KEY):
             ask = serving.catalogue.ask(given)
-    if ask is not None and not ask.is_plain:
+    if not ask.is_plain:
         serving.check_waiting()
     is_forced = getattr(request, "tool_choice", None) not in (None, "none", "auto")
-    if ask is not None and ask.guard is not None and is_forced:
+    if ask.guard is not None and is_forced:
         raise SnpatchError("a guard does not go with a tool that must be called", field="tool_choice")
     return ask
 
@@ -91,8 +108,8 @@ async def _given(request, raw_request) -> object:
     """The object of a request's own field, or of its vllm_xargs, where it stands as JSON."""
     more = getattr(request, "vllm_xargs", None) or {}
     given = (request.model_extra or {}).get(KEY)
-    if given is None and type(request).model_config.get("extra") != "allow" and raw_request is not None:
-        given = (await raw_request.json()).get(KEY)  # kept since vLLM read it
+    if given is None and type(request).model_config.get("extra") != "allow":
+        given = (await raw_request.json()).get(KEY)
     if KEY not in more:
         return given
     text = more.pop(KEY)

@@ -13,6 +13,8 @@ def open_doors(serving: Serving, app: FastAPI) -> None:
     models = app.state.openai_serving_models
     # To vLLM a name is an adapter's: it is listed, checked, told in answers, and reaches `generate`, but no further.
     models.lora_requests |= {name: LoRARequest(name, i, KEY) for i, name in enumerate(serving.catalogue.names, 1)}
+    for model in models.base_model_paths:
+        model.model_path = model.name  # which /v1/models would tell: it may be a folder of this machine
     handlers.wrap(serving, app.state)
     app.include_router(routes.router(serving))
     executor = serving.engine.executor

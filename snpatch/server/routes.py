@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 
 from snpatch import __version__, schema
 from snpatch.errors import SnpatchError, first_line
@@ -13,6 +15,7 @@ from snpatch.executors.vllm import versions
 from snpatch.server import uploads
 from snpatch.server.asks import AskForm
 from snpatch.server.errors import ForbiddenError, MissingError, TooMuchError, error
+from snpatch.server.sending import EventStream
 from snpatch.server.serving import Serving
 from snpatch.server.sweeps import Sweep, SweepForm
 
@@ -21,7 +24,8 @@ MOST_BODY = 16 << 20  # bytes of a sweep's prompts
 
 def router(serving: Serving) -> APIRouter:
     """The routes of one server."""
-    routes, changing = APIRouter(tags=["snpatch"]), asyncio.Lock()
+    routes = APIRouter(tags=["snpatch"])
+    changes = ThreadPoolExecutor(1, "snpatch-uploads")  # one at a time, and to its end when its client has left
 
     @routes.get("/v1/snpatch")
     async def held() -> JSONResponse:
@@ -49,9 +53,8 @@ def router(serving: Serving) -> APIRouter:
             there = _uploads(serving, kind)
             there.check(kind, name)
             body = await _body(request, there.limit)
-            async with changing:
-                stored = await asyncio.to_thread(there.store, kind, name, body)
-                return JSONResponse(there.put(kind, name, *stored), 201)
+            told = await asyncio.get_running_loop().run_in_executor(changes, there.keep, kind, name, body)
+            return JSONResponse(told, 201)
         except SnpatchError as reason:
             return error(reason)
 
@@ -60,9 +63,8 @@ def router(serving: Serving) -> APIRouter:
         """Forget a name that was uploaded; what runs goes on with it."""
         try:
             there = _uploads(serving, kind)
-            async with changing:
-                if there.delete(kind, name):
-                    return Response(status_code=204)
+            if await asyncio.get_running_loop().run_in_executor(changes, there.delete, kind, name):
+                return Response(status_code=204)
             raise MissingError(f"{kind}: no {name} was uploaded", field="name")
         except SnpatchError as reason:
             return error(reason)
@@ -75,7 +77,7 @@ def router(serving: Serving) -> APIRouter:
             running = await Sweep.made(serving, schema.read(SweepForm, "sweep", _json(body)))
         except SnpatchError as reason:
             return error(reason)
-        return StreamingResponse(running.events(), media_type="text/event-stream")
+        return EventStream(running.events())
 
     return routes
 
@@ -90,6 +92,7 @@ def _limits(serving: Serving) -> dict:
         **{name: getattr(twin, name) for name in sizes},
         "max_waiting": serving.config.max_waiting,
         "max_sweep_texts": serving.config.max_sweep_texts,
+        "send_timeout_s": serving.config.send_timeout_s,
         "upload_bytes": serving.uploads.limit if serving.uploads else 0,
     }
 
@@ -113,8 +116,11 @@ def _json(body: bytes) -> object:
 
 async def _body(request: Request, limit: int) -> bytes:
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise TooMuchError(f"the body is larger than {limit} bytes", field="body")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise TooMuchError(f"the body is larger than {limit} bytes", field="body")
+    except ClientDisconnect as error:
+        raise SnpatchError("the body: expected all of it, got a client that left", field="body") from error
     return bytes(body)

@@ -2,11 +2,13 @@
 
 import inspect
 import os
+import socket
 import sys
 import warnings
 from argparse import Namespace
 from contextlib import closing
 from math import ceil
+from pathlib import Path
 
 from snpatch.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
@@ -47,9 +49,9 @@ async def _serve(config: ServeConfig) -> None:
         raise SnpatchError("a server runs in vLLM: install snpatch[cpu] or snpatch[cuda]")
     versions.check(serving=True)
     args = flags.namespace(config.engine.model, config.vllm_server, config.engine.vllm)
-    engine = AsyncEngine.from_config(config.engine)
-    names = args.served_model_name or config.engine.model
-    served = (names,) if isinstance(names, str) else tuple(names)
+    served = _served_names(args, config.engine.model)
+    # vLLM's metrics say the first of the names, and without any the model's folder.
+    engine = AsyncEngine.from_config(config.engine.changed(served_model_name=[*served, "base"]))
     catalogue = Catalogue(engine, config, served)
     serving = Serving(
         config,
@@ -66,6 +68,8 @@ async def _serve(config: ServeConfig) -> None:
             address, sock = setup_server(args, **_only_one(setup_server))
     except (OSError, KeyError) as error:
         raise SnpatchError(f"vLLM's server does not start: {first_line(error)}") from error
+    if sock.family != socket.AF_UNIX:  # gate.py ends the work for a client that does not read; this its connection
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ceil(1000 * config.send_timeout_s))
     with closing(sock), closing(engine):
         await engine.start(log_stats=True)
         _complete(args, serving, served)
@@ -82,6 +86,12 @@ async def _serve(config: ServeConfig) -> None:
         raise serving.spoiled
     if is_dead:
         raise died()
+
+
+def _served_names(args: Namespace, model: str) -> tuple[str, ...]:
+    """Return the names of the engine's own model besides "base". The path of a folder is not for clients."""
+    names = args.served_model_name or ([] if Path(model).is_dir() else [model])
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _complete(args: Namespace, serving: Serving, served: tuple[str, ...]) -> None:

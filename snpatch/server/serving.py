@@ -2,13 +2,17 @@
 
 import os
 import signal
+import tempfile
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 from snpatch.async_engine import AsyncEngine
 from snpatch.errors import BusyError, OverflowedError, SnpatchError, SpoiledEngineError
 from snpatch.judges.protocol import Judge
 from snpatch.server.catalogue import Catalogue
 from snpatch.server.config import ServeConfig
+from snpatch.server.sending import private_folders
 from snpatch.server.uploads import Uploads
 from snpatch.server.visitors import Visitors
 
@@ -36,6 +40,12 @@ class Serving:
             self.spoiled = error
             os.kill(os.getpid(), signal.SIGTERM)
         return error
+
+    @cached_property
+    def folders(self) -> tuple[str, ...]:
+        """Return folders of this machine that no answer may name."""
+        uploads, model = self.config.allow_upload or ".", self.config.engine.model
+        return private_folders(uploads, model, tempfile.gettempdir(), Path.cwd())
 
     def check_template(self, recipient: str) -> None:
         """An error for a model that reads chats by another template than vLLM's server renders them with."""

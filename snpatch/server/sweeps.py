@@ -7,7 +7,7 @@ noise floor: how much k = 0 and a patch from the recipient into itself change, w
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -122,19 +122,39 @@ class Sweep:
                 )
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events; whoever stops listening ends what runs."""
+        """Server-sent events; whoever stops listening ends what runs. One that does not read holds no place."""
+        news: asyncio.Queue[str | None] = asyncio.Queue()  # of at most max_sweep_texts events and rows
+        running = asyncio.create_task(self._run(news.put_nowait))
+        running.add_done_callback(lambda _: news.put_nowait(None))
+        try:
+            while (event := await news.get()) is not None:
+                yield event
+            await running  # of which an error that is none of the client's is one of this stream
+        finally:
+            running.cancel()
+
+    async def _run(self, tell: Callable[[str], None]) -> None:
+        """Write and judge every text in a place among the sweeps that run."""
+        sweeps = self._serving.sweeps
+        sweeps.add(self)
+        try:
+            if len(sweeps) > MOST:
+                raise BusyError(f"{MOST} sweeps are running")
+            await self._write_all(tell)
+        except SnpatchError as error:
+            tell(_event("error", message=message_of(error)))
+        finally:
+            sweeps.discard(self)
+
+    async def _write_all(self, tell: Callable[[str], None]) -> None:
         begun, self._texts = time.monotonic(), [[None] * len(self._questions) for _ in self._points]
         news: asyncio.Queue = asyncio.Queue()
         work = iter([(p, i) for p in range(len(self._points)) for i in range(len(self._questions))])
         seats = max(1, self._serving.engine.executor.engine.vllm_config.scheduler_config.max_num_seqs // 2)
-        self._serving.sweeps.add(self)
-        tasks = []
+        tasks = [asyncio.create_task(self._write(work, news)) for _ in range(seats)]
         try:
-            if len(self._serving.sweeps) > MOST:
-                raise BusyError(f"{MOST} sweeps are running")
-            tasks += [asyncio.create_task(self._write(work, news)) for _ in range(seats)]
             n = len(self._points) * len(self._questions)
-            yield _event("start", points=[self._named(point) for point in self._points], texts=n)
+            tell(_event("start", points=[self._named(point) for point in self._points], texts=n))
             left = {p: len(self._questions) for p in range(len(self._points))}
             scores: dict[int, np.ndarray] = {}
             while left:
@@ -142,19 +162,16 @@ class Sweep:
                 if isinstance(found, Exception):
                     raise found
                 p, i = found
-                yield _event("text", **self._text(p, i))
+                tell(_event("text", **self._text(p, i)))
                 left[p] -= 1
                 # In their order, as each is compared with the unpatched ones before it.
                 while left and not left[min(left)]:
                     p = min(left)
                     del left[p]
                     scores[p] = np.array(await asyncio.to_thread(self._score, p))
-                    yield _event("row", **await asyncio.to_thread(self._row, p, scores))
-            yield _event("summary", **self._summary(scores, time.monotonic() - begun))
-        except SnpatchError as error:
-            yield _event("error", message=message_of(error))
+                    tell(_event("row", **await asyncio.to_thread(self._row, p, scores)))
+            tell(_event("summary", **self._summary(scores, time.monotonic() - begun)))
         finally:
-            self._serving.sweeps.discard(self)
             for task in tasks:
                 task.cancel()
 

@@ -115,7 +115,7 @@ def main() -> None:
         return routes
 
     opening_router, opening.routes.router = opening.routes.router, router
-    cli.main()
+    cli.program()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ SIXTEEN = [job for job in SERVED if job.is_patched][:16]
 MANY = [replace(job, prompt=(i + i // 16) % 8) for i, job in enumerate(SIXTEEN * 4)]
 
 
+LEAK = "leaked"  # what nanobind says of each object that is left when its process ends
 RUNNING: list[Server] = []  # what conftest.py ends
 
 
@@ -86,9 +87,11 @@ def server(world, tmp_path_factory):
     guard = [f"--guard={world.folder / 'guard.safetensors'}"]
     limits = ["--allow-upload", folder / "uploads", "--max-sweep-texts", 200, *SIZES]
     one = Server(folder, *options_of(world.made, world.folder), *patches, *guard, *limits)
+    one.folder = folder
     RUNNING.append(one)
     yield one
     assert one.end() == 0, one.said()
+    assert LEAK not in one.said(), one.said()
 
 
 @pytest.fixture(scope="session")

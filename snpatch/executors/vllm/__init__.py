@@ -12,6 +12,7 @@ In the user's process:
     lifetime      an engine from its start to its end
     offspring     its processes, and what they leave behind
     log           where its messages go
+    temporary     folders that the next start removes
     versions      which vLLM versions are served
     contract      every name of vLLM that is touched, for versions that nobody has seen
 

@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import TextIO
 
+from snpatch.executors.vllm.temporary import TemporaryFolder
+
 _OUTPUTS = (1, 2)
 _turning = threading.RLock()  # two that start at once would give each other's descriptors back
-_named: set[str] = set()  # logs that an error has named: they are kept
 
 
 @contextmanager
@@ -49,12 +50,14 @@ def quiet() -> Iterator[None]:
 
 
 def named() -> str:
-    """Where vLLM's messages are, to be told in an error; the log is kept from now on."""
+    """Return where vLLM's messages are, for an error; from now on the log is kept, outside of its temporary folder."""
     if _is_loud():
         return "its own messages above say more"
-    path = _log_of(os.getpid()).name
-    _named.add(path)
-    return f"its log: {path}"
+    path = Path(_log_of(os.getpid()).name)
+    kept = path.parent.with_suffix(".log")
+    if path.exists():
+        path.rename(kept)  # what writes to it goes on
+    return f"its log: {kept}"
 
 
 def environment() -> dict[str, str]:
@@ -70,15 +73,14 @@ def _is_loud() -> bool:
 
 @cache
 def _log_of(process: int) -> TextIO:
-    descriptor, path = tempfile.mkstemp(prefix="snpatch-vllm-", suffix=".log")
-    os.close(descriptor)
-    atexit.register(_remove, process, path)
-    return open(path, "a", buffering=1, encoding="utf-8")
+    folder = TemporaryFolder(tempfile.gettempdir())
+    atexit.register(_remove, process, folder)
+    return open(folder.path / "vllm.log", "a", buffering=1, encoding="utf-8")
 
 
-def _remove(process: int, path: str) -> None:
-    if os.getpid() == process and path not in _named:
-        Path(path).unlink(missing_ok=True)
+def _remove(process: int, folder: TemporaryFolder) -> None:
+    if os.getpid() == process:
+        folder.remove()
 
 
 def _flush() -> None:

@@ -5,13 +5,13 @@ Why it is not left to them: a process that was killed removes nothing, and vLLM'
 
 import multiprocessing
 import os
-import shutil
 import tempfile
 import threading
 from multiprocessing import resource_tracker
 from pathlib import Path
 
 from snpatch.executors.vllm import processes
+from snpatch.executors.vllm.temporary import TemporaryFolder
 
 SHARED = Path("/dev/shm")
 KINDS = ("psm_", "sem.mp-", "sem.loky-", "vllm_dist_", "-cpushm")  # Python's, joblib's, and vLLM's own on a CPU
@@ -25,7 +25,8 @@ class Offspring:
 
     def __init__(self) -> None:
         root = tempfile.gettempdir()
-        self.folder = Path(tempfile.mkdtemp(prefix="snpatch-", dir=root if len(root) <= LONGEST else "/tmp"))
+        self._temporary = TemporaryFolder(root if len(root) <= LONGEST else "/tmp")
+        self.folder = self._temporary.path
         self._older = {child.pid for child in multiprocessing.active_children()}
         self._shared: set[str] = set()
         self._has_started = threading.Event()
@@ -65,7 +66,7 @@ class Offspring:
             child.join(END_S)
         for name in self._shared:
             _remove_shared(name)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._temporary.remove()
 
     def _look(self) -> None:
         """A start that fails has ended its processes before anybody can ask what they hold."""

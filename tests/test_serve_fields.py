@@ -1,0 +1,90 @@
+"""Fields of a request that nobody reads are refused; those of vLLM and of clients' libraries are not."""
+
+import pytest
+
+from snpatch import SnpatchError
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+from snpatch.server.fields import check_fields
+from snpatch.server.handlers import PUBLISHED
+
+PATCH = {"recipient": "sft"}
+MODELS = {
+    "openai_serving_chat": ChatCompletionRequest,
+    "openai_serving_completion": CompletionRequest,
+    "openai_serving_responses": ResponsesRequest,
+    "anthropic_serving_messages": AnthropicMessagesRequest,
+}
+
+
+def check(kind, body):
+    check_fields(MODELS[kind], body, PUBLISHED[kind])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("body", "field", "hint"),
+    [
+        ({"snpach": PATCH}, "snpach", "Send 'snpatch' as a field"),
+        ({"Snpatch": PATCH}, "Snpatch", "Send 'snpatch' as a field"),
+        ({"SNPTACH": PATCH}, "SNPTACH", "Send 'snpatch' as a field"),
+        ({"sn_patch": None}, "sn_patch", "Send 'snpatch' as a field"),
+        ({"metadata": {"snpatch": "x"}}, "metadata.snpatch", "Send 'snpatch' as a field"),
+        ({"vllm_xargs": {"snpach": "{}"}}, "vllm_xargs.snpach", "as JSON in vllm_xargs"),
+        ({"extra_body": {"snpatch": PATCH}}, "extra_body.snpatch", "Send 'snpatch' as a field"),
+        ({"extra_body": {}}, "extra_body", "an argument of OpenAI's Python client"),
+        ({"a": [{"b": {"snpatch": PATCH}}]}, "a.b.snpatch", "Send 'snpatch' as a field"),
+        ({"recipient": "sft"}, "recipient", "It is a field of 'snpatch'"),
+        ({"guard": "guard"}, "guard", "It is a field of 'snpatch'"),
+        ({"temprature": 0}, "temprature", "Did you mean 'temperature'?"),
+        ({"Model": "base"}, "Model", "Did you mean 'model'?"),
+        ({"x" * 10**6: 1}, "x" * 100, "Leave it out"),
+    ],
+)
+def test_field_that_nobody_reads_is_refused_with_its_hint(kind, body, field, hint):
+    with pytest.raises(SnpatchError, match=r"^request: expected ") as error:
+        check(kind, body)
+    assert error.value.field == field
+    assert hint in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("openai_serving_chat", "store service_tier metadata safety_identifier prompt_cache_key parallel_tool_calls "
+         "reasoning_effort verbosity audio modalities user top_k min_p structured_outputs cache_salt stream"),
+        ("openai_serving_completion", "best_of echo suffix logit_bias user stream_options ignore_eos return_token_ids"),
+        ("openai_serving_responses", "store truncation text reasoning include previous_response_id max_tool_calls "
+         "service_tier top_logprobs stream"),
+        ("anthropic_serving_messages", "top_k top_p stop_sequences thinking metadata service_tier container "
+         "context_management mcp_servers stream"),
+    ],
+)  # fmt: skip
+def test_fields_of_vllm_and_of_clients_libraries_are_known(kind, names):
+    check(kind, {name: None for name in names.split()} | {"snpatch": PATCH})
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_field_of_vllms_model_is_known(kind):
+    check(kind, {field.alias or name: None for name, field in MODELS[kind].model_fields.items()})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": "x", "snpatch": 1}]},
+        {"tools": [{"function": {"parameters": {"snpatch": {}}}}]},
+        {"metadata": {"dispatch": "x", "snapshot": "y"}},
+        {"vllm_xargs": {"snpatch": "{}"}},
+        {"snpatch": {"snpatch": 1}},  # which the patch's own schema refuses
+    ],
+)
+def test_what_a_client_writes_freely_is_not_looked_at(body):
+    check("openai_serving_chat", body)

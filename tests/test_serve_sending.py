@@ -1,0 +1,191 @@
+"""Answers leave within a time, and name no path of the server's machine."""
+
+import asyncio
+import gc
+import json
+from contextlib import aclosing
+from types import SimpleNamespace
+
+import pytest
+from starlette.responses import JSONResponse, StreamingResponse
+
+from snpatch import SnpatchError
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from snpatch.server.sending import EventStream, clean, private_folders, timed, without_paths
+from snpatch.server.sweeps import Sweep
+
+SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}}  # uvicorn's
+
+
+class Client:
+    """One that takes so many messages, and then neither reads nor leaves."""
+
+    def __init__(self, takes: int) -> None:
+        self.taken, self._takes = [], takes
+
+    async def send(self, message):
+        if len(self.taken) == self._takes:
+            await asyncio.Event().wait()
+        self.taken.append(message)
+
+    async def receive(self):
+        await asyncio.Event().wait()
+
+    async def get(self, app, limit_s: float = 0.05):
+        receive, send = timed(self.receive, self.send, limit_s)
+        await app(SCOPE, receive, send)
+
+
+@pytest.mark.parametrize("kind", [StreamingResponse, EventStream])
+@pytest.mark.parametrize("takes", [1, 3])
+def test_stream_of_a_client_that_does_not_read_is_closed(kind, takes):
+    closed = []
+
+    async def chunks():
+        try:
+            while True:
+                yield "chunk"
+        finally:
+            closed.append(True)
+
+    async def run():
+        client = Client(takes)
+        await client.get(kind(chunks()))
+        await asyncio.sleep(0)
+        return client
+
+    gc.disable()
+    try:
+        client = asyncio.run(run())
+    finally:
+        gc.enable()
+    assert len(client.taken) == takes
+    assert closed == [True]
+
+
+def test_whole_answer_of_a_client_that_does_not_read_ends():
+    client = Client(1)
+    asyncio.run(client.get(JSONResponse({"text": "long"})))
+    assert [message["type"] for message in client.taken] == ["http.response.start"]
+
+
+def test_client_that_reads_gets_all_and_hears_of_no_disconnect():
+    async def chunks():
+        for i in range(5):
+            yield str(i)
+
+    client = Client(100)
+    asyncio.run(client.get(StreamingResponse(chunks()), limit_s=60))
+    assert b"".join(message.get("body", b"") for message in client.taken) == b"01234"
+    assert client.taken[-1]["more_body"] is False
+
+
+# ---- places in sweeps ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep():
+    """A sweep without an engine, of which a test says what it tells."""
+    made = Sweep.__new__(Sweep)
+    made._serving = SimpleNamespace(sweeps=set())
+    return made
+
+
+def test_sweep_that_is_written_has_no_place_whoever_reads_it(sweep):
+    async def write(tell):
+        for i in range(3):
+            tell(str(i))
+
+    async def run():
+        sweep._write_all = write
+        async with aclosing(sweep.events()) as events:
+            first = await anext(events)  # and no more is read
+            for _ in range(5):
+                await asyncio.sleep(0)
+            held = len(sweep._serving.sweeps)
+            return held, [first, *[event async for event in events]]
+
+    assert asyncio.run(run()) == (0, ["0", "1", "2"])
+
+
+def test_sweep_of_a_client_that_does_not_read_ends(sweep):
+    ended = []
+
+    async def write(tell):
+        try:
+            while True:
+                tell("event")
+                await asyncio.sleep(0)
+        finally:
+            ended.append(True)
+
+    async def run():
+        sweep._write_all = write
+        await Client(2).get(EventStream(sweep.events()))
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert ended == [True]
+    assert not sweep._serving.sweeps
+
+
+def test_sweep_that_fails_says_so_and_has_no_place(sweep):
+    async def fail(tell):
+        raise SnpatchError("it broke")
+
+    async def run():
+        sweep._write_all = fail
+        return [event async for event in sweep.events()]
+
+    assert asyncio.run(run()) == ['event: error\ndata: {"message": "it broke"}\n\n']
+    assert not sweep._serving.sweeps
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("cannot write /srv/up/a.safetensors: No space", "cannot write a.safetensors: No space"),
+        ("[Errno 2] No such file: '/root/.cache/hub'", "[Errno 2] No such file: 'hub'"),
+        ("its log: /tmp/snpatch-x.log", "its log: snpatch-x.log"),
+        ("(/a/b), ~/secret/c and /uploads", "(b), c and uploads"),
+        ("GET /v1/snpatch and /docs say what is", "GET /v1/snpatch and /docs say what is"),
+        ("send its text to /v1/completions, or", "send its text to /v1/completions, or"),
+        ("meta-llama/Llama-2 at 5 tokens/s, and/or https://a.b/c", "meta-llama/Llama-2 at 5 tokens/s, and/or https://a.b/c"),
+        ("a </think> b / c", "a </think> b / c"),
+        ("in /my data/up load/x.safetensors and /my data/up load", "in x.safetensors and folder"),
+    ],
+)  # fmt: skip
+def test_message_names_no_path(text, want):
+    folders = private_folders("/my data/up load", "/srv/up", "/")
+    assert folders == ("/my data/up load",)
+    assert without_paths(text, folders) == want
+
+
+def answers(app) -> list[dict]:
+    client = Client(100)
+    asyncio.run(app(SCOPE, client.receive, clean(client.send, ())))
+    return client.taken
+
+
+@pytest.mark.parametrize(("status", "want"), [(400, "no b"), (500, "no b"), (200, "no /a/b")])
+def test_body_of_an_error_names_no_path(status, want):
+    start, body = answers(JSONResponse({"error": {"message": "no /a/b"}}, status))
+    assert json.loads(body["body"])["error"]["message"] == want
+    assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
+
+
+def test_error_of_a_stream_names_no_path_and_its_texts_stay():
+    events = ['data: {"choices": ["/a/b"]}\n\n', 'data: {"error": {"message": "/a/b"}}\n\n', "event: error\ndata: /a/b"]
+
+    async def chunks():
+        for event in events:
+            yield event
+
+    body = [message.get("body", b"").decode() for message in answers(StreamingResponse(chunks()))]
+    assert body[1:4] == [events[0], events[1].replace("/a/b", "b"), events[2].replace("/a/b", "b")]

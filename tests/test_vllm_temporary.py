@@ -1,0 +1,50 @@
+"""Temporary folders: the next start removes those of ended processes, and no others."""
+
+import os
+import subprocess
+import sys
+
+from snpatch.executors.vllm.temporary import TemporaryFolder, remove_abandoned
+
+MAKE = """
+import sys
+from snpatch.executors.vllm.temporary import TemporaryFolder
+made = TemporaryFolder(sys.argv[1])
+(made.path / "socket").write_text("")
+print(made.path.name, flush=True)
+input()
+"""
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_folder_of_a_killed_process_is_removed_and_of_a_running_one_not(tmp_path):
+    command = [sys.executable, "-c", MAKE, tmp_path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        theirs = other.stdout.readline().strip()
+        own = TemporaryFolder(tmp_path)
+        assert names(tmp_path) == {theirs, own.path.name}
+        other.kill()
+        other.wait()
+        assert names(tmp_path) == {theirs, own.path.name}
+        second = TemporaryFolder(tmp_path)
+        assert names(tmp_path) == {own.path.name, second.path.name}
+        own.remove()
+        second.remove()
+    assert not names(tmp_path)
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("")
+    for name in ("snpatch-empty", "snpatch-link", "snpatch-pipe", "snpatch-folder", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "snpatch-link" / "owner").symlink_to(target)
+    os.mkfifo(tmp_path / "snpatch-pipe" / "owner")
+    (tmp_path / "snpatch-folder" / "owner").mkdir()
+    (tmp_path / "other" / "owner").write_text("")
+    before = names(tmp_path)
+    remove_abandoned(tmp_path)
+    assert names(tmp_path) == before
