@@ -6,6 +6,7 @@ so chats, tools, structured answers and streams stay vLLM's, and so does their n
 
 import asyncio
 import copy
+import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from snpatch.server import metrics
 from snpatch.server.asks import ASK, Ask, Receipt
 from snpatch.server.serving import Serving
 
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "structural_tag")  # of vLLM's StructuredOutputsParams
 UNFINISHED = ("abort", "error")  # finish reasons of a text whose receipt cannot be confirmed
 
 
@@ -75,6 +77,7 @@ class PatchedClient:
             raise SnpatchError("prompts are texts or token ids")
         if ask.guard is not None and sampling_params.prompt_logprobs is not None:
             raise SnpatchError("a guard does not go with log-probabilities of the prompt", field="guard")
+        self._check_constraint(sampling_params)
         n, seed = sampling_params.n, sampling_params.seed
         if seed is not None and seed + n > SEEDS:
             raise SnpatchError(f"seed: those of {n} texts go past 2^63-1", field="seed")
@@ -97,6 +100,19 @@ class PatchedClient:
         """What vLLM's server calls in a thread on SIGTERM, before it stops listening: lets what runs end. The engine is
         closed by whoever started it."""
         self.serving.visitors.close(timeout)
+
+    def _check_constraint(self, params: SamplingParams) -> None:
+        """Raise for a grammar whose compilation would hold up the server and the engine."""
+        limit, given = self.serving.config.max_grammar_letters, params.structured_outputs
+        for name in CONSTRAINTS if given is not None else ():
+            grammar = getattr(given, name, None)
+            letters = len(grammar if isinstance(grammar, str) else json.dumps(grammar))
+            if letters > limit:
+                raise SnpatchError(
+                    f"structured output: expected at most {limit} letters of {name} (--max-grammar-letters), got "
+                    f"{letters}. Simplify it.",
+                    field="structured_outputs",
+                )
 
     def _results(self, text: _Text) -> AsyncIterator[RequestOutput]:
         return self._one(text) if text.params.n == 1 else self._several(text)
@@ -160,7 +176,8 @@ class PatchedClient:
 
     async def _one(self, text: _Text) -> AsyncIterator[RequestOutput]:
         """vLLM's results of one text; the last one comes when its receipt is confirmed."""
-        ids, is_delta, serving = [], text.params.output_kind == RequestOutputKind.DELTA, self.serving
+        params, serving = text.params, self.serving
+        ids, is_delta = [], params.output_kind == RequestOutputKind.DELTA
         is_waiting = True
 
         def send(held: Held) -> Sent:
@@ -171,11 +188,19 @@ class PatchedClient:
 
         serving.waiting += 1
         try:
+            async with serving.beginning:  # one text of all requests in a turn of the event loop
+                await asyncio.sleep(0)
             async with aclosing(self.engine.executor.results(text.request, send)) as results:
                 async for result, records in results:
                     output = result.outputs[0]
                     ids = ids if is_delta else []
                     ids += output.token_ids
+                    if output.finish_reason == "error" and params.structured_outputs is not None and not ids:
+                        raise SnpatchError(
+                            "structured output: vLLM cannot compile this regex, grammar or schema for this model's "
+                            "tokenizer. Simplify it.",
+                            field="structured_outputs",
+                        )
                     if result.finished:
                         self._confirm(text, ids, output.finish_reason, records)
                     yield result

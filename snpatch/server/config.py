@@ -10,6 +10,11 @@ from snpatch.errors import SnpatchError
 from snpatch.schema import option
 
 FILES = ("rankings", "constants", "guards")  # name -> file
+ALWAYS_OPEN = ("/health", "/ping")  # without an API key, too
+OPENABLE = """/version /metrics /load /docs /docs/oauth2-redirect /redoc /openapi.json /tokenize /detokenize""".split()
+LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN = 1 << 20, 8  # of the default limit; a token id in JSON takes up to 8 bytes
+LETTERS_PER_TOKEN = 32  # of the context: longer prompts cannot fit
+TEXTS_PER_SEAT = 4  # seats: max_num_seqs
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,40 @@ class ServeConfig:
     allow_upload: str | None = option(
         None, "Folder that keeps rankings and constants which clients upload; without it nobody can."
     )
+    open_route: tuple[str, ...] = option(
+        (),
+        f"Route that needs no API key, as {' and '.join(ALWAYS_OPEN)}: one of {', '.join(OPENABLE)}. May be repeated.",
+    )
+    max_requests: int | None = option(
+        None, "Requests that may run at once; further ones get 503. Default: 4 x max_num_seqs.", min=1
+    )
+    max_uploads: int = option(2, "Uploads that may run at once; further ones get 503.", min=1)
     max_waiting: int = option(256, "Requests that may wait for a place of what they name; further ones get 503.", min=0)
+    max_body_bytes: int | None = option(
+        None, "Most bytes of a JSON body. Default: 1 MiB, or 8 x the context where that is more.", min=1
+    )
+    max_body_values: int = option(
+        4096, "Most JSON values and names in a body; 32 token ids are one. Responses: a quarter of it.", min=8
+    )
+    body_timeout_s: float = option(60.0, "Seconds within which a request must arrive in full.", min=0.001)
+    max_texts: int | None = option(None, "Most texts of a request (prompts x n). Default: 4 x max_num_seqs.", min=1)
+    max_prompt_letters: int | None = option(
+        None, "Most letters of a text to /tokenize and of a sweep's prompt. Default: 32 x the context.", min=1
+    )
+    max_grammar_letters: int = option(
+        16_384, "Most letters of a regex, grammar, choice or JSON schema that constrains a text.", min=1
+    )
     max_sweep_texts: int = option(10_000, "Most texts of a sweep that a client asks for.", min=1)
+    max_sweep_windows: int = option(1024, "Most windows of a sweep that a client asks for.", min=1)
     drain_s: float = option(120.0, "How many seconds SIGTERM waits for running requests.", min=0)
 
     def __post_init__(self) -> None:
         if not 0 <= self.drain_s < 1e6:
             raise SnpatchError(f"drain_s must be a number of seconds below 1e6, got {self.drain_s}")
+        if not 0 < self.body_timeout_s < 1e6:
+            raise SnpatchError(f"body_timeout_s: expected seconds in (0, 1e6), got {self.body_timeout_s}")
+        if unknown := [path for path in self.open_route if path not in OPENABLE]:
+            raise SnpatchError(f"open_route: expected one of {', '.join(OPENABLE)}, got {', '.join(unknown)}")
 
     @classmethod
     def load(cls, path: str | Path) -> "ServeConfig":
@@ -62,6 +94,16 @@ class ServeConfig:
         default = ServeConfig(self.engine)
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "engine"}
         return self.engine.as_table() | {n: one for n, one in own.items() if one != getattr(default, n)}
+
+    def fitted(self, context: int, max_num_seqs: int) -> "ServeConfig":
+        """Return the config with every limit that was left out, as the engine's sizes set it."""
+        defaults = {
+            "max_requests": TEXTS_PER_SEAT * max_num_seqs,
+            "max_body_bytes": max(LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN * context),
+            "max_texts": TEXTS_PER_SEAT * max_num_seqs,
+            "max_prompt_letters": LETTERS_PER_TOKEN * context,
+        }
+        return replace(self, **{name: n for name, n in defaults.items() if getattr(self, name) is None})
 
     def placed(self, folder: Path) -> "ServeConfig":
         """The same with paths that are relative to a folder; what is no file there is a name and stays as it is, and

@@ -53,7 +53,7 @@ async def _serve(config: ServeConfig) -> None:
         Visitors(config.drain_s),
         judges=_judges(config),
         uploads=None if config.allow_upload is None else Uploads(config.allow_upload, catalogue),
-        has_key=bool(args.api_key or os.environ.get("VLLM_API_KEY")),
+        keys=tuple(filter(None, args.api_key or [os.environ.get("VLLM_API_KEY")])),
         has_own_template=args.chat_template is not None,
     )
     try:
@@ -63,6 +63,8 @@ async def _serve(config: ServeConfig) -> None:
         raise SnpatchError(f"vLLM's server does not start: {first_line(error)}") from error
     with closing(sock), closing(engine):
         await engine.start(log_stats=True)
+        seats = engine.executor.engine.vllm_config.scheduler_config.max_num_seqs
+        serving.config = config.fitted(engine.geometry.context, seats)
         _complete(args, serving, served)
         models, patches = ", ".join(engine.models), ", ".join(catalogue.patches) or "none"
         print(f"snpatch: serving at {address}: models {models}; patches {patches}", file=sys.stderr, flush=True)

@@ -1,6 +1,8 @@
 """Serving: what one server holds: its engine, what clients can name, judges, uploads, and who is being answered."""
 
+import asyncio
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from snpatch.async_engine import AsyncEngine
 from snpatch.errors import BusyError, SnpatchError
@@ -12,8 +14,27 @@ from snpatch.server.visitors import Visitors
 
 
 @dataclass(eq=False)
+class Places:
+    """A context manager of which so many may be inside at once; option: the one that sets how many."""
+
+    what: str
+    limit: int
+    option: str
+    taken: int = 0
+
+    def __enter__(self) -> None:
+        if self.taken >= self.limit:
+            raise BusyError(f"{self.what}: at most {self.limit} run at once ({self.option}). Send it again later.")
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.taken -= 1
+
+
+@dataclass(eq=False)
 class Serving:
-    """has_key: whether clients need an API key. has_own_template: whether the user named the server's chat template."""
+    """config: `fitted` to the engine once it has started. keys: API keys, of which clients need one, if there are any.
+    has_own_template: whether the user named the server's chat template. models: FastAPI's field of each path's body."""
 
     config: ServeConfig
     engine: AsyncEngine
@@ -21,10 +42,23 @@ class Serving:
     visitors: Visitors
     judges: dict[str, Judge]
     uploads: Uploads | None
-    has_key: bool
+    keys: tuple[str, ...]
     has_own_template: bool
     waiting: int = 0  # texts that clients asked for, and that have no place yet
     sweeps: set = field(default_factory=set)  # that run
+    models: dict[str, object] = field(default_factory=dict)
+    beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # of whoever begins a text
+    preparing: int = 0  # sweeps that are being made
+
+    @cached_property
+    def requests(self) -> Places:
+        """Return the places of requests that change or run something."""
+        return Places("requests", self.config.max_requests, "--max-requests")
+
+    @cached_property
+    def uploading(self) -> Places:
+        """Return the places of uploads, each of which is in memory."""
+        return Places("uploads", self.config.max_uploads, "--max-uploads")
 
     def check_template(self, recipient: str) -> None:
         """An error for a model that reads chats by another template than vLLM's server renders them with."""
