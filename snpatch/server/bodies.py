@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from time import monotonic
 
+from fastapi import FastAPI
 from fastapi._compat import ModelField
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
@@ -80,6 +81,11 @@ class Body:
             return left.pop() if left else await self._receive()
 
         return receive
+
+
+def models_of(app: FastAPI) -> dict[str, ModelField]:
+    """Return what reads the body of each path, as FastAPI made it of the route's arguments."""
+    return {route.path: route.body_field for route in app.routes if getattr(route, "body_field", None) is not None}
 
 
 def check_type(headers: Mapping[str, str]) -> None:

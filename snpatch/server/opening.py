@@ -4,7 +4,7 @@ from fastapi import FastAPI
 from vllm.lora.request import LoRARequest
 
 from snpatch.executors.vllm.settings import KEY
-from snpatch.server import handlers, metrics, routes
+from snpatch.server import bodies, handlers, metrics, routes
 from snpatch.server.serving import Serving
 
 
@@ -14,7 +14,7 @@ def open_doors(serving: Serving, app: FastAPI) -> None:
     # To vLLM a name is an adapter's: it is listed, checked, told in answers, and reaches `generate`, but no further.
     models.lora_requests |= {name: LoRARequest(name, i, KEY) for i, name in enumerate(serving.catalogue.names, 1)}
     handlers.wrap(serving, app.state)
-    serving.models |= {route.path: route.body_field for route in app.routes if getattr(route, "body_field", None)}
+    serving.models |= bodies.models_of(app)
     app.include_router(routes.router(serving))
     executor = serving.engine.executor
     metrics.watch(lambda: executor.registry.in_use, lambda: executor.waiting)
