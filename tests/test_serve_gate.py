@@ -83,7 +83,7 @@ def serve(gated, engine, ranking, monkeypatch):
         serving.config, serving.keys = ServeConfig(engine.config, **limits).fitted(CONTEXT, SEATS), tuple(keys)
         serving.catalogue = Catalogue(engine, serving.config)
         serving.catalogue.add("rankings", "safety", ranking)
-        for name in ("requests", "uploading"):
+        for name in ("requests", "arriving", "uploading"):
             vars(serving).pop(name, None)
         return app, serving
 
@@ -254,11 +254,12 @@ def test_a_body_that_does_not_arrive_in_time_is_a_408_and_its_place_is_free(serv
     async def slow():
         yield b"{"
         await asyncio.sleep(60)
+        yield b"}"
 
     (answer,) = send(app, ("POST", CHATS, {"content": slow(), "headers": JSON}))
     assert answer.status_code == 408
     assert "within 0.05 s (--body-timeout-s)" in answer.json()["error"]["message"]
-    assert serving.requests.taken == 0
+    assert (serving.requests.taken, serving.arriving.taken) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -400,33 +401,46 @@ def test_windows_and_letters_of_a_sweep_have_a_limit(serve):
 
 
 def test_requests_and_uploads_past_their_places_are_a_503(serve):
-    app, serving = serve(max_requests=3, max_uploads=1)
+    app, serving = serve(max_requests=1, max_uploads=1)
+    with serving.requests:
+        (refused, health) = send(app, ("POST", CHATS, {"json": ASKED}), ("GET", "/health", {}))
+    with serving.uploading:
+        (upload,) = send(app, ("PUT", "/v1/snpatch/rankings/a", {"content": b""}))
+    assert (refused.status_code, "requests: at most 1 at once (--max-requests)" in refused.text) == (503, True)
+    assert (refused.headers["retry-after"], health.status_code) == ("1", 200)
+    assert (upload.status_code, "uploads: at most 1 at once (--max-uploads)" in upload.text) == (503, True)
+    assert post(app, CHATS, ASKED).status_code == 200
+    assert (serving.requests.taken, serving.uploading.taken) == (0, 0)
+
+
+def test_bodies_that_arrive_slowly_keep_nobody_out_and_have_a_limit_of_bytes(serve):
+    app, serving = serve(max_requests=1, max_arriving_bytes=2500)
 
     async def everything():
-        held = asyncio.Event()
+        end = asyncio.Event()
 
-        async def waiting():
-            yield b"{"
-            await held.wait()
-            yield b"}"
+        async def slow():
+            yield b" " * 900
+            await end.wait()
+            yield json.dumps(ASKED).encode()
 
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
-            with serving.uploading:
-                upload = await http.put("/v1/snpatch/rankings/a", content=b"")
-            begun = [asyncio.create_task(http.post(CHATS, content=waiting(), headers=JSON)) for _ in range(3)]
-            await asyncio.sleep(0.05)
-            refused, health = await http.post(CHATS, json=ASKED), await http.get("/health")
-            held.set()
-            return upload, refused, health, await asyncio.gather(*begun)
 
-    upload, refused, health, begun = asyncio.run(everything())
-    assert (upload.status_code, "at most 1 run at once (--max-uploads)" in upload.text) == (503, True)
-    assert (refused.status_code, "at most 3 run at once (--max-requests)" in refused.text) == (503, True)
-    assert refused.headers["retry-after"] == "1"
-    assert health.status_code == 200
-    assert {answer.status_code for answer in begun} == {400}
-    assert (serving.requests.taken, serving.uploading.taken) == (0, 0)
+            async def ask():
+                return await http.post(CHATS, content=slow(), headers=JSON)
+
+            begun = [asyncio.create_task(ask()) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            found = await http.post(CHATS, json=ASKED), await ask()
+            held = serving.arriving.taken
+            end.set()
+            return *found, held, await begun[0]
+
+    whole, late, held, slow = asyncio.run(everything())
+    assert (whole.status_code, slow.status_code, held) == (200, 200, 1800)
+    assert (late.status_code, "at most 2500 at once (--max-arriving-bytes)" in late.text) == (503, True)
+    assert serving.arriving.taken == 0
 
 
 @pytest.mark.parametrize("limit", ["max_requests", "max_body_bytes", "max_texts", "max_prompt_letters"])

@@ -21,6 +21,7 @@ from vllm.exceptions import VLLMValidationError
 from snpatch.errors import SnpatchError, first_line
 from snpatch.server.config import ServeConfig
 from snpatch.server.errors import MediaTypeError, SlowBodyError, TooMuchError
+from snpatch.server.serving import Places
 
 RESPONSES, INVOCATIONS, SWEEP = "/v1/responses", "/invocations", "/v1/snpatch/sweep"
 TOKENIZING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")  # without a limit of vLLM's
@@ -39,8 +40,8 @@ VALUE = re.compile(rb'"[^"]*"?|\d{1,18}(?:\s*,\s*\d{1,18}){0,4095}|[^\s,:"\[\]{}
 class Body:
     """Wraps an ASGI `receive`: a body that is late, or longer than a limit of bytes, is an error."""
 
-    def __init__(self, receive: Receive, timeout_s: float) -> None:
-        self._receive, self._timeout_s = receive, timeout_s
+    def __init__(self, receive: Receive, timeout_s: float, arriving: Places) -> None:
+        self._receive, self._timeout_s, self._arriving = receive, timeout_s, arriving
         self._end, self._is_whole = monotonic() + timeout_s, False
 
     async def receive(self) -> Message:
@@ -59,19 +60,23 @@ class Body:
 
     async def read(self, length: int, limit: int) -> bytes:
         """Return all of it. length: what its header says."""
-        body = bytearray()
-        while True:
-            if max(length, len(body)) > limit:
-                raise TooMuchError(
-                    f"body: expected at most {limit} bytes (--max-body-bytes), got {max(length, len(body))} or more",
-                    field="body",
-                )
-            if self._is_whole:
-                return bytes(body)
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            body += message.get("body", b"")
+        body, held = bytearray(), 0
+        try:
+            while True:
+                if (n := max(length, len(body))) > limit:
+                    raise TooMuchError(
+                        f"body: expected at most {limit} bytes (--max-body-bytes), got {n} or more", field="body"
+                    )
+                if self._is_whole:
+                    return bytes(body)
+                self._arriving.take(len(body) - held)
+                held = len(body)
+                message = await self.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+        finally:
+            self._arriving.leave(held)
 
     def again(self, body: bytes) -> Receive:
         """Return a `receive` that gives what was read, then what comes after it."""

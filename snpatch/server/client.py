@@ -86,6 +86,7 @@ class PatchedClient:
         params, room = copy.copy(sampling_params), self.engine.geometry.context - len(ids)
         params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         params.min_tokens = min(params.min_tokens, params.max_tokens)
+        self._check_logprobs(ask, params, len(ids))
         params.update_from_generation_config({"eos_token_id": sorted(requests.model(ask.recipient).weights.eos_ids)})
         request = requests.patched(ids, ask.patch, sampling=Sampling(max_tokens=params.max_tokens))
         if not named_by(request).is_empty:
@@ -100,6 +101,26 @@ class PatchedClient:
         """What vLLM's server calls in a thread on SIGTERM, before it stops listening: lets what runs end. The engine is
         closed by whoever started it."""
         self.serving.visitors.close(timeout)
+
+    def _check_logprobs(self, ask: Ask, params: SamplingParams, prompt_length: int) -> None:
+        """Raise for more log-probabilities than an answer can be made of while others are served."""
+        is_whole, limit = params.output_kind != RequestOutputKind.DELTA, self.serving.config.max_logprob_values
+        ask.logprobs += params.n * (
+            prompt_length * self._num_logprobs(params.prompt_logprobs)
+            + is_whole * params.max_tokens * self._num_logprobs(params.logprobs)
+        )
+        if ask.logprobs > limit:
+            raise SnpatchError(
+                f"logprobs: expected at most {limit} values in an answer (--max-logprob-values), got {ask.logprobs} or "
+                "more. Set max_tokens, stream, or send several requests.",
+                field="logprobs",
+            )
+
+    def _num_logprobs(self, asked: int | None) -> int:
+        """Return the values of a position: its own token's and the likeliest ones'; -1 asks for the vocabulary's."""
+        if asked is None:
+            return 0
+        return 1 + (asked if asked >= 0 else self.engine.geometry.vocab_size)
 
     def _check_constraint(self, params: SamplingParams) -> None:
         """Raise for a grammar whose compilation would hold up the server and the engine."""
@@ -195,10 +216,10 @@ class PatchedClient:
                     output = result.outputs[0]
                     ids = ids if is_delta else []
                     ids += output.token_ids
-                    if output.finish_reason == "error" and params.structured_outputs is not None and not ids:
+                    if output.finish_reason == "error" and params.structured_outputs is not None:
                         raise SnpatchError(
-                            "structured output: vLLM cannot compile this regex, grammar or schema for this model's "
-                            "tokenizer. Simplify it.",
+                            "structured output: expected a regex, grammar, choice or schema that vLLM can compile and "
+                            "that the model's vocabulary can write. Change it.",
                             field="structured_outputs",
                         )
                     if result.finished:

@@ -13,6 +13,7 @@ FILES = ("rankings", "constants", "guards")  # name -> file
 ALWAYS_OPEN = ("/health", "/ping")  # without an API key, too
 OPENABLE = """/version /metrics /load /docs /docs/oauth2-redirect /redoc /openapi.json /tokenize /detokenize""".split()
 LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN = 1 << 20, 8  # of the default limit; a token id in JSON takes up to 8 bytes
+ARRIVING_BODIES = 256  # that may be large
 LETTERS_PER_TOKEN = 32  # of the context: longer prompts cannot fit
 TEXTS_PER_SEAT = 4  # seats: max_num_seqs
 
@@ -46,6 +47,9 @@ class ServeConfig:
     max_body_bytes: int | None = option(
         None, "Most bytes of a JSON body. Default: 1 MiB, or 8 x the context where that is more.", min=1
     )
+    max_arriving_bytes: int | None = option(
+        None, "Most bytes in memory of bodies that have not arrived in full. Default: 256 x max_body_bytes.", min=1
+    )
     max_body_values: int = option(
         4096, "Most JSON values and names in a body; 32 token ids are one. Responses: a quarter of it.", min=8
     )
@@ -53,6 +57,9 @@ class ServeConfig:
     max_texts: int | None = option(None, "Most texts of a request (prompts x n). Default: 4 x max_num_seqs.", min=1)
     max_prompt_letters: int | None = option(
         None, "Most letters of a text to /tokenize and of a sweep's prompt. Default: 32 x the context.", min=1
+    )
+    max_logprob_values: int = option(
+        10_240, "Most log-probabilities in an answer: of its prompts and, unless it is streamed, of max_tokens.", min=1
     )
     max_grammar_letters: int = option(
         16_384, "Most letters of a regex, grammar, choice or JSON schema that constrains a text.", min=1
@@ -97,9 +104,11 @@ class ServeConfig:
 
     def fitted(self, context: int, max_num_seqs: int) -> "ServeConfig":
         """Return the config with every limit that was left out, as the engine's sizes set it."""
+        body_bytes = self.max_body_bytes or max(LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN * context)
         defaults = {
             "max_requests": TEXTS_PER_SEAT * max_num_seqs,
-            "max_body_bytes": max(LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN * context),
+            "max_body_bytes": body_bytes,
+            "max_arriving_bytes": ARRIVING_BODIES * body_bytes,
             "max_texts": TEXTS_PER_SEAT * max_num_seqs,
             "max_prompt_letters": LETTERS_PER_TOKEN * context,
         }

@@ -49,7 +49,7 @@ class Gate:
             try:
                 path = scope["path"].removeprefix(scope.get("root_path", ""))
                 _check_way(serving, path, scope["method"], headers)
-                if not is_reading:
+                if not is_reading and path not in ALWAYS_OPEN:  # which read no body
                     receive = await _entered(serving, path, scope["method"], headers, receive, entered)
             except SnpatchError as reason:
                 refusal = error(reason)
@@ -67,15 +67,18 @@ async def _entered(
 ) -> Receive:
     """Take a request in, and return the `receive` of its body, which is within the limits. entered: what it leaves."""
     config = serving.config
+    body = bodies.Body(receive, config.body_timeout_s, serving.arriving)
+    receive = body.receive
+    if method == "POST":  # its place is taken once it is there: many that arrive slowly keep nobody out
+        bodies.check_type(headers)
+        content = await body.read(int(headers.get("content-length", 0)), config.max_body_bytes)
+        await bodies.check(content, path, config, serving.models)
+        receive = body.again(content)
+    if serving.visitors.is_closing:
+        raise BusyError("the server is ending")
     for place in (serving.requests, serving.visitors, *([serving.uploading] if method == "PUT" else [])):
         entered.enter_context(place)
-    body = bodies.Body(receive, config.body_timeout_s)
-    if method != "POST":
-        return body.receive
-    bodies.check_type(headers)
-    content = await body.read(int(headers.get("content-length", 0)), config.max_body_bytes)
-    await bodies.check(content, path, config, serving.models)
-    return body.again(content)
+    return receive
 
 
 def _check_way(serving: Serving, path: str, method: str, headers: Headers) -> None:
@@ -86,8 +89,6 @@ def _check_way(serving: Serving, path: str, method: str, headers: Headers) -> No
         raise UnauthorizedError("authorization: expected `Bearer KEY` with a key of this server, got none or another")
     if path not in MODEL and path not in OTHERS and not path.startswith(BELOW):
         raise MissingError("not served by snpatch: GET /v1/snpatch and /docs say what is")
-    if serving.visitors.is_closing and method not in READING:
-        raise BusyError("the server is ending")
 
 
 def _is_key(authorization: str, keys: Sequence[str]) -> bool:

@@ -22,13 +22,21 @@ class Places:
     option: str
     taken: int = 0
 
+    def take(self, n: int = 1) -> None:
+        """Take so many, or raise where there is no room for them."""
+        if self.taken + n > self.limit:
+            raise BusyError(f"{self.what}: at most {self.limit} at once ({self.option}). Send it again later.")
+        self.taken += n
+
+    def leave(self, n: int = 1) -> None:
+        """Give so many back."""
+        self.taken -= n
+
     def __enter__(self) -> None:
-        if self.taken >= self.limit:
-            raise BusyError(f"{self.what}: at most {self.limit} run at once ({self.option}). Send it again later.")
-        self.taken += 1
+        self.take()
 
     def __exit__(self, *_: object) -> None:
-        self.taken -= 1
+        self.leave()
 
 
 @dataclass(eq=False)
@@ -54,6 +62,11 @@ class Serving:
     def requests(self) -> Places:
         """Return the places of requests that change or run something."""
         return Places("requests", self.config.max_requests, "--max-requests")
+
+    @cached_property
+    def arriving(self) -> Places:
+        """Return the room for bytes of bodies that have not arrived in full."""
+        return Places("bytes of bodies that arrive", self.config.max_arriving_bytes, "--max-arriving-bytes")
 
     @cached_property
     def uploading(self) -> Places:
