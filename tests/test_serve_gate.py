@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
+import uvicorn
 from serving import CHAT
 
 from snpatch import AsyncEngine, Ranking, SnpatchError, schema
@@ -27,6 +28,7 @@ from snpatch.server import flags, handlers, routes
 from snpatch.server.asks import AskForm
 from snpatch.server.bodies import models_of
 from snpatch.server.catalogue import Catalogue
+from snpatch.server.connections import protocol_with_deadline
 from snpatch.server.serving import Serving
 from snpatch.server.sweeps import Sweep
 from snpatch.server.visitors import Visitors
@@ -260,6 +262,51 @@ def test_a_body_that_does_not_arrive_in_time_is_a_408_and_its_place_is_free(serv
     assert answer.status_code == 408
     assert "within 0.05 s (--body-timeout-s)" in answer.json()["error"]["message"]
     assert (serving.requests.taken, serving.arriving.taken) == (0, 0)
+
+
+WHOLE, HALF = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET / HT"
+
+
+@pytest.mark.parametrize(
+    ("sent", "answers", "is_closed"),
+    [
+        ((b"",), 0, True),
+        ((HALF,), 0, True),
+        ((b"GET / HTTP/1.1\r\nhost: x\r\n",), 0, True),
+        ((WHOLE,), 1, False),
+        ((WHOLE, HALF), 1, True),
+        ((HALF, WHOLE[len(HALF) :]), 1, False),
+    ],
+)
+def test_a_connection_without_a_whole_head_is_closed_and_a_slow_answer_is_not(sent, answers, is_closed):
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.3)  # past the deadline
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def everything():
+        config = uvicorn.Config(app, http=protocol_with_deadline(0.15), lifespan="off", log_level="error")
+        config.load()
+        state = uvicorn.server.ServerState()
+        loop = asyncio.get_running_loop()
+        made = await loop.create_server(lambda: config.http_protocol_class(config, state, {}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*made.sockets[0].getsockname())
+        found = b""
+        for data in sent:
+            writer.write(data)
+            await asyncio.sleep(0.01)
+            if data.endswith(b"\r\n\r\n"):
+                found += await reader.readuntil(b"ok")
+        try:
+            found += await asyncio.wait_for(reader.read(), 0.6)
+            is_over = True
+        except TimeoutError:
+            is_over = False
+        writer.close()
+        made.close()
+        return found.count(b"200 OK"), is_over
+
+    assert asyncio.run(everything()) == (answers, is_closed)
 
 
 @pytest.mark.parametrize(

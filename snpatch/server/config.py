@@ -53,7 +53,9 @@ class ServeConfig:
     max_body_values: int = option(
         4096, "Most JSON values and names in a body; 32 token ids are one. Responses: a quarter of it.", min=8
     )
-    body_timeout_s: float = option(60.0, "Seconds within which a request must arrive in full.", min=0.001)
+    body_timeout_s: float = option(
+        60.0, "Seconds in which the head of a request, and then its body, must arrive.", min=0.001
+    )
     max_texts: int | None = option(None, "Most texts of a request (prompts x n). Default: 4 x max_num_seqs.", min=1)
     max_prompt_letters: int | None = option(
         None, "Most letters of a text to /tokenize and of a sweep's prompt. Default: 32 x the context.", min=1

@@ -19,6 +19,7 @@ from snpatch.server import flags
 from snpatch.server.catalogue import Catalogue
 from snpatch.server.client import PatchedClient
 from snpatch.server.config import ServeConfig
+from snpatch.server.connections import protocol_with_deadline
 from snpatch.server.serving import Serving
 from snpatch.server.uploads import Uploads
 from snpatch.server.visitors import Visitors
@@ -71,7 +72,8 @@ async def _serve(config: ServeConfig) -> None:
         # Past the drain's limit whoever still listens is cut off: uvicorn would wait for them for ever. In vLLM 0.24 it
         # hears of SIGTERM itself, and counts from there.
         client, limit = PatchedClient(serving), {"timeout_graceful_shutdown": ceil(config.drain_s) + GRACE_S}
-        ending = await build_and_serve(client, address, sock, args, **limit)
+        http = protocol_with_deadline(config.body_timeout_s)
+        ending = await build_and_serve(client, address, sock, args, http=http, **limit)
         is_dead = engine.executor.engine.errored
         engine.close()
         await ending
