@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from time import monotonic
+from typing import Protocol
 
 from fastapi import FastAPI
-from fastapi._compat import ModelField
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 from vllm.exceptions import VLLMValidationError
@@ -35,6 +35,13 @@ FEW_VALUES, FEW_ITEMS = 64, 4  # of a body that its route may validate at once; 
 MISSING = object()
 # A value or name of JSON without escapes; a run of small integers, as token ids are, is one.
 VALUE = re.compile(rb'"[^"]*"?|\d{1,18}(?:\s*,\s*\d{1,18}){0,4095}|[^\s,:"\[\]{}]+|[\[{]')
+
+
+class BodyField(Protocol):
+    """FastAPI's field that makes a route's argument of a body."""
+
+    def validate(self, value: object, values: dict, *, loc: tuple) -> tuple[object, list[dict] | None]:
+        """Return the argument, and what is wrong with it."""
 
 
 class Body:
@@ -88,7 +95,7 @@ class Body:
         return receive
 
 
-def models_of(app: FastAPI) -> dict[str, ModelField]:
+def models_of(app: FastAPI) -> dict[str, BodyField]:
     """Return what reads the body of each path, as FastAPI made it of the route's arguments."""
     return {route.path: route.body_field for route in app.routes if getattr(route, "body_field", None) is not None}
 
@@ -103,7 +110,7 @@ def check_type(headers: Mapping[str, str]) -> None:
         )
 
 
-async def check(body: bytes, path: str, config: ServeConfig, models: Mapping[str, ModelField]) -> None:
+async def check(body: bytes, path: str, config: ServeConfig, models: Mapping[str, BodyField]) -> None:
     """Raise for a body that asks for more than the limits. models: what reads the bodies of each path."""
     if len(body) <= INLINE_BYTES:
         _check(body, path, config, models)
@@ -111,7 +118,7 @@ async def check(body: bytes, path: str, config: ServeConfig, models: Mapping[str
         await asyncio.to_thread(_check, body, path, config, models)
 
 
-def _check(body: bytes, path: str, config: ServeConfig, models: Mapping[str, ModelField]) -> None:
+def _check(body: bytes, path: str, config: ServeConfig, models: Mapping[str, BodyField]) -> None:
     limit = config.max_body_values // (COST if path in COSTLY else 1)
     if path == SWEEP:
         limit = max(limit, VALUES_PER_TEXT * config.max_sweep_texts)
@@ -195,7 +202,7 @@ def _check_parts(table: dict) -> None:
             raise SnpatchError(f"{name}: expected a list of objects or texts, got another value in it", field=name)
 
 
-def _check_items(table: dict, model: ModelField) -> None:
+def _check_items(table: dict, model: BodyField) -> None:
     """Validate the items of all lists, a few at once, so that a body of bad ones is refused by its first."""
     for part in _parts(table):
         try:
