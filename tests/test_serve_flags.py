@@ -165,7 +165,7 @@ def test_chats_for_another_template_than_the_servers_are_refused(pairs, tmp_path
     config = EngineConfig.of(own, models={"dpo": str(other)})
     engine = AsyncEngine.from_config(config)
     serving = Serving(
-        ServeConfig(config), engine, Catalogue(engine, ServeConfig(config)), Visitors(1), {}, None, False, False
+        ServeConfig(config), engine, Catalogue(engine, ServeConfig(config)), Visitors(1), {}, None, (), False
     )
     serving.check_template("base")
     with pytest.raises(SnpatchError, match="dpo reads chats by another template") as caught:

@@ -273,9 +273,83 @@ def test_a_sweep_is_the_offline_texts_judged_with_its_noise_floor(world, server,
 )
 def test_a_bad_sweep_is_a_400_with_its_field(server, change, field, message):
     body = {"recipient": "sft", "donor": "dpo", "ranking": "first", "windows": [5], "prompts": ["bala"], **change}
-    answer = httpx.post(server.url + SWEEP, content=json.dumps(body), timeout=60)
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(server.url + SWEEP, content=json.dumps(body), headers=headers, timeout=60)
     assert (answer.status_code, message in answer.text) == (400, True), answer.text
     assert answer.json()["error"]["param"] == field
+
+
+# ---- what one request may cost ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"json": {"$ref": "#"}},
+        {"json": {"type": "object", "properties": {"a": {"type": "string"}}}},
+        {"regex": "(((" },
+        {"regex": "(a{1,300}){1,300}"},
+        {"grammar": "start: /a+/"},
+        {"grammar": "root ::= root"},
+        {"choice": ["{", "}"]},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_structure_that_the_model_cannot_write_is_a_400_with_a_reason(server, constraint, is_streamed):
+    body = {"model": "safe", "messages": CHAT, "max_tokens": 4, "stream": is_streamed}
+    answer = server.post(CHATS, {**body, "structured_outputs": constraint})
+    if not is_streamed:
+        assert answer.status_code == 400, answer.text
+    assert "Internal server error" not in answer.text
+    assert '"error"' in answer.text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"structured_outputs": {"regex": "|".join(f"a{i}b" for i in range(3000))}}, "16384 letters of regex"),
+        ({"structured_outputs": {"choice": [f"w{i}" for i in range(2500)]}}, "16384 letters of choice"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {
+            "enum": [f"w{i}" for i in range(2500)]}}}}, "16384 letters of json"),
+        ({"logprobs": True, "top_logprobs": 20, "max_tokens": 100, "n": 10}, "10240 values in an answer"),
+        ({"prompt_logprobs": 20, "max_tokens": 1, "n": 200}, "10240 values in an answer"),
+        ({"n": 257}, "at most 256 texts (--max-texts), got 1 prompts x 257"),
+    ],
+)  # fmt: skip
+def test_a_request_past_a_limit_is_a_400_that_names_it(server, more, message):
+    answer = server.post(CHATS, {"model": "safe", "messages": CHAT, "max_tokens": 1, **more})
+    assert (answer.status_code, message in answer.text) == (400, True), answer.text
+
+
+LARGEST = {  # requests at the limits
+    "texts": (COMPLETIONS, {"model": "safe", "prompt": IDS[0], "n": 256, "max_tokens": 2}),
+    "texts streamed": (COMPLETIONS, {"model": "safe", "prompt": [IDS[0]] * 256, "max_tokens": 2, "stream": True}),
+    "letters": ("/tokenize", {"prompt": "bala " * 800}),
+    "values": (CHATS, {"model": "safe", "messages": CHAT * 800, "max_tokens": 1}),
+    "windows": (SWEEP, {"recipient": "sft", "donor": "zero", "ranking": "first", "windows": [*range(190)],
+                        "prompts": ["bala"], "max_tokens": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_health_answers_within_200_ms_beside_the_largest_request(server, name):
+    path, body = LARGEST[name]
+
+    async def everything():
+        slowest = 0.0
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            working = asyncio.create_task(http.post(path, json=body))
+            while not working.done():
+                answer = await http.get("/health")
+                assert answer.status_code == 200
+                slowest = max(slowest, answer.elapsed.total_seconds())
+                await asyncio.sleep(0.01)
+        return slowest, working.result()
+
+    slowest, answer = asyncio.run(everything())
+    assert answer.status_code < 500, answer.text
+    assert slowest < 0.2
+    assert not any(server.held().values())
 
 
 # ---- what a server says of itself ------------------------------------------------------------------------------------
@@ -289,7 +363,8 @@ def test_the_server_says_what_it_holds(world, server):
     assert held["patches"]["kept"] == {"recipient": "sft", "guard": "guard"}
     assert held["guards"]["guard"]["k"] == 5
     assert held["schema"]["required"] == ["recipient"]
-    assert held["limits"]["context"] == 128
+    limits = held["limits"]
+    assert (limits["context"], limits["max_texts"], limits["max_requests"]) == (128, 256, 256)
     assert held["versions"].keys() == {"snpatch", "vllm", "torch", "transformers"}
     for path in ("/health", "/version", "/metrics", "/docs", "/openapi.json"):
         assert server.get(path).status_code == 200
@@ -320,8 +395,13 @@ def test_without_the_key_nothing_runs(narrow):
     assert request(narrow, "DELETE", "rankings/x").status_code == 401
     assert narrow.get("/v1/snpatch").status_code == 401
     body = {"model": "base", "messages": CHAT, "max_tokens": 1}
-    assert narrow.post("/invocations", body).status_code == 404
-    assert narrow.post("/invocations", body, headers=KEY).status_code == 404
+    for path in ("/invocations", "/tokenize", "/detokenize", "/v1/messages/count_tokens", "/nothing"):
+        assert narrow.post(path, body).status_code == 401
+    for path in ("/metrics", "/version", "/load", "/docs", "/redoc", "/openapi.json", "/v1/models", "/health/"):
+        assert narrow.get(path).status_code == 401
+    assert narrow.get("/ping").status_code == 200
+    assert narrow.post("/invocations", body, headers=KEY).status_code == 200
+    assert narrow.post("/tokenize", {"prompt": "bala"}, headers=KEY).json()["count"] > 0
     assert narrow.post(CHATS, body, headers=KEY).status_code == 200
     upload = request(narrow, "PUT", "rankings/x", content=b"", headers=KEY)
     assert (upload.status_code, "start it with --allow-upload" in upload.text) == (403, True)

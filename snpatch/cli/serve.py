@@ -3,7 +3,7 @@
 import inspect
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from snpatch.cli.generated import ENGINE_FILES, Engine, Some, generated, is_give
 from snpatch.errors import SnpatchError, SpoiledEngineError
 from snpatch.server.config import ServeConfig
 
-LIMITS = Some(ServeConfig, ("allow_upload", "max_waiting", "max_sweep_texts", "send_timeout_s", "drain_s"))
+LIMITS = Some(ServeConfig, tuple(f.name for f in fields(ServeConfig) if f.metadata))
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}  # the words that are vLLM's own flags
 
 

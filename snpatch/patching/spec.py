@@ -56,6 +56,10 @@ class Named:
     rankings: Mapping[str, Ranking]
     constants: Mapping[str, Constant]
 
+    def donor(self, text: str, ranking: Ranking, seed: int | None) -> str | Source:
+        """Return what a donor's text stands for; see donor_of."""
+        return donor_of(text, ranking, seed, self.constants)
+
 
 def from_text(
     recipient: str,
@@ -128,7 +132,7 @@ def _clause(form: ClauseForm, named: Named) -> Clause:
     with within("window"):
         window = Window.of(form.window)
     with within("donor"):
-        donor = donor_of(form.donor, ranking, form.seed, named.constants)
+        donor = named.donor(form.donor, ranking, form.seed)
     return Clause(donor, ranking, window, form.where, form.strength)
 
 

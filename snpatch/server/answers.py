@@ -3,6 +3,7 @@
 A stream whose receipt failed ends with vLLM's error chunk instead: the finish reason comes after the receipt, or never.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -48,6 +49,7 @@ async def _stream(chunks: AsyncIterator, ask: Ask) -> AsyncIterator:
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
+                await asyncio.sleep(0)  # chunks that are there already come in one turn of the event loop
                 if not isinstance(chunk, str):
                     yield _event(chunk, ask)
                 elif chunk.startswith("event: "):

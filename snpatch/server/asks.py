@@ -31,12 +31,14 @@ class Receipt:
 
 @dataclass(eq=False)
 class Ask:
-    """told: how the answer names the patch. receipts: of the texts, in the order in which vLLM asked for them."""
+    """told: how the answer names the patch. receipts: of the texts, in the order in which vLLM asked for them.
+    logprobs: values that the texts so far may have."""
 
     told: str | Mapping
     patch: Patch | str
     guard: Guard | None = None
     receipts: list[Receipt] = field(default_factory=list)
+    logprobs: int = 0
 
     @property
     def recipient(self) -> str:

@@ -23,7 +23,19 @@ from snpatch.server.errors import MissingError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TAKEN = ("text", "image", "audio", "video")  # vLLM applies an adapter of these names to messages with such parts
 LISTED = 12  # names in an error
-KEPT = 256  # patches of requests that are kept as they were read
+KEPT = 32  # patches of requests that are kept as they were read, and donors of values that were built for them
+BUILT = re.compile(r"(add:)?(zero|mean:\w{1,16}|noise:.{1,32})")  # donors whose values are built
+
+
+class _Named(spec.Named):
+    """Builds a donor's values once for all clauses, windows and requests that name it; the last KEPT are kept."""
+
+    def __init__(self, rankings: Mapping[str, Ranking], constants: Mapping[str, Constant]) -> None:
+        super().__init__(rankings, constants)
+        object.__setattr__(self, "_built", lru_cache(KEPT)(super().donor))
+
+    def donor(self, text: str, ranking: Ranking, seed: int | None):
+        return (self._built if BUILT.fullmatch(text) else super().donor)(text, ranking, seed)
 
 
 class Catalogue:
@@ -34,7 +46,7 @@ class Catalogue:
         self.rankings: dict[str, Ranking] = {}
         self.constants: dict[str, Constant] = {}
         self.guards = {name: self._guard(name, file) for name, file in config.guards.items()}
-        self._read = lru_cache(KEPT)(self._meant)
+        self._forget()
         for name, file in config.rankings.items():
             self.add("rankings", name, named_ranking(file))
         for name, file in config.constants.items():
@@ -76,17 +88,15 @@ class Catalogue:
 
     def ask(self, table: object) -> Ask:
         """What an object `snpatch` means, checked; every error has the field."""
+        self._check_clauses(table)
         form = schema.read(AskForm, "snpatch", table)
         return self._read(form).again()
 
     def add(self, kind: str, name: str, one: Ranking | Constant) -> None:
-        """A ranking or constant of the engine's shape can be named from now on; one of the same name goes.
-
-        To be called where requests are read, or one that is just being read would be kept with what goes.
-        """
+        """A ranking or constant of the engine's shape can be named from now on; one of the same name goes."""
         self.check(kind, name, one)
         self._of(kind)[name] = one
-        self._read.cache_clear()
+        self._forget()
 
     def check(self, kind: str, name: str, one: Ranking | Constant) -> None:
         """An error for what cannot be added."""
@@ -99,7 +109,7 @@ class Catalogue:
     def remove(self, kind: str, name: str) -> None:
         """It can no longer be named; patches that were made of it stay as they are."""
         del self._of(kind)[name]
-        self._read.cache_clear()
+        self._forget()
 
     def told(self) -> dict:
         """As JSON data, for clients."""
@@ -122,9 +132,26 @@ class Catalogue:
     def _of(self, kind: str) -> dict:
         return {"rankings": self.rankings, "constants": self.constants}[kind]
 
-    def _meant(self, form: AskForm) -> Ask:
+    def _forget(self) -> None:
+        """Start new caches: a thread that still reads a request fills the old ones, with what is named no more."""
+        named = _Named({**self.rankings}, {**self.constants})
+        self._read = lru_cache(KEPT)(lambda form: self._meant(form, named))
+
+    def _check_clauses(self, table: object) -> None:
+        """Raise for more clauses than a patch may have, before any is read."""
+        clauses, limit = (
+            table.get("clauses") if isinstance(table, Mapping) else None,
+            self.engine.config.twin.max_clauses,
+        )
+        if isinstance(clauses, list) and (n := len(clauses) + ("donor" in table)) > limit:
+            raise SnpatchError(
+                f"snpatch: expected at most {limit} clauses, got {n}. Start the server with --engine max_clauses={n}.",
+                field="clauses",
+            )
+
+    def _meant(self, form: AskForm, named: spec.Named) -> Ask:
         """The patch of a form; an error for what the engine could never run."""
-        patch = spec.patch_of(form, spec.Named(self.rankings, self.constants))
+        patch = spec.patch_of(form, named)
         donors = [one.donor for one in getattr(patch, "clauses", ()) if isinstance(one.donor, str)]
         for field, name in (("recipient", form.recipient), *(("donor", name) for name in donors)):
             with within(field):

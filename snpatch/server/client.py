@@ -6,6 +6,7 @@ so chats, tools, structured answers and streams stay vLLM's, and so does their n
 
 import asyncio
 import copy
+import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from snpatch.server import metrics
 from snpatch.server.asks import ASK, Ask, Receipt
 from snpatch.server.serving import Serving
 
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "structural_tag")  # of vLLM's StructuredOutputsParams
 UNFINISHED = ("abort", "error")  # finish reasons of a text whose receipt cannot be confirmed
 
 
@@ -75,6 +77,7 @@ class PatchedClient:
             raise SnpatchError("prompts are texts or token ids")
         if ask.guard is not None and sampling_params.prompt_logprobs is not None:
             raise SnpatchError("a guard does not go with log-probabilities of the prompt", field="guard")
+        self._check_constraint(sampling_params)
         n, seed = sampling_params.n, sampling_params.seed
         if seed is not None and seed + n > SEEDS:
             raise SnpatchError(f"seed: those of {n} texts go past 2^63-1", field="seed")
@@ -83,6 +86,7 @@ class PatchedClient:
         params, room = copy.copy(sampling_params), self.engine.geometry.context - len(ids)
         params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         params.min_tokens = min(params.min_tokens, params.max_tokens)
+        self._check_logprobs(ask, params, len(ids))
         params.update_from_generation_config({"eos_token_id": sorted(requests.model(ask.recipient).weights.eos_ids)})
         request = requests.patched(ids, ask.patch, sampling=Sampling(max_tokens=params.max_tokens))
         if not named_by(request).is_empty:
@@ -97,6 +101,39 @@ class PatchedClient:
         """What vLLM's server calls in a thread on SIGTERM, before it stops listening: lets what runs end. The engine is
         closed by whoever started it."""
         self.serving.visitors.close(timeout)
+
+    def _check_logprobs(self, ask: Ask, params: SamplingParams, prompt_length: int) -> None:
+        """Raise for more log-probabilities than an answer can be made of while others are served."""
+        is_whole, limit = params.output_kind != RequestOutputKind.DELTA, self.serving.config.max_logprob_values
+        ask.logprobs += params.n * (
+            prompt_length * self._num_logprobs(params.prompt_logprobs)
+            + is_whole * params.max_tokens * self._num_logprobs(params.logprobs)
+        )
+        if ask.logprobs > limit:
+            raise SnpatchError(
+                f"logprobs: expected at most {limit} values in an answer (--max-logprob-values), got {ask.logprobs} or "
+                "more. Set max_tokens, stream, or send several requests.",
+                field="logprobs",
+            )
+
+    def _num_logprobs(self, asked: int | None) -> int:
+        """Return the values of a position: its own token's and the likeliest ones'; -1 asks for the vocabulary's."""
+        if asked is None:
+            return 0
+        return 1 + (asked if asked >= 0 else self.engine.geometry.vocab_size)
+
+    def _check_constraint(self, params: SamplingParams) -> None:
+        """Raise for a grammar whose compilation would hold up the server and the engine."""
+        limit, given = self.serving.config.max_grammar_letters, params.structured_outputs
+        for name in CONSTRAINTS if given is not None else ():
+            grammar = getattr(given, name, None)
+            letters = len(grammar if isinstance(grammar, str) else json.dumps(grammar))
+            if letters > limit:
+                raise SnpatchError(
+                    f"structured output: expected at most {limit} letters of {name} (--max-grammar-letters), got "
+                    f"{letters}. Simplify it.",
+                    field="structured_outputs",
+                )
 
     def _results(self, text: _Text) -> AsyncIterator[RequestOutput]:
         return self._one(text) if text.params.n == 1 else self._several(text)
@@ -160,7 +197,8 @@ class PatchedClient:
 
     async def _one(self, text: _Text) -> AsyncIterator[RequestOutput]:
         """vLLM's results of one text; the last one comes when its receipt is confirmed."""
-        ids, is_delta, serving = [], text.params.output_kind == RequestOutputKind.DELTA, self.serving
+        params, serving = text.params, self.serving
+        ids, is_delta = [], params.output_kind == RequestOutputKind.DELTA
         is_waiting = True
 
         def send(held: Held) -> Sent:
@@ -171,11 +209,19 @@ class PatchedClient:
 
         serving.waiting += 1
         try:
+            async with serving.beginning:  # one text of all requests in a turn of the event loop
+                await asyncio.sleep(0)
             async with aclosing(self.engine.executor.results(text.request, send)) as results:
                 async for result, records in results:
                     output = result.outputs[0]
                     ids = ids if is_delta else []
                     ids += output.token_ids
+                    if output.finish_reason == "error" and params.structured_outputs is not None:
+                        raise SnpatchError(
+                            "structured output: expected a regex, grammar, choice or schema that vLLM can compile and "
+                            "that the model's vocabulary can write. Change it.",
+                            field="structured_outputs",
+                        )
                     if result.finished:
                         self._confirm(text, ids, output.finish_reason, records)
                     yield result

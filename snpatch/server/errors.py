@@ -27,12 +27,27 @@ class TooMuchError(SnpatchError):
     """More than is kept for clients."""
 
 
+class UnauthorizedError(SnpatchError):
+    """No API key, or a wrong one."""
+
+
+class MediaTypeError(SnpatchError):
+    """A body of another type than the route reads."""
+
+
+class SlowBodyError(SnpatchError):
+    """A body that did not arrive in time."""
+
+
 STATUS = {
     BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
     ForbiddenError: HTTPStatus.FORBIDDEN,
     MissingError: HTTPStatus.NOT_FOUND,
     TakenError: HTTPStatus.CONFLICT,
     TooMuchError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    UnauthorizedError: HTTPStatus.UNAUTHORIZED,
+    MediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    SlowBodyError: HTTPStatus.REQUEST_TIMEOUT,
     FaultError: HTTPStatus.INTERNAL_SERVER_ERROR,
     EngineDiedError: HTTPStatus.INTERNAL_SERVER_ERROR,
     ReceiptError: HTTPStatus.INTERNAL_SERVER_ERROR,

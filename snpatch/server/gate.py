@@ -1,23 +1,31 @@
-"""Gate: the ASGI middleware in front of vLLM's server. Which paths there are, who is inside, when to come again.
+"""Gate: the ASGI middleware in front of vLLM's server. Which paths there are, who may use them, how much they may send.
 
 Why a list of paths and not of exceptions: what vLLM adds in its next version, or has for development, would run models
-without patches and receipts, or reach the workers.
+without patches and receipts, or reach the workers. Why the key is looked at here: vLLM asks for it below /v1 alone.
 """
 
-from starlette.responses import JSONResponse
+import hashlib
+import secrets
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from snpatch.errors import BusyError
-from snpatch.server.errors import MissingError, error
+from snpatch.errors import BusyError, SnpatchError
+from snpatch.server import bodies
+from snpatch.server.config import ALWAYS_OPEN, OPENABLE
+from snpatch.server.errors import MissingError, UnauthorizedError, error
 from snpatch.server.opening import open_doors
 from snpatch.server.sending import clean, timed
 from snpatch.server.serving import Serving
 
 MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations")  # run the model
-OTHERS = """/health /ping /version /metrics /load /docs /docs/oauth2-redirect /redoc /openapi.json
-/v1/models /v1/messages/count_tokens /tokenize /detokenize /v1/snpatch""".split()
+OTHERS = (*ALWAYS_OPEN, *OPENABLE, "/v1/models", "/v1/messages/count_tokens", "/v1/snpatch")
 BELOW = ("/v1/responses/", "/v1/snpatch/")
 READING = ("GET", "HEAD", "OPTIONS")
+PREFLIGHT = ("origin", "access-control-request-method")  # headers with which a browser asks before it sends a key
 RETRY_AFTER = (b"retry-after", b"1")  # seconds, with every 503 but a GET's
 
 
@@ -37,24 +45,60 @@ class Gate:
             await self._app(scope, receive, send)
             return
         receive, send = timed(receive, clean(send, serving.folders), serving.config.send_timeout_s)
-        refusal = _refusal(serving, scope["path"].removeprefix(scope.get("root_path", "")), scope["method"])
-        if refusal is not None:
-            await refusal(scope, receive, _telling_when_to_retry(send))
-        elif scope["method"] in READING:
-            await self._app(scope, receive, send)
-        else:
-            with serving.visitors:
-                await self._app(scope, receive, _telling_when_to_retry(send))
+        headers, is_reading = Headers(scope=scope), scope["method"] in READING
+        send = send if is_reading else _telling_when_to_retry(send)
+        with ExitStack() as entered:
+            try:
+                path = scope["path"].removeprefix(scope.get("root_path", ""))
+                _check_way(serving, path, scope["method"], headers)
+                if not is_reading and path not in ALWAYS_OPEN:  # which read no body
+                    receive = await _entered(serving, path, scope["method"], headers, receive, entered)
+            except SnpatchError as reason:
+                refusal = error(reason)
+                if not is_reading:
+                    refusal.headers["connection"] = "close"  # the rest of its body is not read
+                await refusal(scope, receive, send)
+            except ClientDisconnect:
+                return
+            else:
+                await self._app(scope, receive, send)
 
 
-def _refusal(serving: Serving, path: str, method: str) -> JSONResponse | None:
+async def _entered(
+    serving: Serving, path: str, method: str, headers: Headers, receive: Receive, entered: ExitStack
+) -> Receive:
+    """Take a request in, and return the `receive` of its body, which is within the limits. entered: what it leaves."""
+    config = serving.config
+    body = bodies.Body(receive, config.body_timeout_s, serving.arriving)
+    receive = body.receive
+    if method == "POST":  # its place is taken once it is there: many that arrive slowly keep nobody out
+        bodies.check_type(headers)
+        content = await body.read(int(headers.get("content-length", 0)), config.max_body_bytes)
+        await bodies.check(content, path, config, serving.models)
+        receive = body.again(content)
+    if serving.visitors.is_closing:
+        raise BusyError("the server is ending")
+    for place in (serving.requests, serving.visitors, *([serving.uploading] if method == "PUT" else [])):
+        entered.enter_context(place)
+    return receive
+
+
+def _check_way(serving: Serving, path: str, method: str, headers: Headers) -> None:
+    """Raise for a request that may not come in, whatever its body is."""
+    is_preflight = method == "OPTIONS" and all(name in headers for name in PREFLIGHT)
+    is_open = is_preflight or path in (*ALWAYS_OPEN, *serving.config.open_route)
+    if serving.keys and not is_open and not _is_key(headers.get("authorization", ""), serving.keys):
+        raise UnauthorizedError("authorization: expected `Bearer KEY` with a key of this server, got none or another")
     if path not in MODEL and path not in OTHERS and not path.startswith(BELOW):
-        return error(MissingError("not served by snpatch: GET /v1/snpatch and /docs say what is"))
-    if path == "/invocations" and serving.has_key:
-        return error(MissingError("/invocations asks for no key: it is not served where one is set"))
-    if serving.visitors.is_closing and method not in READING:
-        return error(BusyError("the server is ending"))
-    return None
+        raise MissingError("not served by snpatch: GET /v1/snpatch and /docs say what is")
+
+
+def _is_key(authorization: str, keys: Sequence[str]) -> bool:
+    """Compare as vLLM does: every key, in constant time."""
+    scheme, _, given = authorization.partition(" ")
+    given = hashlib.sha256(given.encode()).digest()
+    found = [secrets.compare_digest(given, hashlib.sha256(key.encode()).digest()) for key in keys]
+    return scheme.lower() == "bearer" and any(found)
 
 
 def _telling_when_to_retry(send: Send) -> Send:

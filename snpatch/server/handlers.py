@@ -1,5 +1,6 @@
 """vLLM's handlers, wrapped: what a request asks for is read before any work, and its answer carries the receipt."""
 
+import asyncio
 import functools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,6 +16,7 @@ from snpatch.errors import SnpatchError, within
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server.answers import with_receipt
 from snpatch.server.asks import ASK, Ask
+from snpatch.server.bodies import check_values
 from snpatch.server.errors import field_of, kind_of, message_of, status_of
 from snpatch.server.fields import check_fields, published_fields
 from snpatch.server.serving import Serving
@@ -71,19 +73,33 @@ async def _asked(serving: Serving, request, raw_request) -> Ask:
         raise SnpatchError("beam search is not served: its beams would not be patched", field="use_beam_search")
     if getattr(request, "background", False):
         raise SnpatchError("an answer in the background would come without its receipt", field="background")
+    _check_texts(serving, request)
     ask = serving.catalogue.named(request.model)
     if ask is None:
         raise serving.catalogue.unknown(request.model)
-    given = await _given(request, raw_request)
+    given = await _given(serving, request, raw_request)
     if given is not None:
         with within(KEY):
-            ask = serving.catalogue.ask(given)
+            ask = await asyncio.to_thread(serving.catalogue.ask, given)  # which builds the values of its donors
     if not ask.is_plain:
         serving.check_waiting()
     is_forced = getattr(request, "tool_choice", None) not in (None, "none", "auto")
     if ask.guard is not None and is_forced:
         raise SnpatchError("a guard does not go with a tool that must be called", field="tool_choice")
     return ask
+
+
+def _check_texts(serving: Serving, request) -> None:
+    """Raise for a request of too many texts, before any is begun."""
+    prompt = getattr(request, "prompt", None)
+    prompts = len(prompt) if isinstance(prompt, list) and not all(isinstance(one, int) for one in prompt) else 1
+    n = max(getattr(request, name, None) or 1 for name in ("n", "best_of"))
+    if prompts * n > serving.config.max_texts:
+        raise SnpatchError(
+            f"request: expected at most {serving.config.max_texts} texts (--max-texts), got {prompts} prompts x {n}. "
+            "Send several requests.",
+            field="n" if n > 1 else "prompt",
+        )
 
 
 async def _begun(events: AsyncIterator) -> AsyncIterator:
@@ -104,7 +120,7 @@ async def _begun(events: AsyncIterator) -> AsyncIterator:
     return whole()
 
 
-async def _given(request, raw_request) -> object:
+async def _given(serving: Serving, request, raw_request) -> object:
     """The object of a request's own field, or of its vllm_xargs, where it stands as JSON."""
     more = getattr(request, "vllm_xargs", None) or {}
     given = (request.model_extra or {}).get(KEY)
@@ -118,6 +134,7 @@ async def _given(request, raw_request) -> object:
     try:
         if not isinstance(text, str):
             raise ValueError("wanted a text")
+        check_values(text.encode(), serving.config.max_body_values, f"vllm_xargs.{KEY}")
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SnpatchError(f"vllm_xargs: {KEY} is no JSON: {error}", field=f"vllm_xargs.{KEY}") from error

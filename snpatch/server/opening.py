@@ -4,7 +4,7 @@ from fastapi import FastAPI
 from vllm.lora.request import LoRARequest
 
 from snpatch.executors.vllm.settings import KEY
-from snpatch.server import handlers, metrics, routes
+from snpatch.server import bodies, handlers, metrics, routes
 from snpatch.server.serving import Serving
 
 
@@ -16,6 +16,7 @@ def open_doors(serving: Serving, app: FastAPI) -> None:
     for model in models.base_model_paths:
         model.model_path = model.name  # which /v1/models would tell: it may be a folder of this machine
     handlers.wrap(serving, app.state)
+    serving.models |= bodies.models_of(app)
     app.include_router(routes.router(serving))
     executor = serving.engine.executor
     metrics.watch(lambda: executor.registry.in_use, lambda: executor.waiting)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request
@@ -14,12 +15,11 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import versions
 from snpatch.server import uploads
 from snpatch.server.asks import AskForm
+from snpatch.server.config import ServeConfig
 from snpatch.server.errors import ForbiddenError, MissingError, TooMuchError, error
 from snpatch.server.sending import EventStream
 from snpatch.server.serving import Serving
 from snpatch.server.sweeps import Sweep, SweepForm
-
-MOST_BODY = 16 << 20  # bytes of a sweep's prompts
 
 
 def router(serving: Serving) -> APIRouter:
@@ -73,8 +73,8 @@ def router(serving: Serving) -> APIRouter:
     async def sweep(request: Request) -> Response:
         """Patch every window into every prompt, judge the texts: server-sent events start, text, row, summary."""
         try:
-            body = await _body(request, MOST_BODY)
-            running = await Sweep.made(serving, schema.read(SweepForm, "sweep", _json(body)))
+            form = await asyncio.to_thread(_sweep_form, await request.body())
+            running = await Sweep.made(serving, form)
         except SnpatchError as reason:
             return error(reason)
         return EventStream(running.events())
@@ -90,8 +90,8 @@ def _limits(serving: Serving) -> dict:
         "layers": engine.geometry.n_layers,
         "neurons_a_layer": engine.geometry.n_neurons,
         **{name: getattr(twin, name) for name in sizes},
-        "max_waiting": serving.config.max_waiting,
-        "max_sweep_texts": serving.config.max_sweep_texts,
+        **{f.name: getattr(serving.config, f.name) for f in fields(ServeConfig) if f.name.startswith("max_")},
+        "body_timeout_s": serving.config.body_timeout_s,
         "send_timeout_s": serving.config.send_timeout_s,
         "upload_bytes": serving.uploads.limit if serving.uploads else 0,
     }
@@ -105,13 +105,13 @@ def _uploads(serving: Serving, kind: str) -> uploads.Uploads:
     return serving.uploads
 
 
-def _json(body: bytes) -> object:
+def _sweep_form(body: bytes) -> SweepForm:
     try:
         table = json.loads(body)
         json.dumps(table, ensure_ascii=False).encode()  # texts that are no Unicode: no tokenizer takes them
     except (ValueError, RecursionError) as reason:
         raise SnpatchError(f"sweep: no JSON: {first_line(reason)}", field="body") from reason
-    return table
+    return schema.read(SweepForm, "sweep", table)
 
 
 async def _body(request: Request, limit: int) -> bytes:

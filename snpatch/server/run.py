@@ -21,6 +21,7 @@ from snpatch.server import flags
 from snpatch.server.catalogue import Catalogue
 from snpatch.server.client import PatchedClient
 from snpatch.server.config import ServeConfig
+from snpatch.server.connections import protocol_with_deadline
 from snpatch.server.serving import Serving
 from snpatch.server.uploads import Uploads
 from snpatch.server.visitors import Visitors
@@ -60,7 +61,7 @@ async def _serve(config: ServeConfig) -> None:
         Visitors(config.drain_s),
         judges=_judges(config),
         uploads=None if config.allow_upload is None else Uploads(config.allow_upload, catalogue),
-        has_key=bool(args.api_key or os.environ.get("VLLM_API_KEY")),
+        keys=tuple(filter(None, args.api_key or [os.environ.get("VLLM_API_KEY")])),
         has_own_template=args.chat_template is not None,
     )
     try:
@@ -72,13 +73,16 @@ async def _serve(config: ServeConfig) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ceil(1000 * config.send_timeout_s))
     with closing(sock), closing(engine):
         await engine.start(log_stats=True)
+        seats = engine.executor.engine.vllm_config.scheduler_config.max_num_seqs
+        serving.config = config.fitted(engine.geometry.context, seats)
         _complete(args, serving, served)
         models, patches = ", ".join(engine.models), ", ".join(catalogue.patches) or "none"
         print(f"snpatch: serving at {address}: models {models}; patches {patches}", file=sys.stderr, flush=True)
         # Past the drain's limit whoever still listens is cut off: uvicorn would wait for them for ever. In vLLM 0.24 it
         # hears of SIGTERM itself, and counts from there.
         client, limit = PatchedClient(serving), {"timeout_graceful_shutdown": ceil(config.drain_s) + GRACE_S}
-        ending = await build_and_serve(client, address, sock, args, **limit)
+        http = protocol_with_deadline(config.body_timeout_s)
+        ending = await build_and_serve(client, address, sock, args, http=http, **limit)
         is_dead = engine.executor.engine.errored
         engine.close()
         await ending

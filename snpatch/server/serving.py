@@ -1,5 +1,6 @@
 """Serving: what one server holds: its engine, what clients can name, judges, uploads, and who is being answered."""
 
+import asyncio
 import os
 import signal
 import tempfile
@@ -18,8 +19,35 @@ from snpatch.server.visitors import Visitors
 
 
 @dataclass(eq=False)
+class Places:
+    """A context manager of which so many may be inside at once; option: the one that sets how many."""
+
+    what: str
+    limit: int
+    option: str
+    taken: int = 0
+
+    def take(self, n: int = 1) -> None:
+        """Take so many, or raise where there is no room for them."""
+        if self.taken + n > self.limit:
+            raise BusyError(f"{self.what}: at most {self.limit} at once ({self.option}). Send it again later.")
+        self.taken += n
+
+    def leave(self, n: int = 1) -> None:
+        """Give so many back."""
+        self.taken -= n
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+
+@dataclass(eq=False)
 class Serving:
-    """has_key: whether clients need an API key. has_own_template: whether the user named the server's chat template."""
+    """config: `fitted` to the engine once it has started. keys: API keys, of which clients need one, if there are any.
+    has_own_template: whether the user named the server's chat template. models: FastAPI's field of each path's body."""
 
     config: ServeConfig
     engine: AsyncEngine
@@ -27,10 +55,13 @@ class Serving:
     visitors: Visitors
     judges: dict[str, Judge]
     uploads: Uploads | None
-    has_key: bool
+    keys: tuple[str, ...]
     has_own_template: bool
     waiting: int = 0  # texts that clients asked for, and that have no place yet
     sweeps: set = field(default_factory=set)  # that run
+    models: dict[str, object] = field(default_factory=dict)
+    beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # of whoever begins a text
+    preparing: int = 0  # sweeps that are being made
     spoiled: SpoiledEngineError | None = None  # why the server is to be restarted
 
     def judge(self, error: OverflowedError) -> OverflowedError:
@@ -46,6 +77,21 @@ class Serving:
         """Return folders of this machine that no answer may name."""
         uploads, model = self.config.allow_upload or ".", self.config.engine.model
         return private_folders(uploads, model, tempfile.gettempdir(), Path.cwd())
+
+    @cached_property
+    def requests(self) -> Places:
+        """Return the places of requests that change or run something."""
+        return Places("requests", self.config.max_requests, "--max-requests")
+
+    @cached_property
+    def arriving(self) -> Places:
+        """Return the room for bytes of bodies that have not arrived in full."""
+        return Places("bytes of bodies that arrive", self.config.max_arriving_bytes, "--max-arriving-bytes")
+
+    @cached_property
+    def uploading(self) -> Places:
+        """Return the places of uploads, each of which is in memory."""
+        return Places("uploads", self.config.max_uploads, "--max-uploads")
 
     def check_template(self, recipient: str) -> None:
         """An error for a model that reads chats by another template than vLLM's server renders them with."""

@@ -28,7 +28,6 @@ from snpatch.statistics import Interval, causal_effect, interval, paired_p
 
 MOST = 4  # sweeps at once
 BESIDE = 4  # points beside the windows, at most: two unpatched models and the noise floor
-LETTERS = 32  # of a prompt, a token of the context: longer ones cannot fit
 NOTHING, SELF = "k = 0", "self-patch"  # the noise floor
 
 
@@ -71,51 +70,67 @@ class Sweep:
     def __init__(self, serving: Serving, form: SweepForm) -> None:
         self._serving, self._form = serving, form
         self._neurons = serving.engine.geometry.n_layers * serving.engine.geometry.n_neurons
-        self._requests: list[list[Request]] = []  # of each point and prompt
         self._no_self_patch: str | None = None  # why
         self._check_asked()
         self._prompts = [one if isinstance(one, str) else [asdict(message) for message in one] for one in form.prompts]
         self._questions = [one if isinstance(one, str) else question(one) for one in self._prompts]
         self._points = self._every_point()
+        self._requests = self._every_request()
 
     @classmethod
     async def made(cls, serving: Serving, form: SweepForm) -> "Sweep":
-        """A sweep that could run; bad input is an error. Other requests are served meanwhile."""
-        sweep, requests = cls(serving, form), serving.engine.requests
+        """Make a sweep that could run, in a thread; bad input is an error. Other requests are served meanwhile."""
+        if len(serving.sweeps) + serving.preparing >= MOST:
+            raise BusyError(f"{MOST} sweeps are running")
+        serving.preparing += 1
+        try:
+            return await asyncio.to_thread(cls, serving, form)
+        finally:
+            serving.preparing -= 1
+
+    def _every_request(self) -> list[list[Request]]:
+        """Return the requests of each point and prompt."""
+        form, requests = self._form, self._serving.engine.requests
         sampling = Sampling(max_tokens=form.max_tokens, temperature=form.temperature, seed=form.seed)
         encoded: dict[str, list[list[int]]] = {}
-        for name in dict.fromkeys(speaker(point.patch) for point in sweep._points):
+        for name in dict.fromkeys(speaker(point.patch) for point in self._points):
             encoded[name] = []
-            for place, prompt in enumerate(sweep._prompts):
+            for place, prompt in enumerate(self._prompts):
                 with within(f"prompts.{place}"):
                     encoded[name] += requests.encode([prompt], name)
-                await asyncio.sleep(0)
-        for point in sweep._points:
+        made = []
+        for point in self._points:
             asked = requests.writing(encoded[speaker(point.patch)], point.patch, sampling)
-            sweep._requests.append([request for _, request in asked])
-            serving.engine.executor.registry.check(sweep._requests[-1][0])
-            await asyncio.sleep(0)
-        return sweep
+            made.append([request for _, request in asked])
+            self._serving.engine.executor.registry.check(made[-1][0])
+        return made
 
     def _check_asked(self) -> None:
         form, serving = self._form, self._serving
-        if len(serving.sweeps) >= MOST:
-            raise BusyError(f"{MOST} sweeps are running")
         if form.judge not in serving.judges:
             raise SnpatchError(f"no judge named {form.judge!r}: there are {', '.join(serving.judges)}", field="judge")
         for name in ("windows", "prompts"):
             if not getattr(form, name):
                 raise SnpatchError("sweep: needs a window and a prompt", field=name)
+        if len(form.windows) > serving.config.max_sweep_windows:
+            raise SnpatchError(
+                f"sweep: expected at most {serving.config.max_sweep_windows} windows (--max-sweep-windows), got "
+                f"{len(form.windows)}. Send several sweeps.",
+                field="windows",
+            )
         n, most = (len(form.windows) + BESIDE) * len(form.prompts), serving.config.max_sweep_texts
         if n > most:
             raise SnpatchError(
                 f"sweep: {len(form.windows)} windows and {BESIDE} points beside, of {len(form.prompts)} prompts, are "
-                f"{n} texts: at most {most} are written"
+                f"{n} texts: at most {most} are written (--max-sweep-texts)"
             )
-        longest = LETTERS * serving.engine.geometry.context
+        longest = serving.config.max_prompt_letters
         for place, prompt in enumerate(form.prompts):
             if sum(map(len, [prompt] if isinstance(prompt, str) else [m.content for m in prompt])) > longest:
-                raise SnpatchError(f"sweep: prompt {place} has more than {longest} letters", field=f"prompts.{place}")
+                raise SnpatchError(
+                    f"sweep: prompt {place} has more than {longest} letters (--max-prompt-letters)",
+                    field=f"prompts.{place}",
+                )
             if not isinstance(prompt, str) and not any(message.role == "user" for message in prompt):
                 raise SnpatchError(
                     f"sweep: prompt {place} is a chat without a user's message", field=f"prompts.{place}"

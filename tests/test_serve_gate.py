@@ -1,0 +1,579 @@
+"""What one request may cost `snpatch serve`: keys, bodies, counts, and the event loop beside the largest request.
+
+vLLM's own app with snpatch's gate, in this process, over an engine that is not started.
+"""
+
+import asyncio
+import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from serving import CHAT
+
+from snpatch import AsyncEngine, Ranking, SnpatchError, schema
+from snpatch.config import EngineConfig
+from snpatch.ranking.ranking import MOMENTS
+from snpatch.server.config import ServeConfig
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from snpatch.executors.vllm.streaming import StreamingExecutor
+from snpatch.judges.refusal import RefusalWords
+from snpatch.server import flags, handlers, routes
+from snpatch.server.asks import AskForm
+from snpatch.server.bodies import models_of
+from snpatch.server.catalogue import Catalogue
+from snpatch.server.connections import protocol_with_deadline
+from snpatch.server.serving import Serving
+from snpatch.server.sweeps import Sweep
+from snpatch.server.visitors import Visitors
+
+LAYERS, NEURONS, CONTEXT, SEATS = 32, 11008, 4096, 256  # of Llama-2-7B, and vLLM's max_num_seqs
+HEALTH_S = 0.2  # the longest that /health may take beside any request
+CHATS, COMPLETIONS, RESPONSES, SWEEP = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/snpatch/sweep",
+)
+ASKED = {"model": "base", "messages": CHAT}
+NOISE = {"donor": "noise:1", "ranking": "safety", "window": 5000}
+SWEPT = {"recipient": "base", "donor": "noise:1", "ranking": "safety"}
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def engine(zoo):
+    """The tiny model's engine, not started, that says it has Llama-2-7B's shapes."""
+    made = zoo("llama")
+    adapters = {name: list(made.adapters[name]) for name in ("sft", "dpo")}
+    one = AsyncEngine.from_config(EngineConfig.of(made.folder, adapters, template="tulu", max_clauses=8))
+    one.geometry = replace(one.geometry, n_layers=LAYERS, n_neurons=NEURONS, context=CONTEXT)
+    one.requests._geometry = one.geometry
+    return one
+
+
+@pytest.fixture(scope="module")
+def ranking():
+    draw = torch.Generator().manual_seed(0)
+    rank = torch.randperm(LAYERS * NEURONS, generator=draw).int().view(LAYERS, NEURONS)
+    return Ranking(rank, moments={name: torch.rand(LAYERS, NEURONS, generator=draw) for name in MOMENTS})
+
+
+@pytest.fixture(scope="module")
+def gated(engine):
+    """vLLM's app in front of handlers that answer at once, and its Serving."""
+    config = ServeConfig(engine.config)
+    catalogue, judges = Catalogue(engine, config), {"refusal": RefusalWords()}
+    serving = Serving(config, engine, catalogue, Visitors(1), judges, None, (), has_own_template=True)
+    return app_of(flags.namespace("m", {}, {}), serving), serving
+
+
+@pytest.fixture
+def serve(gated, engine, ranking, monkeypatch):
+    """serve(keys, **limits): the app and its Serving, with these keys and limits."""
+    monkeypatch.setattr(StreamingExecutor, "waiting", 0)
+    monkeypatch.setattr(Sweep, "events", no_events)
+
+    def get(keys=(), **limits):
+        app, serving = gated
+        serving.config, serving.keys = ServeConfig(engine.config, **limits).fitted(CONTEXT, SEATS), tuple(keys)
+        serving.catalogue = Catalogue(engine, serving.config)
+        serving.catalogue.add("rankings", "safety", ranking)
+        for name in ("requests", "arriving", "uploading"):
+            vars(serving).pop(name, None)
+        return app, serving
+
+    return get
+
+
+async def no_events(self):
+    """In the place of a sweep's events: its texts need an engine."""
+    yield "event: start\n\n"
+
+
+class Handler:
+    """In the place of one of vLLM's: answers every request that reaches it with an empty stream."""
+
+    def __init__(self, method: str) -> None:
+        setattr(self, method, self._answer)
+
+    async def _answer(self, request, raw_request=None):
+        async def chunks():
+            yield "data: [DONE]\n\n"
+
+        return chunks()
+
+    def create_error_response(self, message, err_type, status_code, param=None):
+        from vllm.entrypoints.openai.chat_completion.api_router import ErrorResponse
+
+        return ErrorResponse(error={"message": message, "type": err_type, "code": status_code, "param": param})
+
+
+def app_of(args, serving: Serving):
+    from vllm.entrypoints.openai.api_server import build_app
+
+    async def check_health() -> None: ...
+
+    app = build_app(args, supported_tasks=("generate",))
+    app.state.args, app.state.enable_server_load_tracking = args, False
+    app.state.engine_client = SimpleNamespace(serving=serving, check_health=check_health)
+    for name, method in handlers.WRAPPED.items():
+        setattr(app.state, name, Handler(method))
+    handlers.wrap(serving, app.state)
+    serving.models |= models_of(app)
+    app.include_router(routes.router(serving))
+    return app
+
+
+def send(app, *requests: tuple) -> list[httpx.Response]:
+    """The answers to (method, path, arguments of httpx), one after the other."""
+
+    async def everything():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            return [await http.request(method, path, **more) for method, path, more in requests]
+
+    return asyncio.run(everything())
+
+
+def post(app, path: str, table: object) -> httpx.Response:
+    content = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return send(app, ("POST", path, {"content": content, "headers": JSON}))[0]
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "FOO")
+SPELLINGS = ("{}", "{}/", "/{}", "/.{}", "{}%00", "{}?x=/health")
+
+
+def test_without_the_key_only_health_and_ping_are_open(serve):
+    app, _ = serve(("secret",))
+    paths = {route.path for route in app.routes} - {"/health", "/ping"}
+    asked = [(m, s.format(path), {}) for m in METHODS for path in sorted(paths) for s in SPELLINGS]
+    asked += [
+        (m, path, {}) for m in METHODS for path in ("//health", "/health/x", "/healthy", "/HEALTH", "/ping/../docs")
+    ]
+    answers = send(app, *asked)
+    assert {answer.status_code for answer in answers} == {401}
+    assert [answer.status_code for answer in send(app, ("GET", "/health", {}), ("GET", "/ping", {}))] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("authorization", "is_right"),
+    [
+        ("Bearer secret", True),
+        ("bearer other", True),
+        ("Bearer  secret", False),
+        ("Bearer secre", False),
+        ("Bearer secret2", False),
+        ("Basic secret", False),
+        ("secret", False),
+        ("Bearer ", False),
+    ],
+)
+def test_any_of_several_keys_opens_every_route(serve, authorization, is_right):
+    app, _ = serve(("secret", "other"))
+    headers = {"headers": {"authorization": authorization}}
+    found = send(app, *(("GET", path, headers) for path in ("/version", "/docs", "/openapi.json", "/v1/snpatch")))
+    assert {answer.status_code for answer in found} == ({200} if is_right else {401})
+    chat = {"content": json.dumps(ASKED), "headers": {**JSON, "authorization": authorization}}
+    found = send(app, *(("POST", path, chat) for path in (CHATS, "/invocations")))
+    assert {answer.status_code for answer in found} == ({200} if is_right else {401})
+
+
+def test_a_route_that_is_opened_needs_no_key_and_no_other_is(serve):
+    app, _ = serve(("secret",), open_route=("/version",))
+    asked = (("GET", "/version", {}), ("GET", "/openapi.json", {}), ("GET", "/version/", {}))
+    assert [answer.status_code for answer in send(app, *asked)] == [200, 401, 401]
+
+
+def test_a_browsers_preflight_needs_no_key(serve):
+    app, _ = serve(("secret",))
+    headers = {"origin": "http://x", "access-control-request-method": "POST"}
+    (answer,) = send(app, ("OPTIONS", CHATS, {"headers": headers}))
+    assert "access-control-allow-methods" in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/snpatch", "/health", "metrics", "/nothing"])
+def test_only_routes_outside_v1_can_be_opened(path):
+    with pytest.raises(SnpatchError, match="open_route: expected one of /version"):
+        ServeConfig.from_table({"model": "m", "open_route": [path]})
+
+
+# ---- bodies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+@pytest.mark.parametrize("path", [CHATS, COMPLETIONS, RESPONSES, "/v1/messages", "/tokenize", "/invocations", SWEEP])
+def test_a_body_that_a_web_page_could_send_is_a_415(serve, path, content_type):
+    headers = {"content-type": content_type} if content_type else {}
+    (answer,) = send(serve()[0], ("POST", path, {"content": b"{}", "headers": headers}))
+    assert answer.status_code == 415
+    assert "content-type: expected application/json" in answer.json()["error"]["message"]
+
+
+def in_pieces(n: int, size: int):
+    async def pieces():
+        for _ in range(n):
+            yield b"x" * size
+
+    return pieces()
+
+
+@pytest.mark.parametrize(
+    "path", [CHATS, "/tokenize", "/detokenize", "/v1/messages/count_tokens", "/invocations", SWEEP]
+)
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_past_the_limit_of_bytes_is_a_413(serve, path, is_chunked):
+    app, _ = serve(max_body_bytes=1000)
+    content = in_pieces(11, 100) if is_chunked else b"x" * 1001
+    (answer,) = send(app, ("POST", path, {"content": content, "headers": JSON}))
+    assert (answer.status_code, answer.headers["connection"]) == (413, "close")
+    assert "at most 1000 bytes (--max-body-bytes)" in answer.json()["error"]["message"]
+
+
+def test_a_length_past_the_limit_is_refused_before_the_body_is_read(serve):
+    app, _ = serve(max_body_bytes=1000)
+
+    async def unread():
+        raise AssertionError("read")
+        yield b""
+
+    headers = {**JSON, "content-length": "1001"}
+    assert send(app, ("POST", CHATS, {"content": unread(), "headers": headers}))[0].status_code == 413
+
+
+def test_a_body_that_does_not_arrive_in_time_is_a_408_and_its_place_is_free(serve):
+    app, serving = serve(body_timeout_s=0.05)
+
+    async def slow():
+        yield b"{"
+        await asyncio.sleep(60)
+        yield b"}"
+
+    (answer,) = send(app, ("POST", CHATS, {"content": slow(), "headers": JSON}))
+    assert answer.status_code == 408
+    assert "within 0.05 s (--body-timeout-s)" in answer.json()["error"]["message"]
+    assert (serving.requests.taken, serving.arriving.taken) == (0, 0)
+
+
+WHOLE, HALF = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET / HT"
+
+
+@pytest.mark.parametrize(
+    ("sent", "answers", "is_closed"),
+    [
+        ((b"",), 0, True),
+        ((HALF,), 0, True),
+        ((b"GET / HTTP/1.1\r\nhost: x\r\n",), 0, True),
+        ((WHOLE,), 1, False),
+        ((WHOLE, HALF), 1, True),
+        ((HALF, WHOLE[len(HALF) :]), 1, False),
+    ],
+)
+def test_a_connection_without_a_whole_head_is_closed_and_a_slow_answer_is_not(sent, answers, is_closed):
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.3)  # past the deadline
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def everything():
+        config = uvicorn.Config(app, http=protocol_with_deadline(0.15), lifespan="off", log_level="error")
+        config.load()
+        state = uvicorn.server.ServerState()
+        loop = asyncio.get_running_loop()
+        made = await loop.create_server(lambda: config.http_protocol_class(config, state, {}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*made.sockets[0].getsockname())
+        found = b""
+        for data in sent:
+            writer.write(data)
+            await asyncio.sleep(0.01)
+            if data.endswith(b"\r\n\r\n"):
+                found += await reader.readuntil(b"ok")
+        try:
+            found += await asyncio.wait_for(reader.read(), 0.6)
+            is_over = True
+        except TimeoutError:
+            is_over = False
+        writer.close()
+        made.close()
+        return found.count(b"200 OK"), is_over
+
+    assert asyncio.run(everything()) == (answers, is_closed)
+
+
+@pytest.mark.parametrize(
+    ("body", "is_over"),
+    [
+        (b'{"user":[' + b",".join([b"[]"] * 95) + b"]}", False),
+        (b'{"user":[' + b",".join([b"[]"] * 101) + b"]}", True),
+        (b'{"user":' + b"[" * 101 + b"]" * 101 + b"}", True),
+        (b'{"user":[' + b",".join([b'"\\"a"'] * 101) + b"]}", True),
+        (b'{"user":"' + b'[{,\\"\\\\' * 200 + b'"}', False),
+        (b'{"user":"' + b"\\\\" * 200 + b'"}', False),
+        (b'{"stop_token_ids":[' + b",".join([b"1"] * 3300) + b"]}", True),
+        (b'{"stop_token_ids":[' + b",".join([b"1"] * 101) + b"]}", True),
+        (b'{"prompt":[' + b",".join([b"1"] * 2500) + b"]}", False),
+        (b'{"prompt":[' + b",".join([b"1"] * 3300) + b"]}", True),
+        (b'{"prompt":[' + b",".join([b"-1"] * 101) + b"]}", True),
+        (b'{"prompt":[' + b",".join([b"1.5"] * 101) + b"]}", True),
+    ],
+)
+def test_values_of_a_body_are_counted(serve, body, is_over):
+    app, _ = serve(max_body_values=100)
+    answer = post(app, COMPLETIONS, body)
+    assert (answer.status_code == 413) is is_over, answer.text
+    assert ("at most 100 JSON values and names (--max-body-values)" in answer.text) is is_over
+
+
+def test_texts_to_tokenize_and_ids_to_detokenize_have_a_limit(serve):
+    app, _ = serve(max_prompt_letters=50)
+    for path, body in (
+        ("/tokenize", {"prompt": "a" * 51}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a" * 20}] * 3}),
+        ("/detokenize", {"tokens": [1] * 51}),
+        ("/v1/messages/count_tokens", {"model": "base", "messages": [{"role": "user", "content": "a" * 51}]}),
+    ):
+        answer = post(app, path, body)
+        assert (answer.status_code, "at most 50 letters or token ids (--max-prompt-letters)" in answer.text) == (
+            413,
+            True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("path", "table"),
+    [
+        (RESPONSES, {"input": [{"type": "message"}] * 250}),
+        (RESPONSES, {"input": [{"role": "user", "content": "a"}] * 50 + [{"role": "user", "content": [{}] * 500}]}),
+        (RESPONSES, {"input": "a", "tools": [{}] * 900}),
+        (RESPONSES, {"input": [1] * 1000}),
+        (CHATS, {"messages": [{}] * 4000}),
+        (CHATS, {"messages": [{"role": "user", "content": [1] * 4000}]}),
+        (CHATS, {**ASKED, "tools": [{}] * 4000}),
+        ("/invocations", {"input": [{"type": "message"}] * 250}),
+    ],
+)
+def test_a_list_of_bad_items_is_refused_by_its_first_bad_item(serve, monkeypatch, path, table):
+    app, serving = serve()
+    validated = []
+    monkeypatch.setattr(serving, "models", {name: Counting(one, validated) for name, one in serving.models.items()})
+    answer = post(app, path, {"model": "base", **table})
+    assert answer.status_code == 400
+    assert max(validated, default=0) < 3000, "errors that vLLM's model writes at once"
+
+
+class Counting:
+    """FastAPI's field of a body, which keeps how many errors each validation gave."""
+
+    def __init__(self, model, found: list[int]) -> None:
+        self._model, self._found = model, found
+
+    def validate(self, *arguments, **more):
+        value, errors = self._model.validate(*arguments, **more)
+        self._found.append(len(errors or ()))
+        return value, errors
+
+
+def test_good_lists_pass_whatever_their_length(serve):
+    app, _ = serve()
+    parts = [{"type": "text", "text": "a"}] * 300
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": {"type": "object"}}} for i in range(50)]
+    called = {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "f49"}}}
+    for path, body in (
+        (CHATS, {**ASKED, "messages": [{"role": "user", "content": parts}] * 2}),
+        (CHATS, {**ASKED, **called}),
+        (COMPLETIONS, {"model": "base", "prompt": [[1, 2, 3]] * 200}),
+        (COMPLETIONS, {"model": "base", "prompt": ["a", "b"] * 100}),
+        ("/v1/messages", {"model": "base", "max_tokens": 1, "messages": [{"role": "user", "content": parts}]}),
+    ):
+        answer = post(app, path, body)
+        assert answer.status_code == 200, answer.text
+
+
+# ---- counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "n"),
+    [
+        (CHATS, {"messages": CHAT, "n": 11}, "1 prompts x 11"),
+        (COMPLETIONS, {"prompt": "a", "n": 11}, "1 prompts x 11"),
+        (COMPLETIONS, {"prompt": ["a"] * 11}, "11 prompts x 1"),
+        (COMPLETIONS, {"prompt": [[5]] * 4, "n": 3}, "4 prompts x 3"),
+        ("/invocations", {"prompt": ["a"] * 11}, "11 prompts x 1"),
+    ],
+)
+def test_texts_of_a_request_are_counted_before_any_is_begun(serve, path, more, n):
+    app, _ = serve(max_texts=10)
+    answer = post(app, path, {"model": "base", **more})
+    assert (answer.status_code, f"at most 10 texts (--max-texts), got {n}" in answer.text) == (400, True), answer.text
+    fewer = {"prompt": [5] * 11} if "prompt" in more else {"messages": CHAT, "n": 10}
+    assert post(app, path, {"model": "base", **fewer}).status_code == 200
+
+
+def test_clauses_are_counted_before_any_is_built(serve, monkeypatch):
+    app, _ = serve()
+    monkeypatch.setattr("snpatch.patching.spec._clause", lambda *_: pytest.fail("a clause was built"))
+    patch = {"recipient": "base", "clauses": [NOISE] * 9}
+    for given in ({"snpatch": patch}, {"vllm_xargs": {"snpatch": json.dumps(patch)}}):
+        answer = post(app, CHATS, {**ASKED, **given})
+        assert answer.status_code == 400
+        assert "at most 8 clauses, got 9" in answer.text
+        assert "max_clauses=9" in answer.text
+
+
+def test_json_in_xargs_is_counted_before_it_is_parsed(serve):
+    app, _ = serve(max_body_values=100)
+    answer = post(app, CHATS, {**ASKED, "vllm_xargs": {"snpatch": "[" + "[]," * 200 + "1]"}})
+    assert (answer.status_code, "--max-body-values" in answer.text) == (413, True)
+
+
+def test_windows_and_letters_of_a_sweep_have_a_limit(serve):
+    app, _ = serve(max_sweep_windows=3, max_prompt_letters=50)
+    sweep = {"recipient": "base", "ranking": "safety", "donor": "dpo", "windows": [1, 2, 3, 4], "prompts": ["a"]}
+    answer = post(app, SWEEP, sweep)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "windows")
+    assert "at most 3 windows (--max-sweep-windows), got 4" in answer.text
+    answer = post(app, SWEEP, {**sweep, "windows": [1], "prompts": ["a", "a" * 51]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompts.1")
+    assert "more than 50 letters (--max-prompt-letters)" in answer.text
+
+
+def test_requests_and_uploads_past_their_places_are_a_503(serve):
+    app, serving = serve(max_requests=1, max_uploads=1)
+    with serving.requests:
+        (refused, health) = send(app, ("POST", CHATS, {"json": ASKED}), ("GET", "/health", {}))
+    with serving.uploading:
+        (upload,) = send(app, ("PUT", "/v1/snpatch/rankings/a", {"content": b""}))
+    assert (refused.status_code, "requests: at most 1 at once (--max-requests)" in refused.text) == (503, True)
+    assert (refused.headers["retry-after"], health.status_code) == ("1", 200)
+    assert (upload.status_code, "uploads: at most 1 at once (--max-uploads)" in upload.text) == (503, True)
+    assert post(app, CHATS, ASKED).status_code == 200
+    assert (serving.requests.taken, serving.uploading.taken) == (0, 0)
+
+
+def test_bodies_that_arrive_slowly_keep_nobody_out_and_have_a_limit_of_bytes(serve):
+    app, serving = serve(max_requests=1, max_arriving_bytes=2500)
+
+    async def everything():
+        end = asyncio.Event()
+
+        async def slow():
+            yield b" " * 900
+            await end.wait()
+            yield json.dumps(ASKED).encode()
+
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+
+            async def ask():
+                return await http.post(CHATS, content=slow(), headers=JSON)
+
+            begun = [asyncio.create_task(ask()) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            found = await http.post(CHATS, json=ASKED), await ask()
+            held = serving.arriving.taken
+            end.set()
+            return *found, held, await begun[0]
+
+    whole, late, held, slow = asyncio.run(everything())
+    assert (whole.status_code, slow.status_code, held) == (200, 200, 1800)
+    assert (late.status_code, "at most 2500 at once (--max-arriving-bytes)" in late.text) == (503, True)
+    assert serving.arriving.taken == 0
+
+
+@pytest.mark.parametrize("limit", ["max_requests", "max_body_bytes", "max_texts", "max_prompt_letters"])
+def test_limits_that_are_left_out_follow_the_engine(limit):
+    config = ServeConfig(EngineConfig("m"))
+    small, large = config.fitted(2048, 16), config.fitted(1 << 20, 1024)
+    want = {"max_requests": (64, 4096), "max_texts": (64, 4096), "max_body_bytes": (1 << 20, 8 << 20)}
+    assert (getattr(small, limit), getattr(large, limit)) == want.get(limit, (32 * 2048, 32 << 20))
+    assert getattr(replace(config, **{limit: 7}).fitted(2048, 16), limit) == 7
+
+
+# ---- what is built once ----------------------------------------------------------------------------------------------
+
+
+def test_values_of_a_donor_are_built_once_for_all_requests_and_go_with_their_ranking(serve, ranking):
+    _, serving = serve()
+    held = serving.catalogue
+
+    def donor(text, window, **more):
+        return held.ask({"recipient": "base", **NOISE, "donor": text, "window": window, **more}).patch.donor
+
+    for text in ("noise:1", "zero", "mean:donor", "add:mean:recipient"):
+        assert donor(text, 1) is donor(text, 2)
+    assert donor("noise:1", 1, seed=1) is not donor("noise:1", 1, seed=2)
+    before = donor("noise:1", 1)
+    held.add("rankings", "safety", replace(ranking))
+    assert donor("noise:1", 1) is not before
+
+
+def test_a_patch_that_is_read_while_its_ranking_goes_is_not_kept(serve, ranking):
+    _, serving = serve()
+    held, other = serving.catalogue, replace(ranking)
+    read, asked = held._read, {"recipient": "base", **NOISE}
+    held.add("rankings", "safety", other)
+    assert read(schema.read(AskForm, "snpatch", asked)).patch.ranking is ranking
+    assert held.ask(asked).patch.ranking is other
+
+
+# ---- the event loop --------------------------------------------------------------------------------------------------
+
+WORST = {  # requests at the limits, and some past them that cost much to read
+    "clauses": (CHATS, {**ASKED, "snpatch": {"recipient": "base", "clauses": [
+        {**NOISE, "donor": f"noise:{i + 1}"} for i in range(8)]}}),
+    "clauses past the limit": (CHATS, {**ASKED, "snpatch": {"recipient": "base", "clauses": [NOISE] * 300}}),
+    "windows": (SWEEP, {**SWEPT, "windows": list(range(1, 1025)), "prompts": ["a"]}),
+    "prompts": (SWEEP, {**SWEPT, "windows": [1], "prompts": [CHAT] * 1990}),
+    "token ids": (COMPLETIONS, {"model": "base", "prompt": [[5] * 4096] * 30}),
+    "token ids past the limit": (COMPLETIONS, {"model": "base", "prompt": [5] * 300_000}),
+    "letters": (CHATS, {**ASKED, "messages": [{"role": "user", "content": "\"\\" * 250_000}]}),
+    "messages": (CHATS, {**ASKED, "messages": CHAT * 800}),
+    "parts": (CHATS, {**ASKED, "messages": [{"role": "user", "content": ["a"] * 4000}]}),
+    "items": (RESPONSES, {"model": "base", "input": [{"role": "user", "content": "a"}] * 200}),
+    "bad items": (RESPONSES, {"model": "base", "input": [{"type": "message"}] * 300}),
+    "empty lists": (CHATS, b'{"messages":[' + b",".join([b"[]"] * 349_000) + b"]}"),
+    "an open string": (CHATS, b'"' + b'\\"' * 500_000),
+    "tokenize": ("/tokenize", {"prompt": "a" * 1_000_000}),
+    "detokenize": ("/detokenize", {"tokens": [5] * 150_000}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORST)
+def test_health_answers_within_200_ms_beside_the_worst_request_at_7b(serve, name):
+    app, _ = serve()
+    path, body = WORST[name]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    assert asyncio.run(slowest_health(app, path, content)) < HEALTH_S
+
+
+async def slowest_health(app, path: str, content: bytes) -> float:
+    """Seconds of the slowest /health from before a request until after its answer begins."""
+    slowest = 0.0
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+
+        async def ask_health():
+            nonlocal slowest
+            while True:
+                begun = time.perf_counter()
+                assert (await http.get("/health")).status_code == 200
+                slowest = max(slowest, time.perf_counter() - begun)
+                await asyncio.sleep(0)
+
+        await http.get("/health")
+        asking = asyncio.create_task(ask_health())
+        await asyncio.sleep(0.02)
+        await http.post(path, content=content, headers=JSON)
+        await asyncio.sleep(0.02)
+        asking.cancel()
+    return slowest
