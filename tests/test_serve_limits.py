@@ -11,9 +11,9 @@ import tomllib
 import httpx
 import pytest
 from commands import run
-from jobs import ALL, IDS, JOBS, VALUES, told
+from jobs import ALL, IDS, JOBS, VALUES, Job, told
 from processes import command_line, descendants, wait_for
-from served import Server
+from served import SPOIL, Server
 from serving import CHAT, CONSTANTS, LEAK, MANY, SAFE, SIZES, WORDS, complete, form, options_of
 
 from snpatch import Constant
@@ -102,6 +102,47 @@ def test_a_patched_request_never_changes_a_later_plain_one(world, server, client
     assert text(cache_salt="mine") == plain
     assert text(cache_salt="mine", snpatch=patch) == patched
     assert text(cache_salt="mine") == plain == text()
+
+
+HUGE = {"donor": "scale:1e19", "ranking": "first", "window": ALL}  # the largest that a request may ask for
+OVERFLOWING = {"recipient": "base", **HUGE, "clauses": [HUGE, HUGE]}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 28])
+def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(world, server, client, tokens):
+    """Alone, in n texts and as a stream; the blocks that it leaves half filled are the next ones to be used."""
+    jobs = [Job(i, "base") for i in range(4)] + JOBS[2:6]
+    want = [told(world.made, job).ids for job in jobs]
+    body = {"model": "base", "prompt": [40, 41], "max_tokens": tokens, "ignore_eos": True, "snpatch": OVERFLOWING}
+    for more in ({}, {"n": 3, "temperature": 1.0, "seed": 2}):
+        answer = server.post(COMPLETIONS, {**body, **more})
+        assert answer.status_code == 500, answer.text
+        message = answer.json()["error"]["message"]
+        assert "the text overflowed in float32 at layer 0 under its patch" in message
+        assert [complete(client, job).choices[0].token_ids for job in jobs] == want
+    with httpx.stream("POST", server.url + COMPLETIONS, json={**body, "stream": True}, timeout=60) as answer:
+        chunks = [line for line in answer.iter_lines() if line]
+    assert "overflowed in float32" in chunks[-2]
+    assert chunks[-1] == "data: [DONE]"
+    assert not any('"finish_reason":"length"' in chunk for chunk in chunks)
+    assert [complete(client, job).choices[0].token_ids for job in jobs] == want
+    wait_for(lambda: not any(server.held().values()), 10)
+
+
+def test_promise_4_sweep_that_overflows_has_failed_texts_alone(world, server, client):
+    body = {"recipient": "base", "donor": "scale:1e19", "ranking": "first", "windows": [ALL], "prompts": [WORDS] * 2}
+    with httpx.stream("POST", server.url + SWEEP, json={**body, "max_tokens": 4}, timeout=120) as answer:
+        found = events(answer.iter_lines())
+    texts = [data for name, data in found if name == "text"]
+    for text in texts:
+        assert ("overflowed in float32" in text.get("error", "")) == (text["hi"] == ALL and "floor" not in text)
+        assert (text["text"] is None) == ("error" in text)
+    (row,) = [data for name, data in found if name == "row" and data["hi"] == ALL and "floor" not in data]
+    assert (row["prompts"], row["failed"], row["mean"], row["changed"]) == (0, 2, None, None)
+    ((name, summary),) = found[-1:]
+    assert (name, summary["failed"], summary["texts"]) == ("summary", 2, len(texts) - 2)
+    job = JOBS[2]
+    assert complete(client, job).choices[0].token_ids == told(world.made, job).ids
 
 
 # ---- uploads ---------------------------------------------------------------------------------------------------------
@@ -445,6 +486,21 @@ def test_full_banks_serve_in_order_and_refuse_past_the_limit(narrow):
     assert "snpatch_waiting_requests 2.0" in metrics
     assert order == ["refused", "plain", "held", "other", "own"]
     assert all(answer.json()["snpatch"]["verified"] for answer in served)
+
+
+def test_unpatched_text_that_overflows_restarts_the_server(world, narrow):
+    """In the same process, so that whoever looks after it sees one server all the time."""
+    job = Job(2, "base")
+    body = {"model": "base", "prompt": job.ids, "max_tokens": 10, "temperature": 0, "return_token_ids": True}
+    assert narrow.post(SPOIL, {}, headers=KEY).status_code == 200
+    answer = narrow.post(COMPLETIONS, body, headers=KEY)
+    assert answer.status_code == 500
+    assert "the engine is spoiled: the text overflowed in float32 at layer 1" in answer.json()["error"]["message"]
+    wait_for(lambda: not narrow.is_up(), 60)
+    wait_for(narrow.is_up, 180)
+    assert narrow.process.poll() is None
+    answer = narrow.post(COMPLETIONS, body, headers=KEY)
+    assert answer.json()["choices"][0]["token_ids"] == told(world.made, job).ids
 
 
 def test_sigterm_lets_streams_end_with_their_receipts(narrow):

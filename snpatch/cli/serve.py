@@ -84,7 +84,7 @@ def serve(
         serve(config)
     except SpoiledEngineError as error:
         print(f"snpatch: {error}", file=sys.stderr, flush=True)
-        os.execv(sys.executable, [sys.executable, "-m", "snpatch.cli", *sys.argv[1:]])
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def _tables(entries: list[str] | None) -> dict[str, dict]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from snpatch.data import question
-from snpatch.errors import BusyError, SnpatchError, first_line, within
+from snpatch.errors import BusyError, OverflowedError, SnpatchError, SpoiledEngineError, first_line, within
 from snpatch.executors.base import Request
 from snpatch.judges.protocol import score_all
 from snpatch.patching.patch import Patch, speaker
@@ -183,7 +183,7 @@ class Sweep:
                 while left and not left[min(left)]:
                     p = min(left)
                     del left[p]
-                    scores[p] = np.array(await asyncio.to_thread(self._score, p))
+                    scores[p] = await asyncio.to_thread(self._score, p)
                     tell(_event("row", **await asyncio.to_thread(self._row, p, scores)))
             tell(_event("summary", **self._summary(scores, time.monotonic() - begun)))
         finally:
@@ -194,13 +194,22 @@ class Sweep:
         """One seat in the batch, which writes text after text."""
         try:
             for p, i in work:
-                request = self._requests[p][i]
-                self._texts[p][i] = Completion.of(request, await self._serving.engine.executor.output(request))
+                self._texts[p][i] = await self._written(self._requests[p][i])
                 news.put_nowait((p, i))
         except SnpatchError as error:
             news.put_nowait(error)
         except Exception as error:  # noqa: BLE001 (vLLM's own, of which whoever listens must hear)
             news.put_nowait(SnpatchError(f"a text was not written: {first_line(error)}"))
+
+    async def _written(self, request: Request) -> Completion | OverflowedError:
+        """Return a text, or why there is none. A spoiled engine ends the sweep."""
+        try:
+            return Completion.of(request, await self._serving.engine.executor.output(request))
+        except OverflowedError as error:
+            reported = self._serving.judge(error)
+            if isinstance(reported, SpoiledEngineError):
+                raise reported from error
+            return reported
 
     def _every_point(self) -> list[_Point]:
         """The unpatched models, the noise floor, and each window."""
@@ -240,20 +249,28 @@ class Sweep:
         }
 
     def _text(self, p: int, i: int) -> dict:
-        one: Completion = self._texts[p][i]
+        one, named = self._texts[p][i], {**self._named(self._points[p]), "prompt_index": i}
+        if isinstance(one, OverflowedError):
+            nothing = {"text": None, "tokens": 0, "finish_reason": None, "overwrites": 0}
+            return {**named, **nothing, "error": message_of(one)}
         return {
-            **self._named(self._points[p]),
-            "prompt_index": i,
+            **named,
             "text": one.text,
             "tokens": len(one.token_ids),
             "finish_reason": one.finish_reason,
             "overwrites": one.overwrites,
         }
 
-    def _score(self, p: int) -> list[float]:
-        judge, texts = self._form.judge, [one.text for one in self._texts[p]]
+    def _score(self, p: int) -> np.ndarray:
+        """Return the scores of a point's texts [prompts], NaN where there is no text."""
+        judge, scores = self._form.judge, np.full(len(self._questions), np.nan)
+        texts = {i: one.text for i, one in enumerate(self._texts[p]) if isinstance(one, Completion)}
+        questions = [self._questions[i] for i in texts]
         try:
-            return score_all({judge: self._serving.judges[judge]}, self._questions, texts)[judge]
+            if texts:
+                found = score_all({judge: self._serving.judges[judge]}, questions, [*texts.values()])
+                scores[[*texts]] = found[judge]
+            return scores
         except SnpatchError:
             raise
         except Exception as error:  # a user's own function
@@ -261,38 +278,44 @@ class Sweep:
 
     def _row(self, p: int, scores: dict[int, np.ndarray]) -> dict:
         """A point over all prompts: a Row, and `changed`, the share of texts that are not the unpatched recipient's."""
-        named, point, texts = self._named(self._points[p]), self._points[p], self._texts[p]
+        named, point = self._named(self._points[p]), self._points[p]
+        texts = [one for one in self._texts[p] if isinstance(one, Completion)]
         floor = {"floor": named.pop("floor")} if point.floor else {}
-        is_patched, effect = isinstance(point.patch, Patch), (None, None, None)
-        if is_patched and isinstance(self._points[1].patch, str):
-            effect = causal_effect(scores[p], scores[0], scores[1])
+        is_patched, mean, effect = isinstance(point.patch, Patch), (None, None, None), (None, None, None)
+        has_donor = is_patched and isinstance(self._points[1].patch, str)
+        compared = np.stack([scores[p], *([scores[0]] if is_patched else []), *([scores[1]] if has_donor else [])])
+        own, *others = compared[:, ~np.isnan(compared).any(axis=0)]  # of prompts with all texts
+        if len(own):
+            mean = interval(np.mean, own)
+            effect = causal_effect(own, *others) if has_donor else effect
         row = Row(
             **named,
             judge=self._form.judge,
             set=PROMPTS,
             control_seed=None,
             share=(named["hi"] - named["lo"]) / self._neurons,
-            prompts=len(texts),
-            failed=0,
+            prompts=len(own),
+            failed=len(self._questions) - len(own),
             tokens=sum(len(one.token_ids) for one in texts),
             overwrites=sum(one.overwrites for one in texts),
-            **_spread("mean", interval(np.mean, scores[p])),
+            **_spread("mean", mean),
             **_spread("effect", effect),
             **_spread("net", (None, None, None)),
-            p_unpatched=paired_p(scores[p], scores[0]) if is_patched else None,
+            p_unpatched=paired_p(own, others[0]) if is_patched and len(own) else None,
             p_control=None,
         )
         return {**asdict(row), "changed": self._changed(p), **floor}
 
-    def _changed(self, p: int) -> float:
-        return sum(a.token_ids != b.token_ids for a, b in zip(self._texts[p], self._texts[0], strict=True)) / len(
-            self._questions
-        )
+    def _changed(self, p: int) -> float | None:
+        """Return the share of texts that are not the unpatched recipient's; None if no prompt has both."""
+        pairs = zip(self._texts[p], self._texts[0], strict=True)
+        whole = [pair for pair in pairs if all(isinstance(one, Completion) for one in pair)]
+        return sum(a.token_ids != b.token_ids for a, b in whole) / len(whole) if whole else None
 
     def _summary(self, scores: dict[int, np.ndarray], seconds: float) -> dict:
-        every = [one for texts in self._texts for one in texts]
+        every = [one for texts in self._texts for one in texts if isinstance(one, Completion)]
         floor = {
-            point.floor: {"changed": self._changed(p), "difference": float((scores[p] - scores[0]).mean())}
+            point.floor: {"changed": self._changed(p), "difference": _mean(scores[p] - scores[0])}
             for p, point in enumerate(self._points)
             if point.floor
         }
@@ -300,12 +323,19 @@ class Sweep:
             floor[SELF] = {"error": self._no_self_patch}
         return {
             "texts": len(every),
+            "failed": len(self._points) * len(self._questions) - len(every),
             "tokens": sum(len(one.token_ids) for one in every),
             "overwrites": sum(one.overwrites for one in every),
             "seconds": seconds,
-            "verified": True,  # a text whose receipt failed would have ended the sweep
+            "verified": True,  # all that are written: a receipt that differs from its patch would have ended the sweep
             "floor": floor,
         }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Return the mean of the values that are not NaN."""
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if len(kept) else None
 
 
 def _spread(name: str, found: Interval) -> dict[str, float | None]:

@@ -1,4 +1,5 @@
-"""`snpatch serve` in a process of its own, with two routes more: what the workers hold, and workers that miscount.
+"""`snpatch serve` in a process of its own, with three routes more: what the workers hold, and workers that miscount or
+overflow.
 
 As a program it is the command line itself: its arguments are those after `snpatch`.
 """
@@ -13,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+import torch
 
-HELD, MISCOUNT = "/v1/snpatch/held", "/v1/snpatch/miscount"  # of the tests alone
+HELD, MISCOUNT, SPOIL = (f"/v1/snpatch/{name}" for name in ("held", "miscount", "spoil"))  # of the tests alone
 OWN = (__file__, "serve")
 
 
@@ -34,7 +36,7 @@ class Server:
         with self._log.open("w") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         end = time.monotonic() + wait_s
-        while not self._is_up():
+        while not self.is_up():
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < end, self.said()
             time.sleep(0.2)
@@ -59,7 +61,7 @@ class Server:
             self.process.send_signal(number)
         return self.process.wait(wait_s)
 
-    def _is_up(self) -> bool:
+    def is_up(self) -> bool:
         try:
             return self.get("/health").status_code == 200
         except httpx.TransportError:
@@ -89,10 +91,15 @@ def miscount(worker) -> None:
     def less(tickets):
         found = fetch(tickets)
         for record in (record for records in found for record in records):
-            record["done"] -= 1
+            record["overwrites"] -= record["overwrites"] > 0
         return found
 
     feed.fetch = less
+
+
+def spoil(worker) -> None:
+    """In a worker: make every text overflow at layer 1."""
+    worker.model_runner.get_model().snpatch.banks.layers[1].scale[:] = torch.inf
 
 
 def main() -> None:
@@ -111,6 +118,10 @@ def main() -> None:
         @routes.post(MISCOUNT)
         async def toggle() -> None:
             await executor.engine.collective_rpc(miscount)
+
+        @routes.post(SPOIL)
+        async def overflow() -> None:
+            await executor.engine.collective_rpc(spoil)
 
         return routes
 
