@@ -119,10 +119,12 @@ def test_server_flag_that_opens_the_host_is_refused_in_files(tmp_path, name):
     assert ServeConfig.load(path, trust=True).vllm_server == {name: SERVER[name]}
 
 
-@pytest.mark.parametrize("table", [{"allow_upload": "/etc"}, {"judges": {"mine": "mark:go"}}])
+@pytest.mark.parametrize(
+    "table", [{"allow_upload": "/etc"}, {"open_route": ["/metrics"]}, {"judges": {"mine": "mark:go"}}]
+)
 def test_upload_folder_and_function_of_a_server_are_refused_in_files(tmp_path, table):
     path = write(tmp_path / "serve.toml", {"model": "m", **table})
-    with pytest.raises(SnpatchError, match=r"(allow_upload|judges\.mine) = .*--trust-config"):
+    with pytest.raises(SnpatchError, match=r"(allow_upload|open_route|judges\.mine) = .*--trust-config"):
         ServeConfig.load(path)
     ServeConfig.load(path, trust=True)
 

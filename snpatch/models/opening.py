@@ -39,6 +39,7 @@ RESOURCES = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "optimization_level",
+    "served_model_name",
     "tensor_parallel_size",
     "use_tqdm_on_load",
 )

@@ -96,8 +96,9 @@ class ServeConfig:
         if not trust:
             check_arguments(config.engine.vllm, ENGINE, f"{where}: vllm")
             check_arguments(config.vllm_server, SERVER, f"{where}: vllm_server")
-            if config.allow_upload is not None:
-                refuse(f"{where}: allow_upload", config.allow_upload)
+            for name in ("allow_upload", "open_route"):
+                if given := getattr(config, name):
+                    refuse(f"{where}: {name}", given)
             for name, source in config.judges.items():
                 if is_code(source):
                     refuse(f"{where}: judges.{name}", source)
