@@ -122,7 +122,7 @@ class Watch:
             )
 
     def health(self) -> dict[str, float]:
-        median, nearly_all, worst = 1e3 * np.quantile(self._health_s, (0.5, 0.99, 1))
+        median, nearly_all, worst = (1e3 * np.quantile(self._health_s, (0.5, 0.99, 1))).tolist()
         return {"asked": len(self._health_s), "median_ms": median, "p99_ms": nearly_all, "worst_ms": worst}
 
     async def _ask_health(self) -> None:
