@@ -190,7 +190,10 @@ async def _data(answer: aiohttp.ClientResponse):
 
 async def main() -> None:
     order = json.load(sys.stdin)
-    options = {"connector": aiohttp.TCPConnector(limit=0, force_close=True), "timeout": aiohttp.ClientTimeout(TIMEOUT_S)}
+    options = {
+        "connector": aiohttp.TCPConnector(limit=0, force_close=True),
+        "timeout": aiohttp.ClientTimeout(TIMEOUT_S),
+    }
     async with aiohttp.ClientSession(order["url"], **options) as session:
         async with session.get("/v1/snpatch") as answer:
             held = await answer.json()
