@@ -54,8 +54,7 @@ class Attack:
         self._order, self._session = order, session
         self._models = list(held["models"])
         self._rankings = {name: ranking["neurons"] for name, ranking in held["rankings"].items()}
-        constants = [f"{add}constant:{name}" for name in held["constants"] for add in ("", "add:")]
-        self._donors = [*DONORS, *constants, *self._models * 3]
+        self._constants = [f"{add}constant:{name}" for name in held["constants"] for add in ("", "add:")]
         self.outcomes, self.faults, self.reopened = Counter(), [], 0
 
     async def run(self) -> None:
@@ -96,8 +95,8 @@ class Attack:
     async def _read(self, path: str, body: dict, ids: list[int] | None = None) -> str:
         """Read a stream to its end: a finish reason for each text, verified receipts, [DONE], and the known tokens."""
         async with self._session.post(path, json=body) as answer:
+            assert answer.status == 200, f"{answer.status} for {body}: {await answer.text()}"
             lines = [line async for line in _data(answer)]
-            assert answer.status == 200, f"{answer.status} {await answer.text()}"
         assert lines[-1:] == ["[DONE]"], f"ended with {lines[-1:]}"
         chunks = [json.loads(line) for line in lines[:-1]]
         choices = [choice for chunk in chunks for choice in chunk["choices"]]
@@ -150,7 +149,7 @@ class Attack:
         """Return a path and a body without a patch."""
         path = path or draw.choice((COMPLETIONS, COMPLETIONS, COMPLETIONS, CHAT))
         words = draw.choices(WORDS.split(), k=draw.randrange(1, 20))
-        ids = [draw.randrange(6, 100) for _ in range(draw.randrange(1, 64))]
+        ids = [draw.randrange(6, 100) for _ in range(draw.randrange(3, 64))]
         body = {"prompt": ids} if path == COMPLETIONS else {"messages": [{"role": "user", "content": " ".join(words)}]}
         body |= {"model": draw.choice(self._models), "max_tokens": draw.randrange(1, MOST_TOKENS)}
         body |= {"n": draw.randrange(1, MOST_TEXTS + 1), "seed": draw.randrange(100), "temperature": 1.0}
@@ -159,12 +158,13 @@ class Attack:
         return path, body
 
     def _patch(self, draw: Random) -> dict:
-        first, *others = [self._clause(draw) for _ in range(draw.randrange(1, MOST_CLAUSES + 1))]
+        donors = [*DONORS, *self._constants, *[draw.choice(self._models)] * 8]  # a patch has one model as a donor
+        first, *others = [self._clause(draw, donors) for _ in range(draw.randrange(1, MOST_CLAUSES + 1))]
         return {"recipient": draw.choice(self._models), **first, "clauses": others}
 
-    def _clause(self, draw: Random) -> dict:
+    def _clause(self, draw: Random, donors: list[str]) -> dict:
         ranking, neurons = draw.choice(list(self._rankings.items()))
-        donor, window = draw.choice(self._donors), sorted(draw.randrange(neurons) for _ in range(2))
+        donor, window = draw.choice(donors), sorted(draw.randrange(neurons) for _ in range(2))
         clause = {"donor": donor, "ranking": ranking, "window": window, "where": draw.choice(WHERE)}
         clause["strength"] = draw.choice((-0.5, 0.5, 1.0, 1.5))
         return clause | ({"seed": draw.randrange(3)} if donor.startswith("noise") else {})

@@ -49,7 +49,7 @@ def made(tmp_path):
 
 @pytest.fixture
 def server(made, tmp_path):
-    server = Server(tmp_path, *options_of(made, tmp_path), *SIZES)
+    server = Server(tmp_path, *options_of(made, tmp_path), *SIZES, wait_s=600)
     yield server
     assert server.end() == 0, server.said()
 
