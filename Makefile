@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check HALF OTHER test-vllm lint format asan triton36
-.PHONY: bench-op bench-generate bench-pair bench-sweep bench-serve bench-report bench-reproduce readme gpu-check clean
+.PHONY: bench-op bench-generate bench-pair bench-sweep bench-serve bench-attack bench-zeroing bench-report bench-reproduce readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
@@ -92,6 +92,16 @@ bench-sweep: $(READY)
 bench-serve: $(READY)
 	$(BIN)/python -m pytest -q bench/bench_serve.py --benchmark-enable \
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/serve.cpu.json
+
+# The server under 30,000 requests of an attack: texts, memory, /health (minutes). SNPATCH_BENCH_REQUESTS shortens it.
+bench-attack: $(READY)
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -q bench/bench_attack.py --benchmark-enable \
+	  --benchmark-columns=median,iqr --benchmark-json=bench/results/attack.cpu.json
+
+# Zeroing of KV blocks before they are used again, against none (minutes).
+bench-zeroing: $(READY)
+	$(BIN)/python -m pytest -q bench/bench_zeroing.py --benchmark-enable \
+	  --benchmark-columns=median,iqr --benchmark-json=bench/results/zeroing.cpu.json
 
 # The page of a sweep: writing, opening, searching; needs Chromium.
 bench-report: $(READY)

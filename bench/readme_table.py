@@ -33,6 +33,14 @@ AGAINST = {
     "two natives": "two native engines, one after the other",
     "without": "none",
 }
+ATTACK = {
+    "ended first": "ended before their client left",
+    "known": "known texts, exact",
+    "left": "left in the middle",
+    "malformed": "malformed and refused",
+    "overflowed": "overflowed, with an error that says so",
+    "whole": "whole streams with verified receipts",
+}
 TIMES = ("median_ttft_ms", "median_tpot_ms")
 
 
@@ -184,6 +192,68 @@ def serve_table(found: list[Run]) -> str:
     return "\n\n".join(tables)
 
 
+def attack_table(found: list[Run]) -> str:
+    """The server under attack: each process's memory, and what the attack found."""
+    return "\n\n".join(_attack(run) for run in found if run.info.get("side") == "attack")
+
+
+def _attack(run: Run) -> str:
+    i = run.info
+    rows = [
+        (name, f"{one['before']['rss_mb']:.1f}", f"{one['after']['rss_mb']:.1f}", f"{one['growth_mb']['rss_all']:.3f}",
+         f"{one['growth_mb']['rss_second_half']:.3f}",
+         *(f"{one['before'][kind]} / {one['after'][kind]}" for kind in ("descriptors", "threads")))
+        for name, one in i["processes"].items()
+    ]  # fmt: skip
+    head = ("process", "memory before, MB", "after", "growth, MB per 1,000 requests", "in the second half")
+    table = _table((*head, "descriptors before / after", "threads"), rows)
+    outcomes = ", ".join(f"{n:,} {ATTACK.get(name, name)}" for name, n in sorted(i["outcomes"].items()))
+    health = "{median_ms:.0f} ms (median), {p99_ms:.0f} ms (99 %), {worst_ms:.0f} ms (worst)".format(**i["health"])
+    return (
+        f"{table}\n\n{i['requests']:,} requests of {i['clients']} clients in {run.seconds / 60:.1f} minutes, with "
+        f"{i['slow_sockets']} slow sockets open: {outcomes}. Wrong answers: {len(i['faults'])}. `/health`: {health}, "
+        f"{i['health']['asked']:,} times. Afterwards {i['known']} known texts were exact, and the server held nothing "
+        f"of any request.\n\nServer, clients and `/health` share {i['cores']} cores; {run.machine}; "
+        f"{_versions(run, 'vllm', 'torch')}."
+    )
+
+
+def zeroing_table(found: list[Run]) -> str:
+    """The cost of zeroing KV blocks against the same engine without it."""
+    sizes: dict[str, list[Run]] = {}
+    for run in found:
+        if run.info.get("side") == "zeroing":
+            sizes.setdefault(run.info["size"], []).append(run)
+    rows = []
+    for size, (whole, first) in sizes.items():
+        speed = whole.info["batch"] * whole.info["new"] / whole.seconds
+        ratios = (
+            "{ratio:.1%} ({q1:.1%} .. {q3:.1%})".format(**one.info["no zeroing"]).replace("%", " %")
+            for one in (whole, first)
+        )
+        shares = (f"{one.info['zeroing_share']:.2%}".replace("%", " %") for one in (whole, first))
+        rows.append(
+            (size, f"{speed:.0f}", next(ratios), next(shares), f"{first.seconds:.2f}", next(ratios), next(shares))
+        )
+    if not rows:
+        return ""
+    of_time = "time spent zeroing"
+    head = (
+        "geometry",
+        "tokens/s",
+        "speed against no zeroing",
+        of_time,
+        "first tokens, s",
+        "against no zeroing",
+        of_time,
+    )
+    i = whole.info
+    return (
+        f"{_table(head, rows)}\n\n{i['batch']} texts of {i['prompt']} + {i['new']} tokens, {whole.machine}; "
+        f"{_versions(whole, 'vllm', 'torch')}; medians (quartiles)."
+    )
+
+
 def contrast_table(found: list[Run]) -> str:
     """Memory of a contrast against the number of positions, of the geometry that was read the longest."""
     sizes: dict[str, list[dict]] = {}
@@ -275,6 +345,8 @@ def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "generate on a GPU": lambda: generate_table(gpu),
         "sweeps": lambda: sweeps_table(cpu),
         "serve": lambda: serve_table(cpu),
+        "attack": lambda: attack_table(cpu),
+        "zeroing": lambda: zeroing_table(cpu),
         "contrast": lambda: contrast_table(cpu),
         "op": lambda: op_table(cpu),
         "op on a GPU": lambda: op_table(gpu),

@@ -50,6 +50,43 @@ def test_records_of_a_gpu_get_tables_of_their_own(readme_table, tmp_path):
     assert readme_table.tables(tmp_path)["op on a GPU"]() == ""
 
 
+def record_of(tmp_path, *benchmarks: dict) -> Path:
+    machine = {"device": "CPU", "threads": 1, "capability": "AVX2", "versions": {"vllm": "0.33.0", "torch": "2.14.0"}}
+    (tmp_path / "a.cpu.json").write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
+    return tmp_path
+
+
+def test_attack_table_of_a_record_has_growth_outcomes_and_health(readme_table, tmp_path):
+    ends = [{"rss_mb": mb, "descriptors": 40, "threads": 9} for mb in (900.04, 901.26)]
+    process = dict(zip(("before", "after"), ends, strict=True))
+    process["growth_mb"] = {"rss_all": 0.0412, "rss_second_half": -0.0009}
+    info = {"side": "attack", "requests": 30_000, "clients": 200, "slow_sockets": 100, "cores": 2, "known": 20}
+    info |= {"faults": [], "outcomes": {"whole": 20_000, "left": 10_000}, "processes": {"EngineCore": process}}
+    info["health"] = {"asked": 3600, "median_ms": 12.3, "p99_ms": 98.7, "worst_ms": 187.6}
+    folder = record_of(tmp_path, {"extra_info": info, "stats": {"median": 270.0}})
+    table = readme_table.tables(folder)["attack"]()
+    assert "| EngineCore | 900.0 | 901.3 | 0.041 | -0.001 | 40 / 40 | 9 / 9 |" in table
+    assert "30,000 requests of 200 clients in 4.5 minutes" in table
+    assert "10,000 left in the middle, 20,000 whole streams with verified receipts. Wrong answers: 0." in table
+    assert "`/health`: 12 ms (median), 99 ms (99 %), 188 ms (worst), 3,600 times." in table
+    assert "share 2 cores; CPU, 1 thread, AVX2; vllm 0.33.0, torch 2.14.0." in table
+    assert readme_table.tables(folder)["zeroing"]() == readme_table.tables(folder)["generate"]() == ""
+
+
+def test_zeroing_table_of_a_record_has_speeds_and_shares(readme_table, tmp_path):
+    ratio = {"median_s": 2.0, "ratio": 0.9957, "q1": 0.99, "q3": 1.0011}
+    info = {"side": "zeroing", "size": "160m", "batch": 16, "prompt": 128, "new": 64, "no zeroing": ratio}
+    runs = (
+        {"extra_info": {**info, "zeroing_share": 0.00312}, "stats": {"median": 2.0}},
+        {"extra_info": {**info, "new": 1, "zeroing_share": 0.001}, "stats": {"median": 1.25}},
+    )
+    table = readme_table.tables(record_of(tmp_path, *runs))["zeroing"]()
+    ratio = "99.6 % (99.0 % .. 100.1 %)"
+    assert f"| 160m | 512 | {ratio} | 0.31 % | 1.25 | {ratio} | 0.10 % |" in table
+    assert "16 texts of 128 + 64 tokens, CPU, 1 thread, AVX2; vllm 0.33.0" in table
+    assert readme_table.tables(tmp_path)["generate"]() == ""
+
+
 def test_the_kernels_expected_times_are_the_ones_computed():
     import predict
 

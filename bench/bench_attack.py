@@ -1,0 +1,150 @@
+"""`snpatch serve` under attack: texts, memory of each process, and `/health`: `make bench-attack`.
+
+The attack is bench/attackers.py, in a process of its own; SNPATCH_BENCH_REQUESTS shortens it. Server, attack and this
+process share the machine's cores, so that the times of `/health` hold the waiting for a core, too. They are asked for
+at a fixed rate: a slow answer does not delay the next question.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+import aiohttp
+import attackers
+import numpy as np
+import psutil
+import pytest
+import tiny
+from jobs import RANKINGS, VALUES, told
+from processes import wait_for
+from served import Server
+from serving import CONSTANTS, SERVED, SIZES, form, options_of
+
+from snpatch import Constant
+
+REQUESTS = int(os.environ.get("SNPATCH_BENCH_REQUESTS", 30_000))
+EVERY = max(1, min(1000, REQUESTS // 10))  # requests between two samples of the processes
+HEALTH_S = 0.05  # between two questions
+KNOWN = SERVED[:20]
+MEAN, STD = 0.5 * VALUES, 0.2 * VALUES.abs()
+MOMENTS = {"recipient_mean": MEAN, "recipient_std": STD, "donor_mean": -MEAN, "donor_std": 2 * STD}
+PROCESS = "VLLM::"  # how the titles of vLLM's processes begin
+MB = 1e6
+
+
+@pytest.fixture
+def made(tmp_path):
+    """The tiny model, and the files that its server is given, in its folder."""
+    made = tiny.make("llama", tmp_path)
+    for name, ranking in zip(("first", "second"), RANKINGS, strict=True):
+        replace(ranking, moments=MOMENTS).save(tmp_path / f"{name}.safetensors")
+    for name, values in CONSTANTS.items():
+        Constant(values).save(tmp_path / f"{name}.safetensors")
+    return made
+
+
+@pytest.fixture
+def server(made, tmp_path):
+    server = Server(tmp_path, *options_of(made, tmp_path), *SIZES, wait_s=600)
+    yield server
+    assert server.end() == 0, server.said()
+
+
+def test_attack(benchmark, made, server):
+    bodies = [
+        {"model": "base", "prompt": job.ids, "max_tokens": 10, "temperature": 0, "return_token_ids": True}
+        | {"snpatch": form(job)}
+        for job in KNOWN
+    ]
+    known = [(body, told(made, job).ids) for body, job in zip(bodies, KNOWN, strict=True)]
+    assert_exact(server, known)
+    watch = Watch(server)
+    benchmark.pedantic(lambda: asyncio.run(watch.run(known)), rounds=1, iterations=1)
+    wait_for(lambda: not any(server.held().values()), 60)
+    assert_exact(server, known)
+    assert not watch.found["faults"], watch.found["faults"]
+    assert all(process.is_running() for process in watch.processes.values()), server.said()
+    watch.sample(REQUESTS)
+    benchmark.extra_info.update(
+        side="attack", requests=REQUESTS, clients=attackers.CLIENTS, slow_sockets=attackers.SLOW_SOCKETS,
+        cores=len(os.sched_getaffinity(0)), known=len(known), held=server.held(), health=watch.health(), **watch.found,
+        processes={name: figures(samples) for name, samples in watch.samples.items()},
+    )  # fmt: skip
+
+
+def assert_exact(server: Server, known: list[tuple[dict, list[int]]]) -> None:
+    for body, ids in known:
+        answer = server.post(attackers.COMPLETIONS, body).json()
+        assert answer["choices"][0]["token_ids"] == ids, body
+        assert answer["snpatch"]["verified"] is True
+
+
+class Watch:
+    """Samples of a server's processes, and seconds of its `/health`, while it is attacked. found: by the attack."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, api = server, psutil.Process(server.process.pid)
+        titles = {child.cmdline()[0]: child for child in api.children(recursive=True) if child.cmdline()}
+        own = {title.removeprefix(PROCESS): one for title, one in titles.items() if title.startswith(PROCESS)}
+        self.processes = {"API server": api, **own}
+        self.samples: dict[str, list[dict]] = {name: [] for name in self.processes}
+        self.found: dict = {}
+        self._health_s: list[float] = []
+
+    async def run(self, known: list[tuple[dict, list[int]]]) -> None:
+        self.sample(0)
+        pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "limit": 2**24}
+        attack = await asyncio.create_subprocess_exec(sys.executable, attackers.__file__, **pipes)
+        order = {"url": self._server.url, "requests": REQUESTS, "every": EVERY, "known": known}
+        attack.stdin.write(json.dumps(order).encode())
+        attack.stdin.write_eof()
+        asking = asyncio.create_task(self._ask_health())
+        async for line in attack.stdout:
+            if line.startswith(b"{"):
+                self.found = json.loads(line)
+            else:
+                await asyncio.to_thread(self.sample, int(line))
+        assert await attack.wait() == 0
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
+
+    def sample(self, requests: int) -> None:
+        for name, process in self.processes.items():
+            memory = process.memory_full_info()
+            self.samples[name].append(
+                {"requests": requests, "rss_mb": memory.rss / MB, "pss_mb": memory.pss / MB}
+                | {"descriptors": process.num_fds(), "threads": process.num_threads()}
+            )
+
+    def health(self) -> dict[str, float]:
+        median, nearly_all, worst = (1e3 * np.quantile(self._health_s, (0.5, 0.99, 1))).tolist()
+        return {"asked": len(self._health_s), "median_ms": median, "p99_ms": nearly_all, "worst_ms": worst}
+
+    async def _ask_health(self) -> None:
+        async with aiohttp.ClientSession(self._server.url) as session, asyncio.TaskGroup() as questions:
+            while True:
+                questions.create_task(self._time_health(session))
+                await asyncio.sleep(HEALTH_S)
+
+    async def _time_health(self, session: aiohttp.ClientSession) -> None:
+        start = time.perf_counter()
+        async with session.get("/health") as answer:
+            assert answer.status == 200
+        self._health_s.append(time.perf_counter() - start)
+
+
+def figures(samples: list[dict]) -> dict:
+    """A process's samples, and its growth in MB per 1,000 requests by least squares."""
+    during = samples[1:-1]  # under load
+    halves = {"all": during, "second_half": during[len(during) // 2 :]}
+    growth = {
+        f"{kind}_{name}": float(np.polyfit([s["requests"] / 1000 for s in part], [s[f"{kind}_mb"] for s in part], 1)[0])
+        for kind in ("rss", "pss")
+        for name, part in halves.items()
+    }
+    return {"growth_mb": growth, "before": samples[0], "after": samples[-1], "samples": during}
