@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from snpatch.errors import BusyError, SnpatchError
 from snpatch.server import bodies
 from snpatch.server.config import ALWAYS_OPEN, OPENABLE
-from snpatch.server.errors import MissingError, UnauthorizedError, error
+from snpatch.server.errors import MissingError, SlowBodyError, TooMuchError, UnauthorizedError, error
 from snpatch.server.opening import open_doors
 from snpatch.server.sending import clean, timed
 from snpatch.server.serving import Serving
@@ -55,8 +55,8 @@ class Gate:
                     receive = await _entered(serving, path, scope["method"], headers, receive, entered)
             except SnpatchError as reason:
                 refusal = error(reason)
-                if not is_reading:
-                    refusal.headers["connection"] = "close"  # the rest of its body is not read
+                if isinstance(reason, TooMuchError | SlowBodyError):
+                    refusal.headers["connection"] = "close"  # the rest is not read
                 await refusal(scope, receive, send)
             except ClientDisconnect:
                 return
