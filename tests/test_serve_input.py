@@ -120,9 +120,9 @@ def test_unknown_model_is_a_404_that_lists_models_and_patches(world, server):
         for more in ({}, {"snpatch": SAFE}):
             answer = server.post(path, {**body, "model": "saf", **more})
             assert answer.status_code == 404
-            assert "one of the models base, sft, dpo or of the patches safe, kept; 'saf' does not exist" in answer.text
+            assert "of the models sft, base, dpo, sft_kv, dpo_kv or of the patches safe, kept; 'saf'" in answer.text
     answer = server.post(CHATS, {**ASKED, "model": "dqo"})
-    assert "one of the models dpo, base, sft or" in answer.text
+    assert "one of the models dpo, base, sft, sft_kv, dpo_kv or" in answer.text
     answer = server.post(CHATS, {**ASKED, "model": str(world.made.folder)})
     assert (answer.status_code, "/" in answer.json()["error"]["message"]) == (404, False)
 
@@ -150,7 +150,8 @@ def test_misspelled_patch_is_refused_with_the_nearest_name(server, path, body):
         answer = server.post(path, {**body, **change})
         assert (answer.status_code, message in answer.text) == (400, True), answer.text
         assert answer.json()["error"].get("param", field) == field
-    answer = server.post(path, {**body, "metadata": {"a": "b"}, "service_tier": "auto"})
+    label = {"metadata": {"user_id": "me"}} if path == "/v1/messages" else {"user": "me"}
+    answer = server.post(path, {**body, **label})
     assert answer.status_code == 200, answer.text
 
 
