@@ -9,8 +9,10 @@ import pytest
 import tiny
 
 from snpatch import SnpatchError
+from snpatch.config import EngineConfig
 from snpatch.models import digest
 from snpatch.models.digest import digest_of_checkpoint, digest_of_tokenizer
+from snpatch.models.opening import Opened
 
 
 @pytest.fixture
@@ -87,6 +89,17 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_alone(folder, t
     reads.clear()
     assert digest_of_checkpoint(folder) == first
     assert len(reads) == 2
+
+
+def test_digest_of_a_model_is_of_what_changes_its_texts(folder):
+    """A guard, a ranking and kept texts of an engine are good for a server of the same model."""
+
+    def digest(**arguments) -> str:
+        (own,) = Opened(EngineConfig(str(folder), vllm=arguments)).sets.values()
+        return own.identity
+
+    assert digest() == digest(max_num_seqs=4) == digest(served_model_name=["a", "base"])
+    assert digest() != digest(kv_cache_dtype="fp8")
 
 
 def test_a_folder_without_weights_is_one_line(folder):
