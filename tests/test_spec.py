@@ -3,7 +3,7 @@
 import jsonschema
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs import ALL, RANKINGS
 
@@ -163,6 +163,7 @@ extra = st.dictionaries(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # its first input makes the strategy
 @given(near, extra)
 def test_the_schema_takes_what_the_reader_takes(data, more):
     """Its types and names; what they may be worth hangs on rankings, which no schema knows."""
