@@ -502,7 +502,7 @@ SCORED = Ranking.from_scores(torch.rand(SHAPE), [-1])
         (lambda e: Patch("sft", "dpo", SCORED, (3, 2)), "0 <= lo <= hi"),
         (lambda e: Patch("sft", "dpo", SCORED, 1, "somewhere"), "where must be one of all, prompt, generated"),
         (lambda e: Patch("sft", Constant(torch.zeros(2, 5)), SCORED, 1), r"values are \[2, 5\]"),
-        (lambda e: Constant(torch.full(SHAPE, math.nan)), "not finite at layer 0, neuron 0"),
+        (lambda e: Constant(torch.full(SHAPE, math.nan)), r"constant holds NaN or infinity: .* got nan at"),
         (lambda e: Noise(-VALUES.abs()), "must not be negative"),
         (lambda e: Constant.mean(SCORED), "holds no recipient_mean"),
         (lambda e: Sampling(max_tokens=0), "max_tokens must be at least 1"),

@@ -334,7 +334,10 @@ def _server_keys() -> dict[tuple[str, ...], object]:
     found = {(f.name,): another(f.name, f.default) for f in fields(ServeConfig) if isinstance(f.default, int | float)}
     found |= {(name, "one"): "file" for name in (*FILES, "judges")}
     found |= {("patches", "one"): {"recipient": "sft"}, ("vllm_server", "port"): 9, ("vllm", "max_model_len"): 9}
-    found |= {(name,): f"{name}-2" for name, default in _defaults(ServeConfig).items() if default is None}
+    for name, default in _defaults(ServeConfig).items():
+        if default is None:
+            found[(name,)] = 2 if name.startswith("max_") else f"{name}-2"
+    found[("open_route",)] = ["/metrics"]
     found |= {("twin", name): value for name, value in SIZES.items()} | {("adapters", "sft"): ["b"]}
     found |= {("models", "dpo", name): value for name, value in MODELS.items()}
     return found | {(name,): value for name, value in (ENGINE | TOP).items()}

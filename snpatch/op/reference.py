@@ -92,6 +92,8 @@ def count_nonfinite(
     layer: int,
 ) -> None:
     """Add non-finite values to the receipts of their requests. Device code: nothing is read on the host."""
+    if not len(receipt):
+        return
     nonfinite = torch.where(slot >= 0, nonfinite, 0)
     row, found = slot.clamp(min=0).long(), torch.where(nonfinite > 0, NEVER - layer, 0)
     receipt[:, Receipt.NONFINITE].index_add_(0, row, nonfinite.long())
