@@ -11,7 +11,7 @@ from snpatch.errors import OverflowedError, SpoiledEngineError
 
 @dataclass(eq=False)
 class Spoilage:
-    """What one engine has overflowed on. It outlives restarts."""
+    """Record of an engine's overflows. It outlives restarts."""
 
     _texts: set[str] = field(default_factory=set)  # unpatched texts that overflowed
     _is_inherent: bool = False  # whether one of them did so on a restarted engine, too

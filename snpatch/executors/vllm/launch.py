@@ -89,11 +89,16 @@ def geometry_of(config, max_model_len: int | None, dtype: str) -> Geometry:
     if not 1 <= context <= config.max_position_embeddings:
         raise SnpatchError(f"max_model_len must lie in 1..{config.max_position_embeddings}, got {context}")
     return Geometry(
-        config.num_hidden_layers, config.intermediate_size, context, config.vocab_size, widths, dtype_of(config, dtype)
+        config.num_hidden_layers,
+        config.intermediate_size,
+        context,
+        config.vocab_size,
+        widths,
+        resolve_dtype(config, dtype),
     )
 
 
-def dtype_of(config, dtype: str) -> str:
+def resolve_dtype(config, dtype: str) -> str:
     """Return the dtype of a model's activations: the given one, or for "auto" its checkpoint's."""
     return str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
 
@@ -104,7 +109,7 @@ def twin_arguments(model, config, dtype: str, arguments: dict) -> dict:
     if config.model_type not in ARCHITECTURES:
         plugin.add_untested(architecture)
     own = {
-        "dtype": dtype_of(config, dtype),
+        "dtype": resolve_dtype(config, dtype),
         "hf_overrides": {"architectures": [plugin.PREFIX + architecture], **arguments.pop("hf_overrides", {})},
         "worker_extension_cls": "snpatch.executors.vllm.worker.commands.WorkerExtension",
     }
