@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
@@ -28,6 +29,7 @@ POINTERS = {
     "p_capture": "*fp32",
     "p_receipt": "*i64",
 }
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALIGNED = ("n_neurons", "row_stride")
 
 
@@ -52,7 +54,8 @@ def compile_variant(capability: int, dtype: str, streams: int) -> dict:
         {(place(name),): value for name, value in constants.items()},
         {(place(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    cubin = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=module.OPTIONS).asm["cubin"]
+    options = {**module.OPTIONS, "maxnreg": module.MAX_REGISTERS.get(TYPES[dtype])}
+    cubin = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

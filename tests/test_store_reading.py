@@ -364,7 +364,7 @@ def test_status_shows_control_characters_as_escapes(capsys, folder):
         store.fail({"prompt": "\x1b[2J"}, "two\nlines \x1b[31m")
     out = run(capsys, "sweep", "status", folder)[1]
     assert "\x1b" not in out
-    assert r"two\nlines \x1b[31m" in out
+    assert r"two\nlines \u001b[31m" in out
 
 
 def test_page_of_an_unfinished_sweep_says_how_much_is_written(folder):

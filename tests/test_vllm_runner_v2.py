@@ -15,7 +15,7 @@ from jobs import IDS, RANKINGS, Job
 
 from snpatch import Engine, Sampling
 from snpatch.executors.base import Capture, Observation, Request
-from snpatch.op.plan import Column
+from snpatch.op.plan import Column, Entry
 from snpatch.ranking.statistics import Statistics
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -135,7 +135,7 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
         for i, request_id in enumerate(cached.req_ids):
             if request_id in cached.resumed_req_ids:
                 resumed += 1
-                observed += request_id in feed._records and feed._records[request_id].observes
+                observed += bool(feed._records[request_id].entries[Entry.GROUP] >= 0)
                 ids = step.states[request_id]
                 fields = {"prompt_token_ids": ids, "prefill_token_ids": ids, "block_ids": ([],), "mm_features": []}
                 fields |= {"pooling_params": None, "lora_request": None, "sampling_params": params[request_id]}

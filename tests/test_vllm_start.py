@@ -84,7 +84,7 @@ def test_what_was_started_before_a_start_fails_is_ended_and_removed(temporary, e
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace()), model_config=SimpleNamespace(use_mla=True)
     )
-    arguments = SimpleNamespace(create_engine_config=lambda usage: config)
+    arguments = SimpleNamespace(create_engine_config=lambda usage: config, additional_config=None)
     context = get_context("spawn")
     told = context.Queue()
     with pytest.raises(SnpatchError if error is RuntimeError else error), starting(arguments, lambda config: None):

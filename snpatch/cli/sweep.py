@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from snpatch.cli import options as o
 from snpatch.cli.generated import Engine, Fields, Some, Source, generated, is_given
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, one_line
 from snpatch.runs.config import SweepConfig
 from snpatch.sampling import GREEDY, Sampling
 
@@ -195,7 +195,7 @@ def status(
     o.tell(f"{found.scores} scores")
     for failure in found.failures:
         where = ", ".join(f"{name} {value!r}" for name, value in failure.items() if name != "error")
-        o.tell(f"failed: {where}: {failure['error']}")
+        o.tell(one_line(f"failed: {where}: {failure['error']}"))
     for one in found.runs[-1:]:
         o.tell(f"last run: {one['command']}: {one['outcome'] or 'under way, or killed'}")
 

@@ -57,10 +57,10 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
         offspring, end = Offspring(), ExitStack()
         end.callback(offspring.end)
         variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", processes.PARENT: str(os.getpid())}
-        if KEY in (engine_args.additional_config or {}):  # a twin
-            variables[zeroing.ENABLED] = "1"
-            zeroing.enable()
         try:
+            if KEY in (engine_args.additional_config or {}):  # a twin
+                variables[zeroing.ENABLED] = "1"
+                zeroing.enable()
             with _variables({**variables, **log.environment(), **offspring.environment()}), processes.ctrl_c_stops():
                 config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
                 # Sized by tokens, and the rows are twice that.
