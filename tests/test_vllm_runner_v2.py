@@ -162,7 +162,7 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
     assert chunks
     assert resumed, "nothing was preempted"
     assert observed, "nothing that is observed was preempted"
-    assert len(log.records) == 20 + 2 + 8 + 1
+    assert len(log.records) == 20 + 2 + 8 + 1 + 16  # plain ones, too
     for request_id, record in log.records.items():
         feed.remove(request_id)
         assert told(feed._records[request_id]) == record
