@@ -17,6 +17,8 @@ from snpatch.executors.vllm.offspring import Offspring
 from snpatch.executors.vllm.settings import KEY, check_heads, refuse
 
 CLOSE_S = 2.0  # how long vLLM has to end by itself
+# oneDNN keeps compiled code for each shape that it meets, 1024 by default: hundreds of MB in a worker on a CPU.
+ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 
 def start_engine(engine_args, check: Callable[[object], None] = refuse):
@@ -57,6 +59,7 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
         offspring, end = Offspring(), ExitStack()
         end.callback(offspring.end)
         variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", processes.PARENT: str(os.getpid())}
+        variables |= {name: os.environ.get(name, value) for name, value in ONEDNN_CACHE.items()}
         try:
             if KEY in (engine_args.additional_config or {}):  # a twin
                 variables[zeroing.ENABLED] = "1"
