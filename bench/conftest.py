@@ -9,6 +9,10 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+# The benches ask torch about a card before an engine starts: see gpu_host.ALWAYS.
+for _name, _value in {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}.items():
+    os.environ.setdefault(_name, _value)
+
 import pytest
 import torch
 

@@ -373,8 +373,12 @@ def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
     ids = torch.tensor([9, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS], dtype=torch.int32)
     ids = ids.to(twin.banks.device)
     with torch.inference_mode():
-        assert torch.equal(twin.glus[0].take_tokens(ids), ids)
+        twin.feed.settle(ids)
     assert twin.banks.plan[:9, Column.GROUP].tolist() == [-1, 2, 2, 2, -1, 2, -1, 2, -1]
+    twin.feed.step(["ahead 1"], [4], [4])
+    before = twin.banks.plan.clone()
+    twin.feed.settle(ids)
+    assert torch.equal(twin.banks.plan, before), "a step of none that asks for it is left alone"
     twin.feed.remove("ahead 1")
     twin.feed.remove("ahead 2")
     twin.feed.clear()
@@ -664,6 +668,8 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
         ({"enable_lora": True}, "enable_lora cannot be set"),
         ({"pipeline_parallel_size": 2}, "cannot be combined with pipeline parallel"),
         ({"compilation_config": {"dynamic_shapes_config": {"type": "unbacked"}}}, "with unbacked dynamic shapes"),
+        ({"compilation_config": {"dynamic_shapes_config": {"type": "backed_size_oblivious"}}},
+         "with backed_size_oblivious dynamic shapes"),
         ({"compilation_config": {"compile_sizes": [8], "custom_ops": ["+rotary_embedding"]}}, "compile_sizes beside"),
         ({"max_model_len": 129}, r"max_model_len must lie in 1\.\.128, got 129"),
         ({"dtype": "float99"}, "dtype must be one of auto, float32"),

@@ -78,9 +78,12 @@ def check_heads(vllm_config) -> None:
 
 def refuse(vllm_config) -> None:
     """Raise for what two streams in one batch cannot be combined with, with the reason."""
+    from vllm import envs
+
     model, parallel, compilation = vllm_config.model_config, vllm_config.parallel_config, vllm_config.compilation_config
     compiled_passes = compilation.pass_config
-    shapes = getattr(getattr(compilation, "dynamic_shapes_config", None), "type", "")
+    shapes = getattr(getattr(compilation, "dynamic_shapes_config", None), "type", "backed")
+    shapes = str(getattr(shapes, "value", shapes))
     settings = TwinSettings.of(vllm_config)
     untested = [] if settings.allow_untested else quantised.untested(vllm_config)
     is_untried_pair = settings.has_second and model.quantization is not None and not settings.allow_untested
@@ -108,12 +111,23 @@ def refuse(vllm_config) -> None:
         "several positions a token (M-RoPE, XD-RoPE): each row would need all of them": bool(
             model.uses_mrope or getattr(model, "uses_xdrope_dim", 0)
         ),
-        "unbacked dynamic shapes: vLLM declares as many positions as tokens, and the twin has twice as many": (
-            str(shapes).lower().endswith("unbacked")
+        f"{shapes} dynamic shapes: vLLM declares as many positions as tokens, and the twin has twice as many": (
+            shapes != "backed"
         ),
         "compile_sizes beside +rotary_embedding: vLLM would compile as many positions as tokens": (
             bool(compilation.compile_sizes) and "+rotary_embedding" in compilation.custom_ops
         ),
+        "sleep mode: a worker that sleeps loses its adapters, rankings and constants, and plain requests would run on "
+        "what it wakes up with": bool(getattr(model, "enable_sleep_mode", False)),
+        "a KV connector (kv_transfer_config): it would hand the twin's blocks to engines of the plain model": (
+            getattr(vllm_config, "kv_transfer_config", None) is not None
+        ),
+        "weights that change while the engine runs (weight_transfer_config): results are kept under the content of "
+        "those that it started with": getattr(vllm_config, "weight_transfer_config", None) is not None,
+        "Ray as the executor of vLLM's workers: they would end with the process that started Ray; use "
+        'distributed_executor_backend="mp"': bool(parallel.use_ray),
+        "batch-invariant kernels (VLLM_BATCH_INVARIANT) and a second set of weights: each set's rows are not side by "
+        "side": settings.has_second and bool(getattr(envs, "VLLM_BATCH_INVARIANT", False)),
         "encoder-decoder models: only decoders are patched": bool(model.is_encoder_decoder),
         "fast prefill with shared KV: it skips tokens of later layers": bool(
             vllm_config.cache_config.kv_sharing_fast_prefill

@@ -45,6 +45,7 @@ class WorkerExtension:
             _check_heads(group, {layer.layer_name: layer for layer in twin.attention})
         quantised.check_rows(runner.get_model())
         zeroing.check(runner)
+        runner.reload_weights = _refuse_reload
         if not twin.has_seen_weights:  # some formats of checkpoints go past load_weights
             check_finite(runner.get_model().named_parameters(), twin.name)
         return {
@@ -93,6 +94,13 @@ class WorkerExtension:
         if twin is None:
             raise SnpatchError("this engine's model is not a twin: is snpatch's vLLM plugin switched off?")
         return twin
+
+
+def _refuse_reload(*args, **kwargs) -> None:
+    raise SnpatchError(
+        "a twin's weights cannot be loaded again: what is patched, counted and kept goes by the content of those that it "
+        "started with; start another engine"
+    )
 
 
 def _runner_kind(runner) -> str:
