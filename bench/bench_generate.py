@@ -293,7 +293,6 @@ def test_profile(request, benchmark, traces, side):
     name = "twin" if side == "twin" else "native"
     engine = request.getfixturevalue(name)
 
-
     def run(new: int = NEW) -> None:
         run_twin(engine, batch, PATCH, new) if side == "twin" else run_native(engine, batch, new)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 for _name, _value in {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}.items():
     os.environ.setdefault(_name, _value)
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from snpatch.executors.vllm import versions
+from snpatch.executors.vllm import versions  # noqa: E402
 
 KEPT = ("median", "iqr", "q1", "q3", "min", "rounds")
 

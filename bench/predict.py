@@ -3,7 +3,8 @@
     expected = START + max(hypot(bytes / copy, warps * INSTRUCTIONS / issued), on_chip / L2, waves * PROGRAM)
 
 Small launches wait for a few dependent loads (PROGRAM), large ones for memory (copy) and, where memory is fast, for the
-multiprocessors' schedulers, which overlap in part; or for the L2 (scales and ranks are read again by each tile). Writes kernels/README.md's table; gpu_check.py sets it beside what it measures.
+multiprocessors' schedulers, which overlap in part; or for the L2 (scales and ranks are read again by each tile).
+Writes kernels/README.md's table; gpu_check.py sets it beside what it measures.
 """
 
 import re

@@ -80,6 +80,7 @@ CONTRACT = {
         "as_seq_cls_model": "ModelForSequenceClassification",
         "_create_pooling_model_cls": "ModelForPooling",
     },
+    "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP": ""},
     "vllm.model_executor.models.llama": {"LlamaForCausalLM": "(vllm_config, prefix) forward load_weights(weights)"},
     "vllm.model_executor.models.registry": {
         "ModelRegistry": "_try_load_model_cls(model_arch) models",

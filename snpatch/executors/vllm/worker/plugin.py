@@ -30,6 +30,7 @@ UNTESTED = "SNPATCH_UNTESTED_ARCHITECTURES"  # what the user's process has tried
 def register() -> None:
     """Entry point of the group vllm.general_plugins; may run more than once."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     processes.leave_ctrl_c()
     if zeroing.ENABLED in os.environ:
@@ -38,6 +39,8 @@ def register() -> None:
     for architecture in (*TESTED, *_untested()):
         if PREFIX + architecture not in known:
             ModelRegistry.models[PREFIX + architecture] = _twin(SURGERY, PREFIX + architecture)
+        if architecture in MODELS_CONFIG_MAP:  # what vLLM changes of its settings for an architecture, by its name
+            MODELS_CONFIG_MAP[PREFIX + architecture] = MODELS_CONFIG_MAP[architecture]
     if SCORE not in known:
         ModelRegistry.register_model(SCORE, f"snpatch.executors.vllm.worker.score_head:{SCORE}")
 

@@ -196,9 +196,12 @@ class Twin:
                     f"twin surgery: wanted {self.n_layers} {kind} modules, one a layer, the model has {n}: "
                     "an architecture like this (mixture of experts, shared layers) cannot be patched"
                 )
-        if any(layer.kv_sharing_target_layer_name is not None for layer in attention):
-            raise SnpatchError("twin surgery: layers that share their keys and values cannot be patched")
         if settings.streams == 2:
+            if any(layer.kv_sharing_target_layer_name is not None for layer in attention):
+                raise SnpatchError(
+                    "twin surgery: layers that share their keys and values cannot run two streams; streams=1 patches "
+                    "them with constants"
+                )
             embedding = embeddings[0]
 
             def embed(forward, given):
