@@ -54,8 +54,8 @@ def _check_fork() -> None:
 
     if torch.cuda._is_in_bad_fork():
         raise SnpatchError(
-            "this program asked torch about a GPU before it imported snpatch, and that started CUDA, which vLLM's forked "
-            "processes cannot use: import snpatch first, or set VLLM_WORKER_MULTIPROC_METHOD=spawn"
+            "this program asked torch about a GPU before it imported snpatch, and that started CUDA, which processes "
+            "that vLLM forks cannot use: import snpatch first, or set VLLM_WORKER_MULTIPROC_METHOD=spawn"
         )
 
 

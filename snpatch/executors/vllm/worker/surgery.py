@@ -136,7 +136,9 @@ def _attend(layer: Attention):
     """Return a forward of an attention layer that gets rows [2T, width] and reads them as tokens [T, 2 * width].
 
     Values are a part of the projection's rows, so they are copied; into the shape that attention views them as, or
-    Inductor copies them twice. Queries and keys come out of the rotary embedding, compiled, and are views.
+    Inductor copies them twice. Queries and keys come out of the rotary embedding, compiled, and are views. No copy at
+    all would take a cache that is written by rows: its slots seen as [2 * slots, kv_heads, size], with row r of a token
+    in slot 2 * s + r, and an update of the cache of our own for each backend.
     """
     kv_heads = layer.num_kv_heads // 2
 
