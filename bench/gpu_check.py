@@ -17,7 +17,7 @@ and the same line again until it exits with 0 or 1 (what is unpacked stays so; a
 needs the parts again). The first call holds kernels, op and the twin against native vLLM at 7b, the second equality
 and the profile; all else is for further ones. --work keeps compiled kernels, logs and records for the next call on that
 machine; --out gets records.json, the one file to take home to bench/results/gpu/, from where its records count as done
-on another machine of the same card. A step runs 8 minutes at most in a call; SNPATCH_COMMIT names the commit of a copy.
+on another machine of the same card. SNPATCH_COMMIT names the commit of a copy.
 After a mend `equal --again` repeats a step; `--all --any-commit` goes on without repeating what other code has passed.
 
 A record is of one card and one code (`source`, a digest of it): another one is measured anew. Status of a part: ok,
@@ -42,7 +42,7 @@ from pathlib import Path
 
 import gpu_tables
 from gpu_host import ROOT, Host, commit, source
-from gpu_steps import STEP_S, Part, Step, steps
+from gpu_steps import Part, Step, steps
 
 RESULTS = ROOT / "bench" / "results" / "gpu"
 RECORDS = "records.json"  # one file: what a lent machine sends home is limited in files
@@ -73,12 +73,11 @@ class Run:
     def step(self, step: Step) -> dict:
         """Run what of a step is not settled yet; its record, which is on disk after every part."""
         record = self._known(step)
-        ends = min(self.deadline, time.monotonic() + STEP_S)
         for part in step.parts:
             before = record["parts"].get(part.name, {})
             if not self.options.again and _is_settled(before):
                 continue
-            told = {**self._stamp(), **self._part(step, part, ends)}
+            told = {**self._stamp(), **self._part(step, part)}
             if told["status"] == "timed out":
                 told["tries"] = 1 + before.get("tries", 0)
             record["parts"][part.name] = told
@@ -92,7 +91,7 @@ class Run:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return {"time": now, **{n: self.about[n] for n in ("commit", "source")}, "asked": self.options.asked}
 
-    def _part(self, step: Step, part: Part, ends: float) -> dict:
+    def _part(self, step: Step, part: Part) -> dict:
         if self.options.rehearse and part.needs:
             if isinstance(part.rehearsal, str):
                 return {"status": "skipped", "reason": f"not rehearsed: {part.rehearsal}"}
@@ -101,7 +100,7 @@ class Run:
             return {"status": "skipped", "reason": missing}
         if part.what == ("machine",):
             return {"status": "ok", "found": self.machine}
-        left = ends - time.monotonic()
+        left = self.deadline - time.monotonic()
         if left < part.expect_s:
             return {"status": "left", "reason": f"takes {part.expect_s} s or more, {max(left, 0):.0f} s are left"}
         if not self.options.rehearse or part.kind != "benches":
