@@ -39,7 +39,8 @@ CONTRACT = {
         "EngineArgs": "create_engine_config(usage_context)",
         "AsyncEngineArgs": "(model, tokenizer, runner, dtype, hf_overrides, generation_config, load_format, "
         "max_model_len, max_num_seqs, tensor_parallel_size, gpu_memory_utilization, kv_cache_memory_bytes, "
-        "enforce_eager, use_tqdm_on_load, disable_log_stats, additional_config, worker_extension_cls) "
+        "enforce_eager, use_tqdm_on_load, disable_log_stats, additional_config, worker_extension_cls, "
+        "cudagraph_capture_sizes) "
         "__dataclass_fields__",
     },
     "vllm.envs": {
