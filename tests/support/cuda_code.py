@@ -30,7 +30,6 @@ def launches(graph: torch.fx.GraphModule) -> list[str]:
 
 def _cuda_code(graph: torch.fx.GraphModule) -> str:
     from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.fx_passes.post_grad import post_grad_passes
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
@@ -58,12 +57,11 @@ def _cuda_code(graph: torch.fx.GraphModule) -> str:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": torch.device("cuda:0")}
     traced.recompile()
+    with V.set_fake_mode(fake), fake:
+        post_grad_passes(traced, is_inference=True)
+    traced.recompile()
     with pytest.MonkeyPatch.context() as patch:
         _pretend_there_is_a_card(patch)
-        with V.set_fake_mode(fake), fake:
-            joint_graph_passes(traced)
-            post_grad_passes(traced, is_inference=True)
-        traced.recompile()
         inputs = [on_card(tensor) for tensor in given]
         with V.set_fake_mode(fake):
             lowering = GraphLowering(traced, example_inputs=inputs, is_inference=True)
