@@ -29,17 +29,27 @@ POINTERS = {
     "p_capture": "*fp32",
     "p_receipt": "*i64",
 }
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALIGNED = ("n_neurons", "row_stride")
+# (capability, dtype, streams, clauses, is_aligned). H100 and H200 are 9.0; they get each kind.
+VARIANTS = (
+    *((90, dtype, 2, clauses, True) for dtype, clauses in (("bf16", 1), ("bf16", 3), ("fp16", 1), ("fp32", 1))),
+    (90, "bf16", 1, 1, True),
+    (90, "bf16", 2, 1, False),
+    *((capability, dtype, 2, 1, True) for capability in (80, 100) for dtype in ("bf16", "fp32")),
+)
 
 
-def compile_variant(capability: int, dtype: str, streams: int) -> dict:
-    """One variant as an aligned model would launch it; its registers, stack and counts of 128-bit accesses."""
+def compile_variant(capability: int, dtype: str, streams: int, clauses: int, is_aligned: bool) -> dict:
+    """One variant; its registers, stack, instructions and counts of 128-bit accesses.
+
+    is_aligned: numbers of neurons and row strides that are divisible by 16, as every model's are on one GPU.
+    """
     kernel = module._patched_glu_kernel
     constants = {
         "ACTIVATION": "silu",
         "STREAMS": streams,
-        "CLAUSES": 1,
+        "CLAUSES": clauses,
         "HAS_GROUPS": True,
         "INTERPRETED": False,
         **module.TILE,
@@ -47,29 +57,38 @@ def compile_variant(capability: int, dtype: str, streams: int) -> dict:
     types = {**POINTERS, "p_gate_up": f"*{dtype}", "p_out": f"*{dtype}", **dict.fromkeys(constants, "constexpr")}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     place = kernel.arg_names.index
-    aligned = [name for name in kernel.arg_names if name.startswith("p_") or name in ALIGNED]
+    aligned = [name for name in kernel.arg_names if name.startswith("p_") or (is_aligned and name in ALIGNED)]
     source = ASTSource(
         kernel,
         signature,
         {(place(name),): value for name, value in constants.items()},
         {(place(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {**module.OPTIONS, "maxnreg": module.MAX_REGISTERS.get(TYPES[dtype])}
+    options = {**module.OPTIONS, "maxnreg": module.max_registers(TYPES[dtype], clauses)}
     cubin = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _run("nvdisasm", file.name)
+        sass = _code(_run("nvdisasm", file.name))
     return {
         "capability": capability,
         "dtype": dtype,
         "streams": streams,
+        "clauses": clauses,
+        "is_aligned": is_aligned,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]+\*/", sass, re.MULTILINE)),
         "wide_loads": len(re.findall(r"LDG\.E\S*\.128", sass)),
         "wide_stores": len(re.findall(r"STG\.E\S*\.128", sass)),
     }
+
+
+def _code(listing: str) -> str:
+    """The kernel's own section of nvdisasm's listing, which holds those of the debug information, too."""
+    start = listing.index("\n.text.")
+    return listing[start : listing.find("\n\t.section", start)]
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -77,5 +96,4 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    kinds = (("bf16", 1), ("bf16", 2), ("fp32", 2))
-    print(json.dumps([compile_variant(capability, *kind) for capability in (80, 90, 100) for kind in kinds]))
+    print(json.dumps({"triton": triton.__version__, "variants": [compile_variant(*kind) for kind in VARIANTS]}))

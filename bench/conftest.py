@@ -9,10 +9,14 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import pytest
-import torch
+# The benches ask torch about a card before an engine starts: see gpu_host.ALWAYS.
+for _name, _value in {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}.items():
+    os.environ.setdefault(_name, _value)
 
-from snpatch.executors.vllm import versions
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from snpatch.executors.vllm import versions  # noqa: E402
 
 KEPT = ("median", "iqr", "q1", "q3", "min", "rounds")
 

@@ -2,7 +2,7 @@
 
     python bench/gpu_check.py --list                     steps and their parts
     python bench/gpu_check.py --all --minutes 9.5        as much as 9.5 minutes hold; again: goes on where it was
-    python bench/gpu_check.py equal profile              these steps (or their numbers: 4 6)
+    python bench/gpu_check.py equal profile              these steps (or their numbers: 4 5)
     python bench/gpu_check.py --rehearse --all           the same at tiny size on a CPU: checks this script
 
 It needs Python 3.11 or newer with torch, triton, transformers, pytest, pytest-benchmark and hypothesis; no compiler, no
@@ -13,15 +13,16 @@ On a lent card, whose calls end after 10 minutes and whose checkout is copied th
 
     python3 bench/gpu_check.py --all --minutes 9.4 --parts PARTS --site /tmp/site --work /tmp/gpu-check --out "$OUT"
 
-and the same line, without --parts, until it exits with 0 or 1: about four calls. The first holds kernels, op, native
-and the start of equal, the next the rest of equal, then end-to-end, then profile and what is left. --work keeps
-compiled kernels, logs and records for the next call on that machine; --out gets the records to take home to
-bench/results/gpu/, from where they count as done on another machine of the same card. A step runs 8 minutes at most in
-a call; SNPATCH_COMMIT names the commit of a copy. After a mend `equal --again` repeats a step; `--all --any-commit`
-goes on without repeating what other code has passed. With little time: `kernels op`, then `end-to-end profile`.
+and the same line again until it exits with 0 or 1 (what is unpacked stays so; a machine that was given back in between
+needs the parts again). The first call holds kernels, op and the twin against native vLLM at 7b, the second equality
+and the profile; all else is for further ones. --work keeps compiled kernels, logs and records for the next call on that
+machine; --out gets records.json, the one file to take home to bench/results/gpu/, from where its records count as done
+on another machine of the same card. SNPATCH_COMMIT names the commit of a copy.
+After a mend `equal --again` repeats a step; `--all --any-commit` goes on without repeating what other code has passed.
 
 A record is of one card and one code (`source`, a digest of it): another one is measured anew. Status of a part: ok,
-failed, timed out (all three stay until --again), skipped (with the reason), left (no time; the next call runs it).
+failed (both stay until --again), timed out (tried once more by the next call: its first try has warmed the caches),
+skipped (with the reason), left (no time; the next call runs it).
 Exit status: 1 a part failed or timed out, 3 something is left, 2 wrong arguments, else 0.
 """
 
@@ -36,16 +37,19 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 import gpu_tables
 from gpu_host import ROOT, Host, commit, source
-from gpu_steps import STEP_S, Part, Step, steps
+from gpu_steps import Part, Step, steps
 
 RESULTS = ROOT / "bench" / "results" / "gpu"
-SETTLED = ("ok", "failed", "timed out")
+RECORDS = "records.json"  # one file: what a lent machine sends home is limited in files
+TRIES = 2
 BAD = ("failed", "timed out")
 TAIL = 60
+ONE_LAUNCH = "import torch; torch.ones(8, device='cuda').add_(1); torch.cuda.synchronize()"
 REHEARSAL_S = 400
 FOLDERS = ("--out", "--work", "--parts", "--site")
 
@@ -69,13 +73,15 @@ class Run:
     def step(self, step: Step) -> dict:
         """Run what of a step is not settled yet; its record, which is on disk after every part."""
         record = self._known(step)
-        ends = min(self.deadline, time.monotonic() + STEP_S)
         for part in step.parts:
-            if not self.options.again and record["parts"].get(part.name, {}).get("status") in SETTLED:
+            before = record["parts"].get(part.name, {})
+            if not self.options.again and _is_settled(before):
                 continue
-            record["parts"][part.name] = {**self._stamp(), **self._part(step, part, ends)}
+            told = {**self._stamp(), **self._part(step, part)}
+            if told["status"] == "timed out":
+                told["tries"] = 1 + before.get("tries", 0)
+            record["parts"][part.name] = told
             self._write(record)
-            told = record["parts"][part.name]
             print(f"{step.name}: {part.name} {told['status']} {told.get('reason', '')}".rstrip(), flush=True)
         self._write(record)
         return record
@@ -85,7 +91,7 @@ class Run:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return {"time": now, **{n: self.about[n] for n in ("commit", "source")}, "asked": self.options.asked}
 
-    def _part(self, step: Step, part: Part, ends: float) -> dict:
+    def _part(self, step: Step, part: Part) -> dict:
         if self.options.rehearse and part.needs:
             if isinstance(part.rehearsal, str):
                 return {"status": "skipped", "reason": f"not rehearsed: {part.rehearsal}"}
@@ -94,7 +100,7 @@ class Run:
             return {"status": "skipped", "reason": missing}
         if part.what == ("machine",):
             return {"status": "ok", "found": self.machine}
-        left = ends - time.monotonic()
+        left = self.deadline - time.monotonic()
         if left < part.expect_s:
             return {"status": "left", "reason": f"takes {part.expect_s} s or more, {max(left, 0):.0f} s are left"}
         if not self.options.rehearse or part.kind != "benches":
@@ -102,13 +108,29 @@ class Run:
         return self._rehearsed_benches(part)
 
     def _missing(self, part: Part) -> str | None:
-        has = {"card": self.card, "vllm": self.machine["has_vllm"], "sanitizer": self.machine["sanitizer"]}
+        has = {"card": self.card, "vllm": self.machine["has_vllm"]}
         why = {
             "card": "no NVIDIA card here",
             "vllm": self.machine.get("no_vllm") or "no vLLM here: give --parts, or have it on the Python path",
-            "sanitizer": "compute-sanitizer is not installed",
         }
-        return next((why[need] for need in part.needs if not has[need]), None)
+        if missing := next((why[need] for need in part.needs if not has.get(need, True)), None):
+            return missing
+        return self._no_sanitizer if "sanitizer" in part.needs else None
+
+    @cached_property
+    def _no_sanitizer(self) -> str | None:
+        """Why compute-sanitizer cannot be used: it may be installed, and the machine let no tool look at its card."""
+        if not (program := self.machine["sanitizer"]):
+            return "compute-sanitizer is not installed"
+        call = [program, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", ONE_LAUNCH]
+        logs = self.host.work / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        log = logs / "sanitizer.tryout.log"
+        code = run_limited(call, self.host.environment(), log, 90)
+        if code == 0:
+            return None
+        last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+        return f"compute-sanitizer does not work here: exit status {code}, {self._without_paths(last)}"
 
     def _rehearsed_benches(self, part: Part) -> dict:
         """This part's benches out of one child that runs those of all chosen steps."""
@@ -130,6 +152,8 @@ class Run:
         """Run a part's child to its end or limit, and say what came of it."""
         facts = {"sanitizer": self.machine["sanitizer"], "kind": "h200" if "H200" in (self.card or "") else "h100"}
         command = [re.sub(r"^\{(\w+)\}$", lambda found: facts[found[1]], word) for word in command]
+        if part.workers > 1 and "pytest-xdist" in self.machine["versions"]:
+            command += ["-n", str(part.workers)]
         logs = self.host.work / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log, measured = logs / f"{name}.log", logs / f"{name}.jsonl"
@@ -182,9 +206,8 @@ class Run:
         """The step's record, with what is known of it on this card and by this code."""
         now = {"step": step.name, "title": step.title, **self.about, "parts": {}}
         homes = [self.options.out] if self.options.rehearse else [self.options.out, self._kept, RESULTS]
-        for path in (home / f"{step.name}.json" for home in homes):
-            if path.exists():
-                found = json.loads(path.read_text())
+        for home in homes:
+            if found := kept_records(home).get(step.name):
                 mine = all(found[name] == now[name] for name in ("rehearsal", "card"))
                 parts = {name: told for name, told in found["parts"].items() if mine and self._counts(told)}
                 if parts:
@@ -201,9 +224,21 @@ class Run:
     def _write(self, record: dict) -> None:
         for home in {self.options.out} if self.options.rehearse or not self.card else {self.options.out, self._kept}:
             home.mkdir(parents=True, exist_ok=True)
-            path = home / f"{record['step']}.json"
-            path.with_suffix(".partial").write_text(json.dumps(record, indent=1) + "\n")
+            path = home / RECORDS
+            records = {**kept_records(home), record["step"]: record}
+            path.with_suffix(".partial").write_text(json.dumps(records, indent=1) + "\n")
             path.with_suffix(".partial").replace(path)
+
+
+def _is_settled(told: dict) -> bool:
+    status = told.get("status")
+    return status in ("ok", "failed") or (status == "timed out" and told["tries"] >= TRIES)
+
+
+def kept_records(home: Path) -> dict[str, dict]:
+    """Return a folder's records by step; of none where there is no file."""
+    path = home / RECORDS
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def run_limited(command: list[str], environment: dict[str, str], log: Path, limit_s: float) -> int | None:

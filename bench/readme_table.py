@@ -73,10 +73,10 @@ def runs(folder: Path = RESULTS) -> Iterator[Run]:
         machine = f"{about['device']}, {threads}, {about['capability']}"
         yield from _runs(record["benchmarks"], machine, about["versions"])
     for path in sorted((folder / "gpu").glob("*.json")):
-        record = json.loads(path.read_text())
-        if not record["rehearsal"]:
-            for part in record["parts"].values():
-                yield from _runs(part.get("benchmarks", ()), record["card"], record["versions"])
+        for record in json.loads(path.read_text()).values():
+            if not record["rehearsal"]:
+                for part in record["parts"].values():
+                    yield from _runs(part.get("benchmarks", ()), record["card"], record["versions"])
 
 
 def _runs(benchmarks: Iterable[dict], machine: str, versions: dict) -> Iterator[Run]:

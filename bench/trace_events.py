@@ -22,10 +22,18 @@ GROUPS = (
 TOP = 15
 
 
+class NoKernelsError(ValueError):
+    """A trace without a kernel."""
+
+
 def decode_steps(events: list[dict], category: str) -> dict:
     """Of a trace's events: steps seen, microseconds a step, and its time by group and by kernel.
 
     category: "kernel" on a GPU, "cpu_op" without one. A kernel inside another one counts once.
+
+    Raises:
+        NoKernelsError: the trace has none: the machine lets no profiler look at its card.
+        ValueError: it marks too few decode steps.
     """
     marks = sorted(e["ts"] for e in events if e.get("cat") == "user_annotation" and _is_decode(e["name"]))
     if len(marks) < 3:
@@ -33,6 +41,8 @@ def decode_steps(events: list[dict], category: str) -> dict:
         raise ValueError(f"the trace marks {len(marks)} decode steps, wanted 3 or more; it marks {names[:10]}")
     start, stop, steps = marks[0], marks[-1], len(marks) - 1
     kernels = [e for e in events if e.get("cat") == category and e.get("ph") == "X" and start <= e["ts"] < stop]
+    if not kernels:
+        raise NoKernelsError(f"the trace holds no event of the category {category} in {steps} decode steps")
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for event, own in _self_times(kernels):

@@ -42,10 +42,10 @@ LAYER = tl.constexpr(2)
 RECEIPT_COLUMNS = tl.constexpr(3)
 NEVER = tl.constexpr(2**31 - 1)
 # Tokens x neurons. kernels/README.md says why these.
-TILE = {"BLOCK_T": 4, "BLOCK_F": 256, "SUM_T": 32, "SUM_F": 32}
-INTERPRETED_TILE = {"BLOCK_T": 32, "BLOCK_F": 1024, "SUM_T": 64, "SUM_F": 1024}  # a program costs milliseconds there
+TILE = {"BLOCK_T": 4, "BLOCK_F": 256, "SUM_T": 32, "SUM_F": 32, "SEARCH_T": 512}
+# A program costs milliseconds there.
+INTERPRETED_TILE = {"BLOCK_T": 32, "BLOCK_F": 1024, "SUM_T": 64, "SUM_F": 1024, "SEARCH_T": 128}
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-MAX_REGISTERS = {torch.float32: 128}  # left to choose, ptxas takes 96 for compute capability 10.0 and spills
 
 
 @triton.jit
@@ -147,11 +147,29 @@ def _roles(v0, v1, p_row, m_token, STREAMS: tl.constexpr):
 def _add_statistics(
     i_block, p_gate_up, p_scale, p_plan, p_stats, p_count, n_tokens, n_neurons, row_stride,
     ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, CLAUSES: tl.constexpr, SUM_T: tl.constexpr, SUM_F: tl.constexpr,
+    SEARCH_T: tl.constexpr,
 ):  # fmt: skip
-    """One block of neurons over all tokens: float32 within a tile, float64 beyond."""
+    """One block of neurons over all tokens. Where SEARCH_T of them have no group, one load says so."""
+    width = COLUMNS + BLOCK * (CLAUSES - 1)
+    for start in range(0, n_tokens, SEARCH_T):
+        o_token = start + tl.arange(0, SEARCH_T)
+        group = tl.load(p_plan + o_token.to(tl.int64) * width + GROUP, mask=o_token < n_tokens, other=-1)
+        if tl.max(group, axis=0) >= 0:
+            _add_tiles(
+                i_block, p_gate_up, p_scale, p_plan, p_stats, p_count, start, min(start + SEARCH_T, n_tokens),
+                n_neurons, row_stride, ACTIVATION, STREAMS, CLAUSES, SUM_T, SUM_F,
+            )  # fmt: skip
+
+
+@triton.jit
+def _add_tiles(
+    i_block, p_gate_up, p_scale, p_plan, p_stats, p_count, first_token, n_tokens, n_neurons, row_stride,
+    ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, CLAUSES: tl.constexpr, SUM_T: tl.constexpr, SUM_F: tl.constexpr,
+):  # fmt: skip
+    """One block of neurons over the tokens [first_token, n_tokens): float32 within a tile, float64 beyond."""
     o_neuron = i_block * SUM_F + tl.arange(0, SUM_F)
     m_neuron = o_neuron < n_neurons
-    for start in range(0, n_tokens, SUM_T):
+    for start in range(first_token, n_tokens, SUM_T):
         o_token = start + tl.arange(0, SUM_T)
         m_token = o_token < n_tokens
         p_row = p_plan + o_token.to(tl.int64) * (COLUMNS + BLOCK * (CLAUSES - 1))
@@ -292,13 +310,14 @@ def _patched_glu_kernel(
     BLOCK_F: tl.constexpr,
     SUM_T: tl.constexpr,
     SUM_F: tl.constexpr,
+    SEARCH_T: tl.constexpr,
 ):
     n_summing = tl.cdiv(n_neurons, SUM_F) if HAS_GROUPS else 0
     i_program = tl.program_id(0)
     if i_program < n_summing:
         _add_statistics(
             i_program, p_gate_up, p_scale, p_plan, p_stats, p_count, n_tokens, n_neurons, row_stride,
-            ACTIVATION, STREAMS, CLAUSES, SUM_T, SUM_F,
+            ACTIVATION, STREAMS, CLAUSES, SUM_T, SUM_F, SEARCH_T,
         )  # fmt: skip
     else:
         _make_output(
@@ -328,6 +347,7 @@ def patched_glu(
     out = gate_up.new_empty(gate_up.shape[0], n_neurons)
     if n_tokens == 0 or n_neurons == 0:
         return out
+    clauses = 1 + (plan.shape[1] - COLUMNS.value) // BLOCK.value
     interpreted = triton.knobs.runtime.interpret
     tile = INTERPRETED_TILE if interpreted else TILE
     has_groups = stats.shape[0] > 0
@@ -350,11 +370,11 @@ def patched_glu(
         first_neuron,
         ACTIVATION=activation,
         STREAMS=streams,
-        CLAUSES=1 + (plan.shape[1] - COLUMNS.value) // BLOCK.value,
+        CLAUSES=clauses,
         HAS_GROUPS=has_groups,
         INTERPRETED=interpreted,
         **tile,
-        maxnreg=MAX_REGISTERS.get(gate_up.dtype),
+        maxnreg=max_registers(gate_up.dtype, clauses),
         **OPTIONS,
     )
     return out
@@ -364,3 +384,9 @@ def programs(n_tokens: int, n_neurons: int, has_groups: bool, tile: dict[str, in
     """How many programs a launch has: those that add up statistics, and one a tile of the output."""
     summing = triton.cdiv(n_neurons, tile["SUM_F"]) if has_groups else 0
     return summing + triton.cdiv(n_tokens, tile["BLOCK_T"]) * triton.cdiv(n_neurons, tile["BLOCK_F"])
+
+
+def max_registers(dtype: torch.dtype, clauses: int) -> int:
+    """Registers of a thread: 96 let five programs be on a multiprocessor. Left to choose, Triton 3.6 takes 121 there,
+    and in float32 ptxas takes 96 for compute capability 10.0 and spills."""
+    return 96 if dtype.itemsize == 2 and clauses == 1 else 128

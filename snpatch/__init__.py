@@ -4,6 +4,10 @@ The public names load on first use, so that `snpatch --help` does not wait for t
 """
 
 import importlib
+import os
+
+# Asked about a GPU, torch would start CUDA, and a process that vLLM forks off could not use it any more.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 __version__ = "0.1.0"
 

@@ -14,6 +14,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from graph_safety import assert_reads_nothing_on_the_host
 from in_process import architectures
 from jobs import (
     ALL,
@@ -373,11 +374,20 @@ def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
     ids = torch.tensor([9, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS], dtype=torch.int32)
     ids = ids.to(twin.banks.device)
     with torch.inference_mode():
-        assert torch.equal(twin.glus[0].take_tokens(ids), ids)
+        twin.feed.settle(ids)
     assert twin.banks.plan[:9, Column.GROUP].tolist() == [-1, 2, 2, 2, -1, 2, -1, 2, -1]
+    twin.feed.step(["ahead 1"], [4], [4])
+    before = twin.banks.plan.clone()
+    twin.feed.settle(ids)
+    assert torch.equal(twin.banks.plan, before), "a step of none that asks for it is left alone"
     twin.feed.remove("ahead 1")
     twin.feed.remove("ahead 2")
     twin.feed.clear()
+
+
+def test_nothing_in_a_step_waits_for_the_device(engine, monkeypatch):
+    """What a graph captures, and the count of overflows behind it: a value read on the host ends a capture."""
+    assert_reads_nothing_on_the_host(engine, monkeypatch, [*JOBS[:6], Job(0, "sft")])
 
 
 def test_texts_stream_as_they_finish(engine):
@@ -664,6 +674,8 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
         ({"enable_lora": True}, "enable_lora cannot be set"),
         ({"pipeline_parallel_size": 2}, "cannot be combined with pipeline parallel"),
         ({"compilation_config": {"dynamic_shapes_config": {"type": "unbacked"}}}, "with unbacked dynamic shapes"),
+        ({"compilation_config": {"dynamic_shapes_config": {"type": "backed_size_oblivious"}}},
+         "with backed_size_oblivious dynamic shapes"),
         ({"compilation_config": {"compile_sizes": [8], "custom_ops": ["+rotary_embedding"]}}, "compile_sizes beside"),
         ({"max_model_len": 129}, r"max_model_len must lie in 1\.\.128, got 129"),
         ({"dtype": "float99"}, "dtype must be one of auto, float32"),
@@ -716,3 +728,49 @@ def test_a_mixture_of_experts_cannot_be_patched(start, tmp_path):
     made = other_model("mixtral", tmp_path, num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(SnpatchError, match=r"mixture of experts, shared layers\) cannot be patched"):
         start(made, allow_untested=True)
+
+
+@pytest.mark.parametrize("kind", ["olmo_hybrid", "falcon_h1"])
+def test_one_stream_patches_a_hybrid_with_constants(start, tmp_path, kind):
+    """Layers without attention have a gated MLP as well; two streams are refused, with the way that is left."""
+    sizes = HYBRIDS[kind]
+    made = other_model(kind, tmp_path, **sizes)
+    with pytest.raises(SnpatchError, match=r"hybrid and attention-free models.*; streams=1 patches it with constants"):
+        start(made, allow_untested=True)
+    engine = start(made, allow_untested=True, streams=1, max_num_seqs=8)
+    model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
+    layers = [next(m for n, m in layer.named_modules() if n.endswith("down_proj")) for layer in model.model.layers]
+    factors = engine.requests.model("sft").scales.scale["down_proj"]
+    ranking = RANKINGS[0]
+    entered = []
+
+    def scale_and_zero(layer, k):
+        def hook(module, given):
+            neurons = given[0] * factors[layer]
+            entered.append(neurons.detach())
+            return (torch.where(ranking.rank[layer] < k, 0.0, neurons),)
+
+        return hook
+
+    for k in (0, 40, len(ranking)):
+        handles = [m.register_forward_pre_hook(scale_and_zero(i, k)) for i, m in enumerate(layers)]
+        found = engine.logprobs(IDS[:3], Patch("sft", "zero", ranking, k))
+        for ids, own in zip(IDS[:3], found, strict=True):
+            entered.clear()
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            want = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            torch.testing.assert_close(own.values, want, rtol=0, atol=2e-4)
+        for handle in handles:
+            handle.remove()
+    statistics = engine.contrast(IDS[:3], "sft", at="prompt", exclude_layers=())
+    assert len(statistics) == len(ranking)
+
+
+HYBRIDS = {
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_key_value_heads": 2,
+                    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 32,
+                    "linear_value_head_dim": 32},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16,
+                  "head_dim": 32},
+}  # fmt: skip

@@ -2,6 +2,7 @@
 hang, skip, or find no time. No number of a rehearsal means anything, so none is looked at."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import gpu_steps
 import pytest
 import torch
 import trace_events
-from gpu_host import Host, register_plugin
+from gpu_host import ALWAYS, Host, register_plugin
 from gpu_steps import Part, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,14 +24,14 @@ RESULTS = ROOT / "bench" / "results"
 STEPS = [step.name for step in gpu_steps.steps()]
 # What runs without a card, in a rehearsal.
 REHEARSED = {
-    "kernels": {"machine", "tests"},
+    "kernels": {"machine"},
     "op": {"predicted", "bench"},
-    "native": {"native-v1"},
-    "equal": {"160m-v1", "float32-v1"},
-    "end-to-end": {"twin-v1", "hooks-v2"},
-    "profile": {"profile-v1"},
+    "end-to-end": set(),
+    "equal": set(),
+    "profile": set(),
+    "more": {"160m-v1", "twin-v1", "float32-v1", "profile-v1", "prefill-v1", "more-v1", "hooks-v2"},
     "sanitizer": set(),
-    "tests": set(),
+    "tests": {"kernels"},
 }
 
 
@@ -40,7 +41,8 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def records(folder: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert [path.name for path in folder.iterdir()] == ["records.json"]
+    return gpu_check.kept_records(folder)
 
 
 def results() -> dict[Path, bytes]:
@@ -70,7 +72,7 @@ def test_a_rehearsal_runs_every_step_and_writes_its_records(tmp_path):
                 assert told["benchmarks"] if "--benchmark-enable" in told["command"] else told["seconds"]
     sides = {b["extra_info"]["side"] for record in found.values() for p in record["parts"].values()
              for b in p.get("benchmarks", ())}  # fmt: skip
-    assert {"twin", "native", "32 windows", "statistics", "prefill", "contrast", "profile of twin"} <= sides
+    assert {"twin", "plain on twin", "32 windows", "statistics", "prefill", "contrast", "profile of twin"} <= sides
     table = run.stdout[run.stdout.index("steps (a rehearsal") :]
     assert all(f"\n{step}" in table for step in STEPS)
     assert "profile of" not in table
@@ -215,3 +217,86 @@ def test_a_decode_steps_time_is_told_by_kernel():
     assert found["top"][0] == {"name": "_patched_glu_kernel", "us": 4, "calls": 1}
     with pytest.raises(ValueError, match="marks 1 decode steps, wanted 3 or more"):
         trace_events.decode_steps(events[:2], "kernel")
+    marks = [event for event in events if event["cat"] == "user_annotation"]
+    with pytest.raises(trace_events.NoKernelsError, match="no event of the category kernel in 3 decode steps"):
+        trace_events.decode_steps(marks, "kernel")  # of a machine whose card no profiler may look at
+
+
+def test_a_part_that_timed_out_is_tried_once_more_since_its_caches_are_warm(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHILD", str(tmp_path / "pid"))
+    monkeypatch.setattr(gpu_check.gpu_tables, "measurements", lambda records: "")
+    hanging = Part("hangs", "benches", fake.part("hangs").what, "hangs", limit_s=4, expect_s=1, needs=())
+    tries = [fake(hanging)[1]["hangs"] for _ in range(3)]
+    assert [told["tries"] for told in tries] == [1, 2, 2]
+    assert tries[1] == tries[2]
+
+
+def test_a_sanitizer_that_cannot_look_at_the_card_is_a_reason_to_skip(fake, tmp_path):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\necho 'Device not supported' >&2\nexit 1\n")
+    program.chmod(0o755)
+    fake.machine.update(card="NVIDIA H200", sanitizer=str(program))
+    checked = replace(fake.part("good"), needs=("card", "sanitizer"), prefix=("{sanitizer}",))
+    status, parts = fake(checked)
+    assert status == 0
+    assert parts["good"]["status"] == "skipped"
+    assert parts["good"]["reason"] == "compute-sanitizer does not work here: exit status 1, Device not supported"
+
+
+def test_the_first_parts_fit_into_two_calls_of_ten_minutes():
+    """By the seconds that they need at least, and the first one by what Triton compiles for it: 5 s each, or 16."""
+    first = {part.name: part for step in gpu_steps.steps()[:5] for part in step.parts if "card" in part.needs}
+    assert list(first) == ["ceilings", "graphs", "bench", "vllm", "twin-v2", "160m-v2", "float32-v2", "bfloat16-v2",
+                           "goldens-v2", "profile-v2", "prefill-v2"]  # fmt: skip
+    calls = list(first.values())[:6], list(first.values())[6:]
+    assert [sum(part.expect_s for part in call) <= 570 for call in calls] == [True, True]
+    assert first["twin-v2"].env["SNPATCH_BENCH_ROUNDS"] == "7"
+    assert num_compiled(first["graphs"]) * 16 < first["graphs"].limit_s
+
+
+def num_compiled(part: Part) -> int:
+    """How many specializations of the kernel a part's tests launch, counted where the kernel is interpreted."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "specializations", *part.what]
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    run = subprocess.run([*command, "-k", part.select], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stdout
+    return int(run.stdout.split("specializations: ")[1].split()[0])
+
+
+def test_no_bench_starts_cuda_before_an_engine():
+    """torch asked without NVML starts CUDA, and vLLM's forked processes could not use it any more."""
+    asked = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True, cwd=ROOT / "bench", env={
+        **{n: v for n, v in os.environ.items() if n not in ("PYTORCH_NVML_BASED_CUDA_CHECK", "PYTHONPATH")},
+        "SNPATCH_BENCH_SIZE": "rehearsal", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}",
+    })  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.split() == ["[]", "spawn"]
+    assert {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}.items() <= ALWAYS.items()
+
+
+ASKS = """
+import json, os, sys, traceback
+import torch
+asked = []
+
+def is_available():
+    if os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") != "1":
+        asked.append(traceback.extract_stack()[-2].filename)
+    return False
+
+torch.cuda.is_available = is_available
+import conftest
+for name in ("bench_generate", "bench_pair", "bench_sweep", "bench_serve", "bench_zeroing", "bench_patched_glu"):
+    __import__(name)
+from snpatch import Engine
+print(json.dumps(asked), os.environ["VLLM_WORKER_MULTIPROC_METHOD"])
+"""
+
+
+def test_an_import_of_snpatch_keeps_torch_from_starting_cuda_when_it_is_asked():
+    code = "import os, snpatch; print(os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'])"
+    for given, want in (({}, "1"), ({"PYTORCH_NVML_BASED_CUDA_CHECK": "0"}, "0")):
+        environment = {n: v for n, v in os.environ.items() if n != "PYTORCH_NVML_BASED_CUDA_CHECK"} | given
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert run.stdout.strip() == want, run.stderr

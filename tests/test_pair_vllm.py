@@ -7,6 +7,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from graph_safety import assert_reads_nothing_on_the_host
 from in_process import architectures
 from jobs import (
     CLAUSES,
@@ -62,6 +63,14 @@ def assert_is_the_pair(engine, made, across: bool = False) -> None:
 def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, start, architecture):
     made = pairs(architecture)
     assert_is_the_pair(start(made, max_clauses=3), made)
+
+
+def test_nothing_in_a_step_of_a_pair_waits_for_the_device(pairs, start, monkeypatch):
+    """But for requests on one set, which only an engine without graphs can tell apart."""
+    engine = start(pairs("llama"))
+    assert_reads_nothing_on_the_host(engine, monkeypatch, JOBS[:6])
+    with pytest.raises(AssertionError, match=r"aten::\w+ reads the device"):
+        assert_reads_nothing_on_the_host(engine, monkeypatch, SAME_SET[:1])
 
 
 def test_compiled(pairs, start):

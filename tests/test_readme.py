@@ -40,13 +40,13 @@ def test_records_of_a_gpu_get_tables_of_their_own(readme_table, tmp_path):
     parts = {"bench": {"status": "ok", "benchmarks": [twin, *sides]}, "tests": {"status": "ok"}}
     record = {"rehearsal": False, "card": "NVIDIA A100", "versions": {"vllm": "0.33.0"}, "parts": parts}
     (tmp_path / "gpu").mkdir()
-    (tmp_path / "gpu" / "end-to-end.json").write_text(json.dumps(record))
+    (tmp_path / "gpu" / "records.json").write_text(json.dumps({"end-to-end": record}))
     made = readme_table.tables(tmp_path)
     assert "| batch of 8 | 400 | 0.97x (0.96 .. 0.98) | 0.97x (0.96 .. 0.98) |" in made["generate on a GPU"]()
     assert "7b geometry, bfloat16, NVIDIA A100, model runner v2; vllm 0.33.0; medians." in made["generate on a GPU"]()
     assert "| 64 x 11008, bfloat16 | 10 us | 2 us (0.20x) | 1000 |" in made["op on a GPU"]()
     assert made["generate"]() == made["op"]() == made["contrast"]() == ""
-    (tmp_path / "gpu" / "end-to-end.json").write_text(json.dumps(record | {"rehearsal": True}))
+    (tmp_path / "gpu" / "records.json").write_text(json.dumps({"end-to-end": record | {"rehearsal": True}}))
     assert readme_table.tables(tmp_path)["op on a GPU"]() == ""
 
 

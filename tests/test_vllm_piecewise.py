@@ -1,19 +1,29 @@
-"""vLLM's piecewise compilation, which its CPU backend leaves out: forced here, since every GPU engine runs it."""
+"""vLLM's piecewise compilation, which its CPU backend leaves out: forced here, since every GPU engine runs it. With the
+compile cache on, as on a GPU: what is compiled ahead of time is saved, and loaded by the next start."""
+
+import gc
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
+from cuda_code import kept, launches
 from jobs import JOBS, assert_as_the_oracle, generate
 
 from snpatch import Engine
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
+OPTIONS = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32, "enforce_eager": False}
 
 
 @pytest.fixture(scope="module")
-def forced(zoo):
-    """An engine of this process whose model vLLM compiles in pieces, and the graphs of the pieces."""
+def forced(tmp_path_factory):
+    """forced(make): a context with an engine of this process whose model vLLM compiles in pieces, and what it did."""
     from vllm.compilation.compiler_interface import InductorStandaloneAdaptor
+    from vllm.compilation.counter import compilation_counter
     from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
     from vllm.config import CompilationMode
     from vllm.platforms.cpu import CpuPlatform
@@ -24,35 +34,80 @@ def forced(zoo):
         check(vllm_config)
         vllm_config.compilation_config.mode = CompilationMode.VLLM_COMPILE
         vllm_config.compilation_config.compile_sizes = []
+        vllm_config.compilation_config.custom_ops = ["none"]  # as on a GPU
 
-    def compile_and_count(self, graph, *args, **kwargs):
-        compiled.append(graph)
+    def compile_and_keep(self, graph, *args, **kwargs):
+        compiled.append(kept(graph))
         return compiler(self, graph, *args, **kwargs)
 
-    made = zoo("llama")
-    adapters = {name: list(folders) for name, folders in made.adapters.items()}
-    options = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32, "enforce_eager": False}
+    def artifacts():
+        return compilation_counter.num_aot_artifacts_saved, compilation_counter.num_aot_artifacts_loaded
+
+    @contextmanager
+    def start(make):
+        compiled.clear()
+        torch.compiler.reset()  # as in another process
+        saved, loaded = artifacts()
+        with make() as engine:
+            now = artifacts()
+            yield SimpleNamespace(engine=engine, pieces=list(compiled), saved=now[0] - saved, loaded=now[1] - loaded)
+        gc.collect()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_force))
         patch.setattr(FixFunctionalizationPass, "__call__", lambda *_: None)  # it looks for ops that a CPU lacks
-        patch.setattr(InductorStandaloneAdaptor, "compile", compile_and_count)
-        with Engine(made.folder, adapters, backend="vllm", **options) as engine:
-            yield made, engine, compiled
+        patch.setattr(InductorStandaloneAdaptor, "compile", compile_and_keep)
+        yield start
 
 
-def test_pieces_give_what_the_oracle_writes(forced):
-    made, engine, _ = forced
-    assert_as_the_oracle(made, JOBS, generate(engine, JOBS))
+def of(made: tiny.Made):
+    return lambda: Engine(made.folder, **made.given, backend="vllm", **OPTIONS)
 
 
-def test_a_layers_name_is_an_input_of_its_piece(forced):
-    """A constant would make each layer's piece another graph, to be compiled by itself."""
-    _, _, compiled = forced
-    assert len(compiled) == tiny.LAYERS + 1
-    first, other = ([(n.op, str(n.target)) for n in g.graph.nodes if n.op == "call_function"] for g in compiled[1:3])
+@contextmanager
+def native(folder):
+    from vllm import LLM
+
+    llm = LLM(str(folder), max_model_len=129, disable_log_stats=True, **OPTIONS)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_pieces_are_compiled_once_and_loaded_and_give_what_the_oracle_writes(zoo, forced):
+    made = zoo("llama")
+    with forced(of(made)) as cold:
+        assert (cold.saved, cold.loaded) == (1, 0)
+        assert_as_the_oracle(made, JOBS, generate(cold.engine, JOBS))
+    with forced(of(made)) as warm:
+        assert (warm.saved, warm.loaded) == (0, 1)
+        assert_as_the_oracle(made, JOBS, generate(warm.engine, JOBS))
+    # A layer's name is an input of its piece: a constant would make each layer's another graph, compiled by itself.
+    assert len(cold.pieces) == tiny.LAYERS + 1
+    first, other = ([(n.op, str(n.target)) for n in g.graph.nodes if n.op == "call_function"] for g in cold.pieces[1:3])
     assert first == other
-    ours = [node for graph in compiled for node in graph.graph.nodes if "twin_" in str(node.target)]
-    assert len(ours) == 1 + 2 * tiny.LAYERS
+    ours = [node for graph in cold.pieces for node in graph.graph.nodes if "twin_" in str(node.target)]
+    assert len(ours) == 2 * tiny.LAYERS
     assert not [node for node in ours if any(isinstance(argument, str) for argument in node.args)]
+
+
+def test_a_layer_of_a_twin_launches_one_kernel_more_than_vllms_on_a_gpu(zoo, forced):
+    """The copy of V. The op stands for silu_and_mul, and queries and keys come out of the rotary embedding."""
+    model = zoo("llama")
+    model = replace(model, adapters={"sft": model.adapters["sft"]})  # which scales no keys
+    with forced(of(model)) as twin, torch.inference_mode():
+        ours = launches(twin.pieces[1])
+    with forced(lambda: native(model.folder)) as plain, torch.inference_mode():
+        theirs = launches(plain.pieces[1])
+    assert sum("twin_glu" in name for name in ours) == 1
+    assert not any("twin_glu" in name for name in theirs)
+    assert len(ours) == len(theirs) + 1, (ours, theirs)
+
+
+def test_two_sets_of_weights_are_compiled_and_loaded_as_well(pairs, forced):
+    made = pairs("llama")
+    for want in ((1, 0), (0, 1)):
+        with forced(of(made)) as pair:
+            assert (pair.saved, pair.loaded) == want
+            assert_as_the_oracle(made, JOBS, generate(pair.engine, JOBS))

@@ -3,12 +3,14 @@
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from snpatch import SnpatchError
 from snpatch.executors.vllm import registry
-from snpatch.executors.vllm.settings import TwinSettings
+from snpatch.executors.vllm.settings import KEY, TwinSettings
+from snpatch.op.plan import Column, Entry
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -96,7 +98,6 @@ def test_a_vllm_without_model_runner_v1_serves_v2(monkeypatch):
 def test_a_stale_handle_and_a_broken_row_are_errors():
     from snpatch.executors.vllm.worker.banks import Banks
     from snpatch.executors.vllm.worker.feed import Feed
-    from snpatch.op.plan import Entry
 
     feed = Feed(Banks(TwinSettings(), 1, 0, 8, None, 64, torch.device("cpu")))
     row = [0] * len(Entry)
@@ -132,3 +133,147 @@ def test_a_bank_gives_the_longest_unused_row_away_and_never_a_used_one():
     again, writes = bank.take({"b": {}})
     assert again["b"] not in (*ids.values(), *fresh.values())
     assert writes["b"][2] == 0
+
+
+def test_no_row_of_an_earlier_step_is_left_in_the_plan_however_far_a_graph_pads_it():
+    """Any sequence of steps; the op then runs over all rows, with NaN in those past the step's last token."""
+    from snpatch.executors.vllm.worker.banks import Banks
+    from snpatch.executors.vllm.worker.feed import Feed
+    from snpatch.op import ops
+
+    tokens, neurons = 24, 48
+    banks = Banks(TwinSettings(max_receipts=8), 1, 0, neurons, None, tokens, torch.device("cpu"))
+    feed, draw = Feed(banks), np.random.default_rng(0)
+    blank = banks.plan[0].clone()
+    for number in range(6):
+        row = np.zeros(len(Entry), dtype=int)
+        row[[Entry.HI, Entry.PATCH_STOP, Entry.GROUP, Entry.OBSERVE_STOP]] = neurons, 10**6, number % 4, 10**6
+        row[Entry.RECEIPT] = row[Entry.CAPTURE] = -1
+        feed.add(str(number), {KEY: [number, *map(int, row)]})
+    for _ in range(200):
+        n = int(draw.integers(0, 4))
+        names = [str(i) for i in draw.permutation(7)[:n]]  # "6" is a request that is not snpatch's
+        if n == 0:
+            feed.clear()
+            count = np.zeros(0, dtype=int)
+        else:
+            count = draw.integers(1, 8, n)
+            feed.step(names, draw.integers(0, 50, n), count)
+        done = int(count.sum())
+        asked = banks.plan[done:].clone()
+        asked[:, Column.POSITION] = 0  # which a row that asks for nothing may have
+        assert (asked == blank).all(), (names, count)
+        before = [tensor.clone() for tensor in (banks.receipt, banks.layers[0].stats, banks.layers[0].count)]
+        bank = banks.layers[0]
+        rows = torch.full((2 * (tokens - done), 2 * neurons), torch.nan)
+        ops.patched_glu(rows, bank.scale, bank.rank, bank.constant, banks.plan[done:], bank.stats, bank.count,
+                        banks.capture, banks.receipt, activation="silu", streams=2, layer=0)  # fmt: skip
+        for one, other in zip(before, (banks.receipt, bank.stats, bank.count), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_process_forked_after_cuda_had_started_says_so_and_what_to_do(monkeypatch, tmp_path):
+    """torch.cuda.is_available() starts CUDA where it does not ask NVML; vLLM sees no initialized CUDA, and forks."""
+    from snpatch.executors.vllm import processes
+    from snpatch.executors.vllm.worker import plugin
+
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setenv(processes.REASON, str(tmp_path / "reason"))
+    with pytest.raises(SnpatchError, match="import snpatch first, or set VLLM_WORKER_MULTIPROC_METHOD=spawn"):
+        plugin.register()
+    assert "asked torch about a GPU before it imported snpatch" in (tmp_path / "reason").read_text()
+
+
+def test_weights_are_not_loaded_again_into_a_twin_that_runs():
+    from snpatch.executors.vllm.worker.commands import _refuse_reload
+
+    with pytest.raises(SnpatchError, match=r"a twin's weights cannot be loaded again.*start another engine"):
+        _refuse_reload(weights_path="other")
+
+
+CONFIG = {
+    "model_config": {
+        "use_mla": False, "is_hybrid": False, "is_attention_free": False, "uses_mrope": False, "quantization": None,
+        "is_encoder_decoder": False, "runner_type": "generate", "enable_sleep_mode": False,
+    },
+    "parallel_config": {"pipeline_parallel_size": 1, "data_parallel_size": 1, "use_ray": False},
+    "compilation_config": {"pass_config": SimpleNamespace(), "compile_sizes": [], "custom_ops": [],
+                           "dynamic_shapes_config": SimpleNamespace(type="backed")},
+    "cache_config": {"kv_sharing_fast_prefill": False, "cache_dtype": "auto"},
+}  # fmt: skip
+
+
+def config_of(streams: int = 2, has_second: bool = False, top: dict | None = None, **parts) -> SimpleNamespace:
+    """A vLLM config as far as `refuse` reads it. top and parts: what differs from one that is fine."""
+    settings = TwinSettings(streams=streams, has_second=has_second)
+    made = {name: SimpleNamespace(**{**fields, **parts.get(name, {})}) for name, fields in CONFIG.items()}
+    rest = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None, "quant_config": None}
+    return SimpleNamespace(**{**made, **rest, "additional_config": settings.as_config(), **(top or {})})
+
+
+@pytest.mark.parametrize(
+    ("message", "given"),
+    [
+        ("sleep mode", {"model_config": {"enable_sleep_mode": True}}),
+        ("a KV connector", {"top": {"kv_transfer_config": object()}}),
+        ("weights that change while the engine runs", {"top": {"weight_transfer_config": object()}}),
+        ("Ray as the executor", {"parallel_config": {"use_ray": True}}),
+    ],
+)
+@pytest.mark.parametrize("streams", [1, 2])
+def test_what_would_be_wrong_without_a_word_is_refused(streams, message, given):
+    from snpatch.executors.vllm.settings import refuse
+
+    refuse(config_of(streams))
+    with pytest.raises(SnpatchError, match=f"a twin model cannot be combined with {message}"):
+        refuse(config_of(streams, **given))
+
+
+def test_batch_invariant_kernels_are_refused_for_a_pair_alone(monkeypatch):
+    from snpatch.executors.vllm.settings import refuse
+
+    refuse(config_of(has_second=True))
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    refuse(config_of())
+    with pytest.raises(SnpatchError, match="batch-invariant kernels"):
+        refuse(config_of(has_second=True))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model_config": {"is_hybrid": True}},
+        {"model_config": {"use_mla": True}},
+        {"model_config": {"uses_mrope": True}},
+        {"compilation_config": {"dynamic_shapes_config": SimpleNamespace(type="unbacked")}},
+        {"compilation_config": {"dynamic_shapes_config": SimpleNamespace(type="backed_size_oblivious")}},
+    ],
+    ids=str,
+)
+def test_what_only_a_second_stream_cannot_do_is_refused_for_two_streams_alone(given):
+    from snpatch.executors.vllm.settings import refuse
+
+    refuse(config_of(streams=1, **given))
+    with pytest.raises(SnpatchError, match="a twin model cannot be combined with"):
+        refuse(config_of(streams=2, **given))
+
+
+def test_captured_sizes_are_vllms_and_some_between_its_small_ones():
+    from snpatch.executors.vllm.settings import twin_capture_sizes
+
+    vllms = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    assert set(vllms) <= set(twin_capture_sizes(None))
+    assert set(twin_capture_sizes(None)) - set(vllms) == {6, 12, 20}
+    assert twin_capture_sizes(5) == [1, 2, 4, 6, 8]
+
+
+def test_what_vllm_changes_for_an_architecture_it_changes_for_its_twin(monkeypatch):
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from snpatch.executors.vllm.worker import plugin
+
+    monkeypatch.setenv(plugin.UNTESTED, "Gemma4ForCausalLM")
+    if "Gemma4ForCausalLM" not in MODELS_CONFIG_MAP:
+        pytest.skip("this vLLM changes nothing for Gemma 4")
+    plugin.register()
+    assert MODELS_CONFIG_MAP["SnpatchGemma4ForCausalLM"] is MODELS_CONFIG_MAP["Gemma4ForCausalLM"]

@@ -106,7 +106,7 @@ def has_overflowed(logits: Tensor) -> Tensor:
     Its largest one is not finite, or all are equal, as where a norm squared values that float32 cannot hold. Some -inf
     are no overflow: a second, shorter vocabulary has them.
     """
-    lowest, highest = torch.aminmax(logits, dim=-1)
+    lowest, highest = logits.amin(-1), logits.amax(-1)  # aminmax of a dimension takes three times as long on a CPU
     return ~highest.isfinite() | (lowest == highest)
 
 

@@ -30,7 +30,7 @@ CONTRACT = {
         "ModelConfig": "get_num_attention_heads get_num_kv_heads head_dtype hf_config hf_text_config "
         "get_head_size is_attention_free is_encoder_decoder is_hybrid model pooler_config quantization runner_type "
         "use_mla uses_mrope",
-        "ParallelConfig": "data_parallel_size pipeline_parallel_size",
+        "ParallelConfig": "data_parallel_size pipeline_parallel_size use_ray",
         "PassConfig": "fuse_allreduce_rms",
         "SchedulerConfig": "max_num_batched_tokens max_num_seqs",
     },
@@ -39,7 +39,8 @@ CONTRACT = {
         "EngineArgs": "create_engine_config(usage_context)",
         "AsyncEngineArgs": "(model, tokenizer, runner, dtype, hf_overrides, generation_config, load_format, "
         "max_model_len, max_num_seqs, tensor_parallel_size, gpu_memory_utilization, kv_cache_memory_bytes, "
-        "enforce_eager, use_tqdm_on_load, disable_log_stats, additional_config, worker_extension_cls) "
+        "enforce_eager, use_tqdm_on_load, disable_log_stats, additional_config, worker_extension_cls, "
+        "cudagraph_capture_sizes) "
         "__dataclass_fields__",
     },
     "vllm.envs": {
@@ -80,6 +81,7 @@ CONTRACT = {
         "as_seq_cls_model": "ModelForSequenceClassification",
         "_create_pooling_model_cls": "ModelForPooling",
     },
+    "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP": ""},
     "vllm.model_executor.models.llama": {"LlamaForCausalLM": "(vllm_config, prefix) forward load_weights(weights)"},
     "vllm.model_executor.models.registry": {
         "ModelRegistry": "_try_load_model_cls(model_arch) models",
@@ -138,13 +140,13 @@ RUNNERS = {
         "vllm.v1.worker.gpu_model_runner": {
             "GPUModelRunner": "_update_states(scheduler_output) _prepare_inputs(scheduler_output, "
             "num_scheduled_tokens) _dummy_run _init_kv_zero_meta _kv_block_zeroer _zero_block_ids(block_ids) "
-            "attn_groups get_model input_batch kv_cache_config kv_caches",
+            "attn_groups get_model input_batch input_ids kv_cache_config kv_caches",
         },
         "vllm.v1.worker.cpu_model_runner": {"CPUModelRunner": "_zero_block_ids(block_ids)"},
     },
     "v2": {
         "vllm.v1.worker.gpu.input_batch": {
-            "InputBatch": "num_computed_tokens_np num_reqs num_scheduled_tokens req_ids"
+            "InputBatch": "input_ids num_computed_tokens_np num_reqs num_scheduled_tokens req_ids"
         },
         "vllm.v1.worker.gpu.model_runner": {
             "GPUModelRunner": "attn_groups get_model kv_block_zeroer kv_cache_config model_state"

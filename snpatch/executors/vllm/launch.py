@@ -14,13 +14,14 @@ from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Geometry
 from snpatch.executors.vllm import log, versions
-from snpatch.executors.vllm.settings import TwinSettings
+from snpatch.executors.vllm.settings import TwinSettings, twin_capture_sizes
 from snpatch.executors.vllm.worker import plugin
 from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, eos_ids, load_config
 from snpatch.models.digest import pinned
 from snpatch.models.model import Model
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
+CAPTURES = {"compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "performance_mode"}
 BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what the user did
 
 
@@ -75,6 +76,8 @@ class TwinLaunch:
             self.settings = replace(self.settings, scales_kv=scales_kv)
         # vLLM wants room for a token after every prompt; a text that fills the context is read all the same.
         own = {"max_model_len": self.geometry.context + 1}
+        if self.settings.streams == 2 and not CAPTURES & self._arguments.keys():
+            own["cudagraph_capture_sizes"] = twin_capture_sizes(self._arguments.get("max_num_seqs"))
         own["additional_config"] = {**self._arguments.get("additional_config", {}), **self.settings.as_config()}
         return AsyncEngineArgs(**{**self._arguments, **own})
 

@@ -77,14 +77,26 @@ def check_heads(vllm_config) -> None:
 
 
 def refuse(vllm_config) -> None:
-    """Raise for what two streams in one batch cannot be combined with, with the reason."""
-    model, parallel, compilation = vllm_config.model_config, vllm_config.parallel_config, vllm_config.compilation_config
-    compiled_passes = compilation.pass_config
-    shapes = getattr(getattr(compilation, "dynamic_shapes_config", None), "type", "")
+    """Raise for what a twin cannot be combined with, with the reason."""
     settings = TwinSettings.of(vllm_config)
+    reasons = _reasons(vllm_config, settings) | (_reasons_of_two_streams(vllm_config) if settings.streams == 2 else {})
+    for reason, is_so in reasons.items():
+        if is_so:
+            raise SnpatchError(f"a twin model cannot be combined with {reason}")
+
+
+def _reasons(vllm_config, settings: TwinSettings) -> dict[str, bool]:
+    """Of one stream as of two: what loses, splits or reorders the tokens that are patched and counted."""
+    from vllm import envs
+
+    model, parallel, passes = (
+        vllm_config.model_config,
+        vllm_config.parallel_config,
+        vllm_config.compilation_config.pass_config,
+    )
     untested = [] if settings.allow_untested else quantised.untested(vllm_config)
     is_untried_pair = settings.has_second and model.quantization is not None and not settings.allow_untested
-    refused = {
+    return {
         "speculative decoding: draft tokens that are rejected would be patched and counted": (
             vllm_config.speculative_config is not None
         ),
@@ -96,24 +108,22 @@ def refuse(vllm_config) -> None:
             or getattr(parallel, "prefill_context_parallel_size", 1) > 1
         ),
         "dual-batch overlap: it splits a step's tokens": bool(getattr(parallel, "use_ubatching", False)),
-        "sequence parallel: it splits a step's rows": bool(getattr(compiled_passes, "enable_sp", False)),
+        "sequence parallel: it splits a step's rows": bool(getattr(passes, "enable_sp", False)),
         "fused all-reduce and norm (fuse_allreduce_rms): it is sized by tokens, and the rows are twice that": bool(
-            getattr(compiled_passes, "fuse_allreduce_rms", False)
+            getattr(passes, "fuse_allreduce_rms", False)
         ),
         "prompt embeddings: they have no second stream": bool(getattr(model, "enable_prompt_embeds", False)),
-        "multi-head latent attention (MLA): its heads share one latent key": bool(model.use_mla),
-        "hybrid and attention-free models: only attention knows of the second stream": bool(
-            model.is_hybrid or model.is_attention_free
+        "sleep mode: a worker that sleeps loses its adapters, rankings and constants, and plain requests would run on "
+        "what it wakes up with": bool(getattr(model, "enable_sleep_mode", False)),
+        "a KV connector (kv_transfer_config): it would hand the twin's blocks to engines of the plain model": (
+            getattr(vllm_config, "kv_transfer_config", None) is not None
         ),
-        "several positions a token (M-RoPE, XD-RoPE): each row would need all of them": bool(
-            model.uses_mrope or getattr(model, "uses_xdrope_dim", 0)
-        ),
-        "unbacked dynamic shapes: vLLM declares as many positions as tokens, and the twin has twice as many": (
-            str(shapes).lower().endswith("unbacked")
-        ),
-        "compile_sizes beside +rotary_embedding: vLLM would compile as many positions as tokens": (
-            bool(compilation.compile_sizes) and "+rotary_embedding" in compilation.custom_ops
-        ),
+        "weights that change while the engine runs (weight_transfer_config): results are kept under the content of "
+        "those that it started with": getattr(vllm_config, "weight_transfer_config", None) is not None,
+        "Ray as the executor of vLLM's workers: they would end with the process that started Ray; use "
+        'distributed_executor_backend="mp"': bool(parallel.use_ray),
+        "batch-invariant kernels (VLLM_BATCH_INVARIANT) and a second set of weights: each set's rows are not side by "
+        "side": settings.has_second and bool(getattr(envs, "VLLM_BATCH_INVARIANT", False)),
         "encoder-decoder models: only decoders are patched": bool(model.is_encoder_decoder),
         "fast prefill with shared KV: it skips tokens of later layers": bool(
             vllm_config.cache_config.kv_sharing_fast_prefill
@@ -122,14 +132,42 @@ def refuse(vllm_config) -> None:
         "allow_untested=True tries it": bool(untested),
         "a second set of weights where they are quantised, which is not tested; allow_untested=True tries it, and one "
         "engine for each model does without": is_untried_pair,
-        "a scale for each head of the cache (kv_cache_scheme attn_head): the twin has twice the heads": (
-            quantised.scales_heads(vllm_config)
-        ),
         "cache scales measured on the first batch (calculate_kv_scales): they hang on its patches": bool(
             getattr(vllm_config.cache_config, "calculate_kv_scales", False)
         ),
         f"the runner {model.runner_type!r}: only generation is patched": model.runner_type != "generate",
     }
-    for reason, is_so in refused.items():
-        if is_so:
-            raise SnpatchError(f"a twin model cannot be combined with {reason}")
+
+
+def _reasons_of_two_streams(vllm_config) -> dict[str, bool]:
+    """What holds one row a token outside of attention, or heads that are not simply twice as many."""
+    model, compilation = vllm_config.model_config, vllm_config.compilation_config
+    shapes = getattr(getattr(compilation, "dynamic_shapes_config", None), "type", "backed")
+    shapes = str(getattr(shapes, "value", shapes))
+    alone = "; streams=1 patches it with constants"
+    return {
+        f"multi-head latent attention (MLA): its heads share one latent key{alone}": bool(model.use_mla),
+        f"hybrid and attention-free models: only attention knows of the second stream{alone}": bool(
+            model.is_hybrid or model.is_attention_free
+        ),
+        f"several positions a token (M-RoPE, XD-RoPE): each row would need all of them{alone}": bool(
+            model.uses_mrope or getattr(model, "uses_xdrope_dim", 0)
+        ),
+        f"{shapes} dynamic shapes: vLLM declares as many positions as tokens, and the twin has twice as many": (
+            shapes != "backed"
+        ),
+        "compile_sizes beside +rotary_embedding: vLLM would compile as many positions as tokens": (
+            bool(compilation.compile_sizes) and "+rotary_embedding" in compilation.custom_ops
+        ),
+        "a scale for each head of the cache (kv_cache_scheme attn_head): the twin has twice the heads": (
+            quantised.scales_heads(vllm_config)
+        ),
+    }
+
+
+def twin_capture_sizes(max_num_seqs: int | None) -> list[int]:
+    """Return the numbers of tokens to capture a graph of: vLLM's, and some between its small ones, since a padded token
+    is two rows. max_num_seqs: of the engine's arguments, if they say it."""
+    largest = 512 if max_num_seqs is None else min(512, 2 * max_num_seqs)
+    sizes = (1, 2, 4, 6, 8, 12, 16, 20, *range(24, 256, 8), *range(256, 513, 16))
+    return [size for size in sizes if size <= largest]

@@ -31,10 +31,15 @@ def enable() -> None:
         KVCacheConfig.needs_kv_cache_zeroing = property(needs_kv_cache_zeroing)
 
 
+def tensors_of(caches: Iterable) -> list[torch.Tensor]:
+    """Return the tensors of a runner's caches: one of an attention layer, several of a state-space layer."""
+    return [tensor for cache in caches for tensor in ([cache] if isinstance(cache, torch.Tensor) else cache)]
+
+
 def zero_on_cpu(runner, block_ids: list[int]) -> None:
     """Zero blocks of all layers: in the place of CPUModelRunner._zero_block_ids."""
     ids = torch.tensor(block_ids)
-    for kv in {cache.data_ptr(): cache for cache in runner.kv_caches}.values():
+    for kv in {cache.data_ptr(): cache for cache in tensors_of(runner.kv_caches)}.values():
         # vLLM 0.24 keeps keys and values apart, [2, blocks, ...]; later versions have [blocks, ...].
         has_parts = kv.shape[:2] == (2, runner.kv_cache_config.num_blocks)
         kv.index_fill_(1 if has_parts else 0, ids, 0)

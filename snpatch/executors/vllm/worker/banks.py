@@ -75,7 +75,8 @@ class Banks:
     def settle_groups(self, ids: Tensor) -> None:
         """Take out of their groups the step's tokens [T] that end a text, where UNLESS_END says so.
 
-        On the device, because with asynchronous scheduling a step is planned before its tokens are known.
+        On the device, because with asynchronous scheduling a step is planned before its tokens are known; before the
+        captured graph, because few steps need it.
         """
         group, speaker = self.plan[: len(ids), Column.GROUP], self.plan[: len(ids), Column.SPEAKER]
         ends = self._ends[speaker.long()] if len(self._ends) > 1 else self._ends

@@ -41,17 +41,23 @@ class WorkerExtension:
         """Check that the surgery, the runner and attention's plans agree; tell the shard."""
         twin = self._snpatch_twin()
         runner = self.model_runner
-        for group in (group for groups in runner.attn_groups for group in groups):
-            _check_heads(group, {layer.layer_name: layer for layer in twin.attention})
+        if twin.settings.streams == 2:
+            for group in (group for groups in runner.attn_groups for group in groups):
+                _check_heads(group, {layer.layer_name: layer for layer in twin.attention})
         quantised.check_rows(runner.get_model())
         zeroing.check(runner)
+        runner.reload_weights = _refuse_reload
         if not twin.has_seen_weights:  # some formats of checkpoints go past load_weights
             check_finite(runner.get_model().named_parameters(), twin.name)
         return {
             "first_neuron": twin.first_neuron,
             "n_neurons": twin.n_neurons,
             "runner": _runner_kind(runner),
-            "memory": (twin.own_bytes, twin.second.bytes if twin.second else 0, bytes_of(runner.kv_caches)),
+            "memory": (
+                twin.own_bytes,
+                twin.second.bytes if twin.second else 0,
+                bytes_of(zeroing.tensors_of(runner.kv_caches)),
+            ),
         }
 
     @_command
@@ -93,6 +99,13 @@ class WorkerExtension:
         if twin is None:
             raise SnpatchError("this engine's model is not a twin: is snpatch's vLLM plugin switched off?")
         return twin
+
+
+def _refuse_reload(*args, **kwargs) -> None:
+    raise SnpatchError(
+        "a twin's weights cannot be loaded again: what is patched, counted and kept goes by the content of those that "
+        "it started with; start another engine"
+    )
 
 
 def _runner_kind(runner) -> str:

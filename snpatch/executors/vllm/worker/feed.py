@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.settings import KEY, ON_ONE_SET
 from snpatch.executors.vllm.worker.banks import Banks
-from snpatch.op.plan import Column, Entry, Receipt, clauses_in, entries_of, entry_of, fill_plan, group_of, width_of
+from snpatch.op.plan import (
+    UNLESS_END,
+    Column,
+    Entry,
+    Receipt,
+    clauses_in,
+    entries_of,
+    entry_of,
+    fill_plan,
+    group_of,
+    width_of,
+)
 
 UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
 OF_CLAUSE = {Entry.RANKING: "ranking", Entry.ROW: "constant"}
@@ -77,6 +88,7 @@ class Feed:
         self._stage = _Stage(self.banks.plan) if device.type == "cuda" else None
         self._sampled_stage = _Stage(self.banks.sampled) if device.type == "cuda" else None
         self._sampled: int | None = None  # rows of the logits that this step samples from
+        self._settles = 0  # tokens of this step, where some of them leave their groups if they end a text
 
     def add(self, request_id: str, extra_args: dict | None) -> None:
         """Start a request, or continue it after a preemption. Without our key it is not snpatch's."""
@@ -152,7 +164,7 @@ class Feed:
 
     def step(self, request_ids: Sequence[str], start: NDArray, count: NDArray) -> None:
         """The plan of a step that runs `count` tokens of each request from position `start` on, in this order."""
-        self._sampled = None
+        self._sampled, self._settles = None, 0
         if not self._rows and not self._filled:
             self.speaks, self.flipped = (True, False), None
             return
@@ -174,6 +186,8 @@ class Feed:
         if not known.all():
             rows, start, stop = rows[known], start[known], stop[known]
         own, seen = self._table[rows], self._table[rows, Entry.SEEN]
+        if (own[:, Entry.GROUP] >= UNLESS_END).any():
+            self._settles = len(plan)
         width = own[:, self._his] - own[:, self._los]
         patch_start, patch_stop = own[:, self._starts], own[:, self._stops]
 
@@ -188,6 +202,11 @@ class Feed:
             self._may_skip[rows] = False
         self._table[rows, Entry.SEEN] = np.maximum(seen, stop)
 
+    def settle(self, ids: torch.Tensor) -> None:
+        """Finish the plan of a step whose tokens [T or more] are on the device now."""
+        if self._settles:
+            self.banks.settle_groups(ids[: self._settles])
+
     def _flip(self, request: NDArray, speaker: NDArray) -> None:
         """The donors' rows of this step's tokens whose donor is on the recipient's set of weights."""
         flips = self._on_one_set[np.maximum(request, 0)] & (request >= 0)
@@ -196,7 +215,7 @@ class Feed:
 
     def clear(self) -> None:
         """Run a step without requests: nothing of the last one may be left in the plan."""
-        self._sampled = None
+        self._sampled, self._settles = None, 0
         self.speaks, self.flipped = (True, False), None
         if self._filled:
             self._write(np.zeros((0, width_of(self.banks.settings.max_clauses)), dtype=np.int32), False)

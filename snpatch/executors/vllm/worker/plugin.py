@@ -7,6 +7,7 @@ of which vLLM has no model, is there as SCORE.
 import os
 import sys
 
+from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import processes, zeroing
 
 TESTED = (
@@ -30,7 +31,9 @@ UNTESTED = "SNPATCH_UNTESTED_ARCHITECTURES"  # what the user's process has tried
 def register() -> None:
     """Entry point of the group vllm.general_plugins; may run more than once."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    _check_fork()
     processes.leave_ctrl_c()
     if zeroing.ENABLED in os.environ:
         zeroing.enable()
@@ -38,8 +41,22 @@ def register() -> None:
     for architecture in (*TESTED, *_untested()):
         if PREFIX + architecture not in known:
             ModelRegistry.models[PREFIX + architecture] = _twin(SURGERY, PREFIX + architecture)
+        if architecture in MODELS_CONFIG_MAP:  # what vLLM changes of its settings for an architecture, by its name
+            MODELS_CONFIG_MAP[PREFIX + architecture] = MODELS_CONFIG_MAP[architecture]
     if SCORE not in known:
         ModelRegistry.register_model(SCORE, f"snpatch.executors.vllm.worker.score_head:{SCORE}")
+
+
+@processes.telling()
+def _check_fork() -> None:
+    """Raise in a process that was forked off one in which CUDA had started: it cannot use a GPU."""
+    import torch
+
+    if torch.cuda._is_in_bad_fork():
+        raise SnpatchError(
+            "this program asked torch about a GPU before it imported snpatch, and that started CUDA, which processes "
+            "that vLLM forks cannot use: import snpatch first, or set VLLM_WORKER_MULTIPROC_METHOD=spawn"
+        )
 
 
 def add_untested(architecture: str) -> None:

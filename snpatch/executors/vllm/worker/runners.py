@@ -40,7 +40,10 @@ def _prepare_inputs(original, runner, scheduler_output, num_scheduled_tokens, *a
         batch = runner.input_batch
         start = batch.num_computed_tokens_cpu[: batch.num_reqs]
         feed.step(batch.req_ids, start, num_scheduled_tokens[: batch.num_reqs])
-    return original(runner, scheduler_output, num_scheduled_tokens, *args, **kwargs)
+    prepared = original(runner, scheduler_output, num_scheduled_tokens, *args, **kwargs)
+    if feed is not None:
+        feed.settle(runner.input_ids.gpu)
+    return prepared
 
 
 def _dummy_run(original, runner, *args, **kwargs):
@@ -110,6 +113,7 @@ def twin_model_state() -> type:
             # A dummy batch has request ids that the feed does not know: its plan asks for nothing.
             count = np.asarray(input_batch.num_scheduled_tokens[: input_batch.num_reqs])
             self.feed.step(input_batch.req_ids, input_batch.num_computed_tokens_np[: input_batch.num_reqs], count)
+            self.feed.settle(input_batch.input_ids)
             return super().prepare_inputs(input_batch, req_states)
 
     return TwinModelState

@@ -56,10 +56,6 @@ def _twin_scale_kv(qkv: Tensor, layer: LayerNameType) -> Tensor:
     return _layer(layer).scale_kv(qkv)
 
 
-def _twin_tokens(ids: Tensor, layer: LayerNameType) -> Tensor:
-    return _layer(layer).take_tokens(ids)
-
-
 def _like(rows: Tensor, layer: LayerNameType) -> Tensor:
     return torch.empty_like(rows)
 
@@ -68,7 +64,7 @@ def _half_as_wide(gate_up: Tensor, layer: LayerNameType) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-for _op, _fake in ((_twin_glu, _half_as_wide), (_twin_scale_kv, _like), (_twin_tokens, _like)):
+for _op, _fake in ((_twin_glu, _half_as_wide), (_twin_scale_kv, _like)):
     _name = _op.__name__.removeprefix("_")
     _LIBRARY.define(_name + torch.library.infer_schema(_op, mutates_args=()))
     _LIBRARY.impl(_name, _op, "CompositeExplicitAutograd")
@@ -106,11 +102,6 @@ class TwinGLU(nn.Module):
         plan = self.banks.plan_of(gate_up.shape[0] // self.streams)
         return ops.patched_glu(gate_up, *self.read, plan, *self.written, **self.attributes)
 
-    def take_tokens(self, ids: Tensor) -> Tensor:
-        """The step's tokens, before anything else of it is computed."""
-        self.banks.settle_groups(ids)
-        return ids.clone()  # what is computed from it comes after it, in a compiled graph, too
-
     def scale_kv(self, qkv: Tensor) -> Tensor:
         """Keys and values [2T, 2 * width] at the end of each row, times their row's IA3 vectors."""
         factor = self.banks.layers[self.layer].attention_scale["kv"]
@@ -141,10 +132,23 @@ def _reclass(module: nn.Module, forward) -> None:
     module.__class__ = twin
 
 
-def _attend(attend, query, key, value, *args, **kwargs):
-    rows = query.shape[0]
-    tokens = (tensor.reshape(rows // 2, -1) for tensor in (query, key, value))
-    return attend(*tokens, *args, **kwargs).view(rows, -1)
+def _attend(layer: Attention):
+    """Return a forward of an attention layer that gets rows [2T, width] and reads them as tokens [T, 2 * width].
+
+    Values are a part of the projection's rows, so they are copied; into the shape that attention views them as, or
+    Inductor copies them twice. Queries and keys come out of the rotary embedding, compiled, and are views. No copy at
+    all would take a cache that is written by rows: its slots seen as [2 * slots, kv_heads, size], with row r of a token
+    in slot 2 * s + r, and an update of the cache of our own for each backend.
+    """
+    kv_heads = layer.num_kv_heads // 2
+
+    def attend(forward, query, key, value, *args, **kwargs):
+        rows = query.shape[0]
+        query, key = (tensor.reshape(rows // 2, -1) for tensor in (query, key))
+        value = value.view(rows // 2, 2, kv_heads, -1).reshape(rows // 2, 2 * kv_heads, -1)
+        return forward(query, key, value, *args, **kwargs).view(rows, -1)
+
+    return attend
 
 
 @contextmanager
@@ -194,13 +198,16 @@ class Twin:
                     f"twin surgery: wanted {self.n_layers} {kind} modules, one a layer, the model has {n}: "
                     "an architecture like this (mixture of experts, shared layers) cannot be patched"
                 )
-        if any(layer.kv_sharing_target_layer_name is not None for layer in attention):
-            raise SnpatchError("twin surgery: layers that share their keys and values cannot be patched")
         if settings.streams == 2:
-            first, embedding = self.glus[0].name, embeddings[0]
+            if any(layer.kv_sharing_target_layer_name is not None for layer in attention):
+                raise SnpatchError(
+                    "twin surgery: layers that share their keys and values cannot run two streams; streams=1 patches "
+                    "them with constants"
+                )
+            embedding = embeddings[0]
 
             def embed(forward, given):
-                ids = torch.ops.snpatch.twin_tokens(given.flatten(), _encode_layer_name(first))
+                ids = given.flatten()
                 second = getattr(embedding, SECOND, None)
                 if second is None:
                     both = forward(ids).repeat_interleave(2, dim=0)
@@ -210,7 +217,7 @@ class Twin:
 
             _reclass(embedding, embed)
             for layer in attention:
-                _reclass(layer, _attend)
+                _reclass(layer, _attend(layer))
             vllm_config.model_config.__class__ = TwinModelConfig
         shards, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         if config.intermediate_size % shards:
