@@ -12,6 +12,7 @@ import typer
 
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError, one_line, printable
+from snpatch.names import check_name, split_name
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write JSONL there instead of to stdout.")]
@@ -50,20 +51,15 @@ def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> I
     """name=judge, or the judge alone (then its name is "cost"), each opened, and closed afterwards."""
     from snpatch.judges.opening import is_model, open_judge
 
-    named = {}
-    for entry in entries:
-        name, _, source = entry.rpartition("=")
-        if (name or "cost") in named:
-            raise SnpatchError(f"--judge: two judges have one name ({name or 'cost'}): give them as name=judge")
-        named[name or "cost"] = source
-    if form is not None and not any(map(is_model, named.values())):
+    sources = named(entries, "judge", lambda _: "cost")
+    if form is not None and not any(map(is_model, sources.values())):
         raise SnpatchError("--judge-format is for a model, and no judge is one")
     arguments = {"format": form, "backend": config.backend}
     if config.device != EngineConfig.device:
         arguments["device"] = config.device
     judges = {}
     with ExitStack() as opened:
-        for name, source in named.items():
+        for name, source in sources.items():
             judges[name] = open_judge(source, **(arguments if is_model(source) else {}))
             if is_model(source):
                 opened.callback(judges[name].close)
@@ -71,13 +67,16 @@ def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> I
 
 
 def named(entries: list[str] | None, option: str, default: Callable[[str], str]) -> dict[str, str]:
-    """name=source, or the source alone, named by `default`."""
+    """name=source, or the source alone, named by `default`; see split_name."""
     found = {}
     for entry in entries or ():
-        name, _, source = entry.rpartition("=")
+        name, source = split_name(entry)
+        if not source:
+            raise SnpatchError(f"--{option}: expected a source or name=source, got {entry!r}")
         name = name or default(source)
+        check_name(name, f"--{option}: one")
         if name in found:
-            raise SnpatchError(f"--{option}: two have one name ({name}): give them as name=file")
+            raise SnpatchError(f"--{option}: two have one name ({name}): give them as name=source")
         found[name] = source
     return found
 

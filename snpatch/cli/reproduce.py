@@ -11,6 +11,7 @@ from snpatch.cli import options as o
 from snpatch.cli.generated import Engine, Fields, SkipBad, TrustConfig, generated
 from snpatch.cli.report import FILE, write
 from snpatch.errors import SnpatchError
+from snpatch.names import split_name
 
 
 @generated(config=Engine(has_model=False))
@@ -92,8 +93,8 @@ def reproduce(
 def _taken(entries: list[str] | None) -> dict[str, str]:
     found = {}
     for entry in entries or ():
-        name, equals, folder = entry.partition("=")
-        if not equals or not name or not folder or name in found:
+        name, folder = split_name(entry)
+        if not name or not folder or name in found:
             raise SnpatchError(f"--take wants name=folder, each name once; got {entry!r}")
         found[name] = folder
     return found

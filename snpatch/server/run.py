@@ -14,7 +14,7 @@ from snpatch.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.lifetime import died
-from snpatch.judges.opening import is_model, open_judge
+from snpatch.judges.opening import REFUSAL, is_model, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.judges.refusal import RefusalWords
 from snpatch.server import flags
@@ -119,4 +119,4 @@ def _judges(config: ServeConfig) -> dict[str, Judge]:
         name: open_judge(source, **({"backend": "transformers"} if is_model(source) else {}))
         for name, source in config.judges.items()
     }
-    return {"refusal": RefusalWords()} | opened
+    return {REFUSAL: RefusalWords()} | opened
