@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from snpatch.errors import SnpatchError
+from snpatch.models.clock import has_clock
 from snpatch.models.digest import pinned
 from snpatch.models.lora import merged
 from snpatch.models.peft_files import read_config
@@ -42,6 +43,8 @@ def open_tokenizer(model: str | Path, settings: TrainSettings) -> tuple[PreTrain
     template = Template(settings.template, tokenizer)
     if settings.template == "tulu":
         tokenizer.chat_template = _tulu_as_one_text(tokenizer, template)
+    elif has_clock(template.source):
+        tokenizer.chat_template = template.source
     return tokenizer, template
 
 
