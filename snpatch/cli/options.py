@@ -1,18 +1,22 @@
 """Options that commands share, and what they stand for: judges, an engine, a report, a progress bar."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError, one_line, printable
+from snpatch.errors import ESCAPE, SnpatchError, encodable, one_line, printable
 from snpatch.names import check_name, split_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write JSONL there instead of to stdout.")]
@@ -93,24 +97,55 @@ def command() -> str:
 
 def tell(text: str, *, is_error: bool = False) -> None:
     """Print lines without what a terminal would obey in names and texts."""
-    print(printable(text), file=sys.stderr if is_error else sys.stdout, flush=True)
+    if is_error:
+        print(printable(text), file=sys.stderr, flush=True)
+    else:
+        write(text + "\n")
+
+
+def write(text: str) -> None:
+    """Write to stdout, without what a terminal would obey, and with escapes for what its encoding lacks."""
+    with _written():
+        sys.stdout.write(encodable(printable(text), sys.stdout.encoding or "utf-8"))
+        sys.stdout.flush()
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """Turn a stdout that is full, or that nobody reads any more, into an error."""
+    try:
+        yield
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:  # the end of the process would write what is left in the buffer
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise SnpatchError(f"stdout: cannot be written: {error.strerror or error}") from error
 
 
 def show(report, out: Path, as_json: bool) -> list[Path]:
     """Write a report and print it; the files that it wrote."""
-    from rich.console import Console
-
     from snpatch.report import files, terminal
 
     paths = files.write(report, out)
     if as_json:
         told = {"name": report.name, "tables": report.tables, "headline": report.headline}
-        print(json.dumps({**told, "files": [str(path) for path in paths]}))
+        tell(json.dumps({**told, "files": [str(path) for path in paths]}))
         return paths
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    terminal.show(report, console)
-    terminal.say("wrote " + ", ".join(map(str, paths)), console)
+    with console() as screen:
+        terminal.show(report, screen)
+        terminal.say("wrote " + ", ".join(map(str, paths)), screen)
     return paths
+
+
+@contextmanager
+def console() -> Iterator["Console"]:
+    """A console of rich on stdout, which prints what its encoding lacks as escapes."""
+    from rich.console import Console
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors=ESCAPE)
+    with _written():
+        yield Console(width=None if sys.stdout.isatty() else 160)
+        sys.stdout.flush()
 
 
 @contextmanager
