@@ -107,5 +107,9 @@ def nearest(word: str, known: Iterable[str]) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line: its first one, or its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
+    """What another library's error says, in one line: its first one, with the next where it ends with a colon.
+
+    An error that says nothing is told by its type.
+    """
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first

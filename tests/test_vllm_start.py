@@ -235,9 +235,7 @@ class Config:
         raise self.error
 
 
-@pytest.mark.parametrize(
-    "kind", [AttributeError, TypeError, KeyError, OSError, ImportError, AssertionError, NotImplementedError]
-)
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError, OSError, ImportError, AssertionError])
 def test_a_start_that_fails_with_any_error_is_one_line(kind, monkeypatch):
     from snpatch.executors.vllm.lifetime import starting
 
@@ -257,6 +255,7 @@ def test_what_vllms_own_checks_refuse_is_told_by_its_reason():
         length: int
 
         @field_validator("length")
+        @classmethod
         def check(cls, value):
             raise ValueError("the length is too long\nand more")
 
@@ -288,6 +287,24 @@ def test_a_program_without_a_guard_is_told_to_have_one(tmp_path):
     done = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
     assert 'put the code under if __name__ == "__main__":' in done.stderr
     assert 'put the code under if __name__ == "__main__":' in reason.read_text()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("is_stdin", "message"),
+    [(False, 'put the code under if __name__ == "__main__":'), (True, "Save the program as a file")],
+)
+def test_an_engine_without_a_guard_is_one_line(zoo, tmp_path, is_stdin, message):
+    program = tmp_path / "program.py"
+    arguments = ", ".join(f"{name}={value}" for name, value in SMALL.items())
+    program.write_text(
+        f"from snpatch import Engine\nEngine({str(zoo('llama').folder)!r}, backend='vllm', {arguments})\n"
+    )
+    command = [sys.executable, "-"] if is_stdin else [sys.executable, program]
+    given = program.read_text() if is_stdin else None
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
 
 
 def test_plugins_of_vllm_without_snpatch_are_refused(zoo, monkeypatch):

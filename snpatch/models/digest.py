@@ -37,7 +37,7 @@ def digest_of_checkpoint(model: str | Path, has_weights: bool = True) -> str:
         digests = list(pool.map(kept.digest_of, files))
     kept.save()
     named = sorted(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True))
-    return hashlib.sha256("\n".join(named).encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256("\n".join(named).encode(errors="surrogateescape")).hexdigest()[:DIGITS]
 
 
 def digest_of_adapter(folder: str | Path) -> str:
@@ -62,7 +62,7 @@ def digest_of_tokenizer_files(folder: str | Path) -> str:
     kept = _Kept()
     digests = [f"{file.name} {kept.digest_of(file)}" for file in files]
     kept.save()
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256("\n".join(digests).encode(errors="surrogateescape")).hexdigest()[:DIGITS]
 
 
 def folder_of(model: str | Path, has_weights: bool = True) -> Path:
@@ -76,7 +76,7 @@ def folder_of(model: str | Path, has_weights: bool = True) -> Path:
         if has_weights and not any(folder.glob("*.safetensors")):
             snapshot_download(name, revision=revision or None, allow_patterns=["*.bin", "*.bin.index.json"])
         return folder
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub's client, and the one of HTTP below it, raise their own
         raise SnpatchError(f"cannot download {model}: {first_line(error)}") from error
 
 
