@@ -5,15 +5,22 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from commands import run
 from rich.progress import Progress
 
 from snpatch.cli import options
 from snpatch.cli.generate import write_completions
+from snpatch.data import load
 from snpatch.errors import encodable
+from snpatch.models.digest import digest_of_checkpoint
+from snpatch.ranking.ranking import Ranking
 from snpatch.report.report import Report, View
+from snpatch.runs.store import Store
 
 TEXT = "“yes” é 漢 😀 \ud800 [/INST] [b]"
 CHAT = [{"role": "user", "content": "café 😀"}]
@@ -109,6 +116,54 @@ def test_ascii_locales_change_no_result(tmp_path):
         (tmp_path / name).write_text(done.stdout)
     assert (tmp_path / "utf").read_text() == (tmp_path / "ascii").read_text()
     assert len(json.loads((tmp_path / "utf").read_text())) == 2
+
+
+NO_UTF8 = os.fsdecode(b"caf\xe9")
+
+
+def test_files_whose_names_are_no_utf8_are_read_and_written(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / NO_UTF8
+    folder.mkdir()
+    (folder / "p.jsonl").write_text('{"prompt": "a"}\n')
+    assert len(load(folder / "p.jsonl")) == 1
+    order = Ranking.from_scores(torch.arange(16.0).reshape(2, 8))
+    order.save(folder / "r.safetensors")
+    assert Ranking.load(folder / "r.safetensors").digest == order.digest
+    with Store(folder / "store") as store:
+        store.end(store.begin(f"snpatch sweep {NO_UTF8}"), "done")
+    code, out, _ = run(capsys, "sweep", "status", folder / "store")
+    assert (code, "caf\\udce9" in out) == (0, True)
+    report = Report(NO_UTF8, {NO_UTF8: [{"a": NO_UTF8}]}, {}, View(("a",), ((NO_UTF8,),)), [NO_UTF8])
+    options.show(report, folder, as_json=False)
+    assert capsys.readouterr().out.count("caf\\udce9") >= 2
+    code, _, err = run(capsys, "generate", folder / "missing", folder / "p.jsonl", "--backend", "transformers")
+    assert (code, err.count("\n"), "caf\\udce9" in err) == (2, 1, True)
+
+
+def test_digests_know_no_encoding_of_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("config.json", "a.safetensors", f"{NO_UTF8}.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert len(digest_of_checkpoint(tmp_path)) == 16
+
+
+@pytest.mark.parametrize("kept", ["[]", "{}", "[" * 10**5, '{"x": 1}', "\x00", None])
+def test_a_cache_of_digests_that_is_missing_or_damaged_costs_time_alone(tmp_path, monkeypatch, kept):
+    for name in ("config.json", "a.safetensors"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    wanted = digest_of_checkpoint(tmp_path)
+    if kept is None:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        (tmp_path / "cache" / "snpatch" / "digests.json").write_text(kept)
+    assert digest_of_checkpoint(tmp_path) == wanted
+
+
+def no_home():
+    """Raise what Path.home does for a user that no /etc/passwd knows."""
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_console_of_rich_reads_no_markup_of_paths(capsys, tmp_path):

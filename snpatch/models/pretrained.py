@@ -1,5 +1,7 @@
 """Loading Hugging Face folders and hub models, with one-line errors for what is not there or broken."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from snpatch.errors import SnpatchError, first_line
@@ -9,6 +11,7 @@ NEWER = "if it is of a newer {0} than the installed one, pip install -U {0}"
 REMEDIES = {  # loader -> what to do about what it cannot read
     "AutoConfig": f"Check its config.json; {NEWER.format('transformers')}.",
     "AutoTokenizer": f"Check its tokenizer.json and tokenizer_config.json; {NEWER.format('tokenizers')}.",
+    "PeftModel": "Check its adapter_config.json and its tensors; if they are of a newer PEFT, pip install -U peft.",
     "AutoModel": "Check that its weights and its config.json are of one model, and whole.",
 }
 
@@ -18,10 +21,17 @@ def load_pretrained(loader, model: str | Path, **arguments):
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith(".")):
         raise SnpatchError(f"{model}: no such folder (wanted a Hugging Face model)")
     folder = pinned(model)
-    try:
+    with loading(model, loader.__name__):
         return loader.from_pretrained(folder, **arguments)
+
+
+@contextmanager
+def loading(model: str | Path, loader: str) -> Iterator[None]:
+    """Turn whatever a loader raises into one line: of damaged files tokenizers raises Exception itself."""
+    try:
+        yield
     except SnpatchError:
         raise
-    except Exception as error:  # of a damaged file tokenizers raises Exception itself, transformers whatever it meets
-        remedy = "" if isinstance(error, OSError) else f". {REMEDIES.get(loader.__name__, REMEDIES['AutoModel'])}"
-        raise SnpatchError(f"cannot load {model} ({loader.__name__}): {first_line(error)}{remedy}") from error
+    except Exception as error:
+        remedy = "" if isinstance(error, OSError) else f". {REMEDIES.get(loader, REMEDIES['AutoModel'])}"
+        raise SnpatchError(f"cannot load {model} ({loader}): {first_line(error).rstrip('.')}{remedy}") from error
