@@ -227,6 +227,7 @@ def test_refusal_words_of_another_kind_are_one_line(words):
 def test_refusal_digests_tell_words_apart_and_not_their_marks():
     assert RefusalWords(["can\u2019t"]).digest == RefusalWords(["can't"]).digest
     assert RefusalWords(["can't"]).digest != RefusalWords(["cant"]).digest
+    assert RefusalWords(["no", "never"]).digest == RefusalWords(["never", "no", "no"]).digest
 
 
 def shout(prompts, completions):

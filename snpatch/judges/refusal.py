@@ -49,7 +49,7 @@ class RefusalWords:
     @property
     def digest(self) -> str:
         """Names it by content: its scores can be kept under it."""
-        words = [VERSION, *((pattern.pattern, pattern.flags) for pattern in self.patterns)]
+        words = [VERSION, *sorted({(pattern.pattern, pattern.flags) for pattern in self.patterns})]
         return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
