@@ -17,6 +17,7 @@ from snpatch.judges.refusal import RefusalWords
 from snpatch.patching.patch import Constant, Patch
 from snpatch.patching.spec import donor_of
 from snpatch.ranking.ranking import Ranking
+from snpatch.server.catalogue import check_name
 from snpatch.server.config import ServeConfig
 from snpatch.worlds.spec import SweepSpec
 from snpatch.worlds.world import setting_of
@@ -136,6 +137,12 @@ def test_patches_of_other_types_are_one_line(parts, message):
 def test_names_that_are_no_words_are_taken(name):
     assert EngineConfig("m", {name: "a"}).adapters == {name: ("a",)}
     assert donor_of(name, ranking()) == name
+
+
+@pytest.mark.parametrize("word", names.WORDS)
+def test_uploads_cannot_be_named_by_a_word(word):
+    with pytest.raises(SnpatchError, match=f"cannot be named '{word}'"):
+        check_name(word, "one of the rankings")
 
 
 def test_the_judge_of_refusal_words_keeps_its_name():

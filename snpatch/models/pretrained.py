@@ -22,7 +22,11 @@ def load_pretrained(loader, model: str | Path, **arguments):
         raise SnpatchError(f"{model}: no such folder (wanted a Hugging Face model)")
     folder = pinned(model)
     with loading(model, loader.__name__):
-        return loader.from_pretrained(folder, **arguments)
+        loaded = loader.from_pretrained(folder, **arguments)
+        length = getattr(loaded, "model_max_length", 0)  # of a tokenizer, which reads it with every text
+        if isinstance(length, bool) or not isinstance(length, int | float):
+            raise ValueError(f"model_max_length: expected a number, got {length!r}")
+        return loaded
 
 
 @contextmanager
