@@ -92,7 +92,7 @@ def stem(source: str) -> str:
 
 def command() -> str:
     """What runs now, as it can be typed again."""
-    return shlex.join(["snpatch", *sys.argv[1:]])
+    return printable(shlex.join(["snpatch", *sys.argv[1:]]))  # of names that are no UTF-8 nothing else can be kept
 
 
 def tell(text: str, *, is_error: bool = False) -> None:
