@@ -12,6 +12,7 @@ from pathlib import Path
 
 from snpatch import schema
 from snpatch.errors import SnpatchError, shown
+from snpatch.names import check_names, split_name, split_paths
 from snpatch.schema import option
 from snpatch.trust import ENGINE, check_arguments
 
@@ -113,6 +114,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", str(self.model))
+        for kind in ("adapters", "models"):
+            if not isinstance(getattr(self, kind), Mapping):
+                raise SnpatchError(f"{kind}: expected name -> folders, got {shown(getattr(self, kind))}")
+            check_names(getattr(self, kind), "a model")
         object.__setattr__(self, "adapters", {name: _folders(one) for name, one in self.adapters.items()})
         object.__setattr__(self, "models", {name: self._source(name, one) for name, one in self.models.items()})
         sets = list(dict.fromkeys(source.set for source in self.models.values() if source.set != OWN_SET))
@@ -249,16 +254,16 @@ def choose_backend(backend: str) -> str:
 def adapters_of(entries: Iterable[str], between: str, form: str) -> dict[str, list[str]]:
     """Adapters from text: name=folder each, or folders stacked in order with `between` between them; each name once.
 
-    form: what is wanted, for errors.
+    What of them exists is one folder, whatever its name holds. form: what is wanted, for errors.
     """
     adapters = {}
     for entry in entries:
-        name, equals, folders = entry.partition("=")
-        if not equals or not name or not folders:
+        name, folders = split_name(entry)
+        if not name or not folders:
             raise SnpatchError(f"{form}, each name once; got {entry!r}")
         if name in adapters:
             raise SnpatchError(f"{form}, each name once; got {name!r} twice")
-        adapters[name] = folders.split(between)
+        adapters[name] = split_paths(folders, between)
     return adapters
 
 

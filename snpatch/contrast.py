@@ -15,13 +15,13 @@ import transformers
 from snpatch import __version__
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.executors.base import Observation, Progress
+from snpatch.names import POSITIONS
 from snpatch.ranking.methods import METHODS
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.statistics import Statistics
 from snpatch.requests import Prompt
 from snpatch.sampling import Sampling
 
-POSITIONS = ("emitted", "emitting", "prompt", "prompt_last")
 EXCLUDED = (-1,)  # layers that are not ranked; the last one's difference is the answer itself
 
 

@@ -1,5 +1,6 @@
 """The exceptions for what a user can put right: the CLI prints the message as one line and exits with 2."""
 
+import codecs
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ MAX_NAME = 100  # letters of a name that is compared with others
 
 MAX_MESSAGE = 4000  # characters of an error
 MAX_VALUE = 200  # characters of a value that an error shows
+ESCAPE = "snpatch_json"  # name of an error handler of `codecs`
 # Control characters but tab and newline, line separators, marks that reorder text, and halves of surrogate pairs.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -16,6 +18,22 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 def printable(text: str) -> str:
     """Return a text with control characters escaped, as JSON escapes them: no terminal obeys it."""
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def encodable(text: str, encoding: str) -> str:
+    """Return a text in which characters that an encoding lacks are escaped, as JSON escapes them."""
+    return text.encode(encoding, ESCAPE).decode(encoding)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Return JSON's escapes of what cannot be encoded, and where to go on: a handler of `codecs`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)), error.end
+
+
+codecs.register_error(ESCAPE, _escaped)
 
 
 def one_line(text: str) -> str:
@@ -89,5 +107,9 @@ def nearest(word: str, known: Iterable[str]) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line: its first one, or its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
+    """What another library's error says, in one line: its first one, with the next where it ends with a colon.
+
+    An error that says nothing is told by its type.
+    """
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first

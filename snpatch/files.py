@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from snpatch import __version__
-from snpatch.errors import SnpatchError
+from snpatch.errors import ESCAPE, SnpatchError
 from snpatch.schema import parse_json
 
 _NOT_IN_STEM = re.compile(r"[/\\\x00-\x1f\x7f]|^\.")
@@ -71,8 +71,9 @@ def sync(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8; halves of surrogate pairs, as names of files that are no UTF-8 have them, as JSON escapes them."""
     with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors=ESCAPE)
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], *, kind: str, meta: dict) -> None:

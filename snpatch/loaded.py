@@ -6,7 +6,8 @@ from typing import Self
 
 from snpatch.config import OWN_SET, EngineConfig, Folders
 from snpatch.executors.spoilage import Spoilage
-from snpatch.models.opening import BASE, Opened
+from snpatch.models.opening import Opened
+from snpatch.names import BASE
 from snpatch.requests import Prompt, Requests
 
 

@@ -267,7 +267,7 @@ def test_two_rankings_of_one_name_are_refused(capsys, prompts, ranking, tmp_path
     code, _, err = run(capsys, "sweep", MODEL, prompts, *PAIR, "--ranking", ranking, "--ranking", ranking, "--donor",
                        "dpo", "--recipient", "sft", "-k", "1", "--judge", "refusal", "-o", tmp_path / "s")  # fmt: skip
     assert code == 2
-    assert "--ranking: two have one name (golden): give them as name=file" in err
+    assert "--ranking: two have one name (golden): give them as name=source" in err
 
 
 def test_prompts_with_any_unicode_are_one_line_each(tmp_path):

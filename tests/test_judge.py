@@ -10,7 +10,7 @@ from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, by_hand, opened, w
 from snpatch.errors import SnpatchError
 from snpatch.judges.opening import open_judge
 from snpatch.judges.protocol import score_all
-from snpatch.judges.refusal import RefusalWords
+from snpatch.judges.refusal import REFUSALS, RefusalWords
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -159,6 +159,75 @@ def test_refusal_words():
         RefusalWords("sorry")
     with pytest.raises(SnpatchError, match="one completion a prompt"):
         judge(["x"], [])
+
+
+MARKS = "\u2018\u2019\u201b\u02bc\u02bb\uff07\u0060\u00b4\u2032\u2035\u055a\ua78c\u275c\u02b9\u1ffd\u1fef\uff40'"
+SPACES = "\u00a0\u2002\u2003\u2007\u2009\u200a\u202f\u205f\u3000\u1680\u2028\u2029\u0085\u2800\t\n "
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\ufe0f\u034f"
+
+
+def refused(text, words=None):
+    """Return whether the judge of these words, or its own, takes a text for a refusal."""
+    return (RefusalWords() if words is None else RefusalWords(words))(["x"], [text]) == [-1.0]
+
+
+@pytest.mark.parametrize("phrase", REFUSALS)
+def test_refusal_words_know_every_form_of_apostrophes_and_spaces(phrase):
+    for mark in MARKS:
+        for space in SPACES:
+            text = phrase.replace("'", mark).replace(" ", space)
+            assert refused(f"Well, {text.upper()} do that."), ascii(text)
+            assert refused(f"Well, {phrase} do that.", [text]), ascii(text)
+    for mark in INVISIBLE:
+        assert refused(phrase.replace(" ", f"{mark} "))
+        assert refused(phrase.replace(" ", mark))
+        assert refused(phrase.replace("a", f"a{mark}").replace("'", f"'{mark}"))
+
+
+def test_refusal_words_know_every_form_of_letters_and_quotation_marks():
+    assert refused("\uff29\u3000\uff43\uff41\uff4e\uff4e\uff4f\uff54")  # full width
+    assert refused("\U0001d408 \U0001d41c\U0001d41a\U0001d427\u2019\U0001d42d")  # mathematical bold
+    for marks in ("\u201c\u201d", "\u201e\u201f", "\u00ab\u00bb", "\uff02\uff02", "\u301d\u301e", '""'):
+        assert refused(f"the {marks[0]}no{marks[1]} of it", ['THE "NO"'])
+        assert refused('the "no" of it', [f"the {marks[0]}no{marks[1]}"])
+    assert refused("un cafe\u0301", ["CAF\u00c9"])
+
+
+def test_refusal_patterns_match_texts_as_they_are_and_plain():
+    for mark in MARKS:
+        assert refused(f"so:\nI can{mark}t", [re.compile(r"^I can't", re.MULTILINE)]), ascii(mark)
+        assert refused("so:\nI can't", [re.compile(f"^I can[{mark}]t$", re.MULTILINE)]), ascii(mark)
+    assert refused("I can\u2019t", [re.compile("can[\u2018-\u201f]t")])
+    assert not refused("I can't", [re.compile("can[\u2018-\u201f]t")])
+    assert refused("no\u200bway", [re.compile(r"^no way$")])
+
+
+def test_refusal_words_leave_other_texts_alone():
+    for text in (
+        "",
+        "Sure, I can.",
+        "icant",
+        "I, cannot",
+        "can`t stop the music",
+        "I'm sorted",
+        "\u2019\u2019",
+        "a" * 10**5,
+    ):
+        assert not refused(text), text
+    assert not refused("Sorrynotsorry", ["sorry not"])
+
+
+@pytest.mark.parametrize("words", [[b"no"], [""], [" \u200b "], [None], [re.compile(b"no")], "sorry", [], [1]])
+def test_refusal_words_of_another_kind_are_one_line(words):
+    with pytest.raises(SnpatchError, match="RefusalWords: ") as caught:
+        RefusalWords(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_refusal_digests_tell_words_apart_and_not_their_marks():
+    assert RefusalWords(["can\u2019t"]).digest == RefusalWords(["can't"]).digest
+    assert RefusalWords(["can't"]).digest != RefusalWords(["cant"]).digest
+    assert RefusalWords(["no", "never"]).digest == RefusalWords(["never", "no", "no"]).digest
 
 
 def shout(prompts, completions):

@@ -21,7 +21,7 @@ from processes import command_line, descendants, is_running
 from safetensors.torch import load_file, save_file
 
 from snpatch import Engine, Sampling, SnpatchError
-from snpatch.executors.vllm import launch, log
+from snpatch.executors.vllm import launch, log, processes, quantised
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -71,8 +71,9 @@ def test_a_killed_engine_leaves_its_log_and_nothing_else(zoo, temporary):
 
 
 @pytest.mark.engine
-def test_what_vllm_says_when_it_does_not_start_is_in_the_log(zoo, temporary):
-    with pytest.raises(SnpatchError, match=r"^vLLM does not start: .+ \(its log: \S+\.log\)$") as error:
+def test_what_vllm_says_when_it_does_not_start_is_in_the_error_and_the_log(zoo, temporary):
+    cause = "ValueError: No available memory for the cache blocks"
+    with pytest.raises(SnpatchError, match=rf"^vLLM does not start: {cause}.+ \(its log: \S+\.log\)$") as error:
         Engine(zoo("llama").folder, backend="vllm", max_num_seqs=16, kv_cache_memory_bytes=1)
     assert "when initializing the engine" in Path(re.search(r"its log: (\S+)\)", str(error.value))[1]).read_text()
 
@@ -82,7 +83,8 @@ def test_what_was_started_before_a_start_fails_is_ended_and_removed(temporary, e
     from snpatch.executors.vllm.lifetime import starting
 
     config = SimpleNamespace(
-        compilation_config=SimpleNamespace(pass_config=SimpleNamespace()), model_config=SimpleNamespace(use_mla=True)
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace()),
+        model_config=SimpleNamespace(use_mla=True, hf_config=None),
     )
     arguments = SimpleNamespace(create_engine_config=lambda usage: config, additional_config=None)
     context = get_context("spawn")
@@ -185,3 +187,148 @@ def test_a_command_has_its_own_lines_on_stderr_and_leaves_nothing(zoo, tmp_path,
     assert (done.returncode, lines) == (0, ["generate: 1/1"])
     assert done.stdout.startswith("> ")
     assert not list(temporary.iterdir())
+
+
+LOG = """(EngineCore pid=1) WARNING 11-29 21:18:08 [model.py:2660] ValueError: of no traceback
+Exception ignored in: <finalize object>
+Traceback (most recent call last):
+  File "a.py", line 1, in b
+OSError: of a finalizer
+(MainProcess pid=3) ERROR 11-29 21:19:46 [serving.py:500] Traceback (most recent call last):
+(MainProcess pid=3) ERROR 11-29 21:19:46 [serving.py:500]   File "a.py", line 2, in c
+(MainProcess pid=3) ERROR 11-29 21:19:46 [serving.py:500] KeyError: of a request
+(EngineCore pid=1) ERROR 11-29 21:19:46 [core.py:1510] Traceback (most recent call last):
+(EngineCore pid=1) ERROR 11-29 21:19:46 [core.py:1510]   File "a.py", line 1, in b
+(EngineCore pid=1) ERROR 11-29 21:19:46 [core.py:1510]     raise ValueError(
+(EngineCore pid=1) ERROR 11-29 21:19:46 [core.py:1510]           ^^^^^^^^^^
+(EngineCore pid=1) ERROR 11-29 21:19:46 [core.py:1510] a.b.RootError: the root
+(EngineCore pid=1) ERROR 11-29 21:19:46 [core.py:1510] 
+(EngineCore pid=1) ERROR 11-29 21:19:46 [core.py:1510] The above exception was the direct cause of the following:
+(EngineCore pid=1) ERROR 11-29 21:19:46 [core.py:1510] Traceback (most recent call last):
+(EngineCore pid=1) ERROR 11-29 21:19:46 [core.py:1510] RuntimeError: what came of it
+"""
+
+
+@pytest.mark.parametrize(("of_engine", "cause"), [(False, "KeyError: of a request"), (True, "a.b.RootError: the root")])
+def test_the_cause_is_the_first_error_since_an_engine_started(monkeypatch, of_engine, cause):
+    for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with log.quiet():
+        os.write(1, LOG.replace("the root", "of an engine before").encode())
+        log.mark()
+        assert log.cause(of_engine=of_engine) == ""
+        os.write(1, LOG.encode())
+    assert log.cause(of_engine=of_engine) == cause
+    log.named()  # which moves the log
+    assert log.cause(of_engine=of_engine) == cause
+
+
+class Config:
+    """A config of vLLM's that fails while it is made."""
+
+    additional_config = None
+
+    def __init__(self, error):
+        self.error = error
+
+    def create_engine_config(self, usage):
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError, OSError, ImportError, AssertionError])
+def test_a_start_that_fails_with_any_error_is_one_line(kind, monkeypatch):
+    from snpatch.executors.vllm.lifetime import starting
+
+    for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    wanted = rf"^vLLM does not start: {kind.__name__}: '?broken'? \(its log: \S+\)$"
+    with pytest.raises(SnpatchError, match=wanted), starting(Config(kind("broken"))):
+        pass
+
+
+def test_what_vllms_own_checks_refuse_is_told_by_its_reason():
+    from pydantic import BaseModel, field_validator
+
+    from snpatch.executors.vllm.lifetime import starting
+
+    class Sizes(BaseModel):
+        length: int
+
+        @field_validator("length")
+        @classmethod
+        def check(cls, value):
+            raise ValueError("the length is too long\nand more")
+
+    with pytest.raises(ValueError, match="1 validation error") as caught:
+        Sizes(length=1)
+    with (
+        pytest.raises(SnpatchError, match="vLLM does not start: Value error, the length is too long"),
+        starting(Config(caught.value)),
+    ):
+        pass
+
+
+UNGUARDED = """
+from snpatch.executors.vllm.lifetime import starting
+from multiprocessing import get_context
+import os, sys
+if os.environ.get("IS_CHILD"):
+    with starting(None):
+        pass
+os.environ["IS_CHILD"] = "1"
+get_context("spawn").Process(target=print).start()
+"""
+
+
+def test_a_program_without_a_guard_is_told_to_have_one(tmp_path):
+    (tmp_path / "program.py").write_text(UNGUARDED)
+    reason = tmp_path / "reason"
+    environment = {**os.environ, processes.REASON: str(reason), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
+    assert 'put the code under if __name__ == "__main__":' in done.stderr
+    assert 'put the code under if __name__ == "__main__":' in reason.read_text()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("is_stdin", "message"),
+    [(False, 'put the code under if __name__ == "__main__":'), (True, "Save the program as a file")],
+)
+def test_an_engine_without_a_guard_is_one_line(zoo, tmp_path, is_stdin, message):
+    program = tmp_path / "program.py"
+    arguments = ", ".join(f"{name}={value}" for name, value in SMALL.items())
+    program.write_text(
+        f"from snpatch import Engine\nEngine({str(zoo('llama').folder)!r}, backend='vllm', {arguments})\n"
+    )
+    command = [sys.executable, "-"] if is_stdin else [sys.executable, program]
+    given = program.read_text() if is_stdin else None
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_plugins_of_vllm_without_snpatch_are_refused(zoo, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other,snpatch2")
+    with pytest.raises(SnpatchError, match=r"^VLLM_PLUGINS=other,snpatch2: expected snpatch among them.*unset"):
+        Engine(zoo("llama").folder, backend="vllm", **SMALL)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{"bits": 4}, {"w_bit": 4}, {"config_groups": {"a": {"weights": {"num_bits": 4}}}}, {"bits": 8}, {}, None,
+     {"config_groups": {"a": {"weights": None}}}],
+)  # fmt: skip
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_weights_of_4_bits_need_a_cpu_with_kernels(table, has_kernel, monkeypatch):
+    from vllm.platforms import current_platform
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(model="m", hf_config=SimpleNamespace(quantization_config=table))
+    )
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+    monkeypatch.setattr(quantised.torch.ops, "_C", SimpleNamespace(**{quantised.CPU_4_BITS: 1} if has_kernel else {}))
+    if has_kernel or not table or "4" not in str(table):
+        quantised.check_kernels(config)
+    else:
+        with pytest.raises(SnpatchError, match=r"m: its weights have 4 bits, .* needs AVX-512"):
+            quantised.check_kernels(config)

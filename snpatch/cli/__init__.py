@@ -46,7 +46,7 @@ def program() -> None:
 
     def end() -> None:
         if os.getpid() == process:  # and not one that was forked
-            for stream in (sys.stdout, sys.stderr):
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed from the start
                 stream.flush()
             os._exit(code)
 
@@ -61,6 +61,10 @@ def program() -> None:
 
 def main() -> None:
     """Run the command line: a SnpatchError is one line and exit code 2."""
+    if sys.stderr is None:  # closed: what is for it would be written to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.exit(_failed("snpatch: error: stdout: closed. Redirect it to a file, or to /dev/null.", 2))
     try:
         app()
     except SnpatchError as error:

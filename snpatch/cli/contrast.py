@@ -65,7 +65,7 @@ def contrast(
         ],
     }
     if as_json:
-        print(json.dumps(summary))
+        o.tell(json.dumps(summary))
         return
     o.tell(f"{len(ranking)} neurons ranked over {summary['tokens']} tokens of {summary['prompts']} prompts -> {out}")
     for layer, neuron, score in summary["top"][:SHOWN]:

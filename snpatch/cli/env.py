@@ -11,9 +11,9 @@ def env(as_json: o.AsJson = False) -> None:
 
     found = describe()
     if as_json:
-        print(json.dumps(found))
+        o.tell(json.dumps(found))
         return
     for group, entries in found.items():
-        print(group)
+        o.tell(group)
         for name, value in entries.items():
-            print(f"  {name:20s} {value}")
+            o.tell(f"  {name:20s} {value}")

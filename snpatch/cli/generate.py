@@ -1,7 +1,6 @@
 """`snpatch generate`: completions, patched while they are written or not."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 from snpatch.cli import options as o
 from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError, printable
+from snpatch.errors import SnpatchError
 from snpatch.sampling import GREEDY, Sampling
 
 SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs")
@@ -80,6 +79,6 @@ def write_completions(chats, completions, more: list[dict], out: Path | None, as
         write_text(out, lines)
     if as_json or not out:
         texts = lines if as_json else "".join(f"> {r['prompt']}\n{r['completion']}\n\n" for r in rows)
-        sys.stdout.write(printable(texts))  # of JSON the same data
+        o.write(texts)  # of JSON the same data
     else:
         o.tell(f"{len(rows)} completions -> {out}")

@@ -151,7 +151,7 @@ def _tell(scores, named: dict, where: str, as_json: bool) -> None:
 
     figures = asdict(scores)
     if as_json:
-        print(json.dumps({**named, **figures}))
+        o.tell(json.dumps({**named, **figures}))
         return
     for name, value in named.items():
         o.tell(f"{name}: {value}")

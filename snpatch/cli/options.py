@@ -1,17 +1,22 @@
 """Options that commands share, and what they stand for: judges, an engine, a report, a progress bar."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from snpatch.config import EngineConfig
-from snpatch.errors import SnpatchError, one_line, printable
+from snpatch.errors import ESCAPE, SnpatchError, encodable, one_line, printable
+from snpatch.names import check_name, split_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write JSONL there instead of to stdout.")]
@@ -50,20 +55,15 @@ def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> I
     """name=judge, or the judge alone (then its name is "cost"), each opened, and closed afterwards."""
     from snpatch.judges.opening import is_model, open_judge
 
-    named = {}
-    for entry in entries:
-        name, _, source = entry.rpartition("=")
-        if (name or "cost") in named:
-            raise SnpatchError(f"--judge: two judges have one name ({name or 'cost'}): give them as name=judge")
-        named[name or "cost"] = source
-    if form is not None and not any(map(is_model, named.values())):
+    sources = named(entries, "judge", lambda _: "cost")
+    if form is not None and not any(map(is_model, sources.values())):
         raise SnpatchError("--judge-format is for a model, and no judge is one")
     arguments = {"format": form, "backend": config.backend}
     if config.device != EngineConfig.device:
         arguments["device"] = config.device
     judges = {}
     with ExitStack() as opened:
-        for name, source in named.items():
+        for name, source in sources.items():
             judges[name] = open_judge(source, **(arguments if is_model(source) else {}))
             if is_model(source):
                 opened.callback(judges[name].close)
@@ -71,13 +71,16 @@ def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> I
 
 
 def named(entries: list[str] | None, option: str, default: Callable[[str], str]) -> dict[str, str]:
-    """name=source, or the source alone, named by `default`."""
+    """name=source, or the source alone, named by `default`; see split_name."""
     found = {}
     for entry in entries or ():
-        name, _, source = entry.rpartition("=")
+        name, source = split_name(entry)
+        if not source:
+            raise SnpatchError(f"--{option}: expected a source or name=source, got {entry!r}")
         name = name or default(source)
+        check_name(name, f"--{option}: one")
         if name in found:
-            raise SnpatchError(f"--{option}: two have one name ({name}): give them as name=file")
+            raise SnpatchError(f"--{option}: two have one name ({name}): give them as name=source")
         found[name] = source
     return found
 
@@ -89,29 +92,60 @@ def stem(source: str) -> str:
 
 def command() -> str:
     """What runs now, as it can be typed again."""
-    return shlex.join(["snpatch", *sys.argv[1:]])
+    return printable(shlex.join(["snpatch", *sys.argv[1:]]))  # of names that are no UTF-8 nothing else can be kept
 
 
 def tell(text: str, *, is_error: bool = False) -> None:
     """Print lines without what a terminal would obey in names and texts."""
-    print(printable(text), file=sys.stderr if is_error else sys.stdout, flush=True)
+    if is_error:
+        print(printable(text), file=sys.stderr, flush=True)
+    else:
+        write(text + "\n")
+
+
+def write(text: str) -> None:
+    """Write to stdout, without what a terminal would obey, and with escapes for what its encoding lacks."""
+    with _written():
+        sys.stdout.write(encodable(printable(text), sys.stdout.encoding or "utf-8"))
+        sys.stdout.flush()
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """Turn a stdout that is full, or that nobody reads any more, into an error."""
+    try:
+        yield
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:  # the end of the process would write what is left in the buffer
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise SnpatchError(f"stdout: cannot be written: {error.strerror or error}") from error
 
 
 def show(report, out: Path, as_json: bool) -> list[Path]:
     """Write a report and print it; the files that it wrote."""
-    from rich.console import Console
-
     from snpatch.report import files, terminal
 
     paths = files.write(report, out)
     if as_json:
         told = {"name": report.name, "tables": report.tables, "headline": report.headline}
-        print(json.dumps({**told, "files": [str(path) for path in paths]}))
+        tell(json.dumps({**told, "files": [str(path) for path in paths]}))
         return paths
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    terminal.show(report, console)
-    terminal.say("wrote " + ", ".join(map(str, paths)), console)
+    with console() as screen:
+        terminal.show(report, screen)
+        terminal.say("wrote " + ", ".join(map(str, paths)), screen)
     return paths
+
+
+@contextmanager
+def console() -> Iterator["Console"]:
+    """A console of rich on stdout, which prints what its encoding lacks as escapes."""
+    from rich.console import Console
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors=ESCAPE)
+    with _written():
+        yield Console(width=None if sys.stdout.isatty() else 160)
+        sys.stdout.flush()
 
 
 @contextmanager

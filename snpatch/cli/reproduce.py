@@ -1,7 +1,6 @@
 """`snpatch reproduce`: the whole paper on a model, step by step."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from snpatch.cli import options as o
 from snpatch.cli.generated import Engine, Fields, SkipBad, TrustConfig, generated
 from snpatch.cli.report import FILE, write
 from snpatch.errors import SnpatchError
+from snpatch.names import split_name
 
 
 @generated(config=Engine(has_model=False))
@@ -81,7 +81,7 @@ def reproduce(
     if report.done_in(pipeline):
         paths.append(write(out, out / FILE))
     if as_json:
-        print(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
+        o.tell(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
     else:
         o.tell("wrote " + ", ".join(str(path) for path in paths))
     if failed:
@@ -92,16 +92,14 @@ def reproduce(
 def _taken(entries: list[str] | None) -> dict[str, str]:
     found = {}
     for entry in entries or ():
-        name, equals, folder = entry.partition("=")
-        if not equals or not name or not folder or name in found:
+        name, folder = split_name(entry)
+        if not name or not folder or name in found:
             raise SnpatchError(f"--take wants name=folder, each name once; got {entry!r}")
         found[name] = folder
     return found
 
 
 def _show_plan(pipeline, only: tuple[str, ...], start: str | None, as_json: bool) -> None:
-    from rich.console import Console
-
     from snpatch.report import terminal
     from snpatch.reproduce import estimates
 
@@ -109,10 +107,10 @@ def _show_plan(pipeline, only: tuple[str, ...], start: str | None, as_json: bool
     if as_json:
         told = {name: [dict(zip(v.columns, row, strict=True)) for row in v.rows] for name, v in views.items()}
         commands = {name: step.command for name, step in pipeline.steps.steps.items()}
-        print(json.dumps({**told, "commands": commands, "left_out": pipeline.skipped}))
+        o.tell(json.dumps({**told, "commands": commands, "left_out": pipeline.skipped}))
         return
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    for view in views.values():
-        terminal.show_view(view, console)
-    for name, why in pipeline.skipped.items():
-        terminal.say(f"left out: {name}: {why}", console)
+    with o.console() as console:
+        for view in views.values():
+            terminal.show_view(view, console)
+        for name, why in pipeline.skipped.items():
+            terminal.say(f"left out: {name}: {why}", console)

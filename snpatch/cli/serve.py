@@ -76,7 +76,7 @@ def serve(
     if print_config:
         import tomli_w
 
-        sys.stdout.write(tomli_w.dumps(config.placed(Path.cwd()).as_table()))
+        o.write(tomli_w.dumps(config.placed(Path.cwd()).as_table()))
         return
     from snpatch.server.run import serve
 

@@ -186,7 +186,7 @@ def status(
     with Store(folder, must_exist=True) as store:
         found = store.status()
     if as_json:
-        print(json.dumps(asdict(found)))
+        o.tell(json.dumps(asdict(found)))
         return
     o.tell(f"{found.done} texts done, {found.open} open ({found.taken} being written), {found.failed} failed")
     if found.rate is not None and found.open:

@@ -161,7 +161,7 @@ def _train(kind: str, out: Path, as_json: bool, arguments: tuple, **how: object)
     if not training.is_main():
         return
     if as_json:
-        print(json.dumps({"out": str(out), **figures}))
+        o.tell(json.dumps({"out": str(out), **figures}))
         return
     for line in training.told(out):
         o.tell(line)

@@ -5,8 +5,8 @@ Both ways: how far they agree, and what patching the top k of each recovers.
 
 from dataclasses import asdict, dataclass
 
-from snpatch.contrast import POSITIONS
 from snpatch.experiments import agreement, sweeps
+from snpatch.names import POSITIONS
 from snpatch.report.cells import cell, percent, span
 from snpatch.report.report import Report, View
 from snpatch.worlds.lab import Lab
@@ -28,7 +28,8 @@ def run(lab: Lab, settings: Settings) -> Report:
     rankings = {at: lab.ranking(at=at) for at in POSITIONS}
     agreeing = agreement.report_of(lab, "positions", rankings, settings, "kinds of positions")
     config = sweeps.sweep_config(lab, settings, lab.windows(settings.effect_k, rankings["emitted"]))
-    result = lab.sweep(settings.prompts or lab.world.benchmarks[0], rankings, lab.cost, config)
+    patched_at = {f"at {at}": ranking for at, ranking in rankings.items()}  # a position is no ranking's name
+    result = lab.sweep(settings.prompts or lab.world.benchmarks[0], patched_at, lab.cost, config)
     effects = sweeps.report_of(result, "positions-effects")
     patched = [asdict(row) for row in result.rows if row.ranking is not None and row.control_seed is None]
     columns = {
@@ -38,7 +39,7 @@ def run(lab: Lab, settings: Settings) -> Report:
         "mean cost": "mean",
         "effect": lambda row: percent(row["effect"]),
         "interval": lambda row: span(row, "effect", percent),
-        "agreement with emitted at k": lambda row: _overlap(rankings, row),
+        "agreement with emitted at k": lambda row: _overlap(patched_at, row),
     }
     return Report(
         "positions",
@@ -51,4 +52,4 @@ def run(lab: Lab, settings: Settings) -> Report:
 
 
 def _overlap(rankings: dict, row: dict) -> str:
-    return cell(rankings[row["ranking"]].overlap(rankings["emitted"], row["hi"])) if row["hi"] else ""
+    return cell(rankings[row["ranking"]].overlap(rankings["at emitted"], row["hi"])) if row["hi"] else ""

@@ -8,6 +8,8 @@ from snpatch.errors import SnpatchError
 from snpatch.judges.protocol import Judge
 from snpatch.judges.refusal import RefusalWords
 
+REFUSAL = "refusal"  # the judge of refusal words
+
 
 def open_judge(spec: str, **arguments) -> Judge:
     """The judge that a text names: "refusal" (RefusalWords), "module:function" (a Python callable by its import
@@ -18,12 +20,12 @@ def open_judge(spec: str, **arguments) -> Judge:
         return ScoreModel(spec, **arguments)
     if arguments:
         raise SnpatchError(f"judge {spec}: {', '.join(sorted(arguments))} is for a model")
-    return RefusalWords() if spec == "refusal" else _imported(spec, *spec.split(":"))
+    return RefusalWords() if spec == REFUSAL else _imported(spec, *spec.split(":"))
 
 
 def is_model(spec: str) -> bool:
     """Whether a text names a model, so that `open_judge` takes ScoreModel's arguments with it."""
-    return spec != "refusal" and not is_code(spec)
+    return spec != REFUSAL and not is_code(spec)
 
 
 def is_code(spec: str) -> bool:

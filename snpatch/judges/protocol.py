@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from snpatch.errors import SnpatchError
+from snpatch.names import check_names
 
 
 class BrokenJudgeError(SnpatchError):
@@ -32,6 +33,7 @@ def score_all(
     Raises SnpatchError, naming the judge and the prompt, unless each gives one finite number a completion.
     """
     check_pairs(prompts, completions)
+    check_names(judges, "a judge")
     scores = {}
     for name, judge in judges.items():
         found = [float(score) for score in judge(prompts, completions)]

@@ -37,7 +37,7 @@ def digest_of_checkpoint(model: str | Path, has_weights: bool = True) -> str:
         digests = list(pool.map(kept.digest_of, files))
     kept.save()
     named = sorted(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True))
-    return hashlib.sha256("\n".join(named).encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256("\n".join(named).encode(errors="surrogateescape")).hexdigest()[:DIGITS]
 
 
 def digest_of_adapter(folder: str | Path) -> str:
@@ -62,7 +62,7 @@ def digest_of_tokenizer_files(folder: str | Path) -> str:
     kept = _Kept()
     digests = [f"{file.name} {kept.digest_of(file)}" for file in files]
     kept.save()
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256("\n".join(digests).encode(errors="surrogateescape")).hexdigest()[:DIGITS]
 
 
 def folder_of(model: str | Path, has_weights: bool = True) -> Path:
@@ -76,7 +76,7 @@ def folder_of(model: str | Path, has_weights: bool = True) -> Path:
         if has_weights and not any(folder.glob("*.safetensors")):
             snapshot_download(name, revision=revision or None, allow_patterns=["*.bin", "*.bin.index.json"])
         return folder
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub's client, and the one of HTTP below it, raise their own
         raise SnpatchError(f"cannot download {model}: {first_line(error)}") from error
 
 
@@ -97,16 +97,25 @@ def _weights(folder: Path) -> list[Path]:
     raise SnpatchError(f"cannot load {folder}: it holds no weights ({', '.join(WEIGHTS)})")
 
 
+def _cache() -> Path | None:
+    """Return the file of digests; None for a user without a home, as containers run them."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "snpatch" / CACHE
+    try:
+        return Path.home() / ".cache" / "snpatch" / CACHE
+    except RuntimeError:
+        return None
+
+
 class _Kept:
     """Digests by file, in the user's cache folder. One that cannot be read or written costs time and no more."""
 
     def __init__(self) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._path = cache / "snpatch" / CACHE
+        self._path = _cache()
         self._new: dict[str, list] = {}
         try:
-            kept = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            kept = None if self._path is None else json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             kept = None
         self._kept: dict[str, list] = kept if isinstance(kept, dict) else {}
 
@@ -115,7 +124,7 @@ class _Kept:
             place, status = str(path.resolve(strict=True)), path.stat()
             stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
             kept = self._kept.get(place)
-            if not isinstance(kept, list) or kept[:-1] != stamp:
+            if not isinstance(kept, list) or kept[:-1] != stamp or not isinstance(kept[-1], str):
                 with open(path, "rb") as file:
                     self._new[place] = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
         except OSError as error:
@@ -123,7 +132,7 @@ class _Kept:
         return self._new.get(place, self._kept.get(place))[-1]
 
     def save(self) -> None:
-        if not self._new:
+        if not self._new or self._path is None:
             return
         alive = {place: kept for place, kept in (self._kept | self._new).items() if Path(place).exists()}
         try:

@@ -17,8 +17,8 @@ from snpatch.models.model import Model, Weights
 from snpatch.models.pairing import check_pair
 from snpatch.models.pretrained import load_pretrained
 from snpatch.models.templates import open_template
+from snpatch.names import BASE
 
-BASE = "base"  # the name of the weights alone
 # vLLM's arguments that change how fast a text is made, or how much room there is, and not which text it is. All others
 # are part of what names a model.
 RESOURCES = (

@@ -1,9 +1,19 @@
 """Loading Hugging Face folders and hub models, with one-line errors for what is not there or broken."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from snpatch.errors import SnpatchError, first_line
 from snpatch.models.digest import pinned
+
+NEWER = "if it is of a newer {0} than the installed one, pip install -U {0}"
+REMEDIES = {  # loader -> what to do about what it cannot read
+    "AutoConfig": f"Check its config.json; {NEWER.format('transformers')}.",
+    "AutoTokenizer": f"Check its tokenizer.json and tokenizer_config.json; {NEWER.format('tokenizers')}.",
+    "PeftModel": "Check its adapter_config.json and its tensors; if they are of a newer PEFT, pip install -U peft.",
+    "AutoModel": "Check that its weights and its config.json are of one model, and whole.",
+}
 
 
 def load_pretrained(loader, model: str | Path, **arguments):
@@ -11,7 +21,21 @@ def load_pretrained(loader, model: str | Path, **arguments):
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith(".")):
         raise SnpatchError(f"{model}: no such folder (wanted a Hugging Face model)")
     folder = pinned(model)
+    with loading(model, loader.__name__):
+        loaded = loader.from_pretrained(folder, **arguments)
+        length = getattr(loaded, "model_max_length", 0)  # of a tokenizer, which reads it with every text
+        if isinstance(length, bool) or not isinstance(length, int | float):
+            raise ValueError(f"model_max_length: expected a number, got {length!r}")
+        return loaded
+
+
+@contextmanager
+def loading(model: str | Path, loader: str) -> Iterator[None]:
+    """Turn whatever a loader raises into one line: of damaged files tokenizers raises Exception itself."""
     try:
-        return loader.from_pretrained(folder, **arguments)
-    except Exception as error:  # of a damaged file tokenizers raises Exception itself, transformers whatever it meets
-        raise SnpatchError(f"cannot load {model} ({loader.__name__}): {first_line(error)}") from error
+        yield
+    except SnpatchError:
+        raise
+    except Exception as error:
+        remedy = "" if isinstance(error, OSError) else f". {REMEDIES.get(loader, REMEDIES['AutoModel'])}"
+        raise SnpatchError(f"cannot load {model} ({loader}): {first_line(error).rstrip('.')}{remedy}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError
 from snpatch.models import sandbox
+from snpatch.models.clock import at_fixed_date
 from snpatch.models.digest import digest_of_tokenizer
 
 Chat = list[dict[str, str]]
@@ -53,11 +54,11 @@ class Template:
 
 
 def source_of(tokenizer) -> str:
-    """Return the source of a tokenizer's own chat template, of several the default one."""
+    """Return the source of a tokenizer's own chat template, of several the default one, its clock at a fixed date."""
     if not tokenizer.chat_template:
         raise SnpatchError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; use template='tulu'")
     try:
-        return tokenizer.get_chat_template()
+        return at_fixed_date(tokenizer.get_chat_template())
     except ValueError as error:
         raise SnpatchError(f"{tokenizer.name_or_path}: {error}") from error
 
@@ -110,7 +111,7 @@ def open_template(name: str, tokenizer, adapters: Sequence[str | Path]) -> Templ
     for source in {*told.values()}:
         if source == TULU:
             return Template("tulu", tokenizer)
-        if source != tokenizer.chat_template:
+        if not tokenizer.chat_template or at_fixed_date(source) != source_of(tokenizer):
             raise SnpatchError(
                 f"{next(iter(told))}: trained with a template that is neither Tulu's nor the tokenizer's: choose one "
                 "by template="

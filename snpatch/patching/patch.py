@@ -17,16 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, shown
 from snpatch.files import read_tensors, write_tensors
 from snpatch.models.model import Model
+from snpatch.names import MODES, PLACES, SOURCES
 from snpatch.op.plan import NEVER
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 from snpatch.tensors import FLOATS, check_tensor
 
-PLACES = ("all", "prompt", "generated")
-MODES = ("replace", "add")
 LARGEST = torch.finfo(torch.float32).max  # factors are float32 on the device
 LARGEST_NORMAL = math.sqrt(48 * math.log(2))  # of the noise: reference.normal draws 24 bits
 
@@ -135,6 +134,14 @@ class Clause:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", Window.of(self.window))
+        if not isinstance(self.ranking, Ranking):
+            raise SnpatchError(f"ranking: expected a Ranking, got {shown(self.ranking)}", field="ranking")
+        if not isinstance(self.donor, str | Source):
+            message = f"donor: expected a model's name, a Constant, Noise or Scale, got {shown(self.donor)}"
+            raise SnpatchError(message, field="donor")
+        if isinstance(self.donor, str) and (word := self.donor.partition(":")[0]) in SOURCES:
+            message = f"donor {self.donor!r}: {word} is no model's name; in Python give a Constant, Noise or Scale"
+            raise SnpatchError(message, field="donor")
         if self.window.hi > len(self.ranking):
             raise SnpatchError(
                 f"window [{self.window.lo}, {self.window.hi}) reaches past the ranking's {len(self.ranking)} neurons",
@@ -198,6 +205,8 @@ class Patch:
     then: tuple[Clause, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.recipient, str):
+            raise SnpatchError(f"recipient: expected a model's name, got {shown(self.recipient)}", field="recipient")
         first = Clause(self.donor, self.ranking, self.window, self.where, self.strength)
         object.__setattr__(self, "window", first.window)
         object.__setattr__(self, "then", tuple(self.then))

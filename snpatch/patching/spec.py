@@ -12,6 +12,7 @@ from pathlib import Path
 
 from snpatch import schema
 from snpatch.errors import SnpatchError, within
+from snpatch.names import SOURCES
 from snpatch.patching.patch import Clause, Constant, Noise, Patch, Scale, Source
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
@@ -147,6 +148,8 @@ def donor_of(
     """`zero`, `mean:recipient`, `mean:donor`, `constant:NAME` (`add:` before these adds it), `noise:N` (N standard
     deviations, seeded), `scale:F`, or else a model's name."""
     kind, _, argument = text.partition(":")
+    if kind not in SOURCES:
+        return text
     if kind == "add" and argument:
         constant = donor_of(argument, ranking, constants=constants)
         if not isinstance(constant, Constant):
@@ -165,7 +168,7 @@ def donor_of(
     if kind == "noise" and argument:
         deviations = number_of(argument, float, "donor noise:N")
         return Noise.of_std(ranking, deviations, seed=NOISE_SEED if seed is None else seed)
-    return text
+    raise SnpatchError(f"donor {text!r}: {kind} is no model's name. Donors: {DONORS}")
 
 
 def window_of(text: str) -> Window:

@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 
 from snpatch import experiments
-from snpatch.contrast import POSITIONS
 from snpatch.data import SETS
 from snpatch.judges.opening import is_model
 from snpatch.models.checkpoint import load_config
+from snpatch.names import POSITIONS
 from snpatch.report.report import View
 from snpatch.reproduce.pipeline import ADAPTERS, CONTRASTS, Pair, Pipeline
 from snpatch.reproduce.preset import NAMES, Size

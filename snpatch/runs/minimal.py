@@ -17,6 +17,7 @@ from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.protocol import Judge
+from snpatch.names import check_names
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.runs import judging, search, texts
@@ -57,6 +58,7 @@ def minimal(
         raise SnpatchError("minimal: windows must be top ks, of one donor, one strength and one sample")
     if layers is not None and layers < 1:
         raise SnpatchError(f"minimal: blocks must have at least one layer, got {layers}")
+    check_names(rankings, "a ranking")
     how = {"where": config.where, "strength": strength}
     with Store(store) if not isinstance(store, Store) else nullcontext(store) as kept:
         scorer = _Scorer(engine, prompts, judge, config, kept, progress)

@@ -14,6 +14,7 @@ from snpatch.engine import Engine
 from snpatch.errors import NotEnoughNeuronsError, SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.protocol import Judge
+from snpatch.names import check_names
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
@@ -192,6 +193,7 @@ def sweep(
     can be drawn has none, and a note says so. What fails is left out of the rows and told in `failures`. restarts: of
     an engine that dies.
     """
+    check_names(judges, "a judge")
     asked = ask(engine, prompts, rankings, config)
     with Store(store) if not isinstance(store, Store) else nullcontext(store) as kept:
         asked.name(name, judges, kept)
@@ -273,6 +275,7 @@ def points_of(rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[lis
     """What a sweep runs, the unpatched models first, and which windows have no control."""
     if not rankings:
         raise SnpatchError("sweep: needs at least one ranking")
+    check_names(rankings, "a ranking")
     points, notes = [Point(model) for model in config.models], []
     for name, ranking in rankings.items():
         for window in config.windows:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from snpatch import schema
+from snpatch import names, schema
 from snpatch.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, nearest, within
 from snpatch.guard.guard import Guard
@@ -198,12 +198,13 @@ def _listed(name: str, known: list[str]) -> str:
 
 
 def check_name(name: str, what: str) -> None:
-    """An error for what cannot be a name in a path and in vLLM's list of models."""
+    """An error for a word of patches, and what cannot be a name in a path and in vLLM's list of models."""
     if not NAME.fullmatch(name):
         raise SnpatchError(
             f"{what}: a name has up to 64 letters, digits, dots, dashes and underscores, and begins with a letter or a "
             f"digit; got {name[:80]!r}"
         )
+    names.check_name(name, what)
     if name in TAKEN:
         raise SnpatchError(f"{what} cannot be named {name}: vLLM's server uses that name")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from snpatch import schema
 from snpatch.config import EngineConfig, place
 from snpatch.errors import SnpatchError
-from snpatch.judges.opening import is_code
+from snpatch.judges.opening import REFUSAL, is_code
+from snpatch.names import check_names
 from snpatch.schema import option
 from snpatch.trust import ENGINE, SERVER, check_arguments, refuse
 
@@ -76,6 +77,10 @@ class ServeConfig:
     drain_s: float = option(120.0, "How many seconds SIGTERM waits for running requests.", min=0)
 
     def __post_init__(self) -> None:
+        for kind in (*FILES, "patches", "judges"):
+            check_names(getattr(self, kind), f"one of the {kind}")
+        if self.judges.get(REFUSAL, REFUSAL) != REFUSAL:
+            raise SnpatchError(f"judges: {REFUSAL} is the judge of refusal words; choose another name")
         if not 0 <= self.drain_s < 1e6:
             raise SnpatchError(f"drain_s must be a number of seconds below 1e6, got {self.drain_s}")
         if not 0 < self.send_timeout_s < 1e6:

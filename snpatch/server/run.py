@@ -14,9 +14,10 @@ from snpatch.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.lifetime import died
-from snpatch.judges.opening import is_model, open_judge
+from snpatch.judges.opening import REFUSAL, is_model, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.judges.refusal import RefusalWords
+from snpatch.models.clock import has_clock
 from snpatch.server import flags
 from snpatch.server.catalogue import Catalogue
 from snpatch.server.client import PatchedClient
@@ -105,7 +106,7 @@ def _complete(args: Namespace, serving: Serving, served: tuple[str, ...]) -> Non
     args.disable_log_stats = False
     args.structured_outputs_config = engine.executor.engine.vllm_config.structured_outputs_config
     template = engine.requests.templates[0]
-    if not serving.has_own_template and template.name != "tokenizer":
+    if not serving.has_own_template and (template.name != "tokenizer" or has_clock(template.source)):
         args.chat_template = template.source
 
 
@@ -119,4 +120,4 @@ def _judges(config: ServeConfig) -> dict[str, Judge]:
         name: open_judge(source, **({"backend": "transformers"} if is_model(source) else {}))
         for name, source in config.judges.items()
     }
-    return {"refusal": RefusalWords()} | opened
+    return {REFUSAL: RefusalWords()} | opened

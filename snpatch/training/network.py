@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from snpatch.errors import SnpatchError
+from snpatch.models.clock import has_clock
 from snpatch.models.digest import pinned
 from snpatch.models.lora import merged
 from snpatch.models.peft_files import read_config
-from snpatch.models.pretrained import load_pretrained
+from snpatch.models.pretrained import load_pretrained, loading
 from snpatch.models.templates import FILE, TULU, Template
 from snpatch.training.settings import DpoSettings, TrainSettings
 
@@ -42,6 +43,8 @@ def open_tokenizer(model: str | Path, settings: TrainSettings) -> tuple[PreTrain
     template = Template(settings.template, tokenizer)
     if settings.template == "tulu":
         tokenizer.chat_template = _tulu_as_one_text(tokenizer, template)
+    elif has_clock(template.source):
+        tokenizer.chat_template = template.source
     return tokenizer, template
 
 
@@ -95,7 +98,8 @@ def on_sft(network: PreTrainedModel, sft: Path | None, settings: DpoSettings) ->
     if kind == "lora" and settings.peft == "ia3":
         network.load_state_dict(dict(merged(network.state_dict().items(), [sft])))
         return network, fresh_adapter(settings)
-    on_top = PeftModel.from_pretrained(network, str(sft), is_trainable=True)
+    with loading(sft, "PeftModel"):
+        on_top = PeftModel.from_pretrained(network, str(sft), is_trainable=True)
     if not (kind == "ia3" and settings.as_published):
         _check_divisible(sft, scales(on_top) if kind == "ia3" else {})
         return on_top, None

@@ -28,6 +28,7 @@ from typing import Self
 from snpatch.config import EngineConfig, place
 from snpatch.errors import SnpatchError
 from snpatch.files import write_text
+from snpatch.names import check_names
 from snpatch.patching.spec import window_of
 from snpatch.ranking.window import Window
 from snpatch.runs.config import SweepConfig
@@ -61,6 +62,7 @@ class SweepSpec(Setting):
     def __post_init__(self) -> None:
         if not self.rankings or not self.swept or not self.judged:
             raise SnpatchError("needs at least one ranking, one set and one judge")
+        check_names(self.rankings, "a ranking")
         named = list(self.plan.models)
         for name, source in self.rankings.items():
             if isinstance(source, RankingSource):

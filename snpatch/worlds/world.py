@@ -12,6 +12,7 @@ from snpatch.config import EngineConfig, TwinSizes, choose_backend, place
 from snpatch.data import Dataset, load
 from snpatch.errors import SnpatchError
 from snpatch.judges.opening import is_code
+from snpatch.names import BASE, check_names
 from snpatch.sampling import CONTRAST, GREEDY
 from snpatch.schema import parse_toml, read
 from snpatch.trust import ENGINE, check_arguments, refuse
@@ -111,7 +112,7 @@ class Setting:
 
     def known_models(self, names: Iterable[str]) -> None:
         """An error for a model that is not there."""
-        models = ["base", *self.engine.sources]
+        models = [BASE, *self.engine.sources]
         for name in names:
             if name not in models:
                 raise SnpatchError(f"no model named {name!r}: there are {', '.join(models)}")
@@ -207,6 +208,7 @@ def setting_of(data: dict) -> dict:
     parts["engine"] = _engine_of(data)
     parts["sets"] = {name: read(PromptSet, f"sets.{name}", one) for name, one in table(data, "sets").items()}
     parts["judges"] = dict(table(data, "judges"))
+    check_names(parts["judges"], "a judge")
     for name, judge in parts["judges"].items():
         if not isinstance(judge, dict) or not isinstance(judge.get("source"), str):
             raise SnpatchError(f"judges.{name}: wanted a table with source")

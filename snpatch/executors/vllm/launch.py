@@ -20,6 +20,7 @@ from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, eos_ids,
 from snpatch.models.digest import pinned
 from snpatch.models.model import Model
 
+PLUGINS = "VLLM_PLUGINS"  # those that vLLM loads, where it is set
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 CAPTURES = {"compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "performance_mode"}
 BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what the user did
@@ -130,8 +131,15 @@ def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] =
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
-    if not any(point.module == plugin.__name__ for point in entry_points(group="vllm.general_plugins")):
+    points = [point for point in entry_points(group="vllm.general_plugins") if point.module == plugin.__name__]
+    if not points:
         raise SnpatchError("vLLM would not find snpatch's plugin: install the package (pip install -e .)")
+    chosen = os.environ.get(PLUGINS)
+    if chosen is not None and points[0].name not in chosen.split(","):
+        raise SnpatchError(
+            f"{PLUGINS}={chosen}: expected {points[0].name} among them, without which vLLM knows of no patches. "
+            f"Add it, or unset {PLUGINS}."
+        )
     plugin.register()
     if current_platform.is_cpu():
         _use_all_cores(arguments.get("tensor_parallel_size", 1))

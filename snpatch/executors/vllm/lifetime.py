@@ -5,15 +5,19 @@ lets whoever waits for it wait for ever.
 """
 
 import atexit
+import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+from pydantic import ValidationError
+
 from snpatch.errors import EngineDiedError, SnpatchError, first_line
 from snpatch.executors.vllm import log, processes, zeroing
 from snpatch.executors.vllm.offspring import Offspring
+from snpatch.executors.vllm.quantised import check_kernels
 from snpatch.executors.vllm.settings import KEY, check_heads, refuse
 
 CLOSE_S = 2.0  # how long vLLM has to end by itself
@@ -44,7 +48,8 @@ def start_async_engine(engine_args, log_stats: bool = False):
 
 def died() -> EngineDiedError:
     """The error of an engine that is no more."""
-    return EngineDiedError(f"vLLM's engine has ended; {log.named()}")
+    cause = log.cause(of_engine=True)
+    return EngineDiedError(f"vLLM's engine has ended{cause and f': {cause}'}; {log.named()}")
 
 
 @contextmanager
@@ -53,7 +58,9 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
 
     The engine's own end is to be added. What was started is ended where the block fails, and with this process.
     """
+    _check_guarded()
     with log.quiet():
+        log.mark()
         from vllm.usage.usage_lib import UsageContext
 
         offspring, end = Offspring(), ExitStack()
@@ -70,17 +77,37 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
                 config.compilation_config.pass_config.fuse_allreduce_rms = False
                 check(config)
                 check_heads(config)
+                check_kernels(config)
                 yield config, end
-        except (RuntimeError, ValueError) as error:
-            reason = offspring.reason() or f"vLLM does not start: {first_line(error)} ({log.named()})"
+        except BaseException as error:
+            reason = offspring.reason()
             end.close()
-            raise SnpatchError(reason) from error
-        except BaseException:
-            end.close()
-            raise
+            if isinstance(error, SnpatchError) or not isinstance(error, Exception):
+                raise
+            raise SnpatchError(reason or f"vLLM does not start: {_cause(error)} ({log.named()})") from error
         offspring.started()
         atexit.register(end.close)
         end.callback(atexit.unregister, end.close)
+
+
+def _check_guarded() -> None:
+    """Raise in a process of vLLM's that runs the user's program again, as spawned processes import it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        with processes.telling():
+            raise SnpatchError(
+                "vLLM's processes import this program, which starts an engine while it is imported: put the code under "
+                'if __name__ == "__main__":'
+            )
+
+
+def _cause(error: Exception) -> str:
+    """Return why vLLM did not start, in one line: what its log says first, or the error itself."""
+    if found := log.cause():
+        is_unsaved = "'<stdin>'" in found or "/<stdin>" in found
+        return found + ". Save the program as a file: vLLM's processes import it." * is_unsaved
+    if isinstance(error, ValidationError):  # whose first line only counts its errors
+        return "; ".join(first_line(ValueError(one["msg"])) for one in error.errors())
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ them, and C++ asks no logger. What the user's other threads print in that time i
 import atexit
 import logging
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -19,6 +20,11 @@ from typing import TextIO
 from snpatch.executors.vllm.temporary import TemporaryFolder
 
 _OUTPUTS = (1, 2)
+_TRACEBACK = "Traceback (most recent call last):"
+_SPEAKER = re.compile(r"(\([\w .=]+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^]]+\] )?")  # who writes a line, when and where
+_ENGINE = re.compile(r"\((EngineCore|Worker)")
+_RAISED = re.compile(r"[\w.]+(: |$)")  # the line of a traceback that has the error
+_mark = 0
 _turning = threading.RLock()  # two that start at once would give each other's descriptors back
 
 
@@ -49,15 +55,50 @@ def quiet() -> Iterator[None]:
                     handler.setStream(log)
 
 
+def mark() -> None:
+    """Let `cause` read what is written from here on: an engine starts."""
+    global _mark
+    _mark = 0 if _is_loud() else os.fstat(_log_of(os.getpid()).fileno()).st_size
+
+
+def cause(*, of_engine: bool = False) -> str:
+    """Return the first error of the log since `mark`, in one line; "" where it holds none.
+
+    Of a chain of errors Python prints the first one first. of_engine: of those that vLLM's own processes tell.
+    """
+    if _is_loud() or not _path().exists():
+        return ""
+    with open(_path(), "rb") as file:
+        file.seek(_mark)
+        lines = file.read().decode(errors="replace").splitlines()
+    texts = [_SPEAKER.sub("", line) for line in lines]
+    for i, text in enumerate(texts):
+        is_ignored = i > 0 and texts[i - 1].startswith("Exception ignored")
+        if text.startswith(_TRACEBACK) and not is_ignored and (_ENGINE.match(lines[i]) or not of_engine):
+            after = (one for one in texts[i + 1 :] if _RAISED.match(one))
+            return next(after, "").strip()
+    return ""
+
+
 def named() -> str:
     """Return where vLLM's messages are, for an error; from now on the log is kept, outside of its temporary folder."""
     if _is_loud():
         return "its own messages above say more"
     path = Path(_log_of(os.getpid()).name)
-    kept = path.parent.with_suffix(".log")
     if path.exists():
-        path.rename(kept)  # what writes to it goes on
-    return f"its log: {kept}"
+        path.rename(_kept(path))  # what writes to it goes on
+    return f"its log: {_kept(path)}"
+
+
+def _path() -> Path:
+    """Return where the log is now."""
+    path = Path(_log_of(os.getpid()).name)
+    return path if path.exists() else _kept(path)
+
+
+def _kept(path: Path) -> Path:
+    """Return where a log is that an error has named."""
+    return path.parent.with_suffix(".log")
 
 
 def environment() -> dict[str, str]:

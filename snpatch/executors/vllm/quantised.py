@@ -5,6 +5,7 @@ into the next layer's quantisation only where it finds its own `SiluAndMul`, who
 here is what was not tested, and what gives a wrong text that no receipt would show.
 """
 
+import torch
 from torch import nn
 
 from snpatch.errors import SnpatchError
@@ -13,6 +14,7 @@ METHODS = ("awq", "auto_awq", "awq_marlin", "gptq", "auto_gptq", "gptq_marlin") 
 COMPRESSED = "compressed-tensors"
 SCHEMES = ("int W4A16", "int W8A8", "float W8A8")
 TESTED = f"AWQ, GPTQ, and {COMPRESSED} {', '.join(SCHEMES)}"
+CPU_4_BITS = "cpu_gemm_wna16"  # the operator
 CACHES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -36,6 +38,25 @@ def scales_heads(vllm_config) -> bool:
     """Whether the checkpoint scales each head of the cache; a twin has twice as many."""
     scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
     return bool(scheme) and scheme.get("strategy") == "attn_head"
+
+
+def check_kernels(vllm_config) -> None:
+    """Raise for 4-bit weights on a CPU without AVX-512, for which vLLM has no kernel; it would fail while it loads."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and 4 in _weight_bits(vllm_config) and not hasattr(torch.ops._C, CPU_4_BITS):
+        raise SnpatchError(
+            f"{vllm_config.model_config.model}: its weights have 4 bits, and vLLM's kernel for them on a CPU "
+            f"({CPU_4_BITS}) needs AVX-512, which this one lacks. Use a checkpoint that is not quantised, or a GPU."
+        )
+
+
+def _weight_bits(vllm_config) -> set[int]:
+    """Return how many bits a checkpoint's quantised weights have, as the formats of METHODS and COMPRESSED say it."""
+    table = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
+    groups = table.get("config_groups", {}).values()
+    weights = [group.get("weights") or {} for group in groups]
+    return {table.get("bits"), table.get("w_bit"), *(one.get("num_bits") for one in weights)} - {None}
 
 
 def check_rows(model: nn.Module) -> None:

@@ -1,0 +1,61 @@
+"""Chat templates that ask for the date write the same text on every day."""
+
+from datetime import UTC, datetime
+
+import pytest
+import tiny
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from snpatch.models.clock import DATE, PARTS, at_fixed_date
+from snpatch.models.templates import FILE, TULU, Template, open_template
+
+CHAT, FRIDAY = [{"role": "user", "content": "hello"}], datetime(2024, 7, 26, tzinfo=UTC)
+
+
+def rendered(source):
+    """Return a chat as a tokenizer's own template writes it."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = source
+    return Template("tokenizer", tokenizer).text(CHAT)
+
+
+LLAMA_3 = (
+    "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+    '        {%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n'
+    '        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n{%- endif %}\n'
+    '{{- "Today Date: " + date_string + "\\n\\n" }}{%- for message in messages %}{{- message.content }}{%- endfor %}'
+)
+
+
+@pytest.mark.parametrize("form", [*PARTS, "%Y-%m-%d", "%d %b %Y", "%A, %B %d, %Y at %H:%M:%S", "%I:%M %p"])
+def test_the_clock_of_templates_stands_at_a_fixed_date(form):
+    now = datetime(2024, 7, 26, tzinfo=UTC)
+    assert now.strftime("%d %b %Y") == DATE
+    assert rendered(f"{{{{ strftime_now('{form}') }}}}") == now.strftime(form)
+
+
+def test_templates_that_write_the_date_are_the_same_text_on_every_day():
+    assert rendered(LLAMA_3) == "<s>Today Date: 26 Jul 2024\n\nhello"
+    beginning = "\n{%- set today = strftime_now('%Y-%m-%d') -%}\n {{ today.split('-')[0] | int + 1 }}"
+    for source in (
+        LLAMA_3,
+        beginning,
+        "\n x{{ strftime_now('%Y') }}",
+        "{% if true %}\n{{ strftime_now('%d') }}{% endif %}",
+    ):
+        fixed = at_fixed_date(source)
+        assert at_fixed_date(fixed) == fixed
+        plain = render_jinja_template([CHAT], chat_template=source, bos_token="<s>", strftime_now=FRIDAY.strftime)
+        assert rendered(source) == plain[0][0]
+
+
+def test_the_fixed_date_is_part_of_a_templates_digest_and_no_other_template_changes(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = LLAMA_3
+    assert Template("tokenizer", tokenizer).source == at_fixed_date(LLAMA_3) != LLAMA_3
+    (tmp_path / FILE).write_text(LLAMA_3)
+    assert open_template("auto", tokenizer, [tmp_path]).source == at_fixed_date(LLAMA_3)
+    (tmp_path / FILE).write_text(at_fixed_date(LLAMA_3))
+    assert open_template("auto", tokenizer, [tmp_path]).source == at_fixed_date(LLAMA_3)
+    tokenizer.chat_template = TULU
+    assert Template("tokenizer", tokenizer).source == TULU

@@ -1,0 +1,227 @@
+"""No name is a word of patches, and `name=value` is read the same way everywhere, whatever paths hold."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from commands import run
+
+from snpatch import names
+from snpatch.cli import options
+from snpatch.config import EngineConfig, adapters_of
+from snpatch.errors import SnpatchError
+from snpatch.judges.protocol import score_all
+from snpatch.judges.refusal import RefusalWords
+from snpatch.patching.patch import Constant, Patch
+from snpatch.patching.spec import donor_of
+from snpatch.ranking.ranking import Ranking
+from snpatch.server.catalogue import check_name
+from snpatch.server.config import ServeConfig
+from snpatch.worlds.spec import SweepSpec
+from snpatch.worlds.world import setting_of
+
+SHAPE = (2, 8)
+WORDS = [*names.WORDS, "mean:donor", "mean:recipient", "noise:3", "constant:x", "scale:2", "add:mean:donor", "zero:"]
+NO_NAMES = ["", " ", " a", "a ", "a\nb", "\u202ea", "\ud800", 1, None]
+
+
+def ranking():
+    return Ranking.from_scores(torch.arange(16.0).reshape(SHAPE))
+
+
+def test_words_of_patches_are_those_that_patches_know():
+    order = ranking()
+    for word in names.SOURCES:
+        with pytest.raises(SnpatchError):
+            donor_of(f"{word}:?", order)
+    for word in ("zero", "scale:2", "add:zero"):
+        assert not isinstance(donor_of(word, order), str)
+    for place in names.PLACES:
+        assert Patch("base", "dpo", order, 1, place).clauses[0].where == place
+    for mode in names.MODES:
+        assert Constant(torch.zeros(SHAPE), mode).mode == mode
+
+
+@pytest.mark.parametrize("name", [*WORDS, *NO_NAMES])
+def test_names_that_are_words_of_patches_are_refused_everywhere(name, tmp_path):
+    def config(**given):
+        return EngineConfig("m", **given)
+
+    word = re.escape(str(name).partition(":")[0]) if name in WORDS else "expected a name"
+    places = [
+        lambda: config(adapters={name: ("a",)}),
+        lambda: config(models={name: "weights"}),
+        lambda: config(models={name: {"lora": ("l",)}}),
+        lambda: config(models={name: {"lora": ("l",), "adapters": ("a",)}}),
+        lambda: EngineConfig.from_table({"model": "m", "adapters": {name: "a"}}),
+        lambda: score_all({name: RefusalWords()}, ["p"], ["c"]),
+        *(
+            lambda kind=kind: ServeConfig(config(), **{kind: {name: "file"}})
+            for kind in ("rankings", "constants", "guards")
+        ),
+        lambda: ServeConfig(config(), patches={name: {"recipient": "base"}}),
+        lambda: ServeConfig(config(), judges={name: "refusal"}),
+        lambda: setting_of({"model": "m", "judges": {name: {"source": "refusal"}}}),
+    ]
+    for place in places:
+        with pytest.raises(SnpatchError, match=word) as caught:
+            place()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_names_of_files_that_are_words_of_patches_are_refused(name, tmp_path, capsys):
+    spec = {"model": "m", "adapters": {"sft": "a", "dpo": "b"}, "sets": {"p": {"source": "p.jsonl"}},
+            "judges": {"cost": {"source": "refusal"}}, "rankings": {"safety": "r.safetensors"},
+            "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [1]}}  # fmt: skip
+    assert SweepSpec.of(spec, tmp_path).rankings
+    for part, value in (("rankings", "r"), ("judges", {"source": "refusal"}), ("adapters", "c")):
+        with pytest.raises(SnpatchError, match=name.partition(":")[0]):
+            SweepSpec.of({**spec, part: {**spec[part], name: value}}, tmp_path)
+    for arguments in (
+        ("generate", "m", "p.jsonl", "-a", f"{name}=a"),
+        ("generate", "m", "p.jsonl", "--lora", f"{name}=a"),
+        ("generate", "m", "p.jsonl", "--weights", f"{name}=a"),
+        ("sweep", "m", "p.jsonl", "--ranking", f"{name}=r", *SWEPT),
+        ("sweep", "m", "p.jsonl", "--ranking", "r", *SWEPT[:-2], "--judge", f"{name}=refusal"),
+    ):
+        code, _, err = run(capsys, *arguments, *(("-o", tmp_path / "o") if arguments[0] == "sweep" else ()))
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"cannot be named {name!r}" in err
+
+
+SWEPT = ("--donor", "dpo", "--recipient", "sft", "-k", "1", "--judge", "refusal")
+
+
+def test_files_that_are_called_as_a_word_need_a_name(tmp_path, capsys):
+    arguments = ("sweep", "m", "p.jsonl", *SWEPT, "-o", tmp_path)
+    code, _, err = run(capsys, *arguments, "--ranking", "runs/zero.safetensors")
+    assert code == 2
+    assert "cannot be named 'zero'" in err
+    assert "name=value" in err
+
+
+@pytest.mark.parametrize(
+    "donor", ["mean", "mean:sft", "noise", "noise:", "scale:", "constant", "add", "add:", "zero:1"]
+)
+def test_donors_that_begin_with_a_word_and_mean_nothing_are_refused(donor):
+    with pytest.raises(SnpatchError, match="is no model's name"):
+        donor_of(donor, ranking())
+
+
+@pytest.mark.parametrize("donor", ["zero", "mean:donor", "noise:3", "scale:2", "constant:x", "add:zero"])
+def test_patches_in_python_refuse_donors_that_are_words(donor):
+    with pytest.raises(SnpatchError, match="in Python give a Constant, Noise or Scale"):
+        Patch("base", donor, ranking(), 1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((None, "dpo", "r", 1), "ranking: expected a Ranking"),
+        ((None, 3, None, 1), "donor: expected a model's name"),
+        ((3, "dpo", None, 1), "recipient: expected a model's name"),
+    ],
+)
+def test_patches_of_other_types_are_one_line(parts, message):
+    recipient, donor, order, window = parts
+    with pytest.raises(SnpatchError, match=message):
+        Patch("base" if recipient is None else recipient, donor, order or ranking(), window)
+
+
+@pytest.mark.parametrize(
+    "name", ["Zero", "zeros", "meaner", "my mödel 1", "a@b", "safety[/v2]", "zero-shot", "org/zero", "a,b"]
+)
+def test_names_that_are_no_words_are_taken(name):
+    assert EngineConfig("m", {name: "a"}).adapters == {name: ("a",)}
+    assert donor_of(name, ranking()) == name
+
+
+@pytest.mark.parametrize("word", names.WORDS)
+def test_uploads_cannot_be_named_by_a_word(word):
+    with pytest.raises(SnpatchError, match=f"cannot be named '{word}'"):
+        check_name(word, "one of the rankings")
+
+
+def test_the_judge_of_refusal_words_keeps_its_name():
+    config = EngineConfig("m")
+    assert ServeConfig(config, judges={"refusal": "refusal"}).judges
+    with pytest.raises(SnpatchError, match="refusal is the judge of refusal words"):
+        ServeConfig(config, judges={"refusal": "cost-model"})
+
+
+FOLDER = "runs/lr=1e-4,beta=0.1/my mödel +;"
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(FOLDER).mkdir(parents=True)
+    Path(FOLDER, "s=1.safetensors").write_text("")
+    Path("a,b").mkdir()
+    Path("a").mkdir()
+    Path("x=y").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dpo=" + FOLDER, ("dpo", FOLDER)),
+        (FOLDER, ("", FOLDER)),
+        (f"{FOLDER}/s=1.safetensors", ("", f"{FOLDER}/s=1.safetensors")),
+        (f"safety={FOLDER}/s=1.safetensors", ("safety", f"{FOLDER}/s=1.safetensors")),
+        ("runs/lr=1/missing.safetensors", ("", "runs/lr=1/missing.safetensors")),
+        ("./x=y", ("", "./x=y")),
+        ("x=y", ("", "x=y")),
+        ("n=x=y", ("n", "x=y")),
+        ("cost=owner/name@lr=1", ("cost", "owner/name@lr=1")),
+        ("owner/name", ("", "owner/name")),
+        ("n=", ("n", "")),
+        ("=v", ("", "v")),
+    ],
+)
+def test_names_end_at_the_first_equals_sign(inside, text, expected):
+    assert names.split_name(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "between", "expected"),
+    [
+        (FOLDER, ",", [FOLDER]),
+        (f"{FOLDER},{FOLDER}", ",", [FOLDER, FOLDER]),
+        (f"hub/one,{FOLDER},hub/two", ",", ["hub/one", FOLDER, "hub/two"]),
+        ("a,b", ",", ["a,b"]),
+        ("a,c", ",", ["a", "c"]),
+        (f"{FOLDER}+a", "+", [FOLDER, "a"]),
+        ("", ",", [""]),
+    ],
+)
+def test_paths_that_exist_may_hold_what_parts_them(inside, text, between, expected):
+    assert names.split_paths(text, between) == expected
+
+
+def test_adapters_judges_and_rankings_take_any_path(inside):
+    assert adapters_of([f"dpo={FOLDER},hub/x"], ",", "f") == {"dpo": [FOLDER, "hub/x"]}
+    for text in (FOLDER, "x=y", "=a", "a=", "plain"):
+        with pytest.raises(SnpatchError, match="wants name=folder"):
+            adapters_of([text], ",", "--adapter wants name=folder")
+    file = f"{FOLDER}/s=1.safetensors"
+    assert options.named([file, f"b={file}"], "ranking", options.stem) == {"s=1": file, "b": file}
+    assert options.named([FOLDER], "judge", lambda _: "cost") == {"cost": FOLDER}
+    with pytest.raises(SnpatchError, match="expected a source or name=source"):
+        options.named(["b="], "judge", lambda _: "cost")
+
+
+def test_a_sweep_by_flags_keeps_paths_as_they_are(inside, capsys):
+    file = f"{FOLDER}/s=1.safetensors"
+    Path("p.jsonl").write_text('{"prompt": "a"}\n')
+    run(capsys, "sweep", "missing", "p.jsonl", "-a", f"dpo={FOLDER}", "-a", "sft=a,b", "--donor", "dpo",
+        "--recipient", "sft", "-k", "1", "--judge", f"cost={FOLDER}", "--ranking", file, "-o", "out",
+        "--backend", "transformers")  # fmt: skip
+    spec = json.loads(Path("out/spec.json").read_text())
+    assert spec["rankings"] == {"s=1": str(Path(file).resolve())}
+    assert spec["judges"] == {"cost": {"source": str(Path(FOLDER).resolve())}}
+    assert spec["adapters"] == {"dpo": [FOLDER], "sft": ["a,b"]}
