@@ -21,9 +21,7 @@ SHOWN = 80  # characters of a prompt in an error
 __all__ = ["SETS", "Chat", "Dataset", "Example", "load", "question", "read_completions"]
 
 
-def read_completions(
-    path: str | Path, limit: int | None = None, prompts: Sequence[Chat] | None = None
-) -> list[str]:
+def read_completions(path: str | Path, limit: int | None = None, prompts: Sequence[Chat] | None = None) -> list[str]:
     """The `completion` of each row of a file, as `snpatch generate` writes them.
 
     limit: only the first so many. prompts: whose completions they are; a row that names another prompt, and another

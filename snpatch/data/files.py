@@ -43,7 +43,11 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
         if split:
             raise SnpatchError(f"{path}: split chooses among the files of a folder, this is one file")
         return [path]
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and kind_of(p) in KINDS and p.name not in CARDS)
+    names = sorted(
+        p.relative_to(path).as_posix()
+        for p in path.rglob("*")
+        if p.is_file() and kind_of(p) in KINDS and p.name not in CARDS
+    )
     names = [name for name in names if not name.startswith(".") and "/." not in name]
     found = [word for word in SPLITS if any(_has_word(name, word) for name in names)]
     if split:

@@ -245,7 +245,7 @@ class Lab:
     def _named_ranking(self, name: str, source: str | RankingSource) -> Ranking:
         if isinstance(source, RankingSource):
             return self.ranking(Contrast(source.generator, source.against, source.prompts), source.at)
-        ranking = Ranking.load(source)
+        ranking = Ranking.load(source, lambda: self.engine.geometry.shape)
         self.note_ranking(name, ranking)
         return ranking
 
