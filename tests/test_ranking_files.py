@@ -38,7 +38,7 @@ def saved(path, value):
 NAMED = [{"Layer": layer, "Neuron": neuron} for layer, neuron in ORDER]
 LISTS = {
     "csv": ("r.csv", table(ORDER)),
-    "csv with a mark and an index": ("r.CSV", "\ufeff" + table([(i, *o) for i, o in enumerate(ORDER)], ",Layer,neuron_idx")),
+    "csv with a mark and an index": ("r.CSV", "\ufeff" + table([("i", *o) for o in ORDER], ",Layer,neuron_idx")),
     "csv packed": ("r.csv.gz", gzip.compress(table(ORDER).encode())),
     "csv by score": ("r.csv", table([(2, 0, 0.1), (1, 2, 0.9), (0, 3, 0.5)], "layer,neuron,score")),
     "csv by rank": ("r.csv", table([(2, 0, 3), (1, 2, 1), (0, 3, 2)], "layer,neuron,rank")),
@@ -51,7 +51,8 @@ LISTS = {
     "json columns": ("r.json", {"layer": [1, 0, 2], "neuron": [2, 3, 0]}),
     "npy": ("r.npy", np.array(ORDER, dtype=np.uint16)),
     "npz": ("r.npz", {"order": np.array(ORDER)}),
-    "npz columns": ("r.npz", {"layer": np.array([2, 1, 0]), "neuron": np.array([0, 2, 3]), "score": np.array([0.1, 0.9, 0.5])}),
+    "npz columns": ("r.npz", {"layer": np.array([2, 1, 0]), "neuron": np.array([0, 2, 3]),
+                              "score": np.array([0.1, 0.9, 0.5])}),
     "torch": ("r.pt", torch.tensor(ORDER)),
     "torch list": ("r.pt", ORDER),
     "torch table": ("r.pt", {"neurons": torch.tensor(ORDER)}),
@@ -189,8 +190,8 @@ def test_scores_of_lists_arrays_and_tensors(scores):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Ranking.from_order([[0, 1.9], [1, 2.0]], SHAPE), "order: expected a tensor of torch.int64 .* got torch.float64"),
-        (lambda: Ranking.from_order(torch.tensor([[0, 1.9]]), SHAPE), "order: expected a tensor of torch.int64 .* got"),
+        (lambda: Ranking.from_order([[0, 1.9], [1, 2.0]], SHAPE), r"order: expected .* got torch\.float64"),
+        (lambda: Ranking.from_order(torch.tensor([[0, 1.9]]), SHAPE), r"order: expected .* got torch\.float32"),
         (lambda: Ranking.from_order([[0, True]], SHAPE), "order: wanted numbers"),
         (lambda: Ranking.from_order([[0, "1"]], SHAPE), "order: wanted numbers"),
         (lambda: Ranking.from_order([[0], [1, 2]], SHAPE), "order: wanted numbers"),

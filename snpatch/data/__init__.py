@@ -36,7 +36,7 @@ def read_completions(path: str | Path, limit: int | None = None, prompts: Sequen
             _check_prompt(row, prompts[len(texts)])
         texts.append(row.value["completion"])
     if prompts is not None and len(texts) != len(prompts):
-        raise SnpatchError(f"{path}: wanted the completions of {len(prompts)} prompts, got {len(texts)}")
+        raise SnpatchError(f"{path}: {len(prompts)} prompts and {len(texts)} completions: wanted one for each")
     return texts
 
 
