@@ -186,7 +186,7 @@ class Requests:
         requests = []
         for index, prompt in enumerate(ids):
             position = -1 if at == "prompt_last" else at
-            if not isinstance(position, int) or not -len(prompt) <= position < len(prompt):
+            if type(position) is not int or not -len(prompt) <= position < len(prompt):
                 raise SnpatchError(f"at={at!r}: prompt {index} has {len(prompt)} tokens")
             position %= len(prompt)
             capture = Capture(ranking, k, position, position + 1)

@@ -74,8 +74,8 @@ def test_completions_of_other_prompts_are_refused(capsys, tmp_path):
     words = ("kuze", "mabo", "tiva", "sopu")
     prompts.write_text("".join(json.dumps({"goal": w if w != "mabo" else None}) + "\n" for w in words))
     written.write_text("".join(json.dumps({"prompt": w, "completion": "kuze"}) + "\n" for w in words))
-    code, _, err = run(capsys, "contrast", MODEL, prompts, *PAIR, "--generator", "sft", "--against", "dpo", "--skip-bad",
-                       "--limit", 3, "--completions", written, "-o", tmp_path / "r.safetensors")  # fmt: skip
+    pair = [MODEL, prompts, *PAIR, "--generator", "sft", "--against", "dpo", "-o", tmp_path / "r.safetensors"]
+    code, _, err = run(capsys, "contrast", *pair, "--skip-bad", "--limit", 3, "--completions", written)
     assert code == 2
     assert f"{prompts}: left out 1 broken rows\n" in err
     assert "c.jsonl, line 2: wanted the completion of the prompt 'tiva', got that of 'mabo'" in err
@@ -99,8 +99,8 @@ def test_prompts_and_rankings_of_any_public_file(capsys, tmp_path):
     assert code == 2
     assert "p.csv: wanted the columns prompt or messages, got text, other. Name the prompt's column (--column)" in err
     folder = tmp_path / "sweep"
-    code, _, err = run(capsys, "sweep", MODEL, data, *PAIR, "--column", "text", "--ranking", f"own={neurons}", "--donor",
-                       "dpo", "--recipient", "sft", "-k", "0,3", "--judge", "refusal", "--max-tokens", 2, "-o", folder)  # fmt: skip
+    given = ["--recipient", "sft", "--donor", "dpo", "-k", "0,3", "--judge", "refusal", "--max-tokens", 2, "-o", folder]
+    code, _, err = run(capsys, "sweep", MODEL, data, *PAIR, "--column", "text", "--ranking", f"own={neurons}", *given)
     assert code == 0, err
     assert json.loads((folder / "sweep.json").read_text())["provenance"]["sets"]["prompts"]["column"] == "text"
 

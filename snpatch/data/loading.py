@@ -12,7 +12,6 @@ from snpatch.data.plain import lines, plain
 from snpatch.data.rows import Row, fault
 from snpatch.errors import SnpatchError
 
-
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that the `datasets` library saved
 
 
