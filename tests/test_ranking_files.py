@@ -48,6 +48,8 @@ LISTS = {
     "json lines": ("r.jsonl", "".join(json.dumps(one) + "\n" for one in NAMED)),
     "json table": ("r.json", {"neurons": ORDER, "shape": SHAPE}),
     "json table of objects": ("r.json", {"model": "x", "neurons": NAMED}),
+    "json as apple has it": ("r.json", [{"gradient_rank": i, "layer": n, "feature": f, "score": 1.0 / (1 + i)}
+                                        for i, (n, f) in enumerate(ORDER)]),
     "json columns": ("r.json", {"layer": [1, 0, 2], "neuron": [2, 3, 0]}),
     "npy": ("r.npy", np.array(ORDER, dtype=np.uint16)),
     "npz": ("r.npz", {"order": np.array(ORDER)}),
@@ -118,6 +120,7 @@ def test_published_tensors_and_own_files_are_read_by_the_same_call(tmp_path):
         ("r.json", [[0, 1], [2]], "wanted numbers in a list of equal rows"),
         ("r.json", [[0, True]], "wanted numbers"),
         ("r.json", {"0": [1, 2], "1": [3]}, "got a table of 0, 1"),
+        ("r.json", {"qwen": NAMED, "llama": NAMED}, r"got a table of qwen, llama\. Write one of its lists into a file"),
         ("r.json", [{"layer": 0, "neuron": 1.9}], "item 1: neuron: wanted a whole number, got 1.9"),
         ("r.json", [{"layer": 0}], "item 1: neuron is missing|wanted"),
         ("r.json", "nothing", "not JSON"),

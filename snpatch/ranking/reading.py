@@ -21,7 +21,7 @@ from snpatch.files import read_checkpoint
 TORCH, NUMPY, TABLES = (".pt", ".pth", ".bin"), (".npy", ".npz"), (".csv", ".json", ".jsonl")
 FIELDS = {  # of a row, in any case
     "layer": ("layer", "layer_idx", "layer_index", "layer_id"),
-    "neuron": ("neuron", "neuron_idx", "neuron_index", "neuron_id"),
+    "neuron": ("neuron", "neuron_idx", "neuron_index", "neuron_id", "feature"),
     "score": ("score", "change_score", "importance"),
     "rank": ("rank",),
 }
@@ -54,7 +54,7 @@ def read_neurons(path: Path) -> Neurons | tuple:
         raise SnpatchError(f"{path}: no such file")
     if kind in TORCH:
         found = read_checkpoint(path)
-        if isinstance(found, list | tuple) and len(found) == 6:
+        if isinstance(found, list | tuple) and len(found) == 6 and all(isinstance(one, Tensor) for one in found):
             return tuple(found)
         return _of_value(found, path)
     if kind in NUMPY:
@@ -109,7 +109,9 @@ def _of_value(value: object, path: Path) -> Neurons:
         shape = _shape_of(folded.get("shape"), path)
         names = [name for name in WORDS if name in folded] or [name for name in folded if name != "shape"]
         if len(names) != 1:
-            raise SnpatchError(f"{path}: {WANTED}, got a table of {named(folded)}")
+            lists = [name for name, one in folded.items() if isinstance(one, list | Tensor | np.ndarray)]
+            hint = ". Write one of its lists into a file of its own" if len(lists) > 1 else ""
+            raise SnpatchError(f"{path}: {WANTED}, got a table of {named(folded)}{hint}")
         value = folded[names[0]]
     if isinstance(value, dict):
         raise SnpatchError(f"{path}: {WANTED}, got another table, which has no order")
