@@ -79,31 +79,37 @@ def _parse(row: dict, column: str | None) -> Example | str:
         return hh(row) if _is_transcript(row["chosen"]) else _with_answers(row, None, None, None, {})
     value, kind = row[field], _fold(field)
     aside = {} if column else _check_beside(row, field)
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "from" in value[0]:
-        return sharegpt({**row, "conversations": value})
-    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
-        if kind.startswith("conversation"):
-            return lima({**row, "conversations": value})
-        prompt, dialogue, response = user(text_of({field: value[0]}, field)), None, None
-        aside |= {"left_aside": "user turns after the first"} if len(value) > 1 else {}
-    elif isinstance(value, list) or kind == "messages":
-        prompt, response = _asked(turns_of(row, field))
-        dialogue = None
-    elif kind == "transcript" and column is None:
+    if kind == "transcript" and column is None:
         return red_team(row)
-    elif _is_transcript(value):
-        turns = transcript_of(row, field)
-        while turns[-1] == {"role": "assistant", "content": ""}:  # where the answer is to stand
-            turns.pop()
-        prompt, response = _asked(turns)
-        dialogue = None
-    else:
-        prompt, dialogue, response = user(text_of(row, field)), None, None
-        if column is None and kind == "prompt" and isinstance(row.get("messages"), list) and row["messages"]:
-            dialogue, response = answered(turns_of(row, "messages"))
-            if not _begins(prompt, dialogue):
-                raise RowError("messages begin with another text than prompt: choose one by column")
+    if isinstance(value, list) and value:
+        if isinstance(value[0], dict) and "from" in value[0]:
+            return sharegpt({**row, "conversations": value})
+        if isinstance(value[0], str) and kind.startswith("conversation"):
+            return lima({**row, "conversations": value})
+        if isinstance(value[0], str) and len(value) > 1:
+            aside |= {"left_aside": "user turns after the first"}
+    prompt, response = _prompt(row, field)
+    dialogue = None
+    if column is None and kind == "prompt" and isinstance(value, str) and _is_filled(row.get("messages")):
+        dialogue, response = answered(turns_of(row, "messages"))
+        if not _begins(prompt, dialogue):
+            raise RowError("messages begin with another text than prompt: choose one by column")
     return _with_answers(row, prompt, dialogue, response, aside, field)
+
+
+def _prompt(row: dict, field: str) -> tuple[Chat, str | None]:
+    """The prompt in a field, and the answer that follows it there: of a text, a transcript, turns, or user turns."""
+    value = row[field]
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return user(text_of({field: value[0]}, field)), None
+    if isinstance(value, list) or _fold(field) == "messages":
+        return _asked(turns_of(row, field))
+    if not _is_transcript(value):
+        return user(text_of(row, field)), None
+    turns = transcript_of(row, field)
+    while turns[-1] == {"role": "assistant", "content": ""}:  # where the answer is to stand
+        turns.pop()
+    return _asked(turns)
 
 
 def _column(names: Iterable[str]) -> str | None:
