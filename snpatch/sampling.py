@@ -87,9 +87,11 @@ def _whole(value: object) -> int:
 
 
 def _number(value: object) -> int | float:
+    if type(value) in (int, float):
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError
-    return value if type(value) is int else float(value)
+    return float(value)
 
 
 def _flag(value: object) -> bool:
