@@ -13,12 +13,13 @@ from typing import Annotated, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from snpatch.errors import MAX_NAME, SnpatchError, first_line, is_unicode, nearest, shown
+from snpatch.errors import MAX_NAME, SnpatchError, is_unicode, nearest, shown
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server.asks import AskForm
 
 XARGS = "vllm_xargs"
 CONTENT = ("messages", "prompt", "input", "system", "instructions", "suffix", "tools")  # what a client writes freely
+NAMED = {int: "integer", float: "number", bool: "boolean", str: "string", NoneType: "null"}  # as in JSON
 MAX_DEPTH, MAX_EDITS = 3, 2  # of tables in one another; of a name that was meant to be KEY
 
 
@@ -41,13 +42,12 @@ def check_fields(kind: type[BaseModel], body: Mapping, published: Iterable[str])
 def _check_types(kind: type[BaseModel], body: Mapping) -> None:
     """Raise for a value of another type than its field's, of which vLLM would make one ("5", 3.0, true), and for what
     is no Unicode, which no tokenizer takes."""
-    for name, wanted in _plain_fields(kind).items():
+    for name, (wanted, adapter) in _plain_fields(kind).items():
         if name in body:
             try:
-                wanted.validate_python(body[name], strict=True)
+                adapter.validate_python(body[name], strict=True)
             except ValidationError as error:
-                found = error.errors(include_url=False, include_context=False)[-1]
-                message = f"request: {name}: {first_line(found['msg'])}, got {shown(found['input'])}"
+                message = f"request: {name}: expected {wanted}, got {shown(body[name])}"
                 raise SnpatchError(message, field=name) from error
     if not is_unicode(json.dumps(body, ensure_ascii=False)):
         field = next(name for name in body if not is_unicode(json.dumps(body[name], ensure_ascii=False)))
@@ -95,10 +95,19 @@ def _num_edits(a: str, b: str) -> int:
 
 
 @cache
-def _plain_fields(kind: type[BaseModel]) -> dict[str, TypeAdapter]:
-    """What checks each field that holds numbers, texts, flags or lists of them."""
-    fields = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
-    return {name: TypeAdapter(hint) for name, hint in fields.items() if _is_plain(hint)}
+def _plain_fields(kind: type[BaseModel]) -> dict[str, tuple[str, TypeAdapter]]:
+    """The type of each field that holds numbers, texts, flags or lists of them: its name, and what checks it."""
+    declared = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
+    return {name: (_named(hint), TypeAdapter(hint)) for name, hint in declared.items() if _is_plain(hint)}
+
+
+def _named(hint: object) -> str:
+    parts = get_args(hint)
+    if get_origin(hint) is Annotated:
+        return _named(parts[0])
+    if get_origin(hint) is list:
+        return f"a list of {_named(parts[0])}"
+    return " or ".join(map(_named, parts)) if parts else NAMED[hint]
 
 
 def _is_plain(hint: object) -> bool:
@@ -106,7 +115,7 @@ def _is_plain(hint: object) -> bool:
         return _is_plain(get_args(hint)[0])
     if get_origin(hint) in (list, Union, UnionType):
         return all(map(_is_plain, get_args(hint)))
-    return hint in (int, float, bool, str, NoneType)
+    return hint in NAMED
 
 
 @cache
