@@ -43,7 +43,7 @@ def _check_types(kind: type[BaseModel], body: Mapping) -> None:
     """Raise for a value of another type than its field's, of which vLLM would make one ("5", 3.0, true), and for what
     is no Unicode, which no tokenizer takes."""
     for name, (wanted, adapter) in _plain_fields(kind).items():
-        if name in body:
+        if body.get(name) is not None:  # of null vLLM makes nothing
             try:
                 adapter.validate_python(body[name], strict=True)
             except ValidationError as error:
