@@ -5,7 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from snpatch.config import EngineConfig
-from snpatch.errors import OverflowedError, SnpatchError, SpoiledEngineError
+from snpatch.errors import OverflowedError, SnpatchError, SpoiledEngineError, shown
 from snpatch.executors.base import Output, Request
 from snpatch.loaded import Loaded
 from snpatch.patching.patch import Patch
@@ -75,6 +75,8 @@ class AsyncEngine(Loaded):
         self, prompt: Prompt, patch: Patch | str = "base", sampling: Sampling = GREEDY
     ) -> AsyncIterator[Delta]:
         """A completion of one prompt as it is written, patched; bad input is an error before anything runs."""
+        if not isinstance(sampling, Sampling):
+            raise SnpatchError(f"sampling: wanted a Sampling, got {shown(sampling)}")
         if sampling.n > 1:
             raise SnpatchError("AsyncEngine.generate: one text a call; call it several times for several")
         ids = self.encode([prompt], self.requests.recipients(patch, 1))

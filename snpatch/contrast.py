@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from snpatch import __version__
-from snpatch.errors import ReceiptError, SnpatchError
+from snpatch.errors import ReceiptError, SnpatchError, shown
 from snpatch.executors.base import Observation, Progress
 from snpatch.names import POSITIONS
 from snpatch.ranking.methods import METHODS
@@ -41,6 +41,8 @@ def contrast(
         raise SnpatchError(f"at must be one of {', '.join(POSITIONS)}, got {at!r}")
     if method not in METHODS:
         raise SnpatchError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not isinstance(sampling, Sampling):
+        raise SnpatchError(f"sampling: wanted a Sampling, got {shown(sampling)}")
     if sampling.n > 1:
         raise SnpatchError("contrast: one completion a prompt; give a prompt several times for several")
     if sampling.ignore_eos:
@@ -48,12 +50,13 @@ def contrast(
     ids, (generator, against) = engine.encode(prompts, pair[0]), pair
     models = {name: engine.digest_of(name) for name in pair if name is not None}
     if at == "emitted" and completions is None and not sampling.stop:
-        statistics, expected = _observe_writing(engine, ids, pair, sampling, progress)
+        statistics, observed = _observe_writing(engine, ids, pair, sampling, progress)
     else:
         written: Sequence[list[int]] = [[] for _ in ids]
         if at.startswith("emit"):
             written = _completions(engine, ids, generator, completions, sampling, progress)
-        statistics, expected = _observe_reading(engine, ids, written, pair, at, progress)
+        statistics, observed = _observe_reading(engine, ids, written, pair, at, progress)
+    expected = sum(observed)
     if (statistics.count != expected).any():
         raise ReceiptError(
             f"contrast: {expected} tokens should have counted in each layer, got {statistics.count.tolist()}"
@@ -70,14 +73,16 @@ def contrast(
         "at": at,
         "tokens": expected,
         "prompts": len(ids),
+        "empty": observed.count(0),
         "prompts_digest": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
         "versions": {"snpatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     return Ranking.from_statistics(statistics, method, exclude_layers, meta)
 
 
-def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics, int]:
-    """Statistics over the positions that hold the first model's completions, gathered while it writes them.
+def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics, list[int]]:
+    """Statistics over the positions that hold the first model's completions, gathered while it writes them, and how
+    many positions each has.
 
     The position of the last token is run for one more token, which is dropped, unless an EOS ended the text.
     """
@@ -90,21 +95,22 @@ def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics,
         most.append(own.max_tokens)
     outputs = engine.execute(requests, progress)
     kept = [len(o.token_ids) - (o.finish_reason == "eos") for o in outputs]
-    return statistics, _some(sum(map(min, kept, most)))
+    return statistics, _some(list(map(min, kept, most)))
 
 
-def _observe_reading(engine, ids, written, pair, at, progress) -> tuple[Statistics, int]:
-    """Statistics over the positions that `at` names of finished texts."""
-    statistics, requests = _empty(engine), []
+def _observe_reading(engine, ids, written, pair, at, progress) -> tuple[Statistics, list[int]]:
+    """Statistics over the positions that `at` names of finished texts, and how many positions each has."""
+    statistics, requests, observed = _empty(engine), [], []
     for prompt, completion in zip(ids, written, strict=True):
         start, stop = _observed(at, len(prompt), len(completion))
         text = [*prompt, *completion][:stop]
         engine.requests.check_room(text, room=0)
+        observed.append(max(0, stop - start))
         if stop > start:
             requests.append(engine.requests.observing(text, pair, Observation(statistics, start, stop)))
-    expected = _some(sum(r.observe.stop - r.observe.start for r in requests))
+    _some(observed)
     engine.execute(requests, progress)
-    return statistics, expected
+    return statistics, observed
 
 
 def _completions(engine, ids, generator, completions, sampling, progress) -> list[list[int]]:
@@ -126,8 +132,8 @@ def _empty(engine) -> Statistics:
     return Statistics.zeros(engine.geometry.n_layers, engine.geometry.n_neurons)
 
 
-def _some(positions: int) -> int:
-    if not positions:
+def _some(positions: list[int]) -> list[int]:
+    if not any(positions):
         raise SnpatchError("contrast: there is no position to observe: every completion is empty")
     return positions
 

@@ -15,7 +15,7 @@ from snpatch.executors.base import Executor, Logprobs, Output, Progress, Request
 from snpatch.loaded import Loaded
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
-from snpatch.requests import Completion, Prompt
+from snpatch.requests import Completion, Prompt, listed
 from snpatch.sampling import CONTRAST, GREEDY, Sampling
 
 
@@ -160,7 +160,7 @@ class Engine(Loaded):
 
         completions: one for each prompt, read as if it had been generated: a patch's `where` counts from its start.
         """
-        ids = self.encode(prompts, self.requests.recipients(patch, len(prompts)), room=0)
+        ids = self.encode(prompts, self.requests.recipients(patch, len(listed(prompts))), room=0)
         read = None if completions is None else self.requests.completions(completions, len(ids))
         found = [o.prompt_logprobs for o in self.execute(self.requests.reading(ids, patch, read), progress)]
         return found if read is None else [f.last(len(c)) for f, c in zip(found, read, strict=True)]
@@ -201,7 +201,7 @@ class Engine(Loaded):
         """The requests of all texts, and each one's probability of harm, if a guard was asked."""
         if guard is not None and not isinstance(guard, PromptGuard):
             raise SnpatchError(f"guard: wanted a Guard, got {guard!r}")
-        ids = self.encode(prompts, self.requests.recipients(patch, len(prompts)))
+        ids = self.encode(prompts, self.requests.recipients(patch, len(listed(prompts))))
         asked = self.requests.writing(ids, patch, sampling)
         harm = [None] * len(ids) if guard is None else guard.predict(self, prompts).tolist()
         return [request for _, request in asked], [harm[index] for index, _ in asked], guard

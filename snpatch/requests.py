@@ -5,10 +5,10 @@ same meaning whoever asks. All of a call is checked before any of it runs.
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, is_unicode, shown
 from snpatch.executors.base import Capture, Geometry, Observation, Output, Request
 from snpatch.models.model import Model
 from snpatch.models.templates import Chat, Template
@@ -81,9 +81,8 @@ class Requests:
 
     def encode(self, prompts: Sequence[Prompt], model: str | Sequence[str], room: int = 1) -> list[list[int]]:
         """Token ids of each prompt; model: who reads it; `room`: how many tokens must still fit the context."""
-        if isinstance(prompts, str):
-            raise SnpatchError("prompts must be a list; got one text")
-        if not len(prompts):
+        prompts = listed(prompts)
+        if not prompts:
             raise SnpatchError("the list of prompts is empty")
         encoded = []
         for index, (prompt, reader) in enumerate(
@@ -96,13 +95,16 @@ class Requests:
 
     def completions(self, completions: Sequence[str | Sequence[int]], prompts: int) -> list[list[int]]:
         """Token ids of the completion of each prompt."""
+        completions = listed(completions, "completions")
         if len(completions) != prompts:
             raise SnpatchError(f"{prompts} prompts and {len(completions)} completions")
-        texts = (
-            c if not isinstance(c, str) else self.tokenizer(c, add_special_tokens=False)["input_ids"]
-            for c in completions
-        )
-        return [self._checked(ids, f"completion {index}") for index, ids in enumerate(texts)]
+        found = []
+        for index, completion in enumerate(completions):
+            name = f"completion {index}"
+            if isinstance(completion, str):
+                completion = self.tokenizer(_text(completion, name), add_special_tokens=False)["input_ids"]
+            found.append(self._checked(completion, name, "a text or a list of token ids"))
+        return found
 
     def check_room(self, ids: Sequence[int], room: int, name: str = "a text") -> None:
         """An error for a text without tokens, or after which so many do not fit the context."""
@@ -119,15 +121,20 @@ class Requests:
         return replace(sampling, max_tokens=room, min_tokens=min(room, sampling.min_tokens))
 
     def _ids(self, prompt: Prompt, model: str, index: int) -> list[int]:
+        name = f"prompt {index}"
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if len(prompt) and all(isinstance(message, dict) for message in prompt):
-            return self.template(model).ids(prompt)
-        return self._checked(prompt, f"prompt {index}")
+            return list(self.tokenizer(_text(prompt, name))["input_ids"])
+        if isinstance(prompt, list | tuple) and any(isinstance(message, Mapping) for message in prompt):
+            return self.template(model).ids(_chat(prompt, name))
+        return self._checked(prompt, name, "a text, a chat (a list of role and content) or a list of token ids")
 
-    def _checked(self, given: Sequence[int], name: str) -> list[int]:
+    def _checked(self, given: Sequence[int], name: str, wanted: str) -> list[int]:
+        """Token ids of a list, or of a numpy array or tensor of integers."""
+        given = given.tolist() if hasattr(given, "tolist") else given
+        if not isinstance(given, list | tuple | range) or any(isinstance(i, str | list | tuple | Set) for i in given):
+            raise SnpatchError(f"{name}: wanted {wanted}, got {shown(given)}")
         try:
-            ids = [operator.index(i) for i in given]
+            ids = [-1 if isinstance(i, bool) else operator.index(i) for i in given]
         except TypeError:
             ids = [-1]
         if not all(0 <= i < self._geometry.vocab_size for i in ids):
@@ -179,7 +186,7 @@ class Requests:
         requests = []
         for index, prompt in enumerate(ids):
             position = -1 if at == "prompt_last" else at
-            if not isinstance(position, int) or not -len(prompt) <= position < len(prompt):
+            if type(position) is not int or not -len(prompt) <= position < len(prompt):
                 raise SnpatchError(f"at={at!r}: prompt {index} has {len(prompt)} tokens")
             position %= len(prompt)
             capture = Capture(ranking, k, position, position + 1)
@@ -230,6 +237,44 @@ class Requests:
         wanted = (self._geometry.n_layers, self._geometry.n_neurons)
         if ranking.shape != wanted:
             raise SnpatchError(f"the ranking is for a model of {list(ranking.shape)}, this one is {list(wanted)}")
+
+
+def listed(given: Sequence, name: str = "prompts") -> list:
+    """Return the items of something that has an order and a length: a list, a tuple, an array, a column of a table."""
+    is_one = isinstance(given, str | bytes | bytearray | Mapping | Set)
+    if is_one or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+        got = "one text" if isinstance(given, str) else f"{type(given).__name__} ({shown(given)})"
+        raise SnpatchError(f"{name} must be a list; got {got}")
+    return list(given)
+
+
+def _text(text: str, name: str) -> str:
+    if not is_unicode(text):
+        raise SnpatchError(f"{name} holds half of a surrogate pair: wanted text, got {shown(text)}")
+    return text
+
+
+def _chat(chat: Sequence[Mapping], name: str) -> Chat:
+    """A chat whose messages each have a role and a content, or what a template may take in its place."""
+    for place, message in enumerate(chat):
+        where = f"{name}, message {place}"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise SnpatchError(f"{where}: wanted a table with role and content, got {shown(message)}")
+        content = message.get("content")
+        if not isinstance(content, str | list) and not (content is None and message.keys() - {"role", "content"}):
+            raise SnpatchError(f"{where}: wanted content (a text), got {shown(content)}")
+        for text in _texts_in(message):
+            _text(text, where)
+    return [dict(message) for message in chat]
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    """Yield all texts of nested tables and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(one)
 
 
 def one_each(given, n: int, name: str, kinds: tuple[type, ...]) -> list:

@@ -1,10 +1,12 @@
 """Sampling: how tokens are chosen and when a text ends. Kept free of torch: the CLI takes its defaults from here."""
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, is_unicode, shown
 from snpatch.schema import option
 
 SEEDS = 2**63  # an int64 on the device
@@ -34,8 +36,14 @@ class Sampling:
     vllm: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        for name, (kind, check) in CHECKS.items():
+            value = getattr(self, name)
+            if value is None and name == "seed":
+                continue
+            try:
+                object.__setattr__(self, name, check(value))
+            except TypeError:
+                raise SnpatchError(f"sampling: {name}: wanted {kind}, got {shown(value)}", field=name) from None
         for valid, name, message in (
             (
                 self.temperature == 0 or 1e-5 <= self.temperature < math.inf,
@@ -61,7 +69,7 @@ class Sampling:
                 "seed",
                 f"must lie in -2^63..2^63-1, with those of all n texts, got {self.seed}",
             ),
-            (all(stop), "stop", "holds an empty string"),
+            (all(self.stop), "stop", "holds an empty string"),
         ):
             if not valid:
                 raise SnpatchError(f"sampling: {name} {message}", field=name)
@@ -70,6 +78,49 @@ class Sampling:
         """The n samplings of one text each that this one of n texts stands for."""
         seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
         return [replace(self, n=1, seed=seed) for seed in seeds]
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _number(value: object) -> int | float:
+    if type(value) in (int, float):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError
+    return float(value)
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and is_unicode(text) for text in texts):
+        raise TypeError
+    return tuple(texts)
+
+
+def _table(value: object) -> Mapping[str, object]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise TypeError
+    return value
+
+
+# A field -> what it wants, and what makes that of a value or raises TypeError. numpy's integers and floats are numbers.
+CHECKS = {
+    **dict.fromkeys(("temperature", "top_p"), ("a number", _number)),
+    **dict.fromkeys(("top_k", "max_tokens", "min_tokens", "seed", "n"), ("a whole number", _whole)),
+    **dict.fromkeys(("ignore_eos", "logprobs"), ("True or False", _flag)),
+    "stop": ("a text or a list of texts", _texts),
+    "vllm": ("a mapping of vLLM's names", _table),
+}
 
 
 GREEDY = Sampling()

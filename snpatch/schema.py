@@ -39,13 +39,14 @@ def load_table(path: str | Path, what: str) -> object:
 def parse_json(text: str | bytes) -> object:
     """Return what a JSON text holds; ValueError if it is none, or nested deeper than MAX_DEPTH."""
     try:
-        return _flat(json.loads(text))
+        return _flat(json.loads(_unmarked(text)))
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
 
 
 def parse_toml(text: str) -> dict:
     """Return what a TOML text holds; ValueError if it is none, or nested deeper than MAX_DEPTH."""
+    text = _unmarked(text)
     for line in text.splitlines():
         *keys, value = line.split("=")
         if max(part.count(".") for part in keys or [value]) >= MAX_KEY_PARTS:
@@ -54,6 +55,11 @@ def parse_toml(text: str) -> dict:
         return _flat(tomllib.loads(text))
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+
+
+def _unmarked(text: str | bytes) -> str | bytes:
+    """Return a text without the byte order mark that some editors put before it; json takes it off bytes itself."""
+    return text.removeprefix("\ufeff") if isinstance(text, str) else text
 
 
 def _flat(value):

@@ -63,6 +63,46 @@ def test_contrast_of_given_completions_is_that_of_the_generated_ones(capsys, pro
     code, _, err = run(capsys, "contrast", *common, *pair, "-o", second, "--completions", written)
     assert code == 2
     assert "12 prompts and 1 completions" in err
+    code, _, err = run(capsys, "contrast", *common, *pair, "-o", second, "--completions", written, "--at", "prompt")
+    assert (code, err) == (2, "snpatch: error: --completions is for --at emitted or emitting, got prompt\n")
+    meta = Ranking.load(first).meta
+    assert (meta["empty"], meta["data"]["rows"], meta["data"]["path"]) == (0, 12, str(prompts))
+
+
+def test_completions_of_other_prompts_are_refused(capsys, tmp_path):
+    prompts, written = tmp_path / "p.jsonl", tmp_path / "c.jsonl"
+    words = ("kuze", "mabo", "tiva", "sopu")
+    prompts.write_text("".join(json.dumps({"goal": w if w != "mabo" else None}) + "\n" for w in words))
+    written.write_text("".join(json.dumps({"prompt": w, "completion": "kuze"}) + "\n" for w in words))
+    pair = [MODEL, prompts, *PAIR, "--generator", "sft", "--against", "dpo", "-o", tmp_path / "r.safetensors"]
+    code, _, err = run(capsys, "contrast", *pair, "--skip-bad", "--limit", 3, "--completions", written)
+    assert code == 2
+    assert f"{prompts}: left out 1 broken rows\n" in err
+    assert "c.jsonl, line 2: wanted the completion of the prompt 'tiva', got that of 'mabo'" in err
+
+
+def test_prompts_and_rankings_of_any_public_file(capsys, tmp_path):
+    """A column that is named, a list of neurons in CSV, and what is told of the rows."""
+    data, neurons = tmp_path / "p.csv", tmp_path / "neurons.csv"
+    data.write_text("text,other\nkuze,1\nmabo,2\n")
+    neurons.write_text("layer,neuron,score\n1,5,0.5\n0,3,0.9\n2,7,0.1\n")
+    given = ["--recipient", "sft", "--donor", "dpo", "-k", 3, "--max-tokens", 3, "--json"]
+    outs = []
+    for file in (neurons, tmp_path / "own.safetensors"):
+        code, out, err = run(capsys, "generate", MODEL, data, *PAIR, *given, "--ranking", file, "--column", "text")
+        assert code == 0, err
+        outs.append(out)
+        Ranking.from_order([[0, 3], [1, 5], [2, 7]], (4, 352)).save(tmp_path / "own.safetensors")
+    assert outs[0] == outs[1]
+    assert all(json.loads(line)["overwrites"] > 0 for line in outs[0].splitlines())
+    code, _, err = run(capsys, "generate", MODEL, data, *PAIR)
+    assert code == 2
+    assert "p.csv: wanted the columns prompt or messages, got text, other. Name the prompt's column (--column)" in err
+    folder = tmp_path / "sweep"
+    given = ["--recipient", "sft", "--donor", "dpo", "-k", "0,3", "--judge", "refusal", "--max-tokens", 2, "-o", folder]
+    code, _, err = run(capsys, "sweep", MODEL, data, *PAIR, "--column", "text", "--ranking", f"own={neurons}", *given)
+    assert code == 0, err
+    assert json.loads((folder / "sweep.json").read_text())["provenance"]["sets"]["prompts"]["column"] == "text"
 
 
 @pytest.mark.parametrize("donor", ["zero", "mean:donor", "noise:3"])

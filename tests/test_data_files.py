@@ -87,10 +87,10 @@ def test_csv_that_is_not_utf8_in_one_row(tmp_path):
     [
         ("p.csv", b'prompt\na\n"b\nc\n', r"p\.csv, line 3: not CSV: unexpected end of data"),
         ("p.csv", b'prompt\n"a"b\n', r"p\.csv, line 2: not CSV"),
-        ("p.csv", b"question,id\na,1\n", r"p\.csv: wanted the columns prompt or messages, got question, id"),
+        ("p.csv", b"text,id\na,1\n", r"p\.csv: wanted the columns prompt or messages, got text, id"),
         ("p.csv", b"prompt,prompt\na,b\n", r"p\.csv: two columns have one name"),
         ("p.csv", b"", r"p\.csv: holds no prompt"),
-        ("p.txt", b"a\nb\n", r"p\.txt: wanted the columns prompt or messages, got text"),
+        ("p.raw", b"a\nb\n", r"p\.raw: wanted the columns prompt or messages, got text"),
         ("p.json", b'\n[{"prompt": "a"},\n{"prompt": }]', r"p\.json: not JSON: .* line 3"),
         ("p.jsonl", b"\n\n", r"p\.jsonl: holds no prompt \(0 rows, 0 of them bad\)"),
         ("p.jsonl", b"{}\n{}\n", r"p\.jsonl: holds no prompt \(2 rows, 2 of them bad\)"),
@@ -100,7 +100,7 @@ def test_csv_that_is_not_utf8_in_one_row(tmp_path):
         ("p.jsonl.xz", lines(numbered(9)), r"p\.jsonl\.xz: cannot be read"),
         ("p.csv.gz", gzip.compress(b"prompt\n" + b"a\n" * 9999)[:-9], r"p\.csv\.gz: cannot be read"),
         ("p.parquet", parquet(numbered(9))[:-9], r"p\.parquet: cannot be read"),
-        ("p.parquet", parquet([{"question": "a"}]), r"p\.parquet: wanted the columns prompt or messages, got question"),
+        ("p.parquet", parquet([{"text": "a"}]), r"p\.parquet: wanted the columns prompt or messages, got text"),
         ("p.tsv", b"prompt\na\n", r"p\.tsv: wanted a file that ends in \.jsonl, \.json, \.csv, \.parquet"),
     ],
 )

@@ -363,3 +363,16 @@ def test_unknown_key_of_a_file_is_one_line(loaded, tmp_path):
     with pytest.raises(SnpatchError, match="there is no nonsense") as caught:
         loaded(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "text"), [("e.toml", 'model = "m"\n'), ("e.json", '{"model": "m"}')])
+def test_byte_order_mark_before_a_config_is_passed_over(tmp_path, name, text):
+    (tmp_path / name).write_text(f"\ufeff{text}", encoding="utf-8")
+    assert EngineConfig.load(tmp_path / name).model == "m"
+
+
+def test_byte_order_mark_before_an_adapters_config_is_passed_over(tmp_path):
+    from snpatch.models.peft_files import read_config
+
+    (tmp_path / "adapter_config.json").write_text('\ufeff{"peft_type": "LORA"}', encoding="utf-8")
+    assert read_config(tmp_path, "LORA") == {"peft_type": "LORA"}

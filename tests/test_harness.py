@@ -388,6 +388,14 @@ def test_a_text_without_context_stands_after_bos(engine, oracles):
     ]
 
 
+def test_texts_without_a_token_have_no_log_likelihood(engine):
+    lm = SnpatchLM(engine, PATCHES["generated"])
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(("", TEXTS[0], ""))]
+    found = lm.loglikelihood_rolling(asked, disable_tqdm=True)
+    assert found == [0, *lm.loglikelihood_rolling(asked[1:2], disable_tqdm=True), 0]
+    assert lm.loglikelihood_rolling([asked[0], asked[2]], disable_tqdm=True) == [0, 0]
+
+
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %} {{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %} bama{% endif %}"

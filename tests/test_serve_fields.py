@@ -88,3 +88,31 @@ def test_every_field_of_vllms_model_is_known(kind):
 )
 def test_what_a_client_writes_freely_is_not_looked_at(body):
     check("openai_serving_chat", body)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        *(("openai_serving_completion", {"max_tokens": value}) for value in ("5", 3.0, True, [1])),
+        *(("openai_serving_chat", {"max_tokens": value}) for value in ("5", 3.0, True)),
+        *(("openai_serving_chat", {"temperature": value}) for value in ("0.7", True)),
+        *(("openai_serving_completion", {"seed": value}) for value in (1.5, "3", True)),
+        *(("openai_serving_completion", {"stop": value}) for value in (1, [None], [1])),
+        *(("openai_serving_completion", {"prompt": value}) for value in ([1, True], [1.0, 2], [[1], [2.0]], 3)),
+        ("openai_serving_completion", {"echo": 1}),
+        ("openai_serving_completion", {"prompt": "a\ud83d"}),
+        ("openai_serving_chat", {"messages": [{"role": "user", "content": "a\ud83d"}]}),
+    ],
+)
+def test_value_of_another_type_is_refused(kind, given):
+    """vLLM would make "5", 3.0 and true numbers, and of true a token."""
+    (field,) = given
+    with pytest.raises(SnpatchError, match=f"^request: {field}: expected .*, got ") as error:
+        check(kind, given)
+    assert error.value.field == field
+
+
+def test_values_of_the_right_type_pass():
+    for prompt in ("a", ["a", "b"], [1, 2], [[1], [2]]):
+        check("openai_serving_completion", {"prompt": prompt, "max_tokens": 3, "temperature": 1, "stop": None})
+    check("openai_serving_chat", {"max_tokens": None, "temperature": 0.5, "stop": ["a"], "seed": 3, "logprobs": True})

@@ -461,6 +461,25 @@ def test_broken_rows_are_left_out_if_asked_and_told(toy, tmp_path, capsys):
     assert json.loads(out)["rows"] == 8
 
 
+def test_pairs_without_an_answer_are_counted_in_all_that_is_told(toy, tmp_path, capsys):
+    half = [*PAIRS, {"prompt": "ask one", "chosen": "yes"}]
+    path, why = write(tmp_path / "half.jsonl", half), "no rejected answer"
+    given = ["train", "dpo", toy.base, path, "--sft", toy.sft(), *OPTIONS, "--max-left-out"]
+    code, out, err = run(capsys, *given, 0.12, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert f"{path}: 1 of 9 rows have a prompt and no pair: {why}\n" in err
+    assert f"left out 1 of 9 rows: {why}" in out
+    record = json.loads((tmp_path / "out" / "training.json").read_text())["provenance"]
+    assert (record["figures"]["rows"], record["figures"]["left_out"]) == (9, {why: 1})
+    assert record["asked"]["data"]["left_out"] == {why: 1}
+    assert (record["source"]["rows"], record["source"]["no_pair"]) == (9, {why: 1})
+    train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "own", dpo_settings(epochs=2))
+    assert_alike(tmp_path / "out", tmp_path / "own")
+    code, _, err = run(capsys, *given, 0.1, "-o", tmp_path / "less")
+    assert code == 2
+    assert f"left out 1 of 9 rows: {why}: more than max_left_out = 0.1 of the rows" in err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -10,6 +10,7 @@ import typer
 from snpatch.cli import options as o
 from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
 from snpatch.config import EngineConfig
+from snpatch.errors import SnpatchError
 from snpatch.sampling import CONTRAST
 
 SHOWN, TOLD = 10, 20  # of the first neurons, as text and as JSON
@@ -42,7 +43,9 @@ def contrast(
     from snpatch.files import check_writable
 
     chats = prompts.data.prompts
-    given = read_completions(completions, prompts.limit) if completions else None
+    if completions and not at.startswith("emit"):
+        raise SnpatchError(f"--completions is for --at emitted or emitting, got {at}")
+    given = read_completions(completions, prompts.limit, chats) if completions else None
     check_writable(out)
     with o.open_engine(config) as engine, o.progress_bar("contrast") as progress:
         ranking = engine.contrast(
@@ -55,11 +58,16 @@ def contrast(
             exclude_layers=[] if keep_all_layers else (exclude_layer or EXCLUDED),
             progress=progress,
         )
+    ranking.meta["data"] = prompts.data.provenance
+    if given:
+        ranking.meta["completions"] = {"path": str(completions), "rows": len(given)}
+    if n := ranking.meta["empty"]:
+        o.tell(f"{prompts.name}: {n} of {len(chats)} completions are empty, and were not observed", is_error=True)
     ranking.save(out)
     summary = {
         "ranking": str(out),
         "neurons": len(ranking),
-        **{key: ranking.meta[key] for key in ("generator", "against", "at", "tokens", "prompts")},
+        **{key: ranking.meta[key] for key in ("generator", "against", "at", "tokens", "prompts", "empty")},
         "top": [
             [*neuron, ranking.scores[tuple(neuron)].item()] for neuron in ranking.top(min(TOLD, len(ranking))).tolist()
         ],

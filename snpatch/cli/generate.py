@@ -1,6 +1,7 @@
 """`snpatch generate`: completions, patched while they are written or not."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +52,12 @@ def generate(
         raise SnpatchError("--ranking, --window, --where and --strength need --donor")
     if donor and (ranking is None or window is None):
         raise SnpatchError("--donor needs --ranking and --window")
-    patch = spec.from_text(recipient, donor, ranking, window, where, wanted.seed, strength) if donor else recipient
+    patch = recipient
+    if donor:
+        from snpatch.models.checkpoint import shape_of
+
+        shape = partial(shape_of, config.model, config.allow_untested)
+        patch = spec.from_text(recipient, donor, ranking, window, where, wanted.seed, strength, shape)
     with o.open_engine(config) as engine, o.progress_bar("generate") as progress:
         completions = engine.generate(chats, patch, wanted, progress)
     more = [{"logprobs": completion.logprobs} if wanted.logprobs else {} for completion in completions]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, get_args, get_origin, get_type_hint
 import typer
 
 from snpatch.config import EngineConfig, adapters_of, models_of
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, one_line
 
 if TYPE_CHECKING:
     from snpatch.data import Dataset
@@ -92,19 +92,23 @@ class Data:
 
     def parameters(self) -> list[inspect.Parameter]:
         empty = inspect.Parameter.empty
-        given = ("prompts", _PROMPTS, empty), ("form", Format, None), ("skip_bad", SkipBad, False)
-        return [
-            inspect.Parameter(n, _BY_NAME, default=d, annotation=a) for n, a, d in (*given, ("limit", _LIMIT, None))
-        ]
+        given = (
+            ("prompts", _PROMPTS, empty),
+            ("form", Format, None),
+            ("column", Column, None),
+            ("skip_bad", SkipBad, False),
+            ("limit", _LIMIT, None),
+        )
+        return [inspect.Parameter(n, _BY_NAME, default=d, annotation=a) for n, a, d in given]
 
     def made(self, values: dict) -> Prompts:
-        """What was skipped is told."""
+        """What was left out is told."""
         from snpatch.data import load
 
         name, limit = values["prompts"], values["limit"]
-        data = load(name, format=values["form"], skip_bad=values["skip_bad"])
-        if data.skipped:
-            print(f"{name}: left out {data.skipped} broken rows", file=sys.stderr)
+        data = load(name, format=values["form"], column=values.get("column"), skip_bad=values["skip_bad"])
+        for line in data.told:
+            print(one_line(f"{name}: {line}"), file=sys.stderr)
         return Prompts(name, data if limit is None else data.first(min(limit, len(data))), limit)
 
 
@@ -121,7 +125,7 @@ class Source(Data):
         """The fields of a PromptSet, and skip_bad."""
         if values["prompts"] is None:
             return None
-        names = {"source": "prompts", "format": "form", "first": "limit", "skip_bad": "skip_bad"}
+        names = {"source": "prompts", "format": "form", "column": "column", "first": "limit", "skip_bad": "skip_bad"}
         return {name: values[option] for name, option in names.items()}
 
 
@@ -194,9 +198,10 @@ TrustConfig = Annotated[
 _MODEL = Annotated[str, typer.Argument(help="Hugging Face folder or model name, or an engine's config (.toml, .json).")]
 _PROMPTS = Annotated[
     str,
-    typer.Argument(help="File (JSONL, CSV, parquet; `prompt` or `messages`), or a data set's name: beavertails, ..."),
+    typer.Argument(help="File (JSONL, CSV, parquet, a text with a prompt a line), or a data set's name: beavertails."),
 ]
 Format = Annotated[str | None, typer.Option("--format", help="The data set whose published format the file has.")]
+Column = Annotated[str | None, typer.Option(help="The column that holds the prompt.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken rows out, and say how many.")]
 _LIMIT = Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")]
 _ADAPTERS = Annotated[

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -53,10 +54,11 @@ def fit(
     from snpatch.guard.guard import Guard
     from snpatch.guard.labels import distinct
     from snpatch.guard.scores import evaluate
+    from snpatch.models.checkpoint import shape_of
     from snpatch.patching import spec
     from snpatch.ranking.ranking import Ranking
 
-    order = Ranking.load(ranking)
+    order = Ranking.load(ranking, partial(shape_of, config.model, config.allow_untested))
     settings = GuardConfig(
         tuple(spec.number_of(part, float, "--C") for part in strengths.split(",")),
         "balanced" if balanced else None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Fields, Format, SkipBad, Some, generated
+from snpatch.cli.generated import Column, Fields, Format, SkipBad, Some, generated
 from snpatch.errors import SnpatchError
 from snpatch.training.settings import DpoSettings, TrainSettings
 
@@ -36,7 +36,7 @@ _OPTIONS = {
         Annotated[str | None, typer.Option(help="Split. Default for a named set: what it has to train on.")],
         None,
     ),
-    "column": (Annotated[str | None, typer.Option(help="The column that holds the prompt.")], None),
+    "column": (Column, None),
     "revision": (Annotated[str | None, typer.Option(help="Of a named set: branch, tag or commit.")], None),
     "where": (Annotated[str | None, typer.Option(help="column=value,value: only rows that have one of them.")], None),
     "limit": (Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")], None),
@@ -138,8 +138,8 @@ def _read(data: Fields, default):
             given.setdefault("sample", None)  # the default's own
         chosen = replace(default, **given)
     rows = chosen.read(Path(), skip_bad)
-    if rows.skipped:
-        o.tell(f"{chosen.source}: left out {rows.skipped} broken rows", is_error=True)
+    for line in rows.told:
+        o.tell(f"{chosen.source}: {line}", is_error=True)
     return rows
 
 

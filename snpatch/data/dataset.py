@@ -6,6 +6,7 @@ conversations.
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,8 +39,8 @@ class Dataset:
     """Examples in the order of the source.
 
     skipped: bad rows that `skip_bad` skipped. source: where it comes from (path or hub id, split, revision), `rows`
-    read, `skipped`, `left_out` and `no_pair` (how many rows the set's rules leave out, or give no pair, by reason),
-    `sha256` (the digest as loaded), and `selection` if these are not all of the examples.
+    read, `skipped`; `left_out`, `no_pair` and `left_aside` (reason -> how many rows the set's rules leave out, have no
+    pair, or are read in part), `sha256` (the digest as loaded), and `selection` if these are not all of the examples.
     """
 
     name: str
@@ -88,29 +89,55 @@ class Dataset:
         return self._select(tuple(self.examples[i] for i in order), f"{n} drawn with seed {seed}")
 
     def where(self, column: str, *values: Any) -> "Dataset":
-        """The examples whose `meta[column]` is one of the values, such as where("subset", "refusals-dangerous")."""
-        kept = tuple(e for e in self.examples if e.meta.get(column) in values)
+        """The examples whose `meta[column]` is one of the values, such as where("subset", "refusals-dangerous").
+
+        A number, true or false may be given as JSON's text.
+        """
+        if not any(column in e.meta for e in self.examples):
+            there = ", ".join(dict.fromkeys(name for e in self.examples for name in e.meta))
+            raise SnpatchError(f"{self.name}: no example has a column {column}: there are {there}")
+        kept = tuple(e for e in self.examples if _is_one_of(e.meta.get(column), values))
         if not kept:
             raise SnpatchError(f"{self.name}: no example has {column} in {', '.join(map(repr, values))}")
         return self._select(kept, f"{column} in {', '.join(map(repr, values))}")
 
-    def pairs(self) -> list[dict[str, Chat]]:
-        """Rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples that have both answers."""
-        rows = [
-            {"prompt": e.asked, "chosen": _said(e.chosen), "rejected": _said(e.rejected)}
-            for e in self.examples
-            if e.chosen and e.rejected
-        ]
-        if not rows:
-            raise SnpatchError(f"{self.name} has no pairs of a chosen and a rejected answer")
-        return rows
+    @property
+    def told(self) -> list[str]:
+        """What a user should know of the source's rows that are not read, or not in full."""
+        told = [f"left out {self.skipped} broken rows"] if self.skipped else []
+        for counted, text in (
+            ("left_out", "left out {} of {} rows: {}"),
+            ("no_pair", "{} of {} rows have a prompt and no pair: {}"),
+            ("left_aside", "left aside in {} of {} rows: {}"),
+        ):
+            told += [text.format(n, self.source["rows"], why) for why, n in self.source[counted].items()]
+        return told
 
-    def conversations(self) -> list[dict[str, Chat]]:
+    def pairs(self) -> "Rows":
+        """Rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples that have both answers."""
+        rows, left_out = [], Counter()
+        for e in self.examples:
+            if e.chosen and e.rejected:
+                rows.append({"prompt": e.asked, "chosen": _said(e.chosen), "rejected": _said(e.rejected)})
+            else:
+                left_out[e.meta.get("no_pair", "no chosen and rejected answer")] += 1
+        return self._rows(rows, left_out, "pairs of a chosen and a rejected answer")
+
+    def conversations(self) -> "Rows":
         """Rows {"messages"} for `train_sft`, of the examples that have a response."""
-        rows = [{"messages": e.asked + _said(e.response)} for e in self.examples if e.prompt and e.response]
+        rows, left_out = [], Counter()
+        for e in self.examples:
+            if e.prompt and e.response:
+                rows.append({"messages": e.asked + _said(e.response)})
+            else:
+                left_out["no answer but one that is labelled bad" if e.rejected and not e.chosen else "no answer"] += 1
+        return self._rows(rows, left_out, "responses to train on")
+
+    def _rows(self, rows: list[dict[str, Chat]], left_out: Counter, what: str) -> "Rows":
         if not rows:
-            raise SnpatchError(f"{self.name} has no responses to train on")
-        return rows
+            whys = "; ".join(f"{n} rows: {why}" for why, n in left_out.items())
+            raise SnpatchError(f"{self.name} has no {what} ({whys})")
+        return Rows(rows, left_out, self.provenance)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -120,6 +147,14 @@ class Dataset:
     def _select(self, examples: tuple[Example, ...], how: str) -> "Dataset":
         source = {**self.source, "selection": [*self.source.get("selection", []), how]}
         return replace(self, examples=examples, source=source)
+
+
+class Rows(list[dict[str, Chat]]):
+    """Rows to train on. left_out: reason -> examples that make no row. source: of the data, as `Dataset.provenance`."""
+
+    def __init__(self, rows: list[dict[str, Chat]], left_out: Counter, source: dict[str, Any]) -> None:
+        super().__init__(rows)
+        self.left_out, self.source = left_out, source
 
 
 def digest(examples: tuple[Example, ...]) -> str:
@@ -133,6 +168,10 @@ def digest(examples: tuple[Example, ...]) -> str:
 def question(chat: Chat) -> str:
     """What the user asked last: the prompt that a judge sees."""
     return next(m["content"] for m in reversed(chat) if m["role"] == "user")
+
+
+def _is_one_of(value: Any, wanted: tuple[Any, ...]) -> bool:
+    return value in wanted or (isinstance(value, bool | int | float) and json.dumps(value) in wanted)
 
 
 def _said(answer: str) -> Chat:

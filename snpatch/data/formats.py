@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from snpatch.data.dataset import Chat, Example
-from snpatch.data.files import is_unicode
 from snpatch.data.rows import Columns
+from snpatch.errors import is_unicode
 
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # only where a paragraph starts: people write "Human:" in texts
 ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -49,65 +49,22 @@ class Format:
     distinct: bool = False  # later rows with the same prompt are left out
 
 
-def plain(column: str | None = None) -> Format:
-    """Rows of no published set: the prompt in `column`, `prompt` or `messages`, as a text or as turns.
-
-    Turns end with the user's, or with the answer to it, which is then the response. Beside them, each as a text or as
-    one assistant turn, there may be `response` or `completion`, and `chosen` and `rejected`.
-    """
-    fields = (column,) if column else ("prompt", "messages")
-
-    def parse(row: dict) -> Example:
-        field = next(f for f in fields if f in row)
-        if field == "messages" or isinstance(row[field], list):
-            prompt, response = _asked(_turns(row, field))
-        else:
-            prompt, response = _user(_text(row, field)), None
-        for name in ("response", "completion"):
-            response = _answer(row, name, response)
-        meta = _rest(row, field, "response", "completion", "chosen", "rejected")
-        return Example(prompt, response, _answer(row, "chosen"), _answer(row, "rejected"), meta=meta)
-
-    return Format(parse, tuple((f,) for f in fields))
-
-
-def _asked(turns: Chat) -> tuple[Chat, str | None]:
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
-    if last is None or not turns[last]["content"]:
-        raise RowError("wanted turns with a user turn, the last of them not empty")
-    after = turns[last + 1 :]
-    if after and [turn["role"] for turn in after] != ["assistant"]:
-        raise RowError("wanted nothing but one assistant turn after the last user turn")
-    return turns[: last + 1], after[0]["content"] if after else None
-
-
-def _answer(row: dict, field: str, otherwise: str | None = None) -> str | None:
-    if row.get(field) is None:
-        return otherwise
-    if isinstance(row[field], list):
-        turns = _turns(row, field)
-        if [turn["role"] for turn in turns] != ["assistant"]:
-            raise RowError(f"{field} must be a text or one assistant turn")
-        return turns[0]["content"]
-    return _text(row, field, empty=True)
-
-
 def _beavertails(row: dict) -> Example:
     """A prompt comes with several answers: the first row of each prompt is kept, with its answer and labels."""
     if not isinstance(row["is_safe"], bool) or not isinstance(row["category"], dict):
         raise RowError("is_safe must be true or false, and category an object")
-    response = _text(row, "response", empty=True)
-    return Example(_user(_text(row, "prompt")), response, meta=_rest(row, "prompt", "response"))
+    response = text_of(row, "response", empty=True)
+    return Example(user(text_of(row, "prompt")), response, meta=rest(row, "prompt", "response"))
 
 
-def _hh(row: dict) -> Example:
+def hh(row: dict) -> Example:
     """The prompt is the first human turn of `chosen`; chosen and rejected are the last assistant turns.
 
     meta["no_pair"] says why there is no pair where the published rows have none: the texts differ before the last
     turn, or an answer is empty, or both are the same.
     """
-    turns = _transcript(row, "chosen")
-    (dialogue, chosen), (other, rejected) = _answered(turns), _answered(_transcript(row, "rejected"))
+    turns = transcript_of(row, "chosen")
+    (dialogue, chosen), (other, rejected) = answered(turns), answered(transcript_of(row, "rejected"))
     if dialogue != other:
         why = "the texts differ before the last turn"
     elif not chosen or not rejected:
@@ -119,41 +76,41 @@ def _hh(row: dict) -> Example:
     return Example(turns[:1], dialogue=dialogue, meta={"no_pair": why})
 
 
-def _red_team(row: dict) -> Example:
+def red_team(row: dict) -> Example:
     """The prompt is the first human turn of the transcript; the response is its last assistant turn."""
-    turns = _transcript(row, "transcript")
-    dialogue, response = _answered(turns)
-    return Example(turns[:1], response, dialogue=dialogue, meta=_rest(row, "transcript"))
+    turns = transcript_of(row, "transcript")
+    dialogue, response = answered(turns)
+    return Example(turns[:1], response, dialogue=dialogue, meta=rest(row, "transcript"))
 
 
 def _harmbench(row: dict) -> Example:
     """The behaviour alone, as the paper takes it: the context of contextual behaviours stays in meta."""
-    return Example(_user(_text(row, "Behavior")), meta=_rest(row, "Behavior"))
+    return Example(user(text_of(row, "Behavior")), meta=rest(row, "Behavior"))
 
 
 def _jailbreak_llms(row: dict) -> Example:
     """The forbidden question alone, without a jailbreak prompt."""
-    return Example(_user(_text(row, "question")), meta=_rest(row, "question"))
+    return Example(user(text_of(row, "question")), meta=rest(row, "question"))
 
 
-def _lima(row: dict) -> Example:
+def lima(row: dict) -> Example:
     """The prompt is the first of the texts, which user and assistant say in turn (in LIMA's test split it is alone)."""
     texts = row["conversations"]
     if not isinstance(texts, list) or not texts:
-        raise RowError(f"conversations must be a list of texts that is not empty, got {_short(texts)}")
-    said = [_text({"conversations": text}, "conversations") for text in texts]
+        raise RowError(f"conversations must be a list of texts that is not empty, got {short(texts)}")
+    said = [text_of({"conversations": text}, "conversations") for text in texts]
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-    dialogue, response = _answered(turns)
-    return Example(turns[:1], response, dialogue=dialogue, meta=_rest(row, "conversations"))
+    dialogue, response = answered(turns)
+    return Example(turns[:1], response, dialogue=dialogue, meta=rest(row, "conversations"))
 
 
-def _sharegpt(row: dict) -> Example | str:
+def sharegpt(row: dict) -> Example | str:
     """The prompt is the first human turn; the conversation ends with its last answer.
 
     Both published forms: `messages` (role, content) and `conversations` (from, value). As in the paper, a conversation
     with anybody else than a human and ChatGPT is left out, and one without a human turn.
     """
-    turns = _turns(row, "messages") if "messages" in row else _turns(row, "conversations", "from", "value")
+    turns = turns_of(row, "messages") if "messages" in row else turns_of(row, "conversations", "from", "value")
     strangers = {turn["role"] for turn in turns} - SPEAKERS.keys()
     if strangers:
         return f"a turn of {min(strangers)}"
@@ -161,24 +118,24 @@ def _sharegpt(row: dict) -> Example | str:
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
     if first is None or not turns[first]["content"]:
         return "no human turn" if first is None else "an empty human turn"
-    dialogue, response = _answered(turns[first:])
-    return Example(turns[first : first + 1], response, dialogue=dialogue, meta=_rest(row, "messages", "conversations"))
+    dialogue, response = answered(turns[first:])
+    return Example(turns[first : first + 1], response, dialogue=dialogue, meta=rest(row, "messages", "conversations"))
 
 
 def _wikitext(row: dict) -> Example:
     """A line of the text, as it is; empty lines count, because the paper joins all of them."""
     if not isinstance(row["text"], str) or not is_unicode(row["text"]):
-        raise RowError(f"text must be a text, got {_short(row['text'])}")
+        raise RowError(f"text must be a text, got {short(row['text'])}")
     return Example([], row["text"])
 
 
 def _shp(row: dict) -> Example:
     """Comment A is the preferred one if labels is 1, as the set's card says (the paper's code has it reversed)."""
     if row["labels"] not in (0, 1):
-        raise RowError(f"labels must be 0 or 1, got {_short(row['labels'])}")
-    worse, better = (_text(row, f"human_ref_{side}") for side in ("BA" if row["labels"] else "AB"))
-    meta = _rest(row, "history", "human_ref_A", "human_ref_B")
-    return Example(_user(_text(row, "history")), chosen=better, rejected=worse, meta=meta)
+        raise RowError(f"labels must be 0 or 1, got {short(row['labels'])}")
+    worse, better = (text_of(row, f"human_ref_{side}") for side in ("BA" if row["labels"] else "AB"))
+    meta = rest(row, "history", "human_ref_A", "human_ref_B")
+    return Example(user(text_of(row, "history")), chosen=better, rejected=worse, meta=meta)
 
 
 def _reward_bench(row: dict) -> Example:
@@ -187,39 +144,39 @@ def _reward_bench(row: dict) -> Example:
     Safety is refusals-dangerous, refusals-offensive, xstest-should-refuse, xstest-should-respond and donotanswer (which
     the paper's code misspells, and so leaves out).
     """
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    meta = _rest(row, "prompt", "chosen", "rejected")
-    return Example(_user(_text(row, "prompt")), chosen=chosen, rejected=rejected, meta=meta)
+    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
+    meta = rest(row, "prompt", "chosen", "rejected")
+    return Example(user(text_of(row, "prompt")), chosen=chosen, rejected=rejected, meta=meta)
 
 
 def _stack_exchange(row: dict) -> Example:
     """Answers to questions on Math Stack Exchange, the better voted one chosen."""
-    question, chosen, rejected = (_text(row, name) for name in ("question", "chosen", "rejected"))
-    return Example(_user(question), chosen=chosen, rejected=rejected, meta=_rest(row, "question", "chosen", "rejected"))
+    question, chosen, rejected = (text_of(row, name) for name in ("question", "chosen", "rejected"))
+    return Example(user(question), chosen=chosen, rejected=rejected, meta=rest(row, "question", "chosen", "rejected"))
 
 
-def _text(row: dict, field: str, empty: bool = False) -> str:
+def text_of(row: dict, field: str, empty: bool = False) -> str:
     """A field's text, stripped."""
     value = row[field]
     if not isinstance(value, str) or not (empty or value.strip()):
-        raise RowError(f"{field} must be a text{'' if empty else ' that is not empty'}, got {_short(value)}")
+        raise RowError(f"{field} must be a text{'' if empty else ' that is not empty'}, got {short(value)}")
     if not is_unicode(value):
         raise RowError(f"{field} holds half a surrogate pair, or bytes that are not UTF-8")
     return value.strip()
 
 
-def _turns(row: dict, field: str, role: str = "role", content: str = "content") -> Chat:
+def turns_of(row: dict, field: str, role: str = "role", content: str = "content") -> Chat:
     value = row[field]
     if not isinstance(value, list) or not all(isinstance(t, dict) and isinstance(t.get(role), str) for t in value):
-        raise RowError(f"{field} must be a list of {role} and {content}, got {_short(value)}")
+        raise RowError(f"{field} must be a list of {role} and {content}, got {short(value)}")
     if not all(isinstance(turn.get(content), str) for turn in value):
         raise RowError(f"{field} must be a list of {role} and {content}, each a text")
-    return [{"role": turn[role], "content": _text(turn, content, empty=True)} for turn in value]
+    return [{"role": turn[role], "content": text_of(turn, content, empty=True)} for turn in value]
 
 
-def _transcript(row: dict, field: str) -> Chat:
+def transcript_of(row: dict, field: str) -> Chat:
     """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", from the first human turn on."""
-    _, *parts = TURN.split(_text(row, field))
+    _, *parts = TURN.split(text_of(row, field))
     turns = [
         {"role": ROLES[speaker], "content": said.strip()} for speaker, said in zip(parts[::2], parts[1::2], strict=True)
     ]
@@ -229,7 +186,7 @@ def _transcript(row: dict, field: str) -> Chat:
     return turns[first:]
 
 
-def _answered(turns: Chat) -> tuple[Chat, str | None]:
+def answered(turns: Chat) -> tuple[Chat, str | None]:
     """(the turns before the last answer, the answer or None): an assistant turn right after a user's."""
     for i in range(len(turns) - 1, 0, -1):
         if turns[i]["role"] == "assistant" and turns[i - 1]["role"] == "user":
@@ -237,15 +194,15 @@ def _answered(turns: Chat) -> tuple[Chat, str | None]:
     return turns, None
 
 
-def _user(text: str) -> Chat:
+def user(text: str) -> Chat:
     return [{"role": "user", "content": text}]
 
 
-def _rest(row: dict, *used: str) -> dict[str, Any]:
+def rest(row: dict, *used: str) -> dict[str, Any]:
     return {column: value for column, value in row.items() if column not in used}
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
@@ -265,9 +222,9 @@ SETS: dict[str, Format] = {
         Hub("PKU-Alignment/BeaverTails", "330k_test", "330k_train"),
         distinct=True,
     ),
-    "hh-harmless": Format(_hh, (("chosen", "rejected"),), Hub(HH, "test", data_dir="harmless-base")),
-    "hh-helpful": Format(_hh, (("chosen", "rejected"),), Hub(HH, "test", data_dir="helpful-base")),
-    "red-team-attempts": Format(_red_team, (("transcript",),), Hub(HH, "train", data_dir="red-team-attempts")),
+    "hh-harmless": Format(hh, (("chosen", "rejected"),), Hub(HH, "test", data_dir="harmless-base")),
+    "hh-helpful": Format(hh, (("chosen", "rejected"),), Hub(HH, "test", data_dir="helpful-base")),
+    "red-team-attempts": Format(red_team, (("transcript",),), Hub(HH, "train", data_dir="red-team-attempts")),
     "harmbench": Format(
         _harmbench,
         (("Behavior",),),
@@ -275,12 +232,12 @@ SETS: dict[str, Format] = {
     ),
     "jailbreak-llms": Format(_jailbreak_llms, (("question",),), Hub("TrustAIRLab/forbidden_question_set", "train")),
     "lima": Format(
-        _lima,
+        lima,
         (("conversations",),),
         Hub("GAIR/lima", "train", files=("hf://datasets/GAIR/lima@{revision}/{split}.jsonl",)),
     ),
     "sharegpt": Format(
-        _sharegpt,
+        sharegpt,
         (("messages",), ("conversations",)),
         Hub(SHAREGPT, "train", files=(SHAREGPT_FILE % 1, SHAREGPT_FILE % 2)),
     ),

@@ -5,11 +5,12 @@ all alike (ShareGPT), and HarmBench is published on GitHub.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from snpatch.data.formats import Hub
 from snpatch.data.rows import Columns, Row, check_columns
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line
 
 try:
     import datasets
@@ -38,3 +39,19 @@ def fetch(hub: Hub, columns: Columns, split: str | None, revision: str | None) -
     check_columns(where, table.column_names, columns)
     rows = (Row(where, "row", number, value) for number, value in enumerate(table, start=1))
     return rows, {"hub": hub.id, "split": split, "revision": revision}
+
+
+def read_saved(folder: Path, columns: Columns, split: str | None) -> Iterator[Row]:
+    """Return the rows of a folder that `save_to_disk` wrote; of several splits the one that is asked for."""
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
+        raise SnpatchError(f"{folder}: cannot be read as a saved data set: {first_line(error)}") from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table and (split is not None or len(table) != 1):
+            raise SnpatchError(f"{folder}: holds the splits {', '.join(table)}: choose one with split, got {split}")
+        table = table[split or next(iter(table))]
+    elif split is not None:
+        raise SnpatchError(f"{folder}: split chooses among splits, this is one")
+    check_columns(folder, table.column_names, columns)
+    return (Row(str(folder), "row", number, value) for number, value in enumerate(table, start=1))

@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from snpatch.data.dataset import Dataset, Example, digest
-from snpatch.data.files import find_files, read_rows
-from snpatch.data.formats import SETS, Format, RowError, plain
-from snpatch.data.rows import Row
+from snpatch.data.files import find_files, kind_of, read_rows
+from snpatch.data.formats import SETS, Format, RowError, short
+from snpatch.data.plain import lines, plain
+from snpatch.data.rows import Row, fault
 from snpatch.errors import SnpatchError
+
+SAVED = ("state.json", "dataset_dict.json")  # in a folder that the `datasets` library saved
 
 
 def load(
@@ -23,10 +26,11 @@ def load(
 ) -> Dataset:
     """A data set by its name (see `snpatch.data.SETS`), from the hub; or from a file or a folder of files.
 
-    source: a set's name, or a path: .jsonl, .json, .csv, .parquet, or .txt and .raw (a text), and .gz or .xz of them.
-    format: the set whose published format a file has; None: rows with `prompt` (a text or turns) or `messages`.
+    source: a set's name, or a path: .jsonl, .json, .csv, .parquet, or .txt and .raw (a text), and .gz or .xz of them;
+    a pipe with JSON or CSV; a folder that the `datasets` library saved.
+    format: the set whose published format a file has; None: rows as data.plain reads them, or a prompt on each line.
     split: of a set (its default is in SETS), or the files of a folder with that word in their path.
-    column: the column with the prompt, in place of `prompt`. revision: of a set: a branch, a tag or a commit.
+    column: the column with the prompt; None: the one that can hold it. revision: of a set: a branch, a tag or a commit.
     skip_bad: count bad rows instead of raising SnpatchError with file and line at the first. A file that is broken as
     a whole, a missing column, and a source without a single good row are errors all the same.
     """
@@ -40,13 +44,20 @@ def load(
     else:
         if revision:
             raise SnpatchError(f"{source}: revision is for sets from the hub, this is a path")
-        path, layout = Path(source), _layout(format, column)
+        path, name = Path(source), format or Path(source).name
+        layout = _layout(format, column)
         if not path.exists():
             raise SnpatchError(f"{source}: no such file, nor a set of that name ({', '.join(SETS)})")
-        name = format or path.name
-        files = find_files(path, split)
-        rows = (row for file in files for row in read_rows(file, layout.columns))
-        origin = {"path": str(path), "format": format, "split": split}
+        if any((path / one).is_file() for one in SAVED):
+            from snpatch.data.hub import read_saved
+
+            rows = read_saved(path, layout.columns, split)
+        else:
+            files = find_files(path, split)
+            if (format or column) is None and all(kind_of(file) == ".txt" for file in files):
+                layout = lines()
+            rows = (row for file in files for row in read_rows(file, layout.columns))
+        origin = {"path": str(path), "format": format, "split": split, "column": column}
     return _collect(name, rows, layout, origin, skip_bad)
 
 
@@ -79,9 +90,11 @@ def _collect(name: str, rows: Iterator[Row], layout: Format, origin: dict, skip_
             examples.append(replace(example, meta={**example.meta, "file": row.file, "row": row.number}))
             seen.add(example.prompt[0]["content"] if layout.distinct else None)
     if not examples:
-        raise SnpatchError(f"{name}: holds no prompt ({read} rows, {skipped} of them bad)")
-    no_pair = Counter(e.meta["no_pair"] for e in examples if "no_pair" in e.meta)
-    counts = {"rows": read, "skipped": skipped, "left_out": dict(left_out), "no_pair": dict(no_pair)}
+        why = "".join(f"; {count} left out: {reason}" for reason, count in left_out.items())
+        raise SnpatchError(f"{name}: holds no prompt ({read} rows, {skipped} of them bad){why}")
+    counts = {"rows": read, "skipped": skipped, "left_out": dict(left_out)}
+    for reason in ("no_pair", "left_aside"):
+        counts[reason] = dict(Counter(e.meta[reason] for e in examples if reason in e.meta))
     examples = tuple(examples)
     return Dataset(name, examples, skipped, {**origin, **counts, "sha256": digest(examples)})
 
@@ -89,7 +102,7 @@ def _collect(name: str, rows: Iterator[Row], layout: Format, origin: dict, skip_
 def _example(row: Row, layout: Format) -> Example | str:
     if row.error:
         raise RowError(row.error)
-    if not isinstance(row.value, dict) or not any(set(choice) <= row.value.keys() for choice in layout.columns):
-        wanted = " or ".join(", ".join(choice) for choice in layout.columns)
-        raise RowError(f"wanted an object with {wanted}")
+    is_object = isinstance(row.value, dict)
+    if found := fault(row.value if is_object else (), layout.columns):
+        raise RowError(f"wanted an object with {found if is_object else f'{found}; the row is {short(row.value)}'}")
     return layout.parse(row.value)

@@ -109,6 +109,11 @@ class Geometry:
     dtype: str
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, neurons of a layer)."""
+        return self.n_layers, self.n_neurons
+
+    @property
     def largest(self) -> float:
         """Largest activation that the dtype can hold and that a norm can square in float32."""
         return min(torch.finfo(getattr(torch, self.dtype)).max, torch.finfo(torch.float32).max ** 0.5)

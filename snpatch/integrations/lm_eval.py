@@ -9,14 +9,17 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
 
 from snpatch.config import adapters_of, models_of
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
+from snpatch.models.checkpoint import shape_of
 from snpatch.models.templates import Chat
 from snpatch.patching import spec
 from snpatch.patching.patch import Patch
+from snpatch.ranking.reading import Shape
 from snpatch.sampling import Sampling
 
 try:
@@ -66,7 +69,8 @@ class SnpatchLM(TemplateLM):
         if "model" not in given:
             raise SnpatchError("model_args: model=FOLDER is missing")
         model, (adapters, models) = str(given.pop("model")), _models(given)
-        patch, max_gen_toks = _patch(given), given.pop("max_gen_toks", MAX_GEN_TOKS)
+        shape = partial(shape_of, model, bool(given.get("allow_untested")))
+        patch, max_gen_toks = _patch(given, shape), given.pop("max_gen_toks", MAX_GEN_TOKS)
         engine = Engine(model, adapters, models=models, **{**_placed(**(additional_config or {})), **given})
         made = cls(engine, patch, max_gen_toks)
         weakref.finalize(made, engine.close)
@@ -106,7 +110,8 @@ class SnpatchLM(TemplateLM):
             ids = self.tok_encode(text, add_special_tokens=False)
             cut = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, context_len=1)
             windows.append([(None, *make_disjoint_window(window)) for window in cut])
-        found = iter(self._loglikelihood_tokens([one for text in windows for one in text], disable_tqdm))
+        scored = [one for text in windows for one in text]
+        found = iter(self._loglikelihood_tokens(scored, disable_tqdm) if scored else ())
         return [sum(next(found)[0] for _ in text) for text in windows]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -161,7 +166,7 @@ class SnpatchLM(TemplateLM):
         asked = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         stop, most, is_sampled = (asked.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
         temperature = asked.pop("temperature", 1.0 if is_sampled else 0.0)
-        own = {name: asked.pop(name) for name in SAMPLING if name in asked}
+        own = {name: _whole(asked.pop(name)) for name in SAMPLING if name in asked}
         return Sampling(temperature=temperature, max_tokens=most, stop=tuple(filter(None, stop)), **own, vllm=asked)
 
     def _until(self, ids: Sequence[int], stop: Sequence[str]) -> str:
@@ -202,7 +207,7 @@ def _models(given: dict) -> tuple[dict, dict]:
     return models_of(*kinds)
 
 
-def _patch(given: dict) -> Patch | str:
+def _patch(given: dict, shape: Shape) -> Patch | str:
     """Takes what makes a patch out of the model arguments."""
     recipient = str(given.pop("recipient", "base"))
     donor, ranking, k, where = (given.pop(name, None) for name in ("donor", "ranking", "k", "where"))
@@ -214,7 +219,7 @@ def _patch(given: dict) -> Patch | str:
     if ranking is None or k is None:
         raise SnpatchError("model_args: a donor needs ranking=FILE and k=")
     place = "all" if where is None else str(where)
-    return spec.from_text(recipient, str(donor), ranking, str(k), place, strength=strength)
+    return spec.from_text(recipient, str(donor), ranking, str(k), place, strength=strength, shape=shape)
 
 
 def _placed(batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None) -> dict:

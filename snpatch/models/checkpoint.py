@@ -47,6 +47,12 @@ def load_config(model: str | Path, allow_untested: bool):
     return config
 
 
+def shape_of(model: str | Path, allow_untested: bool) -> tuple[int, int]:
+    """(layers, neurons of a layer) of a model, by its config."""
+    config = load_config(model, allow_untested).get_text_config()
+    return config.num_hidden_layers, config.intermediate_size
+
+
 def check_has_weights(model: str | Path) -> None:
     """An error for a local folder without a file of weights; a name from the hub passes."""
     folder = Path(model)

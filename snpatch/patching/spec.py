@@ -15,6 +15,7 @@ from snpatch.errors import SnpatchError, within
 from snpatch.names import SOURCES
 from snpatch.patching.patch import Clause, Constant, Noise, Patch, Scale, Source
 from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.reading import Shape
 from snpatch.ranking.window import Window
 from snpatch.schema import option
 
@@ -70,11 +71,12 @@ def from_text(
     where: str,
     seed: int | None = None,
     strength: float = 1.0,
+    shape: Shape = None,
 ) -> Patch:
-    """A patch from a command line's words. ranking: a file; donor, window, where: see the functions below."""
+    """A patch from a command line's words. ranking, shape: see Ranking.load; donor, window, where: see below."""
     if ranking is None or window is None:
         raise SnpatchError("a donor needs a ranking and a window (k)")
-    loaded = Ranking.load(ranking)
+    loaded = Ranking.load(ranking, shape)
     return Patch(recipient, donor_of(donor, loaded, seed), loaded, window_of(window), where_of(where), strength)
 
 

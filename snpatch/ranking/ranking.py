@@ -9,18 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from snpatch.data.files import kind_of
 from snpatch.errors import SnpatchError
 from snpatch.files import read_checkpoint, read_tensors, write_tensors
 from snpatch.op.plan import NEVER
 from snpatch.ranking import controls
 from snpatch.ranking.methods import METHODS
+from snpatch.ranking.reading import NUMPY, TABLES, TORCH, Shape, array_of, read_neurons
 from snpatch.ranking.statistics import Statistics
 from snpatch.ranking.window import Window
 from snpatch.tensors import FLOATS, check_tensor, check_type, is_finite
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
 
@@ -79,12 +85,16 @@ class Ranking:
     @classmethod
     def from_scores(
         cls,
-        scores: Tensor,  # [L, F]
+        scores: "Tensor | np.ndarray | Sequence[Sequence[float]]",  # [L, F]
         exclude_layers: Sequence[int] = (),
         moments: dict[str, Tensor] | None = None,
         meta: dict | None = None,
     ) -> "Ranking":
-        """Order by score, largest first; equal scores by layer, then neuron. Negative layers count from the end."""
+        """Order by score, largest first; equal scores by layer, then neuron. Negative layers count from the end.
+
+        meta tells under `tied` how many neurons share their score with the one before them, if any does.
+        """
+        scores = array_of(scores, "ranking: scores")
         check_type(scores, "ranking: scores", *FLOATS, torch.float64)
         scores = scores.float()
         if scores.dim() != 2:
@@ -94,11 +104,20 @@ class Ranking:
         order = torch.sort(scores.flatten(), descending=True, stable=True).indices
         order = order[~torch.isin(order // n_neurons, torch.tensor(excluded, dtype=torch.int64))]
         rank = _rank_of(order, scores.shape)
-        return cls(rank, scores, moments or {}, {**(meta or {}), "excluded_layers": excluded})
+        tied = int((scores.flatten()[order].diff() == 0).sum())
+        meta = {**(meta or {}), "excluded_layers": excluded, **({"tied": tied} if tied else {})}
+        return cls(rank, scores, moments or {}, meta)
 
     @classmethod
-    def from_order(cls, order: Tensor, shape: tuple[int, int], meta: dict | None = None, **kept) -> "Ranking":
+    def from_order(
+        cls,
+        order: "Tensor | np.ndarray | Sequence[Sequence[int]]",  # [n, 2]
+        shape: tuple[int, int],
+        meta: dict | None = None,
+        **kept,
+    ) -> "Ranking":
         """From neurons [n, 2] of (layer, neuron), best first, in a model of `shape` (L, F)."""
+        order = array_of(order, "ranking: order")
         if order.numel():
             check_type(order, "ranking: order", torch.int64, torch.int32, torch.int16)
         order = order.long()
@@ -212,8 +231,38 @@ class Ranking:
         write_tensors(path, tensors, kind="ranking", meta=self.meta)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Ranking":
-        """Read what `save` wrote."""
+    def load(cls, path: str | Path, shape: Shape = None) -> "Ranking":
+        """Read what `save` wrote, or neurons that others published: see ranking.reading, and from_published for `.pt`.
+
+        shape: (L, F) of the model, or what gives it if it is needed: a list of neurons does not tell it, and of scores
+        the last layers may be missing, which are then not ranked.
+        """
+        path = Path(path)
+        if kind_of(path) not in (*TORCH, *NUMPY, *TABLES):
+            return cls._load_own(path)
+        found, shape = read_neurons(path), shape() if callable(shape) else shape
+        if isinstance(found, tuple):
+            return cls.from_published(path, shape and shape[0])
+        shape, meta = shape or found.shape, {"imported": path.name}
+        if found.scores is not None:
+            return cls._of_scores(found.scores, shape, path, meta)
+        if shape is None:
+            raise SnpatchError(
+                f"{path}: lists neurons, not the model's size: give shape = (layers, neurons of a layer)"
+            )
+        return cls.from_order(found.order, shape, {**meta, **({"tied": found.tied} if found.tied else {})})
+
+    @classmethod
+    def _of_scores(cls, scores: Tensor, shape: tuple[int, int] | None, path: Path, meta: dict) -> "Ranking":
+        n_layers, n_neurons = shape or scores.shape
+        missing = n_layers - len(scores)
+        if missing < 0 or n_neurons != scores.shape[1]:
+            raise SnpatchError(f"{path}: holds scores {list(scores.shape)}, the model is of {[n_layers, n_neurons]}")
+        padded = torch.nn.functional.pad(scores, (0, 0, 0, missing))
+        return cls.from_scores(padded, range(len(scores), n_layers), meta=meta)
+
+    @classmethod
+    def _load_own(cls, path: Path) -> "Ranking":
         tensors, meta = read_tensors(path, kind="ranking")
         unknown = set(tensors) - {"rank", "scores", "sums", "count", *MOMENTS}
         if "rank" not in tensors or unknown:

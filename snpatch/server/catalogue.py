@@ -16,6 +16,7 @@ from snpatch.guard.guard import Guard
 from snpatch.patching import spec
 from snpatch.patching.patch import Constant, Patch
 from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.reading import Shape
 from snpatch.server.asks import Ask, AskForm
 from snpatch.server.config import ServeConfig
 from snpatch.server.errors import MissingError
@@ -48,7 +49,7 @@ class Catalogue:
         self.guards = {name: self._guard(name, file) for name, file in config.guards.items()}
         self._forget()
         for name, file in config.rankings.items():
-            self.add("rankings", name, named_ranking(file))
+            self.add("rankings", name, named_ranking(file, lambda: self.engine.geometry.shape))
         for name, file in config.constants.items():
             self.add("constants", name, Constant.load(file))
         self.patches: dict[str, Ask] = {}
@@ -179,9 +180,9 @@ class Catalogue:
         return guard
 
 
-def named_ranking(file: str | Path) -> Ranking:
-    """A ranking of a file, without what no patch needs of it."""
-    return replace(Ranking.load(file), scores=None, statistics=None)
+def named_ranking(file: str | Path, shape: Shape = None) -> Ranking:
+    """A ranking of a file, without what no patch needs of it. shape: see Ranking.load."""
+    return replace(Ranking.load(file, shape), scores=None, statistics=None)
 
 
 def told_of(one: Ranking | Constant) -> dict:

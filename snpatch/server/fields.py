@@ -4,18 +4,22 @@ Why a list of names: vLLM's request models take any further field and ignore it.
 request declares it, or if the installed client of OpenAI or Anthropic can send it, whatever vLLM makes of it.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from snpatch.errors import MAX_NAME, SnpatchError, nearest
+from snpatch.errors import MAX_NAME, SnpatchError, is_unicode, nearest, shown
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server.asks import AskForm
 
 XARGS = "vllm_xargs"
 CONTENT = ("messages", "prompt", "input", "system", "instructions", "suffix", "tools")  # what a client writes freely
+NAMED = {int: "integer", float: "number", bool: "boolean", str: "string", NoneType: "null"}  # as in JSON
 MAX_DEPTH, MAX_EDITS = 3, 2  # of tables in one another; of a name that was meant to be KEY
 
 
@@ -32,6 +36,22 @@ def check_fields(kind: type[BaseModel], body: Mapping, published: Iterable[str])
             place = name[:MAX_NAME]
             message = f"request: expected a field of this route, got {place!r}. {_hint(name, known)}"
             raise SnpatchError(message, field=place)
+    _check_types(kind, body)
+
+
+def _check_types(kind: type[BaseModel], body: Mapping) -> None:
+    """Raise for a value of another type than its field's, of which vLLM would make one ("5", 3.0, true), and for what
+    is no Unicode, which no tokenizer takes."""
+    for name, (wanted, adapter) in _plain_fields(kind).items():
+        if body.get(name) is not None:  # of null vLLM makes nothing
+            try:
+                adapter.validate_python(body[name], strict=True)
+            except ValidationError as error:
+                message = f"request: {name}: expected {wanted}, got {shown(body[name])}"
+                raise SnpatchError(message, field=name) from error
+    if not is_unicode(json.dumps(body, ensure_ascii=False)):
+        field = next(name for name in body if not is_unicode(json.dumps(body[name], ensure_ascii=False)))
+        raise SnpatchError(f"request: {field}: expected Unicode, got half of a surrogate pair", field=field)
 
 
 def published_fields(kind: type) -> frozenset[str]:
@@ -72,6 +92,30 @@ def _num_edits(a: str, b: str) -> int:
         for j, right in enumerate(b, 1):
             before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (left != right))
     return row[-1]
+
+
+@cache
+def _plain_fields(kind: type[BaseModel]) -> dict[str, tuple[str, TypeAdapter]]:
+    """The type of each field that holds numbers, texts, flags or lists of them: its name, and what checks it."""
+    declared = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
+    return {name: (_named(hint), TypeAdapter(hint)) for name, hint in declared.items() if _is_plain(hint)}
+
+
+def _named(hint: object) -> str:
+    parts = get_args(hint)
+    if get_origin(hint) is Annotated:
+        return _named(parts[0])
+    if get_origin(hint) is list:
+        return f"a list of {_named(parts[0])}"
+    return " or ".join(map(_named, parts)) if parts else NAMED[hint]
+
+
+def _is_plain(hint: object) -> bool:
+    if get_origin(hint) is Annotated:
+        return _is_plain(get_args(hint)[0])
+    if get_origin(hint) in (list, Union, UnionType):
+        return all(map(_is_plain, get_args(hint)))
+    return hint in NAMED
 
 
 @cache

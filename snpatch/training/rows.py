@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from types import MappingProxyType
 
+from snpatch.data.dataset import Rows
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import ROLES
 from snpatch.training.settings import DpoSettings, TrainSettings
@@ -22,6 +24,11 @@ class Counts:
     rows: int
     cut: int = 0
     left_out: Counter = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, rows: int, before: Mapping[str, int]) -> "Counts":
+        """Of rows that are looked at, and of those that were left out before, reason -> rows."""
+        return cls(rows + sum(before.values()), left_out=Counter(before))
 
     @property
     def told(self) -> list[str]:
@@ -38,12 +45,19 @@ class Counts:
             )
 
 
-def conversations(dataset, settings: TrainSettings, context: int) -> tuple[object, Counts]:
+def left_out_of(rows: Sequence[Mapping]) -> dict[str, int]:
+    """How many rows of a data set made none of these, by reason."""
+    return dict(rows.left_out) if isinstance(rows, Rows) else {}
+
+
+def conversations(
+    dataset, settings: TrainSettings, context: int, before: Mapping[str, int] = MappingProxyType({})
+) -> tuple[object, Counts]:
     """A tokenized dataset (`input_ids`, `labels`), cut at max_length and without rows that have no label then.
 
-    context: the longest sequence that the model was made for; a longer row is an error.
+    context: the longest sequence that the model was made for; a longer row is an error. before: see Counts.of.
     """
-    counts = Counts(len(dataset))
+    counts = Counts.of(len(dataset), before)
     limit = settings.max_length
     kept = []
     for index, (ids, labels) in enumerate(_columns(dataset, "input_ids", "labels")):
@@ -60,12 +74,14 @@ def conversations(dataset, settings: TrainSettings, context: int) -> tuple[objec
     return dataset, counts
 
 
-def pairs(dataset, rows: int, settings: DpoSettings, context: int) -> tuple[object, Counts]:
+def pairs(
+    dataset, rows: int, settings: DpoSettings, context: int, before: Mapping[str, int] = MappingProxyType({})
+) -> tuple[object, Counts]:
     """A tokenized dataset (`prompt_ids`, `chosen_ids`, `rejected_ids`) without pairs that teach nothing.
 
-    rows: how many there were before TRL dropped those whose prompt alone fills max_length. context: see above.
+    rows: how many there were before TRL dropped those whose prompt alone fills max_length. context, before: see above.
     """
-    counts = Counts(rows)
+    counts = Counts.of(rows, before)
     if dropped := rows - len(dataset):
         counts.left_out[f"prompt not shorter than max_length = {settings.max_length} tokens"] = dropped
     kept, end = [], dataset[0]["prompt_ids"][-1:] if len(dataset) else []

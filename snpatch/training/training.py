@@ -33,6 +33,7 @@ from jinja2 import TemplateError
 from matplotlib.figure import Figure
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from snpatch.data.dataset import Rows
 from snpatch.environment import describe
 from snpatch.errors import SnpatchError, first_line
 from snpatch.files import check_writable, write_text
@@ -80,8 +81,9 @@ def train_sft(
 ) -> dict:
     """Train on conversations and save to `out`: an adapter in PEFT's format, or with peft = none a checkpoint.
 
-    model: folder, name or name@revision. messages: rows {"messages": [{"role", "content"}, ...]}; the loss covers the
-    assistant's tokens and EOS only. watch: is told of each step. save_every: steps between checkpoints. report_to:
+    model: folder, name or name@revision. messages: rows {"messages": [{"role", "content"}, ...]}, as
+    `Dataset.conversations` gives them with a count of what it left out; the loss covers the assistant's tokens and EOS
+    only. watch: is told of each step. save_every: steps between checkpoints. report_to:
     transformers' integrations (wandb, tensorboard, ...).
 
     `out` may hold the very same training: one that is done is not done again, one that was interrupted goes on from its
@@ -113,9 +115,11 @@ def train_sft(
     first = messages[0]["messages"]
     asked_first = first[: next((i for i, turn in enumerate(first) if turn["role"] == "assistant"), len(first))]
     rows.check_read_alike(template.ids, asked_first, trainer.train_dataset[0]["input_ids"])
-    trainer.train_dataset, counts = rows.conversations(trainer.train_dataset, settings, _context(network))
+    trainer.train_dataset, counts = rows.conversations(
+        trainer.train_dataset, settings, _context(network), rows.left_out_of(messages)
+    )
     trainer.add_callback(LossWatch(watch))
-    return _run(trainer, model, out, asked, settings, counts, template, {})
+    return _run(trainer, model, out, asked, messages, settings, counts, template, {})
 
 
 def train_dpo(
@@ -162,9 +166,11 @@ def train_dpo(
     net.freeze_reference(trainer.model, start)
     if len(trainer.train_dataset):
         rows.check_read_alike(template.ids, trainer.train_dataset[0]["prompt"], trainer.train_dataset[0]["prompt_ids"])
-    trainer.train_dataset, counts = rows.pairs(trainer.train_dataset, len(preferences), settings, _context(network))
+    trainer.train_dataset, counts = rows.pairs(
+        trainer.train_dataset, len(preferences), settings, _context(network), rows.left_out_of(preferences)
+    )
     trainer.add_callback(LossWatch(watch, first=math.log(2)))
-    return _run(trainer, model, out, asked, settings, counts, template, start)
+    return _run(trainer, model, out, asked, preferences, settings, counts, template, start)
 
 
 def is_done(out: Path) -> bool:
@@ -204,12 +210,13 @@ def _asked(kind: str, model: str | Path, sft: Path | None, data: Sequence[Mappin
     digest = hashlib.sha256()
     for row in data:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    left_out = {"left_out": found} if (found := rows.left_out_of(data)) else {}
     return {
         "kind": kind,
         "model": digest_of_checkpoint(model),
         "tokenizer": digest_of_tokenizer_files(folder_of(model)),
         "sft": sft and digest_of_adapter(sft),
-        "data": {"rows": len(data), "sha256": digest.hexdigest()},
+        "data": {"rows": len(data), "sha256": digest.hexdigest(), **left_out},
         "settings": json.loads(json.dumps(asdict(settings))),
     }
 
@@ -353,6 +360,7 @@ def _run(
     model: str | Path,
     out: Path,
     asked: dict,
+    data: Sequence[Mapping],
     settings: TrainSettings,
     counts: rows.Counts,
     template,
@@ -403,7 +411,7 @@ def _run(
         if state.is_main_process:
             network = trainer.accelerator.unwrap_model(trainer.model)
             net.save(network, out, trainer.processing_class, template, start, model)
-            files.write(_report(asked, figures, counts, table), out)
+            files.write(_report(asked, data, figures, counts, table), out)
             shutil.rmtree(out / CHECKPOINTS)
         state.wait_for_everyone()
         return figures
@@ -421,7 +429,7 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _report(asked: dict, figures: dict, counts: rows.Counts, table: list[dict]) -> Report:
+def _report(asked: dict, data: Sequence[Mapping], figures: dict, counts: rows.Counts, table: list[dict]) -> Report:
     """The run as a table of its steps, with a plot."""
     last = table[-1]
     told = [f"{asked['kind']}: {figures['steps']} steps, loss {table[0]['loss']:.4f} -> {last['loss']:.4f}"]
@@ -432,7 +440,8 @@ def _report(asked: dict, figures: dict, counts: rows.Counts, table: list[dict]) 
     if figures["moved"] < 0.5:
         told.append(f"only {figures['moved']:.1%} of the trained numbers differ from the start's as they are saved")
     shown = View.of([figures], {name: name for name in figures if name not in ("left_out", "still")})
-    provenance = {"asked": asked, "figures": figures, **describe()}
+    source = {"source": data.source} if isinstance(data, Rows) else {}
+    provenance = {"asked": asked, "figures": figures, **source, **describe()}
     return Report(RECORD, {RECORD: table}, {RECORD: _plot(table)}, shown, [*told, *counts.told], provenance)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from snpatch import __version__
 from snpatch.data import Chat, Dataset
 from snpatch.engine import Engine
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, one_line
 from snpatch.executors.base import Progress
 from snpatch.files import file_stem
 from snpatch.judges.opening import is_model, open_judge
@@ -145,8 +145,8 @@ class Lab:
             raise SnpatchError(f"no set named {name!r}: the world has {', '.join(self.world.sets)}")
         if name not in self._sets:
             data = self.world.sets[name].read(self.world.folder, self._skip_bad)
-            if data.skipped:
-                print(f"{name}: left out {data.skipped} broken rows", file=sys.stderr)
+            for line in data.told:
+                print(one_line(f"{name}: {line}"), file=sys.stderr)
             self._sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
         self._provenance.set(name, self._sets[name])
         return self._sets[name]
@@ -245,7 +245,7 @@ class Lab:
     def _named_ranking(self, name: str, source: str | RankingSource) -> Ranking:
         if isinstance(source, RankingSource):
             return self.ranking(Contrast(source.generator, source.against, source.prompts), source.at)
-        ranking = Ranking.load(source)
+        ranking = Ranking.load(source, lambda: self.engine.geometry.shape)
         self.note_ranking(name, ranking)
         return ranking
 
@@ -266,7 +266,7 @@ class Lab:
                 sampling=Sampling(max_tokens=self.world.contrast_tokens),
                 progress=progress,
             )
-        ranking.meta["key"] = key
+        ranking.meta |= {"key": key, "data": self.data(contrast.prompts).provenance}
         ranking.save(path)
         return ranking
 

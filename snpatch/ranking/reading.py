@@ -1,0 +1,214 @@
+"""Neurons as others publish them: lists and scores in CSV, JSON, NumPy's and torch's files.
+
+Why nothing is guessed: scores name their neurons by place, a list by numbers; integers in two columns are a list of
+(layer, neuron), and what could be either, or has no order, is an error.
+"""
+
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from snpatch.data.files import kind_of, read_rows
+from snpatch.data.rows import Row, named
+from snpatch.errors import SnpatchError, first_line, shown
+from snpatch.files import read_checkpoint
+
+TORCH, NUMPY, TABLES = (".pt", ".pth", ".bin"), (".npy", ".npz"), (".csv", ".json", ".jsonl")
+FIELDS = {  # of a row, in any case
+    "layer": ("layer", "layer_idx", "layer_index", "layer_id"),
+    "neuron": ("neuron", "neuron_idx", "neuron_index", "neuron_id", "feature"),
+    "score": ("score", "change_score", "importance"),
+    "rank": ("rank",),
+}
+WORDS = ("neurons", "order", "ranking", "scores", "rank")  # names of the one value that counts, if it has a name
+WANTED = "wanted (layer, neuron) or (layer, neuron, score) of each neuron, or scores [layers, neurons]"
+MOST_BYTES = 2**31  # of the arrays of a packed NumPy file
+Shape = tuple[int, int] | Callable[[], tuple[int, int]] | None  # (layers, neurons of a layer), or what gives it
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """What a file holds. scores: [L, F] float64, of all neurons; or order: [n, 2] int64 (layer, neuron), best first.
+
+    tied: how many neurons of a list share their score with the one before it. shape: (L, F), where the file tells it.
+    """
+
+    scores: Tensor | None = None
+    order: Tensor | None = None
+    tied: int = 0
+    shape: tuple[int, int] | None = None
+
+
+def read_neurons(path: Path) -> Neurons | tuple:
+    """What a file holds, by its suffix; of a torch file with the paper's six tensors these, as they are.
+
+    A list that has scores is ordered by them, largest first, and by its ranks if it has these (0 or 1 is the best).
+    """
+    kind = kind_of(path)
+    if not path.exists():
+        raise SnpatchError(f"{path}: no such file")
+    if kind in TORCH:
+        found = read_checkpoint(path)
+        if isinstance(found, list | tuple) and len(found) == 6 and all(isinstance(one, Tensor) for one in found):
+            return tuple(found)
+        return _of_value(found, path)
+    if kind in NUMPY:
+        return _of_value(_numpy(path), path)
+    if kind in TABLES:
+        return _of_rows(path)
+    raise SnpatchError(
+        f"{path}: wanted a ranking that snpatch wrote (.safetensors), or one in {', '.join((*TABLES, *NUMPY, *TORCH))}"
+    )
+
+
+def array_of(value: object, name: str) -> Tensor:
+    """A tensor of what may be one, an array, or nested lists of numbers."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf" or _has_flags(value):
+            raise ValueError(f"got {array.dtype}")
+        return torch.from_numpy(array.astype("int64" if array.dtype.kind in "iu" else "float64"))
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise SnpatchError(f"{name}: wanted numbers in a list of equal rows, an array or a tensor: {error}") from error
+
+
+def _has_flags(value: object) -> bool:
+    """Whether a bool stands among the numbers of nested lists, where numpy makes a number of it."""
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_flags, value)))
+
+
+def _numpy(path: Path) -> object:
+    """An array, or a table of arrays; no pickle, and nothing that takes more room than the file says."""
+    try:
+        if kind_of(path) == ".npy":
+            return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+        with zipfile.ZipFile(path) as packed:
+            if (size := sum(entry.file_size for entry in packed.infolist())) > MOST_BYTES:
+                raise ValueError(f"{size} bytes when unpacked, expected at most {MOST_BYTES}")
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in found.files}
+    except Exception as error:  # of a damaged header numpy raises what its tokenizer, ast and zlib do
+        raise SnpatchError(f"{path}: not a NumPy file of plain numbers: {first_line(error)}") from error
+
+
+def _of_value(value: object, path: Path) -> Neurons:
+    """Of an array or tensor, or of a table whose one value that counts is one."""
+    shape = None
+    if isinstance(value, dict):
+        folded = {str(name).lower(): one for name, one in value.items()}
+        if {"layer", "neuron"} <= folded.keys():
+            columns = [folded[name] for name in ("layer", "neuron", "score") if name in folded]
+            return _of_columns([array_of(one, f"{path}: a column").flatten() for one in columns], path)
+        shape = _shape_of(folded.get("shape"), path)
+        names = [name for name in WORDS if name in folded] or [name for name in folded if name != "shape"]
+        if len(names) != 1:
+            lists = [name for name, one in folded.items() if isinstance(one, list | Tensor | np.ndarray)]
+            hint = ". Write one of its lists into a file of its own" if len(lists) > 1 else ""
+            raise SnpatchError(f"{path}: {WANTED}, got a table of {named(folded)}{hint}")
+        value = folded[names[0]]
+    if isinstance(value, dict):
+        raise SnpatchError(f"{path}: {WANTED}, got another table, which has no order")
+    array = array_of(value, str(path))
+    if array.dim() != 2:
+        raise SnpatchError(f"{path}: {WANTED}, got {list(array.shape)}")
+    columns = array.T.unbind() if array.shape[1] in (2, 3) else ()
+    if columns and not array.is_floating_point():
+        return _of_columns(columns, path, shape)
+    if len(columns) == 3 and all(bool((one == one.round()).all()) for one in columns[:2]):
+        return _of_columns(columns, path, shape)
+    if not array.is_floating_point():
+        raise SnpatchError(f"{path}: {WANTED}, got integers {list(array.shape)}")
+    return Neurons(scores=array, shape=shape)
+
+
+def _of_columns(columns: Sequence[Tensor], path: Path, shape: tuple[int, int] | None = None) -> Neurons:
+    """Of layers, neurons and perhaps scores."""
+    if len({len(one) for one in columns}) > 1:
+        raise SnpatchError(f"{path}: columns of different lengths ({', '.join(str(len(one)) for one in columns)})")
+    if any(one.is_floating_point() and not bool((one == one.round()).all()) for one in columns[:2]):
+        raise SnpatchError(f"{path}: a layer or neuron is no whole number")
+    order = torch.stack([one.long() for one in columns[:2]], dim=1)
+    return _sorted(order, columns[2].double(), path, shape) if len(columns) == 3 else Neurons(order=order, shape=shape)
+
+
+def _sorted(order: Tensor, scores: Tensor, path: Path, shape: tuple[int, int] | None = None) -> Neurons:
+    if not bool(torch.isfinite(scores).all()):
+        raise SnpatchError(f"{path}: a score is not finite")
+    scores, places = torch.sort(scores, descending=True, stable=True)
+    return Neurons(order=order[places], tied=int((scores.diff() == 0).sum()), shape=shape)
+
+
+def _of_rows(path: Path) -> Neurons:
+    rows = list(read_rows(path, _fault))
+    only = rows[0].value if len(rows) == 1 else None
+    if isinstance(only, dict) and (_fault(only) or any(isinstance(one, list) for one in only.values())):
+        return _of_value(only, path)
+    if rows and all(isinstance(row.value, list) for row in rows):
+        return _of_value([row.value for row in rows], path)
+    table = [_numbers(row) for row in rows]
+    if not table:
+        raise SnpatchError(f"{path}: holds no neuron")
+    for field in ("rank", "score"):
+        if len({field in row for row in table}) > 1:
+            raise SnpatchError(f"{path}: some rows have a {field}, others have none")
+    order = torch.tensor([[row["layer"], row["neuron"]] for row in table], dtype=torch.int64)
+    if "rank" in table[0]:
+        ranks = torch.tensor([row["rank"] for row in table], dtype=torch.float64)
+        if len(ranks.unique()) != len(ranks):
+            raise SnpatchError(f"{path}: two neurons have one rank")
+        return _sorted(order, -ranks, path)
+    if "score" in table[0]:
+        return _sorted(order, torch.tensor([row["score"] for row in table], dtype=torch.float64), path)
+    return Neurons(order=order)
+
+
+def _numbers(row: Row) -> dict[str, float | int]:
+    """The fields of a row, as numbers; a layer and a neuron are whole."""
+    if row.error or not isinstance(row.value, dict):
+        raise SnpatchError(f"{row.where}: {row.error or f'wanted layer and neuron, got {shown(row.value)}'}")
+    found = {}
+    for field, name in _columns(row.value).items():
+        value, kind = row.value[name], float if field == "score" else int
+        try:
+            if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
+                raise ValueError
+            found[field] = kind(value)
+        except (TypeError, ValueError):
+            wanted = "a number" if kind is float else "a whole number"
+            raise SnpatchError(f"{row.where}: {name}: wanted {wanted}, got {shown(value)}") from None
+    if missing := {"layer", "neuron"} - found.keys():
+        raise SnpatchError(f"{row.where}: {' and '.join(sorted(missing))} is missing")
+    if found.get("score") is not None and not np.isfinite(found["score"]):
+        raise SnpatchError(f"{row.where}: score is not finite")
+    return found
+
+
+def _columns(names: Sequence[str]) -> dict[str, str]:
+    """Which column holds which field."""
+    found = {}
+    for field, spellings in FIELDS.items():
+        for name in names:
+            if str(name).strip().lower().replace(" ", "_") in spellings:
+                found.setdefault(field, name)
+    return found
+
+
+def _fault(names: Sequence[str]) -> str | None:
+    names = list(names)
+    return None if {"layer", "neuron"} <= _columns(names).keys() else f"layer, neuron, got {named(names)}"
+
+
+def _shape_of(value: object, path: Path) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    shape = array_of(value, f"{path}: shape").flatten().tolist()
+    if len(shape) != 2 or not all(isinstance(one, int) and one > 0 for one in shape):
+        raise SnpatchError(f"{path}: shape: wanted [layers, neurons], got {shown(value)}")
+    return tuple(shape)

@@ -1,0 +1,130 @@
+"""What callers hand over: prompts, completions and sampling of any other type than is wanted are one line."""
+
+import collections
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from snpatch.errors import SnpatchError
+from snpatch.executors.base import Geometry
+from snpatch.models.adapters import identity
+from snpatch.models.model import Model, Weights
+from snpatch.models.templates import Template
+from snpatch.requests import Requests
+from snpatch.sampling import Sampling
+
+HALF = "a\ud83d"
+TEXT = tiny.PROMPTS[0]
+
+
+@pytest.fixture(scope="module")
+def requests():
+    tokenizer, widths = tiny.tokenizer(), {"down_proj": 96}
+    model = Model(Weights("m", "d", None, "s", frozenset({2}), 0), identity(3, widths))
+    geometry = Geometry(3, 96, 128, len(tokenizer), widths, "float32")
+    return Requests(tokenizer, [Template("tulu", tokenizer)], geometry, {"base": model})
+
+
+KIND = "wanted a text, a chat .a list of role and content. or a list of token ids"
+IDS = r"token ids must be integers in 0\.\."
+NO_PROMPT = [
+    (b"the cat", KIND), (bytearray(b"a"), KIND), (np.bytes_(b"a"), KIND), ({"the cat": 1}, KIND), (None, KIND),
+    (float("nan"), KIND), (3, KIND), (True, KIND), ({1, 2}, KIND), ((i for i in [1]), KIND), (["a", "b"], KIND),
+    ([[1, 2]], KIND), ([{1}], KIND), (np.array([[1, 2]]), KIND), (torch.tensor(3), KIND), (np.array(["a"]), KIND),
+    (collections.UserDict(role="user", content="a"), KIND), (object(), KIND),
+    ([True, 1], IDS), ([1.0, 2], IDS), ([1, -1], IDS), ([1, None], IDS), ([10**9], IDS), ([b"a"], IDS),
+    ([np.float32(1)], IDS), (np.array([1.0]), IDS), (torch.tensor([1.0]), IDS), (torch.tensor([True]), IDS),
+    (HALF, "holds half of a surrogate pair"),
+    ([{"role": "user", "content": HALF}], "message 0 holds half of a surrogate pair"),
+    ([{"role": "user", "content": [{"type": "text", "text": HALF}]}], "message 0 holds half of a surrogate pair"),
+    ([{"role": HALF, "content": "a"}], "message 0 holds half of a surrogate pair"),
+    ([{"role": "user", "content": None}], "message 0: wanted content"),
+    ([{"role": "user"}], "message 0: wanted content"),
+    ([{"role": "user", "content": 3}], "message 0: wanted content"),
+    ([{"content": "a"}], "message 0: wanted a table with role and content"),
+    ([{"role": "user", "content": "a"}, 3], "message 1: wanted a table with role and content"),
+    ([], "has no tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "message"), NO_PROMPT, ids=lambda one: ascii(one)[:40])
+def test_what_is_no_prompt_is_one_line(requests, prompt, message):
+    with pytest.raises(SnpatchError, match=f"prompt 1,? ?.*{message}") as told:
+        requests.encode([TEXT, prompt], "base")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[5, 6], (5, 6), range(5, 7), np.array([5, 6]), [np.int64(5), np.uint8(6)], torch.tensor([5, 6]),
+     torch.tensor([5, 6], dtype=torch.int32), [torch.tensor(5), torch.tensor(6)]],
+    ids=lambda one: type(one).__name__,
+)  # fmt: skip
+def test_token_ids_of_any_list_of_integers(requests, prompt):
+    assert requests.encode([prompt], "base") == [[5, 6]]
+    assert requests.completions([prompt], 1) == [[5, 6]]
+
+
+def test_texts_and_chats_of_other_types(requests):
+    want = requests.encode([TEXT], "base")
+    for prompts in ([np.str_(TEXT)], (TEXT,), np.array([TEXT]), collections.deque([TEXT])):
+        assert requests.encode(prompts, "base") == want
+    chat = [{"role": "user", "content": TEXT}]
+    for same in (tuple(chat), [collections.UserDict(chat[0])]):
+        assert requests.encode([same], "base") == requests.encode([chat], "base")
+    assert requests.encode(np.array([[5, 6], [6, 5]]), "base") == [[5, 6], [6, 5]]
+
+
+NO_LIST = [TEXT, b"a", {"a": 1}, {"a", "b"}, (x for x in ["a"]), None, 3, float("nan"), iter(["a"])]
+
+
+@pytest.mark.parametrize("given", NO_LIST, ids=lambda one: type(one).__name__)
+def test_what_is_no_list_is_one_line(requests, given):
+    with pytest.raises(SnpatchError, match="prompts must be a list; got "):
+        requests.encode(given, "base")
+    with pytest.raises(SnpatchError, match="completions must be a list; got "):
+        requests.completions(given, 1)
+
+
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [(b"a", "wanted a text or a list of token ids"), (None, "wanted a text"), ({"a": 1}, "wanted a text"),
+     (3, "wanted a text"), ([1.5], IDS), ([True], IDS), (HALF, "half of a surrogate pair")],
+    ids=lambda one: ascii(one)[:40],
+)  # fmt: skip
+def test_what_is_no_completion_is_one_line(requests, completion, message):
+    with pytest.raises(SnpatchError, match=f"completion 1:? .*{message}"):
+        requests.completions([TEXT, completion], 2)
+
+
+WHOLE, NUMBER, FLAG = "wanted a whole number", "wanted a number", "wanted True or False"
+NO_SAMPLING = [
+    *(
+        ({name: value}, WHOLE)
+        for name in ("max_tokens", "min_tokens", "top_k", "n")
+        for value in (None, 3.0, "5", True)
+    ),
+    *(({"seed": value}, WHOLE) for value in (1.5, "3", True, b"1")),
+    *(({name: value}, NUMBER) for name in ("temperature", "top_p") for value in (None, "0.7", True, [1], 1j)),
+    *(({name: value}, FLAG) for name in ("ignore_eos", "logprobs") for value in (None, 1, "yes")),
+    *(({"stop": value}, "wanted a text or a list of texts") for value in (None, b"", 3, [None], {"a"}, [b"a"], HALF)),
+    *(({"vllm": value}, "wanted a mapping") for value in (None, [1], {1: 2})),
+    *(({"temperature": value}, "must be 0 .greedy. or at least") for value in (float("nan"), float("inf"), -1)),
+    ({"top_p": float("nan")}, "must lie in"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), NO_SAMPLING, ids=lambda one: ascii(one)[:40])
+def test_sampling_of_another_type_is_one_line(given, message):
+    (name,) = given
+    with pytest.raises(SnpatchError, match=f"sampling: {name}:? {message}") as told:
+        Sampling(**given)
+    assert told.value.field == name
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = Sampling(temperature=np.float32(0.5), max_tokens=np.int64(5), seed=np.int32(3), top_p=np.float64(1.0))
+    assert given == Sampling(temperature=0.5, max_tokens=5, seed=3)
+    assert [type(v) for v in (given.temperature, given.max_tokens, given.seed)] == [float, int, int]

@@ -1,0 +1,380 @@
+"""Files as they are published, read without flags: which column is the prompt, what is a pair, and what is told."""
+
+import gzip
+import json
+import os
+import threading
+
+import datasets
+import pytest
+from published import behavior, forbidden, talk, turns, write
+
+from snpatch.data import load, read_completions
+from snpatch.errors import SnpatchError
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def answered(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def one(tmp_path, row, **how):
+    (example,) = load(write(tmp_path, "data", ".jsonl", [row]), **how).examples
+    return example
+
+
+PUBLISHED = {  # a row of each file -> its prompt
+    "AdvBench": {"goal": "Make it", "target": "Sure, here is"},
+    "PAIR": {"Original index": 2, "goal": "Make it", "target": "Sure", "behavior": "it", "category": "x"},
+    "JailbreakBench": {"Index": 0, "Goal": "Make it", "Target": "Sure", "Behavior": "It", "Category": "x"},
+    "HarmBench": behavior("Make it", "standard", ""),
+    "StrongREJECT": {"category": "x", "source": "y", "forbidden_prompt": "Make it"},
+    "forbidden_question_set": forbidden(0, "Make it"),
+    "do-not-answer": {"id": 1, "risk_area": "x", "question": "Make it", "GPT4_response": "No"},
+    "XSTest": {"id": 1, "type": "homonyms", "prompt": "Make it", "label": "safe", "focus": "x", "note": ""},
+    "MaliciousInstruct": {"input": "Make it"},
+    "refusal_direction": {"instruction": "Make it", "category": None},
+    "alpaca": {"instruction": "Make it", "input": "", "output": "No"},
+    "wildguardmix": {"prompt": "Make it", "adversarial": False, "response": None, "prompt_harm_label": "harmful"},
+    "BeaverTails": {"prompt": "Make it", "response": "No", "category": {"a": True}, "is_safe": False},
+    "PKU-SafeRLHF": {"prompt": "Make it", "response_0": "a", "response_1": "b", "better_response_id": 1},
+    "ShareGPT": {"id": "a", "conversations": [{"from": "human", "value": "Make it"}, {"from": "gpt", "value": "No"}]},
+    "LIMA": {"conversations": ["Make it", "No"], "source": "x"},
+    "WildChat": {"conversation": turns("Make it", "No"), "language": "English"},
+    "rm-static": {"prompt": talk("Make it") + "\n\nAssistant:", "chosen": "No", "rejected": "Yes", "response": "No"},
+    "hh-rlhf": {"chosen": talk("Make it", "No"), "rejected": talk("Make it", "Yes")},
+    "red team": {"transcript": talk("Make it", "No"), "rating": 1.0},
+    "other letters": {"Forbidden Prompt": "Make it"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_file_is_read_without_flags(tmp_path, name):
+    assert one(tmp_path, PUBLISHED[name]).prompt == user("Make it")
+    if all(isinstance(value, str) for value in PUBLISHED[name].values()):
+        assert load(write(tmp_path, "data", ".csv", [PUBLISHED[name]])).prompts == [user("Make it")]
+        assert load(write(tmp_path, "data", ".parquet", [PUBLISHED[name]])).prompts == [user("Make it")]
+
+
+def test_two_turns_of_a_user_are_not_one_prompt(tmp_path):
+    """MT-bench: the second turn asks about the model's own first answer."""
+    data = load(write(tmp_path, "q", ".jsonl", [{"question_id": 81, "category": "x", "turns": ["Write", "Again"]}]))
+    assert data.prompts == [user("Write")]
+    assert data.told == ["left aside in 1 of 1 rows: user turns after the first"]
+
+
+def test_context_of_harmbench_is_left_aside_and_told(tmp_path):
+    rows = [behavior("Make it", "standard", ""), behavior("Write it", "contextual", "A text")]
+    data = load(write(tmp_path, "h", ".csv", rows))
+    assert data.prompts == [user("Make it"), user("Write it")]
+    assert data.told == ["left aside in 1 of 2 rows: ContextString, the context of a prompt"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Sum it", "input": "1 2", "output": "3"},
+        {"instruction": "Sum it", "context": "1 2", "response": "3"},
+        {"question": "Which?", "choices": ["a", "b"], "answer": 0},
+        {"system": "Be rude", "question": "Who?", "chosen": "I", "rejected": "You"},
+        {"prompt": "Who?", "system_prompt": "Be rude"},
+    ],
+    ids=lambda row: ",".join(row),
+)
+def test_what_may_belong_to_the_prompt_is_not_dropped(tmp_path, row):
+    field = next(name for name in ("instruction", "question", "prompt") if name in row)
+    with pytest.raises(SnpatchError, match=rf"line 1: \w+ stands beside {field} .* --column {field}"):
+        one(tmp_path, row)
+    assert one(tmp_path, row, column=field).prompt == user(row[field])
+
+
+def test_columns_that_are_there_are_told(tmp_path):
+    row = {"a": "x", "b": "y"}
+    for kind in (".jsonl", ".json", ".csv", ".parquet"):
+        path = write(tmp_path, "data", kind, [row])
+        with pytest.raises(SnpatchError, match=r"wanted .*prompt or messages, got a, b\. Name the prompt's column"):
+            load(path)
+        with pytest.raises(SnpatchError, match=r"wanted .* goal, got a, b"):
+            load(path, column="goal")
+        assert load(path, column="b").prompts == [user("y")]
+    with pytest.raises(SnpatchError, match="one prompt, got goal, question, each of which may be it"):
+        load(write(tmp_path, "two", ".csv", [{"goal": "x", "question": "y"}]))
+    with pytest.raises(SnpatchError, match="one prompt, got Prompt, prompt, each"):
+        one(tmp_path, {"Prompt": "x", "prompt": "y"})
+
+
+def test_text_with_a_prompt_on_each_line(tmp_path):
+    path = tmp_path / "p.TXT"
+    path.write_text("Make it\n\n  Do it \n")
+    data = load(path)
+    assert data.prompts == [user("Make it"), user("Do it")]
+    assert data.told == ["left out 1 of 3 rows: a blank line"]
+    assert data.examples[1].meta["row"] == 3
+    (tmp_path / "p.json").write_text('["Make it",\n "Do it"]')
+    assert load(tmp_path / "p.json").prompts == data.prompts
+
+
+# ---- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def dialogue(*said):
+    return turns(*said)
+
+
+PAIRS = {
+    "texts": {"prompt": "Q", "chosen": "A", "rejected": "B"},
+    "answers as turns": {"prompt": "Q", "chosen": answered("A"), "rejected": answered("B")},
+    "UltraFeedback": {"prompt": "Q", "prompt_id": "1", "chosen": turns("Q", "A"), "rejected": turns("Q", "B"),
+                      "messages": turns("Q", "A"), "score_chosen": 8.5, "score_rejected": 1.0},
+    "TRL with prompt": {"prompt": user("Q"), "chosen": answered("A"), "rejected": answered("B")},
+    "TRL implicit": {"chosen": turns("Q", "A"), "rejected": turns("Q", "B")},
+    "transcripts": {"chosen": talk("Q", "A"), "rejected": talk("Q", "B")},
+    "transcripts with prompt": {"prompt": "Q", "chosen": talk("Q", "A"), "rejected": talk("Q", "B")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_as_published(tmp_path, name):
+    data = load(write(tmp_path, "p", ".jsonl", [PAIRS[name]]))
+    assert data.prompts == [user("Q")]
+    assert data.pairs() == [{"prompt": user("Q"), "chosen": answered("A"), "rejected": answered("B")}]
+    assert data.told == []
+
+
+def test_common_beginning_of_longer_conversations_is_taken_off_as_trl_does(tmp_path):
+    from trl import extract_prompt
+
+    begin = [SYSTEM, *turns("Q", "A", "R")]
+    row = {"chosen": begin + answered("C"), "rejected": begin + answered("D")}
+    data = load(write(tmp_path, "p", ".jsonl", [row]))
+    assert (
+        data.pairs() == [extract_prompt(row)] == [{"prompt": begin, "chosen": answered("C"), "rejected": answered("D")}]
+    )
+    for prompt, wanted in (("Q", begin), (begin, begin), (user("Q"), begin)):
+        example = one(tmp_path, {"prompt": prompt, **row})
+        assert example.asked == wanted
+    with pytest.raises(SnpatchError, match="line 1: chosen and rejected do not both begin with the prompt"):
+        one(tmp_path, {"prompt": "another", **row})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "why"),
+    [
+        (turns("Q", "A"), turns("Q", "A"), "both answers are the same"),
+        (turns("Q", ""), turns("Q", "A"), "an answer is empty"),
+        (turns("Q", "A", "R", "B"), turns("Q", "X", "R", "C"), "the texts differ before the last turn"),
+        (turns("Q", "A", "R", "B"), turns("Q", "X"), "the texts differ before the last turn"),
+    ],
+)
+def test_conversations_without_a_pair_are_counted(tmp_path, chosen, rejected, why):
+    rows = [PAIRS["TRL implicit"], {"chosen": chosen, "rejected": rejected}]
+    data = load(write(tmp_path, "p", ".jsonl", rows))
+    assert data.prompts == [user("Q")] * 2
+    assert data.source["no_pair"] == {why: 1}
+    assert dict(data.pairs().left_out) == {why: 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"chosen": turns("Q", "A"), "rejected": turns("P", "B")},
+            "begin with different turns, and there is no prompt",
+        ),
+        ({"chosen": "A", "rejected": "B"}, "chosen and rejected hold no prompt"),
+        ({"chosen": turns("Q", "A"), "rejected": "B"}, "must be of one form"),
+        (
+            {"prompt": "Q", "chosen": turns("Q", "A", "R"), "rejected": "B"},
+            "chosen must be a text or one assistant turn",
+        ),
+        ({"prompt": "P", "chosen": turns("Q", "A"), "rejected": turns("Q", "B")}, "do not both begin with the prompt"),
+        ({"prompt": "P", "messages": turns("Q", "A")}, "messages begin with another text than prompt"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_errors_with_their_line(tmp_path, row, message):
+    with pytest.raises(SnpatchError, match=f"data.jsonl, line 1: .*{message}"):
+        one(tmp_path, row)
+
+
+def test_conversation_beside_a_prompt_is_what_is_trained_on(tmp_path):
+    """ultrachat: prompt is the first question, messages the whole conversation."""
+    row = {"prompt": "Q", "prompt_id": "1", "messages": turns("Q", "A", "R", "B")}
+    data = load(write(tmp_path, "u", ".jsonl", [row]))
+    assert data.prompts == [user("Q")]
+    assert data.conversations() == [{"messages": turns("Q", "A", "R", "B")}]
+
+
+# ---- rows are counted -----------------------------------------------------------------------------------------------
+
+
+def test_pairs_without_an_answer_are_counted(tmp_path):
+    rows = [
+        {"prompt": "a", "chosen": "x", "rejected": "y"},
+        {"prompt": "b", "chosen": "x"},
+        {"prompt": "c", "chosen": "", "rejected": "y"},
+        {"prompt": "d", "chosen": None, "rejected": None},
+    ]
+    data = load(write(tmp_path, "p", ".jsonl", rows))
+    whys = {"no rejected answer": 1, "no chosen answer": 1, "no chosen and rejected answer": 1}
+    assert data.source["no_pair"] == whys
+    assert data.told == [f"1 of 4 rows have a prompt and no pair: {why}" for why in whys]
+    pairs = data.pairs()
+    assert (len(pairs), dict(pairs.left_out), pairs.source["rows"]) == (1, whys, 4)
+    with pytest.raises(
+        SnpatchError, match=r"has no pairs of a chosen and a rejected answer \(1 rows: no rejected answ"
+    ):
+        load(write(tmp_path, "p", ".jsonl", rows[1:])).pairs()
+
+
+@pytest.mark.parametrize("labels", [(True, False), ("True", "False"), (1, 0), ("1", "0")])
+def test_answers_that_are_labelled_bad_are_not_trained_on(tmp_path, labels):
+    """KTO's form."""
+    good, bad = ({"prompt": p, "completion": c, "label": n} for p, c, n in zip("ab", "xy", labels, strict=True))
+    rows = [good, bad, {"prompt": "c"}]
+    data = load(write(tmp_path, "kto", ".jsonl", rows))
+    assert data.prompts == [user("a"), user("b"), user("c")]
+    said = data.conversations()
+    assert said == [{"messages": turns("a", "x")}]
+    assert dict(said.left_out) == {"no answer but one that is labelled bad": 1, "no answer": 1}
+
+
+def test_other_labels_say_nothing_of_an_answer(tmp_path):
+    assert one(tmp_path, {"prompt": "a", "response": "x", "label": 0}).response == "x"
+    assert one(tmp_path, {"prompt": "a", "response": "x", "label": "safe"}).response == "x"
+
+
+def test_rows_are_chosen_by_what_json_calls_a_value(tmp_path):
+    rows = [{"prompt": p, "is_safe": safe, "n": n} for p, safe, n in (("a", True, 1), ("b", False, 2))]
+    data = load(write(tmp_path, "b", ".jsonl", rows))
+    assert data.where("is_safe", "true").prompts == data.where("n", "1").prompts == [user("a")]
+    with pytest.raises(SnpatchError, match="no example has a column safe: there are is_safe, n"):
+        data.where("safe", "true")
+
+
+# ---- completions of prompts -----------------------------------------------------------------------------------------
+
+
+def test_completions_must_be_those_of_their_prompts(tmp_path):
+    words = ("one", "two", "three", "four")
+    path = write(tmp_path, "c", ".jsonl", [{"prompt": w, "completion": f"answer to {w}"} for w in words])
+    chats = [user(w) for w in words]
+    assert read_completions(path, None, chats) == [f"answer to {w}" for w in words]
+    assert read_completions(path, 2, chats[:2]) == ["answer to one", "answer to two"]
+    shifted = [chats[0], *chats[2:]]
+    with pytest.raises(SnpatchError, match=r"c\.jsonl, line 2: wanted the completion of the prompt 'three', .* 'two'"):
+        read_completions(path, 3, shifted)
+    with pytest.raises(SnpatchError, match=r"c\.jsonl: 3 prompts and 4 completions"):
+        read_completions(path, None, chats[:3])
+    with pytest.raises(SnpatchError, match="5 prompts and 4 completions"):
+        read_completions(path, None, [*chats, user("five")])
+
+
+def test_completions_of_conversations_are_compared_by_turns(tmp_path):
+    chat = turns("Q", "A", "R")
+    for row in (
+        {"messages": chat, "completion": "B"},
+        {"messages": [*chat, *answered("B")], "completion": "B"},
+        {"prompt": "R", "completion": "B"},  # as `snpatch generate` writes it
+        {"prompt": chat, "completion": "B"},
+        {"prompt": talk("Q", "A", "R"), "completion": "B"},
+        {"completion": "B"},
+    ):
+        assert read_completions(write(tmp_path, "c", ".jsonl", [row]), None, [chat]) == ["B"]
+    for row in ({"prompt": "Q", "completion": "B"}, {"messages": turns("Q", "X", "R"), "completion": "B"}):
+        with pytest.raises(SnpatchError, match="line 1: wanted the completion of the prompt 'R'"):
+            read_completions(write(tmp_path, "c", ".jsonl", [row]), None, [chat])
+    with pytest.raises(SnpatchError, match="line 1: prompt must be a text that is not empty, got 7"):
+        read_completions(write(tmp_path, "c", ".jsonl", [{"prompt": 7, "completion": "B"}]), None, [chat])
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+LINES = b'{"prompt": "a"}\n{"prompt": "b"}\n'
+AB = [user("a"), user("b")]
+
+
+@pytest.mark.parametrize("content", [LINES, json.dumps([{"prompt": "a"}, {"prompt": "b"}]).encode(), b"prompt\na\nb\n"])
+def test_pipes_are_read(tmp_path, content):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(content,))
+    writer.start()
+    assert load(path).prompts == AB
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.JSONL", LINES),
+        ("p.CSV", b"prompt\na\nb\n"),
+        ("p.JSONL.GZ", gzip.compress(LINES)),
+        ("p.json", json.dumps({"data": [{"prompt": "a"}, {"prompt": "b"}]}).encode()),
+        ("p.json", json.dumps({"version": "1", "rows": [{"prompt": "a"}, {"prompt": "b"}]}, indent=2).encode()),
+        ("p.json", json.dumps({"prompts": ["a", "b"]}).encode()),
+    ],
+)
+def test_files_of_other_shapes(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert load(tmp_path / name).prompts == AB
+
+
+def test_one_object_on_several_lines_is_a_row(tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps({"messages": turns("a", "b")}, indent=2))
+    assert load(tmp_path / "p.json").conversations() == [{"messages": turns("a", "b")}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns("a", "b")}))
+    assert load(tmp_path / "p.jsonl").conversations() == [{"messages": turns("a", "b")}]
+
+
+def test_first_row_that_is_broken_is_one_row(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "half\n' + LINES)
+    with pytest.raises(SnpatchError, match=r"p\.jsonl, line 1: not JSON"):
+        load(tmp_path / "p.jsonl")
+    data = load(tmp_path / "p.jsonl", skip_bad=True)
+    assert (data.prompts, data.skipped, data.examples[1].meta["row"]) == (AB, 1, 3)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.txt", "p.parquet", "p.json"])
+def test_what_is_no_data_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(SnpatchError, match="a pointer of Git LFS, not the data"):
+        load(path)
+    path.write_bytes('{"prompt": "a"}'.encode("utf-16"))
+    with pytest.raises(SnpatchError, match="UTF-16, wanted UTF-8"):
+        load(path)
+
+
+def test_folders_that_datasets_saved(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+    rows.save_to_disk(tmp_path / "one")
+    assert load(tmp_path / "one").prompts == AB
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "two")
+    assert load(tmp_path / "two", split="test").prompts == AB[1:]
+    with pytest.raises(SnpatchError, match="two: holds the splits train, test: choose one with split"):
+        load(tmp_path / "two")
+    with pytest.raises(SnpatchError, match="one: wanted the columns goal, got prompt"):
+        load(tmp_path / "one", column="goal")
+
+
+def test_bytes_of_a_table_are_no_text(tmp_path):
+    with pytest.raises(SnpatchError, match=r"row 1: prompt must be a text that is not empty, got b'a'"):
+        load(write(tmp_path, "p", ".parquet", [{"prompt": b"a"}]))
+
+
+def test_real_hh_file_is_read_without_a_format(tmp_path):
+    """The form of hh-rlhf's own files, with the rows that have no pair."""
+    rows = [
+        {"chosen": talk("a", "b"), "rejected": talk("a", "c")},
+        {"chosen": talk("a", "b", "c", "d"), "rejected": talk("a", "x", "c", "y")},
+        {"chosen": talk("a", "b"), "rejected": talk("a", "")},
+    ]
+    path = write(tmp_path, "hh", ".jsonl", rows)
+    by_name, own = load(path, format="hh-harmless"), load(path)
+    assert own.digest == by_name.digest
+    assert own.source["no_pair"] == by_name.source["no_pair"]

@@ -1,0 +1,217 @@
+"""Rankings from files that others publish, and from lists and arrays: the same neurons, or one line."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from snpatch.errors import SnpatchError
+from snpatch.ranking.ranking import Ranking
+
+SHAPE = (3, 4)
+ORDER = [[1, 2], [0, 3], [2, 0]]
+SCORES = torch.tensor([[0.1, 0.9, 0.3, 0.4], [0.8, 0.2, 0.7, 0.5]])
+BY_SCORE = [[0, 1], [1, 0], [1, 2]]
+
+
+def table(rows, header="layer,neuron"):
+    return f"{header}\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
+
+
+def saved(path, value):
+    """A file by its suffix."""
+    if path.suffix == ".npy":
+        np.save(path, value)
+    elif path.suffix == ".npz":
+        np.savez(path, **value)
+    elif path.suffix == ".pt":
+        torch.save(value, path)
+    elif isinstance(value, bytes):
+        path.write_bytes(value)
+    else:
+        path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+NAMED = [{"Layer": layer, "Neuron": neuron} for layer, neuron in ORDER]
+LISTS = {
+    "csv": ("r.csv", table(ORDER)),
+    "csv with a mark and an index": ("r.CSV", "\ufeff" + table([("i", *o) for o in ORDER], ",Layer,neuron_idx")),
+    "csv packed": ("r.csv.gz", gzip.compress(table(ORDER).encode())),
+    "csv by score": ("r.csv", table([(2, 0, 0.1), (1, 2, 0.9), (0, 3, 0.5)], "layer,neuron,score")),
+    "csv by rank": ("r.csv", table([(2, 0, 3), (1, 2, 1), (0, 3, 2)], "layer,neuron,rank")),
+    "json pairs": ("r.json", ORDER),
+    "json triples": ("r.json", [[2, 0, 0.1], [1, 2, 0.9], [0, 3, 0.5]]),
+    "json objects": ("r.json", NAMED),
+    "json lines": ("r.jsonl", "".join(json.dumps(one) + "\n" for one in NAMED)),
+    "json table": ("r.json", {"neurons": ORDER, "shape": SHAPE}),
+    "json table of objects": ("r.json", {"model": "x", "neurons": NAMED}),
+    "json as apple has it": ("r.json", [{"gradient_rank": i, "layer": n, "feature": f, "score": 1.0 / (1 + i)}
+                                        for i, (n, f) in enumerate(ORDER)]),
+    "json columns": ("r.json", {"layer": [1, 0, 2], "neuron": [2, 3, 0]}),
+    "npy": ("r.npy", np.array(ORDER, dtype=np.uint16)),
+    "npz": ("r.npz", {"order": np.array(ORDER)}),
+    "npz columns": ("r.npz", {"layer": np.array([2, 1, 0]), "neuron": np.array([0, 2, 3]),
+                              "score": np.array([0.1, 0.9, 0.5])}),
+    "torch": ("r.pt", torch.tensor(ORDER)),
+    "torch list": ("r.pt", ORDER),
+    "torch table": ("r.pt", {"neurons": torch.tensor(ORDER)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_list_of_neurons(tmp_path, name):
+    file, value = LISTS[name]
+    path = saved(tmp_path / file, value)
+    ranking = Ranking.load(path, SHAPE)
+    assert ranking.top(3).tolist() == ORDER
+    assert (len(ranking), ranking.shape, ranking.meta["imported"]) == (3, SHAPE, file)
+    assert Ranking.load(path, lambda: SHAPE).digest == ranking.digest
+
+
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        ("s.npy", SCORES.numpy()),
+        ("s.npy", SCORES.numpy().astype(np.float16)),
+        ("s.npz", {"scores": SCORES.numpy(), "shape": np.array([2, 4])}),
+        ("s.json", SCORES.tolist()),
+        ("s.json", {"scores": SCORES.tolist()}),
+        ("s.pt", SCORES.bfloat16()),
+        ("s.pt", {"scores": SCORES}),
+    ],
+)
+def test_scores_of_all_neurons(tmp_path, file, value):
+    path = saved(tmp_path / file, value)
+    assert Ranking.load(path).top(3).tolist() == BY_SCORE
+    padded = Ranking.load(path, SHAPE)  # as published, the last layers are missing
+    assert (padded.top(3).tolist(), padded.shape, len(padded)) == (BY_SCORE, SHAPE, 8)
+    assert padded.meta["excluded_layers"] == [2]
+    for shape in ((1, 4), (2, 5)):
+        with pytest.raises(SnpatchError, match=r"holds scores \[2, 4\], the model is of"):
+            Ranking.load(path, shape)
+
+
+def test_published_tensors_and_own_files_are_read_by_the_same_call(tmp_path):
+    order = torch.tensor(BY_SCORE)
+    saved(tmp_path / "p.pt", (SCORES, order, SCORES, SCORES, SCORES, SCORES))
+    ranking = Ranking.load(tmp_path / "p.pt", SHAPE)
+    assert (ranking.top(3).tolist(), ranking.shape) == (BY_SCORE, SHAPE)
+    assert set(ranking.moments) == {"donor_mean", "donor_std", "recipient_mean", "recipient_std"}
+    ranking.save(tmp_path / "own.safetensors")
+    assert Ranking.load(tmp_path / "own.safetensors", SHAPE).digest == ranking.digest
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "message"),
+    [
+        ("r.csv", "a,b\n1,2\n", r"r\.csv: wanted the columns layer, neuron, got a, b"),
+        ("r.csv", table([(0, 1.9)]), r"r\.csv, line 2: neuron: wanted a whole number, got '1.9'"),
+        ("r.csv", table([(0, "x")]), "line 2: neuron: wanted a whole number, got 'x'"),
+        ("r.csv", table([(0, 1, "nan")], "layer,neuron,score"), "line 2: score is not finite"),
+        ("r.csv", table([(0, 1, 1), (0, 2, 1)], "layer,neuron,rank"), "two neurons have one rank"),
+        ("r.csv", table([]), "holds no neuron"),
+        ("r.csv", table([(0, 1), (0, 1)]), "names a neuron twice"),
+        ("r.csv", table([(0, 4)]), r"lies outside \[3, 4\]"),
+        ("r.json", [[0, 1.5], [1, 2]], "wanted .* scores .*|holds scores"),
+        ("r.json", [[0, 1, 2, 3]], "got integers"),
+        ("r.json", [[0, 1], [2]], "wanted numbers in a list of equal rows"),
+        ("r.json", [[0, True]], "wanted numbers"),
+        ("r.json", {"0": [1, 2], "1": [3]}, "got a table of 0, 1"),
+        ("r.json", {"qwen": NAMED, "llama": NAMED}, r"got a table of qwen, llama\. Write one of its lists into a file"),
+        ("r.json", [{"layer": 0, "neuron": 1.9}], "item 1: neuron: wanted a whole number, got 1.9"),
+        ("r.json", [{"layer": 0}], "item 1: neuron is missing|wanted"),
+        ("r.json", "nothing", "not JSON"),
+        ("r.npy", np.array(["a"]), "wanted numbers"),
+        ("r.npy", np.array([{"a": 1}], dtype=object), "not a NumPy file of plain numbers"),
+        ("r.npz", {"a": np.ones(2), "b": np.ones(2)}, "got a table of a, b"),
+        ("r.pt", torch.ones(3), r"got \[3\]"),
+        ("r.pt", "words", "wanted numbers"),
+        ("r.txt", "0 1", r"wanted a ranking that snpatch wrote|not a safetensors file"),
+    ],
+)
+def test_other_files_are_one_line(tmp_path, file, value, message):
+    with pytest.raises(SnpatchError, match=message) as told:
+        Ranking.load(saved(tmp_path / file, value), SHAPE)
+    assert "\n" not in str(told.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+@pytest.mark.parametrize("file", ["r.pt", "r.npy"])
+def test_no_pickle_is_run(tmp_path, capsys, file):
+    saved(tmp_path / file, np.array([Evil()], dtype=object) if file == "r.npy" else Evil())
+    with pytest.raises(SnpatchError):
+        Ranking.load(tmp_path / file)
+    assert capsys.readouterr().out == ""
+
+
+def test_array_that_claims_more_than_its_file_holds_is_one_line(tmp_path):
+    np.save(tmp_path / "r.npy", np.ones((2, 4)))
+    content = (tmp_path / "r.npy").read_bytes()
+    (tmp_path / "r.npy").write_bytes(content.replace(b"(2, 4), }       ", b"(99999999, 99), }"[:16]))
+    with pytest.raises(SnpatchError, match="not a NumPy file"):
+        Ranking.load(tmp_path / "r.npy")
+    (tmp_path / "r.npz").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(SnpatchError, match="not a NumPy file"):
+        Ranking.load(tmp_path / "r.npz")
+
+
+def test_missing_file_and_missing_size(tmp_path):
+    for name in ("r.csv", "r.npy", "r.pt", "r.json", "r.safetensors"):
+        with pytest.raises(SnpatchError, match="no such file"):
+            Ranking.load(tmp_path / name)
+    with pytest.raises(SnpatchError, match=r"r\.csv: lists neurons, not the model's size: give shape"):
+        Ranking.load(saved(tmp_path / "r.csv", table(ORDER)))
+
+
+# ---- lists and arrays -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "order",
+    [ORDER, [tuple(one) for one in ORDER], np.array(ORDER), np.array(ORDER, dtype=np.uint32), torch.tensor(ORDER),
+     torch.tensor(ORDER, dtype=torch.int32), [np.array(one) for one in ORDER]],
+    ids=lambda one: type(one).__name__,
+)  # fmt: skip
+def test_order_of_lists_arrays_and_tensors(order):
+    assert Ranking.from_order(order, SHAPE).top(3).tolist() == ORDER
+
+
+@pytest.mark.parametrize("scores", [SCORES, SCORES.tolist(), SCORES.numpy(), SCORES.numpy().astype(np.float64)])
+def test_scores_of_lists_arrays_and_tensors(scores):
+    ranking = Ranking.from_scores(scores)
+    assert ranking.top(3).tolist() == BY_SCORE
+    assert "tied" not in ranking.meta
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Ranking.from_order([[0, 1.9], [1, 2.0]], SHAPE), r"order: expected .* got torch\.float64"),
+        (lambda: Ranking.from_order(torch.tensor([[0, 1.9]]), SHAPE), r"order: expected .* got torch\.float32"),
+        (lambda: Ranking.from_order([[0, True]], SHAPE), "order: wanted numbers"),
+        (lambda: Ranking.from_order([[0, "1"]], SHAPE), "order: wanted numbers"),
+        (lambda: Ranking.from_order([[0], [1, 2]], SHAPE), "order: wanted numbers"),
+        (lambda: Ranking.from_order(None, SHAPE), "order: wanted numbers"),
+        (lambda: Ranking.from_order([3, 4], SHAPE), r"order must be \[n, 2\]"),
+        (lambda: Ranking.from_scores([0.5, 0.25]), r"scores must be \[layers, neurons\], got \[2\]"),
+        (lambda: Ranking.from_scores(torch.rand(8)), r"scores must be \[layers, neurons\], got \[8\]"),
+        (lambda: Ranking.from_scores([["a"]]), "scores: wanted numbers"),
+        (lambda: Ranking.from_scores(None), "scores: wanted numbers"),
+    ],
+)  # fmt: skip
+def test_what_is_no_order_or_score_is_one_line(make, message):
+    with pytest.raises(SnpatchError, match=message):
+        make()
+
+
+def test_ties_are_told(tmp_path):
+    assert Ranking.from_scores([[1.0, 2.0, 2.0], [2.0, 1.0, 0.0]]).meta["tied"] == 3
+    path = saved(tmp_path / "r.csv", table([(0, 1, 0.5), (0, 2, 0.5)], "layer,neuron,score"))
+    assert Ranking.load(path, SHAPE).meta["tied"] == 1
