@@ -467,7 +467,7 @@ def config_of(made, folder, settings, **options):
     if settings:
         configure(checkpoint, "float16", settings)
     own = EngineConfig.of(checkpoint.folder, None, backend="vllm", **{**SMALL, "dtype": "float16", **options})
-    with starting(TwinLaunch(own, tiny.tokenizer()).engine_args(scales_kv=False)) as (config, end):
+    with starting(TwinLaunch(own, [[tiny.EOS]]).engine_args(scales_kv=False)) as (config, end):
         pass
     end.close()
     return config

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError, shown
+from snpatch.models.digest import folder_of_adapter
 from snpatch.models.peft_files import CONFIG, check_fields, covered, modules_of, read_config, read_tensors, targeted
 from snpatch.tensors import FLOATS, check_tensor
 
@@ -35,6 +36,11 @@ class Scales:
         content = b"".join(self.scale[name].numpy().tobytes() for name in sorted(self.scale))
         return hashlib.sha256(content).hexdigest()[:16]
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether they scale nothing."""
+        return all(bool((vectors == 1).all()) for vectors in self.scale.values())
+
     def stacked(self, other: "Scales") -> "Scales":
         """Both, one after the other: elementwise products."""
         products = {name: self.scale[name] * other.scale[name] for name in self.scale}
@@ -51,15 +57,16 @@ def identity(n_layers: int, widths: dict[str, int]) -> Scales:
 def load_adapters(folders: str | Path | Sequence[str | Path], n_layers: int, widths: dict[str, int]) -> Scales:
     """The product of one adapter folder, or of several stacked in order, for a model of `n_layers` layers.
 
-    widths: for each module that the model has, the width of its IA3 vector. A missing, extra or wrongly
-    shaped tensor, an unknown module or another adapter type is a SnpatchError that names it.
+    folders: or adapters on the hub, see `digest.folder_of_adapter`. widths: for each module that the model has, the
+    width of its IA3 vector. A missing, extra or wrongly shaped tensor, an unknown module or another adapter type is a
+    SnpatchError that names it.
     """
     scales = identity(n_layers, widths)
     folders = [folders] if isinstance(folders, str | Path) else folders
     if not folders:
         raise SnpatchError("an adapter needs at least one folder, got none")
     for folder in folders:
-        scales = scales.stacked(_load_folder(Path(folder), n_layers, widths))
+        scales = scales.stacked(_load_folder(folder_of_adapter(folder), n_layers, widths))
     return scales
 
 

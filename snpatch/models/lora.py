@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError, shown
+from snpatch.models.digest import folder_of_adapter
 from snpatch.models.peft_files import (
     TARGETS,
     by_pattern,
@@ -54,9 +55,13 @@ class Lora:
         return not any(scale and a.any() and b.any() for a, b, scale in self.updates.values())
 
 
-def load_lora(folder: str | Path) -> Lora:
-    """Read a PEFT LoRA folder; a variant whose merge is not W + scale * B A is a SnpatchError that names it."""
-    folder = Path(folder)
+def load_lora(adapter: str | Path) -> Lora:
+    """Read a PEFT LoRA, a folder or one from the hub.
+
+    Raises:
+        SnpatchError: its merge is not W + scale * B A, or the folder is broken; the error names the field or tensor.
+    """
+    folder = folder_of_adapter(adapter)
     config = _read_config(folder)
     sides: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, Tensor] = {}

@@ -70,11 +70,21 @@ class Ranking:
         exclude_layers: Sequence[int] = (),
         meta: dict | None = None,
     ) -> "Ranking":
-        """Order by a score of what a contrast saw; method: a name of METHODS."""
+        """Order by a score of what a contrast saw; method: a name of METHODS.
+
+        Raises:
+            SnpatchError: no neuron that would be ranked differs between the two models, or there is no such method.
+        """
         if method not in METHODS:
             raise SnpatchError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         scores, meta = METHODS[method](statistics), {**(meta or {}), "method": method}
-        return replace(cls.from_scores(scores, exclude_layers, statistics.moments(), meta), statistics=statistics)
+        ranking = cls.from_scores(scores, exclude_layers, statistics.moments(), meta)
+        if statistics.is_pair and not statistics.sums[:, 4].flatten()[ranking._order].any():
+            raise SnpatchError(
+                f"ranking: none of the {len(ranking)} neurons differs between the two models on these texts: they are "
+                "one model, or an adapter changes nothing in the layers that are ranked"
+            )
+        return replace(ranking, statistics=statistics)
 
     @classmethod
     def from_scores(
@@ -131,6 +141,13 @@ class Ranking:
         """Names a window's neurons by content, whatever their order."""
         neurons = self._first(window.hi)[window.lo :].sort().values
         return hashlib.sha256(neurons.numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
+
+    def ties(self, border: int) -> int:
+        """Return how many neurons share one score across a window's border; 0 if none do, or scores are not known."""
+        if self.scores is None or not 0 < border < len(self):
+            return 0
+        scores = self.scores.flatten()[self._order]
+        return int((scores == scores[border]).sum()) if scores[border - 1] == scores[border] else 0
 
     @property
     def provenance(self) -> dict:

@@ -107,6 +107,8 @@ def _complete(args: Namespace, serving: Serving, served: tuple[str, ...]) -> Non
     template = engine.requests.templates[0]
     if not serving.has_own_template and template.name != "tokenizer":
         args.chat_template = template.source
+    if variables := serving.config.engine.chat_template_kwargs:
+        args.default_chat_template_kwargs = {**variables, **(args.default_chat_template_kwargs or {})}
 
 
 def _only_one(setup_server) -> dict:

@@ -4,7 +4,7 @@ Why as much as can be is checked here: vLLM's start takes its time. lifetime.py 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, is_dataclass, replace
 from importlib.metadata import entry_points
 
@@ -16,7 +16,7 @@ from snpatch.executors.base import Geometry
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.settings import TwinSettings
 from snpatch.executors.vllm.worker import plugin
-from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, eos_ids, load_config
+from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, load_config
 from snpatch.models.digest import pinned
 from snpatch.models.model import Model
 
@@ -25,9 +25,9 @@ BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what th
 
 
 class TwinLaunch:
-    """What a twin of a config is started with. geometry is known before it is."""
+    """What a twin of a config is started with. geometry is known before it is. ends: EOS ids of each set of weights."""
 
-    def __init__(self, config: EngineConfig, tokenizer) -> None:
+    def __init__(self, config: EngineConfig, ends: Sequence[Iterable[int]]) -> None:
         versions.check()
         arguments, model = dict(config.vllm), config.model
         own = load_config(model, config.allow_untested)
@@ -38,7 +38,7 @@ class TwinLaunch:
         if arguments.get("load_format") != "dummy":
             check_has_weights(model)
         self.geometry = geometry_of(own, arguments.get("max_model_len"), config.dtype)
-        second, ends = config.second, [eos_ids(model, own, tokenizer)]
+        second = config.second
         if second is not None:
             if config.twin.streams == 1:
                 raise SnpatchError("streams=1: a second set of weights runs in a second stream; start two engines")
@@ -46,7 +46,6 @@ class TwinLaunch:
             other = load_config(name, config.allow_untested)
             if arguments.get("load_format") != "dummy":
                 check_has_weights(name)
-            ends.append(eos_ids(name, other, tokenizer))
             least = {"vocab_size": min(own.vocab_size, other.vocab_size)}
             if "max_model_len" not in arguments:
                 least["context"] = min(self.geometry.context, other.max_position_embeddings)
