@@ -141,6 +141,11 @@ def are_equal(one: nn.Module, other: nn.Module) -> bool:
     return own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
 
 
+def kinds_of(modules: Iterable[str]) -> tuple[str, ...]:
+    """Return the kinds of modules, the last parts of their names, each once."""
+    return tuple(sorted({name.rpartition(".")[2] for name in modules}))
+
+
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """What they hold."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

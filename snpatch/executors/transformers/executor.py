@@ -22,7 +22,7 @@ from snpatch.executors.transformers.text import Writer, choose
 from snpatch.models.checkpoint import check_finite, load_config
 from snpatch.models.lora import merged
 from snpatch.models.model import Model
-from snpatch.models.pairing import bytes_of
+from snpatch.models.pairing import bytes_of, kinds_of
 from snpatch.models.pretrained import load_pretrained
 from snpatch.models.reading import Reader
 from snpatch.op.plan import Column, fill_plan
@@ -52,7 +52,7 @@ class TransformersExecutor:
         self._batch_size = BATCH_SIZE if config.batch_size is None else config.batch_size
         own = bytes_of(self._model.parameters())
         self._step = make_twin(self._model, second)
-        self.memory = Memory(own, bytes_of(self._model.parameters()) - own, 0)
+        self.memory = Memory(own, bytes_of(self._model.parameters()) - own, 0, kinds_of(self._step.paired))
 
     def check(self, name: str, model: Model) -> None:
         """Every model whose adapters fit the geometry can be run."""

@@ -52,6 +52,7 @@ class WorkerExtension:
             "n_neurons": twin.n_neurons,
             "runner": _runner_kind(runner),
             "memory": (twin.own_bytes, twin.second.bytes if twin.second else 0, bytes_of(runner.kv_caches)),
+            "twice": twin.second.paired if twin.second else [],
         }
 
     @_command
