@@ -153,6 +153,10 @@ class Requests:
                 "leave it out, or give the chat itself or token ids",
             )
 
+    def check_ids(self, ids: Sequence[int], name: str) -> None:
+        """Raise an error for token ids that a model of this engine has no row for."""
+        self._checked(ids, name, self.templates[0].tokenizer)
+
     def _checked(self, given: Sequence[int], name: str, tokenizer) -> list[int]:
         try:
             ids = [operator.index(i) for i in given]

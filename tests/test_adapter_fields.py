@@ -12,6 +12,7 @@ from peft.tuners.lora import config as lora_configs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from snpatch import Engine
 from snpatch.errors import SnpatchError
 from snpatch.models.adapters import load_adapters
 from snpatch.models.lora import load_lora, merged
@@ -222,3 +223,13 @@ def test_ia3_targets_that_tensors_do_not_fit_are_told(zoo, tmp_path, targets, me
     adapter = edited(made(IA3Config, zoo("llama").folder, tmp_path / "ia3"), target_modules=targets)
     with pytest.raises(SnpatchError, match=message):
         load_adapters(adapter, tiny.LAYERS, WIDTHS)
+
+
+def test_lora_on_the_head_of_a_tied_model_is_refused(zoo, tmp_path):
+    folder = zoo("gemma").folder
+    adapter = made(LoraConfig, folder, tmp_path / "lora", target_modules=["lm_head", "down_proj"])
+    with pytest.raises(SnpatchError, match="is tied to the embedding|whose head is its embedding"):
+        Engine(folder, models={"tuned": {"lora": adapter}}, backend="transformers")
+    plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    with pytest.raises(SnpatchError, match=r"the model has no weight lm_head\.weight: it is tied to the embedding"):
+        dict(merged(plain.items(), [adapter]))

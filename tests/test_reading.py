@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import tiny
+from commands import run
 from tokenizers import processors
 from transformers import AutoTokenizer
 
 from snpatch import Engine, EngineConfig, Sampling, SnpatchError
+from snpatch.integrations.lm_eval import SnpatchLM
 from snpatch.models.digest import folder_of_adapter
 from snpatch.models.lora import load_lora
 from snpatch.models.notes import Notes
@@ -278,3 +280,26 @@ def test_what_the_hub_has_not_is_one_line(zoo, hub, name, message):
 def test_a_name_of_the_hub_is_a_folder_of_its_cache(hub, tmp_path, name):
     assert folder_of_adapter(name) == tmp_path / "cache" / "models--org--sft" / "snapshots" / "commit-main"
     assert folder_of_adapter(tmp_path) == tmp_path
+
+
+def test_the_command_line_and_lm_eval_take_template_variables(model, tmp_path, capsys):
+    (model / FILE).write_text(THINKS)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "bana"}) + "\n")
+    common = ["generate", model, prompts, "--backend", "transformers", "--max-tokens", 3, "--json"]
+    texts = {}
+    for name, more in {"quiet": ["--chat-template-kwargs", '{"enable_thinking": false}'], "loud": []}.items():
+        code, out, err = run(capsys, *common, *more)
+        assert code == 0, err
+        texts[name] = json.loads(out)["token_ids"]
+    with Engine(model, backend="transformers") as engine:
+        ids = [engine.tokenizer.convert_tokens_to_ids(text.split()) for text in ("bana", "bana bama")]
+        want = [c.token_ids for c in engine.generate(ids, sampling=Sampling(max_tokens=3))]
+    assert [texts["quiet"], texts["loud"]] == want
+    for wrong in ("enable_thinking=false", "[1]", "{"):
+        code, _, err = run(capsys, *common, "--chat-template-kwargs", wrong)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--chat-template-kwargs: wanted a JSON object" in err
+    given = {"model": str(model), "backend": "transformers", "chat_template_kwargs": '{"enable_thinking": false}'}
+    harness = SnpatchLM.create_from_arg_obj(given)
+    assert harness.apply_chat_template(CHAT) == "bana"

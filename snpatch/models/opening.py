@@ -73,8 +73,7 @@ class Opened:
             if name in self.models:
                 raise SnpatchError(f"model name {name!r} is taken")
             for folder in source.lora:
-                if load_lora(folder).is_plain:
-                    self._tell_plain(folder, "all of its updates are 0")
+                self._check_lora(folder)
             scales = identity(geometry.n_layers, geometry.widths)
             if source.adapters:
                 scales = load_adapters(source.adapters, geometry.n_layers, geometry.widths)
@@ -101,6 +100,16 @@ class Opened:
         """Names a model with its template and tokenizer by content."""
         parts = [model.digest, self.templates[model.weights.place].digest, sorted(model.weights.eos_ids)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def _check_lora(self, folder: str) -> None:
+        lora, config = load_lora(folder), load_pretrained(AutoConfig, self._config.second.weights or self._config.model)
+        if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} & lora.updates.keys():
+            raise SnpatchError(
+                f"{folder}: it has a LoRA on the head of a model whose head is its embedding: merge this adapter with "
+                "PEFT (merge_and_unload) and give the checkpoint"
+            )
+        if lora.is_plain:
+            self._tell_plain(folder, "all of its updates are 0")
 
     def _tell_plain(self, folders: str, why: str) -> None:
         self.notes.add(f"plain {folders}", f"{folders} changes nothing ({why}): it was never trained, or saved wrong")

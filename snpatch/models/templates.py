@@ -191,14 +191,15 @@ def open_tokenizer(adapter: str | Path):
 
 def _told_by(adapters: Sequence[str | Path]) -> str | None:
     """Return the template that adapters were trained with; None where none tells."""
-    told = {adapter: source for adapter in adapters if (source := _told(adapter)) is not None}
+    told = {adapter: source for adapter in adapters if (source := told_template(adapter)) is not None}
     if len({*told.values()}) > 1:
         named = ", ".join(map(str, told))
         raise SnpatchError(f"adapters were trained with different templates ({named}): choose one by template=")
     return next(iter(told.values()), None)
 
 
-def _told(adapter: str | Path) -> str | None:
+def told_template(adapter: str | Path) -> str | None:
+    """Return the template that an adapter was trained with, by what lies beside it; None where nothing tells."""
     file = folder_of_adapter(adapter) / FILE
     try:
         if file.is_file():

@@ -147,6 +147,7 @@ def train_dpo(
     if kept := _begin(out, asked):
         return kept
     tokenizer, template = net.open_tokenizer(model, settings)
+    net.check_template(sft, template)
     network, adapter = net.on_sft(net.open_network(model, settings, _on_gpu()), sft, settings)
     start = {} if adapter else {name: vector.detach().clone() for name, vector in net.scales(network).items()}
     lengths = {"beta": settings.beta, "max_length": settings.max_length}
