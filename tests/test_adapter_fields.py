@@ -228,7 +228,7 @@ def test_ia3_targets_that_tensors_do_not_fit_are_told(zoo, tmp_path, targets, me
 def test_lora_on_the_head_of_a_tied_model_is_refused(zoo, tmp_path):
     folder = zoo("gemma").folder
     adapter = made(LoraConfig, folder, tmp_path / "lora", target_modules=["lm_head", "down_proj"])
-    with pytest.raises(SnpatchError, match="is tied to the embedding|whose head is its embedding"):
+    with pytest.raises(SnpatchError, match=r"is tied to the embedding|whose head is its embedding"):
         Engine(folder, models={"tuned": {"lora": adapter}}, backend="transformers")
     plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     with pytest.raises(SnpatchError, match=r"the model has no weight lm_head\.weight: it is tied to the embedding"):
