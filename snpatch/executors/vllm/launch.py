@@ -4,7 +4,7 @@ Why as much as can be is checked here: vLLM's start takes its time. lifetime.py 
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, is_dataclass, replace
 from importlib.metadata import entry_points
 
@@ -19,15 +19,16 @@ from snpatch.executors.vllm.worker import plugin
 from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, load_config
 from snpatch.models.digest import pinned
 from snpatch.models.model import Model
+from snpatch.models.reading import Reader
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what the user did
 
 
 class TwinLaunch:
-    """What a twin of a config is started with. geometry is known before it is. ends: EOS ids of each set of weights."""
+    """What a twin of a config is started with. geometry is known before it is. readers: of each set of weights."""
 
-    def __init__(self, config: EngineConfig, ends: Sequence[Iterable[int]]) -> None:
+    def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
         versions.check()
         arguments, model = dict(config.vllm), config.model
         own = load_config(model, config.allow_untested)
@@ -51,9 +52,14 @@ class TwinLaunch:
                 least["context"] = min(self.geometry.context, other.max_position_embeddings)
             self.geometry = replace(self.geometry, **least)
         self._arguments = twin_arguments(model, own, config.dtype, arguments)
+        self._arguments["tokenizer"] = str(readers[0].tokenizer.name_or_path)  # perhaps an adapter's
         is_eager = bool(self._arguments.get("enforce_eager"))
         self.settings = TwinSettings.made(
-            config.twin, ends, second, is_eager=is_eager, allow_untested=config.allow_untested
+            config.twin,
+            [reader.eos_ids for reader in readers],
+            second,
+            is_eager=is_eager,
+            allow_untested=config.allow_untested,
         )
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {own.model_type} model has no k_proj and v_proj of their own")

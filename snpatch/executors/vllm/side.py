@@ -16,7 +16,7 @@ class UsersSide:
     engine = None  # until it is started, and when it is closed
 
     def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
-        self.launch = TwinLaunch(config, [reader.eos_ids for reader in readers])
+        self.launch = TwinLaunch(config, readers)
         self.geometry = self.launch.geometry
         self.wire = Wire(readers[0].tokenizer, self.geometry, config.twin.max_clauses, config.second is not None)
         self.registry = Registry(self.launch.settings)
