@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
@@ -80,9 +81,14 @@ class Template:
     def mark_in(self, chat: Chat) -> str | None:
         """Return a mark of a chat template that a message holds already; None if there is none."""
         texts = [message.get("content") for message in chat]
-        marks = {*MARKS, *self.tokenizer.all_special_tokens}
-        found = (mark for text in texts if isinstance(text, str) for mark in marks if mark in text)
+        found = (mark for text in texts if isinstance(text, str) for mark in self._marks if mark in text)
         return min(found, default=None)
+
+    @cached_property
+    def _marks(self) -> set[str]:
+        """The tokenizer's special tokens, but for those that are words, and the common templates' marks."""
+        special = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return {*MARKS, *(token for token in special if re.search(r"[<\[|]", token))}
 
 
 def adds_behind(tokenizer) -> str | None:

@@ -36,7 +36,13 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from snpatch.environment import describe
 from snpatch.errors import SnpatchError, first_line
 from snpatch.files import check_writable, write_text
-from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint, digest_of_tokenizer_files, folder_of
+from snpatch.models.digest import (
+    digest_of_adapter,
+    digest_of_checkpoint,
+    digest_of_tokenizer_files,
+    folder_of,
+    folder_of_adapter,
+)
 from snpatch.report import files
 from snpatch.report.report import Report, View
 from snpatch.training import rows
@@ -142,7 +148,7 @@ def train_dpo(
     settings = settings or DpoSettings()
     rows.check_columns(preferences, ("prompt", "chosen", "rejected"))
     rows.check_roles(preferences, settings.template)
-    sft = None if sft is None else Path(sft)
+    sft = None if sft is None else folder_of_adapter(sft)
     asked = _asked("dpo", model, sft, preferences, settings)
     if kept := _begin(out, asked):
         return kept
