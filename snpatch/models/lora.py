@@ -74,7 +74,7 @@ def load_lora(adapter: str | Path) -> Lora:
             raise SnpatchError(f"{folder}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear layer")
         checked = check_tensor(tensor, f"{folder}: {key}", *FLOATS, used=torch.float32)
         sides.setdefault(match["module"], {})[match["side"]] = checked
-    if beyond := sides.keys() - _covered(folder, config, list(sides)):
+    if beyond := sides.keys() - _covered(folder, config, list(sides), sides):
         raise SnpatchError(f"{folder}: its adapter_config.json puts no LoRA on {min(beyond)}, and its tensors do")
     updates, modules = {}, list(sides)
     ranks, alphas = (by_pattern(folder, config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
@@ -103,13 +103,15 @@ def merged(weights: Iterable[tuple[str, Tensor]], folders: Sequence[str | Path])
         if names:
             why = "it is tied to the embedding" if "lm_head.weight" in names else "a LoRA of another model"
             raise SnpatchError(f"{lora.folder}: the model has no weight {min(names)}: {why}")
-        missing = _covered(Path(lora.folder), lora.config, matrices) - {n.removesuffix(".weight") for n in lora.updates}
-        if missing:
+        updated = {name.removesuffix(".weight") for name in lora.updates}
+        if missing := _covered(Path(lora.folder), lora.config, matrices, updated) - updated:
             raise SnpatchError(f"{lora.folder}: no matrices for {min(missing)}, which its adapter_config.json names")
 
 
-def _covered(folder: Path, config: dict, modules: Sequence[str]) -> set[str]:
+def _covered(folder: Path, config: dict, modules: Sequence[str], tensors: Iterable[str]) -> set[str]:
     """Return the modules that a config puts a LoRA on, as a module or by the name of its weight."""
+    if config.get("target_modules") is None and config.get("target_parameters") is None:
+        return set(tensors)  # PEFT has chosen by architecture: the tensors tell
     parameters = modules_of(folder, config, "target_parameters")
     weights = covered(folder, "target_parameters", list(parameters), [f"{module}.weight" for module in modules])
     return targeted(folder, config, modules) | {weight.removesuffix(".weight") for weight in weights}
