@@ -65,7 +65,7 @@ def test_the_template_beside_an_adapter_is_used(model, beside, kind, source, tex
     (folder / FILE).write_text(source)
     one = opened(model, given)
     assert one.templates[-1].text(CHAT) == text
-    assert any(f"chats are read by the template beside {folder}, not by {model}'s own" in n for n in one.notes.told)
+    assert any(f"chats are read by the template beside {folder}, and not by {model}'s own" in n for n in one.notes.told)
     assert opened(model, given, template="tokenizer").templates[-1].text(CHAT) == "<|user|> bana"
     assert opened(model, given, template="tulu").templates[-1].name == "tulu"
     if kind == "lora":
@@ -130,6 +130,28 @@ def test_tokens_that_an_adapter_adds_need_rows(model, beside, kind):
     tokenizer.save_pretrained(folder)
     with pytest.raises(SnpatchError, match=rf"of {folder} has the token '<.im_start.>' \(128\), and the embedding of"):
         opened(model, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_tokenizers_on_one_set_must_read_alike(model, beside, kind):
+    given, first = beside(kind, "first")
+    _, second = beside("ia3", "second")
+    tiny.tokenizer().save_pretrained(first)
+    tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(second)
+    if kind == "ia3":
+        given["adapters"]["second"] = [second]
+    else:
+        given["models"]["first"]["adapters"] = [second]
+    with pytest.raises(SnpatchError, match=rf"tokenizers of {first} and {second} read texts differently, and adapters"):
+        opened(model, given)
+    tiny.tokenizer().save_pretrained(second)
+    assert opened(model, given).readers[-1].eos_ids == {tiny.EOS}
+
+
+def test_a_model_whose_own_template_is_tulus_needs_no_note(model):
+    (model / FILE).write_text(TULU)
+    one = opened(model, {})
+    assert (one.templates[0].name, one.notes.told) == ("tulu", ())
 
 
 def ending(folder):

@@ -15,7 +15,7 @@ from snpatch.models.digest import folder_of_adapter
 from snpatch.models.notes import Notes
 from snpatch.models.pairing import check_pair, check_tokenizers
 from snpatch.models.pretrained import load_pretrained
-from snpatch.models.templates import FILE, Template, has_tokenizer, open_template, open_tokenizer
+from snpatch.models.templates import FILE, Template, has_tokenizer, open_template, open_tokenizer, source_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,9 @@ def open_readers(config: EngineConfig, notes: Notes) -> list[Reader]:
         template = open_template(config.template, tokenizer, beside, own_tokenizer, others, config.chat_template_kwargs)
         readers.append(Reader(tokenizer, template, eos_ids(name, own, own_tokenizer) | _ends(beside, tokenizer)))
         _tell(name, own.vocab_size, readers[-1], notes)
-        if config.template == "auto" and own_tokenizer.chat_template and template.name != "tokenizer":
-            notes.add(f"template {name}", f"chats are read by the template beside {beside[0]}, not by {name}'s own")
+        if config.template == "auto" and own_tokenizer.chat_template and template.source != source_of(own_tokenizer):
+            told = ", ".join(beside)
+            notes.add(f"template {name}", f"chats are read by the template beside {told}, and not by {name}'s own")
     for name in config.chat_template_kwargs:
         if not any(reader.template.reads(name) for reader in readers):
             raise SnpatchError(f"chat_template_kwargs: the chat template of {config.model} reads no {name}")
@@ -89,13 +90,18 @@ def _tokenizer(name: str, own, folders: Sequence[str], size: int, notes: Notes):
     for folder in filter(has_tokenizer, folders):
         other = open_tokenizer(folder)
         check_tokenizers(used, other, by, folder, (size, size), notes)
-        if by != name and used.get_vocab() != other.get_vocab():
+        if by != name and _reads(used) != _reads(other):
             raise SnpatchError(
-                f"the tokenizers of {by} and {folder} have other tokens, and adapters on one set of weights are read "
-                "by one: run them in engines of their own"
+                f"the tokenizers of {by} and {folder} read texts differently, and adapters on one set of weights are "
+                "read by one: run them in engines of their own"
             )
         used, by = other, folder
     return used
+
+
+def _reads(tokenizer) -> tuple:
+    """Return what a tokenizer makes of texts: its tokens, what it puts around them, and its own BOS and EOS."""
+    return tokenizer.get_vocab(), list(tokenizer("a")["input_ids"]), tokenizer.bos_token, tokenizer.eos_token
 
 
 def _ends(folders: Sequence[str], tokenizer) -> frozenset[int]:
