@@ -76,6 +76,11 @@ def test_statistics_of_equal_models_make_no_ranking():
     statistics = Statistics(sums, torch.full((SHAPE[0],), 100))
     with pytest.raises(SnpatchError, match="none of the 288 neurons differs between the two models"):
         Ranking.from_statistics(statistics)
+    statistics.sums[1, 4, 7] = 1e-12 * statistics.sums[:, 1].max()  # rounding
+    with pytest.raises(SnpatchError, match="none of the 288 neurons differs between the two models"):
+        Ranking.from_statistics(statistics)
+    statistics.sums[1, 4, 7] = 1e-8 * statistics.sums[:, 1].max()
+    assert Ranking.from_statistics(statistics).top(1).tolist() == [[1, 7]]
 
 
 def test_a_donor_that_is_the_recipient_by_content_is_told(zoo, tmp_path):

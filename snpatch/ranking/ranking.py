@@ -23,6 +23,7 @@ from snpatch.ranking.window import Window
 from snpatch.tensors import FLOATS, check_tensor, check_type, is_finite
 
 MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
+ROUNDING = 1e-6  # of activations' size: what two equal models may differ by, as their rows are computed apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ class Ranking:
             raise SnpatchError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         scores, meta = METHODS[method](statistics), {**(meta or {}), "method": method}
         ranking = cls.from_scores(scores, exclude_layers, statistics.moments(), meta)
-        if statistics.is_pair and not statistics.sums[:, 4].flatten()[ranking._order].any():
+        if statistics.is_pair and not _differs(statistics, ranking._order):
             raise SnpatchError(
                 f"ranking: none of the {len(ranking)} neurons differs between the two models on these texts: they are "
                 "one model, or an adapter changes nothing in the layers that are ranked"
@@ -312,3 +313,9 @@ def _rank_of(order: Tensor, shape: tuple[int, int]) -> Tensor:
     rank = torch.full((shape[0] * shape[1],), NEVER, dtype=torch.int32)
     rank[order] = torch.arange(len(order), dtype=torch.int32)
     return rank.view(shape)
+
+
+def _differs(statistics: Statistics, neurons: Tensor) -> bool:
+    """Whether two models' activations of some neurons differ by more than rounding."""
+    sums = statistics.sums.transpose(0, 1).flatten(1)[:, neurons]  # [5, n]
+    return not len(neurons) or bool(sums[4].max() > (sums[1] + sums[3]).max() * ROUNDING**2)
