@@ -21,6 +21,11 @@ KNOWN = {
     "template": ("auto", "tokenizer", "tulu"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+# Names that a chat template gets from elsewhere, or that are arguments of its rendering.
+TEMPLATE_OWN = frozenset(
+    "messages conversations tools documents template chat_template add_generation_prompt continue_final_message "
+    "return_assistant_tokens_mask bos_token eos_token pad_token unk_token sep_token cls_token mask_token".split()
+)
 Folders = str | Path | Sequence[str | Path]
 RESAMPLES, CONFIDENCE = 1000, 0.95  # of every bootstrap interval, where nothing else is said
 
@@ -61,7 +66,8 @@ class ModelSource:
     """Where a model comes from: weights, and what is put on them.
 
     weights: a checkpoint of the engine's architecture, folder, name or name@revision; None: the engine's own. lora:
-    PEFT LoRA folders, merged into the weights in order. adapters: PEFT IA3 folders, stacked in order.
+    PEFT LoRA folders, merged into the weights in order. adapters: PEFT IA3 folders, stacked in order. Both may be
+    names on the hub: owner/name, owner/name@revision, owner/name:subfolder.
     """
 
     weights: str | None = None
@@ -90,7 +96,9 @@ class EngineConfig:
     further set, see `second`.
 
     backend: "vllm", "transformers", or "auto": vllm where it is installed. template: how chats become text:
-    "tokenizer" (its own), "tulu", or "auto" (what the adapters were trained with, else the tokenizer's, else tulu).
+    "tokenizer" (its own), "tulu", or "auto" (what the adapters and LoRA of a set of weights were trained with, else the
+    tokenizer's, else the other set's, else tulu).
+    chat_template_kwargs: variables that chat templates read, as {"enable_thinking": False}.
     dtype "auto" is the checkpoint's own. batch_size: most sequences of a batch (vllm: its max_num_seqs). token_budget:
     most padded tokens of a batch, prompt and generated, counting every stream; None: static batches of batch_size in
     the given order. allow_untested: try architectures and quantisations outside the tested ones. twin: sizes, see
@@ -104,6 +112,7 @@ class EngineConfig:
     models: Mapping[str, ModelSource] = field(default_factory=dict)
     backend: str = option("auto", "auto, vllm or transformers. auto: vllm where it is installed.")
     template: str = option("auto", "How chats become text: auto, tokenizer or tulu.")
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
     dtype: str = option("auto", "auto, float32, bfloat16 or float16.")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... (transformers only).")
     batch_size: int | None = option(None, "Most sequences of a batch (vllm: its max_num_seqs).", min=1)
@@ -127,6 +136,7 @@ class EngineConfig:
                 f"models: an engine runs its own weights and one further set, and these are {len(sets)}: {named}; "
                 "start one engine for each pair, with one of the two as its model"
             )
+        object.__setattr__(self, "chat_template_kwargs", _variables(self.chat_template_kwargs))
         for name in KNOWN:
             check_known(name, getattr(self, name))
         for name in ("batch_size", "token_budget"):
@@ -278,6 +288,29 @@ def models_of(
         source = weights.get(name, [None])[0]
         models[name] = {"weights": source, "lora": loras.get(name, ()), "adapters": adapters.pop(name, ())}
     return adapters, models
+
+
+def table_of(text: str, where: str) -> dict[str, object]:
+    """Return the object that a JSON text holds."""
+    try:
+        table = schema.parse_json(text)
+    except ValueError as error:
+        raise SnpatchError(f'{where}: wanted a JSON object, as {{"enable_thinking": false}}: {error}') from error
+    if not isinstance(table, dict):
+        raise SnpatchError(f'{where}: wanted a JSON object, as {{"enable_thinking": false}}, got {shown(table)}')
+    return table
+
+
+def _variables(given: object) -> dict[str, object]:
+    """Variables for chat templates, as JSON holds them."""
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in given):
+        raise SnpatchError(f"chat_template_kwargs: wanted a table of names and values, got {shown(given)}")
+    if taken := sorted(TEMPLATE_OWN & given.keys()):
+        raise SnpatchError(f"chat_template_kwargs: {taken[0]} is set by snpatch, or by the tokenizer")
+    try:
+        return json.loads(json.dumps(dict(given), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise SnpatchError(f"chat_template_kwargs: wanted values that JSON can hold: {error}") from error
 
 
 def _texts(given: object) -> object:

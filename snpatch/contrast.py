@@ -49,6 +49,8 @@ def contrast(
         raise SnpatchError("contrast: EOS never counts, so sampling cannot ignore it")
     ids, (generator, against) = engine.encode(prompts, pair[0]), pair
     models = {name: engine.digest_of(name) for name in pair if name is not None}
+    if against is not None and engine.requests.model(generator).digest == engine.requests.model(against).digest:
+        raise SnpatchError(f"contrast: {generator} and {against} are the same model by content: no neuron can differ")
     if at == "emitted" and completions is None and not sampling.stop:
         statistics, observed = _observe_writing(engine, ids, pair, sampling, progress)
     else:
@@ -77,6 +79,8 @@ def contrast(
         "prompts_digest": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
         "versions": {"snpatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+    if engine.notes:
+        meta["notes"] = list(engine.notes)
     return Ranking.from_statistics(statistics, method, exclude_layers, meta)
 
 

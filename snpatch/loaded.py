@@ -31,10 +31,15 @@ class Loaded:
         self.executor = self._executor_of(config)
         self.geometry, self.weights = self.executor.geometry, opened.sets[OWN_SET]
         opened.add(config.sources, self.geometry, self.executor.check)  # before what takes long
-        self.requests = Requests(opened.tokenizer, opened.templates, self.geometry, opened.models)
+        self.requests = Requests(opened.templates, self.geometry, opened.models, opened.notes)
 
     def _executor_of(self, config: EngineConfig):
         raise NotImplementedError
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found that is no error and may matter, each told once: as a LoRA that changes nothing."""
+        return self._opened.notes.told
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -43,7 +48,7 @@ class Loaded:
 
     @property
     def template(self) -> str:
-        """How chats become text for the engine's own weights: "tokenizer" or "tulu"."""
+        """How chats become text for the engine's own weights: "tokenizer", "tulu", or "beside" (an adapter's)."""
         return self._opened.templates[0].name
 
     def digest_of(self, model: str) -> str:
@@ -56,6 +61,7 @@ class Loaded:
     def add_adapter(self, name: str, folders: Folders) -> None:
         """Make the model with these adapters available as `name`."""
         source = EngineConfig(self.config.model, {name: folders}).sources[name]
+        self._opened.check_beside(source)
         self._opened.add({name: source}, self.geometry, self.executor.check)
 
     def encode(self, prompts: Sequence[Prompt], model: str | Sequence[str] = BASE, room: int = 1) -> list[list[int]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from snpatch.errors import SnpatchError, is_unicode, shown
 from snpatch.executors.base import Capture, Geometry, Observation, Output, Request
 from snpatch.models.model import Model
+from snpatch.models.notes import Notes
 from snpatch.models.templates import Chat, Template
 from snpatch.patching.patch import Clause, Constant, Noise, Overwrite, Patch, Scale, speaker
 from snpatch.ranking.ranking import Ranking
@@ -59,13 +60,17 @@ class Completion:
 
 
 class Requests:
-    """Makes requests for one engine. templates: of each set of weights; models: name -> Model, the engine's."""
+    """Makes requests for one engine.
+
+    templates: of each set of weights; models: name -> Model, the engine's; notes: what is told of prompts.
+    """
 
     def __init__(
-        self, tokenizer, templates: Sequence[Template], geometry: Geometry, models: Mapping[str, Model]
+        self, templates: Sequence[Template], geometry: Geometry, models: Mapping[str, Model], notes: Notes
     ) -> None:
-        self.tokenizer, self.templates = tokenizer, templates
+        self.templates, self.notes = templates, notes
         self._geometry, self._models = geometry, models
+        self._looked_at: set[tuple[str, int]] = set()  # windows' borders of rankings
 
     def model(self, name: str) -> Model:
         """The model of this name."""
@@ -100,10 +105,10 @@ class Requests:
             raise SnpatchError(f"{prompts} prompts and {len(completions)} completions")
         found = []
         for index, completion in enumerate(completions):
-            name = f"completion {index}"
+            name, tokenizer = f"completion {index}", self.templates[0].tokenizer
             if isinstance(completion, str):
-                completion = self.tokenizer(_text(completion, name), add_special_tokens=False)["input_ids"]
-            found.append(self._checked(completion, name, "a text or a list of token ids"))
+                completion = tokenizer(_text(completion, name), add_special_tokens=False)["input_ids"]
+            found.append(self._checked(completion, name, tokenizer, "a text or a list of token ids"))
         return found
 
     def check_room(self, ids: Sequence[int], room: int, name: str = "a text") -> None:
@@ -121,14 +126,40 @@ class Requests:
         return replace(sampling, max_tokens=room, min_tokens=min(room, sampling.min_tokens))
 
     def _ids(self, prompt: Prompt, model: str, index: int) -> list[int]:
-        name = f"prompt {index}"
+        template, name = self.template(model), f"prompt {index}"
         if isinstance(prompt, str):
-            return list(self.tokenizer(_text(prompt, name))["input_ids"])
-        if isinstance(prompt, list | tuple) and any(isinstance(message, Mapping) for message in prompt):
-            return self.template(model).ids(_chat(prompt, name))
-        return self._checked(prompt, name, "a text, a chat (a list of role and content) or a list of token ids")
+            ids = template.tokenizer(_text(prompt, name))["input_ids"]
+        elif isinstance(prompt, list | tuple) and any(isinstance(message, Mapping) for message in prompt):
+            chat = _chat(prompt, name)
+            ids = template.ids(chat)
+            if mark := template.mark_in(chat):
+                self.notes.add(
+                    "marks",
+                    f"{name}: a message holds {mark!r}, which chat templates write, and is put into a template as it "
+                    "is: give turns as messages, or a text that is templated already as a text",
+                )
+        else:
+            ids = prompt
+        wanted = "a text, a chat (a list of role and content) or a list of token ids"
+        ids = self._checked(ids, name, template.tokenizer, wanted)
+        self.tell_double_bos(ids, template.tokenizer, name)
+        return ids
 
-    def _checked(self, given: Sequence[int], name: str, wanted: str) -> list[int]:
+    def tell_double_bos(self, ids: Sequence[int], tokenizer, name: str) -> None:
+        """Tell of a text that begins with BOS twice: its own, and the one that the tokenizer adds."""
+        bos = tokenizer.bos_token_id
+        if bos is not None and list(ids[:2]) == [bos, bos]:
+            self.notes.add(
+                "bos",
+                f"{name} begins with {tokenizer.bos_token!r} twice: the tokenizer adds one to a text that has its own; "
+                "leave it out, or give the chat itself or token ids",
+            )
+
+    def check_ids(self, ids: Sequence[int], name: str) -> None:
+        """Raise an error for token ids that a model of this engine has no row for."""
+        self._checked(ids, name, self.templates[0].tokenizer, "a list of token ids")
+
+    def _checked(self, given: Sequence[int], name: str, tokenizer, wanted: str) -> list[int]:
         """Token ids of a list, or of a numpy array or tensor of integers."""
         given = given.tolist() if hasattr(given, "tolist") else given
         if not isinstance(given, list | tuple | range) or any(isinstance(i, str | list | tuple | Set) for i in given):
@@ -137,8 +168,10 @@ class Requests:
             ids = [-1 if isinstance(i, bool) else operator.index(i) for i in given]
         except TypeError:
             ids = [-1]
-        if not all(0 <= i < self._geometry.vocab_size for i in ids):
-            raise SnpatchError(f"{name}: token ids must be integers in 0..{self._geometry.vocab_size - 1}")
+        size = self._geometry.vocab_size
+        if wrong := [i for i in ids if not 0 <= i < size]:
+            token = f": {tokenizer.convert_ids_to_tokens(wrong[0])!r} is {wrong[0]}" if wrong[0] >= size else ""
+            raise SnpatchError(f"{name}: token ids must be integers in 0..{size - 1}{token}")
         return ids
 
     @staticmethod
@@ -183,6 +216,7 @@ class Requests:
         if not 1 <= k <= len(ranking):
             raise SnpatchError(f"k must lie in 1..{len(ranking)}, the ranked neurons; got {k}")
         self._check_shape(ranking)
+        self._tell_ties(ranking, k)
         requests = []
         for index, prompt in enumerate(ids):
             position = -1 if at == "prompt_last" else at
@@ -212,6 +246,7 @@ class Requests:
         for clause, overwrite in zip(patch.clauses, overwrites, strict=True):
             self._check_magnitude(clause, overwrite)
         donor = next((one.source for one in overwrites if isinstance(one.source, Model)), None)
+        self._tell_degenerate(patch, donor)
         # An empty window names nothing, so that texts with it share what is kept of the unpatched ones.
         kept = tuple(one for one in overwrites if len(one.window))
         return Request(text, self.model(patch.recipient), donor, kept, **asked)
@@ -231,6 +266,28 @@ class Requests:
                     f"patch: {name} must be at most {largest:.6g}, what {self._geometry.dtype} can hold and a norm can "
                     f"square; got {value:.6g}",
                     field=field,
+                )
+
+    def _tell_degenerate(self, patch: Patch, donor: Model | None) -> None:
+        """Tell of a donor that is the recipient by content, and of windows that end among equal scores."""
+        if donor is not None and donor.digest == self.model(patch.recipient).digest:
+            self.notes.add(
+                f"self {donor.digest}",
+                f"the donor of a patch is its recipient {patch.recipient} by content: the patch changes nothing",
+            )
+        for clause in patch.clauses:
+            self._tell_ties(clause.ranking, clause.window.lo, clause.window.hi)
+
+    def _tell_ties(self, ranking: Ranking, *borders: int) -> None:
+        for border in borders:
+            if (ranking.digest, border) in self._looked_at:
+                continue
+            self._looked_at.add((ranking.digest, border))
+            if n := ranking.ties(border):
+                self.notes.add(
+                    f"ties {ranking.digest} {border}",
+                    f"{n} neurons of a ranking share the score at a window's border, {border}: which of them are "
+                    "patched is decided by their place in the model",
                 )
 
     def _check_shape(self, ranking: Ranking) -> None:

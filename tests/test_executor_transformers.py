@@ -281,9 +281,9 @@ def test_contrast_takes_text_or_ids(engine):
     assert by_text.meta["tokens"] == sum(map(len, COMPLETIONS))
 
 
-def test_contrast_of_one_model_with_itself_is_nothing(engine):
-    ranking = engine.contrast(IDS, "sft", "sft", completions=COMPLETIONS)
-    assert ranking.scores.max() <= 1e-6 * ranking.moments["donor_std"].max()
+def test_contrast_of_one_model_with_itself_is_an_error(engine):
+    with pytest.raises(SnpatchError, match="sft and sft are the same model by content: no neuron can differ"):
+        engine.contrast(IDS, "sft", "sft", completions=COMPLETIONS)
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,16 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, by_hand, opened, write
+from tokenizers import pre_tokenizers, processors
 
 from snpatch.errors import SnpatchError
 from snpatch.judges.opening import open_judge
 from snpatch.judges.protocol import score_all
 from snpatch.judges.refusal import REFUSALS, RefusalWords
+from snpatch.judges.score_text import ScoreText
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -53,6 +56,22 @@ def test_tulu_format_strips_special_tokens_and_cuts_at_a_second_user(tmp_path):
     got = judge(["a b", "d d"], ["c d</s>", "a <|user|> b"])
     texts = ["<|user|> a b <|assistant|> c d", "<|user|> d d <|assistant|> a"]
     assert got == pytest.approx([by_hand(tensors, text) for text in texts], abs=1e-4)
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_beaver_text_ends_with_one_eos(adds_eos):
+    tokenizer = tiny.tokenizer()
+    if adds_eos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $A </s>", special_tokens=[("<s>", tiny.BOS), ("</s>", tiny.EOS)]
+        )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    (row,) = ScoreText("beaver", tokenizer).rows(["bala"], ["bama "])
+    assert row["input_ids"].count(tiny.EOS) == 1
+    assert row["input_ids"][-1] == tiny.EOS
+    tokenizer.eos_token = None
+    with pytest.raises(SnpatchError, match="format beaver: its text ends with EOS, and the judge's tokenizer has none"):
+        ScoreText("beaver", tokenizer)
 
 
 def test_order_and_batch_size_do_not_matter(tmp_path):

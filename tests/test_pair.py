@@ -159,7 +159,7 @@ def test_lora_is_a_second_set_of_weights(zoo, tmp_path):
     ("options", "message"),
     [
         ({"use_dora": True}, "use_dora = True is not supported"),
-        ({"bias": "all"}, "bias = all is not supported"),
+        ({"bias": "all"}, "bias = 'all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* is not supported"),
     ],
 )

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -194,11 +194,9 @@ def test_sandbox_ends_with_its_process():
 def test_tokenizer_template_runs_in_the_sandbox_and_tulu_does_not(monkeypatch):
     asked = []
     monkeypatch.setattr(sandbox, "render", lambda source, *rest: asked.append(source) or "text")
-    tokenizer = SimpleNamespace(
-        chat_template="{{ 1 }}", get_chat_template=lambda: "{{ 1 }}", special_tokens_map={}, name_or_path="m",
-        all_special_tokens=[], get_vocab=dict, apply_chat_template=lambda chat, **options: "own",
-    )  # fmt: skip
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ 1 }}"
     assert Template("tokenizer", tokenizer).text(CHAT[:1]) == "text"
-    tokenizer.get_chat_template = lambda: TULU
-    assert render(CHAT[:1], tokenizer, is_asked=True) == "own"
+    tokenizer.chat_template = TULU
+    assert render(CHAT[:1], tokenizer, is_asked=True).endswith("<|assistant|>\n")
     assert asked == ["{{ 1 }}"]

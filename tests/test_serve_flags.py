@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
+import tiny
 
 from snpatch import AsyncEngine, SnpatchError
 from snpatch.config import EngineConfig
@@ -16,6 +18,7 @@ from serving import SAFE
 
 from snpatch.server import flags
 from snpatch.server.catalogue import Catalogue
+from snpatch.server.run import read_as_engine
 from snpatch.server.serving import Serving
 from snpatch.server.visitors import Visitors
 
@@ -173,3 +176,25 @@ def test_chats_for_another_template_than_the_servers_are_refused(pairs, tmp_path
     assert caught.value.field == "messages"
     serving.has_own_template = True
     serving.check_template("dpo")
+
+
+@pytest.mark.parametrize("given", [None, {"enable_thinking": True, "more": 1}])
+def test_the_server_renders_chats_as_the_engine_reads_them(zoo, tmp_path, given):
+    """A template and a tokenizer beside an adapter, and variables; a flag's variables go before the engine's."""
+    made, adapter = zoo("llama"), tmp_path / "sft"
+    shutil.copytree(made.adapters["sft"][0], adapter)
+    source = "{{ messages[-1]['content'] }}{% if enable_thinking %} bama{% endif %}"
+    (adapter / "chat_template.jinja").write_text(source)
+    tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(adapter)
+    config = EngineConfig.of(made.folder, {"sft": [adapter]}, chat_template_kwargs={"enable_thinking": False})
+    engine = AsyncEngine.from_config(config)
+    serving = Serving(
+        ServeConfig(config), engine, Catalogue(engine, ServeConfig(config)), Visitors(1), {}, None, (), False
+    )
+    args = Namespace(chat_template=None, default_chat_template_kwargs=given)
+    read_as_engine(args, serving)
+    assert args.chat_template == source
+    assert args.default_chat_template_kwargs == {"enable_thinking": False, **(given or {})}
+    launched = engine.executor.launch.engine_args(scales_kv=False)
+    assert launched.tokenizer == str(adapter)
+    assert engine.executor.launch.settings.ends == ((tiny.EOS, tiny.VOCAB.index(tiny.WORDS[7])),)

@@ -100,11 +100,60 @@ def test_auto_takes_what_the_adapters_were_trained_with(tokenizer, tmp_path):
         open_template("auto", tokenizer, [with_own, with_tulu])
     assert open_template("tokenizer", tokenizer, [with_own, with_tulu]).name == "tokenizer"
     tokenizer.chat_template = "{{ 'another' }}"
-    with pytest.raises(SnpatchError, match="neither Tulu's nor the tokenizer's"):
-        open_template("auto", tokenizer, [with_own])
+    used = open_template("auto", tokenizer, [with_own])
+    assert (used.name, used.source) == ("beside", own)
+    assert used.text([{"role": "user", "content": "bana"}]) == "bana"
     tokenizer.chat_template = None
+    assert open_template("auto", tokenizer, [with_own]).source == own
     with pytest.raises(SnpatchError, match="has no chat template; use template='tulu'"):
         open_template("tokenizer", tokenizer, [])
+
+
+THINKS = "{{ messages[0].content }}{% if enable_thinking %} bama{% endif %}"
+
+
+def test_variables_reach_the_template_and_its_name(tokenizer):
+    chat = [{"role": "user", "content": "bana"}]
+    plain, thinking = (Template("tokenizer", tokenizer, THINKS, {"enable_thinking": on}) for on in (False, True))
+    assert (plain.text(chat), thinking.text(chat)) == ("bana", "bana bama")
+    assert len({plain.digest, thinking.digest, Template("tokenizer", tokenizer, THINKS).digest}) == 3
+    assert plain.reads("enable_thinking")
+    assert not plain.reads("thinking")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' + none }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0].missing.part }}",
+        "{{ messages[9].content }}",
+        "{{ raise_exception('no system role') }}",
+        "{% for %}",
+        "{{ messages[0].content.nothing() }}",
+        "{{ 'a' | nofilter }}",
+        "{{ '%d' | format('a') }}",
+    ],
+)
+def test_a_template_that_raises_is_one_line(tokenizer, source):
+    with pytest.raises(SnpatchError, match="refuses a chat: ") as error:
+        Template("tokenizer", tokenizer, source).text([{"role": "user", "content": "bana"}])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, 3, [{"type": "text", "text": "a"}], {"a": 1}])
+def test_content_that_a_template_cannot_add_is_one_line(tokenizer, content):
+    with pytest.raises(SnpatchError, match="refuses a chat: TypeError"):
+        Template("tokenizer", tokenizer, "{{ 'a' + messages[0]['content'] }}").ids(
+            [{"role": "user", "content": content}]
+        )
+
+
+def test_named_templates_without_a_default_are_one_line(tokenizer):
+    tokenizer.chat_template = {"tool_use": "{{ 'a' }}", "rag": "{{ 'b' }}"}
+    with pytest.raises(SnpatchError, match="default"):
+        Template("tokenizer", tokenizer)
 
 
 def test_templates_and_tokenizers_are_told_apart(tokenizer):

@@ -27,6 +27,8 @@ from snpatch.executors.vllm import quantised
 from snpatch.executors.vllm.launch import TwinLaunch
 from snpatch.executors.vllm.lifetime import starting
 from snpatch.models.checkpoint import check_finite
+from snpatch.models.notes import Notes
+from snpatch.models.reading import open_readers
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -467,7 +469,7 @@ def config_of(made, folder, settings, **options):
     if settings:
         configure(checkpoint, "float16", settings)
     own = EngineConfig.of(checkpoint.folder, None, backend="vllm", **{**SMALL, "dtype": "float16", **options})
-    with starting(TwinLaunch(own, tiny.tokenizer()).engine_args(scales_kv=False)) as (config, end):
+    with starting(TwinLaunch(own, open_readers(own, Notes())).engine_args(scales_kv=False)) as (config, end):
         pass
     end.close()
     return config

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, get_args, get_origin, get_type_hint
 
 import typer
 
-from snpatch.config import EngineConfig, adapters_of, models_of
+from snpatch.config import EngineConfig, adapters_of, models_of, table_of
 from snpatch.errors import SnpatchError, one_line
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Engine:
             inspect.Parameter("context", _BY_NAME, annotation=typer.Context),
             *(inspect.Parameter(n, _BY_NAME, default=default, annotation=hint) for n, hint, default in model),
             *Some(EngineConfig, own).parameters(),
+            inspect.Parameter("chat_template_kwargs", _BY_NAME, default=None, annotation=_TEMPLATE_KWARGS),
             inspect.Parameter("engine", _BY_NAME, default=None, annotation=_SETTINGS),
         ]
 
@@ -132,6 +133,8 @@ class Source(Data):
 def _given(values: dict) -> Fields:
     """What was said of an engine besides its models."""
     given = {f.name: values[f.name] for f in fields(EngineConfig) if f.metadata and is_given(values, f.name)}
+    if values["chat_template_kwargs"] is not None:
+        given["chat_template_kwargs"] = table_of(values["chat_template_kwargs"], "--chat-template-kwargs")
     return given | pairs(values["engine"], "--engine")
 
 
@@ -206,7 +209,11 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken rows out
 _LIMIT = Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")]
 _ADAPTERS = Annotated[
     list[str] | None,
-    typer.Option("--adapter", "-a", help="name=folder, or name=folder,folder stacked in order. May be repeated."),
+    typer.Option(
+        "--adapter",
+        "-a",
+        help="name=folder, or name=folder,folder stacked in order. Folders of the hub: owner/name. May be repeated.",
+    ),
 ]
 _WEIGHTS = Annotated[
     list[str] | None,
@@ -217,6 +224,10 @@ _LORA = Annotated[
     typer.Option("--lora", help="name=folder: a model with a LoRA merged into its weights. May be repeated."),
 ]
 _ON_TOP = {"adapter": _ADAPTERS, "weights": _WEIGHTS, "lora": _LORA}
+_TEMPLATE_KWARGS = Annotated[
+    str | None,
+    typer.Option(help='Variables that chat templates read, as JSON: {"enable_thinking": false}.'),
+]
 _SETTINGS = Annotated[
     list[str] | None,
     typer.Option("--engine", help="name=value for the backend, as tensor_parallel_size=2. May be repeated."),

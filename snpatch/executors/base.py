@@ -122,15 +122,18 @@ class Geometry:
 @dataclass(frozen=True)
 class Memory:
     """What an engine holds, in bytes over all its devices. second: what a second set of weights holds apart from the
-    first; cache: the KV cache of both streams, 0 where it is made anew for each batch."""
+    first; cache: the KV cache of both streams, 0 where it is made anew for each batch; twice: kinds of modules that
+    differ between the sets, and are held for each, as "down_proj"."""
 
     weights: int
     second: int
     cache: int
+    twice: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = {"weights": self.weights, "of a second set apart from them": self.second, "KV cache": self.cache}
-        return ", ".join(f"{size / 1e9:.2f} GB {what}" for what, size in parts.items() if size)
+        told = [f"{size / 1e9:.2f} GB {what}" for what, size in parts.items() if size]
+        return ", ".join([*told, *([f"held twice: {', '.join(self.twice)}"] if self.twice else [])])
 
 
 Progress = Callable[[int, int], None]  # (requests done, requests in all)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 
-from snpatch.config import adapters_of, models_of
+from snpatch.config import adapters_of, models_of, table_of
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.models.checkpoint import shape_of
@@ -48,8 +48,8 @@ class SnpatchLM(TemplateLM):
     def __init__(self, engine: Engine, patch: Patch | str = "base", max_gen_toks: int = MAX_GEN_TOKS) -> None:
         super().__init__()
         self.engine, self.patch, self.max_gen_toks = engine, patch, max_gen_toks
-        self.tokenizer, self.max_length = engine.tokenizer, engine.geometry.context
         self._template = engine.requests.template(patch if isinstance(patch, str) else patch.recipient)
+        self.tokenizer, self.max_length = self._template.tokenizer, engine.geometry.context
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "SnpatchLM":
@@ -62,13 +62,16 @@ class SnpatchLM(TemplateLM):
         adapters=sft=SFT;dpo=SFT+DPO (name=folder, folders stacked in order; or a dict), weights=dpo=CHECKPOINT and
         lora=dpo=LORA (models on a second set of weights, as adapters are given), recipient (default: base);
         donor (a model, zero, mean:recipient, mean:donor, noise:N or scale:F), ranking (a file), k (or LO:HI) and where;
-        strength; max_gen_toks; and any argument of Engine: backend, template, dtype, tensor_parallel_size, ...
+        strength; max_gen_toks; chat_template_kwargs (JSON, as {"enable_thinking": false}, or a dict); and any argument
+        of Engine: backend, template, dtype, tensor_parallel_size, ...
         lm-eval's --batch_size and --device are the engine's, too, but for their defaults, which mean the engine's own.
         """
         given = {name: _whole(value) for name, value in arg_dict.items() if value is not None}
         if "model" not in given:
             raise SnpatchError("model_args: model=FOLDER is missing")
         model, (adapters, models) = str(given.pop("model")), _models(given)
+        if isinstance(given.get("chat_template_kwargs"), str):
+            given["chat_template_kwargs"] = table_of(given["chat_template_kwargs"], "model_args: chat_template_kwargs")
         shape = partial(shape_of, model, bool(given.get("allow_untested")))
         patch, max_gen_toks = _patch(given, shape), given.pop("max_gen_toks", MAX_GEN_TOKS)
         engine = Engine(model, adapters, models=models, **{**_placed(**(additional_config or {})), **given})
@@ -137,7 +140,7 @@ class SnpatchLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """What lm-eval's cache of prompts goes by."""
-        return f"{self.tokenizer.name_or_path}--{self._template.name}".replace("/", "__")
+        return f"{self.tokenizer.name_or_path}--{self._template.name}-{self._template.digest}".replace("/", "__")
 
     def get_model_info(self) -> dict:
         """What lm-eval's results say of the model: the patch, and the content of the models that it names."""

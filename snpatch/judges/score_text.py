@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from snpatch.errors import SnpatchError
-from snpatch.models.templates import render, tulu
+from snpatch.models.templates import adds_behind, render, tulu
 
 BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}"
 NAMES = ("beaver", "tulu", "chat", "pair")
@@ -31,10 +31,12 @@ class ScoreText:
             )
         if format == "chat" and not tokenizer.chat_template:
             raise SnpatchError("format chat: the judge's tokenizer has no chat template; give another format")
+        if format == "beaver" and not tokenizer.eos_token:
+            raise SnpatchError("format beaver: its text ends with EOS, and the judge's tokenizer has none")
         self.format, self._tokenizer = format, tokenizer
 
     def text(self, prompt: str, completion: str) -> str:
-        """What is scored, but for what the tokenizer adds by itself (BOS)."""
+        """What is scored, but for what the tokenizer adds by itself (BOS; of some, EOS)."""
         tokenizer = self._tokenizer
         if self.format == "pair":
             raise SnpatchError("format pair: its two segments are not one text")
@@ -42,7 +44,7 @@ class ScoreText:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
             return render(turns, tokenizer, is_asked=False)
         if self.format == "beaver":
-            return _fill(BEAVER, prompt, completion) + tokenizer.eos_token
+            return _fill(BEAVER, prompt, completion) + ("" if adds_behind(tokenizer) else tokenizer.eos_token)
         if self.format == "tulu":
             asked = tulu([{"role": "user", "content": prompt}], tokenizer)
             text = asked + completion.split("<|user|>")[0]

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError, shown
-from snpatch.models.peft_files import covered, modules_of, read_config, read_tensors
+from snpatch.models.digest import folder_of_adapter
+from snpatch.models.peft_files import CONFIG, check_fields, covered, modules_of, read_config, read_tensors, targeted
 from snpatch.tensors import FLOATS, check_tensor
 
 MODULES = {"down_proj": "mlp.down_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
+FIELDS = ("target_modules", "exclude_modules", "feedforward_modules", "init_ia3_weights")
 _KEY = re.compile(r"base_model\.model\.(?P<module>(?:.+\.)?layers\.(?P<layer>[0-9]+)\.(?P<path>.+))\.ia3_l")
 
 
@@ -33,6 +35,11 @@ class Scales:
         """Names the vectors by their content."""
         content = b"".join(self.scale[name].numpy().tobytes() for name in sorted(self.scale))
         return hashlib.sha256(content).hexdigest()[:16]
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether they scale nothing."""
+        return all(bool((vectors == 1).all()) for vectors in self.scale.values())
 
     def stacked(self, other: "Scales") -> "Scales":
         """Both, one after the other: elementwise products."""
@@ -50,27 +57,36 @@ def identity(n_layers: int, widths: dict[str, int]) -> Scales:
 def load_adapters(folders: str | Path | Sequence[str | Path], n_layers: int, widths: dict[str, int]) -> Scales:
     """The product of one adapter folder, or of several stacked in order, for a model of `n_layers` layers.
 
-    widths: for each module that the model has, the width of its IA3 vector. A missing, extra or wrongly
-    shaped tensor, an unknown module or another adapter type is a SnpatchError that names it.
+    folders: or adapters on the hub, see `digest.folder_of_adapter`. widths: for each module that the model has, the
+    width of its IA3 vector. A missing, extra or wrongly shaped tensor, an unknown module or another adapter type is a
+    SnpatchError that names it.
     """
     scales = identity(n_layers, widths)
     folders = [folders] if isinstance(folders, str | Path) else folders
     if not folders:
         raise SnpatchError("an adapter needs at least one folder, got none")
     for folder in folders:
-        scales = scales.stacked(_load_folder(Path(folder), n_layers, widths))
+        scales = scales.stacked(_load_folder(folder_of_adapter(folder), n_layers, widths))
     return scales
 
 
 def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> Scales:
-    targets, feedforward = _read_config(folder)
+    config = read_config(folder, "IA3")
+    check_fields(folder, config, FIELDS, {})
+    targets, feedforward = (modules_of(folder, config, field) for field in ("target_modules", "feedforward_modules"))
+    if not targets:
+        raise SnpatchError(f"{folder}: {CONFIG} names no target_modules")
     scale = identity(n_layers, widths).scale
     places = {f"model.layers.{layer}.{MODULES[name]}": (layer, name) for name in widths for layer in range(n_layers)}
-    wanted = {places[module] for module in covered(folder, "target_modules", targets, list(places))}
-    if not isinstance(targets, str):
-        for target in targets:
-            if not any(MODULES[name].endswith(target.rpartition(".")[2]) for name in widths):
-                raise SnpatchError(f"{folder}: IA3 on {target} is not supported, only on {', '.join(widths)}")
+    wanted = {places[module] for module in targeted(folder, config, list(places))}
+    if isinstance(targets, str) and not wanted:
+        raise SnpatchError(
+            f"{folder}: target_modules = {shown(targets)} is a regular expression for whole names, as "
+            f"{next(iter(places))}, and fits none that can be scaled; names, or their ends, are given as a list"
+        )
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(MODULES[name].endswith(target.rpartition(".")[2]) for name in widths):
+            raise SnpatchError(f"{folder}: IA3 on {target} is not supported, only on {', '.join(widths)}")
     seen, tensors = set(), read_tensors(folder)
     matches = {key: _KEY.fullmatch(key) for key in tensors}
     if unknown := [key for key, match in matches.items() if not match]:
@@ -83,8 +99,10 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> Scales:
             raise SnpatchError(
                 f"{folder}: IA3 on {match['path']} is not supported, only on {', '.join(widths)} (tensor {key})"
             )
-        if (layer, name) not in wanted:
+        if layer >= n_layers:
             raise SnpatchError(f"{folder}: {key} is for layer {layer}, the model has {n_layers} layers")
+        if (layer, name) not in wanted:
+            raise SnpatchError(f"{folder}: its {CONFIG} puts no IA3 on {match['module']}, and its tensors do")
         is_input = match["module"] in inputs
         if is_input != (name == "down_proj"):
             how = "as feed-forward" if is_input else "not as feed-forward"
@@ -102,14 +120,3 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> Scales:
         what = f"layer {missing[0][0]}'s {missing[0][1]}" if missing else "any IA3 vector"
         raise SnpatchError(f"{folder}: no tensor for {what}: the file is incomplete or for another model")
     return Scales(scale)
-
-
-def _read_config(folder: Path) -> tuple[str | list[str], str | list[str]]:
-    """Return target_modules and feedforward_modules."""
-    config = read_config(folder, "IA3")
-    for name in ("modules_to_save", "exclude_modules"):
-        if config.get(name):
-            raise SnpatchError(f"{folder}: {name} {shown(config[name])} is not supported")
-    if not config.get("target_modules"):
-        raise SnpatchError(f"{folder}: adapter_config.json names no target_modules")
-    return modules_of(folder, config, "target_modules"), modules_of(folder, config, "feedforward_modules")

@@ -69,16 +69,28 @@ def _rope_types(parameters) -> set[str]:
 
 def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
     """Tokens that end a text: the generation config's (else the config's) and the tokenizer's."""
+    declared = declared_ends(pinned(model))
+    if declared is None:
+        declared = _numbers(config.eos_token_id, model)
+    return frozenset(declared + _numbers(tokenizer.eos_token_id, model))
+
+
+def declared_ends(folder: str | Path) -> list[int] | None:
+    """Return the tokens that end a text by a folder's generation config; None where there is none."""
     try:
-        declared = GenerationConfig.from_pretrained(pinned(model)).eos_token_id
+        declared = GenerationConfig.from_pretrained(str(folder)).eos_token_id
     except OSError:
-        declared = config.eos_token_id
+        return None
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        raise SnpatchError(f"{model}: its generation_config.json cannot be read: {first_line(error)}") from error
-    ids = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
+        raise SnpatchError(f"{folder}: its generation_config.json cannot be read: {first_line(error)}") from error
+    return _numbers(declared, folder)
+
+
+def _numbers(declared: object, name: str | Path) -> list[int]:
+    ids = declared if isinstance(declared, list) else [declared]
     if wrong := [i for i in ids if i is not None and type(i) is not int]:
-        raise SnpatchError(f"{model}: eos_token_id: expected numbers of tokens, got {shown(wrong[0])}")
-    return frozenset(i for i in ids if i is not None)
+        raise SnpatchError(f"{name}: eos_token_id: expected numbers of tokens, got {shown(wrong[0])}")
+    return [i for i in ids if i is not None]
 
 
 def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:

@@ -7,6 +7,7 @@ weights that an engine has packed for itself cannot be summed at all.
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from snpatch.files import write_text
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # the first kind of which there is any
 TOKENIZER = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "chat_template*")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "generation_config.json")
+# An adapter on the hub: owner and name, and perhaps a revision and a folder in it.
+HUB = re.compile(
+    r"(?!.*\.\.)(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<subfolder>[\w.-]+(/[\w.-]+)*))?"
+)
 CONFIG = "config.json"  # sizes, rotary base, norms' epsilon: what the same weights may be read with
 CACHE = "digests.json"
 DIGITS = 16
@@ -40,9 +46,10 @@ def digest_of_checkpoint(model: str | Path, has_weights: bool = True) -> str:
     return hashlib.sha256("\n".join(named).encode(errors="surrogateescape")).hexdigest()[:DIGITS]
 
 
-def digest_of_adapter(folder: str | Path) -> str:
-    """Names a PEFT folder by the bytes of its tensors and its config."""
-    files = [*_weights(Path(folder)), Path(folder) / "adapter_config.json"]
+def digest_of_adapter(adapter: str | Path) -> str:
+    """Names a PEFT adapter, a folder or one from the hub, by the bytes of its tensors and its config."""
+    folder = folder_of_adapter(adapter)
+    files = [*_weights(folder), folder / "adapter_config.json"]
     kept = _Kept()
     digests = [kept.digest_of(file) for file in files]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:DIGITS]
@@ -78,6 +85,28 @@ def folder_of(model: str | Path, has_weights: bool = True) -> Path:
         return folder
     except Exception as error:  # the hub's client, and the one of HTTP below it, raise their own
         raise SnpatchError(f"cannot download {model}: {first_line(error)}") from error
+
+
+def folder_of_adapter(adapter: str | Path) -> Path:
+    """Return the folder of a PEFT adapter, or the local copy of one from the hub.
+
+    adapter: a folder, or owner/name, owner/name@revision, owner/name:subfolder, owner/name@revision:subfolder.
+    """
+    match = HUB.fullmatch(str(adapter))
+    if Path(adapter).is_dir() or match is None:
+        return Path(adapter)
+    below = f"{match['subfolder']}/" if match["subfolder"] else ""
+    wanted = [below + pattern for pattern in (*ADAPTER, *TOKENIZER)]
+    try:
+        folder = Path(snapshot_download(match["name"], revision=match["revision"], allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise SnpatchError(
+            f"{adapter}: no such folder (wanted a PEFT adapter), and no adapter of that name can be downloaded: "
+            f"{first_line(error)}"
+        ) from error
+    if not (folder / below).is_dir():
+        raise SnpatchError(f"{adapter}: there is no {match['subfolder']} in {match['name']}")
+    return folder / below
 
 
 def pinned(model: str | Path) -> str:

@@ -13,34 +13,69 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snpatch.errors import SnpatchError
-from snpatch.models.peft_files import by_pattern, number_of, read_config, read_tensors
+from snpatch.errors import SnpatchError, shown
+from snpatch.models.digest import folder_of_adapter
+from snpatch.models.peft_files import (
+    TARGETS,
+    by_pattern,
+    check_fields,
+    covered,
+    modules_of,
+    number_of,
+    read_config,
+    read_tensors,
+    targeted,
+)
 from snpatch.tensors import FLOATS, check_tensor, is_finite
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-# What of a LoRA config makes weights that are more than W + scale * B A: refused where it is set.
-REFUSED = ("use_dora", "modules_to_save", "layer_replication", "fan_in_fan_out", "lora_bias", "trainable_token_indices")
+# PEFT saves a copy of the embeddings beside a LoRA on lm_head, or where their sizes were changed.
+_COPY = re.compile(r"base_model\.model\.(?P<module>(?:.+\.)?(?:lm_head|embed_tokens))(?:\.base_layer)?\.weight")
+# Fields that are read here, and those that mean nothing once an adapter is trained.
+FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", *TARGETS,
+          "lora_dropout", "eva_config", "runtime_config", "megatron_core", "qalora_group_size",
+          "ensure_weight_tying")  # fmt: skip
+# Beginnings that leave the base weights as they are. PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ take a part out of them.
+HARMLESS = {"init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"), "bias": ("none",)}
 
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """One folder. updates: name of a weight -> (A [r, in], B [out, r], scale)."""
+    """One folder. updates: name of a weight -> (A [r, in], B [out, r], scale); copies: name of a weight of the model ->
+    the value that it must have; config: the folder's."""
 
     folder: str
     updates: dict[str, tuple[Tensor, Tensor, float]]
+    copies: dict[str, Tensor]
+    config: dict
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it changes nothing: it was never trained, or saved wrong."""
+        return not any(scale and a.any() and b.any() for a, b, scale in self.updates.values())
 
 
-def load_lora(folder: str | Path) -> Lora:
-    """Read a PEFT LoRA folder; a variant whose merge is not W + scale * B A is a SnpatchError that names it."""
-    folder = Path(folder)
+def load_lora(adapter: str | Path) -> Lora:
+    """Read a PEFT LoRA, a folder or one from the hub.
+
+    Raises:
+        SnpatchError: its merge is not W + scale * B A, or the folder is broken; the error names the field or tensor.
+    """
+    folder = folder_of_adapter(adapter)
     config = _read_config(folder)
     sides: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, Tensor] = {}
     for key, tensor in read_tensors(folder).items():
         match = _KEY.fullmatch(key)
+        if copy := _COPY.fullmatch(key):
+            copies[f"{copy['module']}.weight"] = tensor
+            continue
         if not match or tensor.dim() != 2:
             raise SnpatchError(f"{folder}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear layer")
         checked = check_tensor(tensor, f"{folder}: {key}", *FLOATS, used=torch.float32)
         sides.setdefault(match["module"], {})[match["side"]] = checked
+    if beyond := sides.keys() - _covered(folder, config, list(sides), sides):
+        raise SnpatchError(f"{folder}: its adapter_config.json puts no LoRA on {min(beyond)}, and its tensors do")
     updates, modules = {}, list(sides)
     ranks, alphas = (by_pattern(folder, config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
     for module, pair in sides.items():
@@ -53,26 +88,46 @@ def load_lora(folder: str | Path) -> Lora:
         updates[f"{module}.weight"] = pair["A"], pair["B"], scale
     if not updates:
         raise SnpatchError(f"{folder}: it holds no LoRA matrices")
-    return Lora(str(folder), updates)
+    return Lora(str(folder), updates, copies, config)
 
 
 def merged(weights: Iterable[tuple[str, Tensor]], folders: Sequence[str | Path]) -> Iterator[tuple[str, Tensor]]:
     """The weights of a checkpoint with LoRA folders merged into them, in order; all of each must find its weight."""
     loras = [load_lora(folder) for folder in folders]
-    left = [set(lora.updates) for lora in loras]
+    left, matrices = [{*lora.updates, *lora.copies} for lora in loras], []
     for name, weight in weights:
+        if name.endswith(".weight") and weight.dim() == 2:
+            matrices.append(name.removesuffix(".weight"))
         yield name, _merged(loras, left, name, weight)
     for lora, names in zip(loras, left, strict=True):
         if names:
-            raise SnpatchError(f"{lora.folder}: the model has no weight {min(names)}: a LoRA of another model")
+            why = "it is tied to the embedding" if "lm_head.weight" in names else "a LoRA of another model"
+            raise SnpatchError(f"{lora.folder}: the model has no weight {min(names)}: {why}")
+        updated = {name.removesuffix(".weight") for name in lora.updates}
+        if missing := _covered(Path(lora.folder), lora.config, matrices, updated) - updated:
+            raise SnpatchError(f"{lora.folder}: no matrices for {min(missing)}, which its adapter_config.json names")
+
+
+def _covered(folder: Path, config: dict, modules: Sequence[str], tensors: Iterable[str]) -> set[str]:
+    """Return the modules that a config puts a LoRA on, as a module or by the name of its weight."""
+    if config.get("target_modules") is None and config.get("target_parameters") is None:
+        return set(tensors)  # PEFT has chosen by architecture: the tensors tell
+    parameters = modules_of(folder, config, "target_parameters")
+    weights = covered(folder, "target_parameters", list(parameters), [f"{module}.weight" for module in modules])
+    return targeted(folder, config, modules) | {weight.removesuffix(".weight") for weight in weights}
 
 
 def _merged(loras: Sequence[Lora], left: Sequence[set[str]], name: str, weight: Tensor) -> Tensor:
     total = weight
     for lora, names in zip(loras, left, strict=True):
+        names.discard(name)
+        if name in lora.copies and not _is_copy(lora.copies[name], weight):
+            raise SnpatchError(
+                f"{lora.folder}: it brings a {name} of its own, which is not the model's: merge this adapter with PEFT "
+                "(merge_and_unload) and give the checkpoint"
+            )
         if name not in lora.updates:
             continue
-        names.discard(name)
         a, b, scale = lora.updates[name]
         if total.shape != (b.shape[0], a.shape[1]):
             raise SnpatchError(f"{lora.folder}: {name} is {list(weight.shape)}, its update {[len(b), a.shape[1]]}")
@@ -84,13 +139,17 @@ def _merged(loras: Sequence[Lora], left: Sequence[set[str]], name: str, weight: 
     return total.to(weight.dtype)
 
 
+def _is_copy(copy: Tensor, weight: Tensor) -> bool:
+    """Whether two tensors hold the same values, as far as the coarser of their types tells."""
+    coarser = min(copy.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+    return copy.shape == weight.shape and torch.equal(copy.to(weight.device, coarser), weight.to(coarser))
+
+
 def _read_config(folder: Path) -> dict:
     config = read_config(folder, "LORA")
-    for name in REFUSED:
-        if config.get(name):
-            raise SnpatchError(f"{folder}: {name} = {config[name]} is not supported: merge this adapter with PEFT")
-    if config.get("bias", "none") != "none":
-        raise SnpatchError(f"{folder}: bias = {config['bias']} is not supported: merge this adapter with PEFT")
+    check_fields(folder, config, FIELDS, HARMLESS)
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise SnpatchError(f"{folder}: use_rslora: expected true or false, got {shown(config['use_rslora'])}")
     missing = [name for name in ("r", "lora_alpha") if name not in config]
     if missing:
         raise SnpatchError(f"{folder}: adapter_config.json lacks {', '.join(missing)}")

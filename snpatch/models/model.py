@@ -45,10 +45,10 @@ class Model:
         """Names the model by its content."""
         return hashlib.sha256(f"{self.weights.identity} {self.scales.digest}".encode()).hexdigest()[:16]
 
-    @cached_property
+    @property
     def is_plain(self) -> bool:
         """Whether nothing scales the weights."""
-        return all(bool((vectors == 1).all()) for vectors in self.scales.scale.values())
+        return self.scales.is_plain
 
     @cached_property
     def scales_kv(self) -> bool:

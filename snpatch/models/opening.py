@@ -3,20 +3,20 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 from transformers import AutoConfig
 
 from snpatch.config import OWN_SET, EngineConfig, ModelSource
 from snpatch.errors import SnpatchError
 from snpatch.models.adapters import identity, load_adapters
-from snpatch.models.checkpoint import eos_ids
 from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint, revision_of
+from snpatch.models.lora import load_lora
 from snpatch.models.model import Model, Weights
-from snpatch.models.pairing import check_pair
+from snpatch.models.notes import Notes
 from snpatch.models.pretrained import load_pretrained
-from snpatch.models.templates import open_template
+from snpatch.models.reading import brings_reading, open_readers
 from snpatch.names import BASE
 
 # vLLM's arguments that change how fast a text is made, or how much room there is, and not which text it is. All others
@@ -48,26 +48,13 @@ RESOURCES = (
 class Opened:
     """What an engine knows of its model before and beside what runs it. models: name -> Model.
 
-    templates: how each set of weights reads chats; a checkpoint without a chat template reads them as the other does.
+    readers: how each set of weights reads chats and ends texts. notes: what the user should know.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        from transformers import AutoTokenizer  # brings scikit-learn with it, and takes two seconds
-
-        self.tokenizer = load_pretrained(AutoTokenizer, config.model)
-        self._tokenizers = [self.tokenizer] * (1 if config.second is None else 2)
-        if config.second is not None and config.second.weights is not None:
-            self._tokenizers[1] = load_pretrained(AutoTokenizer, config.second.weights)
-            check_pair(config.model, config.second.weights, *self._tokenizers)
-        own, other = self._tokenizers[0], self._tokenizers[-1]
-        own.chat_template, other.chat_template = (
-            own.chat_template or other.chat_template,
-            other.chat_template or own.chat_template,
-        )
-        self.templates = [
-            open_template(config.template, tokenizer, _adapters_on(config, place))
-            for place, tokenizer in enumerate(self._tokenizers)
-        ]
+        self.notes = Notes()
+        self.readers = open_readers(config, self.notes)
+        self.tokenizer, self.templates = self.readers[0].tokenizer, [reader.template for reader in self.readers]
         self.models: dict[str, Model] = {}
         self._config = config
 
@@ -76,8 +63,7 @@ class Opened:
         """The checkpoints, which are hashed when this is first asked for: after their architecture was looked at."""
         config = self._config
         found = [OWN_SET] if config.second is None else [OWN_SET, config.second]
-        tokenizers = self._tokenizers
-        return {one: _weights(config, one, tokenizers[place], place) for place, one in enumerate(found)}
+        return {one: _weights(config, one, self.readers[place].eos_ids, place) for place, one in enumerate(found)}
 
     def add(self, sources: Mapping[str, ModelSource], geometry, check: Callable[[str, Model], None]) -> None:
         """Load adapters, each model under its name; check: what the executor has to say to it."""
@@ -86,32 +72,55 @@ class Opened:
         for name, source in sources.items():
             if name in self.models:
                 raise SnpatchError(f"model name {name!r} is taken")
+            for folder in source.lora:
+                self._check_lora(folder)
             scales = identity(geometry.n_layers, geometry.widths)
             if source.adapters:
                 scales = load_adapters(source.adapters, geometry.n_layers, geometry.widths)
+                if scales.is_plain:
+                    self._tell_plain(" on ".join(map(str, source.adapters)), "all of its scales are 1")
             model = Model(self.sets[source.set], scales)
             check(name, model)
             self.models[name] = model
 
+    def check_beside(self, source: ModelSource) -> None:
+        """Raise an error for adapters that come after the start and bring another way to read texts."""
+        if not any(map(brings_reading, source.adapters)):
+            return
+        name = "an adapter added later"
+        later = replace(self._config, adapters={**self._config.adapters, name: source.adapters})
+        reader, own = open_readers(later, self.notes)[0], self.readers[0]
+        if (reader.template.digest, reader.eos_ids) != (own.template.digest, own.eos_ids):
+            raise SnpatchError(
+                f"{', '.join(source.adapters)}: its template, tokenizer or EOS is not what this engine of "
+                f"{self._config.model} reads by: give the adapter when the engine starts"
+            )
+
     def digest_of(self, model: Model) -> str:
         """Names a model with its template and tokenizer by content."""
-        parts = [model.digest, self.templates[model.weights.place].digest]
+        parts = [model.digest, self.templates[model.weights.place].digest, sorted(model.weights.eos_ids)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
+    def _check_lora(self, folder: str) -> None:
+        lora, config = load_lora(folder), load_pretrained(AutoConfig, self._config.second.weights or self._config.model)
+        if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} & lora.updates.keys():
+            raise SnpatchError(
+                f"{folder}: it has a LoRA on the head of a model whose head is its embedding: merge this adapter with "
+                "PEFT (merge_and_unload) and give the checkpoint"
+            )
+        if lora.is_plain:
+            self._tell_plain(folder, "all of its updates are 0")
 
-def _adapters_on(config: EngineConfig, place: int) -> list[str | Path]:
-    """The adapter folders of all models on one set of weights."""
-    sources = (one for one in config.sources.values() if (one.set != OWN_SET) == bool(place))
-    return [folder for source in sources for folder in source.adapters]
+    def _tell_plain(self, folders: str, why: str) -> None:
+        self.notes.add(f"plain {folders}", f"{folders} changes nothing ({why}): it was never trained, or saved wrong")
 
 
-def _weights(config: EngineConfig, source: ModelSource, tokenizer, place: int) -> Weights:
+def _weights(config: EngineConfig, source: ModelSource, ends: frozenset[int], place: int) -> Weights:
     settings, name = {n: v for n, v in config.vllm.items() if n not in RESOURCES}, source.weights or config.model
     own = digest_of_checkpoint(name, has_weights=settings.get("load_format") != "dummy")
     parts = [own, *map(digest_of_adapter, source.lora)]
     digest = own if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     named = json.dumps({"dtype": _dtype(config), **settings}, sort_keys=True, default=str)
-    ends = eos_ids(name, load_pretrained(AutoConfig, name), tokenizer)
     return Weights(name, digest, revision_of(name), named, ends, place)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
+ROUNDING = 1e-6  # of activations' size: what two equal models may differ by, as their rows are computed apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +77,21 @@ class Ranking:
         exclude_layers: Sequence[int] = (),
         meta: dict | None = None,
     ) -> "Ranking":
-        """Order by a score of what a contrast saw; method: a name of METHODS."""
+        """Order by a score of what a contrast saw; method: a name of METHODS.
+
+        Raises:
+            SnpatchError: no neuron that would be ranked differs between the two models, or there is no such method.
+        """
         if method not in METHODS:
             raise SnpatchError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         scores, meta = METHODS[method](statistics), {**(meta or {}), "method": method}
-        return replace(cls.from_scores(scores, exclude_layers, statistics.moments(), meta), statistics=statistics)
+        ranking = cls.from_scores(scores, exclude_layers, statistics.moments(), meta)
+        if statistics.is_pair and not _differs(statistics, ranking._order):
+            raise SnpatchError(
+                f"ranking: none of the {len(ranking)} neurons differs between the two models on these texts: they are "
+                "one model, or an adapter changes nothing in the layers that are ranked"
+            )
+        return replace(ranking, statistics=statistics)
 
     @classmethod
     def from_scores(
@@ -150,6 +161,13 @@ class Ranking:
         """Names a window's neurons by content, whatever their order."""
         neurons = self._first(window.hi)[window.lo :].sort().values
         return hashlib.sha256(neurons.numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
+
+    def ties(self, border: int) -> int:
+        """Return how many neurons share one score across a window's border; 0 if none do, or scores are not known."""
+        if self.scores is None or not 0 < border < len(self):
+            return 0
+        scores = self.scores.flatten()[self._order]
+        return int((scores == scores[border]).sum()) if scores[border - 1] == scores[border] else 0
 
     @property
     def provenance(self) -> dict:
@@ -344,3 +362,9 @@ def _rank_of(order: Tensor, shape: tuple[int, int]) -> Tensor:
     rank = torch.full((shape[0] * shape[1],), NEVER, dtype=torch.int32)
     rank[order] = torch.arange(len(order), dtype=torch.int32)
     return rank.view(shape)
+
+
+def _differs(statistics: Statistics, neurons: Tensor) -> bool:
+    """Whether two models' activations of some neurons differ by more than rounding."""
+    sums = statistics.sums.transpose(0, 1).flatten(1)[:, neurons]  # [5, n]
+    return not len(neurons) or bool(sums[4].max() > (sums[1] + sums[3]).max() * ROUNDING**2)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -226,10 +226,13 @@ class Asked:
 
 def ask(engine: Engine, prompts, rankings: Mapping[str, Ranking], config: SweepConfig) -> Asked:
     """What a sweep of these wants, checked in full before anything is written."""
-    for model in config.models:
-        engine.requests.model(model)
+    for recipient, donor in product(config.recipients, config.donors):
+        own, other = map(engine.requests.model, (recipient, donor))
+        if recipient != donor and own.digest == other.digest:
+            raise SnpatchError(f"sweep: {recipient} and {donor} are the same model by content: no patch can change it")
     sets = sets_of(prompts)
     points, notes = points_of(rankings, config)
+    notes = [*engine.notes, *notes]
     chats = list(chain.from_iterable(sets.values()))
     items = texts.wanted(engine, chats, [point.runs for point in points], config.sampling, config.samples)
     return named(points, notes, {name: len(mine) for name, mine in sets.items()}, items)
@@ -282,6 +285,9 @@ def points_of(rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[lis
             controls, note = _controls(ranking, window, config)
             if note:
                 notes.append(f"{name} [{window.lo}, {window.hi}) has no random control: {note}")
+            for border in {window.lo, window.hi}:
+                if tied := ranking.ties(border):
+                    notes.append(f"{name}: {tied} neurons share the score at the border {border} of a window")
             for recipient in config.recipients:
                 for donor in (one for one in config.donors if one != recipient):
                     for strength in config.strengths:

@@ -83,6 +83,8 @@ class PatchedClient:
             raise SnpatchError(f"seed: those of {n} texts go past 2^63-1", field="seed")
         requests, ids = self.engine.requests, list(prompt["prompt_token_ids"])
         requests.check_room(ids, 1, "the prompt")
+        requests.check_ids(ids, "the prompt")
+        requests.tell_double_bos(ids, requests.templates[0].tokenizer, "a prompt")
         params, room = copy.copy(sampling_params), self.engine.geometry.context - len(ids)
         params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         params.min_tokens = min(params.min_tokens, params.max_tokens)

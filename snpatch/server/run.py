@@ -105,9 +105,16 @@ def _complete(args: Namespace, serving: Serving, served: tuple[str, ...]) -> Non
     args.served_model_name = [*served, "base"]
     args.disable_log_stats = False
     args.structured_outputs_config = engine.executor.engine.vllm_config.structured_outputs_config
-    template = engine.requests.templates[0]
+    read_as_engine(args, serving)
+
+
+def read_as_engine(args: Namespace, serving: Serving) -> None:
+    """Have vLLM's server render chats by the engine's own template and with its variables."""
+    template = serving.engine.requests.templates[0]
     if not serving.has_own_template and (template.name != "tokenizer" or has_clock(template.source)):
         args.chat_template = template.source
+    if variables := serving.config.engine.chat_template_kwargs:
+        args.default_chat_template_kwargs = {**variables, **(args.default_chat_template_kwargs or {})}
 
 
 def _only_one(setup_server) -> dict:

@@ -27,7 +27,7 @@ from snpatch.models.digest import pinned
 from snpatch.models.lora import merged
 from snpatch.models.peft_files import read_config
 from snpatch.models.pretrained import load_pretrained, loading
-from snpatch.models.templates import FILE, TULU, Template
+from snpatch.models.templates import FILE, TULU, Template, told_template
 from snpatch.training.settings import DpoSettings, TrainSettings
 
 TRAINED, REFERENCE = "default", "ref"  # PEFT's name of the first adapter, and TRL's of its frozen copy
@@ -46,6 +46,14 @@ def open_tokenizer(model: str | Path, settings: TrainSettings) -> tuple[PreTrain
     elif has_clock(template.source):
         tokenizer.chat_template = template.source
     return tokenizer, template
+
+
+def check_template(sft: Path | None, template: Template) -> None:
+    """Raise an error for an SFT adapter that was trained with another template than DPO is to read by."""
+    if sft is not None and told_template(sft) not in (None, template.source):
+        raise SnpatchError(
+            f"{sft}: it was trained with another chat template than template = {template.name}: train both with one"
+        )
 
 
 def _tulu_as_one_text(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
@@ -96,7 +104,7 @@ def on_sft(network: PreTrainedModel, sft: Path | None, settings: DpoSettings) ->
     if kind == "ia3" and settings.peft == "lora":
         raise SnpatchError(f"{sft}: no LoRA can be trained on an IA3 adapter: use peft = ia3, or a checkpoint")
     if kind == "lora" and settings.peft == "ia3":
-        network.load_state_dict(dict(merged(network.state_dict().items(), [sft])))
+        network.load_state_dict(dict(merged(network.named_parameters(), [sft])), strict=False)  # tied weights come once
         return network, fresh_adapter(settings)
     with loading(sft, "PeftModel"):
         on_top = PeftModel.from_pretrained(network, str(sft), is_trainable=True)

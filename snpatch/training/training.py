@@ -37,7 +37,13 @@ from snpatch.data.dataset import Rows
 from snpatch.environment import describe
 from snpatch.errors import SnpatchError, first_line
 from snpatch.files import check_writable, write_text
-from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint, digest_of_tokenizer_files, folder_of
+from snpatch.models.digest import (
+    digest_of_adapter,
+    digest_of_checkpoint,
+    digest_of_tokenizer_files,
+    folder_of,
+    folder_of_adapter,
+)
 from snpatch.report import files
 from snpatch.report.report import Report, View
 from snpatch.training import rows
@@ -146,11 +152,12 @@ def train_dpo(
     settings = settings or DpoSettings()
     rows.check_columns(preferences, ("prompt", "chosen", "rejected"))
     rows.check_roles(preferences, settings.template)
-    sft = None if sft is None else Path(sft)
+    sft = None if sft is None else folder_of_adapter(sft)
     asked = _asked("dpo", model, sft, preferences, settings)
     if kept := _begin(out, asked):
         return kept
     tokenizer, template = net.open_tokenizer(model, settings)
+    net.check_template(sft, template)
     network, adapter = net.on_sft(net.open_network(model, settings, _on_gpu()), sft, settings)
     start = {} if adapter else {name: vector.detach().clone() for name, vector in net.scales(network).items()}
     lengths = {"beta": settings.beta, "max_length": settings.max_length}

@@ -22,8 +22,9 @@ from snpatch.executors.transformers.text import Writer, choose
 from snpatch.models.checkpoint import check_finite, load_config
 from snpatch.models.lora import merged
 from snpatch.models.model import Model
-from snpatch.models.pairing import bytes_of
+from snpatch.models.pairing import bytes_of, kinds_of
 from snpatch.models.pretrained import load_pretrained
+from snpatch.models.reading import Reader
 from snpatch.op.plan import Column, fill_plan
 from snpatch.op.reference import count_nonfinite, has_overflowed
 
@@ -34,7 +35,7 @@ TAKEN = 8  # batches of requests that are taken together, of those that are made
 class TransformersExecutor:
     """Loads a causal language model and serves `Executor`. config: dtype, device, batch_size, token_budget, ..."""
 
-    def __init__(self, config: EngineConfig, tokenizer) -> None:
+    def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
         model, own = config.model, load_config(config.model, config.allow_untested)
         self._device = pick_device(config.device)
         self._model = load(model, OWN_SET, config.dtype, self._device)
@@ -47,11 +48,11 @@ class TransformersExecutor:
                 name: min(getattr(self.geometry, name), getattr(other, name)) for name in ("context", "vocab_size")
             }
             self.geometry = replace(self.geometry, **least)
-        self._tokenizer, self._token_budget = tokenizer, config.token_budget
+        self._tokenizer, self._token_budget = readers[0].tokenizer, config.token_budget
         self._batch_size = BATCH_SIZE if config.batch_size is None else config.batch_size
         own = bytes_of(self._model.parameters())
         self._step = make_twin(self._model, second)
-        self.memory = Memory(own, bytes_of(self._model.parameters()) - own, 0)
+        self.memory = Memory(own, bytes_of(self._model.parameters()) - own, 0, kinds_of(self._step.paired))
 
     def check(self, name: str, model: Model) -> None:
         """Every model whose adapters fit the geometry can be run."""

@@ -29,6 +29,7 @@ class Step:
     capture: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     receipt: Tensor = field(default_factory=lambda: torch.empty(0, len(Receipt), dtype=torch.int64))
     banks: list[LayerBank] = field(default_factory=list)
+    paired: list[str] = field(default_factory=list)  # modules that differ between the two sets of weights
 
     @property
     def streams(self) -> int:
@@ -125,6 +126,7 @@ def _pair(model: nn.Module, second: nn.Module, step: Step) -> None:
         parent, _, child = name.rpartition(".")
         kind = PairedHead if own is model.lm_head else PairedModule
         setattr(model.get_submodule(parent), child, kind(own, others[name], step))
+        step.paired.append(name)
 
 
 def _fuse(gate: nn.Linear, up: nn.Linear) -> nn.Linear:

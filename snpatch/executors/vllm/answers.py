@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Memory
+from snpatch.models.pairing import kinds_of
 
 
 def answers_of(answers: list[dict]) -> list:
@@ -24,5 +25,6 @@ class Started:
 
     @classmethod
     def of(cls, answers: list[dict]) -> "Started":
-        memory = Memory(*map(sum, zip(*(a["memory"] for a in answers), strict=True)))
+        twice = kinds_of(name for answer in answers for name in answer["twice"])
+        memory = Memory(*map(sum, zip(*(a["memory"] for a in answers), strict=True)), twice)
         return cls(tuple((a["first_neuron"], a["n_neurons"]) for a in answers), answers[0]["runner"], memory)

@@ -16,9 +16,10 @@ from snpatch.executors.base import Geometry
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.settings import TwinSettings, twin_capture_sizes
 from snpatch.executors.vllm.worker import plugin
-from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, eos_ids, load_config
+from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, load_config
 from snpatch.models.digest import pinned
 from snpatch.models.model import Model
+from snpatch.models.reading import Reader
 
 PLUGINS = "VLLM_PLUGINS"  # those that vLLM loads, where it is set
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
@@ -27,9 +28,9 @@ BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what th
 
 
 class TwinLaunch:
-    """What a twin of a config is started with. geometry is known before it is."""
+    """What a twin of a config is started with. geometry is known before it is. readers: of each set of weights."""
 
-    def __init__(self, config: EngineConfig, tokenizer) -> None:
+    def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
         versions.check()
         arguments, model = dict(config.vllm), config.model
         own = load_config(model, config.allow_untested)
@@ -40,7 +41,7 @@ class TwinLaunch:
         if arguments.get("load_format") != "dummy":
             check_has_weights(model)
         self.geometry = geometry_of(own, arguments.get("max_model_len"), config.dtype)
-        second, ends = config.second, [eos_ids(model, own, tokenizer)]
+        second = config.second
         if second is not None:
             if config.twin.streams == 1:
                 raise SnpatchError("streams=1: a second set of weights runs in a second stream; start two engines")
@@ -48,15 +49,19 @@ class TwinLaunch:
             other = load_config(name, config.allow_untested)
             if arguments.get("load_format") != "dummy":
                 check_has_weights(name)
-            ends.append(eos_ids(name, other, tokenizer))
             least = {"vocab_size": min(own.vocab_size, other.vocab_size)}
             if "max_model_len" not in arguments:
                 least["context"] = min(self.geometry.context, other.max_position_embeddings)
             self.geometry = replace(self.geometry, **least)
         self._arguments = twin_arguments(model, own, config.dtype, arguments)
+        self._arguments["tokenizer"] = str(readers[0].tokenizer.name_or_path)  # perhaps an adapter's
         is_eager = bool(self._arguments.get("enforce_eager"))
         self.settings = TwinSettings.made(
-            config.twin, ends, second, is_eager=is_eager, allow_untested=config.allow_untested
+            config.twin,
+            [reader.eos_ids for reader in readers],
+            second,
+            is_eager=is_eager,
+            allow_untested=config.allow_untested,
         )
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {own.model_type} model has no k_proj and v_proj of their own")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from snpatch.config import ModelSource, TwinSizes
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantised
-from snpatch.models.digest import pinned
+from snpatch.models.digest import folder_of_adapter, pinned
 
 BIAS = "score_bias"  # in the config that a score model's worker gets: whether its head has a bias
 ON_ONE_SET = "snpatch_on_one_set"  # of extra_args: both models of the request are on one of two sets of weights
@@ -46,7 +46,8 @@ class TwinSettings(TwinSizes):
     ) -> "TwinSettings":
         parts = {"tells_rows": is_eager}
         if second is not None:
-            parts |= {"has_second": True, "weights": second.weights and pinned(second.weights), "lora": second.lora}
+            lora = tuple(str(folder_of_adapter(one)) for one in second.lora)
+            parts |= {"has_second": True, "weights": second.weights and pinned(second.weights), "lora": lora}
         every = tuple(tuple(sorted(one)) for one in ends)
         return cls(**asdict(sizes), ends=every, allow_untested=allow_untested, **parts)
 

@@ -1,10 +1,13 @@
 """The user's side of a twin: how it is launched, its rows, and how requests travel. What both executors stand on."""
 
+from collections.abc import Sequence
+
 from snpatch.config import EngineConfig
 from snpatch.executors.vllm.launch import TwinLaunch
 from snpatch.executors.vllm.registry import Registry
 from snpatch.executors.vllm.wire import Wire
 from snpatch.models.model import Model
+from snpatch.models.reading import Reader
 
 
 class UsersSide:
@@ -12,10 +15,10 @@ class UsersSide:
 
     engine = None  # until it is started, and when it is closed
 
-    def __init__(self, config: EngineConfig, tokenizer) -> None:
-        self.launch = TwinLaunch(config, tokenizer)
+    def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
+        self.launch = TwinLaunch(config, readers)
         self.geometry = self.launch.geometry
-        self.wire = Wire(tokenizer, self.geometry, config.twin.max_clauses, config.second is not None)
+        self.wire = Wire(readers[0].tokenizer, self.geometry, config.twin.max_clauses, config.second is not None)
         self.registry = Registry(self.launch.settings)
 
     def check(self, name: str, model: Model) -> None:

@@ -58,6 +58,7 @@ class WorkerExtension:
                 twin.second.bytes if twin.second else 0,
                 bytes_of(zeroing.tensors_of(runner.kv_caches)),
             ),
+            "twice": twin.second.paired if twin.second else [],
         }
 
     @_command

@@ -1,0 +1,131 @@
+"""Inputs that compute nothing say so: equal models, adapters without effect, ties, a donor that is the recipient."""
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError
+from snpatch.judges.refusal import RefusalWords
+from snpatch.ranking.statistics import Statistics
+from snpatch.runs.config import SweepConfig
+from snpatch.runs.sweep import sweep
+
+PROMPTS = tiny.PROMPTS[:3]
+SHAPE = (tiny.LAYERS, tiny.NEURONS)
+
+
+def ones(folder, out, **other):
+    """An IA3 adapter of ones but for the given layer's."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    vectors = {(layer, "down_proj"): torch.ones(tiny.NEURONS) for layer in range(tiny.LAYERS)}
+    for layer, value in other.items():
+        vectors[int(layer.removeprefix("layer")), "down_proj"] *= value
+    tiny.adapter(model, out, ["down_proj"], 0, vectors)
+    return out
+
+
+@pytest.fixture(scope="module")
+def engine(zoo, tmp_path_factory):
+    """base; same: scales of 1; last: another last layer; untrained: a LoRA whose B is 0."""
+    folder, out = zoo("llama").folder, tmp_path_factory.mktemp("degenerate")
+    lora = tiny.lora(folder, out)
+    path = lora / "adapter_model.safetensors"
+    save_file({k: t if "lora_A" in k else torch.zeros_like(t) for k, t in load_file(path).items()}, path)
+    adapters = {
+        "same": ones(folder, out / "same"),
+        "last": ones(folder, out / "last", layer2=2.0),
+        "sft": zoo("llama").adapters["sft"],
+    }
+    with Engine(folder, adapters, models={"untrained": {"lora": lora}}, backend="transformers") as made:
+        yield made
+
+
+def test_an_adapter_that_changes_nothing_is_told_at_the_start(engine):
+    told = [note for note in engine.notes if "changes nothing" in note]
+    assert [why in note for why, note in zip(("scales are 1", "updates are 0"), told, strict=True)] == [True, True]
+    assert all("it was never trained, or saved wrong" in note for note in told)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (("base", "same"), "base and same are the same model by content"),
+        (("same", "same"), "same and same are the same model by content"),
+        (("base", "untrained"), r"none of the 192 neurons differs between the two models on these texts"),
+        (("base", "last"), r"none of the 192 neurons differs .* or an adapter changes nothing in the layers that are"),
+    ],
+)
+@pytest.mark.parametrize("at", ["emitted", "prompt"])
+def test_a_contrast_of_equal_models_is_an_error(engine, pair, message, at):
+    with pytest.raises(SnpatchError, match=message):
+        engine.contrast(PROMPTS, *pair, at=at, sampling=Sampling(max_tokens=3))
+
+
+def test_a_contrast_of_other_models_keeps_the_notes(engine):
+    ranking = engine.contrast(PROMPTS, "base", "sft", sampling=Sampling(max_tokens=3))
+    assert any("changes nothing" in note for note in ranking.meta["notes"])
+    alone = engine.contrast(PROMPTS, "base", sampling=Sampling(max_tokens=3))
+    assert len(alone) == 192, "one model alone is ranked by its own activations"
+
+
+def test_statistics_of_equal_models_make_no_ranking():
+    values = torch.randn(100, *SHAPE, dtype=torch.float64)
+    sums = torch.stack([values.sum(0), values.square().sum(0)] * 2 + [torch.zeros(SHAPE, dtype=torch.float64)], 1)
+    statistics = Statistics(sums, torch.full((SHAPE[0],), 100))
+    with pytest.raises(SnpatchError, match="none of the 288 neurons differs between the two models"):
+        Ranking.from_statistics(statistics)
+    statistics.sums[1, 4, 7] = 1e-12 * statistics.sums[:, 1].max()  # rounding
+    with pytest.raises(SnpatchError, match="none of the 288 neurons differs between the two models"):
+        Ranking.from_statistics(statistics)
+    statistics.sums[1, 4, 7] = 1e-8 * statistics.sums[:, 1].max()
+    assert Ranking.from_statistics(statistics).top(1).tolist() == [[1, 7]]
+
+
+def test_a_donor_that_is_the_recipient_by_content_is_told(zoo, tmp_path):
+    same = ones(zoo("llama").folder, tmp_path / "same")
+    with Engine(zoo("llama").folder, {"same": same}, backend="transformers") as engine:
+        ranking, before = Ranking.from_scores(torch.rand(SHAPE)), len(engine.notes)
+        for _ in range(2):
+            engine.generate(PROMPTS, Patch("base", "same", ranking, 10), Sampling(max_tokens=2))
+        (note,) = engine.notes[before:]
+        assert "the donor of a patch is its recipient base by content: the patch changes nothing" in note
+        config = SweepConfig(recipients=("base",), donors=("same",), windows=(10,), controls=0)
+        chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+        with pytest.raises(SnpatchError, match="sweep: base and same are the same model by content: no patch can"):
+            sweep(engine, chats, {"r": ranking}, {"cost": RefusalWords()}, config)
+
+
+@pytest.mark.parametrize(
+    ("scores", "border", "tied"),
+    [
+        (torch.zeros(SHAPE), 10, 288),
+        (torch.arange(288.0).view(SHAPE), 10, 0),
+        (torch.arange(288).div(4, rounding_mode="floor").float().view(SHAPE), 10, 4),
+        (torch.arange(288).div(4, rounding_mode="floor").float().view(SHAPE), 8, 0),
+        (torch.zeros(SHAPE), 288, 0),
+    ],
+)
+def test_ties_across_a_border_are_counted_and_told_once(zoo, scores, border, tied):
+    ranking = Ranking.from_scores(scores)
+    assert ranking.ties(border) == tied
+    assert ranking.ties(0) == ranking.random_control(5, seed=0, disjoint=False).ties(2) == 0
+    with Engine(zoo("llama").folder, {"sft": zoo("llama").adapters["sft"]}, backend="transformers") as engine:
+        engine.generate(PROMPTS, Patch("base", "sft", ranking, border), Sampling(max_tokens=1))
+        told = [f"{tied} neurons of a ranking share the score at a window's border, {border}"] if tied else []
+        assert [note.partition(":")[0] for note in engine.notes] == told
+        if border < 288:
+            engine.capture(PROMPTS, "base", ranking, border)
+        assert len(engine.notes) == len(told)
+
+
+def test_a_sweep_notes_ties(zoo, tmp_path):
+    ranking = Ranking.from_scores(torch.zeros(SHAPE))
+    config = SweepConfig(
+        recipients=("base",), donors=("sft",), windows=(10,), controls=0, sampling=Sampling(max_tokens=1)
+    )
+    with Engine(zoo("llama").folder, {"sft": zoo("llama").adapters["sft"]}, backend="transformers") as engine:
+        chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+        result = sweep(engine, chats, {"r": ranking}, {"cost": RefusalWords()}, config)
+    assert result.notes == ["r: 288 neurons share the score at the border 10 of a window"]

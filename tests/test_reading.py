@@ -1,0 +1,327 @@
+"""What lies beside weights: tokenizers, templates and EOS of adapters, LoRA and second sets, by one rule for all."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny
+from commands import run
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from snpatch import Engine, EngineConfig, Sampling, SnpatchError
+from snpatch.integrations.lm_eval import SnpatchLM
+from snpatch.models.digest import folder_of_adapter
+from snpatch.models.lora import load_lora
+from snpatch.models.notes import Notes
+from snpatch.models.opening import Opened
+from snpatch.models.reading import open_readers
+from snpatch.models.templates import FILE, TULU
+
+OWN = "{% for m in messages %}<|user|> {{ m.content }}{% endfor %}"
+OTHER = "{{ messages[0].content }} bama"
+CHAT = [{"role": "user", "content": "bana"}]
+
+
+@pytest.fixture(scope="module")
+def lora(zoo, tmp_path_factory):
+    return tiny.lora(zoo("llama").folder, tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture
+def beside(zoo, lora, tmp_path):
+    """beside(kind, path): the arguments of an engine with a copy of an adapter of that kind, which lies in path."""
+
+    def made(kind: str, name: str = "adapter") -> tuple[dict, object]:
+        folder = tmp_path / name
+        shutil.copytree(zoo("llama").adapters["sft"][0] if kind == "ia3" else lora, folder)
+        given = {"adapters": {name: [folder]}} if kind == "ia3" else {"models": {name: {"lora": folder}}}
+        return given, folder
+
+    return made
+
+
+@pytest.fixture
+def model(zoo, tmp_path):
+    """A copy of the tiny Llama, with a chat template of its own."""
+    folder = tmp_path / "model"
+    shutil.copytree(zoo("llama").folder, folder)
+    (folder / FILE).write_text(OWN)
+    return folder
+
+
+def opened(model, given: dict, **options) -> Opened:
+    return Opened(EngineConfig.of(model, given.get("adapters"), models=given.get("models", {}), **options))
+
+
+KINDS = ["ia3", "lora"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("source", "text"), [(TULU, "<|user|>\nbana\n<|assistant|>\n"), (OTHER, "bana bama")])
+def test_the_template_beside_an_adapter_is_used(model, beside, kind, source, text):
+    given, folder = beside(kind)
+    (folder / FILE).write_text(source)
+    one = opened(model, given)
+    assert one.templates[-1].text(CHAT) == text
+    assert any(f"chats are read by the template beside {folder}, and not by {model}'s own" in n for n in one.notes.told)
+    assert opened(model, given, template="tokenizer").templates[-1].text(CHAT) == "<|user|> bana"
+    assert opened(model, given, template="tulu").templates[-1].name == "tulu"
+    if kind == "lora":
+        assert one.templates[0].text(CHAT) == "<|user|> bana", "the engine's own weights read as they were trained"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_templates_on_one_set_are_an_error_that_names_both(model, beside, kind):
+    given, first = beside(kind, "first")
+    _, second = beside("ia3", "second")
+    (first / FILE).write_text(TULU)
+    (second / FILE).write_text(OTHER)
+    if kind == "ia3":
+        given["adapters"]["second"] = [second]
+    else:
+        given["models"]["first"]["adapters"] = [second]
+    with pytest.raises(SnpatchError, match=rf"different templates \({first}, {second}\): choose one by template="):
+        opened(model, given)
+
+
+def test_a_template_inside_a_tokenizer_beside_a_lora_is_used(model, beside):
+    given, folder = beside("lora")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = OTHER
+    tokenizer.save_pretrained(folder)
+    assert opened(model, given).templates[1].text(CHAT) == "bana bama"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_eos_beside_an_adapter_ends_texts(model, beside, kind):
+    given, folder = beside(kind)
+    end = tiny.VOCAB.index(tiny.WORDS[7])
+    tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(folder)
+    config = EngineConfig.of(model, given.get("adapters"), models=given.get("models", {}))
+    assert open_readers(config, Notes())[-1].eos_ids == {tiny.EOS, end}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 12]}))
+    assert open_readers(config, Notes())[-1].eos_ids == {tiny.EOS, end, 11, 12}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "2"}))
+    with pytest.raises(SnpatchError, match="eos_token_id: expected numbers of tokens, got '2'"):
+        open_readers(config, Notes())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_ids_beside_an_adapter_are_an_error_that_names_both(model, beside, kind):
+    given, folder = beside(kind)
+    tiny.tokenizer().save_pretrained(folder)
+    table = json.loads((folder / "tokenizer.json").read_text())
+    vocab = table["model"]["vocab"]
+    vocab[tiny.WORDS[3]], vocab[tiny.WORDS[5]] = vocab[tiny.WORDS[5]], vocab[tiny.WORDS[3]]
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(
+        SnpatchError, match=rf"tokenizers of {model} and {folder} differ in the token '{tiny.WORDS[3]}'"
+    ):
+        opened(model, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_an_adapter_adds_need_rows(model, beside, kind):
+    given, folder = beside(kind)
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<|im_start|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(SnpatchError, match=rf"of {folder} has the token '<.im_start.>' \(128\), and the embedding of"):
+        opened(model, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_tokenizers_on_one_set_must_read_alike(model, beside, kind):
+    given, first = beside(kind, "first")
+    _, second = beside("ia3", "second")
+    tiny.tokenizer().save_pretrained(first)
+    tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(second)
+    if kind == "ia3":
+        given["adapters"]["second"] = [second]
+    else:
+        given["models"]["first"]["adapters"] = [second]
+    with pytest.raises(SnpatchError, match=rf"tokenizers of {first} and {second} read texts differently, and adapters"):
+        opened(model, given)
+    tiny.tokenizer().save_pretrained(second)
+    assert opened(model, given).readers[-1].eos_ids == {tiny.EOS}
+
+
+def test_a_model_whose_own_template_is_tulus_needs_no_note(model):
+    (model / FILE).write_text(TULU)
+    one = opened(model, {})
+    assert (one.templates[0].name, one.notes.told) == ("tulu", ())
+
+
+def ending(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", tiny.BOS), ("</s>", tiny.EOS)]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_tokenizer_that_ends_every_text_is_an_error_at_the_start(model, beside):
+    given, folder = beside("lora")
+    tiny.tokenizer().save_pretrained(folder)
+    ending(folder)
+    with pytest.raises(
+        SnpatchError, match=rf"{folder}: its tokenizer puts '</s>' behind every text.* add_eos_token = f"
+    ):
+        opened(model, given)
+    ending(model)
+    with pytest.raises(SnpatchError, match=rf"{model}: its tokenizer puts '</s>' behind every text"):
+        Engine(model, backend="transformers")
+
+
+def test_a_vocabulary_past_the_embedding_is_told_and_its_tokens_are_refused(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(model)
+    (model / FILE).write_text(OWN)
+    with Engine(model, backend="transformers") as engine:
+        (note,) = engine.notes
+        assert "has 1 tokens that the model of 128 has no row for, as '<image>' (128); texts that hold one are" in note
+        for prompt in ("bana <image>", [{"role": "user", "content": "bana <image>"}], [1, 128]):
+            with pytest.raises(
+                SnpatchError, match=r"prompt 0: token ids must be integers in 0\.\.127: '<image>' is 128"
+            ):
+                engine.generate([prompt])
+        with pytest.raises(SnpatchError, match=r"completion 0: token ids must be integers in 0\.\.127"):
+            engine.logprobs(["bana"], completions=["bama <image>"])
+
+
+def test_a_text_with_bos_and_a_chat_with_marks_are_told_once_and_run_as_they_are(model):
+    with Engine(model, backend="transformers") as engine:
+        assert engine.encode(["<s> bana", "<s> bama"])[0][:2] == [tiny.BOS, tiny.BOS]
+        (note,) = engine.notes
+        assert note.startswith("prompt 0 begins with '<s>' twice")
+        for content in ("[INST] bana [/INST]", "Be kind.\n\nHuman: bana\n\nAssistant:", "bana </s>"):
+            engine.encode([[{"role": "user", "content": content}]])
+        assert len(engine.notes) == 2
+        assert "holds '[/INST]', which chat templates write" in engine.notes[1]
+
+
+def test_later_adapters_must_be_read_as_the_engine_reads(model, beside):
+    (_, folder), (_, silent) = beside("ia3"), beside("ia3", "silent")
+    with Engine(model, backend="transformers") as engine:
+        engine.add_adapter("silent", silent)
+        (folder / FILE).write_text(OWN)
+        engine.add_adapter("same", folder)
+        (folder / FILE).write_text(TULU)
+        with pytest.raises(SnpatchError, match=rf"{folder}: its template, tokenizer or EOS is not what this engine of"):
+            engine.add_adapter("other", folder)
+
+
+# ---- chat_template_kwargs ----------------------------------------------------------------------------------------
+
+THINKS = "{{ messages[0].content }}{% if enable_thinking is not defined or enable_thinking %} bama{% endif %}"
+
+
+def test_template_variables_are_part_of_a_config_and_of_content(model, tmp_path):
+    (model / FILE).write_text(THINKS)
+    config = EngineConfig.of(model, chat_template_kwargs={"enable_thinking": False}, backend="transformers")
+    config.save(tmp_path / "engine.json")
+    assert EngineConfig.load(tmp_path / "engine.json") == config
+    (tmp_path / "engine.toml").write_text(
+        f'model = "{model}"\nbackend = "transformers"\n[chat_template_kwargs]\nenable_thinking = false\n'
+    )
+    assert EngineConfig.load(tmp_path / "engine.toml") == config
+    quiet, loud = Opened(config), Opened(replace(config, chat_template_kwargs={}))
+    assert [one.templates[0].text(CHAT) for one in (quiet, loud)] == ["bana", "bana bama"]
+    assert quiet.templates[0].digest != loud.templates[0].digest
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"thinking": False}, "the chat template of .* reads no thinking"),
+        ({"messages": []}, "messages is set by snpatch, or by the tokenizer"),
+        ({"bos_token": "a"}, "bos_token is set by snpatch"),
+        ({"enable_thinking": {1, 2}}, "wanted values that JSON can hold"),
+        ({"enable_thinking": float("nan")}, "wanted values that JSON can hold"),
+        ({1: 2}, "wanted a table of names and values"),
+        ([1], "wanted a table of names and values"),
+    ],
+)
+def test_wrong_template_variables_are_one_line(model, given, message):
+    (model / FILE).write_text(THINKS)
+    with pytest.raises(SnpatchError, match=f"chat_template_kwargs: {message}"):
+        Opened(EngineConfig.of(model, chat_template_kwargs=given))
+
+
+# ---- adapters from the hub ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(zoo, lora, tmp_path, monkeypatch):
+    """A hub's cache: org/sft has an IA3 adapter, org/tuned LoRA in a folder, at another revision."""
+    for name, revision, below, folder in (
+        ("sft", "main", "", zoo("llama").adapters["sft"][0]),
+        ("tuned", "v2", "runs/last", lora),
+    ):
+        cache = tmp_path / "cache" / f"models--org--{name}"
+        shutil.copytree(folder, cache / "snapshots" / f"commit-{revision}" / below)
+        (cache / "refs").mkdir()
+        (cache / "refs" / revision).write_text(f"commit-{revision}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def test_adapters_and_lora_are_found_on_the_hub(zoo, lora, hub):
+    folder = zoo("llama").folder
+    local = {"adapters": {"sft": zoo("llama").adapters["sft"]}, "models": {"tuned": {"lora": lora}}}
+    named = {"adapters": {"sft": "org/sft"}, "models": {"tuned": {"lora": "org/tuned@v2:runs/last"}}}
+    texts = []
+    for given in (local, named):
+        with Engine(folder, **given, backend="transformers") as engine:
+            texts.append([engine.digest_of(name) for name in engine.models])
+            texts[-1] += [c.token_ids for c in engine.generate(tiny.PROMPTS, "tuned", Sampling(max_tokens=5))]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/none", "no such folder .*, and no adapter of that name can be downloaded"),
+        ("org/tuned@v3:runs/last", "no adapter of that name can be downloaded"),
+        ("org/tuned@v2:runs/other", "there is no runs/other in org/tuned"),
+        ("./org/none", "no such folder"),
+        ("a/b/c", "no such folder"),
+        ("org/tuned@v2:../..", "no such folder"),
+    ],
+)
+def test_what_the_hub_has_not_is_one_line(zoo, hub, name, message):
+    with pytest.raises(SnpatchError, match=message):
+        load_lora(name)
+    with pytest.raises(SnpatchError, match=message):
+        Engine(zoo("llama").folder, {"sft": name}, backend="transformers")
+
+
+@pytest.mark.parametrize("name", ["org/sft", "org/sft@main"])
+def test_a_name_of_the_hub_is_a_folder_of_its_cache(hub, tmp_path, name):
+    assert folder_of_adapter(name) == tmp_path / "cache" / "models--org--sft" / "snapshots" / "commit-main"
+    assert folder_of_adapter(tmp_path) == tmp_path
+
+
+def test_the_command_line_and_lm_eval_take_template_variables(model, tmp_path, capsys):
+    (model / FILE).write_text(THINKS)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "bana"}) + "\n")
+    common = ["generate", model, prompts, "--backend", "transformers", "--max-tokens", 3, "--json"]
+    texts = {}
+    for name, more in {"quiet": ["--chat-template-kwargs", '{"enable_thinking": false}'], "loud": []}.items():
+        code, out, err = run(capsys, *common, *more)
+        assert code == 0, err
+        texts[name] = json.loads(out)["token_ids"]
+    with Engine(model, backend="transformers") as engine:
+        ids = [engine.tokenizer.convert_tokens_to_ids(text.split()) for text in ("bana", "bana bama")]
+        want = [c.token_ids for c in engine.generate(ids, sampling=Sampling(max_tokens=3))]
+    assert [texts["quiet"], texts["loud"]] == want
+    for wrong in ("enable_thinking=false", "[1]", "{"):
+        code, _, err = run(capsys, *common, "--chat-template-kwargs", wrong)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--chat-template-kwargs: wanted a JSON object" in err
+    given = {"model": str(model), "backend": "transformers", "chat_template_kwargs": '{"enable_thinking": false}'}
+    harness = SnpatchLM.create_from_arg_obj(given)
+    assert harness.apply_chat_template(CHAT) == "bana"
