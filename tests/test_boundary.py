@@ -11,6 +11,7 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.base import Geometry
 from snpatch.models.adapters import identity
 from snpatch.models.model import Model, Weights
+from snpatch.models.notes import Notes
 from snpatch.models.templates import Template
 from snpatch.requests import Requests
 from snpatch.sampling import Sampling
@@ -24,7 +25,7 @@ def requests():
     tokenizer, widths = tiny.tokenizer(), {"down_proj": 96}
     model = Model(Weights("m", "d", None, "s", frozenset({2}), 0), identity(3, widths))
     geometry = Geometry(3, 96, 128, len(tokenizer), widths, "float32")
-    return Requests(tokenizer, [Template("tulu", tokenizer)], geometry, {"base": model})
+    return Requests([Template("tulu", tokenizer)], geometry, {"base": model}, Notes())
 
 
 KIND = "wanted a text, a chat .a list of role and content. or a list of token ids"
