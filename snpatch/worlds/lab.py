@@ -266,7 +266,7 @@ class Lab:
                 sampling=Sampling(max_tokens=self.world.contrast_tokens),
                 progress=progress,
             )
-        ranking.meta |= {"key": key, "data": self.data(contrast.prompts).provenance}
+        ranking.meta.update(key=key, data=self.data(contrast.prompts).provenance)
         ranking.save(path)
         return ranking
 
