@@ -64,7 +64,7 @@ def _rope_types(parameters) -> set[str]:
     """All rope_type of a config, which may nest them by kind of layer."""
     if not isinstance(parameters, dict):
         return set()
-    return {parameters.get("rope_type", "default")}.union(*map(_rope_types, parameters.values()))
+    return {str(parameters.get("rope_type", "default"))}.union(*map(_rope_types, parameters.values()))
 
 
 def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from snpatch.errors import SnpatchError, first_line
 from snpatch.models.digest import pinned
 
+PANIC = "PanicException"  # of Rust's libraries, which is no Exception
+UNKNOWN = "a \uf8ff"  # no vocabulary has this character
 NEWER = "if it is of a newer {0} than the installed one, pip install -U {0}"
 REMEDIES = {  # loader -> what to do about what it cannot read
     "AutoConfig": f"Check its config.json; {NEWER.format('transformers')}.",
@@ -23,10 +25,16 @@ def load_pretrained(loader, model: str | Path, **arguments):
     folder = pinned(model)
     with loading(model, loader.__name__):
         loaded = loader.from_pretrained(folder, **arguments)
-        length = getattr(loaded, "model_max_length", 0)  # of a tokenizer, which reads it with every text
-        if isinstance(length, bool) or not isinstance(length, int | float):
-            raise ValueError(f"model_max_length: expected a number, got {length!r}")
+        if loader.__name__ == "AutoTokenizer":
+            _check_tokenizer(loaded)
         return loaded
+
+
+def _check_tokenizer(tokenizer) -> None:
+    """Raise what a tokenizer with wrong files raises at the first text: for its length, or an unknown character."""
+    if isinstance(tokenizer.model_max_length, bool) or not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"model_max_length: expected a number, got {tokenizer.model_max_length!r}")
+    tokenizer(UNKNOWN)
 
 
 @contextmanager
@@ -34,8 +42,8 @@ def loading(model: str | Path, loader: str) -> Iterator[None]:
     """Turn whatever a loader raises into one line: of damaged files tokenizers raises Exception itself."""
     try:
         yield
-    except SnpatchError:
-        raise
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, SnpatchError) or not (isinstance(error, Exception) or type(error).__name__ == PANIC):
+            raise
         remedy = "" if isinstance(error, OSError) else f". {REMEDIES.get(loader, REMEDIES['AutoModel'])}"
         raise SnpatchError(f"cannot load {model} ({loader}): {first_line(error).rstrip('.')}{remedy}") from error

@@ -1,0 +1,294 @@
+"""Files with one thing wrong in them, drawn at random: what the library cannot use is a SnpatchError of one line.
+
+Why values are small: a size that is large and right would only take its time and memory.
+"""
+
+import copy
+import json
+import shutil
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from snpatch import Engine, Sampling, SnpatchError
+from snpatch.config import EngineConfig
+from snpatch.data import load, read_completions
+from snpatch.guard.guard import Guard
+from snpatch.models.templates import FILE, TULU
+from snpatch.patching.patch import Constant
+from snpatch.ranking.ranking import Ranking
+from snpatch.runs.store import NAME, Store
+from snpatch.server.config import ServeConfig
+from snpatch.worlds.spec import SweepSpec
+from snpatch.worlds.world import load_world
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([-1, 0, 1, 2, 3, 7, 64, 1.5, -0.5, 64.0, float("nan"), float("inf")]),
+    st.sampled_from(
+        ["", "x", "1e-05", "float17", "[", "{{", "\u2019", "down_proj", ".*", "IA3", "LORA", "all-linear", "C"]
+    ),
+    st.sampled_from([[], [1], ["x"], [[]], {}, {"x": 1}, {"type": "x"}, {"": None}, [None], ["down_proj", "up_proj"]]),
+)
+CHAT = [[{"role": "user", "content": "bala bale"}]]
+
+
+def bounded(examples):
+    """Settings of a test whose inputs are files: so many of them, without looking for smaller ones."""
+    return settings(max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+                    suppress_health_check=list(HealthCheck))  # fmt: skip
+
+
+def leaves(table, path=()):
+    """Yield the paths of all values of a JSON table."""
+    if path:
+        yield path
+    items = table.items() if isinstance(table, dict) else enumerate(table) if isinstance(table, list) else ()
+    for key, value in list(items)[:40]:
+        yield from leaves(value, (*path, key))
+
+
+def changed(draw, table):
+    """Return a table of which one value is another, or is gone, or that has one more."""
+    table = copy.deepcopy(table)
+    path = draw(st.sampled_from(list(leaves(table))))
+    parent = table
+    for key in path[:-1]:
+        parent = parent[key]
+    if draw(st.integers(0, 4)):
+        parent[path[-1]] = draw(VALUES)
+    else:
+        del parent[path[-1]]
+    return table
+
+
+def damaged(draw, content):
+    """Return bytes of which some are others, or that end too early."""
+    content = bytearray(content)
+    for _ in range(draw(st.integers(0, 3))):
+        content[draw(st.integers(0, min(len(content) - 1, 400)))] = draw(st.integers(0, 255))
+    return bytes(content[: draw(st.sampled_from([len(content), len(content) // 2, 3, 0]))])
+
+
+def tried(act):
+    """Run what may fail; any error but a SnpatchError, which is always one line, fails the test."""
+    with warnings.catch_warnings(), suppress(SnpatchError):
+        warnings.simplefilter("ignore")
+        act()
+
+
+def opened(folder, **arguments):
+    """Start an engine and write a text."""
+    with Engine(folder, backend="transformers", device="cpu", **arguments) as engine:
+        return engine.generate(CHAT, "x" if "x" in engine.models else "base", Sampling(max_tokens=2))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tiny.make("llama", tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A folder that examples overwrite."""
+    return tmp_path_factory.mktemp("ground")
+
+
+def copied(source: Path, ground: Path) -> Path:
+    target = ground / source.name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    return target
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_models_with_one_wrong_value_are_one_line(made, ground, name):
+    @bounded(60)
+    @given(st.data())
+    def one(data):
+        folder = copied(made.folder, ground)
+        table = changed(data.draw, json.loads((folder / name).read_text()))
+        (folder / name).write_text(json.dumps(table))
+        tried(lambda: opened(folder, allow_untested=data.draw(st.booleans())))
+
+    one()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
+def test_models_with_damaged_bytes_are_one_line(made, ground, name):
+    @bounded(25)
+    @given(st.data())
+    def one(data):
+        folder = copied(made.folder, ground)
+        (folder / name).write_bytes(damaged(data.draw, (folder / name).read_bytes()))
+        tried(lambda: opened(folder))
+
+    one()
+
+
+TEMPLATES = st.one_of(
+    st.sampled_from([
+        "{{", "{% if %}", "{{ messages[9].content }}", "{{ 1 // 0 }}", "{{ messages + 1 }}", "{{ none.x.y }}", "", " ",
+        "{{ raise_exception('no') }}", "{% for m in 3 %}{% endfor %}", "{{ 'a' | nofilter }}", "{% include 'x' %}",
+        "{{ messages | first | last }}", "{{ ''.__class__.__mro__ }}", "{{ strftime_now(3) }}", "{{ strftime_now() }}",
+        "{% set x = x.y %}", "\ud7ff", "{{ range(10**9) | list }}", "{{ messages | tojson }}", TULU,
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ]),
+    st.text(alphabet="{}%|()[]'\" abmessages.0\n", max_size=30),
+)  # fmt: skip
+
+
+def test_chat_templates_of_any_kind_are_one_line(made, ground):
+    @bounded(60)
+    @given(st.data())
+    def one(data):
+        folder = copied(made.folder, ground)
+        (folder / FILE).write_text(data.draw(TEMPLATES), encoding="utf-8")
+        tried(lambda: opened(folder, template=data.draw(st.sampled_from(["auto", "tokenizer"]))))
+
+    one()
+
+
+@pytest.mark.parametrize("kind", ["ia3", "lora"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapters_with_one_wrong_value_are_one_line(made, ground, kind, name, tmp_path):
+    source = made.adapters["sft"][0] if kind == "ia3" else tiny.lora(made.folder, tmp_path / "l")
+
+    @bounded(60)
+    @given(st.data())
+    def one(data):
+        folder = copied(source, ground)
+        path = folder / name
+        if name.endswith("json"):
+            path.write_text(json.dumps(changed(data.draw, json.loads(path.read_text()))))
+        else:
+            path.write_bytes(damaged(data.draw, path.read_bytes()))
+        given = {"adapters": {"x": folder}} if kind == "ia3" else {"models": {"x": {"lora": [str(folder)]}}}
+        tried(lambda: opened(made.folder, **given))
+
+    one()
+
+
+ROWS = [
+    {"prompt": "a", "completion": "b"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": []},
+]
+
+
+def read_all(path):
+    """Read everything that a file of data can be read for."""
+    data = load(path)
+    return data.prompts, data.pairs(), data.conversations()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz"])
+def test_data_with_anything_in_them_are_one_line(ground, kind):
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    @bounded(80)
+    @given(st.data())
+    def one(data):
+        draw, path = data.draw, ground / f"data.{kind}"
+        rows = [draw(st.sampled_from(ROWS)) for _ in range(draw(st.integers(1, 3)))]
+        rows = [changed(draw, row) if draw(st.booleans()) else row for row in rows]
+        content = "\n".join(map(json.dumps, rows)).encode()
+        if kind == "json":
+            content = json.dumps(rows).encode()
+        elif kind == "csv":
+            content = ("prompt,completion\n" + "\n".join(str(one.get("prompt")) + ",b" for one in rows)).encode()
+        elif kind == "parquet":
+            column = [draw(st.one_of(st.text(max_size=3), st.none())) for _ in range(3)]
+            wanted = draw(st.sampled_from([pyarrow.string(), pyarrow.binary(), pyarrow.large_string()]))
+            pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array(column, wanted)}), path)
+            content = path.read_bytes()
+        elif kind == "jsonl.gz":
+            content = gzip.compress(content)
+        if draw(st.integers(0, 2)) == 0:
+            content = damaged(draw, content)
+        path.write_bytes(content)
+        tried(lambda: read_all(path))
+        if kind == "jsonl":
+            tried(lambda: read_completions(path, None))
+
+    one()
+
+
+ENGINE = {"model": "m", "adapters": {"a": ["x"]}, "models": {"b": {"weights": "w", "lora": ["l"]}}, "dtype": "float32",
+          "template": "tulu", "batch_size": 3, "twin": {"streams": 2}, "vllm": {"max_model_len": 64}}  # fmt: skip
+SPEC = {"model": "m", "adapters": {"sft": "x", "dpo": "y"}, "sets": {"p": {"source": "p.jsonl", "first": 3}},
+        "judges": {"cost": {"source": "refusal"}}, "rankings": {"r": "r.safetensors"}, "sampling": {"max_tokens": 3},
+        "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, "1:2"], "strengths": [1.0]}}  # fmt: skip
+SERVER = {**ENGINE, "rankings": {"r": "r.safetensors"}, "judges": {"c": "refusal"}, "drain_s": 3.0,
+          "patches": {"p": {"recipient": "a", "donor": "b", "ranking": "r", "window": 3}},
+          "open_route": ["/metrics"]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("read", "table"), [(EngineConfig.load, ENGINE), (SweepSpec.load, SPEC), (ServeConfig.load, SERVER)]
+)
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+def test_config_files_with_one_wrong_value_are_one_line(ground, read, table, suffix):
+    tomli_w = pytest.importorskip("tomli_w")
+
+    @bounded(100)
+    @given(st.data())
+    def one(data):
+        path, wrong = ground / f"config.{suffix}", changed(data.draw, table)
+        if suffix == "json":
+            content = json.dumps(wrong).encode()
+        else:
+            content = tomli_w.dumps(json.loads(json.dumps(wrong).replace("null", '"null"'))).encode()
+        path.write_bytes(damaged(data.draw, content) if data.draw(st.integers(0, 3)) == 0 else content)
+        tried(lambda: read(path, trust=True))
+        tried(lambda: load_world(path, trust=True))
+
+    one()
+
+
+@pytest.mark.parametrize("kind", ["ranking", "constant", "guard", "store"])
+def test_files_of_results_with_damaged_bytes_are_one_line(ground, kind):
+    path = ground / ("store" if kind == "store" else f"{kind}.safetensors")
+    order = Ranking.from_scores(torch.arange(16.0).reshape(2, 8))
+    if kind == "store":
+        shutil.rmtree(path, ignore_errors=True)
+        with Store(path) as store:
+            store.end(store.begin("x"), "done")
+        path = path / NAME
+    elif kind == "ranking":
+        order.save(path)
+    elif kind == "constant":
+        Constant.zero(order).save(path)
+    else:
+        features, labels = torch.arange(40.0).reshape(20, 2), [i % 2 == 0 for i in range(20)]
+        Guard.fit(features, labels, order, model="m", digest="d").save(path)
+    content = path.read_bytes()
+
+    @bounded(60)
+    @given(st.data())
+    def one(data):
+        path.write_bytes(damaged(data.draw, content))
+        if kind == "store":
+            for rest in path.parent.glob(f"{NAME}-*"):
+                rest.unlink()
+            tried(lambda: _status(path.parent))
+        else:
+            tried(lambda: {"ranking": Ranking, "constant": Constant, "guard": Guard}[kind].load(path))
+
+    one()
+
+
+def _status(folder):
+    with Store(folder, must_exist=True) as store:
+        return store.status(), list(store.records())
