@@ -700,13 +700,14 @@ def other_model(kind: str, folder, **options) -> tiny.Made:
              "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **options), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **options}), dtype=torch.float32)
     tiny.fill(model, 1)
     model.save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
-    if "num_local_experts" not in options:
-        tiny.adapter(model, folder / "sft", ["down_proj"], seed=2)
-    return tiny.Made(folder / "model", {} if "num_local_experts" in options else {"sft": (folder / "sft",)})
+    if not hasattr(model.model.layers[0], "mlp") or "num_local_experts" in options:
+        return tiny.Made(folder / "model", {})
+    tiny.adapter(model, folder / "sft", ["down_proj"], seed=2)
+    return tiny.Made(folder / "model", {"sft": (folder / "sft",)})
 
 
 def test_other_architectures_are_refused_unless_asked_for(start, tmp_path):
@@ -740,7 +741,8 @@ def test_one_stream_patches_a_hybrid_with_constants(start, tmp_path, kind):
     engine = start(made, allow_untested=True, streams=1, max_num_seqs=8)
     model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
     layers = [next(m for n, m in layer.named_modules() if n.endswith("down_proj")) for layer in model.model.layers]
-    factors = engine.requests.model("sft").scales.scale["down_proj"]
+    name = next(iter(made.adapters), "base")
+    factors = engine.requests.model(name).scales.scale["down_proj"]
     ranking = RANKINGS[0]
     entered = []
 
@@ -754,7 +756,7 @@ def test_one_stream_patches_a_hybrid_with_constants(start, tmp_path, kind):
 
     for k in (0, 40, len(ranking)):
         handles = [m.register_forward_pre_hook(scale_and_zero(i, k)) for i, m in enumerate(layers)]
-        found = engine.logprobs(IDS[:3], Patch("sft", "zero", ranking, k))
+        found = engine.logprobs(IDS[:3], Patch(name, "zero", ranking, k))
         for ids, own in zip(IDS[:3], found, strict=True):
             entered.clear()
             with torch.inference_mode():
@@ -763,7 +765,7 @@ def test_one_stream_patches_a_hybrid_with_constants(start, tmp_path, kind):
             torch.testing.assert_close(own.values, want, rtol=0, atol=2e-4)
         for handle in handles:
             handle.remove()
-    statistics = engine.contrast(IDS[:3], "sft", at="prompt", exclude_layers=())
+    statistics = engine.contrast(IDS[:3], name, at="prompt", exclude_layers=())
     assert len(statistics) == len(ranking)
 
 
