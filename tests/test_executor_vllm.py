@@ -700,13 +700,14 @@ def other_model(kind: str, folder, **options) -> tiny.Made:
              "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **options), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **options}), dtype=torch.float32)
     tiny.fill(model, 1)
     model.save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
-    if "num_local_experts" not in options:
-        tiny.adapter(model, folder / "sft", ["down_proj"], seed=2)
-    return tiny.Made(folder / "model", {} if "num_local_experts" in options else {"sft": (folder / "sft",)})
+    if not hasattr(model.model.layers[0], "mlp") or "num_local_experts" in options:
+        return tiny.Made(folder / "model", {})
+    tiny.adapter(model, folder / "sft", ["down_proj"], seed=2)
+    return tiny.Made(folder / "model", {"sft": (folder / "sft",)})
 
 
 def test_other_architectures_are_refused_unless_asked_for(start, tmp_path):
@@ -730,47 +731,27 @@ def test_a_mixture_of_experts_cannot_be_patched(start, tmp_path):
         start(made, allow_untested=True)
 
 
-@pytest.mark.parametrize("kind", ["olmo_hybrid", "falcon_h1"])
-def test_one_stream_patches_a_hybrid_with_constants(start, tmp_path, kind):
-    """Layers without attention have a gated MLP as well; two streams are refused, with the way that is left."""
-    sizes = HYBRIDS[kind]
-    made = other_model(kind, tmp_path, **sizes)
+def test_one_stream_patches_a_hybrid_with_constants(start, tmp_path):
+    """State-space layers have a gated MLP as well; two streams are refused, with the way that is left."""
+    made = other_model("falcon_h1", tmp_path, mamba_d_ssm=64, mamba_n_heads=2, mamba_d_head=32, mamba_d_state=16)
     with pytest.raises(SnpatchError, match=r"hybrid and attention-free models.*; streams=1 patches it with constants"):
         start(made, allow_untested=True)
     engine = start(made, allow_untested=True, streams=1, max_num_seqs=8)
     model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
     layers = [next(m for n, m in layer.named_modules() if n.endswith("down_proj")) for layer in model.model.layers]
-    factors = engine.requests.model("sft").scales.scale["down_proj"]
-    ranking = RANKINGS[0]
-    entered = []
+    ranking, zero = RANKINGS[0], Constant.zero(RANKINGS[0])
 
-    def scale_and_zero(layer, k):
-        def hook(module, given):
-            neurons = given[0] * factors[layer]
-            entered.append(neurons.detach())
-            return (torch.where(ranking.rank[layer] < k, 0.0, neurons),)
-
-        return hook
+    def zeroing(layer, k):
+        return lambda module, given: (torch.where(ranking.rank[layer] < k, 0.0, given[0]),)
 
     for k in (0, 40, len(ranking)):
-        handles = [m.register_forward_pre_hook(scale_and_zero(i, k)) for i, m in enumerate(layers)]
-        found = engine.logprobs(IDS[:3], Patch("sft", "zero", ranking, k))
+        handles = [m.register_forward_pre_hook(zeroing(i, k)) for i, m in enumerate(layers)]
+        found = engine.logprobs(IDS[:3], Patch("base", zero, ranking, k))
         for ids, own in zip(IDS[:3], found, strict=True):
-            entered.clear()
             with torch.inference_mode():
                 logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             want = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
             torch.testing.assert_close(own.values, want, rtol=0, atol=2e-4)
         for handle in handles:
             handle.remove()
-    statistics = engine.contrast(IDS[:3], "sft", at="prompt", exclude_layers=())
-    assert len(statistics) == len(ranking)
-
-
-HYBRIDS = {
-    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_key_value_heads": 2,
-                    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 32,
-                    "linear_value_head_dim": 32},
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16,
-                  "head_dim": 32},
-}  # fmt: skip
+    assert len(engine.contrast(IDS[:3], "base", at="prompt", exclude_layers=())) == len(ranking)

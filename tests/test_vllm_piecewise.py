@@ -70,7 +70,7 @@ def of(made: tiny.Made):
 def native(folder):
     from vllm import LLM
 
-    llm = LLM(str(folder), max_model_len=129, disable_log_stats=True, **OPTIONS)
+    llm = LLM(str(folder), max_model_len=128, disable_log_stats=True, **OPTIONS)
     yield llm
     llm.llm_engine.engine_core.shutdown()
 

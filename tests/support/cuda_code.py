@@ -29,6 +29,7 @@ def launches(graph: torch.fx.GraphModule) -> list[str]:
 
 
 def _cuda_code(graph: torch.fx.GraphModule) -> str:
+    from torch._inductor import config
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.post_grad import post_grad_passes
     from torch._inductor.graph import GraphLowering
@@ -60,7 +61,7 @@ def _cuda_code(graph: torch.fx.GraphModule) -> str:
     with V.set_fake_mode(fake), fake:
         post_grad_passes(traced, is_inference=True)
     traced.recompile()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, config.patch(compile_threads=1):
         _pretend_there_is_a_card(patch)
         inputs = [on_card(tensor) for tensor in given]
         with V.set_fake_mode(fake):
@@ -92,7 +93,6 @@ def _size(size) -> int:
 
 
 def _pretend_there_is_a_card(patch: pytest.MonkeyPatch) -> None:
-    import torch._inductor.config as config
     import torch._inductor.scheduler as scheduler
     import torch.utils._triton as has
     from torch._inductor.runtime.hints import DeviceProperties
@@ -114,7 +114,6 @@ def _pretend_there_is_a_card(patch: pytest.MonkeyPatch) -> None:
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
     patch.setattr(driver, "_active", card)
-    patch.setattr(config, "compile_threads", 1)
     for module in (scheduler, has):
         for name in ("has_triton", "has_triton_package"):
             if hasattr(module, name):

@@ -4,6 +4,7 @@ The settings travel inside vLLM's own config (`additional_config`), so that ever
 compile cache tells them apart.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -88,8 +89,6 @@ def refuse(vllm_config) -> None:
 
 def _reasons(vllm_config, settings: TwinSettings) -> dict[str, bool]:
     """Of one stream as of two: what loses, splits or reorders the tokens that are patched and counted."""
-    from vllm import envs
-
     model, parallel, passes = (
         vllm_config.model_config,
         vllm_config.parallel_config,
@@ -124,7 +123,7 @@ def _reasons(vllm_config, settings: TwinSettings) -> dict[str, bool]:
         "Ray as the executor of vLLM's workers: they would end with the process that started Ray; use "
         'distributed_executor_backend="mp"': bool(parallel.use_ray),
         "batch-invariant kernels (VLLM_BATCH_INVARIANT) and a second set of weights: each set's rows are not side by "
-        "side": settings.has_second and bool(getattr(envs, "VLLM_BATCH_INVARIANT", False)),
+        "side": settings.has_second and os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0",
         "encoder-decoder models: only decoders are patched": bool(model.is_encoder_decoder),
         "fast prefill with shared KV: it skips tokens of later layers": bool(
             vllm_config.cache_config.kv_sharing_fast_prefill
