@@ -45,7 +45,7 @@ def changed(table: dict, path: tuple[str, ...], value: object) -> dict:
 # A value for each key of an engine, other than the one that the tables below have.
 ENGINE = {
     "backend": "transformers", "dtype": "bfloat16", "device": "cpu", "batch_size": 7, "token_budget": 99,
-    "allow_untested": True,
+    "allow_untested": True, "chat_template_kwargs": {"enable_thinking": False},
 }  # fmt: skip
 SIZES = {f.name: 9 for f in fields(TwinSizes)} | {"streams": 1, "scales_kv": True}
 MODELS = {"weights": "w2", "lora": ["l2"], "adapters": ["a2"]}
@@ -167,7 +167,7 @@ def test_world_key_with_another_value_changes_the_run(path, tmp_path):
     [
         (("max_tokens",), 9, "max_tokens: expected under sampling, got it at the top. Move it there."),
         (("contrast_tokens",), "9", "contrast_tokens: wanted int, got '9'"),
-        (("engine", "dtpe"), "bfloat16", "engine: dtpe: expected one of backend, dtype"),
+        (("engine", "dtpe"), "bfloat16", "engine: dtpe: expected one of backend, chat_template_kwargs, dtype"),
         (("engine", "max_model_len"), 9, "engine: max_model_len: .* Arguments of vLLM's own are under vllm."),
         (("engine", "template"), "tulu", "engine: template: expected at the top of the file"),
         (("engine", "batch_size"), "9", "batch_size: wanted int"),
