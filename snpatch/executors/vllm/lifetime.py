@@ -22,7 +22,7 @@ from snpatch.executors.vllm.settings import KEY, check_heads, refuse
 
 CLOSE_S = 2.0  # how long vLLM has to end by itself
 # oneDNN keeps compiled code for each shape that it meets, 1024 by default: hundreds of MB in a worker on a CPU.
-ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 
 def start_engine(engine_args, check: Callable[[object], None] = refuse):
