@@ -277,8 +277,10 @@ def test_a_judge_that_raises_leaves_the_rest(engine, chats, ranking, tmp_path):
     assert all("one has no score of its text" in line for line in result.failures)
     with Store(tmp_path) as store:
         assert {f["error"] for f in store.status().failures} == {"judge 'one': ZeroDivisionError: no such text"}
-    with pytest.raises(SnpatchError, match="judge 'all': ZeroDivisionError: no such text"):
-        run(engine, chats, ranking, tmp_path, judges={"all": Words("never", [r["completion"] for r in result.records])})
+    with pytest.raises(SnpatchError, match="judge 'each': ZeroDivisionError: no such text"):
+        run(
+            engine, chats, ranking, tmp_path, judges={"each": Words("never", [r["completion"] for r in result.records])}
+        )
 
 
 def test_texts_are_judged_while_others_are_written(engine, chats, ranking, tmp_path, monkeypatch):
