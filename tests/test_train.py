@@ -527,9 +527,9 @@ def test_a_tokenizer_that_ends_each_text_is_refused(toy, tmp_path):
         "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
     )
     base = folder_with(tmp_path / "base", tokenizer, toy.base)
-    with pytest.raises(SnpatchError, match=r"training would read a prompt as .* an engine reads it as"):
+    with pytest.raises(SnpatchError, match="its tokenizer puts '</s>' behind every text"):
         train_sft(base, MESSAGES, tmp_path / "sft", settings())
-    with pytest.raises(SnpatchError, match=r"training would read a prompt as .* an engine reads it as"):
+    with pytest.raises(SnpatchError, match="its tokenizer puts '</s>' behind every text"):
         train_dpo(base, None, PAIRS, tmp_path / "dpo", toys.dpo_settings())
 
 
