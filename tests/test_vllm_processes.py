@@ -3,11 +3,12 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import oracle
@@ -19,7 +20,7 @@ from processes import command_line, descendants, is_running, wait_for
 
 from snpatch import Engine, Sampling, SnpatchError
 from snpatch.runs.config import SweepConfig
-from snpatch.runs.store import Store
+from snpatch.runs.store import NAME
 from snpatch.runs.sweep import sweep
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -61,7 +62,7 @@ def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo):
     wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
 
 
-def test_a_sweep_goes_on_with_a_new_engine(zoo, tmp_path, capsys, monkeypatch):
+def test_a_sweep_goes_on_with_a_new_engine(zoo, tmp_path, capsys):
     """vLLM's engine is killed while texts are written: another is started, and nothing is missing or written twice."""
     chats = [[{"role": "user", "content": prompt}] for prompt in tiny.PROMPTS]
     config = SweepConfig(("base",), "dpo", (0, 60, 200), controls=1, resamples=20,
@@ -70,17 +71,23 @@ def test_a_sweep_goes_on_with_a_new_engine(zoo, tmp_path, capsys, monkeypatch):
     def run(folder=None):
         return sweep(engine, chats, {"safety": RANKINGS[0]}, {"length": lengths}, config, store=folder)
 
-    def keep(self, key, text):
-        original(self, key, text)
-        kept.append(key)
-        if len(kept) == 6:
-            (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
-            os.kill(core, signal.SIGKILL)
+    def kill_the_engine():
+        wait_for(lambda: written() >= 6, 60)
+        (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
+        os.kill(core, signal.SIGKILL)
 
-    kept, original = [], Store.keep
-    monkeypatch.setattr(Store, "keep", keep)
+    def written() -> int:
+        if not (tmp_path / NAME).is_file():
+            return 0
+        with closing(sqlite3.connect(tmp_path / NAME)) as file:
+            tables = file.execute("SELECT count(*) FROM sqlite_master WHERE name = 'texts'").fetchone()[0]
+            return file.execute("SELECT count(*) FROM texts").fetchone()[0] if tables else 0
+
     with start(zoo("llama"), max_num_seqs=4) as engine:
+        killer = threading.Thread(target=kill_the_engine)
+        killer.start()
         result = run(tmp_path)
+        killer.join()
         assert "a run failed and is begun again: vLLM's engine has ended" in capsys.readouterr().err
         assert result.failures == []
         assert result.rows == run().rows
