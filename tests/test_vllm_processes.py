@@ -140,6 +140,6 @@ def test_ctrl_c_answers_while_vllm_starts(starting):
     time.sleep(1)
     below = descendants(starting.pid)
     os.killpg(starting.pid, signal.SIGINT)
-    wait_for(lambda: starting.poll() is not None, 120)
+    wait_for(lambda: starting.poll() is not None, 30)
     assert "ready" not in starting.stdout.read()
     wait_for(lambda: not any(map(is_running, below)), 10)
