@@ -69,11 +69,14 @@ class Opened:
         """Load adapters, each model under its name; check: what the executor has to say to it."""
         if not self.models:
             self.models[BASE] = Model(self.sets[OWN_SET], identity(geometry.n_layers, geometry.widths))
+        checked: set[str] = set()  # every model of the second set names the same LoRA folders
         for name, source in sources.items():
             if name in self.models:
                 raise SnpatchError(f"model name {name!r} is taken")
             for folder in source.lora:
-                self._check_lora(folder)
+                if folder not in checked:
+                    self._check_lora(folder)
+                    checked.add(folder)
             scales = identity(geometry.n_layers, geometry.widths)
             if source.adapters:
                 scales = load_adapters(source.adapters, geometry.n_layers, geometry.widths)
