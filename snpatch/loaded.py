@@ -38,8 +38,8 @@ class Loaded:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was found that is no error and may matter, each told once: as a LoRA that changes nothing."""
-        return self._opened.notes.told
+        """Return what may matter and is no error, as a LoRA that changes nothing."""
+        return self._opened.notes.messages
 
     @property
     def models(self) -> tuple[str, ...]:

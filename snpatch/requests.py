@@ -132,7 +132,7 @@ class Requests:
         elif isinstance(prompt, list | tuple) and any(isinstance(message, Mapping) for message in prompt):
             chat = _chat(prompt, name)
             ids = template.ids(chat)
-            if mark := template.mark_in(chat):
+            if not self.notes.has("marks") and (mark := template.mark_in(chat)):
                 self.notes.add(
                     "marks",
                     f"{name}: a message holds {mark!r}, which chat templates write, and is put into a template as it "

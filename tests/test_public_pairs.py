@@ -204,7 +204,7 @@ def written(folder: Path, config: dict) -> Path:
 def check(tmp_path: Path, one: dict, other: dict) -> tuple[str, ...]:
     notes, words = Notes(), tiny.tokenizer()
     check_pair(written(tmp_path / "one", one), written(tmp_path / "other", other), words, words, notes)
-    return notes.told
+    return notes.messages
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -287,7 +287,7 @@ ROWS = (8, 8)
 def compare(one, other, sizes=ROWS) -> tuple[str, ...]:
     notes = Notes()
     check_tokenizers(one, other, "ONE", "OTHER", sizes, notes)
-    return notes.told
+    return notes.messages
 
 
 def test_ids_that_only_one_tokenizer_defines_are_noted_where_there_is_a_row():

@@ -65,7 +65,9 @@ def test_the_template_beside_an_adapter_is_used(model, beside, kind, source, tex
     (folder / FILE).write_text(source)
     one = opened(model, given)
     assert one.templates[-1].text(CHAT) == text
-    assert any(f"chats are read by the template beside {folder}, and not by {model}'s own" in n for n in one.notes.told)
+    assert any(
+        f"chats are read by the template beside {folder}, and not by {model}'s own" in n for n in one.notes.messages
+    )
     assert opened(model, given, template="tokenizer").templates[-1].text(CHAT) == "<|user|> bana"
     assert opened(model, given, template="tulu").templates[-1].name == "tulu"
     if kind == "lora":
@@ -151,7 +153,7 @@ def test_two_tokenizers_on_one_set_must_read_alike(model, beside, kind):
 def test_a_model_whose_own_template_is_tulus_needs_no_note(model):
     (model / FILE).write_text(TULU)
     one = opened(model, {})
-    assert (one.templates[0].name, one.notes.told) == ("tulu", ())
+    assert (one.templates[0].name, one.notes.messages) == ("tulu", ())
 
 
 def ending(folder):
