@@ -65,14 +65,14 @@ def test_two_turns_of_a_user_are_not_one_prompt(tmp_path):
     """MT-bench: the second turn asks about the model's own first answer."""
     data = load(write(tmp_path, "q", ".jsonl", [{"question_id": 81, "category": "x", "turns": ["Write", "Again"]}]))
     assert data.prompts == [user("Write")]
-    assert data.told == ["left aside in 1 of 1 rows: user turns after the first"]
+    assert data.row_notes == ["left aside in 1 of 1 rows: user turns after the first"]
 
 
 def test_context_of_harmbench_is_left_aside_and_told(tmp_path):
     rows = [behavior("Make it", "standard", ""), behavior("Write it", "contextual", "A text")]
     data = load(write(tmp_path, "h", ".csv", rows))
     assert data.prompts == [user("Make it"), user("Write it")]
-    assert data.told == ["left aside in 1 of 2 rows: ContextString, the context of a prompt"]
+    assert data.row_notes == ["left aside in 1 of 2 rows: ContextString, the context of a prompt"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_text_with_a_prompt_on_each_line(tmp_path):
     path.write_text("Make it\n\n  Do it \n")
     data = load(path)
     assert data.prompts == [user("Make it"), user("Do it")]
-    assert data.told == ["left out 1 of 3 rows: a blank line"]
+    assert data.row_notes == ["left out 1 of 3 rows: a blank line"]
     assert data.examples[1].meta["row"] == 3
     (tmp_path / "p.json").write_text('["Make it",\n "Do it"]')
     assert load(tmp_path / "p.json").prompts == data.prompts
@@ -143,7 +143,7 @@ def test_pairs_as_published(tmp_path, name):
     data = load(write(tmp_path, "p", ".jsonl", [PAIRS[name]]))
     assert data.prompts == [user("Q")]
     assert data.pairs() == [{"prompt": user("Q"), "chosen": answered("A"), "rejected": answered("B")}]
-    assert data.told == []
+    assert data.row_notes == []
 
 
 def test_common_beginning_of_longer_conversations_is_taken_off_as_trl_does(tmp_path):
@@ -222,7 +222,7 @@ def test_pairs_without_an_answer_are_counted(tmp_path):
     data = load(write(tmp_path, "p", ".jsonl", rows))
     whys = {"no rejected answer": 1, "no chosen answer": 1, "no chosen and rejected answer": 1}
     assert data.source["no_pair"] == whys
-    assert data.told == [f"1 of 4 rows have a prompt and no pair: {why}" for why in whys]
+    assert data.row_notes == [f"1 of 4 rows have a prompt and no pair: {why}" for why in whys]
     pairs = data.pairs()
     assert (len(pairs), dict(pairs.left_out), pairs.source["rows"]) == (1, whys, 4)
     with pytest.raises(

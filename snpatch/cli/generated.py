@@ -7,7 +7,6 @@ the option to every command that has the others.
 import functools
 import inspect
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, get_args, get_origin, get_type_hint
 import typer
 
 from snpatch.config import EngineConfig, adapters_of, models_of, table_of
-from snpatch.errors import SnpatchError, one_line
+from snpatch.errors import SnpatchError
 
 if TYPE_CHECKING:
     from snpatch.data import Dataset
@@ -103,13 +102,12 @@ class Data:
         return [inspect.Parameter(n, _BY_NAME, default=d, annotation=a) for n, a, d in given]
 
     def made(self, values: dict) -> Prompts:
-        """What was left out is told."""
+        """Read the prompts; print how many rows were left out, and why."""
         from snpatch.data import load
 
         name, limit = values["prompts"], values["limit"]
         data = load(name, format=values["form"], column=values.get("column"), skip_bad=values["skip_bad"])
-        for line in data.told:
-            print(one_line(f"{name}: {line}"), file=sys.stderr)
+        data.print_row_notes(name)
         return Prompts(name, data if limit is None else data.first(min(limit, len(data))), limit)
 
 

@@ -138,8 +138,7 @@ def _read(data: Fields, default):
             given.setdefault("sample", None)  # the default's own
         chosen = replace(default, **given)
     rows = chosen.read(Path(), skip_bad)
-    for line in rows.told:
-        o.tell(f"{chosen.source}: {line}", is_error=True)
+    rows.print_row_notes(chosen.source)
     return rows
 
 

@@ -6,13 +6,14 @@ conversations.
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, one_line
 
 Chat = list[dict[str, str]]
 
@@ -102,16 +103,21 @@ class Dataset:
         return self._select(kept, f"{column} in {', '.join(map(repr, values))}")
 
     @property
-    def told(self) -> list[str]:
-        """What a user should know of the source's rows that are not read, or not in full."""
-        told = [f"left out {self.skipped} broken rows"] if self.skipped else []
+    def row_notes(self) -> list[str]:
+        """Return a line for each reason why rows of the source are not read, or not in full."""
+        lines = [f"left out {self.skipped} broken rows"] if self.skipped else []
         for counted, text in (
             ("left_out", "left out {} of {} rows: {}"),
             ("no_pair", "{} of {} rows have a prompt and no pair: {}"),
             ("left_aside", "left aside in {} of {} rows: {}"),
         ):
-            told += [text.format(n, self.source["rows"], why) for why, n in self.source[counted].items()]
-        return told
+            lines += [text.format(n, self.source["rows"], why) for why, n in self.source[counted].items()]
+        return lines
+
+    def print_row_notes(self, name: str) -> None:
+        """Print `row_notes` on stderr. name: the source, as the user calls it."""
+        for line in self.row_notes:
+            print(one_line(f"{name}: {line}"), file=sys.stderr)
 
     def pairs(self) -> "Rows":
         """Rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples that have both answers."""

@@ -6,7 +6,6 @@ tables), and a killed run must not start from nothing. What is handed out is not
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -15,7 +14,7 @@ from pathlib import Path
 from snpatch import __version__
 from snpatch.data import Chat, Dataset
 from snpatch.engine import Engine
-from snpatch.errors import SnpatchError, one_line
+from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.files import file_stem
 from snpatch.judges.opening import is_model, open_judge
@@ -145,8 +144,7 @@ class Lab:
             raise SnpatchError(f"no set named {name!r}: the world has {', '.join(self.world.sets)}")
         if name not in self._sets:
             data = self.world.sets[name].read(self.world.folder, self._skip_bad)
-            for line in data.told:
-                print(one_line(f"{name}: {line}"), file=sys.stderr)
+            data.print_row_notes(name)
             self._sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
         self._provenance.set(name, self._sets[name])
         return self._sets[name]
