@@ -108,14 +108,19 @@ def copied(source: Path, ground: Path) -> Path:
     return target
 
 
+def spoiled(made, ground: Path, name: str, spoil) -> Path:
+    """Copy a model, with the content of one of its files spoiled."""
+    folder = copied(made.folder, ground)
+    (folder / name).write_bytes(spoil((folder / name).read_bytes()))
+    return folder
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_models_with_one_wrong_value_are_one_line(made, ground, name):
     @bounded(60)
     @given(st.data())
     def one(data):
-        folder = copied(made.folder, ground)
-        table = changed(data.draw, json.loads((folder / name).read_text()))
-        (folder / name).write_text(json.dumps(table))
+        folder = spoiled(made, ground, name, lambda old: json.dumps(changed(data.draw, json.loads(old))).encode())
         tried(lambda: opened(folder, allow_untested=data.draw(st.booleans())))
 
     one()
@@ -126,8 +131,7 @@ def test_models_with_damaged_bytes_are_one_line(made, ground, name):
     @bounded(25)
     @given(st.data())
     def one(data):
-        folder = copied(made.folder, ground)
-        (folder / name).write_bytes(damaged(data.draw, (folder / name).read_bytes()))
+        folder = spoiled(made, ground, name, lambda old: damaged(data.draw, old))
         tried(lambda: opened(folder))
 
     one()
