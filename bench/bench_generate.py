@@ -317,7 +317,7 @@ def test_profile(request, benchmark, traces, side):
 
 
 def step_us(run, rounds: int = 5) -> float:
-    """Microseconds of a decode step where no profiler tells: what the second half of the texts takes."""
+    """Return the microseconds of a decode step without a profiler, by the time of the second half of the texts."""
     halves = []
     for _ in range(rounds):
         seconds = []

@@ -18,7 +18,7 @@ needs the parts again). The first call holds kernels, op and the twin against na
 and the profile; all else is for further ones. --work keeps compiled kernels, logs and records for the next call on that
 machine; --out gets records.json, the one file to take home to bench/results/gpu/, from where its records count as done
 on another machine of the same card. SNPATCH_COMMIT names the commit of a copy.
-After a mend `equal --again` repeats a step; `--all --any-commit` goes on without repeating what other code has passed.
+After a fix, `equal --again` repeats a step; `--all --any-commit` resumes and skips parts that passed at another commit.
 
 A record is of one card and one code (`source`, a digest of it): another one is measured anew. Status of a part: ok,
 failed (both stay until --again), timed out (tried once more by the next call: its first try has warmed the caches),
@@ -77,12 +77,12 @@ class Run:
             before = record["parts"].get(part.name, {})
             if not self.options.again and _is_settled(before):
                 continue
-            told = {**self._stamp(), **self._part(step, part)}
-            if told["status"] == "timed out":
-                told["tries"] = 1 + before.get("tries", 0)
-            record["parts"][part.name] = told
+            result = {**self._stamp(), **self._part(step, part)}
+            if result["status"] == "timed out":
+                result["tries"] = 1 + before.get("tries", 0)
+            record["parts"][part.name] = result
             self._write(record)
-            print(f"{step.name}: {part.name} {told['status']} {told.get('reason', '')}".rstrip(), flush=True)
+            print(f"{step.name}: {part.name} {result['status']} {result.get('reason', '')}".rstrip(), flush=True)
         self._write(record)
         return record
 
@@ -230,9 +230,9 @@ class Run:
             path.with_suffix(".partial").replace(path)
 
 
-def _is_settled(told: dict) -> bool:
-    status = told.get("status")
-    return status in ("ok", "failed") or (status == "timed out" and told["tries"] >= TRIES)
+def _is_settled(result: dict) -> bool:
+    status = result.get("status")
+    return status in ("ok", "failed") or (status == "timed out" and result["tries"] >= TRIES)
 
 
 def kept_records(home: Path) -> dict[str, dict]:

@@ -198,7 +198,7 @@ def steps() -> tuple[Step, ...]:
         ),
         Step(
             "tests",
-            "the kernel in every type, and what the executor's tests hold beside the promises, on both model runners",
+            "the kernel in every type, and the executor's other tests, on both model runners",
             (
                 Part("kernels", "tests", (KERNELS,), "triton", COMPILED, 470, 60, workers=8, rehearsal=small),
                 *(

@@ -4,7 +4,7 @@
 
 Small launches wait for a few dependent loads (PROGRAM), large ones for memory (copy) and, where memory is fast, for the
 multiprocessors' schedulers, which overlap in part; or for the L2 (scales and ranks are read again by each tile).
-Writes kernels/README.md's table; gpu_check.py sets it beside what it measures.
+Writes kernels/README.md's table; gpu_check.py compares it with its measurements.
 """
 
 import re

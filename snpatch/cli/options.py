@@ -127,8 +127,8 @@ def show(report, out: Path, as_json: bool) -> list[Path]:
 
     paths = files.write(report, out)
     if as_json:
-        told = {"name": report.name, "tables": report.tables, "headline": report.headline}
-        tell(json.dumps({**told, "files": [str(path) for path in paths]}))
+        content = {"name": report.name, "tables": report.tables, "headline": report.headline}
+        tell(json.dumps({**content, "files": [str(path) for path in paths]}))
         return paths
     with console() as screen:
         terminal.show(report, screen)

@@ -105,9 +105,9 @@ def _show_plan(pipeline, only: tuple[str, ...], start: str | None, as_json: bool
 
     views = {"steps": estimates.plan(pipeline, only, start), "downloads": estimates.downloads(pipeline)}
     if as_json:
-        told = {name: [dict(zip(v.columns, row, strict=True)) for row in v.rows] for name, v in views.items()}
+        rows = {name: [dict(zip(v.columns, row, strict=True)) for row in v.rows] for name, v in views.items()}
         commands = {name: step.command for name, step in pipeline.steps.steps.items()}
-        o.tell(json.dumps({**told, "commands": commands, "left_out": pipeline.skipped}))
+        o.tell(json.dumps({**rows, "commands": commands, "left_out": pipeline.skipped}))
         return
     with o.console() as console:
         for view in views.values():

@@ -132,8 +132,8 @@ class Memory:
 
     def __str__(self) -> str:
         parts = {"weights": self.weights, "of a second set apart from them": self.second, "KV cache": self.cache}
-        told = [f"{size / 1e9:.2f} GB {what}" for what, size in parts.items() if size]
-        return ", ".join([*told, *([f"held twice: {', '.join(self.twice)}"] if self.twice else [])])
+        sizes = [f"{size / 1e9:.2f} GB {what}" for what, size in parts.items() if size]
+        return ", ".join([*sizes, *([f"held twice: {', '.join(self.twice)}"] if self.twice else [])])
 
 
 Progress = Callable[[int, int], None]  # (requests done, requests in all)

@@ -192,11 +192,11 @@ def check_tokenizers(own, other, model: str, second: str, sizes: tuple[int, int]
     added = [{t["content"]: t for t in part["added_tokens"]} for part in parts]
     other_added = sorted(t for t in shared & {*added[0], *added[1]} if added[0].get(t) != added[1].get(t))
     around = [] if parts[0].get("post_processor") == parts[1].get("post_processor") else ["what is put around a text"]
-    if told := [*around, *(f"how the text {token!r} is found" for token in other_added)]:
+    if differences := [*around, *(f"how the text {token!r} is found" for token in other_added)]:
         notes.add(
             f"tokenizers {model} {second}",
-            f"the tokenizers of {model} and {second} differ in {', '.join(told)}; each model's prompts are read by its "
-            "own",
+            f"the tokenizers of {model} and {second} differ in {', '.join(differences)}; each model's prompts are read "
+            "by its own",
         )
 
 

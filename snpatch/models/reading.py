@@ -50,8 +50,10 @@ def open_readers(config: EngineConfig, notes: Notes) -> list[Reader]:
         readers.append(Reader(tokenizer, template, eos_ids(name, own, own_tokenizer) | _ends(beside, tokenizer)))
         _tell(name, own.vocab_size, readers[-1], notes)
         if config.template == "auto" and own_tokenizer.chat_template and template.source != source_of(own_tokenizer):
-            told = ", ".join(beside)
-            notes.add(f"template {name}", f"chats are read by the template beside {told}, and not by {name}'s own")
+            folders_beside = ", ".join(beside)
+            notes.add(
+                f"template {name}", f"chats are read by the template beside {folders_beside}, and not by {name}'s own"
+            )
     for name in config.chat_template_kwargs:
         if not any(reader.template.reads(name) for reader in readers):
             raise SnpatchError(f"chat_template_kwargs: the chat template of {config.model} reads no {name}")

@@ -171,10 +171,10 @@ def open_template(
     """
     own = own or tokenizer
     is_auto = name == "auto"
-    sources = [_told_by(adapters)] if is_auto else []
+    sources = [_shared_template(adapters)] if is_auto else []
     sources += [_source(own)]
     if others is not None:
-        sources += [_told_by(others[1]) if is_auto else None, _source(others[0])]
+        sources += [_shared_template(others[1]) if is_auto else None, _source(others[0])]
     source = next(filter(None, sources), None)
     if name == "tulu" or (is_auto and source in (None, TULU)):
         return Template("tulu", tokenizer, TULU, variables)
@@ -196,17 +196,17 @@ def open_tokenizer(adapter: str | Path):
     return load_pretrained(AutoTokenizer, folder_of_adapter(adapter))
 
 
-def _told_by(adapters: Sequence[str | Path]) -> str | None:
-    """Return the template that adapters were trained with; None where none tells."""
-    told = {adapter: source for adapter in adapters if (source := told_template(adapter)) is not None}
-    if len({*told.values()}) > 1:
-        named = ", ".join(map(str, told))
+def _shared_template(adapters: Sequence[str | Path]) -> str | None:
+    """Return the one template that adapters were trained with; None where no folder has one."""
+    sources = {adapter: source for adapter in adapters if (source := template_beside(adapter)) is not None}
+    if len({*sources.values()}) > 1:
+        named = ", ".join(map(str, sources))
         raise SnpatchError(f"adapters were trained with different templates ({named}): choose one by template=")
-    return next(iter(told.values()), None)
+    return next(iter(sources.values()), None)
 
 
-def told_template(adapter: str | Path) -> str | None:
-    """Return the template that an adapter was trained with, by what lies beside it; None where nothing tells."""
+def template_beside(adapter: str | Path) -> str | None:
+    """Return the template that an adapter was trained with, by the files beside it; None where there is none."""
     file = folder_of_adapter(adapter) / FILE
     try:
         if file.is_file():

@@ -1,1 +1,1 @@
-"""Rankings: neurons in an order, what they are made of, and what is drawn beside them."""
+"""Rankings: neurons in order of their scores, the statistics behind these, and random controls."""

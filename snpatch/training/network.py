@@ -27,7 +27,7 @@ from snpatch.models.digest import pinned
 from snpatch.models.lora import merged
 from snpatch.models.peft_files import read_config
 from snpatch.models.pretrained import load_pretrained, loading
-from snpatch.models.templates import FILE, TULU, Template, told_template
+from snpatch.models.templates import FILE, TULU, Template, template_beside
 from snpatch.training.settings import DpoSettings, TrainSettings
 
 TRAINED, REFERENCE = "default", "ref"  # PEFT's name of the first adapter, and TRL's of its frozen copy
@@ -50,7 +50,7 @@ def open_tokenizer(model: str | Path, settings: TrainSettings) -> tuple[PreTrain
 
 def check_template(sft: Path | None, template: Template) -> None:
     """Raise an error for an SFT adapter that was trained with another template than DPO is to read by."""
-    if sft is not None and told_template(sft) not in (None, template.source):
+    if sft is not None and template_beside(sft) not in (None, template.source):
         raise SnpatchError(
             f"{sft}: it was trained with another chat template than template = {template.name}: train both with one"
         )
