@@ -282,8 +282,9 @@ PRESET_FILE = {
 }
 TRAINING = {
     "learning_rate": 0.5, "epochs": 1.0, "batch_size": 8, "micro_batch_size": 2, "max_length": 9, "weight_decay": 0.5,
-    "decay_to": 1.0, "schedule": "linear", "warmup_steps": 3, "dtype": "float32", "gradient_checkpointing": False,
-    "template": "tokenizer", "lora_rank": 3, "lora_targets": ["o_proj"], "max_left_out": 0.5, "seed": 3,
+    "weight_decay_target": 1.0, "lr_scheduler_type": "linear", "warmup_steps": 3, "dtype": "float32",
+    "gradient_checkpointing": False, "template": "tokenizer", "lora_rank": 3, "lora_targets": ["o_proj"],
+    "max_dropped": 0.5, "seed": 3,
 }  # fmt: skip
 DPO = {**TRAINING, "beta": 0.5, "max_prompt_length": 5, "as_published": True}
 PRESET_KEYS = {
@@ -305,8 +306,8 @@ PRESET_KEYS = {
 
 
 def test_walk_of_a_preset_file_covers_its_schema():
-    assert TRAINING.keys() == names(TrainSettings, "peft")
-    assert DPO.keys() == names(DpoSettings, "peft")
+    assert TRAINING.keys() == names(TrainSettings, "method")
+    assert DPO.keys() == names(DpoSettings, "method")
     training = {path[1] for path in PRESET_KEYS if path[0] == "training"}
     assert training == {*names(Training, "sft"), "settings"}
     assert under(("size",), names(Size)) <= PRESET_KEYS.keys()
@@ -324,8 +325,8 @@ def test_preset_key_with_another_value_changes_the_preset(path, tmp_path):
 @pytest.mark.parametrize("group", ["settings", "dpo"])
 def test_preset_with_another_peft_is_refused(group, tmp_path):
     file = tmp_path / "one.toml"
-    file.write_text(tomli_w.dumps(changed(PRESET_FILE, ("training", group, "peft"), "lora")))
-    with pytest.raises(SnpatchError, match="peft = lora"):
+    file.write_text(tomli_w.dumps(changed(PRESET_FILE, ("training", group, "method"), "lora")))
+    with pytest.raises(SnpatchError, match="method = lora"):
         load_preset(str(file))
 
 

@@ -58,7 +58,7 @@ seed = 5
 
 [training.dpo]
 gradient_checkpointing = true
-decay_to = 1
+weight_decay_target = 1
 weight_decay = 0.3
 as_published = true
 warmup_steps = 2
@@ -184,7 +184,7 @@ def test_hours_follow_from_a_training_that_was_measured(tmp_path):
         ("extends = 'demo'\n[training]\nobjectives = ['safety']", "training.objectives: those beside safety"),
         ("extends = 'demo'\n[training]\nsead = 1", "training: there is no sead"),
         ("extends = 'demo'\n[training.data]\nhelpfull = { source = 'x' }", "training.data: helpfull is not trained"),
-        ("extends = 'demo'\n[training.settings]\npeft = 'lora'", "peft = lora: one engine runs one further set"),
+        ("extends = 'demo'\n[training.settings]\nmethod = 'lora'", "method = lora: one engine runs one further set"),
         ("extends = 'paper'\n[world]\nmodel = 'm'\n[training]\nobjectives = ['kind']", "no objective named 'kind'"),
         ("extends = 'demo'\n[world]\nfrom_nowhere = 1", "there is no from_nowhere"),
         ("from_world = 'moon'", "from_world: there are demo, got 'moon'"),

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerState
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import TULU
 from snpatch.training import training
-from snpatch.training.callbacks import DecayTo, LossWatch
+from snpatch.training.callbacks import LossMonitor, WeightDecayTowards
 from snpatch.training.network import open_tokenizer
 from snpatch.training.rows import pairs
 from snpatch.training.settings import DPO_RATES, SFT_RATES, DpoSettings, TrainSettings
@@ -65,27 +65,29 @@ def headline(out):
 # ---- what is learned
 
 
-@pytest.mark.parametrize("decay_to", [0, 1])
-def test_sft_takes_adamws_steps_down_the_answers_loss(toy, tmp_path, decay_to):
-    given = settings(batch_size=8, epochs=3, weight_decay=0.5, decay_to=decay_to)
+@pytest.mark.parametrize("decay_target", [0, 1])
+def test_sft_takes_adamws_steps_down_the_answers_loss(toy, tmp_path, decay_target):
+    given = settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target)
     figures = train_sft(toy.base, MESSAGES, tmp_path / "out", given)
-    target = ONES if decay_to else ZEROS
-    want, losses = toys.descend(plain(toy.base), ONES, toys.sft_loss, steps=3, rate=0.1, decay=0.5, decay_to=target)
+    target = ONES if decay_target else ZEROS
+    want, losses = toys.descend(plain(toy.base), ONES, toys.sft_loss, steps=3, rate=0.1, decay=0.5, target=target)
     assert min((vector - 1).abs().max() for vector in want) > 0.1
     torch.testing.assert_close(vectors(tmp_path / "out"), want, rtol=0, atol=1e-4)
     assert [figures["first_loss"], figures["last_loss"]] == pytest.approx([losses[0], losses[-1]], abs=1e-5)
 
 
-@pytest.mark.parametrize("decay_to", [0, 1])
+@pytest.mark.parametrize("decay_target", [0, 1])
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_dpo_takes_adamws_steps_from_sft_down_its_loss(toy, tmp_path, beta, decay_to):
-    """With decay_to = 1 towards what SFT's vector is, which is DPO's own factor 1."""
-    given = toys.dpo_settings(batch_size=8, epochs=3, weight_decay=0.5, decay_to=decay_to, beta=beta)
+def test_dpo_takes_adamws_steps_from_sft_down_its_loss(toy, tmp_path, beta, decay_target):
+    """With weight_decay_target = 1 towards what SFT's vector is, which is DPO's own factor 1."""
+    given = toys.dpo_settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target, beta=beta)
     figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)
     model, start = plain(toy.base), vectors(toy.sft())
     with torch.no_grad(), toys.scaled(model, start):
         loss = toys.dpo_loss(toys.margins(model), beta)
-    want, losses = toys.descend(model, start, loss, steps=3, rate=0.1, decay=0.5, decay_to=start if decay_to else ZEROS)
+    want, losses = toys.descend(
+        model, start, loss, steps=3, rate=0.1, decay=0.5, target=start if decay_target else ZEROS
+    )
     assert min((vector - first).abs().max() for vector, first in zip(want, start, strict=True)) > 0.1
     got = [factor * first for factor, first in zip(vectors(tmp_path / "out"), start, strict=True)]
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
@@ -135,7 +137,7 @@ def test_the_plot_shows_what_training_is_judged_by(toy, tmp_path, monkeypatch):
 
 
 def test_the_rate_rises_in_the_warm_up_and_follows_the_schedule(toy, tmp_path):
-    given = settings(epochs=2.5, warmup_steps=2, schedule="linear")
+    given = settings(epochs=2.5, warmup_steps=2, lr_scheduler_type="linear")
     assert train_sft(toy.base, MESSAGES, tmp_path / "out", given)["steps"] == 5
     with open(tmp_path / "out" / "training.csv") as file:
         rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
@@ -150,18 +152,18 @@ def test_the_seed_orders_the_rows(toy, tmp_path):
     assert not any(map(torch.equal, one, two))
 
 
-@pytest.mark.parametrize("peft", ["lora", "none"])
-def test_lora_and_all_weights_learn_both_ways(toy, tmp_path, peft):
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_lora_and_all_weights_learn_both_ways(toy, tmp_path, method):
     """SFT makes its answers likelier than the base does, DPO what was chosen than SFT."""
-    figures = json.loads((toy.sft(peft) / "training.json").read_text())["provenance"]["figures"]
+    figures = json.loads((toy.sft(method) / "training.json").read_text())["provenance"]["figures"]
     assert figures["last_loss"] < 0.8 * figures["first_loss"]
-    sft, start = (None, toy.sft("none")) if peft == "none" else (toy.sft("lora"), toy.base)
-    figures = train_dpo(start, sft, PAIRS, tmp_path / "dpo", toys.dpo_settings(peft))
+    sft, start = (None, toy.sft("full")) if method == "full" else (toy.sft("lora"), toy.base)
+    figures = train_dpo(start, sft, PAIRS, tmp_path / "dpo", toys.dpo_settings(method))
     assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert figures["accuracy"] == 1
     with torch.no_grad():
         base = toys.sft_loss(plain(toy.base))
-        models = [_opened(toy.base, folder) for folder in (toy.sft(peft), tmp_path / "dpo")]
+        models = [_opened(toy.base, folder) for folder in (toy.sft(method), tmp_path / "dpo")]
         assert toys.sft_loss(models[0]) < 0.7 * base
         assert (toys.margins(models[1]) > toys.margins(models[0]) + 2).all()
 
@@ -212,7 +214,7 @@ def test_the_template_is_tulus_with_bos_and_eos():
 def test_decay_pulls_a_vector_without_gradient_towards_its_target():
     p, q, r = (torch.nn.Parameter(torch.tensor([3.0, 1.0, -2.0])) for _ in range(3))
     optimizer = torch.optim.AdamW([{"params": [p, r]}, {"params": [q], "lr": 0.05}], lr=0.1, weight_decay=0.2)
-    DecayTo({p: torch.ones(3), q: torch.tensor([2.0, 2.0, 2.0])}).on_train_begin(None, None, None, optimizer)
+    WeightDecayTowards({p: torch.ones(3), q: torch.tensor([2.0, 2.0, 2.0])}).on_train_begin(None, None, None, optimizer)
     for _ in range(5):
         p.grad, q.grad = torch.zeros(3), torch.zeros(3)
         optimizer.step()
@@ -225,9 +227,11 @@ def test_decay_pulls_a_vector_without_gradient_towards_its_target():
 def test_decay_to_a_target_wants_adamw_on_the_vectors_themselves():
     p, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     with pytest.raises(SnpatchError, match="is for torch's AdamW, got SGD"):
-        DecayTo({p: torch.ones(2)}).on_train_begin(None, None, None, torch.optim.SGD([p], lr=0.1))
+        WeightDecayTowards({p: torch.ones(2)}).on_train_begin(None, None, None, torch.optim.SGD([p], lr=0.1))
     with pytest.raises(SnpatchError, match="1 trained vectors are not the optimizer's own"):
-        DecayTo({p: torch.ones(2), other: torch.ones(2)}).on_train_begin(None, None, None, torch.optim.AdamW([p]))
+        WeightDecayTowards({p: torch.ones(2), other: torch.ones(2)}).on_train_begin(
+            None, None, None, torch.optim.AdamW([p])
+        )
 
 
 # ---- what is saved
@@ -259,13 +263,13 @@ def test_lora_is_saved_with_the_rank_and_targets_that_were_asked_for(toy, tmp_pa
 def test_whole_weights_whose_steps_are_lost_in_rounding_are_told(tmp_path):
     """bfloat16 keeps eight bits: most steps of 5e-7 vanish, and all of 1e-12."""
     base = toys.make_base(tmp_path / "base", torch.bfloat16)
-    figures = train_dpo(base, None, PAIRS, tmp_path / "out", toys.dpo_settings("none", learning_rate=5e-7, epochs=1))
-    assert 0 < figures["moved"] < 0.5
+    figures = train_dpo(base, None, PAIRS, tmp_path / "out", toys.dpo_settings("full", learning_rate=5e-7, epochs=1))
+    assert 0 < figures["changed_fraction"] < 0.5
     assert any(
         "of the trained numbers differ from the start's as they are saved" in line
         for line in headline(tmp_path / "out")
     )
-    few = toys.dpo_settings("none", learning_rate=1e-12, epochs=1)
+    few = toys.dpo_settings("full", learning_rate=1e-12, epochs=1)
     with pytest.raises(SnpatchError, match=r"rounded to torch.bfloat16 as it is saved, has moved"):
         train_dpo(base, None, PAIRS, tmp_path / "few", few)
 
@@ -274,7 +278,7 @@ def test_a_checkpoints_config_is_the_bases(toy, tmp_path):
     """Trainers switch the cache off and choose a padding of their own."""
     tokenizer = toys.tokenizer(pad_token=None)
     base = folder_with(tmp_path / "base", tokenizer, toy.base)
-    train_sft(base, MESSAGES, tmp_path / "out", settings("none", epochs=1))
+    train_sft(base, MESSAGES, tmp_path / "out", settings("full", epochs=1))
     was, now = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
     assert {name for name in {**was, **now} if was.get(name) != now.get(name)} <= {"transformers_version"}
 
@@ -282,7 +286,7 @@ def test_a_checkpoints_config_is_the_bases(toy, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_has_the_bases_type_and_tokenizer(tmp_path, dtype):
     base = toys.make_base(tmp_path / "base", dtype)
-    train_sft(base, MESSAGES, tmp_path / "out", settings("none", epochs=1, dtype="bfloat16"))
+    train_sft(base, MESSAGES, tmp_path / "out", settings("full", epochs=1, dtype="bfloat16"))
     first, second = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     assert first.keys() == second.keys()
     assert {tensor.dtype for tensor in second.values()} == {dtype}
@@ -298,15 +302,15 @@ def test_training_weights_in_bfloat16_is_done_in_float32(tmp_path):
     """Steps of 1e-6 are lost in bfloat16, so that weights that were trained in it would not move."""
     base = toys.make_base(tmp_path / "base", torch.bfloat16)
     figures = train_sft(
-        base, MESSAGES, tmp_path / "out", settings("none", epochs=1, learning_rate=1e-6, dtype="bfloat16")
+        base, MESSAGES, tmp_path / "out", settings("full", epochs=1, learning_rate=1e-6, dtype="bfloat16")
     )
-    assert 0 < figures["moved"] < 0.5  # a step or two of 1e-6 round to another number here and there
+    assert 0 < figures["changed_fraction"] < 0.5  # a step or two of 1e-6 round to another number here and there
 
 
 @pytest.mark.parametrize("begins", [True, False])
 def test_a_checkpoints_own_template_is_what_it_was_trained_with(toy, tmp_path, begins):
     base = folder_with(tmp_path / "base", toys.tokenizer(begins), toy.base)
-    train_sft(base, MESSAGES, tmp_path / "out", settings("none", epochs=1))
+    train_sft(base, MESSAGES, tmp_path / "out", settings("full", epochs=1))
     ids = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(said("ask one", "yes", "ask two"),
                                                                               add_generation_prompt=True)  # fmt: skip
     assert ids["input_ids"] == encode(said("ask one", "yes", "ask two"), speaks=True)[0][not begins :]
@@ -406,11 +410,11 @@ PAIR_LENGTHS = [max(len(encode(row["prompt"] + row[answer])[0]) for answer in ("
     ids=["same", "same but for unknown words", "same up to max_length", "long prompt", "prompt that leaves no room"],
 )
 def test_a_pair_that_teaches_nothing_is_left_out_and_counted(toy, tmp_path, useless, why):
-    given = toys.dpo_settings(epochs=1, max_prompt_length=20, max_left_out=0.12)
+    given = toys.dpo_settings(epochs=1, max_prompt_length=20, max_dropped=0.12)
     figures = train_dpo(toy.base, toy.sft(), [*PAIRS[:3], useless, *PAIRS[3:]], tmp_path / "with", given)
-    assert figures["left_out"] == {why: 1}
-    assert (figures["rows"], figures["cut"]) == (9, 0)
-    assert f"left out 1 of 9 rows: {why}" in headline(tmp_path / "with")
+    assert figures["dropped"] == {why: 1}
+    assert (figures["rows"], figures["truncated"]) == (9, 0)
+    assert f"dropped 1 of 9 rows: {why}" in headline(tmp_path / "with")
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "without", given)
     assert all(map(torch.equal, vectors(tmp_path / "with"), vectors(tmp_path / "without")))
 
@@ -418,55 +422,55 @@ def test_a_pair_that_teaches_nothing_is_left_out_and_counted(toy, tmp_path, usel
 def test_a_prompt_of_exactly_max_prompt_length_is_trained_on(toy, tmp_path):
     longest = max(len(encode(row["prompt"], speaks=True)[0]) for row in PAIRS)
     given = toys.dpo_settings(epochs=1, max_prompt_length=longest)
-    assert train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)["left_out"] == {}
+    assert train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)["dropped"] == {}
     with pytest.raises(SnpatchError, match=f"longer than max_prompt_length = {longest - 1} tokens: more than"):
         train_dpo(
             toy.base,
             toy.sft(),
             PAIRS,
             tmp_path / "few",
-            toys.dpo_settings(max_prompt_length=longest - 1, max_left_out=0),
+            toys.dpo_settings(max_prompt_length=longest - 1, max_dropped=0),
         )
 
 
 def test_as_many_rows_as_allowed_may_be_left_out_and_never_all(toy, tmp_path):
     rows = [*PAIRS, SAME, SAME]
-    given = toys.dpo_settings(epochs=1, max_left_out=0.2)
-    assert train_dpo(toy.base, toy.sft(), rows, tmp_path / "most", given)["left_out"].popitem()[1] == 2
-    told = r"left out 2 of 10 rows: chosen and rejected are the same tokens: more than max_left_out = 0\.1 of the rows"
+    given = toys.dpo_settings(epochs=1, max_dropped=0.2)
+    assert train_dpo(toy.base, toy.sft(), rows, tmp_path / "most", given)["dropped"].popitem()[1] == 2
+    told = r"dropped 2 of 10 rows: chosen and rejected are the same tokens: more than max_dropped = 0\.1 of the rows"
     with pytest.raises(SnpatchError, match=told):
         train_dpo(toy.base, toy.sft(), rows, tmp_path / "many", toys.dpo_settings())
     with pytest.raises(SnpatchError, match="left out 3 of 3 rows"):
-        train_dpo(toy.base, toy.sft(), [SAME] * 3, tmp_path / "all", toys.dpo_settings(max_left_out=1.0))
+        train_dpo(toy.base, toy.sft(), [SAME] * 3, tmp_path / "all", toys.dpo_settings(max_dropped=1.0))
     long = [PAIRS[0] | {"prompt": said("ask " * 40)}] * 2
     with pytest.raises(SnpatchError, match="left out 2 of 2 rows: prompt not shorter than max_length = 32 tokens"):
-        train_dpo(toy.base, toy.sft(), long, tmp_path / "long", toys.dpo_settings(max_left_out=1.0))
+        train_dpo(toy.base, toy.sft(), long, tmp_path / "long", toys.dpo_settings(max_dropped=1.0))
 
 
 @pytest.mark.parametrize("less", [0, 1, 3])
 def test_rows_that_are_cut_are_counted_exactly(toy, tmp_path, less):
     limit = max(LENGTHS) - less
     figures = train_sft(toy.base, MESSAGES, tmp_path / "sft", settings(batch_size=8, epochs=1, max_length=limit))
-    assert figures["cut"] == sum(length > limit for length in LENGTHS) == (0 if less == 0 else 1)
-    assert figures["left_out"] == {}
+    assert figures["truncated"] == sum(length > limit for length in LENGTHS) == (0 if less == 0 else 1)
+    assert figures["dropped"] == {}
     with torch.no_grad():
         assert figures["first_loss"] == pytest.approx(toys.sft_loss(plain(toy.base), limit).item(), abs=1e-5)
     limit = max(PAIR_LENGTHS) - less
     figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "dpo", toys.dpo_settings(epochs=1, max_length=limit))
-    assert figures["cut"] == sum(length > limit for length in PAIR_LENGTHS)
-    assert (figures["cut"] > 0) == (less > 0)
-    assert (f"cut {figures['cut']} of 8 rows at max_length" in headline(tmp_path / "dpo")) == (less > 0)
+    assert figures["truncated"] == sum(length > limit for length in PAIR_LENGTHS)
+    assert (figures["truncated"] > 0) == (less > 0)
+    assert (f"truncated {figures['truncated']} of 8 rows at max_length" in headline(tmp_path / "dpo")) == (less > 0)
 
 
 def test_a_conversation_without_an_answer_within_max_length_is_left_out(toy, tmp_path):
     rows = [*MESSAGES, {"messages": said("ask " * 40, "yes")}]
     why = "no token of the assistant's within max_length = 32"
-    figures = train_sft(toy.base, rows, tmp_path / "with", settings(epochs=1, max_left_out=0.12))
-    assert (figures["left_out"], figures["cut"]) == ({why: 1}, 0)
-    assert f"left out 1 of 9 rows: {why}" in headline(tmp_path / "with")
-    train_sft(toy.base, MESSAGES, tmp_path / "without", settings(epochs=1, max_left_out=0.12))
+    figures = train_sft(toy.base, rows, tmp_path / "with", settings(epochs=1, max_dropped=0.12))
+    assert (figures["dropped"], figures["truncated"]) == ({why: 1}, 0)
+    assert f"dropped 1 of 9 rows: {why}" in headline(tmp_path / "with")
+    train_sft(toy.base, MESSAGES, tmp_path / "without", settings(epochs=1, max_dropped=0.12))
     assert all(map(torch.equal, vectors(tmp_path / "with"), vectors(tmp_path / "without")))
-    with pytest.raises(SnpatchError, match=f"left out 1 of 9 rows: {why}: more than max_left_out"):
+    with pytest.raises(SnpatchError, match=f"dropped 1 of 9 rows: {why}: more than max_dropped"):
         train_sft(toy.base, rows, tmp_path / "out", settings())
 
 
@@ -536,10 +540,10 @@ def test_a_tokenizer_that_ends_each_text_is_refused(toy, tmp_path):
 @pytest.mark.parametrize(
     ("on", "given", "message"),
     [
-        ("ia3", {"peft": "lora"}, "no LoRA can be trained on an IA3 adapter: use peft = ia3, or a checkpoint"),
-        ("ia3", {"peft": "none"}, "peft = none trains whole checkpoints: give the SFT checkpoint as the model"),
-        ("lora", {"peft": "none"}, "peft = none trains whole checkpoints"),
-        ("none", {}, "adapter_config.json: No such file"),
+        ("ia3", {"method": "lora"}, "no LoRA can be trained on an IA3 adapter: use method = ia3, or a checkpoint"),
+        ("ia3", {"method": "full"}, "method = full trains whole checkpoints: give the SFT checkpoint as the model"),
+        ("lora", {"method": "full"}, "method = full trains whole checkpoints"),
+        ("full", {}, "adapter_config.json: No such file"),
     ],
 )
 def test_what_cannot_go_on_from_an_adapter_is_refused(toy, tmp_path, on, given, message):
@@ -577,8 +581,8 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_step(toy, tmp_path):
 def test_a_gradient_that_is_no_number_ends_the_run_although_the_loss_is_one():
     state = TrainerState(global_step=7, max_steps=9)
     with pytest.raises(SnpatchError, match="the gradient is inf at step 7"):
-        LossWatch(None).on_log(None, state, None, {"loss": 0.5, "grad_norm": math.inf})
-    LossWatch(None).on_log(None, state, None, {"loss": 0.5, "grad_norm": 1e30})
+        LossMonitor(None).on_log(None, state, None, {"loss": 0.5, "grad_norm": math.inf})
+    LossMonitor(None).on_log(None, state, None, {"loss": 0.5, "grad_norm": 1e30})
 
 
 def test_an_adapter_that_did_not_move_is_an_error(toy, tmp_path):
@@ -590,16 +594,16 @@ def test_an_adapter_that_did_not_move_is_an_error(toy, tmp_path):
 def test_parameters_that_did_not_move_are_named(toy, tmp_path):
     """A LoRA's first factor has no gradient as long as its second is 0."""
     figures = train_sft(toy.base, MESSAGES, tmp_path / "out", settings("lora", batch_size=8, epochs=1, weight_decay=0))
-    assert len(figures["still"]) == LAYERS * 2
-    assert all("lora_A" in name for name in figures["still"])
+    assert len(figures["unchanged_parameters"]) == LAYERS * 2
+    assert all("lora_A" in name for name in figures["unchanged_parameters"])
     assert any(
-        line.startswith(f"{LAYERS * 2} trained parameters did not move, ") for line in headline(tmp_path / "out")
+        line.startswith(f"{LAYERS * 2} trained parameters did not change, ") for line in headline(tmp_path / "out")
     )
 
 
 def test_what_the_trainer_refuses_is_one_line(toy, tmp_path):
     for given, options in (
-        (settings(schedule="uphill"), {}),
+        (settings(lr_scheduler_type="uphill"), {}),
         (settings(), {"report_to": ["nowhere"]}),
         (settings(), {"report_to": ["clearml"]}),
         (settings("lora", lora_targets=("nothing",)), {}),
@@ -616,33 +620,40 @@ def test_what_the_trainer_refuses_is_one_line(toy, tmp_path):
 def test_defaults_are_the_papers():
     for kind in (TrainSettings, DpoSettings):
         chosen = kind()
-        assert (chosen.peft, chosen.rate, chosen.epochs, chosen.batch_size) == ("ia3", 1e-3, 3, 120)
-        assert (chosen.weight_decay, chosen.decay_to) == (0.1, 0)
-        assert (chosen.schedule, chosen.warmup_steps, chosen.max_length) == ("cosine", 0, 4096)
+        assert (chosen.method, chosen.rate, chosen.epochs, chosen.batch_size) == ("ia3", 1e-3, 3, 120)
+        assert (chosen.weight_decay, chosen.weight_decay_target) == (0.1, 0)
+        assert (chosen.lr_scheduler_type, chosen.warmup_steps, chosen.max_length) == ("cosine", 0, 4096)
         assert (chosen.lora_rank, chosen.lora_targets, chosen.template) == (64, ("q_proj", "v_proj"), "tulu")
     chosen = DpoSettings()
     assert (chosen.beta, chosen.max_prompt_length, chosen.as_published) == (0.1, 2048, False)
 
 
 def test_the_rate_follows_what_is_trained_unless_it_is_given():
-    assert SFT_RATES == {"ia3": 1e-3, "lora": 2e-5, "none": 2e-5}
-    assert DPO_RATES == {"ia3": 1e-3, "lora": 2e-5, "none": 5e-7}
-    for peft in ("ia3", "lora", "none"):
-        assert (TrainSettings(peft=peft).rate, DpoSettings(peft=peft).rate) == (SFT_RATES[peft], DPO_RATES[peft])
-        assert TrainSettings(peft=peft, learning_rate=0.5).rate == DpoSettings(peft=peft, learning_rate=0.5).rate == 0.5
+    assert SFT_RATES == {"ia3": 1e-3, "lora": 2e-5, "full": 2e-5}
+    assert DPO_RATES == {"ia3": 1e-3, "lora": 2e-5, "full": 5e-7}
+    for method in ("ia3", "lora", "full"):
+        assert (TrainSettings(method=method).rate, DpoSettings(method=method).rate) == (
+            SFT_RATES[method],
+            DPO_RATES[method],
+        )
+        assert (
+            TrainSettings(method=method, learning_rate=0.5).rate
+            == DpoSettings(method=method, learning_rate=0.5).rate
+            == 0.5
+        )
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"peft": "full"}, "peft must be one of ia3, lora, none, got 'full'"),
+        ({"method": "all"}, "method must be one of ia3, lora, full, got 'all'"),
         ({"template": "chatml"}, "template must be tulu or tokenizer, got 'chatml'"),
         ({"micro_batch_size": 7}, "micro_batch_size must divide batch_size, got 7 and 120"),
         ({"micro_batch_size": 0}, "micro_batch_size must divide batch_size, got 0 and 120"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"decay_to": 0.5}, "decay_to must be 0 or 1, got 0.5"),
-        ({"decay_to": 1, "peft": "lora"}, "decay_to = 1 is for ia3, .* peft is lora"),
-        ({"decay_to": 1, "peft": "none"}, "decay_to = 1 is for ia3, .* peft is none"),
+        ({"weight_decay_target": 0.5}, "weight_decay_target must be 0 or 1, got 0.5"),
+        ({"weight_decay_target": 1, "method": "lora"}, "weight_decay_target = 1 is for ia3, .* method is lora"),
+        ({"weight_decay_target": 1, "method": "full"}, "weight_decay_target = 1 is for ia3, .* method is full"),
         ({"epochs": 0}, "epochs must be more than 0, got 0"),
         ({"learning_rate": 0}, "learning_rate must be more than 0, got 0"),
         ({"learning_rate": -0.1}, "learning_rate must be more than 0, got -0.1"),
@@ -662,7 +673,7 @@ def test_settings_that_cannot_be_are_refused(given, message):
     ("given", "message"),
     [
         ({"beta": 0}, "beta must be more than 0, got 0"),
-        ({"as_published": True, "peft": "lora"}, "as_published is for ia3, peft is lora"),
+        ({"as_published": True, "method": "lora"}, "as_published is for ia3, method is lora"),
     ],
 )
 def test_dpos_settings_that_cannot_be_are_refused(given, message):
@@ -696,6 +707,6 @@ def test_prompts_that_are_not_read_as_the_answers_beginning_are_left_out():
         "chosen_ids": [[9, 2]] * 3,
         "rejected_ids": [[8, 2]] * 3,
     }
-    kept, counts = pairs(Dataset.from_dict(rows), 3, DpoSettings(max_left_out=0.4), context=99)
+    kept, counts = pairs(Dataset.from_dict(rows), 3, DpoSettings(max_dropped=0.4), context=99)
     assert kept["prompt_ids"] == rows["prompt_ids"][:2]
-    assert dict(counts.left_out) == {"the template does not read the prompt as the beginning of its answers": 1}
+    assert dict(counts.dropped) == {"the template does not read the prompt as the beginning of its answers": 1}

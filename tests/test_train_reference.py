@@ -110,24 +110,24 @@ def engine_of(base, **models):
 
 # ---- the reference
 
-STARTS = {  # peft of DPO, what SFT is, how an engine is told of it
+STARTS = {  # method of DPO, what SFT is, how an engine is told of it
     "ia3 on ia3": ("ia3", "ia3", lambda folder: {"adapters": {"sft": folder}}),
     "ia3 with keys and values": ("ia3", "keys", lambda folder: {"adapters": {"sft": folder}}),
     "lora on lora": ("lora", "lora", lambda folder: {"models": {"sft": {"lora": str(folder)}}}),
     "ia3 on lora": ("ia3", "lora", lambda folder: {"models": {"sft": {"lora": str(folder)}}}),
-    "ia3 on a checkpoint": ("ia3", "none", lambda folder: {"models": {"sft": str(folder)}}),
-    "lora on a checkpoint": ("lora", "none", lambda folder: {"models": {"sft": str(folder)}}),
-    "all weights": ("none", "none", lambda folder: {"models": {"sft": str(folder)}}),
+    "ia3 on a checkpoint": ("ia3", "full", lambda folder: {"models": {"sft": str(folder)}}),
+    "lora on a checkpoint": ("lora", "full", lambda folder: {"models": {"sft": str(folder)}}),
+    "all weights": ("full", "full", lambda folder: {"models": {"sft": str(folder)}}),
 }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("start", STARTS)
 def test_policy_and_reference_begin_as_the_served_sft_model_bit_for_bit(toy, with_keys, built, tmp_path, start, dtype):
-    peft, on, told = STARTS[start]
+    method, on, told = STARTS[start]
     sft = with_keys if on == "keys" else toy.sft(on)
-    where = (sft, None) if on == "none" else (toy.base, sft)
-    policy, reference = policy_and_reference(built(*where, PAIRS, tmp_path, dpo_settings(peft, dtype=dtype)))
+    where = (sft, None) if on == "full" else (toy.base, sft)
+    policy, reference = policy_and_reference(built(*where, PAIRS, tmp_path, dpo_settings(method, dtype=dtype)))
     assert torch.equal(policy, reference)
     base = sums(read(plain(toy.base)))
     assert (policy.float() - base).abs().median() > 0.5, "the base model would pass as well"
@@ -136,16 +136,16 @@ def test_policy_and_reference_begin_as_the_served_sft_model_bit_for_bit(toy, wit
             torch.testing.assert_close(reference, sums(served(engine, "sft")), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("peft", "on"), [("ia3", "ia3"), ("lora", "lora"), ("ia3", "lora"), ("lora", "none")])
-def test_adapters_are_float32_on_weights_in_bfloat16(toy, built, tmp_path, peft, on):
-    where = (toy.sft("none"), None) if on == "none" else (toy.base, toy.sft(on))
-    given = dpo_settings(peft, dtype="bfloat16", epochs=1)
+@pytest.mark.parametrize(("method", "on"), [("ia3", "ia3"), ("lora", "lora"), ("ia3", "lora"), ("lora", "full")])
+def test_adapters_are_float32_on_weights_in_bfloat16(toy, built, tmp_path, method, on):
+    where = (toy.sft("full"), None) if on == "full" else (toy.base, toy.sft(on))
+    given = dpo_settings(method, dtype="bfloat16", epochs=1)
     model = built(*where, PAIRS, tmp_path / "built", given).model
     own = {name: p for name, p in model.named_parameters() if "ia3_" in name or "lora_" in name}
     assert {p.dtype for p in own.values()} == {torch.float32}
     assert {p.dtype for name, p in model.named_parameters() if name not in own} == {torch.bfloat16}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {n for n in own if ".ref" not in n}
-    if peft == on:
+    if method == on:
         tensors = load_file(toy.sft(on) / "adapter_model.safetensors")
         for adapter in ("default", "ref"):
             for name, p in own.items():
@@ -162,11 +162,11 @@ def test_activations_are_computed_again_if_asked(toy, built, tmp_path, is_on):
     assert torch.equal(policy, reference)
 
 
-@pytest.mark.parametrize("peft", ["ia3", "lora"])
-def test_what_is_saved_of_weights_in_bfloat16_is_float32(toy, tmp_path, peft):
-    given = settings(peft, dtype="bfloat16", epochs=1)
+@pytest.mark.parametrize("method", ["ia3", "lora"])
+def test_what_is_saved_of_weights_in_bfloat16_is_float32(toy, tmp_path, method):
+    given = settings(method, dtype="bfloat16", epochs=1)
     train_sft(toy.base, MESSAGES, tmp_path / "sft", given)
-    train_dpo(toy.base, tmp_path / "sft", PAIRS, tmp_path / "dpo", dpo_settings(peft, dtype="bfloat16", epochs=1))
+    train_dpo(toy.base, tmp_path / "sft", PAIRS, tmp_path / "dpo", dpo_settings(method, dtype="bfloat16", epochs=1))
     for out in ("sft", "dpo"):
         tensors = load_file(tmp_path / out / "adapter_model.safetensors").values()
         assert {tensor.dtype for tensor in tensors} == {torch.float32}
@@ -243,7 +243,7 @@ def test_as_published_saves_the_vector_that_was_trained(toy, ended, tmp_path):
     with torch.no_grad():
         loss = toys.dpo_loss(toys.margins(model))
     zeros = [torch.zeros(NEURONS)] * LAYERS
-    want, _ = toys.descend(model, ONES, loss, steps=3, rate=0.1, decay=0.5, decay_to=zeros)
+    want, _ = toys.descend(model, ONES, loss, steps=3, rate=0.1, decay=0.5, target=zeros)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "own", dpo_settings(batch_size=8, epochs=3, weight_decay=0.5))
     assert max((a - b).abs().max() for a, b in zip(got, vectors(tmp_path / "own"), strict=True)) > 0.01
@@ -275,13 +275,13 @@ def test_the_stack_is_one_for_peft_and_the_engine(toy, tmp_path):
             assert (ours - sft).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("peft", ["lora", "none", "ia3 on lora"])
-def test_the_second_model_of_an_engine_is_what_was_trained(toy, tmp_path, peft):
+@pytest.mark.parametrize("method", ["lora", "full", "ia3 on lora"])
+def test_the_second_model_of_an_engine_is_what_was_trained(toy, tmp_path, method):
     """Log-probabilities and texts, against plain PEFT or transformers."""
-    peft, _, on = peft.partition(" on ")
-    sft, start = (None, toy.sft("none")) if peft == "none" else (toy.sft("lora"), toy.base)
-    train_dpo(start, sft, PAIRS, tmp_path, dpo_settings(peft))
-    if peft == "none":
+    method, _, on = method.partition(" on ")
+    sft, start = (None, toy.sft("full")) if method == "full" else (toy.sft("lora"), toy.base)
+    train_dpo(start, sft, PAIRS, tmp_path, dpo_settings(method))
+    if method == "full":
         told, model = str(tmp_path), plain(tmp_path)
     elif on:
         told = {"lora": str(sft), "adapters": str(tmp_path)}

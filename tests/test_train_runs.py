@@ -40,15 +40,15 @@ toy = pytest.fixture(scope="module")(toys.toy)
 
 def start(toy, kind, out, **how):
     """Six steps of one kind of training."""
-    train, peft, _, on = kind.split(" ") if " on " in kind else (*kind.split(" "), None, None)
+    train, method, _, on = kind.split(" ") if " on " in kind else (*kind.split(" "), None, None)
     if train == "sft":
-        return train_sft(toy.base, MESSAGES, out, settings(peft, epochs=3), **how)
-    options = {"epochs": 3, "decay_to": 1} if on == "ia3" else {"epochs": 3}
-    where = (toy.sft("none"), None) if on == "none" else (toy.base, toy.sft(on))
-    return train_dpo(*where, PAIRS, out, dpo_settings(peft, **options), **how)
+        return train_sft(toy.base, MESSAGES, out, settings(method, epochs=3), **how)
+    options = {"epochs": 3, "weight_decay_target": 1} if on == "ia3" else {"epochs": 3}
+    where = (toy.sft("full"), None) if on == "full" else (toy.base, toy.sft(on))
+    return train_dpo(*where, PAIRS, out, dpo_settings(method, **options), **how)
 
 
-KINDS = ["sft ia3", "sft none", "dpo ia3 on ia3", "dpo ia3 on lora", "dpo lora on lora", "dpo none on none"]
+KINDS = ["sft ia3", "sft full", "dpo ia3 on ia3", "dpo ia3 on lora", "dpo lora on lora", "dpo full on full"]
 
 
 def interrupted(toy, kind, out, at, **how):
@@ -92,7 +92,7 @@ def checkpoints(out):
 def test_an_interrupted_training_goes_on_and_ends_as_if_it_had_not_been(toy, tmp_path, kind):
     """From the middle of an epoch, so that the rows' order goes on, too."""
     whole = start(toy, kind, tmp_path / "whole")
-    interrupted(toy, kind, tmp_path / "parts", at=5, save_every=3)
+    interrupted(toy, kind, tmp_path / "parts", at=5, save_steps=3)
     assert checkpoints(tmp_path / "parts") == ["checkpoint-3"]
     assert not (tmp_path / "parts" / "training.json").exists()
     told = []
@@ -101,7 +101,7 @@ def test_an_interrupted_training_goes_on_and_ends_as_if_it_had_not_been(toy, tmp
     assert (whole["resumed_at"], figures["resumed_at"]) == (0, 3)
     assert_alike(tmp_path / "parts", tmp_path / "whole")
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    same = ("steps", "first_loss", "last_loss", "rows", "still")
+    same = ("steps", "first_loss", "last_loss", "rows", "unchanged_parameters")
     assert [figures[name] for name in same] == [whole[name] for name in same]
 
 
@@ -109,9 +109,9 @@ def test_an_interrupted_training_goes_on_and_ends_as_if_it_had_not_been(toy, tmp
 def test_a_checkpoint_that_is_not_whole_is_passed_over(toy, tmp_path, damage):
     start(toy, "dpo ia3 on ia3", tmp_path / "whole")
     out = tmp_path / "parts"
-    interrupted(toy, "dpo ia3 on ia3", out, at=3, save_every=2)
+    interrupted(toy, "dpo ia3 on ia3", out, at=3, save_steps=2)
     shutil.copytree(out / "checkpoints" / "checkpoint-2", tmp_path / "kept")
-    interrupted(toy, "dpo ia3 on ia3", out, at=5, save_every=2)
+    interrupted(toy, "dpo ia3 on ia3", out, at=5, save_steps=2)
     assert checkpoints(out) == ["checkpoint-4"]
     state = out / "checkpoints" / "checkpoint-4" / "trainer_state.json"
     if damage == "missing":
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(toy, tmp_path, damage):
         os.truncate(state, state.stat().st_size // 2 if damage == "cut" else 0)
     if damage != "empty":
         shutil.copytree(tmp_path / "kept", out / "checkpoints" / "checkpoint-2")
-    figures = start(toy, "dpo ia3 on ia3", out, save_every=2)
+    figures = start(toy, "dpo ia3 on ia3", out, save_steps=2)
     assert figures["resumed_at"] == (0 if damage == "empty" else 2)
     assert_alike(out, tmp_path / "whole")
 
@@ -143,7 +143,7 @@ def test_a_training_that_ends_before_its_record_is_written_is_finished(toy, tmp_
 
 def test_a_killed_command_goes_on_when_it_is_given_again(toy, tmp_path, capsys):
     rows = write(tmp_path / "pairs.jsonl", PAIRS)
-    given = ["train", "dpo", toy.base, rows, "--sft", toy.sft(), "--save-every", 2, *OPTIONS, "--epochs", 20]
+    given = ["train", "dpo", toy.base, rows, "--sft", toy.sft(), "--save-steps", 2, *OPTIONS, "--epochs", 20]
     argv = [sys.executable, "-m", "snpatch.cli", *map(str, [*given, "-o", tmp_path / "killed"])]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = "checkpoints/checkpoint-*/trainer_state.json"
@@ -185,10 +185,10 @@ def test_a_folder_of_another_training_is_refused_by_what_differs(toy, tmp_path, 
     before = files(out)
     others = [
         ((toy.base, toy.sft(), PAIRS), dpo_settings(epochs=1, beta=0.2), r"beta is to be 0\.2, it has 0\.1"),
-        ((toy.base, toy.sft(), PAIRS), dpo_settings("lora", epochs=1), "peft is to be lora, it has ia3"),
+        ((toy.base, toy.sft(), PAIRS), dpo_settings("lora", epochs=1), "method is to be lora, it has ia3"),
         ((toy.base, toy.sft(), PAIRS[:4]), given, r"data is to be \{'rows': 4, .* it has \{'rows': 8"),
         ((toy.base, toy.sft(), PAIRS[::-1]), given, r"data is to be \{'rows': 8, .* it has \{'rows': 8"),
-        ((toy.sft("none"), toy.sft(), PAIRS), given, "model is to be [0-9a-f]{16}, it has [0-9a-f]{16};"),
+        ((toy.sft("full"), toy.sft(), PAIRS), given, "model is to be [0-9a-f]{16}, it has [0-9a-f]{16};"),
         ((toy.base, toy.sft("lora"), PAIRS), given, "sft is to be [0-9a-f]{16}, it has [0-9a-f]{16};"),
         ((toy.base, None, PAIRS), given, "sft is to be None, it has [0-9a-f]{16};"),
     ]
@@ -201,12 +201,12 @@ def test_a_folder_of_another_training_is_refused_by_what_differs(toy, tmp_path, 
     assert train_dpo(toy.base, toy.sft(), PAIRS, out, given)["steps"] == 2
 
 
-@pytest.mark.parametrize("peft", ["ia3", "none"])
-def test_a_model_that_was_not_trained_here_is_left_alone(toy, tmp_path, peft):
-    shutil.copytree(toy.sft(peft), tmp_path / "out", ignore=shutil.ignore_patterns("training*"))
+@pytest.mark.parametrize("method", ["ia3", "full"])
+def test_a_model_that_was_not_trained_here_is_left_alone(toy, tmp_path, method):
+    shutil.copytree(toy.sft(method), tmp_path / "out", ignore=shutil.ignore_patterns("training*"))
     with pytest.raises(SnpatchError, match="holds a model that was not trained here; choose another folder"):
         start(toy, "sft ia3", tmp_path / "out")
-    assert weights(tmp_path / "out").keys() == weights(toy.sft(peft)).keys()
+    assert weights(tmp_path / "out").keys() == weights(toy.sft(method)).keys()
 
 
 # ---- two processes
@@ -242,26 +242,26 @@ def test_two_processes_train_what_one_trains(toy, tmp_path, capsys):
         sft = ["train", "sft", toy.base, messages, "-o", home / "sft", *OPTIONS, "--json"]
         dpo = ["train", "dpo", toy.base, pairs, "--sft", home / "sft", "-o", home / "dpo", *OPTIONS, "--json"]
         late = ["train", "dpo", toy.base, pairs, "--sft", toy.sft(), "-o", home / "late", *OPTIONS, "--json"]
-        lora = ["train", "dpo", toy.base, pairs, "--sft", toy.sft("lora"), "--peft", "lora", "-o", home / "lora"]
-        none = ["train", "dpo", toy.sft("none"), pairs, "--peft", "none", "-o", home / "none"]
-        further = [[*one, *OPTIONS, "--learning-rate", 1e-3, "--json"] for one in (lora, none)]
+        lora = ["train", "dpo", toy.base, pairs, "--sft", toy.sft("lora"), "--method", "lora", "-o", home / "lora"]
+        full = ["train", "dpo", toy.sft("full"), pairs, "--method", "full", "-o", home / "full"]
+        further = [[*one, *OPTIONS, "--learning-rate", 1e-3, "--json"] for one in (lora, full)]
         odd = ["train", "sft", toy.base, messages, "-o", home / "odd", *OPTIONS, "--batch-size", 2]
         return [sft, dpo, late, *further, sft, odd]
 
     with pytest.raises(KeyboardInterrupt):
         late = tmp_path / "two" / "late"
-        train_dpo(toy.base, toy.sft(), PAIRS, late, dpo_settings(epochs=2), watch=_stop_at(4), save_every=3)
+        train_dpo(toy.base, toy.sft(), PAIRS, late, dpo_settings(epochs=2), watch=_stop_at(4), save_steps=3)
     told = _in_two(lines(tmp_path / "two"), tmp_path)
     main, other = (out.splitlines() for out, _ in told)
     assert other == ["exit 2"], told[1]
     assert len(main) == 7, told[0]
-    sft, dpo, late, lora, none, again = map(json.loads, main[:6])
+    sft, dpo, late, lora, full, again = map(json.loads, main[:6])
     assert main[6] == "exit 2"
     assert all("batch_size must be divided by micro_batch_size x processes, got 2 and 2 x 2" in err for _, err in told)
     assert {sft["processes"], dpo["processes"], late["processes"]} == {2}
     assert (sft["resumed_at"], dpo["resumed_at"], late["resumed_at"]) == (0, 0, 3)
     assert again == sft
-    for line, two in zip(lines(tmp_path / "one"), (sft, dpo, late, lora, none), strict=False):
+    for line, two in zip(lines(tmp_path / "one"), (sft, dpo, late, lora, full), strict=False):
         code, out, err = run(capsys, *line)
         assert code == 0, err
         one = json.loads(out)
@@ -272,7 +272,7 @@ def test_two_processes_train_what_one_trains(toy, tmp_path, capsys):
         got, want = vectors(tmp_path / "two" / name), vectors(tmp_path / "one" / name)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
         assert files(tmp_path / "two" / name) == files(tmp_path / "one" / name)
-    for name in ("lora", "none"):
+    for name in ("lora", "full"):
         torch.testing.assert_close(*(weights(tmp_path / by / name) for by in ("two", "one")), rtol=0, atol=1e-5)
     for name in ("sft", "dpo", "late"):
         assert len((tmp_path / "two" / name / "training.csv").read_text().splitlines()) == 1 + sft["steps"]
@@ -349,7 +349,7 @@ def test_the_commands_train_what_the_functions_train(toy, tmp_path, capsys):
 
 def test_options_of_lora_reach_it(toy, tmp_path, capsys):
     messages = write(tmp_path / "sft.jsonl", MESSAGES)
-    given = ["train", "sft", toy.base, messages, *OPTIONS, "--peft", "lora", "--lora-rank", 2]
+    given = ["train", "sft", toy.base, messages, *OPTIONS, "--method", "lora", "--lora-rank", 2]
     assert run(capsys, *given, "-o", tmp_path / "default")[0] == 0
     assert run(capsys, *given, "-o", tmp_path / "own", "--lora-targets", "o_proj", "--lora-targets", "up_proj")[0] == 0
     for name, targets in (("default", ["q_proj", "v_proj"]), ("own", ["o_proj", "up_proj"])):
@@ -464,20 +464,20 @@ def test_broken_rows_are_left_out_if_asked_and_told(toy, tmp_path, capsys):
 def test_pairs_without_an_answer_are_counted_in_all_that_is_told(toy, tmp_path, capsys):
     half = [*PAIRS, {"prompt": "ask one", "chosen": "yes"}]
     path, why = write(tmp_path / "half.jsonl", half), "no rejected answer"
-    given = ["train", "dpo", toy.base, path, "--sft", toy.sft(), *OPTIONS, "--max-left-out"]
+    given = ["train", "dpo", toy.base, path, "--sft", toy.sft(), *OPTIONS, "--max-dropped"]
     code, out, err = run(capsys, *given, 0.12, "-o", tmp_path / "out")
     assert code == 0, err
     assert f"{path}: 1 of 9 rows have a prompt and no pair: {why}\n" in err
-    assert f"left out 1 of 9 rows: {why}" in out
+    assert f"dropped 1 of 9 rows: {why}" in out
     record = json.loads((tmp_path / "out" / "training.json").read_text())["provenance"]
-    assert (record["figures"]["rows"], record["figures"]["left_out"]) == (9, {why: 1})
-    assert record["asked"]["data"]["left_out"] == {why: 1}
+    assert (record["figures"]["rows"], record["figures"]["dropped"]) == (9, {why: 1})
+    assert record["asked"]["data"]["dropped"] == {why: 1}
     assert (record["source"]["rows"], record["source"]["no_pair"]) == (9, {why: 1})
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "own", dpo_settings(epochs=2))
     assert_alike(tmp_path / "out", tmp_path / "own")
     code, _, err = run(capsys, *given, 0.1, "-o", tmp_path / "less")
     assert code == 2
-    assert f"left out 1 of 9 rows: {why}: more than max_left_out = 0.1 of the rows" in err
+    assert f"dropped 1 of 9 rows: {why}: more than max_dropped = 0.1 of the rows" in err
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ def test_pairs_without_an_answer_are_counted_in_all_that_is_told(toy, tmp_path, 
         (["sft", "--format", "lima"], "--format, --split, --column, --revision, --where are for DATA: there is none"),
         (["dpo", "--limit", "2", "--sample", "2"], "set hh-harmless: give first or sample, not both"),
         (["sft", "lima", "--format", "lima"], "lima: format and column are for files; this is a set's name"),
-        (["dpo", "DATA", "--peft", "full"], "peft must be one of ia3, lora, none, got 'full'"),
+        (["dpo", "DATA", "--method", "all"], "method must be one of ia3, lora, full, got 'all'"),
         (["dpo", "DATA", "--micro-batch-size", "7"], "micro_batch_size must divide batch_size, got 7 and 120"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -556,7 +556,7 @@ def test_two_trainings_do_not_run_in_one_folder(toy, tmp_path):
             with pytest.raises(SnpatchError, match="another process trains in this folder"):
                 train_sft(toy.base, MESSAGES, tmp_path / "out", settings())
 
-    figures = train_sft(toy.base, MESSAGES, tmp_path / "out", settings(), watch=meanwhile, save_every=1)
+    figures = train_sft(toy.base, MESSAGES, tmp_path / "out", settings(), watch=meanwhile, save_steps=1)
     assert figures["resumed_at"] == 0
     assert not (tmp_path / "out" / "checkpoints").exists()
 

@@ -21,7 +21,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or model name.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the adapter (or checkpoint), its table and plot.")]
-SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, from which a killed run goes on.")]
+SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, from which a killed run goes on.")]
 ReportTo = Annotated[
     list[str] | None, typer.Option(help="transformers' integration: wandb, tensorboard, ... May be repeated.")
 ]
@@ -82,7 +82,7 @@ def sft(
     data: Fields,
     out: Out,
     settings: Fields,
-    save_every: SaveEvery = 100,
+    save_steps: SaveSteps = 100,
     report_to: ReportTo = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -92,7 +92,7 @@ def sft(
 
     chosen = TrainSettings(**settings)
     rows = _read(data, SFT).conversations()
-    _train("train_sft", out, as_json, (model, rows, out, chosen), save_every=save_every, report_to=report_to)
+    _train("train_sft", out, as_json, (model, rows, out, chosen), save_steps=save_steps, report_to=report_to)
 
 
 @app.command("dpo")
@@ -109,7 +109,7 @@ def dpo(
             help="Pairs in place of DATA: safety, helpful, shp, reasoning, stack-exchange, reward-bench-safety."
         ),
     ] = None,
-    save_every: SaveEvery = 100,
+    save_steps: SaveSteps = 100,
     report_to: ReportTo = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -120,7 +120,7 @@ def dpo(
         raise SnpatchError("give DATA or --objective, not both")
     chosen = DpoSettings(**settings)
     rows = _read(data, objectives.objective(objective or "safety")).pairs()
-    _train("train_dpo", out, as_json, (model, sft, rows, out, chosen), save_every=save_every, report_to=report_to)
+    _train("train_dpo", out, as_json, (model, sft, rows, out, chosen), save_steps=save_steps, report_to=report_to)
 
 
 def _read(data: Fields, default):

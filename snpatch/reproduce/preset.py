@@ -58,10 +58,10 @@ class Training:
         if self.written_by not in (None, "demo"):
             raise SnpatchError(f"training.written_by: there is only demo, got {self.written_by!r}")
         for settings in (self.sft, self.dpo):
-            if settings.peft != "ia3":
+            if settings.method != "ia3":
                 raise SnpatchError(
-                    f"training.settings: peft = {settings.peft}: one engine runs one further set of weights, and SFT "
-                    "and DPO would be two; train them with `snpatch train`, and give a preset of public pairs"
+                    f"training.settings: method = {settings.method}: one engine runs one further set of weights, "
+                    "and SFT and DPO would be two; train them with `snpatch train`, and give a preset of public pairs"
                 )
 
 

@@ -17,7 +17,7 @@ TOLERANCE = 1e-3  # of a first loss; a batch in bfloat16 may round otherwise tha
 Watch = Callable[[int, int, Mapping[str, float]], None]  # (step, of how many, what was logged)
 
 
-class LossWatch(TrainerCallback):
+class LossMonitor(TrainerCallback):
     """Tells of every step, and ends the run at the first one that is not a number.
 
     first: what the first step's loss must be, as DPO's is log 2 where policy and reference are one model.
@@ -44,7 +44,7 @@ class LossWatch(TrainerCallback):
             self._watch(state.global_step, state.max_steps, logs)
 
 
-class DecayTo(TrainerCallback):
+class WeightDecayTowards(TrainerCallback):
     """Turns AdamW's decay towards 0 into one towards a target. targets: trained parameter -> its own shape."""
 
     def __init__(self, targets: Mapping[torch.nn.Parameter, Tensor]) -> None:
@@ -53,11 +53,11 @@ class DecayTo(TrainerCallback):
     def on_train_begin(self, args, state, control, optimizer, **kwargs) -> None:  # the signature is transformers'
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds torch's own
         if not isinstance(optimizer, torch.optim.AdamW):
-            raise SnpatchError(f"decay_to = 1 is for torch's AdamW, got {type(optimizer).__name__}")
+            raise SnpatchError(f"weight_decay_target = 1 is for torch's AdamW, got {type(optimizer).__name__}")
         if strangers := len(self._targets) - sum(
             p in self._targets for g in optimizer.param_groups for p in g["params"]
         ):
-            raise SnpatchError(f"decay_to = 1: {strangers} trained vectors are not the optimizer's own")
+            raise SnpatchError(f"weight_decay_target = 1: {strangers} trained vectors are not the optimizer's own")
         self._targets = {parameter: target.to(parameter.device) for parameter, target in self._targets.items()}
         optimizer.register_step_post_hook(self._pull)
 

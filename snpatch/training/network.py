@@ -73,7 +73,7 @@ def _tulu_as_one_text(tokenizer: PreTrainedTokenizerBase, template: Template) ->
 def open_network(model: str | Path, settings: TrainSettings, on_gpu: bool) -> PreTrainedModel:
     """The model. Frozen weights have the settings' type; weights that are trained themselves are float32."""
     wanted = settings.dtype
-    if settings.peft == "none":
+    if settings.method == "full":
         wanted = "float32"
     elif wanted == "auto":
         wanted = "bfloat16" if on_gpu else "float32"
@@ -82,9 +82,9 @@ def open_network(model: str | Path, settings: TrainSettings, on_gpu: bool) -> Pr
 
 def fresh_adapter(settings: TrainSettings) -> PeftConfig | None:
     """The config of an adapter that begins as no change; None where all weights are trained."""
-    if settings.peft == "ia3":
+    if settings.method == "ia3":
         return IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"])
-    if settings.peft == "lora":
+    if settings.method == "lora":
         rank, targets = settings.lora_rank, list(settings.lora_targets)
         return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets)
     return None
@@ -99,11 +99,11 @@ def on_sft(network: PreTrainedModel, sft: Path | None, settings: DpoSettings) ->
     if sft is None:
         return network, fresh_adapter(settings)
     kind = read_config(sft, "IA3", "LORA")["peft_type"].lower()
-    if settings.peft == "none":
-        raise SnpatchError(f"{sft}: peft = none trains whole checkpoints: give the SFT checkpoint as the model")
-    if kind == "ia3" and settings.peft == "lora":
-        raise SnpatchError(f"{sft}: no LoRA can be trained on an IA3 adapter: use peft = ia3, or a checkpoint")
-    if kind == "lora" and settings.peft == "ia3":
+    if settings.method == "full":
+        raise SnpatchError(f"{sft}: method = full trains whole checkpoints: give the SFT checkpoint as the model")
+    if kind == "ia3" and settings.method == "lora":
+        raise SnpatchError(f"{sft}: no LoRA can be trained on an IA3 adapter: use method = ia3, or a checkpoint")
+    if kind == "lora" and settings.method == "ia3":
         network.load_state_dict(dict(merged(network.named_parameters(), [sft])), strict=False)  # tied weights come once
         return network, fresh_adapter(settings)
     with loading(sft, "PeftModel"):
@@ -221,5 +221,5 @@ def _check_divisible(sft: Path, vectors: dict[str, nn.Parameter]) -> None:
             where = _place(module, int(zeros[0]))
             raise SnpatchError(
                 f"{sft}: the SFT scale of {where} is exactly 0 (and {len(zeros) - 1} more of that layer): DPO's own "
-                "factor does not exist there; train SFT again with another seed or decay_to = 1"
+                "factor does not exist there; train SFT again with another seed or weight_decay_target = 1"
             )

@@ -19,33 +19,33 @@ IGNORED = -100  # the label of a token that the loss passes over
 
 @dataclass
 class Counts:
-    """rows: of the data. left_out: reason -> rows. cut: rows that are trained on without their end."""
+    """rows: of the data. dropped: reason -> rows. truncated: rows that are trained on without their end."""
 
     rows: int
-    cut: int = 0
-    left_out: Counter = field(default_factory=Counter)
+    truncated: int = 0
+    dropped: Counter = field(default_factory=Counter)
 
     @classmethod
     def of(cls, rows: int, before: Mapping[str, int]) -> "Counts":
         """Of rows that are looked at, and of those that were left out before, reason -> rows."""
-        return cls(rows + sum(before.values()), left_out=Counter(before))
+        return cls(rows + sum(before.values()), dropped=Counter(before))
 
     @property
     def told(self) -> list[str]:
         """What a user should know of it."""
-        told = [f"left out {count} of {self.rows} rows: {why}" for why, count in self.left_out.most_common()]
-        return [*told, *([f"cut {self.cut} of {self.rows} rows at max_length"] if self.cut else [])]
+        told = [f"dropped {count} of {self.rows} rows: {why}" for why, count in self.dropped.most_common()]
+        return [*told, *([f"truncated {self.truncated} of {self.rows} rows at max_length"] if self.truncated else [])]
 
     def check(self, settings: TrainSettings) -> None:
         """An error if more than the settings allow are left out."""
-        left = self.left_out.total()
-        if left == self.rows or left > settings.max_left_out * self.rows:
+        left = self.dropped.total()
+        if left == self.rows or left > settings.max_dropped * self.rows:
             raise SnpatchError(
-                f"training data: {'; '.join(self.told)}: more than max_left_out = {settings.max_left_out} of the rows"
+                f"training data: {'; '.join(self.told)}: more than max_dropped = {settings.max_dropped} of the rows"
             )
 
 
-def left_out_of(rows: Sequence[Mapping]) -> dict[str, int]:
+def dropped_before(rows: Sequence[Mapping]) -> dict[str, int]:
     """How many rows of a data set made none of these, by reason."""
     return dict(rows.left_out) if isinstance(rows, Rows) else {}
 
@@ -62,14 +62,14 @@ def conversations(
     kept = []
     for index, (ids, labels) in enumerate(_columns(dataset, "input_ids", "labels")):
         if all(label == IGNORED for label in labels[:limit]):
-            counts.left_out[f"no token of the assistant's within max_length = {limit}"] += 1
+            counts.dropped[f"no token of the assistant's within max_length = {limit}"] += 1
         else:
             kept.append(index)
-            counts.cut += len(ids) > limit
+            counts.truncated += len(ids) > limit
             _check_fits(index, min(len(ids), limit), context)
     counts.check(settings)
     dataset = dataset.select(kept)
-    if counts.cut:
+    if counts.truncated:
         dataset = dataset.map(lambda row: {name: row[name][:limit] for name in ("input_ids", "labels")})
     return dataset, counts
 
@@ -82,23 +82,23 @@ def pairs(
     rows: how many there were before TRL dropped those whose prompt alone fills max_length. context, before: see above.
     """
     counts = Counts.of(rows, before)
-    if dropped := rows - len(dataset):
-        counts.left_out[f"prompt not shorter than max_length = {settings.max_length} tokens"] = dropped
+    if too_long := rows - len(dataset):
+        counts.dropped[f"prompt not shorter than max_length = {settings.max_length} tokens"] = too_long
     kept, end = [], dataset[0]["prompt_ids"][-1:] if len(dataset) else []
     for index, (prompt, chosen, rejected) in enumerate(_columns(dataset, "prompt_ids", "chosen_ids", "rejected_ids")):
         room = settings.max_length - len(prompt)
         if prompt[-1:] != end:  # TRL has cut the prompt to what the answers' texts begin with
-            counts.left_out["the template does not read the prompt as the beginning of its answers"] += 1
+            counts.dropped["the template does not read the prompt as the beginning of its answers"] += 1
         elif len(prompt) > settings.max_prompt_length:
-            counts.left_out[f"prompt longer than max_prompt_length = {settings.max_prompt_length} tokens"] += 1
+            counts.dropped[f"prompt longer than max_prompt_length = {settings.max_prompt_length} tokens"] += 1
         elif chosen == rejected:
-            counts.left_out["chosen and rejected are the same tokens"] += 1
+            counts.dropped["chosen and rejected are the same tokens"] += 1
         elif chosen[:room] == rejected[:room]:
-            counts.left_out["chosen and rejected are the same tokens up to max_length"] += 1
+            counts.dropped["chosen and rejected are the same tokens up to max_length"] += 1
         else:
             kept.append(index)
             longest = max(len(chosen), len(rejected))
-            counts.cut += longest > room
+            counts.truncated += longest > room
             _check_fits(index, len(prompt) + min(longest, room), context)
     counts.check(settings)
     return dataset.select(kept), counts

@@ -47,7 +47,7 @@ from snpatch.models.digest import (
 from snpatch.report import files
 from snpatch.report.report import Report, View
 from snpatch.training import rows
-from snpatch.training.callbacks import DecayTo, LossWatch, Watch
+from snpatch.training.callbacks import LossMonitor, Watch, WeightDecayTowards
 from snpatch.training.settings import DpoSettings, TrainSettings
 
 try:
@@ -61,7 +61,7 @@ except ImportError as error:
     raise ImportError("training needs more packages: pip install 'snpatch[train]'") from error
 
 PATIENCE = timedelta(hours=2)  # of processes that wait while one of them reads and tokenizes the rows
-SAVE_EVERY = 100  # optimiser steps
+SAVE_STEPS = 100  # optimiser steps
 RECORD = "training"  # OUT/training.json tells that the training is done, and of what
 CHECKPOINTS, ASKED, LOCK = "checkpoints", "asked.json", "lock"
 LOGGED = {  # a column of the table -> TRL's name for it
@@ -82,19 +82,19 @@ def train_sft(
     settings: TrainSettings | None = None,
     *,
     watch: Watch | None = None,
-    save_every: int = SAVE_EVERY,
+    save_steps: int = SAVE_STEPS,
     report_to: Sequence[str] = (),
 ) -> dict:
-    """Train on conversations and save to `out`: an adapter in PEFT's format, or with peft = none a checkpoint.
+    """Train on conversations and save to `out`: an adapter in PEFT's format, or with method = full a checkpoint.
 
     model: folder, name or name@revision. messages: rows {"messages": [{"role", "content"}, ...]}, as
     `Dataset.conversations` gives them with a count of what it left out; the loss covers the assistant's tokens and EOS
-    only. watch: is told of each step. save_every: steps between checkpoints. report_to:
+    only. watch: is told of each step. save_steps: steps between checkpoints. report_to:
     transformers' integrations (wandb, tensorboard, ...).
 
     `out` may hold the very same training: one that is done is not done again, one that was interrupted goes on from its
     last checkpoint. It gets training.csv (a row a step), .json (with provenance), .png and .svg. Returns the figures:
-    steps, first_loss, last_loss, rows, cut, left_out, still (parameters that did not move), moved (share of the trained
+    steps, first_loss, last_loss, rows, truncated, dropped, unchanged_parameters, changed_fraction (share of the trained
     numbers that are others as they are saved), tokens_per_s (of all processes), seconds (of the last leg), resumed_at
     (the step that it began with). Raises SnpatchError for rows that cannot be trained on, a loss that is not a number,
     weights that did not move, and an `out` that holds anything else.
@@ -108,7 +108,7 @@ def train_sft(
         return kept
     tokenizer, template = net.open_tokenizer(model, settings)
     network = net.open_network(model, settings, _on_gpu())
-    config = _config(SFTConfig, settings, out, save_every, report_to, assistant_only_loss=True, max_length=None)
+    config = _config(SFTConfig, settings, out, save_steps, report_to, assistant_only_loss=True, max_length=None)
     with _refusals():
         trainer = SFTTrainer(
             network,
@@ -122,9 +122,9 @@ def train_sft(
     asked_first = first[: next((i for i, turn in enumerate(first) if turn["role"] == "assistant"), len(first))]
     rows.check_read_alike(template.ids, asked_first, trainer.train_dataset[0]["input_ids"])
     trainer.train_dataset, counts = rows.conversations(
-        trainer.train_dataset, settings, _context(network), rows.left_out_of(messages)
+        trainer.train_dataset, settings, _context(network), rows.dropped_before(messages)
     )
-    trainer.add_callback(LossWatch(watch))
+    trainer.add_callback(LossMonitor(watch))
     return _run(trainer, model, out, asked, messages, settings, counts, template, {})
 
 
@@ -136,7 +136,7 @@ def train_dpo(
     settings: DpoSettings | None = None,
     *,
     watch: Watch | None = None,
-    save_every: int = SAVE_EVERY,
+    save_steps: int = SAVE_STEPS,
     report_to: Sequence[str] = (),
 ) -> dict:
     """Train on pairs of a better and a worse answer, from the SFT model, which is the reference, too; save to `out`.
@@ -161,7 +161,7 @@ def train_dpo(
     network, adapter = net.on_sft(net.open_network(model, settings, _on_gpu()), sft, settings)
     start = {} if adapter else {name: vector.detach().clone() for name, vector in net.scales(network).items()}
     lengths = {"beta": settings.beta, "max_length": settings.max_length}
-    config = _config(DPOConfig, settings, out, save_every, report_to, **lengths)
+    config = _config(DPOConfig, settings, out, save_steps, report_to, **lengths)
     with _refusals():
         trainer = DPOTrainer(
             network,
@@ -174,9 +174,9 @@ def train_dpo(
     if len(trainer.train_dataset):
         rows.check_read_alike(template.ids, trainer.train_dataset[0]["prompt"], trainer.train_dataset[0]["prompt_ids"])
     trainer.train_dataset, counts = rows.pairs(
-        trainer.train_dataset, len(preferences), settings, _context(network), rows.left_out_of(preferences)
+        trainer.train_dataset, len(preferences), settings, _context(network), rows.dropped_before(preferences)
     )
-    trainer.add_callback(LossWatch(watch, first=math.log(2)))
+    trainer.add_callback(LossMonitor(watch, first=math.log(2)))
     return _run(trainer, model, out, asked, preferences, settings, counts, template, start)
 
 
@@ -217,13 +217,13 @@ def _asked(kind: str, model: str | Path, sft: Path | None, data: Sequence[Mappin
     digest = hashlib.sha256()
     for row in data:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    left_out = {"left_out": found} if (found := rows.left_out_of(data)) else {}
+    dropped = {"dropped": found} if (found := rows.dropped_before(data)) else {}
     return {
         "kind": kind,
         "model": digest_of_checkpoint(model),
         "tokenizer": digest_of_tokenizer_files(folder_of(model)),
         "sft": sft and digest_of_adapter(sft),
-        "data": {"rows": len(data), "sha256": digest.hexdigest(), **left_out},
+        "data": {"rows": len(data), "sha256": digest.hexdigest(), **dropped},
         "settings": json.loads(json.dumps(asdict(settings))),
     }
 
@@ -295,7 +295,7 @@ def _refusals() -> Iterator[None]:
         raise SnpatchError(f"training: TRL refuses: {first_line(error)}") from error
 
 
-def _config(kind: type, settings: TrainSettings, out: Path, save_every: int, report_to: Sequence[str], **own):
+def _config(kind: type, settings: TrainSettings, out: Path, save_steps: int, report_to: Sequence[str], **own):
     """An SFTConfig or a DPOConfig. own: what that kind alone has, or wants otherwise."""
     for name in ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -319,13 +319,13 @@ def _config(kind: type, settings: TrainSettings, out: Path, save_every: int, rep
         "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.batch_size // at_once,
         "weight_decay": settings.weight_decay,
-        "lr_scheduler_type": settings.schedule,
+        "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_steps,
         "bf16": in_bf16,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "seed": settings.seed,
         "save_strategy": "steps",
-        "save_steps": save_every,
+        "save_steps": save_steps,
         "save_total_limit": 1,
         "report_to": list(report_to) or "none",
         "disable_tqdm": True,
@@ -377,10 +377,10 @@ def _run(
     with _alone(out):
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        if settings.decay_to:
+        if settings.weight_decay_target:
             vectors = net.scales(trainer.model)
             ones = {name: torch.ones_like(vector) for name, vector in vectors.items()}
-            trainer.add_callback(DecayTo({vectors[name]: to for name, to in (start or ones).items()}))
+            trainer.add_callback(WeightDecayTowards({vectors[name]: to for name, to in (start or ones).items()}))
         state, checkpoint = _processes(), _last_checkpoint(out)
         before = net.moving(trainer.model)
         if state.is_main_process:
@@ -394,7 +394,7 @@ def _run(
                 f"training: the GPU's memory is full ({first_line(error)}): lower micro_batch_size or max_length"
             ) from error
         seconds = time.monotonic() - begin
-        still, moved = net.check_moved(trainer.model, before, net.kept_dtype(trainer.model, model))
+        unchanged, changed_fraction = net.check_moved(trainer.model, before, net.kept_dtype(trainer.model, model))
         table = [
             {"step": entry["step"], **{name: entry[key] for name, key in LOGGED.items() if key in entry}}
             for entry in trainer.state.log_history
@@ -406,10 +406,10 @@ def _run(
             "last_loss": table[-1]["loss"],
             **{name: table[-1][name] for name in ("margin", "accuracy") if name in table[-1]},
             "rows": counts.rows,
-            "cut": counts.cut,
-            "left_out": dict(counts.left_out),
-            "still": still,
-            "moved": round(moved, 4),
+            "truncated": counts.truncated,
+            "dropped": dict(counts.dropped),
+            "unchanged_parameters": unchanged,
+            "changed_fraction": round(changed_fraction, 4),
             "tokens_per_s": round(trainer._total_train_tokens / seconds, 1),
             "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else 0,
             "seconds": round(seconds, 1),
@@ -442,11 +442,13 @@ def _report(asked: dict, data: Sequence[Mapping], figures: dict, counts: rows.Co
     told = [f"{asked['kind']}: {figures['steps']} steps, loss {table[0]['loss']:.4f} -> {last['loss']:.4f}"]
     if "margin" in last:
         told[0] += f", margin {last['margin']:.3f}, accuracy {last['accuracy']:.0%}"
-    if figures["still"]:
-        told.append(f"{len(figures['still'])} trained parameters did not move, {figures['still'][0]} first")
-    if figures["moved"] < 0.5:
-        told.append(f"only {figures['moved']:.1%} of the trained numbers differ from the start's as they are saved")
-    shown = View.of([figures], {name: name for name in figures if name not in ("left_out", "still")})
+    if names := figures["unchanged_parameters"]:
+        told.append(f"{len(names)} trained parameters did not change, {names[0]} first")
+    if figures["changed_fraction"] < 0.5:
+        told.append(
+            f"only {figures['changed_fraction']:.1%} of the trained numbers differ from the start's as they are saved"
+        )
+    shown = View.of([figures], {name: name for name in figures if name not in ("dropped", "unchanged_parameters")})
     source = {"source": data.source} if isinstance(data, Rows) else {}
     provenance = {"asked": asked, "figures": figures, **source, **describe()}
     return Report(RECORD, {RECORD: table}, {RECORD: _plot(table)}, shown, [*told, *counts.told], provenance)

@@ -29,7 +29,7 @@ LAYERS, NEURONS = 2, 96
 KEYS = [f"base_model.model.model.layers.{i}.mlp.down_proj.ia3_l" for i in range(LAYERS)]
 TOY = {"batch_size": 4, "micro_batch_size": 2, "epochs": 4, "max_length": 32, "gradient_checkpointing": False}
 PLOT = training._plot
-RATES = {"ia3": 0.1, "lora": 0.02, "none": 0.005}
+RATES = {"ia3": 0.1, "lora": 0.02, "full": 0.005}
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -107,11 +107,11 @@ class Toy:
         self._folder = folder
         self.base = make_base(folder / "base")
 
-    def sft(self, peft: str = "ia3") -> Path:
+    def sft(self, method: str = "ia3") -> Path:
         """An SFT adapter (or checkpoint) on the base."""
-        out = self._folder / f"sft-{peft}"
+        out = self._folder / f"sft-{method}"
         if not out.exists():
-            training.train_sft(self.base, MESSAGES, out, settings(peft))
+            training.train_sft(self.base, MESSAGES, out, settings(method))
         return out
 
 
@@ -132,12 +132,12 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
 _toy = cache(Toy)
 
 
-def settings(peft: str = "ia3", kind: type = TrainSettings, **given) -> TrainSettings:
-    return kind(**{**TOY, "peft": peft, "learning_rate": RATES[peft], **given})
+def settings(method: str = "ia3", kind: type = TrainSettings, **given) -> TrainSettings:
+    return kind(**{**TOY, "method": method, "learning_rate": RATES[method], **given})
 
 
-def dpo_settings(peft: str = "ia3", **given) -> DpoSettings:
-    return settings(peft, DpoSettings, **given)
+def dpo_settings(method: str = "ia3", **given) -> DpoSettings:
+    return settings(method, DpoSettings, **given)
 
 
 def encode(turns: Sequence[Mapping[str, str]], speaks: bool = False) -> tuple[list[int], list[bool]]:
@@ -223,10 +223,10 @@ def descend(
     steps: int,
     rate: float,
     decay: float,
-    decay_to: Sequence[Tensor],
+    target: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[float]]:
     """IA3 scales trained by AdamW, written out: betas 0.9 and 0.999, cosine, gradients of norm 1 at most, decay towards
-    `decay_to`. Returns them and each step's loss."""
+    `target`. Returns them and each step's loss."""
     scales = [vector.clone().requires_grad_() for vector in start]
     mean, square, losses = [0.0] * len(scales), [0.0] * len(scales), []
     for step in range(1, steps + 1):
@@ -241,6 +241,6 @@ def descend(
             square[i] = 0.999 * square[i] + 0.001 * gradient**2
             move = (mean[i] / (1 - 0.9**step)) / ((square[i] / (1 - 0.999**step)).sqrt() + 1e-8)
             with torch.no_grad():
-                scales[i] -= own * (decay * (scales[i] - decay_to[i]) + move)
+                scales[i] -= own * (decay * (scales[i] - target[i]) + move)
         losses.append(loss.item())
     return [vector.detach() for vector in scales], losses
