@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snpatch.executors.vllm.settings import TwinSettings
+from snpatch.executors.vllm.settings import DualStreamSettings
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
 from snpatch.op.plan import NEVER, Entry
@@ -12,7 +12,7 @@ from snpatch.op.plan import NEVER, Entry
 
 @pytest.mark.parametrize(("requests", "tokens"), [(32, 1), (256, 1), (256, 16)])
 def test_fill(benchmark, requests, tokens):
-    feed = Feed(Banks(TwinSettings(), 1, 0, 8, None, 8192, torch.device("cpu")))
+    feed = Feed(Banks(DualStreamSettings(), 1, 0, 8, None, 8192, torch.device("cpu")))
     ids = [f"snpatch-{i}-0123abcd" for i in range(requests)]
     for number, request_id in enumerate(ids):
         row = [0] * len(Entry)

@@ -31,8 +31,8 @@ RESAMPLES, CONFIDENCE = 1000, 0.95  # of every bootstrap interval, where nothing
 
 
 @dataclass(frozen=True)
-class TwinSizes:
-    """What a twin engine in vLLM has room for. Fixed when it starts; an error at one of them says which to raise.
+class Capacity:
+    """What a vLLM engine has room for. Fixed when it starts; an error at one of them says which to raise.
 
     streams: 2, or 1 for an engine without donors at half the cost (plain generation, constants, captures).
     max_adapters, max_rankings, max_constants: how many can be in use at once, the base model among the adapters.
@@ -56,7 +56,7 @@ class TwinSizes:
     def __post_init__(self) -> None:
         if self.streams not in (1, 2):
             raise SnpatchError(f"streams must be 1 or 2, got {self.streams}")
-        for f in fields(TwinSizes):
+        for f in fields(Capacity):
             if f.name.startswith("max_") and getattr(self, f.name) < 1:
                 raise SnpatchError(f"{f.name} must be at least 1, got {getattr(self, f.name)}")
 
@@ -101,9 +101,9 @@ class EngineConfig:
     chat_template_kwargs: variables that chat templates read, as {"enable_thinking": False}.
     dtype "auto" is the checkpoint's own. batch_size: most sequences of a batch (vllm: its max_num_seqs). token_budget:
     most padded tokens of a batch, prompt and generated, counting every stream; None: static batches of batch_size in
-    the given order. allow_untested: try architectures and quantisations outside the tested ones. twin: sizes, see
-    TwinSizes. vllm: vLLM's own engine arguments (tensor_parallel_size, max_model_len, gpu_memory_utilization, ...).
-    device and token_budget are for the transformers backend, twin and vllm for the other: what is set for one that
+    the given order. allow_untested: try architectures and quantisations outside the tested ones. capacity: sizes, see
+    Capacity. vllm: vLLM's own engine arguments (tensor_parallel_size, max_model_len, gpu_memory_utilization, ...).
+    device and token_budget are for the transformers backend, capacity and vllm for the other: what is set for one that
     does not run is an error.
     """
 
@@ -118,7 +118,7 @@ class EngineConfig:
     batch_size: int | None = option(None, "Most sequences of a batch (vllm: its max_num_seqs).", min=1)
     token_budget: int | None = 16384
     allow_untested: bool = option(False, "Try architectures that were not tested.")
-    twin: TwinSizes = TwinSizes()
+    capacity: Capacity = Capacity()
     vllm: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -172,14 +172,14 @@ class EngineConfig:
 
     @classmethod
     def of(cls, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> "EngineConfig":
-        """From arguments side by side: this class's own, TwinSizes' and vLLM's, each by its name."""
+        """From arguments side by side: this class's own, Capacity's and vLLM's, each by its name."""
         return cls(str(model), adapters or {}).changed(**arguments)
 
     def changed(self, **arguments) -> "EngineConfig":
-        """The same but for these arguments, each by its name: this class's own, TwinSizes' or vLLM's."""
+        """The same but for these arguments, each by its name: this class's own, Capacity's or vLLM's."""
         own = {name: arguments.pop(name) for name in _OWN if name in arguments}
-        twin = {f.name: arguments.pop(f.name) for f in fields(TwinSizes) if f.name in arguments}
-        return replace(self, **own, twin=replace(self.twin, **twin), vllm={**self.vllm, **arguments})
+        capacity = {f.name: arguments.pop(f.name) for f in fields(Capacity) if f.name in arguments}
+        return replace(self, **own, capacity=replace(self.capacity, **capacity), vllm={**self.vllm, **arguments})
 
     def placed(self, folder: Path) -> "EngineConfig":
         """The same with paths that are relative to a folder; what is no file there is a name and stays as it is."""
@@ -217,15 +217,15 @@ class EngineConfig:
         parts["adapters"] = {n: schema.value_of(f, folders, f"{where}: adapters.{n}") for n, f in adapters.items()}
         if not isinstance(parts.get("models", {}), Mapping):
             raise SnpatchError(f"{where}: models: wanted a table, got {parts['models']!r}")
-        parts["twin"] = schema.read(TwinSizes, f"{where}: twin", parts.get("twin", {}))
+        parts["capacity"] = schema.read(Capacity, f"{where}: capacity", parts.get("capacity", {}))
         return schema.read(cls, where, parts)
 
     def as_table(self) -> dict:
         """As plain data for TOML and JSON: what differs from the defaults."""
         default = asdict(EngineConfig(self.model))
         table = {name: value for name, value in asdict(self).items() if value != default[name] or name == "model"}
-        if "twin" in table:
-            table["twin"] = {n: v for n, v in table["twin"].items() if v != default["twin"][n]}
+        if "capacity" in table:
+            table["capacity"] = {n: v for n, v in table["capacity"].items() if v != default["capacity"][n]}
         if "models" in table:
             table["models"] = {n: {k: v for k, v in one.items() if v} for n, one in table["models"].items()}
         return table
@@ -234,8 +234,8 @@ class EngineConfig:
         """ "vllm" or "transformers"; an error for what is set for the other one alone."""
         backend = choose_backend(self.backend)
         if backend == "transformers":
-            twin = {f.name for f in fields(TwinSizes) if getattr(self.twin, f.name) != f.default}
-            if unknown := sorted({*self.vllm, *twin}):
+            capacity = {f.name for f in fields(Capacity) if getattr(self.capacity, f.name) != f.default}
+            if unknown := sorted({*self.vllm, *capacity}):
                 raise SnpatchError(f"backend transformers: there is no argument {', '.join(unknown)}")
         elif self.device != "auto":
             raise SnpatchError("device is for the transformers backend; vllm runs on its own platform")
@@ -244,7 +244,7 @@ class EngineConfig:
         return backend
 
 
-_OWN = {f.name: f.default for f in fields(EngineConfig) if f.name not in ("model", "adapters", "twin", "vllm")}
+_OWN = {f.name: f.default for f in fields(EngineConfig) if f.name not in ("model", "adapters", "capacity", "vllm")}
 
 
 def check_known(name: str, value: object) -> None:

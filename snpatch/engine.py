@@ -34,7 +34,7 @@ class Engine(Loaded):
 
     model: Hugging Face folder or name. adapters: name -> PEFT IA3 folder, or a list of folders stacked in order;
     "base" is always there: the weights alone. arguments: EngineConfig's other fields (backend, template, dtype, ...),
-    TwinSizes' and vLLM's own engine arguments, each by its name. An engine is used from one thread.
+    Capacity's and vLLM's own engine arguments, each by its name. An engine is used from one thread.
     """
 
     def _open(self, config: EngineConfig) -> None:

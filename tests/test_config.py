@@ -10,7 +10,7 @@ import typer
 
 from snpatch import EngineConfig, Sampling, SnpatchError
 from snpatch.cli.generated import Engine, Fields, Some, generated
-from snpatch.config import TwinSizes
+from snpatch.config import Capacity
 from snpatch.reproduce.preset import load_preset
 from snpatch.server.config import ServeConfig
 from snpatch.worlds.spec import SweepSpec
@@ -24,10 +24,10 @@ WHOLE = EngineConfig.of(
 
 def test_arguments_find_their_place():
     assert WHOLE.adapters == {"sft": ("a",), "dpo": ("a", "b")}
-    assert WHOLE.twin == TwinSizes(max_rankings=3)
+    assert WHOLE.capacity == Capacity(max_rankings=3)
     assert WHOLE.vllm == {"tensor_parallel_size": 2}
     assert WHOLE.changed(max_model_len=9).vllm == {"tensor_parallel_size": 2, "max_model_len": 9}
-    assert WHOLE.changed(max_rankings=5, dtype="auto").twin.max_rankings == 5
+    assert WHOLE.changed(max_rankings=5, dtype="auto").capacity.max_rankings == 5
 
 
 def test_it_is_frozen_and_travels(tmp_path):
@@ -57,8 +57,8 @@ def test_a_files_paths_are_relative_to_it(tmp_path):
         ({"model": 3}, "model: wanted str, got 3"),
         ({"model": "m", "adapters": ["a"]}, "adapters: wanted a table"),
         ({"model": "m", "adapters": {"sft": 3}}, "adapters.sft: wanted str, got 3"),
-        ({"model": "m", "twin": {"max_rankings": "3"}}, "twin: max_rankings: wanted int"),
-        ({"model": "m", "twin": {"max_rankings": 0}}, "max_rankings must be at least 1, got 0"),
+        ({"model": "m", "capacity": {"max_rankings": "3"}}, "capacity: max_rankings: wanted int"),
+        ({"model": "m", "capacity": {"max_rankings": 0}}, "max_rankings must be at least 1, got 0"),
         ({"model": "m", "dtype": "float99"}, "dtype must be one of auto, float32"),
         ({"model": "m", "backend": "jax"}, "backend must be one of"),
         ({"model": "m", "batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -120,7 +120,7 @@ def test_every_option_has_its_dataclasss_default():
 
 
 def test_options_go_before_a_file(tmp_path):
-    (tmp_path / "engine.toml").write_text('model = "m"\ndtype = "bfloat16"\n[twin]\nmax_rankings = 3\n')
+    (tmp_path / "engine.toml").write_text('model = "m"\ndtype = "bfloat16"\n[capacity]\nmax_rankings = 3\n')
     arguments = [str(tmp_path / "engine.toml"), "-a", "sft=a,b", "--engine", "max_model_len=9", "--backend", "vllm"]
     config = called({"config": Engine()}, arguments)["config"]
     assert config == EngineConfig.of(

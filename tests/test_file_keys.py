@@ -11,7 +11,7 @@ import tomli_w
 
 import snpatch
 from snpatch import EngineConfig, SnpatchError, experiments
-from snpatch.config import ModelSource, TwinSizes
+from snpatch.config import Capacity, ModelSource
 from snpatch.reproduce.preset import Preset, Size, Training, load_preset
 from snpatch.runs.config import SweepConfig
 from snpatch.sampling import Sampling
@@ -47,7 +47,7 @@ ENGINE = {
     "backend": "transformers", "dtype": "bfloat16", "device": "cpu", "batch_size": 7, "token_budget": 99,
     "allow_untested": True, "chat_template_kwargs": {"enable_thinking": False},
 }  # fmt: skip
-SIZES = {f.name: 9 for f in fields(TwinSizes)} | {"streams": 1, "scales_kv": True}
+SIZES = {f.name: 9 for f in fields(Capacity)} | {"streams": 1, "scales_kv": True}
 MODELS = {"weights": "w2", "lora": ["l2"], "adapters": ["a2"]}
 PROMPTS = {
     "source": "other.jsonl", "format": "harmbench", "split": "test", "column": "text", "revision": "main",
@@ -129,7 +129,7 @@ def world_parts(table: dict, folder: Path) -> tuple:
 
 
 def test_walk_of_a_sweep_file_covers_its_schema():
-    engine = names(EngineConfig, "model", "adapters", "models", "template", "twin", "vllm") | names(TwinSizes)
+    engine = names(EngineConfig, "model", "adapters", "models", "template", "capacity", "vllm") | names(Capacity)
     keys = under(("engine",), engine) | under(("sampling",), names(Sampling))
     keys |= under(("sweep",), {*names(SweepConfig, "sampling"), "sets", "judges"})
     keys |= under(("models", "dpo"), names(ModelSource)) | under(("sets", "few"), names(PromptSet))
@@ -253,7 +253,7 @@ def _read_by_experiment(name: str) -> set[str]:
     "kind",
     [
         EngineConfig,
-        TwinSizes,
+        Capacity,
         ModelSource,
         Sampling,
         SweepConfig,
@@ -339,7 +339,7 @@ def _server_keys() -> dict[tuple[str, ...], object]:
         if default is None:
             found[(name,)] = 2 if name.startswith("max_") else f"{name}-2"
     found[("open_route",)] = ["/metrics"]
-    found |= {("twin", name): value for name, value in SIZES.items()} | {("adapters", "sft"): ["b"]}
+    found |= {("capacity", name): value for name, value in SIZES.items()} | {("adapters", "sft"): ["b"]}
     found |= {("models", "dpo", name): value for name, value in MODELS.items()}
     return found | {(name,): value for name, value in (ENGINE | TOP).items()}
 

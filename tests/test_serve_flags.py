@@ -90,7 +90,7 @@ def test_what_cannot_be_right_is_refused_wherever_it_is_said(name):
 
 def test_a_config_is_a_file_and_back(tmp_path):
     table = {
-        "model": "m", "adapters": {"sft": ["sft"]}, "twin": {"max_rankings": 4}, "vllm": {"max_num_seqs": 8},
+        "model": "m", "adapters": {"sft": ["sft"]}, "capacity": {"max_rankings": 4}, "vllm": {"max_num_seqs": 8},
         "rankings": {"safety": "r.safetensors"}, "patches": {"safe": SAFE}, "vllm_server": {"port": 1},
         "allow_upload": "up", "drain_s": 3.0,
     }  # fmt: skip

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from snpatch import Engine, ReceiptError, SnpatchError
 from snpatch.config import EngineConfig
 from snpatch.executors.vllm import quantised
-from snpatch.executors.vllm.launch import TwinLaunch
+from snpatch.executors.vllm.launch import DualStreamLaunch
 from snpatch.executors.vllm.lifetime import starting
 from snpatch.models.checkpoint import check_finite
 from snpatch.models.notes import Notes
@@ -333,7 +333,7 @@ def test_a_mixed_batch_is_what_the_oracle_writes(served):
 @pytest.mark.engine
 def test_quantised_kernels_serve_and_the_op_stands_in_every_layer(served):
     """So that the test above is of them, and none of them took the activation."""
-    from snpatch.executors.vllm.worker.surgery import TwinGLU
+    from snpatch.executors.vllm.worker.surgery import DualStreamGLU
 
     kernels = {type(kernel).__name__ for layer in served.layers for kernel in kernels_of(layer)}
     assert (
@@ -347,7 +347,7 @@ def test_quantised_kernels_serve_and_the_op_stands_in_every_layer(served):
             },
         }[served.form.dtype]
     )
-    assert all(type(layer.mlp.act_fn) is TwinGLU for layer in served.layers)
+    assert all(type(layer.mlp.act_fn) is DualStreamGLU for layer in served.layers)
     quantised.check_rows(served.worker.model_runner.get_model())
 
 
@@ -469,7 +469,7 @@ def config_of(made, folder, settings, **options):
     if settings:
         configure(checkpoint, "float16", settings)
     own = EngineConfig.of(checkpoint.folder, None, backend="vllm", **{**SMALL, "dtype": "float16", **options})
-    with starting(TwinLaunch(own, open_readers(own, Notes())).engine_args(scales_kv=False)) as (config, end):
+    with starting(DualStreamLaunch(own, open_readers(own, Notes())).engine_args(scales_kv=False)) as (config, end):
         pass
     end.close()
     return config

@@ -103,7 +103,7 @@ def state(engine):
     feed.handles = twin.feed.handles
     model = SimpleNamespace(snpatch=SimpleNamespace(feed=feed, banks=banks))
     config = engine.executor.engine.vllm_config
-    return runners.twin_model_state()(config, model, None, torch.device("cpu"))
+    return runners.dual_stream_model_state()(config, model, None, torch.device("cpu"))
 
 
 def batch_of(request_ids, start, count):

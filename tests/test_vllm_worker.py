@@ -9,7 +9,7 @@ import torch
 
 from snpatch import SnpatchError
 from snpatch.executors.vllm import registry
-from snpatch.executors.vllm.settings import KEY, TwinSettings
+from snpatch.executors.vllm.settings import KEY, DualStreamSettings
 from snpatch.op.plan import Column, Entry
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -43,9 +43,9 @@ def test_attention_planned_for_other_head_counts_is_refused(heads):
 def test_the_twins_model_config_tells_twice_the_heads():
     from vllm.config import ModelConfig
 
-    from snpatch.executors.vllm.worker.surgery import TwinModelConfig
+    from snpatch.executors.vllm.worker.surgery import DualStreamModelConfig
 
-    config = TwinModelConfig.__new__(TwinModelConfig)
+    config = DualStreamModelConfig.__new__(DualStreamModelConfig)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelConfig, "get_num_attention_heads", lambda self, *_: 5)
         patch.setattr(ModelConfig, "get_num_kv_heads", lambda self, *_: 3)
@@ -83,7 +83,7 @@ def test_a_vllm_without_model_runner_v1_serves_v2(monkeypatch):
     class State:
         pass
 
-    monkeypatch.setattr(runners, "twin_model_state", lambda: State)
+    monkeypatch.setattr(runners, "dual_stream_model_state", lambda: State)
     monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_model_runner", None)
     runners.runner_v1.cache_clear()
     try:
@@ -99,7 +99,7 @@ def test_a_stale_handle_and_a_broken_row_are_errors():
     from snpatch.executors.vllm.worker.banks import Banks
     from snpatch.executors.vllm.worker.feed import Feed
 
-    feed = Feed(Banks(TwinSettings(), 1, 0, 8, None, 64, torch.device("cpu")))
+    feed = Feed(Banks(DualStreamSettings(), 1, 0, 8, None, 64, torch.device("cpu")))
     row = [0] * len(Entry)
     row[Entry.GROUP] = -1
     for place, value, message in (
@@ -142,7 +142,7 @@ def test_no_row_of_an_earlier_step_is_left_in_the_plan_however_far_a_graph_pads_
     from snpatch.op import ops
 
     tokens, neurons = 24, 48
-    banks = Banks(TwinSettings(max_receipts=8), 1, 0, neurons, None, tokens, torch.device("cpu"))
+    banks = Banks(DualStreamSettings(max_receipts=8), 1, 0, neurons, None, tokens, torch.device("cpu"))
     feed, draw = Feed(banks), np.random.default_rng(0)
     blank = banks.plan[0].clone()
     for number in range(6):
@@ -205,7 +205,7 @@ CONFIG = {
 
 def config_of(streams: int = 2, has_second: bool = False, top: dict | None = None, **parts) -> SimpleNamespace:
     """A vLLM config as far as `refuse` reads it. top and parts: what differs from one that is fine."""
-    settings = TwinSettings(streams=streams, has_second=has_second)
+    settings = DualStreamSettings(streams=streams, has_second=has_second)
     made = {name: SimpleNamespace(**{**fields, **parts.get(name, {})}) for name, fields in CONFIG.items()}
     rest = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None, "quant_config": None}
     return SimpleNamespace(**{**made, **rest, "additional_config": settings.as_config(), **(top or {})})
@@ -259,12 +259,12 @@ def test_what_only_a_second_stream_cannot_do_is_refused_for_two_streams_alone(gi
 
 
 def test_captured_sizes_are_vllms_and_some_between_its_small_ones():
-    from snpatch.executors.vllm.settings import twin_capture_sizes
+    from snpatch.executors.vllm.settings import dual_stream_capture_sizes
 
     vllms = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
-    assert set(vllms) <= set(twin_capture_sizes(None))
-    assert set(twin_capture_sizes(None)) - set(vllms) == {6, 12, 20}
-    assert twin_capture_sizes(5) == [1, 2, 4, 6, 8]
+    assert set(vllms) <= set(dual_stream_capture_sizes(None))
+    assert set(dual_stream_capture_sizes(None)) - set(vllms) == {6, 12, 20}
+    assert dual_stream_capture_sizes(5) == [1, 2, 4, 6, 8]
 
 
 def test_what_vllm_changes_for_an_architecture_it_changes_for_its_twin(monkeypatch):

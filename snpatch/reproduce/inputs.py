@@ -18,7 +18,7 @@ from snpatch.reproduce.steps import digest_of, short
 from snpatch.worlds.world import PromptSet, World
 
 # Of the engine: what only says where and how fast it runs, or is told apart as a model.
-NOT_CONTENT = ("model", "adapters", "models", "backend", "device", "batch_size", "token_budget", "twin", "vllm")
+NOT_CONTENT = ("model", "adapters", "models", "backend", "device", "batch_size", "token_budget", "capacity", "vllm")
 NOT_CONTENT_VLLM = """gpu_memory_utilization max_model_len max_num_seqs max_num_batched_tokens tensor_parallel_size
 enforce_eager swap_space""".split()
 OF_WORLD = ("recipients", "benchmarks", "max_tokens", "contrast_tokens", "cost")  # a world's own values, by its names

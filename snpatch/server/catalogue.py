@@ -142,7 +142,7 @@ class Catalogue:
         """Raise for more clauses than a patch may have, before any is read."""
         clauses, limit = (
             table.get("clauses") if isinstance(table, Mapping) else None,
-            self.engine.config.twin.max_clauses,
+            self.engine.config.capacity.max_clauses,
         )
         if isinstance(clauses, list) and (n := len(clauses) + ("donor" in table)) > limit:
             raise SnpatchError(

@@ -83,13 +83,13 @@ def router(serving: Serving) -> APIRouter:
 
 
 def _limits(serving: Serving) -> dict:
-    engine, twin = serving.engine, serving.engine.config.twin
+    engine, capacity = serving.engine, serving.engine.config.capacity
     sizes = ("streams", "max_adapters", "max_rankings", "max_constants", "max_clauses")
     return {
         "context": engine.geometry.context,
         "layers": engine.geometry.n_layers,
         "neurons_a_layer": engine.geometry.n_neurons,
-        **{name: getattr(twin, name) for name in sizes},
+        **{name: getattr(capacity, name) for name in sizes},
         **{f.name: getattr(serving.config, f.name) for f in fields(ServeConfig) if f.name.startswith("max_")},
         "body_timeout_s": serving.config.body_timeout_s,
         "send_timeout_s": serving.config.send_timeout_s,

@@ -48,7 +48,7 @@ class Lab:
     world: what texts are written and judged with, a World or a SweepSpec. out: the folder that keeps rankings and
     texts. backend: of the engine and of score models; "auto" is the world's own. limit: only so many prompts of each
     set. skip_bad: see snpatch.data.load. progress: name -> context that gives a Progress. command: that the tables are
-    made by, as their provenance tells it. engine: further fields of EngineConfig, TwinSizes' or vLLM's arguments,
+    made by, as their provenance tells it. engine: further fields of EngineConfig, Capacity's or vLLM's arguments,
     before the world's own.
     """
 

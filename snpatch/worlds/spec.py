@@ -156,7 +156,7 @@ def engine_table(config: EngineConfig) -> dict:
     """An engine as such a file has it."""
     table = config.placed(Path()).as_table()
     top = {name: table.pop(name) for name in ("model", "adapters", "models", "template", "vllm") if name in table}
-    return {**top, "engine": {**table.pop("twin", {}), **table}}
+    return {**top, "engine": {**table.pop("capacity", {}), **table}}
 
 
 def _from_world(data: Mapping, folder: Path) -> dict:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from snpatch.config import EngineConfig, TwinSizes, choose_backend, place
+from snpatch.config import Capacity, EngineConfig, choose_backend, place
 from snpatch.data import Dataset, load
 from snpatch.errors import SnpatchError
 from snpatch.judges.opening import is_code
@@ -80,7 +80,7 @@ class Contrast:
 class Setting:
     """What texts are written and judged with: the content of a file, whose paths are relative to its folder.
 
-    engine: model, adapters, models and what else an engine is started with, as the file has it; its vllm and twin
+    engine: model, adapters, models and what else an engine is started with, as the file has it; its vllm and capacity
     count where the backend is vllm. sets: of prompts. judges: name -> arguments of `open_judge`. max_tokens: of a
     completion; contrast_tokens: of a completion that a contrast reads.
     """
@@ -97,12 +97,12 @@ class Setting:
         return place(self.folder, source)
 
     def engine_config(self, backend: str = "auto", **arguments) -> EngineConfig:
-        """The engine on a backend; "auto" is the file's own. arguments: EngineConfig's, TwinSizes' or vLLM's, before
+        """The engine on a backend; "auto" is the file's own. arguments: EngineConfig's, Capacity's or vLLM's, before
         the file's."""
         backend = choose_backend(self.engine.backend if backend == "auto" else backend)
         own = replace(self.engine, backend=backend).placed(self.folder)
         if backend == "transformers":
-            own = replace(own, twin=TwinSizes(), vllm={})
+            own = replace(own, capacity=Capacity(), vllm={})
         return own.changed(**arguments)
 
     def known_set(self, name: str, where: str) -> None:
@@ -216,21 +216,21 @@ def setting_of(data: dict) -> dict:
 
 
 def _engine_of(data: dict) -> EngineConfig:
-    """Return the engine of a file: models at the top, its own fields and TwinSizes' under engine, vLLM's under vllm."""
+    """Return the engine of a file: models at the top, its own fields and Capacity's under engine, vLLM's under vllm."""
     given = {name: data[name] for name in (*TOP, "vllm") if name in data}
-    own, twin = table(data, "engine"), {}
-    sizes = [f.name for f in fields(TwinSizes)]
-    known = [f.name for f in fields(EngineConfig) if f.name not in (*TOP, "twin", "vllm")]
+    own, capacity = table(data, "engine"), {}
+    sizes = [f.name for f in fields(Capacity)]
+    known = [f.name for f in fields(EngineConfig) if f.name not in (*TOP, "capacity", "vllm")]
     for name, value in own.items():
         if name not in (*known, *sizes):
             where = "at the top of the file" if name in TOP else f"one of {', '.join((*known, *sizes))}"
             raise SnpatchError(f"engine: {name}: expected {where}. Arguments of vLLM's own are under vllm.")
-        (twin if name in sizes else given)[name] = value
+        (capacity if name in sizes else given)[name] = value
     for name in table(data, "vllm"):
         if name in (*TOP, *known, *sizes):
             where = "at the top of the file" if name in TOP else "under engine"
             raise SnpatchError(f"vllm: {name}: expected {where}. Move it there.")
-    return EngineConfig.from_table({**given, "twin": twin}, "the file")
+    return EngineConfig.from_table({**given, "capacity": capacity}, "the file")
 
 
 def table(data: dict, name: str) -> dict:

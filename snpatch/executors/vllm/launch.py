@@ -14,7 +14,7 @@ from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Geometry
 from snpatch.executors.vllm import log, versions
-from snpatch.executors.vllm.settings import TwinSettings, twin_capture_sizes
+from snpatch.executors.vllm.settings import DualStreamSettings, dual_stream_capture_sizes
 from snpatch.executors.vllm.worker import plugin
 from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, load_config
 from snpatch.models.digest import pinned
@@ -27,7 +27,7 @@ CAPTURES = {"compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capt
 BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what the user did
 
 
-class TwinLaunch:
+class DualStreamLaunch:
     """What a twin of a config is started with. geometry is known before it is. readers: of each set of weights."""
 
     def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
@@ -43,7 +43,7 @@ class TwinLaunch:
         self.geometry = geometry_of(own, arguments.get("max_model_len"), config.dtype)
         second = config.second
         if second is not None:
-            if config.twin.streams == 1:
+            if config.capacity.streams == 1:
                 raise SnpatchError("streams=1: a second set of weights runs in a second stream; start two engines")
             name = second.weights or model
             other = load_config(name, config.allow_untested)
@@ -53,11 +53,11 @@ class TwinLaunch:
             if "max_model_len" not in arguments:
                 least["context"] = min(self.geometry.context, other.max_position_embeddings)
             self.geometry = replace(self.geometry, **least)
-        self._arguments = twin_arguments(model, own, config.dtype, arguments)
+        self._arguments = dual_stream_arguments(model, own, config.dtype, arguments)
         self._arguments["tokenizer"] = str(readers[0].tokenizer.name_or_path)  # perhaps an adapter's
         is_eager = bool(self._arguments.get("enforce_eager"))
-        self.settings = TwinSettings.made(
-            config.twin,
+        self.settings = DualStreamSettings.made(
+            config.capacity,
             [reader.eos_ids for reader in readers],
             second,
             is_eager=is_eager,
@@ -83,7 +83,7 @@ class TwinLaunch:
         # vLLM wants room for a token after every prompt; a text that fills the context is read all the same.
         own = {"max_model_len": self.geometry.context + 1}
         if self.settings.streams == 2 and not CAPTURES & self._arguments.keys():
-            own["cudagraph_capture_sizes"] = twin_capture_sizes(self._arguments.get("max_num_seqs"))
+            own["cudagraph_capture_sizes"] = dual_stream_capture_sizes(self._arguments.get("max_num_seqs"))
         own["additional_config"] = {**self._arguments.get("additional_config", {}), **self.settings.as_config()}
         return AsyncEngineArgs(**{**self._arguments, **own})
 
@@ -112,7 +112,7 @@ def resolve_dtype(config, dtype: str) -> str:
     return str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
 
 
-def twin_arguments(model, config, dtype: str, arguments: dict) -> dict:
+def dual_stream_arguments(model, config, dtype: str, arguments: dict) -> dict:
     """vLLM's engine arguments for the twin of the model's architecture."""
     architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "ForCausalLM"])[0]
     if config.model_type not in ARCHITECTURES:

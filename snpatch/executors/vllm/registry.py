@@ -15,7 +15,7 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.base import Request
 from snpatch.executors.rows import Places, named_by
 from snpatch.executors.vllm.packing import pack
-from snpatch.executors.vllm.settings import TwinSettings
+from snpatch.executors.vllm.settings import DualStreamSettings
 
 Write = tuple[str, int, int, dict[str, Tensor]]  # kind, handle, row, tensors: the arguments of the worker's command
 
@@ -110,7 +110,7 @@ class Held:
 class Registry:
     """All rows of one engine."""
 
-    def __init__(self, settings: TwinSettings) -> None:
+    def __init__(self, settings: DualStreamSettings) -> None:
         self._settings = settings
         self._banks = {
             "models": Bank("adapter", 1, settings.max_adapters - 1, "max_adapters"),

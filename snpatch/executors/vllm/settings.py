@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from snpatch.config import ModelSource, TwinSizes
+from snpatch.config import Capacity, ModelSource
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantised
 from snpatch.models.digest import folder_of_adapter, pinned
@@ -19,7 +19,7 @@ KEY = "snpatch"  # of additional_config, and of each request's extra_args: [tick
 
 
 @dataclass(frozen=True)
-class TwinSettings(TwinSizes):
+class DualStreamSettings(Capacity):
     """The sizes, and what else every process has to know.
 
     ends: of each set of weights the tokens that end its texts; their positions do not count where a request says so.
@@ -38,13 +38,13 @@ class TwinSettings(TwinSizes):
     @classmethod
     def made(
         cls,
-        sizes: TwinSizes,
+        sizes: Capacity,
         ends: Iterable[Iterable[int]],
         second: ModelSource | None,
         *,
         is_eager: bool,
         allow_untested: bool,
-    ) -> "TwinSettings":
+    ) -> "DualStreamSettings":
         parts = {"tells_rows": is_eager}
         if second is not None:
             lora = tuple(str(folder_of_adapter(one)) for one in second.lora)
@@ -57,7 +57,7 @@ class TwinSettings(TwinSizes):
         return {KEY: asdict(self)}
 
     @classmethod
-    def of(cls, vllm_config) -> "TwinSettings":
+    def of(cls, vllm_config) -> "DualStreamSettings":
         """The settings inside a vLLM config; the defaults where it has none."""
         return cls(**vllm_config.additional_config.get(KEY, {}))
 
@@ -80,14 +80,14 @@ def check_heads(vllm_config) -> None:
 
 def refuse(vllm_config) -> None:
     """Raise for what a twin cannot be combined with, with the reason."""
-    settings = TwinSettings.of(vllm_config)
+    settings = DualStreamSettings.of(vllm_config)
     reasons = _reasons(vllm_config, settings) | (_reasons_of_two_streams(vllm_config) if settings.streams == 2 else {})
     for reason, is_so in reasons.items():
         if is_so:
             raise SnpatchError(f"a twin model cannot be combined with {reason}")
 
 
-def _reasons(vllm_config, settings: TwinSettings) -> dict[str, bool]:
+def _reasons(vllm_config, settings: DualStreamSettings) -> dict[str, bool]:
     """Of one stream as of two: what loses, splits or reorders the tokens that are patched and counted."""
     model, parallel, passes = (
         vllm_config.model_config,
@@ -165,7 +165,7 @@ def _reasons_of_two_streams(vllm_config) -> dict[str, bool]:
     }
 
 
-def twin_capture_sizes(max_num_seqs: int | None) -> list[int]:
+def dual_stream_capture_sizes(max_num_seqs: int | None) -> list[int]:
     """Return the numbers of tokens to capture a graph of: vLLM's, and some between its small ones, since a padded token
     is two rows. max_num_seqs: of the engine's arguments, if they say it."""
     largest = 512 if max_num_seqs is None else min(512, 2 * max_num_seqs)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from snpatch.config import EngineConfig
-from snpatch.executors.vllm.launch import TwinLaunch
+from snpatch.executors.vllm.launch import DualStreamLaunch
 from snpatch.executors.vllm.registry import Registry
 from snpatch.executors.vllm.wire import Wire
 from snpatch.models.model import Model
@@ -16,9 +16,9 @@ class UsersSide:
     engine = None  # until it is started, and when it is closed
 
     def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
-        self.launch = TwinLaunch(config, readers)
+        self.launch = DualStreamLaunch(config, readers)
         self.geometry = self.launch.geometry
-        self.wire = Wire(readers[0].tokenizer, self.geometry, config.twin.max_clauses, config.second is not None)
+        self.wire = Wire(readers[0].tokenizer, self.geometry, config.capacity.max_clauses, config.second is not None)
         self.registry = Registry(self.launch.settings)
 
     def check(self, name: str, model: Model) -> None:

@@ -7,7 +7,7 @@ of a tensor-parallel group holds the neurons of its own shard.
 import torch
 from torch import Tensor
 
-from snpatch.executors.vllm.settings import TwinSettings
+from snpatch.executors.vllm.settings import DualStreamSettings
 from snpatch.op.bank import LayerBank
 from snpatch.op.plan import NEVER, UNLESS_END, Column, Receipt, width_of
 from snpatch.op.reference import SUMS
@@ -19,7 +19,7 @@ class Banks:
 
     def __init__(
         self,
-        settings: TwinSettings,
+        settings: DualStreamSettings,
         n_layers: int,
         first_neuron: int,
         n_neurons: int,

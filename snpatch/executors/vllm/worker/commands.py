@@ -120,7 +120,7 @@ def _runner_kind(runner) -> str:
             return "v1"
         raise SnpatchError(f"model runner {type(runner).__name__} replaces {', '.join(missing)}")
     state = getattr(runner, "model_state", None)
-    if state is not None and isinstance(state, runners.twin_model_state()):
+    if state is not None and isinstance(state, runners.dual_stream_model_state()):
         return "v2"
     raise SnpatchError(f"model runner {type(runner).__module__}.{type(runner).__name__} is not known to snpatch")
 

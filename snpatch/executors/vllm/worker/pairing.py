@@ -25,7 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader import get_model_loader
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm.settings import KEY, TwinSettings
+from snpatch.executors.vllm.settings import KEY, DualStreamSettings
 from snpatch.executors.vllm.worker.feed import Feed
 from snpatch.models.checkpoint import finite
 from snpatch.models.lora import merged
@@ -42,7 +42,7 @@ class SecondSet:
     """
 
     def __init__(self, base: type[nn.Module], vllm_config: VllmConfig, prefix: str, feed: Feed, own_bytes: int) -> None:
-        self._config, self._settings, self._feed = vllm_config, TwinSettings.of(vllm_config), feed
+        self._config, self._settings, self._feed = vllm_config, DualStreamSettings.of(vllm_config), feed
         self.name = self._settings.weights or vllm_config.model_config.model
         self.bytes, self.paired, self.has_head = 0, [], False
         self._rows: tuple | None = None  # what they were split for, and the rows of each set

@@ -90,11 +90,11 @@ def hook_v1() -> None:
 
 
 @cache
-def twin_model_state() -> type:
+def dual_stream_model_state() -> type:
     """The ModelState for Model Runner V2."""
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-    class TwinModelState(DefaultModelState):
+    class DualStreamModelState(DefaultModelState):
         """A request that is preempted is removed and added again: its record knows it."""
 
         def __init__(self, vllm_config, model, *args, **kwargs) -> None:
@@ -116,4 +116,4 @@ def twin_model_state() -> type:
             self.feed.settle(input_batch.input_ids)
             return super().prepare_inputs(input_batch, req_states)
 
-    return TwinModelState
+    return DualStreamModelState

@@ -29,7 +29,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import processes, versions, zeroing
-from snpatch.executors.vllm.settings import TwinSettings, refuse
+from snpatch.executors.vllm.settings import DualStreamSettings, refuse
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
 from snpatch.executors.vllm.worker.pairing import SECOND, SecondSet, used_dtype
@@ -71,10 +71,10 @@ for _op, _fake in ((_twin_glu, _half_as_wide), (_twin_scale_kv, _like)):
     torch.library.register_fake(f"snpatch::{_name}", _fake, lib=_LIBRARY)
 
 
-class TwinGLU(nn.Module):
+class DualStreamGLU(nn.Module):
     """The op where the gated activation stood. It is given its banks once the model is whole."""
 
-    def __init__(self, activation: str, layer: int, name: str, settings: TwinSettings, context: dict) -> None:
+    def __init__(self, activation: str, layer: int, name: str, settings: DualStreamSettings, context: dict) -> None:
         super().__init__()
         self.activation, self.layer, self.name, self.streams = activation, layer, name, settings.streams
         context[name] = self
@@ -111,7 +111,7 @@ class TwinGLU(nn.Module):
         return torch.cat([qkv[:, :query], scaled], dim=1)
 
 
-class TwinModelConfig(ModelConfig):
+class DualStreamModelConfig(ModelConfig):
     """A model config that tells the twin's head counts to those who plan attention by them."""
 
     def get_num_attention_heads(self, *args, **kwargs) -> int:
@@ -173,7 +173,7 @@ class Twin:
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig, attention: list[Attention]) -> None:
         config = vllm_config.model_config.hf_text_config
-        self.settings = settings = TwinSettings.of(vllm_config)
+        self.settings = settings = DualStreamSettings.of(vllm_config)
         self.has_seen_weights = False
         self.dtype = used_dtype(vllm_config)
         self.second: SecondSet | None = None
@@ -218,7 +218,7 @@ class Twin:
             _reclass(embedding, embed)
             for layer in attention:
                 _reclass(layer, _attend(layer))
-            vllm_config.model_config.__class__ = TwinModelConfig
+            vllm_config.model_config.__class__ = DualStreamModelConfig
         shards, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         if config.intermediate_size % shards:
             raise SnpatchError(f"{config.intermediate_size} neurons cannot be split over {shards} workers")
@@ -250,11 +250,11 @@ class Twin:
         for glu in {glu.activation: glu for glu in self.glus}.values():
             glu.run(row)
 
-    def _replace(self, model, name: str, layer: int, settings: TwinSettings, context: dict) -> TwinGLU:
+    def _replace(self, model, name: str, layer: int, settings: DualStreamSettings, context: dict) -> DualStreamGLU:
         module, (parent, _, child) = model.get_submodule(name), name.rpartition(".")
         if isinstance(module, GeluAndMul) and module.approximate != "tanh":
             raise SnpatchError("activation gelu without the tanh approximation is not supported")
-        glu = TwinGLU("gelu_tanh" if isinstance(module, GeluAndMul) else "silu", layer, name, settings, context)
+        glu = DualStreamGLU("gelu_tanh" if isinstance(module, GeluAndMul) else "silu", layer, name, settings, context)
         setattr(model.get_submodule(parent), child, glu)
         return glu
 
@@ -276,7 +276,7 @@ class Twin:
 def twin_of(base: type[nn.Module]) -> type[nn.Module]:
     """The twin of one of vLLM's model classes."""
 
-    class TwinModel(base):
+    class DualStreamModel(base):
         @processes.telling()
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             from snpatch.executors.vllm.worker import runners
@@ -284,7 +284,7 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
             refuse(vllm_config)
             processes.watch()
             runners.hook_v1()
-            if TwinSettings.of(vllm_config).streams == 2:
+            if DualStreamSettings.of(vllm_config).streams == 2:
                 with _twice_the_heads() as attention:
                     super().__init__(vllm_config=vllm_config, prefix=prefix)
             else:
@@ -328,11 +328,11 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
         def get_model_state_cls(cls):
             from snpatch.executors.vllm.worker import runners
 
-            return runners.twin_model_state()
+            return runners.dual_stream_model_state()
 
-    TwinModel.__name__ = TwinModel.__qualname__ = PREFIX + base.__name__
-    TwinModel.__module__ = __name__
-    return TwinModel
+    DualStreamModel.__name__ = DualStreamModel.__qualname__ = PREFIX + base.__name__
+    DualStreamModel.__module__ = __name__
+    return DualStreamModel
 
 
 def __getattr__(name: str) -> type[nn.Module]:
