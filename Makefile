@@ -115,7 +115,7 @@ bench-reproduce: $(READY)
 # What the README shows: the experiments on the demo world (minutes), and its tables made from the records.
 readme: $(READY)
 	rm -rf build/experiments
-	$(BIN)/snpatch exp all --world demo --out build/experiments
+	$(BIN)/snpatch exp all --config demo --out build/experiments
 	mkdir -p bench/results/demo
 	cp $(addprefix build/experiments/,curve.csv curve.json curve.png report.json) bench/results/demo/
 	sed -i 's|$(CURDIR)/||g' bench/results/demo/*.json

@@ -33,7 +33,7 @@ from snpatch.runs.config import SweepConfig
 from snpatch.runs.minimal import minimal
 from snpatch.runs.store import Store
 from snpatch.runs.sweep import sweep
-from snpatch.worlds.world import load_world
+from snpatch.worlds.config import load_experiment_config
 
 WINDOWS, PROMPTS, NEW = (4, 4, 8) if IS_REHEARSAL else (32, 64, 8)
 MANY = 40 if IS_REHEARSAL else 10_000
@@ -89,11 +89,11 @@ def test_windows_of_the_demo(benchmark, demo):
 
 @pytest.fixture(scope="module")
 def demo():
-    world = load_world("demo")
-    config = world.engine_config("vllm", **({} if GPU else {"enforce_eager": True}))
+    experiment = load_experiment_config("demo")
+    config = experiment.engine_config("vllm", **({} if GPU else {"enforce_eager": True}))
     with Engine.from_config(config) as engine:
-        source = world.sets[world.benchmarks[0]]
-        yield engine, load(world.place(source.source)).prompts
+        source = experiment.sets[experiment.benchmarks[0]]
+        yield engine, load(experiment.place(source.source)).prompts
 
 
 def judge(asked, answers):
@@ -148,13 +148,13 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
 def test_minimal(benchmark, demo, tmp_path):
     """The smallest k that recovers 90 %, against the whole grid, whose texts it is not given."""
     engine, asked = demo
-    world = load_world("demo")
-    arguments = dict(world.judges[world.cost])
-    cost = open_judge(world.place(arguments.pop("source")), backend="transformers", **arguments)
-    contrast = load(world.place(world.sets[world.safety.prompts].source)).prompts
-    ranking = engine.contrast(contrast, "sft", "dpo", sampling=Sampling(max_tokens=world.contrast_tokens))
+    experiment = load_experiment_config("demo")
+    arguments = dict(experiment.judges[experiment.cost])
+    cost = open_judge(experiment.place(arguments.pop("source")), backend="transformers", **arguments)
+    contrast = load(experiment.place(experiment.sets[experiment.safety.prompts].source)).prompts
+    ranking = engine.contrast(contrast, "sft", "dpo", sampling=Sampling(max_tokens=experiment.contrast_tokens))
     ks = tuple(round(len(ranking) * i / 24) for i in range(25))
-    config = SweepConfig(("sft", "base"), "dpo", ks, controls=0, sampling=Sampling(max_tokens=world.max_tokens))
+    config = SweepConfig(("sft", "base"), "dpo", ks, controls=0, sampling=Sampling(max_tokens=experiment.max_tokens))
     grid = sweep(engine, asked, {"safety": ranking}, {"cost": cost}, config, store=tmp_path / "grid")
 
     def search():
@@ -173,10 +173,10 @@ def test_two_processes(benchmark, tmp_path):
     """Two processes of one folder against one, on all cores of the machine: start and end included."""
     size = 8 if IS_REHEARSAL else 40
     spec = {
-        "world": "demo", "engine": {"enforce_eager": not GPU},
+        "config": "demo", "engine": {"enforce_eager": not GPU},
         "rankings": {"safety": {"generator": "sft", "against": "dpo", "prompts": "contrast"}},
         "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [16 * i for i in range(size)], "controls": 0,
-                  "sets": [load_world("demo").benchmarks[0]], "judges": ["cost"]},
+                  "sets": [load_experiment_config("demo").benchmarks[0]], "judges": ["cost"]},
     }  # fmt: skip
     (tmp_path / "spec.json").write_text(json.dumps(spec))
 

@@ -26,8 +26,8 @@ _HOMES = {
     "Ranking": "ranking.ranking",
     "Guard": "guard.guard",
     "ScoreModel": "judges.score_model",
-    "Lab": "worlds.lab",
-    "load_world": "worlds.world",
+    "ExperimentContext": "worlds.context",
+    "load_experiment_config": "worlds.config",
     "SnpatchError": "errors",
     "ReceiptError": "errors",
 }

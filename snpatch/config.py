@@ -1,7 +1,7 @@
 """EngineConfig: everything that an engine is started with, as one value. Its defaults are the only ones.
 
-The CLI's options, world files, replicas and servers read and write it. Kept free of torch, so that they need not wait
-for it. Why vLLM's own arguments are a mapping: they are vLLM's to name, and differ between its versions.
+The CLI's options, experiment configs, replicas and servers read and write it. Kept free of torch, so that they need
+not wait for it. Why vLLM's own arguments are a mapping: they are vLLM's to name, and differ between its versions.
 """
 
 import importlib.util

@@ -138,15 +138,15 @@ def test_a_sweep_by_flags_says_what_it_lacks(capsys, prompts, ranking, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["exp", "nothing", "-w", "demo"], "no experiment named 'nothing': there are curve"),
-        (["exp", "curve", "-w", "nowhere"], "world nowhere: no such file"),
-        (["exp", "curve", "words", "-w", "demo", "--set", "k=[1]"], "--set is for one experiment"),
-        (["exp", "curve", "-w", "demo", "--set", "k"], "--set wants name=value, got 'k'"),
+        (["exp", "nothing", "-c", "demo"], "no experiment named 'nothing': there are curve"),
+        (["exp", "curve", "-c", "nowhere"], "config nowhere: no such file"),
+        (["exp", "curve", "words", "-c", "demo", "--set", "k=[1]"], "--set is for one experiment"),
+        (["exp", "curve", "-c", "demo", "--set", "k"], "--set wants name=value, got 'k'"),
         (
-            ["exp", "words", "-w", "demo", "--set", "neurons=0", "--backend", "transformers", "--limit", "2"],
+            ["exp", "words", "-c", "demo", "--set", "neurons=0", "--backend", "transformers", "--limit", "2"],
             "at least 1",
         ),
-        (["exp", "curve", "-w", "demo", "--backend", "jax"], "backend must be one of"),
+        (["exp", "curve", "-c", "demo", "--backend", "jax"], "backend must be one of"),
     ],
 )
 def test_bad_experiments_are_one_line(capsys, tmp_path, arguments, message):
@@ -159,9 +159,9 @@ def test_bad_experiments_are_one_line(capsys, tmp_path, arguments, message):
 
 
 @pytest.fixture
-def world(tmp_path):
+def config(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "kuze"}\n')
-    path = tmp_path / "world.toml"
+    path = tmp_path / "experiment.toml"
     path.write_text(f"""
 model = "{MODEL}"
 template = "tulu"
@@ -186,25 +186,25 @@ tokens = 2
     return path
 
 
-def test_an_experiment_that_fails_stops_no_other(capsys, world, tmp_path):
+def test_an_experiment_that_fails_stops_no_other(capsys, config, tmp_path):
     out = tmp_path / "out"
-    code, _, err = run(capsys, "exp", "stability", "distribution", "-w", world, "-o", out, "--backend", "transformers")
+    code, _, err = run(capsys, "exp", "stability", "distribution", "-c", config, "-o", out, "--backend", "transformers")
     assert code == 2
-    assert "snpatch: stability: needs at least two training seeds in the world, there are none" in err
+    assert "snpatch: stability: needs at least two training seeds in the config, there are none" in err
     assert "snpatch: error: 1 of 2 experiments failed: stability" in err
     assert (out / "distribution.csv").is_file()
     assert "## distribution" in (out / "report.md").read_text()
     assert not (out / "stability.csv").exists()
 
 
-def test_a_wrong_receipt_ends_all_and_leaves_no_table(capsys, monkeypatch, world, tmp_path):
+def test_a_wrong_receipt_ends_all_and_leaves_no_table(capsys, monkeypatch, config, tmp_path):
     def wrong(*_, **__):
         raise ReceiptError("7 overwrites were done, 8 are implied")
 
     out = tmp_path / "out"
     monkeypatch.setattr(texts, "fill", wrong)
     names = "distribution", "curve", "words"
-    code, _, err = run(capsys, "exp", *names, "-w", world, "-o", out, "--backend", "transformers")
+    code, _, err = run(capsys, "exp", *names, "-c", config, "-o", out, "--backend", "transformers")
     assert code == 2
     (line,) = (line for line in err.splitlines() if line.startswith("snpatch: error: "))
     assert "curve: 7 overwrites were done, 8 are implied" in line
@@ -212,33 +212,33 @@ def test_a_wrong_receipt_ends_all_and_leaves_no_table(capsys, monkeypatch, world
     assert {path.name for path in out.iterdir()} <= {"rankings", "sweep.sqlite"}, "words did not run"
 
 
-def test_a_report_holds_what_one_world_and_its_settings_made(capsys, world, tmp_path):
+def test_a_report_holds_what_one_config_and_its_settings_made(capsys, config, tmp_path):
     def exp(*arguments):
-        code, _, err = run(capsys, "exp", *arguments, "-w", world, "-o", out, "--backend", "transformers")
+        code, _, err = run(capsys, "exp", *arguments, "-c", config, "-o", out, "--backend", "transformers")
         assert code == 0, err
         return err, list(json.loads((out / "report.json").read_text())), (out / "report.md").read_text()
 
-    out, text = tmp_path / "out", world.read_text()
+    out, text = tmp_path / "out", config.read_text()
     assert exp("curve")[1] == ["curve"]
-    assert exp("words")[1] == ["curve", "words"], "an earlier run's, of the same world"
-    world.write_text(text.replace("neurons = 2", "neurons = 3"))
+    assert exp("words")[1] == ["curve", "words"], "an earlier run's, of the same config"
+    config.write_text(text.replace("neurons = 2", "neurons = 3"))
     err, names, told = exp("distribution")
     assert names == ["curve", "distribution"]
     assert "snpatch: words.json is left out of report.md: made with other settings" in err
     assert "- [words.json](words.json): made with other settings" in told
     assert exp("words")[1] == ["curve", "distribution", "words"]
     assert exp("words", "--set", "tokens=3")[1] == ["curve", "distribution", "words"]
-    world.write_text(text.replace("contrast_tokens = 3", "contrast_tokens = 2"))
+    config.write_text(text.replace("contrast_tokens = 3", "contrast_tokens = 2"))
     assert exp("words")[1] == ["words"], "other rankings"
-    world.write_text(text.replace("neurons = 2", "neurons = 3"))
+    config.write_text(text.replace("neurons = 2", "neurons = 3"))
     (tmp_path / "p.jsonl").write_text('{"prompt": "kuze"}\n{"prompt": "kuze kuze"}\n')
     err, names, _ = exp("distribution")
     assert names == ["distribution"]
     assert "curve.json is left out of report.md: made with other sets" in err
-    world.write_text(text.replace("sft", "one").replace("adapters/one", "adapters/sft"))
+    config.write_text(text.replace("sft", "one").replace("adapters/one", "adapters/sft"))
     err, names, _ = exp("words")
     assert names == ["words"]
-    assert "curve.json is left out of report.md: of another world: no model named 'sft'" in err
+    assert "curve.json is left out of report.md: of another config: no model named 'sft'" in err
     (out / "curve.json").write_text("nothing")
     assert exp("words")[1] == ["words"]
 

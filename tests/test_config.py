@@ -13,8 +13,8 @@ from snpatch.cli.generated import Engine, Fields, Some, generated
 from snpatch.config import Capacity
 from snpatch.reproduce.preset import load_preset
 from snpatch.server.config import ServeConfig
+from snpatch.worlds.config import load_experiment_config
 from snpatch.worlds.spec import SweepSpec
-from snpatch.worlds.world import load_world
 
 WHOLE = EngineConfig.of(
     "model", {"sft": "a", "dpo": ["a", "b"]}, backend="vllm", dtype="bfloat16", batch_size=4, max_rankings=3,
@@ -150,7 +150,13 @@ def test_bad_adapters_of_a_command_are_one_line(wrong):
 )
 def test_deep_file_is_one_line(tmp_path, name, content, depth):
     (tmp_path / name).write_text(content(depth))
-    for load in (EngineConfig.load, ServeConfig.load, SweepSpec.load, load_world, lambda path: load_preset(str(path))):
+    for load in (
+        EngineConfig.load,
+        ServeConfig.load,
+        SweepSpec.load,
+        load_experiment_config,
+        lambda path: load_preset(str(path)),
+    ):
         with pytest.raises(SnpatchError) as error:
             load(tmp_path / name)
         assert "\n" not in str(error.value)

@@ -19,7 +19,7 @@ from snpatch.demo.language import ANSWERS, LEVELS, WORDINGS, Request
 from snpatch.errors import SnpatchError
 from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
-from snpatch.worlds.world import load_world
+from snpatch.worlds.config import load_experiment_config
 
 SETS = tuple(WORDINGS)
 GUARDS = tuple(f"guard-{name}" for name in SETS)
@@ -183,7 +183,7 @@ def test_weights_are_bfloat16_on_disk_and_float32_in_memory():
 def test_adapters_are_ia3_vectors_on_down_proj():
     config = json.loads((WORLD / "base" / "config.json").read_text())
     layers, neurons = config["num_hidden_layers"], config["intermediate_size"]
-    for name in load_world("demo").engine.adapters:
+    for name in load_experiment_config("demo").engine.adapters:
         tensors = load_file(WORLD / name / "adapter_model.safetensors")
         assert set(tensors) == {f"base_model.model.model.layers.{i}.mlp.down_proj.ia3_l" for i in range(layers)}
         assert all(t.shape == (1, neurons) and t.dtype == torch.float32 for t in tensors.values())

@@ -23,8 +23,8 @@ from snpatch.models.weights import open_weights
 from snpatch.report import files, terminal
 from snpatch.report.report import Report, View
 from snpatch.runs.perplexity import Perplexity, windows_of
-from snpatch.worlds.lab import Lab
-from snpatch.worlds.world import load_world
+from snpatch.worlds.config import load_experiment_config
+from snpatch.worlds.context import ExperimentContext
 
 SHAPE = (2, 10)
 
@@ -121,14 +121,16 @@ def test_words_are_computed_in_the_type_of_the_config():
 
 
 def test_words_load_no_second_model(tmp_path, zoo, monkeypatch):
-    with Lab(load_world(world_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers") as lab:
-        lab.ranking()
+    with ExperimentContext(
+        load_experiment_config(config_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers"
+    ) as context:
+        context.ranking()
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a second model"))
-        rows = experiments.run("words", lab, {"neurons": 3, "tokens": 4}).tables["words"]
+        rows = experiments.run("words", context, {"neurons": 3, "tokens": 4}).tables["words"]
     assert len(rows) == 12
 
 
-def world_file(folder: Path, made, change=lambda text: text) -> Path:
+def config_file(folder: Path, made, change=lambda text: text) -> Path:
     (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS))
     adapters = "\n".join(f"{name} = {[str(f) for f in made.adapters[name]]}" for name in ("sft", "dpo"))
     text = f"""
@@ -150,8 +152,8 @@ p = {{ source = "p.jsonl" }}
 k = [0, 0.5]
 controls = 1
 """
-    (folder / "world.toml").write_text(change(text))
-    return folder / "world.toml"
+    (folder / "experiment.toml").write_text(change(text))
+    return folder / "experiment.toml"
 
 
 BAD = {
@@ -179,29 +181,29 @@ BAD = {
 def test_a_broken_world_is_refused(tmp_path, zoo, case):
     change, message = BAD[case]
     with pytest.raises(SnpatchError, match=message) as caught:
-        load_world(world_file(tmp_path, zoo("llama"), change))
+        load_experiment_config(config_file(tmp_path, zoo("llama"), change))
     assert "\n" not in str(caught.value)
 
 
 def test_a_world_that_is_not_there():
     with pytest.raises(SnpatchError, match="no such file, and the named ones are demo"):
-        load_world("nowhere")
+        load_experiment_config("nowhere")
 
 
 def test_settings_of_the_named_world_are_known():
-    world = load_world("demo")
-    for experiment, settings in world.settings.items():
+    config = load_experiment_config("demo")
+    for experiment, settings in config.settings.items():
         experiments.settings_of(experiment, settings)
-    for one in world.sets.values():
-        assert Path(world.place(one.source)).is_file() or one.source in SETS
+    for one in config.sets.values():
+        assert Path(config.place(one.source)).is_file() or one.source in SETS
 
 
 def test_rankings_and_texts_are_kept_and_used_again(tmp_path, zoo, monkeypatch):
-    world = load_world(world_file(tmp_path, zoo("llama")))
+    config = load_experiment_config(config_file(tmp_path, zoo("llama")))
 
     def run() -> Report:
-        with Lab(world, tmp_path / "out", backend="transformers") as lab:
-            return experiments.run("curve", lab)
+        with ExperimentContext(config, tmp_path / "out", backend="transformers") as context:
+            return experiments.run("curve", context)
 
     first = run()
     from snpatch import Engine
@@ -209,22 +211,27 @@ def test_rankings_and_texts_are_kept_and_used_again(tmp_path, zoo, monkeypatch):
     monkeypatch.setattr(Engine, "contrast", lambda *_, **__: pytest.fail("the ranking is there"))
     monkeypatch.setattr(Engine, "generate", lambda *_, **__: pytest.fail("the texts are there"))
     assert run().tables == first.tables
-    other = load_world(
-        world_file(tmp_path, zoo("llama"), lambda t: t.replace("contrast_tokens = 4", "contrast_tokens = 5"))
+    other = load_experiment_config(
+        config_file(tmp_path, zoo("llama"), lambda t: t.replace("contrast_tokens = 4", "contrast_tokens = 5"))
     )
-    with Lab(other, tmp_path / "out", backend="transformers") as lab, pytest.raises(pytest.fail.Exception):
-        lab.ranking()
+    with (
+        ExperimentContext(other, tmp_path / "out", backend="transformers") as context,
+        pytest.raises(pytest.fail.Exception),
+    ):
+        context.ranking()
 
 
 def test_what_a_table_hangs_on_is_in_its_file(tmp_path, zoo):
-    with Lab(load_world(world_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers", limit=3) as lab:
-        report = experiments.run("curve", lab, {"k": [0, 0.25, 7], "resamples": 50})
+    with ExperimentContext(
+        load_experiment_config(config_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers", limit=3
+    ) as context:
+        report = experiments.run("curve", context, {"k": [0, 0.25, 7], "resamples": 50})
     paths = files.write(report, tmp_path / "out")
     data = json.loads((tmp_path / "out" / "curve.json").read_text())
     told = data["provenance"]
     assert told["settings"]["k"] == [0, 0.25, 7]
     assert told["settings"]["resamples"] == 50
-    assert told["settings"]["controls"] == 1, "the world's"
+    assert told["settings"]["controls"] == 1, "the config's"
     assert told["backend"] == "transformers"
     assert told["sets"]["p"]["rows_used"] == 3
     assert told["sets"]["p"]["sha256"]
@@ -251,19 +258,21 @@ ORDER = {
 
 
 def richer(text: str) -> str:
-    """The world with a second objective, a text, and a judge that finds both."""
+    """The config with a second objective, a text, and a judge that finds both."""
     text = text.replace("[judges]", 'other = { generator = "base", against = "sft", prompts = "p" }\n[judges]')
     text = text.replace('source = "refusal"', 'source = "some_judge:by_words"')
     return text.replace("[sets]", '[sets]\nt = { source = "t.jsonl", format = "wikitext-2" }')
 
 
 def test_provenance_does_not_depend_on_what_ran_before(tmp_path, zoo):
-    world = world_file(tmp_path, zoo("llama"), richer)
+    config = config_file(tmp_path, zoo("llama"), richer)
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": " ".join(tiny.WORDS * 2)}) + "\n")
 
     def told(names, out) -> dict[str, str]:
-        with Lab(load_world(world, trust=True), tmp_path / out, backend="transformers") as lab:
-            found = {name: experiments.run(name, lab, ORDER[name]).provenance for name in names}
+        with ExperimentContext(
+            load_experiment_config(config, trust=True), tmp_path / out, backend="transformers"
+        ) as context:
+            found = {name: experiments.run(name, context, ORDER[name]).provenance for name in names}
         return {name: json.dumps(one | {"seconds": None}, indent=1) for name, one in found.items()}
 
     one = told(ORDER, "one")
@@ -301,10 +310,12 @@ def test_provenance_does_not_depend_on_what_ran_before(tmp_path, zoo):
 )
 def test_what_cannot_be_run_says_why(tmp_path, zoo, name, settings, message):
     with (
-        Lab(load_world(world_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers") as lab,
+        ExperimentContext(
+            load_experiment_config(config_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers"
+        ) as context,
         pytest.raises(SnpatchError, match=message),
     ):
-        experiments.run(name, lab, settings)
+        experiments.run(name, context, settings)
 
 
 def test_a_table_is_written_whole_and_told_shortly(tmp_path):

@@ -41,7 +41,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    command = ["exp", "all", "--world", world, "-o", out, "--backend", "transformers", "--limit", LIMIT]
+    command = ["exp", "all", "--config", world, "-o", out, "--backend", "transformers", "--limit", LIMIT]
     cli.app(list(map(str, command)), standalone_mode=False)
     return out
 
@@ -164,7 +164,7 @@ def test_words_positions_guard_and_safeguard(folder):
 @pytest.mark.engine
 def test_vllm_gives_the_same_tables(folder, world, tmp_path):
     """Both engines and both runners of the cost model, in processes of their own, as a user has them."""
-    command = ["exp", "curve", "perplexity", "safeguard", "--world", world, "-o", tmp_path, "--backend", "vllm"]
+    command = ["exp", "curve", "perplexity", "safeguard", "--config", world, "-o", tmp_path, "--backend", "vllm"]
     cli.app([*map(str, command), "--limit", str(LIMIT)], standalone_mode=False)
     for name in ("curve", "perplexity", "safeguard"):
         for one, other in zip(table(tmp_path, name), table(folder, name), strict=True):

@@ -17,9 +17,9 @@ from snpatch.runs.config import SweepConfig
 from snpatch.sampling import Sampling
 from snpatch.server.config import FILES, ServeConfig
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.config import Contrast, ExperimentConfig, PromptSet, build_experiment_config, load_experiment_config
+from snpatch.worlds.context import ExperimentContext
 from snpatch.worlds.spec import RankingSource, SweepSpec
-from snpatch.worlds.world import Contrast, PromptSet, World, load_world, world_of
 
 SOURCE = Path(snpatch.__file__).parent
 
@@ -96,7 +96,7 @@ REFUSED = {
     ("sampling", "n"): "n: expected 1, got 2",
 }
 CONTRAST = {"generator": "base", "against": "sft", "prompts": "more"}
-WORLD_FILE = {
+CONFIG_FILE = {
     **MODEL,
     "recipients": ["base"],
     "benchmarks": ["few"],
@@ -122,10 +122,10 @@ def sweep_of(table: dict, folder: Path) -> tuple:
 
 
 def world_parts(table: dict, folder: Path) -> tuple:
-    """Return all of a world's file that a run reads."""
-    world = world_of(table, folder)
-    engine = [world.engine_config(backend) for backend in ("vllm", "transformers")] + [world.engine.backend]
-    return (*engine, *(getattr(world, name) for name in sorted(names(World, "engine", "folder"))))
+    """Return all of an experiment config's file that a run reads."""
+    config = build_experiment_config(table, folder)
+    engine = [config.engine_config(backend) for backend in ("vllm", "transformers")] + [config.engine.backend]
+    return (*engine, *(getattr(config, name) for name in sorted(names(ExperimentConfig, "engine", "folder"))))
 
 
 def test_walk_of_a_sweep_file_covers_its_schema():
@@ -138,7 +138,7 @@ def test_walk_of_a_sweep_file_covers_its_schema():
     keys |= {("judges", "cost", "source"), ("judges", "cost", "format")}
     assert keys == SWEEP_KEYS.keys()
     top = {path[0] for path in WORLD_KEYS}
-    assert top == names(World, "folder") | {"model", "adapters", "models", "template", "vllm"}
+    assert top == names(ExperimentConfig, "folder") | {"model", "adapters", "models", "template", "vllm"}
     assert under(("contrasts", "safety"), names(Contrast)) <= WORLD_KEYS.keys()
 
 
@@ -154,12 +154,12 @@ def test_sweep_key_with_another_value_changes_the_run(path, tmp_path):
 
 @pytest.mark.parametrize("path", WORLD_KEYS, ids=".".join)
 def test_world_key_with_another_value_changes_the_run(path, tmp_path):
-    table = changed(WORLD_FILE, path, WORLD_KEYS[path])
+    table = changed(CONFIG_FILE, path, WORLD_KEYS[path])
     if path in REFUSED:
         with pytest.raises(SnpatchError, match=REFUSED[path]):
             world_parts(table, tmp_path)
         return
-    assert world_parts(table, tmp_path) != world_parts(WORLD_FILE, tmp_path)
+    assert world_parts(table, tmp_path) != world_parts(CONFIG_FILE, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -182,19 +182,19 @@ def test_misplaced_key_of_a_sweep_file_is_refused(path, value, message, tmp_path
 
 @pytest.mark.parametrize("name", ["adapters", "models", "template", "engine", "vllm"])
 def test_engine_key_beside_a_world_without_a_model_is_refused(name, tmp_path):
-    """The world's engine runs; one of the file's would never be started."""
+    """The config's engine runs; one of the file's would never be started."""
     rest = {key: part for key, part in SWEEP_FILE.items() if key not in MODEL}
     part = {"template": "tulu", "engine": {"dtype": "bfloat16"}, "vllm": {"max_model_len": 9}}
     with pytest.raises(SnpatchError, match=f"{name}: expected model with it"):
-        SweepSpec.of({**rest, "world": "demo", name: part.get(name, MODEL.get(name))}, tmp_path)
+        SweepSpec.of({**rest, "config": "demo", name: part.get(name, MODEL.get(name))}, tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])
 def test_backend_of_a_world_file_is_the_labs(backend, tmp_path):
-    world = world_of(changed(WORLD_FILE, ("engine", "backend"), backend), tmp_path)
-    assert world.engine_config().backend == backend
-    assert Lab(world, tmp_path)._backend == backend
-    assert world.engine_config("transformers").backend == "transformers", "an option goes before the file"
+    config = build_experiment_config(changed(CONFIG_FILE, ("engine", "backend"), backend), tmp_path)
+    assert config.engine_config().backend == backend
+    assert ExperimentContext(config, tmp_path)._backend == backend
+    assert config.engine_config("transformers").backend == "transformers", "an option goes before the file"
 
 
 OTHER = {  # values of settings that not every value of their type is valid for
@@ -259,7 +259,7 @@ def _read_by_experiment(name: str) -> set[str]:
         SweepConfig,
         RankingSource,
         Contrast,
-        World,
+        ExperimentConfig,
         Preset,
         Training,
         Size,
@@ -276,7 +276,7 @@ def test_fields_of_file_schemas_are_read_elsewhere(kind):
 
 
 PRESET_FILE = {
-    "world": {name: part for name, part in WORLD_FILE.items() if name not in ("adapters", "models", "contrasts")},
+    "config": {name: part for name, part in CONFIG_FILE.items() if name not in ("adapters", "models", "contrasts")},
     "training": {"seeds": [1, 2], "objectives": ["helpful"], "data": {"sft": {"source": "p.jsonl"}}},
     "size": {"parameters": 3, "kv_bytes": 4},
 }
@@ -292,8 +292,8 @@ PRESET_KEYS = {
     ("published",): "gemma-7b",
     ("experiments",): ["words"],
     ("extends",): "demo",
-    ("from_world",): "demo",
-    ("world", "max_tokens"): 9,
+    ("from_config",): "demo",
+    ("config", "max_tokens"): 9,
     ("size", "parameters"): 9,
     ("size", "kv_bytes"): 9,
     ("training", "seeds"): [3],
@@ -357,10 +357,10 @@ def test_server_key_with_another_value_changes_the_config(path):
     assert ServeConfig.from_table(changed(MODEL, path, _server_keys()[path])) != ServeConfig.from_table(MODEL)
 
 
-@pytest.mark.parametrize("loaded", [SweepSpec.load, load_world], ids=["sweep", "world"])
+@pytest.mark.parametrize("loaded", [SweepSpec.load, load_experiment_config], ids=["sweep", "config"])
 def test_unknown_key_of_a_file_is_one_line(loaded, tmp_path):
     file = tmp_path / "one.toml"
-    file.write_text(tomli_w.dumps({**(SWEEP_FILE if loaded == SweepSpec.load else WORLD_FILE), "nonsense": 1}))
+    file.write_text(tomli_w.dumps({**(SWEEP_FILE if loaded == SweepSpec.load else CONFIG_FILE), "nonsense": 1}))
     with pytest.raises(SnpatchError, match="there is no nonsense") as caught:
         loaded(file)
     assert "\n" not in str(caught.value)

@@ -25,8 +25,8 @@ from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
 from snpatch.runs.store import NAME, Store
 from snpatch.server.config import ServeConfig
+from snpatch.worlds.config import load_experiment_config
 from snpatch.worlds.spec import SweepSpec
-from snpatch.worlds.world import load_world
 
 VALUES = st.one_of(
     st.none(),
@@ -256,7 +256,7 @@ def test_config_files_with_one_wrong_value_are_one_line(ground, read, table, suf
             content = tomli_w.dumps(json.loads(json.dumps(wrong).replace("null", '"null"'))).encode()
         path.write_bytes(damaged(data.draw, content) if data.draw(st.integers(0, 3)) == 0 else content)
         tried(lambda: read(path, trust=True))
-        tried(lambda: load_world(path, trust=True))
+        tried(lambda: load_experiment_config(path, trust=True))
 
     one()
 

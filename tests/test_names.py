@@ -15,8 +15,8 @@ from snpatch.files import file_stem
 from snpatch.report import files, terminal
 from snpatch.report.cells import markdown, plot_name
 from snpatch.report.report import Report, View
-from snpatch.worlds.lab import Lab
-from snpatch.worlds.world import Contrast, load_world
+from snpatch.worlds.config import Contrast, load_experiment_config
+from snpatch.worlds.context import ExperimentContext
 
 ESCAPES = "\x1b]8;;https://evil.example\x07a\x1b[2J\x9b31m\r\u202e\ud800"
 ESCAPED = r"\u001b]8;;https://evil.example\u0007a\u001b[2J\u009b31m\u000d\u202e\ud800"
@@ -50,9 +50,9 @@ def test_tables_in_a_terminal_show_names_as_they_are():
 
 
 def test_errors_of_the_command_line_hold_no_escapes(tmp_path, capsys):
-    path = tmp_path / "world.toml"
+    path = tmp_path / "experiment.toml"
     path.write_text('"a\\u001b[2J\\nb" = 1\n')
-    code, _, err = run(capsys, "exp", "curve", "-w", path)
+    code, _, err = run(capsys, "exp", "curve", "-c", path)
     assert (code, err.count("\n")) == (2, 1)
     assert "\x1b" not in err
 
@@ -126,8 +126,8 @@ def test_reports_and_rankings_stay_in_their_folder(tmp_path):
     paths = files.write(Report("t", {"../../x": rows}, {"../../y": Figure()}, View((), ())), out)
     assert all(path.parent == out for path in paths)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "deep"]
-    with Lab(load_world("demo"), out) as lab:
-        path = lab.ranking_file(Contrast("../../a", "b/c", "p"))
+    with ExperimentContext(load_experiment_config("demo"), out) as context:
+        path = context.ranking_file(Contrast("../../a", "b/c", "p"))
     assert path.parent == out / "rankings"
 
 

@@ -259,7 +259,7 @@ def test_each_sides_own_eos_ends_its_texts(pairs, tmp_path):
         assert all(text.finish_reason == "length" for text in engine.generate(IDS, "base", Sampling(max_tokens=10)))
 
 
-# ---- the command line and world files ----------------------------------------------------------------------------
+# ---- the command line and experiment configs ----------------------------------------------------------------------
 
 
 def test_the_command_line_takes_pairs(capsys, pairs, tmp_path):
@@ -288,7 +288,7 @@ def test_world_files_take_pairs(capsys, pairs, tmp_path):
     made = pairs("llama")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in tiny.PROMPTS))
     shutil.copytree(made.models["dpo"][0], tmp_path / "second")
-    (tmp_path / "world.toml").write_text(f"""
+    (tmp_path / "experiment.toml").write_text(f"""
 model = "{made.folder}"
 template = "tulu"
 recipients = ["base"]
@@ -307,7 +307,7 @@ p = {{ source = "p.jsonl" }}
 k = [0, 0.5]
 controls = 1
 """)
-    arguments = ["-w", tmp_path / "world.toml", "-o", tmp_path / "out", "--backend", "transformers"]
+    arguments = ["-c", tmp_path / "experiment.toml", "-o", tmp_path / "out", "--backend", "transformers"]
     code, _, err = run(capsys, "exp", "curve", *arguments)
     assert code == 0, err
     told = json.loads((tmp_path / "out" / "curve.json").read_text())["provenance"]

@@ -22,7 +22,7 @@ from snpatch.reproduce.preset import FOLDER, NAMES, load_preset
 from snpatch.reproduce.steps import Done, Step, Steps
 from snpatch.training import training
 from snpatch.training.settings import DpoSettings
-from snpatch.worlds.world import load_world
+from snpatch.worlds.config import load_experiment_config
 
 TRAINED = ("llama2-7b", "mistral-7b", "gemma-7b", "demo")
 SMALL = """
@@ -40,7 +40,7 @@ safety = { source = "data/safety.jsonl", first = 64 }
 [training.dpo]
 epochs = 2
 
-[world.settings.curve]
+[config.settings.curve]
 k = [0.0, 0.2]
 controls = 1
 """
@@ -95,16 +95,16 @@ def steps_of(out: Path) -> dict:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_preset_is_a_world_that_loads(name, tmp_path):
     pipeline = Pipeline(load_preset(name), tmp_path / "out")
-    world = pipeline.world
+    config = pipeline.config
     assert {"curve", "windows", "transfer", "perplexity", "guard", "safeguard", "words"} <= pipeline.steps.steps.keys()
-    assert set(world.recipients) <= {"base", *world.engine.sources}
+    assert set(config.recipients) <= {"base", *config.engine.sources}
     if name in TRAINED:
         assert pipeline.skipped == {}
-        assert len(world.seeds) == len(load_preset(name).training.seeds) >= 3
-        dpo = world.engine.adapters["dpo"]
+        assert len(config.seeds) == len(load_preset(name).training.seeds) >= 3
+        dpo = config.engine.adapters["dpo"]
         assert [Path(part).name for part in dpo] == ["sft-42", "dpo-42"]
     else:
-        assert world.engine.second is not None
+        assert config.engine.second is not None
         assert not pipeline.pairs
     assert not (tmp_path / "out").exists()
 
@@ -121,9 +121,9 @@ def test_the_papers_presets_are_the_papers():
     assert training.dpo == DpoSettings(micro_batch_size=5)
     assert (training.data["sft"].source, training.data["safety"].source) == ("sharegpt", "hh-harmless")
     assert all(rows.source in SETS and rows.split in ("train", "filtered") for rows in training.data.values())
-    world = preset.world
-    assert (world["max_tokens"], world["contrast_tokens"], world["recipients"]) == (128, 256, ["sft", "base"])
-    assert all(world["sets"][name]["first"] == 200 for name in (*world["benchmarks"], "contrast"))
+    config = preset.config
+    assert (config["max_tokens"], config["contrast_tokens"], config["recipients"]) == (128, 256, ["sft", "base"])
+    assert all(config["sets"][name]["first"] == 200 for name in (*config["benchmarks"], "contrast"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,7 +137,7 @@ def test_a_dry_run_writes_and_downloads_nothing(capsys, tmp_path, name):
     assert told["commands"].keys() == {row["step"] for row in told["steps"][:-1]}
     fetched = {row["from the hub, if it is not in its cache"] for row in told["downloads"]}
     assert (fetched == set()) == (name == "demo")
-    assert load_preset(name).world["model"] in fetched or name == "demo"
+    assert load_preset(name).config["model"] in fetched or name == "demo"
 
 
 def test_a_dry_run_for_people_has_the_sums(capsys, tmp_path):
@@ -177,29 +177,29 @@ def test_hours_follow_from_a_training_that_was_measured(tmp_path):
         ("titel = 'x'", "there is no titel; there are extends, title"),
         ("extends = 'nothing'", "extends 'nothing', and there is no such preset"),
         ("x = [", "not a TOML file"),
-        ("[world]\nmodel = 'm'", "needs either .training., or world.contrasts"),
-        ("extends = 'paper'", "world.model is missing"),
+        ("[config]\nmodel = 'm'", "needs either .training., or config.contrasts"),
+        ("extends = 'paper'", "config.model is missing"),
         ("extends = 'demo'\nexperiments = ['curves']", "no experiment named .curves.: there are curve"),
         ("extends = 'demo'\n[training]\nseeds = [1, 1]", "training.seeds: wanted one or more, each once"),
         ("extends = 'demo'\n[training]\nobjectives = ['safety']", "training.objectives: those beside safety"),
         ("extends = 'demo'\n[training]\nsead = 1", "training: there is no sead"),
         ("extends = 'demo'\n[training.data]\nhelpfull = { source = 'x' }", "training.data: helpfull is not trained"),
         ("extends = 'demo'\n[training.settings]\nmethod = 'lora'", "method = lora: one engine runs one further set"),
-        ("extends = 'paper'\n[world]\nmodel = 'm'\n[training]\nobjectives = ['kind']", "no objective named 'kind'"),
-        ("extends = 'demo'\n[world]\nfrom_nowhere = 1", "there is no from_nowhere"),
-        ("from_world = 'moon'", "from_world: there are demo, got 'moon'"),
-        ("from_world = ['a']", "from_world: there are demo"),
-        ("world = 3", "world: wanted a table, got 3"),
+        ("extends = 'paper'\n[config]\nmodel = 'm'\n[training]\nobjectives = ['kind']", "no objective named 'kind'"),
+        ("extends = 'demo'\n[config]\nfrom_nowhere = 1", "there is no from_nowhere"),
+        ("from_config = 'moon'", "from_config: there are demo, got 'moon'"),
+        ("from_config = ['a']", "from_config: there are demo"),
+        ("config = 3", "config: wanted a table, got 3"),
         ("training = 1", "training: wanted a table, got 1"),
         ("extends = 'demo'\nsize = 3", "size: wanted a table, got 3"),
         ("extends = 'demo'\n[training]\nsettings = 3", "settings: wanted a table, got 3"),
         ("extends = 'demo'\n[training]\nobjectives = 'helpfull'\nwritten_by = 'x'", "written_by: there is only demo"),
-        ("extends = 'demo'\n[world]\nsets = 3", "sets: wanted a table, got 3"),
-        ("extends = 'demo'\n[world.judges]\ncost = 'x'", "judges.cost: wanted a table with source"),
-        ("extends = 'demo'\n[world.settings]\ncurve = 3", "curve: wanted a table, got 3"),
-        ("extends = 'demo'\n[world.settings.guard]\nkk = 1", "settings of guard: there is no kk"),
-        ("extends = 'demo'\n[world.settings.cruve]\nk = 1", "no experiment named 'cruve'"),
-        ("extends = 'demo'\n[world.adapters]\nx = 'y'", "world.adapters: follows from .training."),
+        ("extends = 'demo'\n[config]\nsets = 3", "sets: wanted a table, got 3"),
+        ("extends = 'demo'\n[config.judges]\ncost = 'x'", "judges.cost: wanted a table with source"),
+        ("extends = 'demo'\n[config.settings]\ncurve = 3", "curve: wanted a table, got 3"),
+        ("extends = 'demo'\n[config.settings.guard]\nkk = 1", "settings of guard: there is no kk"),
+        ("extends = 'demo'\n[config.settings.cruve]\nk = 1", "no experiment named 'cruve'"),
+        ("extends = 'demo'\n[config.adapters]\nx = 'y'", "config.adapters: follows from .training."),
         ("extends = 'demo'\n[training]\nobjectives = ['curve']", "'curve' is the name of a model or a step"),
         ("extends = 'llama2-7b'\npublished = 'llama-2'", "published: there are llama2-7b, mistral-7b, gemma-7b"),
     ],
@@ -423,11 +423,11 @@ def test_published_numbers_are_the_papers():
     assert found["gemma-7b"]["dpo"] == [-13.6, -14.1, -11.9, -10.6, 7.9]
 
 
-def measured_in(out: Path, world) -> None:
+def measured_in(out: Path, config) -> None:
     """Tables as the experiments write them, of a few made-up figures."""
-    columns = {name: 0.5 for name in world.benchmarks} | {"perplexity": 6.0}
-    effects = {f"effect on {name}": 0.8 for name in world.benchmarks}
-    models = ["base", "base+", "sft", "sft+", world.donor]
+    columns = {name: 0.5 for name in config.benchmarks} | {"perplexity": 6.0}
+    effects = {f"effect on {name}": 0.8 for name in config.benchmarks}
+    models = ["base", "base+", "sft", "sft+", config.donor]
     point = {"ranking": "safety", "lo": 0, "set": "b"}
     tables = {
         "transfer-table": [{"model": m, **columns, **(effects if m.endswith("+") else {})} for m in models],
@@ -466,7 +466,7 @@ DONE = ["transfer", "curve", "stability", "guard", "tax"]
 
 def beside(source, out: Path, **how) -> list[dict]:
     pipeline = Pipeline(load_preset(str(source)), out, **how)
-    measured_in(out, pipeline.world)
+    measured_in(out, pipeline.config)
     return published.beside(pipeline, DONE)
 
 
@@ -508,10 +508,10 @@ def test_a_number_of_another_model_has_no_difference(tmp_path):
     [
         ("", []),
         ("[training]\nseeds = [7, 8]\nobjectives = []", []),
-        ("[world.sets]\nharmbench = { source = 'harmbench', first = 10 }", ["sets"]),
-        ("[world.judges]\ncost = { source = 'refusal' }", ["judges"]),
-        ("[world]\nmodel = 'other'", ["model"]),
-        ("[world.settings.transfer]\nk = 10", ["settings"]),
+        ("[config.sets]\nharmbench = { source = 'harmbench', first = 10 }", ["sets"]),
+        ("[config.judges]\ncost = { source = 'refusal' }", ["judges"]),
+        ("[config]\nmodel = 'other'", ["model"]),
+        ("[config.settings.transfer]\nk = 10", ["settings"]),
         ("[training.settings]\nepochs = 1.0", ["training"]),
     ],
 )
@@ -539,7 +539,7 @@ def test_other_options_are_another_run(tmp_path, how, differs):
 
 def test_of_full_checkpoints_others_found_what_stands_beside(tmp_path):
     pipeline = Pipeline(load_preset("tulu-2-7b"), tmp_path / "out")
-    measured_in(tmp_path / "out", pipeline.world)
+    measured_in(tmp_path / "out", pipeline.config)
     rows = published.beside(pipeline, ["curve"])
     assert [(row["published"], row["measured"], row["difference"]) for row in rows] == [
         (0.19, 0.3, None),
@@ -568,14 +568,14 @@ def test_an_engine_that_computes_the_same_is_the_same_input(tmp_path, how):
 
 def test_inputs_are_told_by_content(tmp_path):
     """Judges, models and their tokenizers, sets, written rows: each by what changes it, and by nothing else."""
-    world = tmp_path / "world"
-    shutil.copytree(WORLD, world)
+    config = tmp_path / "world"
+    shutil.copytree(WORLD, config)
     (tmp_path / "judge_of_mine.py").write_text("def by(prompts, completions): return [0.0 for _ in prompts]\n")
     path = tmp_path / "mine.toml"
 
     def all_of(text: str = "", **how) -> dict[str, str]:
-        judges = "[world.judges]\ncost = { source = 'world/cost' }\nmine = { source = 'judge_of_mine:by' }\n"
-        path.write_text(f"extends = 'demo'\n[world]\nmodel = 'world/base'\n{judges}{text}")
+        judges = "[config.judges]\ncost = { source = 'world/cost' }\nmine = { source = 'judge_of_mine:by' }\n"
+        path.write_text(f"extends = 'demo'\n[config]\nmodel = 'world/base'\n{judges}{text}")
         pipeline = Pipeline(load_preset(str(path), trust=True), tmp_path / "out", **how)
         names = ["model/base", "judge/cost", "judge/mine", "set/contrast", "judges", "cost", "writing", "benchmarks"]
         return {name: pipeline.inputs.digest(name) for name in names}
@@ -587,7 +587,7 @@ def test_inputs_are_told_by_content(tmp_path):
     try:
         first = all_of()
         assert all_of() == first
-        with open(world / "base" / "tokenizer_config.json", "a") as file:
+        with open(config / "base" / "tokenizer_config.json", "a") as file:
             file.write(" ")
         second = all_of()
         assert changed(first, second) == {"model/base"}
@@ -614,9 +614,9 @@ def test_the_folder_one_stands_in_does_not_shadow_a_presets_names(tmp_path, monk
     (tmp_path / "harmbench").mkdir()
     (tmp_path / "meta-llama" / "Llama-2-7b-hf").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    world = load_preset("llama2-7b").world
-    assert world["sets"]["harmbench"]["source"] == "harmbench"
-    assert world["model"] == "meta-llama/Llama-2-7b-hf"
+    config = load_preset("llama2-7b").config
+    assert config["sets"]["harmbench"]["source"] == "harmbench"
+    assert config["model"] == "meta-llama/Llama-2-7b-hf"
 
 
 def test_paths_of_a_users_preset_are_seen_from_its_folder(tmp_path):
@@ -624,11 +624,11 @@ def test_paths_of_a_users_preset_are_seen_from_its_folder(tmp_path):
         (tmp_path / "here" / name).mkdir(parents=True)
     path = tmp_path / "here" / "mine.toml"
     path.write_text(
-        "extends = 'public'\n[world]\nmodel = 'm'\nadapters = { sft = ['ia3'] }\n"
+        "extends = 'public'\n[config]\nmodel = 'm'\nadapters = { sft = ['ia3'] }\n"
         "models = { dpo = { lora = ['lora'], adapters = ['ia3'] } }\n"
         "contrasts = { safety = { generator = 'sft', against = 'dpo' } }\n"
     )
-    engine = Pipeline(load_preset(str(path)), tmp_path / "out").world.engine
+    engine = Pipeline(load_preset(str(path)), tmp_path / "out").config.engine
     here = tmp_path / "here"
     assert engine.model == str(here / "m")
     assert engine.adapters == {"sft": (str(here / "ia3"),)}
@@ -638,17 +638,17 @@ def test_paths_of_a_users_preset_are_seen_from_its_folder(tmp_path):
 def test_an_extending_preset_replaces_models_and_judges_whole(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
-        "extends = 'qwen3-4b-saferl'\n[world]\nmodels = { other = 'x/y' }\n"
+        "extends = 'qwen3-4b-saferl'\n[config]\nmodels = { other = 'x/y' }\n"
         "contrasts = { safety = { generator = 'base', against = 'other' } }\n"
-        "[world.judges]\ncost = { source = 'refusal' }\n"
-        "[world.sets]\nharmbench = { source = 'harmbench', sample = 3 }\n[world.settings.curve]\ncontrols = 1\n"
+        "[config.judges]\ncost = { source = 'refusal' }\n"
+        "[config.sets]\nharmbench = { source = 'harmbench', sample = 3 }\n[config.settings.curve]\ncontrols = 1\n"
     )
-    world = load_preset(str(path)).world
-    assert world["models"] == {"other": "x/y"}
-    assert world["judges"]["cost"] == {"source": "refusal"}
-    assert "reward" in world["judges"]
-    assert world["sets"]["harmbench"] == {"source": "harmbench", "sample": 3}
-    assert Pipeline(load_preset(str(path)), tmp_path / "out").world.engine.second.weights == "x/y"
+    config = load_preset(str(path)).config
+    assert config["models"] == {"other": "x/y"}
+    assert config["judges"]["cost"] == {"source": "refusal"}
+    assert "reward" in config["judges"]
+    assert config["sets"]["harmbench"] == {"source": "harmbench", "sample": 3}
+    assert Pipeline(load_preset(str(path)), tmp_path / "out").config.engine.second.weights == "x/y"
 
 
 def test_a_folder_is_not_gone_on_with_by_other_options(capsys, tmp_path):
@@ -716,7 +716,7 @@ def test_killed_in_the_middle_it_goes_on(small, capsys):
     assert code == 0, err
     assert ran(err) == ["curve", "stability", "words"]
     assert json.loads(told)["failed"] == []
-    assert load_world(out / "world.toml").donor == "dpo"
+    assert load_experiment_config(out / "experiment.toml").donor == "dpo"
 
     report = (out / "report.md").read_text()
     assert "| mean cost | dpo | beavertails |  | -11.80 |" in report

@@ -29,7 +29,7 @@ from snpatch.training import training
 from snpatch.training.objectives import OBJECTIVES, objective, training_split
 from snpatch.training.settings import DpoSettings, TrainSettings
 from snpatch.training.training import train_dpo, train_sft
-from snpatch.worlds import world
+from snpatch.worlds import config
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6  # three epochs of two
@@ -322,7 +322,7 @@ def asked(monkeypatch):
             raise SnpatchError("no hub here")
         return load(calls.rows, format=source, skip_bad=how["skip_bad"])
 
-    monkeypatch.setattr(world, "load", loaded)
+    monkeypatch.setattr(config, "load", loaded)
     return calls
 
 

@@ -11,8 +11,8 @@ from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.reproduce.preset import NAMES, load_preset
 from snpatch.server.config import ServeConfig
+from snpatch.worlds.config import NAMED_CONFIGS, load_experiment_config
 from snpatch.worlds.spec import SweepSpec
-from snpatch.worlds.world import NAMED, load_world
 
 ENGINE = {
     "trust_remote_code": True, "worker_cls": "evil.Worker", "worker_extension_cls": "evil.Extension",
@@ -45,7 +45,7 @@ def write(path, table):
     return path
 
 
-def world_table(judge="refusal", **vllm) -> dict:
+def config_table(judge="refusal", **vllm) -> dict:
     return {
         "model": "m", "adapters": {"sft": "a", "dpo": "b"}, "recipients": ["sft"], "benchmarks": ["p"],
         "sets": {"p": {"source": "p.jsonl"}}, "judges": {"cost": {"source": judge}},
@@ -54,7 +54,7 @@ def world_table(judge="refusal", **vllm) -> dict:
 
 
 def sweep_table(judge="refusal", **vllm) -> dict:
-    table = {name: one for name, one in world_table(judge, **vllm).items() if name in SWEPT}
+    table = {name: one for name, one in config_table(judge, **vllm).items() if name in SWEPT}
     sweep = {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, 4]}
     return {**table, "rankings": {"r": {"generator": "sft", "against": "dpo", "prompts": "p"}}, "sweep": sweep}
 
@@ -63,9 +63,12 @@ SWEPT = ("model", "adapters", "sets", "judges", "vllm")
 LOADERS = {
     "engine": (EngineConfig.load, lambda **vllm: {"model": "m", "vllm": vllm}),
     "server": (ServeConfig.load, lambda **vllm: {"model": "m", "vllm": vllm}),
-    "world": (load_world, world_table),
+    "config": (load_experiment_config, config_table),
     "sweep": (SweepSpec.load, sweep_table),
-    "preset": (lambda path, trust=False: load_preset(str(path), trust=trust), lambda **v: {"world": world_table(**v)}),
+    "preset": (
+        lambda path, trust=False: load_preset(str(path), trust=trust),
+        lambda **v: {"config": config_table(**v)},
+    ),
 }
 
 
@@ -86,7 +89,7 @@ def test_harmless_engine_arguments_are_taken(tmp_path, kind):
     load(write(tmp_path / "file.toml", table(**HARMLESS)))
 
 
-@pytest.mark.parametrize("kind", ["world", "sweep", "preset"])
+@pytest.mark.parametrize("kind", ["config", "sweep", "preset"])
 def test_judge_that_is_a_function_is_refused_in_files(tmp_path, kind):
     load, table = LOADERS[kind]
     path = write(tmp_path / "file.toml", table(judge="mark:go"))
@@ -96,16 +99,16 @@ def test_judge_that_is_a_function_is_refused_in_files(tmp_path, kind):
 
 
 def test_judge_with_engine_arguments_is_refused_in_files(tmp_path):
-    table = world_table()
+    table = config_table()
     table["judges"]["cost"] = {"source": "model", "format": "{prompt}: {completion}", "trust_remote_code": True}
     with pytest.raises(SnpatchError, match=r"judges\.cost\.trust_remote_code = True: .*--trust-config"):
-        load_world(write(tmp_path / "world.toml", table))
+        load_experiment_config(write(tmp_path / "experiment.toml", table))
 
 
 def test_sweep_of_a_world_is_as_trusted_as_the_sweep(tmp_path):
-    write(tmp_path / "world.toml", world_table(judge="mark:go"))
+    write(tmp_path / "experiment.toml", config_table(judge="mark:go"))
     table = {name: one for name, one in sweep_table().items() if name not in SWEPT}
-    path = write(tmp_path / "sweep.json", {**table, "world": "world.toml"})
+    path = write(tmp_path / "sweep.json", {**table, "config": "experiment.toml"})
     with pytest.raises(SnpatchError, match=r"sweep\.json: judges\.cost\.source = 'mark:go'"):
         SweepSpec.load(path)
     assert SweepSpec.load(path, trust=True).judges["cost"]["source"] == "mark:go"
@@ -135,8 +138,8 @@ def test_harmless_server_flags_are_taken(tmp_path):
 
 
 def test_what_ships_needs_no_trust():
-    for name in NAMED:
-        load_world(name)
+    for name in NAMED_CONFIGS:
+        load_experiment_config(name)
     for name in NAMES:
         load_preset(name)
     assert list(package_files("snpatch.reproduce").joinpath("presets").iterdir())

@@ -19,8 +19,8 @@ from snpatch.patching.spec import donor_of
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.catalogue import check_name
 from snpatch.server.config import ServeConfig
+from snpatch.worlds.config import parse_eval_config
 from snpatch.worlds.spec import SweepSpec
-from snpatch.worlds.world import setting_of
 
 SHAPE = (2, 8)
 WORDS = [*names.WORDS, "mean:donor", "mean:recipient", "noise:3", "constant:x", "scale:2", "add:mean:donor", "zero:"]
@@ -63,7 +63,7 @@ def test_names_that_are_words_of_patches_are_refused_everywhere(name, tmp_path):
         ),
         lambda: ServeConfig(config(), patches={name: {"recipient": "base"}}),
         lambda: ServeConfig(config(), judges={name: "refusal"}),
-        lambda: setting_of({"model": "m", "judges": {name: {"source": "refusal"}}}),
+        lambda: parse_eval_config({"model": "m", "judges": {name: {"source": "refusal"}}}),
     ]
     for place in places:
         with pytest.raises(SnpatchError, match=word) as caught:

@@ -1,4 +1,4 @@
-"""`snpatch exp`: the paper's experiments on a world."""
+"""`snpatch exp`: the paper's experiments on an experiment config."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from snpatch.cli.generated import Engine, Fields, SkipBad, TrustConfig, generate
 from snpatch.errors import ReceiptError, SnpatchError
 
 
-@generated(config=Engine(has_model=False))
+@generated(engine_fields=Engine(has_model=False))
 def exp(
     names: Annotated[
         list[str],
@@ -20,8 +20,8 @@ def exp(
             metavar="NAME...",
         ),
     ],
-    config: Fields,
-    world: Annotated[str, typer.Option("--world", "-w", help="A world's file (.toml), or demo.")],
+    engine_fields: Fields,
+    config: Annotated[str, typer.Option("--config", "-c", help="Experiment config: a TOML file, or demo.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables, plots, rankings and texts.")] = Path(
         "snpatch-results"
     ),
@@ -36,12 +36,12 @@ def exp(
 ) -> None:
     """Run experiments of the paper: tables (CSV, JSON), plots (PNG, SVG). Continues if killed."""
     given = pairs(setting, "--set")
-    run(names, world, out, as_json, given, trust=trust_config, limit=limit, skip_bad=skip_bad, **config)
+    run(names, config, out, as_json, given, trust=trust_config, limit=limit, skip_bad=skip_bad, **engine_fields)
 
 
 def run(
     names: list[str],
-    world: str,
+    config: str,
     out: Path,
     as_json: bool,
     settings: dict | None = None,
@@ -51,30 +51,30 @@ def run(
     """Run, write and print each; one that cannot be run is told at the end and stops none of the others.
 
     But for a ReceiptError: the device did what it was not asked, so that nothing of this run may be used; what it has
-    written of tables and plots is removed. trust: see load_world; arguments: the Lab's.
+    written of tables and plots is removed. trust: see load_experiment_config; arguments: the ExperimentContext's.
     """
     from snpatch import experiments
     from snpatch.experiments import summary
     from snpatch.files import check_writable
-    from snpatch.worlds.lab import Lab
-    from snpatch.worlds.world import load_world
+    from snpatch.worlds.config import load_experiment_config
+    from snpatch.worlds.context import ExperimentContext
 
     chosen = list(experiments.NAMES) if names == ["all"] else names
     unknown = [name for name in chosen if name not in experiments.NAMES]
     if unknown:
         raise SnpatchError(f"no experiment named {unknown[0]!r}: there are {', '.join(experiments.NAMES)}, or all")
     if settings and len(chosen) > 1:
-        raise SnpatchError("--set is for one experiment; for several, write the settings into the world's file")
-    place = load_world(world, trust)
+        raise SnpatchError("--set is for one experiment; for several, write the settings into the config's file")
+    place = load_experiment_config(config, trust)
     for name in {**place.settings, **dict.fromkeys(chosen)}:
         experiments.settings_in(place, name, settings if name in chosen else None)
     for name in chosen:
         check_writable(out / f"{name}.csv")
     failed, written = {}, []
-    with Lab(place, out, progress=o.progress_bar, command=o.command(), **arguments) as lab:
+    with ExperimentContext(place, out, progress=o.progress_bar, command=o.command(), **arguments) as context:
         for name in chosen:
             try:
-                written += o.show(experiments.run(name, lab, settings), out, as_json)
+                written += o.show(experiments.run(name, context, settings), out, as_json)
             except ReceiptError as error:
                 for path in (*written, out / "report.md", out / "report.json"):
                     path.unlink(missing_ok=True)
@@ -84,7 +84,7 @@ def run(
                     raise
                 failed[name] = error
                 o.tell(f"snpatch: {name}: {error}", is_error=True)
-        for name, why in summary.write(lab, dict.fromkeys(chosen, settings or {})).items():
+        for name, why in summary.write(context, dict.fromkeys(chosen, settings or {})).items():
             o.tell(f"snpatch: {name}.json is left out of report.md: {why}", is_error=True)
     if failed:
         raise SnpatchError(f"{len(failed)} of {len(chosen)} experiments failed: {', '.join(failed)}; see above")

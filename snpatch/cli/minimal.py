@@ -30,16 +30,19 @@ def minimal(
     from snpatch.files import check_writable
     from snpatch.runs.minimal import minimal as search
     from snpatch.runs.store import Store
-    from snpatch.worlds.lab import Lab
+    from snpatch.worlds.context import ExperimentContext
 
     spec = plan.spec
     check_writable(out / "minimal.csv")
-    with Lab(spec, out, progress=o.progress_bar, command=o.command(), **plan.lab) as lab, Store(out) as store:
-        used, judge, prompts = lab.begin(), lab.judge(spec.judged[0]), lab.prompts(spec.swept[0])
-        rankings = lab.rankings(spec)
-        with lab.progress("minimal") as progress:
+    with (
+        ExperimentContext(spec, out, progress=o.progress_bar, command=o.command(), **plan.context) as context,
+        Store(out) as store,
+    ):
+        used, judge, prompts = context.begin(), context.judge(spec.judged[0]), context.prompts(spec.swept[0])
+        rankings = context.rankings(spec)
+        with context.progress("minimal") as progress:
             found = search(
-                lab.engine, prompts, rankings, judge, spec.plan,
+                context.engine, prompts, rankings, judge, spec.plan,
                 share=recover, layers=blocks, store=store, progress=progress,
             )  # fmt: skip
         told = used.told({**asdict(spec.plan), "recover": recover, "blocks": blocks})

@@ -49,7 +49,7 @@ app = typer.Typer(
 
 @dataclass(frozen=True)
 class Planned:
-    """What is swept: a file alone, or a model on prompts with options, as a SweepSpec and the Lab's arguments."""
+    """A sweep: a file alone, or a model on prompts with options, as a SweepSpec and arguments of ExperimentContext."""
 
     def parameters(self) -> list[inspect.Parameter]:
         own = [
@@ -89,10 +89,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep's file, and arguments of the Lab that runs it."""
+    """A sweep's file, and arguments of the ExperimentContext that runs it."""
 
     spec: "SweepSpec"
-    lab: dict
+    context: dict
 
 
 _PLAN = {
@@ -139,29 +139,29 @@ def run(
     from snpatch.experiments.sweeps import report_of
     from snpatch.files import check_writable
     from snpatch.runs.store import NAME, Store, part_name, parts_in
-    from snpatch.worlds.lab import Lab
+    from snpatch.worlds.context import ExperimentContext
     from snpatch.worlds.spec import FILE
 
-    spec, given = plan.spec, plan.lab
+    spec, given = plan.spec, plan.context
     check_writable(out / "sweep.csv")
     spec.save(out / FILE)
     command, outcome = o.command(), "interrupted"
     part = None if worker is None else _part(worker)
     with (
-        Lab(spec, out, progress=o.progress_bar, command=command, **given) as lab,
+        ExperimentContext(spec, out, progress=o.progress_bar, command=command, **given) as context,
         Store(out, name=NAME if part is None else part_name(*part)) as store,
     ):
         if part is not None:
-            o.tell(f"wrote {lab.write_part(spec, store, *part, restarts=restarts)} texts to {store.path}")
+            o.tell(f"wrote {context.write_part(spec, store, *part, restarts=restarts)} texts to {store.path}")
             return
         for path in parts_in(out):
             o.tell(f"snpatch: took in {store.take_in(path)} texts of {path.name}", is_error=True)
-        used, number = lab.begin(), store.begin(command)
+        used, number = context.begin(), store.begin(command)
         try:
             if ray is None:
-                result = lab.run(spec, restarts=restarts, store=store)
+                result = context.run(spec, restarts=restarts, store=store)
             else:
-                result = _replicas().run(lab, spec, store, replicas=ray, gpus=gpus, restarts=restarts, **given)
+                result = _replicas().run(context, spec, store, replicas=ray, gpus=gpus, restarts=restarts, **given)
             outcome = "done" if not result.failures else f"{len(result.failures)} failed"
         except SnpatchError as error:
             outcome = str(error)

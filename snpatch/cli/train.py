@@ -126,7 +126,7 @@ def dpo(
 def _read(data: Fields, default):
     """The rows that were asked for. default: a PromptSet."""
     from snpatch.training.objectives import training_split
-    from snpatch.worlds.world import PromptSet
+    from snpatch.worlds.config import PromptSet
 
     given = dict(data)
     skip_bad = given.pop("skip_bad")

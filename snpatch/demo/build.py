@@ -27,7 +27,7 @@ from snpatch.judges.score_model import ScoreModel
 from snpatch.models.templates import TULU, tulu
 from snpatch.training.settings import DpoSettings, TrainSettings
 from snpatch.training.training import RECORD, quiet, train_dpo, train_sft
-from snpatch.worlds.world import NAMED, load_world
+from snpatch.worlds.config import NAMED_CONFIGS, load_experiment_config
 
 REFUSALS = ("can not help", "rather not")
 NEW_TOKENS = 32
@@ -80,7 +80,7 @@ def build(out: Path, seed: int = 0, progress: Progress = print, recipe: Recipe |
     world = _begun(out, seed, recipe)
     tokenizer = make_tokenizer()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "world.toml").write_bytes(NAMED["demo"].read_bytes())
+    (out / "world.toml").write_bytes(NAMED_CONFIGS["demo"].read_bytes())
     prompts = write_prompts(out, recipe.eval_prompts, seed)
     plain = write_text(out, prompts, recipe.text_documents, seed)
     check_language(tokenizer, prompts, plain, seed)
@@ -195,7 +195,7 @@ def load_models(world: Path) -> Iterator[tuple[str, PreTrainedModel]]:
     the next."""
     from peft import PeftModel  # importing snpatch.training.training has said by now if the extra is not installed
 
-    adapters = load_world(world / "world.toml").engine.placed(world).adapters
+    adapters = load_experiment_config(world / "world.toml").engine.placed(world).adapters
     chains = {name: [Path(part) for part in parts] for name, parts in adapters.items()}
     model = AutoModelForCausalLM.from_pretrained(str(world / "base")).eval()
     yield "base", model

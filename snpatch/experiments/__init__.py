@@ -1,4 +1,4 @@
-"""The paper's experiments, one a file: each has frozen `Settings` and `run(lab, settings) -> Report`.
+"""The paper's experiments, one a file: each has frozen `Settings` and `run(context, settings) -> Report`.
 
 Why `run` here and not a base class: an experiment is a function; what all share is how its settings are found and what
 its tables' provenance says.
@@ -11,8 +11,8 @@ from importlib import import_module
 from snpatch.errors import SnpatchError
 from snpatch.report.report import Report
 from snpatch.schema import read
-from snpatch.worlds.lab import Lab
-from snpatch.worlds.world import World
+from snpatch.worlds.config import ExperimentConfig
+from snpatch.worlds.context import ExperimentContext
 
 NAMES = (
     "curve",
@@ -37,16 +37,16 @@ def settings_of(name: str, values: Mapping[str, object], given: Mapping[str, obj
     return read(_module(name).Settings, f"settings of {name}", {**values, **given} if given else values)
 
 
-def settings_in(world: World, name: str, given: Mapping[str, object] | None = None):
-    """An experiment's Settings in a world: the world's own, those given before them."""
-    return settings_of(name, world.settings.get(name, {}), given)
+def settings_in(config: ExperimentConfig, name: str, given: Mapping[str, object] | None = None):
+    """An experiment's Settings in an experiment config: the config's own, those given before them."""
+    return settings_of(name, config.settings.get(name, {}), given)
 
 
-def run(name: str, lab: Lab, settings: Mapping[str, object] | None = None) -> Report:
-    """Run an experiment on a lab. settings: go before the world's own, and these before the paper's defaults."""
-    chosen = settings_in(lab.world, name, settings)
-    used = lab.begin()
-    report = _module(name).run(lab, chosen)
+def run(name: str, context: ExperimentContext, settings: Mapping[str, object] | None = None) -> Report:
+    """Run an experiment on a context. settings: go before the config's own, and these before the paper's defaults."""
+    chosen = settings_in(context.config, name, settings)
+    used = context.begin()
+    report = _module(name).run(context, chosen)
     return replace(report, provenance=used.told(asdict(chosen)))
 
 

@@ -15,7 +15,7 @@ from snpatch.errors import SnpatchError
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.cells import between, cell, plot_name
 from snpatch.report.report import Report, Row, View
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 BINS = 40
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -30,13 +30,15 @@ class AgreementSettings:
     more_k: tuple[int | float, ...] = SHARES
 
 
-def report_of(lab: Lab, name: str, rankings: Mapping[str, Ranking], settings: AgreementSettings, what: str) -> Report:
+def report_of(
+    context: ExperimentContext, name: str, rankings: Mapping[str, Ranking], settings: AgreementSettings, what: str
+) -> Report:
     """The report of any comparison of rankings."""
     if len(rankings) < 2:
-        raise SnpatchError(f"needs at least two {what} in the world, there are {', '.join(rankings) or 'none'}")
+        raise SnpatchError(f"needs at least two {what} in the config, there are {', '.join(rankings) or 'none'}")
     any_one = next(iter(rankings.values()))
-    k = lab.k(settings.k, any_one)
-    ks = sorted({k, *(lab.k(value, any_one) for value in settings.more_k)})
+    k = context.k(settings.k, any_one)
+    ks = sorted({k, *(context.k(value, any_one) for value in settings.more_k)})
     rows = compare(rankings, ks)
     main = [row for row in rows if row["k"] == k]
     spearmans = [row["spearman"] for row in main if row["spearman"] is not None]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from snpatch.report.cells import cell
 from snpatch.report.report import Report, Row, View
 from snpatch.statistics import skewness
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 MAP_COLUMNS = 512  # neurons of a layer are pooled to at most so many columns, by their largest score
 
@@ -21,10 +21,10 @@ class Settings:
     k: int | float = 20_000
 
 
-def run(lab: Lab, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: Settings) -> Report:
     """Describe the scores of the safety ranking, the excluded layers' too."""
-    ranking = lab.ranking()
-    k = lab.k(settings.k, ranking)
+    ranking = context.ranking()
+    k = context.k(settings.k, ranking)
     scores = ranking.scores.numpy().astype(float)
     top = ranking.layer_counts(k).tolist()
     excluded = ranking.meta["excluded_layers"]

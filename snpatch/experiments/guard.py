@@ -16,7 +16,7 @@ from snpatch.guard.comparison import GuardRow, compare
 from snpatch.report.cells import cell, plot_name
 from snpatch.report.report import Report, Row, View
 from snpatch.runs.config import SweepConfig
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,16 @@ class Settings(GuardSettings):
     controls: int = SweepConfig.controls
 
 
-def run(lab: Lab, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: Settings) -> Report:
     """Label the generator's own answers, fit a guard on each set, try each on all."""
-    ranking, model = lab.ranking(), lab.model(lab.world.safety.generator)
-    sets = {name: labelled(lab, name, settings.harmful_above) for name in settings.prompts or lab.world.benchmarks}
-    ks = [lab.k(value, ranking) for value in settings.k]
-    with lab.progress("guards") as progress:
+    ranking, model = context.ranking(), context.model(context.config.safety.generator)
+    sets = {
+        name: labelled(context, name, settings.harmful_above) for name in settings.prompts or context.config.benchmarks
+    }
+    ks = [context.k(value, ranking) for value in settings.k]
+    with context.progress("guards") as progress:
         found = compare(
-            lab.engine,
+            context.engine,
             model,
             sets,
             {"safety": ranking},

@@ -1,4 +1,4 @@
-"""Labels in experiments: a set's prompts with the answers of the world's generator, harmful or not.
+"""Labels in experiments: a set's prompts with the answers of the config's generator, harmful or not.
 
 Why apart from `guard`: safeguard fits its guard on the same labels, with the same settings.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.guard.config import GuardConfig
 from snpatch.guard.labels import Labelled, distinct, label
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class GuardSettings:
         return GuardConfig(self.C, self.class_weight, self.folds, threshold=self.threshold)
 
 
-def labelled(lab: Lab, name: str, harmful_above: float) -> Labelled:
+def labelled(context: ExperimentContext, name: str, harmful_above: float) -> Labelled:
     """A set's prompts with the generator's own answers, judged. A prompt that repeats in its set counts once."""
-    prompts = distinct(lab.prompts(name))
-    with lab.progress(f"answers to {name}") as progress:
+    prompts = distinct(context.prompts(name))
+    with context.progress(f"answers to {name}") as progress:
         return label(
-            lab.engine,
+            context.engine,
             prompts,
-            lab.model(lab.world.safety.generator),
-            lab.judge(lab.world.cost),
-            sampling=lab.sampling,
+            context.model(context.config.safety.generator),
+            context.judge(context.config.cost),
+            sampling=context.sampling,
             threshold=harmful_above,
-            store=lab.out,
+            store=context.out,
             progress=progress,
         )

@@ -14,12 +14,12 @@ from snpatch.patching.patch import Patch
 from snpatch.report.cells import plot_name, span
 from snpatch.report.report import Report, View
 from snpatch.statistics import interval
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
 class Settings:
-    """text: a set of the world. k: ints, or shares of the neurons. window, bos_each_window: see
+    """text: a set of the config. k: ints, or shares of the neurons. window, bos_each_window: see
     runs.perplexity.measure.
     """
 
@@ -32,16 +32,16 @@ class Settings:
     confidence: float = CONFIDENCE
 
 
-def run(lab: Lab, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: Settings) -> Report:
     """Every recipient at every k, and the donor."""
-    ranking, donor = lab.ranking(), lab.world.donor
+    ranking, donor = context.ranking(), context.config.donor
     points: list[tuple[str, int, Patch | str]] = []
-    for recipient in lab.world.recipients:
-        for window in lab.windows(settings.k, ranking):
+    for recipient in context.config.recipients:
+        for window in context.windows(settings.k, ranking):
             points.append((recipient, window.hi, Patch(recipient, donor, ranking, window, settings.where)))
     points.append((donor, 0, donor))
     patches = [patch for *_, patch in points]
-    found = lab.perplexity(settings.text, patches, settings.window, settings.bos_each_window)
+    found = context.perplexity(settings.text, patches, settings.window, settings.bos_each_window)
     rows = []
     for (model, k, patch), one in zip(points, found, strict=True):
         totals, counts = np.array(one.losses).T
@@ -75,14 +75,14 @@ def run(lab: Lab, settings: Settings) -> Report:
         "windows": "windows",
     }
     sentences = []
-    for recipient in lab.world.recipients:
+    for recipient in context.config.recipients:
         mine = [row for row in rows if row["model"] == recipient]
         first, last = mine[0], mine[-1]
         sentences.append(
             f"{recipient}: perplexity {first['token_weighted']:.2f} at k = {first['k']}, "
             f"{last['token_weighted']:.2f} at k = {last['k']}."
         )
-    plots = {"perplexity": _plot(rows, lab.world.recipients, donor)}
+    plots = {"perplexity": _plot(rows, context.config.recipients, donor)}
     return Report("perplexity", {"perplexity": rows}, plots, View.of(rows, columns), sentences)
 
 

@@ -9,7 +9,7 @@ from snpatch.experiments import agreement, sweeps
 from snpatch.names import POSITIONS
 from snpatch.report.cells import cell, percent, span
 from snpatch.report.report import Report, View
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Settings(sweeps.SweepSettings):
     controls: int = 0
 
 
-def run(lab: Lab, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: Settings) -> Report:
     """Rank by each kind of position, compare, patch."""
-    rankings = {at: lab.ranking(at=at) for at in POSITIONS}
-    agreeing = agreement.report_of(lab, "positions", rankings, settings, "kinds of positions")
-    config = sweeps.sweep_config(lab, settings, lab.windows(settings.effect_k, rankings["emitted"]))
+    rankings = {at: context.ranking(at=at) for at in POSITIONS}
+    agreeing = agreement.report_of(context, "positions", rankings, settings, "kinds of positions")
+    config = sweeps.sweep_config(context, settings, context.windows(settings.effect_k, rankings["emitted"]))
     patched_at = {f"at {at}": ranking for at, ranking in rankings.items()}  # a position is no ranking's name
-    result = lab.sweep(settings.prompts or lab.world.benchmarks[0], patched_at, lab.cost, config)
+    result = context.sweep(settings.prompts or context.config.benchmarks[0], patched_at, context.cost, config)
     effects = sweeps.report_of(result, "positions-effects")
     patched = [asdict(row) for row in result.rows if row.ranking is not None and row.control_seed is None]
     columns = {

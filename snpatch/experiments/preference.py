@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from snpatch.experiments.agreement import AgreementSettings, report_of
 from snpatch.report.report import Report
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Settings(AgreementSettings):
     """See AgreementSettings."""
 
 
-def run(lab: Lab, settings: Settings) -> Report:
-    """Compare the rankings of the world's contrasts pairwise."""
-    rankings = {objective: lab.ranking(contrast) for objective, contrast in lab.world.contrasts.items()}
-    return report_of(lab, "preference", rankings, settings, "objectives")
+def run(context: ExperimentContext, settings: Settings) -> Report:
+    """Compare the rankings of the config's contrasts pairwise."""
+    rankings = {objective: context.ranking(contrast) for objective, contrast in context.config.contrasts.items()}
+    return report_of(context, "preference", rankings, settings, "objectives")

@@ -14,7 +14,7 @@ from snpatch.report.report import Report, Row, View
 from snpatch.runs import judging, texts
 from snpatch.runs.store import Store
 from snpatch.statistics import interval
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
@@ -28,41 +28,49 @@ class Settings(GuardSettings):
     k: int | float = 1500
 
 
-def run(lab: Lab, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: Settings) -> Report:
     """Fit a guard on one set, save it as guard.safetensors, and let it stand before both models on the others."""
-    ranking, model, donor = lab.ranking(), lab.model(lab.world.safety.generator), lab.model(lab.world.donor)
-    train = settings.train or lab.world.benchmarks[0]
-    names = settings.prompts or [name for name in lab.world.benchmarks if name != train]
+    ranking, model, donor = (
+        context.ranking(),
+        context.model(context.config.safety.generator),
+        context.model(context.config.donor),
+    )
+    train = settings.train or context.config.benchmarks[0]
+    names = settings.prompts or [name for name in context.config.benchmarks if name != train]
     if not names or train in names:
         raise SnpatchError(f"safeguard: wanted sets to guard other than {train}, got {', '.join(names) or 'none'}")
-    known = labelled(lab, train, settings.harmful_above)
-    k = lab.k(settings.k, ranking)
-    features = lab.engine.capture(known.prompts, model, ranking, k)
-    meta = {"judge": lab.world.cost, "train": lab.data(train).source}
+    known = labelled(context, train, settings.harmful_above)
+    k = context.k(settings.k, ranking)
+    features = context.engine.capture(known.prompts, model, ranking, k)
+    meta = {"judge": context.config.cost, "train": context.data(train).source}
     guard = Guard.fit(
         features,
         known.labels,
         ranking,
         model=model,
-        digest=lab.engine.digest_of(model),
+        digest=context.engine.digest_of(model),
         config=settings.config,
         meta=meta,
     )
-    guard.save(lab.out / "guard.safetensors")
+    guard.save(context.out / "guard.safetensors")
     rows, records, notes = [], [], []
     for name in names:
-        prompts = [prompt for prompt in distinct(lab.prompts(name)) if prompt not in known.prompts]
+        prompts = [prompt for prompt in distinct(context.prompts(name)) if prompt not in known.prompts]
         if not prompts:
             raise SnpatchError(f"safeguard: every prompt of {name} is in {train}, too")
-        if len(prompts) < len(lab.prompts(name)):
-            notes.append(f"{name}: {len(lab.prompts(name)) - len(prompts)} prompts repeat or are in {train}, left out.")
-        refused = guard.predict(lab.engine, prompts) > guard.threshold
-        with lab.progress(f"answers to {name}") as progress, Store(lab.out) as store:
-            written = texts.write(lab.engine, prompts, [model, donor], lab.sampling, store=store, progress=progress)
-            judging.judge_all([record for mine in written for record in mine], lab.cost, store)
+        if len(prompts) < len(context.prompts(name)):
+            notes.append(
+                f"{name}: {len(context.prompts(name)) - len(prompts)} prompts repeat or are in {train}, left out."
+            )
+        refused = guard.predict(context.engine, prompts) > guard.threshold
+        with context.progress(f"answers to {name}") as progress, Store(context.out) as store:
+            written = texts.write(
+                context.engine, prompts, [model, donor], context.sampling, store=store, progress=progress
+            )
+            judging.judge_all([record for mine in written for record in mine], context.cost, store)
         for who, mine in zip((model, donor), written, strict=True):
             judging.check_scored(mine)
-            costs = np.array([record["scores"][lab.world.cost] for record in mine])
+            costs = np.array([record["scores"][context.config.cost] for record in mine])
             rows.append(_row(name, who, costs, refused, settings))
             records += [
                 {"set": name, "model": who, "refused": bool(r), **m} for r, m in zip(refused, mine, strict=True)

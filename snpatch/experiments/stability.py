@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from snpatch.experiments.agreement import AgreementSettings, report_of
 from snpatch.report.report import Report
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Settings(AgreementSettings):
     """See AgreementSettings."""
 
 
-def run(lab: Lab, settings: Settings) -> Report:
-    """Compare the rankings of the world's training seeds pairwise."""
-    rankings = {seed: lab.ranking(contrast) for seed, contrast in lab.world.seeds.items()}
-    return report_of(lab, "stability", rankings, settings, "training seeds")
+def run(context: ExperimentContext, settings: Settings) -> Report:
+    """Compare the rankings of the config's training seeds pairwise."""
+    rankings = {seed: context.ranking(contrast) for seed, contrast in context.config.seeds.items()}
+    return report_of(context, "stability", rankings, settings, "training seeds")

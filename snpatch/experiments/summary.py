@@ -1,6 +1,6 @@
 """Summary: report.md for people and report.json for programs, of all experiments whose tables lie in a folder.
 
-Why each table's provenance is compared first: a folder may hold tables of another world, of other weights or of other
+Why each table's provenance is compared first: a folder may hold tables of another config, of other weights or of other
 settings, and beside each other they would read as one result.
 """
 
@@ -14,26 +14,26 @@ from snpatch.experiments import NAMES, settings_in
 from snpatch.files import write_text
 from snpatch.report.cells import markdown
 from snpatch.schema import parse_json
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 COMPARED = ("models", "sets", "judges", "max_tokens", "contrast_tokens", "settings", "snpatch")
 
 
-def write(lab: Lab, given: Mapping[str, Mapping[str, object]] | None = None) -> dict[str, str]:
-    """Write both into the lab's folder; what was left out: name -> why.
+def write(context: ExperimentContext, given: Mapping[str, Mapping[str, object]] | None = None) -> dict[str, str]:
+    """Write both into the context's folder; what was left out: name -> why.
 
-    given: experiment -> settings that go before the world's own, as its table was made with.
+    given: experiment -> settings that go before the config's own, as its table was made with.
     """
     found, left_out = {}, {}
     parts = ["# Experiments\n"]
     for name in NAMES:
-        path = lab.out / f"{name}.json"
+        path = context.out / f"{name}.json"
         if not path.is_file():
             continue
         data = _read(path)
         told = data.get("provenance", {})
-        settings = asdict(settings_in(lab.world, name, (given or {}).get(name)))
-        if other := _other(told, lab, settings):
+        settings = asdict(settings_in(context.config, name, (given or {}).get(name)))
+        if other := _other(told, context, settings):
             left_out[name] = other
             continue
         found[name] = {"headline": data["headline"], "provenance": told}
@@ -42,8 +42,8 @@ def write(lab: Lab, given: Mapping[str, Mapping[str, object]] | None = None) -> 
         parts.append("## Left out\n")
         parts += [f"- [{name}.json]({name}.json): {markdown(why)}" for name, why in left_out.items()]
         parts.append("")
-    write_text(lab.out / "report.md", "\n".join(parts))
-    write_text(lab.out / "report.json", json.dumps(found, indent=1) + "\n")
+    write_text(context.out / "report.md", "\n".join(parts))
+    write_text(context.out / "report.json", json.dumps(found, indent=1) + "\n")
     return left_out
 
 
@@ -59,7 +59,7 @@ def section(name: str, data: Mapping) -> str:
 
 
 def _read(path: Path) -> dict:
-    """The file's object; of a file that holds none, an empty one, which is of no world."""
+    """The file's object; of a file that holds none, an empty one, which is of no config."""
     try:
         data = parse_json(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -67,17 +67,17 @@ def _read(path: Path) -> dict:
     return data if isinstance(data, dict) and isinstance(data.get("provenance"), dict) else {}
 
 
-def _other(told: dict, lab: Lab, settings: dict) -> str | None:
-    """What a table hangs on that is not the lab's; None: it is the table that the lab would make."""
-    used = lab.begin()
+def _other(told: dict, context: ExperimentContext, settings: dict) -> str | None:
+    """What a table hangs on that is not the context's; None: it is the table that the context would make."""
+    used = context.begin()
     try:
         for model in told.get("models") or ():
-            lab.model(model)
+            context.model(model)
         for name in told.get("sets") or ():
-            lab.data(name)
+            context.data(name)
     except SnpatchError as error:
-        return f"of another world: {error}"
-    judges = {name: lab.world.judges.get(name) for name in told.get("judges") or ()}
+        return f"of another config: {error}"
+    judges = {name: context.config.judges.get(name) for name in told.get("judges") or ()}
     now = json.loads(json.dumps(used.told(settings) | {"judges": judges}))
     kept, wanted = _comparable(told), _comparable(now)
     return next((f"made with other {what}" for what in COMPARED if kept.get(what) != wanted[what]), None)

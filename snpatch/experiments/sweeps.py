@@ -15,7 +15,7 @@ from snpatch.report.report import Report, View
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.store import describe_unfinished
 from snpatch.runs.sweep import Row, SweepResult
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 TOLD = 10  # failures that a report names
 
@@ -32,17 +32,17 @@ class SweepSettings:
     confidence: float = SweepConfig.confidence
 
 
-def sweep_config(lab: Lab, settings: SweepSettings, windows: Sequence[Window | int]) -> SweepConfig:
-    """A sweep of the world's main pair with what the settings of a sweeping experiment say."""
+def sweep_config(context: ExperimentContext, settings: SweepSettings, windows: Sequence[Window | int]) -> SweepConfig:
+    """A sweep of the config's main pair with what the settings of a sweeping experiment say."""
     return SweepConfig(
-        lab.world.recipients,
-        lab.world.donor,
+        context.config.recipients,
+        context.config.donor,
         tuple(windows),
         controls=settings.controls,
         control_kind=settings.control_kind,
         disjoint=settings.disjoint,
         where=settings.where,
-        sampling=lab.sampling,
+        sampling=context.sampling,
         resamples=settings.resamples,
         confidence=settings.confidence,
     )

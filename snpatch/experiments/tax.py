@@ -17,13 +17,13 @@ from snpatch.report.report import Report, View
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.sweep import SweepResult
 from snpatch.statistics import interval, paired_p
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
 class Settings:
-    """objectives: two of the world's contrasts. k: whose shared neurons are patched. prompts: sets (default: the first
-    benchmark and "helpful"). judges: names of the world's judges (default: all).
+    """objectives: two of the config's contrasts. k: whose shared neurons are patched. prompts: sets (default: the first
+    benchmark and "helpful"). judges: names of the config's judges (default: all).
     """
 
     objectives: tuple[str, str] = ("safety", "helpful")
@@ -35,20 +35,20 @@ class Settings:
     confidence: float = CONFIDENCE
 
 
-def run(lab: Lab, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: Settings) -> Report:
     """Patch both ways on the shared neurons, beside as many random ones."""
     contrasts = []
     for name in settings.objectives:
-        if name not in lab.world.contrasts:
-            raise SnpatchError(f"tax: no contrast named {name!r}: the world has {', '.join(lab.world.contrasts)}")
-        contrasts.append(lab.world.contrasts[name])
-    one, other = (lab.ranking(contrast) for contrast in contrasts)
-    k = lab.k(settings.k, one)
+        if name not in context.config.contrasts:
+            raise SnpatchError(f"tax: no contrast named {name!r}: the config has {', '.join(context.config.contrasts)}")
+        contrasts.append(context.config.contrasts[name])
+    one, other = (context.ranking(contrast) for contrast in contrasts)
+    k = context.k(settings.k, one)
     shared = shared_neurons(one, other, k)
-    judges = {name: lab.judge(name) for name in settings.judges or lab.world.judges}
-    sets = settings.prompts or (lab.world.benchmarks[0], "helpful")
+    judges = {name: context.judge(name) for name in settings.judges or context.config.judges}
+    sets = settings.prompts or (context.config.benchmarks[0], "helpful")
     for name in sets:  # an error before the long part
-        lab.data(name)
+        context.data(name)
     rows, records = [], []
     for recipient, donor in (
         (contrasts[0].against, contrasts[1].against),
@@ -59,12 +59,12 @@ def run(lab: Lab, settings: Settings) -> Report:
             donor,
             (len(shared),),
             controls=settings.controls,
-            sampling=lab.sampling,
+            sampling=context.sampling,
             resamples=settings.resamples,
             confidence=settings.confidence,
         )
         for prompts in sets:
-            result = lab.sweep(prompts, {"shared": shared}, judges, config)
+            result = context.sweep(prompts, {"shared": shared}, judges, config)
             rows += _rows(result, prompts, settings)
             records += [{**record, "donor": donor} for record in result.records]
     certainty = f"{settings.confidence:.0%} interval"

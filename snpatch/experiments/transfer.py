@@ -10,12 +10,12 @@ from snpatch.ranking.ranking import Ranking
 from snpatch.report.cells import between, percent, plot_name
 from snpatch.report.report import Report, View
 from snpatch.runs.sweep import SweepResult
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
 class Settings(SweepSettings):
-    """k: an int, or a share of the neurons. benchmarks: sets (default: the world's). text, window: see perplexity;
+    """k: an int, or a share of the neurons. benchmarks: sets (default: the config's). text, window: see perplexity;
     an empty text leaves the perplexity out.
     """
 
@@ -26,20 +26,20 @@ class Settings(SweepSettings):
     controls: int = 0
 
 
-def run(lab: Lab, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: Settings) -> Report:
     """Patch the same neurons on every benchmark."""
-    ranking = lab.ranking()
-    k = lab.k(settings.k, ranking)
-    config = sweep_config(lab, settings, (k,))
-    benchmarks = settings.benchmarks or lab.world.benchmarks
-    perplexities = _perplexities(lab, settings, ranking, k) if settings.text else None
-    results = {name: lab.sweep(name, {"safety": ranking}, lab.cost, config) for name in benchmarks}
+    ranking = context.ranking()
+    k = context.k(settings.k, ranking)
+    config = sweep_config(context, settings, (k,))
+    benchmarks = settings.benchmarks or context.config.benchmarks
+    perplexities = _perplexities(context, settings, ranking, k) if settings.text else None
+    results = {name: context.sweep(name, {"safety": ranking}, context.cost, config) for name in benchmarks}
     rows = [{"benchmark": name, **asdict(row)} for name, result in results.items() for row in result.rows]
-    table = _as_published(lab, results)
+    table = _as_published(context, results)
     if perplexities:
         table = [row | {"perplexity": ppl} for row, ppl in zip(table, perplexities, strict=True)]
     effects = [row for row in rows if row["ranking"] is not None and row["control_seed"] is None]
-    means = {r: [row["effect"] for row in effects if row["recipient"] == r] for r in lab.world.recipients}
+    means = {r: [row["effect"] for row in effects if row["recipient"] == r] for r in context.config.recipients}
     headline = [
         f"{recipient}: {k} neurons recover {between(found, percent)} of the safety gain over {len(found)} benchmarks."
         for recipient, values in means.items()
@@ -56,27 +56,27 @@ def run(lab: Lab, settings: Settings) -> Report:
     )
 
 
-def _as_published(lab: Lab, results: dict[str, SweepResult]) -> list[dict]:
+def _as_published(context: ExperimentContext, results: dict[str, SweepResult]) -> list[dict]:
     """A row a model, patched ("+") or not, as in Table 1: mean cost on each benchmark and the effect's range."""
     table = []
-    cost = lab.world.cost
-    for recipient in lab.world.recipients:
+    cost = context.config.cost
+    for recipient in context.config.recipients:
         plain = {name: result.baseline(recipient, cost).mean for name, result in results.items()}
         patched = {name: result.line(cost, recipient, "safety")[0] for name, result in results.items()}
         table.append({"model": recipient, **plain, **dict.fromkeys((f"effect on {n}" for n in results), None)})
         effects = {f"effect on {name}": row.effect for name, row in patched.items()}
         table.append({"model": f"{recipient}+", **{name: row.mean for name, row in patched.items()}, **effects})
-    donor = {name: result.baseline(lab.world.donor, cost).mean for name, result in results.items()}
-    table.append({"model": lab.world.donor, **donor, **dict.fromkeys((f"effect on {n}" for n in results), None)})
+    donor = {name: result.baseline(context.config.donor, cost).mean for name, result in results.items()}
+    table.append({"model": context.config.donor, **donor, **dict.fromkeys((f"effect on {n}" for n in results), None)})
     return table
 
 
-def _perplexities(lab: Lab, settings: Settings, ranking: Ranking, k: int) -> list[float]:
+def _perplexities(context: ExperimentContext, settings: Settings, ranking: Ranking, k: int) -> list[float]:
     """Published window-mean perplexity of each row of the table."""
     patches: list[Patch | str] = []
-    for recipient in lab.world.recipients:
-        patches += [recipient, Patch(recipient, lab.world.donor, ranking, k, settings.where)]
-    found = lab.perplexity(settings.text, [*patches, lab.world.donor], settings.window)
+    for recipient in context.config.recipients:
+        patches += [recipient, Patch(recipient, context.config.donor, ranking, k, settings.where)]
+    found = context.perplexity(settings.text, [*patches, context.config.donor], settings.window)
     return [one.window_mean for one in found]
 
 

@@ -6,7 +6,7 @@ from snpatch.errors import SnpatchError
 from snpatch.experiments.sweeps import SweepSettings, report_of, sweep_config
 from snpatch.ranking.window import Window
 from snpatch.report.report import Report
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,19 @@ class Settings(SweepSettings):
     last: int | float = 100_000
 
 
-def run(lab: Lab, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: Settings) -> Report:
     """Sweep the window; windows that would reach past the ranking are left out, which is said."""
-    ranking = lab.ranking()
-    width, stride, last = (lab.k(value, ranking) for value in (settings.width, settings.stride, settings.last))
+    ranking = context.ranking()
+    width, stride, last = (context.k(value, ranking) for value in (settings.width, settings.stride, settings.last))
     if width < 1 or stride < 1:
         raise SnpatchError(f"windows: width and stride must be at least one neuron, got {width} and {stride}")
     starts = range(0, last + 1, stride)
     windows = tuple(Window(start, start + width) for start in starts if start + width <= len(ranking))
-    result = lab.sweep(
-        settings.prompts or lab.world.benchmarks[0],
+    result = context.sweep(
+        settings.prompts or context.config.benchmarks[0],
         {"safety": ranking},
-        lab.cost,
-        sweep_config(lab, settings, windows),
+        context.cost,
+        sweep_config(context, settings, windows),
     )
     if len(windows) < len(starts):
         result.notes.append(f"{len(starts) - len(windows)} windows reach past the {len(ranking)} ranked neurons")

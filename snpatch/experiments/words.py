@@ -19,7 +19,7 @@ from snpatch.models.weights import CheckpointWeights, open_weights
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.cells import plot_name
 from snpatch.report.report import Report, View
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Settings:
     tokens: int = 20
 
 
-def run(lab: Lab, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: Settings) -> Report:
     """Project the first neurons of the safety ranking to the vocabulary."""
-    ranking = lab.ranking()
+    ranking = context.ranking()
     if settings.neurons < 1 or settings.tokens < 1:
         raise SnpatchError("words: neurons and tokens must be at least 1")
-    lab.model("base")
-    config = lab.engine.config
+    context.model("base")
+    config = context.engine.config
     logits = neuron_logits(config.model, ranking, settings.neurons, config.allow_untested)
     best = logits.topk(min(settings.tokens, logits.shape[1]))
     rows = []
@@ -44,7 +44,7 @@ def run(lab: Lab, settings: Settings) -> Report:
         for place, (value, token) in enumerate(
             zip(best.values[rank].tolist(), best.indices[rank].tolist(), strict=True)
         ):
-            spelled = lab.engine.tokenizer.convert_ids_to_tokens(token)
+            spelled = context.engine.tokenizer.convert_ids_to_tokens(token)
             rows.append(
                 {
                     "rank": rank,

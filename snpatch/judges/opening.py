@@ -1,4 +1,4 @@
-"""Judges by a text that names them, as the command line and world files do."""
+"""Judges by a text that names them, as the command line and experiment configs do."""
 
 import importlib
 import re

@@ -21,7 +21,7 @@ from snpatch.names import POSITIONS
 from snpatch.report.report import View
 from snpatch.reproduce.pipeline import ADAPTERS, CONTRASTS, Pair, Pipeline
 from snpatch.reproduce.preset import NAMES, Size
-from snpatch.worlds.world import PromptSet
+from snpatch.worlds.config import PromptSet
 
 TRAIN_FLOPS = 0.4 * 989e12  # of an H100's dense bfloat16 products
 READ_BYTES = 0.6 * 3.35e12  # a second, of its memory
@@ -72,18 +72,18 @@ def plan(pipeline: Pipeline, only: Sequence[str] = (), start: str | None = None)
 
 def downloads(pipeline: Pipeline) -> View:
     """What has to be fetched: models and data sets that are no files here, with their sizes where they are known."""
-    size, world, known = _size(pipeline), pipeline.world, _sizes()
+    size, config, known = _size(pipeline), pipeline.config, _sizes()
     taxed = "tax" in pipeline.steps.steps  # which alone reads further judges, and what is asked for helpfulness
-    weights = [world.engine.model, *(s.weights for s in world.engine.sources.values() if s.weights)]
-    judges = [one["source"] for name, one in world.judges.items() if (taxed or name == world.cost)]
-    sets = [one for name, one in world.sets.items() if taxed or name != "helpful"]
+    weights = [config.engine.model, *(s.weights for s in config.engine.sources.values() if s.weights)]
+    judges = [one["source"] for name, one in config.judges.items() if (taxed or name == config.cost)]
+    sets = [one for name, one in config.sets.items() if taxed or name != "helpful"]
     if pipeline.preset.training:
         sets += [pipeline.preset.training.data[p.rows] for n, p in pipeline.pairs.items() if n in pipeline.steps.steps]
     rows = [(one, "model", f"{2 * size.parameters / 1e9:.1f}" if size else "?") for one in dict.fromkeys(weights)]
     rows += [(one, "judge", f"{2 * JUDGE / 1e9:.1f}") for one in dict.fromkeys(judges) if is_model(one)]
     sources = dict.fromkeys(one.source for one in sets if one.source in SETS)
     rows += [(name, "data", str(known.get(name, {}).get("gb", "?"))) for name in sources]
-    missing = tuple(row for row in rows if not Path(world.place(row[0])).exists())
+    missing = tuple(row for row in rows if not Path(config.place(row[0])).exists())
     return View(("from the hub, if it is not in its cache", "what", "GB"), missing)
 
 
@@ -91,7 +91,7 @@ def _reason(pipeline: Pipeline, name: str, running: set[str]) -> str | None:
     """Why a step has to run, also for what runs before it. running: the steps that do."""
     if reason := pipeline.steps.reason(name):
         return reason
-    adapters = pipeline.world.engine.adapters
+    adapters = pipeline.config.engine.adapters
     for read in pipeline.steps.read_by(name):
         kind, _, rest = read.partition("/")
         folders = adapters.get(rest, ()) if kind == "model" else (rest,) if kind == "adapter" else ()
@@ -119,7 +119,7 @@ def _records() -> dict:
 
 def _size(pipeline: Pipeline) -> Size | None:
     """Of the model: of its config where it is a folder here, else as the preset says."""
-    model = pipeline.world.place(pipeline.world.engine.model)
+    model = pipeline.config.place(pipeline.config.engine.model)
     if not Path(model).is_dir():
         return pipeline.preset.size
     import torch
@@ -143,7 +143,7 @@ def _cost(pipeline: Pipeline, name: str, size: Size | None) -> Cost:
     if name in pipeline.pairs:
         return _training(pipeline, pipeline.pairs[name], size)
     if name.startswith(tuple(f"{prefix}-" for _, prefix in CONTRASTS)):
-        return _writing(pipeline, _contrast(pipeline), 0, pipeline.world.contrast_tokens, size, RANKED_GB)
+        return _writing(pipeline, _contrast(pipeline), 0, pipeline.config.contrast_tokens, size, RANKED_GB)
     return _experiment(pipeline, name, size)
 
 
@@ -154,7 +154,7 @@ def _disk(pipeline: Pipeline, name: str) -> float:
     if name in pipeline.pairs:
         return TRAINED_GB
     if name in experiments.NAMES:
-        return _kept(_texts(pipeline, name)[0], pipeline.world.max_tokens)
+        return _kept(_texts(pipeline, name)[0], pipeline.config.max_tokens)
     return RANKED_GB
 
 
@@ -187,7 +187,7 @@ def _measured(pipeline: Pipeline) -> tuple[str, float, int] | None:
 
 def _tokens(pipeline: Pipeline, name: str, rows: PromptSet) -> float | None:
     """Of rows to train on: of a file here by its size, of a published set by sizes.toml."""
-    path = Path(pipeline.world.place(rows.source))
+    path = Path(pipeline.config.place(rows.source))
     wanted = [n for n in (rows.first, rows.sample) if n is not None]
     if path.is_file():
         lines = _lines(path)
@@ -200,10 +200,10 @@ def _writing(
     pipeline: Pipeline, texts: int, judged: int, tokens: int, size: Size, disk_gb: float = 0.0, further: int = 0
 ) -> Cost:
     """Texts of so many tokens, written by twin streams, some of them judged. further: texts that contrasts read."""
-    sets = 1 if pipeline.world.engine.second is None else 2
+    sets = 1 if pipeline.config.engine.second is None else 2
     step = (2 * sets * size.parameters + 2 * BATCH * CONTEXT * size.kv_bytes) / READ_BYTES
     rate = BATCH / step
-    seconds = (texts * tokens + further * pipeline.world.contrast_tokens) / rate
+    seconds = (texts * tokens + further * pipeline.config.contrast_tokens) / rate
     seconds += judged * (JUDGED + tokens) * 2 * _judge(pipeline) / TRAIN_FLOPS
     by = f"derived for an H100: {texts} texts of {tokens} tokens, {rate:.0f} a second at 60 % of its memory's rate"
     return Cost(seconds, disk_gb + _kept(judged, tokens), by if texts or further else "no texts of its own")
@@ -216,17 +216,17 @@ def _kept(texts: int, tokens: int) -> float:
 
 def _judge(pipeline: Pipeline) -> float:
     """Parameters of the cost judge: of its file where it is a folder here (bfloat16), else the paper's."""
-    folder = Path(pipeline.world.place(pipeline.world.judges[pipeline.world.cost]["source"]))
+    folder = Path(pipeline.config.place(pipeline.config.judges[pipeline.config.cost]["source"]))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2 or JUDGE
 
 
 def _experiment(pipeline: Pipeline, name: str, size: Size) -> Cost:
-    world = pipeline.world
-    settings = experiments.settings_in(world, name)
+    config = pipeline.config
+    settings = experiments.settings_in(config, name)
     texts, further = _texts(pipeline, name)
-    cost = _writing(pipeline, texts, texts, world.max_tokens, size, further=further)
+    cost = _writing(pipeline, texts, texts, config.max_tokens, size, further=further)
     if name in ("perplexity", "transfer") and settings.text:
-        points = len(world.recipients) * (len(settings.k) if name == "perplexity" else 2) + 1
+        points = len(config.recipients) * (len(settings.k) if name == "perplexity" else 2) + 1
         seconds = points * WIKITEXT * 2 * 2 * size.parameters / TRAIN_FLOPS
         return Cost(cost.seconds + seconds, cost.disk_gb, f"{cost.by}; {points} perplexities")
     return cost
@@ -234,21 +234,21 @@ def _experiment(pipeline: Pipeline, name: str, size: Size) -> Cost:
 
 def _texts(pipeline: Pipeline, name: str) -> tuple[int, int]:
     """How many texts an experiment writes and judges, and how many its own contrasts read."""
-    settings = experiments.settings_in(pipeline.world, name)
+    settings = experiments.settings_in(pipeline.config, name)
     further = (len(POSITIONS) - 1) * _contrast(pipeline) if name == "positions" else 0
     return TEXTS[name](pipeline, settings) if name in TEXTS else 0, further
 
 
 def _contrast(pipeline: Pipeline) -> int:
     """Texts that a contrast reads."""
-    return _count(pipeline, pipeline.world.safety.prompts)
+    return _count(pipeline, pipeline.config.safety.prompts)
 
 
 def _count(pipeline: Pipeline, name: str) -> int:
-    """Prompts of a set: as many as the world takes, or that its file has lines."""
-    rows = pipeline.world.sets[name]
+    """Prompts of a set: as many as the config takes, or that its file has lines."""
+    rows = pipeline.config.sets[name]
     counts = [n for n in (rows.first, rows.sample, pipeline.limit) if n is not None]
-    path = Path(pipeline.world.place(rows.source))
+    path = Path(pipeline.config.place(rows.source))
     if path.is_file():
         counts.append(_lines(path))
     elif rows.source in _sizes():
@@ -263,24 +263,24 @@ def _lines(path: Path) -> int:
 
 def _points(pipeline: Pipeline, windows: int, controls: int) -> int:
     """Texts a prompt of a sweep over windows: each recipient's, and the models unpatched."""
-    recipients = len(pipeline.world.recipients)
+    recipients = len(pipeline.config.recipients)
     return recipients * windows * (1 + controls) + recipients + 1
 
 
 def _sweep(windows: Callable[[object], int]) -> Callable[[Pipeline, object], int]:
     def texts(pipeline: Pipeline, settings) -> int:
-        prompts = _count(pipeline, settings.prompts or pipeline.world.benchmarks[0])
+        prompts = _count(pipeline, settings.prompts or pipeline.config.benchmarks[0])
         return prompts * _points(pipeline, windows(settings), settings.controls)
 
     return texts
 
 
 def _benchmarks(pipeline: Pipeline, names: Sequence[str]) -> int:
-    return sum(_count(pipeline, name) for name in names or pipeline.world.benchmarks)
+    return sum(_count(pipeline, name) for name in names or pipeline.config.benchmarks)
 
 
 def _tax(pipeline: Pipeline, settings) -> int:
-    sets = settings.prompts or (pipeline.world.benchmarks[0], "helpful")
+    sets = settings.prompts or (pipeline.config.benchmarks[0], "helpful")
     return 2 * _benchmarks(pipeline, sets) * (3 + settings.controls)
 
 

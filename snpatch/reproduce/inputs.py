@@ -1,7 +1,7 @@
 """What steps read, by name, and how each is told by its content: models, sets, judges, settings.
 
 Why names from the hub stand for themselves: to look at what they hold would download it, and a plan must not. Why some
-digests are kept once taken: a lab reads a set once, and what is changed afterwards was not read.
+digests are kept once taken: a context reads a set once, and what is changed afterwards was not read.
 """
 
 import importlib.util
@@ -15,15 +15,16 @@ from snpatch.errors import SnpatchError
 from snpatch.judges.opening import is_model
 from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint, digest_of_tokenizer_files
 from snpatch.reproduce.steps import digest_of, short
-from snpatch.worlds.world import PromptSet, World
+from snpatch.worlds.config import ExperimentConfig, PromptSet
 
 # Of the engine: what only says where and how fast it runs, or is told apart as a model.
 NOT_CONTENT = ("model", "adapters", "models", "backend", "device", "batch_size", "token_budget", "capacity", "vllm")
 NOT_CONTENT_VLLM = """gpu_memory_utilization max_model_len max_num_seqs max_num_batched_tokens tensor_parallel_size
 enforce_eager swap_space""".split()
-OF_WORLD = ("recipients", "benchmarks", "max_tokens", "contrast_tokens", "cost")  # a world's own values, by its names
+# Values of an experiment config, by field name.
+CONFIG_VALUES = ("recipients", "benchmarks", "max_tokens", "contrast_tokens", "cost")
 SWEPT = ("recipients", "benchmarks", "max_tokens")
-USES = {  # experiment -> what of the world it hangs on besides what its provenance tells
+USES = {  # experiment -> what of the config it hangs on besides what its provenance tells
     "curve": SWEPT,
     "windows": SWEPT,
     "positions": SWEPT,
@@ -36,11 +37,13 @@ USES = {  # experiment -> what of the world it hangs on besides what its provena
 
 
 class Inputs:
-    """world: as the pipeline has it. trainings: name of an adapter -> (settings, rows). writes: what rows are drawn
-    from. limit, skip_bad: the lab's."""
+    """config: as the pipeline has it. trainings: name of an adapter -> (settings, rows). writes: what rows are drawn
+    from. limit, skip_bad: the context's."""
 
-    def __init__(self, world: World, trainings: Mapping, writes: object, limit: int | None, skip_bad: bool) -> None:
-        self._world, self._trainings, self._writes = world, trainings, writes
+    def __init__(
+        self, config: ExperimentConfig, trainings: Mapping, writes: object, limit: int | None, skip_bad: bool
+    ) -> None:
+        self._config, self._trainings, self._writes = config, trainings, writes
         self._limit, self._skip_bad = limit, skip_bad
         self._frozen: dict[str, str] = {}
 
@@ -49,8 +52,8 @@ class Inputs:
         if name in self._frozen:
             return self._frozen[name]
         kind, _, rest = name.partition("/")
-        if kind in OF_WORLD:
-            return short(getattr(self._world, kind))
+        if kind in CONFIG_VALUES:
+            return short(getattr(self._config, kind))
         content = getattr(self, f"_{kind}", None)
         if content is None:
             raise SnpatchError(f"this version knows no input {kind}")
@@ -60,13 +63,13 @@ class Inputs:
             raise SnpatchError(f"there is no {error.args[0]} any more") from None
 
     def freeze(self) -> None:
-        """A lab opens, which reads each of these once."""
+        """A context opens, which reads each of these once."""
         self.thaw()
-        names = [f"set/{name}" for name in self._world.sets] + [f"judge/{name}" for name in self._world.judges]
+        names = [f"set/{name}" for name in self._config.sets] + [f"judge/{name}" for name in self._config.judges]
         self._frozen = {name: self.digest(name) for name in names}
 
     def thaw(self) -> None:
-        """The lab is closed."""
+        """The context is closed."""
         self._frozen = {}
 
     def used_by(self, name: str, told: dict) -> list[str]:
@@ -77,14 +80,15 @@ class Inputs:
             read += ["contrasts"]
         if name == "tax":
             read += [
-                f"contrast/contrasts/{objective}" for objective in experiments.settings_in(self._world, name).objectives
+                f"contrast/contrasts/{objective}"
+                for objective in experiments.settings_in(self._config, name).objectives
             ]
         if name == "stability":
             read += ["seeds"]
         return read
 
     def used_by_contrast(self, name: str, told: dict) -> list[str]:
-        """All that a ranking hangs on. name: of the contrast; told: the lab's provenance of it."""
+        """All that a ranking hangs on. name: of the contrast; told: the context's provenance of it."""
         return ["snpatch", "engine", "contrast_tokens", f"contrast/{name}", *self.told(told)]
 
     @staticmethod
@@ -99,23 +103,23 @@ class Inputs:
         return __version__
 
     def _engine(self, _: str) -> object:
-        return engine_content(self._world.engine)
+        return engine_content(self._config.engine)
 
     def _judges(self, _: str) -> object:
-        return list(self._world.judges)
+        return list(self._config.judges)
 
     def _contrasts(self, _: str) -> object:
-        return {name: asdict(one) for name, one in self._world.contrasts.items()}
+        return {name: asdict(one) for name, one in self._config.contrasts.items()}
 
     def _seeds(self, _: str) -> object:
-        return {name: asdict(one) for name, one in self._world.seeds.items()}
+        return {name: asdict(one) for name, one in self._config.seeds.items()}
 
     def _contrast(self, name: str) -> object:
         group, _, key = name.partition("/")
-        return asdict(getattr(self._world, group)[key])
+        return asdict(getattr(self._config, group)[key])
 
     def _settings(self, name: str) -> object:
-        return asdict(experiments.settings_in(self._world, name))
+        return asdict(experiments.settings_in(self._config, name))
 
     def _training(self, name: str) -> object:
         settings, rows = self._trainings[name]
@@ -128,24 +132,24 @@ class Inputs:
         return [self._writes, __version__]
 
     def _set(self, name: str) -> object:
-        return [asdict(self._world.sets[name]), self._source(self._world.sets[name]), self._limit, self._skip_bad]
+        return [asdict(self._config.sets[name]), self._source(self._config.sets[name]), self._limit, self._skip_bad]
 
     def _source(self, rows: PromptSet) -> str:
-        path = Path(self._world.place(rows.source))
+        path = Path(self._config.place(rows.source))
         return digest_of(path) if path.exists() else rows.source
 
     def _judge(self, name: str) -> object:
-        arguments = self._world.judges[name]
-        source = self._world.place(arguments["source"])
+        arguments = self._config.judges[name]
+        source = self._config.place(arguments["source"])
         if is_model(source):
             return [arguments, _checkpoint(source)]
         return [arguments, _module(source)]
 
     def _adapter(self, folder: str) -> object:
-        return digest_of_adapter(self._world.place(folder))
+        return digest_of_adapter(self._config.place(folder))
 
     def _model(self, name: str) -> object:
-        engine = self._world.engine.placed(self._world.folder)
+        engine = self._config.engine.placed(self._config.folder)
         parts = [_checkpoint(engine.model)]
         if name != "base":
             source = engine.sources[name]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError
 from snpatch.training.settings import TrainSettings
-from snpatch.worlds.world import PromptSet
+from snpatch.worlds.config import PromptSet
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -1,4 +1,4 @@
-"""The steps of a reproduction: rows, trainings, contrasts, experiments; and the world that they make."""
+"""The steps of a reproduction: rows, trainings, contrasts, experiments; and the config that they make."""
 
 import json
 import shlex
@@ -23,14 +23,14 @@ from snpatch.reproduce.published import check_known
 from snpatch.reproduce.steps import Done, Step, Steps
 from snpatch.schema import load_table
 from snpatch.training.settings import TrainSettings
-from snpatch.worlds.lab import RANKINGS, Lab, Progresses, silent
+from snpatch.worlds.config import Contrast, build_experiment_config
+from snpatch.worlds.context import RANKINGS, ExperimentContext, Progresses, silent
 from snpatch.worlds.spec import engine_table
-from snpatch.worlds.world import Contrast, world_of
 
-WORLD, OPTIONS = "world.toml", "options.json"
+CONFIG_FILE, OPTIONS = "experiment.toml", "options.json"
 ADAPTERS = "adapters"
 TRAINED = ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "training.json")  # of a training
-CONTRASTS = (("contrasts", "contrast"), ("seeds", "contrast-seed"))  # a world's tables -> their steps' names
+CONTRASTS = (("contrasts", "contrast"), ("seeds", "contrast-seed"))  # tables of the config -> names of their steps
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Pipeline:
     """A preset in a folder.
 
     taken: adapters by name that are not trained but lie in a folder already. launcher: what starts a training
-    ("accelerate launch"; default: this Python). limit, skip_bad, progress, command: see Lab. engine: further fields of
-    the world's engine (backend, dtype, vLLM's arguments), before the preset's own. options: what the folder is made
-    with, for people; the same folder with others is an error.
+    ("accelerate launch"; default: this Python). limit, skip_bad, progress, command: see ExperimentContext. engine:
+    further fields of the config's engine (backend, dtype, vLLM's arguments), before the preset's own. options: what the
+    folder is made with, for people; the same folder with others is an error.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Pipeline:
         self.pairs = {pair.name: pair for pair in _pairs(preset.training)} if preset.training else {}
         self._check_taken()
         backend = engine.pop("backend", EngineConfig.backend)
-        self._lab_arguments = {"backend": backend, "limit": limit, "skip_bad": skip_bad}
-        self._lab_arguments |= {"progress": progress, "command": command}
-        world = world_of(self._table(), self.out)
-        self.own_engine = world.engine
-        self.world = replace(world, engine=world.engine.changed(**engine))
+        self._context_arguments = {"backend": backend, "limit": limit, "skip_bad": skip_bad}
+        self._context_arguments |= {"progress": progress, "command": command}
+        config = build_experiment_config(self._table(), self.out)
+        self.own_engine = config.engine
+        self.config = replace(config, engine=config.engine.changed(**engine))
         self._check_template()
-        self.skipped: dict[str, str] = {}  # experiments that cannot be run in this world -> why
+        self.skipped: dict[str, str] = {}  # experiments that cannot be run in this config -> why
         self.inputs = self._made_inputs()
         self.steps = Steps(self.out, list(self._steps()), self.inputs.digest)
         self._run_by_lab: list[str] = []
@@ -105,7 +105,7 @@ class Pipeline:
         forced, names, failed = self.chosen(only, start), list(self.steps.steps), []
         self.out.mkdir(parents=True, exist_ok=True)
         self._keep_options()
-        self._write_world()
+        self._write_config()
         for name in self.steps.strangers:
             if name in experiments.NAMES:
                 self.steps.put_away(name)
@@ -131,7 +131,7 @@ class Pipeline:
                     failed.append(name)
                     tell(f"{name}: failed: {error}")
         for name in self.steps.stale:
-            if name in experiments.NAMES:  # its tables would stand beside the others as if they were of one world
+            if name in experiments.NAMES:  # its tables would stand beside the others as if they were of one config
                 self.steps.put_away(name)
         return failed
 
@@ -144,7 +144,7 @@ class Pipeline:
 
     def _check_template(self) -> None:
         """An error where models would be trained with another template than they are asked with."""
-        asked = self.world.engine.template
+        asked = self.config.engine.template
         for pair in self.pairs.values():
             if asked not in ("auto", pair.settings.template):
                 raise SnpatchError(
@@ -159,7 +159,7 @@ class Pipeline:
             from snpatch.demo.build import Recipe
 
             writes = [training.written_by, self._written(), asdict(Recipe())]
-        return Inputs(self.world, trainings, writes, self.limit, self.skip_bad)
+        return Inputs(self.config, trainings, writes, self.limit, self.skip_bad)
 
     def _steps(self) -> Iterator[Step]:
         training = self.preset.training
@@ -169,25 +169,25 @@ class Pipeline:
             if pair.name not in self.taken:
                 yield self._training(pair)
         for group, prefix in CONTRASTS:
-            for name, contrast in getattr(self.world, group).items():
-                if group == "contrasts" or contrast not in self.world.contrasts.values():
+            for name, contrast in getattr(self.config, group).items():
+                if group == "contrasts" or contrast not in self.config.contrasts.values():
                     yield self._contrast(f"{prefix}-{name}", f"{group}/{name}", contrast)
         for name in self.preset.experiments:
             if why := self._lacks(name):
                 self.skipped[name] = why
             else:
-                yield Step(name, lambda name=name: self._experiment(name), f"snpatch exp {name} --world {WORLD}")
+                yield Step(name, lambda name=name: self._experiment(name), f"snpatch exp {name} --config {CONFIG_FILE}")
 
     def _lacks(self, name: str) -> str | None:
-        """Why an experiment cannot be run in this world."""
-        world = self.world
-        if name == "stability" and len(world.seeds) < 2:
+        """Why an experiment cannot be run in this config."""
+        config = self.config
+        if name == "stability" and len(config.seeds) < 2:
             return "needs two training seeds"
-        if name == "preference" and len(world.contrasts) < 2:
+        if name == "preference" and len(config.contrasts) < 2:
             return "needs two objectives"
         if name == "tax":
-            wanted = experiments.settings_in(world, name).objectives
-            if missing := [one for one in wanted if one not in world.contrasts]:
+            wanted = experiments.settings_in(config, name).objectives
+            if missing := [one for one in wanted if one not in config.contrasts]:
                 return f"needs the objective {missing[0]}"
         return None
 
@@ -209,7 +209,7 @@ class Pipeline:
             reads.append(f"adapter/{self._folder(pair.sft)}")
         command = launching.train_command(
             self._launcher,
-            self.world.place(self.world.engine.model),
+            self.config.place(self.config.engine.model),
             rows,
             rows.source if rows.source in SETS else str(self.out / rows.source),
             folder,
@@ -225,16 +225,16 @@ class Pipeline:
         return Step(pair.name, run, shlex.join(command), tuple(reads), folder)
 
     def _folder(self, name: str) -> str:
-        """Where an adapter lies, as the world's file has it."""
+        """Where an adapter lies, as the config's file has it."""
         return self.taken.get(name, f"{ADAPTERS}/{name}")
 
-    # The world, contrasts and experiments
+    # The config, contrasts and experiments
 
     def _table(self) -> dict:
-        """The world's table: the preset's, and what is trained."""
+        """The config's table: the preset's, and what is trained."""
         training = self.preset.training
         if training is None:
-            return self.preset.world
+            return self.preset.config
         adapters, contrasts, seeds = {}, {}, {}
         for seed in training.seeds:
             sft, dpo = (self._folder(f"{kind}-{seed}") for kind in ("sft", "dpo"))
@@ -245,14 +245,14 @@ class Pipeline:
         for objective in training.objectives:
             adapters[objective] = [*adapters["sft"], self._folder(objective)]
             contrasts[objective] = {"generator": "sft", "against": objective}
-        return {**self.preset.world, "adapters": adapters, "contrasts": contrasts, "seeds": seeds}
+        return {**self.preset.config, "adapters": adapters, "contrasts": contrasts, "seeds": seeds}
 
-    def _write_world(self) -> None:
-        """The world as a file, for `snpatch exp --world` and for people."""
+    def _write_config(self) -> None:
+        """The config as a file, for `snpatch exp --config` and for people."""
         table = {name: part for name, part in self._table().items() if name not in ("engine", "vllm")}
-        table = {**table, **_plain(engine_table(self.world.engine))}
+        table = {**table, **_plain(engine_table(self.config.engine))}
         text = f"# Made by `snpatch reproduce`: {self.preset.title or self.preset.name}.\n" + tomli_w.dumps(table)
-        write_text(self.out / WORLD, text)
+        write_text(self.out / CONFIG_FILE, text)
 
     def _keep_options(self) -> None:
         """Note what the folder is made with; an error if it was made with something else."""
@@ -270,32 +270,32 @@ class Pipeline:
             write_text(path, json.dumps(options, indent=1) + "\n")
 
     @cached_property
-    def lab(self) -> Lab:
+    def context(self) -> ExperimentContext:
         self.inputs.freeze()
-        return Lab(self.world, self.out, **self._lab_arguments)
+        return ExperimentContext(self.config, self.out, **self._context_arguments)
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
         try:
             yield
         finally:
-            if "lab" in self.__dict__:
-                self.__dict__.pop("lab").close()
+            if "context" in self.__dict__:
+                self.__dict__.pop("context").close()
             self.inputs.thaw()
 
     def _contrast(self, step: str, name: str, contrast: Contrast) -> Step:
         def run() -> Done:
-            used = self.lab.begin()
+            used = self.context.begin()
             self._run_by_lab.append(step)
-            self.lab.ranking(contrast)
-            return Done(self.inputs.used_by_contrast(name, used.told({})), [self.lab.ranking_file(contrast)])
+            self.context.ranking(contrast)
+            return Done(self.inputs.used_by_contrast(name, used.told({})), [self.context.ranking_file(contrast)])
 
         return Step(step, run, f"change scores of {contrast.generator} and {contrast.against}")
 
     def _experiment(self, name: str) -> Done:
-        lab = self.lab
+        context = self.context
         self._run_by_lab.append(name)
-        report = experiments.run(name, lab)
+        report = experiments.run(name, context)
         made = files.write(report, self.out)
         if name == "safeguard":
             made.append(self.out / "guard.safetensors")

@@ -1,7 +1,7 @@
-"""Preset: all that a reproduction is told: the world, the training, sizes for estimates.
+"""Preset: all that a reproduction is told: the config, the training, sizes for estimates.
 
-Why the world's table stays a table: the pipeline adds what it trains and writes it as world.toml, which `snpatch exp`
-and people read.
+Why the config's table stays a table: the pipeline adds what it trains and writes it as experiment.toml, which
+`snpatch exp` and people read.
 """
 
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from snpatch.reproduce.preset_file import FOLDER, read_preset
 from snpatch.schema import read, value_of
 from snpatch.training.objectives import SFT, objective
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.worlds.world import PromptSet, check_trusted, setting_of
-from snpatch.worlds.world import table as table_of
+from snpatch.worlds.config import PromptSet, check_trusted, parse_eval_config
+from snpatch.worlds.config import table as table_of
 
 NAMES = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo")
 SAFETY = "safety"
-TRAINED = ("adapters", "contrasts", "seeds")  # a world's tables that follow from a training
+TRAINED = ("adapters", "contrasts", "seeds")  # an experiment config's tables that follow from a training
 NOT_OBJECTIVES = ("base", "sft", "dpo", "rows", *experiments.NAMES)  # names of models and of steps
 
 
@@ -67,11 +67,11 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """name: of the preset, or its file's stem. world: a world file's table without what is trained; paths in it are
-    absolute. published: the model of the paper's whose numbers are shown beside the measured."""
+    """name: the preset, or its file's stem. config: an experiment config's table without what is trained; paths in it
+    are absolute. published: the model of the paper's whose numbers are shown beside the measured."""
 
     name: str
-    world: dict
+    config: dict
     title: str = ""
     training: Training | None = None
     experiments: tuple[str, ...] = experiments.NAMES
@@ -92,15 +92,15 @@ def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = 
         preset = _preset(path.stem, table)
         if model is not None:
             given = str(Path(model).resolve()) if Path(model).exists() else model
-            preset = replace(preset, world={**preset.world, "model": given}, size=None)
-        if "model" not in preset.world:
-            raise SnpatchError("world.model is missing")
+            preset = replace(preset, config={**preset.config, "model": given}, size=None)
+        if "model" not in preset.config:
+            raise SnpatchError("config.model is missing")
         if seeds:
             if preset.training is None:
                 raise SnpatchError("seeds are for presets that train, and this one does not")
             preset = replace(preset, training=replace(preset.training, seeds=seeds))
         if not trust:
-            parts = setting_of(preset.world)
+            parts = parse_eval_config(preset.config)
             check_trusted(parts["engine"], parts["judges"], path.parent)
         return preset
     except SnpatchError as error:
@@ -109,20 +109,20 @@ def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = 
 
 def _preset(name: str, table: dict) -> Preset:
     parts = {one: value_of(table[one], str, one) for one in ("title", "published") if one in table}
-    world = table_of(table, "world")
+    config = table_of(table, "config")
     if "experiments" in table:
         parts["experiments"] = value_of(table["experiments"], tuple[str, ...], "experiments")
-    for one in (*parts.get("experiments", ()), *table_of(world, "settings")):
-        experiments.settings_of(one, table_of(world, "settings").get(one, {}))
+    for one in (*parts.get("experiments", ()), *table_of(config, "settings")):
+        experiments.settings_of(one, table_of(config, "settings").get(one, {}))
     if "size" in table:
         parts["size"] = read(Size, "size", table["size"])
     if "training" in table:
         parts["training"] = _training(table_of(table, "training"))
-        if given := [one for one in TRAINED if one in world]:
-            raise SnpatchError(f"world.{given[0]}: follows from [training], and cannot be given beside it")
-    elif "contrasts" not in world:
-        raise SnpatchError("needs either [training], or world.contrasts of models that are there")
-    return Preset(name=name, world=world, **parts)
+        if given := [one for one in TRAINED if one in config]:
+            raise SnpatchError(f"config.{given[0]}: follows from [training], and cannot be given beside it")
+    elif "contrasts" not in config:
+        raise SnpatchError("needs either [training], or config.contrasts of models that are there")
+    return Preset(name=name, config=config, **parts)
 
 
 def _training(table: dict) -> Training:

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError, shown
 from snpatch.schema import parse_toml
-from snpatch.worlds.world import NAMED
-from snpatch.worlds.world import table as table_of
+from snpatch.worlds.config import NAMED_CONFIGS
+from snpatch.worlds.config import table as table_of
 
 FOLDER = Path(__file__).parent / "presets"
-KEYS = ("extends", "title", "published", "from_world", "experiments", "world", "training", "size")
+KEYS = ("extends", "title", "published", "from_config", "experiments", "config", "training", "size")
 PATHS = ("source", "weights", "lora", "adapters")  # keys whose values are paths or names
-BY_NAME = {"world": ("sets", "judges"), "training": ("data",)}  # tables of wholes
-BY_FIELD = {"world": ("settings",), "training": ("settings", "dpo")}  # tables of tables, or of values
+BY_NAME = {"config": ("sets", "judges"), "training": ("data",)}  # tables of wholes
+BY_FIELD = {"config": ("settings",), "training": ("settings", "dpo")}  # tables of tables, or of values
 
 
 def read_preset(path: Path) -> dict:
-    """A file's tables over those of the preset that it extends, and of the world that it is from."""
+    """A file's tables over those of the preset that it extends, and of the config that it is from."""
     try:
         table = parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -33,16 +33,16 @@ def read_preset(path: Path) -> dict:
 
 
 def _whole(path: Path, table: dict) -> dict:
-    for name in ("world", "training", "size"):
+    for name in ("config", "training", "size"):
         table_of(table, name)
     table = _seen(table, path.parent)
-    if "from_world" in table:
-        named = NAMED.get(table["from_world"]) if isinstance(table["from_world"], str) else None
+    if "from_config" in table:
+        named = NAMED_CONFIGS.get(table["from_config"]) if isinstance(table["from_config"], str) else None
         if named is None:
-            raise SnpatchError(f"from_world: there are {', '.join(NAMED)}, got {table['from_world']!r}")
+            raise SnpatchError(f"from_config: there are {', '.join(NAMED_CONFIGS)}, got {table['from_config']!r}")
         shipped = parse_toml(named.read_text(encoding="utf-8"))
         kept = {name: part for name, part in shipped.items() if name not in ("adapters", "contrasts", "seeds")}
-        table = _over(_seen({"world": kept}, named.parent), table)
+        table = _over(_seen({"config": kept}, named.parent), table)
     if "extends" not in table:
         return table
     shipped = {one.stem: one for one in FOLDER.glob("*.toml")}
@@ -55,7 +55,7 @@ def _whole(path: Path, table: dict) -> dict:
 def _over(below: dict, above: dict) -> dict:
     """One preset's tables over another's."""
     both = {**below, **above}
-    for group in ("world", "training"):
+    for group in ("config", "training"):
         if group not in below or group not in above:
             continue
         parts = both[group] = {**below[group], **above[group]}
@@ -84,9 +84,9 @@ def _seen(table: dict, folder: Path) -> dict:
     def each(tables: object) -> object:
         return {name: seen(one) for name, one in tables.items()} if isinstance(tables, dict) else tables
 
-    world, training = dict(table.get("world", {})), dict(table.get("training", {}))
-    if "model" in world:
-        world["model"] = seen(world["model"])
-    for group, names in ((world, ("sets", "judges", "models", "adapters")), (training, ("data",))):
+    config, training = dict(table.get("config", {})), dict(table.get("training", {}))
+    if "model" in config:
+        config["model"] = seen(config["model"])
+    for group, names in ((config, ("sets", "judges", "models", "adapters")), (training, ("data",))):
         group |= {name: each(group[name]) for name in names if name in group}
-    return {**table, **({"world": world} if world else {}), **({"training": training} if training else {})}
+    return {**table, **({"config": config} if config else {}), **({"training": training} if training else {})}

@@ -1,7 +1,7 @@
 """The paper's numbers beside the measured ones.
 
 Why a difference is only told where the run is the shipped preset of that very model: of another model, judge or set the
-two columns are two worlds, which may agree in direction and not in size.
+two columns are two configs, which may agree in direction and not in size.
 """
 
 import json
@@ -16,7 +16,7 @@ from snpatch.errors import SnpatchError
 from snpatch.report.report import Row
 from snpatch.reproduce.inputs import engine_content
 from snpatch.reproduce.preset import Training, load_preset
-from snpatch.worlds.world import World
+from snpatch.worlds.config import ExperimentConfig
 
 if TYPE_CHECKING:
     from snpatch.reproduce.pipeline import Pipeline
@@ -48,12 +48,12 @@ def differs(pipeline: "Pipeline") -> list[str]:
     if preset.published is None:
         return ["model"]
     shipped = load_preset(preset.published)
-    other = [name for name in COMPARED if preset.world.get(name) != shipped.world.get(name)]
+    other = [name for name in COMPARED if preset.config.get(name) != shipped.config.get(name)]
     if preset.training is None or _trained(preset.training, shipped.training) != _trained(
         shipped.training, preset.training
     ):
         other.append("training")
-    if engine_content(pipeline.world.engine) != engine_content(pipeline.own_engine):
+    if engine_content(pipeline.config.engine) != engine_content(pipeline.own_engine):
         other.append("engine")
     options = {"limit": pipeline.limit, "skip_bad": pipeline.skip_bad, "taken adapters": pipeline.taken}
     return other + [name for name, value in options.items() if value]
@@ -70,17 +70,17 @@ def beside(pipeline: "Pipeline", done: Sequence[str]) -> list[Row]:
     done: the experiments whose tables lie in the folder. difference: measured - published, where `differs` is empty and
     the number is of the same model.
     """
-    preset, world, out = pipeline.preset, pipeline.world, pipeline.out
+    preset, config, out = pipeline.preset, pipeline.config, pipeline.out
     curve = _table(out, "curve", "curve", done)
     if preset.published is None:
-        found = [*_full(world, curve)]
+        found = [*_full(config, curve)]
     else:
         found = [
-            *_transfer(preset.published, world, _table(out, "transfer", "transfer-table", done)),
-            *_curve(preset.published, world, curve),
-            *_agreement(world, _table(out, "stability", "stability", done)),
-            *_guard(world, _table(out, "guard", "guard-summary", done)),
-            *_tax(world, _table(out, "tax", "tax", done)),
+            *_transfer(preset.published, config, _table(out, "transfer", "transfer-table", done)),
+            *_curve(preset.published, config, curve),
+            *_agreement(config, _table(out, "stability", "stability", done)),
+            *_guard(config, _table(out, "guard", "guard-summary", done)),
+            *_tax(config, _table(out, "tax", "tax", done)),
         ]
     is_same = not differs(pipeline)
     rows = []
@@ -103,14 +103,14 @@ def _row(
     return {**row, "published_of": source["of"], "table": source["table"]}
 
 
-def _transfer(published: str, world: World, measured: list[Row] | None) -> Iterator[Row]:
+def _transfer(published: str, config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
     """Table 1, with the effects (Eq. 4) that follow from it."""
     source = {"table": numbers()["transfer"]["table"], "of": published}
     columns = numbers()["transfer"]["columns"]
     printed = {model: dict(zip(columns, row, strict=True)) for model, row in numbers()["transfer"][published].items()}
     own = {row["model"]: row for row in measured or ()}
     for model, cells in printed.items():
-        mine = own.get(world.donor if model == "dpo" else model, {})
+        mine = own.get(config.donor if model == "dpo" else model, {})
         for column, value in cells.items():
             what = "perplexity" if column == "perplexity" else "mean cost"
             yield _row(source, what, model, "text" if column == "perplexity" else column, value, mine.get(column))
@@ -122,12 +122,12 @@ def _transfer(published: str, world: World, measured: list[Row] | None) -> Itera
             yield _row(source, "effect (Eq. 4)", f"{recipient}+", column, effect, mine)
 
 
-def _nearest(world: World, measured: list[Row] | None, recipient: str, share: float) -> Row | None:
+def _nearest(config: ExperimentConfig, measured: list[Row] | None, recipient: str, share: float) -> Row | None:
     """The curve's row of the first k neurons that are nearest to a share of all."""
     line = [
         row
         for row in measured or ()
-        if (row["recipient"], row["judge"], row["control_seed"]) == (recipient, world.cost, None)
+        if (row["recipient"], row["judge"], row["control_seed"]) == (recipient, config.cost, None)
         and row["ranking"]
         and row["lo"] == 0
     ]
@@ -139,25 +139,25 @@ def _told(row: Row | None) -> tuple[str, float | None]:
     return (f"{row['set']}, {row['share']:.1%}", row["effect"]) if row else ("", None)
 
 
-def _curve(published: str, world: World, measured: list[Row] | None) -> Iterator[Row]:
+def _curve(published: str, config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
     """The headline, at the share of the neurons that 20000 are."""
     finding = numbers()["finding"]["curve"]
-    of, effect = _told(_nearest(world, measured, world.safety.generator, numbers()["share"][published]))
-    yield _row(finding, finding["what"], world.safety.generator, of, finding["value"], effect)
+    of, effect = _told(_nearest(config, measured, config.safety.generator, numbers()["share"][published]))
+    yield _row(finding, finding["what"], config.safety.generator, of, finding["value"], effect)
 
 
-def _full(world: World, measured: list[Row] | None) -> Iterator[Row]:
+def _full(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
     """What others found between two full checkpoints."""
     full = numbers()["full"]
     for point in full["points"]:
-        of, effect = _told(_nearest(world, measured, world.recipients[0], point["share"]))
+        of, effect = _told(_nearest(config, measured, config.recipients[0], point["share"]))
         what = f"{full['what']} of {point['share']:.1%} of the neurons"
-        yield _row(full, what, world.recipients[0], of, point["effect"], effect)
+        yield _row(full, what, config.recipients[0], of, point["effect"], effect)
 
 
-def _agreement(world: World, measured: list[Row] | None) -> Iterator[Row]:
+def _agreement(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
     """The least of all pairs of seeds, as the paper says that all are above."""
-    k = experiments.settings_in(world, "stability").k
+    k = experiments.settings_in(config, "stability").k
     for figure in ("overlap", "spearman"):
         finding, value = numbers()["finding"][figure], None
         if measured:
@@ -166,24 +166,24 @@ def _agreement(world: World, measured: list[Row] | None) -> Iterator[Row]:
             at = min((row["k"] for row in measured), key=lambda have: abs(have - wanted))
             values = [row[figure] for row in measured if row["k"] == at and row[figure] is not None]
             value = min(values) if values else None
-        yield _row(finding, finding["what"], world.donor, "", finding["least"], value, "at least")
+        yield _row(finding, finding["what"], config.donor, "", finding["least"], value, "at least")
 
 
-def _guard(world: World, measured: list[Row] | None) -> Iterator[Row]:
+def _guard(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
     finding = numbers()["finding"]["guard"]
     mine = [row for row in measured or () if row["features"] == "safety"]
     value = max(mine, key=lambda row: row["k"])["accuracy"] if mine else None
     for bound in ("least", "most"):
-        yield _row(finding, finding["what"], world.safety.generator, "", finding[bound], value, f"at {bound}")
+        yield _row(finding, finding["what"], config.safety.generator, "", finding[bound], value, f"at {bound}")
 
 
-def _tax(world: World, measured: list[Row] | None) -> Iterator[Row]:
+def _tax(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
     """What patching the shared neurons changes, in both directions."""
     tax = numbers()["tax"]
     for direction, objectives in TAX.items():
-        donor, recipient = (world.contrasts[o].against if o in world.contrasts else None for o in objectives)
+        donor, recipient = (config.contrasts[o].against if o in config.contrasts else None for o in objectives)
         for judge, value in tax[direction].items():
-            of = world.benchmarks[0] if judge == "cost" else "helpful"
+            of = config.benchmarks[0] if judge == "cost" else "helpful"
             mine = [
                 row["change"]
                 for row in measured or ()

@@ -7,7 +7,7 @@ has them reversed).
 
 from snpatch.data import SETS
 from snpatch.errors import SnpatchError
-from snpatch.worlds.world import PromptSet
+from snpatch.worlds.config import PromptSet
 
 
 def training_split(source: str) -> str | None:

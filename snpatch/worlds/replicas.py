@@ -19,7 +19,7 @@ from snpatch.ranking.ranking import Ranking
 from snpatch.requests import Completion
 from snpatch.runs import judging, sweep, texts
 from snpatch.runs.store import Store, Text
-from snpatch.worlds.lab import Lab
+from snpatch.worlds.context import ExperimentContext
 from snpatch.worlds.spec import SweepSpec
 
 try:
@@ -72,24 +72,24 @@ class Work:
 
 
 class Replica:
-    """An engine of its own. arguments: the Lab's."""
+    """An engine of its own. arguments: the ExperimentContext's."""
 
     def __init__(self, spec: SweepSpec, out: Path, arguments: dict) -> None:
-        self._lab, self._spec = Lab(spec, out, **arguments), spec
+        self._context, self._spec = ExperimentContext(spec, out, **arguments), spec
         self._requests: dict = {}
 
     def prepare(self) -> Told:
         """Open the engine, and tell what the sweep's texts are."""
-        lab, plan = self._lab, self._spec.plan
-        rankings = lab.rankings(self._spec)
-        sets = {name: lab.prompts(name) for name in self._spec.swept}
-        asked = sweep.ask(lab.engine, sets, rankings, plan)
+        context, plan = self._context, self._spec.plan
+        rankings = context.rankings(self._spec)
+        sets = {name: context.prompts(name) for name in self._spec.swept}
+        asked = sweep.ask(context.engine, sets, rankings, plan)
         self._requests = {item.key: item.request for item in asked.flat if item.request is not None}
         for request in self._requests.values():
-            lab.engine.executor.check_request(request)
+            context.engine.executor.check_request(request)
         return Told(
-            lab.engine.backend,
-            {name: lab.engine.digest_of(name) for name in plan.models},
+            context.engine.backend,
+            {name: context.engine.digest_of(name) for name in plan.models},
             {name: replace(ranking, statistics=None) for name, ranking in rankings.items()},
             [[(item.key, item.error) for item in mine] for mine in asked.items],
         )
@@ -102,7 +102,7 @@ class Replica:
         while not ray.get(work.is_ended.remote()):
             claimed: list[str] = []
             try:
-                for index, output in self._lab.engine.run(self._taken(work, me, claimed)):
+                for index, output in self._context.engine.run(self._taken(work, me, claimed)):
                     key = claimed[index]
                     if output.error is not None:
                         yield key, str(output.error)
@@ -121,7 +121,7 @@ class Replica:
 
 
 def run(
-    lab: Lab,
+    context: ExperimentContext,
     spec: SweepSpec,
     store: Store,
     *,
@@ -134,20 +134,20 @@ def run(
 
     lab: the driver's, whose engine is never opened. arguments: of the replicas' Labs.
     """
-    judges = {name: lab.judge(name) for name in spec.judged}
-    chats = [chat for name in spec.swept for chat in lab.prompts(name)]
-    with _Team(spec, lab.out, arguments, gpus) as team:
+    judges = {name: context.judge(name) for name in spec.judged}
+    chats = [chat for name in spec.swept for chat in context.prompts(name)]
+    with _Team(spec, context.out, arguments, gpus) as team:
         told = team.start(replicas)
         for name in spec.plan.models:
-            lab.note_model(told, name)
+            context.note_model(told, name)
         for name, ranking in told.rankings.items():
-            lab.note_ranking(name, ranking)
+            context.note_ranking(name, ranking)
         points, notes = sweep.points_of(told.rankings, spec.plan)
         items = [texts.told(chats, mine, spec.plan.samples) for mine in told.texts]
-        asked = sweep.named(points, notes, {name: len(lab.prompts(name)) for name in spec.swept}, items)
+        asked = sweep.named(points, notes, {name: len(context.prompts(name)) for name in spec.swept}, items)
         asked.name("sweep", judges, store)
         prompts = {item.key: item.prompt for item in asked.flat if item.key is not None}
-        with lab.progress("sweep") as progress, judging.Meanwhile(judges, store) as meanwhile:
+        with context.progress("sweep") as progress, judging.Meanwhile(judges, store) as meanwhile:
             team.fill(store, prompts, restarts, meanwhile.add, progress)
     return sweep.finish(asked, judges, spec.plan, store)
 

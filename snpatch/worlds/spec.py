@@ -2,7 +2,7 @@
 
 Paths in it are relative to its folder.
 
-    world = "demo"                  # or its own model, adapters, models, [engine], [vllm], [sets], [judges]
+    config = "demo"                 # or its own model, adapters, models, [engine], [vllm], [sets], [judges]
 
     [rankings]
     safety = "safety.safetensors"   # a file, or models to contrast:
@@ -34,7 +34,14 @@ from snpatch.ranking.window import Window
 from snpatch.runs.config import SweepConfig
 from snpatch.sampling import Sampling
 from snpatch.schema import load_table, read, value_of
-from snpatch.worlds.world import ENGINE_KEYS, Setting, check_trusted, load_world, setting_of, table
+from snpatch.worlds.config import (
+    ENGINE_KEYS,
+    EvalConfig,
+    check_trusted,
+    load_experiment_config,
+    parse_eval_config,
+    table,
+)
 
 FILE = "spec.json"  # beside a sweep's results
 
@@ -50,7 +57,7 @@ class RankingSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSpec(Setting):
+class SweepSpec(EvalConfig):
     """A sweep file's content. rankings: name -> file, or models to contrast. swept: sets that are written for; judged:
     judges that see the texts."""
 
@@ -96,20 +103,20 @@ class SweepSpec(Setting):
         if not isinstance(data, Mapping):
             raise SnpatchError(f"wanted a table, got {data!r}")
         data = dict(data)
-        known = {"world", "rankings", "sweep", "sampling", "sets", "judges", "contrast_tokens", *ENGINE_KEYS}
+        known = {"config", "rankings", "sweep", "sampling", "sets", "judges", "contrast_tokens", *ENGINE_KEYS}
         if "max_tokens" in data:
             raise SnpatchError("max_tokens: expected under sampling, got it at the top. Move it there.")
         if unknown := sorted(data.keys() - known):
             raise SnpatchError(f"there is no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-        if "world" in data and "model" not in data and (given := [name for name in ENGINE_KEYS if name in data]):
+        if "config" in data and "model" not in data and (given := [name for name in ENGINE_KEYS if name in data]):
             raise SnpatchError(
-                f"{given[0]}: expected model with it, as the world has an engine of its own. Give model, or set it by "
+                f"{given[0]}: expected model with it, as the config has an engine of its own. Give model, or set it by "
                 "the command's options."
             )
-        parts = _from_world(data, folder) if "world" in data else {}
-        if "model" in data or "world" not in data:
-            parts["engine"] = replace(setting_of(data)["engine"]).placed(folder)
-        own = setting_of({**data, "model": ""})
+        parts = _from_config(data, folder) if "config" in data else {}
+        if "model" in data or "config" not in data:
+            parts["engine"] = replace(parse_eval_config(data)["engine"]).placed(folder)
+        own = parse_eval_config({**data, "model": ""})
         parts["sets"] = {**parts.get("sets", {}), **{n: _placed(s, folder) for n, s in own["sets"].items()}}
         parts["judges"] = {**parts.get("judges", {}), **{n: _judge(j, folder) for n, j in own["judges"].items()}}
         swept = dict(table(data, "sweep"))
@@ -159,15 +166,17 @@ def engine_table(config: EngineConfig) -> dict:
     return {**top, "engine": {**table.pop("capacity", {}), **table}}
 
 
-def _from_world(data: Mapping, folder: Path) -> dict:
-    """What a world that the file names has of a sweep's parts, with its paths as they are seen from here."""
-    world = load_world(place(folder, str(data["world"])), trust=True)  # `load` looks at all that is merged
+def _from_config(data: Mapping, folder: Path) -> dict:
+    """Return a sweep's parts of the experiment config that the file names, with paths as seen from here."""
+    config = load_experiment_config(
+        place(folder, str(data["config"])), trust=True
+    )  # `load` looks at all that is merged
     return {
-        "engine": world.engine.placed(world.folder),
-        "sets": {name: _placed(one, world.folder) for name, one in world.sets.items()},
-        "judges": {name: _judge(one, world.folder) for name, one in world.judges.items()},
-        "max_tokens": world.max_tokens,
-        "contrast_tokens": world.contrast_tokens,
+        "engine": config.engine.placed(config.folder),
+        "sets": {name: _placed(one, config.folder) for name, one in config.sets.items()},
+        "judges": {name: _judge(one, config.folder) for name, one in config.judges.items()},
+        "max_tokens": config.max_tokens,
+        "contrast_tokens": config.contrast_tokens,
     }
 
 

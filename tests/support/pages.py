@@ -27,7 +27,7 @@ def page(prompts: int = 6, words: int = 40, ks: tuple[int, ...] = KS, controls: 
     maps = {name: {"layers": 8, "bins": 20, "values": [[draw.random()] * 20 for _ in range(8)]} for name in RANKINGS}
     return Page(
         title="Sweep of <base> & dpo",
-        command="snpatch sweep --world demo",
+        command="snpatch sweep --config demo",
         headline=["1000 neurons give 80% of the effect."],
         provenance={"snpatch": "0.1.0", "models": {"base": "sha256:00", "dpo": None}, "k": [1, 2]},
         rows=[_row(judge, name, point, draw) for judge in JUDGES for name in SETS for point in points],

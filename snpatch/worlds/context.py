@@ -1,4 +1,4 @@
-"""Lab: an open world. What experiments share (engine, judges, prompts, rankings, texts) is made once and kept.
+"""ExperimentContext: an open config. What experiments share (engine, judges, prompts, rankings, texts) is made once.
 
 Why rankings and texts are kept in the folder: experiments overlap (`exp all` patches the same neurons for five of its
 tables), and a killed run must not start from nothing. What is handed out is noted in the provenance at every use.
@@ -29,9 +29,9 @@ from snpatch.runs.store import Store
 from snpatch.runs.sweep import SweepResult, ask, sweep
 from snpatch.runs.texts import RESTARTS
 from snpatch.sampling import Sampling
+from snpatch.worlds.config import Contrast, EvalConfig
 from snpatch.worlds.provenance import Provenance
 from snpatch.worlds.spec import RankingSource, SweepSpec
-from snpatch.worlds.world import Contrast, Setting
 
 RANKINGS = "rankings"  # the folder's own for them
 Progresses = Callable[[str], AbstractContextManager[Progress | None]]
@@ -42,19 +42,19 @@ def silent(_name: str) -> Iterator[None]:
     yield None
 
 
-class Lab:
+class ExperimentContext:
     """Use as a context, or close it.
 
     world: what texts are written and judged with, a World or a SweepSpec. out: the folder that keeps rankings and
-    texts. backend: of the engine and of score models; "auto" is the world's own. limit: only so many prompts of each
+    texts. backend: of the engine and of score models; "auto" is the config's own. limit: only so many prompts of each
     set. skip_bad: see snpatch.data.load. progress: name -> context that gives a Progress. command: that the tables are
     made by, as their provenance tells it. engine: further fields of EngineConfig, Capacity's or vLLM's arguments,
-    before the world's own.
+    before the config's own.
     """
 
     def __init__(
         self,
-        world: Setting,
+        config: EvalConfig,
         out: str | Path,
         *,
         backend: str = "auto",
@@ -64,15 +64,15 @@ class Lab:
         command: str | None = None,
         **engine,
     ) -> None:
-        self.world, self.out, self.progress, self._command = world, Path(out), progress, command
-        self._backend = world.engine.backend if backend == "auto" else backend
+        self.config, self.out, self.progress, self._command = config, Path(out), progress, command
+        self._backend = config.engine.backend if backend == "auto" else backend
         self._limit, self._skip_bad, self._engine_arguments = limit, skip_bad, engine
         self._sets: dict[str, Dataset] = {}
         self._judges: dict[str, Judge] = {}
         self._rankings: dict[tuple[str, ...], Ranking] = {}
         self._provenance = self.begin()
 
-    def __enter__(self) -> "Lab":
+    def __enter__(self) -> "ExperimentContext":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,16 +89,16 @@ class Lab:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine.from_config(self.world.engine_config(self._backend, **self._engine_arguments))
+        return Engine.from_config(self.config.engine_config(self._backend, **self._engine_arguments))
 
     def begin(self) -> Provenance:
         """An experiment begins: what is handed out from here on is noted in what this gives."""
-        world = self.world
+        config = self.config
         self._provenance = Provenance(
             command=self._command,
-            model=world.engine.model,
-            max_tokens=world.max_tokens,
-            contrast_tokens=world.contrast_tokens,
+            model=config.engine.model,
+            max_tokens=config.max_tokens,
+            contrast_tokens=config.contrast_tokens,
         )
         return self._provenance
 
@@ -109,7 +109,7 @@ class Lab:
 
     def note_model(self, engine: Engine, name: str) -> None:
         """A model of some engine was run, which tells its backend and digests."""
-        self._provenance.model(engine, name, self.world.engine.origin(name))
+        self._provenance.model(engine, name, self.config.engine.origin(name))
 
     def note_ranking(self, name: str, ranking: Ranking) -> None:
         """A ranking was used."""
@@ -118,32 +118,32 @@ class Lab:
     @property
     def sampling(self) -> Sampling:
         """How completions are written: greedy."""
-        return Sampling(max_tokens=self.world.max_tokens)
+        return Sampling(max_tokens=self.config.max_tokens)
 
     def judge(self, name: str) -> Judge:
-        """The world's judge of this name."""
-        if name not in self.world.judges:
-            raise SnpatchError(f"no judge named {name!r}: the world has {', '.join(self.world.judges)}")
+        """The config's judge of this name."""
+        if name not in self.config.judges:
+            raise SnpatchError(f"no judge named {name!r}: the config has {', '.join(self.config.judges)}")
         if name not in self._judges:
-            arguments = dict(self.world.judges[name])
-            source = self.world.place(arguments.pop("source"))
+            arguments = dict(self.config.judges[name])
+            source = self.config.place(arguments.pop("source"))
             if is_model(source):
                 arguments.setdefault("backend", self._backend)
             self._judges[name] = open_judge(source, **arguments)
-        self._provenance.judge(name, self.world.judges[name])
+        self._provenance.judge(name, self.config.judges[name])
         return self._judges[name]
 
     @property
     def cost(self) -> dict[str, Judge]:
         """The cost judge, by its name."""
-        return {self.world.cost: self.judge(self.world.cost)}
+        return {self.config.cost: self.judge(self.config.cost)}
 
     def data(self, name: str) -> Dataset:
-        """The world's set of this name."""
-        if name not in self.world.sets:
-            raise SnpatchError(f"no set named {name!r}: the world has {', '.join(self.world.sets)}")
+        """The config's set of this name."""
+        if name not in self.config.sets:
+            raise SnpatchError(f"no set named {name!r}: the config has {', '.join(self.config.sets)}")
         if name not in self._sets:
-            data = self.world.sets[name].read(self.world.folder, self._skip_bad)
+            data = self.config.sets[name].read(self.config.folder, self._skip_bad)
             data.print_row_notes(name)
             self._sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
         self._provenance.set(name, self._sets[name])
@@ -155,7 +155,7 @@ class Lab:
 
     def ranking(self, contrast: Contrast | None = None, at: str = "emitted") -> Ranking:
         """The ranking of a contrast (default: safety), from `out` where the very same one was made before."""
-        contrast = contrast or self.world.safety
+        contrast = contrast or self.config.safety
         for model in (contrast.generator, contrast.against):
             self.model(model)
         self.data(contrast.prompts)
@@ -185,7 +185,7 @@ class Lab:
     def sweep(
         self, prompts: str, rankings: dict[str, Ranking], judges: dict[str, Judge], config: SweepConfig
     ) -> SweepResult:
-        """A sweep over a set of the world, whose texts are kept in `out`. Any that fails is an error."""
+        """A sweep over a set of the config, whose texts are kept in `out`. Any that fails is an error."""
         for model in config.models:
             self.model(model)
         sets = {prompts: self.prompts(prompts)}
@@ -232,7 +232,7 @@ class Lab:
     def perplexity(
         self, text: str, patches: Sequence[Patch | str], window: int, bos_each_window: bool | str = "auto"
     ) -> list[Perplexity]:
-        """Of each patched or unpatched model on a text of the world: see runs.perplexity.measure."""
+        """Of each patched or unpatched model on a text of the config: see runs.perplexity.measure."""
         read = self.data(text).text
         for patch in patches:
             for model in (patch.recipient, *(c.donor for c in patch.clauses)) if isinstance(patch, Patch) else (patch,):
@@ -251,7 +251,7 @@ class Lab:
         """Names everything that the ranking hangs on."""
         ids = self.engine.encode(self.prompts(contrast.prompts), contrast.generator)
         models = [self.engine.digest_of(name) for name in (contrast.generator, contrast.against)]
-        parts = [__version__, *models, at, ids, self.world.contrast_tokens]
+        parts = [__version__, *models, at, ids, self.config.contrast_tokens]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _made(self, contrast: Contrast, at: str, path: Path, key: str) -> Ranking:
@@ -261,7 +261,7 @@ class Lab:
                 contrast.generator,
                 contrast.against,
                 at=at,
-                sampling=Sampling(max_tokens=self.world.contrast_tokens),
+                sampling=Sampling(max_tokens=self.config.contrast_tokens),
                 progress=progress,
             )
         ranking.meta.update(key=key, data=self.data(contrast.prompts).provenance)
@@ -270,7 +270,7 @@ class Lab:
 
 
 def _parts(contrast: Contrast, at: str) -> tuple[str, ...]:
-    """What tells a ranking from the lab's others."""
+    """What tells a ranking from the context's others."""
     return contrast.generator, contrast.against, contrast.prompts, at
 
 

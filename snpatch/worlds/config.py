@@ -18,7 +18,7 @@ from snpatch.schema import parse_toml, read
 from snpatch.trust import ENGINE, check_arguments, refuse
 
 JUDGE = ("source", "format", "label", "backend", "dtype", "batch_size", "device", "padding_side")  # of `open_judge`
-NAMED = {
+NAMED_CONFIGS = {
     "demo": Path(__file__).parents[1] / "demo" / "world" / "world.toml",
 }
 """Worlds that ship with the package. Those of the paper's models are made by `snpatch reproduce`."""
@@ -77,7 +77,7 @@ class Contrast:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class EvalConfig:
     """What texts are written and judged with: the content of a file, whose paths are relative to its folder.
 
     engine: model, adapters, models and what else an engine is started with, as the file has it; its vllm and capacity
@@ -119,8 +119,8 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class World(Setting):
-    """A world file's content: all that experiments run on.
+class ExperimentConfig(EvalConfig):
+    """An experiment config file's content: all that experiments run on.
 
     recipients: the models that are patched. contrasts: objective -> models to contrast; "safety" is the main one and
     its `against` the donor. seeds: training seed -> the safety contrast of that run. benchmarks: names of the sets
@@ -162,25 +162,27 @@ class World(Setting):
         return next(iter(self.judges))
 
 
-def load_world(source: str | Path, trust: bool = False) -> World:
-    """A world by its name (`demo`) or its file. Unknown keys and broken references are errors.
+def load_experiment_config(source: str | Path, trust: bool = False) -> ExperimentConfig:
+    """An experiment config by its name (`demo`) or its file. Unknown keys and broken references are errors.
 
     trust: take what may run code or open the host, see snpatch.trust; otherwise it is an error.
     """
-    path = NAMED.get(str(source), Path(source))
+    path = NAMED_CONFIGS.get(str(source), Path(source))
     try:
         data = parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SnpatchError(f"world {source}: no such file, and the named ones are {', '.join(NAMED)}") from None
+        raise SnpatchError(
+            f"config {source}: no such file, and the named ones are {', '.join(NAMED_CONFIGS)}"
+        ) from None
     except (OSError, ValueError) as error:
-        raise SnpatchError(f"world {path}: not a TOML file: {error}") from error
+        raise SnpatchError(f"config {path}: not a TOML file: {error}") from error
     try:
-        world = world_of(data, path.parent)
+        config = build_experiment_config(data, path.parent)
         if not trust:
-            check_trusted(world.engine, world.judges, world.folder)
-        return world
+            check_trusted(config.engine, config.judges, config.folder)
+        return config
     except SnpatchError as error:
-        raise SnpatchError(f"world {path}: {error}") from error
+        raise SnpatchError(f"config {path}: {error}") from error
 
 
 def check_trusted(engine: EngineConfig, judges: Mapping[str, Mapping], folder: Path) -> None:
@@ -192,17 +194,17 @@ def check_trusted(engine: EngineConfig, judges: Mapping[str, Mapping], folder: P
         check_arguments({n: value for n, value in judge.items() if n not in JUDGE}, ENGINE, f"judges.{name}")
 
 
-def world_of(data: dict, folder: Path) -> World:
-    """A world from its file's table. folder: what paths are relative to."""
-    parts = setting_of(data)
+def build_experiment_config(data: dict, folder: Path) -> ExperimentConfig:
+    """An experiment config from its file's table. folder: what paths are relative to."""
+    parts = parse_eval_config(data)
     for group in ("contrasts", "seeds"):
         parts[group] = {name: read(Contrast, f"{group}.{name}", one) for name, one in table(data, group).items()}
     for name in ("recipients", "benchmarks"):
         parts.setdefault(name, ())
-    return read(World, "the file", {"folder": folder, **parts})
+    return read(ExperimentConfig, "the file", {"folder": folder, **parts})
 
 
-def setting_of(data: dict) -> dict:
+def parse_eval_config(data: dict) -> dict:
     """A file's table with what makes a Setting read; all else as it stands."""
     parts = {name: part for name, part in data.items() if name not in ENGINE_KEYS}
     parts["engine"] = _engine_of(data)
