@@ -440,10 +440,10 @@ def test_as_many_rows_as_allowed_may_be_left_out_and_never_all(toy, tmp_path):
     told = r"dropped 2 of 10 rows: chosen and rejected are the same tokens: more than max_dropped = 0\.1 of the rows"
     with pytest.raises(SnpatchError, match=told):
         train_dpo(toy.base, toy.sft(), rows, tmp_path / "many", toys.dpo_settings())
-    with pytest.raises(SnpatchError, match="left out 3 of 3 rows"):
+    with pytest.raises(SnpatchError, match="dropped 3 of 3 rows"):
         train_dpo(toy.base, toy.sft(), [SAME] * 3, tmp_path / "all", toys.dpo_settings(max_dropped=1.0))
     long = [PAIRS[0] | {"prompt": said("ask " * 40)}] * 2
-    with pytest.raises(SnpatchError, match="left out 2 of 2 rows: prompt not shorter than max_length = 32 tokens"):
+    with pytest.raises(SnpatchError, match="dropped 2 of 2 rows: prompt not shorter than max_length = 32 tokens"):
         train_dpo(toy.base, toy.sft(), long, tmp_path / "long", toys.dpo_settings(max_dropped=1.0))
 
 
