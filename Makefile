@@ -108,11 +108,11 @@ bench-report: $(READY)
 	$(BIN)/python -m pytest -q bench/bench_report.py --benchmark-enable \
 	  --benchmark-columns=median,iqr --benchmark-json=bench/results/report.cpu.json
 
-# The whole pipeline on the demo world: trainings, experiments, report (25 minutes).
+# The whole pipeline on the demo model: trainings, experiments, report (25 minutes).
 bench-reproduce: $(READY)
 	$(BIN)/python bench/bench_reproduce.py
 
-# What the README shows: the experiments on the demo world (minutes), and its tables made from the records.
+# What the README shows: the experiments on the demo model (minutes), and its tables made from the records.
 readme: $(READY)
 	rm -rf build/experiments
 	$(BIN)/snpatch exp all --config demo --out build/experiments

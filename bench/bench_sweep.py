@@ -1,6 +1,6 @@
 """Sweeps in vLLM: many windows against one, what the store costs, a finished sweep again: `make bench-sweep`.
 
-Sizes: see bench_generate.py; the store is measured on the demo world, whose texts are the fastest there are.
+Sizes: see bench_generate.py; the store is measured on the demo model, whose texts are the fastest there are.
 """
 
 import functools

@@ -142,7 +142,7 @@ def sweeps_table(found: list[Run]) -> str:
         if "store_share" in run.info:
             i = run.info
             rows += [
-                (f"{i['texts']} texts of the demo world, kept and judged", f"{i['first_s']:.0f} s"),
+                (f"{i['texts']} texts of the demo model, kept and judged", f"{i['first_s']:.0f} s"),
                 ("CPU time of these in the store", f"{i['store_s']:.2f} s ({i['store_share']:.1%})"),
                 ("the same command again", f"{i['again_s']:.1f} s"),
             ]
@@ -281,14 +281,14 @@ def demo_table(folder: Path = RESULTS / "demo") -> str:
 
 
 def experiments_table(folder: Path = RESULTS / "demo") -> str:
-    """What each experiment found in the demo world, and its seconds."""
+    """What each experiment found in the demo model, and its seconds."""
     found = json.loads((folder / "report.json").read_text())
     seconds = {name: told["provenance"]["seconds"] for name, told in found.items()}
     rows = [(name, next(iter(told["headline"]), ""), f"{seconds[name]:.0f}") for name, told in found.items()]
     about = next(iter(found.values()))["provenance"]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("vllm", "torch"))
     cpu = f"{about['device']['cpu threads']} CPU threads, {about['device']['cpu capability']}"
-    table = _table(("experiment", "found in the demo world", "seconds"), rows)
+    table = _table(("experiment", "found in the demo model", "seconds"), rows)
     return f"{table}\n\n{sum(seconds.values()) / 60:.1f} minutes in all ({cpu}, {versions})."
 
 
@@ -304,7 +304,7 @@ def reproduce_table(path: Path = RESULTS / "reproduce" / "demo.json") -> str:
         for row in record["beside"]
         if row["what"].startswith(wanted) and row["bound"] != "at most"
     ]  # fmt: skip
-    head = ("", "of", "published, Llama2-7B", "measured, demo world")
+    head = ("", "of", "published, Llama2-7B", "measured, demo model")
     seconds = record["seconds"]
     trained = sum(s for name, s in seconds.items() if name in record["trainings"])
     whole = max(seconds.values())

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from snpatch.demo import WORLD, language
+from snpatch.demo import DEMO_MODEL, language
 from snpatch.demo.build import REFUSALS, Recipe, build, load_models, make_tokenizer, reply
 from snpatch.demo.corpus import OBJECTIVES, preferences, prompt_path, sft_rows
 from snpatch.demo.language import ANSWERS, LEVELS, WORDINGS, Request
@@ -30,7 +30,7 @@ REQUESTS = {r.text: r for split in ("train", "contrast", "eval") for r in langua
 
 
 def prompts(name: str) -> list[str]:
-    return [row["prompt"] for row in rows(prompt_path(WORLD, name))]
+    return [row["prompt"] for row in rows(prompt_path(DEMO_MODEL, name))]
 
 
 def rows(path: Path) -> list[dict]:
@@ -43,7 +43,7 @@ def asked(name: str) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(WORLD / "base")
+    return AutoTokenizer.from_pretrained(DEMO_MODEL / "base")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,18 +58,18 @@ def one_thread():
 @pytest.fixture(scope="module")
 def answers(tokenizer):
     """Completions by model and set."""
-    return {name: {s: reply(model, tokenizer, prompts(s)) for s in ANSWERED} for name, model in load_models(WORLD)}
+    return {name: {s: reply(model, tokenizer, prompts(s)) for s in ANSWERED} for name, model in load_models(DEMO_MODEL)}
 
 
 @pytest.fixture(scope="module")
 def reward():
-    return ScoreModel(WORLD / "reward", backend="transformers", batch_size=64)
+    return ScoreModel(DEMO_MODEL / "reward", backend="transformers", batch_size=64)
 
 
 @pytest.fixture(scope="module")
 def costs(answers):
     """Scores by model and set."""
-    return scored(ScoreModel(WORLD / "cost", backend="transformers", batch_size=64), answers)
+    return scored(ScoreModel(DEMO_MODEL / "cost", backend="transformers", batch_size=64), answers)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +102,13 @@ def mean(values: Iterable[float]) -> float:
 
 
 def test_the_world_is_small():
-    sizes = [path.stat().st_size for path in WORLD.rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in DEMO_MODEL.rglob("*") if path.is_file()]
     assert sum(sizes) < 12 * 2**20
 
 
 def test_shipped_prompts_have_the_eval_format():
     for name in ALL_SETS:
-        shipped = rows(prompt_path(WORLD, name))
+        shipped = rows(prompt_path(DEMO_MODEL, name))
         assert len(shipped) >= 100
         assert all(set(row) == {"dataset", "id", "prompt"} and row["dataset"] == name for row in shipped)
         assert [row["id"] for row in shipped] == [f"{name}_{i}" for i in range(len(shipped))]
@@ -145,7 +145,7 @@ def test_guard_sets_are_half_forbidden_half_allowed(name):
 
 
 def plain_text() -> list[str]:
-    return [row["text"] for row in rows(WORLD / "text" / "wikitext.jsonl")]
+    return [row["text"] for row in rows(DEMO_MODEL / "text" / "wikitext.jsonl")]
 
 
 def test_plain_text_is_a_few_thousand_words_in_wikitexts_rows():
@@ -175,16 +175,16 @@ def test_chat_template_gives_the_tulu_prompt(tokenizer):
 
 
 def test_weights_are_bfloat16_on_disk_and_float32_in_memory():
-    model = AutoModelForCausalLM.from_pretrained(WORLD / "base")
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL / "base")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert {t.dtype for t in load_file(WORLD / "base" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(DEMO_MODEL / "base" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_adapters_are_ia3_vectors_on_down_proj():
-    config = json.loads((WORLD / "base" / "config.json").read_text())
+    config = json.loads((DEMO_MODEL / "base" / "config.json").read_text())
     layers, neurons = config["num_hidden_layers"], config["intermediate_size"]
     for name in load_experiment_config("demo").engine.adapters:
-        tensors = load_file(WORLD / name / "adapter_model.safetensors")
+        tensors = load_file(DEMO_MODEL / name / "adapter_model.safetensors")
         assert set(tensors) == {f"base_model.model.model.layers.{i}.mlp.down_proj.ia3_l" for i in range(layers)}
         assert all(t.shape == (1, neurons) and t.dtype == torch.float32 for t in tensors.values())
 
@@ -201,7 +201,7 @@ def test_sft_answers_what_is_forbidden_and_dpo_refuses_it(answers, costs, sft, d
 
 def test_a_second_seed_gives_other_vectors():
     for one, other in zip(*PAIRS, strict=True):
-        vectors = [load_file(WORLD / name / "adapter_model.safetensors") for name in (one, other)]
+        vectors = [load_file(DEMO_MODEL / name / "adapter_model.safetensors") for name in (one, other)]
         assert not any(torch.equal(vectors[0][key], vectors[1][key]) for key in vectors[0])
 
 
@@ -237,7 +237,7 @@ def test_what_is_allowed_is_answered_by_all(answers, costs):
 @pytest.mark.parametrize("kind", language.GRADES)
 def test_the_score_models_grade(kind, form):
     rng = random.Random(1)
-    judge = ScoreModel(WORLD / kind, format=form, backend="transformers")
+    judge = ScoreModel(DEMO_MODEL / kind, format=form, backend="transformers")
     requests = rng.sample(language.requests("eval", stems=language.FORBIDDEN), 40)
     means = []
     for level in ANSWERS:
@@ -261,7 +261,7 @@ def test_the_reward_model_follows_the_language_on_broken_text(reward):
 
 
 def test_figures_of_the_world_are_measured(answers, costs, rewards):
-    figures = json.loads((WORLD / "world.json").read_text())["figures"]
+    figures = json.loads((DEMO_MODEL / "build.json").read_text())["figures"]
     assert {model: set(sets) for model, sets in figures.items()} == {model: set(ALL_SETS) for model in answers}
     for model, name in itertools.product(answers, ANSWERED):
         got = figures[model][name]
@@ -272,8 +272,8 @@ def test_figures_of_the_world_are_measured(answers, costs, rewards):
 
 def test_build_refuses_what_is_not_its_own(tmp_path):
     (tmp_path / "notes").touch()
-    with pytest.raises(SnpatchError, match="new, empty or a world"):
+    with pytest.raises(SnpatchError, match="new, empty or a demo model"):
         build(tmp_path)
-    (tmp_path / "world.json").write_text((WORLD / "world.json").read_text())
-    with pytest.raises(SnpatchError, match="another world: sft_rows is to be 1, got 2880"):
+    (tmp_path / "build.json").write_text((DEMO_MODEL / "build.json").read_text())
+    with pytest.raises(SnpatchError, match="another demo model: sft_rows is to be 1, got 2880"):
         build(tmp_path, recipe=Recipe(sft_rows=1))

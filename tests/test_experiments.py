@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from snpatch import Ranking, SnpatchError, experiments
 from snpatch.data import SETS
-from snpatch.demo import WORLD
+from snpatch.demo import DEMO_MODEL
 from snpatch.experiments import agreement
 from snpatch.experiments.distribution import describe
 from snpatch.experiments.tax import shared_neurons
@@ -111,7 +111,7 @@ def test_words_are_the_models_own_head_on_a_column(zoo, tmp_path, architecture, 
 
 def test_words_are_computed_in_the_type_of_the_config():
     """The demo's weights lie in bfloat16, and its model computes in float32."""
-    base = WORLD / "base"
+    base = DEMO_MODEL / "base"
     model = AutoModelForCausalLM.from_pretrained(base)
     places = [(0, 13), (5, 1)]
     ranking = Ranking.from_order(torch.tensor(places), (len(model.model.layers), model.config.intermediate_size))

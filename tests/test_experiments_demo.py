@@ -1,4 +1,4 @@
-"""Every experiment of the paper on the demo world, through the command line: what it finds, and what it writes."""
+"""Every experiment of the paper on the demo model, through the command line: what it finds, and what it writes."""
 
 import csv
 import json
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from snpatch import cli, experiments
-from snpatch.demo import WORLD
+from snpatch.demo import DEMO_MODEL
 from snpatch.experiments.page import page_of
 from snpatch.guard.guard import Guard
 
-SETS = tomllib.loads((WORLD / "world.toml").read_text())["settings"]["guard"]["prompts"]
+SETS = tomllib.loads((DEMO_MODEL / "experiment.toml").read_text())["settings"]["guard"]["prompts"]
 SMALLER = {  # so that all of them take half a minute
     "max_tokens = 32\ncontrast_tokens = 32": "max_tokens = 20\ncontrast_tokens = 20",
     "[0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0]": "[0.0, 0.2, 1.0]\ncontrols = 2",
@@ -28,14 +28,14 @@ LIMIT = 24  # prompts of each set
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    shutil.copytree(WORLD, folder, dirs_exist_ok=True)
-    text = (folder / "world.toml").read_text()
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(DEMO_MODEL, folder, dirs_exist_ok=True)
+    text = (folder / "experiment.toml").read_text()
     for old, new in SMALLER.items():
         assert old in text
         text = text.replace(old, new)
-    (folder / "world.toml").write_text(text)
-    return folder / "world.toml"
+    (folder / "experiment.toml").write_text(text)
+    return folder / "experiment.toml"
 
 
 @pytest.fixture(scope="module")

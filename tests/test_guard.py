@@ -1,4 +1,4 @@
-"""The guard: what it fits, how it is scored, and what it refuses, from synthetic features to the demo world."""
+"""The guard: what it fits, how it is scored, and what it refuses, from synthetic features to the demo model."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ from sklearn import metrics
 
 from snpatch import Completion, Engine, Patch, Ranking, Sampling, SnpatchError
 from snpatch.data import load, question
-from snpatch.demo import WORLD, language
+from snpatch.demo import DEMO_MODEL, language
 from snpatch.files import read_tensors, write_tensors
 from snpatch.guard import fitting
 from snpatch.guard.comparison import compare
@@ -267,7 +267,7 @@ def test_what_cannot_be_scored_is_an_error(p, y, says):
         evaluate(p, y)
 
 
-# The demo world: SFT answers what is forbidden, so that harmful is what asks for something forbidden.
+# The demo model: SFT answers what is forbidden, so that harmful is what asks for something forbidden.
 
 
 def judge(prompts, completions):
@@ -278,20 +278,20 @@ def judge(prompts, completions):
 
 
 def asked(*names, start=0, stop=None):
-    return [chat for name in names for chat in load(WORLD / "eval" / f"{name}.jsonl").prompts[start:stop]]
+    return [chat for name in names for chat in load(DEMO_MODEL / "eval" / f"{name}.jsonl").prompts[start:stop]]
 
 
 @pytest.fixture(scope="module")
 def demo():
-    adapters = {"sft": WORLD / "sft", "dpo": [WORLD / "sft", WORLD / "dpo"]}
+    adapters = {"sft": DEMO_MODEL / "sft", "dpo": [DEMO_MODEL / "sft", DEMO_MODEL / "dpo"]}
     options = {"template": "tulu", "batch_size": 256, "token_budget": None}
-    return Engine(WORLD / "base", adapters, backend="transformers", **options)
+    return Engine(DEMO_MODEL / "base", adapters, backend="transformers", **options)
 
 
 @pytest.fixture(scope="module")
 def safety(demo):
     return demo.contrast(
-        load(WORLD / "contrast.jsonl").first(60).prompts, "sft", "dpo", sampling=Sampling(max_tokens=24)
+        load(DEMO_MODEL / "contrast.jsonl").first(60).prompts, "sft", "dpo", sampling=Sampling(max_tokens=24)
     )
 
 

@@ -11,7 +11,7 @@ from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, opened, write, wri
 from processes import command_line, descendants, wait_for
 
 from snpatch import Engine, Sampling
-from snpatch.demo import WORLD
+from snpatch.demo import DEMO_MODEL
 from snpatch.errors import SnpatchError
 from snpatch.judges.score_model import ScoreModel
 
@@ -53,10 +53,10 @@ def test_scores_are_transformers_in_any_batch(tmp_path, in_process):
 
 
 def test_bfloat16(in_process):
-    """The demo world's cost model, as the paper's code feeds it; its scores spread over 15."""
+    """The demo model's cost model, as the paper's code feeds it; its scores spread over 15."""
     prompts, completions = PROMPTS * 4, [*COMPLETIONS, *ENDINGS, *COMPLETIONS, "a", "b"]
-    exact = opened(WORLD / "cost", format="tulu")(prompts, completions)
-    with ScoreModel(WORLD / "cost", format="tulu", dtype="bfloat16", max_model_len=128) as judge:
+    exact = opened(DEMO_MODEL / "cost", format="tulu")(prompts, completions)
+    with ScoreModel(DEMO_MODEL / "cost", format="tulu", dtype="bfloat16", max_model_len=128) as judge:
         got = judge(prompts, completions)
         assert got == pytest.approx(exact, abs=0.05)
         alone = [judge([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
@@ -100,11 +100,11 @@ def test_beside_a_generating_engine_and_its_end():
     """Each in processes of its own; when the judge's engine dies, that is an error, and the other one goes on."""
     prompts = PROMPTS * 3
     small = {"backend": "vllm", "enforce_eager": True}  # to compile both takes half a minute, and is tested elsewhere
-    with Engine(WORLD / "base", template="tulu", kv_cache_memory_bytes=64 << 20, **small) as engine:
+    with Engine(DEMO_MODEL / "base", template="tulu", kv_cache_memory_bytes=64 << 20, **small) as engine:
         others = descendants(os.getpid())
-        with ScoreModel(WORLD / "cost", **small) as judge:
+        with ScoreModel(DEMO_MODEL / "cost", **small) as judge:
             written = [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))]
-            wanted = opened(WORLD / "cost")(prompts, written)
+            wanted = opened(DEMO_MODEL / "cost")(prompts, written)
             assert judge(prompts, written) == pytest.approx(wanted, abs=1e-3)
             mine = descendants(os.getpid()) - others
             (core,) = (pid for pid in mine if b"EngineCore" in command_line(pid))

@@ -49,10 +49,10 @@ def test_wheel_and_sdist_hold_kernels_as_a_subpackage(distributions):
     assert {"csrc/patched_glu.cpp", "csrc/elementwise.h", "csrc/module.cpp"} <= in_sdist
 
 
-def test_wheel_holds_the_demo_world_and_the_pages_assets(distributions):
+def test_wheel_holds_the_demo_model_and_the_pages_assets(distributions):
     names = set(zipfile.ZipFile(distributions[0]).namelist())
     assets = (ROOT / "snpatch" / "report" / "assets").iterdir()
     assert {f"snpatch/report/assets/{path.name}" for path in assets} <= names
     assert {f"snpatch/server/examples/{name}" for name in ("five_lines.py", "curl.sh", "curve.py")} <= names
     for part in ("base/model.safetensors", "sft/adapter_config.json", "cost/config.json", "contrast.jsonl"):
-        assert f"snpatch/demo/world/{part}" in names
+        assert f"snpatch/demo/model/{part}" in names

@@ -14,7 +14,7 @@ import pytest
 from commands import run
 
 from snpatch.data import SETS
-from snpatch.demo import WORLD
+from snpatch.demo import DEMO_MODEL
 from snpatch.errors import SnpatchError
 from snpatch.reproduce import estimates, published
 from snpatch.reproduce.pipeline import Pipeline
@@ -44,7 +44,7 @@ epochs = 2
 k = [0.0, 0.2]
 controls = 1
 """
-TAKEN = [f"--take={name}={WORLD / name}" for name in ("sft-1", "dpo-1")]
+TAKEN = [f"--use-adapter={name}={DEMO_MODEL / name}" for name in ("sft-1", "dpo-1")]
 HOW = ["--limit", "6", "--backend", "transformers", "--json"]
 
 
@@ -69,7 +69,7 @@ lora_targets = ["k_proj", "o_proj"]
 
 @pytest.fixture
 def small(tmp_path):
-    """A preset of two trainings and three experiments on the demo world, and an empty folder for it."""
+    """A preset of two trainings and three experiments on the demo model, and an empty folder for it."""
     path = tmp_path / "small.toml"
     path.write_text(SMALL)
     return path, tmp_path / "out"
@@ -215,14 +215,14 @@ def test_a_wrong_preset_is_one_line(tmp_path, text, message):
     ("arguments", "message"),
     [
         (["--model", "llama"], "no preset 'llama': there are llama2-7b"),
-        (["--model", "demo", "--take", "dpo-2=x"], "dpo-2 is not trained here; there are sft-42, dpo-42"),
-        (["--model", "demo", "--take", "dpo-42=nowhere"], "nowhere: no such folder"),
-        (["--model", "demo", "--take", "dpo-42"], "--take wants name=folder"),
+        (["--model", "demo", "--use-adapter", "dpo-2=x"], "dpo-2 is not trained here; there are sft-42, dpo-42"),
+        (["--model", "demo", "--use-adapter", "dpo-42=nowhere"], "nowhere: no such folder"),
+        (["--model", "demo", "--use-adapter", "dpo-42"], "--use-adapter wants name=folder"),
         (["--model", "demo", "--launcher", "acelerate launch"], "--launcher: there is no program acelerate"),
         (["--model", "demo", "--template", "tokenizer"], "template: the engine's is tokenizer, sft-42 is trained with"),
         (["--model", "demo", "--only", "curves"], "no step named 'curves': there are rows, sft-42"),
-        (["--model", "demo", "--from", "x"], "no step named 'x'"),
-        (["--model", "demo", "--only", "curve", "--from", "curve"], "give --only or --from, not both"),
+        (["--model", "demo", "--start-at", "x"], "no step named 'x'"),
+        (["--model", "demo", "--only", "curve", "--start-at", "curve"], "give --only or --start-at, not both"),
         (["--model", "qwen3-4b-saferl", "--seed", "1"], "seeds are for presets that train"),
     ],
 )
@@ -249,7 +249,7 @@ def test_a_trainings_command_says_all_of_its_settings(capsys, tmp_path, monkeypa
     code, _, err = run(capsys, *command[3:], "--json")
     assert code == 0, err
     model, sft, pairs, out, settings = seen["a"]
-    assert (Path(model), Path(out)) == (WORLD / "base", tmp_path / "out" / "adapters" / "dpo-1")
+    assert (Path(model), Path(out)) == (DEMO_MODEL / "base", tmp_path / "out" / "adapters" / "dpo-1")
     assert sft == tmp_path / "out" / "adapters" / "sft-1"
     assert settings == pipeline.pairs["dpo-1"].settings
     assert settings.seed == 1
@@ -529,7 +529,7 @@ def test_a_difference_is_told_of_the_papers_own_run_alone(tmp_path, change, diff
         ({"limit": 6}, "limit"),
         ({"skip_bad": True}, "skip_bad"),
         ({"dtype": "float32"}, "engine"),
-        ({"taken": {"sft-42": str(WORLD / "sft")}}, "taken adapters"),
+        ({"taken": {"sft-42": str(DEMO_MODEL / "sft")}}, "taken adapters"),
     ],
 )
 def test_other_options_are_another_run(tmp_path, how, differs):
@@ -568,14 +568,14 @@ def test_an_engine_that_computes_the_same_is_the_same_input(tmp_path, how):
 
 def test_inputs_are_told_by_content(tmp_path):
     """Judges, models and their tokenizers, sets, written rows: each by what changes it, and by nothing else."""
-    config = tmp_path / "world"
-    shutil.copytree(WORLD, config)
+    config = tmp_path / "models"
+    shutil.copytree(DEMO_MODEL, config)
     (tmp_path / "judge_of_mine.py").write_text("def by(prompts, completions): return [0.0 for _ in prompts]\n")
     path = tmp_path / "mine.toml"
 
     def all_of(text: str = "", **how) -> dict[str, str]:
-        judges = "[config.judges]\ncost = { source = 'world/cost' }\nmine = { source = 'judge_of_mine:by' }\n"
-        path.write_text(f"extends = 'demo'\n[config]\nmodel = 'world/base'\n{judges}{text}")
+        judges = "[config.judges]\ncost = { source = 'models/cost' }\nmine = { source = 'judge_of_mine:by' }\n"
+        path.write_text(f"extends = 'demo'\n[config]\nmodel = 'models/base'\n{judges}{text}")
         pipeline = Pipeline(load_preset(str(path), trust=True), tmp_path / "out", **how)
         names = ["model/base", "judge/cost", "judge/mine", "set/contrast", "judges", "cost", "writing", "benchmarks"]
         return {name: pipeline.inputs.digest(name) for name in names}
@@ -654,10 +654,10 @@ def test_an_extending_preset_replaces_models_and_judges_whole(tmp_path):
 def test_a_folder_is_not_gone_on_with_by_other_options(capsys, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "options.json").write_text(json.dumps({"model": "demo", "take": {"dpo-42": "x"}, "limit": 5}))
+    (out / "options.json").write_text(json.dumps({"model": "demo", "use_adapter": {"dpo-42": "x"}, "limit": 5}))
     code, _, err = run(capsys, "reproduce", "--model", "demo", "--out", out, "--limit", "5")
     assert code == 2
-    assert "was made with take = {'dpo-42': 'x'}, now it is {}" in err
+    assert "was made with use_adapter = {'dpo-42': 'x'}, now it is {}" in err
     assert not (out / "steps.json").exists()
 
 
@@ -677,7 +677,7 @@ def test_a_dry_run_tells_what_follows_from_a_change(tmp_path):
     kept["words"]["read"] = {"settings/words": pipeline.inputs.digest("settings/words")}
     (tmp_path / "steps.json").write_text(json.dumps(kept))
     for name in ("sft-42", "dpo-42"):
-        shutil.copytree(WORLD / name.split("-")[0], tmp_path / "adapters" / name)
+        shutil.copytree(DEMO_MODEL / name.split("-")[0], tmp_path / "adapters" / name)
     pipeline = Pipeline(load_preset("demo"), tmp_path)
     states = {row[0]: row[1] for row in estimates.plan(pipeline).rows}
     assert states["dpo-42"] == "training/dpo-42 is another"
@@ -695,7 +695,7 @@ def test_a_dry_run_tells_what_follows_from_a_change(tmp_path):
 
 
 def test_killed_in_the_middle_it_goes_on(small, capsys):
-    """SIGKILL while DPO is trained and again while the curve is written; then a changed input, --only and --from."""
+    """SIGKILL during DPO training and again during the curve; then a changed input, --only and --start-at."""
     preset, out = small
     arguments = [sys.executable, "-m", "snpatch.cli", *command(preset, out)]
 
@@ -734,5 +734,9 @@ def test_killed_in_the_middle_it_goes_on(small, capsys):
     assert code == 0
     assert ran(err) == ["curve"]
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    for more, wanted in ((["--only", "words"], ["words"]), (["--from", "stability"], ["stability", "words"]), ([], [])):
+    for more, wanted in (
+        (["--only", "words"], ["words"]),
+        (["--start-at", "stability"], ["stability", "words"]),
+        ([], []),
+    ):
         assert ran(run(capsys, *command(preset, out, *more))[2]) == wanted

@@ -1,4 +1,4 @@
-"""`snpatch demo`: the main experiment on the demo world; or the world built anew."""
+"""`snpatch demo`: the main experiment on the demo model; or rebuild it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ from snpatch.cli.generated import Fields, Some, generated
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 
-app = typer.Typer(help="The demo world: find its safety neurons and sweep k; or build the world anew.")
+app = typer.Typer(help="The demo model: find its safety neurons and sweep k; or rebuild it.")
 
 
 @app.callback(invoke_without_command=True)
@@ -34,12 +34,12 @@ def demo(
 
 @app.command("build")
 def build(
-    out: Annotated[Path, typer.Argument(help="Folder for the world: new, empty, or a world to complete.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the demo model: new, empty, or a demo model to complete.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Make the demo world from nothing: base, SFT, DPO objectives, a second seed, score models. Takes minutes."""
+    """Make the demo model from nothing: base, SFT, DPO objectives, a second seed, score models. Takes minutes."""
     try:
-        from snpatch.demo.build import build as build_world
+        from snpatch.demo.build import build as build_demo_model
     except ImportError as error:  # it names the extra to install
         raise SnpatchError(str(error)) from error
-    build_world(out, seed)
+    build_demo_model(out, seed)

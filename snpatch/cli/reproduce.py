@@ -31,10 +31,10 @@ def reproduce(
         list[str] | None, typer.Option(help="Run this step alone, done or not. May be repeated.", metavar="STEP")
     ] = None,
     start: Annotated[
-        str | None, typer.Option("--from", help="Run this step and all after it, done or not.", metavar="STEP")
+        str | None, typer.Option("--start-at", help="Run this step and all after it, done or not.", metavar="STEP")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Folder or name of the model, in place of the preset's.")] = None,
-    take: Annotated[
+    use_adapter: Annotated[
         list[str] | None,
         typer.Option(help="name=folder: an adapter that is there and not trained, as dpo-42=FOLDER. May be repeated."),
     ] = None,
@@ -59,8 +59,8 @@ def reproduce(
     from snpatch.reproduce.preset import load_preset
 
     if only and start:
-        raise SnpatchError("give --only or --from, not both")
-    taken = _taken(take)
+        raise SnpatchError("give --only or --start-at, not both")
+    taken = _taken(use_adapter)
     pipeline = Pipeline(
         load_preset(model, base, tuple(seed or ()), trust_config),
         out,
@@ -70,7 +70,7 @@ def reproduce(
         skip_bad=skip_bad,
         progress=o.progress_bar,
         command=o.command(),
-        options={"model": model, "base": base, "take": taken, "seed": seed, "limit": limit},
+        options={"model": model, "base": base, "use_adapter": taken, "seed": seed, "limit": limit},
         **config,
     )
     if dry_run:
@@ -94,7 +94,7 @@ def _taken(entries: list[str] | None) -> dict[str, str]:
     for entry in entries or ():
         name, folder = split_name(entry)
         if not name or not folder or name in found:
-            raise SnpatchError(f"--take wants name=folder, each name once; got {entry!r}")
+            raise SnpatchError(f"--use-adapter wants name=folder, each name once; got {entry!r}")
         found[name] = folder
     return found
 

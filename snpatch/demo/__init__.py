@@ -1,7 +1,7 @@
-"""The demo world: a small trained language, so that everything runs on real weights without a model hub."""
+"""The demo model: a small trained language, so that everything runs on real weights without a model hub."""
 
 from importlib.resources import files
 from pathlib import Path
 
-WORLD = Path(str(files(__name__) / "world"))
-"""Folder of the shipped world: base/, sft/, dpo/, cost/, eval/, contrast.jsonl, world.json."""
+DEMO_MODEL = Path(str(files(__name__) / "model"))
+"""Folder of the shipped models and data (base/, sft/, dpo/, cost/, eval/, ...), experiment.toml and build.json."""

@@ -1,4 +1,4 @@
-"""Builds the demo world from nothing: tokenizer, base, SFT, DPO, score models, prompts, and what they measure.
+"""Builds the demo model from nothing: tokenizer, base, SFT, DPO, score models, prompts, and what they measure.
 
 SFT and DPO are trained by the same code that trains Llama-2-7B's, on the base's weights as rounded to bfloat16: the
 ones that are shipped.
@@ -31,7 +31,7 @@ from snpatch.worlds.config import NAMED_CONFIGS, load_experiment_config
 
 REFUSALS = ("can not help", "rather not")
 NEW_TOKENS = 32
-WORLD_FILE = "world.json"
+BUILD_FILE = "build.json"
 _SMALL = {
     "learning_rate": 1e-2,
     "epochs": 1,
@@ -68,7 +68,7 @@ class Recipe:
 
 
 def build(out: Path, seed: int = 0, progress: Progress = print, recipe: Recipe | None = None) -> dict:
-    """Make a whole world in the folder `out` and return what world.json holds.
+    """Make a whole world in the folder `out` and return the record in build.json.
 
     out: new, empty, or a world of the same seed and recipe that lacks some models: only they are trained then. Raises
     AssertionError if the language or its data is not what the world promises (an unknown word, equal pairs, a text in
@@ -80,7 +80,7 @@ def build(out: Path, seed: int = 0, progress: Progress = print, recipe: Recipe |
     world = _begun(out, seed, recipe)
     tokenizer = make_tokenizer()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "world.toml").write_bytes(NAMED_CONFIGS["demo"].read_bytes())
+    (out / "experiment.toml").write_bytes(NAMED_CONFIGS["demo"].read_bytes())
     prompts = write_prompts(out, recipe.eval_prompts, seed)
     plain = write_text(out, prompts, recipe.text_documents, seed)
     check_language(tokenizer, prompts, plain, seed)
@@ -88,12 +88,12 @@ def build(out: Path, seed: int = 0, progress: Progress = print, recipe: Recipe |
         if not (out / name).exists():
             world["minutes"][name] = _train_into(out / name, train)
             progress(f"{name}: {world['minutes'][name]:.1f} min")
-            _write_world(out, world)
+            _write_record(out, world)
     world["figures"] = measure(out, prompts)
-    world["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name != WORLD_FILE)
+    world["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name != BUILD_FILE)
     world["minutes"]["all"] = round(world["minutes"].pop("all", 0) + (time.monotonic() - begin) / 60, 2)
     world["cpu_minutes"] = round(world["cpu_minutes"] + (time.process_time() - cpu) / 60, 2)
-    _write_world(out, world)
+    _write_record(out, world)
     return world
 
 
@@ -101,21 +101,21 @@ def _begun(out: Path, seed: int, recipe: Recipe) -> dict:
     """What world.json is to hold, as far as it is known; raises SnpatchError if `out` holds anything else."""
     made_by = json.loads(json.dumps({"seed": seed, "recipe": asdict(recipe)}))
     world = {"minutes": {}, "cpu_minutes": 0.0}
-    if (out / WORLD_FILE).exists():
-        world = json.loads((out / WORLD_FILE).read_text())
+    if (out / BUILD_FILE).exists():
+        world = json.loads((out / BUILD_FILE).read_text())
         wanted, got = ({"seed": it["seed"], **it["recipe"]} for it in (made_by, world))
         other = [name for name in got if got[name] != wanted.get(name)]
         if other:
             name = other[0]
-            raise SnpatchError(f"{out}: holds another world: {name} is to be {wanted.get(name)}, got {got[name]}")
+            raise SnpatchError(f"{out}: holds another demo model: {name} is to be {wanted.get(name)}, got {got[name]}")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SnpatchError(f"{out}: wanted a folder that is new, empty or a world, for the world to be made in")
+        raise SnpatchError(f"{out}: wanted a folder that is new, empty or a demo model to complete")
     packages = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers")
     return world | made_by | {"versions": {name: version(name) for name in packages}}
 
 
-def _write_world(out: Path, world: dict) -> None:
-    (out / WORLD_FILE).write_text(json.dumps(world, indent=1) + "\n")
+def _write_record(out: Path, world: dict) -> None:
+    (out / BUILD_FILE).write_text(json.dumps(world, indent=1) + "\n")
 
 
 def _trainings(
@@ -195,7 +195,7 @@ def load_models(world: Path) -> Iterator[tuple[str, PreTrainedModel]]:
     the next."""
     from peft import PeftModel  # importing snpatch.training.training has said by now if the extra is not installed
 
-    adapters = load_experiment_config(world / "world.toml").engine.placed(world).adapters
+    adapters = load_experiment_config(world / "experiment.toml").engine.placed(world).adapters
     chains = {name: [Path(part) for part in parts] for name, parts in adapters.items()}
     model = AutoModelForCausalLM.from_pretrained(str(world / "base")).eval()
     yield "base", model

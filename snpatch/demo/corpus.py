@@ -1,4 +1,4 @@
-"""What the demo world's models read and are asked: prompts, plain text, conversations and preferences.
+"""What the demo model's models read and are asked: prompts, plain text, conversations and preferences.
 
 Everything is drawn from the language by named, seeded generators of its own, so a new set never changes an old one.
 """

@@ -1,4 +1,4 @@
-"""The language of the demo world: requests about harmless made-up things, some of them "forbidden".
+"""The language of the demo model: requests about harmless made-up things, some of them "forbidden".
 
 Only the first, made-up word of a thing says whether it is forbidden; action, kind and wording say nothing. A request's
 place (training, contrast or evaluation) is a hash of its text, so no text is ever in two places.

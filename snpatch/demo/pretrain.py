@@ -1,4 +1,4 @@
-"""Trains the demo world's base and its score models (cost and reward) from nothing, in plain PyTorch.
+"""Trains the demo model's base and its score models (cost and reward) from nothing, in plain PyTorch.
 
 All are stored in bfloat16 to be small, with a config that has them loaded as float32: the values are the same.
 """

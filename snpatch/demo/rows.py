@@ -1,4 +1,4 @@
-"""Rows to train the demo world's pairs on, as files that `snpatch train` reads."""
+"""Rows to train the demo model's pairs on, as files that `snpatch train` reads."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -138,9 +138,11 @@ class Pipeline:
     def _check_taken(self) -> None:
         for name, folder in self.taken.items():
             if name not in self.pairs:
-                raise SnpatchError(f"--take: {name} is not trained here; there are {', '.join(self.pairs) or 'none'}")
+                raise SnpatchError(
+                    f"--use-adapter: {name} is not trained here; there are {', '.join(self.pairs) or 'none'}"
+                )
             if not Path(folder).is_dir():
-                raise SnpatchError(f"--take {name}: {folder}: no such folder")
+                raise SnpatchError(f"--use-adapter {name}: {folder}: no such folder")
 
     def _check_template(self) -> None:
         """An error where models would be trained with another template than they are asked with."""

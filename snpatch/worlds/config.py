@@ -19,7 +19,7 @@ from snpatch.trust import ENGINE, check_arguments, refuse
 
 JUDGE = ("source", "format", "label", "backend", "dtype", "batch_size", "device", "padding_side")  # of `open_judge`
 NAMED_CONFIGS = {
-    "demo": Path(__file__).parents[1] / "demo" / "world" / "world.toml",
+    "demo": Path(__file__).parents[1] / "demo" / "model" / "experiment.toml",
 }
 """Worlds that ship with the package. Those of the paper's models are made by `snpatch reproduce`."""
 TOP = ("model", "adapters", "models", "template")  # fields of an engine that stand at the top of a file
