@@ -17,10 +17,10 @@ from jobs import RANKINGS
 from serving import SAFE
 
 from snpatch.server import flags
-from snpatch.server.catalogue import Catalogue
+from snpatch.server.catalogue import PatchRegistry
 from snpatch.server.run import read_as_engine
-from snpatch.server.serving import Serving
-from snpatch.server.visitors import Visitors
+from snpatch.server.serving import ServerState
+from snpatch.server.visitors import InflightRequests
 
 WORDS = """--port 8123 --host 0.0.0.0 --api-key one --api-key two --allowed-origins ["https://x","https://y"]
 --middleware a.b --middleware c.d --enable-auto-tool-choice --tool-call-parser hermes --no-enable-log-deltas
@@ -119,9 +119,9 @@ def catalogue(zoo, tmp_path):
     config = EngineConfig.of(made.folder, {n: list(made.adapters[n]) for n in ("sft", "dpo")}, template="tulu")
     engine = AsyncEngine.from_config(config)
 
-    def get(base_names=(), **fields) -> Catalogue:
+    def get(base_names=(), **fields) -> PatchRegistry:
         rankings = {"first": str(tmp_path / "first.safetensors")}
-        return Catalogue(engine, ServeConfig(config, rankings=rankings, **fields), base_names)
+        return PatchRegistry(engine, ServeConfig(config, rankings=rankings, **fields), base_names)
 
     return get
 
@@ -167,8 +167,15 @@ def test_chats_for_another_template_than_the_servers_are_refused(pairs, tmp_path
     (own / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     config = EngineConfig.of(own, models={"dpo": str(other)})
     engine = AsyncEngine.from_config(config)
-    serving = Serving(
-        ServeConfig(config), engine, Catalogue(engine, ServeConfig(config)), Visitors(1), {}, None, (), False
+    serving = ServerState(
+        ServeConfig(config),
+        engine,
+        PatchRegistry(engine, ServeConfig(config)),
+        InflightRequests(1),
+        {},
+        None,
+        (),
+        False,
     )
     serving.check_template("base")
     with pytest.raises(SnpatchError, match="dpo reads chats by another template") as caught:
@@ -188,8 +195,15 @@ def test_the_server_renders_chats_as_the_engine_reads_them(zoo, tmp_path, given)
     tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(adapter)
     config = EngineConfig.of(made.folder, {"sft": [adapter]}, chat_template_kwargs={"enable_thinking": False})
     engine = AsyncEngine.from_config(config)
-    serving = Serving(
-        ServeConfig(config), engine, Catalogue(engine, ServeConfig(config)), Visitors(1), {}, None, (), False
+    serving = ServerState(
+        ServeConfig(config),
+        engine,
+        PatchRegistry(engine, ServeConfig(config)),
+        InflightRequests(1),
+        {},
+        None,
+        (),
+        False,
     )
     args = Namespace(chat_template=None, default_chat_template_kwargs=given)
     read_as_engine(args, serving)

@@ -25,13 +25,13 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from snpatch.executors.vllm.streaming import StreamingExecutor
 from snpatch.judges.refusal import RefusalWords
 from snpatch.server import flags, handlers, routes
-from snpatch.server.asks import AskForm
+from snpatch.server.asks import PatchRequest
 from snpatch.server.bodies import models_of
-from snpatch.server.catalogue import Catalogue
+from snpatch.server.catalogue import PatchRegistry
 from snpatch.server.connections import protocol_with_deadline
-from snpatch.server.serving import Serving
+from snpatch.server.serving import ServerState
 from snpatch.server.sweeps import Sweep
-from snpatch.server.visitors import Visitors
+from snpatch.server.visitors import InflightRequests
 
 LAYERS, NEURONS, CONTEXT, SEATS = 32, 11008, 4096, 256  # of Llama-2-7B, and vLLM's max_num_seqs
 HEALTH_S = 0.2  # most CPU time of the event loop between two answers to /health
@@ -69,8 +69,8 @@ def ranking():
 def gated(engine):
     """vLLM's app in front of handlers that answer at once, and its Serving."""
     config = ServeConfig(engine.config)
-    catalogue, judges = Catalogue(engine, config), {"refusal": RefusalWords()}
-    serving = Serving(config, engine, catalogue, Visitors(1), judges, None, (), has_own_template=True)
+    catalogue, judges = PatchRegistry(engine, config), {"refusal": RefusalWords()}
+    serving = ServerState(config, engine, catalogue, InflightRequests(1), judges, None, (), has_own_template=True)
     return app_of(flags.namespace("m", {}, {}), serving), serving
 
 
@@ -82,8 +82,8 @@ def serve(gated, engine, ranking, monkeypatch):
 
     def get(keys=(), **limits):
         app, serving = gated
-        serving.config, serving.keys = ServeConfig(engine.config, **limits).fitted(CONTEXT, SEATS), tuple(keys)
-        serving.catalogue = Catalogue(engine, serving.config)
+        serving.config, serving.keys = ServeConfig(engine.config, **limits).resolve_limits(CONTEXT, SEATS), tuple(keys)
+        serving.catalogue = PatchRegistry(engine, serving.config)
         serving.catalogue.add("rankings", "safety", ranking)
         for name in ("requests", "arriving", "uploading"):
             vars(serving).pop(name, None)
@@ -115,7 +115,7 @@ class Handler:
         return ErrorResponse(error={"message": message, "type": err_type, "code": status_code, "param": param})
 
 
-def app_of(args, serving: Serving):
+def app_of(args, serving: ServerState):
     from vllm.entrypoints.openai.api_server import build_app
 
     async def check_health() -> None: ...
@@ -334,7 +334,7 @@ def test_values_of_a_body_are_counted(serve, body, is_over):
 
 
 def test_texts_to_tokenize_and_ids_to_detokenize_have_a_limit(serve):
-    app, _ = serve(max_prompt_letters=50)
+    app, _ = serve(max_prompt_chars=50)
     for path, body in (
         ("/tokenize", {"prompt": "a" * 51}),
         ("/tokenize", {"messages": [{"role": "user", "content": "a" * 20}] * 3}),
@@ -342,7 +342,7 @@ def test_texts_to_tokenize_and_ids_to_detokenize_have_a_limit(serve):
         ("/v1/messages/count_tokens", {"model": "base", "messages": [{"role": "user", "content": "a" * 51}]}),
     ):
         answer = post(app, path, body)
-        assert (answer.status_code, "at most 50 letters or token ids (--max-prompt-letters)" in answer.text) == (
+        assert (answer.status_code, "at most 50 letters or token ids (--max-prompt-chars)" in answer.text) == (
             413,
             True,
         )
@@ -412,9 +412,11 @@ def test_good_lists_pass_whatever_their_length(serve):
     ],
 )
 def test_texts_of_a_request_are_counted_before_any_is_begun(serve, path, more, n):
-    app, _ = serve(max_texts=10)
+    app, _ = serve(max_completions=10)
     answer = post(app, path, {"model": "base", **more})
-    assert (answer.status_code, f"at most 10 texts (--max-texts), got {n}" in answer.text) == (400, True), answer.text
+    assert (answer.status_code, f"at most 10 completions (--max-completions), got {n}" in answer.text) == (400, True), (
+        answer.text
+    )
     fewer = {"prompt": [5] * 11} if "prompt" in more else {"messages": CHAT, "n": 10}
     assert post(app, path, {"model": "base", **fewer}).status_code == 200
 
@@ -437,14 +439,14 @@ def test_json_in_xargs_is_counted_before_it_is_parsed(serve):
 
 
 def test_windows_and_letters_of_a_sweep_have_a_limit(serve):
-    app, _ = serve(max_sweep_windows=3, max_prompt_letters=50)
+    app, _ = serve(max_sweep_windows=3, max_prompt_chars=50)
     sweep = {"recipient": "base", "ranking": "safety", "donor": "dpo", "windows": [1, 2, 3, 4], "prompts": ["a"]}
     answer = post(app, SWEEP, sweep)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "windows")
     assert "at most 3 windows (--max-sweep-windows), got 4" in answer.text
     answer = post(app, SWEEP, {**sweep, "windows": [1], "prompts": ["a", "a" * 51]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompts.1")
-    assert "more than 50 letters (--max-prompt-letters)" in answer.text
+    assert "more than 50 letters (--max-prompt-chars)" in answer.text
 
 
 def test_requests_and_uploads_past_their_places_are_a_503(serve):
@@ -461,7 +463,7 @@ def test_requests_and_uploads_past_their_places_are_a_503(serve):
 
 
 def test_bodies_that_arrive_slowly_keep_nobody_out_and_have_a_limit_of_bytes(serve):
-    app, serving = serve(max_requests=1, max_arriving_bytes=2500)
+    app, serving = serve(max_requests=1, max_incoming_bytes=2500)
 
     async def everything():
         end = asyncio.Event()
@@ -486,17 +488,17 @@ def test_bodies_that_arrive_slowly_keep_nobody_out_and_have_a_limit_of_bytes(ser
 
     whole, late, held, slow = asyncio.run(everything())
     assert (whole.status_code, slow.status_code, held) == (200, 200, 1800)
-    assert (late.status_code, "at most 2500 at once (--max-arriving-bytes)" in late.text) == (503, True)
+    assert (late.status_code, "at most 2500 at once (--max-incoming-bytes)" in late.text) == (503, True)
     assert serving.arriving.taken == 0
 
 
-@pytest.mark.parametrize("limit", ["max_requests", "max_body_bytes", "max_texts", "max_prompt_letters"])
+@pytest.mark.parametrize("limit", ["max_requests", "max_body_bytes", "max_completions", "max_prompt_chars"])
 def test_limits_that_are_left_out_follow_the_engine(limit):
     config = ServeConfig(EngineConfig("m"))
-    small, large = config.fitted(2048, 16), config.fitted(1 << 20, 1024)
-    want = {"max_requests": (64, 4096), "max_texts": (64, 4096), "max_body_bytes": (1 << 20, 8 << 20)}
+    small, large = config.resolve_limits(2048, 16), config.resolve_limits(1 << 20, 1024)
+    want = {"max_requests": (64, 4096), "max_completions": (64, 4096), "max_body_bytes": (1 << 20, 8 << 20)}
     assert (getattr(small, limit), getattr(large, limit)) == want.get(limit, (32 * 2048, 32 << 20))
-    assert getattr(replace(config, **{limit: 7}).fitted(2048, 16), limit) == 7
+    assert getattr(replace(config, **{limit: 7}).resolve_limits(2048, 16), limit) == 7
 
 
 # ---- what is built once ----------------------------------------------------------------------------------------------
@@ -522,7 +524,7 @@ def test_a_patch_that_is_read_while_its_ranking_goes_is_not_kept(serve, ranking)
     held, other = serving.catalogue, replace(ranking)
     read, asked = held._read, {"recipient": "base", **NOISE}
     held.add("rankings", "safety", other)
-    assert read(schema.read(AskForm, "snpatch", asked)).patch.ranking is ranking
+    assert read(schema.read(PatchRequest, "snpatch", asked)).patch.ranking is ranking
     assert held.ask(asked).patch.ranking is other
 
 

@@ -354,7 +354,7 @@ def test_a_structure_that_the_model_cannot_write_is_a_400_with_a_reason(server, 
             "enum": [f"w{i}" for i in range(2500)]}}}}, "16384 letters of json"),
         ({"logprobs": True, "top_logprobs": 20, "max_tokens": 100, "n": 10}, "10240 values in an answer"),
         ({"prompt_logprobs": 20, "max_tokens": 1, "n": 200}, "10240 values in an answer"),
-        ({"n": 257}, "at most 256 texts (--max-texts), got 1 prompts x 257"),
+        ({"n": 257}, "at most 256 completions (--max-completions), got 1 prompts x 257"),
     ],
 )  # fmt: skip
 def test_a_request_past_a_limit_is_a_400_that_names_it(server, more, message):
@@ -402,7 +402,7 @@ def test_the_server_says_what_it_holds(world, server):
     assert held["guards"]["guard"]["k"] == 5
     assert held["schema"]["required"] == ["recipient"]
     limits = held["limits"]
-    assert (limits["context"], limits["max_texts"], limits["max_requests"]) == (128, 256, 256)
+    assert (limits["context"], limits["max_completions"], limits["max_requests"]) == (128, 256, 256)
     assert held["versions"].keys() == {"snpatch", "vllm", "torch", "transformers"}
     for path in ("/health", "/version", "/metrics", "/docs", "/openapi.json"):
         assert server.get(path).status_code == 200
@@ -479,7 +479,7 @@ def test_full_banks_serve_in_order_and_refuse_past_the_limit(narrow):
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     assert "2 texts wait for a place" in refused.json()["error"]["message"]
     assert plain.status_code == 200
-    assert 'snpatch_banks_in_use{kind="ranking"} 1.0' in metrics
+    assert 'snpatch_slots_in_use{kind="ranking"} 1.0' in metrics
     assert "snpatch_waiting_requests 2.0" in metrics
     assert order == ["refused", "plain", "held", "other", "own"]
     assert all(answer.json()["snpatch"]["verified"] for answer in served)

@@ -15,13 +15,13 @@ from snpatch import Constant, SnpatchError
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from snpatch.server import uploads
-from snpatch.server.errors import FaultError, TooMuchError
+from snpatch.server.errors import InternalError, PayloadTooLargeError
 from snpatch.server.uploads import Uploads
 
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
 
 
-class Catalogue:
+class PatchRegistry:
     """What a server names, without its engine."""
 
     def __init__(self, shape: tuple[int, int] = SHAPE) -> None:
@@ -63,21 +63,21 @@ def file_of(body: bytes) -> str:
 
 
 def test_upload_over_the_quota_leaves_no_file(folder, bodies):
-    kept = Uploads(folder, Catalogue())
+    kept = Uploads(folder, PatchRegistry())
     for i in range(uploads.MOST - 1):
         kept.keep("rankings", f"r{i}", bodies["first"])
     stored = {name: kept.store("rankings", name, bodies["second"]) for name in ("a", "b")}
     constant = kept.store("constants", "c", bodies["values"])  # as many as began before the quota was full
     kept.put("rankings", "a", *stored["a"])
     for kind, name, one in (("rankings", "b", stored["b"]), ("constants", "c", constant)):
-        with pytest.raises(TooMuchError, match="64 rankings and constants are kept"):
+        with pytest.raises(PayloadTooLargeError, match="64 rankings and constants are kept"):
             kept.put(kind, name, *one)
     assert files(folder) == {file_of(bodies["first"]), file_of(bodies["second"])}
 
 
 @pytest.mark.parametrize("body", [b"", b"\x80\x04cos\nsystem\n.", "values"])
 def test_upload_that_is_no_ranking_leaves_no_file(folder, bodies, body):
-    kept = Uploads(folder, Catalogue())
+    kept = Uploads(folder, PatchRegistry())
     with pytest.raises(SnpatchError) as error:
         kept.keep("rankings", "a", bodies.get(body, body))
     assert str(folder) not in str(error.value)
@@ -85,7 +85,7 @@ def test_upload_that_is_no_ranking_leaves_no_file(folder, bodies, body):
 
 
 def test_upload_whose_name_cannot_be_written_leaves_no_file(folder, bodies, monkeypatch):
-    kept = Uploads(folder, Catalogue())
+    kept = Uploads(folder, PatchRegistry())
     kept.keep("rankings", "a", bodies["first"])
 
     def full(path, text):
@@ -93,7 +93,7 @@ def test_upload_whose_name_cannot_be_written_leaves_no_file(folder, bodies, monk
 
     monkeypatch.setattr(uploads, "write_text", full)
     for name in ("a", "b"):
-        with pytest.raises(FaultError, match="No space left on device") as error:
+        with pytest.raises(InternalError, match="No space left on device") as error:
             kept.keep("rankings", name, bodies["second"])
         assert str(folder) not in str(error.value)
     assert files(folder) == {file_of(bodies["first"])}
@@ -101,7 +101,7 @@ def test_upload_whose_name_cannot_be_written_leaves_no_file(folder, bodies, monk
 
 
 def test_delete_makes_room_before_it_writes(folder, bodies, monkeypatch):
-    kept = Uploads(folder, Catalogue())
+    kept = Uploads(folder, PatchRegistry())
     kept.keep("rankings", "a", bodies["first"])
     write = uploads.write_text
 
@@ -117,13 +117,13 @@ def test_delete_makes_room_before_it_writes(folder, bodies, monkeypatch):
 
 
 def test_delete_that_cannot_write_can_be_repeated(folder, bodies, monkeypatch):
-    kept = Uploads(folder, Catalogue())
+    kept = Uploads(folder, PatchRegistry())
     kept.keep("rankings", "a", bodies["first"])
 
     def broken(path, text):
         raise SnpatchError(f"cannot write {path}: Input/output error")
 
-    with monkeypatch.context() as patch, pytest.raises(FaultError, match="Input/output error"):
+    with monkeypatch.context() as patch, pytest.raises(InternalError, match="Input/output error"):
         patch.setattr(uploads, "write_text", broken)
         kept.delete("rankings", "a")
     assert not kept._catalogue.rankings
@@ -132,7 +132,7 @@ def test_delete_that_cannot_write_can_be_repeated(folder, bodies, monkeypatch):
 
 
 def test_start_removes_what_an_interrupted_upload_left_and_nothing_else(folder, bodies):
-    kept = Uploads(folder, Catalogue())
+    kept = Uploads(folder, PatchRegistry())
     kept.keep("rankings", "a", bodies["first"])
     kept.store("rankings", "b", bodies["second"])  # killed before it was named
     first = file_of(bodies["first"])
@@ -140,7 +140,7 @@ def test_start_removes_what_an_interrupted_upload_left_and_nothing_else(folder, 
         (folder / name).write_bytes(b"half")
     for name in ("safety.safetensors", ".notes.partial", "readme.txt"):
         (folder / name).write_bytes(b"the user's")
-    again = Uploads(folder, Catalogue())
+    again = Uploads(folder, PatchRegistry())
     assert files(folder) == {first, "safety.safetensors", ".notes.partial", "readme.txt"}
     assert again._catalogue.rankings.keys() == {"a"}
 
@@ -164,11 +164,11 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_file_is_left_out_until_it_is_replaced_or_deleted(folder, bodies, capsys, damage):
-    kept = Uploads(folder, Catalogue())
+    kept = Uploads(folder, PatchRegistry())
     kept.keep("rankings", "bad", bodies["first"])
     kept.keep("rankings", "good", bodies["second"])
     damage(folder / file_of(bodies["first"]))
-    again = Uploads(folder, Catalogue())
+    again = Uploads(folder, PatchRegistry())
     (line,) = capsys.readouterr().err.splitlines()
     assert (file_of(bodies["first"]) in line, "rankings: bad is left out" in line) == (True, True)
     assert again._catalogue.rankings.keys() == {"good"}
@@ -177,19 +177,19 @@ def test_damaged_file_is_left_out_until_it_is_replaced_or_deleted(folder, bodies
         assert again.delete("rankings", "bad")
         assert files(folder) == {file_of(bodies["second"])}
         again.keep("rankings", "bad", bodies["first"])
-        assert Uploads(folder, Catalogue())._catalogue.rankings.keys() == {"good", "new", "bad"}
+        assert Uploads(folder, PatchRegistry())._catalogue.rankings.keys() == {"good", "new", "bad"}
 
 
 def test_upload_for_another_model_is_left_out_and_stays(folder, bodies, capsys):
-    Uploads(folder, Catalogue()).keep("rankings", "a", bodies["first"])
-    assert not Uploads(folder, Catalogue((2, 96)))._catalogue.rankings
+    Uploads(folder, PatchRegistry()).keep("rankings", "a", bodies["first"])
+    assert not Uploads(folder, PatchRegistry((2, 96)))._catalogue.rankings
     assert "rankings: a is left out: a: is for another model" in capsys.readouterr().err
-    assert Uploads(folder, Catalogue())._catalogue.rankings.keys() == {"a"}
+    assert Uploads(folder, PatchRegistry())._catalogue.rankings.keys() == {"a"}
 
 
 def test_name_that_became_the_servers_own_is_left_out(folder, bodies, capsys):
-    Uploads(folder, Catalogue()).keep("rankings", "a", bodies["first"])
-    own = Catalogue()
+    Uploads(folder, PatchRegistry()).keep("rankings", "a", bodies["first"])
+    own = PatchRegistry()
     own.add("rankings", "a", RANKINGS[1])
     assert Uploads(folder, own)._catalogue.rankings["a"] is RANKINGS[1]
     assert "a is also among the server's own" in capsys.readouterr().err
@@ -203,15 +203,15 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE)
 def test_unreadable_index_is_a_line_and_no_file_is_removed(folder, bodies, capsys, text):
-    Uploads(folder, Catalogue()).keep("rankings", "a", bodies["first"])
+    Uploads(folder, PatchRegistry()).keep("rankings", "a", bodies["first"])
     (folder / "index.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    again = Uploads(folder, Catalogue())
+    again = Uploads(folder, PatchRegistry())
     (line,) = capsys.readouterr().err.splitlines()
     assert "index.json: expected the names of uploads as JSON, got" in line
     assert not again._catalogue.rankings
     assert files(folder) == {file_of(bodies["first"])}
     again.keep("rankings", "b", bodies["second"])
-    assert Uploads(folder, Catalogue())._catalogue.rankings.keys() == {"b"}
+    assert Uploads(folder, PatchRegistry())._catalogue.rankings.keys() == {"b"}
 
 
 @pytest.mark.parametrize(
@@ -219,10 +219,10 @@ def test_unreadable_index_is_a_line_and_no_file_is_removed(folder, bodies, capsy
     [{"b": 5}, {"b": "../../secret"}, {"../x": "0" * 64}, {"b\nc": "0" * 64}, {"image": "0" * 64}, {"b": {}}, 5, [1]],
 )
 def test_bad_entry_of_the_index_is_left_out_and_the_others_go_on(folder, bodies, capsys, entry):
-    Uploads(folder, Catalogue()).keep("rankings", "a", bodies["first"])
+    Uploads(folder, PatchRegistry()).keep("rankings", "a", bodies["first"])
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | {"constants": entry}))
-    assert Uploads(folder, Catalogue())._catalogue.rankings.keys() == {"a"}
+    assert Uploads(folder, PatchRegistry())._catalogue.rankings.keys() == {"a"}
     (line,) = capsys.readouterr().err.splitlines()
     assert "index.json: constants:" in line
 
@@ -231,10 +231,10 @@ def test_index_that_is_a_link_is_replaced_and_its_target_untouched(folder, bodie
     folder.mkdir()
     (tmp_path / "target").write_text("{}")
     (folder / "index.json").symlink_to(tmp_path / "target")
-    Uploads(folder, Catalogue()).keep("rankings", "a", bodies["first"])
+    Uploads(folder, PatchRegistry()).keep("rankings", "a", bodies["first"])
     assert "Too many levels of symbolic links" in capsys.readouterr().err
     assert (tmp_path / "target").read_text() == "{}"
-    assert Uploads(folder, Catalogue())._catalogue.rankings.keys() == {"a"}
+    assert Uploads(folder, PatchRegistry())._catalogue.rankings.keys() == {"a"}
 
 
 def test_folder_of_another_server_is_refused(folder):
@@ -243,5 +243,5 @@ def test_folder_of_another_server_is_refused(folder):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(SnpatchError, match=r"got one that another uses\. Stop the other server"):
-            Uploads(folder, Catalogue())
-    Uploads(folder, Catalogue())
+            Uploads(folder, PatchRegistry())
+    Uploads(folder, PatchRegistry())

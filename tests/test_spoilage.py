@@ -4,7 +4,7 @@ import pytest
 
 from snpatch.errors import EngineDiedError, OverflowedError, ReceiptError, SpoiledEngineError
 from snpatch.executors.spoilage import Spoilage
-from snpatch.server.errors import status_of
+from snpatch.server.errors import http_status
 
 
 def overflow(unpatched: str | None) -> OverflowedError:
@@ -50,4 +50,4 @@ def test_spoiled_engine_error_is_caught_as_either_kind(kind):
 
 @pytest.mark.parametrize("error", [overflow(None), Spoilage().judge(overflow("a"))], ids=["patched", "plain"])
 def test_status_of_overflow_is_500(error):
-    assert status_of(error) == 500
+    assert http_status(error) == 500

@@ -32,7 +32,7 @@ _NAMED = {  # option -> ServeConfig's field, and its help
 
 
 @dataclass(frozen=True)
-class Served:
+class ServeOptions:
     """What is served: a file, or a model with options; options go before the file's. With vLLM's own flags."""
 
     def parameters(self) -> list[inspect.Parameter]:
@@ -63,7 +63,7 @@ class Served:
         return replace(config, **given, engine=engine, vllm_server={**config.vllm_server, **own.server})
 
 
-@generated(config=Served())
+@generated(config=ServeOptions())
 def serve(
     config: ServeConfig,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all of this as TOML, and end.")] = False,

@@ -13,8 +13,8 @@ from pydantic import BaseModel, create_model
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.settings import KEY
-from snpatch.server.asks import ASK, Ask
-from snpatch.server.errors import field_of, message_of
+from snpatch.server.asks import CURRENT_PATCH, PatchContext
+from snpatch.server.errors import error_message, error_param
 
 GOES_ON = '"finish_reason":null'  # in every chunk of OpenAI's that is not a choice's last
 DONE = "data: [DONE]"
@@ -22,14 +22,14 @@ LAST_OF_ANTHROPIC = "event: message_delta"
 ENDS = ("response.completed", "response.incomplete", "response.failed")
 
 
-def with_receipt(answer: object, ask: Ask) -> object:
+def with_receipt(answer: object, ask: PatchContext) -> object:
     """What a handler gave, as it is sent: errors as they are, a whole answer, or a stream."""
     if isinstance(answer, BaseModel):
         return answer if hasattr(answer, "error") and not hasattr(answer, "id") else _whole(answer, ask)
     return _stream(answer, ask)
 
 
-def _whole(answer: BaseModel, ask: Ask) -> BaseModel:
+def _whole(answer: BaseModel, ask: PatchContext) -> BaseModel:
     if type(answer).model_config.get("extra") == "allow":
         setattr(answer, KEY, ask.answer())
         return answer
@@ -42,9 +42,9 @@ def _extended(kind: type[BaseModel]) -> type[BaseModel]:
     return create_model(kind.__name__, __base__=kind, **{KEY: (dict, ...)})
 
 
-async def _stream(chunks: AsyncIterator, ask: Ask) -> AsyncIterator:
+async def _stream(chunks: AsyncIterator, ask: PatchContext) -> AsyncIterator:
     """Chunks as they come, but for the one that may be OpenAI's last: what comes after it tells."""
-    ASK.set(ask)  # a stream runs in another context than the handler that made it
+    CURRENT_PATCH.set(ask)  # a stream runs in another context than the handler that made it
     kept, before = None, None
     async with aclosing(chunks):
         try:
@@ -68,7 +68,7 @@ async def _stream(chunks: AsyncIterator, ask: Ask) -> AsyncIterator:
             yield _failed(error)
 
 
-def _told(chunk: str, ask: Ask, change: dict | None = None) -> str:
+def _told(chunk: str, ask: PatchContext, change: dict | None = None) -> str:
     """The last chunk, with the receipt; an error stays one."""
     head, data, text = chunk.partition("data: ")
     table = json.loads(text)
@@ -77,7 +77,7 @@ def _told(chunk: str, ask: Ask, change: dict | None = None) -> str:
     return f"{head}{data}{json.dumps({**table, **(change or {}), KEY: ask.answer()}, ensure_ascii=False)}\n\n"
 
 
-def _event(event: BaseModel, ask: Ask) -> BaseModel:
+def _event(event: BaseModel, ask: PatchContext) -> BaseModel:
     if event.type in ENDS:
         setattr(event.response, KEY, ask.answer())
     return event
@@ -87,5 +87,5 @@ def _failed(error: SnpatchError) -> BaseModel:
     from openai.types.responses import ResponseErrorEvent
 
     return ResponseErrorEvent(
-        type="error", code="server_error", message=message_of(error), param=field_of(error), sequence_number=-1
+        type="error", code="server_error", message=error_message(error), param=error_param(error), sequence_number=-1
     )

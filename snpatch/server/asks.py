@@ -11,7 +11,7 @@ from snpatch.schema import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskForm(PatchForm):
+class PatchRequest(PatchForm):
     """The object `snpatch` of a request."""
 
     guard: str | None = option(None, "Name of a guard that reads the prompt first, and may refuse it.")
@@ -30,7 +30,7 @@ class Receipt:
 
 
 @dataclass(eq=False)
-class Ask:
+class PatchContext:
     """told: how the answer names the patch. receipts: of the texts, in the order in which vLLM asked for them.
     logprobs: values that the texts so far may have."""
 
@@ -50,9 +50,9 @@ class Ask:
         """Whether it asks for the base model alone, which nothing has to be written for."""
         return self.patch == "base" and self.guard is None
 
-    def again(self) -> "Ask":
+    def again(self) -> "PatchContext":
         """The same for another request."""
-        return Ask(self.told, self.patch, self.guard)
+        return PatchContext(self.told, self.patch, self.guard)
 
     def answer(self) -> dict:
         """What an answer says under `snpatch`. Of several texts the numbers are sums, and each one's stands beside."""
@@ -74,4 +74,6 @@ class Ask:
         return told
 
 
-ASK: ContextVar[Ask | None] = ContextVar("snpatch_ask", default=None)  # of the HTTP request that runs
+CURRENT_PATCH: ContextVar[PatchContext | None] = ContextVar(
+    "snpatch_ask", default=None
+)  # of the HTTP request that runs

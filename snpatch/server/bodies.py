@@ -20,8 +20,8 @@ from vllm.exceptions import VLLMValidationError
 
 from snpatch.errors import SnpatchError, first_line
 from snpatch.server.config import ServeConfig
-from snpatch.server.errors import MediaTypeError, SlowBodyError, TooMuchError
-from snpatch.server.serving import Places
+from snpatch.server.errors import PayloadTooLargeError, RequestTimeoutError, UnsupportedMediaTypeError
+from snpatch.server.serving import Quota
 
 RESPONSES, INVOCATIONS, SWEEP = "/v1/responses", "/invocations", "/v1/snpatch/sweep"
 TOKENIZING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")  # without a limit of vLLM's
@@ -47,7 +47,7 @@ class BodyField(Protocol):
 class Body:
     """Wraps an ASGI `receive`: a body that is late, or longer than a limit of bytes, is an error."""
 
-    def __init__(self, receive: Receive, timeout_s: float, arriving: Places) -> None:
+    def __init__(self, receive: Receive, timeout_s: float, arriving: Quota) -> None:
         self._receive, self._timeout_s, self._arriving = receive, timeout_s, arriving
         self._end, self._is_whole = monotonic() + timeout_s, False
 
@@ -58,7 +58,7 @@ class Body:
         try:
             message = await asyncio.wait_for(self._receive(), max(0, self._end - monotonic()))
         except TimeoutError as error:
-            raise SlowBodyError(
+            raise RequestTimeoutError(
                 f"body: expected the whole of it within {self._timeout_s:g} s (--body-timeout-s), got a part",
                 field="body",
             ) from error
@@ -71,7 +71,7 @@ class Body:
         try:
             while True:
                 if (n := max(length, len(body))) > limit:
-                    raise TooMuchError(
+                    raise PayloadTooLargeError(
                         f"body: expected at most {limit} bytes (--max-body-bytes), got {n} or more", field="body"
                     )
                 if self._is_whole:
@@ -105,7 +105,7 @@ def check_type(headers: Mapping[str, str]) -> None:
     has_body = headers.get("content-length", "0").strip() != "0" or "transfer-encoding" in headers
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if has_body and media_type != "application/json":
-        raise MediaTypeError(
+        raise UnsupportedMediaTypeError(
             f"content-type: expected application/json, got {media_type[:80] or 'none'}. Send the header with the body."
         )
 
@@ -121,7 +121,7 @@ async def check(body: bytes, path: str, config: ServeConfig, models: Mapping[str
 def _check(body: bytes, path: str, config: ServeConfig, models: Mapping[str, BodyField]) -> None:
     limit = config.max_body_values // (COST if path in COSTLY else 1)
     if path == SWEEP:
-        limit = max(limit, VALUES_PER_TEXT * config.max_sweep_texts)
+        limit = max(limit, VALUES_PER_TEXT * config.max_sweep_completions)
     check_values(body, limit, path)
     try:
         table = json.loads(body)
@@ -130,9 +130,9 @@ def _check(body: bytes, path: str, config: ServeConfig, models: Mapping[str, Bod
     _check_count(n := _num_values(table), limit, path)
     if not isinstance(table, dict):
         return
-    if path in TOKENIZING and (length := _length(table)) > config.max_prompt_letters:
-        raise TooMuchError(
-            f"{path}: expected at most {config.max_prompt_letters} letters or token ids (--max-prompt-letters), got "
+    if path in TOKENIZING and (length := _length(table)) > config.max_prompt_chars:
+        raise PayloadTooLargeError(
+            f"{path}: expected at most {config.max_prompt_chars} letters or token ids (--max-prompt-chars), got "
             f"{length}. Send it in parts.",
             field="prompt",
         )
@@ -154,7 +154,7 @@ def check_values(text: bytes, limit: int, path: str) -> None:
 def _check_count(n: int, limit: int, path: str) -> None:
     if n > limit:
         share = f" of which {path} takes 1/{COST}" if path in COSTLY else ""
-        raise TooMuchError(
+        raise PayloadTooLargeError(
             f"body: expected at most {limit} JSON values and names (--max-body-values{share}), got more. Send several "
             "requests.",
             field="body",

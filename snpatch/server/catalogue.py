@@ -17,9 +17,9 @@ from snpatch.patching import spec
 from snpatch.patching.patch import Constant, Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.reading import Shape
-from snpatch.server.asks import Ask, AskForm
+from snpatch.server.asks import PatchContext, PatchRequest
 from snpatch.server.config import ServeConfig
-from snpatch.server.errors import MissingError
+from snpatch.server.errors import NotFoundError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TAKEN = ("text", "image", "audio", "video")  # vLLM applies an adapter of these names to messages with such parts
@@ -39,7 +39,7 @@ class _Named(spec.Named):
         return (self._built if BUILT.fullmatch(text) else super().donor)(text, ranking, seed)
 
 
-class Catalogue:
+class PatchRegistry:
     """Of one engine, which need not be started. base_names: of the engine's own model, besides "base"."""
 
     def __init__(self, engine: AsyncEngine, config: ServeConfig, base_names: tuple[str, ...] = ()) -> None:
@@ -52,7 +52,7 @@ class Catalogue:
             self.add("rankings", name, named_ranking(file, lambda: self.engine.geometry.shape))
         for name, file in config.constants.items():
             self.add("constants", name, Constant.load(file))
-        self.patches: dict[str, Ask] = {}
+        self.patches: dict[str, PatchContext] = {}
         for name, table in config.patches.items():
             check_name(name, "a patch")
             if name in engine.models or name in self.base_names:
@@ -72,25 +72,25 @@ class Catalogue:
         """What a request's `model` may say, besides the base's own names."""
         return (*(name for name in self.engine.models if name != "base"), *self.patches)
 
-    def named(self, model: str | None) -> Ask | None:
+    def named(self, model: str | None) -> PatchContext | None:
         """What a request's `model` stands for, unless it names nothing that is served."""
         if not model or model in self.base_names:
-            return Ask("base", "base")
+            return PatchContext("base", "base")
         if model in self.patches:
             return self.patches[model].again()
-        return Ask(model, model) if model in self.engine.models else None
+        return PatchContext(model, model) if model in self.engine.models else None
 
-    def unknown(self, model: str) -> MissingError:
+    def unknown(self, model: str) -> NotFoundError:
         """Return the error for a `model` that names nothing that is served: what there is, the nearest first."""
         models = _listed(model, [*dict.fromkeys((*self.base_names, *self.engine.models))])
         patches = f" or of the patches {_listed(model, [*self.patches])}" if self.patches else ""
         message = f"model: expected one of the models {models}{patches}; {model[:80]!r} does not exist"
-        return MissingError(message, field="model")
+        return NotFoundError(message, field="model")
 
-    def ask(self, table: object) -> Ask:
+    def ask(self, table: object) -> PatchContext:
         """What an object `snpatch` means, checked; every error has the field."""
         self._check_clauses(table)
-        form = schema.read(AskForm, "snpatch", table)
+        form = schema.read(PatchRequest, "snpatch", table)
         return self._read(form).again()
 
     def add(self, kind: str, name: str, one: Ranking | Constant) -> None:
@@ -125,7 +125,7 @@ class Catalogue:
             },
         }
 
-    def _patch_told(self, ask: Ask) -> dict:
+    def _patch_told(self, ask: PatchContext) -> dict:
         told = spec.to_json(ask.patch) if isinstance(ask.patch, Patch) else {"recipient": ask.patch}
         guards = [name for name, guard in self.guards.items() if guard is ask.guard]
         return told | ({"guard": guards[0]} if guards else {})
@@ -150,7 +150,7 @@ class Catalogue:
                 field="clauses",
             )
 
-    def _meant(self, form: AskForm, named: spec.Named) -> Ask:
+    def _meant(self, form: PatchRequest, named: spec.Named) -> PatchContext:
         """The patch of a form; an error for what the engine could never run."""
         patch = spec.patch_of(form, named)
         donors = [one.donor for one in getattr(patch, "clauses", ()) if isinstance(one.donor, str)]
@@ -159,7 +159,7 @@ class Catalogue:
                 self.engine.requests.model(name)
         self.engine.executor.registry.check(self.engine.requests.patched([0], _anywhere(patch)))
         guard = None if form.guard is None else self._guard_of(form.guard, form.recipient)
-        return Ask(_without_defaults(form), patch, guard)
+        return PatchContext(_without_defaults(form), patch, guard)
 
     def _guard_of(self, name: str, recipient: str) -> Guard:
         if name not in self.guards:

@@ -23,8 +23,8 @@ from snpatch.executors.vllm.settings import KEY
 from snpatch.executors.vllm.wire import Sent
 from snpatch.sampling import SEEDS, Sampling
 from snpatch.server import metrics
-from snpatch.server.asks import ASK, Ask, Receipt
-from snpatch.server.serving import Serving
+from snpatch.server.asks import CURRENT_PATCH, PatchContext, Receipt
+from snpatch.server.serving import ServerState
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "structural_tag")  # of vLLM's StructuredOutputsParams
 UNFINISHED = ("abort", "error")  # finish reasons of a text whose receipt cannot be confirmed
@@ -34,7 +34,7 @@ UNFINISHED = ("abort", "error")  # finish reasons of a text whose receipt cannot
 class _Text:
     """One text to write. place: of its receipt; more: further arguments of vLLM's `generate`."""
 
-    ask: Ask
+    ask: PatchContext
     place: int
     request: Request
     prompt: dict
@@ -58,7 +58,7 @@ class PatchedClient:
     vLLM are refused, so that no client reaches the workers with integers of ours.
     """
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: ServerState) -> None:
         self.serving, self.engine = serving, serving.engine
 
     def __getattr__(self, name: str):
@@ -68,7 +68,7 @@ class PatchedClient:
         self, prompt, sampling_params: SamplingParams, request_id: str, *, lora_request=None, **more
     ) -> AsyncIterator[RequestOutput]:
         """vLLM's `generate`, patched. Bad input is a SnpatchError here and now. lora_request: but a name, done with."""
-        ask = ASK.get()
+        ask = CURRENT_PATCH.get()
         if ask is None:
             raise SnpatchError("this way of generating is not served by snpatch")
         if any(name.startswith(KEY) for name in sampling_params.extra_args or ()):
@@ -104,7 +104,7 @@ class PatchedClient:
         closed by whoever started it."""
         self.serving.visitors.close(timeout)
 
-    def _check_logprobs(self, ask: Ask, params: SamplingParams, prompt_length: int) -> None:
+    def _check_logprobs(self, ask: PatchContext, params: SamplingParams, prompt_length: int) -> None:
         """Raise for more log-probabilities than an answer can be made of while others are served."""
         is_whole, limit = params.output_kind != RequestOutputKind.DELTA, self.serving.config.max_logprob_values
         ask.logprobs += params.n * (
@@ -126,13 +126,13 @@ class PatchedClient:
 
     def _check_constraint(self, params: SamplingParams) -> None:
         """Raise for a grammar whose compilation would hold up the server and the engine."""
-        limit, given = self.serving.config.max_grammar_letters, params.structured_outputs
+        limit, given = self.serving.config.max_grammar_chars, params.structured_outputs
         for name in CONSTRAINTS if given is not None else ():
             grammar = getattr(given, name, None)
             letters = len(grammar if isinstance(grammar, str) else json.dumps(grammar))
             if letters > limit:
                 raise SnpatchError(
-                    f"structured output: expected at most {limit} letters of {name} (--max-grammar-letters), got "
+                    f"structured output: expected at most {limit} letters of {name} (--max-grammar-chars), got "
                     f"{letters}. Simplify it.",
                     field="structured_outputs",
                 )

@@ -50,7 +50,7 @@ class ServeConfig:
     max_body_bytes: int | None = option(
         None, "Most bytes of a JSON body. Default: 1 MiB, or 8 x the context where that is more.", min=1
     )
-    max_arriving_bytes: int | None = option(
+    max_incoming_bytes: int | None = option(
         None, "Most bytes in memory of bodies that have not arrived in full. Default: 256 x max_body_bytes.", min=1
     )
     max_body_values: int = option(
@@ -59,17 +59,19 @@ class ServeConfig:
     body_timeout_s: float = option(
         60.0, "Seconds in which the head of a request, and then its body, must arrive.", min=0.001
     )
-    max_texts: int | None = option(None, "Most texts of a request (prompts x n). Default: 4 x max_num_seqs.", min=1)
-    max_prompt_letters: int | None = option(
+    max_completions: int | None = option(
+        None, "Most texts of a request (prompts x n). Default: 4 x max_num_seqs.", min=1
+    )
+    max_prompt_chars: int | None = option(
         None, "Most letters of a text to /tokenize and of a sweep's prompt. Default: 32 x the context.", min=1
     )
     max_logprob_values: int = option(
         10_240, "Most log-probabilities in an answer: of its prompts and, unless it is streamed, of max_tokens.", min=1
     )
-    max_grammar_letters: int = option(
+    max_grammar_chars: int = option(
         16_384, "Most letters of a regex, grammar, choice or JSON schema that constrains a text.", min=1
     )
-    max_sweep_texts: int = option(10_000, "Most texts of a sweep that a client asks for.", min=1)
+    max_sweep_completions: int = option(10_000, "Most texts of a sweep that a client asks for.", min=1)
     send_timeout_s: float = option(
         120.0, "Seconds within which a client must take each part of its answer; then it is dropped.", min=0.001
     )
@@ -130,15 +132,15 @@ class ServeConfig:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "engine"}
         return self.engine.as_table() | {n: one for n, one in own.items() if one != getattr(default, n)}
 
-    def fitted(self, context: int, max_num_seqs: int) -> "ServeConfig":
+    def resolve_limits(self, context: int, max_num_seqs: int) -> "ServeConfig":
         """Return the config with every limit that was left out, as the engine's sizes set it."""
         body_bytes = self.max_body_bytes or max(LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN * context)
         defaults = {
             "max_requests": TEXTS_PER_SEAT * max_num_seqs,
             "max_body_bytes": body_bytes,
-            "max_arriving_bytes": ARRIVING_BODIES * body_bytes,
-            "max_texts": TEXTS_PER_SEAT * max_num_seqs,
-            "max_prompt_letters": LETTERS_PER_TOKEN * context,
+            "max_incoming_bytes": ARRIVING_BODIES * body_bytes,
+            "max_completions": TEXTS_PER_SEAT * max_num_seqs,
+            "max_prompt_chars": LETTERS_PER_TOKEN * context,
         }
         return replace(self, **{name: n for name, n in defaults.items() if getattr(self, name) is None})
 

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse
 from snpatch.errors import BusyError, EngineDiedError, ReceiptError, SnpatchError
 
 
-class FaultError(SnpatchError):
+class InternalError(SnpatchError):
     """The server's own: nothing that a client can mend."""
 
 
@@ -15,15 +15,15 @@ class ForbiddenError(SnpatchError):
     """The server was started without it."""
 
 
-class MissingError(SnpatchError):
+class NotFoundError(SnpatchError):
     """There is no such thing."""
 
 
-class TakenError(SnpatchError):
+class NameConflictError(SnpatchError):
     """A name that is the server's own."""
 
 
-class TooMuchError(SnpatchError):
+class PayloadTooLargeError(SnpatchError):
     """More than is kept for clients."""
 
 
@@ -31,46 +31,46 @@ class UnauthorizedError(SnpatchError):
     """No API key, or a wrong one."""
 
 
-class MediaTypeError(SnpatchError):
+class UnsupportedMediaTypeError(SnpatchError):
     """A body of another type than the route reads."""
 
 
-class SlowBodyError(SnpatchError):
+class RequestTimeoutError(SnpatchError):
     """A body that did not arrive in time."""
 
 
 STATUS = {
     BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
     ForbiddenError: HTTPStatus.FORBIDDEN,
-    MissingError: HTTPStatus.NOT_FOUND,
-    TakenError: HTTPStatus.CONFLICT,
-    TooMuchError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    NotFoundError: HTTPStatus.NOT_FOUND,
+    NameConflictError: HTTPStatus.CONFLICT,
+    PayloadTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     UnauthorizedError: HTTPStatus.UNAUTHORIZED,
-    MediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-    SlowBodyError: HTTPStatus.REQUEST_TIMEOUT,
-    FaultError: HTTPStatus.INTERNAL_SERVER_ERROR,
+    UnsupportedMediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    RequestTimeoutError: HTTPStatus.REQUEST_TIMEOUT,
+    InternalError: HTTPStatus.INTERNAL_SERVER_ERROR,
     EngineDiedError: HTTPStatus.INTERNAL_SERVER_ERROR,
     ReceiptError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 
 
-def status_of(error: SnpatchError) -> HTTPStatus:
+def http_status(error: SnpatchError) -> HTTPStatus:
     """Return the status of an error's class or the nearest base class; 400 for all bad input."""
     found = (STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
     return next(found, HTTPStatus.BAD_REQUEST)
 
 
-def kind_of(status: HTTPStatus) -> str:
+def error_type(status: HTTPStatus) -> str:
     """As vLLM names errors: `BadRequestError`, `InternalServerError`."""
     return "".join(word.capitalize() for word in status.phrase.split()).removesuffix("Error") + "Error"
 
 
-def field_of(reason: SnpatchError) -> str | None:
+def error_param(reason: SnpatchError) -> str | None:
     """The field that is wrong, if it is one."""
     return None if reason.field is None else _utf8(reason.field)
 
 
-def message_of(reason: SnpatchError) -> str:
+def error_message(reason: SnpatchError) -> str:
     """What is wrong."""
     return _utf8(str(reason))
 
@@ -82,6 +82,6 @@ def _utf8(text: str) -> str:
 
 def error(reason: SnpatchError) -> JSONResponse:
     """An error as OpenAI's clients read it."""
-    status = status_of(reason)
-    told = {"message": message_of(reason), "type": kind_of(status), "param": field_of(reason), "code": status}
+    status = http_status(reason)
+    told = {"message": error_message(reason), "type": error_type(status), "param": error_param(reason), "code": status}
     return JSONResponse({"error": told}, status)

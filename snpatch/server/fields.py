@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from snpatch.errors import MAX_NAME, SnpatchError, is_unicode, nearest, shown
 from snpatch.executors.vllm.settings import KEY
-from snpatch.server.asks import AskForm
+from snpatch.server.asks import PatchRequest
 
 XARGS = "vllm_xargs"
 CONTENT = ("messages", "prompt", "input", "system", "instructions", "suffix", "tools")  # what a client writes freely
@@ -62,7 +62,7 @@ def published_fields(kind: type) -> frozenset[str]:
 def _hint(name: str, known: Iterable[str]) -> str:
     if name == "extra_body":
         return "It is an argument of OpenAI's Python client: send its fields as fields of the request."
-    if name in {f.name for f in fields(AskForm)}:
+    if name in {f.name for f in fields(PatchRequest)}:
         return f"It is a field of {KEY!r}."
     found = nearest(name, known)
     return f"Did you mean {found[0]!r}?" if found else "Leave it out."

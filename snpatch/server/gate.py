@@ -16,10 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from snpatch.errors import BusyError, SnpatchError
 from snpatch.server import bodies
 from snpatch.server.config import ALWAYS_OPEN, OPENABLE
-from snpatch.server.errors import MissingError, SlowBodyError, TooMuchError, UnauthorizedError, error
-from snpatch.server.opening import open_doors
+from snpatch.server.errors import NotFoundError, PayloadTooLargeError, RequestTimeoutError, UnauthorizedError, error
+from snpatch.server.opening import install
 from snpatch.server.sending import clean, timed
-from snpatch.server.serving import Serving
+from snpatch.server.serving import ServerState
 
 MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations")  # run the model
 OTHERS = (*ALWAYS_OPEN, *OPENABLE, "/v1/models", "/v1/messages/count_tokens", "/v1/snpatch")
@@ -29,7 +29,7 @@ PREFLIGHT = ("origin", "access-control-request-method")  # headers with which a 
 RETRY_AFTER = (b"retry-after", b"1")  # seconds, with every 503 but a GET's
 
 
-class Gate:
+class RouteMiddleware:
     """vLLM's server takes this class by name and puts it around its app."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -39,9 +39,9 @@ class Gate:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "not served by snpatch"})
             return
-        serving: Serving = scope["app"].state.engine_client.serving
+        serving: ServerState = scope["app"].state.engine_client.serving
         if scope["type"] == "lifespan":
-            open_doors(serving, scope["app"])
+            install(serving, scope["app"])
             await self._app(scope, receive, send)
             return
         receive, send = timed(receive, clean(send, serving.folders), serving.config.send_timeout_s)
@@ -55,7 +55,7 @@ class Gate:
                     receive = await _entered(serving, path, scope["method"], headers, receive, entered)
             except SnpatchError as reason:
                 refusal = error(reason)
-                if isinstance(reason, TooMuchError | SlowBodyError):
+                if isinstance(reason, PayloadTooLargeError | RequestTimeoutError):
                     refusal.headers["connection"] = "close"  # the rest is not read
                 await refusal(scope, receive, send)
             except ClientDisconnect:
@@ -65,7 +65,7 @@ class Gate:
 
 
 async def _entered(
-    serving: Serving, path: str, method: str, headers: Headers, receive: Receive, entered: ExitStack
+    serving: ServerState, path: str, method: str, headers: Headers, receive: Receive, entered: ExitStack
 ) -> Receive:
     """Take a request in, and return the `receive` of its body, which is within the limits. entered: what it leaves."""
     config = serving.config
@@ -83,14 +83,14 @@ async def _entered(
     return receive
 
 
-def _check_way(serving: Serving, path: str, method: str, headers: Headers) -> None:
+def _check_way(serving: ServerState, path: str, method: str, headers: Headers) -> None:
     """Raise for a request that may not come in, whatever its body is."""
     is_preflight = method == "OPTIONS" and all(name in headers for name in PREFLIGHT)
     is_open = is_preflight or path in (*ALWAYS_OPEN, *serving.config.open_route)
     if serving.keys and not is_open and not _is_key(headers.get("authorization", ""), serving.keys):
         raise UnauthorizedError("authorization: expected `Bearer KEY` with a key of this server, got none or another")
     if path not in MODEL and path not in OTHERS and not path.startswith(BELOW):
-        raise MissingError("not served by snpatch: GET /v1/snpatch and /docs say what is")
+        raise NotFoundError("not served by snpatch: GET /v1/snpatch and /docs say what is")
 
 
 def _is_key(authorization: str, keys: Sequence[str]) -> bool:

@@ -15,11 +15,11 @@ from openai.types.responses import response_create_params as response_params
 from snpatch.errors import SnpatchError, within
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server.answers import with_receipt
-from snpatch.server.asks import ASK, Ask
+from snpatch.server.asks import CURRENT_PATCH, PatchContext
 from snpatch.server.bodies import check_values
-from snpatch.server.errors import field_of, kind_of, message_of, status_of
+from snpatch.server.errors import error_message, error_param, error_type, http_status
 from snpatch.server.fields import check_fields, published_fields
-from snpatch.server.serving import Serving
+from snpatch.server.serving import ServerState
 
 BEFORE = ("response.created", "response.in_progress")  # events that come before vLLM generates
 WRAPPED = {  # of the app's state -> the method that its route calls
@@ -37,7 +37,7 @@ PUBLISHED = {  # of the app's state -> the fields that clients' libraries have
 }
 
 
-def wrap(serving: Serving, state) -> None:
+def wrap(serving: ServerState, state) -> None:
     """Put ours around each of vLLM's handlers."""
     for name, method in WRAPPED.items():
         handler = getattr(state, name, None)
@@ -45,7 +45,7 @@ def wrap(serving: Serving, state) -> None:
             setattr(handler, method, _patched(serving, handler, getattr(handler, method), name))
 
 
-def _patched(serving: Serving, handler, create: Callable[..., Awaitable], kind: str) -> Callable[..., Awaitable]:
+def _patched(serving: ServerState, handler, create: Callable[..., Awaitable], kind: str) -> Callable[..., Awaitable]:
     @functools.wraps(create)
     async def patched(request, raw_request):
         try:
@@ -53,21 +53,21 @@ def _patched(serving: Serving, handler, create: Callable[..., Awaitable], kind: 
             ask = await _asked(serving, request, raw_request)
             if kind != "openai_serving_completion":
                 serving.check_template(ask.recipient)
-            ASK.set(ask)
+            CURRENT_PATCH.set(ask)
             answer = await create(request, raw_request)
             if kind == "openai_serving_responses" and hasattr(answer, "__anext__"):
                 answer = await _begun(answer)
         except SnpatchError as error:
-            status = status_of(error)
+            status = http_status(error)
             return handler.create_error_response(
-                message_of(error), err_type=kind_of(status), status_code=status, param=field_of(error)
+                error_message(error), err_type=error_type(status), status_code=status, param=error_param(error)
             )
         return with_receipt(answer, ask)
 
     return patched
 
 
-async def _asked(serving: Serving, request, raw_request) -> Ask:
+async def _asked(serving: ServerState, request, raw_request) -> PatchContext:
     """What a request asks for."""
     if getattr(request, "use_beam_search", False):
         raise SnpatchError("beam search is not served: its beams would not be patched", field="use_beam_search")
@@ -89,15 +89,15 @@ async def _asked(serving: Serving, request, raw_request) -> Ask:
     return ask
 
 
-def _check_texts(serving: Serving, request) -> None:
+def _check_texts(serving: ServerState, request) -> None:
     """Raise for a request of too many texts, before any is begun."""
     prompt = getattr(request, "prompt", None)
     prompts = len(prompt) if isinstance(prompt, list) and not all(isinstance(one, int) for one in prompt) else 1
     n = max(getattr(request, name, None) or 1 for name in ("n", "best_of"))
-    if prompts * n > serving.config.max_texts:
+    if prompts * n > serving.config.max_completions:
         raise SnpatchError(
-            f"request: expected at most {serving.config.max_texts} texts (--max-texts), got {prompts} prompts x {n}. "
-            "Send several requests.",
+            f"request: expected at most {serving.config.max_completions} completions (--max-completions), got "
+            f"{prompts} prompts x {n}. Send several requests.",
             field="n" if n > 1 else "prompt",
         )
 
@@ -120,7 +120,7 @@ async def _begun(events: AsyncIterator) -> AsyncIterator:
     return whole()
 
 
-async def _given(serving: Serving, request, raw_request) -> object:
+async def _given(serving: ServerState, request, raw_request) -> object:
     """The object of a request's own field, or of its vllm_xargs, where it stands as JSON."""
     more = getattr(request, "vllm_xargs", None) or {}
     given = (request.model_extra or {}).get(KEY)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from prometheus_client import Counter, Gauge
 
 PATCHED = Counter("snpatch_patched_requests", "Texts that were patched and whose receipt was verified.")
-OVERFLOWED = Counter("snpatch_overflowed_texts", "Texts with non-finite values: answered with an error.")
+OVERFLOWED = Counter("snpatch_overflowed_completions", "Texts with non-finite values: answered with an error.")
 OVERWRITES = Counter("snpatch_overwrites", "Neurons that were overwritten, by the device's own count.")
 REFUSED = Counter("snpatch_refused_prompts", "Prompts that a guard refused.")
 RECEIPTS_FAILED = Counter(
     "snpatch_receipts_failed", "Texts whose patch was not applied in full: answered with an error."
 )
-_IN_USE = Gauge("snpatch_banks_in_use", "Rows that unfinished requests use, by kind.", ["kind"])
+_IN_USE = Gauge("snpatch_slots_in_use", "Rows that unfinished requests use, by kind.", ["kind"])
 _WAITING = Gauge("snpatch_waiting_requests", "Requests that wait for a place of what they name.")
 
 

@@ -5,10 +5,10 @@ from vllm.lora.request import LoRARequest
 
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server import bodies, handlers, metrics, routes
-from snpatch.server.serving import Serving
+from snpatch.server.serving import ServerState
 
 
-def open_doors(serving: Serving, app: FastAPI) -> None:
+def install(serving: ServerState, app: FastAPI) -> None:
     """vLLM's app, whose state is ready, serves patches from now on."""
     models = app.state.openai_serving_models
     # To vLLM a name is an adapter's: it is listed, checked, told in answers, and reaches `generate`, but no further.

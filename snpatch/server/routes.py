@@ -14,15 +14,15 @@ from snpatch import __version__, schema
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import versions
 from snpatch.server import uploads
-from snpatch.server.asks import AskForm
+from snpatch.server.asks import PatchRequest
 from snpatch.server.config import ServeConfig
-from snpatch.server.errors import ForbiddenError, MissingError, TooMuchError, error
+from snpatch.server.errors import ForbiddenError, NotFoundError, PayloadTooLargeError, error
 from snpatch.server.sending import EventStream
-from snpatch.server.serving import Serving
-from snpatch.server.sweeps import Sweep, SweepForm
+from snpatch.server.serving import ServerState
+from snpatch.server.sweeps import Sweep, SweepRequest
 
 
-def router(serving: Serving) -> APIRouter:
+def router(serving: ServerState) -> APIRouter:
     """The routes of one server."""
     routes = APIRouter(tags=["snpatch"])
     changes = ThreadPoolExecutor(1, "snpatch-uploads")  # one at a time, and to its end when its client has left
@@ -35,8 +35,8 @@ def router(serving: Serving) -> APIRouter:
             {
                 **told,
                 "judges": [*serving.judges],
-                "schema": schema.json_schema(AskForm),
-                "sweep_schema": schema.json_schema(SweepForm),
+                "schema": schema.json_schema(PatchRequest),
+                "sweep_schema": schema.json_schema(SweepRequest),
                 "limits": _limits(serving),
                 "versions": {
                     "snpatch": __version__,
@@ -65,7 +65,7 @@ def router(serving: Serving) -> APIRouter:
             there = _uploads(serving, kind)
             if await asyncio.get_running_loop().run_in_executor(changes, there.delete, kind, name):
                 return Response(status_code=204)
-            raise MissingError(f"{kind}: no {name} was uploaded", field="name")
+            raise NotFoundError(f"{kind}: no {name} was uploaded", field="name")
         except SnpatchError as reason:
             return error(reason)
 
@@ -82,13 +82,13 @@ def router(serving: Serving) -> APIRouter:
     return routes
 
 
-def _limits(serving: Serving) -> dict:
+def _limits(serving: ServerState) -> dict:
     engine, capacity = serving.engine, serving.engine.config.capacity
     sizes = ("streams", "max_adapters", "max_rankings", "max_constants", "max_clauses")
     return {
         "context": engine.geometry.context,
         "layers": engine.geometry.n_layers,
-        "neurons_a_layer": engine.geometry.n_neurons,
+        "neurons_per_layer": engine.geometry.n_neurons,
         **{name: getattr(capacity, name) for name in sizes},
         **{f.name: getattr(serving.config, f.name) for f in fields(ServeConfig) if f.name.startswith("max_")},
         "body_timeout_s": serving.config.body_timeout_s,
@@ -97,21 +97,21 @@ def _limits(serving: Serving) -> dict:
     }
 
 
-def _uploads(serving: Serving, kind: str) -> uploads.Uploads:
+def _uploads(serving: ServerState, kind: str) -> uploads.Uploads:
     if kind not in uploads.KINDS:
-        raise MissingError(f"there are {' and '.join(uploads.KINDS)}, and no {kind[:80]!r}")
+        raise NotFoundError(f"there are {' and '.join(uploads.KINDS)}, and no {kind[:80]!r}")
     if serving.uploads is None:
         raise ForbiddenError("this server takes no uploads: start it with --allow-upload DIR")
     return serving.uploads
 
 
-def _sweep_form(body: bytes) -> SweepForm:
+def _sweep_form(body: bytes) -> SweepRequest:
     try:
         table = json.loads(body)
         json.dumps(table, ensure_ascii=False).encode()  # texts that are no Unicode: no tokenizer takes them
     except (ValueError, RecursionError) as reason:
         raise SnpatchError(f"sweep: no JSON: {first_line(reason)}", field="body") from reason
-    return schema.read(SweepForm, "sweep", table)
+    return schema.read(SweepRequest, "sweep", table)
 
 
 async def _body(request: Request, limit: int) -> bytes:
@@ -120,7 +120,7 @@ async def _body(request: Request, limit: int) -> bytes:
         async for part in request.stream():
             body += part
             if len(body) > limit:
-                raise TooMuchError(f"the body is larger than {limit} bytes", field="body")
+                raise PayloadTooLargeError(f"the body is larger than {limit} bytes", field="body")
     except ClientDisconnect as error:
         raise SnpatchError("the body: expected all of it, got a client that left", field="body") from error
     return bytes(body)

@@ -19,13 +19,13 @@ from snpatch.judges.protocol import Judge
 from snpatch.judges.refusal import RefusalWords
 from snpatch.models.clock import has_clock
 from snpatch.server import flags
-from snpatch.server.catalogue import Catalogue
+from snpatch.server.catalogue import PatchRegistry
 from snpatch.server.client import PatchedClient
 from snpatch.server.config import ServeConfig
 from snpatch.server.connections import protocol_with_deadline
-from snpatch.server.serving import Serving
+from snpatch.server.serving import ServerState
 from snpatch.server.uploads import Uploads
-from snpatch.server.visitors import Visitors
+from snpatch.server.visitors import InflightRequests
 
 GRACE_S = 5  # for connections whose requests were ended
 
@@ -54,12 +54,12 @@ async def _serve(config: ServeConfig) -> None:
     served = _served_names(args, config.engine.model)
     # vLLM's metrics say the first of the names, and without any the model's folder.
     engine = AsyncEngine.from_config(config.engine.changed(served_model_name=[*served, "base"]))
-    catalogue = Catalogue(engine, config, served)
-    serving = Serving(
+    catalogue = PatchRegistry(engine, config, served)
+    serving = ServerState(
         config,
         engine,
         catalogue,
-        Visitors(config.drain_s),
+        InflightRequests(config.drain_s),
         judges=_judges(config),
         uploads=None if config.allow_upload is None else Uploads(config.allow_upload, catalogue),
         keys=tuple(filter(None, args.api_key or [os.environ.get("VLLM_API_KEY")])),
@@ -75,7 +75,7 @@ async def _serve(config: ServeConfig) -> None:
     with closing(sock), closing(engine):
         await engine.start(log_stats=True)
         seats = engine.executor.engine.vllm_config.scheduler_config.max_num_seqs
-        serving.config = config.fitted(engine.geometry.context, seats)
+        serving.config = config.resolve_limits(engine.geometry.context, seats)
         _complete(args, serving, served)
         models, patches = ", ".join(engine.models), ", ".join(catalogue.patches) or "none"
         print(f"snpatch: serving at {address}: models {models}; patches {patches}", file=sys.stderr, flush=True)
@@ -99,7 +99,7 @@ def _served_names(args: Namespace, model: str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _complete(args: Namespace, serving: Serving, served: tuple[str, ...]) -> None:
+def _complete(args: Namespace, serving: ServerState, served: tuple[str, ...]) -> None:
     """What vLLM's server takes from an engine that it starts itself."""
     engine = serving.engine
     args.served_model_name = [*served, "base"]
@@ -108,7 +108,7 @@ def _complete(args: Namespace, serving: Serving, served: tuple[str, ...]) -> Non
     read_as_engine(args, serving)
 
 
-def read_as_engine(args: Namespace, serving: Serving) -> None:
+def read_as_engine(args: Namespace, serving: ServerState) -> None:
     """Have vLLM's server render chats by the engine's own template and with its variables."""
     template = serving.engine.requests.templates[0]
     if not serving.has_own_template and (template.name != "tokenizer" or has_clock(template.source)):

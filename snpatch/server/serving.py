@@ -11,15 +11,15 @@ from pathlib import Path
 from snpatch.async_engine import AsyncEngine
 from snpatch.errors import BusyError, OverflowedError, SnpatchError, SpoiledEngineError
 from snpatch.judges.protocol import Judge
-from snpatch.server.catalogue import Catalogue
+from snpatch.server.catalogue import PatchRegistry
 from snpatch.server.config import ServeConfig
 from snpatch.server.sending import private_folders
 from snpatch.server.uploads import Uploads
-from snpatch.server.visitors import Visitors
+from snpatch.server.visitors import InflightRequests
 
 
 @dataclass(eq=False)
-class Places:
+class Quota:
     """A context manager of which so many may be inside at once; option: the one that sets how many."""
 
     what: str
@@ -45,14 +45,14 @@ class Places:
 
 
 @dataclass(eq=False)
-class Serving:
+class ServerState:
     """config: `fitted` to the engine once it has started. keys: API keys, of which clients need one, if there are any.
     has_own_template: whether the user named the server's chat template. models: FastAPI's field of each path's body."""
 
     config: ServeConfig
     engine: AsyncEngine
-    catalogue: Catalogue
-    visitors: Visitors
+    catalogue: PatchRegistry
+    visitors: InflightRequests
     judges: dict[str, Judge]
     uploads: Uploads | None
     keys: tuple[str, ...]
@@ -79,19 +79,19 @@ class Serving:
         return private_folders(uploads, model, tempfile.gettempdir(), Path.cwd())
 
     @cached_property
-    def requests(self) -> Places:
+    def requests(self) -> Quota:
         """Return the places of requests that change or run something."""
-        return Places("requests", self.config.max_requests, "--max-requests")
+        return Quota("requests", self.config.max_requests, "--max-requests")
 
     @cached_property
-    def arriving(self) -> Places:
+    def arriving(self) -> Quota:
         """Return the room for bytes of bodies that have not arrived in full."""
-        return Places("bytes of bodies that arrive", self.config.max_arriving_bytes, "--max-arriving-bytes")
+        return Quota("bytes of bodies that arrive", self.config.max_incoming_bytes, "--max-incoming-bytes")
 
     @cached_property
-    def uploading(self) -> Places:
+    def uploading(self) -> Quota:
         """Return the places of uploads, each of which is in memory."""
-        return Places("uploads", self.config.max_uploads, "--max-uploads")
+        return Quota("uploads", self.config.max_uploads, "--max-uploads")
 
     def check_template(self, recipient: str) -> None:
         """An error for a model that reads chats by another template than vLLM's server renders them with."""

@@ -22,8 +22,8 @@ from snpatch.requests import Completion
 from snpatch.runs.sweep import PROMPTS, Row
 from snpatch.sampling import Sampling
 from snpatch.schema import option
-from snpatch.server.errors import message_of
-from snpatch.server.serving import Serving
+from snpatch.server.errors import error_message
+from snpatch.server.serving import ServerState
 from snpatch.statistics import Interval, causal_effect, interval, paired_p
 
 MOST = 4  # sweeps at once
@@ -40,7 +40,7 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepForm:
+class SweepRequest:
     """What a client asks for. Fields but these as in spec.PatchForm."""
 
     recipient: str
@@ -67,7 +67,7 @@ class _Point:
 class Sweep:
     """One sweep, to be made by `made`."""
 
-    def __init__(self, serving: Serving, form: SweepForm) -> None:
+    def __init__(self, serving: ServerState, form: SweepRequest) -> None:
         self._serving, self._form = serving, form
         self._neurons = serving.engine.geometry.n_layers * serving.engine.geometry.n_neurons
         self._no_self_patch: str | None = None  # why
@@ -78,7 +78,7 @@ class Sweep:
         self._requests = self._every_request()
 
     @classmethod
-    async def made(cls, serving: Serving, form: SweepForm) -> "Sweep":
+    async def made(cls, serving: ServerState, form: SweepRequest) -> "Sweep":
         """Make a sweep that could run, in a thread; bad input is an error. Other requests are served meanwhile."""
         if len(serving.sweeps) + serving.preparing >= MOST:
             raise BusyError(f"{MOST} sweeps are running")
@@ -118,17 +118,17 @@ class Sweep:
                 f"{len(form.windows)}. Send several sweeps.",
                 field="windows",
             )
-        n, most = (len(form.windows) + BESIDE) * len(form.prompts), serving.config.max_sweep_texts
+        n, most = (len(form.windows) + BESIDE) * len(form.prompts), serving.config.max_sweep_completions
         if n > most:
             raise SnpatchError(
                 f"sweep: {len(form.windows)} windows and {BESIDE} points beside, of {len(form.prompts)} prompts, are "
-                f"{n} texts: at most {most} are written (--max-sweep-texts)"
+                f"{n} texts: at most {most} are written (--max-sweep-completions)"
             )
-        longest = serving.config.max_prompt_letters
+        longest = serving.config.max_prompt_chars
         for place, prompt in enumerate(form.prompts):
             if sum(map(len, [prompt] if isinstance(prompt, str) else [m.content for m in prompt])) > longest:
                 raise SnpatchError(
-                    f"sweep: prompt {place} has more than {longest} letters (--max-prompt-letters)",
+                    f"sweep: prompt {place} has more than {longest} letters (--max-prompt-chars)",
                     field=f"prompts.{place}",
                 )
             if not isinstance(prompt, str) and not any(message.role == "user" for message in prompt):
@@ -138,7 +138,7 @@ class Sweep:
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events; whoever stops listening ends what runs. One that does not read holds no place."""
-        news: asyncio.Queue[str | None] = asyncio.Queue()  # of at most max_sweep_texts events and rows
+        news: asyncio.Queue[str | None] = asyncio.Queue()  # of at most max_sweep_completions events and rows
         running = asyncio.create_task(self._run(news.put_nowait))
         running.add_done_callback(lambda _: news.put_nowait(None))
         try:
@@ -157,7 +157,7 @@ class Sweep:
                 raise BusyError(f"{MOST} sweeps are running")
             await self._write_all(tell)
         except SnpatchError as error:
-            tell(_event("error", message=message_of(error)))
+            tell(_event("error", message=error_message(error)))
         finally:
             sweeps.discard(self)
 
@@ -252,7 +252,7 @@ class Sweep:
         one, named = self._texts[p][i], {**self._named(self._points[p]), "prompt_index": i}
         if isinstance(one, OverflowedError):
             nothing = {"text": None, "tokens": 0, "finish_reason": None, "overwrites": 0}
-            return {**named, **nothing, "error": message_of(one)}
+            return {**named, **nothing, "error": error_message(one)}
         return {
             **named,
             "text": one.text,

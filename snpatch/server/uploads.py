@@ -19,8 +19,8 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.files import check_writable, open_regular, whole_file, write_text
 from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
-from snpatch.server.catalogue import Catalogue, check_name, named_ranking, told_of
-from snpatch.server.errors import FaultError, TakenError, TooMuchError
+from snpatch.server.catalogue import PatchRegistry, check_name, named_ranking, told_of
+from snpatch.server.errors import InternalError, NameConflictError, PayloadTooLargeError
 
 KINDS = {"rankings": named_ranking, "constants": Constant.load}
 MOST = 64  # names of all kinds
@@ -36,7 +36,7 @@ Names = dict[str, dict[str, str]]  # kind -> name -> digest
 class Uploads:
     """Of one folder, which one server uses at a time. What lies there from before can be named again."""
 
-    def __init__(self, folder: str | Path, catalogue: Catalogue) -> None:
+    def __init__(self, folder: str | Path, catalogue: PatchRegistry) -> None:
         self._folder, self._catalogue = Path(folder).absolute(), catalogue
         self._index = self._folder / INDEX
         check_writable(self._index)
@@ -59,9 +59,9 @@ class Uploads:
         """An error for a name that cannot be uploaded to."""
         check_name(name, f"one of the {kind}")
         if name in self._own[kind]:
-            raise TakenError(f"{kind}: {name} is the server's own", field="name")
+            raise NameConflictError(f"{kind}: {name} is the server's own", field="name")
         if name not in self._names[kind] and sum(map(len, self._names.values())) >= MOST:
-            raise TooMuchError(f"{MOST} rankings and constants are kept: delete some first")
+            raise PayloadTooLargeError(f"{MOST} rankings and constants are kept: delete some first")
 
     def keep(self, kind: str, name: str, body: bytes) -> dict:
         """Store a file's content under a name, and return what it is. A refused one leaves nothing."""
@@ -78,7 +78,7 @@ class Uploads:
         except SnpatchError as error:
             self._forget(digest)  # where its place was taken, but is not on the disk for sure
             if error.field is None:
-                raise FaultError(f"the upload cannot be kept: {self._without_folder(error)}") from error
+                raise InternalError(f"the upload cannot be kept: {self._without_folder(error)}") from error
             raise
         told_of(one)  # which hashes it
         return digest, one
@@ -99,7 +99,7 @@ class Uploads:
     def delete(self, kind: str, name: str) -> bool:
         """Whether there was one. What runs goes on with it."""
         if name in self._own[kind]:
-            raise TakenError(f"{kind}: {name} is the server's own", field="name")
+            raise NameConflictError(f"{kind}: {name} is the server's own", field="name")
         if name not in self._names[kind]:
             return False
         if name in getattr(self._catalogue, kind):
@@ -139,7 +139,7 @@ class Uploads:
             try:
                 self._file(digest).unlink(missing_ok=True)
             except OSError as error:
-                raise FaultError(f"the upload cannot be removed: {_reason(error)}") from error
+                raise InternalError(f"the upload cannot be removed: {_reason(error)}") from error
 
     def _file(self, digest: str) -> Path:
         return self._folder / f"{digest}.safetensors"
@@ -149,7 +149,7 @@ class Uploads:
             write_text(self._index, json.dumps(names, indent=1) + "\n")
         except SnpatchError as error:
             message = f"the names of uploads cannot be kept: {self._without_folder(error)}"
-            raise FaultError(message) from error
+            raise InternalError(message) from error
         self._names = names
 
     def _without_folder(self, error: SnpatchError) -> str:

@@ -3,7 +3,7 @@
 import threading
 
 
-class Visitors:
+class InflightRequests:
     """Used by the event loop, and waited for in a thread. limit_s: how long they may take once it is to end."""
 
     def __init__(self, limit_s: float) -> None:

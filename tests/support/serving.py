@@ -85,7 +85,7 @@ def server(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     patches = ["--patch=safe=recipient=sft,donor=dpo,ranking=first,k=60", "--patch=kept=recipient=sft,guard=guard"]
     guard = [f"--guard={world.folder / 'guard.safetensors'}"]
-    limits = ["--allow-upload", folder / "uploads", "--max-sweep-texts", 200, *SIZES]
+    limits = ["--allow-upload", folder / "uploads", "--max-sweep-completions", 200, *SIZES]
     one = Server(folder, *options_of(world.made, world.folder), *patches, *guard, *limits)
     one.folder = folder
     RUNNING.append(one)
