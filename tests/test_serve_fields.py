@@ -11,8 +11,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-from snpatch.server.fields import check_fields
-from snpatch.server.handlers import PUBLISHED
+from snpatch.server.install import PUBLISHED
+from snpatch.server.request_fields import check_fields
 
 PATCH = {"recipient": "sft"}
 MODELS = {

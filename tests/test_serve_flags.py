@@ -16,11 +16,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from jobs import RANKINGS
 from serving import SAFE
 
-from snpatch.server import flags
-from snpatch.server.catalogue import PatchRegistry
-from snpatch.server.run import read_as_engine
-from snpatch.server.serving import ServerState
-from snpatch.server.visitors import InflightRequests
+from snpatch.server import vllm_args
+from snpatch.server.launcher import read_as_engine
+from snpatch.server.registry import PatchRegistry
+from snpatch.server.state import InflightRequests, ServerState
 
 WORDS = """--port 8123 --host 0.0.0.0 --api-key one --api-key two --allowed-origins ["https://x","https://y"]
 --middleware a.b --middleware c.d --enable-auto-tool-choice --tool-call-parser hermes --no-enable-log-deltas
@@ -31,7 +30,7 @@ ENGINE = """--max-model-len 1k -tp 2 --no-enforce-eager --structured-outputs-con
 
 
 def test_flags_are_told_apart_and_plain():
-    found = flags.read([*WORDS, *ENGINE])
+    found = vllm_args.read([*WORDS, *ENGINE])
     assert found.engine == {
         "max_model_len": 1000,
         "tensor_parallel_size": 2,
@@ -47,10 +46,10 @@ def test_flags_are_told_apart_and_plain():
 
 def test_what_was_read_is_what_vllm_would_have_read():
     """Every flag of the server, through plain data and back, has the value that vLLM's own parser gives it."""
-    found = flags.read([*WORDS, *ENGINE])
-    again = vars(flags.namespace("m", found.server, {}))
-    want = vars(flags._parsed(flags._parser(), ["m", *WORDS]))
-    assert again["middleware"] == ["a.b", "c.d", flags.GATE]
+    found = vllm_args.read([*WORDS, *ENGINE])
+    again = vars(vllm_args.namespace("m", found.server, {}))
+    want = vars(vllm_args._parsed(vllm_args._parser(), ["m", *WORDS]))
+    assert again["middleware"] == ["a.b", "c.d", vllm_args.GATE]
     assert again["model"] == "m"
     changed = {name for name in want if again[name] != want[name] and name not in ("middleware", "model")}
     assert changed == set(), {name: (again[name], want[name]) for name in changed}
@@ -58,14 +57,14 @@ def test_what_was_read_is_what_vllm_would_have_read():
 
 def test_vllms_own_file_of_flags_is_read(tmp_path):
     (tmp_path / "flags.yaml").write_text("port: 8123\nmax-num-seqs: 3\n")
-    found = flags.read(["--config", str(tmp_path / "flags.yaml")])
+    found = vllm_args.read(["--config", str(tmp_path / "flags.yaml")])
     assert (found.engine, found.server) == ({"max_num_seqs": 3}, {"port": 8123})
 
 
 def test_it_listens_to_this_machine_alone_unless_told_otherwise():
-    assert flags.namespace("m", {}, {}).host == "127.0.0.1"
-    assert flags.namespace("m", {"host": "0.0.0.0"}, {}).host == "0.0.0.0"
-    assert flags.namespace("m", {"uds": "/s"}, {}).host is None
+    assert vllm_args.namespace("m", {}, {}).host == "127.0.0.1"
+    assert vllm_args.namespace("m", {"host": "0.0.0.0"}, {}).host == "0.0.0.0"
+    assert vllm_args.namespace("m", {"uds": "/s"}, {}).host is None
 
 
 @pytest.mark.parametrize(
@@ -78,14 +77,14 @@ def test_it_listens_to_this_machine_alone_unless_told_otherwise():
 )
 def test_words_that_are_no_flags_are_errors(words, message):
     with pytest.raises(SnpatchError, match=message):
-        flags.read(words)
+        vllm_args.read(words)
 
 
-@pytest.mark.parametrize("name", flags.REFUSED)
+@pytest.mark.parametrize("name", vllm_args.REFUSED)
 def test_what_cannot_be_right_is_refused_wherever_it_is_said(name):
     for server, engine in (({name: True}, {}), ({}, {name: True})):
         with pytest.raises(SnpatchError, match=f"--{name.replace('_', '-')} is not served"):
-            flags.namespace("m", server, engine)
+            vllm_args.namespace("m", server, engine)
 
 
 def test_a_config_is_a_file_and_back(tmp_path):

@@ -24,14 +24,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from snpatch.executors.vllm.streaming import StreamingExecutor
 from snpatch.judges.refusal import RefusalWords
-from snpatch.server import flags, handlers, routes
-from snpatch.server.asks import PatchRequest
-from snpatch.server.bodies import models_of
-from snpatch.server.catalogue import PatchRegistry
-from snpatch.server.connections import protocol_with_deadline
-from snpatch.server.serving import ServerState
-from snpatch.server.sweeps import Sweep
-from snpatch.server.visitors import InflightRequests
+from snpatch.server import install, routes, vllm_args
+from snpatch.server.patch_request import PatchRequest
+from snpatch.server.registry import PatchRegistry
+from snpatch.server.request_limits import models_of, protocol_with_deadline
+from snpatch.server.state import InflightRequests, ServerState
+from snpatch.server.sweep_endpoint import Sweep
 
 LAYERS, NEURONS, CONTEXT, SEATS = 32, 11008, 4096, 256  # of Llama-2-7B, and vLLM's max_num_seqs
 HEALTH_S = 0.2  # most CPU time of the event loop between two answers to /health
@@ -71,7 +69,7 @@ def gated(engine):
     config = ServeConfig(engine.config)
     catalogue, judges = PatchRegistry(engine, config), {"refusal": RefusalWords()}
     serving = ServerState(config, engine, catalogue, InflightRequests(1), judges, None, (), has_own_template=True)
-    return app_of(flags.namespace("m", {}, {}), serving), serving
+    return app_of(vllm_args.namespace("m", {}, {}), serving), serving
 
 
 @pytest.fixture
@@ -123,9 +121,9 @@ def app_of(args, serving: ServerState):
     app = build_app(args, supported_tasks=("generate",))
     app.state.args, app.state.enable_server_load_tracking = args, False
     app.state.engine_client = SimpleNamespace(serving=serving, check_health=check_health)
-    for name, method in handlers.WRAPPED.items():
+    for name, method in install.WRAPPED.items():
         setattr(app.state, name, Handler(method))
-    handlers.wrap(serving, app.state)
+    install.wrap(serving, app.state)
     serving.models |= models_of(app)
     app.include_router(routes.router(serving))
     return app

@@ -13,8 +13,8 @@ from snpatch import SnpatchError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from snpatch.server.sending import EventStream, clean, private_folders, timed, without_paths
-from snpatch.server.sweeps import Sweep
+from snpatch.server.responses import EventStream, clean, private_folders, timed, without_paths
+from snpatch.server.sweep_endpoint import Sweep
 
 SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}}  # uvicorn's
 

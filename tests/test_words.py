@@ -17,8 +17,8 @@ from snpatch.judges.refusal import RefusalWords
 from snpatch.patching.patch import Constant, Patch
 from snpatch.patching.spec import donor_of
 from snpatch.ranking.ranking import Ranking
-from snpatch.server.catalogue import check_name
 from snpatch.server.config import ServeConfig
+from snpatch.server.registry import check_name
 from snpatch.worlds.config import parse_eval_config
 from snpatch.worlds.spec import SweepSpec
 

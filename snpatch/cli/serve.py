@@ -46,7 +46,7 @@ class ServeOptions:
         from snpatch.executors.vllm import log
 
         with log.quiet():  # what vLLM says while it is imported
-            from snpatch.server import flags
+            from snpatch.server import vllm_args
 
         model = Path(values["model"])
         if model.suffix in ENGINE_FILES and model.is_file():
@@ -58,7 +58,7 @@ class ServeOptions:
             given = _tables(values[option]) if option == "patch" else o.named(values[option], option, o.stem)
             config = replace(config, **{field: {**getattr(config, field), **given}})
         given = {name: value for name, value in LIMITS.made(values).items() if is_given(values, name)}
-        own = flags.read(values["context"].args)
+        own = vllm_args.read(values["context"].args)
         engine = config.engine.changed(**own.engine)
         return replace(config, **given, engine=engine, vllm_server={**config.vllm_server, **own.server})
 
@@ -78,7 +78,7 @@ def serve(
 
         o.write(tomli_w.dumps(config.placed(Path.cwd()).as_table()))
         return
-    from snpatch.server.run import serve
+    from snpatch.server.launcher import serve
 
     try:
         serve(config)

@@ -23,8 +23,8 @@ from snpatch.executors.vllm.settings import KEY
 from snpatch.executors.vllm.wire import Sent
 from snpatch.sampling import SEEDS, Sampling
 from snpatch.server import metrics
-from snpatch.server.asks import CURRENT_PATCH, PatchContext, Receipt
-from snpatch.server.serving import ServerState
+from snpatch.server.patch_request import CURRENT_PATCH, PatchContext, Receipt
+from snpatch.server.state import ServerState
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "structural_tag")  # of vLLM's StructuredOutputsParams
 UNFINISHED = ("abort", "error")  # finish reasons of a text whose receipt cannot be confirmed
@@ -102,7 +102,7 @@ class PatchedClient:
     def shutdown(self, timeout: float | None = None) -> None:
         """What vLLM's server calls in a thread on SIGTERM, before it stops listening: lets what runs end. The engine is
         closed by whoever started it."""
-        self.serving.visitors.close(timeout)
+        self.serving.inflight.close(timeout)
 
     def _check_logprobs(self, ask: PatchContext, params: SamplingParams, prompt_length: int) -> None:
         """Raise for more log-probabilities than an answer can be made of while others are served."""

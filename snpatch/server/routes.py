@@ -14,12 +14,12 @@ from snpatch import __version__, schema
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import versions
 from snpatch.server import uploads
-from snpatch.server.asks import PatchRequest
 from snpatch.server.config import ServeConfig
 from snpatch.server.errors import ForbiddenError, NotFoundError, PayloadTooLargeError, error
-from snpatch.server.sending import EventStream
-from snpatch.server.serving import ServerState
-from snpatch.server.sweeps import Sweep, SweepRequest
+from snpatch.server.patch_request import PatchRequest
+from snpatch.server.responses import EventStream
+from snpatch.server.state import ServerState
+from snpatch.server.sweep_endpoint import Sweep, SweepRequest
 
 
 def router(serving: ServerState) -> APIRouter:

@@ -19,8 +19,8 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.files import check_writable, open_regular, whole_file, write_text
 from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
-from snpatch.server.catalogue import PatchRegistry, check_name, named_ranking, told_of
 from snpatch.server.errors import InternalError, NameConflictError, PayloadTooLargeError
+from snpatch.server.registry import PatchRegistry, check_name, named_ranking, told_of
 
 KINDS = {"rankings": named_ranking, "constants": Constant.load}
 MOST = 64  # names of all kinds

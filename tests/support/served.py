@@ -104,10 +104,10 @@ def spoil(worker) -> None:
 
 def main() -> None:
     from snpatch import cli
-    from snpatch.server import opening
+    from snpatch.server import routes as server_routes
 
     def router(serving):
-        routes, executor = opening_router(serving), serving.engine.executor
+        routes, executor = plain_router(serving), serving.engine.executor
 
         @routes.get(HELD)
         async def held() -> dict:
@@ -125,7 +125,7 @@ def main() -> None:
 
         return routes
 
-    opening_router, opening.routes.router = opening.routes.router, router
+    plain_router, server_routes.router = server_routes.router, router
     cli.program()
 
 

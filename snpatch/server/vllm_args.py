@@ -16,7 +16,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from snpatch.errors import SnpatchError
 
 HOST = "127.0.0.1"  # where nothing else is said
-GATE = "snpatch.server.gate.RouteMiddleware"
+GATE = "snpatch.server.middleware.RouteMiddleware"
 PLAIN = (str, int, float, bool, list, dict)
 INNER = ("subparser", "dispatch_function")  # of the parser's own
 REFUSED = {  # what a server of patches cannot be, and why

@@ -17,9 +17,9 @@ from snpatch.patching import spec
 from snpatch.patching.patch import Constant, Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.reading import Shape
-from snpatch.server.asks import PatchContext, PatchRequest
 from snpatch.server.config import ServeConfig
 from snpatch.server.errors import NotFoundError
+from snpatch.server.patch_request import PatchContext, PatchRequest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TAKEN = ("text", "image", "audio", "video")  # vLLM applies an adapter of these names to messages with such parts

@@ -14,12 +14,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from snpatch.errors import BusyError, SnpatchError
-from snpatch.server import bodies
+from snpatch.server import request_limits
 from snpatch.server.config import ALWAYS_OPEN, OPENABLE
 from snpatch.server.errors import NotFoundError, PayloadTooLargeError, RequestTimeoutError, UnauthorizedError, error
-from snpatch.server.opening import install
-from snpatch.server.sending import clean, timed
-from snpatch.server.serving import ServerState
+from snpatch.server.install import install
+from snpatch.server.responses import clean, timed
+from snpatch.server.state import ServerState
 
 MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations")  # run the model
 OTHERS = (*ALWAYS_OPEN, *OPENABLE, "/v1/models", "/v1/messages/count_tokens", "/v1/snpatch")
@@ -69,16 +69,16 @@ async def _entered(
 ) -> Receive:
     """Take a request in, and return the `receive` of its body, which is within the limits. entered: what it leaves."""
     config = serving.config
-    body = bodies.Body(receive, config.body_timeout_s, serving.arriving)
+    body = request_limits.Body(receive, config.body_timeout_s, serving.arriving)
     receive = body.receive
     if method == "POST":  # its place is taken once it is there: many that arrive slowly keep nobody out
-        bodies.check_type(headers)
+        request_limits.check_type(headers)
         content = await body.read(int(headers.get("content-length", 0)), config.max_body_bytes)
-        await bodies.check(content, path, config, serving.models)
+        await request_limits.check(content, path, config, serving.models)
         receive = body.again(content)
-    if serving.visitors.is_closing:
+    if serving.inflight.is_closing:
         raise BusyError("the server is ending")
-    for place in (serving.requests, serving.visitors, *([serving.uploading] if method == "PUT" else [])):
+    for place in (serving.requests, serving.inflight, *([serving.uploading] if method == "PUT" else [])):
         entered.enter_context(place)
     return receive
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +12,10 @@ from pathlib import Path
 from snpatch.async_engine import AsyncEngine
 from snpatch.errors import BusyError, OverflowedError, SnpatchError, SpoiledEngineError
 from snpatch.judges.protocol import Judge
-from snpatch.server.catalogue import PatchRegistry
 from snpatch.server.config import ServeConfig
-from snpatch.server.sending import private_folders
+from snpatch.server.registry import PatchRegistry
+from snpatch.server.responses import private_folders
 from snpatch.server.uploads import Uploads
-from snpatch.server.visitors import InflightRequests
 
 
 @dataclass(eq=False)
@@ -44,6 +44,29 @@ class Quota:
         self.leave()
 
 
+class InflightRequests:
+    """Used by the event loop, and waited for in a thread. limit_s: how long they may take once it is to end."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s, self._inside, self._left = limit_s, 0, threading.Condition()
+        self.is_closing = False
+
+    def __enter__(self) -> None:
+        with self._left:
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._left:
+            self._inside -= 1
+            self._left.notify_all()
+
+    def close(self, limit_s: float | None) -> None:
+        """Let nobody in any more, and wait until all have left, or so long (0 or None: the limit it was made with)."""
+        self.is_closing = True
+        with self._left:
+            self._left.wait_for(lambda: not self._inside, limit_s or self._limit_s)
+
+
 @dataclass(eq=False)
 class ServerState:
     """config: `fitted` to the engine once it has started. keys: API keys, of which clients need one, if there are any.
@@ -52,7 +75,7 @@ class ServerState:
     config: ServeConfig
     engine: AsyncEngine
     catalogue: PatchRegistry
-    visitors: InflightRequests
+    inflight: InflightRequests
     judges: dict[str, Judge]
     uploads: Uploads | None
     keys: tuple[str, ...]

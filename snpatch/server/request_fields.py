@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from snpatch.errors import MAX_NAME, SnpatchError, is_unicode, nearest, shown
 from snpatch.executors.vllm.settings import KEY
-from snpatch.server.asks import PatchRequest
+from snpatch.server.patch_request import PatchRequest
 
 XARGS = "vllm_xargs"
 CONTENT = ("messages", "prompt", "input", "system", "instructions", "suffix", "tools")  # what a client writes freely

@@ -23,7 +23,7 @@ from snpatch.runs.sweep import PROMPTS, Row
 from snpatch.sampling import Sampling
 from snpatch.schema import option
 from snpatch.server.errors import error_message
-from snpatch.server.serving import ServerState
+from snpatch.server.state import ServerState
 from snpatch.statistics import Interval, causal_effect, interval, paired_p
 
 MOST = 4  # sweeps at once

@@ -18,14 +18,13 @@ from snpatch.judges.opening import REFUSAL, is_model, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.judges.refusal import RefusalWords
 from snpatch.models.clock import has_clock
-from snpatch.server import flags
-from snpatch.server.catalogue import PatchRegistry
+from snpatch.server import vllm_args
 from snpatch.server.client import PatchedClient
 from snpatch.server.config import ServeConfig
-from snpatch.server.connections import protocol_with_deadline
-from snpatch.server.serving import ServerState
+from snpatch.server.registry import PatchRegistry
+from snpatch.server.request_limits import protocol_with_deadline
+from snpatch.server.state import InflightRequests, ServerState
 from snpatch.server.uploads import Uploads
-from snpatch.server.visitors import InflightRequests
 
 GRACE_S = 5  # for connections whose requests were ended
 
@@ -50,7 +49,7 @@ async def _serve(config: ServeConfig) -> None:
     if config.engine.checked_backend() != "vllm":
         raise SnpatchError("a server runs in vLLM: install snpatch[cpu] or snpatch[cuda]")
     versions.check(serving=True)
-    args = flags.namespace(config.engine.model, config.vllm_server, config.engine.vllm)
+    args = vllm_args.namespace(config.engine.model, config.vllm_server, config.engine.vllm)
     served = _served_names(args, config.engine.model)
     # vLLM's metrics say the first of the names, and without any the model's folder.
     engine = AsyncEngine.from_config(config.engine.changed(served_model_name=[*served, "base"]))

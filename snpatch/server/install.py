@@ -8,18 +8,21 @@ from contextlib import aclosing
 
 from anthropic.types import message_create_params as message_params
 from anthropic.types.beta import message_create_params as beta_params
+from fastapi import FastAPI
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params as response_params
+from vllm.lora.request import LoRARequest
 
 from snpatch.errors import SnpatchError, within
 from snpatch.executors.vllm.settings import KEY
-from snpatch.server.answers import with_receipt
-from snpatch.server.asks import CURRENT_PATCH, PatchContext
-from snpatch.server.bodies import check_values
+from snpatch.server import metrics, routes
 from snpatch.server.errors import error_message, error_param, error_type, http_status
-from snpatch.server.fields import check_fields, published_fields
-from snpatch.server.serving import ServerState
+from snpatch.server.patch_request import CURRENT_PATCH, PatchContext
+from snpatch.server.receipts import with_receipt
+from snpatch.server.request_fields import check_fields, published_fields
+from snpatch.server.request_limits import check_values, models_of
+from snpatch.server.state import ServerState
 
 BEFORE = ("response.created", "response.in_progress")  # events that come before vLLM generates
 WRAPPED = {  # of the app's state -> the method that its route calls
@@ -35,6 +38,20 @@ PUBLISHED = {  # of the app's state -> the fields that clients' libraries have
     "anthropic_serving_messages": published_fields(message_params.MessageCreateParamsNonStreaming)
     | published_fields(beta_params.MessageCreateParamsNonStreaming),
 }
+
+
+def install(serving: ServerState, app: FastAPI) -> None:
+    """vLLM's app, whose state is ready, serves patches from now on."""
+    models = app.state.openai_serving_models
+    # To vLLM a name is an adapter's: it is listed, checked, told in answers, and reaches `generate`, but no further.
+    models.lora_requests |= {name: LoRARequest(name, i, KEY) for i, name in enumerate(serving.catalogue.names, 1)}
+    for model in models.base_model_paths:
+        model.model_path = model.name  # which /v1/models would tell: it may be a folder of this machine
+    wrap(serving, app.state)
+    serving.models |= models_of(app)
+    app.include_router(routes.router(serving))
+    executor = serving.engine.executor
+    metrics.watch(lambda: executor.registry.in_use, lambda: executor.waiting)
 
 
 def wrap(serving: ServerState, state) -> None:

@@ -13,8 +13,8 @@ from pydantic import BaseModel, create_model
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.settings import KEY
-from snpatch.server.asks import CURRENT_PATCH, PatchContext
 from snpatch.server.errors import error_message, error_param
+from snpatch.server.patch_request import CURRENT_PATCH, PatchContext
 
 GOES_ON = '"finish_reason":null'  # in every chunk of OpenAI's that is not a choice's last
 DONE = "data: [DONE]"
