@@ -51,7 +51,7 @@ class AsyncEngine(Loaded):
         await self.executor.start(list(self._opened.models.values()), log_stats)
 
     async def restart(self) -> None:
-        """Restart vLLM, as after an EngineDiedError; open requests end with an error, models and adapters stay."""
+        """Restart vLLM, as after an EngineCrashedError; open requests end with an error, models and adapters stay."""
         self.executor.close()
         self.executor = self._executor_of(self.config)
         await self.start(self._log_stats)

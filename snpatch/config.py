@@ -65,19 +65,19 @@ class Capacity:
 class ModelSource:
     """Where a model comes from: weights, and what is put on them.
 
-    weights: a checkpoint of the engine's architecture, folder, name or name@revision; None: the engine's own. lora:
+    checkpoint: of the engine's architecture, folder, name or name@revision; None: the engine's own. lora:
     PEFT LoRA folders, merged into the weights in order. adapters: PEFT IA3 folders, stacked in order. Both may be
     names on the hub: owner/name, owner/name@revision, owner/name:subfolder.
     """
 
-    weights: str | None = None
+    checkpoint: str | None = None
     lora: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
 
     def placed(self, folder: Path) -> "ModelSource":
         """The same with paths that are relative to a folder; what is no file there stays as it is."""
         parts = ((place(folder, one) for one in folders) for folders in (self.lora, self.adapters))
-        return ModelSource(self.weights and place(folder, self.weights), *map(tuple, parts))
+        return ModelSource(self.checkpoint and place(folder, self.checkpoint), *map(tuple, parts))
 
     @property
     def set(self) -> "ModelSource":
@@ -131,7 +131,7 @@ class EngineConfig:
         object.__setattr__(self, "models", {name: self._source(name, one) for name, one in self.models.items()})
         sets = list(dict.fromkeys(source.set for source in self.models.values() if source.set != OWN_SET))
         if len(sets) > 1:
-            named = "; ".join(", ".join([one.weights or self.model, *one.lora]) for one in sets)
+            named = "; ".join(", ".join([one.checkpoint or self.model, *one.lora]) for one in sets)
             raise SnpatchError(
                 f"models: an engine runs its own weights and one further set, and these are {len(sets)}: {named}; "
                 "start one engine for each pair, with one of the two as its model"
@@ -149,11 +149,11 @@ class EngineConfig:
         if name in self.adapters:
             raise SnpatchError(f"models: {name} is also among the adapters")
         if isinstance(given, str | Path):
-            given = {"weights": str(given)}
+            given = {"checkpoint": str(given)}
         if not isinstance(given, ModelSource):
             given = schema.read(ModelSource, f"models: {name}", {part: _texts(one) for part, one in given.items()})
-        own = given.weights is not None and place(Path(), given.weights) == place(Path(), self.model)
-        return replace(given, weights=None) if own else given
+        own = given.checkpoint is not None and place(Path(), given.checkpoint) == place(Path(), self.model)
+        return replace(given, checkpoint=None) if own else given
 
     @property
     def sources(self) -> dict[str, ModelSource]:
@@ -278,15 +278,15 @@ def adapters_of(entries: Iterable[str], between: str, form: str) -> dict[str, li
 
 
 def models_of(
-    adapters: Mapping[str, list[str]], weights: Mapping[str, list[str]], loras: Mapping[str, list[str]]
+    adapters: Mapping[str, list[str]], checkpoints: Mapping[str, list[str]], loras: Mapping[str, list[str]]
 ) -> tuple[dict[str, list[str]], dict[str, dict]]:
     """Adapters on a model's own weights, and the models that have others, as EngineConfig takes them."""
     adapters, models = dict(adapters), {}
-    for name in weights.keys() | loras.keys():
-        if len(weights.get(name, ())) > 1:
-            raise SnpatchError(f"weights: wanted one checkpoint a name, got {','.join(weights[name])} for {name}")
-        source = weights.get(name, [None])[0]
-        models[name] = {"weights": source, "lora": loras.get(name, ()), "adapters": adapters.pop(name, ())}
+    for name in checkpoints.keys() | loras.keys():
+        if len(checkpoints.get(name, ())) > 1:
+            raise SnpatchError(f"checkpoint: wanted one a name, got {','.join(checkpoints[name])} for {name}")
+        source = checkpoints.get(name, [None])[0]
+        models[name] = {"checkpoint": source, "lora": loras.get(name, ()), "adapters": adapters.pop(name, ())}
     return adapters, models
 
 

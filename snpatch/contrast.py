@@ -48,7 +48,7 @@ def contrast(
     if sampling.ignore_eos:
         raise SnpatchError("contrast: EOS never counts, so sampling cannot ignore it")
     ids, (generator, against) = engine.encode(prompts, pair[0]), pair
-    models = {name: engine.digest_of(name) for name in pair if name is not None}
+    models = {name: engine.fingerprint(name) for name in pair if name is not None}
     if against is not None and engine.requests.model(generator).digest == engine.requests.model(against).digest:
         raise SnpatchError(f"contrast: {generator} and {against} are the same model by content: no neuron can differ")
     if at == "emitted" and completions is None and not sampling.stop:
@@ -64,7 +64,7 @@ def contrast(
             f"contrast: {expected} tokens should have counted in each layer, got {statistics.count.tolist()}"
         )
     if against is None:
-        statistics = statistics.of_one()
+        statistics = statistics.recipient_only()
     meta = {
         "model": engine.weights.name,
         "weights": engine.weights.digest,

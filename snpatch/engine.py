@@ -49,7 +49,7 @@ class Engine(Loaded):
         return Executor(config, self._opened.readers)
 
     def restart(self) -> None:
-        """Restart what runs the requests, as after an EngineDiedError; models and adapters stay."""
+        """Restart what runs the requests, as after an EngineCrashedError; models and adapters stay."""
         self.executor.close()
         self.executor = self._executor_of(self.config)
         self.executor.start(list(self._opened.models.values()))

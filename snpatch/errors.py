@@ -87,15 +87,15 @@ class OverflowedError(ReceiptError):
         self.unpatched = unpatched
 
 
-class BusyError(SnpatchError):
+class ServerBusyError(SnpatchError):
     """There is no room now: to be asked again."""
 
 
-class EngineDiedError(SnpatchError):
+class EngineCrashedError(SnpatchError):
     """The engine process died: running requests are lost. Call restart()."""
 
 
-class SpoiledEngineError(OverflowedError, EngineDiedError):
+class SpoiledEngineError(OverflowedError, EngineCrashedError):
     """Values of an unpatched text are not finite: the engine's state may be spoiled, so it is restarted."""
 
 

@@ -51,7 +51,7 @@ class Loaded:
         """How chats become text for the engine's own weights: "tokenizer", "tulu", or "beside" (an adapter's)."""
         return self._opened.templates[0].name
 
-    def digest_of(self, model: str) -> str:
+    def fingerprint(self, model: str) -> str:
         """Names one model by content, whatever it is called: weights, adapters, template and tokenizer.
 
         What kept texts, rankings and guards are bound to.

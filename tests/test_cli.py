@@ -23,9 +23,9 @@ def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_pat
     if backend == "vllm":
         pytest.importorskip("vllm", reason="vLLM is not installed")
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the processes have tests of their own
-        common += ["--engine", "kv_cache_memory_bytes=33554432", "--engine", "max_rankings=4"]
+        common += ["--engine-arg", "kv_cache_memory_bytes=33554432", "--engine-arg", "max_rankings=4"]
     code, out, err = run(capsys, "contrast", *common, "--generator", "sft", "--against", "dpo", "-o", ranking,
-                         "--max-tokens", 24, "--keep-all-layers", "--json")  # fmt: skip
+                         "--max-tokens", 24, "--no-exclude-layers", "--json")  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["tokens"] == 12 * 24
     assert "contrast: 12/12" in err

@@ -121,7 +121,7 @@ def test_every_option_has_its_dataclasss_default():
 
 def test_options_go_before_a_file(tmp_path):
     (tmp_path / "engine.toml").write_text('model = "m"\ndtype = "bfloat16"\n[capacity]\nmax_rankings = 3\n')
-    arguments = [str(tmp_path / "engine.toml"), "-a", "sft=a,b", "--engine", "max_model_len=9", "--backend", "vllm"]
+    arguments = [str(tmp_path / "engine.toml"), "-a", "sft=a,b", "--engine-arg", "max_model_len=9", "--backend", "vllm"]
     config = called({"config": Engine()}, arguments)["config"]
     assert config == EngineConfig.of(
         "m", {"sft": ["a", "b"]}, dtype="bfloat16", max_rankings=3, max_model_len=9, backend="vllm"

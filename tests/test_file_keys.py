@@ -48,7 +48,7 @@ ENGINE = {
     "allow_untested": True, "chat_template_kwargs": {"enable_thinking": False},
 }  # fmt: skip
 SIZES = {f.name: 9 for f in fields(Capacity)} | {"streams": 1, "scales_kv": True}
-MODELS = {"weights": "w2", "lora": ["l2"], "adapters": ["a2"]}
+MODELS = {"checkpoint": "w2", "lora": ["l2"], "adapters": ["a2"]}
 PROMPTS = {
     "source": "other.jsonl", "format": "harmbench", "split": "test", "column": "text", "revision": "main",
     "where": ["kind", "bad"], "first": 3, "sample": 2, "seed": 5,
@@ -63,7 +63,7 @@ SWEEP = {
     "judges": ["second"],
 }  # fmt: skip
 TOP = {"model": "m2", "template": "tulu"}
-MODEL = {"model": "m", "adapters": {"sft": ["a"]}, "models": {"dpo": {"weights": "w"}}}
+MODEL = {"model": "m", "adapters": {"sft": ["a"]}, "models": {"dpo": {"checkpoint": "w"}}}
 
 SWEEP_FILE = {
     **MODEL,

@@ -229,8 +229,9 @@ def test_data_with_anything_in_them_are_one_line(ground, kind):
     one()
 
 
-ENGINE = {"model": "m", "adapters": {"a": ["x"]}, "models": {"b": {"weights": "w", "lora": ["l"]}}, "dtype": "float32",
-          "template": "tulu", "batch_size": 3, "capacity": {"streams": 2}, "vllm": {"max_model_len": 64}}  # fmt: skip
+ENGINE = {"model": "m", "adapters": {"a": ["x"]}, "models": {"b": {"checkpoint": "w", "lora": ["l"]}},
+          "dtype": "float32", "template": "tulu", "batch_size": 3, "capacity": {"streams": 2},
+          "vllm": {"max_model_len": 64}}  # fmt: skip
 SPEC = {"model": "m", "adapters": {"sft": "x", "dpo": "y"}, "sets": {"p": {"source": "p.jsonl", "first": 3}},
         "judges": {"cost": {"source": "refusal"}}, "rankings": {"r": "r.safetensors"}, "sampling": {"max_tokens": 3},
         "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, "1:2"], "strengths": [1.0]}}  # fmt: skip

@@ -309,7 +309,7 @@ def sets(demo):
 def guard(demo, safety, sets):
     s = sets["beavertails"]
     features = demo.capture(s.prompts, "sft", safety, 60)
-    return Guard.fit(features, s.labels, safety, model="sft", digest=demo.digest_of("sft"))
+    return Guard.fit(features, s.labels, safety, model="sft", digest=demo.fingerprint("sft"))
 
 
 @pytest.fixture

@@ -304,7 +304,7 @@ def test_a_pair_by_model_args(evaluate, model_args, pairs):
     with Engine(made.folder, **made.given, backend="transformers") as engine:
         patch = Patch("base", "dpo", RANKINGS[0], 20, strength=1.5)
         want = evaluate(SnpatchLM(engine, patch), TASKS[2:], limit=2)
-    given = {"model": made.folder, "weights": f"dpo={made.models['dpo'][0]}", "backend": "transformers"}
+    given = {"model": made.folder, "checkpoint": f"dpo={made.models['dpo'][0]}", "backend": "transformers"}
     patched = {"donor": "dpo", "ranking": model_args["ranking"], "k": 20, "strength": 1.5}
     got = evaluate("snpatch", TASKS[2:], model_args=told(given, **patched), limit=2)
     assert figures(got) == figures(want) != figures(evaluate("snpatch", TASKS[2:], model_args=told(given), limit=2))

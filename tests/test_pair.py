@@ -88,7 +88,7 @@ def test_chats_are_put_into_the_recipients_template(tmp_path):
     patches = [Patch("base", "dpo", RANKINGS[0], 20), Patch("dpo", "base", RANKINGS[0], 20)]
     found = both.generate(chat * 4, ["base", "dpo", *patches], Sampling(max_tokens=2))
     assert [c.prompt_ids for c in found] == want * 2
-    assert both.digest_of("base") != both.digest_of("dpo")
+    assert both.fingerprint("base") != both.fingerprint("dpo")
     for templates, place in (((kinds["own"], None), 0), ((None, kinds["other"]), 1)):
         one = engine(*templates)
         assert [one.encode(chat, name) for name in ("base", "dpo")] == [[want[place]]] * 2
@@ -116,7 +116,7 @@ def test_a_model_beside_its_own_copy_is_the_shared_engine(zoo, tmp_path):
     shutil.copytree(made.folder, tmp_path / "copy")
     with Engine(made.folder, made.adapters, backend="transformers") as shared:
         want = generate(shared, JOBS)
-    models = {"dpo": {"weights": tmp_path / "copy", "adapters": made.adapters["dpo"]}}
+    models = {"dpo": {"checkpoint": tmp_path / "copy", "adapters": made.adapters["dpo"]}}
     with Engine(made.folder, {"sft": made.adapters["sft"]}, models=models, backend="transformers") as engine:
         assert engine.executor.memory.second == 0  # what is equal is held once
         assert_together_as_alone(generate(engine, JOBS), want, LOGPROB)  # batches are others
@@ -234,7 +234,7 @@ def test_a_third_set_of_weights_is_an_error_that_says_what_to_do(pairs, zoo):
     own, dpo = pairs("llama").folder, pairs("llama").models["dpo"][0]
     with pytest.raises(SnpatchError, match=r"one further set, and these are 2: .*; start one engine for each pair"):
         EngineConfig.of(own, models={"dpo": dpo, "other": zoo("llama").folder})
-    config = EngineConfig.of(own, models={"sft": own, "dpo": dpo, "tuned": {"weights": dpo, "adapters": ["a"]}})
+    config = EngineConfig.of(own, models={"sft": own, "dpo": dpo, "tuned": {"checkpoint": dpo, "adapters": ["a"]}})
     assert config.second == config.models["dpo"]
     assert config.models["sft"].weights is None
 
@@ -266,10 +266,19 @@ def test_the_command_line_takes_pairs(capsys, pairs, tmp_path):
     made, prompts, ranking = pairs("llama"), tmp_path / "prompts.jsonl", tmp_path / "ranking.safetensors"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in tiny.PROMPTS))
     second, sft = made.models["dpo"][0], made.adapters["sft"][0]
-    common = [made.folder, prompts, "-a", f"sft={sft}", "--weights", f"dpo={second}", "--weights", f"tuned={second}"]
+    common = [
+        made.folder,
+        prompts,
+        "-a",
+        f"sft={sft}",
+        "--checkpoint",
+        f"dpo={second}",
+        "--checkpoint",
+        f"tuned={second}",
+    ]
     common += ["-a", f"tuned={sft}", "--template", "tulu", "--backend", "transformers"]
     code, _, err = run(capsys, "contrast", *common, "--generator", "sft", "--against", "dpo", "-o", ranking,
-                       "--max-tokens", 4, "--keep-all-layers")  # fmt: skip
+                       "--max-tokens", 4, "--no-exclude-layers")  # fmt: skip
     assert code == 0, err
     assert "GB of a second set apart from them" in err
     patched = ["--recipient", "tuned", "--donor", "sft", "--ranking", ranking, "-k", 40, "--strength", 1.5]
@@ -280,8 +289,8 @@ def test_the_command_line_takes_pairs(capsys, pairs, tmp_path):
         chats = [[{"role": "user", "content": text}] for text in tiny.PROMPTS]
         want = engine.generate(chats, patch, Sampling(max_tokens=5))
     assert [json.loads(line)["token_ids"] for line in out.splitlines()] == [c.token_ids for c in want]
-    code, _, err = run(capsys, "generate", made.folder, prompts, "--weights", f"dpo={second},{second}")
-    assert (code, "weights: wanted one checkpoint a name" in err) == (2, True)
+    code, _, err = run(capsys, "generate", made.folder, prompts, "--checkpoint", f"dpo={second},{second}")
+    assert (code, "checkpoint: wanted one a name" in err) == (2, True)
 
 
 def test_world_files_take_pairs(capsys, pairs, tmp_path):
@@ -311,5 +320,5 @@ controls = 1
     code, _, err = run(capsys, "exp", "curve", *arguments)
     assert code == 0, err
     told = json.loads((tmp_path / "out" / "curve.json").read_text())["provenance"]
-    assert told["adapters"]["dpo"] == {"weights": "second", "lora": [], "adapters": []}
+    assert told["adapters"]["dpo"] == {"checkpoint": "second", "lora": [], "adapters": []}
     assert {row["recipient"] for row in json.loads((tmp_path / "out" / "curve.json").read_text())["rows"]} >= {"base"}

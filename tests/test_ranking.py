@@ -66,10 +66,10 @@ def test_excluded_layers_are_not_ranked_but_keep_their_scores(excluded, rank):
 def test_set_operations_keep_the_order():
     mine, other = line(5, 3, 8, 1, 0), line(1, 9, 5, 8)
     assert order(mine.intersect(other, 3)) == [[0, 5], [0, 1]]
-    assert order(mine.leave_out(other, 3)) == [[0, 3], [0, 8], [0, 0]]
+    assert order(mine.difference(other, 3)) == [[0, 3], [0, 8], [0, 0]]
     assert order(mine.intersect(other, 0)) == []
-    assert order(mine.leave_out(other, 0)) == order(mine)
-    assert mine.leave_out(other, 3).rank.tolist() == [[2, N, N, 0, N, N, N, N, 1, N, N, N]]
+    assert order(mine.difference(other, 0)) == order(mine)
+    assert mine.difference(other, 3).rank.tolist() == [[2, N, N, 0, N, N, N, N, 1, N, N, N]]
 
 
 @pytest.mark.parametrize("disjoint", [True, False])
@@ -381,19 +381,19 @@ def test_layers_that_saw_different_tokens_have_no_score():
 
 def test_layers_alone_are_rankings_of_their_own():
     ranking = Ranking.from_scores(SCORES)
-    assert order(ranking.only([0])) == [[0, 2], [0, 0], [0, 1]]
-    assert order(ranking.only(range(-1, 0))) == [[1, 2], [1, 1], [1, 0]]
-    assert order(ranking.only([1, 0, -1])) == order(ranking)
-    assert ranking.only([1]).meta["only_layers"] == [1]
-    assert torch.equal(ranking.only([0]).scores, SCORES)
-    with pytest.raises(SnpatchError, match="only: the model has 2 layers, got 2"):
-        ranking.only([2])
+    assert order(ranking.filter_layers([0])) == [[0, 2], [0, 0], [0, 1]]
+    assert order(ranking.filter_layers(range(-1, 0))) == [[1, 2], [1, 1], [1, 0]]
+    assert order(ranking.filter_layers([1, 0, -1])) == order(ranking)
+    assert ranking.filter_layers([1]).meta["filter_layers"] == [1]
+    assert torch.equal(ranking.filter_layers([0]).scores, SCORES)
+    with pytest.raises(SnpatchError, match="filter_layers: the model has 2 layers, got 2"):
+        ranking.filter_layers([2])
 
 
 def test_the_first_of_each_layer():
     ranking = Ranking.from_scores(SCORES)
-    assert order(ranking.per_layer(1)) == [[1, 2], [0, 2]]
-    assert order(ranking.per_layer(2)) == [[1, 2], [1, 1], [0, 2], [0, 0]]
-    assert order(ranking.per_layer(9)) == order(ranking)
-    with pytest.raises(SnpatchError, match="per_layer: k must be at least 1, got 0"):
-        ranking.per_layer(0)
+    assert order(ranking.top_per_layer(1)) == [[1, 2], [0, 2]]
+    assert order(ranking.top_per_layer(2)) == [[1, 2], [1, 1], [0, 2], [0, 0]]
+    assert order(ranking.top_per_layer(9)) == order(ranking)
+    with pytest.raises(SnpatchError, match="top_per_layer: k must be at least 1, got 0"):
+        ranking.top_per_layer(0)

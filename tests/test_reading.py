@@ -277,7 +277,7 @@ def test_adapters_and_lora_are_found_on_the_hub(zoo, lora, hub):
     texts = []
     for given in (local, named):
         with Engine(folder, **given, backend="transformers") as engine:
-            texts.append([engine.digest_of(name) for name in engine.models])
+            texts.append([engine.fingerprint(name) for name in engine.models])
             texts[-1] += [c.token_ids for c in engine.generate(tiny.PROMPTS, "tuned", Sampling(max_tokens=5))]
     assert texts[0] == texts[1]
 

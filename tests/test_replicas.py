@@ -45,7 +45,7 @@ def test_a_replica_that_is_killed_is_replaced(capsys, prompts, ranking, tmp_path
         out,
         "--ray",
         "2",
-        "--engine",
+        "--engine-arg",
         "batch_size=1",
     ]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_AUTH_MODE": "disabled"}

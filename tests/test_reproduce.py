@@ -620,7 +620,7 @@ def test_the_folder_one_stands_in_does_not_shadow_a_presets_names(tmp_path, monk
 
 
 def test_paths_of_a_users_preset_are_seen_from_its_folder(tmp_path):
-    for name in ("ia3", "lora", "weights", "m"):
+    for name in ("ia3", "lora", "checkpoint", "m"):
         (tmp_path / "here" / name).mkdir(parents=True)
     path = tmp_path / "here" / "mine.toml"
     path.write_text(
@@ -648,7 +648,7 @@ def test_an_extending_preset_replaces_models_and_judges_whole(tmp_path):
     assert config["judges"]["cost"] == {"source": "refusal"}
     assert "reward" in config["judges"]
     assert config["sets"]["harmbench"] == {"source": "harmbench", "sample": 3}
-    assert Pipeline(load_preset(str(path)), tmp_path / "out").config.engine.second.weights == "x/y"
+    assert Pipeline(load_preset(str(path)), tmp_path / "out").config.engine.second.checkpoint == "x/y"
 
 
 def test_a_folder_is_not_gone_on_with_by_other_options(capsys, tmp_path):

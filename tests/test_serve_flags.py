@@ -157,7 +157,7 @@ def test_a_name_stands_for_its_patch_and_an_object_for_its_own(catalogue):
 def test_chats_for_another_template_than_the_servers_are_refused(pairs, tmp_path):
     """The second set of weights has a template of its own."""
     made = pairs("llama")
-    folder = made.models["dpo"][0] if not isinstance(made.models["dpo"], dict) else made.models["dpo"]["weights"]
+    folder = made.models["dpo"][0] if not isinstance(made.models["dpo"], dict) else made.models["dpo"]["checkpoint"]
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     (other / "chat_template.jinja").write_text("{{ messages[-1]['content'] }} other")

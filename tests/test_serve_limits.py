@@ -415,7 +415,7 @@ def test_the_server_says_what_it_holds(world, server):
 def narrow(world, tmp_path_factory):
     """One ranking at once, two that may wait, a key; started from a file that --print-config wrote."""
     folder = tmp_path_factory.mktemp("narrow")
-    limits = ["--engine", "max_rankings=1", "--max-waiting", "2", "--api-key", "secret"]
+    limits = ["--engine-arg", "max_rankings=1", "--max-waiting", "2", "--api-key", "secret"]
     words = [sys.executable, "-m", "snpatch.cli", "serve", *options_of(world.made, world.folder), *limits]
     printed = subprocess.run([*words, "--print-config"], capture_output=True, text=True, check=True).stdout
     (folder / "serve.toml").write_text(printed)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from snpatch.errors import EngineDiedError, OverflowedError, ReceiptError, SpoiledEngineError
+from snpatch.errors import EngineCrashedError, OverflowedError, ReceiptError, SpoiledEngineError
 from snpatch.executors.spoilage import Spoilage
 from snpatch.server.errors import http_status
 
@@ -42,7 +42,7 @@ def test_spoilage_after_a_patched_overflow_restarts_again():
     assert isinstance(spoilage.judge(overflow("a")), SpoiledEngineError)
 
 
-@pytest.mark.parametrize("kind", [ReceiptError, EngineDiedError])
+@pytest.mark.parametrize("kind", [ReceiptError, EngineCrashedError])
 def test_spoiled_engine_error_is_caught_as_either_kind(kind):
     with pytest.raises(kind):
         raise Spoilage().judge(overflow("a"))

@@ -16,7 +16,7 @@ from swept import GREEDY, LONG, Forks, judge, run, start
 
 from snpatch import Sampling, SnpatchError
 from snpatch.data import load
-from snpatch.errors import EngineDiedError, ReceiptError
+from snpatch.errors import EngineCrashedError, ReceiptError
 from snpatch.runs import judging
 from snpatch.runs import store as stores
 from snpatch.runs.config import SweepConfig
@@ -152,7 +152,7 @@ def test_an_engine_that_dies_is_started_anew(engine, chats, ranking, tmp_path, m
     def dying(self, requests):
         for n, output in enumerate(original(self, requests)):
             if n == (6, 1, None)[len(restarts)]:
-                raise EngineDiedError("vLLM's engine has ended")
+                raise EngineCrashedError("vLLM's engine has ended")
             yield output
 
     monkeypatch.setattr(type(engine.executor), "stream", dying)
@@ -161,7 +161,7 @@ def test_an_engine_that_dies_is_started_anew(engine, chats, ranking, tmp_path, m
     assert len(restarts) == 2
     assert (result.rows, result.records, result.failures) == (whole.rows, whole.records, [])
     restarts.clear()
-    with pytest.raises(EngineDiedError):
+    with pytest.raises(EngineCrashedError):
         run(engine, chats, ranking, tmp_path / "other", restarts=1)
     with Store(tmp_path / "other") as store:
         assert store.status().done >= 6, "what was written is kept"

@@ -164,7 +164,7 @@ def test_command_names_key_file_and_option(tmp_path, capsys, words):
 
 
 def test_command_line_needs_no_trust(tmp_path, capsys):
-    code, out, err = run(capsys, "serve", "m", "--engine", "trust_remote_code=true", "--host", "0.0.0.0",
+    code, out, err = run(capsys, "serve", "m", "--engine-arg", "trust_remote_code=true", "--host", "0.0.0.0",
                          "--allow-upload", tmp_path, "--judge", "mine=mark:go", "--print-config")  # fmt: skip
     assert code == 0, err
     (tmp_path / "serve.toml").write_text(out)

@@ -180,7 +180,7 @@ def test_a_command_has_its_own_lines_on_stderr_and_leaves_nothing(zoo, tmp_path,
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": tiny.PROMPTS[0]}) + "\n")
     environment = {**os.environ, "TMPDIR": str(temporary)}
     command = [sys.executable, "-m", "snpatch.cli", "generate", made.folder, tmp_path / "prompts.jsonl",
-               "--max-tokens", "4", "--backend", "vllm", "--engine", "kv_cache_memory_bytes=67108864"]  # fmt: skip
+               "--max-tokens", "4", "--backend", "vllm", "--engine-arg", "kv_cache_memory_bytes=67108864"]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     # A CUDA build of PyTorch where there is no card says so at once.
     lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]

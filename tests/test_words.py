@@ -83,7 +83,7 @@ def test_names_of_files_that_are_words_of_patches_are_refused(name, tmp_path, ca
     for arguments in (
         ("generate", "m", "p.jsonl", "-a", f"{name}=a"),
         ("generate", "m", "p.jsonl", "--lora", f"{name}=a"),
-        ("generate", "m", "p.jsonl", "--weights", f"{name}=a"),
+        ("generate", "m", "p.jsonl", "--checkpoint", f"{name}=a"),
         ("sweep", "m", "p.jsonl", "--ranking", f"{name}=r", *SWEPT),
         ("sweep", "m", "p.jsonl", "--ranking", "r", *SWEPT[:-2], "--judge", f"{name}=refusal"),
     ):

@@ -34,7 +34,7 @@ def contrast(
     exclude_layer: Annotated[
         list[int] | None, typer.Option(help="A layer to leave out, -1 is the last. May be repeated. Default: -1.")
     ] = None,
-    keep_all_layers: Annotated[bool, typer.Option("--keep-all-layers", help="Leave no layer out.")] = False,
+    no_exclude_layers: Annotated[bool, typer.Option("--no-exclude-layers", help="Leave no layer out.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Rank neurons by how differently two models activate them on the same text."""
@@ -55,7 +55,7 @@ def contrast(
             at=at,
             completions=given,
             sampling=replace(CONTRAST, **sampling),
-            exclude_layers=[] if keep_all_layers else (exclude_layer or EXCLUDED),
+            exclude_layers=[] if no_exclude_layers else (exclude_layer or EXCLUDED),
             progress=progress,
         )
     ranking.meta["data"] = prompts.data.provenance

@@ -58,7 +58,7 @@ class Engine:
             *(inspect.Parameter(n, _BY_NAME, default=default, annotation=hint) for n, hint, default in model),
             *Some(EngineConfig, own).parameters(),
             inspect.Parameter("chat_template_kwargs", _BY_NAME, default=None, annotation=_TEMPLATE_KWARGS),
-            inspect.Parameter("engine", _BY_NAME, default=None, annotation=_SETTINGS),
+            inspect.Parameter("engine_arg", _BY_NAME, default=None, annotation=_SETTINGS),
         ]
 
     def made(self, values: dict) -> EngineConfig | Fields:
@@ -133,7 +133,7 @@ def _given(values: dict) -> Fields:
     given = {f.name: values[f.name] for f in fields(EngineConfig) if f.metadata and is_given(values, f.name)}
     if values["chat_template_kwargs"] is not None:
         given["chat_template_kwargs"] = table_of(values["chat_template_kwargs"], "--chat-template-kwargs")
-    return given | pairs(values["engine"], "--engine")
+    return given | pairs(values["engine_arg"], "--engine-arg")
 
 
 def is_given(values: dict, name: str) -> bool:
@@ -177,12 +177,12 @@ def pairs(texts: list[str] | None, option: str) -> dict[str, object]:
     return found
 
 
-def _on_top(adapter: Iterable[str], weights: Iterable[str], lora: Iterable[str]) -> tuple[dict, dict]:
+def _on_top(adapter: Iterable[str], checkpoint: Iterable[str], lora: Iterable[str]) -> tuple[dict, dict]:
     """Adapters on the model's own weights, and the models that have others: both as EngineConfig takes them."""
     return models_of(
         *(
             adapters_of(given, ",", FORM.format(name))
-            for name, given in (("adapter", adapter), ("weights", weights), ("lora", lora))
+            for name, given in (("adapter", adapter), ("checkpoint", checkpoint), ("lora", lora))
         )
     )
 
@@ -213,22 +213,22 @@ _ADAPTERS = Annotated[
         help="name=folder, or name=folder,folder stacked in order. Folders of the hub: owner/name. May be repeated.",
     ),
 ]
-_WEIGHTS = Annotated[
+_CHECKPOINTS = Annotated[
     list[str] | None,
-    typer.Option("--weights", help="name=checkpoint: a model on another set of weights than MODEL's. May be repeated."),
+    typer.Option("--checkpoint", help="name=checkpoint: a model with other weights than MODEL's. May be repeated."),
 ]
 _LORA = Annotated[
     list[str] | None,
     typer.Option("--lora", help="name=folder: a model with a LoRA merged into its weights. May be repeated."),
 ]
-_ON_TOP = {"adapter": _ADAPTERS, "weights": _WEIGHTS, "lora": _LORA}
+_ON_TOP = {"adapter": _ADAPTERS, "checkpoint": _CHECKPOINTS, "lora": _LORA}
 _TEMPLATE_KWARGS = Annotated[
     str | None,
     typer.Option(help='Variables that chat templates read, as JSON: {"enable_thinking": false}.'),
 ]
 _SETTINGS = Annotated[
     list[str] | None,
-    typer.Option("--engine", help="name=value for the backend, as tensor_parallel_size=2. May be repeated."),
+    typer.Option("--engine-arg", help="name=value for the backend, as tensor_parallel_size=2. May be repeated."),
 ]
 
 

@@ -72,7 +72,7 @@ def fit(
     with engine:
         known = _labelled(engine, prompts_once, reads, judge, judge_format, answers, harmful_above)
         features = engine.capture(known.prompts, reads, order, k)
-        digest = engine.digest_of(reads)
+        digest = engine.fingerprint(reads)
         meta = {"judge": judge, "harmful_above": harmful_above, "prompts": prompts.data.source}
         guard = Guard.fit(features, known.labels, order, model=reads, digest=digest, config=settings, meta=meta)
         scores = evaluate(

@@ -82,7 +82,7 @@ class Planned:
             if parameter.name not in engine and is_given(values, parameter.name):
                 name = parameter.name.replace("_", "-")
                 raise SnpatchError(f"--{name}: without PROMPTS, {values['model']} is a sweep's file, which says it")
-        for name in ("adapter", "weights", "lora"):
+        for name in ("adapter", "checkpoint", "lora"):
             if values[name]:
                 raise SnpatchError(f"--{name}: without PROMPTS, {values['model']} is a sweep's file, which says it")
 

@@ -97,7 +97,7 @@ def compare(
     encoded = {name: _distinct(engine, model, s.prompts, name) for name, s in sets.items()}
     fresh, notes = _unseen(encoded, train)
     features = _features(rankings, ks, controls, control_kinds, notes)
-    digest, rows = engine.digest_of(model), []
+    digest, rows = engine.fingerprint(model), []
     for number, one in enumerate(features):
         captured = _capture(engine, model, encoded, one)
         for done, source in enumerate(train, start=1):

@@ -59,7 +59,7 @@ class _Rest:
 class Guard:
     """Probability of harm = logistic((features - mean) / scale . coefficients + intercept), in float64.
 
-    model: whose activations it reads, and whose own answers it was fitted to predict; digest: Engine.digest_of it.
+    model: whose activations it reads, and whose own answers it was fitted to predict; digest: its Engine.fingerprint.
     neurons: [k, 2] int64 of (layer, neuron) in the order of the features; shape: (layers, neurons of a layer).
     mean, scale, coefficients: [k]. threshold: a prompt of a higher probability is refused with the text `refusal`.
     meta: JSON data kept in the file: what was given to `fit` (judge, data set, ...), and C, class_weight, n and harmful
@@ -90,7 +90,7 @@ class Guard:
         config: GuardConfig | None = None,
         meta: dict | None = None,
     ) -> Self:
-        """Fit to what `engine.capture(prompts, model, ranking, k)` gave; digest: engine.digest_of(model).
+        """Fit to what `engine.capture(prompts, model, ranking, k)` gave; digest: engine.fingerprint(model).
 
         Wrong shapes, NaN, too few prompts of a class and a fit that does not converge are SnpatchErrors.
         """
@@ -148,7 +148,7 @@ class Guard:
 
     def check(self, engine: Loaded) -> None:
         """An error for an engine in which `model` is not what the guard was fitted on."""
-        digest = engine.digest_of(self.model)
+        digest = engine.fingerprint(self.model)
         if digest != self.digest:
             raise SnpatchError(
                 f"the guard was fitted on another {self.model!r} ({self.digest}) than this engine's ({digest}): "

@@ -59,7 +59,7 @@ class SnpatchLM(TemplateLM):
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "SnpatchLM":
         """From `--model_args`: model=FOLDER, and as many of these as are wanted.
 
-        adapters=sft=SFT;dpo=SFT+DPO (name=folder, folders stacked in order; or a dict), weights=dpo=CHECKPOINT and
+        adapters=sft=SFT;dpo=SFT+DPO (name=folder, folders stacked in order; or a dict), checkpoint=dpo=CHECKPOINT and
         lora=dpo=LORA (models on a second set of weights, as adapters are given), recipient (default: base);
         donor (a model, zero, mean:recipient, mean:donor, noise:N or scale:F), ranking (a file), k (or LO:HI) and where;
         strength; max_gen_toks; chat_template_kwargs (JSON, as {"enable_thinking": false}, or a dict); and any argument
@@ -146,7 +146,7 @@ class SnpatchLM(TemplateLM):
         """What lm-eval's results say of the model: the patch, and the content of the models that it names."""
         patch = spec.to_json(self.patch) if isinstance(self.patch, Patch) else {"recipient": self.patch}
         names = [patch[side] for side in ("recipient", "donor") if isinstance(patch.get(side), str)]
-        models = {name: self.engine.digest_of(name) for name in names}
+        models = {name: self.engine.fingerprint(name) for name in names}
         return {"backend": self.engine.backend, "models": models, "patch": patch}
 
     def _cut(self, prompts: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
@@ -202,7 +202,7 @@ def _whole(value: object) -> object:
 def _models(given: dict) -> tuple[dict, dict]:
     """Takes what stands on the model's own weights, and the models that have others, out of the model arguments."""
     kinds = []
-    for kind in ("adapters", "weights", "lora"):
+    for kind in ("adapters", "checkpoint", "lora"):
         named = given.pop(kind, {})
         if not isinstance(named, dict):
             named = adapters_of(str(named).split(";"), "+", f"model_args: {kind} wants name=folder+folder;...")

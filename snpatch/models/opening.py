@@ -105,7 +105,10 @@ class Opened:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _check_lora(self, folder: str) -> None:
-        lora, config = load_lora(folder), load_pretrained(AutoConfig, self._config.second.weights or self._config.model)
+        lora, config = (
+            load_lora(folder),
+            load_pretrained(AutoConfig, self._config.second.checkpoint or self._config.model),
+        )
         if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} & lora.updates.keys():
             raise SnpatchError(
                 f"{folder}: it has a LoRA on the head of a model whose head is its embedding: merge this adapter with "
@@ -119,7 +122,7 @@ class Opened:
 
 
 def _weights(config: EngineConfig, source: ModelSource, ends: frozenset[int], place: int) -> Weights:
-    settings, name = {n: v for n, v in config.vllm.items() if n not in RESOURCES}, source.weights or config.model
+    settings, name = {n: v for n, v in config.vllm.items() if n not in RESOURCES}, source.checkpoint or config.model
     own = digest_of_checkpoint(name, has_weights=settings.get("load_format") != "dummy")
     parts = [own, *map(digest_of_adapter, source.lora)]
     digest = own if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]

@@ -36,7 +36,7 @@ def open_readers(config: EngineConfig, notes: Notes) -> list[Reader]:
     from transformers import AutoTokenizer  # brings scikit-learn with it, and takes two seconds
 
     sets = [OWN_SET] if config.second is None else [OWN_SET, config.second]
-    names = [one.weights or config.model for one in sets]
+    names = [one.checkpoint or config.model for one in sets]
     tokenizers = {name: load_pretrained(AutoTokenizer, name) for name in names}
     if names[0] != names[-1]:
         check_pair(*names, *tokenizers.values(), notes)

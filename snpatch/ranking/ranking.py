@@ -157,7 +157,7 @@ class Ranking:
         """Names the order by its content."""
         return hashlib.sha256(self.rank.contiguous().numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
 
-    def digest_of(self, window: Window) -> str:
+    def window_fingerprint(self, window: Window) -> str:
         """Names a window's neurons by content, whatever their order."""
         neurons = self._first(window.hi)[window.lo :].sort().values
         return hashlib.sha256(neurons.numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
@@ -187,26 +187,26 @@ class Ranking:
         """The neurons that are also in `other`'s first k, in this order."""
         return self._keep(torch.isin(self._order, self._same_shape(other)._first(k)), "intersect", k)
 
-    def leave_out(self, other: "Ranking", k: int) -> "Ranking":
+    def difference(self, other: "Ranking", k: int) -> "Ranking":
         """The neurons that are not in `other`'s first k, in this order."""
-        return self._keep(~torch.isin(self._order, self._same_shape(other)._first(k)), "leave_out", k)
+        return self._keep(~torch.isin(self._order, self._same_shape(other)._first(k)), "difference", k)
 
-    def only(self, layers: Sequence[int]) -> "Ranking":
+    def filter_layers(self, layers: Sequence[int]) -> "Ranking":
         """The neurons of these layers, in this order. Negative ones count from the end: range(-n, 0) is the last n."""
-        named = torch.tensor(_layers(layers, self.shape[0], "only"), dtype=torch.int64)
+        named = torch.tensor(_layers(layers, self.shape[0], "filter_layers"), dtype=torch.int64)
         kept = torch.isin(self._order // self.shape[1], named)
-        return self._of(self._order[kept], {"only_layers": named.tolist()})
+        return self._of(self._order[kept], {"filter_layers": named.tolist()})
 
-    def per_layer(self, k: int) -> "Ranking":
+    def top_per_layer(self, k: int) -> "Ranking":
         """The first k neurons of each layer, in this order."""
         if k < 1:
-            raise SnpatchError(f"per_layer: k must be at least 1, got {k}")
+            raise SnpatchError(f"top_per_layer: k must be at least 1, got {k}")
         layer = self._order // self.shape[1]
         place = torch.zeros_like(layer)
         for one in layer.unique():
             own = layer == one
             place[own] = torch.arange(int(own.sum()))
-        return self._of(self._order[place < k], {"per_layer": k})
+        return self._of(self._order[place < k], {"top_per_layer": k})
 
     def random_control(
         self, window: Window | int | tuple[int, int], *, seed: int, kind: str = "per_layer", disjoint: bool = True

@@ -18,7 +18,7 @@ from snpatch.tensors import is_finite
 class Statistics:
     """sums: [L, 5, F] float64 of r, r^2, d, d^2, (r - d)^2 over tokens, r the recipient's activation and d the donor's.
 
-    count: [L] int64, tokens that went into them. Where no donor was observed (of_one), d is 0.
+    count: [L] int64, tokens that went into them. Where no donor was observed (recipient_only), d is 0.
     """
 
     sums: Tensor
@@ -48,7 +48,7 @@ class Statistics:
         self.sums += sums
         self.count += count
 
-    def of_one(self) -> Self:
+    def recipient_only(self) -> Self:
         """What was seen of the recipient, with 0 in the donor's place."""
         sums = torch.zeros_like(self.sums)
         sums[:, :2], sums[:, 4] = self.sums[:, :2], self.sums[:, 1]

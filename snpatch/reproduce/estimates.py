@@ -74,7 +74,7 @@ def downloads(pipeline: Pipeline) -> View:
     """What has to be fetched: models and data sets that are no files here, with their sizes where they are known."""
     size, config, known = _size(pipeline), pipeline.config, _sizes()
     taxed = "tax" in pipeline.steps.steps  # which alone reads further judges, and what is asked for helpfulness
-    weights = [config.engine.model, *(s.weights for s in config.engine.sources.values() if s.weights)]
+    weights = [config.engine.model, *(s.checkpoint for s in config.engine.sources.values() if s.checkpoint)]
     judges = [one["source"] for name, one in config.judges.items() if (taxed or name == config.cost)]
     sets = [one for name, one in config.sets.items() if taxed or name != "helpful"]
     if pipeline.preset.training:

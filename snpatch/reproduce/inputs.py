@@ -153,7 +153,7 @@ class Inputs:
         parts = [_checkpoint(engine.model)]
         if name != "base":
             source = engine.sources[name]
-            parts += [source.weights and _checkpoint(source.weights)]
+            parts += [source.checkpoint and _checkpoint(source.checkpoint)]
             parts += [digest_of_adapter(folder) for folder in (*source.lora, *source.adapters)]
         return parts
 

@@ -13,7 +13,7 @@ from snpatch.worlds.config import table as table_of
 
 FOLDER = Path(__file__).parent / "presets"
 KEYS = ("extends", "title", "published", "from_config", "experiments", "config", "training", "size")
-PATHS = ("source", "weights", "lora", "adapters")  # keys whose values are paths or names
+PATHS = ("source", "checkpoint", "lora", "adapters")  # keys whose values are paths or names
 BY_NAME = {"config": ("sets", "judges"), "training": ("data",)}  # tables of wholes
 BY_FIELD = {"config": ("settings",), "training": ("settings", "dpo")}  # tables of tables, or of values
 

@@ -113,7 +113,7 @@ def _blocks(ranking: Ranking, k: int, layers: int) -> dict[str, Ranking]:
     found = {}
     for start in range(0, ranking.shape[0], layers):
         end = min(start + layers, ranking.shape[0])
-        part = own.only(range(start, end))
+        part = own.filter_layers(range(start, end))
         if len(part):
             found[f"layers {start}-{end - 1}" if end - start > 1 else f"layer {start}"] = part
     return found

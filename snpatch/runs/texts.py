@@ -15,7 +15,7 @@ from pathlib import Path
 from snpatch import __version__
 from snpatch.data import Chat, question
 from snpatch.engine import Engine
-from snpatch.errors import EngineDiedError, ReceiptError, SnpatchError, SpoiledEngineError
+from snpatch.errors import EngineCrashedError, ReceiptError, SnpatchError, SpoiledEngineError
 from snpatch.executors.base import Progress, Request
 from snpatch.judges.protocol import BrokenJudgeError
 from snpatch.patching.patch import Clause, Patch, digest_of
@@ -148,7 +148,7 @@ def fill(
             if not store.suspect(str(error)) or failed == GIVE_UP:
                 raise  # it is none of the texts' doing
             print(f"snpatch: a run failed and is begun again: {error}", file=sys.stderr)
-            if isinstance(error, EngineDiedError):
+            if isinstance(error, EngineCrashedError):
                 if not restarts:
                     raise
                 restarts -= 1
@@ -204,7 +204,7 @@ def _content(engine: Engine, patch: Patch | str) -> dict:
     name = patch if isinstance(patch, str) else patch.recipient
     content = {
         "snpatch": __version__,
-        "recipient": engine.digest_of(name),
+        "recipient": engine.fingerprint(name),
         "ends": sorted(engine.requests.model(name).weights.eos_ids),
     }
     if isinstance(patch, str):
@@ -213,9 +213,9 @@ def _content(engine: Engine, patch: Patch | str) -> dict:
 
 
 def _clause(engine: Engine, clause: Clause) -> dict:
-    content = clause.content(engine.digest_of)
+    content = clause.content(engine.fingerprint)
     del content["ranking"], content["window"]  # their order within a window is nothing to a text
-    return content | {"neurons": clause.ranking.digest_of(clause.window)}
+    return content | {"neurons": clause.ranking.window_fingerprint(clause.window)}
 
 
 def text_of(completion: Completion) -> Text:

@@ -4,7 +4,7 @@ from http import HTTPStatus
 
 from starlette.responses import JSONResponse
 
-from snpatch.errors import BusyError, EngineDiedError, ReceiptError, SnpatchError
+from snpatch.errors import EngineCrashedError, ReceiptError, ServerBusyError, SnpatchError
 
 
 class InternalError(SnpatchError):
@@ -40,7 +40,7 @@ class RequestTimeoutError(SnpatchError):
 
 
 STATUS = {
-    BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    ServerBusyError: HTTPStatus.SERVICE_UNAVAILABLE,
     ForbiddenError: HTTPStatus.FORBIDDEN,
     NotFoundError: HTTPStatus.NOT_FOUND,
     NameConflictError: HTTPStatus.CONFLICT,
@@ -49,7 +49,7 @@ STATUS = {
     UnsupportedMediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     RequestTimeoutError: HTTPStatus.REQUEST_TIMEOUT,
     InternalError: HTTPStatus.INTERNAL_SERVER_ERROR,
-    EngineDiedError: HTTPStatus.INTERNAL_SERVER_ERROR,
+    EngineCrashedError: HTTPStatus.INTERNAL_SERVER_ERROR,
     ReceiptError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 

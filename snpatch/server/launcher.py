@@ -34,7 +34,7 @@ def serve(config: ServeConfig) -> None:
 
     Raises:
         SpoiledEngineError: the engine must be restarted, and the server with it.
-        EngineDiedError: the engine ended.
+        EngineCrashedError: the engine ended.
     """
     import uvloop
 

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from snpatch.errors import BusyError, SnpatchError
+from snpatch.errors import ServerBusyError, SnpatchError
 from snpatch.server import request_limits
 from snpatch.server.config import ALWAYS_OPEN, OPENABLE
 from snpatch.server.errors import NotFoundError, PayloadTooLargeError, RequestTimeoutError, UnauthorizedError, error
@@ -77,7 +77,7 @@ async def _entered(
         await request_limits.check(content, path, config, serving.models)
         receive = body.again(content)
     if serving.inflight.is_closing:
-        raise BusyError("the server is ending")
+        raise ServerBusyError("the server is ending")
     for place in (serving.requests, serving.inflight, *([serving.uploading] if method == "PUT" else [])):
         entered.enter_context(place)
     return receive

@@ -116,7 +116,7 @@ class PatchRegistry:
         """As JSON data, for clients."""
         engine = self.engine
         return {
-            "models": {name: {"digest": engine.digest_of(name)} for name in engine.models},
+            "models": {name: {"digest": engine.fingerprint(name)} for name in engine.models},
             "rankings": {name: told_of(one) for name, one in dict(self.rankings).items()},
             "constants": {name: told_of(one) for name, one in dict(self.constants).items()},
             "patches": {name: self._patch_told(ask) for name, ask in self.patches.items()},
@@ -146,7 +146,8 @@ class PatchRegistry:
         )
         if isinstance(clauses, list) and (n := len(clauses) + ("donor" in table)) > limit:
             raise SnpatchError(
-                f"snpatch: expected at most {limit} clauses, got {n}. Start the server with --engine max_clauses={n}.",
+                f"snpatch: expected at most {limit} clauses, got {n}. Start the server with --engine-arg "
+                f"max_clauses={n}.",
                 field="clauses",
             )
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from snpatch.async_engine import AsyncEngine
-from snpatch.errors import BusyError, OverflowedError, SnpatchError, SpoiledEngineError
+from snpatch.errors import OverflowedError, ServerBusyError, SnpatchError, SpoiledEngineError
 from snpatch.judges.protocol import Judge
 from snpatch.server.config import ServeConfig
 from snpatch.server.registry import PatchRegistry
@@ -30,7 +30,7 @@ class Quota:
     def take(self, n: int = 1) -> None:
         """Take so many, or raise where there is no room for them."""
         if self.taken + n > self.limit:
-            raise BusyError(f"{self.what}: at most {self.limit} at once ({self.option}). Send it again later.")
+            raise ServerBusyError(f"{self.what}: at most {self.limit} at once ({self.option}). Send it again later.")
         self.taken += n
 
     def leave(self, n: int = 1) -> None:
@@ -130,4 +130,4 @@ class ServerState:
         """An error for so many more texts where too many wait."""
         is_full = self.engine.executor.waiting > 0
         if is_full and self.waiting + n > self.config.max_waiting:
-            raise BusyError(f"{self.waiting} texts wait for a place of what they name, and {n} more would")
+            raise ServerBusyError(f"{self.waiting} texts wait for a place of what they name, and {n} more would")

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from snpatch.data import question
-from snpatch.errors import BusyError, OverflowedError, SnpatchError, SpoiledEngineError, first_line, within
+from snpatch.errors import OverflowedError, ServerBusyError, SnpatchError, SpoiledEngineError, first_line, within
 from snpatch.executors.base import Request
 from snpatch.judges.protocol import score_all
 from snpatch.patching.patch import Patch, speaker
@@ -81,7 +81,7 @@ class Sweep:
     async def made(cls, serving: ServerState, form: SweepRequest) -> "Sweep":
         """Make a sweep that could run, in a thread; bad input is an error. Other requests are served meanwhile."""
         if len(serving.sweeps) + serving.preparing >= MOST:
-            raise BusyError(f"{MOST} sweeps are running")
+            raise ServerBusyError(f"{MOST} sweeps are running")
         serving.preparing += 1
         try:
             return await asyncio.to_thread(cls, serving, form)
@@ -154,7 +154,7 @@ class Sweep:
         sweeps.add(self)
         try:
             if len(sweeps) > MOST:
-                raise BusyError(f"{MOST} sweeps are running")
+                raise ServerBusyError(f"{MOST} sweeps are running")
             await self._write_all(tell)
         except SnpatchError as error:
             tell(_event("error", message=error_message(error)))

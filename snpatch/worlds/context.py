@@ -250,7 +250,7 @@ class ExperimentContext:
     def _key(self, contrast: Contrast, at: str) -> str:
         """Names everything that the ranking hangs on."""
         ids = self.engine.encode(self.prompts(contrast.prompts), contrast.generator)
-        models = [self.engine.digest_of(name) for name in (contrast.generator, contrast.against)]
+        models = [self.engine.fingerprint(name) for name in (contrast.generator, contrast.against)]
         parts = [__version__, *models, at, ids, self.config.contrast_tokens]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

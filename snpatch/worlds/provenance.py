@@ -24,7 +24,7 @@ class Provenance:
     def model(self, engine: Engine, name: str, adapters: object = ()) -> None:
         """A recipient, a donor or a model that is read. adapters: where they come from, as the user wrote it."""
         self._backend = engine.backend
-        self._used["models"][name] = engine.digest_of(name)
+        self._used["models"][name] = engine.fingerprint(name)
         self._used["adapters"][name] = adapters
 
     def set(self, name: str, data: Dataset) -> None:

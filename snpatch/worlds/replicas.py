@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from snpatch.errors import EngineDiedError, ReceiptError, SnpatchError, first_line
+from snpatch.errors import EngineCrashedError, ReceiptError, SnpatchError, first_line
 from snpatch.ranking.ranking import Ranking
 from snpatch.requests import Completion
 from snpatch.runs import judging, sweep, texts
@@ -38,7 +38,7 @@ class Told:
     rankings: dict[str, Ranking]
     texts: list[list[tuple[str | None, str | None]]]
 
-    def digest_of(self, model: str) -> str:
+    def fingerprint(self, model: str) -> str:
         """Of a model that the sweep runs."""
         return self.digests[model]
 
@@ -89,7 +89,7 @@ class Replica:
             context.engine.executor.check_request(request)
         return Told(
             context.engine.backend,
-            {name: context.engine.digest_of(name) for name in plan.models},
+            {name: context.engine.fingerprint(name) for name in plan.models},
             {name: replace(ranking, statistics=None) for name, ranking in rankings.items()},
             [[(item.key, item.error) for item in mine] for mine in asked.items],
         )
@@ -108,7 +108,7 @@ class Replica:
                         yield key, str(output.error)
                     else:
                         yield key, texts.text_of(Completion.of(self._requests[key], output))
-            except EngineDiedError:
+            except EngineCrashedError:
                 os._exit(1)
             if not claimed:
                 time.sleep(texts.POLL_S)
@@ -260,4 +260,4 @@ def _error(error: Exception) -> SnpatchError:
     cause = getattr(error, "cause", None)
     if isinstance(cause, SnpatchError):
         return cause
-    return EngineDiedError(f"a replica has ended: {first_line(error)}")
+    return EngineCrashedError(f"a replica has ended: {first_line(error)}")

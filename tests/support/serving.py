@@ -13,7 +13,7 @@ from snpatch import Constant, Engine, Guard, Sampling
 from snpatch.guard.config import GuardConfig
 
 SMALL = ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "64", "--block-size", "32"]
-SIZES = ["--engine", "max_clauses=3", "--engine", "max_rankings=4"]
+SIZES = ["--engine-arg", "max_clauses=3", "--engine-arg", "max_rankings=4"]
 CONSTANTS = {"values": VALUES, "half": 0.5 * VALUES, "zeros": torch.zeros(SHAPE)}
 SAFE = {"recipient": "sft", "donor": "dpo", "ranking": "first", "window": 60}
 WORDS = "bala bama bana bara"  # of the tiny model's tongue
@@ -62,7 +62,7 @@ def world(zoo, tmp_path_factory):
         many = engine.generate([job.ids for job in MANY], [job.patch for job in MANY], ten)
         seeded = engine.generate([IDS[2]], JOBS[2].patch, replace(ten, temperature=1.0, seed=5, n=3))
         chat = engine.generate([CHAT], JOBS[3].patch, ten)
-        digest, config = engine.digest_of("sft"), GuardConfig(folds=2)
+        digest, config = engine.fingerprint("sft"), GuardConfig(folds=2)
         features, labels = engine.capture(IDS, "sft", RANKINGS[0], 5), np.array([True, False] * 4)
         guard = Guard.fit(features, labels, RANKINGS[0], model="sft", digest=digest, config=config)
         harm = guard.predict(engine, IDS)

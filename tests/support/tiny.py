@@ -76,7 +76,7 @@ class Made:
     def given(self) -> dict:
         """The arguments of an engine that name its models."""
         models = {
-            name: one if isinstance(one, dict) else {"weights": str(one[0]), "adapters": list(map(str, one[1]))}
+            name: one if isinstance(one, dict) else {"checkpoint": str(one[0]), "adapters": list(map(str, one[1]))}
             for name, one in self.models.items()
         }
         return {"adapters": self.adapters, "models": models}

@@ -185,7 +185,7 @@ class TransformersExecutor:
 
 def load(model: str, source: ModelSource, dtype: str, device: torch.device):
     """A set of weights as a transformers model; model: the engine's own. LoRA is merged in float32, then rounded."""
-    name = source.weights or model
+    name = source.checkpoint or model
     own = load_pretrained(AutoConfig, name)
     # SDPA in transformers drops Gemma 2's soft cap on attention logits.
     attention = "eager" if getattr(own, "attn_logit_softcapping", None) else "sdpa"

@@ -45,7 +45,7 @@ class DualStreamLaunch:
         if second is not None:
             if config.capacity.streams == 1:
                 raise SnpatchError("streams=1: a second set of weights runs in a second stream; start two engines")
-            name = second.weights or model
+            name = second.checkpoint or model
             other = load_config(name, config.allow_untested)
             if arguments.get("load_format") != "dummy":
                 check_has_weights(name)

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 from pydantic import ValidationError
 
-from snpatch.errors import EngineDiedError, SnpatchError, first_line
+from snpatch.errors import EngineCrashedError, SnpatchError, first_line
 from snpatch.executors.vllm import log, processes, zeroing
 from snpatch.executors.vllm.offspring import Offspring
 from snpatch.executors.vllm.quantised import check_kernels
@@ -46,10 +46,10 @@ def start_async_engine(engine_args, log_stats: bool = False):
     return engine, end
 
 
-def died() -> EngineDiedError:
+def died() -> EngineCrashedError:
     """The error of an engine that is no more."""
     cause = log.cause(of_engine=True)
-    return EngineDiedError(f"vLLM's engine has ended{cause and f': {cause}'}; {log.named()}")
+    return EngineCrashedError(f"vLLM's engine has ended{cause and f': {cause}'}; {log.named()}")
 
 
 @contextmanager

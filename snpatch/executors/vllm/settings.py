@@ -48,7 +48,7 @@ class DualStreamSettings(Capacity):
         parts = {"tells_rows": is_eager}
         if second is not None:
             lora = tuple(str(folder_of_adapter(one)) for one in second.lora)
-            parts |= {"has_second": True, "weights": second.weights and pinned(second.weights), "lora": lora}
+            parts |= {"has_second": True, "weights": second.checkpoint and pinned(second.checkpoint), "lora": lora}
         every = tuple(tuple(sorted(one)) for one in ends)
         return cls(**asdict(sizes), ends=every, allow_untested=allow_untested, **parts)
 
