@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from snpatch import __version__, experiments
+from snpatch import experiments
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.judges.opening import is_model
 from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint, digest_of_tokenizer_files
 from snpatch.reproduce.steps import digest_of, short
+from snpatch.utils.hashing import GENERATION_VERSION, RANKING_VERSION, ROWS_VERSION, TABLE_VERSION
 from snpatch.worlds.config import ExperimentConfig, PromptSet
 
 # Of the engine: what only says where and how fast it runs, or is told apart as a model.
@@ -100,7 +101,7 @@ class Inputs:
     # By the first part of a name: what stands for its content, as JSON data.
 
     def _snpatch(self, _: str) -> object:
-        return __version__
+        return [GENERATION_VERSION, RANKING_VERSION, TABLE_VERSION]
 
     def _engine(self, _: str) -> object:
         return engine_content(self._config.engine)
@@ -129,7 +130,7 @@ class Inputs:
         return self._source(self._trainings[name][1])
 
     def _writing(self, _: str) -> object:
-        return [self._writes, __version__]
+        return [self._writes, ROWS_VERSION]
 
     def _set(self, name: str) -> object:
         return [asdict(self._config.sets[name]), self._source(self._config.sets[name]), self._limit, self._skip_bad]

@@ -12,7 +12,6 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from snpatch import __version__
 from snpatch.data import Chat, question
 from snpatch.engine import Engine
 from snpatch.errors import EngineCrashedError, ReceiptError, SnpatchError, SpoiledEngineError
@@ -23,6 +22,7 @@ from snpatch.requests import Completion
 from snpatch.runs.config import check_texts
 from snpatch.runs.store import Store, Text, state_of
 from snpatch.sampling import Sampling
+from snpatch.utils.hashing import GENERATION_VERSION
 
 GIVE_UP = 8  # failed runs one after the other, in none of which a text was written
 RESTARTS = 5  # of a dying engine, in one run
@@ -203,7 +203,7 @@ def _content(engine: Engine, patch: Patch | str) -> dict:
     """What names a text besides its prompt and sampling, by content."""
     name = patch if isinstance(patch, str) else patch.recipient
     content = {
-        "snpatch": __version__,
+        "version": GENERATION_VERSION,
         "recipient": engine.fingerprint(name),
         "ends": sorted(engine.requests.model(name).weights.eos_ids),
     }

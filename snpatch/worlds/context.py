@@ -4,14 +4,11 @@ Why rankings and texts are kept in the folder: experiments overlap (`exp all` pa
 tables), and a killed run must not start from nothing. What is handed out is noted in the provenance at every use.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from snpatch import __version__
 from snpatch.data import Chat, Dataset
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
@@ -29,6 +26,7 @@ from snpatch.runs.store import Store
 from snpatch.runs.sweep import SweepResult, ask, sweep
 from snpatch.runs.texts import RESTARTS
 from snpatch.sampling import Sampling
+from snpatch.utils.hashing import RANKING_VERSION, hash_json
 from snpatch.worlds.config import Contrast, EvalConfig
 from snpatch.worlds.provenance import Provenance
 from snpatch.worlds.spec import RankingSource, SweepSpec
@@ -251,8 +249,8 @@ class ExperimentContext:
         """Names everything that the ranking hangs on."""
         ids = self.engine.encode(self.prompts(contrast.prompts), contrast.generator)
         models = [self.engine.fingerprint(name) for name in (contrast.generator, contrast.against)]
-        parts = [__version__, *models, at, ids, self.config.contrast_tokens]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        parts = [RANKING_VERSION, *models, at, ids, self.config.contrast_tokens]
+        return hash_json(parts)
 
     def _made(self, contrast: Contrast, at: str, path: Path, key: str) -> Ranking:
         with self.progress(f"contrast of {contrast.generator} and {contrast.against}") as progress:
