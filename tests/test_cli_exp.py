@@ -13,7 +13,7 @@ from snpatch.runs import texts
 def test_guard_is_fitted_tried_and_applied(capsys, prompts, ranking, tmp_path):
     guard = tmp_path / "guard.safetensors"
     common = ["--judge", JUDGE, "--max-tokens", 3, *PAIR]
-    fit = ["guard", "fit", MODEL, prompts, *common, "--reads", "sft", "--ranking", ranking, "-k", 200, "--folds", 2]
+    fit = ["guard", "fit", MODEL, prompts, *common, "--model", "sft", "--ranking", ranking, "-k", 200, "--folds", 2]
     code, out, err = run(capsys, *fit, "--C", "1,10", "--refusal", "no .", "-o", guard, "--json")
     assert code == 0, err
     fitted = json.loads(out)
@@ -140,10 +140,10 @@ def test_a_sweep_by_flags_says_what_it_lacks(capsys, prompts, ranking, tmp_path)
     [
         (["exp", "nothing", "-c", "demo"], "no experiment named 'nothing': there are curve"),
         (["exp", "curve", "-c", "nowhere"], "config nowhere: no such file"),
-        (["exp", "curve", "words", "-c", "demo", "--set", "k=[1]"], "--set is for one experiment"),
+        (["exp", "curve", "neuron_tokens", "-c", "demo", "--set", "k=[1]"], "--set is for one experiment"),
         (["exp", "curve", "-c", "demo", "--set", "k"], "--set wants name=value, got 'k'"),
         (
-            ["exp", "words", "-c", "demo", "--set", "neurons=0", "--backend", "transformers", "--limit", "2"],
+            ["exp", "neuron_tokens", "-c", "demo", "--set", "neurons=0", "--backend", "transformers", "--limit", "2"],
             "at least 1",
         ),
         (["exp", "curve", "-c", "demo", "--backend", "jax"], "backend must be one of"),
@@ -179,7 +179,7 @@ k = 0.1
 [settings.curve]
 k = [0.1]
 controls = 0
-[settings.words]
+[settings.neuron_tokens]
 neurons = 2
 tokens = 2
 """)
@@ -203,7 +203,7 @@ def test_a_wrong_receipt_ends_all_and_leaves_no_table(capsys, monkeypatch, confi
 
     out = tmp_path / "out"
     monkeypatch.setattr(texts, "fill", wrong)
-    names = "distribution", "curve", "words"
+    names = "distribution", "curve", "neuron_tokens"
     code, _, err = run(capsys, "exp", *names, "-c", config, "-o", out, "--backend", "transformers")
     assert code == 2
     (line,) = (line for line in err.splitlines() if line.startswith("snpatch: error: "))
@@ -220,27 +220,27 @@ def test_a_report_holds_what_one_config_and_its_settings_made(capsys, config, tm
 
     out, text = tmp_path / "out", config.read_text()
     assert exp("curve")[1] == ["curve"]
-    assert exp("words")[1] == ["curve", "words"], "an earlier run's, of the same config"
+    assert exp("neuron_tokens")[1] == ["curve", "neuron_tokens"], "an earlier run's, of the same config"
     config.write_text(text.replace("neurons = 2", "neurons = 3"))
     err, names, told = exp("distribution")
     assert names == ["curve", "distribution"]
-    assert "snpatch: words.json is left out of report.md: made with other settings" in err
-    assert "- [words.json](words.json): made with other settings" in told
-    assert exp("words")[1] == ["curve", "distribution", "words"]
-    assert exp("words", "--set", "tokens=3")[1] == ["curve", "distribution", "words"]
+    assert "snpatch: neuron_tokens.json is left out of report.md: made with other settings" in err
+    assert "- [neuron_tokens.json](neuron_tokens.json): made with other settings" in told
+    assert exp("neuron_tokens")[1] == ["curve", "distribution", "neuron_tokens"]
+    assert exp("neuron_tokens", "--set", "tokens=3")[1] == ["curve", "distribution", "neuron_tokens"]
     config.write_text(text.replace("contrast_tokens = 3", "contrast_tokens = 2"))
-    assert exp("words")[1] == ["words"], "other rankings"
+    assert exp("neuron_tokens")[1] == ["neuron_tokens"], "other rankings"
     config.write_text(text.replace("neurons = 2", "neurons = 3"))
     (tmp_path / "p.jsonl").write_text('{"prompt": "kuze"}\n{"prompt": "kuze kuze"}\n')
     err, names, _ = exp("distribution")
     assert names == ["distribution"]
     assert "curve.json is left out of report.md: made with other sets" in err
     config.write_text(text.replace("sft", "one").replace("adapters/one", "adapters/sft"))
-    err, names, _ = exp("words")
-    assert names == ["words"]
+    err, names, _ = exp("neuron_tokens")
+    assert names == ["neuron_tokens"]
     assert "curve.json is left out of report.md: of another config: no model named 'sft'" in err
     (out / "curve.json").write_text("nothing")
-    assert exp("words")[1] == ["words"]
+    assert exp("neuron_tokens")[1] == ["neuron_tokens"]
 
 
 def test_workers_write_parts_that_the_sweep_joins(capsys, prompts, ranking, tmp_path):

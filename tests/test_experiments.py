@@ -16,9 +16,9 @@ from snpatch import Ranking, SnpatchError, experiments
 from snpatch.data import SETS
 from snpatch.demo import DEMO_MODEL
 from snpatch.experiments import agreement
+from snpatch.experiments.alignment_tax import shared_neurons
 from snpatch.experiments.distribution import describe
-from snpatch.experiments.tax import shared_neurons
-from snpatch.experiments.words import neuron_logits
+from snpatch.experiments.neuron_tokens import neuron_logits
 from snpatch.models.weights import open_weights
 from snpatch.report import files, terminal
 from snpatch.report.report import Report, View
@@ -126,7 +126,7 @@ def test_words_load_no_second_model(tmp_path, zoo, monkeypatch):
     ) as context:
         context.ranking()
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a second model"))
-        rows = experiments.run("words", context, {"neurons": 3, "tokens": 4}).tables["words"]
+        rows = experiments.run("neuron_tokens", context, {"neurons": 3, "tokens": 4}).tables["neuron_tokens"]
     assert len(rows) == 12
 
 
@@ -247,13 +247,13 @@ def test_what_a_table_hangs_on_is_in_its_file(tmp_path, zoo):
 ORDER = {
     "curve": {},
     "distribution": {"k": 0.1},
-    "words": {"neurons": 2, "tokens": 2},
-    "windows": {"width": 0.5, "stride": 0.5, "last": 0.5, "controls": 0},
+    "neuron_tokens": {"neurons": 2, "tokens": 2},
+    "sliding_window": {"width": 0.5, "stride": 0.5, "last": 0.5, "controls": 0},
     "positions": {"k": 0.1, "more_k": [0.2], "effect_k": [0.1]},
-    "tax": {"objectives": ["safety", "other"], "k": 0.9, "prompts": ["p"]},
+    "alignment_tax": {"objectives": ["safety", "other"], "k": 0.9, "prompts": ["p"]},
     "perplexity": {"text": "t", "k": [0, 0.5], "window": 16},
-    "guard": {"k": [5], "folds": 2, "controls": 1, "harmful_above": -1.0},
-    "preference": {"k": 0.1, "more_k": [0.2]},
+    "guard": {"k": [5], "folds": 2, "controls": 1, "harm_threshold": -1.0},
+    "objectives": {"k": 0.1, "more_k": [0.2]},
 }
 
 
@@ -284,7 +284,7 @@ def test_provenance_does_not_depend_on_what_ran_before(tmp_path, zoo):
         assert json.loads(text)["backend"] == "transformers"
     models = {name: list(json.loads(text)["models"]) for name, text in one.items()}
     assert models["distribution"] == ["dpo", "sft"]
-    assert models["words"] == models["curve"] == ["base", "dpo", "sft"]
+    assert models["neuron_tokens"] == models["curve"] == ["base", "dpo", "sft"]
     assert models["guard"] == ["dpo", "sft"]
     sets = {name: list(json.loads(text)["sets"]) for name, text in one.items()}
     assert sets["distribution"] == sets["curve"] == ["p"]
@@ -300,11 +300,11 @@ def test_provenance_does_not_depend_on_what_ran_before(tmp_path, zoo):
         ("curve", {"judges": ["reward"]}, "no judge named 'reward'"),
         ("curve", {"prompts": "q"}, "no set named 'q'"),
         ("stability", {}, "needs at least two"),
-        ("tax", {}, "no contrast named 'helpful'"),
+        ("alignment_tax", {}, "no contrast named 'helpful'"),
         ("perplexity", {"k": [0]}, "no set named 'text'"),
         ("perplexity", {"text": "p", "k": [0]}, "holds prompts: it is not a text"),
-        ("windows", {"width": 0}, "at least one neuron"),
-        ("words", {"neurons": 0}, "at least 1"),
+        ("sliding_window", {"width": 0}, "at least one neuron"),
+        ("neuron_tokens", {"neurons": 0}, "at least 1"),
         ("safeguard", {}, "sets to guard other than p"),
     ],
 )

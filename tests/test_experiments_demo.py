@@ -18,7 +18,7 @@ SMALLER = {  # so that all of them take half a minute
     "max_tokens = 32\ncontrast_tokens = 32": "max_tokens = 20\ncontrast_tokens = 20",
     "[0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0]": "[0.0, 0.2, 1.0]\ncontrols = 2",
     "stride = 0.05": "stride = 0.3\ncontrols = 1",
-    "[settings.tax]": "[settings.tax]\ncontrols = 1",
+    "[settings.alignment_tax]": "[settings.alignment_tax]\ncontrols = 1",
     "k = [0.0, 0.05, 0.1, 0.2, 0.5, 1.0]": "k = [0.0, 0.2]",
     "k = [1, 5, 20, 50, 100, 200]\ncontrols = 2": "k = [1, 50]\ncontrols = 1\nresamples = 100",
     "effect_k = [0.05, 0.1, 0.2]": "effect_k = [0.1]",
@@ -88,7 +88,7 @@ def test_curve_recovers_the_gain_and_random_neurons_do_not(folder):
 
 
 def test_windows_further_down_do_less(folder):
-    rows = [row for row in table(folder, "windows") if row["recipient"] == "sft" and row["control_seed"] is None]
+    rows = [row for row in table(folder, "sliding_window") if row["recipient"] == "sft" and row["control_seed"] is None]
     effects = {row["lo"]: row["effect"] for row in rows if row["ranking"]}
     assert list(effects) == [0, 768, 1536, 2304]
     assert effects[0] > max(effects[lo] for lo in (768, 1536, 2304))
@@ -108,7 +108,7 @@ def test_transfer_works_on_sets_that_the_ranking_never_saw(folder):
 
 def test_seeds_agree_more_than_objectives(folder):
     (seeds,) = (row for row in table(folder, "stability") if row["k"] == 256)
-    others = [row for row in table(folder, "preference") if row["k"] == 256]
+    others = [row for row in table(folder, "objectives") if row["k"] == 256]
     assert {(row["a"], row["b"]) for row in others} == {
         ("safety", "helpful"),
         ("safety", "careful"),
@@ -119,7 +119,7 @@ def test_seeds_agree_more_than_objectives(folder):
 
 
 def test_tax_is_the_change_of_both_judges(folder):
-    rows = table(folder, "tax")
+    rows = table(folder, "alignment_tax")
     assert len(rows) == 8
     for row in rows:
         assert row["change"] == pytest.approx(row["after"] - row["before"])
@@ -139,7 +139,7 @@ def test_distribution_is_skewed(folder):
 
 
 def test_words_positions_guard_and_safeguard(folder):
-    words = table(folder, "words")
+    words = table(folder, "neuron_tokens")
     assert len(words) == 10 * 20
     assert [row["logit"] for row in words[:20]] == sorted((row["logit"] for row in words[:20]), reverse=True)
     agreement = {(row["a"], row["b"]): row for row in table(folder, "positions") if row["k"] == 256}

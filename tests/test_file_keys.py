@@ -109,7 +109,7 @@ WORLD_KEYS = {path: value for path, value in SWEEP_KEYS.items() if path[0] not i
     ("recipients",): ["sft"],
     ("benchmarks",): ["more"],
     ("seeds", "1"): {"generator": "sft", "against": "dpo", "prompts": "few"},
-    ("settings", "words"): {"tokens": 2},
+    ("settings", "neuron_tokens"): {"tokens": 2},
     **{("contrasts", "safety", key): value for key, value in CONTRAST.items()},
 }
 
@@ -290,7 +290,7 @@ DPO = {**TRAINING, "beta": 0.5, "max_prompt_length": 5, "as_published": True}
 PRESET_KEYS = {
     ("title",): "other",
     ("published",): "gemma-7b",
-    ("experiments",): ["words"],
+    ("experiments",): ["neuron_tokens"],
     ("extends",): "demo",
     ("from_config",): "demo",
     ("config", "max_tokens"): 9,

@@ -159,7 +159,7 @@ def place(tab, wanted: str) -> None:
 def test_all_sections_are_there(opened):
     tab = opened(pages.page())
     assert tab.locator("nav a").all_inner_texts() == [
-        "Mean score", "Causal effect", "Where the neurons are", "tax", "Texts", "Rows", "Provenance"
+        "Mean score", "Causal effect", "Where the neurons are", "alignment_tax", "Texts", "Rows", "Provenance"
     ]  # fmt: skip
     assert tab.locator("#headline li").all_inner_texts() == ["1000 neurons give 80% of the effect."]
     assert tab.locator("#plot-mean .legendtext").all_text_contents() == [
@@ -168,9 +168,9 @@ def test_all_sections_are_there(opened):
     assert tab.locator("#plot-effect .errorbar").count() == 2 * 2 * 3
     assert tab.locator("#maps .heatmaplayer image").count() == 2
     assert tab.locator("#rows tbody tr").count() == 2 + 2 * 3 * len(pages.KS)
-    assert tab.locator("#report-tax img").count() == 1
-    tab.click("#report-tax th >> text=task")
-    assert tab.locator("#report-tax tbody tr td:first-child").all_inner_texts() == ["a", "b"]
+    assert tab.locator("#report-alignment_tax img").count() == 1
+    tab.click("#report-alignment_tax th >> text=task")
+    assert tab.locator("#report-alignment_tax tbody tr td:first-child").all_inner_texts() == ["a", "b"]
 
 
 @pytest.mark.parametrize("without", ["rows", "texts", "maps", "reports", "headline", "provenance", "all"])

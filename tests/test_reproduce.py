@@ -27,7 +27,7 @@ from snpatch.worlds.config import load_experiment_config
 TRAINED = ("llama2-7b", "mistral-7b", "gemma-7b", "demo")
 SMALL = """
 extends = "demo"
-experiments = ["curve", "stability", "words"]
+experiments = ["curve", "stability", "neuron_tokens"]
 
 [training]
 seeds = [42, 1]
@@ -96,7 +96,8 @@ def steps_of(out: Path) -> dict:
 def test_each_preset_is_a_world_that_loads(name, tmp_path):
     pipeline = Pipeline(load_preset(name), tmp_path / "out")
     config = pipeline.config
-    assert {"curve", "windows", "transfer", "perplexity", "guard", "safeguard", "words"} <= pipeline.steps.steps.keys()
+    usual = {"curve", "sliding_window", "transfer", "perplexity", "guard", "safeguard", "neuron_tokens"}
+    assert usual <= pipeline.steps.steps.keys()
     assert set(config.recipients) <= {"base", *config.engine.sources}
     if name in TRAINED:
         assert pipeline.skipped == {}
@@ -451,7 +452,7 @@ def measured_in(out: Path, config) -> None:
             {"features": "safety", "k": 1500, "accuracy": 0.75},
             {"features": "random 1", "k": 1500, "accuracy": 0.9},
         ],
-        "tax": [
+        "alignment_tax": [
             {"donor": "dpo", "recipient": "helpful", "set": "beavertails", "judge": "cost", "change": -5.0},
             {"donor": "dpo", "recipient": "helpful", "set": "helpful", "judge": "cost", "change": 9.0},
         ],
@@ -461,7 +462,7 @@ def measured_in(out: Path, config) -> None:
         (out / f"{stem}.json").write_text(json.dumps({"rows": rows}))
 
 
-DONE = ["transfer", "curve", "stability", "guard", "tax"]
+DONE = ["transfer", "curve", "stability", "guard", "alignment_tax"]
 
 
 def beside(source, out: Path, **how) -> list[dict]:
@@ -674,7 +675,7 @@ def test_a_dry_run_tells_what_follows_from_a_change(tmp_path):
     kept = {name: {"begun": {}, "made": {}, "read": {}, "seconds": 3.0} for name in pipeline.steps.steps}
     kept["dpo-42"]["read"] = {"training/dpo-42": "another"}
     kept["curve"]["read"] = {name: pipeline.inputs.digest(name) for name in ("settings/curve",)} | {"model/dpo": "x"}
-    kept["words"]["read"] = {"settings/words": pipeline.inputs.digest("settings/words")}
+    kept["neuron_tokens"]["read"] = {"settings/neuron_tokens": pipeline.inputs.digest("settings/neuron_tokens")}
     (tmp_path / "steps.json").write_text(json.dumps(kept))
     for name in ("sft-42", "dpo-42"):
         shutil.copytree(DEMO_MODEL / name.split("-")[0], tmp_path / "adapters" / name)
@@ -682,8 +683,8 @@ def test_a_dry_run_tells_what_follows_from_a_change(tmp_path):
     states = {row[0]: row[1] for row in estimates.plan(pipeline).rows}
     assert states["dpo-42"] == "training/dpo-42 is another"
     assert states["curve"] in ("dpo-42 runs before it", "model/dpo is another")
-    assert states["words"] == states["sft-42"] == "done"
-    assert {row[1] for row in estimates.plan(pipeline, only=("words",)).rows[:-1]} == {
+    assert states["neuron_tokens"] == states["sft-42"] == "done"
+    assert {row[1] for row in estimates.plan(pipeline, only=("neuron_tokens",)).rows[:-1]} == {
         "asked for again",
         "not asked for",
     }
@@ -714,7 +715,7 @@ def test_killed_in_the_middle_it_goes_on(small, capsys):
     assert "made" not in steps_of(out)["curve"]
     code, told, err = run(capsys, *command(preset, out))
     assert code == 0, err
-    assert ran(err) == ["curve", "stability", "words"]
+    assert ran(err) == ["curve", "stability", "neuron_tokens"]
     assert json.loads(told)["failed"] == []
     assert load_experiment_config(out / "experiment.toml").donor == "dpo"
 
@@ -735,8 +736,8 @@ def test_killed_in_the_middle_it_goes_on(small, capsys):
     assert ran(err) == ["curve"]
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     for more, wanted in (
-        (["--only", "words"], ["words"]),
-        (["--start-at", "stability"], ["stability", "words"]),
+        (["--only", "neuron_tokens"], ["neuron_tokens"]),
+        (["--start-at", "stability"], ["stability", "neuron_tokens"]),
         ([], []),
     ):
         assert ran(run(capsys, *command(preset, out, *more))[2]) == wanted

@@ -15,8 +15,8 @@ def exp(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="curve, windows, transfer, stability, preference, tax, perplexity, distribution, words, positions, "
-            "guard, safeguard; or all.",
+            help="curve, sliding_window, transfer, stability, objectives, alignment_tax, perplexity, distribution, "
+            "neuron_tokens, positions, guard, safeguard; or all.",
             metavar="NAME...",
         ),
     ],

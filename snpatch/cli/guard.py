@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 GuardFile = Annotated[Path, typer.Option("--guard", help="What `snpatch guard fit` wrote.")]
-Above = Annotated[float, typer.Option("--harmful-above", help="The cost above which an answer is harmful.")]
+Above = Annotated[float, typer.Option("--harm-threshold", help="The cost above which an answer is harmful.")]
 Judge = Annotated[str, typer.Option(help="Folder or hub name of a cost model, `refusal`, or module:function.")]
 
 
@@ -32,7 +32,9 @@ Judge = Annotated[str, typer.Option(help="Folder or hub name of a cost model, `r
 def fit(
     config: EngineConfig,
     prompts: Prompts,
-    reads: Annotated[str, typer.Option(help="The model whose neurons are read and whose answers are judged.")],
+    model_name: Annotated[
+        str, typer.Option("--model", help="The model whose neurons are read and whose answers are judged.")
+    ],
     ranking: Annotated[Path, typer.Option(help="Ranking file.")],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many of its first neurons.")],
     judge: Judge,
@@ -40,7 +42,7 @@ def fit(
     answers: Fields,
     fitted: Fields,
     judge_format: o.JudgeFormat = None,
-    harmful_above: Above = 0.0,
+    harm_threshold: Above = 0.0,
     strengths: Annotated[
         str,
         typer.Option("--C", help="Inverse strength of the penalty; of several (0.01,0.1,1) cross-validation chooses."),
@@ -70,11 +72,11 @@ def fit(
         o.tell(f"{prompts.name}: {len(prompts.data) - len(prompts_once)} repeated prompts count once", is_error=True)
     engine = o.open_engine(config)
     with engine:
-        known = _labelled(engine, prompts_once, reads, judge, judge_format, answers, harmful_above)
-        features = engine.capture(known.prompts, reads, order, k)
-        digest = engine.fingerprint(reads)
-        meta = {"judge": judge, "harmful_above": harmful_above, "prompts": prompts.data.source}
-        guard = Guard.fit(features, known.labels, order, model=reads, digest=digest, config=settings, meta=meta)
+        known = _labelled(engine, prompts_once, model_name, judge, judge_format, answers, harm_threshold)
+        features = engine.capture(known.prompts, model_name, order, k)
+        digest = engine.fingerprint(model_name)
+        meta = {"judge": judge, "harm_threshold": harm_threshold, "prompts": prompts.data.source}
+        guard = Guard.fit(features, known.labels, order, model=model_name, digest=digest, config=settings, meta=meta)
         scores = evaluate(
             out_of_fold(features.numpy(), known.labels, settings), known.labels, threshold=settings.threshold
         )
@@ -91,7 +93,7 @@ def evaluate_guard(
     judge: Judge,
     answers: Fields,
     judge_format: o.JudgeFormat = None,
-    harmful_above: Above = 0.0,
+    harm_threshold: Above = 0.0,
     as_json: o.AsJson = False,
 ) -> None:
     """Compare a guard's verdicts on other prompts with what its model's own answers cost."""
@@ -103,7 +105,7 @@ def evaluate_guard(
     engine = o.open_engine(config)
     with engine:
         probabilities = one.predict(engine, chats)
-        known = _labelled(engine, chats, one.model, judge, judge_format, answers, harmful_above)
+        known = _labelled(engine, chats, one.model, judge, judge_format, answers, harm_threshold)
     _tell(evaluate(probabilities, known.labels, threshold=one.threshold), {"guard": str(guard)}, prompts.name, as_json)
 
 
@@ -133,7 +135,7 @@ def apply(
     write_completions(chats, completions, more, out, as_json)
 
 
-def _labelled(engine, chats, model, judge, judge_format, answers, harmful_above):
+def _labelled(engine, chats, model, judge, judge_format, answers, harm_threshold):
     from snpatch.guard.labels import label
 
     with o.open_judges([judge], judge_format, engine.config) as judges, o.progress_bar("answers") as progress:
@@ -143,7 +145,7 @@ def _labelled(engine, chats, model, judge, judge_format, answers, harmful_above)
             model,
             *judges.values(),
             sampling=Sampling(**answers),
-            threshold=harmful_above,
+            threshold=harm_threshold,
             progress=progress,
         )
 

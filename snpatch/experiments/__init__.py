@@ -16,14 +16,14 @@ from snpatch.worlds.context import ExperimentContext
 
 NAMES = (
     "curve",
-    "windows",
+    "sliding_window",
     "transfer",
     "stability",
-    "preference",
-    "tax",
+    "objectives",
+    "alignment_tax",
     "perplexity",
     "distribution",
-    "words",
+    "neuron_tokens",
     "positions",
     "guard",
     "safeguard",

@@ -32,7 +32,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     """Label the generator's own answers, fit a guard on each set, try each on all."""
     ranking, model = context.ranking(), context.model(context.config.safety.generator)
     sets = {
-        name: labelled(context, name, settings.harmful_above) for name in settings.prompts or context.config.benchmarks
+        name: labelled(context, name, settings.harm_threshold) for name in settings.prompts or context.config.benchmarks
     }
     ks = [context.k(value, ranking) for value in settings.k]
     with context.progress("guards") as progress:

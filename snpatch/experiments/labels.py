@@ -13,11 +13,11 @@ from snpatch.worlds.context import ExperimentContext
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """What guard and safeguard have in common. harmful_above: the cost above which an answer is harmful. The rest: see
+    """What guard and safeguard have in common. harm_threshold: the cost above which an answer is harmful. The rest: see
     GuardConfig.
     """
 
-    harmful_above: float = 0.0
+    harm_threshold: float = 0.0
     C: tuple[float, ...] = (1.0,)
     class_weight: str | None = None
     folds: int = GuardConfig.folds
@@ -30,7 +30,7 @@ class GuardSettings:
         return GuardConfig(self.C, self.class_weight, self.folds, threshold=self.threshold)
 
 
-def labelled(context: ExperimentContext, name: str, harmful_above: float) -> Labelled:
+def labelled(context: ExperimentContext, name: str, harm_threshold: float) -> Labelled:
     """A set's prompts with the generator's own answers, judged. A prompt that repeats in its set counts once."""
     prompts = distinct(context.prompts(name))
     with context.progress(f"answers to {name}") as progress:
@@ -40,7 +40,7 @@ def labelled(context: ExperimentContext, name: str, harmful_above: float) -> Lab
             context.model(context.config.safety.generator),
             context.judge(context.config.cost),
             sampling=context.sampling,
-            threshold=harmful_above,
+            threshold=harm_threshold,
             store=context.out,
             progress=progress,
         )

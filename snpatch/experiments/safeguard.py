@@ -39,7 +39,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     names = settings.prompts or [name for name in context.config.benchmarks if name != train]
     if not names or train in names:
         raise SnpatchError(f"safeguard: wanted sets to guard other than {train}, got {', '.join(names) or 'none'}")
-    known = labelled(context, train, settings.harmful_above)
+    known = labelled(context, train, settings.harm_threshold)
     k = context.k(settings.k, ranking)
     features = context.engine.capture(known.prompts, model, ranking, k)
     meta = {"judge": context.config.cost, "train": context.data(train).source}
@@ -98,7 +98,7 @@ def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings
     passed, mean = costs[~refused], (None, None, None)
     if len(passed):
         mean = interval(np.mean, passed, resamples=settings.resamples, confidence=settings.confidence)
-    is_harmful = costs > settings.harmful_above
+    is_harmful = costs > settings.harm_threshold
     return {
         "set": name,
         "model": model,

@@ -73,7 +73,8 @@ def plan(pipeline: Pipeline, only: Sequence[str] = (), start: str | None = None)
 def downloads(pipeline: Pipeline) -> View:
     """What has to be fetched: models and data sets that are no files here, with their sizes where they are known."""
     size, config, known = _size(pipeline), pipeline.config, _sizes()
-    taxed = "tax" in pipeline.steps.steps  # which alone reads further judges, and what is asked for helpfulness
+    # The alignment tax alone reads further judges and the prompts for helpfulness.
+    taxed = "alignment_tax" in pipeline.steps.steps
     weights = [config.engine.model, *(s.checkpoint for s in config.engine.sources.values() if s.checkpoint)]
     judges = [one["source"] for name, one in config.judges.items() if (taxed or name == config.cost)]
     sets = [one for name, one in config.sets.items() if taxed or name != "helpful"]
@@ -286,10 +287,10 @@ def _tax(pipeline: Pipeline, settings) -> int:
 
 TEXTS: dict[str, Callable[[Pipeline, object], int]] = {  # of the experiments that write any
     "curve": _sweep(lambda s: len(s.k)),
-    "windows": _sweep(lambda s: math.floor(s.last / s.stride) + 1),
+    "sliding_window": _sweep(lambda s: math.floor(s.last / s.stride) + 1),
     "positions": _sweep(lambda s: len(s.effect_k) * len(POSITIONS)),
     "transfer": lambda p, s: _benchmarks(p, s.benchmarks) * _points(p, 1, s.controls),
-    "tax": _tax,
+    "alignment_tax": _tax,
     "guard": lambda p, s: _benchmarks(p, s.prompts),
     "safeguard": lambda p, s: 2 * _benchmarks(p, s.prompts),
 }

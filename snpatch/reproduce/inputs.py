@@ -27,11 +27,11 @@ CONFIG_VALUES = ("recipients", "benchmarks", "max_tokens", "contrast_tokens", "c
 SWEPT = ("recipients", "benchmarks", "max_tokens")
 USES = {  # experiment -> what of the config it hangs on besides what its provenance tells
     "curve": SWEPT,
-    "windows": SWEPT,
+    "sliding_window": SWEPT,
     "positions": SWEPT,
     "transfer": SWEPT,
     "perplexity": ("recipients",),
-    "tax": ("benchmarks", "max_tokens", "judges"),
+    "alignment_tax": ("benchmarks", "max_tokens", "judges"),
     "guard": ("benchmarks", "max_tokens"),
     "safeguard": ("benchmarks", "max_tokens"),
 }
@@ -77,9 +77,9 @@ class Inputs:
         """All that an experiment's table hangs on. told: its provenance."""
         read = ["snpatch", "engine", "cost", "contrast_tokens", "contrast/contrasts/safety", f"settings/{name}"]
         read += [*USES.get(name, ()), *self.told(told)]
-        if name == "preference":
+        if name == "objectives":
             read += ["contrasts"]
-        if name == "tax":
+        if name == "alignment_tax":
             read += [
                 f"contrast/contrasts/{objective}"
                 for objective in experiments.settings_in(self._config, name).objectives

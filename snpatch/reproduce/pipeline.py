@@ -185,9 +185,9 @@ class Pipeline:
         config = self.config
         if name == "stability" and len(config.seeds) < 2:
             return "needs two training seeds"
-        if name == "preference" and len(config.contrasts) < 2:
+        if name == "objectives" and len(config.contrasts) < 2:
             return "needs two objectives"
-        if name == "tax":
+        if name == "alignment_tax":
             wanted = experiments.settings_in(config, name).objectives
             if missing := [one for one in wanted if one not in config.contrasts]:
                 return f"needs the objective {missing[0]}"

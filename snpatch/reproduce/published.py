@@ -80,7 +80,7 @@ def beside(pipeline: "Pipeline", done: Sequence[str]) -> list[Row]:
             *_curve(preset.published, config, curve),
             *_agreement(config, _table(out, "stability", "stability", done)),
             *_guard(config, _table(out, "guard", "guard-summary", done)),
-            *_tax(config, _table(out, "tax", "tax", done)),
+            *_tax(config, _table(out, "alignment_tax", "alignment_tax", done)),
         ]
     is_same = not differs(pipeline)
     rows = []
@@ -179,7 +179,7 @@ def _guard(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row
 
 def _tax(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
     """What patching the shared neurons changes, in both directions."""
-    tax = numbers()["tax"]
+    tax = numbers()["alignment_tax"]
     for direction, objectives in TAX.items():
         donor, recipient = (config.contrasts[o].against if o in config.contrasts else None for o in objectives)
         for judge, value in tax[direction].items():

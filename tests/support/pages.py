@@ -18,7 +18,7 @@ def page(prompts: int = 6, words: int = 40, ks: tuple[int, ...] = KS, controls: 
     points += [("base", "dpo", ranking, seed, k) for ranking, seed in lines for k in ks]
     reports = [
         {
-            "name": "tax",
+            "name": "alignment_tax",
             "headline": ["Patching costs 0.4 points."],
             "tables": {"Tax": {"columns": ["task", "points", "p"], "rows": [["b", 0.5, None], ["a", 10, 0.001]]}},
             "images": ["data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' width='300' height='90'/%3E"],

@@ -34,7 +34,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     """Project the first neurons of the safety ranking to the vocabulary."""
     ranking = context.ranking()
     if settings.neurons < 1 or settings.tokens < 1:
-        raise SnpatchError("words: neurons and tokens must be at least 1")
+        raise SnpatchError("neuron_tokens: neurons and tokens must be at least 1")
     context.model("base")
     config = context.engine.config
     logits = neuron_logits(config.model, ranking, settings.neurons, config.allow_untested)
@@ -65,10 +65,12 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         }
         for rank, (layer, neuron) in enumerate(ranking.top(settings.neurons).tolist())
     ]
-    plots = {"words": _plot(rows, lines)}
+    plots = {"neuron_tokens": _plot(rows, lines)}
     first = lines[0]
     sentence = f"layer {first['layer']}, neuron {first['neuron']} ranks first; it speaks for: {first['tokens']}."
-    return Report("words", {"words": rows}, plots, View.of(lines, {name: name for name in first}), [sentence])
+    return Report(
+        "neuron_tokens", {"neuron_tokens": rows}, plots, View.of(lines, {name: name for name in first}), [sentence]
+    )
 
 
 def neuron_logits(model: str | Path, ranking: Ranking, n: int, allow_untested: bool = False) -> Tensor:

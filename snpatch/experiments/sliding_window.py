@@ -24,7 +24,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     ranking = context.ranking()
     width, stride, last = (context.k(value, ranking) for value in (settings.width, settings.stride, settings.last))
     if width < 1 or stride < 1:
-        raise SnpatchError(f"windows: width and stride must be at least one neuron, got {width} and {stride}")
+        raise SnpatchError(f"sliding_window: width and stride must be at least one neuron, got {width} and {stride}")
     starts = range(0, last + 1, stride)
     windows = tuple(Window(start, start + width) for start in starts if start + width <= len(ranking))
     result = context.sweep(
@@ -35,4 +35,4 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     )
     if len(windows) < len(starts):
         result.notes.append(f"{len(starts) - len(windows)} windows reach past the {len(ranking)} ranked neurons")
-    return report_of(result, "windows")
+    return report_of(result, "sliding_window")

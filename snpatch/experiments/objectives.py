@@ -15,4 +15,4 @@ class Settings(AgreementSettings):
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Compare the rankings of the config's contrasts pairwise."""
     rankings = {objective: context.ranking(contrast) for objective, contrast in context.config.contrasts.items()}
-    return report_of(context, "preference", rankings, settings, "objectives")
+    return report_of(context, "objectives", rankings, settings, "objectives")

@@ -40,7 +40,9 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     contrasts = []
     for name in settings.objectives:
         if name not in context.config.contrasts:
-            raise SnpatchError(f"tax: no contrast named {name!r}: the config has {', '.join(context.config.contrasts)}")
+            raise SnpatchError(
+                f"alignment_tax: no contrast named {name!r}: the config has {', '.join(context.config.contrasts)}"
+            )
         contrasts.append(context.config.contrasts[name])
     one, other = (context.ranking(contrast) for contrast in contrasts)
     k = context.k(settings.k, one)
@@ -81,9 +83,9 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "random neurons' change": "random_change",
     }
     return Report(
-        "tax",
-        {"tax": rows},
-        {"tax": _plot(rows)},
+        "alignment_tax",
+        {"alignment_tax": rows},
+        {"alignment_tax": _plot(rows)},
         View.of(rows, columns),
         _sentences(rows, k),
         records=records,
@@ -95,7 +97,7 @@ def shared_neurons(one: Ranking, other: Ranking, k: int) -> Ranking:
     both = one.intersect(other, k)
     n = round(one.overlap(other, k) * k)
     if not n:
-        raise SnpatchError(f"tax: no neuron is in both first {k}: take a larger k")
+        raise SnpatchError(f"alignment_tax: no neuron is in both first {k}: take a larger k")
     return Ranking.from_order(both.top(n), one.shape, meta={"shared_by_top": k})
 
 
