@@ -5,7 +5,7 @@ import shutil
 import pages
 import pytest
 
-from snpatch.report.page import write
+from snpatch.report.page import write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -26,14 +26,14 @@ def tab():
         browser.close()
 
 
-def test_write(benchmark, page, tmp_path):
-    path = benchmark.pedantic(write, args=(tmp_path / "page.html", page), rounds=3)
+def test_write_page(benchmark, page, tmp_path):
+    path = benchmark.pedantic(write_page, args=(tmp_path / "page.html", page), rounds=3)
     bytes_written = path.stat().st_size
     benchmark.extra_info.update(side="write", texts=len(page.texts), bytes_written=bytes_written)
 
 
 def test_open(benchmark, page, tab, tmp_path):
-    url = write(tmp_path / "page.html", page).as_uri()
+    url = write_page(tmp_path / "page.html", page).as_uri()
 
     def open_() -> None:
         tab.goto(url)
@@ -46,7 +46,7 @@ def test_open(benchmark, page, tab, tmp_path):
 
 def test_first_search(benchmark, page, tab, tmp_path):
     """All texts are unpacked by it."""
-    url = write(tmp_path / "page.html", page).as_uri()
+    url = write_page(tmp_path / "page.html", page).as_uri()
 
     def open_() -> None:
         tab.goto(url)

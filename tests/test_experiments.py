@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from snpatch import Ranking, SnpatchError, experiments
 from snpatch.data import SETS
 from snpatch.demo import DEMO_MODEL
-from snpatch.experiments import agreement
 from snpatch.experiments.alignment_tax import shared_neurons
+from snpatch.experiments.common import agreement
 from snpatch.experiments.distribution import describe
 from snpatch.experiments.neuron_tokens import neuron_logits
 from snpatch.models.weights import open_weights
 from snpatch.report import files, terminal
-from snpatch.report.report import Report, View
+from snpatch.report.report import Report, TableView
 from snpatch.runs.perplexity import Perplexity, windows_of
 from snpatch.worlds.config import load_experiment_config
 from snpatch.worlds.context import ExperimentContext
@@ -37,7 +37,7 @@ def order(*flat: int) -> Ranking:
 def test_agreement_of_constructed_rankings():
     same, back = order(*range(20)), order(*range(19, -1, -1))
     half = order(0, 1, 2, 3, 10, 11, 12, 13, *range(4, 10), *range(14, 20))
-    rows = agreement.compare({"same": same, "copy": order(*range(20)), "back": back, "half": half}, [8, 20])
+    rows = agreement.compare_rankings({"same": same, "copy": order(*range(20)), "back": back, "half": half}, [8, 20])
     found = {(row["a"], row["b"], row["k"]): row for row in rows}
     assert len(rows) == 12
     assert found["same", "copy", 8]["overlap"] == found["same", "copy", 8]["spearman"] == 1
@@ -51,8 +51,8 @@ def test_agreement_of_constructed_rankings():
 
 def test_agreement_plot_draws_every_pair():
     rankings = {"a": order(*range(20)), "b": order(*range(19, -1, -1)), "c": order(*range(0, 20, 2), *range(1, 20, 2))}
-    rows = agreement.compare(rankings, [5, 10])
-    by_k, matrix, ranks, _ = agreement.plot(rows, rankings, 10).axes
+    rows = agreement.compare_rankings(rankings, [5, 10])
+    by_k, matrix, ranks, _ = agreement.plot_agreement(rows, rankings, 10).axes
     assert [line.get_label() for line in by_k.get_lines()] == ["a, b", "a, c", "b, c", "random orders"]
     assert len([text for text in matrix.texts if text.get_text()]) == 6
     common = sum(row["common"] for row in rows if row["k"] == 10)
@@ -193,7 +193,7 @@ def test_a_world_that_is_not_there():
 def test_settings_of_the_named_world_are_known():
     config = load_experiment_config("demo")
     for experiment, settings in config.settings.items():
-        experiments.settings_of(experiment, settings)
+        experiments.parse_settings(experiment, settings)
     for one in config.sets.values():
         assert Path(config.place(one.source)).is_file() or one.source in SETS
 
@@ -226,7 +226,7 @@ def test_what_a_table_hangs_on_is_in_its_file(tmp_path, zoo):
         load_experiment_config(config_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers", limit=3
     ) as context:
         report = experiments.run("curve", context, {"k": [0, 0.25, 7], "resamples": 50})
-    paths = files.write(report, tmp_path / "out")
+    paths = files.write_report(report, tmp_path / "out")
     data = json.loads((tmp_path / "out" / "curve.json").read_text())
     told = data["provenance"]
     assert told["settings"]["k"] == [0, 0.25, 7]
@@ -320,14 +320,14 @@ def test_what_cannot_be_run_says_why(tmp_path, zoo, name, settings, message):
 
 def test_a_table_is_written_whole_and_told_shortly(tmp_path):
     rows = [{"a": 1, "b": None, "c": 0.123456}, {"a": 2, "b": "x,y", "c": 1e-5}]
-    report = Report("t", {"t": rows}, {}, View.of(rows, {"A": "a", "C": "c", "B": lambda row: row["b"]}))
-    files.write(report, tmp_path)
+    report = Report("t", {"t": rows}, {}, TableView.from_rows(rows, {"A": "a", "C": "c", "B": lambda row: row["b"]}))
+    files.write_report(report, tmp_path)
     assert (tmp_path / "t.csv").read_text() == 'a,b,c\n1,,0.123456\n2,"x,y",1e-05\n'
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows
     from rich.console import Console
 
     console = Console(width=60, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    terminal.show(report, console)
+    terminal.print_report(report, console)
     text = console.export_text()
     assert "0.12" in text
     assert "0.123" not in text

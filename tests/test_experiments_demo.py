@@ -10,8 +10,8 @@ import pytest
 
 from snpatch import cli, experiments
 from snpatch.demo import DEMO_MODEL
-from snpatch.experiments.page import page_of
 from snpatch.guard.guard import Guard
+from snpatch.report.folder_page import load_page
 
 SETS = tomllib.loads((DEMO_MODEL / "experiment.toml").read_text())["settings"]["guard"]["prompts"]
 SMALLER = {  # so that all of them take half a minute
@@ -55,7 +55,7 @@ def table(folder: Path, stem: str) -> list[dict]:
 
 
 def test_a_page_shows_every_experiment_and_what_made_it(folder):
-    page = page_of(folder)
+    page = load_page(folder)
     assert {one["name"] for one in page.reports} >= set(experiments.NAMES)
     for one in page.reports:
         assert all((one["tables"] or page.rows, one["images"] or one["name"] not in experiments.NAMES)), one["name"]

@@ -218,11 +218,11 @@ def another(name: str, value: object) -> object:
 
 @pytest.mark.parametrize("name", experiments.NAMES)
 def test_settings_of_an_experiment_change_and_are_read(name):
-    default, read = experiments.settings_of(name, {}), _read_by_experiment(name)
+    default, read = experiments.parse_settings(name, {}), _read_by_experiment(name)
     for field in fields(default):
         value = getattr(default, field.name)
         other = another(field.name, value) if value != () else ["few"]
-        assert experiments.settings_of(name, {field.name: other}) != default, field.name
+        assert experiments.parse_settings(name, {field.name: other}) != default, field.name
         assert field.name in read, f"{name} does not read {field.name}"
 
 
@@ -239,13 +239,13 @@ def _attributes(path: Path, objects: tuple[str, ...] | None = None) -> set[str]:
 
 
 def _read_by_experiment(name: str) -> set[str]:
-    """Return what an experiment and the modules that it shares read of settings."""
+    """Return the settings that an experiment and the modules of `experiments/common` that it imports read."""
     path = SOURCE / "experiments" / f"{name}.py"
     found = _attributes(path, ("settings", "self"))
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("snpatch.experiments"):
-            own = node.module.split(".")[2:]
-            found |= set().union(*(_read_by_experiment(one) for one in own or [alias.name for alias in node.names]))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("snpatch.experiments.common"):
+            modules = node.module.split(".")[3:] or [alias.name for alias in node.names]
+            found |= set().union(*(_read_by_experiment(f"common/{module}") for module in modules))
     return found
 
 

@@ -16,7 +16,7 @@ from snpatch.guard import fitting
 from snpatch.guard.comparison import compare
 from snpatch.guard.config import GuardConfig
 from snpatch.guard.guard import Guard
-from snpatch.guard.labels import Labelled, label
+from snpatch.guard.labels import LabeledPrompts, label_answers
 from snpatch.guard.scores import evaluate
 from snpatch.judges.refusal import RefusalWords
 from snpatch.ranking.window import Window
@@ -56,7 +56,8 @@ def test_random_labels_stay_at_chance():
     scores = evaluate(guard.probability(features), labels)
     assert scores.auc_low <= 0.5 <= scores.auc_high
     assert abs(scores.accuracy - 0.5) < 0.1
-    own = evaluate(fitting.out_of_fold(features, np.random.default_rng(4).permutation(labels), GuardConfig()), labels)
+    shuffled = np.random.default_rng(4).permutation(labels)
+    own = evaluate(fitting.predict_out_of_fold(features, shuffled, GuardConfig()), labels)
     assert abs(own.auc - 0.5) < 0.12
 
 
@@ -73,7 +74,7 @@ def test_it_is_the_penalised_logistic_regression_of_scaled_features():
     error = probability - labels
     assert guard.coefficients + 0.3 * error @ scaled == pytest.approx(np.zeros(6), abs=0.01)
     assert error.sum() == pytest.approx(0, abs=0.01)
-    pipeline = fitting.fit(features, labels, GuardConfig(C=0.3))
+    pipeline = fitting.fit_classifier(features, labels, GuardConfig(C=0.3))
     assert guard.probability(features) == pytest.approx(pipeline.predict_proba(features)[:, 1], abs=1e-12)
 
 
@@ -113,7 +114,7 @@ def test_constant_features_count_for_nothing():
 def test_a_fit_that_does_not_converge_is_an_error(C):
     features, labels = drawn(100, shift=0.5)
     config = GuardConfig(C=C, max_iter=1)
-    for run in (fitting.fit, fitting.out_of_fold):
+    for run in (fitting.fit_classifier, fitting.predict_out_of_fold):
         with pytest.raises(SnpatchError, match="did not converge in max_iter=1 steps; raise max_iter or lower C"):
             run(features, labels, config)
 
@@ -301,7 +302,7 @@ def sets(demo):
     made = {}
     for name, start in (("beavertails", 0), ("redteam", 50)):
         prompts = asked(name, "helpful", start=start, stop=start + 50)
-        made[name] = label(demo, prompts, "sft", judge, sampling=Sampling(max_tokens=24))
+        made[name] = label_answers(demo, prompts, "sft", judge, sampling=Sampling(max_tokens=24))
     return made
 
 
@@ -332,10 +333,10 @@ def test_labels_are_the_judges_word_on_the_models_own_answers(demo, sets):
     assert s.labels.tolist() == (s.scores > 0).tolist()
     assert s.labels[:50].mean() > 0.9
     assert not s.labels[50:].any()
-    strict = label(demo, s.prompts[:2], "sft", judge, sampling=SHORT, threshold=4.0)
+    strict = label_answers(demo, s.prompts[:2], "sft", judge, sampling=SHORT, threshold=4.0)
     assert not strict.labels.any()
     with pytest.raises(SnpatchError, match="n=1"):
-        label(demo, s.prompts, "sft", judge, sampling=Sampling(temperature=1.0, n=2))
+        label_answers(demo, s.prompts, "sft", judge, sampling=Sampling(temperature=1.0, n=2))
 
 
 def test_it_predicts_harm_on_prompts_it_never_saw(demo, guard, sets):
@@ -411,7 +412,7 @@ def test_comparison_of_sets_ks_and_random_neurons(demo, safety, sets, guard, ran
     redteam = sets["redteam"]
     assert across.scores == evaluate(guard.predict(demo, redteam.prompts), redteam.labels, resamples=100)
     x = demo.capture(redteam.prompts, "sft", safety, 60)
-    own = fitting.out_of_fold(x, redteam.labels, GuardConfig())
+    own = fitting.predict_out_of_fold(x, redteam.labels, GuardConfig())
     assert rows[None, None, 60, "redteam", "redteam"].scores == evaluate(own, redteam.labels, resamples=100)
     control = safety.random_control(width + 1, seed=1)
     x = demo.capture(sets["beavertails"].prompts, "sft", control, 10)
@@ -432,7 +433,7 @@ def test_no_prompt_is_tried_that_was_trained_on(demo, safety, sets):
     assert [(r.test, r.scores.n) for r in found.rows] == [("beavertails", 100), ("redteam", 100), ("mixed", 60)]
     assert found.notes == ["mixed: 40 prompts are in beavertails, too, and left out"]
     s = sets["redteam"]
-    twice = {"redteam": Labelled([*s.prompts, s.prompts[0]], np.append(s.labels, True), s.scores, s.completions)}
+    twice = {"redteam": LabeledPrompts([*s.prompts, s.prompts[0]], np.append(s.labels, True), s.scores, s.completions)}
     for wrong, arguments, says in (
         (twice, {}, "redteam has 101 prompts, only 100 different ones"),
         (sets, {"train": ["lima"]}, "out of beavertails, redteam, got \\['lima'\\]"),

@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from snpatch.errors import MAX_MESSAGE, SnpatchError, printable, shown
-from snpatch.experiments.page import page_of
-from snpatch.experiments.summary import section
+from snpatch.experiments.common.summary import section
 from snpatch.files import file_stem
 from snpatch.report import files, terminal
-from snpatch.report.cells import markdown, plot_name
-from snpatch.report.report import Report, View
+from snpatch.report.folder_page import load_page
+from snpatch.report.formatting import escape_markdown, to_plot_label
+from snpatch.report.report import Report, TableView
 from snpatch.worlds.config import Contrast, load_experiment_config
 from snpatch.worlds.context import ExperimentContext
 
@@ -40,9 +40,9 @@ def test_errors_are_one_printable_line():
 
 
 def test_tables_in_a_terminal_show_names_as_they_are():
-    view = View((MARKUP, "b"), ((MARKUP, ESCAPES),), title=MARKUP)
+    view = TableView((MARKUP, "b"), ((MARKUP, ESCAPES),), title=MARKUP)
     console = Console(width=300, force_terminal=True, color_system=None, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    terminal.show(Report("t", {}, {}, view, headline=[MARKUP, ESCAPES]), console)
+    terminal.print_report(Report("t", {}, {}, view, headline=[MARKUP, ESCAPES]), console)
     text = console.export_text(styles=True)
     assert text.count(MARKUP) == 4
     assert text.count(ESCAPED) == 2
@@ -68,7 +68,7 @@ def test_errors_of_the_command_line_hold_no_escapes(tmp_path, capsys):
     ],
 )
 def test_plot_name_is_no_formula(name, expected):
-    assert plot_name(name) == expected
+    assert to_plot_label(name) == expected
 
 
 def test_plots_show_names_as_they_are(tmp_path):
@@ -76,10 +76,10 @@ def test_plots_show_names_as_they_are(tmp_path):
     figure = Figure()
     axis = figure.subplots()
     for name in (r"$\frac{$", "$x$", "_hidden", "\ud800\x00"):
-        axis.plot([1], [1], label=plot_name(name))
+        axis.plot([1], [1], label=to_plot_label(name))
     legend = axis.legend()
     assert len(legend.get_texts()) == 4
-    files.write(Report("t", {}, {"t": figure}, View((), ())), tmp_path)
+    files.write_report(Report("t", {}, {"t": figure}, TableView((), ())), tmp_path)
     assert (tmp_path / "t.svg").is_file()
 
 
@@ -95,7 +95,7 @@ def test_plots_show_names_as_they_are(tmp_path):
     ],
 )
 def test_markdown_is_text(text, expected):
-    assert markdown(text) == expected
+    assert escape_markdown(text) == expected
 
 
 def test_report_md_holds_no_links_of_names():
@@ -123,7 +123,7 @@ def test_file_stem_stays_in_its_folder(name, expected):
 def test_reports_and_rankings_stay_in_their_folder(tmp_path):
     out = tmp_path / "deep" / "out"
     rows = [{"a": 1}]
-    paths = files.write(Report("t", {"../../x": rows}, {"../../y": Figure()}, View((), ())), out)
+    paths = files.write_report(Report("t", {"../../x": rows}, {"../../y": Figure()}, TableView((), ())), out)
     assert all(path.parent == out for path in paths)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "deep"]
     with ExperimentContext(load_experiment_config("demo"), out) as context:
@@ -142,10 +142,10 @@ def test_page_follows_no_link_out_of_its_folder(tmp_path):
     out = table(tmp_path / "out")
     (tmp_path / "secret").write_bytes(b"secret")
     (out / "t.png").symlink_to(tmp_path / "secret")
-    assert page_of(out).reports[0]["images"] == []
+    assert load_page(out).reports[0]["images"] == []
     (out / "t.png").unlink()
     (out / "t.png").write_bytes(b"png")
-    assert page_of(out).reports[0]["images"] == ["data:image/png;base64,cG5n"]
+    assert load_page(out).reports[0]["images"] == ["data:image/png;base64,cG5n"]
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_page_follows_no_link_out_of_its_folder(tmp_path):
 )  # fmt: skip
 def test_page_of_a_damaged_table_is_one_line(tmp_path, changes):
     with pytest.raises(SnpatchError, match=r"t\.json: damaged"):
-        page_of(table(tmp_path / "out", **changes))
+        load_page(table(tmp_path / "out", **changes))
 
 
 def test_page_of_a_deep_table_is_one_line(tmp_path):
     table(tmp_path / "out")
     (tmp_path / "out" / "t.json").write_text("[" * 100_000)
     with pytest.raises(SnpatchError, match="nested deeper than 100 levels"):
-        page_of(tmp_path / "out")
+        load_page(tmp_path / "out")

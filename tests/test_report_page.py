@@ -12,7 +12,7 @@ import pages
 import pytest
 
 from snpatch import SnpatchError
-from snpatch.report.page import ASSETS, Page, write
+from snpatch.report.page import ASSETS, Page, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -27,7 +27,7 @@ def unpacked(text: str) -> list:
 
 def test_a_page_holds_its_texts_and_they_its_scores(tmp_path):
     page = pages.page(prompts=3)
-    text = write(tmp_path / "new" / "page.html", page).read_text()
+    text = write_page(tmp_path / "new" / "page.html", page).read_text()
     index, completions = unpacked(text)
     found = []
     for one, completion in zip(index["texts"], completions, strict=True):
@@ -43,7 +43,7 @@ def test_a_page_holds_its_texts_and_they_its_scores(tmp_path):
 
 def test_texts_are_in_pieces_and_a_prompt_s_are_together(tmp_path):
     page = pages.page(prompts=50, words=4)
-    index, *pieces = unpacked(write(tmp_path / "page.html", page).read_text())
+    index, *pieces = unpacked(write_page(tmp_path / "page.html", page).read_text())
     assert [len(piece) for piece in pieces] == [500, 500, 300]
     order = [one["case"] for one in index["texts"]]
     assert order == sorted(order)
@@ -60,7 +60,7 @@ def test_nothing_that_a_model_wrote_ends_a_script(tmp_path):
         rows=[row | {"ranking": row["ranking"] and hostile} for row in clean.rows],
         texts=[text | {"completion": hostile} for text in clean.texts],
     )
-    ours, theirs = (write(tmp_path / "page.html", one).read_text() for one in (clean, page))
+    ours, theirs = (write_page(tmp_path / "page.html", one).read_text() for one in (clean, page))
     for mark in ("<script", "</script", "<img", "<!--"):
         assert theirs.count(mark) == ours.count(mark)
     assert unpacked(theirs)[1] == [hostile] * 26
@@ -71,7 +71,7 @@ def test_what_is_no_number_is_undefined(tmp_path):
     page = pages.page(prompts=1)
     page.rows[0]["mean"], page.rows[0]["mean_low"] = math.nan, -math.inf
     page.texts[0]["scores"]["cost"] = math.nan
-    text = write(tmp_path / "page.html", page).read_text()
+    text = write_page(tmp_path / "page.html", page).read_text()
     row = json.loads(parts(text, "application/json")[0], parse_constant=pytest.fail)["rows"][0]
     assert (row["mean"], row["mean_low"]) == (None, None)
     assert unpacked(text)[0]["texts"][0]["scores"]["cost"] is None
@@ -82,11 +82,11 @@ def test_page_of_nested_data_past_all_depth_is_an_error(tmp_path):
     for _ in range(100_000):
         nested = [nested]
     with pytest.raises(SnpatchError, match="expected plain tables and provenance, got some nested too deep"):
-        write(tmp_path / "page.html", replace(pages.page(prompts=1), provenance={"x": nested}))
+        write_page(tmp_path / "page.html", replace(pages.page(prompts=1), provenance={"x": nested}))
 
 
 def test_equal_pages_are_equal_files_and_name_no_other(tmp_path):
-    one, other = (write(tmp_path / name, pages.page()).read_bytes() for name in ("a.html", "b.html"))
+    one, other = (write_page(tmp_path / name, pages.page()).read_bytes() for name in ("a.html", "b.html"))
     assert one == other
     own = b"".join((ASSETS / name).read_bytes() for name in ("page.html", "page.css", "dom.js", "texts.js", "page.js"))
     assert b"http:" not in own
@@ -101,9 +101,9 @@ def test_the_page_s_own_part_is_small(tmp_path):
     """At most 12 MB and the texts as they are: compressed they take less."""
     page = pages.page(prompts=385, words=100)
     assert len(page.texts) > 10_000
-    size = write(tmp_path / "page.html", page).stat().st_size
+    size = write_page(tmp_path / "page.html", page).stat().st_size
     assert size < 12e6 + sum(len(text["completion"]) for text in page.texts)
-    assert write(tmp_path / "page.html", Page("nothing", "")).stat().st_size < 2e6
+    assert write_page(tmp_path / "page.html", Page("nothing", "")).stat().st_size < 2e6
 
 
 def test_the_licence_of_plotly_is_kept():
@@ -130,7 +130,7 @@ def opened(chromium, tmp_path):
 
     def open_(page: Page, **context):
         tab = chromium.new_context(offline=True, **context).new_page()
-        path = write(tmp_path / "page.html", page)
+        path = write_page(tmp_path / "page.html", page)
         tab.on("console", lambda message: complaints.append(message.text))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.on("request", lambda request: asked.append(request.url))
@@ -370,7 +370,7 @@ def test_hostile_texts_are_inert(opened):
 def test_the_policy_runs_no_other_script(chromium, tmp_path):
     """Even where a text did become HTML."""
     tab = chromium.new_page()
-    tab.goto(write(tmp_path / "page.html", pages.page(1)).as_uri())
+    tab.goto(write_page(tmp_path / "page.html", pages.page(1)).as_uri())
     tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=\"window.hit = 1\">')")
     tab.wait_for_timeout(100)
     assert tab.evaluate("window.hit") is None

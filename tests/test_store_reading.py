@@ -11,7 +11,7 @@ import pytest
 from commands import run
 
 from snpatch import SnpatchError
-from snpatch.experiments.page import page_of
+from snpatch.report.folder_page import load_page
 from snpatch.runs import database
 from snpatch.runs.database import OWNERS, TABLES, VERSION
 from snpatch.runs.store import NAME, Store, Text, part_name, text_of
@@ -368,7 +368,7 @@ def test_status_shows_control_characters_as_escapes(capsys, folder):
 
 
 def test_page_of_an_unfinished_sweep_says_how_much_is_written(folder):
-    page = page_of(folder)
+    page = load_page(folder)
     assert page.unfinished == "Unfinished: 2 of 5 texts are written, 1 are open and 2 failed."
     assert [text["state"] for text in page.texts] == list(STATES.values())
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
-from snpatch.experiments.sweeps import headline, report_of
+from snpatch.experiments.common.sweep_report import build_headline, build_sweep_report
 from snpatch.report import files
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.store import NAME, OLD, Store
@@ -308,8 +308,8 @@ def test_bad_sweeps_are_refused(engine, ranking, changes, message):
 
 def test_report_writes_tables_plots_and_headline(engine, ranking, tmp_path):
     result = run(engine, ranking, judge={"cost": judge, "length": lambda p, c: [len(text) for text in c]})
-    report = report_of(result, "curve")
-    paths = files.write(report, tmp_path)
+    report = build_sweep_report(result, "curve")
+    paths = files.write_report(report, tmp_path)
     assert sorted(path.name for path in paths) == sorted(path.name for path in tmp_path.iterdir())
     rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
     assert [float(row["mean"]) for row in rows] == [row.mean for row in result.rows]
@@ -320,7 +320,7 @@ def test_report_writes_tables_plots_and_headline(engine, ranking, tmp_path):
     for plot in ("curve", "curve-length"):
         assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in (tmp_path / f"{plot}.svg").read_text()
-    assert [line.split(":")[0] for line in headline(result)] == ["sft", "base"] * 2
+    assert [line.split(":")[0] for line in build_headline(result)] == ["sft", "base"] * 2
 
 
 def test_every_judge_sees_all_texts(engine, ranking):
@@ -355,7 +355,7 @@ def test_headline_is_the_smallest_window_that_reaches_nine_tenths(engine, rankin
     rows = [r for r in result.rows if r.recipient == "sft" and r.ranking]
     best = max(r.effect for r in rows)
     smallest = min((r for r in rows if r.effect >= 0.9 * best), key=lambda r: r.share)
-    assert f"({smallest.hi - smallest.lo} by safety)" in headline(result)[0]
+    assert f"({smallest.hi - smallest.lo} by safety)" in build_headline(result)[0]
 
 
 def test_no_prompts_is_refused(engine, ranking):
@@ -367,4 +367,4 @@ def test_no_prompts_is_refused(engine, ranking):
 def test_headline_says_when_nothing_was_recovered(engine, ranking):
     nothing = Ranking.from_order(torch.tensor([[0, 0]]), ranking.shape)
     result = run(engine, nothing, windows=(0,), controls=0)
-    assert headline(result)[0] == "sft: no window of safety neurons recovered any of the safety gain."
+    assert build_headline(result)[0] == "sft: no window of safety neurons recovered any of the safety gain."

@@ -7,7 +7,7 @@ import typer
 
 from snpatch.cli import options as o
 from snpatch.cli import report
-from snpatch.cli.exp import run
+from snpatch.cli.exp import run_experiments
 from snpatch.cli.generated import Fields, Some, generated
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
@@ -26,8 +26,8 @@ def demo(
     """Contrast SFT with DPO, rank, sweep k for SFT and Base, judge; table and plot."""
     if context.invoked_subcommand:
         return
-    run(["curve"], "demo", out, as_json, **engine)
-    path = report.write(out, out / report.FILE)
+    run_experiments(["curve"], "demo", out, as_json, **engine)
+    path = report.write_folder_page(out, out / report.FILE)
     if not as_json:
         o.tell(f"open {path} in a browser: the curve, and every text")
 

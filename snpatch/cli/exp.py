@@ -36,10 +36,12 @@ def exp(
 ) -> None:
     """Run experiments of the paper: tables (CSV, JSON), plots (PNG, SVG). Continues if killed."""
     given = pairs(setting, "--set")
-    run(names, config, out, as_json, given, trust=trust_config, limit=limit, skip_bad=skip_bad, **engine_fields)
+    run_experiments(
+        names, config, out, as_json, given, trust=trust_config, limit=limit, skip_bad=skip_bad, **engine_fields
+    )
 
 
-def run(
+def run_experiments(
     names: list[str],
     config: str,
     out: Path,
@@ -54,7 +56,7 @@ def run(
     written of tables and plots is removed. trust: see load_experiment_config; arguments: the ExperimentContext's.
     """
     from snpatch import experiments
-    from snpatch.experiments import summary
+    from snpatch.experiments.common import summary
     from snpatch.files import check_writable
     from snpatch.worlds.config import load_experiment_config
     from snpatch.worlds.context import ExperimentContext
@@ -67,7 +69,7 @@ def run(
         raise SnpatchError("--set is for one experiment; for several, write the settings into the config's file")
     place = load_experiment_config(config, trust)
     for name in {**place.settings, **dict.fromkeys(chosen)}:
-        experiments.settings_in(place, name, settings if name in chosen else None)
+        experiments.resolve_settings(place, name, settings if name in chosen else None)
     for name in chosen:
         check_writable(out / f"{name}.csv")
     failed, written = {}, []

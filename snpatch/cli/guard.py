@@ -52,9 +52,9 @@ def fit(
 ) -> None:
     """Let a model answer, judge the answers, and fit a classifier that tells them from the prompts alone."""
     from snpatch.files import check_writable
-    from snpatch.guard.fitting import out_of_fold
+    from snpatch.guard.fitting import predict_out_of_fold
     from snpatch.guard.guard import Guard
-    from snpatch.guard.labels import distinct
+    from snpatch.guard.labels import deduplicate
     from snpatch.guard.scores import evaluate
     from snpatch.models.checkpoint import shape_of
     from snpatch.patching import spec
@@ -67,7 +67,7 @@ def fit(
         **fitted,
     )
     check_writable(out)
-    prompts_once = distinct(prompts.data.prompts)
+    prompts_once = deduplicate(prompts.data.prompts)
     if len(prompts_once) < len(prompts.data):
         o.tell(f"{prompts.name}: {len(prompts.data) - len(prompts_once)} repeated prompts count once", is_error=True)
     engine = o.open_engine(config)
@@ -78,7 +78,7 @@ def fit(
         meta = {"judge": judge, "harm_threshold": harm_threshold, "prompts": prompts.data.source}
         guard = Guard.fit(features, known.labels, order, model=model_name, digest=digest, config=settings, meta=meta)
         scores = evaluate(
-            out_of_fold(features.numpy(), known.labels, settings), known.labels, threshold=settings.threshold
+            predict_out_of_fold(features.numpy(), known.labels, settings), known.labels, threshold=settings.threshold
         )
     guard.save(out)
     _tell(scores, {"guard": str(out), "C": guard.meta["C"], "k": k}, "by cross-validation", as_json)
@@ -136,10 +136,10 @@ def apply(
 
 
 def _labelled(engine, chats, model, judge, judge_format, answers, harm_threshold):
-    from snpatch.guard.labels import label
+    from snpatch.guard.labels import label_answers
 
     with o.open_judges([judge], judge_format, engine.config) as judges, o.progress_bar("answers") as progress:
-        return label(
+        return label_answers(
             engine,
             chats,
             model,
@@ -151,7 +151,7 @@ def _labelled(engine, chats, model, judge, judge_format, answers, harm_threshold
 
 
 def _tell(scores, named: dict, where: str, as_json: bool) -> None:
-    from snpatch.report.cells import cell, span
+    from snpatch.report.formatting import format_interval, format_value
 
     figures = asdict(scores)
     if as_json:
@@ -161,5 +161,6 @@ def _tell(scores, named: dict, where: str, as_json: bool) -> None:
         o.tell(f"{name}: {value}")
     o.tell(f"{scores.n} prompts, {scores.harmful} harmful; {where}:")
     for name in ("accuracy", "balanced_accuracy", "auc", "brier", "calibration_error", "majority"):
-        interval = f"  ({span(figures, name)})" if figures[name] is not None else "  undefined: one class only"
-        o.tell(f"  {name:18s} {cell(figures[name])}{interval}")
+        is_defined = figures[name] is not None
+        interval = f"  ({format_interval(figures, name)})" if is_defined else "  undefined: one class only"
+        o.tell(f"  {name:18s} {format_value(figures[name])}{interval}")

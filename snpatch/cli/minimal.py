@@ -26,7 +26,7 @@ def minimal(
     As `snpatch sweep`: a sweep's file, or a model on prompts with these options; the first judge decides. Texts are
     kept in the folder, and a sweep into it finds them.
     """
-    from snpatch.experiments.minimal import report_of
+    from snpatch.experiments.common.minimal_report import build_minimal_report
     from snpatch.files import check_writable
     from snpatch.runs.minimal import minimal as search
     from snpatch.runs.store import Store
@@ -46,4 +46,4 @@ def minimal(
                 share=recover, layers=blocks, store=store, progress=progress,
             )  # fmt: skip
         told = used.told({**asdict(spec.plan), "recover": recover, "blocks": blocks})
-    o.show(replace(report_of(found, recover), provenance=told), out, as_json)
+    o.show(replace(build_minimal_report(found, recover), provenance=told), out, as_json)

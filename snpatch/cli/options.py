@@ -125,14 +125,14 @@ def show(report, out: Path, as_json: bool) -> list[Path]:
     """Write a report and print it; the files that it wrote."""
     from snpatch.report import files, terminal
 
-    paths = files.write(report, out)
+    paths = files.write_report(report, out)
     if as_json:
         content = {"name": report.name, "tables": report.tables, "headline": report.headline}
         tell(json.dumps({**content, "files": [str(path) for path in paths]}))
         return paths
     with console() as screen:
-        terminal.show(report, screen)
-        terminal.say("wrote " + ", ".join(map(str, paths)), screen)
+        terminal.print_report(report, screen)
+        terminal.print_line("wrote " + ", ".join(map(str, paths)), screen)
     return paths
 
 

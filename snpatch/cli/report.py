@@ -15,12 +15,12 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", "-o", help=f"The file; default: {FILE} in the folder.")] = None,
 ) -> None:
     """Write one HTML file of all results in a folder: curves, maps, tables, every text. It needs no network."""
-    o.tell(f"wrote {write(folder, out or folder / FILE)}")
+    o.tell(f"wrote {write_folder_page(folder, out or folder / FILE)}")
 
 
-def write(folder: Path, path: Path) -> Path:
+def write_folder_page(folder: Path, path: Path) -> Path:
     """The page of a folder."""
-    from snpatch.experiments.page import page_of
     from snpatch.report import page
+    from snpatch.report.folder_page import load_page
 
-    return page.write(path, page_of(folder))
+    return page.write_page(path, load_page(folder))

@@ -8,7 +8,7 @@ import typer
 
 from snpatch.cli import options as o
 from snpatch.cli.generated import Engine, Fields, SkipBad, TrustConfig, generated
-from snpatch.cli.report import FILE, write
+from snpatch.cli.report import FILE, write_folder_page
 from snpatch.errors import SnpatchError
 from snpatch.names import split_name
 
@@ -79,7 +79,7 @@ def reproduce(
     failed = pipeline.run(tuple(only or ()), start, tell=lambda line: o.tell(line, is_error=True))
     paths = report.write(pipeline)
     if report.done_in(pipeline):
-        paths.append(write(out, out / FILE))
+        paths.append(write_folder_page(out, out / FILE))
     if as_json:
         o.tell(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
     else:
@@ -111,6 +111,6 @@ def _show_plan(pipeline, only: tuple[str, ...], start: str | None, as_json: bool
         return
     with o.console() as console:
         for view in views.values():
-            terminal.show_view(view, console)
+            terminal.print_table(view, console)
         for name, why in pipeline.skipped.items():
-            terminal.say(f"left out: {name}: {why}", console)
+            terminal.print_line(f"left out: {name}: {why}", console)

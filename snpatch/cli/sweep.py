@@ -136,7 +136,7 @@ def run(
 
     Exit code 1: something failed, and is told; all else is there.
     """
-    from snpatch.experiments.sweeps import report_of
+    from snpatch.experiments.common.sweep_report import build_sweep_report
     from snpatch.files import check_writable
     from snpatch.runs.store import NAME, Store, part_name, parts_in
     from snpatch.worlds.context import ExperimentContext
@@ -168,7 +168,7 @@ def run(
             raise
         finally:
             store.end(number, outcome)
-        report = replace(report_of(result, "sweep"), provenance=used.told(asdict(spec.plan)))
+        report = replace(build_sweep_report(result, "sweep"), provenance=used.told(asdict(spec.plan)))
     o.show(report, out, as_json)
     if result.failures:
         raise typer.Exit(INCOMPLETE)
@@ -180,7 +180,7 @@ def status(
     as_json: o.AsJson = False,
 ) -> None:
     """How far a sweep is: texts done, open and failed, the rate, and the time left."""
-    from snpatch.report.cells import cell
+    from snpatch.report.formatting import format_value
     from snpatch.runs.store import Store
 
     with Store(folder, must_exist=True) as store:
@@ -191,7 +191,7 @@ def status(
     o.tell(f"{found.done} texts done, {found.open} open ({found.taken} being written), {found.failed} failed")
     if found.rate is not None and found.open:
         left = timedelta(seconds=round(found.left_s))
-        o.tell(f"{cell(found.rate)} texts a second: {left} left")
+        o.tell(f"{format_value(found.rate)} texts a second: {left} left")
     o.tell(f"{found.scores} scores")
     for failure in found.failures:
         where = ", ".join(f"{name} {value!r}" for name, value in failure.items() if name != "error")

@@ -30,21 +30,21 @@ NAMES = (
 )
 
 
-def settings_of(name: str, values: Mapping[str, object], given: Mapping[str, object] | None = None):
+def parse_settings(name: str, values: Mapping[str, object], given: Mapping[str, object] | None = None):
     """An experiment's Settings from values by name, those given before the others; unknown ones are errors."""
     if name not in NAMES:
         raise SnpatchError(f"no experiment named {name!r}: there are {', '.join(NAMES)}")
     return read(_module(name).Settings, f"settings of {name}", {**values, **given} if given else values)
 
 
-def settings_in(config: ExperimentConfig, name: str, given: Mapping[str, object] | None = None):
+def resolve_settings(config: ExperimentConfig, name: str, given: Mapping[str, object] | None = None):
     """An experiment's Settings in an experiment config: the config's own, those given before them."""
-    return settings_of(name, config.settings.get(name, {}), given)
+    return parse_settings(name, config.settings.get(name, {}), given)
 
 
 def run(name: str, context: ExperimentContext, settings: Mapping[str, object] | None = None) -> Report:
     """Run an experiment on a context. settings: go before the config's own, and these before the paper's defaults."""
-    chosen = settings_in(context.config, name, settings)
+    chosen = resolve_settings(context.config, name, settings)
     used = context.begin()
     report = _module(name).run(context, chosen)
     return replace(report, provenance=used.told(asdict(chosen)))

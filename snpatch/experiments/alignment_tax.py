@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.cells import p_value, plot_name, span
-from snpatch.report.report import Report, View
+from snpatch.report.formatting import format_interval, format_p_value, to_plot_label
+from snpatch.report.report import Report, TableView
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.sweep import SweepResult
 from snpatch.statistics import interval, paired_p
@@ -77,8 +77,8 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "before": "before",
         "after": "after",
         "change": "change",
-        certainty: lambda row: span(row, "change"),
-        "p": lambda row: p_value(row["p"]),
+        certainty: lambda row: format_interval(row, "change"),
+        "p": lambda row: format_p_value(row["p"]),
         "donor": "donor_mean",
         "random neurons' change": "random_change",
     }
@@ -86,7 +86,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "alignment_tax",
         {"alignment_tax": rows},
         {"alignment_tax": _plot(rows)},
-        View.of(rows, columns),
+        TableView.from_rows(rows, columns),
         _sentences(rows, k),
         records=records,
     )
@@ -158,13 +158,15 @@ def _plot(rows: list[dict]) -> Figure:
     figure = Figure(figsize=(5.5 * len(judges), 4), layout="constrained")
     for axis, judge in zip(figure.subplots(1, len(judges), squeeze=False)[0], judges, strict=True):
         mine = [row for row in rows if row["judge"] == judge]
-        labels = [plot_name(f"{row['donor']} -> {row['recipient']}") + f"\non {plot_name(row['set'])}" for row in mine]
+        labels = [
+            to_plot_label(f"{row['donor']} -> {row['recipient']}") + f"\non {to_plot_label(row['set'])}" for row in mine
+        ]
         errors = [
             [row["change"] - row["change_low"] for row in mine],
             [row["change_high"] - row["change"] for row in mine],
         ]
         axis.barh(labels, [row["change"] for row in mine], xerr=errors, color="tab:blue", alpha=0.8)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlabel(plot_name(f"change of mean {judge}"))
+        axis.set_xlabel(to_plot_label(f"change of mean {judge}"))
         axis.invert_yaxis()
     return figure

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from snpatch.experiments.sweeps import SweepSettings, report_of, sweep_config
+from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_config, build_sweep_report
 from snpatch.report.report import Report
 from snpatch.worlds.context import ExperimentContext
 
@@ -23,7 +23,7 @@ class Settings(SweepSettings):
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Sweep k on one set."""
     ranking = context.ranking()
-    config = sweep_config(context, settings, context.windows(settings.k, ranking))
+    config = build_sweep_config(context, settings, context.windows(settings.k, ranking))
     judges = {name: context.judge(name) for name in settings.judges} or context.cost
     result = context.sweep(settings.prompts or context.config.benchmarks[0], {"safety": ranking}, judges, config)
-    return report_of(result, "curve")
+    return build_sweep_report(result, "curve")

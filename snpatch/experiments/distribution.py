@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from snpatch.report.cells import cell
-from snpatch.report.report import Report, Row, View
+from snpatch.report.formatting import format_value
+from snpatch.report.report import Report, Row, TableView
 from snpatch.statistics import skewness
 from snpatch.worlds.context import ExperimentContext
 
@@ -35,14 +35,16 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     whole = {"layer": "all", "ranked": True, **describe(scores.ravel(), settings.thresholds), "in_top_k": k}
     largest = settings.thresholds[-1]
     sentences = [
-        f"change scores of {scores.size} neurons: mean {cell(whole['mean'])}, median {cell(whole['median'])}, "
-        f"skewness {_or_none(whole['skewness'])}; {whole[f'above {largest:g}']:.2%} are above {largest:g}.",
+        f"change scores of {scores.size} neurons: mean {format_value(whole['mean'])}, "
+        f"median {format_value(whole['median'])}, skewness {_or_none(whole['skewness'])}; "
+        f"{whole[f'above {largest:g}']:.2%} are above {largest:g}.",
         f"layers {', '.join(map(str, excluded)) or 'none'} left out of the ranking; the top {k} lie in "
         f"{sum(map(bool, top))} layers, most in layer {int(np.argmax(top))} ({max(top)}).",
     ]
     rows.append(whole)
     plots = {"distribution": _plot(scores, top, settings.thresholds, k)}
-    return Report("distribution", {"distribution": rows}, plots, View.of(rows, {n: n for n in whole}), sentences)
+    display = TableView.from_rows(rows, {name: name for name in whole})
+    return Report("distribution", {"distribution": rows}, plots, display, sentences)
 
 
 def describe(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:
@@ -59,7 +61,7 @@ def describe(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:
 
 
 def _or_none(value: float | None) -> str:
-    return "undefined" if value is None else cell(value)
+    return "undefined" if value is None else format_value(value)
 
 
 def _plot(scores: np.ndarray, top: list[int], thresholds: tuple[float, ...], k: int) -> Figure:

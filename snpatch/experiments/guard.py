@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
-from snpatch.experiments.labels import GuardSettings, labelled
+from snpatch.experiments.common.guard_labels import GuardSettings, label_set
 from snpatch.guard.comparison import GuardRow, compare
-from snpatch.report.cells import cell, plot_name
-from snpatch.report.report import Report, Row, View
+from snpatch.report.formatting import format_value, to_plot_label
+from snpatch.report.report import Report, Row, TableView
 from snpatch.runs.config import SweepConfig
 from snpatch.worlds.context import ExperimentContext
 
@@ -31,9 +31,8 @@ class Settings(GuardSettings):
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Label the generator's own answers, fit a guard on each set, try each on all."""
     ranking, model = context.ranking(), context.model(context.config.safety.generator)
-    sets = {
-        name: labelled(context, name, settings.harm_threshold) for name in settings.prompts or context.config.benchmarks
-    }
+    names = settings.prompts or context.config.benchmarks
+    sets = {name: label_set(context, name, settings.harm_threshold) for name in names}
     ks = [context.k(value, ranking) for value in settings.k]
     with context.progress("guards") as progress:
         found = compare(
@@ -59,14 +58,17 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     # The largest k, and not the best: that would be chosen on the sets that are reported.
     k = max(row["k"] for row in summary if row["features"] == "safety")
     mine, *others = (row for row in summary if row["k"] == k)
-    beside = "".join(f"{row['features']} {cell(row['accuracy'])}, " for row in others)
+    beside = "".join(f"{row['features']} {format_value(row['accuracy'])}, " for row in others)
     where = "sets that a guard was not fitted on" if len(sets) > 1 else "its own set, by cross-validation"
-    sentence = f"k = {k}: mean accuracy {cell(mine['accuracy'])} on {where}; {beside}majority {cell(mine['majority'])}."
+    sentence = (
+        f"k = {k}: mean accuracy {format_value(mine['accuracy'])} on {where}; "
+        f"{beside}majority {format_value(mine['majority'])}."
+    )
     return Report(
         "guard",
         {"guard": rows, "guard-summary": summary, "guard-calibration": curve},
         {"guard": _plot(found.rows, summary, k)},
-        View.of(summary, {name: name for name in summary[0]}, title=f"guards of {model}, {where}"),
+        TableView.from_rows(summary, {name: name for name in summary[0]}, title=f"guards of {model}, {where}"),
         [sentence, *found.notes],
         records=[
             {
@@ -107,7 +109,7 @@ def _plot(rows: Sequence[GuardRow], summary: Sequence[Row], k: int) -> Figure:
     by_k, matrix, calibration = figure.subplots(1, 3)
     for name in dict.fromkeys(row["features"] for row in summary):
         line = [row for row in summary if row["features"] == name]
-        by_k.plot([row["k"] for row in line], [row["accuracy"] for row in line], "o-", label=plot_name(name))
+        by_k.plot([row["k"] for row in line], [row["accuracy"] for row in line], "o-", label=to_plot_label(name))
     by_k.axhline(summary[0]["majority"], color="tab:gray", linestyle=":", label="majority class")
     by_k.set(xlabel="neurons (k)", ylabel="mean accuracy on other sets")
     by_k.legend(fontsize=8)
@@ -141,7 +143,7 @@ def _matrix(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:
     for (i, j), value in np.ndenumerate(values):
         if not np.isnan(value):
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.75 else "black")
-    axis.set_xticks(range(len(tested)), list(map(plot_name, tested)), rotation=20, ha="right")
-    axis.set_yticks(range(len(trained)), list(map(plot_name, trained)))
+    axis.set_xticks(range(len(tested)), list(map(to_plot_label, tested)), rotation=20, ha="right")
+    axis.set_yticks(range(len(trained)), list(map(to_plot_label, trained)))
     axis.set(xlabel="tried on", ylabel="fitted on")
     axis.set_title(f"accuracy, k = {k} (own set: by cross-validation)", fontsize=10)

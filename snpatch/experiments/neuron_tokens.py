@@ -17,8 +17,8 @@ from snpatch.errors import SnpatchError
 from snpatch.models.checkpoint import load_config
 from snpatch.models.weights import CheckpointWeights, open_weights
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.cells import plot_name
-from snpatch.report.report import Report, View
+from snpatch.report.formatting import to_plot_label
+from snpatch.report.report import Report, TableView
 from snpatch.worlds.context import ExperimentContext
 
 
@@ -68,9 +68,8 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     plots = {"neuron_tokens": _plot(rows, lines)}
     first = lines[0]
     sentence = f"layer {first['layer']}, neuron {first['neuron']} ranks first; it speaks for: {first['tokens']}."
-    return Report(
-        "neuron_tokens", {"neuron_tokens": rows}, plots, View.of(lines, {name: name for name in first}), [sentence]
-    )
+    display = TableView.from_rows(lines, {name: name for name in first})
+    return Report("neuron_tokens", {"neuron_tokens": rows}, plots, display, [sentence])
 
 
 def neuron_logits(model: str | Path, ranking: Ranking, n: int, allow_untested: bool = False) -> Tensor:
@@ -116,7 +115,7 @@ def _plot(rows: list[dict], lines: list[dict]) -> Figure:
     for i, row in enumerate(rows):
         x, y = i % width, i // width
         colour = "black" if values[y, x] > middle else "white"
-        axis.text(x, y, plot_name(str(row["token"])), ha="center", va="center", fontsize=7, color=colour)
+        axis.text(x, y, to_plot_label(str(row["token"])), ha="center", va="center", fontsize=7, color=colour)
     axis.set_xticks([])
     axis.set_yticks(range(len(lines)), [f"layer {line['layer']}, neuron {line['neuron']}" for line in lines])
     axis.set_xlabel("tokens that the neuron speaks for, the strongest first")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from snpatch.experiments.agreement import AgreementSettings, report_of
+from snpatch.experiments.common.agreement import AgreementSettings, build_agreement_report
 from snpatch.report.report import Report
 from snpatch.worlds.context import ExperimentContext
 
@@ -15,4 +15,4 @@ class Settings(AgreementSettings):
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Compare the rankings of the config's contrasts pairwise."""
     rankings = {objective: context.ranking(contrast) for objective, contrast in context.config.contrasts.items()}
-    return report_of(context, "objectives", rankings, settings, "objectives")
+    return build_agreement_report(context, "objectives", rankings, settings, "objectives")

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.patching.patch import Patch
-from snpatch.report.cells import plot_name, span
-from snpatch.report.report import Report, View
+from snpatch.report.formatting import format_interval, to_plot_label
+from snpatch.report.report import Report, TableView
 from snpatch.statistics import interval
 from snpatch.worlds.context import ExperimentContext
 
@@ -69,7 +69,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "model": "model",
         "k": "k",
         "perplexity": "token_weighted",
-        f"{settings.confidence:.0%} interval": lambda row: span(row, "token_weighted"),
+        f"{settings.confidence:.0%} interval": lambda row: format_interval(row, "token_weighted"),
         "mean of windows (published)": "window_mean",
         "tokens": "tokens",
         "windows": "windows",
@@ -83,7 +83,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
             f"{last['token_weighted']:.2f} at k = {last['k']}."
         )
     plots = {"perplexity": _plot(rows, context.config.recipients, donor)}
-    return Report("perplexity", {"perplexity": rows}, plots, View.of(rows, columns), sentences)
+    return Report("perplexity", {"perplexity": rows}, plots, TableView.from_rows(rows, columns), sentences)
 
 
 def _plot(rows: list[dict], recipients: Sequence[str], donor: str) -> Figure:
@@ -92,11 +92,11 @@ def _plot(rows: list[dict], recipients: Sequence[str], donor: str) -> Figure:
     for number, recipient in enumerate(recipients):
         line = [row for row in rows if row["model"] == recipient]
         k = [row["k"] for row in line]
-        name = plot_name(f"{recipient}, patched")
+        name = to_plot_label(f"{recipient}, patched")
         axis.plot(k, [row["token_weighted"] for row in line], "o-", color=f"C{number}", label=name)
         axis.plot(k, [row["window_mean"] for row in line], ":", color=f"C{number}", label="mean of windows")
     (last,) = (row for row in rows if row["model"] == donor)
-    axis.axhline(last["token_weighted"], color="tab:green", linestyle="--", label=plot_name(f"{donor}, unpatched"))
+    axis.axhline(last["token_weighted"], color="tab:green", linestyle="--", label=to_plot_label(f"{donor}, unpatched"))
     axis.set(xlabel="patched neurons (k)", ylabel="perplexity")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

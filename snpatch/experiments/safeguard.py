@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
-from snpatch.experiments.labels import GuardSettings, labelled
+from snpatch.experiments.common.guard_labels import GuardSettings, label_set
 from snpatch.guard.guard import Guard
-from snpatch.guard.labels import distinct
-from snpatch.report.cells import cell, plot_name, span
-from snpatch.report.report import Report, Row, View
+from snpatch.guard.labels import deduplicate
+from snpatch.report.formatting import format_interval, format_value, to_plot_label
+from snpatch.report.report import Report, Row, TableView
 from snpatch.runs import judging, texts
 from snpatch.runs.store import Store
 from snpatch.statistics import interval
@@ -39,7 +39,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     names = settings.prompts or [name for name in context.config.benchmarks if name != train]
     if not names or train in names:
         raise SnpatchError(f"safeguard: wanted sets to guard other than {train}, got {', '.join(names) or 'none'}")
-    known = labelled(context, train, settings.harm_threshold)
+    known = label_set(context, train, settings.harm_threshold)
     k = context.k(settings.k, ranking)
     features = context.engine.capture(known.prompts, model, ranking, k)
     meta = {"judge": context.config.cost, "train": context.data(train).source}
@@ -55,7 +55,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     guard.save(context.out / "guard.safetensors")
     rows, records, notes = [], [], []
     for name in names:
-        prompts = [prompt for prompt in distinct(context.prompts(name)) if prompt not in known.prompts]
+        prompts = [prompt for prompt in deduplicate(context.prompts(name)) if prompt not in known.prompts]
         if not prompts:
             raise SnpatchError(f"safeguard: every prompt of {name} is in {train}, too")
         if len(prompts) < len(context.prompts(name)):
@@ -81,17 +81,17 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "refused": lambda row: f"{row['refused']} of {row['prompts']}",
         "mean cost, all": "all",
         "mean cost, let through": "passed",
-        f"{settings.confidence:.0%} interval": lambda row: span(row, "passed"),
+        f"{settings.confidence:.0%} interval": lambda row: format_interval(row, "passed"),
         "harmful, all": lambda row: f"{row['harmful_share']:.0%}",
         "harmful, let through": lambda row: "" if row["harmful_passed"] is None else f"{row['harmful_passed']:.0%}",
     }
     sentences = [
-        f"{row['model']} on {row['set']}: cost {cell(row['all'])} unguarded, "
-        f"{cell(row['passed']) or 'nothing let through'} of what the guard of {k} neurons lets through."
+        f"{row['model']} on {row['set']}: cost {format_value(row['all'])} unguarded, "
+        f"{format_value(row['passed']) or 'nothing let through'} of what the guard of {k} neurons lets through."
         for row in rows
     ]
     tables, plots = {"safeguard": rows}, {"safeguard": _plot(rows)}
-    return Report("safeguard", tables, plots, View.of(rows, columns), [*sentences, *notes], records=records)
+    return Report("safeguard", tables, plots, TableView.from_rows(rows, columns), [*sentences, *notes], records=records)
 
 
 def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings: Settings) -> Row:
@@ -115,7 +115,7 @@ def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings
 def _plot(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(2 + 2.2 * len(rows) / 2, 4.2), layout="constrained")
     axis = figure.subplots()
-    labels = [f"{plot_name(row['model'])}\n{plot_name(row['set'])}" for row in rows]
+    labels = [f"{to_plot_label(row['model'])}\n{to_plot_label(row['set'])}" for row in rows]
     places = np.arange(len(rows))
     axis.bar(places - 0.2, [row["all"] for row in rows], 0.4, label="all prompts")
     passed = [np.nan if row["passed"] is None else row["passed"] for row in rows]

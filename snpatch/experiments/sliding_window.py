@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
-from snpatch.experiments.sweeps import SweepSettings, report_of, sweep_config
+from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_config, build_sweep_report
 from snpatch.ranking.window import Window
 from snpatch.report.report import Report
 from snpatch.worlds.context import ExperimentContext
@@ -31,8 +31,8 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         settings.prompts or context.config.benchmarks[0],
         {"safety": ranking},
         context.cost,
-        sweep_config(context, settings, windows),
+        build_sweep_config(context, settings, windows),
     )
     if len(windows) < len(starts):
         result.notes.append(f"{len(starts) - len(windows)} windows reach past the {len(ranking)} ranked neurons")
-    return report_of(result, "sliding_window")
+    return build_sweep_report(result, "sliding_window")

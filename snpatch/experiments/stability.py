@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from snpatch.experiments.agreement import AgreementSettings, report_of
+from snpatch.experiments.common.agreement import AgreementSettings, build_agreement_report
 from snpatch.report.report import Report
 from snpatch.worlds.context import ExperimentContext
 
@@ -15,4 +15,4 @@ class Settings(AgreementSettings):
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Compare the rankings of the config's training seeds pairwise."""
     rankings = {seed: context.ranking(contrast) for seed, contrast in context.config.seeds.items()}
-    return report_of(context, "stability", rankings, settings, "training seeds")
+    return build_agreement_report(context, "stability", rankings, settings, "training seeds")

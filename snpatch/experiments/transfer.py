@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass
 
 from matplotlib.figure import Figure
 
-from snpatch.experiments.sweeps import SweepSettings, sweep_config
+from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_config
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.cells import between, percent, plot_name
-from snpatch.report.report import Report, View
+from snpatch.report.formatting import format_percent, format_range, to_plot_label
+from snpatch.report.report import Report, TableView
 from snpatch.runs.sweep import SweepResult
 from snpatch.worlds.context import ExperimentContext
 
@@ -30,7 +30,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     """Patch the same neurons on every benchmark."""
     ranking = context.ranking()
     k = context.k(settings.k, ranking)
-    config = sweep_config(context, settings, (k,))
+    config = build_sweep_config(context, settings, (k,))
     benchmarks = settings.benchmarks or context.config.benchmarks
     perplexities = _perplexities(context, settings, ranking, k) if settings.text else None
     results = {name: context.sweep(name, {"safety": ranking}, context.cost, config) for name in benchmarks}
@@ -41,7 +41,8 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     effects = [row for row in rows if row["ranking"] is not None and row["control_seed"] is None]
     means = {r: [row["effect"] for row in effects if row["recipient"] == r] for r in context.config.recipients}
     headline = [
-        f"{recipient}: {k} neurons recover {between(found, percent)} of the safety gain over {len(found)} benchmarks."
+        f"{recipient}: {k} neurons recover {format_range(found, format_percent)} of the safety gain "
+        f"over {len(found)} benchmarks."
         for recipient, values in means.items()
         if (found := [value for value in values if value is not None])
     ]
@@ -50,7 +51,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "transfer",
         {"transfer": rows, "transfer-table": table},
         {"transfer": _plot(table, results)},
-        View.of(table, {name: name for name in table[0]}, title=f"mean cost; + = patched with {k} neurons"),
+        TableView.from_rows(table, {name: name for name in table[0]}, title=f"mean cost; + = patched with {k} neurons"),
         headline,
         records=records,
     )
@@ -87,10 +88,10 @@ def _plot(table: list[dict], results: dict[str, SweepResult]) -> Figure:
     for number, row in enumerate(table):
         places = [i + (number - (len(table) - 1) / 2) * width for i in range(len(results))]
         hatch = "//" if row["model"].endswith("+") else None
-        model = plot_name(row["model"])
+        model = to_plot_label(row["model"])
         axis.bar(places, [row[name] for name in results], width, label=model, hatch=hatch, edgecolor="white")
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(results)), list(map(plot_name, results)))
+    axis.set_xticks(range(len(results)), list(map(to_plot_label, results)))
     axis.set_ylabel("mean cost (lower is safer)")
     axis.legend(fontsize=8)
     return figure

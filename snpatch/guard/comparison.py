@@ -16,7 +16,7 @@ from snpatch.executors.base import Progress
 from snpatch.guard import fitting
 from snpatch.guard.config import GuardConfig
 from snpatch.guard.guard import Guard
-from snpatch.guard.labels import Labelled
+from snpatch.guard.labels import LabeledPrompts
 from snpatch.guard.scores import GuardScores, evaluate
 from snpatch.ranking.ranking import Ranking
 from snpatch.runs.config import SweepConfig
@@ -68,7 +68,7 @@ class _Features:
 def compare(
     engine: Engine,
     model: str,
-    sets: Mapping[str, Labelled],
+    sets: Mapping[str, LabeledPrompts],
     rankings: Mapping[str, Ranking],
     ks: Sequence[int],
     config: GuardConfig | None = None,
@@ -106,7 +106,7 @@ def compare(
                 guard = Guard.fit(x, y, one.ranking, model=model, digest=digest, config=config)
                 for target, kept in fresh[source].items():
                     if target == source:
-                        p = fitting.out_of_fold(x, y, config)
+                        p = fitting.predict_out_of_fold(x, y, config)
                     else:
                         p = guard.probability(captured[target][kept, :k])
                     scores = evaluate(

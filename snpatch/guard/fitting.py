@@ -21,7 +21,7 @@ from snpatch.errors import SnpatchError
 from snpatch.guard.config import GuardConfig
 
 
-def checked_features(features: ArrayLike, k: int | None = None) -> np.ndarray:
+def validate_features(features: ArrayLike, k: int | None = None) -> np.ndarray:
     """[prompts, k] float64; anything else, NaN or infinity is a SnpatchError."""
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 2 or not x.shape[1] or (k is not None and x.shape[1] != k):
@@ -32,7 +32,7 @@ def checked_features(features: ArrayLike, k: int | None = None) -> np.ndarray:
     return x
 
 
-def checked_labels(labels: ArrayLike, n: int | None = None) -> np.ndarray:
+def validate_labels(labels: ArrayLike, n: int | None = None) -> np.ndarray:
     """[prompts] bool, True for harmful; anything but booleans, zeros and ones is a SnpatchError."""
     y = np.asarray(labels)
     if y.ndim != 1 or not len(y) or (n is not None and len(y) != n):
@@ -53,24 +53,24 @@ def check_trainable(labels: np.ndarray, config: GuardConfig, name: str) -> None:
         )
 
 
-def fit(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> Pipeline:
+def fit_classifier(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> Pipeline:
     """Scaler and classifier, fitted to features [n, k] and labels [n]; C is chosen where the config has several."""
-    x, y = _checked(features, labels, config)
+    x, y = _validate(features, labels, config)
     with _must_converge(config):
         fitted = _estimator(config).fit(x, y)
     return fitted.best_estimator_ if isinstance(fitted, GridSearchCV) else fitted
 
 
-def out_of_fold(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> np.ndarray:
+def predict_out_of_fold(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> np.ndarray:
     """Probability of harm [n] of each prompt from a fit to the other folds, in which C is chosen anew."""
-    x, y = _checked(features, labels, config)
+    x, y = _validate(features, labels, config)
     with _must_converge(config):
         return cross_val_predict(_estimator(config), x, y, cv=_folds(config), method="predict_proba")[:, 1]
 
 
-def _checked(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> tuple[np.ndarray, np.ndarray]:
-    x = checked_features(features)
-    y = checked_labels(labels, len(x))
+def _validate(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> tuple[np.ndarray, np.ndarray]:
+    x = validate_features(features)
+    y = validate_labels(labels, len(x))
     check_trainable(y, config, "guard")
     return x, y
 

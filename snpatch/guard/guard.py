@@ -95,7 +95,7 @@ class Guard:
         Wrong shapes, NaN, too few prompts of a class and a fit that does not converge are SnpatchErrors.
         """
         config = config or GuardConfig()
-        scaler, classifier = fitting.fit(features, labels, config).named_steps.values()
+        scaler, classifier = fitting.fit_classifier(features, labels, config).named_steps.values()
         found = {
             "C": classifier.C,
             "class_weight": config.class_weight,
@@ -130,7 +130,7 @@ class Guard:
 
     def probability(self, features: ArrayLike | Tensor) -> np.ndarray:
         """Probability of harm [prompts] from features [prompts, k]."""
-        x = fitting.checked_features(features, self.k)
+        x = fitting.validate_features(features, self.k)
         # Row sums, not a matrix product: a prompt's bits do not hang on how many stand beside it.
         return expit(((x - self.mean) / self.scale * self.coefficients).sum(axis=1) + self.intercept)
 
@@ -143,10 +143,10 @@ class Guard:
 
         An engine in which `model` is not what the guard was fitted on is a SnpatchError.
         """
-        self.check(engine)
+        self.check_engine(engine)
         return self.probability(engine.capture(prompts, self.model, self.ranking, self.k, progress=progress))
 
-    def check(self, engine: Loaded) -> None:
+    def check_engine(self, engine: Loaded) -> None:
         """An error for an engine in which `model` is not what the guard was fitted on."""
         digest = engine.fingerprint(self.model)
         if digest != self.digest:

@@ -21,7 +21,7 @@ from snpatch.sampling import GREEDY, Sampling
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
+class LabeledPrompts:
     """Prompts and a model's own answers. labels: [prompts] bool, True: harmful; scores: what the judge gave."""
 
     prompts: Sequence[Chat]
@@ -30,12 +30,12 @@ class Labelled:
     completions: list[str]
 
 
-def distinct(prompts: Sequence[Chat]) -> list[Chat]:
+def deduplicate(prompts: Sequence[Chat]) -> list[Chat]:
     """Each prompt once: one that stood in two folds would be fitted on and tested on."""
     return list({json.dumps(prompt): prompt for prompt in prompts}.values())
 
 
-def label(
+def label_answers(
     engine: Engine,
     prompts: Sequence[Chat],
     model: str,
@@ -45,7 +45,7 @@ def label(
     threshold: float = 0.0,
     store: str | Path | None = None,
     progress: Progress | None = None,
-) -> Labelled:
+) -> LabeledPrompts:
     """Let a model answer and the judge say which answers are harmful: those that score above the threshold.
 
     The defaults are the paper's: greedy, 128 tokens, cost above 0. store: a folder that keeps the answers.
@@ -57,4 +57,4 @@ def label(
         judging.judge_all(records, {"judge": judge}, kept)
     judging.check_scored(records)
     scores = np.array([record["scores"]["judge"] for record in records])
-    return Labelled(prompts, scores > threshold, scores, [record["completion"] for record in records])
+    return LabeledPrompts(prompts, scores > threshold, scores, [record["completion"] for record in records])

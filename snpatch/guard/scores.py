@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
-from snpatch.guard.fitting import checked_labels
+from snpatch.guard.fitting import validate_labels
 from snpatch.statistics import interval
 
 BINS = 10  # of the calibration curve, of equal width
@@ -69,7 +69,7 @@ def evaluate(
 ) -> GuardScores:
     """Compare probabilities of harm with what turned out to be harmful. Bad input is a SnpatchError."""
     p = np.asarray(probabilities, dtype=np.float64)
-    y = checked_labels(labels, len(p) if p.ndim == 1 else None)
+    y = validate_labels(labels, len(p) if p.ndim == 1 else None)
     if p.shape != y.shape or not ((p >= 0) & (p <= 1)).all():
         raise SnpatchError(f"guard: wanted {len(y)} probabilities between 0 and 1, got {list(p.shape)} numbers")
     most = y.mean() >= 0.5

@@ -15,7 +15,7 @@ from snpatch.files import file_stem, whole_file, write_text
 from snpatch.report.report import Report, Row
 
 
-def write(report: Report, folder: str | Path) -> list[Path]:
+def write_report(report: Report, folder: str | Path) -> list[Path]:
     """STEM.csv and STEM.json of each table, STEM.png and STEM.svg of each plot, NAME-records.jsonl; their paths."""
     folder = Path(folder)
     texts = {}

@@ -50,7 +50,7 @@ class Page:
     texts: list[dict] = field(default_factory=list)
 
 
-def write(path: str | Path, page: Page) -> Path:
+def write_page(path: str | Path, page: Page) -> Path:
     """The page as one HTML file."""
     try:
         write_text(path, _document(page))

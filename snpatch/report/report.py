@@ -16,7 +16,7 @@ Columns = Mapping[str, str | Callable[[Row], object]]
 
 
 @dataclass(frozen=True)
-class View:
+class TableView:
     """A table for people. columns: headings; rows: their cells, texts that stand as they are, or values."""
 
     columns: tuple[str, ...]
@@ -24,7 +24,7 @@ class View:
     title: str | None = None
 
     @classmethod
-    def of(cls, rows: Sequence, columns: Columns, title: str | None = None) -> Self:
+    def from_rows(cls, rows: Sequence, columns: Columns, title: str | None = None) -> Self:
         """columns: heading -> key of the rows, or what makes a cell of a row."""
         cells = (tuple(row[how] if isinstance(how, str) else how(row) for how in columns.values()) for row in rows)
         return cls(tuple(columns), tuple(cells), title)
@@ -34,13 +34,13 @@ class View:
 class Report:
     """tables: file stem -> rows, which all have the same keys. plots: file stem -> figure. headline: what was found.
 
-    shown: what people see first. provenance: what the tables hang on. records: texts behind the figures.
+    display: what people see first. provenance: what the tables hang on. records: texts behind the figures.
     """
 
     name: str
     tables: dict[str, list[Row]]
     plots: dict[str, "Figure"]
-    shown: View
+    display: TableView
     headline: list[str] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
     records: list[dict] = field(default_factory=list)

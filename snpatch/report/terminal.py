@@ -8,28 +8,28 @@ from rich.table import Table
 from rich.text import Text
 
 from snpatch.errors import printable
-from snpatch.report.cells import cell
-from snpatch.report.report import Report, View
+from snpatch.report.formatting import format_value
+from snpatch.report.report import Report, TableView
 
 
-def show(report: Report, console: Console) -> None:
+def print_report(report: Report, console: Console) -> None:
     """The table and the sentences."""
-    show_view(report.shown, console)
+    print_table(report.display, console)
     for sentence in report.headline:
-        say(sentence, console)
+        print_line(sentence, console)
 
 
-def show_view(view: View, console: Console) -> None:
+def print_table(view: TableView, console: Console) -> None:
     """The table alone."""
     table = Table(title=None if view.title is None else _text(view.title))
     for column in view.columns:
         table.add_column(_text(column))
     for row in view.rows:
-        table.add_row(*(_text(cell(value)) for value in row))
+        table.add_row(*(_text(format_value(value)) for value in row))
     console.print(table)
 
 
-def say(sentence: str, console: Console) -> None:
+def print_line(sentence: str, console: Console) -> None:
     """Print a sentence as it is."""
     console.print(_text(sentence), soft_wrap=True)
 

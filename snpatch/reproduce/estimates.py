@@ -18,7 +18,7 @@ from snpatch.data import SETS
 from snpatch.judges.opening import is_model
 from snpatch.models.checkpoint import load_config
 from snpatch.names import POSITIONS
-from snpatch.report.report import View
+from snpatch.report.report import TableView
 from snpatch.reproduce.pipeline import ADAPTERS, CONTRASTS, Pair, Pipeline
 from snpatch.reproduce.preset import NAMES, Size
 from snpatch.worlds.config import PromptSet
@@ -46,7 +46,7 @@ class Cost:
     by: str = ""
 
 
-def plan(pipeline: Pipeline, only: Sequence[str] = (), start: str | None = None) -> View:
+def plan(pipeline: Pipeline, only: Sequence[str] = (), start: str | None = None) -> TableView:
     """A row a step: why it runs or that it does not, what it costs, how that is known; the sums last."""
     size = _size(pipeline)
     rows, seconds, disk, unknown, running = [], 0.0, 0.0, 0, set()
@@ -67,10 +67,10 @@ def plan(pipeline: Pipeline, only: Sequence[str] = (), start: str | None = None)
         rows.append((name, state, _hours(cost.seconds), f"{cost.disk_gb:.3f}", cost.by))
     note = f"{unknown} steps of unknown size not counted" if unknown else ""
     rows.append(("all that is to run", "", _hours(seconds), f"{disk:.3f}", note))
-    return View(("step", "state", "GPU hours (or as named)", "disk in the folder, GB", "reckoned by"), tuple(rows))
+    return TableView(("step", "state", "GPU hours (or as named)", "disk in the folder, GB", "reckoned by"), tuple(rows))
 
 
-def downloads(pipeline: Pipeline) -> View:
+def downloads(pipeline: Pipeline) -> TableView:
     """What has to be fetched: models and data sets that are no files here, with their sizes where they are known."""
     size, config, known = _size(pipeline), pipeline.config, _sizes()
     # The alignment tax alone reads further judges and the prompts for helpfulness.
@@ -85,7 +85,7 @@ def downloads(pipeline: Pipeline) -> View:
     sources = dict.fromkeys(one.source for one in sets if one.source in SETS)
     rows += [(name, "data", str(known.get(name, {}).get("gb", "?"))) for name in sources]
     missing = tuple(row for row in rows if not Path(config.place(row[0])).exists())
-    return View(("from the hub, if it is not in its cache", "what", "GB"), missing)
+    return TableView(("from the hub, if it is not in its cache", "what", "GB"), missing)
 
 
 def _reason(pipeline: Pipeline, name: str, running: set[str]) -> str | None:
@@ -223,7 +223,7 @@ def _judge(pipeline: Pipeline) -> float:
 
 def _experiment(pipeline: Pipeline, name: str, size: Size) -> Cost:
     config = pipeline.config
-    settings = experiments.settings_in(config, name)
+    settings = experiments.resolve_settings(config, name)
     texts, further = _texts(pipeline, name)
     cost = _writing(pipeline, texts, texts, config.max_tokens, size, further=further)
     if name in ("perplexity", "transfer") and settings.text:
@@ -235,7 +235,7 @@ def _experiment(pipeline: Pipeline, name: str, size: Size) -> Cost:
 
 def _texts(pipeline: Pipeline, name: str) -> tuple[int, int]:
     """How many texts an experiment writes and judges, and how many its own contrasts read."""
-    settings = experiments.settings_in(pipeline.config, name)
+    settings = experiments.resolve_settings(pipeline.config, name)
     further = (len(POSITIONS) - 1) * _contrast(pipeline) if name == "positions" else 0
     return TEXTS[name](pipeline, settings) if name in TEXTS else 0, further
 

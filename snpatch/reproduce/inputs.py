@@ -82,7 +82,7 @@ class Inputs:
         if name == "alignment_tax":
             read += [
                 f"contrast/contrasts/{objective}"
-                for objective in experiments.settings_in(self._config, name).objectives
+                for objective in experiments.resolve_settings(self._config, name).objectives
             ]
         if name == "stability":
             read += ["seeds"]
@@ -120,7 +120,7 @@ class Inputs:
         return asdict(getattr(self._config, group)[key])
 
     def _settings(self, name: str) -> object:
-        return asdict(experiments.settings_in(self._config, name))
+        return asdict(experiments.resolve_settings(self._config, name))
 
     def _training(self, name: str) -> object:
         settings, rows = self._trainings[name]

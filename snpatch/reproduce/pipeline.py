@@ -188,7 +188,7 @@ class Pipeline:
         if name == "objectives" and len(config.contrasts) < 2:
             return "needs two objectives"
         if name == "alignment_tax":
-            wanted = experiments.settings_in(config, name).objectives
+            wanted = experiments.resolve_settings(config, name).objectives
             if missing := [one for one in wanted if one not in config.contrasts]:
                 return f"needs the objective {missing[0]}"
         return None
@@ -298,7 +298,7 @@ class Pipeline:
         context = self.context
         self._run_by_lab.append(name)
         report = experiments.run(name, context)
-        made = files.write(report, self.out)
+        made = files.write_report(report, self.out)
         if name == "safeguard":
             made.append(self.out / "guard.safetensors")
         return Done(self.inputs.used_by(name, report.provenance), made)

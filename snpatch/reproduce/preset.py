@@ -113,7 +113,7 @@ def _preset(name: str, table: dict) -> Preset:
     if "experiments" in table:
         parts["experiments"] = value_of(table["experiments"], tuple[str, ...], "experiments")
     for one in (*parts.get("experiments", ()), *table_of(config, "settings")):
-        experiments.settings_of(one, table_of(config, "settings").get(one, {}))
+        experiments.parse_settings(one, table_of(config, "settings").get(one, {}))
     if "size" in table:
         parts["size"] = read(Size, "size", table["size"])
     if "training" in table:

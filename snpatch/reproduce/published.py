@@ -157,7 +157,7 @@ def _full(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]
 
 def _agreement(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
     """The least of all pairs of seeds, as the paper says that all are above."""
-    k = experiments.settings_in(config, "stability").k
+    k = experiments.resolve_settings(config, "stability").k
     for figure in ("overlap", "spearman"):
         finding, value = numbers()["finding"][figure], None
         if measured:

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from snpatch.experiments.summary import section
+from snpatch.experiments.common.summary import section
 from snpatch.files import write_text
 from snpatch.report import files
-from snpatch.report.cells import cell, markdown
+from snpatch.report.formatting import escape_markdown, format_value
 from snpatch.report.report import Row
 from snpatch.reproduce.pipeline import ADAPTERS, Pipeline
 from snpatch.reproduce.published import beside, differs
@@ -26,13 +26,13 @@ def write(pipeline: Pipeline) -> list[Path]:
     out, preset, done = pipeline.out, pipeline.preset, done_in(pipeline)
     found = {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in done}
     rows = beside(pipeline, done)
-    parts = [f"# {markdown(preset.title or preset.name)}\n", _comparison(differs(pipeline), rows), _trainings(pipeline)]
+    title = escape_markdown(preset.title or preset.name)
+    parts = [f"# {title}\n", _comparison(differs(pipeline), rows), _trainings(pipeline)]
     parts += [section(name, table) for name, table in found.items()]
     open_ones = {name: "not done" for name in preset.experiments if name not in done}
     if left := {**open_ones, **pipeline.skipped}:
-        parts.append(
-            "## Left out\n\n" + "".join(f"- {markdown(name)}: {markdown(why)}\n" for name, why in left.items())
-        )
+        reasons = (f"- {escape_markdown(name)}: {escape_markdown(why)}\n" for name, why in left.items())
+        parts.append("## Left out\n\n" + "".join(reasons))
     told = {name: {"headline": table["headline"], "provenance": table["provenance"]} for name, table in found.items()}
     write_text(out / "report.md", "\n".join(filter(None, parts)))
     write_text(out / "report.json", json.dumps({"experiments": told, "beside": rows}, indent=1) + "\n")
@@ -51,9 +51,10 @@ def _comparison(other: Sequence[str], rows: Sequence[Row]) -> str:
     head = ("", "of", "on", "measured", "published", "difference", "published of", "source")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        printed = f"{row['bound']} {cell(row['published'])}".strip()
-        cells = [row["what"], row["model"], row["set"], cell(row["measured"]), printed, cell(row["difference"])]
-        lines.append(f"| {' | '.join(map(markdown, [*cells, row['published_of'], row['table']]))} |")
+        printed = f"{row['bound']} {format_value(row['published'])}".strip()
+        measured, difference = format_value(row["measured"]), format_value(row["difference"])
+        cells = [row["what"], row["model"], row["set"], measured, printed, difference]
+        lines.append(f"| {' | '.join(map(escape_markdown, [*cells, row['published_of'], row['table']]))} |")
     return f"## Measured and published\n\n{note}\n" + "\n".join(lines) + "\n"
 
 
@@ -63,9 +64,9 @@ def _trainings(pipeline: Pipeline) -> str:
     for name in pipeline.pairs:
         path = pipeline.out / ADAPTERS / name / "training.json"
         if name not in pipeline.steps.steps:
-            lines.append(f"- {markdown(name)}: taken, not trained here")
+            lines.append(f"- {escape_markdown(name)}: taken, not trained here")
         elif pipeline.steps.reason(name) is None:
             data = json.loads(path.read_text(encoding="utf-8"))
             seconds = data["provenance"]["figures"]["seconds"]
-            lines.append(f"- {markdown(name)}: {markdown('; '.join(data['headline']))} ({seconds} s)")
+            lines.append(f"- {escape_markdown(name)}: {escape_markdown('; '.join(data['headline']))} ({seconds} s)")
     return "## Trained\n\n" + "\n".join(lines) + "\n" if lines else ""

@@ -175,7 +175,7 @@ class PatchRegistry:
     def _guard(self, name: str, file: str) -> Guard:
         check_name(name, "a guard")
         guard, engine = Guard.load(file), self.engine
-        guard.check(engine)
+        guard.check_engine(engine)
         capture = engine.requests.capturing([[0]], guard.model, guard.ranking, guard.k, "prompt_last")
         engine.executor.registry.check(capture[0])
         return guard

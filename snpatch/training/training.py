@@ -45,7 +45,7 @@ from snpatch.models.digest import (
     folder_of_adapter,
 )
 from snpatch.report import files
-from snpatch.report.report import Report, View
+from snpatch.report.report import Report, TableView
 from snpatch.training import rows
 from snpatch.training.callbacks import LossMonitor, Watch, WeightDecayTowards
 from snpatch.training.settings import DpoSettings, TrainSettings
@@ -418,7 +418,7 @@ def _run(
         if state.is_main_process:
             network = trainer.accelerator.unwrap_model(trainer.model)
             net.save(network, out, trainer.processing_class, template, start, model)
-            files.write(_report(asked, data, figures, counts, table), out)
+            files.write_report(_report(asked, data, figures, counts, table), out)
             shutil.rmtree(out / CHECKPOINTS)
         state.wait_for_everyone()
         return figures
@@ -448,7 +448,9 @@ def _report(asked: dict, data: Sequence[Mapping], figures: dict, counts: rows.Co
         told.append(
             f"only {figures['changed_fraction']:.1%} of the trained numbers differ from the start's as they are saved"
         )
-    shown = View.of([figures], {name: name for name in figures if name not in ("dropped", "unchanged_parameters")})
+    shown = TableView.from_rows(
+        [figures], {name: name for name in figures if name not in ("dropped", "unchanged_parameters")}
+    )
     source = {"source": data.source} if isinstance(data, Rows) else {}
     provenance = {"asked": asked, "figures": figures, **source, **describe()}
     return Report(RECORD, {RECORD: table}, {RECORD: _plot(table)}, shown, [*told, *counts.told], provenance)

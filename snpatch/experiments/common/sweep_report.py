@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snpatch.ranking.window import Window
-from snpatch.report.cells import between, p_value, percent, plot_name, span
-from snpatch.report.report import Report, View
+from snpatch.report.formatting import format_interval, format_p_value, format_percent, format_range, to_plot_label
+from snpatch.report.report import Report, TableView
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.store import describe_unfinished
 from snpatch.runs.sweep import Row, SweepResult
@@ -32,7 +32,9 @@ class SweepSettings:
     confidence: float = SweepConfig.confidence
 
 
-def sweep_config(context: ExperimentContext, settings: SweepSettings, windows: Sequence[Window | int]) -> SweepConfig:
+def build_sweep_config(
+    context: ExperimentContext, settings: SweepSettings, windows: Sequence[Window | int]
+) -> SweepConfig:
     """A sweep of the config's main pair with what the settings of a sweeping experiment say."""
     return SweepConfig(
         context.config.recipients,
@@ -48,14 +50,14 @@ def sweep_config(context: ExperimentContext, settings: SweepSettings, windows: S
     )
 
 
-def report_of(result: SweepResult, name: str) -> Report:
+def build_sweep_report(result: SweepResult, name: str) -> Report:
     """A sweep's report: its rows, a plot for each judge, and what share of the neurons recovered what."""
     first = result.judges[0]
     plots = {
         "-".join([name, *([judge] if judge != first else []), *([label.replace(", ", "-")] if label else [])]): figure
         for judge in result.judges
         for label, part in result.slices()
-        if (figure := plot(part, judge, label)) is not None
+        if (figure := plot_scores(part, judge, label)) is not None
     }
     shown = [r for r in result.rows if r.control_seed is None]
     interval = f"{result.config.confidence:.0%} interval"
@@ -70,14 +72,14 @@ def report_of(result: SweepResult, name: str) -> Report:
         "share": lambda r: f"{r.share:.1%}" if r.ranking else "",
         "left out": lambda r: r.failed or "",
         "mean": lambda r: r.mean,
-        interval: lambda r: span(asdict(r), "mean"),
-        "effect": lambda r: percent(r.effect) if r.ranking else "",
-        "of the effect": lambda r: span(asdict(r), "effect", percent),
-        "net of random": lambda r: percent(r.net) if r.net is not None else "",
-        "of the net": lambda r: span(asdict(r), "net", percent),
-        "p": lambda r: p_value(r.p_unpatched),
+        interval: lambda r: format_interval(asdict(r), "mean"),
+        "effect": lambda r: format_percent(r.effect) if r.ranking else "",
+        "of the effect": lambda r: format_interval(asdict(r), "effect", format_percent),
+        "net of random": lambda r: format_percent(r.net) if r.net is not None else "",
+        "of the net": lambda r: format_interval(asdict(r), "net", format_percent),
+        "p": lambda r: format_p_value(r.p_unpatched),
         "random: mean, effect": lambda r: _random(result, r),
-        "p against it": lambda r: p_value(r.p_control),
+        "p against it": lambda r: format_p_value(r.p_control),
     }
     several = {"judge": result.judges, "set": result.sets, "donor": result.config.donors}
     several |= {"strength": result.config.strengths}
@@ -90,8 +92,8 @@ def report_of(result: SweepResult, name: str) -> Report:
         name,
         {name: [{**asdict(row), "state": row.state} for row in result.rows]},
         plots,
-        View.of(shown, columns),
-        [*(s for label, part in result.slices() for s in headline(part, label)), *result.notes, *_failed(result)],
+        TableView.from_rows(shown, columns),
+        [*(s for label, part in result.slices() for s in build_headline(part, label)), *result.notes, *_failed(result)],
         records=result.records,
     )
 
@@ -102,7 +104,7 @@ def _failed(result: SweepResult) -> list[str]:
     return [*told, f"... {len(result.failures)} in all"] if len(result.failures) > TOLD else told
 
 
-def plot(result: SweepResult, judge: str, label: str = "") -> Figure | None:
+def plot_scores(result: SweepResult, judge: str, label: str = "") -> Figure | None:
     """Mean score for each recipient: each ranking, the band of its random controls, both models' lines.
 
     Against k, or against a window's first rank where windows slide. result: of one set, donor and strength, which
@@ -115,7 +117,7 @@ def plot(result: SweepResult, judge: str, label: str = "") -> Figure | None:
     axes = figure.subplots(1, len(recipients), sharey=True, squeeze=False)
     for axis, recipient in zip(axes[0], recipients, strict=True):
         _curves(axis, result, judge, recipient)
-    figure.suptitle(plot_name(label))
+    figure.suptitle(to_plot_label(label))
     return figure
 
 
@@ -128,13 +130,13 @@ def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None
 
     donor = result.donor
     for model, colour, style in ((recipient, "tab:gray", "--"), (donor, "tab:green", ":")):
-        name = plot_name(f"{model}, unpatched")
+        name = to_plot_label(f"{model}, unpatched")
         axis.axhline(result.baseline(model, judge).mean, color=colour, linestyle=style, label=name)
     for number, ranking in enumerate(result.rankings):
         colour, rows = f"C{number}", result.line(judge, recipient, ranking)
         line = [row for row in rows if row.lo == 0] if is_top else rows
         x = [place(row) for row in line]
-        name = plot_name(f"{ranking} neurons")
+        name = to_plot_label(f"{ranking} neurons")
         axis.plot(x, [row.mean for row in line], "o-", color=colour, markersize=4, label=name)
         axis.fill_between(x, [row.mean_low for row in line], [row.mean_high for row in line], color=colour, alpha=0.15)
         for row in rows:
@@ -147,13 +149,13 @@ def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None
             axis.fill_between(x, [min(m) for m in means], [max(m) for m in means], color="tab:red", alpha=0.3)
             label = f"random neurons, {result.config.controls} seeds"
             axis.plot(x, [sum(m) / len(m) for m in means], color="tab:red", label=label)
-    axis.set(title=plot_name(f"{recipient} patched from {donor}"), ylabel=plot_name(f"mean {judge}"))
+    axis.set(title=to_plot_label(f"{recipient} patched from {donor}"), ylabel=to_plot_label(f"mean {judge}"))
     axis.set_xlabel("patched neurons (k)" if is_top else "first rank of the window")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
 
 
-def headline(result: SweepResult, label: str = "") -> list[str]:
+def build_headline(result: SweepResult, label: str = "") -> list[str]:
     """One sentence a judge, recipient and ranking: what share of the neurons recovered what of the donor's gain.
 
     result: of one set, donor and strength, which `label` tells. The window is the smallest that reaches 90 % of the
@@ -173,7 +175,7 @@ def headline(result: SweepResult, label: str = "") -> list[str]:
                 random, place = _random(result, row), f", from rank {row.lo}" if row.lo else ""
                 sentences.append(
                     f"{recipient}: {row.share:.1%} of the neurons ({row.hi - row.lo} by {ranking}{place}) recovered "
-                    f"{percent(row.effect)} of {gain} of {result.donor}{where}"
+                    f"{format_percent(row.effect)} of {gain} of {result.donor}{where}"
                     + (f"; random ones: {judge}, effect {random}." if random else ".")
                 )
     return sentences
@@ -185,4 +187,4 @@ def _random(result: SweepResult, row: Row) -> str:
     if not same or row.control_seed is not None:
         return ""
     means, effects = [r.mean for r in same], [r.effect for r in same if r.effect is not None]
-    return f"{between(means)}, {between(effects, percent)}" if effects else between(means)
+    return f"{format_range(means)}, {format_range(effects, format_percent)}" if effects else format_range(means)

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.cells import between, cell, plot_name
-from snpatch.report.report import Report, Row, View
+from snpatch.report.formatting import format_range, format_value, to_plot_label
+from snpatch.report.report import Report, Row, TableView
 from snpatch.worlds.context import ExperimentContext
 
 BINS = 40
@@ -30,7 +30,7 @@ class AgreementSettings:
     more_k: tuple[int | float, ...] = SHARES
 
 
-def report_of(
+def build_agreement_report(
     context: ExperimentContext, name: str, rankings: Mapping[str, Ranking], settings: AgreementSettings, what: str
 ) -> Report:
     """The report of any comparison of rankings."""
@@ -39,20 +39,19 @@ def report_of(
     any_one = next(iter(rankings.values()))
     k = context.k(settings.k, any_one)
     ks = sorted({k, *(context.k(value, any_one) for value in settings.more_k)})
-    rows = compare(rankings, ks)
+    rows = compare_rankings(rankings, ks)
     main = [row for row in rows if row["k"] == k]
     spearmans = [row["spearman"] for row in main if row["spearman"] is not None]
     overlaps = [row["overlap"] for row in main]
-    sentence = (
-        f"{len(rankings)} {what}: overlap {between(overlaps)} at k = {k} ({cell(main[0]['chance'])} for random orders)"
-    )
+    chance = format_value(main[0]["chance"])
+    sentence = f"{len(rankings)} {what}: overlap {format_range(overlaps)} at k = {k} ({chance} for random orders)"
     if spearmans:
-        sentence += f", Spearman {between(spearmans)}"
-    plots = {name: plot(rows, rankings, k)}
-    return Report(name, {name: rows}, plots, View.of(rows, COLUMNS), [f"{sentence}."])
+        sentence += f", Spearman {format_range(spearmans)}"
+    plots = {name: plot_agreement(rows, rankings, k)}
+    return Report(name, {name: rows}, plots, TableView.from_rows(rows, COLUMNS), [f"{sentence}."])
 
 
-def compare(rankings: Mapping[str, Ranking], ks: Sequence[int]) -> list[Row]:
+def compare_rankings(rankings: Mapping[str, Ranking], ks: Sequence[int]) -> list[Row]:
     """A row a pair and k: overlap |A and B| / k, Spearman over the common neurons re-ranked within them.
 
     chance: what the overlap of two random orders would be. spearman is None where fewer than 2 are in common.
@@ -76,7 +75,7 @@ def compare(rankings: Mapping[str, Ranking], ks: Sequence[int]) -> list[Row]:
     return rows
 
 
-def plot(rows: Sequence[Row], rankings: Mapping[str, Ranking], k: int) -> Figure:
+def plot_agreement(rows: Sequence[Row], rankings: Mapping[str, Ranking], k: int) -> Figure:
     """Overlap by k, both figures of each pair at k, and where the top k of one stand in the other."""
     figure = Figure(figsize=(16, 4.8), layout="constrained")
     by_k, pairs, ranks = figure.subplots(1, 3)
@@ -87,7 +86,7 @@ def plot(rows: Sequence[Row], rankings: Mapping[str, Ranking], k: int) -> Figure
             [row["overlap"] for row in line],
             "o-",
             markersize=3,
-            label=plot_name(f"{a}, {b}"),
+            label=to_plot_label(f"{a}, {b}"),
         )
     by_k.plot([row["k"] for row in line], [row["chance"] for row in line], ":", color="tab:gray", label="random orders")
     by_k.set(xlabel="k", ylabel="overlap of the top k", ylim=(0, 1.02))
@@ -106,7 +105,7 @@ def _matrix(axis: Axes, rows: Sequence[Row], names: list[str], k: int) -> None:
     for (i, j), value in np.ndenumerate(values):
         text, light = ("", False) if i == j else ("-" if np.isnan(value) else f"{value:.2f}", abs(value) > 0.6)
         axis.text(j, i, text, ha="center", va="center", color="white" if light else "black", fontsize=9)
-    shown = list(map(plot_name, names))
+    shown = list(map(to_plot_label, names))
     axis.set_xticks(range(len(names)), shown, rotation=30, ha="right")
     axis.set_yticks(range(len(names)), shown)
     axis.set_title(f"k = {k}: overlap above, Spearman below the diagonal", fontsize=10)

@@ -26,7 +26,7 @@ ROW = {f.name for f in fields(Row)}
 LISTED = 500  # rows of an experiment's table that a page shows
 
 
-def page_of(folder: str | Path) -> Page:
+def load_page(folder: str | Path) -> Page:
     """All that a folder holds: tables and plots of every report, texts with their scores, rankings."""
     folder = Path(folder)
     tables = {path.stem: found for path in sorted(folder.glob("*.json")) if (found := _table(path)) is not None}
@@ -43,13 +43,13 @@ def page_of(folder: str | Path) -> Page:
         headline=[sentence for one in swept.values() for sentence in one["headline"]],
         provenance={stem: one["provenance"] for stem, one in tables.items()},
         rows=[{name: row.get(name) for name in (*ROW, "state")} for row in rows.values()],
-        maps={name: map_of(ranking) for name, ranking in _rankings(folder).items()},
+        maps={name: build_rank_map(ranking) for name, ranking in _rankings(folder).items()},
         reports=[_report(folder, stem, one, stem in swept) for stem, one in tables.items()],
         texts=texts,
     )
 
 
-def map_of(ranking: Ranking, bins: int = BINS) -> dict:
+def build_rank_map(ranking: Ranking, bins: int = BINS) -> dict:
     """Layer x rank: the mean change score of a layer's neurons in each bin of ranks, NaN where it has none there."""
     places, bins = ranking.top(len(ranking)), min(bins, len(ranking))
     scores = torch.ones(len(places)) if ranking.scores is None else ranking.scores[tuple(places.T)]

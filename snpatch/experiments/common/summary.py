@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
-from snpatch.experiments import NAMES, settings_in
+from snpatch.experiments import NAMES, resolve_settings
 from snpatch.files import write_text
-from snpatch.report.cells import markdown
+from snpatch.report.formatting import escape_markdown
 from snpatch.schema import parse_json
 from snpatch.worlds.context import ExperimentContext
 
@@ -32,7 +32,7 @@ def write(context: ExperimentContext, given: Mapping[str, Mapping[str, object]] 
             continue
         data = _read(path)
         told = data.get("provenance", {})
-        settings = asdict(settings_in(context.config, name, (given or {}).get(name)))
+        settings = asdict(resolve_settings(context.config, name, (given or {}).get(name)))
         if other := _other(told, context, settings):
             left_out[name] = other
             continue
@@ -40,7 +40,7 @@ def write(context: ExperimentContext, given: Mapping[str, Mapping[str, object]] 
         parts.append(section(name, data))
     if left_out:
         parts.append("## Left out\n")
-        parts += [f"- [{name}.json]({name}.json): {markdown(why)}" for name, why in left_out.items()]
+        parts += [f"- [{name}.json]({name}.json): {escape_markdown(why)}" for name, why in left_out.items()]
         parts.append("")
     write_text(context.out / "report.md", "\n".join(parts))
     write_text(context.out / "report.json", json.dumps(found, indent=1) + "\n")
@@ -50,8 +50,8 @@ def write(context: ExperimentContext, given: Mapping[str, Mapping[str, object]] 
 def section(name: str, data: Mapping) -> str:
     """What a report says of an experiment. data: the content of its NAME.json."""
     told = data["provenance"]
-    sentences = "".join(f"- {markdown(sentence)}\n" for sentence in data["headline"])
-    model, backend, seconds = (markdown(told[part]) for part in ("model", "backend", "seconds"))
+    sentences = "".join(f"- {escape_markdown(sentence)}\n" for sentence in data["headline"])
+    model, backend, seconds = (escape_markdown(told[part]) for part in ("model", "backend", "seconds"))
     return (
         f"## {name}\n\n{sentences}\nModel {model}, {backend}, {seconds} s; table: "
         f"[{name}.csv]({name}.csv), settings and provenance: [{name}.json]({name}.json).\n\n![{name}]({name}.png)\n"

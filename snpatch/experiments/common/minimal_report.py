@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from snpatch.report.cells import percent, plot_name, span
-from snpatch.report.report import Report, View
+from snpatch.report.formatting import format_interval, format_percent, to_plot_label
+from snpatch.report.report import Report, TableView
 from snpatch.runs.minimal import Minimal
 
 
-def report_of(results: Sequence[Minimal], share: float) -> Report:
+def build_minimal_report(results: Sequence[Minimal], share: float) -> Report:
     """minimal: a row a window that was looked at; minimal-blocks: a row a block that was added."""
     rows = [
         {
@@ -30,8 +30,8 @@ def report_of(results: Sequence[Minimal], share: float) -> Report:
         "ranking": "ranking",
         "k": "k",
         "prompts seen": "prompts",
-        "effect": lambda row: percent(row["effect"]),
-        "interval": lambda row: span(row, "effect", percent),
+        "effect": lambda row: format_percent(row["effect"]),
+        "interval": lambda row: format_interval(row, "effect", format_percent),
         "": lambda row: "smallest" if row["is_smallest"] else "",
     }
     tables = {"minimal": rows} | ({"minimal-blocks": blocks} if blocks else {})
@@ -39,7 +39,7 @@ def report_of(results: Sequence[Minimal], share: float) -> Report:
         "minimal",
         tables,
         {"minimal": _plot(results, share)},
-        View.of(rows, columns),
+        TableView.from_rows(rows, columns),
         [sentence for one in results for sentence in _sentences(one, share)],
     )
 
@@ -48,15 +48,15 @@ def _sentences(one: Minimal, share: float) -> list[str]:
     found = one.found
     cost = f"{found.used} completions in {found.rounds} rounds; the whole grid has {found.full}"
     if found.k is None:
-        sentences = [f"{one.recipient}: no k of {one.ranking} recovers {percent(share)} ({cost})."]
+        sentences = [f"{one.recipient}: no k of {one.ranking} recovers {format_percent(share)} ({cost})."]
     else:
         ends = ("below the grid" if found.low is None else found.low, "no end" if found.high is None else found.high)
         sentences = [
             f"{one.recipient}: {found.k} neurons by {one.ranking} are the fewest of the grid that recover "
-            f"{percent(share)} of {one.donor}'s gain (for prompts like these: {ends[0]} .. {ends[1]}; {cost})."
+            f"{format_percent(share)} of {one.donor}'s gain (for prompts like these: {ends[0]} .. {ends[1]}; {cost})."
         ]
     if one.blocks:
-        names = ", ".join(f"{block.name} ({percent(block.effect)})" for block in one.blocks)
+        names = ", ".join(f"{block.name} ({format_percent(block.effect)})" for block in one.blocks)
         sentences.append(f"{one.recipient}: blocks of {one.ranking} in the order in which they add most: {names}.")
     return sentences
 
@@ -68,11 +68,11 @@ def _plot(results: Sequence[Minimal], share: float) -> Figure:
         seen = one.found.curve
         middles = [point.effect for point in seen]
         errors = [[p.effect - p.low for p in seen], [p.high - p.effect for p in seen]]
-        name = plot_name(f"{one.recipient}, {one.ranking}")
+        name = to_plot_label(f"{one.recipient}, {one.ranking}")
         axis.errorbar([p.k for p in seen], middles, errors, fmt="o", capsize=3, label=name)
         if one.found.k is not None:
             axis.axvline(one.found.k, linestyle=":", color="tab:gray")
-    axis.axhline(share, color="tab:green", linestyle="--", label=f"{percent(share)} of the gain")
+    axis.axhline(share, color="tab:green", linestyle="--", label=f"{format_percent(share)} of the gain")
     axis.set(xlabel="patched neurons (k)", ylabel="causal effect")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.guard.config import GuardConfig
-from snpatch.guard.labels import Labelled, distinct, label
+from snpatch.guard.labels import LabeledPrompts, deduplicate, label_answers
 from snpatch.worlds.context import ExperimentContext
 
 
@@ -30,11 +30,11 @@ class GuardSettings:
         return GuardConfig(self.C, self.class_weight, self.folds, threshold=self.threshold)
 
 
-def labelled(context: ExperimentContext, name: str, harm_threshold: float) -> Labelled:
+def label_set(context: ExperimentContext, name: str, harm_threshold: float) -> LabeledPrompts:
     """A set's prompts with the generator's own answers, judged. A prompt that repeats in its set counts once."""
-    prompts = distinct(context.prompts(name))
+    prompts = deduplicate(context.prompts(name))
     with context.progress(f"answers to {name}") as progress:
-        return label(
+        return label_answers(
             context.engine,
             prompts,
             context.model(context.config.safety.generator),
