@@ -23,7 +23,7 @@ from setup_env import CPU_INDEX, ROOT, run, stop
 sys.path.append(str(Path(ROOT, "bench")))
 from gpu_host import register_plugin
 
-TESTS = """executor_vllm pair_vllm vllm_start vllm_worker vllm_runner_v2 vllm_piecewise vllm_quantised vllm_contract
+TESTS = """executor_vllm pair_vllm vllm_start vllm_worker vllm_runner_v2 vllm_piecewise vllm_quantization vllm_api_check
 goldens_vllm serve serve_limits""".split()
 # What vLLM's wheel for GPUs asks for and its Python does without on a CPU; the first three break transformers where
 # they do not fit PyTorch.

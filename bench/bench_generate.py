@@ -167,7 +167,7 @@ def about() -> dict:
 
 def against_native(benchmark, twin, native, name: str, sides: dict[str, int], run, new: int, prompt: int, **info):
     """`run` against native vLLM at `sides`' numbers of requests, both on one model runner."""
-    runner = twin.executor.started.runner
+    runner = twin.executor.worker_info.runner
     assert runner == runner_of(native), "the two sides run different model runners"
     others = {side: lambda n=n: run_native(native, n, new, prompt) for side, n in sides.items()}
     paired(benchmark, name, run, others, runner=runner, new=new, prompt=prompt, **info)
@@ -211,7 +211,7 @@ def test_windows(benchmark, twin):
     """32 different windows of one batch against one window for all."""
     patches = [Patch("sft", "dpo", RANKING, (i, i + K)) for i in range(32)]
     others = {"one window": lambda: run_twin(twin, 32)}
-    runner = twin.executor.started.runner
+    runner = twin.executor.worker_info.runner
     paired(benchmark, "32 windows", lambda: run_twin(twin, 32, patches), others, batch=32, runner=runner)
 
 
@@ -226,7 +226,7 @@ def test_statistics(benchmark, twin):
         assert (statistics.count == (32 * (PROMPT + NEW - 1) if observes else 0)).all()
 
     others = {"without": lambda: run(False)}
-    paired(benchmark, "statistics", lambda: run(True), others, batch=32, runner=twin.executor.started.runner)
+    paired(benchmark, "statistics", lambda: run(True), others, batch=32, runner=twin.executor.worker_info.runner)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_against_hooks(benchmark, twin, folder, batch, lengths):
     new = [NEW] * batch if lengths == "static" else [8 + 120 * i // (batch - 1) for i in range(batch)]
     others = {"hooks": lambda: hooked.generate(prompts(batch), new)}
     paired(benchmark, "twin", lambda: run_twin(twin, batch, PATCH, new), others, max(3, ROUNDS // 2), batch=batch,
-           lengths=lengths, runner=twin.executor.started.runner)  # fmt: skip
+           lengths=lengths, runner=twin.executor.worker_info.runner)  # fmt: skip
 
 
 def resident_bytes(process: int) -> int:
@@ -280,7 +280,7 @@ def test_contrast(benchmark, twin, touched, positions):
     benchmark.pedantic(run, rounds=1 if positions > 10**4 else 3, iterations=1)
     grown = sum(map(resident_bytes, mine)) - before
     benchmark.extra_info.update(
-        **about(), side="contrast", runner=twin.executor.started.runner, positions=len(texts) * length,
+        **about(), side="contrast", runner=twin.executor.worker_info.runner, positions=len(texts) * length,
         positions_per_s=len(texts) * length / benchmark.stats.stats.median, grown_bytes=grown,
         stored_bytes=2 * 4 * LAYERS * NEURONS * len(texts) * length,
     )  # fmt: skip
@@ -297,7 +297,7 @@ def test_profile(request, benchmark, traces, side):
         run_twin(engine, batch, PATCH, new) if side == "twin" else run_native(engine, batch, new)
 
     profiled = engine.executor.engine if side == "twin" else engine.llm_engine
-    runner = engine.executor.started.runner if side == "twin" else runner_of(engine)
+    runner = engine.executor.worker_info.runner if side == "twin" else runner_of(engine)
     before = set(traces[name].glob("*.json.gz"))
 
     def profile():

@@ -92,7 +92,7 @@ class TestPair:
                 run_native(native, batch)
 
         run = partial(run_twin, pair, batch, PATCH)
-        runner = pair.executor.started.runner
+        runner = pair.executor.worker_info.runner
         assert runner == runner_of(natives[0])
         paired(benchmark, "pair", run, {"two natives": both}, batch=batch, runner=runner,
                memory=asdict(pair.executor.memory))  # fmt: skip
@@ -105,4 +105,4 @@ class TestOneStream:
     def test_one_stream_against_native(self, benchmark, one_stream, native, batch):
         run = partial(run_twin, one_stream, batch, "base")
         others = {"native B": lambda: run_native(native, batch)}
-        paired(benchmark, "one stream", run, others, batch=batch, runner=one_stream.executor.started.runner)
+        paired(benchmark, "one stream", run, others, batch=batch, runner=one_stream.executor.worker_info.runner)

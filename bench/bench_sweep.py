@@ -71,7 +71,7 @@ def windows_in_one_batch(benchmark, engine, ranking, prompts, rounds, **info) ->
         "one window": lambda: write(engine, patches[:1], prompts(PROMPTS * WINDOWS)),
         "one after the other": one_after_the_other,
     }
-    runner = engine.executor.started.runner
+    runner = engine.executor.worker_info.runner
     paired(benchmark, "sweep", lambda: write(engine, patches, prompts(PROMPTS)), others, rounds=rounds,
            windows=WINDOWS, prompts=PROMPTS, new=NEW, runner=runner, **info)  # fmt: skip
 

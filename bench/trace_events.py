@@ -8,7 +8,7 @@ from collections import defaultdict
 
 # First match wins; names as CUDA libraries, vLLM, Inductor and snpatch's Triton kernels have them.
 GROUPS = (
-    ("snpatch's op", r"patched_glu|twin_|snpatch"),
+    ("snpatch's op", r"patched_glu|dual_stream_|snpatch"),
     ("attention", r"flash|attention|attn|fmha|merge_state|split_kv|_fwd_kernel"),
     ("cache writes", r"reshape_and_cache|concat_and_cache|copy_blocks"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|splitk|wgmma|aten::mm|aten::addmm|aten::linear|onednn|dnnl"),

@@ -46,7 +46,7 @@ from snpatch import Constant, Engine, Noise, Patch, ReceiptError, Sampling, Snpa
 from snpatch.errors import OverflowedError, SpoiledEngineError
 from snpatch.executors.base import Observation
 from snpatch.executors.vllm import versions
-from snpatch.executors.vllm.wire import salt_of
+from snpatch.executors.vllm.codec import cache_salt
 from snpatch.op.plan import Column, Entry
 from snpatch.ranking.statistics import Statistics
 
@@ -199,7 +199,7 @@ def test_a_request_reads_the_cache_of_its_own_patch_alone(engine):
     """Another window, ranking, recipient, donor, source, seed, or place: another salt; the same patch: the same one."""
 
     def salt(patch, ids=LONG[0]):
-        return salt_of(engine.requests.patched(ids, patch, sampling=Sampling()), speaker=0)
+        return cache_salt(engine.requests.patched(ids, patch, sampling=Sampling()), speaker=0)
 
     ranking, other = RANKINGS
     patches = [
@@ -264,7 +264,7 @@ def test_several_contrasts_at_once_keep_their_sums_apart(llama, engine):
         assert (scores - want["scores"]).abs().max() <= 1e-5 * want["scores"].abs().max()
     with pytest.raises(SnpatchError, match="all statistics groups are in use: start the engine with a larger max_gr"):
         observing(5)
-    assert not any(engine.executor.registry.in_use.values())
+    assert not any(engine.executor.slots.in_use.values())
 
 
 def test_captures_are_in_rank_order(llama, engine):
@@ -418,7 +418,7 @@ def test_two_streams_of_one_engine_do_not_take_each_others_texts(engine):
     next(stream := engine.stream(IDS, "sft", short))
     stream.close()
     assert not engine.executor.owners
-    assert not any(engine.executor.registry.in_use.values())
+    assert not any(engine.executor.slots.in_use.values())
     assert not engine.executor.engine.has_unfinished_requests()
 
 
@@ -440,7 +440,7 @@ def test_banks_give_rows_away_when_no_request_uses_them(llama, start):
     alone = [engine.generate([IDS[i % 8]], patch)[0].token_ids for i, patch in enumerate(together)]
     waited = engine.generate([IDS[i % 8] for i in range(len(together))], together)
     assert [c.token_ids for c in waited] == alone
-    assert not any(engine.executor.registry.in_use.values())
+    assert not any(engine.executor.slots.in_use.values())
 
 
 def test_what_can_never_fit_is_an_error_before_anything_runs(start):
@@ -566,7 +566,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing_behind(llama, start)
     assert not feed._capture_used.any()
     assert not feed.banks.receipt.any()
     assert feed.banks.capture.isnan().all()
-    assert not any(engine.executor.registry.in_use.values())
+    assert not any(engine.executor.slots.in_use.values())
     for first, last in zip(sizes[1], sizes[-1], strict=True):
         assert last - first < 2 << 20, sizes
 

@@ -210,4 +210,4 @@ def test_the_server_renders_chats_as_the_engine_reads_them(zoo, tmp_path, given)
     assert args.default_chat_template_kwargs == {"enable_thinking": False, **(given or {})}
     launched = engine.executor.launch.engine_args(scales_kv=False)
     assert launched.tokenizer == str(adapter)
-    assert engine.executor.launch.settings.ends == ((tiny.EOS, tiny.VOCAB.index(tiny.WORDS[7])),)
+    assert engine.executor.launch.settings.eos_ids == ((tiny.EOS, tiny.VOCAB.index(tiny.WORDS[7])),)

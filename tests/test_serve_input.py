@@ -74,7 +74,7 @@ def test_a_bad_patch_is_a_400_with_its_field(server, given, field, message):
         ({"vllm_xargs": {"snpatch": [1, 2, 3]}}, "snpatch is no JSON: wanted a text"),
         ({"vllm_xargs": {"snpatch": "{"}}, "snpatch is no JSON"),
         ({"vllm_xargs": {"snpatch": "[" * 3000}}, "snpatch is no JSON"),
-        ({"vllm_xargs": {"snpatch_on_one_set": 1}}, "wanted an object, or its JSON in vllm_xargs"),
+        ({"vllm_xargs": {"snpatch_same_weights": 1}}, "wanted an object, or its JSON in vllm_xargs"),
         ({"vllm_xargs": {"snpatch": json.dumps(SAFE)}, "snpatch": SAFE}, "stands in the request and in"),
         ({"snpatch": {**SAFE, "guard": "guard"}, "prompt_logprobs": 1}, "a guard does not go with"),
         ({"snpatch": {**SAFE, "guard": "guard"}, **CALLED}, "a guard does not go with a tool that must be called"),

@@ -87,7 +87,7 @@ def test_pieces_are_compiled_once_and_loaded_and_give_what_the_oracle_writes(zoo
     assert len(cold.pieces) == tiny.LAYERS + 1
     first, other = ([(n.op, str(n.target)) for n in g.graph.nodes if n.op == "call_function"] for g in cold.pieces[1:3])
     assert first == other
-    ours = [node for graph in cold.pieces for node in graph.graph.nodes if "twin_" in str(node.target)]
+    ours = [node for graph in cold.pieces for node in graph.graph.nodes if "dual_stream_" in str(node.target)]
     assert len(ours) == 2 * tiny.LAYERS
     assert not [node for node in ours if any(isinstance(argument, str) for argument in node.args)]
 
@@ -100,8 +100,8 @@ def test_a_layer_of_a_twin_launches_one_kernel_more_than_vllms_on_a_gpu(zoo, for
         ours = launches(twin.pieces[1])
     with forced(lambda: native(model.folder)) as plain, torch.inference_mode():
         theirs = launches(plain.pieces[1])
-    assert sum("twin_glu" in name for name in ours) == 1
-    assert not any("twin_glu" in name for name in theirs)
+    assert sum("dual_stream_glu" in name for name in ours) == 1
+    assert not any("dual_stream_glu" in name for name in theirs)
     assert len(ours) == len(theirs) + 1, (ours, theirs)
 
 

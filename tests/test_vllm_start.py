@@ -21,7 +21,7 @@ from processes import command_line, descendants, is_running
 from safetensors.torch import load_file, save_file
 
 from snpatch import Engine, Sampling, SnpatchError
-from snpatch.executors.vllm import launch, log, processes, quantised
+from snpatch.executors.vllm import launch, log, processes, quantization
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -33,7 +33,7 @@ NARROW = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 def temporary(tmp_path, monkeypatch):  # pytest has its own folder by now
     """This process's temporary folder, whose path has room for a socket; empty at the end."""
     folder = Path(tempfile.mkdtemp())
-    with log.quiet():  # the one log of this process is elsewhere
+    with log.redirect_output():  # the one log of this process is elsewhere
         pass
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield folder
@@ -80,7 +80,7 @@ def test_what_vllm_says_when_it_does_not_start_is_in_the_error_and_the_log(zoo, 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SnpatchError, RuntimeError])
 def test_what_was_started_before_a_start_fails_is_ended_and_removed(temporary, error):
-    from snpatch.executors.vllm.lifetime import starting
+    from snpatch.executors.vllm.engine_lifecycle import starting
 
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace()),
@@ -147,30 +147,30 @@ def test_workers_share_all_cores_unless_a_user_bound_them(monkeypatch, workers, 
 def test_what_is_written_in_a_quiet_block_is_in_the_log(capfd, monkeypatch):
     for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"):
         monkeypatch.delenv(name, raising=False)
-    with log.quiet(), log.quiet():
+    with log.redirect_output(), log.redirect_output():
         os.write(1, b"from C\n")
         subprocess.run(["sh", "-c", "echo from a process >&2"], check=True)
     os.write(2, b"the user's\n")
     assert capfd.readouterr() == ("", "the user's\n")
-    text = Path(log.named().removeprefix("its log: ")).read_text()
+    text = Path(log.keep_log().removeprefix("its log: ")).read_text()
     assert text.endswith("from C\nfrom a process\n")
 
 
 def test_what_an_import_of_trl_sets_asks_for_no_messages(capfd, monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-    with log.quiet():
+    with log.redirect_output():
         os.write(2, b"from C\n")
     assert capfd.readouterr().err == ""
-    assert log.named().startswith("its log: ")
+    assert log.keep_log().startswith("its log: ")
 
 
 def test_a_user_who_asks_for_vllms_messages_has_them(capfd, monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    with log.quiet():
+    with log.redirect_output():
         os.write(2, b"from C\n")
     assert capfd.readouterr().err == "from C\n"
-    assert log.named() == "its own messages above say more"
+    assert log.keep_log() == "its own messages above say more"
 
 
 @pytest.mark.engine
@@ -213,14 +213,14 @@ OSError: of a finalizer
 def test_the_cause_is_the_first_error_since_an_engine_started(monkeypatch, of_engine, cause):
     for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"):
         monkeypatch.delenv(name, raising=False)
-    with log.quiet():
+    with log.redirect_output():
         os.write(1, LOG.replace("the root", "of an engine before").encode())
-        log.mark()
-        assert log.cause(of_engine=of_engine) == ""
+        log.mark_start()
+        assert log.first_error(of_engine=of_engine) == ""
         os.write(1, LOG.encode())
-    assert log.cause(of_engine=of_engine) == cause
-    log.named()  # which moves the log
-    assert log.cause(of_engine=of_engine) == cause
+    assert log.first_error(of_engine=of_engine) == cause
+    log.keep_log()  # which moves the log
+    assert log.first_error(of_engine=of_engine) == cause
 
 
 class Config:
@@ -237,7 +237,7 @@ class Config:
 
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError, OSError, ImportError, AssertionError])
 def test_a_start_that_fails_with_any_error_is_one_line(kind, monkeypatch):
-    from snpatch.executors.vllm.lifetime import starting
+    from snpatch.executors.vllm.engine_lifecycle import starting
 
     for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -249,7 +249,7 @@ def test_a_start_that_fails_with_any_error_is_one_line(kind, monkeypatch):
 def test_what_vllms_own_checks_refuse_is_told_by_its_reason():
     from pydantic import BaseModel, field_validator
 
-    from snpatch.executors.vllm.lifetime import starting
+    from snpatch.executors.vllm.engine_lifecycle import starting
 
     class Sizes(BaseModel):
         length: int
@@ -269,7 +269,7 @@ def test_what_vllms_own_checks_refuse_is_told_by_its_reason():
 
 
 UNGUARDED = """
-from snpatch.executors.vllm.lifetime import starting
+from snpatch.executors.vllm.engine_lifecycle import starting
 from multiprocessing import get_context
 import os, sys
 if os.environ.get("IS_CHILD"):
@@ -326,9 +326,10 @@ def test_weights_of_4_bits_need_a_cpu_with_kernels(table, has_kernel, monkeypatc
         model_config=SimpleNamespace(model="m", hf_config=SimpleNamespace(quantization_config=table))
     )
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
-    monkeypatch.setattr(quantised.torch.ops, "_C", SimpleNamespace(**{quantised.CPU_4_BITS: 1} if has_kernel else {}))
+    operators = SimpleNamespace(**{quantization.CPU_4_BITS: 1} if has_kernel else {})
+    monkeypatch.setattr(quantization.torch.ops, "_C", operators)
     if has_kernel or not table or "4" not in str(table):
-        quantised.check_kernels(config)
+        quantization.check_kernels(config)
     else:
         with pytest.raises(SnpatchError, match=r"m: its weights have 4 bits, .* needs AVX-512"):
-            quantised.check_kernels(config)
+            quantization.check_kernels(config)

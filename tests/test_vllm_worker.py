@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from snpatch import SnpatchError
-from snpatch.executors.vllm import registry
+from snpatch.executors.vllm import slots
 from snpatch.executors.vllm.settings import KEY, DualStreamSettings
 from snpatch.op.plan import Column, Entry
 
@@ -117,7 +117,7 @@ def test_a_stale_handle_and_a_broken_row_are_errors():
 
 
 def test_a_bank_gives_the_longest_unused_row_away_and_never_a_used_one():
-    bank = registry.Bank("ranking", 0, 2, "max_rankings")
+    bank = slots.SlotPool("ranking", 0, 2, "max_rankings")
     ids, writes = bank.take({"a": {}, "b": {}})
     assert [writes[key][2] for key in "ab"] == [0, 1]
     assert not bank.has_room({"c": {}})
@@ -203,9 +203,9 @@ CONFIG = {
 }  # fmt: skip
 
 
-def config_of(streams: int = 2, has_second: bool = False, top: dict | None = None, **parts) -> SimpleNamespace:
+def config_of(streams: int = 2, has_secondary: bool = False, top: dict | None = None, **parts) -> SimpleNamespace:
     """A vLLM config as far as `refuse` reads it. top and parts: what differs from one that is fine."""
-    settings = DualStreamSettings(streams=streams, has_second=has_second)
+    settings = DualStreamSettings(streams=streams, has_secondary=has_secondary)
     made = {name: SimpleNamespace(**{**fields, **parts.get(name, {})}) for name, fields in CONFIG.items()}
     rest = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None, "quant_config": None}
     return SimpleNamespace(**{**made, **rest, "additional_config": settings.as_config(), **(top or {})})
@@ -232,11 +232,11 @@ def test_what_would_be_wrong_without_a_word_is_refused(streams, message, given):
 def test_batch_invariant_kernels_are_refused_for_a_pair_alone(monkeypatch):
     from snpatch.executors.vllm.settings import refuse
 
-    refuse(config_of(has_second=True))
+    refuse(config_of(has_secondary=True))
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     refuse(config_of())
     with pytest.raises(SnpatchError, match="batch-invariant kernels"):
-        refuse(config_of(has_second=True))
+        refuse(config_of(has_secondary=True))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class ServeOptions:
     def made(self, values: dict) -> ServeConfig:
         from snpatch.executors.vllm import log
 
-        with log.quiet():  # what vLLM says while it is imported
+        with log.redirect_output():  # what vLLM says while it is imported
             from snpatch.server import vllm_args
 
         model = Path(values["model"])

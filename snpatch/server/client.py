@@ -18,9 +18,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from snpatch.errors import OverflowedError, ReceiptError, SnpatchError
 from snpatch.executors.base import Output, Request
 from snpatch.executors.rows import named_by
-from snpatch.executors.vllm.registry import Held
+from snpatch.executors.vllm.codec import EngineRequest
 from snpatch.executors.vllm.settings import KEY
-from snpatch.executors.vllm.wire import Sent
+from snpatch.executors.vllm.slots import SlotLease
 from snpatch.sampling import SEEDS, Sampling
 from snpatch.server import metrics
 from snpatch.server.patch_request import CURRENT_PATCH, PatchContext, Receipt
@@ -203,11 +203,11 @@ class PatchedClient:
         ids, is_delta = [], params.output_kind == RequestOutputKind.DELTA
         is_waiting = True
 
-        def send(held: Held) -> Sent:
+        def send(lease: SlotLease) -> EngineRequest:
             nonlocal is_waiting
             is_waiting = False
             serving.waiting -= 1
-            return self._sent(text, held)
+            return self._sent(text, lease)
 
         serving.waiting += 1
         try:
@@ -230,8 +230,8 @@ class PatchedClient:
         finally:
             serving.waiting -= is_waiting
 
-    def _sent(self, text: _Text, held: Held) -> Sent:
-        tag = self.engine.executor.wire.tag(text.request, held)
+    def _sent(self, text: _Text, lease: SlotLease) -> EngineRequest:
+        tag = self.engine.executor.codec.tag(text.request, lease)
         prompt, params = dict(text.prompt), text.params
         if tag.extra_args:
             params.extra_args = {**(params.extra_args or {}), **tag.extra_args}
@@ -239,7 +239,7 @@ class PatchedClient:
             prompt["cache_salt"] = f"{prompt['cache_salt']}+{tag.salt}"
         elif tag.salt is not None:
             prompt["cache_salt"] = tag.salt
-        return Sent(text.name, tag, prompt, params, text.more)
+        return EngineRequest(text.name, tag, prompt, params, text.more)
 
     def _confirm(self, text: _Text, ids: list[int], reason: str | None, records: list[list[dict]] | None) -> None:
         """Keep the receipt of a finished text; one that differs from the patch is a ReceiptError."""
@@ -250,7 +250,7 @@ class PatchedClient:
             return
         if records is not None:
             try:
-                self.engine.executor.wire.confirm(request, found, records)
+                self.engine.executor.codec.confirm(request, found, records)
             except OverflowedError as error:
                 metrics.OVERFLOWED.inc()
                 raise self.serving.judge(error) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from snpatch.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import log, versions
-from snpatch.executors.vllm.lifetime import died
+from snpatch.executors.vllm.engine_lifecycle import engine_dead_error
 from snpatch.judges.opening import REFUSAL, is_model, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.judges.refusal import RefusalWords
@@ -65,7 +65,7 @@ async def _serve(config: ServeConfig) -> None:
         has_own_template=args.chat_template is not None,
     )
     try:
-        with log.quiet():
+        with log.redirect_output():
             address, sock = setup_server(args, **_only_one(setup_server))
     except (OSError, KeyError) as error:
         raise SnpatchError(f"vLLM's server does not start: {first_line(error)}") from error
@@ -89,7 +89,7 @@ async def _serve(config: ServeConfig) -> None:
     if serving.spoiled is not None:
         raise serving.spoiled
     if is_dead:
-        raise died()
+        raise engine_dead_error()
 
 
 def _served_names(args: Namespace, model: str) -> tuple[str, ...]:

@@ -158,7 +158,7 @@ class PatchRegistry:
         for field, name in (("recipient", form.recipient), *(("donor", name) for name in donors)):
             with within(field):
                 self.engine.requests.model(name)
-        self.engine.executor.registry.check(self.engine.requests.patched([0], _anywhere(patch)))
+        self.engine.executor.slots.check_request(self.engine.requests.patched([0], _anywhere(patch)))
         guard = None if form.guard is None else self._guard_of(form.guard, form.recipient)
         return PatchContext(_without_defaults(form), patch, guard)
 
@@ -177,7 +177,7 @@ class PatchRegistry:
         guard, engine = Guard.load(file), self.engine
         guard.check_engine(engine)
         capture = engine.requests.capturing([[0]], guard.model, guard.ranking, guard.k, "prompt_last")
-        engine.executor.registry.check(capture[0])
+        engine.executor.slots.check_request(capture[0])
         return guard
 
 

@@ -128,6 +128,6 @@ class ServerState:
 
     def check_waiting(self, n: int = 1) -> None:
         """An error for so many more texts where too many wait."""
-        is_full = self.engine.executor.waiting > 0
+        is_full = self.engine.executor.num_waiting > 0
         if is_full and self.waiting + n > self.config.max_waiting:
             raise ServerBusyError(f"{self.waiting} texts wait for a place of what they name, and {n} more would")

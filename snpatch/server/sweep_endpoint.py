@@ -102,7 +102,7 @@ class Sweep:
         for point in self._points:
             asked = requests.writing(encoded[speaker(point.patch)], point.patch, sampling)
             made.append([request for _, request in asked])
-            self._serving.engine.executor.registry.check(made[-1][0])
+            self._serving.engine.executor.slots.check_request(made[-1][0])
         return made
 
     def _check_asked(self) -> None:
@@ -229,7 +229,7 @@ class Sweep:
         points.append(_Point(replace(patched[0], window=0), NOTHING))
         itself = replace(patched[0], donor=form.recipient, window=largest, strength=1.0)
         try:
-            self._serving.engine.executor.registry.check(self._serving.engine.requests.patched([0], itself))
+            self._serving.engine.executor.slots.check_request(self._serving.engine.requests.patched([0], itself))
             points.append(_Point(itself, SELF))
         except SnpatchError as error:  # two sets of weights, compiled: one model cannot run in both streams
             self._no_self_patch = str(error)

@@ -112,7 +112,7 @@ def main() -> None:
         @routes.get(HELD)
         async def held() -> dict:
             found = await executor.engine.collective_rpc(kept)
-            here = {**executor.registry.in_use, "waiting": executor.waiting, "sweeps": len(serving.sweeps)}
+            here = {**executor.slots.in_use, "waiting": executor.num_waiting, "sweeps": len(serving.sweeps)}
             return here | {name: sum(one[name] for one in found) for name in found[0]}
 
         @routes.post(MISCOUNT)

@@ -1,22 +1,22 @@
-"""The vLLM executor: both streams of every request inside vLLM's own batches.
+"""vLLM executor: recipient and donor streams of every request inside vLLM's own batches.
 
-In the user's process:
+Only this folder and `server` import vllm.
 
-    executor      many requests to their end: what `Engine` runs on
-    streaming     one request at a time from many callers: what `AsyncEngine` runs on
-    pooling       rows of ids to logits: what score models run on
-    wire          how a request travels, and what comes back
-    registry      rows for what requests name
-    answers       what the workers answer
-    launch        what vLLM is started with
-    lifetime      an engine from its start to its end
-    offspring     its processes, and what they leave behind
-    log           where its messages go
-    temporary     folders that the next start removes
-    versions      which vLLM versions are served
-    contract      every name of vLLM that is touched, for versions that nobody has seen
+In the client process:
 
-In all processes: settings, packing, processes, quantised. In vLLM's own processes: worker/.
+    executor          many requests until all are finished; used by `Engine`
+    streaming         one request at a time from many callers; used by `AsyncEngine`
+    pooling           token ids to logits; used by score models
+    executor_base     state that both executors share
+    codec             requests to vLLM's arguments, vLLM's results to outputs
+    slots             slots of adapters, rankings, constants and statistics on the device
+    launch            vLLM's engine arguments
+    engine_lifecycle  start and end of an engine
+    child_processes   vLLM's processes and the files they leave
+    log               file for vLLM's messages
+    temporary         temporary folders that the next start removes
+    versions          supported vLLM versions
+    api_check         every name of vLLM that is used, to check unknown versions
 
-Only this folder imports vllm.
+In all processes: settings, rpc, processes, quantization, zeroing. In vLLM's processes: worker/.
 """

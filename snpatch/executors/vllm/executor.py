@@ -11,11 +11,11 @@ from contextlib import suppress
 
 from snpatch.errors import OverflowedError, SnpatchError
 from snpatch.executors.base import Memory, Output, Request
-from snpatch.executors.vllm.answers import Started, answers_of
-from snpatch.executors.vllm.lifetime import died, start_engine
-from snpatch.executors.vllm.registry import Held
-from snpatch.executors.vllm.side import UsersSide
-from snpatch.executors.vllm.wire import Sent
+from snpatch.executors.vllm.codec import EngineRequest
+from snpatch.executors.vllm.engine_lifecycle import engine_dead_error, start_engine
+from snpatch.executors.vllm.executor_base import VllmExecutorBase, WorkerInfo
+from snpatch.executors.vllm.rpc import unwrap_answers
+from snpatch.executors.vllm.slots import SlotLease
 from snpatch.models.model import Model
 from snpatch.op.plan import unless_end
 from snpatch.ranking.statistics import Statistics
@@ -25,7 +25,7 @@ FETCH = 512  # finished requests whose receipts are fetched at once
 FETCH_S = 0.25  # or so long after the first of them finished
 
 
-class VllmExecutor(UsersSide):
+class VllmExecutor(VllmExecutorBase):
     """Loads a causal language model into vLLM as a twin and serves `Executor`."""
 
     def start(self, models: Sequence[Model]) -> None:
@@ -34,7 +34,7 @@ class VllmExecutor(UsersSide):
         self.stale: list[int] = []  # tickets of aborted requests, whose records are to be dropped
         self.owners: dict[str, _Run] = {}  # vLLM's name of what runs -> who asked for it
         try:
-            self.started = Started.of(self.command("snpatch_start"))
+            self.worker_info = WorkerInfo.from_answers(self.command("snpatch_start"))
         except BaseException:
             self.close()
             raise
@@ -43,11 +43,11 @@ class VllmExecutor(UsersSide):
     @property
     def memory(self) -> Memory:
         """What all workers hold."""
-        return self.started.memory
+        return self.worker_info.memory
 
     def check_request(self, request: Request) -> None:
         """An error for what this engine has no room for, however long a request waits."""
-        self.registry.check(request)
+        self.slots.check_request(request)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
         """(index, output) of each request as it finishes, its receipt checked. Requests are taken as there is room."""
@@ -67,9 +67,9 @@ class VllmExecutor(UsersSide):
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return answers_of(self.engine.collective_rpc(name, args=arguments))
+            return unwrap_answers(self.engine.collective_rpc(name, args=arguments))
         except EngineDeadError as error:
-            raise died() from error
+            raise engine_dead_error() from error
 
     def step(self) -> None:
         """Wait for vLLM's next results, and hand each to the run that asked for it."""
@@ -89,8 +89,8 @@ class _Run:
 
     def __init__(self, executor: VllmExecutor) -> None:
         self._executor = executor
-        self._running: dict[str, tuple[int, Request, Sent, Held]] = {}  # by vLLM's name
-        self._finished: deque[tuple[int, Request, Sent, Output]] = deque()  # but for their receipts
+        self._running: dict[str, tuple[int, Request, EngineRequest, SlotLease]] = {}  # by vLLM's name
+        self._finished: deque[tuple[int, Request, EngineRequest, Output]] = deque()  # but for their receipts
         self._groups: dict[int, tuple[Statistics, int]] = {}  # by the identity of the statistics
         self._waiting: tuple[int, Request] | None = None  # the one that there was no room for
         self._fetch_at = 0.0
@@ -110,15 +110,15 @@ class _Run:
                     executor.step()
             self._gather()
         except EngineDeadError as error:
-            raise died() from error
+            raise engine_dead_error() from error
 
     def take(self, result) -> None:
         """One of this run's requests is finished."""
-        index, request, sent, held = self._running.pop(result.request_id)
-        held.release()
+        index, request, sent, lease = self._running.pop(result.request_id)
+        lease.release()
         if not self._finished:
             self._fetch_at = time.monotonic() + FETCH_S
-        self._finished.append((index, request, sent, self._executor.wire.output(request, result)))
+        self._finished.append((index, request, sent, self._executor.codec.decode(request, result)))
 
     def end(self) -> None:
         """Nothing of it is left behind. Sends only, as the engine may be ending; records are dropped by the next."""
@@ -126,11 +126,11 @@ class _Run:
 
         executor = self._executor
         executor.stale += [sent.tag.ticket for _, _, sent, _ in (*self._running.values(), *self._finished)]
-        for name, (_, _, _, held) in self._running.items():
-            held.release()
+        for name, (_, _, _, lease) in self._running.items():
+            lease.release()
             executor.owners.pop(name, None)
         for _, group in self._groups.values():
-            executor.registry.give_back_group(group)
+            executor.slots.release_group(group)
         if self._running and executor.engine is not None:
             with suppress(EngineDeadError):
                 executor.engine.abort_request(list(self._running))
@@ -145,22 +145,22 @@ class _Run:
             if request is None:
                 break
             group = self._group_of(request)
-            held = executor.registry.take(request, group)
-            if held is None:
+            lease = executor.slots.acquire(request, group)
+            if lease is None:
                 assert executor.owners, "nothing runs, and there is no room for a request that fits"
                 self._waiting = index, request
                 break
             self._waiting = None
             try:
-                for write in held.writes:
+                for write in lease.writes:
                     executor.command("snpatch_write", *write)
-                held.written()
-                sent = executor.wire.sent(request, held)
+                lease.mark_written()
+                sent = executor.codec.encode(request, lease)
                 executor.engine.add_request(sent.name, sent.prompt, sent.params)
             except BaseException:
-                held.release()
+                lease.release()
                 raise
-            self._running[sent.name] = index, request, sent, held
+            self._running[sent.name] = index, request, sent, lease
             executor.owners[sent.name] = self
             admitted = True
         return admitted
@@ -171,7 +171,7 @@ class _Run:
             return -1
         into = request.observe.into
         if id(into) not in self._groups:
-            group = self._executor.registry.take_group()
+            group = self._executor.slots.acquire_group()
             self._groups[id(into)] = into, group
             self._executor.command("snpatch_clear_statistics", [group])
         group = self._groups[id(into)][1]
@@ -188,7 +188,7 @@ class _Run:
         self._finished.clear()
         for (_, request, _, output), *shards in zip(finished, *answers, strict=True):
             try:
-                executor.wire.confirm(request, output, shards)
+                executor.codec.confirm(request, output, shards)
             except OverflowedError as error:
                 output.error = error
         for index, _, _, output in finished:
@@ -200,6 +200,6 @@ class _Run:
             return
         statistics, groups = zip(*self._groups.values(), strict=True)
         answers = self._executor.command("snpatch_statistics", list(groups))
-        found = self._executor.wire.gathered(self._executor.started.shards, answers)
+        found = self._executor.codec.gather_statistics(self._executor.worker_info.shards, answers)
         for one, own in zip(statistics, found, strict=True):
             one.add(own.sums, own.count)

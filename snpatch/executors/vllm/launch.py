@@ -66,7 +66,7 @@ class DualStreamLaunch:
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {own.model_type} model has no k_proj and v_proj of their own")
 
-    def check(self, name: str, model: Model) -> None:
+    def check_model(self, name: str, model: Model) -> None:
         """An error for keys or values that the engine is started without scaling."""
         if self.settings.scales_kv is False and model.scales_kv:
             raise SnpatchError(
@@ -130,7 +130,7 @@ def dual_stream_arguments(model, config, dtype: str, arguments: dict) -> dict:
     return checked
 
 
-@log.quiet()
+@log.redirect_output()
 def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] = ()) -> dict:
     """vLLM's engine arguments: the user's and our own, checked. refused: further ones that nobody may set."""
     from vllm.engine.arg_utils import AsyncEngineArgs

@@ -29,7 +29,7 @@ _turning = threading.RLock()  # two that start at once would give each other's d
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def redirect_output() -> Iterator[None]:
     """All that this process and those that it starts write inside this block, and vLLM's logger ever after, is in the
     log; where the user asked for vLLM's messages they are on stderr."""
     if _is_loud():
@@ -55,14 +55,14 @@ def quiet() -> Iterator[None]:
                     handler.setStream(log)
 
 
-def mark() -> None:
-    """Let `cause` read what is written from here on: an engine starts."""
+def mark_start() -> None:
+    """Let `first_error` read what is written from here on: an engine starts."""
     global _mark
     _mark = 0 if _is_loud() else os.fstat(_log_of(os.getpid()).fileno()).st_size
 
 
-def cause(*, of_engine: bool = False) -> str:
-    """Return the first error of the log since `mark`, in one line; "" where it holds none.
+def first_error(*, of_engine: bool = False) -> str:
+    """Return the first error of the log since `mark_start`, in one line; "" where it holds none.
 
     Of a chain of errors Python prints the first one first. of_engine: of those that vLLM's own processes tell.
     """
@@ -80,7 +80,7 @@ def cause(*, of_engine: bool = False) -> str:
     return ""
 
 
-def named() -> str:
+def keep_log() -> str:
     """Return where vLLM's messages are, for an error; from now on the log is kept, outside of its temporary folder."""
     if _is_loud():
         return "its own messages above say more"

@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import versions
+from snpatch.executors.vllm.engine_lifecycle import engine_dead_error, start_engine
 from snpatch.executors.vllm.launch import engine_arguments
-from snpatch.executors.vllm.lifetime import died, start_engine
-from snpatch.executors.vllm.settings import BIAS
+from snpatch.executors.vllm.settings import SCORE_BIAS
 from snpatch.executors.vllm.worker import plugin
 
 CACHED_TOKENS = 16384  # keys and values of that many tokens, or of one longest text
@@ -44,7 +44,7 @@ class PoolingEngine:
             "worker_extension_cls": "snpatch.executors.vllm.worker.score_head.WorkerExtension",
         }
         if has_bias is not None:
-            layout = {"architectures": [plugin.SCORE], BIAS: has_bias}
+            layout = {"architectures": [plugin.SCORE], SCORE_BIAS: has_bias}
             own["hf_overrides"] = {**layout, **arguments.pop("hf_overrides", {})}
         checked = engine_arguments(model, own, arguments, refused=("convert", "pooler_config"))
         self._numbers = count(1)
@@ -68,7 +68,7 @@ class PoolingEngine:
                 for result in self._engine.step():
                     logits[running.pop(result.request_id)] = result.outputs.data
         except EngineDeadError as error:
-            raise died() from error
+            raise engine_dead_error() from error
         except BaseException:
             with suppress(EngineDeadError):
                 self._engine.abort_request(list(running))

@@ -20,13 +20,13 @@ REASON = "SNPATCH_REASON"  # the file in which they tell it why they cannot star
 EVERY_S = 1.0
 
 
-def watch() -> None:
+def exit_with_parent() -> None:
     """In a worker: look every second whether the user's process is still there, and leave when it is not."""
     if parent := _parent():
         threading.Thread(target=_watch, args=(parent, os.getppid()), daemon=True, name="snpatch-orphans").start()
 
 
-def leave_ctrl_c() -> None:
+def ignore_ctrl_c() -> None:
     """In any process of vLLM: do not answer Ctrl-C. plugin.py calls this where it was spawned, fork does itself.
 
     Why both: a forked process gets vLLM's handler later, which the mask outlasts; a spawned one may have threads
@@ -38,11 +38,11 @@ def leave_ctrl_c() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-os.register_at_fork(after_in_child=leave_ctrl_c)
+os.register_at_fork(after_in_child=ignore_ctrl_c)
 
 
 @contextmanager
-def telling() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """In a worker: a SnpatchError out of this block reaches the user's process. vLLM only tells that one failed."""
     try:
         yield
@@ -52,7 +52,7 @@ def telling() -> Iterator[None]:
         raise
 
 
-def below(roots: Iterable[int]) -> list[int]:
+def descendants(roots: Iterable[int]) -> list[int]:
     """These processes, and all that they and theirs have started."""
     children = defaultdict(list)
     for process in filter(str.isdecimal, os.listdir("/proc")):
@@ -75,7 +75,7 @@ class _Interrupted(BaseException):
 
 
 @contextmanager
-def ctrl_c_stops() -> Iterator[None]:
+def interrupt_on_ctrl_c() -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt out of this block, unless the user has a handler of their own."""
     if (
         threading.current_thread() is not threading.main_thread()

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 
 from snpatch.config import Capacity, ModelSource
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm import quantised
+from snpatch.executors.vllm import quantization
 from snpatch.models.digest import folder_of_adapter, pinned
 
-BIAS = "score_bias"  # in the config that a score model's worker gets: whether its head has a bias
-ON_ONE_SET = "snpatch_on_one_set"  # of extra_args: both models of the request are on one of two sets of weights
+SCORE_BIAS = "score_bias"  # in the config that a score model's worker gets: whether its head has a bias
+SAME_WEIGHTS = "snpatch_same_weights"  # of extra_args: both models of the request are on one of two sets of weights
 KEY = "snpatch"  # of additional_config, and of each request's extra_args: [ticket, *row]
 
 
@@ -23,15 +23,15 @@ class DualStreamSettings(Capacity):
     """The sizes, and what else every process has to know.
 
     ends: of each set of weights the tokens that end its texts; their positions do not count where a request says so.
-    weights, lora: of the second set, if there is one; see ModelSource. tells_rows: whether nothing is compiled, so that
+    weights, lora: of the second set; see ModelSource. supports_row_routing: nothing is compiled, so that
     a row can go through the other stream's set. allow_untested: try quantisations that no test
     covers.
     """
 
-    ends: tuple[tuple[int, ...], ...] = ((),)
-    has_second: bool = False
+    eos_ids: tuple[tuple[int, ...], ...] = ((),)
+    has_secondary: bool = False
     weights: str | None = None
-    tells_rows: bool = True
+    supports_row_routing: bool = True
     lora: tuple[str, ...] = ()
     allow_untested: bool = False
 
@@ -45,12 +45,12 @@ class DualStreamSettings(Capacity):
         is_eager: bool,
         allow_untested: bool,
     ) -> "DualStreamSettings":
-        parts = {"tells_rows": is_eager}
+        parts = {"supports_row_routing": is_eager}
         if second is not None:
             lora = tuple(str(folder_of_adapter(one)) for one in second.lora)
-            parts |= {"has_second": True, "weights": second.checkpoint and pinned(second.checkpoint), "lora": lora}
+            parts |= {"has_secondary": True, "weights": second.checkpoint and pinned(second.checkpoint), "lora": lora}
         every = tuple(tuple(sorted(one)) for one in ends)
-        return cls(**asdict(sizes), ends=every, allow_untested=allow_untested, **parts)
+        return cls(**asdict(sizes), eos_ids=every, allow_untested=allow_untested, **parts)
 
     def as_config(self) -> dict:
         """For vLLM's `additional_config`."""
@@ -94,8 +94,8 @@ def _reasons(vllm_config, settings: DualStreamSettings) -> dict[str, bool]:
         vllm_config.parallel_config,
         vllm_config.compilation_config.pass_config,
     )
-    untested = [] if settings.allow_untested else quantised.untested(vllm_config)
-    is_untried_pair = settings.has_second and model.quantization is not None and not settings.allow_untested
+    untested = [] if settings.allow_untested else quantization.untested_quantization(vllm_config)
+    is_untried_pair = settings.has_secondary and model.quantization is not None and not settings.allow_untested
     return {
         "speculative decoding: draft tokens that are rejected would be patched and counted": (
             vllm_config.speculative_config is not None
@@ -123,12 +123,12 @@ def _reasons(vllm_config, settings: DualStreamSettings) -> dict[str, bool]:
         "Ray as the executor of vLLM's workers: they would end with the process that started Ray; use "
         'distributed_executor_backend="mp"': bool(parallel.use_ray),
         "batch-invariant kernels (VLLM_BATCH_INVARIANT) and a second set of weights: each set's rows are not side by "
-        "side": settings.has_second and os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0",
+        "side": settings.has_secondary and os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0",
         "encoder-decoder models: only decoders are patched": bool(model.is_encoder_decoder),
         "fast prefill with shared KV: it skips tokens of later layers": bool(
             vllm_config.cache_config.kv_sharing_fast_prefill
         ),
-        f"the quantisation {', '.join(untested)}, which is not tested (tested: {quantised.TESTED}); "
+        f"the quantisation {', '.join(untested)}, which is not tested (tested: {quantization.TESTED}); "
         "allow_untested=True tries it": bool(untested),
         "a second set of weights where they are quantised, which is not tested; allow_untested=True tries it, and one "
         "engine for each model does without": is_untried_pair,
@@ -160,7 +160,7 @@ def _reasons_of_two_streams(vllm_config) -> dict[str, bool]:
             bool(compilation.compile_sizes) and "+rotary_embedding" in compilation.custom_ops
         ),
         "a scale for each head of the cache (kv_cache_scheme attn_head): the twin has twice the heads": (
-            quantised.scales_heads(vllm_config)
+            quantization.has_per_head_scales(vllm_config)
         ),
     }
 

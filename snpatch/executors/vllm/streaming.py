@@ -11,17 +11,17 @@ from contextlib import aclosing, suppress
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Output, Request
 from snpatch.executors.rows import named_by
-from snpatch.executors.vllm.answers import Started, answers_of
-from snpatch.executors.vllm.lifetime import died, start_async_engine
-from snpatch.executors.vllm.registry import Held
-from snpatch.executors.vllm.side import UsersSide
-from snpatch.executors.vllm.wire import Sent
+from snpatch.executors.vllm.codec import EngineRequest
+from snpatch.executors.vllm.engine_lifecycle import engine_dead_error, start_async_engine
+from snpatch.executors.vllm.executor_base import VllmExecutorBase, WorkerInfo
+from snpatch.executors.vllm.rpc import unwrap_answers
+from snpatch.executors.vllm.slots import SlotLease
 from snpatch.models.model import Model
 
 LOOK_S = 0.2  # between two looks at whether vLLM's engine lives
 
 
-class StreamingExecutor(UsersSide):
+class StreamingExecutor(VllmExecutorBase):
     """Loads a causal language model into vLLM as a twin. To be started before it is used."""
 
     async def start(self, models: Sequence[Model], log_stats: bool = False) -> None:
@@ -34,7 +34,7 @@ class StreamingExecutor(UsersSide):
         self._tasks: set[asyncio.Task] = set()  # that nobody waits for
         self._death = asyncio.create_task(self._watch())
         try:
-            self.started = Started.of(await self.command("snpatch_start"))
+            self.worker_info = WorkerInfo.from_answers(await self.command("snpatch_start"))
         except BaseException:
             self.close()
             raise
@@ -44,25 +44,25 @@ class StreamingExecutor(UsersSide):
 
         A caller who stops listening aborts the request. Statistics need `VllmExecutor`.
         """
-        results = self.results(request, lambda held: self.wire.sent(request, held, streaming=True))
+        results = self.results(request, lambda lease: self.codec.encode(request, lease, streaming=True))
         async with aclosing(results):
             async for result, records in results:
-                output = self.wire.output(request, result)
+                output = self.codec.decode(request, result)
                 if records is not None:
-                    self.wire.confirm(request, output, records)
+                    self.codec.confirm(request, output, records)
                 yield output
 
     async def output(self, request: Request) -> Output:
         """What a request gave, once it is finished, its receipt checked."""
-        async with aclosing(self.results(request, lambda held: self.wire.sent(request, held))) as results:
+        async with aclosing(self.results(request, lambda lease: self.codec.encode(request, lease))) as results:
             async for result, records in results:
-                output = self.wire.output(request, result)
+                output = self.codec.decode(request, result)
                 if records is not None:
-                    self.wire.confirm(request, output, records)
+                    self.codec.confirm(request, output, records)
         return output
 
     async def results(
-        self, request: Request, send: Callable[[Held], Sent]
+        self, request: Request, send: Callable[[SlotLease], EngineRequest]
     ) -> AsyncIterator[tuple[object, list[list[dict]] | None]]:
         """vLLM's own results of a request, and with the last one each worker's records of it.
 
@@ -72,13 +72,13 @@ class StreamingExecutor(UsersSide):
             raise SnpatchError("this engine is closed")
         if request.observe:
             raise SnpatchError("statistics cannot be streamed")
-        self.registry.check(request)
+        self.slots.check_request(request)
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        held = await self._admit(request)
+        lease = await self._admit(request)
         sent, is_fetched = None, True
         try:
-            sent, is_fetched = send(held), False
+            sent, is_fetched = send(lease), False
             # Closed here and now, so that a request nobody listens to is aborted before its record goes.
             async with aclosing(self.engine.generate(sent.prompt, sent.params, sent.name, **sent.more)) as results:
                 async for result in results:
@@ -88,15 +88,15 @@ class StreamingExecutor(UsersSide):
                         is_fetched = True
                     yield result, records
         except EngineDeadError as error:
-            raise died() from error
+            raise engine_dead_error() from error
         except EngineGenerateError as error:  # of this request alone, unless the engine is dead as well
             raise (
-                died()
+                engine_dead_error()
                 if self.engine is None or self.engine.errored
                 else SnpatchError(f"vLLM does not run this request: {first_line(error.__cause__ or error)}")
             ) from error
         finally:
-            self._release(held)
+            self._release(lease)
             if not is_fetched:  # in a task of its own: a caller that is cancelled may not wait
                 self._in_background(self._drop(sent.tag.ticket))
 
@@ -105,9 +105,9 @@ class StreamingExecutor(UsersSide):
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return answers_of(await self._or_death(self.engine.collective_rpc(name, args=arguments)))
+            return unwrap_answers(await self._or_death(self.engine.collective_rpc(name, args=arguments)))
         except EngineDeadError as error:
-            raise died() from error
+            raise engine_dead_error() from error
 
     def close(self) -> None:
         """Stop vLLM and its processes."""
@@ -119,44 +119,44 @@ class StreamingExecutor(UsersSide):
             self._death.cancel()
             self._end.close()
 
-    async def _admit(self, request: Request) -> Held:
+    async def _admit(self, request: Request) -> SlotLease:
         """Wait for rows for what a request names, and write what is not there. Callers are served in their order;
         who names nothing does not wait."""
         if named_by(request).is_empty:
-            return self.registry.take(request)
+            return self.slots.acquire(request)
         self._queued += 1
         try:
             async with self._admission:
-                while (held := self.registry.take(request)) is None:
+                while (lease := self.slots.acquire(request)) is None:
                     self._freed.clear()
                     self._is_full = True
                     await self._or_death(self._freed.wait())
                 self._is_full = False
-                if held.writes:
-                    writing = self._in_background(self._write(held))
+                if lease.writes:
+                    writing = self._in_background(self._write(lease))
                     try:
                         await asyncio.shield(writing)
                     except BaseException:
                         # Its rows are nobody else's before its last write was made, which would change theirs.
-                        writing.add_done_callback(lambda _: self._release(held))
+                        writing.add_done_callback(lambda _: self._release(lease))
                         raise
-                return held
+                return lease
         finally:
             self._queued -= 1
 
     @property
-    def waiting(self) -> int:
+    def num_waiting(self) -> int:
         """How many requests wait for others to give up what they name a place of."""
         return self._queued if self._is_full else 0
 
-    def _release(self, held: Held) -> None:
-        held.release()
+    def _release(self, lease: SlotLease) -> None:
+        lease.release()
         self._freed.set()
 
-    async def _write(self, held: Held) -> None:
-        for write in held.writes:
+    async def _write(self, lease: SlotLease) -> None:
+        for write in lease.writes:
             await self.command("snpatch_write", *write)
-        held.written()
+        lease.mark_written()
 
     async def _records(self, ticket: int) -> list[list[dict]]:
         """Each worker's records of a ticket. What finishes while others are fetched is fetched together."""
@@ -205,4 +205,4 @@ class StreamingExecutor(UsersSide):
                 task.cancel()
         if task.done() and not task.cancelled():
             return task.result()
-        raise died()
+        raise engine_dead_error()

@@ -22,11 +22,11 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm import contract
+from snpatch.executors.vllm import api_check
 
 RUN = "the executor's tests passed on a CPU (make test-vllm)"
 MIXED = "the same, of its Python on 0.32's compiled library, as no CPU library of it is published"
-READ = "its source has every name of contract.py; nothing was run"
+READ = "its source has every name of api_check.py; nothing was run"
 KNOWN = {
     (0, 24): RUN,
     (0, 25): READ,
@@ -74,7 +74,7 @@ def check(serving: bool = False) -> str:
 
 @functools.cache
 def _try_unknown(found: str, serving: bool) -> None:
-    missing = contract.missing(serving)
+    missing = api_check.missing_names(serving)
     if missing:
         raise SnpatchError(
             f"backend vllm: snpatch is tested with vLLM {SERVED}, this is {found} and lacks {', '.join(missing)}; "

@@ -52,8 +52,8 @@ class Banks:
         self._step = self.plan[:0]
         self._streams = torch.arange(2, **i32)
         self._positions = torch.zeros(max_tokens, 2, **i64)
-        most = max(map(len, settings.ends))
-        ends = [[*one, *[-1] * (most - len(one))] for one in settings.ends]
+        most = max(map(len, settings.eos_ids))
+        ends = [[*one, *[-1] * (most - len(one))] for one in settings.eos_ids]
         self._ends = torch.tensor(ends, dtype=torch.int64, device=device)  # [sets of weights, most]
 
     def plan_of(self, n_tokens: int) -> Tensor:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm import quantised, zeroing
-from snpatch.executors.vllm.packing import Packed, pack, unpack
+from snpatch.executors.vllm import quantization, zeroing
+from snpatch.executors.vllm.rpc import Packed, pack, unpack
 from snpatch.models.checkpoint import check_finite
 from snpatch.models.pairing import bytes_of
 
@@ -39,12 +39,12 @@ class WorkerExtension:
     @_command
     def snpatch_start(self) -> dict:
         """Check that the surgery, the runner and attention's plans agree; tell the shard."""
-        twin = self._snpatch_twin()
+        twin = self._dual_stream()
         runner = self.model_runner
         if twin.settings.streams == 2:
             for group in (group for groups in runner.attn_groups for group in groups):
                 _check_heads(group, {layer.layer_name: layer for layer in twin.attention})
-        quantised.check_rows(runner.get_model())
+        quantization.check_activation_scales(runner.get_model())
         zeroing.check(runner)
         runner.reload_weights = _refuse_reload
         if not twin.has_seen_weights:  # some formats of checkpoints go past load_weights
@@ -64,7 +64,7 @@ class WorkerExtension:
     @_command
     def snpatch_write(self, kind: str, handle: int, row: int, tensors: dict[str, Packed]) -> None:
         """Copy an adapter, ranking or constant into a row of its bank, known from now on by its handle alone."""
-        feed = self._snpatch_twin().feed
+        feed = self._dual_stream().feed
         named = {name: unpack(packed) for name, packed in tensors.items()}
         handles = feed.handles[kind]
         for old in [h for h, r in handles.items() if r == row and h]:
@@ -79,23 +79,23 @@ class WorkerExtension:
 
     @_command
     def snpatch_clear_statistics(self, groups: list[int]) -> None:
-        self._snpatch_twin().banks.clear_statistics(groups)
+        self._dual_stream().banks.clear_statistics(groups)
 
     @_command
     def snpatch_statistics(self, groups: list[int]) -> list[Packed]:
         """Sums [groups, L, 5, shard] float64 and counts [groups, L] int64 of this worker."""
-        return [pack(tensor) for tensor in self._snpatch_twin().banks.statistics(groups)]
+        return [pack(tensor) for tensor in self._dual_stream().banks.statistics(groups)]
 
     @_command
     def snpatch_fetch(self, tickets: list[int]) -> list[list[dict]]:
         """See Feed.fetch; captures travel packed."""
-        found = self._snpatch_twin().feed.fetch(tickets)
+        found = self._dual_stream().feed.fetch(tickets)
         for record in (record for records in found for record in records):
             if record["captured"] is not None:
                 record["captured"] = pack(torch.from_numpy(record["captured"]))
         return found
 
-    def _snpatch_twin(self):
+    def _dual_stream(self):
         twin = getattr(self.model_runner.get_model(), "snpatch", None)
         if twin is None:
             raise SnpatchError("this engine's model is not a twin: is snpatch's vLLM plugin switched off?")

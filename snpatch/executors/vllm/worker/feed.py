@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm.settings import KEY, ON_ONE_SET
+from snpatch.executors.vllm.settings import KEY, SAME_WEIGHTS
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.op.plan import (
     UNLESS_END,
@@ -110,7 +110,7 @@ class Feed:
         self._table[row, Entry.SEEN] = record.seen
         self._planned[row], self._skipped[row] = record.planned, record.skipped
         self._may_skip[row] = True
-        self._on_one_set[row] = bool(extra_args.get(ON_ONE_SET))
+        self._on_one_set[row] = bool(extra_args.get(SAME_WEIGHTS))
 
     def resume(self, request_id: str) -> None:
         """A request that kept its row goes on after a preemption: what it had computed may be in the prefix cache."""
@@ -179,7 +179,7 @@ class Feed:
         known = rows >= 0
         self._write_sampled(np.where(known, self._table[rows, Entry.RECEIPT], -1))
         plan = fill_plan(self._table, request, position)
-        if self.banks.settings.has_second:
+        if self.banks.settings.has_secondary:
             self._flip(request, plan[:, Column.SPEAKER])
             self.speaks = not plan[:, Column.SPEAKER].all(), bool(plan[:, Column.SPEAKER].any())
         self._write(plan, bool(known.any()))

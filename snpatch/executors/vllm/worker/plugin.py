@@ -34,7 +34,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     _check_fork()
-    processes.leave_ctrl_c()
+    processes.ignore_ctrl_c()
     if zeroing.ENABLED in os.environ:
         zeroing.enable()
     known = ModelRegistry.get_supported_archs()
@@ -47,7 +47,7 @@ def register() -> None:
         ModelRegistry.register_model(SCORE, f"snpatch.executors.vllm.worker.score_head:{SCORE}")
 
 
-@processes.telling()
+@processes.report_errors()
 def _check_fork() -> None:
     """Raise in a process that was forked off one in which CUDA had started: it cannot use a GPU."""
     import torch
@@ -75,10 +75,10 @@ def _twin(module: str, name: str):
     """
     from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
 
-    class Twin(_LazyRegisteredModel):
+    class DualStreamEntry(_LazyRegisteredModel):
         def inspect_model_cls(self) -> _ModelInfo:
             if SURGERY not in sys.modules:
                 return super().inspect_model_cls()
             return _ModelInfo.from_model_cls(self.load_model_cls())
 
-    return Twin(module_name=module, class_name=name)
+    return DualStreamEntry(module_name=module, class_name=name)

@@ -13,7 +13,7 @@ from vllm.model_executor.models.adapters import as_seq_cls_model
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
 from snpatch.executors.vllm import processes
-from snpatch.executors.vllm.settings import BIAS
+from snpatch.executors.vllm.settings import SCORE_BIAS
 
 
 class SnpatchLlamaForScore(as_seq_cls_model(LlamaForCausalLM)):
@@ -24,7 +24,7 @@ class SnpatchLlamaForScore(as_seq_cls_model(LlamaForCausalLM)):
         self.score_head = ReplicatedLinear(
             config.hf_config.hidden_size,
             1,
-            bias=getattr(config.hf_config, BIAS),
+            bias=getattr(config.hf_config, SCORE_BIAS),
             params_dtype=config.head_dtype,
             return_bias=False,
             prefix="score_head",
@@ -41,4 +41,4 @@ class WorkerExtension:
 
     def snpatch_watch(self) -> None:
         """End with the user's process."""
-        processes.watch()
+        processes.exit_with_parent()

@@ -32,8 +32,8 @@ from snpatch.executors.vllm import processes, versions, zeroing
 from snpatch.executors.vllm.settings import DualStreamSettings, refuse
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
-from snpatch.executors.vllm.worker.pairing import SECOND, SecondSet, used_dtype
 from snpatch.executors.vllm.worker.plugin import PREFIX
+from snpatch.executors.vllm.worker.secondary_weights import SECOND, SecondaryWeights, used_dtype
 from snpatch.models.checkpoint import finite
 from snpatch.models.pairing import bytes_of
 from snpatch.op import ops, reference
@@ -48,11 +48,11 @@ def _layer(name: LayerNameType) -> nn.Module:
     return get_forward_context().no_compile_layers[_resolve_layer_name(name)]
 
 
-def _twin_glu(gate_up: Tensor, layer: LayerNameType) -> Tensor:
+def _dual_stream_glu(gate_up: Tensor, layer: LayerNameType) -> Tensor:
     return _layer(layer).run(gate_up)
 
 
-def _twin_scale_kv(qkv: Tensor, layer: LayerNameType) -> Tensor:
+def _dual_stream_scale_kv(qkv: Tensor, layer: LayerNameType) -> Tensor:
     return _layer(layer).scale_kv(qkv)
 
 
@@ -64,7 +64,7 @@ def _half_as_wide(gate_up: Tensor, layer: LayerNameType) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-for _op, _fake in ((_twin_glu, _half_as_wide), (_twin_scale_kv, _like)):
+for _op, _fake in ((_dual_stream_glu, _half_as_wide), (_dual_stream_scale_kv, _like)):
     _name = _op.__name__.removeprefix("_")
     _LIBRARY.define(_name + torch.library.infer_schema(_op, mutates_args=()))
     _LIBRARY.impl(_name, _op, "CompositeExplicitAutograd")
@@ -93,7 +93,7 @@ class DualStreamGLU(nn.Module):
     def forward(self, gate_up: Tensor) -> Tensor:
         rows = gate_up.flatten(0, -2)
         if torch.compiler.is_compiling():
-            out = torch.ops.snpatch.twin_glu(rows, _encode_layer_name(self.name))
+            out = torch.ops.snpatch.dual_stream_glu(rows, _encode_layer_name(self.name))
         else:
             out = self.run(rows)
         return out.view(*gate_up.shape[:-1], -1)
@@ -128,7 +128,7 @@ def _reclass(module: nn.Module, forward) -> None:
     def twin_forward(self, *args, **kwargs):
         return forward(super(twin, self).forward, *args, **kwargs)
 
-    twin = type(f"Twin{own.__name__}", (own,), {"forward": twin_forward})
+    twin = type(f"DualStream{own.__name__}", (own,), {"forward": twin_forward})
     module.__class__ = twin
 
 
@@ -168,7 +168,7 @@ def _twice_the_heads() -> Iterator[list[Attention]]:
         Attention.__init__ = init
 
 
-class Twin:
+class DualStream:
     """What surgery leaves on a model: its settings, the layers that run the op, their banks, and the feed."""
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig, attention: list[Attention]) -> None:
@@ -176,7 +176,7 @@ class Twin:
         self.settings = settings = DualStreamSettings.of(vllm_config)
         self.has_seen_weights = False
         self.dtype = used_dtype(vllm_config)
-        self.second: SecondSet | None = None
+        self.second: SecondaryWeights | None = None
         self.own_bytes = bytes_of(model.parameters())
         self.n_layers, self.attention, self.name = config.num_hidden_layers, attention, vllm_config.model_config.model
         context = vllm_config.compilation_config.static_forward_context
@@ -265,7 +265,8 @@ class Twin:
             def project(forward, *args, name: str = glu.name, **kwargs):
                 given = forward(*args, **kwargs)
                 out, *bias = given if isinstance(given, tuple) else (given,)
-                scaled = torch.ops.snpatch.twin_scale_kv(out.flatten(0, -2), _encode_layer_name(name)).view_as(out)
+                rows = out.flatten(0, -2)
+                scaled = torch.ops.snpatch.dual_stream_scale_kv(rows, _encode_layer_name(name)).view_as(out)
                 return (scaled, *bias) if isinstance(given, tuple) else scaled
 
             _reclass(projection, project)
@@ -273,16 +274,16 @@ class Twin:
         return rank // qkv[0].num_kv_head_replicas * width, width
 
 
-def twin_of(base: type[nn.Module]) -> type[nn.Module]:
+def dual_stream_class(base: type[nn.Module]) -> type[nn.Module]:
     """The twin of one of vLLM's model classes."""
 
     class DualStreamModel(base):
-        @processes.telling()
+        @processes.report_errors()
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             from snpatch.executors.vllm.worker import runners
 
             refuse(vllm_config)
-            processes.watch()
+            processes.exit_with_parent()
             runners.hook_v1()
             if DualStreamSettings.of(vllm_config).streams == 2:
                 with _twice_the_heads() as attention:
@@ -292,13 +293,13 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
                 attention = [m for m in self.modules() if isinstance(m, Attention)]
             if (versions.minor() or max(versions.KNOWN)) < (0, 28):
                 zeroing.widen_windows(attention)
-            self.snpatch = twin = Twin(self, vllm_config, attention)
-            if twin.settings.has_second:
-                twin.second = SecondSet(base, vllm_config, prefix, twin.feed, twin.own_bytes)
+            self.snpatch = twin = DualStream(self, vllm_config, attention)
+            if twin.settings.has_secondary:
+                twin.second = SecondaryWeights(base, vllm_config, prefix, twin.feed, twin.own_bytes)
                 if vllm_config.load_config.load_format == "dummy":  # vLLM fills what it finds, and loads nothing
                     twin.second.join(self, is_shared=lambda one, other: False)
 
-        @processes.telling()
+        @processes.report_errors()
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
             # Looked at on their way: afterwards they are packed for the device, and some are emptied.
             twin = self.snpatch
@@ -336,12 +337,12 @@ def twin_of(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    """Twin classes by name, made when vLLM asks for them."""
+    """DualStream classes by name, made when vLLM asks for them."""
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     base = ModelRegistry._try_load_model_cls(name.removeprefix(PREFIX))
     if base is None:
         raise SnpatchError(f"vLLM has no model of the architecture {name.removeprefix(PREFIX)}")
-    twin = twin_of(base)
+    twin = dual_stream_class(base)
     globals()[name] = twin
     return twin

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 # module -> name -> what is used of it: (parameters of a call), attributes, methods(and their parameters).
-CONTRACT = {
+ENGINE_NAMES = {
     "vllm": {
         "ModelRegistry": "get_supported_archs register_model(model_arch, model_cls)",
         "PoolingParams": "(task, use_activation)",
@@ -134,7 +134,7 @@ CONTRACT = {
     "vllm.v1.worker.worker_base": {"WorkerBase": "model_runner"},
 }
 # One of the two is enough: V1 is deprecated from 0.33 on, V2 does not run on a CPU.
-RUNNERS = {
+RUNNER_NAMES = {
     "v1": {
         "vllm.v1.worker.gpu_input_batch": {"InputBatch": "num_computed_tokens_cpu num_reqs req_ids"},
         "vllm.v1.worker.gpu_model_runner": {
@@ -159,7 +159,7 @@ RUNNERS = {
     },
 }
 # What `snpatch serve` touches beside.
-SERVER = {
+SERVER_NAMES = {
     "vllm.engine.protocol": {
         "EngineClient": "generate(prompt, sampling_params, request_id, lora_request) shutdown(timeout)"
     },
@@ -196,15 +196,15 @@ USE = re.compile(r"(\w*)(?:\(([\w, ]*)\))?")
 Found = tuple[str, ast.AST]  # a definition and the module that it stands in
 
 
-def missing(serving: bool = False) -> list[str]:
+def missing_names(serving: bool = False) -> list[str]:
     """What the installed vLLM lacks, as dotted names; empty if the contract holds. serving: also of its server."""
     _names.cache_clear()
-    runners = [list(_lacking(runner)) for runner in RUNNERS.values()]
-    lacking = [*_lacking(CONTRACT), *(() if [] in runners else (name for names in runners for name in names))]
-    return [*lacking, *_lacking(SERVER)] if serving else lacking
+    runners = [list(_lacking(runner)) for runner in RUNNER_NAMES.values()]
+    lacking = [*_lacking(ENGINE_NAMES), *(() if [] in runners else (name for names in runners for name in names))]
+    return [*lacking, *_lacking(SERVER_NAMES)] if serving else lacking
 
 
-def source(module: str) -> str | None:
+def read_source(module: str) -> str | None:
     """The text of one of vLLM's modules; None if there is no such module."""
     root = Path(importlib.util.find_spec("vllm").origin).parent
     path = root.joinpath(*module.split(".")[1:])
@@ -238,7 +238,7 @@ def _lacking(contract: dict[str, dict[str, str]]) -> Iterator[str]:
 @cache
 def _names(module: str) -> dict[str, ast.AST] | None:
     """What a module defines and imports at its top, under `if` and `try`, too; "*" has the modules of star imports."""
-    text = source(module)
+    text = read_source(module)
     return None if text is None else _defined(ast.parse(text).body)
 
 

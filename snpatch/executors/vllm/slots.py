@@ -14,14 +14,14 @@ from torch import Tensor
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Request
 from snpatch.executors.rows import Places, named_by
-from snpatch.executors.vllm.packing import pack
+from snpatch.executors.vllm.rpc import pack
 from snpatch.executors.vllm.settings import DualStreamSettings
 
 Write = tuple[str, int, int, dict[str, Tensor]]  # kind, handle, row, tensors: the arguments of the worker's command
 
 
 @dataclass(eq=False)
-class Bank:
+class SlotPool:
     """The rows [first, first + size) of one kind; `limit` is the engine's argument that sets how many."""
 
     kind: str
@@ -32,7 +32,7 @@ class Bank:
     _users: Counter = field(default_factory=Counter)
     _next: int = 1
 
-    def check(self, n: int) -> None:
+    def check_size(self, n: int) -> None:
         """An error for more at once than there are rows: waiting would not help."""
         if n > self.size:
             raise SnpatchError(
@@ -45,10 +45,10 @@ class Bank:
         fresh = sum(key not in self._entries for key in wanted)
         return fresh <= self.size - len(self._entries) + len(self._spare(wanted))
 
-    def take(self, wanted: Mapping[str, dict[str, Tensor]]) -> tuple[dict[str, int], dict[str, Write]]:
+    def acquire(self, wanted: Mapping[str, dict[str, Tensor]]) -> tuple[dict[str, int], dict[str, Write]]:
         """Key -> handle of everything wanted, and key -> write for what has to be written before it is used.
 
-        Until `give_back` their rows are not given away. To be called where there is room.
+        Until `release` their rows are not given away. To be called where there is room.
         """
         spare = self._spare(wanted)
         self._users.update(wanted.keys())
@@ -63,7 +63,7 @@ class Bank:
             self._next += 1
         return {key: self._entries[key][0] for key in wanted}, writes
 
-    def give_back(self, keys: Iterable[str]) -> None:
+    def release(self, keys: Iterable[str]) -> None:
         self._users.subtract(list(keys))
         self._users += Counter()  # drops those without users
 
@@ -86,40 +86,40 @@ class Bank:
 
 
 @dataclass(eq=False)
-class Held:
+class SlotLease:
     """What an unfinished request keeps. writes: arguments of each snpatch_write that the workers need before it."""
 
     places: Places
     writes: list[tuple]
-    _banks: list[tuple[Bank, list[str], list[str]]]  # bank, keys, those of them that have to be written
+    _banks: list[tuple[SlotPool, list[str], list[str]]]  # bank, keys, those of them that have to be written
     _is_written: bool = False
 
-    def written(self) -> None:
+    def mark_written(self) -> None:
         """The workers have it all."""
         self._is_written = True
 
     def release(self) -> None:
         """The request is over; what never reached the workers is forgotten."""
         for bank, keys, fresh in self._banks:
-            bank.give_back(keys)
+            bank.release(keys)
             if not self._is_written:
                 bank.forget(fresh)
         self._banks = []
 
 
-class Registry:
+class SlotAllocator:
     """All rows of one engine."""
 
     def __init__(self, settings: DualStreamSettings) -> None:
         self._settings = settings
         self._banks = {
-            "models": Bank("adapter", 1, settings.max_adapters - 1, "max_adapters"),
-            "rankings": Bank("ranking", 0, settings.max_rankings, "max_rankings"),
-            "constants": Bank("constant", 1, settings.max_constants, "max_constants"),
+            "models": SlotPool("adapter", 1, settings.max_adapters - 1, "max_adapters"),
+            "rankings": SlotPool("ranking", 0, settings.max_rankings, "max_rankings"),
+            "constants": SlotPool("constant", 1, settings.max_constants, "max_constants"),
         }
         self._free_groups = list(range(settings.max_groups))
 
-    def check(self, request: Request) -> None:
+    def check_request(self, request: Request) -> None:
         """An error for what this engine has no room for, however long a request waits."""
         if self._settings.streams == 1 and request.streams == 2:
             raise SnpatchError("this engine runs one stream: a donor model needs streams=2")
@@ -129,8 +129,8 @@ class Registry:
                 f"({self._settings.max_clauses})"
             )
         sets = [model.weights for model in (request.recipient, request.donor) if model is not None]
-        is_on_one = self._settings.has_second and len(sets) == 2 and sets[0].place == sets[1].place
-        if is_on_one and not self._settings.tells_rows:
+        is_on_one = self._settings.has_secondary and len(sets) == 2 and sets[0].place == sets[1].place
+        if is_on_one and not self._settings.supports_row_routing:
             raise SnpatchError(
                 f"both models of this request are on the weights of {sets[0].name}, and an engine with a second set of "
                 "weights runs one set in each stream where it is compiled: start it with enforce_eager=True, or start "
@@ -143,9 +143,9 @@ class Registry:
             )
         named = named_by(request)
         for name, bank in self._banks.items():
-            bank.check(len(getattr(named, name)))
+            bank.check_size(len(getattr(named, name)))
 
-    def take(self, request: Request, group: int = -1) -> Held | None:
+    def acquire(self, request: Request, group: int = -1) -> SlotLease | None:
         """Hold what a request names; None while unfinished requests hold too much. group: of its statistics."""
         named = named_by(request)
         wanted = {
@@ -157,18 +157,18 @@ class Registry:
             return None
         held, writes, handles = [], [], {}
         for name, bank in self._banks.items():
-            handles[name], fresh = bank.take(wanted[name])
+            handles[name], fresh = bank.acquire(wanted[name])
             held.append((bank, list(wanted[name]), list(fresh)))
             writes += [(*place, {n: pack(t) for n, t in tensors.items()}) for *place, tensors in fresh.values()]
-        return Held(Places(**handles, group=group), writes, held, _is_written=not writes)
+        return SlotLease(Places(**handles, group=group), writes, held, _is_written=not writes)
 
-    def take_group(self) -> int:
+    def acquire_group(self) -> int:
         """A statistics group, to be emptied before it is used."""
         if not self._free_groups:
             raise SnpatchError("all statistics groups are in use: start the engine with a larger max_groups")
         return self._free_groups.pop()
 
-    def give_back_group(self, group: int) -> None:
+    def release_group(self, group: int) -> None:
         self._free_groups.append(group)
 
     @property

@@ -18,7 +18,7 @@ CPU_4_BITS = "cpu_gemm_wna16"  # the operator
 CACHES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
-def untested(vllm_config) -> list[str]:
+def untested_quantization(vllm_config) -> list[str]:
     """The quantisations of this config that no test of a twin covers."""
     method, cache = vllm_config.model_config.quantization, vllm_config.cache_config.cache_dtype
     found = [] if method is None or method in METHODS else [method]
@@ -34,7 +34,7 @@ def _scheme(group: dict) -> str:
     return f"{weights.type} W{weights.num_bits}A{inputs.num_bits if inputs else 16}{blocks}"
 
 
-def scales_heads(vllm_config) -> bool:
+def has_per_head_scales(vllm_config) -> bool:
     """Whether the checkpoint scales each head of the cache; a twin has twice as many."""
     scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
     return bool(scheme) and scheme.get("strategy") == "attn_head"
@@ -59,7 +59,7 @@ def _weight_bits(vllm_config) -> set[int]:
     return {table.get("bits"), table.get("w_bit"), *(one.get("num_bits") for one in weights)} - {None}
 
 
-def check_rows(model: nn.Module) -> None:
+def check_activation_scales(model: nn.Module) -> None:
     """An error for a layer that quantises all rows of a step by one scale, which every row of the step changes.
 
     The donor's rows, other requests and padding would be in a request's text, and its receipt would still be right.

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 from snpatch import SnpatchError
-from snpatch.executors.vllm import contract, versions
+from snpatch.executors.vllm import api_check, versions
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-FOLDER = Path(contract.__file__).parent
-LISTED = [contract.CONTRACT, *contract.RUNNERS.values(), contract.SERVER]
+FOLDER = Path(api_check.__file__).parent
+LISTED = [api_check.ENGINE_NAMES, *api_check.RUNNER_NAMES.values(), api_check.SERVER_NAMES]
 SERVER = FOLDER.parents[1] / "server"
 CORE = "vllm.v1.engine.llm_engine"
 
 
 def lacking(*edits):
-    """contract.source of a vLLM in which some texts of a module are other ones, or a module is gone (text None)."""
-    real, done = contract.source, set()
+    """api_check.read_source with some texts of a module replaced, or a module gone (text None)."""
+    real, done = api_check.read_source, set()
 
     def source(module):
         text = real(module)
@@ -35,7 +35,7 @@ def lacking(*edits):
 
 
 def test_the_installed_vllm_keeps_the_contract():
-    assert contract.missing(serving=True) == []
+    assert api_check.missing_names(serving=True) == []
 
 
 def test_it_would_see_anything_that_is_missing():
@@ -44,15 +44,15 @@ def test_it_would_see_anything_that_is_missing():
         for module, names in listed.items():
             for name, uses in names.items():
                 probes = {(f"not_{name}", ""): f"{module}.not_{name}"}
-                for member, parameters in (m.groups() for m in contract.USE.finditer(uses) if m[0]):
+                for member, parameters in (m.groups() for m in api_check.USE.finditer(uses) if m[0]):
                     if parameters is None:
                         probes[name, f"not_{member}"] = f"{module}.{name}.not_{member}"
                     for parameter in filter(None, re.split(r"[ ,]+", parameters or "")):
                         path = f"{module}.{name}.{member}".rstrip(".")
                         probes[name, f"{member}(not_{parameter})"] = f"{path}(not_{parameter})"
                 for (probe, use), want in probes.items():
-                    assert list(contract._lacking({module: {probe: use}})) == [want]
-            assert list(contract._lacking({module + ".x": names})) == [module + ".x"]
+                    assert list(api_check._lacking({module: {probe: use}})) == [want]
+            assert list(api_check._lacking({module + ".x": names})) == [module + ".x"]
 
 
 def test_every_import_of_vllm_is_in_the_contract():
@@ -95,7 +95,7 @@ def version(monkeypatch):
 @pytest.mark.parametrize("known", ["0.24.0", "0.29.1", "0.32.0+cpu", "0.33.0"])
 def test_a_known_version_is_not_checked(version, monkeypatch, recwarn, known):
     version(known)
-    monkeypatch.setattr(contract, "missing", lambda serving: pytest.fail("a known version was checked"))
+    monkeypatch.setattr(api_check, "missing_names", lambda serving: pytest.fail("a known version was checked"))
     assert versions.check() == known
     assert not recwarn
 
@@ -129,7 +129,7 @@ def test_an_unknown_version_gives_one_warning_and_runs(version, unknown):
 )  # fmt: skip
 def test_an_unknown_version_that_lacks_something_is_an_error_that_names_it(version, monkeypatch, recwarn, edits, named):
     version("0.34.0")
-    monkeypatch.setattr(contract, "source", lacking(*edits))
+    monkeypatch.setattr(api_check, "read_source", lacking(*edits))
     with pytest.raises(SnpatchError) as error:
         versions.check()
     assert str(error.value) == (
@@ -141,8 +141,8 @@ def test_an_unknown_version_that_lacks_something_is_an_error_that_names_it(versi
 
 @pytest.mark.parametrize("gone", ["vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_states.default"])
 def test_one_model_runner_is_enough(monkeypatch, gone):
-    monkeypatch.setattr(contract, "source", lacking((gone, "", None)))
-    assert contract.missing(serving=True) == []
+    monkeypatch.setattr(api_check, "read_source", lacking((gone, "", None)))
+    assert api_check.missing_names(serving=True) == []
 
 
 @pytest.mark.parametrize("old", ["0.9.2", "0.23.0"])

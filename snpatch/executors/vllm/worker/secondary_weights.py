@@ -35,7 +35,7 @@ SECOND = "second"  # the name under which a module holds its like of the second 
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 
 
-class SecondSet:
+class SecondaryWeights:
     """The second set of weights of one worker, from its making to its place in the model.
 
     feed: tells which streams speak in the step under way, and which rows go through the other stream's set.

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from snpatch import Engine, ReceiptError, SnpatchError
 from snpatch.config import EngineConfig
-from snpatch.executors.vllm import quantised
+from snpatch.executors.vllm import quantization
+from snpatch.executors.vllm.engine_lifecycle import starting
 from snpatch.executors.vllm.launch import DualStreamLaunch
-from snpatch.executors.vllm.lifetime import starting
 from snpatch.models.checkpoint import check_finite
 from snpatch.models.notes import Notes
 from snpatch.models.reading import open_readers
@@ -348,7 +348,7 @@ def test_quantised_kernels_serve_and_the_op_stands_in_every_layer(served):
         }[served.form.dtype]
     )
     assert all(type(layer.mlp.act_fn) is DualStreamGLU for layer in served.layers)
-    quantised.check_rows(served.worker.model_runner.get_model())
+    quantization.check_activation_scales(served.worker.model_runner.get_model())
 
 
 def kernels_of(layer) -> list:
@@ -452,7 +452,7 @@ def test_one_scale_for_all_rows_of_a_step_is_refused(served):
     with pytest.raises(
         SnpatchError, match=r"PerTensorTorchFP8\w+ quantises all rows of a step by one scale, .* per-token"
     ):
-        quantised.check_rows(torch.nn.ModuleList([layer]))
+        quantization.check_activation_scales(torch.nn.ModuleList([layer]))
 
 
 NVFP4 = {**scheme("tensor_group", "tensor_group", "float", 4, "nvfp4-pack-quantized")}

@@ -15,16 +15,16 @@ from snpatch.executors import receipts
 from snpatch.executors.base import Geometry, Logprobs, Output, Request
 from snpatch.executors.receipts import Record
 from snpatch.executors.rows import request_row, streams
-from snpatch.executors.vllm.packing import unpack
-from snpatch.executors.vllm.registry import Held
-from snpatch.executors.vllm.settings import KEY, ON_ONE_SET
+from snpatch.executors.vllm.rpc import unpack
+from snpatch.executors.vllm.settings import KEY, SAME_WEIGHTS
+from snpatch.executors.vllm.slots import SlotLease
 from snpatch.op.reference import SUMS
 from snpatch.patching.patch import digest_of
 from snpatch.ranking.statistics import Statistics
 
 
 @dataclass(frozen=True, eq=False)
-class Tag:
+class RequestTag:
     """What of a request vLLM carries to the workers.
 
     ticket: what its record goes by. salt: of its keys and values in the prefix cache; None for a plain request.
@@ -37,48 +37,48 @@ class Tag:
 
 
 @dataclass(frozen=True, eq=False)
-class Sent:
+class EngineRequest:
     """A request as vLLM gets it. more: further arguments of vLLM's `generate`."""
 
     name: str
-    tag: Tag
+    tag: RequestTag
     prompt: dict
     params: object
     more: dict = field(default_factory=dict)
 
 
-class Wire:
+class RequestCodec:
     """The translation for one engine."""
 
-    def __init__(self, tokenizer, geometry: Geometry, clauses: int, has_second: bool) -> None:
+    def __init__(self, tokenizer, geometry: Geometry, clauses: int, has_secondary: bool) -> None:
         self._tokenizer, self._geometry = tokenizer, geometry
-        self._clauses, self._has_second = clauses, has_second
+        self._clauses, self._has_second = clauses, has_secondary
         self._tickets = count(1)
 
-    def tag(self, request: Request, held: Held) -> Tag:
+    def tag(self, request: Request, lease: SlotLease) -> RequestTag:
         """What goes with the request, once what it names has its rows."""
         # With a second set of weights each stream has its own, and the recipient speaks on its own weights' stream.
         speaker = request.recipient.weights.place if self._has_second else 0
-        is_flipped = self._has_second and is_on_one_set(request)
-        ticket, salt = next(self._tickets), salt_of(request, speaker, is_flipped)
-        extra_args = {KEY: [ticket, *request_row(request, held.places, self._clauses, speaker)]}
+        is_flipped = self._has_second and has_same_weights(request)
+        ticket, salt = next(self._tickets), cache_salt(request, speaker, is_flipped)
+        extra_args = {KEY: [ticket, *request_row(request, lease.places, self._clauses, speaker)]}
         if is_flipped:
-            extra_args[ON_ONE_SET] = True
-        return Tag(ticket, salt, extra_args)
+            extra_args[SAME_WEIGHTS] = True
+        return RequestTag(ticket, salt, extra_args)
 
-    def sent(self, request: Request, held: Held, streaming: bool = False) -> Sent:
+    def encode(self, request: Request, lease: SlotLease, streaming: bool = False) -> EngineRequest:
         """The request as vLLM gets it."""
         from vllm.inputs import tokens_input
 
-        tag = self.tag(request, held)
-        return Sent(
+        tag = self.tag(request, lease)
+        return EngineRequest(
             f"snpatch-{tag.ticket}",
             tag,
             tokens_input(list(request.prompt_ids), cache_salt=tag.salt),
             _sampling_params(request, tag.extra_args, streaming),
         )
 
-    def output(self, request: Request, result) -> Output:
+    def decode(self, request: Request, result) -> Output:
         """What vLLM's result (so far) says; receipts and captures are not yet in it."""
         return _output(request, result, self._tokenizer)
 
@@ -88,7 +88,7 @@ class Wire:
             raise ReceiptError(f"a request has {[len(records) for records in shards]} records, not one a worker")
         receipts.confirm(request, output, [_record(records[0]) for records in shards], self._geometry)
 
-    def gathered(self, shards: Sequence[tuple[int, int]], answers: list[list]) -> list[Statistics]:
+    def gather_statistics(self, shards: Sequence[tuple[int, int]], answers: list[list]) -> list[Statistics]:
         """Statistics of all workers, by global neuron, from their answers to snpatch_statistics.
 
         shards: (first neuron, neurons) of each worker.
@@ -103,12 +103,12 @@ class Wire:
         return [Statistics(s, c) for s, c in zip(sums, counts, strict=True)]
 
 
-def is_on_one_set(request: Request) -> bool:
+def has_same_weights(request: Request) -> bool:
     """Whether its donor is on the recipient's set of weights."""
     return request.donor is not None and request.donor.weights.place == request.recipient.weights.place
 
 
-def salt_of(request: Request, speaker: int = 0, is_flipped: bool = False) -> str | None:
+def cache_salt(request: Request, speaker: int = 0, is_flipped: bool = False) -> str | None:
     """Names everything that a request's keys and values hang on besides its tokens; None for a plain request.
 
     is_flipped: the donor's rows go through the set of weights that is not its stream's.

@@ -20,7 +20,7 @@ LOOK_S = 0.5
 END_S = 5.0  # how long a killed process has to be gone
 
 
-class Offspring:
+class ChildProcesses:
     """To be made before the engine starts. folder: the temporary folder of its processes."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Offspring:
         return [child for child in multiprocessing.active_children() if child.pid not in self._older]
 
     def _processes(self) -> list[int]:
-        return processes.below(child.pid for child in self._children())
+        return processes.descendants(child.pid for child in self._children())
 
 
 def _mapped_by(process: int) -> set[int]:

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from snpatch.errors import EngineCrashedError, SnpatchError, first_line
 from snpatch.executors.vllm import log, processes, zeroing
-from snpatch.executors.vllm.offspring import Offspring
-from snpatch.executors.vllm.quantised import check_kernels
+from snpatch.executors.vllm.child_processes import ChildProcesses
+from snpatch.executors.vllm.processes import interrupt_on_ctrl_c
+from snpatch.executors.vllm.quantization import check_kernels
 from snpatch.executors.vllm.settings import KEY, check_heads, refuse
 
 CLOSE_S = 2.0  # how long vLLM has to end by itself
@@ -46,10 +47,10 @@ def start_async_engine(engine_args, log_stats: bool = False):
     return engine, end
 
 
-def died() -> EngineCrashedError:
+def engine_dead_error() -> EngineCrashedError:
     """The error of an engine that is no more."""
-    cause = log.cause(of_engine=True)
-    return EngineCrashedError(f"vLLM's engine has ended{cause and f': {cause}'}; {log.named()}")
+    cause = log.first_error(of_engine=True)
+    return EngineCrashedError(f"vLLM's engine has ended{cause and f': {cause}'}; {log.keep_log()}")
 
 
 @contextmanager
@@ -59,11 +60,11 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
     The engine's own end is to be added. What was started is ended where the block fails, and with this process.
     """
     _check_guarded()
-    with log.quiet():
-        log.mark()
+    with log.redirect_output():
+        log.mark_start()
         from vllm.usage.usage_lib import UsageContext
 
-        offspring, end = Offspring(), ExitStack()
+        offspring, end = ChildProcesses(), ExitStack()
         end.callback(offspring.end)
         variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", processes.PARENT: str(os.getpid())}
         variables |= {name: os.environ.get(name, value) for name, value in ONEDNN_CACHE.items()}
@@ -71,7 +72,7 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
             if KEY in (engine_args.additional_config or {}):  # a twin
                 variables[zeroing.ENABLED] = "1"
                 zeroing.enable()
-            with _variables({**variables, **log.environment(), **offspring.environment()}), processes.ctrl_c_stops():
+            with _variables({**variables, **log.environment(), **offspring.environment()}), interrupt_on_ctrl_c():
                 config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
                 # Sized by tokens, and the rows are twice that.
                 config.compilation_config.pass_config.fuse_allreduce_rms = False
@@ -84,7 +85,7 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
             end.close()
             if isinstance(error, SnpatchError) or not isinstance(error, Exception):
                 raise
-            raise SnpatchError(reason or f"vLLM does not start: {_cause(error)} ({log.named()})") from error
+            raise SnpatchError(reason or f"vLLM does not start: {_cause(error)} ({log.keep_log()})") from error
         offspring.started()
         atexit.register(end.close)
         end.callback(atexit.unregister, end.close)
@@ -93,7 +94,7 @@ def starting(engine_args, check: Callable[[object], None] = refuse) -> Iterator[
 def _check_guarded() -> None:
     """Raise in a process of vLLM's that runs the user's program again, as spawned processes import it."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        with processes.telling():
+        with processes.report_errors():
             raise SnpatchError(
                 "vLLM's processes import this program, which starts an engine while it is imported: put the code under "
                 'if __name__ == "__main__":'
@@ -102,7 +103,7 @@ def _check_guarded() -> None:
 
 def _cause(error: Exception) -> str:
     """Return why vLLM did not start, in one line: what its log says first, or the error itself."""
-    if found := log.cause():
+    if found := log.first_error():
         is_unsaved = "'<stdin>'" in found or "/<stdin>" in found
         return found + ". Save the program as a file: vLLM's processes import it." * is_unsaved
     if isinstance(error, ValidationError):  # whose first line only counts its errors

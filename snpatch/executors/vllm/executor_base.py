@@ -1,0 +1,51 @@
+"""State of a vLLM executor in the client process, shared by VllmExecutor and StreamingExecutor.
+
+Why it is built before vLLM starts: everything that can be checked without vLLM fails within a second.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from snpatch.config import EngineConfig
+from snpatch.executors.base import Memory
+from snpatch.executors.vllm.codec import RequestCodec
+from snpatch.executors.vllm.launch import DualStreamLaunch
+from snpatch.executors.vllm.slots import SlotAllocator
+from snpatch.models.model import Model
+from snpatch.models.pairing import kinds_of
+from snpatch.models.reading import Reader
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Answers of all workers to snpatch_start.
+
+    shards: (first neuron, number of neurons) of each worker. runner: vLLM's model runner, "v1" or "v2".
+    """
+
+    shards: tuple[tuple[int, int], ...]
+    runner: str
+    memory: Memory
+
+    @classmethod
+    def from_answers(cls, answers: list[dict]) -> "WorkerInfo":
+        twice = kinds_of(name for answer in answers for name in answer["twice"])
+        memory = Memory(*map(sum, zip(*(a["memory"] for a in answers), strict=True)), twice)
+        return cls(tuple((a["first_neuron"], a["n_neurons"]) for a in answers), answers[0]["runner"], memory)
+
+
+class VllmExecutorBase:
+    """Launch arguments, slots and request codec of an engine. engine: vLLM's; None before `start` and after `close`."""
+
+    engine = None
+
+    def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
+        self.launch = DualStreamLaunch(config, readers)
+        self.geometry = self.launch.geometry
+        has_secondary = config.second is not None
+        self.codec = RequestCodec(readers[0].tokenizer, self.geometry, config.capacity.max_clauses, has_secondary)
+        self.slots = SlotAllocator(self.launch.settings)
+
+    def check(self, name: str, model: Model) -> None:
+        """Raise if a model scales keys or values and this engine was started without that."""
+        self.launch.check_model(name, model)
