@@ -26,8 +26,8 @@ from bench_generate import (  # noqa: F401 - fixtures
 )
 
 from snpatch import Engine, Patch, Sampling
-from snpatch.data import load
-from snpatch.judges.opening import open_judge
+from snpatch.data import load_dataset
+from snpatch.judges.factory import open_judge
 from snpatch.runs import texts
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.minimal import minimal
@@ -93,7 +93,7 @@ def demo():
     config = experiment.engine_config("vllm", **({} if GPU else {"enforce_eager": True}))
     with Engine.from_config(config) as engine:
         source = experiment.sets[experiment.benchmarks[0]]
-        yield engine, load(experiment.place(source.source)).prompts
+        yield engine, load_dataset(experiment.place(source.source)).prompts
 
 
 def judge(asked, answers):
@@ -151,7 +151,7 @@ def test_minimal(benchmark, demo, tmp_path):
     experiment = load_experiment_config("demo")
     arguments = dict(experiment.judges[experiment.cost])
     cost = open_judge(experiment.place(arguments.pop("source")), backend="transformers", **arguments)
-    contrast = load(experiment.place(experiment.sets[experiment.safety.prompts].source)).prompts
+    contrast = load_dataset(experiment.place(experiment.sets[experiment.safety.prompts].source)).prompts
     ranking = engine.contrast(contrast, "sft", "dpo", sampling=Sampling(max_tokens=experiment.contrast_tokens))
     ks = tuple(round(len(ranking) * i / 24) for i in range(25))
     config = SweepConfig(("sft", "base"), "dpo", ks, controls=0, sampling=Sampling(max_tokens=experiment.max_tokens))

@@ -43,7 +43,7 @@ class AsyncEngine(Loaded):
             raise SnpatchError("AsyncEngine runs in vLLM: install snpatch[cpu] or snpatch[cuda], or use Engine")
         from snpatch.executors.vllm.streaming import StreamingExecutor
 
-        return StreamingExecutor(config, self._opened.readers)
+        return StreamingExecutor(config, self._opened.text_processors)
 
     async def start(self, log_stats: bool = False) -> None:
         """Start vLLM, which takes its time; `async with` does it. log_stats: keep vLLM's metrics."""

@@ -49,7 +49,10 @@ def contrast(
         raise SnpatchError("contrast: EOS never counts, so sampling cannot ignore it")
     ids, (generator, against) = engine.encode(prompts, pair[0]), pair
     models = {name: engine.fingerprint(name) for name in pair if name is not None}
-    if against is not None and engine.requests.model(generator).digest == engine.requests.model(against).digest:
+    if (
+        against is not None
+        and engine.requests.model(generator).fingerprint == engine.requests.model(against).fingerprint
+    ):
         raise SnpatchError(f"contrast: {generator} and {against} are the same model by content: no neuron can differ")
     if at == "emitted" and completions is None and not sampling.stop:
         statistics, observed = _observe_writing(engine, ids, pair, sampling, progress)
@@ -67,7 +70,7 @@ def contrast(
         statistics = statistics.recipient_only()
     meta = {
         "model": engine.weights.name,
-        "weights": engine.weights.digest,
+        "weights": engine.weights.checkpoint_fingerprint,
         "revision": engine.weights.revision,
         "models": models,
         "generator": generator,

@@ -46,7 +46,7 @@ class Engine(Loaded):
             from snpatch.executors.vllm.executor import VllmExecutor as Executor
         else:
             from snpatch.executors.transformers.executor import TransformersExecutor as Executor
-        return Executor(config, self._opened.readers)
+        return Executor(config, self._opened.text_processors)
 
     def restart(self) -> None:
         """Restart what runs the requests, as after an EngineCrashedError; models and adapters stay."""

@@ -6,7 +6,7 @@ from typing import Self
 
 from snpatch.config import OWN_SET, EngineConfig, Folders
 from snpatch.executors.spoilage import Spoilage
-from snpatch.models.opening import Opened
+from snpatch.models.loaded_models import LoadedModels
 from snpatch.names import BASE
 from snpatch.requests import Prompt, Requests
 
@@ -26,7 +26,7 @@ class Loaded:
 
     def _open(self, config: EngineConfig) -> None:
         self.config, self.backend, self._spoilage = config, config.checked_backend(), Spoilage()
-        self._opened = opened = Opened(config)
+        self._opened = opened = LoadedModels(config)
         self.tokenizer = opened.tokenizer
         self.executor = self._executor_of(config)
         self.geometry, self.weights = self.executor.geometry, opened.sets[OWN_SET]
@@ -48,7 +48,7 @@ class Loaded:
 
     @property
     def template(self) -> str:
-        """How chats become text for the engine's own weights: "tokenizer", "tulu", or "beside" (an adapter's)."""
+        """How chats become text for the engine's own weights: "tokenizer", "tulu", or "adapter"."""
         return self._opened.templates[0].name
 
     def fingerprint(self, model: str) -> str:

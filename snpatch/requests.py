@@ -12,7 +12,7 @@ from snpatch.errors import SnpatchError, is_unicode, shown
 from snpatch.executors.base import Capture, Geometry, Observation, Output, Request
 from snpatch.models.model import Model
 from snpatch.models.notes import Notes
-from snpatch.models.templates import Chat, Template
+from snpatch.models.templates import Chat, ChatTemplate
 from snpatch.patching.patch import Clause, Constant, Noise, Overwrite, Patch, Scale, speaker
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import Sampling
@@ -66,7 +66,7 @@ class Requests:
     """
 
     def __init__(
-        self, templates: Sequence[Template], geometry: Geometry, models: Mapping[str, Model], notes: Notes
+        self, templates: Sequence[ChatTemplate], geometry: Geometry, models: Mapping[str, Model], notes: Notes
     ) -> None:
         self.templates, self.notes = templates, notes
         self._geometry, self._models = geometry, models
@@ -78,9 +78,9 @@ class Requests:
             raise SnpatchError(f"no model named {name!r}: there are {', '.join(self._models)}")
         return self._models[name]
 
-    def template(self, model: str) -> Template:
+    def template(self, model: str) -> ChatTemplate:
         """How a model reads chats."""
-        return self.templates[self.model(model).weights.place]
+        return self.templates[self.model(model).weights.index]
 
     # ---- ids ----------------------------------------------------------------------------------------------------
 
@@ -131,8 +131,8 @@ class Requests:
             ids = template.tokenizer(_text(prompt, name))["input_ids"]
         elif isinstance(prompt, list | tuple) and any(isinstance(message, Mapping) for message in prompt):
             chat = _chat(prompt, name)
-            ids = template.ids(chat)
-            if not self.notes.has("marks") and (mark := template.mark_in(chat)):
+            ids = template.encode(chat)
+            if not self.notes.has("marks") and (mark := template.find_mark(chat)):
                 self.notes.add(
                     "marks",
                     f"{name}: a message holds {mark!r}, which chat templates write, and is put into a template as it "
@@ -270,9 +270,9 @@ class Requests:
 
     def _tell_degenerate(self, patch: Patch, donor: Model | None) -> None:
         """Tell of a donor that is the recipient by content, and of windows that end among equal scores."""
-        if donor is not None and donor.digest == self.model(patch.recipient).digest:
+        if donor is not None and donor.fingerprint == self.model(patch.recipient).fingerprint:
             self.notes.add(
-                f"self {donor.digest}",
+                f"self {donor.fingerprint}",
                 f"the donor of a patch is its recipient {patch.recipient} by content: the patch changes nothing",
             )
         for clause in patch.clauses:
@@ -280,12 +280,12 @@ class Requests:
 
     def _tell_ties(self, ranking: Ranking, *borders: int) -> None:
         for border in borders:
-            if (ranking.digest, border) in self._looked_at:
+            if (ranking.fingerprint, border) in self._looked_at:
                 continue
-            self._looked_at.add((ranking.digest, border))
+            self._looked_at.add((ranking.fingerprint, border))
             if n := ranking.ties(border):
                 self.notes.add(
-                    f"ties {ranking.digest} {border}",
+                    f"ties {ranking.fingerprint} {border}",
                     f"{n} neurons of a ranking share the score at a window's border, {border}: which of them are "
                     "patched is decided by their place in the model",
                 )

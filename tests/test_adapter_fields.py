@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from snpatch import Engine
 from snpatch.errors import SnpatchError
 from snpatch.models.adapters import load_adapters
-from snpatch.models.lora import load_lora, merged
+from snpatch.models.lora import load_lora, merge_loras
 
 MADE, EDITED = "made by PEFT", "edited in the file"
 EXACT, REFUSED = "exact", "refused"
@@ -118,7 +118,7 @@ def by_peft(folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 def assert_merged_alike(folder: Path, adapter: Path) -> None:
     plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-    want, got = by_peft(folder, adapter), dict(merged(plain.items(), [adapter]))
+    want, got = by_peft(folder, adapter), dict(merge_loras(plain.items(), [adapter]))
     assert got.keys() == want.keys()
     assert any(not torch.equal(got[name], plain[name]) for name in plain)
     for name, weight in want.items():
@@ -150,7 +150,7 @@ def test_ia3_field_is_merged_as_peft_or_refused(zoo, tmp_path, field):
             load_adapters(adapter, tiny.LAYERS, WIDTHS)
         return
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    want, scales = by_peft(folder, adapter), load_adapters(adapter, tiny.LAYERS, WIDTHS).scale
+    want, scales = by_peft(folder, adapter), load_adapters(adapter, tiny.LAYERS, WIDTHS).vectors
     with torch.no_grad():
         for index, layer in enumerate(plain.model.layers):
             layer.mlp.down_proj.weight.mul_(scales["down_proj"][index])
@@ -196,7 +196,7 @@ def test_lora_on_lm_head_brings_a_copy_that_must_be_the_models(zoo, tmp_path):
     save_file(tensors, path)
     plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     with pytest.raises(SnpatchError, match=r"brings a lm_head\.weight of its own, which is not the model's: merge"):
-        dict(merged(plain.items(), [adapter]))
+        dict(merge_loras(plain.items(), [adapter]))
 
 
 def test_lora_tensors_and_config_must_name_the_same_modules(zoo, tmp_path):
@@ -206,9 +206,9 @@ def test_lora_tensors_and_config_must_name_the_same_modules(zoo, tmp_path):
     with pytest.raises(SnpatchError, match=r"puts no LoRA on model\.layers\.0\.mlp\.down_proj, and its tensors do"):
         load_lora(edited(adapter, target_modules=["up_proj"]))
     with pytest.raises(SnpatchError, match=r"no matrices for model\.layers\.0\.mlp\.gate_proj, which its adapter_conf"):
-        dict(merged(plain.items(), [edited(adapter, target_modules=["down_proj", "up_proj", "gate_proj"])]))
+        dict(merge_loras(plain.items(), [edited(adapter, target_modules=["down_proj", "up_proj", "gate_proj"])]))
     with pytest.raises(SnpatchError, match=r"no matrices for model\.layers\.0\.mlp\.gate_proj"):
-        dict(merged(plain.items(), [edited(adapter, target_modules="all-linear")]))
+        dict(merge_loras(plain.items(), [edited(adapter, target_modules="all-linear")]))
 
 
 @pytest.mark.parametrize(
@@ -232,4 +232,4 @@ def test_lora_on_the_head_of_a_tied_model_is_refused(zoo, tmp_path):
         Engine(folder, models={"tuned": {"lora": adapter}}, backend="transformers")
     plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     with pytest.raises(SnpatchError, match=r"the model has no weight lm_head\.weight: it is tied to the embedding"):
-        dict(merged(plain.items(), [adapter]))
+        dict(merge_loras(plain.items(), [adapter]))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from snpatch.errors import SnpatchError
-from snpatch.models.adapters import identity, load_adapters
+from snpatch.models.adapters import IA3Scales, load_adapters
 
 LAYERS = 3
 WIDTHS = {"down_proj": 24, "k_proj": 8, "v_proj": 8}
@@ -44,9 +44,9 @@ def save(folder, target, feedforward=("down_proj",), seed=0, **options) -> dict[
 
 
 def assert_scales(scales, vectors, bits: bool = True):
-    assert scales.scale.keys() == vectors.keys()
+    assert scales.vectors.keys() == vectors.keys()
     for name, want in vectors.items():
-        got = scales.scale[name]
+        got = scales.vectors[name]
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want, rtol=0 if bits else 1e-6, atol=0)
 
@@ -79,7 +79,7 @@ def test_stacked_adapters_multiply(tmp_path):
     assert_scales(load_adapters([str(tmp_path / "a")], LAYERS, WIDTHS), first)
     with pytest.raises(SnpatchError, match="at least one folder"):
         load_adapters([], LAYERS, WIDTHS)
-    assert_scales(identity(LAYERS, WIDTHS), {name: torch.ones(LAYERS, w) for name, w in WIDTHS.items()})
+    assert_scales(IA3Scales.ones(LAYERS, WIDTHS), {name: torch.ones(LAYERS, w) for name, w in WIDTHS.items()})
 
 
 def test_the_file_may_be_a_pickle_or_in_half_precision(tmp_path):

@@ -9,10 +9,10 @@ import torch
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Geometry
-from snpatch.models.adapters import identity
+from snpatch.models.adapters import IA3Scales
 from snpatch.models.model import Model, Weights
 from snpatch.models.notes import Notes
-from snpatch.models.templates import Template
+from snpatch.models.templates import ChatTemplate
 from snpatch.requests import Requests
 from snpatch.sampling import Sampling
 
@@ -23,9 +23,9 @@ TEXT = tiny.PROMPTS[0]
 @pytest.fixture(scope="module")
 def requests():
     tokenizer, widths = tiny.tokenizer(), {"down_proj": 96}
-    model = Model(Weights("m", "d", None, "s", frozenset({2}), 0), identity(3, widths))
+    model = Model(Weights("m", "d", None, "s", frozenset({2}), 0), IA3Scales.ones(3, widths))
     geometry = Geometry(3, 96, 128, len(tokenizer), widths, "float32")
-    return Requests([Template("tulu", tokenizer)], geometry, {"base": model}, Notes())
+    return Requests([ChatTemplate("tulu", tokenizer)], geometry, {"base": model}, Notes())
 
 
 KIND = "wanted a text, a chat .a list of role and content. or a list of token ids"

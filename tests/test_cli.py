@@ -13,7 +13,7 @@ from commands import ADAPTERS, DPO, GOLDEN, MODEL, PAIR, SFT, run
 from safetensors.torch import load_file, save_file
 
 from snpatch import Ranking
-from snpatch.data import load
+from snpatch.data import load_dataset
 
 
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.engine)])
@@ -313,7 +313,7 @@ def test_two_rankings_of_one_name_are_refused(capsys, prompts, ranking, tmp_path
 def test_prompts_with_any_unicode_are_one_line_each(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("\ufeff" + json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert load(path).prompts == [[{"role": "user", "content": "a\u2028b\x85c"}]]
+    assert load_dataset(path).prompts == [[{"role": "user", "content": "a\u2028b\x85c"}]]
 
 
 @pytest.mark.parametrize(("words", "code"), [(["env"], 0), (["generate", "nothing", "none.jsonl"], 2), (["--no"], 2)])

@@ -6,8 +6,8 @@ import pytest
 import tiny
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from snpatch.models.clock import DATE, PARTS, at_fixed_date
-from snpatch.models.templates import FILE, TULU, Template, open_template
+from snpatch.models.clock import DATE, PARTS, fix_date
+from snpatch.models.templates import TEMPLATE_FILE, TULU, ChatTemplate, load_template
 
 CHAT, FRIDAY = [{"role": "user", "content": "hello"}], datetime(2024, 7, 26, tzinfo=UTC)
 
@@ -16,7 +16,7 @@ def rendered(source):
     """Return a chat as a tokenizer's own template writes it."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = source
-    return Template("tokenizer", tokenizer).text(CHAT)
+    return ChatTemplate("tokenizer", tokenizer).render(CHAT)
 
 
 LLAMA_3 = (
@@ -43,8 +43,8 @@ def test_templates_that_write_the_date_are_the_same_text_on_every_day():
         "\n x{{ strftime_now('%Y') }}",
         "{% if true %}\n{{ strftime_now('%d') }}{% endif %}",
     ):
-        fixed = at_fixed_date(source)
-        assert at_fixed_date(fixed) == fixed
+        fixed = fix_date(source)
+        assert fix_date(fixed) == fixed
         plain = render_jinja_template([CHAT], chat_template=source, bos_token="<s>", strftime_now=FRIDAY.strftime)
         assert rendered(source) == plain[0][0]
 
@@ -52,10 +52,10 @@ def test_templates_that_write_the_date_are_the_same_text_on_every_day():
 def test_the_fixed_date_is_part_of_a_templates_digest_and_no_other_template_changes(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = LLAMA_3
-    assert Template("tokenizer", tokenizer).source == at_fixed_date(LLAMA_3) != LLAMA_3
-    (tmp_path / FILE).write_text(LLAMA_3)
-    assert open_template("auto", tokenizer, [tmp_path]).source == at_fixed_date(LLAMA_3)
-    (tmp_path / FILE).write_text(at_fixed_date(LLAMA_3))
-    assert open_template("auto", tokenizer, [tmp_path]).source == at_fixed_date(LLAMA_3)
+    assert ChatTemplate("tokenizer", tokenizer).source == fix_date(LLAMA_3) != LLAMA_3
+    (tmp_path / TEMPLATE_FILE).write_text(LLAMA_3)
+    assert load_template("auto", tokenizer, [tmp_path]).source == fix_date(LLAMA_3)
+    (tmp_path / TEMPLATE_FILE).write_text(fix_date(LLAMA_3))
+    assert load_template("auto", tokenizer, [tmp_path]).source == fix_date(LLAMA_3)
     tokenizer.chat_template = TULU
-    assert Template("tokenizer", tokenizer).source == TULU
+    assert ChatTemplate("tokenizer", tokenizer).source == TULU

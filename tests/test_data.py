@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.utils import httpx
 from published import CATEGORIES, KINDS, ROWS, attempt, bench, shp, stack, tails, talk, turns, write
 
-from snpatch.data import SETS, load
+from snpatch.data import DATASETS, load_dataset
 from snpatch.errors import SnpatchError
 
 PROMPTS = {
@@ -58,15 +58,15 @@ def user(text):
 
 def one(tmp_path, name, row):
     """The single example of a row."""
-    (example,) = load(write(tmp_path, name, ".jsonl", [row]), format=name).examples
+    (example,) = load_dataset(write(tmp_path, name, ".jsonl", [row]), format=name).examples
     return example
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds])
 def test_each_set_from_each_kind_of_file(tmp_path, name, kind):
-    data = load(write(tmp_path, "data", kind, ROWS[name]), format=name)
-    reference = load(write(tmp_path, "reference", KINDS[name][0], ROWS[name]), format=name)
-    assert data.digest == reference.digest == data.source["sha256"]
+    data = load_dataset(write(tmp_path, "data", kind, ROWS[name]), format=name)
+    reference = load_dataset(write(tmp_path, "reference", KINDS[name][0], ROWS[name]), format=name)
+    assert data.fingerprint == reference.fingerprint == data.source["sha256"]
     assert (data.name, data.skipped, data.source["rows"]) == (name, 0, len(ROWS[name]))
     if name == "wikitext-2":
         assert data.text == "\n\n".join(row["text"] for row in ROWS[name])
@@ -79,11 +79,11 @@ def test_each_set_from_each_kind_of_file(tmp_path, name, kind):
 
 
 def test_there_are_rows_for_every_set():
-    assert set(SETS) == set(ROWS) == set(KINDS) == {*PROMPTS, "wikitext-2"} == {*HUB, *BY_FILE}
+    assert set(DATASETS) == set(ROWS) == set(KINDS) == {*PROMPTS, "wikitext-2"} == {*HUB, *BY_FILE}
 
 
 def test_beavertails_keeps_the_first_row_of_each_prompt(tmp_path):
-    data = load(write(tmp_path, "b", ".jsonl.xz", ROWS["beavertails"]), format="beavertails")
+    data = load_dataset(write(tmp_path, "b", ".jsonl.xz", ROWS["beavertails"]), format="beavertails")
     assert [e.response for e in data.examples] == ["Wear a mask.", "Noon."]
     assert data.examples[0].meta == {
         "category": CATEGORIES,
@@ -95,7 +95,7 @@ def test_beavertails_keeps_the_first_row_of_each_prompt(tmp_path):
 
 
 def test_hh_pairs_have_the_whole_conversation_before_the_last_turn(tmp_path):
-    data = load(write(tmp_path, "hh", ".jsonl", ROWS["hh-harmless"]), format="hh-harmless")
+    data = load_dataset(write(tmp_path, "hh", ".jsonl", ROWS["hh-harmless"]), format="hh-harmless")
     assert data.pairs() == [
         {"prompt": turns("How?"), "chosen": turns("", "No.")[1:], "rejected": turns("", "So.")[1:]},
         {
@@ -119,7 +119,7 @@ def test_hh_pairs_have_the_whole_conversation_before_the_last_turn(tmp_path):
 )
 def test_hh_row_without_a_pair_still_has_its_prompt(tmp_path, chosen, rejected, why):
     rows = [*ROWS["hh-harmless"], {"chosen": chosen, "rejected": rejected}]
-    data = load(write(tmp_path, "hh", ".jsonl", rows), format="hh-harmless")
+    data = load_dataset(write(tmp_path, "hh", ".jsonl", rows), format="hh-harmless")
     assert data.prompts[2] == user("a")
     assert len(data.pairs()) == 2
     assert data.source["no_pair"] == {why: 1}
@@ -150,7 +150,7 @@ def test_transcripts_of_every_shape(tmp_path, transcript, prompt, dialogue, resp
 
 
 def test_conversations_for_training_end_with_the_answer(tmp_path):
-    lima = load(write(tmp_path, "lima", ".jsonl", ROWS["lima"]), format="lima")
+    lima = load_dataset(write(tmp_path, "lima", ".jsonl", ROWS["lima"]), format="lima")
     assert lima.conversations() == [
         {"messages": turns("Why?", "Because.")},
         {"messages": turns("One?", "1", "Two?", "2")},
@@ -160,34 +160,34 @@ def test_conversations_for_training_end_with_the_answer(tmp_path):
 
 
 def test_sharegpt_in_both_forms(tmp_path):
-    raw = load(write(tmp_path, "raw", ".json", ROWS["sharegpt"]), format="sharegpt")
+    raw = load_dataset(write(tmp_path, "raw", ".json", ROWS["sharegpt"]), format="sharegpt")
     assert raw.conversations() == [{"messages": turns("Hi", "Yo")}, {"messages": turns("Go on", "ok")}]
     assert raw.source["left_out"] == {"a turn of bing": 1, "no human turn": 1}
     tulu = [{"dataset": "sharegpt", "id": "a", "messages": turns("Hi", "Yo")}, {"messages": turns("Go on", "ok")}]
-    data = load(write(tmp_path, "tulu", ".jsonl", tulu), format="sharegpt")
-    assert data.digest == raw.digest
+    data = load_dataset(write(tmp_path, "tulu", ".jsonl", tulu), format="sharegpt")
+    assert data.fingerprint == raw.fingerprint
     assert data.examples[0].meta["id"] == "a"
 
 
 def test_harmbench_and_jailbreak_keep_their_columns(tmp_path):
-    data = load(write(tmp_path, "h", ".csv", ROWS["harmbench"]), format="harmbench")
+    data = load_dataset(write(tmp_path, "h", ".csv", ROWS["harmbench"]), format="harmbench")
     assert data.examples[1].meta["ContextString"] == 'A "b"\nc, d'
     assert [e.meta["row"] for e in data.examples] == [2, 3]
-    assert len(data.where("FunctionalCategory", "contextual")) == 1
+    assert len(data.filter("FunctionalCategory", "contextual")) == 1
 
 
 def test_preferences(tmp_path):
-    data = load(write(tmp_path, "shp", ".json", ROWS["shp"]), format="shp")
+    data = load_dataset(write(tmp_path, "shp", ".json", ROWS["shp"]), format="shp")
     assert [(e.chosen, e.rejected) for e in data.examples] == [("A lot", "A bit"), ("Some", "None")]
     assert data.examples[0].meta["score_A"] == 9
-    data = load(write(tmp_path, "rb", ".parquet", ROWS["reward-bench"]), format="reward-bench")
-    safe = data.where("subset", "refusals-offensive", "donotanswer")
+    data = load_dataset(write(tmp_path, "rb", ".parquet", ROWS["reward-bench"]), format="reward-bench")
+    safe = data.filter("subset", "refusals-offensive", "donotanswer")
     assert safe.prompts == [user("Insult me")]
     assert safe.source["selection"] == ["subset in 'refusals-offensive', 'donotanswer'"]
     assert safe.pairs()[0]["rejected"] == turns("", "You fool")[1:]
     with pytest.raises(SnpatchError, match="reward-bench: no example has subset in 'safety'"):
-        data.where("subset", "safety")
-    data = load(write(tmp_path, "stack", ".json", ROWS["stack-exchange"]), format="stack-exchange")
+        data.filter("subset", "safety")
+    data = load_dataset(write(tmp_path, "stack", ".json", ROWS["stack-exchange"]), format="stack-exchange")
     assert data.pairs()[1] == {
         "prompt": user("Is 7 prime?"),
         "chosen": turns("", "Yes, as $7 = 7$")[1:],
@@ -231,10 +231,10 @@ def test_broken_row_is_named_or_counted(tmp_path, case):
     name, row, message = BROKEN[case]
     path = write(tmp_path, "data", ".json", [*ROWS[name], row])
     with pytest.raises(SnpatchError, match=rf"data\.json, item {len(ROWS[name]) + 1}: .*{message}"):
-        load(path, format=name)
-    data = load(path, format=name, skip_bad=True)
+        load_dataset(path, format=name)
+    data = load_dataset(path, format=name, skip_bad=True)
     assert data.skipped == data.source["skipped"] == 1
-    assert data.digest == load(write(tmp_path, "good", ".json", ROWS[name]), format=name).digest
+    assert data.fingerprint == load_dataset(write(tmp_path, "good", ".json", ROWS[name]), format=name).fingerprint
 
 
 @pytest.fixture
@@ -251,56 +251,58 @@ def hub(monkeypatch):
     return hub_rows, asked
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", DATASETS)
 def test_each_set_from_the_hub(tmp_path, hub, name):
     rows, asked = hub
     rows += ROWS[name]
-    data = load(name)
+    data = load_dataset(name)
     if name in HUB:
         assert asked == [HUB[name]]
     else:
         builder, files = BY_FILE[name]
         assert asked == [(builder, {"data_files": files, "split": "train"})]
-    assert data.digest == load(write(tmp_path, "data", KINDS[name][0], ROWS[name]), format=name).digest
-    assert data.source["hub"] == SETS[name].hub.id
+    assert (
+        data.fingerprint == load_dataset(write(tmp_path, "data", KINDS[name][0], ROWS[name]), format=name).fingerprint
+    )
+    assert data.source["hub"] == DATASETS[name].hub.id
     assert data.examples[0].meta["row"] == 1
 
 
-@pytest.mark.parametrize("name", [name for name in SETS if name != "harmbench"])  # which has no answers
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "harmbench"])  # which has no answers
 def test_the_split_to_train_on_is_asked_of_the_hub(hub, name):
     rows, asked = hub
     rows += ROWS[name]
-    load(name, split=SETS[name].hub.train)
+    load_dataset(name, split=DATASETS[name].hub.train)
     wanted = TRAIN.get(name, "train")
     if name in HUB:
         assert asked == [(HUB[name][0], HUB[name][1] | {"split": wanted})]
     else:
         assert asked == [(BY_FILE[name][0], {"data_files": BY_FILE[name][1], "split": "train"})]
-        assert wanted == SETS[name].hub.train
+        assert wanted == DATASETS[name].hub.train
 
 
 def test_split_and_revision_reach_the_hub(hub):
     rows, asked = hub
     rows += ROWS["lima"]
-    load("lima", split="test", revision="v1")
+    load_dataset("lima", split="test", revision="v1")
     assert asked[0][1]["data_files"] == ["hf://datasets/GAIR/lima@v1/test.jsonl"]
     rows[:] = ROWS["beavertails"]
-    data = load("beavertails", split="330k_train", revision="abc")
+    data = load_dataset("beavertails", split="330k_train", revision="abc")
     assert asked[1][1] == {"split": "330k_train", "revision": "abc"}
     assert (data.source["split"], data.source["revision"]) == ("330k_train", "abc")
     with pytest.raises(SnpatchError, match=r"ShareGPT_Vicuna_unfiltered: has one split, train, got 'test'"):
-        load("sharegpt", split="test")
+        load_dataset("sharegpt", split="test")
 
 
 def test_broken_rows_from_the_hub(hub):
     rows, _ = hub
     rows += [*ROWS["shp"], shp("a", "b", "c", 3)]
     with pytest.raises(SnpatchError, match="stanfordnlp/SHP, test, row 3: labels must be 0 or 1"):
-        load("shp")
-    assert load("shp", skip_bad=True).skipped == 1
+        load_dataset("shp")
+    assert load_dataset("shp", skip_bad=True).skipped == 1
     rows[:] = ROWS["lima"]
     with pytest.raises(SnpatchError, match=r"SHP, test: wanted the columns history, .* got conversations, source"):
-        load("shp", skip_bad=True)
+        load_dataset("shp", skip_bad=True)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +323,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch, error):
     with pytest.raises(
         SnpatchError, match=r"^cannot load GAIR/lima \(train\) from the hub: Couldn't reach it.*$"
     ) as told:
-        load("lima")
+        load_dataset("lima")
     assert "\n" not in str(told.value)
 
 
@@ -335,7 +337,7 @@ def test_files_named_by_url_are_read_by_the_real_library(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", from_disk)
     for name in BY_FILE:
         local["path"] = write(tmp_path, name, KINDS[name][0], ROWS[name])
-        assert load(name).digest == load(local["path"], format=name).digest
+        assert load_dataset(name).fingerprint == load_dataset(local["path"], format=name).fingerprint
 
 
 @pytest.mark.parametrize("package", ["datasets", "pyarrow"])
@@ -345,4 +347,4 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, package):
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SnpatchError, match=r"pip install 'snpatch\[data\]'"):
-        load("lima") if package == "datasets" else load(path, format="lima")
+        load_dataset("lima") if package == "datasets" else load_dataset(path, format="lima")

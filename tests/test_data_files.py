@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 from published import ROWS, lines, parquet, talk, turns, write
 
-from snpatch.data import files, load, read_completions
+from snpatch.data import file_reader, load_dataset, read_completions
 from snpatch.errors import SnpatchError
 
 
@@ -34,7 +34,7 @@ def texts(data):
 def test_lines_with_byte_order_mark_blanks_and_line_ends(tmp_path):
     rows = [json.dumps({"prompt": p}, ensure_ascii=False) for p in (" a\u2028b\x85c ", "d")]
     path = saved(tmp_path, "p.jsonl", f"\ufeff\r\n{rows[0]}\r\n \n\n{rows[1]}".encode())
-    data = load(path)
+    data = load_dataset(path)
     assert texts(data) == ["a\u2028b\x85c", "d"]
     assert [e.meta for e in data.examples] == [{"file": str(path), "row": 2}, {"file": str(path), "row": 5}]
 
@@ -58,8 +58,8 @@ def test_lines_with_byte_order_mark_blanks_and_line_ends(tmp_path):
 def test_broken_line_has_its_number_or_is_counted(tmp_path, line, message):
     path = saved(tmp_path, "p.jsonl", b'\n{"prompt": "a"}\n\n' + line + b'\n{"prompt": "b"}\n')
     with pytest.raises(SnpatchError, match=rf"p\.jsonl, line 4: {message}"):
-        load(path)
-    data = load(path, skip_bad=True)
+        load_dataset(path)
+    data = load_dataset(path, skip_bad=True)
     assert (texts(data), data.skipped, data.source["rows"]) == (["a", "b"], 1, 3)
     assert data.examples[1].meta["row"] == 5
 
@@ -69,8 +69,8 @@ def test_csv_counts_physical_lines_and_takes_long_fields(tmp_path):
     content = f'id,prompt\r\n1,"two\nlines, ""quoted"""\r\n\r\n2,{long}\r\n3,a,b\r\n4,last\r\n'
     path = saved(tmp_path, "p.csv", b"\xef\xbb\xbf" + content.encode())
     with pytest.raises(SnpatchError, match=r"p\.csv, line 6: wanted 2 fields, got 3"):
-        load(path)
-    data = load(path, skip_bad=True)
+        load_dataset(path)
+    data = load_dataset(path, skip_bad=True)
     assert texts(data) == ['two\nlines, "quoted"', long, "last"]
     assert [(e.meta["id"], e.meta["row"]) for e in data.examples] == [("1", 2), ("2", 5), ("4", 7)]
 
@@ -78,8 +78,8 @@ def test_csv_counts_physical_lines_and_takes_long_fields(tmp_path):
 def test_csv_that_is_not_utf8_in_one_row(tmp_path):
     path = saved(tmp_path, "p.csv", b"prompt\na\ncaf\xe9\nb\n")
     with pytest.raises(SnpatchError, match=r"p\.csv, line 3: not UTF-8"):
-        load(path)
-    assert texts(load(path, skip_bad=True)) == ["a", "b"]
+        load_dataset(path)
+    assert texts(load_dataset(path, skip_bad=True)) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -108,21 +108,21 @@ def test_a_file_that_is_broken_as_a_whole_is_always_an_error(tmp_path, name, con
     path = saved(tmp_path, name, content)
     for skip_bad in (True,) if "2 of them bad" in message else (True, False):
         with pytest.raises(SnpatchError, match=message):
-            load(path, skip_bad=skip_bad)
+            load_dataset(path, skip_bad=skip_bad)
 
 
 def test_parquet_row_numbers_go_on_over_row_groups(tmp_path):
     path = saved(tmp_path, "p.parquet", parquet([*numbered(70_000), {"prompt": None}]))
     with pytest.raises(SnpatchError, match=r"p\.parquet, row 70001: prompt must be a text that is not empty, got None"):
-        load(path)
-    assert load(path, skip_bad=True).examples[-1].meta["row"] == 70_000
+        load_dataset(path)
+    assert load_dataset(path, skip_bad=True).examples[-1].meta["row"] == 70_000
 
 
 def test_wikitext_line_that_is_not_utf8(tmp_path):
     path = saved(tmp_path, "wiki.test.raw", b" \r\n = A = \r\n \n caf\xe9\n")
     with pytest.raises(SnpatchError, match=r"wiki\.test\.raw, line 4: not UTF-8"):
-        load(path, format="wikitext-2")
-    assert load(path, format="wikitext-2", skip_bad=True).text == "\n\n = A = \n\n\n"
+        load_dataset(path, format="wikitext-2")
+    assert load_dataset(path, format="wikitext-2", skip_bad=True).text == "\n\n = A = \n\n\n"
 
 
 def test_folder_of_shards_in_the_order_of_their_names(tmp_path):
@@ -131,28 +131,28 @@ def test_folder_of_shards_in_the_order_of_their_names(tmp_path):
         write(tmp_path / "data", f"test-0000{i}-of-00003", ".parquet", rows[2 * i : 2 * i + 2])
     saved(tmp_path, "README.md", b"# card")
     saved(tmp_path, ".cache/test.parquet", b"junk")
-    data = load(tmp_path, split="test")
+    data = load_dataset(tmp_path, split="test")
     assert texts(data) == [row["prompt"] for row in rows]
     assert data.examples[3].meta == {"file": str(tmp_path / "data/test-00001-of-00003.parquet"), "row": 2}
-    assert load(tmp_path).digest == data.digest
+    assert load_dataset(tmp_path).fingerprint == data.fingerprint
 
 
 def test_splits_of_a_folder(tmp_path):
     for domain in ("askbaking", "legaladvice"):
         for split, rows in (("train", ROWS["shp"]), ("test", ROWS["shp"][:1])):
             write(tmp_path / "shp" / domain, split, ".json", rows)
-    assert len(load(tmp_path / "shp", format="shp", split="train")) == 4
-    assert len(load(tmp_path / "shp", format="shp", split="test")) == 2
+    assert len(load_dataset(tmp_path / "shp", format="shp", split="train")) == 4
+    assert len(load_dataset(tmp_path / "shp", format="shp", split="test")) == 2
     with pytest.raises(SnpatchError, match=r"shp: holds several splits \(train, test\): choose one with split"):
-        load(tmp_path / "shp", format="shp")
+        load_dataset(tmp_path / "shp", format="shp")
     with pytest.raises(SnpatchError, match="shp: holds no data file with 'validation' in its name"):
-        load(tmp_path / "shp", format="shp", split="validation")
+        load_dataset(tmp_path / "shp", format="shp", split="validation")
     write(tmp_path / "wiki", "wiki.test", ".raw", ROWS["wikitext-2"])
     write(tmp_path / "wiki", "wiki.valid", ".raw", ROWS["wikitext-2"][:1])
-    assert len(load(tmp_path / "wiki", format="wikitext-2", split="test")) == 5
+    assert len(load_dataset(tmp_path / "wiki", format="wikitext-2", split="test")) == 5
     write(tmp_path / "wiki", "wiki.test", ".jsonl", ROWS["wikitext-2"])
     with pytest.raises(SnpatchError, match=r"holds several kinds of file \(\.jsonl, \.raw\)"):
-        load(tmp_path / "wiki", format="wikitext-2", split="test")
+        load_dataset(tmp_path / "wiki", format="wikitext-2", split="test")
 
 
 def test_what_is_asked_for_must_fit_together(tmp_path):
@@ -168,19 +168,19 @@ def test_what_is_asked_for_must_fit_together(tmp_path):
         ({"source": tmp_path / "nothing"}, "nothing: no such file"),
     ):
         with pytest.raises(SnpatchError, match=message):
-            load(**arguments)
+            load_dataset(**arguments)
 
 
 def test_a_column_of_any_file(tmp_path):
     rows = [{"question": "Why?", "chosen": "So.", "rejected": "No.", "id": 3}]
     pair = {"prompt": turns("Why?"), "chosen": turns("", "So.")[1:], "rejected": turns("", "No.")[1:]}
     for kind in (".jsonl", ".csv", ".parquet"):
-        data = load(write(tmp_path, "q", kind, rows), column="question")
+        data = load_dataset(write(tmp_path, "q", kind, rows), column="question")
         assert data.prompts == [user("Why?")]
         assert data.pairs() == [pair]
         assert str(data.examples[0].meta["id"]) == "3"
     with pytest.raises(SnpatchError, match=r"q\.csv: wanted the columns prompt, got question, chosen"):
-        load(tmp_path / "q.csv", column="prompt")
+        load_dataset(tmp_path / "q.csv", column="prompt")
 
 
 def test_messages_and_answers_of_any_file(tmp_path):
@@ -190,7 +190,7 @@ def test_messages_and_answers_of_any_file(tmp_path):
         {"messages": turns("a", "b", "c", " d ")},
         {"prompt": "a", "completion": "b"},
     ]
-    data = load(write(tmp_path, "m", ".jsonl", rows))
+    data = load_dataset(write(tmp_path, "m", ".jsonl", rows))
     assert data.prompts == [[*system, *turns("a", "b", "c")], turns("a", "b", "c"), user("a")]
     assert [e.response for e in data.examples] == [None, "d", "b"]
     assert data.conversations() == [{"messages": turns("a", "b", "c", "d")}, {"messages": turns("a", "b")}]
@@ -200,26 +200,26 @@ def test_messages_and_answers_of_any_file(tmp_path):
         ({"prompt": "a", "response": 7}, "response must be a text, got 7"),
     ):
         with pytest.raises(SnpatchError, match=f"line 1: {message}"):
-            load(write(tmp_path, "m", ".jsonl", [row]))
+            load_dataset(write(tmp_path, "m", ".jsonl", [row]))
 
 
 def test_pairs_and_conversations_can_be_saved_and_loaded(tmp_path):
-    hh = load(write(tmp_path, "hh", ".jsonl", ROWS["hh-harmless"]), format="hh-harmless")
-    assert load(write(tmp_path, "pairs", ".jsonl", hh.pairs())).pairs() == hh.pairs()
-    lima = load(write(tmp_path, "lima", ".jsonl", ROWS["lima"]), format="lima")
-    again = load(write(tmp_path, "said", ".parquet", lima.conversations()))
+    hh = load_dataset(write(tmp_path, "hh", ".jsonl", ROWS["hh-harmless"]), format="hh-harmless")
+    assert load_dataset(write(tmp_path, "pairs", ".jsonl", hh.pairs())).pairs() == hh.pairs()
+    lima = load_dataset(write(tmp_path, "lima", ".jsonl", ROWS["lima"]), format="lima")
+    again = load_dataset(write(tmp_path, "said", ".parquet", lima.conversations()))
     assert again.conversations() == lima.conversations()
 
 
 def test_samples_are_drawn_without_replacement_and_stay_the_same(tmp_path):
-    data = load(write(tmp_path, "p", ".jsonl", numbered(10)))
+    data = load_dataset(write(tmp_path, "p", ".jsonl", numbered(10)))
     drawn = data.sample(4, seed=1)
     assert texts(drawn) == ["p2", "p9", "p6", "p4"]  # for ever: numpy keeps this stream
     assert texts(data.sample(10, seed=1))[:4] == texts(drawn)
     assert sorted(texts(data.sample(10, seed=1))) == sorted(texts(data))
     assert texts(data.sample(4, seed=2)) != texts(drawn)
     assert drawn.source["selection"] == ["4 drawn with seed 1"]
-    assert drawn.digest != data.digest == drawn.source["sha256"]
+    assert drawn.fingerprint != data.fingerprint == drawn.source["sha256"]
     assert drawn.first(2).source["selection"] == ["4 drawn with seed 1", "first 2"]
     assert (len(data.first(3)), len(data.first(99)), texts(data.first(2))) == (3, 10, ["p0", "p1"])
     with pytest.raises(SnpatchError, match="cannot take the first 0"):
@@ -232,13 +232,26 @@ def test_samples_are_drawn_without_replacement_and_stay_the_same(tmp_path):
 
 
 def test_digest_covers_what_is_asked_and_answered(tmp_path):
-    def digest(**changes):
-        return load(write(tmp_path, "d", ".jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", **changes}])).digest
+    def fingerprint(**changes):
+        return load_dataset(
+            write(tmp_path, "d", ".jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", **changes}])
+        ).fingerprint
 
-    assert digest() == digest(id=7)
-    assert len({digest(), digest(prompt="x"), digest(chosen="x"), digest(rejected="x"), digest(response="x")}) == 5
+    assert fingerprint() == fingerprint(id=7)
+    assert (
+        len(
+            {
+                fingerprint(),
+                fingerprint(prompt="x"),
+                fingerprint(chosen="x"),
+                fingerprint(rejected="x"),
+                fingerprint(response="x"),
+            }
+        )
+        == 5
+    )
     histories = [
-        load(write(tmp_path, "hh", ".jsonl", [row]), format="hh-harmless").digest
+        load_dataset(write(tmp_path, "hh", ".jsonl", [row]), format="hh-harmless").fingerprint
         for row in ({"chosen": talk("a", x, "b", "c"), "rejected": talk("a", x, "b", "d")} for x in "yz")
     ]
     assert histories[0] != histories[1]
@@ -246,8 +259,8 @@ def test_digest_covers_what_is_asked_and_answered(tmp_path):
 
 def test_prompts_and_completions_of_a_generated_file(tmp_path):
     path = write(tmp_path, "out", ".jsonl", [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "y"}])
-    assert load(path).prompts == [user("a"), user("b")]
-    assert load(path).first(1).prompts == [user("a")]
+    assert load_dataset(path).prompts == [user("a"), user("b")]
+    assert load_dataset(path).first(1).prompts == [user("a")]
     assert read_completions(path) == ["", "y"]
     path = saved(tmp_path, "bad.jsonl", path.read_bytes() + b'{"prompt": "c"}\n')
     assert read_completions(path, 2) == ["", "y"]
@@ -263,8 +276,8 @@ def test_prompts_and_completions_of_a_generated_file(tmp_path):
 @pytest.fixture
 def small_limits(monkeypatch):
     """A line of 1000 bytes, and of compressed files 1000 bytes or 10 times their size."""
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(files, "MAX_EXPANSION", 10)
+    monkeypatch.setattr(file_reader, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(file_reader, "MAX_EXPANSION", 10)
 
 
 @pytest.mark.parametrize("packed", [gzip.compress, lzma.compress, bytes], ids=["gz", "xz", "plain"])
@@ -284,7 +297,7 @@ def test_endless_line_is_one_line(tmp_path, small_limits, packed, kind, content)
     path.write_bytes(packed(content))
     columns = (("text",),) if kind == "txt" else (("prompt",),)
     with pytest.raises(SnpatchError, match=r"expected at most 1000 bytes|field larger than field limit|times its size"):
-        list(files.read_rows(path, columns))
+        list(file_reader.read_rows(path, columns))
 
 
 @pytest.mark.parametrize(
@@ -300,9 +313,9 @@ def test_compressed_bomb_is_one_line(tmp_path, small_limits, kind, content):
     (tmp_path / f"a.{kind}.gz").write_bytes(gzip.compress(content))
     columns = (("text",),) if kind == "txt" else (("prompt",),)
     with pytest.raises(SnpatchError, match=r"expected at most \d+ bytes \(10 times its size\), got more"):
-        list(files.read_rows(tmp_path / f"a.{kind}.gz", columns))
+        list(file_reader.read_rows(tmp_path / f"a.{kind}.gz", columns))
     (tmp_path / f"a.{kind}").write_bytes(content)
-    list(files.read_rows(tmp_path / f"a.{kind}", columns))
+    list(file_reader.read_rows(tmp_path / f"a.{kind}", columns))
 
 
 def test_line_past_the_shipped_limit_is_refused(tmp_path):
@@ -311,14 +324,14 @@ def test_line_past_the_shipped_limit_is_refused(tmp_path):
         for _ in range(128):
             file.write(b"a" * 2**20)
     with pytest.raises(SnpatchError, match=f"line 1: expected at most {2**26} bytes, got more"):
-        load(tmp_path / "a.jsonl.gz")
+        load_dataset(tmp_path / "a.jsonl.gz")
 
 
 @pytest.mark.parametrize("depth", [101, 500, 100_000])
 def test_deep_row_is_one_line(tmp_path, depth):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "x": ' + "[" * depth + "]" * depth + "}\n")
     with pytest.raises(SnpatchError, match="line 1: not JSON: nested deeper than 100 levels"):
-        load(tmp_path / "a.jsonl")
+        load_dataset(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("depth", [30, 300, 3000])
@@ -335,4 +348,4 @@ def test_deep_parquet_column_is_read_or_one_line(tmp_path, depth):
     except (pyarrow.ArrowException, RecursionError):
         pytest.skip("pyarrow does not write it")
     with suppress(SnpatchError):  # any other error fails the test
-        assert len(load(tmp_path / "a.parquet")) == 1
+        assert len(load_dataset(tmp_path / "a.parquet")) == 1

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from published import behavior, forbidden, talk, turns, write
 
-from snpatch.data import load, read_completions
+from snpatch.data import load_dataset, read_completions
 from snpatch.errors import SnpatchError
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -24,7 +24,7 @@ def answered(text):
 
 
 def one(tmp_path, row, **how):
-    (example,) = load(write(tmp_path, "data", ".jsonl", [row]), **how).examples
+    (example,) = load_dataset(write(tmp_path, "data", ".jsonl", [row]), **how).examples
     return example
 
 
@@ -57,20 +57,22 @@ PUBLISHED = {  # a row of each file -> its prompt
 def test_published_file_is_read_without_flags(tmp_path, name):
     assert one(tmp_path, PUBLISHED[name]).prompt == user("Make it")
     if all(isinstance(value, str) for value in PUBLISHED[name].values()):
-        assert load(write(tmp_path, "data", ".csv", [PUBLISHED[name]])).prompts == [user("Make it")]
-        assert load(write(tmp_path, "data", ".parquet", [PUBLISHED[name]])).prompts == [user("Make it")]
+        assert load_dataset(write(tmp_path, "data", ".csv", [PUBLISHED[name]])).prompts == [user("Make it")]
+        assert load_dataset(write(tmp_path, "data", ".parquet", [PUBLISHED[name]])).prompts == [user("Make it")]
 
 
 def test_two_turns_of_a_user_are_not_one_prompt(tmp_path):
     """MT-bench: the second turn asks about the model's own first answer."""
-    data = load(write(tmp_path, "q", ".jsonl", [{"question_id": 81, "category": "x", "turns": ["Write", "Again"]}]))
+    data = load_dataset(
+        write(tmp_path, "q", ".jsonl", [{"question_id": 81, "category": "x", "turns": ["Write", "Again"]}])
+    )
     assert data.prompts == [user("Write")]
     assert data.row_notes == ["left aside in 1 of 1 rows: user turns after the first"]
 
 
 def test_context_of_harmbench_is_left_aside_and_told(tmp_path):
     rows = [behavior("Make it", "standard", ""), behavior("Write it", "contextual", "A text")]
-    data = load(write(tmp_path, "h", ".csv", rows))
+    data = load_dataset(write(tmp_path, "h", ".csv", rows))
     assert data.prompts == [user("Make it"), user("Write it")]
     assert data.row_notes == ["left aside in 1 of 2 rows: ContextString, the context of a prompt"]
 
@@ -98,12 +100,12 @@ def test_columns_that_are_there_are_told(tmp_path):
     for kind in (".jsonl", ".json", ".csv", ".parquet"):
         path = write(tmp_path, "data", kind, [row])
         with pytest.raises(SnpatchError, match=r"wanted .*prompt or messages, got a, b\. Name the prompt's column"):
-            load(path)
+            load_dataset(path)
         with pytest.raises(SnpatchError, match=r"wanted .* goal, got a, b"):
-            load(path, column="goal")
-        assert load(path, column="b").prompts == [user("y")]
+            load_dataset(path, column="goal")
+        assert load_dataset(path, column="b").prompts == [user("y")]
     with pytest.raises(SnpatchError, match="one prompt, got goal, question, each of which may be it"):
-        load(write(tmp_path, "two", ".csv", [{"goal": "x", "question": "y"}]))
+        load_dataset(write(tmp_path, "two", ".csv", [{"goal": "x", "question": "y"}]))
     with pytest.raises(SnpatchError, match="one prompt, got Prompt, prompt, each"):
         one(tmp_path, {"Prompt": "x", "prompt": "y"})
 
@@ -111,12 +113,12 @@ def test_columns_that_are_there_are_told(tmp_path):
 def test_text_with_a_prompt_on_each_line(tmp_path):
     path = tmp_path / "p.TXT"
     path.write_text("Make it\n\n  Do it \n")
-    data = load(path)
+    data = load_dataset(path)
     assert data.prompts == [user("Make it"), user("Do it")]
     assert data.row_notes == ["left out 1 of 3 rows: a blank line"]
     assert data.examples[1].meta["row"] == 3
     (tmp_path / "p.json").write_text('["Make it",\n "Do it"]')
-    assert load(tmp_path / "p.json").prompts == data.prompts
+    assert load_dataset(tmp_path / "p.json").prompts == data.prompts
 
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_as_published(tmp_path, name):
-    data = load(write(tmp_path, "p", ".jsonl", [PAIRS[name]]))
+    data = load_dataset(write(tmp_path, "p", ".jsonl", [PAIRS[name]]))
     assert data.prompts == [user("Q")]
     assert data.pairs() == [{"prompt": user("Q"), "chosen": answered("A"), "rejected": answered("B")}]
     assert data.row_notes == []
@@ -151,7 +153,7 @@ def test_common_beginning_of_longer_conversations_is_taken_off_as_trl_does(tmp_p
 
     begin = [SYSTEM, *turns("Q", "A", "R")]
     row = {"chosen": begin + answered("C"), "rejected": begin + answered("D")}
-    data = load(write(tmp_path, "p", ".jsonl", [row]))
+    data = load_dataset(write(tmp_path, "p", ".jsonl", [row]))
     assert (
         data.pairs() == [extract_prompt(row)] == [{"prompt": begin, "chosen": answered("C"), "rejected": answered("D")}]
     )
@@ -173,7 +175,7 @@ def test_common_beginning_of_longer_conversations_is_taken_off_as_trl_does(tmp_p
 )
 def test_conversations_without_a_pair_are_counted(tmp_path, chosen, rejected, why):
     rows = [PAIRS["TRL implicit"], {"chosen": chosen, "rejected": rejected}]
-    data = load(write(tmp_path, "p", ".jsonl", rows))
+    data = load_dataset(write(tmp_path, "p", ".jsonl", rows))
     assert data.prompts == [user("Q")] * 2
     assert data.source["no_pair"] == {why: 1}
     assert dict(data.pairs().left_out) == {why: 1}
@@ -204,7 +206,7 @@ def test_pairs_that_do_not_fit_are_errors_with_their_line(tmp_path, row, message
 def test_conversation_beside_a_prompt_is_what_is_trained_on(tmp_path):
     """ultrachat: prompt is the first question, messages the whole conversation."""
     row = {"prompt": "Q", "prompt_id": "1", "messages": turns("Q", "A", "R", "B")}
-    data = load(write(tmp_path, "u", ".jsonl", [row]))
+    data = load_dataset(write(tmp_path, "u", ".jsonl", [row]))
     assert data.prompts == [user("Q")]
     assert data.conversations() == [{"messages": turns("Q", "A", "R", "B")}]
 
@@ -219,7 +221,7 @@ def test_pairs_without_an_answer_are_counted(tmp_path):
         {"prompt": "c", "chosen": "", "rejected": "y"},
         {"prompt": "d", "chosen": None, "rejected": None},
     ]
-    data = load(write(tmp_path, "p", ".jsonl", rows))
+    data = load_dataset(write(tmp_path, "p", ".jsonl", rows))
     whys = {"no rejected answer": 1, "no chosen answer": 1, "no chosen and rejected answer": 1}
     assert data.source["no_pair"] == whys
     assert data.row_notes == [f"1 of 4 rows have a prompt and no pair: {why}" for why in whys]
@@ -228,7 +230,7 @@ def test_pairs_without_an_answer_are_counted(tmp_path):
     with pytest.raises(
         SnpatchError, match=r"has no pairs of a chosen and a rejected answer \(1 rows: no rejected answ"
     ):
-        load(write(tmp_path, "p", ".jsonl", rows[1:])).pairs()
+        load_dataset(write(tmp_path, "p", ".jsonl", rows[1:])).pairs()
 
 
 @pytest.mark.parametrize("labels", [(True, False), ("True", "False"), (1, 0), ("1", "0")])
@@ -236,7 +238,7 @@ def test_answers_that_are_labelled_bad_are_not_trained_on(tmp_path, labels):
     """KTO's form."""
     good, bad = ({"prompt": p, "completion": c, "label": n} for p, c, n in zip("ab", "xy", labels, strict=True))
     rows = [good, bad, {"prompt": "c"}]
-    data = load(write(tmp_path, "kto", ".jsonl", rows))
+    data = load_dataset(write(tmp_path, "kto", ".jsonl", rows))
     assert data.prompts == [user("a"), user("b"), user("c")]
     said = data.conversations()
     assert said == [{"messages": turns("a", "x")}]
@@ -250,10 +252,10 @@ def test_other_labels_say_nothing_of_an_answer(tmp_path):
 
 def test_rows_are_chosen_by_what_json_calls_a_value(tmp_path):
     rows = [{"prompt": p, "is_safe": safe, "n": n} for p, safe, n in (("a", True, 1), ("b", False, 2))]
-    data = load(write(tmp_path, "b", ".jsonl", rows))
-    assert data.where("is_safe", "true").prompts == data.where("n", "1").prompts == [user("a")]
+    data = load_dataset(write(tmp_path, "b", ".jsonl", rows))
+    assert data.filter("is_safe", "true").prompts == data.filter("n", "1").prompts == [user("a")]
     with pytest.raises(SnpatchError, match="no example has a column safe: there are is_safe, n"):
-        data.where("safe", "true")
+        data.filter("safe", "true")
 
 
 # ---- completions of prompts -----------------------------------------------------------------------------------------
@@ -304,7 +306,7 @@ def test_pipes_are_read(tmp_path, content):
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_bytes, args=(content,))
     writer.start()
-    assert load(path).prompts == AB
+    assert load_dataset(path).prompts == AB
     writer.join()
 
 
@@ -321,21 +323,21 @@ def test_pipes_are_read(tmp_path, content):
 )
 def test_files_of_other_shapes(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert load(tmp_path / name).prompts == AB
+    assert load_dataset(tmp_path / name).prompts == AB
 
 
 def test_one_object_on_several_lines_is_a_row(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({"messages": turns("a", "b")}, indent=2))
-    assert load(tmp_path / "p.json").conversations() == [{"messages": turns("a", "b")}]
+    assert load_dataset(tmp_path / "p.json").conversations() == [{"messages": turns("a", "b")}]
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns("a", "b")}))
-    assert load(tmp_path / "p.jsonl").conversations() == [{"messages": turns("a", "b")}]
+    assert load_dataset(tmp_path / "p.jsonl").conversations() == [{"messages": turns("a", "b")}]
 
 
 def test_first_row_that_is_broken_is_one_row(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "half\n' + LINES)
     with pytest.raises(SnpatchError, match=r"p\.jsonl, line 1: not JSON"):
-        load(tmp_path / "p.jsonl")
-    data = load(tmp_path / "p.jsonl", skip_bad=True)
+        load_dataset(tmp_path / "p.jsonl")
+    data = load_dataset(tmp_path / "p.jsonl", skip_bad=True)
     assert (data.prompts, data.skipped, data.examples[1].meta["row"]) == (AB, 1, 3)
 
 
@@ -344,27 +346,27 @@ def test_what_is_no_data_is_named(tmp_path, name):
     path = tmp_path / name
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(SnpatchError, match="a pointer of Git LFS, not the data"):
-        load(path)
+        load_dataset(path)
     path.write_bytes('{"prompt": "a"}'.encode("utf-16"))
     with pytest.raises(SnpatchError, match="UTF-16, wanted UTF-8"):
-        load(path)
+        load_dataset(path)
 
 
 def test_folders_that_datasets_saved(tmp_path):
     rows = datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
     rows.save_to_disk(tmp_path / "one")
-    assert load(tmp_path / "one").prompts == AB
+    assert load_dataset(tmp_path / "one").prompts == AB
     datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "two")
-    assert load(tmp_path / "two", split="test").prompts == AB[1:]
+    assert load_dataset(tmp_path / "two", split="test").prompts == AB[1:]
     with pytest.raises(SnpatchError, match="two: holds the splits train, test: choose one with split"):
-        load(tmp_path / "two")
+        load_dataset(tmp_path / "two")
     with pytest.raises(SnpatchError, match="one: wanted the columns goal, got prompt"):
-        load(tmp_path / "one", column="goal")
+        load_dataset(tmp_path / "one", column="goal")
 
 
 def test_bytes_of_a_table_are_no_text(tmp_path):
     with pytest.raises(SnpatchError, match=r"row 1: prompt must be a text that is not empty, got b'a'"):
-        load(write(tmp_path, "p", ".parquet", [{"prompt": b"a"}]))
+        load_dataset(write(tmp_path, "p", ".parquet", [{"prompt": b"a"}]))
 
 
 def test_real_hh_file_is_read_without_a_format(tmp_path):
@@ -375,6 +377,6 @@ def test_real_hh_file_is_read_without_a_format(tmp_path):
         {"chosen": talk("a", "b"), "rejected": talk("a", "")},
     ]
     path = write(tmp_path, "hh", ".jsonl", rows)
-    by_name, own = load(path, format="hh-harmless"), load(path)
-    assert own.digest == by_name.digest
+    by_name, own = load_dataset(path, format="hh-harmless"), load_dataset(path)
+    assert own.fingerprint == by_name.fingerprint
     assert own.source["no_pair"] == by_name.source["no_pair"]

@@ -10,9 +10,9 @@ import tiny
 
 from snpatch import SnpatchError
 from snpatch.config import EngineConfig
-from snpatch.models import digest
-from snpatch.models.digest import digest_of_checkpoint, digest_of_tokenizer
-from snpatch.models.opening import Opened
+from snpatch.models import fingerprint
+from snpatch.models.fingerprint import fingerprint_checkpoint, fingerprint_tokenizer
+from snpatch.models.loaded_models import LoadedModels
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def folder(zoo, tmp_path, monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """Names of the files that were hashed."""
-    names, hashed = [], digest.hashlib.file_digest
+    names, hashed = [], fingerprint.hashlib.file_digest
 
     def counting(file, kind):
         names.append(Path(file.name).name)
         return hashed(file, kind)
 
-    monkeypatch.setattr(digest.hashlib, "file_digest", counting)
+    monkeypatch.setattr(fingerprint.hashlib, "file_digest", counting)
     return names
 
 
@@ -42,41 +42,41 @@ def flip(path: Path, at: int = -1) -> None:
 
 
 def test_one_byte_changes_it_and_the_place_does_not(folder, tmp_path):
-    first = digest_of_checkpoint(folder)
+    first = fingerprint_checkpoint(folder)
     assert len(first) == 16
     shutil.copytree(folder, tmp_path / "another")
-    assert digest_of_checkpoint(tmp_path / "another") == first
+    assert fingerprint_checkpoint(tmp_path / "another") == first
     flip(folder / "model.safetensors")
-    assert digest_of_checkpoint(folder) != first
+    assert fingerprint_checkpoint(folder) != first
     flip(folder / "model.safetensors")
-    assert digest_of_checkpoint(folder) == first
+    assert fingerprint_checkpoint(folder) == first
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
-    assert digest_of_checkpoint(folder) != first
+    assert fingerprint_checkpoint(folder) != first
 
 
 def test_a_file_is_read_once_and_again_when_its_time_changes(folder, reads):
-    first = digest_of_checkpoint(folder)
+    first = fingerprint_checkpoint(folder)
     assert sorted(reads) == ["config.json", "model.safetensors"]
     reads.clear()
-    assert digest_of_checkpoint(folder) == first
+    assert fingerprint_checkpoint(folder) == first
     assert not reads
     os.utime(folder / "model.safetensors", (1, 1))
-    assert digest_of_checkpoint(folder) == first
+    assert fingerprint_checkpoint(folder) == first
     assert reads == ["model.safetensors"]
 
 
 def test_shards_are_all_part_of_it(folder):
     shutil.copy(folder / "model.safetensors", folder / "model-00002-of-00002.safetensors")
-    first = digest_of_checkpoint(folder)
+    first = fingerprint_checkpoint(folder)
     flip(folder / "model-00002-of-00002.safetensors")
-    assert digest_of_checkpoint(folder) != first
+    assert fingerprint_checkpoint(folder) != first
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"x": 1', 5, [], None])
 def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_alone(folder, tmp_path, reads, content):
     """content: of the file, or what it holds for each of the checkpoint's files."""
-    first = digest_of_checkpoint(folder)
+    first = fingerprint_checkpoint(folder)
     kept = tmp_path / "cache" / "snpatch" / "digests.json"
     places = json.loads(kept.read_text())
     kept.unlink()
@@ -87,31 +87,31 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_alone(folder, t
     else:
         kept.write_text(json.dumps(dict.fromkeys(places, content)))
     reads.clear()
-    assert digest_of_checkpoint(folder) == first
+    assert fingerprint_checkpoint(folder) == first
     assert len(reads) == 2
 
 
 def test_digest_of_a_model_is_of_what_changes_its_texts(folder):
     """A guard, a ranking and kept texts of an engine are good for a server of the same model."""
 
-    def digest(**arguments) -> str:
-        (own,) = Opened(EngineConfig(str(folder), vllm=arguments)).sets.values()
-        return own.identity
+    def fingerprint(**arguments) -> str:
+        (own,) = LoadedModels(EngineConfig(str(folder), vllm=arguments)).sets.values()
+        return own.fingerprint
 
-    assert digest() == digest(max_num_seqs=4) == digest(served_model_name=["a", "base"])
-    assert digest() != digest(kv_cache_dtype="fp8")
+    assert fingerprint() == fingerprint(max_num_seqs=4) == fingerprint(served_model_name=["a", "base"])
+    assert fingerprint() != fingerprint(kv_cache_dtype="fp8")
 
 
 def test_a_folder_without_weights_is_one_line(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(SnpatchError, match="it holds no weights"):
-        digest_of_checkpoint(folder)
+        fingerprint_checkpoint(folder)
 
 
 def test_tokenizers_are_told_apart_by_what_makes_their_ids():
-    first = digest_of_tokenizer(tiny.tokenizer())
-    assert digest_of_tokenizer(tiny.tokenizer()) == first
-    assert digest_of_tokenizer(tiny.tokenizer(eos="<pad>")) != first
+    first = fingerprint_tokenizer(tiny.tokenizer())
+    assert fingerprint_tokenizer(tiny.tokenizer()) == first
+    assert fingerprint_tokenizer(tiny.tokenizer(eos="<pad>")) != first
     more = tiny.tokenizer()
     more.add_tokens(["another"])
-    assert digest_of_tokenizer(more) != first
+    assert fingerprint_tokenizer(more) != first

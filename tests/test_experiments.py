@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from snpatch import Ranking, SnpatchError, experiments
-from snpatch.data import SETS
+from snpatch.data import DATASETS
 from snpatch.demo import DEMO_MODEL
 from snpatch.experiments.alignment_tax import shared_neurons
 from snpatch.experiments.common import agreement
@@ -195,7 +195,7 @@ def test_settings_of_the_named_world_are_known():
     for experiment, settings in config.settings.items():
         experiments.parse_settings(experiment, settings)
     for one in config.sets.values():
-        assert Path(config.place(one.source)).is_file() or one.source in SETS
+        assert Path(config.place(one.source)).is_file() or one.source in DATASETS
 
 
 def test_rankings_and_texts_are_kept_and_used_again(tmp_path, zoo, monkeypatch):

@@ -51,7 +51,7 @@ SIZES = {f.name: 9 for f in fields(Capacity)} | {"streams": 1, "scales_kv": True
 MODELS = {"checkpoint": "w2", "lora": ["l2"], "adapters": ["a2"]}
 PROMPTS = {
     "source": "other.jsonl", "format": "harmbench", "split": "test", "column": "text", "revision": "main",
-    "where": ["kind", "bad"], "first": 3, "sample": 2, "seed": 5,
+    "filter": ["kind", "bad"], "first": 3, "sample": 2, "seed": 5,
 }  # fmt: skip
 SAMPLING = {
     "temperature": 1.0, "top_p": 0.5, "top_k": 5, "max_tokens": 9, "min_tokens": 1, "stop": ["x"], "ignore_eos": True,
@@ -373,7 +373,7 @@ def test_byte_order_mark_before_a_config_is_passed_over(tmp_path, name, text):
 
 
 def test_byte_order_mark_before_an_adapters_config_is_passed_over(tmp_path):
-    from snpatch.models.peft_files import read_config
+    from snpatch.models.peft_files import read_adapter_config
 
     (tmp_path / "adapter_config.json").write_text('\ufeff{"peft_type": "LORA"}', encoding="utf-8")
-    assert read_config(tmp_path, "LORA") == {"peft_type": "LORA"}
+    assert read_adapter_config(tmp_path, "LORA") == {"peft_type": "LORA"}

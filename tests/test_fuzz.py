@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from snpatch import Engine, Sampling, SnpatchError
 from snpatch.config import EngineConfig
-from snpatch.data import load, read_completions
+from snpatch.data import load_dataset, read_completions
 from snpatch.guard.guard import Guard
-from snpatch.models.templates import FILE, TULU
+from snpatch.models.templates import TEMPLATE_FILE, TULU
 from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
 from snpatch.runs.store import NAME, Store
@@ -154,7 +154,7 @@ def test_chat_templates_of_any_kind_are_one_line(made, ground):
     @given(st.data())
     def one(data):
         folder = copied(made.folder, ground)
-        (folder / FILE).write_text(data.draw(TEMPLATES), encoding="utf-8")
+        (folder / TEMPLATE_FILE).write_text(data.draw(TEMPLATES), encoding="utf-8")
         tried(lambda: opened(folder, template=data.draw(st.sampled_from(["auto", "tokenizer"]))))
 
     one()
@@ -190,7 +190,7 @@ ROWS = [
 
 def read_all(path):
     """Read everything that a file of data can be read for."""
-    data = load(path)
+    data = load_dataset(path)
     return data.prompts, data.pairs(), data.conversations()
 
 
@@ -277,7 +277,7 @@ def test_files_of_results_with_damaged_bytes_are_one_line(ground, kind):
         Constant.zero(order).save(path)
     else:
         features, labels = torch.arange(40.0).reshape(20, 2), [i % 2 == 0 for i in range(20)]
-        Guard.fit(features, labels, order, model="m", digest="d").save(path)
+        Guard.fit(features, labels, order, model="m", fingerprint="d").save(path)
     content = path.read_bytes()
 
     @bounded(60)

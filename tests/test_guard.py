@@ -9,7 +9,7 @@ import torch
 from sklearn import metrics
 
 from snpatch import Completion, Engine, Patch, Ranking, Sampling, SnpatchError
-from snpatch.data import load, question
+from snpatch.data import load_dataset, question
 from snpatch.demo import DEMO_MODEL, language
 from snpatch.files import read_tensors, write_tensors
 from snpatch.guard import fitting
@@ -34,7 +34,7 @@ def drawn(n: int, k: int = 6, shift: float = 0.0, share: float = 0.5, seed: int 
 
 
 def fit(features, labels, meta=None, **config) -> Guard:
-    return Guard.fit(features, labels, RANKING, model="sft", digest="d", config=GuardConfig(**config), meta=meta)
+    return Guard.fit(features, labels, RANKING, model="sft", fingerprint="d", config=GuardConfig(**config), meta=meta)
 
 
 def test_separable_features_are_told_apart():
@@ -168,10 +168,10 @@ def test_a_loaded_guard_is_the_same_to_the_bit(tmp_path):
     assert np.array_equal(loaded.probability(features), guard.probability(features))
     assert torch.equal(loaded.neurons, RANKING.top(6))
     assert torch.equal(loaded.ranking.top(6), RANKING.top(6))
-    for name in ("model", "digest", "shape", "intercept", "threshold", "refusal", "meta", "k"):
+    for name in ("model", "fingerprint", "shape", "intercept", "threshold", "refusal", "meta", "k"):
         assert getattr(loaded, name) == getattr(guard, name), name
     assert (loaded.meta["judge"], loaded.meta["n"], loaded.meta["harmful"]) == ("cost", 60, 30)
-    assert loaded.meta["ranking"] == RANKING.digest
+    assert loaded.meta["ranking"] == RANKING.fingerprint
     RANKING.save(tmp_path / "ranking.safetensors")
     with pytest.raises(SnpatchError, match="wanted a snpatch guard, got ranking"):
         Guard.load(tmp_path / "ranking.safetensors")
@@ -180,7 +180,7 @@ def test_a_loaded_guard_is_the_same_to_the_bit(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"more": 1}, "there is no more; there are model, digest"),
+        ({"more": 1}, "there is no more; there are model, fingerprint"),
         ({"threshold": None}, "threshold is missing"),
         ({"threshold": "0.5"}, "threshold: wanted float, got '0.5'"),
         ({"threshold": 2.0}, "threshold must lie between 0 and 1, got 2.0"),
@@ -279,7 +279,7 @@ def judge(prompts, completions):
 
 
 def asked(*names, start=0, stop=None):
-    return [chat for name in names for chat in load(DEMO_MODEL / "eval" / f"{name}.jsonl").prompts[start:stop]]
+    return [chat for name in names for chat in load_dataset(DEMO_MODEL / "eval" / f"{name}.jsonl").prompts[start:stop]]
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def demo():
 @pytest.fixture(scope="module")
 def safety(demo):
     return demo.contrast(
-        load(DEMO_MODEL / "contrast.jsonl").first(60).prompts, "sft", "dpo", sampling=Sampling(max_tokens=24)
+        load_dataset(DEMO_MODEL / "contrast.jsonl").first(60).prompts, "sft", "dpo", sampling=Sampling(max_tokens=24)
     )
 
 
@@ -310,7 +310,7 @@ def sets(demo):
 def guard(demo, safety, sets):
     s = sets["beavertails"]
     features = demo.capture(s.prompts, "sft", safety, 60)
-    return Guard.fit(features, s.labels, safety, model="sft", digest=demo.fingerprint("sft"))
+    return Guard.fit(features, s.labels, safety, model="sft", fingerprint=demo.fingerprint("sft"))
 
 
 @pytest.fixture
@@ -416,7 +416,7 @@ def test_comparison_of_sets_ks_and_random_neurons(demo, safety, sets, guard, ran
     assert rows[None, None, 60, "redteam", "redteam"].scores == evaluate(own, redteam.labels, resamples=100)
     control = safety.random_control(width + 1, seed=1)
     x = demo.capture(sets["beavertails"].prompts, "sft", control, 10)
-    random = Guard.fit(x, sets["beavertails"].labels, control, model="sft", digest="")
+    random = Guard.fit(x, sets["beavertails"].labels, control, model="sft", fingerprint="")
     p = random.probability(demo.capture(redteam.prompts, "sft", control, 10))
     assert rows["per_layer", 1, 10, "beavertails", "redteam"].scores.brier == evaluate(p, redteam.labels).brier
     flat = across.flat()

@@ -29,7 +29,7 @@ def test_on_vllm_a_guard_refuses_what_it_would_on_transformers(zoo, monkeypatch)
     def fitted(engine, k=8):
         x = engine.capture(tiny.PROMPTS, "sft", ranking, k)
         config = GuardConfig(folds=2)
-        return Guard.fit(x, labels, ranking, model="sft", digest=engine.fingerprint("sft"), config=config)
+        return Guard.fit(x, labels, ranking, model="sft", fingerprint=engine.fingerprint("sft"), config=config)
 
     oracle = Engine(made.folder, adapters, backend="transformers")
     gc.collect()
@@ -50,4 +50,4 @@ def test_on_vllm_a_guard_refuses_what_it_would_on_transformers(zoo, monkeypatch)
         # A guard is bound to its model's content, whichever backend ran it; to another's it is a stranger.
         assert other.predict(engine, tiny.PROMPTS) == pytest.approx([c.harm for c in guarded], abs=1e-3)
         with pytest.raises(SnpatchError, match="fitted on another 'sft'"):
-            engine.generate(tiny.PROMPTS, "sft", guard=replace(other, digest=engine.fingerprint("dpo")))
+            engine.generate(tiny.PROMPTS, "sft", guard=replace(other, fingerprint=engine.fingerprint("dpo")))

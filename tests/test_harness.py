@@ -269,7 +269,7 @@ def test_model_args_make_the_same_model(evaluate, results, model_args, adapters)
     assert want["config"]["patch"] == {
         "recipient": "sft",
         "donor": "dpo",
-        "ranking": RANKINGS[0].digest,
+        "ranking": RANKINGS[0].fingerprint,
         "window": [0, K],
         "where": "generated",
         "strength": 1.0,
@@ -423,8 +423,8 @@ def test_chats_go_through_the_engines_template(llama, adapters, evaluate, templa
     with pytest.raises(SnpatchError, match="takes no name, got 'chatml'"):
         lm.chat_template("chatml")
     assert lm.chat_template(True) == (TEMPLATE if template == "tokenizer" else "tulu")
-    digest = lm.engine.requests.template("base").digest
-    assert lm.tokenizer_name == f"{folder}--{template}-{digest}".replace("/", "__")
+    fingerprint = lm.engine.requests.template("base").fingerprint
+    assert lm.tokenizer_name == f"{folder}--{template}-{fingerprint}".replace("/", "__")
 
 
 def test_the_command_line(folder, results, model_args, monkeypatch, tmp_path):

@@ -10,10 +10,10 @@ from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, by_hand, opened, w
 from tokenizers import pre_tokenizers, processors
 
 from snpatch.errors import SnpatchError
-from snpatch.judges.opening import open_judge
+from snpatch.judges.factory import open_judge
 from snpatch.judges.protocol import score_all
 from snpatch.judges.refusal import REFUSALS, RefusalWords
-from snpatch.judges.score_text import ScoreText
+from snpatch.judges.score_format import ScoreFormat
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -66,12 +66,12 @@ def test_beaver_text_ends_with_one_eos(adds_eos):
             "<s> $A </s>", special_tokens=[("<s>", tiny.BOS), ("</s>", tiny.EOS)]
         )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    (row,) = ScoreText("beaver", tokenizer).rows(["bala"], ["bama "])
+    (row,) = ScoreFormat("beaver", tokenizer).rows(["bala"], ["bama "])
     assert row["input_ids"].count(tiny.EOS) == 1
     assert row["input_ids"][-1] == tiny.EOS
     tokenizer.eos_token = None
     with pytest.raises(SnpatchError, match="format beaver: its text ends with EOS, and the judge's tokenizer has none"):
-        ScoreText("beaver", tokenizer)
+        ScoreFormat("beaver", tokenizer)
 
 
 def test_order_and_batch_size_do_not_matter(tmp_path):
@@ -244,9 +244,9 @@ def test_refusal_words_of_another_kind_are_one_line(words):
 
 
 def test_refusal_digests_tell_words_apart_and_not_their_marks():
-    assert RefusalWords(["can\u2019t"]).digest == RefusalWords(["can't"]).digest
-    assert RefusalWords(["can't"]).digest != RefusalWords(["cant"]).digest
-    assert RefusalWords(["no", "never"]).digest == RefusalWords(["never", "no", "no"]).digest
+    assert RefusalWords(["can\u2019t"]).fingerprint == RefusalWords(["can't"]).fingerprint
+    assert RefusalWords(["can't"]).fingerprint != RefusalWords(["cant"]).fingerprint
+    assert RefusalWords(["no", "never"]).fingerprint == RefusalWords(["never", "no", "no"]).fingerprint
 
 
 def shout(prompts, completions):

@@ -15,9 +15,9 @@ from rich.progress import Progress
 
 from snpatch.cli import options
 from snpatch.cli.generate import write_completions
-from snpatch.data import load
+from snpatch.data import load_dataset
 from snpatch.errors import SnpatchError, encodable
-from snpatch.models.digest import digest_of_checkpoint
+from snpatch.models.fingerprint import fingerprint_checkpoint
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.report import Report, TableView
 from snpatch.runs.store import Store
@@ -104,8 +104,8 @@ def test_a_closed_stderr_adds_nothing_to_stdout():
 def test_ascii_locales_change_no_result(tmp_path):
     for name, env in (("utf", {}), ("ascii", {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})):
         code = (
-            "import json, sys; from pathlib import Path; from snpatch.data import load; "
-            "print(json.dumps([load(sys.argv[1]).prompts, load(sys.argv[2]).prompts]))"
+            "import json, sys; from pathlib import Path; from snpatch.data import load_dataset; "
+            "print(json.dumps([load_dataset(sys.argv[1]).prompts, load_dataset(sys.argv[2]).prompts]))"
         )
         row = json.dumps({"prompt": TEXT[:12]}, ensure_ascii=False)
         (tmp_path / "p.jsonl").write_text(f"{row}\n", encoding="utf-8")
@@ -125,7 +125,7 @@ def test_files_whose_names_are_no_utf8_are_read_and_written(tmp_path, capsys, mo
     folder = tmp_path / NO_UTF8
     folder.mkdir()
     (folder / "p.jsonl").write_text('{"prompt": "a"}\n')
-    assert len(load(folder / "p.jsonl")) == 1
+    assert len(load_dataset(folder / "p.jsonl")) == 1
     order = Ranking.from_scores(torch.arange(16.0).reshape(2, 8))
     order.save(folder / "r.safetensors")
     with pytest.raises(SnpatchError, match="is not valid UTF-8"):  # safetensors opens none
@@ -146,7 +146,7 @@ def test_digests_know_no_encoding_of_names(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("config.json", "a.safetensors", f"{NO_UTF8}.safetensors"):
         (tmp_path / name).write_text("{}")
-    assert len(digest_of_checkpoint(tmp_path)) == 16
+    assert len(fingerprint_checkpoint(tmp_path)) == 16
 
 
 @pytest.mark.parametrize("kept", ["[]", "{}", "[" * 10**5, '{"x": 1}', "\x00", None])
@@ -154,13 +154,13 @@ def test_a_cache_of_digests_that_is_missing_or_damaged_costs_time_alone(tmp_path
     for name in ("config.json", "a.safetensors"):
         (tmp_path / name).write_text("{}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    wanted = digest_of_checkpoint(tmp_path)
+    wanted = fingerprint_checkpoint(tmp_path)
     if kept is None:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", no_home)
     else:
         (tmp_path / "cache" / "snpatch" / "digests.json").write_text(kept)
-    assert digest_of_checkpoint(tmp_path) == wanted
+    assert fingerprint_checkpoint(tmp_path) == wanted
 
 
 def no_home():

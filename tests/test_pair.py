@@ -29,7 +29,7 @@ from jobs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from snpatch import Engine, EngineConfig, Patch, Ranking, Sampling, SnpatchError
-from snpatch.models.lora import load_lora, merged
+from snpatch.models.lora import load_lora, merge_loras
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_lora_is_merged_as_peft_does_it(zoo, tmp_path, options):
     made = tiny.lora(folder, tmp_path, **options)
     plain = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     want = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
-    got = dict(merged(plain.items(), [made]))
+    got = dict(merge_loras(plain.items(), [made]))
     assert got.keys() == want.keys()
     assert any(not torch.equal(got[name], plain[name]) for name in plain)
     for name in want:
@@ -172,9 +172,9 @@ def test_a_lora_of_another_model_and_ia3_are_refused(zoo, tmp_path):
     made, weights = zoo("llama"), {"model.layers.0.mlp.up_proj.weight": torch.zeros(4, 4)}
     folder = tiny.lora(made.folder, tmp_path)
     with pytest.raises(SnpatchError, match=r"up_proj.weight is \[4, 4\], its update \[96, 64\]"):
-        list(merged(weights.items(), [folder]))
+        list(merge_loras(weights.items(), [folder]))
     with pytest.raises(SnpatchError, match=r"has no weight .* a LoRA of another model"):
-        list(merged({}.items(), [folder]))
+        list(merge_loras({}.items(), [folder]))
     with pytest.raises(SnpatchError, match="adapter type IA3 is not supported, only LORA"):
         load_lora(made.adapters["sft"][0])
 

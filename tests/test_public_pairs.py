@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from snpatch import Engine, SnpatchError
+from snpatch.models.compatibility import check_compatible, check_tokenizers
 from snpatch.models.notes import Notes
-from snpatch.models.pairing import check_pair, check_tokenizers
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -203,7 +203,7 @@ def written(folder: Path, config: dict) -> Path:
 
 def check(tmp_path: Path, one: dict, other: dict) -> tuple[str, ...]:
     notes, words = Notes(), tiny.tokenizer()
-    check_pair(written(tmp_path / "one", one), written(tmp_path / "other", other), words, words, notes)
+    check_compatible(written(tmp_path / "one", one), written(tmp_path / "other", other), words, words, notes)
     return notes.messages
 
 

@@ -171,7 +171,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path, make):
     loaded = Ranking.load(tmp_path / "new" / "r.safetensors")
     assert torch.equal(loaded.rank, ranking.rank)
     assert loaded.meta == ranking.meta
-    assert loaded.digest == ranking.digest
+    assert loaded.fingerprint == ranking.fingerprint
     assert (loaded.scores is None) == (ranking.scores is None)
     assert ranking.scores is None or torch.equal(loaded.scores, ranking.scores)
     assert loaded.moments.keys() == ranking.moments.keys()
@@ -179,8 +179,11 @@ def test_a_file_gives_back_what_was_saved(tmp_path, make):
 
 
 def test_digest_names_the_order():
-    assert line(3, 1).digest == line(3, 1).digest
-    assert len({line(3, 1).digest, line(1, 3).digest, line(3).digest, line(3, 1, width=13).digest}) == 4
+    assert line(3, 1).fingerprint == line(3, 1).fingerprint
+    assert (
+        len({line(3, 1).fingerprint, line(1, 3).fingerprint, line(3).fingerprint, line(3, 1, width=13).fingerprint})
+        == 4
+    )
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

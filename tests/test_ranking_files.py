@@ -68,7 +68,7 @@ def test_list_of_neurons(tmp_path, name):
     ranking = Ranking.load(path, SHAPE)
     assert ranking.top(3).tolist() == ORDER
     assert (len(ranking), ranking.shape, ranking.meta["imported"]) == (3, SHAPE, file)
-    assert Ranking.load(path, lambda: SHAPE).digest == ranking.digest
+    assert Ranking.load(path, lambda: SHAPE).fingerprint == ranking.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_published_tensors_and_own_files_are_read_by_the_same_call(tmp_path):
     assert (ranking.top(3).tolist(), ranking.shape) == (BY_SCORE, SHAPE)
     assert set(ranking.moments) == {"donor_mean", "donor_std", "recipient_mean", "recipient_std"}
     ranking.save(tmp_path / "own.safetensors")
-    assert Ranking.load(tmp_path / "own.safetensors", SHAPE).digest == ranking.digest
+    assert Ranking.load(tmp_path / "own.safetensors", SHAPE).fingerprint == ranking.fingerprint
 
 
 @pytest.mark.parametrize(

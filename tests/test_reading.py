@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 
 from snpatch import Engine, EngineConfig, Sampling, SnpatchError
 from snpatch.integrations.lm_eval import SnpatchLM
-from snpatch.models.digest import folder_of_adapter
+from snpatch.models.fingerprint import local_adapter_folder
+from snpatch.models.loaded_models import LoadedModels
 from snpatch.models.lora import load_lora
 from snpatch.models.notes import Notes
-from snpatch.models.opening import Opened
-from snpatch.models.reading import open_readers
-from snpatch.models.templates import FILE, TULU
+from snpatch.models.templates import TEMPLATE_FILE, TULU
+from snpatch.models.text_processing import load_text_processors
 
 OWN = "{% for m in messages %}<|user|> {{ m.content }}{% endfor %}"
 OTHER = "{{ messages[0].content }} bama"
@@ -47,12 +47,12 @@ def model(zoo, tmp_path):
     """A copy of the tiny Llama, with a chat template of its own."""
     folder = tmp_path / "model"
     shutil.copytree(zoo("llama").folder, folder)
-    (folder / FILE).write_text(OWN)
+    (folder / TEMPLATE_FILE).write_text(OWN)
     return folder
 
 
-def opened(model, given: dict, **options) -> Opened:
-    return Opened(EngineConfig.of(model, given.get("adapters"), models=given.get("models", {}), **options))
+def opened(model, given: dict, **options) -> LoadedModels:
+    return LoadedModels(EngineConfig.of(model, given.get("adapters"), models=given.get("models", {}), **options))
 
 
 KINDS = ["ia3", "lora"]
@@ -62,24 +62,24 @@ KINDS = ["ia3", "lora"]
 @pytest.mark.parametrize(("source", "text"), [(TULU, "<|user|>\nbana\n<|assistant|>\n"), (OTHER, "bana bama")])
 def test_the_template_beside_an_adapter_is_used(model, beside, kind, source, text):
     given, folder = beside(kind)
-    (folder / FILE).write_text(source)
+    (folder / TEMPLATE_FILE).write_text(source)
     one = opened(model, given)
-    assert one.templates[-1].text(CHAT) == text
+    assert one.templates[-1].render(CHAT) == text
     assert any(
         f"chats are read by the template beside {folder}, and not by {model}'s own" in n for n in one.notes.messages
     )
-    assert opened(model, given, template="tokenizer").templates[-1].text(CHAT) == "<|user|> bana"
+    assert opened(model, given, template="tokenizer").templates[-1].render(CHAT) == "<|user|> bana"
     assert opened(model, given, template="tulu").templates[-1].name == "tulu"
     if kind == "lora":
-        assert one.templates[0].text(CHAT) == "<|user|> bana", "the engine's own weights read as they were trained"
+        assert one.templates[0].render(CHAT) == "<|user|> bana", "the engine's own weights read as they were trained"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_templates_on_one_set_are_an_error_that_names_both(model, beside, kind):
     given, first = beside(kind, "first")
     _, second = beside("ia3", "second")
-    (first / FILE).write_text(TULU)
-    (second / FILE).write_text(OTHER)
+    (first / TEMPLATE_FILE).write_text(TULU)
+    (second / TEMPLATE_FILE).write_text(OTHER)
     if kind == "ia3":
         given["adapters"]["second"] = [second]
     else:
@@ -93,7 +93,7 @@ def test_a_template_inside_a_tokenizer_beside_a_lora_is_used(model, beside):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = OTHER
     tokenizer.save_pretrained(folder)
-    assert opened(model, given).templates[1].text(CHAT) == "bana bama"
+    assert opened(model, given).templates[1].render(CHAT) == "bana bama"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,12 +102,12 @@ def test_the_eos_beside_an_adapter_ends_texts(model, beside, kind):
     end = tiny.VOCAB.index(tiny.WORDS[7])
     tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(folder)
     config = EngineConfig.of(model, given.get("adapters"), models=given.get("models", {}))
-    assert open_readers(config, Notes())[-1].eos_ids == {tiny.EOS, end}
+    assert load_text_processors(config, Notes())[-1].eos_ids == {tiny.EOS, end}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 12]}))
-    assert open_readers(config, Notes())[-1].eos_ids == {tiny.EOS, end, 11, 12}
+    assert load_text_processors(config, Notes())[-1].eos_ids == {tiny.EOS, end, 11, 12}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "2"}))
     with pytest.raises(SnpatchError, match="eos_token_id: expected numbers of tokens, got '2'"):
-        open_readers(config, Notes())
+        load_text_processors(config, Notes())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,11 +147,11 @@ def test_two_tokenizers_on_one_set_must_read_alike(model, beside, kind):
     with pytest.raises(SnpatchError, match=rf"tokenizers of {first} and {second} read texts differently, and adapters"):
         opened(model, given)
     tiny.tokenizer().save_pretrained(second)
-    assert opened(model, given).readers[-1].eos_ids == {tiny.EOS}
+    assert opened(model, given).text_processors[-1].eos_ids == {tiny.EOS}
 
 
 def test_a_model_whose_own_template_is_tulus_needs_no_note(model):
-    (model / FILE).write_text(TULU)
+    (model / TEMPLATE_FILE).write_text(TULU)
     one = opened(model, {})
     assert (one.templates[0].name, one.notes.messages) == ("tulu", ())
 
@@ -169,11 +169,11 @@ def test_a_tokenizer_that_ends_every_text_is_an_error_at_the_start(model, beside
     tiny.tokenizer().save_pretrained(folder)
     ending(folder)
     with pytest.raises(
-        SnpatchError, match=rf"{folder}: its tokenizer puts '</s>' behind every text.* add_eos_token = f"
+        SnpatchError, match=rf"{folder}: its tokenizer appends '</s>' to every text.* add_eos_token = f"
     ):
         opened(model, given)
     ending(model)
-    with pytest.raises(SnpatchError, match=rf"{model}: its tokenizer puts '</s>' behind every text"):
+    with pytest.raises(SnpatchError, match=rf"{model}: its tokenizer appends '</s>' to every text"):
         Engine(model, backend="transformers")
 
 
@@ -181,7 +181,7 @@ def test_a_vocabulary_past_the_embedding_is_told_and_its_tokens_are_refused(mode
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["<image>"])
     tokenizer.save_pretrained(model)
-    (model / FILE).write_text(OWN)
+    (model / TEMPLATE_FILE).write_text(OWN)
     with Engine(model, backend="transformers") as engine:
         (note,) = engine.notes
         assert "has 1 tokens that the model of 128 has no row for, as '<image>' (128); texts that hold one are" in note
@@ -209,9 +209,9 @@ def test_later_adapters_must_be_read_as_the_engine_reads(model, beside):
     (_, folder), (_, silent) = beside("ia3"), beside("ia3", "silent")
     with Engine(model, backend="transformers") as engine:
         engine.add_adapter("silent", silent)
-        (folder / FILE).write_text(OWN)
+        (folder / TEMPLATE_FILE).write_text(OWN)
         engine.add_adapter("same", folder)
-        (folder / FILE).write_text(TULU)
+        (folder / TEMPLATE_FILE).write_text(TULU)
         with pytest.raises(SnpatchError, match=rf"{folder}: its template, tokenizer or EOS is not what this engine of"):
             engine.add_adapter("other", folder)
 
@@ -222,7 +222,7 @@ THINKS = "{{ messages[0].content }}{% if enable_thinking is not defined or enabl
 
 
 def test_template_variables_are_part_of_a_config_and_of_content(model, tmp_path):
-    (model / FILE).write_text(THINKS)
+    (model / TEMPLATE_FILE).write_text(THINKS)
     config = EngineConfig.of(model, chat_template_kwargs={"enable_thinking": False}, backend="transformers")
     config.save(tmp_path / "engine.json")
     assert EngineConfig.load(tmp_path / "engine.json") == config
@@ -230,9 +230,9 @@ def test_template_variables_are_part_of_a_config_and_of_content(model, tmp_path)
         f'model = "{model}"\nbackend = "transformers"\n[chat_template_kwargs]\nenable_thinking = false\n'
     )
     assert EngineConfig.load(tmp_path / "engine.toml") == config
-    quiet, loud = Opened(config), Opened(replace(config, chat_template_kwargs={}))
-    assert [one.templates[0].text(CHAT) for one in (quiet, loud)] == ["bana", "bana bama"]
-    assert quiet.templates[0].digest != loud.templates[0].digest
+    quiet, loud = LoadedModels(config), LoadedModels(replace(config, chat_template_kwargs={}))
+    assert [one.templates[0].render(CHAT) for one in (quiet, loud)] == ["bana", "bana bama"]
+    assert quiet.templates[0].fingerprint != loud.templates[0].fingerprint
 
 
 @pytest.mark.parametrize(
@@ -248,9 +248,9 @@ def test_template_variables_are_part_of_a_config_and_of_content(model, tmp_path)
     ],
 )
 def test_wrong_template_variables_are_one_line(model, given, message):
-    (model / FILE).write_text(THINKS)
+    (model / TEMPLATE_FILE).write_text(THINKS)
     with pytest.raises(SnpatchError, match=f"chat_template_kwargs: {message}"):
-        Opened(EngineConfig.of(model, chat_template_kwargs=given))
+        LoadedModels(EngineConfig.of(model, chat_template_kwargs=given))
 
 
 # ---- adapters from the hub ---------------------------------------------------------------------------------------
@@ -302,12 +302,12 @@ def test_what_the_hub_has_not_is_one_line(zoo, hub, name, message):
 
 @pytest.mark.parametrize("name", ["org/sft", "org/sft@main"])
 def test_a_name_of_the_hub_is_a_folder_of_its_cache(hub, tmp_path, name):
-    assert folder_of_adapter(name) == tmp_path / "cache" / "models--org--sft" / "snapshots" / "commit-main"
-    assert folder_of_adapter(tmp_path) == tmp_path
+    assert local_adapter_folder(name) == tmp_path / "cache" / "models--org--sft" / "snapshots" / "commit-main"
+    assert local_adapter_folder(tmp_path) == tmp_path
 
 
 def test_the_command_line_and_lm_eval_take_template_variables(model, tmp_path, capsys):
-    (model / FILE).write_text(THINKS)
+    (model / TEMPLATE_FILE).write_text(THINKS)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "bana"}) + "\n")
     common = ["generate", model, prompts, "--backend", "transformers", "--max-tokens", 3, "--json"]

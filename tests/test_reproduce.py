@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from snpatch.data import SETS
+from snpatch.data import DATASETS
 from snpatch.demo import DEMO_MODEL
 from snpatch.errors import SnpatchError
 from snpatch.reproduce import estimates, published
@@ -52,7 +52,7 @@ OWN_ROWS = """
 [training.data.safety]
 source = "pairs.jsonl"
 column = "ask"
-where = ["kind", "x", "z"]
+filter = ["kind", "x", "z"]
 sample = 3
 seed = 5
 
@@ -121,7 +121,7 @@ def test_the_papers_presets_are_the_papers():
     assert training.objectives == ("helpful", "shp", "reasoning", "stack-exchange", "reward-bench-safety")
     assert training.dpo == DpoSettings(micro_batch_size=5)
     assert (training.data["sft"].source, training.data["safety"].source) == ("sharegpt", "hh-harmless")
-    assert all(rows.source in SETS and rows.split in ("train", "filtered") for rows in training.data.values())
+    assert all(rows.source in DATASETS and rows.split in ("train", "filtered") for rows in training.data.values())
     config = preset.config
     assert (config["max_tokens"], config["contrast_tokens"], config["recipients"]) == (128, 256, ["sft", "base"])
     assert all(config["sets"][name]["first"] == 200 for name in (*config["benchmarks"], "contrast"))

@@ -97,7 +97,7 @@ def test_upload_whose_name_cannot_be_written_leaves_no_file(folder, bodies, monk
             kept.keep("rankings", name, bodies["second"])
         assert str(folder) not in str(error.value)
     assert files(folder) == {file_of(bodies["first"])}
-    assert kept._catalogue.rankings["a"].digest == RANKINGS[0].digest
+    assert kept._catalogue.rankings["a"].fingerprint == RANKINGS[0].fingerprint
 
 
 def test_delete_makes_room_before_it_writes(folder, bodies, monkeypatch):

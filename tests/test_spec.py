@@ -26,8 +26,8 @@ def test_json_and_patch_are_each_others_inverse(recipient, name, window, where, 
     data = {"recipient": recipient, "donor": "dpo", "ranking": name, "window": window, "where": where}
     data["strength"] = strength
     patch = spec.from_json(data, NAMED)
-    assert spec.to_json(patch) == data | {"ranking": NAMED.rankings[name].digest}
-    by_digest = spec.Named({ranking.digest: ranking for ranking in NAMED.rankings.values()}, {})
+    assert spec.to_json(patch) == data | {"ranking": NAMED.rankings[name].fingerprint}
+    by_digest = spec.Named({ranking.fingerprint: ranking for ranking in NAMED.rankings.values()}, {})
     assert spec.to_json(spec.from_json(spec.to_json(patch), by_digest)) == spec.to_json(patch)
 
 
@@ -38,7 +38,7 @@ def test_further_clauses_are_read_and_told():
     patch = spec.from_json({**data, "clauses": then}, NAMED)
     assert [clause.window for clause in patch.clauses] == [Window(0, 9), Window(3, 9)]
     told = spec.to_json(patch)
-    assert told["clauses"] == [{**then[0], "ranking": NAMED.rankings["other"].digest}]
+    assert told["clauses"] == [{**then[0], "ranking": NAMED.rankings["other"].fingerprint}]
     alone = spec.from_json({"recipient": "sft", "clauses": [own, *then]}, NAMED)
     assert spec.to_json(alone) == told, "all clauses may stand in the list"
     for bad, message, at in (
@@ -115,7 +115,7 @@ def test_constants_are_named():
     patch = spec.from_json(GOOD | {"donor": "constant:mine"}, NAMED)
     assert patch.donor is NAMED.constants["mine"]
     added = spec.from_json(GOOD | {"donor": "add:constant:mine"}, NAMED)
-    assert (added.donor.mode, added.donor.digest) == ("add", patch.donor.digest)
+    assert (added.donor.mode, added.donor.fingerprint) == ("add", patch.donor.fingerprint)
 
 
 @pytest.mark.parametrize(

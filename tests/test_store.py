@@ -15,7 +15,7 @@ from commands import GOLDEN
 from swept import GREEDY, LONG, Forks, judge, run, start
 
 from snpatch import Sampling, SnpatchError
-from snpatch.data import load
+from snpatch.data import load_dataset
 from snpatch.errors import EngineCrashedError, ReceiptError
 from snpatch.runs import judging
 from snpatch.runs import store as stores
@@ -37,7 +37,7 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chats(prompts):
-    return load(prompts).prompts
+    return load_dataset(prompts).prompts
 
 
 @pytest.fixture(scope="module")
@@ -240,8 +240,8 @@ def note_texts(monkeypatch) -> list[str]:
 class Words:
     """A judge with a digest, which notes what it is asked."""
 
-    def __init__(self, digest="words", bad=()):
-        self.digest, self.bad, self.asked = digest, bad, []
+    def __init__(self, fingerprint="words", bad=()):
+        self.fingerprint, self.bad, self.asked = fingerprint, bad, []
 
     def __call__(self, prompts, completions):
         self.asked += zip(prompts, completions, strict=True)

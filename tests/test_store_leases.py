@@ -257,7 +257,7 @@ def test_scores_and_failures_of_a_live_run_outlast_the_begin_of_another(tmp_path
         other.begin("snpatch sweep")
         assert not other.status().failures
     with Store(tmp_path) as third:
-        digest = f"{other.owner} words"
-        third.keep_scores(digest, {"text": 1.0})
+        fingerprint = f"{other.owner} words"
+        third.keep_scores(fingerprint, {"text": 1.0})
         third.name_judges({"words": f"{third.owner} words"})
-        assert third.scores(digest) == {}, "nobody asks for the scores of a run that has ended"
+        assert third.scores(fingerprint) == {}, "nobody asks for the scores of a run that has ended"

@@ -4,8 +4,8 @@ import pytest
 import tiny
 
 from snpatch import SnpatchError
-from snpatch.judges.score_text import ScoreText
-from snpatch.models.templates import FILE, TULU, Template, open_template, tulu
+from snpatch.judges.score_format import ScoreFormat
+from snpatch.models.templates import TEMPLATE_FILE, TULU, ChatTemplate, load_template, render_tulu
 
 CHAT = [
     {"role": "system", "content": " be kind \n"},
@@ -33,16 +33,16 @@ def tokenizer():
 
 @pytest.mark.parametrize("turns", range(1, len(CHAT) + 1))
 def test_text_is_the_published_one_over_several_turns(tokenizer, turns):
-    assert tulu(CHAT[:turns], tokenizer) == published(CHAT[:turns], "</s>")
+    assert render_tulu(CHAT[:turns], tokenizer) == published(CHAT[:turns], "</s>")
 
 
 def test_an_assistants_turn_ends_with_eos_in_the_ids(tokenizer):
-    ids = Template("tulu", tokenizer).ids(CHAT[1:4])
+    ids = ChatTemplate("tulu", tokenizer).encode(CHAT[1:4])
     assert ids[0] == tiny.BOS
     assert tiny.BOS not in ids[1:]
     # tiny's words are split on white space, so the EOS is glued to the word before it
     spaced = [{**m, "content": m["content"].strip() + " "} for m in CHAT[1:4]]
-    assert tulu(spaced, tokenizer).count("</s>") == 1
+    assert render_tulu(spaced, tokenizer).count("</s>") == 1
 
 
 def test_training_reads_what_writing_reads(tokenizer):
@@ -50,23 +50,26 @@ def test_training_reads_what_writing_reads(tokenizer):
     tokenizer.chat_template = TULU
     for turns in (2, 4, 6):
         trained = tokenizer.apply_chat_template(CHAT[:turns], tokenize=False)
-        asked = tulu(CHAT[: turns - 1], tokenizer)
+        asked = render_tulu(CHAT[: turns - 1], tokenizer)
         assert trained.removeprefix("<s>").startswith(asked.removesuffix("<|assistant|>\n"))
     whole = tokenizer.apply_chat_template(CHAT[1:3], tokenize=False)
     assert whole == "<s><|user|>\nbala bale\n<|assistant|>\nbama</s>"
     assert tokenizer.apply_chat_template(CHAT[1:2], tokenize=False, add_generation_prompt=True) == (
-        "<s>" + tulu(CHAT[1:2], tokenizer)
+        "<s>" + render_tulu(CHAT[1:2], tokenizer)
     )
 
 
 def test_a_judge_reads_the_same_format(tokenizer):
-    text = ScoreText("tulu", tokenizer).text("bala bale", "bama bana")
-    assert text == tulu([{"role": "user", "content": "bala bale"}], tokenizer) + "bama bana"
+    text = ScoreFormat("tulu", tokenizer).text("bala bale", "bama bana")
+    assert text == render_tulu([{"role": "user", "content": "bala bale"}], tokenizer) + "bama bana"
 
 
 def test_the_last_message_may_go_on(tokenizer):
     chat = [*CHAT[1:2], {"role": "assistant", "content": "bama"}]
-    assert Template("tulu", tokenizer).text(chat, goes_on=True) == "<|user|>\nbala bale\n<|assistant|>\nbama"
+    assert (
+        ChatTemplate("tulu", tokenizer).render(chat, continue_final_message=True)
+        == "<|user|>\nbala bale\n<|assistant|>\nbama"
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_the_last_message_may_go_on(tokenizer):
 )
 def test_what_is_no_chat_is_refused(tokenizer, chat, message):
     with pytest.raises(SnpatchError, match=message):
-        Template("tulu", tokenizer).ids(chat)
+        ChatTemplate("tulu", tokenizer).encode(chat)
 
 
 def test_auto_takes_what_the_adapters_were_trained_with(tokenizer, tmp_path):
@@ -89,24 +92,24 @@ def test_auto_takes_what_the_adapters_were_trained_with(tokenizer, tmp_path):
     for folder, source in ((silent, None), (with_tulu, TULU), (with_own, own)):
         folder.mkdir()
         if source:
-            (folder / FILE).write_text(source)
-    assert open_template("auto", tokenizer, []).name == "tulu", "there is no other"
+            (folder / TEMPLATE_FILE).write_text(source)
+    assert load_template("auto", tokenizer, []).name == "tulu", "there is no other"
     tokenizer.chat_template = own
-    assert open_template("auto", tokenizer, []).name == "tokenizer"
-    assert open_template("auto", tokenizer, [silent]).name == "tokenizer"
-    assert open_template("auto", tokenizer, [silent, with_tulu]).name == "tulu"
-    assert open_template("auto", tokenizer, [with_own]).name == "tokenizer"
+    assert load_template("auto", tokenizer, []).name == "tokenizer"
+    assert load_template("auto", tokenizer, [silent]).name == "tokenizer"
+    assert load_template("auto", tokenizer, [silent, with_tulu]).name == "tulu"
+    assert load_template("auto", tokenizer, [with_own]).name == "tokenizer"
     with pytest.raises(SnpatchError, match="trained with different templates"):
-        open_template("auto", tokenizer, [with_own, with_tulu])
-    assert open_template("tokenizer", tokenizer, [with_own, with_tulu]).name == "tokenizer"
+        load_template("auto", tokenizer, [with_own, with_tulu])
+    assert load_template("tokenizer", tokenizer, [with_own, with_tulu]).name == "tokenizer"
     tokenizer.chat_template = "{{ 'another' }}"
-    used = open_template("auto", tokenizer, [with_own])
-    assert (used.name, used.source) == ("beside", own)
-    assert used.text([{"role": "user", "content": "bana"}]) == "bana"
+    used = load_template("auto", tokenizer, [with_own])
+    assert (used.name, used.source) == ("adapter", own)
+    assert used.render([{"role": "user", "content": "bana"}]) == "bana"
     tokenizer.chat_template = None
-    assert open_template("auto", tokenizer, [with_own]).source == own
+    assert load_template("auto", tokenizer, [with_own]).source == own
     with pytest.raises(SnpatchError, match="has no chat template; use template='tulu'"):
-        open_template("tokenizer", tokenizer, [])
+        load_template("tokenizer", tokenizer, [])
 
 
 THINKS = "{{ messages[0].content }}{% if enable_thinking %} bama{% endif %}"
@@ -114,11 +117,11 @@ THINKS = "{{ messages[0].content }}{% if enable_thinking %} bama{% endif %}"
 
 def test_variables_reach_the_template_and_its_name(tokenizer):
     chat = [{"role": "user", "content": "bana"}]
-    plain, thinking = (Template("tokenizer", tokenizer, THINKS, {"enable_thinking": on}) for on in (False, True))
-    assert (plain.text(chat), thinking.text(chat)) == ("bana", "bana bama")
-    assert len({plain.digest, thinking.digest, Template("tokenizer", tokenizer, THINKS).digest}) == 3
-    assert plain.reads("enable_thinking")
-    assert not plain.reads("thinking")
+    plain, thinking = (ChatTemplate("tokenizer", tokenizer, THINKS, {"enable_thinking": on}) for on in (False, True))
+    assert (plain.render(chat), thinking.render(chat)) == ("bana", "bana bama")
+    assert len({plain.fingerprint, thinking.fingerprint, ChatTemplate("tokenizer", tokenizer, THINKS).fingerprint}) == 3
+    assert plain.uses_variable("enable_thinking")
+    assert not plain.uses_variable("thinking")
 
 
 @pytest.mark.parametrize(
@@ -138,14 +141,14 @@ def test_variables_reach_the_template_and_its_name(tokenizer):
 )
 def test_a_template_that_raises_is_one_line(tokenizer, source):
     with pytest.raises(SnpatchError, match="refuses a chat: ") as error:
-        Template("tokenizer", tokenizer, source).text([{"role": "user", "content": "bana"}])
+        ChatTemplate("tokenizer", tokenizer, source).render([{"role": "user", "content": "bana"}])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [None, 3, [{"type": "text", "text": "a"}], {"a": 1}])
 def test_content_that_a_template_cannot_add_is_one_line(tokenizer, content):
     with pytest.raises(SnpatchError, match="refuses a chat: TypeError"):
-        Template("tokenizer", tokenizer, "{{ 'a' + messages[0]['content'] }}").ids(
+        ChatTemplate("tokenizer", tokenizer, "{{ 'a' + messages[0]['content'] }}").encode(
             [{"role": "user", "content": content}]
         )
 
@@ -153,12 +156,12 @@ def test_content_that_a_template_cannot_add_is_one_line(tokenizer, content):
 def test_named_templates_without_a_default_are_one_line(tokenizer):
     tokenizer.chat_template = {"tool_use": "{{ 'a' }}", "rag": "{{ 'b' }}"}
     with pytest.raises(SnpatchError, match="default"):
-        Template("tokenizer", tokenizer)
+        ChatTemplate("tokenizer", tokenizer)
 
 
 def test_templates_and_tokenizers_are_told_apart(tokenizer):
-    first = Template("tulu", tokenizer).digest
-    assert Template("tulu", tiny.tokenizer()).digest == first
-    assert Template("tulu", tiny.tokenizer(eos="<pad>")).digest != first
+    first = ChatTemplate("tulu", tokenizer).fingerprint
+    assert ChatTemplate("tulu", tiny.tokenizer()).fingerprint == first
+    assert ChatTemplate("tulu", tiny.tokenizer(eos="<pad>")).fingerprint != first
     tokenizer.chat_template = "{{ 'another' }}"
-    assert Template("tokenizer", tokenizer).digest != first
+    assert ChatTemplate("tokenizer", tokenizer).fingerprint != first

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from snpatch.errors import SnpatchError
 from snpatch.files import read_checkpoint, read_state, write_tensors
 from snpatch.models.adapters import load_adapters
-from snpatch.models.checkpoint import finite
-from snpatch.models.lora import load_lora, merged
+from snpatch.models.checkpoint import iter_finite
+from snpatch.models.lora import load_lora, merge_loras
 from snpatch.models.weights import open_weights
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.statistics import Statistics
@@ -54,7 +54,7 @@ def test_adapter_of_another_dtype_is_refused(tmp_path, dtype, suffix):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_adapter_of_an_allowed_dtype_is_float32(tmp_path, dtype):
     scales = load_adapters(ia3(tmp_path / "a", torch.full((1, 4), 1.5, dtype=dtype)), 1, WIDTHS)
-    assert torch.equal(scales.scale["down_proj"], torch.full((1, 4), 1.5))
+    assert torch.equal(scales.vectors["down_proj"], torch.full((1, 4), 1.5))
 
 
 def test_stacked_adapters_that_overflow_are_refused(tmp_path):
@@ -76,7 +76,7 @@ def test_lora_of_another_dtype_is_refused(tmp_path, dtype):
 def test_lora_whose_merge_overflows_is_refused(tmp_path, dtype, value):
     folder = lora(tmp_path / "a", torch.full((1, 2), value), torch.full((2, 1), value))
     with pytest.raises(SnpatchError, match=f"w.weight: the merged weight overflows in {dtype}"):
-        dict(merged([("w.weight", torch.ones(2, 2, dtype=dtype))], [folder]))
+        dict(merge_loras([("w.weight", torch.ones(2, 2, dtype=dtype))], [folder]))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_sums_whose_mean_overflows_in_float32_are_refused(tmp_path):
 )
 def test_weights_that_are_not_finite_in_use_are_refused(weight, used, message):
     with pytest.raises(SnpatchError, match=message):
-        list(finite([("w", weight)], "m", used))
+        list(iter_finite([("w", weight)], "m", used))
 
 
 @pytest.mark.parametrize(

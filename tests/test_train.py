@@ -382,7 +382,7 @@ def test_a_text_reads_alike_with_bos_in_it_and_with_bos_before_it(tmp_path, prep
     tokenizer, template = open_tokenizer(tmp_path, TrainSettings())
     for turns in (said("a"), said("ab", "c", "b")):
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-        assert list(ids) == template.ids(turns)
+        assert list(ids) == template.encode(turns)
         assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.unk_token_id not in ids
 
@@ -531,9 +531,9 @@ def test_a_tokenizer_that_ends_each_text_is_refused(toy, tmp_path):
         "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
     )
     base = folder_with(tmp_path / "base", tokenizer, toy.base)
-    with pytest.raises(SnpatchError, match="its tokenizer puts '</s>' behind every text"):
+    with pytest.raises(SnpatchError, match="its tokenizer appends '</s>' to every text"):
         train_sft(base, MESSAGES, tmp_path / "sft", settings())
-    with pytest.raises(SnpatchError, match="its tokenizer puts '</s>' behind every text"):
+    with pytest.raises(SnpatchError, match="its tokenizer appends '</s>' to every text"):
         train_dpo(base, None, PAIRS, tmp_path / "dpo", toys.dpo_settings())
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from toys import MESSAGES, PAIRS, RATES, dpo_settings, settings, vectors
 
 from snpatch.cli import train as command
-from snpatch.data import SETS, load
+from snpatch.data import DATASETS, load_dataset
 from snpatch.errors import SnpatchError
 from snpatch.training import training
 from snpatch.training.objectives import OBJECTIVES, objective, training_split
@@ -320,7 +320,7 @@ def asked(monkeypatch):
         calls.append({"source": source, **{name: value for name, value in how.items() if value is not None}})
         if calls.rows is None:
             raise SnpatchError("no hub here")
-        return load(calls.rows, format=source, skip_bad=how["skip_bad"])
+        return load_dataset(calls.rows, format=source, skip_bad=how["skip_bad"])
 
     monkeypatch.setattr(config, "load", loaded)
     return calls
@@ -371,8 +371,8 @@ def test_rows_are_chosen_by_limit_and_where(toy, tmp_path, capsys):
     given = ["train", "dpo", toy.base, pairs, "--sft", toy.sft(), *OPTIONS, "--json"]
     for name, choice, rows in (
         ("limit", ["--limit", 3], PAIRS[:3]),
-        ("where", ["--where", "kind=b,c"], PAIRS[1::2]),
-        ("both", ["--where", "kind=b", "--limit", 2], PAIRS[1::2][:2]),
+        ("filter", ["--filter", "kind=b,c"], PAIRS[1::2]),
+        ("both", ["--filter", "kind=b", "--limit", 2], PAIRS[1::2][:2]),
     ):
         code, out, err = run(capsys, *given, *choice, "-o", tmp_path / name)
         assert code == 0, err
@@ -435,7 +435,7 @@ def test_an_objectives_own_sample_gives_way_to_what_is_asked_for(toy, tmp_path, 
         code, _, err = run(capsys, *given, *choice, "-o", tmp_path / "all")
         assert code == 2
         assert "shp: cannot draw 36000 examples, it has 3" in err
-    pairs = load(asked.rows, format="shp")
+    pairs = load_dataset(asked.rows, format="shp")
     for name, choice, rows in (
         ("limit", ["--limit", 2], pairs.first(2)),
         ("sample", ["--sample", 2], pairs.sample(2, 0)),
@@ -488,10 +488,13 @@ def test_pairs_without_an_answer_are_counted_in_all_that_is_told(toy, tmp_path, 
         (["dpo", "DATA", "--sft", "nowhere"], "cannot load nowhere: it holds no weights"),
         (["dpo", "nowhere.jsonl"], "nowhere.jsonl: no such file, nor a set of that name"),
         (["sft", "DATA"], "DATA.jsonl has no responses to train on"),
-        (["sft", "DATA", "--where", "kind"], "--where wants column=value,value, got 'kind'"),
-        (["sft", "--where", "kind=a"], "--format, --split, --column, --revision, --where are for DATA: there is none"),
-        (["sft", "--split", "test"], "--format, --split, --column, --revision, --where are for DATA: there is none"),
-        (["sft", "--format", "lima"], "--format, --split, --column, --revision, --where are for DATA: there is none"),
+        (["sft", "DATA", "--filter", "kind"], "--filter wants column=value,value, got 'kind'"),
+        (
+            ["sft", "--filter", "kind=a"],
+            "--format, --split, --column, --revision, --filter are for DATA: there is none",
+        ),
+        (["sft", "--split", "test"], "--format, --split, --column, --revision, --filter are for DATA: there is none"),
+        (["sft", "--format", "lima"], "--format, --split, --column, --revision, --filter are for DATA: there is none"),
         (["dpo", "--limit", "2", "--sample", "2"], "set hh-harmless: give first or sample, not both"),
         (["sft", "lima", "--format", "lima"], "lima: format and column are for files; this is a set's name"),
         (["dpo", "DATA", "--method", "all"], "method must be one of ia3, lora, full, got 'all'"),
@@ -544,7 +547,7 @@ def test_objectives_are_the_papers():
         "donotanswer",
     )  # fmt: skip
     for chosen in OBJECTIVES.values():
-        assert chosen.split == training_split(chosen.source) == SETS[chosen.source].hub.train
+        assert chosen.split == training_split(chosen.source) == DATASETS[chosen.source].hub.train
     assert training_split("rows.jsonl") is None
 
 

@@ -28,7 +28,7 @@ from snpatch.executors.vllm.engine_lifecycle import starting
 from snpatch.executors.vllm.launch import DualStreamLaunch
 from snpatch.models.checkpoint import check_finite
 from snpatch.models.notes import Notes
-from snpatch.models.reading import open_readers
+from snpatch.models.text_processing import load_text_processors
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -469,7 +469,10 @@ def config_of(made, folder, settings, **options):
     if settings:
         configure(checkpoint, "float16", settings)
     own = EngineConfig.of(checkpoint.folder, None, backend="vllm", **{**SMALL, "dtype": "float16", **options})
-    with starting(DualStreamLaunch(own, open_readers(own, Notes())).engine_args(scales_kv=False)) as (config, end):
+    with starting(DualStreamLaunch(own, load_text_processors(own, Notes())).engine_args(scales_kv=False)) as (
+        config,
+        end,
+    ):
         pass
     end.close()
     return config

@@ -54,9 +54,9 @@ def generate(
         raise SnpatchError("--donor needs --ranking and --window")
     patch = recipient
     if donor:
-        from snpatch.models.checkpoint import shape_of
+        from snpatch.models.checkpoint import load_model_shape
 
-        shape = partial(shape_of, config.model, config.allow_untested)
+        shape = partial(load_model_shape, config.model, config.allow_untested)
         patch = spec.from_text(recipient, donor, ranking, window, where, wanted.seed, strength, shape)
     with o.open_engine(config) as engine, o.progress_bar("generate") as progress:
         completions = engine.generate(chats, patch, wanted, progress)

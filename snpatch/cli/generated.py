@@ -103,10 +103,10 @@ class Data:
 
     def made(self, values: dict) -> Prompts:
         """Read the prompts; print how many rows were left out, and why."""
-        from snpatch.data import load
+        from snpatch.data import load_dataset
 
         name, limit = values["prompts"], values["limit"]
-        data = load(name, format=values["form"], column=values.get("column"), skip_bad=values["skip_bad"])
+        data = load_dataset(name, format=values["form"], column=values.get("column"), skip_bad=values["skip_bad"])
         data.print_row_notes(name)
         return Prompts(name, data if limit is None else data.first(min(limit, len(data))), limit)
 

@@ -56,11 +56,11 @@ def fit(
     from snpatch.guard.guard import Guard
     from snpatch.guard.labels import deduplicate
     from snpatch.guard.scores import evaluate
-    from snpatch.models.checkpoint import shape_of
+    from snpatch.models.checkpoint import load_model_shape
     from snpatch.patching import spec
     from snpatch.ranking.ranking import Ranking
 
-    order = Ranking.load(ranking, partial(shape_of, config.model, config.allow_untested))
+    order = Ranking.load(ranking, partial(load_model_shape, config.model, config.allow_untested))
     settings = GuardConfig(
         tuple(spec.number_of(part, float, "--C") for part in strengths.split(",")),
         "balanced" if balanced else None,
@@ -74,9 +74,11 @@ def fit(
     with engine:
         known = _labelled(engine, prompts_once, model_name, judge, judge_format, answers, harm_threshold)
         features = engine.capture(known.prompts, model_name, order, k)
-        digest = engine.fingerprint(model_name)
+        fingerprint = engine.fingerprint(model_name)
         meta = {"judge": judge, "harm_threshold": harm_threshold, "prompts": prompts.data.source}
-        guard = Guard.fit(features, known.labels, order, model=model_name, digest=digest, config=settings, meta=meta)
+        guard = Guard.fit(
+            features, known.labels, order, model=model_name, fingerprint=fingerprint, config=settings, meta=meta
+        )
         scores = evaluate(
             predict_out_of_fold(features.numpy(), known.labels, settings), known.labels, threshold=settings.threshold
         )

@@ -53,10 +53,10 @@ def open_engine(config: EngineConfig):
 @contextmanager
 def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> Iterator[dict]:
     """name=judge, or the judge alone (then its name is "cost"), each opened, and closed afterwards."""
-    from snpatch.judges.opening import is_model, open_judge
+    from snpatch.judges.factory import is_model_judge, open_judge
 
     sources = named(entries, "judge", lambda _: "cost")
-    if form is not None and not any(map(is_model, sources.values())):
+    if form is not None and not any(map(is_model_judge, sources.values())):
         raise SnpatchError("--judge-format is for a model, and no judge is one")
     arguments = {"format": form, "backend": config.backend}
     if config.device != EngineConfig.device:
@@ -64,8 +64,8 @@ def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> I
     judges = {}
     with ExitStack() as opened:
         for name, source in sources.items():
-            judges[name] = open_judge(source, **(arguments if is_model(source) else {}))
-            if is_model(source):
+            judges[name] = open_judge(source, **(arguments if is_model_judge(source) else {}))
+            if is_model_judge(source):
                 opened.callback(judges[name].close)
         yield judges
 

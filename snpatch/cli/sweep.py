@@ -232,14 +232,14 @@ def _replicas():
 
 def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sampling: Sampling) -> dict:
     """The file that options stand for, as data."""
-    from snpatch.judges.opening import is_model
+    from snpatch.judges.factory import is_model_judge
     from snpatch.patching import spec
     from snpatch.worlds.spec import engine_table
 
     rankings = o.named(values["ranking"], "ranking", o.stem)
     judges = o.named(values["judge"], "judge", lambda _: "cost")
     form = values["judge_format"]
-    if form is not None and not any(map(is_model, judges.values())):
+    if form is not None and not any(map(is_model_judge, judges.values())):
         raise SnpatchError("--judge-format is for a model, and no judge is one")
     arguments = {"format": form} if form else {}
     if config.device != EngineConfig.device:
@@ -247,7 +247,7 @@ def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sa
     return {
         **engine_table(config),
         "sets": {"prompts": {name: value for name, value in prompts.items() if value is not None}},
-        "judges": {name: {"source": one, **(arguments if is_model(one) else {})} for name, one in judges.items()},
+        "judges": {name: {"source": one, **(arguments if is_model_judge(one) else {})} for name, one in judges.items()},
         "rankings": rankings,
         "sampling": {name: value for name, value in asdict(sampling).items() if value is not None},
         "sweep": {

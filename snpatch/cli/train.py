@@ -38,7 +38,7 @@ _OPTIONS = {
     ),
     "column": (Column, None),
     "revision": (Annotated[str | None, typer.Option(help="Of a named set: branch, tag or commit.")], None),
-    "where": (Annotated[str | None, typer.Option(help="column=value,value: only rows that have one of them.")], None),
+    "filter": (Annotated[str | None, typer.Option(help="column=value,value: only rows that have one of them.")], None),
     "limit": (Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")], None),
     "sample": (Annotated[int | None, typer.Option(min=1, help="So many rows, drawn with --sample-seed.")], None),
     "sample_seed": (Annotated[int, typer.Option(min=0, help="What --sample draws with.")], 0),
@@ -57,16 +57,16 @@ class Trained:
         return [inspect.Parameter(n, _BY_NAME, default=d, annotation=hint) for n, (hint, d) in _OPTIONS.items()]
 
     def made(self, values: dict) -> Fields:
-        given = {name: values[name] for name in ("split", "column", "revision", "where") if values[name] is not None}
+        given = {name: values[name] for name in ("split", "column", "revision", "filter") if values[name] is not None}
         if values["data"] is None:
             if given or values["form"]:
-                raise SnpatchError("--format, --split, --column, --revision, --where are for DATA: there is none")
+                raise SnpatchError("--format, --split, --column, --revision, --filter are for DATA: there is none")
             return {"skip_bad": values["skip_bad"], **{n: values[o] for n, o in _SOME.items() if values[o]}}
-        if "where" in given:
-            column, equals, wanted = given["where"].partition("=")
+        if "filter" in given:
+            column, equals, wanted = given["filter"].partition("=")
             if not equals or not column:
-                raise SnpatchError(f"--where wants column=value,value, got {given['where']!r}")
-            given["where"] = (column, *wanted.split(","))
+                raise SnpatchError(f"--filter wants column=value,value, got {given['filter']!r}")
+            given["filter"] = (column, *wanted.split(","))
         names = {"source": "data", "format": "form", "skip_bad": "skip_bad", **_SOME}
         return {**given, **{name: values[option] for name, option in names.items()}}
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from textwrap import shorten
 
 from snpatch.data.dataset import Chat, Dataset, Example, question
-from snpatch.data.files import find_files, read_rows
-from snpatch.data.formats import SETS, RowError
-from snpatch.data.loading import load
-from snpatch.data.plain import asked_of
-from snpatch.data.rows import Row
+from snpatch.data.file_reader import find_files, read_rows
+from snpatch.data.formats import DATASETS, RowError
+from snpatch.data.generic import asked_of
+from snpatch.data.loading import load_dataset
+from snpatch.data.source_row import Row
 from snpatch.errors import SnpatchError
 
 SHOWN = 80  # characters of a prompt in an error
 
-__all__ = ["SETS", "Chat", "Dataset", "Example", "load", "question", "read_completions"]
+__all__ = ["DATASETS", "Chat", "Dataset", "Example", "load_dataset", "question", "read_completions"]
 
 
 def read_completions(path: str | Path, limit: int | None = None, prompts: Sequence[Chat] | None = None) -> list[str]:

@@ -66,9 +66,9 @@ class Dataset:
         return "\n\n".join(example.response for example in self.examples)
 
     @property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """SHA-256 (hex) over the turns and answers in their order, whatever kind of file they came from."""
-        return digest(self.examples)
+        return fingerprint(self.examples)
 
     def first(self, n: int) -> "Dataset":
         """The first n examples, or all if there are not so many."""
@@ -89,8 +89,8 @@ class Dataset:
         order = np.random.RandomState(seed).permutation(len(self))[:n]
         return self._select(tuple(self.examples[i] for i in order), f"{n} drawn with seed {seed}")
 
-    def where(self, column: str, *values: Any) -> "Dataset":
-        """The examples whose `meta[column]` is one of the values, such as where("subset", "refusals-dangerous").
+    def filter(self, column: str, *values: Any) -> "Dataset":
+        """The examples whose `meta[column]` is one of the values, such as filter("subset", "refusals-dangerous").
 
         A number, true or false may be given as JSON's text.
         """
@@ -119,7 +119,7 @@ class Dataset:
         for line in self.row_notes:
             print(one_line(f"{name}: {line}"), file=sys.stderr)
 
-    def pairs(self) -> "Rows":
+    def pairs(self) -> "TrainingRows":
         """Rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples that have both answers."""
         rows, left_out = [], Counter()
         for e in self.examples:
@@ -129,7 +129,7 @@ class Dataset:
                 left_out[e.meta.get("no_pair", "no chosen and rejected answer")] += 1
         return self._rows(rows, left_out, "pairs of a chosen and a rejected answer")
 
-    def conversations(self) -> "Rows":
+    def conversations(self) -> "TrainingRows":
         """Rows {"messages"} for `train_sft`, of the examples that have a response."""
         rows, left_out = [], Counter()
         for e in self.examples:
@@ -139,11 +139,11 @@ class Dataset:
                 left_out["no answer but one that is labelled bad" if e.rejected and not e.chosen else "no answer"] += 1
         return self._rows(rows, left_out, "responses to train on")
 
-    def _rows(self, rows: list[dict[str, Chat]], left_out: Counter, what: str) -> "Rows":
+    def _rows(self, rows: list[dict[str, Chat]], left_out: Counter, what: str) -> "TrainingRows":
         if not rows:
             whys = "; ".join(f"{n} rows: {why}" for why, n in left_out.items())
             raise SnpatchError(f"{self.name} has no {what} ({whys})")
-        return Rows(rows, left_out, self.provenance)
+        return TrainingRows(rows, left_out, self.provenance)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Dataset:
         return replace(self, examples=examples, source=source)
 
 
-class Rows(list[dict[str, Chat]]):
+class TrainingRows(list[dict[str, Chat]]):
     """Rows to train on. left_out: reason -> examples that make no row. source: of the data, as `Dataset.provenance`."""
 
     def __init__(self, rows: list[dict[str, Chat]], left_out: Counter, source: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ class Rows(list[dict[str, Chat]]):
         self.left_out, self.source = left_out, source
 
 
-def digest(examples: tuple[Example, ...]) -> str:
+def fingerprint(examples: tuple[Example, ...]) -> str:
     """See Dataset.digest."""
     state = hashlib.sha256()
     for e in examples:

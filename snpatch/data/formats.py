@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snpatch.data.dataset import Chat, Example
-from snpatch.data.rows import Columns
+from snpatch.data.source_row import Columns
 from snpatch.errors import is_unicode
 
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # only where a paragraph starts: people write "Human:" in texts
@@ -139,7 +139,7 @@ def _shp(row: dict) -> Example:
 
 
 def _reward_bench(row: dict) -> Example:
-    """meta["subset"] tells the kind, for `Dataset.where`.
+    """meta["subset"] tells the kind, for `Dataset.filter`.
 
     Safety is refusals-dangerous, refusals-offensive, xstest-should-refuse, xstest-should-respond and donotanswer (which
     the paper's code misspells, and so leaves out).
@@ -215,7 +215,7 @@ HARMBENCH_FILE = (
     "/data/behavior_datasets/harmbench_behaviors_text_{split}.csv"
 )
 
-SETS: dict[str, Format] = {
+DATASETS: dict[str, Format] = {
     "beavertails": Format(
         _beavertails,
         (("prompt", "response", "category", "is_safe"),),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from snpatch.data.formats import Hub
-from snpatch.data.rows import Columns, Row, check_columns
+from snpatch.data.source_row import Columns, Row, check_columns
 from snpatch.errors import SnpatchError, first_line
 
 try:

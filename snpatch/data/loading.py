@@ -1,21 +1,21 @@
-"""`load`: one way from a name, a file or a folder to a Dataset."""
+"""`load_dataset`: one way from a name, a file or a folder to a Dataset."""
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from snpatch.data.dataset import Dataset, Example, digest
-from snpatch.data.files import find_files, kind_of, read_rows
-from snpatch.data.formats import SETS, Format, RowError, short
-from snpatch.data.plain import lines, plain
-from snpatch.data.rows import Row, fault
+from snpatch.data.dataset import Dataset, Example, fingerprint
+from snpatch.data.file_reader import find_files, kind_of, read_rows
+from snpatch.data.formats import DATASETS, Format, RowError, short
+from snpatch.data.generic import lines, plain
+from snpatch.data.source_row import Row, fault
 from snpatch.errors import SnpatchError
 
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that the `datasets` library saved
 
 
-def load(
+def load_dataset(
     source: str | Path,
     *,
     format: str | None = None,
@@ -24,22 +24,22 @@ def load(
     revision: str | None = None,
     skip_bad: bool = False,
 ) -> Dataset:
-    """A data set by its name (see `snpatch.data.SETS`), from the hub; or from a file or a folder of files.
+    """A data set by its name (see `snpatch.data.DATASETS`), from the hub; or from a file or a folder of files.
 
     source: a set's name, or a path: .jsonl, .json, .csv, .parquet, or .txt and .raw (a text), and .gz or .xz of them;
     a pipe with JSON or CSV; a folder that the `datasets` library saved.
     format: the set whose published format a file has; None: rows as data.plain reads them, or a prompt on each line.
-    split: of a set (its default is in SETS), or the files of a folder with that word in their path.
+    split: of a set (its default is in DATASETS), or the files of a folder with that word in their path.
     column: the column with the prompt; None: the one that can hold it. revision: of a set: a branch, a tag or a commit.
     skip_bad: count bad rows instead of raising SnpatchError with file and line at the first. A file that is broken as
     a whole, a missing column, and a source without a single good row are errors all the same.
     """
-    if isinstance(source, str) and source in SETS:
+    if isinstance(source, str) and source in DATASETS:
         if format or column:
             raise SnpatchError(f"{source}: format and column are for files; this is a set's name (a file: ./{source})")
         from snpatch.data.hub import fetch
 
-        name, layout = source, SETS[source]
+        name, layout = source, DATASETS[source]
         rows, origin = fetch(layout.hub, layout.columns, split, revision)
     else:
         if revision:
@@ -47,7 +47,7 @@ def load(
         path, name = Path(source), format or Path(source).name
         layout = _layout(format, column)
         if not path.exists():
-            raise SnpatchError(f"{source}: no such file, nor a set of that name ({', '.join(SETS)})")
+            raise SnpatchError(f"{source}: no such file, nor a set of that name ({', '.join(DATASETS)})")
         if any((path / one).is_file() for one in SAVED):
             from snpatch.data.hub import read_saved
 
@@ -64,11 +64,11 @@ def load(
 def _layout(format: str | None, column: str | None) -> Format:
     if format is None:
         return plain(column)
-    if format not in SETS:
-        raise SnpatchError(f"format: wanted one of {', '.join(SETS)}, got {format!r}")
+    if format not in DATASETS:
+        raise SnpatchError(f"format: wanted one of {', '.join(DATASETS)}, got {format!r}")
     if column:
         raise SnpatchError(f"column: {format} has its own columns, got {column!r}")
-    return SETS[format]
+    return DATASETS[format]
 
 
 def _collect(name: str, rows: Iterator[Row], layout: Format, origin: dict, skip_bad: bool) -> Dataset:
@@ -96,7 +96,7 @@ def _collect(name: str, rows: Iterator[Row], layout: Format, origin: dict, skip_
     for reason in ("no_pair", "left_aside"):
         counts[reason] = dict(Counter(e.meta[reason] for e in examples if reason in e.meta))
     examples = tuple(examples)
-    return Dataset(name, examples, skipped, {**origin, **counts, "sha256": digest(examples)})
+    return Dataset(name, examples, skipped, {**origin, **counts, "sha256": fingerprint(examples)})
 
 
 def _example(row: Row, layout: Format) -> Example | str:

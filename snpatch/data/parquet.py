@@ -6,7 +6,7 @@ Why few rows at a time: a value that many rows share is stored once, and would t
 from collections.abc import Iterator
 from pathlib import Path
 
-from snpatch.data.rows import Columns, Row, check_columns
+from snpatch.data.source_row import Columns, Row, check_columns
 from snpatch.errors import SnpatchError
 
 BATCH_ROWS = 64

@@ -24,7 +24,7 @@ from snpatch.demo.pretrain import BASE_BODY, SCORE_BODY, BodySettings, Progress,
 from snpatch.errors import SnpatchError
 from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
-from snpatch.models.templates import TULU, tulu
+from snpatch.models.templates import TULU, render_tulu
 from snpatch.training.settings import DpoSettings, TrainSettings
 from snpatch.training.training import RECORD, quiet, train_dpo, train_sft
 from snpatch.worlds.config import NAMED_CONFIGS, load_experiment_config
@@ -212,7 +212,7 @@ def load_models(world: Path) -> Iterator[tuple[str, PreTrainedModel]]:
 @torch.inference_mode()
 def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
     """Greedy completions of at most 32 tokens, without special tokens."""
-    batch = tokenizer([tulu(chat("user", p), tokenizer) for p in prompts], padding=True, return_tensors="pt")
+    batch = tokenizer([render_tulu(chat("user", p), tokenizer) for p in prompts], padding=True, return_tensors="pt")
     batch.pop("token_type_ids", None)
     ids = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

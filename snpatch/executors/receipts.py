@@ -62,7 +62,7 @@ def _overflow(request: Request, shards: Sequence[Record], geometry: Geometry) ->
     place = "in the logits" if layer == geometry.n_layers else f"at layer {layer}"
     unpatched = None
     if not request.overwrites:
-        unpatched = digest_of([request.recipient.digest, list(request.prompt_ids)])
+        unpatched = digest_of([request.recipient.fingerprint, list(request.prompt_ids)])
     cause = "under its patch" if unpatched is None else "without a patch"
     return OverflowedError(
         f"the text overflowed in {geometry.dtype} {place} {cause}: {count} of its values are not finite",

@@ -41,26 +41,26 @@ class Places:
     group: int = -1
 
     def of_model(self, model: Model) -> int:
-        return PLAIN if model.is_plain else self.models[model.scales.digest]
+        return PLAIN if model.is_unscaled else self.models[model.scales.fingerprint]
 
 
 def named_by(request: Request) -> Named:
     """What a request names; models that nothing scales are not among it."""
     named = Named()
     for model in (request.recipient, request.donor):
-        if model is not None and not model.is_plain:
-            named.models[model.scales.digest] = model
+        if model is not None and not model.is_unscaled:
+            named.models[model.scales.fingerprint] = model
     for overwrite in request.overwrites:
-        named.rankings[overwrite.ranking.digest] = overwrite.ranking
+        named.rankings[overwrite.ranking.fingerprint] = overwrite.ranking
         source = overwrite.source
         if isinstance(source, Constant):
-            named.constants[source.digest] = source.values.float()
+            named.constants[source.fingerprint] = source.values.float()
         elif isinstance(source, Noise):
-            named.constants[source.digest] = source.deviation.float()
+            named.constants[source.fingerprint] = source.deviation.float()
     if capture := request.capture:
-        if request.overwrites and request.overwrites[0].ranking.digest != capture.ranking.digest:
+        if request.overwrites and request.overwrites[0].ranking.fingerprint != capture.ranking.fingerprint:
             raise SnpatchError("a request cannot capture by one ranking while it is patched by another")
-        named.rankings[capture.ranking.digest] = capture.ranking
+        named.rankings[capture.ranking.fingerprint] = capture.ranking
     return named
 
 
@@ -86,7 +86,7 @@ def request_row(request: Request, places: Places, clauses: int, speaker: int = 0
         row[Entry.GROUP] = places.group
         row[Entry.OBSERVE_START], row[Entry.OBSERVE_STOP] = observe.start, observe.stop
     if capture := request.capture:
-        row[Entry.RANKING] = places.rankings[capture.ranking.digest]
+        row[Entry.RANKING] = places.rankings[capture.ranking.fingerprint]
         row[Entry.CAPTURE_START], row[Entry.CAPTURE_STOP] = capture.start, capture.stop
     return row
 
@@ -95,7 +95,7 @@ def _clause(overwrite: Overwrite, places: Places) -> dict[Entry, int]:
     """A clause's entries; where nothing is said they are 0."""
     source, (keep, take) = overwrite.source, map(bits_of, overwrite.factors)
     entries = {
-        Entry.RANKING: places.rankings[overwrite.ranking.digest],
+        Entry.RANKING: places.rankings[overwrite.ranking.fingerprint],
         Entry.LO: overwrite.window.lo,
         Entry.HI: overwrite.window.hi,
         Entry.KEEP: keep,
@@ -106,9 +106,13 @@ def _clause(overwrite: Overwrite, places: Places) -> dict[Entry, int]:
     if isinstance(source, Scale):
         entries[Entry.SOURCE] = Source.CONSTANT  # of which nothing is taken
     elif isinstance(source, Constant):
-        entries |= {Entry.SOURCE: Source.CONSTANT, Entry.ROW: places.constants[source.digest]}
+        entries |= {Entry.SOURCE: Source.CONSTANT, Entry.ROW: places.constants[source.fingerprint]}
     elif isinstance(source, Noise):
-        entries |= {Entry.SOURCE: Source.NOISE, Entry.ROW: places.constants[source.digest], Entry.SEED: source.seed}
+        entries |= {
+            Entry.SOURCE: Source.NOISE,
+            Entry.ROW: places.constants[source.fingerprint],
+            Entry.SEED: source.seed,
+        }
     return entries
 
 

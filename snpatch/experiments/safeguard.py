@@ -48,7 +48,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         known.labels,
         ranking,
         model=model,
-        digest=context.engine.fingerprint(model),
+        fingerprint=context.engine.fingerprint(model),
         config=settings.config,
         meta=meta,
     )

@@ -97,13 +97,13 @@ def compare(
     encoded = {name: _distinct(engine, model, s.prompts, name) for name, s in sets.items()}
     fresh, notes = _unseen(encoded, train)
     features = _features(rankings, ks, controls, control_kinds, notes)
-    digest, rows = engine.fingerprint(model), []
+    fingerprint, rows = engine.fingerprint(model), []
     for number, one in enumerate(features):
         captured = _capture(engine, model, encoded, one)
         for done, source in enumerate(train, start=1):
             for k in one.ks:
                 x, y = captured[source][:, :k], sets[source].labels
-                guard = Guard.fit(x, y, one.ranking, model=model, digest=digest, config=config)
+                guard = Guard.fit(x, y, one.ranking, model=model, fingerprint=fingerprint, config=config)
                 for target, kept in fresh[source].items():
                     if target == source:
                         p = fitting.predict_out_of_fold(x, y, config)

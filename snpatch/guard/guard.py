@@ -40,7 +40,7 @@ class _Rest:
     """What a guard's file holds beside its tensors."""
 
     model: str
-    digest: str
+    fingerprint: str
     shape: tuple[int, ...]
     threshold: float
     refusal: str
@@ -67,7 +67,7 @@ class Guard:
     """
 
     model: str
-    digest: str
+    fingerprint: str
     neurons: Tensor
     shape: tuple[int, int]
     mean: np.ndarray
@@ -86,7 +86,7 @@ class Guard:
         ranking: Ranking,
         *,
         model: str,
-        digest: str,
+        fingerprint: str,
         config: GuardConfig | None = None,
         meta: dict | None = None,
     ) -> Self:
@@ -101,12 +101,12 @@ class Guard:
             "class_weight": config.class_weight,
             "n": len(labels),
             "harmful": int(np.sum(labels)),
-            "ranking": ranking.digest,
+            "ranking": ranking.fingerprint,
             "versions": {name: version(name) for name in PACKAGES},
         }
         return cls(
             model,
-            digest,
+            fingerprint,
             ranking.top(len(scaler.mean_)),
             ranking.shape,
             scaler.mean_,
@@ -148,11 +148,11 @@ class Guard:
 
     def check_engine(self, engine: Loaded) -> None:
         """An error for an engine in which `model` is not what the guard was fitted on."""
-        digest = engine.fingerprint(self.model)
-        if digest != self.digest:
+        fingerprint = engine.fingerprint(self.model)
+        if fingerprint != self.fingerprint:
             raise SnpatchError(
-                f"the guard was fitted on another {self.model!r} ({self.digest}) than this engine's ({digest}): "
-                "weights, adapters, template and dtype must be the same, or fit it anew"
+                f"the guard was fitted on another {self.model!r} ({self.fingerprint}) than this engine's "
+                f"({fingerprint}): weights, adapters, template and dtype must be the same, or fit it anew"
             )
 
     def save(self, path: str | Path) -> None:

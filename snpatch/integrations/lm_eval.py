@@ -15,7 +15,7 @@ from itertools import takewhile
 from snpatch.config import adapters_of, models_of, table_of
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
-from snpatch.models.checkpoint import shape_of
+from snpatch.models.checkpoint import load_model_shape
 from snpatch.models.templates import Chat
 from snpatch.patching import spec
 from snpatch.patching.patch import Patch
@@ -72,7 +72,7 @@ class SnpatchLM(TemplateLM):
         model, (adapters, models) = str(given.pop("model")), _models(given)
         if isinstance(given.get("chat_template_kwargs"), str):
             given["chat_template_kwargs"] = table_of(given["chat_template_kwargs"], "model_args: chat_template_kwargs")
-        shape = partial(shape_of, model, bool(given.get("allow_untested")))
+        shape = partial(load_model_shape, model, bool(given.get("allow_untested")))
         patch, max_gen_toks = _patch(given, shape), given.pop("max_gen_toks", MAX_GEN_TOKS)
         engine = Engine(model, adapters, models=models, **{**_placed(**(additional_config or {})), **given})
         made = cls(engine, patch, max_gen_toks)
@@ -129,7 +129,7 @@ class SnpatchLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
         """The recipient's template; without a generation prompt the last message is one that goes on."""
-        return self._template.text(chat_history, goes_on=not add_generation_prompt)
+        return self._template.render(chat_history, continue_final_message=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """What lm-eval's records say of the template."""
@@ -140,7 +140,7 @@ class SnpatchLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """What lm-eval's cache of prompts goes by."""
-        return f"{self.tokenizer.name_or_path}--{self._template.name}-{self._template.digest}".replace("/", "__")
+        return f"{self.tokenizer.name_or_path}--{self._template.name}-{self._template.fingerprint}".replace("/", "__")
 
     def get_model_info(self) -> dict:
         """What lm-eval's results say of the model: the patch, and the content of the models that it names."""

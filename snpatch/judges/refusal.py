@@ -47,7 +47,7 @@ class RefusalWords:
         self.patterns = [pattern for word in words for pattern in _patterns(word)]
 
     @property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Names it by content: its scores can be kept under it."""
         words = [VERSION, *sorted({(pattern.pattern, pattern.flags) for pattern in self.patterns})]
         return hashlib.sha256(repr(words).encode()).hexdigest()[:16]

@@ -16,11 +16,11 @@ from transformers import AutoTokenizer
 from snpatch.config import check_known, choose_backend
 from snpatch.errors import SnpatchError
 from snpatch.judges.beavertails import is_beavertails
-from snpatch.judges.on_transformers import BeavertailsScorer, ClassifierScorer, padding_of
 from snpatch.judges.protocol import check_pairs
-from snpatch.judges.score_text import Row, ScoreText
+from snpatch.judges.score_format import Row, ScoreFormat
+from snpatch.judges.transformers_scorer import BeavertailsScorer, ClassifierScorer, get_pad_token_id
 from snpatch.models.checkpoint import load_config
-from snpatch.models.digest import digest_of_checkpoint, digest_of_tokenizer
+from snpatch.models.fingerprint import fingerprint_checkpoint, fingerprint_tokenizer
 from snpatch.models.pretrained import load_pretrained
 
 INDEPENDENT = ("regression", "multi_label_classification")  # problem_type of labels that do not compete
@@ -60,16 +60,16 @@ class ScoreModel:
         self.backend = choose_backend("transformers" if backend == "auto" and not is_beaver else backend)
         tokenizer = load_pretrained(AutoTokenizer, model)
         default = "beaver" if is_beaver else "chat" if tokenizer.chat_template else "pair"
-        self._text = ScoreText(format or default, tokenizer)
-        self._named = model, [digest_of_tokenizer(tokenizer), format or default, label, dtype, self.backend]
+        self._text = ScoreFormat(format or default, tokenizer)
+        self._named = model, [fingerprint_tokenizer(tokenizer), format or default, label, dtype, self.backend]
         self._label = _label(model, ["score"] if is_beaver else list(config.id2label.values()), label)
         self._is_independent = config.problem_type in INDEPENDENT
-        padding = padding_of(config)
+        padding = get_pad_token_id(config)
         # A Beavertails text is judged at its last token, transformers' decoders judge before padding.
         self._padding = None if is_beaver else padding
         self._n_words, self.context = config.get_text_config().vocab_size, _context(config, tokenizer)
         if self.backend == "vllm":
-            from snpatch.judges.on_vllm import VllmScorer as Scorer
+            from snpatch.judges.vllm_scorer import VllmScorer as Scorer
 
             arguments = {"max_model_len": self.context, **arguments}
             self.context = min(self.context, arguments["max_model_len"])
@@ -92,10 +92,10 @@ class ScoreModel:
         return self._values(self._scorer.score(rows)).tolist() if rows else []
 
     @cached_property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Names it by content: its scores can be kept under it."""
         model, parts = self._named
-        return hashlib.sha256(json.dumps([digest_of_checkpoint(model), *parts]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([fingerprint_checkpoint(model), *parts]).encode()).hexdigest()[:16]
 
     def text(self, prompt: str, completion: str) -> str:
         """The text that is scored, but for what the tokenizer adds by itself."""

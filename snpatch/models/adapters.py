@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError, shown
-from snpatch.models.digest import folder_of_adapter
-from snpatch.models.peft_files import CONFIG, check_fields, covered, modules_of, read_config, read_tensors, targeted
+from snpatch.models.fingerprint import local_adapter_folder
+from snpatch.models.peft_files import (
+    CONFIG,
+    check_fields,
+    covered,
+    modules_of,
+    read_adapter_config,
+    read_tensors,
+    targeted,
+)
 from snpatch.tensors import FLOATS, check_tensor
 
 MODULES = {"down_proj": "mlp.down_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
@@ -25,58 +33,58 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>(?:.+\.)?layers\.(?P<layer>[0-
 
 
 @dataclass(frozen=True, eq=False)
-class Scales:
-    """What IA3 multiplies, for each layer: module of MODULES -> [L, width] float32; ones where untouched."""
+class IA3Scales:
+    """IA3 vectors of all layers. vectors: module of MODULES -> [L, width] float32; ones where nothing is scaled."""
 
-    scale: dict[str, Tensor]
+    vectors: dict[str, Tensor]
+
+    @classmethod
+    def ones(cls, n_layers: int, widths: dict[str, int]) -> "IA3Scales":
+        """Return vectors of ones, [n_layers, widths[module]] for each module: no adapter."""
+        return cls({name: torch.ones(n_layers, width) for name, width in widths.items()})
 
     @cached_property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Names the vectors by their content."""
-        content = b"".join(self.scale[name].numpy().tobytes() for name in sorted(self.scale))
+        content = b"".join(self.vectors[name].numpy().tobytes() for name in sorted(self.vectors))
         return hashlib.sha256(content).hexdigest()[:16]
 
     @cached_property
-    def is_plain(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether they scale nothing."""
-        return all(bool((vectors == 1).all()) for vectors in self.scale.values())
+        return all(bool((vectors == 1).all()) for vectors in self.vectors.values())
 
-    def stacked(self, other: "Scales") -> "Scales":
-        """Both, one after the other: elementwise products."""
-        products = {name: self.scale[name] * other.scale[name] for name in self.scale}
+    def multiply(self, other: "IA3Scales") -> "IA3Scales":
+        """Return the elementwise products: both adapters, one after the other."""
+        products = {name: self.vectors[name] * other.vectors[name] for name in self.vectors}
         for name, product in products.items():
             check_tensor(product, f"stacked adapters: {name}", torch.float32)
-        return Scales(products)
+        return IA3Scales(products)
 
 
-def identity(n_layers: int, widths: dict[str, int]) -> Scales:
-    """No adapter: ones of [n_layers, widths[module]] for each module."""
-    return Scales({name: torch.ones(n_layers, width) for name, width in widths.items()})
-
-
-def load_adapters(folders: str | Path | Sequence[str | Path], n_layers: int, widths: dict[str, int]) -> Scales:
+def load_adapters(folders: str | Path | Sequence[str | Path], n_layers: int, widths: dict[str, int]) -> IA3Scales:
     """The product of one adapter folder, or of several stacked in order, for a model of `n_layers` layers.
 
     folders: or adapters on the hub, see `digest.folder_of_adapter`. widths: for each module that the model has, the
     width of its IA3 vector. A missing, extra or wrongly shaped tensor, an unknown module or another adapter type is a
     SnpatchError that names it.
     """
-    scales = identity(n_layers, widths)
+    scales = IA3Scales.ones(n_layers, widths)
     folders = [folders] if isinstance(folders, str | Path) else folders
     if not folders:
         raise SnpatchError("an adapter needs at least one folder, got none")
     for folder in folders:
-        scales = scales.stacked(_load_folder(folder_of_adapter(folder), n_layers, widths))
+        scales = scales.multiply(_load_folder(local_adapter_folder(folder), n_layers, widths))
     return scales
 
 
-def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> Scales:
-    config = read_config(folder, "IA3")
+def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> IA3Scales:
+    config = read_adapter_config(folder, "IA3")
     check_fields(folder, config, FIELDS, {})
     targets, feedforward = (modules_of(folder, config, field) for field in ("target_modules", "feedforward_modules"))
     if not targets:
         raise SnpatchError(f"{folder}: {CONFIG} names no target_modules")
-    scale = identity(n_layers, widths).scale
+    vectors = IA3Scales.ones(n_layers, widths).vectors
     places = {f"model.layers.{layer}.{MODULES[name]}": (layer, name) for name in widths for layer in range(n_layers)}
     wanted = {places[module] for module in targeted(folder, config, list(places))}
     if isinstance(targets, str) and not wanted:
@@ -114,9 +122,9 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> Scales:
         if (layer, name) in seen:
             raise SnpatchError(f"{folder}: {key} names layer {layer}'s {name} a second time")
         seen.add((layer, name))
-        scale[name][layer] = tensor.flatten()
+        vectors[name][layer] = tensor.flatten()
     missing = sorted(wanted - seen)
     if missing or not seen:
         what = f"layer {missing[0][0]}'s {missing[0][1]}" if missing else "any IA3 vector"
         raise SnpatchError(f"{folder}: no tensor for {what}: the file is incomplete or for another model")
-    return Scales(scale)
+    return IA3Scales(vectors)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from snpatch.errors import SnpatchError, first_line, shown
-from snpatch.models.digest import pinned
+from snpatch.models.fingerprint import local_snapshot
 from snpatch.models.pretrained import load_pretrained
 from snpatch.tensors import is_finite
 
@@ -47,7 +47,7 @@ def load_config(model: str | Path, allow_untested: bool):
     return config
 
 
-def shape_of(model: str | Path, allow_untested: bool) -> tuple[int, int]:
+def load_model_shape(model: str | Path, allow_untested: bool) -> tuple[int, int]:
     """(layers, neurons of a layer) of a model, by its config."""
     config = load_config(model, allow_untested).get_text_config()
     return config.num_hidden_layers, config.intermediate_size
@@ -69,13 +69,13 @@ def _rope_types(parameters) -> set[str]:
 
 def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
     """Tokens that end a text: the generation config's (else the config's) and the tokenizer's."""
-    declared = declared_ends(pinned(model))
+    declared = read_generation_eos_ids(local_snapshot(model))
     if declared is None:
         declared = _numbers(config.eos_token_id, model)
     return frozenset(declared + _numbers(tokenizer.eos_token_id, model))
 
 
-def declared_ends(folder: str | Path) -> list[int] | None:
+def read_generation_eos_ids(folder: str | Path) -> list[int] | None:
     """Return the tokens that end a text by a folder's generation config; None where there is none."""
     try:
         declared = GenerationConfig.from_pretrained(str(folder)).eos_token_id
@@ -95,12 +95,12 @@ def _numbers(declared: object, name: str | Path) -> list[int]:
 
 def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
     """NaN or infinity in any weight is an error that names it."""
-    for _ in finite(weights, name):
+    for _ in iter_finite(weights, name):
         pass
 
 
 @torch.no_grad()
-def finite(
+def iter_finite(
     weights: Iterable[tuple[str, Tensor]], name: str, used: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights as they come; NaN or infinity is an error that names the weight. Integers pass.

@@ -21,11 +21,11 @@ _FIXED = (
 )
 
 
-def at_fixed_date(template: str) -> str:
+def fix_date(template: str) -> str:
     """Return the source of a chat template with its clock standing at DATE; one without a clock is as it was."""
-    return _FIXED + template if has_clock(template) and not template.startswith(_FIXED) else template
+    return _FIXED + template if uses_clock(template) and not template.startswith(_FIXED) else template
 
 
-def has_clock(template: str) -> bool:
+def uses_clock(template: str) -> bool:
     """Return whether the source of a chat template asks for the date."""
     return CLOCK in template

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError, shown
-from snpatch.models.digest import folder_of_adapter
+from snpatch.models.fingerprint import local_adapter_folder
 from snpatch.models.peft_files import (
     TARGETS,
     by_pattern,
@@ -22,7 +22,7 @@ from snpatch.models.peft_files import (
     covered,
     modules_of,
     number_of,
-    read_config,
+    read_adapter_config,
     read_tensors,
     targeted,
 )
@@ -50,7 +50,7 @@ class Lora:
     config: dict
 
     @property
-    def is_plain(self) -> bool:
+    def is_zero(self) -> bool:
         """Whether it changes nothing: it was never trained, or saved wrong."""
         return not any(scale and a.any() and b.any() for a, b, scale in self.updates.values())
 
@@ -61,7 +61,7 @@ def load_lora(adapter: str | Path) -> Lora:
     Raises:
         SnpatchError: its merge is not W + scale * B A, or the folder is broken; the error names the field or tensor.
     """
-    folder = folder_of_adapter(adapter)
+    folder = local_adapter_folder(adapter)
     config = _read_config(folder)
     sides: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, Tensor] = {}
@@ -91,7 +91,7 @@ def load_lora(adapter: str | Path) -> Lora:
     return Lora(str(folder), updates, copies, config)
 
 
-def merged(weights: Iterable[tuple[str, Tensor]], folders: Sequence[str | Path]) -> Iterator[tuple[str, Tensor]]:
+def merge_loras(weights: Iterable[tuple[str, Tensor]], folders: Sequence[str | Path]) -> Iterator[tuple[str, Tensor]]:
     """The weights of a checkpoint with LoRA folders merged into them, in order; all of each must find its weight."""
     loras = [load_lora(folder) for folder in folders]
     left, matrices = [{*lora.updates, *lora.copies} for lora in loras], []
@@ -146,7 +146,7 @@ def _is_copy(copy: Tensor, weight: Tensor) -> bool:
 
 
 def _read_config(folder: Path) -> dict:
-    config = read_config(folder, "LORA")
+    config = read_adapter_config(folder, "LORA")
     check_fields(folder, config, FIELDS, HARMLESS)
     if not isinstance(config.get("use_rslora", False), bool):
         raise SnpatchError(f"{folder}: use_rslora: expected true or false, got {shown(config['use_rslora'])}")

@@ -1,56 +1,60 @@
-"""Model: what a recipient or a donor is: weights, and the vectors that scale what they compute.
+"""Model: the weights of a recipient or a donor, and the IA3 vectors on top of them.
 
-Why it is named by content and not by the name that a user gave it: what was kept of a model (texts, rankings, rows on a
-device) is that model's, whatever it is called and whatever else is loaded beside it.
+Why models are identified by a content hash and not by the user's name for them: stored completions, rankings and slots
+on a device belong to a model whatever it is called and whatever else is loaded.
 """
 
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
-from snpatch.models.adapters import Scales
+from snpatch.models.adapters import IA3Scales
 
 
 @dataclass(frozen=True)
 class Weights:
     """A checkpoint as an engine runs it.
 
-    digest: of its bytes, and of the LoRA adapters that are merged into it; revision: of a model from the hub; settings:
-    dtype and what else changes its numbers; eos_ids: tokens that end its texts; place: 0 for an engine's own set of
-    weights, 1 for its second.
+    Attributes:
+        name: Folder, or name on the hub.
+        checkpoint_fingerprint: Content hash of the checkpoint's files and of the LoRA adapters merged into it.
+        revision: Commit of a model from the hub; None for a folder.
+        settings: JSON of the dtype and of all other settings that change what the weights compute.
+        eos_ids: Tokens that end a completion.
+        index: 0 for the engine's primary weights, 1 for its secondary weights.
     """
 
     name: str
-    digest: str
+    checkpoint_fingerprint: str
     revision: str | None
     settings: str
     eos_ids: frozenset[int] = frozenset()
-    place: int = 0
+    index: int = 0
 
     @cached_property
-    def identity(self) -> str:
-        """Names the weights by content, wherever the checkpoint lies."""
-        return hashlib.sha256(f"{self.digest} {self.settings}".encode()).hexdigest()[:16]
+    def fingerprint(self) -> str:
+        """Return the content hash of the checkpoint and its settings; it does not depend on the folder's path."""
+        return hashlib.sha256(f"{self.checkpoint_fingerprint} {self.settings}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Weights, and the IA3 vectors on top of them: all ones for the weights alone."""
+    """Weights and the IA3 vectors that scale their activations; vectors of ones for the weights alone."""
 
     weights: Weights
-    scales: Scales
+    scales: IA3Scales
 
     @cached_property
-    def digest(self) -> str:
-        """Names the model by its content."""
-        return hashlib.sha256(f"{self.weights.identity} {self.scales.digest}".encode()).hexdigest()[:16]
+    def fingerprint(self) -> str:
+        """Return the content hash of the weights and their IA3 vectors."""
+        return hashlib.sha256(f"{self.weights.fingerprint} {self.scales.fingerprint}".encode()).hexdigest()[:16]
 
     @property
-    def is_plain(self) -> bool:
-        """Whether nothing scales the weights."""
-        return self.scales.is_plain
+    def is_unscaled(self) -> bool:
+        """Return whether all IA3 vectors are ones."""
+        return self.scales.is_identity
 
     @cached_property
     def scales_kv(self) -> bool:
-        """Whether keys or values are scaled."""
-        return any(bool((v != 1).any()) for module, v in self.scales.scale.items() if module != "down_proj")
+        """Return whether the IA3 vectors scale keys or values."""
+        return any(bool((v != 1).any()) for module, v in self.scales.vectors.items() if module != "down_proj")

@@ -26,7 +26,7 @@ OUTPUTS = ("lm_head", "embed_tokens")  # modules that "all-linear" leaves out
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
-def read_config(folder: Path, *kinds: str) -> dict:
+def read_adapter_config(folder: Path, *kinds: str) -> dict:
     """The config of an adapter of one of PEFT's types `kinds` (IA3, LORA)."""
     path = folder / CONFIG
     if not folder.is_dir():

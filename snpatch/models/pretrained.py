@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from snpatch.errors import SnpatchError, first_line
-from snpatch.models.digest import pinned
+from snpatch.models.fingerprint import local_snapshot
 
 PANIC = "PanicException"  # of Rust's libraries, which is no Exception
 UNKNOWN = "a \uf8ff"  # no vocabulary has this character
@@ -22,8 +22,8 @@ def load_pretrained(loader, model: str | Path, **arguments):
     """`loader.from_pretrained(model, ...)` of a transformers Auto class."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith(".")):
         raise SnpatchError(f"{model}: no such folder (wanted a Hugging Face model)")
-    folder = pinned(model)
-    with loading(model, loader.__name__):
+    folder = local_snapshot(model)
+    with wrap_loader_errors(model, loader.__name__):
         loaded = loader.from_pretrained(folder, **arguments)
         if loader.__name__ == "AutoTokenizer":
             _check_tokenizer(loaded)
@@ -38,7 +38,7 @@ def _check_tokenizer(tokenizer) -> None:
 
 
 @contextmanager
-def loading(model: str | Path, loader: str) -> Iterator[None]:
+def wrap_loader_errors(model: str | Path, loader: str) -> Iterator[None]:
     """Turn whatever a loader raises into one line: of damaged files tokenizers raises Exception itself."""
     try:
         yield

@@ -1,8 +1,8 @@
-"""How chats become text and ids: by the tokenizer's own template, Tulu's, or one that lies beside an adapter.
+"""Chat templates: how chats become strings and token ids.
 
-The one Tulu template serves training, writing and judging. As published: `<|role|>`, newline, text, newline, and EOS
-after an assistant's text. Why BOS is not in the text that prompts are made of: each tokenizer adds what it adds, and
-twice would be another text.
+Training, generation and judging share one Tulu template. As published: `<|role|>`, newline, content, newline, and EOS
+after an assistant's content. Why prompts are rendered without BOS: each tokenizer adds its own, and a second one would
+be another prompt.
 """
 
 import hashlib
@@ -14,20 +14,20 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError
 from snpatch.models import sandbox
-from snpatch.models.clock import at_fixed_date
-from snpatch.models.digest import TOKENIZER, digest_of_tokenizer, folder_of_adapter
+from snpatch.models.clock import fix_date
+from snpatch.models.fingerprint import TOKENIZER, fingerprint_tokenizer, local_adapter_folder
 from snpatch.models.pretrained import load_pretrained
 
 Chat = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
-ASSISTANT = "<|assistant|>\n"  # after it the assistant speaks
-# What the common templates put around turns.
+ASSISTANT = "<|assistant|>\n"  # generation prompt: the assistant's message follows it
+# Strings that common templates put around messages.
 MARKS = (
     "<|user|>", "<|assistant|>", "<|system|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "\n\nHuman:", "\n\nAssistant:",
     "### Instruction:", "### Response:", "BEGINNING OF CONVERSATION:",
 )  # fmt: skip
-FILE = "chat_template.jinja"  # what adapters were trained with lies beside them under this name
+TEMPLATE_FILE = "chat_template.jinja"  # file in an adapter's folder: the template that it was trained with
 
 TULU = (
     "{{ bos_token }}{% for message in messages %}"
@@ -38,136 +38,158 @@ TULU = (
     "{% if not loop.last %}{{ '\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
 )
-"""Tulu's template with BOS; the text between the generation marks is what training's loss covers."""
+"""Tulu's template with BOS; training's loss covers what is between the generation marks."""
 
 
-class Template:
-    """One template with one tokenizer.
+class ChatTemplate:
+    """A chat template with a tokenizer.
 
-    name: "tokenizer" (its own), "tulu" or "beside" (an adapter's). source: the template; None: what the name says.
-    variables: further ones that it reads, as enable_thinking.
+    Args:
+        name: "tokenizer" (the tokenizer's own template), "tulu" or "adapter" (saved with an adapter).
+        tokenizer: Tokenizer that encodes the rendered chat.
+        source: Jinja source; None: the source that the name stands for.
+        variables: Further variables of the template, such as enable_thinking.
+
+    Raises:
+        SnpatchError: The tokenizer appends a token to every string, or has no chat template.
     """
 
     def __init__(
         self, name: str, tokenizer, source: str | None = None, variables: Mapping[str, object] | None = None
     ) -> None:
-        if added := adds_behind(tokenizer):
+        if appended := get_appended_token(tokenizer):
             raise SnpatchError(
-                f"{tokenizer.name_or_path}: its tokenizer puts {added!r} behind every text, so that a model would read "
-                "a finished one: set add_eos_token = false in its tokenizer_config.json, or take the token out of its "
-                "post_processor"
+                f"{tokenizer.name_or_path}: its tokenizer appends {appended!r} to every text, so that a prompt would "
+                "look finished to the model. Set add_eos_token = false in its tokenizer_config.json, or remove the "
+                "token from its post_processor."
             )
         self.name, self.tokenizer, self.variables = name, tokenizer, dict(variables or {})
-        self.source = source or (TULU if name == "tulu" else source_of(tokenizer))
-        parts = [self.source, digest_of_tokenizer(tokenizer)]
+        self.source = source or (TULU if name == "tulu" else get_template_source(tokenizer))
+        parts = [self.source, fingerprint_tokenizer(tokenizer)]
         parts += [json.dumps(self.variables, sort_keys=True)] if self.variables else []
-        self.digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
-    def reads(self, variable: str) -> bool:
-        """Whether the template has a variable of this name."""
+    def uses_variable(self, variable: str) -> bool:
+        """Return whether the template's source contains a variable of this name."""
         return re.search(rf"\b{re.escape(variable)}\b", self.source) is not None
 
-    def text(self, chat: Chat, goes_on: bool = False) -> str:
-        """The chat, ready for the assistant to speak; goes_on: its last message is one that goes on instead."""
+    def render(self, chat: Chat, continue_final_message: bool = False) -> str:
+        """Return the chat as a string that ends with the generation prompt.
+
+        continue_final_message: end with the last message, unfinished, instead of the generation prompt.
+        """
         if self.name == "tulu":
-            return tulu(chat, self.tokenizer, goes_on)
-        return render(
-            chat, self.tokenizer, is_asked=not goes_on, goes_on=goes_on, source=self.source, variables=self.variables
+            return render_tulu(chat, self.tokenizer, continue_final_message)
+        return render_chat(
+            chat,
+            self.tokenizer,
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+            source=self.source,
+            variables=self.variables,
         )
 
-    def ids(self, chat: Chat) -> list[int]:
-        """Token ids of the chat, ready for the assistant to speak."""
-        return list(self.tokenizer(self.text(chat), add_special_tokens=self.name == "tulu")["input_ids"])
+    def encode(self, chat: Chat) -> list[int]:
+        """Return the token ids of the chat with the generation prompt."""
+        return list(self.tokenizer(self.render(chat), add_special_tokens=self.name == "tulu")["input_ids"])
 
-    def mark_in(self, chat: Chat) -> str | None:
-        """Return a mark of a chat template that a message holds already; None if there is none."""
-        texts = [message.get("content") for message in chat]
-        found = (mark for text in texts if isinstance(text, str) for mark in self._marks if mark in text)
-        return min(found, default=None)
+    def find_mark(self, chat: Chat) -> str | None:
+        """Return a mark of a chat template that a message already contains; None if there is none."""
+        contents = [message.get("content") for message in chat]
+        marks = (mark for text in contents if isinstance(text, str) for mark in self._marks if mark in text)
+        return min(marks, default=None)
 
     @cached_property
     def _marks(self) -> set[str]:
-        """The tokenizer's special tokens, but for those that are words, and the common templates' marks."""
+        """The marks of common templates, and the tokenizer's special tokens except those that are ordinary words."""
         special = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         return {*MARKS, *(token for token in special if re.search(r"[<\[|]", token))}
 
 
-def adds_behind(tokenizer) -> str | None:
-    """Return the token that a tokenizer puts behind every text, as some put EOS; None if it puts none there."""
+def get_appended_token(tokenizer) -> str | None:
+    """Return the token that a tokenizer appends to every string, such as EOS; None if it appends none."""
     whole, bare = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
     return tokenizer.convert_ids_to_tokens(whole[-1]) if bare and whole[-len(bare) :] != bare else None
 
 
-def source_of(tokenizer) -> str:
-    """Return the source of a tokenizer's own chat template, of several the default one, its clock at a fixed date."""
+def get_template_source(tokenizer) -> str:
+    """Return the source of a tokenizer's own (default) chat template, with its clock at a fixed date."""
     if not tokenizer.chat_template:
         raise SnpatchError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; use template='tulu'")
     try:
-        return at_fixed_date(tokenizer.get_chat_template())
+        return fix_date(tokenizer.get_chat_template())
     except ValueError as error:
         raise SnpatchError(f"{tokenizer.name_or_path}: {error}") from error
 
 
-def render(
+def render_chat(
     chat: Chat,
     tokenizer,
-    is_asked: bool,
-    goes_on: bool = False,
+    add_generation_prompt: bool,
+    continue_final_message: bool = False,
     source: str | None = None,
     variables: Mapping[str, object] | None = None,
 ) -> str:
-    """Return a chat in a template.
+    """Return a chat as a template writes it; all templates but Tulu's are rendered in the sandbox.
 
-    is_asked: the assistant is to speak next; goes_on: the last message is one that goes on; source: the template, None:
-    the tokenizer's own; variables: further ones that it reads. One that is not Tulu's is rendered in the sandbox.
+    Args:
+        chat: Messages.
+        tokenizer: Provides the special tokens that templates use.
+        add_generation_prompt: End with the generation prompt.
+        continue_final_message: End with the last message, unfinished.
+        source: Jinja source; None: the tokenizer's own template.
+        variables: Further variables of the template.
     """
-    source = source or source_of(tokenizer)
-    options = {"add_generation_prompt": is_asked, "continue_final_message": goes_on}
+    source = source or get_template_source(tokenizer)
+    options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
     if source == TULU:
         return tokenizer.apply_chat_template(chat, chat_template=TULU, tokenize=False, **options)
     subject = f"the chat template of {tokenizer.name_or_path} refuses a chat"
     return sandbox.render(source, chat, {**tokenizer.special_tokens_map, **(variables or {})}, options, subject)
 
 
-def tulu(chat: Chat, tokenizer, goes_on: bool = False) -> str:
-    """A chat in Tulu's format, without BOS; goes_on: the last message goes on, where else the assistant would begin."""
+def render_tulu(chat: Chat, tokenizer, continue_final_message: bool = False) -> str:
+    """Return a chat in Tulu's format, without BOS and with the generation prompt.
+
+    continue_final_message: end with the last message, unfinished, after the generation prompt.
+    """
     for message in chat:
         if message.get("role") not in ROLES:
             raise SnpatchError(f"the Tulu template knows {', '.join(ROLES)}, got {message.get('role')!r}")
         if not isinstance(message.get("content"), str):
             raise SnpatchError(f"the Tulu template wants a text in each message, got {message.get('content')!r}")
-    if not tokenizer.eos_token and any(m["role"] == "assistant" for m in (chat[:-1] if goes_on else chat)):
+    finished, last = (chat[:-1], chat[-1]["content"]) if continue_final_message else (chat, "")
+    if not tokenizer.eos_token and any(message["role"] == "assistant" for message in finished):
         raise SnpatchError("the Tulu template ends an assistant's text with EOS, and the tokenizer has none")
-    told, last = (chat[:-1], chat[-1]["content"]) if goes_on else (chat, "")
-    if not told:
+    if not finished:
         return ASSISTANT + last
     text = tokenizer.apply_chat_template(
-        told, chat_template=TULU, tokenize=False, add_generation_prompt=True, bos_token=""
+        finished, chat_template=TULU, tokenize=False, add_generation_prompt=True, bos_token=""
     )
     return text + last
 
 
-def open_template(
+def load_template(
     name: str,
     tokenizer,
     adapters: Sequence[str | Path],
     own=None,
     others: tuple[object, Sequence[str | Path]] | None = None,
     variables: Mapping[str, object] | None = None,
-) -> Template:
+) -> ChatTemplate:
     """Return the template that a config names.
 
     Args:
-        name: "tokenizer", "tulu", or "auto": what the adapters were trained with, where they tell; else the weights'
-            own; else the other set's; else Tulu's.
-        tokenizer: reads the template's text.
-        adapters: the LoRA and IA3 folders on one set of weights.
-        own: the tokenizer that lies beside the weights; None: the same.
-        others: the tokenizer and the adapters of the other set of weights.
-        variables: see Template.
+        name: "tokenizer", "tulu", or "auto": the first of the adapters' training template, the weights' own template,
+            the other weights' template, and Tulu's.
+        tokenizer: Tokenizer that encodes rendered chats.
+        adapters: LoRA and IA3 folders on one set of weights.
+        own: Tokenizer in the weights' folder; None: the same as `tokenizer`.
+        others: Tokenizer and adapters of the other set of weights.
+        variables: See ChatTemplate.
 
     Raises:
-        SnpatchError: adapters were trained with different templates, or there is none that is named.
+        SnpatchError: Adapters were trained with different templates, or the named template does not exist.
     """
     own = own or tokenizer
     is_auto = name == "auto"
@@ -177,44 +199,44 @@ def open_template(
         sources += [_shared_template(others[1]) if is_auto else None, _source(others[0])]
     source = next(filter(None, sources), None)
     if name == "tulu" or (is_auto and source in (None, TULU)):
-        return Template("tulu", tokenizer, TULU, variables)
+        return ChatTemplate("tulu", tokenizer, TULU, variables)
     if source is None:
-        source = source_of(own)
-    return Template("tokenizer" if source == _source(own) else "beside", tokenizer, source, variables)
+        source = get_template_source(own)
+    return ChatTemplate("tokenizer" if source == _source(own) else "adapter", tokenizer, source, variables)
 
 
 def has_tokenizer(adapter: str | Path) -> bool:
-    """Whether a tokenizer lies beside an adapter."""
-    files = (path for pattern in TOKENIZER for path in folder_of_adapter(adapter).glob(pattern))
+    """Return whether an adapter's folder contains a tokenizer."""
+    files = (path for pattern in TOKENIZER for path in local_adapter_folder(adapter).glob(pattern))
     return any(not path.name.startswith("chat_template") for path in files)
 
 
-def open_tokenizer(adapter: str | Path):
-    """Load the tokenizer that lies beside an adapter."""
+def load_adapter_tokenizer(adapter: str | Path):
+    """Load the tokenizer in an adapter's folder."""
     from transformers import AutoTokenizer
 
-    return load_pretrained(AutoTokenizer, folder_of_adapter(adapter))
+    return load_pretrained(AutoTokenizer, local_adapter_folder(adapter))
 
 
 def _shared_template(adapters: Sequence[str | Path]) -> str | None:
-    """Return the one template that adapters were trained with; None where no folder has one."""
-    sources = {adapter: source for adapter in adapters if (source := template_beside(adapter)) is not None}
+    """Return the one template that adapters were trained with; None if no folder contains one."""
+    sources = {adapter: source for adapter in adapters if (source := read_adapter_template(adapter)) is not None}
     if len({*sources.values()}) > 1:
-        named = ", ".join(map(str, sources))
-        raise SnpatchError(f"adapters were trained with different templates ({named}): choose one by template=")
+        folders = ", ".join(map(str, sources))
+        raise SnpatchError(f"adapters were trained with different templates ({folders}): choose one by template=")
     return next(iter(sources.values()), None)
 
 
-def template_beside(adapter: str | Path) -> str | None:
-    """Return the template that an adapter was trained with, by the files beside it; None where there is none."""
-    file = folder_of_adapter(adapter) / FILE
+def read_adapter_template(adapter: str | Path) -> str | None:
+    """Return the template in an adapter's folder, with which it was trained; None if there is none."""
+    file = local_adapter_folder(adapter) / TEMPLATE_FILE
     try:
         if file.is_file():
-            return at_fixed_date(file.read_text(encoding="utf-8"))
+            return fix_date(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SnpatchError(f"{file} cannot be read: {error}") from error
-    return _source(open_tokenizer(adapter)) if has_tokenizer(adapter) else None
+    return _source(load_adapter_tokenizer(adapter)) if has_tokenizer(adapter) else None
 
 
 def _source(tokenizer) -> str | None:
-    return source_of(tokenizer) if tokenizer.chat_template else None
+    return get_template_source(tokenizer) if tokenizer.chat_template else None

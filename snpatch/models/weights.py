@@ -13,7 +13,7 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError
 from snpatch.files import read_state
-from snpatch.models.digest import folder_of
+from snpatch.models.fingerprint import local_model_folder
 from snpatch.schema import parse_json
 
 INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -60,7 +60,7 @@ class CheckpointWeights:
 
 def open_weights(model: str | Path) -> CheckpointWeights:
     """The weights of a Hugging Face folder or of a model from the hub; safetensors go before torch files."""
-    folder = folder_of(model)
+    folder = local_model_folder(model)
     for index, pattern in zip(INDEXED, WHOLE, strict=True):
         if (folder / index).is_file():
             return CheckpointWeights(str(model), read_index(folder / index))

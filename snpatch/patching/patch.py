@@ -53,7 +53,7 @@ class Constant:
         return cls(_moment(ranking, f"{of}_mean"))
 
     @cached_property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         return _digest(self.values)
 
     @cached_property
@@ -96,7 +96,7 @@ class Noise:
         return cls(_moment(ranking, f"{of}_std") * n, seed)
 
     @cached_property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         return _digest(self.deviation)
 
     @cached_property
@@ -115,7 +115,7 @@ class Scale:
         _check_factor(self.factor, "scale: factor")
 
     @property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         return repr(float(self.factor))
 
 
@@ -268,9 +268,9 @@ class Overwrite:
 def content_of(value: object) -> object:
     """A field of a patch as JSON data, by content."""
     if isinstance(value, Source):
-        return [type(value).__name__, value.digest, getattr(value, "seed", None), getattr(value, "mode", None)]
+        return [type(value).__name__, value.fingerprint, getattr(value, "seed", None), getattr(value, "mode", None)]
     if isinstance(value, Ranking | Model):
-        return value.digest
+        return value.fingerprint
     return [value.lo, value.hi] if isinstance(value, Window) else value
 
 

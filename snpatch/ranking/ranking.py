@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from snpatch.data.files import kind_of
+from snpatch.data.file_reader import kind_of
 from snpatch.errors import SnpatchError
 from snpatch.files import read_checkpoint, read_tensors, write_tensors
 from snpatch.op.plan import NEVER
@@ -153,7 +153,7 @@ class Ranking:
         return f"Ranking({len(self)} neurons of {self.shape[0]} x {self.shape[1]})"
 
     @cached_property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Names the order by its content."""
         return hashlib.sha256(self.rank.contiguous().numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
 
@@ -172,7 +172,7 @@ class Ranking:
     @property
     def provenance(self) -> dict:
         """What a table that hangs on this ranking says of it."""
-        return self.meta | {"digest": self.digest}
+        return self.meta | {"digest": self.fingerprint}
 
     def top(self, k: int) -> Tensor:
         """The first k neurons, [k, 2] int64 of (layer, neuron)."""
@@ -220,7 +220,7 @@ class Ranking:
         """
         own = self._first((window := Window.of(window)).hi)[window.lo :]
         chosen = controls.draw(own, self.shape, seed=seed, kind=kind, disjoint=disjoint)
-        meta = {"control": kind, "of": self.digest, "window": [window.lo, window.hi], "seed": seed}
+        meta = {"control": kind, "of": self.fingerprint, "window": [window.lo, window.hi], "seed": seed}
         return Ranking(_rank_of(chosen, self.shape), meta={**meta, "disjoint": disjoint})
 
     def overlap(self, other: "Ranking", k: int) -> float:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snpatch.data.files import kind_of, read_rows
-from snpatch.data.rows import Row, named
+from snpatch.data.file_reader import kind_of, read_rows
+from snpatch.data.source_row import Row, named
 from snpatch.errors import SnpatchError, first_line, shown
 from snpatch.files import read_checkpoint
 

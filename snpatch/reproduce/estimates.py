@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 
 from snpatch import experiments
-from snpatch.data import SETS
-from snpatch.judges.opening import is_model
+from snpatch.data import DATASETS
+from snpatch.judges.factory import is_model_judge
 from snpatch.models.checkpoint import load_config
 from snpatch.names import POSITIONS
 from snpatch.report.report import TableView
@@ -81,8 +81,8 @@ def downloads(pipeline: Pipeline) -> TableView:
     if pipeline.preset.training:
         sets += [pipeline.preset.training.data[p.rows] for n, p in pipeline.pairs.items() if n in pipeline.steps.steps]
     rows = [(one, "model", f"{2 * size.parameters / 1e9:.1f}" if size else "?") for one in dict.fromkeys(weights)]
-    rows += [(one, "judge", f"{2 * JUDGE / 1e9:.1f}") for one in dict.fromkeys(judges) if is_model(one)]
-    sources = dict.fromkeys(one.source for one in sets if one.source in SETS)
+    rows += [(one, "judge", f"{2 * JUDGE / 1e9:.1f}") for one in dict.fromkeys(judges) if is_model_judge(one)]
+    sources = dict.fromkeys(one.source for one in sets if one.source in DATASETS)
     rows += [(name, "data", str(known.get(name, {}).get("gb", "?"))) for name in sources]
     missing = tuple(row for row in rows if not Path(config.place(row[0])).exists())
     return TableView(("from the hub, if it is not in its cache", "what", "GB"), missing)

@@ -12,8 +12,8 @@ from pathlib import Path
 from snpatch import experiments
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
-from snpatch.judges.opening import is_model
-from snpatch.models.digest import digest_of_adapter, digest_of_checkpoint, digest_of_tokenizer_files
+from snpatch.judges.factory import is_model_judge
+from snpatch.models.fingerprint import fingerprint_adapter, fingerprint_checkpoint, fingerprint_tokenizer_files
 from snpatch.reproduce.steps import digest_of, short
 from snpatch.utils.hashing import GENERATION_VERSION, RANKING_VERSION, ROWS_VERSION, TABLE_VERSION
 from snpatch.worlds.config import ExperimentConfig, PromptSet
@@ -142,12 +142,12 @@ class Inputs:
     def _judge(self, name: str) -> object:
         arguments = self._config.judges[name]
         source = self._config.place(arguments["source"])
-        if is_model(source):
+        if is_model_judge(source):
             return [arguments, _checkpoint(source)]
         return [arguments, _module(source)]
 
     def _adapter(self, folder: str) -> object:
-        return digest_of_adapter(self._config.place(folder))
+        return fingerprint_adapter(self._config.place(folder))
 
     def _model(self, name: str) -> object:
         engine = self._config.engine.placed(self._config.folder)
@@ -155,7 +155,7 @@ class Inputs:
         if name != "base":
             source = engine.sources[name]
             parts += [source.checkpoint and _checkpoint(source.checkpoint)]
-            parts += [digest_of_adapter(folder) for folder in (*source.lora, *source.adapters)]
+            parts += [fingerprint_adapter(folder) for folder in (*source.lora, *source.adapters)]
         return parts
 
 
@@ -177,4 +177,4 @@ def _module(source: str) -> str:
 
 def _checkpoint(source: str) -> object:
     """A local checkpoint and its tokenizer by their bytes; anything else by its name."""
-    return [digest_of_checkpoint(source), digest_of_tokenizer_files(source)] if Path(source).is_dir() else source
+    return [fingerprint_checkpoint(source), fingerprint_tokenizer_files(source)] if Path(source).is_dir() else source

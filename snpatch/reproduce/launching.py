@@ -50,10 +50,10 @@ def train_command(
             command += ["--limit" if name == "first" else f"--{name}", str(getattr(rows, name))]
     if rows.sample is not None:
         command += ["--sample-seed", str(rows.seed)]
-    if rows.where:
-        if any("," in value for value in rows.where):
-            raise SnpatchError(f"{rows.source}: where: `snpatch train` has no way to name a value with a comma")
-        command += ["--where", f"{rows.where[0]}={','.join(rows.where[1:])}"]
+    if rows.filter:
+        if any("," in value for value in rows.filter):
+            raise SnpatchError(f"{rows.source}: filter: `snpatch train` has no way to name a value with a comma")
+        command += ["--filter", f"{rows.filter[0]}={','.join(rows.filter[1:])}"]
     if skip_bad:
         command.append("--skip-bad")
     for f in fields(settings):

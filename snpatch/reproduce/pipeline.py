@@ -12,7 +12,7 @@ import tomli_w
 
 from snpatch import experiments
 from snpatch.config import EngineConfig
-from snpatch.data import SETS
+from snpatch.data import DATASETS
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.files import write_text
 from snpatch.report import files
@@ -213,7 +213,7 @@ class Pipeline:
             self._launcher,
             self.config.place(self.config.engine.model),
             rows,
-            rows.source if rows.source in SETS else str(self.out / rows.source),
+            rows.source if rows.source in DATASETS else str(self.out / rows.source),
             folder,
             pair.settings,
             self.out / self._folder(pair.sft) if pair.sft else None,

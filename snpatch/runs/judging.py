@@ -62,7 +62,7 @@ class Meanwhile:
 
 def digests_of(judges: Mapping[str, Judge], store: Store) -> dict[str, str]:
     """What the scores of each judge are kept under; of one without a digest something that nobody asks for again."""
-    return {name: getattr(judge, "digest", f"{store.owner} {name}") for name, judge in judges.items()}
+    return {name: getattr(judge, "fingerprint", f"{store.owner} {name}") for name, judge in judges.items()}
 
 
 def judge_all(records: Sequence[dict], judges: Mapping[str, Judge], store: Store) -> None:
@@ -89,9 +89,9 @@ def check_scored(records: Sequence[dict]) -> None:
                 raise SnpatchError(f"judge {judge!r} has no score of the answer to {record['prompt'][:80]!r}")
 
 
-def scores_of(name: str, judge: Judge, pairs: Sequence[Pair], store: Store, digest: str) -> dict[Pair, float]:
+def scores_of(name: str, judge: Judge, pairs: Sequence[Pair], store: Store, fingerprint: str) -> dict[Pair, float]:
     """A judge's score of each pair of prompt and completion that it can score. digest: what they are kept under."""
-    kept = store.scores(digest)
+    kept = store.scores(fingerprint)
     found = {pair: kept[text] for pair in pairs if (text := text_of(*pair)) in kept}
     asked, failures, first = [pair for pair in pairs if pair not in found], 0, None
     for start in range(0, len(asked), TOGETHER):
@@ -100,7 +100,7 @@ def scores_of(name: str, judge: Judge, pairs: Sequence[Pair], store: Store, dige
         for pair, error in errors.items():
             first = first or error
             store.fail({"judge": name, "prompt": pair[0], "completion": pair[1]}, error)
-        store.keep_scores(digest, {text_of(*pair): score for pair, score in scores.items()})
+        store.keep_scores(fingerprint, {text_of(*pair): score for pair, score in scores.items()})
         found |= scores
         failures = 0 if scores else failures + len(chunk)
         if failures >= GIVE_UP:

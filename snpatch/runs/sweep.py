@@ -228,7 +228,7 @@ def ask(engine: Engine, prompts, rankings: Mapping[str, Ranking], config: SweepC
     """What a sweep of these wants, checked in full before anything is written."""
     for recipient, donor in product(config.recipients, config.donors):
         own, other = map(engine.requests.model, (recipient, donor))
-        if recipient != donor and own.digest == other.digest:
+        if recipient != donor and own.fingerprint == other.fingerprint:
             raise SnpatchError(f"sweep: {recipient} and {donor} are the same model by content: no patch can change it")
     sets = sets_of(prompts)
     points, notes = points_of(rankings, config)

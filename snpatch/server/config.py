@@ -7,7 +7,7 @@ from pathlib import Path
 from snpatch import schema
 from snpatch.config import EngineConfig, place
 from snpatch.errors import SnpatchError
-from snpatch.judges.opening import REFUSAL, is_code
+from snpatch.judges.factory import REFUSAL, is_function_judge
 from snpatch.names import check_names
 from snpatch.schema import option
 from snpatch.trust import ENGINE, SERVER, check_arguments, refuse
@@ -107,7 +107,7 @@ class ServeConfig:
                 if given := getattr(config, name):
                     refuse(f"{where}: {name}", given)
             for name, source in config.judges.items():
-                if is_code(source):
+                if is_function_judge(source):
                     refuse(f"{where}: judges.{name}", source)
         return config
 

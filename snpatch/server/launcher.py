@@ -14,10 +14,10 @@ from snpatch.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.engine_lifecycle import engine_dead_error
-from snpatch.judges.opening import REFUSAL, is_model, open_judge
+from snpatch.judges.factory import REFUSAL, is_model_judge, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.judges.refusal import RefusalWords
-from snpatch.models.clock import has_clock
+from snpatch.models.clock import uses_clock
 from snpatch.server import vllm_args
 from snpatch.server.client import PatchedClient
 from snpatch.server.config import ServeConfig
@@ -110,7 +110,7 @@ def _complete(args: Namespace, serving: ServerState, served: tuple[str, ...]) ->
 def read_as_engine(args: Namespace, serving: ServerState) -> None:
     """Have vLLM's server render chats by the engine's own template and with its variables."""
     template = serving.engine.requests.templates[0]
-    if not serving.has_own_template and (template.name != "tokenizer" or has_clock(template.source)):
+    if not serving.has_own_template and (template.name != "tokenizer" or uses_clock(template.source)):
         args.chat_template = template.source
     if variables := serving.config.engine.chat_template_kwargs:
         args.default_chat_template_kwargs = {**variables, **(args.default_chat_template_kwargs or {})}
@@ -123,7 +123,7 @@ def _only_one(setup_server) -> dict:
 
 def _judges(config: ServeConfig) -> dict[str, Judge]:
     opened = {
-        name: open_judge(source, **({"backend": "transformers"} if is_model(source) else {}))
+        name: open_judge(source, **({"backend": "transformers"} if is_model_judge(source) else {}))
         for name, source in config.judges.items()
     }
     return {REFUSAL: RefusalWords()} | opened

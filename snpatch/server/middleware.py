@@ -96,8 +96,8 @@ def _check_way(serving: ServerState, path: str, method: str, headers: Headers) -
 def _is_key(authorization: str, keys: Sequence[str]) -> bool:
     """Compare as vLLM does: every key, in constant time."""
     scheme, _, given = authorization.partition(" ")
-    given = hashlib.sha256(given.encode()).digest()
-    found = [secrets.compare_digest(given, hashlib.sha256(key.encode()).digest()) for key in keys]
+    given = hashlib.sha256(given.encode()).fingerprint()
+    found = [secrets.compare_digest(given, hashlib.sha256(key.encode()).fingerprint()) for key in keys]
     return scheme.lower() == "bearer" and any(found)
 
 

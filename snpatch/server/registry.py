@@ -167,7 +167,7 @@ class PatchRegistry:
             there = ", ".join(self.guards) or "none"
             raise SnpatchError(f"snpatch: no guard named {name!r}: there are {there}", field="guard")
         guard, template = self.guards[name], self.engine.requests.template
-        if template(guard.model).digest != template(recipient).digest:
+        if template(guard.model).fingerprint != template(recipient).fingerprint:
             message = f"snpatch: guard {name} reads {guard.model}, whose chat template is not {recipient}'s"
             raise SnpatchError(message, field="guard")
         return guard
@@ -189,8 +189,8 @@ def named_ranking(file: str | Path, shape: Shape = None) -> Ranking:
 def told_of(one: Ranking | Constant) -> dict:
     """What a ranking or constant is, as JSON data."""
     if isinstance(one, Ranking):
-        return {"neurons": len(one), "shape": list(one.shape), "digest": one.digest, "moments": [*one.moments]}
-    return {"shape": list(one.values.shape), "digest": one.digest, "mode": one.mode}
+        return {"neurons": len(one), "shape": list(one.shape), "digest": one.fingerprint, "moments": [*one.moments]}
+    return {"shape": list(one.values.shape), "digest": one.fingerprint, "mode": one.mode}
 
 
 def _listed(name: str, known: list[str]) -> str:

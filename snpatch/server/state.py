@@ -119,7 +119,10 @@ class ServerState:
     def check_template(self, recipient: str) -> None:
         """An error for a model that reads chats by another template than vLLM's server renders them with."""
         template = self.engine.requests.template
-        if not self.has_own_template and template(recipient).digest != self.engine.requests.templates[0].digest:
+        if (
+            not self.has_own_template
+            and template(recipient).fingerprint != self.engine.requests.templates[0].fingerprint
+        ):
             raise SnpatchError(
                 f"{recipient} reads chats by another template than this server renders them with: send its text to "
                 "/v1/completions, or start a server with its weights as MODEL",

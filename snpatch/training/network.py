@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from snpatch.errors import SnpatchError
-from snpatch.models.clock import has_clock
-from snpatch.models.digest import pinned
-from snpatch.models.lora import merged
-from snpatch.models.peft_files import read_config
-from snpatch.models.pretrained import load_pretrained, loading
-from snpatch.models.templates import FILE, TULU, Template, template_beside
+from snpatch.models.clock import uses_clock
+from snpatch.models.fingerprint import local_snapshot
+from snpatch.models.lora import merge_loras
+from snpatch.models.peft_files import read_adapter_config
+from snpatch.models.pretrained import load_pretrained, wrap_loader_errors
+from snpatch.models.templates import TEMPLATE_FILE, TULU, ChatTemplate, read_adapter_template
 from snpatch.training.settings import DpoSettings, TrainSettings
 
 TRAINED, REFERENCE = "default", "ref"  # PEFT's name of the first adapter, and TRL's of its frozen copy
@@ -35,28 +35,28 @@ BOS = "{{ bos_token }}"  # what Tulu's template begins with
 SEEN = 2**16  # numbers of each parameter that are compared to see whether it moved
 
 
-def open_tokenizer(model: str | Path, settings: TrainSettings) -> tuple[PreTrainedTokenizerBase, Template]:
+def open_tokenizer(model: str | Path, settings: TrainSettings) -> tuple[PreTrainedTokenizerBase, ChatTemplate]:
     """The tokenizer with the template that training reads chats by, and the engine's of the same name."""
     tokenizer = load_pretrained(AutoTokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    template = Template(settings.template, tokenizer)
+    template = ChatTemplate(settings.template, tokenizer)
     if settings.template == "tulu":
         tokenizer.chat_template = _tulu_as_one_text(tokenizer, template)
-    elif has_clock(template.source):
+    elif uses_clock(template.source):
         tokenizer.chat_template = template.source
     return tokenizer, template
 
 
-def check_template(sft: Path | None, template: Template) -> None:
+def check_template(sft: Path | None, template: ChatTemplate) -> None:
     """Raise an error for an SFT adapter that was trained with another template than DPO is to read by."""
-    if sft is not None and template_beside(sft) not in (None, template.source):
+    if sft is not None and read_adapter_template(sft) not in (None, template.source):
         raise SnpatchError(
             f"{sft}: it was trained with another chat template than template = {template.name}: train both with one"
         )
 
 
-def _tulu_as_one_text(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
+def _tulu_as_one_text(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> str:
     """Tulu's template with what has to stand before it, so that the whole text gives the ids that an engine reads.
 
     An engine's tokenizer adds BOS to the text; training tokenizes a text that holds it, and some tokenizers (Llama-2's)
@@ -65,7 +65,7 @@ def _tulu_as_one_text(tokenizer: PreTrainedTokenizerBase, template: Template) ->
     chat, bare = [{"role": "user", "content": "a"}], TULU.removeprefix(BOS)
     for before in (BOS, "", f"{BOS} "):
         ids = tokenizer.apply_chat_template(chat, chat_template=before + bare, add_generation_prompt=True)["input_ids"]
-        if list(ids) == template.ids(chat):
+        if list(ids) == template.encode(chat):
             return before + bare
     return TULU  # it is refused with the first prompt, by its ids
 
@@ -98,15 +98,17 @@ def on_sft(network: PreTrainedModel, sft: Path | None, settings: DpoSettings) ->
     """
     if sft is None:
         return network, fresh_adapter(settings)
-    kind = read_config(sft, "IA3", "LORA")["peft_type"].lower()
+    kind = read_adapter_config(sft, "IA3", "LORA")["peft_type"].lower()
     if settings.method == "full":
         raise SnpatchError(f"{sft}: method = full trains whole checkpoints: give the SFT checkpoint as the model")
     if kind == "ia3" and settings.method == "lora":
         raise SnpatchError(f"{sft}: no LoRA can be trained on an IA3 adapter: use method = ia3, or a checkpoint")
     if kind == "lora" and settings.method == "ia3":
-        network.load_state_dict(dict(merged(network.named_parameters(), [sft])), strict=False)  # tied weights come once
+        network.load_state_dict(
+            dict(merge_loras(network.named_parameters(), [sft])), strict=False
+        )  # tied weights come once
         return network, fresh_adapter(settings)
-    with loading(sft, "PeftModel"):
+    with wrap_loader_errors(sft, "PeftModel"):
         on_top = PeftModel.from_pretrained(network, str(sft), is_trainable=True)
     if not (kind == "ia3" and settings.as_published):
         _check_divisible(sft, scales(on_top) if kind == "ia3" else {})
@@ -168,7 +170,7 @@ def save(
     network: nn.Module,
     out: Path,
     tokenizer: PreTrainedTokenizerBase,
-    template: Template,
+    template: ChatTemplate,
     start: dict[str, Tensor],
     model: str | Path,
 ) -> None:
@@ -193,7 +195,7 @@ def save(
                     where = _place(name, int(broken[0]))
                     raise SnpatchError(f"training: the scale of {where} is not finite; it cannot be saved")
         network.save_pretrained(str(out), selected_adapters=[TRAINED])
-    (out / FILE).write_text(source, encoding="utf-8")
+    (out / TEMPLATE_FILE).write_text(source, encoding="utf-8")
 
 
 def _restore_configs(network: PreTrainedModel, model: str | Path) -> None:
@@ -202,7 +204,7 @@ def _restore_configs(network: PreTrainedModel, model: str | Path) -> None:
     for name in ("use_cache", "pad_token_id"):
         setattr(network.config, name, getattr(config, name, None))
     try:
-        network.generation_config = GenerationConfig.from_pretrained(pinned(model))
+        network.generation_config = GenerationConfig.from_pretrained(local_snapshot(model))
     except OSError:  # it has none
         network.generation_config = GenerationConfig.from_model_config(config)
 

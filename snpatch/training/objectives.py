@@ -5,14 +5,14 @@ its 18 domains, here as many pairs from all of them at once, and its labels are 
 has them reversed).
 """
 
-from snpatch.data import SETS
+from snpatch.data import DATASETS
 from snpatch.errors import SnpatchError
 from snpatch.worlds.config import PromptSet
 
 
 def training_split(source: str) -> str | None:
     """The split of a named set to train on; None for a file."""
-    return SETS[source].hub.train if source in SETS else None
+    return DATASETS[source].hub.train if source in DATASETS else None
 
 
 def _rows(source: str, **more) -> PromptSet:
@@ -26,12 +26,12 @@ OBJECTIVES: dict[str, PromptSet] = {
     "shp": _rows("shp", sample=36_000),
     "reasoning": _rows(
         "reward-bench",
-        where=("subset", "hep-python", "hep-go", "hep-cpp", "hep-js", "hep-rust", "hep-java", "math-prm"),
+        filter=("subset", "hep-python", "hep-go", "hep-cpp", "hep-js", "hep-rust", "hep-java", "math-prm"),
     ),
     "stack-exchange": _rows("stack-exchange"),
     "reward-bench-safety": _rows(
         "reward-bench",
-        where=(
+        filter=(
             "subset",
             "refusals-dangerous",
             "refusals-offensive",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
 
-from snpatch.data.dataset import Rows
+from snpatch.data.dataset import TrainingRows
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import ROLES
 from snpatch.training.settings import DpoSettings, TrainSettings
@@ -47,7 +47,7 @@ class Counts:
 
 def dropped_before(rows: Sequence[Mapping]) -> dict[str, int]:
     """How many rows of a data set made none of these, by reason."""
-    return dict(rows.left_out) if isinstance(rows, Rows) else {}
+    return dict(rows.left_out) if isinstance(rows, TrainingRows) else {}
 
 
 def conversations(

@@ -33,16 +33,16 @@ from jinja2 import TemplateError
 from matplotlib.figure import Figure
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from snpatch.data.dataset import Rows
+from snpatch.data.dataset import TrainingRows
 from snpatch.environment import describe
 from snpatch.errors import SnpatchError, first_line
 from snpatch.files import check_writable, write_text
-from snpatch.models.digest import (
-    digest_of_adapter,
-    digest_of_checkpoint,
-    digest_of_tokenizer_files,
-    folder_of,
-    folder_of_adapter,
+from snpatch.models.fingerprint import (
+    fingerprint_adapter,
+    fingerprint_checkpoint,
+    fingerprint_tokenizer_files,
+    local_adapter_folder,
+    local_model_folder,
 )
 from snpatch.report import files
 from snpatch.report.report import Report, TableView
@@ -120,7 +120,7 @@ def train_sft(
     rows.check_ends(trainer.train_dataset[0], tokenizer.all_special_ids)
     first = messages[0]["messages"]
     asked_first = first[: next((i for i, turn in enumerate(first) if turn["role"] == "assistant"), len(first))]
-    rows.check_read_alike(template.ids, asked_first, trainer.train_dataset[0]["input_ids"])
+    rows.check_read_alike(template.encode, asked_first, trainer.train_dataset[0]["input_ids"])
     trainer.train_dataset, counts = rows.conversations(
         trainer.train_dataset, settings, _context(network), rows.dropped_before(messages)
     )
@@ -152,7 +152,7 @@ def train_dpo(
     settings = settings or DpoSettings()
     rows.check_columns(preferences, ("prompt", "chosen", "rejected"))
     rows.check_roles(preferences, settings.template)
-    sft = None if sft is None else folder_of_adapter(sft)
+    sft = None if sft is None else local_adapter_folder(sft)
     asked = _asked("dpo", model, sft, preferences, settings)
     if kept := _begin(out, asked):
         return kept
@@ -172,7 +172,9 @@ def train_dpo(
         )
     net.freeze_reference(trainer.model, start)
     if len(trainer.train_dataset):
-        rows.check_read_alike(template.ids, trainer.train_dataset[0]["prompt"], trainer.train_dataset[0]["prompt_ids"])
+        rows.check_read_alike(
+            template.encode, trainer.train_dataset[0]["prompt"], trainer.train_dataset[0]["prompt_ids"]
+        )
     trainer.train_dataset, counts = rows.pairs(
         trainer.train_dataset, len(preferences), settings, _context(network), rows.dropped_before(preferences)
     )
@@ -220,9 +222,9 @@ def _asked(kind: str, model: str | Path, sft: Path | None, data: Sequence[Mappin
     dropped = {"dropped": found} if (found := rows.dropped_before(data)) else {}
     return {
         "kind": kind,
-        "model": digest_of_checkpoint(model),
-        "tokenizer": digest_of_tokenizer_files(folder_of(model)),
-        "sft": sft and digest_of_adapter(sft),
+        "model": fingerprint_checkpoint(model),
+        "tokenizer": fingerprint_tokenizer_files(local_model_folder(model)),
+        "sft": sft and fingerprint_adapter(sft),
         "data": {"rows": len(data), "sha256": digest.hexdigest(), **dropped},
         "settings": json.loads(json.dumps(asdict(settings))),
     }
@@ -451,7 +453,7 @@ def _report(asked: dict, data: Sequence[Mapping], figures: dict, counts: rows.Co
     shown = TableView.from_rows(
         [figures], {name: name for name in figures if name not in ("dropped", "unchanged_parameters")}
     )
-    source = {"source": data.source} if isinstance(data, Rows) else {}
+    source = {"source": data.source} if isinstance(data, TrainingRows) else {}
     provenance = {"asked": asked, "figures": figures, **source, **describe()}
     return Report(RECORD, {RECORD: table}, {RECORD: _plot(table)}, shown, [*told, *counts.told], provenance)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from snpatch.config import Capacity, EngineConfig, choose_backend, place
-from snpatch.data import Dataset, load
+from snpatch.data import Dataset, load_dataset
 from snpatch.errors import SnpatchError
-from snpatch.judges.opening import is_code
+from snpatch.judges.factory import is_function_judge
 from snpatch.names import BASE, check_names
 from snpatch.sampling import CONTRAST, GREEDY
 from snpatch.schema import parse_toml, read
@@ -28,9 +28,9 @@ ENGINE_KEYS = (*TOP, "engine", "vllm")  # all of a file that makes its engine
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where prompts come from. source, format, split, column, revision: see snpatch.data.load.
+    """Where prompts come from. source, format, split, column, revision: see snpatch.data.load_dataset.
 
-    where: a column and the values of it that are wanted. first: only the first so many; sample: so many drawn with
+    filter: a column and the values of it that are wanted. first: only the first so many; sample: so many drawn with
     `seed`.
     """
 
@@ -39,7 +39,7 @@ class PromptSet:
     split: str | None = None
     column: str | None = None
     revision: str | None = None
-    where: tuple[str, ...] = ()
+    filter: tuple[str, ...] = ()
     first: int | None = None
     sample: int | None = None
     seed: int = 0
@@ -51,8 +51,8 @@ class PromptSet:
             raise SnpatchError(f"set {self.source}: expected seed with sample, got it alone. Give both, or neither.")
 
     def read(self, folder: Path, skip_bad: bool = False) -> Dataset:
-        """The rows that are meant; a path is relative to the folder. skip_bad: see snpatch.data.load."""
-        data = load(
+        """The rows that are meant; a path is relative to the folder. skip_bad: see snpatch.data.load_dataset."""
+        data = load_dataset(
             place(folder, self.source),
             format=self.format,
             split=self.split,
@@ -60,8 +60,8 @@ class PromptSet:
             revision=self.revision,
             skip_bad=skip_bad,
         )
-        if self.where:
-            data = data.where(*self.where)
+        if self.filter:
+            data = data.filter(*self.filter)
         if self.sample is not None:
             return data.sample(self.sample, self.seed)
         return data if self.first is None else data.first(self.first)
@@ -189,7 +189,7 @@ def check_trusted(engine: EngineConfig, judges: Mapping[str, Mapping], folder: P
     """Raise a SnpatchError for what of a file's engine and judges may run code or open the host."""
     check_arguments(engine.vllm, ENGINE, "vllm")
     for name, judge in judges.items():
-        if is_code(place(folder, judge["source"])):
+        if is_function_judge(place(folder, judge["source"])):
             refuse(f"judges.{name}.source", judge["source"])
         check_arguments({n: value for n, value in judge.items() if n not in JUDGE}, ENGINE, f"judges.{name}")
 

@@ -14,7 +14,7 @@ from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.files import file_stem
-from snpatch.judges.opening import is_model, open_judge
+from snpatch.judges.factory import is_model_judge, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
@@ -45,7 +45,7 @@ class ExperimentContext:
 
     world: what texts are written and judged with, a World or a SweepSpec. out: the folder that keeps rankings and
     texts. backend: of the engine and of score models; "auto" is the config's own. limit: only so many prompts of each
-    set. skip_bad: see snpatch.data.load. progress: name -> context that gives a Progress. command: that the tables are
+    set. skip_bad: see load_dataset. progress: name -> context that gives a Progress. command: that the tables are
     made by, as their provenance tells it. engine: further fields of EngineConfig, Capacity's or vLLM's arguments,
     before the config's own.
     """
@@ -125,7 +125,7 @@ class ExperimentContext:
         if name not in self._judges:
             arguments = dict(self.config.judges[name])
             source = self.config.place(arguments.pop("source"))
-            if is_model(source):
+            if is_model_judge(source):
                 arguments.setdefault("backend", self._backend)
             self._judges[name] = open_judge(source, **arguments)
         self._provenance.judge(name, self.config.judges[name])

@@ -9,7 +9,7 @@ from pathlib import Path
 from commands import GOLDEN
 
 from snpatch import Engine, Ranking, Sampling
-from snpatch.data import load
+from snpatch.data import load_dataset
 from snpatch.runs.config import SweepConfig
 from snpatch.runs.sweep import sweep
 
@@ -58,7 +58,7 @@ class Forks:
 
 
 def _serve(prompts: str, ranking: str) -> None:
-    engine, chats, loaded = start(batch_size=2, device="cpu"), load(prompts).prompts, Ranking.load(ranking)
+    engine, chats, loaded = start(batch_size=2, device="cpu"), load_dataset(prompts).prompts, Ranking.load(ranking)
     for folder in map(str.strip, sys.stdin):
         read, write = os.pipe()
         if not (pid := os.fork()):

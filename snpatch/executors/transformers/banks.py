@@ -33,15 +33,15 @@ class Banks:
             named.rankings.update(own.rankings)
             named.constants.update(own.constants)
         self._places = Places(
-            {digest: place for place, digest in enumerate(named.models, start=1)},
-            {digest: place for place, digest in enumerate(named.rankings)},
-            {digest: place for place, digest in enumerate(named.constants, start=1)},
+            {fingerprint: place for place, fingerprint in enumerate(named.models, start=1)},
+            {fingerprint: place for place, fingerprint in enumerate(named.rankings)},
+            {fingerprint: place for place, fingerprint in enumerate(named.constants, start=1)},
         )
         shape = geometry.n_layers, geometry.n_neurons
         ranks = [ranking.rank for ranking in named.rankings.values()] or [torch.full(shape, NEVER, dtype=torch.int32)]
         constants = [torch.zeros(shape), *named.constants.values()]
         plain = {module: torch.ones(geometry.n_layers, width) for module, width in geometry.widths.items()}
-        used = [plain, *(model.scales.scale for model in named.models.values())]
+        used = [plain, *(model.scales.vectors for model in named.models.values())]
         scaled = [m for m in geometry.widths if m != "down_proj" and any((scale[m] != 1).any() for scale in used)]
 
         def of_layer(rows: Sequence[Tensor], layer: int) -> Tensor:

@@ -20,11 +20,11 @@ from snpatch.executors.transformers.banks import Banks, records_of
 from snpatch.executors.transformers.surgery import make_twin
 from snpatch.executors.transformers.text import Writer, choose
 from snpatch.models.checkpoint import check_finite, load_config
-from snpatch.models.lora import merged
+from snpatch.models.compatibility import module_kinds, total_bytes
+from snpatch.models.lora import merge_loras
 from snpatch.models.model import Model
-from snpatch.models.pairing import bytes_of, kinds_of
 from snpatch.models.pretrained import load_pretrained
-from snpatch.models.reading import Reader
+from snpatch.models.text_processing import TextProcessor
 from snpatch.op.plan import Column, fill_plan
 from snpatch.op.reference import count_nonfinite, has_overflowed
 
@@ -35,7 +35,7 @@ TAKEN = 8  # batches of requests that are taken together, of those that are made
 class TransformersExecutor:
     """Loads a causal language model and serves `Executor`. config: dtype, device, batch_size, token_budget, ..."""
 
-    def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
+    def __init__(self, config: EngineConfig, text_processors: Sequence[TextProcessor]) -> None:
         model, own = config.model, load_config(config.model, config.allow_untested)
         self._device = pick_device(config.device)
         self._model = load(model, OWN_SET, config.dtype, self._device)
@@ -48,11 +48,11 @@ class TransformersExecutor:
                 name: min(getattr(self.geometry, name), getattr(other, name)) for name in ("context", "vocab_size")
             }
             self.geometry = replace(self.geometry, **least)
-        self._tokenizer, self._token_budget = readers[0].tokenizer, config.token_budget
+        self._tokenizer, self._token_budget = text_processors[0].tokenizer, config.token_budget
         self._batch_size = BATCH_SIZE if config.batch_size is None else config.batch_size
-        own = bytes_of(self._model.parameters())
+        own = total_bytes(self._model.parameters())
         self._step = make_twin(self._model, second)
-        self.memory = Memory(own, bytes_of(self._model.parameters()) - own, 0, kinds_of(self._step.paired))
+        self.memory = Memory(own, total_bytes(self._model.parameters()) - own, 0, module_kinds(self._step.paired))
 
     def check(self, name: str, model: Model) -> None:
         """Every model whose adapters fit the geometry can be run."""
@@ -194,7 +194,7 @@ def load(model: str, source: ModelSource, dtype: str, device: torch.device):
     loaded = loaded.to(device).eval().requires_grad_(False)
     if source.lora:
         parameters = dict(loaded.named_parameters())
-        for weight, value in merged(parameters.items(), source.lora):
+        for weight, value in merge_loras(parameters.items(), source.lora):
             parameters[weight].copy_(value)
         kind = own.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
         loaded = loaded.to(kind)
@@ -205,7 +205,7 @@ def load(model: str, source: ModelSource, dtype: str, device: torch.device):
 def _sets(request: Request) -> tuple[int, ...]:
     """Whose weights each stream of a request runs, the recipient's first: places in the engine's sets."""
     models = (request.recipient,) if request.donor is None else (request.recipient, request.donor)
-    return tuple(model.weights.place for model in models)
+    return tuple(model.weights.index for model in models)
 
 
 def pick_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from snpatch.errors import SnpatchError
-from snpatch.models.pairing import are_equal
+from snpatch.models.compatibility import have_equal_weights
 from snpatch.op import ops
 from snpatch.op.bank import LayerBank
 from snpatch.op.plan import Column, Receipt
@@ -121,7 +121,7 @@ def _pair(model: nn.Module, second: nn.Module, step: Step) -> None:
     """Put a PairedModule where the two models' weights differ; what is equal is held once."""
     others = dict(second.named_modules())
     for name, own in list(model.named_modules()):
-        if next(own.parameters(recurse=False), None) is None or are_equal(own, others[name]):
+        if next(own.parameters(recurse=False), None) is None or have_equal_weights(own, others[name]):
             continue
         parent, _, child = name.rpartition(".")
         kind = PairedHead if own is model.lm_head else PairedModule

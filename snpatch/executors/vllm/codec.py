@@ -58,7 +58,7 @@ class RequestCodec:
     def tag(self, request: Request, lease: SlotLease) -> RequestTag:
         """What goes with the request, once what it names has its rows."""
         # With a second set of weights each stream has its own, and the recipient speaks on its own weights' stream.
-        speaker = request.recipient.weights.place if self._has_second else 0
+        speaker = request.recipient.weights.index if self._has_second else 0
         is_flipped = self._has_second and has_same_weights(request)
         ticket, salt = next(self._tickets), cache_salt(request, speaker, is_flipped)
         extra_args = {KEY: [ticket, *request_row(request, lease.places, self._clauses, speaker)]}
@@ -105,7 +105,7 @@ class RequestCodec:
 
 def has_same_weights(request: Request) -> bool:
     """Whether its donor is on the recipient's set of weights."""
-    return request.donor is not None and request.donor.weights.place == request.recipient.weights.place
+    return request.donor is not None and request.donor.weights.index == request.recipient.weights.index
 
 
 def cache_salt(request: Request, speaker: int = 0, is_flipped: bool = False) -> str | None:
@@ -115,10 +115,10 @@ def cache_salt(request: Request, speaker: int = 0, is_flipped: bool = False) -> 
     """
     models = streams(request, speaker)
     if not request.overwrites:
-        is_plain = all(m.is_plain for m in models) and not is_flipped
-        return None if is_plain else digest_of([*(m.scales.digest for m in models), is_flipped and speaker])
+        is_plain = all(m.is_unscaled for m in models) and not is_flipped
+        return None if is_plain else digest_of([*(m.scales.fingerprint for m in models), is_flipped and speaker])
     clauses = [overwrite.content for overwrite in request.overwrites]
-    return digest_of([*(m.scales.digest for m in models), speaker, is_flipped, clauses])
+    return digest_of([*(m.scales.fingerprint for m in models), speaker, is_flipped, clauses])
 
 
 def _record(data: dict) -> Record:

@@ -11,9 +11,9 @@ from snpatch.executors.base import Memory
 from snpatch.executors.vllm.codec import RequestCodec
 from snpatch.executors.vllm.launch import DualStreamLaunch
 from snpatch.executors.vllm.slots import SlotAllocator
+from snpatch.models.compatibility import module_kinds
 from snpatch.models.model import Model
-from snpatch.models.pairing import kinds_of
-from snpatch.models.reading import Reader
+from snpatch.models.text_processing import TextProcessor
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class WorkerInfo:
 
     @classmethod
     def from_answers(cls, answers: list[dict]) -> "WorkerInfo":
-        twice = kinds_of(name for answer in answers for name in answer["twice"])
+        twice = module_kinds(name for answer in answers for name in answer["twice"])
         memory = Memory(*map(sum, zip(*(a["memory"] for a in answers), strict=True)), twice)
         return cls(tuple((a["first_neuron"], a["n_neurons"]) for a in answers), answers[0]["runner"], memory)
 
@@ -39,11 +39,13 @@ class VllmExecutorBase:
 
     engine = None
 
-    def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
-        self.launch = DualStreamLaunch(config, readers)
+    def __init__(self, config: EngineConfig, text_processors: Sequence[TextProcessor]) -> None:
+        self.launch = DualStreamLaunch(config, text_processors)
         self.geometry = self.launch.geometry
         has_secondary = config.second is not None
-        self.codec = RequestCodec(readers[0].tokenizer, self.geometry, config.capacity.max_clauses, has_secondary)
+        self.codec = RequestCodec(
+            text_processors[0].tokenizer, self.geometry, config.capacity.max_clauses, has_secondary
+        )
         self.slots = SlotAllocator(self.launch.settings)
 
     def check(self, name: str, model: Model) -> None:

@@ -17,9 +17,9 @@ from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.settings import DualStreamSettings, dual_stream_capture_sizes
 from snpatch.executors.vllm.worker import plugin
 from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, load_config
-from snpatch.models.digest import pinned
+from snpatch.models.fingerprint import local_snapshot
 from snpatch.models.model import Model
-from snpatch.models.reading import Reader
+from snpatch.models.text_processing import TextProcessor
 
 PLUGINS = "VLLM_PLUGINS"  # those that vLLM loads, where it is set
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
@@ -30,7 +30,7 @@ BOUND = "SNPATCH_CPU_OMP_THREADS_BIND"  # what we bound, to tell it from what th
 class DualStreamLaunch:
     """What a twin of a config is started with. geometry is known before it is. readers: of each set of weights."""
 
-    def __init__(self, config: EngineConfig, readers: Sequence[Reader]) -> None:
+    def __init__(self, config: EngineConfig, text_processors: Sequence[TextProcessor]) -> None:
         versions.check()
         arguments, model = dict(config.vllm), config.model
         own = load_config(model, config.allow_untested)
@@ -54,11 +54,11 @@ class DualStreamLaunch:
                 least["context"] = min(self.geometry.context, other.max_position_embeddings)
             self.geometry = replace(self.geometry, **least)
         self._arguments = dual_stream_arguments(model, own, config.dtype, arguments)
-        self._arguments["tokenizer"] = str(readers[0].tokenizer.name_or_path)  # perhaps an adapter's
+        self._arguments["tokenizer"] = str(text_processors[0].tokenizer.name_or_path)  # perhaps an adapter's
         is_eager = bool(self._arguments.get("enforce_eager"))
         self.settings = DualStreamSettings.made(
             config.capacity,
-            [reader.eos_ids for reader in readers],
+            [reader.eos_ids for reader in text_processors],
             second,
             is_eager=is_eager,
             allow_untested=config.allow_untested,
@@ -151,8 +151,8 @@ def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] =
         arguments.setdefault("enforce_eager", True)  # compiled measured no faster there and starts slower
     arguments.setdefault("use_tqdm_on_load", False)
     own = {
-        "model": pinned(model),
-        "tokenizer": pinned(model),
+        "model": local_snapshot(model),
+        "tokenizer": local_snapshot(model),
         "disable_log_stats": True,
         "generation_config": "vllm",
         **own,

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from snpatch.config import Capacity, ModelSource
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantization
-from snpatch.models.digest import folder_of_adapter, pinned
+from snpatch.models.fingerprint import local_adapter_folder, local_snapshot
 
 SCORE_BIAS = "score_bias"  # in the config that a score model's worker gets: whether its head has a bias
 SAME_WEIGHTS = "snpatch_same_weights"  # of extra_args: both models of the request are on one of two sets of weights
@@ -47,8 +47,12 @@ class DualStreamSettings(Capacity):
     ) -> "DualStreamSettings":
         parts = {"supports_row_routing": is_eager}
         if second is not None:
-            lora = tuple(str(folder_of_adapter(one)) for one in second.lora)
-            parts |= {"has_secondary": True, "weights": second.checkpoint and pinned(second.checkpoint), "lora": lora}
+            lora = tuple(str(local_adapter_folder(one)) for one in second.lora)
+            parts |= {
+                "has_secondary": True,
+                "weights": second.checkpoint and local_snapshot(second.checkpoint),
+                "lora": lora,
+            }
         every = tuple(tuple(sorted(one)) for one in ends)
         return cls(**asdict(sizes), eos_ids=every, allow_untested=allow_untested, **parts)
 

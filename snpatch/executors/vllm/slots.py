@@ -129,7 +129,7 @@ class SlotAllocator:
                 f"({self._settings.max_clauses})"
             )
         sets = [model.weights for model in (request.recipient, request.donor) if model is not None]
-        is_on_one = self._settings.has_secondary and len(sets) == 2 and sets[0].place == sets[1].place
+        is_on_one = self._settings.has_secondary and len(sets) == 2 and sets[0].index == sets[1].index
         if is_on_one and not self._settings.supports_row_routing:
             raise SnpatchError(
                 f"both models of this request are on the weights of {sets[0].name}, and an engine with a second set of "
@@ -149,7 +149,7 @@ class SlotAllocator:
         """Hold what a request names; None while unfinished requests hold too much. group: of its statistics."""
         named = named_by(request)
         wanted = {
-            "models": {key: model.scales.scale for key, model in named.models.items()},
+            "models": {key: model.scales.vectors for key, model in named.models.items()},
             "rankings": {key: {"rank": ranking.rank} for key, ranking in named.rankings.items()},
             "constants": {key: {"values": values} for key, values in named.constants.items()},
         }

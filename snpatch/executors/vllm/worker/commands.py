@@ -13,7 +13,7 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantization, zeroing
 from snpatch.executors.vllm.rpc import Packed, pack, unpack
 from snpatch.models.checkpoint import check_finite
-from snpatch.models.pairing import bytes_of
+from snpatch.models.compatibility import total_bytes
 
 # Where the backends' builders of attention metadata keep their head counts.
 QUERY_HEADS = ("num_heads_q", "num_qo_heads", "num_heads")
@@ -56,7 +56,7 @@ class WorkerExtension:
             "memory": (
                 twin.own_bytes,
                 twin.second.bytes if twin.second else 0,
-                bytes_of(zeroing.tensors_of(runner.kv_caches)),
+                total_bytes(zeroing.tensors_of(runner.kv_caches)),
             ),
             "twice": twin.second.paired if twin.second else [],
         }

@@ -27,9 +27,9 @@ from vllm.model_executor.model_loader import get_model_loader
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.settings import KEY, DualStreamSettings
 from snpatch.executors.vllm.worker.feed import Feed
-from snpatch.models.checkpoint import finite
-from snpatch.models.lora import merged
-from snpatch.models.pairing import are_equal, bytes_of
+from snpatch.models.checkpoint import iter_finite
+from snpatch.models.compatibility import have_equal_weights, total_bytes
+from snpatch.models.lora import merge_loras
 
 SECOND = "second"  # the name under which a module holds its like of the second set
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
@@ -61,13 +61,13 @@ class SecondaryWeights:
             raise SnpatchError(
                 f"load_format {self._config.load_config.load_format} cannot load a second set of weights"
             )
-        weights = self._fitted(merged(loader.get_all_weights(config, self._holder), self._settings.lora))
-        self._holder.load_weights(finite(weights, self.name, used=used_dtype(self._config)))
+        weights = self._fitted(merge_loras(loader.get_all_weights(config, self._holder), self._settings.lora))
+        self._holder.load_weights(iter_finite(weights, self.name, used=used_dtype(self._config)))
         return self.join(model)
 
     def join(self, model: nn.Module, is_shared: Callable[[nn.Module, nn.Module], bool] | None = None) -> set[str]:
         """Hang each module of the second set that differs from the model's own into it."""
-        is_shared, others, names = is_shared or are_equal, dict(self._holder.named_modules()), set()
+        is_shared, others, names = is_shared or have_equal_weights, dict(self._holder.named_modules()), set()
         for name, own in list(model.named_modules()):
             parameters = dict(own.named_parameters(recurse=False))
             if not parameters or is_shared(own, others[name]):
@@ -76,7 +76,7 @@ class SecondaryWeights:
             self._pair(name, own, other)
             own.add_module(SECOND, other)
             self.paired.append(name)
-            self.bytes += bytes_of(other.parameters(recurse=False))
+            self.bytes += total_bytes(other.parameters(recurse=False))
             names |= {f"{name}.{SECOND}.{parameter}" for parameter in parameters}
         self._holder = None
         # Which modules are paired shapes the graphs that vLLM compiles and keeps: its key has to know.

@@ -34,8 +34,8 @@ from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
 from snpatch.executors.vllm.worker.plugin import PREFIX
 from snpatch.executors.vllm.worker.secondary_weights import SECOND, SecondaryWeights, used_dtype
-from snpatch.models.checkpoint import finite
-from snpatch.models.pairing import bytes_of
+from snpatch.models.checkpoint import iter_finite
+from snpatch.models.compatibility import total_bytes
 from snpatch.op import ops, reference
 from snpatch.op.plan import Column
 
@@ -177,7 +177,7 @@ class DualStream:
         self.has_seen_weights = False
         self.dtype = used_dtype(vllm_config)
         self.second: SecondaryWeights | None = None
-        self.own_bytes = bytes_of(model.parameters())
+        self.own_bytes = total_bytes(model.parameters())
         self.n_layers, self.attention, self.name = config.num_hidden_layers, attention, vllm_config.model_config.model
         context = vllm_config.compilation_config.static_forward_context
         gated = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SiluAndMul | GeluAndMul)]
@@ -304,7 +304,7 @@ def dual_stream_class(base: type[nn.Module]) -> type[nn.Module]:
             # Looked at on their way: afterwards they are packed for the device, and some are emptied.
             twin = self.snpatch
             twin.has_seen_weights = True
-            loaded = super().load_weights(finite(weights, twin.name, used=twin.dtype))
+            loaded = super().load_weights(iter_finite(weights, twin.name, used=twin.dtype))
             return loaded if twin.second is None else loaded | twin.second.load(self)
 
         def forward(self, input_ids, positions, *args, **kwargs):

@@ -28,7 +28,7 @@ CACHE = "digests.json"
 DIGITS = 16
 
 
-def digest_of_checkpoint(model: str | Path, has_weights: bool = True) -> str:
+def fingerprint_checkpoint(model: str | Path, has_weights: bool = True) -> str:
     """Names a checkpoint, a folder or a model from the hub, by the bytes of its weights and its config.
 
     has_weights False: by its config alone, as its weights are drawn at random. Where it lies and when it was written do
@@ -36,26 +36,26 @@ def digest_of_checkpoint(model: str | Path, has_weights: bool = True) -> str:
     CPU has instructions for it); a file that was hashed before and has the same path, size and time is not read again
     (3 ms).
     """
-    folder = folder_of(model, has_weights)
+    folder = local_model_folder(model, has_weights)
     files = [*(_weights(folder) if has_weights else ()), folder / CONFIG]
     kept = _Kept()
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
         digests = list(pool.map(kept.digest_of, files))
     kept.save()
-    named = sorted(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True))
+    named = sorted(f"{file.name} {fingerprint}" for file, fingerprint in zip(files, digests, strict=True))
     return hashlib.sha256("\n".join(named).encode(errors="surrogateescape")).hexdigest()[:DIGITS]
 
 
-def digest_of_adapter(adapter: str | Path) -> str:
+def fingerprint_adapter(adapter: str | Path) -> str:
     """Names a PEFT adapter, a folder or one from the hub, by the bytes of its tensors and its config."""
-    folder = folder_of_adapter(adapter)
+    folder = local_adapter_folder(adapter)
     files = [*_weights(folder), folder / "adapter_config.json"]
     kept = _Kept()
     digests = [kept.digest_of(file) for file in files]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:DIGITS]
 
 
-def digest_of_tokenizer(tokenizer) -> str:
+def fingerprint_tokenizer(tokenizer) -> str:
     """Names a tokenizer by everything that makes its ids; its chat template is not part of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [type(tokenizer).__name__, tokenizer.all_special_tokens]
@@ -63,7 +63,7 @@ def digest_of_tokenizer(tokenizer) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:DIGITS]
 
 
-def digest_of_tokenizer_files(folder: str | Path) -> str:
+def fingerprint_tokenizer_files(folder: str | Path) -> str:
     """Names a folder's tokenizer and its chat template by their files' bytes."""
     files = sorted(path for pattern in TOKENIZER for path in Path(folder).glob(pattern))
     kept = _Kept()
@@ -72,7 +72,7 @@ def digest_of_tokenizer_files(folder: str | Path) -> str:
     return hashlib.sha256("\n".join(digests).encode(errors="surrogateescape")).hexdigest()[:DIGITS]
 
 
-def folder_of(model: str | Path, has_weights: bool = True) -> Path:
+def local_model_folder(model: str | Path, has_weights: bool = True) -> Path:
     """The folder itself, or the local copy of a model from the hub (name or name@revision), perhaps without weights."""
     if Path(model).is_dir():
         return Path(model)
@@ -87,7 +87,7 @@ def folder_of(model: str | Path, has_weights: bool = True) -> Path:
         raise SnpatchError(f"cannot download {model}: {first_line(error)}") from error
 
 
-def folder_of_adapter(adapter: str | Path) -> Path:
+def local_adapter_folder(adapter: str | Path) -> Path:
     """Return the folder of a PEFT adapter, or the local copy of one from the hub.
 
     adapter: a folder, or owner/name, owner/name@revision, owner/name:subfolder, owner/name@revision:subfolder.
@@ -109,14 +109,14 @@ def folder_of_adapter(adapter: str | Path) -> Path:
     return folder / below
 
 
-def pinned(model: str | Path) -> str:
+def local_snapshot(model: str | Path) -> str:
     """What a library is told of a model: for name@revision its local copy, as few know that form; else the name."""
-    return str(folder_of(model)) if "@" in str(model) and not Path(model).is_dir() else str(model)
+    return str(local_model_folder(model)) if "@" in str(model) and not Path(model).is_dir() else str(model)
 
 
-def revision_of(model: str | Path) -> str | None:
+def get_revision(model: str | Path) -> str | None:
     """The commit of a model from the hub; None for a folder."""
-    return None if Path(model).is_dir() else folder_of(model).name
+    return None if Path(model).is_dir() else local_model_folder(model).name
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -55,7 +55,7 @@ ROPE_KEYS = {  # of rope_parameters, what each type computes with besides its ba
 SPLITS = ("normalizer", "pre_tokenizer")
 
 
-def check_pair(model: str | Path, second: str | Path, tokenizer, other_tokenizer, notes: Notes) -> None:
+def check_compatible(model: str | Path, second: str | Path, tokenizer, other_tokenizer, notes: Notes) -> None:
     """Raise an error that names the first difference between two checkpoints that one engine cannot run both of."""
     own, other = (load_pretrained(AutoConfig, name) for name in (model, second))
     if own.model_type != other.model_type:
@@ -135,18 +135,18 @@ def _value(config, key: str) -> object:
     return config.to_dict().get(key)
 
 
-def are_equal(one: nn.Module, other: nn.Module) -> bool:
+def have_equal_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules hold the same weights, of their own and not of the modules in them."""
     own, theirs = (dict(m.named_parameters(recurse=False)) for m in (one, other))
     return own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
 
 
-def kinds_of(modules: Iterable[str]) -> tuple[str, ...]:
+def module_kinds(modules: Iterable[str]) -> tuple[str, ...]:
     """Return the kinds of modules, the last parts of their names, each once."""
     return tuple(sorted({name.rpartition(".")[2] for name in modules}))
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
+def total_bytes(tensors: Iterable[Tensor]) -> int:
     """What they hold."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -17,7 +17,7 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, AnyStr
 
-from snpatch.data.rows import Columns, Row, check_columns, fault
+from snpatch.data.source_row import Columns, Row, check_columns, fault
 from snpatch.errors import SnpatchError, is_unicode
 from snpatch.schema import parse_json
 

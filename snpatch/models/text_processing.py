@@ -10,24 +10,31 @@ from dataclasses import dataclass
 
 from snpatch.config import OWN_SET, EngineConfig
 from snpatch.errors import SnpatchError
-from snpatch.models.checkpoint import declared_ends, eos_ids, load_config
-from snpatch.models.digest import folder_of_adapter
+from snpatch.models.checkpoint import eos_ids, load_config, read_generation_eos_ids
+from snpatch.models.compatibility import check_compatible, check_tokenizers
+from snpatch.models.fingerprint import local_adapter_folder
 from snpatch.models.notes import Notes
-from snpatch.models.pairing import check_pair, check_tokenizers
 from snpatch.models.pretrained import load_pretrained
-from snpatch.models.templates import FILE, Template, has_tokenizer, open_template, open_tokenizer, source_of
+from snpatch.models.templates import (
+    TEMPLATE_FILE,
+    ChatTemplate,
+    get_template_source,
+    has_tokenizer,
+    load_adapter_tokenizer,
+    load_template,
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class TextProcessor:
     """How one set of weights reads. eos_ids: tokens that end its texts."""
 
     tokenizer: object
-    template: Template
+    template: ChatTemplate
     eos_ids: frozenset[int]
 
 
-def open_readers(config: EngineConfig, notes: Notes) -> list[Reader]:
+def load_text_processors(config: EngineConfig, notes: Notes) -> list[TextProcessor]:
     """Return the reader of each set of weights, the engine's own first.
 
     Raises:
@@ -39,34 +46,40 @@ def open_readers(config: EngineConfig, notes: Notes) -> list[Reader]:
     names = [one.checkpoint or config.model for one in sets]
     tokenizers = {name: load_pretrained(AutoTokenizer, name) for name in names}
     if names[0] != names[-1]:
-        check_pair(*names, *tokenizers.values(), notes)
+        check_compatible(*names, *tokenizers.values(), notes)
     folders = [_folders(config, place) for place in range(len(names))]
-    readers = []
+    text_processors = []
     for place, name in enumerate(names):
         own, own_tokenizer, beside = load_config(name, config.allow_untested), tokenizers[name], folders[place]
         tokenizer = _tokenizer(name, own_tokenizer, beside, own.vocab_size, notes)
         others = tokenizers[names[-1 - place]], folders[-1 - place]
-        template = open_template(config.template, tokenizer, beside, own_tokenizer, others, config.chat_template_kwargs)
-        readers.append(Reader(tokenizer, template, eos_ids(name, own, own_tokenizer) | _ends(beside, tokenizer)))
-        _tell(name, own.vocab_size, readers[-1], notes)
-        if config.template == "auto" and own_tokenizer.chat_template and template.source != source_of(own_tokenizer):
+        template = load_template(config.template, tokenizer, beside, own_tokenizer, others, config.chat_template_kwargs)
+        text_processors.append(
+            TextProcessor(tokenizer, template, eos_ids(name, own, own_tokenizer) | _ends(beside, tokenizer))
+        )
+        _tell(name, own.vocab_size, text_processors[-1], notes)
+        if (
+            config.template == "auto"
+            and own_tokenizer.chat_template
+            and template.source != get_template_source(own_tokenizer)
+        ):
             folders_beside = ", ".join(beside)
             notes.add(
                 f"template {name}", f"chats are read by the template beside {folders_beside}, and not by {name}'s own"
             )
     for name in config.chat_template_kwargs:
-        if not any(reader.template.reads(name) for reader in readers):
+        if not any(reader.template.uses_variable(name) for reader in text_processors):
             raise SnpatchError(f"chat_template_kwargs: the chat template of {config.model} reads no {name}")
-    return readers
+    return text_processors
 
 
-def brings_reading(folder: str) -> bool:
+def has_text_files(folder: str) -> bool:
     """Whether a tokenizer, a template or a generation config lies beside an adapter."""
-    names = (FILE, "generation_config.json")
-    return has_tokenizer(folder) or any((folder_of_adapter(folder) / name).is_file() for name in names)
+    names = (TEMPLATE_FILE, "generation_config.json")
+    return has_tokenizer(folder) or any((local_adapter_folder(folder) / name).is_file() for name in names)
 
 
-def _tell(name: str, size: int, reader: Reader, notes: Notes) -> None:
+def _tell(name: str, size: int, reader: TextProcessor, notes: Notes) -> None:
     """Tell of tokens that a model of `size` rows has no row for."""
     beyond = sorted((index, token) for token, index in reader.tokenizer.get_vocab().items() if index >= size)
     if beyond:
@@ -90,7 +103,7 @@ def _tokenizer(name: str, own, folders: Sequence[str], size: int, notes: Notes):
     """Return the tokenizer that lies beside the adapters on a model's weights, else its own."""
     used, by = own, name
     for folder in filter(has_tokenizer, folders):
-        other = open_tokenizer(folder)
+        other = load_adapter_tokenizer(folder)
         check_tokenizers(used, other, by, folder, (size, size), notes)
         if by != name and _reads(used) != _reads(other):
             raise SnpatchError(
@@ -108,5 +121,5 @@ def _reads(tokenizer) -> tuple:
 
 def _ends(folders: Sequence[str], tokenizer) -> frozenset[int]:
     """Return the tokens that end texts by what lies beside adapters."""
-    declared = [end for folder in folders for end in declared_ends(folder_of_adapter(folder)) or ()]
+    declared = [end for folder in folders for end in read_generation_eos_ids(local_adapter_folder(folder)) or ()]
     return frozenset(declared) | ({tokenizer.eos_token_id} - {None})

@@ -14,7 +14,7 @@ REFUSAL = "refusal"  # the judge of refusal words
 def open_judge(spec: str, **arguments) -> Judge:
     """The judge that a text names: "refusal" (RefusalWords), "module:function" (a Python callable by its import
     path), or the folder or hub name of a model. arguments: ScoreModel's, which is to be closed after use."""
-    if is_model(spec):
+    if is_model_judge(spec):
         from snpatch.judges.score_model import ScoreModel
 
         return ScoreModel(spec, **arguments)
@@ -23,12 +23,12 @@ def open_judge(spec: str, **arguments) -> Judge:
     return RefusalWords() if spec == REFUSAL else _imported(spec, *spec.split(":"))
 
 
-def is_model(spec: str) -> bool:
+def is_model_judge(spec: str) -> bool:
     """Whether a text names a model, so that `open_judge` takes ScoreModel's arguments with it."""
-    return spec != REFUSAL and not is_code(spec)
+    return spec != REFUSAL and not is_function_judge(spec)
 
 
-def is_code(spec: str) -> bool:
+def is_function_judge(spec: str) -> bool:
     """Return whether a text names a Python function, whose module `open_judge` imports."""
     return re.fullmatch(r"[\w.]+:\w+", spec) is not None and not Path(spec).exists()
 

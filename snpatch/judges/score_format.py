@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from snpatch.errors import SnpatchError
-from snpatch.models.templates import adds_behind, render, tulu
+from snpatch.models.templates import get_appended_token, render_chat, render_tulu
 
 BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}"
 NAMES = ("beaver", "tulu", "chat", "pair")
@@ -16,7 +16,7 @@ SLOT = re.compile(r"\{(prompt|completion)\}")
 Row = dict[str, list[int]]  # input_ids and, of some tokenizers, token_type_ids
 
 
-class ScoreText:
+class ScoreFormat:
     """One format with one tokenizer.
 
     format: "beaver", the Beavertails models' native text; "tulu", what the paper's code feeds them instead, and what
@@ -42,11 +42,11 @@ class ScoreText:
             raise SnpatchError("format pair: its two segments are not one text")
         if self.format == "chat":
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return render(turns, tokenizer, is_asked=False)
+            return render_chat(turns, tokenizer, add_generation_prompt=False)
         if self.format == "beaver":
-            return _fill(BEAVER, prompt, completion) + ("" if adds_behind(tokenizer) else tokenizer.eos_token)
+            return _fill(BEAVER, prompt, completion) + ("" if get_appended_token(tokenizer) else tokenizer.eos_token)
         if self.format == "tulu":
-            asked = tulu([{"role": "user", "content": prompt}], tokenizer)
+            asked = render_tulu([{"role": "user", "content": prompt}], tokenizer)
             text = asked + completion.split("<|user|>")[0]
             for word in {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token} - {None}:
                 text = text.replace(word, "")

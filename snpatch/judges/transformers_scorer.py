@@ -18,9 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from snpatch.errors import SnpatchError
 from snpatch.executors.transformers.executor import pick_device
 from snpatch.judges.beavertails import read_score_checkpoint
-from snpatch.judges.score_text import Row
+from snpatch.judges.score_format import Row
 from snpatch.models.checkpoint import check_finite
-from snpatch.models.digest import folder_of
+from snpatch.models.fingerprint import local_model_folder
 from snpatch.models.pretrained import load_pretrained
 
 BATCH_SIZE = 16  # where none is given
@@ -46,7 +46,7 @@ class BeavertailsScorer:
         if padding_side not in ("right", "left"):
             raise SnpatchError(f"padding_side must be right or left, got {padding_side!r}")
         self._device, self._batch_size, self._side = pick_device(device), batch_size, padding_side
-        self._checkpoint = read_score_checkpoint(folder_of(model), config, dtype, self._device)
+        self._checkpoint = read_score_checkpoint(local_model_folder(model), config, dtype, self._device)
         with torch.device("meta"):
             body = LlamaModel(config)
         body.load_state_dict(self._checkpoint.body, assign=True)
@@ -91,7 +91,7 @@ class ClassifierScorer:
         check_finite(loaded.named_parameters(), str(model))
         self._model = loaded.to(self._device).eval()
         self._text_config = loaded.config.get_text_config()
-        self._has_padding = padding_of(loaded.config) is not None
+        self._has_padding = get_pad_token_id(loaded.config) is not None
         self._takes_types = "token_type_ids" in inspect.signature(loaded.forward).parameters
 
     def score(self, rows: Sequence[Row]) -> Tensor:
@@ -112,7 +112,7 @@ class ClassifierScorer:
         self._model = None
 
 
-def padding_of(config) -> int | None:
+def get_pad_token_id(config) -> int | None:
     """The token that the model itself takes for padding; None if it knows of none."""
     text = config.get_text_config()
     padding = text.pad_token_id

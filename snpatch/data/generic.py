@@ -24,7 +24,7 @@ from snpatch.data.formats import (
     turns_of,
     user,
 )
-from snpatch.data.rows import named
+from snpatch.data.source_row import named
 
 FIRST = ("prompt", "messages")  # go before any other column
 PROMPTS = (
