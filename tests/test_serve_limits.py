@@ -616,7 +616,7 @@ def test_two_workers_patch_exactly_and_an_engines_death_is_told(world, tmp_path)
         (["--enable-lora"], "enable_lora cannot be set"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--port=x"], "--port: invalid"),
-        (["--pipeline-parallel-size=2"], "a twin model cannot be combined with pipeline parallel"),
+        (["--pipeline-parallel-size=2"], "a dual-stream model cannot be combined with pipeline parallel"),
         (["--guard=none.safetensors"], "none.safetensors: no such file"),
     ],
 )

@@ -1,6 +1,6 @@
-"""Quantised base weights in a twin, against the oracle on an independent dequantised copy of the same weights.
+"""Quantized base weights in a twin, against the oracle on an independent dequantized copy of the same weights.
 
-The checkpoints are written here, in each format's own layout. Where a format quantises activations too, the oracle
+The checkpoints are written here, in each format's own layout. Where a format quantizes activations too, the oracle
 does so with hooks, after its overwrite: a patched neuron reaches `down_proj` as any other does.
 """
 
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from snpatch import Engine, ReceiptError, SnpatchError
 from snpatch.config import EngineConfig
 from snpatch.executors.vllm import quantization
-from snpatch.executors.vllm.engine_lifecycle import starting
+from snpatch.executors.vllm.engine_lifecycle import engine_startup
 from snpatch.executors.vllm.launch import DualStreamLaunch
 from snpatch.models.checkpoint import check_finite
 from snpatch.models.notes import Notes
@@ -132,7 +132,7 @@ def fp8_static(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Linear:
-    """How a linear layer is quantised. write: weight -> (tensors, the weight that they stand for); scheme: its group in
+    """How a linear layer is quantized. write: weight -> (tensors, the weight that they stand for); scheme: its group in
     a compressed-tensors config; inputs: what its input becomes."""
 
     write: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
@@ -211,7 +211,7 @@ FORMATS = {
 
 
 def written(made: tiny.Made, folder: Path, form: Format) -> tuple[tiny.Made, tiny.Made]:
-    """(checkpoint, its dequantised float32 copy)."""
+    """(checkpoint, its dequantized float32 copy)."""
     model, dtype = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32), getattr(torch, form.dtype)
     tensors = {}
     for name, module in model.named_modules():
@@ -229,8 +229,8 @@ def written(made: tiny.Made, folder: Path, form: Format) -> tuple[tiny.Made, tin
     configure(checkpoint, form.dtype, form.settings)
     for name in ("base", "sft", "dpo"):
         for path, module in oracle.model(*copy.of[name]).model.named_modules():
-            is_quantised = isinstance(module, torch.nn.Linear) and path != "lm_head"
-            if is_quantised and (inputs := form.linear(path).inputs):
+            is_quantized = isinstance(module, torch.nn.Linear) and path != "lm_head"
+            if is_quantized and (inputs := form.linear(path).inputs):
                 module.register_forward_pre_hook(lambda _m, args, f=inputs: (f(args[0]),))
     return checkpoint, copy
 
@@ -242,7 +242,7 @@ def configure(made: tiny.Made, dtype: str, settings: dict) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """An engine on a quantised checkpoint, and the copy that the oracle has."""
+    """An engine on a quantized checkpoint, and the copy that the oracle has."""
 
     engine: Engine
     copy: tiny.Made
@@ -257,7 +257,7 @@ class Served:
         return self.worker.model_runner.get_model().model.layers
 
 
-# Where a CPU has AMX tiles, vLLM prefers kernels that take FP8 weights alone; the oracle quantises their input.
+# Where a CPU has AMX tiles, vLLM prefers kernels that take FP8 weights alone; the oracle quantizes their input.
 WEIGHT_ONLY = "CPUFp8PerTensorScaledMMLinearKernel,CPUFp8ChannelWiseScaledMMLinearKernel,CPUFP8W8A8ScaledMMLinearKernel"
 
 
@@ -331,7 +331,7 @@ def test_a_mixed_batch_is_what_the_oracle_writes(served):
 
 
 @pytest.mark.engine
-def test_quantised_kernels_serve_and_the_op_stands_in_every_layer(served):
+def test_quantized_kernels_serve_and_the_op_stands_in_every_layer(served):
     """So that the test above is of them, and none of them took the activation."""
     from snpatch.executors.vllm.worker.surgery import DualStreamGLU
 
@@ -359,7 +359,7 @@ def kernels_of(layer) -> list:
 
 @pytest.mark.engine
 def test_an_activation_that_vllm_would_fuse_is_not(served, monkeypatch):
-    """vLLM's Llama hands the activation to the FP8 quantisation of down_proj. It does not find ours; were it to, the
+    """vLLM's Llama hands the activation to the FP8 quantization of down_proj. It does not find ours; were it to, the
     receipt would tell."""
     fused = pytest.importorskip("vllm.model_executor.layers.fusion.fused_act_quant", reason="vLLM 0.24 fuses none here")
     from vllm.config import set_current_vllm_config
@@ -393,7 +393,7 @@ def test_an_activation_that_vllm_would_fuse_is_not(served, monkeypatch):
 
 
 def linear_of(served, config, linear: Linear | None, n_in: int = tiny.NEURONS, n_out: int = tiny.HIDDEN):
-    """vLLM's linear layer of a quantisation config, in the engine's process; and the weight it stands for."""
+    """vLLM's linear layer of a quantization config, in the engine's process; and the weight it stands for."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.linear import RowParallelLinear
 
@@ -446,11 +446,11 @@ def test_one_scale_for_all_rows_of_a_step_is_refused(served):
 
     layer, _ = linear_of(served, Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic"), None)
     rows = torch.tensor([[0.3, 0.7], [900.0, -5.0]])
-    quantise = layer.quant_method.fp8_linear.quant_fp8.forward_native
-    (alone, scale), (together, shared) = quantise(rows[:1]), quantise(rows)
+    quantize = layer.quant_method.fp8_linear.quant_fp8.forward_native
+    (alone, scale), (together, shared) = quantize(rows[:1]), quantize(rows)
     assert not torch.equal(alone[0].float() * scale, together[0].float() * shared)
     with pytest.raises(
-        SnpatchError, match=r"PerTensorTorchFP8\w+ quantises all rows of a step by one scale, .* per-token"
+        SnpatchError, match=r"PerTensorTorchFP8\w+ quantizes all rows of a step with one scale, .* per-token"
     ):
         quantization.check_activation_scales(torch.nn.ModuleList([layer]))
 
@@ -459,7 +459,7 @@ NVFP4 = {**scheme("tensor_group", "tensor_group", "float", 4, "nvfp4-pack-quanti
 NVFP4 = {k: v and (v if k == "format" else {**v, "group_size": 16}) for k, v in NVFP4.items()}
 FP8_STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 HEADS = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True, "dynamic": False}
-TESTED = r"which is not tested \(tested: AWQ, GPTQ, .*int W4A16.*\); allow_untested=True tries it"
+TESTED = r"because it is not tested \(tested: AWQ, GPTQ, .*int W4A16.*\); allow_untested=True accepts it"
 
 
 def config_of(made, folder, settings, **options):
@@ -469,7 +469,7 @@ def config_of(made, folder, settings, **options):
     if settings:
         configure(checkpoint, "float16", settings)
     own = EngineConfig.of(checkpoint.folder, None, backend="vllm", **{**SMALL, "dtype": "float16", **options})
-    with starting(DualStreamLaunch(own, load_text_processors(own, Notes())).engine_args(scales_kv=False)) as (
+    with engine_startup(DualStreamLaunch(own, load_text_processors(own, Notes())).engine_args(scales_kv=False)) as (
         config,
         end,
     ):
@@ -490,7 +490,7 @@ def config_of(made, folder, settings, **options):
 )
 def test_what_was_not_tested_is_refused_unless_allowed(zoo, tmp_path, settings, options, name):
     """Before vLLM starts its engine."""
-    with pytest.raises(SnpatchError, match=f"cannot be combined with the quantisation {name}, {TESTED}"):
+    with pytest.raises(SnpatchError, match=f"cannot be combined with the quantization {name}, {TESTED}"):
         config_of(zoo("llama"), tmp_path / "refused", settings, **options)
     assert config_of(zoo("llama"), tmp_path / "allowed", settings, **options, allow_untested=True)
 
@@ -503,12 +503,14 @@ def test_what_was_tested_is_served(zoo, tmp_path, settings):
 
 
 def test_scales_of_single_heads_are_refused(zoo, tmp_path):
-    with pytest.raises(SnpatchError, match=r"a scale for each head of the cache .* the twin has twice the heads"):
+    with pytest.raises(
+        SnpatchError, match=r"a scale for each head of the cache .* a dual-stream model has twice the heads"
+    ):
         config_of(zoo("llama"), tmp_path, compressed({"proj": INT8.scheme}, kv_cache_scheme=HEADS), allow_untested=True)
 
 
 @pytest.mark.parametrize("kind", [FP8, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float16], ids=str)
-def test_nan_is_found_in_quantised_weights_and_integers_pass(kind):
+def test_nan_is_found_in_quantized_weights_and_integers_pass(kind):
     good = torch.full((64, 8), 2.0).to(kind)
     check_finite([("qweight", torch.full((64, 8), 0x77777777, dtype=torch.int32)), ("w", good), ("e", good[:0])], "m")
     bad = good.float()

@@ -80,7 +80,7 @@ def test_what_vllm_says_when_it_does_not_start_is_in_the_error_and_the_log(zoo, 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SnpatchError, RuntimeError])
 def test_what_was_started_before_a_start_fails_is_ended_and_removed(temporary, error):
-    from snpatch.executors.vllm.engine_lifecycle import starting
+    from snpatch.executors.vllm.engine_lifecycle import engine_startup
 
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace()),
@@ -89,7 +89,10 @@ def test_what_was_started_before_a_start_fails_is_ended_and_removed(temporary, e
     arguments = SimpleNamespace(create_engine_config=lambda usage: config, additional_config=None)
     context = get_context("spawn")
     told = context.Queue()
-    with pytest.raises(SnpatchError if error is RuntimeError else error), starting(arguments, lambda config: None):
+    with (
+        pytest.raises(SnpatchError if error is RuntimeError else error),
+        engine_startup(arguments, lambda config: None),
+    ):
         process = context.Process(target=untidy, args=(told,), daemon=True)
         process.start()
         pid, block, folder = told.get(timeout=60)
@@ -170,7 +173,7 @@ def test_a_user_who_asks_for_vllms_messages_has_them(capfd, monkeypatch):
     with log.redirect_output():
         os.write(2, b"from C\n")
     assert capfd.readouterr().err == "from C\n"
-    assert log.keep_log() == "its own messages above say more"
+    assert log.keep_log() == "see vLLM's messages above"
 
 
 @pytest.mark.engine
@@ -237,19 +240,19 @@ class Config:
 
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError, OSError, ImportError, AssertionError])
 def test_a_start_that_fails_with_any_error_is_one_line(kind, monkeypatch):
-    from snpatch.executors.vllm.engine_lifecycle import starting
+    from snpatch.executors.vllm.engine_lifecycle import engine_startup
 
     for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"):
         monkeypatch.delenv(name, raising=False)
     wanted = rf"^vLLM does not start: {kind.__name__}: '?broken'? \(its log: \S+\)$"
-    with pytest.raises(SnpatchError, match=wanted), starting(Config(kind("broken"))):
+    with pytest.raises(SnpatchError, match=wanted), engine_startup(Config(kind("broken"))):
         pass
 
 
 def test_what_vllms_own_checks_refuse_is_told_by_its_reason():
     from pydantic import BaseModel, field_validator
 
-    from snpatch.executors.vllm.engine_lifecycle import starting
+    from snpatch.executors.vllm.engine_lifecycle import engine_startup
 
     class Sizes(BaseModel):
         length: int
@@ -263,17 +266,17 @@ def test_what_vllms_own_checks_refuse_is_told_by_its_reason():
         Sizes(length=1)
     with (
         pytest.raises(SnpatchError, match="vLLM does not start: Value error, the length is too long"),
-        starting(Config(caught.value)),
+        engine_startup(Config(caught.value)),
     ):
         pass
 
 
 UNGUARDED = """
-from snpatch.executors.vllm.engine_lifecycle import starting
+from snpatch.executors.vllm.engine_lifecycle import engine_startup
 from multiprocessing import get_context
 import os, sys
 if os.environ.get("IS_CHILD"):
-    with starting(None):
+    with engine_startup(None):
         pass
 os.environ["IS_CHILD"] = "1"
 get_context("spawn").Process(target=print).start()
@@ -283,7 +286,7 @@ get_context("spawn").Process(target=print).start()
 def test_a_program_without_a_guard_is_told_to_have_one(tmp_path):
     (tmp_path / "program.py").write_text(UNGUARDED)
     reason = tmp_path / "reason"
-    environment = {**os.environ, processes.REASON: str(reason), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, processes.ERROR_FILE_VARIABLE: str(reason), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
     assert 'put the code under if __name__ == "__main__":' in done.stderr
     assert 'put the code under if __name__ == "__main__":' in reason.read_text()
@@ -326,7 +329,7 @@ def test_weights_of_4_bits_need_a_cpu_with_kernels(table, has_kernel, monkeypatc
         model_config=SimpleNamespace(model="m", hf_config=SimpleNamespace(quantization_config=table))
     )
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
-    operators = SimpleNamespace(**{quantization.CPU_4_BITS: 1} if has_kernel else {})
+    operators = SimpleNamespace(**{quantization.CPU_4_BIT_OPERATOR: 1} if has_kernel else {})
     monkeypatch.setattr(quantization.torch.ops, "_C", operators)
     if has_kernel or not table or "4" not in str(table):
         quantization.check_kernels(config)

@@ -118,19 +118,19 @@ def test_a_stale_handle_and_a_broken_row_are_errors():
 
 def test_a_bank_gives_the_longest_unused_row_away_and_never_a_used_one():
     bank = slots.SlotPool("ranking", 0, 2, "max_rankings")
-    ids, writes = bank.take({"a": {}, "b": {}})
+    ids, writes = bank.acquire({"a": {}, "b": {}})
     assert [writes[key][2] for key in "ab"] == [0, 1]
     assert not bank.has_room({"c": {}})
     with pytest.raises(SnpatchError, match=r"needs 3 rankings at once, .* room for 2: .* larger max_rankings"):
-        bank.check(3)
-    bank.give_back("ab")
-    assert bank.take({"a": {}}) == ({"a": ids["a"]}, {})
+        bank.check_size(3)
+    bank.release("ab")
+    assert bank.acquire({"a": {}}) == ({"a": ids["a"]}, {})
     assert bank.has_room({"c": {}})
-    fresh, writes = bank.take({"c": {}})
+    fresh, writes = bank.acquire({"c": {}})
     assert writes["c"][2] == 1  # b's row: a is used
     assert fresh["c"] not in ids.values()
-    bank.give_back("ac")
-    again, writes = bank.take({"b": {}})
+    bank.release("ac")
+    again, writes = bank.acquire({"b": {}})
     assert again["b"] not in (*ids.values(), *fresh.values())
     assert writes["b"][2] == 0
 
@@ -178,7 +178,7 @@ def test_a_process_forked_after_cuda_had_started_says_so_and_what_to_do(monkeypa
     from snpatch.executors.vllm.worker import plugin
 
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    monkeypatch.setenv(processes.REASON, str(tmp_path / "reason"))
+    monkeypatch.setenv(processes.ERROR_FILE_VARIABLE, str(tmp_path / "reason"))
     with pytest.raises(SnpatchError, match="import snpatch first, or set VLLM_WORKER_MULTIPROC_METHOD=spawn"):
         plugin.register()
     assert "asked torch about a GPU before it imported snpatch" in (tmp_path / "reason").read_text()
@@ -204,7 +204,7 @@ CONFIG = {
 
 
 def config_of(streams: int = 2, has_secondary: bool = False, top: dict | None = None, **parts) -> SimpleNamespace:
-    """A vLLM config as far as `refuse` reads it. top and parts: what differs from one that is fine."""
+    """A vLLM config as far as `check_supported` reads it. top and parts: what differs from one that is fine."""
     settings = DualStreamSettings(streams=streams, has_secondary=has_secondary)
     made = {name: SimpleNamespace(**{**fields, **parts.get(name, {})}) for name, fields in CONFIG.items()}
     rest = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None, "quant_config": None}
@@ -222,21 +222,21 @@ def config_of(streams: int = 2, has_secondary: bool = False, top: dict | None = 
 )
 @pytest.mark.parametrize("streams", [1, 2])
 def test_what_would_be_wrong_without_a_word_is_refused(streams, message, given):
-    from snpatch.executors.vllm.settings import refuse
+    from snpatch.executors.vllm.settings import check_supported
 
-    refuse(config_of(streams))
-    with pytest.raises(SnpatchError, match=f"a twin model cannot be combined with {message}"):
-        refuse(config_of(streams, **given))
+    check_supported(config_of(streams))
+    with pytest.raises(SnpatchError, match=f"a dual-stream model cannot be combined with {message}"):
+        check_supported(config_of(streams, **given))
 
 
 def test_batch_invariant_kernels_are_refused_for_a_pair_alone(monkeypatch):
-    from snpatch.executors.vllm.settings import refuse
+    from snpatch.executors.vllm.settings import check_supported
 
-    refuse(config_of(has_secondary=True))
+    check_supported(config_of(has_secondary=True))
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    refuse(config_of())
+    check_supported(config_of())
     with pytest.raises(SnpatchError, match="batch-invariant kernels"):
-        refuse(config_of(has_secondary=True))
+        check_supported(config_of(has_secondary=True))
 
 
 @pytest.mark.parametrize(
@@ -251,11 +251,11 @@ def test_batch_invariant_kernels_are_refused_for_a_pair_alone(monkeypatch):
     ids=str,
 )
 def test_what_only_a_second_stream_cannot_do_is_refused_for_two_streams_alone(given):
-    from snpatch.executors.vllm.settings import refuse
+    from snpatch.executors.vllm.settings import check_supported
 
-    refuse(config_of(streams=1, **given))
-    with pytest.raises(SnpatchError, match="a twin model cannot be combined with"):
-        refuse(config_of(streams=2, **given))
+    check_supported(config_of(streams=1, **given))
+    with pytest.raises(SnpatchError, match="a dual-stream model cannot be combined with"):
+        check_supported(config_of(streams=2, **given))
 
 
 def test_captured_sizes_are_vllms_and_some_between_its_small_ones():

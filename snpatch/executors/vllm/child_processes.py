@@ -1,6 +1,6 @@
-"""The processes that vLLM starts for one engine, and all that they leave in the temporary folder and in shared memory.
+"""Processes that vLLM starts for one engine, and their files in the temporary folder and in shared memory.
 
-Why it is not left to them: a process that was killed removes nothing, and vLLM's own end kills what takes its time.
+Why snpatch removes them: a killed process removes nothing, and vLLM kills processes that end too slowly.
 """
 
 import multiprocessing
@@ -13,71 +13,74 @@ from pathlib import Path
 from snpatch.executors.vllm import processes
 from snpatch.executors.vllm.temporary import TemporaryFolder
 
-SHARED = Path("/dev/shm")
-KINDS = ("psm_", "sem.mp-", "sem.loky-", "vllm_dist_", "-cpushm")  # Python's, joblib's, and vLLM's own on a CPU
-LONGEST = 53  # characters of a temporary folder: a socket's path of 107 has room for no more
-LOOK_S = 0.5
-END_S = 5.0  # how long a killed process has to be gone
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_NAMES = ("psm_", "sem.mp-", "sem.loky-", "vllm_dist_", "-cpushm")  # Python's, joblib's, and vLLM's on a CPU
+MAX_FOLDER_CHARS = 53  # of the temporary folder: the path of a socket has at most 107
+POLL_SECONDS = 0.5
+KILL_SECONDS = 5.0  # how long to wait for a killed process to end
 
 
 class ChildProcesses:
-    """To be made before the engine starts. folder: the temporary folder of its processes."""
+    """Child processes and shared memory that appear after it is created. folder: their temporary folder."""
 
     def __init__(self) -> None:
         root = tempfile.gettempdir()
-        self._temporary = TemporaryFolder(root if len(root) <= LONGEST else "/tmp")
+        self._temporary = TemporaryFolder(root if len(root) <= MAX_FOLDER_CHARS else "/tmp")
         self.folder = self._temporary.path
         self._older = {child.pid for child in multiprocessing.active_children()}
         self._shared: set[str] = set()
         self._has_started = threading.Event()
-        threading.Thread(target=self._look, daemon=True, name="snpatch-offspring").start()
+        threading.Thread(target=self._poll, daemon=True, name="snpatch-child-processes").start()
 
     def environment(self) -> dict[str, str]:
-        """Environment variables to start the engine in."""
+        """Return the environment variables for the engine's processes."""
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-        # What torch compiles is to outlive the engine; it would be in the temporary folder.
+        # Compiled code has to outlive the engine, and would be in the temporary folder by default.
         compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
         sockets = os.environ.get("VLLM_RPC_BASE_PATH") or str(self.folder)
         return {
             "TMPDIR": str(self.folder),
             "TORCHINDUCTOR_CACHE_DIR": compiled,
             "VLLM_RPC_BASE_PATH": sockets,
-            processes.REASON: str(self.folder / "reason"),
+            processes.ERROR_FILE_VARIABLE: str(self._error_file),
         }
 
-    def reason(self) -> str:
-        """Why a process says that it cannot start; "" if none does."""
-        path = self.folder / "reason"
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    @property
+    def _error_file(self) -> Path:
+        return self.folder / "reason"
 
-    def started(self) -> None:
-        """The engine is whole: it makes no shared memory any more."""
-        self._note()
+    def read_error(self) -> str:
+        """Return the error with which a process could not start; "" if there is none."""
+        return self._error_file.read_text(encoding="utf-8") if self._error_file.is_file() else ""
+
+    def finish_start(self) -> None:
+        """Stop watching for shared memory: a started engine creates no more."""
+        self._record_shared_memory()
         self._has_started.set()
 
     def end(self) -> None:
-        """End what still runs, and remove what all of them have left."""
-        self._note()
+        """Kill the processes that still run, and remove what they leave."""
+        self._record_shared_memory()
         self._has_started.set()
         for process in self._processes():
             processes.kill(process)
         for child in self._children():
-            child.join(END_S)
+            child.join(KILL_SECONDS)
         for name in self._shared:
             _remove_shared(name)
         self._temporary.remove()
 
-    def _look(self) -> None:
-        """A start that fails has ended its processes before anybody can ask what they hold."""
-        while not self._has_started.wait(LOOK_S):
-            self._note()
+    def _poll(self) -> None:
+        """Record shared memory during the start, because the processes of a failed start have ended afterwards."""
+        while not self._has_started.wait(POLL_SECONDS):
+            self._record_shared_memory()
 
-    def _note(self) -> None:
-        theirs = set().union(*map(_mapped_by, self._processes())) - _mapped_by(os.getpid())
-        if theirs:
-            files = [file for file in os.scandir(SHARED) if any(kind in file.name for kind in KINDS)]
-            self._shared |= {file.name for file in files if file.inode() in theirs}
+    def _record_shared_memory(self) -> None:
+        inodes = set().union(*map(_mapped_inodes, self._processes())) - _mapped_inodes(os.getpid())
+        if inodes:
+            files = [file for file in os.scandir(SHARED_MEMORY) if any(name in file.name for name in SHARED_NAMES)]
+            self._shared |= {file.name for file in files if file.inode() in inodes}
 
     def _children(self) -> list:
         return [child for child in multiprocessing.active_children() if child.pid not in self._older]
@@ -86,22 +89,22 @@ class ChildProcesses:
         return processes.descendants(child.pid for child in self._children())
 
 
-def _mapped_by(process: int) -> set[int]:
-    """Inodes of what a process has mapped of shared memory: a semaphore is mapped under another name than its own."""
+def _mapped_inodes(process: int) -> set[int]:
+    """Return the inodes of a process's shared memory: a semaphore is mapped under another name than its own."""
     try:
         lines = Path(f"/proc/{process}/maps").read_text(errors="replace").splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return set()
-    return {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED}/" in line}
+    return {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
 
 
 def _remove_shared(name: str) -> None:
-    """Also from the list of Python's resource tracker, which would complain of it."""
+    """Remove a file of shared memory and its entry in Python's resource tracker, which would warn about it."""
     try:
-        SHARED.joinpath(name).unlink()
+        SHARED_MEMORY.joinpath(name).unlink()
     except FileNotFoundError:
         return
     semaphore = name.removeprefix("sem.")
     kind = "shared_memory" if semaphore == name else "semaphore"
-    resource_tracker.register(f"/{semaphore}", kind)  # whether it knows of it or not
+    resource_tracker.register(f"/{semaphore}", kind)  # unregistering an unknown name would be an error
     resource_tracker.unregister(f"/{semaphore}", kind)

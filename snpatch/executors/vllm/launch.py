@@ -56,7 +56,7 @@ class DualStreamLaunch:
         self._arguments = dual_stream_arguments(model, own, config.dtype, arguments)
         self._arguments["tokenizer"] = str(text_processors[0].tokenizer.name_or_path)  # perhaps an adapter's
         is_eager = bool(self._arguments.get("enforce_eager"))
-        self.settings = DualStreamSettings.made(
+        self.settings = DualStreamSettings.build(
             config.capacity,
             [reader.eos_ids for reader in text_processors],
             second,

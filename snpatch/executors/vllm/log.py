@@ -1,7 +1,8 @@
-"""vLLM's own messages, and those of what lies beneath it: in a file that errors name, instead of on the user's screen.
+"""Log file for the messages of vLLM and its libraries, instead of the user's terminal; error messages name it.
 
-Why file descriptors are turned while vLLM starts: its processes inherit them, write before any of our code runs in
-them, and C++ asks no logger. What the user's other threads print in that time is in the file, too.
+Why file descriptors are redirected while vLLM starts: its processes inherit them, write before any of snpatch's code
+runs in them, and C++ code does not use Python's loggers. Output of the program's other threads in that time goes to the
+file as well.
 """
 
 import atexit
@@ -19,27 +20,29 @@ from typing import TextIO
 
 from snpatch.executors.vllm.temporary import TemporaryFolder
 
-_OUTPUTS = (1, 2)
+_OUTPUTS = (1, 2)  # file descriptors of stdout and stderr
 _TRACEBACK = "Traceback (most recent call last):"
-_SPEAKER = re.compile(r"(\([\w .=]+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^]]+\] )?")  # who writes a line, when and where
-_ENGINE = re.compile(r"\((EngineCore|Worker)")
-_RAISED = re.compile(r"[\w.]+(: |$)")  # the line of a traceback that has the error
-_mark = 0
-_turning = threading.RLock()  # two that start at once would give each other's descriptors back
+_LINE_PREFIX = re.compile(r"(\([\w .=]+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^]]+\] )?")  # process, level, time and file
+_ENGINE_PREFIX = re.compile(r"\((EngineCore|Worker)")
+_ERROR_LINE = re.compile(r"[\w.]+(: |$)")  # last line of a traceback
+_start_offset = 0  # bytes of the log before the last start of an engine
+_redirect_lock = threading.RLock()  # two redirections at once would restore each other's descriptors
 
 
 @contextmanager
 def redirect_output() -> Iterator[None]:
-    """All that this process and those that it starts write inside this block, and vLLM's logger ever after, is in the
-    log; where the user asked for vLLM's messages they are on stderr."""
-    if _is_loud():
+    """Redirect the output of this process and of those it starts to the log, and vLLM's logger permanently.
+
+    If the user asked for vLLM's messages, they go to stderr.
+    """
+    if _is_verbose():
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         yield
         return
-    with _turning:
-        log = _log_of(os.getpid())
+    with _redirect_lock:
+        log = _open_log(os.getpid())
         _flush()
-        screen = [os.dup(output) for output in _OUTPUTS]
+        saved = [os.dup(output) for output in _OUTPUTS]
         try:
             for output in _OUTPUTS:
                 os.dup2(log.fileno(), output)
@@ -47,73 +50,73 @@ def redirect_output() -> Iterator[None]:
                 yield
         finally:
             _flush()
-            for output, own in zip(_OUTPUTS, screen, strict=True):
-                os.dup2(own, output)
-                os.close(own)
+            for output, descriptor in zip(_OUTPUTS, saved, strict=True):
+                os.dup2(descriptor, output)
+                os.close(descriptor)
             for handler in logging.getLogger("vllm").handlers:
                 if type(handler) is logging.StreamHandler:  # vLLM's own
                     handler.setStream(log)
 
 
 def mark_start() -> None:
-    """Let `first_error` read what is written from here on: an engine starts."""
-    global _mark
-    _mark = 0 if _is_loud() else os.fstat(_log_of(os.getpid()).fileno()).st_size
+    """Make `first_error` ignore what is in the log now, because an engine starts."""
+    global _start_offset
+    _start_offset = 0 if _is_verbose() else os.fstat(_open_log(os.getpid()).fileno()).st_size
 
 
 def first_error(*, of_engine: bool = False) -> str:
-    """Return the first error of the log since `mark_start`, in one line; "" where it holds none.
+    """Return the first error in the log since `mark_start` as one line; "" if there is none.
 
-    Of a chain of errors Python prints the first one first. of_engine: of those that vLLM's own processes tell.
+    Python prints the first error of a chain first. of_engine: consider only errors of vLLM's own processes.
     """
-    if _is_loud() or not _path().exists():
+    if _is_verbose() or not _log_path().exists():
         return ""
-    with open(_path(), "rb") as file:
-        file.seek(_mark)
+    with open(_log_path(), "rb") as file:
+        file.seek(_start_offset)
         lines = file.read().decode(errors="replace").splitlines()
-    texts = [_SPEAKER.sub("", line) for line in lines]
+    texts = [_LINE_PREFIX.sub("", line) for line in lines]
     for i, text in enumerate(texts):
         is_ignored = i > 0 and texts[i - 1].startswith("Exception ignored")
-        if text.startswith(_TRACEBACK) and not is_ignored and (_ENGINE.match(lines[i]) or not of_engine):
-            after = (one for one in texts[i + 1 :] if _RAISED.match(one))
-            return next(after, "").strip()
+        if text.startswith(_TRACEBACK) and not is_ignored and (_ENGINE_PREFIX.match(lines[i]) or not of_engine):
+            error_lines = (later for later in texts[i + 1 :] if _ERROR_LINE.match(later))
+            return next(error_lines, "").strip()
     return ""
 
 
 def keep_log() -> str:
-    """Return where vLLM's messages are, for an error; from now on the log is kept, outside of its temporary folder."""
-    if _is_loud():
-        return "its own messages above say more"
-    path = Path(_log_of(os.getpid()).name)
+    """Move the log out of its temporary folder, so that it is kept, and return where it is, for an error message."""
+    if _is_verbose():
+        return "see vLLM's messages above"
+    path = Path(_open_log(os.getpid()).name)
     if path.exists():
-        path.rename(_kept(path))  # what writes to it goes on
-    return f"its log: {_kept(path)}"
+        path.rename(_kept_path(path))  # processes that write to it continue to do so
+    return f"its log: {_kept_path(path)}"
 
 
-def _path() -> Path:
-    """Return where the log is now."""
-    path = Path(_log_of(os.getpid()).name)
-    return path if path.exists() else _kept(path)
+def _log_path() -> Path:
+    """Return the current path of the log."""
+    path = Path(_open_log(os.getpid()).name)
+    return path if path.exists() else _kept_path(path)
 
 
-def _kept(path: Path) -> Path:
-    """Return where a log is that an error has named."""
+def _kept_path(path: Path) -> Path:
+    """Return the path of a log after `keep_log`."""
     return path.parent.with_suffix(".log")
 
 
 def environment() -> dict[str, str]:
-    """Environment variables to start vLLM in: a log that an error names is to hold more than errors."""
-    return {} if _is_loud() else {"VLLM_LOGGING_LEVEL": "INFO"}
+    """Return the environment variables with which vLLM logs more than errors, unless the user has set a level."""
+    return {} if _is_verbose() else {"VLLM_LOGGING_LEVEL": "INFO"}
 
 
-def _is_loud() -> bool:
-    """Whether somebody wants vLLM's messages on the screen; level ERROR is what an import of trl leaves behind."""
+def _is_verbose() -> bool:
+    """Return whether the user asked for vLLM's messages; importing trl sets the level to ERROR."""
     level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR").upper()
     return level != "ERROR" or bool(os.environ.get("VLLM_LOGGING_CONFIG_PATH"))
 
 
 @cache
-def _log_of(process: int) -> TextIO:
+def _open_log(process: int) -> TextIO:
     folder = TemporaryFolder(tempfile.gettempdir())
     atexit.register(_remove, process, folder)
     return open(folder.path / "vllm.log", "a", buffering=1, encoding="utf-8")

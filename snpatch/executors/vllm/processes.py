@@ -1,7 +1,7 @@
-"""vLLM's processes end when the user's process does, however it ended, and leave Ctrl-C to it.
+"""Signals and parent watch of vLLM's processes, and the file in which they report why they cannot start.
 
-By itself vLLM outlives a killed parent, and on Ctrl-C, which a terminal or a notebook sends to all processes, its
-engine ends before the user's process can abort what it runs and go on.
+By default vLLM's processes outlive a killed parent. On Ctrl-C, which a terminal or a notebook sends to all processes,
+its engine ends before the client process can abort its requests and continue.
 """
 
 import os
@@ -15,24 +15,24 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError
 
-PARENT = "SNPATCH_PARENT"  # the user's process, for the processes that it starts
-REASON = "SNPATCH_REASON"  # the file in which they tell it why they cannot start
-EVERY_S = 1.0
+PARENT_VARIABLE = "SNPATCH_PARENT"  # id of the client process, for the processes that it starts
+ERROR_FILE_VARIABLE = "SNPATCH_REASON"  # path of the file for the error that prevents a start
+PARENT_CHECK_SECONDS = 1.0
 
 
 def exit_with_parent() -> None:
-    """In a worker: look every second whether the user's process is still there, and leave when it is not."""
-    if parent := _parent():
-        threading.Thread(target=_watch, args=(parent, os.getppid()), daemon=True, name="snpatch-orphans").start()
+    """Start a thread that kills this worker and its engine process when the client process has ended."""
+    if parent := _client_process():
+        threading.Thread(target=_watch_parent, args=(parent, os.getppid()), daemon=True, name="snpatch-orphans").start()
 
 
 def ignore_ctrl_c() -> None:
-    """In any process of vLLM: do not answer Ctrl-C. plugin.py calls this where it was spawned, fork does itself.
+    """Ignore Ctrl-C in a process of vLLM: plugin.py calls this in spawned processes, os.fork in forked ones.
 
-    Why both: a forked process gets vLLM's handler later, which the mask outlasts; a spawned one may have threads
-    already, without the mask.
+    Why mask and handler: a forked process gets vLLM's handler later, which the mask outlasts; a spawned one may already
+    have threads without the mask.
     """
-    if _parent():
+    if _client_process():
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -43,40 +43,40 @@ os.register_at_fork(after_in_child=ignore_ctrl_c)
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """In a worker: a SnpatchError out of this block reaches the user's process. vLLM only tells that one failed."""
+    """Write a SnpatchError of this block to the client's file, because vLLM reports only that a worker failed."""
     try:
         yield
     except SnpatchError as error:
-        if path := os.environ.get(REASON):
+        if path := os.environ.get(ERROR_FILE_VARIABLE):
             Path(path).write_text(str(error), encoding="utf-8")
         raise
 
 
 def descendants(roots: Iterable[int]) -> list[int]:
-    """These processes, and all that they and theirs have started."""
+    """Return the ids of these processes and of all their descendants."""
     children = defaultdict(list)
     for process in filter(str.isdecimal, os.listdir("/proc")):
-        if fields := _stat(int(process)):
+        if fields := _read_stat(int(process)):
             children[int(fields[1])].append(int(process))
-    found = list(roots)
-    for process in found:  # which grows
-        found += children[process]
-    return found
+    processes = list(roots)
+    for process in processes:  # grows in the loop
+        processes += children[process]
+    return processes
 
 
 def kill(process: int) -> None:
-    """Kill it, if it is still there."""
+    """Kill a process if it still exists."""
     with suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C, by another name than the one that vLLM's start passes over (it then waits for its engine)."""
+    """Ctrl-C under a name that vLLM's start does not catch: it catches KeyboardInterrupt and waits for its engine."""
 
 
 @contextmanager
 def interrupt_on_ctrl_c() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt out of this block, unless the user has a handler of their own."""
+    """Raise KeyboardInterrupt from this block on Ctrl-C, unless the program has its own handler."""
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
@@ -96,28 +96,28 @@ def _interrupt(number, frame) -> None:
     raise _Interrupted
 
 
-def _parent() -> int:
-    """The user's process, in a process that its engine started; 0 in any other."""
-    parent = int(os.environ.get(PARENT, 0))
+def _client_process() -> int:
+    """Return the id of the client process; 0 in the client process itself and in unrelated processes."""
+    parent = int(os.environ.get(PARENT_VARIABLE, 0))
     return 0 if parent == os.getpid() else parent
 
 
-def _watch(parent: int, engine: int) -> None:
-    while _lives(parent) and os.getppid() == engine:
-        time.sleep(EVERY_S)
+def _watch_parent(parent: int, engine: int) -> None:
+    while _is_running(parent) and os.getppid() == engine:
+        time.sleep(PARENT_CHECK_SECONDS)
     if engine != parent and os.getppid() == engine:
         os.kill(engine, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _lives(process: int) -> bool:
-    """Whether a process runs; one that has ended and was not yet collected by its own parent does not."""
-    fields = _stat(process)
+def _is_running(process: int) -> bool:
+    """Return whether a process runs; a zombie does not."""
+    fields = _read_stat(process)
     return bool(fields) and fields[0] not in "ZX"
 
 
-def _stat(process: int) -> list[str]:
-    """State, parent and further numbers of a process; empty if there is none."""
+def _read_stat(process: int) -> list[str]:
+    """Return state, parent and further numbers of a process; empty if it does not exist."""
     try:
         with open(f"/proc/{process}/stat") as file:
             return file.read().rpartition(")")[2].split()

@@ -1,7 +1,7 @@
-"""Temporary folders that a killed process cannot leave behind for good: the next start removes them.
+"""Temporary folders that the next start removes if their process was killed.
 
-Why a lock and no process id: the kernel gives it back however its holder ends, and no later process can be taken for
-the holder, in another container of the same machine neither.
+Why a file lock and not a process id: the kernel releases a lock however its holder ends, and a later process, or one
+of another container, can have the same id.
 """
 
 import fcntl
@@ -14,33 +14,32 @@ from pathlib import Path
 from snpatch.files import open_regular
 
 PREFIX = "snpatch-"
-OWNER = "owner"  # the file that its process, and those that it forked, hold locked
+LOCK_FILE = "owner"  # locked by the folder's process and by those that it forked
 
 
 class TemporaryFolder:
-    """A temporary folder of this process. path: the folder."""
+    """Temporary folder of this process, at `path`."""
 
     def __init__(self, root: str | Path) -> None:
-        """Remove what ended processes left in `root`, and make a folder there."""
         remove_abandoned(root)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
-        unlocked = self.path / f"{OWNER}.new"
+        unlocked = self.path / f"{LOCK_FILE}.new"
         self._lock = os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            unlocked.rename(self.path / OWNER)  # under this name it was always locked
-        except OSError:  # a file system without locks: nobody can see that this process has ended
+            unlocked.rename(self.path / LOCK_FILE)  # a file of this name is never seen unlocked
+        except OSError:  # a file system without locks: later starts cannot tell that this process has ended
             unlocked.unlink()
 
     def remove(self) -> None:
-        """Remove the folder with all that it holds."""
+        """Remove the folder and its contents."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
 
 def remove_abandoned(root: str | Path) -> None:
     """Remove the folders in `root` whose process has ended."""
-    for path in Path(root).glob(f"{PREFIX}*/{OWNER}"):
+    for path in Path(root).glob(f"{PREFIX}*/{LOCK_FILE}"):
         if _is_unlocked(path):
             shutil.rmtree(path.parent, ignore_errors=True)
 

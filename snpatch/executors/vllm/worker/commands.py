@@ -45,7 +45,7 @@ class WorkerExtension:
             for group in (group for groups in runner.attn_groups for group in groups):
                 _check_heads(group, {layer.layer_name: layer for layer in twin.attention})
         quantization.check_activation_scales(runner.get_model())
-        zeroing.check(runner)
+        zeroing.check_runner(runner)
         runner.reload_weights = _refuse_reload
         if not twin.has_seen_weights:  # some formats of checkpoints go past load_weights
             check_finite(runner.get_model().named_parameters(), twin.name)
@@ -56,7 +56,7 @@ class WorkerExtension:
             "memory": (
                 twin.own_bytes,
                 twin.second.bytes if twin.second else 0,
-                total_bytes(zeroing.tensors_of(runner.kv_caches)),
+                total_bytes(zeroing.cache_tensors(runner.kv_caches)),
             ),
             "twice": twin.second.paired if twin.second else [],
         }

@@ -42,8 +42,8 @@ class SecondaryWeights:
     """
 
     def __init__(self, base: type[nn.Module], vllm_config: VllmConfig, prefix: str, feed: Feed, own_bytes: int) -> None:
-        self._config, self._settings, self._feed = vllm_config, DualStreamSettings.of(vllm_config), feed
-        self.name = self._settings.weights or vllm_config.model_config.model
+        self._config, self._settings, self._feed = vllm_config, DualStreamSettings.from_vllm_config(vllm_config), feed
+        self.name = self._settings.secondary_checkpoint or vllm_config.model_config.model
         self.bytes, self.paired, self.has_head = 0, [], False
         self._rows: tuple | None = None  # what they were split for, and the rows of each set
         self._vocabulary = vllm_config.model_config.get_vocab_size()
@@ -54,14 +54,14 @@ class SecondaryWeights:
     def load(self, model: nn.Module) -> set[str]:
         """Load the weights and join them to a model whose own are loaded; the names under which it has them now."""
         config = copy.copy(self._config.model_config)
-        if self._settings.weights is not None:
-            config.model, config.revision = self._settings.weights, None
+        if self._settings.secondary_checkpoint is not None:
+            config.model, config.revision = self._settings.secondary_checkpoint, None
         loader = get_model_loader(self._config.load_config)
         if not hasattr(loader, "get_all_weights"):
             raise SnpatchError(
                 f"load_format {self._config.load_config.load_format} cannot load a second set of weights"
             )
-        weights = self._fitted(merge_loras(loader.get_all_weights(config, self._holder), self._settings.lora))
+        weights = self._fitted(merge_loras(loader.get_all_weights(config, self._holder), self._settings.secondary_lora))
         self._holder.load_weights(iter_finite(weights, self.name, used=used_dtype(self._config)))
         return self.join(model)
 

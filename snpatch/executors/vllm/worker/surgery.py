@@ -29,7 +29,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import processes, versions, zeroing
-from snpatch.executors.vllm.settings import DualStreamSettings, refuse
+from snpatch.executors.vllm.settings import DualStreamSettings, check_supported
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
 from snpatch.executors.vllm.worker.plugin import PREFIX
@@ -173,7 +173,7 @@ class DualStream:
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig, attention: list[Attention]) -> None:
         config = vllm_config.model_config.hf_text_config
-        self.settings = settings = DualStreamSettings.of(vllm_config)
+        self.settings = settings = DualStreamSettings.from_vllm_config(vllm_config)
         self.has_seen_weights = False
         self.dtype = used_dtype(vllm_config)
         self.second: SecondaryWeights | None = None
@@ -282,10 +282,10 @@ def dual_stream_class(base: type[nn.Module]) -> type[nn.Module]:
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             from snpatch.executors.vllm.worker import runners
 
-            refuse(vllm_config)
+            check_supported(vllm_config)
             processes.exit_with_parent()
             runners.hook_v1()
-            if DualStreamSettings.of(vllm_config).streams == 2:
+            if DualStreamSettings.from_vllm_config(vllm_config).streams == 2:
                 with _twice_the_heads() as attention:
                     super().__init__(vllm_config=vllm_config, prefix=prefix)
             else:
