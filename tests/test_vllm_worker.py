@@ -277,3 +277,24 @@ def test_what_vllm_changes_for_an_architecture_it_changes_for_its_twin(monkeypat
         pytest.skip("this vLLM changes nothing for Gemma 4")
     plugin.register()
     assert MODELS_CONFIG_MAP["SnpatchGemma4ForCausalLM"] is MODELS_CONFIG_MAP["Gemma4ForCausalLM"]
+
+
+def test_heap_trimmer_after_enough_requests_returns_freed_pages():
+    import psutil
+
+    from snpatch.executors.vllm.worker.heap import REQUESTS_PER_TRIM, HeapTrimmer
+
+    heap, process = HeapTrimmer(), psutil.Process()
+    if heap._trim is None:
+        pytest.skip("this C library has no malloc_trim")
+    blocks = [bytearray(100_000) for _ in range(2000)]
+    pins = [bytearray(600) for _ in range(2000)]
+    mixed = [bytearray(size) for _ in range(2000) for size in (100_000, 600)]
+    pins += mixed[1::2]  # small blocks between large ones keep the heap's top where it is
+    del blocks, mixed
+    freed = process.memory_info().rss
+    heap.add(REQUESTS_PER_TRIM - 1)
+    assert process.memory_info().rss > freed - 10e6
+    heap.add(1)
+    assert process.memory_info().rss < freed - 100e6
+    assert len(pins) == 4000

@@ -13,6 +13,7 @@ import numpy as np
 from vllm.platforms import current_platform
 
 from snpatch.executors.vllm import zeroing
+from snpatch.executors.vllm.worker.heap import HEAP
 
 
 def _feed(runner):
@@ -27,6 +28,8 @@ def _update_states(original, runner, scheduler_output, *args, **kwargs):
         zeroing.check_step(scheduler_output)
         for request_id in scheduler_output.finished_req_ids:
             feed.remove(request_id)
+        if runner.device.type == "cpu":
+            HEAP.add(len(scheduler_output.finished_req_ids))
         for new in scheduler_output.scheduled_new_reqs:
             feed.add(new.req_id, new.sampling_params.extra_args)
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
