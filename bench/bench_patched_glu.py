@@ -14,7 +14,7 @@ from torch.utils import cpp_extension
 
 from snpatch.kernels import patched_glu as kernel
 from snpatch.op import ops, reference
-from snpatch.op.plan import NEVER, Column, Receipt, bits_of
+from snpatch.op.plan import INT32_MAX, PlanColumn, Receipt, float_bits
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -27,14 +27,14 @@ torch.set_num_threads(1)
 def all_features(T, F, dtype):
     """A decode step of T tokens with every feature on: own adapters, windows, statistics, a capture, receipts."""
     g = torch.Generator().manual_seed(0)
-    plan = torch.zeros(T, len(Column), dtype=torch.int32)
-    plan[:, Column.FIRST], plan[:, Column.SECOND] = 1, 2
-    plan[:, Column.LO] = torch.randint(0, F // 2, (T,), generator=g)
-    plan[:, Column.HI] = plan[:, Column.LO] + F // 10
-    plan[:, Column.TAKE] = bits_of(1)
-    plan[:, Column.CAPTURE] = -1
-    plan[0, Column.CAPTURE] = 0
-    plan[:, Column.RECEIPT] = torch.arange(T)
+    plan = torch.zeros(T, len(PlanColumn), dtype=torch.int32)
+    plan[:, PlanColumn.ADAPTER_0], plan[:, PlanColumn.ADAPTER_1] = 1, 2
+    plan[:, PlanColumn.LO] = torch.randint(0, F // 2, (T,), generator=g)
+    plan[:, PlanColumn.HI] = plan[:, PlanColumn.LO] + F // 10
+    plan[:, PlanColumn.SOURCE_WEIGHT] = float_bits(1)
+    plan[:, PlanColumn.CAPTURE] = -1
+    plan[0, PlanColumn.CAPTURE] = 0
+    plan[:, PlanColumn.RECEIPT] = torch.arange(T)
     tensors = {
         "gate_up": torch.randn(2 * T, 2 * F, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE).to(dtype),
         "scale": torch.cat([torch.ones(1, F), 1 + 0.3 * torch.randn(2, F, generator=g)]),
@@ -47,7 +47,7 @@ def all_features(T, F, dtype):
         "receipt": torch.zeros(T, len(Receipt), dtype=torch.int64),
     }
     tensors["unobserved"] = plan.clone()
-    tensors["unobserved"][:, Column.GROUP] = -1
+    tensors["unobserved"][:, PlanColumn.GROUP] = -1
     tensors["order"] = torch.argsort(tensors["rank"][0])[:64]  # for the unfused side: what is captured
     tensors["plain_out"] = torch.empty(2 * T, F, dtype=dtype)
     return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
@@ -88,10 +88,10 @@ def unfused(t):
     t["count"] += len(r)
     rank, plan = t["rank"], t["plan"]
     t["capture"][0] = r[0, t["order"]]
-    patched = (plan[:, Column.LO, None] <= rank) & (rank < plan[:, Column.HI, None])
+    patched = (plan[:, PlanColumn.LO, None] <= rank) & (rank < plan[:, PlanColumn.HI, None])
     out = torch.stack([torch.where(patched, d, r), d], dim=1).view(-1, width).to(t["gate_up"].dtype)
     nonfinite = (~out.isfinite()).view(len(r), -1).sum(1)
-    t["receipt"] += torch.stack([patched.sum(1), nonfinite, torch.where(nonfinite > 0, NEVER, 0)], dim=1)
+    t["receipt"] += torch.stack([patched.sum(1), nonfinite, torch.where(nonfinite > 0, INT32_MAX, 0)], dim=1)
     return out
 
 

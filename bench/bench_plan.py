@@ -7,7 +7,7 @@ import torch
 from snpatch.executors.vllm.settings import DualStreamSettings
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.executors.vllm.worker.feed import Feed
-from snpatch.op.plan import NEVER, Entry
+from snpatch.op.plan import NO_END, RequestColumn
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(32, 1), (256, 1), (256, 16)])
@@ -15,9 +15,9 @@ def test_fill(benchmark, requests, tokens):
     feed = Feed(Banks(DualStreamSettings(), 1, 0, 8, None, 8192, torch.device("cpu")))
     ids = [f"snpatch-{i}-0123abcd" for i in range(requests)]
     for number, request_id in enumerate(ids):
-        row = [0] * len(Entry)
-        row[Entry.GROUP] = -1
-        row[Entry.LO], row[Entry.HI], row[Entry.PATCH_STOP] = number, number + 1000, NEVER
+        row = [0] * len(RequestColumn)
+        row[RequestColumn.GROUP] = -1
+        row[RequestColumn.LO], row[RequestColumn.HI], row[RequestColumn.PATCH_STOP] = number, number + 1000, NO_END
         feed.add(request_id, {"snpatch": [number, *row]})
     start, count = np.full(requests, 7), np.full(requests, tokens)
     feed.step(ids, start, count)

@@ -49,7 +49,7 @@ def compile_variant(capability: int, dtype: str, streams: int, clauses: int, is_
     constants = {
         "ACTIVATION": "silu",
         "STREAMS": streams,
-        "CLAUSES": clauses,
+        "INTERVENTIONS": clauses,
         "HAS_GROUPS": True,
         "INTERPRETED": False,
         **module.TILE,

@@ -26,12 +26,11 @@ constexpr int64_t RUN = 16;     // tokens: float32 rounding within a run stays b
 constexpr int64_t GRAIN = 131072;  // elements, 50 us of work: in an engine it costs as much to wake a thread
 
 // Columns of a plan row and values of its source, as in snpatch/op/plan.py.
-enum Column { FIRST, SECOND, SPEAKER, RANKING, LO, HI, SOURCE, ROW, SEED, KEEP, TAKE, POSITION, GROUP, CAPTURE,
-              RECEIPT, COLUMNS };
-constexpr int64_t CLAUSE = TAKE + 1 - RANKING;  // columns of a further clause, after the last of a row
+enum PlanColumn { ADAPTER_0, ADAPTER_1, RECIPIENT_STREAM, RANKING, LO, HI, SOURCE, CONSTANT_ROW, SEED, SELF_WEIGHT,
+                  SOURCE_WEIGHT, POSITION, GROUP, CAPTURE, RECEIPT, COLUMNS };
+constexpr int64_t COLUMNS_PER_INTERVENTION = SOURCE_WEIGHT + 1 - RANKING;  // columns of a further clause, after the last of a row
 enum Source { FROM_DONOR, FROM_CONSTANT, FROM_NOISE };
 enum Receipt { OVERWRITES, NONFINITE, LAYER, RECEIPT_COLUMNS };  // columns of a row of `receipt`
-constexpr int64_t NEVER = 0x7fffffff;
 
 // ---- loops over a block of neurons -------------------------------------------------------------------------------
 
@@ -222,16 +221,16 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
   };
 
   for (int64_t t = 0; t < a.tokens; ++t) {
-    const int32_t* plan = a.plan + t * (COLUMNS + (is_single ? 0 : CLAUSE * (a.clauses - 1)));
+    const int32_t* plan = a.plan + t * (COLUMNS + (is_single ? 0 : COLUMNS_PER_INTERVENTION * (a.clauses - 1)));
     const int32_t* rank = a.rank + plan[RANKING] * a.width + start;
-    const int64_t mine = t * a.streams + plan[SPEAKER], others = t * a.streams + a.streams - 1 - plan[SPEAKER];
+    const int64_t mine = t * a.streams + plan[RECIPIENT_STREAM], others = t * a.streams + a.streams - 1 - plan[RECIPIENT_STREAM];
     const Element *row = gate_up + mine * a.row_stride + start, *donor_row = gate_up + others * a.row_stride + start;
     Element *to = out + mine * a.width + start, *to_donor = out + others * a.width + start;
     // Neurons are float32 until they are stored; where the output is float32 they are made in their place.
     float* r = in_place(to, r_block);
     float* d = in_place(to_donor, d_block);
-    const float* scale = a.scale + plan[FIRST + plan[SPEAKER]] * a.width + start;
-    const float* donor_scale = a.scale + plan[SECOND - plan[SPEAKER]] * a.width + start;
+    const float* scale = a.scale + plan[ADAPTER_0 + plan[RECIPIENT_STREAM]] * a.width + start;
+    const float* donor_scale = a.scale + plan[ADAPTER_1 - plan[RECIPIENT_STREAM]] * a.width + start;
     const bool observed = plan[GROUP] >= 0;
     if (observed) {
       if (!has_sums) std::fill_n(sums, 5 * BLOCK, 0.0f);
@@ -258,15 +257,15 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
     }
     int64_t done = 0;
     for (int64_t i = 0; i < (is_single ? 1 : a.clauses); ++i) {
-      const int32_t* clause = is_single || i == 0 ? plan + RANKING : plan + COLUMNS + CLAUSE * (i - 1);
-      const auto of = [clause](Column column) { return clause[column - RANKING]; };
+      const int32_t* clause = is_single || i == 0 ? plan + RANKING : plan + COLUMNS + COLUMNS_PER_INTERVENTION * (i - 1);
+      const auto of = [clause](PlanColumn column) { return clause[column - RANKING]; };
       const int32_t lo = of(LO), hi = of(HI), source = of(SOURCE);
       // Without a donor stream nothing is copied from it, and nothing counted: the receipt tells.
       const bool patches = lo < hi && (a.streams == 2 || source != FROM_DONOR);
       if (patches) {
         const int32_t* ranks = is_single ? rank : a.rank + of(RANKING) * a.width + start;
-        const float* constant = a.constant + of(ROW) * a.width + start;
-        const float keep = factor(of(KEEP)), take = factor(of(TAKE));
+        const float* constant = a.constant + of(CONSTANT_ROW) * a.width + start;
+        const float keep = factor(of(SELF_WEIGHT)), take = factor(of(SOURCE_WEIGHT));
         const float* by = source == FROM_CONSTANT ? constant : d;
         if (source == FROM_NOISE) {
           for (int64_t j = 0; j < n; ++j)
@@ -290,7 +289,7 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
       const int64_t bad = nonfinite(to, n) + (a.streams == 2 ? nonfinite(to_donor, n) : 0);
       if (bad > 0) {
         __atomic_fetch_add(receipt + NONFINITE, bad, __ATOMIC_RELAXED);
-        raise_to(receipt + LAYER, NEVER - a.layer);
+        raise_to(receipt + LAYER, INT32_MAX - a.layer);
       }
     }
   }
@@ -325,10 +324,10 @@ void check_plan(const Tensor& plan, const Tensor& scale, const Tensor& rank, con
                 const Tensor& stats, const Tensor& capture, const Tensor& receipt, int64_t streams) {
   const auto* row = static_cast<const int32_t*>(plan.const_data_ptr());
   const int64_t adapters = scale.size(0);
-  const struct { Column column; int64_t lowest, end; const char* name; } ranges[] = {
-      {FIRST, 0, adapters, "first"}, {SECOND, 0, adapters, "second"}, {SPEAKER, 0, streams, "speaker"},
+  const struct { PlanColumn column; int64_t lowest, end; const char* name; } ranges[] = {
+      {ADAPTER_0, 0, adapters, "adapter_0"}, {ADAPTER_1, 0, adapters, "adapter_1"}, {RECIPIENT_STREAM, 0, streams, "recipient_stream"},
       {RANKING, 0, rank.size(0), "ranking"}, {SOURCE, 0, FROM_NOISE + 1, "source"},
-      {ROW, 0, constant.size(0), "row"},     {GROUP, -1, stats.size(0), "group"},
+      {CONSTANT_ROW, 0, constant.size(0), "constant_row"},     {GROUP, -1, stats.size(0), "group"},
       {CAPTURE, -1, capture.size(0), "capture"}, {RECEIPT, -1, receipt.size(0), "receipt"}};
   const auto check = [](int64_t token, int32_t named, const auto& range) {
     if (named < range.lowest || named >= range.end)
@@ -337,9 +336,9 @@ void check_plan(const Tensor& plan, const Tensor& scale, const Tensor& rank, con
   };
   for (int64_t t = 0; t < plan.size(0); ++t, row += plan.size(1)) {
     for (const auto& range : ranges) check(t, row[range.column], range);
-    for (int64_t further = COLUMNS; further < plan.size(1); further += CLAUSE)
+    for (int64_t further = COLUMNS; further < plan.size(1); further += COLUMNS_PER_INTERVENTION)
       for (const auto& range : ranges)
-        if (RANKING <= range.column && range.column <= TAKE) check(t, row[further + range.column - RANKING], range);
+        if (RANKING <= range.column && range.column <= SOURCE_WEIGHT) check(t, row[further + range.column - RANKING], range);
   }
 }
 
@@ -352,9 +351,9 @@ Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& ran
   const bool is_silu = activation == "silu";
   if (!is_silu && activation != "gelu_tanh")
     throw std::runtime_error("patched_glu: activation must be silu or gelu_tanh, got " + activation);
-  check(is(plan, ScalarType::Int, 2) && plan.size(1) >= COLUMNS && (plan.size(1) - COLUMNS) % CLAUSE == 0, "plan",
+  check(is(plan, ScalarType::Int, 2) && plan.size(1) >= COLUMNS && (plan.size(1) - COLUMNS) % COLUMNS_PER_INTERVENTION == 0, "plan",
         "[T, 15 + 8 * (clauses - 1)] int32, contiguous", plan);
-  const int64_t tokens = plan.size(0), clauses = 1 + (plan.size(1) - COLUMNS) / CLAUSE;
+  const int64_t tokens = plan.size(0), clauses = 1 + (plan.size(1) - COLUMNS) / COLUMNS_PER_INTERVENTION;
   const bool two_dimensional = gate_up.dim() == 2;
   check(two_dimensional && gate_up.size(0) == streams * tokens && gate_up.size(1) % 2 == 0 &&
             (gate_up.stride(1) == 1 || gate_up.size(1) <= 1 || tokens == 0),

@@ -16,31 +16,31 @@ import triton.language as tl
 from torch import Tensor
 
 # Columns of a plan row and values of its source: snpatch/op/plan.py (tests compare the two).
-FIRST = tl.constexpr(0)
-SECOND = tl.constexpr(1)
-SPEAKER = tl.constexpr(2)
+ADAPTER_0 = tl.constexpr(0)
+ADAPTER_1 = tl.constexpr(1)
+RECIPIENT_STREAM = tl.constexpr(2)
 RANKING = tl.constexpr(3)
 LO = tl.constexpr(4)
 HI = tl.constexpr(5)
 SOURCE = tl.constexpr(6)
-ROW = tl.constexpr(7)
+CONSTANT_ROW = tl.constexpr(7)
 SEED = tl.constexpr(8)
-KEEP = tl.constexpr(9)
-TAKE = tl.constexpr(10)
+SELF_WEIGHT = tl.constexpr(9)
+SOURCE_WEIGHT = tl.constexpr(10)
 POSITION = tl.constexpr(11)
 GROUP = tl.constexpr(12)
 CAPTURE = tl.constexpr(13)
 RECEIPT = tl.constexpr(14)
 COLUMNS = tl.constexpr(15)
-# Columns of a further clause: those from RANKING to TAKE.
-BLOCK = tl.constexpr(8)
+# Columns of a further clause: those from RANKING to SOURCE_WEIGHT.
+COLUMNS_PER_INTERVENTION = tl.constexpr(8)
 CONSTANT = tl.constexpr(1)
 NOISE = tl.constexpr(2)
 # Columns of a row of `receipt`: the overwrites, then these.
 NONFINITE = tl.constexpr(1)
 LAYER = tl.constexpr(2)
 RECEIPT_COLUMNS = tl.constexpr(3)
-NEVER = tl.constexpr(2**31 - 1)
+INT32_MAX = tl.constexpr(2**31 - 1)
 # Tokens x neurons. kernels/README.md says why these.
 TILE = {"BLOCK_T": 4, "BLOCK_F": 256, "SUM_T": 32, "SUM_F": 32, "SEARCH_T": 512}
 # A program costs milliseconds there.
@@ -114,8 +114,8 @@ def _streams(
     ACTIVATION: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
     """Both streams' neurons of a tile, float32. All loads are under way before the first is used."""
-    first = tl.load(p_row + FIRST, mask=m_token, other=0)
-    second = tl.load(p_row + SECOND, mask=m_token, other=0)
+    first = tl.load(p_row + ADAPTER_0, mask=m_token, other=0)
+    second = tl.load(p_row + ADAPTER_1, mask=m_token, other=0)
     p_gate = p_gate_up + (o_token.to(tl.int64) * STREAMS * row_stride)[:, None] + o_neuron[None, :]
     gate = tl.load(p_gate, mask=m, other=0.0, eviction_policy="evict_first")
     up = tl.load(p_gate + n_neurons, mask=m, other=0.0, eviction_policy="evict_first")
@@ -134,7 +134,7 @@ def _streams(
 @triton.jit
 def _roles(v0, v1, p_row, m_token, STREAMS: tl.constexpr):
     """The recipient's values and the donor's, and where stream 0 is the recipient's, [BLOCK_T, 1]."""
-    is_first = (tl.load(p_row + SPEAKER, mask=m_token, other=0) == 0)[:, None]
+    is_first = (tl.load(p_row + RECIPIENT_STREAM, mask=m_token, other=0) == 0)[:, None]
     r = v0
     d = v1
     if STREAMS == 2:
@@ -146,25 +146,26 @@ def _roles(v0, v1, p_row, m_token, STREAMS: tl.constexpr):
 @triton.jit
 def _add_statistics(
     i_block, p_gate_up, p_scale, p_plan, p_stats, p_count, n_tokens, n_neurons, row_stride,
-    ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, CLAUSES: tl.constexpr, SUM_T: tl.constexpr, SUM_F: tl.constexpr,
-    SEARCH_T: tl.constexpr,
+    ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, INTERVENTIONS: tl.constexpr, SUM_T: tl.constexpr,
+    SUM_F: tl.constexpr, SEARCH_T: tl.constexpr,
 ):  # fmt: skip
     """One block of neurons over all tokens. Where SEARCH_T of them have no group, one load says so."""
-    width = COLUMNS + BLOCK * (CLAUSES - 1)
+    width = COLUMNS + COLUMNS_PER_INTERVENTION * (INTERVENTIONS - 1)
     for start in range(0, n_tokens, SEARCH_T):
         o_token = start + tl.arange(0, SEARCH_T)
         group = tl.load(p_plan + o_token.to(tl.int64) * width + GROUP, mask=o_token < n_tokens, other=-1)
         if tl.max(group, axis=0) >= 0:
             _add_tiles(
                 i_block, p_gate_up, p_scale, p_plan, p_stats, p_count, start, min(start + SEARCH_T, n_tokens),
-                n_neurons, row_stride, ACTIVATION, STREAMS, CLAUSES, SUM_T, SUM_F,
+                n_neurons, row_stride, ACTIVATION, STREAMS, INTERVENTIONS, SUM_T, SUM_F,
             )  # fmt: skip
 
 
 @triton.jit
 def _add_tiles(
     i_block, p_gate_up, p_scale, p_plan, p_stats, p_count, first_token, n_tokens, n_neurons, row_stride,
-    ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, CLAUSES: tl.constexpr, SUM_T: tl.constexpr, SUM_F: tl.constexpr,
+    ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, INTERVENTIONS: tl.constexpr, SUM_T: tl.constexpr,
+    SUM_F: tl.constexpr,
 ):  # fmt: skip
     """One block of neurons over the tokens [first_token, n_tokens): float32 within a tile, float64 beyond."""
     o_neuron = i_block * SUM_F + tl.arange(0, SUM_F)
@@ -172,11 +173,11 @@ def _add_tiles(
     for start in range(first_token, n_tokens, SUM_T):
         o_token = start + tl.arange(0, SUM_T)
         m_token = o_token < n_tokens
-        p_row = p_plan + o_token.to(tl.int64) * (COLUMNS + BLOCK * (CLAUSES - 1))
+        p_row = p_plan + o_token.to(tl.int64) * (COLUMNS + COLUMNS_PER_INTERVENTION * (INTERVENTIONS - 1))
         group = tl.load(p_row + GROUP, mask=m_token, other=-1)
         highest = tl.max(group, axis=0)
         if highest >= 0:
-            lowest = tl.min(tl.where(group >= 0, group, NEVER), axis=0)
+            lowest = tl.min(tl.where(group >= 0, group, INT32_MAX), axis=0)
             m = (group >= 0)[:, None] & m_neuron[None, :]
             v0, v1 = _streams(
                 p_gate_up, p_scale, p_row, o_token, o_neuron, m_token, m, n_neurons, row_stride, ACTIVATION, STREAMS
@@ -211,7 +212,7 @@ def _clause(
     patched = m_rank & (lo[:, None] <= rank) & (rank < hi[:, None])
     by = d
     if tl.max(source, axis=0) > 0:
-        row = tl.load(p_clause + (ROW - RANKING), mask=m_token, other=0)
+        row = tl.load(p_clause + (CONSTANT_ROW - RANKING), mask=m_token, other=0)
         constant = _rows(p_constant, row, n_neurons, o_neuron, m, 0.0)
         by = tl.where((source == CONSTANT)[:, None], constant, by)
         if tl.max(source, axis=0) == NOISE:
@@ -219,8 +220,8 @@ def _clause(
             position = tl.load(p_row + POSITION, mask=m_token, other=0)
             noise = _normal(seed[:, None], position[:, None], layer, (first_neuron + o_neuron)[None, :])
             by = tl.where((source == NOISE)[:, None], constant * noise, by)
-    keep = tl.load(p_clause + (KEEP - RANKING), mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
-    take = tl.load(p_clause + (TAKE - RANKING), mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
+    keep = tl.load(p_clause + (SELF_WEIGHT - RANKING), mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
+    take = tl.load(p_clause + (SOURCE_WEIGHT - RANKING), mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
     mixture = tl.where(take == 0, keep * v, keep * v + take * by)
     return tl.where(patched, tl.where(keep == 0, take * by, mixture), v), patched
 
@@ -229,7 +230,7 @@ def _clause(
 def _make_output(
     i_tile, p_gate_up, p_scale, p_rank, p_constant, p_plan, p_capture, p_receipt, p_out, n_tokens, n_neurons,
     row_stride, n_captured, layer, first_neuron, ACTIVATION: tl.constexpr, STREAMS: tl.constexpr,
-    CLAUSES: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    INTERVENTIONS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One tile: both streams, capture, overwrite and receipts."""
     n_blocks = tl.cdiv(n_neurons, BLOCK_F)
@@ -237,7 +238,7 @@ def _make_output(
     o_token = (i_tile // n_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_token = o_token < n_tokens
     m = m_token[:, None] & (o_neuron < n_neurons)[None, :]
-    p_row = p_plan + o_token.to(tl.int64) * (COLUMNS + BLOCK * (CLAUSES - 1))
+    p_row = p_plan + o_token.to(tl.int64) * (COLUMNS + COLUMNS_PER_INTERVENTION * (INTERVENTIONS - 1))
     lo = tl.load(p_row + LO, mask=m_token, other=0)
     hi = tl.load(p_row + HI, mask=m_token, other=0)
     slot = tl.load(p_row + CAPTURE, mask=m_token, other=-1)
@@ -247,20 +248,20 @@ def _make_output(
     )
     r, d, is_first = _roles(v0, v1, p_row, m_token, STREAMS)
     m_rank = m & ((lo < hi) | (slot >= 0))[:, None]
-    rank = _rows(p_rank, ranking, n_neurons, o_neuron, m_rank, NEVER)
+    rank = _rows(p_rank, ranking, n_neurons, o_neuron, m_rank, INT32_MAX)
     if tl.max(slot, axis=0) >= 0:
         m_capture = m_rank & (slot >= 0)[:, None] & (rank < n_captured)
         tl.store(p_capture + (slot.to(tl.int64) * n_captured)[:, None] + rank, r, mask=m_capture)
     spoken, patched = _clause(r, d, rank, p_row + RANKING, p_row, p_constant, o_neuron, m_token, m, m_rank, n_neurons,
                               layer, first_neuron, STREAMS)  # fmt: skip
     done = tl.sum(patched.to(tl.int32), axis=1)
-    for i in tl.static_range(1, CLAUSES):
-        p_clause = p_row + COLUMNS + BLOCK * (i - 1)
+    for i in tl.static_range(1, INTERVENTIONS):
+        p_clause = p_row + COLUMNS + COLUMNS_PER_INTERVENTION * (i - 1)
         ranking = tl.load(p_clause, mask=m_token, other=0)
         lo_i = tl.load(p_clause + (LO - RANKING), mask=m_token, other=0)
         hi_i = tl.load(p_clause + (HI - RANKING), mask=m_token, other=0)
         m_i = m & (lo_i < hi_i)[:, None]
-        rank_i = _rows(p_rank, ranking, n_neurons, o_neuron, m_i, NEVER)
+        rank_i = _rows(p_rank, ranking, n_neurons, o_neuron, m_i, INT32_MAX)
         spoken, patched = _clause(spoken, d, rank_i, p_clause, p_row, p_constant, o_neuron, m_token, m, m_i, n_neurons,
                                   layer, first_neuron, STREAMS)  # fmt: skip
         done += tl.sum(patched.to(tl.int32), axis=1)
@@ -278,7 +279,7 @@ def _make_output(
         tl.atomic_add(p_own, done.to(tl.int64), mask=(receipt >= 0) & (done > 0), sem="relaxed")
         m_bad = (receipt >= 0) & (nonfinite > 0)
         tl.atomic_add(p_own + NONFINITE, nonfinite.to(tl.int64), mask=m_bad, sem="relaxed")
-        first = tl.zeros_like(receipt) + (NEVER - layer)
+        first = tl.zeros_like(receipt) + (INT32_MAX - layer)
         tl.atomic_max(p_own + LAYER, first.to(tl.int64), mask=m_bad, sem="relaxed")
 
 
@@ -289,7 +290,7 @@ def _patched_glu_kernel(
     p_scale,  # [A, F] float32
     p_rank,  # [R, F] int32
     p_constant,  # [C, F] float32
-    p_plan,  # [T, COLUMNS + BLOCK * (CLAUSES - 1)] int32
+    p_plan,  # [T, COLUMNS + COLUMNS_PER_INTERVENTION * (INTERVENTIONS - 1)] int32
     p_stats,  # [G, 5, F] float64
     p_count,  # [G] int64
     p_capture,  # [slots, K] float32
@@ -303,7 +304,7 @@ def _patched_glu_kernel(
     first_neuron,
     ACTIVATION: tl.constexpr,
     STREAMS: tl.constexpr,
-    CLAUSES: tl.constexpr,
+    INTERVENTIONS: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -317,13 +318,13 @@ def _patched_glu_kernel(
     if i_program < n_summing:
         _add_statistics(
             i_program, p_gate_up, p_scale, p_plan, p_stats, p_count, n_tokens, n_neurons, row_stride,
-            ACTIVATION, STREAMS, CLAUSES, SUM_T, SUM_F, SEARCH_T,
+            ACTIVATION, STREAMS, INTERVENTIONS, SUM_T, SUM_F, SEARCH_T,
         )  # fmt: skip
     else:
         _make_output(
             i_program - n_summing, p_gate_up, p_scale, p_rank, p_constant, p_plan, p_capture, p_receipt, p_out,
             n_tokens, n_neurons, row_stride, n_captured, layer, first_neuron, ACTIVATION, STREAMS,
-            CLAUSES, INTERPRETED, BLOCK_T, BLOCK_F,
+            INTERVENTIONS, INTERPRETED, BLOCK_T, BLOCK_F,
         )  # fmt: skip
 
 
@@ -347,7 +348,7 @@ def patched_glu(
     out = gate_up.new_empty(gate_up.shape[0], n_neurons)
     if n_tokens == 0 or n_neurons == 0:
         return out
-    clauses = 1 + (plan.shape[1] - COLUMNS.value) // BLOCK.value
+    clauses = 1 + (plan.shape[1] - COLUMNS.value) // COLUMNS_PER_INTERVENTION.value
     interpreted = triton.knobs.runtime.interpret
     tile = INTERPRETED_TILE if interpreted else TILE
     has_groups = stats.shape[0] > 0
@@ -370,7 +371,7 @@ def patched_glu(
         first_neuron,
         ACTIVATION=activation,
         STREAMS=streams,
-        CLAUSES=clauses,
+        INTERVENTIONS=clauses,
         HAS_GROUPS=has_groups,
         INTERPRETED=interpreted,
         **tile,

@@ -96,7 +96,7 @@ def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics,
     statistics, most, requests = _empty(engine), [], []
     for prompt in ids:
         own = engine.requests.fitted(prompt, sampling)
-        observe = Observation(statistics, len(prompt), len(prompt) + own.max_tokens, ends=False)
+        observe = Observation(statistics, len(prompt), len(prompt) + own.max_tokens, include_eos=False)
         longer = replace(own, max_tokens=own.max_tokens + 1)
         requests.append(engine.requests.observing(prompt, pair, observe, sampling=longer))
         most.append(own.max_tokens)

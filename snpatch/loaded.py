@@ -30,7 +30,7 @@ class Loaded:
         self.tokenizer = opened.tokenizer
         self.executor = self._executor_of(config)
         self.geometry, self.weights = self.executor.geometry, opened.sets[OWN_SET]
-        opened.add(config.sources, self.geometry, self.executor.check)  # before what takes long
+        opened.add(config.sources, self.geometry, self.executor.check_model)  # before what takes long
         self.requests = Requests(opened.templates, self.geometry, opened.models, opened.notes)
 
     def _executor_of(self, config: EngineConfig):
@@ -62,7 +62,7 @@ class Loaded:
         """Make the model with these adapters available as `name`."""
         source = EngineConfig(self.config.model, {name: folders}).sources[name]
         self._opened.check_beside(source)
-        self._opened.add({name: source}, self.geometry, self.executor.check)
+        self._opened.add({name: source}, self.geometry, self.executor.check_model)
 
     def encode(self, prompts: Sequence[Prompt], model: str | Sequence[str] = BASE, room: int = 1) -> list[list[int]]:
         """Token ids of each prompt, as they are run; `room`: how many tokens must still fit the context.

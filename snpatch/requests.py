@@ -259,7 +259,7 @@ class Requests:
             checks.append(("donor", "the scale, with the strength,", keep))
         if isinstance(clause.donor, Constant | Noise):
             checks.append(("donor", "the donor's largest value, times the strength,", take * clause.donor.magnitude))
-        largest = self._geometry.largest
+        largest = self._geometry.max_activation
         for field, name, value in checks:
             if not abs(value) <= largest:
                 raise SnpatchError(

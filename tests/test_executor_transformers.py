@@ -38,7 +38,7 @@ from spoiled import TOO_LARGE, huge_patch, overflowing
 from snpatch import Constant, Engine, Noise, Patch, Ranking, ReceiptError, Sampling, SnpatchError
 from snpatch.errors import OverflowedError, SpoiledEngineError
 from snpatch.op import ops
-from snpatch.op.plan import NEVER, Column
+from snpatch.op.plan import UNRANKED, PlanColumn
 
 
 @pytest.fixture(scope="module")
@@ -164,21 +164,21 @@ def test_unpatched_text_that_overflows_restarts_the_engine(engine, monkeypatch):
 
 def one_neuron(layer, rank, plan):
     if layer == 1:
-        rank[:, 5] = NEVER
+        rank[:, 5] = UNRANKED
 
 
 def one_layer(layer, rank, plan):
     if layer == 2:
-        plan[:, Column.HI] = plan[:, Column.LO]
+        plan[:, PlanColumn.HI] = plan[:, PlanColumn.LO]
 
 
 def the_decode(layer, rank, plan):
     if len(plan) == 1:
-        plan[:, Column.HI] = plan[:, Column.LO]
+        plan[:, PlanColumn.HI] = plan[:, PlanColumn.LO]
 
 
 def one_too_many(layer, rank, plan):
-    plan[0, Column.HI] += 1
+    plan[0, PlanColumn.HI] += 1
 
 
 def sabotaged(monkeypatch, fault, skip_layer=None):
@@ -268,7 +268,7 @@ def test_contrast_on_every_architecture(zoo, engines, architecture):
     options = {"batch_size": 3, "token_budget": None}
     ranking = engines(architecture, **options).contrast(IDS, "base", "dpo", completions=COMPLETIONS)
     assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
-    assert ranking.rank[-1].eq(NEVER).all()
+    assert ranking.rank[-1].eq(UNRANKED).all()
     assert len(ranking) == ALL - tiny.NEURONS
 
 

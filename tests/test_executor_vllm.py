@@ -47,7 +47,7 @@ from snpatch.errors import OverflowedError, SpoiledEngineError
 from snpatch.executors.base import Observation
 from snpatch.executors.vllm import versions
 from snpatch.executors.vllm.codec import cache_salt
-from snpatch.op.plan import Column, Entry
+from snpatch.op.plan import PlanColumn, RequestColumn
 from snpatch.ranking.statistics import Statistics
 
 platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
@@ -338,10 +338,11 @@ def test_padded_rows_may_hold_anything(engine):
     """Rows past the last token of a step (padding of a captured graph): NaN goes through and reaches nothing."""
     twin, draw = twin_of(engine), torch.Generator().manual_seed(0)
     request_ids, banks = ["padded"], twin.banks
-    row = [0] * len(Entry)
+    row = [0] * len(RequestColumn)
     for entry, value in {
-        Entry.HI: ALL, Entry.PATCH_STOP: 100, Entry.OBSERVE_STOP: 100, Entry.CAPTURE: -1, Entry.CAPTURE_STOP: 2,
-        Entry.RECEIPT: -1,
+        RequestColumn.HI: ALL, RequestColumn.PATCH_STOP: 100, RequestColumn.OBSERVE_STOP: 100,
+        RequestColumn.CAPTURE: -1, RequestColumn.CAPTURE_STOP: 2,
+        RequestColumn.RECEIPT: -1,
     }.items():  # fmt: skip
         row[entry] = value
     twin.feed.add("padded", {"snpatch": [10**6, *row]})
@@ -357,25 +358,25 @@ def test_padded_rows_may_hold_anything(engine):
     (records,) = twin.feed.fetch([10**6])
     assert records[0]["planned"] == 5 * ALL
     twin.feed.clear()
-    assert not banks.plan[:, : Column.GROUP].any()
-    assert (banks.plan[:, Column.GROUP :] == -1).all()
+    assert not banks.plan[:, : PlanColumn.GROUP].any()
+    assert (banks.plan[:, PlanColumn.GROUP :] == -1).all()
 
 
 def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
     """With asynchronous scheduling a step is planned before it is known that its token ends the text."""
-    from snpatch.op.plan import UNLESS_END
+    from snpatch.op.plan import SKIP_EOS_OFFSET
 
     twin = twin_of(engine)
-    for ticket, group in ((1, 2), (2, UNLESS_END + 2)):
-        row = [0] * len(Entry)
-        row[Entry.GROUP], row[Entry.OBSERVE_START], row[Entry.OBSERVE_STOP] = group, 1, 9
+    for ticket, group in ((1, 2), (2, SKIP_EOS_OFFSET + 2)):
+        row = [0] * len(RequestColumn)
+        row[RequestColumn.GROUP], row[RequestColumn.OBSERVE_START], row[RequestColumn.OBSERVE_STOP] = group, 1, 9
         twin.feed.add(f"ahead {ticket}", {"snpatch": [10**6 + ticket, *row]})
     twin.feed.step(["ahead 1", "ahead 2"], [0, 0], [4, 4])
     ids = torch.tensor([9, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS], dtype=torch.int32)
     ids = ids.to(twin.banks.device)
     with torch.inference_mode():
         twin.feed.settle(ids)
-    assert twin.banks.plan[:9, Column.GROUP].tolist() == [-1, 2, 2, 2, -1, 2, -1, 2, -1]
+    assert twin.banks.plan[:9, PlanColumn.GROUP].tolist() == [-1, 2, 2, 2, -1, 2, -1, 2, -1]
     twin.feed.step(["ahead 1"], [4], [4])
     before = twin.banks.plan.clone()
     twin.feed.settle(ids)

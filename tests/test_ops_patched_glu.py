@@ -10,7 +10,20 @@ import torch
 
 from snpatch.errors import SnpatchError
 from snpatch.op import ops, reference
-from snpatch.op.plan import NEVER, Column, Entry, Receipt, Source, bits_of, clauses_of, column_of, fill_plan, width_of
+from snpatch.op.plan import (
+    INT32_MAX,
+    NO_END,
+    UNRANKED,
+    PlanColumn,
+    Receipt,
+    RequestColumn,
+    Source,
+    fill_plan,
+    float_bits,
+    num_plan_interventions,
+    plan_column,
+    plan_width,
+)
 
 SUMS_ERROR = 2e-6  # relative RMS error of float32 arithmetic against double
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # the output's own type adds its rounding
@@ -37,11 +50,11 @@ FACTORS = [(0, 1), (0.75, 0.25), (-1, 2), (1, 1), (1.5, 0), (0, 2)]
 
 
 def plan_row(**fields) -> list[int]:
-    row = [0] * len(Column)
-    row[Column.GROUP] = row[Column.CAPTURE] = row[Column.RECEIPT] = -1
-    row[Column.TAKE] = bits_of(1)
+    row = [0] * len(PlanColumn)
+    row[PlanColumn.GROUP] = row[PlanColumn.CAPTURE] = row[PlanColumn.RECEIPT] = -1
+    row[PlanColumn.SOURCE_WEIGHT] = float_bits(1)
     for name, value in fields.items():
-        row[Column[name.upper()]] = value
+        row[PlanColumn[name.upper()]] = value
     return row
 
 
@@ -109,15 +122,15 @@ def test_two_tokens_by_hand(patched_glu, activation):
         ]
     )
     plan = [
-        plan_row(first=0, second=1, ranking=0, lo=0, hi=2, group=1, receipt=2),
-        plan_row(first=1, second=0, ranking=1, lo=1, hi=2, capture=1, receipt=0),
+        plan_row(adapter_0=0, adapter_1=1, ranking=0, lo=0, hi=2, group=1, receipt=2),
+        plan_row(adapter_0=1, adapter_1=0, ranking=1, lo=1, hi=2, capture=1, receipt=0),
     ]
     stats, count = torch.zeros(2, 5, 3, dtype=torch.float64), torch.tensor([7, 7])
     capture, receipt = torch.full((2, 2), -5.0), receipts(10, 20, 30)
     out = patched_glu(
         gate_up,
         torch.tensor([[1.0, 1.0, 1.0], [2.0, 3.0, 0.5]]),
-        torch.tensor([[1, 0, 2], [NEVER, 1, 0]], dtype=torch.int32),
+        torch.tensor([[1, 0, 2], [UNRANKED, 1, 0]], dtype=torch.int32),
         torch.zeros(1, 3),
         torch.tensor(plan, dtype=torch.int32),
         stats,
@@ -157,28 +170,30 @@ def case(
 
     rank = torch.stack([torch.randperm(width, generator=draw) for _ in range(3)])
     rank[1] += torch.randint(0, 50, (), generator=draw)  # another layer's neurons come in between
-    rank[2, torch.rand(width, generator=draw) < 0.5] = NEVER
-    plan = torch.zeros(tokens, width_of(clauses), dtype=torch.int64)
-    for name, high in (("first", 3), ("second", 3), ("speaker", streams), ("position", 9)):
-        plan[:, Column[name.upper()]] = integers(high)
-    factors = torch.tensor([[bits_of(factor) for factor in pair] for pair in FACTORS])
+    rank[2, torch.rand(width, generator=draw) < 0.5] = UNRANKED
+    plan = torch.zeros(tokens, plan_width(clauses), dtype=torch.int64)
+    for name, high in (("adapter_0", 3), ("adapter_1", 3), ("recipient_stream", streams), ("position", 9)):
+        plan[:, PlanColumn[name.upper()]] = integers(high)
+    factors = torch.tensor([[float_bits(factor) for factor in pair] for pair in FACTORS])
     for clause in range(clauses):
         lo = integers(width)
         values = {
-            Column.RANKING: integers(3),
-            Column.SOURCE: integers(3, low=2 - streams),
-            Column.ROW: integers(3),
-            Column.SEED: torch.tensor([0, 1, 2**31 - 1])[integers(3)],
-            Column.LO: lo,
-            Column.HI: torch.stack([lo, lo + integers(width), torch.full_like(lo, NEVER)])[integers(3), range(tokens)],
+            PlanColumn.RANKING: integers(3),
+            PlanColumn.SOURCE: integers(3, low=2 - streams),
+            PlanColumn.CONSTANT_ROW: integers(3),
+            PlanColumn.SEED: torch.tensor([0, 1, 2**31 - 1])[integers(3)],
+            PlanColumn.LO: lo,
+            PlanColumn.HI: torch.stack([lo, lo + integers(width), torch.full_like(lo, UNRANKED)])[
+                integers(3), range(tokens)
+            ],
         }
         for column, value in values.items():
-            plan[:, column_of(column, clause)] = value
-        where = [column_of(column, clause) for column in (Column.KEEP, Column.TAKE)]
+            plan[:, plan_column(column, clause)] = value
+        where = [plan_column(column, clause) for column in (PlanColumn.SELF_WEIGHT, PlanColumn.SOURCE_WEIGHT)]
         plan[:, where] = factors[integers(len(FACTORS))]
-    plan[:, Column.GROUP] = integers(2, low=-1)
-    plan[:, Column.CAPTURE] = torch.where(integers(2) > 0, torch.arange(tokens), -1)
-    plan[:, Column.RECEIPT] = integers(3, low=-1)
+    plan[:, PlanColumn.GROUP] = integers(2, low=-1)
+    plan[:, PlanColumn.CAPTURE] = torch.where(integers(2) > 0, torch.arange(tokens), -1)
+    plan[:, PlanColumn.RECEIPT] = integers(3, low=-1)
     return {
         "gate_up": real(streams * tokens, 2 * width).to(dtype),
         "scale": torch.cat([torch.ones(1, width), 1 + 0.5 * real(2, width)]),
@@ -207,41 +222,44 @@ def loop(tensors: dict[str, torch.Tensor], setting: dict) -> tuple[torch.Tensor,
             values = []
             for stream in range(streams):
                 line = gate_up[token * streams + stream]
-                adapter = row[Column.SECOND if stream else Column.FIRST]
+                adapter = row[PlanColumn.ADAPTER_1 if stream else PlanColumn.ADAPTER_0]
                 values.append(act(line[neuron]) * line[width + neuron] * scale[adapter][neuron])
-            speaker = row[Column.SPEAKER]
+            speaker = row[PlanColumn.RECIPIENT_STREAM]
             r, d = values[speaker], values[streams - 1 - speaker]
-            if row[Column.GROUP] >= 0:
+            if row[PlanColumn.GROUP] >= 0:
                 sums = [r, r * r] if streams == 1 else [r, r * r, d, d * d, (r - d) ** 2]
                 for index, value in enumerate(sums):
-                    after["stats"][row[Column.GROUP], index, neuron] += value
-            place = int(rank[row[Column.RANKING]][neuron])
-            if row[Column.CAPTURE] >= 0 and place < after["capture"].shape[1]:
-                after["capture"][row[Column.CAPTURE], place] = r
-            for clause in range(clauses_of(len(row))):
+                    after["stats"][row[PlanColumn.GROUP], index, neuron] += value
+            place = int(rank[row[PlanColumn.RANKING]][neuron])
+            if row[PlanColumn.CAPTURE] >= 0 and place < after["capture"].shape[1]:
+                after["capture"][row[PlanColumn.CAPTURE], place] = r
+            for clause in range(num_plan_interventions(len(row))):
                 own = {
-                    column: row[column_of(column, clause)]
-                    for column in Column
-                    if Column.RANKING <= column <= Column.TAKE
+                    column: row[plan_column(column, clause)]
+                    for column in PlanColumn
+                    if PlanColumn.RANKING <= column <= PlanColumn.SOURCE_WEIGHT
                 }
-                if not own[Column.LO] <= int(rank[own[Column.RANKING]][neuron]) < own[Column.HI]:
+                if not own[PlanColumn.LO] <= int(rank[own[PlanColumn.RANKING]][neuron]) < own[PlanColumn.HI]:
                     continue
-                given = constant[own[Column.ROW]][neuron]
+                given = constant[own[PlanColumn.CONSTANT_ROW]][neuron]
                 where = setting["layer"], setting["first_neuron"] + neuron
                 source = {
                     Source.DONOR: lambda d=d: d,
                     Source.CONSTANT: lambda given=given: given,
                     Source.NOISE: lambda given=given, own=own, row=row, where=where: (
-                        given * oracle.normal(own[Column.SEED], row[Column.POSITION], *where)
+                        given * oracle.normal(own[PlanColumn.SEED], row[PlanColumn.POSITION], *where)
                     ),
-                }[own[Column.SOURCE]]()
-                keep, take = (struct.unpack("f", struct.pack("i", own[c]))[0] for c in (Column.KEEP, Column.TAKE))
+                }[own[PlanColumn.SOURCE]]()
+                keep, take = (
+                    struct.unpack("f", struct.pack("i", own[c]))[0]
+                    for c in (PlanColumn.SELF_WEIGHT, PlanColumn.SOURCE_WEIGHT)
+                )
                 values[speaker] = keep * values[speaker] + take * source
-                if row[Column.RECEIPT] >= 0:
-                    after["receipt"][row[Column.RECEIPT], Receipt.OVERWRITES] += 1
+                if row[PlanColumn.RECEIPT] >= 0:
+                    after["receipt"][row[PlanColumn.RECEIPT], Receipt.OVERWRITES] += 1
             for stream, value in enumerate(values):
                 out[token * streams + stream, neuron] = value
-        after["count"][row[Column.GROUP]] += int(row[Column.GROUP] >= 0)
+        after["count"][row[PlanColumn.GROUP]] += int(row[PlanColumn.GROUP] >= 0)
     return out, after
 
 
@@ -281,22 +299,22 @@ def test_half_precision_is_rounded_once_at_the_end(patched_glu, dtype, activatio
 
 def test_a_full_window_copies_the_donor_exactly_and_an_empty_one_changes_nothing(patched_glu):
     tensors = case(9, 33)
-    tensors["plan"][:, Column.SOURCE] = Source.DONOR
-    tensors["plan"][:, Column.RANKING] = 0
-    tensors["plan"][:, Column.RECEIPT] = 0
-    tensors["plan"][:, Column.LO], tensors["plan"][:, Column.HI] = 0, NEVER
-    tensors["plan"][:, Column.KEEP], tensors["plan"][:, Column.TAKE] = 0, bits_of(1)
+    tensors["plan"][:, PlanColumn.SOURCE] = Source.DONOR
+    tensors["plan"][:, PlanColumn.RANKING] = 0
+    tensors["plan"][:, PlanColumn.RECEIPT] = 0
+    tensors["plan"][:, PlanColumn.LO], tensors["plan"][:, PlanColumn.HI] = 0, UNRANKED
+    tensors["plan"][:, PlanColumn.SELF_WEIGHT], tensors["plan"][:, PlanColumn.SOURCE_WEIGHT] = 0, float_bits(1)
     full, after = run(patched_glu, tensors, SETTING)
     assert torch.equal(full[0::2], full[1::2])
     assert torch.equal(after["receipt"], receipts(100 + 9 * 33, 200, 300))
-    tensors["plan"][:, Column.HI] = 0
+    tensors["plan"][:, PlanColumn.HI] = 0
     empty, after = run(patched_glu, tensors, SETTING)
     alone = tensors["plan"].clone()
-    speaker = alone[:, Column.SPEAKER].long()
+    speaker = alone[:, PlanColumn.RECIPIENT_STREAM].long()
     own, other = 2 * torch.arange(9) + speaker, 2 * torch.arange(9) + 1 - speaker
-    alone[:, Column.SOURCE] = Source.CONSTANT
-    alone[:, Column.FIRST] = alone[range(9), Column.FIRST + speaker]
-    alone[:, Column.SPEAKER] = 0
+    alone[:, PlanColumn.SOURCE] = Source.CONSTANT
+    alone[:, PlanColumn.ADAPTER_0] = alone[range(9), PlanColumn.ADAPTER_0 + speaker]
+    alone[:, PlanColumn.RECIPIENT_STREAM] = 0
     plain, _ = run(
         patched_glu,
         {**tensors, "gate_up": tensors["gate_up"][own], "plan": alone},
@@ -315,31 +333,35 @@ OVERFLOWS = {torch.float16: 1.2e5, torch.bfloat16: 3.4e38, torch.float32: math.i
 def test_receipt_counts_nonfinite_values_of_both_streams_and_their_first_layer(patched_glu, dtype):
     tensors = case(5, 21)
     tensors["gate_up"] = tensors["gate_up"].clamp(-2, 2).to(dtype)
-    tensors["plan"][:, [Column.GROUP, Column.CAPTURE]] = -1
-    tensors["plan"][:, [Column.RANKING, Column.LO]] = 0
-    tensors["plan"][:, Column.HI] = torch.tensor([0, 4, 4, 4, 4], dtype=torch.int32)
-    tensors["plan"][:, Column.SOURCE], tensors["plan"][:, Column.ROW] = Source.CONSTANT, 1
-    tensors["plan"][:, Column.KEEP], tensors["plan"][:, Column.TAKE] = 0, bits_of(1)
-    tensors["plan"][:, Column.RECEIPT] = torch.tensor([0, 1, 1, 2, -1])
+    tensors["plan"][:, [PlanColumn.GROUP, PlanColumn.CAPTURE]] = -1
+    tensors["plan"][:, [PlanColumn.RANKING, PlanColumn.LO]] = 0
+    tensors["plan"][:, PlanColumn.HI] = torch.tensor([0, 4, 4, 4, 4], dtype=torch.int32)
+    tensors["plan"][:, PlanColumn.SOURCE], tensors["plan"][:, PlanColumn.CONSTANT_ROW] = Source.CONSTANT, 1
+    tensors["plan"][:, PlanColumn.SELF_WEIGHT], tensors["plan"][:, PlanColumn.SOURCE_WEIGHT] = 0, float_bits(1)
+    tensors["plan"][:, PlanColumn.RECEIPT] = torch.tensor([0, 1, 1, 2, -1])
     tensors["rank"][0] = torch.arange(21)
     tensors["constant"][1] = OVERFLOWS[dtype]
-    speaker = int(tensors["plan"][3, Column.SPEAKER])
+    speaker = int(tensors["plan"][3, PlanColumn.RECIPIENT_STREAM])
     tensors["gate_up"][2 * 3 + 1 - speaker, 0] = torch.nan  # of token 3's donor: one neuron more
-    tensors["receipt"][2, Receipt.NONFINITE], tensors["receipt"][2, Receipt.LAYER] = 7, NEVER - 3
+    tensors["receipt"][2, Receipt.NONFINITE], tensors["receipt"][2, Receipt.LAYER] = 7, INT32_MAX - 3
     _, after = run(patched_glu, tensors, {**SETTING, "layer": 5})
-    assert after["receipt"].tolist() == [[100, 0, 0], [200 + 8, 8, NEVER - 5], [300 + 4, 7 + 4 + 1, NEVER - 3]]
+    assert after["receipt"].tolist() == [[100, 0, 0], [200 + 8, 8, INT32_MAX - 5], [300 + 4, 7 + 4 + 1, INT32_MAX - 3]]
     tensors["constant"][1] = torch.finfo(dtype).max
     tensors["gate_up"].nan_to_num_(0)
     _, after = run(patched_glu, tensors, {**SETTING, "layer": 1})
-    assert after["receipt"].tolist() == [[100, 0, 0], [200 + 8, 0, 0], [300 + 4, 7, NEVER - 3]]
+    assert after["receipt"].tolist() == [[100, 0, 0], [200 + 8, 0, 0], [300 + 4, 7, INT32_MAX - 3]]
 
 
 def test_a_sentinel_rank_is_never_patched(patched_glu):
     tensors = case(4, 17)
-    tensors["rank"][:] = NEVER
-    tensors["plan"][:, Column.LO], tensors["plan"][:, Column.HI], tensors["plan"][:, Column.RECEIPT] = 0, NEVER, 0
+    tensors["rank"][:] = UNRANKED
+    tensors["plan"][:, PlanColumn.LO], tensors["plan"][:, PlanColumn.HI], tensors["plan"][:, PlanColumn.RECEIPT] = (
+        0,
+        UNRANKED,
+        0,
+    )
     out, after = run(patched_glu, tensors, SETTING)
-    tensors["plan"][:, Column.HI] = 0
+    tensors["plan"][:, PlanColumn.HI] = 0
     assert torch.equal(out, run(patched_glu, tensors, SETTING)[0])
     assert torch.equal(after["receipt"], receipts(100, 200, 300))
     assert after["capture"].eq(-9).all()
@@ -349,17 +371,17 @@ def test_a_sentinel_rank_is_never_patched(patched_glu):
 def test_nan_in_padded_rows_reaches_nothing(patched_glu, streams):
     """fill_plan's padding over rows of NaN and infinity, beside real rows: everything as if they were not there."""
     tensors = case(6, 21, streams)
-    table = torch.zeros(1, len(Entry), dtype=torch.int32)
+    table = torch.zeros(1, len(RequestColumn), dtype=torch.int32)
     for name, value in {
-        "second": 1,
+        "adapter_1": 1,
         "hi": 9,
         "source": 2 - streams,
-        "row": 1,
-        "take": bits_of(1),
-        "patch_stop": NEVER,
+        "constant_row": 1,
+        "source_weight": float_bits(1),
+        "patch_stop": NO_END,
     }.items():
-        table[0, Entry[name.upper()]] = value
-    table[0, Entry.OBSERVE_STOP] = table[0, Entry.CAPTURE_STOP] = NEVER
+        table[0, RequestColumn[name.upper()]] = value
+    table[0, RequestColumn.OBSERVE_STOP] = table[0, RequestColumn.CAPTURE_STOP] = NO_END
     request = torch.tensor([0, -1, 0, 0, -1, -1])
     position = torch.tensor([0, 0, 1, 2, 0, 5])
     real = request >= 0
@@ -418,9 +440,9 @@ def test_the_oracles_philox_gives_the_published_vectors(counter, key, words):
 
 def noise(patched_glu, width: int, tokens: int, seed: int, layer: int, first_neuron: int = 0) -> torch.Tensor:
     """[tokens, width] standard normal numbers as the op draws them: own value 0, deviation 1."""
-    row = plan_row(hi=NEVER, source=Source.NOISE, row=1, seed=seed, keep=bits_of(1))
-    plan = torch.tensor([row] * tokens, dtype=torch.int32).view(tokens, len(Column))
-    plan[:, Column.POSITION] = torch.arange(tokens)
+    row = plan_row(hi=UNRANKED, source=Source.NOISE, constant_row=1, seed=seed, self_weight=float_bits(1))
+    plan = torch.tensor([row] * tokens, dtype=torch.int32).view(tokens, len(PlanColumn))
+    plan[:, PlanColumn.POSITION] = torch.arange(tokens)
     return patched_glu(
         torch.zeros(tokens, 2 * width),
         torch.ones(1, width),

@@ -13,7 +13,7 @@ import torch
 
 from snpatch import SnpatchError
 from snpatch.op import ops, plan, reference
-from snpatch.op.plan import Column, Receipt, Source, column_of, width_of
+from snpatch.op.plan import PlanColumn, Receipt, Source, plan_column, plan_width
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
@@ -55,33 +55,33 @@ def case(T, F, S, dtype, seed=0, groups=3, slots=4, K=5, adapters=3, rankings=2,
     def pick(low, high):
         return torch.randint(low, high, (T,), generator=g, dtype=torch.int32)
 
-    rows = torch.zeros(T, width_of(clauses), dtype=torch.int32)
+    rows = torch.zeros(T, plan_width(clauses), dtype=torch.int32)
     some_captured = torch.where(torch.arange(T) % 5 == 2, torch.arange(T) // 5, -1)
     for column, value in {
-        Column.FIRST: pick(0, adapters),
-        Column.SECOND: pick(0, adapters),
-        Column.SPEAKER: pick(0, S),
-        Column.POSITION: pick(0, 5000),
-        Column.GROUP: pick(-1, groups),
-        Column.CAPTURE: torch.where(some_captured < slots, some_captured, -1),
-        Column.RECEIPT: pick(-1, slots),
+        PlanColumn.ADAPTER_0: pick(0, adapters),
+        PlanColumn.ADAPTER_1: pick(0, adapters),
+        PlanColumn.RECIPIENT_STREAM: pick(0, S),
+        PlanColumn.POSITION: pick(0, 5000),
+        PlanColumn.GROUP: pick(-1, groups),
+        PlanColumn.CAPTURE: torch.where(some_captured < slots, some_captured, -1),
+        PlanColumn.RECEIPT: pick(-1, slots),
     }.items():
         rows[:, column] = value
     for clause in range(clauses):
         lo, mixed = pick(0, F + 1), pick(0, len(FACTORS)).long()
         for column, value in {
-            Column.RANKING: pick(0, rankings),
-            Column.LO: torch.where(pick(0, 3) == 0, 0, lo),
-            Column.HI: torch.where(pick(0, 4) == 0, lo, lo + pick(0, F + 3)),
-            Column.SOURCE: pick(0 if S == 2 else 1, len(Source)),
-            Column.ROW: pick(0, 2),
-            Column.SEED: pick(0, 2**31 - 1),
-            Column.KEEP: FACTORS[mixed, 0],
-            Column.TAKE: FACTORS[mixed, 1],
+            PlanColumn.RANKING: pick(0, rankings),
+            PlanColumn.LO: torch.where(pick(0, 3) == 0, 0, lo),
+            PlanColumn.HI: torch.where(pick(0, 4) == 0, lo, lo + pick(0, F + 3)),
+            PlanColumn.SOURCE: pick(0 if S == 2 else 1, len(Source)),
+            PlanColumn.CONSTANT_ROW: pick(0, 2),
+            PlanColumn.SEED: pick(0, 2**31 - 1),
+            PlanColumn.SELF_WEIGHT: FACTORS[mixed, 0],
+            PlanColumn.SOURCE_WEIGHT: FACTORS[mixed, 1],
         }.items():
-            rows[:, column_of(column, clause)] = value
+            rows[:, plan_column(column, clause)] = value
     rank = torch.stack([torch.randperm(F + 2, generator=g)[:F] for _ in range(rankings)]).int()
-    rank[:, ::7] = plan.NEVER
+    rank[:, ::7] = plan.UNRANKED
     scale = 1 + 0.3 * torch.randn(adapters, F, generator=g)
     scale[0] = 1
     constant = torch.randn(2, F, generator=g)
@@ -166,18 +166,18 @@ def test_strided_and_offset_rows(name):
 def test_overwritten_values_are_the_donors_bit_for_bit(name, dtype):
     T, F = 33, 129
     given = case(T, F, 2, dtype)
-    given["plan"][:, Column.SOURCE] = Source.DONOR
-    given["plan"][:, [Column.KEEP, Column.TAKE]] = FACTORS[0]
-    speaker, token = given["plan"][:, Column.SPEAKER].long(), torch.arange(T)
+    given["plan"][:, PlanColumn.SOURCE] = Source.DONOR
+    given["plan"][:, [PlanColumn.SELF_WEIGHT, PlanColumn.SOURCE_WEIGHT]] = FACTORS[0]
+    speaker, token = given["plan"][:, PlanColumn.RECIPIENT_STREAM].long(), torch.arange(T)
     got, _ = run(IMPLEMENTATIONS[name], given, activation="silu", streams=2, layer=0, first_neuron=0)
     recipient, donor = got[2 * token + speaker], got[2 * token + 1 - speaker]
-    rank = given["rank"][given["plan"][:, Column.RANKING].long()]
-    patched = (given["plan"][:, Column.LO, None] <= rank) & (rank < given["plan"][:, Column.HI, None])
+    rank = given["rank"][given["plan"][:, PlanColumn.RANKING].long()]
+    patched = (given["plan"][:, PlanColumn.LO, None] <= rank) & (rank < given["plan"][:, PlanColumn.HI, None])
     assert patched.any()
     assert torch.equal(recipient[patched], donor[patched])
     constant = dict(given, plan=given["plan"].clone())
-    constant["plan"][:, Column.SOURCE] = Source.CONSTANT
-    constant["plan"][:, Column.ROW] = 1
+    constant["plan"][:, PlanColumn.SOURCE] = Source.CONSTANT
+    constant["plan"][:, PlanColumn.CONSTANT_ROW] = 1
     got, _ = run(IMPLEMENTATIONS[name], constant, activation="silu", streams=2, layer=0, first_neuron=0)
     wanted = given["constant"][1].to(dtype).expand(T, F)
     assert torch.equal(got[2 * token + speaker][patched], wanted[patched])
@@ -188,8 +188,8 @@ def test_nan_in_padded_rows_stays_there(name):
     T, F = 40, 60
     given = case(T, F, 2, torch.float32)
     padded = torch.arange(T) % 3 == 1
-    asks_nothing = torch.zeros(len(Column), dtype=torch.int32)
-    asks_nothing[[Column.GROUP, Column.CAPTURE, Column.RECEIPT]] = -1
+    asks_nothing = torch.zeros(len(PlanColumn), dtype=torch.int32)
+    asks_nothing[[PlanColumn.GROUP, PlanColumn.CAPTURE, PlanColumn.RECEIPT]] = -1
     given["plan"][padded] = asks_nothing
     clean, cleaned = assert_same(given, torch.float32, IMPLEMENTATIONS[name])
     given["gate_up"][padded.repeat_interleave(2)] = torch.nan
@@ -207,7 +207,7 @@ def test_huge_and_tiny_magnitudes(name, dtype):
     edge = torch.tensor([0.0, -0.0, 1, -1, 88, -88, 89, -89, 104, -104, 300, -300, big, -big, tiny, -tiny, tiny / 4])
     values = torch.stack([edge, edge.flip(0)]).to(dtype).repeat(3, 2)
     given = case(3, len(edge), 2, dtype, values=values)
-    given["plan"][:, [Column.GROUP, Column.CAPTURE]] = -1
+    given["plan"][:, [PlanColumn.GROUP, PlanColumn.CAPTURE]] = -1
     given["scale"][:] = 1
     assert_same(given, dtype, IMPLEMENTATIONS[name])
 
@@ -252,7 +252,7 @@ def test_drift_over_ten_million_tokens():
     given["gate_up"] = torch.cat([gate, up], dim=1)
     given["scale"][:] = 1
     given["plan"][:] = 0
-    given["plan"][:, [Column.CAPTURE, Column.RECEIPT]] = -1
+    given["plan"][:, [PlanColumn.CAPTURE, PlanColumn.RECEIPT]] = -1
     given["stats"].zero_()
     given["count"].zero_()
     value = [float(torch.tensor(1e4) * torch.tensor(x)) for x in (0.3e-4, 0.1e-4)]
@@ -398,11 +398,11 @@ def test_rows_apart_offset_views_and_several_groups_of_a_tile(name, T, F):
     wide[1:, 5 : 5 + 2 * F] = given["gate_up"]
     given["gate_up"] = wide[1:, 5 : 5 + 2 * F]
     unobserved = torch.arange(T) % 3 == 1
-    given["plan"][unobserved, Column.GROUP] = -1
-    given["plan"][unobserved, Column.CAPTURE] = -1
+    given["plan"][unobserved, PlanColumn.GROUP] = -1
+    given["plan"][unobserved, PlanColumn.CAPTURE] = -1
     given["gate_up"].view(T, 2, 2 * F)[unobserved] = torch.nan
-    given["plan"][:, Column.GROUP] = torch.where(unobserved, -1, torch.arange(T) % 5).int()
-    given["plan"][:, Column.RECEIPT] = (torch.arange(T) // 4 % 3).int()
+    given["plan"][:, PlanColumn.GROUP] = torch.where(unobserved, -1, torch.arange(T) % 5).int()
+    given["plan"][:, PlanColumn.RECEIPT] = (torch.arange(T) // 4 % 3).int()
     _, gotten = assert_same(given, torch.float32, IMPLEMENTATIONS[name])
     assert gotten["stats"].isfinite().all()
 
@@ -413,8 +413,8 @@ def test_groups_are_found_wherever_they_are_among_many_tokens(name):
     T = 300
     for place in (0, 127, 128, 255, 256, 299):
         given = case(T, 33, 2, torch.float32)
-        given["plan"][:, Column.GROUP] = -1
-        given["plan"][place, Column.GROUP] = 1
+        given["plan"][:, PlanColumn.GROUP] = -1
+        given["plan"][place, PlanColumn.GROUP] = 1
         _, gotten = assert_same(given, torch.float32, IMPLEMENTATIONS[name])
         assert gotten["count"].tolist() == [0, 2, 2]
 
@@ -422,10 +422,10 @@ def test_groups_are_found_wherever_they_are_among_many_tokens(name):
 @pytest.mark.parametrize("name", ["reference", *IMPLEMENTATIONS])
 def test_a_donor_patch_without_a_donor_is_not_counted(name):
     given = case(20, 60, 1, torch.float32)
-    given["plan"][:, Column.SOURCE] = Source.DONOR
-    given["plan"][:, [Column.LO, Column.HI]] = torch.tensor([0, 60], dtype=torch.int32)
+    given["plan"][:, PlanColumn.SOURCE] = Source.DONOR
+    given["plan"][:, [PlanColumn.LO, PlanColumn.HI]] = torch.tensor([0, 60], dtype=torch.int32)
     unpatched = {**given, "plan": given["plan"].clone()}
-    unpatched["plan"][:, Column.HI] = 0
+    unpatched["plan"][:, PlanColumn.HI] = 0
     attributes = dict(activation="silu", streams=1, layer=0, first_neuron=0)
     implementation = IMPLEMENTATIONS.get(name, lambda *a, **k: reference.patched_glu(*a, *k.values()))
     out, mutated = run(implementation, given, **attributes)
@@ -444,12 +444,13 @@ def test_tensors_that_are_not_dense_are_refused(name, tensor):
 
 @pytest.mark.parametrize(
     ("column", "value", "clause"),
-    [("FIRST", -1, 0), ("SECOND", 3, 0), ("SPEAKER", 2, 0), ("RANKING", 2, 0), ("SOURCE", 3, 0), ("ROW", 2, 0),
-     ("RANKING", 2, 1), ("SOURCE", -1, 1), ("ROW", 2, 2), ("GROUP", 3, 0), ("CAPTURE", 2**30, 0), ("RECEIPT", 4, 0)],
+    [("ADAPTER_0", -1, 0), ("ADAPTER_1", 3, 0), ("RECIPIENT_STREAM", 2, 0), ("RANKING", 2, 0), ("SOURCE", 3, 0),
+     ("CONSTANT_ROW", 2, 0), ("RANKING", 2, 1), ("SOURCE", -1, 1), ("CONSTANT_ROW", 2, 2),
+     ("GROUP", 3, 0), ("CAPTURE", 2**30, 0), ("RECEIPT", 4, 0)],
 )  # fmt: skip
 def test_cpp_refuses_a_plan_that_points_outside(column, value, clause):
     given = case(9, 60, 2, torch.float32, clauses=3)
-    given["plan"][4, column_of(Column[column], clause)] = value
+    given["plan"][4, plan_column(PlanColumn[column], clause)] = value
     with pytest.raises(RuntimeError, match=f"plan row 4 names {column.lower()} {value}"):
         run(cpp, given, activation="silu", streams=2, layer=0, first_neuron=0)
 

@@ -118,7 +118,7 @@ def test_a_model_beside_its_own_copy_is_the_shared_engine(zoo, tmp_path):
         want = generate(shared, JOBS)
     models = {"dpo": {"checkpoint": tmp_path / "copy", "adapters": made.adapters["dpo"]}}
     with Engine(made.folder, {"sft": made.adapters["sft"]}, models=models, backend="transformers") as engine:
-        assert engine.executor.memory.second == 0  # what is equal is held once
+        assert engine.executor.memory.secondary == 0  # what is equal is held once
         assert_together_as_alone(generate(engine, JOBS), want, LOGPROB)  # batches are others
 
 
@@ -280,7 +280,7 @@ def test_the_command_line_takes_pairs(capsys, pairs, tmp_path):
     code, _, err = run(capsys, "contrast", *common, "--generator", "sft", "--against", "dpo", "-o", ranking,
                        "--max-tokens", 4, "--no-exclude-layers")  # fmt: skip
     assert code == 0, err
-    assert "GB of a second set apart from them" in err
+    assert "GB secondary weights" in err
     patched = ["--recipient", "tuned", "--donor", "sft", "--ranking", ranking, "-k", 40, "--strength", 1.5]
     code, out, err = run(capsys, "generate", *common, *patched, "--max-tokens", 5, "--json")
     assert code == 0, err

@@ -133,7 +133,7 @@ def test_what_is_equal_is_held_once(start, tmp_path_factory):
     model = oracle.model(*made.of["dpo"]).model
     bytes_apart = sum(4 * p.numel() for name, p in model.named_parameters() if not is_equal(name))
     engine = start(made)
-    assert engine.executor.memory.second == bytes_apart
+    assert engine.executor.memory.secondary == bytes_apart
     jobs = [*JOBS, *RICHER]
     assert_as_the_oracle(made, jobs, generate(engine, jobs))
 

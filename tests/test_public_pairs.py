@@ -342,7 +342,7 @@ def test_an_abliterated_pair_holds_two_kinds_of_modules_twice(tmp_path):
     made = tiny.make_pair("llama", tmp_path, same=lambda name: "o_proj" not in name and "down_proj" not in name)
     with Engine(made.folder, models={"abliterated": made.models["dpo"][0]}, backend="transformers") as engine:
         memory = engine.executor.memory
-        assert memory.twice == ("down_proj", "o_proj")
-        assert str(memory).endswith("held twice: down_proj, o_proj")
+        assert memory.duplicated == ("down_proj", "o_proj")
+        assert str(memory).endswith("stored twice: down_proj, o_proj")
         each = tiny.NEURONS * tiny.HIDDEN + tiny.HEADS * tiny.HEAD_DIM * tiny.HIDDEN
-        assert memory.second == tiny.LAYERS * each * 4
+        assert memory.secondary == tiny.LAYERS * each * 4

@@ -118,7 +118,7 @@ def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(world
         answer = server.post(COMPLETIONS, {**body, **more})
         assert answer.status_code == 500, answer.text
         message = answer.json()["error"]["message"]
-        assert "the text overflowed in float32 at layer 0 under its patch" in message
+        assert "the completion overflowed in float32 at layer 0 under its patch" in message
         assert [complete(client, job).choices[0].token_ids for job in jobs] == want
     with httpx.stream("POST", server.url + COMPLETIONS, json={**body, "stream": True}, timeout=60) as answer:
         chunks = [line for line in answer.iter_lines() if line]
@@ -492,7 +492,7 @@ def test_unpatched_text_that_overflows_restarts_the_server(world, narrow):
     assert narrow.post(SPOIL, {}, headers=KEY).status_code == 200
     answer = narrow.post(COMPLETIONS, body, headers=KEY)
     assert answer.status_code == 500
-    assert "the engine is spoiled: the text overflowed in float32 at layer 1" in answer.json()["error"]["message"]
+    assert "the engine is spoiled: the completion overflowed in float32 at layer 1" in answer.json()["error"]["message"]
     wait_for(lambda: not narrow.is_up(), 60)
     wait_for(narrow.is_up, 180)
     assert narrow.process.poll() is None

@@ -8,7 +8,7 @@ from snpatch.server.errors import http_status
 
 
 def overflow(unpatched: str | None) -> OverflowedError:
-    return OverflowedError("the text overflowed in float16 at layer 3", unpatched=unpatched)
+    return OverflowedError("the completion overflowed in float16 at layer 3", unpatched=unpatched)
 
 
 def test_spoilage_of_patched_text_keeps_its_error():
@@ -21,7 +21,7 @@ def test_spoilage_of_unpatched_text_asks_for_a_restart_once():
     spoilage = Spoilage()
     first = spoilage.judge(overflow("a"))
     assert isinstance(first, SpoiledEngineError)
-    assert "the engine is spoiled: the text overflowed in float16 at layer 3" in str(first)
+    assert "the engine is spoiled: the completion overflowed in float16 at layer 3" in str(first)
     again = spoilage.judge(overflow("a"))
     assert type(again) is OverflowedError
     assert "the model itself overflows on this prompt" in str(again)

@@ -15,7 +15,7 @@ from jobs import IDS, RANKINGS, Job
 
 from snpatch import Engine, Sampling
 from snpatch.executors.base import Capture, Observation, Request
-from snpatch.op.plan import Column, Entry
+from snpatch.op.plan import PlanColumn, RequestColumn
 from snpatch.ranking.statistics import Statistics
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -87,7 +87,7 @@ def by_position(banks, request_ids, start, count) -> dict:
 
 
 def told(record) -> dict:
-    return {name: getattr(record, name) for name in ("seen", "planned", "skipped", "ticket")}
+    return {name: getattr(record, name) for name in ("computed_stop", "planned", "skipped", "ticket")}
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
         for i, request_id in enumerate(cached.req_ids):
             if request_id in cached.resumed_req_ids:
                 resumed += 1
-                observed += bool(feed._records[request_id].entries[Entry.GROUP] >= 0)
+                observed += bool(feed._records[request_id].entries[RequestColumn.GROUP] >= 0)
                 ids = step.states[request_id]
                 fields = {"prompt_token_ids": ids, "prefill_token_ids": ids, "block_ids": ([],), "mm_features": []}
                 fields |= {"pooling_params": None, "lora_request": None, "sampling_params": params[request_id]}
@@ -174,8 +174,8 @@ def test_a_dummy_batch_asks_for_nothing(state, log):
     new = next(d for step in log.steps for d in step.output.scheduled_new_reqs if d.sampling_params.extra_args)
     state.add_request(0, new)
     state.prepare_inputs(batch_of([new.req_id], [0], [4]), None)
-    assert state.feed.banks.plan[:4, : Column.POSITION].any()
+    assert state.feed.banks.plan[:4, : PlanColumn.POSITION].any()
     state.prepare_inputs(InputBatch.make_dummy(2, 8, InputBuffers(64, 512, torch.device("cpu"))), None)
-    assert not state.feed.banks.plan[:, : Column.POSITION].any()
-    assert (state.feed.banks.plan[:, Column.GROUP :] == -1).all()
+    assert not state.feed.banks.plan[:, : PlanColumn.POSITION].any()
+    assert (state.feed.banks.plan[:, PlanColumn.GROUP :] == -1).all()
     assert state.prepare_dummy_inputs(2, 8) == {}

@@ -10,12 +10,12 @@ import torch
 from snpatch import SnpatchError
 from snpatch.executors.vllm import slots
 from snpatch.executors.vllm.settings import KEY, DualStreamSettings
-from snpatch.op.plan import Column, Entry
+from snpatch.op.plan import PlanColumn, RequestColumn
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 
-def group_of(**heads):
+def decode_group(**heads):
     return SimpleNamespace(metadata_builders=[SimpleNamespace(**heads)], layer_names=["layer"])
 
 
@@ -33,11 +33,11 @@ def test_attention_planned_for_other_head_counts_is_refused(heads):
     from snpatch.executors.vllm.worker.commands import _check_heads
 
     with pytest.raises(SnpatchError, match="plans attention for"):
-        _check_heads(group_of(**heads), LAYERS)
+        _check_heads(decode_group(**heads), LAYERS)
     doubled = {name: 4 if "kv" in name else 8 for name in heads}
-    _check_heads(group_of(**doubled), LAYERS)
+    _check_heads(decode_group(**doubled), LAYERS)
     with pytest.raises(SnpatchError, match="layer was not made by the twin surgery"):
-        _check_heads(group_of(**doubled), {})
+        _check_heads(decode_group(**doubled), {})
 
 
 def test_the_twins_model_config_tells_twice_the_heads():
@@ -100,12 +100,12 @@ def test_a_stale_handle_and_a_broken_row_are_errors():
     from snpatch.executors.vllm.worker.feed import Feed
 
     feed = Feed(Banks(DualStreamSettings(), 1, 0, 8, None, 64, torch.device("cpu")))
-    row = [0] * len(Entry)
-    row[Entry.GROUP] = -1
+    row = [0] * len(RequestColumn)
+    row[RequestColumn.GROUP] = -1
     for place, value, message in (
-        (Entry.RANKING, 7, "no ranking is registered under 7"),
-        (Entry.SECOND, 9, "no adapter is registered under 9"),
-        (Entry.GROUP, 4, "no statistics group 4"),
+        (RequestColumn.RANKING, 7, "no ranking is registered under 7"),
+        (RequestColumn.ADAPTER_1, 9, "no adapter is registered under 9"),
+        (RequestColumn.GROUP, 4, "no statistics group 4"),
     ):
         with pytest.raises(SnpatchError, match=message):
             feed.add("request", {"snpatch": [1, *row[:place], value, *row[place + 1 :]]})
@@ -146,9 +146,14 @@ def test_no_row_of_an_earlier_step_is_left_in_the_plan_however_far_a_graph_pads_
     feed, draw = Feed(banks), np.random.default_rng(0)
     blank = banks.plan[0].clone()
     for number in range(6):
-        row = np.zeros(len(Entry), dtype=int)
-        row[[Entry.HI, Entry.PATCH_STOP, Entry.GROUP, Entry.OBSERVE_STOP]] = neurons, 10**6, number % 4, 10**6
-        row[Entry.RECEIPT] = row[Entry.CAPTURE] = -1
+        row = np.zeros(len(RequestColumn), dtype=int)
+        row[[RequestColumn.HI, RequestColumn.PATCH_STOP, RequestColumn.GROUP, RequestColumn.OBSERVE_STOP]] = (
+            neurons,
+            10**6,
+            number % 4,
+            10**6,
+        )
+        row[RequestColumn.RECEIPT] = row[RequestColumn.CAPTURE] = -1
         feed.add(str(number), {KEY: [number, *map(int, row)]})
     for _ in range(200):
         n = int(draw.integers(0, 4))
@@ -161,7 +166,7 @@ def test_no_row_of_an_earlier_step_is_left_in_the_plan_however_far_a_graph_pads_
             feed.step(names, draw.integers(0, 50, n), count)
         done = int(count.sum())
         asked = banks.plan[done:].clone()
-        asked[:, Column.POSITION] = 0  # which a row that asks for nothing may have
+        asked[:, PlanColumn.POSITION] = 0  # which a row that asks for nothing may have
         assert (asked == blank).all(), (names, count)
         before = [tensor.clone() for tensor in (banks.receipt, banks.layers[0].stats, banks.layers[0].count)]
         bank = banks.layers[0]

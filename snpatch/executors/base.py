@@ -1,7 +1,7 @@
-"""What an engine hands an executor and what comes back: the one interface that every executor serves.
+"""The interface that every executor implements: the requests an engine passes to it and the outputs it returns.
 
 Why one kind of request: generation, contrast, capture and log-probabilities differ only in how many tokens are
-written and in which positions are observed, so they mix in one batch and an executor has one path to get right.
+generated and which positions are observed. So they mix in one batch, and an executor has one path to get right.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,20 +21,20 @@ from snpatch.sampling import Sampling
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """Statistics of both streams at positions [start, stop), added to `into` when the run has ended.
+    """Statistics of both streams at positions [start, stop), added to `statistics` when the run has ended.
 
-    ends False: not of those that hold a token that ends a text (which an executor may have run ahead into).
+    include_eos: False skips tokens that end a completion, because an executor may have run ahead into them.
     """
 
-    into: Statistics
+    statistics: Statistics
     start: int
     stop: int
-    ends: bool = True
+    include_eos: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """The activations of a ranking's first k neurons at positions [start, stop) are returned."""
+    """Activations of a ranking's first k neurons at positions [start, stop), to be returned."""
 
     ranking: Ranking
     k: int
@@ -46,9 +46,9 @@ class Capture:
 class Request:
     """One sequence to run.
 
-    recipient: the model that speaks. donor: the model that the second stream runs; None: there is no second stream.
-    overwrites: in order; their sources are the donor, or need none. sampling: None writes nothing (the prompt alone is
-    run). prompt_logprobs: of each prompt token but the first.
+    recipient: the model that generates. donor: the model of the second stream, or None to run a single stream.
+    overwrites: applied in order; their sources are the donor, or need none. sampling: None runs the prompt only.
+    prompt_logprobs: return the log-probability of each prompt token but the first.
     """
 
     prompt_ids: Sequence[int]
@@ -62,43 +62,46 @@ class Request:
 
     @property
     def streams(self) -> int:
-        """2 if a donor runs beside the recipient, else 1."""
+        """2 if a donor runs with the recipient, else 1."""
         return 1 if self.donor is None else 2
 
 
 @dataclass(frozen=True, eq=False)
 class Logprobs:
-    """Log-probabilities of given tokens: values [n] float32; is_greedy [n] bool: no other token is likelier."""
+    """Log-probabilities of given tokens.
+
+    values: [n] float32. is_greedy: [n] bool, True if no other token is more likely.
+    """
 
     values: Tensor
     is_greedy: Tensor
 
     def last(self, n: int) -> "Logprobs":
-        """Those of the last n tokens."""
+        """Return those of the last n tokens."""
         start = len(self.values) - n
         return Logprobs(self.values[start:], self.is_greedy[start:])
 
 
 @dataclass(eq=False)
 class Output:
-    """What one request gave. token_ids includes an ending EOS; `overwrites` is the device's count (the receipt)."""
+    """Result of one request. token_ids includes a final EOS; `overwrites` is the device's count (the receipt)."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    finish_reason: str | None = None  # "eos", "stop" or "length"; None where nothing was to be written
-    stop_reason: str | None = None  # the stop string that ended it
+    finish_reason: str | None = None  # "eos", "stop" or "length"; None if nothing was to be generated
+    stop_reason: str | None = None  # the stop string that ended the completion
     logprobs: list[float] | None = None  # [len(token_ids)]
     prompt_logprobs: Logprobs | None = None  # [len(prompt_ids) - 1]
     captured: Tensor | None = None  # [positions, k] float32
     overwrites: int = 0
-    error: OverflowedError | None = None  # why the text must not be used
+    error: OverflowedError | None = None  # why the completion must not be used
 
 
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of a model.
 
-    widths: IA3 module -> width of its vector, where the model has it. dtype: of the activations, as "bfloat16".
+    widths: module that IA3 can scale -> width of its vector. dtype: of the activations, such as "bfloat16".
     """
 
     n_layers: int
@@ -110,33 +113,36 @@ class Geometry:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(layers, neurons of a layer)."""
+        """(layers, neurons per layer)."""
         return self.n_layers, self.n_neurons
 
     @property
-    def largest(self) -> float:
-        """Largest activation that the dtype can hold and that a norm can square in float32."""
+    def max_activation(self) -> float:
+        """Largest activation that fits the dtype and whose square fits float32, as a norm needs."""
         return min(torch.finfo(getattr(torch, self.dtype)).max, torch.finfo(torch.float32).max ** 0.5)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What an engine holds, in bytes over all its devices. second: what a second set of weights holds apart from the
-    first; cache: the KV cache of both streams, 0 where it is made anew for each batch; twice: kinds of modules that
-    differ between the sets, and are held for each, as "down_proj"."""
+    """Bytes that an engine uses, summed over its devices.
+
+    secondary: secondary weights that are not shared with the primary ones. kv_cache: KV cache of both streams, 0 if
+    it is allocated for each batch. duplicated: kinds of modules that are stored for both sets of weights because they
+    differ, such as "down_proj".
+    """
 
     weights: int
-    second: int
-    cache: int
-    twice: tuple[str, ...] = ()
+    secondary: int
+    kv_cache: int
+    duplicated: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "of a second set apart from them": self.second, "KV cache": self.cache}
-        sizes = [f"{size / 1e9:.2f} GB {what}" for what, size in parts.items() if size]
-        return ", ".join([*sizes, *([f"held twice: {', '.join(self.twice)}"] if self.twice else [])])
+        parts = {"weights": self.weights, "secondary weights": self.secondary, "KV cache": self.kv_cache}
+        sizes = [f"{size / 1e9:.2f} GB {part}" for part, size in parts.items() if size]
+        return ", ".join([*sizes, *([f"stored twice: {', '.join(self.duplicated)}"] if self.duplicated else [])])
 
 
-Progress = Callable[[int, int], None]  # (requests done, requests in all)
+Progress = Callable[[int, int], None]  # (requests done, requests in total)
 
 
 class Executor(Protocol):
@@ -145,22 +151,22 @@ class Executor(Protocol):
     geometry: Geometry  # known before `start`
     memory: Memory  # known after it
 
-    def check(self, name: str, model: Model) -> None:
-        """An error for a model that this executor cannot run, as early as it can be told."""
+    def check_model(self, name: str, model: Model) -> None:
+        """Raise if this executor cannot run the model, as early as that is known."""
 
     def start(self, models: Sequence[Model]) -> None:
-        """Get ready to run requests; models: those that are known so far."""
+        """Get ready to run requests. models: those that are known so far."""
 
     def check_request(self, request: Request) -> None:
-        """An error for a request that this executor cannot run, however long it waits."""
+        """Raise if this executor can never run the request, however long it waits."""
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
-        """(index, output) of each request as it finishes, its receipt checked. A text that overflowed has its `error`.
+        """Yield (index, output) as each request finishes, with its receipt checked.
 
-        They are taken as there is room for them. Those of a list are all checked before any runs; whoever makes them
-        on the way has checked them. Statistics are whole when the last output was taken; whoever stops before ends the
-        requests that run.
+        An output that overflowed has its `error` set. Requests are taken as capacity allows. The requests of a list
+        are all checked before any runs; the caller checks the requests of a generator. Statistics are complete after
+        the last output; if the consumer stops iterating earlier, running requests are aborted.
         """
 
     def close(self) -> None:
-        """Free what is held; nothing can be run afterwards."""
+        """Free all resources; nothing can be run afterwards."""

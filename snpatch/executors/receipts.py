@@ -1,7 +1,7 @@
-"""Receipts: whether the device did what a request implies. One rule for every executor.
+"""Receipts: the check, shared by all executors, that the device did what a request implies.
 
 Why a receipt and not a check of the text: a patch that was applied to fewer neurons or positions gives another
-text that looks as good.
+completion that looks as good.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,23 @@ from torch import Tensor
 
 from snpatch.errors import OverflowedError, ReceiptError
 from snpatch.executors.base import Geometry, Output, Request
-from snpatch.executors.rows import implied_overwrites
-from snpatch.op.plan import NEVER
+from snpatch.executors.request_rows import implied_overwrites
+from snpatch.op.plan import INT32_MAX
 from snpatch.patching.patch import digest_of
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
-    """One worker's record of a request.
+class WorkerReceipt:
+    """One worker's counts for a request.
 
-    seen: one past the last position that was run. planned: overwrites that its patch implied, each run of a position
-    counted; skipped: those of positions that were not run as the prefix cache had them, done when they were put there.
-    overwrites, nonfinite, layer: the device's own counts, see plan.Receipt. captured: [positions, K] float32, NaN where
-    another worker has the neuron.
+    computed_stop: one past the last position that was run.
+    planned: overwrites that the patch implied; a position that was run twice counts twice.
+    skipped: overwrites at positions that came from the prefix cache, done when they were cached.
+    overwrites, nonfinite, layer: the device's counts, see `plan.Receipt`.
+    captured: [positions, K] float32, NaN where another worker has the neuron.
     """
 
-    seen: int
+    computed_stop: int
     planned: int
     skipped: int
     overwrites: int
@@ -36,61 +37,65 @@ class Record:
     captured: Tensor | None = None
 
 
-def confirm(request: Request, output: Output, shards: Sequence[Record], geometry: Geometry) -> None:
-    """Complete an output with its receipt and captures.
+def confirm(request: Request, output: Output, shards: Sequence[WorkerReceipt], geometry: Geometry) -> None:
+    """Check a request's receipts, then add the overwrite count and the captures to its output.
 
-    shards: a record from each worker, which holds its part of the neurons. Positions that were run twice count once.
+    Args:
+        request: The request that was run.
+        output: Completed in place. Positions that were run twice count once.
+        shards: One receipt per worker; each worker has its shard of the neurons.
+        geometry: The model's sizes.
 
     Raises:
-        OverflowedError: values of the text are not finite. Only this text is affected.
-        ReceiptError: the device did not do what the patch implies.
+        OverflowedError: Values of the completion are not finite. Only this completion is affected.
+        ReceiptError: The device did not do what the patch implies.
     """
     if error := _overflow(request, shards, geometry):
         raise error
-    fed = len(request.prompt_ids) + max(len(output.token_ids) - 1, 0)
-    output.overwrites = _overwrites(request, shards, fed)
+    num_positions = len(request.prompt_ids) + max(len(output.token_ids) - 1, 0)
+    output.overwrites = _count_overwrites(request, shards, num_positions)
     if request.capture:
-        output.captured = _captured(request, [shard.captured for shard in shards])
+        output.captured = _merge_captures(request, [shard.captured for shard in shards])
 
 
-def _overflow(request: Request, shards: Sequence[Record], geometry: Geometry) -> OverflowedError | None:
-    """Return the error of a text with non-finite values, or None."""
+def _overflow(request: Request, shards: Sequence[WorkerReceipt], geometry: Geometry) -> OverflowedError | None:
+    """Return the error of a completion with non-finite values, or None."""
     count = sum(shard.nonfinite for shard in shards)
     if count == 0:
         return None
-    layer = NEVER - max(shard.layer for shard in shards)
-    place = "in the logits" if layer == geometry.n_layers else f"at layer {layer}"
+    layer = INT32_MAX - max(shard.layer for shard in shards)
+    location = "in the logits" if layer == geometry.n_layers else f"at layer {layer}"
     unpatched = None
     if not request.overwrites:
         unpatched = digest_of([request.recipient.fingerprint, list(request.prompt_ids)])
     cause = "under its patch" if unpatched is None else "without a patch"
     return OverflowedError(
-        f"the text overflowed in {geometry.dtype} {place} {cause}: {count} of its values are not finite",
+        f"the completion overflowed in {geometry.dtype} {location} {cause}: {count} of its values are not finite",
         unpatched=unpatched,
     )
 
 
-def _overwrites(request: Request, shards: Sequence[Record], fed: int) -> int:
-    first, done = shards[0], sum(shard.overwrites for shard in shards)
-    if done != first.planned:
+def _count_overwrites(request: Request, shards: Sequence[WorkerReceipt], num_positions: int) -> int:
+    first, overwrites = shards[0], sum(shard.overwrites for shard in shards)
+    if overwrites != first.planned:
         raise ReceiptError(
-            f"a patch was not applied in full: {first.planned} overwrites were planned, the device did {done}"
+            f"a patch was not applied in full: expected {first.planned} overwrites, the device did {overwrites}"
         )
-    wanted = implied_overwrites(request, fed) - first.skipped
-    if first.seen < fed or first.planned < wanted:
+    expected = implied_overwrites(request, num_positions) - first.skipped
+    if first.computed_stop < num_positions or first.planned < expected:
         raise ReceiptError(
-            f"a patch was not applied in full: {fed} positions were to be run, {first.seen} were, and {first.planned} "
-            f"neurons of them patched instead of {wanted}"
+            f"a patch was not applied in full: expected {num_positions} positions and {expected} overwrites, got "
+            f"{first.computed_stop} and {first.planned}"
         )
-    return wanted
+    return expected
 
 
-def _captured(request: Request, parts: Sequence[Tensor]) -> Tensor:
-    """[positions, k] float32: each neuron comes from the one worker that holds it."""
+def _merge_captures(request: Request, parts: Sequence[Tensor]) -> Tensor:
+    """Return [positions, k] float32; each neuron comes from the one worker that has it."""
     capture = request.capture
-    whole, *others = (part[:, : capture.k] for part in parts)
+    merged, *others = (part[:, : capture.k] for part in parts)
     for part in others:
-        whole = torch.where(whole.isnan(), part, whole)
-    if whole.shape != (capture.stop - capture.start, capture.k) or whole.isnan().any():
+        merged = torch.where(merged.isnan(), part, merged)
+    if merged.shape != (capture.stop - capture.start, capture.k) or merged.isnan().any():
         raise ReceiptError("a capture is incomplete: some of its neurons were not written")
-    return whole
+    return merged

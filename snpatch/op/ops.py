@@ -14,7 +14,7 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError
 from snpatch.op import reference
-from snpatch.op.plan import Receipt, clauses_of, width_of
+from snpatch.op.plan import Receipt, num_plan_interventions, plan_width
 
 _LIBRARY = torch.library.Library("snpatch", "DEF")
 _LIBRARY.define(
@@ -71,7 +71,7 @@ def _checked(gate_up, scale, rank, constant, plan, stats, count, capture, receip
         "scale": (scale, (None, width), torch.float32),
         "rank": (rank, (None, width), torch.int32),
         "constant": (constant, (None, width), torch.float32),
-        "plan": (plan, (None, width_of(clauses_of(plan.shape[1]))), torch.int32),
+        "plan": (plan, (None, plan_width(num_plan_interventions(plan.shape[1]))), torch.int32),
         "stats": (stats, (None, reference.SUMS, width), torch.float64),
         "count": (count, (stats.shape[0],), torch.int64),
         "capture": (capture, (None, None), torch.float32),

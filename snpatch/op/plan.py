@@ -1,8 +1,12 @@
-"""The plan: one row of integers a token that tells the op what to do with it, and the table it is filled from.
+"""The plan: one row of integers per token that tells the op what to do, and the request table it is filled from.
 
-Why integers only: a plan is rewritten at every step from tensors that never change shape, so that nothing is
-formatted, looked up by name or sent as floats while text is generated. Both executors call `fill_plan`, in numpy on
-the host: a dozen small operations on integers cost less there than their launches would on a device.
+Why integers only: the plan is rewritten at every step into a tensor that never changes shape, so no name is looked up
+and no float is sent while text is generated. Both executors call `fill_plan`, in NumPy on the host: a dozen small
+integer operations cost less there than their launches would on a device.
+
+Running example: one layer of 4 neurons with the ranking [2, 0, 3, 1] and a request with the window LO = 0, HI = 2 at
+positions [3, inf). At position 2 the plan row has LO = HI = 0, so nothing is patched. At position 3 it has HI = 2, so
+neurons 1 (rank 0) and 3 (rank 1) are overwritten, and the receipt grows by 2.
 """
 
 from enum import IntEnum
@@ -10,36 +14,38 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-NEVER = 2**31 - 1  # a rank that no window reaches; also "without end" for a position
-UNLESS_END = 2**24  # added to a statistics group: the position counts unless its token ends a text
+INT32_MAX = 2**31 - 1
+UNRANKED = INT32_MAX  # rank of a neuron that no window reaches
+NO_END = INT32_MAX  # stop of a range of positions without an end
+SKIP_EOS_OFFSET = 2**24  # added to a statistics group: tokens that end a completion are not counted
 
 
-class Column(IntEnum):
-    """Columns of a plan row, int32; of two streams unless there is only one.
+class PlanColumn(IntEnum):
+    """Columns of a plan row, int32.
 
-    Those from RANKING to TAKE are a patch's first clause. Each further clause has a block of the same columns after
-    the last one here: `column_of`.
+    The columns from RANKING to SOURCE_WEIGHT belong to a patch's first intervention. Each further intervention has a
+    block of the same columns after the last one here: see `plan_column`.
     """
 
-    FIRST = 0  # row of `scale` for stream 0
-    SECOND = 1  # row of `scale` for stream 1
-    SPEAKER = 2  # the recipient's stream, 0 or 1; the other one is the donor's
+    ADAPTER_0 = 0  # row of `scale` for stream 0
+    ADAPTER_1 = 1  # row of `scale` for stream 1, if there are two streams
+    RECIPIENT_STREAM = 2  # 0 or 1; the other stream is the donor's
     RANKING = 3  # row of `rank`, for the window and for the capture
     LO = 4  # first rank that is patched
     HI = 5  # first rank that is not; LO == HI patches nothing
-    SOURCE = 6  # where the overwriting value comes from: Source
-    ROW = 7  # row of `constant`: the value, or the standard deviation of the noise
+    SOURCE = 6  # a Source: where the overwriting value comes from
+    CONSTANT_ROW = 7  # row of `constant`: the value, or the standard deviation of the noise
     SEED = 8  # key of the noise
-    KEEP = 9  # factor of the recipient's own value, as the bits of a float32 (bits_of)
-    TAKE = 10  # factor of the source's value, likewise; 0 and 1: an exact copy
-    POSITION = 11  # token's position in its sequence, 0 is the first; counter of the noise
-    GROUP = 12  # statistics group, -1 for none (on its way to the device perhaps UNLESS_END + group)
-    CAPTURE = 13  # row of `capture`, -1 for none
-    RECEIPT = 14  # row of `receipt`, -1 for none
+    SELF_WEIGHT = 9  # factor of the recipient's own value, a float32's bits (float_bits)
+    SOURCE_WEIGHT = 10  # factor of the source's value, likewise; weights 0 and 1 make an exact copy
+    POSITION = 11  # token's position in its sequence, from 0; counter of the noise
+    GROUP = 12  # statistics group, -1 = none; SKIP_EOS_OFFSET + group until the token is known
+    CAPTURE = 13  # row of `capture`, -1 = none
+    RECEIPT = 14  # row of `receipt`, -1 = none
 
 
 class Source(IntEnum):
-    """Whose value a patched neuron takes: keep * the recipient's own + take * the source's."""
+    """Source of a patched value: a patched neuron becomes self_weight * recipient + source_weight * source."""
 
     DONOR = 0  # the donor stream's value of the same token
     CONSTANT = 1  # constant[row]
@@ -50,122 +56,129 @@ class Receipt(IntEnum):
     """Columns of a row of `receipt`, int64: what the device did for one request."""
 
     OVERWRITES = 0  # neurons that were overwritten
-    NONFINITE = 1  # values of either stream that are NaN or infinite in the model's dtype, and rows of logits
-    LAYER = 2  # NEVER minus the first layer that holds such a value; 0 if there is none
+    NONFINITE = 1  # NaN and infinite values of both streams in the model's dtype, and overflowed rows of logits
+    LAYER = 2  # INT32_MAX - (first layer with a non-finite value); 0 = none
 
 
-class Entry(IntEnum):
+class RequestColumn(IntEnum):
     """Columns of the request table, int32. Ranges are half open, in positions.
 
-    The first COPIED of them are a plan row's, too, in the same places. Each further clause has a block after the last
-    one here: the columns from RANKING to PATCH_STOP, `entry_of`.
+    The first SHARED_COLUMNS are equal in a plan row. Each further intervention has a block after the last column
+    here, with the columns from RANKING to PATCH_STOP: see `request_column`.
     """
 
-    FIRST = 0
-    SECOND = 1
-    SPEAKER = 2
+    ADAPTER_0 = 0
+    ADAPTER_1 = 1
+    RECIPIENT_STREAM = 2
     RANKING = 3
     LO = 4
     HI = 5
     SOURCE = 6
-    ROW = 7
+    CONSTANT_ROW = 7
     SEED = 8
-    KEEP = 9
-    TAKE = 10
+    SELF_WEIGHT = 9
+    SOURCE_WEIGHT = 10
     PATCH_START = 11
     PATCH_STOP = 12
     GROUP = 13
     OBSERVE_START = 14
     OBSERVE_STOP = 15
-    CAPTURE = 16  # row of the range's first position; the next position has the next row
+    CAPTURE = 16  # row for the range's first position; the next position uses the next row
     CAPTURE_START = 17
     CAPTURE_STOP = 18
     RECEIPT = 19
-    SEEN = 20  # positions before this one were run already: they are patched again, but not observed or captured again
+    COMPUTED_STOP = 20  # earlier positions were run before: they are patched again, but not observed or captured
 
 
-COPIED = Entry.PATCH_START
-BLOCK = Column.TAKE + 1 - Column.RANKING  # columns of a further clause in a plan row
-ENTRIES = Entry.PATCH_STOP + 1 - Entry.RANKING  # and in the request table
+SHARED_COLUMNS = RequestColumn.PATCH_START
+PLAN_COLUMNS_PER_INTERVENTION = PlanColumn.SOURCE_WEIGHT + 1 - PlanColumn.RANKING
+REQUEST_COLUMNS_PER_INTERVENTION = RequestColumn.PATCH_STOP + 1 - RequestColumn.RANKING
 
 
-def width_of(clauses: int) -> int:
-    """Columns of a plan row of so many clauses."""
-    return len(Column) + BLOCK * (clauses - 1)
+def plan_width(num_interventions: int) -> int:
+    """Return the number of columns of a plan row."""
+    return len(PlanColumn) + PLAN_COLUMNS_PER_INTERVENTION * (num_interventions - 1)
 
 
-def entries_of(clauses: int) -> int:
-    """Columns of the request table for so many clauses."""
-    return len(Entry) + ENTRIES * (clauses - 1)
+def request_width(num_interventions: int) -> int:
+    """Return the number of columns of the request table."""
+    return len(RequestColumn) + REQUEST_COLUMNS_PER_INTERVENTION * (num_interventions - 1)
 
 
-def clauses_of(width: int) -> int:
-    """How many clauses a plan row of this width has."""
-    return 1 + (width - len(Column)) // BLOCK
+def num_plan_interventions(width: int) -> int:
+    """Return how many interventions fit into a plan row of `width` columns."""
+    return 1 + (width - len(PlanColumn)) // PLAN_COLUMNS_PER_INTERVENTION
 
 
-def clauses_in(entries: int) -> int:
-    """How many clauses a request table of so many columns has."""
-    return 1 + (entries - len(Entry)) // ENTRIES
+def num_request_interventions(width: int) -> int:
+    """Return how many interventions fit into a request table of `width` columns."""
+    return 1 + (width - len(RequestColumn)) // REQUEST_COLUMNS_PER_INTERVENTION
 
 
-def column_of(column: Column, clause: int) -> int:
-    """Where a plan row has a column, from RANKING to TAKE, of a clause."""
-    return column if clause == 0 else len(Column) + BLOCK * (clause - 1) + column - Column.RANKING
+def plan_column(column: PlanColumn, intervention: int) -> int:
+    """Return the index of an intervention's column (RANKING to SOURCE_WEIGHT) in a plan row."""
+    if intervention == 0:
+        return column
+    return plan_width(intervention) + column - PlanColumn.RANKING
 
 
-def entry_of(entry: Entry, clause: int) -> int:
-    """Where the request table has an entry, from RANKING to PATCH_STOP, of a clause."""
-    return entry if clause == 0 else len(Entry) + ENTRIES * (clause - 1) + entry - Entry.RANKING
+def request_column(column: RequestColumn, intervention: int) -> int:
+    """Return the index of an intervention's column (RANKING to PATCH_STOP) in the request table."""
+    if intervention == 0:
+        return column
+    return request_width(intervention) + column - RequestColumn.RANKING
 
 
-def bits_of(factor: float) -> int:
-    """A factor as Column.KEEP and Column.TAKE hold it."""
-    return int(np.float32(factor).view(np.int32))
+def float_bits(weight: float) -> int:
+    """Return a float32's bits as an integer, as SELF_WEIGHT and SOURCE_WEIGHT store it."""
+    return int(np.float32(weight).view(np.int32))
 
 
-def unless_end(group: int) -> int:
-    """Entry.GROUP of a request whose tokens that end a text do not count."""
-    return group + UNLESS_END
+def encode_skip_eos(group: int) -> int:
+    """Return RequestColumn.GROUP of a request whose statistics skip the tokens that end a completion."""
+    return group + SKIP_EOS_OFFSET
 
 
-def group_of(entry: int) -> int:
-    """The statistics group of an Entry.GROUP, -1 for none."""
-    return entry - UNLESS_END if entry >= UNLESS_END else entry
+def decode_group(value: int) -> int:
+    """Return the statistics group in a RequestColumn.GROUP, -1 for none."""
+    return value - SKIP_EOS_OFFSET if value >= SKIP_EOS_OFFSET else value
 
 
 def fill_plan(
-    table: NDArray[np.int32],  # [R, entries_of(clauses)]
-    request: NDArray[np.int64],  # [T]: row of `table`; -1 = padding
-    position: NDArray[np.int64],  # [T]: position of the token in its sequence
+    table: NDArray[np.int32],  # [R, request_width(num_interventions)]
+    request: NDArray[np.int64],  # [T], row of `table`; -1 = padding
+    position: NDArray[np.int64],  # [T], position of the token in its sequence
 ) -> NDArray[np.int32]:
-    """The plan rows [T, width_of(clauses)] of one step. Padding asks for nothing: empty window, no group."""
+    """Return the plan [T, plan_width(num_interventions)] of one step.
+
+    A padding token has an empty window and no group, capture or receipt.
+    """
     if not len(table):
         table = np.zeros((1, table.shape[1]), dtype=np.int32)
-    real = request >= 0
+    is_token = request >= 0
     row = table[np.maximum(request, 0)]
-    clauses = clauses_in(table.shape[1])
-    plan = np.empty((len(request), width_of(clauses)), dtype=np.int32)
-    plan[:, :COPIED] = row[:, :COPIED] * real[:, None]
-    plan[:, Column.POSITION] = position
+    num_interventions = num_request_interventions(table.shape[1])
+    plan = np.empty((len(request), plan_width(num_interventions)), dtype=np.int32)
+    plan[:, :SHARED_COLUMNS] = row[:, :SHARED_COLUMNS] * is_token[:, None]
+    plan[:, PlanColumn.POSITION] = position
 
-    def within(start: int, stop: int) -> NDArray[np.bool_]:
-        return real & (row[:, start] <= position) & (position < row[:, stop])
+    def in_range(start: int, stop: int) -> NDArray[np.bool_]:
+        return is_token & (row[:, start] <= position) & (position < row[:, stop])
 
-    new = position >= row[:, Entry.SEEN]
-    is_patched = within(Entry.PATCH_START, Entry.PATCH_STOP)
-    observed = within(Entry.OBSERVE_START, Entry.OBSERVE_STOP) & new
-    captured = within(Entry.CAPTURE_START, Entry.CAPTURE_STOP) & new
-    plan[:, Column.HI] = np.where(is_patched, row[:, Entry.HI], plan[:, Column.LO])
-    plan[:, Column.GROUP] = np.where(observed, row[:, Entry.GROUP], -1)
-    slot = row[:, Entry.CAPTURE] + (position - row[:, Entry.CAPTURE_START])
-    plan[:, Column.CAPTURE] = np.where(captured, slot, -1)
-    for clause in range(1, clauses):
-        first, last = column_of(Column.RANKING, clause), column_of(Column.TAKE, clause)
-        own = row[:, entry_of(Entry.RANKING, clause) : entry_of(Entry.TAKE, clause) + 1]
-        plan[:, first : last + 1] = own * real[:, None]
-        here = within(entry_of(Entry.PATCH_START, clause), entry_of(Entry.PATCH_STOP, clause))
-        lo, hi = column_of(Column.LO, clause), column_of(Column.HI, clause)
-        plan[:, hi] = np.where(here, row[:, entry_of(Entry.HI, clause)], plan[:, lo])
-    plan[:, Column.RECEIPT] = np.where(real, row[:, Entry.RECEIPT], -1)
+    is_new = position >= row[:, RequestColumn.COMPUTED_STOP]
+    is_patched = in_range(RequestColumn.PATCH_START, RequestColumn.PATCH_STOP)
+    is_observed = in_range(RequestColumn.OBSERVE_START, RequestColumn.OBSERVE_STOP) & is_new
+    is_captured = in_range(RequestColumn.CAPTURE_START, RequestColumn.CAPTURE_STOP) & is_new
+    plan[:, PlanColumn.HI] = np.where(is_patched, row[:, RequestColumn.HI], plan[:, PlanColumn.LO])
+    plan[:, PlanColumn.GROUP] = np.where(is_observed, row[:, RequestColumn.GROUP], -1)
+    capture_row = row[:, RequestColumn.CAPTURE] + (position - row[:, RequestColumn.CAPTURE_START])
+    plan[:, PlanColumn.CAPTURE] = np.where(is_captured, capture_row, -1)
+    for i in range(1, num_interventions):
+        first, last = plan_column(PlanColumn.RANKING, i), plan_column(PlanColumn.SOURCE_WEIGHT, i)
+        start = request_column(RequestColumn.RANKING, i)
+        plan[:, first : last + 1] = row[:, start : start + PLAN_COLUMNS_PER_INTERVENTION] * is_token[:, None]
+        is_patched = in_range(request_column(RequestColumn.PATCH_START, i), request_column(RequestColumn.PATCH_STOP, i))
+        lo, hi = plan_column(PlanColumn.LO, i), plan_column(PlanColumn.HI, i)
+        plan[:, hi] = np.where(is_patched, row[:, request_column(RequestColumn.HI, i)], plan[:, lo])
+    plan[:, PlanColumn.RECEIPT] = np.where(is_token, row[:, RequestColumn.RECEIPT], -1)
     return plan

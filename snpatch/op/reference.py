@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snpatch.op.plan import NEVER, Column, Receipt, Source, clauses_of, column_of
+from snpatch.op.plan import INT32_MAX, PlanColumn, Receipt, Source, num_plan_interventions, plan_column
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 SUMS = 5  # r, r^2, d, d^2, (r - d)^2
@@ -21,7 +21,7 @@ def patched_glu(
     scale: Tensor,  # [A, N] float32, IA3 vectors of this layer; row 0 is ones
     rank: Tensor,  # [R, N] int32, global rank in each ranking; 2^31 - 1 = never patched
     constant: Tensor,  # [C, N] float32; row 0 is zeros
-    plan: Tensor,  # [T, width_of(clauses)] int32
+    plan: Tensor,  # [T, plan_width(clauses)] int32
     stats: Tensor,  # [G, 5, N] float64, added to: sums of r, r^2, d, d^2, (r - d)^2
     count: Tensor,  # [G] int64, added to: tokens that went into stats
     capture: Tensor,  # [slots, K] float32, written: neurons with rank < K, in rank order
@@ -43,45 +43,48 @@ def patched_glu(
     """
     tokens, width = plan.shape[0], gate_up.shape[1] // 2
     gate, up = gate_up.float().split(width, dim=1)
-    adapter = plan[:, Column.FIRST : Column.FIRST + streams].long()
+    adapter = plan[:, PlanColumn.ADAPTER_0 : PlanColumn.ADAPTER_0 + streams].long()
     value = (ACTIVATIONS[activation](gate) * up).view(tokens, streams, width) * scale[adapter]
-    speaker = plan[:, Column.SPEAKER].long()
+    speaker = plan[:, PlanColumn.RECIPIENT_STREAM].long()
     token = torch.arange(tokens, device=plan.device)
     recipient, donor = value[token, speaker], value[token, streams - 1 - speaker]
 
-    observed = plan[:, Column.GROUP] >= 0
-    group = plan[observed, Column.GROUP].long()
+    observed = plan[:, PlanColumn.GROUP] >= 0
+    group = plan[observed, PlanColumn.GROUP].long()
     r, d = recipient[observed], donor[observed]
     sums = [r, r * r] if streams == 1 else [r, r * r, d, d * d, (r - d) ** 2]
     stats[:, : len(sums)].index_add_(0, group, torch.stack(sums, dim=1).double())
     count.index_add_(0, group, torch.ones_like(group))
 
-    row_rank = rank[plan[:, Column.RANKING].long()]
-    at, neuron = torch.nonzero((plan[:, Column.CAPTURE, None] >= 0) & (row_rank < capture.shape[1]), as_tuple=True)
-    slot = plan[at, Column.CAPTURE].long()
+    row_rank = rank[plan[:, PlanColumn.RANKING].long()]
+    at, neuron = torch.nonzero((plan[:, PlanColumn.CAPTURE, None] >= 0) & (row_rank < capture.shape[1]), as_tuple=True)
+    slot = plan[at, PlanColumn.CAPTURE].long()
     capture[slot, row_rank[at, neuron].long()] = recipient[at, neuron]
 
-    spoken, counted = recipient, plan[:, Column.RECEIPT] >= 0
-    for clause in range(clauses_of(plan.shape[1])):
+    spoken, counted = recipient, plan[:, PlanColumn.RECEIPT] >= 0
+    for clause in range(num_plan_interventions(plan.shape[1])):
 
-        def of(column: Column, clause: int = clause) -> Tensor:
-            return plan[:, column_of(column, clause)]
+        def of(column: PlanColumn, clause: int = clause) -> Tensor:
+            return plan[:, plan_column(column, clause)]
 
-        row_rank = rank[of(Column.RANKING).long()]
-        patched = (of(Column.LO)[:, None] <= row_rank) & (row_rank < of(Column.HI)[:, None])
-        source = of(Column.SOURCE)[:, None]
+        row_rank = rank[of(PlanColumn.RANKING).long()]
+        patched = (of(PlanColumn.LO)[:, None] <= row_rank) & (row_rank < of(PlanColumn.HI)[:, None])
+        source = of(PlanColumn.SOURCE)[:, None]
         if streams == 1:
             patched &= source != Source.DONOR  # there is none: not done and not counted, so that the receipt tells
-        row = constant[of(Column.ROW).long()]
-        noise = row * normal(of(Column.SEED), plan[:, Column.POSITION], layer, first_neuron, width)
+        row = constant[of(PlanColumn.CONSTANT_ROW).long()]
+        noise = row * normal(of(PlanColumn.SEED), plan[:, PlanColumn.POSITION], layer, first_neuron, width)
         taken = torch.where(source == Source.CONSTANT, row, torch.where(source == Source.NOISE, noise, donor))
-        keep, take = (of(column)[:, None].contiguous().view(torch.float32) for column in (Column.KEEP, Column.TAKE))
+        keep, take = (
+            of(column)[:, None].contiguous().view(torch.float32)
+            for column in (PlanColumn.SELF_WEIGHT, PlanColumn.SOURCE_WEIGHT)
+        )
         mixture = torch.where(take == 0, keep * spoken, keep * spoken + take * taken)
         spoken = torch.where(patched, torch.where(keep == 0, take * taken, mixture), spoken)
-        receipt[:, Receipt.OVERWRITES].index_add_(0, plan[counted, Column.RECEIPT].long(), patched[counted].sum(1))
+        receipt[:, Receipt.OVERWRITES].index_add_(0, plan[counted, PlanColumn.RECEIPT].long(), patched[counted].sum(1))
     out = value.index_put((token, speaker), spoken).view(-1, width).to(gate_up.dtype)
     nonfinite = (~out.isfinite()).view(tokens, streams * width).sum(1)
-    count_nonfinite(receipt, plan[:, Column.RECEIPT], nonfinite, layer)
+    count_nonfinite(receipt, plan[:, PlanColumn.RECEIPT], nonfinite, layer)
     return out
 
 
@@ -95,7 +98,7 @@ def count_nonfinite(
     if not len(receipt):
         return
     nonfinite = torch.where(slot >= 0, nonfinite, 0)
-    row, found = slot.clamp(min=0).long(), torch.where(nonfinite > 0, NEVER - layer, 0)
+    row, found = slot.clamp(min=0).long(), torch.where(nonfinite > 0, INT32_MAX - layer, 0)
     receipt[:, Receipt.NONFINITE].index_add_(0, row, nonfinite.long())
     receipt[:, Receipt.LAYER].scatter_reduce_(0, row, found.long(), "amax")
 

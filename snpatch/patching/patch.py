@@ -21,7 +21,7 @@ from snpatch.errors import SnpatchError, shown
 from snpatch.files import read_tensors, write_tensors
 from snpatch.models.model import Model
 from snpatch.names import MODES, PLACES, SOURCES
-from snpatch.op.plan import NEVER
+from snpatch.op.plan import NO_END
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 from snpatch.tensors import FLOATS, check_tensor
@@ -147,7 +147,7 @@ class Clause:
                 f"window [{self.window.lo}, {self.window.hi}) reaches past the ranking's {len(self.ranking)} neurons",
                 field="window",
             )
-        is_position = isinstance(self.where, int) and abs(self.where) < NEVER
+        is_position = isinstance(self.where, int) and abs(self.where) < NO_END
         if not is_position and self.where not in PLACES:
             message = f"where must be one of {', '.join(PLACES)} or a position, got {self.where!r}"
             raise SnpatchError(message, field="where")
@@ -178,10 +178,10 @@ class Clause:
         if self.where == "prompt":
             return 0, prompt_length
         if self.where == "generated":
-            return prompt_length, NEVER
+            return prompt_length, NO_END
         if self.where == "all":
-            return 0, NEVER
-        return (self.where if self.where >= 0 else max(0, prompt_length + self.where)), NEVER
+            return 0, NO_END
+        return (self.where if self.where >= 0 else max(0, prompt_length + self.where)), NO_END
 
 
 @dataclass(frozen=True, eq=False)

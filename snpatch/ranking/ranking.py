@@ -17,7 +17,7 @@ from torch import Tensor
 from snpatch.data.file_reader import kind_of
 from snpatch.errors import SnpatchError
 from snpatch.files import read_checkpoint, read_tensors, write_tensors
-from snpatch.op.plan import NEVER
+from snpatch.op.plan import UNRANKED
 from snpatch.ranking import controls
 from snpatch.ranking.methods import METHODS
 from snpatch.ranking.reading import NUMPY, TABLES, TORCH, Shape, array_of, read_neurons
@@ -54,7 +54,7 @@ class Ranking:
             raise SnpatchError(
                 f"ranking: rank must be [layers, neurons] int32, got {list(self.rank.shape)} {self.rank.dtype}"
             )
-        ranked = self.rank[self.rank != NEVER]
+        ranked = self.rank[self.rank != UNRANKED]
         if not torch.equal(ranked.sort().values, torch.arange(len(ranked), dtype=torch.int32)):
             raise SnpatchError(f"ranking: ranks must be 0..{len(ranked) - 1}, each once")
         for name, tensor in {"scores": self.scores, **self.moments}.items():
@@ -329,7 +329,7 @@ class Ranking:
     def _order(self) -> Tensor:
         """Flat neuron indices [n] int64, best first."""
         order = torch.argsort(self.rank.flatten().long(), stable=True)
-        return order[: int((self.rank != NEVER).sum())]
+        return order[: int((self.rank != UNRANKED).sum())]
 
     def _first(self, k: int) -> Tensor:
         if not 0 <= k <= len(self):
@@ -359,7 +359,7 @@ def _layers(layers: Sequence[int], n_layers: int, name: str) -> list[int]:
 
 
 def _rank_of(order: Tensor, shape: tuple[int, int]) -> Tensor:
-    rank = torch.full((shape[0] * shape[1],), NEVER, dtype=torch.int32)
+    rank = torch.full((shape[0] * shape[1],), UNRANKED, dtype=torch.int32)
     rank[order] = torch.arange(len(order), dtype=torch.int32)
     return rank.view(shape)
 

@@ -17,7 +17,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from snpatch.errors import OverflowedError, ReceiptError, SnpatchError
 from snpatch.executors.base import Output, Request
-from snpatch.executors.rows import named_by
+from snpatch.executors.request_rows import collect_resources
 from snpatch.executors.vllm.codec import EngineRequest
 from snpatch.executors.vllm.settings import KEY
 from snpatch.executors.vllm.slots import SlotLease
@@ -91,7 +91,7 @@ class PatchedClient:
         self._check_logprobs(ask, params, len(ids))
         params.update_from_generation_config({"eos_token_id": sorted(requests.model(ask.recipient).weights.eos_ids)})
         request = requests.patched(ids, ask.patch, sampling=Sampling(max_tokens=params.max_tokens))
-        if not named_by(request).is_empty:
+        if not collect_resources(request).is_empty:
             self.serving.check_waiting(len(ask.receipts) + n)
         text = _Text(ask, len(ask.receipts), request, prompt, params, request_id, more)
         ask.receipts += [Receipt()] * n

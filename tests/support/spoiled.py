@@ -7,7 +7,7 @@ from jobs import ALL, RANKINGS
 
 from snpatch import Engine, Noise, Patch, Sampling, Scale
 from snpatch.executors.base import Request
-from snpatch.op.plan import NEVER
+from snpatch.op.plan import NO_END
 from snpatch.patching.patch import Constant, Overwrite
 from snpatch.ranking.window import Window
 
@@ -24,7 +24,7 @@ def overflowing(engine: Engine, ids: Sequence[int], source=TOO_LARGE[0], tokens:
     return Request(
         list(ids),
         engine.requests.model("base"),
-        overwrites=(Overwrite(source, RANKINGS[0], Window(0, ALL), 0, NEVER, strength),),
+        overwrites=(Overwrite(source, RANKINGS[0], Window(0, ALL), 0, NO_END, strength),),
         sampling=Sampling(max_tokens=tokens, ignore_eos=True),
     )
 

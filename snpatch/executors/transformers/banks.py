@@ -13,10 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from snpatch.executors.base import Geometry, Request
-from snpatch.executors.receipts import Record
-from snpatch.executors.rows import Named, Places, implied_overwrites, named_by, observed_statistics, request_row
-from snpatch.op.bank import LayerBank
-from snpatch.op.plan import NEVER, Entry, Receipt
+from snpatch.executors.receipts import WorkerReceipt
+from snpatch.executors.request_rows import (
+    RequestResources,
+    SlotIndex,
+    build_request_row,
+    collect_resources,
+    implied_overwrites,
+    observed_statistics,
+)
+from snpatch.op.layer_tables import LayerTables
+from snpatch.op.plan import UNRANKED, Receipt, RequestColumn
 from snpatch.op.reference import SUMS
 
 
@@ -26,19 +33,21 @@ class Banks:
     def __init__(self, requests: Sequence[Request], geometry: Geometry, device: torch.device) -> None:
         self._device = device
         self._statistics = observed_statistics(requests)
-        named = Named()
+        named = RequestResources()
         for request in requests:
-            own = named_by(request)
+            own = collect_resources(request)
             named.models.update(own.models)
             named.rankings.update(own.rankings)
             named.constants.update(own.constants)
-        self._places = Places(
+        self._places = SlotIndex(
             {fingerprint: place for place, fingerprint in enumerate(named.models, start=1)},
             {fingerprint: place for place, fingerprint in enumerate(named.rankings)},
             {fingerprint: place for place, fingerprint in enumerate(named.constants, start=1)},
         )
         shape = geometry.n_layers, geometry.n_neurons
-        ranks = [ranking.rank for ranking in named.rankings.values()] or [torch.full(shape, NEVER, dtype=torch.int32)]
+        ranks = [ranking.rank for ranking in named.rankings.values()] or [
+            torch.full(shape, UNRANKED, dtype=torch.int32)
+        ]
         constants = [torch.zeros(shape), *named.constants.values()]
         plain = {module: torch.ones(geometry.n_layers, width) for module, width in geometry.widths.items()}
         used = [plain, *(model.scales.vectors for model in named.models.values())]
@@ -49,7 +58,7 @@ class Banks:
 
         groups = len(self._statistics)
         self.layers = [
-            LayerBank(
+            LayerTables(
                 scale=of_layer([scale["down_proj"] for scale in used], layer),
                 rank=of_layer(ranks, layer),
                 constant=of_layer(constants, layer),
@@ -61,15 +70,15 @@ class Banks:
         ]
 
     def for_batch(self, requests: Sequence[Request]) -> tuple[NDArray[np.int32], Tensor, Tensor]:
-        """Table [R, entries_of(clauses)], empty captures [slots, K] and empty receipts [R, 3] of one batch."""
+        """Table [R, request_width(clauses)], empty captures [slots, K] and empty receipts [R, 3] of one batch."""
         slots, columns = 0, max((r.capture.k for r in requests if r.capture), default=0)
         clauses = max(1, *(len(r.overwrites) for r in requests))
         rows = []
         for number, request in enumerate(requests):
-            row = request_row(request, replace(self._places, group=self._group(request)), clauses)
-            row[Entry.RECEIPT] = number
+            row = build_request_row(request, replace(self._places, group=self._group(request)), clauses)
+            row[RequestColumn.RECEIPT] = number
             if request.capture:
-                row[Entry.CAPTURE] = slots
+                row[RequestColumn.CAPTURE] = slots
                 slots += request.capture.stop - request.capture.start
             rows.append(row)
         capture = torch.full((slots, columns), torch.nan, device=self._device)
@@ -87,10 +96,12 @@ class Banks:
     def _group(self, request: Request) -> int:
         if request.observe is None:
             return -1
-        return next(i for i, statistics in enumerate(self._statistics) if statistics is request.observe.into)
+        return next(i for i, statistics in enumerate(self._statistics) if statistics is request.observe.statistics)
 
 
-def records_of(requests: Sequence[Request], fed: Sequence[int], capture: Tensor, receipt: Tensor) -> list[Record]:
+def records_of(
+    requests: Sequence[Request], fed: Sequence[int], capture: Tensor, receipt: Tensor
+) -> list[WorkerReceipt]:
     """What a batch did for each of its requests. fed: positions that were run; capture, receipt: from `for_batch`."""
     records, slot = [], 0
     for request, n, own_receipt in zip(requests, fed, receipt.tolist(), strict=True):
@@ -98,5 +109,5 @@ def records_of(requests: Sequence[Request], fed: Sequence[int], capture: Tensor,
         if request.capture:
             stop = slot + request.capture.stop - request.capture.start
             own, slot = capture[slot:stop].cpu(), stop
-        records.append(Record(n, implied_overwrites(request, n), 0, *own_receipt, own))
+        records.append(WorkerReceipt(n, implied_overwrites(request, n), 0, *own_receipt, own))
     return records

@@ -25,7 +25,7 @@ from snpatch.models.lora import merge_loras
 from snpatch.models.model import Model
 from snpatch.models.pretrained import load_pretrained
 from snpatch.models.text_processing import TextProcessor
-from snpatch.op.plan import Column, fill_plan
+from snpatch.op.plan import PlanColumn, fill_plan
 from snpatch.op.reference import count_nonfinite, has_overflowed
 
 BATCH_SIZE = 32  # sequences of a batch where none is given
@@ -54,7 +54,7 @@ class TransformersExecutor:
         self._step = make_twin(self._model, second)
         self.memory = Memory(own, total_bytes(self._model.parameters()) - own, 0, module_kinds(self._step.paired))
 
-    def check(self, name: str, model: Model) -> None:
+    def check_model(self, name: str, model: Model) -> None:
         """Every model whose adapters fit the geometry can be run."""
 
     def start(self, models: Sequence[Model]) -> None:
@@ -132,7 +132,7 @@ class TransformersExecutor:
             inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position.clamp(min=0)}
             rows = {name: tensor.repeat_interleave(step.streams, dim=0) for name, tensor in inputs.items()}
             run = self._model(**rows, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
-            slots = step.plan.view(*ids.shape, -1)[:, -1, Column.RECEIPT]
+            slots = step.plan.view(*ids.shape, -1)[:, -1, PlanColumn.RECEIPT]
             count_nonfinite(receipt, slots, has_overflowed(run.logits[:, -1]), self.geometry.n_layers)
             return run.logits
 

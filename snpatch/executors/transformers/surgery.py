@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from snpatch.errors import SnpatchError
 from snpatch.models.compatibility import have_equal_weights
 from snpatch.op import ops
-from snpatch.op.bank import LayerBank
-from snpatch.op.plan import Column, Receipt
+from snpatch.op.layer_tables import LayerTables
+from snpatch.op.plan import PlanColumn, Receipt
 
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
@@ -25,10 +25,10 @@ class Step:
 
     sets: tuple[int, ...] = (0,)  # whose weights each stream runs: the first model's or the second's
     length: int = 1  # positions of each row in this pass
-    plan: Tensor = field(default_factory=lambda: torch.empty(0, len(Column), dtype=torch.int32))
+    plan: Tensor = field(default_factory=lambda: torch.empty(0, len(PlanColumn), dtype=torch.int32))
     capture: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     receipt: Tensor = field(default_factory=lambda: torch.empty(0, len(Receipt), dtype=torch.int64))
-    banks: list[LayerBank] = field(default_factory=list)
+    banks: list[LayerTables] = field(default_factory=list)
     paired: list[str] = field(default_factory=list)  # modules that differ between the two sets of weights
 
     @property
@@ -150,7 +150,7 @@ def _scale_rows(step: Step, layer: int, name: str):
         scale = step.banks[layer].attention_scale.get(name)
         if scale is None:
             return None
-        adapter = step.plan[:, Column.FIRST : Column.FIRST + step.streams]
+        adapter = step.plan[:, PlanColumn.ADAPTER_0 : PlanColumn.ADAPTER_0 + step.streams]
         factor = scale[step.rows_first(adapter.reshape(-1, 1)).squeeze(-1).long()]
         return (output * factor).to(output.dtype)
 

@@ -13,8 +13,8 @@ import torch
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.executors import receipts
 from snpatch.executors.base import Geometry, Logprobs, Output, Request
-from snpatch.executors.receipts import Record
-from snpatch.executors.rows import request_row, streams
+from snpatch.executors.receipts import WorkerReceipt
+from snpatch.executors.request_rows import build_request_row, stream_models
 from snpatch.executors.vllm.rpc import unpack
 from snpatch.executors.vllm.settings import KEY, SAME_WEIGHTS
 from snpatch.executors.vllm.slots import SlotLease
@@ -61,7 +61,7 @@ class RequestCodec:
         speaker = request.recipient.weights.index if self._has_second else 0
         is_flipped = self._has_second and has_same_weights(request)
         ticket, salt = next(self._tickets), cache_salt(request, speaker, is_flipped)
-        extra_args = {KEY: [ticket, *request_row(request, lease.places, self._clauses, speaker)]}
+        extra_args = {KEY: [ticket, *build_request_row(request, lease.places, self._clauses, speaker)]}
         if is_flipped:
             extra_args[SAME_WEIGHTS] = True
         return RequestTag(ticket, salt, extra_args)
@@ -113,7 +113,7 @@ def cache_salt(request: Request, speaker: int = 0, is_flipped: bool = False) -> 
 
     is_flipped: the donor's rows go through the set of weights that is not its stream's.
     """
-    models = streams(request, speaker)
+    models = stream_models(request, speaker)
     if not request.overwrites:
         is_plain = all(m.is_unscaled for m in models) and not is_flipped
         return None if is_plain else digest_of([*(m.scales.fingerprint for m in models), is_flipped and speaker])
@@ -121,8 +121,8 @@ def cache_salt(request: Request, speaker: int = 0, is_flipped: bool = False) -> 
     return digest_of([*(m.scales.fingerprint for m in models), speaker, is_flipped, clauses])
 
 
-def _record(data: dict) -> Record:
-    return Record(**{**data, "captured": None if data["captured"] is None else unpack(data["captured"])})
+def _record(data: dict) -> WorkerReceipt:
+    return WorkerReceipt(**{**data, "captured": None if data["captured"] is None else unpack(data["captured"])})
 
 
 def _sampling_params(request: Request, extra_args: dict, streaming: bool):

@@ -17,7 +17,7 @@ from snpatch.executors.vllm.executor_base import VllmExecutorBase, WorkerInfo
 from snpatch.executors.vllm.rpc import unwrap_answers
 from snpatch.executors.vllm.slots import SlotLease
 from snpatch.models.model import Model
-from snpatch.op.plan import unless_end
+from snpatch.op.plan import encode_skip_eos
 from snpatch.ranking.statistics import Statistics
 
 BACKLOG = 4  # times as many requests are inside vLLM as run at once: it never waits for one, and none waits long
@@ -169,13 +169,13 @@ class _Run:
         """The group of the request's statistics as its row has it; emptied when it is first used."""
         if request.observe is None:
             return -1
-        into = request.observe.into
+        into = request.observe.statistics
         if id(into) not in self._groups:
             group = self._executor.slots.acquire_group()
             self._groups[id(into)] = into, group
             self._executor.command("snpatch_clear_statistics", [group])
         group = self._groups[id(into)][1]
-        return group if request.observe.ends else unless_end(group)
+        return group if request.observe.include_eos else encode_skip_eos(group)
 
     def _is_time_to_fetch(self) -> bool:
         n = len(self._finished)

@@ -48,6 +48,6 @@ class VllmExecutorBase:
         )
         self.slots = SlotAllocator(self.launch.settings)
 
-    def check(self, name: str, model: Model) -> None:
+    def check_model(self, name: str, model: Model) -> None:
         """Raise if a model scales keys or values and this engine was started without that."""
         self.launch.check_model(name, model)

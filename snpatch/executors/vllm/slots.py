@@ -13,7 +13,7 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Request
-from snpatch.executors.rows import Places, named_by
+from snpatch.executors.request_rows import SlotIndex, collect_resources
 from snpatch.executors.vllm.rpc import pack
 from snpatch.executors.vllm.settings import DualStreamSettings
 
@@ -89,7 +89,7 @@ class SlotPool:
 class SlotLease:
     """What an unfinished request keeps. writes: arguments of each snpatch_write that the workers need before it."""
 
-    places: Places
+    places: SlotIndex
     writes: list[tuple]
     _banks: list[tuple[SlotPool, list[str], list[str]]]  # bank, keys, those of them that have to be written
     _is_written: bool = False
@@ -141,13 +141,13 @@ class SlotAllocator:
                 f"a capture of {request.capture.k} neurons: start the engine with a larger max_captured "
                 f"({self._settings.max_captured})"
             )
-        named = named_by(request)
+        named = collect_resources(request)
         for name, bank in self._banks.items():
             bank.check_size(len(getattr(named, name)))
 
     def acquire(self, request: Request, group: int = -1) -> SlotLease | None:
         """Hold what a request names; None while unfinished requests hold too much. group: of its statistics."""
-        named = named_by(request)
+        named = collect_resources(request)
         wanted = {
             "models": {key: model.scales.vectors for key, model in named.models.items()},
             "rankings": {key: {"rank": ranking.rank} for key, ranking in named.rankings.items()},
@@ -160,7 +160,7 @@ class SlotAllocator:
             handles[name], fresh = bank.acquire(wanted[name])
             held.append((bank, list(wanted[name]), list(fresh)))
             writes += [(*place, {n: pack(t) for n, t in tensors.items()}) for *place, tensors in fresh.values()]
-        return SlotLease(Places(**handles, group=group), writes, held, _is_written=not writes)
+        return SlotLease(SlotIndex(**handles, group=group), writes, held, _is_written=not writes)
 
     def acquire_group(self) -> int:
         """A statistics group, to be emptied before it is used."""

@@ -10,7 +10,7 @@ from contextlib import aclosing, suppress
 
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Output, Request
-from snpatch.executors.rows import named_by
+from snpatch.executors.request_rows import collect_resources
 from snpatch.executors.vllm.codec import EngineRequest
 from snpatch.executors.vllm.engine_lifecycle import engine_dead_error, start_async_engine
 from snpatch.executors.vllm.executor_base import VllmExecutorBase, WorkerInfo
@@ -122,7 +122,7 @@ class StreamingExecutor(VllmExecutorBase):
     async def _admit(self, request: Request) -> SlotLease:
         """Wait for rows for what a request names, and write what is not there. Callers are served in their order;
         who names nothing does not wait."""
-        if named_by(request).is_empty:
+        if collect_resources(request).is_empty:
             return self.slots.acquire(request)
         self._queued += 1
         try:

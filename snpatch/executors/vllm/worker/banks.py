@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from snpatch.executors.vllm.settings import DualStreamSettings
-from snpatch.op.bank import LayerBank
-from snpatch.op.plan import NEVER, UNLESS_END, Column, Receipt, width_of
+from snpatch.op.layer_tables import LayerTables
+from snpatch.op.plan import SKIP_EOS_OFFSET, UNRANKED, PlanColumn, Receipt, plan_width
 from snpatch.op.reference import SUMS
 
 
@@ -34,9 +34,9 @@ class Banks:
             {"dtype": dtype, "device": device} for dtype in (torch.int32, torch.float32, torch.float64, torch.int64)
         )
         self.layers = [
-            LayerBank(
+            LayerTables(
                 scale=torch.ones(settings.max_adapters, n_neurons, **f32),
-                rank=torch.full((settings.max_rankings, n_neurons), NEVER, **i32),
+                rank=torch.full((settings.max_rankings, n_neurons), UNRANKED, **i32),
                 constant=torch.zeros(settings.max_constants + 1, n_neurons, **f32),
                 stats=torch.zeros(settings.max_groups, SUMS, n_neurons, **f64),
                 count=torch.zeros(settings.max_groups, **i64),
@@ -47,8 +47,8 @@ class Banks:
         self.capture = torch.full((settings.max_captures, settings.max_captured), torch.nan, **f32)
         self.receipt = torch.zeros(settings.max_receipts, len(Receipt), **i64)
         self.sampled = torch.full((max_tokens,), -1, **i32)  # rows of `receipt`, one for each row of a step's logits
-        self.plan = torch.zeros(max_tokens, width_of(settings.max_clauses), **i32)
-        self.plan[:, Column.GROUP : len(Column)] = -1
+        self.plan = torch.zeros(max_tokens, plan_width(settings.max_clauses), **i32)
+        self.plan[:, PlanColumn.GROUP : len(PlanColumn)] = -1
         self._step = self.plan[:0]
         self._streams = torch.arange(2, **i32)
         self._positions = torch.zeros(max_tokens, 2, **i64)
@@ -70,18 +70,18 @@ class Banks:
 
     def speaks(self, n_tokens: int) -> Tensor:
         """[T, 2] bool: which stream of each token is its recipient's."""
-        return self.plan[:n_tokens, Column.SPEAKER, None] == self._streams
+        return self.plan[:n_tokens, PlanColumn.RECIPIENT_STREAM, None] == self._streams
 
     def settle_groups(self, ids: Tensor) -> None:
-        """Take out of their groups the step's tokens [T] that end a text, where UNLESS_END says so.
+        """Take out of their groups the step's tokens [T] that end a text, where SKIP_EOS_OFFSET says so.
 
         On the device, because with asynchronous scheduling a step is planned before its tokens are known; before the
         captured graph, because few steps need it.
         """
-        group, speaker = self.plan[: len(ids), Column.GROUP], self.plan[: len(ids), Column.SPEAKER]
+        group, speaker = self.plan[: len(ids), PlanColumn.GROUP], self.plan[: len(ids), PlanColumn.RECIPIENT_STREAM]
         ends = self._ends[speaker.long()] if len(self._ends) > 1 else self._ends
-        counts = torch.where((ids[:, None] == ends).any(1), -1, group - UNLESS_END)
-        group.copy_(torch.where(group >= UNLESS_END, counts, group))
+        counts = torch.where((ids[:, None] == ends).any(1), -1, group - SKIP_EOS_OFFSET)
+        group.copy_(torch.where(group >= SKIP_EOS_OFFSET, counts, group))
 
     def write_adapter(self, row: int, scales: dict[str, Tensor]) -> None:
         """scales: module -> [L, width] float32 of the whole model."""

@@ -17,20 +17,20 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.vllm.settings import KEY, SAME_WEIGHTS
 from snpatch.executors.vllm.worker.banks import Banks
 from snpatch.op.plan import (
-    UNLESS_END,
-    Column,
-    Entry,
+    SKIP_EOS_OFFSET,
+    PlanColumn,
     Receipt,
-    clauses_in,
-    entries_of,
-    entry_of,
+    RequestColumn,
+    decode_group,
     fill_plan,
-    group_of,
-    width_of,
+    num_request_interventions,
+    plan_width,
+    request_column,
+    request_width,
 )
 
 UNFETCHED = 65536  # records kept for a user who never fetches them; the oldest are dropped beyond
-OF_CLAUSE = {Entry.RANKING: "ranking", Entry.ROW: "constant"}
+OF_CLAUSE = {RequestColumn.RANKING: "ranking", RequestColumn.CONSTANT_ROW: "constant"}
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class Record:
     ticket: int
     entries: NDArray[np.int32]
     row: int = -1  # of the table; -1 while it does not run
-    seen: int = 0
+    computed_stop: int = 0
     planned: int = 0
     skipped: int = 0
     is_fetched: bool = False
@@ -50,7 +50,7 @@ class Record:
 
     @property
     def captures(self) -> int:
-        return int(self.entries[Entry.CAPTURE_STOP] - self.entries[Entry.CAPTURE_START])
+        return int(self.entries[RequestColumn.CAPTURE_STOP] - self.entries[RequestColumn.CAPTURE_START])
 
 
 @dataclass(eq=False)
@@ -68,13 +68,13 @@ class Feed:
         self._rows: dict[str, int] = {}  # request id -> row of the table, of those that run
         self._tickets: dict[int, list[str]] = {}
         self._ended: dict[str, None] = {}  # request ids that no longer run, in the order of their end
-        entries = entries_of(settings.max_clauses)
+        entries = request_width(settings.max_clauses)
         self._table = np.zeros((256, entries), dtype=np.int32)
-        self._kinds = {Entry.FIRST: "adapter", Entry.SECOND: "adapter"}
+        self._kinds = {RequestColumn.ADAPTER_0: "adapter", RequestColumn.ADAPTER_1: "adapter"}
         for clause in range(settings.max_clauses):
-            self._kinds |= {entry_of(entry, clause): kind for entry, kind in OF_CLAUSE.items()}
+            self._kinds |= {request_column(entry, clause): kind for entry, kind in OF_CLAUSE.items()}
         self._starts, self._stops = _places(entries)
-        self._los, self._his = _places(entries, Entry.LO, Entry.HI)
+        self._los, self._his = _places(entries, RequestColumn.LO, RequestColumn.HI)
         self._planned, self._skipped = np.zeros((2, 256), dtype=np.int64)
         self._may_skip = np.zeros(256, dtype=bool)  # rows whose next step may start behind the prefix cache
         self._free_rows = list(range(255, -1, -1))
@@ -107,7 +107,7 @@ class Feed:
             self._grow()
         record.row = row = self._rows[request_id] = self._free_rows.pop()
         self._table[row] = record.entries
-        self._table[row, Entry.SEEN] = record.seen
+        self._table[row, RequestColumn.COMPUTED_STOP] = record.computed_stop
         self._planned[row], self._skipped[row] = record.planned, record.skipped
         self._may_skip[row] = True
         self._on_one_set[row] = bool(extra_args.get(SAME_WEIGHTS))
@@ -142,7 +142,7 @@ class Feed:
             if handle not in self.handles[kind]:
                 raise SnpatchError(f"request {request_id}: no {kind} is registered under {handle} (any more)")
             record.entries[entry] = self.handles[kind][handle]
-        group = group_of(int(record.entries[Entry.GROUP]))
+        group = decode_group(int(record.entries[RequestColumn.GROUP]))
         if not -1 <= group < self.banks.settings.max_groups:
             raise SnpatchError(f"request {request_id}: no statistics group {group}")
         self._take_places(record)
@@ -160,7 +160,7 @@ class Feed:
 
     def _read_row(self, record: Record) -> None:
         record.planned, record.skipped = int(self._planned[record.row]), int(self._skipped[record.row])
-        record.seen = int(self._table[record.row, Entry.SEEN])
+        record.computed_stop = int(self._table[record.row, RequestColumn.COMPUTED_STOP])
 
     def step(self, request_ids: Sequence[str], start: NDArray, count: NDArray) -> None:
         """The plan of a step that runs `count` tokens of each request from position `start` on, in this order."""
@@ -177,16 +177,19 @@ class Feed:
             request = np.repeat(rows, count)
             position = np.arange(len(request)) + np.repeat(start - (count.cumsum() - count), count)
         known = rows >= 0
-        self._write_sampled(np.where(known, self._table[rows, Entry.RECEIPT], -1))
+        self._write_sampled(np.where(known, self._table[rows, RequestColumn.RECEIPT], -1))
         plan = fill_plan(self._table, request, position)
         if self.banks.settings.has_secondary:
-            self._flip(request, plan[:, Column.SPEAKER])
-            self.speaks = not plan[:, Column.SPEAKER].all(), bool(plan[:, Column.SPEAKER].any())
+            self._flip(request, plan[:, PlanColumn.RECIPIENT_STREAM])
+            self.speaks = (
+                not plan[:, PlanColumn.RECIPIENT_STREAM].all(),
+                bool(plan[:, PlanColumn.RECIPIENT_STREAM].any()),
+            )
         self._write(plan, bool(known.any()))
         if not known.all():
             rows, start, stop = rows[known], start[known], stop[known]
-        own, seen = self._table[rows], self._table[rows, Entry.SEEN]
-        if (own[:, Entry.GROUP] >= UNLESS_END).any():
+        own, seen = self._table[rows], self._table[rows, RequestColumn.COMPUTED_STOP]
+        if (own[:, RequestColumn.GROUP] >= SKIP_EOS_OFFSET).any():
             self._settles = len(plan)
         width = own[:, self._his] - own[:, self._los]
         patch_start, patch_stop = own[:, self._starts], own[:, self._stops]
@@ -200,7 +203,7 @@ class Feed:
         if self._may_skip[rows].any():
             self._skipped[rows] += np.where(self._may_skip[rows], implied(seen, start), 0)
             self._may_skip[rows] = False
-        self._table[rows, Entry.SEEN] = np.maximum(seen, stop)
+        self._table[rows, RequestColumn.COMPUTED_STOP] = np.maximum(seen, stop)
 
     def settle(self, ids: torch.Tensor) -> None:
         """Finish the plan of a step whose tokens [T or more] are on the device now."""
@@ -218,14 +221,14 @@ class Feed:
         self._sampled, self._settles = None, 0
         self.speaks, self.flipped = (True, False), None
         if self._filled:
-            self._write(np.zeros((0, width_of(self.banks.settings.max_clauses)), dtype=np.int32), False)
+            self._write(np.zeros((0, plan_width(self.banks.settings.max_clauses)), dtype=np.int32), False)
 
     def _write(self, plan: NDArray[np.int32], asks: bool) -> None:
         """Copy the rows of this step, and clear what the last one left behind them. asks: for anything at all."""
         n, self._filled = max(len(plan), self._filled), len(plan) if asks else 0
         if n > len(plan):
             rest = np.zeros((n - len(plan), plan.shape[1]), dtype=np.int32)
-            rest[:, Column.GROUP : len(Column)] = -1
+            rest[:, PlanColumn.GROUP : len(PlanColumn)] = -1
             plan = np.concatenate([plan, rest])
         _copy(plan, self.banks.plan, self._stage)
 
@@ -252,8 +255,8 @@ class Feed:
         for record in (self._records[i] for group in ids for i in group):
             if record.row >= 0:
                 self._read_row(record)
-                self._table[record.row, Entry.RECEIPT] = -1
-                self._table[record.row, [Entry.OBSERVE_STOP, Entry.CAPTURE_STOP]] = 0
+                self._table[record.row, RequestColumn.RECEIPT] = -1
+                self._table[record.row, [RequestColumn.OBSERVE_STOP, RequestColumn.CAPTURE_STOP]] = 0
         self._release([i for group in ids for i in group])
         found = [[_as_data(self._records[i]) for i in group] for group in ids]
         for request_id in (i for group in ids for i in group):
@@ -265,24 +268,24 @@ class Feed:
     def _release(self, request_ids: Sequence[str]) -> None:
         """Read receipts and captures off the device, in two copies for all, and give their places back."""
         records = [self._records[i] for i in request_ids]
-        receipts = [r for r in records if r.entries[Entry.RECEIPT] >= 0]
+        receipts = [r for r in records if r.entries[RequestColumn.RECEIPT] >= 0]
         if receipts:
-            places = [int(r.entries[Entry.RECEIPT]) for r in receipts]
+            places = [int(r.entries[RequestColumn.RECEIPT]) for r in receipts]
             for record, receipt in zip(receipts, self.banks.receipt[places].cpu().numpy(), strict=True):
                 record.receipt[:2] += receipt[:2]
                 record.receipt[Receipt.LAYER] = max(record.receipt[Receipt.LAYER], receipt[Receipt.LAYER])
-                record.entries[Entry.RECEIPT] = -1
+                record.entries[RequestColumn.RECEIPT] = -1
             self.banks.receipt[places] = 0
             self._free_receipts += places
-        captures = [r for r in records if r.captures and r.entries[Entry.CAPTURE] >= 0]
+        captures = [r for r in records if r.captures and r.entries[RequestColumn.CAPTURE] >= 0]
         if captures:
-            spans = [(int(r.entries[Entry.CAPTURE]), r.captures) for r in captures]
+            spans = [(int(r.entries[RequestColumn.CAPTURE]), r.captures) for r in captures]
             places = [row for first, n in spans for row in range(first, first + n)]
             values = self.banks.capture[places].cpu().numpy()
             for record, part in zip(captures, np.split(values, np.cumsum([n for _, n in spans])[:-1]), strict=True):
                 earlier = record.captured
                 record.captured = part if earlier is None else np.where(np.isnan(earlier), part, earlier)
-                record.entries[Entry.CAPTURE] = -1
+                record.entries[RequestColumn.CAPTURE] = -1
             self.banks.capture[places] = torch.nan
             self._capture_used[places] = False
 
@@ -298,11 +301,11 @@ class Feed:
     def _holds(self, record: Record) -> bool:
         """Return whether it has the places that it needs on the device."""
         entries = record.entries
-        return entries[Entry.RECEIPT] >= 0 and (not record.captures or entries[Entry.CAPTURE] >= 0)
+        return entries[RequestColumn.RECEIPT] >= 0 and (not record.captures or entries[RequestColumn.CAPTURE] >= 0)
 
     def _take_places(self, record: Record) -> None:
-        record.entries[Entry.RECEIPT] = self._take_receipt()
-        record.entries[Entry.CAPTURE] = self._take_captures(record.captures) if record.captures else -1
+        record.entries[RequestColumn.RECEIPT] = self._take_receipt()
+        record.entries[RequestColumn.CAPTURE] = self._take_captures(record.captures) if record.captures else -1
 
     def _take_receipt(self) -> int:
         if not self._free_receipts:
@@ -324,10 +327,12 @@ class Feed:
         raise SnpatchError(f"no room to capture {n} more positions: raise max_captures ({len(self._capture_used)})")
 
 
-def _places(entries: int, first: Entry = Entry.PATCH_START, second: Entry = Entry.PATCH_STOP) -> tuple[list, list]:
+def _places(
+    entries: int, first: RequestColumn = RequestColumn.PATCH_START, second: RequestColumn = RequestColumn.PATCH_STOP
+) -> tuple[list, list]:
     """Where each clause has two entries, in a table of so many columns."""
-    clauses = range(clauses_in(entries))
-    return [entry_of(first, clause) for clause in clauses], [entry_of(second, clause) for clause in clauses]
+    clauses = range(num_request_interventions(entries))
+    return [request_column(first, clause) for clause in clauses], [request_column(second, clause) for clause in clauses]
 
 
 def _copy(rows: NDArray[np.int32], target: torch.Tensor, stage: "_Stage | None") -> None:
@@ -357,7 +362,7 @@ class _Stage:
 
 def _as_data(record: Record) -> dict:
     return {
-        "seen": record.seen,
+        "computed_stop": record.computed_stop,
         "planned": record.planned,
         "skipped": record.skipped,
         **{f.name.lower(): int(value) for f, value in zip(Receipt, record.receipt, strict=True)},

@@ -37,7 +37,7 @@ from snpatch.executors.vllm.worker.secondary_weights import SECOND, SecondaryWei
 from snpatch.models.checkpoint import iter_finite
 from snpatch.models.compatibility import total_bytes
 from snpatch.op import ops, reference
-from snpatch.op.plan import Column
+from snpatch.op.plan import PlanColumn
 
 # Opaque to torch.compile: what a layer adds to and reads is looked up by its name, as vLLM's attention finds its cache.
 # The name is of vLLM's type for it: a plain str would be a constant of each layer's graph, and each would be compiled.
@@ -105,7 +105,9 @@ class DualStreamGLU(nn.Module):
     def scale_kv(self, qkv: Tensor) -> Tensor:
         """Keys and values [2T, 2 * width] at the end of each row, times their row's IA3 vectors."""
         factor = self.banks.layers[self.layer].attention_scale["kv"]
-        plan = self.banks.plan_of(len(qkv) // self.streams)[:, Column.FIRST : Column.FIRST + self.streams]
+        plan = self.banks.plan_of(len(qkv) // self.streams)[
+            :, PlanColumn.ADAPTER_0 : PlanColumn.ADAPTER_0 + self.streams
+        ]
         query = qkv.shape[1] - factor.shape[1]
         scaled = (qkv[:, query:] * factor[plan.reshape(-1).long()]).to(qkv.dtype)
         return torch.cat([qkv[:, :query], scaled], dim=1)
