@@ -16,11 +16,11 @@ from commands import run
 from snpatch.data import DATASETS
 from snpatch.demo import DEMO_MODEL
 from snpatch.errors import SnpatchError
-from snpatch.reproduce import estimates, published
+from snpatch.reproduce import comparison, estimates, paper
 from snpatch.reproduce.pipeline import Pipeline
 from snpatch.reproduce.preset import FOLDER, NAMES, load_preset
 from snpatch.reproduce.steps import Done, Step, Steps
-from snpatch.training import training
+from snpatch.training import trainer
 from snpatch.training.settings import DpoSettings
 from snpatch.worlds.config import load_experiment_config
 
@@ -245,7 +245,7 @@ def test_a_trainings_command_says_all_of_its_settings(capsys, tmp_path, monkeypa
     preset = load_preset(str(path))
     pipeline = Pipeline(preset, tmp_path / "out")
     seen = {}
-    monkeypatch.setattr(training, "train_dpo", lambda *arguments, **_: seen.update(a=arguments) or {"steps": 1})
+    monkeypatch.setattr(trainer, "train_dpo", lambda *arguments, **_: seen.update(a=arguments) or {"steps": 1})
     command = shlex.split(pipeline.steps.steps["dpo-1"].command)
     code, _, err = run(capsys, *command[3:], "--json")
     assert code == 0, err
@@ -415,10 +415,10 @@ def test_what_lies_there_of_another_input_is_stale(tmp_path):
 
 
 def test_published_numbers_are_the_papers():
-    found = published.numbers()["transfer"]
-    assert published.models() == ["llama2-7b", "mistral-7b", "gemma-7b"]
-    assert all(len(row) == len(found["columns"]) for name in published.models() for row in found[name].values())
-    assert all(list(found[name]) == ["base", "base+", "sft", "sft+", "dpo"] for name in published.models())
+    found = paper.numbers()["transfer"]
+    assert paper.models() == ["llama2-7b", "mistral-7b", "gemma-7b"]
+    assert all(len(row) == len(found["columns"]) for name in paper.models() for row in found[name].values())
+    assert all(list(found[name]) == ["base", "base+", "sft", "sft+", "dpo"] for name in paper.models())
     assert found["llama2-7b"]["sft+"] == [-11.9, -11.9, -7.2, -6.6, 5.4]
     assert found["mistral-7b"]["base"] == [-1.6, -4.8, -1.1, 3.2, 4.9]
     assert found["gemma-7b"]["dpo"] == [-13.6, -14.1, -11.9, -10.6, 7.9]
@@ -468,7 +468,7 @@ DONE = ["transfer", "curve", "stability", "guard", "alignment_tax"]
 def beside(source, out: Path, **how) -> list[dict]:
     pipeline = Pipeline(load_preset(str(source)), out, **how)
     measured_in(out, pipeline.config)
-    return published.beside(pipeline, DONE)
+    return comparison.beside(pipeline, DONE)
 
 
 def test_measured_numbers_stand_beside_the_published(tmp_path):
@@ -519,7 +519,7 @@ def test_a_number_of_another_model_has_no_difference(tmp_path):
 def test_a_difference_is_told_of_the_papers_own_run_alone(tmp_path, change, differs):
     path = tmp_path / "mine.toml"
     path.write_text(f"extends = 'llama2-7b'\n{change}")
-    assert published.differs(Pipeline(load_preset(str(path)), tmp_path / "o")) == differs
+    assert comparison.differs(Pipeline(load_preset(str(path)), tmp_path / "o")) == differs
     rows = [row for row in beside(path, tmp_path / "out") if row["measured"] is not None]
     assert all((row["difference"] is None) == bool(differs) for row in rows)
 
@@ -534,14 +534,14 @@ def test_a_difference_is_told_of_the_papers_own_run_alone(tmp_path, change, diff
     ],
 )
 def test_other_options_are_another_run(tmp_path, how, differs):
-    assert published.differs(Pipeline(load_preset("llama2-7b"), tmp_path / "o", **how)) == [differs]
+    assert comparison.differs(Pipeline(load_preset("llama2-7b"), tmp_path / "o", **how)) == [differs]
     assert {row["difference"] for row in beside("llama2-7b", tmp_path / "out", **how)} == {None}
 
 
 def test_of_full_checkpoints_others_found_what_stands_beside(tmp_path):
     pipeline = Pipeline(load_preset("tulu-2-7b"), tmp_path / "out")
     measured_in(tmp_path / "out", pipeline.config)
-    rows = published.beside(pipeline, ["curve"])
+    rows = comparison.beside(pipeline, ["curve"])
     assert [(row["published"], row["measured"], row["difference"]) for row in rows] == [
         (0.19, 0.3, None),
         (0.88, 0.3, None),

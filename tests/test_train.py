@@ -19,12 +19,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerState
 
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import TULU
-from snpatch.training import training
+from snpatch.training import trainer
 from snpatch.training.callbacks import LossMonitor, WeightDecayTowards
-from snpatch.training.network import open_tokenizer
-from snpatch.training.rows import pairs
+from snpatch.training.models import open_tokenizer
+from snpatch.training.row_filters import pairs
 from snpatch.training.settings import DPO_RATES, SFT_RATES, DpoSettings, TrainSettings
-from snpatch.training.training import train_dpo, train_sft
+from snpatch.training.trainer import train_dpo, train_sft
 
 ONES, ZEROS = ([torch.full((NEURONS,), value)] * LAYERS for value in (1.0, 0.0))
 
@@ -129,7 +129,7 @@ def test_each_step_is_told_and_kept_as_a_table(trained):
 
 
 def test_the_plot_shows_what_training_is_judged_by(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_plot", toys.PLOT)
+    monkeypatch.setattr(trainer, "_plot", toys.PLOT)
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", toys.dpo_settings(epochs=1))
     told = (tmp_path / "out" / "training.svg").read_text()
     assert all(f"<!-- {name} -->" in told for name in ("step", "loss", "margin", "accuracy", "token accuracy"))
@@ -683,9 +683,9 @@ def test_dpos_settings_that_cannot_be_are_refused(given, message):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "snpatch.training.training")
+    monkeypatch.delitem(sys.modules, "snpatch.training.trainer")
     with pytest.raises(ImportError, match=r"pip install 'snpatch\[train\]'"):
-        importlib.import_module("snpatch.training.training")
+        importlib.import_module("snpatch.training.trainer")
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])

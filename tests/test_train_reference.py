@@ -11,9 +11,8 @@ from toys import KEYS, LAYERS, MESSAGES, NEURONS, PAIRS, dpo_settings, encode, l
 
 from snpatch import Engine, Sampling
 from snpatch.errors import SnpatchError
-from snpatch.training import network as net
-from snpatch.training import training
-from snpatch.training.training import train_dpo, train_sft
+from snpatch.training import models, trainer
+from snpatch.training.trainer import train_dpo, train_sft
 
 ONES = [torch.ones(NEURONS)] * LAYERS
 
@@ -42,7 +41,7 @@ def built(monkeypatch):
 
     def get(*arguments):
         held = []
-        monkeypatch.setattr(training, "_run", lambda trainer, *_: held.append(trainer))
+        monkeypatch.setattr(trainer, "_run", lambda trainer, *_: held.append(trainer))
         train_dpo(*arguments)
         return held[0]
 
@@ -52,18 +51,18 @@ def built(monkeypatch):
 @pytest.fixture
 def ended(monkeypatch):
     """Fills with what each training ends with, before it is saved: adapter -> its IA3 vectors by their saved names."""
-    seen, save = [], net.save
+    seen, save = [], models.save
 
     def spy(network, *arguments):
         seen.append(
             {
-                adapter: {f"{name}.ia3_l": v.detach().clone() for name, v in net.scales(network, adapter).items()}
-                for adapter in (net.TRAINED, net.REFERENCE)
+                adapter: {f"{name}.ia3_l": v.detach().clone() for name, v in models.scales(network, adapter).items()}
+                for adapter in (models.TRAINED, models.REFERENCE)
             }
         )
         save(network, *arguments)
 
-    monkeypatch.setattr(net, "save", spy)
+    monkeypatch.setattr(models, "save", spy)
     return seen
 
 
@@ -175,7 +174,7 @@ def test_what_is_saved_of_weights_in_bfloat16_is_float32(toy, tmp_path, method):
 
 def test_trls_own_copy_of_an_ia3_adapter_is_the_base_model_and_the_first_loss_tells(toy, built, tmp_path, monkeypatch):
     """Where this fails, TRL copies IA3 as it copies LoRA, and freeze_reference may go."""
-    monkeypatch.setattr(net, "freeze_reference", lambda network, start: None)
+    monkeypatch.setattr(models, "freeze_reference", lambda network, start: None)
     with pytest.raises(SnpatchError, match=r"the first step's loss is .*, not 0.6931: the reference is not the model"):
         train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "run", dpo_settings())
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
@@ -188,8 +187,8 @@ def test_trls_own_copy_of_an_ia3_adapter_is_the_base_model_and_the_first_loss_te
 def test_the_reference_stays_what_it_was(toy, ended, tmp_path):
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path, dpo_settings(weight_decay=0.5))
     for key, first in load_file(toy.sft() / "adapter_model.safetensors").items():
-        assert torch.equal(ended[0][net.REFERENCE][key], first)
-        assert (ended[0][net.TRAINED][key] != first).all()
+        assert torch.equal(ended[0][models.REFERENCE][key], first)
+        assert (ended[0][models.TRAINED][key] != first).all()
 
 
 # ---- what is saved
@@ -202,7 +201,7 @@ def test_sft_times_what_is_saved_is_what_was_trained(toy, with_keys, ended, tmp_
     figures = train_dpo(toy.base, sft, PAIRS, tmp_path, dpo_settings(dtype=dtype))
     assert figures["first_loss"] == pytest.approx(0.6931472, abs=1e-6)
     factors, firsts = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, sft))
-    products = ended[0][net.TRAINED]
+    products = ended[0][models.TRAINED]
     assert factors.keys() == firsts.keys() == products.keys()
     assert len(products) == LAYERS * (1 if on == "ia3" else 3)
     for key, product in products.items():
@@ -215,8 +214,8 @@ def test_as_published_starts_at_ones_on_merged_weights(toy, built, tmp_path):
     """In bfloat16 those weights are rounded, and so are not what is served."""
     given = dpo_settings(as_published=True, dtype="bfloat16")
     trainer = built(toy.base, toy.sft(), PAIRS, tmp_path, given)
-    assert all((vector == 1).all() for vector in net.scales(trainer.model).values())
-    assert net.scales(trainer.model, "ref") == {}
+    assert all((vector == 1).all() for vector in models.scales(trainer.model).values())
+    assert models.scales(trainer.model, "ref") == {}
     own = plain(toy.base).to(torch.bfloat16)
     layers = trainer.model.base_model.model.model.layers
     for layer, plain_layer, first in zip(layers, own.model.layers, vectors(toy.sft()), strict=True):
@@ -236,7 +235,7 @@ def test_as_published_saves_the_vector_that_was_trained(toy, ended, tmp_path):
     given = dpo_settings(as_published=True, batch_size=8, epochs=3, weight_decay=0.5)
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)
     got = vectors(tmp_path / "out")
-    assert all(torch.equal(ours, ended[0][net.TRAINED][key].flatten()) for key, ours in zip(KEYS, got, strict=True))
+    assert all(torch.equal(ours, ended[0][models.TRAINED][key].flatten()) for key, ours in zip(KEYS, got, strict=True))
     model = plain(toy.base)
     for layer, first in zip(model.model.layers, vectors(toy.sft()), strict=True):
         layer.mlp.down_proj.weight.data *= first

@@ -25,10 +25,10 @@ from toys import MESSAGES, PAIRS, RATES, dpo_settings, settings, vectors
 from snpatch.cli import train as command
 from snpatch.data import DATASETS, load_dataset
 from snpatch.errors import SnpatchError
-from snpatch.training import training
+from snpatch.training import trainer
 from snpatch.training.objectives import OBJECTIVES, objective, training_split
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.training.training import train_dpo, train_sft
+from snpatch.training.trainer import train_dpo, train_sft
 from snpatch.worlds import config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,7 +133,7 @@ def test_a_training_that_ends_before_its_record_is_written_is_finished(toy, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.files, "write", ends)
+        patch.setattr(trainer.files, "write", ends)
         with pytest.raises(KeyboardInterrupt):
             start(toy, "dpo ia3 on ia3", tmp_path / "parts")
     assert (tmp_path / "parts" / "adapter_model.safetensors").exists()
@@ -214,7 +214,7 @@ def test_a_model_that_was_not_trained_here_is_left_alone(toy, tmp_path, method):
 COMMANDS = """
 import json, os, sys
 from snpatch import cli
-from snpatch.training import training  # takes ten seconds, and is read once for both
+from snpatch.training import trainer  # takes ten seconds, and is read once for both
 
 other = os.fork()
 rank = "0" if other else "1"
@@ -513,13 +513,13 @@ def test_what_cannot_be_trained_is_one_line_and_exit_code_2(toy, tmp_path, capsy
 
 
 def test_integrations_reach_the_trainer(toy, tmp_path, capsys, monkeypatch):
-    seen, config = [], training._config
+    seen, config = [], trainer._config
 
     def spy(*arguments, **own):
         seen.append(config(*arguments, **own).report_to)
         raise SnpatchError("seen")
 
-    monkeypatch.setattr(training, "_config", spy)
+    monkeypatch.setattr(trainer, "_config", spy)
     given = ["train", "sft", toy.base, write(tmp_path / "sft.jsonl", MESSAGES), "-o", tmp_path / "out"]
     assert run(capsys, *given, "--report-to", "tensorboard", "--report-to", "mlflow")[0] == 2
     assert run(capsys, *given)[0] == 2

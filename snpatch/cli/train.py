@@ -145,24 +145,24 @@ def _read(data: Fields, default):
 def _train(kind: str, out: Path, as_json: bool, arguments: tuple, **how: object) -> None:
     """Train with a bar, and tell what came of it, in the main process alone."""
     try:
-        from snpatch.training import training
+        from snpatch.training import trainer
     except ImportError as error:  # it names the extra to install
         raise SnpatchError(str(error)) from error
-    training.quiet()
-    was_done = training.is_done(out)
+    trainer.quiet()
+    was_done = trainer.is_done(out)
     how["report_to"] = how["report_to"] or ()
     with o.progress_bar(out.name) as tell:
 
         def watch(step: int, steps: int, logs) -> None:
             tell(step, steps, f"loss {float(logs['loss']):.4f}")
 
-        figures = getattr(training, kind)(*arguments, watch=watch, **how)
-    if not training.is_main():
+        figures = getattr(trainer, kind)(*arguments, watch=watch, **how)
+    if not trainer.is_main():
         return
     if as_json:
         o.tell(json.dumps({"out": str(out), **figures}))
         return
-    for line in training.told(out):
+    for line in trainer.told(out):
         o.tell(line)
     what = "was done before" if was_done else "wrote the adapter or checkpoint, and training.csv, .json, .png, .svg"
     o.tell(f"{out}: {what}")

@@ -26,7 +26,7 @@ from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
 from snpatch.models.templates import TULU, render_tulu
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.training.training import RECORD, quiet, train_dpo, train_sft
+from snpatch.training.trainer import RECORD, quiet, train_dpo, train_sft
 from snpatch.worlds.config import NAMED_CONFIGS, load_experiment_config
 
 REFUSALS = ("can not help", "rather not")
@@ -193,7 +193,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def load_models(world: Path) -> Iterator[tuple[str, PreTrainedModel]]:
     """Base and every aligned model, one after the other: they share their weights, so finish with one before taking
     the next."""
-    from peft import PeftModel  # importing snpatch.training.training has said by now if the extra is not installed
+    from peft import PeftModel  # importing snpatch.training.trainer has said by now if the extra is not installed
 
     adapters = load_experiment_config(world / "experiment.toml").engine.placed(world).adapters
     chains = {name: [Path(part) for part in parts] for name, parts in adapters.items()}

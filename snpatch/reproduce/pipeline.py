@@ -19,7 +19,6 @@ from snpatch.report import files
 from snpatch.reproduce import launching
 from snpatch.reproduce.inputs import Inputs
 from snpatch.reproduce.preset import SAFETY, Preset, Training, written
-from snpatch.reproduce.published import check_known
 from snpatch.reproduce.steps import Done, Step, Steps
 from snpatch.schema import load_table
 from snpatch.training.settings import TrainSettings
@@ -68,7 +67,6 @@ class Pipeline:
     ) -> None:
         self.preset, self.out, self.limit = preset, Path(out), limit
         self.taken = {name: str(Path(folder).resolve()) for name, folder in (taken or {}).items()}
-        check_known(preset.published)
         self._launcher, self.skip_bad = launching.launcher_of(launcher), skip_bad
         self._options = options or {}
         self.pairs = {pair.name: pair for pair in _pairs(preset.training)} if preset.training else {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from snpatch import experiments
 from snpatch.errors import SnpatchError
 from snpatch.files import file_stem
+from snpatch.reproduce.paper import check_known
 from snpatch.reproduce.preset_file import FOLDER, read_preset
 from snpatch.schema import read, value_of
 from snpatch.training.objectives import SFT, objective
@@ -77,6 +78,9 @@ class Preset:
     experiments: tuple[str, ...] = experiments.NAMES
     published: str | None = None
     size: Size | None = None
+
+    def __post_init__(self) -> None:
+        check_known(self.published)
 
 
 def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = (), trust: bool = False) -> Preset:

@@ -9,8 +9,8 @@ from snpatch.files import write_text
 from snpatch.report import files
 from snpatch.report.formatting import escape_markdown, format_value
 from snpatch.report.report import Row
+from snpatch.reproduce.comparison import beside, differs
 from snpatch.reproduce.pipeline import ADAPTERS, Pipeline
-from snpatch.reproduce.published import beside, differs
 
 TABLE = "reproduction.csv"
 

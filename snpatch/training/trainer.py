@@ -41,12 +41,12 @@ from snpatch.models.fingerprint import (
     fingerprint_adapter,
     fingerprint_checkpoint,
     fingerprint_tokenizer_files,
-    local_adapter_folder,
     local_model_folder,
+    local_adapter_folder,
 )
 from snpatch.report import files
 from snpatch.report.report import Report, TableView
-from snpatch.training import rows
+from snpatch.training import row_filters
 from snpatch.training.callbacks import LossMonitor, Watch, WeightDecayTowards
 from snpatch.training.settings import DpoSettings, TrainSettings
 
@@ -56,7 +56,7 @@ try:
     from accelerate.utils import parse_flag_from_env
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from snpatch.training import network as net
+    from snpatch.training import models
 except ImportError as error:
     raise ImportError("training needs more packages: pip install 'snpatch[train]'") from error
 
@@ -100,14 +100,14 @@ def train_sft(
     weights that did not move, and an `out` that holds anything else.
     """
     settings = settings or TrainSettings()
-    rows.check_columns(messages, ("messages",))
-    rows.check_answered(messages)
-    rows.check_roles(messages, settings.template)
+    row_filters.check_columns(messages, ("messages",))
+    row_filters.check_answered(messages)
+    row_filters.check_roles(messages, settings.template)
     asked = _asked("sft", model, None, messages, settings)
     if kept := _begin(out, asked):
         return kept
-    tokenizer, template = net.open_tokenizer(model, settings)
-    network = net.open_network(model, settings, _on_gpu())
+    tokenizer, template = models.open_tokenizer(model, settings)
+    network = models.open_network(model, settings, _on_gpu())
     config = _config(SFTConfig, settings, out, save_steps, report_to, assistant_only_loss=True, max_length=None)
     with _refusals():
         trainer = SFTTrainer(
@@ -115,14 +115,14 @@ def train_sft(
             config,
             train_dataset=_dataset(messages, ("messages",)),
             processing_class=tokenizer,
-            peft_config=net.fresh_adapter(settings),
+            peft_config=models.fresh_adapter(settings),
         )
-    rows.check_ends(trainer.train_dataset[0], tokenizer.all_special_ids)
+    row_filters.check_ends(trainer.train_dataset[0], tokenizer.all_special_ids)
     first = messages[0]["messages"]
     asked_first = first[: next((i for i, turn in enumerate(first) if turn["role"] == "assistant"), len(first))]
-    rows.check_read_alike(template.encode, asked_first, trainer.train_dataset[0]["input_ids"])
-    trainer.train_dataset, counts = rows.conversations(
-        trainer.train_dataset, settings, _context(network), rows.dropped_before(messages)
+    row_filters.check_read_alike(template.ids, asked_first, trainer.train_dataset[0]["input_ids"])
+    trainer.train_dataset, counts = row_filters.conversations(
+        trainer.train_dataset, settings, _context(network), row_filters.dropped_before(messages)
     )
     trainer.add_callback(LossMonitor(watch))
     return _run(trainer, model, out, asked, messages, settings, counts, template, {})
@@ -150,16 +150,16 @@ def train_dpo(
     SFT scale of exactly 0 is an error that names its neuron.
     """
     settings = settings or DpoSettings()
-    rows.check_columns(preferences, ("prompt", "chosen", "rejected"))
-    rows.check_roles(preferences, settings.template)
+    row_filters.check_columns(preferences, ("prompt", "chosen", "rejected"))
+    row_filters.check_roles(preferences, settings.template)
     sft = None if sft is None else local_adapter_folder(sft)
     asked = _asked("dpo", model, sft, preferences, settings)
     if kept := _begin(out, asked):
         return kept
-    tokenizer, template = net.open_tokenizer(model, settings)
-    net.check_template(sft, template)
-    network, adapter = net.on_sft(net.open_network(model, settings, _on_gpu()), sft, settings)
-    start = {} if adapter else {name: vector.detach().clone() for name, vector in net.scales(network).items()}
+    tokenizer, template = models.open_tokenizer(model, settings)
+    models.check_template(sft, template)
+    network, adapter = models.on_sft(models.open_network(model, settings, _on_gpu()), sft, settings)
+    start = {} if adapter else {name: vector.detach().clone() for name, vector in models.scales(network).items()}
     lengths = {"beta": settings.beta, "max_length": settings.max_length}
     config = _config(DPOConfig, settings, out, save_steps, report_to, **lengths)
     with _refusals():
@@ -170,13 +170,13 @@ def train_dpo(
             processing_class=tokenizer,
             peft_config=adapter,
         )
-    net.freeze_reference(trainer.model, start)
+    models.freeze_reference(trainer.model, start)
     if len(trainer.train_dataset):
-        rows.check_read_alike(
-            template.encode, trainer.train_dataset[0]["prompt"], trainer.train_dataset[0]["prompt_ids"]
+        row_filters.check_read_alike(
+            template.ids, trainer.train_dataset[0]["prompt"], trainer.train_dataset[0]["prompt_ids"]
         )
-    trainer.train_dataset, counts = rows.pairs(
-        trainer.train_dataset, len(preferences), settings, _context(network), rows.dropped_before(preferences)
+    trainer.train_dataset, counts = row_filters.pairs(
+        trainer.train_dataset, len(preferences), settings, _context(network), row_filters.dropped_before(preferences)
     )
     trainer.add_callback(LossMonitor(watch, first=math.log(2)))
     return _run(trainer, model, out, asked, preferences, settings, counts, template, start)
@@ -219,7 +219,7 @@ def _asked(kind: str, model: str | Path, sft: Path | None, data: Sequence[Mappin
     digest = hashlib.sha256()
     for row in data:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    dropped = {"dropped": found} if (found := rows.dropped_before(data)) else {}
+    dropped = {"dropped": found} if (found := row_filters.dropped_before(data)) else {}
     return {
         "kind": kind,
         "model": fingerprint_checkpoint(model),
@@ -361,7 +361,7 @@ def _clear(out: Path, checkpoint: Path | None) -> None:
         if path != checkpoint:
             shutil.rmtree(path)
     if checkpoint:
-        shutil.rmtree(checkpoint / net.REFERENCE, ignore_errors=True)
+        shutil.rmtree(checkpoint / models.REFERENCE, ignore_errors=True)
 
 
 def _run(
@@ -371,7 +371,7 @@ def _run(
     asked: dict,
     data: Sequence[Mapping],
     settings: TrainSettings,
-    counts: rows.Counts,
+    counts: row_filters.Counts,
     template,
     start: dict[str, torch.Tensor],
 ) -> dict:
@@ -380,11 +380,11 @@ def _run(
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         if settings.weight_decay_target:
-            vectors = net.scales(trainer.model)
+            vectors = models.scales(trainer.model)
             ones = {name: torch.ones_like(vector) for name, vector in vectors.items()}
             trainer.add_callback(WeightDecayTowards({vectors[name]: to for name, to in (start or ones).items()}))
         state, checkpoint = _processes(), _last_checkpoint(out)
-        before = net.moving(trainer.model)
+        before = models.moving(trainer.model)
         if state.is_main_process:
             _clear(out, checkpoint)
         state.wait_for_everyone()
@@ -396,7 +396,7 @@ def _run(
                 f"training: the GPU's memory is full ({first_line(error)}): lower micro_batch_size or max_length"
             ) from error
         seconds = time.monotonic() - begin
-        unchanged, changed_fraction = net.check_moved(trainer.model, before, net.kept_dtype(trainer.model, model))
+        unchanged, changed_fraction = models.check_moved(trainer.model, before, models.kept_dtype(trainer.model, model))
         table = [
             {"step": entry["step"], **{name: entry[key] for name, key in LOGGED.items() if key in entry}}
             for entry in trainer.state.log_history
@@ -419,8 +419,8 @@ def _run(
         }
         if state.is_main_process:
             network = trainer.accelerator.unwrap_model(trainer.model)
-            net.save(network, out, trainer.processing_class, template, start, model)
-            files.write_report(_report(asked, data, figures, counts, table), out)
+            models.save(network, out, trainer.processing_class, template, start, model)
+            files.write(_report(asked, data, figures, counts, table), out)
             shutil.rmtree(out / CHECKPOINTS)
         state.wait_for_everyone()
         return figures
@@ -438,7 +438,9 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _report(asked: dict, data: Sequence[Mapping], figures: dict, counts: rows.Counts, table: list[dict]) -> Report:
+def _report(
+    asked: dict, data: Sequence[Mapping], figures: dict, counts: row_filters.Counts, table: list[dict]
+) -> Report:
     """The run as a table of its steps, with a plot."""
     last = table[-1]
     told = [f"{asked['kind']}: {figures['steps']} steps, loss {table[0]['loss']:.4f} -> {last['loss']:.4f}"]
@@ -450,9 +452,7 @@ def _report(asked: dict, data: Sequence[Mapping], figures: dict, counts: rows.Co
         told.append(
             f"only {figures['changed_fraction']:.1%} of the trained numbers differ from the start's as they are saved"
         )
-    shown = TableView.from_rows(
-        [figures], {name: name for name in figures if name not in ("dropped", "unchanged_parameters")}
-    )
+    shown = TableView.of([figures], {name: name for name in figures if name not in ("dropped", "unchanged_parameters")})
     source = {"source": data.source} if isinstance(data, TrainingRows) else {}
     provenance = {"asked": asked, "figures": figures, **source, **describe()}
     return Report(RECORD, {RECORD: table}, {RECORD: _plot(table)}, shown, [*told, *counts.told], provenance)

@@ -5,44 +5,22 @@ two columns are two configs, which may agree in direction and not in size.
 """
 
 import json
-import tomllib
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from snpatch import experiments
-from snpatch.errors import SnpatchError
 from snpatch.report.report import Row
 from snpatch.reproduce.inputs import engine_content
+from snpatch.reproduce.paper import numbers
+from snpatch.reproduce.pipeline import Pipeline
 from snpatch.reproduce.preset import Training, load_preset
 from snpatch.worlds.config import ExperimentConfig
-
-if TYPE_CHECKING:
-    from snpatch.reproduce.pipeline import Pipeline
 
 TAX = {"helpful-to-safe": ("safety", "helpful"), "safe-to-helpful": ("helpful", "safety")}  # (donor, recipient)
 COMPARED = ("model", "template", "sets", "judges", "benchmarks", "max_tokens", "contrast_tokens", "settings")
 
 
-@cache
-def numbers() -> dict:
-    """All that the paper reports, as published.toml has it."""
-    return tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))
-
-
-def models() -> list[str]:
-    """The paper's models."""
-    return [name for name in numbers()["transfer"] if name not in ("table", "columns")]
-
-
-def check_known(model: str | None) -> None:
-    """An error for a model that the paper does not have."""
-    if model is not None and model not in models():
-        raise SnpatchError(f"published: there are {', '.join(models())}, got {model!r}")
-
-
-def differs(pipeline: "Pipeline") -> list[str]:
+def differs(pipeline: Pipeline) -> list[str]:
     """What of the run is not as in the shipped preset of the model whose numbers are shown; nothing: it is that."""
     preset = pipeline.preset
     if preset.published is None:
@@ -64,7 +42,7 @@ def _trained(one: Training, other: Training) -> list:
     return [one.sft, one.dpo, {name: rows for name, rows in one.data.items() if name in other.data}]
 
 
-def beside(pipeline: "Pipeline", done: Sequence[str]) -> list[Row]:
+def beside(pipeline: Pipeline, done: Sequence[str]) -> list[Row]:
     """A row a number that is published, with what was measured, if it was.
 
     done: the experiments whose tables lie in the folder. difference: measured - published, where `differs` is empty and
