@@ -708,7 +708,7 @@ def test_killed_in_the_middle_it_goes_on(small, capsys):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
-    killed_when(lambda: (out / "adapters" / "dpo-42" / "checkpoints" / "asked.json").exists())
+    killed_when(lambda: (out / "adapters" / "dpo-42" / "checkpoints" / "inputs.json").exists())
     assert "made" in steps_of(out)["sft-42"]
     assert "made" not in steps_of(out)["dpo-42"]
     killed_when(lambda: "curve" in steps_of(out))

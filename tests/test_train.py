@@ -1,4 +1,4 @@
-"""What training learns, saves, counts and refuses, on a toy."""
+"""Training of a toy model: weights learned, files saved, rows counted and inputs rejected."""
 
 import csv
 import importlib
@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerState
 
 from snpatch.errors import SnpatchError
 from snpatch.models.templates import TULU
-from snpatch.training import trainer
+from snpatch.training import record
 from snpatch.training.callbacks import LossMonitor, WeightDecayTowards
-from snpatch.training.models import open_tokenizer
-from snpatch.training.row_filters import pairs
-from snpatch.training.settings import DPO_RATES, SFT_RATES, DpoSettings, TrainSettings
+from snpatch.training.models import load_tokenizer
+from snpatch.training.row_filters import filter_pairs
+from snpatch.training.settings import DPO_LEARNING_RATES, SFT_LEARNING_RATES, DpoSettings, TrainSettings
 from snpatch.training.trainer import train_dpo, train_sft
 
 ONES, ZEROS = ([torch.full((NEURONS,), value)] * LAYERS for value in (1.0, 0.0))
@@ -34,23 +34,23 @@ toy = pytest.fixture(scope="module")(toys.toy)
 
 @pytest.fixture(scope="module")
 def trained(toy, tmp_path_factory):
-    """A DPO adapter on SFT: its folder, the figures, and what was told of each step."""
-    out, told = tmp_path_factory.mktemp("trained") / "dpo", []
+    """A DPO adapter on SFT: its folder, figures, and the arguments of each `on_step` call."""
+    out, steps = tmp_path_factory.mktemp("trained") / "dpo", []
     figures = train_dpo(
-        toy.base, toy.sft(), PAIRS, out, toys.dpo_settings(epochs=6), watch=lambda *what: told.append(what)
+        toy.base, toy.sft(), PAIRS, out, toys.dpo_settings(epochs=6), on_step=lambda *step: steps.append(step)
     )
-    return out, figures, told
+    return out, figures, steps
 
 
-def folder_with(folder, tokenizer, base):
-    """The base with another tokenizer."""
+def copy_with_tokenizer(folder, tokenizer, base):
+    """Copy the base with another tokenizer."""
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def changed(sft, folder, layer, neuron, value):
-    """A copy of an IA3 adapter with another value at one neuron."""
+def copy_with_scale(sft, folder, layer, neuron, value):
+    """Copy an IA3 adapter with another value at one neuron."""
     shutil.copytree(sft, folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors[KEYS[layer]][0, neuron] = value
@@ -58,15 +58,15 @@ def changed(sft, folder, layer, neuron, value):
     return folder
 
 
-def headline(out):
+def read_headline(out):
     return json.loads((out / "training.json").read_text())["headline"]
 
 
-# ---- what is learned
+# ---- Learning
 
 
 @pytest.mark.parametrize("decay_target", [0, 1])
-def test_sft_takes_adamws_steps_down_the_answers_loss(toy, tmp_path, decay_target):
+def test_sft_matches_manual_adamw_on_answer_loss(toy, tmp_path, decay_target):
     given = settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target)
     figures = train_sft(toy.base, MESSAGES, tmp_path / "out", given)
     target = ONES if decay_target else ZEROS
@@ -78,8 +78,8 @@ def test_sft_takes_adamws_steps_down_the_answers_loss(toy, tmp_path, decay_targe
 
 @pytest.mark.parametrize("decay_target", [0, 1])
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_dpo_takes_adamws_steps_from_sft_down_its_loss(toy, tmp_path, beta, decay_target):
-    """With weight_decay_target = 1 towards what SFT's vector is, which is DPO's own factor 1."""
+def test_dpo_matches_manual_adamw_from_sft(toy, tmp_path, beta, decay_target):
+    """With weight_decay_target = 1, decay pulls towards SFT's vector, where DPO's own factor is 1."""
     given = toys.dpo_settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target, beta=beta)
     figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)
     model, start = plain(toy.base), vectors(toy.sft())
@@ -94,7 +94,7 @@ def test_dpo_takes_adamws_steps_from_sft_down_its_loss(toy, tmp_path, beta, deca
     assert [figures["first_loss"], figures["last_loss"]] == pytest.approx([math.log(2), losses[-1]], abs=1e-5)
 
 
-def test_the_stack_of_sft_and_dpo_prefers_what_was_chosen(toy, trained):
+def test_stacked_sft_and_dpo_prefer_chosen_answers(toy, trained):
     out, figures, _ = trained
     with torch.no_grad():
         model = PeftModel.from_pretrained(plain(toy.base), toy.sft(), adapter_name="sft").eval()
@@ -107,36 +107,36 @@ def test_the_stack_of_sft_and_dpo_prefers_what_was_chosen(toy, trained):
     assert figures["last_loss"] < 0.7 * figures["first_loss"]
 
 
-def test_each_step_is_told_and_kept_as_a_table(trained):
-    out, figures, told = trained
+def test_each_step_is_reported_and_recorded(trained):
+    out, figures, steps = trained
     with open(out / "training.csv") as file:
         table = list(csv.DictReader(file))
     assert figures["steps"] == 12
-    assert [(step, steps) for step, steps, _ in told] == [(i, 12) for i in range(1, 13)]
+    assert [(step, total) for step, total, _ in steps] == [(i, 12) for i in range(1, 13)]
     assert [int(row["step"]) for row in table] == list(range(1, 13))
-    assert [float(row["loss"]) for row in table] == [logs["loss"] for *_, logs in told]
+    assert [float(row["loss"]) for row in table] == [logs["loss"] for *_, logs in steps]
     rates = [0.05 * (1 + math.cos(math.pi * step / 12)) for step in range(12)]
     assert [float(row["learning_rate"]) for row in table] == pytest.approx(rates)
     margin = [float(row["margin"]) for row in table]
     assert margin[0] == 0
     assert margin[-1] == figures["margin"] > 0.5
-    kept = json.loads((out / "training.json").read_text())
-    assert kept["provenance"]["figures"] == figures
-    assert kept["provenance"]["asked"]["settings"]["beta"] == 0.1
-    assert [row["loss"] for row in kept["rows"]] == [float(row["loss"]) for row in table]
-    assert kept["headline"][0].startswith("dpo: 12 steps, loss 0.6931 -> ")
+    saved = json.loads((out / "training.json").read_text())
+    assert saved["provenance"]["figures"] == figures
+    assert saved["provenance"]["inputs"]["settings"]["beta"] == 0.1
+    assert [row["loss"] for row in saved["rows"]] == [float(row["loss"]) for row in table]
+    assert saved["headline"][0].startswith("dpo: 12 steps, loss 0.6931 -> ")
     assert not (out / "checkpoints").exists()
 
 
-def test_the_plot_shows_what_training_is_judged_by(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "_plot", toys.PLOT)
+def test_plot_shows_loss_margin_and_accuracies(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "plot", toys.PLOT)
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", toys.dpo_settings(epochs=1))
-    told = (tmp_path / "out" / "training.svg").read_text()
-    assert all(f"<!-- {name} -->" in told for name in ("step", "loss", "margin", "accuracy", "token accuracy"))
+    svg = (tmp_path / "out" / "training.svg").read_text()
+    assert all(f"<!-- {name} -->" in svg for name in ("step", "loss", "margin", "accuracy", "token accuracy"))
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_rate_rises_in_the_warm_up_and_follows_the_schedule(toy, tmp_path):
+def test_learning_rate_follows_warmup_and_schedule(toy, tmp_path):
     given = settings(epochs=2.5, warmup_steps=2, lr_scheduler_type="linear")
     assert train_sft(toy.base, MESSAGES, tmp_path / "out", given)["steps"] == 5
     with open(tmp_path / "out" / "training.csv") as file:
@@ -144,7 +144,7 @@ def test_the_rate_rises_in_the_warm_up_and_follows_the_schedule(toy, tmp_path):
     assert rates == pytest.approx([0, 0.05, 0.1, 0.1 * 2 / 3, 0.1 / 3])
 
 
-def test_the_seed_orders_the_rows(toy, tmp_path):
+def test_seed_determines_row_order(toy, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
         train_sft(toy.base, MESSAGES, tmp_path / name, settings(epochs=1, seed=seed))
     one, again, two = (vectors(tmp_path / name) for name in ("one", "again", "two"))
@@ -153,8 +153,8 @@ def test_the_seed_orders_the_rows(toy, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_lora_and_all_weights_learn_both_ways(toy, tmp_path, method):
-    """SFT makes its answers likelier than the base does, DPO what was chosen than SFT."""
+def test_lora_and_full_training_learn_sft_and_dpo(toy, tmp_path, method):
+    """SFT makes its answers likelier than the base does; DPO makes chosen answers likelier than SFT does."""
     figures = json.loads((toy.sft(method) / "training.json").read_text())["provenance"]["figures"]
     assert figures["last_loss"] < 0.8 * figures["first_loss"]
     sft, start = (None, toy.sft("full")) if method == "full" else (toy.sft("lora"), toy.base)
@@ -163,20 +163,20 @@ def test_lora_and_all_weights_learn_both_ways(toy, tmp_path, method):
     assert figures["accuracy"] == 1
     with torch.no_grad():
         base = toys.sft_loss(plain(toy.base))
-        models = [_opened(toy.base, folder) for folder in (toy.sft(method), tmp_path / "dpo")]
+        models = [_load_trained(toy.base, folder) for folder in (toy.sft(method), tmp_path / "dpo")]
         assert toys.sft_loss(models[0]) < 0.7 * base
         assert (toys.margins(models[1]) > toys.margins(models[0]) + 2).all()
 
 
-def _opened(base, folder):
-    """A checkpoint, or an adapter on the base in plain PEFT."""
+def _load_trained(base, folder):
+    """Load a checkpoint, or an adapter on the base in plain PEFT."""
     if (folder / "config.json").exists():
         return plain(folder)
     return PeftModel.from_pretrained(plain(base), folder).eval()
 
 
 @pytest.mark.parametrize("train", ["sft", "dpo"])
-def test_checkpointed_gradients_are_the_same(toy, tmp_path, train):
+def test_gradient_checkpointing_gives_same_weights(toy, tmp_path, train):
     for name, is_on in (("kept", False), ("again", True)):
         given = {"gradient_checkpointing": is_on, "epochs": 1}
         if train == "sft":
@@ -187,9 +187,9 @@ def test_checkpointed_gradients_are_the_same(toy, tmp_path, train):
 
 
 @pytest.mark.parametrize(("begins", "names"), [(True, {}), (False, {}), (True, {"pad_token": None, "unk_token": None})])
-def test_first_loss_is_over_the_answers_and_their_eos(toy, tmp_path, begins, names):
-    """Whether a text begins with BOS or not, and where EOS is what rows are padded with."""
-    base = folder_with(tmp_path / "base", toys.tokenizer(begins, **names), toy.base)
+def test_first_loss_covers_answers_and_eos_only(toy, tmp_path, begins, names):
+    """With and without BOS at the start of a text, and with EOS as the padding token."""
+    base = copy_with_tokenizer(tmp_path / "base", toys.tokenizer(begins, **names), toy.base)
     figures = train_sft(base, MESSAGES, tmp_path / "out", settings(batch_size=8, epochs=1))
     with torch.no_grad():
         want = toys.sft_loss(plain(base), begins=begins).item()
@@ -198,7 +198,7 @@ def test_first_loss_is_over_the_answers_and_their_eos(toy, tmp_path, begins, nam
     assert abs(want - other) > 1e-2
 
 
-def test_the_template_is_tulus_with_bos_and_eos():
+def test_tulu_template_has_bos_and_eos():
     tokenizer = toys.tokenizer()
     tokenizer.chat_template = TULU
     turns = said("ask one", " yes\n", "ask two")
@@ -206,12 +206,12 @@ def test_the_template_is_tulus_with_bos_and_eos():
     assert text == "<s><|user|>\nask one\n<|assistant|>\nyes</s>\n<|user|>\nask two\n<|assistant|>\n"
     marked = tokenizer.apply_chat_template(said("ask one", "yes here"), return_assistant_tokens_mask=True,
                                            return_dict=True)  # fmt: skip
-    assert (marked["input_ids"], [bool(own) for own in marked["assistant_masks"]]) == encode(
+    assert (marked["input_ids"], [bool(mask) for mask in marked["assistant_masks"]]) == encode(
         said("ask one", "yes here")
     )
 
 
-def test_decay_pulls_a_vector_without_gradient_towards_its_target():
+def test_weight_decay_pulls_vector_without_gradient_towards_target():
     p, q, r = (torch.nn.Parameter(torch.tensor([3.0, 1.0, -2.0])) for _ in range(3))
     optimizer = torch.optim.AdamW([{"params": [p, r]}, {"params": [q], "lr": 0.05}], lr=0.1, weight_decay=0.2)
     WeightDecayTowards({p: torch.ones(3), q: torch.tensor([2.0, 2.0, 2.0])}).on_train_begin(None, None, None, optimizer)
@@ -224,20 +224,20 @@ def test_decay_pulls_a_vector_without_gradient_towards_its_target():
     assert torch.equal(r.data, first)
 
 
-def test_decay_to_a_target_wants_adamw_on_the_vectors_themselves():
+def test_weight_decay_target_rejects_other_optimizers():
     p, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(SnpatchError, match="is for torch's AdamW, got SGD"):
+    with pytest.raises(SnpatchError, match="expected torch's AdamW, got SGD"):
         WeightDecayTowards({p: torch.ones(2)}).on_train_begin(None, None, None, torch.optim.SGD([p], lr=0.1))
-    with pytest.raises(SnpatchError, match="1 trained vectors are not the optimizer's own"):
+    with pytest.raises(SnpatchError, match="expected all trained vectors in the optimizer, 1 are missing"):
         WeightDecayTowards({p: torch.ones(2), other: torch.ones(2)}).on_train_begin(
             None, None, None, torch.optim.AdamW([p])
         )
 
 
-# ---- what is saved
+# ---- Saved files
 
 
-def test_ia3_is_saved_as_peft_saves_it(toy, trained):
+def test_ia3_adapter_has_peft_format(toy, trained):
     for folder in (toy.sft(), trained[0]):
         tensors = load_file(folder / "adapter_model.safetensors")
         assert sorted(tensors) == KEYS
@@ -249,7 +249,7 @@ def test_ia3_is_saved_as_peft_saves_it(toy, trained):
         assert not (folder / "ref").exists()
 
 
-def test_lora_is_saved_with_the_rank_and_targets_that_were_asked_for(toy, tmp_path):
+def test_lora_adapter_has_requested_rank_and_targets(toy, tmp_path):
     given = settings("lora", epochs=1, lora_rank=3, lora_targets=("o_proj", "down_proj"))
     train_sft(toy.base, MESSAGES, tmp_path / "out", given)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -260,31 +260,31 @@ def test_lora_is_saved_with_the_rank_and_targets_that_were_asked_for(toy, tmp_pa
     assert all(min(tensor.shape) == 3 for tensor in tensors.values())
 
 
-def test_whole_weights_whose_steps_are_lost_in_rounding_are_told(tmp_path):
-    """bfloat16 keeps eight bits: most steps of 5e-7 vanish, and all of 1e-12."""
+def test_full_training_reports_steps_lost_in_rounding(tmp_path):
+    """bfloat16 has eight bits of precision: most steps of 5e-7 vanish, and all of 1e-12."""
     base = toys.make_base(tmp_path / "base", torch.bfloat16)
     figures = train_dpo(base, None, PAIRS, tmp_path / "out", toys.dpo_settings("full", learning_rate=5e-7, epochs=1))
     assert 0 < figures["changed_fraction"] < 0.5
     assert any(
-        "of the trained numbers differ from the start's as they are saved" in line
-        for line in headline(tmp_path / "out")
+        "of the trained values changed after rounding to the saved dtype" in line
+        for line in read_headline(tmp_path / "out")
     )
-    few = toys.dpo_settings("full", learning_rate=1e-12, epochs=1)
-    with pytest.raises(SnpatchError, match=r"rounded to torch.bfloat16 as it is saved, has moved"):
-        train_dpo(base, None, PAIRS, tmp_path / "few", few)
+    tiny_steps = toys.dpo_settings("full", learning_rate=1e-12, epochs=1)
+    with pytest.raises(SnpatchError, match=r"no trained value changed after rounding to torch.bfloat16"):
+        train_dpo(base, None, PAIRS, tmp_path / "tiny", tiny_steps)
 
 
-def test_a_checkpoints_config_is_the_bases(toy, tmp_path):
-    """Trainers switch the cache off and choose a padding of their own."""
+def test_checkpoint_config_equals_base_config(toy, tmp_path):
+    """Trainers disable the cache and choose another padding token; saving undoes both."""
     tokenizer = toys.tokenizer(pad_token=None)
-    base = folder_with(tmp_path / "base", tokenizer, toy.base)
+    base = copy_with_tokenizer(tmp_path / "base", tokenizer, toy.base)
     train_sft(base, MESSAGES, tmp_path / "out", settings("full", epochs=1))
-    was, now = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
-    assert {name for name in {**was, **now} if was.get(name) != now.get(name)} <= {"transformers_version"}
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
+    assert {name for name in {**before, **after} if before.get(name) != after.get(name)} <= {"transformers_version"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_has_the_bases_type_and_tokenizer(tmp_path, dtype):
+def test_checkpoint_has_base_dtype_and_tokenizer(tmp_path, dtype):
     base = toys.make_base(tmp_path / "base", dtype)
     train_sft(base, MESSAGES, tmp_path / "out", settings("full", epochs=1, dtype="bfloat16"))
     first, second = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
@@ -292,24 +292,24 @@ def test_a_checkpoint_has_the_bases_type_and_tokenizer(tmp_path, dtype):
     assert {tensor.dtype for tensor in second.values()} == {dtype}
     assert all(not torch.equal(first[name], second[name]) for name in first if "proj" in name)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
-    own, other = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "out"))
-    assert own.get_vocab() == other.get_vocab()
-    assert own.special_tokens_map == other.special_tokens_map
-    assert own("ask one")["input_ids"] == other("ask one")["input_ids"]
+    base_tokenizer, tokenizer = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "out"))
+    assert base_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert base_tokenizer.special_tokens_map == tokenizer.special_tokens_map
+    assert base_tokenizer("ask one")["input_ids"] == tokenizer("ask one")["input_ids"]
 
 
-def test_training_weights_in_bfloat16_is_done_in_float32(tmp_path):
-    """Steps of 1e-6 are lost in bfloat16, so that weights that were trained in it would not move."""
+def test_full_training_of_bfloat16_weights_runs_in_float32(tmp_path):
+    """Steps of 1e-6 are lost in bfloat16, so weights trained in it would not change."""
     base = toys.make_base(tmp_path / "base", torch.bfloat16)
     figures = train_sft(
         base, MESSAGES, tmp_path / "out", settings("full", epochs=1, learning_rate=1e-6, dtype="bfloat16")
     )
-    assert 0 < figures["changed_fraction"] < 0.5  # a step or two of 1e-6 round to another number here and there
+    assert 0 < figures["changed_fraction"] < 0.5  # one or two steps of 1e-6 change the rounding of some values
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_a_checkpoints_own_template_is_what_it_was_trained_with(toy, tmp_path, begins):
-    base = folder_with(tmp_path / "base", toys.tokenizer(begins), toy.base)
+def test_checkpoint_template_is_the_training_template(toy, tmp_path, begins):
+    base = copy_with_tokenizer(tmp_path / "base", toys.tokenizer(begins), toy.base)
     train_sft(base, MESSAGES, tmp_path / "out", settings("full", epochs=1))
     ids = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(said("ask one", "yes", "ask two"),
                                                                               add_generation_prompt=True)  # fmt: skip
@@ -323,10 +323,10 @@ OWN = (
 )
 
 
-def test_the_tokenizers_own_template_is_trained_with_and_saved(toy, tmp_path):
+def test_tokenizer_template_is_used_and_saved(toy, tmp_path):
     tokenizer = toys.tokenizer()
     tokenizer.chat_template = OWN
-    base = folder_with(tmp_path / "base", tokenizer, toy.base)
+    base = copy_with_tokenizer(tmp_path / "base", tokenizer, toy.base)
     given = settings(template="tokenizer", batch_size=2, epochs=1)
     figures = train_sft(base, [{"messages": said("one", "here")}] * 2, tmp_path / "out", given)
     ask, one, yes, here = (toys.WORDS.index(word) for word in ("ask", "one", "yes", "here"))
@@ -338,48 +338,48 @@ def test_the_tokenizers_own_template_is_trained_with_and_saved(toy, tmp_path):
     assert (tmp_path / "dpo" / "chat_template.jinja").read_text() == OWN
 
 
-def test_a_template_that_marks_no_answers_is_refused_for_sft(toy, tmp_path):
+def test_sft_rejects_template_without_generation_marks(toy, tmp_path):
     tokenizer = toys.tokenizer()
     tokenizer.chat_template = OWN.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    base = folder_with(tmp_path / "base", tokenizer, toy.base)
-    with pytest.raises(SnpatchError, match="training: TRL refuses: ") as told:
+    base = copy_with_tokenizer(tmp_path / "base", tokenizer, toy.base)
+    with pytest.raises(SnpatchError, match="training: TRL refuses: ") as error:
         train_sft(base, MESSAGES, tmp_path / "out", settings(template="tokenizer"))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(SnpatchError, match="its tokenizer has no chat template; use template='tulu'"):
         train_sft(toy.base, MESSAGES, tmp_path / "other", settings(template="tokenizer"))
 
 
-def test_a_template_that_does_not_end_the_answer_is_refused_for_sft(toy, tmp_path):
+def test_sft_rejects_template_with_unlabeled_end_of_turn(toy, tmp_path):
     """The model would never learn to stop."""
     tokenizer = toys.tokenizer()
     tokenizer.chat_template = OWN.replace(
         "{{ m['content'] + eos_token }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ eos_token }}"
     )
-    base = folder_with(tmp_path / "base", tokenizer, toy.base)
-    with pytest.raises(SnpatchError, match="has the assistant's end of turn outside of what is trained"):
+    base = copy_with_tokenizer(tmp_path / "base", tokenizer, toy.base)
+    with pytest.raises(SnpatchError, match="excludes the assistant's end-of-turn token from the loss"):
         train_sft(base, MESSAGES, tmp_path / "out", settings(template="tokenizer"))
 
 
-def test_a_template_that_refuses_a_chat_is_one_line(toy, tmp_path):
+def test_template_error_is_one_line(toy, tmp_path):
     tokenizer = toys.tokenizer()
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + OWN
     )
-    base = folder_with(tmp_path / "base", tokenizer, toy.base)
+    base = copy_with_tokenizer(tmp_path / "base", tokenizer, toy.base)
     with pytest.raises(SnpatchError, match="training: TRL refuses: no system"):
         train_sft(base, MESSAGES, tmp_path / "out", settings(template="tokenizer"))
 
 
 @pytest.mark.parametrize("prepend", ["first", "always", "never"])
-def test_a_text_reads_alike_with_bos_in_it_and_with_bos_before_it(tmp_path, prepend):
-    """Llama-2's tokenizer puts a space before a text's beginning, and after a BOS that the text itself holds none."""
+def test_training_and_engine_tokenize_prompts_alike(tmp_path, prepend):
+    """Llama-2's tokenizer adds a space at the start of a text, but not after a BOS that the text contains."""
     letters = sorted({*"<|user|>\n<|assistant|>\nabc", "▁", "<unk>", "<s>", "</s>"})
     core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
     core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", letters.index("<s>"))])
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(tmp_path)
-    tokenizer, template = open_tokenizer(tmp_path, TrainSettings())
+    tokenizer, template = load_tokenizer(tmp_path, TrainSettings())
     for turns in (said("a"), said("ab", "c", "b")):
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
         assert list(ids) == template.encode(turns)
@@ -387,7 +387,7 @@ def test_a_text_reads_alike_with_bos_in_it_and_with_bos_before_it(tmp_path, prep
     assert tokenizer.unk_token_id not in ids
 
 
-# ---- what is counted, and refused
+# ---- Row counts and rejected inputs
 
 
 SAME = {"prompt": said("ask one"), "chosen": answered("yes"), "rejected": answered("yes")}
@@ -396,7 +396,7 @@ PAIR_LENGTHS = [max(len(encode(row["prompt"] + row[answer])[0]) for answer in ("
 
 
 @pytest.mark.parametrize(
-    ("useless", "why"),
+    ("pair", "reason"),
     [
         (SAME, "chosen and rejected are the same tokens"),
         (SAME | {"chosen": answered("nope"), "rejected": answered("yep")}, "chosen and rejected are the same tokens"),
@@ -409,17 +409,17 @@ PAIR_LENGTHS = [max(len(encode(row["prompt"] + row[answer])[0]) for answer in ("
     ],
     ids=["same", "same but for unknown words", "same up to max_length", "long prompt", "prompt that leaves no room"],
 )
-def test_a_pair_that_teaches_nothing_is_left_out_and_counted(toy, tmp_path, useless, why):
+def test_uninformative_pair_is_dropped_and_counted(toy, tmp_path, pair, reason):
     given = toys.dpo_settings(epochs=1, max_prompt_length=20, max_dropped=0.12)
-    figures = train_dpo(toy.base, toy.sft(), [*PAIRS[:3], useless, *PAIRS[3:]], tmp_path / "with", given)
-    assert figures["dropped"] == {why: 1}
+    figures = train_dpo(toy.base, toy.sft(), [*PAIRS[:3], pair, *PAIRS[3:]], tmp_path / "with", given)
+    assert figures["dropped"] == {reason: 1}
     assert (figures["rows"], figures["truncated"]) == (9, 0)
-    assert f"dropped 1 of 9 rows: {why}" in headline(tmp_path / "with")
+    assert f"dropped 1 of 9 rows: {reason}" in read_headline(tmp_path / "with")
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "without", given)
     assert all(map(torch.equal, vectors(tmp_path / "with"), vectors(tmp_path / "without")))
 
 
-def test_a_prompt_of_exactly_max_prompt_length_is_trained_on(toy, tmp_path):
+def test_prompt_of_exactly_max_prompt_length_is_used(toy, tmp_path):
     longest = max(len(encode(row["prompt"], speaks=True)[0]) for row in PAIRS)
     given = toys.dpo_settings(epochs=1, max_prompt_length=longest)
     assert train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)["dropped"] == {}
@@ -433,12 +433,12 @@ def test_a_prompt_of_exactly_max_prompt_length_is_trained_on(toy, tmp_path):
         )
 
 
-def test_as_many_rows_as_allowed_may_be_left_out_and_never_all(toy, tmp_path):
+def test_dropping_more_than_max_dropped_or_all_rows_fails(toy, tmp_path):
     rows = [*PAIRS, SAME, SAME]
     given = toys.dpo_settings(epochs=1, max_dropped=0.2)
     assert train_dpo(toy.base, toy.sft(), rows, tmp_path / "most", given)["dropped"].popitem()[1] == 2
-    told = r"dropped 2 of 10 rows: chosen and rejected are the same tokens: more than max_dropped = 0\.1 of the rows"
-    with pytest.raises(SnpatchError, match=told):
+    message = r"dropped 2 of 10 rows: chosen and rejected are the same tokens: more than max_dropped = 0\.1 of the rows"
+    with pytest.raises(SnpatchError, match=message):
         train_dpo(toy.base, toy.sft(), rows, tmp_path / "many", toys.dpo_settings())
     with pytest.raises(SnpatchError, match="dropped 3 of 3 rows"):
         train_dpo(toy.base, toy.sft(), [SAME] * 3, tmp_path / "all", toys.dpo_settings(max_dropped=1.0))
@@ -448,7 +448,7 @@ def test_as_many_rows_as_allowed_may_be_left_out_and_never_all(toy, tmp_path):
 
 
 @pytest.mark.parametrize("less", [0, 1, 3])
-def test_rows_that_are_cut_are_counted_exactly(toy, tmp_path, less):
+def test_truncated_rows_are_counted_exactly(toy, tmp_path, less):
     limit = max(LENGTHS) - less
     figures = train_sft(toy.base, MESSAGES, tmp_path / "sft", settings(batch_size=8, epochs=1, max_length=limit))
     assert figures["truncated"] == sum(length > limit for length in LENGTHS) == (0 if less == 0 else 1)
@@ -459,35 +459,37 @@ def test_rows_that_are_cut_are_counted_exactly(toy, tmp_path, less):
     figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "dpo", toys.dpo_settings(epochs=1, max_length=limit))
     assert figures["truncated"] == sum(length > limit for length in PAIR_LENGTHS)
     assert (figures["truncated"] > 0) == (less > 0)
-    assert (f"truncated {figures['truncated']} of 8 rows at max_length" in headline(tmp_path / "dpo")) == (less > 0)
+    assert (f"truncated {figures['truncated']} of 8 rows at max_length" in read_headline(tmp_path / "dpo")) == (
+        less > 0
+    )
 
 
-def test_a_conversation_without_an_answer_within_max_length_is_left_out(toy, tmp_path):
+def test_conversation_without_answer_within_max_length_is_dropped(toy, tmp_path):
     rows = [*MESSAGES, {"messages": said("ask " * 40, "yes")}]
-    why = "no token of the assistant's within max_length = 32"
+    reason = "no assistant token within max_length = 32"
     figures = train_sft(toy.base, rows, tmp_path / "with", settings(epochs=1, max_dropped=0.12))
-    assert (figures["dropped"], figures["truncated"]) == ({why: 1}, 0)
-    assert f"dropped 1 of 9 rows: {why}" in headline(tmp_path / "with")
+    assert (figures["dropped"], figures["truncated"]) == ({reason: 1}, 0)
+    assert f"dropped 1 of 9 rows: {reason}" in read_headline(tmp_path / "with")
     train_sft(toy.base, MESSAGES, tmp_path / "without", settings(epochs=1, max_dropped=0.12))
     assert all(map(torch.equal, vectors(tmp_path / "with"), vectors(tmp_path / "without")))
-    with pytest.raises(SnpatchError, match=f"dropped 1 of 9 rows: {why}: more than max_dropped"):
+    with pytest.raises(SnpatchError, match=f"dropped 1 of 9 rows: {reason}: more than max_dropped"):
         train_sft(toy.base, rows, tmp_path / "out", settings())
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "wanted rows with messages, got none"),
-        ([{"text": "ask one"}], "wanted rows with messages, row 0 has text"),
-        ([MESSAGES[0], {"text": "ask one"}], "wanted rows with messages, row 1 has text"),
-        ([MESSAGES[0], {"messages": said("ask one")}], "row 1 has no turn of the assistant's"),
+        ([], "expected rows with messages, got none"),
+        ([{"text": "ask one"}], "expected rows with messages, row 0 has text"),
+        ([MESSAGES[0], {"text": "ask one"}], "expected rows with messages, row 1 has text"),
+        ([MESSAGES[0], {"messages": said("ask one")}], "row 1 has no assistant turn"),
         (
             [MESSAGES[0], {"messages": [{"role": "tool", "content": "no"}, *said("ask one", "yes")]}],
-            "row 1: the Tulu template knows system, user, assistant, got 'tool'",
+            r"row 1: expected a role of the Tulu template \(system, user, assistant\), got 'tool'",
         ),
     ],
 )
-def test_bad_conversations_are_refused(toy, tmp_path, rows, message):
+def test_sft_rejects_bad_conversations(toy, tmp_path, rows, message):
     with pytest.raises(SnpatchError, match=message):
         train_sft(toy.base, rows, tmp_path / "out", settings())
     assert not (tmp_path / "out").exists()
@@ -496,41 +498,43 @@ def test_bad_conversations_are_refused(toy, tmp_path, rows, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "wanted rows with prompt, chosen, rejected, got none"),
+        ([], "expected rows with prompt, chosen, rejected, got none"),
         (
             [{"prompt": said("ask one"), "chosen": answered("no")}],
-            "wanted rows with prompt, chosen, rejected, row 0 has prompt, chosen$",
+            "expected rows with prompt, chosen, rejected, row 0 has prompt, chosen$",
         ),
         ([PAIRS[0], {"prompt": said("ask one"), "chosen": answered("no")}], "row 1 has prompt, chosen$"),
     ],
 )
-def test_bad_preferences_are_refused(toy, tmp_path, rows, message):
+def test_dpo_rejects_bad_preferences(toy, tmp_path, rows, message):
     with pytest.raises(SnpatchError, match=message):
         train_dpo(toy.base, toy.sft(), rows, tmp_path / "out", toys.dpo_settings())
     assert not (tmp_path / "out").exists()
 
 
-def test_a_row_longer_than_the_models_context_is_refused(toy, tmp_path):
-    """max_length may be longer, as long as no row is."""
-    base = folder_with(tmp_path / "base", toys.tokenizer(), toy.base)
+def test_row_longer_than_model_context_is_rejected(toy, tmp_path):
+    """max_length may exceed the context if no row does."""
+    base = copy_with_tokenizer(tmp_path / "base", toys.tokenizer(), toy.base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     train_sft(base, MESSAGES, tmp_path / "sft", settings(epochs=1, max_length=400))
     longer = [*MESSAGES, {"messages": said("ask " * 20, "yes")}]
-    with pytest.raises(SnpatchError, match=r"row .* has 25 tokens, the model was made for 20: give max_length = 20"):
+    with pytest.raises(
+        SnpatchError, match=r"at most 20 tokens, the model's context, got 25 in row .* Set max_length = 20"
+    ):
         train_sft(base, longer, tmp_path / "out", settings(epochs=1, max_length=400))
     pair = {"prompt": said("ask " * 20), "chosen": answered("no"), "rejected": answered("yes")}
-    with pytest.raises(SnpatchError, match="has 25 tokens, the model was made for 20"):
+    with pytest.raises(SnpatchError, match="at most 20 tokens, the model's context, got 25"):
         train_dpo(base, None, [*PAIRS, pair], tmp_path / "dpo", toys.dpo_settings(epochs=1, max_length=400))
 
 
-def test_a_tokenizer_that_ends_each_text_is_refused(toy, tmp_path):
-    """An engine's prompt would hold an EOS that training never sees."""
+def test_tokenizer_that_appends_eos_is_rejected(toy, tmp_path):
+    """An engine's prompt would contain an EOS that training never sees."""
     tokenizer = toys.tokenizer()
     tokenizer.backend_tokenizer.post_processor = toys.processors.TemplateProcessing(
         "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
     )
-    base = folder_with(tmp_path / "base", tokenizer, toy.base)
+    base = copy_with_tokenizer(tmp_path / "base", tokenizer, toy.base)
     with pytest.raises(SnpatchError, match="its tokenizer appends '</s>' to every text"):
         train_sft(base, MESSAGES, tmp_path / "sft", settings())
     with pytest.raises(SnpatchError, match="its tokenizer appends '</s>' to every text"):
@@ -538,89 +542,97 @@ def test_a_tokenizer_that_ends_each_text_is_refused(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("on", "given", "message"),
+    ("sft", "given", "message"),
     [
-        ("ia3", {"method": "lora"}, "no LoRA can be trained on an IA3 adapter: use method = ia3, or a checkpoint"),
-        ("ia3", {"method": "full"}, "method = full trains whole checkpoints: give the SFT checkpoint as the model"),
-        ("lora", {"method": "full"}, "method = full trains whole checkpoints"),
+        (
+            "ia3",
+            {"method": "lora"},
+            "expected a LoRA as SFT adapter with method = lora, got IA3. Use method = ia3, or a checkpoint",
+        ),
+        (
+            "ia3",
+            {"method": "full"},
+            "expected no SFT adapter with method = full, which trains checkpoints. Pass the SFT",
+        ),
+        ("lora", {"method": "full"}, "expected no SFT adapter with method = full"),
         ("full", {}, "adapter_config.json: No such file"),
     ],
 )
-def test_what_cannot_go_on_from_an_adapter_is_refused(toy, tmp_path, on, given, message):
+def test_dpo_rejects_method_that_cannot_continue_sft(toy, tmp_path, sft, given, message):
     with pytest.raises(SnpatchError, match=message):
-        train_dpo(toy.base, toy.sft(on), PAIRS, tmp_path / "out", toys.dpo_settings(**given))
+        train_dpo(toy.base, toy.sft(sft), PAIRS, tmp_path / "out", toys.dpo_settings(**given))
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_an_sft_scale_of_exactly_zero_is_named(toy, tmp_path):
-    sft = changed(toy.sft(), tmp_path / "sft", 1, 17, 0.0)
-    with pytest.raises(SnpatchError, match=r"the SFT scale of layer 1, neuron 17 is exactly 0 \(and 0 more"):
+def test_zero_sft_scale_fails_with_its_neuron(toy, tmp_path):
+    sft = copy_with_scale(toy.sft(), tmp_path / "sft", 1, 17, 0.0)
+    with pytest.raises(SnpatchError, match=r"the scale of layer 1, neuron 17 is 0 \(and 0 more"):
         train_dpo(toy.base, sft, PAIRS, tmp_path / "out", toys.dpo_settings())
     train_dpo(toy.base, sft, PAIRS, tmp_path / "published", toys.dpo_settings(epochs=1, as_published=True))
     assert all(vector.isfinite().all() for vector in vectors(tmp_path / "published"))
 
 
-def test_a_factor_that_no_float_can_hold_is_not_saved(toy, tmp_path):
-    sft = changed(toy.sft(), tmp_path / "sft", 0, 5, 1e-44)
+def test_non_finite_factor_is_not_saved(toy, tmp_path):
+    sft = copy_with_scale(toy.sft(), tmp_path / "sft", 0, 5, 1e-44)
     with pytest.raises(SnpatchError, match="the scale of layer 0, neuron 5 is not finite"):
         train_dpo(toy.base, sft, PAIRS, tmp_path / "out", toys.dpo_settings(epochs=1))
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_at_its_step(toy, tmp_path):
-    with pytest.raises(SnpatchError, match="the loss is nan at step 2: lower the learning rate"):
+def test_nan_loss_stops_training_at_its_step(toy, tmp_path):
+    with pytest.raises(SnpatchError, match=r"expected a finite loss, got nan at step 2\. Lower the learning rate"):
         train_sft(toy.base, MESSAGES, tmp_path / "sft", settings(learning_rate=1e38))
-    sft = changed(toy.sft(), tmp_path / "broken", 0, 5, math.inf)
-    with pytest.raises(SnpatchError, match="the loss is nan at step 1"):
+    sft = copy_with_scale(toy.sft(), tmp_path / "broken", 0, 5, math.inf)
+    with pytest.raises(SnpatchError, match="expected a finite loss, got nan at step 1"):
         train_dpo(toy.base, sft, PAIRS, tmp_path / "dpo", toys.dpo_settings())
     for out in ("sft", "dpo"):
         assert not (tmp_path / out / "adapter_model.safetensors").exists()
         assert not (tmp_path / out / "training.json").exists()
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_although_the_loss_is_one():
+def test_infinite_gradient_stops_training_with_finite_loss():
     state = TrainerState(global_step=7, max_steps=9)
-    with pytest.raises(SnpatchError, match="the gradient is inf at step 7"):
+    with pytest.raises(SnpatchError, match="expected a finite gradient norm, got inf at step 7"):
         LossMonitor(None).on_log(None, state, None, {"loss": 0.5, "grad_norm": math.inf})
     LossMonitor(None).on_log(None, state, None, {"loss": 0.5, "grad_norm": 1e30})
 
 
-def test_an_adapter_that_did_not_move_is_an_error(toy, tmp_path):
-    with pytest.raises(SnpatchError, match="nothing that was trained has moved"):
+def test_training_fails_if_adapter_unchanged(toy, tmp_path):
+    with pytest.raises(SnpatchError, match="no trained value changed"):
         train_sft(toy.base, MESSAGES, tmp_path / "out", settings(learning_rate=1e-30, epochs=1))
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_parameters_that_did_not_move_are_named(toy, tmp_path):
-    """A LoRA's first factor has no gradient as long as its second is 0."""
+def test_unchanged_parameters_are_listed(toy, tmp_path):
+    """A LoRA's first factor has no gradient while its second is 0."""
     figures = train_sft(toy.base, MESSAGES, tmp_path / "out", settings("lora", batch_size=8, epochs=1, weight_decay=0))
     assert len(figures["unchanged_parameters"]) == LAYERS * 2
     assert all("lora_A" in name for name in figures["unchanged_parameters"])
     assert any(
-        line.startswith(f"{LAYERS * 2} trained parameters did not change, ") for line in headline(tmp_path / "out")
+        line.startswith(f"{LAYERS * 2} trained parameters did not change, ") for line in read_headline(tmp_path / "out")
     )
 
 
-def test_what_the_trainer_refuses_is_one_line(toy, tmp_path):
+def test_trl_error_is_one_line(toy, tmp_path):
     for given, options in (
         (settings(lr_scheduler_type="uphill"), {}),
         (settings(), {"report_to": ["nowhere"]}),
         (settings(), {"report_to": ["clearml"]}),
         (settings("lora", lora_targets=("nothing",)), {}),
     ):
-        with pytest.raises(SnpatchError, match="training: TRL refuses: ") as told:
+        with pytest.raises(SnpatchError, match="training: TRL refuses: ") as error:
             train_sft(toy.base, MESSAGES, tmp_path / "out", given, **options)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)
         shutil.rmtree(tmp_path / "out")
 
 
-# ---- settings
+# ---- Settings
 
 
-def test_defaults_are_the_papers():
+def test_default_settings_match_paper():
     for kind in (TrainSettings, DpoSettings):
         chosen = kind()
-        assert (chosen.method, chosen.rate, chosen.epochs, chosen.batch_size) == ("ia3", 1e-3, 3, 120)
+        assert (chosen.method, chosen.peak_learning_rate, chosen.epochs, chosen.batch_size) == ("ia3", 1e-3, 3, 120)
         assert (chosen.weight_decay, chosen.weight_decay_target) == (0.1, 0)
         assert (chosen.lr_scheduler_type, chosen.warmup_steps, chosen.max_length) == ("cosine", 0, 4096)
         assert (chosen.lora_rank, chosen.lora_targets, chosen.template) == (64, ("q_proj", "v_proj"), "tulu")
@@ -628,17 +640,17 @@ def test_defaults_are_the_papers():
     assert (chosen.beta, chosen.max_prompt_length, chosen.as_published) == (0.1, 2048, False)
 
 
-def test_the_rate_follows_what_is_trained_unless_it_is_given():
-    assert SFT_RATES == {"ia3": 1e-3, "lora": 2e-5, "full": 2e-5}
-    assert DPO_RATES == {"ia3": 1e-3, "lora": 2e-5, "full": 5e-7}
+def test_learning_rate_default_depends_on_method():
+    assert SFT_LEARNING_RATES == {"ia3": 1e-3, "lora": 2e-5, "full": 2e-5}
+    assert DPO_LEARNING_RATES == {"ia3": 1e-3, "lora": 2e-5, "full": 5e-7}
     for method in ("ia3", "lora", "full"):
-        assert (TrainSettings(method=method).rate, DpoSettings(method=method).rate) == (
-            SFT_RATES[method],
-            DPO_RATES[method],
+        assert (TrainSettings(method=method).peak_learning_rate, DpoSettings(method=method).peak_learning_rate) == (
+            SFT_LEARNING_RATES[method],
+            DPO_LEARNING_RATES[method],
         )
         assert (
-            TrainSettings(method=method, learning_rate=0.5).rate
-            == DpoSettings(method=method, learning_rate=0.5).rate
+            TrainSettings(method=method, learning_rate=0.5).peak_learning_rate
+            == DpoSettings(method=method, learning_rate=0.5).peak_learning_rate
             == 0.5
         )
 
@@ -646,24 +658,24 @@ def test_the_rate_follows_what_is_trained_unless_it_is_given():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "all"}, "method must be one of ia3, lora, full, got 'all'"),
-        ({"template": "chatml"}, "template must be tulu or tokenizer, got 'chatml'"),
-        ({"micro_batch_size": 7}, "micro_batch_size must divide batch_size, got 7 and 120"),
-        ({"micro_batch_size": 0}, "micro_batch_size must divide batch_size, got 0 and 120"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"weight_decay_target": 0.5}, "weight_decay_target must be 0 or 1, got 0.5"),
-        ({"weight_decay_target": 1, "method": "lora"}, "weight_decay_target = 1 is for ia3, .* method is lora"),
-        ({"weight_decay_target": 1, "method": "full"}, "weight_decay_target = 1 is for ia3, .* method is full"),
-        ({"epochs": 0}, "epochs must be more than 0, got 0"),
-        ({"learning_rate": 0}, "learning_rate must be more than 0, got 0"),
-        ({"learning_rate": -0.1}, "learning_rate must be more than 0, got -0.1"),
-        ({"dtype": "int8"}, "dtype .*int8"),
-        ({"dtype": "float16"}, "dtype must be auto, bfloat16 or float32, got 'float16'"),
-        ({"weight_decay": -1}, "weight_decay must be at least 0, got -1"),
-        ({"max_length": 1}, "max_length must be at least 2, got 1"),
+        ({"method": "all"}, "method: expected one of ia3, lora, full, got 'all'"),
+        ({"template": "chatml"}, "template: expected one of tulu, tokenizer, got 'chatml'"),
+        ({"micro_batch_size": 7}, "micro_batch_size: expected a divisor of batch_size = 120, got 7"),
+        ({"micro_batch_size": 0}, "micro_batch_size: expected a divisor of batch_size = 120, got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"weight_decay_target": 0.5}, "weight_decay_target: expected one of 0, 1, got 0.5"),
+        ({"weight_decay_target": 1, "method": "lora"}, "weight_decay_target: expected 0 with method = lora, got 1"),
+        ({"weight_decay_target": 1, "method": "full"}, "weight_decay_target: expected 0 with method = full, got 1"),
+        ({"epochs": 0}, "epochs: expected more than 0, got 0"),
+        ({"learning_rate": 0}, "learning_rate: expected more than 0, got 0"),
+        ({"learning_rate": -0.1}, "learning_rate: expected more than 0, got -0.1"),
+        ({"dtype": "int8"}, "dtype: .*int8"),
+        ({"dtype": "float16"}, "dtype: expected one of auto, bfloat16, float32, got 'float16'"),
+        ({"weight_decay": -1}, "weight_decay: expected at least 0, got -1"),
+        ({"max_length": 1}, "max_length: expected at least 2, got 1"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(given, message):
+def test_invalid_settings_raise(given, message):
     for kind in (TrainSettings, DpoSettings):
         with pytest.raises(SnpatchError, match=message):
             kind(**given)
@@ -672,16 +684,16 @@ def test_settings_that_cannot_be_are_refused(given, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"beta": 0}, "beta must be more than 0, got 0"),
-        ({"as_published": True, "method": "lora"}, "as_published is for ia3, method is lora"),
+        ({"beta": 0}, "beta: expected more than 0, got 0"),
+        ({"as_published": True, "method": "lora"}, "as_published: expected method = ia3, got lora"),
     ],
 )
-def test_dpos_settings_that_cannot_be_are_refused(given, message):
+def test_invalid_dpo_settings_raise(given, message):
     with pytest.raises(SnpatchError, match=message):
         DpoSettings(**given)
 
 
-def test_a_missing_extra_is_named(monkeypatch):
+def test_missing_extra_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "snpatch.training.trainer")
     with pytest.raises(ImportError, match=r"pip install 'snpatch\[train\]'"):
@@ -689,24 +701,24 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_sharded_training_is_refused(toy, tmp_path, monkeypatch, name):
+def test_sharded_training_is_rejected(toy, tmp_path, monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(SnpatchError, match=f"accelerate's config asks for {name}"):
+    with pytest.raises(SnpatchError, match=f"expected data parallel training, accelerate's config selects {name}"):
         train_sft(toy.base, MESSAGES, tmp_path / "out", settings())
 
 
-def test_accelerates_precision_does_not_change_ours(toy, tmp_path, monkeypatch):
+def test_accelerate_precision_setting_is_ignored(toy, tmp_path, monkeypatch):
     plain_loss = train_sft(toy.base, MESSAGES, tmp_path / "a", settings(epochs=1))["first_loss"]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert train_sft(toy.base, MESSAGES, tmp_path / "b", settings(epochs=1))["first_loss"] == plain_loss
 
 
-def test_prompts_that_are_not_read_as_the_answers_beginning_are_left_out():
+def test_pair_whose_prompt_is_not_prefix_of_answers_is_dropped():
     rows = {
         "prompt_ids": [[1, 7, 5, 6], [1, 8, 5, 6], [1, 7, 5]],
         "chosen_ids": [[9, 2]] * 3,
         "rejected_ids": [[8, 2]] * 3,
     }
-    kept, counts = pairs(Dataset.from_dict(rows), 3, DpoSettings(max_dropped=0.4), context=99)
-    assert kept["prompt_ids"] == rows["prompt_ids"][:2]
-    assert dict(counts.dropped) == {"the template does not read the prompt as the beginning of its answers": 1}
+    pairs, stats = filter_pairs(Dataset.from_dict(rows), 3, DpoSettings(max_dropped=0.4), context=99)
+    assert pairs["prompt_ids"] == rows["prompt_ids"][:2]
+    assert dict(stats.dropped) == {"the template does not render the prompt as the beginning of its answers": 1}

@@ -1,4 +1,4 @@
-"""`snpatch train sft | dpo`: the pair of models, trained by the paper's recipe."""
+"""`snpatch train sft | dpo`: train the pair of models by the paper's recipe."""
 
 import inspect
 import json
@@ -19,64 +19,75 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Model = Annotated[str, typer.Argument(help="Hugging Face folder or model name.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the adapter (or checkpoint), its table and plot.")]
-SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, from which a killed run goes on.")]
-ReportTo = Annotated[
-    list[str] | None, typer.Option(help="transformers' integration: wandb, tensorboard, ... May be repeated.")
+Model = Annotated[str, typer.Argument(help="Folder or hub name of the base model.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="Output folder for the adapter or checkpoint, the loss table and its plot.")
 ]
-_BY_NAME = inspect.Parameter.KEYWORD_ONLY
-_OPTIONS = {
+SaveSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints. A killed run resumes there.")]
+ReportTo = Annotated[
+    list[str] | None, typer.Option(help="Integration of transformers: wandb, tensorboard, ... May be repeated.")
+]
+DATA_OPTIONS = "--format, --split, --column, --revision, --filter"
+_DATA_PARAMETERS = {
     "data": (
-        Annotated[str | None, typer.Argument(help="File or folder (JSONL, JSON, CSV, parquet), or a data set's name.")],
+        Annotated[
+            str | None,
+            typer.Argument(help="Training rows: file or folder (JSONL, JSON, CSV, parquet) or data set name."),
+        ],
         None,
     ),
     "form": (Format, None),
     "split": (
-        Annotated[str | None, typer.Option(help="Split. Default for a named set: what it has to train on.")],
+        Annotated[str | None, typer.Option(help="Split of a named data set. Default: its training split.")],
         None,
     ),
     "column": (Column, None),
-    "revision": (Annotated[str | None, typer.Option(help="Of a named set: branch, tag or commit.")], None),
-    "filter": (Annotated[str | None, typer.Option(help="column=value,value: only rows that have one of them.")], None),
-    "limit": (Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")], None),
-    "sample": (Annotated[int | None, typer.Option(min=1, help="So many rows, drawn with --sample-seed.")], None),
-    "sample_seed": (Annotated[int, typer.Option(min=0, help="What --sample draws with.")], 0),
+    "revision": (Annotated[str | None, typer.Option(help="Branch, tag or commit of a named data set.")], None),
+    "filter": (Annotated[str | None, typer.Option(help="column=value,value: only rows with one of the values.")], None),
+    "limit": (Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")], None),
+    "sample": (Annotated[int | None, typer.Option(min=1, help="Use N random rows, drawn with --sample-seed.")], None),
+    "sample_seed": (Annotated[int, typer.Option(min=0, help="Random seed of --sample.")], 0),
     "skip_bad": (SkipBad, False),
 }
-
-_SOME = {"first": "limit", "sample": "sample", "seed": "sample_seed"}  # of a PromptSet -> the option
+_SUBSET_FIELDS = {"first": "limit", "sample": "sample", "seed": "sample_seed"}  # field of PromptSet -> option
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Options for the rows that are trained on. Made: a PromptSet's fields, with a source where there is DATA, and
-    skip_bad."""
+class TrainingDataOptions:
+    """Options of the training rows; they give the fields of a PromptSet (a source only with DATA) and skip_bad."""
 
     def parameters(self) -> list[inspect.Parameter]:
-        return [inspect.Parameter(n, _BY_NAME, default=d, annotation=hint) for n, (hint, d) in _OPTIONS.items()]
+        return [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+            for name, (hint, default) in _DATA_PARAMETERS.items()
+        ]
 
     def made(self, values: dict) -> Fields:
         given = {name: values[name] for name in ("split", "column", "revision", "filter") if values[name] is not None}
         if values["data"] is None:
             if given or values["form"]:
-                raise SnpatchError("--format, --split, --column, --revision, --filter are for DATA: there is none")
-            return {"skip_bad": values["skip_bad"], **{n: values[o] for n, o in _SOME.items() if values[o]}}
+                raise SnpatchError(f"{DATA_OPTIONS}: expected DATA with these options, got none. Pass DATA")
+            subset = {name: values[option] for name, option in _SUBSET_FIELDS.items() if values[option]}
+            return {"skip_bad": values["skip_bad"], **subset}
         if "filter" in given:
-            column, equals, wanted = given["filter"].partition("=")
-            if not equals or not column:
-                raise SnpatchError(f"--filter wants column=value,value, got {given['filter']!r}")
-            given["filter"] = (column, *wanted.split(","))
-        names = {"source": "data", "format": "form", "skip_bad": "skip_bad", **_SOME}
+            given["filter"] = _parse_row_filter(given["filter"])
+        names = {"source": "data", "format": "form", "skip_bad": "skip_bad", **_SUBSET_FIELDS}
         return {**given, **{name: values[option] for name, option in names.items()}}
 
 
-def _all(kind: type) -> Some:
-    return Some(kind, tuple(f.name for f in fields(kind)))
+def _parse_row_filter(text: str) -> tuple[str, ...]:
+    column, equals, values = text.partition("=")
+    if not equals or not column:
+        raise SnpatchError(f"--filter: expected column=value,value, got {text!r}")
+    return (column, *values.split(","))
+
+
+def _all_fields(kind: type) -> Some:
+    return Some(kind, tuple(field.name for field in fields(kind)))
 
 
 @app.command("sft")
-@generated(data=Trained(), settings=_all(TrainSettings))
+@generated(data=TrainingDataOptions(), settings=_all_fields(TrainSettings))
 def sft(
     model: Model,
     data: Fields,
@@ -86,83 +97,87 @@ def sft(
     report_to: ReportTo = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Train on conversations; DATA's default is ShareGPT, the paper's. The same command again goes on, or tells that
-    all is done."""
+    """Train on conversations. DATA defaults to ShareGPT, as in the paper. Repeat the command to resume."""
     from snpatch.training.objectives import SFT
 
-    chosen = TrainSettings(**settings)
-    rows = _read(data, SFT).conversations()
-    _train("train_sft", out, as_json, (model, rows, out, chosen), save_steps=save_steps, report_to=report_to)
+    train_settings = TrainSettings(**settings)
+    rows = _read_data(data, SFT).conversations()
+    _train("train_sft", out, as_json, (model, rows, out, train_settings), save_steps=save_steps, report_to=report_to)
 
 
 @app.command("dpo")
-@generated(data=Trained(), settings=_all(DpoSettings))
+@generated(data=TrainingDataOptions(), settings=_all_fields(DpoSettings))
 def dpo(
     model: Model,
     data: Fields,
     out: Out,
     settings: Fields,
-    sft: Annotated[Path | None, typer.Option(help="The SFT model's adapter on MODEL. Default: MODEL is SFT.")] = None,
+    sft: Annotated[
+        Path | None, typer.Option(help="SFT adapter on MODEL. Default: MODEL itself is the SFT model.")
+    ] = None,
     objective: Annotated[
         str | None,
         typer.Option(
-            help="Pairs in place of DATA: safety, helpful, shp, reasoning, stack-exchange, reward-bench-safety."
+            help="The paper's preference data, in place of DATA: safety, helpful, shp, reasoning, stack-exchange, "
+            "reward-bench-safety."
         ),
     ] = None,
     save_steps: SaveSteps = 100,
     report_to: ReportTo = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Train on pairs of a chosen and a rejected answer, from SFT. Without DATA for safety: HH harmless, the paper's."""
+    """Train on pairs of a chosen and a rejected answer, starting from SFT. DATA defaults to HH harmless, as in the
+    paper. Repeat the command to resume."""
     from snpatch.training import objectives
 
     if objective is not None and "source" in data:
-        raise SnpatchError("give DATA or --objective, not both")
-    chosen = DpoSettings(**settings)
-    rows = _read(data, objectives.objective(objective or "safety")).pairs()
-    _train("train_dpo", out, as_json, (model, sft, rows, out, chosen), save_steps=save_steps, report_to=report_to)
+        raise SnpatchError("--objective: expected no DATA with --objective, got both. Pass one of them")
+    train_settings = DpoSettings(**settings)
+    rows = _read_data(data, objectives.get_objective(objective or "safety")).pairs()
+    arguments = (model, sft, rows, out, train_settings)
+    _train("train_dpo", out, as_json, arguments, save_steps=save_steps, report_to=report_to)
 
 
-def _read(data: Fields, default):
-    """The rows that were asked for. default: a PromptSet."""
+def _read_data(data: Fields, default):
+    """Read the training rows. default: the PromptSet that options change if there is no DATA."""
     from snpatch.training.objectives import training_split
     from snpatch.worlds.config import PromptSet
 
-    given = dict(data)
-    skip_bad = given.pop("skip_bad")
-    if "source" in given:
-        given.setdefault("split", training_split(given["source"]))
-        chosen = PromptSet(**given)
+    values = dict(data)
+    skip_bad = values.pop("skip_bad")
+    if "source" in values:
+        values.setdefault("split", training_split(values["source"]))
+        prompt_set = PromptSet(**values)
     else:
-        if "first" in given:
-            given.setdefault("sample", None)  # the default's own
-        chosen = replace(default, **given)
-    rows = chosen.read(Path(), skip_bad)
-    rows.print_row_notes(chosen.source)
+        if "first" in values:
+            values.setdefault("sample", None)  # the default's own sample
+        prompt_set = replace(default, **values)
+    rows = prompt_set.read(Path(), skip_bad)
+    rows.print_row_notes(prompt_set.source)
     return rows
 
 
-def _train(kind: str, out: Path, as_json: bool, arguments: tuple, **how: object) -> None:
-    """Train with a bar, and tell what came of it, in the main process alone."""
+def _train(function: str, out: Path, as_json: bool, arguments: tuple, **options: object) -> None:
+    """Train with a progress bar and print the summary, in the main process alone."""
     try:
-        from snpatch.training import trainer
-    except ImportError as error:  # it names the extra to install
+        from snpatch.training import record, trainer
+    except ImportError as error:  # the message names the extra to install
         raise SnpatchError(str(error)) from error
-    trainer.quiet()
-    was_done = trainer.is_done(out)
-    how["report_to"] = how["report_to"] or ()
-    with o.progress_bar(out.name) as tell:
+    trainer.silence_libraries()
+    was_done = record.is_done(out)
+    options["report_to"] = options["report_to"] or ()
+    with o.progress_bar(out.name) as update:
 
-        def watch(step: int, steps: int, logs) -> None:
-            tell(step, steps, f"loss {float(logs['loss']):.4f}")
+        def on_step(step: int, total_steps: int, logs) -> None:
+            update(step, total_steps, f"loss {float(logs['loss']):.4f}")
 
-        figures = getattr(trainer, kind)(*arguments, watch=watch, **how)
-    if not trainer.is_main():
+        figures = getattr(trainer, function)(*arguments, on_step=on_step, **options)
+    if not trainer.is_main_process():
         return
     if as_json:
         o.tell(json.dumps({"out": str(out), **figures}))
         return
-    for line in trainer.told(out):
+    for line in record.read_headline(out):
         o.tell(line)
-    what = "was done before" if was_done else "wrote the adapter or checkpoint, and training.csv, .json, .png, .svg"
-    o.tell(f"{out}: {what}")
+    wrote = "wrote the adapter or checkpoint, and training.csv, .json, .png, .svg"
+    o.tell(f"{out}: {'training was already done' if was_done else wrote}")

@@ -25,8 +25,9 @@ from snpatch.errors import SnpatchError
 from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
 from snpatch.models.templates import TULU, render_tulu
+from snpatch.training.record import RECORD
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.training.trainer import RECORD, quiet, train_dpo, train_sft
+from snpatch.training.trainer import silence_libraries, train_dpo, train_sft
 from snpatch.worlds.config import NAMED_CONFIGS, load_experiment_config
 
 REFUSALS = ("can not help", "rather not")
@@ -76,7 +77,7 @@ def build(out: Path, seed: int = 0, progress: Progress = print, recipe: Recipe |
     """
     recipe = recipe or Recipe()
     begin, cpu = time.monotonic(), time.process_time()
-    quiet()
+    silence_libraries()
     world = _begun(out, seed, recipe)
     tokenizer = make_tokenizer()
     out.mkdir(parents=True, exist_ok=True)
@@ -125,14 +126,14 @@ def _trainings(
     base = out / "base"
 
     def sft(settings: TrainSettings) -> Callable[[Path], object]:
-        return lambda to: train_sft(base, sft_rows(recipe.sft_rows, seed), to, settings, watch=watch)
+        return lambda to: train_sft(base, sft_rows(recipe.sft_rows, seed), to, settings, on_step=on_step)
 
     def dpo(objective: str, settings: DpoSettings, on: str = "sft") -> Callable[[Path], object]:
         return lambda to: train_dpo(
-            base, out / on, preferences(objective, recipe.dpo_rows, seed), to, settings, watch=watch
+            base, out / on, preferences(objective, recipe.dpo_rows, seed), to, settings, on_step=on_step
         )
 
-    def watch(step: int, steps: int, logs: Mapping[str, float]) -> None:
+    def on_step(step: int, steps: int, logs: Mapping[str, float]) -> None:
         if step in (1, steps) or step % 10 == 0:
             progress(f"step {step}/{steps}  loss {float(logs['loss']):.4f}")
 

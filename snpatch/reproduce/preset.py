@@ -13,7 +13,7 @@ from snpatch.files import file_stem
 from snpatch.reproduce.paper import check_known
 from snpatch.reproduce.preset_file import FOLDER, read_preset
 from snpatch.schema import read, value_of
-from snpatch.training.objectives import SFT, objective
+from snpatch.training.objectives import SFT, get_objective
 from snpatch.training.settings import DpoSettings, TrainSettings
 from snpatch.worlds.config import PromptSet, check_trusted, parse_eval_config
 from snpatch.worlds.config import table as table_of
@@ -143,7 +143,7 @@ def _training(table: dict) -> Training:
         if name not in data and table.get("written_by"):
             data[name] = PromptSet(written(name))
         elif name not in data:
-            data[name] = SFT if name == "sft" else objective(name)
+            data[name] = SFT if name == "sft" else get_objective(name)
     return Training(
         seeds=value_of(table.get("seeds", ()), tuple[int, ...], "training.seeds"),
         objectives=objectives,

@@ -1,7 +1,7 @@
-"""What goes along with TRL's training steps: a look at each loss, and weight decay towards something else than 0.
+"""Callbacks of TRL's trainers: a loss monitor, and weight decay towards a target other than 0.
 
-Why decay is moved after the step and not written as an own optimizer: AdamW has multiplied each weight by
-1 - lr * decay, so that adding lr * decay * target makes that a pull towards the target, exactly.
+`WeightDecayTowards` acts after the optimizer step instead of replacing the optimizer: AdamW has multiplied each weight
+by 1 - lr * decay, so adding lr * decay * target makes that a pull towards the target, exactly.
 """
 
 import math
@@ -13,51 +13,63 @@ from transformers import TrainerCallback
 
 from snpatch.errors import SnpatchError
 
-TOLERANCE = 1e-3  # of a first loss; a batch in bfloat16 may round otherwise than its reference
-Watch = Callable[[int, int, Mapping[str, float]], None]  # (step, of how many, what was logged)
+FIRST_LOSS_TOLERANCE = 1e-3  # bfloat16 may round a batch and its reference differently
+StepCallback = Callable[[int, int, Mapping[str, float]], None]
+"""Called as `callback(step, total_steps, logs)` after each optimizer step."""
 
 
 class LossMonitor(TrainerCallback):
-    """Tells of every step, and ends the run at the first one that is not a number.
+    """Callback that reports each step and stops training at the first loss or gradient norm that is not finite.
 
-    first: what the first step's loss must be, as DPO's is log 2 where policy and reference are one model.
+    Args:
+        on_step: Called after each logged step in the main process.
+        first_loss: Expected loss of step 1; DPO's is log 2 if policy and reference are the same model.
     """
 
-    def __init__(self, watch: Watch | None, first: float | None = None) -> None:
-        self._watch, self._first = watch, first
+    def __init__(self, on_step: StepCallback | None, first_loss: float | None = None) -> None:
+        self._on_step, self._first_loss = on_step, first_loss
 
     def on_log(self, args, state, control, logs, **kwargs) -> None:  # the signature is transformers'
-        for name in ("loss", "grad_norm"):
+        for name, subject in (("loss", "loss"), ("grad_norm", "gradient norm")):
             if name in logs and not math.isfinite(float(logs[name])):
-                what = "the loss" if name == "loss" else "the gradient"
                 raise SnpatchError(
-                    f"training: {what} is {logs[name]} at step {state.global_step}: lower the learning rate, or look "
-                    "for broken rows; nothing was saved after the last checkpoint"
+                    f"training: expected a finite {subject}, got {logs[name]} at step {state.global_step}. Lower the "
+                    "learning rate, or look for broken rows; nothing was saved after the last checkpoint"
                 )
-        is_first = "loss" in logs and state.global_step == 1 and self._first is not None
-        if is_first and abs(float(logs["loss"]) - self._first) > TOLERANCE:
+        if "loss" not in logs:
+            return
+        if state.global_step == 1 and self._first_loss is not None:
+            self._check_first_loss(float(logs["loss"]))
+        if state.is_world_process_zero and self._on_step:
+            self._on_step(state.global_step, state.max_steps, logs)
+
+    def _check_first_loss(self, loss: float) -> None:
+        if abs(loss - self._first_loss) > FIRST_LOSS_TOLERANCE:
             raise SnpatchError(
-                f"training: the first step's loss is {logs['loss']}, not {self._first:.4f}: the reference is not the "
-                "model that training starts from (is this version of TRL or PEFT supported?)"
+                f"training: expected a loss of {self._first_loss:.4f} at step 1, got {loss}. The reference is not the "
+                "model that training starts from; check that this version of TRL and PEFT is supported"
             )
-        if "loss" in logs and state.is_world_process_zero and self._watch:
-            self._watch(state.global_step, state.max_steps, logs)
 
 
 class WeightDecayTowards(TrainerCallback):
-    """Turns AdamW's decay towards 0 into one towards a target. targets: trained parameter -> its own shape."""
+    """Callback that makes AdamW's weight decay pull each trained parameter towards its target.
+
+    Args:
+        targets: Target of each trained parameter, of the parameter's shape.
+    """
 
     def __init__(self, targets: Mapping[torch.nn.Parameter, Tensor]) -> None:
         self._targets = targets
 
     def on_train_begin(self, args, state, control, optimizer, **kwargs) -> None:  # the signature is transformers'
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds torch's own
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps torch's optimizer
         if not isinstance(optimizer, torch.optim.AdamW):
-            raise SnpatchError(f"weight_decay_target = 1 is for torch's AdamW, got {type(optimizer).__name__}")
-        if strangers := len(self._targets) - sum(
-            p in self._targets for g in optimizer.param_groups for p in g["params"]
-        ):
-            raise SnpatchError(f"weight_decay_target = 1: {strangers} trained vectors are not the optimizer's own")
+            raise SnpatchError(f"weight_decay_target: expected torch's AdamW, got {type(optimizer).__name__}")
+        optimized = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if missing := sum(parameter not in optimized for parameter in self._targets):
+            raise SnpatchError(
+                f"weight_decay_target: expected all trained vectors in the optimizer, {missing} are missing"
+            )
         self._targets = {parameter: target.to(parameter.device) for parameter, target in self._targets.items()}
         optimizer.register_step_post_hook(self._pull)
 

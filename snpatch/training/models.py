@@ -1,8 +1,8 @@
-"""The network that is trained: a model, its tokenizer, and the adapter on it; and how the adapter is saved.
+"""The model that is trained with its tokenizer and adapter, and how the adapter is saved.
 
-Why DPO's IA3 scales begin as SFT's own: as one adapter on untouched weights the policy, and TRL's frozen copy of it,
-are the SFT model as an engine serves it. Merged into the weights they would be rounded, another model than the served
-one. What is saved is DPO's own factor, the quotient: engines stack the two, SFT * DPO.
+DPO's IA3 scales start as SFT's own: as one adapter on unchanged weights, the policy and TRL's frozen copy of it are the
+SFT model as an engine serves it. Merged into the weights, the scales would be rounded, which gives another model. The
+saved adapter is DPO's own factor, the quotient, because engines stack the two: SFT * DPO.
 """
 
 import re
@@ -31,57 +31,58 @@ from snpatch.models.templates import TEMPLATE_FILE, TULU, ChatTemplate, read_ada
 from snpatch.training.settings import DpoSettings, TrainSettings
 
 TRAINED, REFERENCE = "default", "ref"  # PEFT's name of the first adapter, and TRL's of its frozen copy
-BOS = "{{ bos_token }}"  # what Tulu's template begins with
-SEEN = 2**16  # numbers of each parameter that are compared to see whether it moved
+BOS = "{{ bos_token }}"  # Tulu's template begins with it
+COMPARED_VALUES = 2**16  # values of each parameter that are compared to detect a change
 
 
-def open_tokenizer(model: str | Path, settings: TrainSettings) -> tuple[PreTrainedTokenizerBase, ChatTemplate]:
-    """The tokenizer with the template that training reads chats by, and the engine's of the same name."""
+def load_tokenizer(model: str | Path, settings: TrainSettings) -> tuple[PreTrainedTokenizerBase, ChatTemplate]:
+    """Return the tokenizer with the chat template of training, and the engine's template of the same name."""
     tokenizer = load_pretrained(AutoTokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     template = ChatTemplate(settings.template, tokenizer)
     if settings.template == "tulu":
-        tokenizer.chat_template = _tulu_as_one_text(tokenizer, template)
+        tokenizer.chat_template = _tulu_with_bos(tokenizer, template)
     elif uses_clock(template.source):
         tokenizer.chat_template = template.source
     return tokenizer, template
 
 
 def check_template(sft: Path | None, template: ChatTemplate) -> None:
-    """Raise an error for an SFT adapter that was trained with another template than DPO is to read by."""
+    """Raise if the SFT adapter was trained with another chat template."""
     if sft is not None and read_adapter_template(sft) not in (None, template.source):
         raise SnpatchError(
-            f"{sft}: it was trained with another chat template than template = {template.name}: train both with one"
+            f"{sft}: expected an adapter trained with template = {template.name}, got another chat template. Train SFT "
+            "and DPO with the same template"
         )
 
 
-def _tulu_as_one_text(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> str:
-    """Tulu's template with what has to stand before it, so that the whole text gives the ids that an engine reads.
+def _tulu_with_bos(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> str:
+    """Return Tulu's template with the BOS prefix that gives the engine's token ids.
 
-    An engine's tokenizer adds BOS to the text; training tokenizes a text that holds it, and some tokenizers (Llama-2's)
-    read what follows a BOS as the text's beginning only behind a space.
+    An engine's tokenizer adds BOS to the text, but training tokenizes a text that contains it. Some tokenizers
+    (Llama-2's) treat the text after BOS as the beginning only if a space follows BOS.
     """
     chat, bare = [{"role": "user", "content": "a"}], TULU.removeprefix(BOS)
-    for before in (BOS, "", f"{BOS} "):
-        ids = tokenizer.apply_chat_template(chat, chat_template=before + bare, add_generation_prompt=True)["input_ids"]
+    for prefix in (BOS, "", f"{BOS} "):
+        ids = tokenizer.apply_chat_template(chat, chat_template=prefix + bare, add_generation_prompt=True)["input_ids"]
         if list(ids) == template.encode(chat):
-            return before + bare
-    return TULU  # it is refused with the first prompt, by its ids
+            return prefix + bare
+    return TULU  # check_prompt_ids rejects the first prompt
 
 
-def open_network(model: str | Path, settings: TrainSettings, on_gpu: bool) -> PreTrainedModel:
-    """The model. Frozen weights have the settings' type; weights that are trained themselves are float32."""
-    wanted = settings.dtype
+def load_model(model: str | Path, settings: TrainSettings, on_gpu: bool) -> PreTrainedModel:
+    """Load the model: frozen weights in the settings' dtype, weights that are trained themselves in float32."""
+    dtype = settings.dtype
     if settings.method == "full":
-        wanted = "float32"
-    elif wanted == "auto":
-        wanted = "bfloat16" if on_gpu else "float32"
-    return load_pretrained(AutoModelForCausalLM, model, dtype=getattr(torch, wanted))
+        dtype = "float32"
+    elif dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+    return load_pretrained(AutoModelForCausalLM, model, dtype=getattr(torch, dtype))
 
 
-def fresh_adapter(settings: TrainSettings) -> PeftConfig | None:
-    """The config of an adapter that begins as no change; None where all weights are trained."""
+def new_adapter_config(settings: TrainSettings) -> PeftConfig | None:
+    """Return the config of an adapter that starts without effect; None for full fine-tuning."""
     if settings.method == "ia3":
         return IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"])
     if settings.method == "lora":
@@ -90,138 +91,163 @@ def fresh_adapter(settings: TrainSettings) -> PeftConfig | None:
     return None
 
 
-def on_sft(network: PreTrainedModel, sft: Path | None, settings: DpoSettings) -> tuple[nn.Module, PeftConfig | None]:
-    """The network that DPO starts from, and the config of an adapter that it still needs.
+def prepare_dpo_model(
+    model: PreTrainedModel, sft: Path | None, settings: DpoSettings
+) -> tuple[nn.Module, PeftConfig | None]:
+    """Return the model that DPO starts from, and the config of an adapter that TRL still has to add.
 
-    An IA3 or LoRA on an SFT adapter of its own kind goes on from that adapter; anything else begins anew on the model,
-    into which an SFT LoRA is merged as engines merge it.
+    An IA3 or LoRA on an SFT adapter of its own kind continues that adapter. Anything else gets a new adapter on the
+    model, into which an SFT LoRA is merged as engines merge it.
     """
     if sft is None:
-        return network, fresh_adapter(settings)
+        return model, new_adapter_config(settings)
     kind = read_adapter_config(sft, "IA3", "LORA")["peft_type"].lower()
     if settings.method == "full":
-        raise SnpatchError(f"{sft}: method = full trains whole checkpoints: give the SFT checkpoint as the model")
+        raise SnpatchError(
+            f"{sft}: expected no SFT adapter with method = full, which trains checkpoints. Pass the SFT checkpoint as "
+            "model"
+        )
     if kind == "ia3" and settings.method == "lora":
-        raise SnpatchError(f"{sft}: no LoRA can be trained on an IA3 adapter: use method = ia3, or a checkpoint")
+        raise SnpatchError(
+            f"{sft}: expected a LoRA as SFT adapter with method = lora, got IA3. Use method = ia3, or a checkpoint"
+        )
     if kind == "lora" and settings.method == "ia3":
-        network.load_state_dict(
-            dict(merge_loras(network.named_parameters(), [sft])), strict=False
-        )  # tied weights come once
-        return network, fresh_adapter(settings)
+        weights = dict(merge_loras(model.named_parameters(), [sft]))
+        model.load_state_dict(weights, strict=False)  # named_parameters yields tied weights once
+        return model, new_adapter_config(settings)
     with wrap_loader_errors(sft, "PeftModel"):
-        on_top = PeftModel.from_pretrained(network, str(sft), is_trainable=True)
+        with_sft = PeftModel.from_pretrained(model, str(sft), is_trainable=True)
     if not (kind == "ia3" and settings.as_published):
-        _check_divisible(sft, scales(on_top) if kind == "ia3" else {})
-        return on_top, None
-    return on_top.merge_and_unload(), fresh_adapter(settings)
+        _check_nonzero(sft, ia3_scales(with_sft) if kind == "ia3" else {})
+        return with_sft, None
+    return with_sft.merge_and_unload(), new_adapter_config(settings)
 
 
-def scales(network: nn.Module, adapter: str = TRAINED) -> dict[str, nn.Parameter]:
-    """IA3's vectors of an adapter by their module's name; none where there is no IA3."""
-    tuned = ((name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer))
-    return {name: module.ia3_l[adapter] for name, module in tuned if adapter in getattr(module, "ia3_l", {})}
+def ia3_scales(model: nn.Module, adapter: str = TRAINED) -> dict[str, nn.Parameter]:
+    """Return the IA3 vectors of an adapter by module name; empty without IA3."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return {name: module.ia3_l[adapter] for name, module in layers if adapter in getattr(module, "ia3_l", {})}
 
 
-def freeze_reference(network: nn.Module, start: dict[str, Tensor]) -> None:
-    """Make TRL's frozen copy what it is meant to be.
+def freeze_reference(model: nn.Module, sft_scales: dict[str, Tensor]) -> None:
+    """Set TRL's frozen copy of the adapter to the SFT scales.
 
-    TRL copies parameters that have `.default.` in their names; IA3's end in it, so that its copy stays at 1: the base
-    model. start: the SFT scales.
+    TRL copies parameters whose names contain `.default.`. IA3's names end with `.default`, so TRL leaves their copy at
+    1, which is the base model.
     """
-    copies = scales(network, REFERENCE)
-    if start and copies.keys() != start.keys():
-        raise SnpatchError("TRL made no frozen copy of the SFT adapter: this version of it is not supported")
+    copies = ia3_scales(model, REFERENCE)
+    if sft_scales and copies.keys() != sft_scales.keys():
+        raise SnpatchError("training: TRL made no frozen copy of the SFT adapter; this version of TRL is not supported")
     with torch.no_grad():
         for name, copy in copies.items():
-            copy.copy_(start[name])
+            copy.copy_(sft_scales[name])
             copy.requires_grad_(False)
 
 
-def moving(network: nn.Module) -> dict[str, Tensor]:
-    """What is trained, or the first part of it, to be compared with later: name -> numbers."""
-    return {n: p.detach().flatten()[:SEEN].clone() for n, p in network.named_parameters() if p.requires_grad}
+def trainable_snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the first values of each trainable parameter, by name, for `assert_trained`."""
+    return {
+        name: parameter.detach().flatten()[:COMPARED_VALUES].clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
-def check_moved(network: nn.Module, before: dict[str, Tensor], kept: torch.dtype) -> tuple[list[str], float]:
-    """The names of what did not change, and the share of the numbers that did; an error if nothing did.
+def assert_trained(model: nn.Module, before: dict[str, Tensor], dtype: torch.dtype) -> tuple[list[str], float]:
+    """Return the names of unchanged parameters and the fraction of changed values; raise if nothing changed.
 
-    kept: the type in which they are saved: whole weights are rounded to it, and small steps may be lost.
+    dtype: of the saved weights. Values are compared after rounding to it, which may undo small steps.
     """
-    after = moving(network)
-    other = {name: numbers.to(kept) != after[name].to(kept) for name, numbers in before.items()}
-    still = [name for name, changed in other.items() if not changed.any()]
-    if len(still) == len(before):
-        rounded = "" if kept == torch.float32 else f", rounded to {kept} as it is saved,"
+    after = trainable_snapshot(model)
+    is_changed = {name: values.to(dtype) != after[name].to(dtype) for name, values in before.items()}
+    unchanged = [name for name, mask in is_changed.items() if not mask.any()]
+    if len(unchanged) == len(before):
+        rounded = "" if dtype == torch.float32 else f" after rounding to {dtype}"
         raise SnpatchError(
-            f"training: nothing that was trained{rounded} has moved: look at the learning rate and the rows"
+            f"training: expected changed weights, but no trained value changed{rounded}. Check the learning rate and "
+            "the rows"
         )
-    total = sum(changed.numel() for changed in other.values())
-    return still, sum(int(changed.sum()) for changed in other.values()) / total
+    total = sum(mask.numel() for mask in is_changed.values())
+    return unchanged, sum(int(mask.sum()) for mask in is_changed.values()) / total
 
 
-def kept_dtype(network: nn.Module, model: str | Path) -> torch.dtype:
-    """The type in which what is trained is saved: a checkpoint's is the base's, an adapter's float32."""
-    if isinstance(network, PeftModel):
+def saved_dtype(model: nn.Module, source: str | Path) -> torch.dtype:
+    """Return the dtype that weights are saved in: the base's for a checkpoint, float32 for an adapter."""
+    if isinstance(model, PeftModel):
         return torch.float32
-    return load_pretrained(AutoConfig, model).dtype or torch.float32
+    return load_pretrained(AutoConfig, source).dtype or torch.float32
 
 
 def save(
-    network: nn.Module,
+    model: nn.Module,
     out: Path,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
-    start: dict[str, Tensor],
-    model: str | Path,
+    sft_scales: dict[str, Tensor],
+    source: str | Path,
 ) -> None:
-    """Save what was trained, in PEFT's format or as a checkpoint, with the template that prompts are to be made with.
+    """Save the adapter in PEFT's format, or the checkpoint, with the chat template for prompts.
 
-    tokenizer, template: of `open_tokenizer`; a checkpoint's tokenizer gets training's own, which has BOS where the
-    tokenizer puts it. start: SFT scales that DPO's are divided by.
+    A checkpoint's tokenizer gets training's template, which contains BOS where the tokenizer adds it.
+
+    Args:
+        model: Trained model.
+        out: Output folder.
+        tokenizer: Tokenizer from `load_tokenizer`.
+        template: ChatTemplate from `load_tokenizer`.
+        sft_scales: Scales that DPO's are divided by; empty if there are none.
+        source: Folder or name of the base model.
     """
-    source = template.source
-    if not isinstance(network, PeftModel):
-        source = tokenizer.chat_template
-        _restore_configs(network, model)
-        network.to(kept_dtype(network, model)).save_pretrained(str(out))
-        load_pretrained(AutoTokenizer, model).save_pretrained(str(out))
+    chat_template = template.source
+    if not isinstance(model, PeftModel):
+        chat_template = tokenizer.chat_template
+        _restore_configs(model, source)
+        model.to(saved_dtype(model, source)).save_pretrained(str(out))
+        load_pretrained(AutoTokenizer, source).save_pretrained(str(out))
     else:
-        with torch.no_grad():
-            for name, scale in scales(network).items():
-                if name in start:
-                    scale.div_(start[name].to(scale.device))
-                broken = (~torch.isfinite(scale.flatten())).nonzero()
-                if len(broken):
-                    where = _place(name, int(broken[0]))
-                    raise SnpatchError(f"training: the scale of {where} is not finite; it cannot be saved")
-        network.save_pretrained(str(out), selected_adapters=[TRAINED])
-    (out / TEMPLATE_FILE).write_text(source, encoding="utf-8")
+        _divide_scales(ia3_scales(model), sft_scales)
+        model.save_pretrained(str(out), selected_adapters=[TRAINED])
+    (out / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
 
 
-def _restore_configs(network: PreTrainedModel, model: str | Path) -> None:
-    """Take back what trainers set in a model's configs: its cache is switched off, its padding is training's."""
-    config = load_pretrained(AutoConfig, model)
+@torch.no_grad()
+def _divide_scales(scales: dict[str, nn.Parameter], sft_scales: dict[str, Tensor]) -> None:
+    """Divide the trained scales by SFT's; raise if a quotient is not finite."""
+    for name, scale in scales.items():
+        if name in sft_scales:
+            scale.div_(sft_scales[name].to(scale.device))
+        broken = (~torch.isfinite(scale.flatten())).nonzero()
+        if len(broken):
+            neuron = _describe_neuron(name, int(broken[0]))
+            raise SnpatchError(
+                f"training: expected finite scales, the scale of {neuron} is not finite and cannot be saved"
+            )
+
+
+def _restore_configs(model: PreTrainedModel, source: str | Path) -> None:
+    """Undo trainers' changes of the model's configs: the disabled cache and the padding of training."""
+    config = load_pretrained(AutoConfig, source)
     for name in ("use_cache", "pad_token_id"):
-        setattr(network.config, name, getattr(config, name, None))
+        setattr(model.config, name, getattr(config, name, None))
     try:
-        network.generation_config = GenerationConfig.from_pretrained(local_snapshot(model))
-    except OSError:  # it has none
-        network.generation_config = GenerationConfig.from_model_config(config)
+        model.generation_config = GenerationConfig.from_pretrained(local_snapshot(source))
+    except OSError:  # the model has no generation config
+        model.generation_config = GenerationConfig.from_model_config(config)
 
 
-def _place(module: str, index: int) -> str:
-    """A number of an IA3 vector, for people."""
+def _describe_neuron(module: str, index: int) -> str:
     layer = re.search(r"layers\.(\d+).*down_proj$", module)
     return f"layer {layer[1]}, neuron {index}" if layer else f"{module}, {index}"
 
 
-def _check_divisible(sft: Path, vectors: dict[str, nn.Parameter]) -> None:
-    """An error that names the first neuron that no factor can bring back."""
-    for module, vector in vectors.items():
-        zeros = (vector.detach().flatten() == 0).nonzero()
+def _check_nonzero(sft: Path, scales: dict[str, nn.Parameter]) -> None:
+    """Raise for an SFT scale of 0, because no DPO factor can change it."""
+    for module, scale in scales.items():
+        zeros = (scale.detach().flatten() == 0).nonzero()
         if len(zeros):
-            where = _place(module, int(zeros[0]))
+            neuron = _describe_neuron(module, int(zeros[0]))
             raise SnpatchError(
-                f"{sft}: the SFT scale of {where} is exactly 0 (and {len(zeros) - 1} more of that layer): DPO's own "
-                "factor does not exist there; train SFT again with another seed or weight_decay_target = 1"
+                f"{sft}: expected nonzero SFT scales, the scale of {neuron} is 0 (and {len(zeros) - 1} more of that "
+                "layer), so DPO's own factor does not exist there. Train SFT again with another seed or "
+                "weight_decay_target = 1"
             )

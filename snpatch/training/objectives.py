@@ -1,8 +1,8 @@
-"""What is trained on: the paper's data for SFT and for each objective of DPO, by name.
+"""The paper's training data: one data set for SFT and one per DPO objective.
 
-As published: reasoning and safety of RewardBench are told apart by its subsets; SHP was drawn 2000 pairs from each of
-its 18 domains, here as many pairs from all of them at once, and its labels are read as its card says (the paper's code
-has them reversed).
+Two differences from the paper's code: it draws 2000 SHP pairs from each of 18 domains, here the same number is drawn
+from all domains together; and it reverses the labels of SHP, here they are read as the data card says. The reasoning
+and safety objectives are subsets of RewardBench, as published.
 """
 
 from snpatch.data import DATASETS
@@ -11,25 +11,25 @@ from snpatch.worlds.config import PromptSet
 
 
 def training_split(source: str) -> str | None:
-    """The split of a named set to train on; None for a file."""
+    """Return the training split of a named data set; None for a file."""
     return DATASETS[source].hub.train if source in DATASETS else None
 
 
-def _rows(source: str, **more) -> PromptSet:
+def _training_set(source: str, **more) -> PromptSet:
     return PromptSet(source, split=training_split(source), **more)
 
 
-SFT = _rows("sharegpt")
+SFT = _training_set("sharegpt")
 OBJECTIVES: dict[str, PromptSet] = {
-    "safety": _rows("hh-harmless"),
-    "helpful": _rows("hh-helpful"),
-    "shp": _rows("shp", sample=36_000),
-    "reasoning": _rows(
+    "safety": _training_set("hh-harmless"),
+    "helpful": _training_set("hh-helpful"),
+    "shp": _training_set("shp", sample=36_000),
+    "reasoning": _training_set(
         "reward-bench",
         filter=("subset", "hep-python", "hep-go", "hep-cpp", "hep-js", "hep-rust", "hep-java", "math-prm"),
     ),
-    "stack-exchange": _rows("stack-exchange"),
-    "reward-bench-safety": _rows(
+    "stack-exchange": _training_set("stack-exchange"),
+    "reward-bench-safety": _training_set(
         "reward-bench",
         filter=(
             "subset",
@@ -43,8 +43,8 @@ OBJECTIVES: dict[str, PromptSet] = {
 }
 
 
-def objective(name: str) -> PromptSet:
-    """The pairs of an objective."""
+def get_objective(name: str) -> PromptSet:
+    """Return the preference data of an objective."""
     if name not in OBJECTIVES:
-        raise SnpatchError(f"no objective named {name!r}: there are {', '.join(OBJECTIVES)}")
+        raise SnpatchError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
     return OBJECTIVES[name]

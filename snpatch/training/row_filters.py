@@ -1,6 +1,6 @@
-"""What of the data is trained on: rows that teach nothing are left out, and every one of them is counted.
+"""Checks of training rows, and the filters that drop uninformative ones and count each.
 
-Why the rows are looked at once they are token ids: two answers may differ as texts and be the same to the model.
+Filters work on token ids, because two answers that differ as strings may be equal as tokens.
 """
 
 from collections import Counter
@@ -14,152 +14,179 @@ from snpatch.errors import SnpatchError
 from snpatch.models.templates import ROLES
 from snpatch.training.settings import DpoSettings, TrainSettings
 
-IGNORED = -100  # the label of a token that the loss passes over
+IGNORED_LABEL = -100  # of tokens that the loss skips
 
 
 @dataclass
-class Counts:
-    """rows: of the data. dropped: reason -> rows. truncated: rows that are trained on without their end."""
+class RowStats:
+    """Counts of a data set's rows: all, truncated, and dropped by reason."""
 
     rows: int
     truncated: int = 0
     dropped: Counter = field(default_factory=Counter)
 
     @classmethod
-    def of(cls, rows: int, before: Mapping[str, int]) -> "Counts":
-        """Of rows that are looked at, and of those that were left out before, reason -> rows."""
-        return cls(rows + sum(before.values()), dropped=Counter(before))
+    def start(cls, rows: int, dropped_before: Mapping[str, int]) -> "RowStats":
+        """Return the counts of `rows` rows, plus those that were dropped before, by reason."""
+        return cls(rows + sum(dropped_before.values()), dropped=Counter(dropped_before))
 
     @property
-    def told(self) -> list[str]:
-        """What a user should know of it."""
-        told = [f"dropped {count} of {self.rows} rows: {why}" for why, count in self.dropped.most_common()]
-        return [*told, *([f"truncated {self.truncated} of {self.rows} rows at max_length"] if self.truncated else [])]
+    def summary_lines(self) -> list[str]:
+        """Return one line per reason for dropped rows, and one for truncated rows."""
+        lines = [f"dropped {count} of {self.rows} rows: {reason}" for reason, count in self.dropped.most_common()]
+        if self.truncated:
+            lines.append(f"truncated {self.truncated} of {self.rows} rows at max_length")
+        return lines
 
-    def check(self, settings: TrainSettings) -> None:
-        """An error if more than the settings allow are left out."""
-        left = self.dropped.total()
-        if left == self.rows or left > settings.max_dropped * self.rows:
+    def check_dropped(self, settings: TrainSettings) -> None:
+        """Raise if more rows were dropped than `max_dropped` allows, or all."""
+        dropped = self.dropped.total()
+        if dropped == self.rows or dropped > settings.max_dropped * self.rows:
             raise SnpatchError(
-                f"training data: {'; '.join(self.told)}: more than max_dropped = {settings.max_dropped} of the rows"
+                f"training data: {'; '.join(self.summary_lines)}: more than max_dropped = {settings.max_dropped} of "
+                "the rows"
             )
 
 
-def dropped_before(rows: Sequence[Mapping]) -> dict[str, int]:
-    """How many rows of a data set made none of these, by reason."""
+def count_dropped(rows: Sequence[Mapping]) -> dict[str, int]:
+    """Return how many examples of a data set gave no training row, by reason."""
     return dict(rows.left_out) if isinstance(rows, TrainingRows) else {}
 
 
-def conversations(
-    dataset, settings: TrainSettings, context: int, before: Mapping[str, int] = MappingProxyType({})
-) -> tuple[object, Counts]:
-    """A tokenized dataset (`input_ids`, `labels`), cut at max_length and without rows that have no label then.
+def filter_conversations(
+    dataset, settings: TrainSettings, context: int, dropped_before: Mapping[str, int] = MappingProxyType({})
+) -> tuple[object, RowStats]:
+    """Truncate tokenized conversations at max_length and drop those without a label.
 
-    context: the longest sequence that the model was made for; a longer row is an error. before: see Counts.of.
+    Args:
+        dataset: Tokenized data set with columns `input_ids` and `labels`.
+        settings: Limits.
+        context: Longest sequence of the model in tokens; a longer row is an error.
+        dropped_before: Rows that were dropped when the data was read, by reason.
+
+    Returns:
+        The filtered data set and its counts.
     """
-    counts = Counts.of(len(dataset), before)
+    stats = RowStats.start(len(dataset), dropped_before)
     limit = settings.max_length
-    kept = []
+    kept_rows = []
     for index, (ids, labels) in enumerate(_columns(dataset, "input_ids", "labels")):
-        if all(label == IGNORED for label in labels[:limit]):
-            counts.dropped[f"no token of the assistant's within max_length = {limit}"] += 1
+        if all(label == IGNORED_LABEL for label in labels[:limit]):
+            stats.dropped[f"no assistant token within max_length = {limit}"] += 1
         else:
-            kept.append(index)
-            counts.truncated += len(ids) > limit
-            _check_fits(index, min(len(ids), limit), context)
-    counts.check(settings)
-    dataset = dataset.select(kept)
-    if counts.truncated:
+            kept_rows.append(index)
+            stats.truncated += len(ids) > limit
+            _check_context(index, min(len(ids), limit), context)
+    stats.check_dropped(settings)
+    dataset = dataset.select(kept_rows)
+    if stats.truncated:
         dataset = dataset.map(lambda row: {name: row[name][:limit] for name in ("input_ids", "labels")})
-    return dataset, counts
+    return dataset, stats
 
 
-def pairs(
-    dataset, rows: int, settings: DpoSettings, context: int, before: Mapping[str, int] = MappingProxyType({})
-) -> tuple[object, Counts]:
-    """A tokenized dataset (`prompt_ids`, `chosen_ids`, `rejected_ids`) without pairs that teach nothing.
+def filter_pairs(
+    dataset, rows: int, settings: DpoSettings, context: int, dropped_before: Mapping[str, int] = MappingProxyType({})
+) -> tuple[object, RowStats]:
+    """Drop uninformative tokenized preference pairs.
 
-    rows: how many there were before TRL dropped those whose prompt alone fills max_length. context, before: see above.
+    Args:
+        dataset: Tokenized data set with columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        rows: Number of rows before TRL dropped those whose prompt fills max_length.
+        settings: Limits.
+        context: Longest sequence of the model in tokens; a longer row is an error.
+        dropped_before: Rows that were dropped when the data was read, by reason.
+
+    Returns:
+        The filtered data set and its counts.
     """
-    counts = Counts.of(rows, before)
+    stats = RowStats.start(rows, dropped_before)
     if too_long := rows - len(dataset):
-        counts.dropped[f"prompt not shorter than max_length = {settings.max_length} tokens"] = too_long
-    kept, end = [], dataset[0]["prompt_ids"][-1:] if len(dataset) else []
+        stats.dropped[f"prompt not shorter than max_length = {settings.max_length} tokens"] = too_long
+    kept_rows, prompt_end = [], dataset[0]["prompt_ids"][-1:] if len(dataset) else []
     for index, (prompt, chosen, rejected) in enumerate(_columns(dataset, "prompt_ids", "chosen_ids", "rejected_ids")):
-        room = settings.max_length - len(prompt)
-        if prompt[-1:] != end:  # TRL has cut the prompt to what the answers' texts begin with
-            counts.dropped["the template does not read the prompt as the beginning of its answers"] += 1
+        remaining = settings.max_length - len(prompt)
+        if prompt[-1:] != prompt_end:  # TRL has cut the prompt to the common beginning of both answers' texts
+            stats.dropped["the template does not render the prompt as the beginning of its answers"] += 1
         elif len(prompt) > settings.max_prompt_length:
-            counts.dropped[f"prompt longer than max_prompt_length = {settings.max_prompt_length} tokens"] += 1
+            stats.dropped[f"prompt longer than max_prompt_length = {settings.max_prompt_length} tokens"] += 1
         elif chosen == rejected:
-            counts.dropped["chosen and rejected are the same tokens"] += 1
-        elif chosen[:room] == rejected[:room]:
-            counts.dropped["chosen and rejected are the same tokens up to max_length"] += 1
+            stats.dropped["chosen and rejected are the same tokens"] += 1
+        elif chosen[:remaining] == rejected[:remaining]:
+            stats.dropped["chosen and rejected are the same tokens up to max_length"] += 1
         else:
-            kept.append(index)
+            kept_rows.append(index)
             longest = max(len(chosen), len(rejected))
-            counts.truncated += longest > room
-            _check_fits(index, len(prompt) + min(longest, room), context)
-    counts.check(settings)
-    return dataset.select(kept), counts
+            stats.truncated += longest > remaining
+            _check_context(index, len(prompt) + min(longest, remaining), context)
+    stats.check_dropped(settings)
+    return dataset.select(kept_rows), stats
 
 
 def check_columns(rows: Sequence[Mapping], columns: Sequence[str]) -> None:
-    """An error unless there are rows, and each has these columns."""
-    wanted = f"training data: wanted rows with {', '.join(columns)}"
+    """Raise unless there are rows and each has these columns."""
+    expected = f"training data: expected rows with {', '.join(columns)}"
     if not len(rows):
-        raise SnpatchError(f"{wanted}, got none")
+        raise SnpatchError(f"{expected}, got none")
     for index, row in enumerate(rows):
         if not row.keys() >= set(columns):
-            raise SnpatchError(f"{wanted}, row {index} has {', '.join(row)}")
+            raise SnpatchError(f"{expected}, row {index} has {', '.join(row)}")
 
 
-def _check_fits(index: int, length: int, context: int) -> None:
+def _check_context(index: int, length: int, context: int) -> None:
     if length > context:
         raise SnpatchError(
-            f"training data: a row (number {index} of those that TRL kept) has {length} tokens, the model was made for "
-            f"{context}: give max_length = {context} or less"
+            f"training data: expected at most {context} tokens, the model's context, got {length} in row {index} of "
+            f"those that TRL kept. Set max_length = {context} or less"
         )
 
 
 def check_roles(rows: Sequence[Mapping], template: str) -> None:
-    """An error for a role that the Tulu template does not know; a tokenizer's own template tells by itself."""
+    """Raise for a role that the Tulu template does not have; a tokenizer's own template raises itself."""
     for index, row in enumerate(rows if template == "tulu" else ()):
         for turn in chain(*(row[name] for name in ("messages", "prompt", "chosen", "rejected") if name in row)):
             if turn["role"] not in ROLES:
-                known = ", ".join(ROLES)
-                raise SnpatchError(f"training data: row {index}: the Tulu template knows {known}, got {turn['role']!r}")
+                roles = ", ".join(ROLES)
+                raise SnpatchError(
+                    f"training data: row {index}: expected a role of the Tulu template ({roles}), got {turn['role']!r}"
+                )
 
 
 def check_answered(rows: Sequence[Mapping]) -> None:
-    """An error for a conversation without an assistant's turn."""
+    """Raise for a conversation without an assistant turn."""
     for index, row in enumerate(rows):
         if not any(turn["role"] == "assistant" for turn in row["messages"]):
-            raise SnpatchError(f"training data: row {index} has no turn of the assistant's")
+            raise SnpatchError(f"training data: row {index} has no assistant turn")
 
 
 def check_ends(row: Mapping[str, Sequence[int]], special: Sequence[int]) -> None:
-    """An error where what ends an assistant's turn is not trained: the model would not learn to stop.
+    """Raise if the token that ends an assistant turn has no label, because the model would not learn to stop.
 
-    row: `input_ids` and `labels` of a conversation; special: ids of the tokenizer's special tokens.
+    Args:
+        row: `input_ids` and `labels` of a conversation.
+        special: Ids of the tokenizer's special tokens.
     """
     ids, labels = row["input_ids"], row["labels"]
-    last = max((i for i, label in enumerate(labels) if label != IGNORED), default=len(ids))
+    last = max((i for i, label in enumerate(labels) if label != IGNORED_LABEL), default=len(ids))
     if last + 1 < len(ids) and ids[last] not in special and ids[last + 1] in special:
         raise SnpatchError(
-            "training: the chat template has the assistant's end of turn outside of what is trained, so that the model "
-            "would not learn to stop: use template = tulu"
+            "training: the chat template excludes the assistant's end-of-turn token from the loss, so the model would "
+            "not learn to stop. Use template = tulu"
         )
 
 
-def check_read_alike(prompt_ids: Callable[[list], list[int]], chat: list, ids: Sequence[int]) -> None:
-    """An error unless training reads a prompt as an engine does. prompt_ids: the engine's; ids: training's, which may
-    go on."""
-    wanted = prompt_ids(chat)
-    if list(ids[: len(wanted)]) != wanted:
+def check_prompt_ids(prompt_ids: Callable[[list], list[int]], chat: list, ids: Sequence[int]) -> None:
+    """Raise unless training tokenizes a prompt as an engine does.
+
+    Args:
+        prompt_ids: The engine's tokenization of a chat.
+        chat: Prompt of a training row.
+        ids: Token ids of that row in training; they may continue after the prompt.
+    """
+    expected = prompt_ids(chat)
+    if list(ids[: len(expected)]) != expected:
         raise SnpatchError(
-            f"training would read a prompt as {list(ids[: len(wanted)])[:8]}..., an engine reads it as "
-            f"{wanted[:8]}...: the tokenizer's template and what it puts around a text do not fit each other"
+            f"training: expected the engine's prompt ids {expected[:8]}..., got {list(ids[: len(expected)])[:8]}.... "
+            "The chat template and the special tokens that the tokenizer adds do not fit each other"
         )
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from snpatch.training import trainer
+from snpatch.training import record, trainer
 from snpatch.training.settings import DpoSettings, TrainSettings
 
 WORDS = (
@@ -28,7 +28,7 @@ UNK, BOS, EOS, PAD = range(4)
 LAYERS, NEURONS = 2, 96
 KEYS = [f"base_model.model.model.layers.{i}.mlp.down_proj.ia3_l" for i in range(LAYERS)]
 TOY = {"batch_size": 4, "micro_batch_size": 2, "epochs": 4, "max_length": 32, "gradient_checkpointing": False}
-PLOT = trainer._plot
+PLOT = record.plot
 RATES = {"ia3": 0.1, "lora": 0.02, "full": 0.005}
 
 
@@ -124,7 +124,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_plot", lambda table: Figure(figsize=(1, 1)))
+        patch.setattr(record, "plot", lambda table: Figure(figsize=(1, 1)))
         yield _toy(tmp_path_factory.getbasetemp() / "toy")
     gc.unfreeze()
 
