@@ -186,7 +186,10 @@ def test_hours_follow_from_a_training_that_was_measured(tmp_path):
         ("extends = 'demo'\n[training]\nsead = 1", "training: there is no sead"),
         ("extends = 'demo'\n[training.data]\nhelpfull = { source = 'x' }", "training.data: helpfull is not trained"),
         ("extends = 'demo'\n[training.settings]\nmethod = 'lora'", "method = lora: one engine runs one further set"),
-        ("extends = 'paper'\n[config]\nmodel = 'm'\n[training]\nobjectives = ['kind']", "no objective named 'kind'"),
+        (
+            "extends = 'paper'\n[config]\nmodel = 'm'\n[training]\nobjectives = ['kind']",
+            "objective: expected one of safety, helpful",
+        ),
         ("extends = 'demo'\n[config]\nfrom_nowhere = 1", "there is no from_nowhere"),
         ("from_config = 'moon'", "from_config: there are demo, got 'moon'"),
         ("from_config = ['a']", "from_config: there are demo"),

@@ -324,7 +324,7 @@ def hub_calls(monkeypatch):
             raise SnpatchError("no hub here")
         return load_dataset(calls.rows, format=source, skip_bad=how["skip_bad"])
 
-    monkeypatch.setattr(config, "load", fake_load)
+    monkeypatch.setattr(config, "load_dataset", fake_load)
     return calls
 
 
