@@ -109,7 +109,7 @@ def test_a_stale_handle_and_a_broken_row_are_errors():
     ):
         with pytest.raises(SnpatchError, match=message):
             feed.add("request", {"snpatch": [1, *row[:place], value, *row[place + 1 :]]})
-    with pytest.raises(SnpatchError, match="wanted 22 integers for snpatch, got 3"):
+    with pytest.raises(SnpatchError, match="request row: expected 22 integers, got 3"):
         feed.add("request", {"snpatch": [1, 2, 3]})
     feed.add("plain", None)
     feed.add("plain", {"other": 1})

@@ -9,10 +9,15 @@ positions [3, inf). At position 2 the plan row has LO = HI = 0, so nothing is pa
 neurons 1 (rank 0) and 3 (rank 1) are overwritten, and the receipt grows by 2.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from snpatch.errors import SnpatchError
 
 INT32_MAX = 2**31 - 1
 UNRANKED = INT32_MAX  # rank of a neuron that no window reaches
@@ -127,6 +132,25 @@ def request_column(column: RequestColumn, intervention: int) -> int:
     if intervention == 0:
         return column
     return request_width(intervention) + column - RequestColumn.RANKING
+
+
+@dataclass(frozen=True, eq=False)
+class RequestRow:
+    """A row of the request table on its way to a worker. ticket: number by which its receipt is fetched."""
+
+    ticket: int
+    columns: Sequence[int] | NDArray[np.int32]  # [request_width(num_interventions)]
+
+    def pack(self) -> list[int]:
+        """Return plain integers, as a request's parameters carry them."""
+        return [self.ticket, *map(int, self.columns)]
+
+    @classmethod
+    def unpack(cls, values: Sequence[int], width: int) -> Self:
+        """Read what `pack` returned. width: columns of the request table."""
+        if len(values) != 1 + width:
+            raise SnpatchError(f"request row: expected {1 + width} integers, got {len(values)}")
+        return cls(int(values[0]), np.array(values[1:], dtype=np.int32))
 
 
 def float_bits(weight: float) -> int:

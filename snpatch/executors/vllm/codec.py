@@ -18,6 +18,7 @@ from snpatch.executors.request_rows import build_request_row, stream_models
 from snpatch.executors.vllm.rpc import unpack
 from snpatch.executors.vllm.settings import KEY, SAME_WEIGHTS
 from snpatch.executors.vllm.slots import SlotLease
+from snpatch.op.plan import RequestRow
 from snpatch.op.reference import SUMS
 from snpatch.patching.patch import digest_of
 from snpatch.ranking.statistics import Statistics
@@ -61,7 +62,8 @@ class RequestCodec:
         speaker = request.recipient.weights.index if self._has_second else 0
         is_flipped = self._has_second and has_same_weights(request)
         ticket, salt = next(self._tickets), cache_salt(request, speaker, is_flipped)
-        extra_args = {KEY: [ticket, *build_request_row(request, lease.places, self._clauses, speaker)]}
+        columns = build_request_row(request, lease.places, self._clauses, speaker)
+        extra_args = {KEY: RequestRow(ticket, columns).pack()}
         if is_flipped:
             extra_args[SAME_WEIGHTS] = True
         return RequestTag(ticket, salt, extra_args)

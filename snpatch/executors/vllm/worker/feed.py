@@ -21,6 +21,7 @@ from snpatch.op.plan import (
     PlanColumn,
     Receipt,
     RequestColumn,
+    RequestRow,
     decode_group,
     fill_plan,
     num_request_interventions,
@@ -133,10 +134,11 @@ class Feed:
             self._forget(next(iter(self._ended)))
 
     def _new_record(self, request_id: str, ints: Sequence[int]) -> Record:
-        wanted = 1 + self._table.shape[1]
-        if len(ints) != wanted:
-            raise SnpatchError(f"request {request_id}: wanted {wanted} integers for snpatch, got {len(ints)}")
-        record = Record(int(ints[0]), np.array(ints[1:], dtype=np.int32))
+        try:
+            row = RequestRow.unpack(ints, self._table.shape[1])
+        except SnpatchError as error:
+            raise SnpatchError(f"request {request_id}: {error}") from None
+        record = Record(row.ticket, row.columns)
         for entry, kind in self._kinds.items():
             handle = int(record.entries[entry])
             if handle not in self.handles[kind]:
