@@ -91,7 +91,7 @@ async def everything(made) -> dict:
         await asyncio.gather(task, return_exceptions=True)
         found["cancelled"] = task.cancelled()
         await asyncio.sleep(0.5)
-        found["in use"] = engine.executor.slots.in_use
+        found["in use"] = engine.executor.slots.num_in_use
         found["after"] = await text(many[3])
         stop = found["alone"][0][4]
         word = engine.tokenizer.decode([stop])

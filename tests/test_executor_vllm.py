@@ -95,8 +95,8 @@ def engine(start):
     return start("llama", max_num_batched_tokens=512, max_num_seqs=48)
 
 
-def twin_of(engine):
-    """The worker's side of an engine of this process."""
+def dual_stream_of(engine):
+    """Return the surgery's additions to the model of an engine in this process."""
     worker = engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
     return worker.model_runner.get_model().snpatch
 
@@ -188,7 +188,7 @@ def test_overflow_within_the_bounds_is_an_error_in_generate(engine, where):
 
 def test_unpatched_text_that_overflows_restarts_the_engine(engine):
     want, executor = long_texts(engine, "base"), engine.executor
-    twin_of(engine).banks.layers[1].scale[0] = torch.inf
+    dual_stream_of(engine).tables.layers[1].scale[0] = torch.inf
     with pytest.raises(SpoiledEngineError, match=r"the engine is spoiled: .* in float32 at layer 1 without a patch"):
         engine.generate(LONG, "base", Sampling(max_tokens=10))
     assert engine.executor is not executor
@@ -199,7 +199,7 @@ def test_a_request_reads_the_cache_of_its_own_patch_alone(engine):
     """Another window, ranking, recipient, donor, source, seed, or place: another salt; the same patch: the same one."""
 
     def salt(patch, ids=LONG[0]):
-        return cache_salt(engine.requests.patched(ids, patch, sampling=Sampling()), speaker=0)
+        return cache_salt(engine.requests.patched(ids, patch, sampling=Sampling()), recipient_stream=0)
 
     ranking, other = RANKINGS
     patches = [
@@ -264,7 +264,7 @@ def test_several_contrasts_at_once_keep_their_sums_apart(llama, engine):
         assert (scores - want["scores"]).abs().max() <= 1e-5 * want["scores"].abs().max()
     with pytest.raises(SnpatchError, match="all statistics groups are in use: start the engine with a larger max_gr"):
         observing(5)
-    assert not any(engine.executor.slots.in_use.values())
+    assert not any(engine.executor.slots.num_in_use.values())
 
 
 def test_captures_are_in_rank_order(llama, engine):
@@ -276,58 +276,59 @@ def test_captures_are_in_rank_order(llama, engine):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-def no_rank(twin):
-    twin.banks.layers[1].rank[:, 5] = 2**31 - 1
+def no_rank(dual_stream):
+    dual_stream.tables.layers[1].rank[:, 5] = 2**31 - 1
 
 
-def no_layer(twin):
-    twin.glus[2].run = lambda gate_up: torch.nn.functional.silu(gate_up.chunk(2, 1)[0]) * gate_up.chunk(2, 1)[1]
+def no_layer(dual_stream):
+    dual_stream.glus[2].run = lambda gate_up: torch.nn.functional.silu(gate_up.chunk(2, 1)[0]) * gate_up.chunk(2, 1)[1]
 
 
-def no_receipt(twin):
-    twin.banks.receipt.zero_()
+def no_receipt(dual_stream):
+    dual_stream.tables.receipt.zero_()
 
 
 @pytest.mark.parametrize("fault", [no_rank, no_layer, no_receipt])
 def test_promise_6_a_patch_not_applied_in_full_is_an_error(engine, fault):
     """The plan says more than is done: in the bank, in a layer, in the count."""
-    twin, job = twin_of(engine), Job(2, "sft", "dpo", (0, ALL))
+    dual_stream, job = dual_stream_of(engine), Job(2, "sft", "dpo", (0, ALL))
     assert generate(engine, [job])[0].overwrites == ALL * (len(job.ids) + 9)
-    kept = [layer.rank.clone() for layer in twin.banks.layers], twin.glus[2].run, twin.feed.fetch
+    tables, tracker, glu = dual_stream.tables, dual_stream.tracker, dual_stream.glus[2]
+    ranks, run, fetch = [layer.rank.clone() for layer in tables.layers], glu.run, tracker.fetch
     if fault is no_receipt:
-        twin.feed.fetch = lambda tickets: (no_receipt(twin), kept[2](tickets))[1]
+        tracker.fetch = lambda tickets: (no_receipt(dual_stream), fetch(tickets))[1]
     else:
-        fault(twin)
+        fault(dual_stream)
     with pytest.raises(ReceiptError, match=r"expected \d+ overwrites, the device did \d+"):
         generate(engine, [job, Job(1, "sft")])
-    for layer, rank in zip(twin.banks.layers, kept[0], strict=True):
+    for layer, rank in zip(tables.layers, ranks, strict=True):
         layer.rank.copy_(rank)
-    twin.glus[2].run, twin.feed.fetch = kept[1:]
+    glu.run, tracker.fetch = run, fetch
     assert generate(engine, [job])[0].overwrites == ALL * (len(job.ids) + 9)
 
 
 def test_promise_6_a_step_that_got_no_plan_is_an_error(engine, monkeypatch):
-    """What the host believes is compared with the text, too: a step that the feed was not told of."""
-    feed = twin_of(engine).feed
-    real, calls = feed.step, []
+    """The host's own counts are compared with the text, too: one step is not planned."""
+    planner = dual_stream_of(engine).planner
+    plan_step, calls = planner.plan_step, []
 
     def forgetful(request_ids, start, count):
         calls.append(1)
         if len(calls) != 3:
-            real(request_ids, start, count)
+            plan_step(request_ids, start, count)
         else:
-            feed.clear()
+            planner.clear()
 
-    monkeypatch.setattr(feed, "step", forgetful)
+    monkeypatch.setattr(planner, "plan_step", forgetful)
     with pytest.raises(ReceiptError, match="of them patched instead of"):
         generate(engine, [Job(2, "sft", "dpo", (0, ALL))])
 
 
 def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
     """A layer that patches but adds to copies."""
-    glu = twin_of(engine).glus[1]
-    stats, count, capture, receipt = glu.written
-    monkeypatch.setattr(glu, "written", (stats.clone(), count.clone(), capture.clone(), receipt))
+    glu = dual_stream_of(engine).glus[1]
+    stats, count, capture, receipt = glu.outputs
+    monkeypatch.setattr(glu, "outputs", (stats.clone(), count.clone(), capture.clone(), receipt))
     with pytest.raises(ReceiptError, match="tokens should have counted"):
         engine.contrast(IDS, "sft", "dpo", at="prompt")
     with pytest.raises(ReceiptError, match="capture is incomplete"):
@@ -336,8 +337,8 @@ def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
 
 def test_padded_rows_may_hold_anything(engine):
     """Rows past the last token of a step (padding of a captured graph): NaN goes through and reaches nothing."""
-    twin, draw = twin_of(engine), torch.Generator().manual_seed(0)
-    request_ids, banks = ["padded"], twin.banks
+    dual_stream, draw = dual_stream_of(engine), torch.Generator().manual_seed(0)
+    request_ids, tables = ["padded"], dual_stream.tables
     row = [0] * len(RequestColumn)
     for entry, value in {
         RequestColumn.HI: ALL, RequestColumn.PATCH_STOP: 100, RequestColumn.OBSERVE_STOP: 100,
@@ -345,45 +346,45 @@ def test_padded_rows_may_hold_anything(engine):
         RequestColumn.RECEIPT: -1,
     }.items():  # fmt: skip
         row[entry] = value
-    twin.feed.add("padded", {"snpatch": [10**6, *row]})
-    banks.clear_statistics([0])
-    twin.feed.step(["unknown", "padded"], [0, 0], [5, 3])  # more rows than the next step, so that some are stale
-    twin.feed.step(request_ids, [3], [2])
+    dual_stream.tracker.add("padded", {"snpatch": [10**6, *row]})
+    tables.clear_statistics([0])
+    dual_stream.planner.plan_step(["unknown", "padded"], [0, 0], [5, 3])  # more rows than the next step
+    dual_stream.planner.plan_step(request_ids, [3], [2])
     gate_up = torch.randn(2 * 8, 2 * tiny.NEURONS, generator=draw)
     gate_up[4:] = math.nan
-    out = twin.glus[0].run(gate_up.to(banks.device))
+    out = dual_stream.glus[0].run(gate_up.to(tables.device))
     assert torch.isfinite(out[:4]).all()
-    assert torch.isfinite(banks.layers[0].stats).all()
-    assert banks.layers[0].count.tolist()[0] == 2
-    (records,) = twin.feed.fetch([10**6])
+    assert torch.isfinite(tables.layers[0].stats).all()
+    assert tables.layers[0].count.tolist()[0] == 2
+    (records,) = dual_stream.tracker.fetch([10**6])
     assert records[0]["planned"] == 5 * ALL
-    twin.feed.clear()
-    assert not banks.plan[:, : PlanColumn.GROUP].any()
-    assert (banks.plan[:, PlanColumn.GROUP :] == -1).all()
+    dual_stream.planner.clear()
+    assert not tables.plan[:, : PlanColumn.GROUP].any()
+    assert (tables.plan[:, PlanColumn.GROUP :] == -1).all()
 
 
 def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
     """With asynchronous scheduling a step is planned before it is known that its token ends the text."""
     from snpatch.op.plan import SKIP_EOS_OFFSET
 
-    twin = twin_of(engine)
+    dual_stream = dual_stream_of(engine)
     for ticket, group in ((1, 2), (2, SKIP_EOS_OFFSET + 2)):
         row = [0] * len(RequestColumn)
         row[RequestColumn.GROUP], row[RequestColumn.OBSERVE_START], row[RequestColumn.OBSERVE_STOP] = group, 1, 9
-        twin.feed.add(f"ahead {ticket}", {"snpatch": [10**6 + ticket, *row]})
-    twin.feed.step(["ahead 1", "ahead 2"], [0, 0], [4, 4])
+        dual_stream.tracker.add(f"ahead {ticket}", {"snpatch": [10**6 + ticket, *row]})
+    dual_stream.planner.plan_step(["ahead 1", "ahead 2"], [0, 0], [4, 4])
     ids = torch.tensor([9, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS, 9, tiny.EOS], dtype=torch.int32)
-    ids = ids.to(twin.banks.device)
+    ids = ids.to(dual_stream.tables.device)
     with torch.inference_mode():
-        twin.feed.settle(ids)
-    assert twin.banks.plan[:9, PlanColumn.GROUP].tolist() == [-1, 2, 2, 2, -1, 2, -1, 2, -1]
-    twin.feed.step(["ahead 1"], [4], [4])
-    before = twin.banks.plan.clone()
-    twin.feed.settle(ids)
-    assert torch.equal(twin.banks.plan, before), "a step of none that asks for it is left alone"
-    twin.feed.remove("ahead 1")
-    twin.feed.remove("ahead 2")
-    twin.feed.clear()
+        dual_stream.planner.settle(ids)
+    assert dual_stream.tables.plan[:9, PlanColumn.GROUP].tolist() == [-1, 2, 2, 2, -1, 2, -1, 2, -1]
+    dual_stream.planner.plan_step(["ahead 1"], [4], [4])
+    before = dual_stream.tables.plan.clone()
+    dual_stream.planner.settle(ids)
+    assert torch.equal(dual_stream.tables.plan, before), "a step of none that asks for it is left alone"
+    dual_stream.tracker.remove("ahead 1")
+    dual_stream.tracker.remove("ahead 2")
+    dual_stream.planner.clear()
 
 
 def test_nothing_in_a_step_waits_for_the_device(engine, monkeypatch):
@@ -419,7 +420,7 @@ def test_two_streams_of_one_engine_do_not_take_each_others_texts(engine):
     next(stream := engine.stream(IDS, "sft", short))
     stream.close()
     assert not engine.executor.owners
-    assert not any(engine.executor.slots.in_use.values())
+    assert not any(engine.executor.slots.num_in_use.values())
     assert not engine.executor.engine.has_unfinished_requests()
 
 
@@ -441,7 +442,7 @@ def test_banks_give_rows_away_when_no_request_uses_them(llama, start):
     alone = [engine.generate([IDS[i % 8]], patch)[0].token_ids for i, patch in enumerate(together)]
     waited = engine.generate([IDS[i % 8] for i in range(len(together))], together)
     assert [c.token_ids for c in waited] == alone
-    assert not any(engine.executor.slots.in_use.values())
+    assert not any(engine.executor.slots.num_in_use.values())
 
 
 def test_what_can_never_fit_is_an_error_before_anything_runs(start):
@@ -449,7 +450,8 @@ def test_what_can_never_fit_is_an_error_before_anything_runs(start):
     told = []
     for call, message in (
         (lambda: engine.generate(IDS[:2], ["sft", Patch("sft", "dpo", RANKINGS[0], 40)], progress=told.append),
-         "a request needs 2 adapters at once, and there is room for 1: start the engine with a larger max_adapters"),
+         "a request needs 2 adapters at once, and the engine has slots for 1: "
+         "start the engine with a larger max_adapters"),
         (lambda: engine.capture(IDS, "sft", RANKINGS[0], 31), "a capture of 31 neurons: start the engine with"),
     ):  # fmt: skip
         with pytest.raises(SnpatchError, match=message):
@@ -558,16 +560,16 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing_behind(llama, start)
     tracemalloc.stop()
     assert written(generate(engine, plain)) == fresh
     engine.executor.engine.step()  # which tells the worker who ended
-    feed = twin_of(engine).feed
-    assert not feed._records
-    assert not feed._tickets
-    assert not feed._ended
-    assert len(feed._free_rows) == len(feed._table)
-    assert sorted(feed._free_receipts) == list(range(256))
-    assert not feed._capture_used.any()
-    assert not feed.banks.receipt.any()
-    assert feed.banks.capture.isnan().all()
-    assert not any(engine.executor.slots.in_use.values())
+    tracker = dual_stream_of(engine).tracker
+    assert not tracker._records
+    assert not tracker._tickets
+    assert not tracker._ended
+    assert len(tracker._free_rows) == len(tracker.table)
+    assert sorted(tracker._free_receipts) == list(range(256))
+    assert not tracker._capture_used.any()
+    assert not tracker.tables.receipt.any()
+    assert tracker.tables.capture.isnan().all()
+    assert not any(engine.executor.slots.num_in_use.values())
     for first, last in zip(sizes[1], sizes[-1], strict=True):
         assert last - first < 2 << 20, sizes
 
@@ -678,7 +680,7 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
         ({"compilation_config": {"dynamic_shapes_config": {"type": "backed_size_oblivious"}}},
          "with backed_size_oblivious dynamic shapes"),
         ({"compilation_config": {"compile_sizes": [8], "custom_ops": ["+rotary_embedding"]}}, "compile_sizes beside"),
-        ({"max_model_len": 129}, r"max_model_len must lie in 1\.\.128, got 129"),
+        ({"max_model_len": 129}, "max_model_len: expected 1 to 128, got 129"),
         ({"dtype": "float99"}, "dtype must be one of auto, float32"),
         ({"streams": 3}, "streams must be 1 or 2, got 3"),
         ({"max_rankings": 0}, "max_rankings must be at least 1, got 0"),

@@ -77,7 +77,9 @@ def test_compiled(pairs, start):
     made = pairs("qwen3")
     engine = start(made, enforce_eager=False, max_clauses=3)
     assert_is_the_pair(engine, made, across=True)
-    with pytest.raises(SnpatchError, match=r"both models .* are on the weights of .* start it with enforce_eager=True"):
+    with pytest.raises(
+        SnpatchError, match=r"recipient and donor .* both use the weights of .* start it with enforce_eager=True"
+    ):
         engine.generate([IDS[0]], Patch("dpo", "tuned", RANKINGS[0], 5))
 
 
@@ -154,10 +156,10 @@ def test_lora_is_a_second_set_of_weights(zoo, start, tmp_path):
 
 
 def test_too_little_memory_is_an_error_that_says_how_much_is_missing(monkeypatch):
-    from snpatch.executors.vllm.worker import pairing
+    from snpatch.executors.vllm.worker import secondary_weights
 
     config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=3 * 10**9))
-    monkeypatch.setattr(pairing, "free_bytes", lambda: 10 * 10**9)
-    pairing.check_room(7 * 10**9, config)
-    with pytest.raises(SnpatchError, match=r"9.00 GB, .* 3.00 GB .* 10.00 GB are free, so that 2.00 GB are"):
-        pairing.check_room(9 * 10**9, config)
+    monkeypatch.setattr(secondary_weights, "free_bytes", lambda: 10 * 10**9)
+    secondary_weights.check_free_memory(7 * 10**9, config)
+    with pytest.raises(SnpatchError, match=r"9.00 GB, .* 3.00 GB .* 10.00 GB are free, so 2.00 GB are missing"):
+        secondary_weights.check_free_memory(9 * 10**9, config)

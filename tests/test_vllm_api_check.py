@@ -1,4 +1,4 @@
-"""The names of vLLM that snpatch touches, and what becomes of a version that nobody has seen."""
+"""Names of vLLM that snpatch uses, and supported, unknown and old versions of vLLM."""
 
 import ast
 import re
@@ -18,28 +18,27 @@ SERVER = FOLDER.parents[1] / "server"
 CORE = "vllm.v1.engine.llm_engine"
 
 
-def lacking(*edits):
-    """api_check.read_source with some texts of a module replaced, or a module gone (text None)."""
-    real, done = api_check.read_source, set()
+def edited_source(*edits):
+    """Return an api_check.read_source with some texts of a module replaced, or a module removed (text None)."""
+    read_source = api_check.read_source
 
     def source(module):
-        text = real(module)
+        text = read_source(module)
         for name, old, new in edits:
             if name == module and text is not None:
                 assert new is None or old in text, f"{name} has no {old}"
-                done.add((name, old))
                 text = None if new is None else text.replace(old, new)
         return text
 
     return source
 
 
-def test_the_installed_vllm_keeps_the_contract():
+def test_installed_vllm_has_every_name():
     assert api_check.missing_names(serving=True) == []
 
 
-def test_it_would_see_anything_that_is_missing():
-    """Each name, attribute and parameter of the contract under another name, one at a time."""
+def test_missing_names_finds_each_missing_name_member_and_parameter():
+    """Each listed name, attribute and parameter is looked up under a name that does not exist, one at a time."""
     for listed in LISTED:
         for module, names in listed.items():
             for name, uses in names.items():
@@ -50,13 +49,13 @@ def test_it_would_see_anything_that_is_missing():
                     for parameter in filter(None, re.split(r"[ ,]+", parameters or "")):
                         path = f"{module}.{name}.{member}".rstrip(".")
                         probes[name, f"{member}(not_{parameter})"] = f"{path}(not_{parameter})"
-                for (probe, use), want in probes.items():
-                    assert list(api_check._lacking({module: {probe: use}})) == [want]
-            assert list(api_check._lacking({module + ".x": names})) == [module + ".x"]
+                for (probe, use), missing in probes.items():
+                    assert api_check._missing_in({module: {probe: use}}) == [missing]
+            assert api_check._missing_in({module + ".x": names}) == [module + ".x"]
 
 
-def test_every_import_of_vllm_is_in_the_contract():
-    """Any `from vllm... import X` in these rooms' own source, wherever in a file it stands."""
+def test_every_import_of_vllm_is_listed():
+    """All `from vllm... import X` in executors/vllm and server, also inside functions."""
     imports = set()
     for file in (*FOLDER.rglob("*.py"), *SERVER.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -68,7 +67,7 @@ def test_every_import_of_vllm_is_in_the_contract():
     assert {(module, name) for module, name in imports if not any(name in c.get(module, {}) for c in LISTED)} == set()
 
 
-def test_only_these_folders_import_vllm():
+def test_only_executors_vllm_and_server_import_vllm():
     package = FOLDER.parent.parent
     files = [file for file in package.rglob("*.py") if not {FOLDER, SERVER} & {*file.parents}]
     assert len(files) > 30
@@ -76,9 +75,9 @@ def test_only_these_folders_import_vllm():
         assert not re.search(r"^\s*(from|import) vllm\b", file.read_text(), re.MULTILINE), file
 
 
-def test_0_24_to_0_33_are_known_and_the_installed_one_is_among_them(recwarn):
+def test_known_versions_are_0_24_to_0_33_and_include_the_installed_one(recwarn):
     assert sorted(versions.KNOWN) == [(0, minor) for minor in range(24, 34)]
-    assert versions.SERVED == "0.24 to 0.33"
+    assert versions.SUPPORTED == "0.24 to 0.33"
     major, minor = map(int, versions.check().split(".")[:2])
     assert (major, minor) in versions.KNOWN
     assert not [w for w in recwarn if "vLLM" in str(w.message)]
@@ -86,14 +85,14 @@ def test_0_24_to_0_33_are_known_and_the_installed_one_is_among_them(recwarn):
 
 @pytest.fixture
 def version(monkeypatch):
-    """version(text): makes it the installed one."""
-    versions._try_unknown.cache_clear()
+    """version(text): set the installed version."""
+    versions._check_unknown.cache_clear()
     yield lambda text: monkeypatch.setattr(versions, "installed", lambda: text)
-    versions._try_unknown.cache_clear()
+    versions._check_unknown.cache_clear()
 
 
 @pytest.mark.parametrize("known", ["0.24.0", "0.29.1", "0.32.0+cpu", "0.33.0"])
-def test_a_known_version_is_not_checked(version, monkeypatch, recwarn, known):
+def test_known_version_is_not_checked(version, monkeypatch, recwarn, known):
     version(known)
     monkeypatch.setattr(api_check, "missing_names", lambda serving: pytest.fail("a known version was checked"))
     assert versions.check() == known
@@ -101,13 +100,13 @@ def test_a_known_version_is_not_checked(version, monkeypatch, recwarn, known):
 
 
 @pytest.mark.parametrize("unknown", ["0.34.0", "0.40.2", "1.0", "dev"])
-def test_an_unknown_version_gives_one_warning_and_runs(version, unknown):
+def test_unknown_version_with_all_names_warns_once(version, unknown):
     version(unknown)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert [versions.check() for _ in range(3)] == [unknown] * 3
-    assert [str(w.message) for w in told] == [
-        f"snpatch is tested with vLLM 0.24 to 0.33, this is {unknown}: it has all that snpatch uses, and is tried"
+    assert [str(w.message) for w in caught] == [
+        f"snpatch is tested with vLLM 0.24 to 0.33, not with {unknown}; it has every name that snpatch uses"
     ]
 
 
@@ -127,32 +126,31 @@ def test_an_unknown_version_gives_one_warning_and_runs(version, unknown):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_an_unknown_version_that_lacks_something_is_an_error_that_names_it(version, monkeypatch, recwarn, edits, named):
+def test_unknown_version_without_a_used_name_raises_naming_it(version, monkeypatch, recwarn, edits, named):
     version("0.34.0")
-    monkeypatch.setattr(api_check, "read_source", lacking(*edits))
+    monkeypatch.setattr(api_check, "read_source", edited_source(*edits))
     with pytest.raises(SnpatchError) as error:
         versions.check()
     assert str(error.value) == (
-        "backend vllm: snpatch is tested with vLLM 0.24 to 0.33, this is 0.34.0 and lacks "
-        f"{named}; install vLLM 0.24 to 0.33"
+        f"backend vllm: expected vLLM 0.24 to 0.33, got 0.34.0, which lacks {named}. Install vLLM 0.24 to 0.33."
     )
     assert not recwarn
 
 
 @pytest.mark.parametrize("gone", ["vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_states.default"])
-def test_one_model_runner_is_enough(monkeypatch, gone):
-    monkeypatch.setattr(api_check, "read_source", lacking((gone, "", None)))
+def test_missing_names_with_one_model_runner_is_empty(monkeypatch, gone):
+    monkeypatch.setattr(api_check, "read_source", edited_source((gone, "", None)))
     assert api_check.missing_names(serving=True) == []
 
 
 @pytest.mark.parametrize("old", ["0.9.2", "0.23.0"])
-def test_an_older_version_is_an_error(version, old):
+def test_older_version_raises(version, old):
     version(old)
-    with pytest.raises(SnpatchError, match=f"snpatch needs vLLM 0.24 to 0.33, this is {old}; install one of those"):
+    with pytest.raises(SnpatchError, match=f"expected vLLM 0.24 to 0.33, got {old}. Install one of those."):
         versions.check()
 
 
-def test_no_vllm_is_an_error(version):
+def test_missing_vllm_raises(version):
     version(None)
     with pytest.raises(SnpatchError, match=r"vLLM is not installed; install snpatch\[cpu\] or snpatch\[cuda\]"):
         versions.check()

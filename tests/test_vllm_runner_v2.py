@@ -42,8 +42,9 @@ def log(engine):
     """Of each step of a run with chunks, preemptions and aborts: the scheduler's output, the order of the batch, and
     the plan by (request, position); and at the end V1's records."""
     runner, steps = runner_of(engine), []
-    feed, banks = runner.model.snpatch.feed, runner.model.snpatch.banks
-    real_update, real_step, real_fetch = runner._update_states, feed.step, feed.fetch
+    dual_stream = runner.model.snpatch
+    tracker, planner, tables = dual_stream.tracker, dual_stream.planner, dual_stream.tables
+    real_update, real_step, real_fetch = runner._update_states, planner.plan_step, tracker.fetch
     records = {}
 
     def update(scheduler_output):
@@ -54,15 +55,15 @@ def log(engine):
     def step(request_ids, start, count):
         real_step(request_ids, start, count)
         steps[-1].start = dict(zip(request_ids, start.tolist(), strict=True))
-        steps[-1].plan = by_position(banks, request_ids, start, count)
+        steps[-1].plan = by_position(tables, request_ids, start, count)
 
     def fetch(tickets):
-        mine = [(i, feed._records[i]) for ticket in tickets for i in feed._tickets.get(ticket, ())]
+        records_by_id = [(i, tracker._records[i]) for ticket in tickets for i in tracker._tickets.get(ticket, ())]
         found = real_fetch(tickets)
-        records.update({i: told(record) for i, record in mine})
+        records.update({i: told(record) for i, record in records_by_id})
         return found
 
-    runner._update_states, feed.step, feed.fetch = update, step, fetch
+    runner._update_states, planner.plan_step, tracker.fetch = update, step, fetch
     jobs = [Job(i % 8, "sft" if i % 3 else "base", "dpo", (i, 29 + i), ("all", "prompt", "generated")[i % 3])
             for i in range(20)]  # fmt: skip
     long = [*IDS[3], *range(10, 90)]
@@ -76,12 +77,12 @@ def log(engine):
     requests += [make.patched(ids, name, sampling=Sampling(max_tokens=9)) for ids in IDS for name in ("base", "sft")]
     engine.execute(requests)
     del runner._update_states
-    feed.step, feed.fetch = real_step, real_fetch
+    planner.plan_step, tracker.fetch = real_step, real_fetch
     return SimpleNamespace(steps=steps, records=records)
 
 
-def by_position(banks, request_ids, start, count) -> dict:
-    rows = banks.plan.tolist()
+def by_position(tables, request_ids, start, count) -> dict:
+    rows = tables.plan.tolist()
     places = [(i, s + n) for i, s, c in zip(request_ids, start, count, strict=True) for n in range(c)]
     return {(i, int(position)): rows[n] for n, (i, position) in enumerate(places)}
 
@@ -92,16 +93,17 @@ def told(record) -> dict:
 
 @pytest.fixture
 def state(engine):
-    """A ModelState of its own beside the engine's, with banks of its own."""
+    """A ModelState with its own tables, next to the engine's."""
     from snpatch.executors.vllm.worker import runners
-    from snpatch.executors.vllm.worker.banks import Banks
-    from snpatch.executors.vllm.worker.feed import Feed
+    from snpatch.executors.vllm.worker.op_tables import OpTables
+    from snpatch.executors.vllm.worker.request_tracker import RequestTracker
+    from snpatch.executors.vllm.worker.step_planner import StepPlanner
 
-    twin = runner_of(engine).model.snpatch
-    banks = Banks(twin.settings, tiny.LAYERS, 0, tiny.NEURONS, None, 512, torch.device("cpu"))
-    feed = Feed(banks)
-    feed.handles = twin.feed.handles
-    model = SimpleNamespace(snpatch=SimpleNamespace(feed=feed, banks=banks))
+    dual_stream = runner_of(engine).model.snpatch
+    tables = OpTables(dual_stream.settings, tiny.LAYERS, 0, tiny.NEURONS, None, 512, torch.device("cpu"))
+    tracker = RequestTracker(tables)
+    tracker.handles = dual_stream.tracker.handles
+    model = SimpleNamespace(snpatch=SimpleNamespace(tracker=tracker, planner=StepPlanner(tracker)))
     config = engine.executor.engine.vllm_config
     return runners.dual_stream_model_state()(config, model, None, torch.device("cpu"))
 
@@ -123,7 +125,7 @@ def batch_of(request_ids, start, count):
 def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
     from vllm.v1.core.sched.output import NewRequestData
 
-    feed, banks = state.feed, state.feed.banks
+    tracker, tables = state.tracker, state.tracker.tables
     params, chunks, resumed, observed = {}, 0, 0, 0
     for step in log.steps:
         output = step.output
@@ -135,7 +137,7 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
         for i, request_id in enumerate(cached.req_ids):
             if request_id in cached.resumed_req_ids:
                 resumed += 1
-                observed += bool(feed._records[request_id].entries[RequestColumn.GROUP] >= 0)
+                observed += bool(tracker._records[request_id].entries[RequestColumn.GROUP] >= 0)
                 ids = step.states[request_id]
                 fields = {"prompt_token_ids": ids, "prefill_token_ids": ids, "block_ids": ([],), "mm_features": []}
                 fields |= {"pooling_params": None, "lora_request": None, "sampling_params": params[request_id]}
@@ -153,7 +155,7 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
         start = [step.start[i] for i in request_ids]
         chunks += any(s and c > 1 for s, c in zip(start, count, strict=True))
         state.prepare_inputs(batch_of(request_ids, start, count), None)
-        plan = by_position(banks, request_ids, start, count)
+        plan = by_position(tables, request_ids, start, count)
         assert plan.keys() == step.plan.keys()
         for place, row in plan.items():
             # Places on the device may be others where a preemption gave some back earlier.
@@ -164,8 +166,8 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
     assert observed, "nothing that is observed was preempted"
     assert len(log.records) == 20 + 2 + 8 + 1 + 16  # plain ones, too
     for request_id, record in log.records.items():
-        feed.remove(request_id)
-        assert told(feed._records[request_id]) == record
+        tracker.remove(request_id)
+        assert told(tracker._records[request_id]) == record
 
 
 def test_a_dummy_batch_asks_for_nothing(state, log):
@@ -174,8 +176,8 @@ def test_a_dummy_batch_asks_for_nothing(state, log):
     new = next(d for step in log.steps for d in step.output.scheduled_new_reqs if d.sampling_params.extra_args)
     state.add_request(0, new)
     state.prepare_inputs(batch_of([new.req_id], [0], [4]), None)
-    assert state.feed.banks.plan[:4, : PlanColumn.POSITION].any()
+    assert state.tracker.tables.plan[:4, : PlanColumn.POSITION].any()
     state.prepare_inputs(InputBatch.make_dummy(2, 8, InputBuffers(64, 512, torch.device("cpu"))), None)
-    assert not state.feed.banks.plan[:, : PlanColumn.POSITION].any()
-    assert (state.feed.banks.plan[:, PlanColumn.GROUP :] == -1).all()
+    assert not state.tracker.tables.plan[:, : PlanColumn.POSITION].any()
+    assert (state.tracker.tables.plan[:, PlanColumn.GROUP :] == -1).all()
     assert state.prepare_dummy_inputs(2, 8) == {}

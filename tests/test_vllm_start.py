@@ -125,26 +125,26 @@ def test_two_architectures_that_are_tried_are_both_registered(monkeypatch):
 
     from snpatch.executors.vllm.worker import plugin
 
-    monkeypatch.setenv(plugin.UNTESTED, "")
+    monkeypatch.setenv(plugin.UNTESTED_VARIABLE, "")
     monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
     for name in ("OlmoForCausalLM", "GraniteForCausalLM", "OlmoForCausalLM"):
         plugin.add_untested(name)
     plugin.register()
     assert {"SnpatchOlmoForCausalLM", "SnpatchGraniteForCausalLM"} <= set(ModelRegistry.get_supported_archs())
-    assert os.environ[plugin.UNTESTED] == "GraniteForCausalLM,OlmoForCausalLM"
+    assert os.environ[plugin.UNTESTED_VARIABLE] == "GraniteForCausalLM,OlmoForCausalLM"
 
 
 @pytest.mark.parametrize(("workers", "bound"), [(1, "0,2,3"), (2, "0|2"), (4, "0|2|3|3")])
 def test_workers_share_all_cores_unless_a_user_bound_them(monkeypatch, workers, bound):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 0, 2})
-    monkeypatch.delenv(launch.BIND)
-    monkeypatch.delenv(launch.BOUND, raising=False)
+    monkeypatch.delenv(launch.BIND_VARIABLE)
+    monkeypatch.delenv(launch.OWN_BIND_VARIABLE, raising=False)
     for _ in range(2):  # what the first engine of a process bound is no user's wish
         launch._use_all_cores(workers)
-        assert os.environ[launch.BIND] == bound
-    monkeypatch.setenv(launch.BIND, "nobind")
+        assert os.environ[launch.BIND_VARIABLE] == bound
+    monkeypatch.setenv(launch.BIND_VARIABLE, "nobind")
     launch._use_all_cores(workers)
-    assert os.environ[launch.BIND] == "nobind"
+    assert os.environ[launch.BIND_VARIABLE] == "nobind"
 
 
 def test_what_is_written_in_a_quiet_block_is_in_the_log(capfd, monkeypatch):
@@ -312,7 +312,7 @@ def test_an_engine_without_a_guard_is_one_line(zoo, tmp_path, is_stdin, message)
 
 def test_plugins_of_vllm_without_snpatch_are_refused(zoo, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other,snpatch2")
-    with pytest.raises(SnpatchError, match=r"^VLLM_PLUGINS=other,snpatch2: expected snpatch among them.*unset"):
+    with pytest.raises(SnpatchError, match=r"^VLLM_PLUGINS=other,snpatch2: expected snpatch in the list.*unset"):
         Engine(zoo("llama").folder, backend="vllm", **SMALL)
 
 

@@ -15,7 +15,7 @@ from snpatch.op.plan import PlanColumn, RequestColumn
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 
-def decode_group(**heads):
+def attention_group(**heads):
     return SimpleNamespace(metadata_builders=[SimpleNamespace(**heads)], layer_names=["layer"])
 
 
@@ -30,14 +30,14 @@ LAYERS = {"layer": SimpleNamespace(num_heads=8, num_kv_heads=4)}
 )  # fmt: skip
 def test_attention_planned_for_other_head_counts_is_refused(heads):
     """As FlashAttention of vLLM 0.24 would be, which takes them from the model config; no CPU test runs that."""
-    from snpatch.executors.vllm.worker.commands import _check_heads
+    from snpatch.executors.vllm.worker.commands import _check_planned_heads
 
     with pytest.raises(SnpatchError, match="plans attention for"):
-        _check_heads(decode_group(**heads), LAYERS)
+        _check_planned_heads(attention_group(**heads), LAYERS)
     doubled = {name: 4 if "kv" in name else 8 for name in heads}
-    _check_heads(decode_group(**doubled), LAYERS)
-    with pytest.raises(SnpatchError, match="layer was not made by the twin surgery"):
-        _check_heads(decode_group(**doubled), {})
+    _check_planned_heads(attention_group(**doubled), LAYERS)
+    with pytest.raises(SnpatchError, match="layer was not made by the dual-stream surgery"):
+        _check_planned_heads(attention_group(**doubled), {})
 
 
 def test_the_twins_model_config_tells_twice_the_heads():
@@ -71,7 +71,7 @@ def test_an_unknown_model_runner_is_refused():
             pass
 
     assert _runner_kind(v1.__new__(v1)) == "v1"
-    for runner, message in ((Other(), "Other is not known to snpatch"), (Replaced(), "replaces _prepare_inputs")):
+    for runner, message in ((Other(), "Other is not supported by snpatch"), (Replaced(), "replaces _prepare_inputs")):
         with pytest.raises(SnpatchError, match=message):
             _runner_kind(runner)
 
@@ -89,17 +89,17 @@ def test_a_vllm_without_model_runner_v1_serves_v2(monkeypatch):
     try:
         runners.hook_v1()
         assert _runner_kind(SimpleNamespace(model_state=State())) == "v2"
-        with pytest.raises(SnpatchError, match="SimpleNamespace is not known to snpatch"):
+        with pytest.raises(SnpatchError, match="SimpleNamespace is not supported by snpatch"):
             _runner_kind(SimpleNamespace())
     finally:
         runners.runner_v1.cache_clear()
 
 
 def test_a_stale_handle_and_a_broken_row_are_errors():
-    from snpatch.executors.vllm.worker.banks import Banks
-    from snpatch.executors.vllm.worker.feed import Feed
+    from snpatch.executors.vllm.worker.op_tables import OpTables
+    from snpatch.executors.vllm.worker.request_tracker import RequestTracker
 
-    feed = Feed(Banks(DualStreamSettings(), 1, 0, 8, None, 64, torch.device("cpu")))
+    tracker = RequestTracker(OpTables(DualStreamSettings(), 1, 0, 8, None, 64, torch.device("cpu")))
     row = [0] * len(RequestColumn)
     row[RequestColumn.GROUP] = -1
     for place, value, message in (
@@ -108,12 +108,12 @@ def test_a_stale_handle_and_a_broken_row_are_errors():
         (RequestColumn.GROUP, 4, "no statistics group 4"),
     ):
         with pytest.raises(SnpatchError, match=message):
-            feed.add("request", {"snpatch": [1, *row[:place], value, *row[place + 1 :]]})
+            tracker.add("request", {"snpatch": [1, *row[:place], value, *row[place + 1 :]]})
     with pytest.raises(SnpatchError, match="request row: expected 22 integers, got 3"):
-        feed.add("request", {"snpatch": [1, 2, 3]})
-    feed.add("plain", None)
-    feed.add("plain", {"other": 1})
-    assert not feed._records
+        tracker.add("request", {"snpatch": [1, 2, 3]})
+    tracker.add("plain", None)
+    tracker.add("plain", {"other": 1})
+    assert not tracker._records
 
 
 def test_a_bank_gives_the_longest_unused_row_away_and_never_a_used_one():
@@ -121,7 +121,7 @@ def test_a_bank_gives_the_longest_unused_row_away_and_never_a_used_one():
     ids, writes = bank.acquire({"a": {}, "b": {}})
     assert [writes[key][2] for key in "ab"] == [0, 1]
     assert not bank.has_room({"c": {}})
-    with pytest.raises(SnpatchError, match=r"needs 3 rankings at once, .* room for 2: .* larger max_rankings"):
+    with pytest.raises(SnpatchError, match=r"needs 3 rankings at once, .* slots for 2: .* larger max_rankings"):
         bank.check_size(3)
     bank.release("ab")
     assert bank.acquire({"a": {}}) == ({"a": ids["a"]}, {})
@@ -137,43 +137,41 @@ def test_a_bank_gives_the_longest_unused_row_away_and_never_a_used_one():
 
 def test_no_row_of_an_earlier_step_is_left_in_the_plan_however_far_a_graph_pads_it():
     """Any sequence of steps; the op then runs over all rows, with NaN in those past the step's last token."""
-    from snpatch.executors.vllm.worker.banks import Banks
-    from snpatch.executors.vllm.worker.feed import Feed
+    from snpatch.executors.vllm.worker.op_tables import OpTables
+    from snpatch.executors.vllm.worker.request_tracker import RequestTracker
+    from snpatch.executors.vllm.worker.step_planner import StepPlanner
     from snpatch.op import ops
 
     tokens, neurons = 24, 48
-    banks = Banks(DualStreamSettings(max_receipts=8), 1, 0, neurons, None, tokens, torch.device("cpu"))
-    feed, draw = Feed(banks), np.random.default_rng(0)
-    blank = banks.plan[0].clone()
+    tables = OpTables(DualStreamSettings(max_receipts=8), 1, 0, neurons, None, tokens, torch.device("cpu"))
+    tracker, draw = RequestTracker(tables), np.random.default_rng(0)
+    planner = StepPlanner(tracker)
+    blank = tables.plan[0].clone()
     for number in range(6):
         row = np.zeros(len(RequestColumn), dtype=int)
-        row[[RequestColumn.HI, RequestColumn.PATCH_STOP, RequestColumn.GROUP, RequestColumn.OBSERVE_STOP]] = (
-            neurons,
-            10**6,
-            number % 4,
-            10**6,
-        )
+        row[[RequestColumn.HI, RequestColumn.GROUP]] = neurons, number % 4
+        row[[RequestColumn.PATCH_STOP, RequestColumn.OBSERVE_STOP]] = 10**6
         row[RequestColumn.RECEIPT] = row[RequestColumn.CAPTURE] = -1
-        feed.add(str(number), {KEY: [number, *map(int, row)]})
+        tracker.add(str(number), {KEY: [number, *map(int, row)]})
     for _ in range(200):
         n = int(draw.integers(0, 4))
         names = [str(i) for i in draw.permutation(7)[:n]]  # "6" is a request that is not snpatch's
         if n == 0:
-            feed.clear()
+            planner.clear()
             count = np.zeros(0, dtype=int)
         else:
             count = draw.integers(1, 8, n)
-            feed.step(names, draw.integers(0, 50, n), count)
+            planner.plan_step(names, draw.integers(0, 50, n), count)
         done = int(count.sum())
-        asked = banks.plan[done:].clone()
+        asked = tables.plan[done:].clone()
         asked[:, PlanColumn.POSITION] = 0  # which a row that asks for nothing may have
         assert (asked == blank).all(), (names, count)
-        before = [tensor.clone() for tensor in (banks.receipt, banks.layers[0].stats, banks.layers[0].count)]
-        bank = banks.layers[0]
+        before = [tensor.clone() for tensor in (tables.receipt, tables.layers[0].stats, tables.layers[0].count)]
+        layer = tables.layers[0]
         rows = torch.full((2 * (tokens - done), 2 * neurons), torch.nan)
-        ops.patched_glu(rows, bank.scale, bank.rank, bank.constant, banks.plan[done:], bank.stats, bank.count,
-                        banks.capture, banks.receipt, activation="silu", streams=2, layer=0)  # fmt: skip
-        for one, other in zip(before, (banks.receipt, bank.stats, bank.count), strict=True):
+        ops.patched_glu(rows, layer.scale, layer.rank, layer.constant, tables.plan[done:], layer.stats, layer.count,
+                        tables.capture, tables.receipt, activation="silu", streams=2, layer=0)  # fmt: skip
+        for one, other in zip(before, (tables.receipt, layer.stats, layer.count), strict=True):
             assert torch.equal(one, other)
 
 
@@ -192,7 +190,8 @@ def test_a_process_forked_after_cuda_had_started_says_so_and_what_to_do(monkeypa
 def test_weights_are_not_loaded_again_into_a_twin_that_runs():
     from snpatch.executors.vllm.worker.commands import _refuse_reload
 
-    with pytest.raises(SnpatchError, match=r"a twin's weights cannot be loaded again.*start another engine"):
+    message = r"a dual-stream model's weights cannot be loaded again.*start another engine"
+    with pytest.raises(SnpatchError, match=message):
         _refuse_reload(weights_path="other")
 
 
@@ -277,7 +276,7 @@ def test_what_vllm_changes_for_an_architecture_it_changes_for_its_twin(monkeypat
 
     from snpatch.executors.vllm.worker import plugin
 
-    monkeypatch.setenv(plugin.UNTESTED, "Gemma4ForCausalLM")
+    monkeypatch.setenv(plugin.UNTESTED_VARIABLE, "Gemma4ForCausalLM")
     if "Gemma4ForCausalLM" not in MODELS_CONFIG_MAP:
         pytest.skip("this vLLM changes nothing for Gemma 4")
     plugin.register()

@@ -51,7 +51,7 @@ def install(serving: ServerState, app: FastAPI) -> None:
     serving.models |= models_of(app)
     app.include_router(routes.router(serving))
     executor = serving.engine.executor
-    metrics.watch(lambda: executor.slots.in_use, lambda: executor.num_waiting)
+    metrics.watch(lambda: executor.slots.num_in_use, lambda: executor.num_waiting)
 
 
 def wrap(serving: ServerState, state) -> None:

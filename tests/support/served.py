@@ -69,24 +69,24 @@ class Server:
 
 
 def kept(worker) -> dict[str, int]:
-    """In a worker: what it keeps for requests."""
-    feed = worker.model_runner.get_model().snpatch.feed
+    """Return what a worker holds for requests; runs in the worker."""
+    tracker = worker.model_runner.get_model().snpatch.tracker
     return {
-        "records": len(feed._records),
-        "rows": len(feed._rows),
-        "tickets": len(feed._tickets),
-        "receipts": feed.banks.settings.max_receipts - len(feed._free_receipts),
-        "captures": int(feed._capture_used.sum()),
+        "records": len(tracker._records),
+        "rows": len(tracker._rows),
+        "tickets": len(tracker._tickets),
+        "receipts": tracker.num_receipts,
+        "captures": int(tracker._capture_used.sum()),
     }
 
 
 def miscount(worker) -> None:
     """In a worker: from now on, or no longer, its device has done one overwrite less than it did."""
-    feed = worker.model_runner.get_model().snpatch.feed
-    if "fetch" in vars(feed):
-        del feed.fetch
+    tracker = worker.model_runner.get_model().snpatch.tracker
+    if "fetch" in vars(tracker):
+        del tracker.fetch
         return
-    fetch = feed.fetch
+    fetch = tracker.fetch
 
     def less(tickets):
         found = fetch(tickets)
@@ -94,12 +94,12 @@ def miscount(worker) -> None:
             record["overwrites"] -= record["overwrites"] > 0
         return found
 
-    feed.fetch = less
+    tracker.fetch = less
 
 
 def spoil(worker) -> None:
     """In a worker: make every text overflow at layer 1."""
-    worker.model_runner.get_model().snpatch.banks.layers[1].scale[:] = torch.inf
+    worker.model_runner.get_model().snpatch.tables.layers[1].scale[:] = torch.inf
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def main() -> None:
         @routes.get(HELD)
         async def held() -> dict:
             found = await executor.engine.collective_rpc(kept)
-            here = {**executor.slots.in_use, "waiting": executor.num_waiting, "sweeps": len(serving.sweeps)}
+            here = {**executor.slots.num_in_use, "waiting": executor.num_waiting, "sweeps": len(serving.sweeps)}
             return here | {name: sum(one[name] for one in found) for name in found[0]}
 
         @routes.post(MISCOUNT)

@@ -1,18 +1,17 @@
-"""Every name of vLLM that this folder touches, and whether a vLLM still has it.
+"""Names of vLLM that snpatch uses, and a check that the installed vLLM has them.
 
-Why vLLM's source is read instead of imported: it takes a second, needs neither a GPU nor Triton (of which Model Runner
-V2's modules need both), and sees what objects get in their methods (`self.input_batch = ...`), which no class has.
-What is read with a default (`getattr(config, name, False)`) may be missing and is not listed.
+Why vLLM's source is parsed and not imported: parsing takes a second, needs neither a GPU nor Triton (modules of Model
+Runner V2 need both), and finds attributes that methods set (`self.input_batch = ...`), which classes do not have.
+Names that are read with a default (`getattr(config, name, False)`) may be missing and are not listed.
 """
 
 import ast
 import importlib.util
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-# module -> name -> what is used of it: (parameters of a call), attributes, methods(and their parameters).
+# module -> name -> used members: (parameters of a call), attributes, methods(and their parameters).
 ENGINE_NAMES = {
     "vllm": {
         "ModelRegistry": "get_supported_archs register_model(model_arch, model_cls)",
@@ -133,7 +132,7 @@ ENGINE_NAMES = {
     "vllm.v1.worker.utils": {"AttentionGroup": "layer_names metadata_builders", "KVBlockZeroer": "_meta"},
     "vllm.v1.worker.worker_base": {"WorkerBase": "model_runner"},
 }
-# One of the two is enough: V1 is deprecated from 0.33 on, V2 does not run on a CPU.
+# One of them is enough: V1 is deprecated since 0.33, V2 does not run on a CPU.
 RUNNER_NAMES = {
     "v1": {
         "vllm.v1.worker.gpu_input_batch": {"InputBatch": "num_computed_tokens_cpu num_reqs req_ids"},
@@ -158,7 +157,7 @@ RUNNER_NAMES = {
         },
     },
 }
-# What `snpatch serve` touches beside.
+# Names that only `snpatch serve` uses.
 SERVER_NAMES = {
     "vllm.engine.protocol": {
         "EngineClient": "generate(prompt, sampling_params, request_id, lora_request) shutdown(timeout)"
@@ -193,19 +192,21 @@ SERVER_NAMES = {
     "vllm.utils.argparse_utils": {"FlexibleArgumentParser": "parse_args(args)"},
 }
 USE = re.compile(r"(\w*)(?:\(([\w, ]*)\))?")
-Found = tuple[str, ast.AST]  # a definition and the module that it stands in
+Definition = tuple[str, ast.AST]  # the module that contains a definition, and its node
 
 
 def missing_names(serving: bool = False) -> list[str]:
-    """What the installed vLLM lacks, as dotted names; empty if the contract holds. serving: also of its server."""
-    _names.cache_clear()
-    runners = [list(_lacking(runner)) for runner in RUNNER_NAMES.values()]
-    lacking = [*_lacking(ENGINE_NAMES), *(() if [] in runners else (name for names in runners for name in names))]
-    return [*lacking, *_lacking(SERVER_NAMES)] if serving else lacking
+    """Return the dotted names that the installed vLLM lacks. serving: include those of its server."""
+    _module_names.cache_clear()
+    by_runner = [_missing_in(names) for names in RUNNER_NAMES.values()]
+    missing = _missing_in(ENGINE_NAMES)
+    if all(by_runner):
+        missing += [name for names in by_runner for name in names]
+    return missing + _missing_in(SERVER_NAMES) if serving else missing
 
 
 def read_source(module: str) -> str | None:
-    """The text of one of vLLM's modules; None if there is no such module."""
+    """Return the source of one of vLLM's modules; None if it does not exist."""
     root = Path(importlib.util.find_spec("vllm").origin).parent
     path = root.joinpath(*module.split(".")[1:])
     for file in (path / "__init__.py", path.with_suffix(".py")):
@@ -214,35 +215,42 @@ def read_source(module: str) -> str | None:
     return None
 
 
-def _lacking(contract: dict[str, dict[str, str]]) -> Iterator[str]:
-    for module, names in contract.items():
-        if _names(module) is None:
-            yield module
+def _missing_in(table: dict[str, dict[str, str]]) -> list[str]:
+    missing = []
+    for module, names in table.items():
+        if _module_names(module) is None:
+            missing.append(module)
             continue
         for name, uses in names.items():
-            found = _resolve(module, name)
-            if found is None:
-                yield f"{module}.{name}"
-                continue
-            for member, parameters in (match.groups() for match in USE.finditer(uses) if match[0]):
-                what = _member(found, member) if member else found
-                if what is None:
-                    yield f"{module}.{name}.{member}"
-                    continue
-                path = f"{module}.{name}.{member}".rstrip(".")
-                for parameter in filter(None, (parameters or "").replace(",", " ").split()):
-                    if not _takes(what, parameter):
-                        yield f"{path}({parameter})"
+            missing += _missing_uses(module, name, uses)
+    return missing
+
+
+def _missing_uses(module: str, name: str, uses: str) -> list[str]:
+    """Return what is missing of one name: the name itself, members, or parameters."""
+    definition = _resolve(module, name)
+    if definition is None:
+        return [f"{module}.{name}"]
+    missing = []
+    for member, parameters in (match.groups() for match in USE.finditer(uses) if match[0]):
+        path = f"{module}.{name}.{member}".rstrip(".")
+        used = _member(definition, member) if member else definition
+        if used is None:
+            missing.append(path)
+            continue
+        names = (parameters or "").replace(",", " ").split()
+        missing += [f"{path}({parameter})" for parameter in names if not _has_parameter(used, parameter)]
+    return missing
 
 
 @cache
-def _names(module: str) -> dict[str, ast.AST] | None:
-    """What a module defines and imports at its top, under `if` and `try`, too; "*" has the modules of star imports."""
-    text = read_source(module)
-    return None if text is None else _defined(ast.parse(text).body)
+def _module_names(module: str) -> dict[str, ast.AST] | None:
+    """Return the names that a module defines or imports, also under `if` and `try`; "*" has its star imports."""
+    source = read_source(module)
+    return None if source is None else _defined_names(ast.parse(source).body)
 
 
-def _defined(body: list[ast.stmt]) -> dict[str, ast.AST]:
+def _defined_names(body: list[ast.stmt]) -> dict[str, ast.AST]:
     names: dict = {"*": []}
     for node in body:
         match node:
@@ -260,33 +268,33 @@ def _defined(body: list[ast.stmt]) -> dict[str, ast.AST]:
                 names.setdefault(name, node)
             case ast.If() | ast.Try() | ast.With():
                 parts = [*node.body, *getattr(node, "orelse", ())]
-                inner = _defined([*parts, *(line for h in getattr(node, "handlers", ()) for line in h.body)])
+                inner = _defined_names([*parts, *(line for h in getattr(node, "handlers", ()) for line in h.body)])
                 names["*"] += inner.pop("*")
                 names |= {name: inner[name] for name in inner if name not in names}
     return names
 
 
-def _resolve(module: str, name: str) -> Found | None:
-    """The definition of a module's name, through imports, and through a variable to the class of its value."""
-    names = _names(module)
+def _resolve(module: str, name: str) -> Definition | None:
+    """Return the definition of a module's name; follow imports, and variables to the class of their value."""
+    names = _module_names(module)
     if names is None:
         return None
     node = names.get(name)
     if node is None:
-        through = (_resolve(_module(module, star), name) for star in names["*"])
-        return next(filter(None, through), None)
+        definitions = (_resolve(_imported_module(module, star), name) for star in names["*"])
+        return next(filter(None, definitions), None)
     match node:
         case ast.ImportFrom():
             original = next(alias.name for alias in node.names if name in (alias.asname, alias.name))
-            target = _module(module, node)
+            target = _imported_module(module, node)
             return _resolve(target, original) if target.split(".")[0] == "vllm" else (module, node)
         case ast.Assign(value=ast.Call(func=ast.Name(id=kind))) | ast.AnnAssign(annotation=ast.Name(id=kind)):
             return (kind in names and _resolve(module, kind)) or (module, node)
     return module, node
 
 
-def _module(module: str, node: ast.ImportFrom) -> str:
-    """The absolute name of the module that an import names."""
+def _imported_module(module: str, node: ast.ImportFrom) -> str:
+    """Return the absolute name of the module that an import names."""
     if not node.level:
         return node.module
     path = Path(importlib.util.find_spec("vllm").origin).parent.joinpath(*module.split(".")[1:])
@@ -294,33 +302,33 @@ def _module(module: str, node: ast.ImportFrom) -> str:
     return ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
 
 
-def _member(found: Found, name: str) -> Found | None:
-    """A class's (or its bases') method, field, or attribute that a method sets; a function's local definition."""
-    module, node = found
+def _member(definition: Definition, name: str) -> Definition | None:
+    """Return a class's (or its bases') method, field, or attribute set by a method; or a function's local name."""
+    module, node = definition
     if not isinstance(node, ast.ClassDef | ast.FunctionDef):
         return None
-    if name in (names := _defined(node.body)):
+    if name in (names := _defined_names(node.body)):
         return module, names[name]
     if name == "__dataclass_fields__" and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
-        return found
+        return definition
     for inner in ast.walk(node):
         match inner:
             case ast.Attribute(value=ast.Name(id="self"), attr=attr, ctx=ast.Store()) if attr == name:
                 return module, inner
     for base in getattr(node, "bases", ()):
         base = base.value if isinstance(base, ast.Subscript) else base
-        of = _resolve(module, base.id) if isinstance(base, ast.Name) else None
-        if of is not None and of != found and (inherited := _member(of, name)):
+        parent = _resolve(module, base.id) if isinstance(base, ast.Name) else None
+        if parent is not None and parent != definition and (inherited := _member(parent, name)):
             return inherited
     return None
 
 
-def _takes(found: Found, parameter: str) -> bool:
-    """Whether a function, or a class when it is made, has a parameter of that name."""
-    node = found[1]
+def _has_parameter(definition: Definition, parameter: str) -> bool:
+    """Return whether a function, or a class's constructor, has a parameter."""
+    node = definition[1]
     if isinstance(node, ast.ClassDef):
-        init = _member(found, "__init__")
-        return _takes(init, parameter) if init else _member(found, parameter) is not None
+        init = _member(definition, "__init__")
+        return _has_parameter(init, parameter) if init else _member(definition, parameter) is not None
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return False
     return parameter in {a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}

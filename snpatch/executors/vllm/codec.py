@@ -1,7 +1,7 @@
-"""How a request travels to vLLM and what it gives comes back; everything that comes back is checked.
+"""Conversion of requests to vLLM's arguments and of vLLM's results to checked outputs.
 
-What it names has become integers (rows.py); what names it by content is the salt of the prefix cache, so that no
-request reads keys and values that another patch has made.
+A request names adapters, rankings and constants by integers (executors/rows.py). Their fingerprints are its salt in the
+prefix cache, so that no request reads keys and values that another patch has made.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ from snpatch.ranking.statistics import Statistics
 
 @dataclass(frozen=True, eq=False)
 class RequestTag:
-    """What of a request vLLM carries to the workers.
+    """Data of a request that vLLM passes on to the workers.
 
-    ticket: what its record goes by. salt: of its keys and values in the prefix cache; None for a plain request.
+    ticket: id of its record in the workers. salt: of its keys and values in the prefix cache, None for a plain request.
     extra_args: of its SamplingParams.
     """
 
@@ -39,7 +39,7 @@ class RequestTag:
 
 @dataclass(frozen=True, eq=False)
 class EngineRequest:
-    """A request as vLLM gets it. more: further arguments of vLLM's `generate`."""
+    """Arguments of vLLM's `generate` for a request. more: further keyword arguments."""
 
     name: str
     tag: RequestTag
@@ -49,27 +49,27 @@ class EngineRequest:
 
 
 class RequestCodec:
-    """The translation for one engine."""
+    """Converter of one engine. clauses: maximum number of a patch; has_secondary: the engine has secondary weights."""
 
     def __init__(self, tokenizer, geometry: Geometry, clauses: int, has_secondary: bool) -> None:
         self._tokenizer, self._geometry = tokenizer, geometry
-        self._clauses, self._has_second = clauses, has_secondary
+        self._clauses, self._has_secondary = clauses, has_secondary
         self._tickets = count(1)
 
     def tag(self, request: Request, lease: SlotLease) -> RequestTag:
-        """What goes with the request, once what it names has its rows."""
-        # With a second set of weights each stream has its own, and the recipient speaks on its own weights' stream.
-        speaker = request.recipient.weights.index if self._has_second else 0
-        is_flipped = self._has_second and has_same_weights(request)
-        ticket, salt = next(self._tickets), cache_salt(request, speaker, is_flipped)
-        columns = build_request_row(request, lease.places, self._clauses, speaker)
+        """Build the tag of a request whose slots are leased."""
+        # With secondary weights each stream has its own weights, and the recipient runs in the stream of its weights.
+        recipient_stream = request.recipient.weights.index if self._has_secondary else 0
+        swaps_donor = self._has_secondary and has_same_weights(request)
+        ticket, salt = next(self._tickets), cache_salt(request, recipient_stream, swaps_donor)
+        columns = build_request_row(request, lease.slots, self._clauses, recipient_stream)
         extra_args = {KEY: RequestRow(ticket, columns).pack()}
-        if is_flipped:
+        if swaps_donor:
             extra_args[SAME_WEIGHTS] = True
         return RequestTag(ticket, salt, extra_args)
 
     def encode(self, request: Request, lease: SlotLease, streaming: bool = False) -> EngineRequest:
-        """The request as vLLM gets it."""
+        """Return the arguments of vLLM's `generate` for a request."""
         from vllm.inputs import tokens_input
 
         tag = self.tag(request, lease)
@@ -81,46 +81,51 @@ class RequestCodec:
         )
 
     def decode(self, request: Request, result) -> Output:
-        """What vLLM's result (so far) says; receipts and captures are not yet in it."""
-        return _output(request, result, self._tokenizer)
+        """Return the output of vLLM's result so far, without receipt and captures; see `confirm`."""
+        return _decode(request, result, self._tokenizer)
 
     def confirm(self, request: Request, output: Output, shards: Sequence[list[dict]]) -> None:
-        """Complete an output with the workers' records of it; see receipts.confirm."""
+        """Add receipt and captures from each worker's records to an output; see receipts.confirm."""
         if any(len(records) != 1 for records in shards):
-            raise ReceiptError(f"a request has {[len(records) for records in shards]} records, not one a worker")
+            raise ReceiptError(f"a request has {[len(records) for records in shards]} records, expected one per worker")
         receipts.confirm(request, output, [_record(records[0]) for records in shards], self._geometry)
 
     def gather_statistics(self, shards: Sequence[tuple[int, int]], answers: list[list]) -> list[Statistics]:
-        """Statistics of all workers, by global neuron, from their answers to snpatch_statistics.
+        """Join the workers' answers to snpatch_statistics into statistics of all neurons.
 
-        shards: (first neuron, neurons) of each worker.
+        shards: (first neuron, number of neurons) of each worker.
         """
         parts = [[unpack(packed) for packed in answer] for answer in answers]
         counts = parts[0][1]
         sums = torch.zeros(len(counts), self._geometry.n_layers, SUMS, self._geometry.n_neurons, dtype=torch.float64)
-        for (first, n), (part, own) in zip(shards, parts, strict=True):
+        for (first, n), (part, worker_counts) in zip(shards, parts, strict=True):
             sums[..., first : first + n] = part
-            if not torch.equal(own, counts):
-                raise ReceiptError(f"the workers counted different tokens: {own.tolist()} and {counts.tolist()}")
+            if not torch.equal(worker_counts, counts):
+                raise ReceiptError(
+                    f"the workers counted different tokens: {worker_counts.tolist()} and {counts.tolist()}"
+                )
         return [Statistics(s, c) for s, c in zip(sums, counts, strict=True)]
 
 
 def has_same_weights(request: Request) -> bool:
-    """Whether its donor is on the recipient's set of weights."""
+    """Return whether recipient and donor are on the same set of weights."""
     return request.donor is not None and request.donor.weights.index == request.recipient.weights.index
 
 
-def cache_salt(request: Request, speaker: int = 0, is_flipped: bool = False) -> str | None:
-    """Names everything that a request's keys and values hang on besides its tokens; None for a plain request.
+def cache_salt(request: Request, recipient_stream: int = 0, swaps_donor: bool = False) -> str | None:
+    """Return the hash of everything but tokens that keys and values depend on; None for a plain request.
 
-    is_flipped: the donor's rows go through the set of weights that is not its stream's.
+    swaps_donor: the donor's rows go through the weights of the recipient's stream.
     """
-    models = stream_models(request, speaker)
+    models = stream_models(request, recipient_stream)
     if not request.overwrites:
-        is_plain = all(m.is_unscaled for m in models) and not is_flipped
-        return None if is_plain else digest_of([*(m.scales.fingerprint for m in models), is_flipped and speaker])
-    clauses = [overwrite.content for overwrite in request.overwrites]
-    return digest_of([*(m.scales.fingerprint for m in models), speaker, is_flipped, clauses])
+        is_plain = all(model.is_unscaled for model in models) and not swaps_donor
+        if is_plain:
+            return None
+        return digest_of([*(model.scales.fingerprint for model in models), swaps_donor and recipient_stream])
+    contents = [overwrite.content for overwrite in request.overwrites]
+    fingerprints = [model.scales.fingerprint for model in models]
+    return digest_of([*fingerprints, recipient_stream, swaps_donor, contents])
 
 
 def _record(data: dict) -> WorkerReceipt:
@@ -128,7 +133,7 @@ def _record(data: dict) -> WorkerReceipt:
 
 
 def _sampling_params(request: Request, extra_args: dict, streaming: bool):
-    """vLLM's SamplingParams for a request. One that writes nothing still samples a token, which is dropped."""
+    """Return vLLM's SamplingParams. A request without sampling still samples one token, which is dropped."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind
@@ -136,61 +141,61 @@ def _sampling_params(request: Request, extra_args: dict, streaming: bool):
     common = {
         "extra_args": extra_args,
         "output_kind": RequestOutputKind.CUMULATIVE if streaming else RequestOutputKind.FINAL_ONLY,
-        "prompt_logprobs": 1 if request.prompt_logprobs else None,  # the likeliest token's beside the given one's
-        # Positions that come from the cache are not run, so nothing of them could be observed.
+        "prompt_logprobs": 1 if request.prompt_logprobs else None,  # of the given token and of the most likely one
+        # Positions in the prefix cache are not run, so nothing could be observed there.
         "skip_reading_prefix_cache": bool(
             (request.observe and request.observe.start < len(request.prompt_ids))
             or request.capture
             or request.prompt_logprobs
         ),
     }
-    s = request.sampling
-    if s is None:
+    sampling = request.sampling
+    if sampling is None:
         return SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, **common)
-    own = {
-        "temperature": s.temperature,
-        "top_p": s.top_p,
-        "top_k": s.top_k,
-        "max_tokens": s.max_tokens,
-        "min_tokens": s.min_tokens,
-        "stop": list(s.stop) or None,
-        "stop_token_ids": None if s.ignore_eos else sorted(request.recipient.weights.eos_ids),
-        "ignore_eos": s.ignore_eos,
-        "seed": s.seed,
-        "logprobs": 0 if s.logprobs else None,
-        "detokenize": bool(s.stop or s.vllm.get("bad_words")),
+    arguments = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_tokens,
+        "min_tokens": sampling.min_tokens,
+        "stop": list(sampling.stop) or None,
+        "stop_token_ids": None if sampling.ignore_eos else sorted(request.recipient.weights.eos_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "seed": sampling.seed,
+        "logprobs": 0 if sampling.logprobs else None,
+        "detokenize": bool(sampling.stop or sampling.vllm.get("bad_words")),
         **common,
     }
-    taken = {*own, "n"} & s.vllm.keys()
-    if taken:
-        raise SnpatchError(f"sampling: {', '.join(sorted(taken))} cannot be set through vllm=")
+    reserved = {*arguments, "n"} & sampling.vllm.keys()
+    if reserved:
+        raise SnpatchError(f"sampling: {', '.join(sorted(reserved))} cannot be set through vllm=")
     try:
-        return SamplingParams(**own, **s.vllm)
+        return SamplingParams(**arguments, **sampling.vllm)
     except (TypeError, ValueError, VLLMValidationError) as error:
-        raise SnpatchError(f"sampling: vLLM does not take {dict(s.vllm)}: {error}") from error
+        raise SnpatchError(f"sampling: vLLM does not take {dict(sampling.vllm)}: {error}") from error
 
 
-def _output(request: Request, result, tokenizer) -> Output:
+def _decode(request: Request, result, tokenizer) -> Output:
     output = Output()
     if request.prompt_logprobs:
-        given = zip(result.prompt_logprobs[1:], request.prompt_ids[1:], strict=True)
-        pairs = [(at[token].logprob, max(other.logprob for other in at.values())) for at, token in given]
+        positions = zip(result.prompt_logprobs[1:], request.prompt_ids[1:], strict=True)
+        pairs = [(at[token].logprob, max(other.logprob for other in at.values())) for at, token in positions]
         values, best = torch.tensor(pairs, dtype=torch.float32).view(-1, 2).unbind(1)
         output.prompt_logprobs = Logprobs(values, values >= best)
     if request.sampling is None:
         return output
-    written = result.outputs[0]
-    output.token_ids = list(written.token_ids)
-    output.finish_reason = written.finish_reason
-    if written.finish_reason == "stop":
-        is_string = isinstance(written.stop_reason, str)
+    completion = result.outputs[0]
+    output.token_ids = list(completion.token_ids)
+    output.finish_reason = completion.finish_reason
+    if completion.finish_reason == "stop":
+        is_string = isinstance(completion.stop_reason, str)
         output.finish_reason = "stop" if is_string else "eos"
-        output.stop_reason = written.stop_reason if is_string else None
-    # Not vLLM's own text, which hangs on the prompt's last tokens; the stop string that ended it is its last one.
+        output.stop_reason = completion.stop_reason if is_string else None
+    # vLLM's own text depends on the prompt's last tokens. The stop string is cut off at its last occurrence.
     output.text = tokenizer.decode(output.token_ids, skip_special_tokens=True)
     if output.stop_reason is not None:
-        at = max(output.text.rfind(output.stop_reason), output.text.rfind(output.stop_reason.lstrip()))
-        output.text = output.text[: at if at >= 0 else None]
+        end = max(output.text.rfind(output.stop_reason), output.text.rfind(output.stop_reason.lstrip()))
+        output.text = output.text[: end if end >= 0 else None]
     if request.sampling.logprobs:
-        output.logprobs = [at[token].logprob for at, token in zip(written.logprobs, output.token_ids, strict=True)]
+        output.logprobs = [at[token].logprob for at, token in zip(completion.logprobs, output.token_ids, strict=True)]
     return output

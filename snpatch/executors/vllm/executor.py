@@ -1,13 +1,14 @@
-"""The vLLM executor: runs requests in vLLM's continuous batches, patched, at the engine's own speed.
+"""vLLM executor for many requests: runs them patched in vLLM's continuous batches.
 
-Why it drives `LLMEngine` step by step: requests of different patches are one batch, results come as they finish, and
-whatever interrupts a run can abort what is left.
+Why it calls `LLMEngine.step` itself: requests with different patches share a batch, outputs are yielded as they finish,
+and an interrupted run can abort its remaining requests.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from snpatch.errors import OverflowedError, SnpatchError
 from snpatch.executors.base import Memory, Output, Request
@@ -20,37 +21,40 @@ from snpatch.models.model import Model
 from snpatch.op.plan import encode_skip_eos
 from snpatch.ranking.statistics import Statistics
 
-BACKLOG = 4  # times as many requests are inside vLLM as run at once: it never waits for one, and none waits long
-FETCH = 512  # finished requests whose receipts are fetched at once
-FETCH_S = 0.25  # or so long after the first of them finished
+BACKLOG_FACTOR = 4  # requests inside vLLM per request that runs at once: vLLM never idles, and no request waits long
+FETCH_BATCH_SIZE = 512  # finished requests whose receipts are fetched at once
+FETCH_DELAY_SECONDS = 0.25  # longest time from the first finished request to the next fetch
 
 
 class VllmExecutor(VllmExecutorBase):
-    """Loads a causal language model into vLLM as a twin and serves `Executor`."""
+    """Executor that loads a causal language model into vLLM with two streams; serves `Executor`."""
 
     def start(self, models: Sequence[Model]) -> None:
-        """Start vLLM, which takes its time, and check what it made of the model."""
+        """Start vLLM, which takes from seconds to minutes, and check the loaded model."""
         self.engine, self._end = start_engine(self.launch.engine_args(scales_kv=any(m.scales_kv for m in models)))
-        self.stale: list[int] = []  # tickets of aborted requests, whose records are to be dropped
-        self.owners: dict[str, _Run] = {}  # vLLM's name of what runs -> who asked for it
+        self.stale_tickets: list[int] = []  # of aborted requests, whose records have to be dropped
+        self.owners: dict[str, _Run] = {}  # vLLM's name of a running request -> its run
         try:
             self.worker_info = WorkerInfo.from_answers(self.command("snpatch_start"))
         except BaseException:
             self.close()
             raise
-        self.backlog = BACKLOG * self.engine.vllm_config.scheduler_config.max_num_seqs
+        self.backlog = BACKLOG_FACTOR * self.engine.vllm_config.scheduler_config.max_num_seqs
 
     @property
     def memory(self) -> Memory:
-        """What all workers hold."""
+        """Memory of all workers."""
         return self.worker_info.memory
 
     def check_request(self, request: Request) -> None:
-        """An error for what this engine has no room for, however long a request waits."""
+        """Raise for a request that this engine can never run, however long it waits."""
         self.slots.check_request(request)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
-        """(index, output) of each request as it finishes, its receipt checked. Requests are taken as there is room."""
+        """Yield (index, output) of each request as it finishes, with a checked receipt.
+
+        Requests are read from the iterable as slots become free; those of a list are all checked first.
+        """
         if self.engine is None:
             raise SnpatchError("this engine is closed")
         if isinstance(requests, Sequence):
@@ -63,7 +67,7 @@ class VllmExecutor(VllmExecutorBase):
             run.end()
 
     def command(self, name: str, *arguments) -> list:
-        """Every worker's answer to one of worker/commands.py."""
+        """Call a command of worker/commands.py in every worker and return the answers."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -72,10 +76,10 @@ class VllmExecutor(VllmExecutorBase):
             raise engine_dead_error() from error
 
     def step(self) -> None:
-        """Wait for vLLM's next results, and hand each to the run that asked for it."""
+        """Wait for vLLM's next results, and pass each to the run that it belongs to."""
         for result in self.engine.step():
             if result.finished:
-                self.owners.pop(result.request_id).take(result)
+                self.owners.pop(result.request_id).finish(result)
 
     def close(self) -> None:
         """Stop vLLM and its processes."""
@@ -84,50 +88,69 @@ class VllmExecutor(VllmExecutorBase):
             self._end.close()
 
 
+@dataclass(eq=False)
+class _Active:
+    """A request inside the engine. output: set when it has finished, before its receipt is fetched."""
+
+    index: int
+    request: Request
+    engine_request: EngineRequest
+    lease: SlotLease
+    output: Output | None = None
+
+    @property
+    def ticket(self) -> int:
+        return self.engine_request.tag.ticket
+
+
 class _Run:
-    """One `stream`: its requests inside the engine, and what it holds there."""
+    """One call of `stream`: its requests inside the engine and the slots that they use."""
 
     def __init__(self, executor: VllmExecutor) -> None:
         self._executor = executor
-        self._running: dict[str, tuple[int, Request, EngineRequest, SlotLease]] = {}  # by vLLM's name
-        self._finished: deque[tuple[int, Request, EngineRequest, Output]] = deque()  # but for their receipts
-        self._groups: dict[int, tuple[Statistics, int]] = {}  # by the identity of the statistics
-        self._waiting: tuple[int, Request] | None = None  # the one that there was no room for
-        self._fetch_at = 0.0
+        self._running: dict[str, _Active] = {}  # by vLLM's name
+        self._finished: deque[_Active] = deque()  # without their receipts
+        self._groups: dict[int, tuple[Statistics, int]] = {}  # id of the statistics -> (statistics, group)
+        self._waiting: tuple[int, Request] | None = None  # next request, for which no slots were free
+        self._fetch_time = 0.0
 
     def outputs(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        executor, rest = self._executor, enumerate(requests)
-        if executor.stale:
-            executor.command("snpatch_fetch", executor.stale)
-            executor.stale = []
+        executor, remaining = self._executor, enumerate(requests)
+        if executor.stale_tickets:
+            executor.command("snpatch_fetch", executor.stale_tickets)
+            executor.stale_tickets = []
         try:
-            while self._admit(rest) or self._running or self._waiting or self._finished:
-                if self._is_time_to_fetch() or not (self._running or self._waiting):
+            while self._admit(remaining) or self._running or self._waiting or self._finished:
+                if self._is_fetch_due() or not (self._running or self._waiting):
                     yield from self._fetch()
                 else:
                     executor.step()
-            self._gather()
+            self._gather_statistics()
         except EngineDeadError as error:
             raise engine_dead_error() from error
 
-    def take(self, result) -> None:
-        """One of this run's requests is finished."""
-        index, request, sent, lease = self._running.pop(result.request_id)
-        lease.release()
+    def finish(self, result) -> None:
+        """Decode the result of a finished request and release its slots."""
+        active = self._running.pop(result.request_id)
+        active.lease.release()
         if not self._finished:
-            self._fetch_at = time.monotonic() + FETCH_S
-        self._finished.append((index, request, sent, self._executor.codec.decode(request, result)))
+            self._fetch_time = time.monotonic() + FETCH_DELAY_SECONDS
+        active.output = self._executor.codec.decode(active.request, result)
+        self._finished.append(active)
 
     def end(self) -> None:
-        """Nothing of it is left behind. Sends only, as the engine may be ending; records are dropped by the next."""
+        """Abort what still runs and release all slots.
+
+        The engine may be ending, so this waits for no answer: the next run drops the records.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         executor = self._executor
-        executor.stale += [sent.tag.ticket for _, _, sent, _ in (*self._running.values(), *self._finished)]
-        for name, (_, _, _, lease) in self._running.items():
-            lease.release()
+        executor.stale_tickets += [active.ticket for active in (*self._running.values(), *self._finished)]
+        for name, active in self._running.items():
+            active.lease.release()
             executor.owners.pop(name, None)
         for _, group in self._groups.values():
             executor.slots.release_group(group)
@@ -137,69 +160,80 @@ class _Run:
         self._running, self._groups = {}, {}
         self._finished.clear()
 
-    def _admit(self, rest: Iterator[tuple[int, Request]]) -> bool:
-        """Hand requests to vLLM while there is room; whether any was."""
-        executor, admitted = self._executor, False
+    def _admit(self, remaining: Iterator[tuple[int, Request]]) -> bool:
+        """Pass requests to vLLM while there are free slots; return whether any was passed."""
+        executor, has_admitted = self._executor, False
         while len(self._running) < executor.backlog:
-            index, request = self._waiting or next(rest, (None, None))
+            index, request = self._waiting or next(remaining, (None, None))
             if request is None:
                 break
-            group = self._group_of(request)
+            group = self._group_column(request)
             lease = executor.slots.acquire(request, group)
             if lease is None:
-                assert executor.owners, "nothing runs, and there is no room for a request that fits"
+                assert executor.owners, "nothing runs, and no slots are free for a request that fits"
                 self._waiting = index, request
                 break
             self._waiting = None
-            try:
-                for write in lease.writes:
-                    executor.command("snpatch_write", *write)
-                lease.mark_written()
-                sent = executor.codec.encode(request, lease)
-                executor.engine.add_request(sent.name, sent.prompt, sent.params)
-            except BaseException:
-                lease.release()
-                raise
-            self._running[sent.name] = index, request, sent, lease
-            executor.owners[sent.name] = self
-            admitted = True
-        return admitted
+            self._send(_Active(index, request, self._write(request, lease), lease))
+            has_admitted = True
+        return has_admitted
 
-    def _group_of(self, request: Request) -> int:
-        """The group of the request's statistics as its row has it; emptied when it is first used."""
+    def _write(self, request: Request, lease: SlotLease) -> EngineRequest:
+        """Write what the workers lack for a request, and encode it."""
+        try:
+            for write in lease.writes:
+                self._executor.command("snpatch_write", *write)
+            lease.mark_written()
+            return self._executor.codec.encode(request, lease)
+        except BaseException:
+            lease.release()
+            raise
+
+    def _send(self, active: _Active) -> None:
+        executor, engine_request = self._executor, active.engine_request
+        try:
+            executor.engine.add_request(engine_request.name, engine_request.prompt, engine_request.params)
+        except BaseException:
+            active.lease.release()
+            raise
+        self._running[engine_request.name] = active
+        executor.owners[engine_request.name] = self
+
+    def _group_column(self, request: Request) -> int:
+        """Return the request row's column GROUP; clear a group before its first use."""
         if request.observe is None:
             return -1
-        into = request.observe.statistics
-        if id(into) not in self._groups:
+        statistics = request.observe.statistics
+        if id(statistics) not in self._groups:
             group = self._executor.slots.acquire_group()
-            self._groups[id(into)] = into, group
+            self._groups[id(statistics)] = statistics, group
             self._executor.command("snpatch_clear_statistics", [group])
-        group = self._groups[id(into)][1]
+        group = self._groups[id(statistics)][1]
         return group if request.observe.include_eos else encode_skip_eos(group)
 
-    def _is_time_to_fetch(self) -> bool:
+    def _is_fetch_due(self) -> bool:
         n = len(self._finished)
-        return n >= FETCH or (n > 0 and time.monotonic() >= self._fetch_at)
+        return n >= FETCH_BATCH_SIZE or (n > 0 and time.monotonic() >= self._fetch_time)
 
     def _fetch(self) -> Iterator[tuple[int, Output]]:
-        """What finished, with its receipts and captures."""
+        """Yield the finished outputs with their receipts and captures."""
         executor, finished = self._executor, list(self._finished)
-        answers = executor.command("snpatch_fetch", [sent.tag.ticket for _, _, sent, _ in finished])
+        answers = executor.command("snpatch_fetch", [active.ticket for active in finished])
         self._finished.clear()
-        for (_, request, _, output), *shards in zip(finished, *answers, strict=True):
+        for active, *shards in zip(finished, *answers, strict=True):
             try:
-                executor.codec.confirm(request, output, shards)
+                executor.codec.confirm(active.request, active.output, shards)
             except OverflowedError as error:
-                output.error = error
-        for index, _, _, output in finished:
-            yield index, output
+                active.output.error = error
+        for active in finished:
+            yield active.index, active.output
 
-    def _gather(self) -> None:
-        """Add what was observed to the requests' statistics."""
+    def _gather_statistics(self) -> None:
+        """Add the observations of this run to the requests' statistics."""
         if not self._groups:
             return
-        statistics, groups = zip(*self._groups.values(), strict=True)
+        targets, groups = zip(*self._groups.values(), strict=True)
         answers = self._executor.command("snpatch_statistics", list(groups))
-        found = self._executor.codec.gather_statistics(self._executor.worker_info.shards, answers)
-        for one, own in zip(statistics, found, strict=True):
-            one.add(own.sums, own.count)
+        observed = self._executor.codec.gather_statistics(self._executor.worker_info.shards, answers)
+        for target, added in zip(targets, observed, strict=True):
+            target.add(added.sums, added.count)

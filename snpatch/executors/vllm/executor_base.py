@@ -29,8 +29,8 @@ class WorkerInfo:
 
     @classmethod
     def from_answers(cls, answers: list[dict]) -> "WorkerInfo":
-        twice = module_kinds(name for answer in answers for name in answer["twice"])
-        memory = Memory(*map(sum, zip(*(a["memory"] for a in answers), strict=True)), twice)
+        duplicated = module_kinds(name for answer in answers for name in answer["duplicated"])
+        memory = Memory(*map(sum, zip(*(a["memory"] for a in answers), strict=True)), duplicated)
         return cls(tuple((a["first_neuron"], a["n_neurons"]) for a in answers), answers[0]["runner"], memory)
 
 

@@ -1,7 +1,7 @@
-"""Rows of ids in, raw logits of their last token out: vLLM's pooling runner, for models that vLLM knows and one more.
+"""Score models in vLLM's pooling runner: token ids to the raw logits of their last token.
 
-That one is the layout of `plugin.SCORE`, a Llama with a one-row head. Why it asks for little memory: it stands beside
-the engine whose texts it reads, often on the same GPU.
+Besides vLLM's own classifiers it runs the layout of `plugin.SCORE_ARCHITECTURE`, a Llama with a one-row head. Why it
+reserves little memory: it often shares a GPU with the engine whose completions it scores.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,20 @@ from snpatch.executors.vllm.launch import engine_arguments
 from snpatch.executors.vllm.settings import SCORE_BIAS
 from snpatch.executors.vllm.worker import plugin
 
-CACHED_TOKENS = 16384  # keys and values of that many tokens, or of one longest text
-HEADROOM = 3 << 30  # bytes of a GPU, for activations and vLLM itself
+CACHE_TOKENS = 16384  # size of the KV cache, or one sequence of the longest length
+GPU_HEADROOM_BYTES = 3 << 30  # for activations and vLLM itself
 
 
 class PoolingEngine:
-    """A started engine. config: the model's; has_bias: of a model in the layout of `plugin.SCORE`, None for any other.
+    """Started pooling engine; heads are computed in float32.
 
-    batch_size: vLLM's max_num_seqs. All further arguments are vLLM's own engine arguments; without
-    gpu_memory_utilization it takes what the model needs. Heads are computed in float32.
+    Args:
+        model: Folder or name of the model.
+        config: Its transformers config.
+        dtype: Dtype of the weights; "auto" is the checkpoint's.
+        batch_size: vLLM's max_num_seqs.
+        has_bias: For the layout of `plugin.SCORE_ARCHITECTURE`, whether the head has a bias; None for other layouts.
+        arguments: vLLM's engine arguments. Without gpu_memory_utilization the engine reserves what the model needs.
     """
 
     def __init__(
@@ -44,14 +49,14 @@ class PoolingEngine:
             "worker_extension_cls": "snpatch.executors.vllm.worker.score_head.WorkerExtension",
         }
         if has_bias is not None:
-            layout = {"architectures": [plugin.SCORE], SCORE_BIAS: has_bias}
+            layout = {"architectures": [plugin.SCORE_ARCHITECTURE], SCORE_BIAS: has_bias}
             own["hf_overrides"] = {**layout, **arguments.pop("hf_overrides", {})}
         checked = engine_arguments(model, own, arguments, refused=("convert", "pooler_config"))
-        self._numbers = count(1)
+        self._request_numbers = count(1)
         self._engine, self._end = _start(model, {**_memory(config, checked), **checked})
 
     def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """[rows, labels] float32, in the rows' order."""
+        """Return logits [rows, labels] float32 of the last token of each row."""
         from vllm import PoolingParams
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -60,7 +65,7 @@ class PoolingEngine:
         running: dict[str, int] = {}
         try:
             for index, row in enumerate(rows):
-                name = f"snpatch-{next(self._numbers)}"
+                name = f"snpatch-{next(self._request_numbers)}"
                 running[name] = index
                 params = PoolingParams(task="classify", use_activation=False)
                 self._engine.add_request(name, tokens_input(list(row)), params)
@@ -81,37 +86,40 @@ class PoolingEngine:
 
 
 def _start(model: str, arguments: dict):
-    """The engine, whose processes end with the user's, and what closed ends it."""
+    """Start an engine whose processes end with the client process; return it and an ExitStack that ends it."""
     from vllm.engine.arg_utils import EngineArgs
 
-    engine, end = start_engine(EngineArgs(**arguments), _refuse)
+    engine, end = start_engine(EngineArgs(**arguments), _check_supported)
     try:
-        engine.collective_rpc("snpatch_watch")
+        engine.collective_rpc("snpatch_exit_with_parent")
         if "classify" not in engine.get_supported_tasks():
-            raise SnpatchError(f"{model}: vLLM does not know it as a classifier; use backend='transformers'")
+            raise SnpatchError(f"{model}: vLLM does not support it as a classifier. Use backend='transformers'.")
     except BaseException:
         end.close()
         raise
     return engine, end
 
 
-def _refuse(vllm_config) -> None:
+def _check_supported(vllm_config) -> None:
     if vllm_config.parallel_config.data_parallel_size > 1:
-        raise SnpatchError("a pooling model is one engine: data_parallel_size must be 1")
+        size = vllm_config.parallel_config.data_parallel_size
+        raise SnpatchError(f"data_parallel_size: expected 1 for a score model, got {size}")
 
 
 def _memory(config, arguments: dict) -> dict:
-    """The engine argument that makes vLLM take what the model needs: weights, keys and values, and some headroom."""
+    """Return the engine argument with which vLLM reserves memory for weights, KV cache and some headroom."""
     from vllm.platforms import current_platform
 
-    text, size = config.get_text_config(), getattr(torch, arguments["dtype"]).itemsize
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    a_token = 2 * text.num_hidden_layers * kv_heads * head * size
-    cache = arguments.get("kv_cache_memory_bytes", max(CACHED_TOKENS, arguments["max_model_len"]) * a_token)
+    text_config, item_bytes = config.get_text_config(), getattr(torch, arguments["dtype"]).itemsize
+    head = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    kv_heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    token_bytes = 2 * text_config.num_hidden_layers * kv_heads * head * item_bytes
+    num_tokens = max(CACHE_TOKENS, arguments["max_model_len"])
+    cache_bytes = arguments.get("kv_cache_memory_bytes", num_tokens * token_bytes)
     if current_platform.is_cpu():
-        return {} if "gpu_memory_utilization" in arguments else {"kv_cache_memory_bytes": cache}
+        return {} if "gpu_memory_utilization" in arguments else {"kv_cache_memory_bytes": cache_bytes}
     with torch.device("meta"):
-        weights = AutoModelForSequenceClassification.from_config(config).num_parameters() * size
-    share = (weights + cache) / arguments.get("tensor_parallel_size", 1) + HEADROOM
-    return {"gpu_memory_utilization": min(0.9, share / current_platform.get_device_total_memory())}
+        num_parameters = AutoModelForSequenceClassification.from_config(config).num_parameters()
+    total_bytes = num_parameters * item_bytes + cache_bytes
+    gpu_bytes = total_bytes / arguments.get("tensor_parallel_size", 1) + GPU_HEADROOM_BYTES
+    return {"gpu_memory_utilization": min(0.9, gpu_bytes / current_platform.get_device_total_memory())}

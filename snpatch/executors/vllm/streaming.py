@@ -1,7 +1,7 @@
-"""The streaming executor: one request at a time from many callers, over vLLM's AsyncLLM. What a server builds on.
+"""vLLM executor for a server: one request at a time from many callers, over vLLM's AsyncLLM.
 
-Why admission is a queue of its own: a request that finds no row waits, first come first served, and what it names has
-reached the workers before it does.
+Why requests wait for slots in a queue of their own: they are served in order of arrival, and what a request names has
+reached the workers before the request does.
 """
 
 import asyncio
@@ -18,21 +18,27 @@ from snpatch.executors.vllm.rpc import unwrap_answers
 from snpatch.executors.vllm.slots import SlotLease
 from snpatch.models.model import Model
 
-LOOK_S = 0.2  # between two looks at whether vLLM's engine lives
+ENGINE_CHECK_SECONDS = 0.2
 
 
 class StreamingExecutor(VllmExecutorBase):
-    """Loads a causal language model into vLLM as a twin. To be started before it is used."""
+    """Executor that loads a causal language model into vLLM with two streams; call `start` first."""
 
     async def start(self, models: Sequence[Model], log_stats: bool = False) -> None:
-        """Start vLLM, which takes its time, and check what it made of the model. log_stats: keep vLLM's metrics."""
+        """Start vLLM, which takes from seconds to minutes, and check the loaded model.
+
+        log_stats: keep vLLM's metrics.
+        """
         args = self.launch.engine_args(scales_kv=any(m.scales_kv for m in models))
         self.engine, self._end = start_async_engine(args, log_stats)
-        self._admission, self._freed = asyncio.Lock(), asyncio.Event()
-        self._queued, self._is_full = 0, False  # requests on their way to the lock's end; whether the first one waits
+        self._admission, self._released = asyncio.Lock(), asyncio.Event()
+        self._queued, self._is_full = (
+            0,
+            False,
+        )  # requests that wait for the lock or slots; whether the first lacks slots
         self._unfetched: dict[int, asyncio.Future] = {}  # ticket -> its records
-        self._tasks: set[asyncio.Task] = set()  # that nobody waits for
-        self._death = asyncio.create_task(self._watch())
+        self._tasks: set[asyncio.Task] = set()  # background tasks
+        self._engine_end = asyncio.create_task(self._wait_for_engine_end())
         try:
             self.worker_info = WorkerInfo.from_answers(await self.command("snpatch_start"))
         except BaseException:
@@ -40,9 +46,9 @@ class StreamingExecutor(VllmExecutorBase):
             raise
 
     async def stream(self, request: Request) -> AsyncIterator[Output]:
-        """The output so far, each time it grew; the last one has its receipt, which was checked.
+        """Yield the output so far each time it grows; the last one has a checked receipt.
 
-        A caller who stops listening aborts the request. Statistics need `VllmExecutor`.
+        Closing the iterator aborts the request. Requests with statistics need `VllmExecutor`.
         """
         results = self.results(request, lambda lease: self.codec.encode(request, lease, streaming=True))
         async with aclosing(results):
@@ -53,7 +59,7 @@ class StreamingExecutor(VllmExecutorBase):
                 yield output
 
     async def output(self, request: Request) -> Output:
-        """What a request gave, once it is finished, its receipt checked."""
+        """Return a request's finished output with a checked receipt."""
         async with aclosing(self.results(request, lambda lease: self.codec.encode(request, lease))) as results:
             async for result, records in results:
                 output = self.codec.decode(request, result)
@@ -62,11 +68,11 @@ class StreamingExecutor(VllmExecutorBase):
         return output
 
     async def results(
-        self, request: Request, send: Callable[[SlotLease], EngineRequest]
+        self, request: Request, encode: Callable[[SlotLease], EngineRequest]
     ) -> AsyncIterator[tuple[object, list[list[dict]] | None]]:
-        """vLLM's own results of a request, and with the last one each worker's records of it.
+        """Yield vLLM's own results of a request; the last one comes with each worker's records of it.
 
-        send: how vLLM gets it, once what it names has its rows.
+        encode: returns the arguments for vLLM after the request's slots are leased.
         """
         if self.engine is None:
             raise SnpatchError("this engine is closed")
@@ -78,13 +84,13 @@ class StreamingExecutor(VllmExecutorBase):
         lease = await self._admit(request)
         sent, is_fetched = None, True
         try:
-            sent, is_fetched = send(lease), False
-            # Closed here and now, so that a request nobody listens to is aborted before its record goes.
+            sent, is_fetched = encode(lease), False
+            # aclosing aborts the request of a caller that stops iterating before its record is dropped below.
             async with aclosing(self.engine.generate(sent.prompt, sent.params, sent.name, **sent.more)) as results:
                 async for result in results:
                     records = None
                     if result.finished and not is_fetched:
-                        records = await self._records(sent.tag.ticket)
+                        records = await self._fetch_records(sent.tag.ticket)
                         is_fetched = True
                     yield result, records
         except EngineDeadError as error:
@@ -97,15 +103,15 @@ class StreamingExecutor(VllmExecutorBase):
             ) from error
         finally:
             self._release(lease)
-            if not is_fetched:  # in a task of its own: a caller that is cancelled may not wait
-                self._in_background(self._drop(sent.tag.ticket))
+            if not is_fetched:  # in a background task, because a cancelled caller must not wait
+                self._start_background(self._drop_record(sent.tag.ticket))
 
     async def command(self, name: str, *arguments) -> list:
-        """Every worker's answer to one of worker/commands.py."""
+        """Call a command of worker/commands.py in every worker and return the answers."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return unwrap_answers(await self._or_death(self.engine.collective_rpc(name, args=arguments)))
+            return unwrap_answers(await self._unless_engine_ends(self.engine.collective_rpc(name, args=arguments)))
         except EngineDeadError as error:
             raise engine_dead_error() from error
 
@@ -115,29 +121,31 @@ class StreamingExecutor(VllmExecutorBase):
 
         engine, self.engine = self.engine, None
         if engine is not None:
-            engine.output_processor.propagate_error(EngineDeadError())  # vLLM would let them wait for ever
-            self._death.cancel()
+            engine.output_processor.propagate_error(EngineDeadError())  # otherwise running requests would wait forever
+            self._engine_end.cancel()
             self._end.close()
 
     async def _admit(self, request: Request) -> SlotLease:
-        """Wait for rows for what a request names, and write what is not there. Callers are served in their order;
-        who names nothing does not wait."""
+        """Lease slots for a request in order of arrival, and write what the workers lack.
+
+        A request that names no adapter, ranking or constant does not wait.
+        """
         if collect_resources(request).is_empty:
             return self.slots.acquire(request)
         self._queued += 1
         try:
             async with self._admission:
                 while (lease := self.slots.acquire(request)) is None:
-                    self._freed.clear()
+                    self._released.clear()
                     self._is_full = True
-                    await self._or_death(self._freed.wait())
+                    await self._unless_engine_ends(self._released.wait())
                 self._is_full = False
                 if lease.writes:
-                    writing = self._in_background(self._write(lease))
+                    writing = self._start_background(self._write(lease))
                     try:
                         await asyncio.shield(writing)
                     except BaseException:
-                        # Its rows are nobody else's before its last write was made, which would change theirs.
+                        # Slots are released after their last write, which would change those of another request.
                         writing.add_done_callback(lambda _: self._release(lease))
                         raise
                 return lease
@@ -146,60 +154,60 @@ class StreamingExecutor(VllmExecutorBase):
 
     @property
     def num_waiting(self) -> int:
-        """How many requests wait for others to give up what they name a place of."""
+        """Number of requests that wait for slots."""
         return self._queued if self._is_full else 0
 
     def _release(self, lease: SlotLease) -> None:
         lease.release()
-        self._freed.set()
+        self._released.set()
 
     async def _write(self, lease: SlotLease) -> None:
         for write in lease.writes:
             await self.command("snpatch_write", *write)
         lease.mark_written()
 
-    async def _records(self, ticket: int) -> list[list[dict]]:
-        """Each worker's records of a ticket. What finishes while others are fetched is fetched together."""
-        self._unfetched[ticket] = found = asyncio.get_running_loop().create_future()
+    async def _fetch_records(self, ticket: int) -> list[list[dict]]:
+        """Return each worker's records of a ticket; requests that finish meanwhile share the next fetch."""
+        self._unfetched[ticket] = records = asyncio.get_running_loop().create_future()
         if len(self._unfetched) == 1:
-            self._in_background(self._fetch())
-        return await found
+            self._start_background(self._fetch())
+        return await records
 
     async def _fetch(self) -> None:
-        await asyncio.sleep(0)  # all that finished in the same step are in it
-        asked, self._unfetched = self._unfetched, {}
+        await asyncio.sleep(0)  # include all requests that finished in the same step
+        futures, self._unfetched = self._unfetched, {}
         try:
-            answers = await self.command("snpatch_fetch", list(asked))
-            for found, *shards in zip(asked.values(), *answers, strict=True):
-                if not found.done():
-                    found.set_result(shards)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is theirs who wait)
-            for found in asked.values():
-                if not found.done():
-                    found.set_exception(error)
+            answers = await self.command("snpatch_fetch", list(futures))
+            for future, *shards in zip(futures.values(), *answers, strict=True):
+                if not future.done():
+                    future.set_result(shards)
+        except Exception as error:  # noqa: BLE001 (raised in the callers that wait)
+            for future in futures.values():
+                if not future.done():
+                    future.set_exception(error)
 
-    async def _drop(self, ticket: int) -> None:
-        """Free the places of an aborted request; with the engine they are gone anyway."""
+    async def _drop_record(self, ticket: int) -> None:
+        """Drop the workers' record of an aborted request, unless the engine is closed."""
         if self.engine is not None:
             with suppress(SnpatchError):
                 await self.command("snpatch_fetch", [ticket])
 
-    def _in_background(self, work) -> asyncio.Task:
-        task = asyncio.create_task(work)
+    def _start_background(self, coroutine) -> asyncio.Task:
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _watch(self) -> None:
-        """Ends when vLLM's engine does: vLLM itself would let whoever waits for an answer wait for ever."""
+    async def _wait_for_engine_end(self) -> None:
+        """Return when vLLM's engine has ended, because calls of vLLM itself would then wait forever."""
         while self.engine is not None and not self.engine.errored:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(ENGINE_CHECK_SECONDS)
 
-    async def _or_death(self, awaited: Awaitable):
-        """What is awaited, unless the engine ends before."""
-        task = asyncio.ensure_future(awaited)
+    async def _unless_engine_ends(self, awaitable: Awaitable):
+        """Await something; raise if the engine ends before."""
+        task = asyncio.ensure_future(awaitable)
         try:
-            await asyncio.wait({task, self._death}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, self._engine_end}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not task.done():
                 task.cancel()

@@ -1,7 +1,7 @@
-"""vLLM's entry point: tells vLLM of the twin models. Runs in every process of vLLM, so it imports as little as can be.
+"""Entry point of vLLM's plugins: registers snpatch's model classes. Runs in all processes, so it imports little.
 
-A twin of architecture X is registered as "SnpatchX"; the class is made when vLLM asks for it. The Beavertails layout,
-of which vLLM has no model, is there as SCORE.
+The dual-stream class of architecture X is registered as "SnpatchX" and built when vLLM loads it. The Beavertails
+layout, for which vLLM has no model, is SCORE_ARCHITECTURE.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import processes, zeroing
 
-TESTED = (
+TESTED_ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "GemmaForCausalLM",
@@ -23,13 +23,13 @@ TESTED = (
     "Olmo3ForCausalLM",
 )
 PREFIX = "Snpatch"
-SCORE = "SnpatchLlamaForScore"
-SURGERY = "snpatch.executors.vllm.worker.surgery"
-UNTESTED = "SNPATCH_UNTESTED_ARCHITECTURES"  # what the user's process has tried, for the processes that it starts
+SCORE_ARCHITECTURE = "SnpatchLlamaForScore"
+SURGERY_MODULE = "snpatch.executors.vllm.worker.surgery"
+UNTESTED_VARIABLE = "SNPATCH_UNTESTED_ARCHITECTURES"  # architectures that the client process has allowed
 
 
 def register() -> None:
-    """Entry point of the group vllm.general_plugins; may run more than once."""
+    """Register the model classes; entry point of the group vllm.general_plugins, may run more than once."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -38,18 +38,19 @@ def register() -> None:
     if zeroing.ENABLED in os.environ:
         zeroing.enable()
     known = ModelRegistry.get_supported_archs()
-    for architecture in (*TESTED, *_untested()):
+    for architecture in (*TESTED_ARCHITECTURES, *_untested()):
         if PREFIX + architecture not in known:
-            ModelRegistry.models[PREFIX + architecture] = _twin(SURGERY, PREFIX + architecture)
-        if architecture in MODELS_CONFIG_MAP:  # what vLLM changes of its settings for an architecture, by its name
+            ModelRegistry.models[PREFIX + architecture] = _registry_entry(SURGERY_MODULE, PREFIX + architecture)
+        if architecture in MODELS_CONFIG_MAP:  # vLLM's changes of its settings for an architecture, by name
             MODELS_CONFIG_MAP[PREFIX + architecture] = MODELS_CONFIG_MAP[architecture]
-    if SCORE not in known:
-        ModelRegistry.register_model(SCORE, f"snpatch.executors.vllm.worker.score_head:{SCORE}")
+    if SCORE_ARCHITECTURE not in known:
+        target = f"snpatch.executors.vllm.worker.score_head:{SCORE_ARCHITECTURE}"
+        ModelRegistry.register_model(SCORE_ARCHITECTURE, target)
 
 
 @processes.report_errors()
 def _check_fork() -> None:
-    """Raise in a process that was forked off one in which CUDA had started: it cannot use a GPU."""
+    """Raise if this process was forked after CUDA had started, because it cannot use a GPU."""
     import torch
 
     if torch.cuda._is_in_bad_fork():
@@ -60,24 +61,25 @@ def _check_fork() -> None:
 
 
 def add_untested(architecture: str) -> None:
-    """Have `register` know one more architecture, here and in all processes of vLLM that start from now on."""
-    os.environ[UNTESTED] = ",".join(sorted({*_untested(), architecture}))
+    """Make `register` include an architecture, here and in vLLM processes that start later."""
+    os.environ[UNTESTED_VARIABLE] = ",".join(sorted({*_untested(), architecture}))
 
 
 def _untested() -> list[str]:
-    return [name for name in os.environ.get(UNTESTED, "").split(",") if name]
+    return [name for name in os.environ.get(UNTESTED_VARIABLE, "").split(",") if name]
 
 
-def _twin(module: str, name: str):
-    """vLLM's entry for a twin class, which it looks at in a process of its own, for 13 s, lest this one touches CUDA.
+def _registry_entry(module: str, name: str):
+    """Return vLLM's registry entry for a dual-stream class.
 
-    A process that has the surgery loaded runs models by itself, and looks at the class here.
+    vLLM inspects the class in a process of its own, which takes 13 s, to keep CUDA out of this one. A process that has
+    imported the surgery runs models itself, and inspects the class here.
     """
     from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
 
     class DualStreamEntry(_LazyRegisteredModel):
         def inspect_model_cls(self) -> _ModelInfo:
-            if SURGERY not in sys.modules:
+            if SURGERY_MODULE not in sys.modules:
                 return super().inspect_model_cls()
             return _ModelInfo.from_model_cls(self.load_model_cls())
 

@@ -1,6 +1,6 @@
-"""vLLM's Llama with the Beavertails layout's head: one row, with a bias where the checkpoint has one.
+"""vLLM's Llama with the head of the Beavertails layout: one row, with a bias if the checkpoint has one.
 
-Why the normalizer is not here: it is applied to the scores in the user's process, the same for both backends.
+Why the normalizer is not here: the client process applies it to the scores, for both backends alike.
 """
 
 from collections.abc import Iterable
@@ -32,13 +32,13 @@ class SnpatchLlamaForScore(as_seq_cls_model(LlamaForCausalLM)):
         return DispatchPooler.for_seq_cls(config.pooler_config, classifier=self.score_head)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """All but the normalizer's; what a checkpoint may hold at all was checked before vLLM started."""
+        """Load all weights but the normalizer's; the checkpoint's names were checked before vLLM started."""
         return super().load_weights((name, t) for name, t in weights if not name.startswith("normalizer."))
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker class."""
+    """Commands that vLLM adds to its worker class."""
 
-    def snpatch_watch(self) -> None:
-        """End with the user's process."""
+    def snpatch_exit_with_parent(self) -> None:
+        """Make this worker end with the client process."""
         processes.exit_with_parent()

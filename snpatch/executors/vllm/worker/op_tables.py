@@ -1,7 +1,7 @@
-"""The tensors that the op reads and adds to, allocated once for the life of a worker.
+"""Tensors that the op reads and updates, allocated once per worker.
 
-Why their addresses never change: a captured graph holds them. What is registered later is copied into a row; a worker
-of a tensor-parallel group holds the neurons of its own shard.
+Why their addresses never change: captured CUDA graphs contain them, so new adapters, rankings and constants are copied
+into rows. A worker of a tensor-parallel group holds the neurons of its own shard.
 """
 
 import torch
@@ -13,9 +13,12 @@ from snpatch.op.plan import SKIP_EOS_OFFSET, UNRANKED, PlanColumn, Receipt, plan
 from snpatch.op.reference import SUMS
 
 
-class Banks:
-    """One worker's tensors. first_neuron, n_neurons: its shard of each layer; kv: (first, width) of its keys' and
-    values' shard, or None where adapters do not scale them. max_tokens: most tokens of a step, padding included."""
+class OpTables:
+    """Tensors of one worker.
+
+    first_neuron, n_neurons: the worker's shard of each layer. kv: (first, width) of its shard of keys and values; None
+    if adapters do not scale them. max_tokens: maximum tokens of a step, including padding.
+    """
 
     def __init__(
         self,
@@ -46,45 +49,48 @@ class Banks:
         ]
         self.capture = torch.full((settings.max_captures, settings.max_captured), torch.nan, **f32)
         self.receipt = torch.zeros(settings.max_receipts, len(Receipt), **i64)
-        self.sampled = torch.full((max_tokens,), -1, **i32)  # rows of `receipt`, one for each row of a step's logits
+        self.sampled = torch.full((max_tokens,), -1, **i32)  # row of `receipt` for each row of a step's logits
         self.plan = torch.zeros(max_tokens, plan_width(settings.max_clauses), **i32)
         self.plan[:, PlanColumn.GROUP : len(PlanColumn)] = -1
-        self._step = self.plan[:0]
+        self._step_plan = self.plan[:0]
         self._streams = torch.arange(2, **i32)
         self._positions = torch.zeros(max_tokens, 2, **i64)
-        most = max(map(len, settings.eos_ids))
-        ends = [[*one, *[-1] * (most - len(one))] for one in settings.eos_ids]
-        self._ends = torch.tensor(ends, dtype=torch.int64, device=device)  # [sets of weights, most]
+        width = max(map(len, settings.eos_ids))
+        padded = [[*ids, *[-1] * (width - len(ids))] for ids in settings.eos_ids]
+        self._eos_ids = torch.tensor(padded, dtype=torch.int64, device=device)  # [sets of weights, width]
 
-    def plan_of(self, n_tokens: int) -> Tensor:
-        """The plan's first rows: one view, which all layers of a step share."""
-        if self._step.shape[0] != n_tokens:
-            self._step = self.plan[:n_tokens]
-        return self._step
+    def step_plan(self, n_tokens: int) -> Tensor:
+        """Return the first n_tokens rows of the plan, as one view that all layers of a step share."""
+        if self._step_plan.shape[0] != n_tokens:
+            self._step_plan = self.plan[:n_tokens]
+        return self._step_plan
 
-    def twice(self, positions: Tensor) -> Tensor:
-        """[2T]: each of the positions [T] twice, always at the same address, since parts of the model are captured."""
+    def repeat_positions(self, positions: Tensor) -> Tensor:
+        """Return each of the positions [T] twice, [2T], always at the same address for captured graphs."""
         pairs = self._positions[: positions.shape[0]]
         pairs.copy_(positions[:, None])
         return pairs.view(-1)
 
-    def speaks(self, n_tokens: int) -> Tensor:
-        """[T, 2] bool: which stream of each token is its recipient's."""
+    def recipient_mask(self, n_tokens: int) -> Tensor:
+        """Return which stream of each token is the recipient's, [T, 2] bool."""
         return self.plan[:n_tokens, PlanColumn.RECIPIENT_STREAM, None] == self._streams
 
-    def settle_groups(self, ids: Tensor) -> None:
-        """Take out of their groups the step's tokens [T] that end a text, where SKIP_EOS_OFFSET says so.
+    def exclude_eos(self, ids: Tensor) -> None:
+        """Remove the step's tokens [T] that end a text from their groups, if the request excludes such tokens.
 
-        On the device, because with asynchronous scheduling a step is planned before its tokens are known; before the
-        captured graph, because few steps need it.
+        Why on the device: with asynchronous scheduling a step is planned before its tokens are known. Why before the
+        captured graph: few steps need it.
         """
-        group, speaker = self.plan[: len(ids), PlanColumn.GROUP], self.plan[: len(ids), PlanColumn.RECIPIENT_STREAM]
-        ends = self._ends[speaker.long()] if len(self._ends) > 1 else self._ends
-        counts = torch.where((ids[:, None] == ends).any(1), -1, group - SKIP_EOS_OFFSET)
-        group.copy_(torch.where(group >= SKIP_EOS_OFFSET, counts, group))
+        group, recipient_stream = (
+            self.plan[: len(ids), PlanColumn.GROUP],
+            self.plan[: len(ids), PlanColumn.RECIPIENT_STREAM],
+        )
+        eos_ids = self._eos_ids[recipient_stream.long()] if len(self._eos_ids) > 1 else self._eos_ids
+        settled = torch.where((ids[:, None] == eos_ids).any(1), -1, group - SKIP_EOS_OFFSET)
+        group.copy_(torch.where(group >= SKIP_EOS_OFFSET, settled, group))
 
     def write_adapter(self, row: int, scales: dict[str, Tensor]) -> None:
-        """scales: module -> [L, width] float32 of the whole model."""
+        """Write the IA3 vectors of all neurons; scales: module -> [L, width] float32."""
         for index, layer in enumerate(self.layers):
             layer.scale[row] = scales["down_proj"][index, self._neurons].to(self.device)
             if self._kv is not None:
@@ -92,12 +98,12 @@ class Banks:
                 layer.attention_scale["kv"][row] = torch.cat(parts).to(self.device)
 
     def write_ranking(self, row: int, rank: Tensor) -> None:
-        """rank: [L, F] int32 of the whole model."""
+        """Write the ranks of all neurons, [L, F] int32."""
         for index, layer in enumerate(self.layers):
             layer.rank[row] = rank[index, self._neurons].to(self.device)
 
     def write_constant(self, row: int, values: Tensor) -> None:
-        """values: [L, F] float32 of the whole model."""
+        """Write the values of all neurons, [L, F] float32."""
         for index, layer in enumerate(self.layers):
             layer.constant[row] = values[index, self._neurons].to(self.device)
 
@@ -105,7 +111,7 @@ class Banks:
         for layer in self.layers:
             layer.stats[groups], layer.count[groups] = 0.0, 0
 
-    def statistics(self, groups: list[int]) -> tuple[Tensor, Tensor]:
-        """Sums [groups, L, 5, shard] float64 and counts [groups, L] int64, on the host."""
+    def read_statistics(self, groups: list[int]) -> tuple[Tensor, Tensor]:
+        """Return sums [groups, L, 5, shard] float64 and counts [groups, L] int64 on the host."""
         sums = torch.stack([layer.stats[groups] for layer in self.layers], dim=1).cpu()
         return sums, torch.stack([layer.count[groups] for layer in self.layers], dim=1).cpu()
