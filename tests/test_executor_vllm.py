@@ -1,7 +1,6 @@
-"""The engine on vLLM against the oracle, and the promises of design.md by name.
+"""The engine on vLLM compared with the oracle, and the promises to users by number.
 
-Engines live in this process here, so that faults can be put into them; tests/test_vllm_processes.py has vLLM's own
-processes.
+Engines run in the test process, so that tests can inject faults; tests/test_vllm_processes.py has vLLM's own processes.
 """
 
 import gc
@@ -55,19 +54,19 @@ pytestmark = pytest.mark.engine
 
 KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
 PAIR = "sft", "dpo"
-PLAIN = [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
+PLAIN_JOBS = [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
 VERSION = tuple(map(int, versions.check().split(".")[:2]))
-DROPS_SEEDS = platforms.current_platform.is_cpu() and VERSION < (0, 29)  # vLLM's own sampler: versions.py
+DROPS_SEEDS = platforms.current_platform.is_cpu() and VERSION < (0, 29)  # by vLLM's sampler, see versions.py
 
 
 @pytest.mark.parametrize("architecture", architectures())
-def test_a_mixed_batch_is_what_the_oracle_writes(zoo, start, architecture):
-    """Texts, log-probabilities and receipts of one batch; then statistics, captures, log-probabilities of prompts."""
+def test_mixed_batch_matches_the_oracle(zoo, start, architecture):
+    """Completions, log-probabilities and receipts of a batch; then statistics, captures and prompt logprobs."""
     engine, made = start(architecture), zoo(architecture)
     jobs = [*JOBS, *RICHER, *(KV_JOBS if architecture in tiny.KV_ARCHITECTURES else ())]
-    jobs += [job for job in PLAIN if told(made, job).gap > CLEAR]
+    jobs += [job for job in PLAIN_JOBS if told(made, job).gap > CLEAR]
     assert len(jobs) >= 32
-    fill_with_nan(engine)  # promise 4 at its worst, for every layout and kind of attention
+    fill_with_nan(engine)  # the worst case for promise 4, for every layout and kind of attention
     assert_as_the_oracle(made, jobs, generate(engine, jobs))
 
     models = {name: oracle.model(*made.of[name]) for name in ("base", "sft", "dpo")}
@@ -91,7 +90,7 @@ def llama(zoo):
 
 @pytest.fixture(scope="module")
 def engine(start):
-    """One engine for every test below that does not need its own."""
+    """The engine of every test below that does not need its own."""
     return start("llama", max_num_batched_tokens=512, max_num_seqs=48)
 
 
@@ -101,12 +100,12 @@ def dual_stream_of(engine):
     return worker.model_runner.get_model().snpatch
 
 
-def test_promise_1_k_0_is_the_unpatched_text_and_all_is_the_donors(engine):
+def test_promise_1_k_0_gives_the_unpatched_and_all_the_donors_completion(engine):
     assert_none_and_all_are_the_pure_texts(engine)
 
 
 @pytest.mark.parametrize("model", ["base", "sft", "dpo_kv"])
-def test_promise_2_a_model_patched_into_itself_gives_its_own_text(engine, model):
+def test_promise_2_model_patched_into_itself_gives_its_own_completion(engine, model):
     assert_patched_into_itself_it_gives_its_own_text(engine, model)
 
 
@@ -115,7 +114,7 @@ def test_promise_2_a_model_patched_into_itself_gives_its_own_text(engine, model)
     [(), pytest.param((3, 8), marks=pytest.mark.xfail(DROPS_SEEDS, reason="vLLM drops seeds", strict=True))],
     ids=["greedy", "two sampled with a seed"],
 )
-def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engine, sampled):
+def test_promise_3_mixed_batch_equals_single_requests(engine, sampled):
     jobs = [*JOBS, *KV_JOBS]
     samplings = [Sampling(max_tokens=3 + i % 9, logprobs=i % 2 == 0) for i in range(len(jobs))]
     for i in sampled:
@@ -125,80 +124,82 @@ def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engine,
     assert_together_as_alone(together, alone, 1e-4)
 
 
-LONG = [[tiny.BOS, *(6 + (11 * i + 5 * j) % 96 for j in range(100))] for i in range(3)]  # three blocks of 32 and more
+LONG_PROMPTS = [
+    [tiny.BOS, *(6 + (11 * i + 5 * j) % 96 for j in range(100))] for i in range(3)
+]  # three blocks of 32 and more
 
 
-def long_texts(engine, patches) -> list[list[int]]:
-    return [c.token_ids for c in engine.generate(LONG, patches, Sampling(max_tokens=10))]
+def complete_long_prompts(engine, patches) -> list[list[int]]:
+    return [c.token_ids for c in engine.generate(LONG_PROMPTS, patches, Sampling(max_tokens=10))]
 
 
-PATCHED = [Patch("base", "dpo", RANKINGS[0], 200), Patch("sft", "dpo", RANKINGS[1], 150), "sft"]
+PATCHES = [Patch("base", "dpo", RANKINGS[0], 200), Patch("sft", "dpo", RANKINGS[1], 150), "sft"]
 
 
 @pytest.mark.parametrize("first", ["patched", "plain"])
-def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine, first):
-    """Prompts of several blocks, so that a block of the other kind would be found in the cache."""
+def test_promise_4_patched_request_never_changes_a_later_plain_one(engine, first):
+    """Prompts have several blocks, so that the cache could hold a block of the other kind."""
 
-    def fresh():
+    def reset_cache():
         engine.executor.engine.reset_prefix_cache()
 
     want = {}
-    for name, patches in (("plain", "base"), ("patched", PATCHED)):
-        fresh()
-        want[name] = long_texts(engine, patches)
+    for name, patches in (("plain", "base"), ("patched", PATCHES)):
+        reset_cache()
+        want[name] = complete_long_prompts(engine, patches)
     assert all(a != b for a, b in zip(want["plain"], want["patched"], strict=True))
-    fresh()
+    reset_cache()
     order = ["patched", "plain"] if first == "patched" else ["plain", "patched"]
     for name in (*order, *order):
-        assert long_texts(engine, "base" if name == "plain" else PATCHED) == want[name]
+        assert complete_long_prompts(engine, "base" if name == "plain" else PATCHES) == want[name]
 
 
 @pytest.mark.parametrize("source", TOO_LARGE, ids=lambda source: type(source).__name__)
-def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(engine, source):
-    """In its own batch, in the next ones, and on the blocks that it used."""
+def test_promise_4_overflowing_patch_raises_and_changes_no_other_completion(engine, source):
+    """Neither in its own batch, nor in later ones, nor on the blocks that it used."""
     jobs = [Job(i, "sft", "dpo", (0, 60)) for i in range(4)] + [Job(i, "base") for i in range(4)]
     sampling = Sampling(max_tokens=25, ignore_eos=True)
     requests = [engine.requests.patched(job.ids, job.patch, sampling=sampling) for job in jobs]
     want = [output.token_ids for output in engine.execute(requests)]
-    beside = [*requests[:4], *(overflowing(engine, [40 + i, 41], source) for i in range(8)), *requests[4:]]
+    mixed = [*requests[:4], *(overflowing(engine, [40 + i, 41], source) for i in range(8)), *requests[4:]]
     for _ in range(3):
-        outputs = [output for _, output in sorted(engine.run(beside), key=lambda pair: pair[0])]
+        outputs = [output for _, output in sorted(engine.run(mixed), key=lambda pair: pair[0])]
         errors = [output.error for output in outputs]
         assert errors[:4] == errors[12:] == [None] * 4
         assert [output.token_ids for output in outputs[:4] + outputs[12:]] == want
         for error in errors[4:12]:
             assert type(error) is OverflowedError
             assert "overflowed in float32 at layer 0 under its patch" in str(error)
-        # Those blocks are free again: of all of them, spoiled as they are, none may reach a text.
+        # All free blocks are spoiled now; none may reach a completion.
         fill_with_nan(engine)
         assert [output.token_ids for output in engine.execute(requests)] == want
     with pytest.raises(OverflowedError, match="at layer 0 under its patch"):
-        engine.execute(beside)
+        engine.execute(mixed)
     assert [output.token_ids for output in engine.execute(requests)] == want
 
 
 @pytest.mark.parametrize("where", ["all", "prompt", "generated"])
-def test_overflow_within_the_bounds_is_an_error_in_generate(engine, where):
+def test_generate_with_overflowing_logits_raises(engine, where):
     patch = replace(huge_patch(), where=where)
-    want = long_texts(engine, "base")
+    want = complete_long_prompts(engine, "base")
     with pytest.raises(OverflowedError, match="overflowed in float32 in the logits under its patch"):
-        engine.generate(LONG, patch, Sampling(max_tokens=4, ignore_eos=True))
-    assert long_texts(engine, "base") == want
+        engine.generate(LONG_PROMPTS, patch, Sampling(max_tokens=4, ignore_eos=True))
+    assert complete_long_prompts(engine, "base") == want
 
 
-def test_unpatched_text_that_overflows_restarts_the_engine(engine):
-    want, executor = long_texts(engine, "base"), engine.executor
+def test_unpatched_overflow_restarts_the_engine(engine):
+    want, executor = complete_long_prompts(engine, "base"), engine.executor
     dual_stream_of(engine).tables.layers[1].scale[0] = torch.inf
     with pytest.raises(SpoiledEngineError, match=r"the engine is spoiled: .* in float32 at layer 1 without a patch"):
-        engine.generate(LONG, "base", Sampling(max_tokens=10))
+        engine.generate(LONG_PROMPTS, "base", Sampling(max_tokens=10))
     assert engine.executor is not executor
-    assert long_texts(engine, "base") == want
+    assert complete_long_prompts(engine, "base") == want
 
 
-def test_a_request_reads_the_cache_of_its_own_patch_alone(engine):
-    """Another window, ranking, recipient, donor, source, seed, or place: another salt; the same patch: the same one."""
+def test_cache_salt_differs_between_patches_and_is_reproducible(engine):
+    """A different window, ranking, recipient, donor, source, seed or position changes the salt."""
 
-    def salt(patch, ids=LONG[0]):
+    def salt(patch, ids=LONG_PROMPTS[0]):
         return cache_salt(engine.requests.patched(ids, patch, sampling=Sampling()), recipient_stream=0)
 
     ranking, other = RANKINGS
@@ -224,50 +225,50 @@ def test_a_request_reads_the_cache_of_its_own_patch_alone(engine):
     assert salt(Patch("sft", "sft", ranking, 0)) == salt("sft")
 
 
-def test_a_prefix_that_comes_from_the_cache_is_patched_but_not_run(engine):
-    """The receipt is of the positions that this request ran."""
+def test_cached_prefix_is_patched_but_not_in_the_receipt(engine):
+    """The receipt counts the positions that this request ran."""
     patch = Patch("base", "dpo", RANKINGS[0], 77)
     engine.executor.engine.reset_prefix_cache()
-    first, second = (engine.generate([LONG[1]], patch, Sampling(max_tokens=5))[0] for _ in range(2))
+    first, second = (engine.generate([LONG_PROMPTS[1]], patch, Sampling(max_tokens=5))[0] for _ in range(2))
     assert first.token_ids == second.token_ids
-    assert first.overwrites == 77 * (len(LONG[1]) + 4)
-    assert second.overwrites == 77 * (len(LONG[1]) + 4 - 96)
+    assert first.overwrites == 77 * (len(LONG_PROMPTS[1]) + 4)
+    assert second.overwrites == 77 * (len(LONG_PROMPTS[1]) + 4 - 96)
 
 
 @pytest.mark.parametrize("at", ["emitted", "emitting", "prompt", "prompt_last"])
-def test_contrast_of_given_completions(llama, engine, at):
+def test_contrast_of_given_completions_matches_the_oracle(llama, engine, at):
     for first, second in (("sft", "dpo"), ("base", "sft_kv")):
         models = [oracle.model(*llama.of[name]) for name in (first, second)]
-        for _ in range(2):  # the second time the prefix cache knows the texts
+        for _ in range(2):  # the second time from the prefix cache
             ranking = engine.contrast(IDS, first, second, at=at, completions=COMPLETIONS, exclude_layers=())
             assert_ranking(ranking, oracle.contrast(*models, forced(at)))
 
 
-def test_several_contrasts_at_once_keep_their_sums_apart(llama, engine):
-    """Statistics of one run, interleaved: each has the sums of its own requests."""
+def test_statistics_of_one_run_are_separate(llama, engine):
+    """Requests of several statistics are interleaved; each statistics has the sums of its own requests."""
     texts = [ids + text for ids, text in zip(IDS, COMPLETIONS, strict=True)]
 
     def observing(n: int) -> list[Statistics]:
-        found = [Statistics.zeros(tiny.LAYERS, tiny.NEURONS) for _ in range(n)]
-        asked = [Observation(found[i % n], 0, len(text)) for i, text in enumerate(texts)]
-        engine.execute([engine.requests.observing(text, PAIR, o) for text, o in zip(texts, asked, strict=True)])
-        return found
+        targets = [Statistics.zeros(tiny.LAYERS, tiny.NEURONS) for _ in range(n)]
+        observations = [Observation(targets[i % n], 0, len(text)) for i, text in enumerate(texts)]
+        engine.execute([engine.requests.observing(text, PAIR, o) for text, o in zip(texts, observations, strict=True)])
+        return targets
 
     statistics = observing(3)
     models = [oracle.model(*llama.of[name]) for name in ("sft", "dpo")]
-    for group, found in enumerate(statistics):
-        mine = [(text, list(range(len(text)))) for i, text in enumerate(texts) if i % 3 == group]
-        want = oracle.contrast(*models, mine)
+    for group, observed in enumerate(statistics):
+        positions = [(text, list(range(len(text)))) for i, text in enumerate(texts) if i % 3 == group]
+        want = oracle.contrast(*models, positions)
         n = want["tokens"].item()
-        assert found.count.tolist() == [n] * tiny.LAYERS
-        scores = (found.sums[:, 4] / n).sqrt()
+        assert observed.count.tolist() == [n] * tiny.LAYERS
+        scores = (observed.sums[:, 4] / n).sqrt()
         assert (scores - want["scores"]).abs().max() <= 1e-5 * want["scores"].abs().max()
     with pytest.raises(SnpatchError, match="all statistics groups are in use: start the engine with a larger max_gr"):
         observing(5)
     assert not any(engine.executor.slots.num_in_use.values())
 
 
-def test_captures_are_in_rank_order(llama, engine):
+def test_capture_is_in_rank_order(llama, engine):
     for model, at, k in (("sft", "prompt_last", 40), ("dpo", 1, 288), ("base", -2, 1)):
         got = engine.capture(IDS, model, RANKINGS[0], k, at=at)
         position = -1 if at == "prompt_last" else at
@@ -276,27 +277,27 @@ def test_captures_are_in_rank_order(llama, engine):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-def no_rank(dual_stream):
+def remove_rank(dual_stream):
     dual_stream.tables.layers[1].rank[:, 5] = 2**31 - 1
 
 
-def no_layer(dual_stream):
+def bypass_op(dual_stream):
     dual_stream.glus[2].run = lambda gate_up: torch.nn.functional.silu(gate_up.chunk(2, 1)[0]) * gate_up.chunk(2, 1)[1]
 
 
-def no_receipt(dual_stream):
+def clear_receipts(dual_stream):
     dual_stream.tables.receipt.zero_()
 
 
-@pytest.mark.parametrize("fault", [no_rank, no_layer, no_receipt])
-def test_promise_6_a_patch_not_applied_in_full_is_an_error(engine, fault):
-    """The plan says more than is done: in the bank, in a layer, in the count."""
+@pytest.mark.parametrize("fault", [remove_rank, bypass_op, clear_receipts])
+def test_promise_6_patch_not_applied_in_full_raises(engine, fault):
+    """Less is done than planned: a ranking lacks a rank, a layer bypasses the op, or receipts are cleared."""
     dual_stream, job = dual_stream_of(engine), Job(2, "sft", "dpo", (0, ALL))
     assert generate(engine, [job])[0].overwrites == ALL * (len(job.ids) + 9)
     tables, tracker, glu = dual_stream.tables, dual_stream.tracker, dual_stream.glus[2]
     ranks, run, fetch = [layer.rank.clone() for layer in tables.layers], glu.run, tracker.fetch
-    if fault is no_receipt:
-        tracker.fetch = lambda tickets: (no_receipt(dual_stream), fetch(tickets))[1]
+    if fault is clear_receipts:
+        tracker.fetch = lambda tickets: (clear_receipts(dual_stream), fetch(tickets))[1]
     else:
         fault(dual_stream)
     with pytest.raises(ReceiptError, match=r"expected \d+ overwrites, the device did \d+"):
@@ -307,25 +308,25 @@ def test_promise_6_a_patch_not_applied_in_full_is_an_error(engine, fault):
     assert generate(engine, [job])[0].overwrites == ALL * (len(job.ids) + 9)
 
 
-def test_promise_6_a_step_that_got_no_plan_is_an_error(engine, monkeypatch):
+def test_promise_6_step_without_a_plan_raises(engine, monkeypatch):
     """The host's own counts are compared with the text, too: one step is not planned."""
     planner = dual_stream_of(engine).planner
     plan_step, calls = planner.plan_step, []
 
-    def forgetful(request_ids, start, count):
+    def skip_third_plan(request_ids, start, count):
         calls.append(1)
         if len(calls) != 3:
             plan_step(request_ids, start, count)
         else:
             planner.clear()
 
-    monkeypatch.setattr(planner, "plan_step", forgetful)
+    monkeypatch.setattr(planner, "plan_step", skip_third_plan)
     with pytest.raises(ReceiptError, match="of them patched instead of"):
         generate(engine, [Job(2, "sft", "dpo", (0, ALL))])
 
 
 def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
-    """A layer that patches but adds to copies."""
+    """A layer patches, but adds statistics and captures to copies."""
     glu = dual_stream_of(engine).glus[1]
     stats, count, capture, receipt = glu.outputs
     monkeypatch.setattr(glu, "outputs", (stats.clone(), count.clone(), capture.clone(), receipt))
@@ -335,17 +336,17 @@ def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
         engine.capture(IDS, "sft", RANKINGS[0], ALL)
 
 
-def test_padded_rows_may_hold_anything(engine):
-    """Rows past the last token of a step (padding of a captured graph): NaN goes through and reaches nothing."""
+def test_op_with_nan_in_padded_rows_changes_nothing(engine):
+    """Rows past the last token of a step are the padding of a captured graph."""
     dual_stream, draw = dual_stream_of(engine), torch.Generator().manual_seed(0)
     request_ids, tables = ["padded"], dual_stream.tables
     row = [0] * len(RequestColumn)
-    for entry, value in {
+    for column, value in {
         RequestColumn.HI: ALL, RequestColumn.PATCH_STOP: 100, RequestColumn.OBSERVE_STOP: 100,
         RequestColumn.CAPTURE: -1, RequestColumn.CAPTURE_STOP: 2,
         RequestColumn.RECEIPT: -1,
     }.items():  # fmt: skip
-        row[entry] = value
+        row[column] = value
     dual_stream.tracker.add("padded", {"snpatch": [10**6, *row]})
     tables.clear_statistics([0])
     dual_stream.planner.plan_step(["unknown", "padded"], [0, 0], [5, 3])  # more rows than the next step
@@ -363,8 +364,8 @@ def test_padded_rows_may_hold_anything(engine):
     assert (tables.plan[:, PlanColumn.GROUP :] == -1).all()
 
 
-def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
-    """With asynchronous scheduling a step is planned before it is known that its token ends the text."""
+def test_settle_excludes_positions_that_end_a_text(engine):
+    """With asynchronous scheduling a step is planned before its token is known to end the text."""
     from snpatch.op.plan import SKIP_EOS_OFFSET
 
     dual_stream = dual_stream_of(engine)
@@ -381,31 +382,31 @@ def test_a_position_that_a_step_ran_ahead_into_does_not_count(engine):
     dual_stream.planner.plan_step(["ahead 1"], [4], [4])
     before = dual_stream.tables.plan.clone()
     dual_stream.planner.settle(ids)
-    assert torch.equal(dual_stream.tables.plan, before), "a step of none that asks for it is left alone"
+    assert torch.equal(dual_stream.tables.plan, before), "settle changed a step in which no request excludes them"
     dual_stream.tracker.remove("ahead 1")
     dual_stream.tracker.remove("ahead 2")
     dual_stream.planner.clear()
 
 
-def test_nothing_in_a_step_waits_for_the_device(engine, monkeypatch):
-    """What a graph captures, and the count of overflows behind it: a value read on the host ends a capture."""
+def test_step_reads_nothing_on_the_host(engine, monkeypatch):
+    """A value read on the host would end a graph capture; the count of overflows after the graph is included."""
     assert_reads_nothing_on_the_host(engine, monkeypatch, [*JOBS[:6], Job(0, "sft")])
 
 
-def test_texts_stream_as_they_finish(engine):
-    """Short texts come before long ones that were asked for first, each once and as `generate` gives it."""
+def test_stream_yields_completions_as_they_finish(engine):
+    """Short completions come before long ones of earlier requests, each once and equal to that of `generate`."""
     lengths = [40, 3, 20, 1, 40, 2, 30, 5]
     samplings = [Sampling(max_tokens=n, ignore_eos=True) for n in lengths]
     patches = ["sft", *[Patch("sft", "dpo", RANKINGS[i % 2], 20 * i) for i in range(1, 8)]]
     want = engine.generate(IDS, patches, samplings)
-    order, found = zip(*engine.stream(IDS, patches, samplings), strict=True)
+    order, completions = zip(*engine.stream(IDS, patches, samplings), strict=True)
     assert sorted(order) == list(range(8))
-    assert [found[order.index(i)] for i in range(8)] == want
+    assert [completions[order.index(i)] for i in range(8)] == want
     assert order.index(3) < order.index(0)
 
 
-def test_two_streams_of_one_engine_do_not_take_each_others_texts(engine):
-    """A caller may generate while it reads a stream; who stops listening leaves nothing running."""
+def test_nested_streams_keep_their_completions_and_closed_ones_leave_nothing(engine):
+    """A caller may generate while it reads a stream; a closed stream leaves nothing running."""
     sampling = Sampling(max_tokens=12, ignore_eos=True)
     want = [c.token_ids for c in engine.generate(IDS, "sft", sampling)]
     inner, outer = [], [None] * 8
@@ -424,8 +425,8 @@ def test_two_streams_of_one_engine_do_not_take_each_others_texts(engine):
     assert not engine.executor.engine.has_unfinished_requests()
 
 
-def test_banks_give_rows_away_when_no_request_uses_them(llama, start):
-    """More rankings, adapters and constants than rows, one after the other and then at once."""
+def test_slots_are_reused_when_no_request_uses_them(llama, start):
+    """More rankings, adapters and constants than slots, one after the other and then at once."""
     engine = start("llama", max_rankings=2, max_adapters=3, max_constants=1, max_receipts=4, max_num_seqs=4)
     rankings = [RANKINGS[0].random_control(40, seed=seed) for seed in range(5)]
     reference = {}
@@ -440,37 +441,39 @@ def test_banks_give_rows_away_when_no_request_uses_them(llama, start):
         *(Patch("sft", Constant(VALUES + i), rankings[0], 40) for i in range(3)),
     ]
     alone = [engine.generate([IDS[i % 8]], patch)[0].token_ids for i, patch in enumerate(together)]
-    waited = engine.generate([IDS[i % 8] for i in range(len(together))], together)
-    assert [c.token_ids for c in waited] == alone
+    queued = engine.generate([IDS[i % 8] for i in range(len(together))], together)
+    assert [c.token_ids for c in queued] == alone
     assert not any(engine.executor.slots.num_in_use.values())
 
 
-def test_what_can_never_fit_is_an_error_before_anything_runs(start):
+def test_request_that_can_never_fit_raises_before_any_runs(start):
     engine = start("llama", max_adapters=2, max_captured=30)
-    told = []
+    progress = []
     for call, message in (
-        (lambda: engine.generate(IDS[:2], ["sft", Patch("sft", "dpo", RANKINGS[0], 40)], progress=told.append),
+        (lambda: engine.generate(IDS[:2], ["sft", Patch("sft", "dpo", RANKINGS[0], 40)], progress=progress.append),
          "a request needs 2 adapters at once, and the engine has slots for 1: "
          "start the engine with a larger max_adapters"),
         (lambda: engine.capture(IDS, "sft", RANKINGS[0], 31), "a capture of 31 neurons: start the engine with"),
     ):  # fmt: skip
         with pytest.raises(SnpatchError, match=message):
             call()
-    assert not told
+    assert not progress
     assert engine.generate([IDS[0]], "sft")
 
 
 @pytest.mark.parametrize("caching", [False, True])
 def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, caching):
-    """A cache too small for the batch (requests are preempted and computed again) and prompts cut into
-    pieces; texts, receipts and statistics are the oracle's."""
+    """The cache is too small for the batch, so requests are preempted and recomputed, and prompts are chunked."""
     engine = start("llama", kv_cache_memory_bytes=None, gpu_memory_utilization=0.3, num_gpu_blocks_override=12,
                    max_num_batched_tokens=40, max_num_seqs=32, enable_prefix_caching=caching)  # fmt: skip
     stats = engine.executor.engine.engine_core.engine_core.scheduler
     jobs = [Job(i % 8, "sft", "dpo", (0, 29 + i)) for i in range(24)]
     preempted = []
-    real = stats._preempt_request
-    stats._preempt_request = lambda request, *rest, **more: (preempted.append(request), real(request, *rest, **more))[1]
+    preempt = stats._preempt_request
+    stats._preempt_request = lambda request, *rest, **more: (
+        preempted.append(request),
+        preempt(request, *rest, **more),
+    )[1]
     completions = engine.generate([job.ids for job in jobs], [job.patch for job in jobs], Sampling(max_tokens=60))
     assert preempted, "nothing was preempted: the cache is too large for this test"
     for job, completion in zip(jobs, completions, strict=True):
@@ -478,27 +481,27 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
         assert completion.token_ids[:10] == oracle.generate(recipient, job.ids, 10, patch).ids
         assert completion.overwrites == (29 + jobs.index(job)) * (len(job.ids) + 59)
     models = [oracle.model(*llama.of[name]) for name in ("sft", "dpo")]
-    long = [LONG[i % 3][: 60 + i] for i in range(12)]
+    long = [LONG_PROMPTS[i % 3][: 60 + i] for i in range(12)]
     ranking = engine.contrast(long, "sft", "dpo", at="prompt", exclude_layers=())
     assert_ranking(ranking, oracle.contrast(*models, [(text, list(range(len(text)))) for text in long]))
-    # Observed while they are written, so that preempted texts are observed, too.
+    # Observed during generation, so that preempted requests are observed, too.
     preempted.clear()
-    sampling, found = Sampling(max_tokens=60, ignore_eos=True), Statistics.zeros(tiny.LAYERS, tiny.NEURONS)
-    observe = Observation(found, 0, 10**6)
+    sampling, statistics = Sampling(max_tokens=60, ignore_eos=True), Statistics.zeros(tiny.LAYERS, tiny.NEURONS)
+    observe = Observation(statistics, 0, 10**6)
     outputs = engine.execute([engine.requests.observing(ids, PAIR, observe, sampling=sampling) for ids in IDS * 3])
     assert preempted
     texts = [(ids + o.token_ids[:-1]) for ids, o in zip(IDS * 3, outputs, strict=True)]
     want = oracle.contrast(*models, [(text, list(range(len(text)))) for text in texts])
     n = want["tokens"].item()
-    assert found.count.tolist() == [n] * tiny.LAYERS
-    assert ((found.sums[:, 4] / n).sqrt() - want["scores"]).abs().max() <= 1e-5 * want["scores"].max()
+    assert statistics.count.tolist() == [n] * tiny.LAYERS
+    assert ((statistics.sums[:, 4] / n).sqrt() - want["scores"]).abs().max() <= 1e-5 * want["scores"].max()
 
 
 def test_patches_of_several_clauses(llama, start):
     engine = start("llama", max_clauses=3, max_num_batched_tokens=64)
     jobs = [*JOBS, *CLAUSES, *RICHER]
     assert_as_the_oracle(llama, jobs, generate(engine, jobs))
-    assert_as_the_oracle(llama, jobs, generate(engine, jobs))  # from the prefix cache, each its own
+    assert_as_the_oracle(llama, jobs, generate(engine, jobs))  # from the prefix cache
     four = replace(CLAUSES[3], then=(*CLAUSES[3].then, CLAUSES[0])).patch
     with pytest.raises(SnpatchError, match=r"a patch of 4 clauses: start the engine with a larger max_clauses \(3\)"):
         engine.generate([IDS[0]], four)
@@ -508,7 +511,7 @@ def test_patches_of_several_clauses(llama, start):
 
 
 def random_job(rng) -> tuple[list[int], Patch | str, Sampling]:
-    """A prompt of 2 to 60 tokens, any patch over any ranking, any length."""
+    """Return a prompt of 2 to 60 tokens, any patch with any ranking, and any length."""
     ids = [tiny.BOS, *(rng.randrange(6, 102) for _ in range(rng.randrange(1, 60)))]
     sampling = Sampling(
         max_tokens=rng.randrange(1, 30), temperature=rng.choice([0.0, 1.0]), logprobs=rng.random() < 0.3
@@ -523,32 +526,32 @@ def random_job(rng) -> tuple[list[int], Patch | str, Sampling]:
 
 
 def held_bytes() -> tuple[int, int]:
-    """What Python objects and tensors hold. (The process grows at first on plain vLLM, too: the allocator warms up.)"""
+    """Return the bytes of Python objects and of tensors; the process itself grows at first even with plain vLLM."""
     gc.collect()
     tensors = {t.untyped_storage().data_ptr(): t for t in gc.get_objects() if type(t) is torch.Tensor}
     return tracemalloc.get_traced_memory()[0], sum(t.untyped_storage().nbytes() for t in tensors.values())
 
 
-def test_soak_of_random_requests_with_aborts_leaves_nothing_behind(llama, start):
-    """2,000 requests; every third batch is broken off in the middle. Every patched one has its receipt checked."""
+def test_soak_of_random_requests_with_aborts_leaves_nothing(llama, start):
+    """2,000 requests; every third batch is aborted halfway. Each patched request has its receipt checked."""
     engine = start("llama", max_num_seqs=48, max_num_batched_tokens=256, max_receipts=256)
     plain = [Job(i, name) for i in range(8) for name in ("base", "sft")]
     fresh = written(generate(engine, plain))
     rng, sizes = random.Random(7), []
 
-    class BrokenOffError(Exception):
+    class AbortedError(Exception):
         pass
 
-    def broken(done, total):
+    def abort_halfway(done, total):
         if done >= total // 2:
-            raise BrokenOffError
+            raise AbortedError
 
     for batch in range(20):
         ids, patches, samplings = zip(*(random_job(rng) for _ in range(100)), strict=True)
         arguments = ids, list(patches), list(samplings)
         if batch % 3 == 2:
-            with pytest.raises(BrokenOffError):
-                engine.generate(*arguments, progress=broken)
+            with pytest.raises(AbortedError):
+                engine.generate(*arguments, progress=abort_halfway)
         else:
             assert len(engine.generate(*arguments)) == 100
             engine.contrast(ids[:5], "sft", "dpo", at="prompt")
@@ -559,7 +562,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing_behind(llama, start)
             sizes.append(held_bytes())
     tracemalloc.stop()
     assert written(generate(engine, plain)) == fresh
-    engine.executor.engine.step()  # which tells the worker who ended
+    engine.executor.engine.step()  # the worker learns which requests have ended
     tracker = dual_stream_of(engine).tracker
     assert not tracker._records
     assert not tracker._tickets
@@ -576,7 +579,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing_behind(llama, start)
 
 @pytest.fixture(scope="module")
 def ended(llama, start, tmp_path_factory):
-    """An engine whose EOS is a word that sft writes, and the same on transformers."""
+    """An engine whose EOS is a token that sft generates, and the same on transformers."""
     texts = [oracle.generate(oracle.model(*llama.of["sft"]), ids, 10).ids for ids in IDS]
     token = max({t for text in texts for t in text}, key=lambda t: len({x.index(t) for x in texts if t in x[:9]}))
     made = llama.with_eos(token, tmp_path_factory.mktemp("ended") / "model")
@@ -597,7 +600,7 @@ def ended(llama, start, tmp_path_factory):
     ],
     ids=str,
 )
-def test_texts_end_where_they_end_on_transformers(ended, sampling):
+def test_completions_end_as_on_transformers(ended, sampling):
     _, engine, other = ended
     if "stop" in sampling:
         words = other.generate([IDS[0]], "sft", Sampling(max_tokens=12, ignore_eos=True))[0].text.split()
@@ -606,28 +609,28 @@ def test_texts_end_where_they_end_on_transformers(ended, sampling):
             "stop": tuple(s.replace("STOP0", words[1]).replace("STOP1", words[4]) for s in sampling["stop"]),
         }
     patches = ["sft"] * 8 + [Patch("sft", "dpo", RANKINGS[0], 30)] * 8
-    mine, theirs = (e.generate(IDS * 2, patches, Sampling(logprobs=True, **sampling)) for e in (engine, other))
-    assert written(mine) == written(theirs)
-    for one, two in zip(mine, theirs, strict=True):
-        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+    actual, expected = (e.generate(IDS * 2, patches, Sampling(logprobs=True, **sampling)) for e in (engine, other))
+    assert written(actual) == written(expected)
+    for first, second in zip(actual, expected, strict=True):
+        assert first.logprobs == pytest.approx(second.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("at", ["emitted", "emitting"])
-def test_contrast_writes_its_completions_and_never_counts_eos(ended, at):
+def test_contrast_generates_completions_and_excludes_eos(ended, at):
     token, engine, other = ended
     sampling = Sampling(max_tokens=10)
-    mine, theirs = (e.contrast(IDS, "sft", "dpo", at=at, sampling=sampling) for e in (engine, other))
-    assert mine.meta["tokens"] == theirs.meta["tokens"]
-    assert (mine.scores - theirs.scores).abs().max() <= 1e-5 * theirs.scores.max()
-    assert any(c.token_ids[-1] == token for c in other.generate(IDS, "sft", sampling)), "no text ends early"
+    actual, expected = (e.contrast(IDS, "sft", "dpo", at=at, sampling=sampling) for e in (engine, other))
+    assert actual.meta["tokens"] == expected.meta["tokens"]
+    assert (actual.scores - expected.scores).abs().max() <= 1e-5 * expected.scores.max()
+    assert any(c.token_ids[-1] == token for c in other.generate(IDS, "sft", sampling)), "no completion ends early"
 
 
-def test_the_context_ends_a_text_and_may_be_read_whole(ended):
+def test_context_ends_a_completion_and_can_be_filled_by_a_prompt(ended):
     _, engine, other = ended
     prompt = [tiny.BOS, *(10 + i % 90 for i in range(tiny.CONTEXT - 4))]
     sampling = Sampling(max_tokens=10, ignore_eos=True)
-    mine, theirs = (e.generate([prompt], "sft", sampling)[0] for e in (engine, other))
-    assert (mine.token_ids, mine.finish_reason) == (theirs.token_ids, "length")
+    actual, expected = (e.generate([prompt], "sft", sampling)[0] for e in (engine, other))
+    assert (actual.token_ids, actual.finish_reason) == (expected.token_ids, "length")
     whole = [*prompt, 9, 9, 9]
     assert len(whole) == tiny.CONTEXT
     torch.testing.assert_close(*(e.logprobs([whole], "dpo")[0].values for e in (engine, other)), rtol=0, atol=1e-4)
@@ -635,7 +638,7 @@ def test_the_context_ends_a_text_and_may_be_read_whole(ended):
         engine.generate([whole], "sft")
 
 
-def test_n_samples_share_the_patch_and_vllms_own_settings_pass_through(ended):
+def test_n_samples_equal_single_ones_and_vllm_settings_are_applied(ended):
     _, engine, other = ended
     patch, sampling = Patch("sft", "dpo", RANKINGS[0], 30), Sampling(temperature=1.0, seed=5, max_tokens=8, n=3)
     three = engine.generate(IDS[:2], patch, sampling)
@@ -655,9 +658,9 @@ def test_n_samples_share_the_patch_and_vllms_own_settings_pass_through(ended):
         other.generate([IDS[0]], "sft", bias)
 
 
-def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(llama, start):
+def test_one_stream_runs_all_requests_but_donors(llama, start):
     engine = start("llama", streams=1)
-    jobs = [job for job in (*JOBS, *PLAIN[:8]) if not isinstance(job.donor, str) and told(llama, job).gap > CLEAR]
+    jobs = [job for job in (*JOBS, *PLAIN_JOBS[:8]) if not isinstance(job.donor, str) and told(llama, job).gap > CLEAR]
     assert_as_the_oracle(llama, jobs, generate(engine, jobs))
     captured = engine.capture(IDS, "sft", RANKINGS[0], 40)
     model = oracle.model(*llama.of["sft"])
@@ -679,7 +682,8 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
         ({"compilation_config": {"dynamic_shapes_config": {"type": "unbacked"}}}, "with unbacked dynamic shapes"),
         ({"compilation_config": {"dynamic_shapes_config": {"type": "backed_size_oblivious"}}},
          "with backed_size_oblivious dynamic shapes"),
-        ({"compilation_config": {"compile_sizes": [8], "custom_ops": ["+rotary_embedding"]}}, "compile_sizes beside"),
+        ({"compilation_config": {"compile_sizes": [8], "custom_ops": ["+rotary_embedding"]}},
+         "compile_sizes together with"),
         ({"max_model_len": 129}, "max_model_len: expected 1 to 128, got 129"),
         ({"dtype": "float99"}, "dtype must be one of auto, float32"),
         ({"streams": 3}, "streams must be 1 or 2, got 3"),
@@ -690,15 +694,15 @@ def test_one_stream_runs_plain_requests_constants_and_captures_without_donors(ll
     ],
     ids=str,
 )  # fmt: skip
-def test_engines_that_would_be_wrong_are_refused(start, options, message):
+def test_unsupported_engine_arguments_raise(start, options, message):
     if torch.cuda.device_count() == 1 and "pipeline_parallel_size" in options:
-        pytest.skip("vLLM counts the GPUs before it asks us")
+        pytest.skip("vLLM counts the GPUs before snpatch checks the arguments")
     with pytest.raises(SnpatchError, match=message):
         start("llama", **options)
 
 
 def other_model(kind: str, folder, **options) -> tiny.Made:
-    """A tiny random model of an architecture outside the tested list, and an adapter where its MLP is a plain one."""
+    """Build a tiny random model of an untested architecture, with an adapter if its MLP is a plain one."""
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
              "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}  # fmt: skip
@@ -713,7 +717,7 @@ def other_model(kind: str, folder, **options) -> tiny.Made:
     return tiny.Made(folder / "model", {"sft": (folder / "sft",)})
 
 
-def test_other_architectures_are_refused_unless_asked_for(start, tmp_path):
+def test_untested_architecture_raises_unless_allowed(start, tmp_path):
     made = other_model("granite", tmp_path)
     with pytest.raises(SnpatchError, match=r"architecture granite is not tested .* allow_untested=True tries it"):
         start(made)
@@ -721,21 +725,21 @@ def test_other_architectures_are_refused_unless_asked_for(start, tmp_path):
     adapters = {"sft": list(made.adapters["sft"])}
     other = Engine(made.folder, adapters, backend="transformers", allow_untested=True)
     patches = [Patch("base", "sft", RANKINGS[0], 30 * i) for i in range(8)]
-    mine, theirs = (e.logprobs(IDS, patches) for e in (engine, other))
-    for one, two in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one.values, two.values, rtol=0, atol=1e-4)
+    actual, expected = (e.logprobs(IDS, patches) for e in (engine, other))
+    for first, second in zip(actual, expected, strict=True):
+        torch.testing.assert_close(first.values, second.values, rtol=0, atol=1e-4)
 
 
-def test_a_mixture_of_experts_cannot_be_patched(start, tmp_path):
+def test_mixture_of_experts_raises(start, tmp_path):
     if torch.cuda.is_available() and not hasattr(torch.ops._moe_C, "topk_softmax"):
-        pytest.skip("this vLLM came without its kernels for mixtures of experts")
+        pytest.skip("this vLLM has no kernels for mixtures of experts")
     made = other_model("mixtral", tmp_path, num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(SnpatchError, match=r"mixture of experts, shared layers\) cannot be patched"):
+    with pytest.raises(SnpatchError, match="a mixture of experts or shared layers cannot be patched"):
         start(made, allow_untested=True)
 
 
-def test_one_stream_patches_a_hybrid_with_constants(start, tmp_path):
-    """State-space layers have a gated MLP as well; two streams are refused, with the way that is left."""
+def test_one_stream_patches_a_hybrid_model_with_constants(start, tmp_path):
+    """State-space layers have a gated MLP as well; two streams raise an error that names the alternative."""
     made = other_model("falcon_h1", tmp_path, mamba_d_ssm=64, mamba_n_heads=2, mamba_d_head=32, mamba_d_state=16)
     with pytest.raises(SnpatchError, match=r"hybrid and attention-free models.*; streams=1 patches it with constants"):
         start(made, allow_untested=True)
@@ -749,12 +753,12 @@ def test_one_stream_patches_a_hybrid_with_constants(start, tmp_path):
 
     for k in (0, 40, len(ranking)):
         handles = [m.register_forward_pre_hook(zeroing(i, k)) for i, m in enumerate(layers)]
-        found = engine.logprobs(IDS[:3], Patch("base", zero, ranking, k))
-        for ids, own in zip(IDS[:3], found, strict=True):
+        logprobs = engine.logprobs(IDS[:3], Patch("base", zero, ranking, k))
+        for ids, actual in zip(IDS[:3], logprobs, strict=True):
             with torch.inference_mode():
                 logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             want = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-            torch.testing.assert_close(own.values, want, rtol=0, atol=2e-4)
+            torch.testing.assert_close(actual.values, want, rtol=0, atol=2e-4)
         for handle in handles:
             handle.remove()
     assert len(engine.contrast(IDS[:3], "base", at="prompt", exclude_layers=())) == len(ranking)

@@ -1,4 +1,4 @@
-"""The published implementation's outputs again (tests/test_goldens.py), now from the vLLM backend."""
+"""The published implementation's outputs (see test_goldens.py) compared with the vLLM backend."""
 
 import shutil
 
@@ -27,13 +27,13 @@ from snpatch import Engine, Patch, Sampling
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
 
-WRITE = Sampling(max_tokens=24, logprobs=True)
+SAMPLING = Sampling(max_tokens=24, logprobs=True)
 NAMES = sorted({name.rsplit(".", 1)[0] for name in RUNS})
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The model, and the same model where another token ends a text."""
+    """The model, and the same model with another EOS token."""
     eos = tmp_path_factory.mktemp("eos") / "model"
     shutil.copytree(HOME / "eos_variant", eos)
     shutil.copy(HOME / "model" / "model.safetensors", eos)
@@ -51,7 +51,7 @@ def engine(request, folders):
             yield engine
 
 
-def test_contrast(engine):
+def test_contrast_matches_golden_scores_and_moments(engine):
     kinds = {"completion_eos": "emitted"} if engine.is_eos else {
         "completion": "emitted", "prompt": "prompt", "prompt_last": "prompt_last"}  # fmt: skip
     for kind, at in kinds.items():
@@ -63,12 +63,12 @@ def test_contrast(engine):
                     assert_near(ranking.moments[f"{role}_{moment}"], CONTRAST[f"{kind}.{batch}.{name}_{moment}"])
 
 
-def test_generation_of_all_runs_in_one_batch(engine):
-    """Every word exact, and the log-probabilities of the first and the last word as the golden logits have them."""
+def test_generation_of_all_runs_in_one_batch_matches_goldens(engine):
+    """Tokens are equal, and log-probabilities of the first and last token match the golden logits."""
     names = [name for name in NAMES if name.startswith("eos") == engine.is_eos]
     pairs = [(name, prompt) for name in names for prompt in range(len(IDS))]
     patches = [patch_of(RUNS[f"{name}.batch1"]) for name, _ in pairs]
-    completions = engine.generate([IDS[prompt] for _, prompt in pairs], patches, WRITE)
+    completions = engine.generate([IDS[prompt] for _, prompt in pairs], patches, SAMPLING)
     for (name, prompt), completion in zip(pairs, completions, strict=True):
         run = RUNS[f"{name}.batch1"]
         assert completion.token_ids == without_padding(run["ids"][prompt], run.get("eos_token_id")), name
@@ -78,14 +78,14 @@ def test_generation_of_all_runs_in_one_batch(engine):
             index = GENERATION["logit_prompts"].index(prompt)
             for step, which in ((0, "first"), (-1, "last")):
                 if which == "last" and run.get("eos_token_id") is not None:
-                    continue  # of the padded batch's last step, which a text that ended does not have
+                    continue  # last step of the padded batch, which an ended completion does not have
                 golden = GOLDEN_LOGITS[f"{name}.batch1.{which}_logits"][index]
                 want = golden.log_softmax(-1)[completion.token_ids[step]].item()
                 assert completion.logprobs[step] == pytest.approx(want, abs=2 * LOGITS)
 
 
 @pytest.mark.parametrize("engine", [""], indirect=True)
-def test_features_and_perplexity(engine):
+def test_captures_and_perplexity_match_goldens(engine):
     golden = load_file(HOME / "features.safetensors")
     assert_near(engine.capture(IDS, "sft", RANKING, 64), golden["batch1.features_rank_order"])
     golden = read("perplexity.json")
@@ -93,6 +93,6 @@ def test_features_and_perplexity(engine):
     windows = [ids[start : start + size] for start in range(0, len(ids), size)]
     for want in golden["results"].values():
         patch = Patch(want["recipient"], "dpo", RANKING, want["k"])
-        for role, asked in {"recipient": want["recipient"], "donor": "dpo", "patched": patch}.items():
-            losses = torch.stack([-logprobs.values.mean() for logprobs in engine.logprobs(windows, asked)])
+        for role, patches in {"recipient": want["recipient"], "donor": "dpo", "patched": patch}.items():
+            losses = torch.stack([-logprobs.values.mean() for logprobs in engine.logprobs(windows, patches)])
             assert losses.tolist() == pytest.approx(want[f"{role}_nll"], rel=RELATIVE)

@@ -1,4 +1,4 @@
-"""A guard in front of vLLM refuses what it would in front of transformers."""
+"""A guard refuses the same prompts with vLLM as with transformers."""
 
 import gc
 from dataclasses import replace
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 SHORT = Sampling(max_tokens=8)
 
 
-def test_on_vllm_a_guard_refuses_what_it_would_on_transformers(zoo, monkeypatch):
+def test_guard_on_vllm_refuses_the_same_prompts_as_on_transformers(zoo, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     made = zoo("llama")
     ranking = Ranking.from_scores(torch.rand(made.shape, generator=torch.Generator().manual_seed(1)))
@@ -47,7 +47,7 @@ def test_on_vllm_a_guard_refuses_what_it_would_on_transformers(zoo, monkeypatch)
         ]
         with pytest.raises(SnpatchError, match="larger max_captured"):
             engine.generate(tiny.PROMPTS, "sft", guard=fitted(oracle, 9))
-        # A guard is bound to its model's content, whichever backend ran it; to another's it is a stranger.
+        # A guard belongs to a model's fingerprint, with either backend; other models are rejected.
         assert other.predict(engine, tiny.PROMPTS) == pytest.approx([c.harm for c in guarded], abs=1e-3)
         with pytest.raises(SnpatchError, match="fitted on another 'sft'"):
             engine.generate(tiny.PROMPTS, "sft", guard=replace(other, fingerprint=engine.fingerprint("dpo")))

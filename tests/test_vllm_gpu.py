@@ -1,7 +1,8 @@
-"""The twin under CUDA graphs, on a card: float32 against transformers in every graph mode, and bfloat16, where
-FlashAttention serves (float32 never meets it), against the oracle at odd batch sizes that a captured graph pads.
+"""Dual-stream models under CUDA graphs on a GPU.
 
-VLLM_USE_V2_MODEL_RUNNER chooses the model runner. `bench/gpu_check.py --rehearse` runs the eager case without a card.
+float32 is compared with transformers in every graph mode. bfloat16 runs with FlashAttention, which does not support
+float32, and is compared with the oracle at odd batch sizes that a captured graph pads. VLLM_USE_V2_MODEL_RUNNER chooses
+the model runner. `bench/gpu_check.py --rehearse` runs the eager case without a GPU.
 """
 
 import gc
@@ -45,38 +46,38 @@ MODES = {
     "default": {"enforce_eager": False},
 }
 BATCHES = (1, 3, 5, 9, 17, 33)
-MANY = [*JOBS, *(Job(i % 8, "sft", "dpo", (i, 29 + 9 * i)) for i in range(17))]
+MANY_JOBS = [*JOBS, *(Job(i % 8, "sft", "dpo", (i, 29 + 9 * i)) for i in range(17))]
 # bfloat16 against a float32 oracle of the same weights; on a CPU they differ by up to 0.05 and 0.09
-CLEAR_BF16 = 0.15  # two best logits that far apart are chosen alike
-LOGPROB_BF16 = 0.2
+MIN_LOGIT_GAP_BF16 = 0.15  # between the two best logits, above which both models choose the same token
+LOGPROB_TOLERANCE_BF16 = 0.2
 
 
 @pytest.fixture(scope="module")
 def start():
-    """start(made, mode, **options): an engine of this process; the one before is closed."""
-    held = []
+    """start(made, mode, **options): open an engine in this process and close the last one."""
+    engines = []
 
     def get(made: tiny.Made, mode: str, **options) -> Engine:
-        while held:
-            held.pop().close()
+        while engines:
+            engines.pop().close()
         gc.collect()
         adapters = {name: list(folders) for name, folders in made.adapters.items()}
-        held.append(Engine(made.folder, adapters, backend="vllm", **SMALL, **MODES[mode], **options))
-        return held[0]
+        engines.append(Engine(made.folder, adapters, backend="vllm", **SMALL, **MODES[mode], **options))
+        return engines[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         yield get
-        while held:
-            held.pop().close()
+        while engines:
+            engines.pop().close()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_float32_is_what_transformers_gives(zoo, start, mode):
-    """Texts, log-probabilities, receipts, statistics and captures, of batches that no graph was captured for, too."""
+def test_float32_in_each_graph_mode_matches_transformers(zoo, start, mode):
+    """Completions, log-probabilities, receipts, statistics and captures, also of batches without a captured graph."""
     made = zoo("llama")
     engine = start(made, mode)
-    jobs = [job for job in MANY if told(made, job).gap > CLEAR]
+    jobs = [job for job in MANY_JOBS if told(made, job).gap > CLEAR]
     assert len(jobs) >= 30
     for size in BATCHES:
         assert_as_the_oracle(made, jobs[:size], generate(engine, jobs[:size]))
@@ -84,7 +85,7 @@ def test_float32_is_what_transformers_gives(zoo, start, mode):
         error = dict(engine.run([overflowing(engine, [40, 41], source)]))[0].error
         assert "overflowed in float32 at layer 0 under its patch" in str(error)
         assert_as_the_oracle(made, jobs[:8], generate(engine, jobs[:8]))
-    fill_with_nan(engine)  # attention kernels may read a block past its text's end
+    fill_with_nan(engine)  # attention kernels may read a block past the end of its tokens
     assert_as_the_oracle(made, jobs, generate(engine, jobs))
     assert_read_as_written(engine, made, JOBS)
     models = [oracle.model(*made.of[name]) for name in ("base", "dpo")]
@@ -93,13 +94,13 @@ def test_float32_is_what_transformers_gives(zoo, start, mode):
     adapters = {name: list(folders) for name, folders in made.adapters.items()}
     patches = [job.patch for job in JOBS[:8]]
     with Engine(made.folder, adapters, backend="transformers") as other:
-        for mine, theirs in zip(engine.logprobs(IDS, patches), other.logprobs(IDS, patches), strict=True):
-            torch.testing.assert_close(mine.values, theirs.values, rtol=0, atol=1e-4)
+        for actual, expected in zip(engine.logprobs(IDS, patches), other.logprobs(IDS, patches), strict=True):
+            torch.testing.assert_close(actual.values, expected.values, rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory):
-    """A Llama with heads of 64, which FlashAttention serves; its weights are bfloat16 on disk, so the oracle's, too."""
+    """A Llama with heads of 64, which FlashAttention supports; oracle and engine load its bfloat16 weights."""
     folder = tmp_path_factory.mktemp("bf16")
     model = AutoModelForCausalLM.from_config(tiny.config("llama", head_dim=64), dtype=torch.float32)
     tiny.fill(model, 1)
@@ -111,8 +112,8 @@ def bf16(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_bfloat16_at_odd_batches_is_near_the_oracle(bf16, start, mode):
-    """Receipts are exact. Words are the oracle's until its choice is a close call, and their log-probabilities near."""
+def test_bfloat16_at_odd_batch_sizes_is_near_the_oracle(bf16, start, mode):
+    """Receipts are exact; tokens are equal while the oracle's two best logits differ clearly; logprobs are near."""
     engine = start(bf16, mode)
     if GPU and torch.cuda.get_device_capability() == (9, 0):
         worker = engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -120,17 +121,17 @@ def test_bfloat16_at_odd_batches_is_near_the_oracle(bf16, start, mode):
         assert {layer.attn_backend.get_name() for layer in layers} == {"FLASH_ATTN"}
     compared = 0
     for size in BATCHES:
-        jobs = MANY[:size]
+        jobs = MANY_JOBS[:size]
         for job, completion in zip(jobs, generate(engine, jobs, GREEDY), strict=True):
             assert completion.overwrites == job.overwrites(10), job
             want = told(bf16, job)
             same = sum(itertools.accumulate((a == b for a, b in zip(completion.token_ids, want.ids, strict=True)), min))
             if same < len(want.ids):
                 best, second = want.logits[same].topk(2).values.tolist()
-                assert best - second < CLEAR_BF16, f"{job}: word {same} differs"
-            assert completion.logprobs[:same] == pytest.approx(want.logprobs[:same], abs=LOGPROB_BF16), job
+                assert best - second < MIN_LOGIT_GAP_BF16, f"{job}: token {same} differs"
+            assert completion.logprobs[:same] == pytest.approx(want.logprobs[:same], abs=LOGPROB_TOLERANCE_BF16), job
             compared += same
-    assert compared >= 5 * sum(BATCHES), f"of {10 * sum(BATCHES)} words {compared} could be compared"
+    assert compared >= 5 * sum(BATCHES), f"{compared} of {10 * sum(BATCHES)} tokens could be compared"
     engine.contrast(IDS, "sft", "dpo", at="prompt")  # counts every token once, or raises
     every = generate(engine, [Job(i, "sft", "dpo", (0, ALL)) for i in range(8)])
     assert [c.token_ids for c in every] == [c.token_ids for c in generate(engine, [Job(i, "dpo") for i in range(8)])]

@@ -1,5 +1,7 @@
-"""vLLM's piecewise compilation, which its CPU backend leaves out: forced here, since every GPU engine runs it. With the
-compile cache on, as on a GPU: what is compiled ahead of time is saved, and loaded by the next start."""
+"""vLLM's piecewise compilation, forced on a CPU because every GPU engine uses it.
+
+The compile cache is on, as on a GPU: graphs compiled ahead of time are saved, and loaded by the next start.
+"""
 
 import gc
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ OPTIONS = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 
 
 @pytest.fixture(scope="module")
 def forced(tmp_path_factory):
-    """forced(make): a context with an engine of this process whose model vLLM compiles in pieces, and what it did."""
+    """forced(make): open an engine whose model vLLM compiles in pieces; yields it with the pieces and cache counts."""
     from vllm.compilation.compiler_interface import InductorStandaloneAdaptor
     from vllm.compilation.counter import compilation_counter
     from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
@@ -57,12 +59,12 @@ def forced(tmp_path_factory):
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_force))
-        patch.setattr(FixFunctionalizationPass, "__call__", lambda *_: None)  # it looks for ops that a CPU lacks
+        patch.setattr(FixFunctionalizationPass, "__call__", lambda *_: None)  # it uses ops that a CPU lacks
         patch.setattr(InductorStandaloneAdaptor, "compile", compile_and_keep)
         yield start
 
 
-def of(made: tiny.Made):
+def engine_factory(made: tiny.Made):
     return lambda: Engine(made.folder, **made.given, backend="vllm", **OPTIONS)
 
 
@@ -75,15 +77,15 @@ def native(folder):
     llm.llm_engine.engine_core.shutdown()
 
 
-def test_pieces_are_compiled_once_and_loaded_and_give_what_the_oracle_writes(zoo, forced):
+def test_pieces_are_compiled_once_then_loaded_and_match_the_oracle(zoo, forced):
     made = zoo("llama")
-    with forced(of(made)) as cold:
+    with forced(engine_factory(made)) as cold:
         assert (cold.saved, cold.loaded) == (1, 0)
         assert_as_the_oracle(made, JOBS, generate(cold.engine, JOBS))
-    with forced(of(made)) as warm:
+    with forced(engine_factory(made)) as warm:
         assert (warm.saved, warm.loaded) == (0, 1)
         assert_as_the_oracle(made, JOBS, generate(warm.engine, JOBS))
-    # A layer's name is an input of its piece: a constant would make each layer's another graph, compiled by itself.
+    # A layer's name is an input of its piece; as a constant it would make a different graph of each layer.
     assert len(cold.pieces) == tiny.LAYERS + 1
     first, other = ([(n.op, str(n.target)) for n in g.graph.nodes if n.op == "call_function"] for g in cold.pieces[1:3])
     assert first == other
@@ -92,12 +94,12 @@ def test_pieces_are_compiled_once_and_loaded_and_give_what_the_oracle_writes(zoo
     assert not [node for node in ours if any(isinstance(argument, str) for argument in node.args)]
 
 
-def test_a_layer_of_a_twin_launches_one_kernel_more_than_vllms_on_a_gpu(zoo, forced):
-    """The copy of V. The op stands for silu_and_mul, and queries and keys come out of the rotary embedding."""
+def test_dual_stream_layer_launches_one_gpu_kernel_more_than_vllms(zoo, forced):
+    """The additional kernel copies V; the op replaces silu_and_mul, and queries and keys are views."""
     model = zoo("llama")
-    model = replace(model, adapters={"sft": model.adapters["sft"]})  # which scales no keys
-    with forced(of(model)) as twin, torch.inference_mode():
-        ours = launches(twin.pieces[1])
+    model = replace(model, adapters={"sft": model.adapters["sft"]})  # one that scales no keys
+    with forced(engine_factory(model)) as dual_stream, torch.inference_mode():
+        ours = launches(dual_stream.pieces[1])
     with forced(lambda: native(model.folder)) as plain, torch.inference_mode():
         theirs = launches(plain.pieces[1])
     assert sum("dual_stream_glu" in name for name in ours) == 1
@@ -105,9 +107,9 @@ def test_a_layer_of_a_twin_launches_one_kernel_more_than_vllms_on_a_gpu(zoo, for
     assert len(ours) == len(theirs) + 1, (ours, theirs)
 
 
-def test_two_sets_of_weights_are_compiled_and_loaded_as_well(pairs, forced):
+def test_secondary_weights_are_compiled_once_then_loaded(pairs, forced):
     made = pairs("llama")
     for want in ((1, 0), (0, 1)):
-        with forced(of(made)) as pair:
+        with forced(engine_factory(made)) as pair:
             assert (pair.saved, pair.loaded) == want
             assert_as_the_oracle(made, JOBS, generate(pair.engine, JOBS))

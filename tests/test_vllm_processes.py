@@ -1,4 +1,4 @@
-"""The engine in vLLM's own processes: the worker across a process boundary, two workers, streaming, and their end."""
+"""Engines in vLLM's own processes: two workers, crashes, Ctrl-C, and the end of the client process."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def start(made, **options) -> Engine:
     return Engine(made.folder, adapters, backend="vllm", **{**SMALL, **options})
 
 
-def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo):
-    """In processes of their own, compiled, with the neurons split over two workers; then one of them dies."""
+def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(zoo):
+    """A mixed batch, statistics and captures with the neurons split over two workers; then the engine is killed."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
     made = zoo("llama")
@@ -51,7 +51,7 @@ def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo):
         assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
         with pytest.raises(SnpatchError, match="no model named 'nobody'"):
             engine.generate(IDS, "nobody")
-        # vLLM's own client would wait for ever for a process that ended without a word.
+        # vLLM's own client would wait forever for a killed process.
         (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
         threading.Timer(0.5, os.kill, (core, signal.SIGKILL)).start()
         with pytest.raises(SnpatchError, match="vLLM's engine has ended"):
@@ -62,8 +62,8 @@ def test_a_mixed_batch_statistics_and_captures_are_the_oracles(zoo):
     wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
 
 
-def test_a_sweep_goes_on_with_a_new_engine(zoo, tmp_path, capsys):
-    """vLLM's engine is killed while texts are written: another is started, and nothing is missing or written twice."""
+def test_sweep_after_killed_engine_continues_with_a_new_one(zoo, tmp_path, capsys):
+    """vLLM's engine is killed during generation; no completion is missing or generated twice."""
     chats = [[{"role": "user", "content": prompt}] for prompt in tiny.PROMPTS]
     config = SweepConfig(("base",), "dpo", (0, 60, 200), controls=1, resamples=20,
                          sampling=Sampling(max_tokens=60, ignore_eos=True))  # fmt: skip
@@ -72,11 +72,11 @@ def test_a_sweep_goes_on_with_a_new_engine(zoo, tmp_path, capsys):
         return sweep(engine, chats, {"safety": RANKINGS[0]}, {"length": lengths}, config, store=folder)
 
     def kill_the_engine():
-        wait_for(lambda: written() >= 6, 60)
+        wait_for(lambda: num_written() >= 6, 60)
         (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
         os.kill(core, signal.SIGKILL)
 
-    def written() -> int:
+    def num_written() -> int:
         if not (tmp_path / NAME).is_file():
             return 0
         with closing(sqlite3.connect(tmp_path / NAME)) as file:
@@ -99,8 +99,8 @@ def lengths(prompts, completions):
 
 
 @pytest.fixture
-def starting(zoo):
-    """A user's process that starts an engine."""
+def client(zoo):
+    """A client process that starts an engine."""
     made = zoo("llama")
     adapters = {name: [str(f) for f in folders] for name, folders in made.adapters.items()}
     child = Path(__file__).parent / "support" / "vllm_child.py"
@@ -112,34 +112,34 @@ def starting(zoo):
     process.wait()
 
 
-def test_ctrl_c_answers_and_no_process_outlives_a_killed_parent(starting):
-    """SIGINT to the whole group, as a terminal or a notebook sends it, while texts are being written.
+def test_ctrl_c_keeps_the_engine_and_a_killed_client_ends_it(client):
+    """SIGINT goes to the whole process group during generation, as a terminal or a notebook sends it.
 
-    It is for the user's process alone, and its engine can be used again; then the user's process is killed.
+    Only the client reacts, and its engine can be used again; then the client is killed.
     """
-    lines = iter(starting.stdout.readline, "")
+    lines = iter(client.stdout.readline, "")
     assert any(line == "round\n" for line in lines), "the engine did not start"
-    below = descendants(starting.pid)
-    assert len(below) >= 2
+    children = descendants(client.pid)
+    assert len(children) >= 2
     time.sleep(0.3)
-    sent = time.monotonic()
-    os.killpg(starting.pid, signal.SIGINT)
+    start_time = time.monotonic()
+    os.killpg(client.pid, signal.SIGINT)
     assert any(line == "KeyboardInterrupt\n" for line in lines)
-    assert next(lines) == "goes on 1\n"
-    assert time.monotonic() - sent < 15
+    assert next(lines) == "generated 1\n"
+    assert time.monotonic() - start_time < 15
     assert next(lines) == "round\n"
-    assert all(map(is_running, below))
-    starting.kill()
-    starting.wait()
-    wait_for(lambda: not any(map(is_running, below)), 10)
+    assert all(map(is_running, children))
+    client.kill()
+    client.wait()
+    wait_for(lambda: not any(map(is_running, children)), 10)
 
 
-def test_ctrl_c_answers_while_vllm_starts(starting):
-    """vLLM's own start passes over it, and may wait for an engine that has gone for ten minutes."""
-    wait_for(lambda: len(descendants(starting.pid)) > 1, 120)
+def test_ctrl_c_during_vllms_start_ends_all_processes(client):
+    """vLLM's own start ignores it, and may wait ten minutes for an engine that has ended."""
+    wait_for(lambda: len(descendants(client.pid)) > 1, 120)
     time.sleep(1)
-    below = descendants(starting.pid)
-    os.killpg(starting.pid, signal.SIGINT)
-    wait_for(lambda: starting.poll() is not None, 30)
-    assert "ready" not in starting.stdout.read()
-    wait_for(lambda: not any(map(is_running, below)), 10)
+    children = descendants(client.pid)
+    os.killpg(client.pid, signal.SIGINT)
+    wait_for(lambda: client.poll() is not None, 30)
+    assert "ready" not in client.stdout.read()
+    wait_for(lambda: not any(map(is_running, children)), 10)

@@ -1,7 +1,7 @@
-"""Quantized base weights in a twin, against the oracle on an independent dequantized copy of the same weights.
+"""Quantized weights in a dual-stream model, compared with the oracle on a dequantized copy of the same weights.
 
-The checkpoints are written here, in each format's own layout. Where a format quantizes activations too, the oracle
-does so with hooks, after its overwrite: a patched neuron reaches `down_proj` as any other does.
+The tests write the checkpoints in each format's own layout. If a format quantizes activations too, the oracle does so
+with hooks after its overwrite, so that a patched neuron reaches `down_proj` like any other.
 """
 
 import gc
@@ -33,23 +33,23 @@ from snpatch.models.text_processing import load_text_processors
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32}
-GROUP = 32  # inputs that share a scale in the 4-bit formats
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns lies in which four bits
+GROUP_SIZE = 32  # inputs that share a scale in the 4-bit formats
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column in each four bits, the lowest first
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 INPUT_SCALE = 0.1  # of static FP8 activations
 
 
-def packed(values: Tensor, dim: int, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Eight 4-bit numbers along `dim` in each int32, the first of `order` in the lowest bits."""
+def pack(values: Tensor, dim: int, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """Pack eight 4-bit numbers along `dim` into each int32, the first of `order` in the lowest bits."""
     eights = values.to(torch.int64).movedim(dim, -1).unflatten(-1, (-1, 8))
     words = sum(eights[..., column] << 4 * place for place, column in enumerate(order))
     return (words - (words >> 31 << 32)).to(torch.int32).movedim(-1, dim).contiguous()
 
 
-def four_bits(weight: Tensor, symmetric: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(numbers [out, in] in 0..15, scales [out, in / GROUP], zeros likewise) of a weight [out, in]."""
-    groups = weight.unflatten(1, (-1, GROUP))
+def quantize_4_bits(weight: Tensor, symmetric: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return 4-bit numbers [out, in] in 0..15, scales and zeros [out, in / GROUP_SIZE] of a weight [out, in]."""
+    groups = weight.unflatten(1, (-1, GROUP_SIZE))
     if symmetric:
         scale = (groups.abs().amax(-1) / 7.5).to(scale_dtype)
         zero = torch.full_like(scale, 8.0)
@@ -61,42 +61,42 @@ def four_bits(weight: Tensor, symmetric: bool, scale_dtype: torch.dtype) -> tupl
     return numbers.flatten(1), scale, zero
 
 
-def from_four_bits(numbers: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return ((numbers.unflatten(1, (-1, GROUP)) - zero.float()[..., None]) * scale.float()[..., None]).flatten(1)
+def dequantize_4_bits(numbers: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return ((numbers.unflatten(1, (-1, GROUP_SIZE)) - zero.float()[..., None]) * scale.float()[..., None]).flatten(1)
 
 
 def awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """AutoAWQ's tensors of a linear layer, and the weight that they stand for."""
-    numbers, scale, zero = four_bits(weight, symmetric=False, scale_dtype=torch.float16)
+    """Return AutoAWQ's tensors of a linear layer, and the weight that they represent."""
+    numbers, scale, zero = quantize_4_bits(weight, symmetric=False, scale_dtype=torch.float16)
     tensors = {
-        "qweight": packed(numbers.T, 1, AWQ_ORDER),
-        "qzeros": packed(zero.T, 1, AWQ_ORDER),
+        "qweight": pack(numbers.T, 1, AWQ_ORDER),
+        "qzeros": pack(zero.T, 1, AWQ_ORDER),
         "scales": scale.T.contiguous(),
     }
-    return tensors, from_four_bits(numbers, scale, zero)
+    return tensors, dequantize_4_bits(numbers, scale, zero)
 
 
 def gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """GPTQ's; its zeros are stored less one."""
-    numbers, scale, zero = four_bits(weight, symmetric=True, scale_dtype=torch.float16)
+    """Return GPTQ's tensors, which store zeros minus one, and the weight."""
+    numbers, scale, zero = quantize_4_bits(weight, symmetric=True, scale_dtype=torch.float16)
     tensors = {
-        "qweight": packed(numbers.T, 0),
-        "qzeros": packed(zero.T - 1, 1),
+        "qweight": pack(numbers.T, 0),
+        "qzeros": pack(zero.T - 1, 1),
         "scales": scale.T.contiguous(),
-        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP_SIZE,
     }
-    return tensors, from_four_bits(numbers, scale, zero)
+    return tensors, dequantize_4_bits(numbers, scale, zero)
 
 
 def w4a16(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """compressed-tensors' pack-quantized."""
-    numbers, scale, zero = four_bits(weight, symmetric=True, scale_dtype=torch.float16)
-    tensors = {"weight_packed": packed(numbers, 1), "weight_scale": scale, "weight_shape": torch.tensor(weight.shape)}
-    return tensors, from_four_bits(numbers, scale, zero)
+    """Return the tensors of compressed-tensors' pack-quantized format, and the weight."""
+    numbers, scale, zero = quantize_4_bits(weight, symmetric=True, scale_dtype=torch.float16)
+    tensors = {"weight_packed": pack(numbers, 1), "weight_scale": scale, "weight_shape": torch.tensor(weight.shape)}
+    return tensors, dequantize_4_bits(numbers, scale, zero)
 
 
 def int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """compressed-tensors' int-quantized, a scale for each output."""
+    """Return the tensors of compressed-tensors' int-quantized format with a scale per output, and the weight."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     numbers = (weight / scale).round()
     return {"weight": numbers.to(torch.int8), "weight_scale": scale}, numbers * scale
@@ -116,7 +116,7 @@ def fp8_tensor(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def int8_rows(x: Tensor) -> Tensor:
-    """Each row to int8 by its own scale, and back."""
+    """Round each row to int8 with its own scale."""
     scale = x.abs().amax(-1, keepdim=True) / 127
     return (x / scale).round() * scale
 
@@ -132,8 +132,11 @@ def fp8_static(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Linear:
-    """How a linear layer is quantized. write: weight -> (tensors, the weight that they stand for); scheme: its group in
-    a compressed-tensors config; inputs: what its input becomes."""
+    """Quantization of a linear layer.
+
+    write: weight -> (tensors, the weight that they represent). scheme: its group in a compressed-tensors config.
+    inputs: rounding of its inputs.
+    """
 
     write: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
     scheme: dict | None = None
@@ -148,7 +151,7 @@ def scheme(weights: str, inputs: str | None, kind: str, bits: int = 8, fmt: str 
             **common,
             "strategy": weights,
             "dynamic": False,
-            "group_size": GROUP if weights == "group" else None,
+            "group_size": GROUP_SIZE if weights == "group" else None,
         },
         "input_activations": {**common, **dynamic} if inputs else None,
         "format": fmt,
@@ -161,11 +164,11 @@ INT8 = Linear(int8, scheme("channel", "token", "int", fmt="int-quantized"), int8
 FP8_CHANNEL = Linear(fp8_channel, scheme("channel", "token", "float", fmt="float-quantized"), fp8_rows)
 FP8_TENSOR = Linear(fp8_tensor, scheme("tensor", "tensor", "float", fmt="float-quantized"), fp8_static)
 
-AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": GROUP_SIZE, "zero_point": True, "version": "gemm"}
 GPTQ_CONFIG = {
     "quant_method": "gptq",
     "bits": 4,
-    "group_size": GROUP,
+    "group_size": GROUP_SIZE,
     "desc_act": False,
     "sym": True,
     "modules_in_block_to_quantize": ["down_proj"],
@@ -174,7 +177,7 @@ MIXED = {"[qkv]_proj": INT8, "o_proj": INT8, "(gate|up)_proj": FP8_CHANNEL, "dow
 
 
 def compressed(schemes: dict[str, dict], **more) -> dict:
-    """A compressed-tensors config: names of layers -> scheme."""
+    """Build a compressed-tensors config from layer names and their schemes."""
     groups = {f"group_{i}": {"targets": [f"re:.*{name}$"], **group} for i, (name, group) in enumerate(schemes.items())}
     own = {"format": "mixed-precision", "ignore": ["lm_head"], "quantization_status": "compressed"}
     return {"quant_method": "compressed-tensors", "config_groups": groups, **own, **more}
@@ -182,10 +185,10 @@ def compressed(schemes: dict[str, dict], **more) -> dict:
 
 @dataclass(frozen=True)
 class Format:
-    """A checkpoint's format and how near the oracle a twin of it comes.
+    """Format of a checkpoint, and tolerances of the comparison with the oracle.
 
-    logprob: twice the largest error of a log-probability that was measured, and the gap at which two words are told
-    apart. usual: what 95 % of the errors are below. scores: error of change scores, relative to the largest. Measured:
+    logprob: twice the largest measured error of a log-probability, and the minimum gap between two tokens. usual: 95th
+    percentile of the errors. scores: error of change scores, relative to the largest score. Measured:
     AWQ 0.015, 0.005 and 0.0014, as its kernel computes in float16 and the oracle in float32. compressed-tensors, both
     in float32: 0.05, 1.2e-6 and 3e-7. Its few large errors are activations next to a rounding boundary that go to the
     other side of it, an int8 or FP8 step of one neuron: 6 of 390 log-probabilities.
@@ -193,13 +196,13 @@ class Format:
 
     dtype: str
     settings: dict
-    places: dict[str, Linear]  # by names of layers
+    layers: dict[str, Linear]  # pattern of layer names -> quantization
     logprob: float
     usual: float
     scores: float
 
     def linear(self, path: str) -> Linear:
-        return next(linear for name, linear in self.places.items() if re.fullmatch(name, path.rpartition(".")[2]))
+        return next(linear for name, linear in self.layers.items() if re.fullmatch(name, path.rpartition(".")[2]))
 
 
 FORMATS = {
@@ -210,8 +213,8 @@ FORMATS = {
 }
 
 
-def written(made: tiny.Made, folder: Path, form: Format) -> tuple[tiny.Made, tiny.Made]:
-    """(checkpoint, its dequantized float32 copy)."""
+def write_checkpoint(made: tiny.Made, folder: Path, form: Format) -> tuple[tiny.Made, tiny.Made]:
+    """Write a quantized checkpoint and its dequantized float32 copy."""
     model, dtype = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32), getattr(torch, form.dtype)
     tensors = {}
     for name, module in model.named_modules():
@@ -242,7 +245,7 @@ def configure(made: tiny.Made, dtype: str, settings: dict) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """An engine on a quantized checkpoint, and the copy that the oracle has."""
+    """An engine on a quantized checkpoint, and the oracle's copy."""
 
     engine: Engine
     copy: tiny.Made
@@ -257,7 +260,7 @@ class Served:
         return self.worker.model_runner.get_model().model.layers
 
 
-# Where a CPU has AMX tiles, vLLM prefers kernels that take FP8 weights alone; the oracle quantizes their input.
+# On a CPU with AMX tiles vLLM prefers weight-only FP8 kernels; the oracle quantizes the inputs, too.
 WEIGHT_ONLY = "CPUFp8PerTensorScaledMMLinearKernel,CPUFp8ChannelWiseScaledMMLinearKernel,CPUFP8W8A8ScaledMMLinearKernel"
 
 
@@ -267,7 +270,7 @@ def environment():
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        pytest.skip("the oracle rounds as vLLM's CPU kernels do")
+        pytest.skip("the oracle rounds like vLLM's CPU kernels")
 
     from vllm.model_executor.kernels.linear.scaled_mm import cpu
 
@@ -275,19 +278,19 @@ def environment():
         return (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
     with pytest.MonkeyPatch.context() as patch:
-        if hasattr(cpu, "check_cpu_sgl_kernel"):  # the int8 kernel of a CPU with AMX tiles takes no float32
+        if hasattr(cpu, "check_cpu_sgl_kernel"):  # the int8 kernel of a CPU with AMX tiles does not support float32
             patch.setattr(cpu, "check_cpu_sgl_kernel", lambda *shape: False)
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_DISABLED_KERNELS", WEIGHT_ONLY)
-        # vLLM's CPU build has the kernels for FP8 of one scale a tensor, not the operator that loads them.
+        # vLLM's CPU build has the kernels for FP8 with one scale per tensor, but not the operator that loads them.
         patch.setattr(_custom_ops, "scaled_fp8_quant", scaled_fp8_quant)
         yield
 
 
 def skip_without_kernels(name: str) -> None:
-    """Skip where this CPU has no kernel of a format, or has one that saturates."""
+    """Skip if this CPU has no kernel for a format, or one that saturates."""
     if name == "awq" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
-        pytest.skip("vLLM has 4-bit kernels for CPUs with AVX-512 alone")
+        pytest.skip("vLLM has 4-bit kernels only for CPUs with AVX-512")
     if name == "compressed" and not torch.cpu._is_vnni_supported():
         pytest.skip("without VNNI, oneDNN adds pairs of int8 products in int16, which saturates")
 
@@ -297,7 +300,7 @@ def served(request, environment, zoo, tmp_path_factory):
     skip_without_kernels(request.param)
     gc.collect()
     form = FORMATS[request.param]
-    checkpoint, copy = written(zoo("llama"), tmp_path_factory.mktemp(request.param), form)
+    checkpoint, copy = write_checkpoint(zoo("llama"), tmp_path_factory.mktemp(request.param), form)
     adapters = {name: list(folders) for name, folders in checkpoint.adapters.items()}
     with Engine(checkpoint.folder, adapters, backend="vllm", **SMALL) as engine:
         yield Served(engine, copy, form)
@@ -308,9 +311,8 @@ BATCH += [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
 
 
 @pytest.mark.engine
-def test_a_mixed_batch_is_what_the_oracle_writes(served):
-    """Texts up to the first two words that lie too near, receipts, log-probabilities of the oracle's texts, and change
-    scores."""
+def test_mixed_batch_matches_the_oracle(served):
+    """Tokens up to the first close choice, receipts, log-probabilities of the oracle's tokens, and change scores."""
     wants, compared = [told(served.copy, job) for job in BATCH], 0
     for job, want, completion in zip(BATCH, wants, generate(served.engine, BATCH), strict=True):
         assert completion.overwrites == job.overwrites(10)
@@ -320,8 +322,8 @@ def test_a_mixed_batch_is_what_the_oracle_writes(served):
         compared += clear
     assert compared > 2 * len(BATCH)
     prompts, patches = [job.ids for job in BATCH], [job.patch for job in BATCH]
-    found = served.engine.logprobs(prompts, patches, completions=[want.ids for want in wants])
-    errors = torch.cat([(f.values - torch.tensor(w.logprobs)).abs() for f, w in zip(found, wants, strict=True)])
+    logprobs = served.engine.logprobs(prompts, patches, completions=[want.ids for want in wants])
+    errors = torch.cat([(f.values - torch.tensor(w.logprobs)).abs() for f, w in zip(logprobs, wants, strict=True)])
     assert errors.max() <= served.form.logprob
     assert errors.quantile(0.95) <= served.form.usual
     ranking = served.engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
@@ -331,8 +333,8 @@ def test_a_mixed_batch_is_what_the_oracle_writes(served):
 
 
 @pytest.mark.engine
-def test_quantized_kernels_serve_and_the_op_stands_in_every_layer(served):
-    """So that the test above is of them, and none of them took the activation."""
+def test_quantized_engine_uses_quantized_kernels_and_the_op_in_each_layer(served):
+    """The test above therefore covers these kernels, and none of them has fused the activation."""
     from snpatch.executors.vllm.worker.surgery import DualStreamGLU
 
     kernels = {type(kernel).__name__ for layer in served.layers for kernel in kernels_of(layer)}
@@ -358,9 +360,8 @@ def kernels_of(layer) -> list:
 
 
 @pytest.mark.engine
-def test_an_activation_that_vllm_would_fuse_is_not(served, monkeypatch):
-    """vLLM's Llama hands the activation to the FP8 quantization of down_proj. It does not find ours; were it to, the
-    receipt would tell."""
+def test_fused_activation_is_not_used_and_would_fail_the_receipt(served, monkeypatch):
+    """vLLM's Llama fuses its activation into the FP8 quantization of down_proj, but does not find the op."""
     fused = pytest.importorskip("vllm.model_executor.layers.fusion.fused_act_quant", reason="vLLM 0.24 fuses none here")
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.activation import SiluAndMul
@@ -393,7 +394,7 @@ def test_an_activation_that_vllm_would_fuse_is_not(served, monkeypatch):
 
 
 def linear_of(served, config, linear: Linear | None, n_in: int = tiny.NEURONS, n_out: int = tiny.HIDDEN):
-    """vLLM's linear layer of a quantization config, in the engine's process; and the weight it stands for."""
+    """Build vLLM's linear layer for a quantization config, and return it with the weight that it represents."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.linear import RowParallelLinear
 
@@ -426,8 +427,8 @@ def w4a16_config():
 
 @pytest.mark.engine
 @pytest.mark.parametrize(("config", "linear"), [(gptq_config, GPTQ), (w4a16_config, W4A16)], ids=["gptq", "w4a16"])
-def test_other_formats_are_row_wise_products_like_awq(served, config, linear):
-    """One layer instead of an engine: AWQ's kernel reads these layouts, too, and each row's result is its own."""
+def test_other_4_bit_formats_compute_each_row_on_its_own(served, config, linear):
+    """One layer instead of an engine: AWQ's kernel reads these layouts, and each row is independent of the others."""
     skip_without_kernels("awq")
     layer, weight = linear_of(served, config(), linear)
     kernel = getattr(layer, "scheme", layer.quant_method).kernel
@@ -440,8 +441,8 @@ def test_other_formats_are_row_wise_products_like_awq(served, config, linear):
 
 
 @pytest.mark.engine
-def test_one_scale_for_all_rows_of_a_step_is_refused(served):
-    """FP8 with a dynamic scale for the whole tensor: a row is rounded as the largest row of its step bids."""
+def test_check_activation_scales_with_one_scale_per_step_raises(served):
+    """FP8 with a dynamic scale for the whole tensor: the largest row of a step determines the rounding of all rows."""
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
     layer, _ = linear_of(served, Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic"), None)
@@ -463,7 +464,7 @@ TESTED = r"because it is not tested \(tested: AWQ, GPTQ, .*int W4A16.*\); allow_
 
 
 def config_of(made, folder, settings, **options):
-    """What vLLM would be started with."""
+    """Return the config with which vLLM would start."""
     checkpoint = tiny.Made(folder / "model", made.adapters)
     shutil.copytree(made.folder, checkpoint.folder)
     if settings:
@@ -488,8 +489,8 @@ def config_of(made, folder, settings, **options):
     ],
     ids=["fp8", "nvfp4", "online", "cache"],
 )
-def test_what_was_not_tested_is_refused_unless_allowed(zoo, tmp_path, settings, options, name):
-    """Before vLLM starts its engine."""
+def test_untested_quantization_raises_unless_allowed(zoo, tmp_path, settings, options, name):
+    """The check runs before vLLM starts its engine."""
     with pytest.raises(SnpatchError, match=f"cannot be combined with the quantization {name}, {TESTED}"):
         config_of(zoo("llama"), tmp_path / "refused", settings, **options)
     assert config_of(zoo("llama"), tmp_path / "allowed", settings, **options, allow_untested=True)
@@ -498,11 +499,11 @@ def test_what_was_not_tested_is_refused_unless_allowed(zoo, tmp_path, settings, 
 @pytest.mark.parametrize(
     "settings", [AWQ_CONFIG, GPTQ_CONFIG, compressed({"proj": W4A16.scheme}), *[f.settings for f in FORMATS.values()]]
 )
-def test_what_was_tested_is_served(zoo, tmp_path, settings):
+def test_tested_quantization_is_accepted(zoo, tmp_path, settings):
     assert config_of(zoo("llama"), tmp_path, settings).model_config.quantization
 
 
-def test_scales_of_single_heads_are_refused(zoo, tmp_path):
+def test_per_head_cache_scales_raise(zoo, tmp_path):
     with pytest.raises(
         SnpatchError, match=r"a scale for each head of the cache .* a dual-stream model has twice the heads"
     ):
@@ -510,7 +511,7 @@ def test_scales_of_single_heads_are_refused(zoo, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [FP8, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float16], ids=str)
-def test_nan_is_found_in_quantized_weights_and_integers_pass(kind):
+def test_check_finite_finds_nan_in_quantized_weights_and_accepts_integers(kind):
     good = torch.full((64, 8), 2.0).to(kind)
     check_finite([("qweight", torch.full((64, 8), 0x77777777, dtype=torch.int32)), ("w", good), ("e", good[:0])], "m")
     bad = good.float()

@@ -1,6 +1,8 @@
-"""Model Runner V2 needs a GPU to run, but what it asks of the model is a ModelState. Here a real engine runs Model
-Runner V1 and every scheduler output is kept; the ModelState is then driven through the same schedule with vLLM's own
-request and batch objects, as V2 drives it, and must make the same plans and records.
+"""ModelState for Model Runner V2, compared with Model Runner V1.
+
+Model Runner V2 needs a GPU, but it uses the model only through a ModelState. Here an engine runs Model Runner V1 and
+records every scheduler output. The ModelState then runs the same schedule with vLLM's own request and batch objects, as
+V2 would, and must make the same plans and records.
 """
 
 import copy
@@ -39,8 +41,10 @@ def runner_of(engine):
 
 @pytest.fixture(scope="module")
 def log(engine):
-    """Of each step of a run with chunks, preemptions and aborts: the scheduler's output, the order of the batch, and
-    the plan by (request, position); and at the end V1's records."""
+    """Model Runner V1's steps in a run with chunked prefill, preemptions and aborts, and its records at the end.
+
+    Each step has the scheduler's output, the start positions and the plan by (request, position).
+    """
     runner, steps = runner_of(engine), []
     dual_stream = runner.model.snpatch
     tracker, planner, tables = dual_stream.tracker, dual_stream.planner, dual_stream.tables
@@ -59,9 +63,9 @@ def log(engine):
 
     def fetch(tickets):
         records_by_id = [(i, tracker._records[i]) for ticket in tickets for i in tracker._tickets.get(ticket, ())]
-        found = real_fetch(tickets)
-        records.update({i: told(record) for i, record in records_by_id})
-        return found
+        fetched = real_fetch(tickets)
+        records.update({i: record_fields(record) for i, record in records_by_id})
+        return fetched
 
     runner._update_states, planner.plan_step, tracker.fetch = update, step, fetch
     jobs = [Job(i % 8, "sft" if i % 3 else "base", "dpo", (i, 29 + i), ("all", "prompt", "generated")[i % 3])
@@ -87,7 +91,7 @@ def by_position(tables, request_ids, start, count) -> dict:
     return {(i, int(position)): rows[n] for n, (i, position) in enumerate(places)}
 
 
-def told(record) -> dict:
+def record_fields(record) -> dict:
     return {name: getattr(record, name) for name in ("computed_stop", "planned", "skipped", "ticket")}
 
 
@@ -109,7 +113,7 @@ def state(engine):
 
 
 def batch_of(request_ids, start, count):
-    """vLLM's own batch object, as V2 prepares it."""
+    """Build vLLM's batch object as V2 prepares it."""
     from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
     total = int(sum(count))
@@ -122,14 +126,14 @@ def batch_of(request_ids, start, count):
     )
 
 
-def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
+def test_model_state_makes_the_plans_and_records_of_model_runner_v1(state, log):
     from vllm.v1.core.sched.output import NewRequestData
 
     tracker, tables = state.tracker, state.tracker.tables
     params, chunks, resumed, observed = {}, 0, 0, 0
     for step in log.steps:
         output = step.output
-        # V2 removes what ended and what was preempted, and gets what resumes as a new request.
+        # V2 removes ended and preempted requests, and receives resumed ones as new requests.
         for request_id in sorted(output.finished_req_ids | (output.preempted_req_ids or set())):
             state.remove_request(request_id)
         new = list(output.scheduled_new_reqs)
@@ -149,7 +153,7 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
             state.add_request(0, data)
         if step.plan is None:
             continue
-        # V2 orders the batch as it likes: here by the number of tokens.
+        # V2 may order the batch differently: here by the number of tokens.
         request_ids = sorted(output.num_scheduled_tokens, key=output.num_scheduled_tokens.get)
         count = [output.num_scheduled_tokens[i] for i in request_ids]
         start = [step.start[i] for i in request_ids]
@@ -158,7 +162,7 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
         plan = by_position(tables, request_ids, start, count)
         assert plan.keys() == step.plan.keys()
         for place, row in plan.items():
-            # Places on the device may be others where a preemption gave some back earlier.
+            # Slots on the device may differ where a preemption released some earlier.
             assert row[:10] == step.plan[place][:10], place
             assert [place >= 0 for place in row[10:]] == [place >= 0 for place in step.plan[place][10:]]
     assert chunks
@@ -167,10 +171,10 @@ def test_it_makes_the_plans_and_records_of_model_runner_v1(state, log):
     assert len(log.records) == 20 + 2 + 8 + 1 + 16  # plain ones, too
     for request_id, record in log.records.items():
         tracker.remove(request_id)
-        assert told(tracker._records[request_id]) == record
+        assert record_fields(tracker._records[request_id]) == record
 
 
-def test_a_dummy_batch_asks_for_nothing(state, log):
+def test_model_state_dummy_batch_leaves_the_plan_blank(state, log):
     from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
     new = next(d for step in log.steps for d in step.output.scheduled_new_reqs if d.sampling_params.extra_args)

@@ -1,4 +1,4 @@
-"""Where vLLM starts and ends: what is refused before it starts, what its messages become, and what is left of it."""
+"""Start and end of vLLM: errors before it starts, its messages, and what it leaves."""
 
 import json
 import os
@@ -30,21 +30,21 @@ NARROW = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
 @pytest.fixture
-def temporary(tmp_path, monkeypatch):  # pytest has its own folder by now
-    """This process's temporary folder, whose path has room for a socket; empty at the end."""
+def temporary(tmp_path, monkeypatch):  # tmp_path: pytest creates its folder before the temporary folder changes
+    """Temporary folder of this process with a path short enough for sockets; it must be empty at the end."""
     folder = Path(tempfile.mkdtemp())
-    with log.redirect_output():  # the one log of this process is elsewhere
+    with log.redirect_output():  # creates the log of this process outside of the folder
         pass
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield folder
-    left = list(folder.iterdir())
+    remaining = list(folder.iterdir())
     shutil.rmtree(folder)
-    assert not left
+    assert not remaining
 
 
 @pytest.mark.engine
-def test_nan_in_a_weight_that_vllm_packs_ends_the_start_in_one_line(zoo, tmp_path, temporary):
-    """On a CPU vLLM empties a linear layer's weight once it has packed it: afterwards nobody would see it."""
+def test_start_with_nan_in_a_weight_raises_one_line(zoo, tmp_path, temporary):
+    """On a CPU vLLM packs a linear layer's weight and empties it, so NaN could not be found afterwards."""
     shutil.copytree(zoo("llama").folder, tmp_path / "model")
     path, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
     weights = load_file(path)
@@ -57,7 +57,7 @@ def test_nan_in_a_weight_that_vllm_packs_ends_the_start_in_one_line(zoo, tmp_pat
 
 
 @pytest.mark.engine
-def test_a_killed_engine_leaves_its_log_and_nothing_else(zoo, temporary):
+def test_killed_engine_leaves_only_its_log(zoo, temporary):
     with Engine(zoo("llama").folder, backend="vllm", **SMALL) as engine:
         (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
         shared = shared_below(os.getpid())
@@ -71,7 +71,7 @@ def test_a_killed_engine_leaves_its_log_and_nothing_else(zoo, temporary):
 
 
 @pytest.mark.engine
-def test_what_vllm_says_when_it_does_not_start_is_in_the_error_and_the_log(zoo, temporary):
+def test_failed_start_reports_vllms_error_and_log(zoo, temporary):
     cause = "ValueError: No available memory for the cache blocks"
     with pytest.raises(SnpatchError, match=rf"^vLLM does not start: {cause}.+ \(its log: \S+\.log\)$") as error:
         Engine(zoo("llama").folder, backend="vllm", max_num_seqs=16, kv_cache_memory_bytes=1)
@@ -79,7 +79,7 @@ def test_what_vllm_says_when_it_does_not_start_is_in_the_error_and_the_log(zoo, 
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SnpatchError, RuntimeError])
-def test_what_was_started_before_a_start_fails_is_ended_and_removed(temporary, error):
+def test_failed_start_ends_processes_and_removes_their_files(temporary, error):
     from snpatch.executors.vllm.engine_lifecycle import engine_startup
 
     config = SimpleNamespace(
@@ -88,14 +88,14 @@ def test_what_was_started_before_a_start_fails_is_ended_and_removed(temporary, e
     )
     arguments = SimpleNamespace(create_engine_config=lambda usage: config, additional_config=None)
     context = get_context("spawn")
-    told = context.Queue()
+    queue = context.Queue()
     with (
         pytest.raises(SnpatchError if error is RuntimeError else error),
         engine_startup(arguments, lambda config: None),
     ):
-        process = context.Process(target=untidy, args=(told,), daemon=True)
+        process = context.Process(target=untidy, args=(queue,), daemon=True)
         process.start()
-        pid, block, folder = told.get(timeout=60)
+        pid, block, folder = queue.get(timeout=60)
         shared = shared_below(os.getpid())
         assert SHARED / block in shared
         assert (Path(folder) / "rendezvous").exists()
@@ -103,11 +103,11 @@ def test_what_was_started_before_a_start_fails_is_ended_and_removed(temporary, e
     assert not is_running(pid)
     assert not Path(folder).exists()
     assert sorted({path.name[:4] for path in shared if not path.exists()}) == ["psm_", "sem."]
-    told.put("it can be used")  # what this process holds, too, is not removed
-    assert told.get(timeout=10) == "it can be used"
+    queue.put("it can be used")  # shared memory of this process is not removed
+    assert queue.get(timeout=10) == "it can be used"
 
 
-def test_heads_that_vllms_attention_has_no_code_for_are_refused_at_once(tmp_path, monkeypatch):
+def test_start_with_unsupported_head_size_raises(tmp_path, monkeypatch):
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -120,7 +120,7 @@ def test_heads_that_vllms_attention_has_no_code_for_are_refused_at_once(tmp_path
         Engine(made.folder, backend="vllm", **SMALL)
 
 
-def test_two_architectures_that_are_tried_are_both_registered(monkeypatch):
+def test_plugin_registers_all_untested_architectures(monkeypatch):
     from vllm import ModelRegistry
 
     from snpatch.executors.vllm.worker import plugin
@@ -135,11 +135,11 @@ def test_two_architectures_that_are_tried_are_both_registered(monkeypatch):
 
 
 @pytest.mark.parametrize(("workers", "bound"), [(1, "0,2,3"), (2, "0|2"), (4, "0|2|3|3")])
-def test_workers_share_all_cores_unless_a_user_bound_them(monkeypatch, workers, bound):
+def test_workers_share_all_cores_unless_the_user_has_bound_them(monkeypatch, workers, bound):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 0, 2})
     monkeypatch.delenv(launch.BIND_VARIABLE)
     monkeypatch.delenv(launch.OWN_BIND_VARIABLE, raising=False)
-    for _ in range(2):  # what the first engine of a process bound is no user's wish
+    for _ in range(2):  # a binding by an earlier engine of this process is not the user's
         launch._use_all_cores(workers)
         assert os.environ[launch.BIND_VARIABLE] == bound
     monkeypatch.setenv(launch.BIND_VARIABLE, "nobind")
@@ -147,7 +147,7 @@ def test_workers_share_all_cores_unless_a_user_bound_them(monkeypatch, workers, 
     assert os.environ[launch.BIND_VARIABLE] == "nobind"
 
 
-def test_what_is_written_in_a_quiet_block_is_in_the_log(capfd, monkeypatch):
+def test_redirect_output_writes_to_the_log(capfd, monkeypatch):
     for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"):
         monkeypatch.delenv(name, raising=False)
     with log.redirect_output(), log.redirect_output():
@@ -159,7 +159,7 @@ def test_what_is_written_in_a_quiet_block_is_in_the_log(capfd, monkeypatch):
     assert text.endswith("from C\nfrom a process\n")
 
 
-def test_what_an_import_of_trl_sets_asks_for_no_messages(capfd, monkeypatch):
+def test_redirect_output_after_importing_trl_writes_to_the_log(capfd, monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     with log.redirect_output():
         os.write(2, b"from C\n")
@@ -167,7 +167,7 @@ def test_what_an_import_of_trl_sets_asks_for_no_messages(capfd, monkeypatch):
     assert log.keep_log().startswith("its log: ")
 
 
-def test_a_user_who_asks_for_vllms_messages_has_them(capfd, monkeypatch):
+def test_redirect_output_with_a_logging_level_prints_to_stderr(capfd, monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     with log.redirect_output():
@@ -177,15 +177,15 @@ def test_a_user_who_asks_for_vllms_messages_has_them(capfd, monkeypatch):
 
 
 @pytest.mark.engine
-def test_a_command_has_its_own_lines_on_stderr_and_leaves_nothing(zoo, tmp_path, temporary):
-    """The first screen: nothing of vLLM, torch or transformers on it, nor of shared memory that nobody removed."""
+def test_command_prints_only_its_own_lines_and_leaves_no_files(zoo, tmp_path, temporary):
+    """stderr has no messages of vLLM, torch, transformers or the resource tracker."""
     made = zoo("llama")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": tiny.PROMPTS[0]}) + "\n")
     environment = {**os.environ, "TMPDIR": str(temporary)}
     command = [sys.executable, "-m", "snpatch.cli", "generate", made.folder, tmp_path / "prompts.jsonl",
                "--max-tokens", "4", "--backend", "vllm", "--engine-arg", "kv_cache_memory_bytes=67108864"]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    # A CUDA build of PyTorch where there is no card says so at once.
+    # A CUDA build of PyTorch without a GPU prints this.
     lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
     assert (done.returncode, lines) == (0, ["generate: 1/1"])
     assert done.stdout.startswith("> ")
@@ -213,7 +213,7 @@ OSError: of a finalizer
 
 
 @pytest.mark.parametrize(("of_engine", "cause"), [(False, "KeyError: of a request"), (True, "a.b.RootError: the root")])
-def test_the_cause_is_the_first_error_since_an_engine_started(monkeypatch, of_engine, cause):
+def test_first_error_is_the_first_since_mark_start(monkeypatch, of_engine, cause):
     for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"):
         monkeypatch.delenv(name, raising=False)
     with log.redirect_output():
@@ -222,12 +222,12 @@ def test_the_cause_is_the_first_error_since_an_engine_started(monkeypatch, of_en
         assert log.first_error(of_engine=of_engine) == ""
         os.write(1, LOG.encode())
     assert log.first_error(of_engine=of_engine) == cause
-    log.keep_log()  # which moves the log
+    log.keep_log()  # moves the log
     assert log.first_error(of_engine=of_engine) == cause
 
 
-class Config:
-    """A config of vLLM's that fails while it is made."""
+class FailingArguments:
+    """Engine arguments whose config raises an error."""
 
     additional_config = None
 
@@ -239,17 +239,17 @@ class Config:
 
 
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError, OSError, ImportError, AssertionError])
-def test_a_start_that_fails_with_any_error_is_one_line(kind, monkeypatch):
+def test_failed_start_with_any_error_raises_one_line(kind, monkeypatch):
     from snpatch.executors.vllm.engine_lifecycle import engine_startup
 
     for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"):
         monkeypatch.delenv(name, raising=False)
-    wanted = rf"^vLLM does not start: {kind.__name__}: '?broken'? \(its log: \S+\)$"
-    with pytest.raises(SnpatchError, match=wanted), engine_startup(Config(kind("broken"))):
+    message = rf"^vLLM does not start: {kind.__name__}: '?broken'? \(its log: \S+\)$"
+    with pytest.raises(SnpatchError, match=message), engine_startup(FailingArguments(kind("broken"))):
         pass
 
 
-def test_what_vllms_own_checks_refuse_is_told_by_its_reason():
+def test_failed_start_with_a_validation_error_reports_its_reason():
     from pydantic import BaseModel, field_validator
 
     from snpatch.executors.vllm.engine_lifecycle import engine_startup
@@ -266,7 +266,7 @@ def test_what_vllms_own_checks_refuse_is_told_by_its_reason():
         Sizes(length=1)
     with (
         pytest.raises(SnpatchError, match="vLLM does not start: Value error, the length is too long"),
-        engine_startup(Config(caught.value)),
+        engine_startup(FailingArguments(caught.value)),
     ):
         pass
 
@@ -283,7 +283,7 @@ get_context("spawn").Process(target=print).start()
 """
 
 
-def test_a_program_without_a_guard_is_told_to_have_one(tmp_path):
+def test_program_without_main_guard_gets_the_fix_in_its_error(tmp_path):
     (tmp_path / "program.py").write_text(UNGUARDED)
     reason = tmp_path / "reason"
     environment = {**os.environ, processes.ERROR_FILE_VARIABLE: str(reason), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -297,20 +297,20 @@ def test_a_program_without_a_guard_is_told_to_have_one(tmp_path):
     ("is_stdin", "message"),
     [(False, 'put the code under if __name__ == "__main__":'), (True, "Save the program as a file")],
 )
-def test_an_engine_without_a_guard_is_one_line(zoo, tmp_path, is_stdin, message):
+def test_engine_in_a_program_without_main_guard_raises_one_line(zoo, tmp_path, is_stdin, message):
     program = tmp_path / "program.py"
     arguments = ", ".join(f"{name}={value}" for name, value in SMALL.items())
     program.write_text(
         f"from snpatch import Engine\nEngine({str(zoo('llama').folder)!r}, backend='vllm', {arguments})\n"
     )
     command = [sys.executable, "-"] if is_stdin else [sys.executable, program]
-    given = program.read_text() if is_stdin else None
-    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    source = program.read_text() if is_stdin else None
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
 
 
-def test_plugins_of_vllm_without_snpatch_are_refused(zoo, monkeypatch):
+def test_vllm_plugins_without_snpatch_raises(zoo, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other,snpatch2")
     with pytest.raises(SnpatchError, match=r"^VLLM_PLUGINS=other,snpatch2: expected snpatch in the list.*unset"):
         Engine(zoo("llama").folder, backend="vllm", **SMALL)
@@ -322,7 +322,7 @@ def test_plugins_of_vllm_without_snpatch_are_refused(zoo, monkeypatch):
      {"config_groups": {"a": {"weights": None}}}],
 )  # fmt: skip
 @pytest.mark.parametrize("has_kernel", [True, False])
-def test_weights_of_4_bits_need_a_cpu_with_kernels(table, has_kernel, monkeypatch):
+def test_check_kernels_with_4_bit_weights_and_no_kernel_raises(table, has_kernel, monkeypatch):
     from vllm.platforms import current_platform
 
     config = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Temporary folders: the next start removes those of ended processes, and no others."""
+"""Temporary folders: the next start removes those of ended processes only."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_folder_of_a_killed_process_is_removed_and_of_a_running_one_not(tmp_path):
+def test_temporary_folder_next_start_removes_those_of_killed_processes_only(tmp_path):
     command = [sys.executable, "-c", MAKE, tmp_path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         theirs = other.stdout.readline().strip()
@@ -36,7 +36,7 @@ def test_folder_of_a_killed_process_is_removed_and_of_a_running_one_not(tmp_path
     assert not names(tmp_path)
 
 
-def test_folders_of_others_are_left_alone(tmp_path):
+def test_remove_abandoned_keeps_other_folders(tmp_path):
     target = tmp_path / "target"
     target.write_text("")
     for name in ("snpatch-empty", "snpatch-link", "snpatch-pipe", "snpatch-folder", "other"):

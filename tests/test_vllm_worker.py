@@ -1,4 +1,4 @@
-"""What the worker checks when an engine starts, and what the user's process keeps registered."""
+"""Checks of a worker when an engine starts, slots, plans, and vLLM features that are rejected."""
 
 import sys
 from types import SimpleNamespace
@@ -28,8 +28,8 @@ LAYERS = {"layer": SimpleNamespace(num_heads=8, num_kv_heads=4)}
      {"num_heads": 8, "num_kv_heads": 2}],
     ids=str,
 )  # fmt: skip
-def test_attention_planned_for_other_head_counts_is_refused(heads):
-    """As FlashAttention of vLLM 0.24 would be, which takes them from the model config; no CPU test runs that."""
+def test_check_planned_heads_with_other_counts_raises(heads):
+    """FlashAttention of vLLM 0.24 takes the counts from the model config; no CPU test runs it."""
     from snpatch.executors.vllm.worker.commands import _check_planned_heads
 
     with pytest.raises(SnpatchError, match="plans attention for"):
@@ -40,7 +40,7 @@ def test_attention_planned_for_other_head_counts_is_refused(heads):
         _check_planned_heads(attention_group(**doubled), {})
 
 
-def test_the_twins_model_config_tells_twice_the_heads():
+def test_dual_stream_model_config_doubles_head_counts():
     from vllm.config import ModelConfig
 
     from snpatch.executors.vllm.worker.surgery import DualStreamModelConfig
@@ -52,7 +52,7 @@ def test_the_twins_model_config_tells_twice_the_heads():
         assert (config.get_num_attention_heads(None), config.get_num_kv_heads(None)) == (10, 6)
 
 
-def test_an_unknown_model_runner_is_refused():
+def test_runner_kind_of_an_unknown_runner_raises():
     from snpatch.executors.vllm.worker import runners
     from snpatch.executors.vllm.worker.commands import _runner_kind
 
@@ -76,7 +76,7 @@ def test_an_unknown_model_runner_is_refused():
             _runner_kind(runner)
 
 
-def test_a_vllm_without_model_runner_v1_serves_v2(monkeypatch):
+def test_runner_kind_without_model_runner_v1_is_v2(monkeypatch):
     from snpatch.executors.vllm.worker import runners
     from snpatch.executors.vllm.worker.commands import _runner_kind
 
@@ -95,7 +95,7 @@ def test_a_vllm_without_model_runner_v1_serves_v2(monkeypatch):
         runners.runner_v1.cache_clear()
 
 
-def test_a_stale_handle_and_a_broken_row_are_errors():
+def test_tracker_add_with_stale_handle_or_broken_row_raises():
     from snpatch.executors.vllm.worker.op_tables import OpTables
     from snpatch.executors.vllm.worker.request_tracker import RequestTracker
 
@@ -116,27 +116,27 @@ def test_a_stale_handle_and_a_broken_row_are_errors():
     assert not tracker._records
 
 
-def test_a_bank_gives_the_longest_unused_row_away_and_never_a_used_one():
-    bank = slots.SlotPool("ranking", 0, 2, "max_rankings")
-    ids, writes = bank.acquire({"a": {}, "b": {}})
+def test_slot_pool_reassigns_least_recent_unused_slot():
+    pool = slots.SlotPool("ranking", 0, 2, "max_rankings")
+    ids, writes = pool.acquire({"a": {}, "b": {}})
     assert [writes[key][2] for key in "ab"] == [0, 1]
-    assert not bank.has_room({"c": {}})
+    assert not pool.has_room({"c": {}})
     with pytest.raises(SnpatchError, match=r"needs 3 rankings at once, .* slots for 2: .* larger max_rankings"):
-        bank.check_size(3)
-    bank.release("ab")
-    assert bank.acquire({"a": {}}) == ({"a": ids["a"]}, {})
-    assert bank.has_room({"c": {}})
-    fresh, writes = bank.acquire({"c": {}})
+        pool.check_size(3)
+    pool.release("ab")
+    assert pool.acquire({"a": {}}) == ({"a": ids["a"]}, {})
+    assert pool.has_room({"c": {}})
+    fresh, writes = pool.acquire({"c": {}})
     assert writes["c"][2] == 1  # b's row: a is used
     assert fresh["c"] not in ids.values()
-    bank.release("ac")
-    again, writes = bank.acquire({"b": {}})
+    pool.release("ac")
+    again, writes = pool.acquire({"b": {}})
     assert again["b"] not in (*ids.values(), *fresh.values())
     assert writes["b"][2] == 0
 
 
-def test_no_row_of_an_earlier_step_is_left_in_the_plan_however_far_a_graph_pads_it():
-    """Any sequence of steps; the op then runs over all rows, with NaN in those past the step's last token."""
+def test_planner_leaves_no_row_of_an_earlier_step_in_the_plan():
+    """Random steps; the op then runs over all rows, as in a padded graph, with NaN past the step's last token."""
     from snpatch.executors.vllm.worker.op_tables import OpTables
     from snpatch.executors.vllm.worker.request_tracker import RequestTracker
     from snpatch.executors.vllm.worker.step_planner import StepPlanner
@@ -155,7 +155,7 @@ def test_no_row_of_an_earlier_step_is_left_in_the_plan_however_far_a_graph_pads_
         tracker.add(str(number), {KEY: [number, *map(int, row)]})
     for _ in range(200):
         n = int(draw.integers(0, 4))
-        names = [str(i) for i in draw.permutation(7)[:n]]  # "6" is a request that is not snpatch's
+        names = [str(i) for i in draw.permutation(7)[:n]]  # "6" is not a request of snpatch
         if n == 0:
             planner.clear()
             count = np.zeros(0, dtype=int)
@@ -163,20 +163,20 @@ def test_no_row_of_an_earlier_step_is_left_in_the_plan_however_far_a_graph_pads_
             count = draw.integers(1, 8, n)
             planner.plan_step(names, draw.integers(0, 50, n), count)
         done = int(count.sum())
-        asked = tables.plan[done:].clone()
-        asked[:, PlanColumn.POSITION] = 0  # which a row that asks for nothing may have
-        assert (asked == blank).all(), (names, count)
+        rest = tables.plan[done:].clone()
+        rest[:, PlanColumn.POSITION] = 0  # a blank row may have any position
+        assert (rest == blank).all(), (names, count)
         before = [tensor.clone() for tensor in (tables.receipt, tables.layers[0].stats, tables.layers[0].count)]
         layer = tables.layers[0]
         rows = torch.full((2 * (tokens - done), 2 * neurons), torch.nan)
         ops.patched_glu(rows, layer.scale, layer.rank, layer.constant, tables.plan[done:], layer.stats, layer.count,
                         tables.capture, tables.receipt, activation="silu", streams=2, layer=0)  # fmt: skip
-        for one, other in zip(before, (tables.receipt, layer.stats, layer.count), strict=True):
-            assert torch.equal(one, other)
+        for old, new in zip(before, (tables.receipt, layer.stats, layer.count), strict=True):
+            assert torch.equal(old, new)
 
 
-def test_a_process_forked_after_cuda_had_started_says_so_and_what_to_do(monkeypatch, tmp_path):
-    """torch.cuda.is_available() starts CUDA where it does not ask NVML; vLLM sees no initialized CUDA, and forks."""
+def test_plugin_in_a_process_forked_after_cuda_started_raises(monkeypatch, tmp_path):
+    """torch.cuda.is_available() may start CUDA without initializing it for torch, so vLLM forks."""
     from snpatch.executors.vllm import processes
     from snpatch.executors.vllm.worker import plugin
 
@@ -187,7 +187,7 @@ def test_a_process_forked_after_cuda_had_started_says_so_and_what_to_do(monkeypa
     assert "asked torch about a GPU before it imported snpatch" in (tmp_path / "reason").read_text()
 
 
-def test_weights_are_not_loaded_again_into_a_twin_that_runs():
+def test_reloading_weights_raises():
     from snpatch.executors.vllm.worker.commands import _refuse_reload
 
     message = r"a dual-stream model's weights cannot be loaded again.*start another engine"
@@ -207,16 +207,16 @@ CONFIG = {
 }  # fmt: skip
 
 
-def config_of(streams: int = 2, has_secondary: bool = False, top: dict | None = None, **parts) -> SimpleNamespace:
-    """A vLLM config as far as `check_supported` reads it. top and parts: what differs from one that is fine."""
+def fake_config(streams: int = 2, has_secondary: bool = False, top: dict | None = None, **parts) -> SimpleNamespace:
+    """Build the attributes of a vLLM config that `check_supported` reads. top, parts: changes to a supported config."""
     settings = DualStreamSettings(streams=streams, has_secondary=has_secondary)
-    made = {name: SimpleNamespace(**{**fields, **parts.get(name, {})}) for name, fields in CONFIG.items()}
+    configs = {name: SimpleNamespace(**{**fields, **parts.get(name, {})}) for name, fields in CONFIG.items()}
     rest = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None, "quant_config": None}
-    return SimpleNamespace(**{**made, **rest, "additional_config": settings.as_config(), **(top or {})})
+    return SimpleNamespace(**{**configs, **rest, "additional_config": settings.as_config(), **(top or {})})
 
 
 @pytest.mark.parametrize(
-    ("message", "given"),
+    ("message", "changes"),
     [
         ("sleep mode", {"model_config": {"enable_sleep_mode": True}}),
         ("a KV connector", {"top": {"kv_transfer_config": object()}}),
@@ -225,26 +225,26 @@ def config_of(streams: int = 2, has_secondary: bool = False, top: dict | None = 
     ],
 )
 @pytest.mark.parametrize("streams", [1, 2])
-def test_what_would_be_wrong_without_a_word_is_refused(streams, message, given):
+def test_check_supported_with_silently_wrong_feature_raises(streams, message, changes):
     from snpatch.executors.vllm.settings import check_supported
 
-    check_supported(config_of(streams))
+    check_supported(fake_config(streams))
     with pytest.raises(SnpatchError, match=f"a dual-stream model cannot be combined with {message}"):
-        check_supported(config_of(streams, **given))
+        check_supported(fake_config(streams, **changes))
 
 
-def test_batch_invariant_kernels_are_refused_for_a_pair_alone(monkeypatch):
+def test_check_supported_rejects_batch_invariant_kernels_only_with_secondary_weights(monkeypatch):
     from snpatch.executors.vllm.settings import check_supported
 
-    check_supported(config_of(has_secondary=True))
+    check_supported(fake_config(has_secondary=True))
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    check_supported(config_of())
+    check_supported(fake_config())
     with pytest.raises(SnpatchError, match="batch-invariant kernels"):
-        check_supported(config_of(has_secondary=True))
+        check_supported(fake_config(has_secondary=True))
 
 
 @pytest.mark.parametrize(
-    "given",
+    "changes",
     [
         {"model_config": {"is_hybrid": True}},
         {"model_config": {"use_mla": True}},
@@ -254,24 +254,24 @@ def test_batch_invariant_kernels_are_refused_for_a_pair_alone(monkeypatch):
     ],
     ids=str,
 )
-def test_what_only_a_second_stream_cannot_do_is_refused_for_two_streams_alone(given):
+def test_check_supported_rejects_some_features_only_with_two_streams(changes):
     from snpatch.executors.vllm.settings import check_supported
 
-    check_supported(config_of(streams=1, **given))
+    check_supported(fake_config(streams=1, **changes))
     with pytest.raises(SnpatchError, match="a dual-stream model cannot be combined with"):
-        check_supported(config_of(streams=2, **given))
+        check_supported(fake_config(streams=2, **changes))
 
 
-def test_captured_sizes_are_vllms_and_some_between_its_small_ones():
+def test_capture_sizes_include_vllms_and_some_between_its_small_ones():
     from snpatch.executors.vllm.settings import dual_stream_capture_sizes
 
-    vllms = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
-    assert set(vllms) <= set(dual_stream_capture_sizes(None))
-    assert set(dual_stream_capture_sizes(None)) - set(vllms) == {6, 12, 20}
+    vllm_sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    assert set(vllm_sizes) <= set(dual_stream_capture_sizes(None))
+    assert set(dual_stream_capture_sizes(None)) - set(vllm_sizes) == {6, 12, 20}
     assert dual_stream_capture_sizes(5) == [1, 2, 4, 6, 8]
 
 
-def test_what_vllm_changes_for_an_architecture_it_changes_for_its_twin(monkeypatch):
+def test_plugin_applies_vllms_config_changes_to_dual_stream_classes(monkeypatch):
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from snpatch.executors.vllm.worker import plugin

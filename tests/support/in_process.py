@@ -1,4 +1,4 @@
-"""vLLM engines in the tests' own process, one at a time."""
+"""vLLM engines in the test process, one at a time."""
 
 import gc
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from snpatch.executors.vllm import versions
 
 SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32}
 if torch.cuda.is_available():
-    SMALL["gpu_memory_utilization"] = 0.3  # vLLM wants this share free at its start, and 0.92 by default
+    SMALL["gpu_memory_utilization"] = 0.3  # share that must be free when vLLM starts; 0.92 by default
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,12 @@ def in_process():
 
 @contextmanager
 def _untouched(*classes: type) -> Iterator[None]:
-    """Where vLLM runs a model of transformers it marks its class for compilation; the oracle needs it as it was."""
-    kept = [(cls, cls.__bases__, {name: cls.__dict__.get(name) for name in MARKED}) for cls in classes]
+    """Restore transformers' classes after vLLM has marked them for compilation, because the oracle uses them too."""
+    originals = [(cls, cls.__bases__, {name: cls.__dict__.get(name) for name in MARKED}) for cls in classes]
     yield
-    for cls, bases, own in kept:
+    for cls, bases, attributes in originals:
         cls.__bases__ = bases
-        for name, value in own.items():
+        for name, value in attributes.items():
             if value is not None:
                 setattr(cls, name, value)
             elif name in cls.__dict__:
@@ -40,7 +40,7 @@ def _untouched(*classes: type) -> Iterator[None]:
 
 
 def architectures() -> list[str]:
-    """Those that the installed vLLM can run: before 0.32 its own OLMo 3 does not read transformers 5's configs."""
+    """Return the architectures that vLLM runs here: before 0.32 its OLMo 3 cannot read transformers 5's configs."""
     version = tuple(map(int, versions.check().split(".")[:2]))
     return [name for name in tiny.ARCHITECTURES if name != "olmo3" or version >= (0, 32)]
 
@@ -50,18 +50,18 @@ MARKED = ("__init__", "__call__", "_ignore_compile_vllm", "load_weights")
 
 @pytest.fixture(scope="module")
 def start(in_process, zoo):
-    """start(architecture, **options): an engine; the one before is closed, as two cannot share a process."""
-    held = []
+    """start(architecture, **options): open an engine and close the last one, because two cannot share a process."""
+    engines = []
 
     def get(architecture="llama", **options) -> Engine:
-        while held:
-            held.pop().close()
+        while engines:
+            engines.pop().close()
         gc.collect()
         made = zoo(architecture) if isinstance(architecture, str) else architecture
         with _untouched(Olmo2Model, Olmo3Model):
-            held.append(Engine(made.folder, **made.given, backend="vllm", **{**SMALL, **options}))
-        return held[0]
+            engines.append(Engine(made.folder, **made.given, backend="vllm", **{**SMALL, **options}))
+        return engines[0]
 
     yield get
-    while held:
-        held.pop().close()
+    while engines:
+        engines.pop().close()

@@ -1,1 +1,1 @@
-"""What runs inside vLLM's own processes."""
+"""Code that runs in vLLM's own processes."""

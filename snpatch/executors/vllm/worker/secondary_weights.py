@@ -1,7 +1,7 @@
-"""Secondary weights of a dual-stream model: modules apply the primary weights to stream 0, the secondary to stream 1.
+"""Secondary weights of a dual-stream model.
 
-If both models of a request are on the same weights, the donor's rows go through those instead; only an engine that
-compiles nothing can route single rows.
+Modules apply the primary weights to stream 0 and the secondary weights to stream 1. If both models of a request are on
+the same weights, the donor's rows go through those instead; only an engine that compiles nothing can route single rows.
 
 The secondary weights are loaded into vLLM's own model class by vLLM's own loader, without attention and without being
 registered in the engine's config. Then each secondary module whose weights differ is attached to its primary
