@@ -14,7 +14,7 @@ On a lent card, whose calls end after 10 minutes and whose checkout is copied th
     python3 bench/gpu_check.py --all --minutes 9.4 --parts PARTS --site /tmp/site --work /tmp/gpu-check --out "$OUT"
 
 and the same line again until it exits with 0 or 1 (what is unpacked stays so; a machine that was given back in between
-needs the parts again). The first call holds kernels, op and the twin against native vLLM at 7b, the second equality
+needs the parts again). The first call holds kernels, op and snpatch against native vLLM at 7b, the second equality
 and the profile; all else is for further ones. --work keeps compiled kernels, logs and records for the next call on that
 machine; --out gets records.json, the one file to take home to bench/results/gpu/, from where its records count as done
 on another machine of the same card. SNPATCH_COMMIT names the commit of a copy.

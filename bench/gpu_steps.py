@@ -93,7 +93,7 @@ def modes(name: str, env: dict[str, str], **options) -> Part:
 
 
 def equal(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
-    """The twin is what transformers gives; first what serves: bfloat16 by FlashAttention, and every graph mode."""
+    """Dual-stream engine against transformers: bfloat16 with FlashAttention first, then every graph mode."""
     return (
         modes(f"float32-{runner}", env, limit_s=300, expect_s=90),
         tests(f"bfloat16-{runner}", "tests/test_vllm_gpu.py", "bfloat16", env, limit_s=240, expect_s=60),
@@ -110,7 +110,7 @@ def promises(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
 
 
 def speed(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
-    """The twin against native vLLM at 7b; then a small one, whose weights are on disk, against transformers as well."""
+    """Dual-stream engine against native vLLM at 7b; then a small one, with weights on disk, against transformers."""
     sides = [f"test_twin_against_native[{batch}]" for batch in (1, 8, 32, 64)]
     return (
         generate(f"twin-{runner}", *sides, size="7b", env=env, rounds=7, limit_s=470, expect_s=300),
@@ -165,7 +165,7 @@ def steps() -> tuple[Step, ...]:
                 *speed("v2", v2),
             ),
         ),
-        Step("equal", "twin == transformers: eager, piecewise, full graphs; FlashAttention in bf16; goldens",
+        Step("equal", "dual stream == transformers: eager, piecewise, full graphs; FlashAttention in bf16; goldens",
              equal("v2", v2)),
         Step("profile", "where a decode step's time goes; prefill; a contrast of 10^5 positions", profile("v2", v2)),
         Step(

@@ -18,7 +18,7 @@ WHAT = {
     "32 windows": "32 different windows in a batch",
     "one stream": "plain requests with streams=1",
     "pair": "patched between two sets of weights",
-    "plain on twin": "plain requests on a twin engine",
+    "plain on twin": "plain requests on a dual-stream engine",
     "prefill": "reading prompts, one written token",
     "statistics": "statistics of every position",
     "sweep": "a sweep of 32 windows x 64 prompts",

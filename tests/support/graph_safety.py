@@ -1,4 +1,4 @@
-"""A look at what a twin's step asks of torch, where no graph can be captured."""
+"""Calls of torch in a dual-stream model's step that a graph capture would not allow, found without a GPU."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
