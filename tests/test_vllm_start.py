@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from left_behind import SHARED, shared_below, untidy
+from left_behind import SHARED, leave_files, shared_memory_files
 from processes import command_line, descendants, is_running
 from safetensors.torch import load_file, save_file
 
@@ -60,7 +60,7 @@ def test_start_with_nan_in_a_weight_raises_one_line(zoo, tmp_path, temporary):
 def test_killed_engine_leaves_only_its_log(zoo, temporary):
     with Engine(zoo("llama").folder, backend="vllm", **SMALL) as engine:
         (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
-        shared = shared_below(os.getpid())
+        shared = shared_memory_files(os.getpid())
         assert shared
         threading.Timer(0.5, os.kill, (core, signal.SIGKILL)).start()
         with pytest.raises(SnpatchError, match=r"vLLM's engine has ended; its log: \S+\.log$") as error:
@@ -93,10 +93,10 @@ def test_failed_start_ends_processes_and_removes_their_files(temporary, error):
         pytest.raises(SnpatchError if error is RuntimeError else error),
         engine_startup(arguments, lambda config: None),
     ):
-        process = context.Process(target=untidy, args=(queue,), daemon=True)
+        process = context.Process(target=leave_files, args=(queue,), daemon=True)
         process.start()
         pid, block, folder = queue.get(timeout=60)
-        shared = shared_below(os.getpid())
+        shared = shared_memory_files(os.getpid())
         assert SHARED / block in shared
         assert (Path(folder) / "rendezvous").exists()
         raise error("ends")

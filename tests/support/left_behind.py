@@ -1,4 +1,4 @@
-"""What processes hold in shared memory, and a process that leaves all that one can."""
+"""Shared memory of processes, and a process that leaves files behind."""
 
 import os
 import tempfile
@@ -12,21 +12,21 @@ from processes import descendants
 SHARED = Path("/dev/shm")
 
 
-def shared_below(process: int) -> set[Path]:
-    """The files of shared memory that the processes below one have mapped."""
+def shared_memory_files(process: int) -> set[Path]:
+    """Return the files of shared memory that the descendants of a process have mapped."""
     inodes = set()
     for pid in descendants(process):
-        with suppress(FileNotFoundError):  # `ps` itself, which has ended
+        with suppress(FileNotFoundError):  # `ps` itself has ended
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
             inodes |= {int(line.split()[4]) for line in lines if f" {SHARED}/" in line}
     return {Path(file) for file in os.scandir(SHARED) if file.inode() in inodes}
 
 
-def untidy(told: Queue) -> None:
-    """Leave shared memory, a semaphore and a file of the temporary folder, and do not end."""
+def leave_files(queue: Queue) -> None:
+    """Create shared memory, a semaphore and a file in the temporary folder, and do not end."""
     block = shared_memory.SharedMemory(create=True, size=64)
     lock = get_context("spawn").Lock()
     Path(tempfile.gettempdir(), "rendezvous").write_text("here")
-    told.put((os.getpid(), block.name, tempfile.gettempdir()))
+    queue.put((os.getpid(), block.name, tempfile.gettempdir()))
     time.sleep(600)
     lock.acquire()

@@ -1,4 +1,4 @@
-"""What processes there are below one, and whether they still run."""
+"""Descendants of a process, and whether they run."""
 
 import subprocess
 import time
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def descendants(process: int) -> set[int]:
-    found, parents = set(), [process]
+    pids, parents = set(), [process]
     while parents:
         text = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parents.pop())], capture_output=True, text=True).stdout
-        new = {int(pid) for pid in text.split()} - found
-        found |= new
+        new = {int(pid) for pid in text.split()} - pids
+        pids |= new
         parents += new
-    return found
+    return pids
 
 
 def command_line(process: int) -> bytes:
