@@ -27,13 +27,13 @@ from bench_generate import (  # noqa: F401 - fixtures
 
 from snpatch import Engine, Patch, Sampling
 from snpatch.data import load_dataset
+from snpatch.experiments.config import load_experiment_config
 from snpatch.judges.factory import open_judge
-from snpatch.runs import texts
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.minimal import minimal
-from snpatch.runs.store import Store
-from snpatch.runs.sweep import sweep
-from snpatch.worlds.config import load_experiment_config
+from snpatch.sweeps import texts
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.minimal import minimal
+from snpatch.sweeps.store import Store
+from snpatch.sweeps.sweep import sweep
 
 WINDOWS, PROMPTS, NEW = (4, 4, 8) if IS_REHEARSAL else (32, 64, 8)
 MANY = 40 if IS_REHEARSAL else 10_000

@@ -26,8 +26,8 @@ _HOMES = {
     "Ranking": "ranking.ranking",
     "Guard": "guard.guard",
     "ScoreModel": "judges.score_model",
-    "ExperimentContext": "worlds.context",
-    "load_experiment_config": "worlds.config",
+    "ExperimentContext": "experiments.context",
+    "load_experiment_config": "experiments.config",
     "SnpatchError": "errors",
     "ReceiptError": "errors",
 }

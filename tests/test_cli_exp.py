@@ -7,7 +7,7 @@ import pytest
 from commands import GOLDEN, JUDGE, MODEL, PAIR, run, spec_of
 
 from snpatch.errors import ReceiptError
-from snpatch.runs import texts
+from snpatch.sweeps import texts
 
 
 def test_guard_is_fitted_tried_and_applied(capsys, prompts, ranking, tmp_path):
@@ -306,7 +306,7 @@ def test_the_smallest_k_is_the_whole_grids(capsys, prompts, ranking, tmp_path):
 
 def test_replicas_without_ray_say_what_to_install(capsys, prompts, ranking, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "snpatch.worlds.replicas", raising=False)
+    monkeypatch.delitem(sys.modules, "snpatch.experiments.replicas", raising=False)
     path = spec_of(tmp_path, prompts, ranking)
     code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", tmp_path / "out", "--ray", 2)
     assert (code, "--ray: replicas need more packages: pip install 'snpatch[ray]'" in err) == (2, True)

@@ -11,10 +11,10 @@ import typer
 from snpatch import EngineConfig, Sampling, SnpatchError
 from snpatch.cli.generated import Engine, Fields, Some, generated
 from snpatch.config import Capacity
+from snpatch.experiments.config import load_experiment_config
 from snpatch.reproduce.preset import load_preset
 from snpatch.server.config import ServeConfig
-from snpatch.worlds.config import load_experiment_config
-from snpatch.worlds.spec import SweepSpec
+from snpatch.sweeps.sweep_file import SweepSpec
 
 WHOLE = EngineConfig.of(
     "model", {"sft": "a", "dpo": ["a", "b"]}, backend="vllm", dtype="bfloat16", batch_size=4, max_rankings=3,

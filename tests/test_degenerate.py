@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError
 from snpatch.judges.refusal import RefusalWords
 from snpatch.ranking.statistics import Statistics
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.sweep import sweep
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.sweep import sweep
 
 PROMPTS = tiny.PROMPTS[:3]
 SHAPE = (tiny.LAYERS, tiny.NEURONS)

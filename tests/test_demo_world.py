@@ -17,9 +17,9 @@ from snpatch.demo.build import REFUSALS, Recipe, build, load_models, make_tokeni
 from snpatch.demo.corpus import OBJECTIVES, preferences, prompt_path, sft_rows
 from snpatch.demo.language import ANSWERS, LEVELS, WORDINGS, Request
 from snpatch.errors import SnpatchError
+from snpatch.experiments.config import load_experiment_config
 from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
-from snpatch.worlds.config import load_experiment_config
 
 SETS = tuple(WORDINGS)
 GUARDS = tuple(f"guard-{name}" for name in SETS)

@@ -17,14 +17,14 @@ from snpatch.data import DATASETS
 from snpatch.demo import DEMO_MODEL
 from snpatch.experiments.alignment_tax import shared_neurons
 from snpatch.experiments.common import agreement
+from snpatch.experiments.config import load_experiment_config
+from snpatch.experiments.context import ExperimentContext
 from snpatch.experiments.distribution import describe
 from snpatch.experiments.neuron_tokens import neuron_logits
 from snpatch.models.weights import open_weights
 from snpatch.report import files, terminal
 from snpatch.report.report import Report, TableView
-from snpatch.runs.perplexity import Perplexity, windows_of
-from snpatch.worlds.config import load_experiment_config
-from snpatch.worlds.context import ExperimentContext
+from snpatch.sweeps.perplexity import Perplexity, windows_of
 
 SHAPE = (2, 10)
 

@@ -12,14 +12,15 @@ import tomli_w
 import snpatch
 from snpatch import EngineConfig, SnpatchError, experiments
 from snpatch.config import Capacity, ModelSource
+from snpatch.data.prompt_set import PromptSet
+from snpatch.experiments.config import Contrast, ExperimentConfig, build_experiment_config, load_experiment_config
+from snpatch.experiments.context import ExperimentContext
 from snpatch.reproduce.preset import Preset, Size, Training, load_preset
-from snpatch.runs.config import SweepConfig
 from snpatch.sampling import Sampling
 from snpatch.server.config import FILES, ServeConfig
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.sweep_file import RankingSource, SweepSpec
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.worlds.config import Contrast, ExperimentConfig, PromptSet, build_experiment_config, load_experiment_config
-from snpatch.worlds.context import ExperimentContext
-from snpatch.worlds.spec import RankingSource, SweepSpec
 
 SOURCE = Path(snpatch.__file__).parent
 

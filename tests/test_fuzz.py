@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from snpatch import Engine, Sampling, SnpatchError
 from snpatch.config import EngineConfig
 from snpatch.data import load_dataset, read_completions
+from snpatch.experiments.config import load_experiment_config
 from snpatch.guard.guard import Guard
 from snpatch.models.templates import TEMPLATE_FILE, TULU
 from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
-from snpatch.runs.store import NAME, Store
 from snpatch.server.config import ServeConfig
-from snpatch.worlds.config import load_experiment_config
-from snpatch.worlds.spec import SweepSpec
+from snpatch.sweeps.store import NAME, Store
+from snpatch.sweeps.sweep_file import SweepSpec
 
 VALUES = st.one_of(
     st.none(),

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from snpatch import Engine, Patch, Sampling
 from snpatch.executors.transformers import executor as executor
-from snpatch.runs.perplexity import perplexities, windows_of
+from snpatch.sweeps.perplexity import perplexities, windows_of
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from snpatch import SnpatchError
-from snpatch.runs.search import blocks, smallest
+from snpatch.sweeps.search import blocks, smallest
 
 KS = (0, 10, 20, 40, 60, 80, 100, 130, 160, 200, 250, 300, 400, 500, 650, 800, 1000, 1300, 1600, 2000)
 

@@ -20,7 +20,7 @@ from snpatch.errors import SnpatchError, encodable
 from snpatch.models.fingerprint import fingerprint_checkpoint
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.report import Report, TableView
-from snpatch.runs.store import Store
+from snpatch.sweeps.store import Store
 
 TEXT = "“yes” é 漢 😀 \ud800 [/INST] [b]"
 CHAT = [{"role": "user", "content": "café 😀"}]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snpatch.worlds.spec import SweepSpec
+from snpatch.sweeps.sweep_file import SweepSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 

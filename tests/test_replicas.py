@@ -14,7 +14,7 @@ from commands import run, spec_of
 ray = pytest.importorskip("ray", reason="replicas need Ray: pip install 'snpatch[ray]'")
 
 from snpatch import SnpatchError  # noqa: E402
-from snpatch.runs.store import NAME  # noqa: E402
+from snpatch.sweeps.store import NAME  # noqa: E402
 
 
 def replicas() -> list[int]:
@@ -65,7 +65,7 @@ def test_a_replica_that_is_killed_is_replaced(capsys, prompts, ranking, tmp_path
 
 
 def test_without_restarts_its_end_is_an_error(capsys, prompts, ranking, tmp_path, monkeypatch):
-    from snpatch.worlds import replicas as room
+    from snpatch.experiments import replicas as room
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     path = spec_of(tmp_path, prompts, ranking, recipients=["base"])

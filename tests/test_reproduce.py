@@ -16,13 +16,13 @@ from commands import run
 from snpatch.data import DATASETS
 from snpatch.demo import DEMO_MODEL
 from snpatch.errors import SnpatchError
+from snpatch.experiments.config import load_experiment_config
 from snpatch.reproduce import comparison, estimates, paper
 from snpatch.reproduce.pipeline import Pipeline
 from snpatch.reproduce.preset import FOLDER, NAMES, load_preset
 from snpatch.reproduce.steps import Done, Step, Steps
 from snpatch.training import trainer
 from snpatch.training.settings import DpoSettings
-from snpatch.worlds.config import load_experiment_config
 
 TRAINED = ("llama2-7b", "mistral-7b", "gemma-7b", "demo")
 SMALL = """

@@ -17,11 +17,11 @@ from swept import GREEDY, LONG, Forks, judge, run, start
 from snpatch import Sampling, SnpatchError
 from snpatch.data import load_dataset
 from snpatch.errors import EngineCrashedError, ReceiptError
-from snpatch.runs import judging
-from snpatch.runs import store as stores
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.store import NAME, Store, Text
-from snpatch.runs.sweep import sweep
+from snpatch.sweeps import judging
+from snpatch.sweeps import store as stores
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.store import NAME, Store, Text
+from snpatch.sweeps.sweep import sweep
 
 TEXT = Text("a b", [1, 2], "eos", 3)
 
@@ -85,7 +85,7 @@ def test_a_lease_expires_and_is_kept_by_who_lives(tmp_path, monkeypatch):
 
 def test_a_dead_process_is_not_waited_for(tmp_path):
     code = f"""
-from snpatch.runs.store import Store
+from snpatch.sweeps.store import Store
 store = Store({str(tmp_path)!r}).__enter__()
 store.ask(["a"])
 print(store.claim(1), flush=True)

@@ -12,15 +12,15 @@ from dataclasses import replace
 import pytest
 
 from snpatch import SnpatchError
-from snpatch.runs import owners
-from snpatch.runs import store as stores
-from snpatch.runs.owners import Process
-from snpatch.runs.store import NAME, Store, Text
+from snpatch.sweeps import owners
+from snpatch.sweeps import store as stores
+from snpatch.sweeps.owners import Process
+from snpatch.sweeps.store import NAME, Store, Text
 
 TEXT = Text("a b", [1, 2], "eos", 3)
 HOLDING = """
 import sys, time
-from snpatch.runs.store import Store
+from snpatch.sweeps.store import Store
 store = Store(sys.argv[1]).__enter__()
 store._database.rows("BEGIN IMMEDIATE")
 print("held", flush=True)

@@ -12,9 +12,9 @@ from commands import run
 
 from snpatch import SnpatchError
 from snpatch.report.folder_page import load_page
-from snpatch.runs import database
-from snpatch.runs.database import OWNERS, TABLES, VERSION
-from snpatch.runs.store import NAME, Store, Text, part_name, text_of
+from snpatch.sweeps import database
+from snpatch.sweeps.database import OWNERS, TABLES, VERSION
+from snpatch.sweeps.store import NAME, Store, Text, part_name, text_of
 
 TEXT = Text("text", [1, 2], "stop", 3)
 PROMPT = "how?"

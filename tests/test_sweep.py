@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
 from snpatch.experiments.common.sweep_report import build_headline, build_sweep_report
 from snpatch.report import files
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.store import NAME, OLD, Store
-from snpatch.runs.sweep import sweep
 from snpatch.statistics import causal_effect, interval, paired_p
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.store import NAME, OLD, Store
+from snpatch.sweeps.sweep import sweep
 
 GOLDEN = Path(__file__).parent / "goldens" / "A"
 PROMPTS = [

@@ -23,13 +23,12 @@ from safetensors.torch import load_file
 from toys import MESSAGES, PAIRS, RATES, dpo_settings, settings, vectors
 
 from snpatch.cli import train as command
-from snpatch.data import DATASETS, load_dataset
+from snpatch.data import DATASETS, load_dataset, prompt_set
 from snpatch.errors import SnpatchError
 from snpatch.training import record, trainer
 from snpatch.training.objectives import OBJECTIVES, get_objective, training_split
 from snpatch.training.settings import DpoSettings, TrainSettings
 from snpatch.training.trainer import train_dpo, train_sft
-from snpatch.worlds import config
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6  # three epochs of two
@@ -324,7 +323,7 @@ def hub_calls(monkeypatch):
             raise SnpatchError("no hub here")
         return load_dataset(calls.rows, format=source, skip_bad=how["skip_bad"])
 
-    monkeypatch.setattr(config, "load_dataset", fake_load)
+    monkeypatch.setattr(prompt_set, "load_dataset", fake_load)
     return calls
 
 

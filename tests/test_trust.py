@@ -9,10 +9,11 @@ from commands import run
 
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
+from snpatch.experiments.config import load_experiment_config
 from snpatch.reproduce.preset import NAMES, load_preset
 from snpatch.server.config import ServeConfig
-from snpatch.worlds.config import NAMED_CONFIGS, load_experiment_config
-from snpatch.worlds.spec import SweepSpec
+from snpatch.sweeps.eval_config import NAMED_CONFIGS
+from snpatch.sweeps.sweep_file import SweepSpec
 
 ENGINE = {
     "trust_remote_code": True, "worker_cls": "evil.Worker", "worker_extension_cls": "evil.Extension",

@@ -19,9 +19,9 @@ from jobs import ALL, COMPLETIONS, IDS, JOBS, RANKINGS, Job, assert_as_the_oracl
 from processes import command_line, descendants, is_running, wait_for
 
 from snpatch import Engine, Sampling, SnpatchError
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.store import NAME
-from snpatch.runs.sweep import sweep
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.store import NAME
+from snpatch.sweeps.sweep import sweep
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine

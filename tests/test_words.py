@@ -19,8 +19,8 @@ from snpatch.patching.spec import donor_of
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.config import ServeConfig
 from snpatch.server.registry import check_name
-from snpatch.worlds.config import parse_eval_config
-from snpatch.worlds.spec import SweepSpec
+from snpatch.sweeps.eval_config import parse_eval_config
+from snpatch.sweeps.sweep_file import SweepSpec
 
 SHAPE = (2, 8)
 WORDS = [*names.WORDS, "mean:donor", "mean:recipient", "noise:3", "constant:x", "scale:2", "add:mean:donor", "zero:"]

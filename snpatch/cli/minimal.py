@@ -27,10 +27,10 @@ def minimal(
     kept in the folder, and a sweep into it finds them.
     """
     from snpatch.experiments.common.minimal_report import build_minimal_report
+    from snpatch.experiments.context import ExperimentContext
     from snpatch.files import check_writable
-    from snpatch.runs.minimal import minimal as search
-    from snpatch.runs.store import Store
-    from snpatch.worlds.context import ExperimentContext
+    from snpatch.sweeps.minimal import minimal as search
+    from snpatch.sweeps.store import Store
 
     spec = plan.spec
     check_writable(out / "minimal.csv")

@@ -18,11 +18,11 @@ from snpatch.cli import options as o
 from snpatch.cli.generated import Engine, Fields, Some, Source, generated, is_given
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError, one_line
-from snpatch.runs.config import SweepConfig
 from snpatch.sampling import GREEDY, Sampling
+from snpatch.sweeps.config import SweepConfig
 
 if TYPE_CHECKING:
-    from snpatch.worlds.spec import SweepSpec
+    from snpatch.sweeps.sweep_file import SweepSpec
 
 INCOMPLETE = 1  # exit code of a sweep of which something failed
 SWEPT = Some(SweepConfig, ("controls", "control_kind", "where", "samples"))
@@ -60,7 +60,7 @@ class Planned:
         return [*own, *(parameter for part in parts for parameter in part.parameters())]
 
     def made(self, values: dict) -> "Plan":
-        from snpatch.worlds.spec import SweepSpec
+        from snpatch.sweeps.sweep_file import SweepSpec
 
         if values["prompts"] is None:
             self._check_none_given(values)
@@ -137,10 +137,10 @@ def run(
     Exit code 1: something failed, and is told; all else is there.
     """
     from snpatch.experiments.common.sweep_report import build_sweep_report
+    from snpatch.experiments.context import ExperimentContext
     from snpatch.files import check_writable
-    from snpatch.runs.store import NAME, Store, part_name, parts_in
-    from snpatch.worlds.context import ExperimentContext
-    from snpatch.worlds.spec import FILE
+    from snpatch.sweeps.store import NAME, Store, part_name, parts_in
+    from snpatch.sweeps.sweep_file import FILE
 
     spec, given = plan.spec, plan.context
     check_writable(out / "sweep.csv")
@@ -181,7 +181,7 @@ def status(
 ) -> None:
     """How far a sweep is: texts done, open and failed, the rate, and the time left."""
     from snpatch.report.formatting import format_value
-    from snpatch.runs.store import Store
+    from snpatch.sweeps.store import Store
 
     with Store(folder, must_exist=True) as store:
         found = store.status()
@@ -207,7 +207,7 @@ def export(
 ) -> None:
     """Write a row for each text of a sweep: labels, state (done, open or failed), completion and scores."""
     from snpatch.report.files import write_records
-    from snpatch.runs.store import Store, describe_unfinished
+    from snpatch.sweeps.store import Store, describe_unfinished
 
     with Store(folder, must_exist=True) as store:
         records = [
@@ -224,7 +224,7 @@ def export(
 def _replicas():
     """The room that needs Ray."""
     try:
-        from snpatch.worlds import replicas
+        from snpatch.experiments import replicas
     except ImportError as error:
         raise SnpatchError(f"--ray: {error}") from error
     return replicas
@@ -234,7 +234,7 @@ def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sa
     """The file that options stand for, as data."""
     from snpatch.judges.factory import is_model_judge
     from snpatch.patching import spec
-    from snpatch.worlds.spec import engine_table
+    from snpatch.sweeps.sweep_file import engine_table
 
     rankings = o.named(values["ranking"], "ranking", o.stem)
     judges = o.named(values["judge"], "judge", lambda _: "cost")

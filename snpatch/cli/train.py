@@ -140,8 +140,8 @@ def dpo(
 
 def _read_data(data: Fields, default):
     """Read the training rows. default: the PromptSet that options change if there is no DATA."""
+    from snpatch.data.prompt_set import PromptSet
     from snpatch.training.objectives import training_split
-    from snpatch.worlds.config import PromptSet
 
     values = dict(data)
     skip_bad = values.pop("skip_bad")

@@ -22,13 +22,14 @@ from snpatch.demo.corpus import chat, check_language, preferences, sft_rows, wri
 from snpatch.demo.language import Request
 from snpatch.demo.pretrain import BASE_BODY, SCORE_BODY, BodySettings, Progress, train_base, train_score
 from snpatch.errors import SnpatchError
+from snpatch.experiments.config import load_experiment_config
 from snpatch.judges.refusal import RefusalWords
 from snpatch.judges.score_model import ScoreModel
 from snpatch.models.templates import TULU, render_tulu
+from snpatch.sweeps.eval_config import NAMED_CONFIGS
 from snpatch.training.record import RECORD
 from snpatch.training.settings import DpoSettings, TrainSettings
 from snpatch.training.trainer import silence_libraries, train_dpo, train_sft
-from snpatch.worlds.config import NAMED_CONFIGS, load_experiment_config
 
 REFUSALS = ("can not help", "rather not")
 NEW_TOKENS = 32

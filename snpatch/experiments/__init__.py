@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from importlib import import_module
 
 from snpatch.errors import SnpatchError
+from snpatch.experiments.config import ExperimentConfig
+from snpatch.experiments.context import ExperimentContext
 from snpatch.report.report import Report
 from snpatch.schema import read
-from snpatch.worlds.config import ExperimentConfig
-from snpatch.worlds.context import ExperimentContext
 
 NAMES = (
     "curve",

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
+from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.formatting import format_interval, format_p_value, to_plot_label
 from snpatch.report.report import Report, TableView
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.sweep import SweepResult
 from snpatch.statistics import interval, paired_p
-from snpatch.worlds.context import ExperimentContext
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.sweep import SweepResult
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
+from snpatch.experiments.context import ExperimentContext
 from snpatch.report.formatting import format_value
 from snpatch.report.report import Report, Row, TableView
 from snpatch.statistics import skewness
-from snpatch.worlds.context import ExperimentContext
 
 MAP_COLUMNS = 512  # neurons of a layer are pooled to at most so many columns, by their largest score
 

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
 from snpatch.experiments.common.guard_labels import GuardSettings, label_set
+from snpatch.experiments.context import ExperimentContext
 from snpatch.guard.comparison import GuardRow, compare
 from snpatch.report.formatting import format_value, to_plot_label
 from snpatch.report.report import Report, Row, TableView
-from snpatch.runs.config import SweepConfig
-from snpatch.worlds.context import ExperimentContext
+from snpatch.sweeps.config import SweepConfig
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from snpatch.errors import SnpatchError
+from snpatch.experiments.context import ExperimentContext
 from snpatch.models.checkpoint import load_config
 from snpatch.models.weights import CheckpointWeights, open_weights
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.formatting import to_plot_label
 from snpatch.report.report import Report, TableView
-from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from snpatch.experiments.common.agreement import AgreementSettings, build_agreement_report
+from snpatch.experiments.context import ExperimentContext
 from snpatch.report.report import Report
-from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)

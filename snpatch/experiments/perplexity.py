@@ -1,6 +1,6 @@
 """Perplexity against k: what patching does to a text that has nothing to do with safety (paper: Wikitext-2).
 
-Both of runs.perplexity's figures are told, as the published one counts a short last window too much.
+Both of sweeps.perplexity's figures are told, as the published one counts a short last window too much.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from snpatch.config import CONFIDENCE, RESAMPLES
+from snpatch.experiments.context import ExperimentContext
 from snpatch.patching.patch import Patch
 from snpatch.report.formatting import format_interval, to_plot_label
 from snpatch.report.report import Report, TableView
 from snpatch.statistics import interval
-from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)
 class Settings:
     """text: a set of the config. k: ints, or shares of the neurons. window, bos_each_window: see
-    runs.perplexity.measure.
+    sweeps.perplexity.measure.
     """
 
     text: str = "text"

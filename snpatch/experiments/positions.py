@@ -6,10 +6,10 @@ Both ways: how far they agree, and what patching the top k of each recovers.
 from dataclasses import asdict, dataclass
 
 from snpatch.experiments.common import agreement, sweep_report
+from snpatch.experiments.context import ExperimentContext
 from snpatch.names import POSITIONS
 from snpatch.report.formatting import format_interval, format_percent, format_value
 from snpatch.report.report import Report, TableView
-from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
 from snpatch.experiments.common.guard_labels import GuardSettings, label_set
+from snpatch.experiments.context import ExperimentContext
 from snpatch.guard.guard import Guard
 from snpatch.guard.labels import deduplicate
 from snpatch.report.formatting import format_interval, format_value, to_plot_label
 from snpatch.report.report import Report, Row, TableView
-from snpatch.runs import judging, texts
-from snpatch.runs.store import Store
 from snpatch.statistics import interval
-from snpatch.worlds.context import ExperimentContext
+from snpatch.sweeps import judging, texts
+from snpatch.sweeps.store import Store
 
 
 @dataclass(frozen=True)

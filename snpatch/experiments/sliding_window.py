@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
 from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_config, build_sweep_report
+from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.window import Window
 from snpatch.report.report import Report
-from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from matplotlib.figure import Figure
 
 from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_config
+from snpatch.experiments.context import ExperimentContext
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.formatting import format_percent, format_range, to_plot_label
 from snpatch.report.report import Report, TableView
-from snpatch.runs.sweep import SweepResult
-from snpatch.worlds.context import ExperimentContext
+from snpatch.sweeps.sweep import SweepResult
 
 
 @dataclass(frozen=True)

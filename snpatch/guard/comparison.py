@@ -19,7 +19,7 @@ from snpatch.guard.guard import Guard
 from snpatch.guard.labels import LabeledPrompts
 from snpatch.guard.scores import GuardScores, evaluate
 from snpatch.ranking.ranking import Ranking
-from snpatch.runs.config import SweepConfig
+from snpatch.sweeps.config import SweepConfig
 
 
 @dataclass(frozen=True)

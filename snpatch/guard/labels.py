@@ -15,9 +15,9 @@ from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.protocol import Judge
-from snpatch.runs import judging, texts
-from snpatch.runs.store import Store
 from snpatch.sampling import GREEDY, Sampling
+from snpatch.sweeps import judging, texts
+from snpatch.sweeps.store import Store
 
 
 @dataclass(frozen=True, eq=False)

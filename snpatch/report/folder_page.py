@@ -16,10 +16,10 @@ import torch
 from snpatch.errors import SnpatchError, first_line
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.page import Page
-from snpatch.runs.store import NAME, Store, describe_unfinished
-from snpatch.runs.sweep import Row
 from snpatch.schema import parse_json
-from snpatch.worlds.spec import FILE, SweepSpec
+from snpatch.sweeps.store import NAME, Store, describe_unfinished
+from snpatch.sweeps.sweep import Row
+from snpatch.sweeps.sweep_file import FILE, SweepSpec
 
 BINS = 50  # of ranks, in the map of a ranking
 ROW = {f.name for f in fields(Row)}

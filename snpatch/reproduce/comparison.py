@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from snpatch import experiments
+from snpatch.experiments.config import ExperimentConfig
 from snpatch.report.report import Row
 from snpatch.reproduce.inputs import engine_content
 from snpatch.reproduce.paper import numbers
 from snpatch.reproduce.pipeline import Pipeline
 from snpatch.reproduce.preset import Training, load_preset
-from snpatch.worlds.config import ExperimentConfig
 
 TAX = {"helpful-to-safe": ("safety", "helpful"), "safe-to-helpful": ("helpful", "safety")}  # (donor, recipient)
 COMPARED = ("model", "template", "sets", "judges", "benchmarks", "max_tokens", "contrast_tokens", "settings")

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from snpatch import experiments
 from snpatch.data import DATASETS
+from snpatch.data.prompt_set import PromptSet
 from snpatch.judges.factory import is_model_judge
 from snpatch.models.checkpoint import load_config
 from snpatch.names import POSITIONS
 from snpatch.report.report import TableView
 from snpatch.reproduce.pipeline import ADAPTERS, CONTRASTS, Pair, Pipeline
 from snpatch.reproduce.preset import NAMES, Size
-from snpatch.worlds.config import PromptSet
 
 TRAIN_FLOPS = 0.4 * 989e12  # of an H100's dense bfloat16 products
 READ_BYTES = 0.6 * 3.35e12  # a second, of its memory

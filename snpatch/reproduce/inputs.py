@@ -11,12 +11,13 @@ from pathlib import Path
 
 from snpatch import experiments
 from snpatch.config import EngineConfig
+from snpatch.data.prompt_set import PromptSet
 from snpatch.errors import SnpatchError
+from snpatch.experiments.config import ExperimentConfig
 from snpatch.judges.factory import is_model_judge
 from snpatch.models.fingerprint import fingerprint_adapter, fingerprint_checkpoint, fingerprint_tokenizer_files
 from snpatch.reproduce.steps import digest_of, short
 from snpatch.utils.hashing import GENERATION_VERSION, RANKING_VERSION, ROWS_VERSION, TABLE_VERSION
-from snpatch.worlds.config import ExperimentConfig, PromptSet
 
 # Of the engine: what only says where and how fast it runs, or is told apart as a model.
 NOT_CONTENT = ("model", "adapters", "models", "backend", "device", "batch_size", "token_budget", "capacity", "vllm")

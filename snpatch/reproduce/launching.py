@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from snpatch.data.prompt_set import PromptSet
 from snpatch.errors import SnpatchError
 from snpatch.training.settings import TrainSettings
-from snpatch.worlds.config import PromptSet
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

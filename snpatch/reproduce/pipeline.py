@@ -14,6 +14,8 @@ from snpatch import experiments
 from snpatch.config import EngineConfig
 from snpatch.data import DATASETS
 from snpatch.errors import ReceiptError, SnpatchError
+from snpatch.experiments.config import Contrast, build_experiment_config
+from snpatch.experiments.context import RANKINGS, ExperimentContext, Progresses, silent
 from snpatch.files import write_text
 from snpatch.report import files
 from snpatch.reproduce import launching
@@ -21,10 +23,8 @@ from snpatch.reproduce.inputs import Inputs
 from snpatch.reproduce.preset import SAFETY, Preset, Training, written
 from snpatch.reproduce.steps import Done, Step, Steps
 from snpatch.schema import load_table
+from snpatch.sweeps.sweep_file import engine_table
 from snpatch.training.settings import TrainSettings
-from snpatch.worlds.config import Contrast, build_experiment_config
-from snpatch.worlds.context import RANKINGS, ExperimentContext, Progresses, silent
-from snpatch.worlds.spec import engine_table
 
 CONFIG_FILE, OPTIONS = "experiment.toml", "options.json"
 ADAPTERS = "adapters"

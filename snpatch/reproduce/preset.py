@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snpatch import experiments
+from snpatch.data.prompt_set import PromptSet
 from snpatch.errors import SnpatchError
 from snpatch.files import file_stem
 from snpatch.reproduce.paper import check_known
 from snpatch.reproduce.preset_file import FOLDER, read_preset
 from snpatch.schema import read, value_of
+from snpatch.sweeps.eval_config import check_trusted, get_table, parse_eval_config
 from snpatch.training.objectives import SFT, get_objective
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.worlds.config import PromptSet, check_trusted, parse_eval_config
-from snpatch.worlds.config import table as table_of
 
 NAMES = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo")
 SAFETY = "safety"
@@ -113,15 +113,15 @@ def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = 
 
 def _preset(name: str, table: dict) -> Preset:
     parts = {one: value_of(table[one], str, one) for one in ("title", "published") if one in table}
-    config = table_of(table, "config")
+    config = get_table(table, "config")
     if "experiments" in table:
         parts["experiments"] = value_of(table["experiments"], tuple[str, ...], "experiments")
-    for one in (*parts.get("experiments", ()), *table_of(config, "settings")):
-        experiments.parse_settings(one, table_of(config, "settings").get(one, {}))
+    for one in (*parts.get("experiments", ()), *get_table(config, "settings")):
+        experiments.parse_settings(one, get_table(config, "settings").get(one, {}))
     if "size" in table:
         parts["size"] = read(Size, "size", table["size"])
     if "training" in table:
-        parts["training"] = _training(table_of(table, "training"))
+        parts["training"] = _training(get_table(table, "training"))
         if given := [one for one in TRAINED if one in config]:
             raise SnpatchError(f"config.{given[0]}: follows from [training], and cannot be given beside it")
     elif "contrasts" not in config:
@@ -133,7 +133,7 @@ def _training(table: dict) -> Training:
     known = ("seeds", "objectives", "written_by", "settings", "dpo", "data")
     if unknown := sorted(table.keys() - set(known)):
         raise SnpatchError(f"training: there is no {', '.join(unknown)}; there are {', '.join(known)}")
-    settings, own, given = (table_of(table, name) for name in ("settings", "dpo", "data"))
+    settings, own, given = (get_table(table, name) for name in ("settings", "dpo", "data"))
     objectives = value_of(table.get("objectives", ()), tuple[str, ...], "training.objectives")
     names = ("sft", SAFETY, *objectives)
     if strangers := sorted(given.keys() - set(names)):

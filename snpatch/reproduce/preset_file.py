@@ -8,8 +8,7 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError, shown
 from snpatch.schema import parse_toml
-from snpatch.worlds.config import NAMED_CONFIGS
-from snpatch.worlds.config import table as table_of
+from snpatch.sweeps.eval_config import NAMED_CONFIGS, get_table
 
 FOLDER = Path(__file__).parent / "presets"
 KEYS = ("extends", "title", "published", "from_config", "experiments", "config", "training", "size")
@@ -34,7 +33,7 @@ def read_preset(path: Path) -> dict:
 
 def _whole(path: Path, table: dict) -> dict:
     for name in ("config", "training", "size"):
-        table_of(table, name)
+        get_table(table, name)
     table = _seen(table, path.parent)
     if "from_config" in table:
         named = NAMED_CONFIGS.get(table["from_config"]) if isinstance(table["from_config"], str) else None
@@ -61,11 +60,11 @@ def _over(below: dict, above: dict) -> dict:
         parts = both[group] = {**below[group], **above[group]}
         for name in (*BY_NAME[group], *BY_FIELD[group]):
             if name in below[group] and name in above[group]:
-                low, high = table_of(below[group], name), table_of(above[group], name)
+                low, high = get_table(below[group], name), get_table(above[group], name)
                 parts[name] = {**low, **high}
                 if name in BY_FIELD[group]:
                     shared = [one for one in low.keys() & high.keys() if isinstance(low[one], dict)]
-                    parts[name] |= {one: {**low[one], **table_of(high, one)} for one in shared}
+                    parts[name] |= {one: {**low[one], **get_table(high, one)} for one in shared}
     return both
 
 

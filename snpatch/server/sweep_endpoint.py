@@ -19,12 +19,12 @@ from snpatch.judges.protocol import score_all
 from snpatch.patching.patch import Patch, speaker
 from snpatch.ranking.window import Window
 from snpatch.requests import Completion
-from snpatch.runs.sweep import PROMPTS, Row
 from snpatch.sampling import Sampling
 from snpatch.schema import option
 from snpatch.server.errors import error_message
 from snpatch.server.state import ServerState
 from snpatch.statistics import Interval, causal_effect, interval, paired_p
+from snpatch.sweeps.sweep import PROMPTS, Row
 
 MOST = 4  # sweeps at once
 BESIDE = 4  # points beside the windows, at most: two unpatched models and the noise floor
@@ -236,7 +236,7 @@ class Sweep:
         return points + [_Point(patch) for patch in patched]
 
     def _named(self, point: _Point) -> dict:
-        """What a point is, in every event that is about it; see runs.sweep.Row."""
+        """What a point is, in every event that is about it; see sweeps.sweep.Row."""
         form, is_patched = self._form, isinstance(point.patch, Patch)
         return {
             "recipient": speaker(point.patch),

@@ -6,8 +6,8 @@ and safety objectives are subsets of RewardBench, as published.
 """
 
 from snpatch.data import DATASETS
+from snpatch.data.prompt_set import PromptSet
 from snpatch.errors import SnpatchError
-from snpatch.worlds.config import PromptSet
 
 
 def training_split(source: str) -> str | None:

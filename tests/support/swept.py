@@ -10,8 +10,8 @@ from commands import GOLDEN
 
 from snpatch import Engine, Ranking, Sampling
 from snpatch.data import load_dataset
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.sweep import sweep
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.sweep import sweep
 
 GREEDY = Sampling(max_tokens=6)
 CONFIG = SweepConfig(("sft",), "dpo", (0, 70, 300), controls=1, sampling=GREEDY, resamples=50)

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
+from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.formatting import format_range, format_value, to_plot_label
 from snpatch.report.report import Report, Row, TableView
-from snpatch.worlds.context import ExperimentContext
 
 BINS = 40
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)

@@ -6,9 +6,9 @@ Why apart from `guard`: safeguard fits its guard on the same labels, with the sa
 from dataclasses import dataclass
 
 from snpatch.config import CONFIDENCE, RESAMPLES
+from snpatch.experiments.context import ExperimentContext
 from snpatch.guard.config import GuardConfig
 from snpatch.guard.labels import LabeledPrompts, deduplicate, label_answers
-from snpatch.worlds.context import ExperimentContext
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from snpatch.report.formatting import format_interval, format_percent, to_plot_label
 from snpatch.report.report import Report, TableView
-from snpatch.runs.minimal import Minimal
+from snpatch.sweeps.minimal import Minimal
 
 
 def build_minimal_report(results: Sequence[Minimal], share: float) -> Report:

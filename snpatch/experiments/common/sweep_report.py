@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.window import Window
 from snpatch.report.formatting import format_interval, format_p_value, format_percent, format_range, to_plot_label
 from snpatch.report.report import Report, TableView
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.store import describe_unfinished
-from snpatch.runs.sweep import Row, SweepResult
-from snpatch.worlds.context import ExperimentContext
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.store import describe_unfinished
+from snpatch.sweeps.sweep import Row, SweepResult
 
 TOLD = 10  # failures that a report names
 

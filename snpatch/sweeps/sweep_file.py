@@ -31,16 +31,16 @@ from snpatch.files import write_text
 from snpatch.names import check_names
 from snpatch.patching.spec import window_of
 from snpatch.ranking.window import Window
-from snpatch.runs.config import SweepConfig
 from snpatch.sampling import Sampling
 from snpatch.schema import load_table, read, value_of
-from snpatch.worlds.config import (
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.eval_config import (
     ENGINE_KEYS,
     EvalConfig,
     check_trusted,
-    load_experiment_config,
+    get_table,
+    load_eval_config,
     parse_eval_config,
-    table,
 )
 
 FILE = "spec.json"  # beside a sweep's results
@@ -74,10 +74,10 @@ class SweepSpec(EvalConfig):
         for name, source in self.rankings.items():
             if isinstance(source, RankingSource):
                 named += [source.generator, source.against]
-                self.known_set(source.prompts, f"rankings.{name}")
-        self.known_models(named)
+                self.check_set(source.prompts, f"rankings.{name}")
+        self.check_models(named)
         for name in self.swept:
-            self.known_set(name, "sets")
+            self.check_set(name, "sets")
         for name in self.judged:
             if name not in self.judges:
                 raise SnpatchError(f"judges: no judge named {name!r}: there are {', '.join(self.judges)}")
@@ -119,14 +119,14 @@ class SweepSpec(EvalConfig):
         own = parse_eval_config({**data, "model": ""})
         parts["sets"] = {**parts.get("sets", {}), **{n: _placed(s, folder) for n, s in own["sets"].items()}}
         parts["judges"] = {**parts.get("judges", {}), **{n: _judge(j, folder) for n, j in own["judges"].items()}}
-        swept = dict(table(data, "sweep"))
+        swept = dict(get_table(data, "sweep"))
         names = {
             name: value_of(swept.pop(name, tuple(parts[name])), tuple[str, ...], f"sweep: {name}")
             for name in ("sets", "judges")
         }
         contrast_tokens = parts.get("contrast_tokens", cls.contrast_tokens)
         sampling = read(Sampling, "sampling", {"max_tokens": parts.get("max_tokens", Sampling().max_tokens),
-                                               **table(data, "sampling")})  # fmt: skip
+                                               **get_table(data, "sampling")})  # fmt: skip
         return cls(
             folder=folder,
             engine=parts["engine"],
@@ -134,7 +134,7 @@ class SweepSpec(EvalConfig):
             judges=parts["judges"],
             max_tokens=sampling.max_tokens,
             contrast_tokens=value_of(data.get("contrast_tokens", contrast_tokens), int, "contrast_tokens"),
-            rankings={name: _ranking(name, one, folder) for name, one in table(data, "rankings").items()},
+            rankings={name: _ranking(name, one, folder) for name, one in get_table(data, "rankings").items()},
             plan=_plan(swept, sampling),
             swept=names["sets"],
             judged=names["judges"],
@@ -168,9 +168,7 @@ def engine_table(config: EngineConfig) -> dict:
 
 def _from_config(data: Mapping, folder: Path) -> dict:
     """Return a sweep's parts of the experiment config that the file names, with paths as seen from here."""
-    config = load_experiment_config(
-        place(folder, str(data["config"])), trust=True
-    )  # `load` looks at all that is merged
+    config = load_eval_config(place(folder, str(data["config"])))  # `load` checks the merged config for trust
     return {
         "engine": config.engine.placed(config.folder),
         "sets": {name: _placed(one, config.folder) for name, one in config.sets.items()},

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snpatch.errors import EngineCrashedError, ReceiptError, SnpatchError, first_line
+from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
 from snpatch.requests import Completion
-from snpatch.runs import judging, sweep, texts
-from snpatch.runs.store import Store, Text
-from snpatch.worlds.context import ExperimentContext
-from snpatch.worlds.spec import SweepSpec
+from snpatch.sweeps import judging, sweep, texts
+from snpatch.sweeps.store import Store, Text
+from snpatch.sweeps.sweep_file import SweepSpec
 
 try:
     import ray

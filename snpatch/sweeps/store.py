@@ -21,8 +21,8 @@ from pathlib import Path
 from types import NoneType
 
 from snpatch.errors import SnpatchError
-from snpatch.runs.database import Database, Kinds
-from snpatch.runs.owners import Process
+from snpatch.sweeps.database import Database, Kinds
+from snpatch.sweeps.owners import Process
 
 NAME = "sweep.sqlite"
 OLD = "completions.jsonl"  # of the versions before it

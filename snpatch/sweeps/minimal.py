@@ -20,9 +20,9 @@ from snpatch.judges.protocol import Judge
 from snpatch.names import check_names
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
-from snpatch.runs import judging, search, texts
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.store import Store
+from snpatch.sweeps import judging, search, texts
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.store import Store
 
 
 @dataclass(frozen=True)

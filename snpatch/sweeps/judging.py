@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from snpatch.errors import SnpatchError, first_line
 from snpatch.judges.protocol import BrokenJudgeError, Judge, score_all
-from snpatch.runs.store import Store, text_of
+from snpatch.sweeps.store import Store, text_of
 
 TOGETHER = 256  # texts that a judge is given at once
 GIVE_UP = 16  # failures one after the other, after which a judge is asked no more

@@ -18,10 +18,10 @@ from snpatch.names import check_names
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
-from snpatch.runs import judging, texts
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.store import Store
 from snpatch.statistics import causal_effect, interval, net_effect, paired_p
+from snpatch.sweeps import judging, texts
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.store import Store
 
 NOTHING = Window(0, 0)
 PROMPTS = "prompts"  # the name of a set that has none

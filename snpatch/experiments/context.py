@@ -13,23 +13,24 @@ from snpatch.data import Chat, Dataset
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
+from snpatch.experiments.config import Contrast
+from snpatch.experiments.provenance import Provenance
 from snpatch.files import file_stem
 from snpatch.judges.factory import is_model_judge, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
-from snpatch.runs import judging, texts
-from snpatch.runs.config import SweepConfig
-from snpatch.runs.perplexity import Perplexity, measure
-from snpatch.runs.store import Store
-from snpatch.runs.sweep import SweepResult, ask, sweep
-from snpatch.runs.texts import RESTARTS
 from snpatch.sampling import Sampling
+from snpatch.sweeps import judging, texts
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.eval_config import EvalConfig
+from snpatch.sweeps.perplexity import Perplexity, measure
+from snpatch.sweeps.store import Store
+from snpatch.sweeps.sweep import SweepResult, ask, sweep
+from snpatch.sweeps.sweep_file import RankingSource, SweepSpec
+from snpatch.sweeps.texts import RESTARTS
 from snpatch.utils.hashing import RANKING_VERSION, hash_json
-from snpatch.worlds.config import Contrast, EvalConfig
-from snpatch.worlds.provenance import Provenance
-from snpatch.worlds.spec import RankingSource, SweepSpec
 
 RANKINGS = "rankings"  # the folder's own for them
 Progresses = Callable[[str], AbstractContextManager[Progress | None]]
@@ -196,7 +197,7 @@ class ExperimentContext:
     def run(self, spec: SweepSpec, *, restarts: int = RESTARTS, **how) -> SweepResult:
         """The sweep of a file, whose texts and scores are kept in `out`. What fails is told in the result.
 
-        how: further arguments of runs.sweep.sweep.
+        how: further arguments of sweeps.sweep.sweep.
         """
         judges = {name: self.judge(name) for name in spec.judged}  # first what is quick to fail
         how = {"store": self.out, "restarts": restarts, **how}
@@ -230,7 +231,7 @@ class ExperimentContext:
     def perplexity(
         self, text: str, patches: Sequence[Patch | str], window: int, bos_each_window: bool | str = "auto"
     ) -> list[Perplexity]:
-        """Of each patched or unpatched model on a text of the config: see runs.perplexity.measure."""
+        """Of each patched or unpatched model on a text of the config: see sweeps.perplexity.measure."""
         read = self.data(text).text
         for patch in patches:
             for model in (patch.recipient, *(c.donor for c in patch.clauses)) if isinstance(patch, Patch) else (patch,):

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from types import UnionType
 
 from snpatch.errors import SnpatchError, first_line, one_line
-from snpatch.runs.owners import Process
+from snpatch.sweeps.owners import Process
 
 VERSION = 3
 OLDER = (2,)  # versions that can be read, and are brought up to date by the next writer

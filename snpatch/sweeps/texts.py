@@ -19,9 +19,9 @@ from snpatch.executors.base import Progress, Request
 from snpatch.judges.protocol import BrokenJudgeError
 from snpatch.patching.patch import Clause, Patch, digest_of
 from snpatch.requests import Completion
-from snpatch.runs.config import check_texts
-from snpatch.runs.store import Store, Text, state_of
 from snpatch.sampling import Sampling
+from snpatch.sweeps.config import check_texts
+from snpatch.sweeps.store import Store, Text, state_of
 from snpatch.utils.hashing import GENERATION_VERSION
 
 GIVE_UP = 8  # failed runs one after the other, in none of which a text was written

@@ -1,0 +1,50 @@
+"""PromptSet: a source of prompts as a value, as config files name it; its rows are read only when they are needed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from snpatch.config import place
+from snpatch.data.dataset import Dataset
+from snpatch.data.loading import load_dataset
+from snpatch.errors import SnpatchError
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Where prompts come from. source, format, split, column, revision: see snpatch.data.load_dataset.
+
+    filter: a column and the values of it that are wanted. first: only the first so many; sample: so many drawn with
+    `seed`.
+    """
+
+    source: str
+    format: str | None = None
+    split: str | None = None
+    column: str | None = None
+    revision: str | None = None
+    filter: tuple[str, ...] = ()
+    first: int | None = None
+    sample: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.first is not None and self.sample is not None:
+            raise SnpatchError(f"set {self.source}: give first or sample, not both")
+        if self.seed and self.sample is None:
+            raise SnpatchError(f"set {self.source}: expected seed with sample, got it alone. Give both, or neither.")
+
+    def read(self, folder: Path, skip_bad: bool = False) -> Dataset:
+        """The rows that are meant; a path is relative to the folder. skip_bad: see snpatch.data.load_dataset."""
+        data = load_dataset(
+            place(folder, self.source),
+            format=self.format,
+            split=self.split,
+            column=self.column,
+            revision=self.revision,
+            skip_bad=skip_bad,
+        )
+        if self.filter:
+            data = data.filter(*self.filter)
+        if self.sample is not None:
+            return data.sample(self.sample, self.seed)
+        return data if self.first is None else data.first(self.first)

@@ -1,0 +1,106 @@
+"""ExperimentConfig: everything that experiments run on, in one TOML file: model, adapters, prompts, judges, settings.
+
+Why a file: a table is worth as much as its provenance, and this file is all of it. Its paths are relative to its
+folder; a source that is no path there is a hub name.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snpatch.errors import SnpatchError
+from snpatch.schema import read
+from snpatch.sweeps.eval_config import EvalConfig, check_trusted, get_table, parse_eval_config, read_config_file
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Models whose activations are compared (Eq. 3).
+
+    Attributes:
+        generator: The model that writes the completions.
+        against: The model that patches take activations from.
+        prompts: Name of a prompt set.
+    """
+
+    generator: str
+    against: str
+    prompts: str = "contrast"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(EvalConfig):
+    """Content of an experiment config file.
+
+    Attributes:
+        contrasts: Models to contrast, by objective. "safety" is the main contrast; its `against` is the donor.
+        recipients: Models that are patched.
+        benchmarks: Names of the prompt sets that the models are attacked with.
+        seeds: The safety contrast of each further training run, by training seed.
+        settings: Settings of an experiment, by its name.
+        judges: See EvalConfig; the first judge is the cost.
+    """
+
+    contrasts: dict[str, Contrast]
+    recipients: tuple[str, ...]
+    benchmarks: tuple[str, ...]
+    seeds: dict[str, Contrast] = field(default_factory=dict)
+    settings: dict[str, dict] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if "safety" not in self.contrasts:
+            raise SnpatchError("contrasts must have one named safety: its models are the experiments' main pair")
+        if not self.judges or not self.recipients or not self.benchmarks:
+            raise SnpatchError("needs at least one judge, one recipient and one benchmark")
+        models = [*self.recipients]
+        for contrast in (*self.contrasts.values(), *self.seeds.values()):
+            models += [contrast.generator, contrast.against]
+            self.check_set(contrast.prompts, "a contrast")
+        self.check_models(models)
+        for name in self.benchmarks:
+            self.check_set(name, "benchmarks")
+        if self.donor in self.recipients:
+            raise SnpatchError(f"{self.donor!r} is recipient and donor")
+
+    @property
+    def safety(self) -> Contrast:
+        return self.contrasts["safety"]
+
+    @property
+    def donor(self) -> str:
+        return self.safety.against
+
+    @property
+    def cost(self) -> str:
+        """Name of the judge that measures safety."""
+        return next(iter(self.judges))
+
+
+def load_experiment_config(source: str | Path, trust: bool = False) -> ExperimentConfig:
+    """Load an experiment config by its name or from its file.
+
+    Args:
+        source: "demo", or the path of a TOML file.
+        trust: Accept what can run code or open the host (see snpatch.trust).
+
+    Raises:
+        SnpatchError: The file has unknown keys, broken references, or needs trust.
+    """
+    path, table = read_config_file(source)
+    try:
+        config = build_experiment_config(table, path.parent)
+        if not trust:
+            check_trusted(config.engine, config.judges, config.folder)
+        return config
+    except SnpatchError as error:
+        raise SnpatchError(f"config {path}: {error}") from error
+
+
+def build_experiment_config(data: dict, folder: Path) -> ExperimentConfig:
+    """Build an experiment config from the table of its file, whose paths are relative to `folder`."""
+    parts = parse_eval_config(data)
+    for group in ("contrasts", "seeds"):
+        contrasts = get_table(data, group)
+        parts[group] = {name: read(Contrast, f"{group}.{name}", entry) for name, entry in contrasts.items()}
+    for name in ("recipients", "benchmarks"):
+        parts.setdefault(name, ())
+    return read(ExperimentConfig, "the file", {"folder": folder, **parts})

@@ -1,1 +1,0 @@
-"""Runs: texts of many patches, kept and judged; sweeps over them."""

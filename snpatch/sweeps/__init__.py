@@ -1,0 +1,1 @@
+"""Sweeps: completions of many patches, stored, judged and compared."""

@@ -1,1 +1,0 @@
-"""Worlds: everything that experiments run on, as a file and opened."""
