@@ -1,4 +1,4 @@
-"""A page of 10,000 texts of about 128 tokens: writing it, opening it in Chromium, and the first search in it."""
+"""Benchmark of a page with 10,000 completions of about 128 tokens: write, open in Chromium, first search."""
 
 import shutil
 
@@ -29,7 +29,7 @@ def tab():
 def test_write_page(benchmark, page, tmp_path):
     path = benchmark.pedantic(write_page, args=(tmp_path / "page.html", page), rounds=3)
     bytes_written = path.stat().st_size
-    benchmark.extra_info.update(side="write", texts=len(page.texts), bytes_written=bytes_written)
+    benchmark.extra_info.update(side="write", texts=len(page.completions), bytes_written=bytes_written)
 
 
 def test_open(benchmark, page, tab, tmp_path):
@@ -41,11 +41,11 @@ def test_open(benchmark, page, tab, tmp_path):
 
     benchmark.pedantic(open_, rounds=5, warmup_rounds=1)
     assert tab.locator("#place").inner_text() == "Prompt 1 of 385"
-    benchmark.extra_info.update(side="open", texts=len(page.texts))
+    benchmark.extra_info.update(side="open", texts=len(page.completions))
 
 
 def test_first_search(benchmark, page, tab, tmp_path):
-    """All texts are unpacked by it."""
+    """The first search decompresses all completions."""
     url = write_page(tmp_path / "page.html", page).as_uri()
 
     def open_() -> None:
@@ -54,7 +54,7 @@ def test_first_search(benchmark, page, tab, tmp_path):
 
     def search() -> None:
         tab.fill("#query", "nowhere")
-        tab.wait_for_function("() => document.getElementById('place').textContent === 'No prompt fits.'")
+        tab.wait_for_function("() => document.getElementById('place').textContent === 'No prompt matches.'")
 
     benchmark.pedantic(search, setup=open_, rounds=5)
-    benchmark.extra_info.update(side="search", texts=len(page.texts))
+    benchmark.extra_info.update(side="search", texts=len(page.completions))

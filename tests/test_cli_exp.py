@@ -102,7 +102,7 @@ def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, t
     pyarrow = pytest.importorskip("pyarrow.parquet")
     assert pyarrow.read_table(tmp_path / "texts.parquet").num_rows == len(texts)
     code, _, err = run(capsys, "sweep", "export", out, tmp_path / "texts.xml")
-    assert (code, "wanted .csv, .jsonl or .parquet" in err) == (2, True)
+    assert (code, "expected a name that ends in .csv, .jsonl or .parquet" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_workers_write_parts_that_the_sweep_joins(capsys, prompts, ranking, tmp_
 def test_a_page_is_made_of_a_sweeps_folder(capsys, prompts, ranking, tmp_path):
     path, out = spec_of(tmp_path, prompts, ranking, strengths=[1]), tmp_path / "out"
     code, _, err = run(capsys, "report", tmp_path)
-    assert (code, "holds no table and no texts" in err) == (2, True)
+    assert (code, "holds no table and no completions" in err) == (2, True)
     assert run(capsys, "sweep", path, "--trust-config", "-o", out)[0] == 0
     code, told, err = run(capsys, "report", out)
     assert code == 0, err

@@ -320,7 +320,8 @@ def test_what_cannot_be_run_says_why(tmp_path, zoo, name, settings, message):
 
 def test_a_table_is_written_whole_and_told_shortly(tmp_path):
     rows = [{"a": 1, "b": None, "c": 0.123456}, {"a": 2, "b": "x,y", "c": 1e-5}]
-    report = Report("t", {"t": rows}, {}, TableView.from_rows(rows, {"A": "a", "C": "c", "B": lambda row: row["b"]}))
+    table = TableView.from_rows(rows, {"A": "a", "C": "c", "B": lambda row: row["b"]})
+    report = Report("t", {"t": rows}, {}, (table,))
     files.write_report(report, tmp_path)
     assert (tmp_path / "t.csv").read_text() == 'a,b,c\n1,,0.123456\n2,"x,y",1e-05\n'
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows

@@ -61,7 +61,7 @@ def test_a_page_shows_every_experiment_and_what_made_it(folder):
         assert all((one["tables"] or page.rows, one["images"] or one["name"] not in experiments.NAMES)), one["name"]
     assert page.command.startswith("snpatch ")
     assert "\n" not in page.command, "one command made them all"
-    assert all((page.texts, page.maps))
+    assert all((page.completions, page.maps))
 
 
 def test_every_experiment_leaves_table_and_plot(folder):

@@ -42,7 +42,7 @@ def test_errors_are_one_printable_line():
 def test_tables_in_a_terminal_show_names_as_they_are():
     view = TableView((MARKUP, "b"), ((MARKUP, ESCAPES),), title=MARKUP)
     console = Console(width=300, force_terminal=True, color_system=None, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    terminal.print_report(Report("t", {}, {}, view, headline=[MARKUP, ESCAPES]), console)
+    terminal.print_report(Report("t", {}, {}, (view,), headline=[MARKUP, ESCAPES]), console)
     text = console.export_text(styles=True)
     assert text.count(MARKUP) == 4
     assert text.count(ESCAPED) == 2
@@ -79,7 +79,7 @@ def test_plots_show_names_as_they_are(tmp_path):
         axis.plot([1], [1], label=to_plot_label(name))
     legend = axis.legend()
     assert len(legend.get_texts()) == 4
-    files.write_report(Report("t", {}, {"t": figure}, TableView((), ())), tmp_path)
+    files.write_report(Report("t", {}, {"t": figure}, ()), tmp_path)
     assert (tmp_path / "t.svg").is_file()
 
 
@@ -123,7 +123,7 @@ def test_file_stem_stays_in_its_folder(name, expected):
 def test_reports_and_rankings_stay_in_their_folder(tmp_path):
     out = tmp_path / "deep" / "out"
     rows = [{"a": 1}]
-    paths = files.write_report(Report("t", {"../../x": rows}, {"../../y": Figure()}, TableView((), ())), out)
+    paths = files.write_report(Report("t", {"../../x": rows}, {"../../y": Figure()}, ()), out)
     assert all(path.parent == out for path in paths)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "deep"]
     with ExperimentContext(load_experiment_config("demo"), out) as context:

@@ -50,7 +50,7 @@ def test_completions_are_written_whole_in_every_encoding(monkeypatch, encoding, 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_tables_and_lines_are_written_whole_in_every_encoding(monkeypatch, encoding, tmp_path):
-    report = Report("t", {"t": [{"a": 1}]}, {}, TableView(("é",), ((TEXT,),), title="漢"), [TEXT])
+    report = Report("t", {"t": [{"a": 1}]}, {}, (TableView(("é",), ((TEXT,),), title="漢"),), [TEXT])
     text = written(monkeypatch, encoding, lambda: options.show(report, tmp_path, as_json=False))
     assert text.count("[/INST] [b]") == 2
     assert text.count("\\ud83d\\ude00" if encoding != "utf-8" else "😀") == 2
@@ -135,7 +135,7 @@ def test_files_whose_names_are_no_utf8_are_read_and_written(tmp_path, capsys, mo
         store.end(store.begin(options.command()), "done")
     code, out, _ = run(capsys, "sweep", "status", folder / "store")
     assert (code, "caf\\udce9" in out) == (0, True)
-    report = Report(NO_UTF8, {NO_UTF8: [{"a": NO_UTF8}]}, {}, TableView(("a",), ((NO_UTF8,),)), [NO_UTF8])
+    report = Report(NO_UTF8, {NO_UTF8: [{"a": NO_UTF8}]}, {}, (TableView(("a",), ((NO_UTF8,),)),), [NO_UTF8])
     options.show(report, folder, as_json=False)
     assert capsys.readouterr().out.count("caf\\udce9") >= 2
     code, _, err = run(capsys, "generate", folder / "missing", folder / "p.jsonl", "--backend", "transformers")
@@ -170,6 +170,6 @@ def no_home():
 
 def test_console_of_rich_reads_no_markup_of_paths(capsys, tmp_path):
     folder = tmp_path / "[red]x[" / "y]"
-    report = Report("t", {"t": [{"a": 1}]}, {}, TableView(("a",), (("[/]",),)), [])
+    report = Report("t", {"t": [{"a": 1}]}, {}, (TableView(("a",), (("[/]",),)),), [])
     options.show(report, folder, as_json=False)
     assert "[red]x[/y]" in capsys.readouterr().out.replace("\n", "")

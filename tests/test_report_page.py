@@ -1,4 +1,4 @@
-"""Pages: one file that holds all, opens without a network, and runs no script that a model wrote."""
+"""The HTML page: one self-contained file, opens offline, and runs no script from a completion."""
 
 import base64
 import gzip
@@ -12,44 +12,46 @@ import pages
 import pytest
 
 from snpatch import SnpatchError
-from snpatch.report.page import ASSETS, Page, write_page
+from snpatch.report.page import ASSETS, DATA_FIELDS, SCRIPTS, Page, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def parts(text: str, kind: str) -> list[str]:
+def find_scripts(text: str, kind: str) -> list[str]:
     return re.findall(rf'<script type="{kind}"[^>]*>(.*?)</script>', text, re.S)
 
 
-def unpacked(text: str) -> list:
-    return [json.loads(gzip.decompress(base64.b64decode(part))) for part in parts(text, "application/json-gz")]
+def decompress_chunks(text: str) -> list:
+    return [json.loads(gzip.decompress(base64.b64decode(part))) for part in find_scripts(text, "application/json-gz")]
 
 
-def test_a_page_holds_its_texts_and_they_its_scores(tmp_path):
+def test_page_contains_every_completion_with_its_scores(tmp_path):
     page = pages.page(prompts=3)
     text = write_page(tmp_path / "new" / "page.html", page).read_text()
-    index, completions = unpacked(text)
-    found = []
-    for one, completion in zip(index["texts"], completions, strict=True):
-        kept = {name: value for name, value in one.items() if name not in ("case", "point")}
-        found.append({**index["cases"][one["case"]], **index["points"][one["point"]], **kept, "completion": completion})
-    assert len(found) == len(page.texts) == 3 * 26
-    assert all(one in page.texts for one in found)
-    assert [one["prompt_index"] for one in found] == sorted(one["prompt_index"] for one in found)
-    [data] = map(json.loads, parts(text, "application/json"))
-    for name in ("command", "unfinished", "headline", "provenance", "rows", "maps", "reports"):
+    index, completions = decompress_chunks(text)
+    records = []
+    for entry, completion in zip(index["records"], completions, strict=True):
+        fields = {name: value for name, value in entry.items() if name not in ("case", "point")}
+        case, point = index["cases"][entry["case"]], index["points"][entry["point"]]
+        records.append({**case, **point, **fields, "completion": completion})
+    assert len(records) == len(page.completions) == 3 * 26
+    assert all(record in page.completions for record in records)
+    prompt_indices = [record["prompt_index"] for record in records]
+    assert prompt_indices == sorted(prompt_indices)
+    [data] = map(json.loads, find_scripts(text, "application/json"))
+    for name in DATA_FIELDS:
         assert data[name] == getattr(page, name)
 
 
-def test_texts_are_in_pieces_and_a_prompt_s_are_together(tmp_path):
+def test_completions_are_chunked_and_sorted_by_prompt(tmp_path):
     page = pages.page(prompts=50, words=4)
-    index, *pieces = unpacked(write_page(tmp_path / "page.html", page).read_text())
-    assert [len(piece) for piece in pieces] == [500, 500, 300]
-    order = [one["case"] for one in index["texts"]]
-    assert order == sorted(order)
+    index, *chunks = decompress_chunks(write_page(tmp_path / "page.html", page).read_text())
+    assert [len(chunk) for chunk in chunks] == [500, 500, 300]
+    cases = [record["case"] for record in index["records"]]
+    assert cases == sorted(cases)
 
 
-def test_nothing_that_a_model_wrote_ends_a_script(tmp_path):
+def test_completion_with_markup_ends_no_script(tmp_path):
     clean, hostile = pages.page(prompts=1), pages.HOSTILE
     page = replace(
         clean,
@@ -58,26 +60,26 @@ def test_nothing_that_a_model_wrote_ends_a_script(tmp_path):
         headline=[hostile],
         provenance={hostile: hostile},
         rows=[row | {"ranking": row["ranking"] and hostile} for row in clean.rows],
-        texts=[text | {"completion": hostile} for text in clean.texts],
+        completions=[record | {"completion": hostile} for record in clean.completions],
     )
-    ours, theirs = (write_page(tmp_path / "page.html", one).read_text() for one in (clean, page))
-    for mark in ("<script", "</script", "<img", "<!--"):
-        assert theirs.count(mark) == ours.count(mark)
-    assert unpacked(theirs)[1] == [hostile] * 26
-    assert json.loads(parts(theirs, "application/json")[0])["headline"] == [hostile]
+    clean_html, hostile_html = (write_page(tmp_path / "page.html", each).read_text() for each in (clean, page))
+    for tag in ("<script", "</script", "<img", "<!--"):
+        assert hostile_html.count(tag) == clean_html.count(tag)
+    assert decompress_chunks(hostile_html)[1] == [hostile] * 26
+    assert json.loads(find_scripts(hostile_html, "application/json")[0])["headline"] == [hostile]
 
 
-def test_what_is_no_number_is_undefined(tmp_path):
+def test_non_finite_numbers_become_null(tmp_path):
     page = pages.page(prompts=1)
     page.rows[0]["mean"], page.rows[0]["mean_low"] = math.nan, -math.inf
-    page.texts[0]["scores"]["cost"] = math.nan
+    page.completions[0]["scores"]["cost"] = math.nan
     text = write_page(tmp_path / "page.html", page).read_text()
-    row = json.loads(parts(text, "application/json")[0], parse_constant=pytest.fail)["rows"][0]
+    row = json.loads(find_scripts(text, "application/json")[0], parse_constant=pytest.fail)["rows"][0]
     assert (row["mean"], row["mean_low"]) == (None, None)
-    assert unpacked(text)[0]["texts"][0]["scores"]["cost"] is None
+    assert decompress_chunks(text)[0]["records"][0]["scores"]["cost"] is None
 
 
-def test_page_of_nested_data_past_all_depth_is_an_error(tmp_path):
+def test_write_page_rejects_data_nested_too_deep(tmp_path):
     nested: list = []
     for _ in range(100_000):
         nested = [nested]
@@ -85,28 +87,28 @@ def test_page_of_nested_data_past_all_depth_is_an_error(tmp_path):
         write_page(tmp_path / "page.html", replace(pages.page(prompts=1), provenance={"x": nested}))
 
 
-def test_equal_pages_are_equal_files_and_name_no_other(tmp_path):
-    one, other = (write_page(tmp_path / name, pages.page()).read_bytes() for name in ("a.html", "b.html"))
-    assert one == other
-    own = b"".join((ASSETS / name).read_bytes() for name in ("page.html", "page.css", "dom.js", "texts.js", "page.js"))
-    assert b"http:" not in own
-    assert b"https:" not in own
+def test_equal_pages_give_equal_files_without_external_references(tmp_path):
+    first, second = (write_page(tmp_path / name, pages.page()).read_bytes() for name in ("a.html", "b.html"))
+    assert first == second
+    assets = b"".join((ASSETS / name).read_bytes() for name in ("page.html", "page.css", *SCRIPTS))
+    assert b"http:" not in assets
+    assert b"https:" not in assets
     assert (
-        re.findall(rb'(?:src|href)="(?!#|data:)', one.replace((ASSETS / "plotly-cartesian.min.js").read_bytes(), b""))
+        re.findall(rb'(?:src|href)="(?!#|data:)', first.replace((ASSETS / "plotly-cartesian.min.js").read_bytes(), b""))
         == []
     )
 
 
-def test_the_page_s_own_part_is_small(tmp_path):
-    """At most 12 MB and the texts as they are: compressed they take less."""
+def test_page_overhead_is_small(tmp_path):
+    """At most 12 MB plus the uncompressed completions; compressed they take less."""
     page = pages.page(prompts=385, words=100)
-    assert len(page.texts) > 10_000
+    assert len(page.completions) > 10_000
     size = write_page(tmp_path / "page.html", page).stat().st_size
-    assert size < 12e6 + sum(len(text["completion"]) for text in page.texts)
+    assert size < 12e6 + sum(len(record["completion"]) for record in page.completions)
     assert write_page(tmp_path / "page.html", Page("nothing", "")).stat().st_size < 2e6
 
 
-def test_the_licence_of_plotly_is_kept():
+def test_plotly_license_is_included():
     head = (ASSETS / "plotly-cartesian.min.js").read_text()[:300]
     assert "Plotly, Inc." in head
     assert "MIT license" in head
@@ -125,15 +127,15 @@ def chromium():
 
 @pytest.fixture
 def opened(chromium, tmp_path):
-    """opened(page, **context): it in Chromium and offline; at the end, that nothing was complained of or asked for."""
-    complaints, asked = [], []
+    """Return a function that opens a page in Chromium, offline. Fail if it logged an error or requested a URL."""
+    messages, requested_urls = [], []
 
     def open_(page: Page, **context):
         tab = chromium.new_context(offline=True, **context).new_page()
         path = write_page(tmp_path / "page.html", page)
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.on("pageerror", lambda error: complaints.append(str(error)))
-        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("console", lambda message: messages.append(message.text))
+        tab.on("pageerror", lambda error: messages.append(str(error)))
+        tab.on("request", lambda request: requested_urls.append(request.url))
         tab.goto(path.as_uri())
         expect(tab, "html").to_have_attribute("data-ready", "")
         return tab
@@ -141,25 +143,25 @@ def opened(chromium, tmp_path):
     yield open_
     for context in chromium.contexts:
         context.close()
-    assert complaints == []
-    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert messages == []
+    assert [url for url in requested_urls if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
 def expect(tab, selector: str):
-    """Playwright's assertions of what a selector finds, which wait for it."""
+    """Return Playwright's assertions for a selector; they wait until they hold."""
     from playwright.sync_api import expect
 
     return expect(tab.locator(selector))
 
 
-def place(tab, wanted: str) -> None:
-    expect(tab, "#place").to_have_text(wanted)
+def expect_position(tab, text: str) -> None:
+    expect(tab, "#place").to_have_text(text)
 
 
-def test_all_sections_are_there(opened):
+def test_page_has_all_sections(opened):
     tab = opened(pages.page())
     assert tab.locator("nav a").all_inner_texts() == [
-        "Mean score", "Causal effect", "Where the neurons are", "alignment_tax", "Texts", "Rows", "Provenance"
+        "Mean score", "Causal effect", "Layers of the neurons", "alignment_tax", "Completions", "Rows", "Provenance"
     ]  # fmt: skip
     assert tab.locator("#headline li").all_inner_texts() == ["1000 neurons give 80% of the effect."]
     assert tab.locator("#plot-mean .legendtext").all_text_contents() == [
@@ -173,33 +175,39 @@ def test_all_sections_are_there(opened):
     assert tab.locator("#report-alignment_tax tbody tr td:first-child").all_inner_texts() == ["a", "b"]
 
 
-@pytest.mark.parametrize("without", ["rows", "texts", "maps", "reports", "headline", "provenance", "all"])
-def test_a_page_without(opened, without):
+@pytest.mark.parametrize("without", ["rows", "completions", "maps", "reports", "headline", "provenance", "all"])
+def test_page_without_one_part_hides_its_section(opened, without):
     page = (
         Page("nothing", "")
         if without == "all"
         else replace(pages.page(2), **{without: {} if without in ("maps", "provenance") else []})
     )
     tab = opened(page)
-    hidden = {"rows": "#curve", "texts": "#texts", "maps": "#maps", "provenance": "#origin", "all": "#chosen"}
-    if without in hidden:
-        assert not tab.locator(hidden[without]).is_visible()
+    sections = {
+        "rows": "#curve",
+        "completions": "#completions",
+        "maps": "#maps",
+        "provenance": "#origin",
+        "all": "#selection",
+    }
+    if without in sections:
+        assert not tab.locator(sections[without]).is_visible()
 
 
-def test_a_page_without_controls_effects_or_unpatched_texts(opened):
+def test_page_without_controls_effects_or_unpatched_completions_opens(opened):
     page = pages.page(2, controls=0)
     bare = [
         {name: None if "effect" in name or "net" in name else value for name, value in row.items()} for row in page.rows
     ]
-    tab = opened(replace(page, rows=bare, texts=[text for text in page.texts if text["ranking"]]))
+    tab = opened(replace(page, rows=bare, completions=[record for record in page.completions if record["ranking"]]))
     assert not tab.locator("#effects").is_visible()
     assert tab.locator("#case .card").count() == 2 * len(pages.KS)
     assert tab.locator("#case mark").count() == 0
 
 
-def test_a_page_of_unpatched_texts_alone(opened):
+def test_page_of_unpatched_completions_opens(opened):
     page = pages.page(2)
-    tab = opened(replace(page, rows=[], texts=[text for text in page.texts if not text["ranking"]]))
+    tab = opened(replace(page, rows=[], completions=[record for record in page.completions if not record["ranking"]]))
     assert tab.locator("#recipient option").all_inner_texts() == ["base", "dpo"]
     assert tab.locator("#case .card h3").all_inner_texts() == ["base, unpatched"]
     assert not tab.locator("#at").is_visible()
@@ -207,59 +215,60 @@ def test_a_page_of_unpatched_texts_alone(opened):
     expect(tab, "#case .card h3").to_have_text(["dpo, unpatched"])
 
 
-def test_a_text_s_first_word_that_differs_is_marked(opened):
+def test_first_differing_word_is_marked(opened):
     page = pages.page(1, controls=0, ks=(10, 20, 30, 40))
-    said = ["one  two three", "one\ntwo four three", "one  two", "one  two three", "one  two three more", None]
-    texts = [text for text in page.texts if text["ranking"] in (None, "change")]
+    completions = ["one  two three", "one\ntwo four three", "one  two", "one  two three", "one  two three more", None]
+    records = [record for record in page.completions if record["ranking"] in (None, "change")]
     scores = [{"cost": 1.0}, {"cost": 2.5}, {"cost": math.nan}, {}, {"cost": 1.0}, {"cost": 0.0}]
     order = [0, 2, 3, 4, 5, 1]
-    for at, completion, score in zip(order, said, scores, strict=True):
-        texts[at] |= {"completion": completion, "scores": score, "state": "open" if completion is None else "done"}
-    tab = opened(replace(page, texts=texts))
+    for at, completion, score in zip(order, completions, scores, strict=True):
+        records[at] |= {"completion": completion, "scores": score, "state": "open" if completion is None else "done"}
+    tab = opened(replace(page, completions=records))
     cards = tab.locator("#case .card")
     marks = [cards.nth(i).locator("mark").all_inner_texts() for i in range(6)]
     assert marks == [[], [], ["four"], ["⏎"], [], ["more"]]
-    same = "1,200 overwrites counted · ended by stop · same text as unpatched"
+    same = "1,200 overwrites counted · ended by stop · same completion as unpatched"
     assert cards.nth(4).locator(".receipt").inner_text() == same
     assert cards.nth(1).locator(".text").inner_text() == "not written yet"
     shown = [cards.nth(i).locator(".scores").inner_text() for i in range(1, 6)]
     assert shown == ["cost 0.00 -1.00", "cost 2.50 +1.50", "", "", "cost 1.00 0.00"]
 
 
-def test_page_of_an_unfinished_sweep_says_so_and_distinguishes_missing_texts(opened):
+def test_page_of_unfinished_sweep_shows_warning_and_missing_completions(opened):
     page = pages.page(1, controls=0, ks=(10, 20))
-    texts = [text for text in page.texts if text["ranking"] in (None, "change")]
-    texts[0] |= {"completion": ""}
-    texts[2] |= {"completion": None, "state": "failed", "error": pages.HOSTILE.replace("\ud800", "")}
-    texts[3] |= {"completion": None, "state": "open"}
-    tab = opened(replace(page, texts=texts, unfinished="Unfinished: 2 of 4 texts are written."))
-    expect(tab, "#unfinished").to_have_text("Unfinished: 2 of 4 texts are written.")
+    records = [record for record in page.completions if record["ranking"] in (None, "change")]
+    records[0] |= {"completion": ""}
+    records[2] |= {"completion": None, "state": "failed", "error": pages.HOSTILE.replace("\ud800", "")}
+    records[3] |= {"completion": None, "state": "open"}
+    tab = opened(replace(page, completions=records, unfinished="Unfinished: 2 of 4 completions are written."))
+    expect(tab, "#unfinished").to_have_text("Unfinished: 2 of 4 completions are written.")
     shown = [card.inner_text() for card in tab.locator("#case .card .text").all()]
-    assert shown[0] == "empty answer"
+    assert shown[0] == "empty completion"
     assert shown[2].startswith("failed: </script>")
     assert shown[3] == "not written yet"
     assert tab.evaluate("window.hit") is None
 
 
-def test_page_of_a_finished_sweep_has_no_warning(opened):
+def test_page_of_finished_sweep_has_no_warning(opened):
     assert not opened(pages.page(1)).locator("#unfinished").is_visible()
 
 
-def test_search_and_filters(opened):
+def test_search_and_filters_select_prompts(opened):
     page = pages.page(6)
-    page.texts[3] |= {"completion": "A Needle <b>here</b>"}
-    for text in page.texts:
-        text["scores"]["cost"] = float(text["prompt_index"] * (text["hi"] / 1000 if text["prompt_index"] % 2 else -1))
+    page.completions[3] |= {"completion": "A Needle <b>here</b>"}
+    for record in page.completions:
+        factor = record["hi"] / 1000 if record["prompt_index"] % 2 else -1
+        record["scores"]["cost"] = float(record["prompt_index"] * factor)
     tab = opened(page)
-    place(tab, "Prompt 1 of 6")
+    expect_position(tab, "Prompt 1 of 6")
     tab.fill("#query", "needle")
-    place(tab, "Prompt 1 of 1")
+    expect_position(tab, "Prompt 1 of 1")
     assert tab.locator("#case .prompt").inner_text() == "Question 3: how would one do it?"
     assert tab.evaluate("CSS.highlights.get('found').size") == 1
     tab.fill("#query", "QUESTION 4")
-    place(tab, "Prompt 1 of 1")
+    expect_position(tab, "Prompt 1 of 1")
     tab.fill("#query", "nowhere")
-    place(tab, "No prompt fits.")
+    expect_position(tab, "No prompt matches.")
     assert tab.locator("#case > *").count() == 0
     tab.fill("#query", "")
     expect(tab, "#matches li").to_have_count(6)
@@ -270,16 +279,15 @@ def test_search_and_filters(opened):
     expect(tab, "#matches li").to_have_count(2)
     tab.fill("#most", "15")
     tab.locator("#most").blur()
-    place(tab, "Prompt 1 of 1")
+    expect_position(tab, "Prompt 1 of 1")
     assert tab.locator("#case .prompt").inner_text() == "Question 3: how would one do it?"
 
 
-def test_the_largest_change_comes_first(opened):
+def test_sort_by_change_and_score_orders_prompts(opened):
     page = pages.page(4)
-    for text in page.texts:
-        text["scores"] = {
-            "cost": {0: 1.0, 1: -9.0, 2: 4.0, 3: 2.0}[text["prompt_index"]] if text["hi"] == 1000 else 0.0
-        }
+    changes = {0: 1.0, 1: -9.0, 2: 4.0, 3: 2.0}
+    for record in page.completions:
+        record["scores"] = {"cost": changes[record["prompt_index"]] if record["hi"] == 1000 else 0.0}
     tab = opened(page)
     tab.select_option("#at", "k = 1000, change")
     tab.select_option("#sort", "largest change")
@@ -289,38 +297,38 @@ def test_the_largest_change_comes_first(opened):
     expect(tab, "#case .card.here h3").to_have_text("k = 1000, change")
 
 
-def test_keyboard(opened):
+def test_keyboard_shortcuts_step_and_search(opened):
     tab = opened(pages.page(5))
     for key, wanted in (("j", 2), ("ArrowRight", 3), ("k", 2), ("ArrowLeft", 1), ("ArrowLeft", 1)):
         tab.keyboard.press(key)
-        place(tab, f"Prompt {wanted} of 5")
+        expect_position(tab, f"Prompt {wanted} of 5")
     tab.keyboard.press("/")
     tab.keyboard.type("question 2jk/")
     assert tab.locator("#query").input_value() == "question 2jk/"
-    place(tab, "No prompt fits.")
+    expect_position(tab, "No prompt matches.")
     tab.fill("#query", "")
-    place(tab, "Prompt 1 of 5")
+    expect_position(tab, "Prompt 1 of 5")
     tab.keyboard.press("Escape")
     tab.keyboard.press("j")
-    place(tab, "Prompt 2 of 5")
+    expect_position(tab, "Prompt 2 of 5")
     tab.click("#next")
-    place(tab, "Prompt 3 of 5")
+    expect_position(tab, "Prompt 3 of 5")
     tab.locator("#previous").press("Enter")
-    place(tab, "Prompt 2 of 5")
+    expect_position(tab, "Prompt 2 of 5")
     tab.locator("#matches button").last.press("Enter")
     expect(tab, "#matches button >> nth=4").to_be_focused()
     tab.keyboard.press("k")
     expect(tab, "#matches button >> nth=3").to_be_focused()
 
 
-def test_random_controls_are_shown_on_demand(opened):
+def test_random_controls_checkbox_shows_control_completions(opened):
     tab = opened(pages.page(2, controls=2))
     assert tab.locator("#case .card").count() == 2 + 2 * 4
     tab.check("#controls")
     expect(tab, "#case .card.control").to_have_count(16)
 
 
-def test_windows_that_begin_later_are_bars_over_their_ranks(opened):
+def test_windows_above_rank_zero_are_drawn_over_their_ranks(opened):
     page = pages.page(1, controls=1)
     later = [
         row | {"lo": row["hi"], "hi": row["hi"] + 500} for row in page.rows if row["ranking"] == "change" and row["hi"]
@@ -334,7 +342,7 @@ def test_windows_that_begin_later_are_bars_over_their_ranks(opened):
     assert tab.locator("#plot-effect .legendtext").all_text_contents().count("change, net, windows") == 1
 
 
-def test_several_strengths_recipients_and_judges_are_chosen_from(opened):
+def test_selectors_choose_strength_and_recipient(opened):
     page = pages.page(2, controls=0)
     weak = [row | {"strength": 0.5, "mean": row["mean"] / 2} for row in page.rows if row["ranking"]]
     other = [row | {"recipient": "sft"} for row in page.rows if row["recipient"] == "base"]
@@ -350,10 +358,11 @@ def test_several_strengths_recipients_and_judges_are_chosen_from(opened):
     assert tab.locator("#plot-mean .legendtext").first.text_content() == "sft, unpatched"
 
 
-def test_hostile_texts_are_inert(opened):
+def test_hostile_completions_are_inert(opened):
     hostile = pages.HOSTILE
     page = pages.page(2)
-    page.texts[:] = [text | {"completion": hostile, "prompt": hostile, "finish_reason": hostile} for text in page.texts]
+    fields = {"completion": hostile, "prompt": hostile, "finish_reason": hostile}
+    page.completions[:] = [record | fields for record in page.completions]
     page.rows[:] = [row | {"ranking": row["ranking"] and hostile} for row in page.rows]
     report = {
         "name": hostile,
@@ -367,8 +376,8 @@ def test_hostile_texts_are_inert(opened):
     assert tab.evaluate("window.hit") is None
 
 
-def test_the_policy_runs_no_other_script(chromium, tmp_path):
-    """Even where a text did become HTML."""
+def test_content_security_policy_blocks_other_scripts(chromium, tmp_path):
+    """Even if a completion became HTML."""
     tab = chromium.new_page()
     tab.goto(write_page(tmp_path / "page.html", pages.page(1)).as_uri())
     tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=\"window.hit = 1\">')")
@@ -378,11 +387,11 @@ def test_the_policy_runs_no_other_script(chromium, tmp_path):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_is_no_wider_than_its_window(opened, width):
+def test_page_fits_the_window_width(opened, width):
     page = pages.page(3)
-    page.texts[0]["completion"] = page.texts[0]["prompt"] = "long" * 200
+    page.completions[0]["completion"] = page.completions[0]["prompt"] = "long" * 200
     tab = opened(replace(page, headline=["long" * 100]), viewport={"width": width, "height": 800})
-    tab.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
+    tab.locator("details").evaluate_all("nodes => nodes.forEach(node => node.open = true)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -402,27 +411,27 @@ def test_dark_and_light(opened):
     expect(tab, "body").to_have_css("background-color", "rgb(21, 24, 29)")
 
 
-def test_each_input_has_a_name(opened):
+def test_each_input_has_a_label(opened):
     tab = opened(pages.page(1))
-    for one in tab.locator("input, select").all():
-        assert one.evaluate("one => one.labels[0].textContent.trim()")
+    for control in tab.locator("input, select").all():
+        assert control.evaluate("node => node.labels[0].textContent.trim()")
     assert tab.locator("[role=img]:not([aria-label])").count() == 0
 
 
 MARKED = '<a href="https://evil.example/x" target="_top">click</a><b>&amp; $x^2$ %{x}</b>'
 
 
-# Hover over the first point of each trace, and return what the labels say; a link in one of them is an error.
+# Hovers over the first point of each trace and returns the labels' texts. Throws if a label contains a link.
 HOVERED = """() => ["plot-mean", "plot-effect"].flatMap(id =>
   document.getElementById(id).data.flatMap(({text}, curveNumber) => {
     if (!Array.isArray(text)) return [];
     Plotly.Fx.hover(id, [{curveNumber, pointNumber: 0}]);
     if (document.querySelector("svg a")) throw new Error("a name became a link");
-    return [...document.querySelectorAll(`#${id} .hovertext`)].map(one => one.textContent);
+    return [...document.querySelectorAll(`#${id} .hovertext`)].map(label => label.textContent);
   }))"""
 
 
-def test_a_name_is_text_in_every_plot(opened):
+def test_names_are_literal_text_in_every_plot(opened):
     """Plotly reads pseudo-HTML in names, hover texts and titles."""
     page = pages.page(2)
     named = {"ranking": MARKED, "recipient": f"{MARKED}r", "donor": f"{MARKED}d", "judge": f"{MARKED}j"}
@@ -432,7 +441,7 @@ def test_a_name_is_text_in_every_plot(opened):
         if row["ranking"] in (None, pages.RANKINGS[0])
     ]
     rows += [row | {"lo": 100, "hi": 300} for row in rows if row["ranking"] and row["control_seed"] is None]
-    tab = opened(replace(page, rows=rows, maps={MARKED: page.maps[pages.RANKINGS[0]]}, texts=[], reports=[]))
+    tab = opened(replace(page, rows=rows, maps={MARKED: page.maps[pages.RANKINGS[0]]}, completions=[], reports=[]))
     legend = tab.locator("#plot-mean .legendtext").all_text_contents()
     assert MARKED[:60] + "…" in legend
     shown = tab.evaluate(HOVERED)

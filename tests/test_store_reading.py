@@ -370,7 +370,7 @@ def test_status_shows_control_characters_as_escapes(capsys, folder):
 def test_page_of_an_unfinished_sweep_says_how_much_is_written(folder):
     page = load_page(folder)
     assert page.unfinished == "Unfinished: 2 of 5 texts are written, 1 are open and 2 failed."
-    assert [text["state"] for text in page.texts] == list(STATES.values())
+    assert [text["state"] for text in page.completions] == list(STATES.values())
 
 
 TABLE = {"provenance": {}, "headline": ["one"], "rows": [{"a": 1}]}

@@ -86,7 +86,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "alignment_tax",
         {"alignment_tax": rows},
         {"alignment_tax": _plot(rows)},
-        TableView.from_rows(rows, columns),
+        (TableView.from_rows(rows, columns),),
         _sentences(rows, k),
         records=records,
     )

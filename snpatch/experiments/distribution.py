@@ -44,7 +44,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     rows.append(whole)
     plots = {"distribution": _plot(scores, top, settings.thresholds, k)}
     display = TableView.from_rows(rows, {name: name for name in whole})
-    return Report("distribution", {"distribution": rows}, plots, display, sentences)
+    return Report("distribution", {"distribution": rows}, plots, (display,), sentences)
 
 
 def describe(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:

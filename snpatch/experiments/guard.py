@@ -68,7 +68,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "guard",
         {"guard": rows, "guard-summary": summary, "guard-calibration": curve},
         {"guard": _plot(found.rows, summary, k)},
-        TableView.from_rows(summary, {name: name for name in summary[0]}, title=f"guards of {model}, {where}"),
+        (TableView.from_rows(summary, {name: name for name in summary[0]}, title=f"guards of {model}, {where}"),),
         [sentence, *found.notes],
         records=[
             {

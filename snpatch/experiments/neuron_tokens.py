@@ -69,7 +69,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     first = lines[0]
     sentence = f"layer {first['layer']}, neuron {first['neuron']} ranks first; it speaks for: {first['tokens']}."
     display = TableView.from_rows(lines, {name: name for name in first})
-    return Report("neuron_tokens", {"neuron_tokens": rows}, plots, display, [sentence])
+    return Report("neuron_tokens", {"neuron_tokens": rows}, plots, (display,), [sentence])
 
 
 def neuron_logits(model: str | Path, ranking: Ranking, n: int, allow_untested: bool = False) -> Tensor:

@@ -83,7 +83,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
             f"{last['token_weighted']:.2f} at k = {last['k']}."
         )
     plots = {"perplexity": _plot(rows, context.config.recipients, donor)}
-    return Report("perplexity", {"perplexity": rows}, plots, TableView.from_rows(rows, columns), sentences)
+    return Report("perplexity", {"perplexity": rows}, plots, (TableView.from_rows(rows, columns),), sentences)
 
 
 def _plot(rows: list[dict], recipients: Sequence[str], donor: str) -> Figure:

@@ -45,7 +45,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "positions",
         agreeing.tables | effects.tables,
         agreeing.plots | effects.plots,
-        TableView.from_rows(patched, columns),
+        (TableView.from_rows(patched, columns),),
         [*agreeing.headline, *effects.headline],
         records=result.records,
     )

@@ -91,7 +91,9 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         for row in rows
     ]
     tables, plots = {"safeguard": rows}, {"safeguard": _plot(rows)}
-    return Report("safeguard", tables, plots, TableView.from_rows(rows, columns), [*sentences, *notes], records=records)
+    return Report(
+        "safeguard", tables, plots, (TableView.from_rows(rows, columns),), [*sentences, *notes], records=records
+    )
 
 
 def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings: Settings) -> Row:

@@ -51,7 +51,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "transfer",
         {"transfer": rows, "transfer-table": table},
         {"transfer": _plot(table, results)},
-        TableView.from_rows(table, {name: name for name in table[0]}, title=f"mean cost; + = patched with {k} neurons"),
+        (TableView.from_rows(table, {n: n for n in table[0]}, title=f"mean cost; + = patched with {k} neurons"),),
         headline,
         records=records,
     )

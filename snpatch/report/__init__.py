@@ -1,1 +1,1 @@
-"""Reports: what an experiment leaves behind, and the ways to show it."""
+"""Reports: the tables, plots and sentences of an experiment, and the ways to show them."""

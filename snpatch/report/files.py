@@ -1,7 +1,7 @@
-"""Reports as files: CSV for spreadsheets, JSON with provenance for programs, plots as PNG and SVG.
+"""Report files: tables as CSV and JSON with provenance, plots as PNG and SVG, records as JSONL.
 
-Why rows are plain dicts: every experiment's table goes through the same two writers. Cells of CSV are the texts as they
-are, for programs: a spreadsheet may read one that begins with `=` as a formula unless its columns are imported as text.
+CSV cells are written unescaped, for programs. A spreadsheet may interpret a cell that begins with `=` as a formula
+unless its columns are imported as text.
 """
 
 import csv
@@ -16,19 +16,28 @@ from snpatch.report.report import Report, Row
 
 
 def write_report(report: Report, folder: str | Path) -> list[Path]:
-    """STEM.csv and STEM.json of each table, STEM.png and STEM.svg of each plot, NAME-records.jsonl; their paths."""
+    """Write all files of a report.
+
+    Args:
+        report: Its file names are STEM.csv and STEM.json for each table, STEM.png and STEM.svg for each plot, and
+            NAME-records.jsonl.
+        folder: Created if missing.
+
+    Returns:
+        Paths of the files.
+    """
     folder = Path(folder)
-    texts = {}
+    contents = {}
     for stem, rows in report.tables.items():
         stem = file_stem(stem)
-        texts[f"{stem}.csv"] = _csv(rows)
-        kept = {"provenance": report.provenance, "headline": report.headline, "rows": rows}
-        texts[f"{stem}.json"] = json.dumps(kept, indent=1) + "\n"
+        contents[f"{stem}.csv"] = _to_csv(rows)
+        table = {"provenance": report.provenance, "headline": report.headline, "rows": rows}
+        contents[f"{stem}.json"] = json.dumps(table, indent=1) + "\n"
     if report.records:
-        texts[f"{report.name}-records.jsonl"] = "".join(json.dumps(record) + "\n" for record in report.records)
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    paths = [folder / name for name in texts]
+        contents[f"{report.name}-records.jsonl"] = "".join(json.dumps(record) + "\n" for record in report.records)
+    for name, content in contents.items():
+        write_text(folder / name, content)
+    paths = [folder / name for name in contents]
     for stem, figure in report.plots.items():
         for kind in ("png", "svg"):
             paths.append(folder / f"{file_stem(stem)}.{kind}")
@@ -38,14 +47,17 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
 
 
 def write_records(records: Sequence[Row], path: str | Path) -> None:
-    """Records of the same keys as one table: .csv, .jsonl or .parquet; the file appears whole or not at all.
+    """Write records that have the same keys as a .csv, .jsonl or .parquet file, atomically.
 
-    Lone surrogates, which UTF-8 does not have, become escapes.
+    Lone surrogates, which UTF-8 cannot encode, become escapes.
+
+    Raises:
+        SnpatchError: Another suffix, or .parquet without pyarrow.
     """
     path = Path(path)
     records = [{name: _encodable(value) for name, value in record.items()} for record in records]
     if path.suffix == ".csv":
-        write_text(path, _csv(records))
+        write_text(path, _to_csv(records))
     elif path.suffix == ".jsonl":
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     elif path.suffix == ".parquet":
@@ -57,14 +69,14 @@ def write_records(records: Sequence[Row], path: str | Path) -> None:
         with whole_file(path) as partial:
             parquet.write_table(pyarrow.Table.from_pylist(list(records)), partial)
     else:
-        raise SnpatchError(f"{path}: wanted .csv, .jsonl or .parquet")
+        raise SnpatchError(f"{path}: expected a name that ends in .csv, .jsonl or .parquet.")
 
 
 def _encodable(value: object) -> object:
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
-def _csv(rows: Sequence[Row]) -> str:
+def _to_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -1,7 +1,7 @@
-"""The page of a folder: what a sweep or experiments left there, gathered for report.page.
+"""Loader of a results folder's page: tables, plots, completions and rankings, collected for report.page.
 
-Why from files and the store and not from a result: a page can be made of any folder, at any time, also of a sweep that
-is still running or was killed.
+Why it reads files and the store instead of a result object: a page can be made from any folder at any time, also from
+a sweep that is still running or was killed.
 """
 
 import base64
@@ -15,78 +15,98 @@ import torch
 
 from snpatch.errors import SnpatchError, first_line
 from snpatch.ranking.ranking import Ranking
+from snpatch.report.formatting import describe_score
 from snpatch.report.page import Page
 from snpatch.schema import parse_json
 from snpatch.sweeps.store import NAME, Store, describe_unfinished
 from snpatch.sweeps.sweep import Row
 from snpatch.sweeps.sweep_file import FILE, SweepSpec
 
-BINS = 50  # of ranks, in the map of a ranking
-ROW = {f.name for f in fields(Row)}
-LISTED = 500  # rows of an experiment's table that a page shows
+RANK_BINS = 50
+SWEEP_COLUMNS = tuple(f.name for f in fields(Row))
+MAX_TABLE_ROWS = 500
 
 
 def load_page(folder: str | Path) -> Page:
-    """All that a folder holds: tables and plots of every report, texts with their scores, rankings."""
+    """Read a folder's tables, plots, completions with scores, and rankings.
+
+    Raises:
+        SnpatchError: The folder has neither tables nor completions, or one of its files is damaged.
+    """
     folder = Path(folder)
-    tables = {path.stem: found for path in sorted(folder.glob("*.json")) if (found := _table(path)) is not None}
-    texts, runs = _texts(folder)
-    if not tables and not texts:
-        raise SnpatchError(f"{folder} holds no table and no texts of a sweep or an experiment")
-    swept = {stem: one for stem, one in tables.items() if one["rows"][0].keys() >= ROW}
-    rows = {tuple(row[name] for name in sorted(ROW)): row for one in swept.values() for row in one["rows"]}
-    commands = [one["provenance"].get("command") for one in tables.values()] + [run["command"] for run in runs[-1:]]
+    paths = sorted(folder.glob("*.json"))
+    tables = {path.stem: table for path in paths if (table := _load_table(path)) is not None}
+    completions, runs = _load_completions(folder)
+    if not tables and not completions:
+        raise SnpatchError(f"{folder} holds no table and no completions of a sweep or an experiment")
+    sweeps = {stem: table for stem, table in tables.items() if _is_sweep(table["rows"])}
+    all_rows = [row for table in sweeps.values() for row in table["rows"]]
+    rows = {tuple(row[name] for name in SWEEP_COLUMNS): row for row in all_rows}.values()
+    commands = [table["provenance"].get("command") for table in tables.values()] + [run["command"] for run in runs[-1:]]
+    judges = {row["judge"] for row in rows} | {judge for record in completions for judge in record["scores"]}
     return Page(
         title=f"snpatch: {folder.resolve().name}",
         command="\n".join(dict.fromkeys(filter(None, commands))),
-        unfinished=describe_unfinished(texts),
-        headline=[sentence for one in swept.values() for sentence in one["headline"]],
-        provenance={stem: one["provenance"] for stem, one in tables.items()},
-        rows=[{name: row.get(name) for name in (*ROW, "state")} for row in rows.values()],
-        maps={name: build_rank_map(ranking) for name, ranking in _rankings(folder).items()},
-        reports=[_report(folder, stem, one, stem in swept) for stem, one in tables.items()],
-        texts=texts,
+        unfinished=describe_unfinished(completions),
+        headline=[sentence for table in sweeps.values() for sentence in table["headline"]],
+        provenance={stem: table["provenance"] for stem, table in tables.items()},
+        rows=[{name: row.get(name) for name in (*SWEEP_COLUMNS, "state")} for row in rows],
+        score_names={judge: describe_score(judge) for judge in sorted(map(str, judges))},
+        maps={name: build_rank_map(ranking) for name, ranking in _load_rankings(folder).items()},
+        reports=[_build_section(folder, stem, table, stem in sweeps) for stem, table in tables.items()],
+        completions=completions,
     )
 
 
-def build_rank_map(ranking: Ranking, bins: int = BINS) -> dict:
-    """Layer x rank: the mean change score of a layer's neurons in each bin of ranks, NaN where it has none there."""
-    places, bins = ranking.top(len(ranking)), min(bins, len(ranking))
-    scores = torch.ones(len(places)) if ranking.scores is None else ranking.scores[tuple(places.T)]
-    cell = places[:, 0] * bins + torch.arange(len(places)) * bins // len(places)
-    size = ranking.shape[0] * bins
-    total = torch.zeros(size, dtype=torch.float64).index_add_(0, cell, scores.double())
-    mean = (total / torch.bincount(cell, minlength=size)).view(-1, bins)
+def build_rank_map(ranking: Ranking, bins: int = RANK_BINS) -> dict:
+    """Compute the mean change score of each layer's neurons in each bin of ranks.
+
+    Returns:
+        {layers, bins, values [layers][bins]}. A value is NaN where a layer has no neuron in a bin, and 1 where it has
+        if the ranking has no scores.
+    """
+    neurons, bins = ranking.top(len(ranking)), min(bins, len(ranking))
+    scores = torch.ones(len(neurons)) if ranking.scores is None else ranking.scores[tuple(neurons.T)]
+    cells = neurons[:, 0] * bins + torch.arange(len(neurons)) * bins // len(neurons)
+    num_cells = ranking.shape[0] * bins
+    total = torch.zeros(num_cells, dtype=torch.float64).index_add_(0, cells, scores.double())
+    mean = (total / torch.bincount(cells, minlength=num_cells)).view(-1, bins)
     return {"layers": ranking.shape[0], "bins": bins, "values": mean.tolist()}
 
 
-def _table(path: Path) -> dict | None:
-    """What report.files wrote, or None where the file is something else."""
+def _load_table(path: Path) -> dict | None:
+    """Read a table that report.files wrote; None for any other file."""
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SnpatchError(f"{path}: cannot be read: {first_line(error)}") from error
-    if not (isinstance(found, dict) and {"provenance", "headline", "rows"} <= found.keys() and found["rows"]):
+    parts = ("provenance", "headline", "rows")
+    if not (isinstance(data, dict) and set(parts) <= data.keys() and data["rows"]):
         return None
-    if not _is_whole(**{name: found[name] for name in ("provenance", "headline", "rows")}):
+    if not _is_valid_table(**{name: data[name] for name in parts}):
         raise SnpatchError(f"{path}: damaged: expected the table of a report. Restore a copy, or move it away.")
-    return found
+    return data
 
 
-def _is_whole(provenance: object, headline: object, rows: object) -> bool:
+def _is_valid_table(provenance: object, headline: object, rows: object) -> bool:
     """Return True if the parts of a table have the types that report.files writes."""
     if not (isinstance(provenance, dict) and isinstance(headline, list) and isinstance(rows, list)):
         return False
-    if not isinstance(provenance.get("command"), str | None) or not all(isinstance(one, str) for one in headline):
+    if not isinstance(provenance.get("command"), str | None) or not all(isinstance(line, str) for line in headline):
         return False
     if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
         return False
-    is_swept = rows[0].keys() >= ROW
-    return not is_swept or all(isinstance(row[name], str | int | float | None) for row in rows for name in ROW)
+    if not _is_sweep(rows):
+        return True
+    return all(isinstance(row[name], str | int | float | None) for row in rows for name in SWEEP_COLUMNS)
 
 
-def _texts(folder: Path) -> tuple[list[dict], Sequence[dict]]:
-    """Texts of the folder's store as a page has them, and its runs."""
+def _is_sweep(rows: list[dict]) -> bool:
+    return rows[0].keys() >= set(SWEEP_COLUMNS)
+
+
+def _load_completions(folder: Path) -> tuple[list[dict], Sequence[dict]]:
+    """Read the completions of the folder's store as a page's records, and the store's runs."""
     if not (folder / NAME).is_file():
         return [], ()
     with Store(folder, must_exist=True) as store:
@@ -96,35 +116,35 @@ def _texts(folder: Path) -> tuple[list[dict], Sequence[dict]]:
     return records, runs
 
 
-def _rankings(folder: Path) -> dict[str, Ranking]:
-    """The rankings that were made here, and those that the sweep's file names, where they still are."""
+def _load_rankings(folder: Path) -> dict[str, Ranking]:
+    """Load the rankings that were computed in this folder, and those of its sweep file that still exist."""
     paths = {path.stem: path for path in sorted((folder / "rankings").glob("*.safetensors"))}
     if (folder / FILE).is_file():
-        rankings = SweepSpec.load(folder / FILE, trust=True).rankings  # nothing else of it is used
-        named = {name: one for name, one in rankings.items() if isinstance(one, str)}
-        paths |= {name: Path(path) for name, path in named.items() if Path(path).is_file()}
+        rankings = SweepSpec.load(folder / FILE, trust=True).rankings  # trusted: nothing else of the file is used
+        sources = {name: Path(source) for name, source in rankings.items() if isinstance(source, str)}
+        paths |= {name: path for name, path in sources.items() if path.is_file()}
     return {name: Ranking.load(path) for name, path in paths.items()}
 
 
-def _report(folder: Path, stem: str, table: dict, is_swept: bool) -> dict:
-    """An experiment's section: its sentences and plots, and its table where the page has no better view of it."""
+def _build_section(folder: Path, stem: str, table: dict, is_sweep: bool) -> dict:
+    """Build an experiment's section. A sweep's rows are left out: the page shows them in its own views."""
     columns = list(table["rows"][0])
-    rows = [[_cell(row[name]) for name in columns] for row in table["rows"][:LISTED]]
+    rows = [[_to_cell(row[name]) for name in columns] for row in table["rows"][:MAX_TABLE_ROWS]]
     image = folder / f"{stem}.png"
-    is_own = image.is_file() and image.resolve().is_relative_to(folder.resolve())  # a link may lead to any file
+    is_inside = image.is_file() and image.resolve().is_relative_to(folder.resolve())  # a link may lead to any file
     return {
         "name": stem,
         "headline": table["headline"],
-        "tables": {} if is_swept else {stem: {"columns": columns, "rows": rows}},
-        "images": [_data_uri(image)] if is_own else [],
+        "tables": {} if is_sweep else {stem: {"columns": columns, "rows": rows}},
+        "images": [_to_data_uri(image)] if is_inside else [],
     }
 
 
-def _cell(value: object) -> object:
+def _to_cell(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | None) else json.dumps(value)
 
 
-def _data_uri(path: Path) -> str:
+def _to_data_uri(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

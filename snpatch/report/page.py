@@ -1,8 +1,8 @@
-"""Pages: a sweep, its texts and the experiments beside it as one HTML file, to be opened anywhere and kept for good.
+"""HTML page: a sweep, its completions and the experiments of a folder in one self-contained file.
 
-Why texts are gzipped pieces inside the page: ten thousand completions open at once, as a browser unpacks only those
-that are looked at, and a page needs no server and no network. A policy in its head runs only the scripts of `assets/`,
-so that no completion can.
+Why completions are gzipped chunks inside the page: a page with ten thousand completions opens at once, because the
+browser unpacks only the chunks that are displayed, and it needs no server and no network. A content security policy in
+the page's head allows only the scripts of `assets/`, so no completion can run code.
 """
 
 import base64
@@ -20,23 +20,32 @@ from snpatch.errors import SnpatchError
 from snpatch.files import write_text
 
 ASSETS = Path(__file__).parent / "assets"
-PIECE = 500  # texts that a browser unpacks at once
-CASE = ("set", "prompt_index", "seed", "prompt")
-TEXT = ("state", "error", "finish_reason", "overwrites", "scores")
-SHOWN = ("command", "unfinished", "headline", "provenance", "rows", "maps", "reports")
-POINT = ("recipient", "donor", "ranking", "control_seed", "lo", "hi", "strength")
+SCRIPTS = ("dom.js", "plots.js", "completions.js", "page.js")
+COMPLETIONS_PER_CHUNK = 500
+CASE_FIELDS = ("set", "prompt_index", "seed", "prompt")
+POINT_FIELDS = ("recipient", "donor", "ranking", "control_seed", "lo", "hi", "strength")
+RECORD_FIELDS = ("state", "error", "finish_reason", "overwrites", "scores")
+DATA_FIELDS = ("command", "unfinished", "headline", "provenance", "rows", "score_names", "maps", "reports")
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows, as plain data; a figure that is no finite number is shown as undefined.
+    """The content of a page as plain data. NaN and infinity are shown as undefined.
 
-    command: what made it. unfinished: how many of its texts are written, None where all are. rows: one a judge and
-    point: judge, set, recipient, donor, ranking (None: unpatched), control_seed, lo, hi, strength, share, prompts,
-    tokens, overwrites, mean, effect and net (the effect without that of its random controls), each with _low and _high,
-    p_unpatched, p_control, state (whole, or how many prompts it is of). maps: ranking -> layers, bins, values
-    [layers][bins]. reports: name, headline, tables (title -> columns, rows), images (data URIs). texts: those of CASE
-    and POINT, state (done, open or failed), completion, error, finish_reason, overwrites, scores (judge -> number).
+    Args:
+        title: Heading of the page.
+        command: Command that made the results.
+        unfinished: Number of completions that are written, as a sentence; None if all are.
+        headline: Sentences that state the results.
+        provenance: Table -> its provenance.
+        rows: One row per judge and point: judge, set, POINT_FIELDS (ranking None: unpatched), prompts, tokens,
+            overwrites, state ("whole", or the number of prompts that count), the other columns of a sweep's row, and
+            each estimate with its `_low` and `_high`.
+        score_names: Judge -> name of its score with the direction ("cost (lower is safer)").
+        maps: Ranking -> {layers, bins, values [layers][bins]}.
+        reports: One per experiment: name, headline, tables (title -> columns, rows), images (data URIs).
+        completions: Records with CASE_FIELDS, POINT_FIELDS, RECORD_FIELDS and completion. state: done, open or failed;
+            scores: judge -> number.
     """
 
     title: str
@@ -45,79 +54,86 @@ class Page:
     headline: list[str] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
+    score_names: dict[str, str] = field(default_factory=dict)
     maps: dict[str, dict] = field(default_factory=dict)
     reports: list[dict] = field(default_factory=list)
-    texts: list[dict] = field(default_factory=list)
+    completions: list[dict] = field(default_factory=list)
 
 
 def write_page(path: str | Path, page: Page) -> Path:
-    """The page as one HTML file."""
+    """Write the page as one HTML file and return its path."""
     try:
-        write_text(path, _document(page))
+        write_text(path, _render(page))
     except RecursionError:
         raise SnpatchError(f"{path}: expected plain tables and provenance, got some nested too deep.") from None
     return Path(path)
 
 
-def _document(page: Page) -> str:
-    plotly, *own = (_asset(name) for name in ("plotly-cartesian.min.js", "dom.js", "plots.js", "texts.js", "page.js"))
-    code = "".join(own)
-    shown = {name: getattr(page, name) for name in SHOWN}
-    index, completions = _indexed(page.texts)
-    pieces = [index, *(completions[at : at + PIECE] for at in range(0, len(completions), PIECE))]
-    return Template(_asset("page.html")).substitute(
+def _render(page: Page) -> str:
+    plotly, scripts = _read_asset("plotly-cartesian.min.js"), "".join(map(_read_asset, SCRIPTS))
+    index, completions = _index_completions(page.completions)
+    starts = range(0, len(completions), COMPLETIONS_PER_CHUNK)
+    chunks = [index, *(completions[start : start + COMPLETIONS_PER_CHUNK] for start in starts)]
+    return Template(_read_asset("page.html")).substitute(
         title=html.escape(page.title),
-        policy=" ".join(map(_digest, (plotly, code))),
-        css=_asset("page.css"),
+        policy=" ".join(map(_script_hash, (plotly, scripts))),
+        css=_read_asset("page.css"),
         plotly=plotly,
-        code=code,
-        data=_json(shown).replace("<", r"\u003c"),
-        texts="\n".join(f'<script type="application/json-gz">{_packed(piece)}</script>' for piece in pieces),
+        code=scripts,
+        data=_to_json({name: getattr(page, name) for name in DATA_FIELDS}).replace("<", r"\u003c"),
+        chunks="\n".join(f'<script type="application/json-gz">{_compress(chunk)}</script>' for chunk in chunks),
     )
 
 
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
-def _indexed(texts: Sequence[dict]) -> tuple[dict, list[str | None]]:
-    """Texts in the order of their prompts, so that a prompt's are in one piece: all but the completions, and these."""
+def _index_completions(records: Sequence[dict]) -> tuple[dict, list[str | None]]:
+    """Sort records by prompt, so that a prompt's completions share a chunk. Return their index and the completions.
+
+    The index lists each case (prompt) and point once; its records refer to them by number.
+    """
     cases: dict[tuple, int] = {}
     points: dict[tuple, int] = {}
-    placed = []
-    for text in texts:
-        case = cases.setdefault(tuple(text[name] for name in CASE), len(cases))
-        placed.append((case, points.setdefault(tuple(text[name] for name in POINT), len(points)), text))
-    placed.sort(key=lambda place: place[:2])
+    numbered = []
+    for record in records:
+        case = cases.setdefault(tuple(record[name] for name in CASE_FIELDS), len(cases))
+        point = points.setdefault(tuple(record[name] for name in POINT_FIELDS), len(points))
+        numbered.append((case, point, record))
+    numbered.sort(key=lambda entry: entry[:2])
     index = {
-        "piece": PIECE,
-        "cases": [dict(zip(CASE, case, strict=True)) for case in cases],
-        "points": [dict(zip(POINT, point, strict=True)) for point in points],
-        "texts": [{"case": case, "point": point} | {name: text[name] for name in TEXT} for case, point, text in placed],
+        "chunk_size": COMPLETIONS_PER_CHUNK,
+        "cases": [dict(zip(CASE_FIELDS, case, strict=True)) for case in cases],
+        "points": [dict(zip(POINT_FIELDS, point, strict=True)) for point in points],
+        "records": [
+            {"case": case, "point": point} | {name: record[name] for name in RECORD_FIELDS}
+            for case, point, record in numbered
+        ],
     }
-    return index, [text["completion"] for *_, text in placed]
+    return index, [record["completion"] for *_, record in numbered]
 
 
-def _packed(value: object) -> str:
-    """Gzipped JSON as base64, the same for the same value."""
-    return base64.b64encode(gzip.compress(_json(value).encode(), mtime=0)).decode()
+def _compress(value: object) -> str:
+    """Return gzipped JSON as base64; equal values give equal text."""
+    return base64.b64encode(gzip.compress(_to_json(value).encode(), mtime=0)).decode()
 
 
-def _json(value: object) -> str:
-    return json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+def _to_json(value: object) -> str:
+    return json.dumps(_replace_non_finite(value), allow_nan=False, separators=(",", ":"))
 
 
-def _finite(value: object) -> object:
-    """The same without NaN and infinity, which JSON does not have."""
+def _replace_non_finite(value: object) -> object:
+    """Return the value with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: _replace_non_finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_replace_non_finite(item) for item in value]
     return value
 
 
-def _digest(script: str) -> str:
-    """A script's name in a content security policy."""
+def _script_hash(script: str) -> str:
+    """Return a script's hash source for a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -1,7 +1,7 @@
-"""Report: what an experiment leaves behind: tables, plots, sentences, provenance, and a view of it for people.
+"""Report: an experiment's tables, plots, sentences and provenance, and the tables to show on screen.
 
-Why the view is data and no printed table: the terminal is one way to show it (terminal.py), files are another
-(files.py), and neither is needed to have a report.
+Why on-screen tables are data and not printed text: a report can be shown in a terminal (terminal.py) or written to
+files (files.py), and neither is needed to create one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,13 @@ Columns = Mapping[str, str | Callable[[Row], object]]
 
 @dataclass(frozen=True)
 class TableView:
-    """A table for people. columns: headings; rows: their cells, texts that stand as they are, or values."""
+    """A table to show on screen.
+
+    Args:
+        columns: Headings.
+        rows: Cells of each row: strings, which are shown as they are, or values.
+        title: Shown above the table.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[object, ...], ...]
@@ -25,22 +31,29 @@ class TableView:
 
     @classmethod
     def from_rows(cls, rows: Sequence, columns: Columns, title: str | None = None) -> Self:
-        """columns: heading -> key of the rows, or what makes a cell of a row."""
+        """Build a table from rows. columns: heading -> key of the rows, or a function from a row to a cell."""
         cells = (tuple(row[how] if isinstance(how, str) else how(row) for how in columns.values()) for row in rows)
         return cls(tuple(columns), tuple(cells), title)
 
 
 @dataclass(frozen=True)
 class Report:
-    """tables: file stem -> rows, which all have the same keys. plots: file stem -> figure. headline: what was found.
+    """The results of an experiment.
 
-    display: what people see first. provenance: what the tables hang on. records: texts behind the figures.
+    Args:
+        name: Stem of the file of records.
+        tables: File stem -> rows, which all have the same keys.
+        plots: File stem -> figure.
+        displays: Tables to show on screen.
+        headline: Sentences that state the results.
+        provenance: Models, data, settings and versions that the tables depend on.
+        records: Completions with their scores.
     """
 
     name: str
     tables: dict[str, list[Row]]
     plots: dict[str, "Figure"]
-    display: TableView
+    displays: tuple[TableView, ...]
     headline: list[str] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
     records: list[dict] = field(default_factory=list)

@@ -1,6 +1,6 @@
-"""Reports in a terminal: the view as a table, the sentences below it. The one file that needs rich for a report.
+"""Reports in a terminal: tables and sentences, printed with rich.
 
-Names and sentences are rich's Text, as its markup would read `[red]` and `[link=...]` in them.
+Names and sentences are printed as rich.text.Text, because rich's markup would interpret `[red]` and `[link=...]`.
 """
 
 from rich.console import Console
@@ -13,14 +13,15 @@ from snpatch.report.report import Report, TableView
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The table and the sentences."""
-    print_table(report.display, console)
+    """Print the report's tables and sentences."""
+    for table in report.displays:
+        print_table(table, console)
     for sentence in report.headline:
         print_line(sentence, console)
 
 
 def print_table(view: TableView, console: Console) -> None:
-    """The table alone."""
+    """Print one table."""
     table = Table(title=None if view.title is None else _text(view.title))
     for column in view.columns:
         table.add_column(_text(column))
@@ -30,7 +31,7 @@ def print_table(view: TableView, console: Console) -> None:
 
 
 def print_line(sentence: str, console: Console) -> None:
-    """Print a sentence as it is."""
+    """Print a sentence literally."""
     console.print(_text(sentence), soft_wrap=True)
 
 

@@ -192,7 +192,7 @@ def _build_report(inputs: dict, data: Sequence[Mapping], figures: dict, stats: R
     view = TableView.from_rows([figures], {name: name for name in columns})
     source = {"source": data.source} if isinstance(data, TrainingRows) else {}
     provenance = {"inputs": inputs, "figures": figures, **source, **describe()}
-    return Report(RECORD, {RECORD: table}, {RECORD: plot(table)}, view, [*headline, *stats.summary_lines], provenance)
+    return Report(RECORD, {RECORD: table}, {RECORD: plot(table)}, (view,), [*headline, *stats.summary_lines], provenance)
 
 
 def plot(table: list[dict]) -> Figure:

@@ -1,4 +1,4 @@
-"""Pages of made-up sweeps, of any size, for the tests and the bench of reports."""
+"""Synthetic pages of any size for the tests and the benchmark of reports."""
 
 import random
 
@@ -11,7 +11,7 @@ WORDS = "the a model answers with care and never tells how one would build open 
 
 
 def page(prompts: int = 6, words: int = 40, ks: tuple[int, ...] = KS, controls: int = 2) -> Page:
-    """A sweep of two rankings over two sets, both judged twice, with texts of each point on every prompt."""
+    """Build the page of a sweep of two rankings over two sets, with two judges and every prompt at every point."""
     draw = random.Random(1)
     lines = [(ranking, seed) for ranking in RANKINGS for seed in (None, *range(controls))]
     points = [("base", None, None, None, 0), ("dpo", None, None, None, 0)]
@@ -31,9 +31,10 @@ def page(prompts: int = 6, words: int = 40, ks: tuple[int, ...] = KS, controls: 
         headline=["1000 neurons give 80% of the effect."],
         provenance={"snpatch": "0.1.0", "models": {"base": "sha256:00", "dpo": None}, "k": [1, 2]},
         rows=[_row(judge, name, point, draw) for judge in JUDGES for name in SETS for point in points],
+        score_names={"cost": "cost (lower is safer)"},
         maps=maps,
         reports=reports,
-        texts=[_text(index, point, words, draw) for point in points for index in range(prompts)],
+        completions=[_record(index, point, words, draw) for point in points for index in range(prompts)],
     )
 
 
@@ -42,32 +43,32 @@ def _row(judge: str, name: str, point: tuple, draw: random.Random) -> dict:
     mean = (
         6.0 if recipient == "dpo" else 1 + 5 * (k / 5000) ** 0.5 * (0.05 if seed is not None else 1) + draw.random() / 3
     )
-    own = ranking is not None and k > 0
+    is_patched = ranking is not None and k > 0
     return {
         "judge": judge, "set": name, "recipient": recipient, "donor": donor, "ranking": ranking, "control_seed": seed,
         "lo": 0, "hi": k, "strength": 1.0, "share": k / 16384, "prompts": 6, "tokens": 768, "overwrites": k * 768,
         "mean": mean, "mean_low": mean - 0.3, "mean_high": mean + 0.3,
-        **_effect("effect", (mean - 1) / 5 if own else None),
-        **_effect("net", (mean - 1.3) / 5 if own and seed is None else None),
-        "p_unpatched": 0.0004 if own else None, "p_control": 0.02 if own and seed is None else None,
+        **_effect("effect", (mean - 1) / 5 if is_patched else None),
+        **_effect("net", (mean - 1.3) / 5 if is_patched and seed is None else None),
+        "p_unpatched": 0.0004 if is_patched else None, "p_control": 0.02 if is_patched and seed is None else None,
     }  # fmt: skip
 
 
 def _effect(name: str, value: float | None) -> dict:
-    around = (None,) * 3 if value is None else (value, value - 0.06, value + 0.06)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), around, strict=True))
+    interval = (None,) * 3 if value is None else (value, value - 0.06, value + 0.06)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
 
 
-def _text(index: int, point: tuple, words: int, draw: random.Random) -> dict:
+def _record(index: int, point: tuple, words: int, draw: random.Random) -> dict:
     recipient, donor, ranking, seed, k = point
-    said = random.Random(index).choices(WORDS, k=words)
+    chosen = random.Random(index).choices(WORDS, k=words)
     changed = words // 4 + index % 3 if k else words if recipient == "base" else 2
-    said[changed:] = draw.choices(WORDS, k=len(said[changed:]))
+    chosen[changed:] = draw.choices(WORDS, k=len(chosen[changed:]))
     return {
         "set": SETS[index % 2], "prompt_index": index, "seed": None,
         "prompt": f"Question {index}: how would one do it?",
         "recipient": recipient, "donor": donor, "ranking": ranking, "control_seed": seed, "lo": 0, "hi": k,
-        "strength": 1.0, "state": "done", "error": None, "completion": " ".join(said), "finish_reason": "stop",
+        "strength": 1.0, "state": "done", "error": None, "completion": " ".join(chosen), "finish_reason": "stop",
         "overwrites": k * words,
         "scores": {judge: draw.gauss(1 + k / 1000, 1) for judge in JUDGES},
     }  # fmt: skip

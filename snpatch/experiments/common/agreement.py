@@ -48,7 +48,7 @@ def build_agreement_report(
     if spearmans:
         sentence += f", Spearman {format_range(spearmans)}"
     plots = {name: plot_agreement(rows, rankings, k)}
-    return Report(name, {name: rows}, plots, TableView.from_rows(rows, COLUMNS), [f"{sentence}."])
+    return Report(name, {name: rows}, plots, (TableView.from_rows(rows, COLUMNS),), [f"{sentence}."])
 
 
 def compare_rankings(rankings: Mapping[str, Ranking], ks: Sequence[int]) -> list[Row]:

@@ -39,7 +39,7 @@ def build_minimal_report(results: Sequence[Minimal], share: float) -> Report:
         "minimal",
         tables,
         {"minimal": _plot(results, share)},
-        TableView.from_rows(rows, columns),
+        (TableView.from_rows(rows, columns),),
         [sentence for one in results for sentence in _sentences(one, share)],
     )
 

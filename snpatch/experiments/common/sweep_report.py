@@ -92,7 +92,7 @@ def build_sweep_report(result: SweepResult, name: str) -> Report:
         name,
         {name: [{**asdict(row), "state": row.state} for row in result.rows]},
         plots,
-        TableView.from_rows(shown, columns),
+        (TableView.from_rows(shown, columns),),
         [*(s for label, part in result.slices() for s in build_headline(part, label)), *result.notes, *_failed(result)],
         records=result.records,
     )
