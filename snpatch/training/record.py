@@ -189,10 +189,12 @@ def _build_report(inputs: dict, data: Sequence[Mapping], figures: dict, stats: R
             f"only {figures['changed_fraction']:.1%} of the trained values changed after rounding to the saved dtype"
         )
     columns = [name for name in figures if name not in ("dropped", "unchanged_parameters")]
-    view = TableView.from_rows([figures], {name: name for name in columns})
+    displays = (TableView.from_rows([figures], {name: name for name in columns}),)
     source = {"source": data.source} if isinstance(data, TrainingRows) else {}
     provenance = {"inputs": inputs, "figures": figures, **source, **describe()}
-    return Report(RECORD, {RECORD: table}, {RECORD: plot(table)}, (view,), [*headline, *stats.summary_lines], provenance)
+    return Report(
+        RECORD, {RECORD: table}, {RECORD: plot(table)}, displays, [*headline, *stats.summary_lines], provenance
+    )
 
 
 def plot(table: list[dict]) -> Figure:
