@@ -1,7 +1,7 @@
-"""Keys of config files that cannot run code or open the host. All others are refused in files that are not trusted.
+"""Keys of config files that cannot run code or open the host. Files that are not trusted may set no others.
 
-Why a list of what is allowed: vLLM's next version may have further arguments that name a module, a file or an address.
-The command line and Python are the user's own words, and may say anything.
+Why a list of allowed keys: vLLM's next version may have further arguments that name a module, a file or an address.
+The command line and Python calls come from the user and may set anything.
 """
 
 import re
@@ -19,7 +19,7 @@ ENGINE = frozenset(
     optimization_level performance_mode pipeline_parallel_size prefix_caching_hash_algo quantization reasoning_parser
     revision scheduling_policy seed served_model_name stream_interval swap_space tensor_parallel_size
     use_tqdm_on_load""".split()
-)  # of vLLM's engine arguments
+)  # arguments of vLLM's engine
 SERVER = frozenset(
     """api_key chat_template_content_format disable_fastapi_docs disable_uvicorn_access_log enable_auto_tool_choice
     enable_force_include_usage enable_log_deltas enable_log_outputs enable_per_request_metrics
@@ -27,43 +27,46 @@ SERVER = frozenset(
     exclude_tools_when_tool_choice_none h11_max_header_count h11_max_incomplete_event_size log_error_stack max_log_len
     port response_role return_tokens_as_token_ids sse_keep_alive_interval tool_call_parser tool_strict_level
     uvicorn_log_level""".split()
-)  # of vLLM's flags of its HTTP server
+)  # flags of vLLM's HTTP server
 TEXTS = (
     "api_key",
     "served_model_name",
     "revision",
-)  # any text; others are names, which hold no path, address or module
+)  # may be any string; others must be names, which hold no path, address or module
 COMPILATION = frozenset(("cudagraph_capture_sizes", "cudagraph_mode", "max_cudagraph_capture_size", "mode"))
 LOAD_FORMATS = ("auto", "dummy", "hf", "safetensors")  # the others read pickles or call plugins
 _NAME = re.compile(r"[\w-]*")
 
 
-def check_arguments(arguments: Mapping[str, object], known: Iterable[str], where: str) -> None:
-    """Raise a SnpatchError for an argument of a file that is not known to be harmless.
+def check_arguments(arguments: Mapping[str, object], known: Iterable[str], context: str) -> None:
+    """Check that a file's arguments are known to be harmless.
 
     Args:
-        arguments: name -> value.
-        known: names that are harmless with plain values, ENGINE or SERVER.
-        where: names file and table in errors.
+        arguments: Name -> value.
+        known: Names that are harmless with plain values: ENGINE or SERVER.
+        context: File and table, for error messages.
+
+    Raises:
+        SnpatchError: An argument is not known to be harmless.
     """
     for name, value in arguments.items():
         if name == "compilation_config":
             parts = value if isinstance(value, Mapping) else {"mode": value}
-            check_arguments(parts, COMPILATION, f"{where}.{name}")
+            check_arguments(parts, COMPILATION, f"{context}.{name}")
         elif name not in known or not _is_harmless(name, value):
-            refuse(f"{where}.{name}", value)
+            refuse(f"{context}.{name}", value)
 
 
-def refuse(where: str, value: object) -> None:
-    """Raise the SnpatchError for a part of a file that may run code or open the host."""
+def refuse(context: str, value: object) -> None:
+    """Raise the error for a value of a file that may run code or open the host."""
     raise SnpatchError(
-        f"{where} = {shown(value)}: may run code, reach files or open this host. Read the file, then give "
-        "--trust-config (in Python: trust=True), or say it on the command line."
+        f"{context} = {shown(value)}: may run code, reach files or open this host. Read the file, then pass "
+        "--trust-config (in Python: trust=True), or set it on the command line."
     )
 
 
 def _is_harmless(name: str, value: object) -> bool:
-    """Return whether an argument of a harmless name has a harmless value."""
+    """Return whether an argument with a harmless name has a harmless value."""
     if name == "load_format":
         return value in LOAD_FORMATS
     return isinstance(value, str | list | None) if name in TEXTS else _is_plain(value)

@@ -11,7 +11,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-from snpatch.server.install import PUBLISHED
+from snpatch.server.install import PUBLISHED_FIELDS
 from snpatch.server.request_fields import check_fields
 
 PATCH = {"recipient": "sft"}
@@ -24,7 +24,7 @@ MODELS = {
 
 
 def check(kind, body):
-    check_fields(MODELS[kind], body, PUBLISHED[kind])
+    check_fields(MODELS[kind], body, PUBLISHED_FIELDS[kind])
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import sys
 from argparse import Namespace
 
 import pytest
 import tiny
+from commands import run
 
 from snpatch import AsyncEngine, SnpatchError
 from snpatch.config import EngineConfig
@@ -16,8 +18,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from jobs import RANKINGS
 from serving import SAFE
 
+from snpatch.executors.vllm import versions
 from snpatch.server import vllm_args
-from snpatch.server.launcher import read_as_engine
+from snpatch.server.launcher import set_chat_template
 from snpatch.server.registry import PatchRegistry
 from snpatch.server.state import InflightRequests, ServerState
 
@@ -30,7 +33,7 @@ ENGINE = """--max-model-len 1k -tp 2 --no-enforce-eager --structured-outputs-con
 
 
 def test_flags_are_told_apart_and_plain():
-    found = vllm_args.read([*WORDS, *ENGINE])
+    found = vllm_args.parse_argv([*WORDS, *ENGINE])
     assert found.engine == {
         "max_model_len": 1000,
         "tensor_parallel_size": 2,
@@ -46,10 +49,10 @@ def test_flags_are_told_apart_and_plain():
 
 def test_what_was_read_is_what_vllm_would_have_read():
     """Every flag of the server, through plain data and back, has the value that vLLM's own parser gives it."""
-    found = vllm_args.read([*WORDS, *ENGINE])
-    again = vars(vllm_args.namespace("m", found.server, {}))
-    want = vars(vllm_args._parsed(vllm_args._parser(), ["m", *WORDS]))
-    assert again["middleware"] == ["a.b", "c.d", vllm_args.GATE]
+    found = vllm_args.parse_argv([*WORDS, *ENGINE])
+    again = vars(vllm_args.parse_config("m", found.server, {}))
+    want = vars(vllm_args._parse(vllm_args._build_parser(), ["m", *WORDS]))
+    assert again["middleware"] == ["a.b", "c.d", vllm_args.MIDDLEWARE]
     assert again["model"] == "m"
     changed = {name for name in want if again[name] != want[name] and name not in ("middleware", "model")}
     assert changed == set(), {name: (again[name], want[name]) for name in changed}
@@ -57,34 +60,34 @@ def test_what_was_read_is_what_vllm_would_have_read():
 
 def test_vllms_own_file_of_flags_is_read(tmp_path):
     (tmp_path / "flags.yaml").write_text("port: 8123\nmax-num-seqs: 3\n")
-    found = vllm_args.read(["--config", str(tmp_path / "flags.yaml")])
+    found = vllm_args.parse_argv(["--config", str(tmp_path / "flags.yaml")])
     assert (found.engine, found.server) == ({"max_num_seqs": 3}, {"port": 8123})
 
 
 def test_it_listens_to_this_machine_alone_unless_told_otherwise():
-    assert vllm_args.namespace("m", {}, {}).host == "127.0.0.1"
-    assert vllm_args.namespace("m", {"host": "0.0.0.0"}, {}).host == "0.0.0.0"
-    assert vllm_args.namespace("m", {"uds": "/s"}, {}).host is None
+    assert vllm_args.parse_config("m", {}, {}).host == "127.0.0.1"
+    assert vllm_args.parse_config("m", {"host": "0.0.0.0"}, {}).host == "0.0.0.0"
+    assert vllm_args.parse_config("m", {"uds": "/s"}, {}).host is None
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["word"], "one MODEL is served, and these are words beside it: word"),
+        (["word"], "expected one MODEL, got further arguments: word"),
         (["--nothing"], "unrecognized arguments: --nothing"),
         (["--port", "x"], "--port: invalid"),
     ],
 )
 def test_words_that_are_no_flags_are_errors(words, message):
     with pytest.raises(SnpatchError, match=message):
-        vllm_args.read(words)
+        vllm_args.parse_argv(words)
 
 
-@pytest.mark.parametrize("name", vllm_args.REFUSED)
+@pytest.mark.parametrize("name", vllm_args.REJECTED_FLAGS)
 def test_what_cannot_be_right_is_refused_wherever_it_is_said(name):
     for server, engine in (({name: True}, {}), ({}, {name: True})):
-        with pytest.raises(SnpatchError, match=f"--{name.replace('_', '-')} is not served"):
-            vllm_args.namespace("m", server, engine)
+        with pytest.raises(SnpatchError, match=f"--{name.replace('_', '-')} cannot be combined with patches"):
+            vllm_args.parse_config("m", server, engine)
 
 
 def test_a_config_is_a_file_and_back(tmp_path):
@@ -102,17 +105,17 @@ def test_a_config_is_a_file_and_back(tmp_path):
     for bad, message in (
         ({**table, "rankings": {"a": 3}}, "rankings.a: wanted str, got 3"),
         ({**table, "patches": {"a": "b"}}, "patches.a: wanted Mapping"),
-        ({**table, "drain_s": float("inf")}, "drain_s must be a number of seconds"),
+        ({**table, "drain_s": float("inf")}, r"drain_s: expected seconds in \[0, 1e6\), got inf"),
         ({**table, "nothing": 1}, "there is no nothing"),
-        ([], "wanted a table"),
+        ([], "expected a table"),
     ):
         with pytest.raises(SnpatchError, match=message):
             ServeConfig.from_table(bad)
 
 
 @pytest.fixture
-def catalogue(zoo, tmp_path):
-    """catalogue(base_names, **fields of ServeConfig): of an engine that is not started."""
+def registry(zoo, tmp_path):
+    """registry(base_names, **fields of ServeConfig): of an engine that is not started."""
     made = zoo("llama")
     RANKINGS[0].save(tmp_path / "first.safetensors")
     config = EngineConfig.of(made.folder, {n: list(made.adapters[n]) for n in ("sft", "dpo")}, template="tulu")
@@ -125,33 +128,33 @@ def catalogue(zoo, tmp_path):
     return get
 
 
-def test_a_model_named_as_the_server_names_its_own_is_refused(catalogue):
-    with pytest.raises(SnpatchError, match="a model cannot be named sft"):
-        catalogue(("sft",))
+def test_a_model_named_as_the_server_names_its_own_is_refused(registry):
+    with pytest.raises(SnpatchError, match="model sft: vLLM's server uses this name"):
+        registry(("sft",))
 
 
-def test_a_name_stands_for_its_patch_and_an_object_for_its_own(catalogue):
-    held = catalogue(("m",), patches={"safe": SAFE})
-    assert held.names == ("sft", "dpo", "safe")
-    assert held.named("nobody") is None
-    assert str(held.unknown("dqo")) == (
+def test_a_name_stands_for_its_patch_and_an_object_for_its_own(registry):
+    held = registry(("m",), patches={"safe": SAFE})
+    assert held.model_names == ("sft", "dpo", "safe")
+    assert held.lookup("nobody") is None
+    assert str(held.unknown_model_error("dqo")) == (
         "model: expected one of the models dpo, m, base, sft or of the patches safe; 'dqo' does not exist"
     )
-    many = catalogue((), patches={f"p{i:02}": SAFE for i in range(20)})
-    assert str(many.unknown("p19")).endswith(
+    many = registry((), patches={f"p{i:02}": SAFE for i in range(20)})
+    assert str(many.unknown_model_error("p19")).endswith(
         "or of the patches p19, p18, p17, p00, p01, p02, p03, p04, p05, p06, p07, p08 and 8 more; 'p19' does not exist"
     )
-    assert held.named("m").patch == held.named("base").patch == held.named(None).patch == "base"
-    assert held.named("sft").patch == "sft"
-    assert held.named("safe").told == "safe"
-    assert held.named("safe").receipts is not held.named("safe").receipts
-    inline = held.ask({**SAFE, "where": "all", "strength": 1.0})
-    assert inline.told == SAFE
-    assert inline.patch is held.named("safe").patch, "kept as it was read"
+    assert held.lookup("m").patch == held.lookup("base").patch == held.lookup(None).patch == "base"
+    assert held.lookup("sft").patch == "sft"
+    assert held.lookup("safe").label == "safe"
+    assert held.lookup("safe").receipts is not held.lookup("safe").receipts
+    inline = held.parse({**SAFE, "where": "all", "strength": 1.0})
+    assert inline.label == SAFE
+    assert inline.patch is held.lookup("safe").patch, "kept as it was read"
     held.remove("rankings", "first")
     with pytest.raises(SnpatchError, match="no ranking named 'first'"):
-        held.ask(SAFE)
-    assert held.named("safe").patch is inline.patch
+        held.parse(SAFE)
+    assert held.lookup("safe").patch is inline.patch
 
 
 def test_chats_for_another_template_than_the_servers_are_refused(pairs, tmp_path):
@@ -166,7 +169,7 @@ def test_chats_for_another_template_than_the_servers_are_refused(pairs, tmp_path
     (own / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     config = EngineConfig.of(own, models={"dpo": str(other)})
     engine = AsyncEngine.from_config(config)
-    serving = ServerState(
+    state = ServerState(
         ServeConfig(config),
         engine,
         PatchRegistry(engine, ServeConfig(config)),
@@ -176,12 +179,12 @@ def test_chats_for_another_template_than_the_servers_are_refused(pairs, tmp_path
         (),
         False,
     )
-    serving.check_template("base")
-    with pytest.raises(SnpatchError, match="dpo reads chats by another template") as caught:
-        serving.check_template("dpo")
+    state.check_template("base")
+    with pytest.raises(SnpatchError, match="expected a model with this server's chat template, got dpo") as caught:
+        state.check_template("dpo")
     assert caught.value.field == "messages"
-    serving.has_own_template = True
-    serving.check_template("dpo")
+    state.has_own_template = True
+    state.check_template("dpo")
 
 
 @pytest.mark.parametrize("given", [None, {"enable_thinking": True, "more": 1}])
@@ -194,7 +197,7 @@ def test_the_server_renders_chats_as_the_engine_reads_them(zoo, tmp_path, given)
     tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(adapter)
     config = EngineConfig.of(made.folder, {"sft": [adapter]}, chat_template_kwargs={"enable_thinking": False})
     engine = AsyncEngine.from_config(config)
-    serving = ServerState(
+    state = ServerState(
         ServeConfig(config),
         engine,
         PatchRegistry(engine, ServeConfig(config)),
@@ -205,9 +208,17 @@ def test_the_server_renders_chats_as_the_engine_reads_them(zoo, tmp_path, given)
         False,
     )
     args = Namespace(chat_template=None, default_chat_template_kwargs=given)
-    read_as_engine(args, serving)
+    set_chat_template(args, state)
     assert args.chat_template == source
     assert args.default_chat_template_kwargs == {"enable_thinking": False, **(given or {})}
     launched = engine.executor.launch.engine_args(scales_kv=False)
     assert launched.tokenizer == str(adapter)
     assert engine.executor.launch.settings.eos_ids == ((tiny.EOS, tiny.VOCAB.index(tiny.WORDS[7])),)
+
+
+def test_serve_without_vllm_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "snpatch.server.vllm_args", None)  # which imports vLLM
+    monkeypatch.setattr(versions, "installed", lambda: None)
+    code, _, error = run(capsys, "serve", "m")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "vLLM is not installed; install snpatch[cpu] or snpatch[cuda]" in error

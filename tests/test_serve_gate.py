@@ -5,6 +5,7 @@ vLLM's own app with snpatch's gate, in this process, over an engine that is not 
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from snpatch.judges.refusal import RefusalWords
 from snpatch.server import install, routes, vllm_args
 from snpatch.server.patch_request import PatchRequest
 from snpatch.server.registry import PatchRegistry
-from snpatch.server.request_limits import models_of, protocol_with_deadline
+from snpatch.server.request_limits import body_fields, build_protocol
 from snpatch.server.state import InflightRequests, ServerState
 from snpatch.server.sweep_endpoint import Sweep
 
@@ -67,25 +68,25 @@ def ranking():
 def gated(engine):
     """vLLM's app in front of handlers that answer at once, and its Serving."""
     config = ServeConfig(engine.config)
-    catalogue, judges = PatchRegistry(engine, config), {"refusal": RefusalWords()}
-    serving = ServerState(config, engine, catalogue, InflightRequests(1), judges, None, (), has_own_template=True)
-    return app_of(vllm_args.namespace("m", {}, {}), serving), serving
+    registry, judges = PatchRegistry(engine, config), {"refusal": RefusalWords()}
+    state = ServerState(config, engine, registry, InflightRequests(1), judges, None, (), has_own_template=True)
+    return app_of(vllm_args.parse_config("m", {}, {}), state), state
 
 
 @pytest.fixture
 def serve(gated, engine, ranking, monkeypatch):
     """serve(keys, **limits): the app and its Serving, with these keys and limits."""
-    monkeypatch.setattr(StreamingExecutor, "waiting", 0)
+    monkeypatch.setattr(StreamingExecutor, "num_waiting", 0)
     monkeypatch.setattr(Sweep, "events", no_events)
 
     def get(keys=(), **limits):
-        app, serving = gated
-        serving.config, serving.keys = ServeConfig(engine.config, **limits).resolve_limits(CONTEXT, SEATS), tuple(keys)
-        serving.catalogue = PatchRegistry(engine, serving.config)
-        serving.catalogue.add("rankings", "safety", ranking)
-        for name in ("requests", "arriving", "uploading"):
-            vars(serving).pop(name, None)
-        return app, serving
+        app, state = gated
+        state.config, state.api_keys = ServeConfig(engine.config, **limits).resolve_limits(CONTEXT, SEATS), tuple(keys)
+        state.registry = PatchRegistry(engine, state.config)
+        state.registry.add("rankings", "safety", ranking)
+        for name in ("request_quota", "body_quota", "upload_quota"):
+            vars(state).pop(name, None)
+        return app, state
 
     return get
 
@@ -113,19 +114,19 @@ class Handler:
         return ErrorResponse(error={"message": message, "type": err_type, "code": status_code, "param": param})
 
 
-def app_of(args, serving: ServerState):
+def app_of(args, state: ServerState):
     from vllm.entrypoints.openai.api_server import build_app
 
     async def check_health() -> None: ...
 
     app = build_app(args, supported_tasks=("generate",))
     app.state.args, app.state.enable_server_load_tracking = args, False
-    app.state.engine_client = SimpleNamespace(serving=serving, check_health=check_health)
+    app.state.engine_client = SimpleNamespace(state=state, check_health=check_health)
     for name, method in install.WRAPPED.items():
         setattr(app.state, name, Handler(method))
-    install.wrap(serving, app.state)
-    serving.models |= models_of(app)
-    app.include_router(routes.router(serving))
+    install.wrap_handlers(state, app.state)
+    state.body_fields |= body_fields(app)
+    app.include_router(routes.build_router(state))
     return app
 
 
@@ -192,6 +193,16 @@ def test_a_route_that_is_opened_needs_no_key_and_no_other_is(serve):
     assert [answer.status_code for answer in send(app, *asked)] == [200, 401, 401]
 
 
+def test_index_lists_routes_that_are_served(serve):
+    app, _ = serve()
+    (answer,) = send(app, ("GET", "/", {}))
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    paths = {path for route in answer.json()["routes"] for path in route.split()[-1:]}
+    served = {route.path for route in app.routes}
+    templates = {re.sub("(rankings|constants)/NAME", "{kind}/{name}", path) for path in paths}
+    assert templates <= served
+
+
 def test_a_browsers_preflight_needs_no_key(serve):
     app, _ = serve(("secret",))
     headers = {"origin": "http://x", "access-control-request-method": "POST"}
@@ -249,7 +260,7 @@ def test_a_length_past_the_limit_is_refused_before_the_body_is_read(serve):
 
 
 def test_a_body_that_does_not_arrive_in_time_is_a_408_and_its_place_is_free(serve):
-    app, serving = serve(body_timeout_s=0.05)
+    app, state = serve(body_timeout_s=0.05)
 
     async def slow():
         yield b"{"
@@ -259,7 +270,7 @@ def test_a_body_that_does_not_arrive_in_time_is_a_408_and_its_place_is_free(serv
     (answer,) = send(app, ("POST", CHATS, {"content": slow(), "headers": JSON}))
     assert answer.status_code == 408
     assert "within 0.05 s (--body-timeout-s)" in answer.json()["error"]["message"]
-    assert (serving.requests.taken, serving.arriving.taken) == (0, 0)
+    assert (state.request_quota.used, state.body_quota.used) == (0, 0)
 
 
 WHOLE, HALF = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET / HT"
@@ -283,7 +294,7 @@ def test_a_connection_without_a_whole_head_is_closed_and_a_slow_answer_is_not(se
         await send({"type": "http.response.body", "body": b"ok"})
 
     async def everything():
-        config = uvicorn.Config(app, http=protocol_with_deadline(0.15), lifespan="off", log_level="error")
+        config = uvicorn.Config(app, http=build_protocol(0.15), lifespan="off", log_level="error")
         config.load()
         state = uvicorn.server.ServerState()
         loop = asyncio.get_running_loop()
@@ -340,7 +351,7 @@ def test_texts_to_tokenize_and_ids_to_detokenize_have_a_limit(serve):
         ("/v1/messages/count_tokens", {"model": "base", "messages": [{"role": "user", "content": "a" * 51}]}),
     ):
         answer = post(app, path, body)
-        assert (answer.status_code, "at most 50 letters or token ids (--max-prompt-chars)" in answer.text) == (
+        assert (answer.status_code, "at most 50 characters or token ids (--max-prompt-chars)" in answer.text) == (
             413,
             True,
         )
@@ -360,15 +371,16 @@ def test_texts_to_tokenize_and_ids_to_detokenize_have_a_limit(serve):
     ],
 )
 def test_a_list_of_bad_items_is_refused_by_its_first_bad_item(serve, monkeypatch, path, table):
-    app, serving = serve()
+    app, state = serve()
     validated = []
-    monkeypatch.setattr(serving, "models", {name: Counting(one, validated) for name, one in serving.models.items()})
+    counting = {path: CountingField(field, validated) for path, field in state.body_fields.items()}
+    monkeypatch.setattr(state, "body_fields", counting)
     answer = post(app, path, {"model": "base", **table})
     assert answer.status_code == 400
     assert max(validated, default=0) < 3000, "errors that vLLM's model writes at once"
 
 
-class Counting:
+class CountingField:
     """FastAPI's field of a body, which keeps how many errors each validation gave."""
 
     def __init__(self, model, found: list[int]) -> None:
@@ -444,24 +456,24 @@ def test_windows_and_letters_of_a_sweep_have_a_limit(serve):
     assert "at most 3 windows (--max-sweep-windows), got 4" in answer.text
     answer = post(app, SWEEP, {**sweep, "windows": [1], "prompts": ["a", "a" * 51]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompts.1")
-    assert "more than 50 letters (--max-prompt-chars)" in answer.text
+    assert "at most 50 characters (--max-prompt-chars), got 51" in answer.text
 
 
 def test_requests_and_uploads_past_their_places_are_a_503(serve):
-    app, serving = serve(max_requests=1, max_uploads=1)
-    with serving.requests:
+    app, state = serve(max_requests=1, max_uploads=1)
+    with state.request_quota:
         (refused, health) = send(app, ("POST", CHATS, {"json": ASKED}), ("GET", "/health", {}))
-    with serving.uploading:
+    with state.upload_quota:
         (upload,) = send(app, ("PUT", "/v1/snpatch/rankings/a", {"content": b""}))
     assert (refused.status_code, "requests: at most 1 at once (--max-requests)" in refused.text) == (503, True)
     assert (refused.headers["retry-after"], health.status_code) == ("1", 200)
     assert (upload.status_code, "uploads: at most 1 at once (--max-uploads)" in upload.text) == (503, True)
     assert post(app, CHATS, ASKED).status_code == 200
-    assert (serving.requests.taken, serving.uploading.taken) == (0, 0)
+    assert (state.request_quota.used, state.upload_quota.used) == (0, 0)
 
 
 def test_bodies_that_arrive_slowly_keep_nobody_out_and_have_a_limit_of_bytes(serve):
-    app, serving = serve(max_requests=1, max_incoming_bytes=2500)
+    app, state = serve(max_requests=1, max_incoming_bytes=2500)
 
     async def everything():
         end = asyncio.Event()
@@ -480,14 +492,14 @@ def test_bodies_that_arrive_slowly_keep_nobody_out_and_have_a_limit_of_bytes(ser
             begun = [asyncio.create_task(ask()) for _ in range(2)]
             await asyncio.sleep(0.05)
             found = await http.post(CHATS, json=ASKED), await ask()
-            held = serving.arriving.taken
+            held = state.body_quota.used
             end.set()
             return *found, held, await begun[0]
 
     whole, late, held, slow = asyncio.run(everything())
     assert (whole.status_code, slow.status_code, held) == (200, 200, 1800)
     assert (late.status_code, "at most 2500 at once (--max-incoming-bytes)" in late.text) == (503, True)
-    assert serving.arriving.taken == 0
+    assert state.body_quota.used == 0
 
 
 @pytest.mark.parametrize("limit", ["max_requests", "max_body_bytes", "max_completions", "max_prompt_chars"])
@@ -503,11 +515,11 @@ def test_limits_that_are_left_out_follow_the_engine(limit):
 
 
 def test_values_of_a_donor_are_built_once_for_all_requests_and_go_with_their_ranking(serve, ranking):
-    _, serving = serve()
-    held = serving.catalogue
+    _, state = serve()
+    held = state.registry
 
     def donor(text, window, **more):
-        return held.ask({"recipient": "base", **NOISE, "donor": text, "window": window, **more}).patch.donor
+        return held.parse({"recipient": "base", **NOISE, "donor": text, "window": window, **more}).patch.donor
 
     for text in ("noise:1", "zero", "mean:donor", "add:mean:recipient"):
         assert donor(text, 1) is donor(text, 2)
@@ -518,12 +530,12 @@ def test_values_of_a_donor_are_built_once_for_all_requests_and_go_with_their_ran
 
 
 def test_a_patch_that_is_read_while_its_ranking_goes_is_not_kept(serve, ranking):
-    _, serving = serve()
-    held, other = serving.catalogue, replace(ranking)
-    read, asked = held._read, {"recipient": "base", **NOISE}
+    _, state = serve()
+    held, other = state.registry, replace(ranking)
+    read, asked = held._build, {"recipient": "base", **NOISE}
     held.add("rankings", "safety", other)
     assert read(schema.read(PatchRequest, "snpatch", asked)).patch.ranking is ranking
-    assert held.ask(asked).patch.ranking is other
+    assert held.parse(asked).patch.ranking is other
 
 
 # ---- the event loop --------------------------------------------------------------------------------------------------

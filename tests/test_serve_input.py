@@ -39,7 +39,7 @@ CALLED = {
         ({**SAFE, "where": 99}, None, "where=99 lies past the"),
         ({**SAFE, "strength": 1e39}, "strength", "must be a finite number of float32"),
         ({**SAFE, "k": 9}, "k", "there is no k; there are donor, ranking, window"),
-        ({**SAFE, "guard": "none"}, "guard", "no guard named 'none': there are guard"),
+        ({**SAFE, "guard": "none"}, "guard", "no guard named 'none'. Available guards: guard"),
         ({"donor": "dpo"}, "recipient", "recipient is missing"),
         ({"recipient": "sft", "donor": "dpo"}, "ranking", "ranking, window is missing"),
         ({**SAFE, "donor": "mean:donor"}, "donor", "the ranking holds no donor_mean"),
@@ -70,15 +70,24 @@ def test_a_bad_patch_is_a_400_with_its_field(server, given, field, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"use_beam_search": True, "n": 2}, "beam search is not served"),
-        ({"vllm_xargs": {"snpatch": [1, 2, 3]}}, "snpatch is no JSON: wanted a text"),
-        ({"vllm_xargs": {"snpatch": "{"}}, "snpatch is no JSON"),
-        ({"vllm_xargs": {"snpatch": "[" * 3000}}, "snpatch is no JSON"),
-        ({"vllm_xargs": {"snpatch_same_weights": 1}}, "wanted an object, or its JSON in vllm_xargs"),
-        ({"vllm_xargs": {"snpatch": json.dumps(SAFE)}, "snpatch": SAFE}, "stands in the request and in"),
-        ({"snpatch": {**SAFE, "guard": "guard"}, "prompt_logprobs": 1}, "a guard does not go with"),
-        ({"snpatch": {**SAFE, "guard": "guard"}, **CALLED}, "a guard does not go with a tool that must be called"),
-        ({"seed": 2**63 - 1, "n": 2, "temperature": 1.0}, "seed: those of 2 texts go past 2^63-1"),
+        ({"use_beam_search": True, "n": 2}, "use_beam_search: expected false, got true"),
+        (
+            {"vllm_xargs": {"snpatch": [1, 2, 3]}},
+            "vllm_xargs.snpatch: expected an object as JSON, got another type than a string",
+        ),
+        ({"vllm_xargs": {"snpatch": "{"}}, "vllm_xargs.snpatch: expected an object as JSON"),
+        ({"vllm_xargs": {"snpatch": "[" * 3000}}, "vllm_xargs.snpatch: expected an object as JSON"),
+        ({"vllm_xargs": {"snpatch_same_weights": 1}}, "expected an object, or its JSON in vllm_xargs"),
+        (
+            {"vllm_xargs": {"snpatch": json.dumps(SAFE)}, "snpatch": SAFE},
+            "expected it once, got it in the request and in vllm_xargs",
+        ),
+        (
+            {"snpatch": {**SAFE, "guard": "guard"}, "prompt_logprobs": 1},
+            "guard: cannot be combined with prompt_logprobs",
+        ),
+        ({"snpatch": {**SAFE, "guard": "guard"}, **CALLED}, "tool_choice: expected none or auto with a guard"),
+        ({"seed": 2**63 - 1, "n": 2, "temperature": 1.0}, "seed: expected at most 2^63 - 2 for 2 completions"),
     ],
 )
 def test_what_cannot_be_right_is_refused(server, more, message):
@@ -95,7 +104,7 @@ def test_what_vllm_cannot_send_is_this_requests_own_error(server, client):
 
 def test_an_answer_in_the_background_is_refused(server):
     answer = server.post("/v1/responses", {"model": "safe", "input": "bala", "background": True, "store": True})
-    assert (answer.status_code, "without its receipt" in answer.text) == (400, True)
+    assert (answer.status_code, "the answer would lack its receipt" in answer.text) == (400, True)
 
 
 @pytest.mark.parametrize(

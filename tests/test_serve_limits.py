@@ -68,7 +68,7 @@ def test_nothing_is_left_of_clients_that_leave(world, server, client):
         del body["window"]
         async with http.stream("POST", SWEEP, json=body) as answer:
             async for line in answer.aiter_lines():
-                if line == "event: text":
+                if line == "event: completion":
                     return
 
     async def everything():
@@ -133,14 +133,14 @@ def test_promise_4_sweep_that_overflows_has_failed_texts_alone(world, server, cl
     body = {"recipient": "base", "donor": "scale:1e19", "ranking": "first", "windows": [ALL], "prompts": [WORDS] * 2}
     with httpx.stream("POST", server.url + SWEEP, json={**body, "max_tokens": 4}, timeout=120) as answer:
         found = events(answer.iter_lines())
-    texts = [data for name, data in found if name == "text"]
+    texts = [data for name, data in found if name == "completion"]
     for text in texts:
         assert ("overflowed in float32" in text.get("error", "")) == (text["hi"] == ALL and "floor" not in text)
         assert (text["text"] is None) == ("error" in text)
     (row,) = [data for name, data in found if name == "row" and data["hi"] == ALL and "floor" not in data]
     assert (row["prompts"], row["failed"], row["mean"], row["changed"]) == (0, 2, None, None)
     ((name, summary),) = found[-1:]
-    assert (name, summary["failed"], summary["texts"]) == ("summary", 2, len(texts) - 2)
+    assert (name, summary["failed"], summary["completions"]) == ("summary", 2, len(texts) - 2)
     job = JOBS[2]
     assert complete(client, job).choices[0].token_ids == told(world.made, job).ids
 
@@ -180,19 +180,19 @@ def test_uploads_are_named_kept_and_forgotten(world, server, client):
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
-        ("rankings/first", "second", 409, "first is the server's own"),
+        ("rankings/first", "second", 409, "first is set by the server's config"),
         ("rankings/..", "second", 405, ""),
         ("rankings/..%2F..%2Fx", "second", 404, ""),
-        ("rankings/.hidden", "second", 400, "a name has up to 64 letters"),
-        ("rankings/a%00b", "second", 400, "a name has up to 64 letters"),
-        ("rankings/" + "a" * 65, "second", 400, "a name has up to 64 letters"),
-        ("rankings/image", "second", 400, "cannot be named image"),
+        ("rankings/.hidden", "second", 400, "expected a name of up to 64 letters"),
+        ("rankings/a%00b", "second", 400, "expected a name of up to 64 letters"),
+        ("rankings/" + "a" * 65, "second", 400, "expected a name of up to 64 letters"),
+        ("rankings/image", "second", 400, "expected another name than image"),
         ("rankings/other", "half", 400, "wanted a snpatch ranking, got constant"),
         ("constants/other", "second", 400, "wanted a snpatch constant, got ranking"),
-        ("pickles/other", "second", 404, "there are rankings and constants"),
+        ("pickles/other", "second", 404, "expected rankings or constants, got 'pickles'"),
         ("rankings/other", b"", 400, "not a safetensors file"),
         ("rankings/other", b"\x80\x04cos\nsystem\n.", 400, "not a safetensors file"),
-        ("rankings/other", b"x" * (2 << 20), 413, "the body is larger than"),
+        ("rankings/other", b"x" * (2 << 20), 413, "body: expected at most"),
     ],
 )
 def test_bad_uploads_are_a_4xx_and_leave_nothing(world, server, path, body, status, message):
@@ -218,7 +218,7 @@ def test_uploads_that_begin_together_leave_only_what_is_named(world, server, tmp
         digests = {digest for names in named().values() for digest in names.values()}
         return {path.name for path in folder.glob("*.safetensors*")} == {f"{digest}.safetensors" for digest in digests}
 
-    many = [f"many{i}" for i in range(uploads.MOST - 1 - sum(map(len, named().values())))]
+    many = [f"many{i}" for i in range(uploads.MAX_UPLOADED_NAMES - 1 - sum(map(len, named().values())))]
     for name in many:
         assert request(server, "PUT", f"rankings/{name}", content=ranking).status_code == 201
 
@@ -252,7 +252,10 @@ def test_uploads_that_begin_together_leave_only_what_is_named(world, server, tmp
 def test_a_ranking_of_another_model_is_a_400(server, tmp_path):
     Constant(CONSTANTS["values"][:2]).save(tmp_path / "small.safetensors")
     answer = request(server, "PUT", "constants/small", content=(tmp_path / "small.safetensors").read_bytes())
-    assert (answer.status_code, "is for a model of [2, 96], this one is [3, 96]" in answer.text) == (400, True)
+    assert (answer.status_code, "expected values of shape [3, 96] for this model, got [2, 96]" in answer.text) == (
+        400,
+        True,
+    )
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
@@ -265,9 +268,9 @@ def test_a_sweep_is_the_offline_texts_judged_with_its_noise_floor(world, server,
         assert answer.headers["content-type"].startswith("text/event-stream")
         (first, begun), *told_of, (last, summary) = events(answer.iter_lines())
     assert (first, last) == ("start", "summary")
-    texts = [data for name, data in told_of if name == "text"]
+    texts = [data for name, data in told_of if name == "completion"]
     rows = [data for name, data in told_of if name == "row"]
-    assert begun["texts"] == summary["texts"] == len(texts) == 3 * 7
+    assert begun["completions"] == summary["completions"] == len(texts) == 3 * 7
     names = [(row["recipient"], row["donor"], row["lo"], row["hi"], row.get("floor")) for row in rows]
     assert names == [
         ("sft", None, 0, 0, None),
@@ -296,18 +299,26 @@ def test_a_sweep_is_the_offline_texts_judged_with_its_noise_floor(world, server,
 @pytest.mark.parametrize(
     ("change", "field", "message"),
     [
-        ({"windows": []}, "windows", "needs a window and a prompt"),
+        ({"windows": []}, "windows", "expected at least one, got none"),
         ({"windows": [3, [5, 1]]}, "windows.1", "wanted 0 <= lo <= hi"),
-        ({"prompts": []}, "prompts", "needs a window and a prompt"),
+        ({"prompts": []}, "prompts", "expected at least one, got none"),
         ({"prompts": ["bala", "bala " * 200]}, "prompts.1", "the model's context holds 128"),
         ({"prompts": [[{"role": "user"}]]}, "prompts.content", "content is missing"),
-        ({"prompts": ["bala"] * 99}, None, "at most 200 are written"),
-        ({"prompts": ["bala " * 2000]}, "prompts.0", "more than 4096 letters"),
-        ({"prompts": [[{"role": "system", "content": "bala"}]]}, "prompts.0", "a chat without a user's message"),
+        ({"prompts": ["bala"] * 99}, None, "at most 200 completions (--max-sweep-completions), got 99 prompts"),
+        (
+            {"prompts": ["bala " * 2000]},
+            "prompts.0",
+            "prompts.0: expected at most 4096 characters (--max-prompt-chars), got 10000",
+        ),
+        (
+            {"prompts": [[{"role": "system", "content": "bala"}]]},
+            "prompts.0",
+            "prompts.0: expected a chat with a user message, got none",
+        ),
         ({"prompts": ["bala \ud800"]}, "body", "surrogates not allowed"),
         ({"temperature": float("inf")}, "temperature", "temperature must be 0 (greedy) or at least 1e-5"),
         ({"seed": 2**63}, "seed", "seed must lie in"),
-        ({"judge": "nobody"}, "judge", "no judge named 'nobody': there are refusal"),
+        ({"judge": "nobody"}, "judge", "judge: expected one of refusal, got 'nobody'"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens must be at least 1"),
         ({"donor": "nobody"}, "donor", "no model named 'nobody'"),
     ],
@@ -348,10 +359,10 @@ def test_a_structure_that_the_model_cannot_write_is_a_400_with_a_reason(server, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"structured_outputs": {"regex": "|".join(f"a{i}b" for i in range(3000))}}, "16384 letters of regex"),
-        ({"structured_outputs": {"choice": [f"w{i}" for i in range(2500)]}}, "16384 letters of choice"),
+        ({"structured_outputs": {"regex": "|".join(f"a{i}b" for i in range(3000))}}, "16384 characters of regex"),
+        ({"structured_outputs": {"choice": [f"w{i}" for i in range(2500)]}}, "16384 characters of choice"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {
-            "enum": [f"w{i}" for i in range(2500)]}}}}, "16384 letters of json"),
+            "enum": [f"w{i}" for i in range(2500)]}}}}, "16384 characters of json"),
         ({"logprobs": True, "top_logprobs": 20, "max_tokens": 100, "n": 10}, "10240 values in an answer"),
         ({"prompt_logprobs": 20, "max_tokens": 1, "n": 200}, "10240 values in an answer"),
         ({"n": 257}, "at most 256 completions (--max-completions), got 1 prompts x 257"),
@@ -396,7 +407,7 @@ def test_health_answers_beside_the_largest_request(server, name):
 def test_the_server_says_what_it_holds(world, server):
     held = server.get("/v1/snpatch").json()
     assert {"base", "sft", "dpo"} <= held["models"].keys()
-    assert held["patches"]["safe"] == {**SAFE, "ranking": held["rankings"]["first"]["digest"], "window": [0, 60],
+    assert held["patches"]["safe"] == {**SAFE, "ranking": held["rankings"]["first"]["fingerprint"], "window": [0, 60],
                                        "where": "all", "strength": 1.0}  # fmt: skip
     assert held["patches"]["kept"] == {"recipient": "sft", "guard": "guard"}
     assert held["guards"]["guard"]["k"] == 5
@@ -477,7 +488,10 @@ def test_full_banks_serve_in_order_and_refuse_past_the_limit(narrow):
 
     order, refused, plain, metrics, served = asyncio.run(everything())
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-    assert "2 texts wait for a place" in refused.json()["error"]["message"]
+    assert (
+        "expected at most 2 completions waiting for adapter, ranking or constant slots (--max-waiting), got 2"
+        in refused.json()["error"]["message"]
+    )
     assert plain.status_code == 200
     assert 'snpatch_slots_in_use{kind="ranking"} 1.0' in metrics
     assert "snpatch_waiting_requests 2.0" in metrics
@@ -607,12 +621,12 @@ def test_two_workers_patch_exactly_and_an_engines_death_is_told(world, tmp_path)
     ("words", "message"),
     [
         (["--patch=safe=recipient=sft,donor=dpo,ranking=none,k=3"], "patch safe: patch: no ranking named 'none'"),
-        (["--patch=sft=recipient=sft"], "patch sft: a model has this name"),
-        (["--patch=a/b=recipient=sft"], "a name has up to 64 letters"),
+        (["--patch=sft=recipient=sft"], "patch sft: a model has this name. Choose another name."),
+        (["--patch=a/b=recipient=sft"], "expected a name of up to 64 letters"),
         (["--patch=one=recipient=sft,donor=dpo,ranking=first,k=9999"], "reaches past the ranking's 288 neurons"),
-        (["--patch=one"], "--patch wants name=patch"),
-        (["--api-server-count=2"], "rows and receipts belong to one process"),
-        (["--headless"], "--headless is not served"),
+        (["--patch=one"], "--patch: expected name=patch"),
+        (["--api-server-count=2"], "--api-server-count must be 1: patch state is not shared"),
+        (["--headless"], "--headless cannot be combined with patches"),
         (["--enable-lora"], "enable_lora cannot be set"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--port=x"], "--port: invalid"),

@@ -13,7 +13,13 @@ from snpatch import SnpatchError
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from snpatch.server.responses import EventStream, clean, private_folders, timed, without_paths
+from snpatch.server.responses import (
+    EventStream,
+    find_private_folders,
+    limit_send_time,
+    remove_paths,
+    remove_paths_from_errors,
+)
 from snpatch.server.sweep_endpoint import Sweep
 
 SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}}  # uvicorn's
@@ -34,7 +40,7 @@ class Client:
         await asyncio.Event().wait()
 
     async def get(self, app, limit_s: float = 0.05):
-        receive, send = timed(self.receive, self.send, limit_s)
+        receive, send = limit_send_time(self.receive, self.send, limit_s)
         await app(SCOPE, receive, send)
 
 
@@ -89,7 +95,7 @@ def test_client_that_reads_gets_all_and_hears_of_no_disconnect():
 def sweep():
     """A sweep without an engine, of which a test says what it tells."""
     made = Sweep.__new__(Sweep)
-    made._serving = SimpleNamespace(sweeps=set())
+    made._state = SimpleNamespace(sweeps=set())
     return made
 
 
@@ -99,12 +105,12 @@ def test_sweep_that_is_written_has_no_place_whoever_reads_it(sweep):
             tell(str(i))
 
     async def run():
-        sweep._write_all = write
+        sweep._generate_all = write
         async with aclosing(sweep.events()) as events:
             first = await anext(events)  # and no more is read
             for _ in range(5):
                 await asyncio.sleep(0)
-            held = len(sweep._serving.sweeps)
+            held = len(sweep._state.sweeps)
             return held, [first, *[event async for event in events]]
 
     assert asyncio.run(run()) == (0, ["0", "1", "2"])
@@ -122,14 +128,14 @@ def test_sweep_of_a_client_that_does_not_read_ends(sweep):
             ended.append(True)
 
     async def run():
-        sweep._write_all = write
+        sweep._generate_all = write
         await Client(2).get(EventStream(sweep.events()))
         for _ in range(5):
             await asyncio.sleep(0)
 
     asyncio.run(run())
     assert ended == [True]
-    assert not sweep._serving.sweeps
+    assert not sweep._state.sweeps
 
 
 def test_sweep_that_fails_says_so_and_has_no_place(sweep):
@@ -137,11 +143,11 @@ def test_sweep_that_fails_says_so_and_has_no_place(sweep):
         raise SnpatchError("it broke")
 
     async def run():
-        sweep._write_all = fail
+        sweep._generate_all = fail
         return [event async for event in sweep.events()]
 
     assert asyncio.run(run()) == ['event: error\ndata: {"message": "it broke"}\n\n']
-    assert not sweep._serving.sweeps
+    assert not sweep._state.sweeps
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
@@ -162,14 +168,14 @@ def test_sweep_that_fails_says_so_and_has_no_place(sweep):
     ],
 )  # fmt: skip
 def test_message_names_no_path(text, want):
-    folders = private_folders("/my data/up load", "/srv/up", "/")
+    folders = find_private_folders("/my data/up load", "/srv/up", "/")
     assert folders == ("/my data/up load",)
-    assert without_paths(text, folders) == want
+    assert remove_paths(text, folders) == want
 
 
 def answers(app) -> list[dict]:
     client = Client(100)
-    asyncio.run(app(SCOPE, client.receive, clean(client.send, ())))
+    asyncio.run(app(SCOPE, client.receive, remove_paths_from_errors(client.send, ())))
     return client.taken
 
 

@@ -21,20 +21,20 @@ from snpatch.server.uploads import Uploads
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
 
 
-class PatchRegistry:
+class FakeRegistry:
     """What a server names, without its engine."""
 
     def __init__(self, shape: tuple[int, int] = SHAPE) -> None:
         self.rankings, self.constants, self._shape = {}, {}, shape
         self.engine = SimpleNamespace(geometry=SimpleNamespace(n_layers=shape[0], n_neurons=shape[1]))
 
-    def check(self, kind, name, one):
-        if tuple(one.shape if kind == "rankings" else one.values.shape) != self._shape:
+    def check_value(self, kind, name, value):
+        if tuple(value.shape if kind == "rankings" else value.values.shape) != self._shape:
             raise SnpatchError(f"{name}: is for another model")
 
-    def add(self, kind, name, one):
-        self.check(kind, name, one)
-        getattr(self, kind)[name] = one
+    def add(self, kind, name, value):
+        self.check_value(kind, name, value)
+        getattr(self, kind)[name] = value
 
     def remove(self, kind, name):
         del getattr(self, kind)[name]
@@ -63,30 +63,30 @@ def file_of(body: bytes) -> str:
 
 
 def test_upload_over_the_quota_leaves_no_file(folder, bodies):
-    kept = Uploads(folder, PatchRegistry())
-    for i in range(uploads.MOST - 1):
-        kept.keep("rankings", f"r{i}", bodies["first"])
-    stored = {name: kept.store("rankings", name, bodies["second"]) for name in ("a", "b")}
-    constant = kept.store("constants", "c", bodies["values"])  # as many as began before the quota was full
-    kept.put("rankings", "a", *stored["a"])
+    kept = Uploads(folder, FakeRegistry())
+    for i in range(uploads.MAX_UPLOADED_NAMES - 1):
+        kept.upload("rankings", f"r{i}", bodies["first"])
+    stored = {name: kept.store_file("rankings", name, bodies["second"]) for name in ("a", "b")}
+    constant = kept.store_file("constants", "c", bodies["values"])  # as many as began before the quota was full
+    kept.assign_name("rankings", "a", *stored["a"])
     for kind, name, one in (("rankings", "b", stored["b"]), ("constants", "c", constant)):
-        with pytest.raises(PayloadTooLargeError, match="64 rankings and constants are kept"):
-            kept.put(kind, name, *one)
+        with pytest.raises(PayloadTooLargeError, match="at most 64 rankings and constants, got one more"):
+            kept.assign_name(kind, name, *one)
     assert files(folder) == {file_of(bodies["first"]), file_of(bodies["second"])}
 
 
 @pytest.mark.parametrize("body", [b"", b"\x80\x04cos\nsystem\n.", "values"])
 def test_upload_that_is_no_ranking_leaves_no_file(folder, bodies, body):
-    kept = Uploads(folder, PatchRegistry())
+    kept = Uploads(folder, FakeRegistry())
     with pytest.raises(SnpatchError) as error:
-        kept.keep("rankings", "a", bodies.get(body, body))
+        kept.upload("rankings", "a", bodies.get(body, body))
     assert str(folder) not in str(error.value)
     assert not files(folder)
 
 
 def test_upload_whose_name_cannot_be_written_leaves_no_file(folder, bodies, monkeypatch):
-    kept = Uploads(folder, PatchRegistry())
-    kept.keep("rankings", "a", bodies["first"])
+    kept = Uploads(folder, FakeRegistry())
+    kept.upload("rankings", "a", bodies["first"])
 
     def full(path, text):
         raise SnpatchError(f"cannot write {path}: No space left on device")
@@ -94,15 +94,15 @@ def test_upload_whose_name_cannot_be_written_leaves_no_file(folder, bodies, monk
     monkeypatch.setattr(uploads, "write_text", full)
     for name in ("a", "b"):
         with pytest.raises(InternalError, match="No space left on device") as error:
-            kept.keep("rankings", name, bodies["second"])
+            kept.upload("rankings", name, bodies["second"])
         assert str(folder) not in str(error.value)
     assert files(folder) == {file_of(bodies["first"])}
-    assert kept._catalogue.rankings["a"].fingerprint == RANKINGS[0].fingerprint
+    assert kept._registry.rankings["a"].fingerprint == RANKINGS[0].fingerprint
 
 
 def test_delete_makes_room_before_it_writes(folder, bodies, monkeypatch):
-    kept = Uploads(folder, PatchRegistry())
-    kept.keep("rankings", "a", bodies["first"])
+    kept = Uploads(folder, FakeRegistry())
+    kept.upload("rankings", "a", bodies["first"])
     write = uploads.write_text
 
     def full(path, text):
@@ -117,8 +117,8 @@ def test_delete_makes_room_before_it_writes(folder, bodies, monkeypatch):
 
 
 def test_delete_that_cannot_write_can_be_repeated(folder, bodies, monkeypatch):
-    kept = Uploads(folder, PatchRegistry())
-    kept.keep("rankings", "a", bodies["first"])
+    kept = Uploads(folder, FakeRegistry())
+    kept.upload("rankings", "a", bodies["first"])
 
     def broken(path, text):
         raise SnpatchError(f"cannot write {path}: Input/output error")
@@ -126,23 +126,23 @@ def test_delete_that_cannot_write_can_be_repeated(folder, bodies, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(InternalError, match="Input/output error"):
         patch.setattr(uploads, "write_text", broken)
         kept.delete("rankings", "a")
-    assert not kept._catalogue.rankings
+    assert not kept._registry.rankings
     assert kept.delete("rankings", "a")
     assert not kept.delete("rankings", "a")
 
 
 def test_start_removes_what_an_interrupted_upload_left_and_nothing_else(folder, bodies):
-    kept = Uploads(folder, PatchRegistry())
-    kept.keep("rankings", "a", bodies["first"])
-    kept.store("rankings", "b", bodies["second"])  # killed before it was named
+    kept = Uploads(folder, FakeRegistry())
+    kept.upload("rankings", "a", bodies["first"])
+    kept.store_file("rankings", "b", bodies["second"])  # killed before it was named
     first = file_of(bodies["first"])
     for name in (f".{first}.partial77", ".index.json.partial77"):
         (folder / name).write_bytes(b"half")
     for name in ("safety.safetensors", ".notes.partial", "readme.txt"):
         (folder / name).write_bytes(b"the user's")
-    again = Uploads(folder, PatchRegistry())
+    again = Uploads(folder, FakeRegistry())
     assert files(folder) == {first, "safety.safetensors", ".notes.partial", "readme.txt"}
-    assert again._catalogue.rankings.keys() == {"a"}
+    assert again._registry.rankings.keys() == {"a"}
 
 
 def _replace(path, make):
@@ -164,35 +164,35 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_file_is_left_out_until_it_is_replaced_or_deleted(folder, bodies, capsys, damage):
-    kept = Uploads(folder, PatchRegistry())
-    kept.keep("rankings", "bad", bodies["first"])
-    kept.keep("rankings", "good", bodies["second"])
+    kept = Uploads(folder, FakeRegistry())
+    kept.upload("rankings", "bad", bodies["first"])
+    kept.upload("rankings", "good", bodies["second"])
     damage(folder / file_of(bodies["first"]))
-    again = Uploads(folder, PatchRegistry())
+    again = Uploads(folder, FakeRegistry())
     (line,) = capsys.readouterr().err.splitlines()
-    assert (file_of(bodies["first"]) in line, "rankings: bad is left out" in line) == (True, True)
-    assert again._catalogue.rankings.keys() == {"good"}
-    again.keep("rankings", "new", bodies["second"])
+    assert (file_of(bodies["first"]) in line, "rankings: bad is skipped" in line) == (True, True)
+    assert again._registry.rankings.keys() == {"good"}
+    again.upload("rankings", "new", bodies["second"])
     if not (folder / file_of(bodies["first"])).is_dir():
         assert again.delete("rankings", "bad")
         assert files(folder) == {file_of(bodies["second"])}
-        again.keep("rankings", "bad", bodies["first"])
-        assert Uploads(folder, PatchRegistry())._catalogue.rankings.keys() == {"good", "new", "bad"}
+        again.upload("rankings", "bad", bodies["first"])
+        assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"good", "new", "bad"}
 
 
 def test_upload_for_another_model_is_left_out_and_stays(folder, bodies, capsys):
-    Uploads(folder, PatchRegistry()).keep("rankings", "a", bodies["first"])
-    assert not Uploads(folder, PatchRegistry((2, 96)))._catalogue.rankings
-    assert "rankings: a is left out: a: is for another model" in capsys.readouterr().err
-    assert Uploads(folder, PatchRegistry())._catalogue.rankings.keys() == {"a"}
+    Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
+    assert not Uploads(folder, FakeRegistry((2, 96)))._registry.rankings
+    assert "rankings: a is skipped: a: is for another model" in capsys.readouterr().err
+    assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"a"}
 
 
 def test_name_that_became_the_servers_own_is_left_out(folder, bodies, capsys):
-    Uploads(folder, PatchRegistry()).keep("rankings", "a", bodies["first"])
-    own = PatchRegistry()
+    Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
+    own = FakeRegistry()
     own.add("rankings", "a", RANKINGS[1])
-    assert Uploads(folder, own)._catalogue.rankings["a"] is RANKINGS[1]
-    assert "a is also among the server's own" in capsys.readouterr().err
+    assert Uploads(folder, own)._registry.rankings["a"] is RANKINGS[1]
+    assert "a is also set by the server's config" in capsys.readouterr().err
 
 
 UNREADABLE = {
@@ -203,15 +203,15 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE)
 def test_unreadable_index_is_a_line_and_no_file_is_removed(folder, bodies, capsys, text):
-    Uploads(folder, PatchRegistry()).keep("rankings", "a", bodies["first"])
+    Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     (folder / "index.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    again = Uploads(folder, PatchRegistry())
+    again = Uploads(folder, FakeRegistry())
     (line,) = capsys.readouterr().err.splitlines()
     assert "index.json: expected the names of uploads as JSON, got" in line
-    assert not again._catalogue.rankings
+    assert not again._registry.rankings
     assert files(folder) == {file_of(bodies["first"])}
-    again.keep("rankings", "b", bodies["second"])
-    assert Uploads(folder, PatchRegistry())._catalogue.rankings.keys() == {"b"}
+    again.upload("rankings", "b", bodies["second"])
+    assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"b"}
 
 
 @pytest.mark.parametrize(
@@ -219,10 +219,10 @@ def test_unreadable_index_is_a_line_and_no_file_is_removed(folder, bodies, capsy
     [{"b": 5}, {"b": "../../secret"}, {"../x": "0" * 64}, {"b\nc": "0" * 64}, {"image": "0" * 64}, {"b": {}}, 5, [1]],
 )
 def test_bad_entry_of_the_index_is_left_out_and_the_others_go_on(folder, bodies, capsys, entry):
-    Uploads(folder, PatchRegistry()).keep("rankings", "a", bodies["first"])
+    Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | {"constants": entry}))
-    assert Uploads(folder, PatchRegistry())._catalogue.rankings.keys() == {"a"}
+    assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"a"}
     (line,) = capsys.readouterr().err.splitlines()
     assert "index.json: constants:" in line
 
@@ -231,10 +231,10 @@ def test_index_that_is_a_link_is_replaced_and_its_target_untouched(folder, bodie
     folder.mkdir()
     (tmp_path / "target").write_text("{}")
     (folder / "index.json").symlink_to(tmp_path / "target")
-    Uploads(folder, PatchRegistry()).keep("rankings", "a", bodies["first"])
+    Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     assert "Too many levels of symbolic links" in capsys.readouterr().err
     assert (tmp_path / "target").read_text() == "{}"
-    assert Uploads(folder, PatchRegistry())._catalogue.rankings.keys() == {"a"}
+    assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"a"}
 
 
 def test_folder_of_another_server_is_refused(folder):
@@ -242,6 +242,6 @@ def test_folder_of_another_server_is_refused(folder):
     command = [sys.executable, "-c", HOLD, folder / ".lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(SnpatchError, match=r"got one that another uses\. Stop the other server"):
-            Uploads(folder, PatchRegistry())
-    Uploads(folder, PatchRegistry())
+        with pytest.raises(SnpatchError, match=r"got one of another server\. Stop the other server"):
+            Uploads(folder, FakeRegistry())
+    Uploads(folder, FakeRegistry())

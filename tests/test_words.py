@@ -18,7 +18,7 @@ from snpatch.patching.patch import Constant, Patch
 from snpatch.patching.spec import donor_of
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.config import ServeConfig
-from snpatch.server.registry import check_name
+from snpatch.server.registry import check_served_name
 from snpatch.sweeps.eval_config import parse_eval_config
 from snpatch.sweeps.sweep_file import SweepSpec
 
@@ -142,13 +142,13 @@ def test_names_that_are_no_words_are_taken(name):
 @pytest.mark.parametrize("word", names.WORDS)
 def test_uploads_cannot_be_named_by_a_word(word):
     with pytest.raises(SnpatchError, match=f"cannot be named '{word}'"):
-        check_name(word, "one of the rankings")
+        check_served_name(word, "one of the rankings")
 
 
 def test_the_judge_of_refusal_words_keeps_its_name():
     config = EngineConfig("m")
     assert ServeConfig(config, judges={"refusal": "refusal"}).judges
-    with pytest.raises(SnpatchError, match="refusal is the judge of refusal words"):
+    with pytest.raises(SnpatchError, match="refusal is the built-in judge of refusal words"):
         ServeConfig(config, judges={"refusal": "cost-model"})
 
 

@@ -19,7 +19,7 @@ from snpatch.cli.generate import generate
 from snpatch.cli.minimal import minimal
 from snpatch.cli.report import report
 from snpatch.cli.reproduce import reproduce
-from snpatch.cli.serve import FORWARDED, serve
+from snpatch.cli.serve import FORWARD_UNKNOWN_OPTIONS, serve
 from snpatch.errors import SnpatchError
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 for command in (contrast, generate, minimal, exp, reproduce, report, env):
     app.command()(command)
-app.command(context_settings=FORWARDED)(serve)
+app.command(context_settings=FORWARD_UNKNOWN_OPTIONS)(serve)
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(guard.app, name="guard")
 app.add_typer(train.app, name="train")

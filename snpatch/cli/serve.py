@@ -1,4 +1,4 @@
-"""`snpatch serve`: vLLM's OpenAI-compatible server, with patches by name and by request."""
+"""`snpatch serve`: vLLM's OpenAI-compatible server, with patches by name or in the request."""
 
 import inspect
 import os
@@ -14,38 +14,42 @@ from snpatch.cli.generated import ENGINE_FILES, Engine, Some, generated, is_give
 from snpatch.errors import SnpatchError, SpoiledEngineError
 from snpatch.server.config import ServeConfig
 
-LIMITS = Some(ServeConfig, tuple(f.name for f in fields(ServeConfig) if f.metadata))
-FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}  # the words that are vLLM's own flags
+SERVER_OPTIONS = Some(ServeConfig, tuple(f.name for f in fields(ServeConfig) if f.metadata))
+FORWARD_UNKNOWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}  # they are vLLM's flags
 
 
-def _repeated(help: str):
+def _repeatable(help: str):
     return Annotated[list[str] | None, typer.Option(help=f"{help} May be repeated.")]
 
 
-_NAMED = {  # option -> ServeConfig's field, and its help
+_NAMED_OPTIONS = {  # option -> field of ServeConfig, help
     "ranking": ("rankings", "Ranking file, or name=file."),
-    "constant": ("constants", "Constant's file, or name=file: a donor `constant:NAME`."),
+    "constant": ("constants", "Constant file, or name=file; used as donor `constant:NAME`."),
     "guard": ("guards", "Guard file, or name=file."),
-    "judge": ("judges", "name=judge, for sweeps that clients ask for; `refusal` is always there."),
-    "patch": ("patches", "name=recipient=sft,donor=dpo,ranking=safety,k=20000 (where, strength, guard), or its JSON."),
+    "judge": ("judges", "name=judge for clients' sweeps; `refusal` is built in."),
+    "patch": (
+        "patches",
+        "name=recipient=sft,donor=dpo,ranking=safety,k=20000 (where, strength, guard), or name=JSON.",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What is served: a file, or a model with options; options go before the file's. With vLLM's own flags."""
+    """Options of a server: a config file or a model, vLLM's own flags, and options that override the file's values."""
 
     def parameters(self) -> list[inspect.Parameter]:
-        own = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_repeated(help))
-            for name, (_, help) in _NAMED.items()
+        named = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_repeatable(help))
+            for name, (_, help) in _NAMED_OPTIONS.items()
         ]
-        return [*Engine().parameters(), *own, *LIMITS.parameters()]
+        return [*Engine().parameters(), *named, *SERVER_OPTIONS.parameters()]
 
     def made(self, values: dict) -> ServeConfig:
-        from snpatch.executors.vllm import log
+        from snpatch.executors.vllm import log, versions
 
-        with log.redirect_output():  # what vLLM says while it is imported
+        versions.check(serving=True)
+        with log.redirect_output():  # vLLM prints while it is imported
             from snpatch.server import vllm_args
 
         model = Path(values["model"])
@@ -54,24 +58,26 @@ class ServeOptions:
             config = replace(config, engine=Engine().changed(config.engine, values))
         else:
             config = ServeConfig(Engine().made(values))
-        for option, (field, _) in _NAMED.items():
-            given = _tables(values[option]) if option == "patch" else o.named(values[option], option, o.stem)
-            config = replace(config, **{field: {**getattr(config, field), **given}})
-        given = {name: value for name, value in LIMITS.made(values).items() if is_given(values, name)}
-        own = vllm_args.read(values["context"].args)
-        engine = config.engine.changed(**own.engine)
-        return replace(config, **given, engine=engine, vllm_server={**config.vllm_server, **own.server})
+        for option, (field, _) in _NAMED_OPTIONS.items():
+            entries = _parse_patches(values[option]) if option == "patch" else o.named(values[option], option, o.stem)
+            config = replace(config, **{field: {**getattr(config, field), **entries}})
+        options = {name: value for name, value in SERVER_OPTIONS.made(values).items() if is_given(values, name)}
+        vllm = vllm_args.parse_argv(values["context"].args)
+        engine = config.engine.changed(**vllm.engine)
+        return replace(config, **options, engine=engine, vllm_server={**config.vllm_server, **vllm.server})
 
 
 @generated(config=ServeOptions())
 def serve(
     config: ServeConfig,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print all of this as TOML, and end.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the complete configuration as TOML and exit.")
+    ] = False,
 ) -> None:
-    """Serve a model and its patches to OpenAI's clients. MODEL may be a file that --print-config wrote. Further options
-    are those of `vllm serve`: --port, --api-key, --max-model-len, --tensor-parallel-size, ...
+    """Serve a model and its patches to OpenAI clients. MODEL may be a file written by --print-config. All options of
+    `vllm serve` are accepted, too: --port, --api-key, --max-model-len, --tensor-parallel-size, ...
 
-    Exit code 0 after SIGTERM or Ctrl-C, 2 if the engine has ended. A spoiled engine restarts the server.
+    The exit code is 0 after SIGTERM or Ctrl-C and 2 if the engine crashes. A spoiled engine restarts the server.
     """
     if print_config:
         import tomli_w
@@ -87,14 +93,14 @@ def serve(
         os.execv(sys.executable, sys.orig_argv)
 
 
-def _tables(entries: list[str] | None) -> dict[str, dict]:
-    """Named patches from name=patch."""
+def _parse_patches(entries: list[str] | None) -> dict[str, dict]:
+    """Return name -> patch as plain data from entries name=patch."""
     from snpatch.patching import spec
 
     tables = {}
     for entry in entries or ():
         name, equals, text = entry.partition("=")
         if not equals or not name or name in tables:
-            raise SnpatchError(f"--patch wants name=patch, each name once; got {entry!r}")
+            raise SnpatchError(f"--patch: expected name=patch, each name once, got {entry!r}")
         tables[name] = spec.table_of(text)
     return tables

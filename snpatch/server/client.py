@@ -1,7 +1,7 @@
-"""PatchedClient: vLLM's engine client, as its handlers see it, that patches what they ask it to generate.
+"""PatchedClient: vLLM's engine client with a `generate` that applies the patch of the running HTTP request.
 
-Why composition around vLLM's own client and not a server of our own: every endpoint of vLLM goes through `generate`,
-so chats, tools, structured answers and streams stay vLLM's, and so does their next version.
+Why composition around vLLM's client and not a server of our own: every endpoint of vLLM calls `generate`, so chats,
+tools, structured output and streams stay vLLM's, and so will those of its next version.
 """
 
 import asyncio
@@ -27,197 +27,213 @@ from snpatch.server.patch_request import CURRENT_PATCH, PatchContext, Receipt
 from snpatch.server.state import ServerState
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "structural_tag")  # of vLLM's StructuredOutputsParams
-UNFINISHED = ("abort", "error")  # finish reasons of a text whose receipt cannot be confirmed
+UNVERIFIED_REASONS = ("abort", "error")  # finish reasons of completions whose receipt cannot be checked
 
 
 @dataclass(frozen=True, eq=False)
-class _Text:
-    """One text to write. place: of its receipt; more: further arguments of vLLM's `generate`."""
+class _Generation:
+    """Completions of one prompt to generate.
 
-    ask: PatchContext
-    place: int
+    Attributes:
+        index: Index of the first one's receipt in `context.receipts`.
+        params: vLLM's parameters; `n` is the number of completions.
+        options: Further arguments of vLLM's `generate`.
+    """
+
+    context: PatchContext
+    index: int
     request: Request
     prompt: dict
     params: SamplingParams
-    name: str
-    more: dict
+    request_id: str
+    options: dict
 
-    def one_of(self, i: int) -> "_Text":
-        """The i-th of the n texts that it stands for, as vLLM would make it."""
+    def single(self, i: int) -> "_Generation":
+        """Return the generation of the i-th completion alone, with the seed that vLLM would give it."""
         params = copy.copy(self.params)
         params.n = 1
         if params.seed is not None:
             params.seed += i
-        return replace(self, place=self.place + i, params=params, name=f"{self.name}-{i}")
+        return replace(self, index=self.index + i, params=params, request_id=f"{self.request_id}-{i}")
 
 
 class PatchedClient:
-    """What it does not say itself is vLLM's own client's. To be used once the engine has started.
+    """vLLM's engine client that patches what its handlers ask it to generate. The engine must have started.
 
-    What a request asks for comes with its context (asks.ASK), which handlers.py sets; requests of any other way into
-    vLLM are refused, so that no client reaches the workers with integers of ours.
+    The patch comes from the request's context (CURRENT_PATCH), which install.py sets. Calls outside a wrapped handler
+    are refused, so that no client sends the workers slot numbers of its own.
     """
 
-    def __init__(self, serving: ServerState) -> None:
-        self.serving, self.engine = serving, serving.engine
+    def __init__(self, state: ServerState) -> None:
+        self.state, self.engine = state, state.engine
 
     def __getattr__(self, name: str):
         return getattr(self.engine.executor.engine, name)
 
     def generate(
-        self, prompt, sampling_params: SamplingParams, request_id: str, *, lora_request=None, **more
+        self, prompt, sampling_params: SamplingParams, request_id: str, *, lora_request=None, **options
     ) -> AsyncIterator[RequestOutput]:
-        """vLLM's `generate`, patched. Bad input is a SnpatchError here and now. lora_request: but a name, done with."""
-        ask = CURRENT_PATCH.get()
-        if ask is None:
-            raise SnpatchError("this way of generating is not served by snpatch")
+        """Check a request now and return vLLM's results, patched. lora_request: vLLM's form of a patch's name, unused.
+
+        Raises:
+            SnpatchError: Invalid prompts or parameters.
+            ServerBusyError: Too many completions wait for slots.
+        """
+        context = CURRENT_PATCH.get()
+        if context is None:
+            raise SnpatchError("route: not served by snpatch. GET / lists the routes.")
         if any(name.startswith(KEY) for name in sampling_params.extra_args or ()):
-            raise SnpatchError(f"{KEY}: wanted an object, or its JSON in vllm_xargs", field=KEY)
+            raise SnpatchError(f"{KEY}: expected an object, or its JSON in vllm_xargs, got other arguments", field=KEY)
         if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
-            raise SnpatchError("prompts are texts or token ids")
-        if ask.guard is not None and sampling_params.prompt_logprobs is not None:
-            raise SnpatchError("a guard does not go with log-probabilities of the prompt", field="guard")
+            raise SnpatchError("prompt: expected a string or token ids, got another kind of prompt")
+        if context.guard is not None and sampling_params.prompt_logprobs is not None:
+            raise SnpatchError("guard: cannot be combined with prompt_logprobs. Leave out one of them.", field="guard")
         self._check_constraint(sampling_params)
         n, seed = sampling_params.n, sampling_params.seed
         if seed is not None and seed + n > SEEDS:
-            raise SnpatchError(f"seed: those of {n} texts go past 2^63-1", field="seed")
-        requests, ids = self.engine.requests, list(prompt["prompt_token_ids"])
-        requests.check_room(ids, 1, "the prompt")
-        requests.check_ids(ids, "the prompt")
-        requests.tell_double_bos(ids, requests.templates[0].tokenizer, "a prompt")
-        params, room = copy.copy(sampling_params), self.engine.geometry.context - len(ids)
-        params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+            raise SnpatchError(f"seed: expected at most 2^63 - {n} for {n} completions, got {seed}", field="seed")
+        requests, prompt_ids = self.engine.requests, list(prompt["prompt_token_ids"])
+        requests.check_room(prompt_ids, 1, "the prompt")
+        requests.check_ids(prompt_ids, "the prompt")
+        requests.tell_double_bos(prompt_ids, requests.templates[0].tokenizer, "a prompt")
+        params, max_new_tokens = copy.copy(sampling_params), self.engine.geometry.context - len(prompt_ids)
+        params.max_tokens = max_new_tokens if params.max_tokens is None else min(params.max_tokens, max_new_tokens)
         params.min_tokens = min(params.min_tokens, params.max_tokens)
-        self._check_logprobs(ask, params, len(ids))
-        params.update_from_generation_config({"eos_token_id": sorted(requests.model(ask.recipient).weights.eos_ids)})
-        request = requests.patched(ids, ask.patch, sampling=Sampling(max_tokens=params.max_tokens))
+        self._check_logprobs(context, params, len(prompt_ids))
+        eos_ids = sorted(requests.model(context.recipient).weights.eos_ids)
+        params.update_from_generation_config({"eos_token_id": eos_ids})
+        request = requests.patched(prompt_ids, context.patch, sampling=Sampling(max_tokens=params.max_tokens))
         if not collect_resources(request).is_empty:
-            self.serving.check_waiting(len(ask.receipts) + n)
-        text = _Text(ask, len(ask.receipts), request, prompt, params, request_id, more)
-        ask.receipts += [Receipt()] * n
-        if ask.guard is not None:
-            return self._guarded(text)
-        return self._results(text)
+            self.state.check_queue(len(context.receipts) + n)
+        generation = _Generation(context, len(context.receipts), request, prompt, params, request_id, options)
+        context.receipts += [Receipt()] * n
+        if context.guard is not None:
+            return self._generate_guarded(generation)
+        return self._generate(generation)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """What vLLM's server calls in a thread on SIGTERM, before it stops listening: lets what runs end. The engine is
-        closed by whoever started it."""
-        self.serving.inflight.close(timeout)
+        """Wait for running requests. vLLM's server calls this in a thread on SIGTERM, before it stops listening.
 
-    def _check_logprobs(self, ask: PatchContext, params: SamplingParams, prompt_length: int) -> None:
-        """Raise for more log-probabilities than an answer can be made of while others are served."""
-        is_whole, limit = params.output_kind != RequestOutputKind.DELTA, self.serving.config.max_logprob_values
-        ask.logprobs += params.n * (
+        It does not close the engine, which launcher.py does.
+        """
+        self.state.inflight.close(timeout)
+
+    def _check_logprobs(self, context: PatchContext, params: SamplingParams, prompt_length: int) -> None:
+        """Raise for more log-probabilities than can be serialized without blocking other requests."""
+        is_whole, limit = params.output_kind != RequestOutputKind.DELTA, self.state.config.max_logprob_values
+        context.num_logprobs += params.n * (
             prompt_length * self._num_logprobs(params.prompt_logprobs)
             + is_whole * params.max_tokens * self._num_logprobs(params.logprobs)
         )
-        if ask.logprobs > limit:
+        if context.num_logprobs > limit:
             raise SnpatchError(
-                f"logprobs: expected at most {limit} values in an answer (--max-logprob-values), got {ask.logprobs} or "
-                "more. Set max_tokens, stream, or send several requests.",
+                f"logprobs: expected at most {limit} values in an answer (--max-logprob-values), got "
+                f"{context.num_logprobs} or more. Set max_tokens, stream, or send several requests.",
                 field="logprobs",
             )
 
-    def _num_logprobs(self, asked: int | None) -> int:
-        """Return the values of a position: its own token's and the likeliest ones'; -1 asks for the vocabulary's."""
-        if asked is None:
+    def _num_logprobs(self, requested: int | None) -> int:
+        """Return the values per position: its token and the most likely ones (-1: the whole vocabulary)."""
+        if requested is None:
             return 0
-        return 1 + (asked if asked >= 0 else self.engine.geometry.vocab_size)
+        return 1 + (requested if requested >= 0 else self.engine.geometry.vocab_size)
 
     def _check_constraint(self, params: SamplingParams) -> None:
-        """Raise for a grammar whose compilation would hold up the server and the engine."""
-        limit, given = self.serving.config.max_grammar_chars, params.structured_outputs
-        for name in CONSTRAINTS if given is not None else ():
-            grammar = getattr(given, name, None)
-            letters = len(grammar if isinstance(grammar, str) else json.dumps(grammar))
-            if letters > limit:
+        """Raise for a grammar whose compilation would block the server and the engine."""
+        limit, constraints = self.state.config.max_grammar_chars, params.structured_outputs
+        for name in CONSTRAINTS if constraints is not None else ():
+            grammar = getattr(constraints, name, None)
+            length = len(grammar if isinstance(grammar, str) else json.dumps(grammar))
+            if length > limit:
                 raise SnpatchError(
-                    f"structured output: expected at most {limit} letters of {name} (--max-grammar-chars), got "
-                    f"{letters}. Simplify it.",
+                    f"structured output: expected at most {limit} characters of {name} (--max-grammar-chars), got "
+                    f"{length}. Simplify it.",
                     field="structured_outputs",
                 )
 
-    def _results(self, text: _Text) -> AsyncIterator[RequestOutput]:
-        return self._one(text) if text.params.n == 1 else self._several(text)
+    def _generate(self, generation: _Generation) -> AsyncIterator[RequestOutput]:
+        return self._generate_one(generation) if generation.params.n == 1 else self._generate_several(generation)
 
-    async def _guarded(self, text: _Text) -> AsyncIterator[RequestOutput]:
-        """The guard reads the prompt first, and may refuse it."""
-        ask, n = text.ask, text.params.n
-        harm = await self._harm(text)
-        refused = harm > ask.guard.threshold
-        ask.receipts[text.place : text.place + n] = [Receipt(verified=refused, harm=harm, refused=refused)] * n
-        if refused:
+    async def _generate_guarded(self, generation: _Generation) -> AsyncIterator[RequestOutput]:
+        """Let the guard read the prompt first; it may refuse it."""
+        context, start, n = generation.context, generation.index, generation.params.n
+        harm = await self._predict_harm(generation)
+        is_refused = harm > context.guard.threshold
+        receipt = Receipt(verified=is_refused, harm=harm, refused=is_refused)
+        context.receipts[start : start + n] = [receipt] * n
+        if is_refused:
             metrics.REFUSED.inc()
-            yield _refusal(text)
+            yield _refusal(generation)
             return
-        async with aclosing(self._results(text)) as results:
+        async with aclosing(self._generate(generation)) as results:
             async for result in results:
                 yield result
 
-    async def _harm(self, text: _Text) -> float:
-        guard = text.ask.guard
-        prompts = [text.request.prompt_ids]
+    async def _predict_harm(self, generation: _Generation) -> float:
+        guard = generation.context.guard
+        prompts = [generation.request.prompt_ids]
         (request,) = self.engine.requests.capturing(prompts, guard.model, guard.ranking, guard.k, "prompt_last")
         output = await self.engine.executor.output(request)
         return float(guard.probability(output.captured)[0])
 
-    async def _several(self, text: _Text) -> AsyncIterator[RequestOutput]:
-        """The n texts of a prompt, each with a receipt of its own, as vLLM gives them: as they grow, or all at once."""
-        n, is_final = text.params.n, text.params.output_kind == RequestOutputKind.FINAL_ONLY
-        news: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
+    async def _generate_several(self, generation: _Generation) -> AsyncIterator[RequestOutput]:
+        """Generate n completions, each with its receipt, and yield them as vLLM does: as they grow or all at once."""
+        n, is_final_only = generation.params.n, generation.params.output_kind == RequestOutputKind.FINAL_ONLY
+        queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
 
-        async def tell(i: int) -> None:
+        async def generate(i: int) -> None:
             try:
-                async with aclosing(self._one(text.one_of(i))) as results:
+                async with aclosing(self._generate_one(generation.single(i))) as results:
                     async for result in results:
-                        news.put_nowait((i, result))
-                news.put_nowait((i, None))
+                        queue.put_nowait((i, result))
+                queue.put_nowait((i, None))
             except Exception as error:  # noqa: BLE001 (raised below)
-                news.put_nowait((i, error))
+                queue.put_nowait((i, error))
 
-        tasks, left, done, whole = [asyncio.create_task(tell(i)) for i in range(n)], n, 0, []
+        tasks = [asyncio.create_task(generate(i)) for i in range(n)]
+        num_running, num_finished, outputs = n, 0, []
         try:
-            while left:
-                i, result = await news.get()
+            while num_running:
+                i, result = await queue.get()
                 if result is None:
-                    left -= 1
+                    num_running -= 1
                 elif isinstance(result, Exception):
                     raise result
                 else:
-                    result.request_id, result.outputs[0].index = text.name, i
-                    whole += result.outputs
-                    done += result.finished
-                    result.finished = done == n
-                    if not is_final:
+                    result.request_id, result.outputs[0].index = generation.request_id, i
+                    outputs += result.outputs
+                    num_finished += result.finished
+                    result.finished = num_finished == n
+                    if not is_final_only:
                         yield result
                     elif result.finished:
-                        result.outputs = sorted(whole, key=lambda output: output.index)
+                        result.outputs = sorted(outputs, key=lambda output: output.index)
                         yield result
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _one(self, text: _Text) -> AsyncIterator[RequestOutput]:
-        """vLLM's results of one text; the last one comes when its receipt is confirmed."""
-        params, serving = text.params, self.serving
-        ids, is_delta = [], params.output_kind == RequestOutputKind.DELTA
+    async def _generate_one(self, generation: _Generation) -> AsyncIterator[RequestOutput]:
+        """Yield vLLM's results of one completion; the last one after its receipt was checked."""
+        params, state = generation.params, self.state
+        token_ids, is_delta = [], params.output_kind == RequestOutputKind.DELTA
         is_waiting = True
 
-        def send(lease: SlotLease) -> EngineRequest:
+        def build_request(lease: SlotLease) -> EngineRequest:
             nonlocal is_waiting
             is_waiting = False
-            serving.waiting -= 1
-            return self._sent(text, lease)
+            state.num_waiting -= 1
+            return self._engine_request(generation, lease)
 
-        serving.waiting += 1
+        state.num_waiting += 1
         try:
-            async with serving.beginning:  # one text of all requests in a turn of the event loop
+            async with state.start_lock:  # start one completion of all requests in each turn of the event loop
                 await asyncio.sleep(0)
-            async with aclosing(self.engine.executor.results(text.request, send)) as results:
+            async with aclosing(self.engine.executor.results(generation.request, build_request)) as results:
                 async for result, records in results:
                     output = result.outputs[0]
-                    ids = ids if is_delta else []
-                    ids += output.token_ids
+                    token_ids = token_ids if is_delta else []
+                    token_ids += output.token_ids
                     if output.finish_reason == "error" and params.structured_outputs is not None:
                         raise SnpatchError(
                             "structured output: expected a regex, grammar, choice or schema that vLLM can compile and "
@@ -225,65 +241,76 @@ class PatchedClient:
                             field="structured_outputs",
                         )
                     if result.finished:
-                        self._confirm(text, ids, output.finish_reason, records)
+                        self._check_receipt(generation, token_ids, output.finish_reason, records)
                     yield result
         finally:
-            serving.waiting -= is_waiting
+            state.num_waiting -= is_waiting
 
-    def _sent(self, text: _Text, lease: SlotLease) -> EngineRequest:
-        tag = self.engine.executor.codec.tag(text.request, lease)
-        prompt, params = dict(text.prompt), text.params
+    def _engine_request(self, generation: _Generation, lease: SlotLease) -> EngineRequest:
+        tag = self.engine.executor.codec.tag(generation.request, lease)
+        prompt, params = dict(generation.prompt), generation.params
         if tag.extra_args:
             params.extra_args = {**(params.extra_args or {}), **tag.extra_args}
-        if prompt.get("cache_salt") is not None:  # a client's own may not be that of a patch
+        if prompt.get("cache_salt") is not None:  # a client's salt must not equal a patch's
             prompt["cache_salt"] = f"{prompt['cache_salt']}+{tag.salt}"
         elif tag.salt is not None:
             prompt["cache_salt"] = tag.salt
-        return EngineRequest(text.name, tag, prompt, params, text.more)
+        return EngineRequest(generation.request_id, tag, prompt, params, generation.options)
 
-    def _confirm(self, text: _Text, ids: list[int], reason: str | None, records: list[list[dict]] | None) -> None:
-        """Keep the receipt of a finished text; one that differs from the patch is a ReceiptError."""
-        request, receipts = text.request, text.ask.receipts
-        found = Output(token_ids=ids)
-        if reason in UNFINISHED:
-            receipts[text.place] = replace(receipts[text.place], verified=False)
+    def _check_receipt(
+        self, generation: _Generation, token_ids: list[int], reason: str | None, records: list[list[dict]] | None
+    ) -> None:
+        """Store the receipt of a finished completion.
+
+        Raises:
+            ReceiptError: The device's count differs from what the patch implies.
+            OverflowedError: The completion has non-finite values.
+        """
+        request, receipts, index = generation.request, generation.context.receipts, generation.index
+        output = Output(token_ids=token_ids)
+        if reason in UNVERIFIED_REASONS:
+            receipts[index] = replace(receipts[index], verified=False)
             return
         if records is not None:
             try:
-                self.engine.executor.codec.confirm(request, found, records)
+                self.engine.executor.codec.confirm(request, output, records)
             except OverflowedError as error:
                 metrics.OVERFLOWED.inc()
-                raise self.serving.judge(error) from error
+                raise self.state.handle_overflow(error) from error
             except ReceiptError:
                 metrics.RECEIPTS_FAILED.inc()
                 raise
             if request.overwrites:
                 metrics.PATCHED.inc()
-                metrics.OVERWRITES.inc(found.overwrites)
-        fed = len(request.prompt_ids) + max(len(ids) - 1, 0)
-        receipts[text.place] = replace(
-            receipts[text.place], overwrites=found.overwrites, positions=_patched(request, fed), verified=True
+                metrics.OVERWRITES.inc(output.overwrites)
+        num_computed = len(request.prompt_ids) + max(len(token_ids) - 1, 0)  # the last token is not fed to the model
+        receipts[index] = replace(
+            receipts[index],
+            overwrites=output.overwrites,
+            positions=_num_patched(request, num_computed),
+            verified=True,
         )
 
 
 EngineClient.register(PatchedClient)
 
 
-def _patched(request: Request, fed: int) -> int:
-    """How many of a text's first `fed` positions any clause covers."""
+def _num_patched(request: Request, num_positions: int) -> int:
+    """Count the positions among the first `num_positions` that any intervention covers."""
     covered, end = 0, 0
-    for start, stop in sorted((one.start, min(one.stop, fed)) for one in request.overwrites):
+    ranges = sorted((overwrite.start, min(overwrite.stop, num_positions)) for overwrite in request.overwrites)
+    for start, stop in ranges:
         covered += max(0, stop - max(start, end))
         end = max(end, stop)
     return covered
 
 
-def _refusal(text: _Text) -> RequestOutput:
-    """What a guard has vLLM answer. finish_reason: OpenAI's own value for what a filter keeps back."""
-    logprobs = None if text.params.logprobs is None else []
-    choice = CompletionOutput(
+def _refusal(generation: _Generation) -> RequestOutput:
+    """Return the guard's refusal as vLLM's result, with OpenAI's finish reason for filtered content."""
+    logprobs = None if generation.params.logprobs is None else []
+    output = CompletionOutput(
         index=0,
-        text=text.ask.guard.refusal,
+        text=generation.context.guard.refusal,
         token_ids=[],
         cumulative_logprob=None,
         logprobs=logprobs,
@@ -291,10 +318,10 @@ def _refusal(text: _Text) -> RequestOutput:
         stop_reason="guard",
     )
     return RequestOutput(
-        request_id=text.name,
-        prompt=text.prompt.get("prompt"),
-        prompt_token_ids=list(text.request.prompt_ids),
+        request_id=generation.request_id,
+        prompt=generation.prompt.get("prompt"),
+        prompt_token_ids=list(generation.request.prompt_ids),
         prompt_logprobs=None,
-        outputs=[replace(choice, index=i) for i in range(text.params.n)],
+        outputs=[replace(output, index=i) for i in range(generation.params.n)],
         finished=True,
     )

@@ -1,4 +1,4 @@
-"""ServeConfig: everything that a server is started with, as one value: an engine, and what clients can name."""
+"""ServeConfig: everything a server is started with, as one value: an engine and the names that clients can use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -12,20 +12,27 @@ from snpatch.names import check_names
 from snpatch.schema import option
 from snpatch.trust import ENGINE, SERVER, check_arguments, refuse
 
-FILES = ("rankings", "constants", "guards")  # name -> file
-ALWAYS_OPEN = ("/health", "/ping")  # without an API key, too
+FILES = ("rankings", "constants", "guards")  # fields that map names to files
+ALWAYS_OPEN = ("/health", "/ping")  # routes that never need an API key
 OPENABLE = """/version /metrics /load /docs /docs/oauth2-redirect /redoc /openapi.json /tokenize /detokenize""".split()
-LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN = 1 << 20, 8  # of the default limit; a token id in JSON takes up to 8 bytes
-ARRIVING_BODIES = 256  # that may be large
-LETTERS_PER_TOKEN = 32  # of the context: longer prompts cannot fit
-TEXTS_PER_SEAT = 4  # seats: max_num_seqs
+MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN = 1 << 20, 8  # of the default limit; a token id takes up to 8 bytes of JSON
+NUM_INCOMING_BODIES = 256  # of the largest size, whose bytes may be in memory
+CHARS_PER_TOKEN = 32  # longer prompts cannot fit in the context
+COMPLETIONS_PER_SEQ = 4  # default limits, per sequence of max_num_seqs
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """rankings, constants, guards: name -> file. patches: name -> a patch as spec.PatchForm has it, perhaps with
-    `guard`, the name of one. judges: name -> what snpatch.judges.open_judge takes. vllm_server: vLLM's own flags of its
-    HTTP server (port, api_key, tool_call_parser, ...); those of its engine are the engine's `vllm`.
+    """Configuration of a server.
+
+    Attributes:
+        engine: The engine; vLLM's engine arguments are its `vllm`.
+        rankings: name -> file.
+        constants: name -> file.
+        guards: name -> file.
+        patches: name -> patch as in spec.PatchForm, optionally with `guard`, the name of a guard.
+        judges: name -> argument of snpatch.judges.open_judge.
+        vllm_server: Flags of vLLM's HTTP server (port, api_key, tool_call_parser, ...).
     """
 
     engine: EngineConfig
@@ -36,55 +43,66 @@ class ServeConfig:
     judges: Mapping[str, str] = field(default_factory=dict)
     vllm_server: Mapping[str, object] = field(default_factory=dict)
     allow_upload: str | None = option(
-        None, "Folder that keeps rankings and constants which clients upload; without it nobody can."
+        None, "Folder that stores rankings and constants uploaded by clients. Without it uploads are refused."
     )
     open_route: tuple[str, ...] = option(
         (),
-        f"Route that needs no API key, as {' and '.join(ALWAYS_OPEN)}: one of {', '.join(OPENABLE)}. May be repeated.",
+        f"Route that needs no API key, like {' and '.join(ALWAYS_OPEN)}: one of {', '.join(OPENABLE)}. May be "
+        "repeated.",
     )
     max_requests: int | None = option(
-        None, "Requests that may run at once; further ones get 503. Default: 4 x max_num_seqs.", min=1
+        None, "Maximum number of concurrent requests; further ones get HTTP 503. Default: 4 x max_num_seqs.", min=1
     )
-    max_uploads: int = option(2, "Uploads that may run at once; further ones get 503.", min=1)
-    max_waiting: int = option(256, "Requests that may wait for a place of what they name; further ones get 503.", min=0)
+    max_uploads: int = option(2, "Maximum number of concurrent uploads; further ones get HTTP 503.", min=1)
+    max_waiting: int = option(
+        256, "Maximum number of completions queued for adapter, ranking or constant slots; then HTTP 503.", min=0
+    )
     max_body_bytes: int | None = option(
-        None, "Most bytes of a JSON body. Default: 1 MiB, or 8 x the context where that is more.", min=1
+        None, "Maximum size of a JSON body in bytes. Default: 1 MiB, or 8 x the context length if larger.", min=1
     )
     max_incoming_bytes: int | None = option(
-        None, "Most bytes in memory of bodies that have not arrived in full. Default: 256 x max_body_bytes.", min=1
+        None, "Maximum bytes in memory of bodies that are still incomplete. Default: 256 x max_body_bytes.", min=1
     )
     max_body_values: int = option(
-        4096, "Most JSON values and names in a body; 32 token ids are one. Responses: a quarter of it.", min=8
+        4096,
+        "Maximum number of JSON values and names in a body; 32 token ids count as one. Responses: a quarter of it.",
+        min=8,
     )
     body_timeout_s: float = option(
-        60.0, "Seconds in which the head of a request, and then its body, must arrive.", min=0.001
+        60.0, "Timeout in seconds for the head of a request, and again for its body, to arrive.", min=0.001
     )
     max_completions: int | None = option(
-        None, "Most texts of a request (prompts x n). Default: 4 x max_num_seqs.", min=1
+        None, "Maximum number of completions per request (prompts x n). Default: 4 x max_num_seqs.", min=1
     )
     max_prompt_chars: int | None = option(
-        None, "Most letters of a text to /tokenize and of a sweep's prompt. Default: 32 x the context.", min=1
+        None,
+        "Maximum number of characters of a text to /tokenize and of a sweep prompt. Default: 32 x the context length.",
+        min=1,
     )
     max_logprob_values: int = option(
-        10_240, "Most log-probabilities in an answer: of its prompts and, unless it is streamed, of max_tokens.", min=1
+        10_240,
+        "Maximum number of log-probabilities in an answer: of its prompts and, unless streamed, of max_tokens.",
+        min=1,
     )
     max_grammar_chars: int = option(
-        16_384, "Most letters of a regex, grammar, choice or JSON schema that constrains a text.", min=1
+        16_384, "Maximum number of characters of a regex, grammar, choice or JSON schema for structured output.", min=1
     )
-    max_sweep_completions: int = option(10_000, "Most texts of a sweep that a client asks for.", min=1)
+    max_sweep_completions: int = option(10_000, "Maximum number of completions of a client's sweep.", min=1)
     send_timeout_s: float = option(
-        120.0, "Seconds within which a client must take each part of its answer; then it is dropped.", min=0.001
+        120.0, "Timeout in seconds for a client to read each part of its answer; then it is disconnected.", min=0.001
     )
-    max_sweep_windows: int = option(1024, "Most windows of a sweep that a client asks for.", min=1)
-    drain_s: float = option(120.0, "How many seconds SIGTERM waits for running requests.", min=0)
+    max_sweep_windows: int = option(1024, "Maximum number of windows of a client's sweep.", min=1)
+    drain_s: float = option(120.0, "Seconds that shutdown (SIGTERM) waits for running requests.", min=0)
 
     def __post_init__(self) -> None:
         for kind in (*FILES, "patches", "judges"):
             check_names(getattr(self, kind), f"one of the {kind}")
         if self.judges.get(REFUSAL, REFUSAL) != REFUSAL:
-            raise SnpatchError(f"judges: {REFUSAL} is the judge of refusal words; choose another name")
+            raise SnpatchError(
+                f"judges: {REFUSAL} is the name of the built-in judge of refusal words. Choose another name."
+            )
         if not 0 <= self.drain_s < 1e6:
-            raise SnpatchError(f"drain_s must be a number of seconds below 1e6, got {self.drain_s}")
+            raise SnpatchError(f"drain_s: expected seconds in [0, 1e6), got {self.drain_s}")
         if not 0 < self.send_timeout_s < 1e6:
             raise SnpatchError(f"send_timeout_s: expected seconds in (0, 1e6), got {self.send_timeout_s}")
         if not 0 < self.body_timeout_s < 1e6:
@@ -94,59 +112,81 @@ class ServeConfig:
 
     @classmethod
     def load(cls, path: str | Path, trust: bool = False) -> "ServeConfig":
-        """From a TOML or JSON file, whose paths are relative to its folder.
+        """Load a config from a TOML or JSON file.
 
-        trust: take what may run code or open the host, see snpatch.trust; otherwise it is an error.
+        Args:
+            path: The file. Paths in it are relative to its folder.
+            trust: Accept values that may run code or open the host; see snpatch.trust.
+
+        Raises:
+            SnpatchError: Unknown keys, wrong types, or values that need `trust`.
         """
-        where = f"server {path}"
-        config = cls.from_table(schema.load_table(path, "server"), where).placed(Path(path).parent)
+        context = f"server {path}"
+        config = cls.from_table(schema.load_table(path, "server"), context).placed(Path(path).parent)
         if not trust:
-            check_arguments(config.engine.vllm, ENGINE, f"{where}: vllm")
-            check_arguments(config.vllm_server, SERVER, f"{where}: vllm_server")
+            check_arguments(config.engine.vllm, ENGINE, f"{context}: vllm")
+            check_arguments(config.vllm_server, SERVER, f"{context}: vllm_server")
             for name in ("allow_upload", "open_route"):
-                if given := getattr(config, name):
-                    refuse(f"{where}: {name}", given)
+                if value := getattr(config, name):
+                    refuse(f"{context}: {name}", value)
             for name, source in config.judges.items():
                 if is_function_judge(source):
-                    refuse(f"{where}: judges.{name}", source)
+                    refuse(f"{context}: judges.{name}", source)
         return config
 
     @classmethod
-    def from_table(cls, table: object, where: str = "server") -> "ServeConfig":
-        """Read what `as_table` wrote, or a user: an engine's table with this class's own fields beside."""
+    def from_table(cls, table: object, context: str = "server") -> "ServeConfig":
+        """Build a config from plain data: an engine's table plus this class's own fields.
+
+        Args:
+            table: Data as `as_table` returns it.
+            context: Name of the data in error messages.
+
+        Raises:
+            SnpatchError: Unknown keys or wrong types.
+        """
         if not isinstance(table, Mapping):
-            raise SnpatchError(f"{where}: wanted a table, got {table!r}")
-        own = {f.name for f in fields(cls)} - {"engine"}
-        engine = EngineConfig.from_table({name: one for name, one in table.items() if name not in own}, where)
-        config = schema.read(cls, where, {"engine": engine, **{n: one for n, one in table.items() if n in own}})
+            raise SnpatchError(f"{context}: expected a table, got {table!r}")
+        names = {f.name for f in fields(cls)} - {"engine"}
+        engine = EngineConfig.from_table({name: value for name, value in table.items() if name not in names}, context)
+        own_values = {name: value for name, value in table.items() if name in names}
+        config = schema.read(cls, context, {"engine": engine, **own_values})
         for name in (*FILES, "judges"):
             for key, value in getattr(config, name).items():
-                schema.value_of(value, str, f"{where}: {name}.{key}")
+                schema.value_of(value, str, f"{context}: {name}.{key}")
         for key, value in config.patches.items():
-            schema.value_of(value, Mapping, f"{where}: patches.{key}")
+            schema.value_of(value, Mapping, f"{context}: patches.{key}")
         return config
 
     def as_table(self) -> dict:
-        """As plain data for TOML and JSON: what differs from the defaults."""
+        """Return the values that differ from the defaults, as plain data for TOML and JSON."""
         default = ServeConfig(self.engine)
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "engine"}
-        return self.engine.as_table() | {n: one for n, one in own.items() if one != getattr(default, n)}
+        own_values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "engine"}
+        changed = {name: value for name, value in own_values.items() if value != getattr(default, name)}
+        return self.engine.as_table() | changed
 
     def resolve_limits(self, context: int, max_num_seqs: int) -> "ServeConfig":
-        """Return the config with every limit that was left out, as the engine's sizes set it."""
-        body_bytes = self.max_body_bytes or max(LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN * context)
+        """Return the config with each limit that was left out set from the engine's sizes.
+
+        Args:
+            context: Context length in tokens.
+            max_num_seqs: Sequences that vLLM runs at once.
+        """
+        body_bytes = self.max_body_bytes or max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * context)
         defaults = {
-            "max_requests": TEXTS_PER_SEAT * max_num_seqs,
+            "max_requests": COMPLETIONS_PER_SEQ * max_num_seqs,
             "max_body_bytes": body_bytes,
-            "max_incoming_bytes": ARRIVING_BODIES * body_bytes,
-            "max_completions": TEXTS_PER_SEAT * max_num_seqs,
-            "max_prompt_chars": LETTERS_PER_TOKEN * context,
+            "max_incoming_bytes": NUM_INCOMING_BODIES * body_bytes,
+            "max_completions": COMPLETIONS_PER_SEQ * max_num_seqs,
+            "max_prompt_chars": CHARS_PER_TOKEN * context,
         }
         return replace(self, **{name: n for name, n in defaults.items() if getattr(self, name) is None})
 
     def placed(self, folder: Path) -> "ServeConfig":
-        """The same with paths that are relative to a folder; what is no file there is a name and stays as it is, and
-        so do vLLM's flags."""
+        """Return the config with paths resolved against a folder.
+
+        Values that are no file there are names and stay unchanged; so do vLLM's flags.
+        """
         files = {name: {k: place(folder, v) for k, v in getattr(self, name).items()} for name in (*FILES, "judges")}
         upload = None if self.allow_upload is None else str(folder / self.allow_upload)
         return replace(self, engine=self.engine.placed(folder), allow_upload=upload, **files)

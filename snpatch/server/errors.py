@@ -1,4 +1,4 @@
-"""Errors as HTTP tells them: a status by their kind, the reason and the field as OpenAI's clients read them."""
+"""HTTP errors: a status by exception class; message and parameter in the format that OpenAI's clients read."""
 
 from http import HTTPStatus
 
@@ -8,38 +8,38 @@ from snpatch.errors import EngineCrashedError, ReceiptError, ServerBusyError, Sn
 
 
 class InternalError(SnpatchError):
-    """The server's own: nothing that a client can mend."""
+    """Failure of the server itself, which no client can fix."""
 
 
 class ForbiddenError(SnpatchError):
-    """The server was started without it."""
+    """Request for a feature that the server was started without."""
 
 
 class NotFoundError(SnpatchError):
-    """There is no such thing."""
+    """Request for a route, model or upload that does not exist."""
 
 
 class NameConflictError(SnpatchError):
-    """A name that is the server's own."""
+    """Upload to a name that the server's own configuration uses."""
 
 
 class PayloadTooLargeError(SnpatchError):
-    """More than is kept for clients."""
+    """Body or number of uploads over a limit."""
 
 
 class UnauthorizedError(SnpatchError):
-    """No API key, or a wrong one."""
+    """Missing or wrong API key."""
 
 
 class UnsupportedMediaTypeError(SnpatchError):
-    """A body of another type than the route reads."""
+    """Body of a content type that the route does not read."""
 
 
 class RequestTimeoutError(SnpatchError):
-    """A body that did not arrive in time."""
+    """Body that did not arrive in time."""
 
 
-STATUS = {
+STATUS_BY_ERROR = {
     ServerBusyError: HTTPStatus.SERVICE_UNAVAILABLE,
     ForbiddenError: HTTPStatus.FORBIDDEN,
     NotFoundError: HTTPStatus.NOT_FOUND,
@@ -55,33 +55,33 @@ STATUS = {
 
 
 def http_status(error: SnpatchError) -> HTTPStatus:
-    """Return the status of an error's class or the nearest base class; 400 for all bad input."""
-    found = (STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
-    return next(found, HTTPStatus.BAD_REQUEST)
+    """Return the status of an error's class or its nearest base class; 400 for all invalid input."""
+    statuses = (STATUS_BY_ERROR[cls] for cls in type(error).__mro__ if cls in STATUS_BY_ERROR)
+    return next(statuses, HTTPStatus.BAD_REQUEST)
 
 
 def error_type(status: HTTPStatus) -> str:
-    """As vLLM names errors: `BadRequestError`, `InternalServerError`."""
+    """Return vLLM's name of an error status: `BadRequestError`, `InternalServerError`."""
     return "".join(word.capitalize() for word in status.phrase.split()).removesuffix("Error") + "Error"
 
 
-def error_param(reason: SnpatchError) -> str | None:
-    """The field that is wrong, if it is one."""
-    return None if reason.field is None else _utf8(reason.field)
+def error_param(error: SnpatchError) -> str | None:
+    """Return the invalid request field, or None if the error is not about one field."""
+    return None if error.field is None else _escape_surrogates(error.field)
 
 
-def error_message(reason: SnpatchError) -> str:
-    """What is wrong."""
-    return _utf8(str(reason))
+def error_message(error: SnpatchError) -> str:
+    """Return an error's message as valid Unicode."""
+    return _escape_surrogates(str(error))
 
 
-def _utf8(text: str) -> str:
-    """As UTF-8 can have it: what a client sent, and a reason repeats, may be none."""
+def _escape_surrogates(text: str) -> str:
+    """Escape what UTF-8 cannot encode, because a message may repeat what a client sent."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def error(reason: SnpatchError) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
-    status = http_status(reason)
-    told = {"message": error_message(reason), "type": error_type(status), "param": error_param(reason), "code": status}
-    return JSONResponse({"error": told}, status)
+def error_response(error: SnpatchError) -> JSONResponse:
+    """Return an error as a response in OpenAI's format."""
+    status = http_status(error)
+    fields = {"message": error_message(error), "type": error_type(status), "param": error_param(error), "code": status}
+    return JSONResponse({"error": fields}, status)

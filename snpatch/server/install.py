@@ -1,4 +1,7 @@
-"""vLLM's handlers, wrapped: what a request asks for is read before any work, and its answer carries the receipt."""
+"""Installation into vLLM's app: model names, routes and metrics, and wrappers around vLLM's handlers.
+
+A wrapped handler parses the patch of a request before any work, and adds the receipt to the answer.
+"""
 
 import asyncio
 import functools
@@ -12,6 +15,7 @@ from fastapi import FastAPI
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params as response_params
+from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
 from snpatch.errors import SnpatchError, within
@@ -19,19 +23,19 @@ from snpatch.executors.vllm.settings import KEY
 from snpatch.server import metrics, routes
 from snpatch.server.errors import error_message, error_param, error_type, http_status
 from snpatch.server.patch_request import CURRENT_PATCH, PatchContext
-from snpatch.server.receipts import with_receipt
+from snpatch.server.receipts import add_receipt
 from snpatch.server.request_fields import check_fields, published_fields
-from snpatch.server.request_limits import check_values, models_of
+from snpatch.server.request_limits import body_fields, check_num_values
 from snpatch.server.state import ServerState
 
-BEFORE = ("response.created", "response.in_progress")  # events that come before vLLM generates
-WRAPPED = {  # of the app's state -> the method that its route calls
+EVENTS_BEFORE_GENERATION = ("response.created", "response.in_progress")
+WRAPPED = {  # handler in the app's state -> the method that its route calls
     "openai_serving_chat": "create_chat_completion",
     "openai_serving_completion": "create_completion",
     "openai_serving_responses": "create_responses",
     "anthropic_serving_messages": "create_messages",
 }
-PUBLISHED = {  # of the app's state -> the fields that clients' libraries have
+PUBLISHED_FIELDS = {  # handler in the app's state -> the fields that client libraries declare
     "openai_serving_chat": published_fields(chat_params.CompletionCreateParamsNonStreaming),
     "openai_serving_completion": published_fields(completion_params.CompletionCreateParamsNonStreaming),
     "openai_serving_responses": published_fields(response_params.ResponseCreateParamsNonStreaming),
@@ -40,118 +44,131 @@ PUBLISHED = {  # of the app's state -> the fields that clients' libraries have
 }
 
 
-def install(serving: ServerState, app: FastAPI) -> None:
-    """vLLM's app, whose state is ready, serves patches from now on."""
+def install(state: ServerState, app: FastAPI) -> None:
+    """Install snpatch's model names, routes, handlers and metrics into vLLM's app, whose state must be complete."""
     models = app.state.openai_serving_models
-    # To vLLM a name is an adapter's: it is listed, checked, told in answers, and reaches `generate`, but no further.
-    models.lora_requests |= {name: LoRARequest(name, i, KEY) for i, name in enumerate(serving.catalogue.names, 1)}
+    # vLLM takes each name for an adapter's: it lists and checks it, puts it in answers and passes it to `generate`,
+    # where PatchedClient drops it.
+    names = enumerate(state.registry.model_names, 1)
+    models.lora_requests |= {name: LoRARequest(name, i, KEY) for i, name in names}
     for model in models.base_model_paths:
-        model.model_path = model.name  # which /v1/models would tell: it may be a folder of this machine
-    wrap(serving, app.state)
-    serving.models |= models_of(app)
-    app.include_router(routes.router(serving))
-    executor = serving.engine.executor
+        model.model_path = model.name  # because /v1/models returns it, and it may be a folder of this machine
+    wrap_handlers(state, app.state)
+    state.body_fields |= body_fields(app)
+    app.include_router(routes.build_router(state))
+    executor = state.engine.executor
     metrics.watch(lambda: executor.slots.num_in_use, lambda: executor.num_waiting)
 
 
-def wrap(serving: ServerState, state) -> None:
-    """Put ours around each of vLLM's handlers."""
+def wrap_handlers(state: ServerState, app_state: State) -> None:
+    """Replace the methods of vLLM's handlers that its routes call."""
     for name, method in WRAPPED.items():
-        handler = getattr(state, name, None)
+        handler = getattr(app_state, name, None)
         if handler is not None:
-            setattr(handler, method, _patched(serving, handler, getattr(handler, method), name))
+            setattr(handler, method, _wrap(state, handler, getattr(handler, method), name))
 
 
-def _patched(serving: ServerState, handler, create: Callable[..., Awaitable], kind: str) -> Callable[..., Awaitable]:
+def _wrap(state: ServerState, handler, create: Callable[..., Awaitable], name: str) -> Callable[..., Awaitable]:
     @functools.wraps(create)
     async def patched(request, raw_request):
         try:
-            check_fields(type(request), await raw_request.json(), PUBLISHED[kind])  # kept since vLLM read it
-            ask = await _asked(serving, request, raw_request)
-            if kind != "openai_serving_completion":
-                serving.check_template(ask.recipient)
-            CURRENT_PATCH.set(ask)
+            body = await raw_request.json()  # cached since vLLM parsed it
+            check_fields(type(request), body, PUBLISHED_FIELDS[name])
+            context = await _build_context(state, request, raw_request)
+            if name != "openai_serving_completion":
+                state.check_template(context.recipient)
+            CURRENT_PATCH.set(context)
             answer = await create(request, raw_request)
-            if kind == "openai_serving_responses" and hasattr(answer, "__anext__"):
-                answer = await _begun(answer)
+            if name == "openai_serving_responses" and hasattr(answer, "__anext__"):
+                answer = await _wait_for_generation(answer)
         except SnpatchError as error:
             status = http_status(error)
             return handler.create_error_response(
                 error_message(error), err_type=error_type(status), status_code=status, param=error_param(error)
             )
-        return with_receipt(answer, ask)
+        return add_receipt(answer, context)
 
     return patched
 
 
-async def _asked(serving: ServerState, request, raw_request) -> PatchContext:
-    """What a request asks for."""
+async def _build_context(state: ServerState, request, raw_request) -> PatchContext:
+    """Return the patch that a request names or holds, and check that it can be served."""
     if getattr(request, "use_beam_search", False):
-        raise SnpatchError("beam search is not served: its beams would not be patched", field="use_beam_search")
-    if getattr(request, "background", False):
-        raise SnpatchError("an answer in the background would come without its receipt", field="background")
-    _check_texts(serving, request)
-    ask = serving.catalogue.named(request.model)
-    if ask is None:
-        raise serving.catalogue.unknown(request.model)
-    given = await _given(serving, request, raw_request)
-    if given is not None:
-        with within(KEY):
-            ask = await asyncio.to_thread(serving.catalogue.ask, given)  # which builds the values of its donors
-    if not ask.is_plain:
-        serving.check_waiting()
-    is_forced = getattr(request, "tool_choice", None) not in (None, "none", "auto")
-    if ask.guard is not None and is_forced:
-        raise SnpatchError("a guard does not go with a tool that must be called", field="tool_choice")
-    return ask
-
-
-def _check_texts(serving: ServerState, request) -> None:
-    """Raise for a request of too many texts, before any is begun."""
-    prompt = getattr(request, "prompt", None)
-    prompts = len(prompt) if isinstance(prompt, list) and not all(isinstance(one, int) for one in prompt) else 1
-    n = max(getattr(request, name, None) or 1 for name in ("n", "best_of"))
-    if prompts * n > serving.config.max_completions:
         raise SnpatchError(
-            f"request: expected at most {serving.config.max_completions} completions (--max-completions), got "
-            f"{prompts} prompts x {n}. Send several requests.",
+            "use_beam_search: expected false, got true. Leave it out: beams would not be patched.",
+            field="use_beam_search",
+        )
+    if getattr(request, "background", False):
+        raise SnpatchError(
+            "background: expected false, got true. Leave it out: the answer would lack its receipt.",
+            field="background",
+        )
+    _check_num_completions(state, request)
+    context = state.registry.lookup(request.model)
+    if context is None:
+        raise state.registry.unknown_model_error(request.model)
+    data = await _patch_data(state, request, raw_request)
+    if data is not None:
+        with within(KEY):
+            context = await asyncio.to_thread(state.registry.parse, data)  # in a thread: it may build a donor's values
+    if not context.is_base:
+        state.check_queue()
+    is_tool_forced = getattr(request, "tool_choice", None) not in (None, "none", "auto")
+    if context.guard is not None and is_tool_forced:
+        raise SnpatchError(
+            "tool_choice: expected none or auto with a guard, got a required tool. Leave out one of them.",
+            field="tool_choice",
+        )
+    return context
+
+
+def _check_num_completions(state: ServerState, request) -> None:
+    """Raise for too many completions before any is started."""
+    prompt, limit = getattr(request, "prompt", None), state.config.max_completions
+    is_list_of_prompts = isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt)
+    num_prompts = len(prompt) if is_list_of_prompts else 1
+    n = max(getattr(request, name, None) or 1 for name in ("n", "best_of"))
+    if num_prompts * n > limit:
+        raise SnpatchError(
+            f"request: expected at most {limit} completions (--max-completions), got {num_prompts} prompts x {n}. "
+            "Send several requests.",
             field="n" if n > 1 else "prompt",
         )
 
 
-async def _begun(events: AsyncIterator) -> AsyncIterator:
-    """A stream of Responses, once its engine gave something: until then bad input can be a 400."""
-    first = []
+async def _wait_for_generation(events: AsyncIterator) -> AsyncIterator:
+    """Return a stream of Responses once the engine has produced something, because until then an error can be a 400."""
+    first_events = []
     async for event in events:
-        first.append(event)
-        if event.type not in BEFORE:
+        first_events.append(event)
+        if event.type not in EVENTS_BEFORE_GENERATION:
             break
 
-    async def whole() -> AsyncIterator:
+    async def all_events() -> AsyncIterator:
         async with aclosing(events):
-            for event in first:
+            for event in first_events:
                 yield event
             async for event in events:
                 yield event
 
-    return whole()
+    return all_events()
 
 
-async def _given(serving: ServerState, request, raw_request) -> object:
-    """The object of a request's own field, or of its vllm_xargs, where it stands as JSON."""
-    more = getattr(request, "vllm_xargs", None) or {}
-    given = (request.model_extra or {}).get(KEY)
-    if given is None and type(request).model_config.get("extra") != "allow":
-        given = (await raw_request.json()).get(KEY)
-    if KEY not in more:
-        return given
-    text = more.pop(KEY)
-    if given is not None:
-        raise SnpatchError(f"{KEY} stands in the request and in its vllm_xargs", field=f"vllm_xargs.{KEY}")
+async def _patch_data(state: ServerState, request, raw_request) -> object:
+    """Return the object of a request's field `snpatch`, or of its vllm_xargs, where it is JSON."""
+    xargs = getattr(request, "vllm_xargs", None) or {}
+    data = (request.model_extra or {}).get(KEY)
+    if data is None and type(request).model_config.get("extra") != "allow":
+        data = (await raw_request.json()).get(KEY)
+    if KEY not in xargs:
+        return data
+    text, field = xargs.pop(KEY), f"vllm_xargs.{KEY}"
+    if data is not None:
+        raise SnpatchError(f"{KEY}: expected it once, got it in the request and in vllm_xargs", field=field)
     try:
         if not isinstance(text, str):
-            raise ValueError("wanted a text")
-        check_values(text.encode(), serving.config.max_body_values, f"vllm_xargs.{KEY}")
+            raise ValueError("another type than a string")
+        check_num_values(text.encode(), state.config.max_body_values, field)
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SnpatchError(f"vllm_xargs: {KEY} is no JSON: {error}", field=f"vllm_xargs.{KEY}") from error
+        raise SnpatchError(f"{field}: expected an object as JSON, got {error}", field=field) from error

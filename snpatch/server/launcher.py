@@ -1,4 +1,4 @@
-"""A server from its start to its end."""
+"""Start and shutdown of a server."""
 
 import inspect
 import os
@@ -22,19 +22,20 @@ from snpatch.server import vllm_args
 from snpatch.server.client import PatchedClient
 from snpatch.server.config import ServeConfig
 from snpatch.server.registry import PatchRegistry
-from snpatch.server.request_limits import protocol_with_deadline
+from snpatch.server.request_limits import build_protocol
 from snpatch.server.state import InflightRequests, ServerState
 from snpatch.server.uploads import Uploads
 
-GRACE_S = 5  # for connections whose requests were ended
+GRACE_S = 5  # seconds for connections to close after their requests were ended
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C, after which running requests end first.
+    """Serve until SIGTERM or Ctrl-C, then let running requests finish.
 
     Raises:
-        SpoiledEngineError: the engine must be restarted, and the server with it.
-        EngineCrashedError: the engine ended.
+        SnpatchError: The config or the machine cannot run this server.
+        SpoiledEngineError: The engine must be restarted, and the server with it.
+        EngineCrashedError: The engine process died.
     """
     import uvloop
 
@@ -43,87 +44,89 @@ def serve(config: ServeConfig) -> None:
 
 async def _serve(config: ServeConfig) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # its new place is none in vLLM 0.24
+        warnings.simplefilter("ignore", DeprecationWarning)  # the new module is missing in vLLM 0.24
         from vllm.entrypoints.openai.api_server import build_and_serve, setup_server
 
     if config.engine.checked_backend() != "vllm":
-        raise SnpatchError("a server runs in vLLM: install snpatch[cpu] or snpatch[cuda]")
+        raise SnpatchError("snpatch serve: expected the vllm backend. Install snpatch[cpu] or snpatch[cuda].")
     versions.check(serving=True)
-    args = vllm_args.namespace(config.engine.model, config.vllm_server, config.engine.vllm)
-    served = _served_names(args, config.engine.model)
-    # vLLM's metrics say the first of the names, and without any the model's folder.
-    engine = AsyncEngine.from_config(config.engine.changed(served_model_name=[*served, "base"]))
-    catalogue = PatchRegistry(engine, config, served)
-    serving = ServerState(
+    args = vllm_args.parse_config(config.engine.model, config.vllm_server, config.engine.vllm)
+    base_names = _base_names(args, config.engine.model)
+    # vLLM's metrics use the first of these names; without any they would use the model's folder.
+    engine = AsyncEngine.from_config(config.engine.changed(served_model_name=[*base_names, "base"]))
+    registry = PatchRegistry(engine, config, base_names)
+    state = ServerState(
         config,
         engine,
-        catalogue,
+        registry,
         InflightRequests(config.drain_s),
-        judges=_judges(config),
-        uploads=None if config.allow_upload is None else Uploads(config.allow_upload, catalogue),
-        keys=tuple(filter(None, args.api_key or [os.environ.get("VLLM_API_KEY")])),
+        judges=_open_judges(config),
+        uploads=None if config.allow_upload is None else Uploads(config.allow_upload, registry),
+        api_keys=tuple(filter(None, args.api_key or [os.environ.get("VLLM_API_KEY")])),
         has_own_template=args.chat_template is not None,
     )
     try:
         with log.redirect_output():
-            address, sock = setup_server(args, **_only_one(setup_server))
+            address, sock = setup_server(args, **_setup_options(setup_server))
     except (OSError, KeyError) as error:
-        raise SnpatchError(f"vLLM's server does not start: {first_line(error)}") from error
-    if sock.family != socket.AF_UNIX:  # gate.py ends the work for a client that does not read; this its connection
+        raise SnpatchError(f"vLLM's server cannot start: {first_line(error)}") from error
+    if sock.family != socket.AF_UNIX:
+        # middleware.py cancels the work for a client that does not read; this closes its connection.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ceil(1000 * config.send_timeout_s))
     with closing(sock), closing(engine):
         await engine.start(log_stats=True)
-        seats = engine.executor.engine.vllm_config.scheduler_config.max_num_seqs
-        serving.config = config.resolve_limits(engine.geometry.context, seats)
-        _complete(args, serving, served)
-        models, patches = ", ".join(engine.models), ", ".join(catalogue.patches) or "none"
+        max_num_seqs = engine.executor.engine.vllm_config.scheduler_config.max_num_seqs
+        state.config = config.resolve_limits(engine.geometry.context, max_num_seqs)
+        _complete_args(args, state, base_names)
+        models, patches = ", ".join(engine.models), ", ".join(registry.patches) or "none"
         print(f"snpatch: serving at {address}: models {models}; patches {patches}", file=sys.stderr, flush=True)
-        # Past the drain's limit whoever still listens is cut off: uvicorn would wait for them for ever. In vLLM 0.24 it
-        # hears of SIGTERM itself, and counts from there.
-        client, limit = PatchedClient(serving), {"timeout_graceful_shutdown": ceil(config.drain_s) + GRACE_S}
-        http = protocol_with_deadline(config.body_timeout_s)
-        ending = await build_and_serve(client, address, sock, args, http=http, **limit)
-        is_dead = engine.executor.engine.errored
+        # Clients that still read after the drain are disconnected, because uvicorn would wait for them forever. In vLLM
+        # 0.24 uvicorn handles SIGTERM itself and counts from there.
+        client, timeout_s = PatchedClient(state), ceil(config.drain_s) + GRACE_S
+        protocol = build_protocol(config.body_timeout_s)
+        shutdown = await build_and_serve(
+            client, address, sock, args, http=protocol, timeout_graceful_shutdown=timeout_s
+        )
+        has_crashed = engine.executor.engine.errored
         engine.close()
-        await ending
-    if serving.spoiled is not None:
-        raise serving.spoiled
-    if is_dead:
+        await shutdown
+    if state.spoiled_error is not None:
+        raise state.spoiled_error
+    if has_crashed:
         raise engine_dead_error()
 
 
-def _served_names(args: Namespace, model: str) -> tuple[str, ...]:
-    """Return the names of the engine's own model besides "base". The path of a folder is not for clients."""
+def _base_names(args: Namespace, model: str) -> tuple[str, ...]:
+    """Return the base model's names besides "base". A folder is not one, because its path is not for clients."""
     names = args.served_model_name or ([] if Path(model).is_dir() else [model])
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _complete(args: Namespace, serving: ServerState, served: tuple[str, ...]) -> None:
-    """What vLLM's server takes from an engine that it starts itself."""
-    engine = serving.engine
-    args.served_model_name = [*served, "base"]
+def _complete_args(args: Namespace, state: ServerState, base_names: tuple[str, ...]) -> None:
+    """Set what vLLM's server would take from an engine that it starts itself."""
+    args.served_model_name = [*base_names, "base"]
     args.disable_log_stats = False
-    args.structured_outputs_config = engine.executor.engine.vllm_config.structured_outputs_config
-    read_as_engine(args, serving)
+    args.structured_outputs_config = state.engine.executor.engine.vllm_config.structured_outputs_config
+    set_chat_template(args, state)
 
 
-def read_as_engine(args: Namespace, serving: ServerState) -> None:
-    """Have vLLM's server render chats by the engine's own template and with its variables."""
-    template = serving.engine.requests.templates[0]
-    if not serving.has_own_template and (template.name != "tokenizer" or uses_clock(template.source)):
+def set_chat_template(args: Namespace, state: ServerState) -> None:
+    """Make vLLM's server render chats with the engine's template and template variables."""
+    template = state.engine.requests.templates[0]
+    if not state.has_own_template and (template.name != "tokenizer" or uses_clock(template.source)):
         args.chat_template = template.source
-    if variables := serving.config.engine.chat_template_kwargs:
+    if variables := state.config.engine.chat_template_kwargs:
         args.default_chat_template_kwargs = {**variables, **(args.default_chat_template_kwargs or {})}
 
 
-def _only_one(setup_server) -> dict:
-    """One server listens to one port; vLLM 0.24 has no word for it."""
+def _setup_options(setup_server) -> dict:
+    """Return the option that keeps other servers off the port; vLLM 0.24 does not have it."""
     return {"reuse_port": False} if "reuse_port" in inspect.signature(setup_server).parameters else {}
 
 
-def _judges(config: ServeConfig) -> dict[str, Judge]:
-    opened = {
+def _open_judges(config: ServeConfig) -> dict[str, Judge]:
+    judges = {
         name: open_judge(source, **({"backend": "transformers"} if is_model_judge(source) else {}))
         for name, source in config.judges.items()
     }
-    return {REFUSAL: RefusalWords()} | opened
+    return {REFUSAL: RefusalWords()} | judges

@@ -1,4 +1,4 @@
-"""What a client asks for besides its prompt, and what is told of it: the patch, the guard, the receipts."""
+"""The patch of a request: its schema, and the context that carries it and its receipts through vLLM's handlers."""
 
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -14,13 +14,20 @@ from snpatch.schema import option
 class PatchRequest(PatchForm):
     """The object `snpatch` of a request."""
 
-    guard: str | None = option(None, "Name of a guard that reads the prompt first, and may refuse it.")
+    guard: str | None = option(None, "Name of a guard that reads the prompt first and may refuse it.")
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """Of one text. overwrites: the device's own count; positions: patched positions of the text; verified: whether the
-    count is what the patch implies (one that was aborted cannot be); harm: the guard's probability; refused: by it."""
+    """Receipt of one completion.
+
+    Attributes:
+        overwrites: Overwritten neurons, counted on the device.
+        positions: Patched positions of prompt and completion.
+        verified: Whether the count equals what the patch implies. False for an aborted completion.
+        harm: The guard's probability.
+        refused: Whether the guard refused the prompt.
+    """
 
     overwrites: int = 0
     positions: int = 0
@@ -31,49 +38,52 @@ class Receipt:
 
 @dataclass(eq=False)
 class PatchContext:
-    """told: how the answer names the patch. receipts: of the texts, in the order in which vLLM asked for them.
-    logprobs: values that the texts so far may have."""
+    """The patch that one HTTP request is answered with, and the receipts of its completions.
 
-    told: str | Mapping
+    Attributes:
+        label: The patch as answers name it.
+        receipts: In the order in which vLLM requested the completions.
+        num_logprobs: Log-probabilities that the completions so far may have.
+    """
+
+    label: str | Mapping
     patch: Patch | str
     guard: Guard | None = None
     receipts: list[Receipt] = field(default_factory=list)
-    logprobs: int = 0
+    num_logprobs: int = 0
 
     @property
     def recipient(self) -> str:
-        """The model that speaks."""
+        """The model that generates."""
         return speaker(self.patch)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it asks for the base model alone, which nothing has to be written for."""
+    def is_base(self) -> bool:
+        """Whether only the base model is requested, which needs no slots."""
         return self.patch == "base" and self.guard is None
 
-    def again(self) -> "PatchContext":
-        """The same for another request."""
-        return PatchContext(self.told, self.patch, self.guard)
+    def copy(self) -> "PatchContext":
+        """Return a context of the same patch without receipts, for another request."""
+        return PatchContext(self.label, self.patch, self.guard)
 
-    def answer(self) -> dict:
-        """What an answer says under `snpatch`. Of several texts the numbers are sums, and each one's stands beside."""
-        every = [self._of_one(receipt) for receipt in self.receipts]
-        told = {
-            "patch": self.told,
-            "overwrites": sum(one["overwrites"] for one in every),
-            "positions": sum(one["positions"] for one in every),
-            "verified": bool(every) and all(one["verified"] for one in every),
+    def to_dict(self) -> dict:
+        """Return the object `snpatch` of an answer; with several completions, their sums and the list `choices`."""
+        choices = [self._receipt_to_dict(receipt) for receipt in self.receipts]
+        total = {
+            "patch": self.label,
+            "overwrites": sum(choice["overwrites"] for choice in choices),
+            "positions": sum(choice["positions"] for choice in choices),
+            "verified": bool(choices) and all(choice["verified"] for choice in choices),
         }
-        if len(every) == 1:
-            return told | every[0]
-        return told | {"choices": every}
+        if len(choices) == 1:
+            return total | choices[0]
+        return total | {"choices": choices}
 
-    def _of_one(self, receipt: Receipt) -> dict:
-        told = {"overwrites": receipt.overwrites, "positions": receipt.positions, "verified": receipt.verified}
+    def _receipt_to_dict(self, receipt: Receipt) -> dict:
+        values = {"overwrites": receipt.overwrites, "positions": receipt.positions, "verified": receipt.verified}
         if self.guard is not None:
-            told |= {"harm": receipt.harm, "refused": receipt.refused}
-        return told
+            values |= {"harm": receipt.harm, "refused": receipt.refused}
+        return values
 
 
-CURRENT_PATCH: ContextVar[PatchContext | None] = ContextVar(
-    "snpatch_ask", default=None
-)  # of the HTTP request that runs
+CURRENT_PATCH: ContextVar[PatchContext | None] = ContextVar("snpatch_patch", default=None)  # of the running request

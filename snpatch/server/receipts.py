@@ -1,6 +1,7 @@
-"""Receipts in answers: under `snpatch` of the answer, or of the last chunk of a stream.
+"""Receipts in answers: the object `snpatch` of an answer, or of the last chunk of a stream.
 
-A stream whose receipt failed ends with vLLM's error chunk instead: the finish reason comes after the receipt, or never.
+The finish reason of a stream is sent together with the receipt. If the receipt fails, the stream ends with vLLM's error
+chunk instead.
 """
 
 import asyncio
@@ -16,74 +17,94 @@ from snpatch.executors.vllm.settings import KEY
 from snpatch.server.errors import error_message, error_param
 from snpatch.server.patch_request import CURRENT_PATCH, PatchContext
 
-GOES_ON = '"finish_reason":null'  # in every chunk of OpenAI's that is not a choice's last
-DONE = "data: [DONE]"
-LAST_OF_ANTHROPIC = "event: message_delta"
-ENDS = ("response.completed", "response.incomplete", "response.failed")
+UNFINISHED_CHOICE = '"finish_reason":null'  # in each OpenAI chunk that is not a choice's last
+END_OF_STREAM = "data: [DONE]"
+LAST_ANTHROPIC_EVENT = "event: message_delta"
+LAST_RESPONSES_EVENTS = ("response.completed", "response.incomplete", "response.failed")
 
 
-def with_receipt(answer: object, ask: PatchContext) -> object:
-    """What a handler gave, as it is sent: errors as they are, a whole answer, or a stream."""
+def add_receipt(answer: object, context: PatchContext) -> object:
+    """Return a handler's answer with the receipt: a model, a stream, or an unchanged error."""
     if isinstance(answer, BaseModel):
-        return answer if hasattr(answer, "error") and not hasattr(answer, "id") else _whole(answer, ask)
-    return _stream(answer, ask)
+        is_error = hasattr(answer, "error") and not hasattr(answer, "id")
+        return answer if is_error else _add_to_model(answer, context)
+    return _add_to_stream(answer, context)
 
 
-def _whole(answer: BaseModel, ask: PatchContext) -> BaseModel:
+def _add_to_model(answer: BaseModel, context: PatchContext) -> BaseModel:
     if type(answer).model_config.get("extra") == "allow":
-        setattr(answer, KEY, ask.answer())
+        setattr(answer, KEY, context.to_dict())
         return answer
-    return _extended(type(answer)).model_construct(**dict(answer), **{KEY: ask.answer()})
+    return _with_receipt_field(type(answer)).model_construct(**dict(answer), **{KEY: context.to_dict()})
 
 
 @cache
-def _extended(kind: type[BaseModel]) -> type[BaseModel]:
-    """The same kind of answer, with a receipt."""
-    return create_model(kind.__name__, __base__=kind, **{KEY: (dict, ...)})
+def _with_receipt_field(model: type[BaseModel]) -> type[BaseModel]:
+    return create_model(model.__name__, __base__=model, **{KEY: (dict, ...)})
 
 
-async def _stream(chunks: AsyncIterator, ask: PatchContext) -> AsyncIterator:
-    """Chunks as they come, but for the one that may be OpenAI's last: what comes after it tells."""
-    CURRENT_PATCH.set(ask)  # a stream runs in another context than the handler that made it
-    kept, before = None, None
+class ChunkDelayer:
+    """Holds back each chunk that may be the last one of an OpenAI stream, until the next one shows whether it is."""
+
+    def __init__(self, context: PatchContext) -> None:
+        self._context = context
+        self._held_chunk: str | None = None
+        self._last_sent: str | None = None  # if it is the latest chunk
+
+    def push(self, chunk: str) -> list[str]:
+        """Take the stream's next chunk and return the chunks to send now."""
+        if chunk.startswith(END_OF_STREAM):
+            return [*self._last_chunks(), chunk]
+        chunks = [] if self._held_chunk is None else [self._held_chunk]
+        if UNFINISHED_CHOICE in chunk:
+            self._held_chunk, self._last_sent = None, chunk
+            return [*chunks, chunk]
+        self._held_chunk, self._last_sent = chunk, None
+        return chunks
+
+    def _last_chunks(self) -> list[str]:
+        if self._held_chunk:
+            return [_add_to_event(self._held_chunk, self._context)]
+        if self._last_sent:  # nothing was generated to the end: the receipt gets a chunk without choices
+            return [_add_to_event(self._last_sent, self._context, {"choices": []})]
+        return []
+
+
+async def _add_to_stream(chunks: AsyncIterator, context: PatchContext) -> AsyncIterator:
+    CURRENT_PATCH.set(context)  # because a stream runs in another context than the handler that returned it
+    delayer = ChunkDelayer(context)
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
-                await asyncio.sleep(0)  # chunks that are there already come in one turn of the event loop
+                await asyncio.sleep(0)  # because chunks that are ready arrive in one turn of the event loop
                 if not isinstance(chunk, str):
-                    yield _event(chunk, ask)
+                    yield _add_to_responses_event(chunk, context)
                 elif chunk.startswith("event: "):
-                    yield _told(chunk, ask) if chunk.startswith(LAST_OF_ANTHROPIC) else chunk
-                elif chunk.startswith(DONE):
-                    if kept or before:  # one without choices, where all that was asked for was never begun
-                        yield _told(kept or before, ask, {} if kept else {"choices": []})
-                    yield chunk
+                    yield _add_to_event(chunk, context) if chunk.startswith(LAST_ANTHROPIC_EVENT) else chunk
                 else:
-                    if kept is not None:
-                        yield kept
-                    kept, before = (None, chunk) if GOES_ON in chunk else (chunk, None)
-                    if before:
-                        yield before
-        except SnpatchError as error:  # of Responses alone: vLLM's other streams tell it themselves
-            yield _failed(error)
+                    for ready in delayer.push(chunk):
+                        yield ready
+        except SnpatchError as error:  # only from Responses; vLLM's other streams send errors themselves
+            yield _error_event(error)
 
 
-def _told(chunk: str, ask: PatchContext, change: dict | None = None) -> str:
-    """The last chunk, with the receipt; an error stays one."""
-    head, data, text = chunk.partition("data: ")
-    table = json.loads(text)
-    if "error" in table:
-        return chunk
-    return f"{head}{data}{json.dumps({**table, **(change or {}), KEY: ask.answer()}, ensure_ascii=False)}\n\n"
+def _add_to_event(event: str, context: PatchContext, changes: dict | None = None) -> str:
+    """Return a server-sent event with the receipt, or an error event unchanged."""
+    head, data, text = event.partition("data: ")
+    fields = json.loads(text)
+    if "error" in fields:
+        return event
+    fields = {**fields, **(changes or {}), KEY: context.to_dict()}
+    return f"{head}{data}{json.dumps(fields, ensure_ascii=False)}\n\n"
 
 
-def _event(event: BaseModel, ask: PatchContext) -> BaseModel:
-    if event.type in ENDS:
-        setattr(event.response, KEY, ask.answer())
+def _add_to_responses_event(event: BaseModel, context: PatchContext) -> BaseModel:
+    if event.type in LAST_RESPONSES_EVENTS:
+        setattr(event.response, KEY, context.to_dict())
     return event
 
 
-def _failed(error: SnpatchError) -> BaseModel:
+def _error_event(error: SnpatchError) -> BaseModel:
     from openai.types.responses import ResponseErrorEvent
 
     return ResponseErrorEvent(

@@ -1,6 +1,6 @@
-"""Catalogue: what a server's clients can name (models, rankings, constants, patches, guards), and what they mean.
+"""PatchRegistry: the models, rankings, constants, patches and guards that clients can name.
 
-Everything that is named at the start is checked then: a patch that could not run is no server.
+Everything named in the config is checked at startup, so that a server with a patch that cannot run does not start.
 """
 
 import re
@@ -21,129 +21,134 @@ from snpatch.server.config import ServeConfig
 from snpatch.server.errors import NotFoundError
 from snpatch.server.patch_request import PatchContext, PatchRequest
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-TAKEN = ("text", "image", "audio", "video")  # vLLM applies an adapter of these names to messages with such parts
-LISTED = 12  # names in an error
-KEPT = 32  # patches of requests that are kept as they were read, and donors of values that were built for them
-BUILT = re.compile(r"(add:)?(zero|mean:\w{1,16}|noise:.{1,32})")  # donors whose values are built
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RESERVED_NAMES = ("text", "image", "audio", "video")  # vLLM applies adapters of these names to messages with such parts
+MAX_LISTED_NAMES = 12  # in an error
+CACHE_SIZE = 32  # parsed patches of requests, and donors with computed values
+COMPUTED_DONOR = re.compile(r"(add:)?(zero|mean:\w{1,16}|noise:.{1,32})")  # donors whose values are computed
 
 
-class _Named(spec.Named):
-    """Builds a donor's values once for all clauses, windows and requests that name it; the last KEPT are kept."""
+class _CachedNamespace(spec.Named):
+    """Namespace that computes a donor's values once for all patches and requests; the last CACHE_SIZE are cached."""
 
     def __init__(self, rankings: Mapping[str, Ranking], constants: Mapping[str, Constant]) -> None:
         super().__init__(rankings, constants)
-        object.__setattr__(self, "_built", lru_cache(KEPT)(super().donor))
+        object.__setattr__(self, "_cached_donor", lru_cache(CACHE_SIZE)(super().donor))
 
     def donor(self, text: str, ranking: Ranking, seed: int | None):
-        return (self._built if BUILT.fullmatch(text) else super().donor)(text, ranking, seed)
+        return (self._cached_donor if COMPUTED_DONOR.fullmatch(text) else super().donor)(text, ranking, seed)
 
 
 class PatchRegistry:
-    """Of one engine, which need not be started. base_names: of the engine's own model, besides "base"."""
+    """Names that clients of one engine can use.
+
+    Args:
+        engine: An engine, which need not be started.
+        config: The server's config.
+        base_names: Names of the engine's own model besides "base".
+    """
 
     def __init__(self, engine: AsyncEngine, config: ServeConfig, base_names: tuple[str, ...] = ()) -> None:
         self.engine, self.base_names = engine, (*base_names, "base")
         self.rankings: dict[str, Ranking] = {}
         self.constants: dict[str, Constant] = {}
-        self.guards = {name: self._guard(name, file) for name, file in config.guards.items()}
-        self._forget()
+        self.guards = {name: self._load_guard(name, file) for name, file in config.guards.items()}
+        self._reset_caches()
         for name, file in config.rankings.items():
-            self.add("rankings", name, named_ranking(file, lambda: self.engine.geometry.shape))
+            self.add("rankings", name, load_ranking(file, lambda: self.engine.geometry.shape))
         for name, file in config.constants.items():
             self.add("constants", name, Constant.load(file))
         self.patches: dict[str, PatchContext] = {}
         for name, table in config.patches.items():
-            check_name(name, "a patch")
+            check_served_name(name, "a patch")
             if name in engine.models or name in self.base_names:
-                raise SnpatchError(f"patch {name}: a model has this name")
+                raise SnpatchError(f"patch {name}: a model has this name. Choose another name.")
             try:
-                self.patches[name] = replace(self.ask(table), told=name)
+                self.patches[name] = replace(self.parse(table), label=name)
             except SnpatchError as error:
                 raise SnpatchError(f"patch {name}: {error}") from error
         for name in engine.models:
-            if name in TAKEN or (name in base_names and name != "base"):
+            if name in RESERVED_NAMES or (name in base_names and name != "base"):
                 raise SnpatchError(
-                    f"a model cannot be named {name}: vLLM's server uses that name, or serves its own by it"
+                    f"model {name}: vLLM's server uses this name, or serves its own model by it. Choose another name."
                 )
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What a request's `model` may say, besides the base's own names."""
+    def model_names(self) -> tuple[str, ...]:
+        """Names that a request's `model` can have, except the base model's."""
         return (*(name for name in self.engine.models if name != "base"), *self.patches)
 
-    def named(self, model: str | None) -> PatchContext | None:
-        """What a request's `model` stands for, unless it names nothing that is served."""
+    def lookup(self, model: str | None) -> PatchContext | None:
+        """Return the context of a request's `model`, or None for an unknown name."""
         if not model or model in self.base_names:
             return PatchContext("base", "base")
         if model in self.patches:
-            return self.patches[model].again()
+            return self.patches[model].copy()
         return PatchContext(model, model) if model in self.engine.models else None
 
-    def unknown(self, model: str) -> NotFoundError:
-        """Return the error for a `model` that names nothing that is served: what there is, the nearest first."""
-        models = _listed(model, [*dict.fromkeys((*self.base_names, *self.engine.models))])
-        patches = f" or of the patches {_listed(model, [*self.patches])}" if self.patches else ""
+    def unknown_model_error(self, model: str) -> NotFoundError:
+        """Return the error for an unknown `model`, which lists all names, the most similar ones first."""
+        models = _list_names(model, [*dict.fromkeys((*self.base_names, *self.engine.models))])
+        patches = f" or of the patches {_list_names(model, [*self.patches])}" if self.patches else ""
         message = f"model: expected one of the models {models}{patches}; {model[:80]!r} does not exist"
         return NotFoundError(message, field="model")
 
-    def ask(self, table: object) -> PatchContext:
-        """What an object `snpatch` means, checked; every error has the field."""
-        self._check_clauses(table)
-        form = schema.read(PatchRequest, "snpatch", table)
-        return self._read(form).again()
+    def parse(self, table: object) -> PatchContext:
+        """Return the context of a request's object `snpatch`, or raise with the field that is wrong."""
+        self._check_num_clauses(table)
+        request = schema.read(PatchRequest, "snpatch", table)
+        return self._build(request).copy()
 
-    def add(self, kind: str, name: str, one: Ranking | Constant) -> None:
-        """A ranking or constant of the engine's shape can be named from now on; one of the same name goes."""
-        self.check(kind, name, one)
-        self._of(kind)[name] = one
-        self._forget()
+    def add(self, kind: str, name: str, value: Ranking | Constant) -> None:
+        """Register a ranking or constant, replacing one of the same name."""
+        self.check_value(kind, name, value)
+        self._values(kind)[name] = value
+        self._reset_caches()
 
-    def check(self, kind: str, name: str, one: Ranking | Constant) -> None:
-        """An error for what cannot be added."""
-        check_name(name, f"one of the {kind}")
-        shape = one.shape if isinstance(one, Ranking) else tuple(one.values.shape)
-        wanted = (self.engine.geometry.n_layers, self.engine.geometry.n_neurons)
-        if shape != wanted:
-            raise SnpatchError(f"{name}: is for a model of {list(shape)}, this one is {list(wanted)}")
+    def check_value(self, kind: str, name: str, value: Ranking | Constant) -> None:
+        """Raise for a ranking or constant that cannot be registered."""
+        check_served_name(name, f"one of the {kind}")
+        shape = value.shape if isinstance(value, Ranking) else tuple(value.values.shape)
+        expected = (self.engine.geometry.n_layers, self.engine.geometry.n_neurons)
+        if shape != expected:
+            raise SnpatchError(f"{name}: expected values of shape {list(expected)} for this model, got {list(shape)}")
 
     def remove(self, kind: str, name: str) -> None:
-        """It can no longer be named; patches that were made of it stay as they are."""
-        del self._of(kind)[name]
-        self._forget()
+        """Unregister a ranking or constant. Patches built with it stay valid."""
+        del self._values(kind)[name]
+        self._reset_caches()
 
-    def told(self) -> dict:
-        """As JSON data, for clients."""
-        engine = self.engine
+    def to_dict(self) -> dict:
+        """Return everything that clients can name, as JSON data."""
+        engine, guards = self.engine, self.guards.items()
         return {
-            "models": {name: {"digest": engine.fingerprint(name)} for name in engine.models},
-            "rankings": {name: told_of(one) for name, one in dict(self.rankings).items()},
-            "constants": {name: told_of(one) for name, one in dict(self.constants).items()},
-            "patches": {name: self._patch_told(ask) for name, ask in self.patches.items()},
+            "models": {name: {"fingerprint": engine.fingerprint(name)} for name in engine.models},
+            "rankings": {name: describe(ranking) for name, ranking in dict(self.rankings).items()},
+            "constants": {name: describe(constant) for name, constant in dict(self.constants).items()},
+            "patches": {name: self._patch_to_dict(context) for name, context in self.patches.items()},
             "guards": {
-                name: {"model": one.model, "k": one.k, "threshold": one.threshold} for name, one in self.guards.items()
+                name: {"model": guard.model, "k": guard.k, "threshold": guard.threshold} for name, guard in guards
             },
         }
 
-    def _patch_told(self, ask: PatchContext) -> dict:
-        told = spec.to_json(ask.patch) if isinstance(ask.patch, Patch) else {"recipient": ask.patch}
-        guards = [name for name, guard in self.guards.items() if guard is ask.guard]
-        return told | ({"guard": guards[0]} if guards else {})
+    def _patch_to_dict(self, context: PatchContext) -> dict:
+        is_patch = isinstance(context.patch, Patch)
+        table = spec.to_json(context.patch) if is_patch else {"recipient": context.patch}
+        guards = [name for name, guard in self.guards.items() if guard is context.guard]
+        return table | ({"guard": guards[0]} if guards else {})
 
-    def _of(self, kind: str) -> dict:
+    def _values(self, kind: str) -> dict:
         return {"rankings": self.rankings, "constants": self.constants}[kind]
 
-    def _forget(self) -> None:
-        """Start new caches: a thread that still reads a request fills the old ones, with what is named no more."""
-        named = _Named({**self.rankings}, {**self.constants})
-        self._read = lru_cache(KEPT)(lambda form: self._meant(form, named))
+    def _reset_caches(self) -> None:
+        """Start new caches. A thread that still parses a request fills the old ones, which hold replaced values."""
+        namespace = _CachedNamespace({**self.rankings}, {**self.constants})
+        self._build = lru_cache(CACHE_SIZE)(lambda request: self._build_context(request, namespace))
 
-    def _check_clauses(self, table: object) -> None:
-        """Raise for more clauses than a patch may have, before any is read."""
-        clauses, limit = (
-            table.get("clauses") if isinstance(table, Mapping) else None,
-            self.engine.config.capacity.max_clauses,
-        )
+    def _check_num_clauses(self, table: object) -> None:
+        """Raise for more clauses than a patch may have, before any is built."""
+        clauses = table.get("clauses") if isinstance(table, Mapping) else None
+        limit = self.engine.config.capacity.max_clauses
         if isinstance(clauses, list) and (n := len(clauses) + ("donor" in table)) > limit:
             raise SnpatchError(
                 f"snpatch: expected at most {limit} clauses, got {n}. Start the server with --engine-arg "
@@ -151,29 +156,32 @@ class PatchRegistry:
                 field="clauses",
             )
 
-    def _meant(self, form: PatchRequest, named: spec.Named) -> PatchContext:
-        """The patch of a form; an error for what the engine could never run."""
-        patch = spec.patch_of(form, named)
-        donors = [one.donor for one in getattr(patch, "clauses", ()) if isinstance(one.donor, str)]
-        for field, name in (("recipient", form.recipient), *(("donor", name) for name in donors)):
+    def _build_context(self, request: PatchRequest, namespace: spec.Named) -> PatchContext:
+        """Build the patch of a request, or raise if the engine could never run it."""
+        patch = spec.patch_of(request, namespace)
+        donors = [clause.donor for clause in getattr(patch, "clauses", ()) if isinstance(clause.donor, str)]
+        for field, name in (("recipient", request.recipient), *(("donor", name) for name in donors)):
             with within(field):
                 self.engine.requests.model(name)
-        self.engine.executor.slots.check_request(self.engine.requests.patched([0], _anywhere(patch)))
-        guard = None if form.guard is None else self._guard_of(form.guard, form.recipient)
-        return PatchContext(_without_defaults(form), patch, guard)
+        self.engine.executor.slots.check_request(self.engine.requests.patched([0], _at_all_positions(patch)))
+        guard = None if request.guard is None else self._get_guard(request.guard, request.recipient)
+        return PatchContext(_without_defaults(request), patch, guard)
 
-    def _guard_of(self, name: str, recipient: str) -> Guard:
+    def _get_guard(self, name: str, recipient: str) -> Guard:
         if name not in self.guards:
-            there = ", ".join(self.guards) or "none"
-            raise SnpatchError(f"snpatch: no guard named {name!r}: there are {there}", field="guard")
+            available = ", ".join(self.guards) or "none"
+            raise SnpatchError(f"snpatch: no guard named {name!r}. Available guards: {available}.", field="guard")
         guard, template = self.guards[name], self.engine.requests.template
         if template(guard.model).fingerprint != template(recipient).fingerprint:
-            message = f"snpatch: guard {name} reads {guard.model}, whose chat template is not {recipient}'s"
+            message = (
+                f"snpatch: guard {name}: expected a recipient with {guard.model}'s chat template, got {recipient}, "
+                "which has another one"
+            )
             raise SnpatchError(message, field="guard")
         return guard
 
-    def _guard(self, name: str, file: str) -> Guard:
-        check_name(name, "a guard")
+    def _load_guard(self, name: str, file: str) -> Guard:
+        check_served_name(name, "a guard")
         guard, engine = Guard.load(file), self.engine
         guard.check_engine(engine)
         capture = engine.requests.capturing([[0]], guard.model, guard.ranking, guard.k, "prompt_last")
@@ -181,49 +189,51 @@ class PatchRegistry:
         return guard
 
 
-def named_ranking(file: str | Path, shape: Shape = None) -> Ranking:
-    """A ranking of a file, without what no patch needs of it. shape: see Ranking.load."""
+def load_ranking(file: str | Path, shape: Shape = None) -> Ranking:
+    """Load a ranking without the scores and statistics that no patch needs. shape: see Ranking.load."""
     return replace(Ranking.load(file, shape), scores=None, statistics=None)
 
 
-def told_of(one: Ranking | Constant) -> dict:
-    """What a ranking or constant is, as JSON data."""
-    if isinstance(one, Ranking):
-        return {"neurons": len(one), "shape": list(one.shape), "digest": one.fingerprint, "moments": [*one.moments]}
-    return {"shape": list(one.values.shape), "digest": one.fingerprint, "mode": one.mode}
+def describe(value: Ranking | Constant) -> dict:
+    """Return a summary of a ranking or constant as JSON data."""
+    if isinstance(value, Ranking):
+        shape, moments = list(value.shape), [*value.moments]
+        return {"neurons": len(value), "shape": shape, "fingerprint": value.fingerprint, "moments": moments}
+    return {"shape": list(value.values.shape), "fingerprint": value.fingerprint, "mode": value.mode}
 
 
-def _listed(name: str, known: list[str]) -> str:
-    """Return names as a list that fits in an error, those that are nearest to `name` first."""
-    found = [*dict.fromkeys((*nearest(name, known), *known))]
-    return ", ".join(found[:LISTED]) + (f" and {len(found) - LISTED} more" if len(found) > LISTED else "")
+def _list_names(name: str, known: list[str]) -> str:
+    """Join names, the most similar to `name` first, and at most MAX_LISTED_NAMES."""
+    ordered = [*dict.fromkeys((*nearest(name, known), *known))]
+    num_hidden = len(ordered) - MAX_LISTED_NAMES
+    return ", ".join(ordered[:MAX_LISTED_NAMES]) + (f" and {num_hidden} more" if num_hidden > 0 else "")
 
 
-def check_name(name: str, what: str) -> None:
-    """An error for a word of patches, and what cannot be a name in a path and in vLLM's list of models."""
-    if not NAME.fullmatch(name):
+def check_served_name(name: str, what: str) -> None:
+    """Raise for a keyword of patches, or a name that does not fit in a URL path or in vLLM's list of models."""
+    if not NAME_PATTERN.fullmatch(name):
         raise SnpatchError(
-            f"{what}: a name has up to 64 letters, digits, dots, dashes and underscores, and begins with a letter or a "
-            f"digit; got {name[:80]!r}"
+            f"{what}: expected a name of up to 64 letters, digits, dots, dashes and underscores that begins with a "
+            f"letter or digit, got {name[:80]!r}"
         )
     names.check_name(name, what)
-    if name in TAKEN:
-        raise SnpatchError(f"{what} cannot be named {name}: vLLM's server uses that name")
+    if name in RESERVED_NAMES:
+        raise SnpatchError(f"{what}: expected another name than {name}, which vLLM's server uses")
 
 
-def _anywhere(patch: Patch | str) -> Patch | str:
-    """The same patch at every position: what it needs of the engine, whatever prompt it meets."""
+def _at_all_positions(patch: Patch | str) -> Patch | str:
+    """Return the patch at all positions, which needs the same slots for every prompt."""
     if isinstance(patch, str):
         return patch
     return replace(patch, where="all", then=tuple(replace(clause, where="all") for clause in patch.then))
 
 
 def _without_defaults(form) -> Mapping:
-    """A form as its client could have written it."""
-    told = {}
+    """Return a parsed request as its client could have written it."""
+    table = {}
     for name, value in form.__dict__.items():
         if name == "clauses":
-            value = [_without_defaults(one) for one in value]
+            value = [_without_defaults(clause) for clause in value]
         if name == "recipient" or value not in (getattr(type(form), name, None), []):
-            told[name] = list(value) if isinstance(value, tuple) else value
-    return told
+            table[name] = list(value) if isinstance(value, tuple) else value
+    return table

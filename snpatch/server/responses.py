@@ -1,7 +1,7 @@
-"""Sending: how an answer leaves the server: within a time, and its errors without paths of the server's machine.
+"""Filters on responses: a deadline for each message to be read, and no paths of this machine in error messages.
 
-Why around ASGI's `send` and not where answers are made: vLLM's own errors and streams leave by it, too. A client that
-does not read is made to look as one that has left, which every route of vLLM and of ours ends its work for.
+Why around ASGI's `send` and not where answers are built: vLLM's own errors and streams pass it, too. A client that
+stops reading is reported as disconnected, because all routes, vLLM's included, cancel their work then.
 """
 
 import asyncio
@@ -14,13 +14,15 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-PATH = re.compile(r"(?<![\w/.:<~-])~?(?:/[^\s\"'`\\/:;,()<>|]+)+")  # absolute, in a text
-ROUTE = re.compile(r"/v1/.*|/(docs|health|ping|invocations|tokenize|detokenize|metrics|version|load|redoc)[.?!]?")
-ERROR_EVENTS = (b'data: {"error"', b"event: error")  # of OpenAI's streams, and of Responses, Anthropic's and sweeps
+PATH_PATTERN = re.compile(r"(?<![\w/.:<~-])~?(?:/[^\s\"'`\\/:;,()<>|]+)+")  # absolute paths in a text
+ROUTE_PATTERN = re.compile(
+    r"/v1/.*|/(docs|health|ping|invocations|tokenize|detokenize|metrics|version|load|redoc)[.?!]?"
+)
+ERROR_PREFIXES = (b'data: {"error"', b"event: error")  # error events of OpenAI; of Responses, Anthropic and sweeps
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. Their generator is closed as soon as the client has left, wherever it stands."""
+    """Server-sent events whose generator is closed as soon as the client disconnects."""
 
     media_type = "text/event-stream"
 
@@ -29,67 +31,69 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def private_folders(*paths: str | Path) -> tuple[str, ...]:
-    """Return the absolute paths among these that PATH alone would not find, as they hold spaces or the like."""
+def find_private_folders(*paths: str | Path) -> tuple[str, ...]:
+    """Return those of the paths, made absolute, that PATH_PATTERN does not match (they hold spaces or the like)."""
     absolute = [Path(path).absolute() for path in paths]
-    return tuple(str(path) for path in absolute if path.name and not PATH.fullmatch(str(path)))
+    return tuple(str(path) for path in absolute if path.name and not PATH_PATTERN.fullmatch(str(path)))
 
 
-def without_paths(text: str, folders: Iterable[str] = ()) -> str:
-    """Return a message with the last part alone of each absolute path. folders: of `private_folders`."""
+def remove_paths(text: str, folders: Iterable[str] = ()) -> str:
+    """Return a text with each absolute path shortened to its last part. folders: from `find_private_folders`."""
     for folder in folders:
         text = text.replace(folder, "/folder")
-    return PATH.sub(lambda found: found[0] if ROUTE.fullmatch(found[0]) else found[0].rpartition("/")[2], text)
+    return PATH_PATTERN.sub(
+        lambda match: match[0] if ROUTE_PATTERN.fullmatch(match[0]) else match[0].rpartition("/")[2], text
+    )
 
 
-def timed(receive: Receive, send: Send, limit_s: float) -> tuple[Receive, Send]:
-    """Return both for a client that has left once it has not taken a message for `limit_s` seconds."""
-    has_left = asyncio.Event()
+def limit_send_time(receive: Receive, send: Send, timeout_s: float) -> tuple[Receive, Send]:
+    """Wrap both so that a client that does not read a message within timeout_s counts as disconnected."""
+    is_gone = asyncio.Event()
 
-    async def received() -> Message:
-        own = [asyncio.ensure_future(receive()), asyncio.ensure_future(has_left.wait())]
+    async def receive_or_disconnect() -> Message:
+        tasks = [asyncio.ensure_future(receive()), asyncio.ensure_future(is_gone.wait())]
         try:
-            await asyncio.wait(own, return_when=asyncio.FIRST_COMPLETED)
-            return own[0].result() if own[0].done() else {"type": "http.disconnect"}
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return tasks[0].result() if tasks[0].done() else {"type": "http.disconnect"}
         finally:
-            for task in own:
+            for task in tasks:
                 task.cancel()
 
-    async def sent(message: Message) -> None:
-        if has_left.is_set():
-            await asyncio.sleep(0)  # so that whoever sends without end hears of it
+    async def send_in_time(message: Message) -> None:
+        if is_gone.is_set():
+            await asyncio.sleep(0)  # so that an endless sender gets to see the disconnect
             return
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(timeout_s):
                 await send(message)
         except TimeoutError:
-            has_left.set()
+            is_gone.set()
 
-    return received, sent
+    return receive_or_disconnect, send_in_time
 
 
-def clean(send: Send, folders: Iterable[str]) -> Send:
-    """Return a `send` whose errors name no path: a body of a status from 400 on, and error events of a stream."""
+def remove_paths_from_errors(send: Send, folders: Iterable[str]) -> Send:
+    """Wrap `send` so that bodies with a status from 400 on, and error events of streams, hold no absolute path."""
     start: Message | None = None
     body = bytearray()
 
-    def cleaned(content: bytes) -> bytes:
-        return without_paths(content.decode("utf-8", "replace"), folders).encode()
+    def filtered(content: bytes) -> bytes:
+        return remove_paths(content.decode("utf-8", "replace"), folders).encode()
 
-    async def sent(message: Message) -> None:
+    async def send_filtered(message: Message) -> None:
         nonlocal start
         if message["type"] == "http.response.start" and message["status"] >= 400:
             start = message
         elif start is not None and message["type"] == "http.response.body":
             body.extend(message.get("body", b""))
             if not message.get("more_body", False):
-                content = cleaned(bytes(body))
+                content = filtered(bytes(body))
                 MutableHeaders(scope=start)["content-length"] = str(len(content))
                 await send(start)
                 await send({**message, "body": content})
-        elif message["type"] == "http.response.body" and message.get("body", b"").startswith(ERROR_EVENTS):
-            await send({**message, "body": cleaned(message["body"])})
+        elif message["type"] == "http.response.body" and message.get("body", b"").startswith(ERROR_PREFIXES):
+            await send({**message, "body": filtered(message["body"])})
         else:
             await send(message)
 
-    return sent
+    return send_filtered

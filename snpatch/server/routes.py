@@ -1,4 +1,4 @@
-"""The routes that are ours: what the server holds, uploads, sweeps."""
+"""snpatch's own routes: what the server holds, uploads and sweeps."""
 
 import asyncio
 import json
@@ -15,29 +15,50 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import versions
 from snpatch.server import uploads
 from snpatch.server.config import ServeConfig
-from snpatch.server.errors import ForbiddenError, NotFoundError, PayloadTooLargeError, error
+from snpatch.server.errors import ForbiddenError, NotFoundError, PayloadTooLargeError, error_response
 from snpatch.server.patch_request import PatchRequest
 from snpatch.server.responses import EventStream
 from snpatch.server.state import ServerState
 from snpatch.server.sweep_endpoint import Sweep, SweepRequest
 
+ROUTES = {  # what `GET /` answers
+    "GET /v1/models": "models and patches, as OpenAI's clients list them",
+    "POST /v1/chat/completions": "chat completions; `model` names a patch, or the field `snpatch` holds one",
+    "POST /v1/completions": "completions, likewise",
+    "POST /v1/responses": "OpenAI's Responses, likewise",
+    "POST /v1/messages": "Anthropic's messages, likewise",
+    "GET /v1/snpatch": "models, rankings, constants, patches, guards, judges, JSON Schemas, limits and versions",
+    "PUT, DELETE /v1/snpatch/rankings/NAME": "upload or delete a ranking (--allow-upload)",
+    "PUT, DELETE /v1/snpatch/constants/NAME": "upload or delete a constant (--allow-upload)",
+    "POST /v1/snpatch/sweep": "a sweep over windows, as server-sent events",
+    "GET /docs": "all routes",
+    "GET /metrics": "Prometheus metrics",
+    "GET /health": "200 while the engine runs",
+}
 
-def router(serving: ServerState) -> APIRouter:
-    """The routes of one server."""
-    routes = APIRouter(tags=["snpatch"])
-    changes = ThreadPoolExecutor(1, "snpatch-uploads")  # one at a time, and to its end when its client has left
 
-    @routes.get("/v1/snpatch")
-    async def held() -> JSONResponse:
-        """What can be named, the JSON Schema of a request's `snpatch` and of a sweep, limits and versions."""
-        told = await asyncio.to_thread(serving.catalogue.told)
+def build_router(state: ServerState) -> APIRouter:
+    """Return the routes of one server."""
+    router = APIRouter(tags=["snpatch"])
+    # One change of uploads at a time, in a thread, so that it is finished even if its client disconnects.
+    upload_thread = ThreadPoolExecutor(1, "snpatch-uploads")
+
+    @router.get("/")
+    async def index() -> JSONResponse:
+        """List the routes."""
+        return JSONResponse({"snpatch": __version__, "routes": ROUTES})
+
+    @router.get("/v1/snpatch")
+    async def info() -> JSONResponse:
+        """Return what clients can name, the JSON Schemas of a patch and of a sweep, limits and versions."""
+        names = await asyncio.to_thread(state.registry.to_dict)
         return JSONResponse(
             {
-                **told,
-                "judges": [*serving.judges],
+                **names,
+                "judges": [*state.judges],
                 "schema": schema.json_schema(PatchRequest),
                 "sweep_schema": schema.json_schema(SweepRequest),
-                "limits": _limits(serving),
+                "limits": _limits(state),
                 "versions": {
                     "snpatch": __version__,
                     "vllm": versions.installed(),
@@ -46,81 +67,85 @@ def router(serving: ServerState) -> APIRouter:
             }
         )
 
-    @routes.put("/v1/snpatch/{kind}/{name}")
+    @router.put("/v1/snpatch/{kind}/{name}")
     async def put(kind: str, name: str, request: Request) -> Response:
-        """Keep a safetensors file, which the body is, under a name. kind: rankings or constants."""
+        """Store the body, a safetensors file, under a name. kind: rankings or constants."""
         try:
-            there = _uploads(serving, kind)
-            there.check(kind, name)
-            body = await _body(request, there.limit)
-            told = await asyncio.get_running_loop().run_in_executor(changes, there.keep, kind, name, body)
-            return JSONResponse(told, 201)
-        except SnpatchError as reason:
-            return error(reason)
+            folder = _uploads(state, kind)
+            folder.check_name(kind, name)
+            body = await _read_body(request, folder.max_file_bytes)
+            loop = asyncio.get_running_loop()
+            description = await loop.run_in_executor(upload_thread, folder.upload, kind, name, body)
+            return JSONResponse(description, 201)
+        except SnpatchError as error:
+            return error_response(error)
 
-    @routes.delete("/v1/snpatch/{kind}/{name}")
+    @router.delete("/v1/snpatch/{kind}/{name}")
     async def delete(kind: str, name: str) -> Response:
-        """Forget a name that was uploaded; what runs goes on with it."""
+        """Delete an uploaded name. Running requests keep what it named."""
         try:
-            there = _uploads(serving, kind)
-            if await asyncio.get_running_loop().run_in_executor(changes, there.delete, kind, name):
+            folder, loop = _uploads(state, kind), asyncio.get_running_loop()
+            if await loop.run_in_executor(upload_thread, folder.delete, kind, name):
                 return Response(status_code=204)
-            raise NotFoundError(f"{kind}: no {name} was uploaded", field="name")
-        except SnpatchError as reason:
-            return error(reason)
+            raise NotFoundError(f"{kind}: no upload is named {name}", field="name")
+        except SnpatchError as error:
+            return error_response(error)
 
-    @routes.post("/v1/snpatch/sweep")
+    @router.post("/v1/snpatch/sweep")
     async def sweep(request: Request) -> Response:
-        """Patch every window into every prompt, judge the texts: server-sent events start, text, row, summary."""
+        """Generate and judge the completions of each window and prompt, and stream them as server-sent events.
+
+        The events are `start`, `completion`, `row`, `summary` and `error`.
+        """
         try:
-            form = await asyncio.to_thread(_sweep_form, await request.body())
-            running = await Sweep.made(serving, form)
-        except SnpatchError as reason:
-            return error(reason)
-        return EventStream(running.events())
+            sweep_request = await asyncio.to_thread(_parse_sweep, await request.body())
+            sweep = await Sweep.build(state, sweep_request)
+        except SnpatchError as error:
+            return error_response(error)
+        return EventStream(sweep.events())
 
-    return routes
+    return router
 
 
-def _limits(serving: ServerState) -> dict:
-    engine, capacity = serving.engine, serving.engine.config.capacity
+def _limits(state: ServerState) -> dict:
+    engine, capacity, config = state.engine, state.engine.config.capacity, state.config
     sizes = ("streams", "max_adapters", "max_rankings", "max_constants", "max_clauses")
     return {
         "context": engine.geometry.context,
         "layers": engine.geometry.n_layers,
         "neurons_per_layer": engine.geometry.n_neurons,
         **{name: getattr(capacity, name) for name in sizes},
-        **{f.name: getattr(serving.config, f.name) for f in fields(ServeConfig) if f.name.startswith("max_")},
-        "body_timeout_s": serving.config.body_timeout_s,
-        "send_timeout_s": serving.config.send_timeout_s,
-        "upload_bytes": serving.uploads.limit if serving.uploads else 0,
+        **{f.name: getattr(config, f.name) for f in fields(ServeConfig) if f.name.startswith("max_")},
+        "body_timeout_s": config.body_timeout_s,
+        "send_timeout_s": config.send_timeout_s,
+        "upload_bytes": state.uploads.max_file_bytes if state.uploads else 0,
     }
 
 
-def _uploads(serving: ServerState, kind: str) -> uploads.Uploads:
-    if kind not in uploads.KINDS:
-        raise NotFoundError(f"there are {' and '.join(uploads.KINDS)}, and no {kind[:80]!r}")
-    if serving.uploads is None:
-        raise ForbiddenError("this server takes no uploads: start it with --allow-upload DIR")
-    return serving.uploads
+def _uploads(state: ServerState, kind: str) -> uploads.Uploads:
+    if kind not in uploads.LOADERS:
+        raise NotFoundError(f"route: expected {' or '.join(uploads.LOADERS)}, got {kind[:80]!r}")
+    if state.uploads is None:
+        raise ForbiddenError("uploads: this server accepts none. Start it with --allow-upload DIR.")
+    return state.uploads
 
 
-def _sweep_form(body: bytes) -> SweepRequest:
+def _parse_sweep(body: bytes) -> SweepRequest:
     try:
         table = json.loads(body)
-        json.dumps(table, ensure_ascii=False).encode()  # texts that are no Unicode: no tokenizer takes them
-    except (ValueError, RecursionError) as reason:
-        raise SnpatchError(f"sweep: no JSON: {first_line(reason)}", field="body") from reason
+        json.dumps(table, ensure_ascii=False).encode()  # raises for invalid Unicode, which no tokenizer accepts
+    except (ValueError, RecursionError) as error:
+        raise SnpatchError(f"sweep: expected JSON, got {first_line(error)}", field="body") from error
     return schema.read(SweepRequest, "sweep", table)
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _read_body(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     try:
         async for part in request.stream():
             body += part
-            if len(body) > limit:
-                raise PayloadTooLargeError(f"the body is larger than {limit} bytes", field="body")
+            if len(body) > max_bytes:
+                raise PayloadTooLargeError(f"body: expected at most {max_bytes} bytes, got more", field="body")
     except ClientDisconnect as error:
-        raise SnpatchError("the body: expected all of it, got a client that left", field="body") from error
+        raise SnpatchError("body: expected all of it, got a client that disconnected", field="body") from error
     return bytes(body)

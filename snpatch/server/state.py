@@ -1,4 +1,4 @@
-"""Serving: what one server holds: its engine, what clients can name, judges, uploads, and who is being answered."""
+"""Objects that live as long as the server: engine, registry, judges, uploads, quotas and requests in flight."""
 
 import asyncio
 import os
@@ -14,123 +14,137 @@ from snpatch.errors import OverflowedError, ServerBusyError, SnpatchError, Spoil
 from snpatch.judges.protocol import Judge
 from snpatch.server.config import ServeConfig
 from snpatch.server.registry import PatchRegistry
-from snpatch.server.responses import private_folders
+from snpatch.server.responses import find_private_folders
 from snpatch.server.uploads import Uploads
 
 
 @dataclass(eq=False)
 class Quota:
-    """A context manager of which so many may be inside at once; option: the one that sets how many."""
+    """Context manager that admits at most `limit` units at once. option: the option that sets the limit."""
 
-    what: str
+    subject: str
     limit: int
     option: str
-    taken: int = 0
+    used: int = 0
 
-    def take(self, n: int = 1) -> None:
-        """Take so many, or raise where there is no room for them."""
-        if self.taken + n > self.limit:
-            raise ServerBusyError(f"{self.what}: at most {self.limit} at once ({self.option}). Send it again later.")
-        self.taken += n
+    def acquire(self, n: int = 1) -> None:
+        """Acquire n units, or raise if fewer are free."""
+        if self.used + n > self.limit:
+            raise ServerBusyError(f"{self.subject}: at most {self.limit} at once ({self.option}). Send it again later.")
+        self.used += n
 
-    def leave(self, n: int = 1) -> None:
-        """Give so many back."""
-        self.taken -= n
+    def release(self, n: int = 1) -> None:
+        """Release n units."""
+        self.used -= n
 
     def __enter__(self) -> None:
-        self.take()
+        self.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self.leave()
+        self.release()
 
 
 class InflightRequests:
-    """Used by the event loop, and waited for in a thread. limit_s: how long they may take once it is to end."""
+    """Count of the requests being answered. The event loop enters and leaves it; a thread waits for zero.
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s, self._inside, self._left = limit_s, 0, threading.Condition()
+    timeout_s: how long running requests may take once the server shuts down.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s, self._count, self._changed = timeout_s, 0, threading.Condition()
         self.is_closing = False
 
     def __enter__(self) -> None:
-        with self._left:
-            self._inside += 1
+        with self._changed:
+            self._count += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._left:
-            self._inside -= 1
-            self._left.notify_all()
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
 
-    def close(self, limit_s: float | None) -> None:
-        """Let nobody in any more, and wait until all have left, or so long (0 or None: the limit it was made with)."""
+    def close(self, timeout_s: float | None) -> None:
+        """Stop accepting requests and wait for the running ones, at most timeout_s (0 or None: the default limit)."""
         self.is_closing = True
-        with self._left:
-            self._left.wait_for(lambda: not self._inside, limit_s or self._limit_s)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count, timeout_s or self._timeout_s)
 
 
 @dataclass(eq=False)
 class ServerState:
-    """config: `fitted` to the engine once it has started. keys: API keys, of which clients need one, if there are any.
-    has_own_template: whether the user named the server's chat template. models: FastAPI's field of each path's body."""
+    """State shared by all requests of one server.
+
+    Attributes:
+        config: Complete (`resolve_limits`) once the engine has started.
+        api_keys: API keys; if there are any, each client needs one of them.
+        has_own_template: Whether the user set the server's chat template.
+        body_fields: FastAPI's body field of each path.
+        num_waiting: Completions that clients requested and that have no slots yet.
+        sweeps: Running sweeps.
+        num_preparing_sweeps: Sweeps whose requests are being built.
+        start_lock: Held while one completion is started.
+        spoiled_error: The reason to restart the server.
+    """
 
     config: ServeConfig
     engine: AsyncEngine
-    catalogue: PatchRegistry
+    registry: PatchRegistry
     inflight: InflightRequests
     judges: dict[str, Judge]
     uploads: Uploads | None
-    keys: tuple[str, ...]
+    api_keys: tuple[str, ...]
     has_own_template: bool
-    waiting: int = 0  # texts that clients asked for, and that have no place yet
-    sweeps: set = field(default_factory=set)  # that run
-    models: dict[str, object] = field(default_factory=dict)
-    beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # of whoever begins a text
-    preparing: int = 0  # sweeps that are being made
-    spoiled: SpoiledEngineError | None = None  # why the server is to be restarted
+    body_fields: dict[str, object] = field(default_factory=dict)
+    num_waiting: int = 0
+    sweeps: set = field(default_factory=set)
+    num_preparing_sweeps: int = 0
+    start_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    spoiled_error: SpoiledEngineError | None = None
 
-    def judge(self, error: OverflowedError) -> OverflowedError:
-        """Return the error to report of a text that overflowed. One of a spoiled engine ends the server, as SIGTERM."""
+    def handle_overflow(self, error: OverflowedError) -> OverflowedError:
+        """Return the error to report for a completion that overflowed. If the engine is spoiled, stop the server."""
         error = self.engine.judge(error)
-        if isinstance(error, SpoiledEngineError) and self.spoiled is None:
-            self.spoiled = error
+        if isinstance(error, SpoiledEngineError) and self.spoiled_error is None:
+            self.spoiled_error = error
             os.kill(os.getpid(), signal.SIGTERM)
         return error
 
     @cached_property
-    def folders(self) -> tuple[str, ...]:
-        """Return folders of this machine that no answer may name."""
+    def private_folders(self) -> tuple[str, ...]:
+        """Folders of this machine that no answer may name."""
         uploads, model = self.config.allow_upload or ".", self.config.engine.model
-        return private_folders(uploads, model, tempfile.gettempdir(), Path.cwd())
+        return find_private_folders(uploads, model, tempfile.gettempdir(), Path.cwd())
 
     @cached_property
-    def requests(self) -> Quota:
-        """Return the places of requests that change or run something."""
+    def request_quota(self) -> Quota:
+        """Requests that change or run something."""
         return Quota("requests", self.config.max_requests, "--max-requests")
 
     @cached_property
-    def arriving(self) -> Quota:
-        """Return the room for bytes of bodies that have not arrived in full."""
-        return Quota("bytes of bodies that arrive", self.config.max_incoming_bytes, "--max-incoming-bytes")
+    def body_quota(self) -> Quota:
+        """Bytes of request bodies that have not arrived in full."""
+        return Quota("bytes of incomplete bodies", self.config.max_incoming_bytes, "--max-incoming-bytes")
 
     @cached_property
-    def uploading(self) -> Quota:
-        """Return the places of uploads, each of which is in memory."""
+    def upload_quota(self) -> Quota:
+        """Uploads, each of which is held in memory."""
         return Quota("uploads", self.config.max_uploads, "--max-uploads")
 
     def check_template(self, recipient: str) -> None:
-        """An error for a model that reads chats by another template than vLLM's server renders them with."""
-        template = self.engine.requests.template
-        if (
-            not self.has_own_template
-            and template(recipient).fingerprint != self.engine.requests.templates[0].fingerprint
-        ):
+        """Raise if a model's chat template differs from the one that vLLM's server renders chats with."""
+        requests = self.engine.requests
+        if not self.has_own_template and requests.template(recipient).fingerprint != requests.templates[0].fingerprint:
             raise SnpatchError(
-                f"{recipient} reads chats by another template than this server renders them with: send its text to "
-                "/v1/completions, or start a server with its weights as MODEL",
+                f"messages: expected a model with this server's chat template, got {recipient}, which has another "
+                "one. Send the rendered prompt to /v1/completions, or start a server with its weights as MODEL.",
                 field="messages",
             )
 
-    def check_waiting(self, n: int = 1) -> None:
-        """An error for so many more texts where too many wait."""
+    def check_queue(self, n: int = 1) -> None:
+        """Raise if n more completions would exceed the number that may wait for slots."""
         is_full = self.engine.executor.num_waiting > 0
-        if is_full and self.waiting + n > self.config.max_waiting:
-            raise ServerBusyError(f"{self.waiting} texts wait for a place of what they name, and {n} more would")
+        if is_full and self.num_waiting + n > self.config.max_waiting:
+            raise ServerBusyError(
+                f"queue: expected at most {self.config.max_waiting} completions waiting for adapter, ranking or "
+                f"constant slots (--max-waiting), got {self.num_waiting} and {n} more. Send it again later."
+            )

@@ -1,13 +1,13 @@
-"""Sweeps that clients ask for, on the engine that serves and in its batch: a curve as it grows, as server-sent events.
+"""Sweeps that clients request: run in the serving engine's batch and streamed as server-sent events.
 
-start: what will run. text: each as it is finished. row: a window over all prompts, judged. summary: totals, and the
-noise floor: how much k = 0 and a patch from the recipient into itself change, which should be nothing.
+start: the points that will run. completion: one finished completion. row: a point over all prompts, judged. summary:
+totals and the noise floor, which is how much k = 0 and a patch of the recipient into itself change (expected: nothing).
 """
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -26,14 +26,14 @@ from snpatch.server.state import ServerState
 from snpatch.statistics import Interval, causal_effect, interval, paired_p
 from snpatch.sweeps.sweep import PROMPTS, Row
 
-MOST = 4  # sweeps at once
-BESIDE = 4  # points beside the windows, at most: two unpatched models and the noise floor
-NOTHING, SELF = "k = 0", "self-patch"  # the noise floor
+MAX_CONCURRENT_SWEEPS = 4
+MAX_EXTRA_POINTS = 4  # points besides the windows: two unpatched models and the noise floor
+ZERO_NEURONS, SELF_PATCH = "k = 0", "self-patch"  # the points of the noise floor
 
 
 @dataclass(frozen=True)
 class Message:
-    """One of a chat's."""
+    """Message of a chat."""
 
     role: str
     content: str
@@ -41,7 +41,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRequest:
-    """What a client asks for. Fields but these as in spec.PatchForm."""
+    """Body of a sweep request. Fields without help are those of spec.PatchForm."""
 
     recipient: str
     donor: str
@@ -52,296 +52,311 @@ class SweepRequest:
     strength: float = 1.0
     seed: int | None = None
     judge: str = option("refusal", "Name of a judge of the server.")
-    max_tokens: int = option(128, "Most new tokens of a text.", min=1)
-    temperature: float = option(0.0, "0 is greedy.")
+    max_tokens: int = option(128, "Maximum number of new tokens per completion.", min=1)
+    temperature: float = option(0.0, "Sampling temperature; 0 is greedy.")
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A patch, or an unpatched model, over all prompts. floor: which part of the noise floor it is."""
+    """A patch, or an unpatched model, over all prompts. floor: its name in the noise floor, if it belongs to it."""
 
     patch: Patch | str
     floor: str | None = None
 
 
 class Sweep:
-    """One sweep, to be made by `made`."""
+    """Running sweep of one client. Build it with `build`."""
 
-    def __init__(self, serving: ServerState, form: SweepRequest) -> None:
-        self._serving, self._form = serving, form
-        self._neurons = serving.engine.geometry.n_layers * serving.engine.geometry.n_neurons
-        self._no_self_patch: str | None = None  # why
-        self._check_asked()
-        self._prompts = [one if isinstance(one, str) else [asdict(message) for message in one] for one in form.prompts]
-        self._questions = [one if isinstance(one, str) else question(one) for one in self._prompts]
-        self._points = self._every_point()
-        self._requests = self._every_request()
+    def __init__(self, state: ServerState, request: SweepRequest) -> None:
+        self._state, self._request = state, request
+        self._num_neurons = state.engine.geometry.n_layers * state.engine.geometry.n_neurons
+        self._self_patch_error: str | None = None
+        self._check_request()
+        self._prompts = [
+            prompt if isinstance(prompt, str) else [asdict(message) for message in prompt] for prompt in request.prompts
+        ]
+        self._questions = [prompt if isinstance(prompt, str) else question(prompt) for prompt in self._prompts]
+        self._points = self._build_points()
+        self._requests = self._build_requests()
 
     @classmethod
-    async def made(cls, serving: ServerState, form: SweepRequest) -> "Sweep":
-        """Make a sweep that could run, in a thread; bad input is an error. Other requests are served meanwhile."""
-        if len(serving.sweeps) + serving.preparing >= MOST:
-            raise ServerBusyError(f"{MOST} sweeps are running")
-        serving.preparing += 1
+    async def build(cls, state: ServerState, request: SweepRequest) -> "Sweep":
+        """Check a request and build its sweep in a thread, so that other requests are served meanwhile."""
+        if len(state.sweeps) + state.num_preparing_sweeps >= MAX_CONCURRENT_SWEEPS:
+            raise _too_many_sweeps()
+        state.num_preparing_sweeps += 1
         try:
-            return await asyncio.to_thread(cls, serving, form)
+            return await asyncio.to_thread(cls, state, request)
         finally:
-            serving.preparing -= 1
+            state.num_preparing_sweeps -= 1
 
-    def _every_request(self) -> list[list[Request]]:
-        """Return the requests of each point and prompt."""
-        form, requests = self._form, self._serving.engine.requests
-        sampling = Sampling(max_tokens=form.max_tokens, temperature=form.temperature, seed=form.seed)
-        encoded: dict[str, list[list[int]]] = {}
+    def _build_requests(self) -> list[list[Request]]:
+        """Return one list per point with one request per prompt."""
+        request, engine = self._request, self._state.engine
+        sampling = Sampling(max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
+        prompt_ids: dict[str, list[list[int]]] = {}  # by recipient
         for name in dict.fromkeys(speaker(point.patch) for point in self._points):
-            encoded[name] = []
-            for place, prompt in enumerate(self._prompts):
-                with within(f"prompts.{place}"):
-                    encoded[name] += requests.encode([prompt], name)
-        made = []
+            prompt_ids[name] = []
+            for index, prompt in enumerate(self._prompts):
+                with within(f"prompts.{index}"):
+                    prompt_ids[name] += engine.requests.encode([prompt], name)
+        requests = []
         for point in self._points:
-            asked = requests.writing(encoded[speaker(point.patch)], point.patch, sampling)
-            made.append([request for _, request in asked])
-            self._serving.engine.executor.slots.check_request(made[-1][0])
-        return made
+            indexed = engine.requests.writing(prompt_ids[speaker(point.patch)], point.patch, sampling)
+            requests.append([request for _, request in indexed])
+            engine.executor.slots.check_request(requests[-1][0])
+        return requests
 
-    def _check_asked(self) -> None:
-        form, serving = self._form, self._serving
-        if form.judge not in serving.judges:
-            raise SnpatchError(f"no judge named {form.judge!r}: there are {', '.join(serving.judges)}", field="judge")
+    def _check_request(self) -> None:
+        request, judges, config = self._request, self._state.judges, self._state.config
+        if request.judge not in judges:
+            message = f"judge: expected one of {', '.join(judges)}, got {request.judge!r}"
+            raise SnpatchError(message, field="judge")
         for name in ("windows", "prompts"):
-            if not getattr(form, name):
-                raise SnpatchError("sweep: needs a window and a prompt", field=name)
-        if len(form.windows) > serving.config.max_sweep_windows:
+            if not getattr(request, name):
+                raise SnpatchError(f"{name}: expected at least one, got none", field=name)
+        num_windows, num_prompts = len(request.windows), len(request.prompts)
+        if num_windows > config.max_sweep_windows:
             raise SnpatchError(
-                f"sweep: expected at most {serving.config.max_sweep_windows} windows (--max-sweep-windows), got "
-                f"{len(form.windows)}. Send several sweeps.",
+                f"sweep: expected at most {config.max_sweep_windows} windows (--max-sweep-windows), got "
+                f"{num_windows}. Send several sweeps.",
                 field="windows",
             )
-        n, most = (len(form.windows) + BESIDE) * len(form.prompts), serving.config.max_sweep_completions
-        if n > most:
+        num_completions, limit = (num_windows + MAX_EXTRA_POINTS) * num_prompts, config.max_sweep_completions
+        if num_completions > limit:
             raise SnpatchError(
-                f"sweep: {len(form.windows)} windows and {BESIDE} points beside, of {len(form.prompts)} prompts, are "
-                f"{n} texts: at most {most} are written (--max-sweep-completions)"
+                f"sweep: expected at most {limit} completions (--max-sweep-completions), got {num_prompts} prompts x "
+                f"({num_windows} windows + {MAX_EXTRA_POINTS}) = {num_completions}. Send several sweeps."
             )
-        longest = serving.config.max_prompt_chars
-        for place, prompt in enumerate(form.prompts):
-            if sum(map(len, [prompt] if isinstance(prompt, str) else [m.content for m in prompt])) > longest:
+        max_chars = config.max_prompt_chars
+        for index, prompt in enumerate(request.prompts):
+            field = f"prompts.{index}"
+            contents = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+            if (num_chars := sum(map(len, contents))) > max_chars:
                 raise SnpatchError(
-                    f"sweep: prompt {place} has more than {longest} letters (--max-prompt-chars)",
-                    field=f"prompts.{place}",
+                    f"{field}: expected at most {max_chars} characters (--max-prompt-chars), got {num_chars}",
+                    field=field,
                 )
             if not isinstance(prompt, str) and not any(message.role == "user" for message in prompt):
-                raise SnpatchError(
-                    f"sweep: prompt {place} is a chat without a user's message", field=f"prompts.{place}"
-                )
+                raise SnpatchError(f"{field}: expected a chat with a user message, got none", field=field)
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events; whoever stops listening ends what runs. One that does not read holds no place."""
-        news: asyncio.Queue[str | None] = asyncio.Queue()  # of at most max_sweep_completions events and rows
-        running = asyncio.create_task(self._run(news.put_nowait))
-        running.add_done_callback(lambda _: news.put_nowait(None))
-        try:
-            while (event := await news.get()) is not None:
-                yield event
-            await running  # of which an error that is none of the client's is one of this stream
-        finally:
-            running.cancel()
+        """Yield server-sent events. The sweep is cancelled if the consumer stops iterating.
 
-    async def _run(self, tell: Callable[[str], None]) -> None:
-        """Write and judge every text in a place among the sweeps that run."""
-        sweeps = self._serving.sweeps
+        A finished sweep stops counting against MAX_CONCURRENT_SWEEPS even if its events are not read yet.
+        """
+        queue: asyncio.Queue[str | None] = asyncio.Queue()  # holds at most max_sweep_completions events and rows
+        task = asyncio.create_task(self._run(queue.put_nowait))
+        task.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+            await task  # raises errors that are not the client's
+        finally:
+            task.cancel()
+
+    async def _run(self, send: Callable[[str], None]) -> None:
+        """Generate and judge all completions as one of the running sweeps."""
+        sweeps = self._state.sweeps
         sweeps.add(self)
         try:
-            if len(sweeps) > MOST:
-                raise ServerBusyError(f"{MOST} sweeps are running")
-            await self._write_all(tell)
+            if len(sweeps) > MAX_CONCURRENT_SWEEPS:
+                raise _too_many_sweeps()
+            await self._generate_all(send)
         except SnpatchError as error:
-            tell(_event("error", message=error_message(error)))
+            send(_format_event("error", message=error_message(error)))
         finally:
             sweeps.discard(self)
 
-    async def _write_all(self, tell: Callable[[str], None]) -> None:
-        begun, self._texts = time.monotonic(), [[None] * len(self._questions) for _ in self._points]
-        news: asyncio.Queue = asyncio.Queue()
-        work = iter([(p, i) for p in range(len(self._points)) for i in range(len(self._questions))])
-        seats = max(1, self._serving.engine.executor.engine.vllm_config.scheduler_config.max_num_seqs // 2)
-        tasks = [asyncio.create_task(self._write(work, news)) for _ in range(seats)]
+    async def _generate_all(self, send: Callable[[str], None]) -> None:
+        start = time.monotonic()
+        num_points, num_prompts = len(self._points), len(self._questions)
+        self._completions = [[None] * num_prompts for _ in self._points]
+        finished: asyncio.Queue = asyncio.Queue()
+        work = iter([(p, i) for p in range(num_points) for i in range(num_prompts)])
+        max_num_seqs = self._state.engine.executor.engine.vllm_config.scheduler_config.max_num_seqs
+        tasks = [asyncio.create_task(self._generate(work, finished)) for _ in range(max(1, max_num_seqs // 2))]
         try:
-            n = len(self._points) * len(self._questions)
-            tell(_event("start", points=[self._named(point) for point in self._points], texts=n))
-            left = {p: len(self._questions) for p in range(len(self._points))}
+            points = [self._describe(point) for point in self._points]
+            send(_format_event("start", points=points, completions=num_points * num_prompts))
+            num_left = {p: num_prompts for p in range(num_points)}
             scores: dict[int, np.ndarray] = {}
-            while left:
-                found = await news.get()
-                if isinstance(found, Exception):
-                    raise found
-                p, i = found
-                tell(_event("text", **self._text(p, i)))
-                left[p] -= 1
-                # In their order, as each is compared with the unpatched ones before it.
-                while left and not left[min(left)]:
-                    p = min(left)
-                    del left[p]
+            while num_left:
+                result = await finished.get()
+                if isinstance(result, Exception):
+                    raise result
+                p, i = result
+                send(_format_event("completion", **self._completion(p, i)))
+                num_left[p] -= 1
+                # Points are judged in order, because each is compared with the unpatched ones before it.
+                while num_left and not num_left[min(num_left)]:
+                    p = min(num_left)
+                    del num_left[p]
                     scores[p] = await asyncio.to_thread(self._score, p)
-                    tell(_event("row", **await asyncio.to_thread(self._row, p, scores)))
-            tell(_event("summary", **self._summary(scores, time.monotonic() - begun)))
+                    send(_format_event("row", **await asyncio.to_thread(self._row, p, scores)))
+            send(_format_event("summary", **self._summary(scores, time.monotonic() - start)))
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _write(self, work, news: asyncio.Queue) -> None:
-        """One seat in the batch, which writes text after text."""
+    async def _generate(self, work: Iterator[tuple[int, int]], finished: asyncio.Queue) -> None:
+        """Generate one completion after the other and report each as (point, prompt), or an error."""
         try:
             for p, i in work:
-                self._texts[p][i] = await self._written(self._requests[p][i])
-                news.put_nowait((p, i))
+                self._completions[p][i] = await self._generate_one(self._requests[p][i])
+                finished.put_nowait((p, i))
         except SnpatchError as error:
-            news.put_nowait(error)
-        except Exception as error:  # noqa: BLE001 (vLLM's own, of which whoever listens must hear)
-            news.put_nowait(SnpatchError(f"a text was not written: {first_line(error)}"))
+            finished.put_nowait(error)
+        except Exception as error:  # noqa: BLE001 (from vLLM; the client must see it)
+            finished.put_nowait(SnpatchError(f"completion: generation failed: {first_line(error)}"))
 
-    async def _written(self, request: Request) -> Completion | OverflowedError:
-        """Return a text, or why there is none. A spoiled engine ends the sweep."""
+    async def _generate_one(self, request: Request) -> Completion | OverflowedError:
+        """Return a completion, or the error if it overflowed. A spoiled engine raises and ends the sweep."""
         try:
-            return Completion.of(request, await self._serving.engine.executor.output(request))
+            return Completion.of(request, await self._state.engine.executor.output(request))
         except OverflowedError as error:
-            reported = self._serving.judge(error)
+            reported = self._state.handle_overflow(error)
             if isinstance(reported, SpoiledEngineError):
                 raise reported from error
             return reported
 
-    def _every_point(self) -> list[_Point]:
-        """The unpatched models, the noise floor, and each window."""
-        form, catalogue = self._form, self._serving.catalogue
-        own = {n: getattr(form, n) for n in ("recipient", "donor", "ranking", "where", "strength", "seed")}
-        patched = []
-        for place, window in enumerate(form.windows):
+    def _build_points(self) -> list[_Point]:
+        """Return the unpatched models, the noise floor, and each window."""
+        request, state = self._request, self._state
+        shared = {n: getattr(request, n) for n in ("recipient", "donor", "ranking", "where", "strength", "seed")}
+        patches = []
+        for index, window in enumerate(request.windows):
             try:
-                patched.append(catalogue.ask({**own, "window": window}).patch)
+                patches.append(state.registry.parse({**shared, "window": window}).patch)
             except SnpatchError as error:
-                error.field = f"windows.{place}" if error.field == "window" else error.field
+                error.field = f"windows.{index}" if error.field == "window" else error.field
                 raise
-        points = [_Point(form.recipient)]
-        if form.donor in self._serving.engine.models:
-            points.append(_Point(form.donor))
-        largest = Window(0, max(patch.window.hi for patch in patched))
-        points.append(_Point(replace(patched[0], window=0), NOTHING))
-        itself = replace(patched[0], donor=form.recipient, window=largest, strength=1.0)
+        points = [_Point(request.recipient)]
+        if request.donor in state.engine.models:
+            points.append(_Point(request.donor))
+        largest_window = Window(0, max(patch.window.hi for patch in patches))
+        points.append(_Point(replace(patches[0], window=0), ZERO_NEURONS))
+        self_patch = replace(patches[0], donor=request.recipient, window=largest_window, strength=1.0)
         try:
-            self._serving.engine.executor.slots.check_request(self._serving.engine.requests.patched([0], itself))
-            points.append(_Point(itself, SELF))
-        except SnpatchError as error:  # two sets of weights, compiled: one model cannot run in both streams
-            self._no_self_patch = str(error)
-        return points + [_Point(patch) for patch in patched]
+            state.engine.executor.slots.check_request(state.engine.requests.patched([0], self_patch))
+            points.append(_Point(self_patch, SELF_PATCH))
+        except SnpatchError as error:  # a compiled engine with two sets of weights cannot run one model in both streams
+            self._self_patch_error = str(error)
+        return points + [_Point(patch) for patch in patches]
 
-    def _named(self, point: _Point) -> dict:
-        """What a point is, in every event that is about it; see sweeps.sweep.Row."""
-        form, is_patched = self._form, isinstance(point.patch, Patch)
+    def _describe(self, point: _Point) -> dict:
+        """Return the fields that name a point in its events; see sweeps.sweep.Row."""
+        request, is_patched = self._request, isinstance(point.patch, Patch)
+        donor = request.recipient if point.floor == SELF_PATCH else request.donor
         return {
             "recipient": speaker(point.patch),
-            "donor": (form.recipient if point.floor == SELF else form.donor) if is_patched else None,
-            "ranking": form.ranking if is_patched else None,
+            "donor": donor if is_patched else None,
+            "ranking": request.ranking if is_patched else None,
             "lo": point.patch.window.lo if is_patched else 0,
             "hi": point.patch.window.hi if is_patched else 0,
             "strength": point.patch.strength if is_patched else None,
             **({"floor": point.floor} if point.floor else {}),
         }
 
-    def _text(self, p: int, i: int) -> dict:
-        one, named = self._texts[p][i], {**self._named(self._points[p]), "prompt_index": i}
-        if isinstance(one, OverflowedError):
-            nothing = {"text": None, "tokens": 0, "finish_reason": None, "overwrites": 0}
-            return {**named, **nothing, "error": error_message(one)}
+    def _completion(self, p: int, i: int) -> dict:
+        """Return the data of a `completion` event."""
+        completion, point = self._completions[p][i], {**self._describe(self._points[p]), "prompt_index": i}
+        if isinstance(completion, OverflowedError):
+            empty = {"text": None, "tokens": 0, "finish_reason": None, "overwrites": 0}
+            return {**point, **empty, "error": error_message(completion)}
         return {
-            **named,
-            "text": one.text,
-            "tokens": len(one.token_ids),
-            "finish_reason": one.finish_reason,
-            "overwrites": one.overwrites,
+            **point,
+            "text": completion.text,
+            "tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "overwrites": completion.overwrites,
         }
 
     def _score(self, p: int) -> np.ndarray:
-        """Return the scores of a point's texts [prompts], NaN where there is no text."""
-        judge, scores = self._form.judge, np.full(len(self._questions), np.nan)
-        texts = {i: one.text for i, one in enumerate(self._texts[p]) if isinstance(one, Completion)}
+        """Return the scores [prompts] of a point's completions; NaN for a failed completion."""
+        judge, scores = self._request.judge, np.full(len(self._questions), np.nan)
+        texts = {i: c.text for i, c in enumerate(self._completions[p]) if isinstance(c, Completion)}
         questions = [self._questions[i] for i in texts]
         try:
             if texts:
-                found = score_all({judge: self._serving.judges[judge]}, questions, [*texts.values()])
-                scores[[*texts]] = found[judge]
+                judged = score_all({judge: self._state.judges[judge]}, questions, [*texts.values()])
+                scores[[*texts]] = judged[judge]
             return scores
         except SnpatchError:
             raise
-        except Exception as error:  # a user's own function
+        except Exception as error:  # from a user's function
             raise SnpatchError(f"judge {judge!r} failed: {first_line(error)}") from error
 
     def _row(self, p: int, scores: dict[int, np.ndarray]) -> dict:
-        """A point over all prompts: a Row, and `changed`, the share of texts that are not the unpatched recipient's."""
-        named, point = self._named(self._points[p]), self._points[p]
-        texts = [one for one in self._texts[p] if isinstance(one, Completion)]
-        floor = {"floor": named.pop("floor")} if point.floor else {}
+        """Return a Row over all prompts, plus `changed`, the fraction that differs from the unpatched recipient."""
+        description, point = self._describe(self._points[p]), self._points[p]
+        completions = [completion for completion in self._completions[p] if isinstance(completion, Completion)]
+        floor = {"floor": description.pop("floor")} if point.floor else {}
         is_patched, mean, effect = isinstance(point.patch, Patch), (None, None, None), (None, None, None)
         has_donor = is_patched and isinstance(self._points[1].patch, str)
         compared = np.stack([scores[p], *([scores[0]] if is_patched else []), *([scores[1]] if has_donor else [])])
-        own, *others = compared[:, ~np.isnan(compared).any(axis=0)]  # of prompts with all texts
-        if len(own):
-            mean = interval(np.mean, own)
-            effect = causal_effect(own, *others) if has_donor else effect
+        own_scores, *other_scores = compared[:, ~np.isnan(compared).any(axis=0)]  # prompts without a failed completion
+        if len(own_scores):
+            mean = interval(np.mean, own_scores)
+            effect = causal_effect(own_scores, *other_scores) if has_donor else effect
         row = Row(
-            **named,
-            judge=self._form.judge,
+            **description,
+            judge=self._request.judge,
             set=PROMPTS,
             control_seed=None,
-            share=(named["hi"] - named["lo"]) / self._neurons,
-            prompts=len(own),
-            failed=len(self._questions) - len(own),
-            tokens=sum(len(one.token_ids) for one in texts),
-            overwrites=sum(one.overwrites for one in texts),
-            **_spread("mean", mean),
-            **_spread("effect", effect),
-            **_spread("net", (None, None, None)),
-            p_unpatched=paired_p(own, others[0]) if is_patched and len(own) else None,
+            share=(description["hi"] - description["lo"]) / self._num_neurons,
+            prompts=len(own_scores),
+            failed=len(self._questions) - len(own_scores),
+            tokens=sum(len(completion.token_ids) for completion in completions),
+            overwrites=sum(completion.overwrites for completion in completions),
+            **_interval_columns("mean", mean),
+            **_interval_columns("effect", effect),
+            **_interval_columns("net", (None, None, None)),
+            p_unpatched=paired_p(own_scores, other_scores[0]) if is_patched and len(own_scores) else None,
             p_control=None,
         )
-        return {**asdict(row), "changed": self._changed(p), **floor}
+        return {**asdict(row), "changed": self._changed_fraction(p), **floor}
 
-    def _changed(self, p: int) -> float | None:
-        """Return the share of texts that are not the unpatched recipient's; None if no prompt has both."""
-        pairs = zip(self._texts[p], self._texts[0], strict=True)
-        whole = [pair for pair in pairs if all(isinstance(one, Completion) for one in pair)]
-        return sum(a.token_ids != b.token_ids for a, b in whole) / len(whole) if whole else None
+    def _changed_fraction(self, p: int) -> float | None:
+        """Return the fraction of completions that differ from the unpatched recipient's, or None without a pair."""
+        pairs = zip(self._completions[p], self._completions[0], strict=True)
+        complete = [pair for pair in pairs if all(isinstance(completion, Completion) for completion in pair)]
+        return sum(a.token_ids != b.token_ids for a, b in complete) / len(complete) if complete else None
 
     def _summary(self, scores: dict[int, np.ndarray], seconds: float) -> dict:
-        every = [one for texts in self._texts for one in texts if isinstance(one, Completion)]
+        completions = [c for row in self._completions for c in row if isinstance(c, Completion)]
         floor = {
-            point.floor: {"changed": self._changed(p), "difference": _mean(scores[p] - scores[0])}
+            point.floor: {"changed": self._changed_fraction(p), "difference": _nan_mean(scores[p] - scores[0])}
             for p, point in enumerate(self._points)
             if point.floor
         }
-        if self._no_self_patch:
-            floor[SELF] = {"error": self._no_self_patch}
+        if self._self_patch_error:
+            floor[SELF_PATCH] = {"error": self._self_patch_error}
         return {
-            "texts": len(every),
-            "failed": len(self._points) * len(self._questions) - len(every),
-            "tokens": sum(len(one.token_ids) for one in every),
-            "overwrites": sum(one.overwrites for one in every),
+            "completions": len(completions),
+            "failed": len(self._points) * len(self._questions) - len(completions),
+            "tokens": sum(len(completion.token_ids) for completion in completions),
+            "overwrites": sum(completion.overwrites for completion in completions),
             "seconds": seconds,
-            "verified": True,  # all that are written: a receipt that differs from its patch would have ended the sweep
+            "verified": True,  # because a receipt that differs from its patch would have ended the sweep
             "floor": floor,
         }
 
 
-def _mean(values: np.ndarray) -> float | None:
-    """Return the mean of the values that are not NaN."""
-    kept = values[~np.isnan(values)]
-    return float(kept.mean()) if len(kept) else None
+def _too_many_sweeps() -> ServerBusyError:
+    return ServerBusyError(f"sweeps: at most {MAX_CONCURRENT_SWEEPS} at once. Send it again later.")
 
 
-def _spread(name: str, found: Interval) -> dict[str, float | None]:
-    """A value and its interval as a Row has them."""
-    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+def _nan_mean(values: np.ndarray) -> float | None:
+    """Return the mean of the values that are not NaN, or None without any."""
+    numbers = values[~np.isnan(values)]
+    return float(numbers.mean()) if len(numbers) else None
 
 
-def _event(name: str, **data) -> str:
+def _interval_columns(name: str, value: Interval) -> dict[str, float | None]:
+    """Return a value and its interval as columns of a Row."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), value, strict=True))
+
+
+def _format_event(name: str, **data) -> str:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"

@@ -1,11 +1,11 @@
-"""Uploads: the rankings and constants that clients have sent, in a folder that outlives the server.
+"""Uploads: rankings and constants that clients have sent, in a folder that outlives the server.
 
-Files go by their content's digest and names by an index beside them, so that no name of a client's becomes a path.
-Only safetensors are read: nothing in them can be run.
+Files are named by their SHA-256, and an index maps clients' names to them, so that no client's name becomes a path.
+Only safetensors are read, because nothing in them can run.
 
-A crash loses no name, and leaves nothing that the next start does not remove: a file is written before the index names
-it, and is removed once no index names it. DELETE alone removes the file first, because a full disk has no room for the
-index; a name without its file is left out until a client deletes or replaces it.
+A crash loses no name, and leaves only files that the next start removes: a file is written before the index refers to
+it, and removed once the index no longer does. Only DELETE removes the file first, because a full disk has no space for
+the index. A name without its file is skipped until a client deletes or replaces it.
 """
 
 import fcntl
@@ -20,198 +20,205 @@ from snpatch.files import check_writable, open_regular, whole_file, write_text
 from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.errors import InternalError, NameConflictError, PayloadTooLargeError
-from snpatch.server.registry import PatchRegistry, check_name, named_ranking, told_of
+from snpatch.server.registry import PatchRegistry, check_served_name, describe, load_ranking
 
-KINDS = {"rankings": named_ranking, "constants": Constant.load}
-MOST = 64  # names of all kinds
-BYTES_A_NEURON, HEADER = 96, 1 << 20  # of a ranking's file: rank, scores, moments and statistics take 72
-INDEX_BYTES = 1 << 20
-INDEX, LOCK = "index.json", ".lock"
-DIGEST = re.compile(r"[0-9a-f]{64}")
-OWN_FILE = re.compile(r"(?P<digest>[0-9a-f]{64})\.safetensors|\.([0-9a-f]{64}\.safetensors|index\.json)\.partial\d+")
+LOADERS = {"rankings": load_ranking, "constants": Constant.load}
+MAX_UPLOADED_NAMES = 64  # rankings and constants together
+BYTES_PER_NEURON, HEADER_BYTES = 96, 1 << 20  # of a ranking's file: rank, scores, moments and statistics take 72 bytes
+MAX_INDEX_BYTES = 1 << 20
+INDEX_FILE, LOCK_FILE = "index.json", ".lock"
+DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
+OWN_FILE_PATTERN = re.compile(
+    r"(?P<digest>[0-9a-f]{64})\.safetensors|\.([0-9a-f]{64}\.safetensors|index\.json)\.partial\d+"
+)
 
-Names = dict[str, dict[str, str]]  # kind -> name -> digest
+Index = dict[str, dict[str, str]]  # kind -> name -> digest
 
 
 class Uploads:
-    """Of one folder, which one server uses at a time. What lies there from before can be named again."""
+    """Uploads in one folder, which one server uses at a time. Names in it from earlier servers are registered again."""
 
-    def __init__(self, folder: str | Path, catalogue: PatchRegistry) -> None:
-        self._folder, self._catalogue = Path(folder).absolute(), catalogue
-        self._index = self._folder / INDEX
-        check_writable(self._index)
-        self._lock = self._locked()
-        self._own = {kind: frozenset(getattr(catalogue, kind)) for kind in KINDS}  # not to be replaced
-        self._names, is_whole = self._read()
-        if is_whole:
+    def __init__(self, folder: str | Path, registry: PatchRegistry) -> None:
+        self._folder, self._registry = Path(folder).absolute(), registry
+        self._index_path = self._folder / INDEX_FILE
+        check_writable(self._index_path)
+        self._lock_file = self._lock_folder()
+        self._reserved = {kind: frozenset(getattr(registry, kind)) for kind in LOADERS}  # names of the server's config
+        self._index, is_complete = self._read_index()
+        if is_complete:
             self._remove_strays()
-        for kind, named in self._names.items():
-            for name, digest in named.items():
-                self._open(kind, name, digest)
+        for kind, digests in self._index.items():
+            for name, digest in digests.items():
+                self._register(kind, name, digest)
 
     @property
-    def limit(self) -> int:
-        """Most bytes of a file."""
-        geometry = self._catalogue.engine.geometry
-        return BYTES_A_NEURON * geometry.n_layers * geometry.n_neurons + HEADER
+    def max_file_bytes(self) -> int:
+        """Maximum size of an uploaded file."""
+        geometry = self._registry.engine.geometry
+        return BYTES_PER_NEURON * geometry.n_layers * geometry.n_neurons + HEADER_BYTES
 
-    def check(self, kind: str, name: str) -> None:
-        """An error for a name that cannot be uploaded to."""
-        check_name(name, f"one of the {kind}")
-        if name in self._own[kind]:
-            raise NameConflictError(f"{kind}: {name} is the server's own", field="name")
-        if name not in self._names[kind] and sum(map(len, self._names.values())) >= MOST:
-            raise PayloadTooLargeError(f"{MOST} rankings and constants are kept: delete some first")
+    def check_name(self, kind: str, name: str) -> None:
+        """Raise for a name that cannot be uploaded to."""
+        check_served_name(name, f"one of the {kind}")
+        if name in self._reserved[kind]:
+            raise NameConflictError(f"{kind}: {name} is set by the server's config. Choose another name.", field="name")
+        if name not in self._index[kind] and sum(map(len, self._index.values())) >= MAX_UPLOADED_NAMES:
+            raise PayloadTooLargeError(
+                f"uploads: expected at most {MAX_UPLOADED_NAMES} rankings and constants, got one more. Delete some "
+                "first."
+            )
 
-    def keep(self, kind: str, name: str, body: bytes) -> dict:
-        """Store a file's content under a name, and return what it is. A refused one leaves nothing."""
-        self.check(kind, name)  # others may have been kept since the name was checked first
-        return self.put(kind, name, *self.store(kind, name, body))
+    def upload(self, kind: str, name: str, body: bytes) -> dict:
+        """Store a file's content under a name and return its description. A refused upload leaves no file."""
+        self.check_name(kind, name)  # again, because other uploads may have finished since the route checked it
+        return self.assign_name(kind, name, *self.store_file(kind, name, body))
 
-    def store(self, kind: str, name: str, body: bytes) -> tuple[str, Ranking | Constant]:
-        """Write a file's content, read and checked: its digest, and what it holds. Nothing names it yet."""
+    def store_file(self, kind: str, name: str, body: bytes) -> tuple[str, Ranking | Constant]:
+        """Check and write a file's content, without a name in the index. Return its digest and the value it holds."""
         digest = hashlib.sha256(body).hexdigest()
         try:
             with whole_file(self._file(digest)) as partial:
                 partial.write_bytes(body)
-                one = self._loaded(kind, name, partial)  # before it has its place
+                value = self._load(kind, name, partial)  # before the file gets its final path
         except SnpatchError as error:
-            self._forget(digest)  # where its place was taken, but is not on the disk for sure
+            self._remove_file(digest)  # if the file got its path but may not be on the disk
             if error.field is None:
-                raise InternalError(f"the upload cannot be kept: {self._without_folder(error)}") from error
+                raise InternalError(f"upload: cannot be stored: {self._without_folder(error)}") from error
             raise
-        told_of(one)  # which hashes it
-        return digest, one
+        describe(value)  # computes and caches the value's fingerprint
+        return digest, value
 
-    def put(self, kind: str, name: str, digest: str, one: Ranking | Constant) -> dict:
-        """Name what was stored, and tell it; what had the name before goes."""
-        before = self._names[kind].get(name)
+    def assign_name(self, kind: str, name: str, digest: str, value: Ranking | Constant) -> dict:
+        """Let a name refer to a stored file and return its description. The file it referred to before is removed."""
+        old_digest = self._index[kind].get(name)
         try:
-            self.check(kind, name)
-            self._write({**self._names, kind: {**self._names[kind], name: digest}})
+            self.check_name(kind, name)
+            self._write_index({**self._index, kind: {**self._index[kind], name: digest}})
         except SnpatchError:
-            self._forget(digest)
+            self._remove_file(digest)
             raise
-        self._catalogue.add(kind, name, one)
-        self._forget(before)
-        return {"name": name, **told_of(one)}
+        self._registry.add(kind, name, value)
+        self._remove_file(old_digest)
+        return {"name": name, **describe(value)}
 
     def delete(self, kind: str, name: str) -> bool:
-        """Whether there was one. What runs goes on with it."""
-        if name in self._own[kind]:
-            raise NameConflictError(f"{kind}: {name} is the server's own", field="name")
-        if name not in self._names[kind]:
+        """Delete a name and return whether it existed. Running requests keep what it named."""
+        if name in self._reserved[kind]:
+            raise NameConflictError(f"{kind}: {name} is set by the server's config; it cannot be deleted", field="name")
+        if name not in self._index[kind]:
             return False
-        if name in getattr(self._catalogue, kind):
-            self._catalogue.remove(kind, name)
-        names = {**self._names, kind: {n: digest for n, digest in self._names[kind].items() if n != name}}
-        self._forget(self._names[kind][name], names)
-        self._write(names)
+        if name in getattr(self._registry, kind):
+            self._registry.remove(kind, name)
+        index = {**self._index, kind: {n: digest for n, digest in self._index[kind].items() if n != name}}
+        self._remove_file(self._index[kind][name], index)
+        self._write_index(index)
         return True
 
-    def _open(self, kind: str, name: str, digest: str) -> None:
-        """Let clients name a file of the index; one that is not as it was stored is left out."""
+    def _register(self, kind: str, name: str, digest: str) -> None:
+        """Register a name of the index; skip it if its file is not as it was stored."""
         path = self._file(digest)
         try:
-            if name in self._own[kind]:
-                raise SnpatchError(f"{name} is also among the server's own")
-            content = _content(path, self.limit)
+            if name in self._reserved[kind]:
+                raise SnpatchError(f"{name} is also set by the server's config")
+            content = _read_content(path, self.max_file_bytes)
             if hashlib.sha256(content).hexdigest() != digest:
-                raise SnpatchError(f"expected the content of this digest, got {len(content)} bytes of another")
-            self._catalogue.add(kind, name, self._loaded(kind, name, path))
+                raise SnpatchError(f"expected content with this SHA-256, got {len(content)} other bytes")
+            self._registry.add(kind, name, self._load(kind, name, path))
         except (SnpatchError, OSError) as error:
-            _warn(f"{path}: {kind}: {name} is left out: {_reason(error)}")
+            _warn(f"{path}: {kind}: {name} is skipped: {_reason(error)}")
 
-    def _loaded(self, kind: str, name: str, path: Path) -> Ranking | Constant:
+    def _load(self, kind: str, name: str, path: Path) -> Ranking | Constant:
         try:
-            one = KINDS[kind](path)
-            self._catalogue.check(kind, name, one)
-        except SnpatchError as error:  # the client knows it by another name
+            value = LOADERS[kind](path)
+            self._registry.check_value(kind, name, value)
+        except SnpatchError as error:  # the client knows the file by its name only
             raise SnpatchError(str(error).replace(str(path), name), field="body") from error
-        except Exception as error:  # a file may hold tensors of any type and shape
-            raise SnpatchError(f"{name}: holds what no {kind[:-1]} does: {first_line(error)}", field="body") from error
-        return one
+        except Exception as error:  # because a file may hold tensors of any type and shape
+            message = f"{name}: expected the tensors of a {kind[:-1]}, got {first_line(error)}"
+            raise SnpatchError(message, field="body") from error
+        return value
 
-    def _forget(self, digest: str | None, names: Names | None = None) -> None:
-        """Remove the file of a digest that no name has. names: of the index, or of the next one."""
-        named = (self._names if names is None else names).values()
-        if digest is not None and not any(digest in one.values() for one in named):
+    def _remove_file(self, digest: str | None, index: Index | None = None) -> None:
+        """Remove the file of a digest that no name refers to. index: default is the current one."""
+        digests_by_kind = (self._index if index is None else index).values()
+        if digest is not None and not any(digest in digests.values() for digests in digests_by_kind):
             try:
                 self._file(digest).unlink(missing_ok=True)
             except OSError as error:
-                raise InternalError(f"the upload cannot be removed: {_reason(error)}") from error
+                raise InternalError(f"upload: cannot be removed: {_reason(error)}") from error
 
     def _file(self, digest: str) -> Path:
         return self._folder / f"{digest}.safetensors"
 
-    def _write(self, names: Names) -> None:
+    def _write_index(self, index: Index) -> None:
         try:
-            write_text(self._index, json.dumps(names, indent=1) + "\n")
+            write_text(self._index_path, json.dumps(index, indent=1) + "\n")
         except SnpatchError as error:
-            message = f"the names of uploads cannot be kept: {self._without_folder(error)}"
+            message = f"uploads: the index cannot be written: {self._without_folder(error)}"
             raise InternalError(message) from error
-        self._names = names
+        self._index = index
 
     def _without_folder(self, error: SnpatchError) -> str:
-        """Return a message for clients, who need not know where the folder is."""
+        """Return a message that does not name the folder, which is not for clients."""
         return str(error).replace(f"{self._folder}/", "")
 
-    def _read(self) -> tuple[Names, bool]:
-        """Return the names of the index, and whether that is all that it holds."""
-        names: Names = {kind: {} for kind in KINDS}
+    def _read_index(self) -> tuple[Index, bool]:
+        """Return the index, and whether every entry of its file was valid."""
+        index: Index = {kind: {} for kind in LOADERS}
         try:
-            table = json.loads(_content(self._index, INDEX_BYTES))
+            table = json.loads(_read_content(self._index_path, MAX_INDEX_BYTES))
             if not isinstance(table, dict):
                 raise SnpatchError(f"a {type(table).__name__}")
         except FileNotFoundError:
-            return names, True
+            return index, True
         except (OSError, ValueError, RecursionError, SnpatchError) as error:
-            _warn(f"{self._index}: expected the names of uploads as JSON, got {_reason(error)}; none is served")
-            return names, False
-        is_whole = True
-        for kind in KINDS:
+            message = f"expected the names of uploads as JSON, got {_reason(error)}. No upload is served."
+            _warn(f"{self._index_path}: {message}")
+            return index, False
+        is_complete = True
+        for kind in LOADERS:
             entries = table.get(kind, {})
             for name, digest in entries.items() if isinstance(entries, dict) else [("", entries)]:
                 try:
-                    check_name(name, f"one of the {kind}")
-                    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-                        raise SnpatchError(f"expected a digest of 64 letters, got {str(digest)[:80]!r}")
-                    names[kind][name] = digest
+                    check_served_name(name, f"one of the {kind}")
+                    if not isinstance(digest, str) or not DIGEST_PATTERN.fullmatch(digest):
+                        raise SnpatchError(f"expected a SHA-256 of 64 digits, got {str(digest)[:80]!r}")
+                    index[kind][name] = digest
                 except SnpatchError as error:
-                    is_whole = False
-                    _warn(f"{self._index}: {kind}: {name[:80]!r} is left out: {error}")
-        return names, is_whole
+                    is_complete = False
+                    _warn(f"{self._index_path}: {kind}: {name[:80]!r} is skipped: {error}")
+        return index, is_complete
 
     def _remove_strays(self) -> None:
-        """Remove what uploads that were interrupted, and a server that was killed, have left."""
-        named = {digest for digests in self._names.values() for digest in digests.values()}
+        """Remove the files of interrupted uploads and of servers that were killed."""
+        digests = {digest for entries in self._index.values() for digest in entries.values()}
         for path in self._folder.iterdir():
-            found = OWN_FILE.fullmatch(path.name)
-            if found and found["digest"] not in named:
+            match = OWN_FILE_PATTERN.fullmatch(path.name)
+            if match and match["digest"] not in digests:
                 try:
                     path.unlink()
                 except OSError as error:
-                    _warn(f"{path}: no upload has this name, and it cannot be removed: {_reason(error)}")
+                    _warn(f"{path}: no upload refers to this file, and it cannot be removed: {_reason(error)}")
 
-    def _locked(self):
-        """Return the file that keeps other servers off the folder: they would remove what this one stores."""
-        path = self._folder / LOCK
+    def _lock_folder(self):
+        """Return the locked file that keeps other servers out, because they would remove this server's files."""
+        path = self._folder / LOCK_FILE
         try:
             file = path.open("a")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            message = f"{self._folder}: expected a folder of uploads of this server alone, got one that another uses"
+            message = f"{self._folder}: expected an upload folder of this server alone, got one of another server"
             raise SnpatchError(f"{message}. Stop the other server, or choose another folder.") from error
         except OSError as error:
             raise SnpatchError(f"{path}: cannot be locked: {_reason(error)}") from error
         return file
 
 
-def _content(path: Path, limit: int) -> bytes:
+def _read_content(path: Path, max_bytes: int) -> bytes:
     with open(path, "rb", opener=open_regular) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise SnpatchError(f"expected at most {limit} bytes, got more")
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise SnpatchError(f"expected at most {max_bytes} bytes, got more")
     return content
 
 

@@ -106,13 +106,13 @@ def main() -> None:
     from snpatch import cli
     from snpatch.server import routes as server_routes
 
-    def router(serving):
-        routes, executor = plain_router(serving), serving.engine.executor
+    def build_router(state):
+        routes, executor = plain_router(state), state.engine.executor
 
         @routes.get(HELD)
         async def held() -> dict:
             found = await executor.engine.collective_rpc(kept)
-            here = {**executor.slots.num_in_use, "waiting": executor.num_waiting, "sweeps": len(serving.sweeps)}
+            here = {**executor.slots.num_in_use, "waiting": executor.num_waiting, "sweeps": len(state.sweeps)}
             return here | {name: sum(one[name] for one in found) for name in found[0]}
 
         @routes.post(MISCOUNT)
@@ -125,7 +125,7 @@ def main() -> None:
 
         return routes
 
-    plain_router, server_routes.router = server_routes.router, router
+    plain_router, server_routes.build_router = server_routes.build_router, build_router
     cli.program()
 
 

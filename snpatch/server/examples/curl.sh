@@ -1,5 +1,5 @@
 #!/bin/sh
-# What a server holds, a patch by name (here the first one), the same streamed, a patch by request: sh curl.sh [URL]
+# Show what a server holds; use a patch by name (its first one), streamed too, and a patch in the request: sh curl.sh [URL]
 URL=${1:-http://127.0.0.1:8000}
 ask() { curl -sS -N "$URL/v1/chat/completions" -H 'Content-Type: application/json' -d "$1"; echo; }
 

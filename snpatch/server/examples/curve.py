@@ -1,9 +1,9 @@
-"""A curve from a running server: mean score against k, as it grows.
+"""Plot a curve from a running server: mean score against k, printed point by point.
 
     python curve.py prompts.jsonl --recipient sft --donor dpo --ranking safety -k 0,200,1000 -o curve
-    snpatch report curve        # the same as one HTML page
+    snpatch report curve        # the same data as an HTML page
 
-prompts.jsonl has `prompt` (a text, sent as a user's message) or `messages` on each line.
+Each line of prompts.jsonl has `prompt` (a string, sent as a user message) or `messages`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 matplotlib.use("Agg")
 
 
-def options() -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
@@ -26,29 +26,29 @@ def options() -> argparse.Namespace:
     for name in ("recipient", "donor", "ranking"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("-k", "--windows", default="0,100,200,500,1000")
-    parser.add_argument("--judge", default="refusal", help="GET /v1/snpatch lists the server's")
+    parser.add_argument("--judge", default="refusal", help="name of a judge; GET /v1/snpatch lists the server's")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("-o", "--out", type=Path, default=Path("curve"))
     return parser.parse_args()
 
 
-def chats(path: Path) -> list[list[dict]]:
+def read_chats(path: Path) -> list[list[dict]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [row.get("messages") or [{"role": "user", "content": row["prompt"]}] for row in rows]
 
 
-def events(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
-    """Server-sent events: (name, data)."""
+def parse_events(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
+    """Yield server-sent events as (name, data)."""
     name = ""
     for line in lines:
-        kind, _, text = line.partition(": ")
-        if kind == "event":
-            name = text
-        elif kind == "data":
-            yield name, json.loads(text)
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)
 
 
-def draw(rows: list[dict], floor: dict, path: Path) -> None:
+def plot(rows: list[dict], floor: dict, path: Path) -> None:
     unpatched = [row for row in rows if row["ranking"] is None]
     patched = sorted((row for row in rows if row["ranking"] and "floor" not in row), key=lambda row: row["hi"])
     figure, axes = plt.subplots(layout="constrained")
@@ -58,35 +58,35 @@ def draw(rows: list[dict], floor: dict, path: Path) -> None:
     for row in unpatched:
         axes.axhline(row["mean"], linestyle="--", linewidth=1, color="grey")
         axes.annotate(row["recipient"], (0, row["mean"]))
-    told = ", ".join(f"{name}: {one.get('changed', 0):.0%} of the texts differ" for name, one in floor.items())
-    axes.set(xlabel="k, patched neurons", ylabel=f"mean {rows[0]['judge']}", title=f"noise floor: {told}")
+    noise = ", ".join(f"{name}: {point.get('changed', 0):.0%} of completions differ" for name, point in floor.items())
+    axes.set(xlabel="k, patched neurons", ylabel=f"mean {rows[0]['judge']}", title=f"noise floor: {noise}")
     figure.savefig(path)
 
 
 def main() -> None:
-    asked = options()
-    body = {name: getattr(asked, name) for name in ("recipient", "donor", "ranking", "judge", "max_tokens")}
-    body |= {"windows": [int(k) for k in asked.windows.split(",")], "prompts": chats(asked.prompts)}
-    rows, floor, key = [], {}, {"authorization": f"Bearer {asked.api_key}"}
-    with httpx.stream("POST", f"{asked.url}/v1/snpatch/sweep", json=body, headers=key, timeout=None) as answer:
+    options = parse_options()
+    body = {name: getattr(options, name) for name in ("recipient", "donor", "ranking", "judge", "max_tokens")}
+    body |= {"windows": [int(k) for k in options.windows.split(",")], "prompts": read_chats(options.prompts)}
+    rows, floor, headers = [], {}, {"authorization": f"Bearer {options.api_key}"}
+    with httpx.stream("POST", f"{options.url}/v1/snpatch/sweep", json=body, headers=headers, timeout=None) as answer:
         if answer.status_code != 200:
             raise SystemExit(answer.read().decode())
-        for name, data in events(answer.iter_lines()):
+        for name, data in parse_events(answer.iter_lines()):
             if name == "row":
                 rows.append(data)
-                what = "unpatched" if data["ranking"] is None else f"{data['donor']} [{data['lo']}, {data['hi']})"
-                print(f"{data['recipient']}, {what}: {data['mean']:.3f}, {data['changed']:.0%} changed", flush=True)
+                point = "unpatched" if data["ranking"] is None else f"{data['donor']} [{data['lo']}, {data['hi']})"
+                print(f"{data['recipient']}, {point}: {data['mean']:.3f}, {data['changed']:.0%} changed", flush=True)
             elif name == "error":
                 raise SystemExit(data["message"])
             elif name == "summary":
                 floor = data["floor"]
                 print(data)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    draw(rows, floor, asked.out / "sweep.png")
-    kept = [row for row in rows if "floor" not in row]
-    table = {"provenance": {**body, "prompts": len(body["prompts"])}, "headline": [], "rows": kept}
-    (asked.out / "sweep.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
-    print(f"wrote {asked.out / 'sweep.png'} and {asked.out / 'sweep.json'}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    plot(rows, floor, options.out / "sweep.png")
+    curve = [row for row in rows if "floor" not in row]
+    table = {"provenance": {**body, "prompts": len(body["prompts"])}, "headline": [], "rows": curve}
+    (options.out / "sweep.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+    print(f"wrote {options.out / 'sweep.png'} and {options.out / 'sweep.json'}")
 
 
 if __name__ == "__main__":
