@@ -51,7 +51,7 @@ def made(tmp_path):
 def server(made, tmp_path):
     server = Server(tmp_path, *options_of(made, tmp_path), *SIZES, wait_s=600)
     yield server
-    assert server.end() == 0, server.said()
+    assert server.end() == 0, server.read_log()
 
 
 def test_attack(benchmark, made, server):
@@ -67,7 +67,7 @@ def test_attack(benchmark, made, server):
     wait_for(lambda: not any(server.held().values()), 60)
     assert_exact(server, known)
     assert not watch.found["faults"], watch.found["faults"]
-    assert all(process.is_running() for process in watch.processes.values()), server.said()
+    assert all(process.is_running() for process in watch.processes.values()), server.read_log()
     watch.sample(REQUESTS)
     benchmark.extra_info.update(
         side="attack", requests=REQUESTS, clients=attackers.CLIENTS, slow_sockets=attackers.SLOW_SOCKETS,

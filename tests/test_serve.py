@@ -1,5 +1,4 @@
-"""`snpatch serve` with real clients: what is patched is what the oracle and the offline engine write, and nothing
-else is; bad input is a 4xx; nothing is left of whoever leaves."""
+"""`snpatch serve` with real clients: completions match the oracle and the offline engine, and carry receipts."""
 
 import asyncio
 import json
@@ -14,10 +13,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.engine
 
-# ---- texts -----------------------------------------------------------------------------------------------------------
+# ---- completions -----------------------------------------------------------------------------------------------------
 
 
-def test_every_patch_over_http_gives_the_oracles_text(world, client):
+def test_patch_over_http_matches_oracle(world, client):
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda job: complete(client, job), SERVED))
     for job, answer in zip(SERVED, answers, strict=True):
@@ -27,7 +26,7 @@ def test_every_patch_over_http_gives_the_oracles_text(world, client):
         assert answer.snpatch["verified"] is True
 
 
-def test_64_clients_with_16_patches_get_the_offline_engines_tokens(world, server):
+def test_concurrent_clients_get_offline_engine_tokens(world, server):
     async def everything():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             return await asyncio.gather(*(complete(client, job) for job in MANY))
@@ -39,7 +38,7 @@ def test_64_clients_with_16_patches_get_the_offline_engines_tokens(world, server
     assert len({tuple(one.token_ids) for one in world.many}) > 30
 
 
-def test_a_patch_by_name_by_request_and_by_xargs_is_one(world, client):
+def test_patch_by_name_field_and_xargs_gives_equal_answers(world, client):
     want = world.chat
     positions = len(want.prompt_ids) + 9
     job = {"recipient": "sft", "donor": "dpo", "ranking": "first", "window": ALL}
@@ -57,7 +56,7 @@ def test_a_patch_by_name_by_request_and_by_xargs_is_one(world, client):
     assert named.choices[0].message.content == by_request.choices[0].message.content
 
 
-def test_models_are_listed_and_speak_unpatched(world, server, client):
+def test_models_are_listed_and_generate_unpatched(world, server, client):
     listed = {one.id: one for one in client.models.list()}
     assert {"base", "sft", "dpo", "safe", "kept"} <= listed.keys()
     for path in ("/v1/models", "/metrics"):  # the model's folder is not for clients
@@ -71,7 +70,7 @@ def test_models_are_listed_and_speak_unpatched(world, server, client):
         assert answer.snpatch == {"patch": name, "overwrites": 0, "positions": 0, "verified": True}
 
 
-def test_n_texts_have_their_seeds_and_receipts(world, client):
+def test_n_completions_have_own_seeds_and_receipts(world, client):
     job = JOBS[2]
     for stream in (False, True):
         answer = complete(client, job, temperature=1.0, seed=5, n=3, stream=stream)
@@ -88,7 +87,7 @@ def test_n_texts_have_their_seeds_and_receipts(world, client):
         assert receipt["overwrites"] == sum(one.overwrites for one in world.seeded)
 
 
-def test_a_list_of_prompts_has_a_receipt_of_each(world, client):
+def test_list_of_prompts_has_receipt_per_prompt(world, client):
     arguments = {"model": "safe", "prompt": [IDS[0], IDS[1]], "max_tokens": 5, "temperature": 0}
     answer = client.completions.create(**arguments)
     alone = [client.completions.create(**{**arguments, "prompt": ids}) for ids in IDS[:2]]
@@ -98,7 +97,7 @@ def test_a_list_of_prompts_has_a_receipt_of_each(world, client):
     ]
 
 
-def test_streams_carry_the_receipt_in_their_last_chunk(client):
+def test_stream_has_receipt_in_last_chunk(client):
     arguments = {"model": "safe", "messages": CHAT, "max_tokens": 10, "temperature": 0}
     want = client.chat.completions.create(**arguments)
     for usage in (None, {"include_usage": True}):
@@ -115,7 +114,7 @@ def test_streams_carry_the_receipt_in_their_last_chunk(client):
     assert last.snpatch == client.completions.create(**prompts).snpatch
 
 
-def test_responses_and_messages_are_patched_and_carry_the_receipt(server, client):
+def test_responses_and_messages_are_patched_and_have_receipt(server, client):
     arguments = {"model": "safe", "input": WORDS, "max_output_tokens": 6, "temperature": 0}
     answer = client.responses.create(**arguments)
     assert answer.snpatch["overwrites"] > 0
@@ -132,11 +131,11 @@ def test_responses_and_messages_are_patched_and_carry_the_receipt(server, client
     assert answer.snpatch == chat.snpatch
     inline = anthropic.messages.create(**{**arguments, "model": "base"}, extra_body={"temperature": 0, "snpatch": SAFE})
     assert inline.content[0].text == answer.content[0].text
-    told_by = [one.snpatch for one in anthropic.messages.create(**greedy, stream=True) if hasattr(one, "snpatch")]
-    assert told_by == [answer.snpatch]
+    receipts = [one.snpatch for one in anthropic.messages.create(**greedy, stream=True) if hasattr(one, "snpatch")]
+    assert receipts == [answer.snpatch]
 
 
-def test_what_vllm_does_beside_goes_on_patched(client):
+def test_vllm_features_work_with_patch(client):
     arguments = {"model": "safe", "messages": CHAT, "max_tokens": 6, "temperature": 0}
     plain = client.chat.completions.create(**arguments)
     scored = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=3)
@@ -163,13 +162,13 @@ def test_what_vllm_does_beside_goes_on_patched(client):
 
 @pytest.fixture
 def miscounting(server):
-    """A server whose workers say that they did less than they did."""
+    """A server whose workers report fewer overwrites than they did."""
     server.post(MISCOUNT, {})
     yield server
     server.post(MISCOUNT, {})
 
 
-def test_a_receipt_that_fails_is_a_500_or_an_error_chunk_without_a_finish_reason(miscounting, client):
+def test_failed_receipt_is_500_or_error_chunk_without_finish_reason(miscounting, client):
     before = _metric(miscounting, "snpatch_receipts_failed_total")
     chat = {"model": "safe", "messages": CHAT, "max_tokens": 4, "temperature": 0}
     texts = {"model": "safe", "prompt": IDS[0], "max_tokens": 4, "temperature": 0}
@@ -189,7 +188,7 @@ def test_a_receipt_that_fails_is_a_500_or_an_error_chunk_without_a_finish_reason
                 chunks.append(chunk)
         except openai.APIError as error:
             reason = str(error)
-        # Of Responses the client gives errors as events.
+        # For Responses the client returns errors as events.
         assert "a patch was not applied in full" in (reason or chunks[-1].message)
         assert not any(choice.finish_reason for one in chunks for choice in getattr(one, "choices", ()))
         assert not any(getattr(one, "type", "") == "response.completed" or hasattr(one, "snpatch") for one in chunks)
@@ -201,14 +200,14 @@ def test_a_receipt_that_fails_is_a_500_or_an_error_chunk_without_a_finish_reason
     assert "message_stop" not in streamed
     assert "stop_reason" not in streamed.split("event: message_start")[1].partition("event: ")[2]
     plain = client.chat.completions.create(**{**chat, "model": "sft"})
-    assert plain.snpatch["verified"], "which nothing patches"
+    assert plain.snpatch["verified"], "no patch, so no receipt can fail"
     assert _metric(miscounting, "snpatch_receipts_failed_total") >= before + 10
 
 
 # ---- guard -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_guard_refuses_what_it_refuses_offline(world, server, client):
+def test_guard_refuses_same_prompts_as_offline(world, server, client):
     guard, refused = world.guard, 0
     before = _metric(server, "snpatch_refused_prompts_total")
     for ids, harm in zip(IDS, world.harm, strict=True):

@@ -1,4 +1,4 @@
-"""Other people's clients of `snpatch serve`, as the README tells them: the examples, lm-eval, the report."""
+"""Third-party clients of `snpatch serve`, as in the README: the examples, lm-eval, the report."""
 
 import json
 import subprocess
@@ -21,14 +21,14 @@ EXAMPLES = Path(snpatch.server.__file__).parent / "examples"
 
 @pytest.fixture(scope="module")
 def named(world, server):
-    """The server under the names that the examples use: they ask for a ranking `safety`."""
+    """The server with the ranking `safety`, which the examples use."""
     body = (world.folder / "first.safetensors").read_bytes()
     assert httpx.put(f"{server.url}/v1/snpatch/rankings/safety", content=body).status_code == 201
     yield server
     httpx.delete(f"{server.url}/v1/snpatch/rankings/safety")
 
 
-def test_the_five_lines(named):
+def test_five_lines_example_prints_verified_answer(named):
     done = subprocess.run([sys.executable, EXAMPLES / "five_lines.py", named.url], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "'verified': True" in done.stdout
@@ -36,7 +36,7 @@ def test_the_five_lines(named):
     assert len(lines) == 5
 
 
-def test_curl(named):
+def test_curl_example_prints_named_streamed_and_inline_answers(named):
     done = subprocess.run(["sh", EXAMPLES / "curl.sh", named.url], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     held, whole, *chunks, inline = [line for line in done.stdout.splitlines() if line]
@@ -47,7 +47,7 @@ def test_curl(named):
     assert json.loads(inline)["snpatch"]["overwrites"] > 0
 
 
-def test_a_curve_and_its_report(named, tmp_path, capsys):
+def test_curve_example_writes_plot_and_report(named, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in tiny.PROMPTS[:4]))
     words = [
@@ -74,7 +74,7 @@ def test_a_curve_and_its_report(named, tmp_path, capsys):
     assert "judge: expected one of refusal" in refused.stderr
 
 
-def test_lm_eval_writes_through_the_server(named, client, tmp_path):
+def test_lm_eval_gets_completions_from_server(named, client, tmp_path):
     """`--model local-chat-completions` with a patch's name: its answers are the server's own to the same chats."""
     rows = [{"text": prompt, "target": "nothing"} for prompt in tiny.PROMPTS[:4]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

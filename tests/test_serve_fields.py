@@ -1,4 +1,4 @@
-"""Fields of a request that nobody reads are refused; those of vLLM and of clients' libraries are not."""
+"""Request fields that nothing reads are refused; those of vLLM and of client libraries are accepted."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def check(kind, body):
         ({"x" * 10**6: 1}, "x" * 100, "Leave it out"),
     ],
 )
-def test_field_that_nobody_reads_is_refused_with_its_hint(kind, body, field, hint):
+def test_unknown_field_is_refused_with_hint(kind, body, field, hint):
     with pytest.raises(SnpatchError, match=r"^request: expected ") as error:
         check(kind, body)
     assert error.value.field == field
@@ -67,12 +67,12 @@ def test_field_that_nobody_reads_is_refused_with_its_hint(kind, body, field, hin
          "context_management mcp_servers stream"),
     ],
 )  # fmt: skip
-def test_fields_of_vllm_and_of_clients_libraries_are_known(kind, names):
+def test_fields_of_vllm_and_client_libraries_are_accepted(kind, names):
     check(kind, {name: None for name in names.split()} | {"snpatch": PATCH})
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_field_of_vllms_model_is_known(kind):
+def test_every_field_of_vllm_model_is_accepted(kind):
     check(kind, {field.alias or name: None for name, field in MODELS[kind].model_fields.items()})
 
 
@@ -83,10 +83,10 @@ def test_every_field_of_vllms_model_is_known(kind):
         {"tools": [{"function": {"parameters": {"snpatch": {}}}}]},
         {"metadata": {"dispatch": "x", "snapshot": "y"}},
         {"vllm_xargs": {"snpatch": "{}"}},
-        {"snpatch": {"snpatch": 1}},  # which the patch's own schema refuses
+        {"snpatch": {"snpatch": 1}},  # refused by the patch's own schema
     ],
 )
-def test_what_a_client_writes_freely_is_not_looked_at(body):
+def test_free_fields_are_not_checked(body):
     check("openai_serving_chat", body)
 
 
@@ -104,15 +104,15 @@ def test_what_a_client_writes_freely_is_not_looked_at(body):
         ("openai_serving_chat", {"messages": [{"role": "user", "content": "a\ud83d"}]}),
     ],
 )
-def test_value_of_another_type_is_refused(kind, given):
-    """vLLM would make "5", 3.0 and true numbers, and of true a token."""
+def test_value_of_wrong_type_is_refused(kind, given):
+    """vLLM would convert "5", 3.0 and true to numbers, and true to a token id."""
     (field,) = given
     with pytest.raises(SnpatchError, match=f"^request: {field}: expected .*, got ") as error:
         check(kind, given)
     assert error.value.field == field
 
 
-def test_values_of_the_right_type_pass():
+def test_values_of_right_type_are_accepted():
     for prompt in ("a", ["a", "b"], [1, 2], [[1], [2]]):
         check("openai_serving_completion", {"prompt": prompt, "max_tokens": 3, "temperature": 1, "stop": None})
     check("openai_serving_chat", {"max_tokens": None, "temperature": 0.5, "stop": ["a"], "seed": 3, "logprobs": True})

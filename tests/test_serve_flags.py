@@ -1,4 +1,4 @@
-"""vLLM's own flags of a server: read by its parser, kept as plain data, and given back as they were."""
+"""vLLM's flags: parsed by its parser, stored as plain data, and passed on unchanged. The config and the registry."""
 
 import json
 import shutil
@@ -24,16 +24,16 @@ from snpatch.server.launcher import set_chat_template
 from snpatch.server.registry import PatchRegistry
 from snpatch.server.state import InflightRequests, ServerState
 
-WORDS = """--port 8123 --host 0.0.0.0 --api-key one --api-key two --allowed-origins ["https://x","https://y"]
+SERVER_FLAGS = """--port 8123 --host 0.0.0.0 --api-key one --api-key two --allowed-origins ["https://x","https://y"]
 --middleware a.b --middleware c.d --enable-auto-tool-choice --tool-call-parser hermes --no-enable-log-deltas
 --default-chat-template-kwargs {"a":1} --uvicorn-log-level warning --disable-uvicorn-access-log
 --root-path /here --enable-prompt-tokens-details""".split()
-ENGINE = """--max-model-len 1k -tp 2 --no-enforce-eager --structured-outputs-config {"backend":"xgrammar"}
+ENGINE_FLAGS = """--max-model-len 1k -tp 2 --no-enforce-eager --structured-outputs-config {"backend":"xgrammar"}
 --compilation-config {"mode":0} --served-model-name mine --max-num-seqs 8""".split()
 
 
-def test_flags_are_told_apart_and_plain():
-    found = vllm_args.parse_argv([*WORDS, *ENGINE])
+def test_parse_argv_splits_engine_and_server_flags_into_plain_data():
+    found = vllm_args.parse_argv([*SERVER_FLAGS, *ENGINE_FLAGS])
     assert found.engine == {
         "max_model_len": 1000,
         "tensor_parallel_size": 2,
@@ -47,24 +47,24 @@ def test_flags_are_told_apart_and_plain():
     assert json.loads(json.dumps([found.engine, found.server])) == [found.engine, found.server]
 
 
-def test_what_was_read_is_what_vllm_would_have_read():
-    """Every flag of the server, through plain data and back, has the value that vLLM's own parser gives it."""
-    found = vllm_args.parse_argv([*WORDS, *ENGINE])
+def test_server_flags_round_trip_to_vllm_values():
+    """Each flag has the value that vLLM's parser gives it, after a round trip through plain data."""
+    found = vllm_args.parse_argv([*SERVER_FLAGS, *ENGINE_FLAGS])
     again = vars(vllm_args.parse_config("m", found.server, {}))
-    want = vars(vllm_args._parse(vllm_args._build_parser(), ["m", *WORDS]))
+    want = vars(vllm_args._parse(vllm_args._build_parser(), ["m", *SERVER_FLAGS]))
     assert again["middleware"] == ["a.b", "c.d", vllm_args.MIDDLEWARE]
     assert again["model"] == "m"
     changed = {name for name in want if again[name] != want[name] and name not in ("middleware", "model")}
     assert changed == set(), {name: (again[name], want[name]) for name in changed}
 
 
-def test_vllms_own_file_of_flags_is_read(tmp_path):
+def test_vllm_config_file_is_read(tmp_path):
     (tmp_path / "flags.yaml").write_text("port: 8123\nmax-num-seqs: 3\n")
     found = vllm_args.parse_argv(["--config", str(tmp_path / "flags.yaml")])
     assert (found.engine, found.server) == ({"max_num_seqs": 3}, {"port": 8123})
 
 
-def test_it_listens_to_this_machine_alone_unless_told_otherwise():
+def test_host_defaults_to_loopback():
     assert vllm_args.parse_config("m", {}, {}).host == "127.0.0.1"
     assert vllm_args.parse_config("m", {"host": "0.0.0.0"}, {}).host == "0.0.0.0"
     assert vllm_args.parse_config("m", {"uds": "/s"}, {}).host is None
@@ -78,19 +78,19 @@ def test_it_listens_to_this_machine_alone_unless_told_otherwise():
         (["--port", "x"], "--port: invalid"),
     ],
 )
-def test_words_that_are_no_flags_are_errors(words, message):
+def test_invalid_flags_are_errors(words, message):
     with pytest.raises(SnpatchError, match=message):
         vllm_args.parse_argv(words)
 
 
 @pytest.mark.parametrize("name", vllm_args.REJECTED_FLAGS)
-def test_what_cannot_be_right_is_refused_wherever_it_is_said(name):
+def test_rejected_flag_is_refused_as_server_or_engine_flag(name):
     for server, engine in (({name: True}, {}), ({}, {name: True})):
         with pytest.raises(SnpatchError, match=f"--{name.replace('_', '-')} cannot be combined with patches"):
             vllm_args.parse_config("m", server, engine)
 
 
-def test_a_config_is_a_file_and_back(tmp_path):
+def test_config_round_trips_through_table(tmp_path):
     table = {
         "model": "m", "adapters": {"sft": ["sft"]}, "capacity": {"max_rankings": 4}, "vllm": {"max_num_seqs": 8},
         "rankings": {"safety": "r.safetensors"}, "patches": {"safe": SAFE}, "vllm_server": {"port": 1},
@@ -115,7 +115,7 @@ def test_a_config_is_a_file_and_back(tmp_path):
 
 @pytest.fixture
 def registry(zoo, tmp_path):
-    """registry(base_names, **fields of ServeConfig): of an engine that is not started."""
+    """Return a function (base_names, **fields of ServeConfig) that builds a registry without starting the engine."""
     made = zoo("llama")
     RANKINGS[0].save(tmp_path / "first.safetensors")
     config = EngineConfig.of(made.folder, {n: list(made.adapters[n]) for n in ("sft", "dpo")}, template="tulu")
@@ -128,12 +128,12 @@ def registry(zoo, tmp_path):
     return get
 
 
-def test_a_model_named_as_the_server_names_its_own_is_refused(registry):
+def test_model_with_base_model_name_is_refused(registry):
     with pytest.raises(SnpatchError, match="model sft: vLLM's server uses this name"):
         registry(("sft",))
 
 
-def test_a_name_stands_for_its_patch_and_an_object_for_its_own(registry):
+def test_registry_resolves_names_and_inline_patches(registry):
     held = registry(("m",), patches={"safe": SAFE})
     assert held.model_names == ("sft", "dpo", "safe")
     assert held.lookup("nobody") is None
@@ -150,15 +150,15 @@ def test_a_name_stands_for_its_patch_and_an_object_for_its_own(registry):
     assert held.lookup("safe").receipts is not held.lookup("safe").receipts
     inline = held.parse({**SAFE, "where": "all", "strength": 1.0})
     assert inline.label == SAFE
-    assert inline.patch is held.lookup("safe").patch, "kept as it was read"
+    assert inline.patch is held.lookup("safe").patch, "cached"
     held.remove("rankings", "first")
     with pytest.raises(SnpatchError, match="no ranking named 'first'"):
         held.parse(SAFE)
     assert held.lookup("safe").patch is inline.patch
 
 
-def test_chats_for_another_template_than_the_servers_are_refused(pairs, tmp_path):
-    """The second set of weights has a template of its own."""
+def test_chat_for_model_with_other_template_is_refused(pairs, tmp_path):
+    """The secondary weights have their own template."""
     made = pairs("llama")
     folder = made.models["dpo"][0] if not isinstance(made.models["dpo"], dict) else made.models["dpo"]["checkpoint"]
     other = tmp_path / "other"
@@ -188,8 +188,8 @@ def test_chats_for_another_template_than_the_servers_are_refused(pairs, tmp_path
 
 
 @pytest.mark.parametrize("given", [None, {"enable_thinking": True, "more": 1}])
-def test_the_server_renders_chats_as_the_engine_reads_them(zoo, tmp_path, given):
-    """A template and a tokenizer beside an adapter, and variables; a flag's variables go before the engine's."""
+def test_server_uses_engine_chat_template_and_variables(zoo, tmp_path, given):
+    """A template and a tokenizer next to an adapter, and variables; a flag's variables override the engine's."""
     made, adapter = zoo("llama"), tmp_path / "sft"
     shutil.copytree(made.adapters["sft"][0], adapter)
     source = "{{ messages[-1]['content'] }}{% if enable_thinking %} bama{% endif %}"

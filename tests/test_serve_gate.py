@@ -1,6 +1,6 @@
-"""What one request may cost `snpatch serve`: keys, bodies, counts, and the event loop beside the largest request.
+"""Limits of one request to `snpatch serve`: keys, bodies, counts, and the event loop during the largest request.
 
-vLLM's own app with snpatch's gate, in this process, over an engine that is not started.
+vLLM's own app with snpatch's middleware runs in this process, with an engine that is not started.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from snpatch.server.state import InflightRequests, ServerState
 from snpatch.server.sweep_endpoint import Sweep
 
 LAYERS, NEURONS, CONTEXT, SEATS = 32, 11008, 4096, 256  # of Llama-2-7B, and vLLM's max_num_seqs
-HEALTH_S = 0.2  # most CPU time of the event loop between two answers to /health
+HEALTH_S = 0.2  # maximum CPU time of the event loop between two answers to /health
 CHATS, COMPLETIONS, RESPONSES, SWEEP = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -48,7 +48,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture(scope="module")
 def engine(zoo):
-    """The tiny model's engine, not started, that says it has Llama-2-7B's shapes."""
+    """The tiny model's engine, not started, with the shapes of Llama-2-7B."""
     made = zoo("llama")
     adapters = {name: list(made.adapters[name]) for name in ("sft", "dpo")}
     one = AsyncEngine.from_config(EngineConfig.of(made.folder, adapters, template="tulu", max_clauses=8))
@@ -92,12 +92,12 @@ def serve(gated, engine, ranking, monkeypatch):
 
 
 async def no_events(self):
-    """In the place of a sweep's events: its texts need an engine."""
+    """Replace a sweep's events, because its completions need an engine."""
     yield "event: start\n\n"
 
 
 class Handler:
-    """In the place of one of vLLM's: answers every request that reaches it with an empty stream."""
+    """Replaces one of vLLM's handlers: answers each request with an empty stream."""
 
     def __init__(self, method: str) -> None:
         setattr(self, method, self._answer)
@@ -131,7 +131,7 @@ def app_of(args, state: ServerState):
 
 
 def send(app, *requests: tuple) -> list[httpx.Response]:
-    """The answers to (method, path, arguments of httpx), one after the other."""
+    """Return the answers to (method, path, arguments of httpx), sent one after the other."""
 
     async def everything():
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -152,7 +152,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "FOO")
 SPELLINGS = ("{}", "{}/", "/{}", "/.{}", "{}%00", "{}?x=/health")
 
 
-def test_without_the_key_only_health_and_ping_are_open(serve):
+def test_without_key_only_health_and_ping_are_open(serve):
     app, _ = serve(("secret",))
     paths = {route.path for route in app.routes} - {"/health", "/ping"}
     asked = [(m, s.format(path), {}) for m in METHODS for path in sorted(paths) for s in SPELLINGS]
@@ -177,7 +177,7 @@ def test_without_the_key_only_health_and_ping_are_open(serve):
         ("Bearer ", False),
     ],
 )
-def test_any_of_several_keys_opens_every_route(serve, authorization, is_right):
+def test_each_key_opens_every_route(serve, authorization, is_right):
     app, _ = serve(("secret", "other"))
     headers = {"headers": {"authorization": authorization}}
     found = send(app, *(("GET", path, headers) for path in ("/version", "/docs", "/openapi.json", "/v1/snpatch")))
@@ -187,13 +187,13 @@ def test_any_of_several_keys_opens_every_route(serve, authorization, is_right):
     assert {answer.status_code for answer in found} == ({200} if is_right else {401})
 
 
-def test_a_route_that_is_opened_needs_no_key_and_no_other_is(serve):
+def test_only_opened_route_needs_no_key(serve):
     app, _ = serve(("secret",), open_route=("/version",))
     asked = (("GET", "/version", {}), ("GET", "/openapi.json", {}), ("GET", "/version/", {}))
     assert [answer.status_code for answer in send(app, *asked)] == [200, 401, 401]
 
 
-def test_index_lists_routes_that_are_served(serve):
+def test_index_lists_only_served_routes(serve):
     app, _ = serve()
     (answer,) = send(app, ("GET", "/", {}))
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
@@ -203,7 +203,7 @@ def test_index_lists_routes_that_are_served(serve):
     assert templates <= served
 
 
-def test_a_browsers_preflight_needs_no_key(serve):
+def test_preflight_needs_no_key(serve):
     app, _ = serve(("secret",))
     headers = {"origin": "http://x", "access-control-request-method": "POST"}
     (answer,) = send(app, ("OPTIONS", CHATS, {"headers": headers}))
@@ -211,7 +211,7 @@ def test_a_browsers_preflight_needs_no_key(serve):
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/snpatch", "/health", "metrics", "/nothing"])
-def test_only_routes_outside_v1_can_be_opened(path):
+def test_open_route_below_v1_is_refused(path):
     with pytest.raises(SnpatchError, match="open_route: expected one of /version"):
         ServeConfig.from_table({"model": "m", "open_route": [path]})
 
@@ -221,7 +221,7 @@ def test_only_routes_outside_v1_can_be_opened(path):
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
 @pytest.mark.parametrize("path", [CHATS, COMPLETIONS, RESPONSES, "/v1/messages", "/tokenize", "/invocations", SWEEP])
-def test_a_body_that_a_web_page_could_send_is_a_415(serve, path, content_type):
+def test_body_without_json_content_type_is_415(serve, path, content_type):
     headers = {"content-type": content_type} if content_type else {}
     (answer,) = send(serve()[0], ("POST", path, {"content": b"{}", "headers": headers}))
     assert answer.status_code == 415
@@ -240,7 +240,7 @@ def in_pieces(n: int, size: int):
     "path", [CHATS, "/tokenize", "/detokenize", "/v1/messages/count_tokens", "/invocations", SWEEP]
 )
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_body_past_the_limit_of_bytes_is_a_413(serve, path, is_chunked):
+def test_body_over_byte_limit_is_413(serve, path, is_chunked):
     app, _ = serve(max_body_bytes=1000)
     content = in_pieces(11, 100) if is_chunked else b"x" * 1001
     (answer,) = send(app, ("POST", path, {"content": content, "headers": JSON}))
@@ -248,7 +248,7 @@ def test_a_body_past_the_limit_of_bytes_is_a_413(serve, path, is_chunked):
     assert "at most 1000 bytes (--max-body-bytes)" in answer.json()["error"]["message"]
 
 
-def test_a_length_past_the_limit_is_refused_before_the_body_is_read(serve):
+def test_content_length_over_limit_is_refused_before_reading(serve):
     app, _ = serve(max_body_bytes=1000)
 
     async def unread():
@@ -259,7 +259,7 @@ def test_a_length_past_the_limit_is_refused_before_the_body_is_read(serve):
     assert send(app, ("POST", CHATS, {"content": unread(), "headers": headers}))[0].status_code == 413
 
 
-def test_a_body_that_does_not_arrive_in_time_is_a_408_and_its_place_is_free(serve):
+def test_late_body_is_408_and_frees_quota(serve):
     app, state = serve(body_timeout_s=0.05)
 
     async def slow():
@@ -287,7 +287,7 @@ WHOLE, HALF = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET / HT"
         ((HALF, WHOLE[len(HALF) :]), 1, False),
     ],
 )
-def test_a_connection_without_a_whole_head_is_closed_and_a_slow_answer_is_not(sent, answers, is_closed):
+def test_connection_without_complete_head_is_closed_but_not_slow_answer(sent, answers, is_closed):
     async def app(scope, receive, send):
         await asyncio.sleep(0.3)  # past the deadline
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
@@ -335,14 +335,14 @@ def test_a_connection_without_a_whole_head_is_closed_and_a_slow_answer_is_not(se
         (b'{"prompt":[' + b",".join([b"1.5"] * 101) + b"]}", True),
     ],
 )
-def test_values_of_a_body_are_counted(serve, body, is_over):
+def test_body_values_over_limit_are_413(serve, body, is_over):
     app, _ = serve(max_body_values=100)
     answer = post(app, COMPLETIONS, body)
     assert (answer.status_code == 413) is is_over, answer.text
     assert ("at most 100 JSON values and names (--max-body-values)" in answer.text) is is_over
 
 
-def test_texts_to_tokenize_and_ids_to_detokenize_have_a_limit(serve):
+def test_tokenize_input_over_limit_is_413(serve):
     app, _ = serve(max_prompt_chars=50)
     for path, body in (
         ("/tokenize", {"prompt": "a" * 51}),
@@ -370,18 +370,18 @@ def test_texts_to_tokenize_and_ids_to_detokenize_have_a_limit(serve):
         ("/invocations", {"input": [{"type": "message"}] * 250}),
     ],
 )
-def test_a_list_of_bad_items_is_refused_by_its_first_bad_item(serve, monkeypatch, path, table):
+def test_list_of_invalid_items_is_refused_at_first_item(serve, monkeypatch, path, table):
     app, state = serve()
     validated = []
     counting = {path: CountingField(field, validated) for path, field in state.body_fields.items()}
     monkeypatch.setattr(state, "body_fields", counting)
     answer = post(app, path, {"model": "base", **table})
     assert answer.status_code == 400
-    assert max(validated, default=0) < 3000, "errors that vLLM's model writes at once"
+    assert max(validated, default=0) < 3000, "errors that vLLM's model builds at once"
 
 
 class CountingField:
-    """FastAPI's field of a body, which keeps how many errors each validation gave."""
+    """FastAPI's body field that records the number of errors of each validation."""
 
     def __init__(self, model, found: list[int]) -> None:
         self._model, self._found = model, found
@@ -392,7 +392,7 @@ class CountingField:
         return value, errors
 
 
-def test_good_lists_pass_whatever_their_length(serve):
+def test_long_valid_lists_are_accepted(serve):
     app, _ = serve()
     parts = [{"type": "text", "text": "a"}] * 300
     tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": {"type": "object"}}} for i in range(50)]
@@ -421,7 +421,7 @@ def test_good_lists_pass_whatever_their_length(serve):
         ("/invocations", {"prompt": ["a"] * 11}, "11 prompts x 1"),
     ],
 )
-def test_texts_of_a_request_are_counted_before_any_is_begun(serve, path, more, n):
+def test_completions_over_limit_are_refused_before_start(serve, path, more, n):
     app, _ = serve(max_completions=10)
     answer = post(app, path, {"model": "base", **more})
     assert (answer.status_code, f"at most 10 completions (--max-completions), got {n}" in answer.text) == (400, True), (
@@ -431,7 +431,7 @@ def test_texts_of_a_request_are_counted_before_any_is_begun(serve, path, more, n
     assert post(app, path, {"model": "base", **fewer}).status_code == 200
 
 
-def test_clauses_are_counted_before_any_is_built(serve, monkeypatch):
+def test_clauses_over_limit_are_refused_before_build(serve, monkeypatch):
     app, _ = serve()
     monkeypatch.setattr("snpatch.patching.spec._clause", lambda *_: pytest.fail("a clause was built"))
     patch = {"recipient": "base", "clauses": [NOISE] * 9}
@@ -442,13 +442,13 @@ def test_clauses_are_counted_before_any_is_built(serve, monkeypatch):
         assert "max_clauses=9" in answer.text
 
 
-def test_json_in_xargs_is_counted_before_it_is_parsed(serve):
+def test_xargs_json_over_limit_is_refused_before_parsing(serve):
     app, _ = serve(max_body_values=100)
     answer = post(app, CHATS, {**ASKED, "vllm_xargs": {"snpatch": "[" + "[]," * 200 + "1]"}})
     assert (answer.status_code, "--max-body-values" in answer.text) == (413, True)
 
 
-def test_windows_and_letters_of_a_sweep_have_a_limit(serve):
+def test_sweep_windows_and_characters_over_limit_are_refused(serve):
     app, _ = serve(max_sweep_windows=3, max_prompt_chars=50)
     sweep = {"recipient": "base", "ranking": "safety", "donor": "dpo", "windows": [1, 2, 3, 4], "prompts": ["a"]}
     answer = post(app, SWEEP, sweep)
@@ -459,7 +459,7 @@ def test_windows_and_letters_of_a_sweep_have_a_limit(serve):
     assert "at most 50 characters (--max-prompt-chars), got 51" in answer.text
 
 
-def test_requests_and_uploads_past_their_places_are_a_503(serve):
+def test_requests_and_uploads_over_quota_are_503(serve):
     app, state = serve(max_requests=1, max_uploads=1)
     with state.request_quota:
         (refused, health) = send(app, ("POST", CHATS, {"json": ASKED}), ("GET", "/health", {}))
@@ -472,7 +472,7 @@ def test_requests_and_uploads_past_their_places_are_a_503(serve):
     assert (state.request_quota.used, state.upload_quota.used) == (0, 0)
 
 
-def test_bodies_that_arrive_slowly_keep_nobody_out_and_have_a_limit_of_bytes(serve):
+def test_slow_bodies_do_not_block_requests_and_have_byte_quota(serve):
     app, state = serve(max_requests=1, max_incoming_bytes=2500)
 
     async def everything():
@@ -503,7 +503,7 @@ def test_bodies_that_arrive_slowly_keep_nobody_out_and_have_a_limit_of_bytes(ser
 
 
 @pytest.mark.parametrize("limit", ["max_requests", "max_body_bytes", "max_completions", "max_prompt_chars"])
-def test_limits_that_are_left_out_follow_the_engine(limit):
+def test_unset_limits_follow_engine_sizes(limit):
     config = ServeConfig(EngineConfig("m"))
     small, large = config.resolve_limits(2048, 16), config.resolve_limits(1 << 20, 1024)
     want = {"max_requests": (64, 4096), "max_completions": (64, 4096), "max_body_bytes": (1 << 20, 8 << 20)}
@@ -511,10 +511,10 @@ def test_limits_that_are_left_out_follow_the_engine(limit):
     assert getattr(replace(config, **{limit: 7}).resolve_limits(2048, 16), limit) == 7
 
 
-# ---- what is built once ----------------------------------------------------------------------------------------------
+# ---- cached values --------------------------------------------------------------------------------------------------
 
 
-def test_values_of_a_donor_are_built_once_for_all_requests_and_go_with_their_ranking(serve, ranking):
+def test_donor_values_are_cached_until_ranking_is_replaced(serve, ranking):
     _, state = serve()
     held = state.registry
 
@@ -529,7 +529,7 @@ def test_values_of_a_donor_are_built_once_for_all_requests_and_go_with_their_ran
     assert donor("noise:1", 1) is not before
 
 
-def test_a_patch_that_is_read_while_its_ranking_goes_is_not_kept(serve, ranking):
+def test_patch_parsed_during_ranking_replacement_is_not_cached(serve, ranking):
     _, state = serve()
     held, other = state.registry, replace(ranking)
     read, asked = held._build, {"recipient": "base", **NOISE}
@@ -540,7 +540,7 @@ def test_a_patch_that_is_read_while_its_ranking_goes_is_not_kept(serve, ranking)
 
 # ---- the event loop --------------------------------------------------------------------------------------------------
 
-WORST = {  # requests at the limits, and some past them that cost much to read
+WORST_REQUESTS = {  # requests at the limits, and some over them that take long to read
     "clauses": (CHATS, {**ASKED, "snpatch": {"recipient": "base", "clauses": [
         {**NOISE, "donor": f"noise:{i + 1}"} for i in range(8)]}}),
     "clauses past the limit": (CHATS, {**ASKED, "snpatch": {"recipient": "base", "clauses": [NOISE] * 300}}),
@@ -548,7 +548,7 @@ WORST = {  # requests at the limits, and some past them that cost much to read
     "prompts": (SWEEP, {**SWEPT, "windows": [1], "prompts": [CHAT] * 1990}),
     "token ids": (COMPLETIONS, {"model": "base", "prompt": [[5] * 4096] * 30}),
     "token ids past the limit": (COMPLETIONS, {"model": "base", "prompt": [5] * 300_000}),
-    "letters": (CHATS, {**ASKED, "messages": [{"role": "user", "content": "\"\\" * 250_000}]}),
+    "characters": (CHATS, {**ASKED, "messages": [{"role": "user", "content": "\"\\" * 250_000}]}),
     "messages": (CHATS, {**ASKED, "messages": CHAT * 800}),
     "parts": (CHATS, {**ASKED, "messages": [{"role": "user", "content": ["a"] * 4000}]}),
     "items": (RESPONSES, {"model": "base", "input": [{"role": "user", "content": "a"}] * 200}),
@@ -560,18 +560,18 @@ WORST = {  # requests at the limits, and some past them that cost much to read
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WORST)
-def test_health_answers_within_200_ms_beside_the_worst_request_at_7b(serve, name):
+@pytest.mark.parametrize("name", WORST_REQUESTS)
+def test_health_answers_within_200_ms_during_worst_request_at_7b(serve, name):
     app, _ = serve()
-    path, body = WORST[name]
+    path, body = WORST_REQUESTS[name]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     assert asyncio.run(slowest_health(app, path, content)) < HEALTH_S
 
 
 async def slowest_health(app, path: str, content: bytes) -> float:
-    """Return the event loop's CPU seconds in the slowest /health from before a request until after its answer begins.
+    """Return the event loop's CPU seconds for the slowest /health from before a request until after its answer starts.
 
-    CPU time is the same however busy the machine is; `make bench-attack` measures a real server's answers by the clock.
+    CPU time does not depend on how busy the machine is; `make bench-attack` measures a real server's wall time.
     """
     slowest = 0.0
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

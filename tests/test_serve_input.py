@@ -1,4 +1,4 @@
-"""Whatever a client sends `snpatch serve`: bad input is a 4xx that says what and where, and harms nobody else."""
+"""Invalid input to `snpatch serve` is a 4xx that names the problem and the field, and affects no other request."""
 
 import json
 import random
@@ -48,7 +48,7 @@ CALLED = {
         (7, None, "wanted a table, got 7"),
     ],
 )
-def test_a_bad_patch_is_a_400_with_its_field(server, given, field, message):
+def test_invalid_patch_is_400_with_field(server, given, field, message):
     for path, body in (
         (CHATS, ASKED),
         ("/v1/completions", {"model": "base", "prompt": IDS[0], "max_tokens": 1}),
@@ -90,19 +90,19 @@ def test_a_bad_patch_is_a_400_with_its_field(server, given, field, message):
         ({"seed": 2**63 - 1, "n": 2, "temperature": 1.0}, "seed: expected at most 2^63 - 2 for 2 completions"),
     ],
 )
-def test_what_cannot_be_right_is_refused(server, more, message):
+def test_unsupported_request_is_400(server, more, message):
     answer = server.post(CHATS, {**ASKED, **more})
     assert (answer.status_code, message in answer.text) == (400, True), answer.text
 
 
-def test_what_vllm_cannot_send_is_this_requests_own_error(server, client):
+def test_request_vllm_cannot_send_fails_alone(server, client):
     answer = server.post(CHATS, ASKED, headers={"x-vllm-priority": "9" * 24})
     assert (answer.status_code, "vLLM does not run this request" in answer.text) == (400, True), answer.text
     assert server.get("/health").status_code == 200
     assert complete(client, JOBS[2]).snpatch["verified"]
 
 
-def test_an_answer_in_the_background_is_refused(server):
+def test_background_response_is_400(server):
     answer = server.post("/v1/responses", {"model": "safe", "input": "bala", "background": True, "store": True})
     assert (answer.status_code, "the answer would lack its receipt" in answer.text) == (400, True)
 
@@ -113,12 +113,12 @@ def test_an_answer_in_the_background_is_refused(server):
     /v1/chat/completions/render /v1/embeddings /pooling /score /pause /update_weights /start_profile /v1/snpatches
     /v1/decisions /v2/chat /reset_prefix_cache /scale_elastic_ep""".split(),
 )
-def test_no_other_way_into_vllm_is_open(server, path):
+def test_other_vllm_routes_are_404(server, path):
     answer = server.post(path, {"model": "base", "prompt": "bala", "token_ids": [5], "sampling_params": {}})
     assert (answer.status_code, "not served by snpatch" in answer.text) == (404, True)
 
 
-def test_unknown_model_is_a_404_that_lists_models_and_patches(world, server):
+def test_unknown_model_is_404_listing_models_and_patches(world, server):
     bodies = {
         CHATS: ASKED,
         "/v1/completions": {"prompt": IDS[0]},
@@ -146,7 +146,7 @@ def test_unknown_model_is_a_404_that_lists_models_and_patches(world, server):
         ("/invocations", ASKED),
     ],
 )
-def test_misspelled_patch_is_refused_with_the_nearest_name(server, path, body):
+def test_misspelled_patch_is_400_with_nearest_name(server, path, body):
     for change, field, message in (
         ({"snpach": SAFE}, "snpach", "Send 'snpatch' as a field of the request"),
         ({"Snpatch": SAFE}, "Snpatch", "Send 'snpatch' as a field of the request"),
@@ -164,7 +164,7 @@ def test_misspelled_patch_is_refused_with_the_nearest_name(server, path, body):
     assert answer.status_code == 200, answer.text
 
 
-def test_a_prompt_without_room_is_a_400(server):
+def test_prompt_longer_than_context_is_400(server):
     for n in (128, 129, 500):
         answer = server.post("/v1/completions", {"model": "safe", "prompt": [20] * n, "max_tokens": 1})
         assert answer.status_code == 400, answer.text
@@ -213,7 +213,7 @@ RUNS = {
 
 
 def is_good(data: object) -> bool:
-    """Whether a reader of the schema that the server publishes, and of a patch, finds nothing wrong."""
+    """Return whether a patch is valid for the published JSON Schema and for the parser."""
     try:
         jsonschema.validate(data, schema.json_schema(spec.PatchForm))
         spec.from_json(data, NAMED)
@@ -224,7 +224,7 @@ def is_good(data: object) -> bool:
 
 @settings(max_examples=250, **RUNS)
 @given(st.lists(patches, min_size=20, max_size=20))
-def test_5000_patches_by_the_schema_are_served_or_a_400(server, batch):
+def test_5000_random_patches_are_served_or_400(server, batch):
     with httpx.Client(base_url=server.url, timeout=60) as http:
         for data in batch:
             body = json.dumps({**ASKED, "snpatch": data})
@@ -238,7 +238,7 @@ def test_5000_patches_by_the_schema_are_served_or_a_400(server, batch):
 
 @settings(max_examples=150, **RUNS)
 @given(st.lists(st.tuples(st.sampled_from(ROUTES), bodies), min_size=20, max_size=20))
-def test_3000_bodies_of_wrong_fields_are_a_4xx(server, batch):
+def test_3000_bodies_of_wrong_fields_are_4xx(server, batch):
     with httpx.Client(base_url=server.url, timeout=60) as http:
         for route, data in batch:
             body = json.dumps({**data, "snpatch": {"recipient": 3}} if "snpatch" not in data else data)
@@ -247,7 +247,7 @@ def test_3000_bodies_of_wrong_fields_are_a_4xx(server, batch):
 
 
 def _broken(seed: int) -> bytes:
-    """A body that is no request: bytes, JSON cut short, nested too deep, numbers and texts that JSON has not."""
+    """Return a malformed body: bytes, truncated JSON, deep nesting, numbers and strings that JSON does not have."""
     draw = random.Random(seed)
     whole = json.dumps({**ASKED, "snpatch": SAFE}).encode()
     return draw.choice(
@@ -264,7 +264,7 @@ def _broken(seed: int) -> bytes:
     )()
 
 
-def test_2000_malformed_bodies_are_a_4xx(server):
+def test_2000_malformed_bodies_are_4xx(server):
     def send(seed: int) -> tuple[str, int, str]:
         kind = ("application/json", "text/plain", "application/octet-stream", "")[seed % 4 if seed % 3 else 0]
         path = (ROUTES + READING)[seed % 8]
@@ -273,12 +273,12 @@ def test_2000_malformed_bodies_are_a_4xx(server):
 
     with httpx.Client(base_url=server.url, timeout=60) as http, ThreadPoolExecutor(8) as pool:
         for seed, (path, status, text) in enumerate(pool.map(send, range(2000))):
-            is_read = path in READING and status == 200  # which take no notice of `snpatch`
+            is_read = path in READING and status == 200  # these routes ignore `snpatch`
             assert is_read or 400 <= status < 500, (seed, path, _broken(seed), text)
 
 
-def test_afterwards_the_engine_lives_and_patches_exactly(world, server, client):
-    """To be run after the fuzz above."""
+def test_engine_patches_exactly_after_fuzzing(world, server, client):
+    """This test must run after the fuzz tests above."""
     for job in JOBS[2:6]:
         assert complete(client, job).choices[0].token_ids == told(world.made, job).ids
     assert not any(server.held().values()), server.held()

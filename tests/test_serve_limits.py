@@ -1,4 +1,4 @@
-"""`snpatch serve` at its limits: clients that leave, uploads, sweeps, full banks, keys, its end, its engine's death."""
+"""`snpatch serve` at its limits: disconnects, uploads, sweeps, full slots, keys, shutdown, engine crash."""
 
 import asyncio
 import json
@@ -31,12 +31,12 @@ KEY = {"authorization": "Bearer secret"}
 
 
 def long(job, **more) -> dict:
-    """The body of a request that takes its time."""
+    """Return the body of a request that takes long."""
     return {"model": "base", "prompt": job.ids, "snpatch": form(job), "n": 40, **ENDLESS, **more}
 
 
 def events(lines) -> list[tuple[str, dict]]:
-    """(name, data) of server-sent events."""
+    """Return (name, data) of server-sent events."""
     found, name = [], None
     for line in lines:
         kind, _, text = line.partition(": ")
@@ -47,11 +47,11 @@ def events(lines) -> list[tuple[str, dict]]:
     return found
 
 
-# ---- clients that leave ----------------------------------------------------------------------------------------------
+# ---- clients that disconnect -----------------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_of_clients_that_leave(world, server, client):
-    """In mid-stream, before an answer, while they wait for a place, in n texts, in a sweep."""
+def test_disconnected_clients_leave_nothing_behind(world, server, client):
+    """During a stream, before an answer, while waiting for slots, with n completions, during a sweep."""
     jobs = [MANY[i] for i in range(8)]
 
     async def leave_stream(http, job):
@@ -85,8 +85,8 @@ def test_nothing_is_left_of_clients_that_leave(world, server, client):
         assert complete(client, job).choices[0].token_ids == told(world.made, job).ids
 
 
-def test_a_patched_request_never_changes_a_later_plain_one(world, server, client):
-    """The prefix cache over HTTP: the same prompt, plain, patched and plain again; and a client's own cache salt."""
+def test_patched_request_does_not_change_later_plain_one(world, server, client):
+    """Prefix cache over HTTP: one prompt, plain, patched and plain again; and with a client's own cache salt."""
     prompt = [20 + i % 70 for i in range(96)]  # three whole blocks
     ask = {"model": "base", "prompt": prompt, "max_tokens": 8, "temperature": 0}
 
@@ -104,13 +104,13 @@ def test_a_patched_request_never_changes_a_later_plain_one(world, server, client
     assert text(cache_salt="mine") == plain == text()
 
 
-HUGE = {"donor": "scale:1e19", "ranking": "first", "window": ALL}  # the largest that a request may ask for
+HUGE = {"donor": "scale:1e19", "ranking": "first", "window": ALL}  # the largest factor that a request may have
 OVERFLOWING = {"recipient": "base", **HUGE, "clauses": [HUGE, HUGE]}
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 28])
 def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(world, server, client, tokens):
-    """Alone, in n texts and as a stream; the blocks that it leaves half filled are the next ones to be used."""
+    """One completion, n completions and a stream; the half-filled blocks that they free are reused next."""
     jobs = [Job(i, "base") for i in range(4)] + JOBS[2:6]
     want = [told(world.made, job).ids for job in jobs]
     body = {"model": "base", "prompt": [40, 41], "max_tokens": tokens, "ignore_eos": True, "snpatch": OVERFLOWING}
@@ -129,7 +129,7 @@ def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(world
     wait_for(lambda: not any(server.held().values()), 10)
 
 
-def test_promise_4_sweep_that_overflows_has_failed_texts_alone(world, server, client):
+def test_promise_4_overflowing_sweep_fails_only_its_completions(world, server, client):
     body = {"recipient": "base", "donor": "scale:1e19", "ranking": "first", "windows": [ALL], "prompts": [WORDS] * 2}
     with httpx.stream("POST", server.url + SWEEP, json={**body, "max_tokens": 4}, timeout=120) as answer:
         found = events(answer.iter_lines())
@@ -152,7 +152,7 @@ def request(server, verb: str, path: str, **more) -> httpx.Response:
     return httpx.request(verb, f"{server.url}/v1/snpatch/{path}", timeout=60, **more)
 
 
-def test_uploads_are_named_kept_and_forgotten(world, server, client):
+def test_upload_can_be_used_and_deleted(world, server, client):
     ranking = (world.folder / "second.safetensors").read_bytes()
     constant = (world.folder / "half.safetensors").read_bytes()
     for path, body in (("rankings/mine", ranking), ("constants/mine", constant)):
@@ -195,7 +195,7 @@ def test_uploads_are_named_kept_and_forgotten(world, server, client):
         ("rankings/other", b"x" * (2 << 20), 413, "body: expected at most"),
     ],
 )
-def test_bad_uploads_are_a_4xx_and_leave_nothing(world, server, path, body, status, message):
+def test_invalid_upload_is_4xx_and_leaves_nothing(world, server, path, body, status, message):
     before = server.get("/v1/snpatch").json()
     content = (world.folder / f"{body}.safetensors").read_bytes() if isinstance(body, str) else body
     answer = request(server, "PUT", path, content=content)
@@ -204,10 +204,10 @@ def test_bad_uploads_are_a_4xx_and_leave_nothing(world, server, path, body, stat
     assert server.get("/v1/snpatch").json() == before
 
 
-def test_uploads_that_begin_together_leave_only_what_is_named(world, server, tmp_path):
-    """All places but one are taken, and many clients send the last one at once, slowly; others leave in the middle."""
+def test_concurrent_uploads_leave_only_named_files(world, server, tmp_path):
+    """All names but one are taken; many clients send the last one at once, slowly; others disconnect in the middle."""
     folder, ranking = server.folder / "uploads", (world.folder / "second.safetensors").read_bytes()
-    Constant(VALUES + 1).save(tmp_path / "none")  # of which no other upload is made
+    Constant(VALUES + 1).save(tmp_path / "none")  # content of no other upload
     constant = (tmp_path / "none").read_bytes()
 
     def named() -> dict[str, dict[str, str]]:
@@ -249,7 +249,7 @@ def test_uploads_that_begin_together_leave_only_what_is_named(world, server, tmp
     assert is_clean()
 
 
-def test_a_ranking_of_another_model_is_a_400(server, tmp_path):
+def test_upload_for_other_model_is_400(server, tmp_path):
     Constant(CONSTANTS["values"][:2]).save(tmp_path / "small.safetensors")
     answer = request(server, "PUT", "constants/small", content=(tmp_path / "small.safetensors").read_bytes())
     assert (answer.status_code, "expected values of shape [3, 96] for this model, got [2, 96]" in answer.text) == (
@@ -261,15 +261,15 @@ def test_a_ranking_of_another_model_is_a_400(server, tmp_path):
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_is_the_offline_texts_judged_with_its_noise_floor(world, server, client):
+def test_sweep_matches_single_completions_and_has_noise_floor(world, server, client):
     prompts = [WORDS, CHAT, "dora mela"]
     body = {"recipient": "sft", "donor": "dpo", "ranking": "first", "windows": [0, 60, [20, ALL]], "prompts": prompts}
     with httpx.stream("POST", server.url + SWEEP, json={**body, "max_tokens": 8}, timeout=60) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        (first, begun), *told_of, (last, summary) = events(answer.iter_lines())
+        (first, begun), *events_between, (last, summary) = events(answer.iter_lines())
     assert (first, last) == ("start", "summary")
-    texts = [data for name, data in told_of if name == "completion"]
-    rows = [data for name, data in told_of if name == "row"]
+    texts = [data for name, data in events_between if name == "completion"]
+    rows = [data for name, data in events_between if name == "row"]
     assert begun["completions"] == summary["completions"] == len(texts) == 3 * 7
     names = [(row["recipient"], row["donor"], row["lo"], row["hi"], row.get("floor")) for row in rows]
     assert names == [
@@ -323,7 +323,7 @@ def test_a_sweep_is_the_offline_texts_judged_with_its_noise_floor(world, server,
         ({"donor": "nobody"}, "donor", "no model named 'nobody'"),
     ],
 )
-def test_a_bad_sweep_is_a_400_with_its_field(server, change, field, message):
+def test_invalid_sweep_is_400_with_field(server, change, field, message):
     body = {"recipient": "sft", "donor": "dpo", "ranking": "first", "windows": [5], "prompts": ["bala"], **change}
     headers = {"content-type": "application/json"}
     answer = httpx.post(server.url + SWEEP, content=json.dumps(body), headers=headers, timeout=60)
@@ -331,7 +331,7 @@ def test_a_bad_sweep_is_a_400_with_its_field(server, change, field, message):
     assert answer.json()["error"]["param"] == field
 
 
-# ---- what one request may cost ---------------------------------------------------------------------------------------
+# ---- limits on one request ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_a_bad_sweep_is_a_400_with_its_field(server, change, field, message):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_structure_that_the_model_cannot_write_is_a_400_with_a_reason(server, constraint, is_streamed):
+def test_impossible_structured_output_is_400_with_reason(server, constraint, is_streamed):
     body = {"model": "safe", "messages": CHAT, "max_tokens": 4, "stream": is_streamed}
     answer = server.post(CHATS, {**body, "structured_outputs": constraint})
     if not is_streamed:
@@ -368,12 +368,12 @@ def test_a_structure_that_the_model_cannot_write_is_a_400_with_a_reason(server, 
         ({"n": 257}, "at most 256 completions (--max-completions), got 1 prompts x 257"),
     ],
 )  # fmt: skip
-def test_a_request_past_a_limit_is_a_400_that_names_it(server, more, message):
+def test_request_over_limit_is_400_naming_limit(server, more, message):
     answer = server.post(CHATS, {"model": "safe", "messages": CHAT, "max_tokens": 1, **more})
     assert (answer.status_code, message in answer.text) == (400, True), answer.text
 
 
-LARGEST = {  # requests at the limits
+LARGEST_REQUESTS = {  # requests at the limits
     "texts": (COMPLETIONS, {"model": "safe", "prompt": IDS[0], "n": 256, "max_tokens": 2}),
     "texts streamed": (COMPLETIONS, {"model": "safe", "prompt": [IDS[0]] * 256, "max_tokens": 2, "stream": True}),
     "letters": ("/tokenize", {"prompt": "bala " * 800}),
@@ -383,10 +383,10 @@ LARGEST = {  # requests at the limits
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LARGEST)
-def test_health_answers_beside_the_largest_request(server, name):
-    """How fast is measured by `make bench-attack`, and in CPU time by test_serve_gate.py."""
-    path, body = LARGEST[name]
+@pytest.mark.parametrize("name", LARGEST_REQUESTS)
+def test_health_answers_during_largest_request(server, name):
+    """Latency is measured by `make bench-attack`, and in CPU time by test_serve_gate.py."""
+    path, body = LARGEST_REQUESTS[name]
 
     async def everything():
         async with httpx.AsyncClient(base_url=server.url, timeout=300) as http:
@@ -401,10 +401,10 @@ def test_health_answers_beside_the_largest_request(server, name):
     wait_for(lambda: not any(server.held().values()), 30)
 
 
-# ---- what a server says of itself ------------------------------------------------------------------------------------
+# ---- information about the server ------------------------------------------------------------------------------------
 
 
-def test_the_server_says_what_it_holds(world, server):
+def test_info_route_describes_server(world, server):
     held = server.get("/v1/snpatch").json()
     assert {"base", "sft", "dpo"} <= held["models"].keys()
     assert held["patches"]["safe"] == {**SAFE, "ranking": held["rankings"]["first"]["fingerprint"], "window": [0, 60],
@@ -419,12 +419,12 @@ def test_the_server_says_what_it_holds(world, server):
         assert server.get(path).status_code == 200
 
 
-# ---- full banks, keys, the end ---------------------------------------------------------------------------------------
+# ---- full slots, keys, shutdown ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def narrow(world, tmp_path_factory):
-    """One ranking at once, two that may wait, a key; started from a file that --print-config wrote."""
+    """A server with one ranking slot, two waiting completions and a key, started from a file of --print-config."""
     folder = tmp_path_factory.mktemp("narrow")
     limits = ["--engine-arg", "max_rankings=1", "--max-waiting", "2", "--api-key", "secret"]
     words = [sys.executable, "-m", "snpatch.cli", "serve", *options_of(world.made, world.folder), *limits]
@@ -437,7 +437,7 @@ def narrow(world, tmp_path_factory):
     one.end(signal.SIGKILL)
 
 
-def test_without_the_key_nothing_runs(narrow):
+def test_without_key_nothing_runs(narrow):
     for path in (CHATS, COMPLETIONS, "/v1/responses", "/v1/messages", SWEEP):
         assert narrow.post(path, {}).status_code == 401
     assert request(narrow, "PUT", "rankings/x", content=b"").status_code == 401
@@ -456,8 +456,8 @@ def test_without_the_key_nothing_runs(narrow):
     assert (upload.status_code, "start it with --allow-upload" in upload.text) == (403, True)
 
 
-def test_full_banks_serve_in_order_and_refuse_past_the_limit(narrow):
-    """One ranking at once: whoever names another waits, first come first served, but not who names none."""
+def test_full_slots_serve_in_order_and_refuse_over_limit(narrow):
+    """With one ranking slot, requests for another ranking wait in order of arrival; plain requests do not wait."""
 
     async def everything():
         async with httpx.AsyncClient(base_url=narrow.url, timeout=60, headers=KEY) as http:
@@ -499,8 +499,8 @@ def test_full_banks_serve_in_order_and_refuse_past_the_limit(narrow):
     assert all(answer.json()["snpatch"]["verified"] for answer in served)
 
 
-def test_unpatched_text_that_overflows_restarts_the_server(world, narrow):
-    """In the same process, so that whoever looks after it sees one server all the time."""
+def test_overflowing_unpatched_completion_restarts_server(world, narrow):
+    """The process stays the same, so that a supervisor sees one running server."""
     job = Job(2, "base")
     body = {"model": "base", "prompt": job.ids, "max_tokens": 10, "temperature": 0, "return_token_ids": True}
     assert narrow.post(SPOIL, {}, headers=KEY).status_code == 200
@@ -514,8 +514,8 @@ def test_unpatched_text_that_overflows_restarts_the_server(world, narrow):
     assert answer.json()["choices"][0]["token_ids"] == told(world.made, job).ids
 
 
-def test_sigterm_lets_streams_end_with_their_receipts(narrow):
-    """The last test of this server."""
+def test_sigterm_lets_streams_finish_with_receipts(narrow):
+    """This must be the last test with this server."""
 
     async def everything():
         async with httpx.AsyncClient(base_url=narrow.url, timeout=60, headers=KEY) as http:
@@ -534,7 +534,7 @@ def test_sigterm_lets_streams_end_with_their_receipts(narrow):
             narrow.process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.2)
             body = {"model": "base", "prompt": IDS[0], "max_tokens": 1}
-            if versions.check() < "0.25":  # whose server stops listening at once
+            if versions.check() < "0.25":  # its server stops listening immediately
                 with pytest.raises(httpx.ConnectError):
                     await http.post(COMPLETIONS, json=body)
             else:
@@ -548,19 +548,19 @@ def test_sigterm_lets_streams_end_with_their_receipts(narrow):
         *_, (_, last) = events(lines)
         assert last["snpatch"]["verified"]
         assert len(last["snpatch"]["choices"]) == 16
-    assert narrow.end() == 0, narrow.said()
+    assert narrow.end() == 0, narrow.read_log()
 
 
-def test_past_the_drains_limit_streams_end_with_an_error(world, tmp_path):
+def test_streams_end_with_error_after_drain_timeout(world, tmp_path):
     brief = Server(tmp_path, *options_of(world.made, world.folder), "--drain-s", "0.2")
 
     async def everything():
         body, found = long(JOBS[2], stream=True, n=60), []
         async with (
             httpx.AsyncClient(timeout=60) as http,
-            http.stream("POST", brief.url + COMPLETIONS, json=body) as told,
+            http.stream("POST", brief.url + COMPLETIONS, json=body) as stream,
         ):
-            async for line in told.aiter_lines():
+            async for line in stream.aiter_lines():
                 if not found:
                     brief.process.send_signal(signal.SIGINT)
                 found.append(line)
@@ -569,13 +569,13 @@ def test_past_the_drains_limit_streams_end_with_an_error(world, tmp_path):
     lines = asyncio.run(everything())
     *_, (_, last) = events(lines)
     assert "vLLM's engine has ended" in last["error"]["message"]
-    assert "/" not in last["error"]["message"]  # where the log is
-    assert brief.end() == 0, brief.said()
-    assert LEAK not in brief.said(), brief.said()
+    assert "/" not in last["error"]["message"]  # the path of the log
+    assert brief.end() == 0, brief.read_log()
+    assert LEAK not in brief.read_log(), brief.read_log()
 
 
-def test_two_workers_patch_exactly_and_an_engines_death_is_told(world, tmp_path):
-    """Tensor parallel; then SIGKILL for the engine: open requests get errors, health says so, the exit code is no 0."""
+def test_two_workers_patch_exactly_and_engine_crash_is_reported(world, tmp_path):
+    """Tensor parallel; then SIGKILL of the engine: open requests get errors, /health a 503, the exit code is 2."""
     two = Server(tmp_path, *options_of(world.made, world.folder), *SIZES, "--tensor-parallel-size", "2")
     with openai.OpenAI(base_url=f"{two.url}/v1", api_key="none", max_retries=0) as client:
         for job, want in zip(MANY[:16], world.many[:16], strict=True):
@@ -610,11 +610,11 @@ def test_two_workers_patch_exactly_and_an_engines_death_is_told(world, tmp_path)
     assert "vLLM's engine has ended" in last["error"]["message"]
     assert not any(choice["finish_reason"] for _, one in events(lines) for choice in one.get("choices", ()))
     assert health.status_code == 503
-    assert two.process.wait(60) == 2, two.said()
-    assert "vLLM's engine has ended" in two.said()
+    assert two.process.wait(60) == 2, two.read_log()
+    assert "vLLM's engine has ended" in two.read_log()
 
 
-# ---- what cannot be started ------------------------------------------------------------------------------------------
+# ---- invalid starts ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -634,7 +634,7 @@ def test_two_workers_patch_exactly_and_an_engines_death_is_told(world, tmp_path)
         (["--guard=none.safetensors"], "none.safetensors: no such file"),
     ],
 )
-def test_a_bad_start_is_one_line(world, capsys, words, message):
+def test_invalid_start_prints_one_line(world, capsys, words, message):
     code, _, error = run(capsys, "serve", *options_of(world.made, world.folder), *words)
     assert (code, message in error) == (2, True), error
     assert "Traceback" not in error

@@ -1,4 +1,4 @@
-"""Answers leave within a time, and name no path of the server's machine."""
+"""Answers must be read within a deadline, and their errors contain no path of the server's machine."""
 
 import asyncio
 import gc
@@ -26,7 +26,7 @@ SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}}  # uvicorn's
 
 
 class Client:
-    """One that takes so many messages, and then neither reads nor leaves."""
+    """Client that takes `takes` messages, and then neither reads nor disconnects."""
 
     def __init__(self, takes: int) -> None:
         self.taken, self._takes = [], takes
@@ -46,7 +46,7 @@ class Client:
 
 @pytest.mark.parametrize("kind", [StreamingResponse, EventStream])
 @pytest.mark.parametrize("takes", [1, 3])
-def test_stream_of_a_client_that_does_not_read_is_closed(kind, takes):
+def test_stream_of_stalled_client_is_closed(kind, takes):
     closed = []
 
     async def chunks():
@@ -71,13 +71,13 @@ def test_stream_of_a_client_that_does_not_read_is_closed(kind, takes):
     assert closed == [True]
 
 
-def test_whole_answer_of_a_client_that_does_not_read_ends():
+def test_answer_to_stalled_client_ends():
     client = Client(1)
     asyncio.run(client.get(JSONResponse({"text": "long"})))
     assert [message["type"] for message in client.taken] == ["http.response.start"]
 
 
-def test_client_that_reads_gets_all_and_hears_of_no_disconnect():
+def test_reading_client_gets_whole_stream():
     async def chunks():
         for i in range(5):
             yield str(i)
@@ -88,26 +88,26 @@ def test_client_that_reads_gets_all_and_hears_of_no_disconnect():
     assert client.taken[-1]["more_body"] is False
 
 
-# ---- places in sweeps ------------------------------------------------------------------------------------------------
+# ---- running sweeps --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def sweep():
-    """A sweep without an engine, of which a test says what it tells."""
+    """A sweep without an engine, whose events a test sets."""
     made = Sweep.__new__(Sweep)
     made._state = SimpleNamespace(sweeps=set())
     return made
 
 
-def test_sweep_that_is_written_has_no_place_whoever_reads_it(sweep):
-    async def write(tell):
+def test_finished_sweep_is_not_counted_while_unread(sweep):
+    async def generate(send):
         for i in range(3):
-            tell(str(i))
+            send(str(i))
 
     async def run():
-        sweep._generate_all = write
+        sweep._generate_all = generate
         async with aclosing(sweep.events()) as events:
-            first = await anext(events)  # and no more is read
+            first = await anext(events)  # the others are not read
             for _ in range(5):
                 await asyncio.sleep(0)
             held = len(sweep._state.sweeps)
@@ -116,19 +116,19 @@ def test_sweep_that_is_written_has_no_place_whoever_reads_it(sweep):
     assert asyncio.run(run()) == (0, ["0", "1", "2"])
 
 
-def test_sweep_of_a_client_that_does_not_read_ends(sweep):
+def test_sweep_of_stalled_client_ends(sweep):
     ended = []
 
-    async def write(tell):
+    async def generate(send):
         try:
             while True:
-                tell("event")
+                send("event")
                 await asyncio.sleep(0)
         finally:
             ended.append(True)
 
     async def run():
-        sweep._generate_all = write
+        sweep._generate_all = generate
         await Client(2).get(EventStream(sweep.events()))
         for _ in range(5):
             await asyncio.sleep(0)
@@ -138,8 +138,8 @@ def test_sweep_of_a_client_that_does_not_read_ends(sweep):
     assert not sweep._state.sweeps
 
 
-def test_sweep_that_fails_says_so_and_has_no_place(sweep):
-    async def fail(tell):
+def test_failed_sweep_sends_error_and_is_not_counted(sweep):
+    async def fail(send):
         raise SnpatchError("it broke")
 
     async def run():
@@ -167,7 +167,7 @@ def test_sweep_that_fails_says_so_and_has_no_place(sweep):
         ("in /my data/up load/x.safetensors and /my data/up load", "in x.safetensors and folder"),
     ],
 )  # fmt: skip
-def test_message_names_no_path(text, want):
+def test_remove_paths_keeps_routes_and_names(text, want):
     folders = find_private_folders("/my data/up load", "/srv/up", "/")
     assert folders == ("/my data/up load",)
     assert remove_paths(text, folders) == want
@@ -180,13 +180,13 @@ def answers(app) -> list[dict]:
 
 
 @pytest.mark.parametrize(("status", "want"), [(400, "no b"), (500, "no b"), (200, "no /a/b")])
-def test_body_of_an_error_names_no_path(status, want):
+def test_error_body_has_no_path(status, want):
     start, body = answers(JSONResponse({"error": {"message": "no /a/b"}}, status))
     assert json.loads(body["body"])["error"]["message"] == want
     assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
 
 
-def test_error_of_a_stream_names_no_path_and_its_texts_stay():
+def test_stream_error_has_no_path_and_texts_are_unchanged():
     events = ['data: {"choices": ["/a/b"]}\n\n', 'data: {"error": {"message": "/a/b"}}\n\n', "event: error\ndata: /a/b"]
 
     async def chunks():

@@ -1,4 +1,4 @@
-"""The folder of uploads: refused and interrupted ones leave nothing, and no file there stops a server."""
+"""Upload folder: refused and interrupted uploads leave no file, and no file there keeps a server from starting."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK
 
 
 class FakeRegistry:
-    """What a server names, without its engine."""
+    """Registry without an engine."""
 
     def __init__(self, shape: tuple[int, int] = SHAPE) -> None:
         self.rankings, self.constants, self._shape = {}, {}, shape
@@ -42,7 +42,7 @@ class FakeRegistry:
 
 @pytest.fixture
 def bodies(tmp_path):
-    """The content of three files."""
+    """Contents of three files, by name."""
     for name, ranking in zip(("first", "second"), RANKINGS, strict=True):
         ranking.save(tmp_path / name)
     Constant(VALUES).save(tmp_path / "values")
@@ -62,31 +62,31 @@ def file_of(body: bytes) -> str:
     return f"{hashlib.sha256(body).hexdigest()}.safetensors"
 
 
-def test_upload_over_the_quota_leaves_no_file(folder, bodies):
-    kept = Uploads(folder, FakeRegistry())
+def test_upload_over_quota_leaves_no_file(folder, bodies):
+    uploads_folder = Uploads(folder, FakeRegistry())
     for i in range(uploads.MAX_UPLOADED_NAMES - 1):
-        kept.upload("rankings", f"r{i}", bodies["first"])
-    stored = {name: kept.store_file("rankings", name, bodies["second"]) for name in ("a", "b")}
-    constant = kept.store_file("constants", "c", bodies["values"])  # as many as began before the quota was full
-    kept.assign_name("rankings", "a", *stored["a"])
+        uploads_folder.upload("rankings", f"r{i}", bodies["first"])
+    stored = {name: uploads_folder.store_file("rankings", name, bodies["second"]) for name in ("a", "b")}
+    constant = uploads_folder.store_file("constants", "c", bodies["values"])  # all started before the quota was full
+    uploads_folder.assign_name("rankings", "a", *stored["a"])
     for kind, name, one in (("rankings", "b", stored["b"]), ("constants", "c", constant)):
         with pytest.raises(PayloadTooLargeError, match="at most 64 rankings and constants, got one more"):
-            kept.assign_name(kind, name, *one)
+            uploads_folder.assign_name(kind, name, *one)
     assert files(folder) == {file_of(bodies["first"]), file_of(bodies["second"])}
 
 
 @pytest.mark.parametrize("body", [b"", b"\x80\x04cos\nsystem\n.", "values"])
-def test_upload_that_is_no_ranking_leaves_no_file(folder, bodies, body):
-    kept = Uploads(folder, FakeRegistry())
+def test_invalid_upload_leaves_no_file(folder, bodies, body):
+    uploads_folder = Uploads(folder, FakeRegistry())
     with pytest.raises(SnpatchError) as error:
-        kept.upload("rankings", "a", bodies.get(body, body))
+        uploads_folder.upload("rankings", "a", bodies.get(body, body))
     assert str(folder) not in str(error.value)
     assert not files(folder)
 
 
-def test_upload_whose_name_cannot_be_written_leaves_no_file(folder, bodies, monkeypatch):
-    kept = Uploads(folder, FakeRegistry())
-    kept.upload("rankings", "a", bodies["first"])
+def test_upload_with_unwritable_index_leaves_no_file(folder, bodies, monkeypatch):
+    uploads_folder = Uploads(folder, FakeRegistry())
+    uploads_folder.upload("rankings", "a", bodies["first"])
 
     def full(path, text):
         raise SnpatchError(f"cannot write {path}: No space left on device")
@@ -94,15 +94,15 @@ def test_upload_whose_name_cannot_be_written_leaves_no_file(folder, bodies, monk
     monkeypatch.setattr(uploads, "write_text", full)
     for name in ("a", "b"):
         with pytest.raises(InternalError, match="No space left on device") as error:
-            kept.upload("rankings", name, bodies["second"])
+            uploads_folder.upload("rankings", name, bodies["second"])
         assert str(folder) not in str(error.value)
     assert files(folder) == {file_of(bodies["first"])}
-    assert kept._registry.rankings["a"].fingerprint == RANKINGS[0].fingerprint
+    assert uploads_folder._registry.rankings["a"].fingerprint == RANKINGS[0].fingerprint
 
 
-def test_delete_makes_room_before_it_writes(folder, bodies, monkeypatch):
-    kept = Uploads(folder, FakeRegistry())
-    kept.upload("rankings", "a", bodies["first"])
+def test_delete_removes_file_before_writing_index(folder, bodies, monkeypatch):
+    uploads_folder = Uploads(folder, FakeRegistry())
+    uploads_folder.upload("rankings", "a", bodies["first"])
     write = uploads.write_text
 
     def full(path, text):
@@ -111,30 +111,30 @@ def test_delete_makes_room_before_it_writes(folder, bodies, monkeypatch):
         write(path, text)
 
     monkeypatch.setattr(uploads, "write_text", full)
-    assert kept.delete("rankings", "a")
+    assert uploads_folder.delete("rankings", "a")
     assert not files(folder)
     assert json.loads((folder / "index.json").read_text())["rankings"] == {}
 
 
-def test_delete_that_cannot_write_can_be_repeated(folder, bodies, monkeypatch):
-    kept = Uploads(folder, FakeRegistry())
-    kept.upload("rankings", "a", bodies["first"])
+def test_delete_with_unwritable_index_can_be_repeated(folder, bodies, monkeypatch):
+    uploads_folder = Uploads(folder, FakeRegistry())
+    uploads_folder.upload("rankings", "a", bodies["first"])
 
     def broken(path, text):
         raise SnpatchError(f"cannot write {path}: Input/output error")
 
     with monkeypatch.context() as patch, pytest.raises(InternalError, match="Input/output error"):
         patch.setattr(uploads, "write_text", broken)
-        kept.delete("rankings", "a")
-    assert not kept._registry.rankings
-    assert kept.delete("rankings", "a")
-    assert not kept.delete("rankings", "a")
+        uploads_folder.delete("rankings", "a")
+    assert not uploads_folder._registry.rankings
+    assert uploads_folder.delete("rankings", "a")
+    assert not uploads_folder.delete("rankings", "a")
 
 
-def test_start_removes_what_an_interrupted_upload_left_and_nothing_else(folder, bodies):
-    kept = Uploads(folder, FakeRegistry())
-    kept.upload("rankings", "a", bodies["first"])
-    kept.store_file("rankings", "b", bodies["second"])  # killed before it was named
+def test_start_removes_only_files_of_interrupted_uploads(folder, bodies):
+    uploads_folder = Uploads(folder, FakeRegistry())
+    uploads_folder.upload("rankings", "a", bodies["first"])
+    uploads_folder.store_file("rankings", "b", bodies["second"])  # killed before it was named
     first = file_of(bodies["first"])
     for name in (f".{first}.partial77", ".index.json.partial77"):
         (folder / name).write_bytes(b"half")
@@ -163,10 +163,10 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_file_is_left_out_until_it_is_replaced_or_deleted(folder, bodies, capsys, damage):
-    kept = Uploads(folder, FakeRegistry())
-    kept.upload("rankings", "bad", bodies["first"])
-    kept.upload("rankings", "good", bodies["second"])
+def test_damaged_file_is_skipped_until_replaced_or_deleted(folder, bodies, capsys, damage):
+    uploads_folder = Uploads(folder, FakeRegistry())
+    uploads_folder.upload("rankings", "bad", bodies["first"])
+    uploads_folder.upload("rankings", "good", bodies["second"])
     damage(folder / file_of(bodies["first"]))
     again = Uploads(folder, FakeRegistry())
     (line,) = capsys.readouterr().err.splitlines()
@@ -180,14 +180,14 @@ def test_damaged_file_is_left_out_until_it_is_replaced_or_deleted(folder, bodies
         assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"good", "new", "bad"}
 
 
-def test_upload_for_another_model_is_left_out_and_stays(folder, bodies, capsys):
+def test_upload_for_other_model_is_skipped_and_kept(folder, bodies, capsys):
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     assert not Uploads(folder, FakeRegistry((2, 96)))._registry.rankings
     assert "rankings: a is skipped: a: is for another model" in capsys.readouterr().err
     assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"a"}
 
 
-def test_name_that_became_the_servers_own_is_left_out(folder, bodies, capsys):
+def test_upload_with_configured_name_is_skipped(folder, bodies, capsys):
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     own = FakeRegistry()
     own.add("rankings", "a", RANKINGS[1])
@@ -202,7 +202,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE)
-def test_unreadable_index_is_a_line_and_no_file_is_removed(folder, bodies, capsys, text):
+def test_unreadable_index_prints_one_line_and_removes_no_file(folder, bodies, capsys, text):
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     (folder / "index.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     again = Uploads(folder, FakeRegistry())
@@ -218,7 +218,7 @@ def test_unreadable_index_is_a_line_and_no_file_is_removed(folder, bodies, capsy
     "entry",
     [{"b": 5}, {"b": "../../secret"}, {"../x": "0" * 64}, {"b\nc": "0" * 64}, {"image": "0" * 64}, {"b": {}}, 5, [1]],
 )
-def test_bad_entry_of_the_index_is_left_out_and_the_others_go_on(folder, bodies, capsys, entry):
+def test_invalid_index_entry_is_skipped_alone(folder, bodies, capsys, entry):
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | {"constants": entry}))
@@ -227,7 +227,7 @@ def test_bad_entry_of_the_index_is_left_out_and_the_others_go_on(folder, bodies,
     assert "index.json: constants:" in line
 
 
-def test_index_that_is_a_link_is_replaced_and_its_target_untouched(folder, bodies, tmp_path, capsys):
+def test_symlinked_index_is_replaced_and_target_unchanged(folder, bodies, tmp_path, capsys):
     folder.mkdir()
     (tmp_path / "target").write_text("{}")
     (folder / "index.json").symlink_to(tmp_path / "target")
@@ -237,7 +237,7 @@ def test_index_that_is_a_link_is_replaced_and_its_target_untouched(folder, bodie
     assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"a"}
 
 
-def test_folder_of_another_server_is_refused(folder):
+def test_folder_of_other_server_is_refused(folder):
     folder.mkdir()
     command = [sys.executable, "-c", HOLD, folder / ".lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

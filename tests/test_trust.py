@@ -1,4 +1,4 @@
-"""What of a config file may run code or open the host is refused unless the file is trusted."""
+"""Values of a config file that may run code or open the host are refused unless the file is trusted."""
 
 import json
 from importlib.resources import files as package_files
@@ -75,7 +75,7 @@ LOADERS = {
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("name", ENGINE)
-def test_engine_argument_that_may_run_code_is_refused_in_files(tmp_path, kind, name):
+def test_engine_argument_that_may_run_code_is_refused_in_file(tmp_path, kind, name):
     load, table = LOADERS[kind]
     path = write(tmp_path / "file.toml", table(**{name: ENGINE[name]}))
     with pytest.raises(SnpatchError, match=rf"vllm\.{name}.*--trust-config") as error:
@@ -85,13 +85,13 @@ def test_engine_argument_that_may_run_code_is_refused_in_files(tmp_path, kind, n
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_harmless_engine_arguments_are_taken(tmp_path, kind):
+def test_harmless_engine_arguments_are_accepted(tmp_path, kind):
     load, table = LOADERS[kind]
     load(write(tmp_path / "file.toml", table(**HARMLESS)))
 
 
 @pytest.mark.parametrize("kind", ["config", "sweep", "preset"])
-def test_judge_that_is_a_function_is_refused_in_files(tmp_path, kind):
+def test_function_judge_is_refused_in_file(tmp_path, kind):
     load, table = LOADERS[kind]
     path = write(tmp_path / "file.toml", table(judge="mark:go"))
     with pytest.raises(SnpatchError, match=r"judges\.cost\.source = 'mark:go': .*--trust-config"):
@@ -99,14 +99,14 @@ def test_judge_that_is_a_function_is_refused_in_files(tmp_path, kind):
     load(path, trust=True)
 
 
-def test_judge_with_engine_arguments_is_refused_in_files(tmp_path):
+def test_judge_with_engine_arguments_is_refused_in_file(tmp_path):
     table = config_table()
     table["judges"]["cost"] = {"source": "model", "format": "{prompt}: {completion}", "trust_remote_code": True}
     with pytest.raises(SnpatchError, match=r"judges\.cost\.trust_remote_code = True: .*--trust-config"):
         load_experiment_config(write(tmp_path / "experiment.toml", table))
 
 
-def test_sweep_of_a_world_is_as_trusted_as_the_sweep(tmp_path):
+def test_experiment_config_of_sweep_is_checked_with_sweep_file(tmp_path):
     write(tmp_path / "experiment.toml", config_table(judge="mark:go"))
     table = {name: one for name, one in sweep_table().items() if name not in SWEPT}
     path = write(tmp_path / "sweep.json", {**table, "config": "experiment.toml"})
@@ -116,7 +116,7 @@ def test_sweep_of_a_world_is_as_trusted_as_the_sweep(tmp_path):
 
 
 @pytest.mark.parametrize("name", SERVER)
-def test_server_flag_that_opens_the_host_is_refused_in_files(tmp_path, name):
+def test_server_flag_that_opens_host_is_refused_in_file(tmp_path, name):
     path = write(tmp_path / "serve.toml", {"model": "m", "vllm_server": {name: SERVER[name]}})
     with pytest.raises(SnpatchError, match=rf"serve\.toml: vllm_server\.{name} = .*--trust-config"):
         ServeConfig.load(path)
@@ -126,19 +126,19 @@ def test_server_flag_that_opens_the_host_is_refused_in_files(tmp_path, name):
 @pytest.mark.parametrize(
     "table", [{"allow_upload": "/etc"}, {"open_route": ["/metrics"]}, {"judges": {"mine": "mark:go"}}]
 )
-def test_upload_folder_and_function_of_a_server_are_refused_in_files(tmp_path, table):
+def test_upload_folder_open_route_and_function_judge_are_refused_in_file(tmp_path, table):
     path = write(tmp_path / "serve.toml", {"model": "m", **table})
     with pytest.raises(SnpatchError, match=r"(allow_upload|open_route|judges\.mine) = .*--trust-config"):
         ServeConfig.load(path)
     ServeConfig.load(path, trust=True)
 
 
-def test_harmless_server_flags_are_taken(tmp_path):
+def test_harmless_server_flags_are_accepted(tmp_path):
     flags = {"port": 8000, "api_key": "secret/key", "tool_call_parser": "llama3_json", "uvicorn_log_level": "warning"}
     assert ServeConfig.load(write(tmp_path / "s.toml", {"model": "m", "vllm_server": flags})).vllm_server == flags
 
 
-def test_what_ships_needs_no_trust():
+def test_shipped_configs_need_no_trust():
     for name in NAMED_CONFIGS:
         load_experiment_config(name)
     for name in NAMES:
@@ -154,7 +154,7 @@ def test_what_ships_needs_no_trust():
         ["serve", "FILE"],
     ],
 )
-def test_command_names_key_file_and_option(tmp_path, capsys, words):
+def test_command_error_names_key_file_and_option(tmp_path, capsys, words):
     path = write(tmp_path / "engine.toml", {"model": "m", "vllm": {"worker_cls": "evil.Worker"}})
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     named = {"FILE": path, "prompts.jsonl": tmp_path / "prompts.jsonl"}
@@ -174,6 +174,6 @@ def test_command_line_needs_no_trust(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("extends", ["../../../../tmp/evil", 3, ["demo"]])
-def test_preset_extends_shipped_ones_alone(tmp_path, extends):
+def test_preset_can_extend_only_shipped_presets(tmp_path, extends):
     with pytest.raises(SnpatchError, match="and there is no such preset"):
         load_preset(str(write(tmp_path / "p.toml", {"extends": extends})))

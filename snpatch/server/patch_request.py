@@ -59,7 +59,7 @@ class PatchContext:
 
     @property
     def is_base(self) -> bool:
-        """Whether only the base model is requested, which needs no slots."""
+        """True if only the base model is requested, which needs no slots."""
         return self.patch == "base" and self.guard is None
 
     def copy(self) -> "PatchContext":

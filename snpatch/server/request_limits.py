@@ -26,7 +26,7 @@ from snpatch.server.state import Quota
 
 RESPONSES, INVOCATIONS, SWEEP = "/v1/responses", "/invocations", "/v1/snpatch/sweep"
 TOKENIZE_ROUTES = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")  # without a limit of vLLM's own
-# route -> the field that tells its kind of request from others on /invocations
+# route -> the field by which /invocations recognizes its kind of request
 KEY_FIELDS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", RESPONSES: "input"}
 SLOW_ROUTES, SLOWDOWN = (RESPONSES, INVOCATIONS), 4  # their models take this many times a chat's time for each value
 VALUES_PER_COMPLETION = 4  # of a sweep: a chat is a message, its role and its content in a list

@@ -1,7 +1,7 @@
-"""`snpatch serve` in a process of its own, with three routes more: what the workers hold, and workers that miscount or
+"""`snpatch serve` in its own process, with three further routes: what the workers hold, and workers that miscount or
 overflow.
 
-As a program it is the command line itself: its arguments are those after `snpatch`.
+Run as a program it is the command line of snpatch, with these routes.
 """
 
 import os
@@ -16,14 +16,16 @@ from pathlib import Path
 import httpx
 import torch
 
-HELD, MISCOUNT, SPOIL = (f"/v1/snpatch/{name}" for name in ("held", "miscount", "spoil"))  # of the tests alone
-OWN = (__file__, "serve")
+HELD, MISCOUNT, SPOIL = (f"/v1/snpatch/{name}" for name in ("held", "miscount", "spoil"))  # routes of the tests
+SNPATCH_SERVE = (__file__, "serve")
 
 
 class Server:
     """A running server. options: of `snpatch serve`, or of another program."""
 
-    def __init__(self, folder: Path, *options: str, program: Sequence[str] = OWN, wait_s: float = 180) -> None:
+    def __init__(
+        self, folder: Path, *options: str, program: Sequence[str] = SNPATCH_SERVE, wait_s: float = 180
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -31,18 +33,18 @@ class Server:
         self._log = folder / "server.log"
         words = [sys.executable, *program, *map(str, options), "--port", str(self.port)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if program is OWN:
+        if program is SNPATCH_SERVE:
             environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its routes send functions to the workers
         with self._log.open("w") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         end = time.monotonic() + wait_s
         while not self.is_up():
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < end, self.said()
+            assert self.process.poll() is None, self.read_log()
+            assert time.monotonic() < end, self.read_log()
             time.sleep(0.2)
 
-    def said(self) -> str:
-        """What it wrote."""
+    def read_log(self) -> str:
+        """Return the server's log."""
         return self._log.read_text()
 
     def get(self, path: str, **more) -> httpx.Response:
@@ -52,11 +54,11 @@ class Server:
         return httpx.post(self.url + path, json=table, timeout=60, **more)
 
     def held(self) -> dict[str, int]:
-        """What the engine and its workers keep for requests, in sum."""
+        """Return what the engine and its workers hold for requests, summed over workers."""
         return self.get(HELD).json()
 
     def end(self, number: int = signal.SIGTERM, wait_s: float = 60) -> int:
-        """Its exit code."""
+        """Stop the server and return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(wait_s)
@@ -68,8 +70,8 @@ class Server:
             return False
 
 
-def kept(worker) -> dict[str, int]:
-    """Return what a worker holds for requests; runs in the worker."""
+def count_held(worker) -> dict[str, int]:
+    """Return, in a worker, what it holds for requests."""
     tracker = worker.model_runner.get_model().snpatch.tracker
     return {
         "records": len(tracker._records),
@@ -81,24 +83,24 @@ def kept(worker) -> dict[str, int]:
 
 
 def miscount(worker) -> None:
-    """In a worker: from now on, or no longer, its device has done one overwrite less than it did."""
+    """Toggle, in a worker, whether it reports one overwrite less than it did."""
     tracker = worker.model_runner.get_model().snpatch.tracker
     if "fetch" in vars(tracker):
         del tracker.fetch
         return
     fetch = tracker.fetch
 
-    def less(tickets):
+    def fetch_less(tickets):
         found = fetch(tickets)
         for record in (record for records in found for record in records):
             record["overwrites"] -= record["overwrites"] > 0
         return found
 
-    tracker.fetch = less
+    tracker.fetch = fetch_less
 
 
 def spoil(worker) -> None:
-    """In a worker: make every text overflow at layer 1."""
+    """Make, in a worker, every completion overflow at layer 1."""
     worker.model_runner.get_model().snpatch.tables.layers[1].scale[:] = torch.inf
 
 
@@ -111,7 +113,7 @@ def main() -> None:
 
         @routes.get(HELD)
         async def held() -> dict:
-            found = await executor.engine.collective_rpc(kept)
+            found = await executor.engine.collective_rpc(count_held)
             here = {**executor.slots.num_in_use, "waiting": executor.num_waiting, "sweeps": len(state.sweeps)}
             return here | {name: sum(one[name] for one in found) for name in found[0]}
 

@@ -1,4 +1,4 @@
-"""A server for all tests, what it serves, and what the offline engine and the oracle say of that."""
+"""A server for all tests, its models and patches, and the offline engine's completions of them."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,12 +16,12 @@ SMALL = ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "64", "--bl
 SIZES = ["--engine-arg", "max_clauses=3", "--engine-arg", "max_rankings=4"]
 CONSTANTS = {"values": VALUES, "half": 0.5 * VALUES, "zeros": torch.zeros(SHAPE)}
 SAFE = {"recipient": "sft", "donor": "dpo", "ranking": "first", "window": 60}
-WORDS = "bala bama bana bara"  # of the tiny model's tongue
+WORDS = "bala bama bana bara"  # of the tiny model's language
 CHAT = [{"role": "user", "content": WORDS}]
 
 
 def form(job: Job) -> dict:
-    """A job as a request's `snpatch`."""
+    """Return a job as the object `snpatch` of a request."""
     if not job.is_patched:
         return {"recipient": job.recipient}
     first, *others = (_clause(one) for one in (job, *job.then))
@@ -44,13 +44,13 @@ SIXTEEN = [job for job in SERVED if job.is_patched][:16]
 MANY = [replace(job, prompt=(i + i // 16) % 8) for i, job in enumerate(SIXTEEN * 4)]
 
 
-LEAK = "leaked"  # what nanobind says of each object that is left when its process ends
-RUNNING: list[Server] = []  # what conftest.py ends
+LEAK = "leaked"  # what nanobind prints for each object that is left at exit
+RUNNING: list[Server] = []  # servers that conftest.py stops
 
 
 @pytest.fixture(scope="session")
 def world(zoo, tmp_path_factory):
-    """The tiny model's files, and what the offline engine writes: of MANY, of seeds, of a chat; a guard."""
+    """The tiny model's files, the offline engine's completions (MANY, seeded, a chat), and a guard."""
     made, folder = zoo("llama"), tmp_path_factory.mktemp("served")
     for name, ranking in zip(("first", "second"), RANKINGS, strict=True):
         ranking.save(folder / f"{name}.safetensors")
@@ -72,7 +72,7 @@ def world(zoo, tmp_path_factory):
 
 
 def options_of(made, folder) -> list[str]:
-    """Of a server of the tiny model, with files in a folder."""
+    """Return the options of a server of the tiny model, with files in a folder."""
     adapters = [f"-a{name}={','.join(map(str, folders))}" for name, folders in made.adapters.items()]
     files = [f"--ranking={folder / name}.safetensors" for name in ("first", "second")]
     files += [f"--constant={folder / name}.safetensors" for name in CONSTANTS]
@@ -81,7 +81,7 @@ def options_of(made, folder) -> list[str]:
 
 @pytest.fixture(scope="session")
 def server(world, tmp_path_factory):
-    """One of every file and patch that the tests name; it ends well."""
+    """A server with every file and patch that the tests name; it must exit without errors."""
     folder = tmp_path_factory.mktemp("server")
     patches = ["--patch=safe=recipient=sft,donor=dpo,ranking=first,k=60", "--patch=kept=recipient=sft,guard=guard"]
     guard = [f"--guard={world.folder / 'guard.safetensors'}"]
@@ -90,8 +90,8 @@ def server(world, tmp_path_factory):
     one.folder = folder
     RUNNING.append(one)
     yield one
-    assert one.end() == 0, one.said()
-    assert LEAK not in one.said(), one.said()
+    assert one.end() == 0, one.read_log()
+    assert LEAK not in one.read_log(), one.read_log()
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,7 @@ def client(server):
 
 
 def complete(client, job: Job, **more):
-    """The answer to a job, with token ids."""
+    """Return the answer to a job, with token ids."""
     body = {"return_token_ids": True, "snpatch": form(job)}
     arguments = {"model": "base", "prompt": job.ids, "max_tokens": 10, "temperature": 0, **more}
     return client.completions.create(**arguments, extra_body=body)

@@ -1,4 +1,4 @@
-"""Patches that overflow, and KV caches full of NaN."""
+"""Patches that overflow, and KV caches filled with NaN."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ TOO_LARGE = (
 
 
 def overflowing(engine: Engine, ids: Sequence[int], source=TOO_LARGE[0], tokens: int = 25) -> Request:
-    """Return a request whose keys and values become NaN. Patches from outside are bounded, so it is built by hand."""
+    """Return a request whose keys and values become NaN. It is built by hand, because parsed patches are bounded."""
     strength = 2.0 if isinstance(source, Constant) else 1.0
     return Request(
         list(ids),
@@ -30,12 +30,12 @@ def overflowing(engine: Engine, ids: Sequence[int], source=TOO_LARGE[0], tokens:
 
 
 def fill_with_nan(engine: Engine) -> None:
-    """Spoil all blocks of the KV cache of an engine in this process, but for vLLM's null block, and forget prefixes."""
+    """Fill the KV cache of an engine in this process with NaN, except vLLM's null block, and reset the prefix cache."""
     engine.executor.engine.reset_prefix_cache()
     runner = engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     blocks = runner.kv_cache_config.num_blocks
     for kv in runner.kv_caches:
-        parts = kv if kv.shape[:2] == (2, blocks) else [kv]  # vLLM 0.24 keeps keys and values apart
+        parts = kv if kv.shape[:2] == (2, blocks) else [kv]  # vLLM 0.24 stores keys and values separately
         for part in parts:
             part[len(part) // blocks :] = torch.nan  # a block may be several of the attention kernel's
 
