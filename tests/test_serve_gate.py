@@ -66,7 +66,7 @@ def ranking():
 
 @pytest.fixture(scope="module")
 def gated(engine):
-    """vLLM's app in front of handlers that answer at once, and its Serving."""
+    """vLLM's app with handlers that answer immediately, and its ServerState."""
     config = ServeConfig(engine.config)
     registry, judges = PatchRegistry(engine, config), {"refusal": RefusalWords()}
     state = ServerState(config, engine, registry, InflightRequests(1), judges, None, (), has_own_template=True)
@@ -75,7 +75,7 @@ def gated(engine):
 
 @pytest.fixture
 def serve(gated, engine, ranking, monkeypatch):
-    """serve(keys, **limits): the app and its Serving, with these keys and limits."""
+    """Return a function (keys, **limits) that returns the app and its ServerState."""
     monkeypatch.setattr(StreamingExecutor, "num_waiting", 0)
     monkeypatch.setattr(Sweep, "events", no_events)
 
@@ -511,7 +511,7 @@ def test_unset_limits_follow_engine_sizes(limit):
     assert getattr(replace(config, **{limit: 7}).resolve_limits(2048, 16), limit) == 7
 
 
-# ---- cached values --------------------------------------------------------------------------------------------------
+# ---- cached values ---------------------------------------------------------------------------------------------------
 
 
 def test_donor_values_are_cached_until_ranking_is_replaced(serve, ranking):

@@ -331,7 +331,7 @@ def test_invalid_sweep_is_400_with_field(server, change, field, message):
     assert answer.json()["error"]["param"] == field
 
 
-# ---- limits on one request ------------------------------------------------------------------------------------------
+# ---- limits on one request -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_info_route_describes_server(world, server):
         assert server.get(path).status_code == 200
 
 
-# ---- full slots, keys, shutdown ---------------------------------------------------------------------------------------
+# ---- full slots, keys, shutdown --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -614,7 +614,7 @@ def test_two_workers_patch_exactly_and_engine_crash_is_reported(world, tmp_path)
     assert "vLLM's engine has ended" in two.read_log()
 
 
-# ---- invalid starts ------------------------------------------------------------------------------------------------
+# ---- invalid starts --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

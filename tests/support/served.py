@@ -17,15 +17,13 @@ import httpx
 import torch
 
 HELD, MISCOUNT, SPOIL = (f"/v1/snpatch/{name}" for name in ("held", "miscount", "spoil"))  # routes of the tests
-SNPATCH_SERVE = (__file__, "serve")
+SERVE = (__file__, "serve")
 
 
 class Server:
     """A running server. options: of `snpatch serve`, or of another program."""
 
-    def __init__(
-        self, folder: Path, *options: str, program: Sequence[str] = SNPATCH_SERVE, wait_s: float = 180
-    ) -> None:
+    def __init__(self, folder: Path, *options: str, program: Sequence[str] = SERVE, wait_s: float = 180) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -33,7 +31,7 @@ class Server:
         self._log = folder / "server.log"
         words = [sys.executable, *program, *map(str, options), "--port", str(self.port)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if program is SNPATCH_SERVE:
+        if program is SERVE:
             environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its routes send functions to the workers
         with self._log.open("w") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
