@@ -41,23 +41,28 @@ def test_concurrent_clients_get_offline_engine_tokens(world, server):
 def test_patch_by_name_field_and_xargs_gives_equal_answers(world, client):
     want = world.chat
     positions = len(want.prompt_ids) + 9
-    job = {"recipient": "sft", "donor": "dpo", "ranking": "first", "window": ALL}
-    asked = {"messages": CHAT, "max_tokens": 10, "temperature": 0}
-    inline = client.chat.completions.create(model="base", **asked, extra_body={"snpatch": job})
-    xargs = {"vllm_xargs": {"snpatch": json.dumps(job)}}
-    again = client.chat.completions.create(model="safe", **asked, extra_body=xargs)
-    for answer in (inline, again):
+    patch = {"recipient": "sft", "donor": "dpo", "ranking": "first", "window": ALL}
+    request = {"messages": CHAT, "max_tokens": 10, "temperature": 0}
+    inline = client.chat.completions.create(model="base", **request, extra_body={"snpatch": patch})
+    xargs = {"vllm_xargs": {"snpatch": json.dumps(patch)}}
+    by_xargs = client.chat.completions.create(model="safe", **request, extra_body=xargs)
+    for answer in (inline, by_xargs):
         assert answer.choices[0].message.content.split() == want.text.split()
-        assert answer.snpatch == {"patch": job, "overwrites": want.overwrites, "positions": positions, "verified": True}
-    named = client.chat.completions.create(model="safe", **asked)
-    by_request = client.chat.completions.create(model="base", **asked, extra_body={"snpatch": SAFE})
+        assert answer.snpatch == {
+            "patch": patch,
+            "overwrites": want.overwrites,
+            "positions": positions,
+            "verified": True,
+        }
+    named = client.chat.completions.create(model="safe", **request)
+    by_request = client.chat.completions.create(model="base", **request, extra_body={"snpatch": SAFE})
     assert named.model == "safe"
     assert named.snpatch == {**by_request.snpatch, "patch": "safe"}
     assert named.choices[0].message.content == by_request.choices[0].message.content
 
 
 def test_models_are_listed_and_generate_unpatched(world, server, client):
-    listed = {one.id: one for one in client.models.list()}
+    listed = {model.id: model for model in client.models.list()}
     assert {"base", "sft", "dpo", "safe", "kept"} <= listed.keys()
     for path in ("/v1/models", "/metrics"):  # the model's folder is not for clients
         assert str(world.made.folder) not in server.get(path).text
@@ -82,9 +87,9 @@ def test_n_completions_have_own_seeds_and_receipts(world, client):
             receipt = chunk.snpatch
         else:
             ids, receipt = [choice.token_ids for choice in answer.choices], answer.snpatch
-        assert ids == [one.token_ids for one in world.seeded]
-        assert [one["overwrites"] for one in receipt["choices"]] == [one.overwrites for one in world.seeded]
-        assert receipt["overwrites"] == sum(one.overwrites for one in world.seeded)
+        assert ids == [want.token_ids for want in world.seeded]
+        assert [choice["overwrites"] for choice in receipt["choices"]] == [want.overwrites for want in world.seeded]
+        assert receipt["overwrites"] == sum(want.overwrites for want in world.seeded)
 
 
 def test_list_of_prompts_has_receipt_per_prompt(world, client):
@@ -103,10 +108,10 @@ def test_stream_has_receipt_in_last_chunk(client):
     for usage in (None, {"include_usage": True}):
         *others, last = client.chat.completions.create(**arguments, stream=True, stream_options=usage)
         assert last.snpatch == want.snpatch
-        assert not any(hasattr(one, "snpatch") for one in others)
-        text = "".join(one.choices[0].delta.content or "" for one in (*others, last) if one.choices)
+        assert not any(hasattr(chunk, "snpatch") for chunk in others)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in (*others, last) if chunk.choices)
         assert text == want.choices[0].message.content
-        reasons = [choice.finish_reason for one in (*others, last) for choice in one.choices]
+        reasons = [choice.finish_reason for chunk in (*others, last) for choice in chunk.choices]
         assert reasons[-1] == "length"
         assert not any(reasons[:-1])
     prompts = {"model": "safe", "prompt": [IDS[0], IDS[1]], "max_tokens": 4, "temperature": 0}

@@ -33,8 +33,8 @@ ENGINE_FLAGS = """--max-model-len 1k -tp 2 --no-enforce-eager --structured-outpu
 
 
 def test_parse_argv_splits_engine_and_server_flags_into_plain_data():
-    found = vllm_args.parse_argv([*SERVER_FLAGS, *ENGINE_FLAGS])
-    assert found.engine == {
+    args = vllm_args.parse_argv([*SERVER_FLAGS, *ENGINE_FLAGS])
+    assert args.engine == {
         "max_model_len": 1000,
         "tensor_parallel_size": 2,
         "enforce_eager": False,
@@ -43,25 +43,25 @@ def test_parse_argv_splits_engine_and_server_flags_into_plain_data():
         "served_model_name": ["mine"],
         "max_num_seqs": 8,
     }
-    assert found.server["allowed_origins"] == ["https://x", "https://y"]
-    assert json.loads(json.dumps([found.engine, found.server])) == [found.engine, found.server]
+    assert args.server["allowed_origins"] == ["https://x", "https://y"]
+    assert json.loads(json.dumps([args.engine, args.server])) == [args.engine, args.server]
 
 
 def test_server_flags_round_trip_to_vllm_values():
     """Each flag has the value that vLLM's parser gives it, after a round trip through plain data."""
-    found = vllm_args.parse_argv([*SERVER_FLAGS, *ENGINE_FLAGS])
-    again = vars(vllm_args.parse_config("m", found.server, {}))
+    args = vllm_args.parse_argv([*SERVER_FLAGS, *ENGINE_FLAGS])
+    actual = vars(vllm_args.parse_config("m", args.server, {}))
     want = vars(vllm_args._parse(vllm_args._build_parser(), ["m", *SERVER_FLAGS]))
-    assert again["middleware"] == ["a.b", "c.d", vllm_args.MIDDLEWARE]
-    assert again["model"] == "m"
-    changed = {name for name in want if again[name] != want[name] and name not in ("middleware", "model")}
-    assert changed == set(), {name: (again[name], want[name]) for name in changed}
+    assert actual["middleware"] == ["a.b", "c.d", vllm_args.MIDDLEWARE]
+    assert actual["model"] == "m"
+    changed = {name for name in want if actual[name] != want[name] and name not in ("middleware", "model")}
+    assert changed == set(), {name: (actual[name], want[name]) for name in changed}
 
 
 def test_vllm_config_file_is_read(tmp_path):
     (tmp_path / "flags.yaml").write_text("port: 8123\nmax-num-seqs: 3\n")
-    found = vllm_args.parse_argv(["--config", str(tmp_path / "flags.yaml")])
-    assert (found.engine, found.server) == ({"max_num_seqs": 3}, {"port": 8123})
+    args = vllm_args.parse_argv(["--config", str(tmp_path / "flags.yaml")])
+    assert (args.engine, args.server) == ({"max_num_seqs": 3}, {"port": 8123})
 
 
 def test_host_defaults_to_loopback():
@@ -134,27 +134,27 @@ def test_model_with_base_model_name_is_refused(registry):
 
 
 def test_registry_resolves_names_and_inline_patches(registry):
-    held = registry(("m",), patches={"safe": SAFE})
-    assert held.model_names == ("sft", "dpo", "safe")
-    assert held.lookup("nobody") is None
-    assert str(held.unknown_model_error("dqo")) == (
+    names = registry(("m",), patches={"safe": SAFE})
+    assert names.model_names == ("sft", "dpo", "safe")
+    assert names.lookup("nobody") is None
+    assert str(names.unknown_model_error("dqo")) == (
         "model: expected one of the models dpo, m, base, sft or of the patches safe; 'dqo' does not exist"
     )
     many = registry((), patches={f"p{i:02}": SAFE for i in range(20)})
     assert str(many.unknown_model_error("p19")).endswith(
         "or of the patches p19, p18, p17, p00, p01, p02, p03, p04, p05, p06, p07, p08 and 8 more; 'p19' does not exist"
     )
-    assert held.lookup("m").patch == held.lookup("base").patch == held.lookup(None).patch == "base"
-    assert held.lookup("sft").patch == "sft"
-    assert held.lookup("safe").label == "safe"
-    assert held.lookup("safe").receipts is not held.lookup("safe").receipts
-    inline = held.parse({**SAFE, "where": "all", "strength": 1.0})
+    assert names.lookup("m").patch == names.lookup("base").patch == names.lookup(None).patch == "base"
+    assert names.lookup("sft").patch == "sft"
+    assert names.lookup("safe").label == "safe"
+    assert names.lookup("safe").receipts is not names.lookup("safe").receipts
+    inline = names.parse({**SAFE, "where": "all", "strength": 1.0})
     assert inline.label == SAFE
-    assert inline.patch is held.lookup("safe").patch, "cached"
-    held.remove("rankings", "first")
+    assert inline.patch is names.lookup("safe").patch, "cached"
+    names.remove("rankings", "first")
     with pytest.raises(SnpatchError, match="no ranking named 'first'"):
-        held.parse(SAFE)
-    assert held.lookup("safe").patch is inline.patch
+        names.parse(SAFE)
+    assert names.lookup("safe").patch is inline.patch
 
 
 def test_chat_for_model_with_other_template_is_refused(pairs, tmp_path):
@@ -164,10 +164,10 @@ def test_chat_for_model_with_other_template_is_refused(pairs, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     (other / "chat_template.jinja").write_text("{{ messages[-1]['content'] }} other")
-    own = tmp_path / "own"
-    shutil.copytree(made.folder, own)
-    (own / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
-    config = EngineConfig.of(own, models={"dpo": str(other)})
+    base = tmp_path / "base"
+    shutil.copytree(made.folder, base)
+    (base / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    config = EngineConfig.of(base, models={"dpo": str(other)})
     engine = AsyncEngine.from_config(config)
     state = ServerState(
         ServeConfig(config),
@@ -187,8 +187,8 @@ def test_chat_for_model_with_other_template_is_refused(pairs, tmp_path):
     state.check_template("dpo")
 
 
-@pytest.mark.parametrize("given", [None, {"enable_thinking": True, "more": 1}])
-def test_server_uses_engine_chat_template_and_variables(zoo, tmp_path, given):
+@pytest.mark.parametrize("flag_variables", [None, {"enable_thinking": True, "more": 1}])
+def test_server_uses_engine_chat_template_and_variables(zoo, tmp_path, flag_variables):
     """A template and a tokenizer next to an adapter, and variables; a flag's variables override the engine's."""
     made, adapter = zoo("llama"), tmp_path / "sft"
     shutil.copytree(made.adapters["sft"][0], adapter)
@@ -207,10 +207,10 @@ def test_server_uses_engine_chat_template_and_variables(zoo, tmp_path, given):
         (),
         False,
     )
-    args = Namespace(chat_template=None, default_chat_template_kwargs=given)
+    args = Namespace(chat_template=None, default_chat_template_kwargs=flag_variables)
     set_chat_template(args, state)
     assert args.chat_template == source
-    assert args.default_chat_template_kwargs == {"enable_thinking": False, **(given or {})}
+    assert args.default_chat_template_kwargs == {"enable_thinking": False, **(flag_variables or {})}
     launched = engine.executor.launch.engine_args(scales_kv=False)
     assert launched.tokenizer == str(adapter)
     assert engine.executor.launch.settings.eos_ids == ((tiny.EOS, tiny.VOCAB.index(tiny.WORDS[7])),)

@@ -51,10 +51,10 @@ def engine(zoo):
     """The tiny model's engine, not started, with the shapes of Llama-2-7B."""
     made = zoo("llama")
     adapters = {name: list(made.adapters[name]) for name in ("sft", "dpo")}
-    one = AsyncEngine.from_config(EngineConfig.of(made.folder, adapters, template="tulu", max_clauses=8))
-    one.geometry = replace(one.geometry, n_layers=LAYERS, n_neurons=NEURONS, context=CONTEXT)
-    one.requests._geometry = one.geometry
-    return one
+    engine = AsyncEngine.from_config(EngineConfig.of(made.folder, adapters, template="tulu", max_clauses=8))
+    engine.geometry = replace(engine.geometry, n_layers=LAYERS, n_neurons=NEURONS, context=CONTEXT)
+    engine.requests._geometry = engine.geometry
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +155,11 @@ SPELLINGS = ("{}", "{}/", "/{}", "/.{}", "{}%00", "{}?x=/health")
 def test_without_key_only_health_and_ping_are_open(serve):
     app, _ = serve(("secret",))
     paths = {route.path for route in app.routes} - {"/health", "/ping"}
-    asked = [(m, s.format(path), {}) for m in METHODS for path in sorted(paths) for s in SPELLINGS]
-    asked += [
+    requests = [(m, s.format(path), {}) for m in METHODS for path in sorted(paths) for s in SPELLINGS]
+    requests += [
         (m, path, {}) for m in METHODS for path in ("//health", "/health/x", "/healthy", "/HEALTH", "/ping/../docs")
     ]
-    answers = send(app, *asked)
+    answers = send(app, *requests)
     assert {answer.status_code for answer in answers} == {401}
     assert [answer.status_code for answer in send(app, ("GET", "/health", {}), ("GET", "/ping", {}))] == [200, 200]
 
@@ -180,17 +180,17 @@ def test_without_key_only_health_and_ping_are_open(serve):
 def test_each_key_opens_every_route(serve, authorization, is_right):
     app, _ = serve(("secret", "other"))
     headers = {"headers": {"authorization": authorization}}
-    found = send(app, *(("GET", path, headers) for path in ("/version", "/docs", "/openapi.json", "/v1/snpatch")))
-    assert {answer.status_code for answer in found} == ({200} if is_right else {401})
+    answers = send(app, *(("GET", path, headers) for path in ("/version", "/docs", "/openapi.json", "/v1/snpatch")))
+    assert {answer.status_code for answer in answers} == ({200} if is_right else {401})
     chat = {"content": json.dumps(ASKED), "headers": {**JSON, "authorization": authorization}}
-    found = send(app, *(("POST", path, chat) for path in (CHATS, "/invocations")))
-    assert {answer.status_code for answer in found} == ({200} if is_right else {401})
+    answers = send(app, *(("POST", path, chat) for path in (CHATS, "/invocations")))
+    assert {answer.status_code for answer in answers} == ({200} if is_right else {401})
 
 
 def test_only_opened_route_needs_no_key(serve):
     app, _ = serve(("secret",), open_route=("/version",))
-    asked = (("GET", "/version", {}), ("GET", "/openapi.json", {}), ("GET", "/version/", {}))
-    assert [answer.status_code for answer in send(app, *asked)] == [200, 401, 401]
+    requests = (("GET", "/version", {}), ("GET", "/openapi.json", {}), ("GET", "/version/", {}))
+    assert [answer.status_code for answer in send(app, *requests)] == [200, 401, 401]
 
 
 def test_index_lists_only_served_routes(serve):
@@ -298,22 +298,22 @@ def test_connection_without_complete_head_is_closed_but_not_slow_answer(sent, an
         config.load()
         state = uvicorn.server.ServerState()
         loop = asyncio.get_running_loop()
-        made = await loop.create_server(lambda: config.http_protocol_class(config, state, {}), "127.0.0.1", 0)
-        reader, writer = await asyncio.open_connection(*made.sockets[0].getsockname())
-        found = b""
+        server = await loop.create_server(lambda: config.http_protocol_class(config, state, {}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        received = b""
         for data in sent:
             writer.write(data)
             await asyncio.sleep(0.01)
             if data.endswith(b"\r\n\r\n"):
-                found += await reader.readuntil(b"ok")
+                received += await reader.readuntil(b"ok")
         try:
-            found += await asyncio.wait_for(reader.read(), 0.6)
+            received += await asyncio.wait_for(reader.read(), 0.6)
             is_over = True
         except TimeoutError:
             is_over = False
         writer.close()
-        made.close()
-        return found.count(b"200 OK"), is_over
+        server.close()
+        return received.count(b"200 OK"), is_over
 
     assert asyncio.run(everything()) == (answers, is_closed)
 
@@ -435,8 +435,8 @@ def test_clauses_over_limit_are_refused_before_build(serve, monkeypatch):
     app, _ = serve()
     monkeypatch.setattr("snpatch.patching.spec._clause", lambda *_: pytest.fail("a clause was built"))
     patch = {"recipient": "base", "clauses": [NOISE] * 9}
-    for given in ({"snpatch": patch}, {"vllm_xargs": {"snpatch": json.dumps(patch)}}):
-        answer = post(app, CHATS, {**ASKED, **given})
+    for fields in ({"snpatch": patch}, {"vllm_xargs": {"snpatch": json.dumps(patch)}}):
+        answer = post(app, CHATS, {**ASKED, **fields})
         assert answer.status_code == 400
         assert "at most 8 clauses, got 9" in answer.text
         assert "max_clauses=9" in answer.text
@@ -489,15 +489,15 @@ def test_slow_bodies_do_not_block_requests_and_have_byte_quota(serve):
             async def ask():
                 return await http.post(CHATS, content=slow(), headers=JSON)
 
-            begun = [asyncio.create_task(ask()) for _ in range(2)]
+            tasks = [asyncio.create_task(ask()) for _ in range(2)]
             await asyncio.sleep(0.05)
-            found = await http.post(CHATS, json=ASKED), await ask()
-            held = state.body_quota.used
+            answers = await http.post(CHATS, json=ASKED), await ask()
+            num_bytes = state.body_quota.used
             end.set()
-            return *found, held, await begun[0]
+            return *answers, num_bytes, await tasks[0]
 
-    whole, late, held, slow = asyncio.run(everything())
-    assert (whole.status_code, slow.status_code, held) == (200, 200, 1800)
+    whole, late, num_bytes, slow = asyncio.run(everything())
+    assert (whole.status_code, slow.status_code, num_bytes) == (200, 200, 1800)
     assert (late.status_code, "at most 2500 at once (--max-incoming-bytes)" in late.text) == (503, True)
     assert state.body_quota.used == 0
 
@@ -516,26 +516,26 @@ def test_unset_limits_follow_engine_sizes(limit):
 
 def test_donor_values_are_cached_until_ranking_is_replaced(serve, ranking):
     _, state = serve()
-    held = state.registry
+    registry = state.registry
 
     def donor(text, window, **more):
-        return held.parse({"recipient": "base", **NOISE, "donor": text, "window": window, **more}).patch.donor
+        return registry.parse({"recipient": "base", **NOISE, "donor": text, "window": window, **more}).patch.donor
 
     for text in ("noise:1", "zero", "mean:donor", "add:mean:recipient"):
         assert donor(text, 1) is donor(text, 2)
     assert donor("noise:1", 1, seed=1) is not donor("noise:1", 1, seed=2)
     before = donor("noise:1", 1)
-    held.add("rankings", "safety", replace(ranking))
+    registry.add("rankings", "safety", replace(ranking))
     assert donor("noise:1", 1) is not before
 
 
 def test_patch_parsed_during_ranking_replacement_is_not_cached(serve, ranking):
     _, state = serve()
-    held, other = state.registry, replace(ranking)
-    read, asked = held._build, {"recipient": "base", **NOISE}
-    held.add("rankings", "safety", other)
-    assert read(schema.read(PatchRequest, "snpatch", asked)).patch.ranking is ranking
-    assert held.parse(asked).patch.ranking is other
+    registry, other = state.registry, replace(ranking)
+    build, patch = registry._build, {"recipient": "base", **NOISE}
+    registry.add("rankings", "safety", other)
+    assert build(schema.read(PatchRequest, "snpatch", patch)).patch.ranking is ranking
+    assert registry.parse(patch).patch.ranking is other
 
 
 # ---- the event loop --------------------------------------------------------------------------------------------------

@@ -37,14 +37,14 @@ def long(job, **more) -> dict:
 
 def events(lines) -> list[tuple[str, dict]]:
     """Return (name, data) of server-sent events."""
-    found, name = [], None
+    parsed, name = [], None
     for line in lines:
         kind, _, text = line.partition(": ")
         if kind == "event":
             name = text
         elif kind == "data" and text != "[DONE]":
-            found.append((name, json.loads(text)))
-    return found
+            parsed.append((name, json.loads(text)))
+    return parsed
 
 
 # ---- clients that disconnect -----------------------------------------------------------------------------------------
@@ -132,14 +132,14 @@ def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(world
 def test_promise_4_overflowing_sweep_fails_only_its_completions(world, server, client):
     body = {"recipient": "base", "donor": "scale:1e19", "ranking": "first", "windows": [ALL], "prompts": [WORDS] * 2}
     with httpx.stream("POST", server.url + SWEEP, json={**body, "max_tokens": 4}, timeout=120) as answer:
-        found = events(answer.iter_lines())
-    texts = [data for name, data in found if name == "completion"]
+        stream = events(answer.iter_lines())
+    texts = [data for name, data in stream if name == "completion"]
     for text in texts:
         assert ("overflowed in float32" in text.get("error", "")) == (text["hi"] == ALL and "floor" not in text)
         assert (text["text"] is None) == ("error" in text)
-    (row,) = [data for name, data in found if name == "row" and data["hi"] == ALL and "floor" not in data]
+    (row,) = [data for name, data in stream if name == "row" and data["hi"] == ALL and "floor" not in data]
     assert (row["prompts"], row["failed"], row["mean"], row["changed"]) == (0, 2, None, None)
-    ((name, summary),) = found[-1:]
+    ((name, summary),) = stream[-1:]
     assert (name, summary["failed"], summary["completions"]) == ("summary", 2, len(texts) - 2)
     job = JOBS[2]
     assert complete(client, job).choices[0].token_ids == told(world.made, job).ids
@@ -158,22 +158,22 @@ def test_upload_can_be_used_and_deleted(world, server, client):
     for path, body in (("rankings/mine", ranking), ("constants/mine", constant)):
         answer = request(server, "PUT", path, content=body)
         assert answer.status_code == 201, answer.text
-    held = server.get("/v1/snpatch").json()
-    assert held["rankings"]["mine"] == held["rankings"]["second"]
-    assert held["constants"]["mine"] == held["constants"]["half"]
+    info = server.get("/v1/snpatch").json()
+    assert info["rankings"]["mine"] == info["rankings"]["second"]
+    assert info["constants"]["mine"] == info["constants"]["half"]
     job = next(job for job in MANY if job.order == 1 and isinstance(job.donor, str))
-    named = {**form(job), "ranking": "mine"}
+    patch = {**form(job), "ranking": "mine"}
     answer = client.completions.create(
         model="base",
         prompt=job.ids,
         max_tokens=10,
         temperature=0,
-        extra_body={"return_token_ids": True, "snpatch": named},
+        extra_body={"return_token_ids": True, "snpatch": patch},
     )
     assert answer.choices[0].token_ids == complete(client, job).choices[0].token_ids
     assert request(server, "DELETE", "rankings/mine").status_code == 204
     assert request(server, "DELETE", "rankings/mine").status_code == 404
-    gone = server.post(COMPLETIONS, {"model": "base", "prompt": job.ids, "snpatch": named})
+    gone = server.post(COMPLETIONS, {"model": "base", "prompt": job.ids, "snpatch": patch})
     assert (gone.status_code, "no ranking named 'mine'" in gone.text) == (400, True)
 
 
@@ -240,11 +240,11 @@ def test_concurrent_uploads_leave_only_named_files(world, server, tmp_path):
             await asyncio.gather(*map(leave, range(3)))
             return await asyncio.gather(*map(put, range(20)))
 
-    found = asyncio.run(everything())
-    assert found.count(201) == 1
-    assert set(found) <= {201, 413, 503}
+    statuses = asyncio.run(everything())
+    assert statuses.count(201) == 1
+    assert set(statuses) <= {201, 413, 503}
     assert is_clean()
-    for path in (f"constants/last{found.index(201)}", *(f"rankings/{name}" for name in many)):
+    for path in (f"constants/last{statuses.index(201)}", *(f"rankings/{name}" for name in many)):
         assert request(server, "DELETE", path).status_code == 204
     assert is_clean()
 
@@ -405,16 +405,16 @@ def test_health_answers_during_largest_request(server, name):
 
 
 def test_info_route_describes_server(world, server):
-    held = server.get("/v1/snpatch").json()
-    assert {"base", "sft", "dpo"} <= held["models"].keys()
-    assert held["patches"]["safe"] == {**SAFE, "ranking": held["rankings"]["first"]["fingerprint"], "window": [0, 60],
+    info = server.get("/v1/snpatch").json()
+    assert {"base", "sft", "dpo"} <= info["models"].keys()
+    assert info["patches"]["safe"] == {**SAFE, "ranking": info["rankings"]["first"]["fingerprint"], "window": [0, 60],
                                        "where": "all", "strength": 1.0}  # fmt: skip
-    assert held["patches"]["kept"] == {"recipient": "sft", "guard": "guard"}
-    assert held["guards"]["guard"]["k"] == 5
-    assert held["schema"]["required"] == ["recipient"]
-    limits = held["limits"]
+    assert info["patches"]["kept"] == {"recipient": "sft", "guard": "guard"}
+    assert info["guards"]["guard"]["k"] == 5
+    assert info["schema"]["required"] == ["recipient"]
+    limits = info["limits"]
     assert (limits["context"], limits["max_completions"], limits["max_requests"]) == (128, 256, 256)
-    assert held["versions"].keys() == {"snpatch", "vllm", "torch", "transformers"}
+    assert info["versions"].keys() == {"snpatch", "vllm", "torch", "transformers"}
     for path in ("/health", "/version", "/metrics", "/docs", "/openapi.json"):
         assert server.get(path).status_code == 200
 
@@ -432,9 +432,9 @@ def narrow(world, tmp_path_factory):
     (folder / "serve.toml").write_text(printed)
     read = ServeConfig.load(folder / "serve.toml").as_table()
     assert json.loads(json.dumps(read)) == tomllib.loads(printed)
-    one = Server(folder, folder / "serve.toml")
-    yield one
-    one.end(signal.SIGKILL)
+    server = Server(folder, folder / "serve.toml")
+    yield server
+    server.end(signal.SIGKILL)
 
 
 def test_without_key_nothing_runs(narrow):
@@ -522,15 +522,15 @@ def test_sigterm_lets_streams_finish_with_receipts(narrow):
 
             async def listen(job, begun):
                 async with http.stream("POST", COMPLETIONS, json=long(job, stream=True, n=16)) as answer:
-                    found = []
+                    lines = []
                     async for line in answer.aiter_lines():
-                        found.append(line)
+                        lines.append(line)
                         begun.set()
-                    return found
+                    return lines
 
             begun = [asyncio.Event() for _ in range(3)]
-            tasks = [asyncio.create_task(listen(JOBS[2], one)) for one in begun]
-            await asyncio.gather(*(one.wait() for one in begun))
+            tasks = [asyncio.create_task(listen(JOBS[2], event)) for event in begun]
+            await asyncio.gather(*(event.wait() for event in begun))
             narrow.process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.2)
             body = {"model": "base", "prompt": IDS[0], "max_tokens": 1}
@@ -555,16 +555,16 @@ def test_streams_end_with_error_after_drain_timeout(world, tmp_path):
     brief = Server(tmp_path, *options_of(world.made, world.folder), "--drain-s", "0.2")
 
     async def everything():
-        body, found = long(JOBS[2], stream=True, n=60), []
+        body, received = long(JOBS[2], stream=True, n=60), []
         async with (
             httpx.AsyncClient(timeout=60) as http,
             http.stream("POST", brief.url + COMPLETIONS, json=body) as stream,
         ):
             async for line in stream.aiter_lines():
-                if not found:
+                if not received:
                     brief.process.send_signal(signal.SIGINT)
-                found.append(line)
-        return found
+                received.append(line)
+        return received
 
     lines = asyncio.run(everything())
     *_, (_, last) = events(lines)
@@ -590,11 +590,11 @@ def test_two_workers_patch_exactly_and_engine_crash_is_reported(world, tmp_path)
 
                 async def stream(begun):
                     async with http.stream("POST", COMPLETIONS, json=long(JOBS[2], stream=True)) as answer:
-                        found = []
+                        received = []
                         async for line in answer.aiter_lines():
-                            found.append(line)
+                            received.append(line)
                             begun.set()
-                        return found
+                        return received
 
                 begun = asyncio.Event()
                 streaming = asyncio.create_task(stream(begun))

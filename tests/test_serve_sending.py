@@ -94,9 +94,9 @@ def test_reading_client_gets_whole_stream():
 @pytest.fixture
 def sweep():
     """A sweep without an engine, whose events a test sets."""
-    made = Sweep.__new__(Sweep)
-    made._state = SimpleNamespace(sweeps=set())
-    return made
+    sweep = Sweep.__new__(Sweep)
+    sweep._state = SimpleNamespace(sweeps=set())
+    return sweep
 
 
 def test_finished_sweep_is_not_counted_while_unread(sweep):
@@ -110,8 +110,8 @@ def test_finished_sweep_is_not_counted_while_unread(sweep):
             first = await anext(events)  # the others are not read
             for _ in range(5):
                 await asyncio.sleep(0)
-            held = len(sweep._state.sweeps)
-            return held, [first, *[event async for event in events]]
+            num_sweeps = len(sweep._state.sweeps)
+            return num_sweeps, [first, *[event async for event in events]]
 
     assert asyncio.run(run()) == (0, ["0", "1", "2"])
 

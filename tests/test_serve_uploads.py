@@ -69,9 +69,9 @@ def test_upload_over_quota_leaves_no_file(folder, bodies):
     stored = {name: uploads_folder.store_file("rankings", name, bodies["second"]) for name in ("a", "b")}
     constant = uploads_folder.store_file("constants", "c", bodies["values"])  # all started before the quota was full
     uploads_folder.assign_name("rankings", "a", *stored["a"])
-    for kind, name, one in (("rankings", "b", stored["b"]), ("constants", "c", constant)):
+    for kind, name, file in (("rankings", "b", stored["b"]), ("constants", "c", constant)):
         with pytest.raises(PayloadTooLargeError, match="at most 64 rankings and constants, got one more"):
-            uploads_folder.assign_name(kind, name, *one)
+            uploads_folder.assign_name(kind, name, *file)
     assert files(folder) == {file_of(bodies["first"]), file_of(bodies["second"])}
 
 
@@ -189,9 +189,9 @@ def test_upload_for_other_model_is_skipped_and_kept(folder, bodies, capsys):
 
 def test_upload_with_configured_name_is_skipped(folder, bodies, capsys):
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
-    own = FakeRegistry()
-    own.add("rankings", "a", RANKINGS[1])
-    assert Uploads(folder, own)._registry.rankings["a"] is RANKINGS[1]
+    registry = FakeRegistry()
+    registry.add("rankings", "a", RANKINGS[1])
+    assert Uploads(folder, registry)._registry.rankings["a"] is RANKINGS[1]
     assert "a is also set by the server's config" in capsys.readouterr().err
 
 
