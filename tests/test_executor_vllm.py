@@ -503,7 +503,9 @@ def test_patches_of_several_clauses(llama, start):
     assert_as_the_oracle(llama, jobs, generate(engine, jobs))
     assert_as_the_oracle(llama, jobs, generate(engine, jobs))  # from the prefix cache
     four = replace(CLAUSES[3], then=(*CLAUSES[3].then, CLAUSES[0])).patch
-    with pytest.raises(SnpatchError, match=r"a patch of 4 clauses: start the engine with a larger max_clauses \(3\)"):
+    with pytest.raises(
+        SnpatchError, match=r"a patch of 4 interventions: start the engine with a larger max_clauses \(3\)"
+    ):
         engine.generate([IDS[0]], four)
     donors = Job(0, "base", "dpo", (0, 5), then=(Job(0, "", "sft", (5, 9)),))
     with pytest.raises(SnpatchError, match=r"its clauses name 2 donor models \(dpo, sft\): one can run"):

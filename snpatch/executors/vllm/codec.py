@@ -49,11 +49,11 @@ class EngineRequest:
 
 
 class RequestCodec:
-    """Converter of one engine. clauses: maximum number of a patch; has_secondary: the engine has secondary weights."""
+    """Converter of one engine. max_interventions: of a patch; has_secondary: the engine has secondary weights."""
 
-    def __init__(self, tokenizer, geometry: Geometry, clauses: int, has_secondary: bool) -> None:
+    def __init__(self, tokenizer, geometry: Geometry, max_interventions: int, has_secondary: bool) -> None:
         self._tokenizer, self._geometry = tokenizer, geometry
-        self._clauses, self._has_secondary = clauses, has_secondary
+        self._max_interventions, self._has_secondary = max_interventions, has_secondary
         self._tickets = count(1)
 
     def tag(self, request: Request, lease: SlotLease) -> RequestTag:
@@ -62,7 +62,7 @@ class RequestCodec:
         recipient_stream = request.recipient.weights.index if self._has_secondary else 0
         swaps_donor = self._has_secondary and has_same_weights(request)
         ticket, salt = next(self._tickets), cache_salt(request, recipient_stream, swaps_donor)
-        columns = build_request_row(request, lease.slots, self._clauses, recipient_stream)
+        columns = build_request_row(request, lease.slots, self._max_interventions, recipient_stream)
         extra_args = {KEY: RequestRow(ticket, columns).pack()}
         if swaps_donor:
             extra_args[SAME_WEIGHTS] = True

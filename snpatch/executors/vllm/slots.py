@@ -127,7 +127,7 @@ class SlotAllocator:
             raise SnpatchError("this engine runs one stream: a donor model needs streams=2")
         if len(request.overwrites) > self._settings.max_clauses:
             raise SnpatchError(
-                f"a patch of {len(request.overwrites)} clauses: start the engine with a larger max_clauses "
+                f"a patch of {len(request.overwrites)} interventions: start the engine with a larger max_clauses "
                 f"({self._settings.max_clauses})"
             )
         weights = [model.weights for model in (request.recipient, request.donor) if model is not None]

@@ -27,10 +27,8 @@ from snpatch.op.plan import (
 
 MAX_UNFETCHED = 65536  # records of ended requests; beyond it the oldest are dropped, for a client that never fetches
 NUM_ROWS = 256  # of the request table at first; it doubles when it is full
-HANDLE_COLUMNS = {
-    RequestColumn.RANKING: "ranking",
-    RequestColumn.CONSTANT_ROW: "constant",
-}  # of each intervention: column -> kind of its handle
+# Columns of each intervention that hold a handle, and the handle's kind.
+HANDLE_COLUMNS = {RequestColumn.RANKING: "ranking", RequestColumn.CONSTANT_ROW: "constant"}
 
 
 @dataclass(eq=False)
@@ -90,8 +88,8 @@ class RequestTracker:
         self._free_receipts = list(range(settings.max_receipts - 1, -1, -1))
         self._capture_used = np.zeros(settings.max_captures, dtype=bool)
         self._handle_kinds = {RequestColumn.ADAPTER_0: "adapter", RequestColumn.ADAPTER_1: "adapter"}
-        for clause in range(settings.max_clauses):
-            self._handle_kinds |= {request_column(entry, clause): kind for entry, kind in HANDLE_COLUMNS.items()}
+        for i in range(settings.max_clauses):
+            self._handle_kinds |= {request_column(column, i): kind for column, kind in HANDLE_COLUMNS.items()}
         self._starts, self._stops = _columns(num_columns, RequestColumn.PATCH_START, RequestColumn.PATCH_STOP)
         self._los, self._his = _columns(num_columns, RequestColumn.LO, RequestColumn.HI)
 
@@ -290,6 +288,6 @@ class RequestTracker:
 
 
 def _columns(num_columns: int, first: RequestColumn, second: RequestColumn) -> tuple[list[int], list[int]]:
-    """Return the table columns of two entries for each intervention."""
-    clauses = range(num_request_interventions(num_columns))
-    return [request_column(first, clause) for clause in clauses], [request_column(second, clause) for clause in clauses]
+    """Return the table columns of two request columns for each intervention."""
+    interventions = range(num_request_interventions(num_columns))
+    return [request_column(first, i) for i in interventions], [request_column(second, i) for i in interventions]
