@@ -29,7 +29,7 @@ class Loaded:
         self._opened = opened = LoadedModels(config)
         self.tokenizer = opened.tokenizer
         self.executor = self._executor_of(config)
-        self.geometry, self.weights = self.executor.geometry, opened.sets[OWN_SET]
+        self.geometry, self.weights = self.executor.geometry, opened.weights[OWN_SET]
         opened.add(config.sources, self.geometry, self.executor.check_model)  # before what takes long
         self.requests = Requests(opened.templates, self.geometry, opened.models, opened.notes)
 
@@ -56,12 +56,12 @@ class Loaded:
 
         What kept texts, rankings and guards are bound to.
         """
-        return self._opened.digest_of(self.requests.model(model))
+        return self._opened.fingerprint(self.requests.model(model))
 
     def add_adapter(self, name: str, folders: Folders) -> None:
         """Make the model with these adapters available as `name`."""
         source = EngineConfig(self.config.model, {name: folders}).sources[name]
-        self._opened.check_beside(source)
+        self._opened.check_late_adapter(source)
         self._opened.add({name: source}, self.geometry, self.executor.check_model)
 
     def encode(self, prompts: Sequence[Prompt], model: str | Sequence[str] = BASE, room: int = 1) -> list[list[int]]:

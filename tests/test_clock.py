@@ -6,7 +6,7 @@ import pytest
 import tiny
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from snpatch.models.clock import DATE, PARTS, fix_date
+from snpatch.models.clock import FIXED_DATE, STRFTIME_VALUES, fix_date
 from snpatch.models.templates import TEMPLATE_FILE, TULU, ChatTemplate, load_template
 
 CHAT, FRIDAY = [{"role": "user", "content": "hello"}], datetime(2024, 7, 26, tzinfo=UTC)
@@ -27,10 +27,10 @@ LLAMA_3 = (
 )
 
 
-@pytest.mark.parametrize("form", [*PARTS, "%Y-%m-%d", "%d %b %Y", "%A, %B %d, %Y at %H:%M:%S", "%I:%M %p"])
+@pytest.mark.parametrize("form", [*STRFTIME_VALUES, "%Y-%m-%d", "%d %b %Y", "%A, %B %d, %Y at %H:%M:%S", "%I:%M %p"])
 def test_the_clock_of_templates_stands_at_a_fixed_date(form):
     now = datetime(2024, 7, 26, tzinfo=UTC)
-    assert now.strftime("%d %b %Y") == DATE
+    assert now.strftime("%d %b %Y") == FIXED_DATE
     assert rendered(f"{{{{ strftime_now('{form}') }}}}") == now.strftime(form)
 
 

@@ -1,5 +1,6 @@
 """What names a checkpoint: its bytes, wherever it lies, read once."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,6 @@ import tiny
 
 from snpatch import SnpatchError
 from snpatch.config import EngineConfig
-from snpatch.models import fingerprint
 from snpatch.models.fingerprint import fingerprint_checkpoint, fingerprint_tokenizer
 from snpatch.models.loaded_models import LoadedModels
 
@@ -25,13 +25,13 @@ def folder(zoo, tmp_path, monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """Names of the files that were hashed."""
-    names, hashed = [], fingerprint.hashlib.file_digest
+    names, hash_file = [], hashlib.file_digest
 
     def counting(file, kind):
         names.append(Path(file.name).name)
-        return hashed(file, kind)
+        return hash_file(file, kind)
 
-    monkeypatch.setattr(fingerprint.hashlib, "file_digest", counting)
+    monkeypatch.setattr(hashlib, "file_digest", counting)
     return names
 
 
@@ -95,7 +95,7 @@ def test_digest_of_a_model_is_of_what_changes_its_texts(folder):
     """A guard, a ranking and kept texts of an engine are good for a server of the same model."""
 
     def fingerprint(**arguments) -> str:
-        (own,) = LoadedModels(EngineConfig(str(folder), vllm=arguments)).sets.values()
+        (own,) = LoadedModels(EngineConfig(str(folder), vllm=arguments)).weights.values()
         return own.fingerprint
 
     assert fingerprint() == fingerprint(max_num_seqs=4) == fingerprint(served_model_name=["a", "base"])

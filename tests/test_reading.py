@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from snpatch import Engine, EngineConfig, Sampling, SnpatchError
 from snpatch.integrations.lm_eval import SnpatchLM
-from snpatch.models.fingerprint import local_adapter_folder
+from snpatch.models.hub import resolve_adapter_folder
 from snpatch.models.loaded_models import LoadedModels
 from snpatch.models.lora import load_lora
 from snpatch.models.notes import Notes
@@ -66,7 +66,7 @@ def test_the_template_beside_an_adapter_is_used(model, beside, kind, source, tex
     one = opened(model, given)
     assert one.templates[-1].render(CHAT) == text
     assert any(
-        f"chats are read by the template beside {folder}, and not by {model}'s own" in n for n in one.notes.messages
+        f"chats are rendered by the template in {folder}, and not by {model}'s own" in n for n in one.notes.messages
     )
     assert opened(model, given, template="tokenizer").templates[-1].render(CHAT) == "<|user|> bana"
     assert opened(model, given, template="tulu").templates[-1].name == "tulu"
@@ -302,8 +302,8 @@ def test_what_the_hub_has_not_is_one_line(zoo, hub, name, message):
 
 @pytest.mark.parametrize("name", ["org/sft", "org/sft@main"])
 def test_a_name_of_the_hub_is_a_folder_of_its_cache(hub, tmp_path, name):
-    assert local_adapter_folder(name) == tmp_path / "cache" / "models--org--sft" / "snapshots" / "commit-main"
-    assert local_adapter_folder(tmp_path) == tmp_path
+    assert resolve_adapter_folder(name) == tmp_path / "cache" / "models--org--sft" / "snapshots" / "commit-main"
+    assert resolve_adapter_folder(tmp_path) == tmp_path
 
 
 def test_the_command_line_and_lm_eval_take_template_variables(model, tmp_path, capsys):

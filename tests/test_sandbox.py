@@ -36,7 +36,7 @@ def soon(monkeypatch):
     monkeypatch.setattr(sandbox, "RENDER_SECONDS", 0.5)
 
 
-def local_model_folder(tmp_path, config, tensors):
+def resolve_model_folder(tmp_path, config, tensors):
     (tmp_path / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     return tmp_path
@@ -44,13 +44,13 @@ def local_model_folder(tmp_path, config, tensors):
 
 def ia3(tmp_path, name=r"base_model.model.model.layers.0.mlp.down_proj.ia3_l", **config):
     config = {"peft_type": "IA3", "target_modules": ["down_proj"], "feedforward_modules": ["down_proj"], **config}
-    return local_model_folder(tmp_path, config, {name: torch.ones(1, 4)})
+    return resolve_model_folder(tmp_path, config, {name: torch.ones(1, 4)})
 
 
 def lora(tmp_path, **config):
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {f"{name}.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
-    return local_model_folder(tmp_path, {"peft_type": "LORA", "r": 1, "lora_alpha": 1, **config}, tensors)
+    return resolve_model_folder(tmp_path, {"peft_type": "LORA", "r": 1, "lora_alpha": 1, **config}, tensors)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_lora_patterns_are_peft_s(tmp_path):
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" * 500 + "]" * 500, "9" * 5000, "{"])
 def test_deep_adapter_config_is_one_line(tmp_path, text):
     with pytest.raises(SnpatchError, match=r"adapter_config\.json: (not JSON|wanted a JSON object)"):
-        load_adapters(local_model_folder(tmp_path, text, {"a": torch.ones(1)}), 1, {"down_proj": 4})
+        load_adapters(resolve_model_folder(tmp_path, text, {"a": torch.ones(1)}), 1, {"down_proj": 4})
 
 
 # ---- templates ------------------------------------------------------------------------------------------------------

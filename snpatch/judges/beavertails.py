@@ -14,10 +14,11 @@ from transformers import LlamaConfig, LlamaModel
 
 from snpatch.errors import SnpatchError
 from snpatch.files import read_state
-from snpatch.models.weights import read_index
+from snpatch.models.checkpoint_files import find_shards
 from snpatch.tensors import FLOATS, check_tensor
 
 ARCHITECTURES = ("LlamaModelForScore", "LlamaForScore")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # if there is no index
 SMALLEST_VARIANCE = 1e-8  # of a normalizer, as its authors have it
 
 
@@ -90,7 +91,7 @@ def _body(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor]) -> dict
 def _tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, file by file: the body's in dtype on the device, all others in float32, of which
     the normalizer's stay on the host."""
-    for path in _weight_files(folder):
+    for path in _find_weight_files(folder):
         for name, tensor in read_state(path).items():
             if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold it; it follows from the config
                 continue
@@ -101,17 +102,12 @@ def _tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator
             yield name, checked if is_count else checked.to(device)
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index, path = folder / f"{single}.index.json", folder / single
-        if index.is_file():
-            paths = sorted(set(read_index(index).values()))
-            missing = [one.name for one in paths if not one.is_file()]
-            if missing:
-                raise SnpatchError(f"score model {folder}: {index.name} names files that are not there: {missing}")
-            yield from paths
-            return
-        if path.is_file():
-            yield path
-            return
-    raise SnpatchError(f"score model {folder}: no weights there (model.safetensors or pytorch_model.bin, or an index)")
+def _find_weight_files(folder: Path) -> list[Path]:
+    index, files = find_shards(folder, WEIGHT_FILES)
+    if index and (missing := [file.name for file in files if not file.is_file()]):
+        raise SnpatchError(f"score model {folder}: {index.name} names files that are not there: {missing}")
+    if index is None and not files:
+        raise SnpatchError(
+            f"score model {folder}: no weights there ({' or '.join(WEIGHT_FILES)}, or an index). Download it again."
+        )
+    return files

@@ -20,7 +20,7 @@ from snpatch.executors.transformers.executor import pick_device
 from snpatch.judges.beavertails import read_score_checkpoint
 from snpatch.judges.score_format import Row
 from snpatch.models.checkpoint import check_finite
-from snpatch.models.fingerprint import local_model_folder
+from snpatch.models.hub import resolve_model_folder
 from snpatch.models.pretrained import load_pretrained
 
 BATCH_SIZE = 16  # where none is given
@@ -46,7 +46,7 @@ class BeavertailsScorer:
         if padding_side not in ("right", "left"):
             raise SnpatchError(f"padding_side must be right or left, got {padding_side!r}")
         self._device, self._batch_size, self._side = pick_device(device), batch_size, padding_side
-        self._checkpoint = read_score_checkpoint(local_model_folder(model), config, dtype, self._device)
+        self._checkpoint = read_score_checkpoint(resolve_model_folder(model), config, dtype, self._device)
         with torch.device("meta"):
             body = LlamaModel(config)
         body.load_state_dict(self._checkpoint.body, assign=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from snpatch.errors import SnpatchError
 from snpatch.judges.beavertails import is_beavertails, read_score_checkpoint
 from snpatch.judges.score_format import Row
-from snpatch.models.fingerprint import local_model_folder
+from snpatch.models.hub import resolve_model_folder
 
 
 class VllmScorer:
@@ -23,7 +23,7 @@ class VllmScorer:
 
         self._checkpoint, has_bias = None, None
         if is_beavertails(config):
-            model = local_model_folder(model)
+            model = resolve_model_folder(model)
             self._checkpoint = read_score_checkpoint(model, config, dtype, torch.device("meta"))
             has_bias = self._checkpoint.bias is not None
         self._engine = PoolingEngine(str(model), config, dtype=dtype, has_bias=has_bias, **arguments)

@@ -1,6 +1,6 @@
-"""What a checkpoint tells: its architecture, where its texts end, and whether its weights are numbers.
+"""Checks of a checkpoint: its architecture, its EOS tokens, and whether its weights are finite.
 
-Why weights are looked at while they are loaded: an engine may pack them afterwards, and empty what it has packed.
+Why weights are checked while they are loaded: an engine may pack them afterwards and free the originals.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from snpatch.errors import SnpatchError, first_line, shown
-from snpatch.models.fingerprint import local_snapshot
+from snpatch.models.checkpoint_files import WEIGHT_PATTERNS, find_weight_files
+from snpatch.models.hub import resolve_revision
 from snpatch.models.pretrained import load_pretrained
 from snpatch.tensors import is_finite
 
-ARCHITECTURES = (
+TESTED_ARCHITECTURES = (
     "llama",
     "mistral",
     "gemma",
@@ -27,66 +28,69 @@ ARCHITECTURES = (
     "qwen3",
     "phi3",
 )
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
 def load_config(model: str | Path, allow_untested: bool):
-    """The model's config; an error for an architecture that was not tested."""
+    """Load a model's config.
+
+    Raises:
+        SnpatchError: The architecture is not tested, or its rotary positions depend on other requests of a batch.
+    """
     config = load_pretrained(AutoConfig, model)
-    if config.model_type not in ARCHITECTURES and not allow_untested:
+    if config.model_type not in TESTED_ARCHITECTURES and not allow_untested:
         raise SnpatchError(
-            f"{model}: architecture {config.model_type} is not tested (tested: {', '.join(ARCHITECTURES)}); "
+            f"{model}: architecture {config.model_type} is not tested (tested: {', '.join(TESTED_ARCHITECTURES)}); "
             "allow_untested=True tries it"
         )
-    varying = _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}
-    if varying:
+    batch_dependent = _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}
+    if batch_dependent:
         raise SnpatchError(
-            f"{model}: {', '.join(varying)} rotary positions depend on the longest text of a batch, so a request "
-            "would not give what it gives alone"
+            f"{model}: {', '.join(batch_dependent)} rotary positions depend on the longest text of a batch, so "
+            "a request would not give what it gives alone"
         )
     return config
 
 
 def load_model_shape(model: str | Path, allow_untested: bool) -> tuple[int, int]:
-    """(layers, neurons of a layer) of a model, by its config."""
+    """Return (number of layers, neurons per layer) from a model's config."""
     config = load_config(model, allow_untested).get_text_config()
     return config.num_hidden_layers, config.intermediate_size
 
 
 def check_has_weights(model: str | Path) -> None:
-    """An error for a local folder without a file of weights; a name from the hub passes."""
+    """Raise a SnpatchError for a local folder without weight files; hub names pass."""
     folder = Path(model)
-    if folder.is_dir() and not any(found for pattern in WEIGHTS for found in folder.glob(pattern)):
-        raise SnpatchError(f"cannot load {model}: it holds no weights ({', '.join(WEIGHTS)})")
+    if folder.is_dir() and not find_weight_files(folder):
+        raise SnpatchError(f"cannot load {model}: it holds no weights ({', '.join(WEIGHT_PATTERNS)})")
 
 
 def _rope_types(parameters) -> set[str]:
-    """All rope_type of a config, which may nest them by kind of layer."""
+    """Return all values of rope_type in a config, which may nest them by kind of layer."""
     if not isinstance(parameters, dict):
         return set()
     return {str(parameters.get("rope_type", "default"))}.union(*map(_rope_types, parameters.values()))
 
 
-def eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
-    """Tokens that end a text: the generation config's (else the config's) and the tokenizer's."""
-    declared = read_generation_eos_ids(local_snapshot(model))
+def load_eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
+    """Return the tokens that end a completion: the generation config's (else the config's) and the tokenizer's."""
+    declared = read_generation_eos_ids(resolve_revision(model))
     if declared is None:
-        declared = _numbers(config.eos_token_id, model)
-    return frozenset(declared + _numbers(tokenizer.eos_token_id, model))
+        declared = _parse_ids(config.eos_token_id, model)
+    return frozenset(declared + _parse_ids(tokenizer.eos_token_id, model))
 
 
 def read_generation_eos_ids(folder: str | Path) -> list[int] | None:
-    """Return the tokens that end a text by a folder's generation config; None where there is none."""
+    """Return the EOS tokens in a folder's generation config; None if it has no generation config."""
     try:
         declared = GenerationConfig.from_pretrained(str(folder)).eos_token_id
     except OSError:
         return None
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise SnpatchError(f"{folder}: its generation_config.json cannot be read: {first_line(error)}") from error
-    return _numbers(declared, folder)
+    return _parse_ids(declared, folder)
 
 
-def _numbers(declared: object, name: str | Path) -> list[int]:
+def _parse_ids(declared: object, name: str | Path) -> list[int]:
     ids = declared if isinstance(declared, list) else [declared]
     if wrong := [i for i in ids if i is not None and type(i) is not int]:
         raise SnpatchError(f"{name}: eos_token_id: expected numbers of tokens, got {shown(wrong[0])}")
@@ -94,7 +98,7 @@ def _numbers(declared: object, name: str | Path) -> list[int]:
 
 
 def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
-    """NaN or infinity in any weight is an error that names it."""
+    """Raise a SnpatchError for the first weight with NaN or infinity."""
     for _ in iter_finite(weights, name):
         pass
 
@@ -103,14 +107,20 @@ def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
 def iter_finite(
     weights: Iterable[tuple[str, Tensor]], name: str, used: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights as they come; NaN or infinity is an error that names the weight. Integers pass.
+    """Yield the weights as they come, after checking that their values are finite.
 
-    used: the type that they are run in, in which they must be finite, too; None: their own.
+    Args:
+        weights: (weight name, tensor) pairs; integers are always finite.
+        name: Checkpoint, for errors.
+        used: Dtype in which the weights run and must be finite, too; None: their own.
+
+    Raises:
+        SnpatchError: A weight holds NaN, infinity or complex numbers.
     """
     for weight_name, weight in weights:
         if weight.is_complex():
             raise SnpatchError(f"{name}: weight {weight_name}: expected real numbers, got {weight.dtype}")
         if not is_finite(weight, used):
-            where = f" in {used}" if is_finite(weight) else ""
-            raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity{where}")
+            after_cast = f" in {used}" if is_finite(weight) else ""
+            raise SnpatchError(f"{name}: weight {weight_name} holds NaN or infinity{after_cast}")
         yield weight_name, weight

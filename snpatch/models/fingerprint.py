@@ -1,170 +1,126 @@
-"""What names a checkpoint by content: a hash of its bytes, taken once and kept beside each file's place, size and time.
+"""Content hashes of checkpoints, adapters and tokenizers; file hashes are cached with path, size, time and inode.
 
-Why bytes and not sums of the weights: sums of floats differ between devices, so equal weights would be strangers, and
-weights that an engine has packed for itself cannot be summed at all.
+Why files are hashed and not sums of the weights: floating-point sums differ between devices, so equal weights would
+get different fingerprints, and weights that an engine has packed cannot be summed at all.
 """
 
-import hashlib
 import json
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
-from snpatch.errors import SnpatchError, first_line
+from snpatch.errors import SnpatchError
 from snpatch.files import write_text
-
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # the first kind of which there is any
-TOKENIZER = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "chat_template*")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "generation_config.json")
-# An adapter on the hub: owner and name, and perhaps a revision and a folder in it.
-HUB = re.compile(
-    r"(?!.*\.\.)(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<subfolder>[\w.-]+(/[\w.-]+)*))?"
+from snpatch.models.checkpoint_files import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    TOKENIZER_PATTERNS,
+    WEIGHT_PATTERNS,
+    find_weight_files,
 )
-CONFIG = "config.json"  # sizes, rotary base, norms' epsilon: what the same weights may be read with
-CACHE = "digests.json"
-DIGITS = 16
+from snpatch.models.hub import resolve_adapter_folder, resolve_model_folder
+from snpatch.utils.hashing import hash_bytes, hash_file, hash_json
+
+CACHE_FILE = "digests.json"
+SHA256_DIGITS = 64
 
 
 def fingerprint_checkpoint(model: str | Path, has_weights: bool = True) -> str:
-    """Names a checkpoint, a folder or a model from the hub, by the bytes of its weights and its config.
+    """Return the content hash of a checkpoint: of its weight files and its config.
 
-    has_weights False: by its config alone, as its weights are drawn at random. Where it lies and when it was written do
-    not matter. Files are read in parallel, as fast as the disk and SHA-256 allow (1.8 GB a second and core where the
-    CPU has instructions for it); a file that was hashed before and has the same path, size and time is not read again
-    (3 ms).
+    It does not depend on the folder's path or on the files' times. Files are read in parallel, as fast as the disk and
+    SHA-256 allow (1.8 GB/s and core where the CPU has instructions for it). A file with the same path, size and time as
+    a hashed one is not read again (3 ms).
+
+    Args:
+        model: Folder or hub name.
+        has_weights: False hashes the config alone, for weights that are drawn at random.
     """
-    folder = local_model_folder(model, has_weights)
-    files = [*(_weights(folder) if has_weights else ()), folder / CONFIG]
-    kept = _Kept()
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
-        digests = list(pool.map(kept.digest_of, files))
-    kept.save()
-    named = sorted(f"{file.name} {fingerprint}" for file, fingerprint in zip(files, digests, strict=True))
-    return hashlib.sha256("\n".join(named).encode(errors="surrogateescape")).hexdigest()[:DIGITS]
+    folder = resolve_model_folder(model, has_weights)
+    files = [*(_require_weight_files(folder) if has_weights else ()), folder / CONFIG_FILE]
+    cache = _FileHashCache()
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        hashes = list(pool.map(cache.hash_file, files))
+    cache.save()
+    return _hash_lines(sorted(f"{file.name} {content_hash}" for file, content_hash in zip(files, hashes, strict=True)))
 
 
 def fingerprint_adapter(adapter: str | Path) -> str:
-    """Names a PEFT adapter, a folder or one from the hub, by the bytes of its tensors and its config."""
-    folder = local_adapter_folder(adapter)
-    files = [*_weights(folder), folder / "adapter_config.json"]
-    kept = _Kept()
-    digests = [kept.digest_of(file) for file in files]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:DIGITS]
+    """Return the content hash of a PEFT adapter: of its tensors' file and its config."""
+    folder = resolve_adapter_folder(adapter)
+    cache = _FileHashCache()
+    return _hash_lines(
+        [cache.hash_file(file) for file in [*_require_weight_files(folder), folder / ADAPTER_CONFIG_FILE]]
+    )
 
 
 def fingerprint_tokenizer(tokenizer) -> str:
-    """Names a tokenizer by everything that makes its ids; its chat template is not part of it."""
+    """Return the content hash of everything that determines a tokenizer's ids; its chat template does not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [type(tokenizer).__name__, tokenizer.all_special_tokens]
     parts += [backend.to_str()] if backend is not None else [sorted(tokenizer.get_vocab().items())]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:DIGITS]
+    return hash_json(parts)
 
 
 def fingerprint_tokenizer_files(folder: str | Path) -> str:
-    """Names a folder's tokenizer and its chat template by their files' bytes."""
-    files = sorted(path for pattern in TOKENIZER for path in Path(folder).glob(pattern))
-    kept = _Kept()
-    digests = [f"{file.name} {kept.digest_of(file)}" for file in files]
-    kept.save()
-    return hashlib.sha256("\n".join(digests).encode(errors="surrogateescape")).hexdigest()[:DIGITS]
+    """Return the content hash of the files of a folder's tokenizer and chat template."""
+    files = sorted(path for pattern in TOKENIZER_PATTERNS for path in Path(folder).glob(pattern))
+    cache = _FileHashCache()
+    lines = [f"{file.name} {cache.hash_file(file)}" for file in files]
+    cache.save()
+    return _hash_lines(lines)
 
 
-def local_model_folder(model: str | Path, has_weights: bool = True) -> Path:
-    """The folder itself, or the local copy of a model from the hub (name or name@revision), perhaps without weights."""
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        wanted = ["*.json", "*.model", "*.jinja", *(["*.safetensors"] if has_weights else [])]
-        name, _, revision = str(model).partition("@")
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
-        if has_weights and not any(folder.glob("*.safetensors")):
-            snapshot_download(name, revision=revision or None, allow_patterns=["*.bin", "*.bin.index.json"])
-        return folder
-    except Exception as error:  # the hub's client, and the one of HTTP below it, raise their own
-        raise SnpatchError(f"cannot download {model}: {first_line(error)}") from error
+def _hash_lines(lines: list[str]) -> str:
+    return hash_bytes("\n".join(lines).encode(errors="surrogateescape"))
 
 
-def local_adapter_folder(adapter: str | Path) -> Path:
-    """Return the folder of a PEFT adapter, or the local copy of one from the hub.
-
-    adapter: a folder, or owner/name, owner/name@revision, owner/name:subfolder, owner/name@revision:subfolder.
-    """
-    match = HUB.fullmatch(str(adapter))
-    if Path(adapter).is_dir() or match is None:
-        return Path(adapter)
-    below = f"{match['subfolder']}/" if match["subfolder"] else ""
-    wanted = [below + pattern for pattern in (*ADAPTER, *TOKENIZER)]
-    try:
-        folder = Path(snapshot_download(match["name"], revision=match["revision"], allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise SnpatchError(
-            f"{adapter}: no such folder (wanted a PEFT adapter), and no adapter of that name can be downloaded: "
-            f"{first_line(error)}"
-        ) from error
-    if not (folder / below).is_dir():
-        raise SnpatchError(f"{adapter}: there is no {match['subfolder']} in {match['name']}")
-    return folder / below
+def _require_weight_files(folder: Path) -> list[Path]:
+    if files := find_weight_files(folder):
+        return files
+    raise SnpatchError(f"cannot load {folder}: it holds no weights ({', '.join(WEIGHT_PATTERNS)})")
 
 
-def local_snapshot(model: str | Path) -> str:
-    """What a library is told of a model: for name@revision its local copy, as few know that form; else the name."""
-    return str(local_model_folder(model)) if "@" in str(model) and not Path(model).is_dir() else str(model)
-
-
-def get_revision(model: str | Path) -> str | None:
-    """The commit of a model from the hub; None for a folder."""
-    return None if Path(model).is_dir() else local_model_folder(model).name
-
-
-def _weights(folder: Path) -> list[Path]:
-    for pattern in WEIGHTS:
-        if found := sorted(folder.glob(pattern)):
-            return found
-    raise SnpatchError(f"cannot load {folder}: it holds no weights ({', '.join(WEIGHTS)})")
-
-
-def _cache() -> Path | None:
-    """Return the file of digests; None for a user without a home, as containers run them."""
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "snpatch" / CACHE
-    try:
-        return Path.home() / ".cache" / "snpatch" / CACHE
-    except RuntimeError:
-        return None
-
-
-class _Kept:
-    """Digests by file, in the user's cache folder. One that cannot be read or written costs time and no more."""
+class _FileHashCache:
+    """SHA-256 of files, stored in the user's cache folder. A cache that cannot be read or written only costs time."""
 
     def __init__(self) -> None:
-        self._path = _cache()
+        self._path = _cache_path()
         self._new: dict[str, list] = {}
         try:
-            kept = None if self._path is None else json.loads(self._path.read_text(encoding="utf-8"))
+            stored = None if self._path is None else json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
-            kept = None
-        self._kept: dict[str, list] = kept if isinstance(kept, dict) else {}
+            stored = None
+        self._stored: dict[str, list] = stored if isinstance(stored, dict) else {}
 
-    def digest_of(self, path: Path) -> str:
+    def hash_file(self, path: Path) -> str:
+        """Return the SHA-256 (hex) of a file, from the cache if its path, size, time and inode are the same."""
         try:
-            place, status = str(path.resolve(strict=True)), path.stat()
+            key, status = str(path.resolve(strict=True)), path.stat()
             stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
-            kept = self._kept.get(place)
-            if not isinstance(kept, list) or kept[:-1] != stamp or not isinstance(kept[-1], str):
-                with open(path, "rb") as file:
-                    self._new[place] = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
+            entry = self._stored.get(key)
+            if not isinstance(entry, list) or entry[:-1] != stamp or not isinstance(entry[-1], str):
+                self._new[key] = [*stamp, hash_file(path, SHA256_DIGITS)]
         except OSError as error:
             raise SnpatchError(f"cannot read {path}: {error.strerror or error}") from error
-        return self._new.get(place, self._kept.get(place))[-1]
+        return self._new.get(key, self._stored.get(key))[-1]
 
     def save(self) -> None:
+        """Write the new hashes, and drop those of files that no longer exist."""
         if not self._new or self._path is None:
             return
-        alive = {place: kept for place, kept in (self._kept | self._new).items() if Path(place).exists()}
+        entries = {key: entry for key, entry in (self._stored | self._new).items() if Path(key).exists()}
         try:
-            write_text(self._path, json.dumps(alive, indent=0))
+            write_text(self._path, json.dumps(entries, indent=0))
         except SnpatchError:
             return  # the next start reads the weights again
+
+
+def _cache_path() -> Path | None:
+    """Return the path of the cache; None for a user without a home folder, as in some containers."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "snpatch" / CACHE_FILE
+    try:
+        return Path.home() / ".cache" / "snpatch" / CACHE_FILE
+    except RuntimeError:
+        return None

@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's folder format, merged into a checkpoint's weights while they are loaded.
 
-Why not by PEFT: it needs the whole model in memory beside an engine's own loader, and adds in the weights' own type.
-Here each weight is merged on its way, in float32, and rounded once.
+Why PEFT does not merge them: it needs the whole model in memory in addition to the engine's, and adds in the weights'
+own dtype. Here each weight is merged as it is loaded, in float32, and rounded once.
 """
 
 import math
@@ -14,35 +14,41 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError, shown
-from snpatch.models.fingerprint import local_adapter_folder
+from snpatch.models.hub import resolve_adapter_folder
 from snpatch.models.peft_files import (
-    TARGETS,
-    by_pattern,
+    TARGET_FIELDS,
     check_fields,
-    covered,
-    modules_of,
-    number_of,
+    find_target_modules,
+    match_modules,
+    match_numbers,
+    parse_number,
     read_adapter_config,
-    read_tensors,
-    targeted,
+    read_adapter_tensors,
+    read_module_names,
 )
 from snpatch.tensors import FLOATS, check_tensor, is_finite
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-# PEFT saves a copy of the embeddings beside a LoRA on lm_head, or where their sizes were changed.
+# PEFT saves a copy of the embeddings together with a LoRA on lm_head, or if their sizes were changed.
 _COPY = re.compile(r"base_model\.model\.(?P<module>(?:.+\.)?(?:lm_head|embed_tokens))(?:\.base_layer)?\.weight")
-# Fields that are read here, and those that mean nothing once an adapter is trained.
-FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", *TARGETS,
-          "lora_dropout", "eva_config", "runtime_config", "megatron_core", "qalora_group_size",
-          "ensure_weight_tying")  # fmt: skip
-# Beginnings that leave the base weights as they are. PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ take a part out of them.
-HARMLESS = {"init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"), "bias": ("none",)}
+# Fields that are read here, and fields that mean nothing once an adapter is trained.
+LORA_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters",
+               *TARGET_FIELDS, "lora_dropout", "eva_config", "runtime_config", "megatron_core", "qalora_group_size",
+               "ensure_weight_tying")  # fmt: skip
+# Initializations that keep the base weights. PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ subtract a part from them.
+HARMLESS_VALUES = {"init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"), "bias": ("none",)}
 
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """One folder. updates: name of a weight -> (A [r, in], B [out, r], scale); copies: name of a weight of the model ->
-    the value that it must have; config: the folder's."""
+    """LoRA adapter of one folder.
+
+    Attributes:
+        folder: The adapter's folder.
+        updates: Weight name -> (A [r, in], B [out, r], scale).
+        copies: Name of a weight of the model -> the value that it must have.
+        config: The folder's adapter config.
+    """
 
     folder: str
     updates: dict[str, tuple[Tensor, Tensor, float]]
@@ -51,21 +57,24 @@ class Lora:
 
     @property
     def is_zero(self) -> bool:
-        """Whether it changes nothing: it was never trained, or saved wrong."""
+        """Return whether all updates are zero: the adapter was never trained, or saved wrong."""
         return not any(scale and a.any() and b.any() for a, b, scale in self.updates.values())
 
 
 def load_lora(adapter: str | Path) -> Lora:
-    """Read a PEFT LoRA, a folder or one from the hub.
+    """Load a PEFT LoRA adapter.
+
+    Args:
+        adapter: Folder or hub adapter, see `hub.resolve_adapter_folder`.
 
     Raises:
-        SnpatchError: its merge is not W + scale * B A, or the folder is broken; the error names the field or tensor.
+        SnpatchError: Its merge is not W + scale * B A, or the folder is damaged; the error names the field or tensor.
     """
-    folder = local_adapter_folder(adapter)
+    folder = resolve_adapter_folder(adapter)
     config = _read_config(folder)
-    sides: dict[str, dict[str, Tensor]] = {}
+    matrices: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, Tensor] = {}
-    for key, tensor in read_tensors(folder).items():
+    for key, tensor in read_adapter_tensors(folder).items():
         match = _KEY.fullmatch(key)
         if copy := _COPY.fullmatch(key):
             copies[f"{copy['module']}.weight"] = tensor
@@ -73,17 +82,17 @@ def load_lora(adapter: str | Path) -> Lora:
         if not match or tensor.dim() != 2:
             raise SnpatchError(f"{folder}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear layer")
         checked = check_tensor(tensor, f"{folder}: {key}", *FLOATS, used=torch.float32)
-        sides.setdefault(match["module"], {})[match["side"]] = checked
-    if beyond := sides.keys() - _covered(folder, config, list(sides), sides):
-        raise SnpatchError(f"{folder}: its adapter_config.json puts no LoRA on {min(beyond)}, and its tensors do")
-    updates, modules = {}, list(sides)
-    ranks, alphas = (by_pattern(folder, config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
-    for module, pair in sides.items():
+        matrices.setdefault(match["module"], {})[match["side"]] = checked
+    if unexpected := matrices.keys() - _find_targets(folder, config, list(matrices), matrices):
+        raise SnpatchError(f"{folder}: its adapter_config.json puts no LoRA on {min(unexpected)}, and its tensors do")
+    updates, modules = {}, list(matrices)
+    ranks, alphas = (match_numbers(folder, config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
+    for module, pair in matrices.items():
         if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise SnpatchError(f"{folder}: {module} lacks a matrix, or its two do not fit each other")
-        rank, wanted = pair["A"].shape[0], ranks.get(module, config["r"])
-        if rank != wanted or not rank:
-            raise SnpatchError(f"{folder}: {module} has rank {rank}, its config says {wanted}")
+        rank, config_rank = pair["A"].shape[0], ranks.get(module, config["r"])
+        if rank != config_rank or not rank:
+            raise SnpatchError(f"{folder}: {module} has rank {rank}, its config says {config_rank}")
         scale = alphas.get(module, config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
         updates[f"{module}.weight"] = pair["A"], pair["B"], scale
     if not updates:
@@ -92,34 +101,42 @@ def load_lora(adapter: str | Path) -> Lora:
 
 
 def merge_loras(weights: Iterable[tuple[str, Tensor]], folders: Sequence[str | Path]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a checkpoint with LoRA folders merged into them, in order; all of each must find its weight."""
+    """Yield a checkpoint's weights with LoRA adapters merged into them in order.
+
+    Args:
+        weights: (weight name, tensor) pairs of the checkpoint.
+        folders: LoRA folders or hub adapters.
+
+    Raises:
+        SnpatchError: An update finds no weight, does not fit it, or its sum overflows the weight's dtype.
+    """
     loras = [load_lora(folder) for folder in folders]
-    left, matrices = [{*lora.updates, *lora.copies} for lora in loras], []
+    unused, matrices = [{*lora.updates, *lora.copies} for lora in loras], []
     for name, weight in weights:
         if name.endswith(".weight") and weight.dim() == 2:
             matrices.append(name.removesuffix(".weight"))
-        yield name, _merged(loras, left, name, weight)
-    for lora, names in zip(loras, left, strict=True):
+        yield name, _merge_weight(loras, unused, name, weight)
+    for lora, names in zip(loras, unused, strict=True):
         if names:
             why = "it is tied to the embedding" if "lm_head.weight" in names else "a LoRA of another model"
             raise SnpatchError(f"{lora.folder}: the model has no weight {min(names)}: {why}")
         updated = {name.removesuffix(".weight") for name in lora.updates}
-        if missing := _covered(Path(lora.folder), lora.config, matrices, updated) - updated:
+        if missing := _find_targets(Path(lora.folder), lora.config, matrices, updated) - updated:
             raise SnpatchError(f"{lora.folder}: no matrices for {min(missing)}, which its adapter_config.json names")
 
 
-def _covered(folder: Path, config: dict, modules: Sequence[str], tensors: Iterable[str]) -> set[str]:
-    """Return the modules that a config puts a LoRA on, as a module or by the name of its weight."""
+def _find_targets(folder: Path, config: dict, modules: Sequence[str], tensors: Iterable[str]) -> set[str]:
+    """Return the modules that a config puts a LoRA on, by the name of the module or of its weight."""
     if config.get("target_modules") is None and config.get("target_parameters") is None:
-        return set(tensors)  # PEFT has chosen by architecture: the tensors tell
-    parameters = modules_of(folder, config, "target_parameters")
-    weights = covered(folder, "target_parameters", list(parameters), [f"{module}.weight" for module in modules])
-    return targeted(folder, config, modules) | {weight.removesuffix(".weight") for weight in weights}
+        return set(tensors)  # PEFT chose by architecture: take what the tensors cover
+    parameters = read_module_names(folder, config, "target_parameters")
+    weights = match_modules(folder, "target_parameters", list(parameters), [f"{module}.weight" for module in modules])
+    return find_target_modules(folder, config, modules) | {weight.removesuffix(".weight") for weight in weights}
 
 
-def _merged(loras: Sequence[Lora], left: Sequence[set[str]], name: str, weight: Tensor) -> Tensor:
+def _merge_weight(loras: Sequence[Lora], unused: Sequence[set[str]], name: str, weight: Tensor) -> Tensor:
     total = weight
-    for lora, names in zip(loras, left, strict=True):
+    for lora, names in zip(loras, unused, strict=True):
         names.discard(name)
         if name in lora.copies and not _is_copy(lora.copies[name], weight):
             raise SnpatchError(
@@ -132,7 +149,7 @@ def _merged(loras: Sequence[Lora], left: Sequence[set[str]], name: str, weight: 
         if total.shape != (b.shape[0], a.shape[1]):
             raise SnpatchError(f"{lora.folder}: {name} is {list(weight.shape)}, its update {[len(b), a.shape[1]]}")
         if not weight.is_floating_point() or weight.dtype.itemsize == 1:
-            raise SnpatchError(f"{lora.folder}: {name} is quantised ({weight.dtype}): nothing can be merged into it")
+            raise SnpatchError(f"{lora.folder}: {name} is quantized ({weight.dtype}): nothing can be merged into it")
         total = total.float() + scale * (b.to(weight.device) @ a.to(weight.device))
         if not is_finite(total, weight.dtype):
             raise SnpatchError(f"{lora.folder}: {name}: the merged weight overflows in {weight.dtype}")
@@ -140,19 +157,19 @@ def _merged(loras: Sequence[Lora], left: Sequence[set[str]], name: str, weight: 
 
 
 def _is_copy(copy: Tensor, weight: Tensor) -> bool:
-    """Whether two tensors hold the same values, as far as the coarser of their types tells."""
+    """Return whether two tensors have the same values in the coarser of their dtypes."""
     coarser = min(copy.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
     return copy.shape == weight.shape and torch.equal(copy.to(weight.device, coarser), weight.to(coarser))
 
 
 def _read_config(folder: Path) -> dict:
     config = read_adapter_config(folder, "LORA")
-    check_fields(folder, config, FIELDS, HARMLESS)
+    check_fields(folder, config, LORA_FIELDS, HARMLESS_VALUES)
     if not isinstance(config.get("use_rslora", False), bool):
         raise SnpatchError(f"{folder}: use_rslora: expected true or false, got {shown(config['use_rslora'])}")
     missing = [name for name in ("r", "lora_alpha") if name not in config]
     if missing:
         raise SnpatchError(f"{folder}: adapter_config.json lacks {', '.join(missing)}")
     for name in ("r", "lora_alpha"):
-        number_of(folder, name, config[name])
+        parse_number(folder, name, config[name])
     return config

@@ -4,11 +4,11 @@ Why models are identified by a content hash and not by the user's name for them:
 on a device belong to a model whatever it is called and whatever else is loaded.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
 from snpatch.models.adapters import IA3Scales
+from snpatch.utils.hashing import hash_bytes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Weights:
     @cached_property
     def fingerprint(self) -> str:
         """Return the content hash of the checkpoint and its settings; it does not depend on the folder's path."""
-        return hashlib.sha256(f"{self.checkpoint_fingerprint} {self.settings}".encode()).hexdigest()[:16]
+        return hash_bytes(f"{self.checkpoint_fingerprint} {self.settings}".encode())
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """Return the content hash of the weights and their IA3 vectors."""
-        return hashlib.sha256(f"{self.weights.fingerprint} {self.scales.fingerprint}".encode()).hexdigest()[:16]
+        return hash_bytes(f"{self.weights.fingerprint} {self.scales.fingerprint}".encode())
 
     @property
     def is_unscaled(self) -> bool:

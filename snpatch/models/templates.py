@@ -5,7 +5,6 @@ after an assistant's content. Why prompts are rendered without BOS: each tokeniz
 be another prompt.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,12 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError
 from snpatch.models import sandbox
+from snpatch.models.checkpoint_files import TOKENIZER_PATTERNS
 from snpatch.models.clock import fix_date
-from snpatch.models.fingerprint import TOKENIZER, fingerprint_tokenizer, local_adapter_folder
+from snpatch.models.fingerprint import fingerprint_tokenizer
+from snpatch.models.hub import resolve_adapter_folder
 from snpatch.models.pretrained import load_pretrained
+from snpatch.utils.hashing import hash_bytes
 
 Chat = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
@@ -67,7 +69,7 @@ class ChatTemplate:
         self.source = source or (TULU if name == "tulu" else get_template_source(tokenizer))
         parts = [self.source, fingerprint_tokenizer(tokenizer)]
         parts += [json.dumps(self.variables, sort_keys=True)] if self.variables else []
-        self.fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        self.fingerprint = hash_bytes(" ".join(parts).encode())
 
     def uses_variable(self, variable: str) -> bool:
         """Return whether the template's source contains a variable of this name."""
@@ -207,7 +209,7 @@ def load_template(
 
 def has_tokenizer(adapter: str | Path) -> bool:
     """Return whether an adapter's folder contains a tokenizer."""
-    files = (path for pattern in TOKENIZER for path in local_adapter_folder(adapter).glob(pattern))
+    files = (path for pattern in TOKENIZER_PATTERNS for path in resolve_adapter_folder(adapter).glob(pattern))
     return any(not path.name.startswith("chat_template") for path in files)
 
 
@@ -215,7 +217,7 @@ def load_adapter_tokenizer(adapter: str | Path):
     """Load the tokenizer in an adapter's folder."""
     from transformers import AutoTokenizer
 
-    return load_pretrained(AutoTokenizer, local_adapter_folder(adapter))
+    return load_pretrained(AutoTokenizer, resolve_adapter_folder(adapter))
 
 
 def _shared_template(adapters: Sequence[str | Path]) -> str | None:
@@ -229,7 +231,7 @@ def _shared_template(adapters: Sequence[str | Path]) -> str | None:
 
 def read_adapter_template(adapter: str | Path) -> str | None:
     """Return the template in an adapter's folder, with which it was trained; None if there is none."""
-    file = local_adapter_folder(adapter) / TEMPLATE_FILE
+    file = resolve_adapter_folder(adapter) / TEMPLATE_FILE
     try:
         if file.is_file():
             return fix_date(file.read_text(encoding="utf-8"))

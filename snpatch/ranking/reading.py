@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from snpatch.data.file_reader import kind_of, read_rows
-from snpatch.data.source_row import Row, named
+from snpatch.data.source_row import SourceRow, list_columns
 from snpatch.errors import SnpatchError, first_line, shown
 from snpatch.files import read_checkpoint
 
@@ -111,7 +111,7 @@ def _of_value(value: object, path: Path) -> Neurons:
         if len(names) != 1:
             lists = [name for name, one in folded.items() if isinstance(one, list | Tensor | np.ndarray)]
             hint = ". Write one of its lists into a file of its own" if len(lists) > 1 else ""
-            raise SnpatchError(f"{path}: {WANTED}, got a table of {named(folded)}{hint}")
+            raise SnpatchError(f"{path}: {WANTED}, got a table of {list_columns(folded)}{hint}")
         value = folded[names[0]]
     if isinstance(value, dict):
         raise SnpatchError(f"{path}: {WANTED}, got another table, which has no order")
@@ -169,10 +169,10 @@ def _of_rows(path: Path) -> Neurons:
     return Neurons(order=order)
 
 
-def _numbers(row: Row) -> dict[str, float | int]:
+def _numbers(row: SourceRow) -> dict[str, float | int]:
     """The fields of a row, as numbers; a layer and a neuron are whole."""
     if row.error or not isinstance(row.value, dict):
-        raise SnpatchError(f"{row.where}: {row.error or f'wanted layer and neuron, got {shown(row.value)}'}")
+        raise SnpatchError(f"{row.location}: {row.error or f'wanted layer and neuron, got {shown(row.value)}'}")
     found = {}
     for field, name in _columns(row.value).items():
         value, kind = row.value[name], float if field == "score" else int
@@ -182,11 +182,11 @@ def _numbers(row: Row) -> dict[str, float | int]:
             found[field] = kind(value)
         except (TypeError, ValueError):
             wanted = "a number" if kind is float else "a whole number"
-            raise SnpatchError(f"{row.where}: {name}: wanted {wanted}, got {shown(value)}") from None
+            raise SnpatchError(f"{row.location}: {name}: wanted {wanted}, got {shown(value)}") from None
     if missing := {"layer", "neuron"} - found.keys():
-        raise SnpatchError(f"{row.where}: {' and '.join(sorted(missing))} is missing")
+        raise SnpatchError(f"{row.location}: {' and '.join(sorted(missing))} is missing")
     if found.get("score") is not None and not np.isfinite(found["score"]):
-        raise SnpatchError(f"{row.where}: score is not finite")
+        raise SnpatchError(f"{row.location}: score is not finite")
     return found
 
 
@@ -202,7 +202,7 @@ def _columns(names: Sequence[str]) -> dict[str, str]:
 
 def _fault(names: Sequence[str]) -> str | None:
     names = list(names)
-    return None if {"layer", "neuron"} <= _columns(names).keys() else f"layer, neuron, got {named(names)}"
+    return None if {"layer", "neuron"} <= _columns(names).keys() else f"layer, neuron, got {list_columns(names)}"
 
 
 def _shape_of(value: object, path: Path) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from snpatch.errors import SnpatchError
 from snpatch.models.clock import uses_clock
-from snpatch.models.fingerprint import local_snapshot
+from snpatch.models.hub import resolve_revision
 from snpatch.models.lora import merge_loras
 from snpatch.models.peft_files import read_adapter_config
 from snpatch.models.pretrained import load_pretrained, wrap_loader_errors
@@ -230,7 +230,7 @@ def _restore_configs(model: PreTrainedModel, source: str | Path) -> None:
     for name in ("use_cache", "pad_token_id"):
         setattr(model.config, name, getattr(config, name, None))
     try:
-        model.generation_config = GenerationConfig.from_pretrained(local_snapshot(source))
+        model.generation_config = GenerationConfig.from_pretrained(resolve_revision(source))
     except OSError:  # the model has no generation config
         model.generation_config = GenerationConfig.from_model_config(config)
 

@@ -18,12 +18,8 @@ from snpatch.data.dataset import TrainingRows
 from snpatch.environment import describe
 from snpatch.errors import SnpatchError
 from snpatch.files import check_writable, write_text
-from snpatch.models.fingerprint import (
-    fingerprint_adapter,
-    fingerprint_checkpoint,
-    fingerprint_tokenizer_files,
-    local_model_folder,
-)
+from snpatch.models.fingerprint import fingerprint_adapter, fingerprint_checkpoint, fingerprint_tokenizer_files
+from snpatch.models.hub import resolve_model_folder
 from snpatch.report import files
 from snpatch.report.report import Report, TableView
 from snpatch.training.row_filters import RowStats, count_dropped
@@ -63,7 +59,7 @@ def describe_inputs(
     return {
         "kind": kind,
         "model": fingerprint_checkpoint(model),
-        "tokenizer": fingerprint_tokenizer_files(local_model_folder(model)),
+        "tokenizer": fingerprint_tokenizer_files(resolve_model_folder(model)),
         "sft": sft and fingerprint_adapter(sft),
         "data": {"rows": len(data), "sha256": digest.hexdigest(), **({"dropped": dropped} if dropped else {})},
         "settings": json.loads(json.dumps(asdict(settings))),

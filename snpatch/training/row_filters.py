@@ -50,7 +50,7 @@ class RowStats:
 
 def count_dropped(rows: Sequence[Mapping]) -> dict[str, int]:
     """Return how many examples of a data set gave no training row, by reason."""
-    return dict(rows.left_out) if isinstance(rows, TrainingRows) else {}
+    return dict(rows.dropped) if isinstance(rows, TrainingRows) else {}
 
 
 def filter_conversations(

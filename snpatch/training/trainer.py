@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from snpatch.errors import SnpatchError, first_line
-from snpatch.models.fingerprint import local_adapter_folder
+from snpatch.models.hub import resolve_adapter_folder
 from snpatch.models.templates import ChatTemplate
 from snpatch.training import record, row_filters
 from snpatch.training.callbacks import LossMonitor, StepCallback, WeightDecayTowards
@@ -136,7 +136,7 @@ def train_dpo(
     settings = settings or DpoSettings()
     row_filters.check_columns(preferences, ("prompt", "chosen", "rejected"))
     row_filters.check_roles(preferences, settings.template)
-    sft = None if sft is None else local_adapter_folder(sft)
+    sft = None if sft is None else resolve_adapter_folder(sft)
     inputs = record.describe_inputs("dpo", model, sft, preferences, settings)
     if figures := _start_or_load(out, inputs):
         return figures

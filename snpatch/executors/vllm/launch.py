@@ -16,8 +16,8 @@ from snpatch.executors.base import Geometry
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.settings import DualStreamSettings, dual_stream_capture_sizes
 from snpatch.executors.vllm.worker import plugin
-from snpatch.models.checkpoint import ARCHITECTURES, check_has_weights, load_config
-from snpatch.models.fingerprint import local_snapshot
+from snpatch.models.checkpoint import TESTED_ARCHITECTURES, check_has_weights, load_config
+from snpatch.models.hub import resolve_revision
 from snpatch.models.model import Model
 from snpatch.models.text_processing import TextProcessor
 
@@ -120,7 +120,7 @@ def resolve_dtype(config, dtype: str) -> str:
 def dual_stream_arguments(model, config, dtype: str, arguments: dict) -> dict:
     """Return vLLM's engine arguments for the dual-stream class of a model's architecture."""
     architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "ForCausalLM"])[0]
-    if config.model_type not in ARCHITECTURES:
+    if config.model_type not in TESTED_ARCHITECTURES:
         plugin.add_untested(architecture)
     own = {
         "dtype": resolve_dtype(config, dtype),
@@ -160,8 +160,8 @@ def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] =
         )  # compiled, it starts slower and was measured to run no faster on a CPU
     arguments.setdefault("use_tqdm_on_load", False)
     own = {
-        "model": local_snapshot(model),
-        "tokenizer": local_snapshot(model),
+        "model": resolve_revision(model),
+        "tokenizer": resolve_revision(model),
         "disable_log_stats": True,
         "generation_config": "vllm",
         **own,

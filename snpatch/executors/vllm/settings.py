@@ -12,7 +12,7 @@ from typing import NamedTuple
 from snpatch.config import Capacity, ModelSource
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import quantization
-from snpatch.models.fingerprint import local_adapter_folder, local_snapshot
+from snpatch.models.hub import resolve_adapter_folder, resolve_revision
 
 SCORE_BIAS = "score_bias"  # key of a score model's config: whether its head has a bias
 SAME_WEIGHTS = "snpatch_same_weights"  # key of extra_args: recipient and donor are on the same of two sets of weights
@@ -49,8 +49,8 @@ class DualStreamSettings(Capacity):
         if secondary is not None:
             values |= {
                 "has_secondary": True,
-                "secondary_checkpoint": secondary.checkpoint and local_snapshot(secondary.checkpoint),
-                "secondary_lora": tuple(str(local_adapter_folder(folder)) for folder in secondary.lora),
+                "secondary_checkpoint": secondary.checkpoint and resolve_revision(secondary.checkpoint),
+                "secondary_lora": tuple(str(resolve_adapter_folder(folder)) for folder in secondary.lora),
             }
         sorted_ids = tuple(tuple(sorted(ids)) for ids in eos_ids)
         return cls(**asdict(capacity), eos_ids=sorted_ids, allow_untested=allow_untested, **values)
