@@ -77,7 +77,7 @@ def test_completions_of_other_prompts_are_refused(capsys, tmp_path):
     pair = [MODEL, prompts, *PAIR, "--generator", "sft", "--against", "dpo", "-o", tmp_path / "r.safetensors"]
     code, _, err = run(capsys, "contrast", *pair, "--skip-bad", "--limit", 3, "--completions", written)
     assert code == 2
-    assert f"{prompts}: left out 1 broken rows\n" in err
+    assert f"{prompts}: skipped 1 invalid rows\n" in err
     assert "c.jsonl, line 2: wanted the completion of the prompt 'tiva', got that of 'mabo'" in err
 
 

@@ -55,7 +55,7 @@ def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):
     assert "behaviours.csv, line 5: Behavior" in err
     code, out, err = run(capsys, *command, "--skip-bad")
     assert code == 0, err
-    assert "left out 1 broken rows" in err
+    assert "skipped 1 invalid rows" in err
     rows = json.loads(out)["tables"]["sweep"]
     assert {row["judge"] for row in rows} == {"cost", "refused"}
     assert {row["prompts"] for row in rows} == {3}

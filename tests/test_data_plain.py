@@ -67,14 +67,14 @@ def test_two_turns_of_a_user_are_not_one_prompt(tmp_path):
         write(tmp_path, "q", ".jsonl", [{"question_id": 81, "category": "x", "turns": ["Write", "Again"]}])
     )
     assert data.prompts == [user("Write")]
-    assert data.row_notes == ["left aside in 1 of 1 rows: user turns after the first"]
+    assert data.row_notes == ["ignored in 1 of 1 rows: user turns after the first"]
 
 
 def test_context_of_harmbench_is_left_aside_and_told(tmp_path):
     rows = [behavior("Make it", "standard", ""), behavior("Write it", "contextual", "A text")]
     data = load_dataset(write(tmp_path, "h", ".csv", rows))
     assert data.prompts == [user("Make it"), user("Write it")]
-    assert data.row_notes == ["left aside in 1 of 2 rows: ContextString, the context of a prompt"]
+    assert data.row_notes == ["ignored in 1 of 2 rows: ContextString, the context of a prompt"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_text_with_a_prompt_on_each_line(tmp_path):
     path.write_text("Make it\n\n  Do it \n")
     data = load_dataset(path)
     assert data.prompts == [user("Make it"), user("Do it")]
-    assert data.row_notes == ["left out 1 of 3 rows: a blank line"]
+    assert data.row_notes == ["dropped 1 of 3 rows: a blank line"]
     assert data.examples[1].meta["row"] == 3
     (tmp_path / "p.json").write_text('["Make it",\n "Do it"]')
     assert load_dataset(tmp_path / "p.json").prompts == data.prompts
@@ -159,7 +159,7 @@ def test_common_beginning_of_longer_conversations_is_taken_off_as_trl_does(tmp_p
     )
     for prompt, wanted in (("Q", begin), (begin, begin), (user("Q"), begin)):
         example = one(tmp_path, {"prompt": prompt, **row})
-        assert example.asked == wanted
+        assert example.context == wanted
     with pytest.raises(SnpatchError, match="line 1: chosen and rejected do not both begin with the prompt"):
         one(tmp_path, {"prompt": "another", **row})
 
@@ -178,7 +178,7 @@ def test_conversations_without_a_pair_are_counted(tmp_path, chosen, rejected, wh
     data = load_dataset(write(tmp_path, "p", ".jsonl", rows))
     assert data.prompts == [user("Q")] * 2
     assert data.source["no_pair"] == {why: 1}
-    assert dict(data.pairs().left_out) == {why: 1}
+    assert dict(data.pairs().dropped) == {why: 1}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_pairs_without_an_answer_are_counted(tmp_path):
     assert data.source["no_pair"] == whys
     assert data.row_notes == [f"1 of 4 rows have a prompt and no pair: {why}" for why in whys]
     pairs = data.pairs()
-    assert (len(pairs), dict(pairs.left_out), pairs.source["rows"]) == (1, whys, 4)
+    assert (len(pairs), dict(pairs.dropped), pairs.source["rows"]) == (1, whys, 4)
     with pytest.raises(
         SnpatchError, match=r"has no pairs of a chosen and a rejected answer \(1 rows: no rejected answ"
     ):
@@ -242,7 +242,7 @@ def test_answers_that_are_labelled_bad_are_not_trained_on(tmp_path, labels):
     assert data.prompts == [user("a"), user("b"), user("c")]
     said = data.conversations()
     assert said == [{"messages": turns("a", "x")}]
-    assert dict(said.left_out) == {"no answer but one that is labelled bad": 1, "no answer": 1}
+    assert dict(said.dropped) == {"no answer but one that is labelled bad": 1, "no answer": 1}
 
 
 def test_other_labels_say_nothing_of_an_answer(tmp_path):

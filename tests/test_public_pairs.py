@@ -332,7 +332,7 @@ def test_other_marks_of_added_tokens_and_other_bos_are_noted():
     one, other = (bpe(LETTERS, MERGES, (AddedToken("<x>", lstrip=strip),)) for strip in (True, False))
     (note,) = compare(one, other)
     assert "how the text '<x>' is found" in note
-    assert "each model's prompts are read by its own" in note
+    assert "each model's prompts are encoded by its own" in note
 
 
 # ---- what is held twice ------------------------------------------------------------------------------------------

@@ -458,7 +458,7 @@ def test_skip_bad_drops_broken_rows_with_a_note(toy, tmp_path, capsys):
     assert "sft.jsonl, line 9: " in err
     code, out, err = run(capsys, *given, "--skip-bad")
     assert code == 0, err
-    assert err.startswith(f"{path}: left out 1 broken rows\n")
+    assert err.startswith(f"{path}: skipped 1 invalid rows\n")
     assert json.loads(out)["rows"] == 8
 
 

@@ -1,7 +1,7 @@
-"""What a data set is once it is read: examples, and the shapes that generation, training and perplexity take.
+"""Dataset and Example, and their views for generation, training and perplexity.
 
-Why an example has a `dialogue` beside its prompt: the paper judges the first human turn alone, but trains on whole
-conversations.
+Why an example has a `dialogue` in addition to its prompt: the paper judges the first human turn alone, but trains on
+whole conversations.
 """
 
 import hashlib
@@ -20,28 +20,32 @@ Chat = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Example:
-    """One row. A row of a text (Wikitext-2) has no prompt: its `response` is the text."""
+    """A row of a data set. A row of running text (Wikitext-2) has no prompt; its `response` is the text."""
 
-    prompt: Chat  # what is asked; ends with the user's turn
-    response: str | None = None  # the answer to `dialogue`
-    chosen: str | None = None  # the better and
-    rejected: str | None = None  # the worse answer to `dialogue`
-    dialogue: Chat | None = None  # the turns before the answers, where they are not just the prompt
-    meta: dict[str, Any] = field(default_factory=dict)  # file and row (from 1), and the other columns as published
+    prompt: Chat  # ends with a user message
+    response: str | None = None  # answer to `dialogue`
+    chosen: str | None = None  # preferred answer to `dialogue`
+    rejected: str | None = None  # rejected answer to `dialogue`
+    dialogue: Chat | None = None  # messages before the answers; None: the prompt
+    meta: dict[str, Any] = field(default_factory=dict)  # file, row (from 1) and all other columns
 
     @property
-    def asked(self) -> Chat:
-        """The turns that the answers follow."""
+    def context(self) -> Chat:
+        """Return the messages that the answers follow."""
         return self.prompt if self.dialogue is None else self.dialogue
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples in the order of the source.
+    """Examples in the order of their source.
 
-    skipped: bad rows that `skip_bad` skipped. source: where it comes from (path or hub id, split, revision), `rows`
-    read, `skipped`; `left_out`, `no_pair` and `left_aside` (reason -> how many rows the set's rules leave out, have no
-    pair, or are read in part), `sha256` (the digest as loaded), and `selection` if these are not all of the examples.
+    Attributes:
+        name: Name of the data set, or of its file.
+        examples: The examples.
+        skipped: Number of invalid rows that were skipped.
+        source: Provenance: path or hub id, split, revision; `rows` read and `skipped`; `left_out`, `no_pair` and
+            `left_aside` (reason -> number of rows that the format drops, that have no preference pair, or of which a
+            part is ignored); `sha256`, the fingerprint when loaded; `selection`, if it is a part of the examples.
     """
 
     name: str
@@ -54,33 +58,37 @@ class Dataset:
 
     @property
     def prompts(self) -> list[Chat]:
+        """Return the prompts; raise a SnpatchError for running text."""
         if not all(example.prompt for example in self.examples):
             raise SnpatchError(f"{self.name} is a text: it has no prompts")
         return [example.prompt for example in self.examples]
 
     @property
     def text(self) -> str:
-        """The rows joined by blank lines, as the paper's perplexity takes them."""
+        """Return the rows joined by blank lines, as for the paper's perplexity; raise a SnpatchError for prompts."""
         if any(example.prompt for example in self.examples):
             raise SnpatchError(f"{self.name} holds prompts: it is not a text")
         return "\n\n".join(example.response for example in self.examples)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the turns and answers in their order, whatever kind of file they came from."""
-        return fingerprint(self.examples)
+        """Return the SHA-256 (hex) of all messages and answers in order; the kind of file does not count."""
+        return fingerprint_examples(self.examples)
 
     def first(self, n: int) -> "Dataset":
-        """The first n examples, or all if there are not so many."""
+        """Return the first n examples, or all if there are fewer."""
         if n < 1:
             raise SnpatchError(f"{self.name}: cannot take the first {n} examples")
         return self._select(self.examples[:n], f"first {n}")
 
     def sample(self, n: int, seed: int) -> "Dataset":
-        """n examples drawn without replacement; SnpatchError if there are fewer.
+        """Return n examples drawn without replacement.
 
-        The first n of numpy's RandomState(seed).permutation, whose stream numpy keeps for ever: the same n and seed
-        give the same examples, and a smaller sample is the start of a larger one.
+        These are the first n of numpy's RandomState(seed).permutation, whose stream numpy guarantees. The same n and
+        seed give the same examples, and a smaller sample is the beginning of a larger one.
+
+        Raises:
+            SnpatchError: There are fewer than n examples, or the seed is out of range.
         """
         if not 0 < n <= len(self):
             raise SnpatchError(f"{self.name}: cannot draw {n} examples, it has {len(self)}")
@@ -90,81 +98,89 @@ class Dataset:
         return self._select(tuple(self.examples[i] for i in order), f"{n} drawn with seed {seed}")
 
     def filter(self, column: str, *values: Any) -> "Dataset":
-        """The examples whose `meta[column]` is one of the values, such as filter("subset", "refusals-dangerous").
+        """Return the examples whose `meta[column]` is one of the values.
 
-        A number, true or false may be given as JSON's text.
+        Example: `filter("subset", "refusals-dangerous")`. Numbers and booleans may be given as JSON strings.
+
+        Raises:
+            SnpatchError: No example has the column, or one of the values.
         """
         if not any(column in e.meta for e in self.examples):
-            there = ", ".join(dict.fromkeys(name for e in self.examples for name in e.meta))
-            raise SnpatchError(f"{self.name}: no example has a column {column}: there are {there}")
-        kept = tuple(e for e in self.examples if _is_one_of(e.meta.get(column), values))
-        if not kept:
+            columns = ", ".join(dict.fromkeys(name for e in self.examples for name in e.meta))
+            raise SnpatchError(f"{self.name}: no example has a column {column}: there are {columns}")
+        examples = tuple(e for e in self.examples if _is_one_of(e.meta.get(column), values))
+        if not examples:
             raise SnpatchError(f"{self.name}: no example has {column} in {', '.join(map(repr, values))}")
-        return self._select(kept, f"{column} in {', '.join(map(repr, values))}")
+        return self._select(examples, f"{column} in {', '.join(map(repr, values))}")
 
     @property
     def row_notes(self) -> list[str]:
-        """Return a line for each reason why rows of the source are not read, or not in full."""
-        lines = [f"left out {self.skipped} broken rows"] if self.skipped else []
-        for counted, text in (
-            ("left_out", "left out {} of {} rows: {}"),
+        """Return one line per reason why rows of the source were dropped or read in part."""
+        lines = [f"skipped {self.skipped} invalid rows"] if self.skipped else []
+        for key, text in (
+            ("left_out", "dropped {} of {} rows: {}"),
             ("no_pair", "{} of {} rows have a prompt and no pair: {}"),
-            ("left_aside", "left aside in {} of {} rows: {}"),
+            ("left_aside", "ignored in {} of {} rows: {}"),
         ):
-            lines += [text.format(n, self.source["rows"], why) for why, n in self.source[counted].items()]
+            lines += [text.format(n, self.source["rows"], why) for why, n in self.source[key].items()]
         return lines
 
     def print_row_notes(self, name: str) -> None:
-        """Print `row_notes` on stderr. name: the source, as the user calls it."""
+        """Print `row_notes` to stderr, each after the source's name."""
         for line in self.row_notes:
             print(one_line(f"{name}: {line}"), file=sys.stderr)
 
     def pairs(self) -> "TrainingRows":
-        """Rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples that have both answers."""
-        rows, left_out = [], Counter()
+        """Return rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples with both answers."""
+        rows, dropped = [], Counter()
         for e in self.examples:
             if e.chosen and e.rejected:
-                rows.append({"prompt": e.asked, "chosen": _said(e.chosen), "rejected": _said(e.rejected)})
+                rows.append({"prompt": e.context, "chosen": _to_message(e.chosen), "rejected": _to_message(e.rejected)})
             else:
-                left_out[e.meta.get("no_pair", "no chosen and rejected answer")] += 1
-        return self._rows(rows, left_out, "pairs of a chosen and a rejected answer")
+                dropped[e.meta.get("no_pair", "no chosen and rejected answer")] += 1
+        return self._build_rows(rows, dropped, "pairs of a chosen and a rejected answer")
 
     def conversations(self) -> "TrainingRows":
-        """Rows {"messages"} for `train_sft`, of the examples that have a response."""
-        rows, left_out = [], Counter()
+        """Return rows {"messages"} for `train_sft`, of the examples with a response."""
+        rows, dropped = [], Counter()
         for e in self.examples:
             if e.prompt and e.response:
-                rows.append({"messages": e.asked + _said(e.response)})
+                rows.append({"messages": e.context + _to_message(e.response)})
             else:
-                left_out["no answer but one that is labelled bad" if e.rejected and not e.chosen else "no answer"] += 1
-        return self._rows(rows, left_out, "responses to train on")
+                dropped["no answer but one that is labelled bad" if e.rejected and not e.chosen else "no answer"] += 1
+        return self._build_rows(rows, dropped, "responses to train on")
 
-    def _rows(self, rows: list[dict[str, Chat]], left_out: Counter, what: str) -> "TrainingRows":
+    def _build_rows(self, rows: list[dict[str, Chat]], dropped: Counter, what: str) -> "TrainingRows":
         if not rows:
-            whys = "; ".join(f"{n} rows: {why}" for why, n in left_out.items())
+            whys = "; ".join(f"{n} rows: {why}" for why, n in dropped.items())
             raise SnpatchError(f"{self.name} has no {what} ({whys})")
-        return TrainingRows(rows, left_out, self.provenance)
+        return TrainingRows(rows, dropped, self.provenance)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a table that hangs on these rows says of them."""
+        """Return the provenance of results computed from these examples."""
         return self.source | {"rows_used": len(self)}
 
-    def _select(self, examples: tuple[Example, ...], how: str) -> "Dataset":
-        source = {**self.source, "selection": [*self.source.get("selection", []), how]}
+    def _select(self, examples: tuple[Example, ...], selection: str) -> "Dataset":
+        source = {**self.source, "selection": [*self.source.get("selection", []), selection]}
         return replace(self, examples=examples, source=source)
 
 
 class TrainingRows(list[dict[str, Chat]]):
-    """Rows to train on. left_out: reason -> examples that make no row. source: of the data, as `Dataset.provenance`."""
+    """Rows to train on.
 
-    def __init__(self, rows: list[dict[str, Chat]], left_out: Counter, source: dict[str, Any]) -> None:
+    Attributes:
+        dropped: Reason -> number of examples that give no row.
+        source: `Dataset.provenance` of the data.
+    """
+
+    def __init__(self, rows: list[dict[str, Chat]], dropped: Counter, source: dict[str, Any]) -> None:
         super().__init__(rows)
-        self.left_out, self.source = left_out, source
+        self.dropped, self.source = dropped, source
 
 
-def fingerprint(examples: tuple[Example, ...]) -> str:
-    """See Dataset.digest."""
+def fingerprint_examples(examples: tuple[Example, ...]) -> str:
+    """Return the SHA-256 of examples; see Dataset.fingerprint."""
     state = hashlib.sha256()
     for e in examples:
         state.update(json.dumps([e.prompt, e.dialogue, e.response, e.chosen, e.rejected]).encode() + b"\n")
@@ -172,13 +188,13 @@ def fingerprint(examples: tuple[Example, ...]) -> str:
 
 
 def question(chat: Chat) -> str:
-    """What the user asked last: the prompt that a judge sees."""
+    """Return the last user message: the prompt that a judge gets."""
     return next(m["content"] for m in reversed(chat) if m["role"] == "user")
 
 
-def _is_one_of(value: Any, wanted: tuple[Any, ...]) -> bool:
-    return value in wanted or (isinstance(value, bool | int | float) and json.dumps(value) in wanted)
+def _is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    return value in choices or (isinstance(value, bool | int | float) and json.dumps(value) in choices)
 
 
-def _said(answer: str) -> Chat:
+def _to_message(answer: str) -> Chat:
     return [{"role": "assistant", "content": answer}]

@@ -1,7 +1,7 @@
-"""Rows of files in the formats that data sets are published in, each with its place in the file.
+"""Readers of JSON, CSV, Parquet and text files; each row has its location in the file.
 
-Why a row can hold an error instead of a value: one broken row may be skipped if the caller says so; a file that is
-broken as a whole (truncated, no such column, a bomb) may not, and is raised here.
+Why a row can have an error instead of a value: the caller may skip an invalid row, but not a file that is damaged as a
+whole (truncated, missing column, decompression bomb), which raises an error here.
 """
 
 import codecs
@@ -17,25 +17,30 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, AnyStr
 
-from snpatch.data.source_row import Columns, Row, check_columns, fault
+from snpatch.data.source_row import Columns, SourceRow, check_columns, find_column_error
 from snpatch.errors import SnpatchError, is_unicode
 from snpatch.schema import parse_json
 
-TEXTS = (".txt", ".raw")
-KINDS = (".jsonl", ".json", ".csv", ".parquet", *TEXTS)
+TEXT_SUFFIXES = (".txt", ".raw")
+KINDS = (".jsonl", ".json", ".csv", ".parquet", *TEXT_SUFFIXES)
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
-CARDS = ("dataset_info.json", "dataset_infos.json")  # what the `datasets` library tells of the files beside them
-LFS = b"version https://git-lfs.github.com/spec/"
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json")  # metadata files of the `datasets` library
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
-MAX_LINE_BYTES = 2**26  # of a line, or a field of CSV; the csv module's own 131072 is less than some published fields
-MAX_EXPANSION = 100  # times a compressed file's own size, past MAX_LINE_BYTES: texts take 3 to 20 times
+MAX_LINE_BYTES = 2**26  # of a line or CSV field; the csv module's default of 131072 is less than some published fields
+MAX_EXPANSION = 100  # decompressed / compressed size above MAX_LINE_BYTES; text has 3 to 20
 
 
 def find_files(path: Path, split: str | None = None) -> list[Path]:
-    """The file, or the data files in a folder (and its folders) in the order of their names.
+    """Return the file, or the data files in a folder and its subfolders, sorted by name.
 
-    split: only those of a folder that have it as a word of their path, such as `test-00000-of-00002.parquet` or
-    `test/0000.parquet`. A folder that mixes splits, or kinds of file, is an error.
+    Args:
+        path: File or folder.
+        split: Only files of a folder with this word in their path, such as `test-00000-of-00002.parquet` or
+            `test/0000.parquet`.
+
+    Raises:
+        SnpatchError: There is no data file, or the folder mixes splits or kinds of file.
     """
     if not path.is_dir():
         if not path.exists():
@@ -46,14 +51,14 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
     names = sorted(
         p.relative_to(path).as_posix()
         for p in path.rglob("*")
-        if p.is_file() and kind_of(p) in KINDS and p.name not in CARDS
+        if p.is_file() and kind_of(p) in KINDS and p.name not in METADATA_FILES
     )
     names = [name for name in names if not name.startswith(".") and "/." not in name]
-    found = [word for word in SPLITS if any(_has_word(name, word) for name in names)]
+    splits = [word for word in SPLITS if any(_has_word(name, word) for name in names)]
     if split:
         names = [name for name in names if _has_word(name, split)]
-    elif len(found) > 1:
-        raise SnpatchError(f"{path}: holds several splits ({', '.join(found)}): choose one with split")
+    elif len(splits) > 1:
+        raise SnpatchError(f"{path}: holds several splits ({', '.join(splits)}): choose one with split")
     if not names:
         which = f" with {split!r} in its name" if split else ""
         raise SnpatchError(f"{path}: holds no data file{which} (wanted {', '.join(KINDS)})")
@@ -63,11 +68,17 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
     return [path / name for name in names]
 
 
-def read_rows(path: Path, columns: Columns) -> Iterator[Row]:
-    """Yield the rows of a file: JSON (see _json_rows), CSV, Parquet, or lines of text; of a pipe JSON or CSV.
+def read_rows(path: Path, columns: Columns) -> Iterator[SourceRow]:
+    """Yield the rows of a file: JSON (see _read_json), CSV, Parquet or lines of text; of a pipe JSON or CSV.
 
-    Compressed by gzip or xz if its name ends so; a byte order mark is passed over, and so are blank lines, except in
-    a text. Raises SnpatchError if the file cannot be read to its end, or if its header lacks what `columns` wants.
+    Files ending in .gz or .xz are decompressed. A byte order mark is ignored, and so are blank lines, except in text.
+
+    Args:
+        path: The file.
+        columns: Required columns.
+
+    Raises:
+        SnpatchError: The file cannot be read to its end, or its header lacks a required column.
     """
     kind, is_stream = kind_of(path), not path.is_file() or path.parts[:2] == ("/", "dev")
     if kind not in KINDS and not is_stream:
@@ -76,19 +87,19 @@ def read_rows(path: Path, columns: Columns) -> Iterator[Row]:
         if kind not in KINDS:
             kind = ".json" if stream.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] in b"{[" else ".csv"
         if kind == ".csv":
-            yield from _csv_rows(path, stream, columns)
-        elif kind in TEXTS:
-            yield from _text_rows(path, stream, columns)
+            yield from _read_csv(path, stream, columns)
+        elif kind in TEXT_SUFFIXES:
+            yield from _read_text(path, stream, columns)
         elif kind != ".parquet":
-            yield from _json_rows(path, stream, columns)
+            yield from _read_json(path, stream, columns)
     if kind == ".parquet":
-        from snpatch.data.parquet import parquet_rows
+        from snpatch.data.parquet import read_parquet_rows
 
-        yield from parquet_rows(path, columns)
+        yield from read_parquet_rows(path, columns)
 
 
 def kind_of(path: Path) -> str:
-    """Return which of KINDS a file's name says it is, or what else it ends in."""
+    """Return a file's suffix, without .gz or .xz: one of KINDS if it is a data file."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in OPENERS else suffix
 
@@ -101,8 +112,8 @@ def _has_word(name: str, word: str) -> bool:
 def _open(path: Path) -> Iterator[IO[bytes]]:
     try:
         with OPENERS.get(path.suffix.lower(), open)(path, "rb") as stream:
-            head = stream.peek(len(LFS))
-            if head.startswith(LFS):
+            head = stream.peek(len(LFS_POINTER))
+            if head.startswith(LFS_POINTER):
                 raise SnpatchError(f"{path}: a pointer of Git LFS, not the data. Fetch them with `git lfs pull`.")
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise SnpatchError(f"{path}: UTF-16, wanted UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
@@ -112,80 +123,84 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _lines(path: Path, stream: IO[AnyStr]) -> Iterator[AnyStr]:
-    """Yield lines; one longer than MAX_LINE_BYTES, and more in all than a file holds that is no bomb, are errors."""
-    number, total, most = 0, 0, _most(path)
+    """Yield lines; raise a SnpatchError for one above MAX_LINE_BYTES and for a decompression bomb."""
+    number, total, limit = 0, 0, _max_bytes(path)
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number, total = number + 1, total + len(line)
         if len(line) > MAX_LINE_BYTES:
             raise SnpatchError(f"{path}, line {number}: expected at most {MAX_LINE_BYTES} bytes, got more")
-        if total > most:
-            raise _bomb(path, most)
+        if total > limit:
+            raise _bomb_error(path, limit)
         yield line
 
 
-def _rest(path: Path, stream: IO[bytes]) -> Iterator[bytes]:
-    """Yield what is left of a file, in pieces; more than a file holds that is no bomb is an error."""
-    total, most = 0, _most(path)
-    while piece := stream.read(MAX_LINE_BYTES):
-        total += len(piece)
-        if total > most:
-            raise _bomb(path, most)
-        yield piece
+def _read_rest(path: Path, stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield the rest of a file in chunks; raise a SnpatchError for a decompression bomb."""
+    total, limit = 0, _max_bytes(path)
+    while chunk := stream.read(MAX_LINE_BYTES):
+        total += len(chunk)
+        if total > limit:
+            raise _bomb_error(path, limit)
+        yield chunk
 
 
-def _most(path: Path) -> float:
-    """Return how many bytes a file may hold: it was compressed by at most MAX_EXPANSION if it is large."""
+def _max_bytes(path: Path) -> float:
+    """Return the maximum size of a file's content: MAX_EXPANSION times its own size if it is compressed and large."""
     return max(MAX_LINE_BYTES, MAX_EXPANSION * path.stat().st_size) if path.suffix.lower() in OPENERS else math.inf
 
 
-def _bomb(path: Path, most: float) -> SnpatchError:
-    return SnpatchError(f"{path}: expected at most {most} bytes ({MAX_EXPANSION} times its size), got more. Unpack it.")
+def _bomb_error(path: Path, limit: float) -> SnpatchError:
+    return SnpatchError(
+        f"{path}: expected at most {limit} bytes ({MAX_EXPANSION} times its size), got more. Unpack it."
+    )
 
 
-def _json_rows(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[Row]:
-    """Yield the objects of lines, of an array, or of the one list of an object; or one object on several lines."""
+def _read_json(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[SourceRow]:
+    """Yield JSON objects: one per line, the items of an array or of an object's only list, or one on several lines."""
     first = True
     for number, line in enumerate(_lines(path, stream), start=1):
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not line.strip():
             continue
-        value, error = _json(line)
-        if first and (error or isinstance(value, list) or _list_in(value, columns)):
-            yield from _document(path, b"\n" * (number - 1) + line + b"".join(_rest(path, stream)), columns)
+        value, error = _parse_json_bytes(line)
+        if first and (error or isinstance(value, list) or _find_rows(value, columns)):
+            yield from _read_json_document(
+                path, b"\n" * (number - 1) + line + b"".join(_read_rest(path, stream)), columns
+            )
             return
         first = False
-        yield Row(str(path), "line", number, value, error)
+        yield SourceRow(str(path), "line", number, value, error)
 
 
-def _document(path: Path, content: bytes, columns: Columns) -> Iterator[Row]:
-    """Yield the rows of a file whose first line is not a row, or may be more than one.
+def _read_json_document(path: Path, content: bytes, columns: Columns) -> Iterator[SourceRow]:
+    """Yield the rows of a file whose first line is not a row, or contains several.
 
-    hh-rlhf's red_team_attempts.jsonl.gz is an array. A row of an array may be a text: it is a prompt.
+    An example is hh-rlhf's red_team_attempts.jsonl.gz, an array. A string in an array is a prompt.
     """
-    whole, error = _json(content)
+    document, error = _parse_json_bytes(content)
     if error and not content.lstrip().startswith(b"["):
         for number, line in enumerate(_lines(path, BytesIO(content)), start=1):
             if line.strip():
-                yield Row(str(path), "line", number, *_json(line))
+                yield SourceRow(str(path), "line", number, *_parse_json_bytes(line))
         return
     if error:
         raise SnpatchError(f"{path}: {error}")
-    items = whole if isinstance(whole, list) else _list_in(whole, columns) or [whole]
+    items = document if isinstance(document, list) else _find_rows(document, columns) or [document]
     for number, value in enumerate(items, start=1):
         value = {"prompt": value} if isinstance(value, str) else value
-        yield Row(str(path), "item", number, value)
+        yield SourceRow(str(path), "item", number, value)
 
 
-def _list_in(value: object, columns: Columns) -> list | None:
-    """Return the rows in an object that is none itself, such as {"data": [...]}: its only list of objects or texts."""
-    if not isinstance(value, dict) or fault(value, columns) is None:
+def _find_rows(value: object, columns: Columns) -> list | None:
+    """Return the rows in an object such as {"data": [...]}: its only list of objects or strings, else None."""
+    if not isinstance(value, dict) or find_column_error(value, columns) is None:
         return None
-    lists = [one for one in value.values() if isinstance(one, list) and one and isinstance(one[0], dict | str)]
+    lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict | str)]
     return lists[0] if len(lists) == 1 else None
 
 
-def _json(content: bytes) -> tuple[Any, str | None]:
-    """(value, None), or (None, what is wrong)."""
+def _parse_json_bytes(content: bytes) -> tuple[Any, str | None]:
+    """Return (value, None), or (None, error)."""
     try:
         return parse_json(content.decode("utf-8")), None
     except UnicodeDecodeError as error:
@@ -194,43 +209,43 @@ def _json(content: bytes) -> tuple[Any, str | None]:
         return None, f"not JSON: {error}"
 
 
-def _csv_rows(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[Row]:
+def _read_csv(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[SourceRow]:
     csv.field_size_limit(MAX_LINE_BYTES)  # the module has one limit for the whole process
-    reader = csv.reader(_lines(path, _decoded(stream, newline="")), strict=True)
-    header = None
+    reader = csv.reader(_lines(path, _decode(stream, newline="")), strict=True)
     number = 1
     try:
+        if (header := next(reader, None)) is None:
+            return
+        if len(set(header)) < len(header):
+            raise SnpatchError(f"{path}: two columns have one name ({', '.join(header)})")
+        check_columns(path, header, columns)
+        number = reader.line_num + 1
         for cells in reader:
-            if header is None:
-                header = cells
-                if len(set(header)) < len(header):
-                    raise SnpatchError(f"{path}: two columns have one name ({', '.join(header)})")
-                check_columns(path, header, columns)
-            elif cells:
-                yield _csv_row(path, number, header, cells)
+            if cells:
+                yield _build_csv_row(path, number, header, cells)
             number = reader.line_num + 1
     except csv.Error as error:
         raise SnpatchError(f"{path}, line {number}: not CSV: {error}") from error
 
 
-def _csv_row(path: Path, number: int, header: list[str], cells: list[str]) -> Row:
+def _build_csv_row(path: Path, number: int, header: list[str], cells: list[str]) -> SourceRow:
     if len(cells) != len(header):
-        return Row(str(path), "line", number, error=f"wanted {len(header)} fields, got {len(cells)}")
+        return SourceRow(str(path), "line", number, error=f"wanted {len(header)} fields, got {len(cells)}")
     if not all(map(is_unicode, cells)):
-        return Row(str(path), "line", number, error="not UTF-8")
-    return Row(str(path), "line", number, dict(zip(header, cells, strict=True)))
+        return SourceRow(str(path), "line", number, error="not UTF-8")
+    return SourceRow(str(path), "line", number, dict(zip(header, cells, strict=True)))
 
 
-def _text_rows(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[Row]:
-    """A row {"text"} for each line, in the hub's form of Wikitext: with its line end, or empty if the line is blank."""
+def _read_text(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[SourceRow]:
+    """Yield a row {"text"} per line, as the hub has Wikitext: with its line end, or "" for a blank line."""
     check_columns(path, ["text"], columns)
-    for number, line in enumerate(_lines(path, _decoded(stream)), start=1):
+    for number, line in enumerate(_lines(path, _decode(stream)), start=1):
         if is_unicode(line):
-            yield Row(str(path), "line", number, {"text": line if line.strip() else ""})
+            yield SourceRow(str(path), "line", number, {"text": line if line.strip() else ""})
         else:
-            yield Row(str(path), "line", number, error="not UTF-8")
+            yield SourceRow(str(path), "line", number, error="not UTF-8")
 
 
-def _decoded(stream: IO[bytes], newline: str | None = None) -> TextIOWrapper:
-    """Bytes that are not UTF-8 become lone surrogates, so that the reader can go on and tell which row holds them."""
+def _decode(stream: IO[bytes], newline: str | None = None) -> TextIOWrapper:
+    """Decode UTF-8; invalid bytes become lone surrogates, so that the reader can name their row and continue."""
     return TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)

@@ -24,7 +24,7 @@ from snpatch.data.formats import (
     turns_of,
     user,
 )
-from snpatch.data.source_row import named
+from snpatch.data.source_row import list_columns
 
 FIRST = ("prompt", "messages")  # go before any other column
 PROMPTS = (
@@ -126,7 +126,7 @@ def _column(names: Iterable[str]) -> str | None:
         return None
     known = ", ".join(PROMPTS)
     raise RowError(
-        f"prompt or messages, got {named(names)}. Name the prompt's column (--column); known ones are {known}"
+        f"prompt or messages, got {list_columns(names)}. Name the prompt's column (--column); known ones are {known}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Rows of published data sets, fetched and cached by the `datasets` library.
+"""Published data sets, downloaded and cached by the `datasets` library.
 
-Why some sets are asked for by file: it refuses repositories that hold a loading script (LIMA), or files that are not
-all alike (ShareGPT), and HarmBench is published on GitHub.
+Why some data sets are loaded by file: `datasets` refuses repositories that contain a loading script (LIMA) or files of
+different columns (ShareGPT), and HarmBench is published on GitHub.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from snpatch.data.formats import Hub
-from snpatch.data.source_row import Columns, Row, check_columns
+from snpatch.data.source_row import Columns, SourceRow, check_columns
 from snpatch.errors import SnpatchError, first_line
 
 try:
@@ -20,8 +20,14 @@ except ImportError as error:
     raise SnpatchError("data sets from the hub need more packages: pip install 'snpatch[data]'") from error
 
 
-def fetch(hub: Hub, columns: Columns, split: str | None, revision: str | None) -> tuple[Iterator[Row], dict[str, Any]]:
-    """(rows, provenance) of a set. Raises SnpatchError if the hub cannot be reached or lacks the split or columns."""
+def fetch(
+    hub: Hub, columns: Columns, split: str | None, revision: str | None
+) -> tuple[Iterator[SourceRow], dict[str, Any]]:
+    """Return (rows, provenance) of a published data set.
+
+    Raises:
+        SnpatchError: The hub cannot be reached, or the data set lacks the split or a column.
+    """
     split = split or hub.split
     if hub.files:
         if split != hub.split and not any("{split}" in url for url in hub.files):
@@ -35,14 +41,14 @@ def fetch(hub: Hub, columns: Columns, split: str | None, revision: str | None) -
     except (OSError, ValueError, RuntimeError, DatasetsError, httpx.HTTPError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise SnpatchError(f"cannot load {hub.id} ({split}) from the hub: {reason}") from error
-    where = f"{hub.id}, {split}"
-    check_columns(where, table.column_names, columns)
-    rows = (Row(where, "row", number, value) for number, value in enumerate(table, start=1))
+    source = f"{hub.id}, {split}"
+    check_columns(source, table.column_names, columns)
+    rows = (SourceRow(source, "row", number, value) for number, value in enumerate(table, start=1))
     return rows, {"hub": hub.id, "split": split, "revision": revision}
 
 
-def read_saved(folder: Path, columns: Columns, split: str | None) -> Iterator[Row]:
-    """Return the rows of a folder that `save_to_disk` wrote; of several splits the one that is asked for."""
+def read_saved(folder: Path, columns: Columns, split: str | None) -> Iterator[SourceRow]:
+    """Return the rows of a folder written by `save_to_disk`; split: required if it holds several."""
     try:
         table = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
@@ -54,4 +60,4 @@ def read_saved(folder: Path, columns: Columns, split: str | None) -> Iterator[Ro
     elif split is not None:
         raise SnpatchError(f"{folder}: split chooses among splits, this is one")
     check_columns(folder, table.column_names, columns)
-    return (Row(str(folder), "row", number, value) for number, value in enumerate(table, start=1))
+    return (SourceRow(str(folder), "row", number, value) for number, value in enumerate(table, start=1))

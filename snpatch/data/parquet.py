@@ -1,12 +1,12 @@
-"""Rows of Parquet files. Apart from the other kinds because it alone needs pyarrow.
+"""Rows of Parquet files, in a module of their own because only they need pyarrow.
 
-Why few rows at a time: a value that many rows share is stored once, and would take its room once for each.
+Why few rows at a time: a value that many rows share is stored once in the file, and once per row in memory.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from snpatch.data.source_row import Columns, Row, check_columns
+from snpatch.data.source_row import Columns, SourceRow, check_columns
 from snpatch.errors import SnpatchError
 
 BATCH_ROWS = 64
@@ -18,14 +18,14 @@ except ImportError as error:
     raise SnpatchError("reading Parquet needs more packages: pip install 'snpatch[data]'") from error
 
 
-def parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
-    """See files.read_rows."""
+def read_parquet_rows(path: Path, columns: Columns) -> Iterator[SourceRow]:
+    """Yield the rows of a Parquet file; see file_reader.read_rows."""
     try:
         with ParquetFile(path) as file:
             check_columns(path, file.schema_arrow.names, columns)
             values = (value for batch in file.iter_batches(BATCH_ROWS) for value in batch.to_pylist())
             for number, value in enumerate(values, start=1):
-                yield Row(str(path), "row", number, value)
+                yield SourceRow(str(path), "row", number, value)
     except RecursionError:
         raise SnpatchError(f"{path}: cannot be read: its columns are nested too deep") from None
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:

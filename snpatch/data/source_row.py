@@ -1,4 +1,4 @@
-"""A row of a data file with its place in it, and the columns that a format needs."""
+"""Rows of data sources with their location, and the check of a source's columns."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -6,42 +6,44 @@ from typing import Any
 
 from snpatch.errors import SnpatchError, one_line
 
-MAX_NAMED = 30  # columns that an error names
+MAX_LISTED_COLUMNS = 30  # in an error
 
-# The columns that must be there: all of one of these; or what finds fault with the columns that are there.
+# Required columns: all of one of these tuples; or a function from the columns to what is wrong with them (or None).
 Columns = tuple[tuple[str, ...], ...] | Callable[[Iterable[str]], str | None]
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
+    """A row of a file or of a hub data set."""
+
     file: str
-    unit: str  # what number counts: line (a row's first), row or item
+    unit: str  # meaning of `number`: line (the row's first), row or item
     number: int  # from 1
     value: Any = None
-    error: str | None = None  # what is wrong with the row, which then has no value
+    error: str | None = None  # why the row could not be read; it has no value then
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         return f"{self.file}, {self.unit} {self.number}"
 
 
-def fault(got: Iterable[str], wanted: Columns) -> str | None:
-    """Return what was wanted of the columns and what came; None if they are right."""
-    if callable(wanted):
-        return wanted(got)
-    if any(set(choice) <= set(got) for choice in wanted):
+def find_column_error(columns: Iterable[str], required: Columns) -> str | None:
+    """Return "<required columns>, got <columns>" if required columns are missing, else None."""
+    if callable(required):
+        return required(columns)
+    if any(set(choice) <= set(columns) for choice in required):
         return None
-    return f"{' or '.join(', '.join(choice) for choice in wanted)}, got {named(got)}"
+    return f"{' or '.join(', '.join(choice) for choice in required)}, got {list_columns(columns)}"
 
 
-def named(columns: Iterable[str]) -> str:
-    """Return the names of columns, as many as an error can show."""
+def list_columns(columns: Iterable[str]) -> str:
+    """Return column names separated by commas, at most MAX_LISTED_COLUMNS of them."""
     names = [one_line(str(name)) for name in columns]
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more or "none"
+    more = f" and {len(names) - MAX_LISTED_COLUMNS} more" if len(names) > MAX_LISTED_COLUMNS else ""
+    return ", ".join(names[:MAX_LISTED_COLUMNS]) + more or "none"
 
 
-def check_columns(where: object, got: Iterable[str], wanted: Columns) -> None:
-    """Raise a SnpatchError if columns lack what is wanted."""
-    if found := fault(got, wanted):
-        raise SnpatchError(f"{where}: wanted the columns {found}")
+def check_columns(source: object, columns: Iterable[str], required: Columns) -> None:
+    """Raise a SnpatchError if required columns are missing."""
+    if error := find_column_error(columns, required):
+        raise SnpatchError(f"{source}: wanted the columns {error}")

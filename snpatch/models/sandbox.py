@@ -1,7 +1,7 @@
-"""Run regular expressions and chat templates of downloaded folders in a process with a deadline and little memory.
+"""Sandbox process, limited in time and memory, for regular expressions and chat templates of downloaded folders.
 
-Why a process: such a text is a program. No library bounds the time and memory of Python's regular expressions and of
-Jinja's templates, and a thread that runs one cannot be ended.
+Why a process: patterns and templates are programs. No library bounds the time and memory of Python's regular
+expressions and Jinja's templates, and a thread that runs one cannot be stopped.
 """
 
 import atexit
@@ -17,57 +17,59 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError
 
-MATCH_SECONDS = 2.0  # CPU time of all matching for one field
+MATCH_SECONDS = 2.0  # CPU time of all patterns and names of one field
 RENDER_SECONDS = 5.0  # CPU time of one chat
-MAX_TEXT = 10_000_000  # characters of one rendered chat
-CHILD = Path(__file__).with_name("sandbox_child.py")
+MAX_RENDERED_CHARS = 10_000_000  # of one chat
+CHILD_PROGRAM = Path(__file__).with_name("sandbox_child.py")
 
 
 def match(patterns: Sequence[str], names: Sequence[str], subject: str) -> list[int | None]:
-    """Return for each name the index of the first pattern that fits it as a whole.
+    """Return for each name the index of the first pattern that matches it as a whole; None if none does.
 
     Args:
-        patterns: regular expressions of `re`.
-        names: what is matched.
-        subject: names file, field and patterns in errors.
+        patterns: Regular expressions of `re`.
+        names: Strings to match.
+        subject: File, field and patterns, for errors.
 
     Raises:
-        SnpatchError: a pattern is none, or matching takes longer than MATCH_SECONDS.
+        SnpatchError: A pattern is invalid, or matching takes longer than MATCH_SECONDS.
     """
     request = {"task": "match", "patterns": list(patterns), "names": list(names), "seconds": MATCH_SECONDS}
-    return _sandbox.ask(request, subject)
+    return _sandbox.run(request, subject)
 
 
 def render(template: str, chat: Sequence[Mapping], variables: Mapping, options: Mapping, subject: str) -> str:
-    """Return a chat as a Jinja template writes it, as transformers' `apply_chat_template` does.
+    """Return a chat rendered by a Jinja template, as transformers' `apply_chat_template` does.
 
     Args:
-        template: its source.
-        chat: messages.
-        variables: what it may name besides, the tokenizer's special tokens.
+        template: Jinja source.
+        chat: Messages.
+        variables: Further variables of the template, such as the tokenizer's special tokens.
         options: `add_generation_prompt` and `continue_final_message`.
-        subject: names the template in errors.
+        subject: The template, for errors.
 
     Raises:
-        SnpatchError: the template fails, takes longer than RENDER_SECONDS, or writes more than MAX_TEXT.
+        SnpatchError: The template fails, takes longer than RENDER_SECONDS, or writes more than MAX_RENDERED_CHARS.
     """
     request = {"task": "render", "template": template, "chat": list(chat), "variables": dict(variables)}
-    return _sandbox.ask({**request, "options": dict(options), "most": MAX_TEXT, "seconds": RENDER_SECONDS}, subject)
+    limits = {"max_chars": MAX_RENDERED_CHARS, "seconds": RENDER_SECONDS}
+    return _sandbox.run({**request, "options": dict(options), **limits}, subject)
 
 
 class _Sandbox:
-    """The process, which is started when it is needed, and again after it was ended."""
+    """The child process: started when it is needed, and again after it has ended."""
 
     def __init__(self) -> None:
         self._lock, self._process = threading.Lock(), None
 
-    def ask(self, request: Mapping, subject: str) -> object:
+    def run(self, request: Mapping, subject: str) -> object:
+        """Return the result of one request; raise a SnpatchError if it fails or exceeds its limits."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                self._process = self._started()
+                self._process = self._start()
             try:
-                line = _answer(self._process, request)
-            except BaseException:  # Ctrl-C: a later question must not read this answer
+                line = _exchange(self._process, request)
+            except BaseException:  # Ctrl-C: the next request must not read this response
                 self.close()
                 raise
             if not line:
@@ -75,37 +77,37 @@ class _Sandbox:
                 if code == -signal.SIGPROF:
                     raise SnpatchError(f"{subject}: expected an end within {request['seconds']} s, got none")
                 raise SnpatchError(f"{subject}: it ended the process that ran it (exit code {code})")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise SnpatchError(f"{subject}: {answer['error']}")
-        return answer["value"]
+        response = json.loads(line)
+        if "error" in response:
+            raise SnpatchError(f"{subject}: {response['error']}")
+        return response["value"]
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the child process."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     @staticmethod
-    def _started() -> subprocess.Popen:
+    def _start() -> subprocess.Popen:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen([sys.executable, "-P", CHILD], **pipes, text=True, start_new_session=True)
+        return subprocess.Popen([sys.executable, "-P", CHILD_PROGRAM], **pipes, text=True, start_new_session=True)
 
 
-def _answer(process: subprocess.Popen, request: Mapping) -> str:
-    """Return the process's line for a request; empty if the process has ended."""
+def _exchange(process: subprocess.Popen, request: Mapping) -> str:
+    """Send a request and return the response line; empty if the process has ended."""
     with suppress(BrokenPipeError):
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
     return process.stdout.readline()
 
 
-def _begin() -> None:
-    """Make a sandbox of this process's own: a forked one must not read the answers of the other."""
+def _reset() -> None:
+    """Create this process's own sandbox, because a forked process must not read its parent's responses."""
     global _sandbox
     _sandbox = _Sandbox()
 
 
-_begin()
-os.register_at_fork(after_in_child=_begin)
+_reset()
+os.register_at_fork(after_in_child=_reset)
 atexit.register(lambda: _sandbox.close())

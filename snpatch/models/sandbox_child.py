@@ -1,8 +1,7 @@
-"""The program of the sandbox's process: it answers requests, one JSON line each, until its parent ends.
+"""Program of the sandbox process: responds to requests, one JSON line each, until its parent ends.
 
-Why it imports nothing of snpatch, and of transformers the one file that renders: it starts in a fraction of a second,
-and the package takes many times that. A request that takes longer than its `seconds` of CPU time is ended by the
-kernel, together with the process.
+Why it imports nothing of snpatch, and only the rendering module of transformers: it starts in a fraction of a second,
+where the packages take many times that. The kernel kills the process if a request takes more CPU time than `seconds`.
 """
 
 import importlib.util
@@ -17,7 +16,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-MEMORY_BYTES = 2**31  # of addresses
+MEMORY_BYTES = 2**31  # address space
 POLL_SECONDS = 2.0
 FAILURES = (
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError,
@@ -28,15 +27,15 @@ FAILURES = (
 def main() -> None:
     _limit_memory()
     parent = os.getppid()
-    while _is_asked(parent):
-        print(json.dumps(answer(json.loads(sys.stdin.readline()))), flush=True)
+    while _wait_for_request(parent):
+        print(json.dumps(respond(json.loads(sys.stdin.readline()))), flush=True)
 
 
-def answer(request: dict) -> dict:
-    """Return the value of a request's task, or its error in one line."""
+def respond(request: dict) -> dict:
+    """Return the value of a request's task, or its error as one line."""
     task, seconds = TASKS[request.pop("task")], request.pop("seconds")
-    failures = _failures(task)
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process, also inside a long call of C
+    failures = _prepare(task)
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process, even inside a long C call
     try:
         return {"value": task(**request)}
     except failures as error:
@@ -46,39 +45,39 @@ def answer(request: dict) -> dict:
 
 
 def match(patterns: list[str], names: list[str]) -> list[int | None]:
-    """Return for each name the index of the first pattern that fits it as a whole."""
+    """Return for each name the index of the first pattern that matches it as a whole."""
     compiled = [re.compile(pattern) for pattern in patterns]
-    return [next((i for i, one in enumerate(compiled) if one.fullmatch(name)), None) for name in names]
+    return [next((i for i, pattern in enumerate(compiled) if pattern.fullmatch(name)), None) for name in names]
 
 
-def render(template: str, chat: list[dict], variables: dict, options: dict, most: int) -> str:
-    """Return a chat as the template writes it."""
+def render(template: str, chat: list[dict], variables: dict, options: dict, max_chars: int) -> str:
+    """Return a chat rendered by the template."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     [text], _ = render_jinja_template([chat], chat_template=template, **options, **variables)
-    if len(text) > most:
-        raise ValueError(f"expected at most {most} characters of one chat, got {len(text)}")
+    if len(text) > max_chars:
+        raise ValueError(f"expected at most {max_chars} characters of one chat, got {len(text)}")
     return text
 
 
 TASKS = {"match": match, "render": render}
 
 
-def _failures(task) -> tuple[type[BaseException], ...]:
-    """Return what a task raises. Imports what the task needs, so that this does not count as its time."""
+def _prepare(task) -> tuple[type[BaseException], ...]:
+    """Import what a task needs, so that this does not count as its time; return the exceptions that it raises."""
     if task is match:
         return FAILURES
     from jinja2 import TemplateError
 
     if "transformers" not in sys.modules:
-        _stand_in()
+        _stub_transformers()
     import transformers.utils.chat_template_utils  # noqa: F401
 
     return (*FAILURES, TemplateError)
 
 
-def _stand_in() -> None:
-    """Put packages without content in the places of those around transformers' `chat_template_utils`."""
+def _stub_transformers() -> None:
+    """Replace the packages around transformers' `chat_template_utils` by empty ones."""
     [folder] = importlib.util.find_spec("transformers").submodule_search_locations
     for name, path in (("transformers", folder), ("transformers.utils", str(Path(folder, "utils")))):
         sys.modules[name] = ModuleType(name)
@@ -91,15 +90,15 @@ def _stand_in() -> None:
 
 
 def _limit_memory() -> None:
-    """Let this process have MEMORY_BYTES and write no core file."""
+    """Limit this process to MEMORY_BYTES of addresses and no core file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _is_asked(parent: int) -> bool:
+def _wait_for_request(parent: int) -> bool:
     """Wait for a request; return False once the parent has ended."""
     while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
         if os.getppid() != parent:
