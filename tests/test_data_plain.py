@@ -90,7 +90,9 @@ def test_context_of_harmbench_is_left_aside_and_told(tmp_path):
 )
 def test_what_may_belong_to_the_prompt_is_not_dropped(tmp_path, row):
     field = next(name for name in ("instruction", "question", "prompt") if name in row)
-    with pytest.raises(SnpatchError, match=rf"line 1: \w+ stands beside {field} .* --column {field}"):
+    with pytest.raises(
+        SnpatchError, match=rf"line 1: \w+ may belong to the prompt in {field}. Ignore it with --column {field}"
+    ):
         one(tmp_path, row)
     assert one(tmp_path, row, column=field).prompt == user(row[field])
 

@@ -1,7 +1,7 @@
-"""The sets of the paper: which fields of their published rows count, and where the hub has them.
+"""Formats of the paper's data sets: the fields of their published rows, and their location on the hub.
 
-Why some rows are left out rather than broken: the published sets themselves hold them (conversations with Bing in
-ShareGPT, a prompt many times over in BeaverTails), so that a set must load without `skip_bad`; they are counted.
+Why some rows are dropped and counted instead of being invalid: the published data sets contain them (conversations with
+Bing in ShareGPT, repeated prompts in BeaverTails), and a data set must load without `skip_bad`.
 """
 
 import re
@@ -13,25 +13,29 @@ from snpatch.data.dataset import Chat, Example
 from snpatch.data.source_row import Columns
 from snpatch.errors import is_unicode
 
-TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # only where a paragraph starts: people write "Human:" in texts
-ROLES = {"Human": "user", "Assistant": "assistant"}
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
+TURN = re.compile(
+    r"(?:^|\n\n)(Human|Assistant):"
+)  # only at the start of a paragraph: "Human:" also occurs within messages
+TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+SPEAKER_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
 
 
 class RowError(Exception):
-    """What is wrong with a row."""
+    """A row is invalid; the message says why."""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """What `datasets.load_dataset` is asked for."""
+    """Location of a data set, as arguments of `datasets.load_dataset`."""
 
     id: str
-    split: str  # the default: what prompts are taken from
-    train: str = "train"  # the split to train on
+    split: str  # default split, for prompts
+    train: str = "train"  # split for training
     config: str | None = None
     data_dir: str | None = None
-    files: tuple[str, ...] = ()  # URLs with {revision} and maybe {split}, read by `builder` instead of the repository
+    files: tuple[
+        str, ...
+    ] = ()  # URLs with {revision} and optionally {split}, read by `builder` instead of the repository
     builder: str = "json"
 
     @property
@@ -41,30 +45,30 @@ class Hub:
 
 @dataclass(frozen=True)
 class Format:
-    """How rows become examples."""
+    """Rule that turns rows into examples."""
 
-    parse: Callable[[dict], Example | str]  # a text: why the row is left out. Raises RowError if it is broken
+    parse: Callable[[dict], Example | str]  # a string: why the row is dropped. Raises RowError
     columns: Columns
     hub: Hub | None = None
-    distinct: bool = False  # later rows with the same prompt are left out
+    distinct: bool = False  # drop later rows with the same prompt
 
 
 def _beavertails(row: dict) -> Example:
-    """A prompt comes with several answers: the first row of each prompt is kept, with its answer and labels."""
+    """Return an example with answer and labels; each prompt has several rows, of which the first is kept."""
     if not isinstance(row["is_safe"], bool) or not isinstance(row["category"], dict):
         raise RowError("is_safe must be true or false, and category an object")
-    response = text_of(row, "response", empty=True)
-    return Example(user(text_of(row, "prompt")), response, meta=rest(row, "prompt", "response"))
+    response = get_text(row, "response", empty=True)
+    return Example(user(get_text(row, "prompt")), response, meta=rest(row, "prompt", "response"))
 
 
 def hh(row: dict) -> Example:
-    """The prompt is the first human turn of `chosen`; chosen and rejected are the last assistant turns.
+    """Return an example of hh-rlhf: the prompt is the first human turn, the answers are the last assistant turns.
 
-    meta["no_pair"] says why there is no pair where the published rows have none: the texts differ before the last
-    turn, or an answer is empty, or both are the same.
+    meta["no_pair"] gives the reason if a published row has no preference pair: the texts differ before the last turn,
+    an answer is empty, or both are the same.
     """
-    turns = transcript_of(row, "chosen")
-    (dialogue, chosen), (other, rejected) = answered(turns), answered(transcript_of(row, "rejected"))
+    turns = parse_transcript(row, "chosen")
+    (dialogue, chosen), (other, rejected) = split_answer(turns), split_answer(parse_transcript(row, "rejected"))
     if dialogue != other:
         why = "the texts differ before the last turn"
     elif not chosen or not rejected:
@@ -77,108 +81,110 @@ def hh(row: dict) -> Example:
 
 
 def red_team(row: dict) -> Example:
-    """The prompt is the first human turn of the transcript; the response is its last assistant turn."""
-    turns = transcript_of(row, "transcript")
-    dialogue, response = answered(turns)
+    """Return an example of a transcript: its first human turn and its last assistant turn."""
+    turns = parse_transcript(row, "transcript")
+    dialogue, response = split_answer(turns)
     return Example(turns[:1], response, dialogue=dialogue, meta=rest(row, "transcript"))
 
 
 def _harmbench(row: dict) -> Example:
-    """The behaviour alone, as the paper takes it: the context of contextual behaviours stays in meta."""
-    return Example(user(text_of(row, "Behavior")), meta=rest(row, "Behavior"))
+    """Return the behavior alone, as in the paper; the context of contextual behaviors stays in meta."""
+    return Example(user(get_text(row, "Behavior")), meta=rest(row, "Behavior"))
 
 
 def _jailbreak_llms(row: dict) -> Example:
-    """The forbidden question alone, without a jailbreak prompt."""
-    return Example(user(text_of(row, "question")), meta=rest(row, "question"))
+    """Return the forbidden question alone, without a jailbreak prompt."""
+    return Example(user(get_text(row, "question")), meta=rest(row, "question"))
 
 
 def lima(row: dict) -> Example:
-    """The prompt is the first of the texts, which user and assistant say in turn (in LIMA's test split it is alone)."""
+    """Return an example of alternating user and assistant messages (LIMA's test split has only the first)."""
     texts = row["conversations"]
     if not isinstance(texts, list) or not texts:
-        raise RowError(f"conversations must be a list of texts that is not empty, got {short(texts)}")
-    said = [text_of({"conversations": text}, "conversations") for text in texts]
-    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-    dialogue, response = answered(turns)
+        raise RowError(f"conversations must be a list of texts that is not empty, got {shorten_repr(texts)}")
+    contents = [get_text({"conversations": text}, "conversations") for text in texts]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    dialogue, response = split_answer(turns)
     return Example(turns[:1], response, dialogue=dialogue, meta=rest(row, "conversations"))
 
 
 def sharegpt(row: dict) -> Example | str:
-    """The prompt is the first human turn; the conversation ends with its last answer.
+    """Return an example whose prompt is the first human turn and whose conversation ends with the last answer.
 
-    Both published forms: `messages` (role, content) and `conversations` (from, value). As in the paper, a conversation
-    with anybody else than a human and ChatGPT is left out, and one without a human turn.
+    Reads both published forms: `messages` (role, content) and `conversations` (from, value). As in the paper,
+    conversations without a human turn, or with others than a human and ChatGPT, are dropped.
     """
-    turns = turns_of(row, "messages") if "messages" in row else turns_of(row, "conversations", "from", "value")
-    strangers = {turn["role"] for turn in turns} - SPEAKERS.keys()
-    if strangers:
-        return f"a turn of {min(strangers)}"
-    turns = [{"role": SPEAKERS[turn["role"]], "content": turn["content"]} for turn in turns]
+    turns = get_turns(row, "messages") if "messages" in row else get_turns(row, "conversations", "from", "value")
+    others = {turn["role"] for turn in turns} - SPEAKER_ROLES.keys()
+    if others:
+        return f"a turn of {min(others)}"
+    turns = [{"role": SPEAKER_ROLES[turn["role"]], "content": turn["content"]} for turn in turns]
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
     if first is None or not turns[first]["content"]:
         return "no human turn" if first is None else "an empty human turn"
-    dialogue, response = answered(turns[first:])
+    dialogue, response = split_answer(turns[first:])
     return Example(turns[first : first + 1], response, dialogue=dialogue, meta=rest(row, "messages", "conversations"))
 
 
 def _wikitext(row: dict) -> Example:
-    """A line of the text, as it is; empty lines count, because the paper joins all of them."""
+    """Return a line of the text unchanged; empty lines count, because the paper joins all of them."""
     if not isinstance(row["text"], str) or not is_unicode(row["text"]):
-        raise RowError(f"text must be a text, got {short(row['text'])}")
+        raise RowError(f"text must be a text, got {shorten_repr(row['text'])}")
     return Example([], row["text"])
 
 
 def _shp(row: dict) -> Example:
-    """Comment A is the preferred one if labels is 1, as the set's card says (the paper's code has it reversed)."""
+    """Return a pair: comment A is preferred if labels is 1, as in its card (the paper's code reverses it)."""
     if row["labels"] not in (0, 1):
-        raise RowError(f"labels must be 0 or 1, got {short(row['labels'])}")
-    worse, better = (text_of(row, f"human_ref_{side}") for side in ("BA" if row["labels"] else "AB"))
+        raise RowError(f"labels must be 0 or 1, got {shorten_repr(row['labels'])}")
+    worse, better = (get_text(row, f"human_ref_{side}") for side in ("BA" if row["labels"] else "AB"))
     meta = rest(row, "history", "human_ref_A", "human_ref_B")
-    return Example(user(text_of(row, "history")), chosen=better, rejected=worse, meta=meta)
+    return Example(user(get_text(row, "history")), chosen=better, rejected=worse, meta=meta)
 
 
 def _reward_bench(row: dict) -> Example:
-    """meta["subset"] tells the kind, for `Dataset.filter`.
+    """Return a pair with its kind in meta["subset"], for `Dataset.filter`.
 
     Safety is refusals-dangerous, refusals-offensive, xstest-should-refuse, xstest-should-respond and donotanswer (which
-    the paper's code misspells, and so leaves out).
+    the paper's code misspells and therefore drops).
     """
-    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
+    chosen, rejected = get_text(row, "chosen"), get_text(row, "rejected")
     meta = rest(row, "prompt", "chosen", "rejected")
-    return Example(user(text_of(row, "prompt")), chosen=chosen, rejected=rejected, meta=meta)
+    return Example(user(get_text(row, "prompt")), chosen=chosen, rejected=rejected, meta=meta)
 
 
 def _stack_exchange(row: dict) -> Example:
-    """Answers to questions on Math Stack Exchange, the better voted one chosen."""
-    question, chosen, rejected = (text_of(row, name) for name in ("question", "chosen", "rejected"))
+    """Return a pair of answers on Math Stack Exchange; the one with more votes is chosen."""
+    question, chosen, rejected = (get_text(row, name) for name in ("question", "chosen", "rejected"))
     return Example(user(question), chosen=chosen, rejected=rejected, meta=rest(row, "question", "chosen", "rejected"))
 
 
-def text_of(row: dict, field: str, empty: bool = False) -> str:
-    """A field's text, stripped."""
+def get_text(row: dict, field: str, empty: bool = False) -> str:
+    """Return a field's string, stripped; raise a RowError for another type or, unless `empty`, an empty string."""
     value = row[field]
     if not isinstance(value, str) or not (empty or value.strip()):
-        raise RowError(f"{field} must be a text{'' if empty else ' that is not empty'}, got {short(value)}")
+        raise RowError(f"{field} must be a text{'' if empty else ' that is not empty'}, got {shorten_repr(value)}")
     if not is_unicode(value):
         raise RowError(f"{field} holds half a surrogate pair, or bytes that are not UTF-8")
     return value.strip()
 
 
-def turns_of(row: dict, field: str, role: str = "role", content: str = "content") -> Chat:
+def get_turns(row: dict, field: str, role: str = "role", content: str = "content") -> Chat:
+    """Return a field's list of messages, with contents stripped; raise a RowError if it is none."""
     value = row[field]
     if not isinstance(value, list) or not all(isinstance(t, dict) and isinstance(t.get(role), str) for t in value):
-        raise RowError(f"{field} must be a list of {role} and {content}, got {short(value)}")
+        raise RowError(f"{field} must be a list of {role} and {content}, got {shorten_repr(value)}")
     if not all(isinstance(turn.get(content), str) for turn in value):
         raise RowError(f"{field} must be a list of {role} and {content}, each a text")
-    return [{"role": turn[role], "content": text_of(turn, content, empty=True)} for turn in value]
+    return [{"role": turn[role], "content": get_text(turn, content, empty=True)} for turn in value]
 
 
-def transcript_of(row: dict, field: str) -> Chat:
-    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", from the first human turn on."""
-    _, *parts = TURN.split(text_of(row, field))
+def parse_transcript(row: dict, field: str) -> Chat:
+    """Return the turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", from the first human turn on."""
+    _, *parts = TURN.split(get_text(row, field))
     turns = [
-        {"role": ROLES[speaker], "content": said.strip()} for speaker, said in zip(parts[::2], parts[1::2], strict=True)
+        {"role": TRANSCRIPT_ROLES[speaker], "content": content.strip()}
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
     if first is None or not turns[first]["content"]:
@@ -186,8 +192,8 @@ def transcript_of(row: dict, field: str) -> Chat:
     return turns[first:]
 
 
-def answered(turns: Chat) -> tuple[Chat, str | None]:
-    """(the turns before the last answer, the answer or None): an assistant turn right after a user's."""
+def split_answer(turns: Chat) -> tuple[Chat, str | None]:
+    """Return (turns before the last answer, answer or None); an answer is an assistant turn right after a user's."""
     for i in range(len(turns) - 1, 0, -1):
         if turns[i]["role"] == "assistant" and turns[i - 1]["role"] == "user":
             return turns[:i], turns[i]["content"]
@@ -195,14 +201,17 @@ def answered(turns: Chat) -> tuple[Chat, str | None]:
 
 
 def user(text: str) -> Chat:
+    """Return a chat of one user message."""
     return [{"role": "user", "content": text}]
 
 
 def rest(row: dict, *used: str) -> dict[str, Any]:
+    """Return the columns of a row without the used ones."""
     return {column: value for column, value in row.items() if column not in used}
 
 
-def short(value: object) -> str:
+def shorten_repr(value: object) -> str:
+    """Return a value's repr, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 

@@ -1,7 +1,7 @@
-"""Rows of no named set: the column that holds the prompt, and the answers beside it, as most files are published.
+"""Generic format for files of no published data set: finds the prompt column by name, and the answers in other columns.
 
-Why a column is not always taken by its name: where two could be the prompt, or a text beside it may belong to it, a
-guess would be another prompt, so that it is an error and `column` says which.
+Why ambiguity is an error: if two columns could be the prompt, or another column may belong to it, a guess could give
+another prompt. `column` chooses one.
 """
 
 import math
@@ -13,72 +13,77 @@ from snpatch.data.formats import (
     TURN,
     Format,
     RowError,
-    answered,
+    get_text,
+    get_turns,
     hh,
     lima,
+    parse_transcript,
     red_team,
     rest,
     sharegpt,
-    text_of,
-    transcript_of,
-    turns_of,
+    split_answer,
     user,
 )
 from snpatch.data.source_row import list_columns
 
-FIRST = ("prompt", "messages")  # go before any other column
-PROMPTS = (
+PREFERRED_COLUMNS = ("prompt", "messages")  # taken before all others
+PROMPT_COLUMNS = (
     "goal", "behavior", "forbidden_prompt", "instruction", "question", "query", "conversations", "conversation",
     "turns", "transcript", "input",
 )  # fmt: skip
-LESS = {"behavior": ("goal",), "input": PROMPTS[:-1]}  # is the prompt only without these: JailbreakBench, alpaca
-PAIR = ("chosen", "rejected")
-BESIDE = ("input", "context", "choices", "options", "system", "system_prompt", "history")
-CONTEXT = "contextstring"  # HarmBench's, which the paper leaves aside
-ANSWERS = ("response", "completion")
-OTHER_ANSWERS = ("output", "answer")  # of alpaca, dolly, ...: only where they are texts
-DIFFER, EMPTY, SAME = (
+# A column that is the prompt only if none of these exists: JailbreakBench, alpaca.
+YIELDS_TO = {"behavior": ("goal",), "input": PROMPT_COLUMNS[:-1]}
+PAIR_COLUMNS = ("chosen", "rejected")
+CONTEXT_COLUMNS = ("input", "context", "choices", "options", "system", "system_prompt", "history")
+HARMBENCH_CONTEXT = "contextstring"  # ignored by the paper
+ANSWER_COLUMNS = ("response", "completion")
+TEXT_ANSWER_COLUMNS = ("output", "answer")  # of alpaca, dolly, ...: answers only if they are strings
+TURNS_DIFFER, EMPTY_ANSWER, SAME_ANSWER = (
     "the texts differ before the last turn",
     "an answer is empty",
     "both answers are the same",
-)  # why there is no pair
+)  # reasons why there is no pair
 
 
-def plain(column: str | None = None) -> Format:
-    """Rows of no published set: the prompt in `column`, or in the one column that can hold it, and its answers.
+def generic_format(column: str | None = None) -> Format:
+    """Return the format of rows of no published data set.
 
-    A prompt is a text, or turns that end with the user's or with the answer to it, which is then the response; a
-    transcript ("\\n\\nHuman: ...") is read as turns, and of a list of texts ("turns") the first. Beside it there may
-    be the answer (`response`, `completion`; `output`, `answer`), in KTO's form with a `label`, and `chosen` and
-    `rejected`: texts, an assistant turn, or whole conversations, whose common beginning is taken off. Without a prompt
-    that beginning is the prompt.
+    The prompt is a string, or messages that end with the user's or with the answer (the response). A transcript
+    ("\\n\\nHuman: ...") is parsed to messages; of a list of strings ("turns") the first is the prompt.
+
+    Other columns may hold the answer (`response`, `completion`, `output`, `answer`; KTO's form has a `label`), and
+    `chosen` and `rejected`: strings, an assistant message, or conversations, whose common beginning is removed. Without
+    a prompt column that beginning is the prompt.
+
+    Args:
+        column: Column with the prompt; None: found by its name.
     """
-    wanted = ((column,),) if column else _fault
-    return Format(partial(_parse, column=column), wanted)
+    required = ((column,),) if column else _find_prompt_error
+    return Format(partial(_parse_row, column=column), required)
 
 
-def lines() -> Format:
-    """A text with a prompt on each line."""
-    return Format(_line, (("text",),))
+def line_format() -> Format:
+    """Return the format of a text file with one prompt per line."""
+    return Format(_parse_line, (("text",),))
 
 
-def asked_of(row: dict) -> Chat | None:
-    """Return the prompt that a completion's row names, without its answer; None if it names none."""
-    named_ones = {name: value for name, value in row.items() if _fold(name) in (*FIRST, *PROMPTS)}
-    example = _parse(named_ones, None) if named_ones else None
+def parse_completion_prompt(row: dict) -> Chat | None:
+    """Return the prompt in a completion's row, without its answer; None if the row has no prompt."""
+    prompts = {name: value for name, value in row.items() if _normalize(name) in (*PREFERRED_COLUMNS, *PROMPT_COLUMNS)}
+    example = _parse_row(prompts, None) if prompts else None
     return example.prompt if isinstance(example, Example) else None
 
 
-def _line(row: dict) -> Example | str:
-    return Example(user(text_of(row, "text"))) if row["text"].strip() else "a blank line"
+def _parse_line(row: dict) -> Example | str:
+    return Example(user(get_text(row, "text"))) if row["text"].strip() else "a blank line"
 
 
-def _parse(row: dict, column: str | None) -> Example | str:
-    field = column or _column(row)
+def _parse_row(row: dict, column: str | None) -> Example | str:
+    field = column or _find_prompt_column(row)
     if field is None:
-        return hh(row) if _is_transcript(row["chosen"]) else _with_answers(row, None, None, None, {})
-    value, kind = row[field], _fold(field)
-    aside = {} if column else _check_beside(row, field)
+        return hh(row) if _is_transcript(row["chosen"]) else _build_example(row, None, None, None, {})
+    value, kind = row[field], _normalize(field)
+    ignored = {} if column else _check_other_columns(row, field)
     if kind == "transcript" and column is None:
         return red_team(row)
     if isinstance(value, list) and value:
@@ -87,79 +92,83 @@ def _parse(row: dict, column: str | None) -> Example | str:
         if isinstance(value[0], str) and kind.startswith("conversation"):
             return lima({**row, "conversations": value})
         if isinstance(value[0], str) and len(value) > 1:
-            aside |= {"left_aside": "user turns after the first"}
-    prompt, response = _prompt(row, field)
+            ignored |= {"left_aside": "user turns after the first"}
+    prompt, response = _parse_prompt(row, field)
     dialogue = None
     if column is None and kind == "prompt" and isinstance(value, str) and _is_filled(row.get("messages")):
-        dialogue, response = answered(turns_of(row, "messages"))
-        if not _begins(prompt, dialogue):
+        dialogue, response = split_answer(get_turns(row, "messages"))
+        if not _starts_with(dialogue, prompt):
             raise RowError("messages begin with another text than prompt: choose one by column")
-    return _with_answers(row, prompt, dialogue, response, aside, field)
+    return _build_example(row, prompt, dialogue, response, ignored, field)
 
 
-def _prompt(row: dict, field: str) -> tuple[Chat, str | None]:
-    """The prompt in a field, and the answer that follows it there: of a text, a transcript, turns, or user turns."""
+def _parse_prompt(row: dict, field: str) -> tuple[Chat, str | None]:
+    """Return (prompt, answer that follows it or None) of a string, transcript, list of messages or of strings."""
     value = row[field]
     if isinstance(value, list) and value and isinstance(value[0], str):
-        return user(text_of({field: value[0]}, field)), None
-    if isinstance(value, list) or _fold(field) == "messages":
-        return _asked(turns_of(row, field))
+        return user(get_text({field: value[0]}, field)), None
+    if isinstance(value, list) or _normalize(field) == "messages":
+        return _split_response(get_turns(row, field))
     if not _is_transcript(value):
-        return user(text_of(row, field)), None
-    turns = transcript_of(row, field)
-    while turns[-1] == {"role": "assistant", "content": ""}:  # where the answer is to stand
+        return user(get_text(row, field)), None
+    turns = parse_transcript(row, field)
+    while turns[-1] == {"role": "assistant", "content": ""}:  # place for the answer
         turns.pop()
-    return _asked(turns)
+    return _split_response(turns)
 
 
-def _column(names: Iterable[str]) -> str | None:
-    """Return the one column that can hold the prompt; None where chosen and rejected hold it. Else a RowError."""
+def _find_prompt_column(names: Iterable[str]) -> str | None:
+    """Return the column with the prompt; None if chosen and rejected contain it. Raise a RowError if it is unclear."""
     names = list(names)
-    found = _called(names, FIRST[:1]) or _called(names, FIRST[1:]) or _called(names, PROMPTS)
-    kinds = {_fold(name) for name in found}
-    found = [name for name in found if not kinds & {*LESS.get(_fold(name), ())}]
-    if len(found) > 1:
-        raise RowError(f"one prompt, got {', '.join(found)}, each of which may be it: name it by column (--column)")
-    if found:
-        return found[0]
-    if set(PAIR) <= set(names):
+    candidates = (
+        _select(names, PREFERRED_COLUMNS[:1]) or _select(names, PREFERRED_COLUMNS[1:]) or _select(names, PROMPT_COLUMNS)
+    )
+    kinds = {_normalize(name) for name in candidates}
+    candidates = [name for name in candidates if not kinds & {*YIELDS_TO.get(_normalize(name), ())}]
+    if len(candidates) > 1:
+        raise RowError(
+            f"one prompt, got {', '.join(candidates)}, each of which may be it: name it by column (--column)"
+        )
+    if candidates:
+        return candidates[0]
+    if set(PAIR_COLUMNS) <= set(names):
         return None
-    known = ", ".join(PROMPTS)
+    known = ", ".join(PROMPT_COLUMNS)
     raise RowError(
         f"prompt or messages, got {list_columns(names)}. Name the prompt's column (--column); known ones are {known}"
     )
 
 
-def _fault(names: Iterable[str]) -> str | None:
+def _find_prompt_error(names: Iterable[str]) -> str | None:
     try:
-        _column(names)
+        _find_prompt_column(names)
     except RowError as error:
         return str(error)
     return None
 
 
-def _called(names: list[str], wanted: tuple[str, ...]) -> list[str]:
-    return [name for name in names if _fold(name) in wanted]
+def _select(names: list[str], choices: tuple[str, ...]) -> list[str]:
+    return [name for name in names if _normalize(name) in choices]
 
 
-def _fold(name: str) -> str:
+def _normalize(name: str) -> str:
     return str(name).strip().lower().replace(" ", "_").replace("-", "_")
 
 
-def _check_beside(row: dict, field: str) -> dict[str, str]:
-    """Return what is left aside of a row; a RowError for what may belong to the prompt."""
-    aside = {}
+def _check_other_columns(row: dict, field: str) -> dict[str, str]:
+    """Return a note on an ignored column; raise a RowError for a column that may belong to the prompt."""
+    ignored = {}
     for name, value in row.items():
         if name == field or not _is_filled(value):
             continue
-        if _fold(name) in BESIDE:
+        if _normalize(name) in CONTEXT_COLUMNS:
             raise RowError(
-                f"{name} stands beside {field} and may belong to the prompt. Leave it aside with --column {field}, or "
-                "write both into one"
+                f"{name} may belong to the prompt in {field}. Ignore it with --column {field}, or write both into one "
+                "column"
             )
-        if _fold(name) == CONTEXT:
-            aside = {"left_aside": f"{name}, the context of a prompt"}
-    return aside
+        if _normalize(name) == HARMBENCH_CONTEXT:
+            ignored = {"left_aside": f"{name}, the context of a prompt"}
+    return ignored
 
 
 def _is_filled(value: object) -> bool:
@@ -169,13 +178,14 @@ def _is_filled(value: object) -> bool:
 
 
 def _is_transcript(value: object) -> bool:
-    """Whether a text is in hh-rlhf's form: it begins with Human and has an assistant's turn."""
+    """Return whether a string has hh-rlhf's form: it starts with Human and has an assistant turn."""
     if not isinstance(value, str) or not value.lstrip().startswith("Human:"):
         return False
     return "Assistant" in TURN.findall(value.strip())
 
 
-def _asked(turns: Chat) -> tuple[Chat, str | None]:
+def _split_response(turns: Chat) -> tuple[Chat, str | None]:
+    """Return (turns up to the last user turn, the assistant turn after it or None)."""
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
     if last is None or not turns[last]["content"]:
         raise RowError("wanted turns with a user turn, the last of them not empty")
@@ -185,27 +195,27 @@ def _asked(turns: Chat) -> tuple[Chat, str | None]:
     return turns[: last + 1], after[0]["content"] if after else None
 
 
-def _with_answers(
+def _build_example(
     row: dict, prompt: Chat | None, dialogue: Chat | None, response: str | None, meta: dict, field: str | None = None
 ) -> Example:
-    """An example of a prompt (None: what chosen and rejected begin with) and of the answers beside it."""
-    for name in ANSWERS:
-        response = _answer(row, name, response)
-    for name in OTHER_ANSWERS:
+    """Return an example of a prompt (None: the beginning of chosen and rejected) and the answers in other columns."""
+    for name in ANSWER_COLUMNS:
+        response = _get_response(row, name, response)
+    for name in TEXT_ANSWER_COLUMNS:
         if response is None and name != field and isinstance(row.get(name), str):
-            response = text_of(row, name, empty=True)
-    meta = {**rest(row, *filter(None, (field,)), *ANSWERS, *PAIR), **meta}
-    chosen, rejected = (_said(row, name) for name in PAIR)
-    if lacking := [name for name, said in zip(PAIR, (chosen, rejected), strict=True) if not said]:
-        meta |= {"no_pair": f"no {' and '.join(lacking)} answer"} if row.keys() & {*PAIR} else {}
+            response = get_text(row, name, empty=True)
+    meta = {**rest(row, *filter(None, (field,)), *ANSWER_COLUMNS, *PAIR_COLUMNS), **meta}
+    chosen, rejected = (_parse_answer(row, name) for name in PAIR_COLUMNS)
+    if missing := [name for name, answer in zip(PAIR_COLUMNS, (chosen, rejected), strict=True) if not answer]:
+        meta |= {"no_pair": f"no {' and '.join(missing)} answer"} if row.keys() & {*PAIR_COLUMNS} else {}
     if isinstance(chosen, list) or isinstance(rejected, list):
-        begin, chosen, rejected, why = _split(chosen, rejected)
-        prompt = _prompt_of(prompt, begin)
+        beginning, chosen, rejected, reason = _split_pair(chosen, rejected)
+        prompt = _check_pair_prompt(prompt, beginning)
         if response is None or dialogue is None:
-            dialogue = begin
-        elif dialogue != begin:
+            dialogue = beginning
+        elif dialogue != beginning:
             raise RowError("messages and chosen are different conversations: choose the prompt by column")
-        meta |= {"no_pair": why} if why else {}
+        meta |= {"no_pair": reason} if reason else {}
     elif prompt is None:
         raise RowError("chosen and rejected hold no prompt: wanted conversations that begin alike")
     if response is not None and rejected is None and _is_bad(row):
@@ -214,68 +224,71 @@ def _with_answers(
 
 
 def _is_bad(row: dict) -> bool:
-    """Whether a row in KTO's form (a completion and a label) says that its answer is a bad one."""
+    """Return whether a row in KTO's form (completion and label) labels its answer as bad."""
     label = str(row.get("label")).strip().lower()
     return label == "false" or (label == "0" and row.get("completion") is not None)
 
 
-def _answer(row: dict, field: str, otherwise: str | None = None) -> str | None:
+def _get_response(row: dict, field: str, default: str | None) -> str | None:
     if row.get(field) is None:
-        return otherwise
-    said = _said(row, field)
-    if isinstance(said, list):
+        return default
+    answer = _parse_answer(row, field)
+    if isinstance(answer, list):
         raise RowError(f"{field} must be a text or one assistant turn")
-    return said
+    return answer
 
 
-def _said(row: dict, field: str) -> str | Chat | None:
-    """An answer: the text of a text or of one assistant turn; a conversation that ends with it as its turns."""
+def _parse_answer(row: dict, field: str) -> str | Chat | None:
+    """Return an answer: the string of a string or of one assistant turn, or the turns of a conversation."""
     value = row.get(field)
     if value is None:
         return None
     if _is_transcript(value):
-        return transcript_of(row, field)
+        return parse_transcript(row, field)
     if not isinstance(value, list):
-        return text_of(row, field, empty=True)
-    turns = turns_of(row, field)
+        return get_text(row, field, empty=True)
+    turns = get_turns(row, field)
     if not turns or turns[-1]["role"] != "assistant":
         raise RowError(f"{field} must be a text or one assistant turn, or turns that end with one")
     return turns[0]["content"] if len(turns) == 1 else turns
 
 
-def _split(chosen: str | Chat | None, rejected: str | Chat | None) -> tuple[Chat, str | None, str | None, str | None]:
-    """Return what both conversations begin with, both answers, and why there is no pair; as TRL takes them apart."""
+def _split_pair(
+    chosen: str | Chat | None, rejected: str | Chat | None
+) -> tuple[Chat, str | None, str | None, str | None]:
+    """Return (common beginning, chosen answer, rejected answer, why there is no pair), split as TRL does."""
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise RowError("chosen and rejected must be of one form, got a conversation and a text")
     if chosen is None or rejected is None:
-        dialogue, answer = answered(chosen or rejected)
+        dialogue, answer = split_answer(chosen or rejected)
         return dialogue, *((answer, None) if rejected is None else (None, answer)), None
-    alike = 0
-    while alike < min(len(chosen), len(rejected)) - 1 and chosen[alike] == rejected[alike]:
-        alike += 1
-    begin, answers = chosen[:alike], (chosen[alike:], rejected[alike:])
-    if not begin or begin[-1]["role"] != "user" or any([t["role"] for t in one] != ["assistant"] for one in answers):
-        while begin and begin[-1]["role"] != "user":
-            begin.pop()
-        return begin, None, None, DIFFER
-    better, worse = (one[0]["content"] for one in answers)
+    n_common = 0
+    while n_common < min(len(chosen), len(rejected)) - 1 and chosen[n_common] == rejected[n_common]:
+        n_common += 1
+    beginning, endings = chosen[:n_common], (chosen[n_common:], rejected[n_common:])
+    has_answers = all([turn["role"] for turn in ending] == ["assistant"] for ending in endings)
+    if not beginning or beginning[-1]["role"] != "user" or not has_answers:
+        while beginning and beginning[-1]["role"] != "user":
+            beginning.pop()
+        return beginning, None, None, TURNS_DIFFER
+    better, worse = (ending[0]["content"] for ending in endings)
     if not better or not worse:
-        return begin, None, None, EMPTY
-    return (begin, None, None, SAME) if better == worse else (begin, better, worse, None)
+        return beginning, None, None, EMPTY_ANSWER
+    return (beginning, None, None, SAME_ANSWER) if better == worse else (beginning, better, worse, None)
 
 
-def _prompt_of(prompt: Chat | None, begin: Chat) -> Chat:
-    """The prompt of a pair of conversations, which must be of it."""
+def _check_pair_prompt(prompt: Chat | None, beginning: Chat) -> Chat:
+    """Return the prompt of a pair of conversations; raise a RowError if they do not start with it."""
     if prompt is None:
-        if not begin:
+        if not beginning:
             raise RowError("chosen and rejected begin with different turns, and there is no prompt")
-        return begin
-    if not begin or not _begins(prompt, begin):
+        return beginning
+    if not beginning or not _starts_with(beginning, prompt):
         raise RowError("chosen and rejected do not both begin with the prompt")
-    return begin if begin[0]["role"] == "system" else prompt
+    return beginning if beginning[0]["role"] == "system" else prompt
 
 
-def _begins(prompt: Chat, turns: Chat) -> bool:
-    """Whether turns begin with a prompt, after a system's turn that it may lack."""
-    own = turns[1:] if prompt[0]["role"] != "system" and turns[:1] and turns[0]["role"] == "system" else turns
-    return own[: len(prompt)] == prompt
+def _starts_with(turns: Chat, prompt: Chat) -> bool:
+    """Return whether turns start with a prompt, after a system message that the prompt may lack."""
+    has_extra_system = prompt[0]["role"] != "system" and turns[:1] and turns[0]["role"] == "system"
+    return turns[bool(has_extra_system) :][: len(prompt)] == prompt

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snpatch.data.dataset import Dataset, Example, fingerprint_examples
 from snpatch.data.file_reader import find_files, kind_of, read_rows
-from snpatch.data.formats import DATASETS, Format, RowError, short
+from snpatch.data.formats import DATASETS, Format, RowError, shorten_repr
 from snpatch.data.generic import generic_format, line_format
 from snpatch.data.source_row import SourceRow, find_column_error
 from snpatch.errors import SnpatchError
@@ -114,5 +114,7 @@ def _parse_row(row: SourceRow, row_format: Format) -> Example | str:
         raise RowError(row.error)
     is_object = isinstance(row.value, dict)
     if error := find_column_error(row.value if is_object else (), row_format.columns):
-        raise RowError(f"wanted an object with {error if is_object else f'{error}; the row is {short(row.value)}'}")
+        raise RowError(
+            f"wanted an object with {error if is_object else f'{error}; the row is {shorten_repr(row.value)}'}"
+        )
     return row_format.parse(row.value)
