@@ -39,8 +39,10 @@ PLAIN_JOBS = [Job(i, name) for i in range(8) for name in ("base", "dpo", "tuned"
 
 
 def assert_matches_two_models(engine, made, is_across: bool = False) -> None:
-    """Compare completions, statistics, captures and log-probabilities. is_across: donor and recipient always differ in
-    their weights."""
+    """Compare completions, statistics, captures and log-probabilities.
+
+    is_across: donor and recipient of every request are on different weights.
+    """
     jobs = [
         *JOBS,
         *RICHER,
