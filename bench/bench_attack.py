@@ -22,7 +22,7 @@ import tiny
 from jobs import RANKINGS, VALUES, told
 from processes import wait_for
 from served import Server
-from serving import CONSTANTS, SERVED, SIZES, form, options_of
+from serving import CAPACITY_OPTIONS, CONSTANTS, SERVED, patch_json, serve_options
 
 from snpatch import Constant
 
@@ -49,7 +49,7 @@ def made(tmp_path):
 
 @pytest.fixture
 def server(made, tmp_path):
-    server = Server(tmp_path, *options_of(made, tmp_path), *SIZES, wait_s=600)
+    server = Server(tmp_path, *serve_options(made, tmp_path), *CAPACITY_OPTIONS, wait_s=600)
     yield server
     assert server.end() == 0, server.read_log()
 
@@ -57,7 +57,7 @@ def server(made, tmp_path):
 def test_attack(benchmark, made, server):
     bodies = [
         {"model": "base", "prompt": job.ids, "max_tokens": 10, "temperature": 0, "return_token_ids": True}
-        | {"snpatch": form(job)}
+        | {"snpatch": patch_json(job)}
         for job in KNOWN
     ]
     known = [(body, told(made, job).ids) for body, job in zip(bodies, KNOWN, strict=True)]

@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 from commands import prompts, ranking  # noqa: E402, F401
 from in_process import in_process, start  # noqa: E402, F401
-from serving import RUNNING, client, server, world  # noqa: E402, F401
+from serving import RUNNING, client, offline, server  # noqa: E402, F401
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -16,30 +16,30 @@ pytestmark = pytest.mark.engine
 # ---- completions -----------------------------------------------------------------------------------------------------
 
 
-def test_patch_over_http_matches_oracle(world, client):
+def test_patch_over_http_matches_oracle(offline, client):
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda job: complete(client, job), SERVED))
     for job, answer in zip(SERVED, answers, strict=True):
-        want = told(world.made, job)
+        want = told(offline.made, job)
         assert answer.choices[0].token_ids == want.ids, job
         assert answer.snpatch["overwrites"] == job.overwrites(10), job
         assert answer.snpatch["verified"] is True
 
 
-def test_concurrent_clients_get_offline_engine_tokens(world, server):
+def test_concurrent_clients_get_offline_engine_tokens(offline, server):
     async def everything():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             return await asyncio.gather(*(complete(client, job) for job in MANY))
 
-    for answer, want in zip(asyncio.run(everything()), world.many, strict=True):
+    for answer, want in zip(asyncio.run(everything()), offline.many, strict=True):
         assert answer.choices[0].token_ids == want.token_ids
         assert answer.snpatch["overwrites"] == want.overwrites
         assert answer.choices[0].text.split() == want.text.split()
-    assert len({tuple(one.token_ids) for one in world.many}) > 30
+    assert len({tuple(one.token_ids) for one in offline.many}) > 30
 
 
-def test_patch_by_name_field_and_xargs_gives_equal_answers(world, client):
-    want = world.chat
+def test_patch_by_name_field_and_xargs_gives_equal_answers(offline, client):
+    want = offline.chat
     positions = len(want.prompt_ids) + 9
     patch = {"recipient": "sft", "donor": "dpo", "ranking": "first", "window": ALL}
     request = {"messages": CHAT, "max_tokens": 10, "temperature": 0}
@@ -61,13 +61,13 @@ def test_patch_by_name_field_and_xargs_gives_equal_answers(world, client):
     assert named.choices[0].message.content == by_request.choices[0].message.content
 
 
-def test_models_are_listed_and_generate_unpatched(world, server, client):
+def test_models_are_listed_and_generate_unpatched(offline, server, client):
     listed = {model.id: model for model in client.models.list()}
     assert {"base", "sft", "dpo", "safe", "kept"} <= listed.keys()
     for path in ("/v1/models", "/metrics"):  # the model's folder is not for clients
-        assert str(world.made.folder) not in server.get(path).text
+        assert str(offline.made.folder) not in server.get(path).text
     for name in ("base", "sft", "dpo"):
-        want = told(world.made, Job(1, name))
+        want = told(offline.made, Job(1, name))
         answer = client.completions.create(
             model=name, prompt=IDS[1], max_tokens=10, temperature=0, extra_body={"return_token_ids": True}
         )
@@ -75,7 +75,7 @@ def test_models_are_listed_and_generate_unpatched(world, server, client):
         assert answer.snpatch == {"patch": name, "overwrites": 0, "positions": 0, "verified": True}
 
 
-def test_n_completions_have_own_seeds_and_receipts(world, client):
+def test_n_completions_have_own_seeds_and_receipts(offline, client):
     job = JOBS[2]
     for stream in (False, True):
         answer = complete(client, job, temperature=1.0, seed=5, n=3, stream=stream)
@@ -87,12 +87,12 @@ def test_n_completions_have_own_seeds_and_receipts(world, client):
             receipt = chunk.snpatch
         else:
             ids, receipt = [choice.token_ids for choice in answer.choices], answer.snpatch
-        assert ids == [want.token_ids for want in world.seeded]
-        assert [choice["overwrites"] for choice in receipt["choices"]] == [want.overwrites for want in world.seeded]
-        assert receipt["overwrites"] == sum(want.overwrites for want in world.seeded)
+        assert ids == [want.token_ids for want in offline.seeded]
+        assert [choice["overwrites"] for choice in receipt["choices"]] == [want.overwrites for want in offline.seeded]
+        assert receipt["overwrites"] == sum(want.overwrites for want in offline.seeded)
 
 
-def test_list_of_prompts_has_receipt_per_prompt(world, client):
+def test_list_of_prompts_has_receipt_per_prompt(offline, client):
     arguments = {"model": "safe", "prompt": [IDS[0], IDS[1]], "max_tokens": 5, "temperature": 0}
     answer = client.completions.create(**arguments)
     alone = [client.completions.create(**{**arguments, "prompt": ids}) for ids in IDS[:2]]
@@ -212,10 +212,10 @@ def test_failed_receipt_is_500_or_error_chunk_without_finish_reason(miscounting,
 # ---- guard -----------------------------------------------------------------------------------------------------------
 
 
-def test_guard_refuses_same_prompts_as_offline(world, server, client):
-    guard, refused = world.guard, 0
+def test_guard_refuses_same_prompts_as_offline(offline, server, client):
+    guard, refused = offline.guard, 0
     before = _metric(server, "snpatch_refused_prompts_total")
-    for ids, harm in zip(IDS, world.harm, strict=True):
+    for ids, harm in zip(IDS, offline.harm, strict=True):
         arguments = {"model": "kept", "prompt": ids, "max_tokens": 4, "temperature": 0}
         answer = client.completions.create(**arguments)
         *_, last = client.completions.create(**arguments, stream=True)

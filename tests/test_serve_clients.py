@@ -20,9 +20,9 @@ EXAMPLES = Path(snpatch.server.__file__).parent / "examples"
 
 
 @pytest.fixture(scope="module")
-def named(world, server):
+def named(offline, server):
     """The server with the ranking `safety`, which the examples use."""
-    body = (world.folder / "first.safetensors").read_bytes()
+    body = (offline.folder / "first.safetensors").read_bytes()
     assert httpx.put(f"{server.url}/v1/snpatch/rankings/safety", content=body).status_code == 201
     yield server
     httpx.delete(f"{server.url}/v1/snpatch/rankings/safety")

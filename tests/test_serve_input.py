@@ -118,7 +118,7 @@ def test_other_vllm_routes_are_404(server, path):
     assert (answer.status_code, "not served by snpatch" in answer.text) == (404, True)
 
 
-def test_unknown_model_is_404_listing_models_and_patches(world, server):
+def test_unknown_model_is_404_listing_models_and_patches(offline, server):
     bodies = {
         CHATS: ASKED,
         "/v1/completions": {"prompt": IDS[0]},
@@ -132,7 +132,7 @@ def test_unknown_model_is_404_listing_models_and_patches(world, server):
             assert "of the models sft, base, dpo, sft_kv, dpo_kv or of the patches safe, kept; 'saf'" in answer.text
     answer = server.post(CHATS, {**ASKED, "model": "dqo"})
     assert "one of the models dpo, base, sft, sft_kv, dpo_kv or" in answer.text
-    answer = server.post(CHATS, {**ASKED, "model": str(world.made.folder)})
+    answer = server.post(CHATS, {**ASKED, "model": str(offline.made.folder)})
     assert (answer.status_code, "/" in answer.json()["error"]["message"]) == (404, False)
 
 
@@ -277,8 +277,8 @@ def test_2000_malformed_bodies_are_4xx(server):
             assert is_read or 400 <= status < 500, (seed, path, _broken(seed), text)
 
 
-def test_engine_patches_exactly_after_fuzzing(world, server, client):
+def test_engine_patches_exactly_after_fuzzing(offline, server, client):
     """This test must run after the fuzz tests above."""
     for job in JOBS[2:6]:
-        assert complete(client, job).choices[0].token_ids == told(world.made, job).ids
+        assert complete(client, job).choices[0].token_ids == told(offline.made, job).ids
     assert not any(server.held().values()), server.held()

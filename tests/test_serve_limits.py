@@ -14,7 +14,7 @@ from commands import run
 from jobs import ALL, IDS, JOBS, VALUES, Job, told
 from processes import command_line, descendants, wait_for
 from served import SPOIL, Server
-from serving import CHAT, CONSTANTS, LEAK, MANY, SAFE, SIZES, WORDS, complete, form, options_of
+from serving import CAPACITY_OPTIONS, CHAT, CONSTANTS, LEAK, MANY, SAFE, WORDS, complete, patch_json, serve_options
 
 from snpatch import Constant
 from snpatch.executors.vllm import versions
@@ -32,7 +32,7 @@ KEY = {"authorization": "Bearer secret"}
 
 def long(job, **more) -> dict:
     """Return the body of a request that takes long."""
-    return {"model": "base", "prompt": job.ids, "snpatch": form(job), "n": 40, **ENDLESS, **more}
+    return {"model": "base", "prompt": job.ids, "snpatch": patch_json(job), "n": 40, **ENDLESS, **more}
 
 
 def events(lines) -> list[tuple[str, dict]]:
@@ -50,7 +50,7 @@ def events(lines) -> list[tuple[str, dict]]:
 # ---- clients that disconnect -----------------------------------------------------------------------------------------
 
 
-def test_disconnected_clients_leave_nothing_behind(world, server, client):
+def test_disconnected_clients_leave_nothing_behind(offline, server, client):
     """During a stream, before an answer, while waiting for slots, with n completions, during a sweep."""
     jobs = [MANY[i] for i in range(8)]
 
@@ -82,10 +82,10 @@ def test_disconnected_clients_leave_nothing_behind(world, server, client):
     asyncio.run(everything())
     wait_for(lambda: not any(server.held().values()), 10)
     for job in JOBS[2:5]:
-        assert complete(client, job).choices[0].token_ids == told(world.made, job).ids
+        assert complete(client, job).choices[0].token_ids == told(offline.made, job).ids
 
 
-def test_patched_request_does_not_change_later_plain_one(world, server, client):
+def test_patched_request_does_not_change_later_plain_one(offline, server, client):
     """Prefix cache over HTTP: one prompt, plain, patched and plain again; and with a client's own cache salt."""
     prompt = [20 + i % 70 for i in range(96)]  # three whole blocks
     ask = {"model": "base", "prompt": prompt, "max_tokens": 8, "temperature": 0}
@@ -109,10 +109,10 @@ OVERFLOWING = {"recipient": "base", **HUGE, "clauses": [HUGE, HUGE]}
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 28])
-def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(world, server, client, tokens):
+def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(offline, server, client, tokens):
     """One completion, n completions and a stream; the half-filled blocks that they free are reused next."""
     jobs = [Job(i, "base") for i in range(4)] + JOBS[2:6]
-    want = [told(world.made, job).ids for job in jobs]
+    want = [told(offline.made, job).ids for job in jobs]
     body = {"model": "base", "prompt": [40, 41], "max_tokens": tokens, "ignore_eos": True, "snpatch": OVERFLOWING}
     for more in ({}, {"n": 3, "temperature": 1.0, "seed": 2}):
         answer = server.post(COMPLETIONS, {**body, **more})
@@ -129,7 +129,7 @@ def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(world
     wait_for(lambda: not any(server.held().values()), 10)
 
 
-def test_promise_4_overflowing_sweep_fails_only_its_completions(world, server, client):
+def test_promise_4_overflowing_sweep_fails_only_its_completions(offline, server, client):
     body = {"recipient": "base", "donor": "scale:1e19", "ranking": "first", "windows": [ALL], "prompts": [WORDS] * 2}
     with httpx.stream("POST", server.url + SWEEP, json={**body, "max_tokens": 4}, timeout=120) as answer:
         stream = events(answer.iter_lines())
@@ -142,7 +142,7 @@ def test_promise_4_overflowing_sweep_fails_only_its_completions(world, server, c
     ((name, summary),) = stream[-1:]
     assert (name, summary["failed"], summary["completions"]) == ("summary", 2, len(texts) - 2)
     job = JOBS[2]
-    assert complete(client, job).choices[0].token_ids == told(world.made, job).ids
+    assert complete(client, job).choices[0].token_ids == told(offline.made, job).ids
 
 
 # ---- uploads ---------------------------------------------------------------------------------------------------------
@@ -152,9 +152,9 @@ def request(server, verb: str, path: str, **more) -> httpx.Response:
     return httpx.request(verb, f"{server.url}/v1/snpatch/{path}", timeout=60, **more)
 
 
-def test_upload_can_be_used_and_deleted(world, server, client):
-    ranking = (world.folder / "second.safetensors").read_bytes()
-    constant = (world.folder / "half.safetensors").read_bytes()
+def test_upload_can_be_used_and_deleted(offline, server, client):
+    ranking = (offline.folder / "second.safetensors").read_bytes()
+    constant = (offline.folder / "half.safetensors").read_bytes()
     for path, body in (("rankings/mine", ranking), ("constants/mine", constant)):
         answer = request(server, "PUT", path, content=body)
         assert answer.status_code == 201, answer.text
@@ -162,7 +162,7 @@ def test_upload_can_be_used_and_deleted(world, server, client):
     assert info["rankings"]["mine"] == info["rankings"]["second"]
     assert info["constants"]["mine"] == info["constants"]["half"]
     job = next(job for job in MANY if job.order == 1 and isinstance(job.donor, str))
-    patch = {**form(job), "ranking": "mine"}
+    patch = {**patch_json(job), "ranking": "mine"}
     answer = client.completions.create(
         model="base",
         prompt=job.ids,
@@ -195,18 +195,18 @@ def test_upload_can_be_used_and_deleted(world, server, client):
         ("rankings/other", b"x" * (2 << 20), 413, "body: expected at most"),
     ],
 )
-def test_invalid_upload_is_4xx_and_leaves_nothing(world, server, path, body, status, message):
+def test_invalid_upload_is_4xx_and_leaves_nothing(offline, server, path, body, status, message):
     before = server.get("/v1/snpatch").json()
-    content = (world.folder / f"{body}.safetensors").read_bytes() if isinstance(body, str) else body
+    content = (offline.folder / f"{body}.safetensors").read_bytes() if isinstance(body, str) else body
     answer = request(server, "PUT", path, content=content)
     assert (answer.status_code, message in answer.text) == (status, True), answer.text
-    assert str(world.folder.parent) not in answer.text
+    assert str(offline.folder.parent) not in answer.text
     assert server.get("/v1/snpatch").json() == before
 
 
-def test_concurrent_uploads_leave_only_named_files(world, server, tmp_path):
+def test_concurrent_uploads_leave_only_named_files(offline, server, tmp_path):
     """All names but one are taken; many clients send the last one at once, slowly; others disconnect in the middle."""
-    folder, ranking = server.folder / "uploads", (world.folder / "second.safetensors").read_bytes()
+    folder, ranking = server.folder / "uploads", (offline.folder / "second.safetensors").read_bytes()
     Constant(VALUES + 1).save(tmp_path / "none")  # content of no other upload
     constant = (tmp_path / "none").read_bytes()
 
@@ -261,7 +261,7 @@ def test_upload_for_other_model_is_400(server, tmp_path):
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
 
 
-def test_sweep_matches_single_completions_and_has_noise_floor(world, server, client):
+def test_sweep_matches_single_completions_and_has_noise_floor(offline, server, client):
     prompts = [WORDS, CHAT, "dora mela"]
     body = {"recipient": "sft", "donor": "dpo", "ranking": "first", "windows": [0, 60, [20, ALL]], "prompts": prompts}
     with httpx.stream("POST", server.url + SWEEP, json={**body, "max_tokens": 8}, timeout=60) as answer:
@@ -404,7 +404,7 @@ def test_health_answers_during_largest_request(server, name):
 # ---- information about the server ------------------------------------------------------------------------------------
 
 
-def test_info_route_describes_server(world, server):
+def test_info_route_describes_server(offline, server):
     info = server.get("/v1/snpatch").json()
     assert {"base", "sft", "dpo"} <= info["models"].keys()
     assert info["patches"]["safe"] == {**SAFE, "ranking": info["rankings"]["first"]["fingerprint"], "window": [0, 60],
@@ -423,11 +423,11 @@ def test_info_route_describes_server(world, server):
 
 
 @pytest.fixture(scope="module")
-def narrow(world, tmp_path_factory):
+def narrow(offline, tmp_path_factory):
     """A server with one ranking slot, two waiting completions and a key, started from a file of --print-config."""
     folder = tmp_path_factory.mktemp("narrow")
     limits = ["--engine-arg", "max_rankings=1", "--max-waiting", "2", "--api-key", "secret"]
-    words = [sys.executable, "-m", "snpatch.cli", "serve", *options_of(world.made, world.folder), *limits]
+    words = [sys.executable, "-m", "snpatch.cli", "serve", *serve_options(offline.made, offline.folder), *limits]
     printed = subprocess.run([*words, "--print-config"], capture_output=True, text=True, check=True).stdout
     (folder / "serve.toml").write_text(printed)
     read = ServeConfig.load(folder / "serve.toml").as_table()
@@ -499,7 +499,7 @@ def test_full_slots_serve_in_order_and_refuse_over_limit(narrow):
     assert all(answer.json()["snpatch"]["verified"] for answer in served)
 
 
-def test_overflowing_unpatched_completion_restarts_server(world, narrow):
+def test_overflowing_unpatched_completion_restarts_server(offline, narrow):
     """The process stays the same, so that a supervisor sees one running server."""
     job = Job(2, "base")
     body = {"model": "base", "prompt": job.ids, "max_tokens": 10, "temperature": 0, "return_token_ids": True}
@@ -511,7 +511,7 @@ def test_overflowing_unpatched_completion_restarts_server(world, narrow):
     wait_for(narrow.is_up, 180)
     assert narrow.process.poll() is None
     answer = narrow.post(COMPLETIONS, body, headers=KEY)
-    assert answer.json()["choices"][0]["token_ids"] == told(world.made, job).ids
+    assert answer.json()["choices"][0]["token_ids"] == told(offline.made, job).ids
 
 
 def test_sigterm_lets_streams_finish_with_receipts(narrow):
@@ -551,8 +551,8 @@ def test_sigterm_lets_streams_finish_with_receipts(narrow):
     assert narrow.end() == 0, narrow.read_log()
 
 
-def test_streams_end_with_error_after_drain_timeout(world, tmp_path):
-    brief = Server(tmp_path, *options_of(world.made, world.folder), "--drain-s", "0.2")
+def test_streams_end_with_error_after_drain_timeout(offline, tmp_path):
+    brief = Server(tmp_path, *serve_options(offline.made, offline.folder), "--drain-s", "0.2")
 
     async def everything():
         body, received = long(JOBS[2], stream=True, n=60), []
@@ -574,11 +574,13 @@ def test_streams_end_with_error_after_drain_timeout(world, tmp_path):
     assert LEAK not in brief.read_log(), brief.read_log()
 
 
-def test_two_workers_patch_exactly_and_engine_crash_is_reported(world, tmp_path):
+def test_two_workers_patch_exactly_and_engine_crash_is_reported(offline, tmp_path):
     """Tensor parallel; then SIGKILL of the engine: open requests get errors, /health a 503, the exit code is 2."""
-    two = Server(tmp_path, *options_of(world.made, world.folder), *SIZES, "--tensor-parallel-size", "2")
+    two = Server(
+        tmp_path, *serve_options(offline.made, offline.folder), *CAPACITY_OPTIONS, "--tensor-parallel-size", "2"
+    )
     with openai.OpenAI(base_url=f"{two.url}/v1", api_key="none", max_retries=0) as client:
-        for job, want in zip(MANY[:16], world.many[:16], strict=True):
+        for job, want in zip(MANY[:16], offline.many[:16], strict=True):
             answer = complete(client, job)
             assert answer.choices[0].token_ids == want.token_ids
             assert answer.snpatch["overwrites"] == want.overwrites
@@ -634,7 +636,7 @@ def test_two_workers_patch_exactly_and_engine_crash_is_reported(world, tmp_path)
         (["--guard=none.safetensors"], "none.safetensors: no such file"),
     ],
 )
-def test_invalid_start_prints_one_line(world, capsys, words, message):
-    code, _, error = run(capsys, "serve", *options_of(world.made, world.folder), *words)
+def test_invalid_start_prints_one_line(offline, capsys, words, message):
+    code, _, error = run(capsys, "serve", *serve_options(offline.made, offline.folder), *words)
     assert (code, message in error) == (2, True), error
     assert "Traceback" not in error

@@ -12,15 +12,15 @@ from served import Server
 from snpatch import Constant, Engine, Guard, Sampling
 from snpatch.guard.config import GuardConfig
 
-SMALL = ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "64", "--block-size", "32"]
-SIZES = ["--engine-arg", "max_clauses=3", "--engine-arg", "max_rankings=4"]
+SMALL_ENGINE = ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "64", "--block-size", "32"]
+CAPACITY_OPTIONS = ["--engine-arg", "max_clauses=3", "--engine-arg", "max_rankings=4"]
 CONSTANTS = {"values": VALUES, "half": 0.5 * VALUES, "zeros": torch.zeros(SHAPE)}
 SAFE = {"recipient": "sft", "donor": "dpo", "ranking": "first", "window": 60}
 WORDS = "bala bama bana bara"  # of the tiny model's language
 CHAT = [{"role": "user", "content": WORDS}]
 
 
-def form(job: Job) -> dict:
+def patch_json(job: Job) -> dict:
     """Return a job as the object `snpatch` of a request."""
     if not job.is_patched:
         return {"recipient": job.recipient}
@@ -49,7 +49,7 @@ RUNNING: list[Server] = []  # servers that conftest.py stops
 
 
 @pytest.fixture(scope="session")
-def world(zoo, tmp_path_factory):
+def offline(zoo, tmp_path_factory):
     """The tiny model's files, the offline engine's completions (MANY, seeded, a chat), and a guard."""
     made, folder = zoo("llama"), tmp_path_factory.mktemp("served")
     for name, ranking in zip(("first", "second"), RANKINGS, strict=True):
@@ -71,22 +71,22 @@ def world(zoo, tmp_path_factory):
     return SimpleNamespace(made=made, folder=folder, many=many, seeded=seeded, chat=chat[0], guard=guard, harm=harm)
 
 
-def options_of(made, folder) -> list[str]:
+def serve_options(made, folder) -> list[str]:
     """Return the options of a server of the tiny model, with files in a folder."""
     adapters = [f"-a{name}={','.join(map(str, folders))}" for name, folders in made.adapters.items()]
     files = [f"--ranking={folder / name}.safetensors" for name in ("first", "second")]
     files += [f"--constant={folder / name}.safetensors" for name in CONSTANTS]
-    return [str(made.folder), "--template", "tulu", *adapters, *files, *SMALL]
+    return [str(made.folder), "--template", "tulu", *adapters, *files, *SMALL_ENGINE]
 
 
 @pytest.fixture(scope="session")
-def server(world, tmp_path_factory):
+def server(offline, tmp_path_factory):
     """A server with every file and patch that the tests name; it must exit without errors."""
     folder = tmp_path_factory.mktemp("server")
     patches = ["--patch=safe=recipient=sft,donor=dpo,ranking=first,k=60", "--patch=kept=recipient=sft,guard=guard"]
-    guard = [f"--guard={world.folder / 'guard.safetensors'}"]
-    limits = ["--allow-upload", folder / "uploads", "--max-sweep-completions", 200, *SIZES]
-    one = Server(folder, *options_of(world.made, world.folder), *patches, *guard, *limits)
+    guard = [f"--guard={offline.folder / 'guard.safetensors'}"]
+    limits = ["--allow-upload", folder / "uploads", "--max-sweep-completions", 200, *CAPACITY_OPTIONS]
+    one = Server(folder, *serve_options(offline.made, offline.folder), *patches, *guard, *limits)
     one.folder = folder
     RUNNING.append(one)
     yield one
@@ -102,6 +102,6 @@ def client(server):
 
 def complete(client, job: Job, **more):
     """Return the answer to a job, with token ids."""
-    body = {"return_token_ids": True, "snpatch": form(job)}
+    body = {"return_token_ids": True, "snpatch": patch_json(job)}
     arguments = {"model": "base", "prompt": job.ids, "max_tokens": 10, "temperature": 0, **more}
     return client.completions.create(**arguments, extra_body=body)
