@@ -64,6 +64,7 @@ def test_patch_by_name_field_and_xargs_gives_equal_answers(offline, client):
 def test_models_are_listed_and_generate_unpatched(offline, server, client):
     listed = {model.id: model for model in client.models.list()}
     assert {"base", "sft", "dpo", "safe", "kept"} <= listed.keys()
+    assert listed["base"].max_model_len == 128
     for path in ("/v1/models", "/metrics"):  # the model's folder is not for clients
         assert str(offline.made.folder) not in server.get(path).text
     for name in ("base", "sft", "dpo"):

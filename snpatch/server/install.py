@@ -53,11 +53,26 @@ def install(state: ServerState, app: FastAPI) -> None:
     models.lora_requests |= {name: LoRARequest(name, i, KEY) for i, name in names}
     for model in models.base_model_paths:
         model.model_path = model.name  # because /v1/models returns it, and it may be a folder of this machine
+    _report_context(models, state.engine.geometry.context)
     wrap_handlers(state, app.state)
     state.body_fields |= body_fields(app)
     app.include_router(routes.build_router(state))
     executor = state.engine.executor
     metrics.watch(lambda: executor.slots.num_in_use, lambda: executor.num_waiting)
+
+
+def _report_context(models, context: int) -> None:
+    """Let /v1/models report the context length of requests, because the engine's own is one token longer."""
+    show = models.show_available_models
+
+    async def show_available_models():
+        listing = await show()
+        for card in listing.data:
+            if card.max_model_len is not None:
+                card.max_model_len = context
+        return listing
+
+    models.show_available_models = show_available_models
 
 
 def wrap_handlers(state: ServerState, app_state: State) -> None:

@@ -174,7 +174,9 @@ SERVER_NAMES = {
     "vllm.entrypoints.openai.completion.serving": {
         "OpenAIServingCompletion": "create_completion(request, raw_request)"
     },
-    "vllm.entrypoints.openai.models.serving": {"OpenAIServingModels": "lora_requests"},
+    "vllm.entrypoints.openai.models.serving": {
+        "OpenAIServingModels": "base_model_paths lora_requests show_available_models"
+    },
     "vllm.entrypoints.openai.responses.serving": {"OpenAIServingResponses": "create_responses(request, raw_request)"},
     "vllm.entrypoints.serve.engine.serving": {
         "BaseServing": "create_error_response(message, err_type, status_code, param)"
