@@ -148,7 +148,7 @@ def test_uploads_cannot_be_named_by_a_word(word):
 def test_the_judge_of_refusal_words_keeps_its_name():
     config = EngineConfig("m")
     assert ServeConfig(config, judges={"refusal": "refusal"}).judges
-    with pytest.raises(SnpatchError, match="refusal is the built-in judge of refusal words"):
+    with pytest.raises(SnpatchError, match="refusal is the name of the built-in judge of refusal words"):
         ServeConfig(config, judges={"refusal": "cost-model"})
 
 
