@@ -22,8 +22,8 @@ MALFORMED, OVERFLOWING, KNOWN, PLAIN, LEAVING = 0.05, 0.01, 0.1, 0.1, 0.3  # sha
 TIMEOUT_S, REOPEN_S = 300, 1
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 DONORS = ("zero", "mean:recipient", "mean:donor", "add:mean:donor", "noise:0.5", "noise:2", "scale:0", "scale:1.5")
-WHERE = ("all", "prompt", "generated", -1, 2)
-MOST_CLAUSES, MOST_TEXTS, MOST_TOKENS = 3, 3, 24
+POSITIONS = ("all", "prompt", "completion", -1, 2)
+MAX_INTERVENTIONS, MOST_TEXTS, MOST_TOKENS = 3, 3, 24
 OVERFLOW = "scale:1e19"  # within the bounds of a factor; three times it is above float32
 WORDS = "bala bama bana bara bela bema bena bera"  # of the tiny model's vocabulary
 WRONG = (  # what makes a good body malformed
@@ -39,7 +39,7 @@ WRONG = (  # what makes a good body malformed
     {"snpatch": {"recipient": "base", "donor": "constant:none", "ranking": "first", "window": 3}},
     {"snpatch": {"recipient": "base", "donor": "zero", "ranking": "first", "window": [9, 3]}},
     {"snpatch": {"recipient": "base", "donor": "zero", "ranking": "first", "window": 3, "strength": float("nan")}},
-    {"snpatch": {"recipient": "base", "donor": "zero", "ranking": "first", "window": 3, "where": "nowhere"}},
+    {"snpatch": {"recipient": "base", "donor": "zero", "ranking": "first", "window": 3, "positions": "nowhere"}},
 )
 HALF = (  # what a slow socket sends
     b"POST /v1/comple",
@@ -135,8 +135,8 @@ class Attack:
         """Scale all neurons three times: a 500, or an error chunk without a receipt."""
         path, body = self._body(draw)
         ranking, neurons = draw.choice(list(self._rankings.items()))
-        first, *others = [{"donor": OVERFLOW, "ranking": ranking, "window": neurons} for _ in range(3)]
-        body["snpatch"] = {"recipient": draw.choice(self._models), **first, "clauses": others}
+        interventions = [{"donor": OVERFLOW, "ranking": ranking, "window": neurons} for _ in range(3)]
+        body["snpatch"] = {"recipient": draw.choice(self._models), "interventions": interventions}
         body["stream"] = is_stream = draw.random() < 0.5
         async with self._session.post(path, json=body) as answer:
             text = await answer.text()
@@ -159,15 +159,15 @@ class Attack:
 
     def _patch(self, draw: Random) -> dict:
         donors = [*DONORS, *self._constants, *[draw.choice(self._models)] * 8]  # a patch has one model as a donor
-        first, *others = [self._clause(draw, donors) for _ in range(draw.randrange(1, MOST_CLAUSES + 1))]
-        return {"recipient": draw.choice(self._models), **first, "clauses": others}
+        interventions = [self._intervention(draw, donors) for _ in range(draw.randrange(1, MAX_INTERVENTIONS + 1))]
+        return {"recipient": draw.choice(self._models), "interventions": interventions}
 
-    def _clause(self, draw: Random, donors: list[str]) -> dict:
+    def _intervention(self, draw: Random, donors: list[str]) -> dict:
         ranking, neurons = draw.choice(list(self._rankings.items()))
         donor, window = draw.choice(donors), sorted(draw.randrange(neurons) for _ in range(2))
-        clause = {"donor": donor, "ranking": ranking, "window": window, "where": draw.choice(WHERE)}
-        clause["strength"] = draw.choice((-0.5, 0.5, 1.0, 1.5))
-        return clause | ({"seed": draw.randrange(3)} if donor.startswith("noise") else {})
+        intervention = {"donor": donor, "ranking": ranking, "window": window, "positions": draw.choice(POSITIONS)}
+        intervention["strength"] = draw.choice((-0.5, 0.5, 1.0, 1.5))
+        return intervention | ({"seed": draw.randrange(3)} if donor.startswith("noise") else {})
 
     async def _hold_socket(self, half: bytes) -> None:
         """Send half a request and wait; where the server closes the connection, open another one."""

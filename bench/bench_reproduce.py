@@ -14,7 +14,8 @@ from pathlib import Path
 
 from cpuinfo import get_cpu_info
 
-from snpatch.environment import describe
+from snpatch.op import ops
+from snpatch.utils.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "reproduce"
@@ -32,7 +33,7 @@ def main() -> None:
     steps = json.loads((OUT / "steps.json").read_text())
     seconds = {name: step["seconds"] for name, step in steps.items()} | {ALL: whole}
     told = json.loads((OUT / "report.json").read_text())
-    about = describe()
+    about = describe_environment(ops.implementations())
     machine = f"{get_cpu_info()['brand_raw']}, {about['device']['cpu threads']} threads"
     headlines = {name: one["headline"] for name, one in told["experiments"].items()}
     trainings = {path.parent.name: figures(path) for path in sorted(OUT.glob("adapters/*/training.json"))}

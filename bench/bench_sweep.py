@@ -174,7 +174,7 @@ def test_two_processes(benchmark, tmp_path):
     size = 8 if IS_REHEARSAL else 40
     spec = {
         "config": "demo", "engine": {"enforce_eager": not GPU},
-        "rankings": {"safety": {"generator": "sft", "against": "dpo", "prompts": "contrast"}},
+        "rankings": {"safety": {"recipient": "sft", "donor": "dpo", "prompts": "contrast"}},
         "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [16 * i for i in range(size)], "controls": 0,
                   "sets": [load_experiment_config("demo").benchmarks[0]], "judges": ["cost"]},
     }  # fmt: skip

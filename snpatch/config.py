@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from snpatch import schema
 from snpatch.errors import SnpatchError, shown
 from snpatch.names import check_names, split_name, split_paths
-from snpatch.schema import option
 from snpatch.trust import ENGINE, check_arguments
+from snpatch.utils import schema
+from snpatch.utils.schema import option
 
 KNOWN = {
     "backend": ("auto", "vllm", "transformers"),
@@ -36,7 +36,7 @@ class Capacity:
 
     streams: 2, or 1 for an engine without donors at half the cost (plain generation, constants, captures).
     max_adapters, max_rankings, max_constants: how many can be in use at once, the base model among the adapters.
-    max_clauses: of one patch. max_groups: statistics of that many contrasts at once. max_captures x max_captured:
+    max_interventions: of one patch. max_groups: statistics of that many contrasts at once. max_captures x max_captured:
     positions and neurons of each position that can be held until they are fetched. max_receipts: requests whose
     receipts can be.
     scales_kv: whether adapters may scale k_proj and v_proj; None: if one of those that the engine starts with does.
@@ -46,7 +46,7 @@ class Capacity:
     max_adapters: int = 8
     max_rankings: int = 64
     max_constants: int = 8
-    max_clauses: int = 1
+    max_interventions: int = 1
     max_groups: int = 4
     max_captures: int = 4096
     max_captured: int = 2048
@@ -200,7 +200,7 @@ class EngineConfig:
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load` reads; paths as they are."""
-        from snpatch.files import write_text  # which loads torch
+        from snpatch.utils.files import write_text  # which loads torch
 
         write_text(path, json.dumps(self.as_table(), indent=1) + "\n")
 

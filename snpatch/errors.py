@@ -57,9 +57,9 @@ def shown(value: object) -> str:
 
 
 class SnpatchError(Exception):
-    """Bad input or an impossible request. The message says what, what was wanted, what came, and what to do, in a line.
+    """Invalid input or an impossible request; the message is one line: object, expected, got, what to do.
 
-    field: of what was given, the part that is wrong, as `window` or `clauses.0.donor`; None where it is no part of it.
+    field: path of the invalid part of the input, such as `window` or `interventions.0.donor`, or None.
     """
 
     def __init__(self, message: str = "", field: str | None = None) -> None:

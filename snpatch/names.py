@@ -13,11 +13,10 @@ BASE = "base"  # the model's weights alone
 SOURCES = ("zero", "mean", "constant", "noise", "scale", "add")  # donors that are no model, and what stands before one
 ROLES = ("recipient", "donor")
 MODES = ("replace", "add")  # of constants
-PLACES = ("all", "prompt", "generated")  # where a patch applies
-POSITIONS = ("emitted", "emitting", "prompt", "prompt_last")  # where a contrast reads
+POSITIONS = ("all", "prompt", "last_prompt_token", "completion", "completion_shifted")  # of patches
+CONTRAST_POSITIONS = ("completion", "completion_shifted", "prompt", "last_prompt_token")
 WORDS = {
     **dict.fromkeys(POSITIONS, "a position"),
-    **dict.fromkeys(PLACES, "a position"),
     **dict.fromkeys(MODES, "a constant's mode"),
     **dict.fromkeys(ROLES, "a role in a patch"),
     **dict.fromkeys(SOURCES, "a donor that is no model"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 
 from snpatch.errors import SnpatchError, is_unicode, shown
-from snpatch.schema import option
+from snpatch.utils.schema import option
 
 SEEDS = 2**63  # an int64 on the device
 

@@ -72,7 +72,7 @@ async def everything(made) -> dict:
     many = [Patch("sft", "dpo", ranking, 40) for ranking in rankings]
     found = {}
     async with AsyncEngine(made.folder, adapters, **SMALL) as engine:
-        jobs = [job for job in JOBS if job.where == "all" and not isinstance(job.donor, torch.Tensor)]
+        jobs = [job for job in JOBS if job.positions == "all" and not isinstance(job.donor, torch.Tensor)]
         *found["streams"], found["left early"] = await asyncio.gather(
             *(listen(engine, job) for job in jobs), listen(engine, jobs[3], until=2)
         )

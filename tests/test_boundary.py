@@ -7,13 +7,13 @@ import pytest
 import tiny
 import torch
 
+from snpatch.engine.requests import Requests
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Geometry
 from snpatch.models.adapters import IA3Scales
 from snpatch.models.model import Model, Weights
 from snpatch.models.notes import Notes
 from snpatch.models.templates import ChatTemplate
-from snpatch.requests import Requests
 from snpatch.sampling import Sampling
 
 HALF = "a\ud83d"

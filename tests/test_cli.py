@@ -24,7 +24,7 @@ def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_pat
         pytest.importorskip("vllm", reason="vLLM is not installed")
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the processes have tests of their own
         common += ["--engine-arg", "kv_cache_memory_bytes=33554432", "--engine-arg", "max_rankings=4"]
-    code, out, err = run(capsys, "contrast", *common, "--generator", "sft", "--against", "dpo", "-o", ranking,
+    code, out, err = run(capsys, "contrast", *common, "--recipient", "sft", "--donor", "dpo", "-o", ranking,
                          "--max-tokens", 24, "--no-exclude-layers", "--json")  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["tokens"] == 12 * 24
@@ -53,7 +53,7 @@ def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_pat
 
 
 def test_contrast_of_given_completions_is_that_of_the_generated_ones(capsys, prompts, tmp_path):
-    common, pair = [MODEL, prompts, *PAIR, "--max-tokens", 6], ["--generator", "sft", "--against", "dpo"]
+    common, pair = [MODEL, prompts, *PAIR, "--max-tokens", 6], ["--recipient", "sft", "--donor", "dpo"]
     written, first, second = (tmp_path / name for name in ("w.jsonl", "1.safetensors", "2.safetensors"))
     assert run(capsys, "generate", *common, "--recipient", "sft", "-o", written)[0] == 0
     assert run(capsys, "contrast", *common, *pair, "-o", first)[0] == 0
@@ -63,8 +63,13 @@ def test_contrast_of_given_completions_is_that_of_the_generated_ones(capsys, pro
     code, _, err = run(capsys, "contrast", *common, *pair, "-o", second, "--completions", written)
     assert code == 2
     assert "12 prompts and 1 completions" in err
-    code, _, err = run(capsys, "contrast", *common, *pair, "-o", second, "--completions", written, "--at", "prompt")
-    assert (code, err) == (2, "snpatch: error: --completions is for --at emitted or emitting, got prompt\n")
+    code, _, err = run(
+        capsys, "contrast", *common, *pair, "-o", second, "--completions", written, "--positions", "prompt"
+    )
+    assert (code, err) == (
+        2,
+        "snpatch: error: --completions is for --positions completion or completion_shifted, got prompt\n",
+    )
     meta = Ranking.load(first).meta
     assert (meta["empty"], meta["data"]["rows"], meta["data"]["path"]) == (0, 12, str(prompts))
 
@@ -74,7 +79,7 @@ def test_completions_of_other_prompts_are_refused(capsys, tmp_path):
     words = ("kuze", "mabo", "tiva", "sopu")
     prompts.write_text("".join(json.dumps({"goal": w if w != "mabo" else None}) + "\n" for w in words))
     written.write_text("".join(json.dumps({"prompt": w, "completion": "kuze"}) + "\n" for w in words))
-    pair = [MODEL, prompts, *PAIR, "--generator", "sft", "--against", "dpo", "-o", tmp_path / "r.safetensors"]
+    pair = [MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", "-o", tmp_path / "r.safetensors"]
     code, _, err = run(capsys, "contrast", *pair, "--skip-bad", "--limit", 3, "--completions", written)
     assert code == 2
     assert f"{prompts}: skipped 1 invalid rows\n" in err
@@ -108,7 +113,7 @@ def test_prompts_and_rankings_of_any_public_file(capsys, tmp_path):
 @pytest.mark.parametrize("donor", ["zero", "mean:donor", "noise:3"])
 def test_generate_with_constant_donors(capsys, prompts, tmp_path, donor):
     ranking = tmp_path / "r.safetensors"
-    run(capsys, "contrast", MODEL, prompts, *PAIR, "--generator", "sft", "--against", "dpo", "-o", ranking,
+    run(capsys, "contrast", MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", "-o", ranking,
         "--max-tokens", 4)  # fmt: skip
     out_file = tmp_path / "out.jsonl"
     code, _, err = run(capsys, "generate", MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", donor, "--ranking",
@@ -238,7 +243,7 @@ BAD = {
     "unknown model name": (lambda t: {"recipient": "tulu"}, "no model named 'tulu': there are base, sft, dpo"),
     "unknown donor name": (lambda t: {"donor": "tulu"}, "no model named 'tulu'"),
     "donor without its moments": (lambda t: {"donor": "mean:donor"}, "the ranking holds no donor_mean"),
-    "unknown place": (lambda t: {"more": ["--where", "somewhere"]}, "where must be one of"),
+    "unknown place": (lambda t: {"more": ["--positions", "somewhere"]}, "positions must be one of"),
     "missing prompts": (lambda t: {"prompts": str(t / "p.jsonl")}, "p.jsonl: no such file"),
     "no prompt": (empty_file, "holds no prompt"),
     "broken JSON": (bad_jsonl('{"prompt": "half'), "bad.jsonl, line 3: not JSON"),
@@ -249,12 +254,12 @@ BAD = {
     "unwritable output": (blocked_output, "cannot write .*out.jsonl"),
     "a ranking without a donor": (
         lambda t: {"donor": None},
-        "--ranking, --window, --where and --strength need --donor",
+        "--ranking, --window, --positions and --strength need --donor",
     ),
     "unknown dtype": (lambda t: {"more": ["--dtype", "float99"]}, "dtype must be one of auto, float32"),
     "a GPU that is not there": (lambda t: {"more": ["--device", "cuda:77"]}, "device 'cuda:77': "),
-    "a place that is no number": (lambda t: {"more": ["--where", "--5"]}, "where must be one of"),
-    "a position past the text": (lambda t: {"more": ["--where", "500"]}, "where=500 lies past the"),
+    "a place that is no number": (lambda t: {"more": ["--positions", "--5"]}, "positions must be one of"),
+    "a position past the text": (lambda t: {"more": ["--positions", "500"]}, "positions=500 is past the"),
     "prompts that are not text": (not_utf8, "latin.jsonl, line 1: not UTF-8"),
     "bad sampling": (lambda t: {"more": ["--top-p", "0"]}, r"top_p must lie in \(0, 1\], got 0.0"),
 }

@@ -173,7 +173,7 @@ adapters = {{ sft = "{GOLDEN / "adapters/sft"}", dpo = ["{GOLDEN / "adapters/sft
 judges = {{ cost = {{ source = "refusal" }} }}
 sets = {{ p = {{ source = "p.jsonl" }} }}
 [contrasts]
-safety = {{ generator = "sft", against = "dpo", prompts = "p" }}
+safety = {{ recipient = "sft", donor = "dpo", prompts = "p" }}
 [settings.distribution]
 k = 0.1
 [settings.curve]

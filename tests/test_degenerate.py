@@ -57,10 +57,10 @@ def test_an_adapter_that_changes_nothing_is_told_at_the_start(engine):
         (("base", "last"), r"none of the 192 neurons differs .* or an adapter changes nothing in the layers that are"),
     ],
 )
-@pytest.mark.parametrize("at", ["emitted", "prompt"])
-def test_a_contrast_of_equal_models_is_an_error(engine, pair, message, at):
+@pytest.mark.parametrize("positions", ["completion", "prompt"])
+def test_a_contrast_of_equal_models_is_an_error(engine, pair, message, positions):
     with pytest.raises(SnpatchError, match=message):
-        engine.contrast(PROMPTS, *pair, at=at, sampling=Sampling(max_tokens=3))
+        engine.contrast(PROMPTS, *pair, positions=positions, sampling=Sampling(max_tokens=3))
 
 
 def test_a_contrast_of_other_models_keeps_the_notes(engine):

@@ -11,7 +11,6 @@ import tiny
 import torch
 from jobs import (
     ALL,
-    CLAUSES,
     COMPLETIONS,
     ENCODE,
     IDS,
@@ -20,6 +19,7 @@ from jobs import (
     ORDERS,
     RANKINGS,
     RICHER,
+    SEVERAL,
     SHAPE,
     VALUES,
     Job,
@@ -68,13 +68,15 @@ def engine(engines):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_mixed_batch_is_what_the_oracle_writes(zoo, engines, architecture):
-    jobs = [*JOBS, *RICHER, *CLAUSES]
+    jobs = [*JOBS, *RICHER, *SEVERAL]
     assert_as_the_oracle(zoo(architecture), jobs, generate(engines(architecture), jobs))
 
 
 @pytest.mark.parametrize("architecture", tiny.KV_ARCHITECTURES)
 def test_adapters_on_keys_and_values_are_what_the_oracle_writes(zoo, engines, architecture):
-    jobs = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
+    jobs = [
+        Job(j.prompt, j.recipient, j.donor, j.window, j.positions, j.order, j.seed, suffix="_kv") for j in JOBS[:11]
+    ]
     assert_as_the_oracle(zoo(architecture), jobs, generate(engines(architecture), jobs))
 
 
@@ -126,7 +128,7 @@ def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine):
     plain = [Job(i, name) for i in range(8) for name in ("base", "sft")]
     before = generate(engine, plain)
     generate(engine, JOBS)
-    engine.contrast(IDS, "sft", "dpo", at="prompt")
+    engine.contrast(IDS, "sft", "dpo", positions="prompt")
     assert generate(engine, plain) == before
 
 
@@ -222,7 +224,7 @@ def test_promise_6_holds_for_logprobs_constants_statistics_and_captures(engine, 
     with pytest.raises(ReceiptError):
         generate(engine, [Job(0, "sft", VALUES, (0, ALL))])
     with pytest.raises(ReceiptError, match="tokens should have counted"):
-        engine.contrast(IDS, "sft", "dpo", at="prompt")
+        engine.contrast(IDS, "sft", "dpo", positions="prompt")
     with pytest.raises(ReceiptError, match="capture"):
         engine.capture(IDS, "sft", RANKINGS[0], ALL)
 
@@ -243,7 +245,7 @@ def test_promise_7_statistics_use_memory_for_neurons_not_for_tokens(engines, mon
         gc.collect()
         gc.freeze()  # what is alive by now is not counted
         peak = 0
-        engine.contrast(IDS * repeats, "sft", "dpo", at="prompt")
+        engine.contrast(IDS * repeats, "sft", "dpo", positions="prompt")
         peaks.append(peak)
         gc.unfreeze()
     assert peaks[0] > tiny.LAYERS * 5 * tiny.NEURONS * 8, "not even the sums were seen"
@@ -251,14 +253,14 @@ def test_promise_7_statistics_use_memory_for_neurons_not_for_tokens(engines, mon
     assert peaks[1] - peaks[0] < 0.1 * 9 * sum(map(len, IDS)) * ALL * 4
 
 
-@pytest.mark.parametrize("at", ["emitted", "emitting", "prompt", "prompt_last"])
+@pytest.mark.parametrize("positions", ["completion", "completion_shifted", "prompt", "last_prompt_token"])
 @pytest.mark.parametrize(("first", "second"), [("sft", "dpo"), ("base", "sft_kv")])
-def test_contrast_of_given_completions(llama, engine, at, first, second):
+def test_contrast_of_given_completions(llama, engine, positions, first, second):
     models = [oracle.model(*llama.of[name]) for name in (first, second)]
-    ranking = engine.contrast(IDS, first, second, at=at, completions=COMPLETIONS, exclude_layers=())
-    assert_ranking(ranking, oracle.contrast(*models, forced(at)))
+    ranking = engine.contrast(IDS, first, second, positions=positions, completions=COMPLETIONS, exclude_layers=())
+    assert_ranking(ranking, oracle.contrast(*models, forced(positions)))
     assert len(ranking) == ALL
-    assert {"generator": first, "against": second, "at": at}.items() <= ranking.meta.items()
+    assert {"recipient": first, "donor": second, "positions": positions}.items() <= ranking.meta.items()
 
 
 @pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name != "llama"])
@@ -267,7 +269,7 @@ def test_contrast_on_every_architecture(zoo, engines, architecture):
     models = [oracle.model(*made.of[name]) for name in ("base", "dpo")]
     options = {"batch_size": 3, "token_budget": None}
     ranking = engines(architecture, **options).contrast(IDS, "base", "dpo", completions=COMPLETIONS)
-    assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
+    assert_ranking(ranking, oracle.contrast(*models, forced("completion")))
     assert ranking.rank[-1].eq(UNRANKED).all()
     assert len(ranking) == ALL - tiny.NEURONS
 
@@ -301,16 +303,16 @@ def ended(llama, tmp_path_factory):
     return made, token, Engine(made.folder, {n: list(f) for n, f in made.adapters.items()}, backend="transformers")
 
 
-@pytest.mark.parametrize("at", ["emitted", "emitting"])
-def test_contrast_writes_its_completions_and_never_counts_eos(ended, at):
+@pytest.mark.parametrize("positions", ["completion", "completion_shifted"])
+def test_contrast_writes_its_completions_and_never_counts_eos(ended, positions):
     made, token, engine = ended
     models = [oracle.model(*made.of[name]) for name in ("sft", "dpo")]
     texts = []
     for prompt in IDS:
         text = oracle.generate(models[0], prompt, 10, eos=token).ids
         kept = len(text) - (text[-1] == token)
-        texts.append((prompt + text[:kept], oracle.scored_positions(at, len(prompt), kept)))
-    ranking = engine.contrast(IDS, "sft", "dpo", at=at, sampling=Sampling(max_tokens=10))
+        texts.append((prompt + text[:kept], oracle.scored_positions(positions, len(prompt), kept)))
+    ranking = engine.contrast(IDS, "sft", "dpo", positions=positions, sampling=Sampling(max_tokens=10))
     assert_ranking(ranking, oracle.contrast(*models, texts))
 
 
@@ -427,9 +429,9 @@ def test_sampling_draws_from_the_models_distribution(llama, engine, options):
 def test_captures_are_in_rank_order_whatever_shares_the_batch(zoo, engines, architecture):
     made = zoo(architecture)
     engine = engines(architecture)
-    for model, at, k in (("sft", "prompt_last", 40), ("dpo", 1, 288), ("base", -2, 1)):
-        got = engine.capture(IDS, model, RANKINGS[0], k, at=at)
-        position = -1 if at == "prompt_last" else at
+    for model, positions, k in (("sft", "last_prompt_token", 40), ("dpo", 1, 288), ("base", -2, 1)):
+        got = engine.capture(IDS, model, RANKINGS[0], k, positions=positions)
+        position = -1 if positions == "last_prompt_token" else positions
         activations = [oracle.model(*made.of[model]).activations(ids)[position] for ids in IDS]
         want = torch.stack([torch.stack([a[layer, n] for layer, n in ORDERS[0][:k]]) for a in activations])
         assert got.shape == (8, k)
@@ -493,7 +495,10 @@ SCORED = Ranking.from_scores(torch.rand(SHAPE), [-1])
         (lambda e: e.generate([]), "list of prompts is empty"),
         (lambda e: e.generate([IDS[0], []]), "prompt 1 has no tokens"),
         (lambda e: e.generate([[1, 128]]), "token ids must be integers in 0..127"),
-        (lambda e: e.contrast(IDS, "sft", "dpo", at="somewhere"), "at must be one of emitted"),
+        (
+            lambda e: e.contrast(IDS, "sft", "dpo", positions="somewhere"),
+            "positions must be one of completion, completion_shifted",
+        ),
         (lambda e: e.contrast(IDS, "sft", "dpo", completions=COMPLETIONS[1:]), "8 prompts and 7 completions"),
         (lambda e: e.contrast(IDS, "sft", "dpo", completions=[[]] * 8), "every completion is empty"),
         (lambda e: e.contrast(IDS[:1], "sft", "dpo", completions=[[128]]), "token ids must be integers in 0..127"),
@@ -503,11 +508,14 @@ SCORED = Ranking.from_scores(torch.rand(SHAPE), [-1])
         (lambda e: e.logprobs(IDS[:1], completions=[[9] * 123]), "prompt 0 has .* context holds 128"),
         (lambda e: e.capture(IDS, "sft", RANKINGS[0], 0), r"k must lie in 1\.\.288"),
         (lambda e: e.capture(IDS, "sft", SCORED, 193), r"k must lie in 1\.\.192"),
-        (lambda e: e.capture(IDS, "sft", RANKINGS[0], 3, at=2), "prompt 1 has 2 tokens"),
+        (lambda e: e.capture(IDS, "sft", RANKINGS[0], 3, positions=2), "prompt 1 has 2 tokens"),
         (lambda e: e.add_adapter("sft", []), "'sft' is taken"),
         (lambda e: Patch("sft", "dpo", SCORED, 193), "reaches past the ranking's 192 neurons"),
         (lambda e: Patch("sft", "dpo", SCORED, (3, 2)), "0 <= lo <= hi"),
-        (lambda e: Patch("sft", "dpo", SCORED, 1, "somewhere"), "where must be one of all, prompt, generated"),
+        (
+            lambda e: Patch("sft", "dpo", SCORED, 1, "somewhere"),
+            "positions must be one of all, prompt, last_prompt_token, completion",
+        ),
         (lambda e: Patch("sft", Constant(torch.zeros(2, 5)), SCORED, 1), r"values are \[2, 5\]"),
         (lambda e: Constant(torch.full(SHAPE, math.nan)), r"constant holds NaN or infinity: .* got nan at"),
         (lambda e: Noise(-VALUES.abs()), "must not be negative"),

@@ -17,13 +17,13 @@ from graph_safety import assert_reads_nothing_on_the_host
 from in_process import architectures
 from jobs import (
     ALL,
-    CLAUSES,
     CLEAR,
     COMPLETIONS,
     IDS,
     JOBS,
     RANKINGS,
     RICHER,
+    SEVERAL,
     VALUES,
     Job,
     assert_as_the_oracle,
@@ -52,7 +52,7 @@ from snpatch.ranking.statistics import Statistics
 platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
 
-KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
+KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.positions, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
 PAIR = "sft", "dpo"
 PLAIN_JOBS = [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
 VERSION = tuple(map(int, versions.check().split(".")[:2]))
@@ -71,7 +71,7 @@ def test_mixed_batch_matches_the_oracle(zoo, start, architecture):
 
     models = {name: oracle.model(*made.of[name]) for name in ("base", "sft", "dpo")}
     ranking = engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
-    assert_ranking(ranking, oracle.contrast(models["base"], models["dpo"], forced("emitted")))
+    assert_ranking(ranking, oracle.contrast(models["base"], models["dpo"], forced("completion")))
     captured = engine.capture(IDS, "sft", RANKINGS[0], 40)
     activations = [models["sft"].activations(ids)[-1] for ids in IDS]
     want = torch.stack([a[tuple(RANKINGS[0].top(40).T)] for a in activations])
@@ -178,9 +178,10 @@ def test_promise_4_overflowing_patch_raises_and_changes_no_other_completion(engi
     assert [output.token_ids for output in engine.execute(requests)] == want
 
 
-@pytest.mark.parametrize("where", ["all", "prompt", "generated"])
-def test_generate_with_overflowing_logits_raises(engine, where):
-    patch = replace(huge_patch(), where=where)
+@pytest.mark.parametrize("positions", ["all", "prompt", "completion"])
+def test_generate_with_overflowing_logits_raises(engine, positions):
+    huge = huge_patch()
+    patch = Patch(huge.recipient, huge.donor, huge.ranking, huge.window, positions)
     want = complete_long_prompts(engine, "base")
     with pytest.raises(OverflowedError, match="overflowed in float32 in the logits under its patch"):
         engine.generate(LONG_PROMPTS, patch, Sampling(max_tokens=4, ignore_eos=True))
@@ -212,7 +213,7 @@ def test_cache_salt_differs_between_patches_and_is_reproducible(engine):
         Patch("base", "dpo", ranking, 5),
         Patch("sft", "base", ranking, 5),
         Patch("sft", "dpo_kv", ranking, 5),
-        Patch("sft", "dpo", ranking, 5, "generated"),
+        Patch("sft", "dpo", ranking, 5, "completion"),
         Patch("sft", Constant(VALUES), ranking, 5),
         Patch("sft", Constant(VALUES + 1), ranking, 5),
         Patch("sft", Noise(VALUES.abs()), ranking, 5),
@@ -235,12 +236,12 @@ def test_cached_prefix_is_patched_but_not_in_the_receipt(engine):
     assert second.overwrites == 77 * (len(LONG_PROMPTS[1]) + 4 - 96)
 
 
-@pytest.mark.parametrize("at", ["emitted", "emitting", "prompt", "prompt_last"])
+@pytest.mark.parametrize("positions", ["completion", "completion_shifted", "prompt", "last_prompt_token"])
 def test_contrast_of_given_completions_matches_the_oracle(llama, engine, at):
     for first, second in (("sft", "dpo"), ("base", "sft_kv")):
         models = [oracle.model(*llama.of[name]) for name in (first, second)]
         for _ in range(2):  # the second time from the prefix cache
-            ranking = engine.contrast(IDS, first, second, at=at, completions=COMPLETIONS, exclude_layers=())
+            ranking = engine.contrast(IDS, first, second, positions=at, completions=COMPLETIONS, exclude_layers=())
             assert_ranking(ranking, oracle.contrast(*models, forced(at)))
 
 
@@ -269,9 +270,9 @@ def test_statistics_of_one_run_are_separate(llama, engine):
 
 
 def test_capture_is_in_rank_order(llama, engine):
-    for model, at, k in (("sft", "prompt_last", 40), ("dpo", 1, 288), ("base", -2, 1)):
-        got = engine.capture(IDS, model, RANKINGS[0], k, at=at)
-        position = -1 if at == "prompt_last" else at
+    for model, at, k in (("sft", "last_prompt_token", 40), ("dpo", 1, 288), ("base", -2, 1)):
+        got = engine.capture(IDS, model, RANKINGS[0], k, positions=at)
+        position = -1 if at == "last_prompt_token" else at
         activations = [oracle.model(*llama.of[model]).activations(ids)[position] for ids in IDS]
         want = torch.stack([a[tuple(RANKINGS[0].top(k).T)] for a in activations])
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
@@ -331,7 +332,7 @@ def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
     stats, count, capture, receipt = glu.outputs
     monkeypatch.setattr(glu, "outputs", (stats.clone(), count.clone(), capture.clone(), receipt))
     with pytest.raises(ReceiptError, match="tokens should have counted"):
-        engine.contrast(IDS, "sft", "dpo", at="prompt")
+        engine.contrast(IDS, "sft", "dpo", positions="prompt")
     with pytest.raises(ReceiptError, match="capture is incomplete"):
         engine.capture(IDS, "sft", RANKINGS[0], ALL)
 
@@ -482,7 +483,7 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
         assert completion.overwrites == (29 + jobs.index(job)) * (len(job.ids) + 59)
     models = [oracle.model(*llama.of[name]) for name in ("sft", "dpo")]
     long = [LONG_PROMPTS[i % 3][: 60 + i] for i in range(12)]
-    ranking = engine.contrast(long, "sft", "dpo", at="prompt", exclude_layers=())
+    ranking = engine.contrast(long, "sft", "dpo", positions="prompt", exclude_layers=())
     assert_ranking(ranking, oracle.contrast(*models, [(text, list(range(len(text)))) for text in long]))
     # Observed during generation, so that preempted requests are observed, too.
     preempted.clear()
@@ -498,17 +499,17 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
 
 
 def test_patches_of_several_clauses(llama, start):
-    engine = start("llama", max_clauses=3, max_num_batched_tokens=64)
-    jobs = [*JOBS, *CLAUSES, *RICHER]
+    engine = start("llama", max_interventions=3, max_num_batched_tokens=64)
+    jobs = [*JOBS, *SEVERAL, *RICHER]
     assert_as_the_oracle(llama, jobs, generate(engine, jobs))
     assert_as_the_oracle(llama, jobs, generate(engine, jobs))  # from the prefix cache
-    four = replace(CLAUSES[3], then=(*CLAUSES[3].then, CLAUSES[0])).patch
+    four = replace(SEVERAL[3], further=(*SEVERAL[3].further, SEVERAL[0])).patch
     with pytest.raises(
-        SnpatchError, match=r"a patch of 4 interventions: start the engine with a larger max_clauses \(3\)"
+        SnpatchError, match=r"a patch of 4 interventions: start the engine with a larger max_interventions \(3\)"
     ):
         engine.generate([IDS[0]], four)
-    donors = Job(0, "base", "dpo", (0, 5), then=(Job(0, "", "sft", (5, 9)),))
-    with pytest.raises(SnpatchError, match=r"its clauses name 2 donor models \(dpo, sft\): one can run"):
+    donors = Job(0, "base", "dpo", (0, 5), further=(Job(0, "", "sft", (5, 9)),))
+    with pytest.raises(SnpatchError, match=r"its interventions name 2 donor models \(dpo, sft\): one can run"):
         donors.patch  # noqa: B018
 
 
@@ -522,8 +523,8 @@ def random_job(rng) -> tuple[list[int], Patch | str, Sampling]:
         return ids, rng.choice(["base", "sft", "dpo_kv"]), sampling
     lo, recipient = rng.randrange(ALL), rng.choice(["base", "sft", "dpo"])
     donor = rng.choice(["base", "dpo", "sft_kv", Constant(VALUES), Noise(VALUES.abs(), seed=rng.randrange(9))])
-    where = rng.choice(["all", "prompt", "generated", -1, 3, 0])
-    patch = Patch(recipient, donor, rng.choice(RANKINGS), (lo, rng.randrange(lo, ALL + 1)), where)
+    positions = rng.choice(["all", "prompt", "completion", -1, 3, 0])
+    patch = Patch(recipient, donor, rng.choice(RANKINGS), (lo, rng.randrange(lo, ALL + 1)), positions)
     return ids, patch, sampling
 
 
@@ -556,7 +557,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing(llama, start):
                 engine.generate(*arguments, progress=abort_halfway)
         else:
             assert len(engine.generate(*arguments)) == 100
-            engine.contrast(ids[:5], "sft", "dpo", at="prompt")
+            engine.contrast(ids[:5], "sft", "dpo", positions="prompt")
             engine.capture(ids[:5], "sft", RANKINGS[0], 20)
         if batch == 5:
             tracemalloc.start()
@@ -617,11 +618,11 @@ def test_completions_end_as_on_transformers(ended, sampling):
         assert first.logprobs == pytest.approx(second.logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("at", ["emitted", "emitting"])
+@pytest.mark.parametrize("positions", ["completion", "completion_shifted"])
 def test_contrast_generates_completions_and_excludes_eos(ended, at):
     token, engine, other = ended
     sampling = Sampling(max_tokens=10)
-    actual, expected = (e.contrast(IDS, "sft", "dpo", at=at, sampling=sampling) for e in (engine, other))
+    actual, expected = (e.contrast(IDS, "sft", "dpo", positions=at, sampling=sampling) for e in (engine, other))
     assert actual.meta["tokens"] == expected.meta["tokens"]
     assert (actual.scores - expected.scores).abs().max() <= 1e-5 * expected.scores.max()
     assert any(c.token_ids[-1] == token for c in other.generate(IDS, "sft", sampling)), "no completion ends early"
@@ -669,7 +670,7 @@ def test_one_stream_runs_all_requests_but_donors(llama, start):
     want = torch.stack([model.activations(ids)[-1][tuple(RANKINGS[0].top(40).T)] for ids in IDS])
     assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
     assert_ranked_alone(engine.contrast(IDS, "sft", completions=COMPLETIONS, exclude_layers=()), model)
-    for call in (lambda: generate(engine, [JOBS[2]]), lambda: engine.contrast(IDS, "sft", "dpo", at="prompt")):
+    for call in (lambda: generate(engine, [JOBS[2]]), lambda: engine.contrast(IDS, "sft", "dpo", positions="prompt")):
         with pytest.raises(SnpatchError, match="a donor model needs streams=2"):
             call()
 
@@ -768,4 +769,4 @@ def test_one_stream_patches_a_hybrid_model_with_constants(start, tmp_path):
             torch.testing.assert_close(actual.values, want, rtol=0, atol=2e-4)
         for handle in handles:
             handle.remove()
-    assert len(engine.contrast(IDS[:3], "base", at="prompt", exclude_layers=())) == len(ranking)
+    assert len(engine.contrast(IDS[:3], "base", positions="prompt", exclude_layers=())) == len(ranking)

@@ -143,7 +143,7 @@ contrast_tokens = 4
 [adapters]
 {adapters}
 [contrasts]
-safety = {{ generator = "sft", against = "dpo", prompts = "p" }}
+safety = {{ recipient = "sft", donor = "dpo", prompts = "p" }}
 [judges]
 cost = {{ source = "refusal" }}
 [sets]
@@ -159,7 +159,7 @@ controls = 1
 BAD = {
     "an unknown key": (lambda t: 'colour = "red"\n' + t, "the file: there is no colour"),
     "no safety": (lambda t: t.replace("safety =", "other ="), "must have one named safety"),
-    "an unknown model": (lambda t: t.replace('against = "dpo"', 'against = "tulu"'), "no model named 'tulu'"),
+    "an unknown model": (lambda t: t.replace('donor = "dpo"', 'donor = "tulu"'), "no model named 'tulu'"),
     "an unknown set": (lambda t: t.replace('benchmarks = ["p"]', 'benchmarks = ["q"]'), "no set named 'q'"),
     "an unknown key of a set": (
         lambda t: t.replace("p.jsonl", 'p.jsonl", frist = 3, x="'),
@@ -236,7 +236,7 @@ def test_what_a_table_hangs_on_is_in_its_file(tmp_path, zoo):
     assert told["sets"]["p"]["rows_used"] == 3
     assert told["sets"]["p"]["sha256"]
     assert told["judges"] == {"cost": {"source": "refusal"}}
-    assert list(told["rankings"]) == ["sft, dpo, p, emitted"]
+    assert list(told["rankings"]) == ["sft, dpo, p, completion"]
     assert told["versions"]["torch"] == torch.__version__
     assert len(data["rows"]) == len((tmp_path / "out" / "curve.csv").read_text().splitlines()) - 1
     assert {path.suffix for path in paths} == {".csv", ".json", ".jsonl", ".png", ".svg"}
@@ -259,7 +259,7 @@ ORDER = {
 
 def richer(text: str) -> str:
     """The config with a second objective, a text, and a judge that finds both."""
-    text = text.replace("[judges]", 'other = { generator = "base", against = "sft", prompts = "p" }\n[judges]')
+    text = text.replace("[judges]", 'other = { recipient = "base", donor = "sft", prompts = "p" }\n[judges]')
     text = text.replace('source = "refusal"', 'source = "some_judge:by_words"')
     return text.replace("[sets]", '[sets]\nt = { source = "t.jsonl", format = "wikitext-2" }')
 

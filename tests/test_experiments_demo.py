@@ -143,9 +143,9 @@ def test_words_positions_guard_and_safeguard(folder):
     assert len(words) == 10 * 20
     assert [row["logit"] for row in words[:20]] == sorted((row["logit"] for row in words[:20]), reverse=True)
     agreement = {(row["a"], row["b"]): row for row in table(folder, "positions") if row["k"] == 256}
-    assert agreement["emitted", "emitting"]["overlap"] > agreement["emitted", "prompt"]["overlap"]
+    assert agreement["completion", "completion_shifted"]["overlap"] > agreement["completion", "prompt"]["overlap"]
     effects = {row["ranking"]: row["effect"] for row in table(folder, "positions-effects") if row["recipient"] == "sft"}
-    assert effects["at emitted"] > 0.3
+    assert effects["at completion"] > 0.3
     rows = table(folder, "guard")
     assert {(row["train"], row["test"]) for row in rows if row["control"] is None and row["k"] == 50} == {
         (a, b) for a in SETS for b in SETS

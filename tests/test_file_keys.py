@@ -60,8 +60,8 @@ SAMPLING = {
 }  # fmt: skip
 SWEEP = {
     "recipients": ["base"], "donors": ["base"], "windows": [5], "strengths": [2.0], "controls": 1, "disjoint": False,
-    "control_kind": "everywhere", "where": "prompt", "samples": 2, "resamples": 9, "confidence": 0.5, "sets": ["more"],
-    "judges": ["second"],
+    "control_kind": "everywhere", "positions": "prompt", "samples": 2, "resamples": 9, "confidence": 0.5,
+    "sets": ["more"], "judges": ["second"],
 }  # fmt: skip
 TOP = {"model": "m2", "template": "tulu"}
 MODEL = {"model": "m", "adapters": {"sft": ["a"]}, "models": {"dpo": {"checkpoint": "w"}}}
@@ -70,7 +70,7 @@ SWEEP_FILE = {
     **MODEL,
     "sets": {"few": {"source": "p.jsonl"}, "more": {"source": "q.jsonl"}},
     "judges": {"cost": {"source": "c"}, "second": {"source": "d"}},
-    "rankings": {"fresh": {"generator": "sft", "against": "dpo", "prompts": "few"}},
+    "rankings": {"fresh": {"recipient": "sft", "donor": "dpo", "prompts": "few"}},
     "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, 1]},
     "sampling": {"temperature": 0.5},
 }
@@ -86,30 +86,31 @@ SWEEP_KEYS = {
     **{("sets", "few", key): value for key, value in PROMPTS.items()},
     **{("sampling", key): value for key, value in SAMPLING.items()},
     **{("sweep", key): value for key, value in SWEEP.items()},
-    ("rankings", "fresh", "generator"): "base",
-    ("rankings", "fresh", "against"): "base",
+    ("rankings", "fresh", "recipient"): "base",
+    ("rankings", "fresh", "donor"): "base",
     ("rankings", "fresh", "prompts"): "more",
-    ("rankings", "fresh", "at"): "predicting",
+    ("rankings", "fresh", "positions"): "prompt",
+    ("rankings", "fresh", "generate_with"): "donor",
 }
 REFUSED = {
     ("sets", "few", "seed"): "expected seed with sample",
     ("sampling", "logprobs"): "logprobs: expected false",
     ("sampling", "n"): "n: expected 1, got 2",
 }
-CONTRAST = {"generator": "base", "against": "sft", "prompts": "more"}
+CONTRAST = {"recipient": "base", "donor": "sft", "prompts": "more", "generate_with": "donor"}
 CONFIG_FILE = {
     **MODEL,
     "recipients": ["base"],
     "benchmarks": ["few"],
     "sets": SWEEP_FILE["sets"],
     "judges": SWEEP_FILE["judges"],
-    "contrasts": {"safety": {"generator": "sft", "against": "dpo", "prompts": "few"}},
+    "contrasts": {"safety": {"recipient": "sft", "donor": "dpo", "prompts": "few"}},
 }
 WORLD_KEYS = {path: value for path, value in SWEEP_KEYS.items() if path[0] not in ("sweep", "sampling", "rankings")} | {
     ("max_tokens",): 7,
     ("recipients",): ["sft"],
     ("benchmarks",): ["more"],
-    ("seeds", "1"): {"generator": "sft", "against": "dpo", "prompts": "few"},
+    ("seeds", "1"): {"recipient": "sft", "donor": "dpo", "prompts": "few"},
     ("settings", "neuron_tokens"): {"tokens": 2},
     **{("contrasts", "safety", key): value for key, value in CONTRAST.items()},
 }
@@ -199,7 +200,7 @@ def test_backend_of_a_world_file_is_the_labs(backend, tmp_path):
 
 
 OTHER = {  # values of settings that not every value of their type is valid for
-    "where": "prompt", "control_kind": "everywhere", "class_weight": "balanced", "bos_each_window": True,
+    "positions": "prompt", "control_kind": "everywhere", "class_weight": "balanced", "bos_each_window": True,
     "confidence": 0.5, "threshold": 0.25,
 }  # fmt: skip
 

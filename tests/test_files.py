@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from snpatch import SnpatchError
 from snpatch.errors import first_line
-from snpatch.files import check_writable, open_regular, read_tensors, whole_file, write_tensors, write_text
 from snpatch.models.pretrained import load_pretrained
+from snpatch.utils.files import check_writable, open_regular, read_tensors, whole_file, write_tensors, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -63,13 +63,18 @@ def logits(monkeypatch):
 
 @pytest.mark.parametrize("batch", ["batch5", "batch1"])
 @pytest.mark.parametrize(
-    ("kind", "at"),
-    [("completion", "emitted"), ("completion_eos", "emitted"), ("prompt", "prompt"), ("prompt_last", "prompt_last")],
+    ("kind", "positions"),
+    [
+        ("completion", "completion"),
+        ("completion_eos", "completion"),
+        ("prompt", "prompt"),
+        ("last_prompt_token", "last_prompt_token"),
+    ],
 )
-def test_contrast(engine, eos_engine, kind, at, batch):
+def test_contrast(engine, eos_engine, kind, positions, batch):
     texts = read("contrast.json")[f"{kind}.{batch}"]
     ranking = (eos_engine if kind == "completion_eos" else engine).contrast(
-        IDS, "sft", "dpo", at=at, sampling=WRITE, exclude_layers=()
+        IDS, "sft", "dpo", positions=positions, sampling=WRITE, exclude_layers=()
     )
     assert ranking.meta["tokens"] == sum(len(text["scored_positions"]) for text in texts)
     golden = {name: CONTRAST[f"{kind}.{batch}.{name}"] for name in ("change_scores", "neuron_ranks")}

@@ -52,10 +52,10 @@ def engine(request, folders):
 
 
 def test_contrast_matches_golden_scores_and_moments(engine):
-    kinds = {"completion_eos": "emitted"} if engine.is_eos else {
-        "completion": "emitted", "prompt": "prompt", "prompt_last": "prompt_last"}  # fmt: skip
+    kinds = {"completion_eos": "completion"} if engine.is_eos else {
+        "completion": "completion", "prompt": "prompt", "last_prompt_token": "last_prompt_token"}  # fmt: skip
     for kind, at in kinds.items():
-        ranking = engine.contrast(IDS, "sft", "dpo", at=at, sampling=Sampling(max_tokens=24), exclude_layers=())
+        ranking = engine.contrast(IDS, "sft", "dpo", positions=at, sampling=Sampling(max_tokens=24), exclude_layers=())
         for batch in ("batch5", "batch1"):
             assert_near(ranking.scores, CONTRAST[f"{kind}.{batch}.change_scores"])
             for role, name in (("recipient", "second"), ("donor", "first")):

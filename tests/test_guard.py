@@ -11,7 +11,6 @@ from sklearn import metrics
 from snpatch import Completion, Engine, Patch, Ranking, Sampling, SnpatchError
 from snpatch.data import load_dataset, question
 from snpatch.demo import DEMO_MODEL, language
-from snpatch.files import read_tensors, write_tensors
 from snpatch.guard import fitting
 from snpatch.guard.comparison import compare
 from snpatch.guard.config import GuardConfig
@@ -20,6 +19,7 @@ from snpatch.guard.labels import LabeledPrompts, label_answers
 from snpatch.guard.scores import evaluate
 from snpatch.judges.refusal import RefusalWords
 from snpatch.ranking.window import Window
+from snpatch.utils.files import read_tensors, write_tensors
 
 RANKING = Ranking.from_scores(torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
 SHORT = Sampling(max_tokens=8)

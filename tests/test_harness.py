@@ -35,7 +35,7 @@ K = 150
 PATCHES = {
     "unpatched": "sft",
     "all": Patch("sft", "dpo", RANKINGS[0], K),
-    "generated": Patch("sft", "dpo", RANKINGS[0], K, "generated"),
+    "completion": Patch("sft", "dpo", RANKINGS[0], K, "completion"),
 }
 
 
@@ -62,15 +62,15 @@ def engine(llama, adapters):
 class Oracle:
     """What the requests of the tasks must give."""
 
-    def __init__(self, made: tiny.Made, where: str) -> None:
-        self.recipient, self.where = oracle.model(*made.of["sft"]), where
+    def __init__(self, made: tiny.Made, positions: str) -> None:
+        self.recipient, self.positions = oracle.model(*made.of["sft"]), positions
         self.donor = oracle.model(*made.of["dpo"])
         self.mask = oracle.mask_of(ORDERS[0][:K], SHAPE)
 
     def patch(self, context: list[int]) -> oracle.Patch | None:
-        if self.where == "unpatched":
+        if self.positions == "unpatched":
             return None
-        return oracle.Patch(self.mask, self.donor, start=len(context) if self.where == "generated" else 0)
+        return oracle.Patch(self.mask, self.donor, start=len(context) if self.positions == "completion" else 0)
 
     def read(self, context: list[int], text: list[int]) -> tuple[float, bool]:
         """Log-likelihood of the text, and whether it is the greedy one."""
@@ -255,8 +255,8 @@ def told(model_args: dict, **more) -> str:
 
 
 def test_model_args_make_the_same_model(evaluate, results, model_args, adapters):
-    want = results["generated"]
-    patch = {"recipient": "sft", "donor": "dpo", "where": "generated"}
+    want = results["completion"]
+    patch = {"recipient": "sft", "donor": "dpo", "positions": "completion"}
     for arguments in (
         told(model_args, **patch, k=K, token_budget=200),
         {**model_args, **patch, "k": f"0:{K}", "adapters": adapters, "dtype": "float32"},
@@ -271,7 +271,7 @@ def test_model_args_make_the_same_model(evaluate, results, model_args, adapters)
         "donor": "dpo",
         "ranking": RANKINGS[0].fingerprint,
         "window": [0, K],
-        "where": "generated",
+        "positions": "completion",
         "strength": 1.0,
     }
     one = evaluate("snpatch", TASKS[1:2], model_args={n: v for n, v in model_args.items() if n != "ranking"}, limit=1)
@@ -284,11 +284,11 @@ def test_model_args_make_the_same_model(evaluate, results, model_args, adapters)
         ({"model": None}, "model=FOLDER is missing"),
         ({"adapters": "sft"}, r"adapters wants name=folder\+folder;..., each name once; got 'sft'"),
         ({"adapters": "sft=a;sft=b"}, "each name once"),
-        ({"k": 3}, "ranking, k, where and strength need a donor"),
+        ({"k": 3}, "ranking, k, positions and strength need a donor"),
         ({"donor": "dpo"}, "a donor needs ranking=FILE and k="),
         ({"donor": "dpo", "k": "few"}, "a window: 'few' is not a number"),
         ({"donor": "dpo", "k": 10**6}, "reaches past the ranking's 288 neurons"),
-        ({"donor": "dpo", "k": 3, "where": "here"}, "where must be one of all, prompt, generated"),
+        ({"donor": "dpo", "k": 3, "positions": "here"}, "positions must be one of all, prompt, last_prompt_token"),
         ({"donor": "dpo", "k": 3, "recipient": "nobody"}, "no model named 'nobody'"),
         ({"ranking": None, "sort": 1}, "there is no argument sort"),
         ({"ranking": None, "batch_size": 0}, "must be at least 1"),
@@ -380,16 +380,16 @@ def test_long_prompts_lose_their_beginning_and_it_is_said(engine, caplog):
 
 
 def test_a_text_without_context_stands_after_bos(engine, oracles):
-    lm = SnpatchLM(engine, PATCHES["generated"])
+    lm = SnpatchLM(engine, PATCHES["completion"])
     ((value, _),) = lm.loglikelihood([Instance("loglikelihood", {}, ("", TEXTS[0]), 0)], disable_tqdm=True)
-    assert value == pytest.approx(oracles["generated"].read([tiny.BOS], ids_of(TEXTS[0]))[0], abs=1e-3)
+    assert value == pytest.approx(oracles["completion"].read([tiny.BOS], ids_of(TEXTS[0]))[0], abs=1e-3)
     assert lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (TEXTS[0],), 0)], disable_tqdm=True) == [
         value
     ]
 
 
 def test_texts_without_a_token_have_no_log_likelihood(engine):
-    lm = SnpatchLM(engine, PATCHES["generated"])
+    lm = SnpatchLM(engine, PATCHES["completion"])
     asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(("", TEXTS[0], ""))]
     found = lm.loglikelihood_rolling(asked, disable_tqdm=True)
     assert found == [0, *lm.loglikelihood_rolling(asked[1:2], disable_tqdm=True), 0]
@@ -438,7 +438,7 @@ def test_the_command_line(folder, results, model_args, monkeypatch, tmp_path):
 
 def test_the_command_line_says_what_is_wrong_in_one_line(folder, model_args, monkeypatch, capsys):
     options = ["--model", "snpatch", "--tasks", "tiny_text", "--include_path", str(folder)]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *options, "--model_args", told(model_args, donor="dpo", where=-1)])
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *options, "--model_args", told(model_args, donor="dpo", positions=-1)])
     with pytest.raises(SystemExit, match="2"):
         harness.main()
     assert capsys.readouterr().err.splitlines()[-1] == "snpatch: error: model_args: a donor needs ranking=FILE and k="

@@ -12,11 +12,11 @@ from snpatch.errors import MAX_MESSAGE, SnpatchError, printable, shown
 from snpatch.experiments.common.summary import section
 from snpatch.experiments.config import Contrast, load_experiment_config
 from snpatch.experiments.context import ExperimentContext
-from snpatch.files import file_stem
 from snpatch.report import files, terminal
 from snpatch.report.folder_page import load_page
 from snpatch.report.formatting import escape_markdown, to_plot_label
 from snpatch.report.report import Report, TableView
+from snpatch.utils.files import file_stem
 
 ESCAPES = "\x1b]8;;https://evil.example\x07a\x1b[2J\x9b31m\r\u202e\ud800"
 ESCAPED = r"\u001b]8;;https://evil.example\u0007a\u001b[2J\u009b31m\u000d\u202e\ud800"

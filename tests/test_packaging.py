@@ -40,7 +40,7 @@ def test_wheel_and_sdist_hold_kernels_as_a_subpackage(distributions):
     tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "kernels"], capture_output=True, text=True, check=True)
     modules = [Path(line).name for line in tracked.stdout.split() if line.endswith(".py")]
     names = zipfile.ZipFile(wheel).namelist()
-    assert "snpatch/engine.py" in names
+    assert "snpatch/engine/engine.py" in names
     assert not [name for name in names if name.startswith("kernels/")]
     assert {f"snpatch/kernels/{module}" for module in modules} <= set(names)
     with tarfile.open(sdist) as archive:

@@ -10,7 +10,6 @@ import tiny
 import torch
 from commands import run
 from jobs import (
-    CLAUSES,
     COMPLETIONS,
     IDS,
     JOBS,
@@ -18,6 +17,7 @@ from jobs import (
     RANKINGS,
     RICHER,
     SAME_SET,
+    SEVERAL,
     assert_as_the_oracle,
     assert_patched_into_itself_it_gives_its_own_text,
     assert_ranked_alone,
@@ -48,7 +48,7 @@ def engines(pairs):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, engines, architecture):
-    jobs = [*JOBS, *RICHER, *CLAUSES, *SAME_SET]
+    jobs = [*JOBS, *RICHER, *SEVERAL, *SAME_SET]
     assert_as_the_oracle(pairs(architecture), jobs, generate(engines(architecture), jobs))
 
 
@@ -56,7 +56,7 @@ def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, engines, architect
 def test_contrast_is_the_oracles(pairs, engines, pair):
     models = [oracle.model(*pairs("llama").of[name]) for name in pair]
     ranking = engines().contrast(IDS, *pair, completions=COMPLETIONS, exclude_layers=())
-    assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
+    assert_ranking(ranking, oracle.contrast(*models, forced("completion")))
 
 
 def test_one_model_alone_is_ranked_by_its_own_size(pairs, engines, tmp_path):
@@ -106,7 +106,7 @@ def test_promises(engines):
     engine = engines()
     for model in ("base", "dpo", "tuned"):
         assert_patched_into_itself_it_gives_its_own_text(engine, model)
-    jobs = [*JOBS, *RICHER, *CLAUSES]
+    jobs = [*JOBS, *RICHER, *SEVERAL]
     together, alone = generate(engine, jobs), [generate(engine, [job])[0] for job in jobs]
     assert_together_as_alone(together, alone, 1e-5)
 
@@ -277,7 +277,7 @@ def test_the_command_line_takes_pairs(capsys, pairs, tmp_path):
         f"tuned={second}",
     ]
     common += ["-a", f"tuned={sft}", "--template", "tulu", "--backend", "transformers"]
-    code, _, err = run(capsys, "contrast", *common, "--generator", "sft", "--against", "dpo", "-o", ranking,
+    code, _, err = run(capsys, "contrast", *common, "--recipient", "sft", "--donor", "dpo", "-o", ranking,
                        "--max-tokens", 4, "--no-exclude-layers")  # fmt: skip
     assert code == 0, err
     assert "GB secondary weights" in err
@@ -307,7 +307,7 @@ contrast_tokens = 3
 [models]
 dpo = {{ weights = "second" }}
 [contrasts]
-safety = {{ generator = "base", against = "dpo", prompts = "p" }}
+safety = {{ recipient = "base", donor = "dpo", prompts = "p" }}
 [judges]
 cost = {{ source = "refusal" }}
 [sets]

@@ -10,7 +10,6 @@ import torch
 from graph_safety import assert_reads_nothing_on_the_host
 from in_process import architectures
 from jobs import (
-    CLAUSES,
     CLEAR,
     COMPLETIONS,
     IDS,
@@ -18,6 +17,7 @@ from jobs import (
     RANKINGS,
     RICHER,
     SAME_SET,
+    SEVERAL,
     Job,
     assert_as_the_oracle,
     assert_patched_into_itself_it_gives_its_own_text,
@@ -46,7 +46,7 @@ def assert_matches_two_models(engine, made, is_across: bool = False) -> None:
     jobs = [
         *JOBS,
         *RICHER,
-        *CLAUSES,
+        *SEVERAL,
         *(job for job in PLAIN_JOBS if told(made, job).gap > CLEAR),
         *([] if is_across else SAME_SET),
     ]
@@ -54,7 +54,7 @@ def assert_matches_two_models(engine, made, is_across: bool = False) -> None:
     for pair in (("base", "dpo"), ("dpo", "sft"), *([] if is_across else [("dpo", "tuned")])):
         models = [oracle.model(*made.of[name]) for name in pair]
         ranking = engine.contrast(IDS, *pair, completions=COMPLETIONS)
-        assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
+        assert_ranking(ranking, oracle.contrast(*models, forced("completion")))
     captured = engine.capture(IDS, "dpo", RANKINGS[0], 40)
     activations = [oracle.model(*made.of["dpo"]).activations(ids)[-1] for ids in IDS]
     want = torch.stack([a[tuple(RANKINGS[0].top(40).T)] for a in activations])
@@ -65,7 +65,7 @@ def assert_matches_two_models(engine, made, is_across: bool = False) -> None:
 @pytest.mark.parametrize("architecture", architectures())
 def test_mixed_batch_matches_two_hooked_models(pairs, start, architecture):
     made = pairs(architecture)
-    assert_matches_two_models(start(made, max_clauses=3), made)
+    assert_matches_two_models(start(made, max_interventions=3), made)
 
 
 def test_step_with_secondary_weights_reads_nothing_on_the_host(pairs, start, monkeypatch):
@@ -78,7 +78,7 @@ def test_step_with_secondary_weights_reads_nothing_on_the_host(pairs, start, mon
 
 def test_compiled_engine_matches_two_models_and_rejects_one_set_of_weights(pairs, start):
     made = pairs("qwen3")
-    engine = start(made, enforce_eager=False, max_clauses=3)
+    engine = start(made, enforce_eager=False, max_interventions=3)
     assert_matches_two_models(engine, made, is_across=True)
     with pytest.raises(
         SnpatchError, match=r"recipient and donor .* both use the weights of .* start it with enforce_eager=True"
@@ -106,7 +106,7 @@ def test_statistics_and_captures_in_a_full_batch_are_per_request(pairs, start):
     pair_of = [("base", "dpo"), ("dpo", "base"), ("sft", "dpo"), ("dpo", "tuned")]
     texts = [[*ids, *range(20, 60)] for ids in IDS]
     models = {name: oracle.model(*made.of[name]) for name in ("base", "sft", "dpo", "tuned")}
-    rankings = [engine.contrast(texts, *pair, at="prompt", exclude_layers=()) for pair in pair_of * 2]
+    rankings = [engine.contrast(texts, *pair, positions="prompt", exclude_layers=()) for pair in pair_of * 2]
     for pair, ranking in zip(pair_of * 2, rankings, strict=True):
         want = oracle.contrast(*(models[name] for name in pair), [(ids, list(range(len(ids)))) for ids in texts])
         assert_ranking(ranking, want)
@@ -124,7 +124,9 @@ def test_two_workers_match_two_hooked_models(pairs):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
     made = pairs("gemma2")
-    with Engine(made.folder, **made.given, backend="vllm", tensor_parallel_size=2, max_clauses=3, **SMALL) as engine:
+    with Engine(
+        made.folder, **made.given, backend="vllm", tensor_parallel_size=2, max_interventions=3, **SMALL
+    ) as engine:
         assert_matches_two_models(engine, made)
 
 

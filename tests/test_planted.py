@@ -43,9 +43,9 @@ def test_the_model_is_what_it_claims_to_be(planted):
         assert words == [{tiny.HARM}, {tiny.SAFE}, {tiny.SAFE}, {tiny.HARM}]
 
 
-@pytest.mark.parametrize("at", ["emitted", "emitting", "prompt", "prompt_last"])
-def test_contrast_ranks_the_planted_neurons_first(engine, at):
-    ranking = engine.contrast(tiny.PROMPTS, "sft", "dpo", at=at, sampling=WORDS)
+@pytest.mark.parametrize("positions", ["completion", "completion_shifted", "prompt", "last_prompt_token"])
+def test_contrast_ranks_the_planted_neurons_first(engine, positions):
+    ranking = engine.contrast(tiny.PROMPTS, "sft", "dpo", positions=positions, sampling=WORDS)
     assert sorted(map(tuple, ranking.top(K).tolist())) == sorted(tiny.PLANTED)
     scores = ranking.scores.flatten().sort(descending=True).values
     assert scores[K - 1] > 5 * scores[K]

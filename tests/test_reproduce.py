@@ -630,7 +630,7 @@ def test_paths_of_a_users_preset_are_seen_from_its_folder(tmp_path):
     path.write_text(
         "extends = 'public'\n[config]\nmodel = 'm'\nadapters = { sft = ['ia3'] }\n"
         "models = { dpo = { lora = ['lora'], adapters = ['ia3'] } }\n"
-        "contrasts = { safety = { generator = 'sft', against = 'dpo' } }\n"
+        "contrasts = { safety = { recipient = 'sft', donor = 'dpo' } }\n"
     )
     engine = Pipeline(load_preset(str(path)), tmp_path / "out").config.engine
     here = tmp_path / "here"
@@ -643,7 +643,7 @@ def test_an_extending_preset_replaces_models_and_judges_whole(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
         "extends = 'qwen3-4b-saferl'\n[config]\nmodels = { other = 'x/y' }\n"
-        "contrasts = { safety = { generator = 'base', against = 'other' } }\n"
+        "contrasts = { safety = { recipient = 'base', donor = 'other' } }\n"
         "[config.judges]\ncost = { source = 'refusal' }\n"
         "[config.sets]\nharmbench = { source = 'harmbench', sample = 3 }\n[config.settings.curve]\ncontrols = 1\n"
     )

@@ -148,7 +148,7 @@ def test_registry_resolves_names_and_inline_patches(registry):
     assert names.lookup("sft").patch == "sft"
     assert names.lookup("safe").label == "safe"
     assert names.lookup("safe").receipts is not names.lookup("safe").receipts
-    inline = names.parse({**SAFE, "where": "all", "strength": 1.0})
+    inline = names.parse({**SAFE, "positions": "all", "strength": 1.0})
     assert inline.label == SAFE
     assert inline.patch is names.lookup("safe").patch, "cached"
     names.remove("rankings", "first")

@@ -16,10 +16,11 @@ import torch
 import uvicorn
 from serving import CHAT
 
-from snpatch import AsyncEngine, Ranking, SnpatchError, schema
+from snpatch import AsyncEngine, Ranking, SnpatchError
 from snpatch.config import EngineConfig
 from snpatch.ranking.ranking import MOMENTS
 from snpatch.server.config import ServeConfig
+from snpatch.utils import schema
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -51,7 +52,7 @@ def engine(zoo):
     """The tiny model's engine, not started, with the shapes of Llama-2-7B."""
     made = zoo("llama")
     adapters = {name: list(made.adapters[name]) for name in ("sft", "dpo")}
-    engine = AsyncEngine.from_config(EngineConfig.of(made.folder, adapters, template="tulu", max_clauses=8))
+    engine = AsyncEngine.from_config(EngineConfig.of(made.folder, adapters, template="tulu", max_interventions=8))
     engine.geometry = replace(engine.geometry, n_layers=LAYERS, n_neurons=NEURONS, context=CONTEXT)
     engine.requests._geometry = engine.geometry
     return engine
@@ -431,15 +432,15 @@ def test_completions_over_limit_are_refused_before_start(serve, path, more, n):
     assert post(app, path, {"model": "base", **fewer}).status_code == 200
 
 
-def test_clauses_over_limit_are_refused_before_build(serve, monkeypatch):
+def test_interventions_over_limit_are_refused_before_build(serve, monkeypatch):
     app, _ = serve()
-    monkeypatch.setattr("snpatch.patching.spec._clause", lambda *_: pytest.fail("a clause was built"))
-    patch = {"recipient": "base", "clauses": [NOISE] * 9}
+    monkeypatch.setattr("snpatch.patching.spec._intervention", lambda *_: pytest.fail("an intervention was built"))
+    patch = {"recipient": "base", "interventions": [NOISE] * 9}
     for fields in ({"snpatch": patch}, {"vllm_xargs": {"snpatch": json.dumps(patch)}}):
         answer = post(app, CHATS, {**ASKED, **fields})
         assert answer.status_code == 400
-        assert "at most 8 clauses, got 9" in answer.text
-        assert "max_clauses=9" in answer.text
+        assert "at most 8 interventions, got 9" in answer.text
+        assert "max_interventions=9" in answer.text
 
 
 def test_xargs_json_over_limit_is_refused_before_parsing(serve):
@@ -541,9 +542,10 @@ def test_patch_parsed_during_ranking_replacement_is_not_cached(serve, ranking):
 # ---- the event loop --------------------------------------------------------------------------------------------------
 
 WORST_REQUESTS = {  # requests at the limits, and some over them that take long to read
-    "clauses": (CHATS, {**ASKED, "snpatch": {"recipient": "base", "clauses": [
+    "interventions": (CHATS, {**ASKED, "snpatch": {"recipient": "base", "interventions": [
         {**NOISE, "donor": f"noise:{i + 1}"} for i in range(8)]}}),
-    "clauses past the limit": (CHATS, {**ASKED, "snpatch": {"recipient": "base", "clauses": [NOISE] * 300}}),
+    "interventions past the limit": (
+        CHATS, {**ASKED, "snpatch": {"recipient": "base", "interventions": [NOISE] * 300}}),
     "windows": (SWEEP, {**SWEPT, "windows": list(range(1, 1025)), "prompts": ["a"]}),
     "prompts": (SWEEP, {**SWEPT, "windows": [1], "prompts": [CHAT] * 1990}),
     "token ids": (COMPLETIONS, {"model": "base", "prompt": [[5] * 4096] * 30}),

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from jobs import ALL, IDS, JOBS, RANKINGS, told
 from serving import CHAT, SAFE, complete
 
-from snpatch import SnpatchError, schema
+from snpatch import SnpatchError
 from snpatch.patching import spec
+from snpatch.utils import schema
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
 
+TWO_DONORS = [{"donor": donor, "ranking": "first", "window": 3} for donor in ("dpo", "base")]
 ASKED = {"model": "base", "messages": CHAT, "max_tokens": 1}
 CHATS = "/v1/chat/completions"
 LOOK = {"name": "look", "parameters": {"type": "object", "properties": {}}}
@@ -35,16 +37,17 @@ CALLED = {
         ({**SAFE, "ranking": "none"}, "ranking", "no ranking named 'none': there are first, second"),
         ({**SAFE, "window": [5, 3]}, "window", "wanted 0 <= lo <= hi, got [5, 3)"),
         ({**SAFE, "window": ALL + 1}, "window", "reaches past the ranking's 288 neurons"),
-        ({**SAFE, "where": "here"}, "where", "where must be one of all, prompt, generated or a position"),
-        ({**SAFE, "where": 99}, None, "where=99 lies past the"),
+        ({**SAFE, "positions": "here"}, "positions", "positions must be one of all, prompt, last_prompt_token"),
+        ({**SAFE, "positions": 99}, None, "positions=99 is past the"),
         ({**SAFE, "strength": 1e39}, "strength", "must be a finite number of float32"),
         ({**SAFE, "k": 9}, "k", "there is no k; there are donor, ranking, window"),
         ({**SAFE, "guard": "none"}, "guard", "no guard named 'none'. Available guards: guard"),
         ({"donor": "dpo"}, "recipient", "recipient is missing"),
         ({"recipient": "sft", "donor": "dpo"}, "ranking", "ranking, window is missing"),
         ({**SAFE, "donor": "mean:donor"}, "donor", "the ranking holds no donor_mean"),
-        ({**SAFE, "clauses": [{**SAFE}]}, "clauses.recipient", "there is no recipient"),
-        ({**SAFE, "clauses": [{"donor": "base", "ranking": "first", "window": 3}]}, "clauses", "2 donor models"),
+        ({"recipient": "sft", "interventions": [{**SAFE}]}, "interventions.recipient", "there is no recipient"),
+        ({"recipient": "sft", "interventions": TWO_DONORS}, "interventions", "2 donor models"),
+        ({**SAFE, "interventions": TWO_DONORS}, "donor", "expected in each of the interventions"),
         (7, None, "wanted a table, got 7"),
     ],
 )
@@ -187,15 +190,20 @@ clause = {
     ),
     "ranking": st.sampled_from(["first", "second", "third", ""]),
     "window": numbers | st.lists(numbers, max_size=3),
-    "where": st.sampled_from(["all", "prompt", "generated", "here"]) | numbers,
+    "positions": st.sampled_from(["all", "prompt", "completion", "here"]) | numbers,
     "strength": numbers,
     "seed": numbers,
 }
 mutated = {name: st.one_of(strategy, strategy, strategy, anything) for name, strategy in clause.items()}
-clauses = st.fixed_dictionaries({}, optional=mutated)
+interventions = st.fixed_dictionaries({}, optional=mutated)
 patches = st.fixed_dictionaries(
     {"recipient": st.sampled_from(["sft", "base"]) | anything},
-    optional={**mutated, "clauses": st.lists(clauses, max_size=2) | anything, "guard": anything, "k": numbers},
+    optional={
+        **mutated,
+        "interventions": st.lists(interventions, max_size=2) | anything,
+        "guard": anything,
+        "k": numbers,
+    },
 )
 fields = (
     "model messages prompt input max_tokens n stream stop seed temperature logprobs logit_bias vllm_xargs tools".split()
@@ -215,7 +223,7 @@ RUNS = {
 def is_good(data: object) -> bool:
     """Return whether a patch is valid for the published JSON Schema and for the parser."""
     try:
-        jsonschema.validate(data, schema.json_schema(spec.PatchForm))
+        jsonschema.validate(data, schema.json_schema(spec.PatchSchema))
         spec.from_json(data, NAMED)
     except (jsonschema.ValidationError, SnpatchError):
         return False

@@ -105,7 +105,7 @@ def test_patched_request_does_not_change_later_plain_one(offline, server, client
 
 
 HUGE = {"donor": "scale:1e19", "ranking": "first", "window": ALL}  # the largest factor that a request may have
-OVERFLOWING = {"recipient": "base", **HUGE, "clauses": [HUGE, HUGE]}
+OVERFLOWING = {"recipient": "base", "interventions": [HUGE] * 3}
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 28])
@@ -408,7 +408,7 @@ def test_info_route_describes_server(offline, server):
     info = server.get("/v1/snpatch").json()
     assert {"base", "sft", "dpo"} <= info["models"].keys()
     assert info["patches"]["safe"] == {**SAFE, "ranking": info["rankings"]["first"]["fingerprint"], "window": [0, 60],
-                                       "where": "all", "strength": 1.0}  # fmt: skip
+                                       "positions": "all", "strength": 1.0}  # fmt: skip
     assert info["patches"]["kept"] == {"recipient": "sft", "guard": "guard"}
     assert info["guards"]["guard"]["k"] == 5
     assert info["schema"]["required"] == ["recipient"]

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from snpatch.errors import SnpatchError
-from snpatch.files import read_checkpoint, read_state, write_tensors
 from snpatch.models.adapters import load_adapters
 from snpatch.models.checkpoint import iter_finite
 from snpatch.models.lora import load_lora, merge_loras
 from snpatch.models.weights import open_weights
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.statistics import Statistics
-from snpatch.tensors import check_tensor
+from snpatch.utils.files import read_checkpoint, read_state, write_tensors
+from snpatch.utils.tensors import check_tensor
 
 WIDTHS = {"down_proj": 4}
 DOWN = "base_model.model.model.layers.{}.mlp.down_proj.ia3_l"

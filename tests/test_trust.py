@@ -50,14 +50,14 @@ def config_table(judge="refusal", **vllm) -> dict:
     return {
         "model": "m", "adapters": {"sft": "a", "dpo": "b"}, "recipients": ["sft"], "benchmarks": ["p"],
         "sets": {"p": {"source": "p.jsonl"}}, "judges": {"cost": {"source": judge}},
-        "contrasts": {"safety": {"generator": "sft", "against": "dpo", "prompts": "p"}}, "vllm": vllm,
+        "contrasts": {"safety": {"recipient": "sft", "donor": "dpo", "prompts": "p"}}, "vllm": vllm,
     }  # fmt: skip
 
 
 def sweep_table(judge="refusal", **vllm) -> dict:
     table = {name: one for name, one in config_table(judge, **vllm).items() if name in SWEPT}
     sweep = {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, 4]}
-    return {**table, "rankings": {"r": {"generator": "sft", "against": "dpo", "prompts": "p"}}, "sweep": sweep}
+    return {**table, "rankings": {"r": {"recipient": "sft", "donor": "dpo", "prompts": "p"}}, "sweep": sweep}
 
 
 SWEPT = ("model", "adapters", "sets", "judges", "vllm")
@@ -150,7 +150,7 @@ def test_shipped_configs_need_no_trust():
     "words",
     [
         ["generate", "FILE", "prompts.jsonl"],
-        ["contrast", "FILE", "prompts.jsonl", "--generator", "base", "-o", "r.safetensors"],
+        ["contrast", "FILE", "prompts.jsonl", "--recipient", "base", "-o", "r.safetensors"],
         ["serve", "FILE"],
     ],
 )

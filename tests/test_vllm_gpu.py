@@ -90,7 +90,7 @@ def test_float32_in_each_graph_mode_matches_transformers(zoo, start, mode):
     assert_read_as_written(engine, made, JOBS)
     models = [oracle.model(*made.of[name]) for name in ("base", "dpo")]
     ranking = engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
-    assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
+    assert_ranking(ranking, oracle.contrast(*models, forced("completion")))
     adapters = {name: list(folders) for name, folders in made.adapters.items()}
     patches = [job.patch for job in JOBS[:8]]
     with Engine(made.folder, adapters, backend="transformers") as other:
@@ -132,6 +132,6 @@ def test_bfloat16_at_odd_batch_sizes_is_near_the_oracle(bf16, start, mode):
             assert completion.logprobs[:same] == pytest.approx(want.logprobs[:same], abs=LOGPROB_TOLERANCE_BF16), job
             compared += same
     assert compared >= 5 * sum(BATCHES), f"{compared} of {10 * sum(BATCHES)} tokens could be compared"
-    engine.contrast(IDS, "sft", "dpo", at="prompt")  # counts every token once, or raises
+    engine.contrast(IDS, "sft", "dpo", positions="prompt")  # counts every token once, or raises
     every = generate(engine, [Job(i, "sft", "dpo", (0, ALL)) for i in range(8)])
     assert [c.token_ids for c in every] == [c.token_ids for c in generate(engine, [Job(i, "dpo") for i in range(8)])]

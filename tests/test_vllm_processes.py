@@ -27,7 +27,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
 
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
-KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.where, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
+KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.positions, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
 
 
 def start(made, **options) -> Engine:
@@ -45,7 +45,7 @@ def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(zoo):
         assert_as_the_oracle(made, jobs, generate(engine, jobs))
         models = [oracle.model(*made.of[name]) for name in ("sft", "dpo")]
         ranking = engine.contrast(IDS, "sft", "dpo", completions=COMPLETIONS, exclude_layers=())
-        assert_ranking(ranking, oracle.contrast(*models, forced("emitted")))
+        assert_ranking(ranking, oracle.contrast(*models, forced("completion")))
         captured = engine.capture(IDS, "sft", RANKINGS[0], ALL)
         want = torch.stack([models[0].activations(ids)[-1][tuple(RANKINGS[0].top(ALL).T)] for ids in IDS])
         assert (captured - want).abs().max() <= 1e-5 * want.abs().max()

@@ -328,7 +328,7 @@ def test_mixed_batch_matches_the_oracle(served):
     assert errors.quantile(0.95) <= served.form.usual
     ranking = served.engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
     models = [oracle.model(*served.copy.of[name]) for name in ("base", "dpo")]
-    want = oracle.contrast(*models, forced("emitted"))["scores"]
+    want = oracle.contrast(*models, forced("completion"))["scores"]
     assert (ranking.scores - want).abs().max() <= served.form.scores * want.max()
 
 

@@ -68,7 +68,7 @@ def log(engine):
         return fetched
 
     runner._update_states, planner.plan_step, tracker.fetch = update, step, fetch
-    jobs = [Job(i % 8, "sft" if i % 3 else "base", "dpo", (i, 29 + i), ("all", "prompt", "generated")[i % 3])
+    jobs = [Job(i % 8, "sft" if i % 3 else "base", "dpo", (i, 29 + i), ("all", "prompt", "completion")[i % 3])
             for i in range(20)]  # fmt: skip
     long = [*IDS[3], *range(10, 90)]
     make, pair = engine.requests, ("sft", "dpo")

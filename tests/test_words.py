@@ -38,8 +38,8 @@ def test_words_of_patches_are_those_that_patches_know():
             donor_of(f"{word}:?", order)
     for word in ("zero", "scale:2", "add:zero"):
         assert not isinstance(donor_of(word, order), str)
-    for place in names.PLACES:
-        assert Patch("base", "dpo", order, 1, place).clauses[0].where == place
+    for positions in names.POSITIONS:
+        assert Patch("base", "dpo", order, 1, positions).positions == positions
     for mode in names.MODES:
         assert Constant(torch.zeros(SHAPE), mode).mode == mode
 

@@ -11,23 +11,27 @@ from snpatch.cli import options as o
 from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
+from snpatch.names import CONTRAST_POSITIONS
 from snpatch.sampling import CONTRAST
 
-SHOWN, TOLD = 10, 20  # of the first neurons, as text and as JSON
+SUMMARY = ("recipient", "donor", "generate_with", "positions", "tokens", "prompts", "empty")  # of a ranking's meta
+NEURONS_PRINTED, NEURONS_IN_JSON = 10, 20
 
 
 @generated(config=Engine(), prompts=Data(), sampling=Some(CONTRAST, ("max_tokens",)))
 def contrast(
     config: EngineConfig,
     prompts: Prompts,
-    generator: Annotated[str, typer.Option(help="The model that writes the completions (the recipient).")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the ranking goes (.safetensors).")],
+    recipient: Annotated[str, typer.Option(help="Model that is to be patched.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of the ranking (.safetensors).")],
     sampling: Fields,
-    against: Annotated[
-        str | None,
-        typer.Option(help="The model it is compared with (the donor). Without one: by the generator's own size."),
+    donor: Annotated[
+        str | None, typer.Option(help="Model it is compared with. Default: rank by the recipient's own activations.")
     ] = None,
-    at: Annotated[str, typer.Option(help="Positions: emitted, emitting, prompt or prompt_last.")] = "emitted",
+    generate_with: Annotated[str, typer.Option(help="Who writes the completions: recipient or donor.")] = "recipient",
+    positions: Annotated[
+        str, typer.Option(help=f"Positions that count: {', '.join(CONTRAST_POSITIONS)}.")
+    ] = "completion",
     completions: Annotated[
         Path | None, typer.Option(help="JSONL with the `completion` of each prompt, instead of generated ones.")
     ] = None,
@@ -38,24 +42,25 @@ def contrast(
     as_json: o.AsJson = False,
 ) -> None:
     """Rank neurons by how differently two models activate them on the same text."""
-    from snpatch.contrast import EXCLUDED
     from snpatch.data import read_completions
-    from snpatch.files import check_writable
+    from snpatch.engine.contrast import COMPLETION_POSITIONS, EXCLUDED_LAYERS
+    from snpatch.utils.files import check_writable
 
     chats = prompts.data.prompts
-    if completions and not at.startswith("emit"):
-        raise SnpatchError(f"--completions is for --at emitted or emitting, got {at}")
+    if completions and positions not in COMPLETION_POSITIONS:
+        raise SnpatchError(f"--completions is for --positions {' or '.join(COMPLETION_POSITIONS)}, got {positions}")
     given = read_completions(completions, prompts.limit, chats) if completions else None
     check_writable(out)
     with o.open_engine(config) as engine, o.progress_bar("contrast") as progress:
         ranking = engine.contrast(
             chats,
-            generator,
-            against,
-            at=at,
+            recipient,
+            donor,
+            generate_with=generate_with,
+            positions=positions,
             completions=given,
             sampling=replace(CONTRAST, **sampling),
-            exclude_layers=[] if no_exclude_layers else (exclude_layer or EXCLUDED),
+            exclude_layers=[] if no_exclude_layers else (exclude_layer or EXCLUDED_LAYERS),
             progress=progress,
         )
     ranking.meta["data"] = prompts.data.provenance
@@ -67,14 +72,18 @@ def contrast(
     summary = {
         "ranking": str(out),
         "neurons": len(ranking),
-        **{key: ranking.meta[key] for key in ("generator", "against", "at", "tokens", "prompts", "empty")},
+        **{
+            key: ranking.meta[key]
+            for key in ("recipient", "donor", "generate_with", "positions", "tokens", "prompts", "empty")
+        },
         "top": [
-            [*neuron, ranking.scores[tuple(neuron)].item()] for neuron in ranking.top(min(TOLD, len(ranking))).tolist()
+            [*neuron, ranking.scores[tuple(neuron)].item()]
+            for neuron in ranking.top(min(NEURONS_IN_JSON, len(ranking))).tolist()
         ],
     }
     if as_json:
         o.tell(json.dumps(summary))
         return
     o.tell(f"{len(ranking)} neurons ranked over {summary['tokens']} tokens of {summary['prompts']} prompts -> {out}")
-    for layer, neuron, score in summary["top"][:SHOWN]:
+    for layer, neuron, score in summary["top"][:NEURONS_PRINTED]:
         o.tell(f"  layer {layer:3d}  neuron {neuron:6d}  change score {score:.4f}")

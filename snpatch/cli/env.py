@@ -7,9 +7,10 @@ from snpatch.cli import options as o
 
 def env(as_json: o.AsJson = False) -> None:
     """Versions, device, and which implementation serves each op."""
-    from snpatch.environment import describe
+    from snpatch.op import ops
+    from snpatch.utils.environment import describe_environment
 
-    found = describe()
+    found = describe_environment(ops.implementations())
     if as_json:
         o.tell(json.dumps(found))
         return

@@ -59,7 +59,7 @@ def run_experiments(
     from snpatch.experiments.common import summary
     from snpatch.experiments.config import load_experiment_config
     from snpatch.experiments.context import ExperimentContext
-    from snpatch.files import check_writable
+    from snpatch.utils.files import check_writable
 
     chosen = list(experiments.NAMES) if names == ["all"] else names
     unknown = [name for name in chosen if name not in experiments.NAMES]

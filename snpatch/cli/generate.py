@@ -11,6 +11,7 @@ from snpatch.cli import options as o
 from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
+from snpatch.names import POSITIONS
 from snpatch.sampling import GREEDY, Sampling
 
 SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs")
@@ -33,7 +34,9 @@ def generate(
     window: Annotated[
         str | None, typer.Option("--window", "-k", help="k for the top k, or LO:HI; needed with --donor.")
     ] = None,
-    where: Annotated[str, typer.Option(help="all, prompt, generated, or a position to start from.")] = "all",
+    positions: Annotated[
+        str, typer.Option(help=f"Patched positions: {', '.join(POSITIONS)}, or the index to start from.")
+    ] = "all",
     strength: Annotated[
         float, typer.Option(help="1: the donor's value; between 0 and 1 a mixture; above amplifies, below 0 reverses.")
     ] = 1.0,
@@ -41,15 +44,15 @@ def generate(
     as_json: o.AsJson = False,
 ) -> None:
     """Write completions, patched while they are written or not."""
-    from snpatch.files import check_writable
     from snpatch.patching import spec
+    from snpatch.utils.files import check_writable
 
     chats = prompts.data.prompts
     wanted = Sampling(**sampling)
     if out:
         check_writable(out)
-    if donor is None and (ranking or window or where != "all" or strength != 1):
-        raise SnpatchError("--ranking, --window, --where and --strength need --donor")
+    if donor is None and (ranking or window or positions != "all" or strength != 1):
+        raise SnpatchError("--ranking, --window, --positions and --strength need --donor")
     if donor and (ranking is None or window is None):
         raise SnpatchError("--donor needs --ranking and --window")
     patch = recipient
@@ -57,7 +60,7 @@ def generate(
         from snpatch.models.checkpoint import load_model_shape
 
         shape = partial(load_model_shape, config.model, config.allow_untested)
-        patch = spec.from_text(recipient, donor, ranking, window, where, wanted.seed, strength, shape)
+        patch = spec.from_text(recipient, donor, ranking, window, positions, wanted.seed, strength, shape)
     with o.open_engine(config) as engine, o.progress_bar("generate") as progress:
         completions = engine.generate(chats, patch, wanted, progress)
     more = [{"logprobs": completion.logprobs} if wanted.logprobs else {} for completion in completions]
@@ -67,7 +70,7 @@ def generate(
 def write_completions(chats, completions, more: list[dict], out: Path | None, as_json: bool) -> None:
     """Completions as JSONL to a file or stdout, or as text for reading. more: further fields of each."""
     from snpatch.data import question
-    from snpatch.files import write_text
+    from snpatch.utils.files import write_text
 
     rows = [
         {

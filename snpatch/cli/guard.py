@@ -51,7 +51,6 @@ def fit(
     as_json: o.AsJson = False,
 ) -> None:
     """Let a model answer, judge the answers, and fit a classifier that tells them from the prompts alone."""
-    from snpatch.files import check_writable
     from snpatch.guard.fitting import predict_out_of_fold
     from snpatch.guard.guard import Guard
     from snpatch.guard.labels import deduplicate
@@ -59,6 +58,7 @@ def fit(
     from snpatch.models.checkpoint import load_model_shape
     from snpatch.patching import spec
     from snpatch.ranking.ranking import Ranking
+    from snpatch.utils.files import check_writable
 
     order = Ranking.load(ranking, partial(load_model_shape, config.model, config.allow_untested))
     settings = GuardConfig(
@@ -123,8 +123,8 @@ def apply(
     as_json: o.AsJson = False,
 ) -> None:
     """Answer prompts with a guard in front: one that it refuses costs a prefill and gets its refusal."""
-    from snpatch.files import check_writable
     from snpatch.guard.guard import Guard
+    from snpatch.utils.files import check_writable
 
     chats = prompts.data.prompts
     one = Guard.load(guard)

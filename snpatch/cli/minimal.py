@@ -28,9 +28,9 @@ def minimal(
     """
     from snpatch.experiments.common.minimal_report import build_minimal_report
     from snpatch.experiments.context import ExperimentContext
-    from snpatch.files import check_writable
     from snpatch.sweeps.minimal import minimal as search
     from snpatch.sweeps.store import Store
+    from snpatch.utils.files import check_writable
 
     spec = plan.spec
     check_writable(out / "minimal.csv")

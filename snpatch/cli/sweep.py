@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from snpatch.sweeps.sweep_file import SweepSpec
 
 INCOMPLETE = 1  # exit code of a sweep of which something failed
-SWEPT = Some(SweepConfig, ("controls", "control_kind", "where", "samples"))
+SWEPT = Some(SweepConfig, ("controls", "control_kind", "positions", "samples"))
 SAMPLING = Some(GREEDY, ("max_tokens", "temperature", "seed"))
 NEEDED = ("ranking", "donor", "recipient", "windows", "judge")  # of a sweep by flags
 
@@ -138,9 +138,9 @@ def run(
     """
     from snpatch.experiments.common.sweep_report import build_sweep_report
     from snpatch.experiments.context import ExperimentContext
-    from snpatch.files import check_writable
     from snpatch.sweeps.store import NAME, Store, part_name, parts_in
     from snpatch.sweeps.sweep_file import FILE
+    from snpatch.utils.files import check_writable
 
     spec, given = plan.spec, plan.context
     check_writable(out / "sweep.csv")
@@ -194,8 +194,8 @@ def status(
         o.tell(f"{format_value(found.rate)} texts a second: {left} left")
     o.tell(f"{found.scores} scores")
     for failure in found.failures:
-        where = ", ".join(f"{name} {value!r}" for name, value in failure.items() if name != "error")
-        o.tell(one_line(f"failed: {where}: {failure['error']}"))
+        details = ", ".join(f"{name} {value!r}" for name, value in failure.items() if name != "error")
+        o.tell(one_line(f"failed: {details}: {failure['error']}"))
     for one in found.runs[-1:]:
         o.tell(f"last run: {one['command']}: {one['outcome'] or 'under way, or killed'}")
 
@@ -252,7 +252,7 @@ def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sa
         "sampling": {name: value for name, value in asdict(sampling).items() if value is not None},
         "sweep": {
             **plan,
-            "where": spec.where_of(str(plan["where"])),
+            "positions": spec.parse_positions(str(plan["positions"])),
             "strengths": [spec.number_of(one, float, "--strengths") for one in values["strengths"].split(",")],
             "recipients": values["recipient"],
             "donors": values["donor"],

@@ -19,7 +19,7 @@ from typing import IO, Any, AnyStr
 
 from snpatch.data.source_row import Columns, SourceRow, check_columns, find_column_error
 from snpatch.errors import SnpatchError, is_unicode
-from snpatch.schema import parse_json
+from snpatch.utils.schema import parse_json
 
 TEXT_SUFFIXES = (".txt", ".raw")
 KINDS = (".jsonl", ".json", ".csv", ".parquet", *TEXT_SUFFIXES)

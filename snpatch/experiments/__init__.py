@@ -12,7 +12,7 @@ from snpatch.errors import SnpatchError
 from snpatch.experiments.config import ExperimentConfig
 from snpatch.experiments.context import ExperimentContext
 from snpatch.report.report import Report
-from snpatch.schema import read
+from snpatch.utils.schema import read
 
 NAMES = (
     "curve",

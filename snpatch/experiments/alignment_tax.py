@@ -53,8 +53,8 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         context.data(name)
     rows, records = [], []
     for recipient, donor in (
-        (contrasts[0].against, contrasts[1].against),
-        (contrasts[1].against, contrasts[0].against),
+        (contrasts[0].donor, contrasts[1].donor),
+        (contrasts[1].donor, contrasts[0].donor),
     ):
         config = SweepConfig(
             (recipient,),

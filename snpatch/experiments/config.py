@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
-from snpatch.schema import read
+from snpatch.names import ROLES
 from snpatch.sweeps.eval_config import EvalConfig, check_trusted, get_table, parse_eval_config, read_config_file
+from snpatch.utils.schema import read
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,25 @@ class Contrast:
     """Models whose activations are compared (Eq. 3).
 
     Attributes:
-        generator: The model that writes the completions.
-        against: The model that patches take activations from.
+        recipient: The model that is to be patched.
+        donor: The model whose activations are to be copied.
         prompts: Name of a prompt set.
+        generate_with: Who writes the completions, "recipient" or "donor".
     """
 
-    generator: str
-    against: str
+    recipient: str
+    donor: str
     prompts: str = "contrast"
+    generate_with: str = "recipient"
+
+    def __post_init__(self) -> None:
+        if self.generate_with not in ROLES:
+            raise SnpatchError(f"generate_with must be one of {', '.join(ROLES)}, got {self.generate_with!r}")
+
+    @property
+    def generator(self) -> str:
+        """Name of the model that writes the completions."""
+        return self.recipient if self.generate_with == "recipient" else self.donor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +65,7 @@ class ExperimentConfig(EvalConfig):
             raise SnpatchError("needs at least one judge, one recipient and one benchmark")
         models = [*self.recipients]
         for contrast in (*self.contrasts.values(), *self.seeds.values()):
-            models += [contrast.generator, contrast.against]
+            models += [contrast.recipient, contrast.donor]
             self.check_set(contrast.prompts, "a contrast")
         self.check_models(models)
         for name in self.benchmarks:
@@ -67,7 +79,7 @@ class ExperimentConfig(EvalConfig):
 
     @property
     def donor(self) -> str:
-        return self.safety.against
+        return self.safety.donor
 
     @property
     def cost(self) -> str:

@@ -15,10 +15,9 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.experiments.config import Contrast
 from snpatch.experiments.provenance import Provenance
-from snpatch.files import file_stem
 from snpatch.judges.factory import is_model_judge, open_judge
 from snpatch.judges.protocol import Judge
-from snpatch.patching.patch import Patch
+from snpatch.patching.patch import Patch, speaker
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 from snpatch.sampling import Sampling
@@ -30,6 +29,7 @@ from snpatch.sweeps.store import Store
 from snpatch.sweeps.sweep import SweepResult, ask, sweep
 from snpatch.sweeps.sweep_file import RankingSource, SweepSpec
 from snpatch.sweeps.texts import RESTARTS
+from snpatch.utils.files import file_stem
 from snpatch.utils.hashing import RANKING_VERSION, hash_json
 
 RANKINGS = "rankings"  # the folder's own for them
@@ -152,22 +152,22 @@ class ExperimentContext:
         """The prompts of a set."""
         return self.data(name).prompts
 
-    def ranking(self, contrast: Contrast | None = None, at: str = "emitted") -> Ranking:
+    def ranking(self, contrast: Contrast | None = None, positions: str = "completion") -> Ranking:
         """The ranking of a contrast (default: safety), from `out` where the very same one was made before."""
         contrast = contrast or self.config.safety
-        for model in (contrast.generator, contrast.against):
+        for model in (contrast.recipient, contrast.donor):
             self.model(model)
         self.data(contrast.prompts)
-        parts = _parts(contrast, at)
+        parts = _parts(contrast, positions)
         if parts not in self._rankings:
-            path, key = self.ranking_file(contrast, at), self._key(contrast, at)
-            self._rankings[parts] = _kept(path, key) or self._made(contrast, at, path, key)
+            path, key = self.ranking_file(contrast, positions), self._key(contrast, positions)
+            self._rankings[parts] = _kept(path, key) or self._made(contrast, positions, path, key)
         self._provenance.ranking(", ".join(parts), self._rankings[parts])
         return self._rankings[parts]
 
-    def ranking_file(self, contrast: Contrast, at: str = "emitted") -> Path:
+    def ranking_file(self, contrast: Contrast, positions: str = "completion") -> Path:
         """Where the ranking of a contrast is kept."""
-        return self.out / RANKINGS / f"{file_stem('-'.join(_parts(contrast, at)))}.safetensors"
+        return self.out / RANKINGS / f"{file_stem('-'.join(_parts(contrast, positions)))}.safetensors"
 
     def k(self, value: int | float, ranking: Ranking) -> int:
         """A number of neurons: an int as it is, a float as that share of the ranked ones."""
@@ -234,32 +234,35 @@ class ExperimentContext:
         """Of each patched or unpatched model on a text of the config: see sweeps.perplexity.measure."""
         read = self.data(text).text
         for patch in patches:
-            for model in (patch.recipient, *(c.donor for c in patch.clauses)) if isinstance(patch, Patch) else (patch,):
+            donors = [one.donor for one in patch.interventions] if isinstance(patch, Patch) else []
+            for model in (speaker(patch), *donors):
                 self.model(model)
         with self.progress(f"perplexity on {text}") as progress:
             return measure(self.engine, read, patches, window, bos_each_window=bos_each_window, progress=progress)
 
     def _named_ranking(self, name: str, source: str | RankingSource) -> Ranking:
         if isinstance(source, RankingSource):
-            return self.ranking(Contrast(source.generator, source.against, source.prompts), source.at)
+            contrast = Contrast(source.recipient, source.donor, source.prompts, source.generate_with)
+            return self.ranking(contrast, source.positions)
         ranking = Ranking.load(source, lambda: self.engine.geometry.shape)
         self.note_ranking(name, ranking)
         return ranking
 
-    def _key(self, contrast: Contrast, at: str) -> str:
+    def _key(self, contrast: Contrast, positions: str) -> str:
         """Names everything that the ranking hangs on."""
-        ids = self.engine.encode(self.prompts(contrast.prompts), contrast.generator)
-        models = [self.engine.fingerprint(name) for name in (contrast.generator, contrast.against)]
-        parts = [RANKING_VERSION, *models, at, ids, self.config.contrast_tokens]
+        ids = self.engine.encode(self.prompts(contrast.prompts), contrast.recipient)
+        models = [self.engine.fingerprint(name) for name in (contrast.recipient, contrast.donor)]
+        parts = [RANKING_VERSION, *models, contrast.generate_with, positions, ids, self.config.contrast_tokens]
         return hash_json(parts)
 
-    def _made(self, contrast: Contrast, at: str, path: Path, key: str) -> Ranking:
-        with self.progress(f"contrast of {contrast.generator} and {contrast.against}") as progress:
+    def _made(self, contrast: Contrast, positions: str, path: Path, key: str) -> Ranking:
+        with self.progress(f"contrast of {contrast.recipient} and {contrast.donor}") as progress:
             ranking = self.engine.contrast(
                 self.prompts(contrast.prompts),
-                contrast.generator,
-                contrast.against,
-                at=at,
+                contrast.recipient,
+                contrast.donor,
+                generate_with=contrast.generate_with,
+                positions=positions,
                 sampling=Sampling(max_tokens=self.config.contrast_tokens),
                 progress=progress,
             )
@@ -268,9 +271,10 @@ class ExperimentContext:
         return ranking
 
 
-def _parts(contrast: Contrast, at: str) -> tuple[str, ...]:
+def _parts(contrast: Contrast, positions: str) -> tuple[str, ...]:
     """What tells a ranking from the context's others."""
-    return contrast.generator, contrast.against, contrast.prompts, at
+    parts = contrast.recipient, contrast.donor, contrast.prompts, positions
+    return parts if contrast.generate_with == "recipient" else (*parts, "by donor")
 
 
 def _kept(path: Path, key: str) -> Ranking | None:

@@ -30,7 +30,7 @@ class Settings(GuardSettings):
 
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Label the generator's own answers, fit a guard on each set, try each on all."""
-    ranking, model = context.ranking(), context.model(context.config.safety.generator)
+    ranking, model = context.ranking(), context.model(context.config.safety.recipient)
     names = settings.prompts or context.config.benchmarks
     sets = {name: label_set(context, name, settings.harm_threshold) for name in names}
     ks = [context.k(value, ranking) for value in settings.k]

@@ -26,7 +26,7 @@ class Settings:
     text: str = "text"
     window: int = 4096
     k: tuple[int | float, ...] = (0, 20_000)
-    where: str | int = "all"
+    positions: str | int = "all"
     bos_each_window: bool | str = "auto"
     resamples: int = RESAMPLES
     confidence: float = CONFIDENCE
@@ -38,7 +38,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     points: list[tuple[str, int, Patch | str]] = []
     for recipient in context.config.recipients:
         for window in context.windows(settings.k, ranking):
-            points.append((recipient, window.hi, Patch(recipient, donor, ranking, window, settings.where)))
+            points.append((recipient, window.hi, Patch(recipient, donor, ranking, window, settings.positions)))
     points.append((donor, 0, donor))
     patches = [patch for *_, patch in points]
     found = context.perplexity(settings.text, patches, settings.window, settings.bos_each_window)

@@ -1,4 +1,4 @@
-"""Which positions tell: rankings over the prompt, its last token, emitted and emitting tokens, compared.
+"""Rankings over the prompt, its last token, the completion and the positions that predict it, compared.
 
 Both ways: how far they agree, and what patching the top k of each recovers.
 """
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from snpatch.experiments.common import agreement, sweep_report
 from snpatch.experiments.context import ExperimentContext
-from snpatch.names import POSITIONS
+from snpatch.names import CONTRAST_POSITIONS
 from snpatch.report.formatting import format_interval, format_percent, format_value
 from snpatch.report.report import Report, TableView
 
@@ -25,10 +25,13 @@ class Settings(sweep_report.SweepSettings):
 
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Rank by each kind of position, compare, patch."""
-    rankings = {at: context.ranking(at=at) for at in POSITIONS}
+    rankings = {positions: context.ranking(positions=positions) for positions in CONTRAST_POSITIONS}
     agreeing = agreement.build_agreement_report(context, "positions", rankings, settings, "kinds of positions")
-    config = sweep_report.build_sweep_config(context, settings, context.windows(settings.effect_k, rankings["emitted"]))
-    patched_at = {f"at {at}": ranking for at, ranking in rankings.items()}  # a position is no ranking's name
+    config = sweep_report.build_sweep_config(
+        context, settings, context.windows(settings.effect_k, rankings["completion"])
+    )
+    # A word for positions cannot be the name of a ranking.
+    patched_at = {f"at {positions}": ranking for positions, ranking in rankings.items()}
     result = context.sweep(settings.prompts or context.config.benchmarks[0], patched_at, context.cost, config)
     effects = sweep_report.build_sweep_report(result, "positions-effects")
     patched = [asdict(row) for row in result.rows if row.ranking is not None and row.control_seed is None]
@@ -39,7 +42,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         "mean cost": "mean",
         "effect": lambda row: format_percent(row["effect"]),
         "interval": lambda row: format_interval(row, "effect", format_percent),
-        "agreement with emitted at k": lambda row: _overlap(patched_at, row),
+        "agreement with completion at k": lambda row: _overlap(patched_at, row),
     }
     return Report(
         "positions",
@@ -52,4 +55,4 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
 
 
 def _overlap(rankings: dict, row: dict) -> str:
-    return format_value(rankings[row["ranking"]].overlap(rankings["at emitted"], row["hi"])) if row["hi"] else ""
+    return format_value(rankings[row["ranking"]].overlap(rankings["at completion"], row["hi"])) if row["hi"] else ""

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 from snpatch.data import Dataset
 from snpatch.engine import Engine
-from snpatch.environment import describe
+from snpatch.op import ops
 from snpatch.ranking.ranking import Ranking
+from snpatch.utils.environment import describe_environment
 
 
 class Provenance:
@@ -43,5 +44,11 @@ class Provenance:
         """All of it as JSON data, sorted by name; seconds: since it began."""
         used = {kind: dict(sorted(entries.items())) for kind, entries in self._used.items()}
         seconds = round(time.monotonic() - self._started, 1)
-        told = {"settings": dict(settings), **self._facts, "backend": self._backend, **used, **describe()}
+        told = {
+            "settings": dict(settings),
+            **self._facts,
+            "backend": self._backend,
+            **used,
+            **describe_environment(ops.implementations()),
+        }
         return told | {"seconds": seconds}

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from snpatch.engine.requests import Completion
 from snpatch.errors import EngineCrashedError, ReceiptError, SnpatchError, first_line
 from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
-from snpatch.requests import Completion
 from snpatch.sweeps import judging, sweep, texts
 from snpatch.sweeps.store import Store, Text
 from snpatch.sweeps.sweep_file import SweepSpec

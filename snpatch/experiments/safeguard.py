@@ -32,7 +32,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     """Fit a guard on one set, save it as guard.safetensors, and let it stand before both models on the others."""
     ranking, model, donor = (
         context.ranking(),
-        context.model(context.config.safety.generator),
+        context.model(context.config.safety.recipient),
         context.model(context.config.donor),
     )
     train = settings.train or context.config.benchmarks[0]

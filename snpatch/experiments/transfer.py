@@ -76,7 +76,7 @@ def _perplexities(context: ExperimentContext, settings: Settings, ranking: Ranki
     """Published window-mean perplexity of each row of the table."""
     patches: list[Patch | str] = []
     for recipient in context.config.recipients:
-        patches += [recipient, Patch(recipient, context.config.donor, ranking, k, settings.where)]
+        patches += [recipient, Patch(recipient, context.config.donor, ranking, k, settings.positions)]
     found = context.perplexity(settings.text, [*patches, context.config.donor], settings.window)
     return [one.window_mean for one in found]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
-from snpatch.schema import option
+from snpatch.utils.schema import option
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ from numpy.typing import ArrayLike
 from scipy.special import expit
 from torch import Tensor
 
-from snpatch import schema
 from snpatch.engine import Engine
+from snpatch.engine.base import Loaded
+from snpatch.engine.requests import Prompt
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
-from snpatch.files import read_tensors, write_tensors
 from snpatch.guard import fitting
 from snpatch.guard.config import GuardConfig
-from snpatch.loaded import Loaded
 from snpatch.ranking.ranking import Ranking
-from snpatch.requests import Prompt
-from snpatch.tensors import is_finite
+from snpatch.utils import schema
+from snpatch.utils.files import read_tensors, write_tensors
+from snpatch.utils.tensors import is_finite
 
 VECTORS = ("mean", "scale", "coefficients")
 MAX_NEURONS = 2**28  # of a model, in all layers: a hundred times those of the largest

@@ -1,6 +1,6 @@
 """lm-evaluation-harness on a patched model: its model class `snpatch`, and its command line with that class known.
 
-Why log-likelihoods are asked as prompt and completion: what `where` calls generated is then the text that a task
+Why log-likelihoods are asked as prompt and completion: what positions="completion" names is then the text that a task
 scores, so a patch covers the same positions whether an answer is written or only read.
 """
 
@@ -61,9 +61,9 @@ class SnpatchLM(TemplateLM):
 
         adapters=sft=SFT;dpo=SFT+DPO (name=folder, folders stacked in order; or a dict), checkpoint=dpo=CHECKPOINT and
         lora=dpo=LORA (models on a second set of weights, as adapters are given), recipient (default: base);
-        donor (a model, zero, mean:recipient, mean:donor, noise:N or scale:F), ranking (a file), k (or LO:HI) and where;
-        strength; max_gen_toks; chat_template_kwargs (JSON, as {"enable_thinking": false}, or a dict); and any argument
-        of Engine: backend, template, dtype, tensor_parallel_size, ...
+        donor (a model, zero, mean:recipient, mean:donor, noise:N or scale:F), ranking (a file), k (or LO:HI),
+        positions, strength; max_gen_toks; chat_template_kwargs (JSON, as {"enable_thinking": false}, or a dict);
+        and any argument of Engine: backend, template, dtype, tensor_parallel_size, ...
         lm-eval's --batch_size and --device are the engine's, too, but for their defaults, which mean the engine's own.
         """
         given = {name: _whole(value) for name, value in arg_dict.items() if value is not None}
@@ -213,16 +213,16 @@ def _models(given: dict) -> tuple[dict, dict]:
 def _patch(given: dict, shape: Shape) -> Patch | str:
     """Takes what makes a patch out of the model arguments."""
     recipient = str(given.pop("recipient", "base"))
-    donor, ranking, k, where = (given.pop(name, None) for name in ("donor", "ranking", "k", "where"))
+    donor, ranking, k, positions = (given.pop(name, None) for name in ("donor", "ranking", "k", "positions"))
     strength = given.pop("strength", 1.0)
     if donor is None:
-        if (ranking, k, where, strength) != (None, None, None, 1.0):
-            raise SnpatchError("model_args: ranking, k, where and strength need a donor")
+        if (ranking, k, positions, strength) != (None, None, None, 1.0):
+            raise SnpatchError("model_args: ranking, k, positions and strength need a donor")
         return recipient
     if ranking is None or k is None:
         raise SnpatchError("model_args: a donor needs ranking=FILE and k=")
-    place = "all" if where is None else str(where)
-    return spec.from_text(recipient, str(donor), ranking, str(k), place, strength=strength, shape=shape)
+    chosen = "all" if positions is None else str(positions)
+    return spec.from_text(recipient, str(donor), ranking, str(k), chosen, strength=strength, shape=shape)
 
 
 def _placed(batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None) -> dict:

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from snpatch.errors import SnpatchError
-from snpatch.files import read_state
 from snpatch.models.checkpoint_files import find_shards
-from snpatch.tensors import FLOATS, check_tensor
+from snpatch.utils.files import read_state
+from snpatch.utils.tensors import FLOATS, check_tensor
 
 ARCHITECTURES = ("LlamaModelForScore", "LlamaForScore")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # if there is no index

@@ -24,8 +24,8 @@ from snpatch.models.peft_files import (
     read_adapter_tensors,
     read_module_names,
 )
-from snpatch.tensors import FLOATS, check_tensor
 from snpatch.utils.hashing import hash_bytes
+from snpatch.utils.tensors import FLOATS, check_tensor
 
 MODULES = {"down_proj": "mlp.down_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
 IA3_FIELDS = ("target_modules", "exclude_modules", "feedforward_modules", "init_ia3_weights")

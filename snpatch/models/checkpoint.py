@@ -14,7 +14,7 @@ from snpatch.errors import SnpatchError, first_line, shown
 from snpatch.models.checkpoint_files import WEIGHT_PATTERNS, find_weight_files
 from snpatch.models.hub import resolve_revision
 from snpatch.models.pretrained import load_pretrained
-from snpatch.tensors import is_finite
+from snpatch.utils.tensors import is_finite
 
 TESTED_ARCHITECTURES = (
     "llama",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
-from snpatch.schema import parse_json
+from snpatch.utils.schema import parse_json
 
 CONFIG_FILE = "config.json"  # sizes, rotary base, epsilon of the norms: settings that change what weights compute
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")  # a checkpoint is the files of the first pattern that has any

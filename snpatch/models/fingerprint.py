@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
-from snpatch.files import write_text
 from snpatch.models.checkpoint_files import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
@@ -19,6 +18,7 @@ from snpatch.models.checkpoint_files import (
     find_weight_files,
 )
 from snpatch.models.hub import resolve_adapter_folder, resolve_model_folder
+from snpatch.utils.files import write_text
 from snpatch.utils.hashing import hash_bytes, hash_file, hash_json
 
 CACHE_FILE = "digests.json"

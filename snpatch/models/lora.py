@@ -26,7 +26,7 @@ from snpatch.models.peft_files import (
     read_adapter_tensors,
     read_module_names,
 )
-from snpatch.tensors import FLOATS, check_tensor, is_finite
+from snpatch.utils.tensors import FLOATS, check_tensor, is_finite
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # PEFT saves a copy of the embeddings together with a LoRA on lm_head, or if their sizes were changed.

@@ -12,10 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from snpatch.errors import SnpatchError, shown
-from snpatch.files import read_state
 from snpatch.models import sandbox
 from snpatch.models.checkpoint_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILES
-from snpatch.schema import parse_json
+from snpatch.utils.files import read_state
+from snpatch.utils.schema import parse_json
 
 MAX_TENSOR_NAME = 500  # characters: matching a name takes quadratic time
 # Fields of every PEFT config that say where an adapter comes from, not what it computes.

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from snpatch.errors import SnpatchError
-from snpatch.files import read_state
 from snpatch.models.checkpoint_files import SHARD_PATTERNS, find_shards, read_index
 from snpatch.models.hub import resolve_model_folder
+from snpatch.utils.files import read_state
 
 
 class CheckpointWeights:

@@ -1,15 +1,15 @@
-"""Patch: recipient + donor + ranking + window + where in the text it applies. The one place that says what a patch is.
+"""Patch: interventions on a recipient, each with donor, ranking, window, positions and strength.
 
-What names a patch by content, its JSON and the prefix cache's key all come from the fields of `Clause` and `Overwrite`
-(`content_of`), so that a further field is in all of them. Why everything is checked when a patch is made: a window past
-the ranking or a mean of the wrong shape would otherwise overwrite fewer neurons than the caller believes, and the text
-would not show it.
+The content hash of a patch, its JSON and the key of the prefix cache are made from the fields of `Intervention` and
+`Overwrite` (`content_of`), so a new field is part of all three. Everything is checked when a patch is made, because a
+window past the end of the ranking or a mean of the wrong shape would patch fewer neurons than the caller believes, and
+the completion would not show it.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import SnpatchError, shown
-from snpatch.files import read_tensors, write_tensors
 from snpatch.models.model import Model
-from snpatch.names import MODES, PLACES, SOURCES
+from snpatch.names import MODES, POSITIONS, SOURCES
 from snpatch.op.plan import NO_END
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
-from snpatch.tensors import FLOATS, check_tensor
+from snpatch.utils.files import read_tensors, write_tensors
+from snpatch.utils.tensors import FLOATS, check_tensor
 
 LARGEST = torch.finfo(torch.float32).max  # factors are float32 on the device
+ORDER = ". Arguments are (recipient, donor, ranking, window)"
 LARGEST_NORMAL = math.sqrt(48 * math.log(2))  # of the noise: reference.normal draws 24 bits
 
 
@@ -123,36 +124,36 @@ Source = Constant | Noise | Scale  # what can stand in a donor model's place
 
 
 @dataclass(frozen=True, eq=False)
-class Clause:
-    """One overwrite: at the chosen positions the neurons of a window become the donor's. Fields: see Patch."""
+class Intervention:
+    """One overwrite of a patch: at `positions`, the neurons of a window become the donor's. Fields: see Patch."""
 
     donor: str | Source
     ranking: Ranking
     window: Window | int | tuple[int, int]
-    where: str | int = "all"
+    positions: str | int = "all"
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window", Window.of(self.window))
         if not isinstance(self.ranking, Ranking):
-            raise SnpatchError(f"ranking: expected a Ranking, got {shown(self.ranking)}", field="ranking")
+            raise SnpatchError(f"ranking: expected a Ranking, got {shown(self.ranking)}{ORDER}", field="ranking")
         if not isinstance(self.donor, str | Source):
-            message = f"donor: expected a model's name, a Constant, Noise or Scale, got {shown(self.donor)}"
+            message = f"donor: expected a model's name, a Constant, Noise or Scale, got {shown(self.donor)}{ORDER}"
             raise SnpatchError(message, field="donor")
         if isinstance(self.donor, str) and (word := self.donor.partition(":")[0]) in SOURCES:
             message = f"donor {self.donor!r}: {word} is no model's name; in Python give a Constant, Noise or Scale"
             raise SnpatchError(message, field="donor")
+        object.__setattr__(self, "window", Window.of(self.window))
         if self.window.hi > len(self.ranking):
             raise SnpatchError(
                 f"window [{self.window.lo}, {self.window.hi}) reaches past the ranking's {len(self.ranking)} neurons",
                 field="window",
             )
-        is_position = isinstance(self.where, int) and abs(self.where) < NO_END
-        if not is_position and self.where not in PLACES:
-            message = f"where must be one of {', '.join(PLACES)} or a position, got {self.where!r}"
-            raise SnpatchError(message, field="where")
+        is_index = isinstance(self.positions, int) and abs(self.positions) < NO_END
+        if not is_index and self.positions not in POSITIONS:
+            message = f"positions must be one of {', '.join(POSITIONS)} or an index, got {self.positions!r}"
+            raise SnpatchError(message, field="positions")
         _check_factor(self.strength, "strength", field="strength")
-        object.__setattr__(self, "strength", float(self.strength))  # 1 and 1.0 are one content
+        object.__setattr__(self, "strength", float(self.strength))  # 1 and 1.0 have the same content
         if isinstance(self.donor, Scale):
             _check_factor(self.strength * (self.donor.factor - 1), "strength * (scale - 1)", field="strength")
         if isinstance(self.donor, Constant | Noise):
@@ -164,81 +165,130 @@ class Clause:
                 )
 
     def content(self, name_of: Callable[[str], str]) -> dict:
-        """The clause as JSON data, by content. name_of: what stands for a model of this name."""
-        found = {f.name: content_of(getattr(self, f.name)) for f in fields(Clause)}
-        return found | ({"donor": name_of(self.donor)} if isinstance(self.donor, str) else {})
+        """Return the intervention as JSON data. name_of: maps a model's name to what identifies the model."""
+        data = {f.name: content_of(getattr(self, f.name)) for f in fields(Intervention)}
+        return data | ({"donor": name_of(self.donor)} if isinstance(self.donor, str) else {})
 
     def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "Overwrite":
-        """What it does to a prompt of so many tokens. model_of: the model of a name."""
+        """Return what an executor does for a prompt of `prompt_length` tokens. model_of: maps a name to its Model."""
         source = model_of(self.donor) if isinstance(self.donor, str) else self.donor
-        return Overwrite(source, self.ranking, self.window, *self.positions(prompt_length), self.strength)
+        return Overwrite(source, self.ranking, self.window, *self.position_range(prompt_length), self.strength)
 
-    def positions(self, prompt_length: int) -> tuple[int, int]:
-        """The half-open range of positions that it covers in a request."""
-        if self.where == "prompt":
-            return 0, prompt_length
-        if self.where == "generated":
-            return prompt_length, NO_END
-        if self.where == "all":
-            return 0, NO_END
-        return (self.where if self.where >= 0 else max(0, prompt_length + self.where)), NO_END
+    def position_range(self, prompt_length: int) -> tuple[int, int]:
+        """Return the half-open range of positions that are patched in a request."""
+        if isinstance(self.positions, int):
+            return self.positions if self.positions >= 0 else max(0, prompt_length + self.positions), NO_END
+        return {
+            "all": (0, NO_END),
+            "prompt": (0, prompt_length),
+            "last_prompt_token": (prompt_length - 1, prompt_length),
+            "completion": (prompt_length, NO_END),
+            "completion_shifted": (prompt_length - 1, NO_END),
+        }[self.positions]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Patch:
-    """Overwrite the recipient's neurons of a window with the donor's, at the chosen positions.
+    """Interventions on one recipient: neurons of a window become the donor's at the chosen positions.
 
-    recipient: name of the model that speaks. donor: name of the model whose activations are copied, or a
-    Constant, Noise or Scale. window: Window, k for the top k, or (lo, hi). where: "all", "prompt", "generated", or
-    an int n: from position n on (negative: counted from the prompt's end, -1 is its last token). strength: a neuron
-    becomes (1 - strength) * the recipient's + strength * the donor's value: 1 is the paper's exact copy, more
-    amplifies what the donor changed, less than 0 reverses it. What is added (noise, constants) is multiplied by it.
-    then: further clauses, in order, each applied to what the ones before it left; of one donor model at most.
+    `Patch(recipient, donor, ranking, window, positions, strength)` makes one intervention,
+    `Patch(recipient, interventions=[...])` makes several. They are applied in order, each to the result of the
+    previous one, and name at most one donor model.
+
+    Args:
+        recipient: Name of the model that is patched and generates.
+        donor: Name of the model whose activations are copied, or a Constant, Noise or Scale.
+        ranking: Order of the neurons.
+        window: Ranks to patch: k for the top k, (lo, hi) or a Window.
+        positions: "all", "prompt", "last_prompt_token", "completion" (tokens of the completion),
+            "completion_shifted" (the positions that predict them), or an index n: from position n on. A negative n
+            counts from the end of the prompt, -1 is its last token.
+        strength: A neuron becomes (1 - strength) * the recipient's + strength * the donor's value. 1 is the paper's
+            exact copy, more amplifies the donor's change, less than 0 reverses it. Added donors (noise, constants of
+            mode "add") are multiplied by it.
+        interventions: All interventions, in place of the arguments from donor to strength.
+
+    Raises:
+        SnpatchError: An argument has another type, a window is longer than its ranking, or the interventions name two
+            donor models.
     """
 
     recipient: str
-    donor: str | Source
-    ranking: Ranking
-    window: Window | int | tuple[int, int]
-    where: str | int = "all"
-    strength: float = 1.0
-    then: tuple[Clause, ...] = ()
+    interventions: tuple[Intervention, ...]
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.recipient, str):
-            raise SnpatchError(f"recipient: expected a model's name, got {shown(self.recipient)}", field="recipient")
-        first = Clause(self.donor, self.ranking, self.window, self.where, self.strength)
-        object.__setattr__(self, "window", first.window)
-        object.__setattr__(self, "then", tuple(self.then))
-        object.__setattr__(self, "clauses", (first, *self.then))
-        donors = dict.fromkeys(clause.donor for clause in self.clauses if isinstance(clause.donor, str))
+    def __init__(
+        self,
+        recipient: str,
+        donor: str | Source | None = None,
+        ranking: Ranking | None = None,
+        window: Window | int | tuple[int, int] | None = None,
+        positions: str | int = "all",
+        strength: float = 1.0,
+        *,
+        interventions: Sequence[Intervention] = (),
+    ) -> None:
+        if not isinstance(recipient, str):
+            raise SnpatchError(f"recipient: expected a model's name, got {shown(recipient)}{ORDER}", field="recipient")
+        if not interventions:
+            interventions = [Intervention(donor, ranking, window, positions, strength)]
+        elif (donor, ranking, window, positions, strength) != (None, None, None, "all", 1.0):
+            raise SnpatchError("patch: expected either one donor, ranking and window, or interventions, got both")
+        for intervention in interventions:
+            if not isinstance(intervention, Intervention):
+                message = f"interventions: expected Intervention(donor, ranking, window), got {shown(intervention)}"
+                raise SnpatchError(message, field="interventions")
+        object.__setattr__(self, "recipient", recipient)
+        object.__setattr__(self, "interventions", tuple(interventions))
+        donors = dict.fromkeys(one.donor for one in self.interventions if isinstance(one.donor, str))
         if len(donors) > 1:
-            message = f"patch: its clauses name {len(donors)} donor models ({', '.join(donors)}): one can run"
-            raise SnpatchError(message, field="clauses")
-        shapes = {clause.ranking.shape for clause in self.clauses}
+            message = f"patch: its interventions name {len(donors)} donor models ({', '.join(donors)}): one can run"
+            raise SnpatchError(message, field="interventions")
+        shapes = {one.ranking.shape for one in self.interventions}
         if len(shapes) > 1:
             message = f"patch: its rankings are of different models: {', '.join(map(str, sorted(shapes)))}"
-            raise SnpatchError(message, field="clauses")
+            raise SnpatchError(message, field="interventions")
+
+    @property
+    def donor(self) -> str | Source:
+        """Donor of the first intervention; likewise `ranking`, `window`, `positions` and `strength`."""
+        return self.interventions[0].donor
+
+    @property
+    def ranking(self) -> Ranking:
+        return self.interventions[0].ranking
+
+    @property
+    def window(self) -> Window:
+        return self.interventions[0].window
+
+    @property
+    def positions(self) -> str | int:
+        return self.interventions[0].positions
+
+    @property
+    def strength(self) -> float:
+        return self.interventions[0].strength
 
     def content(self, name_of: Callable[[str], str]) -> dict:
-        """The patch as JSON data, by content. name_of: what stands for a model of this name."""
-        first, *then = (clause.content(name_of) for clause in self.clauses)
-        return {"recipient": name_of(self.recipient), **first, **({"clauses": then} if then else {})}
+        """Return the patch as JSON data. name_of: maps a model's name to what identifies the model."""
+        interventions = [one.content(name_of) for one in self.interventions]
+        parts = interventions[0] if len(interventions) == 1 else {"interventions": interventions}
+        return {"recipient": name_of(self.recipient), **parts}
 
     def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "tuple[Overwrite, ...]":
-        """What it does to a prompt of so many tokens, clause by clause. model_of: the model of a name."""
-        return tuple(clause.resolved(model_of, prompt_length) for clause in self.clauses)
+        """Return what an executor does for a prompt of `prompt_length` tokens. model_of: maps a name to its Model."""
+        return tuple(one.resolved(model_of, prompt_length) for one in self.interventions)
 
 
 def speaker(patch: Patch | str) -> str:
-    """The model that speaks under a patch, or unpatched."""
+    """Return the name of the model that generates under a patch, or unpatched."""
     return patch if isinstance(patch, str) else patch.recipient
 
 
 @dataclass(frozen=True, eq=False)
 class Overwrite:
-    """A clause as an executor applies it: at positions [start, stop) the window's neurons become `factors` of their
-    own and the source's values."""
+    """An intervention as an executor applies it: at positions [start, stop), the window's neurons become `factors` of
+    their own and the source's values."""
 
     source: Model | Source
     ranking: Ranking
@@ -255,8 +305,8 @@ class Overwrite:
         is_added = isinstance(self.source, Noise) or (isinstance(self.source, Constant) and self.source.mode == "add")
         return 1.0 if is_added else 1 - self.strength, self.strength
 
-    def positions(self, fed: int) -> int:
-        """How many of a text's first `fed` positions it covers."""
+    def num_positions(self, fed: int) -> int:
+        """Return how many of the first `fed` positions are patched."""
         return max(0, min(self.stop, fed) - self.start)
 
     @property

@@ -1,26 +1,25 @@
-"""Patches as text and as JSON: what a command line, a file or a client writes, and the Patch that it means.
+"""Patches as text and as JSON, as a command line, a file or a client writes them.
 
-The only place that knows these forms; what a patch is stands in patch.py. What its JSON may hold is what `PatchForm`
-declares: readers, errors and the JSON Schema are made of that.
+`PatchSchema` declares the JSON fields. Reader, errors and JSON Schema are made from it, so they cannot differ.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from snpatch import schema
 from snpatch.errors import SnpatchError, within
-from snpatch.names import SOURCES
-from snpatch.patching.patch import Clause, Constant, Noise, Patch, Scale, Source
+from snpatch.names import POSITIONS, SOURCES
+from snpatch.patching.patch import Constant, Intervention, Noise, Patch, Scale, Source
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.reading import Shape
 from snpatch.ranking.window import Window
-from snpatch.schema import option
+from snpatch.utils import schema
+from snpatch.utils.schema import option
 
-NOISE_SEED = 0  # where none is given
-NEEDED = ("donor", "ranking", "window")  # of every clause
+DEFAULT_NOISE_SEED = 0
+REQUIRED = ("donor", "ranking", "window")  # of each intervention
 DONORS = (
     "A model's name; `zero`, `mean:recipient`, `mean:donor` or `constant:NAME` (`add:` before one of these three adds "
     "it); `noise:N`, N standard deviations; or `scale:F`, the recipient's own times F."
@@ -29,26 +28,26 @@ RANKING, WINDOW = "Name of a ranking.", "k for its first k neurons, or [lo, hi].
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClauseForm:
-    """One clause as JSON has it."""
+class InterventionSchema:
+    """JSON fields of an intervention."""
 
     donor: str = field(metadata={"help": DONORS})
     ranking: str = field(metadata={"help": RANKING})
     window: int | tuple[int, int] = field(metadata={"help": WINDOW})
-    where: str | int = option("all", "all, prompt, generated, or a position to start from; -1: the prompt's last.")
+    positions: str | int = option("all", f"{', '.join(POSITIONS)}, or the index to start from (-1: last prompt token).")
     strength: float = option(1.0, "1: the donor's value, 0.5: half of each, 2: twice the difference, -1: its reverse.")
-    seed: int | None = option(None, "Of noise; 0 where it is left out.")
+    seed: int | None = option(None, "Seed of the noise. Default: 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchForm(ClauseForm):
-    """A patch as JSON has it. Without donor, ranking and window its clauses are all in `clauses`, or it has none."""
+class PatchSchema(InterventionSchema):
+    """JSON fields of a patch: those of one intervention, or a list of interventions, or neither (unpatched)."""
 
-    recipient: str = field(metadata={"help": "The model that speaks."})
+    recipient: str = field(metadata={"help": "Name of the model that is patched and generates."})
     donor: str | None = option(None, DONORS)
     ranking: str | None = option(None, RANKING)
     window: int | tuple[int, int] | None = option(None, WINDOW)
-    clauses: tuple[ClauseForm, ...] = option((), "Further clauses, in order, each on what the ones before it left.")
+    interventions: tuple[InterventionSchema, ...] = option((), "All interventions, in place of donor to seed.")
 
 
 @dataclass(frozen=True)
@@ -68,22 +67,23 @@ def from_text(
     donor: str,
     ranking: str | Path | None,
     window: str | None,
-    where: str,
+    positions: str,
     seed: int | None = None,
     strength: float = 1.0,
     shape: Shape = None,
 ) -> Patch:
-    """A patch from a command line's words. ranking, shape: see Ranking.load; donor, window, where: see below."""
+    """Return the patch that command-line options describe. ranking, shape: see Ranking.load."""
     if ranking is None or window is None:
         raise SnpatchError("a donor needs a ranking and a window (k)")
     loaded = Ranking.load(ranking, shape)
-    return Patch(recipient, donor_of(donor, loaded, seed), loaded, window_of(window), where_of(where), strength)
+    parsed = donor_of(donor, loaded, seed), loaded, window_of(window), parse_positions(positions)
+    return Patch(recipient, *parsed, strength)
 
 
 def table_of(text: str) -> dict:
     """A patch's JSON data from `recipient=sft,donor=dpo,ranking=safety,k=20000,...`, or from JSON.
 
-    `k` is the window, as k or LO:HI. Several clauses need JSON. Values are read, but not checked.
+    `k` is the window, as k or LO:HI. Several interventions need JSON. Values are read, but not checked.
     """
     if text.lstrip().startswith("{"):
         try:
@@ -101,33 +101,37 @@ def table_of(text: str) -> dict:
 
 
 def from_json(data: object, named: Named) -> Patch | str:
-    """What JSON data of `PatchForm`'s fields means: a patch, or the name of a model to run unpatched.
+    """What JSON data of `PatchSchema`'s fields means: a patch, or the name of a model to run unpatched.
 
     Every error has the field.
     """
-    return patch_of(schema.read(PatchForm, "patch", data), named)
+    return patch_of(schema.read(PatchSchema, "patch", data), named)
 
 
-def patch_of(form: PatchForm, named: Named) -> Patch | str:
-    """The patch that a form stands for, or the name of the model that it leaves unpatched."""
-    clauses = []
-    if any(getattr(form, name) is not None for name in NEEDED):
-        if missing := [name for name in NEEDED if getattr(form, name) is None]:
+def patch_of(form: PatchSchema, named: Named) -> Patch | str:
+    """Return the patch of a form, or the name of the model that runs unpatched."""
+    given = [name for name in REQUIRED if getattr(form, name) is not None]
+    given += [n for n in ("positions", "strength", "seed") if getattr(form, n) != getattr(InterventionSchema, n)]
+    if form.interventions:
+        if given:
+            message = f"patch: {given[0]}: expected in each of the interventions, got it next to them."
+            raise SnpatchError(message, field=given[0])
+        interventions = []
+        for index, part in enumerate(form.interventions):
+            with within(f"interventions.{index}"):
+                interventions.append(_intervention(part, named))
+        return Patch(form.recipient, interventions=interventions)
+    missing = [name for name in REQUIRED if name not in given]
+    if len(missing) < len(REQUIRED):
+        if missing:
             raise SnpatchError(f"patch: {', '.join(missing)} is missing", field=missing[0])
-        clauses.append(_clause(form, named))
-    for place, one in enumerate(form.clauses):
-        with within(f"clauses.{place}"):
-            clauses.append(_clause(one, named))
-    if not clauses:
-        for name in ("where", "strength", "seed"):
-            if getattr(form, name) != getattr(ClauseForm, name):
-                raise SnpatchError(f"patch: {name} needs a donor, a ranking and a window", field=name)
-        return form.recipient
-    first, *others = clauses
-    return Patch(form.recipient, *(getattr(first, f.name) for f in fields(Clause)), tuple(others))
+        return Patch(form.recipient, interventions=[_intervention(form, named)])
+    if given:
+        raise SnpatchError(f"patch: {given[0]} needs a donor, a ranking and a window", field=given[0])
+    return form.recipient
 
 
-def _clause(form: ClauseForm, named: Named) -> Clause:
+def _intervention(form: InterventionSchema, named: Named) -> Intervention:
     if form.ranking not in named.rankings:
         there = ", ".join(named.rankings) or "none"
         raise SnpatchError(f"patch: no ranking named {form.ranking!r}: there are {there}", field="ranking")
@@ -136,7 +140,7 @@ def _clause(form: ClauseForm, named: Named) -> Clause:
         window = Window.of(form.window)
     with within("donor"):
         donor = named.donor(form.donor, ranking, form.seed)
-    return Clause(donor, ranking, window, form.where, form.strength)
+    return Intervention(donor, ranking, window, form.positions, form.strength)
 
 
 def to_json(patch: Patch) -> dict:
@@ -169,7 +173,7 @@ def donor_of(
         return constants[argument]
     if kind == "noise" and argument:
         deviations = number_of(argument, float, "donor noise:N")
-        return Noise.of_std(ranking, deviations, seed=NOISE_SEED if seed is None else seed)
+        return Noise.of_std(ranking, deviations, seed=DEFAULT_NOISE_SEED if seed is None else seed)
     raise SnpatchError(f"donor {text!r}: {kind} is no model's name. Donors: {DONORS}")
 
 
@@ -181,8 +185,8 @@ def window_of(text: str) -> Window:
     return Window(number_of(lo, int, "a window"), number_of(hi, int, "a window"))
 
 
-def where_of(text: str) -> str | int:
-    """`all`, `prompt`, `generated`, or a position."""
+def parse_positions(text: str) -> str | int:
+    """Return the word or the index that a text gives; the Patch checks it."""
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
@@ -201,7 +205,7 @@ def _window_table(text: str) -> int | list[int]:
 
 _READ = {
     "window": _window_table,
-    "where": where_of,
+    "positions": parse_positions,
     "strength": lambda text: number_of(text, float, "strength"),
     "seed": lambda text: number_of(text, int, "seed"),
 }  # how a text gives a field that is no text

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from snpatch.data.file_reader import kind_of
 from snpatch.errors import SnpatchError
-from snpatch.files import read_checkpoint, read_tensors, write_tensors
 from snpatch.op.plan import UNRANKED
 from snpatch.ranking import controls
 from snpatch.ranking.methods import METHODS
 from snpatch.ranking.reading import NUMPY, TABLES, TORCH, Shape, array_of, read_neurons
 from snpatch.ranking.statistics import Statistics
 from snpatch.ranking.window import Window
-from snpatch.tensors import FLOATS, check_tensor, check_type, is_finite
+from snpatch.utils.files import read_checkpoint, read_tensors, write_tensors
+from snpatch.utils.tensors import FLOATS, check_tensor, check_type, is_finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -322,7 +322,7 @@ class Ranking:
             tuple(padded[0].shape),
             scores=padded[0],
             moments=dict(zip(names, padded[1:], strict=True)),
-            meta={"imported": Path(path).name, "at": "emitted"},
+            meta={"imported": Path(path).name, "positions": "completion"},
         )
 
     @cached_property

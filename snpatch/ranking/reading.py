@@ -16,7 +16,7 @@ from torch import Tensor
 from snpatch.data.file_reader import kind_of, read_rows
 from snpatch.data.source_row import SourceRow, list_columns
 from snpatch.errors import SnpatchError, first_line, shown
-from snpatch.files import read_checkpoint
+from snpatch.utils.files import read_checkpoint
 
 TORCH, NUMPY, TABLES = (".pt", ".pth", ".bin"), (".npy", ".npz"), (".csv", ".json", ".jsonl")
 FIELDS = {  # of a row, in any case

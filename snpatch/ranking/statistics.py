@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError
 from snpatch.op.reference import SUMS
-from snpatch.tensors import is_finite
+from snpatch.utils.tensors import is_finite
 
 
 @dataclass(eq=False)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
-from snpatch.files import file_stem, whole_file, write_text
 from snpatch.report.report import Report, Row
+from snpatch.utils.files import file_stem, whole_file, write_text
 
 
 def write_report(report: Report, folder: str | Path) -> list[Path]:

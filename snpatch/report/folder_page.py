@@ -17,10 +17,10 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.formatting import describe_score
 from snpatch.report.page import Page
-from snpatch.schema import parse_json
 from snpatch.sweeps.store import NAME, Store, describe_unfinished
 from snpatch.sweeps.sweep import Row
 from snpatch.sweeps.sweep_file import FILE, SweepSpec
+from snpatch.utils.schema import parse_json
 
 RANK_BINS = 50
 SWEEP_COLUMNS = tuple(f.name for f in fields(Row))

@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from snpatch.errors import SnpatchError
-from snpatch.files import write_text
+from snpatch.utils.files import write_text
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("dom.js", "plots.js", "completions.js", "page.js")

@@ -120,8 +120,8 @@ def _told(row: Row | None) -> tuple[str, float | None]:
 def _curve(published: str, config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
     """The headline, at the share of the neurons that 20000 are."""
     finding = numbers()["finding"]["curve"]
-    of, effect = _told(_nearest(config, measured, config.safety.generator, numbers()["share"][published]))
-    yield _row(finding, finding["what"], config.safety.generator, of, finding["value"], effect)
+    of, effect = _told(_nearest(config, measured, config.safety.recipient, numbers()["share"][published]))
+    yield _row(finding, finding["what"], config.safety.recipient, of, finding["value"], effect)
 
 
 def _full(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
@@ -152,14 +152,14 @@ def _guard(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row
     mine = [row for row in measured or () if row["features"] == "safety"]
     value = max(mine, key=lambda row: row["k"])["accuracy"] if mine else None
     for bound in ("least", "most"):
-        yield _row(finding, finding["what"], config.safety.generator, "", finding[bound], value, f"at {bound}")
+        yield _row(finding, finding["what"], config.safety.recipient, "", finding[bound], value, f"at {bound}")
 
 
 def _tax(config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:
     """What patching the shared neurons changes, in both directions."""
     tax = numbers()["alignment_tax"]
     for direction, objectives in TAX.items():
-        donor, recipient = (config.contrasts[o].against if o in config.contrasts else None for o in objectives)
+        donor, recipient = (config.contrasts[o].donor if o in config.contrasts else None for o in objectives)
         for judge, value in tax[direction].items():
             of = config.benchmarks[0] if judge == "cost" else "helpful"
             mine = [

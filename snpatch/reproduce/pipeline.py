@@ -16,15 +16,15 @@ from snpatch.data import DATASETS
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.experiments.config import Contrast, build_experiment_config
 from snpatch.experiments.context import RANKINGS, ExperimentContext, Progresses, silent
-from snpatch.files import write_text
 from snpatch.report import files
 from snpatch.reproduce import launching
 from snpatch.reproduce.inputs import Inputs
 from snpatch.reproduce.preset import SAFETY, Preset, Training, written
 from snpatch.reproduce.steps import Done, Step, Steps
-from snpatch.schema import load_table
 from snpatch.sweeps.sweep_file import engine_table
 from snpatch.training.settings import TrainSettings
+from snpatch.utils.files import write_text
+from snpatch.utils.schema import load_table
 
 CONFIG_FILE, OPTIONS = "experiment.toml", "options.json"
 ADAPTERS = "adapters"
@@ -238,13 +238,13 @@ class Pipeline:
         adapters, contrasts, seeds = {}, {}, {}
         for seed in training.seeds:
             sft, dpo = (self._folder(f"{kind}-{seed}") for kind in ("sft", "dpo"))
-            generator, against = (kind if seed == training.seeds[0] else f"{kind}-{seed}" for kind in ("sft", "dpo"))
-            adapters |= {generator: [sft], against: [sft, dpo]}
-            seeds[str(seed)] = {"generator": generator, "against": against}
+            recipient, donor = (kind if seed == training.seeds[0] else f"{kind}-{seed}" for kind in ("sft", "dpo"))
+            adapters |= {recipient: [sft], donor: [sft, dpo]}
+            seeds[str(seed)] = {"recipient": recipient, "donor": donor}
         contrasts[SAFETY] = seeds[str(training.seeds[0])]
         for objective in training.objectives:
             adapters[objective] = [*adapters["sft"], self._folder(objective)]
-            contrasts[objective] = {"generator": "sft", "against": objective}
+            contrasts[objective] = {"recipient": "sft", "donor": objective}
         return {**self.preset.config, "adapters": adapters, "contrasts": contrasts, "seeds": seeds}
 
     def _write_config(self) -> None:
@@ -290,7 +290,7 @@ class Pipeline:
             self.context.ranking(contrast)
             return Done(self.inputs.used_by_contrast(name, used.told({})), [self.context.ranking_file(contrast)])
 
-        return Step(step, run, f"change scores of {contrast.generator} and {contrast.against}")
+        return Step(step, run, f"change scores of {contrast.recipient} and {contrast.donor}")
 
     def _experiment(self, name: str) -> Done:
         context = self.context

@@ -10,13 +10,13 @@ from pathlib import Path
 from snpatch import experiments
 from snpatch.data.prompt_set import PromptSet
 from snpatch.errors import SnpatchError
-from snpatch.files import file_stem
 from snpatch.reproduce.paper import check_known
 from snpatch.reproduce.preset_file import FOLDER, read_preset
-from snpatch.schema import read, value_of
 from snpatch.sweeps.eval_config import check_trusted, get_table, parse_eval_config
 from snpatch.training.objectives import SFT, get_objective
 from snpatch.training.settings import DpoSettings, TrainSettings
+from snpatch.utils.files import file_stem
+from snpatch.utils.schema import read, value_of
 
 NAMES = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo")
 SAFETY = "safety"

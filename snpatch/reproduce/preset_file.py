@@ -7,8 +7,8 @@ wrote.
 from pathlib import Path
 
 from snpatch.errors import SnpatchError, shown
-from snpatch.schema import parse_toml
 from snpatch.sweeps.eval_config import NAMED_CONFIGS, get_table
+from snpatch.utils.schema import parse_toml
 
 FOLDER = Path(__file__).parent / "presets"
 KEYS = ("extends", "title", "published", "from_config", "experiments", "config", "training", "size")

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snpatch.experiments.common.summary import section
-from snpatch.files import write_text
 from snpatch.report import files
 from snpatch.report.formatting import escape_markdown, format_value
 from snpatch.report.report import Row
 from snpatch.reproduce.comparison import beside, differs
 from snpatch.reproduce.pipeline import ADAPTERS, Pipeline
+from snpatch.utils.files import write_text
 
 TABLE = "reproduction.csv"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
-from snpatch.files import write_text
+from snpatch.utils.files import write_text
 
 FILE = "steps.json"
 REPLACED = "replaced"  # where what a step had made goes when it is made anew

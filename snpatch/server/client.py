@@ -172,7 +172,7 @@ class PatchedClient:
     async def _predict_harm(self, generation: _Generation) -> float:
         guard = generation.context.guard
         prompts = [generation.request.prompt_ids]
-        (request,) = self.engine.requests.capturing(prompts, guard.model, guard.ranking, guard.k, "prompt_last")
+        (request,) = self.engine.requests.capturing(prompts, guard.model, guard.ranking, guard.k, "last_prompt_token")
         output = await self.engine.executor.output(request)
         return float(guard.probability(output.captured)[0])
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from snpatch import schema
 from snpatch.config import EngineConfig, place
 from snpatch.errors import SnpatchError
 from snpatch.judges.factory import REFUSAL, is_function_judge
 from snpatch.names import check_names
-from snpatch.schema import option
 from snpatch.trust import ENGINE, SERVER, check_arguments, refuse
+from snpatch.utils import schema
+from snpatch.utils.schema import option
 
 FILES = ("rankings", "constants", "guards")  # fields that map names to files
 ALWAYS_OPEN = ("/health", "/ping")  # routes that never need an API key
@@ -30,7 +30,7 @@ class ServeConfig:
         rankings: name -> file.
         constants: name -> file.
         guards: name -> file.
-        patches: name -> patch as in spec.PatchForm, optionally with `guard`, the name of a guard.
+        patches: name -> patch as in spec.PatchSchema, optionally with `guard`, the name of a guard.
         judges: name -> argument of snpatch.judges.open_judge.
         vllm_server: Flags of vLLM's HTTP server (port, api_key, tool_call_parser, ...).
     """

@@ -10,7 +10,7 @@ from contextlib import closing
 from math import ceil
 from pathlib import Path
 
-from snpatch.async_engine import AsyncEngine
+from snpatch.engine.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.engine_lifecycle import engine_dead_error

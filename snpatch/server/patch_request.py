@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from snpatch.guard.guard import Guard
 from snpatch.patching.patch import Patch, speaker
-from snpatch.patching.spec import PatchForm
-from snpatch.schema import option
+from snpatch.patching.spec import PatchSchema
+from snpatch.utils.schema import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchRequest(PatchForm):
+class PatchRequest(PatchSchema):
     """The object `snpatch` of a request."""
 
     guard: str | None = option(None, "Name of a guard that reads the prompt first and may refuse it.")

@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from snpatch import names, schema
-from snpatch.async_engine import AsyncEngine
+from snpatch import names
+from snpatch.engine.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, nearest, within
 from snpatch.guard.guard import Guard
 from snpatch.patching import spec
@@ -20,6 +20,7 @@ from snpatch.ranking.reading import Shape
 from snpatch.server.config import ServeConfig
 from snpatch.server.errors import NotFoundError
 from snpatch.server.patch_request import PatchContext, PatchRequest
+from snpatch.utils import schema
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RESERVED_NAMES = ("text", "image", "audio", "video")  # vLLM applies adapters of these names to messages with such parts
@@ -95,7 +96,7 @@ class PatchRegistry:
 
     def parse(self, table: object) -> PatchContext:
         """Return the context of a request's object `snpatch`, or raise with the field that is wrong."""
-        self._check_num_clauses(table)
+        self._check_num_interventions(table)
         request = schema.read(PatchRequest, "snpatch", table)
         return self._build(request).copy()
 
@@ -145,21 +146,21 @@ class PatchRegistry:
         namespace = _CachedNamespace({**self.rankings}, {**self.constants})
         self._build = lru_cache(CACHE_SIZE)(lambda request: self._build_context(request, namespace))
 
-    def _check_num_clauses(self, table: object) -> None:
-        """Raise for more clauses than a patch may have, before any is built."""
-        clauses = table.get("clauses") if isinstance(table, Mapping) else None
-        limit = self.engine.config.capacity.max_clauses
-        if isinstance(clauses, list) and (n := len(clauses) + ("donor" in table)) > limit:
+    def _check_num_interventions(self, table: object) -> None:
+        """Raise for more interventions than a patch may have, before any is built."""
+        interventions = table.get("interventions") if isinstance(table, Mapping) else None
+        limit = self.engine.config.capacity.max_interventions
+        if isinstance(interventions, list) and (n := len(interventions)) > limit:
             raise SnpatchError(
-                f"snpatch: expected at most {limit} clauses, got {n}. Start the server with --engine-arg "
-                f"max_clauses={n}.",
-                field="clauses",
+                f"snpatch: expected at most {limit} interventions, got {n}. Start the server with --engine-arg "
+                f"max_interventions={n}.",
+                field="interventions",
             )
 
     def _build_context(self, request: PatchRequest, namespace: spec.Named) -> PatchContext:
         """Build the patch of a request, or raise if the engine could never run it."""
         patch = spec.patch_of(request, namespace)
-        donors = [clause.donor for clause in getattr(patch, "clauses", ()) if isinstance(clause.donor, str)]
+        donors = [one.donor for one in getattr(patch, "interventions", ()) if isinstance(one.donor, str)]
         for field, name in (("recipient", request.recipient), *(("donor", name) for name in donors)):
             with within(field):
                 self.engine.requests.model(name)
@@ -184,7 +185,7 @@ class PatchRegistry:
         check_served_name(name, "a guard")
         guard, engine = Guard.load(file), self.engine
         guard.check_engine(engine)
-        capture = engine.requests.capturing([[0]], guard.model, guard.ranking, guard.k, "prompt_last")
+        capture = engine.requests.capturing([[0]], guard.model, guard.ranking, guard.k, "last_prompt_token")
         engine.executor.slots.check_request(capture[0])
         return guard
 
@@ -225,15 +226,16 @@ def _at_all_positions(patch: Patch | str) -> Patch | str:
     """Return the patch at all positions, which needs the same slots for every prompt."""
     if isinstance(patch, str):
         return patch
-    return replace(patch, where="all", then=tuple(replace(clause, where="all") for clause in patch.then))
+    everywhere = [replace(one, positions="all") for one in patch.interventions]
+    return Patch(patch.recipient, interventions=everywhere)
 
 
 def _without_defaults(form) -> Mapping:
     """Return a parsed request as its client could have written it."""
     table = {}
     for name, value in form.__dict__.items():
-        if name == "clauses":
-            value = [_without_defaults(clause) for clause in value]
+        if name == "interventions":
+            value = [_without_defaults(intervention) for intervention in value]
         if name == "recipient" or value not in (getattr(type(form), name, None), []):
             table[name] = list(value) if isinstance(value, tuple) else value
     return table

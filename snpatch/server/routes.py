@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from snpatch import __version__, schema
+from snpatch import __version__
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import versions
 from snpatch.server import uploads
@@ -20,6 +20,7 @@ from snpatch.server.patch_request import PatchRequest
 from snpatch.server.responses import EventStream
 from snpatch.server.state import ServerState
 from snpatch.server.sweep_endpoint import Sweep, SweepRequest
+from snpatch.utils import schema
 
 ROUTES = {  # what `GET /` answers
     "GET /v1/models": "models and patches, as OpenAI's clients list them",
@@ -109,7 +110,7 @@ def build_router(state: ServerState) -> APIRouter:
 
 def _limits(state: ServerState) -> dict:
     engine, capacity, config = state.engine, state.engine.config.capacity, state.config
-    sizes = ("streams", "max_adapters", "max_rankings", "max_constants", "max_clauses")
+    sizes = ("streams", "max_adapters", "max_rankings", "max_constants", "max_interventions")
     return {
         "context": engine.geometry.context,
         "layers": engine.geometry.n_layers,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from snpatch.async_engine import AsyncEngine
+from snpatch.engine.async_engine import AsyncEngine
 from snpatch.errors import OverflowedError, ServerBusyError, SnpatchError, SpoiledEngineError
 from snpatch.judges.protocol import Judge
 from snpatch.server.config import ServeConfig

@@ -13,18 +13,18 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from snpatch.data import question
+from snpatch.engine.requests import Completion
 from snpatch.errors import OverflowedError, ServerBusyError, SnpatchError, SpoiledEngineError, first_line, within
 from snpatch.executors.base import Request
 from snpatch.judges.protocol import score_all
 from snpatch.patching.patch import Patch, speaker
 from snpatch.ranking.window import Window
-from snpatch.requests import Completion
 from snpatch.sampling import Sampling
-from snpatch.schema import option
 from snpatch.server.errors import error_message
 from snpatch.server.state import ServerState
 from snpatch.statistics import Interval, causal_effect, interval, paired_p
 from snpatch.sweeps.sweep import PROMPTS, Row
+from snpatch.utils.schema import option
 
 MAX_CONCURRENT_SWEEPS = 4
 MAX_EXTRA_POINTS = 4  # points besides the windows: two unpatched models and the noise floor
@@ -41,14 +41,14 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRequest:
-    """Body of a sweep request. Fields without help are those of spec.PatchForm."""
+    """Body of a sweep request. Fields without help are those of spec.PatchSchema."""
 
     recipient: str
     donor: str
     ranking: str
     windows: tuple[int | tuple[int, int], ...]
     prompts: tuple[str | tuple[Message, ...], ...]
-    where: str | int = "all"
+    positions: str | int = "all"
     strength: float = 1.0
     seed: int | None = None
     judge: str = option("refusal", "Name of a judge of the server.")
@@ -223,7 +223,7 @@ class Sweep:
     def _build_points(self) -> list[_Point]:
         """Return the unpatched models, the noise floor, and each window."""
         request, state = self._request, self._state
-        shared = {n: getattr(request, n) for n in ("recipient", "donor", "ranking", "where", "strength", "seed")}
+        shared = {n: getattr(request, n) for n in ("recipient", "donor", "ranking", "positions", "strength", "seed")}
         patches = []
         for index, window in enumerate(request.windows):
             try:
@@ -235,8 +235,8 @@ class Sweep:
         if request.donor in state.engine.models:
             points.append(_Point(request.donor))
         largest_window = Window(0, max(patch.window.hi for patch in patches))
-        points.append(_Point(replace(patches[0], window=0), ZERO_NEURONS))
-        self_patch = replace(patches[0], donor=request.recipient, window=largest_window, strength=1.0)
+        points.append(_Point(_changed(patches[0], window=0), ZERO_NEURONS))
+        self_patch = _changed(patches[0], donor=request.recipient, window=largest_window, strength=1.0)
         try:
             state.engine.executor.slots.check_request(state.engine.requests.patched([0], self_patch))
             points.append(_Point(self_patch, SELF_PATCH))
@@ -360,3 +360,9 @@ def _interval_columns(name: str, value: Interval) -> dict[str, float | None]:
 
 def _format_event(name: str, **data) -> str:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def _changed(patch: Patch, **fields) -> Patch:
+    """Return a patch of one intervention with other fields."""
+    (intervention,) = patch.interventions
+    return Patch(patch.recipient, interventions=[replace(intervention, **fields)])

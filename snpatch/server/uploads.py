@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 
 from snpatch.errors import SnpatchError, first_line
-from snpatch.files import check_writable, open_regular, whole_file, write_text
 from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.errors import InternalError, NameConflictError, PayloadTooLargeError
 from snpatch.server.registry import PatchRegistry, check_served_name, describe, load_ranking
+from snpatch.utils.files import check_writable, open_regular, whole_file, write_text
 
 LOADERS = {"rankings": load_ranking, "constants": Constant.load}
 MAX_UPLOADED_NAMES = 64  # rankings and constants together

@@ -7,7 +7,7 @@ from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 from snpatch.ranking.window import CONTROLS, Window
 from snpatch.sampling import GREEDY, Sampling
-from snpatch.schema import option
+from snpatch.utils.schema import option
 
 
 def check_texts(sampling: Sampling, where: str) -> None:
@@ -34,7 +34,9 @@ class SweepConfig:
     controls: int = option(3, "Random controls of each ranking.", min=0)
     control_kind: str = option("per_layer", "per_layer, last_layer or everywhere.")
     disjoint: bool = True
-    where: str | int = option("all", "all, prompt, generated, or a position to start from.")
+    positions: str | int = option(
+        "all", "all, prompt, last_prompt_token, completion, completion_shifted, or a position to start from."
+    )
     sampling: Sampling = GREEDY
     samples: int = option(1, "Texts of each prompt, which need a temperature; their scores are averaged.", min=1)
     resamples: int = RESAMPLES

@@ -13,8 +13,8 @@ from snpatch.errors import SnpatchError
 from snpatch.judges.factory import is_function_judge
 from snpatch.names import BASE, check_names
 from snpatch.sampling import CONTRAST, GREEDY
-from snpatch.schema import parse_toml, read
 from snpatch.trust import ENGINE, check_arguments, refuse
+from snpatch.utils.schema import parse_toml, read
 
 NAMED_CONFIGS = {"demo": Path(__file__).parents[1] / "demo" / "model" / "experiment.toml"}
 """Experiment configs that ship with the package. `snpatch reproduce` makes those of the paper's models."""

@@ -59,7 +59,7 @@ def minimal(
     if layers is not None and layers < 1:
         raise SnpatchError(f"minimal: blocks must have at least one layer, got {layers}")
     check_names(rankings, "a ranking")
-    how = {"where": config.where, "strength": strength}
+    how = {"positions": config.positions, "strength": strength}
     with Store(store) if not isinstance(store, Store) else nullcontext(store) as kept:
         scorer = _Scorer(engine, prompts, judge, config, kept, progress)
         scores = {model: scorer.of_all(model) for model in config.models}

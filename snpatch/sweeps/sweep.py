@@ -291,7 +291,7 @@ def points_of(rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[lis
             for recipient in config.recipients:
                 for donor in (one for one in config.donors if one != recipient):
                     for strength in config.strengths:
-                        how = {"where": config.where, "strength": strength}
+                        how = {"positions": config.positions, "strength": strength}
                         patch = Patch(recipient, donor, ranking, window, **how)
                         points.append(Point(recipient, patch, name, None, window))
                         for seed, control in enumerate(controls):

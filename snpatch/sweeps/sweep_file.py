@@ -6,7 +6,7 @@ Paths in it are relative to its folder.
 
     [rankings]
     safety = "safety.safetensors"   # a file, or models to contrast:
-    fresh = { generator = "sft", against = "dpo", prompts = "contrast" }
+    fresh = { recipient = "sft", donor = "dpo", prompts = "contrast" }
 
     [sweep]                         # SweepConfig's fields
     recipients = ["base", "sft"]
@@ -27,12 +27,10 @@ from typing import Self
 
 from snpatch.config import EngineConfig, place
 from snpatch.errors import SnpatchError
-from snpatch.files import write_text
 from snpatch.names import check_names
 from snpatch.patching.spec import window_of
 from snpatch.ranking.window import Window
 from snpatch.sampling import Sampling
-from snpatch.schema import load_table, read, value_of
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.eval_config import (
     ENGINE_KEYS,
@@ -42,6 +40,8 @@ from snpatch.sweeps.eval_config import (
     load_eval_config,
     parse_eval_config,
 )
+from snpatch.utils.files import write_text
+from snpatch.utils.schema import load_table, read, value_of
 
 FILE = "spec.json"  # beside a sweep's results
 
@@ -50,10 +50,11 @@ FILE = "spec.json"  # beside a sweep's results
 class RankingSource:
     """Models to contrast, see engine.contrast; prompts: a set of the file."""
 
-    generator: str
-    against: str
+    recipient: str
+    donor: str
     prompts: str
-    at: str = "emitted"
+    positions: str = "completion"
+    generate_with: str = "recipient"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class SweepSpec(EvalConfig):
         named = list(self.plan.models)
         for name, source in self.rankings.items():
             if isinstance(source, RankingSource):
-                named += [source.generator, source.against]
+                named += [source.recipient, source.donor]
                 self.check_set(source.prompts, f"rankings.{name}")
         self.check_models(named)
         for name in self.swept:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from snpatch.data import Chat, question
 from snpatch.engine import Engine
+from snpatch.engine.requests import Completion
 from snpatch.errors import EngineCrashedError, ReceiptError, SnpatchError, SpoiledEngineError
 from snpatch.executors.base import Progress, Request
 from snpatch.judges.protocol import BrokenJudgeError
-from snpatch.patching.patch import Clause, Patch, digest_of
-from snpatch.requests import Completion
+from snpatch.patching.patch import Intervention, Patch, digest_of
 from snpatch.sampling import Sampling
 from snpatch.sweeps.config import check_texts
 from snpatch.sweeps.store import Store, Text, state_of
@@ -209,13 +209,13 @@ def _content(engine: Engine, patch: Patch | str) -> dict:
     }
     if isinstance(patch, str):
         return content
-    return content | {"clauses": [_clause(engine, clause) for clause in patch.clauses if len(clause.window)]}
+    return content | {"interventions": [_content_of(engine, one) for one in patch.interventions if len(one.window)]}
 
 
-def _clause(engine: Engine, clause: Clause) -> dict:
-    content = clause.content(engine.fingerprint)
+def _content_of(engine: Engine, intervention: Intervention) -> dict:
+    content = intervention.content(engine.fingerprint)
     del content["ranking"], content["window"]  # their order within a window is nothing to a text
-    return content | {"neurons": clause.ranking.window_fingerprint(clause.window)}
+    return content | {"neurons": intervention.ranking.window_fingerprint(intervention.window)}
 
 
 def text_of(completion: Completion) -> Text:

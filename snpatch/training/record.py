@@ -15,15 +15,16 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from snpatch.data.dataset import TrainingRows
-from snpatch.environment import describe
 from snpatch.errors import SnpatchError
-from snpatch.files import check_writable, write_text
 from snpatch.models.fingerprint import fingerprint_adapter, fingerprint_checkpoint, fingerprint_tokenizer_files
 from snpatch.models.hub import resolve_model_folder
+from snpatch.op import ops
 from snpatch.report import files
 from snpatch.report.report import Report, TableView
 from snpatch.training.row_filters import RowStats, count_dropped
 from snpatch.training.settings import TrainSettings
+from snpatch.utils.environment import describe_environment
+from snpatch.utils.files import check_writable, write_text
 
 RECORD = "training"  # OUT/training.json marks a finished training
 CHECKPOINTS, INPUTS_FILE, LOCK = "checkpoints", "inputs.json", "lock"
@@ -187,7 +188,7 @@ def _build_report(inputs: dict, data: Sequence[Mapping], figures: dict, stats: R
     columns = [name for name in figures if name not in ("dropped", "unchanged_parameters")]
     displays = (TableView.from_rows([figures], {name: name for name in columns}),)
     source = {"source": data.source} if isinstance(data, TrainingRows) else {}
-    provenance = {"inputs": inputs, "figures": figures, **source, **describe()}
+    provenance = {"inputs": inputs, "figures": figures, **source, **describe_environment(ops.implementations())}
     return Report(
         RECORD, {RECORD: table}, {RECORD: plot(table)}, displays, [*headline, *stats.summary_lines], provenance
     )

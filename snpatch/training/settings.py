@@ -7,7 +7,7 @@ those of its published scripts; the learning rate of full DPO is Tulu 2's.
 from dataclasses import dataclass, fields
 
 from snpatch.errors import SnpatchError
-from snpatch.schema import option
+from snpatch.utils.schema import option
 
 METHODS = ("ia3", "lora", "full")
 TEMPLATES = ("tulu", "tokenizer")

@@ -54,7 +54,7 @@ def spec_of(tmp_path, prompts, ranking, **sweep):
         "model": MODEL, "adapters": adapters, "template": "tulu", "engine": {"backend": "transformers"},
         "sets": {"few": {"source": str(prompts), "first": 2}, "more": {"source": str(prompts), "first": 3}},
         "judges": {"cost": {"source": JUDGE}, "refused": {"source": "refusal"}},
-        "rankings": {"safety": str(ranking), "own": {"generator": "sft", "against": "dpo", "prompts": "few"}},
+        "rankings": {"safety": str(ranking), "own": {"recipient": "sft", "donor": "dpo", "prompts": "few"}},
         "contrast_tokens": 4, "sampling": {"max_tokens": 3},
         "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, "10:70"], "strengths": [1, 0.5],
                   "controls": 1, **sweep},

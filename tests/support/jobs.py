@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from snpatch import Constant, Noise, Patch, Ranking, Sampling, Scale
+from snpatch import Constant, Intervention, Noise, Patch, Ranking, Sampling, Scale
 
 SHAPE = (tiny.LAYERS, tiny.NEURONS)
 ALL = tiny.LAYERS * tiny.NEURONS
@@ -38,13 +38,13 @@ class Job:
     recipient: str
     donor: str | torch.Tensor | None = None  # a model, a constant's values, or a noise's deviations
     window: tuple[int, int] = (0, 0)
-    where: str | int = "all"
+    positions: str | int = "all"
     order: int = 0
     seed: int | None = None  # of noise
     strength: float = field(default=1.0, kw_only=True)
     mode: str = field(default="replace", kw_only=True)  # of a constant
     factor: float | None = field(default=None, kw_only=True)  # the donor is the own value times this
-    then: "tuple[Job, ...]" = field(default=(), kw_only=True)  # further clauses: prompt and recipient are this one's
+    further: "tuple[Job, ...]" = field(default=(), kw_only=True)  # interventions on the same prompt and recipient
     suffix: str = field(default="", kw_only=True)  # of adapter names
 
     @property
@@ -65,11 +65,12 @@ class Job:
             donor = Noise(self.donor, seed=self.seed)
         else:
             donor = self.donor + self.suffix if isinstance(self.donor, str) else Constant(self.donor, self.mode)
-        then = [one.within(self).patch.clauses[0] for one in self.then]
-        return Patch(self.speaker, donor, RANKINGS[self.order], self.window, self.where, self.strength, then)
+        own = Intervention(donor, RANKINGS[self.order], self.window, self.positions, self.strength)
+        further = [one.within(self).patch.interventions[0] for one in self.further]
+        return Patch(self.speaker, interventions=[own, *further])
 
     def within(self, job: "Job") -> "Job":
-        """A further clause of a job as a job of its own."""
+        """Return a further intervention as a job of its own."""
         return replace(self, prompt=job.prompt, recipient=job.recipient)
 
     @property
@@ -78,11 +79,11 @@ class Job:
 
     @property
     def span(self) -> tuple[int, int]:
-        """Patched positions [start, stop), by the definition of `where`."""
+        """Patched positions [start, stop), by the definition of `positions`."""
         n = len(self.ids)
-        if isinstance(self.where, int):
-            return (self.where if self.where >= 0 else n + self.where), 10**6
-        return {"all": (0, 10**6), "prompt": (0, n), "generated": (n, 10**6)}[self.where]
+        if isinstance(self.positions, int):
+            return (self.positions if self.positions >= 0 else n + self.positions), 10**6
+        return {"all": (0, 10**6), "prompt": (0, n), "completion": (n, 10**6)}[self.positions]
 
     def oracle(self, made) -> tuple[oracle.Model, oracle.Patch | None]:
         recipient = oracle.model(*made.of[self.speaker])
@@ -100,7 +101,7 @@ class Job:
         keep, take = 1.0 if is_added else 1 - self.strength, self.strength
         if self.factor is not None:
             keep = 1 - self.strength + self.strength * self.factor
-        then = tuple(one.within(self).oracle(made)[1] for one in self.then)
+        then = tuple(one.within(self).oracle(made)[1] for one in self.further)
         return recipient, oracle.Patch(mask, **values, start=start, stop=stop, keep=keep, take=take, then=then)
 
     def overwrites(self, written: int) -> int:
@@ -108,7 +109,7 @@ class Job:
         start, stop = self.span
         positions = max(0, min(stop, len(self.ids) + written - 1) - start)
         own = (self.window[1] - self.window[0]) * positions if self.is_patched else 0
-        return own + sum(one.within(self).overwrites(written) for one in self.then)
+        return own + sum(one.within(self).overwrites(written) for one in self.further)
 
 
 JOBS = [
@@ -120,14 +121,14 @@ JOBS = [
     Job(5, "base", "dpo", (0, 150), order=1),
     Job(6, "base", "dpo", (0, ALL)),
     Job(7, "sft", "dpo", (0, 200), "prompt"),
-    Job(0, "base", "dpo", (0, 200), "generated", order=1),
+    Job(0, "base", "dpo", (0, 200), "completion", order=1),
     Job(2, "sft", "dpo", (0, 200), -2),
     Job(4, "base", "dpo", (0, 200), 3),
     Job(1, "dpo"),
     Job(3, "base", torch.zeros(SHAPE), (0, 40)),
     Job(6, "sft", VALUES, (10, 60), order=1),
     Job(7, "dpo", 0.2 * VALUES.abs(), (0, 60), seed=7),
-    Job(5, "base", VALUES, (0, 60), "generated"),
+    Job(5, "base", VALUES, (0, 60), "completion"),
 ]
 
 
@@ -137,7 +138,7 @@ RICHER = [
     Job(4, "base", "dpo", (20, 120), order=1, strength=1.5),
     Job(0, "base", "dpo", (0, 90), strength=-0.5),
     Job(3, "sft", 0.5 * VALUES, (0, 80), mode="add"),
-    Job(6, "base", VALUES, (0, 80), "generated", strength=0.25),
+    Job(6, "base", VALUES, (0, 80), "completion", strength=0.25),
     Job(7, "sft", 0.2 * VALUES.abs(), (0, 60), seed=3, strength=2.0),
     Job(5, "dpo", None, (0, 100), factor=1.75),
     Job(1, "base", None, (10, 200), factor=0.0),
@@ -150,20 +151,24 @@ SAME_SET = [
     Job(3, "tuned", "dpo", (0, 120)),
     Job(6, "dpo", "tuned", (20, 90)),
     Job(4, "dpo", "dpo", (0, 50)),
-    Job(0, "sft", "base", (0, 200), "generated"),
+    Job(0, "sft", "base", (0, 200), "completion"),
     Job(1, "tuned", "sft", (0, ALL)),
 ]
 
-# Several clauses: a constant beside the donor, windows that overlap, other places, noise, scaling of what was copied.
-CLAUSES = [
-    Job(2, "sft", "dpo", (0, 90), then=(Job(0, "", VALUES, (60, 140), order=1),)),
-    Job(0, "base", "dpo", (0, 60), "prompt", then=(Job(0, "", "dpo", (60, 200), "generated", strength=0.5),)),
-    Job(4, "sft", 0.2 * VALUES.abs(), (0, 50), seed=5, then=(Job(0, "", "dpo", (20, 80), order=1),)),
+# Several interventions: a constant and a donor, windows that overlap, other positions, noise, a scaled copy.
+SEVERAL = [
+    Job(2, "sft", "dpo", (0, 90), further=(Job(0, "", VALUES, (60, 140), order=1),)),
+    Job(0, "base", "dpo", (0, 60), "prompt", further=(Job(0, "", "dpo", (60, 200), "completion", strength=0.5),)),
+    Job(4, "sft", 0.2 * VALUES.abs(), (0, 50), seed=5, further=(Job(0, "", "dpo", (20, 80), order=1),)),
     Job(
-        7, "base", "dpo", (0, 80), then=(Job(0, "", None, (0, 80), factor=2.0), Job(0, "", VALUES, (0, 9), mode="add"))
+        7,
+        "base",
+        "dpo",
+        (0, 80),
+        further=(Job(0, "", None, (0, 80), factor=2.0), Job(0, "", VALUES, (0, 9), mode="add")),
     ),
-    Job(3, "dpo", "sft", (0, 0), then=(Job(0, "", "sft", (0, 150), -2, strength=1.5), Job(0, "", VALUES, (5, 5)))),
-    Job(6, "base", VALUES, (0, 40), 3, then=(Job(0, "", torch.zeros(SHAPE), (30, 70), order=1),)),
+    Job(3, "dpo", "sft", (0, 0), further=(Job(0, "", "sft", (0, 150), -2, strength=1.5), Job(0, "", VALUES, (5, 5)))),
+    Job(6, "base", VALUES, (0, 40), 3, further=(Job(0, "", torch.zeros(SHAPE), (30, 70), order=1),)),
 ]
 
 
@@ -194,8 +199,10 @@ def assert_as_the_oracle(made, jobs, completions):
 
 
 def assert_read_as_written(engine, made, jobs):
-    """The oracle's texts, given as completions, have the log-probabilities of their writing; `where` tells them from
-    prompts; every token but a wrong last one is greedy."""
+    """Compare logprobs of the oracle's texts, given as completions, with those of their generation.
+
+    `positions` distinguishes completions from prompts. Every token but a wrong last one is greedy.
+    """
     texts = [told(made, job) for job in jobs]
     wrong = [[*text.ids[:-1], (text.ids[-1] + 1) % 90 + 10] for text in texts]
     prompts, patches = [job.ids for job in jobs], [job.patch for job in jobs]
@@ -223,19 +230,19 @@ def assert_ranking(ranking, want, order: bool = True):
 
 def assert_ranked_alone(ranking, model):
     """By the size of one model's own activations, with its moments and nobody else's."""
-    want = oracle.contrast(model, model, forced("emitted"))
+    want = oracle.contrast(model, model, forced("completion"))
     size = (want["recipient_mean"].square() + want["recipient_std"].square() * (1 - 1 / want["tokens"])).sqrt()
     assert (ranking.scores - size).abs().max() <= 1e-5 * size.max()
     assert ranking.moments.keys() == {"recipient_mean", "recipient_std"}
     for name, moment in ranking.moments.items():
         assert (moment - want[name]).abs().max() <= 1e-5 * want[name].abs().max()
-    assert ranking.meta["against"] is None
+    assert ranking.meta["donor"] is None
 
 
-def forced(at: str) -> list[tuple[list[int], list[int]]]:
-    """COMPLETIONS after their prompts, with the positions that `at` names."""
+def forced(positions: str) -> list[tuple[list[int], list[int]]]:
+    """COMPLETIONS after their prompts, with the positions that `positions` names."""
     return [
-        (prompt + text, oracle.scored_positions(at, len(prompt), len(text)))
+        (prompt + text, oracle.scored_positions(positions, len(prompt), len(text)))
         for prompt, text in zip(IDS, COMPLETIONS, strict=True)
     ]
 

@@ -198,14 +198,14 @@ def contrast(recipient: Model, donor: Model, texts: list[tuple[list[int], list[i
     }
 
 
-def scored_positions(at: str, prompt: int, written: int) -> list[int]:
-    """The positions that `at` names, of a prompt of `prompt` tokens and `written` tokens without an EOS."""
+def scored_positions(positions: str, prompt: int, written: int) -> list[int]:
+    """The positions that `positions` names, of a prompt of `prompt` tokens and `written` tokens without an EOS."""
     return {
-        "emitted": list(range(prompt, prompt + written)),
-        "emitting": list(range(prompt - 1, prompt - 1 + written)),
+        "completion": list(range(prompt, prompt + written)),
+        "completion_shifted": list(range(prompt - 1, prompt - 1 + written)),
         "prompt": list(range(prompt)),
-        "prompt_last": [prompt - 1],
-    }[at]
+        "last_prompt_token": [prompt - 1],
+    }[positions]
 
 
 def mask_of(order: list[tuple[int, int]], shape: tuple[int, int]) -> Tensor:

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from jobs import CLAUSES, IDS, JOBS, RANKINGS, RICHER, SHAPE, VALUES, Job
+from jobs import IDS, JOBS, RANKINGS, RICHER, SEVERAL, SHAPE, VALUES, Job
 from served import Server
 
 from snpatch import Constant, Engine, Guard, Sampling
 from snpatch.guard.config import GuardConfig
 
 SMALL_ENGINE = ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "64", "--block-size", "32"]
-CAPACITY_OPTIONS = ["--engine-arg", "max_clauses=3", "--engine-arg", "max_rankings=4"]
+CAPACITY_OPTIONS = ["--engine-arg", "max_interventions=3", "--engine-arg", "max_rankings=4"]
 CONSTANTS = {"values": VALUES, "half": 0.5 * VALUES, "zeros": torch.zeros(SHAPE)}
 SAFE = {"recipient": "sft", "donor": "dpo", "ranking": "first", "window": 60}
 WORDS = "bala bama bana bara"  # of the tiny model's language
@@ -24,11 +24,11 @@ def patch_json(job: Job) -> dict:
     """Return a job as the object `snpatch` of a request."""
     if not job.is_patched:
         return {"recipient": job.recipient}
-    first, *others = (_clause(one) for one in (job, *job.then))
-    return {"recipient": job.recipient, **first, **({"clauses": others} if others else {})}
+    first, *others = (_intervention(one) for one in (job, *job.further))
+    return {"recipient": job.recipient, **({"interventions": [first, *others]} if others else first)}
 
 
-def _clause(job: Job) -> dict:
+def _intervention(job: Job) -> dict:
     donor = job.donor
     if job.factor is not None:
         donor = f"scale:{job.factor}"
@@ -36,10 +36,16 @@ def _clause(job: Job) -> dict:
         name = next(name for name, values in CONSTANTS.items() if torch.equal(values, donor))
         donor = f"{'add:' if job.mode == 'add' else ''}constant:{name}"
     ranking = ("first", "second")[job.order]
-    return {"donor": donor, "ranking": ranking, "window": [*job.window], "where": job.where, "strength": job.strength}
+    return {
+        "donor": donor,
+        "ranking": ranking,
+        "window": [*job.window],
+        "positions": job.positions,
+        "strength": job.strength,
+    }
 
 
-SERVED = [job for job in (*JOBS, *RICHER, *CLAUSES) if not any(one.seed is not None for one in (job, *job.then))]
+SERVED = [job for job in (*JOBS, *RICHER, *SEVERAL) if not any(one.seed is not None for one in (job, *job.further))]
 SIXTEEN = [job for job in SERVED if job.is_patched][:16]
 MANY = [replace(job, prompt=(i + i // 16) % 8) for i, job in enumerate(SIXTEEN * 4)]
 
@@ -56,7 +62,7 @@ def offline(zoo, tmp_path_factory):
         ranking.save(folder / f"{name}.safetensors")
     for name, values in CONSTANTS.items():
         Constant(values).save(folder / f"{name}.safetensors")
-    options = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32, "max_clauses": 3}
+    options = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32, "max_interventions": 3}
     with Engine(made.folder, made.adapters, template="tulu", max_rankings=4, **options) as engine:
         ten = Sampling(max_tokens=10)
         many = engine.generate([job.ids for job in MANY], [job.patch for job in MANY], ten)

@@ -27,5 +27,5 @@ if __name__ == "__main__":
         generate_forever(engine)
     except KeyboardInterrupt:
         print("KeyboardInterrupt", flush=True)
-        print("generated", len(engine.generate([[1, 5, 6]], "sft", Sampling(max_tokens=4))), flush=True)
+        print("completion", len(engine.generate([[1, 5, 6]], "sft", Sampling(max_tokens=4))), flush=True)
         generate_forever(engine)

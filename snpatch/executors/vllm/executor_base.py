@@ -44,7 +44,7 @@ class VllmExecutorBase:
         self.geometry = self.launch.geometry
         has_secondary = config.second is not None
         self.codec = RequestCodec(
-            text_processors[0].tokenizer, self.geometry, config.capacity.max_clauses, has_secondary
+            text_processors[0].tokenizer, self.geometry, config.capacity.max_interventions, has_secondary
         )
         self.slots = SlotAllocator(self.launch.settings)
 

@@ -125,10 +125,10 @@ class SlotAllocator:
         """Raise for a request that this engine can never run, however long it waits."""
         if self._settings.streams == 1 and request.streams == 2:
             raise SnpatchError("this engine runs one stream: a donor model needs streams=2")
-        if len(request.overwrites) > self._settings.max_clauses:
+        if len(request.overwrites) > self._settings.max_interventions:
             raise SnpatchError(
-                f"a patch of {len(request.overwrites)} interventions: start the engine with a larger max_clauses "
-                f"({self._settings.max_clauses})"
+                f"a patch of {len(request.overwrites)} interventions: start the engine with a larger max_interventions "
+                f"({self._settings.max_interventions})"
             )
         weights = [model.weights for model in (request.recipient, request.donor) if model is not None]
         is_on_one = self._settings.has_secondary and len(weights) == 2 and weights[0].index == weights[1].index

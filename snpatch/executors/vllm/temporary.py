@@ -11,7 +11,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from snpatch.files import open_regular
+from snpatch.utils.files import open_regular
 
 PREFIX = "snpatch-"
 LOCK_FILE = "owner"  # locked by the folder's process and by those that it forked

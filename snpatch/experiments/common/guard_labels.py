@@ -37,7 +37,7 @@ def label_set(context: ExperimentContext, name: str, harm_threshold: float) -> L
         return label_answers(
             context.engine,
             prompts,
-            context.model(context.config.safety.generator),
+            context.model(context.config.safety.recipient),
             context.judge(context.config.cost),
             sampling=context.sampling,
             threshold=harm_threshold,

@@ -12,9 +12,9 @@ from pathlib import Path
 from snpatch.errors import SnpatchError
 from snpatch.experiments import NAMES, resolve_settings
 from snpatch.experiments.context import ExperimentContext
-from snpatch.files import write_text
 from snpatch.report.formatting import escape_markdown
-from snpatch.schema import parse_json
+from snpatch.utils.files import write_text
+from snpatch.utils.schema import parse_json
 
 COMPARED = ("models", "sets", "judges", "max_tokens", "contrast_tokens", "settings", "snpatch")
 

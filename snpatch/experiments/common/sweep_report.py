@@ -27,7 +27,7 @@ class SweepSettings:
     controls: int = SweepConfig.controls
     control_kind: str = SweepConfig.control_kind
     disjoint: bool = SweepConfig.disjoint
-    where: str | int = SweepConfig.where
+    positions: str | int = SweepConfig.positions
     resamples: int = SweepConfig.resamples
     confidence: float = SweepConfig.confidence
 
@@ -43,7 +43,7 @@ def build_sweep_config(
         controls=settings.controls,
         control_kind=settings.control_kind,
         disjoint=settings.disjoint,
-        where=settings.where,
+        positions=settings.positions,
         sampling=context.sampling,
         resamples=settings.resamples,
         confidence=settings.confidence,

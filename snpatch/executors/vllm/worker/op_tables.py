@@ -50,7 +50,7 @@ class OpTables:
         self.capture = torch.full((settings.max_captures, settings.max_captured), torch.nan, **f32)
         self.receipt = torch.zeros(settings.max_receipts, len(Receipt), **i64)
         self.sampled = torch.full((max_tokens,), -1, **i32)  # row of `receipt` for each row of a step's logits
-        self.plan = torch.zeros(max_tokens, plan_width(settings.max_clauses), **i32)
+        self.plan = torch.zeros(max_tokens, plan_width(settings.max_interventions), **i32)
         self.plan[:, PlanColumn.GROUP : len(PlanColumn)] = -1
         self._step_plan = self.plan[:0]
         self._streams = torch.arange(2, **i32)

@@ -75,7 +75,7 @@ class RequestTracker:
         settings = tables.settings
         self.tables = tables
         self.handles: dict[str, dict[int, int]] = {"adapter": {0: 0}, "ranking": {0: 0}, "constant": {0: 0}}
-        num_columns = request_width(settings.max_clauses)
+        num_columns = request_width(settings.max_interventions)
         self.table = np.zeros((NUM_ROWS, num_columns), dtype=np.int32)
         self.same_weights = np.zeros(NUM_ROWS, dtype=bool)
         self._records: dict[str, Record] = {}  # request id -> record, running or not
@@ -88,7 +88,7 @@ class RequestTracker:
         self._free_receipts = list(range(settings.max_receipts - 1, -1, -1))
         self._capture_used = np.zeros(settings.max_captures, dtype=bool)
         self._handle_kinds = {RequestColumn.ADAPTER_0: "adapter", RequestColumn.ADAPTER_1: "adapter"}
-        for i in range(settings.max_clauses):
+        for i in range(settings.max_interventions):
             self._handle_kinds |= {request_column(column, i): kind for column, kind in HANDLE_COLUMNS.items()}
         self._starts, self._stops = _columns(num_columns, RequestColumn.PATCH_START, RequestColumn.PATCH_STOP)
         self._los, self._his = _columns(num_columns, RequestColumn.LO, RequestColumn.HI)

@@ -69,7 +69,7 @@ class StepPlanner:
         self.recipient_streams, self.swapped_rows = (True, False), None
         if self._num_written:
             self._write_plan(
-                np.zeros((0, plan_width(self._tables.settings.max_clauses)), dtype=np.int32), is_active=False
+                np.zeros((0, plan_width(self._tables.settings.max_interventions)), dtype=np.int32), is_active=False
             )
 
     def take_sampled(self) -> torch.Tensor | None:

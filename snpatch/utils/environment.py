@@ -1,21 +1,20 @@
-"""What `snpatch env` tells: versions, device, and which implementation serves each op."""
+"""Versions and devices, as `snpatch env` prints them and bug reports need them."""
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from snpatch.op import ops
-
 PACKAGES = ("snpatch", "torch", "transformers", "triton", "vllm", "peft", "trl", "scikit-learn", "safetensors")
 
 
-def describe() -> dict[str, dict[str, str]]:
-    """Groups of name -> value: versions, device, ops."""
+def describe_environment(implementations: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return versions, devices and the implementation of each op, as name -> value by group."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "device": _device(),
-        "ops": ops.implementations(),
+        "device": _devices(),
+        "ops": dict(implementations),
     }
 
 
@@ -28,9 +27,9 @@ def _version(package: str) -> str:
     return "not installed"
 
 
-def _device() -> dict[str, str]:
-    found = {"cpu threads": str(torch.get_num_threads()), "cpu capability": torch.backends.cpu.get_cpu_capability()}
+def _devices() -> dict[str, str]:
+    devices = {"cpu threads": str(torch.get_num_threads()), "cpu capability": torch.backends.cpu.get_cpu_capability()}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return found
+        devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return devices

@@ -5,11 +5,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from snpatch.config import EngineConfig
+from snpatch.engine.base import Loaded
+from snpatch.engine.requests import Completion, Prompt
 from snpatch.errors import OverflowedError, SnpatchError, SpoiledEngineError, shown
 from snpatch.executors.base import Output, Request
-from snpatch.loaded import Loaded
 from snpatch.patching.patch import Patch
-from snpatch.requests import Completion, Prompt
 from snpatch.sampling import GREEDY, Sampling
 
 BROKEN = "\ufffd"  # what stands for a character whose last bytes are not written yet

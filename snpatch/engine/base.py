@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Self
 
 from snpatch.config import OWN_SET, EngineConfig, Folders
+from snpatch.engine.requests import Prompt, Requests
 from snpatch.executors.spoilage import Spoilage
 from snpatch.models.loaded_models import LoadedModels
 from snpatch.names import BASE
-from snpatch.requests import Prompt, Requests
 
 
 class Loaded:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from snpatch import __version__
 from snpatch.errors import ESCAPE, SnpatchError
-from snpatch.schema import parse_json
+from snpatch.utils.schema import parse_json
 
 _NOT_IN_STEM = re.compile(r"[/\\\x00-\x1f\x7f]|^\.")
 # What torch.load raises for a file that is damaged or made up.

@@ -13,7 +13,7 @@ from snpatch.executors.base import Capture, Geometry, Observation, Output, Reque
 from snpatch.models.model import Model
 from snpatch.models.notes import Notes
 from snpatch.models.templates import Chat, ChatTemplate
-from snpatch.patching.patch import Clause, Constant, Noise, Overwrite, Patch, Scale, speaker
+from snpatch.patching.patch import Constant, Intervention, Noise, Overwrite, Patch, Scale, speaker
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import Sampling
 
@@ -211,19 +211,24 @@ class Requests:
             self.check_room(prompt, len(completion), f"prompt {index}")
         return [self.patched(*each, prompt_logprobs=True) for each in zip(ids, patches, read, strict=True)]
 
-    def capturing(self, ids: Sequence[list[int]], model: str, ranking: Ranking, k: int, at: str | int) -> list[Request]:
-        """A request for each prompt that reads it once; at: "prompt_last" or a position."""
+    def capturing(
+        self, ids: Sequence[list[int]], model: str, ranking: Ranking, k: int, position: str | int
+    ) -> list[Request]:
+        """Return a request per prompt that captures activations. position: "last_prompt_token" or an index."""
         if not 1 <= k <= len(ranking):
             raise SnpatchError(f"k must lie in 1..{len(ranking)}, the ranked neurons; got {k}")
         self._check_shape(ranking)
         self._tell_ties(ranking, k)
         requests = []
         for index, prompt in enumerate(ids):
-            position = -1 if at == "prompt_last" else at
-            if type(position) is not int or not -len(prompt) <= position < len(prompt):
-                raise SnpatchError(f"at={at!r}: prompt {index} has {len(prompt)} tokens")
-            position %= len(prompt)
-            capture = Capture(ranking, k, position, position + 1)
+            place = -1 if position == "last_prompt_token" else position
+            if type(place) is not int or not -len(prompt) <= place < len(prompt):
+                raise SnpatchError(
+                    f"positions={position!r}: expected last_prompt_token or an index, prompt {index} has {len(prompt)} "
+                    "tokens"
+                )
+            place %= len(prompt)
+            capture = Capture(ranking, k, place, place + 1)
             requests.append(Request(prompt, self.model(model), capture=capture))
         return requests
 
@@ -239,26 +244,27 @@ class Requests:
             return Request(text, self.model(patch), **asked)
         self._check_shape(patch.ranking)
         most = len(text) + (asked["sampling"].max_tokens if "sampling" in asked else 0)
-        for clause in patch.clauses:
-            if isinstance(clause.where, int) and clause.where >= most:
-                raise SnpatchError(f"where={clause.where} lies past the {most} tokens that the text can have")
+        for one in patch.interventions:
+            if isinstance(one.positions, int) and one.positions >= most:
+                raise SnpatchError(f"positions={one.positions} is past the {most} tokens that the text can have")
         overwrites = patch.resolved(self.model, len(prompt))
-        for clause, overwrite in zip(patch.clauses, overwrites, strict=True):
-            self._check_magnitude(clause, overwrite)
+        for intervention, overwrite in zip(patch.interventions, overwrites, strict=True):
+            self._check_magnitude(intervention, overwrite)
         donor = next((one.source for one in overwrites if isinstance(one.source, Model)), None)
         self._tell_degenerate(patch, donor)
         # An empty window names nothing, so that texts with it share what is kept of the unpatched ones.
         kept = tuple(one for one in overwrites if len(one.window))
         return Request(text, self.model(patch.recipient), donor, kept, **asked)
 
-    def _check_magnitude(self, clause: Clause, overwrite: Overwrite) -> None:
+    def _check_magnitude(self, intervention: Intervention, overwrite: Overwrite) -> None:
         """Raise an error for factors and values that the activations' dtype cannot hold."""
         keep, take = overwrite.factors
-        checks = [("strength", "strength", clause.strength)]
-        if isinstance(clause.donor, Scale):
+        checks = [("strength", "strength", intervention.strength)]
+        if isinstance(intervention.donor, Scale):
             checks.append(("donor", "the scale, with the strength,", keep))
-        if isinstance(clause.donor, Constant | Noise):
-            checks.append(("donor", "the donor's largest value, times the strength,", take * clause.donor.magnitude))
+        if isinstance(intervention.donor, Constant | Noise):
+            largest_value = take * intervention.donor.magnitude
+            checks.append(("donor", "the donor's largest value, times the strength,", largest_value))
         largest = self._geometry.max_activation
         for field, name, value in checks:
             if not abs(value) <= largest:
@@ -275,8 +281,8 @@ class Requests:
                 f"self {donor.fingerprint}",
                 f"the donor of a patch is its recipient {patch.recipient} by content: the patch changes nothing",
             )
-        for clause in patch.clauses:
-            self._tell_ties(clause.ranking, clause.window.lo, clause.window.hi)
+        for one in patch.interventions:
+            self._tell_ties(one.ranking, one.window.lo, one.window.hi)
 
     def _tell_ties(self, ranking: Ranking, *borders: int) -> None:
         for border in borders:

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snpatch import contrast as contrasts
 from snpatch.config import EngineConfig
+from snpatch.engine import contrast as contrasts
+from snpatch.engine.base import Loaded
+from snpatch.engine.requests import Completion, Prompt, listed
 from snpatch.errors import SnpatchError, SpoiledEngineError
 from snpatch.executors.base import Executor, Logprobs, Output, Progress, Request
-from snpatch.loaded import Loaded
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
-from snpatch.requests import Completion, Prompt, listed
 from snpatch.sampling import CONTRAST, GREEDY, Sampling
 
 
@@ -107,28 +107,53 @@ class Engine(Loaded):
     def contrast(
         self,
         prompts: Sequence[Prompt],
-        generator: str,
-        against: str | None = None,
+        recipient: str,
+        donor: str | None = None,
         *,
-        at: str = "emitted",
+        generate_with: str = "recipient",
+        positions: str = "completion",
         completions: Sequence[str | Sequence[int]] | None = None,
         sampling: Sampling = CONTRAST,
-        exclude_layers: Sequence[int] = contrasts.EXCLUDED,
+        exclude_layers: Sequence[int] = contrasts.EXCLUDED_LAYERS,
         method: str = "rms",
         progress: Progress | None = None,
     ) -> Ranking:
         """Rank neurons by how much their activations differ between two models on the same text (Eq. 3).
 
-        The generator writes a completion for each prompt, or `completions` gives them; both models read prompt
-        and completion. sampling: how they are written. Both are left aside where `at` names prompt positions.
-        at: the positions that count: "emitted" holds the completion's tokens (published code),
-        "emitting" are the ones that predict them (paper's text), "prompt" all of the prompt, "prompt_last" its
-        last token; EOS never counts. method: which score of the statistics ranks them, see ranking.methods.
-        Moments of the ranking: recipient = generator, donor = against. Without `against` one model alone is observed,
-        on an engine of one stream as well: the scores are its own activations' root mean square.
+        Args:
+            prompts: Strings, chats or lists of token ids.
+            recipient: Model that is to be patched.
+            donor: Model whose activations are to be copied. None: observe the recipient alone, also with streams=1.
+                The scores are then the root mean square of its own activations.
+            generate_with: "recipient" or "donor", the model that writes the completions.
+            positions: Positions that count: "completion" (tokens of the completion, as in the published code),
+                "completion_shifted" (positions that predict them, as in the paper's text), "prompt" or
+                "last_prompt_token". EOS never counts.
+            completions: Completions to read, one per prompt, instead of generated ones.
+            sampling: Sampling parameters of the completions. Unused where `positions` are of the prompt.
+            exclude_layers: Layers that are not ranked; negative ones count from the end.
+            method: Score that orders the neurons, see ranking.methods.
+            progress: Called as `progress(done, total)`.
+
+        Returns:
+            A ranking with scores and each model's moments (mean, standard deviation), [L, F] float32.
+
+        Raises:
+            SnpatchError: Invalid arguments, or no neuron differs between the two models.
+            ReceiptError: Another number of tokens was observed than the texts have.
         """
         return contrasts.contrast(
-            self, prompts, (generator, against), at, completions, sampling, exclude_layers, method, progress
+            self,
+            prompts,
+            recipient=recipient,
+            donor=donor,
+            generate_with=generate_with,
+            positions=positions,
+            completions=completions,
+            sampling=sampling,
+            exclude_layers=exclude_layers,
+            method=method,
+            progress=progress,
         )
 
     def capture(
@@ -138,14 +163,23 @@ class Engine(Loaded):
         ranking: Ranking,
         k: int,
         *,
-        at: str | int = "prompt_last",
+        positions: str | int = "last_prompt_token",
         progress: Progress | None = None,
     ) -> Tensor:
-        """Activations of the ranking's first k neurons at one position of each prompt: [prompts, k] in rank order.
+        """Read activations of a ranking's first k neurons at one position of each prompt.
 
-        at: "prompt_last", or a position counted from 0 (negative: from the prompt's end).
+        Args:
+            prompts: Strings, chats or lists of token ids.
+            model: Name of the model that reads them.
+            ranking: Order of the neurons.
+            k: Number of neurons.
+            positions: "last_prompt_token", or an index counted from 0 (negative: from the end of the prompt).
+            progress: Called as `progress(done, total)`.
+
+        Returns:
+            [prompts, k] float32, in rank order.
         """
-        requests = self.requests.capturing(self.encode(prompts, model), model, ranking, k, at)
+        requests = self.requests.capturing(self.encode(prompts, model), model, ranking, k, positions)
         return torch.cat([output.captured for output in self.execute(requests, progress)])
 
     def logprobs(
@@ -158,7 +192,7 @@ class Engine(Loaded):
     ) -> list[Logprobs]:
         """Log-probability of each token of each prompt but the first, patched; with completions: of their tokens.
 
-        completions: one for each prompt, read as if it had been generated: a patch's `where` counts from its start.
+        completions: one for each prompt, read as if it had been generated: a patch's `positions` count from its start.
         """
         ids = self.encode(prompts, self.requests.recipients(patch, len(listed(prompts))), room=0)
         read = None if completions is None else self.requests.completions(completions, len(ids))

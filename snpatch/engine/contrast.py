@@ -1,0 +1,167 @@
+"""Contrasts: both models of a pair read the same texts, and neurons are ranked by how much they differ (Eq. 3).
+
+Statistics of the completion's own tokens are gathered during generation. The positions that predict them need a second
+pass, because only a finished completion shows which position predicted an EOS.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import transformers
+
+from snpatch import __version__
+from snpatch.engine.requests import Prompt
+from snpatch.errors import ReceiptError, SnpatchError, shown
+from snpatch.executors.base import Observation, Progress
+from snpatch.names import CONTRAST_POSITIONS, ROLES
+from snpatch.ranking.methods import METHODS
+from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.statistics import Statistics
+from snpatch.sampling import Sampling
+
+EXCLUDED_LAYERS = (-1,)  # the last layer's difference is the answer itself
+COMPLETION_POSITIONS = ("completion", "completion_shifted")
+
+
+def contrast(
+    engine,  # the Engine that runs it
+    prompts: Sequence[Prompt],
+    *,
+    recipient: str,
+    donor: str | None,
+    generate_with: str,
+    positions: str,
+    completions: Sequence[str | Sequence[int]] | None,
+    sampling: Sampling,
+    exclude_layers: Sequence[int],
+    method: str,
+    progress: Progress | None,
+) -> Ranking:
+    """Rank neurons; see Engine.contrast, which has the defaults."""
+    _check_arguments(positions, method, sampling, generate_with, donor)
+    pair = recipient, donor
+    generator = recipient if generate_with == "recipient" else donor
+    ids = engine.encode(prompts, generator)
+    models = {name: engine.fingerprint(name) for name in pair if name is not None}
+    if donor is not None and engine.requests.model(recipient).fingerprint == engine.requests.model(donor).fingerprint:
+        raise SnpatchError(f"contrast: {recipient} and {donor} are the same model by content: no neuron can differ")
+    observes_writing = positions == "completion" and completions is None and not sampling.stop
+    if observes_writing and generate_with == "recipient":
+        statistics, observed = _observe_writing(engine, ids, pair, sampling, progress)
+    else:
+        token_ids: Sequence[list[int]] = [[] for _ in ids]
+        if positions in COMPLETION_POSITIONS:
+            token_ids = _completions(engine, ids, generator, completions, sampling, progress)
+        statistics, observed = _observe_reading(engine, ids, token_ids, pair, positions, progress)
+    expected = sum(observed)
+    if (statistics.count != expected).any():
+        raise ReceiptError(
+            f"contrast: {expected} tokens should have counted in each layer, got {statistics.count.tolist()}"
+        )
+    if donor is None:
+        statistics = statistics.recipient_only()
+    meta = {
+        "model": engine.weights.name,
+        "weights": engine.weights.checkpoint_fingerprint,
+        "revision": engine.weights.revision,
+        "models": models,
+        "recipient": recipient,
+        "donor": donor,
+        "generate_with": generate_with,
+        "positions": positions,
+        "tokens": expected,
+        "prompts": len(ids),
+        "empty": observed.count(0),
+        "prompts_digest": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
+        "versions": {"snpatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if engine.notes:
+        meta["notes"] = list(engine.notes)
+    return Ranking.from_statistics(statistics, method, exclude_layers, meta)
+
+
+def _check_arguments(positions: str, method: str, sampling: Sampling, generate_with: str, donor: str | None) -> None:
+    if positions not in CONTRAST_POSITIONS:
+        raise SnpatchError(f"positions must be one of {', '.join(CONTRAST_POSITIONS)}, got {positions!r}")
+    if method not in METHODS:
+        raise SnpatchError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if generate_with not in ROLES:
+        raise SnpatchError(f"generate_with must be one of {', '.join(ROLES)}, got {generate_with!r}")
+    if generate_with == "donor" and donor is None:
+        raise SnpatchError("generate_with: expected recipient, as there is no donor; name a donor")
+    if not isinstance(sampling, Sampling):
+        raise SnpatchError(f"sampling: wanted a Sampling, got {shown(sampling)}")
+    if sampling.n > 1:
+        raise SnpatchError("contrast: one completion a prompt; give a prompt several times for several")
+    if sampling.ignore_eos:
+        raise SnpatchError("contrast: EOS never counts, so sampling cannot ignore it")
+
+
+def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics, list[int]]:
+    """Observe the recipient's completions during generation; return statistics and the positions of each prompt.
+
+    The position of the last token is run by generating one more token, which is dropped, unless an EOS ended the text.
+    """
+    statistics, limits, requests = _empty(engine), [], []
+    for prompt in ids:
+        own = engine.requests.fitted(prompt, sampling)
+        observe = Observation(statistics, len(prompt), len(prompt) + own.max_tokens, include_eos=False)
+        longer = replace(own, max_tokens=own.max_tokens + 1)
+        requests.append(engine.requests.observing(prompt, pair, observe, sampling=longer))
+        limits.append(own.max_tokens)
+    outputs = engine.execute(requests, progress)
+    lengths = [len(o.token_ids) - (o.finish_reason == "eos") for o in outputs]
+    return statistics, _check_not_empty(list(map(min, lengths, limits)))
+
+
+def _observe_reading(engine, ids, completions, pair, positions, progress) -> tuple[Statistics, list[int]]:
+    """Observe `positions` of finished texts; return statistics and the number of positions of each text."""
+    statistics, requests, observed = _empty(engine), [], []
+    for prompt, completion in zip(ids, completions, strict=True):
+        start, stop = _position_range(positions, len(prompt), len(completion))
+        text = [*prompt, *completion][:stop]
+        engine.requests.check_room(text, room=0)
+        observed.append(max(0, stop - start))
+        if stop > start:
+            requests.append(engine.requests.observing(text, pair, Observation(statistics, start, stop)))
+    _check_not_empty(observed)
+    engine.execute(requests, progress)
+    return statistics, observed
+
+
+def _completions(engine, ids, generator, completions, sampling, progress) -> list[list[int]]:
+    """Return token ids of each completion, without an ending EOS."""
+    if completions is None:
+        generated = engine.generate(ids, generator, sampling, progress)
+        return [c.token_ids[:-1] if c.finish_reason == "eos" else c.token_ids for c in generated]
+    token_ids = engine.requests.completions(completions, len(ids))
+    eos_ids = engine.requests.model(generator).weights.eos_ids
+    for index, completion in enumerate(token_ids):
+        while completion and completion[-1] in eos_ids:
+            completion.pop()
+        if not eos_ids.isdisjoint(completion):
+            raise SnpatchError(f"completion {index} goes on after an EOS")
+    return token_ids
+
+
+def _empty(engine) -> Statistics:
+    return Statistics.zeros(engine.geometry.n_layers, engine.geometry.n_neurons)
+
+
+def _check_not_empty(observed: list[int]) -> list[int]:
+    if not any(observed):
+        raise SnpatchError("contrast: there is no position to observe: every completion is empty")
+    return observed
+
+
+def _position_range(positions: str, prompt: int, completion: int) -> tuple[int, int]:
+    """Return the half-open range of positions that count, from the numbers of tokens."""
+    return {
+        "completion": (prompt, prompt + completion),
+        "completion_shifted": (prompt - 1, prompt + completion - 1),
+        "prompt": (0, prompt),
+        "last_prompt_token": (prompt - 1, prompt),
+    }[positions]
