@@ -76,8 +76,8 @@ class ModelSource:
 
     def placed(self, folder: Path) -> "ModelSource":
         """The same with paths that are relative to a folder; what is no file there stays as it is."""
-        parts = ((place(folder, one) for one in folders) for folders in (self.lora, self.adapters))
-        return ModelSource(self.checkpoint and place(folder, self.checkpoint), *map(tuple, parts))
+        parts = ((resolve_path(folder, one) for one in folders) for folders in (self.lora, self.adapters))
+        return ModelSource(self.checkpoint and resolve_path(folder, self.checkpoint), *map(tuple, parts))
 
     @property
     def set(self) -> "ModelSource":
@@ -85,7 +85,7 @@ class ModelSource:
         return replace(self, adapters=())
 
 
-OWN_SET = ModelSource()
+PRIMARY_WEIGHTS = ModelSource()
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class EngineConfig:
             check_names(getattr(self, kind), "a model")
         object.__setattr__(self, "adapters", {name: _folders(one) for name, one in self.adapters.items()})
         object.__setattr__(self, "models", {name: self._source(name, one) for name, one in self.models.items()})
-        sets = list(dict.fromkeys(source.set for source in self.models.values() if source.set != OWN_SET))
+        sets = list(dict.fromkeys(source.set for source in self.models.values() if source.set != PRIMARY_WEIGHTS))
         if len(sets) > 1:
             named = "; ".join(", ".join([one.checkpoint or self.model, *one.lora]) for one in sets)
             raise SnpatchError(
@@ -151,8 +151,10 @@ class EngineConfig:
         if isinstance(given, str | Path):
             given = {"checkpoint": str(given)}
         if not isinstance(given, ModelSource):
-            given = schema.read(ModelSource, f"models: {name}", {part: _texts(one) for part, one in given.items()})
-        own = given.checkpoint is not None and place(Path(), given.checkpoint) == place(Path(), self.model)
+            given = schema.from_dict(ModelSource, f"models: {name}", {part: _texts(one) for part, one in given.items()})
+        own = given.checkpoint is not None and resolve_path(Path(), given.checkpoint) == resolve_path(
+            Path(), self.model
+        )
         return replace(given, checkpoint=None) if own else given
 
     @property
@@ -162,13 +164,13 @@ class EngineConfig:
 
     def origin(self, name: str) -> object:
         """Where a model comes from, as data: its adapters on the engine's own weights, or a ModelSource's parts."""
-        source = self.sources.get(name, OWN_SET)
-        return source.adapters if source.set == OWN_SET else asdict(source)
+        source = self.sources.get(name, PRIMARY_WEIGHTS)
+        return source.adapters if source.set == PRIMARY_WEIGHTS else asdict(source)
 
     @property
-    def second(self) -> ModelSource | None:
+    def secondary(self) -> ModelSource | None:
         """The engine's second set of weights, if its models need one."""
-        return next((source.set for source in self.models.values() if source.set != OWN_SET), None)
+        return next((source.set for source in self.models.values() if source.set != PRIMARY_WEIGHTS), None)
 
     @classmethod
     def of(cls, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> "EngineConfig":
@@ -183,9 +185,11 @@ class EngineConfig:
 
     def placed(self, folder: Path) -> "EngineConfig":
         """The same with paths that are relative to a folder; what is no file there is a name and stays as it is."""
-        adapters = {name: tuple(place(folder, one) for one in folders) for name, folders in self.adapters.items()}
+        adapters = {
+            name: tuple(resolve_path(folder, one) for one in folders) for name, folders in self.adapters.items()
+        }
         models = {name: source.placed(folder) for name, source in self.models.items()}
-        return replace(self, model=place(folder, self.model), adapters=adapters, models=models)
+        return replace(self, model=resolve_path(folder, self.model), adapters=adapters, models=models)
 
     @classmethod
     def load(cls, path: str | Path, trust: bool = False) -> "EngineConfig":
@@ -193,7 +197,7 @@ class EngineConfig:
 
         trust: take arguments that may run code or open the host, see snpatch.trust; otherwise they are an error.
         """
-        config = cls.from_table(schema.load_table(path, "engine"), f"engine {path}")
+        config = cls.from_dict(schema.load_table(path, "engine"), f"engine {path}")
         if not trust:
             check_arguments(config.vllm, ENGINE, f"engine {path}: vllm")
         return config.placed(Path(path).parent)
@@ -202,11 +206,11 @@ class EngineConfig:
         """Write JSON that `load` reads; paths as they are."""
         from snpatch.utils.files import write_text  # which loads torch
 
-        write_text(path, json.dumps(self.as_table(), indent=1) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
-    def from_table(cls, table: Mapping[str, object], where: str = "engine") -> "EngineConfig":
-        """Read what `as_table` wrote (or a user, in TOML or JSON); unknown keys and wrong types are errors."""
+    def from_dict(cls, table: Mapping[str, object], where: str = "engine") -> "EngineConfig":
+        """Read what `to_dict` wrote (or a user, in TOML or JSON); unknown keys and wrong types are errors."""
         if not isinstance(table, Mapping):
             raise SnpatchError(f"{where}: wanted a table, got {shown(table)}")
         parts = dict(table)
@@ -214,13 +218,13 @@ class EngineConfig:
         if not isinstance(adapters, Mapping):
             raise SnpatchError(f"{where}: adapters: wanted a table, got {adapters!r}")
         folders = tuple[str, ...]
-        parts["adapters"] = {n: schema.value_of(f, folders, f"{where}: adapters.{n}") for n, f in adapters.items()}
+        parts["adapters"] = {n: schema.coerce(f, folders, f"{where}: adapters.{n}") for n, f in adapters.items()}
         if not isinstance(parts.get("models", {}), Mapping):
             raise SnpatchError(f"{where}: models: wanted a table, got {parts['models']!r}")
-        parts["capacity"] = schema.read(Capacity, f"{where}: capacity", parts.get("capacity", {}))
-        return schema.read(cls, where, parts)
+        parts["capacity"] = schema.from_dict(Capacity, f"{where}: capacity", parts.get("capacity", {}))
+        return schema.from_dict(cls, where, parts)
 
-    def as_table(self) -> dict:
+    def to_dict(self) -> dict:
         """As plain data for TOML and JSON: what differs from the defaults."""
         default = asdict(EngineConfig(self.model))
         table = {name: value for name, value in asdict(self).items() if value != default[name] or name == "model"}
@@ -232,7 +236,7 @@ class EngineConfig:
 
     def checked_backend(self) -> str:
         """ "vllm" or "transformers"; an error for what is set for the other one alone."""
-        backend = choose_backend(self.backend)
+        backend = resolve_backend(self.backend)
         if backend == "transformers":
             capacity = {f.name for f in fields(Capacity) if getattr(self.capacity, f.name) != f.default}
             if unknown := sorted({*self.vllm, *capacity}):
@@ -253,7 +257,7 @@ def check_known(name: str, value: object) -> None:
         raise SnpatchError(f"{name} must be one of {', '.join(KNOWN[name])}, got {value!r}")
 
 
-def choose_backend(backend: str) -> str:
+def resolve_backend(backend: str) -> str:
     """ "vllm" or "transformers": what `backend` names, or for "auto" the faster one that is installed."""
     check_known("backend", backend)
     if backend == "auto":
@@ -261,7 +265,7 @@ def choose_backend(backend: str) -> str:
     return backend
 
 
-def adapters_of(entries: Iterable[str], between: str, form: str) -> dict[str, list[str]]:
+def parse_adapters(entries: Iterable[str], between: str, form: str) -> dict[str, list[str]]:
     """Adapters from text: name=folder each, or folders stacked in order with `between` between them; each name once.
 
     What of them exists is one folder, whatever its name holds. form: what is wanted, for errors.
@@ -277,7 +281,7 @@ def adapters_of(entries: Iterable[str], between: str, form: str) -> dict[str, li
     return adapters
 
 
-def models_of(
+def group_models(
     adapters: Mapping[str, list[str]], checkpoints: Mapping[str, list[str]], loras: Mapping[str, list[str]]
 ) -> tuple[dict[str, list[str]], dict[str, dict]]:
     """Adapters on a model's own weights, and the models that have others, as EngineConfig takes them."""
@@ -290,7 +294,7 @@ def models_of(
     return adapters, models
 
 
-def table_of(text: str, where: str) -> dict[str, object]:
+def parse_json_object(text: str, where: str) -> dict[str, object]:
     """Return the object that a JSON text holds."""
     try:
         table = schema.parse_json(text)
@@ -324,7 +328,7 @@ def _folders(given: Folders) -> tuple[str, ...]:
     return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))
 
 
-def place(folder: Path, source: str) -> str:
+def resolve_path(folder: Path, source: str) -> str:
     """A path relative to a folder as it is seen from here; what is no file there is a name and stays as it is."""
     path = folder / source
     return str(path) if path.exists() else source

@@ -100,7 +100,7 @@ class SpoiledEngineError(OverflowedError, EngineCrashedError):
 
 
 @contextmanager
-def within(field: str) -> Iterator[None]:
+def error_field(field: str) -> Iterator[None]:
     """Errors out of this block are of this field, or of a part of it."""
     try:
         yield

@@ -34,10 +34,10 @@ def test_it_is_frozen_and_travels(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         WHOLE.dtype = "auto"
     assert pickle.loads(pickle.dumps(WHOLE)) == WHOLE
-    assert EngineConfig.from_table(json.loads(json.dumps(WHOLE.as_table()))) == WHOLE
+    assert EngineConfig.from_dict(json.loads(json.dumps(WHOLE.to_dict()))) == WHOLE
     WHOLE.save(tmp_path / "engine.json")
     assert EngineConfig.load(tmp_path / "engine.json") == WHOLE
-    assert EngineConfig("m").as_table() == {"model": "m"}
+    assert EngineConfig("m").to_dict() == {"model": "m"}
 
 
 def test_a_files_paths_are_relative_to_it(tmp_path):
@@ -66,7 +66,7 @@ def test_a_files_paths_are_relative_to_it(tmp_path):
 )
 def test_bad_tables_are_one_line(table, message):
     with pytest.raises(SnpatchError, match=message):
-        EngineConfig.from_table(table)
+        EngineConfig.from_dict(table)
 
 
 @pytest.mark.parametrize("content", ["model = ", "{", ""])

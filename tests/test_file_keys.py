@@ -356,7 +356,7 @@ def test_walk_of_a_server_file_covers_its_schema():
 
 @pytest.mark.parametrize("path", _server_keys(), ids=".".join)
 def test_server_key_with_another_value_changes_the_config(path):
-    assert ServeConfig.from_table(changed(MODEL, path, _server_keys()[path])) != ServeConfig.from_table(MODEL)
+    assert ServeConfig.from_dict(changed(MODEL, path, _server_keys()[path])) != ServeConfig.from_dict(MODEL)
 
 
 @pytest.mark.parametrize("loaded", [SweepSpec.load, load_experiment_config], ids=["sweep", "config"])

@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from snpatch import SnpatchError
 from snpatch.errors import first_line
 from snpatch.models.pretrained import load_pretrained
-from snpatch.utils.files import check_writable, open_regular, read_tensors, whole_file, write_tensors, write_text
+from snpatch.utils.files import atomic_write, check_writable, open_regular, read_tensors, write_tensors, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "table.csv"
     write_text(path, "old")
-    with pytest.raises(ZeroDivisionError), whole_file(path) as partial:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as partial:
         partial.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "old"

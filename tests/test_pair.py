@@ -235,7 +235,7 @@ def test_a_third_set_of_weights_is_an_error_that_says_what_to_do(pairs, zoo):
     with pytest.raises(SnpatchError, match=r"one further set, and these are 2: .*; start one engine for each pair"):
         EngineConfig.of(own, models={"dpo": dpo, "other": zoo("llama").folder})
     config = EngineConfig.of(own, models={"sft": own, "dpo": dpo, "tuned": {"checkpoint": dpo, "adapters": ["a"]}})
-    assert config.second == config.models["dpo"]
+    assert config.secondary == config.models["dpo"]
     assert config.models["sft"].weights is None
 
 
@@ -245,7 +245,7 @@ def test_a_config_of_models_travels_through_a_file(pairs, tmp_path):
     config.save(tmp_path / "engine.json")
     assert EngineConfig.load(tmp_path / "engine.json") == config
     with pytest.raises(SnpatchError, match="models: dpo: there is no weight; there are weights, lora, adapters"):
-        EngineConfig.from_table({"model": "m", "models": {"dpo": {"weight": "n"}}})
+        EngineConfig.from_dict({"model": "m", "models": {"dpo": {"weight": "n"}}})
 
 
 def test_each_sides_own_eos_ends_its_texts(pairs, tmp_path):

@@ -105,7 +105,7 @@ def test_each_preset_is_a_world_that_loads(name, tmp_path):
         dpo = config.engine.adapters["dpo"]
         assert [Path(part).name for part in dpo] == ["sft-42", "dpo-42"]
     else:
-        assert config.engine.second is not None
+        assert config.engine.secondary is not None
         assert not pipeline.pairs
     assert not (tmp_path / "out").exists()
 
@@ -652,7 +652,7 @@ def test_an_extending_preset_replaces_models_and_judges_whole(tmp_path):
     assert config["judges"]["cost"] == {"source": "refusal"}
     assert "reward" in config["judges"]
     assert config["sets"]["harmbench"] == {"source": "harmbench", "sample": 3}
-    assert Pipeline(load_preset(str(path)), tmp_path / "out").config.engine.second.checkpoint == "x/y"
+    assert Pipeline(load_preset(str(path)), tmp_path / "out").config.engine.secondary.checkpoint == "x/y"
 
 
 def test_a_folder_is_not_gone_on_with_by_other_options(capsys, tmp_path):

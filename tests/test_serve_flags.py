@@ -96,8 +96,8 @@ def test_config_round_trips_through_table(tmp_path):
         "rankings": {"safety": "r.safetensors"}, "patches": {"safe": SAFE}, "vllm_server": {"port": 1},
         "allow_upload": "up", "drain_s": 3.0,
     }  # fmt: skip
-    config = ServeConfig.from_table(table)
-    assert json.loads(json.dumps(config.as_table())) == table
+    config = ServeConfig.from_dict(table)
+    assert json.loads(json.dumps(config.to_dict())) == table
     (tmp_path / "r.safetensors").touch()
     placed = config.placed(tmp_path)
     assert placed.rankings == {"safety": str(tmp_path / "r.safetensors")}
@@ -110,7 +110,7 @@ def test_config_round_trips_through_table(tmp_path):
         ([], "expected a table"),
     ):
         with pytest.raises(SnpatchError, match=message):
-            ServeConfig.from_table(bad)
+            ServeConfig.from_dict(bad)
 
 
 @pytest.fixture

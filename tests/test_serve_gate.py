@@ -214,7 +214,7 @@ def test_preflight_needs_no_key(serve):
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/snpatch", "/health", "metrics", "/nothing"])
 def test_open_route_below_v1_is_refused(path):
     with pytest.raises(SnpatchError, match="open_route: expected one of /version"):
-        ServeConfig.from_table({"model": "m", "open_route": [path]})
+        ServeConfig.from_dict({"model": "m", "open_route": [path]})
 
 
 # ---- bodies ----------------------------------------------------------------------------------------------------------
@@ -535,7 +535,7 @@ def test_patch_parsed_during_ranking_replacement_is_not_cached(serve, ranking):
     registry, other = state.registry, replace(ranking)
     build, patch = registry._build, {"recipient": "base", **NOISE}
     registry.add("rankings", "safety", other)
-    assert build(schema.read(PatchRequest, "snpatch", patch)).patch.ranking is ranking
+    assert build(schema.from_dict(PatchRequest, "snpatch", patch)).patch.ranking is ranking
     assert registry.parse(patch).patch.ranking is other
 
 

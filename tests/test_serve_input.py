@@ -178,7 +178,7 @@ def test_prompt_longer_than_context_is_400(server):
 
 # ---- fuzz ------------------------------------------------------------------------------------------------------------
 
-NAMED = spec.Named(dict(zip(("first", "second"), RANKINGS, strict=True)), {})
+NAMED = spec.PatchNamespace(dict(zip(("first", "second"), RANKINGS, strict=True)), {})
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)

@@ -430,7 +430,7 @@ def narrow(offline, tmp_path_factory):
     words = [sys.executable, "-m", "snpatch.cli", "serve", *serve_options(offline.made, offline.folder), *limits]
     printed = subprocess.run([*words, "--print-config"], capture_output=True, text=True, check=True).stdout
     (folder / "serve.toml").write_text(printed)
-    read = ServeConfig.load(folder / "serve.toml").as_table()
+    read = ServeConfig.load(folder / "serve.toml").to_dict()
     assert json.loads(json.dumps(read)) == tomllib.loads(printed)
     server = Server(folder, folder / "serve.toml")
     yield server

@@ -11,7 +11,9 @@ from snpatch import Constant, Intervention, Noise, Patch, Ranking, Scale, Snpatc
 from snpatch.patching import spec
 from snpatch.utils import schema
 
-NAMED = spec.Named({"safety": RANKINGS[0], "other": RANKINGS[1]}, {"mine": Constant(torch.ones(RANKINGS[0].shape))})
+NAMED = spec.PatchNamespace(
+    {"safety": RANKINGS[0], "other": RANKINGS[1]}, {"mine": Constant(torch.ones(RANKINGS[0].shape))}
+)
 windows = st.tuples(st.integers(0, ALL), st.integers(0, ALL)).map(sorted)
 places = st.sampled_from(["all", "prompt", "completion"]) | st.integers(-9, 9)
 
@@ -28,7 +30,7 @@ def test_json_and_patch_are_each_others_inverse(recipient, name, window, where, 
     data["strength"] = strength
     patch = spec.from_json(data, NAMED)
     assert spec.to_json(patch) == data | {"ranking": NAMED.rankings[name].fingerprint}
-    by_digest = spec.Named({ranking.fingerprint: ranking for ranking in NAMED.rankings.values()}, {})
+    by_digest = spec.PatchNamespace({ranking.fingerprint: ranking for ranking in NAMED.rankings.values()}, {})
     assert spec.to_json(spec.from_json(spec.to_json(patch), by_digest)) == spec.to_json(patch)
 
 
@@ -174,7 +176,7 @@ def test_constants_are_named():
     ],
 )
 def test_a_patch_as_text_is_its_json(text, data):
-    assert spec.table_of(text) == data
+    assert spec.parse_patch_table(text) == data
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_a_patch_as_text_is_its_json(text, data):
 )
 def test_a_bad_text_says_what_is_wanted(text, message):
     with pytest.raises(SnpatchError, match=message):
-        spec.table_of(text)
+        spec.parse_patch_table(text)
 
 
 values = (
@@ -216,7 +218,7 @@ def test_the_schema_takes_what_the_reader_takes(data, more):
     except jsonschema.ValidationError:
         is_valid = False
     try:
-        schema.read(spec.PatchSchema, "patch", given)
+        schema.from_dict(spec.PatchSchema, "patch", given)
         is_read = True
     except SnpatchError:
         is_read = False
@@ -225,12 +227,12 @@ def test_the_schema_takes_what_the_reader_takes(data, more):
 
 def test_words_for_donors():
     ranking = Ranking(RANKINGS[0].rank, moments={"recipient_std": torch.ones(RANKINGS[0].shape)})
-    assert spec.donor_of("dpo", ranking) == "dpo"
-    assert isinstance(spec.donor_of("zero", ranking), Constant)
-    noise = spec.donor_of("noise:2", ranking)
+    assert spec.parse_donor("dpo", ranking) == "dpo"
+    assert isinstance(spec.parse_donor("zero", ranking), Constant)
+    noise = spec.parse_donor("noise:2", ranking)
     assert isinstance(noise, Noise)
     assert (noise.seed, noise.deviation.unique().tolist()) == (0, [2.0])
-    assert spec.donor_of("noise:2", ranking, seed=5).seed == 5
+    assert spec.parse_donor("noise:2", ranking, seed=5).seed == 5
 
 
 def test_a_patchs_content_changes_with_every_field():

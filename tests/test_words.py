@@ -10,12 +10,12 @@ from commands import run
 
 from snpatch import names
 from snpatch.cli import options
-from snpatch.config import EngineConfig, adapters_of
+from snpatch.config import EngineConfig, parse_adapters
 from snpatch.errors import SnpatchError
 from snpatch.judges.protocol import score_all
 from snpatch.judges.refusal import RefusalWords
 from snpatch.patching.patch import Constant, Patch
-from snpatch.patching.spec import donor_of
+from snpatch.patching.spec import parse_donor
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.config import ServeConfig
 from snpatch.server.registry import check_served_name
@@ -35,9 +35,9 @@ def test_words_of_patches_are_those_that_patches_know():
     order = ranking()
     for word in names.SOURCES:
         with pytest.raises(SnpatchError):
-            donor_of(f"{word}:?", order)
+            parse_donor(f"{word}:?", order)
     for word in ("zero", "scale:2", "add:zero"):
-        assert not isinstance(donor_of(word, order), str)
+        assert not isinstance(parse_donor(word, order), str)
     for positions in names.POSITIONS:
         assert Patch("base", "dpo", order, 1, positions).positions == positions
     for mode in names.MODES:
@@ -55,7 +55,7 @@ def test_names_that_are_words_of_patches_are_refused_everywhere(name, tmp_path):
         lambda: config(models={name: "weights"}),
         lambda: config(models={name: {"lora": ("l",)}}),
         lambda: config(models={name: {"lora": ("l",), "adapters": ("a",)}}),
-        lambda: EngineConfig.from_table({"model": "m", "adapters": {name: "a"}}),
+        lambda: EngineConfig.from_dict({"model": "m", "adapters": {name: "a"}}),
         lambda: score_all({name: RefusalWords()}, ["p"], ["c"]),
         *(
             lambda kind=kind: ServeConfig(config(), **{kind: {name: "file"}})
@@ -108,7 +108,7 @@ def test_files_that_are_called_as_a_word_need_a_name(tmp_path, capsys):
 )
 def test_donors_that_begin_with_a_word_and_mean_nothing_are_refused(donor):
     with pytest.raises(SnpatchError, match="is no model's name"):
-        donor_of(donor, ranking())
+        parse_donor(donor, ranking())
 
 
 @pytest.mark.parametrize("donor", ["zero", "mean:donor", "noise:3", "scale:2", "constant:x", "add:zero"])
@@ -136,7 +136,7 @@ def test_patches_of_other_types_are_one_line(parts, message):
 )
 def test_names_that_are_no_words_are_taken(name):
     assert EngineConfig("m", {name: "a"}).adapters == {name: ("a",)}
-    assert donor_of(name, ranking()) == name
+    assert parse_donor(name, ranking()) == name
 
 
 @pytest.mark.parametrize("word", names.WORDS)
@@ -204,10 +204,10 @@ def test_paths_that_exist_may_hold_what_parts_them(inside, text, between, expect
 
 
 def test_adapters_judges_and_rankings_take_any_path(inside):
-    assert adapters_of([f"dpo={FOLDER},hub/x"], ",", "f") == {"dpo": [FOLDER, "hub/x"]}
+    assert parse_adapters([f"dpo={FOLDER},hub/x"], ",", "f") == {"dpo": [FOLDER, "hub/x"]}
     for text in (FOLDER, "x=y", "=a", "a=", "plain"):
         with pytest.raises(SnpatchError, match="wants name=folder"):
-            adapters_of([text], ",", "--adapter wants name=folder")
+            parse_adapters([text], ",", "--adapter wants name=folder")
     file = f"{FOLDER}/s=1.safetensors"
     assert options.named([file, f"b={file}"], "ranking", options.stem) == {"s=1": file, "b": file}
     assert options.named([FOLDER], "judge", lambda _: "cost") == {"cost": FOLDER}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, get_args, get_origin, get_type_hint
 
 import typer
 
-from snpatch.config import EngineConfig, adapters_of, models_of, table_of
+from snpatch.config import EngineConfig, group_models, parse_adapters, parse_json_object
 from snpatch.errors import SnpatchError
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _given(values: dict) -> Fields:
     """What was said of an engine besides its models."""
     given = {f.name: values[f.name] for f in fields(EngineConfig) if f.metadata and is_given(values, f.name)}
     if values["chat_template_kwargs"] is not None:
-        given["chat_template_kwargs"] = table_of(values["chat_template_kwargs"], "--chat-template-kwargs")
+        given["chat_template_kwargs"] = parse_json_object(values["chat_template_kwargs"], "--chat-template-kwargs")
     return given | pairs(values["engine_arg"], "--engine-arg")
 
 
@@ -179,9 +179,9 @@ def pairs(texts: list[str] | None, option: str) -> dict[str, object]:
 
 def _on_top(adapter: Iterable[str], checkpoint: Iterable[str], lora: Iterable[str]) -> tuple[dict, dict]:
     """Adapters on the model's own weights, and the models that have others: both as EngineConfig takes them."""
-    return models_of(
+    return group_models(
         *(
-            adapters_of(given, ",", FORM.format(name))
+            parse_adapters(given, ",", FORM.format(name))
             for name, given in (("adapter", adapter), ("checkpoint", checkpoint), ("lora", lora))
         )
     )

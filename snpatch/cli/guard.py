@@ -62,7 +62,7 @@ def fit(
 
     order = Ranking.load(ranking, partial(load_model_shape, config.model, config.allow_untested))
     settings = GuardConfig(
-        tuple(spec.number_of(part, float, "--C") for part in strengths.split(",")),
+        tuple(spec.parse_number(part, float, "--C") for part in strengths.split(",")),
         "balanced" if balanced else None,
         **fitted,
     )

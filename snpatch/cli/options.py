@@ -45,7 +45,7 @@ def open_engine(config: EngineConfig):
 
     transformers.utils.logging.disable_progress_bar()
     engine = Engine.from_config(config)
-    if config.second is not None:
+    if config.secondary is not None:
         print(f"snpatch: {engine.executor.memory}", file=sys.stderr)
     return engine
 

@@ -82,7 +82,7 @@ def serve(
     if print_config:
         import tomli_w
 
-        o.write(tomli_w.dumps(config.placed(Path.cwd()).as_table()))
+        o.write(tomli_w.dumps(config.placed(Path.cwd()).to_dict()))
         return
     from snpatch.server.launcher import serve
 
@@ -102,5 +102,5 @@ def _parse_patches(entries: list[str] | None) -> dict[str, dict]:
         name, equals, text = entry.partition("=")
         if not equals or not name or name in tables:
             raise SnpatchError(f"--patch: expected name=patch, each name once, got {entry!r}")
-        tables[name] = spec.table_of(text)
+        tables[name] = spec.parse_patch_table(text)
     return tables

@@ -253,7 +253,7 @@ def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sa
         "sweep": {
             **plan,
             "positions": spec.parse_positions(str(plan["positions"])),
-            "strengths": [spec.number_of(one, float, "--strengths") for one in values["strengths"].split(",")],
+            "strengths": [spec.parse_number(one, float, "--strengths") for one in values["strengths"].split(",")],
             "recipients": values["recipient"],
             "donors": values["donor"],
             "windows": values["windows"].split(","),

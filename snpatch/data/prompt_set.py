@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from snpatch.config import place
+from snpatch.config import resolve_path
 from snpatch.data.dataset import Dataset
 from snpatch.data.loading import load_dataset
 from snpatch.errors import SnpatchError
@@ -36,7 +36,7 @@ class PromptSet:
     def read(self, folder: Path, skip_bad: bool = False) -> Dataset:
         """The rows that are meant; a path is relative to the folder. skip_bad: see snpatch.data.load_dataset."""
         data = load_dataset(
-            place(folder, self.source),
+            resolve_path(folder, self.source),
             format=self.format,
             split=self.split,
             column=self.column,

@@ -5,7 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from snpatch.config import EngineConfig
-from snpatch.engine.base import Loaded
+from snpatch.engine.base import BaseEngine
 from snpatch.engine.requests import Completion, Prompt
 from snpatch.errors import OverflowedError, SnpatchError, SpoiledEngineError, shown
 from snpatch.executors.base import Output, Request
@@ -27,7 +27,7 @@ class Delta:
     completion: Completion | None = None
 
 
-class AsyncEngine(Loaded):
+class AsyncEngine(BaseEngine):
     """A model and its adapters in vLLM, for many callers of one event loop. Arguments: Engine's.
 
         async with AsyncEngine(model, adapters) as engine:
@@ -38,7 +38,7 @@ class AsyncEngine(Loaded):
     what a request names, it waits, first come first served. The end of vLLM is a SnpatchError for whoever waits.
     """
 
-    def _executor_of(self, config: EngineConfig):
+    def _build_executor(self, config: EngineConfig):
         if self.backend != "vllm":
             raise SnpatchError("AsyncEngine runs in vLLM: install snpatch[cpu] or snpatch[cuda], or use Engine")
         from snpatch.executors.vllm.streaming import StreamingExecutor
@@ -53,7 +53,7 @@ class AsyncEngine(Loaded):
     async def restart(self) -> None:
         """Restart vLLM, as after an EngineCrashedError; open requests end with an error, models and adapters stay."""
         self.executor.close()
-        self.executor = self._executor_of(self.config)
+        self.executor = self._build_executor(self.config)
         await self.start(self._log_stats)
 
     def judge(self, error: OverflowedError) -> OverflowedError:

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from snpatch.config import OWN_SET, EngineConfig, Folders
+from snpatch.config import PRIMARY_WEIGHTS, EngineConfig, Folders
 from snpatch.engine.requests import Prompt, Requests
 from snpatch.executors.spoilage import Spoilage
 from snpatch.models.loaded_models import LoadedModels
 from snpatch.names import BASE
 
 
-class Loaded:
-    """Opened as its config says. `_executor_of` gives what runs the requests, not yet started."""
+class BaseEngine:
+    """Opened as its config says. `_build_executor` gives what runs the requests, not yet started."""
 
     def __init__(self, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> None:
         self._open(EngineConfig.of(model, adapters, **arguments))
@@ -28,12 +28,12 @@ class Loaded:
         self.config, self.backend, self._spoilage = config, config.checked_backend(), Spoilage()
         self._opened = opened = LoadedModels(config)
         self.tokenizer = opened.tokenizer
-        self.executor = self._executor_of(config)
-        self.geometry, self.weights = self.executor.geometry, opened.weights[OWN_SET]
+        self.executor = self._build_executor(config)
+        self.geometry, self.weights = self.executor.geometry, opened.weights[PRIMARY_WEIGHTS]
         opened.add(config.sources, self.geometry, self.executor.check_model)  # before what takes long
         self.requests = Requests(opened.templates, self.geometry, opened.models, opened.notes)
 
-    def _executor_of(self, config: EngineConfig):
+    def _build_executor(self, config: EngineConfig):
         raise NotImplementedError
 
     @property

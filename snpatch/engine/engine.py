@@ -10,7 +10,7 @@ from torch import Tensor
 
 from snpatch.config import EngineConfig
 from snpatch.engine import contrast as contrasts
-from snpatch.engine.base import Loaded
+from snpatch.engine.base import BaseEngine
 from snpatch.engine.requests import Completion, Prompt, listed
 from snpatch.errors import SnpatchError, SpoiledEngineError
 from snpatch.executors.base import Executor, Logprobs, Output, Progress, Request
@@ -29,7 +29,7 @@ class PromptGuard(Protocol):
     def predict(self, engine: "Engine", prompts: Sequence[Prompt], progress: Progress | None = None) -> np.ndarray: ...
 
 
-class Engine(Loaded):
+class Engine(BaseEngine):
     """A model and its adapters, ready to run as recipients and donors.
 
     model: Hugging Face folder or name. adapters: name -> PEFT IA3 folder, or a list of folders stacked in order;
@@ -41,7 +41,7 @@ class Engine(Loaded):
         super()._open(config)
         self.executor.start(list(self._opened.models.values()))
 
-    def _executor_of(self, config: EngineConfig) -> Executor:
+    def _build_executor(self, config: EngineConfig) -> Executor:
         if self.backend == "vllm":
             from snpatch.executors.vllm.executor import VllmExecutor as Executor
         else:
@@ -51,7 +51,7 @@ class Engine(Loaded):
     def restart(self) -> None:
         """Restart what runs the requests, as after an EngineCrashedError; models and adapters stay."""
         self.executor.close()
-        self.executor = self._executor_of(self.config)
+        self.executor = self._build_executor(self.config)
         self.executor.start(list(self._opened.models.values()))
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from snpatch.executors.base import Capture, Geometry, Observation, Output, Reque
 from snpatch.models.model import Model
 from snpatch.models.notes import Notes
 from snpatch.models.templates import Chat, ChatTemplate
-from snpatch.patching.patch import Constant, Intervention, Noise, Overwrite, Patch, Scale, speaker
+from snpatch.patching.patch import Constant, Intervention, Noise, Overwrite, Patch, Scale, recipient_name
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import Sampling
 
@@ -91,7 +91,7 @@ class Requests:
             raise SnpatchError("the list of prompts is empty")
         encoded = []
         for index, (prompt, reader) in enumerate(
-            zip(prompts, one_each(model, len(prompts), "model", (str,)), strict=True)
+            zip(prompts, broadcast(model, len(prompts), "model", (str,)), strict=True)
         ):
             ids = self._ids(prompt, reader, index)
             self.check_room(ids, room, f"prompt {index}")
@@ -142,10 +142,10 @@ class Requests:
             ids = prompt
         wanted = "a text, a chat (a list of role and content) or a list of token ids"
         ids = self._checked(ids, name, template.tokenizer, wanted)
-        self.tell_double_bos(ids, template.tokenizer, name)
+        self.note_double_bos(ids, template.tokenizer, name)
         return ids
 
-    def tell_double_bos(self, ids: Sequence[int], tokenizer, name: str) -> None:
+    def note_double_bos(self, ids: Sequence[int], tokenizer, name: str) -> None:
         """Tell of a text that begins with BOS twice: its own, and the one that the tokenizer adds."""
         bos = tokenizer.bos_token_id
         if bos is not None and list(ids[:2]) == [bos, bos]:
@@ -177,7 +177,7 @@ class Requests:
     @staticmethod
     def recipients(patch: Patch | str | Sequence[Patch | str], n: int) -> list[str]:
         """Who speaks in each of n texts."""
-        return [speaker(one) for one in one_each(patch, n, "patch", (Patch, str))]
+        return [recipient_name(one) for one in broadcast(patch, n, "patch", (Patch, str))]
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -188,8 +188,8 @@ class Requests:
         sampling: Sampling | Sequence[Sampling],
     ) -> list[tuple[int, Request]]:
         """(index of the prompt, request) of each text to write; n of a prompt where its sampling says so."""
-        patches = one_each(patch, len(ids), "patch", (Patch, str))
-        samplings = one_each(sampling, len(ids), "sampling", (Sampling,))
+        patches = broadcast(patch, len(ids), "patch", (Patch, str))
+        samplings = broadcast(sampling, len(ids), "sampling", (Sampling,))
         return [
             (index, self.patched(prompt, one, sampling=single))
             for index, (prompt, one, s) in enumerate(zip(ids, patches, samplings, strict=True))
@@ -203,7 +203,7 @@ class Requests:
         completions: Sequence[list[int]] | None,
     ) -> list[Request]:
         """A request for each prompt and its completion, which is read as if it had been generated."""
-        patches = one_each(patch, len(ids), "patch", (Patch, str))
+        patches = broadcast(patch, len(ids), "patch", (Patch, str))
         read = [[] for _ in ids] if completions is None else completions
         for index, (prompt, completion) in enumerate(zip(ids, read, strict=True)):
             if completions is not None and not completion:
@@ -340,7 +340,7 @@ def _texts_in(value: object) -> Iterator[str]:
             yield from _texts_in(one)
 
 
-def one_each(given, n: int, name: str, kinds: tuple[type, ...]) -> list:
+def broadcast(given, n: int, name: str, kinds: tuple[type, ...]) -> list:
     """One thing for all of n prompts, or a list of one for each, as such a list."""
     each = list(given) if isinstance(given, list | tuple) else [given] * n
     if len(each) != n:

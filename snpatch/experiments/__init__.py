@@ -12,7 +12,7 @@ from snpatch.errors import SnpatchError
 from snpatch.experiments.config import ExperimentConfig
 from snpatch.experiments.context import ExperimentContext
 from snpatch.report.report import Report
-from snpatch.utils.schema import read
+from snpatch.utils.schema import from_dict
 
 NAMES = (
     "curve",
@@ -34,7 +34,7 @@ def parse_settings(name: str, values: Mapping[str, object], given: Mapping[str, 
     """An experiment's Settings from values by name, those given before the others; unknown ones are errors."""
     if name not in NAMES:
         raise SnpatchError(f"no experiment named {name!r}: there are {', '.join(NAMES)}")
-    return read(_module(name).Settings, f"settings of {name}", {**values, **given} if given else values)
+    return from_dict(_module(name).Settings, f"settings of {name}", {**values, **given} if given else values)
 
 
 def resolve_settings(config: ExperimentConfig, name: str, given: Mapping[str, object] | None = None):

@@ -10,7 +10,7 @@ from pathlib import Path
 from snpatch.errors import SnpatchError
 from snpatch.names import ROLES
 from snpatch.sweeps.eval_config import EvalConfig, check_trusted, get_table, parse_eval_config, read_config_file
-from snpatch.utils.schema import read
+from snpatch.utils.schema import from_dict
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def build_experiment_config(data: dict, folder: Path) -> ExperimentConfig:
     parts = parse_eval_config(data)
     for group in ("contrasts", "seeds"):
         contrasts = get_table(data, group)
-        parts[group] = {name: read(Contrast, f"{group}.{name}", entry) for name, entry in contrasts.items()}
+        parts[group] = {name: from_dict(Contrast, f"{group}.{name}", entry) for name, entry in contrasts.items()}
     for name in ("recipients", "benchmarks"):
         parts.setdefault(name, ())
-    return read(ExperimentConfig, "the file", {"folder": folder, **parts})
+    return from_dict(ExperimentConfig, "the file", {"folder": folder, **parts})

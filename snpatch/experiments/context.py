@@ -17,7 +17,7 @@ from snpatch.experiments.config import Contrast
 from snpatch.experiments.provenance import Provenance
 from snpatch.judges.factory import is_model_judge, open_judge
 from snpatch.judges.protocol import Judge
-from snpatch.patching.patch import Patch, speaker
+from snpatch.patching.patch import Patch, recipient_name
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 from snpatch.sampling import Sampling
@@ -235,7 +235,7 @@ class ExperimentContext:
         read = self.data(text).text
         for patch in patches:
             donors = [one.donor for one in patch.interventions] if isinstance(patch, Patch) else []
-            for model in (speaker(patch), *donors):
+            for model in (recipient_name(patch), *donors):
                 self.model(model)
         with self.progress(f"perplexity on {text}") as progress:
             return measure(self.engine, read, patches, window, bos_each_window=bos_each_window, progress=progress)

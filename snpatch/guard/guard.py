@@ -19,7 +19,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from snpatch.engine import Engine
-from snpatch.engine.base import Loaded
+from snpatch.engine.base import BaseEngine
 from snpatch.engine.requests import Prompt
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
@@ -146,7 +146,7 @@ class Guard:
         self.check_engine(engine)
         return self.probability(engine.capture(prompts, self.model, self.ranking, self.k, progress=progress))
 
-    def check_engine(self, engine: Loaded) -> None:
+    def check_engine(self, engine: BaseEngine) -> None:
         """An error for an engine in which `model` is not what the guard was fitted on."""
         fingerprint = engine.fingerprint(self.model)
         if fingerprint != self.fingerprint:
@@ -167,7 +167,7 @@ class Guard:
         """Read what `save` wrote; its probabilities are the same to the bit."""
         tensors, meta = read_tensors(path, kind="guard")
         _check_tensors(path, tensors)
-        rest = schema.read(_Rest, str(path), meta)
+        rest = schema.from_dict(_Rest, str(path), meta)
         Ranking.from_order(tensors["neurons"], rest.shape)  # an error unless they are neurons of such a model
         vectors = {name: tensors[name].numpy() for name in VECTORS}
         return cls(neurons=tensors["neurons"], intercept=tensors["intercept"].item(), **vectors, **rest.__dict__)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 
-from snpatch.config import adapters_of, models_of, table_of
+from snpatch.config import group_models, parse_adapters, parse_json_object
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.models.checkpoint import load_model_shape
@@ -71,7 +71,9 @@ class SnpatchLM(TemplateLM):
             raise SnpatchError("model_args: model=FOLDER is missing")
         model, (adapters, models) = str(given.pop("model")), _models(given)
         if isinstance(given.get("chat_template_kwargs"), str):
-            given["chat_template_kwargs"] = table_of(given["chat_template_kwargs"], "model_args: chat_template_kwargs")
+            given["chat_template_kwargs"] = parse_json_object(
+                given["chat_template_kwargs"], "model_args: chat_template_kwargs"
+            )
         shape = partial(load_model_shape, model, bool(given.get("allow_untested")))
         patch, max_gen_toks = _patch(given, shape), given.pop("max_gen_toks", MAX_GEN_TOKS)
         engine = Engine(model, adapters, models=models, **{**_placed(**(additional_config or {})), **given})
@@ -205,9 +207,9 @@ def _models(given: dict) -> tuple[dict, dict]:
     for kind in ("adapters", "checkpoint", "lora"):
         named = given.pop(kind, {})
         if not isinstance(named, dict):
-            named = adapters_of(str(named).split(";"), "+", f"model_args: {kind} wants name=folder+folder;...")
+            named = parse_adapters(str(named).split(";"), "+", f"model_args: {kind} wants name=folder+folder;...")
         kinds.append({name: [folders] if isinstance(folders, str) else folders for name, folders in named.items()})
-    return models_of(*kinds)
+    return group_models(*kinds)
 
 
 def _patch(given: dict, shape: Shape) -> Patch | str:

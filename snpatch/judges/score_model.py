@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from snpatch.config import check_known, choose_backend
+from snpatch.config import check_known, resolve_backend
 from snpatch.errors import SnpatchError
 from snpatch.judges.beavertails import is_beavertails
 from snpatch.judges.protocol import check_pairs
@@ -57,7 +57,7 @@ class ScoreModel:
             raise SnpatchError(f"batch_size must be at least 1, got {batch_size}")
         config = load_config(model, allow_untested=True)
         is_beaver = is_beavertails(config)
-        self.backend = choose_backend("transformers" if backend == "auto" and not is_beaver else backend)
+        self.backend = resolve_backend("transformers" if backend == "auto" and not is_beaver else backend)
         tokenizer = load_pretrained(AutoTokenizer, model)
         default = "beaver" if is_beaver else "chat" if tokenizer.chat_template else "pair"
         self._text = ScoreFormat(format or default, tokenizer)

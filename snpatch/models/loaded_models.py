@@ -7,7 +7,7 @@ from functools import cached_property
 
 from transformers import AutoConfig
 
-from snpatch.config import OWN_SET, EngineConfig, ModelSource
+from snpatch.config import PRIMARY_WEIGHTS, EngineConfig, ModelSource
 from snpatch.errors import SnpatchError
 from snpatch.models.adapters import IA3Scales, load_adapters
 from snpatch.models.fingerprint import fingerprint_adapter, fingerprint_checkpoint
@@ -66,7 +66,7 @@ class LoadedModels:
     def weights(self) -> dict[ModelSource, Weights]:
         """Return the checkpoints by source; hashed on first use, after the executor has checked their architecture."""
         config = self._config
-        sources = [OWN_SET] if config.second is None else [OWN_SET, config.second]
+        sources = [PRIMARY_WEIGHTS] if config.secondary is None else [PRIMARY_WEIGHTS, config.secondary]
         return {
             source: _load_weights(config, source, self.text_processors[index].eos_ids, index)
             for index, source in enumerate(sources)
@@ -81,7 +81,7 @@ class LoadedModels:
             check: The executor's check of a model and its name; it raises SnpatchError.
         """
         if not self.models:
-            self.models[BASE] = Model(self.weights[OWN_SET], IA3Scales.ones(geometry.n_layers, geometry.widths))
+            self.models[BASE] = Model(self.weights[PRIMARY_WEIGHTS], IA3Scales.ones(geometry.n_layers, geometry.widths))
         checked: set[str] = set()  # all models on the secondary weights name the same LoRA folders
         for name, source in sources.items():
             if name in self.models:
@@ -120,7 +120,7 @@ class LoadedModels:
 
     def _check_lora(self, folder: str) -> None:
         lora = load_lora(folder)
-        config = load_pretrained(AutoConfig, self._config.second.checkpoint or self._config.model)
+        config = load_pretrained(AutoConfig, self._config.secondary.checkpoint or self._config.model)
         if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} & lora.updates.keys():
             raise SnpatchError(
                 f"{folder}: it has a LoRA on the head of a model whose head is its embedding: merge this adapter with "

@@ -8,7 +8,7 @@ models on its set of weights; if two folders contradict each other, that is an e
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from snpatch.config import OWN_SET, EngineConfig
+from snpatch.config import PRIMARY_WEIGHTS, EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.models.checkpoint import load_config, load_eos_ids, read_generation_eos_ids
 from snpatch.models.checkpoint_files import GENERATION_CONFIG_FILE
@@ -47,7 +47,7 @@ def load_text_processors(config: EngineConfig, notes: Notes) -> list[TextProcess
     """
     from transformers import AutoTokenizer  # imports scikit-learn, which takes two seconds
 
-    sources = [OWN_SET] if config.second is None else [OWN_SET, config.second]
+    sources = [PRIMARY_WEIGHTS] if config.secondary is None else [PRIMARY_WEIGHTS, config.secondary]
     names = [source.checkpoint or config.model for source in sources]
     tokenizers = {name: load_pretrained(AutoTokenizer, name) for name in names}
     if names[0] != names[-1]:
@@ -99,7 +99,7 @@ def _note_tokens_without_row(name: str, size: int, processor: TextProcessor, not
 
 def _get_adapter_folders(config: EngineConfig, index: int) -> list[str]:
     """Return the LoRA and IA3 folders on one set of weights (0: primary, 1: secondary)."""
-    sources = [source for source in config.sources.values() if (source.set != OWN_SET) == bool(index)]
+    sources = [source for source in config.sources.values() if (source.set != PRIMARY_WEIGHTS) == bool(index)]
     return list(dict.fromkeys(folder for source in sources for folder in (*source.lora, *source.adapters)))
 
 

@@ -280,7 +280,7 @@ class Patch:
         return tuple(one.resolved(model_of, prompt_length) for one in self.interventions)
 
 
-def speaker(patch: Patch | str) -> str:
+def recipient_name(patch: Patch | str) -> str:
     """Return the name of the model that generates under a patch, or unpatched."""
     return patch if isinstance(patch, str) else patch.recipient
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from snpatch.errors import SnpatchError, within
+from snpatch.errors import SnpatchError, error_field
 from snpatch.names import POSITIONS, SOURCES
 from snpatch.patching.patch import Constant, Intervention, Noise, Patch, Scale, Source
 from snpatch.ranking.ranking import Ranking
@@ -51,15 +51,15 @@ class PatchSchema(InterventionSchema):
 
 
 @dataclass(frozen=True)
-class Named:
+class PatchNamespace:
     """What a patch's JSON can name besides models."""
 
     rankings: Mapping[str, Ranking]
     constants: Mapping[str, Constant]
 
     def donor(self, text: str, ranking: Ranking, seed: int | None) -> str | Source:
-        """Return what a donor's text stands for; see donor_of."""
-        return donor_of(text, ranking, seed, self.constants)
+        """Return what a donor's text stands for; see parse_donor."""
+        return parse_donor(text, ranking, seed, self.constants)
 
 
 def from_text(
@@ -76,11 +76,11 @@ def from_text(
     if ranking is None or window is None:
         raise SnpatchError("a donor needs a ranking and a window (k)")
     loaded = Ranking.load(ranking, shape)
-    parsed = donor_of(donor, loaded, seed), loaded, window_of(window), parse_positions(positions)
+    parsed = parse_donor(donor, loaded, seed), loaded, parse_window(window), parse_positions(positions)
     return Patch(recipient, *parsed, strength)
 
 
-def table_of(text: str) -> dict:
+def parse_patch_table(text: str) -> dict:
     """A patch's JSON data from `recipient=sft,donor=dpo,ranking=safety,k=20000,...`, or from JSON.
 
     `k` is the window, as k or LO:HI. Several interventions need JSON. Values are read, but not checked.
@@ -100,15 +100,15 @@ def table_of(text: str) -> dict:
     return table
 
 
-def from_json(data: object, named: Named) -> Patch | str:
+def from_json(data: object, named: PatchNamespace) -> Patch | str:
     """What JSON data of `PatchSchema`'s fields means: a patch, or the name of a model to run unpatched.
 
     Every error has the field.
     """
-    return patch_of(schema.read(PatchSchema, "patch", data), named)
+    return build_patch(schema.from_dict(PatchSchema, "patch", data), named)
 
 
-def patch_of(form: PatchSchema, named: Named) -> Patch | str:
+def build_patch(form: PatchSchema, named: PatchNamespace) -> Patch | str:
     """Return the patch of a form, or the name of the model that runs unpatched."""
     given = [name for name in REQUIRED if getattr(form, name) is not None]
     given += [n for n in ("positions", "strength", "seed") if getattr(form, n) != getattr(InterventionSchema, n)]
@@ -118,7 +118,7 @@ def patch_of(form: PatchSchema, named: Named) -> Patch | str:
             raise SnpatchError(message, field=given[0])
         interventions = []
         for index, part in enumerate(form.interventions):
-            with within(f"interventions.{index}"):
+            with error_field(f"interventions.{index}"):
                 interventions.append(_intervention(part, named))
         return Patch(form.recipient, interventions=interventions)
     missing = [name for name in REQUIRED if name not in given]
@@ -131,14 +131,14 @@ def patch_of(form: PatchSchema, named: Named) -> Patch | str:
     return form.recipient
 
 
-def _intervention(form: InterventionSchema, named: Named) -> Intervention:
+def _intervention(form: InterventionSchema, named: PatchNamespace) -> Intervention:
     if form.ranking not in named.rankings:
         there = ", ".join(named.rankings) or "none"
         raise SnpatchError(f"patch: no ranking named {form.ranking!r}: there are {there}", field="ranking")
     ranking = named.rankings[form.ranking]
-    with within("window"):
+    with error_field("window"):
         window = Window.of(form.window)
-    with within("donor"):
+    with error_field("donor"):
         donor = named.donor(form.donor, ranking, form.seed)
     return Intervention(donor, ranking, window, form.positions, form.strength)
 
@@ -148,7 +148,7 @@ def to_json(patch: Patch) -> dict:
     return patch.content(name_of=str)
 
 
-def donor_of(
+def parse_donor(
     text: str, ranking: Ranking, seed: int | None = None, constants: Mapping[str, Constant] | None = None
 ) -> str | Source:
     """`zero`, `mean:recipient`, `mean:donor`, `constant:NAME` (`add:` before these adds it), `noise:N` (N standard
@@ -157,12 +157,12 @@ def donor_of(
     if kind not in SOURCES:
         return text
     if kind == "add" and argument:
-        constant = donor_of(argument, ranking, constants=constants)
+        constant = parse_donor(argument, ranking, constants=constants)
         if not isinstance(constant, Constant):
             raise SnpatchError(f"donor {text!r}: only mean:recipient, mean:donor and constants can be added")
         return replace(constant, mode="add")
     if kind == "scale" and argument:
-        return Scale(number_of(argument, float, "donor scale:F"))
+        return Scale(parse_number(argument, float, "donor scale:F"))
     if text == "zero":
         return Constant.zero(ranking)
     if kind == "mean" and argument in ("recipient", "donor"):
@@ -172,17 +172,17 @@ def donor_of(
             raise SnpatchError(f"no constant named {argument!r}: there are {', '.join(constants or ()) or 'none'}")
         return constants[argument]
     if kind == "noise" and argument:
-        deviations = number_of(argument, float, "donor noise:N")
+        deviations = parse_number(argument, float, "donor noise:N")
         return Noise.of_std(ranking, deviations, seed=DEFAULT_NOISE_SEED if seed is None else seed)
     raise SnpatchError(f"donor {text!r}: {kind} is no model's name. Donors: {DONORS}")
 
 
-def window_of(text: str) -> Window:
+def parse_window(text: str) -> Window:
     """`k` for the top k, or `LO:HI`."""
     lo, colon, hi = text.strip().partition(":")
     if not colon:
-        return Window(0, number_of(lo, int, "a window"))
-    return Window(number_of(lo, int, "a window"), number_of(hi, int, "a window"))
+        return Window(0, parse_number(lo, int, "a window"))
+    return Window(parse_number(lo, int, "a window"), parse_number(hi, int, "a window"))
 
 
 def parse_positions(text: str) -> str | int:
@@ -190,7 +190,7 @@ def parse_positions(text: str) -> str | int:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
-def number_of(text: str, kind: Callable, what: str):
+def parse_number(text: str, kind: Callable, what: str):
     """A number of a command line."""
     try:
         return kind(text)
@@ -199,13 +199,13 @@ def number_of(text: str, kind: Callable, what: str):
 
 
 def _window_table(text: str) -> int | list[int]:
-    window = window_of(text)
+    window = parse_window(text)
     return [window.lo, window.hi] if ":" in text else window.hi
 
 
 _READ = {
     "window": _window_table,
     "positions": parse_positions,
-    "strength": lambda text: number_of(text, float, "strength"),
-    "seed": lambda text: number_of(text, int, "seed"),
+    "strength": lambda text: parse_number(text, float, "strength"),
+    "seed": lambda text: parse_number(text, int, "seed"),
 }  # how a text gives a field that is no text

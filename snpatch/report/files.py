@@ -12,7 +12,7 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError
 from snpatch.report.report import Report, Row
-from snpatch.utils.files import file_stem, whole_file, write_text
+from snpatch.utils.files import atomic_write, file_stem, write_text
 
 
 def write_report(report: Report, folder: str | Path) -> list[Path]:
@@ -41,7 +41,7 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
     for stem, figure in report.plots.items():
         for kind in ("png", "svg"):
             paths.append(folder / f"{file_stem(stem)}.{kind}")
-            with whole_file(paths[-1]) as partial:
+            with atomic_write(paths[-1]) as partial:
                 figure.savefig(partial, format=kind, dpi=130)
     return paths
 
@@ -66,7 +66,7 @@ def write_records(records: Sequence[Row], path: str | Path) -> None:
             from pyarrow import parquet
         except ImportError:
             raise SnpatchError("parquet needs pyarrow: pip install 'snpatch[data]'") from None
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             parquet.write_table(pyarrow.Table.from_pylist(list(records)), partial)
     else:
         raise SnpatchError(f"{path}: expected a name that ends in .csv, .jsonl or .parquet.")

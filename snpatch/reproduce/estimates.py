@@ -201,7 +201,7 @@ def _writing(
     pipeline: Pipeline, texts: int, judged: int, tokens: int, size: Size, disk_gb: float = 0.0, further: int = 0
 ) -> Cost:
     """Texts of so many tokens, written by twin streams, some of them judged. further: texts that contrasts read."""
-    sets = 1 if pipeline.config.engine.second is None else 2
+    sets = 1 if pipeline.config.engine.secondary is None else 2
     step = (2 * sets * size.parameters + 2 * BATCH * CONTEXT * size.kv_bytes) / READ_BYTES
     rate = BATCH / step
     seconds = (texts * tokens + further * pipeline.config.contrast_tokens) / rate

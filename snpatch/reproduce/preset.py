@@ -16,7 +16,7 @@ from snpatch.sweeps.eval_config import check_trusted, get_table, parse_eval_conf
 from snpatch.training.objectives import SFT, get_objective
 from snpatch.training.settings import DpoSettings, TrainSettings
 from snpatch.utils.files import file_stem
-from snpatch.utils.schema import read, value_of
+from snpatch.utils.schema import coerce, from_dict
 
 NAMES = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo")
 SAFETY = "safety"
@@ -112,14 +112,14 @@ def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = 
 
 
 def _preset(name: str, table: dict) -> Preset:
-    parts = {one: value_of(table[one], str, one) for one in ("title", "published") if one in table}
+    parts = {one: coerce(table[one], str, one) for one in ("title", "published") if one in table}
     config = get_table(table, "config")
     if "experiments" in table:
-        parts["experiments"] = value_of(table["experiments"], tuple[str, ...], "experiments")
+        parts["experiments"] = coerce(table["experiments"], tuple[str, ...], "experiments")
     for one in (*parts.get("experiments", ()), *get_table(config, "settings")):
         experiments.parse_settings(one, get_table(config, "settings").get(one, {}))
     if "size" in table:
-        parts["size"] = read(Size, "size", table["size"])
+        parts["size"] = from_dict(Size, "size", table["size"])
     if "training" in table:
         parts["training"] = _training(get_table(table, "training"))
         if given := [one for one in TRAINED if one in config]:
@@ -134,22 +134,22 @@ def _training(table: dict) -> Training:
     if unknown := sorted(table.keys() - set(known)):
         raise SnpatchError(f"training: there is no {', '.join(unknown)}; there are {', '.join(known)}")
     settings, own, given = (get_table(table, name) for name in ("settings", "dpo", "data"))
-    objectives = value_of(table.get("objectives", ()), tuple[str, ...], "training.objectives")
+    objectives = coerce(table.get("objectives", ()), tuple[str, ...], "training.objectives")
     names = ("sft", SAFETY, *objectives)
     if strangers := sorted(given.keys() - set(names)):
         raise SnpatchError(f"training.data: {strangers[0]} is not trained; there are {', '.join(names)}")
-    data = {name: read(PromptSet, f"training.data.{name}", one) for name, one in given.items()}
+    data = {name: from_dict(PromptSet, f"training.data.{name}", one) for name, one in given.items()}
     for name in names:
         if name not in data and table.get("written_by"):
             data[name] = PromptSet(written(name))
         elif name not in data:
             data[name] = SFT if name == "sft" else get_objective(name)
     return Training(
-        seeds=value_of(table.get("seeds", ()), tuple[int, ...], "training.seeds"),
+        seeds=coerce(table.get("seeds", ()), tuple[int, ...], "training.seeds"),
         objectives=objectives,
         data=data,
-        sft=read(TrainSettings, "training.settings", settings),
-        dpo=read(DpoSettings, "training.dpo", {**settings, **own}),
+        sft=from_dict(TrainSettings, "training.settings", settings),
+        dpo=from_dict(DpoSettings, "training.dpo", {**settings, **own}),
         written_by=table.get("written_by"),
     )
 

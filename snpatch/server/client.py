@@ -95,7 +95,7 @@ class PatchedClient:
         requests, prompt_ids = self.engine.requests, list(prompt["prompt_token_ids"])
         requests.check_room(prompt_ids, 1, "the prompt")
         requests.check_ids(prompt_ids, "the prompt")
-        requests.tell_double_bos(prompt_ids, requests.templates[0].tokenizer, "a prompt")
+        requests.note_double_bos(prompt_ids, requests.templates[0].tokenizer, "a prompt")
         params, max_new_tokens = copy.copy(sampling_params), self.engine.geometry.context - len(prompt_ids)
         params.max_tokens = max_new_tokens if params.max_tokens is None else min(params.max_tokens, max_new_tokens)
         params.min_tokens = min(params.min_tokens, params.max_tokens)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from snpatch.config import EngineConfig, place
+from snpatch.config import EngineConfig, resolve_path
 from snpatch.errors import SnpatchError
 from snpatch.judges.factory import REFUSAL, is_function_judge
 from snpatch.names import check_names
@@ -122,7 +122,7 @@ class ServeConfig:
             SnpatchError: Unknown keys, wrong types, or values that need `trust`.
         """
         context = f"server {path}"
-        config = cls.from_table(schema.load_table(path, "server"), context).placed(Path(path).parent)
+        config = cls.from_dict(schema.load_table(path, "server"), context).placed(Path(path).parent)
         if not trust:
             check_arguments(config.engine.vllm, ENGINE, f"{context}: vllm")
             check_arguments(config.vllm_server, SERVER, f"{context}: vllm_server")
@@ -135,11 +135,11 @@ class ServeConfig:
         return config
 
     @classmethod
-    def from_table(cls, table: object, context: str = "server") -> "ServeConfig":
+    def from_dict(cls, table: object, context: str = "server") -> "ServeConfig":
         """Build a config from plain data: an engine's table plus this class's own fields.
 
         Args:
-            table: Data as `as_table` returns it.
+            table: Data as `to_dict` returns it.
             context: Name of the data in error messages.
 
         Raises:
@@ -148,22 +148,22 @@ class ServeConfig:
         if not isinstance(table, Mapping):
             raise SnpatchError(f"{context}: expected a table, got {table!r}")
         names = {f.name for f in fields(cls)} - {"engine"}
-        engine = EngineConfig.from_table({name: value for name, value in table.items() if name not in names}, context)
+        engine = EngineConfig.from_dict({name: value for name, value in table.items() if name not in names}, context)
         own_values = {name: value for name, value in table.items() if name in names}
-        config = schema.read(cls, context, {"engine": engine, **own_values})
+        config = schema.from_dict(cls, context, {"engine": engine, **own_values})
         for name in (*FILES, "judges"):
             for key, value in getattr(config, name).items():
-                schema.value_of(value, str, f"{context}: {name}.{key}")
+                schema.coerce(value, str, f"{context}: {name}.{key}")
         for key, value in config.patches.items():
-            schema.value_of(value, Mapping, f"{context}: patches.{key}")
+            schema.coerce(value, Mapping, f"{context}: patches.{key}")
         return config
 
-    def as_table(self) -> dict:
+    def to_dict(self) -> dict:
         """Return the values that differ from the defaults, as plain data for TOML and JSON."""
         default = ServeConfig(self.engine)
         own_values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "engine"}
         changed = {name: value for name, value in own_values.items() if value != getattr(default, name)}
-        return self.engine.as_table() | changed
+        return self.engine.to_dict() | changed
 
     def resolve_limits(self, context: int, max_num_seqs: int) -> "ServeConfig":
         """Return the config with each limit that was left out set from the engine's sizes.
@@ -187,6 +187,8 @@ class ServeConfig:
 
         Values that are no file there are names and stay unchanged; so do vLLM's flags.
         """
-        files = {name: {k: place(folder, v) for k, v in getattr(self, name).items()} for name in (*FILES, "judges")}
+        files = {
+            name: {k: resolve_path(folder, v) for k, v in getattr(self, name).items()} for name in (*FILES, "judges")
+        }
         upload = None if self.allow_upload is None else str(folder / self.allow_upload)
         return replace(self, engine=self.engine.placed(folder), allow_upload=upload, **files)

@@ -18,7 +18,7 @@ from openai.types.responses import response_create_params as response_params
 from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
-from snpatch.errors import SnpatchError, within
+from snpatch.errors import SnpatchError, error_field
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server import metrics, routes
 from snpatch.server.errors import error_message, error_param, error_type, http_status
@@ -124,7 +124,7 @@ async def _build_context(state: ServerState, request, raw_request) -> PatchConte
         raise state.registry.unknown_model_error(request.model)
     data = await _patch_data(state, request, raw_request)
     if data is not None:
-        with within(KEY):
+        with error_field(KEY):
             context = await asyncio.to_thread(state.registry.parse, data)  # in a thread: it may build a donor's values
     if not context.is_base:
         state.check_queue()

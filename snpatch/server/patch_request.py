@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from snpatch.guard.guard import Guard
-from snpatch.patching.patch import Patch, speaker
+from snpatch.patching.patch import Patch, recipient_name
 from snpatch.patching.spec import PatchSchema
 from snpatch.utils.schema import option
 
@@ -55,7 +55,7 @@ class PatchContext:
     @property
     def recipient(self) -> str:
         """The model that generates."""
-        return speaker(self.patch)
+        return recipient_name(self.patch)
 
     @property
     def is_base(self) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from snpatch import names
 from snpatch.engine.async_engine import AsyncEngine
-from snpatch.errors import SnpatchError, nearest, within
+from snpatch.errors import SnpatchError, error_field, nearest
 from snpatch.guard.guard import Guard
 from snpatch.patching import spec
 from snpatch.patching.patch import Constant, Patch
@@ -29,7 +29,7 @@ CACHE_SIZE = 32  # parsed patches of requests, and donors with computed values
 COMPUTED_DONOR = re.compile(r"(add:)?(zero|mean:\w{1,16}|noise:.{1,32})")  # donors whose values are computed
 
 
-class _CachedNamespace(spec.Named):
+class _CachedNamespace(spec.PatchNamespace):
     """Namespace that computes a donor's values once for all patches and requests; the last CACHE_SIZE are cached."""
 
     def __init__(self, rankings: Mapping[str, Ranking], constants: Mapping[str, Constant]) -> None:
@@ -97,7 +97,7 @@ class PatchRegistry:
     def parse(self, table: object) -> PatchContext:
         """Return the context of a request's object `snpatch`, or raise with the field that is wrong."""
         self._check_num_interventions(table)
-        request = schema.read(PatchRequest, "snpatch", table)
+        request = schema.from_dict(PatchRequest, "snpatch", table)
         return self._build(request).copy()
 
     def add(self, kind: str, name: str, value: Ranking | Constant) -> None:
@@ -157,12 +157,12 @@ class PatchRegistry:
                 field="interventions",
             )
 
-    def _build_context(self, request: PatchRequest, namespace: spec.Named) -> PatchContext:
+    def _build_context(self, request: PatchRequest, namespace: spec.PatchNamespace) -> PatchContext:
         """Build the patch of a request, or raise if the engine could never run it."""
-        patch = spec.patch_of(request, namespace)
+        patch = spec.build_patch(request, namespace)
         donors = [one.donor for one in getattr(patch, "interventions", ()) if isinstance(one.donor, str)]
         for field, name in (("recipient", request.recipient), *(("donor", name) for name in donors)):
-            with within(field):
+            with error_field(field):
                 self.engine.requests.model(name)
         self.engine.executor.slots.check_request(self.engine.requests.patched([0], _at_all_positions(patch)))
         guard = None if request.guard is None else self._get_guard(request.guard, request.recipient)

@@ -137,7 +137,7 @@ def _parse_sweep(body: bytes) -> SweepRequest:
         json.dumps(table, ensure_ascii=False).encode()  # raises for invalid Unicode, which no tokenizer accepts
     except (ValueError, RecursionError) as error:
         raise SnpatchError(f"sweep: expected JSON, got {first_line(error)}", field="body") from error
-    return schema.read(SweepRequest, "sweep", table)
+    return schema.from_dict(SweepRequest, "sweep", table)
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:

@@ -14,10 +14,10 @@ import numpy as np
 
 from snpatch.data import question
 from snpatch.engine.requests import Completion
-from snpatch.errors import OverflowedError, ServerBusyError, SnpatchError, SpoiledEngineError, first_line, within
+from snpatch.errors import OverflowedError, ServerBusyError, SnpatchError, SpoiledEngineError, error_field, first_line
 from snpatch.executors.base import Request
 from snpatch.judges.protocol import score_all
-from snpatch.patching.patch import Patch, speaker
+from snpatch.patching.patch import Patch, recipient_name
 from snpatch.ranking.window import Window
 from snpatch.sampling import Sampling
 from snpatch.server.errors import error_message
@@ -95,14 +95,14 @@ class Sweep:
         request, engine = self._request, self._state.engine
         sampling = Sampling(max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
         prompt_ids: dict[str, list[list[int]]] = {}  # by recipient
-        for name in dict.fromkeys(speaker(point.patch) for point in self._points):
+        for name in dict.fromkeys(recipient_name(point.patch) for point in self._points):
             prompt_ids[name] = []
             for index, prompt in enumerate(self._prompts):
-                with within(f"prompts.{index}"):
+                with error_field(f"prompts.{index}"):
                     prompt_ids[name] += engine.requests.encode([prompt], name)
         requests = []
         for point in self._points:
-            indexed = engine.requests.writing(prompt_ids[speaker(point.patch)], point.patch, sampling)
+            indexed = engine.requests.writing(prompt_ids[recipient_name(point.patch)], point.patch, sampling)
             requests.append([request for _, request in indexed])
             engine.executor.slots.check_request(requests[-1][0])
         return requests
@@ -249,7 +249,7 @@ class Sweep:
         request, is_patched = self._request, isinstance(point.patch, Patch)
         donor = request.recipient if point.floor == SELF_PATCH else request.donor
         return {
-            "recipient": speaker(point.patch),
+            "recipient": recipient_name(point.patch),
             "donor": donor if is_patched else None,
             "ranking": request.ranking if is_patched else None,
             "lo": point.patch.window.lo if is_patched else 0,

@@ -20,7 +20,7 @@ from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.errors import InternalError, NameConflictError, PayloadTooLargeError
 from snpatch.server.registry import PatchRegistry, check_served_name, describe, load_ranking
-from snpatch.utils.files import check_writable, open_regular, whole_file, write_text
+from snpatch.utils.files import atomic_write, check_writable, open_regular, write_text
 
 LOADERS = {"rankings": load_ranking, "constants": Constant.load}
 MAX_UPLOADED_NAMES = 64  # rankings and constants together
@@ -77,7 +77,7 @@ class Uploads:
         """Check and write a file's content, without a name in the index. Return its digest and the value it holds."""
         digest = hashlib.sha256(body).hexdigest()
         try:
-            with whole_file(self._file(digest)) as partial:
+            with atomic_write(self._file(digest)) as partial:
                 partial.write_bytes(body)
                 value = self._load(kind, name, partial)  # before the file gets its final path
         except SnpatchError as error:

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from snpatch.config import Capacity, EngineConfig, choose_backend, place
+from snpatch.config import Capacity, EngineConfig, resolve_backend, resolve_path
 from snpatch.data.prompt_set import PromptSet
 from snpatch.errors import SnpatchError
 from snpatch.judges.factory import is_function_judge
 from snpatch.names import BASE, check_names
 from snpatch.sampling import CONTRAST, GREEDY
 from snpatch.trust import ENGINE, check_arguments, refuse
-from snpatch.utils.schema import parse_toml, read
+from snpatch.utils.schema import from_dict, parse_toml
 
 NAMED_CONFIGS = {"demo": Path(__file__).parents[1] / "demo" / "model" / "experiment.toml"}
 """Experiment configs that ship with the package. `snpatch reproduce` makes those of the paper's models."""
@@ -46,7 +46,7 @@ class EvalConfig:
 
     def place(self, source: str) -> str:
         """Resolve a path of the file; return a source that is no path there (a hub name) unchanged."""
-        return place(self.folder, source)
+        return resolve_path(self.folder, source)
 
     def engine_config(self, backend: str = "auto", **arguments) -> EngineConfig:
         """Return the engine's config for a backend.
@@ -55,7 +55,7 @@ class EvalConfig:
             backend: "auto" keeps the file's backend.
             arguments: Fields of EngineConfig or Capacity, or vLLM arguments; they override the file's.
         """
-        backend = choose_backend(self.engine.backend if backend == "auto" else backend)
+        backend = resolve_backend(self.engine.backend if backend == "auto" else backend)
         engine = replace(self.engine, backend=backend).placed(self.folder)
         if backend == "transformers":
             engine = replace(engine, capacity=Capacity(), vllm={})
@@ -79,7 +79,7 @@ def load_eval_config(source: str | Path) -> EvalConfig:
     path, table = read_config_file(source)
     try:
         parts = parse_eval_config(table)
-        return read(EvalConfig, "the file", {
+        return from_dict(EvalConfig, "the file", {
             "folder": path.parent, **{name: part for name, part in parts.items() if name not in EXPERIMENT_KEYS}
         })  # fmt: skip
     except SnpatchError as error:
@@ -102,7 +102,9 @@ def parse_eval_config(data: dict) -> dict:
     """Return a file's table with engine, sets and judges parsed, and all other keys unchanged."""
     parts = {name: part for name, part in data.items() if name not in ENGINE_KEYS}
     parts["engine"] = _parse_engine(data)
-    parts["sets"] = {name: read(PromptSet, f"sets.{name}", entry) for name, entry in get_table(data, "sets").items()}
+    parts["sets"] = {
+        name: from_dict(PromptSet, f"sets.{name}", entry) for name, entry in get_table(data, "sets").items()
+    }
     parts["judges"] = dict(get_table(data, "judges"))
     check_names(parts["judges"], "a judge")
     for name, judge in parts["judges"].items():
@@ -115,7 +117,7 @@ def check_trusted(engine: EngineConfig, judges: Mapping[str, Mapping], folder: P
     """Raise if the engine or judges of a file can run code or open the host (see snpatch.trust)."""
     check_arguments(engine.vllm, ENGINE, "vllm")
     for name, judge in judges.items():
-        if is_function_judge(place(folder, judge["source"])):
+        if is_function_judge(resolve_path(folder, judge["source"])):
             refuse(f"judges.{name}.source", judge["source"])
         check_arguments({key: value for key, value in judge.items() if key not in JUDGE_KEYS}, ENGINE, f"judges.{name}")
 
@@ -145,4 +147,4 @@ def _parse_engine(data: dict) -> EngineConfig:
         if name in (*TOP_LEVEL_KEYS, *engine_keys, *capacity_keys):
             expected = "at the top of the file" if name in TOP_LEVEL_KEYS else "under engine"
             raise SnpatchError(f"vllm: {name}: expected {expected}. Move it there.")
-    return EngineConfig.from_table({**arguments, "capacity": capacity}, "the file")
+    return EngineConfig.from_dict({**arguments, "capacity": capacity}, "the file")

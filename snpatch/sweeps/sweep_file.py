@@ -25,10 +25,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
-from snpatch.config import EngineConfig, place
+from snpatch.config import EngineConfig, resolve_path
 from snpatch.errors import SnpatchError
 from snpatch.names import check_names
-from snpatch.patching.spec import window_of
+from snpatch.patching.spec import parse_window
 from snpatch.ranking.window import Window
 from snpatch.sampling import Sampling
 from snpatch.sweeps.config import SweepConfig
@@ -41,7 +41,7 @@ from snpatch.sweeps.eval_config import (
     parse_eval_config,
 )
 from snpatch.utils.files import write_text
-from snpatch.utils.schema import load_table, read, value_of
+from snpatch.utils.schema import coerce, from_dict, load_table
 
 FILE = "spec.json"  # beside a sweep's results
 
@@ -122,11 +122,11 @@ class SweepSpec(EvalConfig):
         parts["judges"] = {**parts.get("judges", {}), **{n: _judge(j, folder) for n, j in own["judges"].items()}}
         swept = dict(get_table(data, "sweep"))
         names = {
-            name: value_of(swept.pop(name, tuple(parts[name])), tuple[str, ...], f"sweep: {name}")
+            name: coerce(swept.pop(name, tuple(parts[name])), tuple[str, ...], f"sweep: {name}")
             for name in ("sets", "judges")
         }
         contrast_tokens = parts.get("contrast_tokens", cls.contrast_tokens)
-        sampling = read(Sampling, "sampling", {"max_tokens": parts.get("max_tokens", Sampling().max_tokens),
+        sampling = from_dict(Sampling, "sampling", {"max_tokens": parts.get("max_tokens", Sampling().max_tokens),
                                                **get_table(data, "sampling")})  # fmt: skip
         return cls(
             folder=folder,
@@ -134,7 +134,7 @@ class SweepSpec(EvalConfig):
             sets=parts["sets"],
             judges=parts["judges"],
             max_tokens=sampling.max_tokens,
-            contrast_tokens=value_of(data.get("contrast_tokens", contrast_tokens), int, "contrast_tokens"),
+            contrast_tokens=coerce(data.get("contrast_tokens", contrast_tokens), int, "contrast_tokens"),
             rankings={name: _ranking(name, one, folder) for name, one in get_table(data, "rankings").items()},
             plan=_plan(swept, sampling),
             swept=names["sets"],
@@ -162,14 +162,14 @@ class SweepSpec(EvalConfig):
 
 def engine_table(config: EngineConfig) -> dict:
     """An engine as such a file has it."""
-    table = config.placed(Path()).as_table()
+    table = config.placed(Path()).to_dict()
     top = {name: table.pop(name) for name in ("model", "adapters", "models", "template", "vllm") if name in table}
     return {**top, "engine": {**table.pop("capacity", {}), **table}}
 
 
 def _from_config(data: Mapping, folder: Path) -> dict:
     """Return a sweep's parts of the experiment config that the file names, with paths as seen from here."""
-    config = load_eval_config(place(folder, str(data["config"])))  # `load` checks the merged config for trust
+    config = load_eval_config(resolve_path(folder, str(data["config"])))  # `load` checks the merged config for trust
     return {
         "engine": config.engine.placed(config.folder),
         "sets": {name: _placed(one, config.folder) for name, one in config.sets.items()},
@@ -189,14 +189,14 @@ def _judge(arguments: dict, folder: Path) -> dict:
 
 def _absolute(folder: Path, source: str) -> str:
     """A file's absolute path; what is no file there is a name and stays as it is."""
-    found = Path(place(folder, source))
+    found = Path(resolve_path(folder, source))
     return str(found.resolve()) if found.exists() else source
 
 
 def _ranking(name: str, one: object, folder: Path) -> str | RankingSource:
     if isinstance(one, str):
-        return str(Path(place(folder, one)).resolve())
-    return read(RankingSource, f"rankings.{name}", one)
+        return str(Path(resolve_path(folder, one)).resolve())
+    return from_dict(RankingSource, f"rankings.{name}", one)
 
 
 def _plan(swept: dict, sampling: Sampling) -> SweepConfig:
@@ -204,12 +204,12 @@ def _plan(swept: dict, sampling: Sampling) -> SweepConfig:
     if not isinstance(windows, list | tuple):
         raise SnpatchError(f"sweep: windows: wanted a list of k or 'LO:HI', got {windows!r}")
     kept = {"windows": tuple(_window(one) for one in windows), "sampling": sampling}
-    return read(SweepConfig, "sweep", {**swept, **kept})
+    return from_dict(SweepConfig, "sweep", {**swept, **kept})
 
 
 def _window(one: object) -> Window:
     if isinstance(one, str):
-        return window_of(one)
+        return parse_window(one)
     return Window.of(tuple(one) if isinstance(one, list) else one)
 
 

@@ -32,7 +32,7 @@ DAMAGED = (
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; it replaces `path` when the block ends well, and vanishes when it does not.
 
     File and folder are on the disk before this returns: after a power cut `path` is the old file or the new one.
@@ -72,7 +72,7 @@ def sync(path: str | Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8; halves of surrogate pairs, as names of files that are no UTF-8 have them, as JSON escapes them."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=ESCAPE)
 
 
@@ -80,7 +80,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], *, kind: str, me
     """A safetensors file of one `kind` with `meta` as JSON; no pickle."""
     header = {"kind": kind, "snpatch": __version__, "meta": json.dumps(meta)}
     contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(save(contiguous, metadata=header))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
-from snpatch.errors import SnpatchError, nearest, shown, within
+from snpatch.errors import SnpatchError, error_field, nearest, shown
 
 MAX_DEPTH = 100  # of nested tables and lists: what reads them afterwards may call itself once a level
 MAX_CONFIG_BYTES = 2**24
@@ -73,7 +73,7 @@ def _flat(value):
     raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
 
 
-def read(kind: type, where: str, values: object):
+def from_dict(kind: type, where: str, values: object):
     """An instance of a dataclass from a table; keys that it does not have, or lacks, and wrong types are errors.
 
     Lists become tuples, and so does a single value where a tuple of any length is wanted.
@@ -87,11 +87,11 @@ def read(kind: type, where: str, values: object):
         raise SnpatchError(message, field=unknown[0])
     if missing := [name for name in required(kind) if name not in values]:
         raise SnpatchError(f"{where}: {', '.join(missing)} is missing", field=missing[0])
-    hints, read = get_type_hints(kind), {}
+    hints, coerced = get_type_hints(kind), {}
     for name, value in values.items():
-        with within(name):
-            read[name] = value_of(value, hints[name], f"{where}: {name}")
-    return kind(**read)
+        with error_field(name):
+            coerced[name] = coerce(value, hints[name], f"{where}: {name}")
+    return kind(**coerced)
 
 
 def required(kind: type) -> list[str]:
@@ -99,7 +99,7 @@ def required(kind: type) -> list[str]:
     return [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
 
 
-def value_of(value: object, hint: object, where: str):
+def coerce(value: object, hint: object, where: str):
     """A value as the type hint wants it."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     bases = [get_origin(kind) or kind for kind in kinds]
@@ -115,17 +115,17 @@ def value_of(value: object, hint: object, where: str):
             *each, last = get_args(kind)
             if last is Ellipsis:
                 given = tuple(value) if isinstance(value, list | tuple) else (value,)
-                return tuple(value_of(one, each[0], where) for one in given)
+                return tuple(coerce(one, each[0], where) for one in given)
             if isinstance(value, list | tuple) and len(value) == len(each) + 1:
-                return tuple(value_of(one, wanted, where) for one, wanted in zip(value, (*each, last), strict=True))
+                return tuple(coerce(one, wanted, where) for one, wanted in zip(value, (*each, last), strict=True))
         elif is_dataclass(base) and isinstance(value, Mapping):
-            return read(base, where, value)
+            return from_dict(base, where, value)
     names = " or ".join(_named(kind) for kind in kinds if kind is not NoneType)
     raise SnpatchError(f"{where}: wanted {names}, got {shown(value)}")
 
 
 def json_schema(kind: type) -> dict:
-    """The JSON Schema of the tables that `read` takes. From a field's metadata: `help` and `min`."""
+    """Return the JSON Schema of the tables that `from_dict` reads. From a field's metadata: `help` and `min`."""
     hints, properties = get_type_hints(kind), {}
     for f in fields(kind):
         properties[f.name] = _schema_of(hints[f.name])

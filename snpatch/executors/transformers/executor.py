@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from snpatch.config import OWN_SET, EngineConfig, ModelSource
+from snpatch.config import PRIMARY_WEIGHTS, EngineConfig, ModelSource
 from snpatch.errors import OverflowedError, SnpatchError, first_line
 from snpatch.executors.base import Geometry, Logprobs, Memory, Output, Request
 from snpatch.executors.receipts import confirm
@@ -38,11 +38,11 @@ class TransformersExecutor:
     def __init__(self, config: EngineConfig, text_processors: Sequence[TextProcessor]) -> None:
         model, own = config.model, load_config(config.model, config.allow_untested)
         self._device = pick_device(config.device)
-        self._model = load(model, OWN_SET, config.dtype, self._device)
+        self._model = load(model, PRIMARY_WEIGHTS, config.dtype, self._device)
         self.geometry = geometry_of(own, self._model)
         second = None
-        if config.second is not None:
-            second = load(model, config.second, config.dtype, self._device)
+        if config.secondary is not None:
+            second = load(model, config.secondary, config.dtype, self._device)
             other = geometry_of(second.config, second)
             least = {
                 name: min(getattr(self.geometry, name), getattr(other, name)) for name in ("context", "vocab_size")

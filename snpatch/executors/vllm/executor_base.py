@@ -42,7 +42,7 @@ class VllmExecutorBase:
     def __init__(self, config: EngineConfig, text_processors: Sequence[TextProcessor]) -> None:
         self.launch = DualStreamLaunch(config, text_processors)
         self.geometry = self.launch.geometry
-        has_secondary = config.second is not None
+        has_secondary = config.secondary is not None
         self.codec = RequestCodec(
             text_processors[0].tokenizer, self.geometry, config.capacity.max_interventions, has_secondary
         )

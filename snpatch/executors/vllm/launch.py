@@ -41,14 +41,14 @@ class DualStreamLaunch:
         if arguments.get("load_format") != "dummy":
             check_has_weights(model)
         self.geometry = model_geometry(model_config, arguments.get("max_model_len"), config.dtype)
-        if config.second is not None:
+        if config.secondary is not None:
             self.geometry = self._common_geometry(config, model_config, arguments)
         self._arguments = dual_stream_arguments(model, model_config, config.dtype, arguments)
         self._arguments["tokenizer"] = str(text_processors[0].tokenizer.name_or_path)  # an adapter may have its own
         self.settings = DualStreamSettings.build(
             config.capacity,
             [text_processor.eos_ids for text_processor in text_processors],
-            config.second,
+            config.secondary,
             is_eager=bool(self._arguments.get("enforce_eager")),
             allow_untested=config.allow_untested,
         )
@@ -59,7 +59,7 @@ class DualStreamLaunch:
         """Check the secondary model, and return the sizes that both models support."""
         if config.capacity.streams == 1:
             raise SnpatchError("streams=1: secondary weights run in a second stream; start two engines")
-        secondary = config.second.checkpoint or config.model
+        secondary = config.secondary.checkpoint or config.model
         secondary_config = load_config(secondary, config.allow_untested)
         if arguments.get("load_format") != "dummy":
             check_has_weights(secondary)
