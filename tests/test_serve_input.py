@@ -184,7 +184,7 @@ anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
 )
 numbers = st.integers(-5, ALL + 5) | st.integers() | st.floats()
-clause = {
+intervention = {
     "donor": st.sampled_from(
         ["dpo", "sft", "zero", "mean:donor", "noise:2", "scale:2", "constant:x", "add:zero", "add:"]
     ),
@@ -194,7 +194,7 @@ clause = {
     "strength": numbers,
     "seed": numbers,
 }
-mutated = {name: st.one_of(strategy, strategy, strategy, anything) for name, strategy in clause.items()}
+mutated = {name: st.one_of(strategy, strategy, strategy, anything) for name, strategy in intervention.items()}
 interventions = st.fixed_dictionaries({}, optional=mutated)
 patches = st.fixed_dictionaries(
     {"recipient": st.sampled_from(["sft", "base"]) | anything},

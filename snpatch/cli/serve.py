@@ -29,7 +29,7 @@ _NAMED_OPTIONS = {  # option -> field of ServeConfig, help
     "judge": ("judges", "name=judge for clients' sweeps; `refusal` is built in."),
     "patch": (
         "patches",
-        "name=recipient=sft,donor=dpo,ranking=safety,k=20000 (where, strength, guard), or name=JSON.",
+        "name=recipient=sft,donor=dpo,ranking=safety,k=20000 (positions, strength, guard), or name=JSON.",
     ),
 }
 

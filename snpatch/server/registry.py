@@ -160,7 +160,8 @@ class PatchRegistry:
     def _build_context(self, request: PatchRequest, namespace: spec.PatchNamespace) -> PatchContext:
         """Build the patch of a request, or raise if the engine could never run it."""
         patch = spec.build_patch(request, namespace)
-        donors = [one.donor for one in getattr(patch, "interventions", ()) if isinstance(one.donor, str)]
+        interventions = getattr(patch, "interventions", ())
+        donors = [intervention.donor for intervention in interventions if isinstance(intervention.donor, str)]
         for field, name in (("recipient", request.recipient), *(("donor", name) for name in donors)):
             with error_field(field):
                 self.engine.requests.model(name)
@@ -226,8 +227,8 @@ def _at_all_positions(patch: Patch | str) -> Patch | str:
     """Return the patch at all positions, which needs the same slots for every prompt."""
     if isinstance(patch, str):
         return patch
-    everywhere = [replace(one, positions="all") for one in patch.interventions]
-    return Patch(patch.recipient, interventions=everywhere)
+    interventions = [replace(intervention, positions="all") for intervention in patch.interventions]
+    return Patch(patch.recipient, interventions=interventions)
 
 
 def _without_defaults(form) -> Mapping:
