@@ -29,9 +29,9 @@ from snpatch import Engine, Patch, Sampling
 from snpatch.data import load_dataset
 from snpatch.experiments.config import load_experiment_config
 from snpatch.judges.factory import open_judge
-from snpatch.sweeps import texts
+from snpatch.sweeps import generation
 from snpatch.sweeps.config import SweepConfig
-from snpatch.sweeps.minimal import minimal
+from snpatch.sweeps.minimal import find_minimal
 from snpatch.sweeps.store import Store
 from snpatch.sweeps.sweep import sweep
 
@@ -44,12 +44,14 @@ def write(engine, patches, asked) -> None:
     """Every patch on every prompt, as a sweep writes them."""
     sampling = Sampling(max_tokens=NEW, ignore_eos=True)
     items = [
-        texts.Item(f"{number} {index}", index, "", 0, engine.requests.patched(ids, patch, sampling=sampling))
+        generation.CompletionTask(
+            f"{number} {index}", index, "", 0, engine.requests.patched(ids, patch, sampling=sampling)
+        )
         for number, patch in enumerate(patches)
         for index, ids in enumerate(asked)
     ]
     with Store(None) as store:
-        texts.fill(engine, items, store)
+        generation.generate_missing(engine, items, store)
         written = store.texts([item.key for item in items])
     assert sum(len(text.token_ids) for text in written.values()) == NEW * len(items)
 
@@ -158,12 +160,12 @@ def test_minimal(benchmark, demo, tmp_path):
     grid = sweep(engine, asked, {"safety": ranking}, {"cost": cost}, config, store=tmp_path / "grid")
 
     def search():
-        return minimal(engine, asked, {"safety": ranking}, cost, config, store=tmp_path / "search")
+        return find_minimal(engine, asked, {"safety": ranking}, cost, config, store=tmp_path / "search")
 
     for one in benchmark.pedantic(search, rounds=1):
         line = grid.line("cost", one.recipient, "safety")
-        exact = next((row.hi for row in line if row.effect >= 0.9), None)
-        found = one.found
+        exact = next((row.rank_hi for row in line if row.effect >= 0.9), None)
+        found = one.search
         told = {"k": found.k, "low": found.low, "high": found.high, "used": found.used, "full": found.full}
         benchmark.extra_info[one.recipient] = {**told, "rounds": found.rounds, "whole_grid": exact}
     benchmark.extra_info.update({**about(), "side": "minimal"})

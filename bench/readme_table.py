@@ -274,9 +274,11 @@ def demo_table(folder: Path = RESULTS / "demo") -> str:
     for row in json.loads((folder / "curve.json").read_text())["rows"]:
         if row["ranking"] is None:
             rows.append((row["recipient"], "unpatched", f"{row['mean']:.2f}", ""))
-        elif row["control_seed"] is None and 0.03 < row["share"] < 0.2:
+        elif row["control_seed"] is None and 0.03 < row["neuron_fraction"] < 0.2:
             effect = f"{row['effect']:.0%} ({row['effect_low']:.0%} .. {row['effect_high']:.0%})"
-            rows.append((row["recipient"], f"{row['hi']} ({row['share']:.1%})", f"{row['mean']:.2f}", effect))
+            rows.append(
+                (row["recipient"], f"{row['rank_hi']} ({row['neuron_fraction']:.1%})", f"{row['mean']:.2f}", effect)
+            )
     return _table(("recipient", "k (share of neurons)", "mean cost", "effect (95 % interval)"), rows)
 
 

@@ -1,11 +1,11 @@
 """Statistics of scores: Eq. 4's causal effect, bootstrap intervals, paired tests, correlation of ranks, skewness.
 
-Everything is paired: a patch is compared with what else was written for the same prompts, so prompts are what is
-resampled.
+Everything is paired: a patch is compared with other completions of the same prompts, so prompts are resampled.
 """
 
 import math
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,24 +15,44 @@ from scipy.stats import t as student
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 
-Interval = tuple[float, float | None, float | None]  # value, low, high
+
+class Interval(NamedTuple):
+    """A figure and the bounds of its interval; None where they are undefined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def columns(self, name: str) -> dict[str, float | None]:
+        """Return the columns of a table: name, name_low and name_high."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+UNDEFINED = Interval(None, None, None)
 
 
 def interval(statistic, *samples: ArrayLike, resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> Interval:
-    """A statistic of paired samples [prompts] and its percentile bootstrap interval over prompts.
+    """Return a statistic of paired samples and its percentile bootstrap interval over prompts. The seed is fixed.
 
-    statistic: (*samples, axis) -> values. One prompt has no spread: both ends are the value. Resamples in which the
-    statistic is undefined (NaN) are left out; without any other, both ends are None. The seed is fixed.
+    Args:
+        statistic: Called as `statistic(*samples, axis=axis)`; returns values.
+        samples: Samples [prompts].
+        resamples: Bootstrap resamples. Those with an undefined statistic (NaN) are left out; if all are, the bounds
+            are None.
+        confidence: Level of the interval.
+
+    Returns:
+        The interval. With one prompt both bounds are the value, because it has no spread.
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise SnpatchError("bootstrap: resamples must be at least 1 and confidence lie between 0 and 1")
     samples = tuple(np.asarray(sample, dtype=float) for sample in samples)
     value = float(statistic(*samples, axis=-1))
     if len(samples[0]) < 2:
-        return value, value, value
+        return Interval(value, value, value)
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateDataWarning)  # no spread over prompts: an interval of one point
-        found = bootstrap(
+        result = bootstrap(
             samples,
             statistic,
             paired=True,
@@ -42,20 +62,20 @@ def interval(statistic, *samples: ArrayLike, resamples: int = RESAMPLES, confide
             rng=np.random.default_rng(0),
         )
     tail = 50 * (1 - confidence)
-    defined = found.bootstrap_distribution[~np.isnan(found.bootstrap_distribution)]
+    defined = result.bootstrap_distribution[~np.isnan(result.bootstrap_distribution)]
     if not len(defined):
-        return value, None, None
+        return Interval(value, None, None)
     low, high = np.percentile(defined, [tail, 100 - tail])
-    return value, float(low), float(high)
+    return Interval(value, float(low), float(high))
 
 
-def causal_effect(patched: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **certainty) -> Interval | tuple:
-    """Eq. 4: the share of the way from the recipient's mean score to the donor's, with its interval.
+def causal_effect(patched: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **certainty) -> Interval:
+    """Return Eq. 4: the fraction of the way from the recipient's mean score to the donor's.
 
-    Three times None where donor and recipient score the same, which leaves nothing to recover.
+    UNDEFINED if donor and recipient have the same mean, because there is nothing to recover.
     """
     if np.mean(donor) == np.mean(recipient):
-        return None, None, None
+        return UNDEFINED
 
     def effect(patched, recipient, donor, axis=-1):
         base = recipient.mean(axis)
@@ -67,13 +87,13 @@ def causal_effect(patched: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **
 
 def net_effect(
     patched: ArrayLike, controls: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **certainty
-) -> Interval | tuple:
-    """The causal effect without what random neurons recover, with its interval. controls: their mean for each prompt.
+) -> Interval:
+    """Return the causal effect without what random neurons recover (`controls`: their mean score of each prompt).
 
-    Three times None where donor and recipient score the same.
+    UNDEFINED if donor and recipient have the same mean.
     """
     if np.mean(donor) == np.mean(recipient):
-        return None, None, None
+        return UNDEFINED
 
     def net(patched, controls, recipient, donor, axis=-1):
         gap = donor.mean(axis) - recipient.mean(axis)
@@ -83,17 +103,19 @@ def net_effect(
 
 
 def paired_p(one: ArrayLike, other: ArrayLike) -> float | None:
-    """p of the two-sided paired t-test; None where fewer than two prompts are there or no score differs."""
+    """Return p of the two-sided paired t-test; None for fewer than two prompts, or if no score differs."""
     if len(one) < 2 or np.allclose(one, other, rtol=1e-12, atol=0):
         return None
     return float(ttest_rel(one, other).pvalue)
 
 
 def half_width(values: ArrayLike, tail: float, population: int | None = None) -> float:
-    """Half the width of the t-interval of a mean. tail: probability of each side.
+    """Return half the width of the t-interval of a mean; infinite for fewer than two values of a larger population.
 
-    population: how many values there are in all, if these were drawn from so many without replacement. Infinite for
-    fewer than two values, unless they are all there is.
+    Args:
+        values: The sample.
+        tail: Probability of each side.
+        population: Number of values that the sample was drawn from without replacement; None: infinite.
     """
     values = np.asarray(values, dtype=float)
     n = len(values)
@@ -106,11 +128,11 @@ def half_width(values: ArrayLike, tail: float, population: int | None = None) ->
 
 
 def spearman(one: ArrayLike, other: ArrayLike) -> float:
-    """Rank correlation of paired values."""
+    """Return the rank correlation of paired values."""
     return float(spearmanr(one, other).statistic)
 
 
 def skewness(values: ArrayLike) -> float | None:
-    """Of a sample's distribution; None where all values are the same."""
+    """Return the skewness of a sample; None if all values are equal."""
     values = np.asarray(values)
     return float(skew(values)) if np.ptp(values) > 0 else None

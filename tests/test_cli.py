@@ -44,7 +44,7 @@ def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_pat
                          "--limit", 3, "-o", folder, "--json")  # fmt: skip
     assert code == 0, err
     rows = json.loads(out)["tables"]["sweep"]
-    assert [(r["recipient"], r["ranking"], r["lo"], r["hi"]) for r in rows if r["control_seed"] is None] == [
+    assert [(r["recipient"], r["ranking"], r["rank_lo"], r["rank_hi"]) for r in rows if r["control_seed"] is None] == [
         ("sft", None, 0, 0), ("dpo", None, 0, 0),
         ("sft", "safety", 0, 0), ("sft", "safety", 70, 281), ("sft", "safety", 0, 281),
     ]  # fmt: skip
@@ -80,7 +80,7 @@ def test_completions_of_other_prompts_are_refused(capsys, tmp_path):
     prompts.write_text("".join(json.dumps({"goal": w if w != "mabo" else None}) + "\n" for w in words))
     written.write_text("".join(json.dumps({"prompt": w, "completion": "kuze"}) + "\n" for w in words))
     pair = [MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", "-o", tmp_path / "r.safetensors"]
-    code, _, err = run(capsys, "contrast", *pair, "--skip-bad", "--limit", 3, "--completions", written)
+    code, _, err = run(capsys, "contrast", *pair, "--skip-invalid", "--limit", 3, "--completions", written)
     assert code == 2
     assert f"{prompts}: skipped 1 invalid rows\n" in err
     assert "c.jsonl, line 2: wanted the completion of the prompt 'tiva', got that of 'mabo'" in err

@@ -7,7 +7,7 @@ import pytest
 from commands import GOLDEN, JUDGE, MODEL, PAIR, run, spec_of
 
 from snpatch.errors import ReceiptError
-from snpatch.sweeps import texts
+from snpatch.sweeps import generation
 
 
 def test_guard_is_fitted_tried_and_applied(capsys, prompts, ranking, tmp_path):
@@ -53,7 +53,7 @@ def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):
     code, _, err = run(capsys, *command)
     assert code == 2
     assert "behaviours.csv, line 5: Behavior" in err
-    code, out, err = run(capsys, *command, "--skip-bad")
+    code, out, err = run(capsys, *command, "--skip-invalid")
     assert code == 0, err
     assert "skipped 1 invalid rows" in err
     rows = json.loads(out)["tables"]["sweep"]
@@ -71,7 +71,7 @@ def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, t
     code, told, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--json")
     assert code == 0, err
     rows = json.loads(told)["tables"]["sweep"]
-    points = {(r["ranking"], r["control_seed"], r["lo"], r["hi"], r["strength"]) for r in rows}
+    points = {(r["ranking"], r["control_seed"], r["rank_lo"], r["rank_hi"], r["strength"]) for r in rows}
     patched = {
         (n, s, *w, x) for n in ("safety", "own") for s in (None, 0) for w in ((0, 0), (10, 70)) for x in (1, 0.5)
     }
@@ -93,7 +93,7 @@ def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, t
     )
     assert again.read_bytes() == table
     assert json.loads(run(capsys, "sweep", "status", out, "--json")[1])["done"] == before
-    assert f"{before} texts done, 0 open" in run(capsys, "sweep", "status", out)[1]
+    assert f"{before} completions done, 0 open" in run(capsys, "sweep", "status", out)[1]
     for name in ("texts.jsonl", "texts.csv", "texts.parquet"):
         assert run(capsys, "sweep", "export", out, tmp_path / name)[0] == 0
     texts = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
@@ -202,7 +202,7 @@ def test_a_wrong_receipt_ends_all_and_leaves_no_table(capsys, monkeypatch, confi
         raise ReceiptError("7 overwrites were done, 8 are implied")
 
     out = tmp_path / "out"
-    monkeypatch.setattr(texts, "fill", wrong)
+    monkeypatch.setattr(generation, "generate_missing", wrong)
     names = "distribution", "curve", "neuron_tokens"
     code, _, err = run(capsys, "exp", *names, "-c", config, "-o", out, "--backend", "transformers")
     assert code == 2
@@ -247,20 +247,20 @@ def test_workers_write_parts_that_the_sweep_joins(capsys, prompts, ranking, tmp_
     path, out, alone = spec_of(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
     assert run(capsys, "sweep", path, "--trust-config", "-o", alone)[0] == 0
     counts = []
-    for worker in ("1/2", "2/2"):
-        code, told, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--worker", worker)
+    for shard in ("1/2", "2/2"):
+        code, told, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--shard", shard)
         assert code == 0, err
         counts.append(int(told.split()[1]))
     assert max(counts) - min(counts) <= 1
     code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", out)
     assert code == 0, err
-    assert f"took in {counts[1]} texts of sweep-2-of-2.sqlite" in err
+    assert f"merged {counts[1]} completions of sweep-2-of-2.sqlite" in err
     assert (out / "sweep.csv").read_bytes() == (alone / "sweep.csv").read_bytes()
     status = json.loads(run(capsys, "sweep", "status", out, "--json")[1])
     assert (status["done"], status["rate"] is not None) == (sum(counts), True)
     for wrong in ("0/2", "3/2", "2"):
-        code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--worker", wrong)
-        assert (code, "--worker wants i/n with i in 1..n" in err) == (2, True)
+        code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--shard", wrong)
+        assert (code, "--shard wants i/n with i in 1..n" in err) == (2, True)
 
 
 def test_a_page_is_made_of_a_sweeps_folder(capsys, prompts, ranking, tmp_path):
@@ -272,7 +272,7 @@ def test_a_page_is_made_of_a_sweeps_folder(capsys, prompts, ranking, tmp_path):
     assert code == 0, err
     assert told == f"wrote {out / 'report.html'}\n"
     text = (out / "report.html").read_text()
-    for part in ("snpatch sweep", '"net_low"', "application/json-gz", "Plotly"):
+    for part in ("snpatch sweep", '"net_effect_low"', "application/json-gz", "Plotly"):
         assert part in text
     for table in out.glob("*.json"):
         table.unlink()
@@ -285,7 +285,7 @@ def test_the_smallest_k_is_the_whole_grids(capsys, prompts, ranking, tmp_path):
               "--judge",
               "some_judge:by_letters", "--max-tokens", 4, "-k", "0,50,100,200,300,500,800,1100,1408"]  # fmt: skip
     out = tmp_path / "out"
-    code, told, err = run(capsys, "minimal", *common, "-o", out, "--recover", 0.5, "--blocks", 2, "--json")
+    code, told, err = run(capsys, "find-minimal", *common, "-o", out, "--target-effect", 0.5, "--blocks", 2, "--json")
     assert code == 0, err
     rows = json.loads(told)["tables"]["minimal"]
     (smallest,) = [row["k"] for row in rows if row["is_smallest"]]
@@ -293,14 +293,14 @@ def test_the_smallest_k_is_the_whole_grids(capsys, prompts, ranking, tmp_path):
     assert {row["block"] for row in json.loads(told)["tables"]["minimal-blocks"]} <= {"layers 0-1", "layers 2-3"}
     code, told, err = run(capsys, "sweep", *common, "--controls", 0, "-o", out, "--json")
     assert code == 0, err
-    effects = {r["hi"]: r["effect"] for r in json.loads(told)["tables"]["sweep"] if r["ranking"]}
+    effects = {r["rank_hi"]: r["effect"] for r in json.loads(told)["tables"]["sweep"] if r["ranking"]}
     assert effects[smallest] >= 0.5
     below = max((k for k in effects if k < smallest), default=None)
     assert below is None or effects[below] < 0.5
     for row in rows:
         if row["prompts"] == 12:
             assert row["effect"] == pytest.approx(effects[row["k"]])
-    code, _, err = run(capsys, "minimal", *common, "--strengths", "1,2", "-o", out)
+    code, _, err = run(capsys, "find-minimal", *common, "--strengths", "1,2", "-o", out)
     assert (code, "one donor, one strength and one sample" in err) == (2, True)
 
 

@@ -232,7 +232,7 @@ def test_broken_row_is_named_or_counted(tmp_path, case):
     path = write(tmp_path, "data", ".json", [*ROWS[name], row])
     with pytest.raises(SnpatchError, match=rf"data\.json, item {len(ROWS[name]) + 1}: .*{message}"):
         load_dataset(path, format=name)
-    data = load_dataset(path, format=name, skip_bad=True)
+    data = load_dataset(path, format=name, skip_invalid=True)
     assert data.skipped == data.source["skipped"] == 1
     assert data.fingerprint == load_dataset(write(tmp_path, "good", ".json", ROWS[name]), format=name).fingerprint
 
@@ -299,10 +299,10 @@ def test_broken_rows_from_the_hub(hub):
     rows += [*ROWS["shp"], shp("a", "b", "c", 3)]
     with pytest.raises(SnpatchError, match="stanfordnlp/SHP, test, row 3: labels must be 0 or 1"):
         load_dataset("shp")
-    assert load_dataset("shp", skip_bad=True).skipped == 1
+    assert load_dataset("shp", skip_invalid=True).skipped == 1
     rows[:] = ROWS["lima"]
     with pytest.raises(SnpatchError, match=r"SHP, test: wanted the columns history, .* got conversations, source"):
-        load_dataset("shp", skip_bad=True)
+        load_dataset("shp", skip_invalid=True)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_broken_line_has_its_number_or_is_counted(tmp_path, line, message):
     path = saved(tmp_path, "p.jsonl", b'\n{"prompt": "a"}\n\n' + line + b'\n{"prompt": "b"}\n')
     with pytest.raises(SnpatchError, match=rf"p\.jsonl, line 4: {message}"):
         load_dataset(path)
-    data = load_dataset(path, skip_bad=True)
+    data = load_dataset(path, skip_invalid=True)
     assert (texts(data), data.skipped, data.source["rows"]) == (["a", "b"], 1, 3)
     assert data.examples[1].meta["row"] == 5
 
@@ -70,7 +70,7 @@ def test_csv_counts_physical_lines_and_takes_long_fields(tmp_path):
     path = saved(tmp_path, "p.csv", b"\xef\xbb\xbf" + content.encode())
     with pytest.raises(SnpatchError, match=r"p\.csv, line 6: wanted 2 fields, got 3"):
         load_dataset(path)
-    data = load_dataset(path, skip_bad=True)
+    data = load_dataset(path, skip_invalid=True)
     assert texts(data) == ['two\nlines, "quoted"', long, "last"]
     assert [(e.meta["id"], e.meta["row"]) for e in data.examples] == [("1", 2), ("2", 5), ("4", 7)]
 
@@ -79,7 +79,7 @@ def test_csv_that_is_not_utf8_in_one_row(tmp_path):
     path = saved(tmp_path, "p.csv", b"prompt\na\ncaf\xe9\nb\n")
     with pytest.raises(SnpatchError, match=r"p\.csv, line 3: not UTF-8"):
         load_dataset(path)
-    assert texts(load_dataset(path, skip_bad=True)) == ["a", "b"]
+    assert texts(load_dataset(path, skip_invalid=True)) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -106,23 +106,23 @@ def test_csv_that_is_not_utf8_in_one_row(tmp_path):
 )
 def test_a_file_that_is_broken_as_a_whole_is_always_an_error(tmp_path, name, content, message):
     path = saved(tmp_path, name, content)
-    for skip_bad in (True,) if "2 of them bad" in message else (True, False):
+    for skip_invalid in (True,) if "2 of them bad" in message else (True, False):
         with pytest.raises(SnpatchError, match=message):
-            load_dataset(path, skip_bad=skip_bad)
+            load_dataset(path, skip_invalid=skip_invalid)
 
 
 def test_parquet_row_numbers_go_on_over_row_groups(tmp_path):
     path = saved(tmp_path, "p.parquet", parquet([*numbered(70_000), {"prompt": None}]))
     with pytest.raises(SnpatchError, match=r"p\.parquet, row 70001: prompt must be a text that is not empty, got None"):
         load_dataset(path)
-    assert load_dataset(path, skip_bad=True).examples[-1].meta["row"] == 70_000
+    assert load_dataset(path, skip_invalid=True).examples[-1].meta["row"] == 70_000
 
 
 def test_wikitext_line_that_is_not_utf8(tmp_path):
     path = saved(tmp_path, "wiki.test.raw", b" \r\n = A = \r\n \n caf\xe9\n")
     with pytest.raises(SnpatchError, match=r"wiki\.test\.raw, line 4: not UTF-8"):
         load_dataset(path, format="wikitext-2")
-    assert load_dataset(path, format="wikitext-2", skip_bad=True).text == "\n\n = A = \n\n\n"
+    assert load_dataset(path, format="wikitext-2", skip_invalid=True).text == "\n\n = A = \n\n\n"
 
 
 def test_folder_of_shards_in_the_order_of_their_names(tmp_path):

@@ -339,7 +339,7 @@ def test_first_row_that_is_broken_is_one_row(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "half\n' + LINES)
     with pytest.raises(SnpatchError, match=r"p\.jsonl, line 1: not JSON"):
         load_dataset(tmp_path / "p.jsonl")
-    data = load_dataset(tmp_path / "p.jsonl", skip_bad=True)
+    data = load_dataset(tmp_path / "p.jsonl", skip_invalid=True)
     assert (data.prompts, data.skipped, data.examples[1].meta["row"]) == (AB, 1, 3)
 
 

@@ -24,7 +24,7 @@ from snpatch.experiments.neuron_tokens import neuron_logits
 from snpatch.models.weights import open_weights
 from snpatch.report import files, terminal
 from snpatch.report.report import Report, TableView
-from snpatch.sweeps.perplexity import Perplexity, windows_of
+from snpatch.sweeps.perplexity import Perplexity, split_into_windows
 
 SHAPE = (2, 10)
 
@@ -74,10 +74,10 @@ def test_perplexity_weights_windows_and_tokens():
     assert one.window_mean == pytest.approx(math.exp((2.0 + 1.0) / 2))
     assert one.token_weighted == pytest.approx(math.exp(21 / 11))
     assert one.tokens == 11
-    assert windows_of([1, 2, 3, 4, 5, 6, 7], 3) == [[1, 2, 3], [4, 5, 6]], "the last token predicts nothing"
-    assert windows_of([1, 2, 3, 4, 5], 3, bos=9) == [[9, 2, 3], [9, 5]]
+    assert split_into_windows([1, 2, 3, 4, 5, 6, 7], 3) == [[1, 2, 3], [4, 5, 6]], "the last token predicts nothing"
+    assert split_into_windows([1, 2, 3, 4, 5], 3, bos=9) == [[9, 2, 3], [9, 5]]
     with pytest.raises(SnpatchError, match="fewer than two tokens"):
-        windows_of([1], 3)
+        split_into_windows([1], 3)
 
 
 def test_distribution_of_constructed_scores():
@@ -240,7 +240,7 @@ def test_what_a_table_hangs_on_is_in_its_file(tmp_path, zoo):
     assert told["versions"]["torch"] == torch.__version__
     assert len(data["rows"]) == len((tmp_path / "out" / "curve.csv").read_text().splitlines()) - 1
     assert {path.suffix for path in paths} == {".csv", ".json", ".jsonl", ".png", ".svg"}
-    ks = {row["hi"] for row in data["rows"] if row["ranking"]}
+    ks = {row["rank_hi"] for row in data["rows"] if row["ranking"]}
     assert ks == {0, round(0.25 * 2 * tiny.NEURONS), 7}
 
 

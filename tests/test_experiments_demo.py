@@ -76,20 +76,22 @@ def test_every_experiment_leaves_table_and_plot(folder):
 def test_curve_recovers_the_gain_and_random_neurons_do_not(folder):
     rows = table(folder, "curve")
     sft = {
-        row["hi"]: row for row in rows if row["recipient"] == "sft" and row["ranking"] and row["control_seed"] is None
+        row["rank_hi"]: row
+        for row in rows
+        if row["recipient"] == "sft" and row["ranking"] and row["control_seed"] is None
     }
     assert sft[0]["effect"] == 0
     assert sft[2560]["effect"] > 0.9
     assert sft[512]["effect"] > 0.6
-    assert sft[512]["p_unpatched"] < 1e-6
-    assert sft[512]["p_control"] < 1e-6
+    assert sft[512]["p_vs_unpatched"] < 1e-6
+    assert sft[512]["p_vs_random"] < 1e-6
     random = [row["effect"] for row in rows if row["recipient"] == "sft" and row["control_seed"] is not None]
     assert all(abs(effect) < 0.2 for effect in random)
 
 
 def test_windows_further_down_do_less(folder):
     rows = [row for row in table(folder, "sliding_window") if row["recipient"] == "sft" and row["control_seed"] is None]
-    effects = {row["lo"]: row["effect"] for row in rows if row["ranking"]}
+    effects = {row["rank_lo"]: row["effect"] for row in rows if row["ranking"]}
     assert list(effects) == [0, 768, 1536, 2304]
     assert effects[0] > max(effects[lo] for lo in (768, 1536, 2304))
 

@@ -118,9 +118,18 @@ WORLD_KEYS = {path: value for path, value in SWEEP_KEYS.items() if path[0] not i
 
 def sweep_of(table: dict, folder: Path) -> tuple:
     """Return all of a sweep's file that a run reads."""
-    spec = SweepSpec.of(table, folder)
+    spec = SweepSpec.from_dict(table, folder)
     engine = [spec.engine_config(backend) for backend in ("vllm", "transformers")] + [spec.engine.backend]
-    return (*engine, spec.plan, spec.sets, spec.judges, spec.rankings, spec.swept, spec.judged, spec.contrast_tokens)
+    return (
+        *engine,
+        spec.sweep,
+        spec.sets,
+        spec.judges,
+        spec.rankings,
+        spec.set_names,
+        spec.judge_names,
+        spec.contrast_tokens,
+    )
 
 
 def world_parts(table: dict, folder: Path) -> tuple:
@@ -179,7 +188,7 @@ def test_world_key_with_another_value_changes_the_run(path, tmp_path):
 )
 def test_misplaced_key_of_a_sweep_file_is_refused(path, value, message, tmp_path):
     with pytest.raises(SnpatchError, match=message):
-        SweepSpec.of(changed(SWEEP_FILE, path, value), tmp_path)
+        SweepSpec.from_dict(changed(SWEEP_FILE, path, value), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapters", "models", "template", "engine", "vllm"])
@@ -188,7 +197,7 @@ def test_engine_key_beside_a_world_without_a_model_is_refused(name, tmp_path):
     rest = {key: part for key, part in SWEEP_FILE.items() if key not in MODEL}
     part = {"template": "tulu", "engine": {"dtype": "bfloat16"}, "vllm": {"max_model_len": 9}}
     with pytest.raises(SnpatchError, match=f"{name}: expected model with it"):
-        SweepSpec.of({**rest, "config": "demo", name: part.get(name, MODEL.get(name))}, tmp_path)
+        SweepSpec.from_dict({**rest, "config": "demo", name: part.get(name, MODEL.get(name))}, tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])

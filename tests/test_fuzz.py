@@ -25,7 +25,7 @@ from snpatch.models.templates import TEMPLATE_FILE, TULU
 from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.config import ServeConfig
-from snpatch.sweeps.store import NAME, Store
+from snpatch.sweeps.store import STORE_FILE, Store
 from snpatch.sweeps.sweep_file import SweepSpec
 
 VALUES = st.one_of(
@@ -269,8 +269,8 @@ def test_files_of_results_with_damaged_bytes_are_one_line(ground, kind):
     if kind == "store":
         shutil.rmtree(path, ignore_errors=True)
         with Store(path) as store:
-            store.end(store.begin("x"), "done")
-        path = path / NAME
+            store.finish_run(store.start_run("x"), "done")
+        path = path / STORE_FILE
     elif kind == "ranking":
         order.save(path)
     elif kind == "constant":
@@ -285,7 +285,7 @@ def test_files_of_results_with_damaged_bytes_are_one_line(ground, kind):
     def one(data):
         path.write_bytes(damaged(data.draw, content))
         if kind == "store":
-            for rest in path.parent.glob(f"{NAME}-*"):
+            for rest in path.parent.glob(f"{STORE_FILE}-*"):
                 rest.unlink()
             tried(lambda: _status(path.parent))
         else:

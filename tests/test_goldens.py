@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from snpatch import Engine, Patch, Sampling
 from snpatch.executors.transformers import executor as executor
-from snpatch.sweeps.perplexity import perplexities, windows_of
+from snpatch.sweeps.perplexity import compute_perplexities, split_into_windows
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +144,13 @@ def test_features(engine, batch):
 def test_perplexity(engine, name):
     golden = read("perplexity.json")
     ids, size, want = golden["input_ids"], golden["window"], golden["results"][name]
-    windows = windows_of(ids, size)
+    windows = split_into_windows(ids, size)
     assert list(map(len, windows)) == golden["window_lengths"]
     patches = {
         "recipient": want["recipient"],
         "donor": "dpo",
         "patched": Patch(want["recipient"], "dpo", RANKING, want["k"]),
     }
-    for role, found in zip(patches, perplexities(engine, windows, list(patches.values())), strict=True):
+    for role, found in zip(patches, compute_perplexities(engine, windows, list(patches.values())), strict=True):
         assert [total / n for total, n in found.losses] == pytest.approx(want[f"{role}_nll"], rel=RELATIVE)
         assert found.window_mean == pytest.approx(want[f"{role}_ppl"], rel=RELATIVE)

@@ -132,7 +132,7 @@ def test_files_whose_names_are_no_utf8_are_read_and_written(tmp_path, capsys, mo
         Ranking.load(folder / "r.safetensors")
     with Store(folder / "store") as store:
         monkeypatch.setattr(sys, "argv", ["snpatch", "sweep", NO_UTF8])
-        store.end(store.begin(options.command()), "done")
+        store.finish_run(store.start_run(options.command()), "done")
     code, out, _ = run(capsys, "sweep", "status", folder / "store")
     assert (code, "caf\\udce9" in out) == (0, True)
     report = Report(NO_UTF8, {NO_UTF8: [{"a": NO_UTF8}]}, {}, (TableView(("a",), ((NO_UTF8,),)),), [NO_UTF8])

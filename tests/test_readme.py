@@ -108,6 +108,6 @@ def test_the_sweep_file_is_one(tmp_path):
     (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (tmp_path / "sweep.toml").write_text(block)
     spec = SweepSpec.load(tmp_path / "sweep.toml")
-    assert [window.hi for window in spec.plan.windows] == [0, 200, 1000, 5000, 20_000]
+    assert [window.hi for window in spec.sweep.windows] == [0, 200, 1000, 5000, 20_000]
     spec.save(tmp_path / "again.json")
-    assert SweepSpec.load(tmp_path / "again.json").plan == spec.plan
+    assert SweepSpec.load(tmp_path / "again.json").plan == spec.sweep

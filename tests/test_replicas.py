@@ -14,7 +14,7 @@ from commands import run, spec_of
 ray = pytest.importorskip("ray", reason="replicas need Ray: pip install 'snpatch[ray]'")
 
 from snpatch import SnpatchError  # noqa: E402
-from snpatch.sweeps.store import NAME  # noqa: E402
+from snpatch.sweeps.store import STORE_FILE  # noqa: E402
 
 
 def replicas() -> list[int]:
@@ -24,9 +24,9 @@ def replicas() -> list[int]:
 
 
 def written(out) -> int:
-    if not (out / NAME).is_file():
+    if not (out / STORE_FILE).is_file():
         return 0
-    with sqlite3.connect(out / NAME) as file:
+    with sqlite3.connect(out / STORE_FILE) as file:
         is_made = file.execute("SELECT count(*) FROM sqlite_master WHERE name = 'texts'").fetchone()[0]
         return file.execute("SELECT count(*) FROM texts").fetchone()[0] if is_made else 0
 
@@ -57,7 +57,7 @@ def test_a_replica_that_is_killed_is_replaced(capsys, prompts, ranking, tmp_path
     assert process.returncode == 0, err[-3000:]
     assert "is replaced: a replica has ended" in err
     assert (out / "sweep.csv").read_bytes() == (alone / "sweep.csv").read_bytes()
-    with sqlite3.connect(out / NAME) as file:
+    with sqlite3.connect(out / STORE_FILE) as file:
         assert file.execute("SELECT count(*) FROM work").fetchone() == (0,)
     told = json.loads((out / "sweep.json").read_text())["provenance"]
     assert told["models"].keys() == {"sft", "dpo"}

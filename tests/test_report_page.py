@@ -257,7 +257,7 @@ def test_search_and_filters_select_prompts(opened):
     page = pages.page(6)
     page.completions[3] |= {"completion": "A Needle <b>here</b>"}
     for record in page.completions:
-        factor = record["hi"] / 1000 if record["prompt_index"] % 2 else -1
+        factor = record["rank_hi"] / 1000 if record["prompt_index"] % 2 else -1
         record["scores"]["cost"] = float(record["prompt_index"] * factor)
     tab = opened(page)
     expect_position(tab, "Prompt 1 of 6")
@@ -287,7 +287,7 @@ def test_sort_by_change_and_score_orders_prompts(opened):
     page = pages.page(4)
     changes = {0: 1.0, 1: -9.0, 2: 4.0, 3: 2.0}
     for record in page.completions:
-        record["scores"] = {"cost": changes[record["prompt_index"]] if record["hi"] == 1000 else 0.0}
+        record["scores"] = {"cost": changes[record["prompt_index"]] if record["rank_hi"] == 1000 else 0.0}
     tab = opened(page)
     tab.select_option("#at", "k = 1000, change")
     tab.select_option("#sort", "largest change")
@@ -331,7 +331,9 @@ def test_random_controls_checkbox_shows_control_completions(opened):
 def test_windows_above_rank_zero_are_drawn_over_their_ranks(opened):
     page = pages.page(1, controls=1)
     later = [
-        row | {"lo": row["hi"], "hi": row["hi"] + 500} for row in page.rows if row["ranking"] == "change" and row["hi"]
+        row | {"rank_lo": row["rank_hi"], "rank_hi": row["rank_hi"] + 500}
+        for row in page.rows
+        if row["ranking"] == "change" and row["rank_hi"]
     ]
     tab = opened(replace(page, rows=[*page.rows, *later]))
     names = tab.locator("#plot-mean .legendtext").all_text_contents()
@@ -440,7 +442,7 @@ def test_names_are_literal_text_in_every_plot(opened):
         for row in page.rows
         if row["ranking"] in (None, pages.RANKINGS[0])
     ]
-    rows += [row | {"lo": 100, "hi": 300} for row in rows if row["ranking"] and row["control_seed"] is None]
+    rows += [row | {"rank_lo": 100, "rank_hi": 300} for row in rows if row["ranking"] and row["control_seed"] is None]
     tab = opened(replace(page, rows=rows, maps={MARKED: page.maps[pages.RANKINGS[0]]}, completions=[], reports=[]))
     legend = tab.locator("#plot-mean .legendtext").all_text_contents()
     assert MARKED[:60] + "…" in legend

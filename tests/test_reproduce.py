@@ -432,11 +432,18 @@ def measured_in(out: Path, config) -> None:
     columns = {name: 0.5 for name in config.benchmarks} | {"perplexity": 6.0}
     effects = {f"effect on {name}": 0.8 for name in config.benchmarks}
     models = ["base", "base+", "sft", "sft+", config.donor]
-    point = {"ranking": "safety", "lo": 0, "set": "b"}
+    point = {"ranking": "safety", "rank_lo": 0, "set": "b"}
     tables = {
         "transfer-table": [{"model": m, **columns, **(effects if m.endswith("+") else {})} for m in models],
         "curve": [
-            {**point, "recipient": who, "judge": judge, "control_seed": seed, "share": share, "effect": effect}
+            {
+                **point,
+                "recipient": who,
+                "judge": judge,
+                "control_seed": seed,
+                "neuron_fraction": share,
+                "effect": effect,
+            }
             for who, judge, seed, share, effect in (
                 ("sft", "cost", None, 0.03, 0.2),
                 ("sft", "cost", None, 0.06, 0.7),
@@ -531,7 +538,7 @@ def test_a_difference_is_told_of_the_papers_own_run_alone(tmp_path, change, diff
     ("how", "differs"),
     [
         ({"limit": 6}, "limit"),
-        ({"skip_bad": True}, "skip_bad"),
+        ({"skip_invalid": True}, "skip_invalid"),
         ({"dtype": "float32"}, "engine"),
         ({"taken": {"sft-42": str(DEMO_MODEL / "sft")}}, "taken adapters"),
     ],

@@ -135,9 +135,9 @@ def test_promise_4_overflowing_sweep_fails_only_its_completions(offline, server,
         stream = events(answer.iter_lines())
     texts = [data for name, data in stream if name == "completion"]
     for text in texts:
-        assert ("overflowed in float32" in text.get("error", "")) == (text["hi"] == ALL and "floor" not in text)
+        assert ("overflowed in float32" in text.get("error", "")) == (text["rank_hi"] == ALL and "floor" not in text)
         assert (text["text"] is None) == ("error" in text)
-    (row,) = [data for name, data in stream if name == "row" and data["hi"] == ALL and "floor" not in data]
+    (row,) = [data for name, data in stream if name == "row" and data["rank_hi"] == ALL and "floor" not in data]
     assert (row["prompts"], row["failed"], row["mean"], row["changed"]) == (0, 2, None, None)
     ((name, summary),) = stream[-1:]
     assert (name, summary["failed"], summary["completions"]) == ("summary", 2, len(texts) - 2)
@@ -271,7 +271,7 @@ def test_sweep_matches_single_completions_and_has_noise_floor(offline, server, c
     texts = [data for name, data in events_between if name == "completion"]
     rows = [data for name, data in events_between if name == "row"]
     assert begun["completions"] == summary["completions"] == len(texts) == 3 * 7
-    names = [(row["recipient"], row["donor"], row["lo"], row["hi"], row.get("floor")) for row in rows]
+    names = [(row["recipient"], row["donor"], row["rank_lo"], row["rank_hi"], row.get("floor")) for row in rows]
     assert names == [
         ("sft", None, 0, 0, None),
         ("dpo", None, 0, 0, None),
@@ -286,7 +286,7 @@ def test_sweep_matches_single_completions_and_has_noise_floor(offline, server, c
     nothing = {"changed": 0, "difference": 0}
     assert summary["floor"] == {"k = 0": nothing, "self-patch": nothing}
     for window in ([0, 60], [20, ALL]):
-        written = {one["prompt_index"]: one for one in texts if [one["lo"], one["hi"]] == window}
+        written = {one["prompt_index"]: one for one in texts if [one["rank_lo"], one["rank_hi"]] == window}
         for i, prompt in ((0, WORDS), (2, "dora mela")):
             patch = {**SAFE, "window": window}
             alone = client.completions.create(

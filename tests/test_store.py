@@ -17,13 +17,12 @@ from swept import GREEDY, LONG, Forks, judge, run, start
 from snpatch import Sampling, SnpatchError
 from snpatch.data import load_dataset
 from snpatch.errors import EngineCrashedError, ReceiptError
-from snpatch.sweeps import judging
-from snpatch.sweeps import store as stores
+from snpatch.sweeps import judging, queue
 from snpatch.sweeps.config import SweepConfig
-from snpatch.sweeps.store import NAME, Store, Text
+from snpatch.sweeps.store import STORE_FILE, Store, StoredCompletion
 from snpatch.sweeps.sweep import sweep
 
-TEXT = Text("a b", [1, 2], "eos", 3)
+TEXT = StoredCompletion("a b", [1, 2], "eos", 3)
 
 
 @pytest.fixture(scope="module")
@@ -52,95 +51,94 @@ def ranking(engine, chats):
 
 def test_work_is_taken_once_and_given_back(tmp_path):
     with Store(tmp_path) as one, Store(tmp_path) as other:
-        assert one.ask(["a", "b", "c"]) == other.ask(["c", "b", "a"]) == 3
-        assert one.claim(2) == ["a", "b"], "in the order in which it was asked for"
-        assert other.claim(5) == ["c"]
-        assert one.claim(5) == []
-        other.keep("c", TEXT)
-        assert (one.missing(), other.missing()) == (0, 2), "but for what it has itself"
-        assert one.status().taken == 2
-        one.keep("a", TEXT)
-        assert one.texts(["a", "b", "c"]) == {"a": TEXT, "c": TEXT}
+        assert one.queue.enqueue(["a", "b", "c"]) == other.queue.enqueue(["c", "b", "a"]) == 3
+        assert one.queue.claim(2) == ["a", "b"], "in the order in which it was asked for"
+        assert other.queue.claim(5) == ["c"]
+        assert one.queue.claim(5) == []
+        other.add("c", TEXT)
+        assert (one.queue.num_missing(), other.queue.num_missing()) == (0, 2), "but for what it has itself"
+        assert one.status().claimed == 2
+        one.add("a", TEXT)
+        assert one.completions(["a", "b", "c"]) == {"a": TEXT, "c": TEXT}
     with Store(tmp_path) as other:
-        assert other.ask(["a", "b"]) == 1
-        assert other.claim(5) == ["b"], "who ends gives back what it had taken"
+        assert other.queue.enqueue(["a", "b"]) == 1
+        assert other.queue.claim(5) == ["b"], "who ends gives back what it had taken"
 
 
 def test_a_lease_expires_and_is_kept_by_who_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "LEASE_S", 0.4)
+    monkeypatch.setattr(queue, "LEASE_SECONDS", 0.4)
     with Store(tmp_path) as one, Store(tmp_path) as other:
         for store in (one, other):
-            store.ask(["a"])
-        assert one.claim(1) == ["a"]
+            store.queue.enqueue(["a"])
+        assert one.queue.claim(1) == ["a"]
         time.sleep(0.8)
-        assert other.claim(1) == [], "it was renewed"
-        one._stop.set()
-        one._beat.join()
+        assert other.queue.claim(1) == [], "it was renewed"
+        one.queue.stop_heartbeat()
         time.sleep(0.5)
-        assert other.claim(1) == ["a"]
-        one.keep("a", TEXT)
-        other.keep("a", Text("another", [], "eos", 0))
-        assert other.texts(["a"]) == {"a": TEXT}, "the first one stays"
+        assert other.queue.claim(1) == ["a"]
+        one.add("a", TEXT)
+        other.add("a", StoredCompletion("another", [], "eos", 0))
+        assert other.completions(["a"]) == {"a": TEXT}, "the first one stays"
 
 
 def test_a_dead_process_is_not_waited_for(tmp_path):
     code = f"""
 from snpatch.sweeps.store import Store
 store = Store({str(tmp_path)!r}).__enter__()
-store.ask(["a"])
-print(store.claim(1), flush=True)
+store.queue.enqueue(["a"])
+print(store.queue.claim(1), flush=True)
 import time; time.sleep(60)
 """
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"['a']\n"
     with Store(tmp_path) as store:
-        store.ask(["a"])
-        assert store.claim(1) == []
+        store.queue.enqueue(["a"])
+        assert store.queue.claim(1) == []
         child.kill()
         child.wait()
-        assert store.claim(1) == ["a"]
+        assert store.queue.claim(1) == ["a"]
 
 
 def test_what_fails_is_narrowed_down_to_one(tmp_path):
     """A run fails whenever "bad" is in it, as where one prompt kills the engine."""
     keys = [f"k{i}" for i in range(40)]
     with Store(tmp_path) as store:
-        store.ask(keys)
+        store.queue.enqueue(keys)
         runs = 0
-        while store.missing():
+        while store.queue.num_missing():
             runs += 1
-            taken = store.claim(64)
+            taken = store.queue.claim(64)
             if "k17" in taken:
-                store.suspect("it died")
+                store.queue.mark_suspect("it died")
                 continue
             for key in taken:
-                store.keep(key, TEXT)
-        assert store.errors(keys) == {"k17": "it died"}
-        assert len(store.texts(keys)) == 39
+                store.add(key, TEXT)
+        assert store.queue.errors(keys) == {"k17": "it died"}
+        assert len(store.completions(keys)) == 39
         assert runs < 25
-        assert store.ask(keys) == 1, "what failed is tried again by the next command"
+        assert store.queue.enqueue(keys) == 1, "what failed is tried again by the next command"
 
 
 def test_a_full_disk_is_an_error_and_loses_nothing(engine, chats, ranking, tmp_path):
     with Store(tmp_path) as store:
-        store._execute(f"PRAGMA max_page_count = {store._row('PRAGMA page_count')[0] + 3}")
-        with pytest.raises(SnpatchError, match=f"cannot use .*{NAME}: database or disk is full"):
+        store._database.rows(f"PRAGMA max_page_count = {store._database.row('PRAGMA page_count')[0] + 3}")
+        with pytest.raises(SnpatchError, match=f"cannot use .*{STORE_FILE}: database or disk is full"):
             for i in range(1000):
-                store.keep(f"k{i}", Text("word " * 50, [1] * 50, "eos", 0))
+                store.add(f"k{i}", StoredCompletion("word " * 50, [1] * 50, "eos", 0))
     with Store(tmp_path) as store:
-        kept = store.texts([f"k{i}" for i in range(1000)])
+        kept = store.completions([f"k{i}" for i in range(1000)])
         assert len(kept) == i > 0
 
 
 def test_another_file_is_no_store(tmp_path):
-    (tmp_path / NAME).write_bytes(b"no database" * 100)
+    (tmp_path / STORE_FILE).write_bytes(b"no database" * 100)
     with pytest.raises(SnpatchError, match="file is not a database"), Store(tmp_path):
         pass
-    (tmp_path / NAME).unlink()
+    (tmp_path / STORE_FILE).unlink()
     with Store(tmp_path) as store:  # it was not left locked
-        assert store.ask(["a"]) == 1
-    (tmp_path / NAME).unlink()
-    with sqlite3.connect(tmp_path / NAME) as file:
+        assert store.queue.enqueue(["a"]) == 1
+    (tmp_path / STORE_FILE).unlink()
+    with sqlite3.connect(tmp_path / STORE_FILE) as file:
         file.execute("PRAGMA user_version = 99")
     with pytest.raises(SnpatchError, match="of another snpatch"), Store(tmp_path):
         pass
@@ -162,7 +160,7 @@ def test_an_engine_that_dies_is_started_anew(engine, chats, ranking, tmp_path, m
     assert (result.rows, result.records, result.failures) == (whole.rows, whole.records, [])
     restarts.clear()
     with pytest.raises(EngineCrashedError):
-        run(engine, chats, ranking, tmp_path / "other", restarts=1)
+        run(engine, chats, ranking, tmp_path / "other", max_restarts=1)
     with Store(tmp_path / "other") as store:
         assert store.status().done >= 6, "what was written is kept"
 
@@ -185,10 +183,10 @@ def test_a_text_that_fails_leaves_the_rest(engine, chats, ranking, tmp_path, mon
     assert "this one cannot be run" in capsys.readouterr().err
     assert result.failures == ["prompts, prompt 2: this one cannot be run"]
     lost = [r for r in result.records if r["completion"] is None]
-    assert {(r["hi"], r["prompt_index"], r["scores"]["cost"]) for r in lost} == {(300, 2, None)}
+    assert {(r["rank_hi"], r["prompt_index"], r["scores"]["cost"]) for r in lost} == {(300, 2, None)}
     for row, before in zip(result.rows, whole.rows, strict=True):
-        assert (row.prompts, row.failed) == ((4, 1) if row.hi == 300 else (5, 0))
-        assert row.hi == 300 or row == before or row.net is not None
+        assert (row.prompts, row.failed) == ((4, 1) if row.rank_hi == 300 else (5, 0))
+        assert row.rank_hi == 300 or row == before or row.net_effect is not None
     monkeypatch.setattr(type(engine.executor), "stream", original)
     assert run(engine, chats, ranking, tmp_path).rows == whole.rows, "the same command again does what failed"
 
@@ -232,8 +230,8 @@ def test_a_wrong_receipt_ends_the_run(engine, chats, ranking, monkeypatch):
 
 def note_texts(monkeypatch) -> list[str]:
     """The keys of the texts that are written from here on."""
-    keys, original = [], Store.keep
-    monkeypatch.setattr(Store, "keep", lambda self, key, text: keys.append(key) or original(self, key, text))
+    keys, original = [], Store.add
+    monkeypatch.setattr(Store, "add", lambda self, key, completion: keys.append(key) or original(self, key, completion))
     return keys
 
 
@@ -267,14 +265,14 @@ def test_a_judge_added_later_scores_kept_texts_only(engine, chats, ranking, tmp_
 
 
 def test_a_judge_that_raises_leaves_the_rest(engine, chats, ranking, tmp_path):
-    texts_of = {r["completion"] for r in run(engine, chats, ranking).records if r["ranking"] and r["hi"] == 70}
+    texts_of = {r["completion"] for r in run(engine, chats, ranking).records if r["ranking"] and r["rank_hi"] == 70}
     bad = sorted(texts_of)[0]
     result = run(engine, chats, ranking, tmp_path, judges={"one": Words(bad=[bad]), "other": Words("good")})
     missing = [r for r in result.records if r["scores"]["one"] is None]
     assert missing
     assert {r["completion"] for r in missing} == {bad}
     assert all(r["scores"]["other"] is not None for r in result.records)
-    assert all("one has no score of its text" in line for line in result.failures)
+    assert all("one has no score of its completion" in line for line in result.failures)
     with Store(tmp_path) as store:
         assert {f["error"] for f in store.status().failures} == {"judge 'one': ZeroDivisionError: no such text"}
     with pytest.raises(SnpatchError, match="judge 'each': ZeroDivisionError: no such text"):
@@ -284,7 +282,7 @@ def test_a_judge_that_raises_leaves_the_rest(engine, chats, ranking, tmp_path):
 
 
 def test_texts_are_judged_while_others_are_written(engine, chats, ranking, tmp_path, monkeypatch):
-    monkeypatch.setattr(judging, "TOGETHER", 4)
+    monkeypatch.setattr(judging, "JUDGE_BATCH_SIZE", 4)
     threads, seen, original = set(), [], type(engine.executor).stream
 
     class Threaded(Words):
@@ -315,7 +313,7 @@ def test_equal_texts_are_written_once(engine, chats, ranking, tmp_path, monkeypa
     rankings = {"safety": ranking, "same": ranking, "shuffled": shuffled}
     result = sweep(engine, chats, rankings, {"cost": judge}, config, store=tmp_path)
     assert len(written) == 4 * len(chats), "two models, k = 0 and k = 70"
-    by = {(row.ranking, row.hi): row for row in result.rows}
+    by = {(row.ranking, row.rank_hi): row for row in result.rows}
     assert by["safety", 70].mean == by["same", 70].mean == by["shuffled", 70].mean
     assert by["safety", 0].mean == by["shuffled", 0].mean
 
@@ -339,8 +337,8 @@ def test_donors_strengths_and_samples_are_points_of_their_own(engine, chats, ran
     means = {r.recipient: r.mean for r in result.rows if r.ranking is None}
     control = next(r for r in result.controls(row))
     assert row.effect == pytest.approx((row.mean - means["base"]) / (means["sft"] - means["base"]))
-    assert row.net == pytest.approx(row.effect - control.effect)
-    assert row.net_low <= row.net <= row.net_high
+    assert row.net_effect == pytest.approx(row.effect - control.effect)
+    assert row.net_effect_low <= row.net_effect <= row.net_effect_high
     labels = [label for label, part in result.slices() if part.config.recipients]
     assert labels == [f"donor {d}, strength {s}" for d in ("dpo", "sft") for s in ("1", "0.5")]
 
@@ -362,7 +360,7 @@ def forks(prompts, ranking, tmp_path_factory):
 
 def test_promise_8_kills_at_twenty_random_moments(engine, chats, ranking, tmp_path, forks):
     whole, process, draw, done = run(engine, chats, ranking, config=LONG), forks(), random.Random(0), 0
-    keys = {(r["recipient"], r["lo"], r["hi"], r["control_seed"], r["prompt_index"]) for r in whole.records}
+    keys = {(r["recipient"], r["rank_lo"], r["rank_hi"], r["control_seed"], r["prompt_index"]) for r in whole.records}
     for _ in range(20):
         pid, until = process.begin(tmp_path), min(done + draw.randint(0, 2), len(keys) // 2)
         while _written(tmp_path) < until:
@@ -377,9 +375,9 @@ def test_promise_8_kills_at_twenty_random_moments(engine, chats, ranking, tmp_pa
 
 
 def _written(folder) -> int:
-    if not (folder / NAME).is_file():
+    if not (folder / STORE_FILE).is_file():
         return 0
-    with sqlite3.connect(folder / NAME, timeout=60) as file:
+    with sqlite3.connect(folder / STORE_FILE, timeout=60) as file:
         if not file.execute("SELECT 1 FROM sqlite_master WHERE name = 'texts'").fetchall():
             return 0  # it was only just made
         return file.execute("SELECT count(*) FROM texts").fetchone()[0]
@@ -390,6 +388,6 @@ def test_two_processes_share_the_work_of_a_folder(engine, chats, ranking, tmp_pa
     for process in processes:
         process.begin(tmp_path)
     assert [process.end() for process in processes] == [str(len(whole.records))] * 2, "both have the whole result"
-    with sqlite3.connect(tmp_path / NAME) as file:
+    with sqlite3.connect(tmp_path / STORE_FILE) as file:
         assert file.execute("SELECT count(*) FROM work").fetchone() == (0,)
     assert run(engine, chats, ranking, tmp_path, LONG).rows == whole.rows

@@ -12,12 +12,12 @@ from dataclasses import replace
 import pytest
 
 from snpatch import SnpatchError
-from snpatch.sweeps import owners
-from snpatch.sweeps import store as stores
+from snpatch.sweeps import owners, queue
 from snpatch.sweeps.owners import Process
-from snpatch.sweeps.store import NAME, Store, Text
+from snpatch.sweeps.queue import WorkQueue
+from snpatch.sweeps.store import STORE_FILE, Store, StoredCompletion
 
-TEXT = Text("a b", [1, 2], "eos", 3)
+TEXT = StoredCompletion("a b", [1, 2], "eos", 3)
 HOLDING = """
 import sys, time
 from snpatch.sweeps.store import Store
@@ -38,7 +38,7 @@ def wait_until(holds) -> None:
 
 def rows(folder, statement: str) -> list[tuple]:
     """Return what another program reads in the file."""
-    connection = sqlite3.connect(folder / NAME)
+    connection = sqlite3.connect(folder / STORE_FILE)
     found = connection.execute(statement).fetchall()
     connection.close()
     return found
@@ -56,8 +56,8 @@ def child(tmp_path):
 
 @pytest.mark.parametrize("message", ["database is locked", "database or disk is full", "disk I/O error"])
 def test_heartbeat_after_an_error_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys, message):
-    monkeypatch.setattr(stores, "LEASE_S", 0.4)
-    calls, original = [], Store._renew
+    monkeypatch.setattr(queue, "LEASE_SECONDS", 0.4)
+    calls, original = [], WorkQueue._renew
 
     def failing(self):
         calls.append(self)
@@ -65,95 +65,94 @@ def test_heartbeat_after_an_error_goes_on_and_says_so_once(tmp_path, monkeypatch
             raise sqlite3.OperationalError(message)
         original(self)
 
-    monkeypatch.setattr(Store, "_renew", failing)
+    monkeypatch.setattr(WorkQueue, "_renew", failing)
     with Store(tmp_path) as store:
-        store.ask(["a"])
-        store.claim(1)
+        store.queue.enqueue(["a"])
+        store.queue.claim(1)
         wait_until(lambda: len(calls) > 4)
-        assert store._beat.is_alive()
+        assert store.queue._heartbeat.is_alive()
         assert rows(tmp_path, "SELECT expires FROM work")[0][0] > time.time(), "the lease is renewed again"
     error = capsys.readouterr().err
-    assert error.count(f"its leases cannot be renewed now: {message}") == 1
+    assert error.count(f"cannot renew its leases: {message}") == 1
     assert error.count("its leases are renewed again") == 1
 
 
 def test_heartbeat_while_another_process_holds_the_lock_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "LEASE_S", 0.4)
+    monkeypatch.setattr(queue, "LEASE_SECONDS", 0.4)
     with Store(tmp_path) as store:
-        store.ask(["a"])
-        store.claim(1)
-        holder = sqlite3.connect(tmp_path / NAME, isolation_level=None)
+        store.queue.enqueue(["a"])
+        store.queue.claim(1)
+        holder = sqlite3.connect(tmp_path / STORE_FILE, isolation_level=None)
         holder.execute("BEGIN IMMEDIATE")
         time.sleep(1.5)
         holder.execute("ROLLBACK")
         holder.close()
         wait_until(lambda: rows(tmp_path, "SELECT expires FROM work")[0][0] > time.time())
-        assert store._beat.is_alive()
+        assert store.queue._heartbeat.is_alive()
 
 
 def late(store: Store) -> None:
     """Forget the heartbeat of a process, as if it were stopped."""
-    store._stop.set()
-    store._beat.join()
-    store._beat_connection = None
+    store.queue.stop_heartbeat()
+    store.queue._heartbeat_connection = None
 
 
 @pytest.mark.parametrize(
     "write",
     [
-        lambda store: store.suspect("its engine died", ["x"]),
-        lambda store: store.suspect("its engine died"),
-        lambda store: store.keep("x", TEXT),
-        lambda store: store.ask(["x"]),
-        lambda store: store._renew(),
+        lambda store: store.queue.mark_suspect("its engine died", ["x"]),
+        lambda store: store.queue.mark_suspect("its engine died"),
+        lambda store: store.add("x", TEXT),
+        lambda store: store.queue.enqueue(["x"]),
+        lambda store: store.queue._renew(),
         lambda store: store.__exit__(None, None, None),
     ],
     ids=["suspect one", "suspect all", "keep", "ask", "renew", "leave"],
 )
 def test_process_past_its_lease_touches_nothing_of_the_new_owner(tmp_path, monkeypatch, write):
-    monkeypatch.setattr(stores, "LEASE_S", 0.5)
+    monkeypatch.setattr(queue, "LEASE_SECONDS", 0.5)
     with Store(tmp_path) as other:
         one = Store(tmp_path).__enter__()
         for store in (one, other):
-            store.ask(["x"])
-        assert one.claim(1) == ["x"]
+            store.queue.enqueue(["x"])
+        assert one.queue.claim(1) == ["x"]
         late(one)
         time.sleep(0.6)
-        assert other.claim(1) == ["x"]
+        assert other.queue.claim(1) == ["x"]
         statement = "SELECT owner, attempts, error, failed FROM work"
         before = rows(tmp_path, statement)
         write(one)
         assert rows(tmp_path, statement) == before
-        other.keep("x", Text("another", [], "eos", 0))
+        other.add("x", StoredCompletion("another", [], "eos", 0))
         status = other.status()
         assert (status.done, status.failed, status.open) == (1, 0, 0)
 
 
 def test_text_that_failed_here_and_was_kept_elsewhere_is_done(tmp_path):
     with Store(tmp_path) as one, Store(tmp_path) as other:
-        one.ask(["x"])
-        one.claim(1)
-        one.suspect("overflowed in bfloat16 at layer 12", ["x"])
-        assert one.errors(["x"]) == {"x": "overflowed in bfloat16 at layer 12"}
-        assert (one.missing(), one.status().failed, one.status().open) == (0, 1, 0)
-        other.keep("x", TEXT)
+        one.queue.enqueue(["x"])
+        one.queue.claim(1)
+        one.queue.mark_suspect("overflowed in bfloat16 at layer 12", ["x"])
+        assert one.queue.errors(["x"]) == {"x": "overflowed in bfloat16 at layer 12"}
+        assert (one.queue.num_missing(), one.status().failed, one.status().open) == (0, 1, 0)
+        other.add("x", TEXT)
         assert (one.status().done, one.status().failed) == (1, 0)
         assert not one.status().failures
 
 
 def test_one_text_that_fails_leaves_the_others_of_its_run(tmp_path):
     with Store(tmp_path) as store:
-        store.ask(["a", "b", "c"])
-        assert store.claim(3) == ["a", "b", "c"]
-        store.suspect("overflowed", ["b"])
-        store.keep("a", TEXT)
-        assert store.suspect("the engine died") == 1, "c alone was under way"
-        assert store.errors(["a", "b", "c"]) == {"b": "overflowed", "c": "the engine died"}
+        store.queue.enqueue(["a", "b", "c"])
+        assert store.queue.claim(3) == ["a", "b", "c"]
+        store.queue.mark_suspect("overflowed", ["b"])
+        store.add("a", TEXT)
+        assert store.queue.mark_suspect("the engine died") == 1, "c alone was under way"
+        assert store.queue.errors(["a", "b", "c"]) == {"b": "overflowed", "c": "the engine died"}
 
 
 def test_row_that_another_process_removed_is_no_suspect(tmp_path):
     with Store(tmp_path) as store:
-        assert not store.is_suspect("gone")
+        assert not store.queue.is_suspect("gone")
 
 
 MINE = Process.current()
@@ -194,70 +193,70 @@ def test_containers_of_one_host_name_keep_their_leases(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
     monkeypatch.setattr(owners, "_read_stat", lambda pid: ("S", 5) if pid == 2**22 + 1 else None)
     one = Store(tmp_path).__enter__()
-    one.ask(["a"])
-    assert one.claim(1) == ["a"]
+    one.queue.enqueue(["a"])
+    assert one.queue.claim(1) == ["a"]
     monkeypatch.setattr(owners, "_read_namespace", lambda: "boot pid:[2]")
     with Store(tmp_path) as other:
-        other.ask(["a"])
-        assert other.claim(1) == [], "its number is free here, and it lives elsewhere"
-        assert other.status().taken == 1
+        other.queue.enqueue(["a"])
+        assert other.queue.claim(1) == [], "its number is free here, and it lives elsewhere"
+        assert other.status().claimed == 1
         monkeypatch.setattr(owners, "_read_namespace", lambda: "boot pid:[1]")
-        assert other.claim(1) == ["a"], "in its own namespace its number is free: it has ended"
+        assert other.queue.claim(1) == ["a"], "in its own namespace its number is free: it has ended"
     one.__exit__(None, None, None)
 
 
 def test_lease_of_a_crafted_time_is_free(tmp_path):
     with Store(tmp_path) as store:
-        store.ask(["a"])
-        store._execute("UPDATE work SET owner = 'me', expires = 9e99")
-        assert store.status().taken == 0
-        assert store.claim(1) == ["a"]
+        store.queue.enqueue(["a"])
+        store._database.rows("UPDATE work SET owner = 'me', expires = 9e99")
+        assert store.status().claimed == 0
+        assert store.queue.claim(1) == ["a"]
 
 
 def test_lock_that_a_stopped_process_holds_is_an_error_that_names_it(tmp_path, monkeypatch, child):
     os.kill(child.pid, signal.SIGSTOP)
-    monkeypatch.setattr(stores, "LEASE_S", 0.3)
+    monkeypatch.setattr(queue, "LEASE_SECONDS", 0.3)
     with pytest.raises(SnpatchError, match=f"locked for 0.6 s by .* process {child.pid}, which is stopped"):
         Store(tmp_path).__enter__()
 
 
 def test_lock_that_a_sweep_holds_is_an_error_that_names_it(tmp_path, monkeypatch, child):
-    monkeypatch.setattr(stores, "LEASE_S", 0.3)
-    with pytest.raises(SnpatchError, match=rf"by .* process {child.pid} \(last heard of \d+ s ago\)") as caught:
+    monkeypatch.setattr(queue, "LEASE_SECONDS", 0.3)
+    with pytest.raises(SnpatchError, match=rf"by .* process {child.pid} \(last heartbeat \d+ s ago\)") as caught:
         Store(tmp_path).__enter__()
     assert "\n" not in str(caught.value)
 
 
 def test_lock_is_waited_for_and_does_not_count_against_leases(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "LEASE_S", 2.0)
+    monkeypatch.setattr(queue, "LEASE_SECONDS", 2.0)
     with Store(tmp_path) as one, Store(tmp_path) as other:
         for store in (one, other):
-            store.ask(["a"])
-        assert one.claim(1) == ["a"]
-        holder = sqlite3.connect(tmp_path / NAME, isolation_level=None, check_same_thread=False)
+            store.queue.enqueue(["a"])
+        assert one.queue.claim(1) == ["a"]
+        holder = sqlite3.connect(tmp_path / STORE_FILE, isolation_level=None, check_same_thread=False)
         holder.execute("BEGIN IMMEDIATE")
         release = threading.Timer(2.5, holder.execute, ["ROLLBACK"])
         release.start()
-        assert other.claim(1) == [], "the lease ran out while nobody could renew it"
+        assert other.queue.claim(1) == [], "the lease ran out while nobody could renew it"
         release.join()
         holder.close()
-        one.keep("a", TEXT)
+        one.add("a", TEXT)
 
 
 def test_scores_and_failures_of_a_live_run_outlast_the_begin_of_another(tmp_path):
     with Store(tmp_path) as other:
         with Store(tmp_path) as one:
-            one.name_judges({"words": f"{one.owner} words"})
-            one.keep_scores(f"{one.owner} words", {"text": 1.0})
-            one.fail({"judge": "words"}, "no score")
-            other.begin("snpatch sweep")
-            other.name_judges({"words": f"{other.owner} words"})
+            one.set_judges({"words": f"{one.owner} words"})
+            one.add_scores(f"{one.owner} words", {"text": 1.0})
+            one.record_failure({"judge": "words"}, "no score")
+            other.start_run("snpatch sweep")
+            other.set_judges({"words": f"{other.owner} words"})
             assert one.scores(f"{one.owner} words") == {"text": 1.0}
             assert len(one.status().failures) == 1
-        other.begin("snpatch sweep")
+        other.start_run("snpatch sweep")
         assert not other.status().failures
     with Store(tmp_path) as third:
         fingerprint = f"{other.owner} words"
-        third.keep_scores(fingerprint, {"text": 1.0})
-        third.name_judges({"words": f"{third.owner} words"})
+        third.add_scores(fingerprint, {"text": 1.0})
+        third.set_judges({"words": f"{third.owner} words"})
         assert third.scores(fingerprint) == {}, "nobody asks for the scores of a run that has ended"

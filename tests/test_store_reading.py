@@ -13,10 +13,10 @@ from commands import run
 from snpatch import SnpatchError
 from snpatch.report.folder_page import load_page
 from snpatch.sweeps import database
-from snpatch.sweeps.database import OWNERS, TABLES, VERSION
-from snpatch.sweeps.store import NAME, Store, Text, part_name, text_of
+from snpatch.sweeps.database import TABLES, VERSION
+from snpatch.sweeps.store import STORE_FILE, Store, StoredCompletion, completion_key, shard_name
 
-TEXT = Text("text", [1, 2], "stop", 3)
+TEXT = StoredCompletion("text", [1, 2], "stop", 3)
 PROMPT = "how?"
 STATES = {"k0": "done", "k1": "done", "k2": "failed", "k3": "open", "k4": "failed"}
 
@@ -24,24 +24,26 @@ STATES = {"k0": "done", "k1": "done", "k2": "failed", "k3": "open", "k4": "faile
 def labels_of(index: int) -> dict:
     return {
         "set": "s", "prompt_index": index, "prompt": PROMPT, "sample": 0, "recipient": "base", "donor": None,
-        "ranking": None, "control_seed": None, "lo": 0, "hi": 0, "strength": 1.0,
+        "ranking": None, "control_seed": None, "rank_lo": 0, "rank_hi": 0, "strength": 1.0,
     }  # fmt: skip
 
 
 def fill(store: Store) -> None:
     """Write a text, an empty one, one that failed, one that is open, and one whose prompt cannot be run."""
     keys = list(STATES)
-    run_id = store.begin("snpatch sweep")
-    store.ask(keys[:4])
-    store.name("s", [(key, labels_of(i), None) for i, key in enumerate(keys[:4])] + [(None, labels_of(4), "too long")])
-    store.name_judges({"cost": "digest"})
-    store.claim(4)
-    store.keep("k0", TEXT)
-    store.keep("k1", Text("", [2], "eos", 0))
-    store.suspect("overflowed", ["k2"])
-    store.keep_scores("digest", {text_of(PROMPT, "text"): 1.5})
-    store.fail({"judge": "cost", "prompt": PROMPT}, "no score")
-    store.end(run_id, "interrupted")
+    run_id = store.start_run("snpatch sweep")
+    store.queue.enqueue(keys[:4])
+    store.set_labels(
+        "s", [(key, labels_of(i), None) for i, key in enumerate(keys[:4])] + [(None, labels_of(4), "too long")]
+    )
+    store.set_judges({"cost": "digest"})
+    store.queue.claim(4)
+    store.add("k0", TEXT)
+    store.add("k1", StoredCompletion("", [2], "eos", 0))
+    store.queue.mark_suspect("overflowed", ["k2"])
+    store.add_scores("digest", {completion_key(PROMPT, "text"): 1.5})
+    store.record_failure({"judge": "cost", "prompt": PROMPT}, "no score")
+    store.finish_run(run_id, "interrupted")
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def copied(source, target, *suffixes: str):
     """Copy a store's files, as an archive or a killed process has them."""
     target.mkdir()
     for suffix in ("", *suffixes):
-        shutil.copyfile(source / f"{NAME}{suffix}", target / f"{NAME}{suffix}")
+        shutil.copyfile(source / f"{STORE_FILE}{suffix}", target / f"{STORE_FILE}{suffix}")
     return target
 
 
@@ -73,7 +75,7 @@ def stamps(folder) -> dict:
 
 
 def change(folder, script: str) -> None:
-    connection = sqlite3.connect(folder / NAME)
+    connection = sqlite3.connect(folder / STORE_FILE)
     connection.executescript(script)
     connection.close()
 
@@ -82,7 +84,7 @@ def read(folder) -> list[dict]:
     """Return the records of a store, after everything else that a reader asks for."""
     with Store(folder, must_exist=True) as store:
         store.status()
-        store.texts(["k0"])
+        store.completions(["k0"])
         return store.records()
 
 
@@ -106,13 +108,13 @@ def test_reader_sees_all_rows_and_writes_nothing(folder, live, tmp_path, state):
     assert len(read(place)) == 5
     after = stamps(place)
     assert after.keys() == before.keys()
-    for name in {NAME, f"{NAME}-wal"} & before.keys():
+    for name in {STORE_FILE, f"{STORE_FILE}-wal"} & before.keys():
         assert after[name] == before[name]
 
 
 def test_commands_on_a_read_only_folder_work(capsys, folder, tmp_path):
     folder.chmod(0o555)
-    (folder / NAME).chmod(0o444)
+    (folder / STORE_FILE).chmod(0o444)
     before = stamps(folder)
     for command in (
         ["sweep", "status", folder],
@@ -145,12 +147,12 @@ def test_file_that_changed_under_a_reader_is_an_error(folder):
     with pytest.raises(SnpatchError, match="a sweep wrote to it while it was read"), Store(folder, True) as reader:
         reader.status()
         with Store(folder) as writer:
-            writer.keep("k3", TEXT)
+            writer.add("k3", TEXT)
 
 
 def test_reader_that_writes_is_an_error(folder):
     with Store(folder, must_exist=True) as reader, pytest.raises(SnpatchError, match="readonly database"):
-        reader.keep("k3", TEXT)
+        reader.add("k3", TEXT)
 
 
 def error_of(step, *arguments) -> str | None:
@@ -167,7 +169,7 @@ def error_of(step, *arguments) -> str | None:
 
 def test_random_bytes_in_a_store_are_one_line(folder, tmp_path):
     """1,500 of them in the attack; here a part, with the same kinds of damage."""
-    good, draw, place, damaged = (folder / NAME).read_bytes(), random.Random(2), tmp_path / "damaged", 0
+    good, draw, place, damaged = (folder / STORE_FILE).read_bytes(), random.Random(2), tmp_path / "damaged", 0
     place.mkdir()
     for _ in range(150):
         content = bytearray(good)
@@ -178,7 +180,7 @@ def test_random_bytes_in_a_store_are_one_line(folder, tmp_path):
         for used in (read, opened):
             for path in place.iterdir():
                 path.unlink()
-            (place / NAME).write_bytes(content)
+            (place / STORE_FILE).write_bytes(content)
             damaged += error_of(used, place) is not None
     assert damaged > 150
 
@@ -187,7 +189,7 @@ def opened(folder) -> None:
     """Open a store to write, and do what a sweep does."""
     with Store(folder) as store:
         fill(store)
-        store.texts(STATES)
+        store.completions(STATES)
         store.records()
 
 
@@ -211,8 +213,8 @@ DAMAGED = {
     "labels without a prompt": "INSERT INTO asked (sweep, key, labels) VALUES ('s', 'k0', '{}')",
     "labels with another key": labelled(x=1),
     "a prompt that is a list": labelled(prompt=[]),
-    "a window that is true": labelled(hi=True),
-    "a window past int64": labelled(hi=10**30),
+    "a window that is true": labelled(rank_hi=True),
+    "a window past int64": labelled(rank_hi=10**30),
     "an infinite strength": labelled(strength=float("inf")),
     "token_ids of 3 bytes": "UPDATE texts SET token_ids = x'010203'",
     "token_ids a text": "UPDATE texts SET token_ids = 'abc'",
@@ -243,7 +245,7 @@ FINE = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_crafted_store_is_named_as_damaged(folder, name):
     change(folder, DAMAGED[name])
-    with pytest.raises(SnpatchError, match=rf"{NAME}: damaged: .*another folder") as caught:
+    with pytest.raises(SnpatchError, match=rf"{STORE_FILE}: damaged: .*another folder") as caught:
         read(folder)
     assert "\n" not in str(caught.value)
 
@@ -273,57 +275,45 @@ def test_commands_on_a_crafted_store_are_one_line(capsys, folder, tmp_path, name
     assert 2 in codes
 
 
-@pytest.mark.parametrize("version", [0, 1, VERSION + 1, -1])
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, -1])
 def test_store_of_another_version_is_named(folder, version):
     change(folder, f"PRAGMA user_version = {version}")
-    before = (folder / NAME).read_bytes()
+    before = (folder / STORE_FILE).read_bytes()
     with pytest.raises(SnpatchError, match=r"expected (version \d of )?a sweep's store") as caught:
         read(folder)
     assert "\n" not in str(caught.value)
     with pytest.raises(SnpatchError, match="damaged" if version == 0 else "of another snpatch"), Store(folder):
         pass
-    assert (folder / NAME).read_bytes() == before or version == 0
-
-
-def test_store_of_version_2_is_read_and_brought_up_to_date(folder):
-    change(folder, "DROP TABLE owners; PRAGMA user_version = 2")
-    assert len(read(folder)) == 5
-    with sqlite3.connect(folder / NAME) as file:
-        assert file.execute("PRAGMA user_version").fetchone() == (2,), "reading writes nothing"
-    with Store(folder) as store:
-        assert store.status().done == 2
-    with sqlite3.connect(folder / NAME) as file:
-        assert file.execute("PRAGMA user_version").fetchone() == (VERSION,)
-    assert len(read(folder)) == 5
+    assert (folder / STORE_FILE).read_bytes() == before or version == 0
 
 
 def test_empty_file_is_no_store_to_a_reader_and_a_new_one_to_a_writer(tmp_path):
-    (tmp_path / NAME).write_bytes(b"")
+    (tmp_path / STORE_FILE).write_bytes(b"")
     with pytest.raises(SnpatchError, match="expected a sweep's store, got a file without its tables"):
         read(tmp_path)
     with Store(tmp_path) as store:
-        assert store.ask(["a"]) == 1
+        assert store.queue.enqueue(["a"]) == 1
 
 
 def test_damaged_part_of_a_worker_is_named(folder, tmp_path):
-    part = folder / part_name(1, 2)
+    part = folder / shard_name(1, 2)
     with Store(folder, name=part.name) as other:
-        other.keep("mine", TEXT)
+        other.add("mine", TEXT)
     with Store(folder) as store:
-        assert store.take_in(part) == 1
-        assert store.texts(["mine"]) == {"mine": TEXT}
+        assert store.merge(part) == 1
+        assert store.completions(["mine"]) == {"mine": TEXT}
         connection = sqlite3.connect(part)
         connection.executescript("UPDATE texts SET completion = x'ff', key = 'other'")
         connection.close()
         with pytest.raises(SnpatchError, match=rf"{part.name}: damaged"):
-            store.take_in(part)
-        assert store.texts(["other"]) == {}
+            store.merge(part)
+        assert store.completions(["other"]) == {}
 
 
 def test_schema_has_no_expression_that_sqlite_distrusts():
     with sqlite3.connect(":memory:") as connection:
         connection.execute("PRAGMA trusted_schema = OFF")
-        connection.executescript(TABLES + OWNERS)
+        connection.executescript(TABLES)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -331,7 +321,7 @@ def test_export_says_how_much_is_written_and_gives_each_row_a_state(capsys, fold
     path = tmp_path / f"texts{suffix}"
     code, out, err = run(capsys, "sweep", "export", folder, path)
     assert code == 0, err
-    assert "Unfinished: 2 of 5 texts are written, 1 are open and 2 failed." in out
+    assert "Unfinished: 2 of 5 completions are written, 1 are open and 2 failed." in out
     if suffix == ".csv":
         found = list(csv.DictReader(path.open()))
     elif suffix == ".jsonl":
@@ -344,15 +334,15 @@ def test_export_says_how_much_is_written_and_gives_each_row_a_state(capsys, fold
 
 def test_export_of_a_finished_sweep_says_so(capsys, tmp_path):
     with Store(tmp_path) as store:
-        store.ask(["k0"])
-        store.name("s", [("k0", labels_of(0), None)])
-        store.keep("k0", TEXT)
-    assert "All 1 texts are written." in run(capsys, "sweep", "export", tmp_path, tmp_path / "texts.csv")[1]
+        store.queue.enqueue(["k0"])
+        store.set_labels("s", [("k0", labels_of(0), None)])
+        store.add("k0", TEXT)
+    assert "All 1 completions are written." in run(capsys, "sweep", "export", tmp_path, tmp_path / "texts.csv")[1]
 
 
 def test_export_of_a_prompt_with_a_lone_surrogate_is_whole(capsys, tmp_path):
     with Store(tmp_path) as store:
-        store.name("s", [(None, {**labels_of(0), "prompt": "a\ud800"}, "too long")])
+        store.set_labels("s", [(None, {**labels_of(0), "prompt": "a\ud800"}, "too long")])
     for suffix in ("csv", "parquet"):
         code, _, err = run(capsys, "sweep", "export", tmp_path, tmp_path / f"texts.{suffix}")
         assert code == 0, err
@@ -361,7 +351,7 @@ def test_export_of_a_prompt_with_a_lone_surrogate_is_whole(capsys, tmp_path):
 
 def test_status_shows_control_characters_as_escapes(capsys, folder):
     with Store(folder) as store:
-        store.fail({"prompt": "\x1b[2J"}, "two\nlines \x1b[31m")
+        store.record_failure({"prompt": "\x1b[2J"}, "two\nlines \x1b[31m")
     out = run(capsys, "sweep", "status", folder)[1]
     assert "\x1b" not in out
     assert r"two\nlines \u001b[31m" in out
@@ -369,7 +359,7 @@ def test_status_shows_control_characters_as_escapes(capsys, folder):
 
 def test_page_of_an_unfinished_sweep_says_how_much_is_written(folder):
     page = load_page(folder)
-    assert page.unfinished == "Unfinished: 2 of 5 texts are written, 1 are open and 2 failed."
+    assert page.unfinished == "Unfinished: 2 of 5 completions are written, 1 are open and 2 failed."
     assert [text["state"] for text in page.completions] == list(STATES.values())
 
 
@@ -400,6 +390,6 @@ def test_report_of_a_folder_with_a_broken_table_is_one_line(capsys, folder, cont
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_store_that_may_not_be_read_is_one_line(folder):
-    (folder / NAME).chmod(0)
+    (folder / STORE_FILE).chmod(0)
     with pytest.raises(SnpatchError, match="cannot use"):
         read(folder)

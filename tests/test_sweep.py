@@ -16,7 +16,7 @@ from snpatch.experiments.common.sweep_report import build_headline, build_sweep_
 from snpatch.report import files
 from snpatch.statistics import causal_effect, interval, paired_p
 from snpatch.sweeps.config import SweepConfig
-from snpatch.sweeps.store import NAME, OLD, Store
+from snpatch.sweeps.store import OLD_STORE_FILE, STORE_FILE, Store
 from snpatch.sweeps.sweep import sweep
 
 GOLDEN = Path(__file__).parent / "goldens" / "A"
@@ -52,7 +52,7 @@ def run(engine, ranking, store=None, judge=judge, **changes):
 
 def test_every_point_equals_the_engine_run_alone(engine, ranking):
     result = run(engine, ranking)
-    points = {(r["recipient"], r["ranking"], r["control_seed"], r["lo"], r["hi"]) for r in result.records}
+    points = {(r["recipient"], r["ranking"], r["control_seed"], r["rank_lo"], r["rank_hi"]) for r in result.records}
     controlled = [(0, 0), (0, 70), (70, 300)]
     assert len(points) == 3 + 2 * (4 + 2 * len(controlled)), "all 1408 neurons leave none for a disjoint control"
     for recipient, name, seed, lo, hi in points:
@@ -65,7 +65,8 @@ def test_every_point_equals_the_engine_run_alone(engine, ranking):
         mine = [
             r["completion"]
             for r in result.records
-            if (r["recipient"], r["ranking"], r["control_seed"], r["lo"], r["hi"]) == (recipient, name, seed, lo, hi)
+            if (r["recipient"], r["ranking"], r["control_seed"], r["rank_lo"], r["rank_hi"])
+            == (recipient, name, seed, lo, hi)
         ]
         assert mine == expected
     assert any("[0, 1408) has no random control" in note for note in result.notes)
@@ -75,13 +76,13 @@ def test_means_effects_and_intervals_are_those_of_the_scores(engine, ranking):
     result = run(engine, ranking)
     scores = {}
     for record in result.records:
-        key = record["recipient"], record["ranking"], record["control_seed"], record["lo"], record["hi"]
+        key = record["recipient"], record["ranking"], record["control_seed"], record["rank_lo"], record["rank_hi"]
         scores.setdefault(key, []).append(judge([], [record["completion"]])[0])
     for row in result.rows:
-        mine = np.array(scores[row.recipient, row.ranking, row.control_seed, row.lo, row.hi])
+        mine = np.array(scores[row.recipient, row.ranking, row.control_seed, row.rank_lo, row.rank_hi])
         assert row.mean == pytest.approx(mine.mean())
         assert row.mean_low <= row.mean <= row.mean_high
-        assert row.share == (row.hi - row.lo) / 1408
+        assert row.neuron_fraction == (row.rank_hi - row.rank_lo) / 1408
         if row.ranking is None:
             assert row.effect is None
             continue
@@ -89,7 +90,7 @@ def test_means_effects_and_intervals_are_those_of_the_scores(engine, ranking):
         donor = np.array(scores["dpo", None, None, 0, 0]).mean()
         assert row.effect == pytest.approx((mine.mean() - recipient) / (donor - recipient))
         assert row.effect_low <= row.effect <= row.effect_high
-    by_window = {(row.recipient, row.hi): row for row in result.rows if row.ranking and row.control_seed is None}
+    by_window = {(row.recipient, row.rank_hi): row for row in result.rows if row.ranking and row.control_seed is None}
     for recipient in ("sft", "base"):
         assert by_window[recipient, 0].effect == 0
         assert by_window[recipient, 1408].effect == pytest.approx(1)
@@ -136,7 +137,7 @@ def test_promise_8_a_killed_sweep_continues_where_it_was(engine, ranking, tmp_pa
     run(engine, ranking, store=tmp_path)
     keys = list(written)
     assert len(keys) == len(set(keys)) > 30
-    with sqlite3.connect(tmp_path / NAME) as file:  # as if it had been killed after the 20th text
+    with sqlite3.connect(tmp_path / STORE_FILE) as file:  # as if it had been killed after the 20th text
         file.executemany("DELETE FROM texts WHERE key = ?", [(key,) for key in keys[20:]])
         file.execute("DELETE FROM work")
     written.clear()
@@ -161,13 +162,13 @@ def model_with(folder, **files) -> Path:
 @pytest.fixture
 def written(monkeypatch):
     """The keys of the texts that were written."""
-    keys, original = [], Store.keep
+    keys, original = [], Store.add
 
     def keep(self, key, text):
         keys.append(key)
         return original(self, key, text)
 
-    monkeypatch.setattr(Store, "keep", keep)
+    monkeypatch.setattr(Store, "add", keep)
     return keys
 
 
@@ -233,7 +234,7 @@ def test_promise_4_overflowing_strength_fails_its_own_texts_alone(engine, rankin
     windows = (0, 70, 1408)
     want = run(engine, ranking, controls=0, windows=windows).records
     result = run(engine, ranking, tmp_path, watching, controls=0, windows=windows, strengths=(1.0, 1e19))
-    broken = [r for r in result.records if r["strength"] == 1e19 and r["hi"]]
+    broken = [r for r in result.records if r["strength"] == 1e19 and r["rank_hi"]]
     assert len(broken) == 2 * 2 * len(PROMPTS)
     for record in broken:
         assert record["completion"] is None
@@ -243,7 +244,7 @@ def test_promise_4_overflowing_strength_fails_its_own_texts_alone(engine, rankin
     others = [r for r in result.records if r["strength"] != 1e19]
     assert [r["completion"] for r in others] == [r["completion"] for r in want]
     assert set(seen) == {r["completion"] for r in result.records if r not in broken}
-    assert {row.failed for row in result.rows if row.strength == 1e19 and row.hi} == {len(PROMPTS)}
+    assert {row.failed for row in result.rows if row.strength == 1e19 and row.rank_hi} == {len(PROMPTS)}
     assert {row.failed for row in result.rows if row.strength != 1e19} == {0}
     with Store(tmp_path) as store:
         assert store.status().failed == len(broken)
@@ -253,7 +254,7 @@ def test_controls_may_be_none_or_overlapping(engine, ranking):
     assert not [r for r in run(engine, ranking, controls=0).rows if r.control_seed is not None]
     overlapping = run(engine, ranking, disjoint=False)
     assert not overlapping.notes
-    assert {r.hi for r in overlapping.rows if r.control_seed is not None} == {0, 70, 300, 1408}
+    assert {r.rank_hi for r in overlapping.rows if r.control_seed is not None} == {0, 70, 300, 1408}
 
 
 def test_controls_are_drawn_from_all_neurons_outside_their_own_window(ranking):
@@ -282,8 +283,8 @@ def test_the_store_tells_templates_and_samples_apart(engine, ranking, tmp_path):
 
 
 def test_the_store_of_an_older_snpatch_is_named(engine, ranking, tmp_path):
-    (tmp_path / OLD).write_text("{}\n")
-    with pytest.raises(SnpatchError, match=f"{OLD} is of an older snpatch, .* move it away"):
+    (tmp_path / OLD_STORE_FILE).write_text("{}\n")
+    with pytest.raises(SnpatchError, match=f"{OLD_STORE_FILE} is from an older snpatch, .* Move it away"):
         run(engine, ranking, store=tmp_path)
 
 
@@ -329,8 +330,12 @@ def test_every_judge_sees_all_texts(engine, ranking):
     alone = run(engine, ranking)
     assert [row for row in both.rows if row.judge == "cost"] == alone.rows
     for row in both.rows:
-        key = row.recipient, row.ranking, row.control_seed, row.lo, row.hi
-        mine = [r for r in both.records if (r["recipient"], r["ranking"], r["control_seed"], r["lo"], r["hi"]) == key]
+        key = row.recipient, row.ranking, row.control_seed, row.rank_lo, row.rank_hi
+        mine = [
+            r
+            for r in both.records
+            if (r["recipient"], r["ranking"], r["control_seed"], r["rank_lo"], r["rank_hi"]) == key
+        ]
         assert row.mean == pytest.approx(np.mean([record["scores"][row.judge] for record in mine]))
 
 
@@ -338,24 +343,26 @@ def test_p_values_compare_with_the_recipient_and_the_random_neurons(engine, rank
     result = run(engine, ranking)
     scores = {}
     for r in result.records:
-        scores.setdefault((r["recipient"], r["ranking"], r["control_seed"], r["lo"], r["hi"]), []).append(
+        scores.setdefault((r["recipient"], r["ranking"], r["control_seed"], r["rank_lo"], r["rank_hi"]), []).append(
             r["scores"]["cost"]
         )
-    row = next(r for r in result.rows if (r.recipient, r.ranking, r.control_seed, r.hi) == ("sft", "safety", None, 300))
+    row = next(
+        r for r in result.rows if (r.recipient, r.ranking, r.control_seed, r.rank_hi) == ("sft", "safety", None, 300)
+    )
     own, plain = np.array(scores["sft", "safety", None, 70, 300]), np.array(scores["sft", None, None, 0, 0])
     random = np.mean([scores["sft", "safety", seed, 70, 300] for seed in range(2)], axis=0)
-    assert row.p_unpatched == paired_p(own, plain)
-    assert row.p_control == paired_p(own, random)
-    assert next(r for r in result.rows if r.ranking and r.hi == 0).p_unpatched is None
-    assert next(r for r in result.rows if r.ranking and r.hi == 1408).p_control is None
+    assert row.p_vs_unpatched == paired_p(own, plain)
+    assert row.p_vs_random == paired_p(own, random)
+    assert next(r for r in result.rows if r.ranking and r.rank_hi == 0).p_vs_unpatched is None
+    assert next(r for r in result.rows if r.ranking and r.rank_hi == 1408).p_vs_random is None
 
 
 def test_headline_is_the_smallest_window_that_reaches_nine_tenths(engine, ranking):
     result = run(engine, ranking, windows=(1408, 70, 1400), controls=0)
     rows = [r for r in result.rows if r.recipient == "sft" and r.ranking]
     best = max(r.effect for r in rows)
-    smallest = min((r for r in rows if r.effect >= 0.9 * best), key=lambda r: r.share)
-    assert f"({smallest.hi - smallest.lo} by safety)" in build_headline(result)[0]
+    smallest = min((r for r in rows if r.effect >= 0.9 * best), key=lambda r: r.neuron_fraction)
+    assert f"({smallest.rank_hi - smallest.rank_lo} by safety)" in build_headline(result)[0]
 
 
 def test_no_prompts_is_refused(engine, ranking):

@@ -321,7 +321,7 @@ def hub_calls(monkeypatch):
         calls.append({"source": source, **{name: value for name, value in how.items() if value is not None}})
         if calls.rows is None:
             raise SnpatchError("no hub here")
-        return load_dataset(calls.rows, format=source, skip_bad=how["skip_bad"])
+        return load_dataset(calls.rows, format=source, skip_invalid=how["skip_invalid"])
 
     monkeypatch.setattr(prompt_set, "load_dataset", fake_load)
     return calls
@@ -416,8 +416,8 @@ def test_file_in_published_format_is_read(toy, tmp_path, capsys):
         (["dpo", "--objective", "helpful"], {"source": "hh-helpful", "split": "train"}),
         (["dpo", "--objective", "stack-exchange"], {"source": "stack-exchange", "split": "train"}),
         (["dpo", "hh-helpful", "--revision", "v1"], {"source": "hh-helpful", "split": "train", "revision": "v1"}),
-        (["dpo", "--objective", "shp", "--skip-bad"], {"source": "shp", "split": "train", "skip_bad": True}),
-        (["sft", "--skip-bad"], {"source": "sharegpt", "split": "train", "skip_bad": True}),
+        (["dpo", "--objective", "shp", "--skip-invalid"], {"source": "shp", "split": "train", "skip_invalid": True}),
+        (["sft", "--skip-invalid"], {"source": "sharegpt", "split": "train", "skip_invalid": True}),
     ],
     ids=" ".join,
 )
@@ -425,7 +425,7 @@ def test_named_data_set_uses_its_training_split(toy, tmp_path, capsys, hub_calls
     kind, *rest = given
     code, _, err = run(capsys, "train", kind, toy.base, *rest, "-o", tmp_path / "out")
     assert (code, err) == (2, "snpatch: error: no hub here\n")
-    assert hub_calls == [{"skip_bad": False, **expected}]
+    assert hub_calls == [{"skip_invalid": False, **expected}]
 
 
 def test_subset_options_override_the_objectives_sample(toy, tmp_path, capsys, hub_calls):
@@ -456,7 +456,7 @@ def test_skip_bad_drops_broken_rows_with_a_note(toy, tmp_path, capsys):
     code, _, err = run(capsys, *given)
     assert code == 2
     assert "sft.jsonl, line 9: " in err
-    code, out, err = run(capsys, *given, "--skip-bad")
+    code, out, err = run(capsys, *given, "--skip-invalid")
     assert code == 0, err
     assert err.startswith(f"{path}: skipped 1 invalid rows\n")
     assert json.loads(out)["rows"] == 8

@@ -20,7 +20,7 @@ from processes import command_line, descendants, is_running, wait_for
 
 from snpatch import Engine, Sampling, SnpatchError
 from snpatch.sweeps.config import SweepConfig
-from snpatch.sweeps.store import NAME
+from snpatch.sweeps.store import STORE_FILE
 from snpatch.sweeps.sweep import sweep
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -77,9 +77,9 @@ def test_sweep_after_killed_engine_continues_with_a_new_one(zoo, tmp_path, capsy
         os.kill(core, signal.SIGKILL)
 
     def num_written() -> int:
-        if not (tmp_path / NAME).is_file():
+        if not (tmp_path / STORE_FILE).is_file():
             return 0
-        with closing(sqlite3.connect(tmp_path / NAME)) as file:
+        with closing(sqlite3.connect(tmp_path / STORE_FILE)) as file:
             tables = file.execute("SELECT count(*) FROM sqlite_master WHERE name = 'texts'").fetchone()[0]
             return file.execute("SELECT count(*) FROM texts").fetchone()[0] if tables else 0
 

@@ -76,10 +76,10 @@ def test_names_of_files_that_are_words_of_patches_are_refused(name, tmp_path, ca
     spec = {"model": "m", "adapters": {"sft": "a", "dpo": "b"}, "sets": {"p": {"source": "p.jsonl"}},
             "judges": {"cost": {"source": "refusal"}}, "rankings": {"safety": "r.safetensors"},
             "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [1]}}  # fmt: skip
-    assert SweepSpec.of(spec, tmp_path).rankings
+    assert SweepSpec.from_dict(spec, tmp_path).rankings
     for part, value in (("rankings", "r"), ("judges", {"source": "refusal"}), ("adapters", "c")):
         with pytest.raises(SnpatchError, match=name.partition(":")[0]):
-            SweepSpec.of({**spec, part: {**spec[part], name: value}}, tmp_path)
+            SweepSpec.from_dict({**spec, part: {**spec[part], name: value}}, tmp_path)
     for arguments in (
         ("generate", "m", "p.jsonl", "-a", f"{name}=a"),
         ("generate", "m", "p.jsonl", "--lora", f"{name}=a"),

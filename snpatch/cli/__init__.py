@@ -1,5 +1,5 @@
-"""The command line: `snpatch contrast | generate | sweep | minimal | exp | train | reproduce | serve | report | guard |
-demo | env`.
+"""The command line: `snpatch contrast | generate | sweep | find-minimal | exp | train | reproduce | serve | report |
+guard | demo | env`.
 
 Why the imports stand inside the commands: `--help` answers at once, torch takes seconds. Results go to stdout,
 progress and errors to stderr; exit codes: 0 done, 2 bad input (one line says what), 130 interrupted.
@@ -15,8 +15,8 @@ from snpatch.cli import demo, guard, sweep, train
 from snpatch.cli.contrast import contrast
 from snpatch.cli.env import env
 from snpatch.cli.exp import exp
+from snpatch.cli.find_minimal import find_minimal
 from snpatch.cli.generate import generate
-from snpatch.cli.minimal import minimal
 from snpatch.cli.report import report
 from snpatch.cli.reproduce import reproduce
 from snpatch.cli.serve import FORWARD_UNKNOWN_OPTIONS, serve
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (contrast, generate, minimal, exp, reproduce, report, env):
+for command in (contrast, generate, find_minimal, exp, reproduce, report, env):
     app.command()(command)
 app.command(context_settings=FORWARD_UNKNOWN_OPTIONS)(serve)
 app.add_typer(sweep.app, name="sweep")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, SkipBad, TrustConfig, generated, pairs
+from snpatch.cli.generated import Engine, Fields, SkipInvalid, TrustConfig, generated, pairs
 from snpatch.errors import ReceiptError, SnpatchError
 
 
@@ -30,14 +30,14 @@ def exp(
         typer.Option("--set", help="name=value of the experiment's settings, as k=[0,200]. May be repeated."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts of each set.")] = None,
-    skip_bad: SkipBad = False,
+    skip_invalid: SkipInvalid = False,
     trust_config: TrustConfig = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Run experiments of the paper: tables (CSV, JSON), plots (PNG, SVG). Continues if killed."""
     given = pairs(setting, "--set")
     run_experiments(
-        names, config, out, as_json, given, trust=trust_config, limit=limit, skip_bad=skip_bad, **engine_fields
+        names, config, out, as_json, given, trust=trust_config, limit=limit, skip_invalid=skip_invalid, **engine_fields
     )
 
 

@@ -96,7 +96,7 @@ class Data:
             ("prompts", _PROMPTS, empty),
             ("form", Format, None),
             ("column", Column, None),
-            ("skip_bad", SkipBad, False),
+            ("skip_invalid", SkipInvalid, False),
             ("limit", _LIMIT, None),
         )
         return [inspect.Parameter(n, _BY_NAME, default=d, annotation=a) for n, a, d in given]
@@ -106,7 +106,9 @@ class Data:
         from snpatch.data import load_dataset
 
         name, limit = values["prompts"], values["limit"]
-        data = load_dataset(name, format=values["form"], column=values.get("column"), skip_bad=values["skip_bad"])
+        data = load_dataset(
+            name, format=values["form"], column=values.get("column"), skip_invalid=values["skip_invalid"]
+        )
         data.print_row_notes(name)
         return Prompts(name, data if limit is None else data.first(min(limit, len(data))), limit)
 
@@ -121,10 +123,16 @@ class Source(Data):
         return [prompts.replace(default=None, annotation=hint), *others]
 
     def made(self, values: dict) -> Fields | None:
-        """The fields of a PromptSet, and skip_bad."""
+        """The fields of a PromptSet, and skip_invalid."""
         if values["prompts"] is None:
             return None
-        names = {"source": "prompts", "format": "form", "column": "column", "first": "limit", "skip_bad": "skip_bad"}
+        names = {
+            "source": "prompts",
+            "format": "form",
+            "column": "column",
+            "first": "limit",
+            "skip_invalid": "skip_invalid",
+        }
         return {name: values[option] for name, option in names.items()}
 
 
@@ -203,7 +211,7 @@ _PROMPTS = Annotated[
 ]
 Format = Annotated[str | None, typer.Option("--format", help="The data set whose published format the file has.")]
 Column = Annotated[str | None, typer.Option(help="The column that holds the prompt.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken rows out, and say how many.")]
+SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Leave broken rows out, and say how many.")]
 _LIMIT = Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")]
 _ADAPTERS = Annotated[
     list[str] | None,

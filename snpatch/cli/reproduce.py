@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, SkipBad, TrustConfig, generated
+from snpatch.cli.generated import Engine, Fields, SkipInvalid, TrustConfig, generated
 from snpatch.cli.report import FILE, write_folder_page
 from snpatch.errors import SnpatchError
 from snpatch.names import split_name
@@ -45,7 +45,7 @@ def reproduce(
         str, typer.Option(help='What starts a training, as "accelerate launch". Default: Python.')
     ] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts of each set.")] = None,
-    skip_bad: SkipBad = False,
+    skip_invalid: SkipInvalid = False,
     trust_config: TrustConfig = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -67,7 +67,7 @@ def reproduce(
         taken=taken,
         launcher=launcher,
         limit=limit,
-        skip_bad=skip_bad,
+        skip_invalid=skip_invalid,
         progress=o.progress_bar,
         command=o.command(),
         options={"model": model, "base": base, "use_adapter": taken, "seed": seed, "limit": limit},

@@ -1,7 +1,7 @@
-"""`snpatch sweep`: every window into every recipient, judged; how far it is; its texts as a table.
+"""`snpatch sweep`: run a sweep from a file or from options, show its progress, export its completions.
 
-Why one command takes a file or flags: flags are written as a file beside the results, so that any sweep can be run
-again, continued or split among workers by its file.
+Why options are written as a sweep file into the output folder: any sweep can be rerun, resumed or split into shards by
+its file.
 """
 
 import inspect
@@ -24,14 +24,14 @@ from snpatch.sweeps.config import SweepConfig
 if TYPE_CHECKING:
     from snpatch.sweeps.sweep_file import SweepSpec
 
-INCOMPLETE = 1  # exit code of a sweep of which something failed
-SWEPT = Some(SweepConfig, ("controls", "control_kind", "positions", "samples"))
-SAMPLING = Some(GREEDY, ("max_tokens", "temperature", "seed"))
-NEEDED = ("ranking", "donor", "recipient", "windows", "judge")  # of a sweep by flags
+EXIT_INCOMPLETE = 1  # exit code if some completions or scores failed
+SWEEP_FIELDS = Some(SweepConfig, ("controls", "control_kind", "positions", "samples"))
+SAMPLING_FIELDS = Some(GREEDY, ("max_tokens", "temperature", "seed"))
+REQUIRED_OPTIONS = ("ranking", "donor", "recipient", "windows", "judge")  # without a sweep file
 
 
 class SweepGroup(TyperGroup):
-    """What follows `snpatch sweep` and is no command of it is `run`'s."""
+    """Command group that passes arguments to `run` unless they name another of its commands."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
@@ -42,74 +42,80 @@ class SweepGroup(TyperGroup):
 app = typer.Typer(
     cls=SweepGroup,
     no_args_is_help=True,
-    help="Patch every window into every recipient, judge the texts, and draw cost against k: `snpatch sweep SPEC`, or "
-    "`snpatch sweep MODEL PROMPTS` with the options of `snpatch sweep run`.",
+    help="Patch every window into every recipient, judge the completions, and plot cost against k: `snpatch sweep "
+    "SPEC`, or `snpatch sweep MODEL PROMPTS` with the options of `snpatch sweep run`.",
 )
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A sweep: a file alone, or a model on prompts with options, as a SweepSpec and arguments of ExperimentContext."""
-
-    def parameters(self) -> list[inspect.Parameter]:
-        own = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-            for name, (hint, default) in _PLAN.items()
-        ]
-        parts = (Engine(), Source(), SWEPT, SAMPLING)
-        return [*own, *(parameter for part in parts for parameter in part.parameters())]
-
-    def made(self, values: dict) -> "Plan":
-        from snpatch.sweeps.sweep_file import SweepSpec
-
-        if values["prompts"] is None:
-            self._check_none_given(values)
-            spec = SweepSpec.load(values["model"], values["trust_config"])
-            return Plan(spec, {"backend": spec.engine.backend, **Engine(has_model=False).made(values)})
-        if missing := [f"--{name}" for name in NEEDED if not values[name]]:
-            raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
-        config, prompts = Engine().made(values), Source().made(values)
-        config.checked_backend()
-        arguments = {"backend": config.backend, "skip_bad": prompts.pop("skip_bad")}
-        plan = SWEPT.made(values) | {"disjoint": not values["overlapping_controls"]}
-        table = _table(config, prompts, values, plan, Sampling(**SAMPLING.made(values)))
-        return Plan(SweepSpec.of(table, Path()), arguments)
-
-    def _check_none_given(self, values: dict) -> None:
-        """A file says what is swept: options that say it, too, are an error."""
-        engine = {parameter.name for parameter in Engine(has_model=False).parameters()} | {"model", "trust_config"}
-        for parameter in self.parameters():
-            if parameter.name not in engine and is_given(values, parameter.name):
-                name = parameter.name.replace("_", "-")
-                raise SnpatchError(f"--{name}: without PROMPTS, {values['model']} is a sweep's file, which says it")
-        for name in ("adapter", "checkpoint", "lora"):
-            if values[name]:
-                raise SnpatchError(f"--{name}: without PROMPTS, {values['model']} is a sweep's file, which says it")
-
-
-@dataclass(frozen=True)
-class Plan:
+class Sweep:
     """A sweep's file, and arguments of the ExperimentContext that runs it."""
 
     spec: "SweepSpec"
-    context: dict
+    context_arguments: dict
 
 
-_PLAN = {
+@dataclass(frozen=True)
+class SweepOptions:
+    """Options of a sweep: either its file alone, or a model, prompts and the sweep's settings."""
+
+    def parameters(self) -> list[inspect.Parameter]:
+        sweep = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+            for name, (hint, default) in _OPTIONS.items()
+        ]
+        groups = (Engine(), Source(), SWEEP_FIELDS, SAMPLING_FIELDS)
+        return [*sweep, *(parameter for group in groups for parameter in group.parameters())]
+
+    def made(self, values: dict) -> Sweep:
+        from snpatch.sweeps.sweep_file import SweepSpec
+
+        if values["prompts"] is None:
+            self._check_not_in_file(values)
+            spec = SweepSpec.load(values["model"], values["trust_config"])
+            return Sweep(spec, {"backend": spec.engine.backend, **Engine(has_model=False).made(values)})
+        if missing := [f"--{name}" for name in REQUIRED_OPTIONS if not values[name]]:
+            raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
+        config, prompts = Engine().made(values), Source().made(values)
+        config.checked_backend()
+        arguments = {"backend": config.backend, "skip_invalid": prompts.pop("skip_invalid")}
+        fields = SWEEP_FIELDS.made(values) | {"disjoint": not values["overlapping_controls"]}
+        table = _build_table(config, prompts, values, fields, Sampling(**SAMPLING_FIELDS.made(values)))
+        return Sweep(SweepSpec.from_dict(table, Path()), arguments)
+
+    def _check_not_in_file(self, values: dict) -> None:
+        """Raise for an option that the sweep's file sets."""
+        allowed = {parameter.name for parameter in Engine(has_model=False).parameters()} | {"model", "trust_config"}
+        names = [p.name for p in self.parameters() if p.name not in allowed and is_given(values, p.name)]
+        names += [name for name in ("adapter", "checkpoint", "lora") if values[name]]
+        if names:
+            option = names[0].replace("_", "-")
+            raise SnpatchError(
+                f"--{option}: expected no --{option} with a sweep file ({values['model']}, without PROMPTS). Set it in "
+                "the file."
+            )
+
+
+_OPTIONS = {
     "ranking": (
-        Annotated[list[str] | None, typer.Option(help="Ranking file, or name=file. May be repeated.")],
+        Annotated[list[str] | None, typer.Option(help="Ranking file, or name=file. Repeatable.")],
         None,
     ),
     "donor": (
-        Annotated[list[str] | None, typer.Option(help="A model whose activations are copied. May be repeated.")],
+        Annotated[list[str] | None, typer.Option(help="Model whose activations are copied. Repeatable.")],
         None,
     ),
     "judge": (o.OptionalJudges, None),
-    "recipient": (Annotated[list[str] | None, typer.Option(help="A model to patch. May be repeated.")], None),
-    "windows": (Annotated[str | None, typer.Option("--windows", "-k", help="Comma-separated k or LO:HI.")], None),
-    "strengths": (Annotated[str, typer.Option(help="Comma-separated strengths of the patch.")], "1"),
+    "recipient": (Annotated[list[str] | None, typer.Option(help="Model to patch. Repeatable.")], None),
+    "windows": (
+        Annotated[str | None, typer.Option("--windows", "-k", help="Comma-separated windows: k, or ranks LO:HI.")],
+        None,
+    ),
+    "strengths": (Annotated[str, typer.Option(help="Comma-separated patch strengths.")], "1"),
     "overlapping_controls": (
-        Annotated[bool, typer.Option("--overlapping-controls", help="Controls may hold the ranking's own neurons.")],
+        Annotated[
+            bool, typer.Option("--overlapping-controls", help="Let random controls contain neurons of the window.")
+        ],
         False,
     ),
     "judge_format": (o.JudgeFormat, None),
@@ -117,61 +123,64 @@ _PLAN = {
 
 
 @app.command()
-@generated(plan=Planned())
+@generated(sweep=SweepOptions())
 def run(
-    plan: Plan,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table, plot, texts and scores.")],
-    worker: Annotated[
+    sweep: Sweep,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for table, plot, completions and scores.")],
+    shard: Annotated[
         str | None,
         typer.Option(
-            help="i/n: write only the i-th of n parts, to a file of its own; the sweep without it joins them."
+            help="i/n: write only the i-th of n shards, to a file of its own; the sweep without --shard merges them."
         ),
     ] = None,
-    ray: Annotated[int | None, typer.Option(min=1, help="So many replicas, as actors of Ray.")] = None,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each replica, with --ray.")] = 0,
-    restarts: Annotated[int, typer.Option(min=0, help="How often an engine that dies is started anew.")] = 5,
+    ray: Annotated[int | None, typer.Option(min=1, help="Number of replicas of the engine, as Ray actors.")] = None,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs per replica, with --ray.")] = 0,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts of a crashed engine.")] = 5,
     as_json: o.AsJson = False,
 ) -> None:
-    """Run a sweep's file (SPEC), or a MODEL on PROMPTS with these options. The same command again continues.
+    """Run a sweep file (SPEC), or MODEL on PROMPTS with these options. Repeat the command to resume.
 
-    Exit code 1: something failed, and is told; all else is there.
+    Exit code 1 if completions or scores failed; they are listed, and everything else is written.
     """
     from snpatch.experiments.common.sweep_report import build_sweep_report
     from snpatch.experiments.context import ExperimentContext
-    from snpatch.sweeps.store import NAME, Store, part_name, parts_in
-    from snpatch.sweeps.sweep_file import FILE
+    from snpatch.sweeps.store import STORE_FILE, Store, find_shards, shard_name
+    from snpatch.sweeps.sweep_file import SPEC_FILE
     from snpatch.utils.files import check_writable
 
-    spec, given = plan.spec, plan.context
+    spec = sweep.spec
     check_writable(out / "sweep.csv")
-    spec.save(out / FILE)
+    spec.save(out / SPEC_FILE)
     command, outcome = o.command(), "interrupted"
-    part = None if worker is None else _part(worker)
+    shard_numbers = None if shard is None else _parse_shard(shard)
     with (
-        ExperimentContext(spec, out, progress=o.progress_bar, command=command, **given) as context,
-        Store(out, name=NAME if part is None else part_name(*part)) as store,
+        ExperimentContext(spec, out, progress=o.progress_bar, command=command, **sweep.context_arguments) as context,
+        Store(out, name=STORE_FILE if shard_numbers is None else shard_name(*shard_numbers)) as store,
     ):
-        if part is not None:
-            o.tell(f"wrote {context.write_part(spec, store, *part, restarts=restarts)} texts to {store.path}")
+        if shard_numbers is not None:
+            n = context.write_shard(spec, store, *shard_numbers, max_restarts=max_restarts)
+            o.tell(f"wrote {n} completions to {store.path}")
             return
-        for path in parts_in(out):
-            o.tell(f"snpatch: took in {store.take_in(path)} texts of {path.name}", is_error=True)
-        used, number = context.begin(), store.begin(command)
+        for path in find_shards(out):
+            o.tell(f"snpatch: merged {store.merge(path)} completions of {path.name}", is_error=True)
+        provenance, run_id = context.start_provenance(), store.start_run(command)
         try:
             if ray is None:
-                result = context.run(spec, restarts=restarts, store=store)
+                result = context.run_sweep(spec, store, max_restarts)
             else:
-                result = _replicas().run(context, spec, store, replicas=ray, gpus=gpus, restarts=restarts, **given)
+                result = _import_replicas().run(
+                    context, spec, store, replicas=ray, gpus=gpus, max_restarts=max_restarts, **sweep.context_arguments
+                )
             outcome = "done" if not result.failures else f"{len(result.failures)} failed"
         except SnpatchError as error:
             outcome = str(error)
             raise
         finally:
-            store.end(number, outcome)
-        report = replace(build_sweep_report(result, "sweep"), provenance=used.told(asdict(spec.plan)))
+            store.finish_run(run_id, outcome)
+        report = replace(build_sweep_report(result, "sweep"), provenance=provenance.to_dict(asdict(spec.sweep)))
     o.show(report, out, as_json)
     if result.failures:
-        raise typer.Exit(INCOMPLETE)
+        raise typer.Exit(EXIT_INCOMPLETE)
 
 
 @app.command()
@@ -179,25 +188,25 @@ def status(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
     as_json: o.AsJson = False,
 ) -> None:
-    """How far a sweep is: texts done, open and failed, the rate, and the time left."""
+    """Show the progress of a sweep: completions done, open and failed, the rate, and the time left."""
     from snpatch.report.formatting import format_value
     from snpatch.sweeps.store import Store
 
     with Store(folder, must_exist=True) as store:
-        found = store.status()
+        status = store.status()
     if as_json:
-        o.tell(json.dumps(asdict(found)))
+        o.tell(json.dumps(asdict(status)))
         return
-    o.tell(f"{found.done} texts done, {found.open} open ({found.taken} being written), {found.failed} failed")
-    if found.rate is not None and found.open:
-        left = timedelta(seconds=round(found.left_s))
-        o.tell(f"{format_value(found.rate)} texts a second: {left} left")
-    o.tell(f"{found.scores} scores")
-    for failure in found.failures:
-        details = ", ".join(f"{name} {value!r}" for name, value in failure.items() if name != "error")
-        o.tell(one_line(f"failed: {details}: {failure['error']}"))
-    for one in found.runs[-1:]:
-        o.tell(f"last run: {one['command']}: {one['outcome'] or 'under way, or killed'}")
+    o.tell(f"{status.done} completions done, {status.open} open ({status.claimed} running), {status.failed} failed")
+    if status.rate is not None and status.open:
+        left = timedelta(seconds=round(status.left_s))
+        o.tell(f"{format_value(status.rate)} completions/s: {left} left")
+    o.tell(f"{status.scores} scores")
+    for failure in status.failures:
+        labels = ", ".join(f"{name} {value!r}" for name, value in failure.items() if name != "error")
+        o.tell(one_line(f"failed: {labels}: {failure['error']}"))
+    for last in status.runs[-1:]:
+        o.tell(f"last run: {last['command']}: {last['outcome'] or 'running, or killed'}")
 
 
 @app.command()
@@ -205,24 +214,25 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
     out: Annotated[Path, typer.Argument(help="File: .csv, .jsonl or .parquet.")],
 ) -> None:
-    """Write a row for each text of a sweep: labels, state (done, open or failed), completion and scores."""
+    """Write one row per completion of a sweep: labels, state (done, open or failed), completion and scores."""
     from snpatch.report.files import write_records
     from snpatch.sweeps.store import Store, describe_unfinished
 
     with Store(folder, must_exist=True) as store:
-        records = [
-            {**{n: v for n, v in r.items() if n != "scores"}, **{f"score {n}": v for n, v in r["scores"].items()}}
-            for r in store.records()
-        ]
-    if not records:
-        raise SnpatchError(f"{folder} holds no sweep's texts")
-    write_records(records, out)
-    o.tell(describe_unfinished(records) or f"All {len(records)} texts are written.")
-    o.tell(f"wrote {len(records)} rows to {out}")
+        records = store.records()
+    rows = []
+    for record in records:
+        scores = {f"score {name}": score for name, score in record.pop("scores").items()}
+        rows.append({**record, **scores})
+    if not rows:
+        raise SnpatchError(f"{folder} holds no completions of a sweep")
+    write_records(rows, out)
+    o.tell(describe_unfinished(rows) or f"All {len(rows)} completions are written.")
+    o.tell(f"wrote {len(rows)} rows to {out}")
 
 
-def _replicas():
-    """The room that needs Ray."""
+def _import_replicas():
+    """Import the module that needs Ray."""
     try:
         from snpatch.experiments import replicas
     except ImportError as error:
@@ -230,30 +240,33 @@ def _replicas():
     return replicas
 
 
-def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sampling: Sampling) -> dict:
-    """The file that options stand for, as data."""
+def _build_table(config: EngineConfig, prompts: Fields, values: dict, fields: Fields, sampling: Sampling) -> dict:
+    """Return the sweep file that the options stand for, as data."""
     from snpatch.judges.factory import is_model_judge
     from snpatch.patching import spec
     from snpatch.sweeps.sweep_file import engine_table
 
     rankings = o.named(values["ranking"], "ranking", o.stem)
-    judges = o.named(values["judge"], "judge", lambda _: "cost")
-    form = values["judge_format"]
-    if form is not None and not any(map(is_model_judge, judges.values())):
+    sources = o.named(values["judge"], "judge", lambda _: "cost")
+    judge_format = values["judge_format"]
+    if judge_format is not None and not any(map(is_model_judge, sources.values())):
         raise SnpatchError("--judge-format is for a model, and no judge is one")
-    arguments = {"format": form} if form else {}
+    arguments = {"format": judge_format} if judge_format else {}
     if config.device != EngineConfig.device:
         arguments["device"] = config.device
+    judges = {}
+    for name, source in sources.items():
+        judges[name] = {"source": source, **(arguments if is_model_judge(source) else {})}
     return {
         **engine_table(config),
         "sets": {"prompts": {name: value for name, value in prompts.items() if value is not None}},
-        "judges": {name: {"source": one, **(arguments if is_model_judge(one) else {})} for name, one in judges.items()},
+        "judges": judges,
         "rankings": rankings,
         "sampling": {name: value for name, value in asdict(sampling).items() if value is not None},
         "sweep": {
-            **plan,
-            "positions": spec.parse_positions(str(plan["positions"])),
-            "strengths": [spec.parse_number(one, float, "--strengths") for one in values["strengths"].split(",")],
+            **fields,
+            "positions": spec.parse_positions(str(fields["positions"])),
+            "strengths": [spec.parse_number(text, float, "--strengths") for text in values["strengths"].split(",")],
             "recipients": values["recipient"],
             "donors": values["donor"],
             "windows": values["windows"].split(","),
@@ -261,9 +274,9 @@ def _table(config: EngineConfig, prompts: Fields, values: dict, plan: Fields, sa
     }
 
 
-def _part(worker: str) -> tuple[int, int]:
-    """i and n of "i/n"."""
-    number, slash, of = worker.partition("/")
-    if not (slash and number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
-        raise SnpatchError(f"--worker wants i/n with i in 1..n, got {worker!r}")
-    return int(number), int(of)
+def _parse_shard(text: str) -> tuple[int, int]:
+    """Return i and n of "i/n"."""
+    number, slash, total = text.partition("/")
+    if not (slash and number.isdigit() and total.isdigit() and 1 <= int(number) <= int(total)):
+        raise SnpatchError(f"--shard wants i/n with i in 1..n, got {text!r}")
+    return int(number), int(total)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Column, Fields, Format, SkipBad, Some, generated
+from snpatch.cli.generated import Column, Fields, Format, SkipInvalid, Some, generated
 from snpatch.errors import SnpatchError
 from snpatch.training.settings import DpoSettings, TrainSettings
 
@@ -47,14 +47,14 @@ _DATA_PARAMETERS = {
     "limit": (Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")], None),
     "sample": (Annotated[int | None, typer.Option(min=1, help="Use N random rows, drawn with --sample-seed.")], None),
     "sample_seed": (Annotated[int, typer.Option(min=0, help="Random seed of --sample.")], 0),
-    "skip_bad": (SkipBad, False),
+    "skip_invalid": (SkipInvalid, False),
 }
 _SUBSET_FIELDS = {"first": "limit", "sample": "sample", "seed": "sample_seed"}  # field of PromptSet -> option
 
 
 @dataclass(frozen=True)
 class TrainingDataOptions:
-    """Options of the training rows; they give the fields of a PromptSet (a source only with DATA) and skip_bad."""
+    """Options of the training rows; they give the fields of a PromptSet (a source only with DATA) and skip_invalid."""
 
     def parameters(self) -> list[inspect.Parameter]:
         return [
@@ -68,10 +68,10 @@ class TrainingDataOptions:
             if given or values["form"]:
                 raise SnpatchError(f"{DATA_OPTIONS}: expected DATA with these options, got none. Pass DATA")
             subset = {name: values[option] for name, option in _SUBSET_FIELDS.items() if values[option]}
-            return {"skip_bad": values["skip_bad"], **subset}
+            return {"skip_invalid": values["skip_invalid"], **subset}
         if "filter" in given:
             given["filter"] = _parse_row_filter(given["filter"])
-        names = {"source": "data", "format": "form", "skip_bad": "skip_bad", **_SUBSET_FIELDS}
+        names = {"source": "data", "format": "form", "skip_invalid": "skip_invalid", **_SUBSET_FIELDS}
         return {**given, **{name: values[option] for name, option in names.items()}}
 
 
@@ -144,7 +144,7 @@ def _read_data(data: Fields, default):
     from snpatch.training.objectives import training_split
 
     values = dict(data)
-    skip_bad = values.pop("skip_bad")
+    skip_invalid = values.pop("skip_invalid")
     if "source" in values:
         values.setdefault("split", training_split(values["source"]))
         prompt_set = PromptSet(**values)
@@ -152,7 +152,7 @@ def _read_data(data: Fields, default):
         if "first" in values:
             values.setdefault("sample", None)  # the default's own sample
         prompt_set = replace(default, **values)
-    rows = prompt_set.read(Path(), skip_bad)
+    rows = prompt_set.read(Path(), skip_invalid)
     rows.print_row_notes(prompt_set.source)
     return rows
 

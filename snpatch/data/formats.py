@@ -1,7 +1,7 @@
 """Formats of the paper's data sets: the fields of their published rows, and their location on the hub.
 
 Why some rows are dropped and counted instead of being invalid: the published data sets contain them (conversations with
-Bing in ShareGPT, repeated prompts in BeaverTails), and a data set must load without `skip_bad`.
+Bing in ShareGPT, repeated prompts in BeaverTails), and a data set must load without `skip_invalid`.
 """
 
 import re

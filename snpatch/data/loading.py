@@ -22,7 +22,7 @@ def load_dataset(
     split: str | None = None,
     column: str | None = None,
     revision: str | None = None,
-    skip_bad: bool = False,
+    skip_invalid: bool = False,
 ) -> Dataset:
     """Load prompts, preference pairs, conversations or text.
 
@@ -36,7 +36,7 @@ def load_dataset(
             path.
         column: Column with the prompt; None: found by its name.
         revision: Branch, tag or commit of a published data set.
-        skip_bad: Count invalid rows instead of raising an error at the first.
+        skip_invalid: Count invalid rows instead of raising an error at the first.
 
     Returns:
         The examples in the order of the source.
@@ -68,7 +68,7 @@ def load_dataset(
                 row_format = line_format()
             rows = (row for file in files for row in read_rows(file, row_format.columns))
         origin = {"path": str(path), "format": format, "split": split, "column": column}
-    return _collect(name, rows, row_format, origin, skip_bad)
+    return _collect(name, rows, row_format, origin, skip_invalid)
 
 
 def _get_format(format: str | None, column: str | None) -> Format:
@@ -81,14 +81,14 @@ def _get_format(format: str | None, column: str | None) -> Format:
     return DATASETS[format]
 
 
-def _collect(name: str, rows: Iterator[SourceRow], row_format: Format, origin: dict, skip_bad: bool) -> Dataset:
+def _collect(name: str, rows: Iterator[SourceRow], row_format: Format, origin: dict, skip_invalid: bool) -> Dataset:
     examples, left_out, read, skipped, seen = [], Counter(), 0, 0, set()
     for row in rows:
         read += 1
         try:
             example = _parse_row(row, row_format)
         except RowError as error:
-            if not skip_bad:
+            if not skip_invalid:
                 raise SnpatchError(f"{row.location}: {error}") from None
             skipped += 1
             continue

@@ -33,15 +33,15 @@ class PromptSet:
         if self.seed and self.sample is None:
             raise SnpatchError(f"set {self.source}: expected seed with sample, got it alone. Give both, or neither.")
 
-    def read(self, folder: Path, skip_bad: bool = False) -> Dataset:
-        """The rows that are meant; a path is relative to the folder. skip_bad: see snpatch.data.load_dataset."""
+    def read(self, folder: Path, skip_invalid: bool = False) -> Dataset:
+        """The rows that are meant; a path is relative to the folder. skip_invalid: see snpatch.data.load_dataset."""
         data = load_dataset(
             resolve_path(folder, self.source),
             format=self.format,
             split=self.split,
             column=self.column,
             revision=self.revision,
-            skip_bad=skip_bad,
+            skip_invalid=skip_invalid,
         )
         if self.filter:
             data = data.filter(*self.filter)

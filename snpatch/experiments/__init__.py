@@ -45,9 +45,9 @@ def resolve_settings(config: ExperimentConfig, name: str, given: Mapping[str, ob
 def run(name: str, context: ExperimentContext, settings: Mapping[str, object] | None = None) -> Report:
     """Run an experiment on a context. settings: go before the config's own, and these before the paper's defaults."""
     chosen = resolve_settings(context.config, name, settings)
-    used = context.begin()
+    used = context.start_provenance()
     report = _module(name).run(context, chosen)
-    return replace(report, provenance=used.told(asdict(chosen)))
+    return replace(report, provenance=used.to_dict(asdict(chosen)))
 
 
 def _module(name: str):

@@ -45,7 +45,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
             )
         contrasts.append(context.config.contrasts[name])
     one, other = (context.ranking(contrast) for contrast in contrasts)
-    k = context.k(settings.k, one)
+    k = context.num_neurons(settings.k, one)
     shared = shared_neurons(one, other, k)
     judges = {name: context.judge(name) for name in settings.judges or context.config.judges}
     sets = settings.prompts or (context.config.benchmarks[0], "helpful")

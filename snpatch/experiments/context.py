@@ -1,7 +1,7 @@
-"""ExperimentContext: an open config. What experiments share (engine, judges, prompts, rankings, texts) is made once.
+"""ExperimentContext: an open config. What experiments share (engine, judges, prompts, rankings) is made once.
 
-Why rankings and texts are kept in the folder: experiments overlap (`exp all` patches the same neurons for five of its
-tables), and a killed run must not start from nothing. What is handed out is noted in the provenance at every use.
+Why the folder stores rankings and completions: experiments overlap (`exp all` patches the same neurons for five of its
+tables), and a killed run must not start from nothing. Each use is recorded in the provenance.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,34 +21,39 @@ from snpatch.patching.patch import Patch, recipient_name
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 from snpatch.sampling import Sampling
-from snpatch.sweeps import judging, texts
+from snpatch.sweeps import generation, judging
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.eval_config import EvalConfig
-from snpatch.sweeps.perplexity import Perplexity, measure
+from snpatch.sweeps.generation import MAX_RESTARTS
+from snpatch.sweeps.perplexity import Perplexity, measure_perplexity
 from snpatch.sweeps.store import Store
-from snpatch.sweeps.sweep import SweepResult, ask, sweep
+from snpatch.sweeps.sweep import SweepResult, plan_sweep, sweep
 from snpatch.sweeps.sweep_file import RankingSource, SweepSpec
-from snpatch.sweeps.texts import RESTARTS
 from snpatch.utils.files import file_stem
 from snpatch.utils.hashing import RANKING_VERSION, hash_json
 
-RANKINGS = "rankings"  # the folder's own for them
-Progresses = Callable[[str], AbstractContextManager[Progress | None]]
+RANKINGS_FOLDER = "rankings"  # in the output folder
+ProgressFactory = Callable[[str], AbstractContextManager[Progress | None]]  # name of a task -> its progress
 
 
 @contextmanager
-def silent(_name: str) -> Iterator[None]:
+def no_progress(_name: str) -> Iterator[None]:
+    """Report no progress."""
     yield None
 
 
 class ExperimentContext:
-    """Use as a context, or close it.
+    """Open config with its engine, judges, prompts and rankings. Use as a context, or close it.
 
-    world: what texts are written and judged with, a World or a SweepSpec. out: the folder that keeps rankings and
-    texts. backend: of the engine and of score models; "auto" is the config's own. limit: only so many prompts of each
-    set. skip_bad: see load_dataset. progress: name -> context that gives a Progress. command: that the tables are
-    made by, as their provenance tells it. engine: further fields of EngineConfig, Capacity's or vLLM's arguments,
-    before the config's own.
+    Args:
+        config: An ExperimentConfig or a SweepSpec.
+        out: Folder that stores rankings and completions.
+        backend: Backend of the engine and of score models; "auto" is the config's.
+        limit: Use only the first prompts of each set.
+        skip_invalid: See load_dataset.
+        progress: Returns a context that gives a Progress, for the name of a task.
+        command: The command, for the provenance of tables.
+        engine: Fields of EngineConfig or Capacity, or vLLM arguments; they override the config's.
     """
 
     def __init__(
@@ -58,18 +63,18 @@ class ExperimentContext:
         *,
         backend: str = "auto",
         limit: int | None = None,
-        skip_bad: bool = False,
-        progress: Progresses = silent,
+        skip_invalid: bool = False,
+        progress: ProgressFactory = no_progress,
         command: str | None = None,
         **engine,
     ) -> None:
         self.config, self.out, self.progress, self._command = config, Path(out), progress, command
         self._backend = config.engine.backend if backend == "auto" else backend
-        self._limit, self._skip_bad, self._engine_arguments = limit, skip_bad, engine
+        self._limit, self._skip_invalid, self._engine_arguments = limit, skip_invalid, engine
         self._sets: dict[str, Dataset] = {}
         self._judges: dict[str, Judge] = {}
         self._rankings: dict[tuple[str, ...], Ranking] = {}
-        self._provenance = self.begin()
+        self._provenance = self.start_provenance()
 
     def __enter__(self) -> "ExperimentContext":
         return self
@@ -78,7 +83,7 @@ class ExperimentContext:
         self.close()
 
     def close(self) -> None:
-        """Close what was opened."""
+        """Close engine and judges."""
         for judge in self._judges.values():
             if hasattr(judge, "close"):
                 judge.close()
@@ -88,39 +93,39 @@ class ExperimentContext:
 
     @cached_property
     def engine(self) -> Engine:
+        """The engine, opened at its first use. Call `model` for each model that it runs."""
         return Engine.from_config(self.config.engine_config(self._backend, **self._engine_arguments))
 
-    def begin(self) -> Provenance:
-        """An experiment begins: what is handed out from here on is noted in what this gives."""
-        config = self.config
+    def start_provenance(self) -> Provenance:
+        """Return a new provenance, in which each use is recorded from now on."""
         self._provenance = Provenance(
             command=self._command,
-            model=config.engine.model,
-            max_tokens=config.max_tokens,
-            contrast_tokens=config.contrast_tokens,
+            model=self.config.engine.model,
+            max_tokens=self.config.max_tokens,
+            contrast_tokens=self.config.contrast_tokens,
         )
         return self._provenance
 
     def model(self, name: str) -> str:
-        """The name of a model that is run or read: whoever uses the engine itself asks here first."""
-        self.note_model(self.engine, name)
+        """Record the use of a model, and return its name."""
+        self.record_model(self.engine, name)
         return name
 
-    def note_model(self, engine: Engine, name: str) -> None:
-        """A model of some engine was run, which tells its backend and digests."""
+    def record_model(self, engine: Engine, name: str) -> None:
+        """Record the use of a model of some engine."""
         self._provenance.model(engine, name, self.config.engine.origin(name))
 
-    def note_ranking(self, name: str, ranking: Ranking) -> None:
-        """A ranking was used."""
+    def record_ranking(self, name: str, ranking: Ranking) -> None:
+        """Record the use of a ranking."""
         self._provenance.ranking(name, ranking)
 
     @property
     def sampling(self) -> Sampling:
-        """How completions are written: greedy."""
+        """Sampling of completions: greedy."""
         return Sampling(max_tokens=self.config.max_tokens)
 
     def judge(self, name: str) -> Judge:
-        """The config's judge of this name."""
+        """Return a judge of the config; open it at its first use."""
         if name not in self.config.judges:
             raise SnpatchError(f"no judge named {name!r}: the config has {', '.join(self.config.judges)}")
         if name not in self._judges:
@@ -138,53 +143,53 @@ class ExperimentContext:
         return {self.config.cost: self.judge(self.config.cost)}
 
     def data(self, name: str) -> Dataset:
-        """The config's set of this name."""
+        """Return a prompt set of the config; read it at its first use."""
         if name not in self.config.sets:
             raise SnpatchError(f"no set named {name!r}: the config has {', '.join(self.config.sets)}")
         if name not in self._sets:
-            data = self.config.sets[name].read(self.config.folder, self._skip_bad)
+            data = self.config.sets[name].read(self.config.folder, self._skip_invalid)
             data.print_row_notes(name)
             self._sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
         self._provenance.set(name, self._sets[name])
         return self._sets[name]
 
     def prompts(self, name: str) -> list[Chat]:
-        """The prompts of a set."""
+        """Return the prompts of a set."""
         return self.data(name).prompts
 
     def ranking(self, contrast: Contrast | None = None, positions: str = "completion") -> Ranking:
-        """The ranking of a contrast (default: safety), from `out` where the very same one was made before."""
+        """Return the ranking of a contrast (default: safety); compute it unless the folder has it."""
         contrast = contrast or self.config.safety
         for model in (contrast.recipient, contrast.donor):
             self.model(model)
         self.data(contrast.prompts)
-        parts = _parts(contrast, positions)
-        if parts not in self._rankings:
-            path, key = self.ranking_file(contrast, positions), self._key(contrast, positions)
-            self._rankings[parts] = _kept(path, key) or self._made(contrast, positions, path, key)
-        self._provenance.ranking(", ".join(parts), self._rankings[parts])
-        return self._rankings[parts]
+        names = _ranking_names(contrast, positions)
+        if names not in self._rankings:
+            path, key = self.ranking_file(contrast, positions), self._ranking_key(contrast, positions)
+            self._rankings[names] = _load_ranking(path, key) or self._compute_ranking(contrast, positions, path, key)
+        self._provenance.ranking(", ".join(names), self._rankings[names])
+        return self._rankings[names]
 
     def ranking_file(self, contrast: Contrast, positions: str = "completion") -> Path:
-        """Where the ranking of a contrast is kept."""
-        return self.out / RANKINGS / f"{file_stem('-'.join(_parts(contrast, positions)))}.safetensors"
+        """Return the file that stores the ranking of a contrast."""
+        return self.out / RANKINGS_FOLDER / f"{file_stem('-'.join(_ranking_names(contrast, positions)))}.safetensors"
 
-    def k(self, value: int | float, ranking: Ranking) -> int:
-        """A number of neurons: an int as it is, a float as that share of the ranked ones."""
-        if isinstance(value, float):
-            if not 0 <= value <= 1:
-                raise SnpatchError(f"k: a share of the neurons must lie in 0.0..1.0, got {value}")
-            return round(value * len(ranking))
-        return value
+    def num_neurons(self, k: int | float, ranking: Ranking) -> int:
+        """Return k as a number of neurons: a float is a fraction of the ranked ones."""
+        if isinstance(k, float):
+            if not 0 <= k <= 1:
+                raise SnpatchError(f"k: a fraction of the neurons must be in 0.0..1.0, got {k}")
+            return round(k * len(ranking))
+        return k
 
-    def windows(self, values: Sequence[int | float], ranking: Ranking) -> tuple[Window, ...]:
-        """The top k of each value, each once."""
-        return tuple(dict.fromkeys(Window(0, self.k(value, ranking)) for value in values))
+    def top_windows(self, ks: Sequence[int | float], ranking: Ranking) -> tuple[Window, ...]:
+        """Return the window of the top k neurons for each different k."""
+        return tuple(dict.fromkeys(Window(0, self.num_neurons(k, ranking)) for k in ks))
 
     def sweep(
         self, prompts: str, rankings: dict[str, Ranking], judges: dict[str, Judge], config: SweepConfig
     ) -> SweepResult:
-        """A sweep over a set of the config, whose texts are kept in `out`. Any that fails is an error."""
+        """Run a sweep over a prompt set of the config. Raise if a completion or a score fails."""
         for model in config.models:
             self.model(model)
         sets = {prompts: self.prompts(prompts)}
@@ -194,68 +199,75 @@ class ExperimentContext:
         judging.check_scored(result.records)
         return result
 
-    def run(self, spec: SweepSpec, *, restarts: int = RESTARTS, **how) -> SweepResult:
-        """The sweep of a file, whose texts and scores are kept in `out`. What fails is told in the result.
-
-        how: further arguments of sweeps.sweep.sweep.
-        """
-        judges = {name: self.judge(name) for name in spec.judged}  # first what is quick to fail
-        how = {"store": self.out, "restarts": restarts, **how}
-        sets, rankings = {name: self.prompts(name) for name in spec.swept}, self.rankings(spec)
+    def run_sweep(self, spec: SweepSpec, store: Store, max_restarts: int = MAX_RESTARTS) -> SweepResult:
+        """Run the sweep of a file. Its result lists what failed."""
+        judges, sets, rankings = self._open_sweep(spec)
         with self.progress("sweep") as progress:
-            return sweep(self.engine, sets, rankings, judges, spec.plan, progress=progress, **how)
+            return sweep(
+                self.engine, sets, rankings, judges, spec.sweep,
+                store=store, max_restarts=max_restarts, progress=progress,
+            )  # fmt: skip
 
-    def write_part(self, spec: SweepSpec, store: Store, worker: int, workers: int, restarts: int = RESTARTS) -> int:
-        """Write and judge one worker's share of a sweep's texts, into a store of its own; how many texts that is.
+    def write_shard(
+        self, spec: SweepSpec, store: Store, shard: int, num_shards: int, max_restarts: int = MAX_RESTARTS
+    ) -> int:
+        """Generate and judge one shard (counted from 1) of a sweep, and return its number of completions.
 
-        worker: counted from 1. Every `workers`-th text is its: all that share a prompt's beginning go round.
+        A shard has every `num_shards`-th completion, so that each has some of those that share a prompt's prefix.
         """
-        judges = {name: self.judge(name) for name in spec.judged}
-        sets, rankings = {name: self.prompts(name) for name in spec.swept}, self.rankings(spec)
-        asked = ask(self.engine, sets, rankings, spec.plan)
-        keys = list(dict.fromkeys(item.key for item in asked.flat if item.key is not None))
-        own = set(keys[worker - 1 :: workers])
-        items = [item for item in asked.flat if item.key in own]
-        with self.progress(f"worker {worker} of {workers}") as progress:
-            texts.fill(self.engine, items, store, restarts=restarts, progress=progress)
-        (records,) = texts.records([items], store)
+        judges, sets, rankings = self._open_sweep(spec)
+        plan = plan_sweep(self.engine, sets, rankings, spec.sweep)
+        keys = list(dict.fromkeys(task.key for task in plan.flat_tasks if task.key is not None))
+        shard_keys = set(keys[shard - 1 :: num_shards])
+        tasks = [task for task in plan.flat_tasks if task.key in shard_keys]
+        with self.progress(f"shard {shard} of {num_shards}") as progress:
+            generation.generate_missing(self.engine, tasks, store, max_restarts=max_restarts, progress=progress)
+        (records,) = generation.build_records([tasks], store)
         judging.judge_all(records, judges, store)
-        return len(own)
+        return len(shard_keys)
 
-    def rankings(self, spec: SweepSpec) -> dict[str, Ranking]:
-        """The rankings of a sweep's file, by name."""
-        for model in spec.plan.models:
+    def sweep_rankings(self, spec: SweepSpec) -> dict[str, Ranking]:
+        """Return the rankings of a sweep file, by name."""
+        for model in spec.sweep.models:
             self.model(model)
-        return {name: self._named_ranking(name, source) for name, source in spec.rankings.items()}
+        return {name: self._sweep_ranking(name, source) for name, source in spec.rankings.items()}
 
     def perplexity(
         self, text: str, patches: Sequence[Patch | str], window: int, bos_each_window: bool | str = "auto"
     ) -> list[Perplexity]:
-        """Of each patched or unpatched model on a text of the config: see sweeps.perplexity.measure."""
-        read = self.data(text).text
+        """Return the perplexity of each patched or unpatched model on a text of the config; see measure_perplexity."""
+        content = self.data(text).text
         for patch in patches:
-            donors = [one.donor for one in patch.interventions] if isinstance(patch, Patch) else []
+            donors = [intervention.donor for intervention in patch.interventions] if isinstance(patch, Patch) else []
             for model in (recipient_name(patch), *donors):
                 self.model(model)
         with self.progress(f"perplexity on {text}") as progress:
-            return measure(self.engine, read, patches, window, bos_each_window=bos_each_window, progress=progress)
+            return measure_perplexity(
+                self.engine, content, patches, window, bos_each_window=bos_each_window, progress=progress
+            )
 
-    def _named_ranking(self, name: str, source: str | RankingSource) -> Ranking:
+    def _open_sweep(self, spec: SweepSpec) -> tuple[dict[str, Judge], dict[str, list[Chat]], dict[str, Ranking]]:
+        """Return judges, prompt sets and rankings of a sweep file; first those whose errors come quickly."""
+        judges = {name: self.judge(name) for name in spec.judge_names}
+        sets = {name: self.prompts(name) for name in spec.set_names}
+        return judges, sets, self.sweep_rankings(spec)
+
+    def _sweep_ranking(self, name: str, source: str | RankingSource) -> Ranking:
         if isinstance(source, RankingSource):
             contrast = Contrast(source.recipient, source.donor, source.prompts, source.generate_with)
             return self.ranking(contrast, source.positions)
         ranking = Ranking.load(source, lambda: self.engine.geometry.shape)
-        self.note_ranking(name, ranking)
+        self.record_ranking(name, ranking)
         return ranking
 
-    def _key(self, contrast: Contrast, positions: str) -> str:
-        """Names everything that the ranking hangs on."""
+    def _ranking_key(self, contrast: Contrast, positions: str) -> str:
+        """Return the content hash of everything that determines the ranking."""
         ids = self.engine.encode(self.prompts(contrast.prompts), contrast.recipient)
         models = [self.engine.fingerprint(name) for name in (contrast.recipient, contrast.donor)]
         parts = [RANKING_VERSION, *models, contrast.generate_with, positions, ids, self.config.contrast_tokens]
         return hash_json(parts)
 
-    def _made(self, contrast: Contrast, positions: str, path: Path, key: str) -> Ranking:
+    def _compute_ranking(self, contrast: Contrast, positions: str, path: Path, key: str) -> Ranking:
         with self.progress(f"contrast of {contrast.recipient} and {contrast.donor}") as progress:
             ranking = self.engine.contrast(
                 self.prompts(contrast.prompts),
@@ -271,13 +283,13 @@ class ExperimentContext:
         return ranking
 
 
-def _parts(contrast: Contrast, positions: str) -> tuple[str, ...]:
-    """What tells a ranking from the context's others."""
-    parts = contrast.recipient, contrast.donor, contrast.prompts, positions
-    return parts if contrast.generate_with == "recipient" else (*parts, "by donor")
+def _ranking_names(contrast: Contrast, positions: str) -> tuple[str, ...]:
+    """Return what identifies a ranking within the context."""
+    names = contrast.recipient, contrast.donor, contrast.prompts, positions
+    return names if contrast.generate_with == "recipient" else (*names, "by donor")
 
 
-def _kept(path: Path, key: str) -> Ranking | None:
-    """The ranking of a file, if it is there and was made of the very same."""
+def _load_ranking(path: Path, key: str) -> Ranking | None:
+    """Return the ranking of a file, or None if there is none with this key."""
     ranking = Ranking.load(path) if path.is_file() else None
     return ranking if ranking and ranking.meta.get("key") == key else None

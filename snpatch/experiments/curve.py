@@ -23,7 +23,7 @@ class Settings(SweepSettings):
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Sweep k on one set."""
     ranking = context.ranking()
-    config = build_sweep_config(context, settings, context.windows(settings.k, ranking))
+    config = build_sweep_config(context, settings, context.top_windows(settings.k, ranking))
     judges = {name: context.judge(name) for name in settings.judges} or context.cost
     result = context.sweep(settings.prompts or context.config.benchmarks[0], {"safety": ranking}, judges, config)
     return build_sweep_report(result, "curve")

@@ -24,7 +24,7 @@ class Settings:
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Describe the scores of the safety ranking, the excluded layers' too."""
     ranking = context.ranking()
-    k = context.k(settings.k, ranking)
+    k = context.num_neurons(settings.k, ranking)
     scores = ranking.scores.numpy().astype(float)
     top = ranking.layer_counts(k).tolist()
     excluded = ranking.meta["excluded_layers"]

@@ -33,7 +33,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     ranking, model = context.ranking(), context.model(context.config.safety.recipient)
     names = settings.prompts or context.config.benchmarks
     sets = {name: label_set(context, name, settings.harm_threshold) for name in names}
-    ks = [context.k(value, ranking) for value in settings.k]
+    ks = [context.num_neurons(value, ranking) for value in settings.k]
     with context.progress("guards") as progress:
         found = compare(
             context.engine,

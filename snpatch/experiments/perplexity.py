@@ -37,7 +37,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     ranking, donor = context.ranking(), context.config.donor
     points: list[tuple[str, int, Patch | str]] = []
     for recipient in context.config.recipients:
-        for window in context.windows(settings.k, ranking):
+        for window in context.top_windows(settings.k, ranking):
             points.append((recipient, window.hi, Patch(recipient, donor, ranking, window, settings.positions)))
     points.append((donor, 0, donor))
     patches = [patch for *_, patch in points]

@@ -28,7 +28,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     rankings = {positions: context.ranking(positions=positions) for positions in CONTRAST_POSITIONS}
     agreeing = agreement.build_agreement_report(context, "positions", rankings, settings, "kinds of positions")
     config = sweep_report.build_sweep_config(
-        context, settings, context.windows(settings.effect_k, rankings["completion"])
+        context, settings, context.top_windows(settings.effect_k, rankings["completion"])
     )
     # A word for positions cannot be the name of a ranking.
     patched_at = {f"at {positions}": ranking for positions, ranking in rankings.items()}
@@ -38,7 +38,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     columns = {
         "recipient": "recipient",
         "positions": "ranking",
-        "k": "hi",
+        "k": "rank_hi",
         "mean cost": "mean",
         "effect": lambda row: format_percent(row["effect"]),
         "interval": lambda row: format_interval(row, "effect", format_percent),
@@ -55,4 +55,8 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
 
 
 def _overlap(rankings: dict, row: dict) -> str:
-    return format_value(rankings[row["ranking"]].overlap(rankings["at completion"], row["hi"])) if row["hi"] else ""
+    return (
+        format_value(rankings[row["ranking"]].overlap(rankings["at completion"], row["rank_hi"]))
+        if row["rank_hi"]
+        else ""
+    )

@@ -1,7 +1,7 @@
-"""A sweep on several replicas of an engine, each an actor of Ray with its own GPUs, which pull work as they have room.
+"""Sweeps on several replicas of an engine: Ray actors with their own GPUs, which pull work when they have room.
 
-Why the driver alone writes the store: actors may run on machines that share no disk. It holds judges and rows, but no
-engine; what needs one (token ids, digests, contrasts) the first actor tells.
+Why only the driver writes the store: actors may run on machines without a shared disk. The driver opens judges and
+prompts but no engine; what needs one (token ids, fingerprints, contrasts) comes from the first actor.
 """
 
 import os
@@ -10,16 +10,17 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snpatch.engine.requests import Completion
 from snpatch.errors import EngineCrashedError, ReceiptError, SnpatchError, first_line
+from snpatch.executors.base import Progress
 from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
-from snpatch.sweeps import judging, sweep, texts
-from snpatch.sweeps.store import Store, Text
+from snpatch.sweeps import generation, judging, sweep
+from snpatch.sweeps.store import Store, StoredCompletion
 from snpatch.sweeps.sweep_file import SweepSpec
 
 try:
@@ -30,91 +31,98 @@ except ImportError as error:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What an actor knows and the driver does not. texts: key and error of each item, point by point."""
+class ReplicaInfo:
+    """What an actor knows and the driver does not.
+
+    Attributes:
+        backend: Backend of the engine.
+        fingerprints: Fingerprints of the sweep's models, by name.
+        rankings: The sweep's rankings, without statistics.
+        tasks: Key and error of each task, for each point.
+    """
 
     backend: str
-    digests: dict[str, str]
+    fingerprints: dict[str, str]
     rankings: dict[str, Ranking]
-    texts: list[list[tuple[str | None, str | None]]]
+    tasks: list[list[tuple[str | None, str | None]]]
 
     def fingerprint(self, model: str) -> str:
-        """Of a model that the sweep runs."""
-        return self.digests[model]
+        """Return the fingerprint of a model, as Engine.fingerprint does."""
+        return self.fingerprints[model]
 
 
-class Work:
-    """Keys of texts that no replica has yet. An actor, so that every replica can ask it."""
+class SharedQueue:
+    """Keys of completions that no replica has taken yet. An actor, so that every replica can call it."""
 
     def __init__(self) -> None:
         self._open: deque[str] = deque()
         self._taken: dict[int, list[str]] = {}
-        self._is_ended = False
+        self._is_closed = False
 
     def add(self, keys: list[str]) -> None:
         self._open.extend(keys)
 
-    def take(self, replica: int, most: int) -> list[str]:
-        """So many for a replica; none: there is nothing to do now."""
-        keys = [self._open.popleft() for _ in range(min(most, len(self._open)))]
+    def take(self, replica: int, limit: int) -> list[str]:
+        """Return at most `limit` keys for a replica; an empty list if none is open now."""
+        keys = [self._open.popleft() for _ in range(min(limit, len(self._open)))]
         self._taken.setdefault(replica, []).extend(keys)
         return keys
 
-    def taken(self, replica: int) -> list[str]:
-        """All that a replica ever took."""
+    def forget(self, replica: int) -> list[str]:
+        """Forget a replica, and return all keys that it ever took."""
         return self._taken.pop(replica, [])
 
-    def end(self) -> None:
-        self._is_ended = True
+    def close(self) -> None:
+        self._is_closed = True
 
-    def is_ended(self) -> bool:
-        return self._is_ended
+    def is_closed(self) -> bool:
+        return self._is_closed
 
 
 class Replica:
-    """An engine of its own. arguments: the ExperimentContext's."""
+    """Actor with an engine of its own. `arguments` are those of its ExperimentContext."""
 
     def __init__(self, spec: SweepSpec, out: Path, arguments: dict) -> None:
         self._context, self._spec = ExperimentContext(spec, out, **arguments), spec
         self._requests: dict = {}
 
-    def prepare(self) -> Told:
-        """Open the engine, and tell what the sweep's texts are."""
-        context, plan = self._context, self._spec.plan
-        rankings = context.rankings(self._spec)
-        sets = {name: context.prompts(name) for name in self._spec.swept}
-        asked = sweep.ask(context.engine, sets, rankings, plan)
-        self._requests = {item.key: item.request for item in asked.flat if item.request is not None}
+    def prepare(self) -> ReplicaInfo:
+        """Open the engine, plan the sweep, and return what the driver needs."""
+        context, config = self._context, self._spec.sweep
+        rankings = context.sweep_rankings(self._spec)
+        sets = {name: context.prompts(name) for name in self._spec.set_names}
+        plan = sweep.plan_sweep(context.engine, sets, rankings, config)
+        self._requests = {task.key: task.request for task in plan.flat_tasks if task.request is not None}
         for request in self._requests.values():
             context.engine.executor.check_request(request)
-        return Told(
+        return ReplicaInfo(
             context.engine.backend,
-            {name: context.engine.fingerprint(name) for name in plan.models},
+            {name: context.engine.fingerprint(name) for name in config.models},
             {name: replace(ranking, statistics=None) for name, ranking in rankings.items()},
-            [[(item.key, item.error) for item in mine] for mine in asked.items],
+            [[(task.key, task.error) for task in point_tasks] for point_tasks in plan.tasks],
         )
 
-    def write(self, work, me: int) -> Iterator[tuple[str, Text | str]]:
-        """Yield (key, text) of each that it takes from the work, as they are finished; a str is why a text failed.
+    def generate(self, shared_queue, number: int) -> Iterator[tuple[str, StoredCompletion | str]]:
+        """Yield key and completion of what the replica takes from the queue; a str is the error of a completion.
 
-        A dead or spoiled engine ends the actor.
+        A crashed or spoiled engine ends the actor.
         """
-        while not ray.get(work.is_ended.remote()):
+        while not ray.get(shared_queue.is_closed.remote()):
             claimed: list[str] = []
             try:
-                for index, output in self._context.engine.run(self._taken(work, me, claimed)):
+                for index, output in self._context.engine.run(self._take(shared_queue, number, claimed)):
                     key = claimed[index]
                     if output.error is not None:
                         yield key, str(output.error)
                     else:
-                        yield key, texts.text_of(Completion.of(self._requests[key], output))
+                        yield key, generation.to_stored(Completion.of(self._requests[key], output))
             except EngineCrashedError:
                 os._exit(1)
             if not claimed:
-                time.sleep(texts.POLL_S)
+                time.sleep(generation.POLL_SECONDS)
 
-    def _taken(self, work, me: int, claimed: list[str]) -> Iterator:
-        while keys := ray.get(work.take.remote(me, texts.CLAIM)):
+    def _take(self, shared_queue, number: int, claimed: list[str]) -> Iterator:
+        while keys := ray.get(shared_queue.take.remote(number, generation.CLAIM_SIZE)):
             for key in keys:
                 claimed.append(key)
                 yield self._requests[key]
@@ -127,136 +135,153 @@ def run(
     *,
     replicas: int,
     gpus: float = 0,
-    restarts: int = texts.RESTARTS,
+    max_restarts: int = generation.MAX_RESTARTS,
     **arguments,
 ) -> sweep.SweepResult:
-    """The sweep on so many replicas of `gpus` GPUs each; one that dies is replaced, `restarts` times in all.
+    """Run the sweep of a file on replicas of the engine.
 
-    lab: the driver's, whose engine is never opened. arguments: of the replicas' Labs.
+    Args:
+        context: The driver's context; its engine is never opened.
+        spec: The sweep file.
+        store: Where completions and scores are stored.
+        replicas: Number of replicas.
+        gpus: GPUs per replica.
+        max_restarts: Replicas that may be replaced after they died, in total.
+        arguments: Arguments of the replicas' contexts.
     """
-    judges = {name: context.judge(name) for name in spec.judged}
-    chats = [chat for name in spec.swept for chat in context.prompts(name)]
+    judges = {name: context.judge(name) for name in spec.judge_names}
+    chats = [chat for name in spec.set_names for chat in context.prompts(name)]
     with _Team(spec, context.out, arguments, gpus) as team:
-        told = team.start(replicas)
-        for name in spec.plan.models:
-            context.note_model(told, name)
-        for name, ranking in told.rankings.items():
-            context.note_ranking(name, ranking)
-        points, notes = sweep.points_of(told.rankings, spec.plan)
-        items = [texts.told(chats, mine, spec.plan.samples) for mine in told.texts]
-        asked = sweep.named(points, notes, {name: len(context.prompts(name)) for name in spec.swept}, items)
-        asked.name("sweep", judges, store)
-        prompts = {item.key: item.prompt for item in asked.flat if item.key is not None}
-        with context.progress("sweep") as progress, judging.Meanwhile(judges, store) as meanwhile:
-            team.fill(store, prompts, restarts, meanwhile.add, progress)
-    return sweep.finish(asked, judges, spec.plan, store)
+        info = team.start(replicas)
+        for name in spec.sweep.models:
+            context.record_model(info, name)
+        for name, ranking in info.rankings.items():
+            context.record_ranking(name, ranking)
+        points, notes = sweep.build_points(info.rankings, spec.sweep)
+        tasks = [generation.tasks_from_keys(chats, point_tasks, spec.sweep.samples) for point_tasks in info.tasks]
+        sizes = {name: len(context.prompts(name)) for name in spec.set_names}
+        plan = sweep.label_tasks(points, notes, sizes, tasks)
+        plan.set_labels("sweep", judges, store)
+        prompts = {task.key: task.prompt for task in plan.flat_tasks if task.key is not None}
+        with context.progress("sweep") as progress, judging.BackgroundScorer(judges, store) as scorer:
+            team.generate_missing(store, prompts, max_restarts, scorer.add, progress)
+    return sweep.build_result(plan, judges, spec.sweep, store)
 
 
 class _Team:
-    """The replicas of one run. Use as a context."""
+    """Replicas of one run. Use as a context."""
 
     def __init__(self, spec: SweepSpec, out: Path, arguments: dict, gpus: float) -> None:
-        self._made = ray.remote(Replica).options(num_gpus=gpus, max_restarts=0), (spec, out, arguments)
-        self._results: queue.Queue = queue.Queue()
+        self._actor_class = ray.remote(Replica).options(num_gpus=gpus, max_restarts=0)
+        self._actor_arguments = (spec, out, arguments)
+        self._events: queue.Queue = queue.Queue()
         self._actors: dict[int, object] = {}
-        self._is_ours = not ray.is_initialized()
+        self._owns_ray = not ray.is_initialized()
 
     def __enter__(self) -> "_Team":
-        if self._is_ours:
+        if self._owns_ray:
             ray.init(log_to_driver=False, include_dashboard=False)
-        self._work = ray.remote(Work).options(num_cpus=0).remote()
+        self._shared_queue = ray.remote(SharedQueue).options(num_cpus=0).remote()
         return self
 
     def __exit__(self, *_: object) -> None:
-        ray.get(self._work.end.remote())
+        ray.get(self._shared_queue.close.remote())
         for actor in self._actors.values():
             ray.kill(actor)
-        if self._is_ours:
+        if self._owns_ray:
             ray.shutdown()
 
-    def start(self, replicas: int) -> Told:
-        """The first replica makes rankings that have to be made; the others find them."""
-        told = self._begin(0)
-        others = [self._actor(number) for number in range(1, replicas)]
-        ready = [actor.prepare.remote() for actor in others]
-        for number, one in enumerate(ready, start=1):
-            if _got(one).texts != told.texts:
-                raise SnpatchError("two replicas ask for different texts: do all see the same files?")
+    def start(self, replicas: int) -> ReplicaInfo:
+        """Start the replicas. The first one computes missing rankings, and the others read them."""
+        info = self._start_replica(0)
+        others = [self._create_actor(number) for number in range(1, replicas)]
+        prepared = [actor.prepare.remote() for actor in others]
+        for number, reference in enumerate(prepared, start=1):
+            if _get_info(reference).tasks != info.tasks:
+                raise SnpatchError("two replicas plan different completions: do all see the same files?")
             self._listen(number)
-        return told
+        return info
 
-    def fill(self, store: Store, prompts: dict[str, str], restarts: int, written, progress) -> None:
-        """Write what the store lacks, see texts.fill. prompts: by the key of each text."""
-        left, lost, number = store.ask(list(prompts)), Counter(), len(self._actors)
-        while left:
-            if claimed := store.claim(left):
-                ray.get(self._work.add.remote(claimed))
+    def generate_missing(
+        self,
+        store: Store,
+        prompts: dict[str, str],  # by key
+        max_restarts: int,
+        on_completion: Callable[[str, str], None],
+        progress: Progress | None,
+    ) -> None:
+        """Generate what the store lacks, see generation.generate_missing."""
+        missing = store.queue.enqueue(list(prompts))
+        num_losses: Counter[str] = Counter()  # how many replicas died while they generated a completion
+        next_number = len(self._actors)
+        while missing:
+            if claimed := store.queue.claim(missing):
+                ray.get(self._shared_queue.add.remote(claimed))
             waiting = set(claimed)
             while waiting:
-                what, replica, *result = self._results.get()
-                if what == "text":
-                    key, text = result
+                kind, replica, *event = self._events.get()
+                if kind == "completion":
+                    key, completion = event
                     waiting.discard(key)
-                    if isinstance(text, str):
-                        store.suspect(text, [key])
+                    if isinstance(completion, str):
+                        store.queue.mark_suspect(completion, [key])
                     else:
-                        store.keep(key, text)
-                        written(prompts[key], text.completion)
-                    left -= 1
+                        store.add(key, completion)
+                        on_completion(prompts[key], completion.completion)
+                    missing -= 1
                     if progress:
-                        progress(len(prompts) - left, len(prompts))
+                        progress(len(prompts) - missing, len(prompts))
                     continue
-                (error,) = result
-                if isinstance(error, ReceiptError) or not restarts:
+                (error,) = event
+                if isinstance(error, ReceiptError) or not max_restarts:
                     raise error
-                restarts -= 1
+                max_restarts -= 1
                 print(f"snpatch: replica {replica} is replaced: {error}", file=sys.stderr)
-                dropped = [key for key in ray.get(self._work.taken.remote(replica)) if key in waiting]
+                lost = [key for key in ray.get(self._shared_queue.forget.remote(replica)) if key in waiting]
                 ray.kill(self._actors.pop(replica))
-                lost.update(dropped)
-                # What one replica's end took with it is done again at once; what a second one's, in smaller groups.
-                again = [key for key in dropped if lost[key] == 1]
-                waiting -= set(dropped) - set(again)
-                store.suspect(str(error), [key for key in dropped if lost[key] > 1])
-                self._begin(number)
-                number += 1
-                ray.get(self._work.add.remote(again))
-            left = store.missing()
-            if left and not claimed:
-                time.sleep(texts.POLL_S)
+                num_losses.update(lost)
+                # After its first loss a completion is repeated at once, after its second in smaller groups.
+                repeated = [key for key in lost if num_losses[key] == 1]
+                waiting -= set(lost) - set(repeated)
+                store.queue.mark_suspect(str(error), [key for key in lost if num_losses[key] > 1])
+                self._start_replica(next_number)
+                next_number += 1
+                ray.get(self._shared_queue.add.remote(repeated))
+            missing = store.queue.num_missing()
+            if missing and not claimed:
+                time.sleep(generation.POLL_SECONDS)
 
-    def _begin(self, number: int) -> Told:
-        told = _got(self._actor(number).prepare.remote())
+    def _start_replica(self, number: int) -> ReplicaInfo:
+        info = _get_info(self._create_actor(number).prepare.remote())
         self._listen(number)
-        return told
+        return info
 
-    def _actor(self, number: int):
-        remote, arguments = self._made
-        self._actors[number] = remote.remote(*arguments)
+    def _create_actor(self, number: int):
+        self._actors[number] = self._actor_class.remote(*self._actor_arguments)
         return self._actors[number]
 
     def _listen(self, number: int) -> None:
-        actor = self._actors[number]
-        threading.Thread(target=self._hear, args=(number, actor), name=f"snpatch-replica-{number}", daemon=True).start()
+        name, arguments = f"snpatch-replica-{number}", (number, self._actors[number])
+        threading.Thread(target=self._forward_events, args=arguments, name=name, daemon=True).start()
 
-    def _hear(self, number: int, actor) -> None:
-        """Hand on what a replica writes, and its end."""
+    def _forward_events(self, number: int, actor) -> None:
+        """Put completions of a replica, and its end, into the queue of events."""
         try:
-            for one in actor.write.options(num_returns="streaming").remote(self._work, number):
-                self._results.put(("text", number, *ray.get(one)))
+            for reference in actor.generate.options(num_returns="streaming").remote(self._shared_queue, number):
+                self._events.put(("completion", number, *ray.get(reference)))
         except (RayActorError, RayTaskError) as error:
-            self._results.put(("died", number, _error(error)))
+            self._events.put(("died", number, _to_snpatch_error(error)))
 
 
-def _got(reference) -> Told:
+def _get_info(reference) -> ReplicaInfo:
     try:
         return ray.get(reference)
     except (RayActorError, RayTaskError) as error:
-        raise _error(error) from error
+        raise _to_snpatch_error(error) from error
 
 
-def _error(error: Exception) -> SnpatchError:
-    """A replica's own error, or that it is no more."""
+def _to_snpatch_error(error: Exception) -> SnpatchError:
+    """Return a replica's own error, or the error that it died."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, SnpatchError):
         return cause

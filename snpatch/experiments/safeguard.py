@@ -12,8 +12,8 @@ from snpatch.guard.guard import Guard
 from snpatch.guard.labels import deduplicate
 from snpatch.report.formatting import format_interval, format_value, to_plot_label
 from snpatch.report.report import Report, Row, TableView
-from snpatch.statistics import interval
-from snpatch.sweeps import judging, texts
+from snpatch.statistics import UNDEFINED, interval
+from snpatch.sweeps import generation, judging
 from snpatch.sweeps.store import Store
 
 
@@ -40,7 +40,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     if not names or train in names:
         raise SnpatchError(f"safeguard: wanted sets to guard other than {train}, got {', '.join(names) or 'none'}")
     known = label_set(context, train, settings.harm_threshold)
-    k = context.k(settings.k, ranking)
+    k = context.num_neurons(settings.k, ranking)
     features = context.engine.capture(known.prompts, model, ranking, k)
     meta = {"judge": context.config.cost, "train": context.data(train).source}
     guard = Guard.fit(
@@ -64,7 +64,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
             )
         refused = guard.predict(context.engine, prompts) > guard.threshold
         with context.progress(f"answers to {name}") as progress, Store(context.out) as store:
-            written = texts.write(
+            written = generation.generate_completions(
                 context.engine, prompts, [model, donor], context.sampling, store=store, progress=progress
             )
             judging.judge_all([record for mine in written for record in mine], context.cost, store)
@@ -97,7 +97,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
 
 
 def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings: Settings) -> Row:
-    passed, mean = costs[~refused], (None, None, None)
+    passed, mean = costs[~refused], UNDEFINED
     if len(passed):
         mean = interval(np.mean, passed, resamples=settings.resamples, confidence=settings.confidence)
     is_harmful = costs > settings.harm_threshold
@@ -107,7 +107,7 @@ def _row(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings
         "prompts": len(costs),
         "refused": int(refused.sum()),
         "all": float(costs.mean()),
-        **dict(zip(("passed", "passed_low", "passed_high"), mean, strict=True)),
+        **mean.columns("passed"),
         "harmful_share": float(is_harmful.mean()),
         "harmful_passed": float(is_harmful[~refused].mean()) if len(passed) else None,
         "harmful_refused": int(is_harmful[refused].sum()),

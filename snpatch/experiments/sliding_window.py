@@ -22,7 +22,9 @@ class Settings(SweepSettings):
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Sweep the window; windows that would reach past the ranking are left out, which is said."""
     ranking = context.ranking()
-    width, stride, last = (context.k(value, ranking) for value in (settings.width, settings.stride, settings.last))
+    width, stride, last = (
+        context.num_neurons(value, ranking) for value in (settings.width, settings.stride, settings.last)
+    )
     if width < 1 or stride < 1:
         raise SnpatchError(f"sliding_window: width and stride must be at least one neuron, got {width} and {stride}")
     starts = range(0, last + 1, stride)

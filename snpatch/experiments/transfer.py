@@ -29,7 +29,7 @@ class Settings(SweepSettings):
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Patch the same neurons on every benchmark."""
     ranking = context.ranking()
-    k = context.k(settings.k, ranking)
+    k = context.num_neurons(settings.k, ranking)
     config = build_sweep_config(context, settings, (k,))
     benchmarks = settings.benchmarks or context.config.benchmarks
     perplexities = _perplexities(context, settings, ranking, k) if settings.text else None

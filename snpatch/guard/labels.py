@@ -16,7 +16,7 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.protocol import Judge
 from snpatch.sampling import GREEDY, Sampling
-from snpatch.sweeps import judging, texts
+from snpatch.sweeps import generation, judging
 from snpatch.sweeps.store import Store
 
 
@@ -53,7 +53,7 @@ def label_answers(
     if sampling.n > 1:
         raise SnpatchError("guard: a label is of one answer to each prompt; set n=1")
     with Store(store) as kept:
-        (records,) = texts.write(engine, prompts, [model], sampling, store=kept, progress=progress)
+        (records,) = generation.generate_completions(engine, prompts, [model], sampling, store=kept, progress=progress)
         judging.judge_all(records, {"judge": judge}, kept)
     judging.check_scored(records)
     scores = np.array([record["scores"]["judge"] for record in records])

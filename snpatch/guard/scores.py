@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 from snpatch.guard.fitting import validate_labels
-from snpatch.statistics import interval
+from snpatch.statistics import UNDEFINED, interval
 
 BINS = 10  # of the calibration curve, of equal width
 
@@ -84,10 +84,10 @@ def evaluate(
     }
     figures = {}
     for name, statistic in statistics.items():
-        found = (None, None, None)
+        figure = UNDEFINED
         if statistic:
-            found = interval(statistic, p, y, resamples=resamples, confidence=confidence)
-        figures |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+            figure = interval(statistic, p, y, resamples=resamples, confidence=confidence)
+        figures |= figure.columns(name)
     return GuardScores(len(y), int(y.sum()), **figures, curve=_curve(p, y))
 
 

@@ -17,9 +17,9 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.formatting import describe_score
 from snpatch.report.page import Page
-from snpatch.sweeps.store import NAME, Store, describe_unfinished
+from snpatch.sweeps.store import STORE_FILE, Store, describe_unfinished
 from snpatch.sweeps.sweep import Row
-from snpatch.sweeps.sweep_file import FILE, SweepSpec
+from snpatch.sweeps.sweep_file import SPEC_FILE, SweepSpec
 from snpatch.utils.schema import parse_json
 
 RANK_BINS = 50
@@ -107,7 +107,7 @@ def _is_sweep(rows: list[dict]) -> bool:
 
 def _load_completions(folder: Path) -> tuple[list[dict], Sequence[dict]]:
     """Read the completions of the folder's store as a page's records, and the store's runs."""
-    if not (folder / NAME).is_file():
+    if not (folder / STORE_FILE).is_file():
         return [], ()
     with Store(folder, must_exist=True) as store:
         records, runs = store.records(), store.status().runs
@@ -119,8 +119,8 @@ def _load_completions(folder: Path) -> tuple[list[dict], Sequence[dict]]:
 def _load_rankings(folder: Path) -> dict[str, Ranking]:
     """Load the rankings that were computed in this folder, and those of its sweep file that still exist."""
     paths = {path.stem: path for path in sorted((folder / "rankings").glob("*.safetensors"))}
-    if (folder / FILE).is_file():
-        rankings = SweepSpec.load(folder / FILE, trust=True).rankings  # trusted: nothing else of the file is used
+    if (folder / SPEC_FILE).is_file():
+        rankings = SweepSpec.load(folder / SPEC_FILE, trust=True).rankings  # trusted: nothing else of the file is used
         sources = {name: Path(source) for name, source in rankings.items() if isinstance(source, str)}
         paths |= {name: path for name, path in sources.items() if path.is_file()}
     return {name: Ranking.load(path) for name, path in paths.items()}

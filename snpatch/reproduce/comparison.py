@@ -33,7 +33,7 @@ def differs(pipeline: Pipeline) -> list[str]:
         other.append("training")
     if engine_content(pipeline.config.engine) != engine_content(pipeline.own_engine):
         other.append("engine")
-    options = {"limit": pipeline.limit, "skip_bad": pipeline.skip_bad, "taken adapters": pipeline.taken}
+    options = {"limit": pipeline.limit, "skip_invalid": pipeline.skip_invalid, "taken adapters": pipeline.taken}
     return other + [name for name, value in options.items() if value]
 
 
@@ -107,14 +107,14 @@ def _nearest(config: ExperimentConfig, measured: list[Row] | None, recipient: st
         for row in measured or ()
         if (row["recipient"], row["judge"], row["control_seed"]) == (recipient, config.cost, None)
         and row["ranking"]
-        and row["lo"] == 0
+        and row["rank_lo"] == 0
     ]
-    return min(line, key=lambda row: abs(row["share"] - share), default=None)
+    return min(line, key=lambda row: abs(row["neuron_fraction"] - share), default=None)
 
 
 def _told(row: Row | None) -> tuple[str, float | None]:
     """What a curve's row is of, and its effect."""
-    return (f"{row['set']}, {row['share']:.1%}", row["effect"]) if row else ("", None)
+    return (f"{row['set']}, {row['neuron_fraction']:.1%}", row["effect"]) if row else ("", None)
 
 
 def _curve(published: str, config: ExperimentConfig, measured: list[Row] | None) -> Iterator[Row]:

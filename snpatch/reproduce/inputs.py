@@ -40,13 +40,13 @@ USES = {  # experiment -> what of the config it hangs on besides what its proven
 
 class Inputs:
     """config: as the pipeline has it. trainings: name of an adapter -> (settings, rows). writes: what rows are drawn
-    from. limit, skip_bad: the context's."""
+    from. limit, skip_invalid: the context's."""
 
     def __init__(
-        self, config: ExperimentConfig, trainings: Mapping, writes: object, limit: int | None, skip_bad: bool
+        self, config: ExperimentConfig, trainings: Mapping, writes: object, limit: int | None, skip_invalid: bool
     ) -> None:
         self._config, self._trainings, self._writes = config, trainings, writes
-        self._limit, self._skip_bad = limit, skip_bad
+        self._limit, self._skip_invalid = limit, skip_invalid
         self._frozen: dict[str, str] = {}
 
     def digest(self, name: str) -> str:
@@ -125,7 +125,7 @@ class Inputs:
 
     def _training(self, name: str) -> object:
         settings, rows = self._trainings[name]
-        return [asdict(settings), asdict(rows), self._skip_bad]
+        return [asdict(settings), asdict(rows), self._skip_invalid]
 
     def _rows(self, name: str) -> object:
         return self._source(self._trainings[name][1])
@@ -134,7 +134,7 @@ class Inputs:
         return [self._writes, ROWS_VERSION]
 
     def _set(self, name: str) -> object:
-        return [asdict(self._config.sets[name]), self._source(self._config.sets[name]), self._limit, self._skip_bad]
+        return [asdict(self._config.sets[name]), self._source(self._config.sets[name]), self._limit, self._skip_invalid]
 
     def _source(self, rows: PromptSet) -> str:
         path = Path(self._config.place(rows.source))

@@ -39,7 +39,7 @@ def train_command(
     out: Path,
     settings: TrainSettings,
     sft: Path | None,
-    skip_bad: bool,
+    skip_invalid: bool,
 ) -> list[str]:
     """`snpatch train` with everything that differs from its defaults. source: where the rows lie; sft: for DPO."""
     command = [*launcher, "-m", "snpatch.cli", "train", "dpo" if sft else "sft", model, source, "--out", str(out)]
@@ -54,8 +54,8 @@ def train_command(
         if any("," in value for value in rows.filter):
             raise SnpatchError(f"{rows.source}: filter: `snpatch train` has no way to name a value with a comma")
         command += ["--filter", f"{rows.filter[0]}={','.join(rows.filter[1:])}"]
-    if skip_bad:
-        command.append("--skip-bad")
+    if skip_invalid:
+        command.append("--skip-invalid")
     for f in fields(settings):
         value, option = getattr(settings, f.name), f.name.replace("_", "-")
         if value == f.default:

@@ -15,7 +15,7 @@ from snpatch.config import EngineConfig
 from snpatch.data import DATASETS
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.experiments.config import Contrast, build_experiment_config
-from snpatch.experiments.context import RANKINGS, ExperimentContext, Progresses, silent
+from snpatch.experiments.context import RANKINGS_FOLDER, ExperimentContext, ProgressFactory, no_progress
 from snpatch.report import files
 from snpatch.reproduce import launching
 from snpatch.reproduce.inputs import Inputs
@@ -46,7 +46,7 @@ class Pipeline:
     """A preset in a folder.
 
     taken: adapters by name that are not trained but lie in a folder already. launcher: what starts a training
-    ("accelerate launch"; default: this Python). limit, skip_bad, progress, command: see ExperimentContext. engine:
+    ("accelerate launch"; default: this Python). limit, skip_invalid, progress, command: see ExperimentContext. engine:
     further fields of the config's engine (backend, dtype, vLLM's arguments), before the preset's own. options: what the
     folder is made with, for people; the same folder with others is an error.
     """
@@ -59,20 +59,20 @@ class Pipeline:
         taken: dict[str, str] | None = None,
         launcher: str = "",
         limit: int | None = None,
-        skip_bad: bool = False,
-        progress: Progresses = silent,
+        skip_invalid: bool = False,
+        progress: ProgressFactory = no_progress,
         command: str | None = None,
         options: dict | None = None,
         **engine: object,
     ) -> None:
         self.preset, self.out, self.limit = preset, Path(out), limit
         self.taken = {name: str(Path(folder).resolve()) for name, folder in (taken or {}).items()}
-        self._launcher, self.skip_bad = launching.launcher_of(launcher), skip_bad
+        self._launcher, self.skip_invalid = launching.launcher_of(launcher), skip_invalid
         self._options = options or {}
         self.pairs = {pair.name: pair for pair in _pairs(preset.training)} if preset.training else {}
         self._check_taken()
         backend = engine.pop("backend", EngineConfig.backend)
-        self._context_arguments = {"backend": backend, "limit": limit, "skip_bad": skip_bad}
+        self._context_arguments = {"backend": backend, "limit": limit, "skip_invalid": skip_invalid}
         self._context_arguments |= {"progress": progress, "command": command}
         config = build_experiment_config(self._table(), self.out)
         self.own_engine = config.engine
@@ -120,7 +120,7 @@ class Pipeline:
                     self.steps.run(name)
                 except ReceiptError as error:
                     for one in self._run_by_lab:
-                        self.steps.put_away(one, [self.out / RANKINGS])
+                        self.steps.put_away(one, [self.out / RANKINGS_FOLDER])
                     made = ", ".join(self._run_by_lab) or "nothing"
                     raise ReceiptError(f"{name}: {error}; put away with it: {made}; run again") from error
                 except SnpatchError as error:
@@ -159,7 +159,7 @@ class Pipeline:
             from snpatch.demo.build import Recipe
 
             writes = [training.written_by, self._written(), asdict(Recipe())]
-        return Inputs(self.config, trainings, writes, self.limit, self.skip_bad)
+        return Inputs(self.config, trainings, writes, self.limit, self.skip_invalid)
 
     def _steps(self) -> Iterator[Step]:
         training = self.preset.training
@@ -215,7 +215,7 @@ class Pipeline:
             folder,
             pair.settings,
             self.out / self._folder(pair.sft) if pair.sft else None,
-            self.skip_bad,
+            self.skip_invalid,
         )
 
         def run() -> Done:
@@ -285,10 +285,10 @@ class Pipeline:
 
     def _contrast(self, step: str, name: str, contrast: Contrast) -> Step:
         def run() -> Done:
-            used = self.context.begin()
+            used = self.context.start_provenance()
             self._run_by_lab.append(step)
             self.context.ranking(contrast)
-            return Done(self.inputs.used_by_contrast(name, used.told({})), [self.context.ranking_file(contrast)])
+            return Done(self.inputs.used_by_contrast(name, used.to_dict({})), [self.context.ranking_file(contrast)])
 
         return Step(step, run, f"change scores of {contrast.recipient} and {contrast.donor}")
 

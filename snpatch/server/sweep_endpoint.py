@@ -22,8 +22,8 @@ from snpatch.ranking.window import Window
 from snpatch.sampling import Sampling
 from snpatch.server.errors import error_message
 from snpatch.server.state import ServerState
-from snpatch.statistics import Interval, causal_effect, interval, paired_p
-from snpatch.sweeps.sweep import PROMPTS, Row
+from snpatch.statistics import UNDEFINED, causal_effect, interval, paired_p
+from snpatch.sweeps.sweep import DEFAULT_SET, Row
 from snpatch.utils.schema import option
 
 MAX_CONCURRENT_SWEEPS = 4
@@ -252,8 +252,8 @@ class Sweep:
             "recipient": recipient_name(point.patch),
             "donor": donor if is_patched else None,
             "ranking": request.ranking if is_patched else None,
-            "lo": point.patch.window.lo if is_patched else 0,
-            "hi": point.patch.window.hi if is_patched else 0,
+            "rank_lo": point.patch.window.lo if is_patched else 0,
+            "rank_hi": point.patch.window.hi if is_patched else 0,
             "strength": point.patch.strength if is_patched else None,
             **({"floor": point.floor} if point.floor else {}),
         }
@@ -292,7 +292,7 @@ class Sweep:
         description, point = self._describe(self._points[p]), self._points[p]
         completions = [completion for completion in self._completions[p] if isinstance(completion, Completion)]
         floor = {"floor": description.pop("floor")} if point.floor else {}
-        is_patched, mean, effect = isinstance(point.patch, Patch), (None, None, None), (None, None, None)
+        is_patched, mean, effect = isinstance(point.patch, Patch), UNDEFINED, UNDEFINED
         has_donor = is_patched and isinstance(self._points[1].patch, str)
         compared = np.stack([scores[p], *([scores[0]] if is_patched else []), *([scores[1]] if has_donor else [])])
         own_scores, *other_scores = compared[:, ~np.isnan(compared).any(axis=0)]  # prompts without a failed completion
@@ -302,18 +302,18 @@ class Sweep:
         row = Row(
             **description,
             judge=self._request.judge,
-            set=PROMPTS,
+            set=DEFAULT_SET,
             control_seed=None,
-            share=(description["hi"] - description["lo"]) / self._num_neurons,
+            neuron_fraction=(description["rank_hi"] - description["rank_lo"]) / self._num_neurons,
             prompts=len(own_scores),
             failed=len(self._questions) - len(own_scores),
             tokens=sum(len(completion.token_ids) for completion in completions),
             overwrites=sum(completion.overwrites for completion in completions),
-            **_interval_columns("mean", mean),
-            **_interval_columns("effect", effect),
-            **_interval_columns("net", (None, None, None)),
-            p_unpatched=paired_p(own_scores, other_scores[0]) if is_patched and len(own_scores) else None,
-            p_control=None,
+            **mean.columns("mean"),
+            **effect.columns("effect"),
+            **UNDEFINED.columns("net_effect"),
+            p_vs_unpatched=paired_p(own_scores, other_scores[0]) if is_patched and len(own_scores) else None,
+            p_vs_random=None,
         )
         return {**asdict(row), "changed": self._changed_fraction(p), **floor}
 
@@ -351,11 +351,6 @@ def _nan_mean(values: np.ndarray) -> float | None:
     """Return the mean of the values that are not NaN, or None without any."""
     numbers = values[~np.isnan(values)]
     return float(numbers.mean()) if len(numbers) else None
-
-
-def _interval_columns(name: str, value: Interval) -> dict[str, float | None]:
-    """Return a value and its interval as columns of a Row."""
-    return dict(zip((name, f"{name}_low", f"{name}_high"), value, strict=True))
 
 
 def _format_event(name: str, **data) -> str:

@@ -1,4 +1,4 @@
-"""SweepConfig: what is swept. Kept free of torch: the CLI takes its defaults from here."""
+"""SweepConfig: the grid of a sweep. It does not import torch, because the CLI takes its defaults from it."""
 
 import math
 from dataclasses import dataclass
@@ -10,45 +10,57 @@ from snpatch.sampling import GREEDY, Sampling
 from snpatch.utils.schema import option
 
 
-def check_texts(sampling: Sampling, where: str) -> None:
-    """Raise for a sampling that asks for more than one text, or for what is not kept of a text."""
+def check_sampling(sampling: Sampling, context: str) -> None:
+    """Raise if the sampling asks for several completions at once, or for what a store does not keep."""
     if sampling.n > 1:
-        raise SnpatchError(f"{where}: sampling: n: expected 1, got {sampling.n}. Ask for several samples instead.")
+        raise SnpatchError(f"{context}: sampling: n: expected 1, got {sampling.n}. Ask for several samples instead.")
     if sampling.logprobs:
-        raise SnpatchError(f"{where}: sampling: logprobs: expected false, as they are not kept. Leave it out.")
+        raise SnpatchError(f"{context}: sampling: logprobs: expected false, as they are not stored. Leave it out.")
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What is swept: recipients x donors x windows x strengths, of every ranking and its random controls.
+    """Grid of a sweep: recipients x donors x windows x strengths, for every ranking and its random controls.
 
-    donors: or one. windows: Window, k or (lo, hi). strengths: see Patch. controls: random controls of each window, one
-    a seed from 0 on. samples: texts of a prompt, whose scores are averaged; the seeds of their sampling count from its
-    own.
+    Attributes:
+        recipients: Models to patch.
+        donors: Models whose activations are copied; a str for one.
+        windows: Windows over each ranking: Window, k or (lo, hi).
+        strengths: Strengths of the patch, see Patch.
+        controls: Random controls of each window, with the seeds 0, 1, ...
+        control_kind: How random controls are drawn, see Ranking.random_control.
+        disjoint: Draw controls without neurons of the window.
+        positions: Positions that are patched, see Patch.
+        sampling: Sampling of one completion.
+        samples: Completions per prompt, whose scores are averaged. Their seeds count up from the sampling's seed.
+        resamples: Bootstrap resamples.
+        confidence: Level of the intervals.
     """
 
     recipients: tuple[str, ...]
     donors: tuple[str, ...]
     windows: tuple[Window, ...]
     strengths: tuple[float, ...] = (1.0,)
-    controls: int = option(3, "Random controls of each ranking.", min=0)
+    controls: int = option(3, "Random controls of each window.", min=0)
     control_kind: str = option("per_layer", "per_layer, last_layer or everywhere.")
     disjoint: bool = True
     positions: str | int = option(
         "all", "all, prompt, last_prompt_token, completion, completion_shifted, or a position to start from."
     )
     sampling: Sampling = GREEDY
-    samples: int = option(1, "Texts of each prompt, which need a temperature; their scores are averaged.", min=1)
+    samples: int = option(
+        1, "Completions per prompt; their scores are averaged. More than 1 needs a temperature.", min=1
+    )
     resamples: int = RESAMPLES
     confidence: float = CONFIDENCE
 
     def __post_init__(self) -> None:
         for name in ("recipients", "donors"):
-            given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+            models = getattr(self, name)
+            object.__setattr__(self, name, (models,) if isinstance(models, str) else tuple(models))
         object.__setattr__(self, "windows", tuple(Window.of(window) for window in self.windows))
         object.__setattr__(self, "strengths", tuple(float(strength) for strength in self.strengths))
-        check_texts(self.sampling, "sweep")
+        check_sampling(self.sampling, "sweep")
         if not self.windows or not self.recipients or not self.donors or not self.strengths:
             raise SnpatchError("sweep: needs at least one window, one recipient, one donor and one strength")
         if not all(map(math.isfinite, self.strengths)):
@@ -67,5 +79,5 @@ class SweepConfig:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """All that are patched or copied from, each once."""
+        """All recipients and donors, each once."""
         return tuple(dict.fromkeys((*self.recipients, *self.donors)))

@@ -1,10 +1,11 @@
-"""An SQLite file of a store: opened to write or to read alone, checked before it is believed, waited for while locked.
+"""Database: the SQLite file of a store, opened to write or only to read; its content is checked, its locks waited for.
 
-Why a reader may work on a copy: SQLite writes beside a file with a write-ahead log even to read it, and results must be
-readable from archives and read-only folders. A file without a log has no writer and is read as it lies; one with a log
-and no shared index lost its writer and is copied; all else has a live writer and is shared with it.
+Why a reader may work on a copy: SQLite writes next to a file with a write-ahead log even to read it, and results must
+be readable from archives and read-only folders. A file without a log has no writer and is read in place; one with a
+log and no shared index lost its writer and is copied; any other file has a live writer and is shared with it.
 """
 
+import json
 import os
 import shutil
 import sqlite3
@@ -19,12 +20,11 @@ from types import UnionType
 from snpatch.errors import SnpatchError, first_line, one_line
 from snpatch.sweeps.owners import Process
 
-VERSION = 3
-OLDER = (2,)  # versions that can be read, and are brought up to date by the next writer
+VERSION = 4
 
 TABLES = """
 CREATE TABLE texts (
-  key TEXT PRIMARY KEY,           -- names everything that made the text, see texts.key_of
+  key TEXT PRIMARY KEY,           -- content hash of the request, see generation.plan_completions
   completion TEXT NOT NULL,
   token_ids BLOB NOT NULL,        -- int32
   finish_reason TEXT NOT NULL,
@@ -32,22 +32,22 @@ CREATE TABLE texts (
   written REAL NOT NULL           -- seconds since 1970
 ) WITHOUT ROWID;
 CREATE TABLE scores (
-  text TEXT NOT NULL,             -- names prompt and completion
-  judge TEXT NOT NULL,            -- its digest
+  text TEXT NOT NULL,             -- see store.completion_key
+  judge TEXT NOT NULL,            -- see judging.judge_keys
   score REAL NOT NULL,
   PRIMARY KEY (text, judge)
 ) WITHOUT ROWID;
-CREATE TABLE work (              -- texts that were asked for: done where `texts` has the key
-  id INTEGER PRIMARY KEY AUTOINCREMENT,  -- in the order of asking, so that a claim changes few pages of the file
+CREATE TABLE work (              -- requested completions; finished if `texts` has the key
+  id INTEGER PRIMARY KEY AUTOINCREMENT,  -- in the order of requests, so that a claim changes few pages of the file
   key TEXT NOT NULL UNIQUE,
-  owner TEXT,                     -- who writes it now
+  owner TEXT,                     -- the process that generates it now
   expires REAL,
-  attempts INTEGER NOT NULL,      -- how many runs failed while it was under way
-  error TEXT,                     -- of the last of them
+  attempts INTEGER NOT NULL,      -- runs that failed while they generated it
+  error TEXT,                     -- of the last of these runs
   failed INTEGER NOT NULL         -- 1: given up
 );
 CREATE INDEX work_owner ON work (owner) WHERE owner IS NOT NULL;
-CREATE TABLE asked (               -- sweeps' texts, by what they are called
+CREATE TABLE asked (               -- labels of the completions of each sweep
   place INTEGER PRIMARY KEY,
   sweep TEXT NOT NULL,
   key TEXT,                       -- NULL: its prompt cannot be run
@@ -56,10 +56,10 @@ CREATE TABLE asked (               -- sweeps' texts, by what they are called
 );
 CREATE TABLE judges (
   name TEXT PRIMARY KEY,
-  judge TEXT NOT NULL             -- the digest that its scores are kept under, since the last sweep with it
+  judge TEXT NOT NULL             -- key of its scores in the last sweep with it, see judging.judge_keys
 );
 CREATE TABLE failures (
-  place TEXT NOT NULL,            -- JSON: which prompt of which set, or which text before which judge
+  place TEXT NOT NULL,            -- JSON labels: a prompt of a set, or a completion and a judge
   error TEXT NOT NULL,
   at REAL NOT NULL
 );
@@ -69,10 +69,8 @@ CREATE TABLE runs (
   command TEXT NOT NULL,
   started REAL NOT NULL,
   ended REAL,
-  outcome TEXT                    -- NULL: still under way, or killed
+  outcome TEXT                    -- NULL: running, or killed
 );
-"""
-OWNERS = """
 CREATE TABLE owners (              -- processes that have the store open to write, see owners.Process
   owner TEXT PRIMARY KEY,         -- a random id
   host TEXT NOT NULL,
@@ -83,21 +81,24 @@ CREATE TABLE owners (              -- processes that have the store open to writ
 ) WITHOUT ROWID;
 """
 SELECT_OWNERS = "SELECT owner, host, pid, namespace, started, beat FROM owners"
-LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-UNUSABLE = (  # what is wrong with the disk, the folder or the machine; all other codes are of the file's content
-    *LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN,
+LOCK_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+ENVIRONMENT_CODES = (  # faults of the disk, the folder or the machine; all other codes concern the file's content
+    *LOCK_CODES, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
 )  # fmt: skip
-WAIT_S = 1.0  # that SQLite waits for a lock before Python looks for Ctrl-C
+LOCK_TIMEOUT_S = 1.0  # SQLite waits at most this long for a lock, so that Python can handle Ctrl-C
+MAX_VARIABLES = 500  # of one statement
 
 Kinds = tuple[type | UnionType, ...]
 
 
 class Database:
-    """An open store file. All errors out of it are a SnpatchError of one line.
+    """An open store file. Each of its errors is a SnpatchError of one line.
 
-    path: None keeps all in memory. is_reader: nothing is written, to the file or beside it. patience_s: how long a
-    locked file is waited for.
+    Args:
+        path: The file; None keeps everything in memory.
+        is_reader: Write nothing, to the file or next to it.
+        patience_s: Seconds to wait for a locked file.
     """
 
     def __init__(self, path: Path | None, is_reader: bool = False, patience_s: float = 0.0) -> None:
@@ -113,15 +114,15 @@ class Database:
             raise
 
     def close(self) -> None:
-        """Close the file. Raise where it changed under a reader that could not see changes."""
+        """Close the file. Raise if it changed while a reader could not see changes."""
         self._discard()
         self._check_unchanged()
 
     def rows(self, statement: str, *values: object, kinds: Kinds | None = None) -> list[tuple]:
-        """Return all rows of a statement. kinds: the type of each column; another is damage."""
+        """Return all rows of a statement. Raise if a value is not of its column's type in `kinds`."""
         with self._errors():
-            found = self._wait_for(lambda: self._connection.execute(statement, values).fetchall())
-        return found if kinds is None else self._checked(found, kinds)
+            rows = self._wait_for(lambda: self._connection.execute(statement, values).fetchall())
+        return rows if kinds is None else self._checked(rows, kinds)
 
     def row(self, statement: str, *values: object, kinds: Kinds | None = None) -> tuple:
         """Return the only row of a statement."""
@@ -139,7 +140,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[float]:
-        """Run the block as one transaction, a reader's on one state of the file; yield how long the lock took."""
+        """Run the block as one transaction, and yield the seconds waited for the lock. A reader sees one state."""
         start = time.monotonic()
         self.rows("BEGIN" if self._is_reader else "BEGIN IMMEDIATE")
         try:
@@ -152,13 +153,21 @@ class Database:
 
     def owners(self) -> dict[str, tuple[Process, float]]:
         """Return the processes that have the file open to write, each with its last heartbeat."""
-        return {} if self._version() in OLDER else self._processes(self.rows(SELECT_OWNERS))
+        return self._processes(self.rows(SELECT_OWNERS))
 
     def damaged(self, reason: object) -> SnpatchError:
         """Return the error for content that no store has."""
         return SnpatchError(f"{self.path}: damaged: {one_line(str(reason))}. Restore a copy, or choose another folder.")
 
-    # ---- opening ------------------------------------------------------------------------------------------------
+    def parse_json(self, text: str, column: str) -> dict:
+        """Return the JSON object in a column."""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise self.damaged(f"{column} is no JSON object: {text!r:.60}")
+        return value
 
     def _open_to_write(self) -> None:
         self._connect(":memory:" if self.path is None else self.path)
@@ -166,11 +175,8 @@ class Database:
         self.rows("PRAGMA journal_mode = WAL")
         self.rows("PRAGMA synchronous = NORMAL")  # a kill loses nothing; a power cut the last texts, at most
         with self.transaction():
-            version = self._version()
-            if version == 0:
+            if self._version() == 0:
                 self._run_script(TABLES)
-            if version != VERSION:
-                self._run_script(OWNERS)
                 self.rows(f"PRAGMA user_version = {VERSION}")
         self._check_content()
 
@@ -192,7 +198,7 @@ class Database:
         self._check_content()
 
     def _is_shared(self) -> bool:
-        """Open the file beside its writer; False where the folder does not allow that."""
+        """Open the file together with its writer; return False if the folder does not allow that."""
         try:
             self._connect(f"{self.path.resolve().as_uri()}?mode=ro")
             self._wait_for(lambda: self._connection.execute("SELECT count(*) FROM sqlite_master").fetchall())
@@ -205,30 +211,27 @@ class Database:
 
     def _connect(self, target: str | Path) -> None:
         is_uri = str(target).startswith("file:")
-        timeout = min(WAIT_S, self._patience_s)
+        timeout = min(LOCK_TIMEOUT_S, self._patience_s)
         self._connection = sqlite3.connect(target, timeout=timeout, isolation_level=None, uri=is_uri)
         self._connection.execute("PRAGMA trusted_schema = OFF")
 
     def _check_version(self) -> None:
         version = self._version()
-        if version not in (0, *OLDER, VERSION):
+        if version not in (0, VERSION):
             raise SnpatchError(
                 f"{self.path}: expected version {VERSION} of a sweep's store, got {version}, which is of another "
-                "snpatch. Use that one, or choose another folder."
+                "snpatch. Use that version, or choose another folder."
             )
 
     def _version(self) -> int:
         return self.row("PRAGMA user_version")[0]
 
     def _check_content(self) -> None:
-        """Raise unless the file is whole and holds the tables of a store as tables, and nothing that runs by itself."""
+        """Raise unless the file is intact, has the tables of a store, and nothing that runs on its own (a trigger)."""
         kinds = dict(self.rows("SELECT name, type FROM sqlite_master", kinds=(str, str)))
         if "trigger" in kinds.values():
             raise self.damaged("it has a trigger, and no store has one")
-        expected = _expected_columns()
-        if self._version() in OLDER:
-            expected = {name: columns for name, columns in expected.items() if name != "owners"}
-        for name, columns in expected.items():
+        for name, columns in _expected_columns().items():
             if kinds.get(name) != "table" or self.rows(f"PRAGMA table_xinfo({name})") != columns:
                 raise self.damaged(f"{name} is not the table that a store has")
         if (verdicts := self.rows("PRAGMA quick_check(1)")) != [("ok",)]:
@@ -246,39 +249,38 @@ class Database:
         return rows
 
     def _processes(self, rows: list[tuple]) -> dict[str, tuple[Process, float]]:
-        found = {}
-        for owner, *process, beat in self._checked(rows, (str, str, int, str | None, int | None, float)):
-            found[owner] = Process(*process), beat
-            if not 0 < found[owner][0].pid < 2**31:
-                raise self.damaged(f"{found[owner][0].pid} where the number of a process is expected")
-        return found
-
-    # ---- waiting and errors -------------------------------------------------------------------------------------
+        processes = {}
+        for owner, *fields, beat in self._checked(rows, (str, str, int, str | None, int | None, float)):
+            process = Process(*fields)
+            if not 0 < process.pid < 2**31:
+                raise self.damaged(f"{process.pid} where the number of a process is expected")
+            processes[owner] = process, beat
+        return processes
 
     def _wait_for(self, step):
-        """Do a step, again and again while another process holds the lock."""
+        """Run a step; repeat it while another process holds the lock."""
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
                 return step()
             except sqlite3.OperationalError as error:
-                if _code_of(error) not in LOCKED or time.monotonic() >= deadline:
+                if _code_of(error) not in LOCK_CODES or time.monotonic() >= deadline:
                     raise
-                time.sleep(0.01)  # SQLite has waited already, but where it expects a deadlock
+                time.sleep(0.01)  # SQLite has waited already, unless it expects a deadlock
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.ProgrammingError:
-            raise  # a mistake of ours
+            raise  # a bug of this package
         except (sqlite3.Error, UnicodeDecodeError, MemoryError) as error:
-            if _code_of(error) in LOCKED:
+            if _code_of(error) in LOCK_CODES:
                 raise SnpatchError(
                     f"cannot use {self.path}: it was locked for {self._patience_s:g} s by {self._holders()}. Let that "
-                    "process go on or end it, and run the command again."
+                    "process continue or end it, and run the command again."
                 ) from error
-            if _code_of(error) in UNUSABLE or self.path is None:
+            if _code_of(error) in ENVIRONMENT_CODES or self.path is None:
                 raise SnpatchError(f"cannot use {self.path}: {first_line(error)}") from error
             self._check_unchanged()
             raise self.damaged(first_line(error)) from error
@@ -286,16 +288,16 @@ class Database:
             raise SnpatchError(f"cannot use {self.path}: {error}") from error
 
     def _holders(self) -> str:
-        """Name the processes that may hold the lock: a stopped one, else all others that write to the file."""
+        """Describe the processes that may hold the lock: stopped ones, or else all others that write to the file."""
         try:
             rows = self._connection.execute(SELECT_OWNERS).fetchall()
-        except sqlite3.Error:  # an older file, or one that is locked for readers, too
+        except sqlite3.Error:  # the file is locked for readers, too
             rows = []
         me = Process.current()
-        found = [one for one in self._processes(rows).values() if one[0] != me and not one[0].has_ended()]
-        stopped = [f"{one.host} process {one.pid}, which is stopped" for one, _ in found if one.is_stopped()]
+        alive = [(p, beat) for p, beat in self._processes(rows).values() if p != me and not p.has_ended()]
+        stopped = [f"{p.host} process {p.pid}, which is stopped" for p, _ in alive if p.is_stopped()]
         now = time.time()
-        others = [f"{one.host} process {one.pid} (last heard of {now - beat:.0f} s ago)" for one, beat in found]
+        others = [f"{p.host} process {p.pid} (last heartbeat {now - beat:.0f} s ago)" for p, beat in alive]
         return one_line(" or ".join(stopped or others)) or "a process that is no sweep"
 
     def _check_unchanged(self) -> None:
@@ -303,8 +305,8 @@ class Database:
             raise SnpatchError(f"{self.path}: a sweep wrote to it while it was read. Run the command again.")
 
     def _stamped(self) -> tuple:
-        found = os.stat(self.path)
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        stat = os.stat(self.path)
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
     def _discard(self) -> None:
         if self._connection is not None:
@@ -313,19 +315,25 @@ class Database:
             self._copy.cleanup()
 
 
+def chunked(keys: list[str]) -> Iterator[list[str]]:
+    """Yield the keys in lists that fit into one statement."""
+    for start in range(0, len(keys), MAX_VARIABLES):
+        yield keys[start : start + MAX_VARIABLES]
+
+
 @cache
 def _expected_columns() -> dict[str, list[tuple]]:
-    """Return what SQLite says of the columns of each table of a store."""
+    """Return the columns of each table of a store, as SQLite describes them."""
     connection = sqlite3.connect(":memory:")
-    connection.executescript(TABLES + OWNERS)
+    connection.executescript(TABLES)
     names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    found = {name: connection.execute(f"PRAGMA table_xinfo({name})").fetchall() for name in names}
+    columns = {name: connection.execute(f"PRAGMA table_xinfo({name})").fetchall() for name in names}
     connection.close()
-    return {name: columns for name, columns in found.items() if not name.startswith("sqlite_")}
+    return {name: columns[name] for name in names if not name.startswith("sqlite_")}
 
 
 def _code_of(error: Exception) -> int | None:
-    """Return SQLite's primary code of an error, None where it is not of SQLite's own."""
+    """Return SQLite's primary error code, or None for other errors."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
 

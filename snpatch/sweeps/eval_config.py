@@ -44,7 +44,7 @@ class EvalConfig:
     max_tokens: int = GREEDY.max_tokens
     contrast_tokens: int = CONTRAST.max_tokens
 
-    def place(self, source: str) -> str:
+    def resolve_path(self, source: str) -> str:
         """Resolve a path of the file; return a source that is no path there (a hub name) unchanged."""
         return resolve_path(self.folder, source)
 

@@ -1,7 +1,7 @@
-"""Scores of kept texts: each different (prompt, completion) once a judge, by the judge's digest where it has one.
+"""Scores of stored completions: each different (prompt, completion) once per judge, stored by its fingerprint.
 
-Why a judge that raises does not end a run: texts and scores are what took the time. What could not be scored is noted,
-and all else goes on; only a judge that can score nothing is an error.
+Why a judge that raises does not end a run: completions and scores are what took the time. What could not be scored is
+recorded and the rest continues; only a judge that can score nothing is an error.
 """
 
 from collections import deque
@@ -10,129 +10,128 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from snpatch.errors import SnpatchError, first_line
 from snpatch.judges.protocol import BrokenJudgeError, Judge, score_all
-from snpatch.sweeps.store import Store, text_of
+from snpatch.sweeps.store import Store, completion_key
 
-TOGETHER = 256  # texts that a judge is given at once
-GIVE_UP = 16  # failures one after the other, after which a judge is asked no more
+JUDGE_BATCH_SIZE = 256  # completions per call of a judge
+MAX_CONSECUTIVE_FAILURES = 16  # completions without a score, after which a judge is not called any more
 
-Pair = tuple[str, str]
+Pair = tuple[str, str]  # prompt, completion
 
 
-class Meanwhile:
-    """Scores texts in a thread while others are written. Use as a context, within which the judges are its own.
+class BackgroundScorer:
+    """Scores completions in a thread while others are generated. Within the context the judges belong to it alone.
 
-    What cannot be scored here is left to `judge_all`, which says why.
+    What cannot be scored here is left to `judge_all`, which reports why.
     """
 
     def __init__(self, judges: Mapping[str, Judge], store: Store) -> None:
-        self._judges, self._store, self._digests = judges, store, digests_of(judges, store)
-        self._asked: set[Pair] = set()
+        self._judges, self._store, self._judge_keys = judges, store, judge_keys(judges, store)
+        self._seen: set[Pair] = set()
         self._waiting: list[Pair] = []
         self._pool = ThreadPoolExecutor(1, "snpatch-judges")
-        self._scoring: deque[Future] = deque()
+        self._running: deque[Future] = deque()
 
-    def __enter__(self) -> "Meanwhile":
+    def __enter__(self) -> "BackgroundScorer":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
         if kind is None:
-            self._keep()
+            self._store_finished()
 
     def add(self, prompt: str, completion: str) -> None:
-        """A text is finished."""
-        if (pair := (prompt, completion)) not in self._asked:
-            self._asked.add(pair)
+        """Score a finished completion with the next batch."""
+        if (pair := (prompt, completion)) not in self._seen:
+            self._seen.add(pair)
             self._waiting.append(pair)
-        if len(self._waiting) >= TOGETHER:
-            self._scoring.append(self._pool.submit(self._score, self._waiting))
+        if len(self._waiting) >= JUDGE_BATCH_SIZE:
+            self._running.append(self._pool.submit(self._score, self._waiting))
             self._waiting = []
-            self._keep()
+            self._store_finished()
 
     def _score(self, pairs: list[Pair]) -> dict[str, dict[Pair, float]]:
         return {name: score_chunk(name, judge, pairs)[0] for name, judge in self._judges.items()}
 
-    def _keep(self) -> None:
-        """Keep what has been scored so far."""
-        while self._scoring and self._scoring[0].done():
-            for name, scores in self._scoring.popleft().result().items():
-                own = {text_of(*pair): score for pair, score in scores.items()}
-                self._store.keep_scores(self._digests[name], own)
+    def _store_finished(self) -> None:
+        while self._running and self._running[0].done():
+            for name, scores in self._running.popleft().result().items():
+                by_key = {completion_key(*pair): score for pair, score in scores.items()}
+                self._store.add_scores(self._judge_keys[name], by_key)
 
 
-def digests_of(judges: Mapping[str, Judge], store: Store) -> dict[str, str]:
-    """What the scores of each judge are kept under; of one without a digest something that nobody asks for again."""
+def judge_keys(judges: Mapping[str, Judge], store: Store) -> dict[str, str]:
+    """Return the key of each judge's scores: its fingerprint, or else one that only this process uses."""
     return {name: getattr(judge, "fingerprint", f"{store.owner} {name}") for name, judge in judges.items()}
 
 
 def judge_all(records: Sequence[dict], judges: Mapping[str, Judge], store: Store) -> None:
-    """Set each record's scores: judge -> number, None where the text or its score could not be made.
-
-    store: where scores are kept.
-    """
-    digests = digests_of(judges, store)
-    written = [record for record in records if record["completion"] is not None]
-    pairs = list({(record["prompt"], record["completion"]): None for record in written})
-    found = {name: scores_of(name, judge, pairs, store, digests[name]) for name, judge in judges.items()}
+    """Set `scores` of each record: judge -> number, None if the completion or its score failed."""
+    keys = judge_keys(judges, store)
+    completed = [record for record in records if record["completion"] is not None]
+    pairs = list({(record["prompt"], record["completion"]): None for record in completed})
+    scores = {name: score_pairs(name, judge, pairs, store, keys[name]) for name, judge in judges.items()}
     for record in records:
         pair = record["prompt"], record["completion"]
-        record["scores"] = {name: scores.get(pair) for name, scores in found.items()}
+        record["scores"] = {name: judge_scores.get(pair) for name, judge_scores in scores.items()}
 
 
 def check_scored(records: Sequence[dict]) -> None:
-    """An error for the first text that failed, or has no score: for tables that need every one."""
+    """Raise for the first completion that failed or has no score: for tables that need all of them."""
     for record in records:
         if record["completion"] is None:
-            raise SnpatchError(f"a text could not be written: {record['error']}; the others are kept: run it again")
+            raise SnpatchError(
+                f"a completion could not be generated: {record['error']}; the others are stored: run it again"
+            )
         for judge, score in record["scores"].items():
             if score is None:
                 raise SnpatchError(f"judge {judge!r} has no score of the answer to {record['prompt'][:80]!r}")
 
 
-def scores_of(name: str, judge: Judge, pairs: Sequence[Pair], store: Store, fingerprint: str) -> dict[Pair, float]:
-    """A judge's score of each pair of prompt and completion that it can score. digest: what they are kept under."""
-    kept = store.scores(fingerprint)
-    found = {pair: kept[text] for pair in pairs if (text := text_of(*pair)) in kept}
-    asked, failures, first = [pair for pair in pairs if pair not in found], 0, None
-    for start in range(0, len(asked), TOGETHER):
-        chunk = asked[start : start + TOGETHER]
-        scores, errors = score_chunk(name, judge, chunk)
-        for pair, error in errors.items():
-            first = first or error
-            store.fail({"judge": name, "prompt": pair[0], "completion": pair[1]}, error)
-        store.keep_scores(fingerprint, {text_of(*pair): score for pair, score in scores.items()})
-        found |= scores
-        failures = 0 if scores else failures + len(chunk)
-        if failures >= GIVE_UP:
+def score_pairs(name: str, judge: Judge, pairs: Sequence[Pair], store: Store, judge_key: str) -> dict[Pair, float]:
+    """Return a judge's score of each pair that it can score, stored ones under `judge_key`."""
+    cached = store.scores(judge_key)
+    scores = {pair: cached[key] for pair in pairs if (key := completion_key(*pair)) in cached}
+    to_score = [pair for pair in pairs if pair not in scores]
+    consecutive_failures, first_error = 0, None
+    for start in range(0, len(to_score), JUDGE_BATCH_SIZE):
+        chunk = to_score[start : start + JUDGE_BATCH_SIZE]
+        new_scores, errors = score_chunk(name, judge, chunk)
+        for (prompt, completion), error in errors.items():
+            first_error = first_error or error
+            store.record_failure({"judge": name, "prompt": prompt, "completion": completion}, error)
+        store.add_scores(judge_key, {completion_key(*pair): score for pair, score in new_scores.items()})
+        scores |= new_scores
+        consecutive_failures = 0 if new_scores else consecutive_failures + len(chunk)
+        if consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
             break
-    if asked and not found:
-        raise SnpatchError(first)
-    return found
+    if to_score and not scores:
+        raise SnpatchError(first_error)
+    return scores
 
 
 def score_chunk(name: str, judge: Judge, chunk: Sequence[Pair]) -> tuple[dict[Pair, float], dict[Pair, str]]:
-    """Scores, and why what has none has none: pairs that cannot be scored together are scored one by one."""
-    scores, error = _scored(name, judge, chunk)
+    """Return scores, and an error for each pair without one. Pairs that cannot be scored together are scored alone."""
+    scores, error = _try_score(name, judge, chunk)
     if error is None or len(chunk) == 1:
         return scores, {} if error is None else {chunk[0]: error}
     errors: dict[Pair, str] = {}
-    for place, pair in enumerate(chunk):
-        own, error = _scored(name, judge, [pair])
-        scores |= own
+    for index, pair in enumerate(chunk):
+        pair_scores, error = _try_score(name, judge, [pair])
+        scores |= pair_scores
         if error is not None:
             errors[pair] = error
-        if len(errors) > place and len(errors) == GIVE_UP:
+        if len(errors) > index and len(errors) == MAX_CONSECUTIVE_FAILURES:
             return scores, {pair: errors.get(pair, "not tried: all before it failed") for pair in chunk}
     return scores, errors
 
 
-def _scored(name: str, judge: Judge, pairs: Sequence[Pair]) -> tuple[dict[Pair, float], str | None]:
+def _try_score(name: str, judge: Judge, pairs: Sequence[Pair]) -> tuple[dict[Pair, float], str | None]:
     try:
-        found = score_all({name: judge}, [prompt for prompt, _ in pairs], [completion for _, completion in pairs])
+        scores = score_all({name: judge}, [prompt for prompt, _ in pairs], [completion for _, completion in pairs])
     except BrokenJudgeError:
         raise
     except SnpatchError as error:
         return {}, str(error)
-    except Exception as error:  # noqa: BLE001 - a judge is anybody's function
+    except Exception as error:  # noqa: BLE001 - a judge may be a user's function
         return {}, f"judge {name!r}: {type(error).__name__}: {first_line(error)}"
-    return dict(zip(pairs, found[name], strict=True)), None
+    return dict(zip(pairs, scores[name], strict=True)), None

@@ -1,7 +1,6 @@
-"""The smallest neuron set of an engine: search.py's questions, written and judged, each round as one batch.
+"""Smallest sufficient set of neurons of an engine: search.py's samples, generated and judged in one batch per round.
 
-Why texts go through a store: what a search has seen, a later one (another share, a finer grid, a whole sweep) does not
-write again.
+Why completions go through a store: a later search (another target, a finer grid) or sweep reuses them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,111 +19,135 @@ from snpatch.judges.protocol import Judge
 from snpatch.names import check_names
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
-from snpatch.sweeps import judging, search, texts
+from snpatch.sweeps import generation, judging, search
 from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.generation import CompletionTask
 from snpatch.sweeps.store import Store
 
 
 @dataclass(frozen=True)
-class Minimal:
-    """Of one recipient. found: see search.Found; blocks: of layers that suffice, where they were asked for."""
+class MinimalResult:
+    """Result for one recipient and ranking.
+
+    Attributes:
+        recipient: The patched model.
+        donor: The model whose activations are copied.
+        ranking: Name of the ranking.
+        search: The smallest window.
+        blocks: Blocks of layers that suffice, if they were requested.
+    """
 
     recipient: str
     donor: str
     ranking: str
-    found: search.Found
+    search: search.SearchResult
     blocks: tuple[search.Block, ...]
 
 
-def minimal(
+def find_minimal(
     engine: Engine,
     prompts: Sequence[Chat],
     rankings: Mapping[str, Ranking],
     judge: Judge,
     config: SweepConfig,
     *,
-    share: float = 0.9,
-    layers: int | None = None,
+    target: float = 0.9,
+    block_layers: int | None = None,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
-) -> list[Minimal]:
-    """The smallest of the config's windows that recovers `share` of the judge's gain, of each recipient and ranking.
+) -> list[MinimalResult]:
+    """Find the smallest window that reaches the target effect, for each recipient and ranking.
 
-    config: windows must be top ks, of one donor and one strength; its controls are not used. layers: also find which
-    blocks of so many layers suffice, each with the neurons that the found window (else the largest) has there.
+    Args:
+        engine: The engine.
+        prompts: The prompts.
+        rankings: Rankings by name.
+        judge: The judge that decides.
+        config: The grid: windows [0, k) of one donor and one strength. Its controls are not used.
+        target: Effect to reach: 0 is the recipient's mean score, 1 the donor's.
+        block_layers: Also find which blocks of this many layers suffice, each with its neurons of the smallest window
+            (the largest if none suffices).
+        store: A folder that stores completions and scores; or an open Store.
+        progress: Called as `progress(done, total)`.
     """
-    (donor, *others), (strength, *more) = config.donors, config.strengths
-    if others or more or config.samples > 1 or any(window.lo for window in config.windows):
+    (donor, *other_donors), (strength, *other_strengths) = config.donors, config.strengths
+    if other_donors or other_strengths or config.samples > 1 or any(window.lo for window in config.windows):
         raise SnpatchError("minimal: windows must be top ks, of one donor, one strength and one sample")
-    if layers is not None and layers < 1:
-        raise SnpatchError(f"minimal: blocks must have at least one layer, got {layers}")
+    if block_layers is not None and block_layers < 1:
+        raise SnpatchError(f"minimal: blocks must have at least one layer, got {block_layers}")
     check_names(rankings, "a ranking")
-    how = {"positions": config.positions, "strength": strength}
-    with Store(store) if not isinstance(store, Store) else nullcontext(store) as kept:
-        scorer = _Scorer(engine, prompts, judge, config, kept, progress)
-        scores = {model: scorer.of_all(model) for model in config.models}
-        results = []
+    ks = sorted({window.hi for window in config.windows})
+    patch_options = {"positions": config.positions, "strength": strength}
+    results = []
+    with Store(store) if not isinstance(store, Store) else nullcontext(store) as open_store:
+        scorer = _Scorer(engine, prompts, judge, config, open_store, progress)
+        unpatched = {model: scorer.score_unpatched(model) for model in config.models}
         for recipient in config.recipients:
-            ends = scores[recipient], scores[donor]
             for name, ranking in rankings.items():
-                ks = sorted({window.hi for window in config.windows})
-                patches = {k: Patch(recipient, donor, ranking, k, **how) for k in ks}
-                certain = {"share": share, "confidence": config.confidence}
-                found = search.smallest(lambda pairs, p=patches: scorer(p, pairs), ks, *ends, **certain)
-                blocks = []
-                if layers is not None:
-                    own = _blocks(ranking, found.k or ks[-1], layers)
-                    blocks = search.blocks(
-                        lambda pairs, r=recipient, own=own: scorer(_joined(pairs, r, donor, own, how), pairs),
-                        list(own), *ends, share=share,
-                    )  # fmt: skip
-                results.append(Minimal(recipient, donor, name, found, tuple(blocks)))
+                patches = {k: Patch(recipient, donor, ranking, k, **patch_options) for k in ks}
+                found = search.find_smallest_window(
+                    lambda pairs, patches=patches: scorer.score(patches, pairs),
+                    ks, unpatched[recipient], unpatched[donor], target=target, confidence=config.confidence,
+                )  # fmt: skip
+                chosen = []
+                if block_layers is not None:
+                    blocks = _split_into_blocks(ranking, found.k or ks[-1], block_layers)
+
+                    def measure(pairs, recipient=recipient, blocks=blocks):
+                        return scorer.score(_join_blocks(pairs, recipient, donor, blocks, patch_options), pairs)
+
+                    chosen = search.find_blocks(
+                        measure, list(blocks), unpatched[recipient], unpatched[donor], target=target
+                    )
+                results.append(MinimalResult(recipient, donor, name, found, tuple(chosen)))
     return results
 
 
 class _Scorer:
-    """Scores of patched texts: written where the store lacks them, and judged."""
+    """Scores of patched completions, which are generated if the store lacks them."""
 
     def __init__(self, engine, prompts, judge, config, store, progress) -> None:
         self._engine, self._prompts, self._judge, self._config = engine, list(prompts), judge, config
         self._store, self._progress = store, progress
-        self._items: dict[object, list[texts.Item]] = {}  # by patch, or the name of a model
+        self._tasks: dict[Patch | str, list[CompletionTask]] = {}  # by patch or unpatched model, one per prompt
 
-    def __call__(self, patches: Mapping[object, Patch | str], pairs: Sequence[tuple[object, int]]) -> list[float]:
-        """The score of each (name of a patch, prompt)."""
-        for patch in dict.fromkeys(patches[name] for name, _ in pairs):
-            if patch not in self._items:
-                (self._items[patch],) = texts.wanted(self._engine, self._prompts, [patch], self._config.sampling)
-        items = [self._items[patches[name]][prompt] for name, prompt in pairs]
-        texts.fill(self._engine, items, self._store, progress=self._progress)
-        (records,) = texts.records([items], self._store)
+    def score(self, patches: Mapping[object, Patch | str], pairs: Sequence[tuple[object, int]]) -> list[float]:
+        """Return the score of each (key of `patches`, index of a prompt)."""
+        for patch in dict.fromkeys(patches[key] for key, _ in pairs):
+            if patch not in self._tasks:
+                (self._tasks[patch],) = generation.plan_completions(
+                    self._engine, self._prompts, [patch], self._config.sampling
+                )
+        tasks = [self._tasks[patches[key]][prompt] for key, prompt in pairs]
+        generation.generate_missing(self._engine, tasks, self._store, progress=self._progress)
+        (records,) = generation.build_records([tasks], self._store)
         judging.judge_all(records, {"judge": self._judge}, self._store)
         judging.check_scored(records)
         return [record["scores"]["judge"] for record in records]
 
-    def of_all(self, model: str) -> np.ndarray:
-        """Of an unpatched model, all prompts."""
-        return np.array(self({model: model}, [(model, prompt) for prompt in range(len(self._prompts))]))
+    def score_unpatched(self, model: str) -> np.ndarray:
+        """Return the scores [prompts] of an unpatched model."""
+        return np.array(self.score({model: model}, [(model, prompt) for prompt in range(len(self._prompts))]))
 
 
-def _blocks(ranking: Ranking, k: int, layers: int) -> dict[str, Ranking]:
-    """The first k neurons, by blocks of so many layers; blocks without any are left out."""
-    own = Ranking.from_order(ranking.top(k), ranking.shape)
-    found = {}
+def _split_into_blocks(ranking: Ranking, k: int, layers: int) -> dict[str, Ranking]:
+    """Split the first k neurons into blocks of `layers` layers; leave out blocks without neurons."""
+    selected = Ranking.from_order(ranking.top(k), ranking.shape)
+    blocks = {}
     for start in range(0, ranking.shape[0], layers):
         end = min(start + layers, ranking.shape[0])
-        part = own.filter_layers(range(start, end))
-        if len(part):
-            found[f"layers {start}-{end - 1}" if end - start > 1 else f"layer {start}"] = part
-    return found
+        block = selected.filter_layers(range(start, end))
+        if len(block):
+            blocks[f"layers {start}-{end - 1}" if end - start > 1 else f"layer {start}"] = block
+    return blocks
 
 
-def _joined(pairs, recipient: str, donor: str, own: Mapping[str, Ranking], how: dict) -> dict[tuple, Patch]:
-    """A patch for each set of blocks that is asked for: their neurons together."""
+def _join_blocks(pairs, recipient: str, donor: str, blocks: Mapping[str, Ranking], patch_options: dict) -> dict:
+    """Return a patch of the neurons of each requested set of blocks, by the names of the blocks."""
     patches = {}
     for names, _ in pairs:
         if names not in patches:
-            places = torch.cat([own[name].top(len(own[name])) for name in names])
-            ranking = Ranking.from_order(places, own[names[0]].shape)
-            patches[names] = Patch(recipient, donor, ranking, len(ranking), **how)
+            neurons = torch.cat([blocks[name].top(len(blocks[name])) for name in names])
+            ranking = Ranking.from_order(neurons, blocks[names[0]].shape)
+            patches[names] = Patch(recipient, donor, ranking, len(ranking), **patch_options)
     return patches

@@ -1,7 +1,7 @@
-"""Processes that write to a store: their identity, and the proof that one of them has ended.
+"""Process: the identity of a process that writes to a store, and the proof that it has ended.
 
-Why not host name and process number alone: two containers may share both. A random id names a process. Only the start
-of its machine, its namespace of process numbers and its own start prove that it has ended.
+Why host name and process number are not enough: two containers may share both. Boot of the machine, namespace of
+process numbers and start of the process together prove that it has ended.
 """
 
 import os
@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Self
 
 PROC = Path("/proc")
-ENDED = "ZX"  # states of a process that has ended and was not waited for, or is just ending
-STOPPED = "Tt"
+ENDED_STATES = "ZX"  # in /proc/PID/stat: zombie, dead
+STOPPED_STATES = "Tt"  # stopped by a signal, or by a debugger
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of some machine. host and pid are for people.
+    """A process of some machine.
 
-    namespace: the start of its machine and its namespace of process numbers. started: clock ticks from the start of the
-    machine to its own. Both are None where the system does not say.
+    Attributes:
+        host: Host name, for messages only.
+        pid: Process number in its namespace.
+        namespace: Boot id of the machine and namespace of process numbers; None if the system does not tell.
+        started: Clock ticks from boot to the start of the process; None if the system does not tell.
     """
 
     host: str
@@ -35,7 +38,7 @@ class Process:
         return cls(socket.gethostname(), os.getpid(), _read_namespace(), None if stat is None else stat[1])
 
     def has_ended(self) -> bool:
-        """Return True if the process has provably ended: its namespace is ours, and its number is free or reused."""
+        """Return True if the process has provably ended: it is of our namespace, and its number is free or reused."""
         if self.namespace is None or self.started is None or self.namespace != _read_namespace():
             return False
         try:
@@ -45,12 +48,12 @@ class Process:
         except PermissionError:
             pass
         stat = _read_stat(self.pid)
-        return stat is not None and (stat[0] in ENDED or stat[1] != self.started)
+        return stat is not None and (stat[0] in ENDED_STATES or stat[1] != self.started)
 
     def is_stopped(self) -> bool:
-        """Return True if the process is of our namespace, and a signal or a debugger has stopped it."""
+        """Return True if the process is of our namespace and a signal or a debugger has stopped it."""
         stat = _read_stat(self.pid) if self.namespace is not None and self.namespace == _read_namespace() else None
-        return stat is not None and stat[0] in STOPPED and stat[1] == self.started
+        return stat is not None and stat[0] in STOPPED_STATES and stat[1] == self.started
 
 
 def _read_namespace() -> str | None:
@@ -61,7 +64,7 @@ def _read_namespace() -> str | None:
 
 
 def _read_stat(pid: int) -> tuple[str, int] | None:
-    """Return state and start of a process, or None where it cannot be seen."""
+    """Return state and start time of a process, or None if it is not visible."""
     try:
         fields = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:

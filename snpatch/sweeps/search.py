@@ -1,14 +1,14 @@
-"""The smallest window that recovers a share of the donor's gain, from as few completions as possible.
+"""Search for the smallest window that reaches a target effect, from as few completions as possible.
 
-How it is decided: of each window the scores of some prompts are known, in one random order of all prompts. A window
-suffices if its mean score lies past the point `share` of the way from the recipient's mean to the donor's, prompt by
-prompt (what all prompts of a kind have in common cancels). It is decided by betting against the contrary (Waudby-Smith
-and Ramdas, "Estimating means of bounded random variables by betting", 2020, without replacement): a bet that may be
-looked at after every prompt, and that holds for any distribution of bounded scores. Few prompts that fail outright are
-the rule here, and an interval of the normal kind, from a dozen prompts that all went well, would know nothing of them.
-Where every prompt was seen there is nothing left to decide.
+How it decides: of each window the scores of some prompts are known, in one random order of all prompts. A window
+suffices if its mean score is past the point `target` of the way from the recipient's mean to the donor's, prompt by
+prompt (so that what all prompts have in common cancels). The test bets against the contrary (Waudby-Smith and Ramdas,
+"Estimating means of bounded random variables by betting", 2020, without replacement): its result may be read after
+every prompt, and it holds for any distribution of bounded scores. A normal interval would not do: often a few prompts
+fail outright, and a dozen prompts that all went well say nothing about them. When every prompt was seen, nothing is
+left to decide.
 
-What is assumed: the effect rises with k. Windows on the far side of a decided one are not looked at.
+Assumption: the effect rises with k. Windows on the far side of a decided one are not sampled.
 """
 
 import math
@@ -21,17 +21,19 @@ from numpy.typing import ArrayLike
 from snpatch.errors import SnpatchError
 from snpatch.statistics import half_width
 
-FIRST = 12  # prompts of the first look
-PROBES = 3  # windows of a round
-FRACTIONS = np.linspace(0.05, 0.95, 10)[:, None]  # of the largest bets; all are made side by side
-ROOM = 0.25  # by which scores may lie outside those of the unpatched models, as a share of their range
+FIRST_SAMPLE_SIZE = 12  # prompts of a window's first sample; each further one doubles them
+WINDOWS_PER_ROUND = 3
+BET_FRACTIONS = np.linspace(0.05, 0.95, 10)[:, None]  # of the largest possible bet; all are made in parallel
+RANGE_MARGIN = 0.25  # how far scores may be outside the range of the unpatched models, as a fraction of it
 
-Measure = Callable[[list[tuple[Hashable, int]]], Sequence[float]]  # (what is patched, prompt) -> score of its text
+Measure = Callable[
+    [list[tuple[Hashable, int]]], Sequence[float]
+]  # (what is patched, prompt) -> score of the completion
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What is known of a window. effect: Eq. 4 over the prompts seen, with its interval for all prompts."""
+class WindowEstimate:
+    """Effect (Eq. 4) of a window over the prompts seen so far, with its interval for all prompts."""
 
     k: int
     prompts: int
@@ -41,17 +43,23 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Found:
-    """k: the smallest window of the grid that suffices for these prompts; None: none does.
+class SearchResult:
+    """Result of a search.
 
-    low, high: the windows that cannot be told from it for prompts like these, at the asked confidence; None: no end
-    was seen. used: completions; full: of the whole grid.
+    Attributes:
+        k: The smallest window of the grid that suffices for these prompts; None if none does.
+        low: The smallest window that may suffice for prompts like these, at the given confidence; None if none may.
+        high: The smallest window that surely suffices for prompts like these; None if none does.
+        curve: Estimates of the windows that were sampled.
+        used: Completions used.
+        full: Completions of the whole grid.
+        rounds: Rounds of sampling.
     """
 
     k: int | None
     low: int | None
     high: int | None
-    curve: tuple[Seen, ...]
+    curve: tuple[WindowEstimate, ...]
     used: int
     full: int
     rounds: int
@@ -59,178 +67,195 @@ class Found:
 
 @dataclass(frozen=True)
 class Block:
-    """A block that was added, the effect with it (over all prompts), and the completions that it took to choose it."""
+    """A block that was added, the effect over all prompts with it, and the completions used to choose it."""
 
     name: str
     effect: float
     used: int
 
 
-def smallest(
+def find_smallest_window(
     measure: Measure,
     ks: Sequence[int],
     recipient: ArrayLike,  # [prompts], scores of the unpatched recipient
-    donor: ArrayLike,  # [prompts], of the unpatched donor
+    donor: ArrayLike,  # [prompts], scores of the unpatched donor
     *,
-    share: float = 0.9,
+    target: float = 0.9,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Found:
-    """The smallest of ks that recovers `share` of the way from the recipient's mean score to the donor's.
+) -> SearchResult:
+    """Find the smallest k that covers `target` of the way from the recipient's mean score to the donor's.
 
-    measure: scores of (k, prompt) pairs, each asked for once. For an effect that rises with k, `k` is what the whole
-    grid would give with probability `confidence`.
+    Args:
+        measure: Returns the scores of (k, prompt) pairs; each pair is requested once.
+        ks: The grid, rising.
+        recipient: Scores [prompts] of the unpatched recipient.
+        donor: Scores [prompts] of the unpatched donor.
+        target: Effect to reach, in (0, 1].
+        confidence: Probability that `k` is what the whole grid would give, if the effect rises with k.
+        seed: Seed of the order of prompts.
     """
-    asked = _Asked(measure, recipient, donor, share, seed)
+    test = _SequentialTest(measure, recipient, donor, target, seed)
     ks = list(ks)
     if not ks or ks != sorted(set(ks)) or ks[0] < 0:
         raise SnpatchError(f"minimal: ks must rise and not be negative, got {ks}")
     if not 0 < confidence < 1:
         raise SnpatchError(f"minimal: confidence must lie between 0 and 1, got {confidence}")
     risk = (1 - confidence) / len(ks)
-    low, high, rounds = -1, len(ks), 0
+    low, high, rounds = -1, len(ks), 0  # indices: all up to low are too small, all from high on suffice
     while high - low > 1:
         rounds += 1
-        inside = range(low + 1, high)
-        begun = [i for i in inside if asked.seen(ks[i])]
-        chosen = begun or [low + (high - low) * (j + 1) // (PROBES + 1) for j in range(PROBES)]
-        chosen = [i for i in dict.fromkeys(chosen) if low < i < high] or [(low + high) // 2]
-        asked.look([ks[i] for i in chosen])
+        started = [i for i in range(low + 1, high) if test.num_seen(ks[i])]
+        spread = [low + (high - low) * (j + 1) // (WINDOWS_PER_ROUND + 1) for j in range(WINDOWS_PER_ROUND)]
+        chosen = [i for i in dict.fromkeys(started or spread) if low < i < high] or [(low + high) // 2]
+        test.sample([ks[i] for i in chosen])
         for i in chosen:
-            verdict = asked.verdict(ks[i], risk)
+            verdict = test.verdict(ks[i], risk)
             if verdict > 0:
                 high = min(high, i)
             elif verdict < 0:
                 low = max(low, i)
         low = min(low, high - 1)
-    # What holds for prompts like these and not only for these: as if they were drawn from infinitely many.
-    sure = [asked.verdict(k, risk, of_all=False) if asked.seen(k) else 0 for k in ks]
-    enough = next((i for i, verdict in enumerate(sure) if verdict > 0), None)
-    too_few = max((i for i, verdict in enumerate(sure) if verdict < 0), default=-1)
-    return Found(
-        ks[high] if high < len(ks) else None,
-        ks[too_few + 1] if too_few + 1 < len(ks) else None,
-        None if enough is None else ks[enough],
-        tuple(asked.told(k, (1 - confidence) / 2) for k in ks if asked.seen(k)),
-        asked.used,
-        len(ks) * asked.prompts,
-        rounds,
+    # Verdicts for prompts like these and not only for these: as if they were drawn from infinitely many.
+    verdicts = [test.verdict(k, risk, is_population=False) if test.num_seen(k) else 0 for k in ks]
+    enough = next((i for i, verdict in enumerate(verdicts) if verdict > 0), None)
+    too_few = max((i for i, verdict in enumerate(verdicts) if verdict < 0), default=-1)
+    return SearchResult(
+        k=ks[high] if high < len(ks) else None,
+        low=ks[too_few + 1] if too_few + 1 < len(ks) else None,
+        high=None if enough is None else ks[enough],
+        curve=tuple(test.to_estimate(k, (1 - confidence) / 2) for k in ks if test.num_seen(k)),
+        used=test.used,
+        full=len(ks) * test.prompts,
+        rounds=rounds,
     )
 
 
-def blocks(
+def find_blocks(
     measure: Measure,
     names: Sequence[str],
     recipient: ArrayLike,
     donor: ArrayLike,
     *,
-    share: float = 0.9,
+    target: float = 0.9,
     seed: int = 0,
 ) -> list[Block]:
-    """Blocks that together recover `share`, each the one that adds most to those before it; all, if they do not.
+    """Choose blocks greedily until they reach the target effect together; return all if they do not.
 
-    measure: scores of (names of the patched blocks, prompt) pairs. Of the candidates of a step the better half goes on
-    to twice as many prompts.
+    Each step adds the block that gains most. The better half of its candidates is sampled on twice as many prompts.
+
+    Args:
+        measure: Returns the scores of (names of the patched blocks, prompt) pairs.
+        names: Names of the blocks.
+        recipient: See find_smallest_window; so are donor, target and seed.
     """
     if not names or len(set(names)) < len(names):
         raise SnpatchError(f"minimal: blocks must have a name each, got {list(names)}")
-    asked, chosen = _Asked(measure, recipient, donor, share, seed), []
-    while len(chosen) < len(names) and (not chosen or chosen[-1].effect < share):
-        before, start = tuple(block.name for block in chosen), asked.used
-        left = [(*before, name) for name in names if name not in before]
+    test, chosen = _SequentialTest(measure, recipient, donor, target, seed), []
+    while len(chosen) < len(names) and (not chosen or chosen[-1].effect < target):
+        before, used_before = tuple(block.name for block in chosen), test.used
+        candidates = [(*before, name) for name in names if name not in before]
         while True:
-            asked.look(left)
-            if len(left) == 1:
+            test.sample(candidates)
+            if len(candidates) == 1:
                 break
-            left = sorted(left, key=asked.mean, reverse=True)[: -(-len(left) // 2)]
-        while asked.seen(left[0]) < asked.prompts:
-            asked.look(left)
-        chosen.append(Block(left[0][-1], asked.told(left[0], 0.025).effect, asked.used - start))
+            candidates = sorted(candidates, key=test.mean, reverse=True)[: -(-len(candidates) // 2)]
+        (best,) = candidates
+        while test.num_seen(best) < test.prompts:
+            test.sample(candidates)
+        chosen.append(Block(best[-1], test.to_estimate(best, 0.025).effect, test.used - used_before))
     return chosen
 
 
-class _Asked:
-    """What was measured so far: of each window the first prompts of one random order."""
+class _SequentialTest:
+    """Scores measured so far: for each window (or set of blocks) the first prompts of one random order."""
 
-    def __init__(self, measure: Measure, recipient: ArrayLike, donor: ArrayLike, share: float, seed: int) -> None:
+    def __init__(self, measure: Measure, recipient: ArrayLike, donor: ArrayLike, target: float, seed: int) -> None:
         recipient, donor = (np.asarray(scores, dtype=float) for scores in (recipient, donor))
         if recipient.shape != donor.shape or recipient.ndim != 1 or not len(recipient):
             raise SnpatchError(
                 f"minimal: wanted a score of both models for each prompt, got {list(recipient.shape)} and "
                 f"{list(donor.shape)}"
             )
-        if not 0 < share <= 1:
-            raise SnpatchError(f"minimal: share must lie in (0, 1], got {share}")
+        if not 0 < target <= 1:
+            raise SnpatchError(f"minimal: target effect must lie in (0, 1], got {target}")
         gap = donor.mean() - recipient.mean()
         if not math.isfinite(gap) or gap == 0:
             raise SnpatchError("minimal: the two models' mean scores are the same: there is nothing to recover")
-        self.prompts, self.used, self.share, self.gap = len(recipient), 0, share, abs(gap)
-        self._sign, self._target = math.copysign(1, gap), recipient + share * (donor - recipient)
+        self.prompts, self.used, self.target, self.gap = len(recipient), 0, target, abs(gap)
+        self._sign, self._target_scores = math.copysign(1, gap), recipient + target * (donor - recipient)
         scores = self._sign * np.concatenate([recipient, donor])
-        target, room = self._sign * self._target, ROOM * np.ptp(scores)
-        self._range = scores.min() - room - target.max(), scores.max() + room - target.min()
+        target_scores, margin = self._sign * self._target_scores, RANGE_MARGIN * np.ptp(scores)
+        self._range = scores.min() - margin - target_scores.max(), scores.max() + margin - target_scores.min()
         self._order = np.random.default_rng(seed).permutation(self.prompts)
-        self._measure, self._past = measure, {}
-        sizes = [min(FIRST, self.prompts)]
-        while sizes[-1] < self.prompts:
-            sizes.append(min(2 * sizes[-1], self.prompts))
-        self.looks = sizes
+        self._measure = measure
+        self._surpluses: dict[Hashable, list[float]] = {}  # scores past the target, in the order of prompts
+        self._sample_sizes = [min(FIRST_SAMPLE_SIZE, self.prompts)]
+        while self._sample_sizes[-1] < self.prompts:
+            self._sample_sizes.append(min(2 * self._sample_sizes[-1], self.prompts))
 
-    def seen(self, what: Hashable) -> int:
-        """How many prompts of it are known."""
-        return len(self._past.get(what, ()))
+    def num_seen(self, key: Hashable) -> int:
+        """Return the number of prompts with a score."""
+        return len(self._surpluses.get(key, ()))
 
-    def look(self, those: Sequence[Hashable]) -> None:
-        """Measure each on as many prompts as its next look has."""
+    def sample(self, keys: Sequence[Hashable]) -> None:
+        """Measure each key on its next sample of prompts."""
         pairs = []
-        for what in those:
-            n = next((size for size in self.looks if size > self.seen(what)), self.prompts)
-            pairs += [(what, int(prompt)) for prompt in self._order[self.seen(what) : n]]
+        for key in keys:
+            n = next((size for size in self._sample_sizes if size > self.num_seen(key)), self.prompts)
+            pairs += [(key, int(prompt)) for prompt in self._order[self.num_seen(key) : n]]
         scores = [float(score) for score in self._measure(pairs)] if pairs else []
         if len(scores) != len(pairs) or not all(map(math.isfinite, scores)):
             raise SnpatchError(f"minimal: wanted {len(pairs)} finite scores, got {len(scores)}")
         self.used += len(pairs)
-        for (what, prompt), score in zip(pairs, scores, strict=True):
-            self._past.setdefault(what, []).append(self._sign * (score - self._target[prompt]))
+        for (key, prompt), score in zip(pairs, scores, strict=True):
+            self._surpluses.setdefault(key, []).append(self._sign * (score - self._target_scores[prompt]))
 
-    def mean(self, what: Hashable) -> float:
-        """How far it lies past the share, in scores."""
-        return float(np.mean(self._past[what]))
+    def mean(self, key: Hashable) -> float:
+        """Return the mean score past the target."""
+        return float(np.mean(self._surpluses[key]))
 
-    def verdict(self, what: Hashable, risk: float, of_all: bool = True) -> int:
-        """1: it suffices; -1: it does not; 0: not decided. of_all: for these prompts, else for any like these.
+    def verdict(self, key: Hashable, risk: float, is_population: bool = True) -> int:
+        """Return 1 if the key reaches the target, -1 if it does not, 0 if that is undecided.
 
-        risk: probability of a wrong 1 or -1.
+        Args:
+            key: What is patched.
+            risk: Probability of a wrong 1 or -1.
+            is_population: Decide for these prompts; otherwise for infinitely many prompts like these.
         """
-        if of_all and self.seen(what) == self.prompts:
-            return 1 if self.mean(what) >= -1e-12 * self.gap else -1
+        if is_population and self.num_seen(key) == self.prompts:
+            return 1 if self.mean(key) >= -1e-12 * self.gap else -1
         low, high = self._range
-        values = (np.clip(self._past[what], low, high) - low) / (high - low)
-        middle, population = -low / (high - low), self.prompts if of_all else None
+        values = (np.clip(self._surpluses[key], low, high) - low) / (high - low)
+        middle, population = -low / (high - low), self.prompts if is_population else None
         if _log_wealth(values, middle, population) >= -math.log(risk):
             return 1
         return -1 if _log_wealth(1 - values, 1 - middle, population) >= -math.log(risk) else 0
 
-    def told(self, k, tail: float) -> Seen:
-        """As an effect, with its t-interval for all prompts, which is for looking at and decides nothing."""
-        middle = self.share + self.mean(k) / self.gap
-        half = half_width(self._past[k], tail, self.prompts) / self.gap
-        return Seen(k, self.seen(k), middle, middle - half, middle + half)
+    def to_estimate(self, key, tail: float) -> WindowEstimate:
+        """Return the effect with its t-interval for all prompts. It is for display and decides nothing."""
+        effect = self.target + self.mean(key) / self.gap
+        half = half_width(self._surpluses[key], tail, self.prompts) / self.gap
+        return WindowEstimate(key, self.num_seen(key), effect, effect - half, effect + half)
 
 
 def _log_wealth(values: np.ndarray, mean: float, population: int | None) -> float:
-    """The logarithm of the largest wealth that bets on a mean above `mean` ever had, from 1; values: [n] in [0, 1].
+    """Return the logarithm of the largest wealth, from 1, of bets that the mean is above `mean`.
 
-    Where the mean of all is at most that, it reaches 1 / risk with probability `risk` at most. population: how many
-    values there are, of which these are the first in a random order; None: infinitely many.
+    If the mean of all values is at most `mean`, the wealth reaches 1 / risk with a probability of at most `risk`.
+
+    Args:
+        values: Values [n] in [0, 1], the first of the population in a random order.
+        mean: The mean that is bet against.
+        population: Number of all values; None: infinite.
     """
     n = len(values)
     if population is None:
-        left = np.full(n, mean)
-    else:  # the mean that is left for the values not seen yet
-        left = (population * mean - np.cumsum(values) + values) / (population - np.arange(n))
-    if (left <= 0).any():
+        expected = np.full(n, mean)
+    else:  # mean of the values that are not seen yet
+        expected = (population * mean - np.cumsum(values) + values) / (population - np.arange(n))
+    if (expected <= 0).any():
         return math.inf
-    bets = np.where(left < 1, FRACTIONS / np.minimum(left, 1), 0.0)
-    wealth = np.cumsum(np.log1p(bets * (values - left)), axis=1)
-    return float((np.logaddexp.reduce(wealth, axis=0) - math.log(len(FRACTIONS))).max())
+    bets = np.where(expected < 1, BET_FRACTIONS / np.minimum(expected, 1), 0.0)
+    log_wealth = np.cumsum(np.log1p(bets * (values - expected)), axis=1)
+    return float((np.logaddexp.reduce(log_wealth, axis=0) - math.log(len(BET_FRACTIONS))).max())

@@ -1,4 +1,4 @@
-"""Sweeps: many patches over the same prompts, judged and compared with the unpatched models."""
+"""Sweeps: completions of many patches over the same prompts, judged and compared with the unpatched models."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,25 +18,42 @@ from snpatch.names import check_names
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
-from snpatch.statistics import causal_effect, interval, net_effect, paired_p
-from snpatch.sweeps import judging, texts
+from snpatch.statistics import UNDEFINED, Interval, causal_effect, interval, net_effect, paired_p
+from snpatch.sweeps import generation, judging
 from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.generation import CompletionTask
 from snpatch.sweeps.store import Store
 
-NOTHING = Window(0, 0)
-PROMPTS = "prompts"  # the name of a set that has none
+EMPTY_WINDOW = Window(0, 0)
+DEFAULT_SET = "prompts"  # name of a prompt set that has none
 
 
 @dataclass(frozen=True)
 class Row:
-    """One point as one judge sees it: a patch (or an unpatched model: ranking None) over all prompts of a set.
+    """One point of a sweep over one prompt set, as one judge scored it.
 
-    mean: mean score of the completions; effect: Eq. 4, the share of the way from the recipient's mean to the
-    donor's; net: the same without what its random controls recover; low and high: bootstrap over prompts. share:
-    patched part of all the model's neurons. prompts: that count: those of which every text that is compared was
-    written and scored; failed: all others. p_unpatched: paired t-test against the recipient's own scores; p_control:
-    against the mean of the window's random controls. None where there is nothing to compare with, or no prompt's score
-    differs.
+    Attributes:
+        judge: Name of the judge.
+        set: Name of the prompt set.
+        recipient: The patched model, or the unpatched model where `ranking` is None.
+        donor: The model whose activations are copied; None for an unpatched model.
+        ranking: Name of the ranking; None for an unpatched model.
+        control_seed: Seed of the random control; None for the ranking's own neurons.
+        rank_lo: First rank of the window.
+        rank_hi: Rank after the window's last.
+        strength: Strength of the patch; None for an unpatched model.
+        neuron_fraction: Patched neurons as a fraction of all neurons.
+        prompts: Prompts with all completions written and scored, of this point and of those it is compared with.
+        failed: All other prompts.
+        tokens: Generated tokens.
+        overwrites: Overwrites that the device counted.
+        mean: Mean score of the completions. The bounds `_low` and `_high` are from a bootstrap over prompts.
+        effect: Eq. 4: the fraction of the way from the recipient's mean to the donor's.
+        net_effect: The same without what the random controls recover.
+        p_vs_unpatched: p of a paired t-test against the scores of the unpatched recipient.
+        p_vs_random: p of a paired t-test against the mean scores of the random controls.
+
+    A figure is None if there is nothing to compare with; a p also if no prompt's score differs.
     """
 
     judge: str
@@ -45,10 +62,10 @@ class Row:
     donor: str | None
     ranking: str | None
     control_seed: int | None
-    lo: int
-    hi: int
+    rank_lo: int
+    rank_hi: int
     strength: float | None
-    share: float
+    neuron_fraction: float
     prompts: int
     failed: int
     tokens: int
@@ -59,11 +76,11 @@ class Row:
     effect: float | None
     effect_low: float | None
     effect_high: float | None
-    net: float | None
-    net_low: float | None
-    net_high: float | None
-    p_unpatched: float | None
-    p_control: float | None
+    net_effect: float | None
+    net_effect_low: float | None
+    net_effect_high: float | None
+    p_vs_unpatched: float | None
+    p_vs_random: float | None
 
     @property
     def state(self) -> str:
@@ -73,9 +90,14 @@ class Row:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """rows: one a judge, set and point, the unpatched models first. records: every completion with its scores.
+    """Result of a sweep.
 
-    failures: what could not be written or scored, by prompt and error.
+    Attributes:
+        config: The grid.
+        rows: One row per judge, prompt set and point, the unpatched models first.
+        records: Every completion with its scores.
+        notes: Remarks about windows, for example one without a random control.
+        failures: Completions and scores that failed: prompt and error.
     """
 
     config: SweepConfig
@@ -98,79 +120,115 @@ class SweepResult:
 
     @property
     def donor(self) -> str:
-        """The one donor of a slice."""
+        """The donor of a slice."""
         (donor,) = self.config.donors
         return donor
 
     def slices(self) -> Iterator[tuple[str, "SweepResult"]]:
-        """The parts with one set, one donor and one strength, which can be drawn as one curve; and what they are."""
-        for name in self.sets:
-            for donor in self.config.donors:
-                for strength in self.config.strengths:
-                    rows = [
-                        row
-                        for row in self.rows
-                        if row.set == name and (row.ranking is None or (row.donor, row.strength) == (donor, strength))
-                    ]
-                    parts = {name: self.sets, f"donor {donor}": self.config.donors}
-                    parts |= {f"strength {strength:g}": self.config.strengths}
-                    label = ", ".join(part for part, all_of_it in parts.items() if len(all_of_it) > 1)
-                    recipients = tuple(one for one in self.config.recipients if one != donor)
-                    one = replace(self.config, recipients=recipients, donors=(donor,), strengths=(strength,))
-                    yield label, replace(self, config=one, rows=rows)
+        """Yield label and result of each combination of prompt set, donor and strength; each is one curve."""
+        for name, donor, strength in product(self.sets, self.config.donors, self.config.strengths):
+            rows = [
+                row
+                for row in self.rows
+                if row.set == name and (row.ranking is None or (row.donor, row.strength) == (donor, strength))
+            ]
+            dimensions = {name: self.sets, f"donor {donor}": self.config.donors}
+            dimensions |= {f"strength {strength:g}": self.config.strengths}
+            label = ", ".join(value for value, values in dimensions.items() if len(values) > 1)
+            recipients = tuple(recipient for recipient in self.config.recipients if recipient != donor)
+            config = replace(self.config, recipients=recipients, donors=(donor,), strengths=(strength,))
+            yield label, replace(self, config=config, rows=rows)
 
     def baseline(self, model: str, judge: str) -> Row:
-        """The row of an unpatched model."""
+        """Return the row of an unpatched model."""
         return next(r for r in self.rows if r.ranking is None and (r.recipient, r.judge) == (model, judge))
 
     def line(self, judge: str, recipient: str, ranking: str, control_seed: int | None = None) -> list[Row]:
-        """The rows of one ranking's windows (or of one seed's controls), by their end."""
+        """Return the rows of a ranking's windows, or of the controls of one seed, sorted by the window's end."""
         key = judge, recipient, ranking, control_seed
         rows = [row for row in self.rows if (row.judge, row.recipient, row.ranking, row.control_seed) == key]
-        return sorted(rows, key=lambda row: (row.hi, row.lo))
+        return sorted(rows, key=lambda row: (row.rank_hi, row.rank_lo))
 
     def controls(self, row: Row) -> list[Row]:
-        """The random controls of a row's window."""
-        return [r for r in self.rows if r.control_seed is not None and _beside(r) == _beside(row)]
+        """Return the rows of the random controls of a row's window."""
+        return [r for r in self.rows if r.control_seed is not None and _window_key(r) == _window_key(row)]
 
 
-def _beside(row: Row) -> tuple:
-    """What a row has in common with its random controls."""
-    return row.judge, row.set, row.recipient, row.donor, row.ranking, row.lo, row.hi, row.strength
+def _window_key(row: Row) -> tuple:
+    """Return what a row has in common with its random controls."""
+    return row.judge, row.set, row.recipient, row.donor, row.ranking, row.rank_lo, row.rank_hi, row.strength
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one row of the table runs. window: of the named ranking; patch: what is run for it."""
+    """A patch of a sweep, or an unpatched model.
+
+    Attributes:
+        recipient: The model that generates.
+        patch: What runs; None for the unpatched model.
+        ranking: Name of the ranking.
+        control_seed: Seed of a random control; None for the ranking's own neurons.
+        window: Window over the named ranking.
+    """
 
     recipient: str
     patch: Patch | None = None
-    name: str | None = None
-    seed: int | None = None
-    window: Window = NOTHING
+    ranking: str | None = None
+    control_seed: int | None = None
+    window: Window = EMPTY_WINDOW
 
     @property
-    def runs(self) -> Patch | str:
-        """The patch, or the model that is run unpatched."""
+    def target(self) -> Patch | str:
+        """The patch, or the name of the model that runs unpatched."""
         return self.patch or self.recipient
 
     @property
-    def compared(self) -> tuple:
-        """What it has in common with its random controls."""
-        return self.recipient, self.patch and (self.patch.donor, self.patch.strength), self.name, self.window
+    def window_key(self) -> tuple:
+        """What the point has in common with its random controls."""
+        return self.recipient, self.patch and (self.patch.donor, self.patch.strength), self.ranking, self.window
 
     @property
     def labels(self) -> dict:
-        """What its rows and records are found by."""
+        """Labels of the point's rows and records."""
         return {
             "recipient": self.recipient,
             "donor": None if self.patch is None else self.patch.donor,
-            "ranking": self.name,
-            "control_seed": self.seed,
-            "lo": self.window.lo,
-            "hi": self.window.hi,
+            "ranking": self.ranking,
+            "control_seed": self.control_seed,
+            "rank_lo": self.window.lo,
+            "rank_hi": self.window.hi,
             "strength": None if self.patch is None else self.patch.strength,
         }
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """All completions of a sweep.
+
+    Attributes:
+        points: The points.
+        notes: Remarks about engine and windows.
+        sets: Number of prompts of each prompt set.
+        tasks: Tasks of each point, over the prompts of all sets.
+        labels: Labels of each task, in the order of `flat_tasks`.
+    """
+
+    points: list[Point]
+    notes: list[str]
+    sets: dict[str, int]
+    tasks: list[list[CompletionTask]]
+    labels: list[dict]
+
+    @property
+    def flat_tasks(self) -> list[CompletionTask]:
+        """The tasks of all points."""
+        return list(chain.from_iterable(self.tasks))
+
+    def set_labels(self, sweep: str, judges: Mapping[str, Judge], store: Store) -> None:
+        """Store the labels of the sweep's completions, and under which keys its judges' scores are stored."""
+        rows = zip(self.flat_tasks, self.labels, strict=True)
+        store.set_labels(sweep, [(task.key, labels, task.error) for task, labels in rows])
+        store.set_judges(judging.judge_keys(judges, store))
 
 
 def sweep(
@@ -182,196 +240,207 @@ def sweep(
     *,
     store: str | Path | Store | None = None,
     name: str = "sweep",
-    restarts: int = texts.RESTARTS,
+    max_restarts: int = generation.MAX_RESTARTS,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Run every window of every ranking and of its random controls, for every recipient and donor, and judge the texts.
 
-    prompts: or several sets of them by name. judges: name -> judge; each sees all texts. store: a folder that keeps
-    texts and scores, so that a killed sweep continues; or an open Store, in which name tells its texts from those of
-    other sweeps. A window of which no disjoint random control
-    can be drawn has none, and a note says so. What fails is left out of the rows and told in `failures`. restarts: of
-    an engine that dies.
+    A window from which no disjoint random control can be drawn has none, and a note says so. Completions and scores
+    that fail are left out of the rows and listed in `failures`.
+
+    Args:
+        engine: The engine.
+        prompts: Prompts, or several prompt sets by name.
+        rankings: Rankings by name.
+        judges: Judges by name; each scores all completions.
+        config: The grid.
+        store: A folder that stores completions and scores, so that a killed sweep resumes; or an open Store.
+        name: Separates the completions of this sweep in the store from those of other sweeps.
+        max_restarts: Restarts of a crashed engine.
+        progress: Called as `progress(done, total)`.
+
+    Raises:
+        SnpatchError: The grid, a name or a prompt set is invalid, or a judge can score nothing.
     """
     check_names(judges, "a judge")
-    asked = ask(engine, prompts, rankings, config)
-    with Store(store) if not isinstance(store, Store) else nullcontext(store) as kept:
-        asked.name(name, judges, kept)
-        with judging.Meanwhile(judges, kept) as meanwhile:
-            how = {"restarts": restarts, "written": meanwhile.add, "progress": progress}
-            texts.fill(engine, asked.flat, kept, **how)
-        return finish(asked, judges, config, kept)
+    plan = plan_sweep(engine, prompts, rankings, config)
+    with Store(store) if not isinstance(store, Store) else nullcontext(store) as open_store:
+        plan.set_labels(name, judges, open_store)
+        with judging.BackgroundScorer(judges, open_store) as scorer:
+            generation.generate_missing(
+                engine,
+                plan.flat_tasks,
+                open_store,
+                max_restarts=max_restarts,
+                on_completion=scorer.add,
+                progress=progress,
+            )
+        return build_result(plan, judges, config, open_store)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """All texts that a sweep wants. items: of each point; labels: of each item, in the same order, as one list."""
-
-    points: list[Point]
-    notes: list[str]
-    sets: dict[str, int]  # how many prompts each has
-    items: list[list[texts.Item]]
-    labels: list[dict]
-
-    @property
-    def flat(self) -> list[texts.Item]:
-        """The items of all points."""
-        return list(chain.from_iterable(self.items))
-
-    def name(self, sweep: str, judges: Mapping[str, Judge], store: Store) -> None:
-        """Tell the store what its texts and scores are called from here on."""
-        store.name(sweep, [(item.key, own, item.error) for item, own in zip(self.flat, self.labels, strict=True)])
-        store.name_judges(judging.digests_of(judges, store))
-
-
-def ask(engine: Engine, prompts, rankings: Mapping[str, Ranking], config: SweepConfig) -> Asked:
-    """What a sweep of these wants, checked in full before anything is written."""
+def plan_sweep(engine: Engine, prompts, rankings: Mapping[str, Ranking], config: SweepConfig) -> SweepPlan:
+    """Plan all completions of a sweep, and check them before any is generated."""
     for recipient, donor in product(config.recipients, config.donors):
-        own, other = map(engine.requests.model, (recipient, donor))
-        if recipient != donor and own.fingerprint == other.fingerprint:
+        models = [engine.requests.model(name) for name in (recipient, donor)]
+        if recipient != donor and models[0].fingerprint == models[1].fingerprint:
             raise SnpatchError(f"sweep: {recipient} and {donor} are the same model by content: no patch can change it")
-    sets = sets_of(prompts)
-    points, notes = points_of(rankings, config)
-    notes = [*engine.notes, *notes]
+    sets = name_sets(prompts)
+    points, notes = build_points(rankings, config)
     chats = list(chain.from_iterable(sets.values()))
-    items = texts.wanted(engine, chats, [point.runs for point in points], config.sampling, config.samples)
-    return named(points, notes, {name: len(mine) for name, mine in sets.items()}, items)
+    targets = [point.target for point in points]
+    tasks = generation.plan_completions(engine, chats, targets, config.sampling, config.samples)
+    return label_tasks(points, [*engine.notes, *notes], {name: len(chats) for name, chats in sets.items()}, tasks)
 
 
-def named(points: list[Point], notes: list[str], sets: dict[str, int], items: list[list[texts.Item]]) -> Asked:
-    """Items with their labels."""
-    place = [(name, index) for name, n in sets.items() for index in range(n)]
+def label_tasks(
+    points: list[Point], notes: list[str], sets: dict[str, int], tasks: list[list[CompletionTask]]
+) -> SweepPlan:
+    """Return the plan of these tasks, with their labels."""
+    prompt_labels = [{"set": name, "prompt_index": index} for name, n in sets.items() for index in range(n)]
     labels = []
-    for point, mine in zip(points, items, strict=True):
-        for item in mine:
-            name, index = place[item.prompt_index]
-            own = {"set": name, "prompt_index": index, "prompt": item.prompt, "sample": item.sample}
-            labels.append({**point.labels, **own})
-    return Asked(points, notes, sets, items, labels)
+    for point, point_tasks in zip(points, tasks, strict=True):
+        for task in point_tasks:
+            prompt = {**prompt_labels[task.prompt_index], "prompt": task.prompt, "sample": task.sample}
+            labels.append({**point.labels, **prompt})
+    return SweepPlan(points, notes, sets, tasks, labels)
 
 
-def finish(asked: Asked, judges: Mapping[str, Judge], config: SweepConfig, store: Store) -> SweepResult:
-    """Judge what the store has of a sweep's texts, and compare."""
-    written = texts.records(asked.items, store)
-    records = [{**record, **own} for record, own in zip(chain.from_iterable(written), asked.labels, strict=True)]
+def build_result(plan: SweepPlan, judges: Mapping[str, Judge], config: SweepConfig, store: Store) -> SweepResult:
+    """Judge the stored completions of a sweep, and compare them."""
+    point_records = generation.build_records(plan.tasks, store)
+    flat_records = chain.from_iterable(point_records)
+    records = [{**record, **labels} for record, labels in zip(flat_records, plan.labels, strict=True)]
     judging.judge_all(records, judges, store)
-    rows, shape = [], (len(asked.points), sum(asked.sets.values()), config.samples)
+    shape = (len(plan.points), sum(plan.sets.values()), config.samples)
+    rows = []
     for judge in judges:
-        scores, first = _means(records, judge, shape), 0
-        for name, n in asked.sets.items():
-            own = range(first, first + n)
-            texts_of = [[record for record in mine if record["prompt_index"] in own] for mine in written]
-            rows += _rows(config, judge, name, asked.points, texts_of, scores[:, own])
+        scores, first = _mean_scores(records, judge, shape), 0
+        for name, n in plan.sets.items():
+            indices = range(first, first + n)
+            set_records = [[record for record in rs if record["prompt_index"] in indices] for rs in point_records]
+            rows += _build_rows(config, judge, name, plan.points, set_records, scores[:, indices])
             first += n
-    return SweepResult(config, rows, records, asked.notes, _failures(records))
+    return SweepResult(config, rows, records, plan.notes, _describe_failures(records))
 
 
-def sets_of(prompts: Sequence[Chat] | Mapping[str, Sequence[Chat]]) -> dict[str, Sequence[Chat]]:
-    """Sets of prompts by name; none of them is empty."""
-    sets = dict(prompts) if isinstance(prompts, Mapping) else {PROMPTS: prompts}
+def name_sets(prompts: Sequence[Chat] | Mapping[str, Sequence[Chat]]) -> dict[str, Sequence[Chat]]:
+    """Return prompt sets by name. Raise if one is empty."""
+    sets = dict(prompts) if isinstance(prompts, Mapping) else {DEFAULT_SET: prompts}
     if not sets or not all(map(len, sets.values())):
         raise SnpatchError("sweep: needs at least one prompt of each set")
     return sets
 
 
-def points_of(rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[list[Point], list[str]]:
-    """What a sweep runs, the unpatched models first, and which windows have no control."""
+def build_points(rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[list[Point], list[str]]:
+    """Return the points of a sweep, the unpatched models first, and notes about its windows."""
     if not rankings:
         raise SnpatchError("sweep: needs at least one ranking")
     check_names(rankings, "a ranking")
+    pairs = [(r, d, s) for r, d, s in product(config.recipients, config.donors, config.strengths) if r != d]
     points, notes = [Point(model) for model in config.models], []
-    for name, ranking in rankings.items():
-        for window in config.windows:
-            controls, note = _controls(ranking, window, config)
-            if note:
-                notes.append(f"{name} [{window.lo}, {window.hi}) has no random control: {note}")
-            for border in {window.lo, window.hi}:
-                if tied := ranking.ties(border):
-                    notes.append(f"{name}: {tied} neurons share the score at the border {border} of a window")
-            for recipient in config.recipients:
-                for donor in (one for one in config.donors if one != recipient):
-                    for strength in config.strengths:
-                        how = {"positions": config.positions, "strength": strength}
-                        patch = Patch(recipient, donor, ranking, window, **how)
-                        points.append(Point(recipient, patch, name, None, window))
-                        for seed, control in enumerate(controls):
-                            patch = Patch(recipient, donor, control, len(window), **how)
-                            points.append(Point(recipient, patch, name, seed, window))
+    for (name, ranking), window in product(rankings.items(), config.windows):
+        controls, note = _draw_controls(ranking, window, config)
+        if note:
+            notes.append(f"{name} [{window.lo}, {window.hi}) has no random control: {note}")
+        for border in {window.lo, window.hi}:
+            if tied := ranking.ties(border):
+                notes.append(f"{name}: {tied} neurons share the score at the border {border} of a window")
+        selections = [(None, ranking, window)]
+        selections += [(seed, control, len(window)) for seed, control in enumerate(controls)]
+        for (recipient, donor, strength), (seed, source, size) in product(pairs, selections):
+            patch = Patch(recipient, donor, source, size, positions=config.positions, strength=strength)
+            points.append(Point(recipient, patch, name, seed, window))
     return points, notes
 
 
-def _controls(ranking: Ranking, window: Window, config: SweepConfig) -> tuple[list[Ranking], str | None]:
-    """The random controls of a window, or why there are none."""
+def _draw_controls(ranking: Ranking, window: Window, config: SweepConfig) -> tuple[list[Ranking], str | None]:
+    """Return the random controls of a window, or why there are none."""
+    kind = {"kind": config.control_kind, "disjoint": config.disjoint}
     try:
-        kind = {"kind": config.control_kind, "disjoint": config.disjoint}
         return [ranking.random_control(window, seed=seed, **kind) for seed in range(config.controls)], None
     except NotEnoughNeuronsError as error:
         return [], str(error)
 
 
-def _means(records: Sequence[dict], judge: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Scores [points, prompts] of a judge, NaN where one of a prompt's samples has none."""
+def _mean_scores(records: Sequence[dict], judge: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return a judge's scores [points, prompts], averaged over samples; NaN if a sample has no score."""
     scores = [record["scores"][judge] for record in records]
     return np.array([np.nan if score is None else score for score in scores]).reshape(shape).mean(-1)
 
 
-def _rows(config, judge, name, points, written, scores) -> list[Row]:
-    """A row a point, from its texts' scores [points, prompts]."""
-    size = next(math.prod(point.patch.ranking.shape) for point in points if point.patch is not None)
-    certainty = {"resamples": config.resamples, "confidence": config.confidence}
+def _build_rows(
+    config: SweepConfig,
+    judge: str,
+    set_name: str,
+    points: Sequence[Point],
+    records: Sequence[Sequence[dict]],  # of each point
+    scores: np.ndarray,  # [points, prompts]
+) -> list[Row]:
+    """Return one row per point."""
+    num_neurons = next(math.prod(point.patch.ranking.shape) for point in points if point.patch is not None)
     unpatched = {point.recipient: own for point, own in zip(points, scores, strict=True) if point.patch is None}
-    controls: dict[tuple, list[np.ndarray]] = {}
+    control_scores: dict[tuple, list[np.ndarray]] = {}
     for point, own in zip(points, scores, strict=True):
-        if point.seed is not None:
-            controls.setdefault(point.compared, []).append(own)
+        if point.control_seed is not None:
+            control_scores.setdefault(point.window_key, []).append(own)
     rows = []
-    for point, mine, own in zip(points, written, scores, strict=True):
+    for point, point_records, own in zip(points, records, scores, strict=True):
         compared = [own]
         if point.patch is not None:
             compared += [unpatched[point.recipient], unpatched[point.patch.donor]]
-            if point.seed is None and point.compared in controls:
-                compared.append(np.mean(controls[point.compared], axis=0))
-        whole = ~np.isnan(compared).any(axis=0)
-        own, *others = (each[whole] for each in compared)
-        effect = net = (None, None, None)
-        p_unpatched = p_control = None
-        if others and len(own):
-            recipient, donor, *random = others
-            effect, p_unpatched = causal_effect(own, recipient, donor, **certainty), paired_p(own, recipient)
-            if random:
-                net = net_effect(own, random[0], recipient, donor, **certainty)
-                p_control = paired_p(own, random[0])
+            if point.control_seed is None and point.window_key in control_scores:
+                compared.append(np.mean(control_scores[point.window_key], axis=0))
+        is_complete = ~np.isnan(compared).any(axis=0)
+        figures = _compare(config, *(each[is_complete] for each in compared))
         rows.append(
             Row(
                 judge,
-                name,
+                set_name,
                 **point.labels,
-                share=len(point.window) / size,
-                prompts=len(own),
-                failed=len(whole) - len(own),
-                tokens=sum(len(record["token_ids"]) for record in mine),
-                overwrites=sum(record["overwrites"] for record in mine),
-                **_named("mean", interval(np.mean, own, **certainty) if len(own) else (None, None, None)),
-                **_named("effect", effect),
-                **_named("net", net),
-                p_unpatched=p_unpatched,
-                p_control=p_control,
+                neuron_fraction=len(point.window) / num_neurons,
+                prompts=int(is_complete.sum()),
+                failed=int((~is_complete).sum()),
+                tokens=sum(len(record["token_ids"]) for record in point_records),
+                overwrites=sum(record["overwrites"] for record in point_records),
+                **figures,
             )
         )
     return rows
 
 
-def _named(name: str, interval: tuple) -> dict:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
+def _compare(
+    config: SweepConfig,
+    own: np.ndarray,
+    recipient: np.ndarray | None = None,
+    donor: np.ndarray | None = None,
+    random: np.ndarray | None = None,
+) -> dict[str, float | None]:
+    """Return mean, effects and p values of a point's scores [prompts] against those that it is compared with."""
+    certainty = {"resamples": config.resamples, "confidence": config.confidence}
+    mean: Interval = interval(np.mean, own, **certainty) if len(own) else UNDEFINED
+    effect = net = UNDEFINED
+    p_vs_unpatched = p_vs_random = None
+    if recipient is not None and len(own):
+        effect, p_vs_unpatched = causal_effect(own, recipient, donor, **certainty), paired_p(own, recipient)
+        if random is not None:
+            net, p_vs_random = net_effect(own, random, recipient, donor, **certainty), paired_p(own, random)
+    return {
+        **mean.columns("mean"),
+        **effect.columns("effect"),
+        **net.columns("net_effect"),
+        "p_vs_unpatched": p_vs_unpatched,
+        "p_vs_random": p_vs_random,
+    }
 
 
-def _failures(records: Sequence[dict]) -> list[str]:
-    """One line for each different thing that could not be made."""
+def _describe_failures(records: Sequence[dict]) -> list[str]:
+    """Return one line for each different failure."""
     lines = []
     for record in records:
+        prompt = f"{record['set']}, prompt {record['prompt_index']}"
         if record["completion"] is None:
-            lines.append(f"{record['set']}, prompt {record['prompt_index']}: {record['error']}")
+            lines.append(f"{prompt}: {record['error']}")
         for judge, score in record["scores"].items():
             if score is None and record["completion"] is not None:
-                lines.append(f"{record['set']}, prompt {record['prompt_index']}: {judge} has no score of its text")
+                lines.append(f"{prompt}: {judge} has no score of its completion")
     return list(dict.fromkeys(lines))

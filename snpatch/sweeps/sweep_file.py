@@ -1,4 +1,4 @@
-"""SweepSpec: a sweep as a file, TOML or JSON: what runs, on which prompts, before which judges.
+"""SweepSpec: a sweep as a TOML or JSON file: the grid, its prompt sets and its judges.
 
 Paths in it are relative to its folder.
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Self
 
 from snpatch.config import EngineConfig, resolve_path
+from snpatch.data.prompt_set import PromptSet
 from snpatch.errors import SnpatchError
 from snpatch.names import check_names
 from snpatch.patching.spec import parse_window
@@ -43,12 +44,13 @@ from snpatch.sweeps.eval_config import (
 from snpatch.utils.files import write_text
 from snpatch.utils.schema import coerce, from_dict, load_table
 
-FILE = "spec.json"  # beside a sweep's results
+SPEC_FILE = "spec.json"  # in a sweep's output folder
+TOP_LEVEL_KEYS = ("config", "rankings", "sweep", "sampling", "sets", "judges", "contrast_tokens", *ENGINE_KEYS)
 
 
 @dataclass(frozen=True)
 class RankingSource:
-    """Models to contrast, see engine.contrast; prompts: a set of the file."""
+    """Models to contrast (see Engine.contrast) on a prompt set of the file."""
 
     recipient: str
     donor: str
@@ -59,39 +61,50 @@ class RankingSource:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSpec(EvalConfig):
-    """A sweep file's content. rankings: name -> file, or models to contrast. swept: sets that are written for; judged:
-    judges that see the texts."""
+    """Content of a sweep file.
+
+    Attributes:
+        rankings: Rankings by name: a file, or models to contrast.
+        sweep: The grid.
+        set_names: Prompt sets to generate completions for.
+        judge_names: Judges that score the completions.
+    """
 
     rankings: dict[str, str | RankingSource]
-    plan: SweepConfig
-    swept: tuple[str, ...]
-    judged: tuple[str, ...]
+    sweep: SweepConfig
+    set_names: tuple[str, ...]
+    judge_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not self.rankings or not self.swept or not self.judged:
+        if not self.rankings or not self.set_names or not self.judge_names:
             raise SnpatchError("needs at least one ranking, one set and one judge")
         check_names(self.rankings, "a ranking")
-        named = list(self.plan.models)
+        models = list(self.sweep.models)
         for name, source in self.rankings.items():
             if isinstance(source, RankingSource):
-                named += [source.recipient, source.donor]
+                models += [source.recipient, source.donor]
                 self.check_set(source.prompts, f"rankings.{name}")
-        self.check_models(named)
-        for name in self.swept:
+        self.check_models(models)
+        for name in self.set_names:
             self.check_set(name, "sets")
-        for name in self.judged:
+        for name in self.judge_names:
             if name not in self.judges:
                 raise SnpatchError(f"judges: no judge named {name!r}: there are {', '.join(self.judges)}")
 
     @classmethod
     def load(cls, path: str | Path, trust: bool = False) -> Self:
-        """From a file. Unknown keys, wrong types and broken references are errors that name it.
+        """Load a sweep file.
 
-        trust: take what may run code or open the host, see snpatch.trust; otherwise it is an error.
+        Args:
+            path: TOML or JSON file.
+            trust: Accept what can run code or open the host (see snpatch.trust).
+
+        Raises:
+            SnpatchError: The file has unknown keys, wrong types or broken references, or needs trust.
         """
         data = load_table(path, "sweep")
         try:
-            spec = cls.of(data, Path(path).parent)
+            spec = cls.from_dict(data, Path(path).parent)
             if not trust:
                 check_trusted(spec.engine, spec.judges, spec.folder)
             return spec
@@ -99,122 +112,133 @@ class SweepSpec(EvalConfig):
             raise SnpatchError(f"sweep {path}: {error}") from error
 
     @classmethod
-    def of(cls, data: Mapping, folder: Path) -> Self:
-        """From a table. folder: what paths are relative to."""
+    def from_dict(cls, data: Mapping, folder: Path) -> Self:
+        """Build a sweep from the table of its file, whose paths are relative to `folder`."""
         if not isinstance(data, Mapping):
             raise SnpatchError(f"wanted a table, got {data!r}")
         data = dict(data)
-        known = {"config", "rankings", "sweep", "sampling", "sets", "judges", "contrast_tokens", *ENGINE_KEYS}
-        if "max_tokens" in data:
-            raise SnpatchError("max_tokens: expected under sampling, got it at the top. Move it there.")
-        if unknown := sorted(data.keys() - known):
-            raise SnpatchError(f"there is no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-        if "config" in data and "model" not in data and (given := [name for name in ENGINE_KEYS if name in data]):
-            raise SnpatchError(
-                f"{given[0]}: expected model with it, as the config has an engine of its own. Give model, or set it by "
-                "the command's options."
-            )
-        parts = _from_config(data, folder) if "config" in data else {}
+        _check_keys(data)
+        parts = _parts_of_config(data, folder) if "config" in data else {}
         if "model" in data or "config" not in data:
-            parts["engine"] = replace(parse_eval_config(data)["engine"]).placed(folder)
-        own = parse_eval_config({**data, "model": ""})
-        parts["sets"] = {**parts.get("sets", {}), **{n: _placed(s, folder) for n, s in own["sets"].items()}}
-        parts["judges"] = {**parts.get("judges", {}), **{n: _judge(j, folder) for n, j in own["judges"].items()}}
-        swept = dict(get_table(data, "sweep"))
-        names = {
-            name: coerce(swept.pop(name, tuple(parts[name])), tuple[str, ...], f"sweep: {name}")
-            for name in ("sets", "judges")
-        }
-        contrast_tokens = parts.get("contrast_tokens", cls.contrast_tokens)
-        sampling = from_dict(Sampling, "sampling", {"max_tokens": parts.get("max_tokens", Sampling().max_tokens),
-                                               **get_table(data, "sampling")})  # fmt: skip
+            parts["engine"] = parse_eval_config(data)["engine"].placed(folder)
+        own_parts = parse_eval_config({**data, "model": ""})
+        own_sets = {name: _resolve_set(prompt_set, folder) for name, prompt_set in own_parts["sets"].items()}
+        own_judges = {name: _resolve_judge(arguments, folder) for name, arguments in own_parts["judges"].items()}
+        parts["sets"] = {**parts.get("sets", {}), **own_sets}
+        parts["judges"] = {**parts.get("judges", {}), **own_judges}
+        grid = dict(get_table(data, "sweep"))
+        names = {}
+        for group in ("sets", "judges"):
+            names[group] = coerce(grid.pop(group, tuple(parts[group])), tuple[str, ...], f"sweep: {group}")
+        contrast_tokens = data.get("contrast_tokens", parts.get("contrast_tokens", cls.contrast_tokens))
+        default = {"max_tokens": parts.get("max_tokens", Sampling().max_tokens)}
+        sampling = from_dict(Sampling, "sampling", {**default, **get_table(data, "sampling")})
+        rankings = get_table(data, "rankings")
         return cls(
             folder=folder,
             engine=parts["engine"],
             sets=parts["sets"],
             judges=parts["judges"],
             max_tokens=sampling.max_tokens,
-            contrast_tokens=coerce(data.get("contrast_tokens", contrast_tokens), int, "contrast_tokens"),
-            rankings={name: _ranking(name, one, folder) for name, one in get_table(data, "rankings").items()},
-            plan=_plan(swept, sampling),
-            swept=names["sets"],
-            judged=names["judges"],
+            contrast_tokens=coerce(contrast_tokens, int, "contrast_tokens"),
+            rankings={name: _parse_ranking(name, source, folder) for name, source in rankings.items()},
+            sweep=_parse_grid(grid, sampling),
+            set_names=names["sets"],
+            judge_names=names["judges"],
         )
 
     def save(self, path: str | Path) -> None:
-        """Write JSON that `load` reads, from wherever it lies: paths of files are absolute."""
+        """Write a JSON file that `load` reads from any folder: its paths are absolute."""
+        sampling = {name: value for name, value in asdict(self.sweep.sampling).items() if value is not None}
         data = {
             **engine_table(self.engine),
-            "sets": {name: _said(one) for name, one in self.sets.items()},
+            "sets": {name: _set_table(prompt_set) for name, prompt_set in self.sets.items()},
             "judges": self.judges,
             "contrast_tokens": self.contrast_tokens,
-            "rankings": {n: one if isinstance(one, str) else asdict(one) for n, one in self.rankings.items()},
-            "sampling": {name: value for name, value in asdict(self.plan.sampling).items() if value is not None},
+            "rankings": {
+                n: source if isinstance(source, str) else asdict(source) for n, source in self.rankings.items()
+            },
+            "sampling": sampling,
             "sweep": {
-                **{f.name: getattr(self.plan, f.name) for f in fields(SweepConfig) if f.name != "sampling"},
-                "windows": [f"{window.lo}:{window.hi}" for window in self.plan.windows],
-                "sets": self.swept,
-                "judges": self.judged,
+                **{f.name: getattr(self.sweep, f.name) for f in fields(SweepConfig) if f.name != "sampling"},
+                "windows": [f"{window.lo}:{window.hi}" for window in self.sweep.windows],
+                "sets": self.set_names,
+                "judges": self.judge_names,
             },
         }
         write_text(path, json.dumps({name: part for name, part in data.items() if part != {}}, indent=1) + "\n")
 
 
 def engine_table(config: EngineConfig) -> dict:
-    """An engine as such a file has it."""
+    """Return an engine as a config file describes it."""
     table = config.placed(Path()).to_dict()
     top = {name: table.pop(name) for name in ("model", "adapters", "models", "template", "vllm") if name in table}
     return {**top, "engine": {**table.pop("capacity", {}), **table}}
 
 
-def _from_config(data: Mapping, folder: Path) -> dict:
-    """Return a sweep's parts of the experiment config that the file names, with paths as seen from here."""
-    config = load_eval_config(resolve_path(folder, str(data["config"])))  # `load` checks the merged config for trust
+def _check_keys(data: dict) -> None:
+    if "max_tokens" in data:
+        raise SnpatchError("max_tokens: expected under sampling, got it at the top. Move it there.")
+    if unknown := sorted(data.keys() - set(TOP_LEVEL_KEYS)):
+        raise SnpatchError(f"there is no {', '.join(unknown)}; there are {', '.join(sorted(TOP_LEVEL_KEYS))}")
+    engine_keys = [name for name in ENGINE_KEYS if name in data]
+    if "config" in data and "model" not in data and engine_keys:
+        raise SnpatchError(
+            f"{engine_keys[0]}: expected model with it, as the config has an engine of its own. Give model, or set it "
+            "by the command's options."
+        )
+
+
+def _parts_of_config(data: Mapping, folder: Path) -> dict:
+    """Return what the experiment config that the file names contributes, with resolved paths."""
+    config = load_eval_config(resolve_path(folder, str(data["config"])))  # `load` checks the merged file for trust
     return {
         "engine": config.engine.placed(config.folder),
-        "sets": {name: _placed(one, config.folder) for name, one in config.sets.items()},
-        "judges": {name: _judge(one, config.folder) for name, one in config.judges.items()},
+        "sets": {name: _resolve_set(prompt_set, config.folder) for name, prompt_set in config.sets.items()},
+        "judges": {name: _resolve_judge(arguments, config.folder) for name, arguments in config.judges.items()},
         "max_tokens": config.max_tokens,
         "contrast_tokens": config.contrast_tokens,
     }
 
 
-def _placed(one, folder: Path):
-    return replace(one, source=_absolute(folder, one.source))
+def _resolve_set(prompt_set: PromptSet, folder: Path) -> PromptSet:
+    return replace(prompt_set, source=_resolve(folder, prompt_set.source))
 
 
-def _judge(arguments: dict, folder: Path) -> dict:
-    return {**arguments, "source": _absolute(folder, arguments["source"])}
+def _resolve_judge(arguments: dict, folder: Path) -> dict:
+    return {**arguments, "source": _resolve(folder, arguments["source"])}
 
 
-def _absolute(folder: Path, source: str) -> str:
-    """A file's absolute path; what is no file there is a name and stays as it is."""
-    found = Path(resolve_path(folder, source))
-    return str(found.resolve()) if found.exists() else source
+def _resolve(folder: Path, source: str) -> str:
+    """Return the absolute path of a file; return a source that is no file there (a name) unchanged."""
+    path = Path(resolve_path(folder, source))
+    return str(path.resolve()) if path.exists() else source
 
 
-def _ranking(name: str, one: object, folder: Path) -> str | RankingSource:
-    if isinstance(one, str):
-        return str(Path(resolve_path(folder, one)).resolve())
-    return from_dict(RankingSource, f"rankings.{name}", one)
+def _parse_ranking(name: str, source: object, folder: Path) -> str | RankingSource:
+    if isinstance(source, str):
+        return str(Path(resolve_path(folder, source)).resolve())
+    return from_dict(RankingSource, f"rankings.{name}", source)
 
 
-def _plan(swept: dict, sampling: Sampling) -> SweepConfig:
-    windows = swept.pop("windows", [])
+def _parse_grid(grid: dict, sampling: Sampling) -> SweepConfig:
+    windows = grid.pop("windows", [])
     if not isinstance(windows, list | tuple):
         raise SnpatchError(f"sweep: windows: wanted a list of k or 'LO:HI', got {windows!r}")
-    kept = {"windows": tuple(_window(one) for one in windows), "sampling": sampling}
-    return from_dict(SweepConfig, "sweep", {**swept, **kept})
+    parsed = {"windows": tuple(_parse_window(window) for window in windows), "sampling": sampling}
+    return from_dict(SweepConfig, "sweep", {**grid, **parsed})
 
 
-def _window(one: object) -> Window:
-    if isinstance(one, str):
-        return parse_window(one)
-    return Window.of(tuple(one) if isinstance(one, list) else one)
+def _parse_window(window: object) -> Window:
+    if isinstance(window, str):
+        return parse_window(window)
+    return Window.of(tuple(window) if isinstance(window, list) else window)
 
 
-def _said(one) -> dict:
-    """A set as a table: what differs from the defaults."""
+def _set_table(prompt_set: PromptSet) -> dict:
+    """Return a prompt set as a table of the fields that differ from their defaults."""
     return {
-        name: value for name, value in asdict(one).items() if value not in (None, ()) and (name, value) != ("seed", 0)
+        name: value
+        for name, value in asdict(prompt_set).items()
+        if value not in (None, ()) and (name, value) != ("seed", 0)
     }

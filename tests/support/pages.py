@@ -46,11 +46,12 @@ def _row(judge: str, name: str, point: tuple, draw: random.Random) -> dict:
     is_patched = ranking is not None and k > 0
     return {
         "judge": judge, "set": name, "recipient": recipient, "donor": donor, "ranking": ranking, "control_seed": seed,
-        "lo": 0, "hi": k, "strength": 1.0, "share": k / 16384, "prompts": 6, "tokens": 768, "overwrites": k * 768,
+        "rank_lo": 0, "rank_hi": k, "strength": 1.0, "neuron_fraction": k / 16384, "prompts": 6,
+        "tokens": 768, "overwrites": k * 768,
         "mean": mean, "mean_low": mean - 0.3, "mean_high": mean + 0.3,
         **_effect("effect", (mean - 1) / 5 if is_patched else None),
-        **_effect("net", (mean - 1.3) / 5 if is_patched and seed is None else None),
-        "p_unpatched": 0.0004 if is_patched else None, "p_control": 0.02 if is_patched and seed is None else None,
+        **_effect("net_effect", (mean - 1.3) / 5 if is_patched and seed is None else None),
+        "p_vs_unpatched": 0.0004 if is_patched else None, "p_vs_random": 0.02 if is_patched and seed is None else None,
     }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def _record(index: int, point: tuple, words: int, draw: random.Random) -> dict:
     return {
         "set": SETS[index % 2], "prompt_index": index, "seed": None,
         "prompt": f"Question {index}: how would one do it?",
-        "recipient": recipient, "donor": donor, "ranking": ranking, "control_seed": seed, "lo": 0, "hi": k,
+        "recipient": recipient, "donor": donor, "ranking": ranking, "control_seed": seed, "rank_lo": 0, "rank_hi": k,
         "strength": 1.0, "state": "done", "error": None, "completion": " ".join(chosen), "finish_reason": "stop",
         "overwrites": k * words,
         "scores": {judge: draw.gauss(1 + k / 1000, 1) for judge in JUDGES},

@@ -37,8 +37,8 @@ def build_agreement_report(
     if len(rankings) < 2:
         raise SnpatchError(f"needs at least two {what} in the config, there are {', '.join(rankings) or 'none'}")
     any_one = next(iter(rankings.values()))
-    k = context.k(settings.k, any_one)
-    ks = sorted({k, *(context.k(value, any_one) for value in settings.more_k)})
+    k = context.num_neurons(settings.k, any_one)
+    ks = sorted({k, *(context.num_neurons(value, any_one) for value in settings.more_k)})
     rows = compare_rankings(rankings, ks)
     main = [row for row in rows if row["k"] == k]
     spearmans = [row["spearman"] for row in main if row["spearman"] is not None]

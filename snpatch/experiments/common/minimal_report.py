@@ -6,19 +6,19 @@ from matplotlib.figure import Figure
 
 from snpatch.report.formatting import format_interval, format_percent, to_plot_label
 from snpatch.report.report import Report, TableView
-from snpatch.sweeps.minimal import Minimal
+from snpatch.sweeps.minimal import MinimalResult
 
 
-def build_minimal_report(results: Sequence[Minimal], share: float) -> Report:
+def build_minimal_report(results: Sequence[MinimalResult], share: float) -> Report:
     """minimal: a row a window that was looked at; minimal-blocks: a row a block that was added."""
     rows = [
         {
             "recipient": one.recipient, "donor": one.donor, "ranking": one.ranking, "k": seen.k,
             "prompts": seen.prompts, "effect": seen.effect, "effect_low": seen.low, "effect_high": seen.high,
-            "is_smallest": seen.k == one.found.k,
+            "is_smallest": seen.k == one.search.k,
         }
         for one in results
-        for seen in one.found.curve
+        for seen in one.search.curve
     ]  # fmt: skip
     blocks = [
         {"recipient": one.recipient, "ranking": one.ranking, "block": b.name, "effect": b.effect, "completions": b.used}
@@ -44,8 +44,8 @@ def build_minimal_report(results: Sequence[Minimal], share: float) -> Report:
     )
 
 
-def _sentences(one: Minimal, share: float) -> list[str]:
-    found = one.found
+def _sentences(one: MinimalResult, share: float) -> list[str]:
+    found = one.search
     cost = f"{found.used} completions in {found.rounds} rounds; the whole grid has {found.full}"
     if found.k is None:
         sentences = [f"{one.recipient}: no k of {one.ranking} recovers {format_percent(share)} ({cost})."]
@@ -61,17 +61,17 @@ def _sentences(one: Minimal, share: float) -> list[str]:
     return sentences
 
 
-def _plot(results: Sequence[Minimal], share: float) -> Figure:
+def _plot(results: Sequence[MinimalResult], share: float) -> Figure:
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()
     for one in results:
-        seen = one.found.curve
+        seen = one.search.curve
         middles = [point.effect for point in seen]
         errors = [[p.effect - p.low for p in seen], [p.high - p.effect for p in seen]]
         name = to_plot_label(f"{one.recipient}, {one.ranking}")
         axis.errorbar([p.k for p in seen], middles, errors, fmt="o", capsize=3, label=name)
-        if one.found.k is not None:
-            axis.axvline(one.found.k, linestyle=":", color="tab:gray")
+        if one.search.k is not None:
+            axis.axvline(one.search.k, linestyle=":", color="tab:gray")
     axis.axhline(share, color="tab:green", linestyle="--", label=f"{format_percent(share)} of the gain")
     axis.set(xlabel="patched neurons (k)", ylabel="causal effect")
     axis.legend(fontsize=8)

@@ -69,7 +69,7 @@ def _read(path: Path) -> dict:
 
 def _other(told: dict, context: ExperimentContext, settings: dict) -> str | None:
     """What a table hangs on that is not the context's; None: it is the table that the context would make."""
-    used = context.begin()
+    used = context.start_provenance()
     try:
         for model in told.get("models") or ():
             context.model(model)
@@ -78,7 +78,7 @@ def _other(told: dict, context: ExperimentContext, settings: dict) -> str | None
     except SnpatchError as error:
         return f"of another config: {error}"
     judges = {name: context.config.judges.get(name) for name in told.get("judges") or ()}
-    now = json.loads(json.dumps(used.told(settings) | {"judges": judges}))
+    now = json.loads(json.dumps(used.to_dict(settings) | {"judges": judges}))
     kept, wanted = _comparable(told), _comparable(now)
     return next((f"made with other {what}" for what in COMPARED if kept.get(what) != wanted[what]), None)
 

@@ -68,18 +68,18 @@ def build_sweep_report(result: SweepResult, name: str) -> Report:
         "donor": lambda r: r.donor or "",
         "strength": lambda r: r.strength if r.ranking else "",
         "ranking": lambda r: r.ranking or "unpatched",
-        "window": lambda r: f"[{r.lo}, {r.hi})" if r.ranking else "",
-        "share": lambda r: f"{r.share:.1%}" if r.ranking else "",
+        "window": lambda r: f"[{r.rank_lo}, {r.rank_hi})" if r.ranking else "",
+        "share": lambda r: f"{r.neuron_fraction:.1%}" if r.ranking else "",
         "left out": lambda r: r.failed or "",
         "mean": lambda r: r.mean,
         interval: lambda r: format_interval(asdict(r), "mean"),
         "effect": lambda r: format_percent(r.effect) if r.ranking else "",
         "of the effect": lambda r: format_interval(asdict(r), "effect", format_percent),
-        "net of random": lambda r: format_percent(r.net) if r.net is not None else "",
-        "of the net": lambda r: format_interval(asdict(r), "net", format_percent),
-        "p": lambda r: format_p_value(r.p_unpatched),
+        "net of random": lambda r: format_percent(r.net_effect) if r.net_effect is not None else "",
+        "of the net": lambda r: format_interval(asdict(r), "net_effect", format_percent),
+        "p": lambda r: format_p_value(r.p_vs_unpatched),
         "random: mean, effect": lambda r: _random(result, r),
-        "p against it": lambda r: format_p_value(r.p_control),
+        "p against it": lambda r: format_p_value(r.p_vs_random),
     }
     several = {"judge": result.judges, "set": result.sets, "donor": result.config.donors}
     several |= {"strength": result.config.strengths}
@@ -126,7 +126,7 @@ def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None
     is_top = all(tops) or sum(tops) > 1
 
     def place(row: Row) -> int:
-        return row.hi if is_top else row.lo
+        return row.rank_hi if is_top else row.rank_lo
 
     donor = result.donor
     for model, colour, style in ((recipient, "tab:gray", "--"), (donor, "tab:green", ":")):
@@ -134,14 +134,14 @@ def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None
         axis.axhline(result.baseline(model, judge).mean, color=colour, linestyle=style, label=name)
     for number, ranking in enumerate(result.rankings):
         colour, rows = f"C{number}", result.line(judge, recipient, ranking)
-        line = [row for row in rows if row.lo == 0] if is_top else rows
+        line = [row for row in rows if row.rank_lo == 0] if is_top else rows
         x = [place(row) for row in line]
         name = to_plot_label(f"{ranking} neurons")
         axis.plot(x, [row.mean for row in line], "o-", color=colour, markersize=4, label=name)
         axis.fill_between(x, [row.mean_low for row in line], [row.mean_high for row in line], color=colour, alpha=0.15)
         for row in rows:
             if row not in line:  # a window further down lies over its ranks
-                axis.hlines(row.mean, row.lo, row.hi, color=colour, linewidth=3)
+                axis.hlines(row.mean, row.rank_lo, row.rank_hi, color=colour, linewidth=3)
         controls = {place(row): [r.mean for r in result.controls(row)] for row in line}
         controls = {at: means for at, means in controls.items() if means}
         if controls:
@@ -171,10 +171,11 @@ def build_headline(result: SweepResult, label: str = "") -> list[str]:
                 if best <= 0:
                     sentences.append(f"{recipient}: no window of {ranking} neurons recovered any of {gain}{where}.")
                     continue
-                row = min((row for row in line if row.effect >= 0.9 * best), key=lambda row: row.share)
-                random, place = _random(result, row), f", from rank {row.lo}" if row.lo else ""
+                row = min((row for row in line if row.effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
+                random, place = _random(result, row), f", from rank {row.rank_lo}" if row.rank_lo else ""
+                neurons = f"{row.rank_hi - row.rank_lo} by {ranking}{place}"
                 sentences.append(
-                    f"{recipient}: {row.share:.1%} of the neurons ({row.hi - row.lo} by {ranking}{place}) recovered "
+                    f"{recipient}: {row.neuron_fraction:.1%} of the neurons ({neurons}) recovered "
                     f"{format_percent(row.effect)} of {gain} of {result.donor}{where}"
                     + (f"; random ones: {judge}, effect {random}." if random else ".")
                 )

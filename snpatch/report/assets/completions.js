@@ -35,7 +35,7 @@ const openCompletions = async () => {
 
 const pointLabel = (point, donor) => {
   if (!isDefined(point.ranking)) return `${point.recipient}, unpatched${point.recipient === donor ? ", donor" : ""}`;
-  const window = point.lo ? `ranks ${point.lo} to ${point.hi}` : `k = ${point.hi}`;
+  const window = point.rank_lo ? `ranks ${point.rank_lo} to ${point.rank_hi}` : `k = ${point.rank_hi}`;
   const control = isDefined(point.control_seed) ? `random control ${point.control_seed} of ` : "";
   return `${window}, ${control}${point.ranking}`;
 };
@@ -70,8 +70,8 @@ const createBrowser = ({cases, points, byCase, load, buildSearch}, selection) =>
     const numbered = points.map((point, number) => ({...point, number}));
     const rankings = rankingNames(points);
     const patched = numbered.filter(point => isDefined(point.ranking) && matchesFields({recipient, strength}, point))
-      .sort((a, b) => rankings.indexOf(a.ranking) - rankings.indexOf(b.ranking) || a.lo - b.lo
-        || a.hi - b.hi || (a.control_seed ?? -1) - (b.control_seed ?? -1));
+      .sort((a, b) => rankings.indexOf(a.ranking) - rankings.indexOf(b.ranking) || a.rank_lo - b.rank_lo
+        || a.rank_hi - b.rank_hi || (a.control_seed ?? -1) - (b.control_seed ?? -1));
     const donor = patched[0]?.donor;
     const findUnpatched = name => numbered.find(point => !isDefined(point.ranking) && point.recipient === name);
     const neurons = patched.filter(point => !isDefined(point.control_seed));

@@ -44,8 +44,8 @@ const drawPlot = (id, traces, layout, description) => {
 };
 
 const rankingNames = rows => distinct(rows.map(row => row.ranking).filter(isDefined));
-const sortByWindow = rows => rows.toSorted((a, b) => a.hi - b.hi || a.lo - b.lo);
-const isTop = row => row.lo === 0;
+const sortByWindow = rows => rows.toSorted((a, b) => a.rank_hi - b.rank_hi || a.rank_lo - b.rank_lo);
+const isTop = row => row.rank_lo === 0;
 
 /** Return the distance from an estimate to one end of its interval, low or high. */
 const distanceToEnd = (row, name, side) => {
@@ -68,9 +68,9 @@ const errorBars = (rows, name, repeat = 1, at = 0) => {
 /** Build a trace for windows that do not begin at rank 0: a line over its ranks, with the interval in the middle. */
 const windowTraces = (rows, name, look) => {
   const windows = rows.filter(row => !isTop(row) && isDefined(row[name]));
-  const label = row => `ranks ${escapeLabel(row.lo)} to ${escapeLabel(row.hi)}: ${hoverText(row, name)}`;
+  const label = row => `ranks ${escapeLabel(row.rank_lo)} to ${escapeLabel(row.rank_hi)}: ${hoverText(row, name)}`;
   return windows.length ? [{
-    x: windows.flatMap(row => [row.lo, (row.lo + row.hi) / 2, row.hi, null]),
+    x: windows.flatMap(row => [row.rank_lo, (row.rank_lo + row.rank_hi) / 2, row.rank_hi, null]),
     y: windows.flatMap(row => [row[name], row[name], row[name], null]),
     text: windows.flatMap(row => Array(4).fill(label(row))),
     hovertemplate: "%{text}", mode: "lines", error_y: errorBars(windows, name, 4, 1), ...look,
@@ -79,7 +79,7 @@ const windowTraces = (rows, name, look) => {
 
 /** Draw the mean score against k: each ranking with its interval, random controls in gray, unpatched models dashed. */
 const drawMean = (rows, unpatched, scoreName) => {
-  const end = Math.max(1, ...rows.map(row => row.hi));
+  const end = Math.max(1, ...rows.map(row => row.rank_hi));
   const traces = unpatched.map(({label, row}, at) => ({
     x: [0, end], y: [row.mean, row.mean], mode: "lines", name: escapeLabel(label), text: hoverText(row, "mean"),
     hovertemplate: "%{text}", line: {color: cssColor("ink"), width: 1.5, dash: at ? "dot" : "dash"},
@@ -90,7 +90,7 @@ const drawMean = (rows, unpatched, scoreName) => {
     for (const seed of distinct(rankingRows.map(row => row.control_seed).filter(isDefined))) {
       const control = rankingRows.filter(row => row.control_seed === seed), top = control.filter(isTop);
       if (top.length) traces.push({
-        x: top.map(row => row.hi), y: top.map(row => row.mean),
+        x: top.map(row => row.rank_hi), y: top.map(row => row.mean),
         text: top.map(row => `${hoverText(row, "mean")}, seed ${escapeLabel(seed)}`),
         hovertemplate: "k %{x}: %{text}", mode: "lines", ...random,
       });
@@ -100,12 +100,12 @@ const drawMean = (rows, unpatched, scoreName) => {
     const top = neurons.filter(isTop);
     const band = top.filter(row => isDefined(row.mean_low));
     traces.push({
-      x: [...band, ...band.toReversed()].map(row => row.hi),
+      x: [...band, ...band.toReversed()].map(row => row.rank_hi),
       y: [...band.map(row => row.mean_low), ...band.toReversed().map(row => row.mean_high)],
       fill: "toself", fillcolor: translucent(rankingColor(at)), line: {width: 0}, mode: "lines", hoverinfo: "skip",
       legendgroup: ranking, showlegend: false,
     }, {
-      x: top.map(row => row.hi), y: top.map(row => row.mean), text: top.map(row => hoverText(row, "mean")),
+      x: top.map(row => row.rank_hi), y: top.map(row => row.mean), text: top.map(row => hoverText(row, "mean")),
       hovertemplate: "k %{x}: %{text}", mode: "lines+markers", name: escapeLabel(ranking), legendgroup: ranking,
       line: {color: rankingColor(at), width: 2}, marker: {size: 6},
     });
@@ -123,11 +123,11 @@ const drawEffect = rows => {
   const traces = [];
   for (const [at, ranking] of rankingNames(rows).entries()) {
     const neurons = sortByWindow(rows.filter(row => row.ranking === ranking && !isDefined(row.control_seed)));
-    for (const [name, dash, symbol] of [["effect", "solid", "circle"], ["net", "dot", "circle-open"]]) {
+    for (const [name, dash, symbol] of [["effect", "solid", "circle"], ["net_effect", "dot", "circle-open"]]) {
       const top = neurons.filter(row => isTop(row) && isDefined(row[name]));
-      const label = name === "net" ? `${ranking}, net` : ranking;
+      const label = name === "net_effect" ? `${ranking}, net` : ranking;
       if (top.length) traces.push({
-        x: top.map(row => row.hi), y: top.map(row => row[name]), text: top.map(row => hoverText(row, name)),
+        x: top.map(row => row.rank_hi), y: top.map(row => row[name]), text: top.map(row => hoverText(row, name)),
         hovertemplate: "k %{x}: %{text}", mode: "lines+markers", name: escapeLabel(label),
         line: {color: rankingColor(at), width: 2, dash}, marker: {symbol, size: 8},
         error_y: errorBars(top, name),

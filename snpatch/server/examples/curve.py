@@ -50,9 +50,9 @@ def parse_events(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
 
 def plot(rows: list[dict], floor: dict, path: Path) -> None:
     unpatched = [row for row in rows if row["ranking"] is None]
-    patched = sorted((row for row in rows if row["ranking"] and "floor" not in row), key=lambda row: row["hi"])
+    patched = sorted((row for row in rows if row["ranking"] and "floor" not in row), key=lambda row: row["rank_hi"])
     figure, axes = plt.subplots(layout="constrained")
-    k, mean = [row["hi"] - row["lo"] for row in patched], [row["mean"] for row in patched]
+    k, mean = [row["rank_hi"] - row["rank_lo"] for row in patched], [row["mean"] for row in patched]
     axes.plot(k, mean, marker="o")
     axes.fill_between(k, *([row[name] for row in patched] for name in ("mean_low", "mean_high")), alpha=0.2)
     for row in unpatched:
@@ -74,7 +74,11 @@ def main() -> None:
         for name, data in parse_events(answer.iter_lines()):
             if name == "row":
                 rows.append(data)
-                point = "unpatched" if data["ranking"] is None else f"{data['donor']} [{data['lo']}, {data['hi']})"
+                point = (
+                    "unpatched"
+                    if data["ranking"] is None
+                    else f"{data['donor']} [{data['rank_lo']}, {data['rank_hi']})"
+                )
                 print(f"{data['recipient']}, {point}: {data['mean']:.3f}, {data['changed']:.0%} changed", flush=True)
             elif name == "error":
                 raise SystemExit(data["message"])
