@@ -26,7 +26,7 @@ from golden import (
 from safetensors.torch import load_file
 
 from snpatch import Engine, Patch, Sampling
-from snpatch.executors.transformers import executor as executor
+from snpatch.executors.transformers import batch as batch_module
 from snpatch.sweeps.perplexity import compute_perplexities, split_into_windows
 
 
@@ -49,15 +49,15 @@ def logits(monkeypatch):
     """Fills with each request's logits, a step a row, in the order of the requests."""
     seen: dict[int, list[torch.Tensor]] = {}
     held = []  # writers, so that no id is given twice
-    choose = executor.choose
+    choose_tokens = batch_module.choose_tokens
 
     def spy(rows, writers):
         held.extend(writers)
         for row, writer in zip(rows, writers, strict=True):
             seen.setdefault(id(writer), []).append(row.clone())
-        return choose(rows, writers)
+        return choose_tokens(rows, writers)
 
-    monkeypatch.setattr(executor, "choose", spy)
+    monkeypatch.setattr(batch_module, "choose_tokens", spy)
     return lambda: [torch.stack(rows) for rows in seen.values()]
 
 

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 from snpatch import Constant, Patch, Ranking, Sampling
-from snpatch.executors.transformers import executor as executor
 
 HOME = Path(__file__).parents[1] / "goldens" / "A"
 SHAPE = (4, 352)

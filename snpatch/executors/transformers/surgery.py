@@ -2,7 +2,7 @@
 
 A batch of B sequences has B*S rows, S streams each: row S*b is sequence b's recipient, row S*b + 1 its donor. Both
 go through one model with their own KV cache; only the MLP's op, the IA3 scales of k_proj and v_proj and the final
-projection know that rows come in streams. With a second set of weights, so does each module that has weights.
+projection know that rows come in streams. With secondary weights, so does each module whose weights differ.
 """
 
 from dataclasses import dataclass, field
@@ -20,117 +20,126 @@ _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh
 
 
 @dataclass(eq=False)
-class Step:
-    """What every layer reads in the forward pass under way."""
+class ForwardState:
+    """Inputs of the current forward pass that every layer reads."""
 
-    sets: tuple[int, ...] = (0,)  # whose weights each stream runs: the first model's or the second's
-    length: int = 1  # positions of each row in this pass
+    weights: tuple[int, ...] = (0,)  # weights that each stream runs: 0 = primary, 1 = secondary
+    length: int = 1  # positions per row in this pass
     plan: Tensor = field(default_factory=lambda: torch.empty(0, len(PlanColumn), dtype=torch.int32))
     capture: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     receipt: Tensor = field(default_factory=lambda: torch.empty(0, len(Receipt), dtype=torch.int64))
-    banks: list[LayerTables] = field(default_factory=list)
-    paired: list[str] = field(default_factory=list)  # modules that differ between the two sets of weights
+    layers: list[LayerTables] = field(default_factory=list)
+    duplicated: list[str] = field(default_factory=list)  # modules whose primary and secondary weights differ
 
     @property
     def streams(self) -> int:
-        return len(self.sets)
+        return len(self.weights)
 
-    def tokens_first(self, rows: Tensor) -> Tensor:
-        """[B*S, length, X] -> [B*length*S, X]: the streams of a token become neighbours."""
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """Reshape [B*S, length, X] to [B*length*S, X]: a token's streams become adjacent, as the op needs them."""
         split = rows.view(-1, self.streams, self.length, rows.shape[-1])
         return split.transpose(1, 2).reshape(-1, rows.shape[-1])
 
-    def rows_first(self, tokens: Tensor) -> Tensor:
-        """The inverse of `tokens_first`."""
+    def to_rows(self, tokens: Tensor) -> Tensor:
+        """Invert `to_tokens`."""
         split = tokens.view(-1, self.length, self.streams, tokens.shape[-1])
         return split.transpose(1, 2).reshape(-1, self.length, tokens.shape[-1])
 
 
 class PatchedMLP(nn.Module):
-    """A gated MLP whose activation is the op: one projection to gate and up, the op, the model's own down_proj."""
+    """A gated MLP whose activation is the op: one projection for gate and up, the op, the model's own down_proj."""
 
-    def __init__(self, mlp: nn.Module, layer: int, step: Step) -> None:
+    def __init__(self, mlp: nn.Module, layer: int, state: ForwardState) -> None:
         super().__init__()
         activation = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
         kind = type(activation).__name__
         if kind not in _ACTIVATIONS:
             raise SnpatchError(f"activation {kind} is not supported, only {', '.join(sorted(_ACTIVATIONS))}")
-        self.activation, self.layer, self.step = _ACTIVATIONS[kind], layer, step
+        self.activation, self.layer, self.state = _ACTIVATIONS[kind], layer, state
         fused = getattr(mlp, "gate_up_proj", None)
         self.gate_up_proj = fused if fused is not None else _fuse(mlp.gate_proj, mlp.up_proj)
         self.down_proj = mlp.down_proj
 
     def forward(self, hidden: Tensor) -> Tensor:
-        step, bank = self.step, self.step.banks[self.layer]
+        state, tables = self.state, self.state.layers[self.layer]
         neurons = ops.patched_glu(
-            step.tokens_first(self.gate_up_proj(hidden)),
-            bank.scale,
-            bank.rank,
-            bank.constant,
-            step.plan,
-            bank.stats,
-            bank.count,
-            step.capture,
-            step.receipt,
+            state.to_tokens(self.gate_up_proj(hidden)),
+            tables.scale,
+            tables.rank,
+            tables.constant,
+            state.plan,
+            tables.stats,
+            tables.count,
+            state.capture,
+            state.receipt,
             activation=self.activation,
-            streams=step.streams,
+            streams=state.streams,
             layer=self.layer,
         )
-        return self.down_proj(step.rows_first(neurons))
+        return self.down_proj(state.to_rows(neurons))
 
 
-class PairedModule(nn.Module):
-    """A module of the first model and its like of the second: each stream's rows go through its own set's."""
+class TwoWeightModule(nn.Module):
+    """A primary module and its secondary counterpart: each stream's rows go through its own weights."""
 
-    def __init__(self, first: nn.Module, second: nn.Module, step: Step) -> None:
+    def __init__(self, primary: nn.Module, secondary: nn.Module, state: ForwardState) -> None:
         super().__init__()
-        self.of, self.step = nn.ModuleList([first, second]), step
+        self.versions, self.state = nn.ModuleList([primary, secondary]), state
 
     def forward(self, rows: Tensor) -> Tensor:
-        sets = self.step.sets
-        if len(set(sets)) == 1:
-            return self.of[sets[0]](rows)
-        parts = [self.of[place](rows[stream :: len(sets)]) for stream, place in enumerate(sets)]
-        return torch.stack(parts, dim=1).flatten(0, 1)
+        weights = self.state.weights
+        if len(set(weights)) == 1:
+            return self.versions[weights[0]](rows)
+        outputs = [self.versions[index](rows[stream :: len(weights)]) for stream, index in enumerate(weights)]
+        return torch.stack(outputs, dim=1).flatten(0, 1)
 
 
-class PairedHead(PairedModule):
-    """The final projection, which is given the recipients' rows alone."""
+class TwoWeightHead(TwoWeightModule):
+    """The final projection, which receives the recipients' rows only."""
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self.of[self.step.sets[0]](rows)
+        return self.versions[self.state.weights[0]](rows)
 
 
-def make_twin(model: nn.Module, second: nn.Module | None = None) -> Step:
-    """Operate on a causal language model in place; returns the Step that steers it. second: another set of weights."""
-    step = Step()
-    for one in (model, second) if second is not None else (model,):
-        for index, layer in enumerate(one.model.layers):
-            layer.mlp = PatchedMLP(layer.mlp, index, step)
-    if second is not None:
-        _pair(model, second, step)
+def install_streams(model: nn.Module, secondary: nn.Module | None = None) -> ForwardState:
+    """Modify a causal language model in place to run both streams.
+
+    Args:
+        model: Runs both streams from now on.
+        secondary: The same architecture with other weights, if there are secondary weights.
+
+    Returns:
+        The state that controls the model's next forward pass.
+    """
+    state = ForwardState()
+    for network in (model, secondary) if secondary is not None else (model,):
+        for index, layer in enumerate(network.model.layers):
+            layer.mlp = PatchedMLP(layer.mlp, index, state)
+    if secondary is not None:
+        _install_secondary(model, secondary, state)
     for index, layer in enumerate(model.model.layers):
         for name in ("k_proj", "v_proj"):
             if hasattr(layer.self_attn, name):
-                getattr(layer.self_attn, name).register_forward_hook(_scale_rows(step, index, name))
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:: step.streams],))
-    return step
+                getattr(layer.self_attn, name).register_forward_hook(_make_scale_hook(state, index, name))
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:: state.streams],))
+    return state
 
 
-def _pair(model: nn.Module, second: nn.Module, step: Step) -> None:
-    """Put a PairedModule where the two models' weights differ; what is equal is held once."""
-    others = dict(second.named_modules())
-    for name, own in list(model.named_modules()):
-        if next(own.parameters(recurse=False), None) is None or have_equal_weights(own, others[name]):
+def _install_secondary(model: nn.Module, secondary: nn.Module, state: ForwardState) -> None:
+    """Replace each module whose weights differ by a TwoWeightModule; equal weights are stored once."""
+    counterparts = dict(secondary.named_modules())
+    for name, module in list(model.named_modules()):
+        has_weights = next(module.parameters(recurse=False), None) is not None
+        if not has_weights or have_equal_weights(module, counterparts[name]):
             continue
         parent, _, child = name.rpartition(".")
-        kind = PairedHead if own is model.lm_head else PairedModule
-        setattr(model.get_submodule(parent), child, kind(own, others[name], step))
-        step.paired.append(name)
+        kind = TwoWeightHead if module is model.lm_head else TwoWeightModule
+        setattr(model.get_submodule(parent), child, kind(module, counterparts[name], state))
+        state.duplicated.append(name)
 
 
 def _fuse(gate: nn.Linear, up: nn.Linear) -> nn.Linear:
-    """One Linear [2F, H] for both, which frees theirs: one weight read and the op's input in one tensor."""
+    """Merge both into one Linear [2F, H], so that the op's input is one tensor and the separate weights are freed."""
     fused = nn.Linear(
         gate.in_features,
         2 * gate.out_features,
@@ -143,15 +152,15 @@ def _fuse(gate: nn.Linear, up: nn.Linear) -> nn.Linear:
     return fused
 
 
-def _scale_rows(step: Step, layer: int, name: str):
-    """A forward hook: each row's output times its own adapter's IA3 vector."""
+def _make_scale_hook(state: ForwardState, layer: int, name: str):
+    """Return a forward hook that multiplies each row's output by its own adapter's IA3 vector."""
 
     def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor | None:
-        scale = step.banks[layer].attention_scale.get(name)
+        scale = state.layers[layer].attention_scale.get(name)
         if scale is None:
             return None
-        adapter = step.plan[:, PlanColumn.ADAPTER_0 : PlanColumn.ADAPTER_0 + step.streams]
-        factor = scale[step.rows_first(adapter.reshape(-1, 1)).squeeze(-1).long()]
+        adapter = state.plan[:, PlanColumn.ADAPTER_0 : PlanColumn.ADAPTER_0 + state.streams]
+        factor = scale[state.to_rows(adapter.reshape(-1, 1)).squeeze(-1).long()]
         return (output * factor).to(output.dtype)
 
     return hook

@@ -1,4 +1,4 @@
-"""How a text is written token by token: choosing tokens and knowing when to stop."""
+"""Decoding: choosing each next token and deciding when a completion ends."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,8 @@ from snpatch.executors.base import Output, Request
 from snpatch.op.reference import has_overflowed
 
 
-class Writer:
-    """One request's text as it grows. A request without sampling is done before it begins."""
+class CompletionWriter:
+    """The completion of one request as it grows. A request without sampling is done from the start."""
 
     def __init__(self, request: Request, tokenizer) -> None:
         self.output = Output()
@@ -25,7 +25,7 @@ class Writer:
         self.done = self.sampling is None
         self._tokenizer = tokenizer
         self._cut_at: int | None = None
-        self._search_from = 0  # where in the text a stop string may end, with min_tokens
+        self._search_from = 0  # index in the text from which a stop string may end, with min_tokens
         self._generator, self._warpers = None, LogitsProcessorList()
         if self.sampling is None:
             return
@@ -57,52 +57,52 @@ class Writer:
     def may_choose_eos(self) -> bool:
         return len(self.output.token_ids) >= self.sampling.min_tokens
 
-    def draw(self, logits: Tensor) -> int:
-        """A token from the logits [V] of a sampling request; the same on every device and in every batch."""
+    def sample(self, logits: Tensor) -> int:
+        """Sample a token from logits [V]. The result is the same on every device and in every batch."""
         probabilities = self._warpers(None, logits[None].cpu())[0].softmax(-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
-    def write(self, token: int, logprob: float | None) -> None:
-        """Append a token and decide whether the text ends with it."""
+    def append(self, token: int, logprob: float | None) -> None:
+        """Append a token and decide whether the completion ends with it."""
         output, sampling = self.output, self.sampling
         output.token_ids.append(token)
         if sampling.logprobs:
             output.logprobs.append(logprob)
         if token in self.eos_ids and not sampling.ignore_eos:
             self._end("eos")
-        elif sampling.stop and (found := self._stop_string()) is not None:
-            self.output.stop_reason, self._cut_at = found
+        elif sampling.stop and (match := self._find_stop_string()) is not None:
+            self.output.stop_reason, self._cut_at = match
             self._end("stop")
         elif len(output.token_ids) == sampling.max_tokens:
             self._end("length")
 
     def finish(self) -> Output:
-        """The output with its text: without special tokens, cut before a stop string."""
+        """Return the output with its text, without special tokens and cut before a stop string."""
         if self.sampling is not None:
-            self.output.text = self._text()[: self._cut_at]
+            self.output.text = self._decode()[: self._cut_at]
         return self.output
 
     def _end(self, reason: str) -> None:
         self.output.finish_reason = reason
         self.done = True
 
-    def _text(self) -> str:
+    def _decode(self) -> str:
         return self._tokenizer.decode(self.output.token_ids, skip_special_tokens=True)
 
-    def _stop_string(self) -> tuple[str, int] | None:
-        """The stop string that occurs first and where; one that ends within min_tokens does not count."""
-        text = self._text()
+    def _find_stop_string(self) -> tuple[str, int] | None:
+        """Return the first stop string and its index; one that ends within min_tokens does not count."""
+        text = self._decode()
         if len(self.output.token_ids) <= self.sampling.min_tokens:
             self._search_from = len(text)
             return None
         starts = {s: text.find(s, max(0, self._search_from - len(s) + 1)) for s in self.sampling.stop}
-        found = {stop: start for stop, start in starts.items() if start >= 0}
-        return min(found.items(), key=lambda item: item[1]) if found else None
+        matches = {stop: start for stop, start in starts.items() if start >= 0}
+        return min(matches.items(), key=lambda match: match[1]) if matches else None
 
 
-def choose(logits: Tensor, writers: Sequence[Writer]) -> list[tuple[int, float | None]]:
-    """The next token of each writer from its float32 logits [n, V], and its log-probability where asked for."""
-    # Nothing can be drawn from NaN. The receipt of such a text is an error, whatever it says.
+def choose_tokens(logits: Tensor, writers: Sequence[CompletionWriter]) -> list[tuple[int, float | None]]:
+    """Choose each writer's next token from float32 logits [n, V]; with its log-probability if requested."""
+    # NaN cannot be sampled from. The receipt of such a completion is an error, whatever is chosen here.
     logits = torch.where(has_overflowed(logits)[:, None], 0, logits)
     allowed = logits
     for row, writer in enumerate(writers):
@@ -112,7 +112,7 @@ def choose(logits: Tensor, writers: Sequence[Writer]) -> list[tuple[int, float |
     tokens = allowed.argmax(-1).tolist()
     for row, writer in enumerate(writers):
         if not writer.is_greedy:
-            tokens[row] = writer.draw(allowed[row])
+            tokens[row] = writer.sample(allowed[row])
     if not any(writer.sampling.logprobs for writer in writers):
         return [(token, None) for token in tokens]
     logprobs = logits.log_softmax(-1)[torch.arange(len(writers)), tokens].tolist()
