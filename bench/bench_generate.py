@@ -1,11 +1,11 @@
 """Patched generation and contrasts inside vLLM against native vLLM and against hooks: `make bench-generate`.
 
 SNPATCH_BENCH_SIZE: tiny, 160m (default on a CPU), 1b, 7b (default on a GPU; random weights made by vLLM), rehearsal
-(smallest, for bench/gpu_check.py --rehearse). Two engines live side by side and take turns, so that a drift of the
-machine meets both; a ratio is the median of the ratios of neighbouring runs. Prompts are new in every run: nothing is
-read from the prefix cache. VLLM_USE_V2_MODEL_RUNNER chooses the model runner of both engines.
+(smallest, for bench/gpu_check.py --rehearse). Why two engines take turns: a drift of the machine affects both equally;
+a ratio is the median of the ratios of adjacent runs. Prompts are new in every run, so nothing is read from the prefix
+cache. VLLM_USE_V2_MODEL_RUNNER selects the model runner of both engines.
 
-rows: a patched token is two rows, the recipient's and the donor's. "native 2B" runs as many rows as "twin B".
+A patched token is two rows, the recipient's and the donor's: "native 2B" runs the same number of rows as "twin B".
 """
 
 import gzip
@@ -32,7 +32,7 @@ LAYERS, NEURONS = geometry.SIZES[SIZE]["num_hidden_layers"], geometry.SIZES[SIZE
 IS_REHEARSAL = SIZE == "rehearsal"
 BATCHES = [1, 3] if IS_REHEARSAL else [1, 8, 32, 64, 128, 256] if GPU else [1, 4, 16, 32]
 PROMPT, NEW = 32, 16 if IS_REHEARSAL else 128 if GPU else 48
-# (prompt, new) of batches whose texts of full length would not fit into both caches on a card of 80 GB
+# (prompt, new) of batches whose full-length sequences would not fit into both caches on a card of 80 GB
 SHORTER = {128: (8, 112), 256: (8, 56)} if GPU else {}
 ROUNDS = int(os.environ.get("SNPATCH_BENCH_ROUNDS", 11))
 K = LAYERS * NEURONS // 20
@@ -48,11 +48,11 @@ PAIR = "sft", "dpo"
 PATCH = Patch(*PAIR, RANKING, K)
 CACHE_BYTES = {"rehearsal": 64 << 20, "tiny": 128 << 20, "160m": 2 << 30, "1b": 4 << 30, "7b": 17 << 30}[SIZE]
 COMMON = {"kv_cache_memory_bytes": CACHE_BYTES, "max_num_seqs": 512, "enforce_eager": not GPU}
-# vLLM asks for this share of the card's memory to be free at its start, with kv_cache_memory_bytes, too.
+# vLLM requires this fraction of the card's memory to be free at startup, even with kv_cache_memory_bytes.
 COMMON |= {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.3} if GPU else {"max_num_batched_tokens": 4096}
-if GPU:  # the batches of these benches alone: a graph for each of vLLM's 50 sizes takes half a minute an engine
+if GPU:  # only the batches of these benches: graphs for all of vLLM's 50 sizes take half a minute per engine
     COMMON["compilation_config"] = {"cudagraph_capture_sizes": [2**i for i in range(10)]}
-PROFILED_AFTER, PROFILED = 5, 6  # steps; a text of the rehearsal has 16
+PROFILED_AFTER, PROFILED = 5, 6  # steps; a completion of the rehearsal has 16
 _draw = torch.Generator().manual_seed(1)
 
 
@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
-    """Where each engine's profiler writes; it runs only while a test asks for it."""
+    """Return the folder of each engine's profiler, which runs only while a test starts it."""
     return {side: tmp_path_factory.mktemp(side) for side in ("twin", "native")}
 
 
@@ -91,21 +91,23 @@ def twin(folder, traces):
     options = {"max_model_len": 512, "profiler_config": profiler(traces["twin"]), **COMMON}
     options |= {"load_format": "dummy"} if SIZE == "7b" else {}
     with Engine(folder / "model", adapters, backend="vllm", **options) as engine:
-        agree(engine, folder, adapters)
+        assert_correct(engine, folder, adapters)
         yield engine
 
 
-def agree(engine, folder, adapters) -> None:
-    """Patched log-probabilities are those of the transformers executor (where the weights are on disk), and a model
-    patched with all of another's neurons speaks as the other."""
-    texts, every = prompts(4), Patch("sft", "dpo", RANKING, len(RANKING))
-    ours = engine.logprobs(texts, every)
-    for one, other in zip(ours, engine.logprobs(texts, "dpo"), strict=True):
-        assert (one.values - other.values).abs().max() < 0.1
+def assert_correct(engine, folder, adapters) -> None:
+    """Assert that the engine computes what it should.
+
+    A model patched with all neurons of the donor gives the donor's log-probabilities; and patched log-probabilities
+    equal the transformers executor's, if the weights are on disk.
+    """
+    ids, full_patch = prompts(4), Patch("sft", "dpo", RANKING, len(RANKING))
+    for got, expected in zip(engine.logprobs(ids, full_patch), engine.logprobs(ids, "dpo"), strict=True):
+        assert (got.values - expected.values).abs().max() < 0.1
     if SIZE != "7b":
         with Engine(folder / "model", adapters, backend="transformers") as reference:
-            for one, other in zip(engine.logprobs(texts, PATCH), reference.logprobs(texts, PATCH), strict=True):
-                assert (one.values - other.values).abs().mean() < 0.05
+            for got, expected in zip(engine.logprobs(ids, PATCH), reference.logprobs(ids, PATCH), strict=True):
+                assert (got.values - expected.values).abs().mean() < 0.05
 
 
 @pytest.fixture(scope="module")
@@ -124,20 +126,21 @@ def runner_of(native) -> str:
 def run_twin(twin, batch: int, patch=PATCH, lengths: int | list[int] = NEW, prompt: int = PROMPT) -> None:
     lengths = [lengths] * batch if isinstance(lengths, int) else lengths
     samplings = [Sampling(max_tokens=n, ignore_eos=True) for n in lengths]
-    done = twin.generate(prompts(batch, prompt), patch, samplings)
-    assert [len(c.token_ids) for c in done] == lengths
+    completions = twin.generate(prompts(batch, prompt), patch, samplings)
+    assert [len(completion.token_ids) for completion in completions] == lengths
 
 
 def run_native(native, batch: int, new: int = NEW, prompt: int = PROMPT) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
-    done = native.generate([{"prompt_token_ids": ids} for ids in prompts(batch, prompt)], params, use_tqdm=False)
-    assert all(len(r.outputs[0].token_ids) == new for r in done)
+    inputs = [{"prompt_token_ids": ids} for ids in prompts(batch, prompt)]
+    results = native.generate(inputs, params, use_tqdm=False)
+    assert all(len(result.outputs[0].token_ids) == new for result in results)
 
 
 def paired(benchmark, name: str, run, others: dict, rounds: int = ROUNDS, **info) -> None:
-    """Time `run`, and before each of its rounds each of `others`; ratios are others' seconds to its own."""
+    """Time `run`, and each of `others` before each of its rounds; ratios are the others' seconds / its seconds."""
     seconds: dict[str, list[float]] = {other: [] for other in others}
     own: list[float] = []
 
@@ -161,12 +164,12 @@ def paired(benchmark, name: str, run, others: dict, rounds: int = ROUNDS, **info
 
 
 def about() -> dict:
-    """What every record says of where it was measured; the tests add the model runner."""
+    """Return size and device for a record; the tests add the model runner."""
     return {"size": SIZE, "device": "cuda" if GPU else "cpu", "card": torch.cuda.get_device_name() if GPU else None}
 
 
 def against_native(benchmark, twin, native, name: str, sides: dict[str, int], run, new: int, prompt: int, **info):
-    """`run` against native vLLM at `sides`' numbers of requests, both on one model runner."""
+    """Time `run` against native vLLM with each number of requests in `sides`, both on one model runner."""
     runner = twin.executor.worker_info.runner
     assert runner == runner_of(native), "the two sides run different model runners"
     others = {side: lambda n=n: run_native(native, n, new, prompt) for side, n in sides.items()}
@@ -200,7 +203,7 @@ def test_native_alone(benchmark, native, batch):
 
 
 def test_prefill(benchmark, twin, native):
-    """Reading prompts, with one written token: where the second stream costs its arithmetic."""
+    """Prefill, with one generated token: compute-bound, so the second stream costs its arithmetic."""
     batch, prompt = (4, 100) if IS_REHEARSAL else (32, 400)
     sides = {"native 2B": 2 * batch, "native B": batch}
     run = partial(run_twin, twin, batch, PATCH, 1, prompt)
@@ -208,7 +211,7 @@ def test_prefill(benchmark, twin, native):
 
 
 def test_windows(benchmark, twin):
-    """32 different windows of one batch against one window for all."""
+    """32 different windows in one batch against one window for all requests."""
     patches = [Patch("sft", "dpo", RANKING, (i, i + K)) for i in range(32)]
     others = {"one window": lambda: run_twin(twin, 32)}
     runner = twin.executor.worker_info.runner
@@ -216,7 +219,7 @@ def test_windows(benchmark, twin):
 
 
 def test_statistics(benchmark, twin):
-    """Every position of a batch observed against none."""
+    """Statistics of every position of a batch against no statistics."""
 
     def run(observes):
         sampling = Sampling(max_tokens=NEW, ignore_eos=True)
@@ -233,9 +236,9 @@ def test_statistics(benchmark, twin):
     ("batch", "lengths"), [(4, "static"), (32, "ragged"), (32, "static")], ids=["B4", "B32-ragged", "B32-static"]
 )
 def test_against_hooks(benchmark, twin, folder, batch, lengths):
-    """Two transformers models with hooks: same neurons, prompts and threads, and weights where they are on disk."""
+    """Against two transformers models with hooks: the same neurons, prompts and threads, and weights if on disk."""
     if SIZE == "7b" and not GPU:
-        pytest.skip("7b has no weights on disk, and to draw them twice takes a GPU")
+        pytest.skip("7b has no weights on disk; drawing them twice needs a GPU")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     adapters = [folder / "sft"], [folder / "sft", folder / "dpo"]
     hooked = Hooked(folder / "model", *adapters, RANKING.top(K), "cuda" if GPU else "cpu")
@@ -256,29 +259,29 @@ def processes(parent: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def touched(twin):
-    """Once through the whole KV cache, whose memory was reserved at the start but is used only now."""
+    """Fill the whole KV cache once: its memory is reserved at startup but resident only after its first use."""
     token = 2 * 2 * 2 * LAYERS * geometry.SIZES[SIZE]["hidden_size"]  # two streams, keys and values, bfloat16
-    texts = prompts(1 + CACHE_BYTES // token // 250, 250)
-    twin.execute([twin.requests.observing(ids, PAIR, None) for ids in texts])
+    sequences = prompts(1 + CACHE_BYTES // token // 250, 250)
+    twin.execute([twin.requests.observing(ids, PAIR, None) for ids in sequences])
 
 
 @pytest.mark.parametrize("positions", [10**3, 10**4, 10**5, 10**6])
 def test_contrast(benchmark, twin, touched, positions):
-    """Positions a second of reading given texts with both models, and what that adds to all processes' memory."""
+    """Positions per second when both models read given texts, and the growth of all processes' memory."""
     if SIZE in ("160m", "1b", "rehearsal") and not GPU and positions > 10**4:
         pytest.skip("takes minutes on a CPU: SNPATCH_BENCH_SIZE=tiny goes to 10^6")
     length = 250
     texts = prompts(positions // length, length)
-    mine = processes(os.getpid())
-    before = sum(map(resident_bytes, mine))
+    process_ids = processes(os.getpid())
+    before = sum(map(resident_bytes, process_ids))
 
     def run():
-        found = Statistics.zeros(LAYERS, NEURONS)
-        twin.execute([twin.requests.observing(ids, PAIR, Observation(found, 0, length)) for ids in texts])
-        assert (found.count == len(texts) * length).all()
+        statistics = Statistics.zeros(LAYERS, NEURONS)
+        twin.execute([twin.requests.observing(ids, PAIR, Observation(statistics, 0, length)) for ids in texts])
+        assert (statistics.count == len(texts) * length).all()
 
     benchmark.pedantic(run, rounds=1 if positions > 10**4 else 3, iterations=1)
-    grown = sum(map(resident_bytes, mine)) - before
+    grown = sum(map(resident_bytes, process_ids)) - before
     benchmark.extra_info.update(
         **about(), side="contrast", runner=twin.executor.worker_info.runner, positions=len(texts) * length,
         positions_per_s=len(texts) * length / benchmark.stats.stats.median, grown_bytes=grown,
@@ -288,7 +291,7 @@ def test_contrast(benchmark, twin, touched, positions):
 
 @pytest.mark.parametrize("side", ["twin", "native 2B", "native B"])
 def test_profile(request, benchmark, traces, side):
-    """Where the time of a decode step goes, by vLLM's own profiler. Last in this file: its engines stay annotated."""
+    """Profile of a decode step by vLLM's profiler. Last in this file, because its engines stay annotated."""
     batch = (3 if IS_REHEARSAL else 32) * (2 if side == "native 2B" else 1)
     name = "twin" if side == "twin" else "native"
     engine = request.getfixturevalue(name)
@@ -317,7 +320,7 @@ def test_profile(request, benchmark, traces, side):
 
 
 def step_us(run, rounds: int = 5) -> float:
-    """Return the microseconds of a decode step without a profiler, by the time of the second half of the texts."""
+    """Return the microseconds of a decode step without a profiler, from the time of the completions' second half."""
     halves = []
     for _ in range(rounds):
         seconds = []

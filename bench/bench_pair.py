@@ -1,7 +1,8 @@
-"""Two sets of weights in one engine against two native engines, and one stream against native: `make bench-pair`.
+"""One engine with secondary weights against two native engines, and one stream against native: `make bench-pair`.
 
-The pair engine writes B patched texts; the two native ones, which live beside it and take turns with it, write B texts
-each, one engine after the other: what one would run without snpatch, and without a patch. Sizes: see bench_generate.py.
+The pair engine generates B patched completions. The two native engines, which take turns with it, generate B
+completions each, one engine after the other: the same models without snpatch and without a patch. Sizes: see
+bench_generate.py.
 """
 
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ OPTIONS = {"max_model_len": 512, **COMMON} | ({"load_format": "dummy"} if SIZE =
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two models of one shape and independent random weights."""
+    """Return two models of one shape with independent random weights."""
     homes = [tmp_path_factory.mktemp(name) for name in ("recipient", "donor")]
     return [geometry.make(SIZE, home, weights=SIZE != "7b", draw=draw) for draw, home in enumerate(homes)]
 
@@ -42,16 +43,17 @@ def pair(folders):
     own, donor = folders
     with Engine(own, models={"dpo": donor}, backend="vllm", **OPTIONS) as engine:
         if SIZE != "7b":
-            agree(engine, folders)
+            assert_correct(engine, folders)
         yield engine
 
 
-def agree(engine, folders) -> None:
-    """Patched log-probabilities are those of the transformers executor."""
-    texts = [[(7 * i + 3 * j) % 500 + 3 for j in range(PROMPT)] for i in range(4)]
+def assert_correct(engine, folders) -> None:
+    """Assert that patched log-probabilities equal the transformers executor's."""
+    prompts = [[(7 * i + 3 * j) % 500 + 3 for j in range(PROMPT)] for i in range(4)]
     with Engine(folders[0], models={"dpo": folders[1]}, backend="transformers") as reference:
         for patch in (PATCH, "base", "dpo"):
-            for one, other in zip(engine.logprobs(texts, patch), reference.logprobs(texts, patch), strict=True):
+            got, expected = engine.logprobs(prompts, patch), reference.logprobs(prompts, patch)
+            for one, other in zip(got, expected, strict=True):
                 assert (one.values - other.values).abs().mean() < 0.05
 
 
@@ -99,7 +101,7 @@ class TestPair:
 
 
 class TestOneStream:
-    """With no other engine beside the two that are compared: four disturb each other by more than they differ."""
+    """Only the two compared engines exist: four would disturb each other by more than they differ."""
 
     @pytest.mark.parametrize("batch", SHOWN)
     def test_one_stream_against_native(self, benchmark, one_stream, native, batch):

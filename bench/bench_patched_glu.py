@@ -1,7 +1,7 @@
 """The op against eager PyTorch, inductor, and a plain fused silu*up: `make bench-op`.
 
-On a CPU one thread; on a GPU under graph replay, against vLLM's silu_and_mul where vLLM is installed. Every side is
-first checked against the reference. bytes: gate_up read, out written, statistics read and written, rank and scales
+On a CPU with one thread; on a GPU under graph replay, and against vLLM's silu_and_mul if vLLM is installed. Every side
+is first checked against the reference. Bytes: gate_up read, out written, statistics read and written, rank and scales
 read once.
 """
 
@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 
 def all_features(T, F, dtype):
-    """A decode step of T tokens with every feature on: own adapters, windows, statistics, a capture, receipts."""
+    """Build a decode step of T tokens with all features: adapters, windows, statistics, a capture, receipts."""
     g = torch.Generator().manual_seed(0)
     plan = torch.zeros(T, len(PlanColumn), dtype=torch.int32)
     plan[:, PlanColumn.ADAPTER_0], plan[:, PlanColumn.ADAPTER_1] = 1, 2
@@ -48,7 +48,7 @@ def all_features(T, F, dtype):
     }
     tensors["unobserved"] = plan.clone()
     tensors["unobserved"][:, PlanColumn.GROUP] = -1
-    tensors["order"] = torch.argsort(tensors["rank"][0])[:64]  # for the unfused side: what is captured
+    tensors["order"] = torch.argsort(tensors["rank"][0])[:64]  # for the unfused side: the captured neurons
     tensors["plain_out"] = torch.empty(2 * T, F, dtype=dtype)
     return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
 
@@ -58,13 +58,13 @@ def fused(t):
 
 
 def unobserved(t):
-    """The step of a plain generation: patched, captured and counted, without statistics."""
+    """Run the step as in generation: patched, captured and counted, without statistics."""
     tensors = [t["unobserved"] if name == "plan" else tensor for name, tensor in list(t.items())[:9]]
     return ops.patched_glu(*tensors, activation="silu", streams=2, layer=0)
 
 
 def with_tile(block_t, block_f):
-    """`unobserved` by another tile of the Triton kernel: what the choice of its tile is checked against."""
+    """Return `unobserved` with another tile of the Triton kernel, to check the choice of its tile."""
 
     def run(t):
         chosen = dict(kernel.TILE)
@@ -78,7 +78,7 @@ def with_tile(block_t, block_f):
 
 
 def unfused(t):
-    """The same function as a good PyTorch programmer writes it for this case: one group, one ranking, one capture."""
+    """Compute the same in plain PyTorch, optimized for this case: one group, one ranking, one capture."""
     width = t["scale"].shape[1]
     gate, up = t["gate_up"].float().split(width, dim=1)
     value = (torch.nn.functional.silu(gate) * up).view(-1, 2, width) * t["scale"][1:]
@@ -102,7 +102,7 @@ def plain(t):
 
 
 def copy(t):
-    """As many bytes as the op moves, by the device's own copy: the ceiling."""
+    """Copy as many bytes as the op moves; the ceiling."""
     half = bytes_moved(t, "snpatch") // 2
     if "copied" not in t:
         t["copied"] = torch.empty(2, half, dtype=torch.uint8, device=DEVICE)
@@ -110,13 +110,13 @@ def copy(t):
 
 
 def silu_and_mul(t):
-    """vLLM's own activation on the same rows."""
+    """Run vLLM's activation on the same rows."""
     torch.ops._C.silu_and_mul(t["plain_out"], t["gate_up"])
 
 
 @pytest.fixture(scope="session", autouse=True)
-def yardstick():
-    """Compile plain_glu.cpp with the flags that setup.py gives the product."""
+def plain_op():
+    """Compile plain_glu.cpp with the flags that setup.py uses for the product."""
     if GPU:
         return
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-std=c++20"]
@@ -126,20 +126,20 @@ def yardstick():
 
 
 def sides():
-    """name -> a function of the tensors; what runs on this machine."""
-    found = {"snpatch": fused, "snpatch, unobserved": unobserved, "plain silu*up": plain, "eager": unfused}
+    """Return name -> function of the tensors, for the sides that run on this machine."""
+    functions = {"snpatch": fused, "snpatch, unobserved": unobserved, "plain silu*up": plain, "eager": unfused}
     if GPU:
-        found["copy"] = copy
-        found |= {f"tile {t}x{f}": with_tile(t, f) for t, f in ((1, 1024), (2, 512), (8, 128), (16, 64))}
+        functions["copy"] = copy
+        functions |= {f"tile {t}x{f}": with_tile(t, f) for t, f in ((1, 1024), (2, 512), (8, 128), (16, 64))}
         try:
             import vllm._custom_ops  # noqa: F401
 
-            found["vllm silu_and_mul"] = silu_and_mul
+            functions["vllm silu_and_mul"] = silu_and_mul
         except ImportError:
             pass
     else:
-        found["inductor"] = torch.compile(unfused, dynamic=False)
-    return found
+        functions["inductor"] = torch.compile(unfused, dynamic=False)
+    return functions
 
 
 SIDES = sides()
@@ -154,8 +154,8 @@ def bytes_moved(t, side):
     return data + sum(t[name].numel() * t[name].element_size() for name in ("rank", "scale")) + statistics
 
 
-def agree(t, side):
-    """The side gives the reference's output, statistics, count, capture and receipts."""
+def assert_correct(t, side):
+    """Assert that a side gives the reference's output, statistics, count, capture and receipts."""
     mutated = ("stats", "count", "capture", "receipt")
     for name in mutated:
         t[name].zero_()
@@ -166,8 +166,8 @@ def agree(t, side):
         got = SIDES[side](t) if side != "vllm silu_and_mul" else (SIDES[side](t), t["plain_out"])[1]
         torch.testing.assert_close(got.float(), torch.nn.functional.silu(gate) * up, rtol=2e-2, atol=2e-2)
         return
-    want = {name: t[name].clone() for name in mutated}
-    inputs = [want.get(name, tensor) for name, tensor in list(t.items())[:9]]
+    expected = {name: t[name].clone() for name in mutated}
+    inputs = [expected.get(name, tensor) for name, tensor in list(t.items())[:9]]
     if side in UNOBSERVED:
         inputs[4] = t["unobserved"]
     out = reference.patched_glu(*inputs, "silu", 2, 0, 0)
@@ -175,11 +175,11 @@ def agree(t, side):
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if out.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(got, out, **tolerance)
     for name in mutated:
-        torch.testing.assert_close(t[name], want[name], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(t[name], expected[name], rtol=1e-4, atol=1e-3)
 
 
 def launcher(side, t):
-    """What is timed: a call, or on a GPU the replay of a graph of it and a synchronise."""
+    """Return the timed function: a call, or on a GPU the replay of its graph and a synchronization."""
     if not GPU:
         return lambda: SIDES[side](t)
     for _ in range(3):
@@ -197,14 +197,14 @@ def launcher(side, t):
     return replay
 
 
-GPU_REPEATS = 50  # calls in a graph: one call is shorter than a synchronise
+GPU_REPEATS = 50  # calls per graph, because one call is shorter than a synchronization
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("T", "F", "dtype"), CASES, ids=[f"T{t}-F{f}-{str(d)[6:]}" for t, f, d in CASES])
 def test_patched_glu(benchmark, side, T, F, dtype):
     t = all_features(T, F, dtype)
-    agree(t, side)
+    assert_correct(t, side)
     calls = GPU_REPEATS if GPU else 1
     run = launcher(side, t)
     benchmark.extra_info.update(

@@ -1,4 +1,4 @@
-"""Filling the plan of a step: `make bench-generate` runs it, too. Decode steps, and a step of prompts in chunks."""
+"""Filling the plan of a decode step and of a step of chunked prefill; part of `make bench-generate`."""
 
 import numpy as np
 import pytest

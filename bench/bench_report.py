@@ -1,4 +1,4 @@
-"""Benchmark of a page with 10,000 completions of about 128 tokens: write, open in Chromium, first search."""
+"""Report page of 10,000 completions of about 128 tokens: write it, open it in Chromium, search it once."""
 
 import shutil
 

@@ -1,8 +1,8 @@
-"""`snpatch reproduce --model demo` in a new folder: seconds of each step, and what was found, as a record.
+"""`snpatch reproduce --model demo` in a new folder: seconds and results of each step, as a record.
 
     python bench/bench_reproduce.py            (make bench-reproduce)
 
-Why the seconds are written into the package, too: `--dry-run` tells them where nothing was run yet.
+Why the seconds are also written into the package: `--dry-run` prints them before anything has run.
 """
 
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "reproduce"
 RECORD = ROOT / "bench" / "results" / "reproduce" / "demo.json"
 MEASURED = ROOT / "snpatch" / "reproduce" / "measured.json"
-KEPT = ("reproduction.csv",)  # beside the record
+COPIED_FILES = ("reproduction.csv",)  # stored next to the record
 ALL = "all, with imports and engine"
 
 
@@ -32,16 +32,16 @@ def main() -> None:
     whole = round(time.monotonic() - begin, 1)
     steps = json.loads((OUT / "steps.json").read_text())
     seconds = {name: step["seconds"] for name, step in steps.items()} | {ALL: whole}
-    told = json.loads((OUT / "report.json").read_text())
+    report = json.loads((OUT / "report.json").read_text())
     about = describe_environment(ops.implementations())
     machine = f"{get_cpu_info()['brand_raw']}, {about['device']['cpu threads']} threads"
-    headlines = {name: one["headline"] for name, one in told["experiments"].items()}
+    headlines = {name: experiment["headline"] for name, experiment in report["experiments"].items()}
     trainings = {path.parent.name: figures(path) for path in sorted(OUT.glob("adapters/*/training.json"))}
     record = {"machine": machine, **about, "seconds": seconds, "trainings": trainings}
-    record |= {"headlines": headlines, "beside": told["beside"]}
+    record |= {"headlines": headlines, "beside": report["beside"]}
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    for name in KEPT:
+    for name in COPIED_FILES:
         shutil.copy(OUT / name, RECORD.parent / name)
     MEASURED.write_text(json.dumps({"demo": {"machine": machine, "seconds": seconds}}, indent=1) + "\n")
 

@@ -1,9 +1,9 @@
-"""`snpatch serve` under vLLM's own serving benchmark, against plain requests of the same server and vLLM's own server
-at twice the concurrency; and what HTTP adds to the offline engine: `make bench-serve`.
+"""`snpatch serve` under vLLM's serving benchmark, and the overhead of HTTP over the offline engine: `make bench-serve`.
 
-The client is what `vllm bench serve` runs, called in this process: its command line asks for a package named vllm,
-which vLLM's build for CPUs is not. Servers live side by side and take turns, as in bench_generate.py; prompts are new
-in every run. On a CPU client, HTTP server and engine share the cores.
+Patched requests are compared with plain requests to the same server and with vLLM's server at the same and at twice
+the concurrency. Why the client of `vllm bench serve` is called in this process: its command line requires a package
+named vllm, and vLLM's build for CPUs has another name. Servers take turns, as in bench_generate.py; prompts are new in
+every run. On a CPU, client, HTTP server and engine share the cores.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from served import Server
 from snpatch import Engine, Sampling
 
 CONCURRENCY = (1, 8, 32)
-WAVES = 4  # of requests in a run: so many times the concurrency
+WAVES = 4  # requests per run, as a multiple of the concurrency
 FEW = max(3, ROUNDS // 2)
-KEPT = ("request_throughput", "median_ttft_ms", "median_tpot_ms", "p99_ttft_ms", "p99_tpot_ms")
+METRICS = ("request_throughput", "median_ttft_ms", "median_tpot_ms", "p99_ttft_ms", "p99_tpot_ms")
 WAIT_S = 600
 SERVED, NATIVE = ("-m", "snpatch.cli", "serve"), ("-m", "vllm.entrypoints.openai.api_server")
 _seeds = count()
 
 
 def flags(max_model_len: int) -> list[str]:
-    """COMMON as a command line has it."""
+    """Return COMMON as command-line flags."""
     words = [f"--max-model-len={max_model_len}", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
     words += ["--load-format=dummy"] if SIZE == "7b" else []
     for name, value in COMMON.items():
@@ -63,7 +63,7 @@ def native(folder, tmp_path_factory):  # noqa: F811
 
 
 def bench_serve(server: Server, model: str, tokenizer: Path, concurrency: int) -> dict:
-    """One run of `vllm bench serve`: its own figures."""
+    """Run `vllm bench serve` once and return its metrics."""
     from vllm.benchmarks.serve import add_cli_args, main
 
     parser = argparse.ArgumentParser()
@@ -75,14 +75,14 @@ def bench_serve(server: Server, model: str, tokenizer: Path, concurrency: int) -
         --max-concurrency {concurrency} --seed {next(_seeds)} --temperature 0 --disable-tqdm
         --ready-check-timeout-sec 0""".split()
     )
-    found = main(args)
-    assert found["completed"] == n
-    return {name: found[name] for name in KEPT}
+    result = main(args)
+    assert result["completed"] == n
+    return {name: result[name] for name in METRICS}
 
 
 @pytest.mark.parametrize("concurrency", CONCURRENCY)
 def test_patched_against_plain_and_native(benchmark, folder, served, native, concurrency):  # noqa: F811
-    """Ratios are of request throughputs of neighbouring runs."""
+    """Ratios are of request throughputs in adjacent runs."""
     tokenizer, native_name = folder / "model", str(folder / "model")
     sides = {
         "served patched": partial(bench_serve, served, "patched", tokenizer, concurrency),
@@ -90,42 +90,43 @@ def test_patched_against_plain_and_native(benchmark, folder, served, native, con
         "native server 2B": partial(bench_serve, native, native_name, tokenizer, 2 * concurrency),
         "native server B": partial(bench_serve, native, native_name, tokenizer, concurrency),
     }
-    found: dict[str, list[dict]] = {name: [] for name in sides}
+    results: dict[str, list[dict]] = {name: [] for name in sides}
 
     def turn():
         for name, run in sides.items():
-            found[name].append(run())
+            results[name].append(run())
 
     benchmark.pedantic(turn, rounds=FEW, iterations=1, warmup_rounds=1)
-    own = [one["request_throughput"] for one in found["served patched"][1:]]
+    patched = [result["request_throughput"] for result in results["served patched"][1:]]
     for name in sides.keys() - {"served patched"}:
-        ratios = [o / t["request_throughput"] for o, t in zip(own, found[name][1:], strict=True)]
+        ratios = [p / other["request_throughput"] for p, other in zip(patched, results[name][1:], strict=True)]
         if name == "native server 2B":
-            ratios = [2 * ratio for ratio in ratios]  # it serves two requests where the patch runs two rows
+            ratios = [2 * ratio for ratio in ratios]  # it serves two requests while a patched one runs two rows
         low, middle, high = statistics.quantiles(ratios, n=4)
         benchmark.extra_info[name] = {"ratio": middle, "q1": low, "q3": high}
     figures = {
-        name: {key: statistics.median(one[key] for one in runs[1:]) for key in KEPT} for name, runs in found.items()
+        name: {key: statistics.median(run[key] for run in runs[1:]) for key in METRICS}
+        for name, runs in results.items()
     }
     benchmark.extra_info.update(**about(), side="served", batch=concurrency, prompt=PROMPT, new=NEW, figures=figures)
 
 
-def test_what_http_adds(benchmark, folder, served):  # noqa: F811
-    """Seconds a request of whole answers over HTTP, 32 at a time, less those of the offline engine."""
+def test_http_overhead(benchmark, folder, served):  # noqa: F811
+    """Seconds per request over HTTP, 32 at a time, without streaming, minus those of the offline engine."""
     concurrency, n = 32, 128
     adapters = {"sft": folder / "sft", "dpo": [folder / "sft", folder / "dpo"]}
     body = {"model": "patched", "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
 
-    async def ask(texts) -> None:
-        waiting = iter(texts)
+    async def send_all(token_ids) -> None:
+        waiting = iter(token_ids)
 
-        async def seat(session):
+        async def client(session):
             for ids in waiting:
                 async with session.post(f"{served.url}/v1/completions", json={**body, "prompt": ids}) as answer:
                     assert (await answer.json())["usage"]["completion_tokens"] == NEW
 
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(600)) as session:
-            await asyncio.gather(*(seat(session) for _ in range(concurrency)))
+            await asyncio.gather(*(client(session) for _ in range(concurrency)))
 
     options = {**COMMON, "max_num_seqs": concurrency, "max_model_len": 512}
     options |= {"load_format": "dummy"} if SIZE == "7b" else {}
@@ -134,7 +135,7 @@ def test_what_http_adds(benchmark, folder, served):  # noqa: F811
 
         def turn():
             start = time.perf_counter()
-            asyncio.run(ask(prompts(n)))
+            asyncio.run(send_all(prompts(n)))
             http.append(time.perf_counter() - start)
             start = time.perf_counter()
             engine.generate(prompts(n), PATCH, Sampling(max_tokens=NEW, ignore_eos=True))

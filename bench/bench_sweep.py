@@ -1,6 +1,6 @@
-"""Sweeps in vLLM: many windows against one, what the store costs, a finished sweep again: `make bench-sweep`.
+"""Sweeps in vLLM: many windows against one, the cost of the store, a repeated sweep: `make bench-sweep`.
 
-Sizes: see bench_generate.py; the store is measured on the demo model, whose texts are the fastest there are.
+Sizes: see bench_generate.py. The store is measured on the demo model, whose completions are the fastest to generate.
 """
 
 import functools
@@ -41,7 +41,7 @@ ROUNDS = 2
 
 
 def write(engine, patches, asked) -> None:
-    """Every patch on every prompt, as a sweep writes them."""
+    """Generate every patch on every prompt, as a sweep does."""
     sampling = Sampling(max_tokens=NEW, ignore_eos=True)
     items = [
         generation.CompletionTask(
@@ -57,9 +57,9 @@ def write(engine, patches, asked) -> None:
 
 
 def windows_in_one_batch(benchmark, engine, ranking, prompts, rounds, **info) -> None:
-    """Windows up to half of the neurons against as many requests of one window; and one window after the other.
+    """Time windows up to half of the neurons against the same number of requests with one window, and sequentially.
 
-    prompts: makes so many new ones.
+    prompts: function that returns n new ones.
     """
     ks = [round(len(ranking) * (i + 1) / (2 * WINDOWS)) for i in range(WINDOWS)]
     patches = [Patch(*PAIR, ranking, k) for k in ks]
@@ -103,9 +103,9 @@ def judge(asked, answers):
 
 
 def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
-    """CPU seconds in the store's own methods, of a run of so many texts; then the same command again.
+    """CPU seconds in the store's methods during a sweep of MANY completions; then the same command again.
 
-    Not seconds by the clock: where an engine runs on all cores, the driver waits for its turn wherever it is.
+    Why not wall time: with an engine on all cores, the driver waits for a core in whatever it does.
     """
     engine, asked = demo
     spent, depth = Counter(), [0]
@@ -148,7 +148,7 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
 
 
 def test_minimal(benchmark, demo, tmp_path):
-    """The smallest k that recovers 90 %, against the whole grid, whose texts it is not given."""
+    """Search for the smallest k that recovers 90 %, against the whole grid, without reusing its completions."""
     engine, asked = demo
     experiment = load_experiment_config("demo")
     arguments = dict(experiment.judges[experiment.cost])
@@ -162,17 +162,17 @@ def test_minimal(benchmark, demo, tmp_path):
     def search():
         return find_minimal(engine, asked, {"safety": ranking}, cost, config, store=tmp_path / "search")
 
-    for one in benchmark.pedantic(search, rounds=1):
-        line = grid.line("cost", one.recipient, "safety")
+    for result in benchmark.pedantic(search, rounds=1):
+        line = grid.line("cost", result.recipient, "safety")
         exact = next((row.rank_hi for row in line if row.effect >= 0.9), None)
-        found = one.search
-        told = {"k": found.k, "low": found.low, "high": found.high, "used": found.used, "full": found.full}
-        benchmark.extra_info[one.recipient] = {**told, "rounds": found.rounds, "whole_grid": exact}
+        found = result.search
+        record = {"k": found.k, "low": found.low, "high": found.high, "used": found.used, "full": found.full}
+        benchmark.extra_info[result.recipient] = {**record, "rounds": found.rounds, "whole_grid": exact}
     benchmark.extra_info.update({**about(), "side": "minimal"})
 
 
 def test_two_processes(benchmark, tmp_path):
-    """Two processes of one folder against one, on all cores of the machine: start and end included."""
+    """Two processes on one folder against one, on all cores, including start and end."""
     size = 8 if IS_REHEARSAL else 40
     spec = {
         "config": "demo", "engine": {"enforce_eager": not GPU},
@@ -185,8 +185,8 @@ def test_two_processes(benchmark, tmp_path):
     def run(name, processes):
         command = [sys.executable, "-m", "snpatch.cli", "sweep", tmp_path / "spec.json", "-o", tmp_path / name]
         start = time.perf_counter()
-        begun = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(processes)]
-        assert [process.wait() for process in begun] == [0] * processes
+        children = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(processes)]
+        assert [child.wait() for child in children] == [0] * processes
         return time.perf_counter() - start
 
     one_s = run("one", 1)

@@ -1,8 +1,8 @@
 """The cost of zeroing KV blocks before vLLM uses them again: `make bench-zeroing`.
 
-Both sides are one engine in this process, with its zeroing switched on and off. Their runs take turns, so that a drift
-of the machine meets both. Prompts are new in every run: each run takes used blocks, and none is read from the prefix
-cache. On a CPU the seconds inside the zeroing are summed as well, since noise of the machine does not reach them.
+Both sides are one engine in this process, with zeroing switched on and off. Their runs take turns, so that a drift of
+the machine affects both. Prompts are new in every run: each run gets used blocks, and none is read from the prefix
+cache. On a CPU the seconds inside the zeroing are summed as well, because the machine's noise does not affect them.
 """
 
 import os
@@ -16,13 +16,13 @@ from in_process import in_process  # noqa: F401
 
 from snpatch import Engine, Patch, Sampling
 
-CACHE_BYTES = {"tiny": 64 << 20, "160m": 512 << 20}  # of two batches, so that all blocks are used ones after a warm-up
+CACHE_BYTES = {"tiny": 64 << 20, "160m": 512 << 20}  # two batches, so that all blocks are used ones after a warm-up
 BATCH, PROMPT, NEW = 16, 128, 64
 PAIRS = int(os.environ.get("SNPATCH_BENCH_ROUNDS", 21))
 
 
 class Zeroing:
-    """The function of a model runner that zeroes blocks, with a switch. It counts its blocks and seconds."""
+    """Switchable replacement of the model runner's function that zeroes blocks; counts blocks and seconds."""
 
     def __init__(self, engine: Engine) -> None:
         runner = engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
@@ -40,8 +40,8 @@ class Zeroing:
             self.blocks += len(block_ids)
 
 
-class Writer:
-    """An engine of a size that writes batches with zeroing and without. shares: of a run's time, spent zeroing."""
+class BatchGenerator:
+    """An engine that generates batches with or without zeroing. shares: fraction of each run's time spent zeroing."""
 
     def __init__(self, size: str, engine: Engine) -> None:
         sizes = geometry.SIZES[size]
@@ -54,41 +54,41 @@ class Writer:
     def draw(self) -> list[list[int]]:
         return prompts(BATCH, PROMPT, self._words)
 
-    def write(self, texts: list[list[int]], new: int, has_zeroing: bool) -> list[list[int]]:
+    def generate(self, texts: list[list[int]], new: int, has_zeroing: bool) -> list[list[int]]:
         zeroing, blocks, seconds = self.zeroing, self.zeroing.blocks, self.zeroing.seconds
         zeroing.is_on = has_zeroing
         start = time.perf_counter()
-        done = self.engine.generate(texts, self._patch, Sampling(max_tokens=new, ignore_eos=True))
+        completions = self.engine.generate(texts, self._patch, Sampling(max_tokens=new, ignore_eos=True))
         if has_zeroing:
             self.shares.append((zeroing.seconds - seconds) / (time.perf_counter() - start))
         assert (zeroing.blocks > blocks) == has_zeroing
-        return [completion.token_ids for completion in done]
+        return [completion.token_ids for completion in completions]
 
 
 @pytest.fixture(scope="module", params=CACHE_BYTES)
 def writer(request, in_process, tmp_path_factory):  # noqa: F811
-    """Assert that both sides write the same texts."""
+    """Yield the engine, after both sides generated the same completions."""
     size, folder = request.param, tmp_path_factory.mktemp(request.param)
     geometry.make(size, folder)
     adapters = {"sft": folder / "sft", "dpo": [folder / "sft", folder / "dpo"]}
     options = {"max_model_len": 256, "max_num_seqs": BATCH, "max_num_batched_tokens": 4096, "enforce_eager": not GPU}
     options |= {"kv_cache_memory_bytes": CACHE_BYTES[size]}
-    options |= {"gpu_memory_utilization": 0.3} if GPU else {}  # vLLM asks for this share to be free at its start
+    options |= {"gpu_memory_utilization": 0.3} if GPU else {}  # vLLM requires this fraction to be free at startup
     with Engine(folder / "model", adapters, backend="vllm", **options) as engine:
-        writer = Writer(size, engine)
+        writer = BatchGenerator(size, engine)
         texts = writer.draw()
-        zeroed = writer.write(texts, NEW, True)
+        zeroed = writer.generate(texts, NEW, True)
         engine.executor.engine.reset_prefix_cache()
-        assert writer.write(texts, NEW, False) == zeroed
+        assert writer.generate(texts, NEW, False) == zeroed
         yield writer
 
 
 @pytest.mark.parametrize("new", [NEW, 1], ids=["whole texts", "first tokens"])
 def test_zeroing_against_none(benchmark, writer, new):
-    """Ratios are of speeds; with one token, of the time until all prompts of the batch have their first token."""
+    """Ratios are of speeds; with one token, of the time until every prompt of the batch has its first token."""
     writer.shares.clear()
-    others = {"no zeroing": lambda: writer.write(writer.draw(), new, False)}
+    others = {"no zeroing": lambda: writer.generate(writer.draw(), new, False)}
     sizes = {"size": writer.size, "batch": BATCH, "prompt": PROMPT, "new": new}
-    paired(benchmark, "zeroing", lambda: writer.write(writer.draw(), new, True), others, PAIRS, **sizes)
-    if not GPU:  # where zeroing runs beside the host
+    paired(benchmark, "zeroing", lambda: writer.generate(writer.draw(), new, True), others, PAIRS, **sizes)
+    if not GPU:  # on a GPU zeroing runs asynchronously
         benchmark.extra_info["zeroing_share"] = statistics.median(writer.shares[1:])  # without the warm-up

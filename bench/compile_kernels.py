@@ -1,7 +1,7 @@
-"""Compile the Triton kernels for GPUs that are not here and read their SASS: registers, stack, wide accesses.
+"""Compile the Triton kernels for GPUs that this machine lacks and read registers, stack and accesses off their SASS.
 
-Prints JSON, one object a variant. Must run without TRITON_INTERPRET. Source of the tools: Triton bundles
-cuobjdump and nvdisasm.
+Prints JSON with one object per variant. Must run without TRITON_INTERPRET. Triton bundles the tools, cuobjdump and
+nvdisasm.
 """
 
 import json
@@ -31,25 +31,28 @@ POINTERS = {
 }
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALIGNED = ("n_neurons", "row_stride")
-# (capability, dtype, streams, clauses, is_aligned). H100 and H200 are 9.0; they get each kind.
+# (capability, dtype, streams, interventions, is_aligned). H100 and H200 have 9.0, which is compiled for each kind.
 VARIANTS = (
-    *((90, dtype, 2, clauses, True) for dtype, clauses in (("bf16", 1), ("bf16", 3), ("fp16", 1), ("fp32", 1))),
+    *(
+        (90, dtype, 2, interventions, True)
+        for dtype, interventions in (("bf16", 1), ("bf16", 3), ("fp16", 1), ("fp32", 1))
+    ),
     (90, "bf16", 1, 1, True),
     (90, "bf16", 2, 1, False),
     *((capability, dtype, 2, 1, True) for capability in (80, 100) for dtype in ("bf16", "fp32")),
 )
 
 
-def compile_variant(capability: int, dtype: str, streams: int, clauses: int, is_aligned: bool) -> dict:
-    """One variant; its registers, stack, instructions and counts of 128-bit accesses.
+def compile_variant(capability: int, dtype: str, streams: int, interventions: int, is_aligned: bool) -> dict:
+    """Compile one variant; return its registers, stack, instructions and counts of 128-bit accesses.
 
-    is_aligned: numbers of neurons and row strides that are divisible by 16, as every model's are on one GPU.
+    is_aligned: the number of neurons and the row stride are divisible by 16, as for every model on one GPU.
     """
     kernel = module._patched_glu_kernel
     constants = {
         "ACTIVATION": "silu",
         "STREAMS": streams,
-        "INTERVENTIONS": clauses,
+        "INTERVENTIONS": interventions,
         "HAS_GROUPS": True,
         "INTERPRETED": False,
         **module.TILE,
@@ -64,7 +67,7 @@ def compile_variant(capability: int, dtype: str, streams: int, clauses: int, is_
         {(place(name),): value for name, value in constants.items()},
         {(place(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {**module.OPTIONS, "maxnreg": module.max_registers(TYPES[dtype], clauses)}
+    options = {**module.OPTIONS, "maxnreg": module.max_registers(TYPES[dtype], interventions)}
     cubin = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -75,7 +78,7 @@ def compile_variant(capability: int, dtype: str, streams: int, clauses: int, is_
         "capability": capability,
         "dtype": dtype,
         "streams": streams,
-        "clauses": clauses,
+        "interventions": interventions,
         "is_aligned": is_aligned,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -86,7 +89,7 @@ def compile_variant(capability: int, dtype: str, streams: int, clauses: int, is_
 
 
 def _code(listing: str) -> str:
-    """The kernel's own section of nvdisasm's listing, which holds those of the debug information, too."""
+    """Return the kernel's section of nvdisasm's listing, which also contains debug sections."""
     start = listing.index("\n.text.")
     return listing[start : listing.find("\n\t.section", start)]
 

@@ -1,6 +1,6 @@
-"""Records keep medians and quartiles, not every sample, and say what they were measured on.
+"""Settings of all benches: records have medians and quartiles instead of samples, and describe the machine.
 
-SNPATCH_BENCH_LOG: a file that gets every record as soon as it is measured, so that a run that is stopped keeps them.
+SNPATCH_BENCH_LOG: file to which every record is appended as soon as it is measured, so that a stopped run keeps them.
 """
 
 import json
@@ -9,7 +9,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-# The benches ask torch about a card before an engine starts: see gpu_host.ALWAYS.
+# The benches ask torch about a card before an engine starts; gpu_host.ALWAYS gives the reason.
 for _name, _value in {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}.items():
     os.environ.setdefault(_name, _value)
 
@@ -18,17 +18,17 @@ import torch  # noqa: E402
 
 from snpatch.executors.vllm import versions  # noqa: E402
 
-KEPT = ("median", "iqr", "q1", "q3", "min", "rounds")
+RECORDED_STATS = ("median", "iqr", "q1", "q3", "min", "rounds")
 
 
 @pytest.fixture(autouse=True)
-def logged(request):
-    """Append what the test measured to SNPATCH_BENCH_LOG."""
+def append_to_log(request):
+    """Append the test's measurement to SNPATCH_BENCH_LOG."""
     log = os.environ.get("SNPATCH_BENCH_LOG")
     benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
     yield
     if log and benchmark is not None and benchmark.stats is not None:
-        stats = {name: getattr(benchmark.stats.stats, name) for name in KEPT}
+        stats = {name: getattr(benchmark.stats.stats, name) for name in RECORDED_STATS}
         record = {"name": request.node.name, "extra_info": benchmark.extra_info, "stats": stats}
         with Path(log).open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -36,7 +36,7 @@ def logged(request):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     for benchmark in output_json["benchmarks"]:
-        benchmark["stats"] = {name: benchmark["stats"][name] for name in KEPT}
+        benchmark["stats"] = {name: benchmark["stats"][name] for name in RECORDED_STATS}
         for noise in ("fullname", "group", "options", "param"):
             benchmark.pop(noise, None)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else output_json["machine_info"]["cpu"]

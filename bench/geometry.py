@@ -1,4 +1,4 @@
-"""Models of a named size with random weights, in Hugging Face's folder format, with IA3 adapters in PEFT's."""
+"""Models of named sizes with random weights, in Hugging Face's folder format, with IA3 adapters in PEFT's."""
 
 import json
 from pathlib import Path
@@ -20,9 +20,9 @@ EOS = 2
 
 
 def make(size: str, folder: Path, *, weights: bool = True, dtype: torch.dtype = torch.bfloat16, draw: int = 0) -> Path:
-    """A Llama of this size in `folder`/model and the adapters `folder`/sft and `folder`/dpo.
+    """Write a Llama of this size to `folder`/model and the adapters `folder`/sft and `folder`/dpo.
 
-    draw: of the random weights. weights False: config and tokenizer only, for vLLM's load_format="dummy".
+    draw: seed of the random weights. weights: False writes config and tokenizer only, for vLLM's load_format="dummy".
     """
     sizes = dict(SIZES[size])
     heads, kv_heads = sizes.pop("heads"), sizes.pop("kv_heads", None)
@@ -47,12 +47,12 @@ def make(size: str, folder: Path, *, weights: bool = True, dtype: torch.dtype = 
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="w2", bos_token="w1").save_pretrained(model)
     for seed, name in enumerate(("sft", "dpo")):
-        adapter(folder / name, config.num_hidden_layers, config.intermediate_size, seed)
+        write_adapter(folder / name, config.num_hidden_layers, config.intermediate_size, seed)
     return model
 
 
-def adapter(folder: Path, n_layers: int, n_neurons: int, seed: int) -> None:
-    """Random IA3 vectors around one on every down_proj."""
+def write_adapter(folder: Path, n_layers: int, n_neurons: int, seed: int) -> None:
+    """Write random IA3 vectors close to one for every down_proj."""
     draw = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     key = "base_model.model.model.layers.{}.mlp.down_proj.ia3_l"

@@ -1,7 +1,6 @@
-"""What the children of gpu_check.py run with: their environment, vLLM, the plugin's entry point; and what the records
-say of the code.
+"""Host of gpu_check.py's children: their environment, vLLM and the plugin's entry point; and the code's fingerprint.
 
-Why no install: a lent machine may have neither a compiler nor room for changes, and vLLM asks only for the entry point.
+Why no install: a borrowed machine may have neither a compiler nor write access, and vLLM needs only the entry point.
 """
 
 import hashlib
@@ -15,9 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ALWAYS = {
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # without FlashInfer every engine would end at its sampler
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # without FlashInfer every engine would fail in its sampler
     "VLLM_USE_DEEP_GEMM": "0",
-    # torch asked about the card starts CUDA, which a forked engine cannot use; NVML fails on some hosts, so both.
+    # Asking torch about the card starts CUDA, which a forked engine cannot use; NVML fails on some hosts, hence both.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -33,9 +32,11 @@ CODE = ("snpatch", "kernels", "bench", "tests")
 
 
 class Host:
-    """work: keeps compiled kernels, logs and records between calls. site: where vLLM is, or is unpacked to.
+    """The machine that the steps run on.
 
-    has_own_caches: whether compiled kernels are kept in `work`; a rehearsal takes the user's, which are warm.
+    work: folder for compiled kernels, logs and records, kept between calls. site: folder that has vLLM or that it is
+    unpacked to. has_own_caches: compiled kernels are cached in `work`; a rehearsal uses the user's caches, which are
+    warm.
     """
 
     def __init__(self, work: Path, site: Path, has_own_caches: bool = True) -> None:
@@ -44,44 +45,46 @@ class Host:
         self.entry = work / "entry"
 
     def environment(self, **more: str) -> dict[str, str]:
-        """A child's environment. The caller's own PYTHONPATH comes last."""
+        """Return a child's environment. The caller's PYTHONPATH comes last."""
         inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         paths = [str(ROOT), str(self.entry), str(self.site), *inherited]
         return {**os.environ, **ALWAYS, **self._caches, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
 
     def unpack(self, parts: Path) -> str | None:
-        """Unpack vLLM's parts into the site by their own unpack.py; what it said where it failed."""
+        """Unpack vLLM's parts into the site by their unpack.py; return an error message or None."""
         command = [sys.executable, str(parts / "unpack.py"), "--parts", str(parts), "--target", str(self.site)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         except subprocess.TimeoutExpired:
             return "unpack.py took more than 300 s"
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        return None if done.returncode == 0 else f"unpack.py ended with {done.returncode}: {lines[-1] if lines else ''}"
+        if result.returncode == 0:
+            return None
+        lines = (result.stdout + result.stderr).strip().splitlines()
+        return f"unpack.py ended with {result.returncode}: {lines[-1] if lines else ''}"
 
     def machine(self) -> dict:
-        """gpu_probe.py's view of the machine, with the plugin registered."""
-        found = self._probe()
-        if not found["has_plugin"]:
+        """Return gpu_probe.py's description of the machine, with the plugin registered."""
+        facts = self._probe()
+        if not facts["has_plugin"]:
             register_plugin(self.entry)
-            found = self._probe()
-        return found
+            facts = self._probe()
+        return facts
 
     def _probe(self) -> dict:
         command = [sys.executable, str(ROOT / "bench" / "gpu_probe.py"), "machine"]
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 command, capture_output=True, text=True, timeout=180, env=self.environment(), cwd=ROOT
             )
         except subprocess.TimeoutExpired:
-            raise SystemExit("gpu_check: this machine did not tell of its card within 180 s") from None
-        if done.returncode:
-            raise SystemExit("gpu_check: this Python cannot run the steps: " + done.stderr.strip().splitlines()[-1])
-        return json.loads(done.stdout.splitlines()[-1])
+            raise SystemExit("gpu_check: gpu_probe.py did not finish within 180 s") from None
+        if result.returncode:
+            raise SystemExit("gpu_check: this Python cannot run the steps: " + result.stderr.strip().splitlines()[-1])
+        return json.loads(result.stdout.splitlines()[-1])
 
 
 def register_plugin(folder: Path) -> None:
-    """Metadata of snpatch without an install, in a folder of the Python path: vLLM finds the plugin by it."""
+    """Write snpatch's package metadata to a folder on the Python path, so that vLLM finds the plugin uninstalled."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     info = folder / f"{project['name']}-{project['version']}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ def register_plugin(folder: Path) -> None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, "-dirty" behind it where files differ; SNPATCH_COMMIT where there is no checkout."""
+    """Return the checkout's commit, with "-dirty" if files differ; SNPATCH_COMMIT without a checkout."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return os.environ.get("SNPATCH_COMMIT")
     head, changed = (
@@ -104,7 +107,7 @@ def commit() -> str | None:
 
 
 def source() -> str:
-    """Names the code by content: a copy without its repository, or with changes, has one, too."""
+    """Return a hash of the code, which also identifies a changed copy or one without a repository."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())

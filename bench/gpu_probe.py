@@ -1,8 +1,8 @@
-"""What gpu_check.py asks of the machine, in a process of its own: a card that hangs costs one child.
+"""Probes of a machine for gpu_check.py. Why a separate process: a card that hangs costs only one child.
 
     python bench/gpu_probe.py machine|ceilings|vllm|predicted [CARD]
 
-One line of JSON, last.
+The last line of the output is JSON.
 """
 
 import importlib.util
@@ -24,10 +24,10 @@ SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
 def machine() -> dict:
-    """Versions, the card, and what else the steps need."""
+    """Return versions, the card, and the tools that the steps need."""
     import torch
 
-    found = {
+    facts = {
         "versions": {"python": platform.python_version(), **{n: v for n in PACKAGES if (v := _version(n))}},
         "card": None,
         "has_vllm": importlib.util.find_spec("vllm") is not None,
@@ -41,7 +41,7 @@ def machine() -> dict:
             "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu",
             "--format=csv,noheader",
         ]
-        found |= {
+        facts |= {
             "card": card.name,
             "cards": torch.cuda.device_count(),
             "capability": f"{card.major}.{card.minor}",
@@ -53,11 +53,11 @@ def machine() -> dict:
             if shutil.which("nvidia-smi")
             else None,
         }
-    return found
+    return facts
 
 
 def ceilings() -> dict:
-    """Copy bandwidth (bytes read and written) and bf16 matrix products, on random data; medians."""
+    """Measure copy bandwidth (bytes read and written) and bf16 matrix products on random data; medians."""
     import torch
 
     def seconds(call, rounds: int) -> float:
@@ -74,16 +74,16 @@ def ceilings() -> dict:
     source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    copied, product = seconds(lambda: target.copy_(source), 20), seconds(lambda: left @ right, 10)
-    return {"copy_gb_per_s": 2 * source.nbytes / copied / 1e9, "bf16_tflop_per_s": 2 * 8192**3 / product / 1e12}
+    copy_s, product_s = seconds(lambda: target.copy_(source), 20), seconds(lambda: left @ right, 10)
+    return {"copy_gb_per_s": 2 * source.nbytes / copy_s / 1e9, "bf16_tflop_per_s": 2 * 8192**3 / product_s / 1e12}
 
 
 def vllm() -> dict:
-    """vLLM imports, sees the card, and has the FlashAttention and the activation that are measured against."""
+    """Check that vLLM imports, sees the card, and has the FlashAttention and activation that are the baselines."""
     import vllm._custom_ops
     from vllm.platforms import current_platform
 
-    found = {
+    facts = {
         "vllm": vllm.__version__,
         "platform": type(current_platform).__name__,
     }
@@ -91,20 +91,20 @@ def vllm() -> dict:
         import torch
         from vllm.vllm_flash_attn import flash_attn_interface
 
-        found["flash_attention"] = [v for v in (2, 3, 4) if flash_attn_interface.is_fa_version_supported(v)]
-        found["silu_and_mul"] = hasattr(torch.ops._C, "silu_and_mul")
-        found["moe_kernels"] = hasattr(torch.ops._moe_C, "topk_softmax")
-        if not found["flash_attention"]:
+        facts["flash_attention"] = [v for v in (2, 3, 4) if flash_attn_interface.is_fa_version_supported(v)]
+        facts["silu_and_mul"] = hasattr(torch.ops._C, "silu_and_mul")
+        facts["moe_kernels"] = hasattr(torch.ops._moe_C, "topk_softmax")
+        if not facts["flash_attention"]:
             raise SystemExit("vLLM has no FlashAttention for this card")
-    return found
+    return facts
 
 
 def predicted(card: str) -> dict:
-    """What predict.py expects of the kernel, case by case."""
-    from predict import NEURONS, TOKENS, predicted
+    """Return predict.py's prediction for each case of the kernel bench."""
+    from predict import NEURONS, TOKENS, predict
 
     cases = itertools.product(TOKENS, NEURONS)
-    rows = [{"tokens": t, "neurons": n, **asdict(predicted(t, n, card=card))} for t, n in cases]
+    rows = [{"tokens": t, "neurons": n, **asdict(predict(t, n, card=card))} for t, n in cases]
     return {"card": card, "cases": rows}
 
 
@@ -116,7 +116,7 @@ def _version(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    asked, *arguments = sys.argv[1:]
+    probe, *arguments = sys.argv[1:]
     print(
-        json.dumps({"machine": machine, "ceilings": ceilings, "vllm": vllm, "predicted": predicted}[asked](*arguments))
+        json.dumps({"machine": machine, "ceilings": ceilings, "vllm": vllm, "predicted": predicted}[probe](*arguments))
     )

@@ -1,7 +1,7 @@
-"""The steps of gpu_check.py as data, most valuable first, and what each part of a step needs of the machine.
+"""The steps of gpu_check.py as data, in order of value, with the requirements of each part.
 
-A part is one child process. `rehearsal` holds what stands in for it on a machine without a card, or says why nothing
-does. The rehearsed benches of one file share a child, so that engines start once.
+A part is one child process. Its `rehearsal` is the replacement on a machine without a card, or the reason why there is
+none. Why the rehearsed benches of one file share a child: engines start only once.
 """
 
 import re
@@ -11,22 +11,24 @@ from dataclasses import dataclass, field, replace
 GENERATE, PAIR, OP = "bench/bench_generate.py", "bench/bench_pair.py", "bench/bench_patched_glu.py"
 KERNELS = "tests/test_ops_patched_glu_native.py"
 GRAPHS = "graph_capture or (equals and 688-2-silu-torch.bfloat16-triton)"
-BENCHES = ["-s", "--benchmark-enable", "--benchmark-columns=median"]  # -s: vLLM's own log is kept, too
-IN_CI = "CI runs these tests themselves"
+BENCHES = ["-s", "--benchmark-enable", "--benchmark-columns=median"]  # -s: keep vLLM's log
+IN_CI = "CI runs these tests directly"
 RUNNERS = {"v2": {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}  # attention's tl.dot would be TF32, and float32 tests allow 1e-4
-# A rehearsal's engines wait for each other on few cores: threads that spin would take all of them.
+# A rehearsal's engines wait for each other on few cores; spinning threads would occupy all of them.
 SMALL = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", **RUNNERS["v1"]}
 COMPILED, INTERPRETED = {"TRITON_INTERPRET": "0"}, {"TRITON_INTERPRET": "1"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """kind: "probe" (gpu_probe.py's answer), "tests" or "benches" (pytest over `what`, with -k `select`).
+    """One child process of a step.
 
-    limit_s: it is killed then. expect_s: it is not started with less time left. needs: of card, vllm, sanitizer.
-    prefix: a program that runs the child. {sanitizer} and {kind} stand for what the machine has: the program, and the
-    card as predict.py names it. workers: processes that share the tests, where pytest-xdist is installed.
+    kind: "probe" (runs gpu_probe.py), "tests" or "benches" (pytest on `what`, with -k `select`).
+    limit_s: it is killed after this time. expect_s: it is not started with less time left.
+    needs: some of "card", "vllm", "sanitizer".
+    prefix: a program that runs the child. {sanitizer} and {kind} are replaced by the program's path and by the card's
+    name in predict.py. workers: processes that share the tests, if pytest-xdist is installed.
     """
 
     name: str
@@ -67,19 +69,19 @@ def generate(
     is_rehearsed: bool = False,
     **options,
 ) -> Part:
-    """Benches of whole engines. Rehearsed are those of Model Runner V1, and what `is_rehearsed` on it instead."""
+    """Build a part with benches of engines. Those of Model Runner V1 are rehearsed, with `is_rehearsed` others too."""
     sized = {**env, **COMPILED, "SNPATCH_BENCH_SIZE": size, "SNPATCH_BENCH_ROUNDS": str(rounds)}
     what = tuple(f"{file}::{test}" for test in tests)
     part = Part(name, "benches", what, env={**sized, "VLLM_LOGGING_LEVEL": "INFO"}, needs=("card", "vllm"), **options)
     if env is RUNNERS["v2"] and not is_rehearsed:
         return replace(part, rehearsal="Model Runner V2 needs a GPU")
     small = {**SMALL, "SNPATCH_BENCH_SIZE": "rehearsal", "SNPATCH_BENCH_ROUNDS": "2"}
-    shrunk = (re.sub(r"native\[\d+\]", "native", test.replace("[100000]", "[1000]")) for test in what)
-    return replace(part, rehearsal=replace(part, what=tuple(dict.fromkeys(shrunk)), env=small, needs=("vllm",)))
+    rehearsed = (re.sub(r"native\[\d+\]", "native", test.replace("[100000]", "[1000]")) for test in what)
+    return replace(part, rehearsal=replace(part, what=tuple(dict.fromkeys(rehearsed)), env=small, needs=("vllm",)))
 
 
 def tests(name: str, file: str, select: str, env: dict[str, str], **options) -> Part:
-    """Tests of the vLLM executor: in the executor's tests models are float32."""
+    """Build a part with tests of the vLLM executor, whose models are float32."""
     settings = {**env, **COMPILED, **FLOAT32}
     return Part(name, "tests", (file,), select, settings, needs=("card", "vllm"), **options)
 
@@ -93,7 +95,7 @@ def modes(name: str, env: dict[str, str], **options) -> Part:
 
 
 def equal(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
-    """Dual-stream engine against transformers: bfloat16 with FlashAttention first, then every graph mode."""
+    """Build the parts that compare the two-stream engine with transformers, in every graph mode and in bfloat16."""
     return (
         modes(f"float32-{runner}", env, limit_s=300, expect_s=90),
         tests(f"bfloat16-{runner}", "tests/test_vllm_gpu.py", "bfloat16", env, limit_s=240, expect_s=60),
@@ -110,7 +112,7 @@ def promises(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
 
 
 def speed(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
-    """Dual-stream engine against native vLLM at 7b; then a small one, with weights on disk, against transformers."""
+    """Build the parts that time the engine against native vLLM at 7b, and 160m against transformers as well."""
     sides = [f"test_twin_against_native[{batch}]" for batch in (1, 8, 32, 64)]
     return (
         generate(f"twin-{runner}", *sides, size="7b", env=env, rounds=7, limit_s=470, expect_s=300),
@@ -150,7 +152,7 @@ def steps() -> tuple[Step, ...]:
         ),
         Step(
             "op",
-            "the kernel against copies of as many bytes and vLLM's silu_and_mul; predicted beside measured",
+            "the kernel against copies of the same bytes and vLLM's silu_and_mul; predicted next to measured",
             (
                 Part("predicted", "probe", ("predicted", "{kind}"), needs=()),
                 Part("bench", "benches", (OP,), "F11008 and not tile and (T16 or T64 or T256 or T8192)", COMPILED,
@@ -159,15 +161,15 @@ def steps() -> tuple[Step, ...]:
         ),
         Step(
             "end-to-end",
-            "patched generation at 7b against native vLLM on as many rows and requests, on Model Runner V2",
+            "patched generation at 7b against native vLLM with the same rows and requests, on Model Runner V2",
             (
                 Part("vllm", "probe", ("vllm",), limit_s=120, needs=("card", "vllm"), rehearsal="needs a card"),
                 *speed("v2", v2),
             ),
         ),
-        Step("equal", "dual stream == transformers: eager, piecewise, full graphs; FlashAttention in bf16; goldens",
+        Step("equal", "two streams == transformers: eager, piecewise, full graphs; FlashAttention in bf16; goldens",
              equal("v2", v2)),
-        Step("profile", "where a decode step's time goes; prefill; a contrast of 10^5 positions", profile("v2", v2)),
+        Step("profile", "profile of a decode step; prefill; a contrast of 10^5 positions", profile("v2", v2)),
         Step(
             "more",
             "promises, pairs, hooks, larger batches, windows, statistics; Model Runner V1; all of the op",
@@ -198,7 +200,7 @@ def steps() -> tuple[Step, ...]:
         ),
         Step(
             "tests",
-            "the kernel in every type, and the executor's other tests, on both model runners",
+            "the kernel in every dtype, and the executor's other tests, on both model runners",
             (
                 Part("kernels", "tests", (KERNELS,), "triton", COMPILED, 470, 60, workers=8, rehearsal=small),
                 *(

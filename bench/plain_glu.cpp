@@ -1,4 +1,4 @@
-// The yardstick of bench_patched_glu.py: silu(gate) * up and nothing else, written in the style of csrc/patched_glu.cpp.
+// Baseline of bench_patched_glu.py: silu(gate) * up and nothing else, in the style of csrc/patched_glu.cpp.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,7 +1,7 @@
-"""The README's tables from the records in bench/results/: `python bench/readme_table.py` rewrites them in place.
+"""Generator of the README's tables from the records in bench/results/: `python bench/readme_table.py`.
 
-What a measurement is, its record says itself (`extra_info`: side, size, batch, what it is compared with): a further one
-shows up here without a line of code. Where no record is of a GPU, its tables stay empty.
+Why a new measurement needs no code here: its record describes itself (`extra_info`: side, size, batch, baselines).
+Tables of GPU measurements stay empty until there are records of a GPU.
 """
 
 import json
@@ -10,43 +10,43 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import rooms
+import package_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-WHAT = {
+SIDE_LABELS = {
     "32 windows": "32 different windows in a batch",
     "one stream": "plain requests with streams=1",
-    "pair": "patched between two sets of weights",
-    "plain on twin": "plain requests on a dual-stream engine",
-    "prefill": "reading prompts, one written token",
+    "pair": "patched, with secondary weights",
+    "plain on twin": "plain requests on a two-stream engine",
+    "prefill": "prefill, one generated token",
     "statistics": "statistics of every position",
     "sweep": "a sweep of 32 windows x 64 prompts",
     "twin": "patched",
 }
-AGAINST = {
+BASELINE_LABELS = {
     "hooks": "two transformers models with hooks",
-    "native 2B": "native vLLM on as many rows",
-    "native B": "native vLLM on as many requests",
+    "native 2B": "native vLLM, same number of rows",
+    "native B": "native vLLM, same number of requests",
     "one after the other": "one window after the other",
-    "one window": "as many texts of one window",
+    "one window": "the same number of completions with one window",
     "two natives": "two native engines, one after the other",
-    "without": "none",
+    "without": "no statistics",
 }
-ATTACK = {
-    "ended first": "ended before their client left",
-    "known": "known texts, exact",
-    "left": "left in the middle",
-    "malformed": "malformed and refused",
-    "overflowed": "overflowed, with an error that says so",
-    "whole": "whole streams with verified receipts",
+OUTCOME_LABELS = {
+    "ended first": "finished before their client disconnected",
+    "known": "known completions, exact",
+    "left": "disconnected before the end",
+    "malformed": "malformed and rejected",
+    "overflowed": "overflowed, with the right error",
+    "whole": "complete streams with verified receipts",
 }
-TIMES = ("median_ttft_ms", "median_tpot_ms")
+LATENCY_METRICS = ("median_ttft_ms", "median_tpot_ms")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One measurement. info: its extra_info; seconds: the median; machine: where; versions: of what."""
+    """One measurement. info: its extra_info. seconds: the median. versions: package -> version."""
 
     info: dict
     seconds: float
@@ -59,13 +59,13 @@ class Run:
 
     @property
     def ratios(self) -> dict[str, str]:
-        """What it was compared with -> how many times as fast it is, with quartiles."""
-        compared = {name: told for name, told in self.info.items() if isinstance(told, dict) and "ratio" in told}
-        return {name: f"{t['ratio']:.2f}x ({t['q1']:.2f} .. {t['q3']:.2f})" for name, t in compared.items()}
+        """Baseline -> speedup over it, with quartiles."""
+        baselines = {name: data for name, data in self.info.items() if isinstance(data, dict) and "ratio" in data}
+        return {name: f"{b['ratio']:.2f}x ({b['q1']:.2f} .. {b['q3']:.2f})" for name, b in baselines.items()}
 
 
-def runs(folder: Path = RESULTS) -> Iterator[Run]:
-    """Every measurement of all records: pytest-benchmark's, and those of gpu_check.py in gpu/."""
+def load_runs(folder: Path = RESULTS) -> Iterator[Run]:
+    """Yield every measurement in all records: pytest-benchmark's, and those of gpu_check.py in gpu/."""
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         about = record["machine_info"]
@@ -80,15 +80,15 @@ def runs(folder: Path = RESULTS) -> Iterator[Run]:
 
 
 def _runs(benchmarks: Iterable[dict], machine: str, versions: dict) -> Iterator[Run]:
-    for one in benchmarks:
-        info = one["extra_info"]
-        yield Run(info, one["stats"]["median"] / info.get("calls", 1), machine, versions)
+    for benchmark in benchmarks:
+        info = benchmark["extra_info"]
+        yield Run(info, benchmark["stats"]["median"] / info.get("calls", 1), machine, versions)
 
 
-def op_table(found: list[Run]) -> str:
-    """Microseconds of each side on the same tokens, and how many times the op's time the others take."""
+def op_table(runs: list[Run]) -> str:
+    """Build the table of each side's microseconds on the same tokens, and its multiple of the op's time."""
     cases: dict[tuple, dict[str, Run]] = {}
-    for run in found:
+    for run in runs:
         if "bytes" in run.info:
             case = run.info["tokens"], run.info["neurons"], run.info["dtype"]
             cases.setdefault(case, {})[run.info["side"]] = run
@@ -102,14 +102,14 @@ def op_table(found: list[Run]) -> str:
         times = [f"{sides[o].seconds * 1e6:.0f} us ({sides[o].seconds / own.seconds:.2f}x)" for o in others]
         speed = own.info["bytes"] / own.seconds / 1e9
         rows.append((f"{tokens} x {neurons}, {dtype}", f"{own.seconds * 1e6:.0f} us", *times, f"{speed:.0f}"))
-    table = _table(("tokens x neurons, type", "snpatch", *others, "op's GB/s"), rows)
+    table = _table(("tokens x neurons, dtype", "snpatch", *others, "snpatch GB/s"), rows)
     return f"{table}\n\n{own.machine}; {_versions(own, 'torch', 'triton')}; medians."
 
 
-def generate_table(found: list[Run]) -> str:
-    """Patched generation against native vLLM, and every other comparison, of each machine, size and model runner."""
+def generate_table(runs: list[Run]) -> str:
+    """Build the tables of patched generation and all other comparisons, for each machine, size and model runner."""
     groups: dict[tuple, list[Run]] = {}
-    for run in found:
+    for run in runs:
         if run.ratios and "runner" in run.info:
             groups.setdefault((run.machine, run.info["size"], run.info["runner"]), []).append(run)
     return "\n\n".join(_generate_group(group) for group in groups.values())
@@ -123,141 +123,146 @@ def _generate_group(group: list[Run]) -> str:
             ratios = run.ratios["native 2B"], run.ratios["native B"]
             decoding.append((f"batch of {run.info['batch']}", f"{speed:.0f}", *ratios))
         else:
-            what = WHAT.get(run.info["side"], run.info["side"])
+            what = SIDE_LABELS.get(run.info["side"], run.info["side"])
             batch = f", batch of {run.info['batch']}" if "batch" in run.info else ""
-            texts = ", texts of 8 to 128 tokens" if run.info.get("lengths") == "ragged" else ""
+            lengths = ", 8 to 128 tokens" if run.info.get("lengths") == "ragged" else ""
             for other, ratio in run.ratios.items():
-                others.append((f"{what}{batch}{texts}, against {AGAINST.get(other, other)}", ratio))
-    head = "patched, 5 % of the neurons", "tokens/s", "against native vLLM on as many rows", "on as many requests"
+                others.append((f"{what}{batch}{lengths}, vs {BASELINE_LABELS.get(other, other)}", ratio))
+    head = "patched, 5 % of the neurons", "tokens/s", "vs vLLM, same number of rows", "vs vLLM, same number of requests"
     tables = [_table(head, decoding), _table(("", "ratio of speeds (quartiles)"), others)]
     geometry = f"{run.info['size']} geometry, {run.info.get('dtype', 'bfloat16')}"
     about = f"{geometry}, {run.machine}, model runner {run.info['runner']}"
     return "\n\n".join([*filter(None, tables), f"{about}; {_versions(run, 'vllm', 'torch')}; medians."])
 
 
-def sweeps_table(found: list[Run]) -> str:
-    """What a sweep's store costs, and the completions that finding the smallest k takes."""
+def sweeps_table(runs: list[Run]) -> str:
+    """Build the table of the store's cost and of the completions that finding the smallest k takes."""
     rows = []
-    for run in found:
+    for run in runs:
         if "store_share" in run.info:
             i = run.info
             rows += [
-                (f"{i['texts']} texts of the demo model, kept and judged", f"{i['first_s']:.0f} s"),
-                ("CPU time of these in the store", f"{i['store_s']:.2f} s ({i['store_share']:.1%})"),
-                ("the same command again", f"{i['again_s']:.1f} s"),
+                (f"{i['texts']} completions of the demo model, stored and judged", f"{i['first_s']:.0f} s"),
+                ("of which CPU time in the store", f"{i['store_s']:.2f} s ({i['store_share']:.1%})"),
+                ("the same command again, from the store", f"{i['again_s']:.1f} s"),
             ]
         if run.info.get("side") == "two processes":
-            texts = f"{run.info['texts']} texts by two processes of one folder, start and end included"
+            texts = f"{run.info['texts']} completions by two processes on one folder, including start and end"
             rows.append((texts, f"{run.seconds:.0f} s (one process: {run.info['one_s']:.0f} s)"))
         if run.info.get("side") == "minimal":
-            for name, told in run.info.items():
-                if isinstance(told, dict):
-                    answer = (
-                        f"k = {told['k']} (interval {told['low']} .. {told['high']}; whole grid: {told['whole_grid']})"
-                    )
-                    rows.append((f"smallest k, {name}: {answer}", f"{told['used']} of {told['full']} completions"))
+            for name, result in run.info.items():
+                if isinstance(result, dict):
+                    interval = f"interval {result['low']} .. {result['high']}; whole grid: {result['whole_grid']}"
+                    answer = f"k = {result['k']} ({interval})"
+                    rows.append((f"smallest k, {name}: {answer}", f"{result['used']} of {result['full']} completions"))
     return _table(("sweeps", ""), rows)
 
 
-def serve_table(found: list[Run]) -> str:
-    """The server under vLLM's own serving benchmark, and what HTTP adds to the offline engine."""
+def serve_table(runs: list[Run]) -> str:
+    """Build the table of vLLM's serving benchmark, and the overhead of HTTP over the offline engine."""
     rows, tables, about = [], [], None
     sides = ("served patched", "served plain", "native server 2B")
-    for run in found:
+    for run in runs:
         if run.info.get("side") == "served":
             figures, about = run.info["figures"], run
             speeds = f"{figures[sides[0]]['request_throughput']:.2f}"
             ratios = run.ratios["served plain"], run.ratios["native server 2B"]
-            times = (" / ".join(f"{figures[side][key]:.0f}" for side in sides) for key in TIMES)
+            times = (" / ".join(f"{figures[side][key]:.0f}" for side in sides) for key in LATENCY_METRICS)
             rows.append((run.info["batch"], speeds, *ratios, *times))
     if rows:
         head = (
             "concurrency",
             "requests/s",
-            "against plain, same server",
-            "against vLLM's server, twice the concurrency",
+            "vs plain requests, same server",
+            "vs vLLM's server, twice the concurrency",
         )
-        tables.append(_table((*head, "TTFT, ms: patched / plain / vLLM's, twice", "TPOT, ms"), rows))
-    for run in found:
+        tables.append(
+            _table(
+                (*head, "TTFT, ms: patched / plain / vLLM's server, twice the concurrency", "TPOT, ms: likewise"), rows
+            )
+        )
+    for run in runs:
         if run.info.get("side") == "http":
             i = run.info
             tables.append(
-                f"{i['requests']} whole answers of {i['new']} tokens, {i['batch']} at a time: HTTP adds "
-                f"{i['added_ms']:.1f} ms a request ({i['added_q1']:.1f} .. {i['added_q3']:.1f}) to the offline "
+                f"{i['requests']} responses of {i['new']} tokens, {i['batch']} at a time: HTTP adds "
+                f"{i['added_ms']:.1f} ms per request ({i['added_q1']:.1f} .. {i['added_q3']:.1f}) to the offline "
                 f"engine's {i['offline_ms']:.0f} ms."
             )
     if about is not None:
-        geometry = f"{about.info['size']} geometry, texts of {about.info['prompt']} + {about.info['new']} tokens"
+        geometry = (
+            f"{about.info['size']} geometry, {about.info['prompt']} prompt + {about.info['new']} completion tokens"
+        )
         tables.append(f"{geometry}, {about.machine}; {_versions(about, 'vllm', 'torch')}; medians (quartiles).")
     return "\n\n".join(tables)
 
 
-def attack_table(found: list[Run]) -> str:
-    """The server under attack: each process's memory, and what the attack found."""
-    return "\n\n".join(_attack(run) for run in found if run.info.get("side") == "attack")
+def attack_table(runs: list[Run]) -> str:
+    """Build the table of each process's memory under attack, and the attack's outcomes."""
+    return "\n\n".join(_attack(run) for run in runs if run.info.get("side") == "attack")
 
 
 def _attack(run: Run) -> str:
     i = run.info
     rows = [
-        (name, f"{one['before']['rss_mb']:.1f}", f"{one['after']['rss_mb']:.1f}", f"{one['growth_mb']['rss_all']:.3f}",
-         f"{one['growth_mb']['rss_second_half']:.3f}",
-         *(f"{one['before'][kind]} / {one['after'][kind]}" for kind in ("descriptors", "threads")))
-        for name, one in i["processes"].items()
+        (name, f"{p['before']['rss_mb']:.1f}", f"{p['after']['rss_mb']:.1f}", f"{p['growth_mb']['rss_all']:.3f}",
+         f"{p['growth_mb']['rss_second_half']:.3f}",
+         *(f"{p['before'][kind]} / {p['after'][kind]}" for kind in ("descriptors", "threads")))
+        for name, p in i["processes"].items()
     ]  # fmt: skip
     head = ("process", "memory before, MB", "after", "growth, MB per 1,000 requests", "in the second half")
     table = _table((*head, "descriptors before / after", "threads"), rows)
-    outcomes = ", ".join(f"{n:,} {ATTACK.get(name, name)}" for name, n in sorted(i["outcomes"].items()))
+    outcomes = ", ".join(f"{n:,} {OUTCOME_LABELS.get(name, name)}" for name, n in sorted(i["outcomes"].items()))
     health = "{median_ms:.0f} ms (median), {p99_ms:.0f} ms (99 %), {worst_ms:.0f} ms (worst)".format(**i["health"])
     return (
-        f"{table}\n\n{i['requests']:,} requests of {i['clients']} clients in {run.seconds / 60:.1f} minutes, with "
-        f"{i['slow_sockets']} slow sockets open: {outcomes}. Wrong answers: {len(i['faults'])}. `/health`: {health}, "
-        f"{i['health']['asked']:,} times. Afterwards {i['known']} known texts were exact, and the server held nothing "
-        f"of any request.\n\nServer, clients and `/health` share {i['cores']} cores; {run.machine}; "
+        f"{table}\n\n{i['requests']:,} requests from {i['clients']} clients in {run.seconds / 60:.1f} minutes, with "
+        f"{i['slow_sockets']} slow sockets open: {outcomes}. Wrong responses: {len(i['faults'])}. `/health`: {health}, "
+        f"{i['health']['asked']:,} times. Afterwards {i['known']} known completions were exact, and the server held no "
+        f"resource of any request.\n\nServer, clients and `/health` share {i['cores']} cores; {run.machine}; "
         f"{_versions(run, 'vllm', 'torch')}."
     )
 
 
-def zeroing_table(found: list[Run]) -> str:
-    """The cost of zeroing KV blocks against the same engine without it."""
+def zeroing_table(runs: list[Run]) -> str:
+    """Build the table of the cost of zeroing KV blocks against the same engine without it."""
     sizes: dict[str, list[Run]] = {}
-    for run in found:
+    for run in runs:
         if run.info.get("side") == "zeroing":
             sizes.setdefault(run.info["size"], []).append(run)
     rows = []
     for size, (whole, first) in sizes.items():
         speed = whole.info["batch"] * whole.info["new"] / whole.seconds
         ratios = (
-            "{ratio:.1%} ({q1:.1%} .. {q3:.1%})".format(**one.info["no zeroing"]).replace("%", " %")
-            for one in (whole, first)
+            "{ratio:.1%} ({q1:.1%} .. {q3:.1%})".format(**run.info["no zeroing"]).replace("%", " %")
+            for run in (whole, first)
         )
-        shares = (f"{one.info['zeroing_share']:.2%}".replace("%", " %") for one in (whole, first))
+        shares = (f"{run.info['zeroing_share']:.2%}".replace("%", " %") for run in (whole, first))
         rows.append(
             (size, f"{speed:.0f}", next(ratios), next(shares), f"{first.seconds:.2f}", next(ratios), next(shares))
         )
     if not rows:
         return ""
-    of_time = "time spent zeroing"
+    time_share = "time spent zeroing"
     head = (
         "geometry",
         "tokens/s",
-        "speed against no zeroing",
-        of_time,
+        "speed vs no zeroing",
+        time_share,
         "first tokens, s",
-        "against no zeroing",
-        of_time,
+        "vs no zeroing",
+        time_share,
     )
     i = whole.info
     return (
-        f"{_table(head, rows)}\n\n{i['batch']} texts of {i['prompt']} + {i['new']} tokens, {whole.machine}; "
-        f"{_versions(whole, 'vllm', 'torch')}; medians (quartiles)."
+        f"{_table(head, rows)}\n\n{i['batch']} requests of {i['prompt']} prompt + {i['new']} completion tokens, "
+        f"{whole.machine}; {_versions(whole, 'vllm', 'torch')}; medians (quartiles)."
     )
 
 
-def contrast_table(found: list[Run]) -> str:
-    """Memory of a contrast against the number of positions, of the geometry that was read the longest."""
+def contrast_table(runs: list[Run]) -> str:
+    """Build the table of a contrast's memory by number of positions, for the geometry with the longest contrast."""
     sizes: dict[str, list[dict]] = {}
-    for run in found:
+    for run in runs:
         if run.info.get("side") == "contrast":
             sizes.setdefault(run.info["size"], []).append(run.info)
     longest = max(sizes.values(), key=lambda infos: infos[-1]["positions"], default=[])
@@ -265,11 +270,11 @@ def contrast_table(found: list[Run]) -> str:
         (i["positions"], f"{i['positions_per_s']:.0f}", _mib(i["grown_bytes"]), _mib(i["stored_bytes"]))
         for i in longest
     ]
-    return _table(("positions", "positions/s", "memory grew by", "activations kept would take"), rows)
+    return _table(("positions", "positions/s", "memory grew by", "storing all activations would take"), rows)
 
 
 def demo_table(folder: Path = RESULTS / "demo") -> str:
-    """The sentences and the points of the demo's own sweep."""
+    """Build the table of the demo's sweep."""
     rows = []
     for row in json.loads((folder / "curve.json").read_text())["rows"]:
         if row["ranking"] is None:
@@ -279,23 +284,23 @@ def demo_table(folder: Path = RESULTS / "demo") -> str:
             rows.append(
                 (row["recipient"], f"{row['rank_hi']} ({row['neuron_fraction']:.1%})", f"{row['mean']:.2f}", effect)
             )
-    return _table(("recipient", "k (share of neurons)", "mean cost", "effect (95 % interval)"), rows)
+    return _table(("recipient", "k (fraction of neurons)", "mean cost", "effect (95 % interval)"), rows)
 
 
 def experiments_table(folder: Path = RESULTS / "demo") -> str:
-    """What each experiment found in the demo model, and its seconds."""
-    found = json.loads((folder / "report.json").read_text())
-    seconds = {name: told["provenance"]["seconds"] for name, told in found.items()}
-    rows = [(name, next(iter(told["headline"]), ""), f"{seconds[name]:.0f}") for name, told in found.items()]
-    about = next(iter(found.values()))["provenance"]
+    """Build the table of each experiment's headline on the demo model and its seconds."""
+    experiments = json.loads((folder / "report.json").read_text())
+    seconds = {name: result["provenance"]["seconds"] for name, result in experiments.items()}
+    rows = [(name, next(iter(result["headline"]), ""), f"{seconds[name]:.0f}") for name, result in experiments.items()]
+    about = next(iter(experiments.values()))["provenance"]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("vllm", "torch"))
     cpu = f"{about['device']['cpu threads']} CPU threads, {about['device']['cpu capability']}"
-    table = _table(("experiment", "found in the demo model", "seconds"), rows)
-    return f"{table}\n\n{sum(seconds.values()) / 60:.1f} minutes in all ({cpu}, {versions})."
+    table = _table(("experiment", "result on the demo model", "seconds"), rows)
+    return f"{table}\n\n{sum(seconds.values()) / 60:.1f} minutes in total ({cpu}, {versions})."
 
 
 def reproduce_table(path: Path = RESULTS / "reproduce" / "demo.json") -> str:
-    """What the demo's reproduction found beside the paper's numbers of Llama2-7B, and what it took."""
+    """Build the table of the demo's reproduction next to the paper's numbers for Llama2-7B, and its time."""
     if not path.exists():
         return ""
     record = json.loads(path.read_text())
@@ -311,7 +316,7 @@ def reproduce_table(path: Path = RESULTS / "reproduce" / "demo.json") -> str:
     trained = sum(s for name, s in seconds.items() if name in record["trainings"])
     whole = max(seconds.values())
     return (
-        f"{_table(head, rows)}\n\n{whole / 60:.1f} minutes in all, {trained / 60:.1f} of them for "
+        f"{_table(head, rows)}\n\n{whole / 60:.1f} minutes in total, {trained / 60:.1f} of them for "
         f"{len(record['trainings'])} trainings ({record['machine']}; "
         f"vllm {record['versions']['vllm']}, torch {record['versions']['torch']}, trl {record['versions']['trl']})."
     )
@@ -339,9 +344,9 @@ def _versions(run: Run, *packages: str) -> str:
 
 
 def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
-    """Name of a place in the README -> what makes its table."""
-    found = list(runs(folder))
-    cpu, gpu = [run for run in found if not run.is_gpu], [run for run in found if run.is_gpu]
+    """Return marker name in the README -> function that builds its table."""
+    runs = list(load_runs(folder))
+    cpu, gpu = [run for run in runs if not run.is_gpu], [run for run in runs if run.is_gpu]
     return {
         "generate": lambda: generate_table(cpu),
         "generate on a GPU": lambda: generate_table(gpu),
@@ -355,21 +360,21 @@ def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "demo": lambda: demo_table(folder / "demo"),
         "experiments": lambda: experiments_table(folder / "demo"),
         "reproduce": lambda: reproduce_table(folder / "reproduce" / "demo.json"),
-        "rooms": rooms.plan,
+        "packages": package_table.build_table,
     }
 
 
-def filled(text: str, folder: Path = RESULTS) -> str:
-    """README text with every table between its markers made anew."""
-    for name, make in tables(folder).items():
-        table = "".join(f"{part}\n" for part in [make()] if part)
+def fill_tables(text: str, folder: Path = RESULTS) -> str:
+    """Return the README with every table between its markers generated again."""
+    for name, build in tables(folder).items():
+        table = "".join(f"{part}\n" for part in [build()] if part)
         pattern = rf"(<!-- table: {name} -->\n)(?:(?!<!--).)*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}{m[2]}", text, flags=re.DOTALL)
-        if found != 1:
-            raise SystemExit(f"the README must have one place for the table {name}, has {found}")
+        text, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md: expected one marker for the table {name}, got {count}")
     return text
 
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    readme.write_text(fill_tables(readme.read_text()))

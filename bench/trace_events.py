@@ -1,12 +1,12 @@
-"""A decode step's time by kernel, out of a torch profiler's trace.
+"""Time of a decode step by kernel, from a torch profiler's trace.
 
-Why not the profiler's own table: it sums over everything that was recorded, and a step is what is asked for.
+Why not the profiler's own table: it sums over everything that was recorded, not over a step.
 """
 
 import re
 from collections import defaultdict
 
-# First match wins; names as CUDA libraries, vLLM, Inductor and snpatch's Triton kernels have them.
+# The first match wins; names of CUDA libraries, vLLM, Inductor and snpatch's Triton kernels.
 GROUPS = (
     ("snpatch's op", r"patched_glu|dual_stream_|snpatch"),
     ("attention", r"flash|attention|attn|fmha|merge_state|split_kv|_fwd_kernel"),
@@ -27,30 +27,30 @@ class NoKernelsError(ValueError):
 
 
 def decode_steps(events: list[dict], category: str) -> dict:
-    """Of a trace's events: steps seen, microseconds a step, and its time by group and by kernel.
+    """Return the number of steps, microseconds per step, and their time by group and by kernel.
 
     category: "kernel" on a GPU, "cpu_op" without one. A kernel inside another one counts once.
 
     Raises:
-        NoKernelsError: the trace has none: the machine lets no profiler look at its card.
-        ValueError: it marks too few decode steps.
+        NoKernelsError: The trace has no kernel, because the machine blocks profilers from its card.
+        ValueError: The trace marks too few decode steps.
     """
     marks = sorted(e["ts"] for e in events if e.get("cat") == "user_annotation" and _is_decode(e["name"]))
     if len(marks) < 3:
         names = sorted({e["name"] for e in events if e.get("cat") == "user_annotation"})
-        raise ValueError(f"the trace marks {len(marks)} decode steps, wanted 3 or more; it marks {names[:10]}")
+        raise ValueError(f"trace: expected at least 3 decode steps, got {len(marks)}; it marks {names[:10]}")
     start, stop, steps = marks[0], marks[-1], len(marks) - 1
     kernels = [e for e in events if e.get("cat") == category and e.get("ph") == "X" and start <= e["ts"] < stop]
     if not kernels:
-        raise NoKernelsError(f"the trace holds no event of the category {category} in {steps} decode steps")
+        raise NoKernelsError(f"trace: no event of category {category} in {steps} decode steps")
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
-    for event, own in _self_times(kernels):
-        spent[event["name"]] += own
+    for event, self_time in _self_times(kernels):
+        spent[event["name"]] += self_time
         calls[event["name"]] += 1
     groups: dict[str, float] = defaultdict(float)
     for name, time in spent.items():
-        groups[group_of(name)] += time / steps
+        groups[kernel_group(name)] += time / steps
     top = sorted(spent, key=spent.get, reverse=True)[:TOP]
     return {
         "steps": steps,
@@ -61,29 +61,29 @@ def decode_steps(events: list[dict], category: str) -> dict:
     }
 
 
-def group_of(name: str) -> str:
+def kernel_group(name: str) -> str:
     return next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def _is_decode(name: str) -> bool:
-    """vLLM marks a step "execute_context_0(0)_generation_32(32)": 32 requests write, none is read."""
-    found = re.match(r"execute_context_(\d+)\(.*_generation_(\d+)\(", name)
-    return bool(found) and found[1] == "0" and found[2] != "0"
+    """Recognize vLLM's mark, such as "execute_context_0(0)_generation_32(32)": 32 requests decode, none prefills."""
+    match = re.match(r"execute_context_(\d+)\(.*_generation_(\d+)\(", name)
+    return bool(match) and match[1] == "0" and match[2] != "0"
 
 
 def _self_times(events: list[dict]):
-    """(event, its duration without that of the events inside it)."""
+    """Yield (event, its duration without that of the events inside it)."""
     lanes: dict[tuple, list[dict]] = defaultdict(list)
     for event in events:
         lanes[event["pid"], event["tid"]].append(event)
     for lane in lanes.values():
-        own, stack = {}, []
+        self_times, stack = {}, []
         for index in sorted(range(len(lane)), key=lambda i: (lane[i]["ts"], -lane[i]["dur"])):
             event = lane[index]
             while stack and lane[stack[-1]]["ts"] + lane[stack[-1]]["dur"] <= event["ts"]:
                 stack.pop()
             if stack:
-                own[stack[-1]] -= event["dur"]
-            own[index] = event["dur"]
+                self_times[stack[-1]] -= event["dur"]
+            self_times[index] = event["dur"]
             stack.append(index)
-        yield from ((lane[index], time) for index, time in own.items())
+        yield from ((lane[index], time) for index, time in self_times.items())

@@ -1,6 +1,6 @@
-// Numbers and activations that the CPU kernels share: loads and stores of the three types, and a branch-free exp.
+// Element types and activations shared by the CPU kernels: loads and stores of three types, and a branch-free exp.
 //
-// Plain inline functions, so that a loop over them is vectorised for whatever CPU it is cloned for (CLONES).
+// Why plain inline functions: a loop over them is vectorized for each CPU that it is cloned for (CLONES).
 #pragma once
 
 #include <cmath>
@@ -25,7 +25,7 @@ inline float float_of(uint32_t b) { float x; std::memcpy(&x, &b, 4); return x; }
 inline float load(float x) { return x; }
 inline float load(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float load(Fp16 x) {
-  // Shift the fields into place and rescale; the multiply gives subnormals their value, infinities keep theirs.
+  // Shift the fields into place and rescale. The multiply also converts subnormals; infinities are kept.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const float finite = float_of(magnitude) * float_of(0x77800000u);  // 2^112
   const uint32_t value = magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : bits_of(finite);
@@ -41,7 +41,7 @@ inline void store(float x, Bf16* to) {
 inline void store(float x, Fp16* to) {
   const uint32_t b = bits_of(x), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Adding 0.5 rounds a subnormal's bits to the end of the mantissa.
+  // Adding 0.5 rounds a subnormal's bits into the low end of the mantissa.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   uint32_t value = magnitude < (113u << 23) ? subnormal : normal;
   value = magnitude >= 0x477ff000u ? 0x7c00u : value;  // 65520 and more round to infinity
@@ -61,7 +61,7 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // Times 2^n by adding n to the exponent: with |r| <= ln(2)/2 only what overflows to infinity goes past its range.
+  // Multiply by 2^n by adding n to the exponent. With |r| <= ln(2)/2 it leaves its range only on overflow to infinity.
   const uint32_t e = (bits_of(n) - 0x4b400000u) << 23;
   const float value = float_of(bits_of(p) + e);
   return x > 88.7228f ? std::numeric_limits<float>::infinity() : value;

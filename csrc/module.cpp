@@ -1,4 +1,4 @@
-// The extension module snpatch._C. Importing it registers the CPU kernels; it has nothing to call from Python.
+// The extension module snpatch._C. Importing it registers the CPU kernels; it exports nothing to Python.
 
 #include <Python.h>
 

@@ -1,8 +1,8 @@
-// snpatch::patched_glu for the CPU: what snpatch/op/reference.py defines, in one pass over gate_up.
+// snpatch::patched_glu for the CPU, as snpatch/op/reference.py defines it, in one pass over gate_up.
 //
-// The work is split by neurons, never by tokens: each neuron's sums are added up in token order by one thread, so the
-// same batch gives the same bits whatever the number of threads. A block of neurons and its sums stay in the L1 cache
-// while all tokens go by. Within a step the sums are float32 over runs of at most RUN tokens, then float64.
+// The work is split by neurons, never by tokens: one thread adds up each neuron's sums in token order, so the same
+// batch gives the same bits for any number of threads. A block of neurons and its sums stay in the L1 cache while all
+// tokens pass. Within a step the sums are float32 over runs of at most RUN tokens, then float64.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,14 +21,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t BLOCK = 512;  // neurons: with their five sums and both streams 22 KB, inside every L1
-constexpr int64_t RUN = 16;     // tokens: float32 rounding within a run stays below 1e-6 of the sum
-constexpr int64_t GRAIN = 131072;  // elements, 50 us of work: in an engine it costs as much to wake a thread
+constexpr int64_t BLOCK = 512;  // neurons; with five sums and both streams 22 KB, which fits every L1
+constexpr int64_t RUN = 16;     // tokens; float32 rounding within a run stays below 1e-6 of the sum
+constexpr int64_t GRAIN = 131072;  // elements, 50 us of work: waking a thread in an engine costs as much
 
-// Columns of a plan row and values of its source, as in snpatch/op/plan.py.
+// Columns of a plan row and values of its source, as in snpatch/op/plan.py (tests compare the two).
 enum PlanColumn { ADAPTER_0, ADAPTER_1, RECIPIENT_STREAM, RANKING, LO, HI, SOURCE, CONSTANT_ROW, SEED, SELF_WEIGHT,
                   SOURCE_WEIGHT, POSITION, GROUP, CAPTURE, RECEIPT, COLUMNS };
-constexpr int64_t COLUMNS_PER_INTERVENTION = SOURCE_WEIGHT + 1 - RANKING;  // columns of a further clause, after the last of a row
+constexpr int64_t COLUMNS_PER_INTERVENTION = SOURCE_WEIGHT + 1 - RANKING;  // of each further one, after the last column
 enum Source { FROM_DONOR, FROM_CONSTANT, FROM_NOISE };
 enum Receipt { OVERWRITES, NONFINITE, LAYER, RECEIPT_COLUMNS };  // columns of a row of `receipt`
 
@@ -78,7 +78,7 @@ DEFINE_PAIR(pair_gelu_fp16, Fp16, gelu_tanh, store(y, to_d + i))
   CLONES void NAME(const float* __restrict value, TYPE* __restrict to, int64_t n) {                               \
     for (int64_t i = 0; i < n; ++i) store(value[i], to + i);                                                      \
   }
-void store_f32(const float*, float*, int64_t) {}  // made in place
+void store_f32(const float*, float*, int64_t) {}  // float32 values are computed in place
 DEFINE_STORE(store_bf16, Bf16)
 DEFINE_STORE(store_fp16, Fp16)
 
@@ -96,7 +96,7 @@ CLONES void move_sums(float* __restrict from, double* __restrict to, int64_t n) 
   }
 }
 
-// Stores r, or `by` where lo <= rank < hi; how many neurons that were. A float32 r is its own place.
+// Store r, or `by` where lo <= rank < hi; return how many neurons were overwritten. A float32 r is changed in place.
 #define DEFINE_OVERWRITE(NAME, TYPE, STORE)                                                                        \
   CLONES int32_t NAME(float* __restrict r, const float* __restrict by, const int32_t* __restrict rank, int32_t lo, \
                       int32_t hi, TYPE* __restrict to, int64_t n) {                                               \
@@ -113,7 +113,7 @@ DEFINE_OVERWRITE(overwrite_f32, float, ((void)to, r[i] = value))
 DEFINE_OVERWRITE(overwrite_bf16, Bf16, store(value, to + i))
 DEFINE_OVERWRITE(overwrite_fp16, Fp16, store(value, to + i))
 
-// Values whose exponent bits are all ones: infinities and NaN.
+// Count the values whose exponent bits are all ones: infinities and NaN.
 #define DEFINE_NONFINITE(NAME, TYPE, BITS, EXPONENT)                                                               \
   CLONES int32_t NAME(const TYPE* __restrict value, int64_t n) {                                                   \
     int32_t count = 0;                                                                                             \
@@ -127,14 +127,14 @@ DEFINE_NONFINITE(nonfinite_f32, float, stored_bits, 0x7f800000u)
 DEFINE_NONFINITE(nonfinite_bf16, Bf16, stored_bits, 0x7f80u)
 DEFINE_NONFINITE(nonfinite_fp16, Fp16, stored_bits, 0x7c00u)
 
-// keep * r + take * by, in place of `by`; what has the factor 0 is not looked at.
-CLONES void mix(const float* __restrict r, float* __restrict by, float keep, float take, int64_t n) {
-  if (keep == 0.0f)
-    for (int64_t i = 0; i < n; ++i) by[i] = take * by[i];
-  else if (take == 0.0f)
-    for (int64_t i = 0; i < n; ++i) by[i] = keep * r[i];
+// Replace `by` with self_weight * r + source_weight * by; a term whose weight is 0 is not read.
+CLONES void mix(const float* __restrict r, float* __restrict by, float self_weight, float source_weight, int64_t n) {
+  if (self_weight == 0.0f)
+    for (int64_t i = 0; i < n; ++i) by[i] = source_weight * by[i];
+  else if (source_weight == 0.0f)
+    for (int64_t i = 0; i < n; ++i) by[i] = self_weight * r[i];
   else
-    for (int64_t i = 0; i < n; ++i) by[i] = keep * r[i] + take * by[i];
+    for (int64_t i = 0; i < n; ++i) by[i] = self_weight * r[i] + source_weight * by[i];
 }
 
 // ---- noise: reference.normal -------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ struct Arguments {
   float* capture;
   int64_t* receipt;
   int64_t tokens, width, row_stride, captured;  // row_stride: of gate_up, in elements; captured: K
-  int64_t streams, clauses, layer, first_neuron;
+  int64_t streams, interventions, layer, first_neuron;
 };
 
 template <typename Element>
@@ -180,7 +180,7 @@ using Store = void (*)(const float*, Element*, int64_t);
 template <typename Element>
 using Nonfinite = int32_t (*)(const Element*, int64_t);
 
-// The loops of one element type and activation.
+// The loops for one element type and activation.
 template <typename Element>
 struct Loops {
   Glu<Element> glu;
@@ -190,9 +190,9 @@ struct Loops {
   Nonfinite<Element> nonfinite;
 };
 
-inline float factor(int32_t bits) { return float_of(static_cast<uint32_t>(bits)); }
+inline float weight(int32_t bits) { return float_of(static_cast<uint32_t>(bits)); }
 
-// *at = max(*at, value), whichever thread comes first.
+// *at = max(*at, value), atomically.
 inline void raise_to(int64_t* at, int64_t value) {
   int64_t seen = __atomic_load_n(at, __ATOMIC_RELAXED);
   while (seen < value && !__atomic_compare_exchange_n(at, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
@@ -202,7 +202,7 @@ inline float* in_place(float* to, float*) { return to; }
 template <typename Element>
 float* in_place(Element*, float* block) { return block; }
 
-// is_single: the one clause of a token is stored as it is made. Of several each changes r, which is stored at the end.
+// is_single: a token's only intervention is stored as it is computed. Several ones each change r, stored at the end.
 template <typename Element, bool is_single>
 void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t start,
                const Loops<Element>& loops) {
@@ -210,7 +210,7 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
   const int64_t n = std::min(BLOCK, a.width - start);
   alignas(64) float r_block[BLOCK], d_block[BLOCK], other[BLOCK];
   alignas(64) float sums[5 * BLOCK];
-  bool has_sums = false;    // whether anything was observed yet
+  bool has_sums = false;    // a token was observed
   int32_t open_group = -1;  // the group whose sums are in `sums`
   int64_t in_run = 0;
   const auto close_run = [&] {
@@ -221,16 +221,18 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
   };
 
   for (int64_t t = 0; t < a.tokens; ++t) {
-    const int32_t* plan = a.plan + t * (COLUMNS + (is_single ? 0 : COLUMNS_PER_INTERVENTION * (a.clauses - 1)));
+    const int32_t* plan = a.plan + t * (COLUMNS + (is_single ? 0 : COLUMNS_PER_INTERVENTION * (a.interventions - 1)));
     const int32_t* rank = a.rank + plan[RANKING] * a.width + start;
-    const int64_t mine = t * a.streams + plan[RECIPIENT_STREAM], others = t * a.streams + a.streams - 1 - plan[RECIPIENT_STREAM];
-    const Element *row = gate_up + mine * a.row_stride + start, *donor_row = gate_up + others * a.row_stride + start;
-    Element *to = out + mine * a.width + start, *to_donor = out + others * a.width + start;
-    // Neurons are float32 until they are stored; where the output is float32 they are made in their place.
+    const int64_t stream = plan[RECIPIENT_STREAM];
+    const int64_t i_recipient = t * a.streams + stream, i_donor = t * a.streams + a.streams - 1 - stream;
+    const Element* row = gate_up + i_recipient * a.row_stride + start;
+    const Element* donor_row = gate_up + i_donor * a.row_stride + start;
+    Element *to = out + i_recipient * a.width + start, *to_donor = out + i_donor * a.width + start;
+    // Neurons are float32 until they are stored; a float32 output is computed in place.
     float* r = in_place(to, r_block);
     float* d = in_place(to_donor, d_block);
-    const float* scale = a.scale + plan[ADAPTER_0 + plan[RECIPIENT_STREAM]] * a.width + start;
-    const float* donor_scale = a.scale + plan[ADAPTER_1 - plan[RECIPIENT_STREAM]] * a.width + start;
+    const float* scale = a.scale + plan[ADAPTER_0 + stream] * a.width + start;
+    const float* donor_scale = a.scale + plan[ADAPTER_1 - stream] * a.width + start;
     const bool observed = plan[GROUP] >= 0;
     if (observed) {
       if (!has_sums) std::fill_n(sums, 5 * BLOCK, 0.0f);
@@ -256,32 +258,32 @@ void run_block(const Arguments& a, const Element* gate_up, Element* out, int64_t
         if (0 <= rank[i] && rank[i] < a.captured) captured[rank[i]] = r[i];
     }
     int64_t done = 0;
-    for (int64_t i = 0; i < (is_single ? 1 : a.clauses); ++i) {
-      const int32_t* clause = is_single || i == 0 ? plan + RANKING : plan + COLUMNS + COLUMNS_PER_INTERVENTION * (i - 1);
-      const auto of = [clause](PlanColumn column) { return clause[column - RANKING]; };
-      const int32_t lo = of(LO), hi = of(HI), source = of(SOURCE);
-      // Without a donor stream nothing is copied from it, and nothing counted: the receipt tells.
+    for (int64_t i = 0; i < (is_single ? 1 : a.interventions); ++i) {
+      const int32_t* block = is_single || i == 0 ? plan + RANKING : plan + COLUMNS + COLUMNS_PER_INTERVENTION * (i - 1);
+      const auto at = [block](PlanColumn column) { return block[column - RANKING]; };
+      const int32_t lo = at(LO), hi = at(HI), source = at(SOURCE);
+      // Without a donor stream nothing is copied from it or counted, so that the receipt shows it.
       const bool patches = lo < hi && (a.streams == 2 || source != FROM_DONOR);
       if (patches) {
-        const int32_t* ranks = is_single ? rank : a.rank + of(RANKING) * a.width + start;
-        const float* constant = a.constant + of(CONSTANT_ROW) * a.width + start;
-        const float keep = factor(of(SELF_WEIGHT)), take = factor(of(SOURCE_WEIGHT));
+        const int32_t* ranks = is_single ? rank : a.rank + at(RANKING) * a.width + start;
+        const float* constant = a.constant + at(CONSTANT_ROW) * a.width + start;
+        const float self_weight = weight(at(SELF_WEIGHT)), source_weight = weight(at(SOURCE_WEIGHT));
         const float* by = source == FROM_CONSTANT ? constant : d;
         if (source == FROM_NOISE) {
           for (int64_t j = 0; j < n; ++j)
             other[j] = lo <= ranks[j] && ranks[j] < hi
-                           ? constant[j] * normal(of(SEED), plan[POSITION], a.layer, a.first_neuron + start + j)
+                           ? constant[j] * normal(at(SEED), plan[POSITION], a.layer, a.first_neuron + start + j)
                            : 0;
           by = other;
         }
-        if (keep != 0.0f || take != 1.0f) {
+        if (self_weight != 0.0f || source_weight != 1.0f) {
           if (by != other) std::copy(by, by + n, other);
-          mix(r, other, keep, take, n);
+          mix(r, other, self_weight, source_weight, n);
           by = other;
         }
         done += is_single ? overwrite(r, by, ranks, lo, hi, to, n) : overwrite_f32(r, by, ranks, lo, hi, nullptr, n);
       }
-      if (is_single ? !patches : i + 1 == a.clauses) store_block(r, to, n);
+      if (is_single ? !patches : i + 1 == a.interventions) store_block(r, to, n);
     }
     if (plan[RECEIPT] >= 0) {
       int64_t* receipt = a.receipt + plan[RECEIPT] * RECEIPT_COLUMNS;
@@ -302,43 +304,46 @@ void run(const Arguments& a, const Tensor& gate_up, const Tensor& out, const Loo
   auto* to = static_cast<Element*>(out.mutable_data_ptr());
   const int64_t blocks = (a.width + BLOCK - 1) / BLOCK;
   const int64_t grain = std::max<int64_t>(1, GRAIN / (BLOCK * std::max<int64_t>(1, a.tokens * a.streams)));
-  const auto own = a.clauses == 1 ? run_block<Element, true> : run_block<Element, false>;
+  const auto run_one = a.interventions == 1 ? run_block<Element, true> : run_block<Element, false>;
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) own(a, from, to, block * BLOCK, loops);
+    for (int64_t block = begin; block < end; ++block) run_one(a, from, to, block * BLOCK, loops);
   });
 }
 
-void check(bool fits, const char* name, const char* wanted, const Tensor& got) {
+void check(bool fits, const char* name, const char* expected, const Tensor& got) {
   if (fits) return;
   std::string sizes = "[";
   for (int64_t i = 0; i < got.dim(); ++i) sizes += (i ? ", " : "") + std::to_string(got.size(i));
-  throw std::runtime_error(std::string("patched_glu: ") + name + " must be " + wanted + ", got " + sizes + "]");
+  throw std::runtime_error(std::string("patched_glu: ") + name + ": expected " + expected + ", got " + sizes + "]");
 }
 
 bool is(const Tensor& tensor, ScalarType type, int64_t dims) {
   return tensor.scalar_type() == type && tensor.dim() == dims && tensor.is_contiguous();
 }
 
-// Every index of the plan points into its tensor: a wrong one is an error here, not a read of other memory.
+// Check that every index of the plan points into its tensor, so that a wrong one does not read other memory.
 void check_plan(const Tensor& plan, const Tensor& scale, const Tensor& rank, const Tensor& constant,
                 const Tensor& stats, const Tensor& capture, const Tensor& receipt, int64_t streams) {
   const auto* row = static_cast<const int32_t*>(plan.const_data_ptr());
   const int64_t adapters = scale.size(0);
   const struct { PlanColumn column; int64_t lowest, end; const char* name; } ranges[] = {
-      {ADAPTER_0, 0, adapters, "adapter_0"}, {ADAPTER_1, 0, adapters, "adapter_1"}, {RECIPIENT_STREAM, 0, streams, "recipient_stream"},
+      {ADAPTER_0, 0, adapters, "adapter_0"}, {ADAPTER_1, 0, adapters, "adapter_1"},
+      {RECIPIENT_STREAM, 0, streams, "recipient_stream"},
       {RANKING, 0, rank.size(0), "ranking"}, {SOURCE, 0, FROM_NOISE + 1, "source"},
       {CONSTANT_ROW, 0, constant.size(0), "constant_row"},     {GROUP, -1, stats.size(0), "group"},
       {CAPTURE, -1, capture.size(0), "capture"}, {RECEIPT, -1, receipt.size(0), "receipt"}};
-  const auto check = [](int64_t token, int32_t named, const auto& range) {
-    if (named < range.lowest || named >= range.end)
-      throw std::runtime_error("patched_glu: plan row " + std::to_string(token) + " names " + range.name + " " +
-                               std::to_string(named) + ", there are " + std::to_string(range.end));
+  const auto check = [](int64_t token, int32_t index, const auto& range) {
+    if (index < range.lowest || index >= range.end)
+      throw std::runtime_error("patched_glu: plan row " + std::to_string(token) + ": " + range.name + ": expected " +
+                               std::to_string(range.lowest) + " to " + std::to_string(range.end - 1) + ", got " +
+                               std::to_string(index));
   };
   for (int64_t t = 0; t < plan.size(0); ++t, row += plan.size(1)) {
     for (const auto& range : ranges) check(t, row[range.column], range);
     for (int64_t further = COLUMNS; further < plan.size(1); further += COLUMNS_PER_INTERVENTION)
       for (const auto& range : ranges)
-        if (RANKING <= range.column && range.column <= SOURCE_WEIGHT) check(t, row[further + range.column - RANKING], range);
+        if (RANKING <= range.column && range.column <= SOURCE_WEIGHT)
+          check(t, row[further + range.column - RANKING], range);
   }
 }
 
@@ -347,17 +352,18 @@ Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& ran
                    const Tensor& receipt, const std::string& activation, int64_t streams, int64_t layer,
                    int64_t first_neuron) {
   if (streams != 1 && streams != 2)
-    throw std::runtime_error("patched_glu: streams must be 1 or 2, got " + std::to_string(streams));
+    throw std::runtime_error("patched_glu: streams: expected 1 or 2, got " + std::to_string(streams));
   const bool is_silu = activation == "silu";
   if (!is_silu && activation != "gelu_tanh")
-    throw std::runtime_error("patched_glu: activation must be silu or gelu_tanh, got " + activation);
-  check(is(plan, ScalarType::Int, 2) && plan.size(1) >= COLUMNS && (plan.size(1) - COLUMNS) % COLUMNS_PER_INTERVENTION == 0, "plan",
-        "[T, 15 + 8 * (clauses - 1)] int32, contiguous", plan);
-  const int64_t tokens = plan.size(0), clauses = 1 + (plan.size(1) - COLUMNS) / COLUMNS_PER_INTERVENTION;
+    throw std::runtime_error("patched_glu: activation: expected silu or gelu_tanh, got " + activation);
+  check(is(plan, ScalarType::Int, 2) && plan.size(1) >= COLUMNS &&
+            (plan.size(1) - COLUMNS) % COLUMNS_PER_INTERVENTION == 0,
+        "plan", "[T, 15 + 8 * (interventions - 1)] int32, contiguous", plan);
+  const int64_t tokens = plan.size(0), interventions = 1 + (plan.size(1) - COLUMNS) / COLUMNS_PER_INTERVENTION;
   const bool two_dimensional = gate_up.dim() == 2;
   check(two_dimensional && gate_up.size(0) == streams * tokens && gate_up.size(1) % 2 == 0 &&
             (gate_up.stride(1) == 1 || gate_up.size(1) <= 1 || tokens == 0),
-        "gate_up", "[streams * T, 2 * F] with neighbouring columns", gate_up);
+        "gate_up", "[streams * T, 2 * F] with adjacent columns", gate_up);
   const int64_t width = gate_up.size(1) / 2;
   check(is(scale, ScalarType::Float, 2) && scale.size(1) == width, "scale", "[A, F] float32, contiguous", scale);
   check(is(rank, ScalarType::Int, 2) && rank.size(1) == width, "rank", "[R, F] int32, contiguous", rank);
@@ -380,7 +386,7 @@ Tensor patched_glu(const Tensor& gate_up, const Tensor& scale, const Tensor& ran
                     static_cast<int64_t*>(count.mutable_data_ptr()),
                     static_cast<float*>(capture.mutable_data_ptr()),
                     static_cast<int64_t*>(receipt.mutable_data_ptr()),
-                    tokens, width, gate_up.stride(0), capture.size(1), streams, clauses, layer, first_neuron};
+                    tokens, width, gate_up.stride(0), capture.size(1), streams, interventions, layer, first_neuron};
   switch (gate_up.scalar_type()) {
 #define RUN(SCALAR, TYPE, SUFFIX)                                                                            \
   case ScalarType::SCALAR:                                                                                   \

@@ -1,13 +1,13 @@
 """snpatch::patched_glu for the GPU: kernel, then launcher.
 
     neuron[t, s, n] = act(gate[t, s, n]) * up[t, s, n] * scale[adapter[t, s], n]
-    own = neuron[t, speaker[t], n]
-    out[t, speaker[t], n] = keep[t] * own + take[t] * source[t, n] if lo[t] <= rank[t, n] < hi[t] else own
+    r = neuron[t, recipient_stream[t], n]
+    out[t, recipient_stream[t], n] = self_weight[t] * r + source_weight[t] * source[t, n]
+                                     if lo[t] <= rank[t, n] < hi[t] else r
 
-The definition is snpatch/op/reference.py. One launch has programs of two kinds. The first few own a block of neurons
-each and add its statistics up, walking through all tokens in order; where no token has a group they end at once. All
-others make the output of one tile. So each sum has one fixed order, and the output has as many programs as it has
-tiles.
+The definition is snpatch/op/reference.py. One launch has two kinds of programs. Each of the first few adds up the
+statistics of one block of neurons, over all tokens in order; if no token has a group they end at once. Each of the
+others computes one tile of the output. So each sum has one fixed order, and the output has one program per tile.
 """
 
 import torch
@@ -32,18 +32,18 @@ GROUP = tl.constexpr(12)
 CAPTURE = tl.constexpr(13)
 RECEIPT = tl.constexpr(14)
 COLUMNS = tl.constexpr(15)
-# Columns of a further clause: those from RANKING to SOURCE_WEIGHT.
+# Columns of each further intervention: those from RANKING to SOURCE_WEIGHT.
 COLUMNS_PER_INTERVENTION = tl.constexpr(8)
 CONSTANT = tl.constexpr(1)
 NOISE = tl.constexpr(2)
-# Columns of a row of `receipt`: the overwrites, then these.
+# Columns of a row of `receipt`, after the overwrites.
 NONFINITE = tl.constexpr(1)
 LAYER = tl.constexpr(2)
 RECEIPT_COLUMNS = tl.constexpr(3)
 INT32_MAX = tl.constexpr(2**31 - 1)
-# Tokens x neurons. kernels/README.md says why these.
+# Tokens (T) x neurons (F) per program; kernels/README.md has the reasons.
 TILE = {"BLOCK_T": 4, "BLOCK_F": 256, "SUM_T": 32, "SUM_F": 32, "SEARCH_T": 512}
-# A program costs milliseconds there.
+# Larger, because a program takes milliseconds in the interpreter.
 INTERPRETED_TILE = {"BLOCK_T": 32, "BLOCK_F": 1024, "SUM_T": 64, "SUM_F": 1024, "SEARCH_T": 128}
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -59,7 +59,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _cos_turns(v):
-    """cos(2 pi v) for 0 <= v < 1, within 2e-7. tl.cos reduces its argument through a table in local memory."""
+    """Return cos(2 pi v) for 0 <= v < 1, within 2e-7. tl.cos would use a table in local memory."""
     x = 3.141592653589793 * (v - 0.5)
     q = x * x
     sine = 2.7557319e-6 - 2.5052108e-8 * q
@@ -72,7 +72,7 @@ def _cos_turns(v):
 
 @triton.jit
 def _normal(seed, position, layer, neuron):
-    """reference.normal: [BLOCK_T, BLOCK_F] for seed and position [BLOCK_T, 1] and neuron [1, BLOCK_F]."""
+    """Compute reference.normal [BLOCK_T, BLOCK_F] from seed and position [BLOCK_T, 1] and neuron [1, BLOCK_F]."""
     zero = tl.zeros_like(seed + neuron)
     w0, w1, _, _ = tl.philox(
         (zero + seed).to(tl.uint32, bitcast=True), zero + neuron, zero + layer, zero + position, zero
@@ -84,7 +84,7 @@ def _normal(seed, position, layer, neuron):
 
 @triton.jit
 def _store(p, value, mask, INTERPRETED: tl.constexpr):
-    """Store a tile in the output's type; returns 1 where a stored value is not finite, else 0."""
+    """Store a tile in the output's dtype; return 1 where a stored value is not finite, else 0."""
     if INTERPRETED and p.dtype.element_ty == tl.bfloat16:
         # The interpreter truncates; the hardware rounds to nearest even.
         bits = value.to(tl.uint32, bitcast=True)
@@ -93,18 +93,18 @@ def _store(p, value, mask, INTERPRETED: tl.constexpr):
     stored = value.to(p.dtype.element_ty)
     tl.store(p, stored, mask=mask)
     is_finite = tl.abs(stored.to(tl.float32)) < float("inf")  # False for NaN
-    return (is_finite == 0).to(tl.int32)  # beyond the mask all is zero
+    return (is_finite == 0).to(tl.int32)  # masked values are 0
 
 
 @triton.jit
-def _add_sum(p, values, mine, m_neuron):
-    total = tl.sum(tl.where(mine, values, 0.0), axis=0)
+def _add_sum(p, values, m_group, m_neuron):
+    total = tl.sum(tl.where(m_group, values, 0.0), axis=0)
     tl.store(p, tl.load(p, mask=m_neuron, other=0.0) + total.to(tl.float64), mask=m_neuron)
 
 
 @triton.jit
 def _rows(p_table, row, n_neurons, o_neuron, m, other):
-    """[BLOCK_T, BLOCK_F]: each token's own row of a table [rows, F]."""
+    """Load each token's row of a table [rows, F]: [BLOCK_T, BLOCK_F]."""
     return tl.load(p_table + (row.to(tl.int64) * n_neurons)[:, None] + o_neuron[None, :], mask=m, other=other)
 
 
@@ -113,7 +113,7 @@ def _streams(
     p_gate_up, p_scale, p_row, o_token, o_neuron, m_token, m, n_neurons, row_stride,
     ACTIVATION: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """Both streams' neurons of a tile, float32. All loads are under way before the first is used."""
+    """Compute both streams' neurons of a tile in float32. All loads are issued before the first is used."""
     first = tl.load(p_row + ADAPTER_0, mask=m_token, other=0)
     second = tl.load(p_row + ADAPTER_1, mask=m_token, other=0)
     p_gate = p_gate_up + (o_token.to(tl.int64) * STREAMS * row_stride)[:, None] + o_neuron[None, :]
@@ -133,7 +133,7 @@ def _streams(
 
 @triton.jit
 def _roles(v0, v1, p_row, m_token, STREAMS: tl.constexpr):
-    """The recipient's values and the donor's, and where stream 0 is the recipient's, [BLOCK_T, 1]."""
+    """Return the recipient's and the donor's values, and where stream 0 is the recipient's, [BLOCK_T, 1]."""
     is_first = (tl.load(p_row + RECIPIENT_STREAM, mask=m_token, other=0) == 0)[:, None]
     r = v0
     d = v1
@@ -149,7 +149,7 @@ def _add_statistics(
     ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, INTERVENTIONS: tl.constexpr, SUM_T: tl.constexpr,
     SUM_F: tl.constexpr, SEARCH_T: tl.constexpr,
 ):  # fmt: skip
-    """One block of neurons over all tokens. Where SEARCH_T of them have no group, one load says so."""
+    """Sum one block of neurons over all tokens. SEARCH_T tokens without a group cost one load."""
     width = COLUMNS + COLUMNS_PER_INTERVENTION * (INTERVENTIONS - 1)
     for start in range(0, n_tokens, SEARCH_T):
         o_token = start + tl.arange(0, SEARCH_T)
@@ -167,7 +167,7 @@ def _add_tiles(
     ACTIVATION: tl.constexpr, STREAMS: tl.constexpr, INTERVENTIONS: tl.constexpr, SUM_T: tl.constexpr,
     SUM_F: tl.constexpr,
 ):  # fmt: skip
-    """One block of neurons over the tokens [first_token, n_tokens): float32 within a tile, float64 beyond."""
+    """Sum one block of neurons over tokens [first_token, n_tokens): float32 within a tile, float64 beyond."""
     o_neuron = i_block * SUM_F + tl.arange(0, SUM_F)
     m_neuron = o_neuron < n_neurons
     for start in range(first_token, n_tokens, SUM_T):
@@ -184,46 +184,48 @@ def _add_tiles(
             )
             r, d, _ = _roles(v0, v1, p_row, m_token, STREAMS)
             for g in range(lowest, highest + 1):
-                n_mine = tl.sum((group == g).to(tl.int32), axis=0)
-                if n_mine > 0:
-                    mine = m & (group == g)[:, None]
+                n_in_group = tl.sum((group == g).to(tl.int32), axis=0)
+                if n_in_group > 0:
+                    m_group = m & (group == g)[:, None]
                     p_sum = p_stats + (tl.zeros([], tl.int64) + g) * 5 * n_neurons + o_neuron
-                    _add_sum(p_sum, r, mine, m_neuron)
-                    _add_sum(p_sum + n_neurons, r * r, mine, m_neuron)
+                    _add_sum(p_sum, r, m_group, m_neuron)
+                    _add_sum(p_sum + n_neurons, r * r, m_group, m_neuron)
                     if STREAMS == 2:
-                        _add_sum(p_sum + 2 * n_neurons, d, mine, m_neuron)
-                        _add_sum(p_sum + 3 * n_neurons, d * d, mine, m_neuron)
-                        _add_sum(p_sum + 4 * n_neurons, (r - d) * (r - d), mine, m_neuron)
+                        _add_sum(p_sum + 2 * n_neurons, d, m_group, m_neuron)
+                        _add_sum(p_sum + 3 * n_neurons, d * d, m_group, m_neuron)
+                        _add_sum(p_sum + 4 * n_neurons, (r - d) * (r - d), m_group, m_neuron)
                     if i_block == 0:
-                        tl.atomic_add(p_count + g, n_mine.to(tl.int64), sem="relaxed")
+                        tl.atomic_add(p_count + g, n_in_group.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
-def _clause(
-    v, d, rank, p_clause, p_row, p_constant, o_neuron, m_token, m, m_rank, n_neurons, layer, first_neuron,
+def _intervene(
+    v, d, rank, p_block, p_row, p_constant, o_neuron, m_token, m, m_rank, n_neurons, layer, first_neuron,
     STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """What a clause makes of the recipient's neurons, and which ones it patched."""
-    lo = tl.load(p_clause + (LO - RANKING), mask=m_token, other=0)
-    hi = tl.load(p_clause + (HI - RANKING), mask=m_token, other=0)
-    source = tl.load(p_clause + (SOURCE - RANKING), mask=m_token, other=0)
-    if STREAMS == 1:  # a donor's value is neither copied nor counted, so that the receipt tells
+    """Apply one intervention to the recipient's values v; return them and the mask of the patched ones."""
+    lo = tl.load(p_block + (LO - RANKING), mask=m_token, other=0)
+    hi = tl.load(p_block + (HI - RANKING), mask=m_token, other=0)
+    source = tl.load(p_block + (SOURCE - RANKING), mask=m_token, other=0)
+    if STREAMS == 1:  # there is no donor: nothing is copied from it or counted, so that the receipt shows it
         lo = tl.where(source > 0, lo, hi)
-    patched = m_rank & (lo[:, None] <= rank) & (rank < hi[:, None])
+    m_patched = m_rank & (lo[:, None] <= rank) & (rank < hi[:, None])
     by = d
     if tl.max(source, axis=0) > 0:
-        row = tl.load(p_clause + (CONSTANT_ROW - RANKING), mask=m_token, other=0)
+        row = tl.load(p_block + (CONSTANT_ROW - RANKING), mask=m_token, other=0)
         constant = _rows(p_constant, row, n_neurons, o_neuron, m, 0.0)
         by = tl.where((source == CONSTANT)[:, None], constant, by)
         if tl.max(source, axis=0) == NOISE:
-            seed = tl.load(p_clause + (SEED - RANKING), mask=m_token, other=0)
+            seed = tl.load(p_block + (SEED - RANKING), mask=m_token, other=0)
             position = tl.load(p_row + POSITION, mask=m_token, other=0)
             noise = _normal(seed[:, None], position[:, None], layer, (first_neuron + o_neuron)[None, :])
             by = tl.where((source == NOISE)[:, None], constant * noise, by)
-    keep = tl.load(p_clause + (SELF_WEIGHT - RANKING), mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
-    take = tl.load(p_clause + (SOURCE_WEIGHT - RANKING), mask=m_token, other=0).to(tl.float32, bitcast=True)[:, None]
-    mixture = tl.where(take == 0, keep * v, keep * v + take * by)
-    return tl.where(patched, tl.where(keep == 0, take * by, mixture), v), patched
+    self_bits = tl.load(p_block + (SELF_WEIGHT - RANKING), mask=m_token, other=0)
+    source_bits = tl.load(p_block + (SOURCE_WEIGHT - RANKING), mask=m_token, other=0)
+    self_weight = self_bits.to(tl.float32, bitcast=True)[:, None]
+    source_weight = source_bits.to(tl.float32, bitcast=True)[:, None]
+    mixture = tl.where(source_weight == 0, self_weight * v, self_weight * v + source_weight * by)
+    return tl.where(m_patched, tl.where(self_weight == 0, source_weight * by, mixture), v), m_patched
 
 
 @triton.jit
@@ -232,7 +234,7 @@ def _make_output(
     row_stride, n_captured, layer, first_neuron, ACTIVATION: tl.constexpr, STREAMS: tl.constexpr,
     INTERVENTIONS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One tile: both streams, capture, overwrite and receipts."""
+    """Compute one tile of the output: both streams, capture, overwrite and receipts."""
     n_blocks = tl.cdiv(n_neurons, BLOCK_F)
     o_neuron = (i_tile % n_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
     o_token = (i_tile // n_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -252,38 +254,38 @@ def _make_output(
     if tl.max(slot, axis=0) >= 0:
         m_capture = m_rank & (slot >= 0)[:, None] & (rank < n_captured)
         tl.store(p_capture + (slot.to(tl.int64) * n_captured)[:, None] + rank, r, mask=m_capture)
-    spoken, patched = _clause(r, d, rank, p_row + RANKING, p_row, p_constant, o_neuron, m_token, m, m_rank, n_neurons,
-                              layer, first_neuron, STREAMS)  # fmt: skip
-    done = tl.sum(patched.to(tl.int32), axis=1)
+    patched, m_patched = _intervene(r, d, rank, p_row + RANKING, p_row, p_constant, o_neuron, m_token, m, m_rank,
+                                    n_neurons, layer, first_neuron, STREAMS)  # fmt: skip
+    n_overwrites = tl.sum(m_patched.to(tl.int32), axis=1)
     for i in tl.static_range(1, INTERVENTIONS):
-        p_clause = p_row + COLUMNS + COLUMNS_PER_INTERVENTION * (i - 1)
-        ranking = tl.load(p_clause, mask=m_token, other=0)
-        lo_i = tl.load(p_clause + (LO - RANKING), mask=m_token, other=0)
-        hi_i = tl.load(p_clause + (HI - RANKING), mask=m_token, other=0)
+        p_block = p_row + COLUMNS + COLUMNS_PER_INTERVENTION * (i - 1)
+        ranking = tl.load(p_block, mask=m_token, other=0)
+        lo_i = tl.load(p_block + (LO - RANKING), mask=m_token, other=0)
+        hi_i = tl.load(p_block + (HI - RANKING), mask=m_token, other=0)
         m_i = m & (lo_i < hi_i)[:, None]
         rank_i = _rows(p_rank, ranking, n_neurons, o_neuron, m_i, INT32_MAX)
-        spoken, patched = _clause(spoken, d, rank_i, p_clause, p_row, p_constant, o_neuron, m_token, m, m_i, n_neurons,
-                                  layer, first_neuron, STREAMS)  # fmt: skip
-        done += tl.sum(patched.to(tl.int32), axis=1)
+        patched, m_patched = _intervene(patched, d, rank_i, p_block, p_row, p_constant, o_neuron, m_token, m, m_i,
+                                        n_neurons, layer, first_neuron, STREAMS)  # fmt: skip
+        n_overwrites += tl.sum(m_patched.to(tl.int32), axis=1)
         hi = tl.maximum(hi, lo + hi_i - lo_i)
     p_to = p_out + (o_token.to(tl.int64) * STREAMS * n_neurons)[:, None] + o_neuron[None, :]
     if STREAMS == 2:
-        is_bad = _store(p_to, tl.where(is_first, spoken, d), m, INTERPRETED)
-        is_bad += _store(p_to + n_neurons, tl.where(is_first, d, spoken), m, INTERPRETED)
+        is_bad = _store(p_to, tl.where(is_first, patched, d), m, INTERPRETED)
+        is_bad += _store(p_to + n_neurons, tl.where(is_first, d, patched), m, INTERPRETED)
     else:
-        is_bad = _store(p_to, spoken, m, INTERPRETED)
+        is_bad = _store(p_to, patched, m, INTERPRETED)
     nonfinite = tl.sum(is_bad, axis=1)
     if tl.max((hi - lo) | nonfinite, axis=0) > 0:
         receipt = tl.load(p_row + RECEIPT, mask=m_token, other=-1)
-        p_own = p_receipt + receipt.to(tl.int64) * RECEIPT_COLUMNS
-        tl.atomic_add(p_own, done.to(tl.int64), mask=(receipt >= 0) & (done > 0), sem="relaxed")
+        p_slot = p_receipt + receipt.to(tl.int64) * RECEIPT_COLUMNS
+        tl.atomic_add(p_slot, n_overwrites.to(tl.int64), mask=(receipt >= 0) & (n_overwrites > 0), sem="relaxed")
         m_bad = (receipt >= 0) & (nonfinite > 0)
-        tl.atomic_add(p_own + NONFINITE, nonfinite.to(tl.int64), mask=m_bad, sem="relaxed")
-        first = tl.zeros_like(receipt) + (INT32_MAX - layer)
-        tl.atomic_max(p_own + LAYER, first.to(tl.int64), mask=m_bad, sem="relaxed")
+        tl.atomic_add(p_slot + NONFINITE, nonfinite.to(tl.int64), mask=m_bad, sem="relaxed")
+        layer_code = tl.zeros_like(receipt) + (INT32_MAX - layer)
+        tl.atomic_max(p_slot + LAYER, layer_code.to(tl.int64), mask=m_bad, sem="relaxed")
 
 
-# Not specialised: one compiled kernel serves every layer and number of tokens, so none is met first in a graph capture.
+# Not specialized: one compiled kernel serves every layer and number of tokens, so none is compiled in a graph capture.
 @triton.jit(do_not_specialize=["n_tokens", "n_captured", "layer", "first_neuron"])
 def _patched_glu_kernel(
     p_gate_up,  # [S*T, 2F], rows `row_stride` apart
@@ -333,7 +335,7 @@ def patched_glu(
     scale: Tensor,  # [A, F] float32
     rank: Tensor,  # [R, F] int32
     constant: Tensor,  # [C, F] float32
-    plan: Tensor,  # [T, 15 + 8 * (clauses - 1)] int32
+    plan: Tensor,  # [T, 15 + 8 * (interventions - 1)] int32
     stats: Tensor,  # [G, 5, F] float64, added to
     count: Tensor,  # [G] int64, added to
     capture: Tensor,  # [slots, K] float32, written
@@ -343,16 +345,16 @@ def patched_glu(
     layer: int,
     first_neuron: int,
 ) -> Tensor:
-    """`reference.patched_glu`: [S*T, F] in gate_up's type. Shapes are checked by snpatch/op/ops.py."""
+    """Launch `reference.patched_glu`; returns [S*T, F] in gate_up's dtype. snpatch/op/ops.py checks the shapes."""
     n_tokens, n_neurons = plan.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(gate_up.shape[0], n_neurons)
     if n_tokens == 0 or n_neurons == 0:
         return out
-    clauses = 1 + (plan.shape[1] - COLUMNS.value) // COLUMNS_PER_INTERVENTION.value
+    interventions = 1 + (plan.shape[1] - COLUMNS.value) // COLUMNS_PER_INTERVENTION.value
     interpreted = triton.knobs.runtime.interpret
     tile = INTERPRETED_TILE if interpreted else TILE
     has_groups = stats.shape[0] > 0
-    _patched_glu_kernel[(programs(n_tokens, n_neurons, has_groups, tile),)](
+    _patched_glu_kernel[(num_programs(n_tokens, n_neurons, has_groups, tile),)](
         gate_up,
         scale,
         rank,
@@ -371,23 +373,26 @@ def patched_glu(
         first_neuron,
         ACTIVATION=activation,
         STREAMS=streams,
-        INTERVENTIONS=clauses,
+        INTERVENTIONS=interventions,
         HAS_GROUPS=has_groups,
         INTERPRETED=interpreted,
         **tile,
-        maxnreg=max_registers(gate_up.dtype, clauses),
+        maxnreg=max_registers(gate_up.dtype, interventions),
         **OPTIONS,
     )
     return out
 
 
-def programs(n_tokens: int, n_neurons: int, has_groups: bool, tile: dict[str, int]) -> int:
-    """How many programs a launch has: those that add up statistics, and one a tile of the output."""
+def num_programs(n_tokens: int, n_neurons: int, has_groups: bool, tile: dict[str, int]) -> int:
+    """Return how many programs a launch has: those that add up statistics, and one per tile of the output."""
     summing = triton.cdiv(n_neurons, tile["SUM_F"]) if has_groups else 0
     return summing + triton.cdiv(n_tokens, tile["BLOCK_T"]) * triton.cdiv(n_neurons, tile["BLOCK_F"])
 
 
-def max_registers(dtype: torch.dtype, clauses: int) -> int:
-    """Registers of a thread: 96 let five programs be on a multiprocessor. Left to choose, Triton 3.6 takes 121 there,
-    and in float32 ptxas takes 96 for compute capability 10.0 and spills."""
-    return 96 if dtype.itemsize == 2 and clauses == 1 else 128
+def max_registers(dtype: torch.dtype, interventions: int) -> int:
+    """Return the register limit of a thread.
+
+    With 96, five programs fit on a multiprocessor. Without a limit Triton 3.6 uses 121, and in float32 ptxas uses
+    96 for compute capability 10.0 and spills.
+    """
+    return 96 if dtype.itemsize == 2 and interventions == 1 else 128

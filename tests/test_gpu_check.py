@@ -42,7 +42,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
 
 def records(folder: Path) -> dict[str, dict]:
     assert [path.name for path in folder.iterdir()] == ["records.json"]
-    return gpu_check.kept_records(folder)
+    return gpu_check.load_records(folder)
 
 
 def results() -> dict[Path, bytes]:
@@ -93,11 +93,11 @@ def test_without_a_card_it_says_what_is_skipped_and_why(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name steps, or --all, or --list"),
-        (["nonsense"], "there is no step nonsense; the steps are kernels, op"),
+        ([], "expected step names, --all or --list"),
+        (["nonsense"], "unknown step nonsense; the steps are kernels, op"),
         (
             ["1", "--rehearse", "--out", str(RESULTS / "gpu")],
-            "a rehearsal's records do not belong in bench/results",
+            "--out: records of a rehearsal must not be written to bench/results",
         ),
     ],
 )

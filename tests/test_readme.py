@@ -23,7 +23,7 @@ def readme_table():
 
 def test_tables_are_made_from_the_records(readme_table):
     readme = (ROOT / "README.md").read_text()
-    assert readme_table.filled(readme) == readme
+    assert readme_table.fill_tables(readme) == readme
 
 
 def test_records_of_a_gpu_get_tables_of_their_own(readme_table, tmp_path):
@@ -92,7 +92,7 @@ def test_the_kernels_expected_times_are_the_ones_computed():
 
     readme = (ROOT / "kernels" / "README.md").read_text()
     assert "| 64 x 11008 |" in readme
-    assert predict.filled(readme) == readme
+    assert predict.fill_table(readme) == readme
 
 
 def test_linked_files_and_imported_names_exist():

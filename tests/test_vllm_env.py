@@ -52,10 +52,10 @@ def test_spliced_wheel_has_python_of_one_and_libraries_of_the_other(script, tmp_
         ["torch==2.13.0+cpu; platform_machine == 'x86_64'", "intel-openmp==2024.2.1"],
     )
     assert script.pinned_torch(library) == "torch==2.13.0"
-    made = script.spliced(new_wheel, library, "0.33.0")
+    made = script.combine_wheels(new_wheel, library, "0.33.0")
     assert made.name == "vllm-0.33.0+cpu-py3-none-any.whl"
     assert script.pinned_torch(made) == "torch==2.14.0"
-    assert [package for package, _ in script.needs(made)] == ["torch", "protobuf", "protobuf", "intel-openmp"]
+    assert [package for package, _ in script.requirements(made)] == ["torch", "protobuf", "protobuf", "intel-openmp"]
     with zipfile.ZipFile(made) as archive:
         record = archive.read("vllm-0.33.0+cpu.dist-info/RECORD").decode()
         assert sorted(row[0] for row in csv.reader(io.StringIO(record))) == sorted(archive.namelist())
@@ -98,13 +98,13 @@ def root(script, monkeypatch, tmp_path):
 def test_environment_is_created_once_and_again_after_a_failure(script, root, monkeypatch):
     versions = []
 
-    def make(version, home):
+    def create(version, home):
         versions.append(version)
         home.mkdir(parents=True, exist_ok=True)
         if len(versions) == 1:
             script.stop("installing vLLM 0.24.0 failed")
 
-    monkeypatch.setattr(script, "make", make)
+    monkeypatch.setattr(script, "create_environment", create)
     with pytest.raises(SystemExit, match=r"snpatch setup: installing vLLM 0\.24\.0 failed"):
         script.main()
     assert not root.commands
@@ -126,5 +126,5 @@ def test_listed_test_files_exist(script):
 @pytest.mark.parametrize("arguments", [[], [""], ["0.24"], ["latest"], ["0.24.0", "0.33.0"]], ids=str)
 def test_script_without_one_version_exits(script, root, monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["test_vllm.py", *arguments])
-    with pytest.raises(SystemExit, match=r"needs a vLLM version, as in `make test-vllm VERSION=0\.24\.0`"):
+    with pytest.raises(SystemExit, match=r"expected a vLLM version, as in `make test-vllm VERSION=0\.24\.0`"):
         script.main()

@@ -1,1 +1,1 @@
-"""The op: its plan, its definition in plain PyTorch, and which implementation serves a call."""
+"""The op: its plan, its definition in plain PyTorch, and the dispatch to C++ and Triton."""

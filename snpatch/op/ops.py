@@ -1,8 +1,8 @@
-"""The torch ops: schema, fakes, and which implementation serves a call.
+"""The torch ops: schemas, fake implementations and dispatch.
 
-CPU tensors are served by C++ (csrc/), CUDA tensors by Triton (kernels/), all others by snpatch/op/reference.py.
-SNPATCH_OPS=reference|cpp|triton forces one for every tensor. Why `Library.define` and not
-`torch.library.custom_op`: 8 us a call against 35, once a layer a step.
+C++ (csrc/) serves CPU tensors, Triton (kernels/) CUDA tensors, and snpatch/op/reference.py all others.
+SNPATCH_OPS=reference|cpp|triton forces one implementation for every tensor. Why `Library.define` and not
+`torch.library.custom_op`: a call takes 8 us instead of 35, once per layer and step.
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ def patched_glu(
     layer: int,
     first_neuron: int = 0,
 ) -> Tensor:
-    """`reference.patched_glu` by the implementation that serves this device; see there for shapes and meaning."""
+    """Run `reference.patched_glu` by the implementation for this device; shapes and meaning are the same."""
     return torch.ops.snpatch.patched_glu(
         gate_up,
         scale,
@@ -59,14 +59,14 @@ def patched_glu(
 
 
 def implementations() -> dict[str, str]:
-    """For each op and device, what serves it here: what `snpatch env` prints."""
+    """Return the implementation that serves each op and device, as `snpatch env` prints it."""
     return {f"patched_glu ({device})": server for device, server in _SERVERS.items()}
 
 
-def _checked(gate_up, scale, rank, constant, plan, stats, count, capture, receipt, activation, streams, *place):
-    """The shapes and types that every implementation relies on: an error here instead of a wrong number."""
+def _check_arguments(gate_up, scale, rank, constant, plan, stats, count, capture, receipt, activation, streams, *_):
+    """Check the shapes and types that every implementation relies on."""
     width = gate_up.shape[1] // 2
-    want = {
+    expected = {
         "gate_up": (gate_up, (streams * plan.shape[0], 2 * width), gate_up.dtype),
         "scale": (scale, (None, width), torch.float32),
         "rank": (rank, (None, width), torch.int32),
@@ -77,41 +77,43 @@ def _checked(gate_up, scale, rank, constant, plan, stats, count, capture, receip
         "capture": (capture, (None, None), torch.float32),
         "receipt": (receipt, (None, len(Receipt)), torch.int64),
     }
-    for name, (tensor, shape, dtype) in want.items():
-        fits = tensor.dim() == len(shape) and all(w in (None, g) for w, g in zip(shape, tensor.shape, strict=True))
-        dense = tensor.is_contiguous() if name != "gate_up" else tensor.numel() < 2 or tensor.stride(1) == 1
-        if not (fits and dense) or tensor.dtype != dtype:
-            got = f"{list(tensor.shape)} {tensor.dtype} of strides {list(tensor.stride())}"
-            raise SnpatchError(f"patched_glu: {name} must be {list(shape)} {dtype} with dense rows, got {got}")
+    for name, (tensor, shape, dtype) in expected.items():
+        has_shape = tensor.dim() == len(shape) and all(
+            size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True)
+        )
+        is_dense = tensor.is_contiguous() if name != "gate_up" else tensor.numel() < 2 or tensor.stride(1) == 1
+        if not (has_shape and is_dense) or tensor.dtype != dtype:
+            got = f"{list(tensor.shape)} {tensor.dtype} with strides {list(tensor.stride())}"
+            raise SnpatchError(f"patched_glu: {name}: expected {list(shape)} {dtype} with dense rows, got {got}")
     if streams not in (1, 2):
-        raise SnpatchError(f"patched_glu: streams must be 1 or 2, got {streams}")
+        raise SnpatchError(f"patched_glu: streams: expected 1 or 2, got {streams}")
     if activation not in reference.ACTIVATIONS:
         known = ", ".join(reference.ACTIVATIONS)
-        raise SnpatchError(f"patched_glu: activation must be one of {known}, got {activation!r}")
+        raise SnpatchError(f"patched_glu: activation: expected one of {known}, got {activation!r}")
 
 
 def _serve_reference(*arguments):
-    _checked(*arguments)
+    _check_arguments(*arguments)
     return reference.patched_glu(*arguments)
 
 
 def _fake(*arguments):
-    _checked(*arguments)
+    _check_arguments(*arguments)
     gate_up = arguments[0]
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
 def _serve_triton(*arguments):
-    _checked(*arguments)
+    _check_arguments(*arguments)
     with torch.cuda.device_of(arguments[0]):
         return importlib.import_module("snpatch.kernels.patched_glu").patched_glu(*arguments)
 
 
 def _register() -> dict[str, str]:
-    """Register what the environment asks for and the machine has; device -> implementation."""
+    """Register the requested implementations; return device -> implementation."""
     forced = os.environ.get("SNPATCH_OPS", "")
     if forced not in ("", "reference", "cpp", "triton"):
-        raise SnpatchError(f"SNPATCH_OPS must be reference, cpp or triton, got {forced!r}")
+        raise SnpatchError(f"SNPATCH_OPS: expected reference, cpp or triton, got {forced!r}")
     _LIBRARY.impl("patched_glu", _serve_reference, "CompositeExplicitAutograd")
     torch.library.register_fake("snpatch::patched_glu", _fake, lib=_LIBRARY)
     servers = {"cpu": "reference (PyTorch)", "cuda": "reference (PyTorch)"}
@@ -123,13 +125,13 @@ def _register() -> dict[str, str]:
             if forced:
                 raise SnpatchError(f"SNPATCH_OPS=cpp: the C++ kernels cannot be loaded: {error}") from error
             warnings.warn(
-                f"snpatch: CPU ops run in plain PyTorch, the C++ kernels cannot be loaded: {error}", stacklevel=2
+                f"snpatch: CPU ops run in plain PyTorch because the C++ kernels cannot be loaded: {error}", stacklevel=2
             )
     has_triton = importlib.util.find_spec("triton") is not None
     if forced == "triton" and not has_triton:
         raise SnpatchError("SNPATCH_OPS=triton: triton is not installed")
     if not forced and not has_triton and torch.cuda.is_available():
-        warnings.warn("snpatch: CUDA ops run in plain PyTorch, triton is not installed", stacklevel=2)
+        warnings.warn("snpatch: CUDA ops run in plain PyTorch because triton is not installed", stacklevel=2)
     if has_triton and forced in ("", "triton"):
         for key in ("CUDA", "CPU") if forced else ("CUDA",):
             _LIBRARY.impl("patched_glu", _serve_triton, key)
