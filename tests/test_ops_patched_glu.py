@@ -1,4 +1,4 @@
-"""patched_glu against numbers written out by hand and a loop over single elements in double precision."""
+"""patched_glu against hand-computed numbers and a loop over single elements in double precision."""
 
 import math
 import re
@@ -26,7 +26,7 @@ from snpatch.op.plan import (
 )
 
 SUMS_ERROR = 2e-6  # relative RMS error of float32 arithmetic against double
-ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # the output's own type adds its rounding
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # the output dtype adds its rounding
 
 
 def _reference(*tensors, activation, streams, layer, first_neuron=0):
@@ -45,8 +45,8 @@ def _empty_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-# (keep, take): the paper's copy, mixtures, what is added, what is only scaled, an amplified source
-FACTORS = [(0, 1), (0.75, 0.25), (-1, 2), (1, 1), (1.5, 0), (0, 2)]
+# (self_weight, source_weight): the paper's copy, two mixtures, an addition, a scaling, an amplified source
+WEIGHTS = [(0, 1), (0.75, 0.25), (-1, 2), (1, 1), (1.5, 0), (0, 2)]
 
 
 def plan_row(**fields) -> list[int]:
@@ -59,15 +59,15 @@ def plan_row(**fields) -> list[int]:
 
 
 def receipts(*overwrites: int) -> torch.Tensor:
-    """Receipts of so many overwrites, all of their values finite."""
+    """Return receipts with these overwrite counts and only finite values."""
     receipt = torch.zeros(len(overwrites), len(Receipt), dtype=torch.int64)
     receipt[:, Receipt.OVERWRITES] = torch.tensor(overwrites)
     return receipt
 
 
-def near(got: torch.Tensor, want: torch.Tensor, bound: float) -> bool:
-    got, want = got.double(), want.double()
-    return bool((got - want).square().sum().sqrt() <= bound * want.square().sum().sqrt())
+def is_near(got: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
+    got, expected = got.double(), expected.double()
+    return bool((got - expected).square().sum().sqrt() <= bound * expected.square().sum().sqrt())
 
 
 # silu(1) = 0.7310585786, silu(2) = 1.7615941560, silu(-1) = -0.2689414214, silu(0) = 0;
@@ -111,7 +111,7 @@ HAND = {
 
 
 @pytest.mark.parametrize("activation", HAND)
-def test_two_tokens_by_hand(patched_glu, activation):
+def test_patched_glu_two_tokens_match_hand_computed_values(patched_glu, activation):
     hand = HAND[activation]
     gate_up = torch.tensor(
         [
@@ -155,11 +155,14 @@ TENSORS = "gate_up scale rank constant plan stats count capture receipt".split()
 SETTING = {"activation": "silu", "streams": 2, "layer": 3, "first_neuron": 40}
 
 
-def case(
-    tokens: int, width: int, streams: int = 2, dtype=torch.float32, seed: int = 0, clauses: int = 1
+def make_case(
+    tokens: int, width: int, streams: int = 2, dtype=torch.float32, seed: int = 0, interventions: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Random arguments of every kind: 3 adapters, 3 rankings (one covers half the neurons), 3 constants, empty, full
-    and mixed windows, all sources, repeated groups, captures and receipts. Outputs start at other values than 0."""
+    """Build random arguments that use every feature.
+
+    3 adapters, 3 rankings (one covers half the neurons), 3 constants, empty, full and partial windows, all sources,
+    repeated groups, captures and receipts. Tensors that are added to do not start at 0.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def integers(high: int, low: int = 0) -> torch.Tensor:
@@ -169,13 +172,13 @@ def case(
         return torch.randn(*shape, generator=draw)
 
     rank = torch.stack([torch.randperm(width, generator=draw) for _ in range(3)])
-    rank[1] += torch.randint(0, 50, (), generator=draw)  # another layer's neurons come in between
+    rank[1] += torch.randint(0, 50, (), generator=draw)  # ranks of another layer's neurons are missing
     rank[2, torch.rand(width, generator=draw) < 0.5] = UNRANKED
-    plan = torch.zeros(tokens, plan_width(clauses), dtype=torch.int64)
+    plan = torch.zeros(tokens, plan_width(interventions), dtype=torch.int64)
     for name, high in (("adapter_0", 3), ("adapter_1", 3), ("recipient_stream", streams), ("position", 9)):
         plan[:, PlanColumn[name.upper()]] = integers(high)
-    factors = torch.tensor([[float_bits(factor) for factor in pair] for pair in FACTORS])
-    for clause in range(clauses):
+    weights = torch.tensor([[float_bits(weight) for weight in pair] for pair in WEIGHTS])
+    for i in range(interventions):
         lo = integers(width)
         values = {
             PlanColumn.RANKING: integers(3),
@@ -188,9 +191,9 @@ def case(
             ],
         }
         for column, value in values.items():
-            plan[:, plan_column(column, clause)] = value
-        where = [plan_column(column, clause) for column in (PlanColumn.SELF_WEIGHT, PlanColumn.SOURCE_WEIGHT)]
-        plan[:, where] = factors[integers(len(FACTORS))]
+            plan[:, plan_column(column, i)] = value
+        columns = [plan_column(column, i) for column in (PlanColumn.SELF_WEIGHT, PlanColumn.SOURCE_WEIGHT)]
+        plan[:, columns] = weights[integers(len(WEIGHTS))]
     plan[:, PlanColumn.GROUP] = integers(2, low=-1)
     plan[:, PlanColumn.CAPTURE] = torch.where(integers(2) > 0, torch.arange(tokens), -1)
     plan[:, PlanColumn.RECEIPT] = integers(3, low=-1)
@@ -207,8 +210,8 @@ def case(
     }
 
 
-def loop(tensors: dict[str, torch.Tensor], setting: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What patched_glu is to do, element by element in Python's own numbers; copies, never changes, its arguments."""
+def compute_by_loop(tensors: dict[str, torch.Tensor], setting: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Compute patched_glu element by element in Python floats; the arguments are not changed."""
     act = {
         "silu": lambda x: x / (1 + math.exp(-x)),
         "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
@@ -224,37 +227,37 @@ def loop(tensors: dict[str, torch.Tensor], setting: dict) -> tuple[torch.Tensor,
                 line = gate_up[token * streams + stream]
                 adapter = row[PlanColumn.ADAPTER_1 if stream else PlanColumn.ADAPTER_0]
                 values.append(act(line[neuron]) * line[width + neuron] * scale[adapter][neuron])
-            speaker = row[PlanColumn.RECIPIENT_STREAM]
-            r, d = values[speaker], values[streams - 1 - speaker]
+            stream = row[PlanColumn.RECIPIENT_STREAM]
+            r, d = values[stream], values[streams - 1 - stream]
             if row[PlanColumn.GROUP] >= 0:
                 sums = [r, r * r] if streams == 1 else [r, r * r, d, d * d, (r - d) ** 2]
                 for index, value in enumerate(sums):
                     after["stats"][row[PlanColumn.GROUP], index, neuron] += value
-            place = int(rank[row[PlanColumn.RANKING]][neuron])
-            if row[PlanColumn.CAPTURE] >= 0 and place < after["capture"].shape[1]:
-                after["capture"][row[PlanColumn.CAPTURE], place] = r
-            for clause in range(num_plan_interventions(len(row))):
-                own = {
-                    column: row[plan_column(column, clause)]
+            neuron_rank = int(rank[row[PlanColumn.RANKING]][neuron])
+            if row[PlanColumn.CAPTURE] >= 0 and neuron_rank < after["capture"].shape[1]:
+                after["capture"][row[PlanColumn.CAPTURE], neuron_rank] = r
+            for i in range(num_plan_interventions(len(row))):
+                block = {
+                    column: row[plan_column(column, i)]
                     for column in PlanColumn
                     if PlanColumn.RANKING <= column <= PlanColumn.SOURCE_WEIGHT
                 }
-                if not own[PlanColumn.LO] <= int(rank[own[PlanColumn.RANKING]][neuron]) < own[PlanColumn.HI]:
+                if not block[PlanColumn.LO] <= int(rank[block[PlanColumn.RANKING]][neuron]) < block[PlanColumn.HI]:
                     continue
-                given = constant[own[PlanColumn.CONSTANT_ROW]][neuron]
-                where = setting["layer"], setting["first_neuron"] + neuron
+                value = constant[block[PlanColumn.CONSTANT_ROW]][neuron]
+                location = setting["layer"], setting["first_neuron"] + neuron
                 source = {
                     Source.DONOR: lambda d=d: d,
-                    Source.CONSTANT: lambda given=given: given,
-                    Source.NOISE: lambda given=given, own=own, row=row, where=where: (
-                        given * oracle.normal(own[PlanColumn.SEED], row[PlanColumn.POSITION], *where)
+                    Source.CONSTANT: lambda value=value: value,
+                    Source.NOISE: lambda value=value, block=block, row=row, location=location: (
+                        value * oracle.normal(block[PlanColumn.SEED], row[PlanColumn.POSITION], *location)
                     ),
-                }[own[PlanColumn.SOURCE]]()
-                keep, take = (
-                    struct.unpack("f", struct.pack("i", own[c]))[0]
+                }[block[PlanColumn.SOURCE]]()
+                self_weight, source_weight = (
+                    struct.unpack("f", struct.pack("i", block[c]))[0]
                     for c in (PlanColumn.SELF_WEIGHT, PlanColumn.SOURCE_WEIGHT)
                 )
-                values[speaker] = keep * values[speaker] + take * source
+                values[stream] = self_weight * values[stream] + source_weight * source
                 if row[PlanColumn.RECEIPT] >= 0:
                     after["receipt"][row[PlanColumn.RECEIPT], Receipt.OVERWRITES] += 1
             for stream, value in enumerate(values):
@@ -264,41 +267,44 @@ def loop(tensors: dict[str, torch.Tensor], setting: dict) -> tuple[torch.Tensor,
 
 
 def run(patched_glu, tensors: dict[str, torch.Tensor], setting: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The op on copies: its output and what the mutable arguments hold afterwards."""
-    own = {name: tensor.clone() for name, tensor in tensors.items()}
-    out = patched_glu(*own.values(), **setting)
-    assert all(torch.equal(own[name], tensors[name]) for name in TENSORS[1:5]), "an input was changed"
-    return out, {name: own[name] for name in TENSORS[5:]}
+    """Run the op on copies; return its output and the mutable arguments afterwards."""
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    out = patched_glu(*copies.values(), **setting)
+    assert all(torch.equal(copies[name], tensors[name]) for name in TENSORS[1:5]), "an input was changed"
+    return out, {name: copies[name] for name in TENSORS[5:]}
 
 
-def agree(patched_glu, tensors, setting, out_error=ROUNDING[torch.float32]):
-    (out, after), (want_out, want) = run(patched_glu, tensors, setting), loop(tensors, setting)
+def assert_equals_loop(patched_glu, tensors, setting, out_error=ROUNDING[torch.float32]):
+    out, after = run(patched_glu, tensors, setting)
+    expected_out, expected = compute_by_loop(tensors, setting)
     assert out.dtype == tensors["gate_up"].dtype
-    assert out.shape == want_out.shape
-    assert near(out, want_out, out_error)
-    assert near(after["stats"], want["stats"], SUMS_ERROR)
-    assert near(after["capture"], want["capture"], SUMS_ERROR)
-    assert torch.equal(after["count"], want["count"])
-    assert torch.equal(after["receipt"], want["receipt"])
+    assert out.shape == expected_out.shape
+    assert is_near(out, expected_out, out_error)
+    assert is_near(after["stats"], expected["stats"], SUMS_ERROR)
+    assert is_near(after["capture"], expected["capture"], SUMS_ERROR)
+    assert torch.equal(after["count"], expected["count"])
+    assert torch.equal(after["receipt"], expected["receipt"])
 
 
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize(("tokens", "width"), [(0, 63), (1, 1), (1, 129), (63, 1), (5, 63), (63, 129)])
-def test_agrees_with_a_loop_in_double(patched_glu, tokens, width, streams):
+def test_patched_glu_equals_a_loop_in_double(patched_glu, tokens, width, streams):
     activation = "gelu_tanh" if width == 63 else "silu"
     setting = {**SETTING, "streams": streams, "activation": activation}
-    for clauses in (1, 3):
-        agree(patched_glu, case(tokens, width, streams, clauses=clauses), setting)
+    for interventions in (1, 3):
+        assert_equals_loop(patched_glu, make_case(tokens, width, streams, interventions=interventions), setting)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", HAND)
-def test_half_precision_is_rounded_once_at_the_end(patched_glu, dtype, activation):
-    agree(patched_glu, case(9, 33, dtype=dtype), {**SETTING, "activation": activation}, ROUNDING[dtype])
+def test_patched_glu_half_precision_is_rounded_once_at_the_end(patched_glu, dtype, activation):
+    assert_equals_loop(
+        patched_glu, make_case(9, 33, dtype=dtype), {**SETTING, "activation": activation}, ROUNDING[dtype]
+    )
 
 
-def test_a_full_window_copies_the_donor_exactly_and_an_empty_one_changes_nothing(patched_glu):
-    tensors = case(9, 33)
+def test_patched_glu_full_window_copies_the_donor_and_empty_window_changes_nothing(patched_glu):
+    tensors = make_case(9, 33)
     tensors["plan"][:, PlanColumn.SOURCE] = Source.DONOR
     tensors["plan"][:, PlanColumn.RANKING] = 0
     tensors["plan"][:, PlanColumn.RECEIPT] = 0
@@ -309,29 +315,29 @@ def test_a_full_window_copies_the_donor_exactly_and_an_empty_one_changes_nothing
     assert torch.equal(after["receipt"], receipts(100 + 9 * 33, 200, 300))
     tensors["plan"][:, PlanColumn.HI] = 0
     empty, after = run(patched_glu, tensors, SETTING)
-    alone = tensors["plan"].clone()
-    speaker = alone[:, PlanColumn.RECIPIENT_STREAM].long()
-    own, other = 2 * torch.arange(9) + speaker, 2 * torch.arange(9) + 1 - speaker
-    alone[:, PlanColumn.SOURCE] = Source.CONSTANT
-    alone[:, PlanColumn.ADAPTER_0] = alone[range(9), PlanColumn.ADAPTER_0 + speaker]
-    alone[:, PlanColumn.RECIPIENT_STREAM] = 0
-    plain, _ = run(
+    single = tensors["plan"].clone()
+    stream = single[:, PlanColumn.RECIPIENT_STREAM].long()
+    recipient_rows, donor_rows = 2 * torch.arange(9) + stream, 2 * torch.arange(9) + 1 - stream
+    single[:, PlanColumn.SOURCE] = Source.CONSTANT
+    single[:, PlanColumn.ADAPTER_0] = single[range(9), PlanColumn.ADAPTER_0 + stream]
+    single[:, PlanColumn.RECIPIENT_STREAM] = 0
+    unpatched, _ = run(
         patched_glu,
-        {**tensors, "gate_up": tensors["gate_up"][own], "plan": alone},
+        {**tensors, "gate_up": tensors["gate_up"][recipient_rows], "plan": single},
         {**SETTING, "streams": 1},
     )
-    assert torch.equal(empty[own], plain)
-    assert torch.equal(empty[other], full[other])
+    assert torch.equal(empty[recipient_rows], unpatched)
+    assert torch.equal(empty[donor_rows], full[donor_rows])
     assert torch.equal(after["receipt"], receipts(100, 200, 300))
 
 
-# Constants (float32) that the type of the activations cannot hold.
+# float32 constants that overflow in the dtype of the activations.
 OVERFLOWS = {torch.float16: 1.2e5, torch.bfloat16: 3.4e38, torch.float32: math.inf}
 
 
 @pytest.mark.parametrize("dtype", OVERFLOWS, ids=str)
-def test_receipt_counts_nonfinite_values_of_both_streams_and_their_first_layer(patched_glu, dtype):
-    tensors = case(5, 21)
+def test_receipt_nonfinite_values_of_both_streams_are_counted_with_their_first_layer(patched_glu, dtype):
+    tensors = make_case(5, 21)
     tensors["gate_up"] = tensors["gate_up"].clamp(-2, 2).to(dtype)
     tensors["plan"][:, [PlanColumn.GROUP, PlanColumn.CAPTURE]] = -1
     tensors["plan"][:, [PlanColumn.RANKING, PlanColumn.LO]] = 0
@@ -341,8 +347,8 @@ def test_receipt_counts_nonfinite_values_of_both_streams_and_their_first_layer(p
     tensors["plan"][:, PlanColumn.RECEIPT] = torch.tensor([0, 1, 1, 2, -1])
     tensors["rank"][0] = torch.arange(21)
     tensors["constant"][1] = OVERFLOWS[dtype]
-    speaker = int(tensors["plan"][3, PlanColumn.RECIPIENT_STREAM])
-    tensors["gate_up"][2 * 3 + 1 - speaker, 0] = torch.nan  # of token 3's donor: one neuron more
+    stream = int(tensors["plan"][3, PlanColumn.RECIPIENT_STREAM])
+    tensors["gate_up"][2 * 3 + 1 - stream, 0] = torch.nan  # one more neuron, of token 3's donor
     tensors["receipt"][2, Receipt.NONFINITE], tensors["receipt"][2, Receipt.LAYER] = 7, INT32_MAX - 3
     _, after = run(patched_glu, tensors, {**SETTING, "layer": 5})
     assert after["receipt"].tolist() == [[100, 0, 0], [200 + 8, 8, INT32_MAX - 5], [300 + 4, 7 + 4 + 1, INT32_MAX - 3]]
@@ -352,14 +358,11 @@ def test_receipt_counts_nonfinite_values_of_both_streams_and_their_first_layer(p
     assert after["receipt"].tolist() == [[100, 0, 0], [200 + 8, 0, 0], [300 + 4, 7, INT32_MAX - 3]]
 
 
-def test_a_sentinel_rank_is_never_patched(patched_glu):
-    tensors = case(4, 17)
+def test_patched_glu_unranked_neurons_are_never_patched(patched_glu):
+    tensors = make_case(4, 17)
     tensors["rank"][:] = UNRANKED
-    tensors["plan"][:, PlanColumn.LO], tensors["plan"][:, PlanColumn.HI], tensors["plan"][:, PlanColumn.RECEIPT] = (
-        0,
-        UNRANKED,
-        0,
-    )
+    tensors["plan"][:, [PlanColumn.LO, PlanColumn.RECEIPT]] = 0
+    tensors["plan"][:, PlanColumn.HI] = UNRANKED
     out, after = run(patched_glu, tensors, SETTING)
     tensors["plan"][:, PlanColumn.HI] = 0
     assert torch.equal(out, run(patched_glu, tensors, SETTING)[0])
@@ -368,9 +371,9 @@ def test_a_sentinel_rank_is_never_patched(patched_glu):
 
 
 @pytest.mark.parametrize("streams", [1, 2])
-def test_nan_in_padded_rows_reaches_nothing(patched_glu, streams):
-    """fill_plan's padding over rows of NaN and infinity, beside real rows: everything as if they were not there."""
-    tensors = case(6, 21, streams)
+def test_patched_glu_nan_in_padded_rows_changes_nothing(patched_glu, streams):
+    """With fill_plan's padding, rows of NaN and infinity between real rows have no effect."""
+    tensors = make_case(6, 21, streams)
     table = torch.zeros(1, len(RequestColumn), dtype=torch.int32)
     for name, value in {
         "adapter_1": 1,
@@ -384,35 +387,35 @@ def test_nan_in_padded_rows_reaches_nothing(patched_glu, streams):
     table[0, RequestColumn.OBSERVE_STOP] = table[0, RequestColumn.CAPTURE_STOP] = NO_END
     request = torch.tensor([0, -1, 0, 0, -1, -1])
     position = torch.tensor([0, 0, 1, 2, 0, 5])
-    real = request >= 0
-    rows = real.repeat_interleave(streams)
+    is_token = request >= 0
+    rows = is_token.repeat_interleave(streams)
     tensors["plan"] = torch.from_numpy(fill_plan(table.numpy(), request.numpy(), position.numpy()))
     tensors["gate_up"][~rows] = torch.tensor([math.nan, math.inf, -math.inf] * 14)
     setting = {**SETTING, "streams": streams}
     out, after = run(patched_glu, tensors, setting)
-    alone = {**tensors, "plan": tensors["plan"][real], "gate_up": tensors["gate_up"][rows]}
-    want_out, want = run(patched_glu, alone, setting)
-    assert torch.equal(out[rows], want_out)
-    assert torch.isfinite(want_out).all()
-    assert all(torch.equal(after[name], want[name]) for name in want)
+    unpadded = {**tensors, "plan": tensors["plan"][is_token], "gate_up": tensors["gate_up"][rows]}
+    expected_out, expected = run(patched_glu, unpadded, setting)
+    assert torch.equal(out[rows], expected_out)
+    assert torch.isfinite(expected_out).all()
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert torch.equal(after["receipt"], receipts(100 + 3 * 9, 200, 300))
     assert after["count"].tolist() == [5 + 3, 6]
 
 
-def test_a_step_cut_in_two_sums_to_the_same_statistics(patched_glu):
-    tensors = case(30, 19)
+def test_statistics_of_a_split_step_equal_the_whole_steps(patched_glu):
+    tensors = make_case(30, 19)
     _, whole = run(patched_glu, tensors, SETTING)
     first = {**tensors, "gate_up": tensors["gate_up"][:22], "plan": tensors["plan"][:11]}
     _, between = run(patched_glu, first, SETTING)
     second = {**tensors, **between, "gate_up": tensors["gate_up"][22:], "plan": tensors["plan"][11:]}
     _, parts = run(patched_glu, second, SETTING)
-    assert near(parts["stats"], whole["stats"], SUMS_ERROR)
+    assert is_near(parts["stats"], whole["stats"], SUMS_ERROR)
     assert all(torch.equal(parts[name], whole[name]) for name in ("count", "capture", "receipt"))
 
 
-def test_sums_do_not_drift_where_float32_would(patched_glu):
-    """One more token of value 1 is seen on top of a sum of 2^27, where the next float32 is 16 away."""
-    tensors = case(1, 1)
+def test_statistics_do_not_drift_as_float32_would(patched_glu):
+    """A token of value 1 is added to a sum of 2^27, where the next float32 is 16 away."""
+    tensors = make_case(1, 1)
     tensors["plan"][0] = torch.tensor(plan_row(group=0))
     tensors["stats"][:] = 2.0**27
     tensors["gate_up"][:] = torch.tensor([10.0, 0.1])
@@ -433,13 +436,13 @@ def test_sums_do_not_drift_where_float32_would(patched_glu):
         ),
     ],
 )
-def test_the_oracles_philox_gives_the_published_vectors(counter, key, words):
-    """kat_vectors of Random123, philox4x32 with 10 rounds."""
+def test_oracle_philox_gives_the_published_vectors(counter, key, words):
+    """Source: kat_vectors of Random123, philox4x32 with 10 rounds."""
     assert " ".join(f"{word:08x}" for word in oracle.philox(counter, key)) == words
 
 
-def noise(patched_glu, width: int, tokens: int, seed: int, layer: int, first_neuron: int = 0) -> torch.Tensor:
-    """[tokens, width] standard normal numbers as the op draws them: own value 0, deviation 1."""
+def generate_noise(patched_glu, width: int, tokens: int, seed: int, layer: int, first_neuron: int = 0) -> torch.Tensor:
+    """Return the op's standard normal numbers [tokens, width]: recipient values 0, standard deviation 1."""
     row = plan_row(hi=UNRANKED, source=Source.NOISE, constant_row=1, seed=seed, self_weight=float_bits(1))
     plan = torch.tensor([row] * tokens, dtype=torch.int32).view(tokens, len(PlanColumn))
     plan[:, PlanColumn.POSITION] = torch.arange(tokens)
@@ -462,13 +465,13 @@ def noise(patched_glu, width: int, tokens: int, seed: int, layer: int, first_neu
 
 @pytest.mark.parametrize(("seed", "layer", "first"), [(0, 0, 0), (2**31 - 1, 31, 5504), (12345, 5, 100)])
 def test_noise_is_philox_keyed_by_seed_position_layer_and_neuron(patched_glu, seed, layer, first):
-    got = noise(patched_glu, 20, 3, seed, layer, first)
+    got = generate_noise(patched_glu, 20, 3, seed, layer, first)
     want = [[oracle.normal(seed, position, layer, first + n) for n in range(20)] for position in range(3)]
     torch.testing.assert_close(got.double(), torch.tensor(want, dtype=torch.float64), rtol=1e-5, atol=2e-6)
 
 
 def test_noise_is_standard_normal(patched_glu):
-    got = noise(patched_glu, 1000, 200, seed=7, layer=2).double()
+    got = generate_noise(patched_glu, 1000, 200, seed=7, layer=2).double()
     assert got.mean().abs() < 4 / math.sqrt(got.numel())
     assert (got.std() - 1).abs() < 4 / math.sqrt(2 * got.numel())
     assert (got**3).mean().abs() < 4 * math.sqrt(15 / got.numel())
@@ -478,36 +481,36 @@ def test_noise_is_standard_normal(patched_glu):
 
 
 @pytest.mark.parametrize("streams", [1, 2])
-def test_opcheck(streams):
-    torch.use_deterministic_algorithms(False)  # opcheck compares two runs over uninitialised memory
-    tensors = case(5, 7, streams)
+def test_patched_glu_passes_opcheck(streams):
+    torch.use_deterministic_algorithms(False)  # opcheck compares two runs on uninitialized memory
+    tensors = make_case(5, 7, streams)
     arguments = (*tensors.values(), "silu", streams, 0, 0)
     torch.library.opcheck(torch.ops.snpatch.patched_glu.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fake_run_gives_shape_and_type_without_data(dtype):
-    tensors = {name: tensor.to("meta") for name, tensor in case(6, 10, dtype=dtype).items()}
+def test_patched_glu_on_meta_tensors_gives_shape_and_dtype(dtype):
+    tensors = {name: tensor.to("meta") for name, tensor in make_case(6, 10, dtype=dtype).items()}
     out = ops.patched_glu(*tensors.values(), **SETTING)
     assert (out.device.type, tuple(out.shape), out.dtype) == ("meta", (12, 10), dtype)
 
 
-def test_compiled_gives_what_eager_gives():
-    """Mutations of four arguments survive functionalisation."""
-    tensors = case(9, 33)
-    want_out, want = run(ops.patched_glu, tensors, SETTING)
+def test_patched_glu_compiled_equals_eager():
+    """Mutations of four arguments survive functionalization."""
+    tensors = make_case(9, 33)
+    expected_out, expected = run(ops.patched_glu, tensors, SETTING)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(*arguments):
         return ops.patched_glu(*arguments, **SETTING) + 0.0
 
-    own = {name: tensor.clone() for name, tensor in tensors.items()}
-    assert torch.equal(step(*own.values()), want_out)
-    assert all(torch.equal(own[name], want[name]) for name in want)
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    assert torch.equal(step(*copies.values()), expected_out)
+    assert all(torch.equal(copies[name], expected[name]) for name in expected)
 
 
-REFUSED = (SnpatchError, RuntimeError)  # C++ cannot raise SnpatchError
-WRONG = {
+ERRORS = (SnpatchError, RuntimeError)  # C++ cannot raise SnpatchError
+INVALID = {
     "gate_up": lambda t: t[1:],
     "scale": lambda t: t[:, 1:],
     "rank": lambda t: t.long(),
@@ -521,19 +524,19 @@ WRONG = {
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_tensor_is_named(name, device):
-    tensors = {key: tensor.to(device) for key, tensor in case(4, 6).items()}
-    tensors[name] = WRONG[name](tensors[name])
+@pytest.mark.parametrize("name", INVALID)
+def test_patched_glu_invalid_tensor_is_named(name, device):
+    tensors = {key: tensor.to(device) for key, tensor in make_case(4, 6).items()}
+    tensors[name] = INVALID[name](tensors[name])
     got = re.escape(str([*tensors[name].shape]))
-    with pytest.raises(REFUSED, match=rf"patched_glu: {name}: expected .*got {got}"):
+    with pytest.raises(ERRORS, match=rf"patched_glu: {name}: expected .*got {got}"):
         ops.patched_glu(*tensors.values(), **SETTING)
 
 
 @pytest.mark.parametrize(("name", "value"), [("activation", "relu"), ("streams", 3), ("streams", 0)])
-def test_a_wrong_setting_is_named(name, value):
-    tensors = case(4, 6)
+def test_patched_glu_invalid_setting_is_named(name, value):
+    tensors = make_case(4, 6)
     if name == "streams":
         tensors["gate_up"] = torch.zeros(4 * value, 12)
-    with pytest.raises(REFUSED, match=f"{name}: expected .*{value}"):
+    with pytest.raises(ERRORS, match=f"{name}: expected .*{value}"):
         ops.patched_glu(*tensors.values(), **{**SETTING, name: value})

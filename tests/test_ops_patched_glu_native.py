@@ -18,9 +18,9 @@ from snpatch.op.plan import PlanColumn, Receipt, Source, plan_column, plan_width
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Relative RMS error of outputs, by dtype: a few units in the last place of the type itself.
+# Relative RMS error of outputs by dtype: a few units in the last place.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-CANCELLED = 2e-7  # absolute: the inputs are of order 1, and 1 + tanh(x) cancels down to float32's own rounding
+CANCELLATION_ERROR = 2e-7  # absolute: inputs are of order 1, and 1 + tanh(x) cancels down to float32's rounding
 MUTATED = ("stats", "count", "capture", "receipt")
 
 
@@ -30,32 +30,32 @@ def cpp(*arguments, **attributes):
 
 
 def triton(*arguments, activation, streams, layer, first_neuron):
-    if GPU:  # the op itself, as an engine calls it
+    if GPU:  # the op, as an engine calls it
         moved = [a.cuda() for a in arguments]
         out = ops.patched_glu(*moved, activation=activation, streams=streams, layer=layer, first_neuron=first_neuron)
     else:
         moved = [a.clone() for a in arguments]
         out = ops._serve_triton(*moved, activation, streams, layer, first_neuron)
-    for theirs, mine in zip(moved[5:], arguments[5:], strict=True):
-        mine.copy_(theirs)
+    for result, argument in zip(moved[5:], arguments[5:], strict=True):
+        argument.copy_(result)
     return out.cpu()
 
 
 IMPLEMENTATIONS = {"cpp": cpp, "triton": triton}
 
 
-# (keep, take) as bits: the paper's copy, mixtures, what is added, what is only scaled, an amplified source
-FACTORS = torch.tensor([[0, 1], [0, 1], [0.75, 0.25], [-1, 2], [1, 1], [1.5, 0], [0, 2]]).view(torch.int32)
+# (self_weight, source_weight) as bits: the paper's copy, mixtures, an addition, a scaling, an amplified source
+WEIGHTS = torch.tensor([[0, 1], [0, 1], [0.75, 0.25], [-1, 2], [1, 1], [1.5, 0], [0, 2]]).view(torch.int32)
 
 
-def case(T, F, S, dtype, seed=0, groups=3, slots=4, K=5, adapters=3, rankings=2, values=None, clauses=1):
-    """Random tensors and a plan that uses every feature, in the op's order, by name."""
+def case(T, F, S, dtype, seed=0, groups=3, slots=4, K=5, adapters=3, rankings=2, values=None, interventions=1):
+    """Build random arguments by name, in the op's order, with a plan that uses every feature."""
     g = torch.Generator().manual_seed(seed)
 
     def pick(low, high):
         return torch.randint(low, high, (T,), generator=g, dtype=torch.int32)
 
-    rows = torch.zeros(T, plan_width(clauses), dtype=torch.int32)
+    rows = torch.zeros(T, plan_width(interventions), dtype=torch.int32)
     some_captured = torch.where(torch.arange(T) % 5 == 2, torch.arange(T) // 5, -1)
     for column, value in {
         PlanColumn.ADAPTER_0: pick(0, adapters),
@@ -67,8 +67,8 @@ def case(T, F, S, dtype, seed=0, groups=3, slots=4, K=5, adapters=3, rankings=2,
         PlanColumn.RECEIPT: pick(-1, slots),
     }.items():
         rows[:, column] = value
-    for clause in range(clauses):
-        lo, mixed = pick(0, F + 1), pick(0, len(FACTORS)).long()
+    for i in range(interventions):
+        lo, mixed = pick(0, F + 1), pick(0, len(WEIGHTS)).long()
         for column, value in {
             PlanColumn.RANKING: pick(0, rankings),
             PlanColumn.LO: torch.where(pick(0, 3) == 0, 0, lo),
@@ -76,10 +76,10 @@ def case(T, F, S, dtype, seed=0, groups=3, slots=4, K=5, adapters=3, rankings=2,
             PlanColumn.SOURCE: pick(0 if S == 2 else 1, len(Source)),
             PlanColumn.CONSTANT_ROW: pick(0, 2),
             PlanColumn.SEED: pick(0, 2**31 - 1),
-            PlanColumn.SELF_WEIGHT: FACTORS[mixed, 0],
-            PlanColumn.SOURCE_WEIGHT: FACTORS[mixed, 1],
+            PlanColumn.SELF_WEIGHT: WEIGHTS[mixed, 0],
+            PlanColumn.SOURCE_WEIGHT: WEIGHTS[mixed, 1],
         }.items():
-            rows[:, plan_column(column, clause)] = value
+            rows[:, plan_column(column, i)] = value
     rank = torch.stack([torch.randperm(F + 2, generator=g)[:F] for _ in range(rankings)]).int()
     rank[:, ::7] = plan.UNRANKED
     scale = 1 + 0.3 * torch.randn(adapters, F, generator=g)
@@ -100,13 +100,13 @@ def case(T, F, S, dtype, seed=0, groups=3, slots=4, K=5, adapters=3, rankings=2,
 
 
 def run(implementation, given, **attributes):
-    """(out, what was mutated): the inputs themselves stay as they are."""
-    copy = {name: t.clone() if name in MUTATED else t for name, t in given.items()}
-    out = implementation(*copy.values(), **attributes)
-    return out, {name: copy[name] for name in MUTATED}
+    """Return (out, mutated arguments); the inputs are not changed."""
+    copies = {name: t.clone() if name in MUTATED else t for name, t in given.items()}
+    out = implementation(*copies.values(), **attributes)
+    return out, {name: copies[name] for name in MUTATED}
 
 
-def by_reference(given, activation, streams, layer, first_neuron):
+def run_reference(given, activation, streams, layer, first_neuron):
     return run(
         lambda *a, **k: reference.patched_glu(*a, *k.values()),
         given,
@@ -119,26 +119,25 @@ def by_reference(given, activation, streams, layer, first_neuron):
 
 def assert_same(given, dtype, implementation, activation="silu", streams=2, layer=3, first_neuron=11):
     attributes = dict(activation=activation, streams=streams, layer=layer, first_neuron=first_neuron)
-    want, wanted = by_reference(given, **attributes)
-    got, gotten = run(implementation, given, **attributes)
-    assert got.dtype == want.dtype == dtype
-    assert got.shape == want.shape
-    same_class = torch.isfinite(want) == torch.isfinite(got)
-    assert same_class.all()
-    finite = torch.isfinite(want)
-    difference = (got - want)[finite].double()
-    allowed = TOLERANCE[dtype] * want[finite].double().square().sum().sqrt()
-    assert difference.square().sum().sqrt() <= allowed + CANCELLED * len(difference) ** 0.5
-    assert torch.equal(wanted["count"], gotten["count"])
-    assert torch.equal(wanted["receipt"], gotten["receipt"])
-    added = (wanted["stats"] - given["stats"]).abs()
+    expected, expected_state = run_reference(given, **attributes)
+    got, state = run(implementation, given, **attributes)
+    assert got.dtype == expected.dtype == dtype
+    assert got.shape == expected.shape
+    finite = torch.isfinite(expected)
+    assert torch.equal(finite, torch.isfinite(got))
+    difference = (got - expected)[finite].double()
+    allowed = TOLERANCE[dtype] * expected[finite].double().square().sum().sqrt()
+    assert difference.square().sum().sqrt() <= allowed + CANCELLATION_ERROR * len(difference) ** 0.5
+    assert torch.equal(expected_state["count"], state["count"])
+    assert torch.equal(expected_state["receipt"], state["receipt"])
+    added = (expected_state["stats"] - given["stats"]).abs()
     for kind in range(reference.SUMS if added.numel() else 0):
-        # Of a sum of signed terms only the size of its largest is known; the squares' own sums bound their rounding.
-        allowed = 2e-6 * (added[:, kind] if kind in (1, 3, 4) else added[:, kind].max()) + 5 * CANCELLED
-        assert ((gotten["stats"] - wanted["stats"])[:, kind].abs() <= allowed).all(), kind
-    assert torch.equal(wanted["capture"].isnan(), gotten["capture"].isnan())
-    torch.testing.assert_close(gotten["capture"], wanted["capture"], rtol=1e-5, atol=1e-5, equal_nan=True)
-    return got, gotten
+        # Sums of squares bound their own rounding; a sum of signed terms is bounded by the largest sum of its kind.
+        allowed = 2e-6 * (added[:, kind] if kind in (1, 3, 4) else added[:, kind].max()) + 5 * CANCELLATION_ERROR
+        assert ((state["stats"] - expected_state["stats"])[:, kind].abs() <= allowed).all(), kind
+    assert torch.equal(expected_state["capture"].isnan(), state["capture"].isnan())
+    torch.testing.assert_close(state["capture"], expected_state["capture"], rtol=1e-5, atol=1e-5, equal_nan=True)
+    return got, state
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -148,13 +147,13 @@ def assert_same(given, dtype, implementation, activation="silu", streams=2, laye
 @pytest.mark.parametrize(
     ("T", "F"), [*itertools.product((0, 1, 2, 63, 129), (1, 60, 688)), (1, 11008), (33, 11008), (300, 63)]
 )
-def test_equals_the_reference(name, dtype, activation, streams, T, F):
-    given = case(T, F, streams, dtype, clauses=1 + (T + F) % 3)
+def test_patched_glu_equals_the_reference(name, dtype, activation, streams, T, F):
+    given = case(T, F, streams, dtype, interventions=1 + (T + F) % 3)
     assert_same(given, dtype, IMPLEMENTATIONS[name], activation, streams)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_strided_and_offset_rows(name):
+def test_patched_glu_strided_and_offset_rows(name):
     T, F = 17, 60
     wide = torch.randn(2 * T + 3, 2 * F + 40).bfloat16()
     values = wide[3:, 24 : 24 + 2 * F]
@@ -163,14 +162,14 @@ def test_strided_and_offset_rows(name):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_overwritten_values_are_the_donors_bit_for_bit(name, dtype):
+def test_patched_glu_copies_the_source_bit_for_bit(name, dtype):
     T, F = 33, 129
     given = case(T, F, 2, dtype)
     given["plan"][:, PlanColumn.SOURCE] = Source.DONOR
-    given["plan"][:, [PlanColumn.SELF_WEIGHT, PlanColumn.SOURCE_WEIGHT]] = FACTORS[0]
-    speaker, token = given["plan"][:, PlanColumn.RECIPIENT_STREAM].long(), torch.arange(T)
+    given["plan"][:, [PlanColumn.SELF_WEIGHT, PlanColumn.SOURCE_WEIGHT]] = WEIGHTS[0]
+    stream, token = given["plan"][:, PlanColumn.RECIPIENT_STREAM].long(), torch.arange(T)
     got, _ = run(IMPLEMENTATIONS[name], given, activation="silu", streams=2, layer=0, first_neuron=0)
-    recipient, donor = got[2 * token + speaker], got[2 * token + 1 - speaker]
+    recipient, donor = got[2 * token + stream], got[2 * token + 1 - stream]
     rank = given["rank"][given["plan"][:, PlanColumn.RANKING].long()]
     patched = (given["plan"][:, PlanColumn.LO, None] <= rank) & (rank < given["plan"][:, PlanColumn.HI, None])
     assert patched.any()
@@ -179,29 +178,29 @@ def test_overwritten_values_are_the_donors_bit_for_bit(name, dtype):
     constant["plan"][:, PlanColumn.SOURCE] = Source.CONSTANT
     constant["plan"][:, PlanColumn.CONSTANT_ROW] = 1
     got, _ = run(IMPLEMENTATIONS[name], constant, activation="silu", streams=2, layer=0, first_neuron=0)
-    wanted = given["constant"][1].to(dtype).expand(T, F)
-    assert torch.equal(got[2 * token + speaker][patched], wanted[patched])
+    expected = given["constant"][1].to(dtype).expand(T, F)
+    assert torch.equal(got[2 * token + stream][patched], expected[patched])
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_nan_in_padded_rows_stays_there(name):
+def test_patched_glu_nan_in_padded_rows_stays_there(name):
     T, F = 40, 60
     given = case(T, F, 2, torch.float32)
     padded = torch.arange(T) % 3 == 1
-    asks_nothing = torch.zeros(len(PlanColumn), dtype=torch.int32)
-    asks_nothing[[PlanColumn.GROUP, PlanColumn.CAPTURE, PlanColumn.RECEIPT]] = -1
-    given["plan"][padded] = asks_nothing
-    clean, cleaned = assert_same(given, torch.float32, IMPLEMENTATIONS[name])
+    padding = torch.zeros(len(PlanColumn), dtype=torch.int32)
+    padding[[PlanColumn.GROUP, PlanColumn.CAPTURE, PlanColumn.RECEIPT]] = -1
+    given["plan"][padded] = padding
+    clean, clean_state = assert_same(given, torch.float32, IMPLEMENTATIONS[name])
     given["gate_up"][padded.repeat_interleave(2)] = torch.nan
-    dirty, dirtied = run(IMPLEMENTATIONS[name], given, activation="silu", streams=2, layer=3, first_neuron=11)
+    dirty, dirty_state = run(IMPLEMENTATIONS[name], given, activation="silu", streams=2, layer=3, first_neuron=11)
     real = ~padded.repeat_interleave(2)
     assert torch.equal(clean[real], dirty[real])
-    assert all(torch.equal(cleaned[n].nan_to_num(), dirtied[n].nan_to_num()) for n in MUTATED)
+    assert all(torch.equal(clean_state[n].nan_to_num(), dirty_state[n].nan_to_num()) for n in MUTATED)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_huge_and_tiny_magnitudes(name, dtype):
+def test_patched_glu_huge_and_tiny_magnitudes(name, dtype):
     big = torch.finfo(dtype).max
     tiny = torch.finfo(dtype).smallest_normal
     edge = torch.tensor([0.0, -0.0, 1, -1, 88, -88, 89, -89, 104, -104, 300, -300, big, -big, tiny, -tiny, tiny / 4])
@@ -213,21 +212,21 @@ def test_huge_and_tiny_magnitudes(name, dtype):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_two_runs_give_the_same_bits(name):
+def test_patched_glu_two_runs_give_the_same_bits(name):
     given = case(300, 688, 2, torch.bfloat16)
     attributes = dict(activation="silu", streams=2, layer=0, first_neuron=0)
     before = torch.get_num_threads()
-    first, firsts = run(IMPLEMENTATIONS[name], given, **attributes)
+    first, first_state = run(IMPLEMENTATIONS[name], given, **attributes)
     try:
         torch.set_num_threads(max(1, 3 - before))
-        second, seconds = run(IMPLEMENTATIONS[name], given, **attributes)
+        second, second_state = run(IMPLEMENTATIONS[name], given, **attributes)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(first, second)
-    assert all(torch.equal(firsts[n].nan_to_num(), seconds[n].nan_to_num()) for n in MUTATED)
+    assert all(torch.equal(first_state[n].nan_to_num(), second_state[n].nan_to_num()) for n in MUTATED)
 
 
-def test_fuzz_cpp():
+def test_cpp_fuzz():
     hypothesis = pytest.importorskip("hypothesis")
     st = pytest.importorskip("hypothesis.strategies")
 
@@ -236,14 +235,14 @@ def test_fuzz_cpp():
         st.integers(0, 40), st.integers(1, 1100), st.integers(1, 2), st.sampled_from(DTYPES),
         st.sampled_from(list(reference.ACTIVATIONS)), st.integers(0, 10**6), st.integers(1, 3),
     )  # fmt: skip
-    def fuzz(T, F, S, dtype, activation, seed, clauses):
-        assert_same(case(T, F, S, dtype, seed, clauses=clauses), dtype, cpp, activation, S)
+    def fuzz(T, F, S, dtype, activation, seed, interventions):
+        assert_same(case(T, F, S, dtype, seed, interventions=interventions), dtype, cpp, activation, S)
 
     fuzz()
 
 
-def test_drift_over_ten_million_tokens():
-    """Sums of 10^7 tokens of known values: relative error of the root mean square below 1e-6, for every server."""
+def test_statistics_drift_over_ten_million_tokens():
+    """The root mean square over 10^7 tokens of known values has a relative error below 1e-6."""
     T, F, steps = 2000, 16, 5000
     given = case(T, F, 2, torch.float32, groups=1)
     gate = torch.full((2 * T, F), 1e4)  # silu(1e4) is exactly 1e4
@@ -262,10 +261,10 @@ def test_drift_over_ten_million_tokens():
     assert given["count"].tolist() == [T * steps]
     root = (given["stats"][0, 4] / (T * steps)).sqrt()
     assert (root / difference - 1).abs().max() < 1e-6
-    # The others take seconds a step on a CPU: fewer steps there. What drifts within a step is in each of them, and
+    # Fewer steps for the others, which take seconds per step on a CPU: drift within a step shows in each step, and
     # across steps all three add float64.
-    taken = {triton: steps if GPU else 2, lambda *a, **k: reference.patched_glu(*a, *k.values()): 100}
-    for implementation, n in taken.items():
+    num_steps = {triton: steps if GPU else 2, lambda *a, **k: reference.patched_glu(*a, *k.values()): 100}
+    for implementation, n in num_steps.items():
         given["stats"].zero_()
         for _ in range(n):
             implementation(*given.values(), activation="silu", streams=2, layer=0, first_neuron=0)
@@ -283,20 +282,20 @@ class Layer(torch.nn.Module):
         return ops.patched_glu(gate_up, *rest, activation="silu", streams=2, layer=0)
 
 
-def test_full_graph_compile_with_a_tensor_of_its_own_for_each_layer():
+def test_patched_glu_full_graph_compile_with_separate_tensors_per_layer():
     given = case(6, 60, 2, torch.float32)
     eager = torch.nn.Sequential(Layer(given), torch.nn.Linear(60, 120), Layer(given)).requires_grad_(False)
     compiled = torch.nn.Sequential(Layer(given), eager[1], Layer(given))
-    want = eager(given["gate_up"])
+    expected = eager(given["gate_up"])
     got = torch.compile(compiled, fullgraph=True)(given["gate_up"])
-    torch.testing.assert_close(got, want)
-    for mine, theirs in ((eager[0], compiled[0]), (eager[2], compiled[2])):
+    torch.testing.assert_close(got, expected)
+    for eager_layer, compiled_layer in ((eager[0], compiled[0]), (eager[2], compiled[2])):
         for name in MUTATED:
-            torch.testing.assert_close(getattr(theirs, name), getattr(mine, name), equal_nan=True)
+            torch.testing.assert_close(getattr(compiled_layer, name), getattr(eager_layer, name), equal_nan=True)
 
 
 @pytest.mark.parametrize("choice", ["reference", "cpp", "triton"])
-def test_environment_forces_an_implementation(choice):
+def test_ops_environment_variable_forces_an_implementation(choice):
     run = subprocess.run(
         [sys.executable, "-c", "from snpatch.op import ops; import json; print(json.dumps(ops.implementations()))"],
         env={**os.environ, "SNPATCH_OPS": choice},
@@ -308,7 +307,7 @@ def test_environment_forces_an_implementation(choice):
     assert json.loads(run.stdout)["patched_glu (cpu)"] == names[choice]
 
 
-def test_a_missing_build_falls_back_with_one_warning():
+def test_ops_missing_build_falls_back_with_one_warning():
     code = (
         "import sys, warnings; sys.modules['snpatch._C'] = None\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
@@ -322,17 +321,17 @@ def test_a_missing_build_falls_back_with_one_warning():
 
 
 def test_sass_has_no_stack_and_wide_accesses():
-    """Ahead-of-time compile for three GPUs, without one: no spills, 128-bit loads and stores."""
+    """Compiled ahead of time for three GPUs, without a GPU: no spills, 128-bit loads and stores."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, ROOT / "bench" / "compile_kernels.py"], capture_output=True, text=True, env=environment
     )
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert found["triton"] == version("triton")
-    assert {v["capability"] for v in found["variants"]} == {80, 90, 100}
-    for variant in found["variants"]:
-        # Five programs a multiprocessor: kernels/README.md counts on them. (float32 and clauses need more registers.)
+    output = json.loads(run.stdout)
+    assert output["triton"] == version("triton")
+    assert {v["capability"] for v in output["variants"]} == {80, 90, 100}
+    for variant in output["variants"]:
+        # kernels/README.md assumes five programs per multiprocessor; float32 and more interventions need more registers.
         has_five = variant["dtype"] != "fp32" and variant["interventions"] == 1
         assert variant["registers"] <= (96 if has_five else 128), variant
         assert variant["stack_bytes"] <= (0 if variant["is_aligned"] else 16), variant
@@ -340,7 +339,7 @@ def test_sass_has_no_stack_and_wide_accesses():
             assert variant["instructions"] <= 2000 + 1300 * variant["interventions"], variant
             assert variant["wide_loads"] >= 4, variant
             assert variant["wide_stores"] >= variant["streams"], variant
-    print(*found["variants"], sep="\n")
+    print(*output["variants"], sep="\n")
 
 
 COMPILE = """
@@ -349,7 +348,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from snpatch.kernels import patched_glu as module
 
-class Card:  # what Triton asks of a driver in order to compile: a GPU that is not here
+class Card:  # the driver methods that Triton calls to compile for a GPU that is absent
     get_current_device = lambda self: 0
     get_current_stream = lambda self, device: 0
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
@@ -358,7 +357,7 @@ driver.set_active(Card())
 kernel, compiled = module._patched_glu_kernel, []
 launch = kernel.run
 kernel.run = lambda *args, grid, warmup, **options: launch(*args, grid=grid, warmup=True, **options)
-triton.knobs.runtime.jit_post_compile_hook = lambda **told: compiled.append(told["repr"])
+triton.knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event["repr"])
 
 def step(tokens, layer, dtype=torch.bfloat16, neurons=688):
     i32, i64, f64 = {"dtype": torch.int32}, {"dtype": torch.int64}, {"dtype": torch.float64}
@@ -380,7 +379,7 @@ print(len(compiled))
 
 
 def test_one_compilation_serves_every_step_of_an_engine():
-    """What an engine runs at its start is what every captured size and layer launches: counted by Triton's hook."""
+    """Every captured size and layer launches the kernel compiled at startup; Triton's hook counts compilations."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -390,9 +389,9 @@ def test_one_compilation_serves_every_step_of_an_engine():
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("T", "F"), [(5, 1025), (129, 257), (257, 60)])
-def test_rows_apart_offset_views_and_several_groups_of_a_tile(name, T, F):
-    """F just above a tile and T just above a multiple of its tokens, a row stride of its own, a plan row for each
-    group and receipt shared by neighbours, and NaN in rows that nobody observes beside those that somebody does."""
+def test_patched_glu_strided_views_and_several_groups_in_a_tile(name, T, F):
+    """F just above a tile, T just above a multiple of its tokens, another row stride, adjacent tokens with different
+    groups and shared receipts, and NaN in unobserved rows next to observed ones."""
     given = case(T, F, 2, torch.float32, groups=5, slots=3)
     wide = torch.full((2 * T + 1, 2 * F + 8), torch.nan)
     wide[1:, 5 : 5 + 2 * F] = given["gate_up"]
@@ -403,24 +402,24 @@ def test_rows_apart_offset_views_and_several_groups_of_a_tile(name, T, F):
     given["gate_up"].view(T, 2, 2 * F)[unobserved] = torch.nan
     given["plan"][:, PlanColumn.GROUP] = torch.where(unobserved, -1, torch.arange(T) % 5).int()
     given["plan"][:, PlanColumn.RECEIPT] = (torch.arange(T) // 4 % 3).int()
-    _, gotten = assert_same(given, torch.float32, IMPLEMENTATIONS[name])
-    assert gotten["stats"].isfinite().all()
+    _, state = assert_same(given, torch.float32, IMPLEMENTATIONS[name])
+    assert state["stats"].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["cpp", "triton"])
-def test_groups_are_found_wherever_they_are_among_many_tokens(name):
-    """The search looks at many tokens at once: the one observed is the first, the last, or at a search's border."""
+def test_patched_glu_finds_the_observed_token_anywhere(name):
+    """The kernel searches many tokens at once; the observed one is the first, the last, or at a search's edge."""
     T = 300
-    for place in (0, 127, 128, 255, 256, 299):
+    for index in (0, 127, 128, 255, 256, 299):
         given = case(T, 33, 2, torch.float32)
         given["plan"][:, PlanColumn.GROUP] = -1
-        given["plan"][place, PlanColumn.GROUP] = 1
-        _, gotten = assert_same(given, torch.float32, IMPLEMENTATIONS[name])
-        assert gotten["count"].tolist() == [0, 2, 2]
+        given["plan"][index, PlanColumn.GROUP] = 1
+        _, state = assert_same(given, torch.float32, IMPLEMENTATIONS[name])
+        assert state["count"].tolist() == [0, 2, 2]
 
 
 @pytest.mark.parametrize("name", ["reference", *IMPLEMENTATIONS])
-def test_a_donor_patch_without_a_donor_is_not_counted(name):
+def test_patched_glu_donor_patch_without_a_donor_is_not_counted(name):
     given = case(20, 60, 1, torch.float32)
     given["plan"][:, PlanColumn.SOURCE] = Source.DONOR
     given["plan"][:, [PlanColumn.LO, PlanColumn.HI]] = torch.tensor([0, 60], dtype=torch.int32)
@@ -435,7 +434,7 @@ def test_a_donor_patch_without_a_donor_is_not_counted(name):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("tensor", ["gate_up", "scale", "rank", "constant", "plan"])
-def test_tensors_that_are_not_dense_are_refused(name, tensor):
+def test_patched_glu_tensors_that_are_not_dense_are_an_error(name, tensor):
     given = case(9, 60, 2, torch.float32)
     given[tensor] = given[tensor].t().contiguous().t()
     with pytest.raises((SnpatchError, RuntimeError), match=tensor):
@@ -443,14 +442,14 @@ def test_tensors_that_are_not_dense_are_refused(name, tensor):
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "clause"),
+    ("column", "value", "intervention"),
     [("ADAPTER_0", -1, 0), ("ADAPTER_1", 3, 0), ("RECIPIENT_STREAM", 2, 0), ("RANKING", 2, 0), ("SOURCE", 3, 0),
      ("CONSTANT_ROW", 2, 0), ("RANKING", 2, 1), ("SOURCE", -1, 1), ("CONSTANT_ROW", 2, 2),
      ("GROUP", 3, 0), ("CAPTURE", 2**30, 0), ("RECEIPT", 4, 0)],
 )  # fmt: skip
-def test_cpp_refuses_a_plan_that_points_outside(column, value, clause):
-    given = case(9, 60, 2, torch.float32, clauses=3)
-    given["plan"][4, plan_column(PlanColumn[column], clause)] = value
+def test_cpp_plan_index_out_of_range_is_an_error(column, value, intervention):
+    given = case(9, 60, 2, torch.float32, interventions=3)
+    given["plan"][4, plan_column(PlanColumn[column], intervention)] = value
     with pytest.raises(RuntimeError, match=f"plan row 4: {column.lower()}: expected .* got {value}$"):
         run(cpp, given, activation="silu", streams=2, layer=0, first_neuron=0)
 
@@ -458,7 +457,7 @@ def test_cpp_refuses_a_plan_that_points_outside(column, value, clause):
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("T", [40, 300])
 def test_triton_under_graph_capture_and_replay(T):
-    """A captured step gives, replayed with new inputs and a new plan, what a plain call gives: bit for bit."""
+    """A captured step replayed with new inputs and a new plan gives the same bits as a plain call."""
     first, second = (case(T, 688, 2, torch.bfloat16, seed) for seed in (1, 2))
     static = {name: t.cuda() for name, t in first.items()}
     attributes = dict(activation="silu", streams=2, layer=0, first_neuron=0)
@@ -470,7 +469,7 @@ def test_triton_under_graph_capture_and_replay(T):
         static[name].copy_(t)
     graph.replay()
     fresh = {name: t.cuda() for name, t in second.items()}
-    want = ops.patched_glu(*fresh.values(), **attributes)
-    assert torch.equal(out, want)
+    expected = ops.patched_glu(*fresh.values(), **attributes)
+    assert torch.equal(out, expected)
     for name in MUTATED:
         assert torch.equal(static[name].nan_to_num(), fresh[name].nan_to_num())
