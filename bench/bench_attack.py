@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny
-from jobs import RANKINGS, VALUES, told
+from jobs import RANKINGS, VALUES, oracle_completion
 from processes import wait_for
 from served import Server
 from serving import CAPACITY_OPTIONS, CONSTANTS, SERVED, patch_json, serve_options
@@ -60,7 +60,7 @@ def test_attack(benchmark, made, server):
         | {"snpatch": patch_json(job)}
         for job in KNOWN
     ]
-    known = [(body, told(made, job).ids) for body, job in zip(bodies, KNOWN, strict=True)]
+    known = [(body, oracle_completion(made, job).ids) for body, job in zip(bodies, KNOWN, strict=True)]
     assert_exact(server, known)
     watch = Watch(server)
     benchmark.pedantic(lambda: asyncio.run(watch.run(known)), rounds=1, iterations=1)

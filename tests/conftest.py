@@ -27,10 +27,10 @@ def pytest_runtest_teardown(item, nextitem):
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
-    """zoo(architecture): its tiny.Made (folder, adapters), made once a session."""
+    """zoo(architecture): its tiny.TinyModel (folder, adapters), made once a session."""
     made = {}
 
-    def get(architecture: str, **options) -> tiny.Made:
+    def get(architecture: str, **options) -> tiny.TinyModel:
         key = (architecture, *sorted(options.items()))
         if key not in made:
             made[key] = tiny.make(architecture, tmp_path_factory.mktemp(architecture), **options)
@@ -41,5 +41,5 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """pairs(architecture): its tiny.Made on two sets of weights, made once a session."""
+    """pairs(architecture): its tiny.TinyModel on two sets of weights, made once a session."""
     return cache(lambda architecture: tiny.make_pair(architecture, tmp_path_factory.mktemp(f"{architecture}-pair")))

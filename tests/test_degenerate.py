@@ -22,7 +22,7 @@ def ones(folder, out, **other):
     vectors = {(layer, "down_proj"): torch.ones(tiny.NEURONS) for layer in range(tiny.LAYERS)}
     for layer, value in other.items():
         vectors[int(layer.removeprefix("layer")), "down_proj"] *= value
-    tiny.adapter(model, out, ["down_proj"], 0, vectors)
+    tiny.write_adapter(model, out, ["down_proj"], 0, vectors)
     return out
 
 
@@ -30,7 +30,7 @@ def ones(folder, out, **other):
 def engine(zoo, tmp_path_factory):
     """base; same: scales of 1; last: another last layer; untrained: a LoRA whose B is 0."""
     folder, out = zoo("llama").folder, tmp_path_factory.mktemp("degenerate")
-    lora = tiny.lora(folder, out)
+    lora = tiny.write_lora(folder, out)
     path = lora / "adapter_model.safetensors"
     save_file({k: t if "lora_A" in k else torch.zeros_like(t) for k, t in load_file(path).items()}, path)
     adapters = {

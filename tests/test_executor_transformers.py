@@ -13,25 +13,25 @@ from jobs import (
     ALL,
     COMPLETIONS,
     ENCODE,
+    EXTENDED_JOBS,
     IDS,
+    INTERVENTION_JOBS,
     JOBS,
     LOGPROB,
     ORDERS,
     RANKINGS,
-    RICHER,
-    SEVERAL,
     SHAPE,
     VALUES,
     Job,
-    assert_as_the_oracle,
-    assert_none_and_all_are_the_pure_texts,
-    assert_patched_into_itself_it_gives_its_own_text,
+    assert_batch_equals_single,
+    assert_equals_oracle,
+    assert_k_zero_and_all_give_pure_completions,
+    assert_logprobs_equal_generation,
     assert_ranking,
-    assert_read_as_written,
-    assert_together_as_alone,
-    forced,
+    assert_self_patch_changes_nothing,
+    forced_sequences,
     generate,
-    told,
+    oracle_completion,
 )
 from spoiled import TOO_LARGE, huge_patch, overflowing
 
@@ -68,8 +68,8 @@ def engine(engines):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_mixed_batch_is_what_the_oracle_writes(zoo, engines, architecture):
-    jobs = [*JOBS, *RICHER, *SEVERAL]
-    assert_as_the_oracle(zoo(architecture), jobs, generate(engines(architecture), jobs))
+    jobs = [*JOBS, *EXTENDED_JOBS, *INTERVENTION_JOBS]
+    assert_equals_oracle(zoo(architecture), jobs, generate(engines(architecture), jobs))
 
 
 @pytest.mark.parametrize("architecture", tiny.KV_ARCHITECTURES)
@@ -77,7 +77,7 @@ def test_adapters_on_keys_and_values_are_what_the_oracle_writes(zoo, engines, ar
     jobs = [
         Job(j.prompt, j.recipient, j.donor, j.window, j.positions, j.order, j.seed, suffix="_kv") for j in JOBS[:11]
     ]
-    assert_as_the_oracle(zoo(architecture), jobs, generate(engines(architecture), jobs))
+    assert_equals_oracle(zoo(architecture), jobs, generate(engines(architecture), jobs))
 
 
 def test_the_oracles_cases_are_worth_comparing(zoo):
@@ -89,19 +89,19 @@ def test_the_oracles_cases_are_worth_comparing(zoo):
         moved = 0
         for made in map(zoo, tiny.ARCHITECTURES):
             recipient, _ = job.oracle(made)
-            ids = told(made, job).ids
+            ids = oracle_completion(made, job).ids
             plain = recipient.forward([*job.ids, *ids])[len(job.ids) - 1 : -1].argmax(-1)
             moved += plain.tolist() != ids
         assert moved > len(tiny.ARCHITECTURES) / 2, job
 
 
 def test_promise_1_k_0_is_the_unpatched_text_and_all_is_the_donors(engine):
-    assert_none_and_all_are_the_pure_texts(engine)
+    assert_k_zero_and_all_give_pure_completions(engine)
 
 
 @pytest.mark.parametrize("model", ["base", "sft", "dpo_kv"])
 def test_promise_2_a_model_patched_into_itself_gives_its_own_text(engine, model):
-    assert_patched_into_itself_it_gives_its_own_text(engine, model)
+    assert_self_patch_changes_nothing(engine, model)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engines
     samplings[3] = samplings[8] = Sampling(temperature=1.0, seed=11, max_tokens=9)
     alone = [generate(engines(architecture), [job], s)[0] for job, s in zip(JOBS, samplings, strict=True)]
     together = generate(engines(architecture, **options), JOBS, samplings)
-    assert_together_as_alone(together, alone, LOGPROB)
+    assert_batch_equals_single(together, alone, LOGPROB)
 
 
 def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine):
@@ -256,9 +256,9 @@ def test_promise_7_statistics_use_memory_for_neurons_not_for_tokens(engines, mon
 @pytest.mark.parametrize("positions", ["completion", "completion_shifted", "prompt", "last_prompt_token"])
 @pytest.mark.parametrize(("first", "second"), [("sft", "dpo"), ("base", "sft_kv")])
 def test_contrast_of_given_completions(llama, engine, positions, first, second):
-    models = [oracle.model(*llama.of[name]) for name in (first, second)]
+    models = [oracle.model(*llama.checkpoints[name]) for name in (first, second)]
     ranking = engine.contrast(IDS, first, second, positions=positions, completions=COMPLETIONS, exclude_layers=())
-    assert_ranking(ranking, oracle.contrast(*models, forced(positions)))
+    assert_ranking(ranking, oracle.contrast(*models, forced_sequences(positions)))
     assert len(ranking) == ALL
     assert {"recipient": first, "donor": second, "positions": positions}.items() <= ranking.meta.items()
 
@@ -266,10 +266,10 @@ def test_contrast_of_given_completions(llama, engine, positions, first, second):
 @pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name != "llama"])
 def test_contrast_on_every_architecture(zoo, engines, architecture):
     made = zoo(architecture)
-    models = [oracle.model(*made.of[name]) for name in ("base", "dpo")]
+    models = [oracle.model(*made.checkpoints[name]) for name in ("base", "dpo")]
     options = {"batch_size": 3, "token_budget": None}
     ranking = engines(architecture, **options).contrast(IDS, "base", "dpo", completions=COMPLETIONS)
-    assert_ranking(ranking, oracle.contrast(*models, forced("completion")))
+    assert_ranking(ranking, oracle.contrast(*models, forced_sequences("completion")))
     assert ranking.rank[-1].eq(UNRANKED).all()
     assert len(ranking) == ALL - tiny.NEURONS
 
@@ -291,7 +291,7 @@ def test_contrast_of_one_model_with_itself_is_an_error(engine):
 @pytest.fixture(scope="module")
 def ended(llama, tmp_path_factory):
     """The Llama with an EOS that sft really writes: after some words, in some texts, in one as the first word."""
-    texts = [oracle.generate(oracle.model(*llama.of["sft"]), ids, 10).ids for ids in IDS]
+    texts = [oracle.generate(oracle.model(*llama.checkpoints["sft"]), ids, 10).ids for ids in IDS]
 
     def ends(token: int) -> list[int]:
         return [text.index(token) for text in texts if token in text]
@@ -306,7 +306,7 @@ def ended(llama, tmp_path_factory):
 @pytest.mark.parametrize("positions", ["completion", "completion_shifted"])
 def test_contrast_writes_its_completions_and_never_counts_eos(ended, positions):
     made, token, engine = ended
-    models = [oracle.model(*made.of[name]) for name in ("sft", "dpo")]
+    models = [oracle.model(*made.checkpoints[name]) for name in ("sft", "dpo")]
     texts = []
     for prompt in IDS:
         text = oracle.generate(models[0], prompt, 10, eos=token).ids
@@ -326,7 +326,7 @@ def test_contrast_of_completions_that_end_in_eos_does_not_count_it(ended):
 
 def test_eos_ends_a_text_and_min_tokens_puts_it_off(ended):
     made, token, engine = ended
-    sft = oracle.model(*made.of["sft"])
+    sft = oracle.model(*made.checkpoints["sft"])
     for min_tokens in (0, 4):
         completions = engine.generate(IDS, "sft", Sampling(max_tokens=10, min_tokens=min_tokens, logprobs=True))
         for prompt, completion in zip(IDS, completions, strict=True):
@@ -378,7 +378,7 @@ def test_stop_strings_and_lengths(engine):
 def test_the_context_ends_a_text(llama, engine):
     prompt = [tiny.BOS, *(10 + i % 90 for i in range(tiny.CONTEXT - 4))]
     (completion,) = engine.generate([prompt], "sft", Sampling(max_tokens=10))
-    want = oracle.generate(oracle.model(*llama.of["sft"]), prompt, 3)
+    want = oracle.generate(oracle.model(*llama.checkpoints["sft"]), prompt, 3)
     assert (completion.token_ids, completion.finish_reason) == (want.ids, "length")
     with pytest.raises(SnpatchError, match=f"prompt 0 has 128 tokens, the model's context holds {tiny.CONTEXT}"):
         engine.generate([[*prompt, 9, 9, 9]], "sft")
@@ -409,7 +409,7 @@ def test_sampling_from_one_candidate_is_greedy(engine, narrow):
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 1.0, "top_k": 5}])
 def test_sampling_draws_from_the_models_distribution(llama, engine, options):
     """1000 first tokens: each token's share within 5 standard errors of its probability."""
-    logits = oracle.model(*llama.of["sft"]).forward(IDS[4])[-1].double()
+    logits = oracle.model(*llama.checkpoints["sft"]).forward(IDS[4])[-1].double()
     share = (logits / options["temperature"]).softmax(-1)
     if "top_k" in options:
         share[share < share.topk(options["top_k"]).values[-1]] = 0.0
@@ -432,7 +432,7 @@ def test_captures_are_in_rank_order_whatever_shares_the_batch(zoo, engines, arch
     for model, positions, k in (("sft", "last_prompt_token", 40), ("dpo", 1, 288), ("base", -2, 1)):
         got = engine.capture(IDS, model, RANKINGS[0], k, positions=positions)
         position = -1 if positions == "last_prompt_token" else positions
-        activations = [oracle.model(*made.of[model]).activations(ids)[position] for ids in IDS]
+        activations = [oracle.model(*made.checkpoints[model]).activations(ids)[position] for ids in IDS]
         want = torch.stack([torch.stack([a[layer, n] for layer, n in ORDERS[0][:k]]) for a in activations])
         assert got.shape == (8, k)
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
@@ -445,7 +445,7 @@ def test_logprobs_of_texts_patched_and_not(zoo, engines, architecture):
         recipient, patch = job.oracle(zoo(architecture))
         want = oracle.logprobs(recipient, job.ids, patch)
         torch.testing.assert_close(logprobs.values, want, rtol=0, atol=LOGPROB)
-    assert_read_as_written(engines(architecture), zoo(architecture), JOBS)
+    assert_logprobs_equal_generation(engines(architecture), zoo(architecture), JOBS)
 
 
 def test_half_precision_is_near(llama, engines):
@@ -460,10 +460,10 @@ def test_prompts_are_text_chats_or_ids(engine):
     sampling = Sampling(max_tokens=3)
     chat = [{"role": "user", "content": tiny.PROMPTS[2]}]
     tulu = [tiny.BOS, 4, *IDS[2][1:], 5]  # <|user|> and <|assistant|> are 4 and 5
-    text, told, ids = engine.generate([tiny.PROMPTS[2], chat, tulu], "sft", sampling)
+    text, chat_completion, ids = engine.generate([tiny.PROMPTS[2], chat, tulu], "sft", sampling)
     assert text.prompt_ids == IDS[2]
-    assert told.prompt_ids == ids.prompt_ids == tulu
-    assert told.token_ids == ids.token_ids
+    assert chat_completion.prompt_ids == ids.prompt_ids == tulu
+    assert chat_completion.token_ids == ids.token_ids
     assert engine.models == ("base", "sft", "dpo", "sft_kv", "dpo_kv")
 
 

@@ -17,26 +17,26 @@ from graph_safety import assert_reads_nothing_on_the_host
 from in_process import architectures
 from jobs import (
     ALL,
-    CLEAR,
     COMPLETIONS,
+    EXTENDED_JOBS,
     IDS,
+    INTERVENTION_JOBS,
     JOBS,
+    MIN_LOGIT_GAP,
     RANKINGS,
-    RICHER,
-    SEVERAL,
     VALUES,
     Job,
-    assert_as_the_oracle,
-    assert_none_and_all_are_the_pure_texts,
-    assert_patched_into_itself_it_gives_its_own_text,
-    assert_ranked_alone,
+    assert_batch_equals_single,
+    assert_equals_oracle,
+    assert_k_zero_and_all_give_pure_completions,
+    assert_logprobs_equal_generation,
+    assert_ranked_by_one_model,
     assert_ranking,
-    assert_read_as_written,
-    assert_together_as_alone,
-    forced,
+    assert_self_patch_changes_nothing,
+    completion_data,
+    forced_sequences,
     generate,
-    told,
-    written,
+    oracle_completion,
 )
 from spoiled import TOO_LARGE, fill_with_nan, huge_patch, overflowing
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -63,15 +63,15 @@ DROPS_SEEDS = platforms.current_platform.is_cpu() and VERSION < (0, 29)  # by vL
 def test_mixed_batch_matches_the_oracle(zoo, start, architecture):
     """Completions, log-probabilities and receipts of a batch; then statistics, captures and prompt logprobs."""
     engine, made = start(architecture), zoo(architecture)
-    jobs = [*JOBS, *RICHER, *(KV_JOBS if architecture in tiny.KV_ARCHITECTURES else ())]
-    jobs += [job for job in PLAIN_JOBS if told(made, job).gap > CLEAR]
+    jobs = [*JOBS, *EXTENDED_JOBS, *(KV_JOBS if architecture in tiny.KV_ARCHITECTURES else ())]
+    jobs += [job for job in PLAIN_JOBS if oracle_completion(made, job).gap > MIN_LOGIT_GAP]
     assert len(jobs) >= 32
     fill_with_nan(engine)  # the worst case for promise 4, for every layout and kind of attention
-    assert_as_the_oracle(made, jobs, generate(engine, jobs))
+    assert_equals_oracle(made, jobs, generate(engine, jobs))
 
-    models = {name: oracle.model(*made.of[name]) for name in ("base", "sft", "dpo")}
+    models = {name: oracle.model(*made.checkpoints[name]) for name in ("base", "sft", "dpo")}
     ranking = engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
-    assert_ranking(ranking, oracle.contrast(models["base"], models["dpo"], forced("completion")))
+    assert_ranking(ranking, oracle.contrast(models["base"], models["dpo"], forced_sequences("completion")))
     captured = engine.capture(IDS, "sft", RANKINGS[0], 40)
     activations = [models["sft"].activations(ids)[-1] for ids in IDS]
     want = torch.stack([a[tuple(RANKINGS[0].top(40).T)] for a in activations])
@@ -80,7 +80,7 @@ def test_mixed_batch_matches_the_oracle(zoo, start, architecture):
         recipient, patch = job.oracle(made)
         want = oracle.logprobs(recipient, IDS[JOBS.index(job)], patch)
         torch.testing.assert_close(logprobs.values, want, rtol=0, atol=1e-4)
-    assert_read_as_written(engine, made, JOBS)
+    assert_logprobs_equal_generation(engine, made, JOBS)
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,12 @@ def dual_stream_of(engine):
 
 
 def test_promise_1_k_0_gives_the_unpatched_and_all_the_donors_completion(engine):
-    assert_none_and_all_are_the_pure_texts(engine)
+    assert_k_zero_and_all_give_pure_completions(engine)
 
 
 @pytest.mark.parametrize("model", ["base", "sft", "dpo_kv"])
 def test_promise_2_model_patched_into_itself_gives_its_own_completion(engine, model):
-    assert_patched_into_itself_it_gives_its_own_text(engine, model)
+    assert_self_patch_changes_nothing(engine, model)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_promise_3_mixed_batch_equals_single_requests(engine, sampled):
         samplings[i] = Sampling(temperature=1.0, seed=11, max_tokens=9)
     alone = [generate(engine, [job], s)[0] for job, s in zip(jobs, samplings, strict=True)]
     together = generate(engine, jobs, samplings)
-    assert_together_as_alone(together, alone, 1e-4)
+    assert_batch_equals_single(together, alone, 1e-4)
 
 
 LONG_PROMPTS = [
@@ -239,10 +239,10 @@ def test_cached_prefix_is_patched_but_not_in_the_receipt(engine):
 @pytest.mark.parametrize("positions", ["completion", "completion_shifted", "prompt", "last_prompt_token"])
 def test_contrast_of_given_completions_matches_the_oracle(llama, engine, at):
     for first, second in (("sft", "dpo"), ("base", "sft_kv")):
-        models = [oracle.model(*llama.of[name]) for name in (first, second)]
+        models = [oracle.model(*llama.checkpoints[name]) for name in (first, second)]
         for _ in range(2):  # the second time from the prefix cache
             ranking = engine.contrast(IDS, first, second, positions=at, completions=COMPLETIONS, exclude_layers=())
-            assert_ranking(ranking, oracle.contrast(*models, forced(at)))
+            assert_ranking(ranking, oracle.contrast(*models, forced_sequences(at)))
 
 
 def test_statistics_of_one_run_are_separate(llama, engine):
@@ -256,7 +256,7 @@ def test_statistics_of_one_run_are_separate(llama, engine):
         return targets
 
     statistics = observing(3)
-    models = [oracle.model(*llama.of[name]) for name in ("sft", "dpo")]
+    models = [oracle.model(*llama.checkpoints[name]) for name in ("sft", "dpo")]
     for group, observed in enumerate(statistics):
         positions = [(text, list(range(len(text)))) for i, text in enumerate(texts) if i % 3 == group]
         want = oracle.contrast(*models, positions)
@@ -273,7 +273,7 @@ def test_capture_is_in_rank_order(llama, engine):
     for model, at, k in (("sft", "last_prompt_token", 40), ("dpo", 1, 288), ("base", -2, 1)):
         got = engine.capture(IDS, model, RANKINGS[0], k, positions=at)
         position = -1 if at == "last_prompt_token" else at
-        activations = [oracle.model(*llama.of[model]).activations(ids)[position] for ids in IDS]
+        activations = [oracle.model(*llama.checkpoints[model]).activations(ids)[position] for ids in IDS]
         want = torch.stack([a[tuple(RANKINGS[0].top(k).T)] for a in activations])
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -481,7 +481,7 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
         recipient, patch = job.oracle(llama)
         assert completion.token_ids[:10] == oracle.generate(recipient, job.ids, 10, patch).ids
         assert completion.overwrites == (29 + jobs.index(job)) * (len(job.ids) + 59)
-    models = [oracle.model(*llama.of[name]) for name in ("sft", "dpo")]
+    models = [oracle.model(*llama.checkpoints[name]) for name in ("sft", "dpo")]
     long = [LONG_PROMPTS[i % 3][: 60 + i] for i in range(12)]
     ranking = engine.contrast(long, "sft", "dpo", positions="prompt", exclude_layers=())
     assert_ranking(ranking, oracle.contrast(*models, [(text, list(range(len(text)))) for text in long]))
@@ -500,10 +500,10 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
 
 def test_patches_of_several_clauses(llama, start):
     engine = start("llama", max_interventions=3, max_num_batched_tokens=64)
-    jobs = [*JOBS, *SEVERAL, *RICHER]
-    assert_as_the_oracle(llama, jobs, generate(engine, jobs))
-    assert_as_the_oracle(llama, jobs, generate(engine, jobs))  # from the prefix cache
-    four = replace(SEVERAL[3], further=(*SEVERAL[3].further, SEVERAL[0])).patch
+    jobs = [*JOBS, *INTERVENTION_JOBS, *EXTENDED_JOBS]
+    assert_equals_oracle(llama, jobs, generate(engine, jobs))
+    assert_equals_oracle(llama, jobs, generate(engine, jobs))  # from the prefix cache
+    four = replace(INTERVENTION_JOBS[3], further=(*INTERVENTION_JOBS[3].further, INTERVENTION_JOBS[0])).patch
     with pytest.raises(
         SnpatchError, match=r"a patch of 4 interventions: start the engine with a larger max_interventions \(3\)"
     ):
@@ -539,7 +539,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing(llama, start):
     """2,000 requests; every third batch is aborted halfway. Each patched request has its receipt checked."""
     engine = start("llama", max_num_seqs=48, max_num_batched_tokens=256, max_receipts=256)
     plain = [Job(i, name) for i in range(8) for name in ("base", "sft")]
-    fresh = written(generate(engine, plain))
+    fresh = completion_data(generate(engine, plain))
     rng, sizes = random.Random(7), []
 
     class AbortedError(Exception):
@@ -564,7 +564,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing(llama, start):
         if batch >= 5:
             sizes.append(held_bytes())
     tracemalloc.stop()
-    assert written(generate(engine, plain)) == fresh
+    assert completion_data(generate(engine, plain)) == fresh
     engine.executor.engine.step()  # the worker learns which requests have ended
     tracker = dual_stream_of(engine).tracker
     assert not tracker._records
@@ -583,7 +583,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing(llama, start):
 @pytest.fixture(scope="module")
 def ended(llama, start, tmp_path_factory):
     """An engine whose EOS is a token that sft generates, and the same on transformers."""
-    texts = [oracle.generate(oracle.model(*llama.of["sft"]), ids, 10).ids for ids in IDS]
+    texts = [oracle.generate(oracle.model(*llama.checkpoints["sft"]), ids, 10).ids for ids in IDS]
     token = max({t for text in texts for t in text}, key=lambda t: len({x.index(t) for x in texts if t in x[:9]}))
     made = llama.with_eos(token, tmp_path_factory.mktemp("ended") / "model")
     adapters = {name: list(folders) for name, folders in made.adapters.items()}
@@ -613,7 +613,7 @@ def test_completions_end_as_on_transformers(ended, sampling):
         }
     patches = ["sft"] * 8 + [Patch("sft", "dpo", RANKINGS[0], 30)] * 8
     actual, expected = (e.generate(IDS * 2, patches, Sampling(logprobs=True, **sampling)) for e in (engine, other))
-    assert written(actual) == written(expected)
+    assert completion_data(actual) == completion_data(expected)
     for first, second in zip(actual, expected, strict=True):
         assert first.logprobs == pytest.approx(second.logprobs, abs=1e-4)
 
@@ -663,13 +663,17 @@ def test_n_samples_equal_single_ones_and_vllm_settings_are_applied(ended):
 
 def test_one_stream_runs_all_requests_but_donors(llama, start):
     engine = start("llama", streams=1)
-    jobs = [job for job in (*JOBS, *PLAIN_JOBS[:8]) if not isinstance(job.donor, str) and told(llama, job).gap > CLEAR]
-    assert_as_the_oracle(llama, jobs, generate(engine, jobs))
+    jobs = [
+        job
+        for job in (*JOBS, *PLAIN_JOBS[:8])
+        if not isinstance(job.donor, str) and oracle_completion(llama, job).gap > MIN_LOGIT_GAP
+    ]
+    assert_equals_oracle(llama, jobs, generate(engine, jobs))
     captured = engine.capture(IDS, "sft", RANKINGS[0], 40)
-    model = oracle.model(*llama.of["sft"])
+    model = oracle.model(*llama.checkpoints["sft"])
     want = torch.stack([model.activations(ids)[-1][tuple(RANKINGS[0].top(40).T)] for ids in IDS])
     assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
-    assert_ranked_alone(engine.contrast(IDS, "sft", completions=COMPLETIONS, exclude_layers=()), model)
+    assert_ranked_by_one_model(engine.contrast(IDS, "sft", completions=COMPLETIONS, exclude_layers=()), model)
     for call in (lambda: generate(engine, [JOBS[2]]), lambda: engine.contrast(IDS, "sft", "dpo", positions="prompt")):
         with pytest.raises(SnpatchError, match="a donor model needs streams=2"):
             call()
@@ -704,20 +708,20 @@ def test_unsupported_engine_arguments_raise(start, options, message):
         start("llama", **options)
 
 
-def other_model(kind: str, folder, **options) -> tiny.Made:
+def other_model(kind: str, folder, **options) -> tiny.TinyModel:
     """Build a tiny random model of an untested architecture, with an adapter if its MLP is a plain one."""
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
              "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **options}), dtype=torch.float32)
-    tiny.fill(model, 1)
+    tiny.init_weights(model, 1)
     model.save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
     if not hasattr(model.model.layers[0], "mlp") or "num_local_experts" in options:
-        return tiny.Made(folder / "model", {})
-    tiny.adapter(model, folder / "sft", ["down_proj"], seed=2)
-    return tiny.Made(folder / "model", {"sft": (folder / "sft",)})
+        return tiny.TinyModel(folder / "model", {})
+    tiny.write_adapter(model, folder / "sft", ["down_proj"], seed=2)
+    return tiny.TinyModel(folder / "model", {"sft": (folder / "sft",)})
 
 
 def test_untested_architecture_raises_unless_allowed(start, tmp_path):

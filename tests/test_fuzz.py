@@ -163,7 +163,7 @@ def test_chat_templates_of_any_kind_are_one_line(made, ground):
 @pytest.mark.parametrize("kind", ["ia3", "lora"])
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_adapters_with_one_wrong_value_are_one_line(made, ground, kind, name, tmp_path):
-    source = made.adapters["sft"][0] if kind == "ia3" else tiny.lora(made.folder, tmp_path / "l")
+    source = made.adapters["sft"][0] if kind == "ia3" else tiny.write_lora(made.folder, tmp_path / "l")
 
     @bounded(60)
     @given(st.data())

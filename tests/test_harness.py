@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from jobs import CLEAR, ENCODE, ORDERS, RANKINGS, SHAPE
+from jobs import ENCODE, MIN_LOGIT_GAP, ORDERS, RANKINGS, SHAPE
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
@@ -62,10 +62,10 @@ def engine(llama, adapters):
 class Oracle:
     """What the requests of the tasks must give."""
 
-    def __init__(self, made: tiny.Made, positions: str) -> None:
-        self.recipient, self.positions = oracle.model(*made.of["sft"]), positions
-        self.donor = oracle.model(*made.of["dpo"])
-        self.mask = oracle.mask_of(ORDERS[0][:K], SHAPE)
+    def __init__(self, made: tiny.TinyModel, positions: str) -> None:
+        self.recipient, self.positions = oracle.model(*made.checkpoints["sft"]), positions
+        self.donor = oracle.model(*made.checkpoints["dpo"])
+        self.mask = oracle.build_mask(ORDERS[0][:K], SHAPE)
 
     def patch(self, context: list[int]) -> oracle.Patch | None:
         if self.positions == "unpatched":
@@ -90,7 +90,7 @@ class Oracle:
 
     def write(self, prompt: list[int]) -> str:
         written = oracle.generate(self.recipient, prompt, TOKENS, self.patch(prompt), eos=tiny.EOS)
-        assert written.gap > CLEAR, "too close to call, choose other prompts"
+        assert written.gap > MIN_LOGIT_GAP, "too close to call, choose other prompts"
         return ENCODE.decode(written.ids, skip_special_tokens=True)
 
 
@@ -301,7 +301,7 @@ def test_errors_say_what_is_wrong(evaluate, model_args, more, message):
 
 def test_a_pair_by_model_args(evaluate, model_args, pairs):
     made = pairs("llama")
-    with Engine(made.folder, **made.given, backend="transformers") as engine:
+    with Engine(made.folder, **made.engine_arguments, backend="transformers") as engine:
         patch = Patch("base", "dpo", RANKINGS[0], 20, strength=1.5)
         want = evaluate(SnpatchLM(engine, patch), TASKS[2:], limit=2)
     given = {"model": made.folder, "checkpoint": f"dpo={made.models['dpo'][0]}", "backend": "transformers"}

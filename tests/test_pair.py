@@ -11,19 +11,19 @@ import torch
 from commands import run
 from jobs import (
     COMPLETIONS,
+    EXTENDED_JOBS,
     IDS,
+    INTERVENTION_JOBS,
     JOBS,
     LOGPROB,
     RANKINGS,
-    RICHER,
-    SAME_SET,
-    SEVERAL,
-    assert_as_the_oracle,
-    assert_patched_into_itself_it_gives_its_own_text,
-    assert_ranked_alone,
+    SAME_WEIGHTS_JOBS,
+    assert_batch_equals_single,
+    assert_equals_oracle,
+    assert_ranked_by_one_model,
     assert_ranking,
-    assert_together_as_alone,
-    forced,
+    assert_self_patch_changes_nothing,
+    forced_sequences,
     generate,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +40,7 @@ def engines(pairs):
         key = (architecture, *sorted(options.items()))
         if key not in made:
             pair = pairs(architecture)
-            made[key] = Engine(pair.folder, **pair.given, backend="transformers", **options)
+            made[key] = Engine(pair.folder, **pair.engine_arguments, backend="transformers", **options)
         return made[key]
 
     return get
@@ -48,23 +48,25 @@ def engines(pairs):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, engines, architecture):
-    jobs = [*JOBS, *RICHER, *SEVERAL, *SAME_SET]
-    assert_as_the_oracle(pairs(architecture), jobs, generate(engines(architecture), jobs))
+    jobs = [*JOBS, *EXTENDED_JOBS, *INTERVENTION_JOBS, *SAME_WEIGHTS_JOBS]
+    assert_equals_oracle(pairs(architecture), jobs, generate(engines(architecture), jobs))
 
 
 @pytest.mark.parametrize("pair", [("sft", "dpo"), ("dpo", "base"), ("tuned", "dpo")])
 def test_contrast_is_the_oracles(pairs, engines, pair):
-    models = [oracle.model(*pairs("llama").of[name]) for name in pair]
+    models = [oracle.model(*pairs("llama").checkpoints[name]) for name in pair]
     ranking = engines().contrast(IDS, *pair, completions=COMPLETIONS, exclude_layers=())
-    assert_ranking(ranking, oracle.contrast(*models, forced("completion")))
+    assert_ranking(ranking, oracle.contrast(*models, forced_sequences("completion")))
 
 
 def test_one_model_alone_is_ranked_by_its_own_size(pairs, engines, tmp_path):
     for name in ("base", "dpo"):
         ranking = engines().contrast(IDS, name, completions=COMPLETIONS, exclude_layers=())
-        assert_ranked_alone(ranking, oracle.model(*pairs("llama").of[name]))
+        assert_ranked_by_one_model(ranking, oracle.model(*pairs("llama").checkpoints[name]))
         ranking.save(tmp_path / "alone.safetensors")
-        assert_ranked_alone(Ranking.load(tmp_path / "alone.safetensors"), oracle.model(*pairs("llama").of[name]))
+        assert_ranked_by_one_model(
+            Ranking.load(tmp_path / "alone.safetensors"), oracle.model(*pairs("llama").checkpoints[name])
+        )
 
 
 def test_chats_are_put_into_the_recipients_template(tmp_path):
@@ -80,7 +82,7 @@ def test_chats_are_put_into_the_recipients_template(tmp_path):
             tokenizer.chat_template = template
             (folder / "chat_template.jinja").unlink(missing_ok=True)
             tokenizer.save_pretrained(folder)
-        return Engine(made.folder, **made.given, backend="transformers")
+        return Engine(made.folder, **made.engine_arguments, backend="transformers")
 
     both = engine(kinds["own"], kinds["other"])
     want = [list(t.apply_chat_template(chat[0], add_generation_prompt=True)["input_ids"]) for t in tokenizers]
@@ -97,7 +99,7 @@ def test_chats_are_put_into_the_recipients_template(tmp_path):
 def test_captures_are_the_models_own(pairs, engines):
     for name in ("base", "dpo", "tuned"):
         got = engines().capture(IDS, name, RANKINGS[0], 30)
-        want = torch.stack([oracle.model(*pairs("llama").of[name]).activations(ids)[-1] for ids in IDS])
+        want = torch.stack([oracle.model(*pairs("llama").checkpoints[name]).activations(ids)[-1] for ids in IDS])
         neurons = RANKINGS[0].rank.flatten().argsort()[:30]
         assert (got - want.flatten(1)[:, neurons]).abs().max() < 1e-4
 
@@ -105,10 +107,10 @@ def test_captures_are_the_models_own(pairs, engines):
 def test_promises(engines):
     engine = engines()
     for model in ("base", "dpo", "tuned"):
-        assert_patched_into_itself_it_gives_its_own_text(engine, model)
-    jobs = [*JOBS, *RICHER, *SEVERAL]
+        assert_self_patch_changes_nothing(engine, model)
+    jobs = [*JOBS, *EXTENDED_JOBS, *INTERVENTION_JOBS]
     together, alone = generate(engine, jobs), [generate(engine, [job])[0] for job in jobs]
-    assert_together_as_alone(together, alone, 1e-5)
+    assert_batch_equals_single(together, alone, 1e-5)
 
 
 def test_a_model_beside_its_own_copy_is_the_shared_engine(zoo, tmp_path):
@@ -119,7 +121,7 @@ def test_a_model_beside_its_own_copy_is_the_shared_engine(zoo, tmp_path):
     models = {"dpo": {"checkpoint": tmp_path / "copy", "adapters": made.adapters["dpo"]}}
     with Engine(made.folder, {"sft": made.adapters["sft"]}, models=models, backend="transformers") as engine:
         assert engine.executor.memory.secondary == 0  # what is equal is held once
-        assert_together_as_alone(generate(engine, JOBS), want, LOGPROB)  # batches are others
+        assert_batch_equals_single(generate(engine, JOBS), want, LOGPROB)  # batches are others
 
 
 # ---- LoRA --------------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ VARIANTS = [
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_lora_is_merged_as_peft_does_it(zoo, tmp_path, options):
     folder = zoo("llama").folder
-    made = tiny.lora(folder, tmp_path, **options)
+    made = tiny.write_lora(folder, tmp_path, **options)
     plain = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     want = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     got = dict(merge_loras(plain.items(), [made]))
@@ -148,11 +150,11 @@ def test_lora_is_merged_as_peft_does_it(zoo, tmp_path, options):
 
 def test_lora_is_a_second_set_of_weights(zoo, tmp_path):
     made = zoo("llama")
-    folder = tiny.lora(made.folder, tmp_path)
-    pair = tiny.Made(made.folder, {}, models={"dpo": (tmp_path / "merged", ())})
-    jobs = [job for job in (*JOBS, *RICHER) if "sft" not in (job.recipient, job.donor)]
+    folder = tiny.write_lora(made.folder, tmp_path)
+    pair = tiny.TinyModel(made.folder, {}, models={"dpo": (tmp_path / "merged", ())})
+    jobs = [job for job in (*JOBS, *EXTENDED_JOBS) if "sft" not in (job.recipient, job.donor)]
     with Engine(made.folder, models={"dpo": {"lora": folder}}, backend="transformers") as engine:
-        assert_as_the_oracle(pair, jobs, generate(engine, jobs))
+        assert_equals_oracle(pair, jobs, generate(engine, jobs))
 
 
 @pytest.mark.parametrize(
@@ -165,12 +167,12 @@ def test_lora_is_a_second_set_of_weights(zoo, tmp_path):
 )
 def test_what_is_more_than_a_merge_is_refused(zoo, tmp_path, options, message):
     with pytest.raises(SnpatchError, match=message):
-        load_lora(tiny.lora(zoo("llama").folder, tmp_path, **options))
+        load_lora(tiny.write_lora(zoo("llama").folder, tmp_path, **options))
 
 
 def test_a_lora_of_another_model_and_ia3_are_refused(zoo, tmp_path):
     made, weights = zoo("llama"), {"model.layers.0.mlp.up_proj.weight": torch.zeros(4, 4)}
-    folder = tiny.lora(made.folder, tmp_path)
+    folder = tiny.write_lora(made.folder, tmp_path)
     with pytest.raises(SnpatchError, match=r"up_proj.weight is \[4, 4\], its update \[96, 64\]"):
         list(merge_loras(weights.items(), [folder]))
     with pytest.raises(SnpatchError, match=r"has no weight .* a LoRA of another model"):
@@ -187,9 +189,9 @@ def test_a_revision_is_a_model_of_its_own(pairs, tmp_path, monkeypatch):
         (cache / "refs").mkdir(exist_ok=True)
         (cache / "refs" / revision).write_text(f"commit-{revision}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    jobs = [job for job in (*JOBS, *RICHER) if "sft" not in (job.recipient, job.donor)]
+    jobs = [job for job in (*JOBS, *EXTENDED_JOBS) if "sft" not in (job.recipient, job.donor)]
     with Engine("org/tiny", models={"dpo": "org/tiny@v2"}, backend="transformers") as engine:
-        assert_as_the_oracle(made, jobs, generate(engine, jobs))
+        assert_equals_oracle(made, jobs, generate(engine, jobs))
         assert engine.weights.revision == "commit-main"
     with pytest.raises(SnpatchError, match=r"cannot download org/tiny@v3"):
         Engine("org/tiny", models={"dpo": "org/tiny@v3"}, backend="transformers")
@@ -240,7 +242,7 @@ def test_a_third_set_of_weights_is_an_error_that_says_what_to_do(pairs, zoo):
 
 
 def test_a_config_of_models_travels_through_a_file(pairs, tmp_path):
-    given = pairs("llama").given
+    given = pairs("llama").engine_arguments
     config = EngineConfig.of(pairs("llama").folder, **given, backend="transformers")
     config.save(tmp_path / "engine.json")
     assert EngineConfig.load(tmp_path / "engine.json") == config
@@ -251,7 +253,7 @@ def test_a_config_of_models_travels_through_a_file(pairs, tmp_path):
 def test_each_sides_own_eos_ends_its_texts(pairs, tmp_path):
     """The recipient's tokens count."""
     pair = pairs("llama")
-    own, end = pair.folder, oracle.generate(oracle.model(*pair.of["dpo"]), IDS[0], 10).ids[4]
+    own, end = pair.folder, oracle.generate(oracle.model(*pair.checkpoints["dpo"]), IDS[0], 10).ids[4]
     second = changed(pair.models["dpo"][0], tmp_path / "second", "generation_config.json", eos_token_id=end)
     with Engine(own, models={"dpo": second}, backend="transformers") as engine:
         (ended,) = engine.generate([IDS[0]], "dpo")
@@ -284,7 +286,7 @@ def test_the_command_line_takes_pairs(capsys, pairs, tmp_path):
     patched = ["--recipient", "tuned", "--donor", "sft", "--ranking", ranking, "-k", 40, "--strength", 1.5]
     code, out, err = run(capsys, "generate", *common, *patched, "--max-tokens", 5, "--json")
     assert code == 0, err
-    with Engine(made.folder, **made.given, template="tulu", backend="transformers") as engine:
+    with Engine(made.folder, **made.engine_arguments, template="tulu", backend="transformers") as engine:
         patch = Patch("tuned", "sft", Ranking.load(ranking), 40, strength=1.5)
         chats = [[{"role": "user", "content": text}] for text in tiny.PROMPTS]
         want = engine.generate(chats, patch, Sampling(max_tokens=5))

@@ -10,23 +10,23 @@ import torch
 from graph_safety import assert_reads_nothing_on_the_host
 from in_process import architectures
 from jobs import (
-    CLEAR,
     COMPLETIONS,
+    EXTENDED_JOBS,
     IDS,
+    INTERVENTION_JOBS,
     JOBS,
+    MIN_LOGIT_GAP,
     RANKINGS,
-    RICHER,
-    SAME_SET,
-    SEVERAL,
+    SAME_WEIGHTS_JOBS,
     Job,
-    assert_as_the_oracle,
-    assert_patched_into_itself_it_gives_its_own_text,
+    assert_batch_equals_single,
+    assert_equals_oracle,
+    assert_logprobs_equal_generation,
     assert_ranking,
-    assert_read_as_written,
-    assert_together_as_alone,
-    forced,
+    assert_self_patch_changes_nothing,
+    forced_sequences,
     generate,
-    told,
+    oracle_completion,
 )
 
 from snpatch import Engine, Patch, SnpatchError
@@ -45,21 +45,21 @@ def assert_matches_two_models(engine, made, is_across: bool = False) -> None:
     """
     jobs = [
         *JOBS,
-        *RICHER,
-        *SEVERAL,
-        *(job for job in PLAIN_JOBS if told(made, job).gap > CLEAR),
-        *([] if is_across else SAME_SET),
+        *EXTENDED_JOBS,
+        *INTERVENTION_JOBS,
+        *(job for job in PLAIN_JOBS if oracle_completion(made, job).gap > MIN_LOGIT_GAP),
+        *([] if is_across else SAME_WEIGHTS_JOBS),
     ]
-    assert_as_the_oracle(made, jobs, generate(engine, jobs))
+    assert_equals_oracle(made, jobs, generate(engine, jobs))
     for pair in (("base", "dpo"), ("dpo", "sft"), *([] if is_across else [("dpo", "tuned")])):
-        models = [oracle.model(*made.of[name]) for name in pair]
+        models = [oracle.model(*made.checkpoints[name]) for name in pair]
         ranking = engine.contrast(IDS, *pair, completions=COMPLETIONS)
-        assert_ranking(ranking, oracle.contrast(*models, forced("completion")))
+        assert_ranking(ranking, oracle.contrast(*models, forced_sequences("completion")))
     captured = engine.capture(IDS, "dpo", RANKINGS[0], 40)
-    activations = [oracle.model(*made.of["dpo"]).activations(ids)[-1] for ids in IDS]
+    activations = [oracle.model(*made.checkpoints["dpo"]).activations(ids)[-1] for ids in IDS]
     want = torch.stack([a[tuple(RANKINGS[0].top(40).T)] for a in activations])
     assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
-    assert_read_as_written(engine, made, [*JOBS, *RICHER])
+    assert_logprobs_equal_generation(engine, made, [*JOBS, *EXTENDED_JOBS])
 
 
 @pytest.mark.parametrize("architecture", architectures())
@@ -73,7 +73,7 @@ def test_step_with_secondary_weights_reads_nothing_on_the_host(pairs, start, mon
     engine = start(pairs("llama"))
     assert_reads_nothing_on_the_host(engine, monkeypatch, JOBS[:6])
     with pytest.raises(AssertionError, match=r"aten::\w+ reads the device"):
-        assert_reads_nothing_on_the_host(engine, monkeypatch, SAME_SET[:1])
+        assert_reads_nothing_on_the_host(engine, monkeypatch, SAME_WEIGHTS_JOBS[:1])
 
 
 def test_compiled_engine_matches_two_models_and_rejects_one_set_of_weights(pairs, start):
@@ -89,11 +89,11 @@ def test_compiled_engine_matches_two_models_and_rejects_one_set_of_weights(pairs
 def test_promises_1_2_3_and_5_hold_with_secondary_weights(pairs, start):
     """1: k = 0 is the recipient; 2: a model patched into itself; 3: together as alone; 5: chunked prefill."""
     engine = start(pairs("llama"), max_num_batched_tokens=64)
-    jobs = [*JOBS, *RICHER, *SAME_SET]
+    jobs = [*JOBS, *EXTENDED_JOBS, *SAME_WEIGHTS_JOBS]
     together, alone = generate(engine, jobs), [generate(engine, [job])[0] for job in jobs]
-    assert_together_as_alone(together, alone, 1e-5)
+    assert_batch_equals_single(together, alone, 1e-5)
     for model in ("base", "dpo", "tuned"):
-        assert_patched_into_itself_it_gives_its_own_text(engine, model)
+        assert_self_patch_changes_nothing(engine, model)
     for recipient, donor in (("base", "dpo"), ("dpo", "sft")):
         none = generate(engine, [Job(i, recipient, donor, (0, 0)) for i in range(8)])
         plain = generate(engine, [Job(i, recipient) for i in range(8)])
@@ -105,7 +105,7 @@ def test_statistics_and_captures_in_a_full_batch_are_per_request(pairs, start):
     engine, made = start(pairs("llama"), max_num_seqs=6, enable_prefix_caching=True), pairs("llama")
     pair_of = [("base", "dpo"), ("dpo", "base"), ("sft", "dpo"), ("dpo", "tuned")]
     texts = [[*ids, *range(20, 60)] for ids in IDS]
-    models = {name: oracle.model(*made.of[name]) for name in ("base", "sft", "dpo", "tuned")}
+    models = {name: oracle.model(*made.checkpoints[name]) for name in ("base", "sft", "dpo", "tuned")}
     rankings = [engine.contrast(texts, *pair, positions="prompt", exclude_layers=()) for pair in pair_of * 2]
     for pair, ranking in zip(pair_of * 2, rankings, strict=True):
         want = oracle.contrast(*(models[name] for name in pair), [(ids, list(range(len(ids)))) for ids in texts])
@@ -114,10 +114,10 @@ def test_statistics_and_captures_in_a_full_batch_are_per_request(pairs, start):
         got, want = engine.capture(texts, name, RANKINGS[0], 60), [models[name].activations(ids)[-1] for ids in texts]
         top = tuple(RANKINGS[0].top(60).T)
         assert (got - torch.stack([each[top] for each in want])).abs().max() < 1e-4
-    jobs = [*JOBS, *RICHER, *SAME_SET]
+    jobs = [*JOBS, *EXTENDED_JOBS, *SAME_WEIGHTS_JOBS]
     first, cached = generate(engine, jobs), generate(engine, jobs)
-    assert_together_as_alone(cached, first, 1e-5)
-    assert_as_the_oracle(made, jobs, cached)
+    assert_batch_equals_single(cached, first, 1e-5)
+    assert_equals_oracle(made, jobs, cached)
 
 
 def test_two_workers_match_two_hooked_models(pairs):
@@ -125,7 +125,7 @@ def test_two_workers_match_two_hooked_models(pairs):
         pytest.skip("two workers need two cores")
     made = pairs("gemma2")
     with Engine(
-        made.folder, **made.given, backend="vllm", tensor_parallel_size=2, max_interventions=3, **SMALL
+        made.folder, **made.engine_arguments, backend="vllm", tensor_parallel_size=2, max_interventions=3, **SMALL
     ) as engine:
         assert_matches_two_models(engine, made)
 
@@ -137,27 +137,27 @@ def test_equal_weights_are_stored_once(start, tmp_path_factory):
         return name.startswith(("model.layers.0.", "model.layers.2.", "model.embed"))
 
     made = tiny.make_pair("llama", tmp_path_factory.mktemp("part"), same=is_equal)
-    model = oracle.model(*made.of["dpo"]).model
+    model = oracle.model(*made.checkpoints["dpo"]).model
     bytes_apart = sum(4 * p.numel() for name, p in model.named_parameters() if not is_equal(name))
     engine = start(made)
     assert engine.executor.memory.secondary == bytes_apart
-    jobs = [*JOBS, *RICHER]
-    assert_as_the_oracle(made, jobs, generate(engine, jobs))
+    jobs = [*JOBS, *EXTENDED_JOBS]
+    assert_equals_oracle(made, jobs, generate(engine, jobs))
 
 
 def test_vocabularies_with_different_padding_match_two_models(start, tmp_path_factory):
     made = tiny.make_pair("llama", tmp_path_factory.mktemp("narrow"), vocab_size=len(tiny.VOCAB) - 8)
-    jobs = [job for job in (*JOBS, *RICHER) if told(made, job).gap > CLEAR]
+    jobs = [job for job in (*JOBS, *EXTENDED_JOBS) if oracle_completion(made, job).gap > MIN_LOGIT_GAP]
     assert len(jobs) > 20
-    assert_as_the_oracle(made, jobs, generate(start(made), jobs))
+    assert_equals_oracle(made, jobs, generate(start(made), jobs))
 
 
 def test_lora_as_secondary_weights_matches_merged_model(zoo, start, tmp_path):
     own = zoo("qwen2").folder
-    made = tiny.Made(own, {}, models={"dpo": (tmp_path / "merged", ())})
-    given = tiny.Made(own, {}, models={"dpo": {"lora": str(tiny.lora(own, tmp_path))}})
-    jobs = [job for job in (*JOBS, *RICHER) if "sft" not in (job.recipient, job.donor)]
-    assert_as_the_oracle(made, jobs, generate(start(given), jobs))
+    made = tiny.TinyModel(own, {}, models={"dpo": (tmp_path / "merged", ())})
+    given = tiny.TinyModel(own, {}, models={"dpo": {"lora": str(tiny.write_lora(own, tmp_path))}})
+    jobs = [job for job in (*JOBS, *EXTENDED_JOBS) if "sft" not in (job.recipient, job.donor)]
+    assert_equals_oracle(made, jobs, generate(start(given), jobs))
 
 
 def test_too_little_memory_raises_with_missing_bytes(monkeypatch):

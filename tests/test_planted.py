@@ -13,7 +13,7 @@ WORDS = Sampling(max_tokens=4)
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    return tiny.planted(tmp_path_factory.mktemp("planted"))
+    return tiny.make_planted(tmp_path_factory.mktemp("planted"))
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def answers(engine, patch) -> set[str]:
 
 def test_the_model_is_what_it_claims_to_be(planted):
     """By the oracle: the adapters answer differently, and the planted neurons are all of the difference."""
-    sft, dpo = (oracle.model(*planted.of[name]) for name in ("sft", "dpo"))
-    mask = oracle.mask_of(tiny.PLANTED, planted.shape)
+    sft, dpo = (oracle.model(*planted.checkpoints[name]) for name in ("sft", "dpo"))
+    mask = oracle.build_mask(tiny.PLANTED, planted.shape)
     for prompt in tiny.PROMPTS:
         ids = tiny.tokenizer()(prompt)["input_ids"]
         runs = [(sft, None), (dpo, None), (sft, oracle.Patch(mask, donor=dpo)), (sft, oracle.Patch(~mask, donor=dpo))]

@@ -26,7 +26,7 @@ CHAT = [{"role": "user", "content": "bana"}]
 
 @pytest.fixture(scope="module")
 def lora(zoo, tmp_path_factory):
-    return tiny.lora(zoo("llama").folder, tmp_path_factory.mktemp("lora"))
+    return tiny.write_lora(zoo("llama").folder, tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture

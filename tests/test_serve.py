@@ -5,7 +5,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from jobs import ALL, IDS, JOBS, Job, told
+from jobs import ALL, IDS, JOBS, Job, oracle_completion
 from served import MISCOUNT
 from serving import CHAT, MANY, SAFE, SERVED, WORDS, complete
 
@@ -20,7 +20,7 @@ def test_patch_over_http_matches_oracle(offline, client):
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda job: complete(client, job), SERVED))
     for job, answer in zip(SERVED, answers, strict=True):
-        want = told(offline.made, job)
+        want = oracle_completion(offline.made, job)
         assert answer.choices[0].token_ids == want.ids, job
         assert answer.snpatch["overwrites"] == job.overwrites(10), job
         assert answer.snpatch["verified"] is True
@@ -68,7 +68,7 @@ def test_models_are_listed_and_generate_unpatched(offline, server, client):
     for path in ("/v1/models", "/metrics"):  # the model's folder is not for clients
         assert str(offline.made.folder) not in server.get(path).text
     for name in ("base", "sft", "dpo"):
-        want = told(offline.made, Job(1, name))
+        want = oracle_completion(offline.made, Job(1, name))
         answer = client.completions.create(
             model=name, prompt=IDS[1], max_tokens=10, temperature=0, extra_body={"return_token_ids": True}
         )

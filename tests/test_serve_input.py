@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from jobs import ALL, IDS, JOBS, RANKINGS, told
+from jobs import ALL, IDS, JOBS, RANKINGS, oracle_completion
 from serving import CHAT, SAFE, complete
 
 from snpatch import SnpatchError
@@ -288,5 +288,5 @@ def test_2000_malformed_bodies_are_4xx(server):
 def test_engine_patches_exactly_after_fuzzing(offline, server, client):
     """This test must run after the fuzz tests above."""
     for job in JOBS[2:6]:
-        assert complete(client, job).choices[0].token_ids == told(offline.made, job).ids
+        assert complete(client, job).choices[0].token_ids == oracle_completion(offline.made, job).ids
     assert not any(server.held().values()), server.held()

@@ -11,7 +11,7 @@ import tomllib
 import httpx
 import pytest
 from commands import run
-from jobs import ALL, IDS, JOBS, VALUES, Job, told
+from jobs import ALL, IDS, JOBS, VALUES, Job, oracle_completion
 from processes import command_line, descendants, wait_for
 from served import SPOIL, Server
 from serving import CAPACITY_OPTIONS, CHAT, CONSTANTS, LEAK, MANY, SAFE, WORDS, complete, patch_json, serve_options
@@ -82,7 +82,7 @@ def test_disconnected_clients_leave_nothing_behind(offline, server, client):
     asyncio.run(everything())
     wait_for(lambda: not any(server.held().values()), 10)
     for job in JOBS[2:5]:
-        assert complete(client, job).choices[0].token_ids == told(offline.made, job).ids
+        assert complete(client, job).choices[0].token_ids == oracle_completion(offline.made, job).ids
 
 
 def test_patched_request_does_not_change_later_plain_one(offline, server, client):
@@ -112,7 +112,7 @@ OVERFLOWING = {"recipient": "base", "interventions": [HUGE] * 3}
 def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(offline, server, client, tokens):
     """One completion, n completions and a stream; the half-filled blocks that they free are reused next."""
     jobs = [Job(i, "base") for i in range(4)] + JOBS[2:6]
-    want = [told(offline.made, job).ids for job in jobs]
+    want = [oracle_completion(offline.made, job).ids for job in jobs]
     body = {"model": "base", "prompt": [40, 41], "max_tokens": tokens, "ignore_eos": True, "snpatch": OVERFLOWING}
     for more in ({}, {"n": 3, "temperature": 1.0, "seed": 2}):
         answer = server.post(COMPLETIONS, {**body, **more})
@@ -142,7 +142,7 @@ def test_promise_4_overflowing_sweep_fails_only_its_completions(offline, server,
     ((name, summary),) = stream[-1:]
     assert (name, summary["failed"], summary["completions"]) == ("summary", 2, len(texts) - 2)
     job = JOBS[2]
-    assert complete(client, job).choices[0].token_ids == told(offline.made, job).ids
+    assert complete(client, job).choices[0].token_ids == oracle_completion(offline.made, job).ids
 
 
 # ---- uploads ---------------------------------------------------------------------------------------------------------
@@ -511,7 +511,7 @@ def test_overflowing_unpatched_completion_restarts_server(offline, narrow):
     wait_for(narrow.is_up, 180)
     assert narrow.process.poll() is None
     answer = narrow.post(COMPLETIONS, body, headers=KEY)
-    assert answer.json()["choices"][0]["token_ids"] == told(offline.made, job).ids
+    assert answer.json()["choices"][0]["token_ids"] == oracle_completion(offline.made, job).ids
 
 
 def test_sigterm_lets_streams_finish_with_receipts(narrow):

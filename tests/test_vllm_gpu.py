@@ -15,18 +15,18 @@ import tiny
 import torch
 from jobs import (
     ALL,
-    CLEAR,
     COMPLETIONS,
     GREEDY,
     IDS,
     JOBS,
+    MIN_LOGIT_GAP,
     Job,
-    assert_as_the_oracle,
+    assert_equals_oracle,
+    assert_logprobs_equal_generation,
     assert_ranking,
-    assert_read_as_written,
-    forced,
+    forced_sequences,
     generate,
-    told,
+    oracle_completion,
 )
 from spoiled import TOO_LARGE, fill_with_nan, overflowing
 from transformers import AutoModelForCausalLM
@@ -57,7 +57,7 @@ def start():
     """start(made, mode, **options): open an engine in this process and close the last one."""
     engines = []
 
-    def get(made: tiny.Made, mode: str, **options) -> Engine:
+    def get(made: tiny.TinyModel, mode: str, **options) -> Engine:
         while engines:
             engines.pop().close()
         gc.collect()
@@ -77,20 +77,20 @@ def test_float32_in_each_graph_mode_matches_transformers(zoo, start, mode):
     """Completions, log-probabilities, receipts, statistics and captures, also of batches without a captured graph."""
     made = zoo("llama")
     engine = start(made, mode)
-    jobs = [job for job in MANY_JOBS if told(made, job).gap > CLEAR]
+    jobs = [job for job in MANY_JOBS if oracle_completion(made, job).gap > MIN_LOGIT_GAP]
     assert len(jobs) >= 30
     for size in BATCHES:
-        assert_as_the_oracle(made, jobs[:size], generate(engine, jobs[:size]))
+        assert_equals_oracle(made, jobs[:size], generate(engine, jobs[:size]))
     for source in TOO_LARGE:
         error = dict(engine.run([overflowing(engine, [40, 41], source)]))[0].error
         assert "overflowed in float32 at layer 0 under its patch" in str(error)
-        assert_as_the_oracle(made, jobs[:8], generate(engine, jobs[:8]))
+        assert_equals_oracle(made, jobs[:8], generate(engine, jobs[:8]))
     fill_with_nan(engine)  # attention kernels may read a block past the end of its tokens
-    assert_as_the_oracle(made, jobs, generate(engine, jobs))
-    assert_read_as_written(engine, made, JOBS)
-    models = [oracle.model(*made.of[name]) for name in ("base", "dpo")]
+    assert_equals_oracle(made, jobs, generate(engine, jobs))
+    assert_logprobs_equal_generation(engine, made, JOBS)
+    models = [oracle.model(*made.checkpoints[name]) for name in ("base", "dpo")]
     ranking = engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
-    assert_ranking(ranking, oracle.contrast(*models, forced("completion")))
+    assert_ranking(ranking, oracle.contrast(*models, forced_sequences("completion")))
     adapters = {name: list(folders) for name, folders in made.adapters.items()}
     patches = [job.patch for job in JOBS[:8]]
     with Engine(made.folder, adapters, backend="transformers") as other:
@@ -103,12 +103,12 @@ def bf16(tmp_path_factory):
     """A Llama with heads of 64, which FlashAttention supports; oracle and engine load its bfloat16 weights."""
     folder = tmp_path_factory.mktemp("bf16")
     model = AutoModelForCausalLM.from_config(tiny.config("llama", head_dim=64), dtype=torch.float32)
-    tiny.fill(model, 1)
-    tiny.adapter(model, folder / "sft", ["down_proj"], seed=11)
-    tiny.adapter(model, folder / "dpo", ["down_proj"], seed=12)
+    tiny.init_weights(model, 1)
+    tiny.write_adapter(model, folder / "sft", ["down_proj"], seed=11)
+    tiny.write_adapter(model, folder / "dpo", ["down_proj"], seed=12)
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
-    return tiny.Made(folder / "model", {"sft": (folder / "sft",), "dpo": (folder / "sft", folder / "dpo")})
+    return tiny.TinyModel(folder / "model", {"sft": (folder / "sft",), "dpo": (folder / "sft", folder / "dpo")})
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -124,7 +124,7 @@ def test_bfloat16_at_odd_batch_sizes_is_near_the_oracle(bf16, start, mode):
         jobs = MANY_JOBS[:size]
         for job, completion in zip(jobs, generate(engine, jobs, GREEDY), strict=True):
             assert completion.overwrites == job.overwrites(10), job
-            want = told(bf16, job)
+            want = oracle_completion(bf16, job)
             same = sum(itertools.accumulate((a == b for a, b in zip(completion.token_ids, want.ids, strict=True)), min))
             if same < len(want.ids):
                 best, second = want.logits[same].topk(2).values.tolist()

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from cuda_code import kept, launches
-from jobs import JOBS, assert_as_the_oracle, generate
+from cuda_code import copy_graph, launches
+from jobs import JOBS, assert_equals_oracle, generate
 
 from snpatch import Engine
 
@@ -39,7 +39,7 @@ def forced(tmp_path_factory):
         vllm_config.compilation_config.custom_ops = ["none"]  # as on a GPU
 
     def compile_and_keep(self, graph, *args, **kwargs):
-        compiled.append(kept(graph))
+        compiled.append(copy_graph(graph))
         return compiler(self, graph, *args, **kwargs)
 
     def artifacts():
@@ -64,8 +64,8 @@ def forced(tmp_path_factory):
         yield start
 
 
-def engine_factory(made: tiny.Made):
-    return lambda: Engine(made.folder, **made.given, backend="vllm", **OPTIONS)
+def engine_factory(made: tiny.TinyModel):
+    return lambda: Engine(made.folder, **made.engine_arguments, backend="vllm", **OPTIONS)
 
 
 @contextmanager
@@ -81,10 +81,10 @@ def test_pieces_are_compiled_once_then_loaded_and_match_the_oracle(zoo, forced):
     made = zoo("llama")
     with forced(engine_factory(made)) as cold:
         assert (cold.saved, cold.loaded) == (1, 0)
-        assert_as_the_oracle(made, JOBS, generate(cold.engine, JOBS))
+        assert_equals_oracle(made, JOBS, generate(cold.engine, JOBS))
     with forced(engine_factory(made)) as warm:
         assert (warm.saved, warm.loaded) == (0, 1)
-        assert_as_the_oracle(made, JOBS, generate(warm.engine, JOBS))
+        assert_equals_oracle(made, JOBS, generate(warm.engine, JOBS))
     # A layer's name is an input of its piece; as a constant it would make a different graph of each layer.
     assert len(cold.pieces) == tiny.LAYERS + 1
     first, other = ([(n.op, str(n.target)) for n in g.graph.nodes if n.op == "call_function"] for g in cold.pieces[1:3])
@@ -112,4 +112,4 @@ def test_secondary_weights_are_compiled_once_then_loaded(pairs, forced):
     for want in ((1, 0), (0, 1)):
         with forced(engine_factory(made)) as pair:
             assert (pair.saved, pair.loaded) == want
-            assert_as_the_oracle(made, JOBS, generate(pair.engine, JOBS))
+            assert_equals_oracle(made, JOBS, generate(pair.engine, JOBS))

@@ -15,7 +15,18 @@ import oracle
 import pytest
 import tiny
 import torch
-from jobs import ALL, COMPLETIONS, IDS, JOBS, RANKINGS, Job, assert_as_the_oracle, assert_ranking, forced, generate
+from jobs import (
+    ALL,
+    COMPLETIONS,
+    IDS,
+    JOBS,
+    RANKINGS,
+    Job,
+    assert_equals_oracle,
+    assert_ranking,
+    forced_sequences,
+    generate,
+)
 from processes import command_line, descendants, is_running, wait_for
 
 from snpatch import Engine, Sampling, SnpatchError
@@ -42,10 +53,10 @@ def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(zoo):
     made = zoo("llama")
     with start(made, enforce_eager=False, tensor_parallel_size=2) as engine:
         jobs = [*JOBS, *KV_JOBS]
-        assert_as_the_oracle(made, jobs, generate(engine, jobs))
-        models = [oracle.model(*made.of[name]) for name in ("sft", "dpo")]
+        assert_equals_oracle(made, jobs, generate(engine, jobs))
+        models = [oracle.model(*made.checkpoints[name]) for name in ("sft", "dpo")]
         ranking = engine.contrast(IDS, "sft", "dpo", completions=COMPLETIONS, exclude_layers=())
-        assert_ranking(ranking, oracle.contrast(*models, forced("completion")))
+        assert_ranking(ranking, oracle.contrast(*models, forced_sequences("completion")))
         captured = engine.capture(IDS, "sft", RANKINGS[0], ALL)
         want = torch.stack([models[0].activations(ids)[-1][tuple(RANKINGS[0].top(ALL).T)] for ids in IDS])
         assert (captured - want).abs().max() <= 1e-5 * want.abs().max()

@@ -16,7 +16,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from jobs import COMPLETIONS, IDS, JOBS, Job, forced, generate, told
+from jobs import COMPLETIONS, IDS, JOBS, Job, forced_sequences, generate, oracle_completion
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -213,7 +213,7 @@ FORMATS = {
 }
 
 
-def write_checkpoint(made: tiny.Made, folder: Path, form: Format) -> tuple[tiny.Made, tiny.Made]:
+def write_checkpoint(made: tiny.TinyModel, folder: Path, form: Format) -> tuple[tiny.TinyModel, tiny.TinyModel]:
     """Write a quantized checkpoint and its dequantized float32 copy."""
     model, dtype = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32), getattr(torch, form.dtype)
     tensors = {}
@@ -225,20 +225,23 @@ def write_checkpoint(made: tiny.Made, folder: Path, form: Format) -> tuple[tiny.
             for part, tensor in module.named_parameters(recurse=False):
                 tensors[f"{name}.{part}"] = tensor.data.to(dtype)
                 tensor.data = tensor.data.to(dtype).float()
-    copy, checkpoint = tiny.Made(folder / "copy", made.adapters), tiny.Made(folder / "checkpoint", made.adapters)
+    copy, checkpoint = (
+        tiny.TinyModel(folder / "copy", made.adapters),
+        tiny.TinyModel(folder / "checkpoint", made.adapters),
+    )
     model.save_pretrained(copy.folder)
     shutil.copytree(made.folder, checkpoint.folder, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, checkpoint.folder / "model.safetensors", metadata={"format": "pt"})
     configure(checkpoint, form.dtype, form.settings)
     for name in ("base", "sft", "dpo"):
-        for path, module in oracle.model(*copy.of[name]).model.named_modules():
+        for path, module in oracle.model(*copy.checkpoints[name]).model.named_modules():
             is_quantized = isinstance(module, torch.nn.Linear) and path != "lm_head"
             if is_quantized and (inputs := form.linear(path).inputs):
                 module.register_forward_pre_hook(lambda _m, args, f=inputs: (f(args[0]),))
     return checkpoint, copy
 
 
-def configure(made: tiny.Made, dtype: str, settings: dict) -> None:
+def configure(made: tiny.TinyModel, dtype: str, settings: dict) -> None:
     path = made.folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": dtype, "quantization_config": settings}))
 
@@ -248,7 +251,7 @@ class Served:
     """An engine on a quantized checkpoint, and the oracle's copy."""
 
     engine: Engine
-    copy: tiny.Made
+    copy: tiny.TinyModel
     form: Format
 
     @property
@@ -313,7 +316,7 @@ BATCH += [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
 @pytest.mark.engine
 def test_mixed_batch_matches_the_oracle(served):
     """Tokens up to the first close choice, receipts, log-probabilities of the oracle's tokens, and change scores."""
-    wants, compared = [told(served.copy, job) for job in BATCH], 0
+    wants, compared = [oracle_completion(served.copy, job) for job in BATCH], 0
     for job, want, completion in zip(BATCH, wants, generate(served.engine, BATCH), strict=True):
         assert completion.overwrites == job.overwrites(10)
         best, second = want.logits.topk(2).values.unbind(1)
@@ -327,8 +330,8 @@ def test_mixed_batch_matches_the_oracle(served):
     assert errors.max() <= served.form.logprob
     assert errors.quantile(0.95) <= served.form.usual
     ranking = served.engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
-    models = [oracle.model(*served.copy.of[name]) for name in ("base", "dpo")]
-    want = oracle.contrast(*models, forced("completion"))["scores"]
+    models = [oracle.model(*served.copy.checkpoints[name]) for name in ("base", "dpo")]
+    want = oracle.contrast(*models, forced_sequences("completion"))["scores"]
     assert (ranking.scores - want).abs().max() <= served.form.scores * want.max()
 
 
@@ -465,7 +468,7 @@ TESTED = r"because it is not tested \(tested: AWQ, GPTQ, .*int W4A16.*\); allow_
 
 def config_of(made, folder, settings, **options):
     """Return the config with which vLLM would start."""
-    checkpoint = tiny.Made(folder / "model", made.adapters)
+    checkpoint = tiny.TinyModel(folder / "model", made.adapters)
     shutil.copytree(made.folder, checkpoint.folder)
     if settings:
         configure(checkpoint, "float16", settings)

@@ -1,4 +1,4 @@
-"""The command line on the golden model, inside this process."""
+"""The command line on the golden model, run inside this process."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def ranking(tmp_path_factory):
 
 
 def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of one command line."""
+    """Return (exit code, stdout, stderr) of a command line."""
     capsys.readouterr()
     argv, sys.argv = sys.argv, ["snpatch", *map(str, arguments)]
     try:

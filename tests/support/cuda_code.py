@@ -1,6 +1,7 @@
-"""The CUDA code that Inductor makes of a graph, without a GPU: the kernels that it launches, in order.
+"""The CUDA code that Inductor generates for a graph, without a GPU: the kernels that it launches, in order.
 
-Inductor asks the driver for the card's name and sizes alone, and compiles nothing before the code is run.
+Why this works without a GPU: Inductor asks the driver only for the card's name and sizes, and compiles nothing before
+the code runs.
 """
 
 import copy
@@ -22,10 +23,10 @@ LAUNCH = re.compile(r"^\s+(?:(triton_\w+)\.run\(|(extern_kernels\.\w+)\(|\w+ = (
 
 
 def launches(graph: torch.fx.GraphModule) -> list[str]:
-    """Names of the kernels and ops that a step of a piece of vLLM's graph launches, in their order."""
+    """Return the names of the kernels and ops that a step of a piece of vLLM's graph launches, in order."""
     code = _cuda_code(graph)
     body = "\n".join(line for line in code[code.index("def call") :].splitlines() if not line.strip().startswith("#"))
-    return [next(filter(None, found.groups())) for found in LAUNCH.finditer(body)]
+    return [next(filter(None, match.groups())) for match in LAUNCH.finditer(body)]
 
 
 def _cuda_code(graph: torch.fx.GraphModule) -> str:
@@ -75,19 +76,19 @@ def _cuda_code(graph: torch.fx.GraphModule) -> str:
 
 
 def _inputs(graph: torch.fx.GraphModule) -> tuple[dict, dict]:
-    """Of the graph's placeholders, by their place: numbers and others; and the (shape, dtype) of tensors."""
+    """Return the graph's placeholders by index: values of numbers and others, and (shape, dtype) of tensors."""
     others, tensors = {}, {}
-    for place, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder"):
+    for index, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder"):
         value = node.meta.get("example_value", node.meta.get("val"))
         if isinstance(value, torch.Tensor):
-            tensors[place] = tuple(map(_size, value.shape)), value.dtype
+            tensors[index] = tuple(map(_size, value.shape)), value.dtype
         else:
-            others[place] = _size(value) if isinstance(value, int | torch.SymInt) else value
+            others[index] = _size(value) if isinstance(value, int | torch.SymInt) else value
     return others, tensors
 
 
 def _size(size) -> int:
-    """A dimension: T or 2 * T of a symbol, or a number."""
+    """Return a dimension: a number, or T or 2 * T for a symbol."""
     text = str(size)
     return int(text) if text.isdigit() else 2 * TOKENS if text.startswith("2*") else TOKENS
 
@@ -99,10 +100,10 @@ def _pretend_there_is_a_card(patch: pytest.MonkeyPatch) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    known = DeviceProperties(type="cuda", index=0, multi_processor_count=132, cc=90, major=9,
+    properties = DeviceProperties(type="cuda", index=0, multi_processor_count=132, cc=90, major=9,
                              regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
                              max_threads_per_block=1024, warp_size=32)  # fmt: skip
-    patch.setattr(DeviceProperties, "create", classmethod(lambda cls, device: known))
+    patch.setattr(DeviceProperties, "create", classmethod(lambda cls, device: properties))
     for name, value in {
         "get_device_properties": SimpleNamespace(**CARD), "get_device_capability": (9, 0), "is_available": True,
         "device_count": 1, "current_device": 0, "_is_compiled": True,
@@ -120,6 +121,6 @@ def _pretend_there_is_a_card(patch: pytest.MonkeyPatch) -> None:
                 patch.setattr(module, name, lambda *_, **__: True)
 
 
-def kept(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A copy of a graph that its compiler may change."""
+def copy_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Return a copy of a graph that the compiler may change."""
     return copy.deepcopy(graph)

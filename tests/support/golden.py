@@ -1,4 +1,4 @@
-"""The published implementation's outputs in tests/goldens, and how they are told to an engine."""
+"""The published implementation's outputs in tests/goldens, as an engine's patches and expected results."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from snpatch import Constant, Patch, Ranking, Sampling
 HOME = Path(__file__).parents[1] / "goldens" / "A"
 SHAPE = (4, 352)
 ADAPTERS = {"sft": [HOME / "adapters" / "sft"], "dpo": [HOME / "adapters" / "sft", HOME / "adapters" / "dpo"]}
-RELATIVE = 1e-5  # of the largest value: arrays of the contrast, features; of itself: perplexity
+RELATIVE = 1e-5  # to the largest value for a contrast's arrays and features, to the value for perplexity
 LOGITS = 1e-4
 WRITE = Sampling(max_tokens=24)
 PAD = 3
@@ -34,13 +34,13 @@ RANKING = Ranking.from_order(
 )
 
 
-def assert_near(got: torch.Tensor, want: torch.Tensor, relative: float = RELATIVE):
-    assert got.shape == want.shape
-    assert (got - want).abs().max() <= relative * want.abs().max()
+def assert_near(got: torch.Tensor, expected: torch.Tensor, relative: float = RELATIVE):
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= relative * expected.abs().max()
 
 
 def patch_of(run: dict) -> Patch | str:
-    """What a run of generation.json or ablation.json asks for."""
+    """Return the patch of a run in generation.json or ablation.json."""
     if "value" in run:
         donor = {
             "zero": lambda: Constant.zero(RANKING),

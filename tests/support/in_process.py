@@ -59,7 +59,7 @@ def start(in_process, zoo):
         gc.collect()
         made = zoo(architecture) if isinstance(architecture, str) else architecture
         with _untouched(Olmo2Model, Olmo3Model):
-            engines.append(Engine(made.folder, **made.given, backend="vllm", **{**SMALL, **options}))
+            engines.append(Engine(made.folder, **made.engine_arguments, backend="vllm", **{**SMALL, **options}))
         return engines[0]
 
     yield get

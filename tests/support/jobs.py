@@ -1,4 +1,4 @@
-"""Prompts, patches and texts that both executors are given, told to the product and to the oracle."""
+"""Prompts and patches that both executors are tested with, as the product and as the oracle take them."""
 
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -15,12 +15,12 @@ ALL = tiny.LAYERS * tiny.NEURONS
 ENCODE = tiny.tokenizer()
 IDS = [list(ENCODE(prompt)["input_ids"]) for prompt in tiny.PROMPTS]
 GREEDY = Sampling(max_tokens=10, logprobs=True)
-LOGPROB = 1e-4  # largest error of a float32 log-probability
-CLEAR = 3e-5  # smallest distance of the two best logits at which a text is worth comparing
+LOGPROB = 1e-4  # largest allowed error of a float32 log-probability
+MIN_LOGIT_GAP = 3e-5  # between the two largest logits; below it rounding decides the token
 
 
 def random_order(seed: int) -> list[tuple[int, int]]:
-    """All neurons in a random order."""
+    """Return all neurons in a random order."""
     order = torch.randperm(ALL, generator=torch.Generator().manual_seed(seed)).tolist()
     return [(flat // tiny.NEURONS, flat % tiny.NEURONS) for flat in order]
 
@@ -32,33 +32,33 @@ VALUES = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A prompt and what to do with it, as the product and as the oracle are told."""
+    """A prompt and its patch, convertible to the product's and to the oracle's patch."""
 
     prompt: int
     recipient: str
-    donor: str | torch.Tensor | None = None  # a model, a constant's values, or a noise's deviations
+    donor: str | torch.Tensor | None = None  # a model, a constant's values, or a noise's standard deviations
     window: tuple[int, int] = (0, 0)
     positions: str | int = "all"
     order: int = 0
     seed: int | None = None  # of noise
     strength: float = field(default=1.0, kw_only=True)
     mode: str = field(default="replace", kw_only=True)  # of a constant
-    factor: float | None = field(default=None, kw_only=True)  # the donor is the own value times this
+    factor: float | None = field(default=None, kw_only=True)  # the source is the recipient's own value times this
     further: "tuple[Job, ...]" = field(default=(), kw_only=True)  # interventions on the same prompt and recipient
-    suffix: str = field(default="", kw_only=True)  # of adapter names
+    suffix: str = field(default="", kw_only=True)  # appended to adapter names
 
     @property
     def ids(self) -> list[int]:
         return IDS[self.prompt]
 
     @property
-    def speaker(self) -> str:
+    def recipient_name(self) -> str:
         return self.recipient if self.recipient == "base" else self.recipient + self.suffix
 
     @property
     def patch(self) -> Patch | str:
         if not self.is_patched:
-            return self.speaker
+            return self.recipient_name
         if self.factor is not None:
             donor = Scale(self.factor)
         elif self.seed is not None:
@@ -66,8 +66,8 @@ class Job:
         else:
             donor = self.donor + self.suffix if isinstance(self.donor, str) else Constant(self.donor, self.mode)
         own = Intervention(donor, RANKINGS[self.order], self.window, self.positions, self.strength)
-        further = [one.within(self).patch.interventions[0] for one in self.further]
-        return Patch(self.speaker, interventions=[own, *further])
+        further = [job.within(self).patch.interventions[0] for job in self.further]
+        return Patch(self.recipient_name, interventions=[own, *further])
 
     def within(self, job: "Job") -> "Job":
         """Return a further intervention as a job of its own."""
@@ -86,13 +86,13 @@ class Job:
         return {"all": (0, 10**6), "prompt": (0, n), "completion": (n, 10**6)}[self.positions]
 
     def oracle(self, made) -> tuple[oracle.Model, oracle.Patch | None]:
-        recipient = oracle.model(*made.of[self.speaker])
+        recipient = oracle.model(*made.checkpoints[self.recipient_name])
         if not self.is_patched:
             return recipient, None
-        mask = oracle.mask_of(ORDERS[self.order][slice(*self.window)], SHAPE)
+        mask = oracle.build_mask(ORDERS[self.order][slice(*self.window)], SHAPE)
         start, stop = self.span
         if isinstance(self.donor, str):
-            values = {"donor": oracle.model(*made.of[self.donor + self.suffix])}
+            values = {"donor": oracle.model(*made.checkpoints[self.donor + self.suffix])}
         elif self.factor is not None:
             values = {"constant": torch.zeros(SHAPE)}
         else:
@@ -101,15 +101,15 @@ class Job:
         keep, take = 1.0 if is_added else 1 - self.strength, self.strength
         if self.factor is not None:
             keep = 1 - self.strength + self.strength * self.factor
-        then = tuple(one.within(self).oracle(made)[1] for one in self.further)
+        then = tuple(job.within(self).oracle(made)[1] for job in self.further)
         return recipient, oracle.Patch(mask, **values, start=start, stop=stop, keep=keep, take=take, then=then)
 
-    def overwrites(self, written: int) -> int:
-        """Neurons x patched positions; the last written token is never read."""
+    def overwrites(self, num_tokens: int) -> int:
+        """Return neurons x patched positions; the last generated token is never read."""
         start, stop = self.span
-        positions = max(0, min(stop, len(self.ids) + written - 1) - start)
-        own = (self.window[1] - self.window[0]) * positions if self.is_patched else 0
-        return own + sum(one.within(self).overwrites(written) for one in self.further)
+        positions = max(0, min(stop, len(self.ids) + num_tokens - 1) - start)
+        count = (self.window[1] - self.window[0]) * positions if self.is_patched else 0
+        return count + sum(job.within(self).overwrites(num_tokens) for job in self.further)
 
 
 JOBS = [
@@ -132,8 +132,8 @@ JOBS = [
 ]
 
 
-# What more a patch can be, and recipients and donors the other way round.
-RICHER = [
+# Strengths, added constants, scales, and recipients and donors swapped.
+EXTENDED_JOBS = [
     Job(2, "sft", "dpo", (0, 150), strength=0.5),
     Job(4, "base", "dpo", (20, 120), order=1, strength=1.5),
     Job(0, "base", "dpo", (0, 90), strength=-0.5),
@@ -146,8 +146,8 @@ RICHER = [
     Job(5, "dpo", "base", (30, 140), -3, order=1, strength=1.25),
 ]
 
-# Of a pair: both models of a patch on one set of weights, the second set's own adapters.
-SAME_SET = [
+# With secondary weights: both models of a patch on one set of weights, and adapters on the secondary weights.
+SAME_WEIGHTS_JOBS = [
     Job(3, "tuned", "dpo", (0, 120)),
     Job(6, "dpo", "tuned", (20, 90)),
     Job(4, "dpo", "dpo", (0, 50)),
@@ -156,7 +156,7 @@ SAME_SET = [
 ]
 
 # Several interventions: a constant and a donor, windows that overlap, other positions, noise, a scaled copy.
-SEVERAL = [
+INTERVENTION_JOBS = [
     Job(2, "sft", "dpo", (0, 90), further=(Job(0, "", VALUES, (60, 140), order=1),)),
     Job(0, "base", "dpo", (0, 60), "prompt", further=(Job(0, "", "dpo", (60, 200), "completion", strength=0.5),)),
     Job(4, "sft", 0.2 * VALUES.abs(), (0, 50), seed=5, further=(Job(0, "", "dpo", (20, 80), order=1),)),
@@ -176,70 +176,72 @@ def generate(engine, jobs, sampling=GREEDY):
     return engine.generate([job.ids for job in jobs], [job.patch for job in jobs], sampling)
 
 
-def written(completions) -> list[tuple]:
+def completion_data(completions) -> list[tuple]:
     return [(c.token_ids, c.text, c.finish_reason, c.stop_reason, c.overwrites) for c in completions]
 
 
 @cache
-def told(made: tiny.Made, job: Job) -> oracle.Written:
-    """The oracle's text of 10 tokens."""
+def oracle_completion(made: tiny.TinyModel, job: Job) -> oracle.Generation:
+    """Return the oracle's completion of 10 tokens."""
     recipient, patch = job.oracle(made)
     return oracle.generate(recipient, job.ids, 10, patch)
 
 
-def assert_as_the_oracle(made, jobs, completions):
+def assert_equals_oracle(made, jobs, completions):
     for job, completion in zip(jobs, completions, strict=True):
-        want = told(made, job)
-        assert want.gap > CLEAR, f"{job}: too close to call, choose other weights"
-        assert completion.token_ids == want.ids, job
-        assert completion.logprobs == pytest.approx(want.logprobs, abs=LOGPROB)
+        expected = oracle_completion(made, job)
+        assert expected.gap > MIN_LOGIT_GAP, f"{job}: logits too close, choose other weights"
+        assert completion.token_ids == expected.ids, job
+        assert completion.logprobs == pytest.approx(expected.logprobs, abs=LOGPROB)
         assert completion.overwrites == job.overwrites(10), job
         assert completion.prompt_ids == job.ids
         assert completion.finish_reason == "length"
 
 
-def assert_read_as_written(engine, made, jobs):
+def assert_logprobs_equal_generation(engine, made, jobs):
     """Compare logprobs of the oracle's texts, given as completions, with those of their generation.
 
     `positions` distinguishes completions from prompts. Every token but a wrong last one is greedy.
     """
-    texts = [told(made, job) for job in jobs]
-    wrong = [[*text.ids[:-1], (text.ids[-1] + 1) % 90 + 10] for text in texts]
+    expected = [oracle_completion(made, job) for job in jobs]
+    wrong = [[*one.ids[:-1], (one.ids[-1] + 1) % 90 + 10] for one in expected]
     prompts, patches = [job.ids for job in jobs], [job.patch for job in jobs]
-    for text, found in zip(texts, engine.logprobs(prompts, patches, completions=[t.ids for t in texts]), strict=True):
-        assert found.values.dtype == torch.float32
-        assert found.values.tolist() == pytest.approx(text.logprobs, abs=LOGPROB)
-        assert found.is_greedy.all()
-    for found in engine.logprobs(prompts, patches, completions=wrong):
-        assert found.is_greedy.tolist() == [True] * 9 + [False]
+    results = engine.logprobs(prompts, patches, completions=[one.ids for one in expected])
+    for one, result in zip(expected, results, strict=True):
+        assert result.values.dtype == torch.float32
+        assert result.values.tolist() == pytest.approx(one.logprobs, abs=LOGPROB)
+        assert result.is_greedy.all()
+    for result in engine.logprobs(prompts, patches, completions=wrong):
+        assert result.is_greedy.tolist() == [True] * 9 + [False]
 
 
 COMPLETIONS = [[20 + (7 * i + 3 * j) % 80 for j in range(n)] for i, n in enumerate((6, 3, 0, 9, 1, 4, 2, 5))]
 MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
 
 
-def assert_ranking(ranking, want, order: bool = True):
+def assert_ranking(ranking, expected, order: bool = True):
     for name in ("scores", *MOMENTS):
         got = ranking.scores if name == "scores" else ranking.moments[name]
-        assert (got - want[name]).abs().max() <= 1e-5 * want[name].abs().max(), name
-    assert ranking.meta["tokens"] == want["tokens"]
+        assert (got - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+    assert ranking.meta["tokens"] == expected["tokens"]
     if order:
-        scores = want["scores"].flatten()[ranking.rank.flatten().argsort()][: len(ranking)]
+        scores = expected["scores"].flatten()[ranking.rank.flatten().argsort()][: len(ranking)]
         assert (scores.diff() < 1e-5 * scores.max()).all(), "not ranked by score"
 
 
-def assert_ranked_alone(ranking, model):
-    """By the size of one model's own activations, with its moments and nobody else's."""
-    want = oracle.contrast(model, model, forced("completion"))
-    size = (want["recipient_mean"].square() + want["recipient_std"].square() * (1 - 1 / want["tokens"])).sqrt()
+def assert_ranked_by_one_model(ranking, model):
+    """Check that a ranking is by the RMS of one model's activations and has only that model's moments."""
+    expected = oracle.contrast(model, model, forced_sequences("completion"))
+    variance = expected["recipient_std"].square() * (1 - 1 / expected["tokens"])
+    size = (expected["recipient_mean"].square() + variance).sqrt()
     assert (ranking.scores - size).abs().max() <= 1e-5 * size.max()
     assert ranking.moments.keys() == {"recipient_mean", "recipient_std"}
     for name, moment in ranking.moments.items():
-        assert (moment - want[name]).abs().max() <= 1e-5 * want[name].abs().max()
+        assert (moment - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max()
     assert ranking.meta["donor"] is None
 
 
-def forced(positions: str) -> list[tuple[list[int], list[int]]]:
+def forced_sequences(positions: str) -> list[tuple[list[int], list[int]]]:
     """COMPLETIONS after their prompts, with the positions that `positions` names."""
     return [
         (prompt + text, oracle.scored_positions(positions, len(prompt), len(text)))
@@ -247,18 +249,18 @@ def forced(positions: str) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def assert_none_and_all_are_the_pure_texts(engine):
-    """Promise 1. down_proj adapters alone: with every neuron patched nothing of the recipient is left."""
+def assert_k_zero_and_all_give_pure_completions(engine):
+    """Check promise 1 for down_proj adapters: with all neurons patched, nothing of the recipient is left."""
     for recipient in ("base", "sft"):
         none = [Job(i, recipient, "dpo", (0, 0)) for i in range(8)]
-        every = [Job(i, recipient, "dpo", (0, ALL)) for i in range(8)]
+        full = [Job(i, recipient, "dpo", (0, ALL)) for i in range(8)]
         plain = [Job(i, name) for name in (recipient, "dpo") for i in range(8)]
-        texts = [c.token_ids for c in generate(engine, [*none, *every])]
-        assert texts == [c.token_ids for c in generate(engine, plain)]
+        token_ids = [c.token_ids for c in generate(engine, [*none, *full])]
+        assert token_ids == [c.token_ids for c in generate(engine, plain)]
 
 
-def assert_patched_into_itself_it_gives_its_own_text(engine, model):
-    """Promise 2."""
+def assert_self_patch_changes_nothing(engine, model):
+    """Check promise 2."""
     plain = generate(engine, [Job(i, model) for i in range(8)])
     patched = generate(engine, [Job(i, model, model, (0, k)) for i, k in enumerate((0, 1, 50, ALL, 7, 100, ALL, 3))])
     assert [c.token_ids for c in patched] == [c.token_ids for c in plain]
@@ -266,9 +268,9 @@ def assert_patched_into_itself_it_gives_its_own_text(engine, model):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
-def assert_together_as_alone(together, alone, logprob: float):
-    """Promise 3: what a batch gave and what its requests gave one by one."""
-    assert written(together) == written(alone)
+def assert_batch_equals_single(together, alone, logprob: float):
+    """Check promise 3: a batch gives what its requests give one by one."""
+    assert completion_data(together) == completion_data(alone)
     for one, other in zip(together, alone, strict=True):
         assert (one.logprobs is None) == (other.logprobs is None)
         assert one.logprobs is None or one.logprobs == pytest.approx(other.logprobs, abs=logprob)

@@ -1,7 +1,7 @@
-"""The oracle: two plain transformers models with hooks, written apart from the product and slow on purpose.
+"""The oracle: two plain transformers models with hooks, independent of the product and slow on purpose.
 
-One prompt at a time, no padding, no KV cache, attention in its eager form, float32; statistics in float64 over every
-value. A neuron is what enters `down_proj` after the IA3 scale.
+One prompt at a time, no padding, no KV cache, eager attention, float32; statistics in float64 over stored values. A
+neuron is an input of `down_proj` after the IA3 scale.
 """
 
 import math
@@ -20,7 +20,7 @@ WORD = 2**32
 
 @cache
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox-4x32-10. Source: Salmon et al. 2011; its test vectors are in test_ops_patched_glu.py."""
+    """Compute Philox-4x32-10. Source: Salmon et al. 2011; test vectors are in test_ops_patched_glu.py."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -31,60 +31,60 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 
 
 def normal(seed: int, position: int, layer: int, neuron: int) -> float:
-    """The noise of one neuron at one position: Box and Muller over the top 24 bits of two Philox words."""
+    """Return the noise of one neuron at one position: Box-Muller on the top 24 bits of two Philox words."""
     first, second, _, _ = philox((neuron, layer, position, 0), (seed, 0))
     return math.sqrt(-2 * math.log(((first >> 8) + 1) / 2**24)) * math.cos(2 * math.pi * (second >> 8) / 2**24)
 
 
 def read_ia3(folders: list[Path]) -> dict[tuple[int, str], Tensor]:
-    """(layer, module's last name) -> the product of the folders' vectors."""
+    """Return (layer, module's last name) -> product of the folders' vectors."""
     vectors: dict[tuple[int, str], Tensor] = {}
     for folder in folders:
         for key, vector in load_file(Path(folder) / "adapter_model.safetensors").items():
             parts = key.split(".")
-            place = int(parts[parts.index("layers") + 1]), parts[-2]
-            vectors[place] = vectors.get(place, 1.0) * vector.reshape(-1)
+            module = int(parts[parts.index("layers") + 1]), parts[-2]
+            vectors[module] = vectors.get(module, 1.0) * vector.reshape(-1)
     return vectors
 
 
 class Model:
-    """One model: the folder's weights and, through hooks, its adapters' vectors."""
+    """One model: a folder's weights with adapters applied by hooks."""
 
     def __init__(self, folder: Path, adapters: tuple[Path, ...] = ()) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
         self.model.eval()
         self.layers = self.model.model.layers
         self.n_neurons = self.model.config.intermediate_size
-        self.seen: list[Tensor] = []  # a layer: [T, F], before the overwrite
+        self.layer_values: list[Tensor] = []  # per layer [T, F], before the overwrite
         self._overwrite: Callable[[int, Tensor], Tensor] | None = None
         vectors = read_ia3(list(adapters))
         for index, layer in enumerate(self.layers):
             vector = vectors.pop((index, "down_proj"), torch.ones(self.n_neurons))
-            layer.mlp.down_proj.register_forward_pre_hook(self._neurons(index, vector))
+            layer.mlp.down_proj.register_forward_pre_hook(self._neuron_hook(index, vector))
             for name in ("k_proj", "v_proj"):
                 if (index, name) in vectors:
                     vector = vectors.pop((index, name))
                     getattr(layer.self_attn, name).register_forward_hook(lambda _m, _i, out, v=vector: out * v)
-        assert not vectors, f"vectors without a place: {list(vectors)}"
+        assert not vectors, f"vectors without a module: {list(vectors)}"
 
-    def _neurons(self, index: int, vector: Tensor):
+    def _neuron_hook(self, index: int, vector: Tensor):
         def hook(_module, inputs):
             value = inputs[0] * vector
-            self.seen.append(value[0].clone())
+            self.layer_values.append(value[0].clone())
             return (value if self._overwrite is None else self._overwrite(index, value[0])[None],)
 
         return hook
 
     @torch.inference_mode()
     def forward(self, ids: list[int], overwrite: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
-        """Logits [T, V]; `seen` then holds the activations."""
-        self.seen, self._overwrite = [], overwrite
+        """Return logits [T, V]; `layer_values` then has the activations."""
+        self.layer_values, self._overwrite = [], overwrite
         return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
 
     def activations(self, ids: list[int]) -> Tensor:
-        """[T, L, F] of an unpatched run."""
+        """Return the activations [T, L, F] of an unpatched run."""
         self.forward(ids)
-        return torch.stack(self.seen, dim=1)
+        return torch.stack(self.layer_values, dim=1)
 
 
 @lru_cache(maxsize=12)
@@ -94,8 +94,11 @@ def model(folder: Path, adapters: tuple[Path, ...] = ()) -> Model:
 
 @dataclass
 class Patch:
-    """mask [L, F] bool: neurons to overwrite, at positions from `start` up to `stop`, with keep * the own value +
-    take * the source's: the donor model's, `constant` [L, F], or `deviation` [L, F] times the noise of `seed`."""
+    """One intervention, and the further ones in `then`.
+
+    mask: [L, F] bool, neurons to overwrite at positions [start, stop) with keep * own value + take * source. The source
+    is the donor model's value, `constant` [L, F], or `deviation` [L, F] times the noise of `seed`.
+    """
 
     mask: Tensor
     donor: Model | None = None
@@ -109,12 +112,12 @@ class Patch:
     then: "tuple[Patch, ...]" = ()
 
     def forward(self, recipient: Model, ids: list[int]) -> Tensor:
-        """The patched recipient's logits [T, V] over ids."""
-        overwrites = [clause._overwrite(ids) for clause in (self, *self.then)]
+        """Return the patched recipient's logits [T, V]."""
+        overwrites = [patch._overwrite(ids) for patch in (self, *self.then)]
 
         def overwrite(layer: int, value: Tensor) -> Tensor:
-            for one in overwrites:
-                value = one(layer, value)
+            for apply in overwrites:
+                value = apply(layer, value)
             return value
 
         return recipient.forward(ids, overwrite)
@@ -123,7 +126,7 @@ class Patch:
         positions = range(self.start, min(self.stop, len(ids)))
         if self.donor is not None:
             self.donor.forward(ids)
-            donated = self.donor.seen
+            donor_values = self.donor.layer_values
 
         def overwrite(layer: int, value: Tensor) -> Tensor:
             value = value.clone()
@@ -134,7 +137,7 @@ class Patch:
                     for neuron in mask.nonzero().flatten().tolist():
                         new[neuron] = self.deviation[layer, neuron].item() * normal(self.seed, position, layer, neuron)
                 else:
-                    new = self.constant[layer] if self.donor is None else donated[layer][position]
+                    new = self.constant[layer] if self.donor is None else donor_values[layer][position]
                 value[position, mask] = self.keep * own[mask] + self.take * new[mask]
             return value
 
@@ -142,8 +145,8 @@ class Patch:
 
 
 @dataclass
-class Written:
-    """A greedy continuation. gap: the smallest distance between the best and the second best logit."""
+class Generation:
+    """A greedy completion. gap: the smallest difference between the largest and the second largest logit."""
 
     ids: list[int]
     logprobs: list[float]
@@ -158,8 +161,8 @@ def generate(
     patch: Patch | None = None,
     eos: int | None = None,
     min_tokens: int = 0,
-) -> Written:
-    """Greedy; every step computes everything anew. An EOS that ends the text is kept."""
+) -> Generation:
+    """Generate greedily; every step runs the whole sequence again. A final EOS is kept."""
     ids, rows = list(prompt), []
     for step in range(n):
         logits = (patch.forward(recipient, ids) if patch else recipient.forward(ids))[-1]
@@ -173,17 +176,17 @@ def generate(
     logits, new = torch.stack(rows), ids[len(prompt) :]
     top = logits.topk(2).values
     logprobs = logits.log_softmax(-1)[range(len(new)), new].tolist()
-    return Written(new, logprobs, (top[:, 0] - top[:, 1]).min().item(), logits)
+    return Generation(new, logprobs, (top[:, 0] - top[:, 1]).min().item(), logits)
 
 
 def logprobs(recipient: Model, ids: list[int], patch: Patch | None = None) -> Tensor:
-    """Log-probability of each token but the first, [T-1]."""
+    """Return the log-probability of each token but the first, [T-1]."""
     logits = patch.forward(recipient, ids) if patch else recipient.forward(ids)
     return logits[:-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
 
 
 def contrast(recipient: Model, donor: Model, texts: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-    """Over (ids, scored positions): change scores, means and unbiased standard deviations, [L, F] float64."""
+    """Return change scores, means and unbiased standard deviations [L, F] float64 over (ids, scored positions)."""
     r, d = (
         torch.cat([model.activations(ids)[positions] for ids, positions in texts]).double()
         for model in (recipient, donor)
@@ -208,8 +211,8 @@ def scored_positions(positions: str, prompt: int, written: int) -> list[int]:
     }[positions]
 
 
-def mask_of(order: list[tuple[int, int]], shape: tuple[int, int]) -> Tensor:
-    """[L, F] bool with the neurons (layer, neuron) of `order`."""
+def build_mask(order: list[tuple[int, int]], shape: tuple[int, int]) -> Tensor:
+    """Return a mask [L, F] bool of the neurons (layer, neuron) in `order`."""
     mask = torch.zeros(shape, dtype=torch.bool)
     for layer, neuron in order:
         mask[layer, neuron] = True

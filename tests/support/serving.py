@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from jobs import IDS, JOBS, RANKINGS, RICHER, SEVERAL, SHAPE, VALUES, Job
+from jobs import EXTENDED_JOBS, IDS, INTERVENTION_JOBS, JOBS, RANKINGS, SHAPE, VALUES, Job
 from served import Server
 
 from snpatch import Constant, Engine, Guard, Sampling
@@ -45,7 +45,11 @@ def _intervention(job: Job) -> dict:
     }
 
 
-SERVED = [job for job in (*JOBS, *RICHER, *SEVERAL) if not any(one.seed is not None for one in (job, *job.further))]
+SERVED = [
+    job
+    for job in (*JOBS, *EXTENDED_JOBS, *INTERVENTION_JOBS)
+    if not any(one.seed is not None for one in (job, *job.further))
+]
 SIXTEEN = [job for job in SERVED if job.is_patched][:16]
 MANY = [replace(job, prompt=(i + i // 16) % 8) for i, job in enumerate(SIXTEEN * 4)]
 

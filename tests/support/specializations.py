@@ -1,8 +1,8 @@
-"""pytest plugin: print how many specializations of the Triton kernel a run's launches would compile on a card."""
+"""pytest plugin that prints how many specializations of the Triton kernel a run would compile on a card."""
 
 import pytest
 
-SEEN = set()
+SPECIALIZATIONS = set()
 
 
 def pytest_configure(config):
@@ -10,18 +10,18 @@ def pytest_configure(config):
 
     kernel = module._patched_glu_kernel
 
-    class Counted:
+    class CountingKernel:
         def __getitem__(self, grid):
             def launch(*args, **constants):
                 aligned = tuple(a % 16 == 0 for a in (args[11], args[12]))  # n_neurons and row_stride
-                SEEN.add((args[0].dtype, *aligned, *sorted((n, str(v)) for n, v in constants.items())))
+                SPECIALIZATIONS.add((args[0].dtype, *aligned, *sorted((n, str(v)) for n, v in constants.items())))
                 return kernel[grid](*args, **constants)
 
             return launch
 
-    module._patched_glu_kernel = Counted()
+    module._patched_glu_kernel = CountingKernel()
 
 
 @pytest.hookimpl
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line(f"specializations: {len(SEEN)} ")
+    terminalreporter.write_line(f"specializations: {len(SPECIALIZATIONS)} ")

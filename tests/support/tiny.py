@@ -1,6 +1,6 @@
-"""Tiny random models of every architecture, with tokenizer and IA3 adapters, as Hugging Face and PEFT write them.
+"""Tiny random models of every architecture, with tokenizer and IA3 adapters, as Hugging Face and PEFT save them.
 
-Their weights are large, so that texts wander, differ between adapters, and hang on every neuron.
+Why their weights are large: completions then vary, differ between adapters, and depend on every neuron.
 """
 
 import json
@@ -24,42 +24,45 @@ WORDS = [a + b + c + d for a in "bdk" for b in "aeio" for c in "lmnr" for d in "
 VOCAB = [*SPECIAL, "<|user|>", "<|assistant|>", *WORDS]
 VOCAB += [f"<unused{i}>" for i in range(128 - len(VOCAB))]
 
-HEADS_APART = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
-HEADS_WITHIN = {"num_attention_heads": 2, "num_key_value_heads": 1}
+SEPARATE_HEAD_SIZE = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
+DERIVED_HEAD_SIZE = {"num_attention_heads": 2, "num_key_value_heads": 1}
 ARCHITECTURES = {
-    "llama": HEADS_APART,
-    "mistral": {**HEADS_APART, "sliding_window": WINDOW},
-    "gemma": HEADS_APART,
+    "llama": SEPARATE_HEAD_SIZE,
+    "mistral": {**SEPARATE_HEAD_SIZE, "sliding_window": WINDOW},
+    "gemma": SEPARATE_HEAD_SIZE,
     "gemma2": {
-        **HEADS_APART,
+        **SEPARATE_HEAD_SIZE,
         "sliding_window": WINDOW,
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 10.0,
         "query_pre_attn_scalar": HEAD_DIM,
     },
     "gemma3_text": {
-        **HEADS_APART,
+        **SEPARATE_HEAD_SIZE,
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "query_pre_attn_scalar": HEAD_DIM,
     },
-    "olmo2": HEADS_WITHIN,
+    "olmo2": DERIVED_HEAD_SIZE,
     "olmo3": {
-        **HEADS_WITHIN,
+        **DERIVED_HEAD_SIZE,
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "qwen2": HEADS_WITHIN,
-    "qwen3": HEADS_APART,
-    "phi3": {**HEADS_WITHIN, "original_max_position_embeddings": CONTEXT},
+    "qwen2": DERIVED_HEAD_SIZE,
+    "qwen3": SEPARATE_HEAD_SIZE,
+    "phi3": {**DERIVED_HEAD_SIZE, "original_max_position_embeddings": CONTEXT},
 }
 KV_ARCHITECTURES = [name for name in ARCHITECTURES if name != "phi3"]  # Phi 3 fuses them into qkv_proj
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
-    """A model folder and its adapters: name -> folders, stacked in order. models: those on a second set of weights,
-    name -> its folder and the adapters on it, or as an engine is given it."""
+class TinyModel:
+    """A model folder and its adapters.
+
+    adapters: name -> folders, stacked in order. models: those on secondary weights, name -> (folder, adapter folders),
+    or an engine's table.
+    """
 
     folder: Path
     adapters: dict[str, tuple[Path, ...]]
@@ -67,22 +70,24 @@ class Made:
     models: dict[str, tuple[Path, tuple[Path, ...]]] = field(default_factory=dict)
 
     @cached_property
-    def of(self) -> dict[str, tuple[Path, tuple[Path, ...]]]:
-        """Name -> weights' folder and adapter folders, "base" among them."""
-        own = {name: (self.folder, folders) for name, folders in {"base": (), **self.adapters}.items()}
-        return own | self.models
+    def checkpoints(self) -> dict[str, tuple[Path, tuple[Path, ...]]]:
+        """Name -> (folder of the weights, adapter folders), including "base"."""
+        primary = {name: (self.folder, folders) for name, folders in {"base": (), **self.adapters}.items()}
+        return primary | self.models
 
     @property
-    def given(self) -> dict:
-        """The arguments of an engine that name its models."""
+    def engine_arguments(self) -> dict:
+        """The engine arguments that name its models."""
         models = {
-            name: one if isinstance(one, dict) else {"checkpoint": str(one[0]), "adapters": list(map(str, one[1]))}
-            for name, one in self.models.items()
+            name: source
+            if isinstance(source, dict)
+            else {"checkpoint": str(source[0]), "adapters": list(map(str, source[1]))}
+            for name, source in self.models.items()
         }
         return {"adapters": self.adapters, "models": models}
 
-    def with_eos(self, token: int, folder: Path) -> "Made":
-        """The same model in another folder, where this token ends a text."""
+    def with_eos(self, token: int, folder: Path) -> "TinyModel":
+        """Return the same model in another folder, with this token as its EOS."""
         shutil.copytree(self.folder, folder)
         for name in ("config.json", "generation_config.json"):
             path = folder / name
@@ -92,7 +97,7 @@ class Made:
 
 
 def tokenizer(eos: str = "</s>") -> PreTrainedTokenizerFast:
-    """Word level, split on white space, BOS in front."""
+    """Return a word-level tokenizer that splits on white space and adds BOS."""
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCAB)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
@@ -114,17 +119,20 @@ def config(architecture: str, **options):
     return AutoConfig.for_model(architecture, **{**sizes, **ARCHITECTURES[architecture], **options})
 
 
-def fill(model, seed: int) -> None:
-    """Random weights: matrices of gain 1.5, norms around their identity, no logit for special tokens. Where input and
-    output embedding are one (Gemma), the layers speak louder, or every text would repeat its last word."""
+def init_weights(model, seed: int) -> None:
+    """Set random weights: matrices of gain 1.5, norms around their identity, small logits for special tokens.
+
+    If input and output embedding are tied (Gemma), layers get a larger gain; otherwise every completion would
+    repeat its last word.
+    """
     draw = torch.Generator().manual_seed(seed)
     is_tied = model.config.tie_word_embeddings
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=draw)
             if weight.dim() == 2:
-                loud = 5.0 if is_tied and ("o_proj" in name or "down_proj" in name) else 1.5
-                gain = 1.0 if "embed" in name or "lm_head" in name else loud
+                layer_gain = 5.0 if is_tied and ("o_proj" in name or "down_proj" in name) else 1.5
+                gain = 1.0 if "embed" in name or "lm_head" in name else layer_gain
                 weight.copy_(noise * gain / weight.shape[1] ** 0.5)
             else:
                 weight.add_(
@@ -134,10 +142,10 @@ def fill(model, seed: int) -> None:
             weight[: len(SPECIAL)] *= 0.02
 
 
-def make(architecture: str, folder: Path, seed: int = 1) -> Made:
-    """The model and the adapters sft, dpo (stacked on sft), and, but for Phi 3, sft_kv and dpo_kv."""
+def make(architecture: str, folder: Path, seed: int = 1) -> TinyModel:
+    """Write the model and the adapters sft, dpo (stacked on sft), and, except for Phi 3, sft_kv and dpo_kv."""
     model = AutoModelForCausalLM.from_config(config(architecture), dtype=torch.float32)
-    fill(model, seed)
+    init_weights(model, seed)
     model.generation_config.eos_token_id = EOS
     model.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
@@ -147,52 +155,56 @@ def make(architecture: str, folder: Path, seed: int = 1) -> Made:
     adapters = {}
     for kind, modules in kinds.items():
         for number, name in enumerate(("sft", "dpo")):
-            adapter(model, folder / f"{name}{kind}", modules, seed=seed + 10 + number)
+            write_adapter(model, folder / f"{name}{kind}", modules, seed=seed + 10 + number)
         adapters[f"sft{kind}"] = (folder / f"sft{kind}",)
         adapters[f"dpo{kind}"] = (folder / f"sft{kind}", folder / f"dpo{kind}")
-    return Made(folder / "model", adapters)
+    return TinyModel(folder / "model", adapters)
 
 
-def make_pair(architecture: str, folder: Path, same: Callable[[str], bool] = lambda name: False, **options) -> Made:
-    """Two models of independent weights: base and sft (an adapter) on the first, dpo and tuned on the second.
+def make_pair(
+    architecture: str, folder: Path, same: Callable[[str], bool] = lambda name: False, **options
+) -> TinyModel:
+    """Write two models with independent weights: base and sft (an adapter) on the first, dpo and tuned on the second.
 
-    same: names of weights that are the first's in the second, too. options: of the second's config.
+    same: selects weights, by name, that the second shares with the first. options: of the second's config.
     """
     first = make(architecture, folder / "first")
     own = AutoModelForCausalLM.from_pretrained(first.folder)
     with torch.no_grad():
-        own.get_output_embeddings().weight[-8:] *= 0.02  # the second's vocabulary may lack them
+        own.get_output_embeddings().weight[-8:] *= 0.02  # the second model's vocabulary may lack them
     own.save_pretrained(first.folder)
     second = AutoModelForCausalLM.from_config(config(architecture, **options), dtype=torch.float32)
-    fill(second, seed=7)
+    init_weights(second, seed=7)
     with torch.no_grad():
-        theirs = dict(second.named_parameters())
+        parameters = dict(second.named_parameters())
         for name, weight in own.named_parameters():
             if same(name):
-                theirs[name].copy_(weight)
+                parameters[name].copy_(weight)
     second.generation_config.eos_token_id = EOS
     second.save_pretrained(folder / "second")
     tokenizer().save_pretrained(folder / "second")
     sft = first.adapters["sft"]
     models = {"dpo": (folder / "second", ()), "tuned": (folder / "second", sft)}
-    return Made(first.folder, {"sft": sft}, models=models)
+    return TinyModel(first.folder, {"sft": sft}, models=models)
 
 
-def adapter(model, folder: Path, modules: list[str], seed: int, vectors: dict[tuple[int, str], Tensor] | None = None):
-    """A PEFT IA3 folder: random vectors of 1 + 0.4 randn, or the ones given for (layer, module)."""
+def write_adapter(
+    model, folder: Path, modules: list[str], seed: int, vectors: dict[tuple[int, str], Tensor] | None = None
+) -> None:
+    """Write a PEFT IA3 folder with random vectors 1 + 0.4 randn, or with the given ones for (layer, module)."""
     draw = torch.Generator().manual_seed(seed)
-    held = {}
+    tensors = {}
     for index, layer in enumerate(model.model.layers):
         for name in modules:
-            home = "mlp" if name == "down_proj" else "self_attn"
-            linear = getattr(getattr(layer, home), name)
+            block = "mlp" if name == "down_proj" else "self_attn"
+            linear = getattr(getattr(layer, block), name)
             shape = (1, linear.in_features) if name == "down_proj" else (linear.out_features, 1)
             vector = 1 + 0.4 * torch.randn(shape, generator=draw)
             if vectors is not None:
                 vector = vectors[index, name].view(shape)
-            held[f"base_model.model.model.layers.{index}.{home}.{name}.ia3_l"] = vector
+            tensors[f"base_model.model.model.layers.{index}.{block}.{name}.ia3_l"] = vector
     folder.mkdir(parents=True)
-    save_file(held, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
         "base_model_name_or_path": None,
         "fan_in_fan_out": False,
@@ -207,8 +219,8 @@ def adapter(model, folder: Path, modules: list[str], seed: int, vectors: dict[tu
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def lora(folder: Path, out: Path, **options) -> Path:
-    """A random LoRA that PEFT wrote, and, in a folder beside it, what PEFT merges it into."""
+def write_lora(folder: Path, out: Path, **options) -> Path:
+    """Write a random LoRA to `out`/lora and PEFT's merged model to `out`/merged; return the LoRA's folder."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], **options}
@@ -219,7 +231,7 @@ def lora(folder: Path, out: Path, **options) -> Path:
     return out / "lora"
 
 
-# Eight prompts of 2 to 14 tokens, BOS included: some shorter, some longer than WINDOW.
+# Eight prompts of 2 to 14 tokens including BOS, some shorter and some longer than WINDOW.
 PROMPTS = [
     " ".join(WORDS[(7 * i + 5 * j * (i + 1)) % len(WORDS)] for j in range(n))
     for i, n in enumerate((5, 1, 13, 3, 8, 2, 10, 6))
@@ -229,13 +241,13 @@ PLANTED = [(0, 7), (0, 30), (1, 3), (1, 41)]
 SAFE, HARM = WORDS[0], WORDS[1]
 
 
-def planted(folder: Path) -> Made:
-    """A Llama whose every next word is SAFE or HARM, decided by PLANTED alone.
+def make_planted(folder: Path) -> TinyModel:
+    """Write a Llama whose next word is always SAFE or HARM, decided by the PLANTED neurons alone.
 
-    The residual stream holds a constant (direction 0), the answer (direction 1, harmful by every token's
-    embedding) and a hash of the token (the rest), attention adds nothing. A planted neuron reads the constant
-    and writes towards SAFE, too weakly with sft's vector, strongly with dpo's, which is 4 times larger. All other
-    neurons read the hash, write away from the answer, and differ by 2 % between the adapters.
+    The residual stream has a constant (direction 0), the answer (direction 1, harmful in every token's embedding) and a
+    hash of the token (all other directions); attention adds nothing. A planted neuron reads the constant and writes
+    towards SAFE: too weakly with sft's vector, strongly with dpo's, which is 4 times larger. All other neurons read the
+    hash, write to directions other than the answer, and differ by 2 % between the adapters.
     """
     shape = (3, 48)
     draw = torch.Generator().manual_seed(1)
@@ -266,7 +278,7 @@ def planted(folder: Path) -> Made:
     stronger = {(index, "down_proj"): 1 + 0.02 * torch.randn(shape[1], generator=draw) for index in range(shape[0])}
     for layer, neuron in PLANTED:
         stronger[layer, "down_proj"][neuron] = 4.0
-    weak = {place: torch.ones_like(vector) for place, vector in stronger.items()}
-    adapter(model, folder / "sft", ["down_proj"], 0, weak)
-    adapter(model, folder / "dpo", ["down_proj"], 0, stronger)
-    return Made(folder / "model", {"sft": (folder / "sft",), "dpo": (folder / "dpo",)}, shape)
+    weak = {module: torch.ones_like(vector) for module, vector in stronger.items()}
+    write_adapter(model, folder / "sft", ["down_proj"], 0, weak)
+    write_adapter(model, folder / "dpo", ["down_proj"], 0, stronger)
+    return TinyModel(folder / "model", {"sft": (folder / "sft",), "dpo": (folder / "dpo",)}, shape)
