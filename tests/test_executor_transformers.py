@@ -1,4 +1,4 @@
-"""The engine on the transformers executor against the oracle, and the promises of design.md by name."""
+"""The engine on the transformers executor compared with the oracle, and the promises to users by number."""
 
 import gc
 import json
@@ -67,40 +67,40 @@ def engine(engines):
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_a_mixed_batch_is_what_the_oracle_writes(zoo, engines, architecture):
+def test_mixed_batch_equals_the_oracle(zoo, engines, architecture):
     jobs = [*JOBS, *EXTENDED_JOBS, *INTERVENTION_JOBS]
     assert_equals_oracle(zoo(architecture), jobs, generate(engines(architecture), jobs))
 
 
 @pytest.mark.parametrize("architecture", tiny.KV_ARCHITECTURES)
-def test_adapters_on_keys_and_values_are_what_the_oracle_writes(zoo, engines, architecture):
+def test_adapters_on_keys_and_values_equal_the_oracle(zoo, engines, architecture):
     jobs = [
         Job(j.prompt, j.recipient, j.donor, j.window, j.positions, j.order, j.seed, suffix="_kv") for j in JOBS[:11]
     ]
     assert_equals_oracle(zoo(architecture), jobs, generate(engines(architecture), jobs))
 
 
-def test_the_oracles_cases_are_worth_comparing(zoo):
-    """On most architectures the unpatched model would have written another word somewhere in each patched text, so
-    that a patch without effect would be seen."""
+def test_oracle_patches_change_most_completions(zoo):
+    """On most architectures the unpatched model chooses another token somewhere in each patched completion, so a patch
+    without effect would fail the comparison."""
     for job in JOBS:
         if job.window == (0, 0):
             continue
-        moved = 0
+        num_changed = 0
         for made in map(zoo, tiny.ARCHITECTURES):
             recipient, _ = job.oracle(made)
             ids = oracle_completion(made, job).ids
             plain = recipient.forward([*job.ids, *ids])[len(job.ids) - 1 : -1].argmax(-1)
-            moved += plain.tolist() != ids
-        assert moved > len(tiny.ARCHITECTURES) / 2, job
+            num_changed += plain.tolist() != ids
+        assert num_changed > len(tiny.ARCHITECTURES) / 2, job
 
 
-def test_promise_1_k_0_is_the_unpatched_text_and_all_is_the_donors(engine):
+def test_promise_1_k_0_gives_the_recipient_and_k_all_the_donor(engine):
     assert_k_zero_and_all_give_pure_completions(engine)
 
 
 @pytest.mark.parametrize("model", ["base", "sft", "dpo_kv"])
-def test_promise_2_a_model_patched_into_itself_gives_its_own_text(engine, model):
+def test_promise_2_model_patched_into_itself_is_unchanged(engine, model):
     assert_self_patch_changes_nothing(engine, model)
 
 
@@ -116,7 +116,7 @@ def test_promise_2_a_model_patched_into_itself_gives_its_own_text(engine, model)
     ids=str,
 )
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engines, architecture, options):
+def test_promise_3_mixed_batch_equals_its_requests_one_by_one(engines, architecture, options):
     samplings = [Sampling(max_tokens=3 + i % 9, logprobs=i % 2 == 0) for i in range(len(JOBS))]
     samplings[3] = samplings[8] = Sampling(temperature=1.0, seed=11, max_tokens=9)
     alone = [generate(engines(architecture), [job], s)[0] for job, s in zip(JOBS, samplings, strict=True)]
@@ -124,7 +124,7 @@ def test_promise_3_a_mixed_batch_gives_what_its_requests_give_one_by_one(engines
     assert_batch_equals_single(together, alone, LOGPROB)
 
 
-def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine):
+def test_promise_4_patched_request_does_not_change_later_plain_ones(engine):
     plain = [Job(i, name) for i in range(8) for name in ("base", "sft")]
     before = generate(engine, plain)
     generate(engine, JOBS)
@@ -133,22 +133,22 @@ def test_promise_4_a_patched_request_never_changes_a_later_plain_one(engine):
 
 
 @pytest.mark.parametrize("source", TOO_LARGE, ids=lambda source: type(source).__name__)
-def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(engine, source):
+def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_request(engine, source):
     plain = [Job(i, name) for i in range(4) for name in ("base", "sft")]
-    want = [completion.token_ids for completion in generate(engine, plain)]
+    expected = [completion.token_ids for completion in generate(engine, plain)]
     sampling = Sampling(max_tokens=10)
     requests = [engine.requests.patched(job.ids, job.patch, sampling=sampling) for job in plain]
     outputs = dict(engine.run([overflowing(engine, [40, 41], source, 10), *requests]))
     assert type(outputs[0].error) is OverflowedError
     assert "overflowed in float32 at layer 0 under its patch" in str(outputs[0].error)
-    assert [outputs[index].token_ids for index in range(1, 9)] == want
+    assert [outputs[index].token_ids for index in range(1, 9)] == expected
     with pytest.raises(OverflowedError, match="under its patch"):
         engine.generate([[40, 41]], huge_patch(), sampling)
-    assert [completion.token_ids for completion in generate(engine, plain)] == want
+    assert [completion.token_ids for completion in generate(engine, plain)] == expected
 
 
-def test_unpatched_text_that_overflows_restarts_the_engine(engine, monkeypatch):
-    want, executor = generate(engine, [Job(2, "base")]), engine.executor
+def test_unpatched_completion_that_overflows_restarts_the_engine(engine, monkeypatch):
+    expected, executor = generate(engine, [Job(2, "base")]), engine.executor
     real = ops.patched_glu
 
     def spoiled(gate_up, *tensors, **setting):
@@ -161,30 +161,30 @@ def test_unpatched_text_that_overflows_restarts_the_engine(engine, monkeypatch):
     with pytest.raises(OverflowedError, match="the model itself overflows on this prompt"):
         generate(engine, [Job(2, "base")])
     monkeypatch.undo()
-    assert generate(engine, [Job(2, "base")]) == want
+    assert generate(engine, [Job(2, "base")]) == expected
 
 
-def one_neuron(layer, rank, plan):
+def miss_one_neuron(layer, rank, plan):
     if layer == 1:
         rank[:, 5] = UNRANKED
 
 
-def one_layer(layer, rank, plan):
+def miss_one_layer(layer, rank, plan):
     if layer == 2:
         plan[:, PlanColumn.HI] = plan[:, PlanColumn.LO]
 
 
-def the_decode(layer, rank, plan):
+def miss_decode(layer, rank, plan):
     if len(plan) == 1:
         plan[:, PlanColumn.HI] = plan[:, PlanColumn.LO]
 
 
-def one_too_many(layer, rank, plan):
+def patch_one_too_many(layer, rank, plan):
     plan[0, PlanColumn.HI] += 1
 
 
-def sabotaged(monkeypatch, fault, skip_layer=None):
-    """The op with a fault: `fault` may change its ranks and its plan; a skipped layer only scales."""
+def inject_fault(monkeypatch, fault, skip_layer=None):
+    """Replace the op: `fault` may change its ranks and plan; a skipped layer does not record anything."""
     real = ops.patched_glu
 
     def broken(gate_up, scale, rank, constant, plan, stats, count, capture, receipt, **setting):
@@ -201,24 +201,24 @@ def no_fault(layer, rank, plan):
     pass
 
 
-@pytest.mark.parametrize("fault", [one_neuron, one_layer, the_decode, one_too_many])
-def test_promise_6_a_patch_not_applied_in_full_is_an_error(engine, monkeypatch, fault):
+@pytest.mark.parametrize("fault", [miss_one_neuron, miss_one_layer, miss_decode, patch_one_too_many])
+def test_promise_6_patch_not_applied_in_full_is_an_error(engine, monkeypatch, fault):
     job = Job(2, "sft", "dpo", (0, 280))
     assert generate(engine, [job])[0].overwrites == 280 * (len(job.ids) + 9)
-    sabotaged(monkeypatch, fault)
+    inject_fault(monkeypatch, fault)
     with pytest.raises(ReceiptError, match=r"expected \d+ overwrites, the device did \d+"):
         generate(engine, [job])
 
 
-def test_promise_6_holds_for_the_request_that_failed_alone_and_beside_others(engine, monkeypatch):
-    sabotaged(monkeypatch, one_neuron)
+def test_promise_6_only_a_failed_patch_is_an_error(engine, monkeypatch):
+    inject_fault(monkeypatch, miss_one_neuron)
     generate(engine, [Job(i, "sft") for i in range(3)])  # nothing was to be patched
     with pytest.raises(ReceiptError):
         generate(engine, [Job(0, "sft"), Job(1, "sft", "dpo", (0, ALL)), Job(2, "base", VALUES, (0, 0))])
 
 
-def test_promise_6_holds_for_logprobs_constants_statistics_and_captures(engine, monkeypatch):
-    sabotaged(monkeypatch, no_fault, skip_layer=1)
+def test_promise_6_for_logprobs_constants_statistics_and_captures(engine, monkeypatch):
+    inject_fault(monkeypatch, no_fault, skip_layer=1)
     with pytest.raises(ReceiptError):
         engine.logprobs(IDS, Job(0, "sft", "dpo", (0, ALL)).patch)
     with pytest.raises(ReceiptError):
@@ -230,7 +230,7 @@ def test_promise_6_holds_for_logprobs_constants_statistics_and_captures(engine, 
 
 
 def test_promise_7_statistics_use_memory_for_neurons_not_for_tokens(engines, monkeypatch):
-    """The tensors alive inside the op, at their most, for 2 batches and for 20 batches of the same texts."""
+    """Compare the peak of live tensors inside the op for 2 batches and for 20 batches of the same prompts."""
     engine, real, peak = engines(batch_size=4), ops.patched_glu, 0
 
     def measuring(*tensors, **setting):
@@ -243,19 +243,19 @@ def test_promise_7_statistics_use_memory_for_neurons_not_for_tokens(engines, mon
     peaks = []
     for repeats in (1, 10):
         gc.collect()
-        gc.freeze()  # what is alive by now is not counted
+        gc.freeze()  # tensors that are alive now are not counted
         peak = 0
         engine.contrast(IDS * repeats, "sft", "dpo", positions="prompt")
         peaks.append(peak)
         gc.unfreeze()
-    assert peaks[0] > tiny.LAYERS * 5 * tiny.NEURONS * 8, "not even the sums were seen"
-    # One float kept of every neuron and token would add this many bytes, a tenth of them is no excuse.
+    assert peaks[0] > tiny.LAYERS * 5 * tiny.NEURONS * 8, "not even the sums were counted"
+    # Storing one float per neuron and token would add ten times as many bytes.
     assert peaks[1] - peaks[0] < 0.1 * 9 * sum(map(len, IDS)) * ALL * 4
 
 
 @pytest.mark.parametrize("positions", ["completion", "completion_shifted", "prompt", "last_prompt_token"])
 @pytest.mark.parametrize(("first", "second"), [("sft", "dpo"), ("base", "sft_kv")])
-def test_contrast_of_given_completions(llama, engine, positions, first, second):
+def test_contrast_of_given_completions_equals_the_oracle(llama, engine, positions, first, second):
     models = [oracle.model(*llama.checkpoints[name]) for name in (first, second)]
     ranking = engine.contrast(IDS, first, second, positions=positions, completions=COMPLETIONS, exclude_layers=())
     assert_ranking(ranking, oracle.contrast(*models, forced_sequences(positions)))
@@ -264,7 +264,7 @@ def test_contrast_of_given_completions(llama, engine, positions, first, second):
 
 
 @pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name != "llama"])
-def test_contrast_on_every_architecture(zoo, engines, architecture):
+def test_contrast_on_every_architecture_equals_the_oracle(zoo, engines, architecture):
     made = zoo(architecture)
     models = [oracle.model(*made.checkpoints[name]) for name in ("base", "dpo")]
     options = {"batch_size": 3, "token_budget": None}
@@ -274,7 +274,7 @@ def test_contrast_on_every_architecture(zoo, engines, architecture):
     assert len(ranking) == ALL - tiny.NEURONS
 
 
-def test_contrast_takes_text_or_ids(engine):
+def test_contrast_accepts_strings_and_token_ids(engine):
     as_text = [ENCODE.decode(ids) for ids in COMPLETIONS]
     by_text = engine.contrast(tiny.PROMPTS, "sft", "dpo", completions=as_text)
     by_ids = engine.contrast(IDS, "sft", "dpo", completions=COMPLETIONS)
@@ -290,7 +290,7 @@ def test_contrast_of_one_model_with_itself_is_an_error(engine):
 
 @pytest.fixture(scope="module")
 def ended(llama, tmp_path_factory):
-    """The Llama with an EOS that sft really writes: after some words, in some texts, in one as the first word."""
+    """Return the Llama with an EOS that sft generates in some completions, at different positions."""
     texts = [oracle.generate(oracle.model(*llama.checkpoints["sft"]), ids, 10).ids for ids in IDS]
 
     def ends(token: int) -> list[int]:
@@ -304,19 +304,19 @@ def ended(llama, tmp_path_factory):
 
 
 @pytest.mark.parametrize("positions", ["completion", "completion_shifted"])
-def test_contrast_writes_its_completions_and_never_counts_eos(ended, positions):
+def test_contrast_generates_completions_and_does_not_count_eos(ended, positions):
     made, token, engine = ended
     models = [oracle.model(*made.checkpoints[name]) for name in ("sft", "dpo")]
     texts = []
     for prompt in IDS:
         text = oracle.generate(models[0], prompt, 10, eos=token).ids
-        kept = len(text) - (text[-1] == token)
-        texts.append((prompt + text[:kept], oracle.scored_positions(positions, len(prompt), kept)))
+        length = len(text) - (text[-1] == token)
+        texts.append((prompt + text[:length], oracle.scored_positions(positions, len(prompt), length)))
     ranking = engine.contrast(IDS, "sft", "dpo", positions=positions, sampling=Sampling(max_tokens=10))
     assert_ranking(ranking, oracle.contrast(*models, texts))
 
 
-def test_contrast_of_completions_that_end_in_eos_does_not_count_it(ended):
+def test_contrast_of_given_completions_does_not_count_eos(ended):
     _, _, engine = ended
     sampling = Sampling(max_tokens=10)
     texts = [c.token_ids for c in engine.generate(IDS, "sft", sampling)]
@@ -324,38 +324,38 @@ def test_contrast_of_completions_that_end_in_eos_does_not_count_it(ended):
     assert given.meta["tokens"] == engine.contrast(IDS, "sft", "dpo", sampling=sampling).meta["tokens"]
 
 
-def test_eos_ends_a_text_and_min_tokens_puts_it_off(ended):
+def test_eos_ends_a_completion_after_min_tokens(ended):
     made, token, engine = ended
     sft = oracle.model(*made.checkpoints["sft"])
     for min_tokens in (0, 4):
         completions = engine.generate(IDS, "sft", Sampling(max_tokens=10, min_tokens=min_tokens, logprobs=True))
         for prompt, completion in zip(IDS, completions, strict=True):
-            want = oracle.generate(sft, prompt, 10, eos=token, min_tokens=min_tokens)
-            assert completion.token_ids == want.ids
-            assert completion.logprobs == pytest.approx(want.logprobs, abs=LOGPROB)
-            has_ended = want.ids[-1] == token
+            expected = oracle.generate(sft, prompt, 10, eos=token, min_tokens=min_tokens)
+            assert completion.token_ids == expected.ids
+            assert completion.logprobs == pytest.approx(expected.logprobs, abs=LOGPROB)
+            has_ended = expected.ids[-1] == token
             assert completion.finish_reason == ("eos" if has_ended else "length")
-            assert completion.text == " ".join(tiny.VOCAB[i] for i in want.ids[: len(want.ids) - has_ended])
+            assert completion.text == " ".join(tiny.VOCAB[i] for i in expected.ids[: len(expected.ids) - has_ended])
     on = engine.generate(IDS, "sft", Sampling(max_tokens=10, ignore_eos=True))
     assert [c.token_ids for c in on] == [oracle.generate(sft, prompt, 10).ids for prompt in IDS]
     assert {c.finish_reason for c in on} == {"length"}
 
 
-def test_a_patched_text_that_ends_early_counts_the_positions_it_read(ended):
+def test_patched_completion_that_ends_early_counts_its_read_positions(ended):
     made, token, engine = ended
     jobs = [Job(i, "sft", "dpo", (0, 30)) for i in range(8)]
     completions = generate(engine, jobs)
     lengths = set()
     for job, completion in zip(jobs, completions, strict=True):
         recipient, patch = job.oracle(made)
-        want = oracle.generate(recipient, job.ids, 10, patch, eos=token).ids
-        assert completion.token_ids == want
-        assert completion.overwrites == 30 * (len(job.ids) + len(want) - 1)
-        lengths.add(len(want))
-    assert len(lengths) > 1, "no text ends early"
+        expected = oracle.generate(recipient, job.ids, 10, patch, eos=token).ids
+        assert completion.token_ids == expected
+        assert completion.overwrites == 30 * (len(job.ids) + len(expected) - 1)
+        lengths.add(len(expected))
+    assert len(lengths) > 1, "no completion ends early"
 
 
-def test_stop_strings_and_lengths(engine):
+def test_stop_strings_and_max_tokens_end_a_completion(engine):
     (whole,) = engine.generate([IDS[0]], "base", Sampling(max_tokens=10))
     words = whole.text.split()
     assert len(set(words[:6])) == 6
@@ -375,16 +375,16 @@ def test_stop_strings_and_lengths(engine):
     assert len(late.token_ids) >= 6
 
 
-def test_the_context_ends_a_text(llama, engine):
+def test_context_length_ends_a_completion(llama, engine):
     prompt = [tiny.BOS, *(10 + i % 90 for i in range(tiny.CONTEXT - 4))]
     (completion,) = engine.generate([prompt], "sft", Sampling(max_tokens=10))
-    want = oracle.generate(oracle.model(*llama.checkpoints["sft"]), prompt, 3)
-    assert (completion.token_ids, completion.finish_reason) == (want.ids, "length")
+    expected = oracle.generate(oracle.model(*llama.checkpoints["sft"]), prompt, 3)
+    assert (completion.token_ids, completion.finish_reason) == (expected.ids, "length")
     with pytest.raises(SnpatchError, match=f"prompt 0 has 128 tokens, the model's context holds {tiny.CONTEXT}"):
         engine.generate([[*prompt, 9, 9, 9]], "sft")
 
 
-def test_sampling_hangs_on_the_seed_alone(engine):
+def test_sampling_depends_only_on_the_seed(engine):
     def texts(seeds, n=8):
         samplings = [Sampling(temperature=1.0, max_tokens=8, seed=seed) for seed in seeds]
         return [c.token_ids for c in engine.generate([IDS[2]] * len(seeds), "sft", samplings)]
@@ -395,7 +395,9 @@ def test_sampling_hangs_on_the_seed_alone(engine):
     assert together == texts(seeds[::-1])[::-1]
     assert len(set(map(tuple, together))) == 8
     fresh = texts([None] * 8)
-    written = [tuple(ids) for ids in fresh if len(ids) > 1]  # one in a hundred is EOS alone, and two of them are equal
+    written = [
+        tuple(ids) for ids in fresh if len(ids) > 1
+    ]  # one in a hundred is only an EOS, and two of those are equal
     assert len(set(written)) == len(written) > 4
 
 
@@ -407,8 +409,8 @@ def test_sampling_from_one_candidate_is_greedy(engine, narrow):
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 1.0, "top_k": 5}])
-def test_sampling_draws_from_the_models_distribution(llama, engine, options):
-    """1000 first tokens: each token's share within 5 standard errors of its probability."""
+def test_sampling_follows_the_models_distribution(llama, engine, options):
+    """Among 1000 first tokens each token's share is within 5 standard errors of its probability."""
     logits = oracle.model(*llama.checkpoints["sft"]).forward(IDS[4])[-1].double()
     share = (logits / options["temperature"]).softmax(-1)
     if "top_k" in options:
@@ -426,29 +428,29 @@ def test_sampling_draws_from_the_models_distribution(llama, engine, options):
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_captures_are_in_rank_order_whatever_shares_the_batch(zoo, engines, architecture):
+def test_capture_is_in_rank_order_on_every_architecture(zoo, engines, architecture):
     made = zoo(architecture)
     engine = engines(architecture)
     for model, positions, k in (("sft", "last_prompt_token", 40), ("dpo", 1, 288), ("base", -2, 1)):
         got = engine.capture(IDS, model, RANKINGS[0], k, positions=positions)
         position = -1 if positions == "last_prompt_token" else positions
         activations = [oracle.model(*made.checkpoints[model]).activations(ids)[position] for ids in IDS]
-        want = torch.stack([torch.stack([a[layer, n] for layer, n in ORDERS[0][:k]]) for a in activations])
+        expected = torch.stack([torch.stack([a[layer, n] for layer, n in ORDERS[0][:k]]) for a in activations])
         assert got.shape == (8, k)
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi3"])
-def test_logprobs_of_texts_patched_and_not(zoo, engines, architecture):
+def test_logprobs_patched_and_unpatched_equal_the_oracle(zoo, engines, architecture):
     got = engines(architecture).logprobs([job.ids for job in JOBS], [job.patch for job in JOBS])
     for job, logprobs in zip(JOBS, got, strict=True):
         recipient, patch = job.oracle(zoo(architecture))
-        want = oracle.logprobs(recipient, job.ids, patch)
-        torch.testing.assert_close(logprobs.values, want, rtol=0, atol=LOGPROB)
+        expected = oracle.logprobs(recipient, job.ids, patch)
+        torch.testing.assert_close(logprobs.values, expected, rtol=0, atol=LOGPROB)
     assert_logprobs_equal_generation(engines(architecture), zoo(architecture), JOBS)
 
 
-def test_half_precision_is_near(llama, engines):
+def test_bfloat16_logprobs_are_close_to_the_oracle(llama, engines):
     jobs = [job for job in JOBS if job.prompt != 1]
     half = engines(dtype="bfloat16").logprobs([job.ids for job in jobs], [job.patch for job in jobs])
     for job, logprobs in zip(jobs, half, strict=True):
@@ -456,7 +458,7 @@ def test_half_precision_is_near(llama, engines):
         assert (logprobs.values - oracle.logprobs(recipient, job.ids, patch)).abs().mean() < 0.1
 
 
-def test_prompts_are_text_chats_or_ids(engine):
+def test_prompts_may_be_strings_chats_or_token_ids(engine):
     sampling = Sampling(max_tokens=3)
     chat = [{"role": "user", "content": tiny.PROMPTS[2]}]
     tulu = [tiny.BOS, 4, *IDS[2][1:], 5]  # <|user|> and <|assistant|> are 4 and 5
@@ -467,7 +469,7 @@ def test_prompts_are_text_chats_or_ids(engine):
     assert engine.models == ("base", "sft", "dpo", "sft_kv", "dpo_kv")
 
 
-def test_progress_counts_up_to_the_end(engines):
+def test_progress_counts_to_the_end(engines):
     calls = []
     engines(batch_size=3, token_budget=None).generate(IDS, progress=lambda *call: calls.append(call))
     assert calls == [(n, 8) for n in range(1, 9)]
@@ -525,12 +527,12 @@ SCORED = Ranking.from_scores(torch.rand(SHAPE), [-1])
         (lambda e: Sampling(top_p=0.0), r"top_p must lie in \(0, 1\]"),
     ],
 )
-def test_errors_say_what_is_wrong(engine, call, message):
+def test_invalid_call_error_names_the_cause(engine, call, message):
     with pytest.raises(SnpatchError, match=message):
         call(engine)
 
 
-def test_constants_and_noise_of_a_contrast(engine):
+def test_constants_and_noise_take_a_contrasts_moments(engine):
     ranking = engine.contrast(IDS, "sft", "dpo", completions=COMPLETIONS)
     assert torch.equal(Constant.zero(ranking).values, torch.zeros(SHAPE))
     assert torch.equal(Constant.mean(ranking).values, ranking.moments["recipient_mean"])
@@ -538,7 +540,7 @@ def test_constants_and_noise_of_a_contrast(engine):
     assert torch.equal(Noise.of_std(ranking, 3.0).deviation, ranking.moments["recipient_std"] * 3)
 
 
-def test_broken_and_unknown_models_are_refused(tmp_path, llama):
+def test_broken_or_untested_model_is_an_error(tmp_path, llama):
     from safetensors.torch import load_file, save_file
     from transformers import GPT2Config
 
@@ -557,7 +559,7 @@ def test_broken_and_unknown_models_are_refused(tmp_path, llama):
 
 
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
-def test_rotary_positions_that_depend_on_the_batch_are_refused(llama, tmp_path, rope_type):
+def test_rotary_positions_that_depend_on_the_batch_are_an_error(llama, tmp_path, rope_type):
     folder = tmp_path / "model"
     shutil.copytree(llama.folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -568,8 +570,8 @@ def test_rotary_positions_that_depend_on_the_batch_are_refused(llama, tmp_path, 
         Engine(folder, backend="transformers")
 
 
-def test_a_stop_string_within_min_tokens_does_not_end_the_text(engine):
-    """As in vLLM: only text past min_tokens is searched, and nothing before it is cut."""
+def test_stop_string_within_min_tokens_does_not_end_a_completion(engine):
+    """As in vLLM, only text after min_tokens is searched, and nothing before it is cut."""
     free = engine.generate([IDS[0]], "sft", Sampling(max_tokens=8))[0]
     early = engine.tokenizer.decode([free.token_ids[1]])
     last = max(i for i in range(8) if engine.tokenizer.decode([free.token_ids[i]]) == early)

@@ -1,5 +1,4 @@
-"""What the published implementation computed on a tiny model, kept as data: tests/goldens/README.md says how, and
-gives the tolerances."""
+"""Engine results equal the published implementation's; tests/goldens/README.md describes data and tolerances."""
 
 import shutil
 
@@ -32,7 +31,7 @@ from snpatch.sweeps.perplexity import compute_perplexities, split_into_windows
 
 @pytest.fixture(scope="module")
 def engine():
-    """Batches as the published code made them: 5, 5, 2, in the given order."""
+    """Return an engine with the published code's batches: 5, 5, 2, in the given order."""
     return Engine(HOME / "model", ADAPTERS, backend="transformers", dtype="float32", batch_size=5, token_budget=None)
 
 
@@ -46,19 +45,19 @@ def eos_engine(tmp_path_factory):
 
 @pytest.fixture
 def logits(monkeypatch):
-    """Fills with each request's logits, a step a row, in the order of the requests."""
-    seen: dict[int, list[torch.Tensor]] = {}
-    held = []  # writers, so that no id is given twice
+    """Record each request's logits, one row per step, in the order of the requests."""
+    rows_by_writer: dict[int, list[torch.Tensor]] = {}
+    known_writers = []  # kept alive, so that no id is used twice
     choose_tokens = batch_module.choose_tokens
 
     def spy(rows, writers):
-        held.extend(writers)
+        known_writers.extend(writers)
         for row, writer in zip(rows, writers, strict=True):
-            seen.setdefault(id(writer), []).append(row.clone())
+            rows_by_writer.setdefault(id(writer), []).append(row.clone())
         return choose_tokens(rows, writers)
 
     monkeypatch.setattr(batch_module, "choose_tokens", spy)
-    return lambda: [torch.stack(rows) for rows in seen.values()]
+    return lambda: [torch.stack(rows) for rows in rows_by_writer.values()]
 
 
 @pytest.mark.parametrize("batch", ["batch5", "batch1"])
@@ -71,7 +70,7 @@ def logits(monkeypatch):
         ("last_prompt_token", "last_prompt_token"),
     ],
 )
-def test_contrast(engine, eos_engine, kind, positions, batch):
+def test_contrast_equals_golden(engine, eos_engine, kind, positions, batch):
     texts = read("contrast.json")[f"{kind}.{batch}"]
     ranking = (eos_engine if kind == "completion_eos" else engine).contrast(
         IDS, "sft", "dpo", positions=positions, sampling=WRITE, exclude_layers=()
@@ -82,13 +81,13 @@ def test_contrast(engine, eos_engine, kind, positions, batch):
     for role, name in (("recipient", "second"), ("donor", "first")):
         for moment in ("mean", "std"):
             assert_near(ranking.moments[f"{role}_{moment}"], CONTRAST[f"{kind}.{batch}.{name}_{moment}"])
-    # Neurons may swap only where their golden scores all but agree.
-    mine, theirs = (golden["change_scores"][tuple(o.long().T)] for o in (ranking.top(1408), golden["neuron_ranks"]))
-    assert (mine - theirs).abs().max() <= RELATIVE * theirs.max()
+    # Neurons may swap only where their golden scores are almost equal.
+    scores, expected = (golden["change_scores"][tuple(o.long().T)] for o in (ranking.top(1408), golden["neuron_ranks"]))
+    assert (scores - expected).abs().max() <= RELATIVE * expected.max()
 
 
-def test_contrast_of_the_goldens_own_texts(engine):
-    """Teacher-forced, as text: the same scores without writing anything."""
+def test_contrast_of_golden_completions_gives_the_same_scores(engine):
+    """Teacher-forced, with completions given as strings."""
     completions = []
     for prompt, text in zip(IDS, read("contrast.json")["completion.batch5"], strict=True):
         assert text["input_ids"][: len(prompt)] == prompt
@@ -99,8 +98,8 @@ def test_contrast_of_the_goldens_own_texts(engine):
 
 
 @pytest.mark.parametrize("name", sorted({name.rsplit(".", 1)[0] for name in RUNS}))
-def test_generation(engine, eos_engine, logits, name):
-    """Every word exact and the logits of the first and the last step: against both the batched and the single run."""
+def test_generation_equals_golden(engine, eos_engine, logits, name):
+    """Tokens are equal and the logits of the first and the last step close, for the batched and the single run."""
     run = RUNS[f"{name}.batch5"]
     completions = (eos_engine if name.startswith("eos") else engine).generate(IDS, patch_of(run), WRITE)
     steps = logits()
@@ -109,15 +108,15 @@ def test_generation(engine, eos_engine, logits, name):
         assert [c.token_ids for c in completions] == [without_padding(row, run.get("eos_token_id")) for row in ids]
         for index, prompt in enumerate(GENERATION["logit_prompts"]):
             for step, which in ((0, "first"), (-1, "last")):
-                want = GOLDEN_LOGITS[f"{name}.{batch}.{which}_logits"][index]
-                assert (steps[prompt][step] - want).abs().max() <= LOGITS
-    # The patch covers all of the prompt and every written token that was read again.
+                expected = GOLDEN_LOGITS[f"{name}.{batch}.{which}_logits"][index]
+                assert (steps[prompt][step] - expected).abs().max() <= LOGITS
+    # The patch covers the prompt and every generated token but the last, which is never read.
     read_tokens = [len(c.prompt_ids) + len(c.token_ids) - 1 for c in completions]
     assert [c.overwrites for c in completions] == [n * (run.get("k") or 0) for n in read_tokens]
 
 
-def test_the_runs_share_a_batch():
-    """All patched runs in one mixed batch, sized by the engine: the same words."""
+def test_generation_of_all_runs_in_one_batch_equals_golden():
+    """All patched runs in one mixed batch, sized by the engine, give the same tokens."""
     names = sorted(n for n in RUNS if n.endswith("batch1") and not n.startswith("eos"))
     engine = Engine(HOME / "model", ADAPTERS, backend="transformers", dtype="float32")
     pairs = [(name, prompt) for prompt in (0, 5, 11) for name in names]
@@ -126,7 +125,7 @@ def test_the_runs_share_a_batch():
     assert [c.token_ids for c in completions] == [RUNS[name]["ids"][prompt] for name, prompt in pairs]
 
 
-def test_prompts_as_text_and_as_chat(engine):
+def test_prompts_as_text_and_as_chat_have_the_golden_ids(engine):
     chats = [[{"role": "user", "content": prompt["content"]}] for prompt in PROMPTS]
     for prompts in (chats, [prompt["text"] for prompt in PROMPTS]):
         completions = engine.generate(prompts, "base", Sampling(max_tokens=1))
@@ -134,23 +133,23 @@ def test_prompts_as_text_and_as_chat(engine):
 
 
 @pytest.mark.parametrize("batch", ["batch5", "batch1"])
-def test_features(engine, batch):
+def test_capture_equals_golden_features(engine, batch):
     golden = load_file(HOME / "features.safetensors")
     assert torch.equal(RANKING.top(64).int(), golden["columns_rank_order"].int())
     assert_near(engine.capture(IDS, "sft", RANKING, 64), golden[f"{batch}.features_rank_order"])
 
 
 @pytest.mark.parametrize("name", read("perplexity.json")["results"])
-def test_perplexity(engine, name):
+def test_perplexity_equals_golden(engine, name):
     golden = read("perplexity.json")
-    ids, size, want = golden["input_ids"], golden["window"], golden["results"][name]
+    ids, size, expected = golden["input_ids"], golden["window"], golden["results"][name]
     windows = split_into_windows(ids, size)
     assert list(map(len, windows)) == golden["window_lengths"]
     patches = {
-        "recipient": want["recipient"],
+        "recipient": expected["recipient"],
         "donor": "dpo",
-        "patched": Patch(want["recipient"], "dpo", RANKING, want["k"]),
+        "patched": Patch(expected["recipient"], "dpo", RANKING, expected["k"]),
     }
-    for role, found in zip(patches, compute_perplexities(engine, windows, list(patches.values())), strict=True):
-        assert [total / n for total, n in found.losses] == pytest.approx(want[f"{role}_nll"], rel=RELATIVE)
-        assert found.window_mean == pytest.approx(want[f"{role}_ppl"], rel=RELATIVE)
+    for role, result in zip(patches, compute_perplexities(engine, windows, list(patches.values())), strict=True):
+        assert [total / n for total, n in result.losses] == pytest.approx(expected[f"{role}_nll"], rel=RELATIVE)
+        assert result.window_mean == pytest.approx(expected[f"{role}_ppl"], rel=RELATIVE)

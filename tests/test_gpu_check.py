@@ -1,5 +1,5 @@
-"""bench/gpu_check.py as a user runs it: a rehearsal of all steps without a card, and what it does with parts that fail,
-hang, skip, or find no time. No number of a rehearsal means anything, so none is looked at."""
+"""bench/gpu_check.py as a user runs it: a rehearsal of all steps without a card, and parts that fail, hang, skip, or
+have no time left. The numbers of a rehearsal are meaningless, so none is checked."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def results() -> dict[Path, bytes]:
 
 
 @pytest.mark.engine
-def test_a_rehearsal_runs_every_step_and_writes_its_records(tmp_path):
+def test_rehearsal_runs_every_step_and_writes_its_records(tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     arguments = ["--all", "--rehearse", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     before = results()
@@ -63,13 +63,17 @@ def test_a_rehearsal_runs_every_step_and_writes_its_records(tmp_path):
         assert str(ROOT) not in json.dumps(record)
         assert record["rehearsal"] is True
         assert {"step", "title", "card", "versions", "commit", "source", "parts"} <= record.keys()
-        ran = {part for part, told in record["parts"].items() if told["status"] == "ok"}
-        assert ran == REHEARSED[name]
-        for part, told in record["parts"].items():
-            assert told["asked"] == "python bench/gpu_check.py --all --rehearse --out OUT --work WORK"
-            assert part in ran or (told["status"] == "skipped" and told["reason"])
-            if "command" in told:
-                assert told["benchmarks"] if "--benchmark-enable" in told["command"] else told["seconds"]
+        passed = {name for name, part in record["parts"].items() if part["status"] == "ok"}
+        assert passed == REHEARSED[name]
+        for part, part_record in record["parts"].items():
+            assert part_record["asked"] == "python bench/gpu_check.py --all --rehearse --out OUT --work WORK"
+            assert part in passed or (part_record["status"] == "skipped" and part_record["reason"])
+            if "command" in part_record:
+                assert (
+                    part_record["benchmarks"]
+                    if "--benchmark-enable" in part_record["command"]
+                    else part_record["seconds"]
+                )
     sides = {b["extra_info"]["side"] for record in found.values() for p in record["parts"].values()
              for b in p.get("benchmarks", ())}  # fmt: skip
     assert {"twin", "plain on twin", "32 windows", "statistics", "prefill", "contrast", "profile of twin"} <= sides
@@ -80,7 +84,7 @@ def test_a_rehearsal_runs_every_step_and_writes_its_records(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_says_what_is_skipped_and_why(tmp_path):
+def test_run_without_a_card_reports_skipped_parts(tmp_path):
     run = call("2", "sanitizer", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
     assert run.returncode == 0, run.stdout + run.stderr
     assert "sanitizer: memcheck skipped no NVIDIA card here" in run.stdout
@@ -101,7 +105,7 @@ def test_without_a_card_it_says_what_is_skipped_and_why(tmp_path):
         ),
     ],
 )
-def test_wrong_arguments(arguments, message, capsys):
+def test_invalid_arguments_exit_with_2(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu_check.main(arguments)
     assert message in capsys.readouterr().err
@@ -141,10 +145,10 @@ def fake(tmp_path, monkeypatch):
     return run
 
 
-def test_a_part_that_fails_is_told_and_the_next_goes_on(fake, capsys):
+def test_failing_part_is_reported_and_the_next_part_runs(fake, capsys):
     status, parts = fake(fake.part("bad"), fake.part("good"), fake.part("skipped"), fake.part("nothing"))
     assert status == 1
-    assert [told["status"] for told in parts.values()] == ["failed", "ok", "skipped", "failed"]
+    assert [part["status"] for part in parts.values()] == ["failed", "ok", "skipped", "failed"]
     assert any("what went wrong" in line for line in parts["bad"]["tail"])
     assert parts["good"]["counts"]["passed"] == 1
     assert parts["skipped"]["reason"].endswith("has a reason")
@@ -152,7 +156,7 @@ def test_a_part_that_fails_is_told_and_the_next_goes_on(fake, capsys):
     assert "what went wrong" in capsys.readouterr().out
 
 
-def test_a_part_that_hangs_is_killed_with_all_it_started_and_keeps_what_it_measured(fake, tmp_path, monkeypatch):
+def test_hanging_part_is_killed_with_its_children_and_keeps_its_measurements(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("CHILD", str(tmp_path / "pid"))
     monkeypatch.setattr(gpu_check.gpu_tables, "measurements", lambda records: "")
     hanging = Part("hangs", "benches", fake.part("hangs").what, "hangs", limit_s=6, expect_s=1, needs=())
@@ -168,11 +172,11 @@ def test_a_part_that_hangs_is_killed_with_all_it_started_and_keeps_what_it_measu
     assert not process.exists()
 
 
-def test_what_has_no_time_is_left_for_the_next_call_and_what_is_settled_stays(fake):
+def test_part_without_time_is_left_for_the_next_call(fake):
     slow = Part("slow", "tests", fake.part("good").what, "good", expect_s=600, needs=())
     status, first = fake(fake.part("good"), slow, options=("--minutes", "1"))
     assert status == 3
-    assert [told["status"] for told in first.values()] == ["ok", "left"]
+    assert [part["status"] for part in first.values()] == ["ok", "left"]
     quick = replace(slow, expect_s=1)
     status, second = fake(fake.part("good"), quick)
     assert status == 0
@@ -182,7 +186,7 @@ def test_what_has_no_time_is_left_for_the_next_call_and_what_is_settled_stays(fa
     assert third["good"] != first["good"]
 
 
-def test_records_count_on_their_card_for_their_code_and_outlive_the_folder_they_went_to(fake, tmp_path):
+def test_records_are_reused_for_the_same_card_and_code(fake, tmp_path):
     fake.machine["card"] = "NVIDIA H200"
     _, first = fake(fake.part("good"))
     shutil.rmtree(tmp_path / "out")
@@ -195,7 +199,7 @@ def test_records_count_on_their_card_for_their_code_and_outlive_the_folder_they_
     assert records(tmp_path / "out")["fake"]["card"] == "NVIDIA H100 80GB HBM3"
 
 
-def test_the_plugin_is_found_without_an_install(tmp_path):
+def test_plugin_is_found_without_an_install(tmp_path):
     host = Host(tmp_path, tmp_path / "site")
     register_plugin(host.entry)
     (found,) = distributions(path=[str(host.entry)])
@@ -204,34 +208,34 @@ def test_the_plugin_is_found_without_an_install(tmp_path):
     assert points["vllm.general_plugins"] == "snpatch.executors.vllm.worker.plugin:register"
 
 
-def test_a_decode_steps_time_is_told_by_kernel():
-    """Three steps of 10 us; of what is inside another event the time counts once; prefill and the last step do not."""
+def test_decode_steps_sums_time_by_kernel():
+    """Three steps of 10 us; nested events count once; prefill and the last step do not count."""
     names = ["execute_context_2(9)_generation_0(0)", *["execute_context_0(0)_generation_2(2)"] * 4]
     events = [{"cat": "user_annotation", "name": n, "ts": 10 * i, "ph": "X", "dur": 9} for i, n in enumerate(names)]
     for start in (0, 10, 20, 30, 40):
         for name, at, dur in (("outer_gemm", 1, 6), ("_patched_glu_kernel", 2, 4), ("flash_fwd", 8, 1)):
             events.append({"cat": "kernel", "ph": "X", "name": name, "ts": start + at, "dur": dur, "pid": 0, "tid": 7})
-    found = trace_events.decode_steps(events, "kernel")
-    assert (found["steps"], found["step_us"], found["busy_us"]) == (3, 10, 7)
-    assert found["groups_us"] == {"snpatch's op": 4, "matrix products": 2, "attention": 1}
-    assert found["top"][0] == {"name": "_patched_glu_kernel", "us": 4, "calls": 1}
-    with pytest.raises(ValueError, match="marks 1 decode steps, wanted 3 or more"):
+    result = trace_events.decode_steps(events, "kernel")
+    assert (result["steps"], result["step_us"], result["busy_us"]) == (3, 10, 7)
+    assert result["groups_us"] == {"snpatch's op": 4, "matrix products": 2, "attention": 1}
+    assert result["top"][0] == {"name": "_patched_glu_kernel", "us": 4, "calls": 1}
+    with pytest.raises(ValueError, match="expected at least 3 decode steps, got 1"):
         trace_events.decode_steps(events[:2], "kernel")
     marks = [event for event in events if event["cat"] == "user_annotation"]
-    with pytest.raises(trace_events.NoKernelsError, match="no event of the category kernel in 3 decode steps"):
-        trace_events.decode_steps(marks, "kernel")  # of a machine whose card no profiler may look at
+    with pytest.raises(trace_events.NoKernelsError, match="no event of category kernel in 3 decode steps"):
+        trace_events.decode_steps(marks, "kernel")  # as on a machine that blocks profilers from its card
 
 
-def test_a_part_that_timed_out_is_tried_once_more_since_its_caches_are_warm(fake, tmp_path, monkeypatch):
+def test_timed_out_part_is_tried_once_more(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("CHILD", str(tmp_path / "pid"))
     monkeypatch.setattr(gpu_check.gpu_tables, "measurements", lambda records: "")
     hanging = Part("hangs", "benches", fake.part("hangs").what, "hangs", limit_s=4, expect_s=1, needs=())
     tries = [fake(hanging)[1]["hangs"] for _ in range(3)]
-    assert [told["tries"] for told in tries] == [1, 2, 2]
+    assert [part["tries"] for part in tries] == [1, 2, 2]
     assert tries[1] == tries[2]
 
 
-def test_a_sanitizer_that_cannot_look_at_the_card_is_a_reason_to_skip(fake, tmp_path):
+def test_sanitizer_that_cannot_access_the_card_skips_the_part(fake, tmp_path):
     program = tmp_path / "compute-sanitizer"
     program.write_text("#!/bin/sh\necho 'Device not supported' >&2\nexit 1\n")
     program.chmod(0o755)
@@ -243,8 +247,8 @@ def test_a_sanitizer_that_cannot_look_at_the_card_is_a_reason_to_skip(fake, tmp_
     assert parts["good"]["reason"] == "compute-sanitizer does not work here: exit status 1, Device not supported"
 
 
-def test_the_first_parts_fit_into_two_calls_of_ten_minutes():
-    """By the seconds that they need at least, and the first one by what Triton compiles for it: 5 s each, or 16."""
+def test_first_parts_fit_into_two_calls_of_ten_minutes():
+    """By their minimum seconds; the first one by its Triton compilations, of 16 s at most."""
     first = {part.name: part for step in gpu_steps.steps()[:5] for part in step.parts if "card" in part.needs}
     assert list(first) == ["ceilings", "graphs", "bench", "vllm", "twin-v2", "160m-v2", "float32-v2", "bfloat16-v2",
                            "goldens-v2", "profile-v2", "prefill-v2"]  # fmt: skip
@@ -255,7 +259,7 @@ def test_the_first_parts_fit_into_two_calls_of_ten_minutes():
 
 
 def num_compiled(part: Part) -> int:
-    """How many specializations of the kernel a part's tests launch, counted where the kernel is interpreted."""
+    """Return how many specializations of the kernel a part's tests launch, counted with the interpreter."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "specializations", *part.what]
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
@@ -264,25 +268,26 @@ def num_compiled(part: Part) -> int:
     return int(run.stdout.split("specializations: ")[1].split()[0])
 
 
-def test_no_bench_starts_cuda_before_an_engine():
-    """torch asked without NVML starts CUDA, and vLLM's forked processes could not use it any more."""
-    asked = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True, cwd=ROOT / "bench", env={
+def test_benches_do_not_start_cuda_before_an_engine():
+    """Asking torch without NVML starts CUDA, which vLLM's forked processes then cannot use."""
+    command = [sys.executable, "-c", LIST_CUDA_QUERIES]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "bench", env={
         **{n: v for n, v in os.environ.items() if n not in ("PYTORCH_NVML_BASED_CUDA_CHECK", "PYTHONPATH")},
         "SNPATCH_BENCH_SIZE": "rehearsal", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}",
     })  # fmt: skip
-    assert asked.returncode == 0, asked.stderr
-    assert asked.stdout.split() == ["[]", "spawn"]
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["[]", "spawn"]
     assert {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}.items() <= ALWAYS.items()
 
 
-ASKS = """
+LIST_CUDA_QUERIES = """
 import json, os, sys, traceback
 import torch
-asked = []
+queries = []
 
 def is_available():
     if os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") != "1":
-        asked.append(traceback.extract_stack()[-2].filename)
+        queries.append(traceback.extract_stack()[-2].filename)
     return False
 
 torch.cuda.is_available = is_available
@@ -290,13 +295,13 @@ import conftest
 for name in ("bench_generate", "bench_pair", "bench_sweep", "bench_serve", "bench_zeroing", "bench_patched_glu"):
     __import__(name)
 from snpatch import Engine
-print(json.dumps(asked), os.environ["VLLM_WORKER_MULTIPROC_METHOD"])
+print(json.dumps(queries), os.environ["VLLM_WORKER_MULTIPROC_METHOD"])
 """
 
 
-def test_an_import_of_snpatch_keeps_torch_from_starting_cuda_when_it_is_asked():
+def test_import_of_snpatch_makes_torch_use_nvml():
     code = "import os, snpatch; print(os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'])"
-    for given, want in (({}, "1"), ({"PYTORCH_NVML_BASED_CUDA_CHECK": "0"}, "0")):
+    for given, expected in (({}, "1"), ({"PYTORCH_NVML_BASED_CUDA_CHECK": "0"}, "0")):
         environment = {n: v for n, v in os.environ.items() if n != "PYTORCH_NVML_BASED_CUDA_CHECK"} | given
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
-        assert run.stdout.strip() == want, run.stderr
+        assert run.stdout.strip() == expected, run.stderr

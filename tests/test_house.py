@@ -1,4 +1,4 @@
-"""The house: what an import loads, where each op stands, and that tests stand on support alone."""
+"""Structure of the repository: what an import loads, the files of each op, and what tests import."""
 
 import ast
 import json
@@ -17,15 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("sklearn", "matplotlib", "vllm", "trl", "scipy", "datasets")
 
 
-def loaded(code: str) -> set[str]:
-    """Packages that a fresh interpreter has loaded after some code."""
-    told = subprocess.run(
+def loaded_packages(code: str) -> set[str]:
+    """Return the packages that a fresh interpreter has loaded after running some code."""
+    result = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport json, sys\nprint(json.dumps([m.split('.')[0] for m in sys.modules]))"],
         capture_output=True,
         text=True,
         check=True,
     )
-    return set(json.loads(told.stdout.splitlines()[-1]))
+    return set(json.loads(result.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize(
@@ -38,25 +38,25 @@ def loaded(code: str) -> set[str]:
         ("import snpatch.cli", {*HEAVY, "torch", "transformers"}),
     ],
 )
-def test_an_import_loads_no_more_than_it_needs(code, without):
-    found = loaded(code)
-    assert "snpatch" in found
-    assert found & set(without) == set()
+def test_import_loads_no_heavy_package(code, without):
+    packages = loaded_packages(code)
+    assert "snpatch" in packages
+    assert packages & set(without) == set()
 
 
-def test_every_op_stands_in_its_six_places():
-    """One op, one name: definition, dispatch, C++, Triton, tests, bench."""
+def test_op_has_its_six_places():
+    """Each op has one name in its definition, dispatch, C++, Triton, tests and bench."""
     names = {name.split(" ")[0] for name in ops.implementations()}
     assert names == set(re.findall(r'"(\w+)\(Tensor', (ROOT / "snpatch/op/ops.py").read_text()))
     assert names
     for name in names:
-        for place in ("csrc/{}.cpp", "kernels/{}.py", "tests/test_ops_{}.py", "bench/bench_{}.py"):
-            assert (ROOT / place.format(name)).is_file(), place.format(name)
+        for pattern in ("csrc/{}.cpp", "kernels/{}.py", "tests/test_ops_{}.py", "bench/bench_{}.py"):
+            assert (ROOT / pattern.format(name)).is_file(), pattern.format(name)
         for module in ("reference", "ops"):
             assert re.search(rf"^def {name}\(", (ROOT / f"snpatch/op/{module}.py").read_text(), re.M), module
     kinds = ("csrc", "cpp"), ("kernels", "py")
-    built = {path.stem for folder, kind in kinds for path in (ROOT / folder).glob(f"*.{kind}")}
-    assert built - {"module"} == names, "an op that nothing serves"
+    sources = {path.stem for folder, kind in kinds for path in (ROOT / folder).glob(f"*.{kind}")}
+    assert sources - {"module"} == names, "a kernel without an op"
 
 
 def test_tests_import_no_tests():
@@ -66,12 +66,12 @@ def test_tests_import_no_tests():
         assert not re.search(r"^\s*(from|import) test_", file.read_text(), re.M), file
 
 
-def test_the_contract_of_independence_names_every_experiment():
+def test_independence_contract_names_every_experiment():
     text = (ROOT / "pyproject.toml").read_text()
     assert set(re.findall(r'"snpatch\.experiments\.(\w+)"', text)) == set(experiments.NAMES)
 
 
-def test_engine_facade_is_thin_without_docstrings():
+def test_engine_module_without_docstrings_is_short():
     text = (ROOT / "snpatch/engine/engine.py").read_text()
     nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
     docstrings = [n.body[0] for n in nodes if ast.get_docstring(n)]
@@ -87,7 +87,7 @@ def test_public_names_are_the_same_for_users_and_type_checkers():
         assert getattr(snpatch, name).__name__ == name
 
 
-def test_names_of_the_readmes_api_table_are_public():
+def test_readme_api_table_names_are_public():
     table = re.findall(r"^\| `(\w+)[^|]*\|", (ROOT / "README.md").read_text(), re.M)
     functions = {name for name in table if name in ("sweep", "load_dataset", "open_judge", "train_sft", "train_dpo")}
     assert len(functions) >= 3

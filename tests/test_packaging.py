@@ -1,4 +1,4 @@
-"""The folder kernels/ is snpatch.kernels and nothing else: installed, from the root, and beside transformers."""
+"""The folder kernels/ is only snpatch.kernels: installed, from the repository root, and together with transformers."""
 
 import subprocess
 import sys
@@ -11,13 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_kernels_never_becomes_a_regular_package():
+def test_kernels_is_no_regular_package():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "breaks `import transformers` from the repository root"
     assert (ROOT / "snpatch" / "kernels").is_symlink()
     assert (ROOT / "snpatch" / "kernels").resolve() == ROOT / "kernels"
 
 
-def test_transformers_imports_from_the_root_beside_kernels():
+def test_transformers_imports_from_the_root_next_to_kernels():
     code = "import transformers.integrations.hub_kernels, snpatch.kernels; print(*snpatch.kernels.__path__)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -26,7 +26,7 @@ def test_transformers_imports_from_the_root_beside_kernels():
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """A wheel and an sdist of the project, built without touching its tree."""
+    """Build a wheel and an sdist from a copy of the tracked files."""
     tree, out = tmp_path_factory.mktemp("tree") / "snpatch", tmp_path_factory.mktemp("dist")
     subprocess.run(["git", "-C", ROOT, "checkout-index", "-a", f"--prefix={tree}/"], check=True)
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
@@ -35,7 +35,7 @@ def distributions(tmp_path_factory):
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
 
-def test_wheel_and_sdist_hold_kernels_as_a_subpackage(distributions):
+def test_wheel_and_sdist_contain_kernels_as_a_subpackage(distributions):
     wheel, sdist = distributions
     tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "kernels"], capture_output=True, text=True, check=True)
     modules = [Path(line).name for line in tracked.stdout.split() if line.endswith(".py")]
@@ -49,7 +49,7 @@ def test_wheel_and_sdist_hold_kernels_as_a_subpackage(distributions):
     assert {"csrc/patched_glu.cpp", "csrc/elementwise.h", "csrc/module.cpp"} <= in_sdist
 
 
-def test_wheel_holds_the_demo_model_and_the_pages_assets(distributions):
+def test_wheel_contains_the_demo_model_and_the_page_assets(distributions):
     names = set(zipfile.ZipFile(distributions[0]).namelist())
     assets = (ROOT / "snpatch" / "report" / "assets").iterdir()
     assert {f"snpatch/report/assets/{path.name}" for path in assets} <= names

@@ -1,4 +1,4 @@
-"""Two sets of weights in one engine, on transformers: against the oracle's two hooked models."""
+"""Secondary weights on the transformers executor, compared with the oracle's two hooked models."""
 
 import json
 import shutil
@@ -47,19 +47,19 @@ def engines(pairs):
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_a_mixed_batch_is_what_two_hooked_models_write(pairs, engines, architecture):
+def test_mixed_batch_equals_two_hooked_models(pairs, engines, architecture):
     jobs = [*JOBS, *EXTENDED_JOBS, *INTERVENTION_JOBS, *SAME_WEIGHTS_JOBS]
     assert_equals_oracle(pairs(architecture), jobs, generate(engines(architecture), jobs))
 
 
 @pytest.mark.parametrize("pair", [("sft", "dpo"), ("dpo", "base"), ("tuned", "dpo")])
-def test_contrast_is_the_oracles(pairs, engines, pair):
+def test_contrast_equals_the_oracle(pairs, engines, pair):
     models = [oracle.model(*pairs("llama").checkpoints[name]) for name in pair]
     ranking = engines().contrast(IDS, *pair, completions=COMPLETIONS, exclude_layers=())
     assert_ranking(ranking, oracle.contrast(*models, forced_sequences("completion")))
 
 
-def test_one_model_alone_is_ranked_by_its_own_size(pairs, engines, tmp_path):
+def test_contrast_of_one_model_ranks_by_its_activations(pairs, engines, tmp_path):
     for name in ("base", "dpo"):
         ranking = engines().contrast(IDS, name, completions=COMPLETIONS, exclude_layers=())
         assert_ranked_by_one_model(ranking, oracle.model(*pairs("llama").checkpoints[name]))
@@ -69,8 +69,8 @@ def test_one_model_alone_is_ranked_by_its_own_size(pairs, engines, tmp_path):
         )
 
 
-def test_chats_are_put_into_the_recipients_template(tmp_path):
-    """Each checkpoint has its own; one without reads them as the other does."""
+def test_chats_use_the_recipients_template(tmp_path):
+    """Each checkpoint has its own template; one without uses the other's."""
     chat = [[{"role": "user", "content": "bala bana"}]]
     kinds = {"own": "{% for m in messages %}<|user|> {{ m.content }}{% endfor %}", "other": "{{ messages[0].content }}"}
     made = tiny.make_pair("llama", tmp_path)
@@ -96,7 +96,7 @@ def test_chats_are_put_into_the_recipients_template(tmp_path):
         assert [one.encode(chat, name) for name in ("base", "dpo")] == [[want[place]]] * 2
 
 
-def test_captures_are_the_models_own(pairs, engines):
+def test_capture_equals_the_oracle(pairs, engines):
     for name in ("base", "dpo", "tuned"):
         got = engines().capture(IDS, name, RANKINGS[0], 30)
         want = torch.stack([oracle.model(*pairs("llama").checkpoints[name]).activations(ids)[-1] for ids in IDS])
@@ -104,7 +104,7 @@ def test_captures_are_the_models_own(pairs, engines):
         assert (got - want.flatten(1)[:, neurons]).abs().max() < 1e-4
 
 
-def test_promises(engines):
+def test_promises_2_and_3_with_secondary_weights(engines):
     engine = engines()
     for model in ("base", "dpo", "tuned"):
         assert_self_patch_changes_nothing(engine, model)
@@ -113,15 +113,15 @@ def test_promises(engines):
     assert_batch_equals_single(together, alone, 1e-5)
 
 
-def test_a_model_beside_its_own_copy_is_the_shared_engine(zoo, tmp_path):
+def test_secondary_copy_of_the_model_shares_all_weights(zoo, tmp_path):
     made = zoo("llama")
     shutil.copytree(made.folder, tmp_path / "copy")
     with Engine(made.folder, made.adapters, backend="transformers") as shared:
         want = generate(shared, JOBS)
     models = {"dpo": {"checkpoint": tmp_path / "copy", "adapters": made.adapters["dpo"]}}
     with Engine(made.folder, {"sft": made.adapters["sft"]}, models=models, backend="transformers") as engine:
-        assert engine.executor.memory.secondary == 0  # what is equal is held once
-        assert_batch_equals_single(generate(engine, JOBS), want, LOGPROB)  # batches are others
+        assert engine.executor.memory.secondary == 0  # equal weights are stored once
+        assert_batch_equals_single(generate(engine, JOBS), want, LOGPROB)  # batches differ
 
 
 # ---- LoRA --------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_lora_is_merged_as_peft_does_it(zoo, tmp_path, options):
+def test_merge_loras_equals_peft(zoo, tmp_path, options):
     folder = zoo("llama").folder
     made = tiny.write_lora(folder, tmp_path, **options)
     plain = AutoModelForCausalLM.from_pretrained(folder).state_dict()
@@ -148,7 +148,7 @@ def test_lora_is_merged_as_peft_does_it(zoo, tmp_path, options):
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
 
 
-def test_lora_is_a_second_set_of_weights(zoo, tmp_path):
+def test_lora_as_secondary_weights_equals_the_oracle(zoo, tmp_path):
     made = zoo("llama")
     folder = tiny.write_lora(made.folder, tmp_path)
     pair = tiny.TinyModel(made.folder, {}, models={"dpo": (tmp_path / "merged", ())})
@@ -165,12 +165,12 @@ def test_lora_is_a_second_set_of_weights(zoo, tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* is not supported"),
     ],
 )
-def test_what_is_more_than_a_merge_is_refused(zoo, tmp_path, options, message):
+def test_load_lora_unsupported_option_is_an_error(zoo, tmp_path, options, message):
     with pytest.raises(SnpatchError, match=message):
         load_lora(tiny.write_lora(zoo("llama").folder, tmp_path, **options))
 
 
-def test_a_lora_of_another_model_and_ia3_are_refused(zoo, tmp_path):
+def test_lora_of_another_model_or_ia3_is_an_error(zoo, tmp_path):
     made, weights = zoo("llama"), {"model.layers.0.mlp.up_proj.weight": torch.zeros(4, 4)}
     folder = tiny.write_lora(made.folder, tmp_path)
     with pytest.raises(SnpatchError, match=r"up_proj.weight is \[4, 4\], its update \[96, 64\]"):
@@ -181,8 +181,8 @@ def test_a_lora_of_another_model_and_ia3_are_refused(zoo, tmp_path):
         load_lora(made.adapters["sft"][0])
 
 
-def test_a_revision_is_a_model_of_its_own(pairs, tmp_path, monkeypatch):
-    """A hub's two commits under one name, found in the local cache."""
+def test_revision_of_the_same_model_is_secondary_weights(pairs, tmp_path, monkeypatch):
+    """Two commits of one Hub model, found in the local cache."""
     made, cache = pairs("llama"), tmp_path / "models--org--tiny"
     for revision, folder in (("main", made.folder), ("v2", made.models["dpo"][0])):
         shutil.copytree(folder, cache / "snapshots" / f"commit-{revision}")
@@ -197,7 +197,7 @@ def test_a_revision_is_a_model_of_its_own(pairs, tmp_path, monkeypatch):
         Engine("org/tiny", models={"dpo": "org/tiny@v3"}, backend="transformers")
 
 
-# ---- what cannot be a pair ---------------------------------------------------------------------------------------
+# ---- incompatible checkpoints ---------------------------------------------------------------------------------------
 
 
 def changed(folder: Path, out: Path, file: str = "config.json", **changes) -> Path:
@@ -206,7 +206,7 @@ def changed(folder: Path, out: Path, file: str = "config.json", **changes) -> Pa
     return out
 
 
-def test_other_architectures_and_shapes_are_refused_by_name(zoo, pairs, tmp_path):
+def test_another_architecture_or_shape_is_an_error(zoo, pairs, tmp_path):
     own = pairs("llama").folder
     with pytest.raises(SnpatchError, match=r"is a qwen3 and .* a llama: two models of one engine have one"):
         Engine(own, models={"dpo": zoo("qwen3").folder}, backend="transformers")
@@ -215,7 +215,7 @@ def test_other_architectures_and_shapes_are_refused_by_name(zoo, pairs, tmp_path
         Engine(own, models={"dpo": other}, backend="transformers")
 
 
-def test_the_first_difference_of_two_tokenizers_is_the_error(pairs, tmp_path):
+def test_different_tokenizers_error_names_the_first_difference(pairs, tmp_path):
     own = pairs("llama").folder
     other = changed(own, tmp_path / "other")
     path = other / "tokenizer.json"
@@ -232,26 +232,25 @@ def test_the_first_difference_of_two_tokenizers_is_the_error(pairs, tmp_path):
         Engine(own, models={"dpo": other}, backend="transformers")
 
 
-def test_a_third_set_of_weights_is_an_error_that_says_what_to_do(pairs, zoo):
+def test_third_set_of_weights_is_an_error(pairs, zoo):
     own, dpo = pairs("llama").folder, pairs("llama").models["dpo"][0]
     with pytest.raises(SnpatchError, match=r"one further set, and these are 2: .*; start one engine for each pair"):
         EngineConfig.of(own, models={"dpo": dpo, "other": zoo("llama").folder})
     config = EngineConfig.of(own, models={"sft": own, "dpo": dpo, "tuned": {"checkpoint": dpo, "adapters": ["a"]}})
     assert config.secondary == config.models["dpo"]
-    assert config.models["sft"].weights is None
+    assert config.models["sft"].checkpoint is None
 
 
-def test_a_config_of_models_travels_through_a_file(pairs, tmp_path):
+def test_config_with_models_round_trips_through_a_file(pairs, tmp_path):
     given = pairs("llama").engine_arguments
     config = EngineConfig.of(pairs("llama").folder, **given, backend="transformers")
     config.save(tmp_path / "engine.json")
     assert EngineConfig.load(tmp_path / "engine.json") == config
-    with pytest.raises(SnpatchError, match="models: dpo: there is no weight; there are weights, lora, adapters"):
+    with pytest.raises(SnpatchError, match="models: dpo: there is no weight; there are checkpoint, lora, adapters"):
         EngineConfig.from_dict({"model": "m", "models": {"dpo": {"weight": "n"}}})
 
 
-def test_each_sides_own_eos_ends_its_texts(pairs, tmp_path):
-    """The recipient's tokens count."""
+def test_recipients_eos_ends_its_completions(pairs, tmp_path):
     pair = pairs("llama")
     own, end = pair.folder, oracle.generate(oracle.model(*pair.checkpoints["dpo"]), IDS[0], 10).ids[4]
     second = changed(pair.models["dpo"][0], tmp_path / "second", "generation_config.json", eos_token_id=end)
@@ -264,7 +263,7 @@ def test_each_sides_own_eos_ends_its_texts(pairs, tmp_path):
 # ---- the command line and experiment configs ----------------------------------------------------------------------
 
 
-def test_the_command_line_takes_pairs(capsys, pairs, tmp_path):
+def test_command_line_with_secondary_weights(capsys, pairs, tmp_path):
     made, prompts, ranking = pairs("llama"), tmp_path / "prompts.jsonl", tmp_path / "ranking.safetensors"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in tiny.PROMPTS))
     second, sft = made.models["dpo"][0], made.adapters["sft"][0]
@@ -295,7 +294,7 @@ def test_the_command_line_takes_pairs(capsys, pairs, tmp_path):
     assert (code, "checkpoint: wanted one a name" in err) == (2, True)
 
 
-def test_world_files_take_pairs(capsys, pairs, tmp_path):
+def test_experiment_config_with_secondary_weights(capsys, pairs, tmp_path):
     made = pairs("llama")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in tiny.PROMPTS))
     shutil.copytree(made.models["dpo"][0], tmp_path / "second")
@@ -307,7 +306,7 @@ benchmarks = ["p"]
 max_tokens = 3
 contrast_tokens = 3
 [models]
-dpo = {{ weights = "second" }}
+dpo = {{ checkpoint = "second" }}
 [contrasts]
 safety = {{ recipient = "base", donor = "dpo", prompts = "p" }}
 [judges]
@@ -321,6 +320,6 @@ controls = 1
     arguments = ["-c", tmp_path / "experiment.toml", "-o", tmp_path / "out", "--backend", "transformers"]
     code, _, err = run(capsys, "exp", "curve", *arguments)
     assert code == 0, err
-    told = json.loads((tmp_path / "out" / "curve.json").read_text())["provenance"]
-    assert told["adapters"]["dpo"] == {"checkpoint": "second", "lora": [], "adapters": []}
+    provenance = json.loads((tmp_path / "out" / "curve.json").read_text())["provenance"]
+    assert provenance["adapters"]["dpo"] == {"checkpoint": "second", "lora": [], "adapters": []}
     assert {row["recipient"] for row in json.loads((tmp_path / "out" / "curve.json").read_text())["rows"]} >= {"base"}

@@ -1,4 +1,4 @@
-"""The README's tables are the records' and its Python names exist."""
+"""The README's tables equal those of the records, and its Python names and links exist."""
 
 import importlib.util
 import json
@@ -21,12 +21,12 @@ def readme_table():
     return module
 
 
-def test_tables_are_made_from_the_records(readme_table):
+def test_readme_tables_equal_those_of_the_records(readme_table):
     readme = (ROOT / "README.md").read_text()
     assert readme_table.fill_tables(readme) == readme
 
 
-def test_records_of_a_gpu_get_tables_of_their_own(readme_table, tmp_path):
+def test_gpu_records_fill_separate_tables(readme_table, tmp_path):
     assert readme_table.tables(tmp_path)["generate on a GPU"]() == ""
     assert readme_table.tables(tmp_path)["op on a GPU"]() == ""
     ratio = {"ratio": 0.97, "q1": 0.96, "q3": 0.98}
@@ -41,16 +41,16 @@ def test_records_of_a_gpu_get_tables_of_their_own(readme_table, tmp_path):
     record = {"rehearsal": False, "card": "NVIDIA A100", "versions": {"vllm": "0.33.0"}, "parts": parts}
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "records.json").write_text(json.dumps({"end-to-end": record}))
-    made = readme_table.tables(tmp_path)
-    assert "| batch of 8 | 400 | 0.97x (0.96 .. 0.98) | 0.97x (0.96 .. 0.98) |" in made["generate on a GPU"]()
-    assert "7b geometry, bfloat16, NVIDIA A100, model runner v2; vllm 0.33.0; medians." in made["generate on a GPU"]()
-    assert "| 64 x 11008, bfloat16 | 10 us | 2 us (0.20x) | 1000 |" in made["op on a GPU"]()
-    assert made["generate"]() == made["op"]() == made["contrast"]() == ""
+    tables = readme_table.tables(tmp_path)
+    assert "| batch of 8 | 400 | 0.97x (0.96 .. 0.98) | 0.97x (0.96 .. 0.98) |" in tables["generate on a GPU"]()
+    assert "7b geometry, bfloat16, NVIDIA A100, model runner v2; vllm 0.33.0; medians." in tables["generate on a GPU"]()
+    assert "| 64 x 11008, bfloat16 | 10 us | 2 us (0.20x) | 1000 |" in tables["op on a GPU"]()
+    assert tables["generate"]() == tables["op"]() == tables["contrast"]() == ""
     (tmp_path / "gpu" / "records.json").write_text(json.dumps({"end-to-end": record | {"rehearsal": True}}))
     assert readme_table.tables(tmp_path)["op on a GPU"]() == ""
 
 
-def record_of(tmp_path, *benchmarks: dict) -> Path:
+def write_record(tmp_path, *benchmarks: dict) -> Path:
     machine = {"device": "CPU", "threads": 1, "capability": "AVX2", "versions": {"vllm": "0.33.0", "torch": "2.14.0"}}
     (tmp_path / "a.cpu.json").write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
     return tmp_path
@@ -63,11 +63,14 @@ def test_attack_table_of_a_record_has_growth_outcomes_and_health(readme_table, t
     info = {"side": "attack", "requests": 30_000, "clients": 200, "slow_sockets": 100, "cores": 2, "known": 20}
     info |= {"faults": [], "outcomes": {"whole": 20_000, "left": 10_000}, "processes": {"EngineCore": process}}
     info["health"] = {"asked": 3600, "median_ms": 12.3, "p99_ms": 98.7, "worst_ms": 187.6}
-    folder = record_of(tmp_path, {"extra_info": info, "stats": {"median": 270.0}})
+    folder = write_record(tmp_path, {"extra_info": info, "stats": {"median": 270.0}})
     table = readme_table.tables(folder)["attack"]()
     assert "| EngineCore | 900.0 | 901.3 | 0.041 | -0.001 | 40 / 40 | 9 / 9 |" in table
-    assert "30,000 requests of 200 clients in 4.5 minutes" in table
-    assert "10,000 left in the middle, 20,000 whole streams with verified receipts. Wrong answers: 0." in table
+    assert "30,000 requests from 200 clients in 4.5 minutes" in table
+    assert (
+        "10,000 disconnected before the end, 20,000 complete streams with verified receipts. Wrong responses: 0."
+        in table
+    )
     assert "`/health`: 12 ms (median), 99 ms (99 %), 188 ms (worst), 3,600 times." in table
     assert "share 2 cores; CPU, 1 thread, AVX2; vllm 0.33.0, torch 2.14.0." in table
     assert readme_table.tables(folder)["zeroing"]() == readme_table.tables(folder)["generate"]() == ""
@@ -80,14 +83,14 @@ def test_zeroing_table_of_a_record_has_speeds_and_shares(readme_table, tmp_path)
         {"extra_info": {**info, "zeroing_share": 0.00312}, "stats": {"median": 2.0}},
         {"extra_info": {**info, "new": 1, "zeroing_share": 0.001}, "stats": {"median": 1.25}},
     )
-    table = readme_table.tables(record_of(tmp_path, *runs))["zeroing"]()
+    table = readme_table.tables(write_record(tmp_path, *runs))["zeroing"]()
     ratio = "99.6 % (99.0 % .. 100.1 %)"
     assert f"| 160m | 512 | {ratio} | 0.31 % | 1.25 | {ratio} | 0.10 % |" in table
-    assert "16 texts of 128 + 64 tokens, CPU, 1 thread, AVX2; vllm 0.33.0" in table
+    assert "16 requests of 128 prompt + 64 completion tokens, CPU, 1 thread, AVX2; vllm 0.33.0" in table
     assert readme_table.tables(tmp_path)["generate"]() == ""
 
 
-def test_the_kernels_expected_times_are_the_ones_computed():
+def test_kernels_readme_has_the_predicted_times():
     import predict
 
     readme = (ROOT / "kernels" / "README.md").read_text()
@@ -95,7 +98,7 @@ def test_the_kernels_expected_times_are_the_ones_computed():
     assert predict.fill_table(readme) == readme
 
 
-def test_linked_files_and_imported_names_exist():
+def test_readme_links_and_imported_names_exist():
     readme = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", readme):
         assert (ROOT / target).exists(), target
@@ -104,7 +107,7 @@ def test_linked_files_and_imported_names_exist():
             exec(f"from snpatch import {name}")
 
 
-def test_the_sweep_file_is_one(tmp_path):
+def test_readme_sweep_file_is_valid(tmp_path):
     (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (tmp_path / "sweep.toml").write_text(block)
     spec = SweepSpec.load(tmp_path / "sweep.toml")

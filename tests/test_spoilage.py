@@ -1,4 +1,4 @@
-"""Which text that overflowed means that its engine is to be restarted."""
+"""Overflows that require a restart of their engine, and those that do not."""
 
 import pytest
 
@@ -11,13 +11,13 @@ def overflow(unpatched: str | None) -> OverflowedError:
     return OverflowedError("the completion overflowed in float16 at layer 3", unpatched=unpatched)
 
 
-def test_spoilage_of_patched_text_keeps_its_error():
+def test_spoilage_of_patched_completion_keeps_its_error():
     error, spoilage = overflow(None), Spoilage()
     assert spoilage.judge(error) is error
     assert spoilage.judge(error) is error
 
 
-def test_spoilage_of_unpatched_text_asks_for_a_restart_once():
+def test_spoilage_of_unpatched_completion_restarts_once():
     spoilage = Spoilage()
     first = spoilage.judge(overflow("a"))
     assert isinstance(first, SpoiledEngineError)
@@ -28,7 +28,7 @@ def test_spoilage_of_unpatched_text_asks_for_a_restart_once():
     assert "use bfloat16 or float32" in str(again)
 
 
-def test_spoilage_of_a_model_that_overflows_by_itself_restarts_no_more():
+def test_spoilage_of_inherent_overflow_does_not_restart_again():
     spoilage = Spoilage()
     for text in ("a", "a"):
         spoilage.judge(overflow(text))
@@ -43,11 +43,11 @@ def test_spoilage_after_a_patched_overflow_restarts_again():
 
 
 @pytest.mark.parametrize("kind", [ReceiptError, EngineCrashedError])
-def test_spoiled_engine_error_is_caught_as_either_kind(kind):
+def test_spoiled_engine_error_is_both_kinds_of_error(kind):
     with pytest.raises(kind):
         raise Spoilage().judge(overflow("a"))
 
 
 @pytest.mark.parametrize("error", [overflow(None), Spoilage().judge(overflow("a"))], ids=["patched", "plain"])
-def test_status_of_overflow_is_500(error):
+def test_http_status_of_overflow_is_500(error):
     assert http_status(error) == 500
