@@ -25,7 +25,7 @@ def test_spoilage_of_unpatched_completion_restarts_once():
     again = spoilage.judge(overflow("a"))
     assert type(again) is OverflowedError
     assert "the model itself overflows on this prompt" in str(again)
-    assert "use bfloat16 or float32" in str(again)
+    assert "Use bfloat16 or float32" in str(again)
 
 
 def test_spoilage_of_inherent_overflow_does_not_restart_again():

@@ -1,6 +1,6 @@
-"""A Llama that is trained in half a second, rows for it, and its training and reading computed apart from the product.
+"""A Llama that trains in half a second, its rows, and independent computations of its losses and training.
 
-Its words are whole tokens, so that a chat's ids can be told without a tokenizer, and a row's length be seen.
+Why every word is one token: a chat's ids can be written without a tokenizer, and a row's length is its word count.
 """
 
 import gc
@@ -33,7 +33,7 @@ RATES = {"ia3": 0.1, "lora": 0.02, "full": 0.005}
 
 
 def said(*texts: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
+    """Return messages of user and assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
@@ -70,8 +70,10 @@ PAIRS = [
 
 
 def tokenizer(begins: bool = True, **names: str) -> PreTrainedTokenizerFast:
-    """Word level, split on white space, without a chat template. begins: BOS stands before each text; names: others
-    than the usual special tokens."""
+    """Return a word-level tokenizer that splits on white space, without a chat template.
+
+    begins: add BOS before each text. names: other special tokens than the default ones.
+    """
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if begins:
@@ -81,7 +83,7 @@ def tokenizer(begins: bool = True, **names: str) -> PreTrainedTokenizerFast:
 
 
 def make_base(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A random Llama of large weights, so that adapters differ in what they say."""
+    """Write a random Llama with large weights, so that adapters give different completions."""
     tokenizer().save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -101,14 +103,14 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 
 class Toy:
-    """The base model, and what is trained on it, each once. Made in a folder of its own."""
+    """The base model and the models trained on it, each made once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.base = make_base(folder / "base")
 
     def sft(self, method: str = "ia3") -> Path:
-        """An SFT adapter (or checkpoint) on the base."""
+        """Return an SFT adapter (or checkpoint) of the base."""
         out = self._folder / f"sft-{method}"
         if not out.exists():
             trainer.train_sft(self.base, MESSAGES, out, settings(method))
@@ -116,7 +118,7 @@ class Toy:
 
 
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
-    """The session's; a test file makes a fixture of it.
+    """Yield the session's Toy; a test file makes a fixture of this function.
 
     Meanwhile a training takes a fifth of its time: no plot is drawn, and accelerate, which collects garbage before
     each, need not look through all that is loaded by now.
@@ -141,8 +143,10 @@ def dpo_settings(method: str = "ia3", **given) -> DpoSettings:
 
 
 def encode(turns: Sequence[Mapping[str, str]], speaks: bool = False) -> tuple[list[int], list[bool]]:
-    """The ids of a chat in Tulu's format, and which of them the assistant said, EOS among them. speaks: the assistant
-    is to go on."""
+    """Return a chat's ids in Tulu's format, and a mask of the assistant's ids, including EOS.
+
+    speaks: the ids end with the assistant's tag, so that it continues.
+    """
     ids, own = [BOS], [False]
     for turn in turns:
         words = [WORDS.index(word) if word in WORDS else UNK for word in turn["content"].split()]
@@ -154,13 +158,13 @@ def encode(turns: Sequence[Mapping[str, str]], speaks: bool = False) -> tuple[li
 
 
 def log_probs(model: nn.Module, ids: Sequence[int]) -> Tensor:
-    """Of each token but the first, [T - 1]."""
+    """Return the log-probability of each token but the first, [T - 1]."""
     logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, :-1].float()
     return logits.log_softmax(-1)[range(len(ids) - 1), list(ids[1:])]
 
 
 def answer_log_probs(model: nn.Module, pair: Mapping, answer: str) -> Tensor:
-    """Of each token of a pair's "chosen" or "rejected", EOS among them."""
+    """Return the log-probability of each token of a pair's "chosen" or "rejected", including EOS."""
     prompt, _ = encode(pair["prompt"], speaks=True)
     ids, _ = encode([*pair["prompt"], *pair[answer]])
     assert ids[: len(prompt)] == prompt
@@ -168,12 +172,12 @@ def answer_log_probs(model: nn.Module, pair: Mapping, answer: str) -> Tensor:
 
 
 def plain(folder: Path) -> LlamaForCausalLM:
-    """A checkpoint as transformers opens it, in float32."""
+    """Load a checkpoint with transformers in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def vectors(folder: Path) -> list[Tensor]:
-    """An IA3 adapter's vector of each layer."""
+    """Return an IA3 adapter's vector of each layer."""
     tensors = load_file(folder / "adapter_model.safetensors")
     assert sorted(tensors) == sorted(KEYS)
     return [tensors[key].flatten() for key in KEYS]
@@ -181,7 +185,7 @@ def vectors(folder: Path) -> list[Tensor]:
 
 @contextmanager
 def scaled(model: LlamaForCausalLM, scales: Sequence[Tensor]) -> Iterator[None]:
-    """What enters each down_proj is multiplied: IA3 without PEFT."""
+    """Multiply the inputs of each down_proj: IA3 without PEFT."""
 
     def times(vector: Tensor) -> Callable:
         return lambda _module, inputs: (inputs[0] * vector,)
@@ -196,7 +200,7 @@ def scaled(model: LlamaForCausalLM, scales: Sequence[Tensor]) -> Iterator[None]:
 
 
 def sft_loss(model: nn.Module, limit: int | None = None, begins: bool = True) -> Tensor:
-    """Mean over all that the assistants of MESSAGES say. limit: of a row's tokens; begins: with BOS."""
+    """Return the mean loss over the assistants' tokens in MESSAGES. limit: tokens per row. begins: with BOS."""
     parts = []
     for row in MESSAGES:
         ids, own = (part[not begins :][:limit] for part in encode(row["messages"]))
@@ -205,13 +209,13 @@ def sft_loss(model: nn.Module, limit: int | None = None, begins: bool = True) ->
 
 
 def margins(model: nn.Module) -> Tensor:
-    """How much likelier each chosen answer of PAIRS is than the rejected one, in nats."""
+    """Return log p(chosen) - log p(rejected) of each pair in PAIRS, in nats."""
     found = ([answer_log_probs(model, pair, answer).sum() for answer in ("chosen", "rejected")] for pair in PAIRS)
     return torch.stack([chosen - rejected for chosen, rejected in found])
 
 
 def dpo_loss(reference: Tensor, beta: float = 0.1) -> Callable[[nn.Module], Tensor]:
-    """DPO's loss of a model. reference: the SFT model's margins."""
+    """Return the DPO loss as a function of a model. reference: the SFT model's margins."""
     return lambda model: -nn.functional.logsigmoid(beta * (margins(model) - reference)).mean()
 
 
@@ -225,8 +229,10 @@ def descend(
     decay: float,
     target: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[float]]:
-    """IA3 scales trained by AdamW, written out: betas 0.9 and 0.999, cosine, gradients of norm 1 at most, decay towards
-    `target`. Returns them and each step's loss."""
+    """Train IA3 scales with a written-out AdamW; return them and each step's loss.
+
+    Betas 0.9 and 0.999, cosine schedule, gradient norm at most 1, weight decay towards `target`.
+    """
     scales = [vector.clone().requires_grad_() for vector in start]
     mean, square, losses = [0.0] * len(scales), [0.0] * len(scales), []
     for step in range(1, steps + 1):
