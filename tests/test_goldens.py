@@ -67,7 +67,7 @@ def logits(monkeypatch):
         ("completion", "completion"),
         ("completion_eos", "completion"),
         ("prompt", "prompt"),
-        ("last_prompt_token", "last_prompt_token"),
+        ("prompt_last", "last_prompt_token"),
     ],
 )
 def test_contrast_equals_golden(engine, eos_engine, kind, positions, batch):
