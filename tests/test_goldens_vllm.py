@@ -53,7 +53,7 @@ def engine(request, folders):
 
 def test_contrast_matches_golden_scores_and_moments(engine):
     kinds = {"completion_eos": "completion"} if engine.is_eos else {
-        "completion": "completion", "prompt": "prompt", "last_prompt_token": "last_prompt_token"}  # fmt: skip
+        "completion": "completion", "prompt": "prompt", "prompt_last": "last_prompt_token"}  # fmt: skip
     for kind, at in kinds.items():
         ranking = engine.contrast(IDS, "sft", "dpo", positions=at, sampling=Sampling(max_tokens=24), exclude_layers=())
         for batch in ("batch5", "batch1"):
