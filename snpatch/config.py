@@ -1,7 +1,7 @@
-"""EngineConfig: everything that an engine is started with, as one value. Its defaults are the only ones.
+"""EngineConfig: models, backend and sizes of an engine, as one value; the only place of their defaults.
 
-The CLI's options, experiment configs, replicas and servers read and write it. Kept free of torch, so that they need
-not wait for it. Why vLLM's own arguments are a mapping: they are vLLM's to name, and differ between its versions.
+Command line, experiment configs, replicas and the server read and write it. The module does not import torch, so that
+`--help` is instant. vLLM's own arguments are a mapping, because their names differ between vLLM's versions.
 """
 
 import importlib.util
@@ -11,63 +11,65 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from snpatch.errors import SnpatchError, shown
-from snpatch.names import check_names, split_name, split_paths
+from snpatch.names import check_names
 from snpatch.trust import ENGINE, check_arguments
 from snpatch.utils import schema
+from snpatch.utils.parsing import parse_pairs, split_paths
 from snpatch.utils.schema import option
 
-KNOWN = {
-    "backend": ("auto", "vllm", "transformers"),
-    "template": ("auto", "tokenizer", "tulu"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-}
-# Names that a chat template gets from elsewhere, or that are arguments of its rendering.
-TEMPLATE_OWN = frozenset(
+BACKENDS = ("auto", "vllm", "transformers")
+TEMPLATES = ("auto", "tokenizer", "tulu")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Variables that chat templates get from the tokenizer, or that are arguments of rendering.
+RESERVED_TEMPLATE_VARIABLES = frozenset(
     "messages conversations tools documents template chat_template add_generation_prompt continue_final_message "
     "return_assistant_tokens_mask bos_token eos_token pad_token unk_token sep_token cls_token mask_token".split()
 )
 Folders = str | Path | Sequence[str | Path]
-RESAMPLES, CONFIDENCE = 1000, 0.95  # of every bootstrap interval, where nothing else is said
+RESAMPLES, CONFIDENCE = 1000, 0.95  # defaults of bootstrap intervals
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a vLLM engine has room for. Fixed when it starts; an error at one of them says which to raise.
+    """Sizes of a vLLM engine's tables, fixed when it starts. An error about a full table names the field to raise.
 
-    streams: 2, or 1 for an engine without donors at half the cost (plain generation, constants, captures).
-    max_adapters, max_rankings, max_constants: how many can be in use at once, the base model among the adapters.
-    max_interventions: of one patch. max_groups: statistics of that many contrasts at once. max_captures x max_captured:
-    positions and neurons of each position that can be held until they are fetched. max_receipts: requests whose
-    receipts can be.
-    scales_kv: whether adapters may scale k_proj and v_proj; None: if one of those that the engine starts with does.
+    Attributes:
+        streams: 2, or 1 for an engine without donors at half the cost (plain generation, constants, captures).
+        max_adapters: Adapters in use at once, the base model included.
+        max_rankings: Rankings in use at once.
+        max_constants: Constants in use at once.
+        max_interventions: Interventions of a patch.
+        max_groups: Contrasts whose statistics are gathered at once.
+        max_captures: Captured positions that are stored until they are fetched.
+        max_captured: Neurons of a captured position.
+        max_receipts: Requests whose receipts are stored until they are fetched.
+        scales_kv: Whether adapters may scale k_proj and v_proj. None: if an adapter of the start does.
     """
 
-    streams: int = 2
-    max_adapters: int = 8
-    max_rankings: int = 64
-    max_constants: int = 8
-    max_interventions: int = 1
-    max_groups: int = 4
-    max_captures: int = 4096
-    max_captured: int = 2048
-    max_receipts: int = 16384
+    streams: int = field(default=2, metadata={"choices": (1, 2)})
+    max_adapters: int = field(default=8, metadata={"min": 1})
+    max_rankings: int = field(default=64, metadata={"min": 1})
+    max_constants: int = field(default=8, metadata={"min": 1})
+    max_interventions: int = field(default=1, metadata={"min": 1})
+    max_groups: int = field(default=4, metadata={"min": 1})
+    max_captures: int = field(default=4096, metadata={"min": 1})
+    max_captured: int = field(default=2048, metadata={"min": 1})
+    max_receipts: int = field(default=16384, metadata={"min": 1})
     scales_kv: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.streams not in (1, 2):
-            raise SnpatchError(f"streams must be 1 or 2, got {self.streams}")
-        for f in fields(Capacity):
-            if f.name.startswith("max_") and getattr(self, f.name) < 1:
-                raise SnpatchError(f"{f.name} must be at least 1, got {getattr(self, f.name)}")
+        schema.validate(self)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: weights, and what is put on them.
+    """Checkpoint, LoRA and adapters of a model.
 
-    checkpoint: of the engine's architecture, folder, name or name@revision; None: the engine's own. lora:
-    PEFT LoRA folders, merged into the weights in order. adapters: PEFT IA3 folders, stacked in order. Both may be
-    names on the hub: owner/name, owner/name@revision, owner/name:subfolder.
+    Attributes:
+        checkpoint: Folder, name or name@revision of the engine's architecture. None: the engine's own model.
+        lora: PEFT LoRA folders, merged into the weights in order.
+        adapters: PEFT IA3 folders, stacked in order. As for lora, names on the hub are owner/name,
+            owner/name@revision or owner/name:subfolder.
     """
 
     checkpoint: str | None = None
@@ -75,13 +77,13 @@ class ModelSource:
     adapters: tuple[str, ...] = ()
 
     def placed(self, folder: Path) -> "ModelSource":
-        """The same with paths that are relative to a folder; what is no file there stays as it is."""
-        parts = ((resolve_path(folder, one) for one in folders) for folders in (self.lora, self.adapters))
+        """Return the source with relative paths resolved against a folder; names on the hub are kept."""
+        parts = ((resolve_path(folder, source) for source in sources) for sources in (self.lora, self.adapters))
         return ModelSource(self.checkpoint and resolve_path(folder, self.checkpoint), *map(tuple, parts))
 
     @property
-    def set(self) -> "ModelSource":
-        """The set of weights alone."""
+    def weights_source(self) -> "ModelSource":
+        """Return the source without adapters."""
         return replace(self, adapters=())
 
 
@@ -90,34 +92,40 @@ PRIMARY_WEIGHTS = ModelSource()
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """model: Hugging Face folder, name or name@revision. adapters: name -> PEFT IA3 folders, stacked, on its weights.
+    """Models, backend and sizes of an engine.
 
-    models: name -> ModelSource, or its weights, for models on other weights than the engine's own: an engine runs one
-    further set, see `second`.
+    Options that the chosen backend does not use raise an error if they are set.
 
-    backend: "vllm", "transformers", or "auto": vllm where it is installed. template: how chats become text:
-    "tokenizer" (its own), "tulu", or "auto" (what the adapters and LoRA of a set of weights were trained with, else the
-    tokenizer's, else the other set's, else tulu).
-    chat_template_kwargs: variables that chat templates read, as {"enable_thinking": False}.
-    dtype "auto" is the checkpoint's own. batch_size: most sequences of a batch (vllm: its max_num_seqs). token_budget:
-    most padded tokens of a batch, prompt and generated, counting every stream; None: static batches of batch_size in
-    the given order. allow_untested: try architectures and quantisations outside the tested ones. capacity: sizes, see
-    Capacity. vllm: vLLM's own engine arguments (tensor_parallel_size, max_model_len, gpu_memory_utilization, ...).
-    device and token_budget are for the transformers backend, capacity and vllm for the other: what is set for one that
-    does not run is an error.
+    Attributes:
+        model: Hugging Face folder, name or name@revision.
+        adapters: Name -> PEFT IA3 folders, stacked in order, on the model's weights.
+        models: Name -> ModelSource, or its checkpoint, of models on other weights. An engine has one set of secondary
+            weights, see `secondary`.
+        backend: "vllm", "transformers", or "auto": vllm if it is installed.
+        template: Chat template: "tokenizer" (the tokenizer's), "tulu", or "auto" (that of the adapters and LoRA, else
+            the tokenizer's, else that of the other weights, else tulu).
+        chat_template_kwargs: Variables of the chat template, such as {"enable_thinking": False}.
+        dtype: "auto" is the checkpoint's own.
+        device: transformers backend only.
+        batch_size: Maximum number of sequences in a batch (vLLM's max_num_seqs).
+        token_budget: Maximum number of padded tokens in a batch, prompt and completion, over all streams. None: static
+            batches of batch_size in the given order. transformers backend only.
+        allow_untested: Try architectures and quantizations that no test covers.
+        capacity: Sizes of tables; vllm backend only.
+        vllm: vLLM's engine arguments (tensor_parallel_size, max_model_len, gpu_memory_utilization, ...).
     """
 
     model: str
     adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     models: Mapping[str, ModelSource] = field(default_factory=dict)
-    backend: str = option("auto", "auto, vllm or transformers. auto: vllm where it is installed.")
-    template: str = option("auto", "How chats become text: auto, tokenizer or tulu.")
+    backend: str = option("auto", "auto, vllm or transformers. auto: vllm if it is installed.", choices=BACKENDS)
+    template: str = option("auto", "Chat template: auto, tokenizer or tulu.", choices=TEMPLATES)
     chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
-    dtype: str = option("auto", "auto, float32, bfloat16 or float16.")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... (transformers only).")
-    batch_size: int | None = option(None, "Most sequences of a batch (vllm: its max_num_seqs).", min=1)
-    token_budget: int | None = 16384
-    allow_untested: bool = option(False, "Try architectures that were not tested.")
+    dtype: str = option("auto", "auto (the checkpoint's), float32, bfloat16 or float16.", choices=DTYPES)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... (transformers backend only).")
+    batch_size: int | None = option(None, "Maximum sequences in a batch (vLLM's max_num_seqs).", min=1)
+    token_budget: int | None = field(default=16384, metadata={"min": 1})
+    allow_untested: bool = option(False, "Try architectures and quantizations that no test covers.")
     capacity: Capacity = Capacity()
     vllm: Mapping[str, object] = field(default_factory=dict)
 
@@ -127,75 +135,74 @@ class EngineConfig:
             if not isinstance(getattr(self, kind), Mapping):
                 raise SnpatchError(f"{kind}: expected name -> folders, got {shown(getattr(self, kind))}")
             check_names(getattr(self, kind), "a model")
-        object.__setattr__(self, "adapters", {name: _folders(one) for name, one in self.adapters.items()})
-        object.__setattr__(self, "models", {name: self._source(name, one) for name, one in self.models.items()})
-        sets = list(dict.fromkeys(source.set for source in self.models.values() if source.set != PRIMARY_WEIGHTS))
-        if len(sets) > 1:
-            named = "; ".join(", ".join([one.checkpoint or self.model, *one.lora]) for one in sets)
+        object.__setattr__(self, "adapters", {name: _folders(folders) for name, folders in self.adapters.items()})
+        sources = {name: self._parse_source(name, source) for name, source in self.models.items()}
+        object.__setattr__(self, "models", sources)
+        others = dict.fromkeys(one.weights_source for one in sources.values())
+        others.pop(PRIMARY_WEIGHTS, None)
+        if len(others) > 1:
+            listed = "; ".join(", ".join([one.checkpoint or self.model, *one.lora]) for one in others)
             raise SnpatchError(
-                f"models: an engine runs its own weights and one further set, and these are {len(sets)}: {named}; "
+                f"models: an engine runs its own weights and one further set, and these are {len(others)}: {listed}; "
                 "start one engine for each pair, with one of the two as its model"
             )
-        object.__setattr__(self, "chat_template_kwargs", _variables(self.chat_template_kwargs))
-        for name in KNOWN:
-            check_known(name, getattr(self, name))
-        for name in ("batch_size", "token_budget"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SnpatchError(f"{name} must be at least 1, got {value}")
+        object.__setattr__(self, "chat_template_kwargs", _check_variables(self.chat_template_kwargs))
+        schema.validate(self)
 
-    def _source(self, name: str, given: "ModelSource | Mapping | str | Path") -> ModelSource:
-        """A model as `models` names it; weights that are the engine's own are None."""
+    def _parse_source(self, name: str, source: "ModelSource | Mapping | str | Path") -> ModelSource:
+        """Return a model of `models`; a checkpoint that is the engine's own becomes None."""
         if name in self.adapters:
             raise SnpatchError(f"models: {name} is also among the adapters")
-        if isinstance(given, str | Path):
-            given = {"checkpoint": str(given)}
-        if not isinstance(given, ModelSource):
-            given = schema.from_dict(ModelSource, f"models: {name}", {part: _texts(one) for part, one in given.items()})
-        own = given.checkpoint is not None and resolve_path(Path(), given.checkpoint) == resolve_path(
-            Path(), self.model
-        )
-        return replace(given, checkpoint=None) if own else given
+        if isinstance(source, str | Path):
+            source = {"checkpoint": str(source)}
+        if not isinstance(source, ModelSource):
+            parts = {part: _paths_as_texts(value) for part, value in source.items()}
+            source = schema.from_dict(ModelSource, f"models: {name}", parts)
+        if source.checkpoint is None:
+            return source
+        is_own = resolve_path(Path(), source.checkpoint) == resolve_path(Path(), self.model)
+        return replace(source, checkpoint=None) if is_own else source
 
     @property
     def sources(self) -> dict[str, ModelSource]:
-        """Every model but the engine's own, by name."""
-        return {name: ModelSource(adapters=one) for name, one in self.adapters.items()} | dict(self.models)
+        """Return the source of every model but "base", by name."""
+        return {name: ModelSource(adapters=folders) for name, folders in self.adapters.items()} | dict(self.models)
 
     def origin(self, name: str) -> object:
-        """Where a model comes from, as data: its adapters on the engine's own weights, or a ModelSource's parts."""
+        """Return a model's source as JSON data: adapters on the primary weights, or the parts of a ModelSource."""
         source = self.sources.get(name, PRIMARY_WEIGHTS)
-        return source.adapters if source.set == PRIMARY_WEIGHTS else asdict(source)
+        return source.adapters if source.weights_source == PRIMARY_WEIGHTS else asdict(source)
 
     @property
     def secondary(self) -> ModelSource | None:
-        """The engine's second set of weights, if its models need one."""
-        return next((source.set for source in self.models.values() if source.set != PRIMARY_WEIGHTS), None)
+        """Return the source of the secondary weights, or None."""
+        sources = (source.weights_source for source in self.models.values())
+        return next((source for source in sources if source != PRIMARY_WEIGHTS), None)
 
     @classmethod
     def of(cls, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> "EngineConfig":
-        """From arguments side by side: this class's own, Capacity's and vLLM's, each by its name."""
+        """Build a config from fields of this class and of Capacity, and vLLM's engine arguments."""
         return cls(str(model), adapters or {}).changed(**arguments)
 
     def changed(self, **arguments) -> "EngineConfig":
-        """The same but for these arguments, each by its name: this class's own, Capacity's or vLLM's."""
-        own = {name: arguments.pop(name) for name in _OWN if name in arguments}
+        """Return the config with other fields of this class or of Capacity, or vLLM's engine arguments."""
+        own = {name: arguments.pop(name) for name in _DEFAULTS if name in arguments}
         capacity = {f.name: arguments.pop(f.name) for f in fields(Capacity) if f.name in arguments}
         return replace(self, **own, capacity=replace(self.capacity, **capacity), vllm={**self.vllm, **arguments})
 
     def placed(self, folder: Path) -> "EngineConfig":
-        """The same with paths that are relative to a folder; what is no file there is a name and stays as it is."""
+        """Return the config with relative paths resolved against a folder; names on the hub are kept."""
         adapters = {
-            name: tuple(resolve_path(folder, one) for one in folders) for name, folders in self.adapters.items()
+            name: tuple(resolve_path(folder, source) for source in sources) for name, sources in self.adapters.items()
         }
         models = {name: source.placed(folder) for name, source in self.models.items()}
         return replace(self, model=resolve_path(folder, self.model), adapters=adapters, models=models)
 
     @classmethod
     def load(cls, path: str | Path, trust: bool = False) -> "EngineConfig":
-        """From a TOML or JSON file, whose paths are relative to its folder.
+        """Load a TOML or JSON file, whose paths are relative to its folder.
 
-        trust: take arguments that may run code or open the host, see snpatch.trust; otherwise they are an error.
+        trust: accept arguments that may run code or open the host, see snpatch.trust; otherwise they raise.
         """
         config = cls.from_dict(schema.load_table(path, "engine"), f"engine {path}")
         if not trust:
@@ -203,39 +210,45 @@ class EngineConfig:
         return config.placed(Path(path).parent)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON that `load` reads; paths as they are."""
-        from snpatch.utils.files import write_text  # which loads torch
+        """Write JSON that `load` reads. Paths are not changed."""
+        from snpatch.utils.files import write_text  # imports torch
 
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, object], where: str = "engine") -> "EngineConfig":
-        """Read what `to_dict` wrote (or a user, in TOML or JSON); unknown keys and wrong types are errors."""
+    def from_dict(cls, table: Mapping[str, object], context: str = "engine") -> "EngineConfig":
+        """Build a config from a table (of `to_dict`, TOML or JSON). Unknown keys and wrong types raise.
+
+        context: names the table in errors.
+        """
         if not isinstance(table, Mapping):
-            raise SnpatchError(f"{where}: wanted a table, got {shown(table)}")
+            raise SnpatchError(f"{context}: wanted a table, got {shown(table)}")
         parts = dict(table)
-        adapters = parts.get("adapters", {})
-        if not isinstance(adapters, Mapping):
-            raise SnpatchError(f"{where}: adapters: wanted a table, got {adapters!r}")
-        folders = tuple[str, ...]
-        parts["adapters"] = {n: schema.coerce(f, folders, f"{where}: adapters.{n}") for n, f in adapters.items()}
-        if not isinstance(parts.get("models", {}), Mapping):
-            raise SnpatchError(f"{where}: models: wanted a table, got {parts['models']!r}")
-        parts["capacity"] = schema.from_dict(Capacity, f"{where}: capacity", parts.get("capacity", {}))
-        return schema.from_dict(cls, where, parts)
+        for kind in ("adapters", "models"):
+            if not isinstance(parts.get(kind, {}), Mapping):
+                raise SnpatchError(f"{context}: {kind}: wanted a table, got {parts[kind]!r}")
+        parts["adapters"] = {
+            name: schema.coerce(folders, tuple[str, ...], f"{context}: adapters.{name}")
+            for name, folders in parts.get("adapters", {}).items()
+        }
+        parts["capacity"] = schema.from_dict(Capacity, f"{context}: capacity", parts.get("capacity", {}))
+        return schema.from_dict(cls, context, parts)
 
     def to_dict(self) -> dict:
-        """As plain data for TOML and JSON: what differs from the defaults."""
+        """Return the fields that differ from the defaults as data for TOML and JSON."""
         default = asdict(EngineConfig(self.model))
         table = {name: value for name, value in asdict(self).items() if value != default[name] or name == "model"}
         if "capacity" in table:
             table["capacity"] = {n: v for n, v in table["capacity"].items() if v != default["capacity"][n]}
         if "models" in table:
-            table["models"] = {n: {k: v for k, v in one.items() if v} for n, one in table["models"].items()}
+            table["models"] = {
+                name: {part: value for part, value in source.items() if value}
+                for name, source in table["models"].items()
+            }
         return table
 
     def checked_backend(self) -> str:
-        """ "vllm" or "transformers"; an error for what is set for the other one alone."""
+        """Return "vllm" or "transformers"; raise if an option of the other backend is set."""
         backend = resolve_backend(self.backend)
         if backend == "transformers":
             capacity = {f.name for f in fields(Capacity) if getattr(self.capacity, f.name) != f.default}
@@ -243,48 +256,41 @@ class EngineConfig:
                 raise SnpatchError(f"backend transformers: there is no argument {', '.join(unknown)}")
         elif self.device != "auto":
             raise SnpatchError("device is for the transformers backend; vllm runs on its own platform")
-        elif self.token_budget != _OWN["token_budget"]:
+        elif self.token_budget != _DEFAULTS["token_budget"]:
             raise SnpatchError("token_budget is for the transformers backend; vllm has max_num_batched_tokens")
         return backend
 
 
-_OWN = {f.name: f.default for f in fields(EngineConfig) if f.name not in ("model", "adapters", "capacity", "vllm")}
+_DEFAULTS = {f.name: f.default for f in fields(EngineConfig) if f.name not in ("model", "adapters", "capacity", "vllm")}
 
 
-def check_known(name: str, value: object) -> None:
-    """An error for a backend, template or dtype that there is not."""
-    if value not in KNOWN[name]:
-        raise SnpatchError(f"{name} must be one of {', '.join(KNOWN[name])}, got {value!r}")
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise for a value that is not among the choices. name: of the option, in errors."""
+    if value not in choices:
+        raise SnpatchError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def resolve_backend(backend: str) -> str:
-    """ "vllm" or "transformers": what `backend` names, or for "auto" the faster one that is installed."""
-    check_known("backend", backend)
+    """Return "vllm" or "transformers"; "auto" is vllm if it is installed."""
+    check_choice("backend", backend, BACKENDS)
     if backend == "auto":
         return "vllm" if importlib.util.find_spec("vllm") else "transformers"
     return backend
 
 
-def parse_adapters(entries: Iterable[str], between: str, form: str) -> dict[str, list[str]]:
-    """Adapters from text: name=folder each, or folders stacked in order with `between` between them; each name once.
+def parse_adapters(entries: Iterable[str], between: str, option: str, expected: str) -> dict[str, list[str]]:
+    """Parse name=folder entries, where `between` separates folders that are stacked in order.
 
-    What of them exists is one folder, whatever its name holds. form: what is wanted, for errors.
+    option, expected: the option and its form, for errors.
     """
-    adapters = {}
-    for entry in entries:
-        name, folders = split_name(entry)
-        if not name or not folders:
-            raise SnpatchError(f"{form}, each name once; got {entry!r}")
-        if name in adapters:
-            raise SnpatchError(f"{form}, each name once; got {name!r} twice")
-        adapters[name] = split_paths(folders, between)
-    return adapters
+    pairs = parse_pairs(entries, option, expected=expected)
+    return {name: split_paths(folders, between) for name, folders in pairs.items()}
 
 
 def group_models(
     adapters: Mapping[str, list[str]], checkpoints: Mapping[str, list[str]], loras: Mapping[str, list[str]]
 ) -> tuple[dict[str, list[str]], dict[str, dict]]:
-    """Adapters on a model's own weights, and the models that have others, as EngineConfig takes them."""
+    """Return adapters on the primary weights, and models on other weights, as EngineConfig takes them."""
     adapters, models = dict(adapters), {}
     for name in checkpoints.keys() | loras.keys():
         if len(checkpoints.get(name, ())) > 1:
@@ -294,41 +300,42 @@ def group_models(
     return adapters, models
 
 
-def parse_json_object(text: str, where: str) -> dict[str, object]:
-    """Return the object that a JSON text holds."""
+def parse_json_object(text: str, context: str) -> dict[str, object]:
+    """Parse a JSON object. context: names it in errors."""
+    expected = 'wanted a JSON object, as {"enable_thinking": false}'
     try:
         table = schema.parse_json(text)
     except ValueError as error:
-        raise SnpatchError(f'{where}: wanted a JSON object, as {{"enable_thinking": false}}: {error}') from error
+        raise SnpatchError(f"{context}: {expected}: {error}") from error
     if not isinstance(table, dict):
-        raise SnpatchError(f'{where}: wanted a JSON object, as {{"enable_thinking": false}}, got {shown(table)}')
+        raise SnpatchError(f"{context}: {expected}, got {shown(table)}")
     return table
 
 
-def _variables(given: object) -> dict[str, object]:
-    """Variables for chat templates, as JSON holds them."""
-    if not isinstance(given, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in given):
-        raise SnpatchError(f"chat_template_kwargs: wanted a table of names and values, got {shown(given)}")
-    if taken := sorted(TEMPLATE_OWN & given.keys()):
-        raise SnpatchError(f"chat_template_kwargs: {taken[0]} is set by snpatch, or by the tokenizer")
+def resolve_path(folder: Path, source: str) -> str:
+    """Return a path relative to a folder if it exists there; else the text, which is a name on the hub."""
+    path = folder / source
+    return str(path) if path.exists() else source
+
+
+def _check_variables(variables: object) -> dict[str, object]:
+    """Return variables of chat templates as JSON data."""
+    is_table = isinstance(variables, Mapping)
+    if not is_table or not all(isinstance(name, str) and name.isidentifier() for name in variables):
+        raise SnpatchError(f"chat_template_kwargs: wanted a table of names and values, got {shown(variables)}")
+    if reserved := sorted(RESERVED_TEMPLATE_VARIABLES & variables.keys()):
+        raise SnpatchError(f"chat_template_kwargs: {reserved[0]} is set by snpatch, or by the tokenizer")
     try:
-        return json.loads(json.dumps(dict(given), allow_nan=False))
+        return json.loads(json.dumps(dict(variables), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise SnpatchError(f"chat_template_kwargs: wanted values that JSON can hold: {error}") from error
 
 
-def _texts(given: object) -> object:
-    """Paths as texts."""
-    if isinstance(given, list | tuple):
-        return [_texts(one) for one in given]
-    return str(given) if isinstance(given, Path) else given
+def _paths_as_texts(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_paths_as_texts(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
-def _folders(given: Folders) -> tuple[str, ...]:
-    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))
-
-
-def resolve_path(folder: Path, source: str) -> str:
-    """A path relative to a folder as it is seen from here; what is no file there is a name and stays as it is."""
-    path = folder / source
-    return str(path) if path.exists() else source
+def _folders(folders: Folders) -> tuple[str, ...]:
+    return (str(folders),) if isinstance(folders, str | Path) else tuple(map(str, folders))

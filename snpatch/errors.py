@@ -1,4 +1,4 @@
-"""The exceptions for what a user can put right: the CLI prints the message as one line and exits with 2."""
+"""Exceptions, and the text of their messages. The command line prints the message as one line and exits with 2."""
 
 import codecs
 import re
@@ -6,27 +6,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-MAX_NAME = 100  # letters of a name that is compared with others
-
-MAX_MESSAGE = 4000  # characters of an error
-MAX_VALUE = 200  # characters of a value that an error shows
+MAX_NAME_CHARS = 100  # of a name that is compared with known names
+MAX_MESSAGE_CHARS = 4000
+MAX_VALUE_CHARS = 200  # of a value in a message
 ESCAPE = "snpatch_json"  # name of an error handler of `codecs`
-# Control characters but tab and newline, line separators, marks that reorder text, and halves of surrogate pairs.
+# Control characters except tab and newline, line separators, marks that reorder text, halves of surrogate pairs.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Return a text with control characters escaped, as JSON escapes them: no terminal obeys it."""
+    """Return a text with control characters escaped as in JSON, so that a terminal does not execute them."""
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def encodable(text: str, encoding: str) -> str:
-    """Return a text in which characters that an encoding lacks are escaped, as JSON escapes them."""
+    """Return a text in which characters that an encoding lacks are escaped as in JSON."""
     return text.encode(encoding, ESCAPE).decode(encoding)
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """Return JSON's escapes of what cannot be encoded, and where to go on: a handler of `codecs`."""
+    """Return JSON escapes of what cannot be encoded, and the end of it; a handler of `codecs`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
@@ -42,7 +41,7 @@ def one_line(text: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: half a surrogate pair cannot."""
+    """Return whether a text can be written as UTF-8; half a surrogate pair cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -51,9 +50,9 @@ def is_unicode(text: str) -> bool:
 
 
 def shown(value: object) -> str:
-    """Return a value's repr, cut to what an error can show."""
+    """Return the repr of a value, shortened for a message."""
     text = repr(value)
-    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}..."
 
 
 class SnpatchError(Exception):
@@ -64,7 +63,7 @@ class SnpatchError(Exception):
 
     def __init__(self, message: str = "", field: str | None = None) -> None:
         line = one_line(message)
-        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}...")
+        super().__init__(line if len(line) <= MAX_MESSAGE_CHARS else f"{line[:MAX_MESSAGE_CHARS]}...")
         self.field = field
 
 
@@ -73,13 +72,13 @@ class NotEnoughNeuronsError(SnpatchError):
 
 
 class ReceiptError(SnpatchError):
-    """The device did not do what the plan implies: the results of the run must not be used."""
+    """The device's counts differ from what the plan implies. The results of the run must not be used."""
 
 
 class OverflowedError(ReceiptError):
-    """Values of one text are not finite: that text must not be used. Other texts are not affected.
+    """Values of a completion are not finite. Other completions are not affected.
 
-    unpatched: digest of the recipient and the prompt if no patch was applied, else None.
+    unpatched: content hash of recipient and prompt if no patch was applied, else None.
     """
 
     def __init__(self, message: str = "", *, unpatched: str | None = None) -> None:
@@ -88,20 +87,20 @@ class OverflowedError(ReceiptError):
 
 
 class ServerBusyError(SnpatchError):
-    """There is no room now: to be asked again."""
+    """The server is at capacity. Retry later."""
 
 
 class EngineCrashedError(SnpatchError):
-    """The engine process died: running requests are lost. Call restart()."""
+    """The vLLM engine process died; running requests are lost. Call restart()."""
 
 
 class SpoiledEngineError(OverflowedError, EngineCrashedError):
-    """Values of an unpatched text are not finite: the engine's state may be spoiled, so it is restarted."""
+    """Values of an unpatched completion are not finite. The engine is restarted, because its state may be spoiled."""
 
 
 @contextmanager
 def error_field(field: str) -> Iterator[None]:
-    """Errors out of this block are of this field, or of a part of it."""
+    """Prefix the `field` of SnpatchErrors that the block raises."""
     try:
         yield
     except SnpatchError as error:
@@ -110,15 +109,15 @@ def error_field(field: str) -> Iterator[None]:
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """Return the names, at most three, that a misspelled one may stand for, the nearest first."""
+    """Return up to three known names that a misspelled word may stand for, the nearest first."""
     names = {name.lower(): name for name in known}
-    return [names[name] for name in get_close_matches(word[:MAX_NAME].lower(), names)]
+    return [names[name] for name in get_close_matches(word[:MAX_NAME_CHARS].lower(), names)]
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line: its first one, with the next where it ends with a colon.
+    """Return the first line of another library's error, and the second if the first ends with a colon.
 
-    An error that says nothing is told by its type.
+    An error without a message is described by its type.
     """
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{first} {others[0]}" if first.endswith(":") and others else first

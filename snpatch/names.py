@@ -1,16 +1,15 @@
-"""Names that users choose (models, rankings, constants, patches, judges), and the words of patches that none may be.
+"""Names that users choose (models, rankings, constants, patches, judges), and the reserved words of patches.
 
-Why no name may be a word: a donor, a position or a mode is told from a name by its text alone, so that a model called
-`zero` would be an ablation in one place and a model in another.
+Words are reserved because a donor, a position or a mode differs from a name by its text alone: a model called `zero`
+would be an ablation in one place and a model in another.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from snpatch.errors import SnpatchError, shown
 
-BASE = "base"  # the model's weights alone
-SOURCES = ("zero", "mean", "constant", "noise", "scale", "add")  # donors that are no model, and what stands before one
+BASE = "base"  # the model without adapters
+SOURCES = ("zero", "mean", "constant", "noise", "scale", "add")  # donors that are no models, and their prefix
 ROLES = ("recipient", "donor")
 MODES = ("replace", "add")  # of constants
 POSITIONS = ("all", "prompt", "last_prompt_token", "completion", "completion_shifted")  # of patches
@@ -20,14 +19,14 @@ WORDS = {
     **dict.fromkeys(MODES, "a constant's mode"),
     **dict.fromkeys(ROLES, "a role in a patch"),
     **dict.fromkeys(SOURCES, "a donor that is no model"),
-    BASE: "the model's weights alone",
+    BASE: "the model without adapters",
 }
 
 
 def check_name(name: object, what: str) -> None:
-    """Raise a SnpatchError for what cannot be a name: a word of patches, also before a colon, or no printable text.
+    """Raise for a reserved word of patches, also before a colon, and for text that is not printable.
 
-    what: the kind of thing that is named, as "a model".
+    what: the kind of thing that is named, such as "a model".
     """
     if not isinstance(name, str) or not name or name != name.strip() or not name.isprintable():
         raise SnpatchError(
@@ -41,26 +40,6 @@ def check_name(name: object, what: str) -> None:
 
 
 def check_names(names: Iterable[object], what: str) -> None:
-    """Raise a SnpatchError for the first of the names that cannot be one; see check_name."""
+    """Raise for the first name that is not allowed; see check_name."""
     for name in names:
         check_name(name, what)
-
-
-def split_name(text: str) -> tuple[str, str]:
-    """Return name and value of `name=value`, split at the first "="; the name is "" where the text has none.
-
-    A text has no name where it is a path that exists, or has a slash before its first "=".
-    """
-    name, equals, value = text.partition("=")
-    return (name, value) if equals and "/" not in name and not Path(text).exists() else ("", text)
-
-
-def split_paths(text: str, between: str) -> list[str]:
-    """Return the paths of a text with `between` between them, which existing paths may hold, too: the longest first."""
-    parts, paths = text.split(between), []
-    while parts:
-        lengths = range(len(parts), 1, -1)
-        n = next((n for n in lengths if Path(between.join(parts[:n])).exists()), 1)
-        paths.append(between.join(parts[:n]))
-        del parts[:n]
-    return paths

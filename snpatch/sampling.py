@@ -1,4 +1,4 @@
-"""Sampling: how tokens are chosen and when a text ends. Kept free of torch: the CLI takes its defaults from here."""
+"""Sampling: parameters of generation. The command line takes its defaults from here, so torch is not imported."""
 
 import math
 import operator
@@ -7,75 +7,76 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 
 from snpatch.errors import SnpatchError, is_unicode, shown
+from snpatch.utils import schema
 from snpatch.utils.schema import option
 
-SEEDS = 2**63  # an int64 on the device
+SEED_LIMIT = 2**63  # seeds are int64 on the device
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when a text ends. temperature 0 is greedy; seed None draws a fresh one.
+    """Sampling parameters of completions.
 
-    max_tokens counts generated tokens, an ending EOS among them; before min_tokens no EOS is chosen, and a stop
-    string ends the text only where it reaches past them (as in vLLM). logprobs: report each chosen token's
-    log-probability (of the model's own distribution, before temperature and truncation). n: texts of each prompt,
-    the i-th with seed + i; they share the patch and come one after the other. vllm: further fields of vLLM's
-    SamplingParams (min_p, presence_penalty, bad_words, ...), for the vllm backend only.
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: Nucleus sampling probability mass.
+        top_k: Sample from the k most likely tokens; 0 disables.
+        max_tokens: Maximum number of generated tokens, an ending EOS included.
+        min_tokens: Minimum number of tokens before EOS is allowed. A stop string ends a completion only where it
+            reaches past them, as in vLLM.
+        stop: Strings that end a completion.
+        ignore_eos: Continue after EOS.
+        seed: Seed of sampling, and of noise (there 0 by default). None: a new one for each completion.
+        logprobs: Report the log-probability of each generated token under the model's own distribution, before
+            temperature and truncation.
+        n: Number of completions per prompt, consecutive in the result. The i-th has seed + i.
+        vllm: Further fields of vLLM's SamplingParams (min_p, presence_penalty, ...); vllm backend only.
     """
 
-    temperature: float = option(0.0, "0 is greedy.")
-    top_p: float = option(1.0, "Only the likeliest tokens of this probability together.")
-    top_k: int = option(0, "Only so many of the likeliest tokens; 0: all.")
-    max_tokens: int = option(128, "Most new tokens of a text.", min=1)
-    min_tokens: int = option(0, "No EOS before so many.", min=0)
-    stop: tuple[str, ...] = option((), "A string that ends the text. May be repeated.")
+    temperature: float = option(0.0, "Sampling temperature; 0 is greedy.")
+    top_p: float = option(1.0, "Nucleus sampling probability mass.")
+    top_k: int = option(0, "Sample from the k most likely tokens; 0 disables.", min=0)
+    max_tokens: int = option(128, "Maximum number of generated tokens.", min=1)
+    min_tokens: int = option(0, "Minimum number of tokens before EOS is allowed.", min=0)
+    stop: tuple[str, ...] = option((), "String that ends a completion. May be repeated.")
     ignore_eos: bool = False
-    seed: int | None = option(None, "Of the sampling, and of the noise (there 0 by default).")
-    logprobs: bool = option(False, "Report each token's log-probability.")
-    n: int = 1
+    seed: int | None = option(None, "Seed of sampling, and of noise (there 0 by default).")
+    logprobs: bool = option(False, "Report the log-probability of each token.")
+    n: int = field(default=1, metadata={"min": 1})
     vllm: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, (kind, check) in CHECKS.items():
+        for name, (expected, convert) in _CONVERTERS.items():
             value = getattr(self, name)
             if value is None and name == "seed":
                 continue
             try:
-                object.__setattr__(self, name, check(value))
+                object.__setattr__(self, name, convert(value))
             except TypeError:
-                raise SnpatchError(f"sampling: {name}: wanted {kind}, got {shown(value)}", field=name) from None
-        for valid, name, message in (
+                raise SnpatchError(f"sampling: {name}: wanted {expected}, got {shown(value)}", field=name) from None
+        schema.validate(self, "sampling: ")
+        temperature, n = self.temperature, self.n
+        for is_valid, name, message in (
             (
-                self.temperature == 0 or 1e-5 <= self.temperature < math.inf,
+                temperature == 0 or 1e-5 <= temperature < math.inf,
                 "temperature",
-                f"must be 0 (greedy) or at least 1e-5, got {self.temperature}",
+                f"must be 0 (greedy) or at least 1e-5, got {temperature}",
             ),
             (0 < self.top_p <= 1, "top_p", f"must lie in (0, 1], got {self.top_p}"),
-            (self.top_k >= 0, "top_k", f"must be at least 0 (0: all), got {self.top_k}"),
-            (self.max_tokens >= 1, "max_tokens", f"must be at least 1, got {self.max_tokens}"),
+            (self.min_tokens <= self.max_tokens, "min_tokens", f"must lie in 0..max_tokens, got {self.min_tokens}"),
+            (n == 1 or temperature > 0, "n", f"is {n}, and greedy texts are all the same: set a temperature"),
             (
-                0 <= self.min_tokens <= self.max_tokens,
-                "min_tokens",
-                f"must lie in 0..max_tokens, got {self.min_tokens}",
-            ),
-            (self.n >= 1, "n", f"must be at least 1, got {self.n}"),
-            (
-                self.n == 1 or self.temperature > 0,
-                "n",
-                f"is {self.n}, and greedy texts are all the same: set a temperature",
-            ),
-            (
-                self.seed is None or -SEEDS <= self.seed <= SEEDS - self.n,
+                self.seed is None or -SEED_LIMIT <= self.seed <= SEED_LIMIT - n,
                 "seed",
                 f"must lie in -2^63..2^63-1, with those of all n texts, got {self.seed}",
             ),
             (all(self.stop), "stop", "holds an empty string"),
         ):
-            if not valid:
+            if not is_valid:
                 raise SnpatchError(f"sampling: {name} {message}", field=name)
 
     def singles(self) -> "list[Sampling]":
-        """The n samplings of one text each that this one of n texts stands for."""
+        """Return n samplings of one completion each, with consecutive seeds."""
         seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
@@ -113,8 +114,8 @@ def _table(value: object) -> Mapping[str, object]:
     return value
 
 
-# A field -> what it wants, and what makes that of a value or raises TypeError. numpy's integers and floats are numbers.
-CHECKS = {
+# Field -> (expected type, function that converts a value or raises TypeError). numpy's numbers are accepted.
+_CONVERTERS = {
     **dict.fromkeys(("temperature", "top_p"), ("a number", _number)),
     **dict.fromkeys(("top_k", "max_tokens", "min_tokens", "seed", "n"), ("a whole number", _whole)),
     **dict.fromkeys(("ignore_eos", "logprobs"), ("True or False", _flag)),
@@ -124,4 +125,4 @@ CHECKS = {
 
 
 GREEDY = Sampling()
-CONTRAST = Sampling(max_tokens=256)  # paper, Eq. 3's completions
+CONTRAST = Sampling(max_tokens=256)  # completions of Eq. 3 in the paper

@@ -1,4 +1,4 @@
-"""AsyncEngine: many callers of one engine in vLLM's own processes; waiting for rows, aborts, the end of vLLM."""
+"""AsyncEngine: concurrent callers of one engine, waiting for slots, aborts, and the death of vLLM."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ ENDLESS = Sampling(max_tokens=400, ignore_eos=True)
 
 
 async def listen(engine, job: Job, until: int = 999, sampling: Sampling = TEN, begun: asyncio.Event | None = None):
-    """The deltas of a job, which is left after so many tokens; the first sets `begun`."""
+    """Return the deltas of a job, left after some tokens; the first sets `begun`."""
     seen, deltas = [], engine.generate(job.ids, job.patch, sampling)
     async for delta in deltas:
         seen.append(delta)
@@ -66,7 +66,7 @@ async def left_while_written(engine, text) -> tuple[list[int], list[tuple]]:
 
 
 async def everything(made) -> dict:
-    """All that the tests below look at, from one engine."""
+    """Return the results that the tests check, from one engine."""
     adapters = {name: list(made.adapters[name]) for name in ("sft", "dpo")}
     rankings = [RANKINGS[0].random_control(40, seed=seed) for seed in range(8)]
     many = [Patch("sft", "dpo", ranking, 40) for ranking in rankings]
@@ -123,7 +123,7 @@ def found(zoo):
     return {"made": made, **asyncio.run(everything(made))}
 
 
-def test_callers_at_once_each_get_the_oracles_text(found):
+def test_concurrent_callers_get_oracle_completions(found):
     made = found["made"]
     for job, deltas in zip(found["jobs"], found["streams"], strict=True):
         want = oracle.generate(job.oracle(made)[0], job.ids, 10, job.oracle(made)[1])
@@ -136,14 +136,14 @@ def test_callers_at_once_each_get_the_oracles_text(found):
         assert len(deltas) > 2
 
 
-def test_a_caller_that_leaves_or_is_cancelled_ends_its_own_request_alone(found):
+def test_caller_leaving_ends_its_own_request_only(found):
     assert sum(len(d.token_ids) for d in found["left early"]) < 10
     assert found["cancelled"]
     assert not any(found["in use"].values())
     assert found["after"] == found["alone"][3]
 
 
-def test_who_leaves_in_the_middle_of_writes_changes_nobody_elses_row(found):
+def test_caller_leaving_during_writes_changes_no_other_slot(found):
     told, written = found["left while written"]
     recipient, patch = LATE.oracle(found["made"])
     assert told == oracle.generate(recipient, LATE.ids, 10, patch).ids
@@ -152,12 +152,12 @@ def test_who_leaves_in_the_middle_of_writes_changes_nobody_elses_row(found):
     assert rows[0] != rows[1]
 
 
-def test_requests_wait_for_a_row_where_there_are_more_rankings_than_rows(found):
+def test_requests_wait_for_slot_of_ranking(found):
     assert found["at once"] == found["alone"]
     assert len({tuple(ids) for ids in found["alone"]}) > 1
 
 
-def test_no_delta_shows_what_a_stop_string_takes_back(found):
+def test_deltas_exclude_stop_strings(found):
     word, deltas = found["stopped"]
     assert deltas[-1].completion.finish_reason == "stop"
     told = "".join(d.text for d in deltas)
@@ -165,12 +165,12 @@ def test_no_delta_shows_what_a_stop_string_takes_back(found):
     assert told == deltas[-1].completion.text
 
 
-def test_bad_input_is_an_error_at_the_call(found):
+def test_generate_invalid_input_raises_at_call(found):
     assert "no model named 'nobody'" in found["no such model"]
-    assert "one text a call" in found["n"]
+    assert "n: expected 1, got" in found["n"]
 
 
-def test_the_end_of_vllm_is_an_error_for_whoever_waits(found):
+def test_vllm_death_raises_for_waiting_callers(found):
     errors = [*found["deaths"], *found["after death"]]
     assert len(errors) == 5
     for error in errors:
@@ -178,6 +178,6 @@ def test_the_end_of_vllm_is_an_error_for_whoever_waits(found):
         assert "vLLM's engine has ended" in str(error)
 
 
-def test_it_needs_vllm(found):
+def test_async_engine_requires_vllm_backend(found):
     with pytest.raises(SnpatchError, match="AsyncEngine runs in vLLM"):
         AsyncEngine(found["made"].folder, backend="transformers")

@@ -1,4 +1,4 @@
-"""What callers hand over: prompts, completions and sampling of any other type than is wanted are one line."""
+"""Prompts, completions and sampling of wrong types: errors of one line."""
 
 import collections
 
@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 
-from snpatch.engine.requests import Requests
+from snpatch.engine import requests as module
+from snpatch.engine.requests import Completion, Requests
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Geometry
 from snpatch.models.adapters import IA3Scales
@@ -51,7 +52,7 @@ NO_PROMPT = [
 
 
 @pytest.mark.parametrize(("prompt", "message"), NO_PROMPT, ids=lambda one: ascii(one)[:40])
-def test_what_is_no_prompt_is_one_line(requests, prompt, message):
+def test_encode_invalid_prompt_is_one_line(requests, prompt, message):
     with pytest.raises(SnpatchError, match=f"prompt 1,? ?.*{message}") as told:
         requests.encode([TEXT, prompt], "base")
     assert "\n" not in str(told.value)
@@ -63,12 +64,12 @@ def test_what_is_no_prompt_is_one_line(requests, prompt, message):
      torch.tensor([5, 6], dtype=torch.int32), [torch.tensor(5), torch.tensor(6)]],
     ids=lambda one: type(one).__name__,
 )  # fmt: skip
-def test_token_ids_of_any_list_of_integers(requests, prompt):
+def test_encode_accepts_lists_of_integers(requests, prompt):
     assert requests.encode([prompt], "base") == [[5, 6]]
     assert requests.completions([prompt], 1) == [[5, 6]]
 
 
-def test_texts_and_chats_of_other_types(requests):
+def test_encode_accepts_other_sequence_types(requests):
     want = requests.encode([TEXT], "base")
     for prompts in ([np.str_(TEXT)], (TEXT,), np.array([TEXT]), collections.deque([TEXT])):
         assert requests.encode(prompts, "base") == want
@@ -82,7 +83,7 @@ NO_LIST = [TEXT, b"a", {"a": 1}, {"a", "b"}, (x for x in ["a"]), None, 3, float(
 
 
 @pytest.mark.parametrize("given", NO_LIST, ids=lambda one: type(one).__name__)
-def test_what_is_no_list_is_one_line(requests, given):
+def test_encode_without_list_is_one_line(requests, given):
     with pytest.raises(SnpatchError, match="prompts must be a list; got "):
         requests.encode(given, "base")
     with pytest.raises(SnpatchError, match="completions must be a list; got "):
@@ -95,7 +96,7 @@ def test_what_is_no_list_is_one_line(requests, given):
      (3, "wanted a text"), ([1.5], IDS), ([True], IDS), (HALF, "half of a surrogate pair")],
     ids=lambda one: ascii(one)[:40],
 )  # fmt: skip
-def test_what_is_no_completion_is_one_line(requests, completion, message):
+def test_completions_invalid_is_one_line(requests, completion, message):
     with pytest.raises(SnpatchError, match=f"completion 1:? .*{message}"):
         requests.completions([TEXT, completion], 2)
 
@@ -118,14 +119,52 @@ NO_SAMPLING = [
 
 
 @pytest.mark.parametrize(("given", "message"), NO_SAMPLING, ids=lambda one: ascii(one)[:40])
-def test_sampling_of_another_type_is_one_line(given, message):
+def test_sampling_wrong_type_is_one_line(given, message):
     (name,) = given
     with pytest.raises(SnpatchError, match=f"sampling: {name}:? {message}") as told:
         Sampling(**given)
     assert told.value.field == name
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_sampling_accepts_numpy_numbers():
     given = Sampling(temperature=np.float32(0.5), max_tokens=np.int64(5), seed=np.int32(3), top_p=np.float64(1.0))
     assert given == Sampling(temperature=0.5, max_tokens=5, seed=3)
     assert [type(v) for v in (given.temperature, given.max_tokens, given.seed)] == [float, int, int]
+
+
+def test_encode_accepts_rows_of_files(requests):
+    chat = [{"role": "user", "content": TEXT}]
+    (expected,) = requests.encode([chat], "base")
+    for row in ({"prompt": TEXT, "id": 3}, {"messages": chat}, {"prompt": chat}, collections.UserDict(prompt=TEXT)):
+        assert requests.encode([row], "base") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([{"role": "user", "content": TEXT}], r"one message of a chat\. Wrap the chat in a list"),
+        ({"prompt": TEXT}, r"prompts must be a list; got one row .*Wrap it in a list"),
+        ([{"question": TEXT}], "or a row with messages or prompt; got {'question'"),
+        ([{"prompt": 3}], "wanted a text, a chat"),
+        ([{"messages": [{"role": "user"}]}], "message 0: wanted content"),
+    ],
+)
+def test_encode_misplaced_row_or_chat_is_explained(requests, prompts, message):
+    with pytest.raises(SnpatchError, match=message):
+        requests.encode(prompts, "base")
+
+
+def test_plain_strings_to_chat_model_warn_once(requests, caplog, monkeypatch):
+    monkeypatch.setattr(module, "_logged", set())
+    monkeypatch.setattr(requests.templates[0].tokenizer, "chat_template", "a template")
+    requests.warn_of_plain_texts([[5, 6], [{"role": "user", "content": TEXT}]], ["base", "base"])
+    assert not caplog.messages
+    for _ in range(2):
+        requests.warn_of_plain_texts([TEXT, TEXT], ["base", "base"])
+    assert len(caplog.messages) == 1
+    assert "without the model's chat template" in caplog.messages[0]
+
+
+def test_completion_repr_begins_with_text():
+    completion = Completion([1, 2], [3], "a text", "eos", None, None, 40)
+    assert repr(completion) == "Completion('a text', finish_reason='eos', 2 + 1 tokens, 40 overwrites)"

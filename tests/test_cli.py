@@ -1,4 +1,4 @@
-"""The command line: real runs on the golden model, and one line with a non-zero exit for every kind of bad input."""
+"""The command line: runs on the golden model, and one line with a non-zero exit code for invalid input."""
 
 import json
 import re
@@ -12,6 +12,7 @@ import torch
 from commands import ADAPTERS, DPO, GOLDEN, MODEL, PAIR, SFT, run
 from safetensors.torch import load_file, save_file
 
+import snpatch
 from snpatch import Ranking
 from snpatch.data import load_dataset
 
@@ -52,7 +53,7 @@ def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_pat
     assert {path.name for path in folder.iterdir()} == expected
 
 
-def test_contrast_of_given_completions_is_that_of_the_generated_ones(capsys, prompts, tmp_path):
+def test_contrast_given_completions_equals_generated_ones(capsys, prompts, tmp_path):
     common, pair = [MODEL, prompts, *PAIR, "--max-tokens", 6], ["--recipient", "sft", "--donor", "dpo"]
     written, first, second = (tmp_path / name for name in ("w.jsonl", "1.safetensors", "2.safetensors"))
     assert run(capsys, "generate", *common, "--recipient", "sft", "-o", written)[0] == 0
@@ -74,7 +75,7 @@ def test_contrast_of_given_completions_is_that_of_the_generated_ones(capsys, pro
     assert (meta["empty"], meta["data"]["rows"], meta["data"]["path"]) == (0, 12, str(prompts))
 
 
-def test_completions_of_other_prompts_are_refused(capsys, tmp_path):
+def test_contrast_completions_of_other_prompts_are_refused(capsys, tmp_path):
     prompts, written = tmp_path / "p.jsonl", tmp_path / "c.jsonl"
     words = ("kuze", "mabo", "tiva", "sopu")
     prompts.write_text("".join(json.dumps({"goal": w if w != "mabo" else None}) + "\n" for w in words))
@@ -86,8 +87,8 @@ def test_completions_of_other_prompts_are_refused(capsys, tmp_path):
     assert "c.jsonl, line 2: wanted the completion of the prompt 'tiva', got that of 'mabo'" in err
 
 
-def test_prompts_and_rankings_of_any_public_file(capsys, tmp_path):
-    """A column that is named, a list of neurons in CSV, and what is told of the rows."""
+def test_public_files_are_read_as_prompts_and_rankings(capsys, tmp_path):
+    """Use a named column and a CSV list of neurons, and print the notes on rows."""
     data, neurons = tmp_path / "p.csv", tmp_path / "neurons.csv"
     data.write_text("text,other\nkuze,1\nmabo,2\n")
     neurons.write_text("layer,neuron,score\n1,5,0.5\n0,3,0.9\n2,7,0.1\n")
@@ -124,7 +125,7 @@ def test_generate_with_constant_donors(capsys, prompts, tmp_path, donor):
     assert min(overwrites) > 0
 
 
-def test_env_says_what_serves_each_op(capsys):
+def test_env_prints_implementation_of_each_op(capsys):
     code, out, _ = run(capsys, "env", "--json")
     assert code == 0
     found = json.loads(out)
@@ -132,13 +133,13 @@ def test_env_says_what_serves_each_op(capsys):
     assert found["ops"] == {"patched_glu (cpu)": "C++", "patched_glu (cuda)": "Triton"}
 
 
-def test_help_needs_no_torch():
+def test_help_does_not_import_torch():
     code = "import sys, snpatch.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def broken(tmp_path, source, change):
-    """A copy of a folder with one thing changed."""
+    """Return a copy of a folder with one change."""
     folder = tmp_path / "broken"
     shutil.copytree(source, folder)
     change(folder)
@@ -233,7 +234,7 @@ BAD = {
         "no tensor for layer 3",
     ),
     "NaN in an adapter": (adapter(damage(ADAPTER, set_nan(IA3.format(1)))), "holds NaN"),
-    "adapter option without a name": (lambda t: {"adapters": ["-a", SFT]}, "--adapter wants name=folder"),
+    "adapter option without a name": (lambda t: {"adapters": ["-a", SFT]}, "--adapter: expected name=folder"),
     "ranking of another shape": (other_shape, r"ranking is for a model of \[3, 352\], this one is \[4, 352\]"),
     "NaN in scores": (nan_scores, "scores is not finite at layer 2, neuron 5"),
     "missing ranking": (lambda t: {"ranking": str(t / "r.safetensors")}, "r.safetensors: no such file"),
@@ -266,7 +267,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(capsys, tmp_path, prompts, ranking, case):
+def test_invalid_input_prints_one_line_and_writes_nothing(capsys, tmp_path, prompts, ranking, case):
     make, message = BAD[case]
     given = {
         "model": MODEL, "prompts": prompts, "adapters": PAIR[:4], "recipient": "sft", "donor": "dpo",
@@ -287,7 +288,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, tmp_path, prompts, ran
     assert not list(tmp_path.glob("results/*"))
 
 
-def test_real_process_exits_with_2_and_one_line(tmp_path):
+def test_process_invalid_input_exits_with_2(tmp_path):
     command = [sys.executable, "-m", "snpatch.cli", "generate", str(tmp_path / "no"), str(tmp_path / "p.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
@@ -302,28 +303,56 @@ def test_unknown_option_is_refused(capsys, prompts):
 
 
 @pytest.mark.parametrize("given", [[], ["-k", 1], ["--ranking", "r.safetensors"]])
-def test_a_donor_without_ranking_or_window_is_refused(capsys, prompts, given):
+def test_donor_without_ranking_or_window_is_refused(capsys, prompts, given):
     code, _, err = run(capsys, "generate", MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", *given)
     assert code == 2
     assert "--donor needs --ranking and --window" in err
 
 
-def test_two_rankings_of_one_name_are_refused(capsys, prompts, ranking, tmp_path):
+def test_rankings_with_one_name_are_refused(capsys, prompts, ranking, tmp_path):
     code, _, err = run(capsys, "sweep", MODEL, prompts, *PAIR, "--ranking", ranking, "--ranking", ranking, "--donor",
                        "dpo", "--recipient", "sft", "-k", "1", "--judge", "refusal", "-o", tmp_path / "s")  # fmt: skip
     assert code == 2
-    assert "--ranking: two have one name (golden): give them as name=source" in err
+    assert "--ranking: expected each name once, got 'golden' twice. Give a source or name=source" in err
 
 
-def test_prompts_with_any_unicode_are_one_line_each(tmp_path):
+def test_prompts_any_unicode_is_one_line_each(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("\ufeff" + json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert load_dataset(path).prompts == [[{"role": "user", "content": "a\u2028b\x85c"}]]
 
 
 @pytest.mark.parametrize(("words", "code"), [(["env"], 0), (["generate", "nothing", "none.jsonl"], 2), (["--no"], 2)])
-def test_program_ends_before_the_destructors_of_libraries_run(words, code):
+def test_program_exits_before_library_destructors(words, code):
     """abort() stands for what nanobind registers, which prints a line for each object that is left."""
     begin = "import ctypes, sys; ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).abort); from snpatch import cli"
     program = f"{begin}; sys.argv[1:] = {words}; cli.program()"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == code
+
+
+def test_version_is_printed(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert (code, out) == (0, f"snpatch {snpatch.__version__}\n")
+
+
+def test_prompt_option_generates_a_completion_of_a_text(capsys):
+    common = ["generate", MODEL, *PAIR, "--max-tokens", 4, "--json"]
+    code, out, _ = run(capsys, *common, "--prompt", "the cat", "--prompt", "a dog")
+    assert code == 0
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["the cat", "a dog"]
+
+
+@pytest.mark.parametrize(("given", "got"), [([], "none"), (["p.jsonl", "--prompt", "x"], "both")])
+def test_prompts_and_prompt_option_exclude_each_other(capsys, given, got):
+    code, _, err = run(capsys, "generate", MODEL, *given)
+    assert (code, err) == (2, f"snpatch: error: PROMPTS: expected a file or data set, or --prompt TEXT, got {got}\n")
+
+
+def test_help_groups_options_by_subject_with_common_ones_first(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    _, out, _ = run(capsys, "generate", "--help")
+    panels = ["Data", "Model", "Recipient, donor and neurons", "Sampling", "Output", "Advanced"]
+    places = [out.index(f"─ {panel} ─") for panel in panels]
+    assert places == sorted(places)
+    assert out.index("--max-tokens") < out.index("--min-tokens")
+    assert not re.search(r"--(json|logprobs|allow-untested) .*<bool>", out)

@@ -141,7 +141,7 @@ def test_a_sweep_by_flags_says_what_it_lacks(capsys, prompts, ranking, tmp_path)
         (["exp", "nothing", "-c", "demo"], "no experiment named 'nothing': there are curve"),
         (["exp", "curve", "-c", "nowhere"], "config nowhere: no such file"),
         (["exp", "curve", "neuron_tokens", "-c", "demo", "--set", "k=[1]"], "--set is for one experiment"),
-        (["exp", "curve", "-c", "demo", "--set", "k"], "--set wants name=value, got 'k'"),
+        (["exp", "curve", "-c", "demo", "--set", "k"], "--set: expected name=value, got 'k'"),
         (
             ["exp", "neuron_tokens", "-c", "demo", "--set", "neurons=0", "--backend", "transformers", "--limit", "2"],
             "at least 1",

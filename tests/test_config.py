@@ -1,4 +1,4 @@
-"""EngineConfig: what all who start engines read and write; where its values meet the command line."""
+"""EngineConfig: fields, files, errors, and options of the command line."""
 
 import dataclasses
 import inspect
@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from snpatch import EngineConfig, Sampling, SnpatchError
-from snpatch.cli.generated import Engine, Fields, Some, generated
+from snpatch.cli.dataclass_options import EngineOptions, FieldOptions, Fields, with_options
 from snpatch.config import Capacity
 from snpatch.experiments.config import load_experiment_config
 from snpatch.reproduce.preset import load_preset
@@ -22,7 +22,7 @@ WHOLE = EngineConfig.of(
 )  # fmt: skip
 
 
-def test_arguments_find_their_place():
+def test_config_arguments_are_sorted_to_fields():
     assert WHOLE.adapters == {"sft": ("a",), "dpo": ("a", "b")}
     assert WHOLE.capacity == Capacity(max_rankings=3)
     assert WHOLE.vllm == {"tensor_parallel_size": 2}
@@ -30,7 +30,7 @@ def test_arguments_find_their_place():
     assert WHOLE.changed(max_rankings=5, dtype="auto").capacity.max_rankings == 5
 
 
-def test_it_is_frozen_and_travels(tmp_path):
+def test_config_is_frozen_and_serializable(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         WHOLE.dtype = "auto"
     assert pickle.loads(pickle.dumps(WHOLE)) == WHOLE
@@ -40,7 +40,7 @@ def test_it_is_frozen_and_travels(tmp_path):
     assert EngineConfig("m").to_dict() == {"model": "m"}
 
 
-def test_a_files_paths_are_relative_to_it(tmp_path):
+def test_config_file_paths_are_relative_to_it(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "sft").mkdir()
     (tmp_path / "engine.toml").write_text('model = "model"\n[adapters]\nsft = "sft"\ndpo = ["sft", "hub/name"]\n')
@@ -64,13 +64,13 @@ def test_a_files_paths_are_relative_to_it(tmp_path):
         ({"model": "m", "batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
-def test_bad_tables_are_one_line(table, message):
+def test_config_invalid_table_is_one_line(table, message):
     with pytest.raises(SnpatchError, match=message):
         EngineConfig.from_dict(table)
 
 
 @pytest.mark.parametrize("content", ["model = ", "{", ""])
-def test_a_file_that_is_none_is_one_line(tmp_path, content):
+def test_config_unreadable_file_is_one_line(tmp_path, content):
     path = tmp_path / ("engine.json" if content == "{" else "engine.toml")
     path.write_text(content)
     with pytest.raises(SnpatchError, match=r"engine\.\w+: "):
@@ -79,7 +79,7 @@ def test_a_file_that_is_none_is_one_line(tmp_path, content):
         EngineConfig.load(tmp_path / "none.toml")
 
 
-def test_what_is_set_for_the_other_backend_is_an_error():
+def test_config_option_of_other_backend_is_refused():
     for options, message in (
         ({"backend": "transformers", "tensor_parallel_size": 2}, "there is no argument tensor_parallel_size"),
         ({"backend": "transformers", "streams": 1}, "there is no argument streams"),
@@ -95,7 +95,7 @@ def test_what_is_set_for_the_other_backend_is_an_error():
 def called(command, arguments: list[str]):
     """What a command of these options got."""
     app, got = typer.Typer(), []
-    app.command()(generated(**command)(_taking(list(command), got)))
+    app.command()(with_options(**command)(_taking(list(command), got)))
     app(arguments, standalone_mode=False)
     return got[0]
 
@@ -109,31 +109,33 @@ def _taking(names: list[str], got: list):
     return command
 
 
-def test_every_option_has_its_dataclasss_default():
+def test_options_have_dataclass_defaults():
     """No default is written a second time: commands that name none get the dataclass's."""
-    names = tuple(f.name for f in dataclasses.fields(Sampling) if f.metadata)
+    names = tuple(f.name for f in dataclasses.fields(Sampling) if "help" in f.metadata)
     assert {"max_tokens", "temperature", "stop"} <= set(names)
-    got = called({"config": Engine(), "sampling": Some(Sampling(), names)}, ["m"])
+    got = called({"config": EngineOptions(), "sampling": FieldOptions(Sampling(), names)}, ["m"])
     assert got["config"] == EngineConfig("m")
     assert Sampling(**got["sampling"]) == Sampling()
-    assert called({"sampling": Some(Sampling(max_tokens=7), ("max_tokens",))}, []) == {"sampling": {"max_tokens": 7}}
+    assert called({"sampling": FieldOptions(Sampling(max_tokens=7), ("max_tokens",))}, []) == {
+        "sampling": {"max_tokens": 7}
+    }
 
 
-def test_options_go_before_a_file(tmp_path):
+def test_options_override_config_file(tmp_path):
     (tmp_path / "engine.toml").write_text('model = "m"\ndtype = "bfloat16"\n[capacity]\nmax_rankings = 3\n')
     arguments = [str(tmp_path / "engine.toml"), "-a", "sft=a,b", "--engine-arg", "max_model_len=9", "--backend", "vllm"]
-    config = called({"config": Engine()}, arguments)["config"]
+    config = called({"config": EngineOptions()}, arguments)["config"]
     assert config == EngineConfig.of(
         "m", {"sft": ["a", "b"]}, dtype="bfloat16", max_rankings=3, max_model_len=9, backend="vllm"
     )
-    assert called({"config": Engine()}, [*arguments, "--dtype", "auto"])["config"].dtype == "auto"
-    assert called({"config": Engine(has_model=False)}, ["--dtype", "float32"])["config"] == {"dtype": "float32"}
+    assert called({"config": EngineOptions()}, [*arguments, "--dtype", "auto"])["config"].dtype == "auto"
+    assert called({"config": EngineOptions(has_model=False)}, ["--dtype", "float32"])["config"] == {"dtype": "float32"}
 
 
 @pytest.mark.parametrize("wrong", ["sft", "=a", "sft="])
-def test_bad_adapters_of_a_command_are_one_line(wrong):
-    with pytest.raises(SnpatchError, match="--adapter wants name=folder"):
-        called({"config": Engine()}, ["m", "-a", wrong])
+def test_adapter_option_invalid_is_one_line(wrong):
+    with pytest.raises(SnpatchError, match="--adapter: expected name=folder"):
+        called({"config": EngineOptions()}, ["m", "-a", wrong])
 
 
 @pytest.mark.parametrize("depth", [101, 500, 100_000])
@@ -148,7 +150,7 @@ def test_bad_adapters_of_a_command_are_one_line(wrong):
         ("a.toml", lambda n: "a = {" + ".".join("a" * n) + " = 1}"),
     ],
 )
-def test_deep_file_is_one_line(tmp_path, name, content, depth):
+def test_config_deeply_nested_file_is_one_line(tmp_path, name, content, depth):
     (tmp_path / name).write_text(content(depth))
     for load in (
         EngineConfig.load,
@@ -162,7 +164,7 @@ def test_deep_file_is_one_line(tmp_path, name, content, depth):
         assert "\n" not in str(error.value)
 
 
-def test_value_in_an_error_is_cut(tmp_path):
+def test_error_long_value_is_shortened(tmp_path):
     (tmp_path / "a.toml").write_text(f"model = {['m' * 10_000]}")
     with pytest.raises(SnpatchError, match="wanted str") as error:
         EngineConfig.load(tmp_path / "a.toml")

@@ -322,7 +322,7 @@ def test_promise_6_step_without_a_plan_raises(engine, monkeypatch):
             planner.clear()
 
     monkeypatch.setattr(planner, "plan_step", skip_third_plan)
-    with pytest.raises(ReceiptError, match=r"expected 23 positions and 6624 overwrites, got 23 and 6336"):
+    with pytest.raises(ReceiptError, match="of them patched instead of"):
         generate(engine, [Job(2, "sft", "dpo", (0, ALL))])
 
 
@@ -693,7 +693,7 @@ def test_one_stream_runs_all_requests_but_donors(llama, start):
          "compile_sizes together with"),
         ({"max_model_len": 129}, "max_model_len: expected 1 to 128, got 129"),
         ({"dtype": "float99"}, "dtype must be one of auto, float32"),
-        ({"streams": 3}, "streams must be 1 or 2, got 3"),
+        ({"streams": 3}, "streams must be one of 1, 2, got 3"),
         ({"max_rankings": 0}, "max_rankings must be at least 1, got 0"),
         ({"scales_kv": False}, "this engine was started without; start it with scales_kv=True"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Atomic writes and checked reads of files."""
 
 import os
 
@@ -12,7 +12,7 @@ from snpatch.models.pretrained import load_pretrained
 from snpatch.utils.files import atomic_write, check_writable, open_regular, read_tensors, write_tensors, write_text
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+def test_atomic_write_failure_keeps_old_file(tmp_path):
     path = tmp_path / "table.csv"
     write_text(path, "old")
     with pytest.raises(ZeroDivisionError), atomic_write(path) as partial:
@@ -22,7 +22,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
 
 
-def test_unwritable_place_is_one_clear_error(tmp_path):
+def test_check_writable_unwritable_path_raises(tmp_path):
     (tmp_path / "file").write_text("")
     for write in (lambda p: write_text(p, "x"), check_writable):
         with pytest.raises(SnpatchError, match=r"cannot write .*file/out"):
@@ -31,7 +31,7 @@ def test_unwritable_place_is_one_clear_error(tmp_path):
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_tensors_round_trip_and_kinds_are_told_apart(tmp_path):
+def test_tensors_round_trip_and_other_kind_raises(tmp_path):
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a": torch.arange(6).view(2, 3).t()}, kind="ranking", meta={"n": [1, "two"]})
     tensors, meta = read_tensors(path, kind="ranking")
@@ -45,19 +45,19 @@ def test_tensors_round_trip_and_kinds_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("meta", [None, "not json", "[1]"])
-def test_a_file_without_its_meta_is_one_line(tmp_path, meta):
+def test_read_tensors_without_meta_is_one_line(tmp_path, meta):
     header = {"kind": "ranking"} | ({} if meta is None else {"meta": meta})
     save_file({"rank": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=header)
     with pytest.raises(SnpatchError, match="its header holds no JSON object under `meta`"):
         read_tensors(tmp_path / "a.safetensors", kind="ranking")
 
 
-def test_another_librarys_error_has_a_first_line_even_without_a_message():
+def test_first_line_of_empty_message_is_error_type():
     assert first_line(ValueError("\n  what \nmore")) == "what"
     assert first_line(OSError()) == "OSError"
 
 
-def test_an_empty_message_of_a_loader_is_no_traceback():
+def test_load_pretrained_empty_message_is_one_line():
     class Loader:
         @staticmethod
         def from_pretrained(model):
@@ -67,7 +67,7 @@ def test_an_empty_message_of_a_loader_is_no_traceback():
         load_pretrained(Loader, "some/model")
 
 
-def test_whole_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_atomic_write_syncs_before_rename(tmp_path, monkeypatch):
     done = []
 
     def synced(descriptor):
@@ -85,7 +85,7 @@ def test_whole_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/etc/hosts", path)])
-def test_open_regular_refuses_all_but_a_file(tmp_path, make):
+def test_open_regular_refuses_links_pipes_folders(tmp_path, make):
     make(tmp_path / "x")
     with pytest.raises(OSError, match=r"not a regular file|symbolic links"):
         open_regular(str(tmp_path / "x"), os.O_RDONLY)

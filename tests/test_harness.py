@@ -282,7 +282,7 @@ def test_model_args_make_the_same_model(evaluate, results, model_args, adapters)
     ("more", "message"),
     [
         ({"model": None}, "model=FOLDER is missing"),
-        ({"adapters": "sft"}, r"adapters wants name=folder\+folder;..., each name once; got 'sft'"),
+        ({"adapters": "sft"}, r"adapters: expected name=folder\+folder;..., got 'sft'"),
         ({"adapters": "sft=a;sft=b"}, "each name once"),
         ({"k": 3}, "ranking, k, positions and strength need a donor"),
         ({"donor": "dpo"}, "a donor needs ranking=FILE and k="),

@@ -8,7 +8,7 @@ from commands import run
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from snpatch.errors import MAX_MESSAGE, SnpatchError, printable, shown
+from snpatch.errors import MAX_MESSAGE_CHARS, SnpatchError, printable, shown
 from snpatch.experiments.common.summary import section
 from snpatch.experiments.config import Contrast, load_experiment_config
 from snpatch.experiments.context import ExperimentContext
@@ -35,7 +35,7 @@ def test_errors_are_one_printable_line():
     assert str(SnpatchError(f"no model named {ESCAPES}\nsnpatch: all is well")) == (
         f"no model named {ESCAPED}\\nsnpatch: all is well"
     )
-    assert len(str(SnpatchError("a" * 10**6))) == MAX_MESSAGE + 3
+    assert len(str(SnpatchError("a" * 10**6))) == MAX_MESSAGE_CHARS + 3
     assert len(shown("a" * 10**6)) < 300
 
 

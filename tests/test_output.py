@@ -51,11 +51,11 @@ def test_completions_are_written_whole_in_every_encoding(monkeypatch, encoding, 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_tables_and_lines_are_written_whole_in_every_encoding(monkeypatch, encoding, tmp_path):
     report = Report("t", {"t": [{"a": 1}]}, {}, (TableView(("é",), ((TEXT,),), title="漢"),), [TEXT])
-    text = written(monkeypatch, encoding, lambda: options.show(report, tmp_path, as_json=False))
+    text = written(monkeypatch, encoding, lambda: options.write_report(report, tmp_path, as_json=False))
     assert text.count("[/INST] [b]") == 2
     assert text.count("\\ud83d\\ude00" if encoding != "utf-8" else "😀") == 2
     assert text.count("\\ud800") == 2
-    line = written(monkeypatch, encoding, lambda: options.tell(TEXT))
+    line = written(monkeypatch, encoding, lambda: options.echo(TEXT))
     assert json.loads(f'"{line.strip()}"') == TEXT
 
 
@@ -132,11 +132,11 @@ def test_files_whose_names_are_no_utf8_are_read_and_written(tmp_path, capsys, mo
         Ranking.load(folder / "r.safetensors")
     with Store(folder / "store") as store:
         monkeypatch.setattr(sys, "argv", ["snpatch", "sweep", NO_UTF8])
-        store.finish_run(store.start_run(options.command()), "done")
+        store.finish_run(store.start_run(options.command_line()), "done")
     code, out, _ = run(capsys, "sweep", "status", folder / "store")
     assert (code, "caf\\udce9" in out) == (0, True)
     report = Report(NO_UTF8, {NO_UTF8: [{"a": NO_UTF8}]}, {}, (TableView(("a",), ((NO_UTF8,),)),), [NO_UTF8])
-    options.show(report, folder, as_json=False)
+    options.write_report(report, folder, as_json=False)
     assert capsys.readouterr().out.count("caf\\udce9") >= 2
     code, _, err = run(capsys, "generate", folder / "missing", folder / "p.jsonl", "--backend", "transformers")
     assert (code, err.count("\n"), "caf\\udce9" in err) == (2, 1, True)
@@ -171,5 +171,5 @@ def no_home():
 def test_console_of_rich_reads_no_markup_of_paths(capsys, tmp_path):
     folder = tmp_path / "[red]x[" / "y]"
     report = Report("t", {"t": [{"a": 1}]}, {}, (TableView(("a",), (("[/]",),)),), [])
-    options.show(report, folder, as_json=False)
+    options.write_report(report, folder, as_json=False)
     assert "[red]x[/y]" in capsys.readouterr().out.replace("\n", "")

@@ -1,4 +1,4 @@
-"""Ranking against orders, counts and correlations worked out by hand."""
+"""Ranking compared with hand-computed orders, counts and correlations."""
 
 import math
 from dataclasses import replace
@@ -27,11 +27,11 @@ def shuffled(n_layers: int = 3, n_neurons: int = 40, seed: int = 0, **kept) -> R
 
 
 def line(*neurons: int, width: int = 12) -> Ranking:
-    """A one-layer ranking of these neurons, best first."""
+    """Return a one-layer ranking of neurons in order of rank."""
     return Ranking.from_order(torch.tensor([[0, neuron] for neuron in neurons]).view(-1, 2), (1, width))
 
 
-def test_order_is_by_score_then_layer_then_neuron():
+def test_from_scores_orders_by_score_layer_neuron():
     ranking = Ranking.from_scores(SCORES)
     assert ranking.rank.tolist() == [[3, 4, 2], [5, 1, 0]]
     assert order(ranking) == [[1, 2], [1, 1], [0, 2], [0, 0], [0, 1], [1, 0]]
@@ -41,7 +41,7 @@ def test_order_is_by_score_then_layer_then_neuron():
     assert ranking.top(0).shape == (0, 2)
 
 
-def test_ties_of_many_keep_their_place():
+def test_from_scores_many_ties_keep_order():
     ranking = Ranking.from_scores((torch.arange(3000) % 3).float().view(3, 1000))
     assert order(ranking)[:3] == [[0, 2], [0, 5], [0, 8]]
     assert order(ranking) == sorted(order(ranking), key=lambda n: (-((n[0] * 1000 + n[1]) % 3), n))
@@ -56,14 +56,14 @@ def test_ties_of_many_keep_their_place():
         ((0, 1), [[N] * 3, [N] * 3]),
     ],
 )
-def test_excluded_layers_are_not_ranked_but_keep_their_scores(excluded, rank):
+def test_from_scores_excluded_layers_keep_scores(excluded, rank):
     ranking = Ranking.from_scores(SCORES, exclude_layers=excluded)
     assert ranking.rank.tolist() == rank
     assert len(ranking) == sum(r != N for row in rank for r in row)
     assert torch.equal(ranking.scores, SCORES)
 
 
-def test_set_operations_keep_the_order():
+def test_set_operations_keep_order():
     mine, other = line(5, 3, 8, 1, 0), line(1, 9, 5, 8)
     assert order(mine.intersect(other, 3)) == [[0, 5], [0, 1]]
     assert order(mine.difference(other, 3)) == [[0, 3], [0, 8], [0, 0]]
@@ -73,7 +73,7 @@ def test_set_operations_keep_the_order():
 
 
 @pytest.mark.parametrize("disjoint", [True, False])
-def test_a_per_layer_control_has_every_prefixs_counts(disjoint):
+def test_per_layer_control_has_counts_of_every_prefix(disjoint):
     safety = shuffled()
     control = safety.random_control(50, seed=1, disjoint=disjoint)
     assert len(control) == 50
@@ -84,7 +84,7 @@ def test_a_per_layer_control_has_every_prefixs_counts(disjoint):
 
 @pytest.mark.parametrize(("kind", "layers"), [("last_layer", {2}), ("everywhere", {0, 1, 2})])
 @pytest.mark.parametrize("disjoint", [True, False])
-def test_other_controls_lie_where_they_should(kind, layers, disjoint):
+def test_control_kind_selects_layers(kind, layers, disjoint):
     safety = shuffled(exclude_layers=[0])
     control = safety.random_control(20, seed=3, kind=kind, disjoint=disjoint)
     assert len(control) == 20
@@ -93,7 +93,7 @@ def test_other_controls_lie_where_they_should(kind, layers, disjoint):
 
 
 @pytest.mark.parametrize("kind", ["per_layer", "last_layer", "everywhere"])
-def test_controls_depend_on_the_seed_alone(kind):
+def test_control_depends_on_seed_alone(kind):
     safety = shuffled()
     torch.manual_seed(0)
     first = safety.random_control(20, seed=4, kind=kind)
@@ -102,7 +102,7 @@ def test_controls_depend_on_the_seed_alone(kind):
     assert order(safety.random_control(20, seed=5, kind=kind)) != order(first)
 
 
-def test_a_control_draws_every_free_neuron_alike():
+def test_control_draws_free_neurons_uniformly():
     """One of 9 free neurons, 900 times: about 100 each."""
     drawn = [line(0, width=10).random_control(1, seed=seed).top(1)[0, 1].item() for seed in range(900)]
     counts = [drawn.count(neuron) for neuron in range(10)]
@@ -110,7 +110,7 @@ def test_a_control_draws_every_free_neuron_alike():
     assert all(60 < count < 140 for count in counts[1:])
 
 
-def test_as_many_as_fit_and_no_more():
+def test_control_too_few_neurons_raises():
     half = line(*range(6))
     assert sorted(order(half.random_control(6, seed=0))) == [[0, n] for n in range(6, 12)]
     with pytest.raises(SnpatchError, match=r"7 neurons are needed in layer 0, which has 5 to draw from"):
@@ -125,7 +125,7 @@ def test_as_many_as_fit_and_no_more():
 
 
 @pytest.mark.parametrize("kind", ["per_layer", "last_layer", "everywhere"])
-def test_a_windows_control_has_its_size_and_avoids_just_it(kind):
+def test_control_of_window_has_its_size_and_avoids_it(kind):
     ranking = shuffled(n_neurons=20)
     drawn = set()
     for seed in range(60):
@@ -139,7 +139,7 @@ def test_a_windows_control_has_its_size_and_avoids_just_it(kind):
     assert drawn & set(range(4)), "the neurons before the window may be drawn"
 
 
-def test_overlap_and_spearman_by_hand():
+def test_overlap_and_spearman_equal_hand_computed():
     mine, other = line(0, 1, 2, 3, 4), line(1, 0, 2, 4, 3)
     assert mine.overlap(other, 5) == 1.0
     assert mine.spearman(other, 5) == pytest.approx(1 - 6 * 4 / (5 * 24))
@@ -148,7 +148,7 @@ def test_overlap_and_spearman_by_hand():
     assert mine.spearman(line(4, 3, 2, 1, 0), 5) == pytest.approx(-1.0)
 
 
-def test_spearman_ranks_again_within_the_common_neurons():
+def test_spearman_reranks_common_neurons():
     """Common to both first 6 are 0, 5, 7: at places 0, 1, 2 of the one and 1, 0, 2 of the other, though their ranks
     0, 1, 5 and 4, 0, 5 would give another correlation if they were not ranked again."""
     mine, other = line(0, 5, 1, 2, 3, 7), line(5, 8, 9, 10, 0, 7)
@@ -165,7 +165,7 @@ def with_everything() -> Ranking:
 
 
 @pytest.mark.parametrize("make", [with_everything, lambda: line(3, 1), lambda: line()])
-def test_a_file_gives_back_what_was_saved(tmp_path, make):
+def test_save_load_round_trip(tmp_path, make):
     ranking = make()
     ranking.save(tmp_path / "new" / "r.safetensors")
     loaded = Ranking.load(tmp_path / "new" / "r.safetensors")
@@ -178,7 +178,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path, make):
     assert all(torch.equal(loaded.moments[name], ranking.moments[name]) for name in ranking.moments)
 
 
-def test_digest_names_the_order():
+def test_fingerprint_depends_on_order():
     assert line(3, 1).fingerprint == line(3, 1).fingerprint
     assert (
         len({line(3, 1).fingerprint, line(1, 3).fingerprint, line(3).fingerprint, line(3, 1, width=13).fingerprint})
@@ -186,7 +186,7 @@ def test_digest_names_the_order():
     )
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_save_failed_write_keeps_old_file(tmp_path, monkeypatch):
     path = tmp_path / "r.safetensors"
     line(3, 1).save(path)
     write = Path.write_bytes
@@ -211,7 +211,7 @@ PUBLISHED = (
 
 
 @pytest.mark.parametrize("container", [tuple, list])
-def test_published_tuple(tmp_path, container):
+def test_from_published_reads_tuple(tmp_path, container):
     torch.save(container(PUBLISHED), tmp_path / "p.pt")
     ranking = Ranking.from_published(tmp_path / "p.pt")
     assert ranking.rank.tolist() == [[3, 4, 2], [5, 1, 0]]
@@ -220,7 +220,7 @@ def test_published_tuple(tmp_path, container):
     assert {name: value.unique().item() for name, value in ranking.moments.items()} == wanted
 
 
-def test_published_tuple_without_its_last_layers(tmp_path):
+def test_from_published_pads_missing_layers(tmp_path):
     torch.save(PUBLISHED, tmp_path / "p.pt")
     ranking = Ranking.from_published(tmp_path / "p.pt", n_layers=4)
     assert ranking.rank.tolist() == [[3, 4, 2], [5, 1, 0], [N] * 3, [N] * 3]
@@ -240,7 +240,7 @@ def test_published_tuple_without_its_last_layers(tmp_path):
         (None, r"p\.pt: no such file"),
     ],
 )
-def test_other_pt_files_are_refused(tmp_path, content, message):
+def test_from_published_other_pt_file_is_refused(tmp_path, content, message):
     if isinstance(content, bytes):
         (tmp_path / "p.pt").write_bytes(content)
     elif content is not None:
@@ -249,7 +249,7 @@ def test_other_pt_files_are_refused(tmp_path, content, message):
         Ranking.from_published(tmp_path / "p.pt")
 
 
-def test_a_pickle_that_runs_code_is_not_run(tmp_path):
+def test_load_pickle_with_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
@@ -294,12 +294,12 @@ RANK = Ranking.from_scores(SCORES).rank
         (lambda: Ranking.load("/nowhere/r.safetensors"), r"/nowhere/r\.safetensors: no such file"),
     ],
 )
-def test_errors_say_what_is_wrong(make, message):
+def test_ranking_invalid_arguments_raise(make, message):
     with pytest.raises(SnpatchError, match=message):
         make()
 
 
-def test_files_of_another_kind_are_refused(tmp_path):
+def test_load_file_of_other_kind_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     other, plain, text = tmp_path / "a", tmp_path / "b", tmp_path / "c"
@@ -326,7 +326,7 @@ def seen(tokens: int = 7) -> tuple[Statistics, torch.Tensor, torch.Tensor]:
     return found, r, d
 
 
-def test_a_score_is_a_function_of_statistics():
+def test_rms_equals_statistics_of_activations():
     statistics, r, d = seen()
     ranking = Ranking.from_statistics(statistics)
     torch.testing.assert_close(ranking.scores, ((r - d) ** 2).mean(0).sqrt().float())
@@ -339,8 +339,8 @@ def test_a_score_is_a_function_of_statistics():
         Ranking.from_statistics(statistics, "mean")
 
 
-def test_a_file_keeps_what_the_contrast_saw(tmp_path):
-    """So that another score can be made of it without reading a text again."""
+def test_save_keeps_statistics(tmp_path):
+    """Other scores can then be computed without reading a text again."""
     ranking = Ranking.from_statistics(seen()[0], exclude_layers=(-1,), meta={"tokens": 7})
     ranking.save(tmp_path / "a.safetensors")
     loaded = Ranking.load(tmp_path / "a.safetensors")
@@ -356,7 +356,7 @@ def test_a_file_keeps_what_the_contrast_saw(tmp_path):
         Ranking(Ranking.from_scores(SCORES).rank, statistics=ranking.statistics)
 
 
-def test_moments_follow_from_statistics_where_a_file_has_none(tmp_path):
+def test_load_computes_missing_moments(tmp_path):
     ranking, path = Ranking.from_statistics(seen()[0]), tmp_path / "a.safetensors"
     replace(ranking, moments={}).save(path)
     loaded = Ranking.load(path)
@@ -372,17 +372,17 @@ def test_moments_follow_from_statistics_where_a_file_has_none(tmp_path):
         (torch.full((3, 5, 5), torch.nan).double(), torch.zeros(3).long(), "NaN or infinite"),
     ],
 )
-def test_bad_statistics_are_refused(sums, count, message):
+def test_statistics_invalid_are_refused(sums, count, message):
     with pytest.raises(SnpatchError, match=message):
         Statistics(sums, count)
 
 
-def test_layers_that_saw_different_tokens_have_no_score():
+def test_statistics_different_token_counts_raise():
     with pytest.raises(SnpatchError, match=r"different numbers of tokens: \[1, 2, 2\]"):
         Ranking.from_statistics(Statistics(torch.zeros(3, 5, 5).double(), torch.tensor([1, 2, 2])))
 
 
-def test_layers_alone_are_rankings_of_their_own():
+def test_filter_layers_keeps_order():
     ranking = Ranking.from_scores(SCORES)
     assert order(ranking.filter_layers([0])) == [[0, 2], [0, 0], [0, 1]]
     assert order(ranking.filter_layers(range(-1, 0))) == [[1, 2], [1, 1], [1, 0]]
@@ -393,7 +393,7 @@ def test_layers_alone_are_rankings_of_their_own():
         ranking.filter_layers([2])
 
 
-def test_the_first_of_each_layer():
+def test_top_per_layer_keeps_order():
     ranking = Ranking.from_scores(SCORES)
     assert order(ranking.top_per_layer(1)) == [[1, 2], [0, 2]]
     assert order(ranking.top_per_layer(2)) == [[1, 2], [1, 1], [0, 2], [0, 0]]

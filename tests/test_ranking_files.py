@@ -1,4 +1,4 @@
-"""Rankings from files that others publish, and from lists and arrays: the same neurons, or one line."""
+"""Rankings from public files, lists and arrays: the same neurons, or an error of one line."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ def table(rows, header="layer,neuron"):
 
 
 def saved(path, value):
-    """A file by its suffix."""
+    """Write a file by its suffix."""
     if path.suffix == ".npy":
         np.save(path, value)
     elif path.suffix == ".npz":
@@ -62,7 +62,7 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_list_of_neurons(tmp_path, name):
+def test_load_list_of_neurons(tmp_path, name):
     file, value = LISTS[name]
     path = saved(tmp_path / file, value)
     ranking = Ranking.load(path, SHAPE)
@@ -83,7 +83,7 @@ def test_list_of_neurons(tmp_path, name):
         ("s.pt", {"scores": SCORES}),
     ],
 )
-def test_scores_of_all_neurons(tmp_path, file, value):
+def test_load_scores_of_all_neurons(tmp_path, file, value):
     path = saved(tmp_path / file, value)
     assert Ranking.load(path).top(3).tolist() == BY_SCORE
     padded = Ranking.load(path, SHAPE)  # as published, the last layers are missing
@@ -94,7 +94,7 @@ def test_scores_of_all_neurons(tmp_path, file, value):
             Ranking.load(path, shape)
 
 
-def test_published_tensors_and_own_files_are_read_by_the_same_call(tmp_path):
+def test_load_reads_published_and_own_files(tmp_path):
     order = torch.tensor(BY_SCORE)
     saved(tmp_path / "p.pt", (SCORES, order, SCORES, SCORES, SCORES, SCORES))
     ranking = Ranking.load(tmp_path / "p.pt", SHAPE)
@@ -132,7 +132,7 @@ def test_published_tensors_and_own_files_are_read_by_the_same_call(tmp_path):
         ("r.txt", "0 1", r"wanted a ranking that snpatch wrote|not a safetensors file"),
     ],
 )
-def test_other_files_are_one_line(tmp_path, file, value, message):
+def test_load_invalid_file_is_one_line(tmp_path, file, value, message):
     with pytest.raises(SnpatchError, match=message) as told:
         Ranking.load(saved(tmp_path / file, value), SHAPE)
     assert "\n" not in str(told.value)
@@ -144,14 +144,14 @@ class Evil:
 
 
 @pytest.mark.parametrize("file", ["r.pt", "r.npy"])
-def test_no_pickle_is_run(tmp_path, capsys, file):
+def test_load_does_not_run_pickles(tmp_path, capsys, file):
     saved(tmp_path / file, np.array([Evil()], dtype=object) if file == "r.npy" else Evil())
     with pytest.raises(SnpatchError):
         Ranking.load(tmp_path / file)
     assert capsys.readouterr().out == ""
 
 
-def test_array_that_claims_more_than_its_file_holds_is_one_line(tmp_path):
+def test_load_array_larger_than_file_is_one_line(tmp_path):
     np.save(tmp_path / "r.npy", np.ones((2, 4)))
     content = (tmp_path / "r.npy").read_bytes()
     (tmp_path / "r.npy").write_bytes(content.replace(b"(2, 4), }       ", b"(99999999, 99), }"[:16]))
@@ -162,7 +162,7 @@ def test_array_that_claims_more_than_its_file_holds_is_one_line(tmp_path):
         Ranking.load(tmp_path / "r.npz")
 
 
-def test_missing_file_and_missing_size(tmp_path):
+def test_load_missing_file_or_shape_is_one_line(tmp_path):
     for name in ("r.csv", "r.npy", "r.pt", "r.json", "r.safetensors"):
         with pytest.raises(SnpatchError, match="no such file"):
             Ranking.load(tmp_path / name)
@@ -179,12 +179,12 @@ def test_missing_file_and_missing_size(tmp_path):
      torch.tensor(ORDER, dtype=torch.int32), [np.array(one) for one in ORDER]],
     ids=lambda one: type(one).__name__,
 )  # fmt: skip
-def test_order_of_lists_arrays_and_tensors(order):
+def test_from_order_accepts_lists_arrays_tensors(order):
     assert Ranking.from_order(order, SHAPE).top(3).tolist() == ORDER
 
 
 @pytest.mark.parametrize("scores", [SCORES, SCORES.tolist(), SCORES.numpy(), SCORES.numpy().astype(np.float64)])
-def test_scores_of_lists_arrays_and_tensors(scores):
+def test_from_scores_accepts_lists_arrays_tensors(scores):
     ranking = Ranking.from_scores(scores)
     assert ranking.top(3).tolist() == BY_SCORE
     assert "tied" not in ranking.meta
@@ -206,12 +206,12 @@ def test_scores_of_lists_arrays_and_tensors(scores):
         (lambda: Ranking.from_scores(None), "scores: wanted numbers"),
     ],
 )  # fmt: skip
-def test_what_is_no_order_or_score_is_one_line(make, message):
+def test_from_order_or_scores_invalid_is_one_line(make, message):
     with pytest.raises(SnpatchError, match=message):
         make()
 
 
-def test_ties_are_told(tmp_path):
+def test_ties_are_counted_in_meta(tmp_path):
     assert Ranking.from_scores([[1.0, 2.0, 2.0], [2.0, 1.0, 0.0]]).meta["tied"] == 3
     path = saved(tmp_path / "r.csv", table([(0, 1, 0.5), (0, 2, 0.5)], "layer,neuron,score"))
     assert Ranking.load(path, SHAPE).meta["tied"] == 1

@@ -221,7 +221,7 @@ def test_a_wrong_preset_is_one_line(tmp_path, text, message):
         (["--model", "llama"], "no preset 'llama': there are llama2-7b"),
         (["--model", "demo", "--use-adapter", "dpo-2=x"], "dpo-2 is not trained here; there are sft-42, dpo-42"),
         (["--model", "demo", "--use-adapter", "dpo-42=nowhere"], "nowhere: no such folder"),
-        (["--model", "demo", "--use-adapter", "dpo-42"], "--use-adapter wants name=folder"),
+        (["--model", "demo", "--use-adapter", "dpo-42"], "--use-adapter: expected name=folder"),
         (["--model", "demo", "--launcher", "acelerate launch"], "--launcher: there is no program acelerate"),
         (["--model", "demo", "--template", "tokenizer"], "template: the engine's is tokenizer, sft-42 is trained with"),
         (["--model", "demo", "--only", "curves"], "no step named 'curves': there are rows, sft-42"),

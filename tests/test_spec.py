@@ -25,7 +25,7 @@ places = st.sampled_from(["all", "prompt", "completion"]) | st.integers(-9, 9)
     places,
     st.sampled_from([1.0, 0.5, -2.0]),
 )
-def test_json_and_patch_are_each_others_inverse(recipient, name, window, where, strength):
+def test_patch_json_round_trip(recipient, name, window, where, strength):
     data = {"recipient": recipient, "donor": "dpo", "ranking": name, "window": window, "positions": where}
     data["strength"] = strength
     patch = spec.from_json(data, NAMED)
@@ -34,7 +34,7 @@ def test_json_and_patch_are_each_others_inverse(recipient, name, window, where, 
     assert spec.to_json(spec.from_json(spec.to_json(patch), by_digest)) == spec.to_json(patch)
 
 
-def test_interventions_of_a_list_are_read_and_written():
+def test_interventions_json_round_trip():
     first = {"donor": "dpo", "ranking": "safety", "window": [0, 9], "positions": "all", "strength": 1.0}
     second = {"donor": "dpo", "ranking": "other", "window": [3, 9], "positions": -1, "strength": 0.5}
     patch = spec.from_json({"recipient": "sft", "interventions": [first, second]}, NAMED)
@@ -57,7 +57,7 @@ def test_interventions_of_a_list_are_read_and_written():
         assert caught.value.field == field
 
 
-def test_patch_with_fields_and_interventions_is_an_error():
+def test_patch_fields_and_interventions_are_refused():
     one = Intervention("dpo", RANKINGS[0], 5)
     with pytest.raises(SnpatchError, match="got both"):
         Patch("sft", "dpo", RANKINGS[0], 5, interventions=[one])
@@ -80,12 +80,12 @@ def test_patch_with_fields_and_interventions_is_an_error():
         (-9, range(9)),
     ],
 )
-def test_positions_of_a_prompt_of_four_tokens(positions, expected):
+def test_positions_select_range_of_tokens(positions, expected):
     start, stop = Intervention("dpo", RANKINGS[0], 5, positions).position_range(4)
     assert [position for position in range(9) if start <= position < stop] == list(expected)
 
 
-def test_swapped_arguments_are_named():
+def test_patch_swapped_arguments_are_named():
     order = r"Arguments are \(recipient, donor, ranking, window\)"
     with pytest.raises(SnpatchError, match=f"recipient: expected a model's name, got Ranking.*{order}"):
         Patch(RANKINGS[0], "base", "dpo", 5)
@@ -95,7 +95,7 @@ def test_swapped_arguments_are_named():
         Patch("base", RANKINGS[0], RANKINGS[0], 5)
 
 
-def test_k_alone_is_the_top_k_and_where_is_all():
+def test_patch_json_defaults_are_top_k_at_all_positions():
     patch = spec.from_json({"recipient": "sft", "donor": "dpo", "ranking": "safety", "window": 9}, NAMED)
     assert (patch.window, patch.positions) == (Window(0, 9), "all")
 
@@ -131,31 +131,31 @@ GOOD = {"recipient": "sft", "donor": "dpo", "ranking": "safety", "window": 9}
         ({"donor": "scale:1e30", "strength": -1e30}, "strength \\* \\(scale - 1\\) must be a finite number"),
     ],
 )
-def test_bad_json_names_the_field(change, message):
+def test_patch_json_invalid_value_names_field(change, message):
     with pytest.raises(SnpatchError, match=message) as caught:
         spec.from_json(GOOD | change, NAMED)
     assert caught.value.field in change
 
 
 @pytest.mark.parametrize("data", [None, [], "sft", 3])
-def test_what_is_no_object_is_refused(data):
+def test_patch_json_without_object_is_refused(data):
     with pytest.raises(SnpatchError, match="patch: wanted a table"):
         spec.from_json(data, NAMED)
 
 
-def test_a_missing_field_is_named():
+def test_patch_json_missing_field_is_named():
     with pytest.raises(SnpatchError, match="ranking, window is missing"):
         spec.from_json({"recipient": "sft", "donor": "dpo"}, NAMED)
 
 
-def test_a_model_alone_is_unpatched():
+def test_patch_json_of_recipient_is_unpatched():
     assert spec.from_json({"recipient": "sft"}, NAMED) == "sft"
     with pytest.raises(SnpatchError, match="strength needs a donor") as caught:
         spec.from_json({"recipient": "sft", "strength": 2}, NAMED)
     assert caught.value.field == "strength"
 
 
-def test_constants_are_named():
+def test_patch_json_names_constants():
     patch = spec.from_json(GOOD | {"donor": "constant:mine"}, NAMED)
     assert patch.donor is NAMED.constants["mine"]
     added = spec.from_json(GOOD | {"donor": "add:constant:mine"}, NAMED)
@@ -175,7 +175,7 @@ def test_constants_are_named():
         ('{"recipient": "sft", "interventions": [7]}', {"recipient": "sft", "interventions": [7]}),
     ],
 )
-def test_a_patch_as_text_is_its_json(text, data):
+def test_patch_text_equals_its_json(text, data):
     assert spec.parse_patch_table(text) == data
 
 
@@ -188,7 +188,7 @@ def test_a_patch_as_text_is_its_json(text, data):
         ("{", "no JSON"),
     ],
 )
-def test_a_bad_text_says_what_is_wanted(text, message):
+def test_patch_text_invalid_names_form(text, message):
     with pytest.raises(SnpatchError, match=message):
         spec.parse_patch_table(text)
 
@@ -209,8 +209,8 @@ extra = st.dictionaries(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # its first input makes the strategy
 @given(near, extra)
-def test_the_schema_takes_what_the_reader_takes(data, more):
-    """Its types and names; what they may be worth hangs on rankings, which no schema knows."""
+def test_patch_schema_accepts_what_reader_accepts(data, more):
+    """Compare types and names. Limits of values depend on rankings, which the schema does not know."""
     given = {**data, **more}
     try:
         jsonschema.validate(given, schema.json_schema(spec.PatchSchema))
@@ -225,7 +225,7 @@ def test_the_schema_takes_what_the_reader_takes(data, more):
     assert is_read == is_valid
 
 
-def test_words_for_donors():
+def test_donor_words_build_constants_and_noise():
     ranking = Ranking(RANKINGS[0].rank, moments={"recipient_std": torch.ones(RANKINGS[0].shape)})
     assert spec.parse_donor("dpo", ranking) == "dpo"
     assert isinstance(spec.parse_donor("zero", ranking), Constant)
@@ -235,8 +235,8 @@ def test_words_for_donors():
     assert spec.parse_donor("noise:2", ranking, seed=5).seed == 5
 
 
-def test_a_patchs_content_changes_with_every_field():
-    """What names it (keys, salts, JSON) is made of all its fields, so that none can be left out."""
+def test_patch_content_changes_with_every_field():
+    """Keys, cache salts and JSON are made from all fields, so that none can be forgotten."""
     ranking, other = RANKINGS
     patches = [
         Patch("sft", "dpo", ranking, 5),

@@ -21,6 +21,7 @@ from snpatch.server.config import ServeConfig
 from snpatch.server.registry import check_served_name
 from snpatch.sweeps.eval_config import parse_eval_config
 from snpatch.sweeps.sweep_file import SweepSpec
+from snpatch.utils import parsing
 
 SHAPE = (2, 8)
 WORDS = [*names.WORDS, "mean:donor", "mean:recipient", "noise:3", "constant:x", "scale:2", "add:mean:donor", "zero:"]
@@ -184,7 +185,7 @@ def inside(tmp_path, monkeypatch):
     ],
 )
 def test_names_end_at_the_first_equals_sign(inside, text, expected):
-    assert names.split_name(text) == expected
+    assert parsing.split_name(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -200,19 +201,22 @@ def test_names_end_at_the_first_equals_sign(inside, text, expected):
     ],
 )
 def test_paths_that_exist_may_hold_what_parts_them(inside, text, between, expected):
-    assert names.split_paths(text, between) == expected
+    assert parsing.split_paths(text, between) == expected
 
 
 def test_adapters_judges_and_rankings_take_any_path(inside):
-    assert parse_adapters([f"dpo={FOLDER},hub/x"], ",", "f") == {"dpo": [FOLDER, "hub/x"]}
+    form = "--adapter", "name=folder"
+    assert parse_adapters([f"dpo={FOLDER},hub/x"], ",", *form) == {"dpo": [FOLDER, "hub/x"]}
     for text in (FOLDER, "x=y", "=a", "a=", "plain"):
-        with pytest.raises(SnpatchError, match="wants name=folder"):
-            parse_adapters([text], ",", "--adapter wants name=folder")
+        with pytest.raises(SnpatchError, match=f"--adapter: expected name=folder, got '{re.escape(text)}'"):
+            parse_adapters([text], ",", *form)
+    with pytest.raises(SnpatchError, match="--adapter: expected each name once, got 'dpo' twice"):
+        parse_adapters(["dpo=a", "dpo=b"], ",", *form)
     file = f"{FOLDER}/s=1.safetensors"
-    assert options.named([file, f"b={file}"], "ranking", options.stem) == {"s=1": file, "b": file}
-    assert options.named([FOLDER], "judge", lambda _: "cost") == {"cost": FOLDER}
-    with pytest.raises(SnpatchError, match="expected a source or name=source"):
-        options.named(["b="], "judge", lambda _: "cost")
+    assert options.parse_sources([file, f"b={file}"], "ranking", options.file_stem) == {"s=1": file, "b": file}
+    assert options.parse_sources([FOLDER], "judge", lambda _: "cost") == {"cost": FOLDER}
+    with pytest.raises(SnpatchError, match="--judge: expected a source or name=source"):
+        options.parse_sources(["b="], "judge", lambda _: "cost")
 
 
 def test_a_sweep_by_flags_keeps_paths_as_they_are(inside, capsys):

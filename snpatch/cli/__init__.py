@@ -1,29 +1,33 @@
 """The command line: `snpatch contrast | generate | sweep | find-minimal | exp | train | reproduce | serve | report |
 guard | demo | env`.
 
-Why the imports stand inside the commands: `--help` answers at once, torch takes seconds. Results go to stdout,
-progress and errors to stderr; exit codes: 0 done, 2 bad input (one line says what), 130 interrupted.
+Commands import torch and what needs it inside their functions, so that `--help` is instant. Results go to stdout,
+progress and errors to stderr. Exit codes: 0 success, 2 invalid input (one line on stderr), 130 interrupted.
 """
 
 import atexit
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from snpatch import __version__
 from snpatch.cli import demo, guard, sweep, train
 from snpatch.cli.contrast import contrast
 from snpatch.cli.env import env
 from snpatch.cli.exp import exp
 from snpatch.cli.find_minimal import find_minimal
 from snpatch.cli.generate import generate
+from snpatch.cli.help_panels import arrange
 from snpatch.cli.report import report
 from snpatch.cli.reproduce import reproduce
 from snpatch.cli.serve import FORWARD_UNKNOWN_OPTIONS, serve
 from snpatch.errors import SnpatchError
+from snpatch.utils import progress
 
 app = typer.Typer(
-    help="Find safety neurons, patch them while text is generated, measure what that changes.",
+    help="Find safety neurons, patch them during generation, and measure the effect.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,20 +41,35 @@ app.add_typer(train.app, name="train")
 app.add_typer(demo.app, name="demo")
 
 
-def program() -> None:
-    """Run `main` as all that this process does, and end it before the destructors of C++ libraries run.
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
+        print(f"snpatch {__version__}")
+        raise typer.Exit
 
-    Triton's (nanobind) would print a line for each object that something of vLLM still holds then.
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Find safety neurons, patch them during generation, and measure the effect."""
+
+
+def program() -> None:
+    """Run `main` and end the process before the destructors of C++ libraries run.
+
+    Triton's library nanobind would otherwise print a line for each object that vLLM still holds.
     """
-    code, process = 1, os.getpid()  # 1: of a traceback
+    code, process = 1, os.getpid()  # 1: exit code of a traceback
 
     def end() -> None:
-        if os.getpid() == process:  # and not one that was forked
-            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed from the start
+        if os.getpid() == process:  # not in a forked process
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed from the start
                 stream.flush()
             os._exit(code)
 
-    atexit.register(end)  # the first that is registered is the last that runs
+    atexit.register(end)  # registered first, so it runs last
     try:
         main()
         code = 0
@@ -60,19 +79,22 @@ def program() -> None:
 
 
 def main() -> None:
-    """Run the command line: a SnpatchError is one line and exit code 2."""
-    if sys.stderr is None:  # closed: what is for it would be written to stdout
+    """Run the command line. A SnpatchError becomes one line on stderr and exit code 2."""
+    if sys.stderr is None:  # closed: its text would be written to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
-        sys.exit(_failed("snpatch: error: stdout: closed. Redirect it to a file, or to /dev/null.", 2))
+        sys.exit(_report("snpatch: error: stdout: closed. Redirect it to a file, or to /dev/null.", 2))
+    progress.set_default(False)
     try:
-        app()
+        group = typer.main.get_command(app)
+        arrange(group)
+        group()
     except SnpatchError as error:
-        sys.exit(_failed(f"snpatch: error: {error}", 2))
+        sys.exit(_report(f"snpatch: error: {error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_failed("snpatch: interrupted", 130))
+        sys.exit(_report("snpatch: interrupted", 130))
 
 
-def _failed(message: str, code: int) -> int:
+def _report(message: str, code: int) -> int:
     print(message, file=sys.stderr)
     return code

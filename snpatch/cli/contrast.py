@@ -1,4 +1,4 @@
-"""`snpatch contrast`: neurons ranked by how differently two models activate them."""
+"""`snpatch contrast`: rank neurons by how much two models' activations differ."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
+from snpatch.cli.dataclass_options import DatasetOptions, EngineOptions, FieldOptions, Fields, Prompts, with_options
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.names import CONTRAST_POSITIONS
@@ -18,7 +18,7 @@ SUMMARY = ("recipient", "donor", "generate_with", "positions", "tokens", "prompt
 NEURONS_PRINTED, NEURONS_IN_JSON = 10, 20
 
 
-@generated(config=Engine(), prompts=Data(), sampling=Some(CONTRAST, ("max_tokens",)))
+@with_options(config=EngineOptions(), prompts=DatasetOptions(), sampling=FieldOptions(CONTRAST, ("max_tokens",)))
 def contrast(
     config: EngineConfig,
     prompts: Prompts,
@@ -33,15 +33,15 @@ def contrast(
         str, typer.Option(help=f"Positions that count: {', '.join(CONTRAST_POSITIONS)}.")
     ] = "completion",
     completions: Annotated[
-        Path | None, typer.Option(help="JSONL with the `completion` of each prompt, instead of generated ones.")
+        Path | None, typer.Option(help="JSONL with a `completion` per prompt, instead of generated ones.")
     ] = None,
     exclude_layer: Annotated[
-        list[int] | None, typer.Option(help="A layer to leave out, -1 is the last. May be repeated. Default: -1.")
+        list[int] | None, typer.Option(help="Layer that is not ranked; -1 is the last. May be repeated. Default: -1.")
     ] = None,
-    no_exclude_layers: Annotated[bool, typer.Option("--no-exclude-layers", help="Leave no layer out.")] = False,
+    no_exclude_layers: Annotated[bool, typer.Option("--no-exclude-layers", help="Rank all layers.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Rank neurons by how differently two models activate them on the same text."""
+    """Rank neurons by how much two models' activations differ on the same text."""
     from snpatch.data import read_completions
     from snpatch.engine.contrast import COMPLETION_POSITIONS, EXCLUDED_LAYERS
     from snpatch.utils.files import check_writable
@@ -49,7 +49,7 @@ def contrast(
     chats = prompts.data.prompts
     if completions and positions not in COMPLETION_POSITIONS:
         raise SnpatchError(f"--completions is for --positions {' or '.join(COMPLETION_POSITIONS)}, got {positions}")
-    given = read_completions(completions, prompts.limit, chats) if completions else None
+    texts = read_completions(completions, prompts.limit, chats) if completions else None
     check_writable(out)
     with o.open_engine(config) as engine, o.progress_bar("contrast") as progress:
         ranking = engine.contrast(
@@ -58,16 +58,16 @@ def contrast(
             donor,
             generate_with=generate_with,
             positions=positions,
-            completions=given,
+            completions=texts,
             sampling=replace(CONTRAST, **sampling),
             exclude_layers=[] if no_exclude_layers else (exclude_layer or EXCLUDED_LAYERS),
             progress=progress,
         )
     ranking.meta["data"] = prompts.data.provenance
-    if given:
-        ranking.meta["completions"] = {"path": str(completions), "rows": len(given)}
+    if texts:
+        ranking.meta["completions"] = {"path": str(completions), "rows": len(texts)}
     if n := ranking.meta["empty"]:
-        o.tell(f"{prompts.name}: {n} of {len(chats)} completions are empty, and were not observed", is_error=True)
+        o.echo(f"{prompts.name}: {n} of {len(chats)} completions are empty and were not observed", is_error=True)
     ranking.save(out)
     summary = {
         "ranking": str(out),
@@ -82,8 +82,8 @@ def contrast(
         ],
     }
     if as_json:
-        o.tell(json.dumps(summary))
+        o.echo(json.dumps(summary))
         return
-    o.tell(f"{len(ranking)} neurons ranked over {summary['tokens']} tokens of {summary['prompts']} prompts -> {out}")
+    o.echo(f"{len(ranking)} neurons ranked over {summary['tokens']} tokens of {summary['prompts']} prompts -> {out}")
     for layer, neuron, score in summary["top"][:NEURONS_PRINTED]:
-        o.tell(f"  layer {layer:3d}  neuron {neuron:6d}  change score {score:.4f}")
+        o.echo(f"  layer {layer:3d}  neuron {neuron:6d}  change score {score:.4f}")

@@ -7,8 +7,8 @@ import typer
 
 from snpatch.cli import options as o
 from snpatch.cli import report
+from snpatch.cli.dataclass_options import FieldOptions, Fields, with_options
 from snpatch.cli.exp import run_experiments
-from snpatch.cli.generated import Fields, Some, generated
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 
@@ -16,7 +16,7 @@ app = typer.Typer(help="The demo model: find its safety neurons and sweep k; or 
 
 
 @app.callback(invoke_without_command=True)
-@generated(engine=Some(EngineConfig, ("backend",)))
+@with_options(engine=FieldOptions(EngineConfig, ("backend",)))
 def demo(
     context: typer.Context,
     engine: Fields,
@@ -29,7 +29,7 @@ def demo(
     run_experiments(["curve"], "demo", out, as_json, **engine)
     path = report.write_folder_page(out, out / report.FILE)
     if not as_json:
-        o.tell(f"open {path} in a browser: the curve, and every text")
+        o.echo(f"open {path} in a browser: the curve, and every text")
 
 
 @app.command("build")

@@ -1,4 +1,4 @@
-"""`snpatch env`: versions, device, and which implementation serves each op."""
+"""`snpatch env`: print versions, device and implementations of ops."""
 
 import json
 
@@ -6,15 +6,15 @@ from snpatch.cli import options as o
 
 
 def env(as_json: o.AsJson = False) -> None:
-    """Versions, device, and which implementation serves each op."""
+    """Print versions, device, and the implementation that serves each op."""
     from snpatch.op import ops
     from snpatch.utils.environment import describe_environment
 
-    found = describe_environment(ops.implementations())
+    groups = describe_environment(ops.implementations())
     if as_json:
-        o.tell(json.dumps(found))
+        o.echo(json.dumps(groups))
         return
-    for group, entries in found.items():
-        o.tell(group)
+    for group, entries in groups.items():
+        o.echo(group)
         for name, value in entries.items():
-            o.tell(f"  {name:20s} {value}")
+            o.echo(f"  {name:20s} {value}")

@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, SkipInvalid, TrustConfig, generated, pairs
+from snpatch.cli.dataclass_options import EngineOptions, Fields, SkipInvalid, TrustConfig, parse_values, with_options
 from snpatch.errors import ReceiptError, SnpatchError
 
 
-@generated(engine_fields=Engine(has_model=False))
+@with_options(engine_fields=EngineOptions(has_model=False))
 def exp(
     names: Annotated[
         list[str],
@@ -35,7 +35,7 @@ def exp(
     as_json: o.AsJson = False,
 ) -> None:
     """Run experiments of the paper: tables (CSV, JSON), plots (PNG, SVG). Continues if killed."""
-    given = pairs(setting, "--set")
+    given = parse_values(setting, "--set")
     run_experiments(
         names, config, out, as_json, given, trust=trust_config, limit=limit, skip_invalid=skip_invalid, **engine_fields
     )
@@ -73,10 +73,10 @@ def run_experiments(
     for name in chosen:
         check_writable(out / f"{name}.csv")
     failed, written = {}, []
-    with ExperimentContext(place, out, progress=o.progress_bar, command=o.command(), **arguments) as context:
+    with ExperimentContext(place, out, progress=o.progress_bar, command=o.command_line(), **arguments) as context:
         for name in chosen:
             try:
-                written += o.show(experiments.run(name, context, settings), out, as_json)
+                written += o.write_report(experiments.run(name, context, settings), out, as_json)
             except ReceiptError as error:
                 for path in (*written, out / "report.md", out / "report.json"):
                     path.unlink(missing_ok=True)
@@ -85,8 +85,8 @@ def run_experiments(
                 if len(chosen) == 1:
                     raise
                 failed[name] = error
-                o.tell(f"snpatch: {name}: {error}", is_error=True)
+                o.echo(f"snpatch: {name}: {error}", is_error=True)
         for name, why in summary.write(context, dict.fromkeys(chosen, settings or {})).items():
-            o.tell(f"snpatch: {name}.json is left out of report.md: {why}", is_error=True)
+            o.echo(f"snpatch: {name}.json is left out of report.md: {why}", is_error=True)
     if failed:
         raise SnpatchError(f"{len(failed)} of {len(chosen)} experiments failed: {', '.join(failed)}; see above")

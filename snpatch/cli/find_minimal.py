@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import generated
+from snpatch.cli.dataclass_options import with_options
 from snpatch.cli.sweep import Sweep, SweepOptions
 
 
-@generated(sweep=SweepOptions())
+@with_options(sweep=SweepOptions())
 def find_minimal(
     sweep: Sweep,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for table, plot, completions and scores.")],
@@ -39,7 +39,7 @@ def find_minimal(
     check_writable(out / "minimal.csv")
     with (
         ExperimentContext(
-            spec, out, progress=o.progress_bar, command=o.command(), **sweep.context_arguments
+            spec, out, progress=o.progress_bar, command=o.command_line(), **sweep.context_arguments
         ) as context,
         Store(out) as store,
     ):
@@ -56,4 +56,4 @@ def find_minimal(
             )  # fmt: skip
         settings = {**asdict(spec.sweep), "target_effect": target_effect, "blocks": blocks}
         report = replace(build_minimal_report(results, target_effect), provenance=provenance.to_dict(settings))
-    o.show(report, out, as_json)
+    o.write_report(report, out, as_json)

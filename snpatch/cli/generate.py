@@ -1,4 +1,4 @@
-"""`snpatch generate`: completions, patched while they are written or not."""
+"""`snpatch generate`: completions of prompts, patched or not."""
 
 import json
 from functools import partial
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
+from snpatch.cli.dataclass_options import DatasetOptions, EngineOptions, FieldOptions, Fields, Prompts, with_options
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.names import POSITIONS
@@ -17,38 +17,41 @@ from snpatch.sampling import GREEDY, Sampling
 SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs")
 
 
-@generated(config=Engine(), prompts=Data(), sampling=Some(GREEDY, SAMPLING))
+@with_options(config=EngineOptions(), prompts=DatasetOptions(takes_text=True), sampling=FieldOptions(GREEDY, SAMPLING))
 def generate(
     config: EngineConfig,
     prompts: Prompts,
     sampling: Fields,
-    recipient: Annotated[str, typer.Option(help="The model that speaks.")] = "base",
+    recipient: Annotated[str, typer.Option(help="Name of the model that is patched and generates.")] = "base",
     donor: Annotated[
         str | None,
         typer.Option(
-            help="What overwrites: a model, or zero, mean:recipient, mean:donor (add:mean:donor adds it), noise:N (N "
-            "standard deviations), scale:F (F times its own value). None: unpatched."
+            help="Source of activations: a model's name, zero, mean:recipient, mean:donor (add:mean:donor adds it), "
+            "noise:N (N standard deviations) or scale:F (F times the recipient's own). Default: unpatched."
         ),
     ] = None,
-    ranking: Annotated[Path | None, typer.Option(help="Ranking file; needed with --donor.")] = None,
+    ranking: Annotated[Path | None, typer.Option(help="Ranking file; required with --donor.")] = None,
     window: Annotated[
-        str | None, typer.Option("--window", "-k", help="k for the top k, or LO:HI; needed with --donor.")
+        str | None,
+        typer.Option(
+            "--window", "-k", help="Neurons to patch: k for the top k, or ranks LO:HI; required with --donor."
+        ),
     ] = None,
     positions: Annotated[
         str, typer.Option(help=f"Patched positions: {', '.join(POSITIONS)}, or the index to start from.")
     ] = "all",
     strength: Annotated[
-        float, typer.Option(help="1: the donor's value; between 0 and 1 a mixture; above amplifies, below 0 reverses.")
+        float, typer.Option(help="1: the donor's value; 0 to 1: a mixture; above 1 amplifies, below 0 reverses.")
     ] = 1.0,
     out: o.Out = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Write completions, patched while they are written or not."""
+    """Generate completions, patched or not."""
     from snpatch.patching import spec
     from snpatch.utils.files import check_writable
 
     chats = prompts.data.prompts
-    wanted = Sampling(**sampling)
+    parameters = Sampling(**sampling)
     if out:
         check_writable(out)
     if donor is None and (ranking or window or positions != "all" or strength != 1):
@@ -60,15 +63,15 @@ def generate(
         from snpatch.models.checkpoint import load_model_shape
 
         shape = partial(load_model_shape, config.model, config.allow_untested)
-        patch = spec.from_text(recipient, donor, ranking, window, positions, wanted.seed, strength, shape)
+        patch = spec.from_text(recipient, donor, ranking, window, positions, parameters.seed, strength, shape)
     with o.open_engine(config) as engine, o.progress_bar("generate") as progress:
-        completions = engine.generate(chats, patch, wanted, progress)
-    more = [{"logprobs": completion.logprobs} if wanted.logprobs else {} for completion in completions]
+        completions = engine.generate(chats, patch, parameters, progress)
+    more = [{"logprobs": completion.logprobs} if parameters.logprobs else {} for completion in completions]
     write_completions(chats, completions, more, out, as_json)
 
 
 def write_completions(chats, completions, more: list[dict], out: Path | None, as_json: bool) -> None:
-    """Completions as JSONL to a file or stdout, or as text for reading. more: further fields of each."""
+    """Write completions as JSONL to a file or stdout, or as readable text. more: further fields of each."""
     from snpatch.data import question
     from snpatch.utils.files import write_text
 
@@ -88,6 +91,6 @@ def write_completions(chats, completions, more: list[dict], out: Path | None, as
         write_text(out, lines)
     if as_json or not out:
         texts = lines if as_json else "".join(f"> {r['prompt']}\n{r['completion']}\n\n" for r in rows)
-        o.write(texts)  # of JSON the same data
+        o.write(texts)
     else:
-        o.tell(f"{len(rows)} completions -> {out}")
+        o.echo(f"{len(rows)} completions -> {out}")

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
+from snpatch.cli.dataclass_options import DatasetOptions, EngineOptions, FieldOptions, Fields, Prompts, with_options
 from snpatch.cli.generate import write_completions
-from snpatch.cli.generated import Data, Engine, Fields, Prompts, Some, generated
 from snpatch.config import EngineConfig
 from snpatch.guard.config import GuardConfig
 from snpatch.sampling import GREEDY, Sampling
 
-ENGINE, ANSWERS = Engine(), Some(GREEDY, ("max_tokens",))
+ENGINE, ANSWERS = EngineOptions(), FieldOptions(GREEDY, ("max_tokens",))
 
 app = typer.Typer(
     help="A guard tells from the safety neurons at a prompt's last token whether the answer would be harmful.",
@@ -28,7 +28,12 @@ Judge = Annotated[str, typer.Option(help="Folder or hub name of a cost model, `r
 
 
 @app.command()
-@generated(config=ENGINE, prompts=Data(), answers=ANSWERS, fitted=Some(GuardConfig, ("folds", "threshold", "refusal")))
+@with_options(
+    config=ENGINE,
+    prompts=DatasetOptions(),
+    answers=ANSWERS,
+    fitted=FieldOptions(GuardConfig, ("folds", "threshold", "refusal")),
+)
 def fit(
     config: EngineConfig,
     prompts: Prompts,
@@ -69,7 +74,7 @@ def fit(
     check_writable(out)
     prompts_once = deduplicate(prompts.data.prompts)
     if len(prompts_once) < len(prompts.data):
-        o.tell(f"{prompts.name}: {len(prompts.data) - len(prompts_once)} repeated prompts count once", is_error=True)
+        o.echo(f"{prompts.name}: {len(prompts.data) - len(prompts_once)} repeated prompts count once", is_error=True)
     engine = o.open_engine(config)
     with engine:
         known = _labelled(engine, prompts_once, model_name, judge, judge_format, answers, harm_threshold)
@@ -87,7 +92,7 @@ def fit(
 
 
 @app.command("eval")
-@generated(config=ENGINE, prompts=Data(), answers=ANSWERS)
+@with_options(config=ENGINE, prompts=DatasetOptions(), answers=ANSWERS)
 def evaluate_guard(
     config: EngineConfig,
     prompts: Prompts,
@@ -112,7 +117,7 @@ def evaluate_guard(
 
 
 @app.command()
-@generated(config=ENGINE, prompts=Data(), answers=ANSWERS)
+@with_options(config=ENGINE, prompts=DatasetOptions(), answers=ANSWERS)
 def apply(
     config: EngineConfig,
     prompts: Prompts,
@@ -157,12 +162,12 @@ def _tell(scores, named: dict, where: str, as_json: bool) -> None:
 
     figures = asdict(scores)
     if as_json:
-        o.tell(json.dumps({**named, **figures}))
+        o.echo(json.dumps({**named, **figures}))
         return
     for name, value in named.items():
-        o.tell(f"{name}: {value}")
-    o.tell(f"{scores.n} prompts, {scores.harmful} harmful; {where}:")
+        o.echo(f"{name}: {value}")
+    o.echo(f"{scores.n} prompts, {scores.harmful} harmful; {where}:")
     for name in ("accuracy", "balanced_accuracy", "auc", "brier", "calibration_error", "majority"):
         is_defined = figures[name] is not None
         interval = f"  ({format_interval(figures, name)})" if is_defined else "  undefined: one class only"
-        o.tell(f"  {name:18s} {format_value(figures[name])}{interval}")
+        o.echo(f"  {name:18s} {format_value(figures[name])}{interval}")

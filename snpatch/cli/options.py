@@ -1,4 +1,4 @@
-"""Options that commands share, and what they stand for: judges, an engine, a report, a progress bar."""
+"""Options that several commands have, and output: engines, judges, reports, text and progress bars."""
 
 import json
 import os
@@ -13,17 +13,18 @@ import typer
 
 from snpatch.config import EngineConfig
 from snpatch.errors import ESCAPE, SnpatchError, encodable, one_line, printable
-from snpatch.names import check_name, split_name
+from snpatch.names import check_name
+from snpatch.utils.parsing import parse_pairs
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write JSONL there instead of to stdout.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write JSONL to this file instead of text to stdout.")]
 Judges = Annotated[
     list[str],
     typer.Option(
-        help="Folder or hub name of a cost or reward model, `refusal` (refusal words), or module:function; as "
+        help="Judge: folder or hub name of a cost or reward model, `refusal` (refusal words), or module:function. "
         "name=judge for several. May be repeated."
     ),
 ]
@@ -31,14 +32,14 @@ OptionalJudges = Annotated[list[str] | None, *Judges.__metadata__]
 JudgeFormat = Annotated[
     str | None,
     typer.Option(
-        help="Input of a score model: beaver (Beavertails' own), tulu (what the paper's code feeds it, and its numbers "
-        "need), chat, pair, or a text with {prompt} and {completion}. Default: the model's own."
+        help="Input format of a score model: beaver (Beavertails' own), tulu (of the paper's code and numbers), chat, "
+        "pair, or a text with {prompt} and {completion}. Default: the model's own."
     ),
 ]
 
 
 def open_engine(config: EngineConfig):
-    """The Engine of a config, quietly."""
+    """Open the engine of a config; print the memory of secondary weights."""
     import transformers
 
     from snpatch.engine import Engine
@@ -52,10 +53,10 @@ def open_engine(config: EngineConfig):
 
 @contextmanager
 def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> Iterator[dict]:
-    """name=judge, or the judge alone (then its name is "cost"), each opened, and closed afterwards."""
+    """Open judges (name=judge, or one judge that is called "cost"); close them at the end."""
     from snpatch.judges.factory import is_model_judge, open_judge
 
-    sources = named(entries, "judge", lambda _: "cost")
+    sources = parse_sources(entries, "judge", lambda _: "cost")
     if form is not None and not any(map(is_model_judge, sources.values())):
         raise SnpatchError("--judge-format is for a model, and no judge is one")
     arguments = {"format": form, "backend": config.backend}
@@ -70,33 +71,27 @@ def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> I
         yield judges
 
 
-def named(entries: list[str] | None, option: str, default: Callable[[str], str]) -> dict[str, str]:
-    """name=source, or the source alone, named by `default`; see split_name."""
-    found = {}
-    for entry in entries or ():
-        name, source = split_name(entry)
-        if not source:
-            raise SnpatchError(f"--{option}: expected a source or name=source, got {entry!r}")
-        name = name or default(source)
+def parse_sources(entries: list[str] | None, option: str, default_name: Callable[[str], str]) -> dict[str, str]:
+    """Parse repeated `name=source` options; a source without a name is called `default_name(source)`."""
+    form = "a source or name=source"
+    sources = parse_pairs(entries, f"--{option}", expected=form, default_name=default_name)
+    for name in sources:
         check_name(name, f"--{option}: one")
-        if name in found:
-            raise SnpatchError(f"--{option}: two have one name ({name}): give them as name=source")
-        found[name] = source
-    return found
+    return sources
 
 
-def stem(source: str) -> str:
-    """What a file is called where it has no other name."""
+def file_stem(source: str) -> str:
+    """Return the default name of a file."""
     return Path(source).stem
 
 
-def command() -> str:
-    """What runs now, as it can be typed again."""
-    return printable(shlex.join(["snpatch", *sys.argv[1:]]))  # of names that are no UTF-8 nothing else can be kept
+def command_line() -> str:
+    """Return the command that runs, as it can be typed again. File names that are not UTF-8 are escaped."""
+    return printable(shlex.join(["snpatch", *sys.argv[1:]]))
 
 
-def tell(text: str, *, is_error: bool = False) -> None:
-    """Print lines without what a terminal would obey in names and texts."""
+def echo(text: str, *, is_error: bool = False) -> None:
+    """Print lines to stdout or stderr, with control characters escaped."""
     if is_error:
         print(printable(text), file=sys.stderr, flush=True)
     else:
@@ -104,7 +99,7 @@ def tell(text: str, *, is_error: bool = False) -> None:
 
 
 def write(text: str) -> None:
-    """Write to stdout, without what a terminal would obey, and with escapes for what its encoding lacks."""
+    """Write to stdout; control characters, and characters that its encoding lacks, are escaped."""
     with _written():
         sys.stdout.write(encodable(printable(text), sys.stdout.encoding or "utf-8"))
         sys.stdout.flush()
@@ -112,23 +107,23 @@ def write(text: str) -> None:
 
 @contextmanager
 def _written() -> Iterator[None]:
-    """Turn a stdout that is full, or that nobody reads any more, into an error."""
+    """Raise SnpatchError if stdout is full or its reader has closed it."""
     try:
         yield
     except OSError as error:
-        with open(os.devnull, "w") as nowhere:  # the end of the process would write what is left in the buffer
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        with open(os.devnull, "w") as devnull:  # or Python would write the rest of the buffer when it exits
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
         raise SnpatchError(f"stdout: cannot be written: {error.strerror or error}") from error
 
 
-def show(report, out: Path, as_json: bool) -> list[Path]:
-    """Write a report and print it; the files that it wrote."""
+def write_report(report, out: Path, as_json: bool) -> list[Path]:
+    """Write a report's files, print it, and return the paths of the files."""
     from snpatch.report import files, terminal
 
     paths = files.write_report(report, out)
     if as_json:
         content = {"name": report.name, "tables": report.tables, "headline": report.headline}
-        tell(json.dumps({**content, "files": [str(path) for path in paths]}))
+        echo(json.dumps({**content, "files": [str(path) for path in paths]}))
         return paths
     with console() as screen:
         terminal.print_report(report, screen)
@@ -138,7 +133,7 @@ def show(report, out: Path, as_json: bool) -> list[Path]:
 
 @contextmanager
 def console() -> Iterator["Console"]:
-    """A console of rich on stdout, which prints what its encoding lacks as escapes."""
+    """Yield a rich console on stdout; characters that its encoding lacks are escaped."""
     from rich.console import Console
 
     if hasattr(sys.stdout, "reconfigure"):
@@ -150,19 +145,18 @@ def console() -> Iterator["Console"]:
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; where that is no terminal, a line at the start of each tenth. What it gives is told (done,
-    total), and perhaps a note on how it goes."""
+    """Yield a callback `(done, total, note="")` that draws a bar on stderr, or without a terminal a line per tenth."""
     name = one_line(name)
     if not sys.stderr.isatty():
-        told = -1
+        last_tenth = -1
 
-        def tell(done: int, total: int, note: str = "") -> None:
-            nonlocal told
-            if done * 10 // total > told:
-                told = done * 10 // total
+        def print_tenth(done: int, total: int, note: str = "") -> None:
+            nonlocal last_tenth
+            if done * 10 // total > last_tenth:
+                last_tenth = done * 10 // total
                 print(f"{name}: {done}/{total} {one_line(note)}".rstrip(), file=sys.stderr, flush=True)
 
-        yield tell
+        yield print_tenth
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

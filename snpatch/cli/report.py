@@ -15,7 +15,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", "-o", help=f"The file; default: {FILE} in the folder.")] = None,
 ) -> None:
     """Write one HTML file of all results in a folder: curves, maps, tables, every text. It needs no network."""
-    o.tell(f"wrote {write_folder_page(folder, out or folder / FILE)}")
+    o.echo(f"wrote {write_folder_page(folder, out or folder / FILE)}")
 
 
 def write_folder_page(folder: Path, path: Path) -> Path:

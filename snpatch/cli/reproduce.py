@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, SkipInvalid, TrustConfig, generated
+from snpatch.cli.dataclass_options import EngineOptions, Fields, SkipInvalid, TrustConfig, with_options
 from snpatch.cli.report import FILE, write_folder_page
 from snpatch.errors import SnpatchError
-from snpatch.names import split_name
+from snpatch.utils.parsing import parse_pairs
 
 
-@generated(config=Engine(has_model=False))
+@with_options(config=EngineOptions(has_model=False))
 def reproduce(
     config: Fields,
     model: Annotated[
@@ -60,7 +60,7 @@ def reproduce(
 
     if only and start:
         raise SnpatchError("give --only or --start-at, not both")
-    taken = _taken(use_adapter)
+    taken = parse_pairs(use_adapter, "--use-adapter", expected="name=folder")
     pipeline = Pipeline(
         load_preset(model, base, tuple(seed or ()), trust_config),
         out,
@@ -69,34 +69,24 @@ def reproduce(
         limit=limit,
         skip_invalid=skip_invalid,
         progress=o.progress_bar,
-        command=o.command(),
+        command=o.command_line(),
         options={"model": model, "base": base, "use_adapter": taken, "seed": seed, "limit": limit},
         **config,
     )
     if dry_run:
         _show_plan(pipeline, tuple(only or ()), start, as_json)
         return
-    failed = pipeline.run(tuple(only or ()), start, tell=lambda line: o.tell(line, is_error=True))
+    failed = pipeline.run(tuple(only or ()), start, tell=lambda line: o.echo(line, is_error=True))
     paths = report.write(pipeline)
     if report.done_in(pipeline):
         paths.append(write_folder_page(out, out / FILE))
     if as_json:
-        o.tell(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
+        o.echo(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
     else:
-        o.tell("wrote " + ", ".join(str(path) for path in paths))
+        o.echo("wrote " + ", ".join(str(path) for path in paths))
     if failed:
-        o.tell(f"snpatch: {len(failed)} experiments failed: {', '.join(failed)}; see above", is_error=True)
+        o.echo(f"snpatch: {len(failed)} experiments failed: {', '.join(failed)}; see above", is_error=True)
         raise typer.Exit(1)
-
-
-def _taken(entries: list[str] | None) -> dict[str, str]:
-    found = {}
-    for entry in entries or ():
-        name, folder = split_name(entry)
-        if not name or not folder or name in found:
-            raise SnpatchError(f"--use-adapter wants name=folder, each name once; got {entry!r}")
-        found[name] = folder
-    return found
 
 
 def _show_plan(pipeline, only: tuple[str, ...], start: str | None, as_json: bool) -> None:
@@ -107,7 +97,7 @@ def _show_plan(pipeline, only: tuple[str, ...], start: str | None, as_json: bool
     if as_json:
         rows = {name: [dict(zip(v.columns, row, strict=True)) for row in v.rows] for name, v in views.items()}
         commands = {name: step.command for name, step in pipeline.steps.steps.items()}
-        o.tell(json.dumps({**rows, "commands": commands, "left_out": pipeline.skipped}))
+        o.echo(json.dumps({**rows, "commands": commands, "left_out": pipeline.skipped}))
         return
     with o.console() as console:
         for view in views.values():

@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import ENGINE_FILES, Engine, Some, generated, is_given
-from snpatch.errors import SnpatchError, SpoiledEngineError
+from snpatch.cli.dataclass_options import ENGINE_FILES, EngineOptions, FieldOptions, is_given, with_options
+from snpatch.errors import SpoiledEngineError
 from snpatch.server.config import ServeConfig
+from snpatch.utils.parsing import parse_pairs
 
-SERVER_OPTIONS = Some(ServeConfig, tuple(f.name for f in fields(ServeConfig) if f.metadata))
+SERVER_OPTIONS = FieldOptions(ServeConfig, tuple(f.name for f in fields(ServeConfig) if f.metadata))
 FORWARD_UNKNOWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}  # they are vLLM's flags
 
 
@@ -43,9 +44,9 @@ class ServeOptions:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_repeatable(help))
             for name, (_, help) in _NAMED_OPTIONS.items()
         ]
-        return [*Engine().parameters(), *named, *SERVER_OPTIONS.parameters()]
+        return [*EngineOptions().parameters(), *named, *SERVER_OPTIONS.parameters()]
 
-    def made(self, values: dict) -> ServeConfig:
+    def build(self, values: dict) -> ServeConfig:
         from snpatch.executors.vllm import log, versions
 
         versions.check(serving=True)
@@ -55,19 +56,23 @@ class ServeOptions:
         model = Path(values["model"])
         if model.suffix in ENGINE_FILES and model.is_file():
             config = ServeConfig.load(model, values["trust_config"])
-            config = replace(config, engine=Engine().changed(config.engine, values))
+            config = replace(config, engine=EngineOptions().changed(config.engine, values))
         else:
-            config = ServeConfig(Engine().made(values))
+            config = ServeConfig(EngineOptions().build(values))
         for option, (field, _) in _NAMED_OPTIONS.items():
-            entries = _parse_patches(values[option]) if option == "patch" else o.named(values[option], option, o.stem)
+            entries = (
+                _parse_patches(values[option])
+                if option == "patch"
+                else o.parse_sources(values[option], option, o.file_stem)
+            )
             config = replace(config, **{field: {**getattr(config, field), **entries}})
-        options = {name: value for name, value in SERVER_OPTIONS.made(values).items() if is_given(values, name)}
+        options = {name: value for name, value in SERVER_OPTIONS.build(values).items() if is_given(values, name)}
         vllm = vllm_args.parse_argv(values["context"].args)
         engine = config.engine.changed(**vllm.engine)
         return replace(config, **options, engine=engine, vllm_server={**config.vllm_server, **vllm.server})
 
 
-@generated(config=ServeOptions())
+@with_options(config=ServeOptions())
 def serve(
     config: ServeConfig,
     print_config: Annotated[
@@ -97,10 +102,5 @@ def _parse_patches(entries: list[str] | None) -> dict[str, dict]:
     """Return name -> patch as plain data from entries name=patch."""
     from snpatch.patching import spec
 
-    tables = {}
-    for entry in entries or ():
-        name, equals, text = entry.partition("=")
-        if not equals or not name or name in tables:
-            raise SnpatchError(f"--patch: expected name=patch, each name once, got {entry!r}")
-        tables[name] = spec.parse_patch_table(text)
-    return tables
+    texts = parse_pairs(entries, "--patch", expected="name=patch")
+    return {name: spec.parse_patch_table(text) for name, text in texts.items()}

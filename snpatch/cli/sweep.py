@@ -15,7 +15,14 @@ import typer
 from typer.core import TyperGroup
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Engine, Fields, Some, Source, generated, is_given
+from snpatch.cli.dataclass_options import (
+    DatasetSourceOptions,
+    EngineOptions,
+    FieldOptions,
+    Fields,
+    is_given,
+    with_options,
+)
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError, one_line
 from snpatch.sampling import GREEDY, Sampling
@@ -25,8 +32,8 @@ if TYPE_CHECKING:
     from snpatch.sweeps.sweep_file import SweepSpec
 
 EXIT_INCOMPLETE = 1  # exit code if some completions or scores failed
-SWEEP_FIELDS = Some(SweepConfig, ("controls", "control_kind", "positions", "samples"))
-SAMPLING_FIELDS = Some(GREEDY, ("max_tokens", "temperature", "seed"))
+SWEEP_FIELDS = FieldOptions(SweepConfig, ("controls", "control_kind", "positions", "samples"))
+SAMPLING_FIELDS = FieldOptions(GREEDY, ("max_tokens", "temperature", "seed"))
 REQUIRED_OPTIONS = ("ranking", "donor", "recipient", "windows", "judge")  # without a sweep file
 
 
@@ -64,28 +71,31 @@ class SweepOptions:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
             for name, (hint, default) in _OPTIONS.items()
         ]
-        groups = (Engine(), Source(), SWEEP_FIELDS, SAMPLING_FIELDS)
+        groups = (EngineOptions(), DatasetSourceOptions(), SWEEP_FIELDS, SAMPLING_FIELDS)
         return [*sweep, *(parameter for group in groups for parameter in group.parameters())]
 
-    def made(self, values: dict) -> Sweep:
+    def build(self, values: dict) -> Sweep:
         from snpatch.sweeps.sweep_file import SweepSpec
 
         if values["prompts"] is None:
             self._check_not_in_file(values)
             spec = SweepSpec.load(values["model"], values["trust_config"])
-            return Sweep(spec, {"backend": spec.engine.backend, **Engine(has_model=False).made(values)})
+            return Sweep(spec, {"backend": spec.engine.backend, **EngineOptions(has_model=False).build(values)})
         if missing := [f"--{name}" for name in REQUIRED_OPTIONS if not values[name]]:
             raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
-        config, prompts = Engine().made(values), Source().made(values)
+        config, prompts = EngineOptions().build(values), DatasetSourceOptions().build(values)
         config.checked_backend()
         arguments = {"backend": config.backend, "skip_invalid": prompts.pop("skip_invalid")}
-        fields = SWEEP_FIELDS.made(values) | {"disjoint": not values["overlapping_controls"]}
-        table = _build_table(config, prompts, values, fields, Sampling(**SAMPLING_FIELDS.made(values)))
+        fields = SWEEP_FIELDS.build(values) | {"disjoint": not values["overlapping_controls"]}
+        table = _build_table(config, prompts, values, fields, Sampling(**SAMPLING_FIELDS.build(values)))
         return Sweep(SweepSpec.from_dict(table, Path()), arguments)
 
     def _check_not_in_file(self, values: dict) -> None:
         """Raise for an option that the sweep's file sets."""
-        allowed = {parameter.name for parameter in Engine(has_model=False).parameters()} | {"model", "trust_config"}
+        allowed = {parameter.name for parameter in EngineOptions(has_model=False).parameters()} | {
+            "model",
+            "trust_config",
+        }
         names = [p.name for p in self.parameters() if p.name not in allowed and is_given(values, p.name)]
         names += [name for name in ("adapter", "checkpoint", "lora") if values[name]]
         if names:
@@ -123,7 +133,7 @@ _OPTIONS = {
 
 
 @app.command()
-@generated(sweep=SweepOptions())
+@with_options(sweep=SweepOptions())
 def run(
     sweep: Sweep,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for table, plot, completions and scores.")],
@@ -151,7 +161,7 @@ def run(
     spec = sweep.spec
     check_writable(out / "sweep.csv")
     spec.save(out / SPEC_FILE)
-    command, outcome = o.command(), "interrupted"
+    command, outcome = o.command_line(), "interrupted"
     shard_numbers = None if shard is None else _parse_shard(shard)
     with (
         ExperimentContext(spec, out, progress=o.progress_bar, command=command, **sweep.context_arguments) as context,
@@ -159,10 +169,10 @@ def run(
     ):
         if shard_numbers is not None:
             n = context.write_shard(spec, store, *shard_numbers, max_restarts=max_restarts)
-            o.tell(f"wrote {n} completions to {store.path}")
+            o.echo(f"wrote {n} completions to {store.path}")
             return
         for path in find_shards(out):
-            o.tell(f"snpatch: merged {store.merge(path)} completions of {path.name}", is_error=True)
+            o.echo(f"snpatch: merged {store.merge(path)} completions of {path.name}", is_error=True)
         provenance, run_id = context.start_provenance(), store.start_run(command)
         try:
             if ray is None:
@@ -178,7 +188,7 @@ def run(
         finally:
             store.finish_run(run_id, outcome)
         report = replace(build_sweep_report(result, "sweep"), provenance=provenance.to_dict(asdict(spec.sweep)))
-    o.show(report, out, as_json)
+    o.write_report(report, out, as_json)
     if result.failures:
         raise typer.Exit(EXIT_INCOMPLETE)
 
@@ -195,18 +205,18 @@ def status(
     with Store(folder, must_exist=True) as store:
         status = store.status()
     if as_json:
-        o.tell(json.dumps(asdict(status)))
+        o.echo(json.dumps(asdict(status)))
         return
-    o.tell(f"{status.done} completions done, {status.open} open ({status.claimed} running), {status.failed} failed")
+    o.echo(f"{status.done} completions done, {status.open} open ({status.claimed} running), {status.failed} failed")
     if status.rate is not None and status.open:
         left = timedelta(seconds=round(status.left_s))
-        o.tell(f"{format_value(status.rate)} completions/s: {left} left")
-    o.tell(f"{status.scores} scores")
+        o.echo(f"{format_value(status.rate)} completions/s: {left} left")
+    o.echo(f"{status.scores} scores")
     for failure in status.failures:
         labels = ", ".join(f"{name} {value!r}" for name, value in failure.items() if name != "error")
-        o.tell(one_line(f"failed: {labels}: {failure['error']}"))
+        o.echo(one_line(f"failed: {labels}: {failure['error']}"))
     for last in status.runs[-1:]:
-        o.tell(f"last run: {last['command']}: {last['outcome'] or 'running, or killed'}")
+        o.echo(f"last run: {last['command']}: {last['outcome'] or 'running, or killed'}")
 
 
 @app.command()
@@ -227,8 +237,8 @@ def export(
     if not rows:
         raise SnpatchError(f"{folder} holds no completions of a sweep")
     write_records(rows, out)
-    o.tell(describe_unfinished(rows) or f"All {len(rows)} completions are written.")
-    o.tell(f"wrote {len(rows)} rows to {out}")
+    o.echo(describe_unfinished(rows) or f"All {len(rows)} completions are written.")
+    o.echo(f"wrote {len(rows)} rows to {out}")
 
 
 def _import_replicas():
@@ -246,8 +256,8 @@ def _build_table(config: EngineConfig, prompts: Fields, values: dict, fields: Fi
     from snpatch.patching import spec
     from snpatch.sweeps.sweep_file import engine_table
 
-    rankings = o.named(values["ranking"], "ranking", o.stem)
-    sources = o.named(values["judge"], "judge", lambda _: "cost")
+    rankings = o.parse_sources(values["ranking"], "ranking", o.file_stem)
+    sources = o.parse_sources(values["judge"], "judge", lambda _: "cost")
     judge_format = values["judge_format"]
     if judge_format is not None and not any(map(is_model_judge, sources.values())):
         raise SnpatchError("--judge-format is for a model, and no judge is one")

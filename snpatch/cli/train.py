@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli.generated import Column, Fields, Format, SkipInvalid, Some, generated
+from snpatch.cli.dataclass_options import Column, FieldOptions, Fields, Format, SkipInvalid, with_options
 from snpatch.errors import SnpatchError
 from snpatch.training.settings import DpoSettings, TrainSettings
 
@@ -62,7 +62,7 @@ class TrainingDataOptions:
             for name, (hint, default) in _DATA_PARAMETERS.items()
         ]
 
-    def made(self, values: dict) -> Fields:
+    def build(self, values: dict) -> Fields:
         given = {name: values[name] for name in ("split", "column", "revision", "filter") if values[name] is not None}
         if values["data"] is None:
             if given or values["form"]:
@@ -82,12 +82,12 @@ def _parse_row_filter(text: str) -> tuple[str, ...]:
     return (column, *values.split(","))
 
 
-def _all_fields(kind: type) -> Some:
-    return Some(kind, tuple(field.name for field in fields(kind)))
+def _all_fields(kind: type) -> FieldOptions:
+    return FieldOptions(kind, tuple(field.name for field in fields(kind)))
 
 
 @app.command("sft")
-@generated(data=TrainingDataOptions(), settings=_all_fields(TrainSettings))
+@with_options(data=TrainingDataOptions(), settings=_all_fields(TrainSettings))
 def sft(
     model: Model,
     data: Fields,
@@ -106,7 +106,7 @@ def sft(
 
 
 @app.command("dpo")
-@generated(data=TrainingDataOptions(), settings=_all_fields(DpoSettings))
+@with_options(data=TrainingDataOptions(), settings=_all_fields(DpoSettings))
 def dpo(
     model: Model,
     data: Fields,
@@ -175,9 +175,9 @@ def _train(function: str, out: Path, as_json: bool, arguments: tuple, **options:
     if not trainer.is_main_process():
         return
     if as_json:
-        o.tell(json.dumps({"out": str(out), **figures}))
+        o.echo(json.dumps({"out": str(out), **figures}))
         return
     for line in record.read_headline(out):
-        o.tell(line)
+        o.echo(line)
     wrote = "wrote the adapter or checkpoint, and training.csv, .json, .png, .svg"
-    o.tell(f"{out}: {'training was already done' if was_done else wrote}")
+    o.echo(f"{out}: {'training was already done' if was_done else wrote}")

@@ -1,4 +1,4 @@
-"""AsyncEngine: one engine for many callers at once; texts arrive while they are written. What a server builds on."""
+"""AsyncEngine: one engine for many concurrent callers, whose completions are streamed. The server uses it."""
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -9,17 +9,20 @@ from snpatch.engine.base import BaseEngine
 from snpatch.engine.requests import Completion, Prompt
 from snpatch.errors import OverflowedError, SnpatchError, SpoiledEngineError, shown
 from snpatch.executors.base import Output, Request
-from snpatch.patching.patch import Patch
+from snpatch.patching.patch import Patch, recipient_name
 from snpatch.sampling import GREEDY, Sampling
 
-BROKEN = "\ufffd"  # what stands for a character whose last bytes are not written yet
+INCOMPLETE_CHARACTER = "\ufffd"  # decoded in place of a character whose last bytes are not generated yet
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What a text grew by: token_ids, and text of whole characters that no stop string will take back.
+    """New part of a completion.
 
-    completion: the finished text, its receipt checked, in the last delta; None in all others.
+    Attributes:
+        token_ids: New token ids.
+        text: New text, complete characters only; no stop string will remove it.
+        completion: The finished completion, whose receipt is checked, in the last delta; else None.
     """
 
     token_ids: list[int]
@@ -28,14 +31,16 @@ class Delta:
 
 
 class AsyncEngine(BaseEngine):
-    """A model and its adapters in vLLM, for many callers of one event loop. Arguments: Engine's.
+    """A model and its adapters in vLLM, for many callers of one event loop. Arguments are those of Engine.
 
+    A caller that stops iterating, or is cancelled, ends its own request only. Requests wait, first come first served,
+    while all slots for their adapters, rankings or constants are used. If vLLM dies, waiting
+    callers get a SnpatchError.
+
+    Example:
         async with AsyncEngine(model, adapters) as engine:
             async for delta in engine.generate("Hello", Patch("sft", "dpo", safety, 20_000)):
                 print(delta.text, end="")
-
-    A caller that stops listening, or is cancelled, ends its own request and nothing else. Where vLLM has no room for
-    what a request names, it waits, first come first served. The end of vLLM is a SnpatchError for whoever waits.
     """
 
     def _build_executor(self, config: EngineConfig):
@@ -46,22 +51,22 @@ class AsyncEngine(BaseEngine):
         return StreamingExecutor(config, self._opened.text_processors)
 
     async def start(self, log_stats: bool = False) -> None:
-        """Start vLLM, which takes its time; `async with` does it. log_stats: keep vLLM's metrics."""
+        """Start vLLM, which takes about a minute; `async with` starts it. log_stats: record vLLM's metrics."""
         self._log_stats = log_stats
         await self.executor.start(list(self._opened.models.values()), log_stats)
 
     async def restart(self) -> None:
-        """Restart vLLM, as after an EngineCrashedError; open requests end with an error, models and adapters stay."""
+        """Restart vLLM, for example after an EngineCrashedError. Running requests raise; models are kept."""
         self.executor.close()
         self.executor = self._build_executor(self.config)
         await self.start(self._log_stats)
 
     def judge(self, error: OverflowedError) -> OverflowedError:
-        """Return the error to report of a text that overflowed: a SpoiledEngineError asks for a restart."""
+        """Return the error to raise for an overflow: a SpoiledEngineError if the engine must be restarted."""
         return self._spoilage.judge(error)
 
     def close(self) -> None:
-        """Stop vLLM; open requests end with a SnpatchError."""
+        """Stop vLLM. Running requests raise SnpatchError."""
         self.executor.close()
 
     async def __aenter__(self) -> "AsyncEngine":
@@ -74,30 +79,41 @@ class AsyncEngine(BaseEngine):
     def generate(
         self, prompt: Prompt, patch: Patch | str = "base", sampling: Sampling = GREEDY
     ) -> AsyncIterator[Delta]:
-        """A completion of one prompt as it is written, patched; bad input is an error before anything runs."""
+        """Stream the completion of one prompt.
+
+        Args:
+            prompt: A text, a chat, a row or token ids.
+            patch: A Patch, or the name of a model to run unpatched.
+            sampling: Sampling parameters, with n = 1.
+
+        Raises:
+            SnpatchError: Invalid arguments, before anything runs.
+            ReceiptError: The device overwrote another number of neurons than the patch implies.
+        """
         if not isinstance(sampling, Sampling):
-            raise SnpatchError(f"sampling: wanted a Sampling, got {shown(sampling)}")
+            raise SnpatchError(f"sampling: expected a Sampling, got {shown(sampling)}")
         if sampling.n > 1:
-            raise SnpatchError("AsyncEngine.generate: one text a call; call it several times for several")
-        ids = self.encode([prompt], self.requests.recipients(patch, 1))
+            raise SnpatchError(f"sampling: n: expected 1, got {sampling.n}. Call generate once per completion.")
+        (patch,) = self.requests.patches(patch, 1)
+        ids = self.encode([prompt], recipient_name(patch))
         ((_, request),) = self.requests.writing(ids, patch, sampling)
         return self._deltas(request)
 
     async def _deltas(self, request: Request) -> AsyncIterator[Delta]:
-        held_back = max((len(stop) for stop in request.sampling.stop), default=1) - 1
+        num_held_back = max((len(stop) for stop in request.sampling.stop), default=1) - 1  # may begin a stop string
         sent, executor = Output(), self.executor
         try:
             async with aclosing(executor.stream(request)) as outputs:
                 async for output in outputs:
                     text = output.text
                     if output.finish_reason is None:
-                        text = text[: len(text) - held_back].rstrip(BROKEN)
-                    new = text[len(sent.text) :]
-                    tokens = output.token_ids[len(sent.token_ids) :]
-                    sent = Output(output.token_ids, sent.text + new)
+                        text = text[: len(text) - num_held_back].rstrip(INCOMPLETE_CHARACTER)
+                    new_text = text[len(sent.text) :]
+                    new_ids = output.token_ids[len(sent.token_ids) :]
+                    sent = Output(output.token_ids, sent.text + new_text)
                     completion = Completion.of(request, output) if output.finish_reason is not None else None
-                    if tokens or completion:
-                        yield Delta(tokens, new, completion)
+                    if new_ids or completion:
+                        yield Delta(new_ids, new_text, completion)
         except OverflowedError as error:
             reported = self.judge(error)
             if isinstance(reported, SpoiledEngineError) and self.executor is executor:

@@ -1,4 +1,4 @@
-"""What both engines are before they run anything: a config, a tokenizer, models by name, and what makes requests."""
+"""The common part of both engines: config, tokenizer, models by name, and the builder of requests."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,20 +6,25 @@ from typing import Self
 
 from snpatch.config import PRIMARY_WEIGHTS, EngineConfig, Folders
 from snpatch.engine.requests import Prompt, Requests
+from snpatch.errors import SnpatchError, shown
 from snpatch.executors.spoilage import Spoilage
 from snpatch.models.loaded_models import LoadedModels
 from snpatch.names import BASE
 
 
 class BaseEngine:
-    """Opened as its config says. `_build_executor` gives what runs the requests, not yet started."""
+    """Models that a config describes, and an executor that is not started yet (`_build_executor`)."""
 
     def __init__(self, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> None:
+        if not isinstance(model, str | Path):
+            raise SnpatchError(
+                f"model: expected a folder or name, got {shown(model)}. Arguments are (model, adapters)."
+            )
         self._open(EngineConfig.of(model, adapters, **arguments))
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Self:
-        """The engine that a config describes."""
+        """Open the engine that a config describes."""
         engine = cls.__new__(cls)
         engine._open(config)
         return engine
@@ -30,43 +35,61 @@ class BaseEngine:
         self.tokenizer = opened.tokenizer
         self.executor = self._build_executor(config)
         self.geometry, self.weights = self.executor.geometry, opened.weights[PRIMARY_WEIGHTS]
-        opened.add(config.sources, self.geometry, self.executor.check_model)  # before what takes long
+        opened.add(config.sources, self.geometry, self.executor.check_model)  # before weights are loaded
         self.requests = Requests(opened.templates, self.geometry, opened.models, opened.notes)
 
     def _build_executor(self, config: EngineConfig):
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        layers, neurons = self.geometry.shape
+        return (
+            f"{type(self).__name__}({self.config.model!r}, models {', '.join(self.models)}, backend {self.backend}, "
+            f"{layers} layers of {neurons} neurons)"
+        )
+
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return what may matter and is no error, as a LoRA that changes nothing."""
+        """Return warnings about valid but surprising input, such as a LoRA that changes nothing."""
         return self._opened.notes.messages
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names that can be recipients and donors."""
+        """Return the names that can be recipients and donors."""
         return tuple(self._opened.models)
 
     @property
     def template(self) -> str:
-        """How chats become text for the engine's own weights: "tokenizer", "tulu", or "adapter"."""
+        """Return the chat template of the primary weights: "tokenizer", "tulu" or "adapter"."""
         return self._opened.templates[0].name
 
     def fingerprint(self, model: str) -> str:
-        """Names one model by content, whatever it is called: weights, adapters, template and tokenizer.
+        """Return the content hash of a model's weights, adapters, template and tokenizer.
 
-        What kept texts, rankings and guards are bound to.
+        Stored completions, rankings and guards belong to the fingerprint, whatever the model's name.
         """
         return self._opened.fingerprint(self.requests.model(model))
 
     def add_adapter(self, name: str, folders: Folders) -> None:
-        """Make the model with these adapters available as `name`."""
+        """Add a model: the primary weights with PEFT IA3 adapters, stacked in order.
+
+        Args:
+            name: Name of the model in patches.
+            folders: Folder or name on the hub, or several.
+
+        Raises:
+            SnpatchError: The name is taken or reserved, or the adapter does not fit the model.
+        """
         source = EngineConfig(self.config.model, {name: folders}).sources[name]
         self._opened.check_late_adapter(source)
         self._opened.add({name: source}, self.geometry, self.executor.check_model)
 
     def encode(self, prompts: Sequence[Prompt], model: str | Sequence[str] = BASE, room: int = 1) -> list[list[int]]:
-        """Token ids of each prompt, as they are run; `room`: how many tokens must still fit the context.
+        """Return the token ids of each prompt.
 
-        model: the recipient, whose chat template counts; one for all or one for each.
+        Args:
+            prompts: Texts, chats, rows or token ids.
+            model: Name of the recipient, whose chat template is used; one for all or one per prompt.
+            room: Number of further tokens that must fit into the context.
         """
         return self.requests.encode(prompts, model, room)

@@ -1,7 +1,11 @@
-"""Engine: a model and its adapters, ready to be patched. The facade over requests, contrast and the executors."""
+"""Engine: the synchronous API over requests, contrasts and the executors.
+
+It holds no logic of its own, so that the server, sweeps and the async engine check and build requests the same way.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,33 +17,56 @@ from snpatch.engine import contrast as contrasts
 from snpatch.engine.base import BaseEngine
 from snpatch.engine.requests import Completion, Prompt, listed
 from snpatch.errors import SnpatchError, SpoiledEngineError
-from snpatch.executors.base import Executor, Logprobs, Output, Progress, Request
-from snpatch.patching.patch import Patch
+from snpatch.executors.base import Executor, Logprobs, Output, Request
+from snpatch.patching.patch import Patch, recipient_name
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import CONTRAST, GREEDY, Sampling
+from snpatch.utils.progress import Progress, announced, open_progress
 
 
 @runtime_checkable
 class PromptGuard(Protocol):
-    """What stands in front of `generate`: see guard.Guard. Prompts of a higher probability of harm are refused."""
+    """Predictor of harm that refuses prompts before anything is generated; see guard.Guard."""
 
     threshold: float
     refusal: str
 
-    def predict(self, engine: "Engine", prompts: Sequence[Prompt], progress: Progress | None = None) -> np.ndarray: ...
+    def predict(
+        self, engine: "Engine", prompts: Sequence[Prompt], progress: Progress | bool | None = None
+    ) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One completion to generate. harm: a guard's probability; refusal: the guard's answer in place of the model's."""
+
+    request: Request
+    harm: float | None = None
+    refusal: str | None = None
 
 
 class Engine(BaseEngine):
-    """A model and its adapters, ready to run as recipients and donors.
+    """A model and its adapters, ready to run as recipients and donors. Use it from one thread.
 
-    model: Hugging Face folder or name. adapters: name -> PEFT IA3 folder, or a list of folders stacked in order;
-    "base" is always there: the weights alone. arguments: EngineConfig's other fields (backend, template, dtype, ...),
-    Capacity's and vLLM's own engine arguments, each by its name. An engine is used from one thread.
+    Args:
+        model: Hugging Face folder or name; name@revision is one commit, tag or branch.
+        adapters: Name -> PEFT IA3 folder, or folders stacked in order. "base" is the model without adapters.
+        arguments: Other fields of EngineConfig (backend, models, template, dtype, ...) and of Capacity, and vLLM's own
+            engine arguments (tensor_parallel_size, max_model_len, ...).
+
+    Example:
+        with Engine("Qwen/Qwen3-4B", models={"safe": "Qwen/Qwen3-4B-SafeRL"}) as engine:
+            ranking = engine.contrast(chats, recipient="base", donor="safe")
+            completions = engine.generate(chats, Patch("base", "safe", ranking, 20_000))
     """
 
     def _open(self, config: EngineConfig) -> None:
         super()._open(config)
-        self.executor.start(list(self._opened.models.values()))
+        self._start()
+
+    def _start(self) -> None:
+        with announced("starting vLLM" if self.backend == "vllm" else "loading the model"):
+            self.executor.start(list(self._opened.models.values()))
 
     def _build_executor(self, config: EngineConfig) -> Executor:
         if self.backend == "vllm":
@@ -49,13 +76,13 @@ class Engine(BaseEngine):
         return Executor(config, self._opened.text_processors)
 
     def restart(self) -> None:
-        """Restart what runs the requests, as after an EngineCrashedError; models and adapters stay."""
+        """Restart the executor, for example after an EngineCrashedError. Models and adapters are kept."""
         self.executor.close()
         self.executor = self._build_executor(self.config)
-        self.executor.start(list(self._opened.models.values()))
+        self._start()
 
     def close(self) -> None:
-        """Free what the engine holds; it cannot be used afterwards. `with Engine(...)` does it at its end."""
+        """Free models and processes. The engine cannot be used afterwards; `with Engine(...)` closes it at its end."""
         self.executor.close()
 
     def __enter__(self) -> "Engine":
@@ -71,37 +98,51 @@ class Engine(BaseEngine):
         sampling: Sampling | Sequence[Sampling] = GREEDY,
         guard: PromptGuard | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """(index, completion) of each text as it is finished, its receipt checked; arguments: see `generate`.
+        """Yield (index, completion) as each completion finishes. Requests end if the caller stops iterating.
 
-        index: its place in what `generate` gives. Whoever stops listening ends the requests that run.
+        Arguments and errors are those of `generate`; index: the completion's place in the result of `generate`.
         """
-        return self._stream(*self._asked(prompts, patch, sampling, guard))
+        return self._stream(self._build_jobs(prompts, patch, sampling, guard))
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         patch: Patch | str | Sequence[Patch | str] = "base",
         sampling: Sampling | Sequence[Sampling] = GREEDY,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         guard: PromptGuard | None = None,
     ) -> list[Completion]:
-        """Write a completion for each prompt, patched while it is written (the paper's Algorithm 1).
+        """Generate a completion per prompt while patching activations (Algorithm 1 of the paper).
 
-        patch: a Patch, or the name of a model to run unpatched, or one of these for each prompt; sampling
-        likewise. Where it asks for n texts of a prompt, n completions stand in that prompt's place. A patch that
-        the device did not apply in full is a ReceiptError, and so are values that overflow (OverflowedError). An
-        unpatched text that overflows restarts the engine (SpoiledEngineError). guard: first reads each prompt once, in
-        the model that it was fitted on; prompts that it finds harmful are answered with its refusal, and progress does
-        not count them.
+        Args:
+            prompts: Chats (lists of role/content messages), rows with `messages` or `prompt`, lists of token ids, or
+                strings, which are tokenized as they are, without a chat template.
+            patch: A Patch, the name of a model to run unpatched, or one of these per prompt.
+            sampling: Sampling parameters, one for all prompts or one per prompt. With `n > 1`, the n completions of a
+                prompt are consecutive in the result.
+            progress: Called as `progress(done, total)` after each completion. True shows a bar, False none. Default:
+                a bar in terminals and notebooks.
+            guard: Prompts whose predicted probability of harm exceeds `guard.threshold` get `guard.refusal` instead of
+                a completion (`finish_reason == "guard"`).
+
+        Returns:
+            Completions in the order of the prompts.
+
+        Raises:
+            ReceiptError: The device overwrote another number of neurons than the patch implies.
+            OverflowedError: Values of a patched text overflowed. A SpoiledEngineError, of an unpatched text, restarts
+                the engine.
+            SnpatchError: Invalid prompts, patches or sampling parameters.
         """
-        requests, harm, guard = self._asked(prompts, patch, sampling, guard)
-        completions: list[Completion | None] = [None] * len(requests)
-        done, to_write = 0, sum(not _is_refused(guard, h) for h in harm)
-        for index, completion in self._stream(requests, harm, guard):
-            completions[index] = completion
-            if progress and completion.finish_reason != "guard":
-                done += 1
-                progress(done, to_write)
+        jobs = self._build_jobs(prompts, patch, sampling, guard)
+        completions: list[Completion | None] = [None] * len(jobs)
+        num_done, num_requests = 0, sum(job.refusal is None for job in jobs)
+        with open_progress(progress, "generate") as report:
+            for index, completion in self._stream(jobs):
+                completions[index] = completion
+                if report and jobs[index].refusal is None:
+                    num_done += 1
+                    report(num_done, num_requests)
         return completions
 
     def contrast(
@@ -116,7 +157,7 @@ class Engine(BaseEngine):
         sampling: Sampling = CONTRAST,
         exclude_layers: Sequence[int] = contrasts.EXCLUDED_LAYERS,
         method: str = "rms",
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> Ranking:
         """Rank neurons by how much their activations differ between two models on the same text (Eq. 3).
 
@@ -133,7 +174,7 @@ class Engine(BaseEngine):
             sampling: Sampling parameters of the completions. Unused where `positions` are of the prompt.
             exclude_layers: Layers that are not ranked; negative ones count from the end.
             method: Score that orders the neurons, see ranking.methods.
-            progress: Called as `progress(done, total)`.
+            progress: See `generate`.
 
         Returns:
             A ranking with scores and each model's moments (mean, standard deviation), [L, F] float32.
@@ -142,19 +183,20 @@ class Engine(BaseEngine):
             SnpatchError: Invalid arguments, or no neuron differs between the two models.
             ReceiptError: Another number of tokens was observed than the texts have.
         """
-        return contrasts.contrast(
-            self,
-            prompts,
-            recipient=recipient,
-            donor=donor,
-            generate_with=generate_with,
-            positions=positions,
-            completions=completions,
-            sampling=sampling,
-            exclude_layers=exclude_layers,
-            method=method,
-            progress=progress,
-        )
+        with open_progress(progress, "contrast") as report:
+            return contrasts.contrast(
+                self,
+                prompts,
+                recipient=recipient,
+                donor=donor,
+                generate_with=generate_with,
+                positions=positions,
+                completions=completions,
+                sampling=sampling,
+                exclude_layers=exclude_layers,
+                method=method,
+                progress=report or False,
+            )
 
     def capture(
         self,
@@ -164,7 +206,7 @@ class Engine(BaseEngine):
         k: int,
         *,
         positions: str | int = "last_prompt_token",
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> Tensor:
         """Read activations of a ranking's first k neurons at one position of each prompt.
 
@@ -174,45 +216,56 @@ class Engine(BaseEngine):
             ranking: Order of the neurons.
             k: Number of neurons.
             positions: "last_prompt_token", or an index counted from 0 (negative: from the end of the prompt).
-            progress: Called as `progress(done, total)`.
+            progress: See `generate`.
 
         Returns:
             [prompts, k] float32, in rank order.
         """
         requests = self.requests.capturing(self.encode(prompts, model), model, ranking, k, positions)
-        return torch.cat([output.captured for output in self.execute(requests, progress)])
+        with open_progress(progress, "capture") as report:
+            return torch.cat([output.captured for output in self.execute(requests, report)])
 
     def logprobs(
         self,
         prompts: Sequence[Prompt],
         patch: Patch | str | Sequence[Patch | str] = "base",
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         *,
         completions: Sequence[str | Sequence[int]] | None = None,
     ) -> list[Logprobs]:
-        """Log-probability of each token of each prompt but the first, patched; with completions: of their tokens.
+        """Return the log-probability of each token of each prompt but the first, under a patch.
 
-        completions: one for each prompt, read as if it had been generated: a patch's `positions` count from its start.
+        Args:
+            prompts: Strings, chats or lists of token ids.
+            patch: A Patch, the name of a model to run unpatched, or one of these per prompt.
+            progress: See `generate`.
+            completions: One per prompt. Log-probabilities are then of its tokens, and the patch's positions are counted
+                as if it had been generated.
         """
-        ids = self.encode(prompts, self.requests.recipients(patch, len(listed(prompts))), room=0)
+        patches = self.requests.patches(patch, len(listed(prompts)))
+        ids = self.encode(prompts, [recipient_name(one) for one in patches], room=0)
         read = None if completions is None else self.requests.completions(completions, len(ids))
-        found = [o.prompt_logprobs for o in self.execute(self.requests.reading(ids, patch, read), progress)]
-        return found if read is None else [f.last(len(c)) for f, c in zip(found, read, strict=True)]
+        with open_progress(progress, "logprobs") as report:
+            outputs = self.execute(self.requests.reading(ids, patches, read), report)
+        logprobs = [output.prompt_logprobs for output in outputs]
+        if read is None:
+            return logprobs
+        return [found.last(len(completion)) for found, completion in zip(logprobs, read, strict=True)]
 
     def execute(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
-        """Return the outputs of requests, in their order; a text that overflowed is an OverflowedError."""
+        """Return the outputs of requests in their order. Raise OverflowedError if a text overflowed."""
         outputs: list[Output | None] = [None] * len(requests)
         with self._restarted_if_spoiled():
             for done, (index, output) in enumerate(self.run(requests), start=1):
-                outputs[index] = _usable(output)
+                outputs[index] = _check_usable(output)
                 if progress:
                     progress(done, len(requests))
         return outputs
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
-        """Yield (index, output) of each request as it finishes, its receipt checked; see Executor.stream.
+        """Yield (index, output) of each request as it finishes; see Executor.stream.
 
-        A patched text that overflowed has its `error`, and the other requests go on. An unpatched one raises a
+        A patched text that overflowed has its `error`, and the other requests continue. An unpatched one raises
         SpoiledEngineError: the caller must restart the engine.
         """
         with closing(self.executor.stream(requests)) as outputs:
@@ -231,33 +284,34 @@ class Engine(BaseEngine):
             self.restart()
             raise
 
-    def _asked(self, prompts, patch, sampling, guard) -> tuple[list[Request], list[float | None], PromptGuard | None]:
-        """The requests of all texts, and each one's probability of harm, if a guard was asked."""
+    def _build_jobs(self, prompts, patch, sampling, guard: PromptGuard | None) -> list[_Job]:
         if guard is not None and not isinstance(guard, PromptGuard):
-            raise SnpatchError(f"guard: wanted a Guard, got {guard!r}")
-        ids = self.encode(prompts, self.requests.recipients(patch, len(listed(prompts))))
-        asked = self.requests.writing(ids, patch, sampling)
-        harm = [None] * len(ids) if guard is None else guard.predict(self, prompts).tolist()
-        return [request for _, request in asked], [harm[index] for index, _ in asked], guard
+            raise SnpatchError(f"guard: expected a Guard, got {guard!r}")
+        patches = self.requests.patches(patch, len(listed(prompts)))
+        recipients = [recipient_name(one) for one in patches]
+        ids = self.encode(prompts, recipients)
+        self.requests.warn_of_plain_texts(listed(prompts), recipients)
+        requests = self.requests.writing(ids, patches, sampling)
+        if guard is None:
+            return [_Job(request) for _, request in requests]
+        harm = guard.predict(self, prompts, progress=False).tolist()
+        return [
+            _Job(request, harm[index], guard.refusal if harm[index] > guard.threshold else None)
+            for index, request in requests
+        ]
 
-    def _stream(self, requests, harm, guard) -> Iterator[tuple[int, Completion]]:
-        refused = [_is_refused(guard, h) for h in harm]
-        for index, request in enumerate(requests):
-            if refused[index]:
-                yield index, Completion.refused(request.prompt_ids, guard.refusal, harm[index])
-        left = [index for index, no in enumerate(refused) if not no]
-        with self._restarted_if_spoiled(), closing(self.run([requests[index] for index in left])) as outputs:
+    def _stream(self, jobs: Sequence[_Job]) -> Iterator[tuple[int, Completion]]:
+        for index, job in enumerate(jobs):
+            if job.refusal is not None:
+                yield index, Completion.refused(job.request.prompt_ids, job.refusal, job.harm)
+        to_run = [index for index, job in enumerate(jobs) if job.refusal is None]
+        with self._restarted_if_spoiled(), closing(self.run([jobs[index].request for index in to_run])) as outputs:
             for place, output in outputs:
-                index = left[place]
-                yield index, Completion.of(requests[index], _usable(output), harm[index])
+                job = jobs[to_run[place]]
+                yield to_run[place], Completion.of(job.request, _check_usable(output), job.harm)
 
 
-def _usable(output: Output) -> Output:
-    """Return the output; raise its error if it has one."""
+def _check_usable(output: Output) -> Output:
     if output.error is not None:
         raise output.error
     return output
-
-
-def _is_refused(guard: PromptGuard | None, harm: float | None) -> bool:
-    return guard is not None and harm > guard.threshold

@@ -1,9 +1,10 @@
-"""Requests: prompts, patches and sampling become what an executor runs; what it gives becomes completions.
+"""Requests of an engine, built from prompts, patches and sampling, and completions, built from outputs.
 
-Every caller goes through here (engines, contrasts, sweeps, servers), so that a prompt has the same ids and a patch the
-same meaning whoever asks. All of a call is checked before any of it runs.
+Engines, contrasts, sweeps and servers all build requests here, so that a prompt has the same token ids and a patch the
+same meaning everywhere. A call is checked as a whole before any of it runs.
 """
 
+import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -13,21 +14,33 @@ from snpatch.executors.base import Capture, Geometry, Observation, Output, Reque
 from snpatch.models.model import Model
 from snpatch.models.notes import Notes
 from snpatch.models.templates import Chat, ChatTemplate
-from snpatch.patching.patch import Constant, Intervention, Noise, Overwrite, Patch, Scale, recipient_name
+from snpatch.patching.patch import Constant, Intervention, Noise, Overwrite, Patch, Scale
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import Sampling
 
-Prompt = str | Chat | Sequence[int]
+Prompt = str | Chat | Sequence[int] | Mapping  # a Mapping is a row of a file, with `messages` or `prompt`
+PLAIN_TEXT = (
+    "a prompt is a plain string, which is tokenized without the model's chat template. To ask a question, give "
+    'a chat: [{"role": "user", "content": text}]'
+)
+PROMPT_KINDS = "a text, a chat (a list of role and content) or a list of token ids"
+
+_logged: set[str] = set()  # warnings that this process has logged
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt gave.
+    """A finished completion.
 
-    token_ids and logprobs include an ending EOS; text has no special tokens and is cut before a stop string.
-    finish_reason: "eos", "stop" (stop_reason is the string), "length", or "guard": text is the guard's refusal, and no
-    token was written. overwrites: the device's own count. harm: the guard's probability that its model's own answer
-    would be harmful; None without a guard.
+    Attributes:
+        prompt_ids: Token ids of the prompt.
+        token_ids: Generated token ids, an ending EOS among them.
+        text: Generated text without special tokens, cut before a stop string.
+        finish_reason: "eos", "stop", "length", or "guard" (text is the guard's refusal, nothing was generated).
+        stop_reason: The stop string that was found.
+        logprobs: Log-probability of each generated token, if Sampling.logprobs asked for them.
+        overwrites: Neurons that were overwritten, as counted by the device.
+        harm: A guard's probability that the model's own answer would be harmful.
     """
 
     prompt_ids: list[int]
@@ -39,9 +52,14 @@ class Completion:
     overwrites: int
     harm: float | None = None
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.prompt_ids)} + {len(self.token_ids)} tokens, {self.overwrites} overwrites"
+        harm = "" if self.harm is None else f", harm={self.harm:.3f}"
+        return f"Completion({self.text!r}, finish_reason={self.finish_reason!r}, {counts}{harm})"
+
     @classmethod
     def of(cls, request: Request, output: Output, harm: float | None = None) -> "Completion":
-        """What the executor gave for a request that writes."""
+        """Build the completion of an executor's output."""
         return cls(
             list(request.prompt_ids),
             output.token_ids,
@@ -55,14 +73,18 @@ class Completion:
 
     @classmethod
     def refused(cls, prompt_ids: Sequence[int], refusal: str, harm: float) -> "Completion":
-        """What stands in the place of an answer that a guard did not let be written."""
+        """Build the completion of a prompt that a guard refused."""
         return cls(list(prompt_ids), [], refusal, "guard", None, None, 0, harm)
 
 
 class Requests:
-    """Makes requests for one engine.
+    """Builder of an engine's requests.
 
-    templates: of each set of weights; models: name -> Model, the engine's; notes: what is told of prompts.
+    Args:
+        templates: Chat template of each set of weights.
+        geometry: Sizes of the model.
+        models: Name -> Model.
+        notes: Receives warnings about prompts and patches.
     """
 
     def __init__(
@@ -70,83 +92,95 @@ class Requests:
     ) -> None:
         self.templates, self.notes = templates, notes
         self._geometry, self._models = geometry, models
-        self._looked_at: set[tuple[str, int]] = set()  # windows' borders of rankings
+        self._checked_borders: set[tuple[str, int]] = set()  # (ranking's fingerprint, border of a window)
 
     def model(self, name: str) -> Model:
-        """The model of this name."""
+        """Return the model of a name."""
         if name not in self._models:
             raise SnpatchError(f"no model named {name!r}: there are {', '.join(self._models)}")
         return self._models[name]
 
     def template(self, model: str) -> ChatTemplate:
-        """How a model reads chats."""
+        """Return the chat template of a model's weights."""
         return self.templates[self.model(model).weights.index]
 
-    # ---- ids ----------------------------------------------------------------------------------------------------
-
     def encode(self, prompts: Sequence[Prompt], model: str | Sequence[str], room: int = 1) -> list[list[int]]:
-        """Token ids of each prompt; model: who reads it; `room`: how many tokens must still fit the context."""
+        """Return the token ids of each prompt.
+
+        Args:
+            prompts: Texts, chats, rows or token ids.
+            model: Name of the model that reads them, one for all or one per prompt.
+            room: Number of further tokens that must fit into the context.
+        """
         prompts = listed(prompts)
         if not prompts:
             raise SnpatchError("the list of prompts is empty")
+        models = broadcast(model, len(prompts), "model", (str,))
         encoded = []
-        for index, (prompt, reader) in enumerate(
-            zip(prompts, broadcast(model, len(prompts), "model", (str,)), strict=True)
-        ):
-            ids = self._ids(prompt, reader, index)
+        for index, (prompt, reader) in enumerate(zip(prompts, models, strict=True)):
+            ids = self._encode_prompt(prompt, reader, index)
             self.check_room(ids, room, f"prompt {index}")
             encoded.append(ids)
         return encoded
 
     def completions(self, completions: Sequence[str | Sequence[int]], prompts: int) -> list[list[int]]:
-        """Token ids of the completion of each prompt."""
+        """Return the token ids of each completion. prompts: their number."""
         completions = listed(completions, "completions")
         if len(completions) != prompts:
             raise SnpatchError(f"{prompts} prompts and {len(completions)} completions")
-        found = []
+        encoded = []
         for index, completion in enumerate(completions):
             name, tokenizer = f"completion {index}", self.templates[0].tokenizer
             if isinstance(completion, str):
-                completion = tokenizer(_text(completion, name), add_special_tokens=False)["input_ids"]
-            found.append(self._checked(completion, name, tokenizer, "a text or a list of token ids"))
-        return found
+                completion = tokenizer(_check_text(completion, name), add_special_tokens=False)["input_ids"]
+            encoded.append(self._parse_ids(completion, name, tokenizer, "a text or a list of token ids"))
+        return encoded
 
     def check_room(self, ids: Sequence[int], room: int, name: str = "a text") -> None:
-        """An error for a text without tokens, or after which so many do not fit the context."""
+        """Raise for a text without tokens, or if `room` further tokens do not fit into the context."""
         if not ids:
             raise SnpatchError(f"{name} has no tokens")
         if len(ids) + room > self._geometry.context:
             raise SnpatchError(f"{name} has {len(ids)} tokens, the model's context holds {self._geometry.context}")
 
     def fitted(self, ids: Sequence[int], sampling: Sampling) -> Sampling:
-        """The same sampling, ended by the context where that comes first."""
+        """Return the sampling with `max_tokens` limited to what the context holds after the prompt."""
         room = self._geometry.context - len(ids)
         if sampling.max_tokens <= room:
             return sampling
         return replace(sampling, max_tokens=room, min_tokens=min(room, sampling.min_tokens))
 
-    def _ids(self, prompt: Prompt, model: str, index: int) -> list[int]:
+    def warn_of_plain_texts(self, prompts: Sequence[Prompt], models: Sequence[str]) -> None:
+        """Warn once if a model with a chat template of its own is to complete plain strings."""
+        for prompt, model in zip(prompts, models, strict=True):
+            template = self.template(model)
+            if isinstance(prompt, str) and template.tokenizer.chat_template and PLAIN_TEXT not in _logged:
+                _logged.add(PLAIN_TEXT)
+                logging.getLogger("snpatch").warning("snpatch: %s", PLAIN_TEXT)
+
+    def _encode_prompt(self, prompt: Prompt, model: str, index: int) -> list[int]:
         template, name = self.template(model), f"prompt {index}"
+        if isinstance(prompt, Mapping):
+            prompt = _prompt_of_row(prompt, name)
         if isinstance(prompt, str):
-            ids = template.tokenizer(_text(prompt, name))["input_ids"]
+            ids = template.tokenizer(_check_text(prompt, name))["input_ids"]
         elif isinstance(prompt, list | tuple) and any(isinstance(message, Mapping) for message in prompt):
-            chat = _chat(prompt, name)
+            chat = _check_chat(prompt, name)
             ids = template.encode(chat)
             if not self.notes.has("marks") and (mark := template.find_mark(chat)):
                 self.notes.add(
                     "marks",
-                    f"{name}: a message holds {mark!r}, which chat templates write, and is put into a template as it "
-                    "is: give turns as messages, or a text that is templated already as a text",
+                    f"{name}: a message contains {mark!r}, which chat templates write; it is inserted unchanged. Give "
+                    "turns as messages, or a text to which a template was applied as a text",
                 )
         else:
             ids = prompt
-        wanted = "a text, a chat (a list of role and content) or a list of token ids"
-        ids = self._checked(ids, name, template.tokenizer, wanted)
+        ids = self._parse_ids(ids, name, template.tokenizer, PROMPT_KINDS)
         self.note_double_bos(ids, template.tokenizer, name)
         return ids
 
     def note_double_bos(self, ids: Sequence[int], tokenizer, name: str) -> None:
-        """Tell of a text that begins with BOS twice: its own, and the one that the tokenizer adds."""
+        """Note a prompt that begins with BOS twice: its own, and the one that the tokenizer adds."""
         bos = tokenizer.bos_token_id
         if bos is not None and list(ids[:2]) == [bos, bos]:
             self.notes.add(
@@ -156,16 +190,16 @@ class Requests:
             )
 
     def check_ids(self, ids: Sequence[int], name: str) -> None:
-        """Raise an error for token ids that a model of this engine has no row for."""
-        self._checked(ids, name, self.templates[0].tokenizer, "a list of token ids")
+        """Raise for token ids that the model's embedding has no row for."""
+        self._parse_ids(ids, name, self.templates[0].tokenizer, "a list of token ids")
 
-    def _checked(self, given: Sequence[int], name: str, tokenizer, wanted: str) -> list[int]:
-        """Token ids of a list, or of a numpy array or tensor of integers."""
-        given = given.tolist() if hasattr(given, "tolist") else given
-        if not isinstance(given, list | tuple | range) or any(isinstance(i, str | list | tuple | Set) for i in given):
-            raise SnpatchError(f"{name}: wanted {wanted}, got {shown(given)}")
+    def _parse_ids(self, value: Sequence[int], name: str, tokenizer, wanted: str) -> list[int]:
+        """Return the token ids of a list, or of a numpy array or tensor of integers."""
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(value, list | tuple | range) or any(isinstance(i, str | list | tuple | Set) for i in value):
+            raise SnpatchError(f"{name}: wanted {wanted}, got {shown(value)}")
         try:
-            ids = [-1 if isinstance(i, bool) else operator.index(i) for i in given]
+            ids = [-1 if isinstance(i, bool) else operator.index(i) for i in value]
         except TypeError:
             ids = [-1]
         size = self._geometry.vocab_size
@@ -175,11 +209,9 @@ class Requests:
         return ids
 
     @staticmethod
-    def recipients(patch: Patch | str | Sequence[Patch | str], n: int) -> list[str]:
-        """Who speaks in each of n texts."""
-        return [recipient_name(one) for one in broadcast(patch, n, "patch", (Patch, str))]
-
-    # ---- requests -----------------------------------------------------------------------------------------------
+    def patches(patch: Patch | str | Sequence[Patch | str], n: int) -> list[Patch | str]:
+        """Return the patch, or the name of an unpatched model, of each of n prompts."""
+        return broadcast(patch, n, "patch", (Patch, str))
 
     def writing(
         self,
@@ -187,8 +219,8 @@ class Requests:
         patch: Patch | str | Sequence[Patch | str],
         sampling: Sampling | Sequence[Sampling],
     ) -> list[tuple[int, Request]]:
-        """(index of the prompt, request) of each text to write; n of a prompt where its sampling says so."""
-        patches = broadcast(patch, len(ids), "patch", (Patch, str))
+        """Return (index of the prompt, request) of each completion to generate, `sampling.n` for each prompt."""
+        patches = self.patches(patch, len(ids))
         samplings = broadcast(sampling, len(ids), "sampling", (Sampling,))
         return [
             (index, self.patched(prompt, one, sampling=single))
@@ -202,8 +234,8 @@ class Requests:
         patch: Patch | str | Sequence[Patch | str],
         completions: Sequence[list[int]] | None,
     ) -> list[Request]:
-        """A request for each prompt and its completion, which is read as if it had been generated."""
-        patches = broadcast(patch, len(ids), "patch", (Patch, str))
+        """Return a request per prompt and completion for the log-probabilities of their tokens."""
+        patches = self.patches(patch, len(ids))
         read = [[] for _ in ids] if completions is None else completions
         for index, (prompt, completion) in enumerate(zip(ids, read, strict=True)):
             if completions is not None and not completion:
@@ -218,7 +250,7 @@ class Requests:
         if not 1 <= k <= len(ranking):
             raise SnpatchError(f"k must lie in 1..{len(ranking)}, the ranked neurons; got {k}")
         self._check_shape(ranking)
-        self._tell_ties(ranking, k)
+        self._note_ties(ranking, k)
         requests = []
         for index, prompt in enumerate(ids):
             place = -1 if position == "last_prompt_token" else position
@@ -232,32 +264,32 @@ class Requests:
             requests.append(Request(prompt, self.model(model), capture=capture))
         return requests
 
-    def observing(self, ids: list[int], pair: tuple[str, str | None], observe: Observation, **asked) -> Request:
-        """A text that both models of a pair read, the first one as the recipient; None: the recipient alone."""
+    def observing(self, ids: list[int], pair: tuple[str, str | None], observe: Observation, **options) -> Request:
+        """Return a request that both models of a pair read, the first as the recipient. None: the recipient alone."""
         recipient, donor = (None if name is None else self.model(name) for name in pair)
-        return Request(ids, recipient, donor, observe=observe, **asked)
+        return Request(ids, recipient, donor, observe=observe, **options)
 
-    def patched(self, prompt: list[int], patch: Patch | str, completion: Sequence[int] = (), **asked) -> Request:
-        """A prompt, and perhaps a completion to read, under a patch or in an unpatched model."""
+    def patched(self, prompt: list[int], patch: Patch | str, completion: Sequence[int] = (), **options) -> Request:
+        """Return the request of a prompt, and of a completion to read, under a patch or in an unpatched model."""
         text = [*prompt, *completion]
         if isinstance(patch, str):
-            return Request(text, self.model(patch), **asked)
+            return Request(text, self.model(patch), **options)
         self._check_shape(patch.ranking)
-        most = len(text) + (asked["sampling"].max_tokens if "sampling" in asked else 0)
+        max_length = len(text) + (options["sampling"].max_tokens if "sampling" in options else 0)
         for one in patch.interventions:
-            if isinstance(one.positions, int) and one.positions >= most:
-                raise SnpatchError(f"positions={one.positions} is past the {most} tokens that the text can have")
+            if isinstance(one.positions, int) and one.positions >= max_length:
+                raise SnpatchError(f"positions={one.positions} is past the {max_length} tokens that the text can have")
         overwrites = patch.resolved(self.model, len(prompt))
         for intervention, overwrite in zip(patch.interventions, overwrites, strict=True):
             self._check_magnitude(intervention, overwrite)
         donor = next((one.source for one in overwrites if isinstance(one.source, Model)), None)
-        self._tell_degenerate(patch, donor)
-        # An empty window names nothing, so that texts with it share what is kept of the unpatched ones.
-        kept = tuple(one for one in overwrites if len(one.window))
-        return Request(text, self.model(patch.recipient), donor, kept, **asked)
+        self._note_degenerate(patch, donor)
+        # Overwrites of empty windows are dropped, so that their texts share cached blocks with unpatched ones.
+        overwrites = tuple(one for one in overwrites if len(one.window))
+        return Request(text, self.model(patch.recipient), donor, overwrites, **options)
 
     def _check_magnitude(self, intervention: Intervention, overwrite: Overwrite) -> None:
-        """Raise an error for factors and values that the activations' dtype cannot hold."""
+        """Raise for factors and values that the activations' dtype cannot hold."""
         keep, take = overwrite.factors
         checks = [("strength", "strength", intervention.strength)]
         if isinstance(intervention.donor, Scale):
@@ -274,21 +306,21 @@ class Requests:
                     field=field,
                 )
 
-    def _tell_degenerate(self, patch: Patch, donor: Model | None) -> None:
-        """Tell of a donor that is the recipient by content, and of windows that end among equal scores."""
+    def _note_degenerate(self, patch: Patch, donor: Model | None) -> None:
+        """Note a donor that equals the recipient, and windows that end among equal scores."""
         if donor is not None and donor.fingerprint == self.model(patch.recipient).fingerprint:
             self.notes.add(
                 f"self {donor.fingerprint}",
                 f"the donor of a patch is its recipient {patch.recipient} by content: the patch changes nothing",
             )
         for one in patch.interventions:
-            self._tell_ties(one.ranking, one.window.lo, one.window.hi)
+            self._note_ties(one.ranking, one.window.lo, one.window.hi)
 
-    def _tell_ties(self, ranking: Ranking, *borders: int) -> None:
+    def _note_ties(self, ranking: Ranking, *borders: int) -> None:
         for border in borders:
-            if (ranking.fingerprint, border) in self._looked_at:
+            if (ranking.fingerprint, border) in self._checked_borders:
                 continue
-            self._looked_at.add((ranking.fingerprint, border))
+            self._checked_borders.add((ranking.fingerprint, border))
             if n := ranking.ties(border):
                 self.notes.add(
                     f"ties {ranking.fingerprint} {border}",
@@ -302,32 +334,59 @@ class Requests:
             raise SnpatchError(f"the ranking is for a model of {list(ranking.shape)}, this one is {list(wanted)}")
 
 
-def listed(given: Sequence, name: str = "prompts") -> list:
-    """Return the items of something that has an order and a length: a list, a tuple, an array, a column of a table."""
-    is_one = isinstance(given, str | bytes | bytearray | Mapping | Set)
-    if is_one or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
-        got = "one text" if isinstance(given, str) else f"{type(given).__name__} ({shown(given)})"
+def listed(values: Sequence, name: str = "prompts") -> list:
+    """Return the items of a list, tuple, array or table column; raise for anything else."""
+    if name == "prompts" and isinstance(values, Mapping) and _is_row(values):
+        raise SnpatchError(f"prompts must be a list; got one row ({shown(values)}). Wrap it in a list: [row]")
+    is_single = isinstance(values, str | bytes | bytearray | Mapping | Set)
+    if is_single or not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
+        got = "one text" if isinstance(values, str) else f"{type(values).__name__} ({shown(values)})"
         raise SnpatchError(f"{name} must be a list; got {got}")
-    return list(given)
+    return list(values)
 
 
-def _text(text: str, name: str) -> str:
+def broadcast(value, n: int, name: str, kinds: tuple[type, ...]) -> list:
+    """Return a list of n values from one value for all prompts, or from a list of one per prompt."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * n
+    if len(values) != n:
+        raise SnpatchError(f"{name}: wanted one for all or one for each of {n} prompts, got {len(values)}")
+    for one in values:
+        if not isinstance(one, kinds):
+            raise SnpatchError(f"{name}: wanted {' or '.join(k.__name__ for k in kinds)}, got {one!r}")
+    return values
+
+
+def _is_row(value: Mapping) -> bool:
+    return "messages" in value or "prompt" in value
+
+
+def _prompt_of_row(row: Mapping, name: str) -> Chat:
+    """Return the chat of a file's row, as load_dataset reads it: a `prompt` that is a text is a user's message."""
+    if "role" in row and "content" in row and not _is_row(row):
+        raise SnpatchError(f"{name}: wanted {PROMPT_KINDS}, got one message of a chat. Wrap the chat in a list: [chat]")
+    if not _is_row(row):
+        raise SnpatchError(f"{name}: wanted {PROMPT_KINDS}, or a row with messages or prompt; got {shown(row)}")
+    value = row["messages"] if "messages" in row else row["prompt"]
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+def _check_text(text: str, name: str) -> str:
     if not is_unicode(text):
         raise SnpatchError(f"{name} holds half of a surrogate pair: wanted text, got {shown(text)}")
     return text
 
 
-def _chat(chat: Sequence[Mapping], name: str) -> Chat:
-    """A chat whose messages each have a role and a content, or what a template may take in its place."""
-    for place, message in enumerate(chat):
-        where = f"{name}, message {place}"
+def _check_chat(chat: Sequence[Mapping], name: str) -> Chat:
+    """Return the chat; raise unless each message has a role and content, or what a template takes in its place."""
+    for index, message in enumerate(chat):
+        context = f"{name}, message {index}"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise SnpatchError(f"{where}: wanted a table with role and content, got {shown(message)}")
+            raise SnpatchError(f"{context}: wanted a table with role and content, got {shown(message)}")
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.keys() - {"role", "content"}):
-            raise SnpatchError(f"{where}: wanted content (a text), got {shown(content)}")
+            raise SnpatchError(f"{context}: wanted content (a text), got {shown(content)}")
         for text in _texts_in(message):
-            _text(text, where)
+            _check_text(text, context)
     return [dict(message) for message in chat]
 
 
@@ -336,16 +395,5 @@ def _texts_in(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts_in(one)
-
-
-def broadcast(given, n: int, name: str, kinds: tuple[type, ...]) -> list:
-    """One thing for all of n prompts, or a list of one for each, as such a list."""
-    each = list(given) if isinstance(given, list | tuple) else [given] * n
-    if len(each) != n:
-        raise SnpatchError(f"{name}: wanted one for all or one for each of {n} prompts, got {len(each)}")
-    for one in each:
-        if not isinstance(one, kinds):
-            raise SnpatchError(f"{name}: wanted {' or '.join(k.__name__ for k in kinds)}, got {one!r}")
-    return each
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)

@@ -207,7 +207,7 @@ def _models(given: dict) -> tuple[dict, dict]:
     for kind in ("adapters", "checkpoint", "lora"):
         named = given.pop(kind, {})
         if not isinstance(named, dict):
-            named = parse_adapters(str(named).split(";"), "+", f"model_args: {kind} wants name=folder+folder;...")
+            named = parse_adapters(str(named).split(";"), "+", f"model_args: {kind}", "name=folder+folder;...")
         kinds.append({name: [folders] if isinstance(folders, str) else folders for name, folders in named.items()})
     return group_models(*kinds)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from snpatch.config import check_known, resolve_backend
+from snpatch.config import DTYPES, check_choice, resolve_backend
 from snpatch.errors import SnpatchError
 from snpatch.judges.beavertails import is_beavertails
 from snpatch.judges.protocol import check_pairs
@@ -52,7 +52,7 @@ class ScoreModel:
         batch_size: int | None = None,
         **arguments,
     ) -> None:
-        check_known("dtype", dtype)
+        check_choice("dtype", dtype, DTYPES)
         if batch_size is not None and batch_size < 1:
             raise SnpatchError(f"batch_size must be at least 1, got {batch_size}")
         config = load_config(model, allow_untested=True)

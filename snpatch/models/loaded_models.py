@@ -95,7 +95,7 @@ class LoadedModels:
                 scales = load_adapters(source.adapters, geometry.n_layers, geometry.widths)
                 if scales.is_identity:
                     self._note_no_effect(" on ".join(map(str, source.adapters)), "all of its scales are 1")
-            model = Model(self.weights[source.set], scales)
+            model = Model(self.weights[source.weights_source], scales)
             check(name, model)
             self.models[name] = model
 

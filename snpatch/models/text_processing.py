@@ -99,7 +99,9 @@ def _note_tokens_without_row(name: str, size: int, processor: TextProcessor, not
 
 def _get_adapter_folders(config: EngineConfig, index: int) -> list[str]:
     """Return the LoRA and IA3 folders on one set of weights (0: primary, 1: secondary)."""
-    sources = [source for source in config.sources.values() if (source.set != PRIMARY_WEIGHTS) == bool(index)]
+    sources = [
+        source for source in config.sources.values() if (source.weights_source != PRIMARY_WEIGHTS) == bool(index)
+    ]
     return list(dict.fromkeys(folder for source in sources for folder in (*source.lora, *source.adapters)))
 
 

@@ -1,1 +1,1 @@
-"""Patches: what overwrites which neurons where."""
+"""Patches in Python (patch.py), and as text and JSON (spec.py)."""

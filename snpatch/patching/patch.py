@@ -26,14 +26,19 @@ from snpatch.ranking.window import Window
 from snpatch.utils.files import read_tensors, write_tensors
 from snpatch.utils.tensors import FLOATS, check_tensor
 
-LARGEST = torch.finfo(torch.float32).max  # factors are float32 on the device
+LARGEST_FACTOR = torch.finfo(torch.float32).max  # factors are float32 on the device
 ORDER = ". Arguments are (recipient, donor, ranking, window)"
-LARGEST_NORMAL = math.sqrt(48 * math.log(2))  # of the noise: reference.normal draws 24 bits
+LARGEST_NORMAL = math.sqrt(48 * math.log(2))  # of noise, because reference.normal draws 24 bits
 
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """A donor that is a fixed value for each neuron: values [L, F] float32. mode "add" adds it to the recipient's."""
+    """Donor that is a fixed value per neuron.
+
+    Attributes:
+        values: [L, F] float32.
+        mode: "replace", or "add": the values are added to the recipient's activations.
+    """
 
     values: Tensor
     mode: str = "replace"
@@ -45,12 +50,12 @@ class Constant:
 
     @classmethod
     def zero(cls, ranking: Ranking) -> "Constant":
-        """Zero ablation."""
+        """Return zeros, for zero ablation."""
         return cls(torch.zeros(ranking.shape))
 
     @classmethod
     def mean(cls, ranking: Ranking, of: str = "recipient") -> "Constant":
-        """Mean ablation with the mean that the contrast measured in the "recipient" or the "donor"."""
+        """Return the mean activations of the "recipient" or "donor" of a contrast, for mean ablation."""
         return cls(_moment(ranking, f"{of}_mean"))
 
     @cached_property
@@ -59,16 +64,16 @@ class Constant:
 
     @cached_property
     def magnitude(self) -> float:
-        """Largest absolute value."""
+        """Return the largest absolute value."""
         return float(self.values.abs().max())
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors; the file appears whole or not at all."""
+        """Write a safetensors file atomically."""
         write_tensors(path, {"values": self.values.float()}, kind="constant", meta={"mode": self.mode})
 
     @classmethod
     def load(cls, path: str | Path) -> "Constant":
-        """Read what `save` wrote."""
+        """Read a file that `save` wrote."""
         tensors, meta = read_tensors(path, kind="constant")
         if {*tensors} != {"values"}:
             found = ", ".join(sorted(tensors)) or "nothing"
@@ -79,7 +84,12 @@ class Constant:
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """A donor that is the recipient's own value plus Gaussian noise: deviation [L, F] float32, seeded."""
+    """Donor that is the recipient's own activation plus Gaussian noise.
+
+    Attributes:
+        deviation: Standard deviation of each neuron, [L, F] float32.
+        seed: Seed, 0 to 2^31 - 1.
+    """
 
     deviation: Tensor
     seed: int = 0
@@ -93,7 +103,7 @@ class Noise:
 
     @classmethod
     def of_std(cls, ranking: Ranking, n: float = 3.0, of: str = "recipient", seed: int = 0) -> "Noise":
-        """n standard deviations of each neuron, as the contrast measured them in the "recipient" or "donor"."""
+        """Return noise of n standard deviations of the "recipient" or "donor" of a contrast."""
         return cls(_moment(ranking, f"{of}_std") * n, seed)
 
     @cached_property
@@ -102,13 +112,13 @@ class Noise:
 
     @cached_property
     def magnitude(self) -> float:
-        """Largest absolute value that the noise can have."""
+        """Return the largest absolute value that the noise can have."""
         return float(self.deviation.max()) * LARGEST_NORMAL
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A donor that is the recipient's own value times a factor."""
+    """Donor that is the recipient's own activation times a factor."""
 
     factor: float
 
@@ -120,7 +130,7 @@ class Scale:
         return repr(float(self.factor))
 
 
-Source = Constant | Noise | Scale  # what can stand in a donor model's place
+Source = Constant | Noise | Scale  # donors that are not models
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,7 +309,7 @@ class Overwrite:
 
     @property
     def factors(self) -> tuple[float, float]:
-        """(keep, take): a neuron becomes keep * its own value + take * the source's."""
+        """Return (keep, take): a neuron becomes keep * its own value + take * the source's."""
         if isinstance(self.source, Scale):
             return 1 + self.strength * (self.source.factor - 1), 0.0
         is_added = isinstance(self.source, Noise) or (isinstance(self.source, Constant) and self.source.mode == "add")
@@ -311,12 +321,12 @@ class Overwrite:
 
     @property
     def content(self) -> dict:
-        """What it does, as JSON data, by content."""
+        """Return the overwrite as JSON data."""
         return {f.name: content_of(getattr(self, f.name)) for f in fields(self)}
 
 
 def content_of(value: object) -> object:
-    """A field of a patch as JSON data, by content."""
+    """Return a field of a patch as JSON data; tensors and models by their content hash."""
     if isinstance(value, Source):
         return [type(value).__name__, value.fingerprint, getattr(value, "seed", None), getattr(value, "mode", None)]
     if isinstance(value, Ranking | Model):
@@ -338,7 +348,7 @@ def _moment(ranking: Ranking, name: str) -> Tensor:
 
 def _check_factor(factor: object, name: str, field: str | None = None) -> None:
     is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
-    if not (is_number and abs(factor) <= LARGEST):  # NaN is not, either
+    if not (is_number and abs(factor) <= LARGEST_FACTOR):  # NaN is not, either
         raise SnpatchError(f"{name} must be a finite number of float32, got {factor!r}", field=field)
 
 

@@ -52,13 +52,13 @@ class PatchSchema(InterventionSchema):
 
 @dataclass(frozen=True)
 class PatchNamespace:
-    """What a patch's JSON can name besides models."""
+    """Rankings and constants that the JSON of a patch can name."""
 
     rankings: Mapping[str, Ranking]
     constants: Mapping[str, Constant]
 
     def donor(self, text: str, ranking: Ranking, seed: int | None) -> str | Source:
-        """Return what a donor's text stands for; see parse_donor."""
+        """Parse a donor; see parse_donor."""
         return parse_donor(text, ranking, seed, self.constants)
 
 
@@ -81,9 +81,9 @@ def from_text(
 
 
 def parse_patch_table(text: str) -> dict:
-    """A patch's JSON data from `recipient=sft,donor=dpo,ranking=safety,k=20000,...`, or from JSON.
+    """Parse the JSON data of a patch from JSON or `recipient=sft,donor=dpo,ranking=safety,k=20000,...`.
 
-    `k` is the window, as k or LO:HI. Several interventions need JSON. Values are read, but not checked.
+    `k` is the window, as k or LO:HI. Several interventions need JSON. Values are not checked here.
     """
     if text.lstrip().startswith("{"):
         try:
@@ -96,15 +96,12 @@ def parse_patch_table(text: str) -> dict:
         name = "window" if name == "k" else name
         if not equals or name in table:
             raise SnpatchError(f"patch {text!r}: wanted name=value,name=value, each name once, got {part!r}")
-        table[name] = _READ.get(name, str)(value)
+        table[name] = _FIELD_PARSERS.get(name, str)(value)
     return table
 
 
 def from_json(data: object, named: PatchNamespace) -> Patch | str:
-    """What JSON data of `PatchSchema`'s fields means: a patch, or the name of a model to run unpatched.
-
-    Every error has the field.
-    """
+    """Build a patch, or the name of a model to run unpatched, from JSON data. Every error has a `field`."""
     return build_patch(schema.from_dict(PatchSchema, "patch", data), named)
 
 
@@ -144,15 +141,14 @@ def _intervention(form: InterventionSchema, named: PatchNamespace) -> Interventi
 
 
 def to_json(patch: Patch) -> dict:
-    """A patch as JSON data: models by name, rankings, constants and noise by content."""
+    """Return a patch as JSON data: models by name; rankings, constants and noise by content hash."""
     return patch.content(name_of=str)
 
 
 def parse_donor(
     text: str, ranking: Ranking, seed: int | None = None, constants: Mapping[str, Constant] | None = None
 ) -> str | Source:
-    """`zero`, `mean:recipient`, `mean:donor`, `constant:NAME` (`add:` before these adds it), `noise:N` (N standard
-    deviations, seeded), `scale:F`, or else a model's name."""
+    """Parse a donor, see DONORS. Text without a reserved word is the name of a model."""
     kind, _, argument = text.partition(":")
     if kind not in SOURCES:
         return text
@@ -178,7 +174,7 @@ def parse_donor(
 
 
 def parse_window(text: str) -> Window:
-    """`k` for the top k, or `LO:HI`."""
+    """Parse `k` for the top k, or `LO:HI`."""
     lo, colon, hi = text.strip().partition(":")
     if not colon:
         return Window(0, parse_number(lo, int, "a window"))
@@ -191,7 +187,7 @@ def parse_positions(text: str) -> str | int:
 
 
 def parse_number(text: str, kind: Callable, what: str):
-    """A number of a command line."""
+    """Parse a number. what: names it in errors."""
     try:
         return kind(text)
     except ValueError:
@@ -203,9 +199,9 @@ def _window_table(text: str) -> int | list[int]:
     return [window.lo, window.hi] if ":" in text else window.hi
 
 
-_READ = {
+_FIELD_PARSERS = {
     "window": _window_table,
     "positions": parse_positions,
     "strength": lambda text: parse_number(text, float, "strength"),
     "seed": lambda text: parse_number(text, int, "seed"),
-}  # how a text gives a field that is no text
+}  # of fields that are not text

@@ -1,7 +1,7 @@
 """Ranking: neurons ordered by change score; set operations, random controls, comparison, files.
 
-Why `rank` and not a list of neurons is what is kept: a window over it is two integers a token, so requests
-with different k share one tensor on the device.
+It stores `rank` and not a list of neurons, because a window is then two integers per token, and requests with different
+k share one tensor on the device.
 """
 
 import hashlib
@@ -29,18 +29,19 @@ if TYPE_CHECKING:
     import numpy as np
 
 MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
-ROUNDING = 1e-6  # of activations' size: what two equal models may differ by, as their rows are computed apart
+ROUNDING = 1e-6  # relative difference of equal models' activations, whose rows are computed separately
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """An order over the neurons of a model with L layers of F neurons.
+    """Order of the neurons of a model with L layers of F neurons.
 
-    rank: [L, F] int32, 0 is the largest change; 2^31 - 1 where the neuron is not ranked.
-    scores: [L, F] float32 change scores, or None for an order without scores (a random control).
-    moments: name -> [L, F] float32, any of MOMENTS: what means and noise are taken from.
-    meta: JSON data kept in the file (model, adapters, positions, token count, versions).
-    statistics: what the contrast saw, from which scores and moments follow; None for any other ranking.
+    Attributes:
+        rank: [L, F] int32; 0 is the largest change, 2^31 - 1 a neuron that is not ranked.
+        scores: [L, F] float32 change scores; None for an order without scores (a random control).
+        moments: Name -> [L, F] float32, any of MOMENTS; source of mean ablation and noise.
+        meta: JSON data of the file (models, positions, number of tokens, versions).
+        statistics: Statistics of the contrast, from which scores and moments were computed, or None.
     """
 
     rank: Tensor
@@ -77,10 +78,16 @@ class Ranking:
         exclude_layers: Sequence[int] = (),
         meta: dict | None = None,
     ) -> "Ranking":
-        """Order by a score of what a contrast saw; method: a name of METHODS.
+        """Order neurons by a score of a contrast's statistics.
+
+        Args:
+            statistics: Statistics of the contrast.
+            method: Name of a score, see METHODS.
+            exclude_layers: Layers that are not ranked; negative ones count from the end.
+            meta: JSON data of the file.
 
         Raises:
-            SnpatchError: no neuron that would be ranked differs between the two models, or there is no such method.
+            SnpatchError: Unknown method, or no ranked neuron differs between the two models.
         """
         if method not in METHODS:
             raise SnpatchError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -101,9 +108,13 @@ class Ranking:
         moments: dict[str, Tensor] | None = None,
         meta: dict | None = None,
     ) -> "Ranking":
-        """Order by score, largest first; equal scores by layer, then neuron. Negative layers count from the end.
+        """Order neurons by score, largest first; equal scores by layer, then neuron.
 
-        meta tells under `tied` how many neurons share their score with the one before them, if any does.
+        Args:
+            scores: [L, F].
+            exclude_layers: Layers that are not ranked; negative ones count from the end.
+            moments: Name -> [L, F] float32, any of MOMENTS.
+            meta: JSON data of the file. `tied` is added: the number of neurons with the score of the one before them.
         """
         scores = array_of(scores, "ranking: scores")
         check_type(scores, "ranking: scores", *FLOATS, torch.float64)
@@ -127,7 +138,14 @@ class Ranking:
         meta: dict | None = None,
         **kept,
     ) -> "Ranking":
-        """From neurons [n, 2] of (layer, neuron), best first, in a model of `shape` (L, F)."""
+        """Build a ranking from a list of neurons.
+
+        Args:
+            order: [n, 2] of (layer, neuron), the first to patch first.
+            shape: (L, F) of the model.
+            meta: JSON data of the file.
+            kept: scores, moments or statistics.
+        """
         order = array_of(order, "ranking: order")
         if order.numel():
             check_type(order, "ranking: order", torch.int64, torch.int32, torch.int16)
@@ -143,27 +161,29 @@ class Ranking:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(layers, neurons of a layer)."""
+        """Return (layers, neurons of a layer)."""
         return tuple(self.rank.shape)
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __repr__(self) -> str:
-        return f"Ranking({len(self)} neurons of {self.shape[0]} x {self.shape[1]})"
+        names = [str(self.meta[name]) for name in ("recipient", "donor", "positions") if self.meta.get(name)]
+        made = f", contrast of {', '.join(names)}" if "recipient" in self.meta else ""
+        return f"Ranking({len(self)} neurons of {self.shape[0]} x {self.shape[1]}{made})"
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the order by its content."""
+        """Return the content hash of the order."""
         return hashlib.sha256(self.rank.contiguous().numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
 
     def window_fingerprint(self, window: Window) -> str:
-        """Names a window's neurons by content, whatever their order."""
+        """Return the content hash of a window's neurons, in any order."""
         neurons = self._first(window.hi)[window.lo :].sort().values
         return hashlib.sha256(neurons.numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
 
     def ties(self, border: int) -> int:
-        """Return how many neurons share one score across a window's border; 0 if none do, or scores are not known."""
+        """Return the number of neurons that share a score across a window's border; 0 if scores are not known."""
         if self.scores is None or not 0 < border < len(self):
             return 0
         scores = self.scores.flatten()[self._order]
@@ -171,52 +191,57 @@ class Ranking:
 
     @property
     def provenance(self) -> dict:
-        """What a table that hangs on this ranking says of it."""
+        """Return what a table that depends on the ranking reports about it."""
         return self.meta | {"digest": self.fingerprint}
 
     def top(self, k: int) -> Tensor:
-        """The first k neurons, [k, 2] int64 of (layer, neuron)."""
+        """Return the first k neurons, [k, 2] int64 of (layer, neuron)."""
         flat = self._first(k)
         return torch.stack([flat // self.shape[1], flat % self.shape[1]], dim=1)
 
     def layer_counts(self, k: int) -> Tensor:
-        """How many of the first k neurons lie in each layer, [L] int64."""
+        """Return the number of the first k neurons in each layer, [L] int64."""
         return torch.bincount(self._first(k) // self.shape[1], minlength=self.shape[0])
 
     def intersect(self, other: "Ranking", k: int) -> "Ranking":
-        """The neurons that are also in `other`'s first k, in this order."""
+        """Return the neurons that are also in the first k of `other`, in this order."""
         return self._keep(torch.isin(self._order, self._same_shape(other)._first(k)), "intersect", k)
 
     def difference(self, other: "Ranking", k: int) -> "Ranking":
-        """The neurons that are not in `other`'s first k, in this order."""
+        """Return the neurons that are not in the first k of `other`, in this order."""
         return self._keep(~torch.isin(self._order, self._same_shape(other)._first(k)), "difference", k)
 
     def filter_layers(self, layers: Sequence[int]) -> "Ranking":
-        """The neurons of these layers, in this order. Negative ones count from the end: range(-n, 0) is the last n."""
+        """Return the neurons of some layers, in this order. Negative layers count from the end."""
         named = torch.tensor(_layers(layers, self.shape[0], "filter_layers"), dtype=torch.int64)
         kept = torch.isin(self._order // self.shape[1], named)
         return self._of(self._order[kept], {"filter_layers": named.tolist()})
 
     def top_per_layer(self, k: int) -> "Ranking":
-        """The first k neurons of each layer, in this order."""
+        """Return the first k neurons of each layer, in this order."""
         if k < 1:
             raise SnpatchError(f"top_per_layer: k must be at least 1, got {k}")
         layer = self._order // self.shape[1]
-        place = torch.zeros_like(layer)
-        for one in layer.unique():
-            own = layer == one
-            place[own] = torch.arange(int(own.sum()))
-        return self._of(self._order[place < k], {"top_per_layer": k})
+        rank_in_layer = torch.zeros_like(layer)
+        for index in layer.unique():
+            is_inside = layer == index
+            rank_in_layer[is_inside] = torch.arange(int(is_inside.sum()))
+        return self._of(self._order[rank_in_layer < k], {"top_per_layer": k})
 
     def random_control(
         self, window: Window | int | tuple[int, int], *, seed: int, kind: str = "per_layer", disjoint: bool = True
     ) -> "Ranking":
-        """As many random neurons as a window of this ranking has, as a ranking of their own: its control.
+        """Return a random control: as many random neurons as a window of this ranking has.
 
-        kind "per_layer": the i-th lies in the same layer as the window's i-th, so that the counts of all layers
-        are the same; "last_layer": all in the last layer; "everywhere": any neuron, ranked or not. disjoint:
-        none of the window's own (the paper's text; its code: not disjoint). Too few neurons to draw from is a
-        NotEnoughNeuronsError.
+        Args:
+            window: Window whose neurons are replaced.
+            seed: Seed of the draw.
+            kind: "per_layer" (the i-th neuron is in the layer of the window's i-th, so that the number of neurons in
+                each layer is the same), "last_layer", or "everywhere" (any neuron, ranked or not).
+            disjoint: Draw none of the window's own neurons, as in the paper's text (its code does draw them).
+
+        Raises:
+            NotEnoughNeuronsError: There are fewer neurons to draw from.
         """
         own = self._first((window := Window.of(window)).hi)[window.lo :]
         chosen = controls.draw(own, self.shape, seed=seed, kind=kind, disjoint=disjoint)
@@ -224,23 +249,23 @@ class Ranking:
         return Ranking(_rank_of(chosen, self.shape), meta={**meta, "disjoint": disjoint})
 
     def overlap(self, other: "Ranking", k: int) -> float:
-        """|A and B| / k of the two first k."""
+        """Return the size of the intersection of both first k, divided by k."""
         if k < 1:
             raise SnpatchError(f"overlap: k must be at least 1, got {k}")
         return torch.isin(self._first(k), self._same_shape(other)._first(k)).float().mean().item()
 
     def spearman(self, other: "Ranking", k: int) -> float:
-        """Rank correlation over the neurons in both first k, re-ranked within them (paper, stability)."""
-        from snpatch.statistics import spearman  # SciPy's take a second to load, and engines do without
+        """Return the rank correlation of the neurons in both first k, re-ranked within them (the paper's stability)."""
+        from snpatch.statistics import spearman  # importing SciPy takes a second, and engines do not need it
 
-        mine = self._first(k)
-        common = mine[torch.isin(mine, self._same_shape(other)._first(k))]
+        own = self._first(k)
+        common = own[torch.isin(own, self._same_shape(other)._first(k))]
         if len(common) < 2:
             raise SnpatchError(f"spearman: the first {k} of both have {len(common)} neurons in common, need 2")
         return spearman(self.rank.flatten()[common], other.rank.flatten()[common])
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with `meta` as JSON; the file appears whole or not at all."""
+        """Write a safetensors file with `meta` as JSON, atomically."""
         tensors = {"rank": self.rank, **self.moments}
         if self.scores is not None:
             tensors["scores"] = self.scores
@@ -250,10 +275,12 @@ class Ranking:
 
     @classmethod
     def load(cls, path: str | Path, shape: Shape = None) -> "Ranking":
-        """Read what `save` wrote, or neurons that others published: see ranking.reading, and from_published for `.pt`.
+        """Read a file that `save` wrote, or other formats: see ranking.reading, and from_published for `.pt`.
 
-        shape: (L, F) of the model, or what gives it if it is needed: a list of neurons does not tell it, and of scores
-        the last layers may be missing, which are then not ranked.
+        Args:
+            path: The file.
+            shape: (L, F) of the model, or a function that returns it. Required for lists of neurons; for scores whose
+                last layers are missing, these layers are not ranked.
         """
         path = Path(path)
         if kind_of(path) not in (*TORCH, *NUMPY, *TABLES):
@@ -296,10 +323,10 @@ class Ranking:
 
     @classmethod
     def from_published(cls, path: str | Path, n_layers: int | None = None) -> "Ranking":
-        """Import the published code's `.pt`: (scores, ranks, first mean, first std, second mean, second std).
+        """Import a `.pt` file of the published code: (scores, ranks, first mean, first std, second mean, second std).
 
-        There "first" is the donor and "second" the recipient that generates. The file leaves out trailing
-        layers (by the substring '31'): pass the model's `n_layers` to put them back, unranked.
+        "first" is the donor and "second" the recipient, which generates. The file lacks trailing layers (by the
+        substring '31'): pass the model's `n_layers` to add them, unranked.
         """
         published = read_checkpoint(path)
         if not isinstance(published, list | tuple) or len(published) != 6:
@@ -327,7 +354,7 @@ class Ranking:
 
     @cached_property
     def _order(self) -> Tensor:
-        """Flat neuron indices [n] int64, best first."""
+        """Return flat neuron indices [n] int64 in order of rank."""
         order = torch.argsort(self.rank.flatten().long(), stable=True)
         return order[: int((self.rank != UNRANKED).sum())]
 
@@ -345,13 +372,13 @@ class Ranking:
         return self._of(self._order[kept], {"set_operation": operation, "set_k": k})
 
     def _of(self, order: Tensor, meta: dict) -> "Ranking":
-        """Some of its neurons as a ranking of their own."""
+        """Return a ranking of some of the neurons."""
         rank = _rank_of(order, self.shape)
         return Ranking(rank, self.scores, self.moments, {**self.meta, **meta}, self.statistics)
 
 
 def _layers(layers: Sequence[int], n_layers: int, name: str) -> list[int]:
-    """Layers counted from the start, each once."""
+    """Return layers counted from the start, each once."""
     for layer in layers:
         if not -n_layers <= layer < n_layers:
             raise SnpatchError(f"{name}: the model has {n_layers} layers, got {layer}")
@@ -365,6 +392,6 @@ def _rank_of(order: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _differs(statistics: Statistics, neurons: Tensor) -> bool:
-    """Whether two models' activations of some neurons differ by more than rounding."""
+    """Return whether activations of the two models differ by more than rounding."""
     sums = statistics.sums.transpose(0, 1).flatten(1)[:, neurons]  # [5, n]
     return not len(neurons) or bool(sums[4].max() > (sums[1] + sums[3]).max() * ROUNDING**2)

@@ -1,7 +1,7 @@
-"""Neurons as others publish them: lists and scores in CSV, JSON, NumPy's and torch's files.
+"""Rankings of other tools: lists of neurons and scores in CSV, JSON, NumPy and torch files.
 
-Why nothing is guessed: scores name their neurons by place, a list by numbers; integers in two columns are a list of
-(layer, neuron), and what could be either, or has no order, is an error.
+Nothing is guessed: integers in two columns are a list of (layer, neuron), a matrix of floats are scores. Content that
+could be either, or that has no order, raises.
 """
 
 import zipfile
@@ -19,23 +19,27 @@ from snpatch.errors import SnpatchError, first_line, shown
 from snpatch.utils.files import read_checkpoint
 
 TORCH, NUMPY, TABLES = (".pt", ".pth", ".bin"), (".npy", ".npz"), (".csv", ".json", ".jsonl")
-FIELDS = {  # of a row, in any case
+COLUMN_NAMES = {  # of a row's fields, in upper or lower case
     "layer": ("layer", "layer_idx", "layer_index", "layer_id"),
     "neuron": ("neuron", "neuron_idx", "neuron_index", "neuron_id", "feature"),
     "score": ("score", "change_score", "importance"),
     "rank": ("rank",),
 }
-WORDS = ("neurons", "order", "ranking", "scores", "rank")  # names of the one value that counts, if it has a name
+VALUE_KEYS = ("neurons", "order", "ranking", "scores", "rank")  # of the list or matrix, if it has a name
 WANTED = "wanted (layer, neuron) or (layer, neuron, score) of each neuron, or scores [layers, neurons]"
-MOST_BYTES = 2**31  # of the arrays of a packed NumPy file
-Shape = tuple[int, int] | Callable[[], tuple[int, int]] | None  # (layers, neurons of a layer), or what gives it
+MAX_UNPACKED_BYTES = 2**31  # of an .npz file
+Shape = tuple[int, int] | Callable[[], tuple[int, int]] | None  # (layers, neurons of a layer), or a function
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """What a file holds. scores: [L, F] float64, of all neurons; or order: [n, 2] int64 (layer, neuron), best first.
+    """Content of a file: scores or an order.
 
-    tied: how many neurons of a list share their score with the one before it. shape: (L, F), where the file tells it.
+    Attributes:
+        scores: [L, F] float64, of all neurons.
+        order: [n, 2] int64 of (layer, neuron), the first to patch first.
+        tied: Number of neurons in a list with the score of the one before them.
+        shape: (L, F), if the file contains it.
     """
 
     scores: Tensor | None = None
@@ -45,9 +49,9 @@ class Neurons:
 
 
 def read_neurons(path: Path) -> Neurons | tuple:
-    """What a file holds, by its suffix; of a torch file with the paper's six tensors these, as they are.
+    """Read a file by its suffix; of a torch file with the six tensors of the published code return these.
 
-    A list that has scores is ordered by them, largest first, and by its ranks if it has these (0 or 1 is the best).
+    A list with scores is ordered by them, largest first; a list with ranks by these, smallest first.
     """
     kind = kind_of(path)
     if not path.exists():
@@ -67,7 +71,7 @@ def read_neurons(path: Path) -> Neurons | tuple:
 
 
 def array_of(value: object, name: str) -> Tensor:
-    """A tensor of what may be one, an array, or nested lists of numbers."""
+    """Return the tensor of a tensor, an array, or nested lists of numbers."""
     if isinstance(value, Tensor):
         return value
     try:
@@ -80,26 +84,26 @@ def array_of(value: object, name: str) -> Tensor:
 
 
 def _has_flags(value: object) -> bool:
-    """Whether a bool stands among the numbers of nested lists, where numpy makes a number of it."""
+    """Return whether nested lists contain a bool, which numpy would convert to a number."""
     return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_flags, value)))
 
 
 def _numpy(path: Path) -> object:
-    """An array, or a table of arrays; no pickle, and nothing that takes more room than the file says."""
+    """Return an array, or a dict of arrays. Pickles and files that unpack to too many bytes raise."""
     try:
         if kind_of(path) == ".npy":
             return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
         with zipfile.ZipFile(path) as packed:
-            if (size := sum(entry.file_size for entry in packed.infolist())) > MOST_BYTES:
-                raise ValueError(f"{size} bytes when unpacked, expected at most {MOST_BYTES}")
+            if (size := sum(entry.file_size for entry in packed.infolist())) > MAX_UNPACKED_BYTES:
+                raise ValueError(f"{size} bytes when unpacked, expected at most {MAX_UNPACKED_BYTES}")
         with np.load(path, allow_pickle=False) as found:
             return {name: found[name] for name in found.files}
-    except Exception as error:  # of a damaged header numpy raises what its tokenizer, ast and zlib do
+    except Exception as error:  # for a damaged header numpy raises errors of tokenize, ast and zlib
         raise SnpatchError(f"{path}: not a NumPy file of plain numbers: {first_line(error)}") from error
 
 
 def _of_value(value: object, path: Path) -> Neurons:
-    """Of an array or tensor, or of a table whose one value that counts is one."""
+    """Parse an array, a tensor, or a dict with one of them."""
     shape = None
     if isinstance(value, dict):
         folded = {str(name).lower(): one for name, one in value.items()}
@@ -107,7 +111,7 @@ def _of_value(value: object, path: Path) -> Neurons:
             columns = [folded[name] for name in ("layer", "neuron", "score") if name in folded]
             return _of_columns([array_of(one, f"{path}: a column").flatten() for one in columns], path)
         shape = _shape_of(folded.get("shape"), path)
-        names = [name for name in WORDS if name in folded] or [name for name in folded if name != "shape"]
+        names = [name for name in VALUE_KEYS if name in folded] or [name for name in folded if name != "shape"]
         if len(names) != 1:
             lists = [name for name, one in folded.items() if isinstance(one, list | Tensor | np.ndarray)]
             hint = ". Write one of its lists into a file of its own" if len(lists) > 1 else ""
@@ -129,7 +133,7 @@ def _of_value(value: object, path: Path) -> Neurons:
 
 
 def _of_columns(columns: Sequence[Tensor], path: Path, shape: tuple[int, int] | None = None) -> Neurons:
-    """Of layers, neurons and perhaps scores."""
+    """Parse columns: layers, neurons and, if given, scores."""
     if len({len(one) for one in columns}) > 1:
         raise SnpatchError(f"{path}: columns of different lengths ({', '.join(str(len(one)) for one in columns)})")
     if any(one.is_floating_point() and not bool((one == one.round()).all()) for one in columns[:2]):
@@ -170,7 +174,7 @@ def _of_rows(path: Path) -> Neurons:
 
 
 def _numbers(row: SourceRow) -> dict[str, float | int]:
-    """The fields of a row, as numbers; a layer and a neuron are whole."""
+    """Return the fields of a row as numbers; layer and neuron are integers."""
     if row.error or not isinstance(row.value, dict):
         raise SnpatchError(f"{row.location}: {row.error or f'wanted layer and neuron, got {shown(row.value)}'}")
     found = {}
@@ -191,9 +195,9 @@ def _numbers(row: SourceRow) -> dict[str, float | int]:
 
 
 def _columns(names: Sequence[str]) -> dict[str, str]:
-    """Which column holds which field."""
+    """Return field -> column."""
     found = {}
-    for field, spellings in FIELDS.items():
+    for field, spellings in COLUMN_NAMES.items():
         for name in names:
             if str(name).strip().lower().replace(" ", "_") in spellings:
                 found.setdefault(field, name)

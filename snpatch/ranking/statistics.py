@@ -1,6 +1,6 @@
-"""Statistics: what a contrast keeps of all the tokens that it saw. Scores of neurons are functions of it (methods/).
+"""Statistics of a contrast, from which scores of neurons are computed (methods/).
 
-Why sums and not activations: five numbers a neuron, however many tokens were read.
+Sums are stored and not activations, because they need five numbers per neuron for any number of tokens.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,11 @@ from snpatch.utils.tensors import is_finite
 
 @dataclass(eq=False)
 class Statistics:
-    """sums: [L, 5, F] float64 of r, r^2, d, d^2, (r - d)^2 over tokens, r the recipient's activation and d the donor's.
+    """Sums over tokens; r is the recipient's activation, d the donor's (0 if no donor was observed).
 
-    count: [L] int64, tokens that went into them. Where no donor was observed (recipient_only), d is 0.
+    Attributes:
+        sums: [L, 5, F] float64: r, r^2, d, d^2, (r - d)^2.
+        count: [L] int64, number of tokens.
     """
 
     sums: Tensor
@@ -39,41 +41,41 @@ class Statistics:
 
     @classmethod
     def zeros(cls, n_layers: int, n_neurons: int) -> Self:
-        """Of no token yet."""
+        """Return the statistics of no tokens."""
         sums = torch.zeros(n_layers, SUMS, n_neurons, dtype=torch.float64)
         return cls(sums, torch.zeros(n_layers, dtype=torch.int64))
 
     def add(self, sums: Tensor, count: Tensor) -> None:
-        """Take in the sums and counts of further tokens."""
+        """Add sums and counts of further tokens."""
         self.sums += sums
         self.count += count
 
     def recipient_only(self) -> Self:
-        """What was seen of the recipient, with 0 in the donor's place."""
+        """Return the statistics of the recipient, with 0 as the donor's activations."""
         sums = torch.zeros_like(self.sums)
         sums[:, :2], sums[:, 4] = self.sums[:, :2], self.sums[:, 1]
         return type(self)(sums, self.count)
 
     @property
     def is_pair(self) -> bool:
-        """Whether there was a donor."""
+        """Return whether a donor was observed."""
         return bool(self.sums[:, 2:4].any())
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(layers, neurons of a layer)."""
+        """Return (layers, neurons of a layer)."""
         return self.sums.shape[0], self.sums.shape[2]
 
     @property
     def tokens(self) -> int:
-        """How many tokens were seen: the same in every layer, or it is an error."""
+        """Return the number of tokens. Raise if layers have different numbers."""
         (n, *others) = self.count.unique().tolist()
         if others or n < 1:
             raise SnpatchError(f"statistics: layers have seen different numbers of tokens: {self.count.tolist()}")
         return n
 
     def moments(self) -> dict[str, Tensor]:
-        """Each model's mean and unbiased standard deviation (of two tokens and more), [L, F] float32 by MOMENTS."""
+        """Return mean and unbiased standard deviation (of two or more tokens) of each model, [L, F] float32 by name."""
         n, moments = self.tokens, {}
         r, rr, d, dd, _ = self.sums.unbind(1)
         for name, total, squares in (("recipient", r, rr), ("donor", d, dd))[: 1 + self.is_pair]:

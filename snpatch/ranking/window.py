@@ -1,16 +1,16 @@
-"""Window: which part of a ranking is patched, and what kinds of random controls there are of it. Free of torch."""
+"""Window: the ranks that are patched. The module does not import torch, because the command line reads it."""
 
 import operator
 from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
 
-CONTROLS = ("per_layer", "last_layer", "everywhere")  # see Ranking.random_control
+CONTROLS = ("per_layer", "last_layer", "everywhere")  # kinds of Ranking.random_control
 
 
 @dataclass(frozen=True)
 class Window:
-    """[lo, hi) over a ranking: neuron n is patched iff lo <= rank[n] < hi."""
+    """Range [lo, hi) of ranks: neuron n is patched iff lo <= rank[n] < hi."""
 
     lo: int
     hi: int
@@ -24,7 +24,7 @@ class Window:
 
     @classmethod
     def of(cls, window: "Window | int | tuple[int, int]") -> "Window":
-        """A window as it is, k for the top k, or (lo, hi)."""
+        """Return the window of a Window, of k (the top k), or of (lo, hi)."""
         if isinstance(window, Window):
             return window
         try:

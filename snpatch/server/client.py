@@ -21,7 +21,7 @@ from snpatch.executors.request_rows import collect_resources
 from snpatch.executors.vllm.codec import EngineRequest
 from snpatch.executors.vllm.settings import KEY
 from snpatch.executors.vllm.slots import SlotLease
-from snpatch.sampling import SEEDS, Sampling
+from snpatch.sampling import SEED_LIMIT, Sampling
 from snpatch.server import metrics
 from snpatch.server.patch_request import CURRENT_PATCH, PatchContext, Receipt
 from snpatch.server.state import ServerState
@@ -90,7 +90,7 @@ class PatchedClient:
             raise SnpatchError("guard: cannot be combined with prompt_logprobs. Leave out one of them.", field="guard")
         self._check_constraint(sampling_params)
         n, seed = sampling_params.n, sampling_params.seed
-        if seed is not None and seed + n > SEEDS:
+        if seed is not None and seed + n > SEED_LIMIT:
             raise SnpatchError(f"seed: expected at most 2^63 - {n} for {n} completions, got {seed}", field="seed")
         requests, prompt_ids = self.engine.requests, list(prompt["prompt_token_ids"])
         requests.check_room(prompt_ids, 1, "the prompt")

@@ -13,7 +13,7 @@ from typing import Annotated, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from snpatch.errors import MAX_NAME, SnpatchError, is_unicode, nearest, shown
+from snpatch.errors import MAX_NAME_CHARS, SnpatchError, is_unicode, nearest, shown
 from snpatch.executors.vllm.settings import KEY
 from snpatch.server.patch_request import PatchRequest
 
@@ -34,13 +34,13 @@ def check_fields(model: type[BaseModel], body: Mapping, published: Iterable[str]
     """
     for path in _field_paths(body):
         if path not in ((KEY,), (XARGS, KEY)) and _is_misspelled_key(path[-1]):
-            name = ".".join(part[:MAX_NAME] for part in path)
+            name = ".".join(part[:MAX_NAME_CHARS] for part in path)
             hint = f"Send {KEY!r} as a field of the request, or as JSON in {XARGS}."
             raise SnpatchError(f"request: expected no field {name!r}, which nothing reads. {hint}", field=name)
     known = _declared_names(model) | {KEY, *published}
     for name in body:
         if name not in known:
-            short = name[:MAX_NAME]
+            short = name[:MAX_NAME_CHARS]
             message = f"request: expected a field of this route, got {short!r}. {_hint(name, known)}"
             raise SnpatchError(message, field=short)
     _check_types(model, body)

@@ -18,7 +18,7 @@ from snpatch.engine.requests import Completion
 from snpatch.errors import EngineCrashedError, ReceiptError, SnpatchError, SpoiledEngineError
 from snpatch.executors.base import Progress, Request
 from snpatch.judges.protocol import BrokenJudgeError
-from snpatch.patching.patch import Intervention, Patch, digest_of
+from snpatch.patching.patch import Intervention, Patch, digest_of, recipient_name
 from snpatch.sampling import Sampling
 from snpatch.sweeps.config import check_sampling
 from snpatch.sweeps.store import Store, StoredCompletion, completion_state
@@ -92,7 +92,7 @@ def plan_completions(
     check_sampling(sampling, "texts")
     if samples > 1 and sampling.temperature == 0:
         raise SnpatchError("texts: several samples of a prompt need a temperature above 0: greedy ones are the same")
-    recipients = engine.requests.recipients(patches, len(patches))
+    recipients = [recipient_name(patch) for patch in engine.requests.patches(patches, len(patches))]
     encoded = {recipient: _encode(engine, prompts, recipient) for recipient in dict.fromkeys(recipients)}
     seeded = [_with_seed(sampling, sample, samples) for sample in range(samples)]
     tasks = []

@@ -1,4 +1,4 @@
-"""Files: safetensors with JSON metadata, and writing that never leaves half a file behind."""
+"""Files: atomic writes, safetensors with JSON metadata, and checked reading of checkpoints."""
 
 import errno
 import json
@@ -24,8 +24,8 @@ from snpatch.errors import ESCAPE, SnpatchError
 from snpatch.utils.schema import parse_json
 
 _NOT_IN_STEM = re.compile(r"[/\\\x00-\x1f\x7f]|^\.")
-# What torch.load raises for a file that is damaged or made up.
-DAMAGED = (
+# Exceptions of torch.load for damaged or malicious files.
+_LOAD_ERRORS = (
     UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError,
     AssertionError, MemoryError, OSError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
@@ -33,9 +33,9 @@ DAMAGED = (
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a path to write to; it replaces `path` when the block ends well, and vanishes when it does not.
+    """Yield a temporary path that replaces `path` if the block succeeds, and is removed if it fails.
 
-    File and folder are on the disk before this returns: after a power cut `path` is the old file or the new one.
+    File and folder are synced, so that `path` is either the old or the new file after a power cut.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial{os.getpid()}")
@@ -53,7 +53,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Open a file as an `opener` of `open`; a link, a pipe or a device is an OSError, and nothing is waited for."""
+    """Open a regular file, as an `opener` of `open`. Links, pipes and devices raise OSError without blocking."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -62,7 +62,7 @@ def open_regular(path: str, flags: int) -> int:
 
 
 def sync(path: str | Path) -> None:
-    """Write a file's content, or a folder's entries, to the disk."""
+    """Sync a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,13 +71,13 @@ def sync(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8; halves of surrogate pairs, as names of files that are no UTF-8 have them, as JSON escapes them."""
+    """Write UTF-8. Halves of surrogate pairs, from file names that are not UTF-8, are escaped as in JSON."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=ESCAPE)
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], *, kind: str, meta: dict) -> None:
-    """A safetensors file of one `kind` with `meta` as JSON; no pickle."""
+    """Write a safetensors file of a `kind`, with `meta` as JSON in its header."""
     header = {"kind": kind, "snpatch": __version__, "meta": json.dumps(meta)}
     contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_write(path) as partial:
@@ -85,7 +85,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], *, kind: str, me
 
 
 def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and meta of a file that `write_tensors` wrote; an error for any other kind of file."""
+    """Return tensors and meta of a file that `write_tensors` wrote. Raise for any other kind of file."""
     if not Path(path).is_file():
         raise SnpatchError(f"{path}: no such file")
     try:
@@ -104,14 +104,15 @@ def _meta(path: str | Path, header: dict[str, str]) -> dict:
     except (KeyError, ValueError):
         meta = None
     if not isinstance(meta, dict):
-        raise SnpatchError(f"{path}: damaged: its header holds no JSON object under `meta`; make the file anew")
+        raise SnpatchError(f"{path}: damaged: its header holds no JSON object under `meta`; make the file again")
     return meta
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """Return what a safetensors file or, by any other suffix, a torch file holds; of a pickle only plain tensors.
+    """Return the content of a safetensors file, or of a torch file (any other suffix) of plain tensors.
 
-    A torch file whose tensors would take more room than the file is an error: made up, it could ask for any.
+    A torch file whose tensors need more memory than the file has bytes raises, because a malicious one could ask for
+    any amount.
     """
     if not Path(path).is_file():
         raise SnpatchError(f"{path}: no such file")
@@ -119,30 +120,32 @@ def read_checkpoint(path: str | Path) -> Any:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         _check_stored(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise SnpatchError(f"{path}: not a safetensors file, cannot be read: {error}") from error
-    except DAMAGED as error:
+    except _LOAD_ERRORS as error:
         reason = type(error).__name__
         raise SnpatchError(f"{path}: not a torch file of plain tensors, cannot be read ({reason})") from error
-    for tensor in _tensors_in(found):
+    for tensor in _tensors_in(content):
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             raise SnpatchError(f"{path}: expected plain tensors, got one of {tensor.layout} on {tensor.device}")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise SnpatchError(f"{path}: a tensor of {list(tensor.shape)} is larger than what the file holds of it")
-    return found
+    return content
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint's file by their names."""
-    found = read_checkpoint(path)
-    if not isinstance(found, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items()):
-        raise SnpatchError(f"{path}: expected tensors by name, got another {type(found).__name__}")
-    return found
+    """Return the tensors of a checkpoint file by name."""
+    content = read_checkpoint(path)
+    if not isinstance(content, dict) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in content.items()
+    ):
+        raise SnpatchError(f"{path}: expected tensors by name, got another {type(content).__name__}")
+    return content
 
 
 def _check_stored(path: str | Path) -> None:
-    """Raise BadZipFile for a zip file that would grow when it is read: torch stores its entries as they are."""
+    """Raise BadZipFile for compressed or overlapping entries; torch stores entries uncompressed."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as file:
@@ -152,29 +155,29 @@ def _check_stored(path: str | Path) -> None:
         raise zipfile.BadZipFile("its entries are compressed or overlap")
 
 
-def _tensors_in(found: object) -> Iterator[Tensor]:
+def _tensors_in(content: object) -> Iterator[Tensor]:
     """Yield each tensor of nested containers once."""
-    left, seen = [found], set()
-    while left:
-        one = left.pop()
-        if id(one) in seen:
+    pending, seen = [content], set()
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
             continue
-        seen.add(id(one))
-        if isinstance(one, Tensor):
-            yield one
-        elif isinstance(one, dict):
-            left += one.values()
-        elif isinstance(one, list | tuple | set):
-            left += one
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, dict):
+            pending += item.values()
+        elif isinstance(item, list | tuple | set):
+            pending += item
 
 
 def file_stem(name: str) -> str:
-    """Return a name as part of a file's name in its folder: slashes, control characters and a first dot are escaped."""
+    """Return a name as part of a file name; slashes, control characters and a leading dot are escaped."""
     return _NOT_IN_STEM.sub(lambda match: f"%{ord(match[0]):02X}", name)
 
 
 def check_writable(path: str | Path) -> None:
-    """Find out before long work whether a file could be written at its end."""
+    """Raise before long work if a file could not be written at its end."""
     path = Path(path)
     if path.is_dir():
         raise SnpatchError(f"cannot write {path}: it is a folder")

@@ -1,6 +1,6 @@
-"""Checks of tensors that files and callers give: their type, and whether their values are finite in the type of use.
+"""Checks of tensors from files and callers: dtype, and finite values in the dtype that is used.
 
-Why after conversion: 1e300 is finite in a file of float64, and infinite on the device.
+Values are checked after conversion, because 1e300 is finite in a float64 file and infinite on the device.
 """
 
 import torch
@@ -8,20 +8,20 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # types of adapters and checkpoints
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of adapters and checkpoints
 
 
 def check_tensor(value: object, name: str, *allowed: torch.dtype, used: torch.dtype | None = None) -> Tensor:
-    """Return a tensor in the type of its use.
+    """Return a tensor, converted to the dtype that is used.
 
     Args:
-        value: what a file or a caller gave.
-        name: names it in errors.
-        allowed: types that its format has.
-        used: the type that it is used in; None: its own.
+        value: Value from a file or a caller.
+        name: Names it in errors.
+        allowed: Dtypes of its format.
+        used: Dtype that is used. None: the tensor's own.
 
     Raises:
-        SnpatchError: it is no dense tensor of an allowed type, or a value is not finite in the type of use.
+        SnpatchError: It is not a dense tensor of an allowed dtype, or a value is not finite in the dtype that is used.
     """
     check_type(value, name, *allowed)
     converted = value.detach().to(used or value.dtype)
@@ -33,7 +33,7 @@ def check_tensor(value: object, name: str, *allowed: torch.dtype, used: torch.dt
 
 
 def check_type(value: object, name: str, *allowed: torch.dtype) -> None:
-    """Raise a SnpatchError unless a value is a dense tensor of an allowed type."""
+    """Raise SnpatchError unless a value is a dense tensor of an allowed dtype."""
     expected = " or ".join(map(str, allowed))
     if not isinstance(value, Tensor):
         raise SnpatchError(f"{name}: expected a tensor of {expected}, got {type(value).__name__}")
@@ -43,11 +43,11 @@ def check_type(value: object, name: str, *allowed: torch.dtype) -> None:
 
 
 def is_finite(tensor: Tensor, used: torch.dtype | None = None) -> bool:
-    """Return whether a tensor of real numbers is finite, in the type `used` if there is one. Integers are."""
+    """Return whether all values are finite, after conversion to `used` if given. Integers are finite."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    of_bytes = tensor.dtype.itemsize == 1
+    is_float8 = tensor.dtype.itemsize == 1
     extremes = torch.stack(
-        torch.aminmax(tensor.bfloat16() if of_bytes else tensor)
-    )  # a CPU's isfinite: 30 times as slow
+        torch.aminmax(tensor.bfloat16() if is_float8 else tensor)
+    )  # 30 times as fast as isfinite on a CPU
     return bool(torch.isfinite(extremes if used is None else extremes.to(used)).all())

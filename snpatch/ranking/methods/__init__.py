@@ -1,7 +1,7 @@
-"""Scores: how much a neuron matters, as a function of a contrast's statistics. One function a file.
+"""Scores of neurons, computed from the statistics of a contrast; one function per file.
 
-A further one is a file with `name(statistics) -> Tensor`, [L, F] float32, the larger the sooner patched, and a line
-here.
+To add one: a file with `name(statistics) -> Tensor` ([L, F] float32, neurons with larger scores are patched first), and
+its line in METHODS.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The paper's change score (Eq. 3): root mean square over tokens of the difference of both models' activations."""
+"""Change score of the paper (Eq. 3): root mean square over tokens of the difference of both models' activations."""
 
 from torch import Tensor
 
@@ -6,5 +6,5 @@ from snpatch.ranking.statistics import Statistics
 
 
 def rms(statistics: Statistics) -> Tensor:
-    """[L, F] float32."""
+    """Return the change scores, [L, F] float32."""
     return (statistics.sums[:, 4] / statistics.tokens).sqrt().float()
