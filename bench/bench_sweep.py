@@ -95,7 +95,7 @@ def demo():
     config = experiment.engine_config("vllm", **({} if GPU else {"enforce_eager": True}))
     with Engine.from_config(config) as engine:
         source = experiment.sets[experiment.benchmarks[0]]
-        yield engine, load_dataset(experiment.place(source.source)).prompts
+        yield engine, load_dataset(experiment.resolve_path(source.source)).prompts
 
 
 def judge(asked, answers):
@@ -152,8 +152,8 @@ def test_minimal(benchmark, demo, tmp_path):
     engine, asked = demo
     experiment = load_experiment_config("demo")
     arguments = dict(experiment.judges[experiment.cost])
-    cost = open_judge(experiment.place(arguments.pop("source")), backend="transformers", **arguments)
-    contrast = load_dataset(experiment.place(experiment.sets[experiment.safety.prompts].source)).prompts
+    cost = open_judge(experiment.resolve_path(arguments.pop("source")), backend="transformers", **arguments)
+    contrast = load_dataset(experiment.resolve_path(experiment.sets[experiment.safety.prompts].source)).prompts
     ranking = engine.contrast(contrast, "sft", "dpo", sampling=Sampling(max_tokens=experiment.contrast_tokens))
     ks = tuple(round(len(ranking) * i / 24) for i in range(25))
     config = SweepConfig(("sft", "base"), "dpo", ks, controls=0, sampling=Sampling(max_tokens=experiment.max_tokens))

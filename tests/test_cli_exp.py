@@ -115,8 +115,8 @@ def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, t
         ({"judges": ["none"]}, [], "judges: no judge named 'none'"),
         ({"strength": 1}, [], "sweep: there is no strength"),
         ({"samples": 2}, [], "several samples of a prompt need a temperature above 0"),
-        ({}, ["-k", "3"], "--windows: without PROMPTS"),
-        ({}, ["-a", "x=y"], "--adapter: without PROMPTS"),
+        ({}, ["-k", "3"], "--windows: expected no --windows with a sweep file"),
+        ({}, ["-a", "x=y"], "--adapter: expected no --adapter with a sweep file"),
     ],
 )
 def test_bad_sweep_files_are_one_line(capsys, prompts, ranking, tmp_path, change, options, message):

@@ -195,7 +195,7 @@ def test_settings_of_the_named_world_are_known():
     for experiment, settings in config.settings.items():
         experiments.parse_settings(experiment, settings)
     for one in config.sets.values():
-        assert Path(config.place(one.source)).is_file() or one.source in DATASETS
+        assert Path(config.resolve_path(one.source)).is_file() or one.source in DATASETS
 
 
 def test_rankings_and_texts_are_kept_and_used_again(tmp_path, zoo, monkeypatch):

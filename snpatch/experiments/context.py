@@ -130,7 +130,7 @@ class ExperimentContext:
             raise SnpatchError(f"no judge named {name!r}: the config has {', '.join(self.config.judges)}")
         if name not in self._judges:
             arguments = dict(self.config.judges[name])
-            source = self.config.place(arguments.pop("source"))
+            source = self.config.resolve_path(arguments.pop("source"))
             if is_model_judge(source):
                 arguments.setdefault("backend", self._backend)
             self._judges[name] = open_judge(source, **arguments)

@@ -84,7 +84,7 @@ def downloads(pipeline: Pipeline) -> TableView:
     rows += [(one, "judge", f"{2 * JUDGE / 1e9:.1f}") for one in dict.fromkeys(judges) if is_model_judge(one)]
     sources = dict.fromkeys(one.source for one in sets if one.source in DATASETS)
     rows += [(name, "data", str(known.get(name, {}).get("gb", "?"))) for name in sources]
-    missing = tuple(row for row in rows if not Path(config.place(row[0])).exists())
+    missing = tuple(row for row in rows if not Path(config.resolve_path(row[0])).exists())
     return TableView(("from the hub, if it is not in its cache", "what", "GB"), missing)
 
 
@@ -120,7 +120,7 @@ def _records() -> dict:
 
 def _size(pipeline: Pipeline) -> Size | None:
     """Of the model: of its config where it is a folder here, else as the preset says."""
-    model = pipeline.config.place(pipeline.config.engine.model)
+    model = pipeline.config.resolve_path(pipeline.config.engine.model)
     if not Path(model).is_dir():
         return pipeline.preset.size
     import torch
@@ -188,7 +188,7 @@ def _measured(pipeline: Pipeline) -> tuple[str, float, int] | None:
 
 def _tokens(pipeline: Pipeline, name: str, rows: PromptSet) -> float | None:
     """Of rows to train on: of a file here by its size, of a published set by sizes.toml."""
-    path = Path(pipeline.config.place(rows.source))
+    path = Path(pipeline.config.resolve_path(rows.source))
     wanted = [n for n in (rows.first, rows.sample) if n is not None]
     if path.is_file():
         lines = _lines(path)
@@ -217,7 +217,7 @@ def _kept(texts: int, tokens: int) -> float:
 
 def _judge(pipeline: Pipeline) -> float:
     """Parameters of the cost judge: of its file where it is a folder here (bfloat16), else the paper's."""
-    folder = Path(pipeline.config.place(pipeline.config.judges[pipeline.config.cost]["source"]))
+    folder = Path(pipeline.config.resolve_path(pipeline.config.judges[pipeline.config.cost]["source"]))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2 or JUDGE
 
 
@@ -249,7 +249,7 @@ def _count(pipeline: Pipeline, name: str) -> int:
     """Prompts of a set: as many as the config takes, or that its file has lines."""
     rows = pipeline.config.sets[name]
     counts = [n for n in (rows.first, rows.sample, pipeline.limit) if n is not None]
-    path = Path(pipeline.config.place(rows.source))
+    path = Path(pipeline.config.resolve_path(rows.source))
     if path.is_file():
         counts.append(_lines(path))
     elif rows.source in _sizes():

@@ -137,18 +137,18 @@ class Inputs:
         return [asdict(self._config.sets[name]), self._source(self._config.sets[name]), self._limit, self._skip_invalid]
 
     def _source(self, rows: PromptSet) -> str:
-        path = Path(self._config.place(rows.source))
+        path = Path(self._config.resolve_path(rows.source))
         return digest_of(path) if path.exists() else rows.source
 
     def _judge(self, name: str) -> object:
         arguments = self._config.judges[name]
-        source = self._config.place(arguments["source"])
+        source = self._config.resolve_path(arguments["source"])
         if is_model_judge(source):
             return [arguments, _checkpoint(source)]
         return [arguments, _module(source)]
 
     def _adapter(self, folder: str) -> object:
-        return fingerprint_adapter(self._config.place(folder))
+        return fingerprint_adapter(self._config.resolve_path(folder))
 
     def _model(self, name: str) -> object:
         engine = self._config.engine.placed(self._config.folder)

@@ -209,7 +209,7 @@ class Pipeline:
             reads.append(f"adapter/{self._folder(pair.sft)}")
         command = launching.train_command(
             self._launcher,
-            self.config.place(self.config.engine.model),
+            self.config.resolve_path(self.config.engine.model),
             rows,
             rows.source if rows.source in DATASETS else str(self.out / rows.source),
             folder,
