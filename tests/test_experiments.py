@@ -296,7 +296,7 @@ def test_provenance_does_not_depend_on_what_ran_before(tmp_path, zoo):
     [
         ("nothing", {}, "no experiment named 'nothing'"),
         ("curve", {"kk": [1]}, "settings of curve: there is no kk"),
-        ("curve", {"k": [1.5]}, r"share of the neurons must lie in 0\.0\.\.1\.0, got 1.5"),
+        ("curve", {"k": [1.5]}, r"fraction of the neurons must be in 0\.0\.\.1\.0, got 1.5"),
         ("curve", {"judges": ["reward"]}, "no judge named 'reward'"),
         ("curve", {"prompts": "q"}, "no set named 'q'"),
         ("stability", {}, "needs at least two"),

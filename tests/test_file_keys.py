@@ -1,4 +1,4 @@
-"""Keys of files: each one that a sweep, world, preset or server file may have changes what is run, or is refused."""
+"""Keys of sweep, experiment, preset and server files: each one changes what runs, or is rejected."""
 
 import ast
 import json
@@ -106,7 +106,9 @@ CONFIG_FILE = {
     "judges": SWEEP_FILE["judges"],
     "contrasts": {"safety": {"recipient": "sft", "donor": "dpo", "prompts": "few"}},
 }
-WORLD_KEYS = {path: value for path, value in SWEEP_KEYS.items() if path[0] not in ("sweep", "sampling", "rankings")} | {
+EXPERIMENT_KEYS = {
+    path: value for path, value in SWEEP_KEYS.items() if path[0] not in ("sweep", "sampling", "rankings")
+} | {
     ("max_tokens",): 7,
     ("recipients",): ["sft"],
     ("benchmarks",): ["more"],
@@ -117,7 +119,7 @@ WORLD_KEYS = {path: value for path, value in SWEEP_KEYS.items() if path[0] not i
 
 
 def sweep_of(table: dict, folder: Path) -> tuple:
-    """Return all of a sweep's file that a run reads."""
+    """Return everything in a sweep file that a run reads."""
     spec = SweepSpec.from_dict(table, folder)
     engine = [spec.engine_config(backend) for backend in ("vllm", "transformers")] + [spec.engine.backend]
     return (
@@ -132,14 +134,14 @@ def sweep_of(table: dict, folder: Path) -> tuple:
     )
 
 
-def world_parts(table: dict, folder: Path) -> tuple:
-    """Return all of an experiment config's file that a run reads."""
+def experiment_parts(table: dict, folder: Path) -> tuple:
+    """Return everything in an experiment config that a run reads."""
     config = build_experiment_config(table, folder)
     engine = [config.engine_config(backend) for backend in ("vllm", "transformers")] + [config.engine.backend]
     return (*engine, *(getattr(config, name) for name in sorted(names(ExperimentConfig, "engine", "folder"))))
 
 
-def test_walk_of_a_sweep_file_covers_its_schema():
+def test_sweep_file_example_covers_its_schema():
     engine = names(EngineConfig, "model", "adapters", "models", "template", "capacity", "vllm") | names(Capacity)
     keys = under(("engine",), engine) | under(("sampling",), names(Sampling))
     keys |= under(("sweep",), {*names(SweepConfig, "sampling"), "sets", "judges"})
@@ -148,9 +150,9 @@ def test_walk_of_a_sweep_file_covers_its_schema():
     keys |= {("model",), ("template",), ("contrast_tokens",), ("adapters", "sft"), ("vllm", "max_model_len")}
     keys |= {("judges", "cost", "source"), ("judges", "cost", "format")}
     assert keys == SWEEP_KEYS.keys()
-    top = {path[0] for path in WORLD_KEYS}
+    top = {path[0] for path in EXPERIMENT_KEYS}
     assert top == names(ExperimentConfig, "folder") | {"model", "adapters", "models", "template", "vllm"}
-    assert under(("contrasts", "safety"), names(Contrast)) <= WORLD_KEYS.keys()
+    assert under(("contrasts", "safety"), names(Contrast)) <= EXPERIMENT_KEYS.keys()
 
 
 @pytest.mark.parametrize("path", SWEEP_KEYS, ids=".".join)
@@ -163,14 +165,14 @@ def test_sweep_key_with_another_value_changes_the_run(path, tmp_path):
     assert sweep_of(table, tmp_path) != sweep_of(SWEEP_FILE, tmp_path)
 
 
-@pytest.mark.parametrize("path", WORLD_KEYS, ids=".".join)
-def test_world_key_with_another_value_changes_the_run(path, tmp_path):
-    table = changed(CONFIG_FILE, path, WORLD_KEYS[path])
+@pytest.mark.parametrize("path", EXPERIMENT_KEYS, ids=".".join)
+def test_experiment_key_with_another_value_changes_the_run(path, tmp_path):
+    table = changed(CONFIG_FILE, path, EXPERIMENT_KEYS[path])
     if path in REFUSED:
         with pytest.raises(SnpatchError, match=REFUSED[path]):
-            world_parts(table, tmp_path)
+            experiment_parts(table, tmp_path)
         return
-    assert world_parts(table, tmp_path) != world_parts(CONFIG_FILE, tmp_path)
+    assert experiment_parts(table, tmp_path) != experiment_parts(CONFIG_FILE, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -186,14 +188,14 @@ def test_world_key_with_another_value_changes_the_run(path, tmp_path):
         (("vllm", "template"), "tulu", "vllm: template: expected at the top of the file. Move it there."),
     ],
 )
-def test_misplaced_key_of_a_sweep_file_is_refused(path, value, message, tmp_path):
+def test_misplaced_key_of_sweep_file_raises(path, value, message, tmp_path):
     with pytest.raises(SnpatchError, match=message):
         SweepSpec.from_dict(changed(SWEEP_FILE, path, value), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapters", "models", "template", "engine", "vllm"])
-def test_engine_key_beside_a_world_without_a_model_is_refused(name, tmp_path):
-    """The config's engine runs; one of the file's would never be started."""
+def test_engine_key_with_config_and_without_model_raises(name, tmp_path):
+    """Reject it, because the config's engine runs and the file's would be ignored."""
     rest = {key: part for key, part in SWEEP_FILE.items() if key not in MODEL}
     part = {"template": "tulu", "engine": {"dtype": "bfloat16"}, "vllm": {"max_model_len": 9}}
     with pytest.raises(SnpatchError, match=f"{name}: expected model with it"):
@@ -201,7 +203,7 @@ def test_engine_key_beside_a_world_without_a_model_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])
-def test_backend_of_a_world_file_is_the_labs(backend, tmp_path):
+def test_backend_of_experiment_config_is_the_contexts(backend, tmp_path):
     config = build_experiment_config(changed(CONFIG_FILE, ("engine", "backend"), backend), tmp_path)
     assert config.engine_config().backend == backend
     assert ExperimentContext(config, tmp_path)._backend == backend
@@ -239,7 +241,7 @@ def test_settings_of_an_experiment_change_and_are_read(name):
 
 @cache
 def _attributes(path: Path, objects: tuple[str, ...] | None = None) -> set[str]:
-    """Return the attributes that a file reads, of these names alone where they are given."""
+    """Return the attributes that a file reads; only of these names if there are any."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
     return {
         node.attr
@@ -316,7 +318,7 @@ PRESET_KEYS = {
 }
 
 
-def test_walk_of_a_preset_file_covers_its_schema():
+def test_preset_file_example_covers_its_schema():
     assert TRAINING.keys() == names(TrainSettings, "method")
     assert DPO.keys() == names(DpoSettings, "method")
     training = {path[1] for path in PRESET_KEYS if path[0] == "training"}
@@ -334,7 +336,7 @@ def test_preset_key_with_another_value_changes_the_preset(path, tmp_path):
 
 
 @pytest.mark.parametrize("group", ["settings", "dpo"])
-def test_preset_with_another_peft_is_refused(group, tmp_path):
+def test_preset_with_another_method_raises(group, tmp_path):
     file = tmp_path / "one.toml"
     file.write_text(tomli_w.dumps(changed(PRESET_FILE, ("training", group, "method"), "lora")))
     with pytest.raises(SnpatchError, match="method = lora"):
@@ -342,7 +344,7 @@ def test_preset_with_another_peft_is_refused(group, tmp_path):
 
 
 def _server_keys() -> dict[tuple[str, ...], object]:
-    """Return another value of each key of a server's file."""
+    """Return another value of each key of a server file."""
     found = {(f.name,): another(f.name, f.default) for f in fields(ServeConfig) if isinstance(f.default, int | float)}
     found |= {(name, "one"): "file" for name in (*FILES, "judges")}
     found |= {("patches", "one"): {"recipient": "sft"}, ("vllm_server", "port"): 9, ("vllm", "max_model_len"): 9}
@@ -359,7 +361,7 @@ def _defaults(kind: type) -> dict[str, object]:
     return {f.name: f.default for f in fields(kind)}
 
 
-def test_walk_of_a_server_file_covers_its_schema():
+def test_server_file_example_covers_its_schema():
     assert {path[0] for path in _server_keys()} == names(ServeConfig, "engine") | names(EngineConfig)
 
 
@@ -369,7 +371,7 @@ def test_server_key_with_another_value_changes_the_config(path):
 
 
 @pytest.mark.parametrize("loaded", [SweepSpec.load, load_experiment_config], ids=["sweep", "config"])
-def test_unknown_key_of_a_file_is_one_line(loaded, tmp_path):
+def test_unknown_key_of_a_file_raises_one_line(loaded, tmp_path):
     file = tmp_path / "one.toml"
     file.write_text(tomli_w.dumps({**(SWEEP_FILE if loaded == SweepSpec.load else CONFIG_FILE), "nonsense": 1}))
     with pytest.raises(SnpatchError, match="there is no nonsense") as caught:
@@ -378,12 +380,12 @@ def test_unknown_key_of_a_file_is_one_line(loaded, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "text"), [("e.toml", 'model = "m"\n'), ("e.json", '{"model": "m"}')])
-def test_byte_order_mark_before_a_config_is_passed_over(tmp_path, name, text):
+def test_byte_order_mark_before_config_is_ignored(tmp_path, name, text):
     (tmp_path / name).write_text(f"\ufeff{text}", encoding="utf-8")
     assert EngineConfig.load(tmp_path / name).model == "m"
 
 
-def test_byte_order_mark_before_an_adapters_config_is_passed_over(tmp_path):
+def test_byte_order_mark_before_adapter_config_is_ignored(tmp_path):
     from snpatch.models.peft_files import read_adapter_config
 
     (tmp_path / "adapter_config.json").write_text('\ufeff{"peft_type": "LORA"}', encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The planted model: four neurons alone decide between SAFE and HARM, and the method finds and uses just them."""
+"""Planted model: only four neurons decide between SAFE and HARM, and the method finds and uses exactly them."""
 
 import oracle
 import pytest
@@ -30,8 +30,8 @@ def answers(engine, patch) -> set[str]:
     return {word for c in engine.generate(tiny.PROMPTS, patch, WORDS) for word in c.text.split()}
 
 
-def test_the_model_is_what_it_claims_to_be(planted):
-    """By the oracle: the adapters answer differently, and the planted neurons are all of the difference."""
+def test_planted_model_differs_only_in_its_planted_neurons(planted):
+    """Check with the oracle: the adapters answer differently, and the planted neurons are the whole difference."""
     sft, dpo = (oracle.model(*planted.checkpoints[name]) for name in ("sft", "dpo"))
     mask = oracle.build_mask(tiny.PLANTED, planted.shape)
     for prompt in tiny.PROMPTS:
@@ -44,14 +44,14 @@ def test_the_model_is_what_it_claims_to_be(planted):
 
 
 @pytest.mark.parametrize("positions", ["completion", "completion_shifted", "prompt", "last_prompt_token"])
-def test_contrast_ranks_the_planted_neurons_first(engine, positions):
+def test_contrast_ranks_planted_neurons_first(engine, positions):
     ranking = engine.contrast(tiny.PROMPTS, "sft", "dpo", positions=positions, sampling=WORDS)
     assert sorted(map(tuple, ranking.top(K).tolist())) == sorted(tiny.PLANTED)
     scores = ranking.scores.flatten().sort(descending=True).values
     assert scores[K - 1] > 5 * scores[K]
 
 
-def test_patching_them_flips_the_answer_and_as_many_random_ones_do_not(engine, ranking):
+def test_patching_planted_neurons_flips_the_answer_and_random_ones_do_not(engine, ranking):
     assert answers(engine, "sft") == {tiny.HARM}
     assert answers(engine, "dpo") == {tiny.SAFE}
     assert answers(engine, Patch("sft", "dpo", ranking, K)) == {tiny.SAFE}
@@ -62,13 +62,13 @@ def test_patching_them_flips_the_answer_and_as_many_random_ones_do_not(engine, r
             assert answers(engine, Patch("sft", "dpo", control, K)) == {tiny.HARM}
 
 
-def test_it_works_the_other_way_round_and_with_the_mean(engine, ranking):
+def test_patching_in_reverse_and_with_the_mean_flips_the_answer(engine, ranking):
     assert answers(engine, Patch("dpo", "sft", ranking, K)) == {tiny.HARM}
     assert answers(engine, Patch("sft", Constant.mean(ranking, of="donor"), ranking, K)) == {tiny.SAFE}
     assert answers(engine, Patch("dpo", Constant.zero(ranking), ranking, K)) == {tiny.HARM}
 
 
-def test_the_last_layer_is_left_out_unless_asked_for(engine, ranking):
+def test_last_layer_is_excluded_by_default(engine, ranking):
     assert len(ranking) == 2 * 48
     assert ranking.layer_counts(len(ranking)).tolist() == [48, 48, 0]
     whole = engine.contrast(tiny.PROMPTS, "sft", "dpo", sampling=WORDS, exclude_layers=())
@@ -76,8 +76,8 @@ def test_the_last_layer_is_left_out_unless_asked_for(engine, ranking):
     assert torch.equal(whole.scores, ranking.scores)
 
 
-def test_a_strength_moves_what_a_planted_neuron_writes_by_exactly_that_factor(engine, planted):
-    """Of the answer's direction in the residual stream, read back from three logits; the last norm cancels out."""
+def test_strength_scales_the_output_of_a_planted_neuron_exactly(engine, planted):
+    """Read the answer's direction in the residual stream back from three logits; the last norm cancels out."""
     last = [neuron for neuron in tiny.PLANTED if neuron[0] == 1]  # after them nothing reads or writes the direction
     ranking = Ranking.from_order(torch.tensor(last), planted.shape)
     ids, other = list(tiny.tokenizer()(tiny.PROMPTS[0])["input_ids"]), 50

@@ -113,4 +113,4 @@ def test_readme_sweep_file_is_valid(tmp_path):
     spec = SweepSpec.load(tmp_path / "sweep.toml")
     assert [window.hi for window in spec.sweep.windows] == [0, 200, 1000, 5000, 20_000]
     spec.save(tmp_path / "again.json")
-    assert SweepSpec.load(tmp_path / "again.json").plan == spec.sweep
+    assert SweepSpec.load(tmp_path / "again.json").sweep == spec.sweep

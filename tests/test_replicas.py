@@ -1,4 +1,4 @@
-"""A sweep on two replicas of Ray, one of which is killed: the same table as one engine's."""
+"""Sweeps on two Ray replicas, one of which is killed: the table equals that of one engine."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from snpatch.sweeps.store import STORE_FILE  # noqa: E402
 
 
 def replicas() -> list[int]:
-    """The processes of all replicas."""
+    """Return the processes of all replicas."""
     found = subprocess.run(["pgrep", "-f", "ray::Replica.write"], capture_output=True, text=True).stdout
     return [int(line) for line in found.split()]
 
@@ -31,7 +31,7 @@ def written(out) -> int:
         return file.execute("SELECT count(*) FROM texts").fetchone()[0] if is_made else 0
 
 
-def test_a_replica_that_is_killed_is_replaced(capsys, prompts, ranking, tmp_path):
+def test_killed_replica_is_replaced(capsys, prompts, ranking, tmp_path):
     path, out, alone = spec_of(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
     assert run(capsys, "sweep", path, "--trust-config", "-o", alone)[0] == 0
     command = [
@@ -59,18 +59,18 @@ def test_a_replica_that_is_killed_is_replaced(capsys, prompts, ranking, tmp_path
     assert (out / "sweep.csv").read_bytes() == (alone / "sweep.csv").read_bytes()
     with sqlite3.connect(out / STORE_FILE) as file:
         assert file.execute("SELECT count(*) FROM work").fetchone() == (0,)
-    told = json.loads((out / "sweep.json").read_text())["provenance"]
-    assert told["models"].keys() == {"sft", "dpo"}
+    provenance = json.loads((out / "sweep.json").read_text())["provenance"]
+    assert provenance["models"].keys() == {"sft", "dpo"}
     assert replicas() == []
 
 
-def test_without_restarts_its_end_is_an_error(capsys, prompts, ranking, tmp_path, monkeypatch):
-    from snpatch.experiments import replicas as room
+def test_killed_replica_without_restarts_raises(capsys, prompts, ranking, tmp_path, monkeypatch):
+    from snpatch.experiments import replicas
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     path = spec_of(tmp_path, prompts, ranking, recipients=["base"])
-    monkeypatch.setattr(room.Replica, "prepare", lambda self: os._exit(1))
+    monkeypatch.setattr(replicas.Replica, "prepare", lambda self: os._exit(1))
     code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", tmp_path / "out", "--ray", 1)
     assert (code, "a replica has ended" in err) == (2, True)
     with pytest.raises(SnpatchError, match="went wrong"):
-        raise room._error(type("E", (Exception,), {"cause": SnpatchError("went wrong")})())
+        raise replicas._to_snpatch_error(type("E", (Exception,), {"cause": SnpatchError("went wrong")})())

@@ -1,4 +1,4 @@
-"""What a sweep's folder survives: kills at any moment, other processes, engines and judges and prompts that fail."""
+"""Robustness of a sweep's folder: kills at random moments, other processes, failing engines, judges and prompts."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TEXT = StoredCompletion("a b", [1, 2], "eos", 3)
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    """A file of five prompts."""
+    """Return a file of five prompts."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     texts = json.loads((GOLDEN / "prompts.json").read_text())["prompts"][:5]
     path.write_text("".join(json.dumps({"prompt": one["content"]}) + "\n" for one in texts))
@@ -49,14 +49,14 @@ def ranking(engine, chats):
     return engine.contrast(chats, "sft", "dpo", sampling=GREEDY, exclude_layers=())
 
 
-def test_work_is_taken_once_and_given_back(tmp_path):
+def test_claims_are_exclusive_and_released_at_close(tmp_path):
     with Store(tmp_path) as one, Store(tmp_path) as other:
         assert one.queue.enqueue(["a", "b", "c"]) == other.queue.enqueue(["c", "b", "a"]) == 3
-        assert one.queue.claim(2) == ["a", "b"], "in the order in which it was asked for"
+        assert one.queue.claim(2) == ["a", "b"], "in the order of the requests"
         assert other.queue.claim(5) == ["c"]
         assert one.queue.claim(5) == []
         other.add("c", TEXT)
-        assert (one.queue.num_missing(), other.queue.num_missing()) == (0, 2), "but for what it has itself"
+        assert (one.queue.num_missing(), other.queue.num_missing()) == (0, 2), "without its own claims"
         assert one.status().claimed == 2
         one.add("a", TEXT)
         assert one.completions(["a", "b", "c"]) == {"a": TEXT, "c": TEXT}
@@ -65,7 +65,7 @@ def test_work_is_taken_once_and_given_back(tmp_path):
         assert other.queue.claim(5) == ["b"], "who ends gives back what it had taken"
 
 
-def test_a_lease_expires_and_is_kept_by_who_lives(tmp_path, monkeypatch):
+def test_lease_is_renewed_by_a_live_process_and_expires_otherwise(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "LEASE_SECONDS", 0.4)
     with Store(tmp_path) as one, Store(tmp_path) as other:
         for store in (one, other):
@@ -81,7 +81,7 @@ def test_a_lease_expires_and_is_kept_by_who_lives(tmp_path, monkeypatch):
         assert other.completions(["a"]) == {"a": TEXT}, "the first one stays"
 
 
-def test_a_dead_process_is_not_waited_for(tmp_path):
+def test_lease_of_a_dead_process_is_released_at_once(tmp_path):
     code = f"""
 from snpatch.sweeps.store import Store
 store = Store({str(tmp_path)!r}).__enter__()
@@ -99,8 +99,8 @@ import time; time.sleep(60)
         assert store.queue.claim(1) == ["a"]
 
 
-def test_what_fails_is_narrowed_down_to_one(tmp_path):
-    """A run fails whenever "bad" is in it, as where one prompt kills the engine."""
+def test_failing_completion_is_isolated_by_bisection(tmp_path):
+    """Fail each run that has the bad completion, as if one prompt crashed the engine."""
     keys = [f"k{i}" for i in range(40)]
     with Store(tmp_path) as store:
         store.queue.enqueue(keys)
@@ -116,10 +116,10 @@ def test_what_fails_is_narrowed_down_to_one(tmp_path):
         assert store.queue.errors(keys) == {"k17": "it died"}
         assert len(store.completions(keys)) == 39
         assert runs < 25
-        assert store.queue.enqueue(keys) == 1, "what failed is tried again by the next command"
+        assert store.queue.enqueue(keys) == 1, "failed completions are tried again by the next command"
 
 
-def test_a_full_disk_is_an_error_and_loses_nothing(engine, chats, ranking, tmp_path):
+def test_full_disk_raises_and_loses_nothing(engine, chats, ranking, tmp_path):
     with Store(tmp_path) as store:
         store._database.rows(f"PRAGMA max_page_count = {store._database.row('PRAGMA page_count')[0] + 3}")
         with pytest.raises(SnpatchError, match=f"cannot use .*{STORE_FILE}: database or disk is full"):
@@ -130,7 +130,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(engine, chats, ranking, tmp_p
         assert len(kept) == i > 0
 
 
-def test_another_file_is_no_store(tmp_path):
+def test_store_rejects_another_file(tmp_path):
     (tmp_path / STORE_FILE).write_bytes(b"no database" * 100)
     with pytest.raises(SnpatchError, match="file is not a database"), Store(tmp_path):
         pass
@@ -144,7 +144,7 @@ def test_another_file_is_no_store(tmp_path):
         pass
 
 
-def test_an_engine_that_dies_is_started_anew(engine, chats, ranking, tmp_path, monkeypatch):
+def test_crashed_engine_is_restarted(engine, chats, ranking, tmp_path, monkeypatch):
     whole, restarts, original = run(engine, chats, ranking), [], type(engine.executor).stream
 
     def dying(self, requests):
@@ -162,10 +162,10 @@ def test_an_engine_that_dies_is_started_anew(engine, chats, ranking, tmp_path, m
     with pytest.raises(EngineCrashedError):
         run(engine, chats, ranking, tmp_path / "other", max_restarts=1)
     with Store(tmp_path / "other") as store:
-        assert store.status().done >= 6, "what was written is kept"
+        assert store.status().done >= 6, "finished completions are stored"
 
 
-def test_a_text_that_fails_leaves_the_rest(engine, chats, ranking, tmp_path, monkeypatch, capsys):
+def test_failing_completion_leaves_the_others(engine, chats, ranking, tmp_path, monkeypatch, capsys):
     whole, original = run(engine, chats, ranking), type(engine.executor).stream
     bad = engine.encode([chats[2]], "sft")[0]
 
@@ -191,7 +191,7 @@ def test_a_text_that_fails_leaves_the_rest(engine, chats, ranking, tmp_path, mon
     assert run(engine, chats, ranking, tmp_path).rows == whole.rows, "the same command again does what failed"
 
 
-def test_a_prompt_that_cannot_be_run_leaves_the_rest(engine, chats, ranking, tmp_path):
+def test_invalid_prompt_leaves_the_others(engine, chats, ranking, tmp_path):
     long = [{"role": "user", "content": "bala " * 4000}]
     result = run(engine, [*chats, long], ranking, tmp_path)
     assert len(result.failures) == 1
@@ -200,7 +200,7 @@ def test_a_prompt_that_cannot_be_run_leaves_the_rest(engine, chats, ranking, tmp
     assert [row.mean for row in result.rows] == [row.mean for row in run(engine, chats, ranking).rows]
 
 
-def test_a_run_that_fails_whatever_it_writes_ends(engine, chats, ranking, tmp_path, monkeypatch):
+def test_sweep_gives_up_after_repeated_failed_runs(engine, chats, ranking, tmp_path, monkeypatch):
     calls = []
 
     def failing(self, requests):
@@ -218,7 +218,7 @@ def test_a_run_that_fails_whatever_it_writes_ends(engine, chats, ranking, tmp_pa
     assert len(calls) == 9, "nothing was under way"
 
 
-def test_a_wrong_receipt_ends_the_run(engine, chats, ranking, monkeypatch):
+def test_wrong_receipt_ends_the_sweep(engine, chats, ranking, monkeypatch):
     def wrong(self, requests):
         raise ReceiptError("the device did something else")
         yield
@@ -228,15 +228,15 @@ def test_a_wrong_receipt_ends_the_run(engine, chats, ranking, monkeypatch):
         run(engine, chats, ranking)
 
 
-def note_texts(monkeypatch) -> list[str]:
-    """The keys of the texts that are written from here on."""
+def record_keys(monkeypatch) -> list[str]:
+    """Return a list that collects the keys of completions stored from now on."""
     keys, original = [], Store.add
     monkeypatch.setattr(Store, "add", lambda self, key, completion: keys.append(key) or original(self, key, completion))
     return keys
 
 
 class Words:
-    """A judge with a digest, which notes what it is asked."""
+    """Judge with a fingerprint that records its calls."""
 
     def __init__(self, fingerprint="words", bad=()):
         self.fingerprint, self.bad, self.asked = fingerprint, bad, []
@@ -248,8 +248,8 @@ class Words:
         return judge(prompts, completions)
 
 
-def test_a_judge_added_later_scores_kept_texts_only(engine, chats, ranking, tmp_path, monkeypatch):
-    written = note_texts(monkeypatch)
+def test_added_judge_scores_stored_completions_without_generating(engine, chats, ranking, tmp_path, monkeypatch):
+    written = record_keys(monkeypatch)
     first, second = Words("a"), Words("b")
     run(engine, chats, ranking, tmp_path, judges={"one": first})
     n = len(first.asked)
@@ -261,10 +261,10 @@ def test_a_judge_added_later_scores_kept_texts_only(engine, chats, ranking, tmp_
     assert result.judges == ["one", "two"]
     more = SweepConfig(("sft",), "dpo", (0, 70, 300, 500), controls=1, sampling=GREEDY, resamples=50)
     run(engine, chats, ranking, tmp_path, judges={"one": first}, config=more)
-    assert 0 < len(written) <= 2 * len(chats), "a larger grid runs only what is new"
+    assert 0 < len(written) <= 2 * len(chats), "a larger grid generates only new completions"
 
 
-def test_a_judge_that_raises_leaves_the_rest(engine, chats, ranking, tmp_path):
+def test_judge_that_raises_leaves_the_other_scores(engine, chats, ranking, tmp_path):
     texts_of = {r["completion"] for r in run(engine, chats, ranking).records if r["ranking"] and r["rank_hi"] == 70}
     bad = sorted(texts_of)[0]
     result = run(engine, chats, ranking, tmp_path, judges={"one": Words(bad=[bad]), "other": Words("good")})
@@ -281,7 +281,7 @@ def test_a_judge_that_raises_leaves_the_rest(engine, chats, ranking, tmp_path):
         )
 
 
-def test_texts_are_judged_while_others_are_written(engine, chats, ranking, tmp_path, monkeypatch):
+def test_completions_are_judged_while_others_are_generated(engine, chats, ranking, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "JUDGE_BATCH_SIZE", 4)
     threads, seen, original = set(), [], type(engine.executor).stream
 
@@ -305,9 +305,9 @@ def test_texts_are_judged_while_others_are_written(engine, chats, ranking, tmp_p
     assert result.rows == run(engine, chats, ranking, judges={"one": Words()}).rows
 
 
-def test_equal_texts_are_written_once(engine, chats, ranking, tmp_path, monkeypatch):
-    """k = 0 of all rankings, and the same neurons under another name or in another order."""
-    written = note_texts(monkeypatch)
+def test_equal_requests_are_generated_once(engine, chats, ranking, tmp_path, monkeypatch):
+    """Run k = 0 of all rankings, and the same neurons under another name or in another order."""
+    written = record_keys(monkeypatch)
     shuffled = type(ranking).from_order(ranking.top(70).flip(0), ranking.shape)
     config = SweepConfig(("sft",), "dpo", (0, 70), controls=0, sampling=GREEDY)
     rankings = {"safety": ranking, "same": ranking, "shuffled": shuffled}
@@ -318,7 +318,7 @@ def test_equal_texts_are_written_once(engine, chats, ranking, tmp_path, monkeypa
     assert by["safety", 0].mean == by["shuffled", 0].mean
 
 
-def test_donors_strengths_and_samples_are_points_of_their_own(engine, chats, ranking, tmp_path):
+def test_each_donor_strength_and_sample_is_a_point(engine, chats, ranking, tmp_path):
     config = SweepConfig(
         ("sft", "base"), ("dpo", "sft"), (70,), strengths=(1, 0.5), controls=1, samples=3, resamples=50,
         sampling=Sampling(temperature=1.0, max_tokens=6, seed=5),
@@ -345,7 +345,7 @@ def test_donors_strengths_and_samples_are_points_of_their_own(engine, chats, ran
 
 @pytest.fixture
 def forks(prompts, ranking, tmp_path_factory):
-    """Processes that run the sweep into a folder, when they are told to."""
+    """Return processes that run the sweep into a folder on request."""
     path, started = tmp_path_factory.mktemp("ranking") / "ranking.safetensors", []
     ranking.save(path)
 
@@ -358,15 +358,15 @@ def forks(prompts, ranking, tmp_path_factory):
         one.close()
 
 
-def test_promise_8_kills_at_twenty_random_moments(engine, chats, ranking, tmp_path, forks):
+def test_promise_8_sweep_resumes_after_twenty_random_kills(engine, chats, ranking, tmp_path, forks):
     whole, process, draw, done = run(engine, chats, ranking, config=LONG), forks(), random.Random(0), 0
     keys = {(r["recipient"], r["rank_lo"], r["rank_hi"], r["control_seed"], r["prompt_index"]) for r in whole.records}
     for _ in range(20):
-        pid, until = process.begin(tmp_path), min(done + draw.randint(0, 2), len(keys) // 2)
+        pid, until = process.start(tmp_path), min(done + draw.randint(0, 2), len(keys) // 2)
         while _written(tmp_path) < until:
             time.sleep(draw.random() * 0.01)
         os.kill(pid, signal.SIGKILL)
-        assert process.end() == ""
+        assert process.wait() == ""
         assert _written(tmp_path) >= done, "nothing that was written is lost"
         done = _written(tmp_path)
     assert 20 < done < len(keys)
@@ -383,11 +383,11 @@ def _written(folder) -> int:
         return file.execute("SELECT count(*) FROM texts").fetchone()[0]
 
 
-def test_two_processes_share_the_work_of_a_folder(engine, chats, ranking, tmp_path, forks):
+def test_two_processes_share_a_folder(engine, chats, ranking, tmp_path, forks):
     whole, processes = run(engine, chats, ranking, config=LONG), [forks(), forks()]
     for process in processes:
-        process.begin(tmp_path)
-    assert [process.end() for process in processes] == [str(len(whole.records))] * 2, "both have the whole result"
+        process.start(tmp_path)
+    assert [process.wait() for process in processes] == [str(len(whole.records))] * 2, "both have the complete result"
     with sqlite3.connect(tmp_path / STORE_FILE) as file:
         assert file.execute("SELECT count(*) FROM work").fetchone() == (0,)
     assert run(engine, chats, ranking, tmp_path, LONG).rows == whole.rows

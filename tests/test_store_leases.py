@@ -1,4 +1,4 @@
-"""Leases of a store: who holds them, what a heartbeat survives, and what a process that lost one can touch."""
+"""Leases of a store: claims, heartbeats after errors and locks, and processes that lost their lease."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ time.sleep(600)
 
 
 def wait_until(holds) -> None:
-    """Wait until a condition holds, a minute at most."""
+    """Wait at most a minute until a condition is true."""
     deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
@@ -37,7 +37,7 @@ def wait_until(holds) -> None:
 
 
 def rows(folder, statement: str) -> list[tuple]:
-    """Return what another program reads in the file."""
+    """Return rows as another program reads them."""
     connection = sqlite3.connect(folder / STORE_FILE)
     found = connection.execute(statement).fetchall()
     connection.close()
@@ -55,7 +55,7 @@ def child(tmp_path):
 
 
 @pytest.mark.parametrize("message", ["database is locked", "database or disk is full", "disk I/O error"])
-def test_heartbeat_after_an_error_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys, message):
+def test_heartbeat_continues_after_an_error_and_prints_it_once(tmp_path, monkeypatch, capsys, message):
     monkeypatch.setattr(queue, "LEASE_SECONDS", 0.4)
     calls, original = [], WorkQueue._renew
 
@@ -77,7 +77,7 @@ def test_heartbeat_after_an_error_goes_on_and_says_so_once(tmp_path, monkeypatch
     assert error.count("its leases are renewed again") == 1
 
 
-def test_heartbeat_while_another_process_holds_the_lock_goes_on(tmp_path, monkeypatch):
+def test_heartbeat_continues_after_a_lock_of_another_process(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "LEASE_SECONDS", 0.4)
     with Store(tmp_path) as store:
         store.queue.enqueue(["a"])
@@ -92,7 +92,7 @@ def test_heartbeat_while_another_process_holds_the_lock_goes_on(tmp_path, monkey
 
 
 def late(store: Store) -> None:
-    """Forget the heartbeat of a process, as if it were stopped."""
+    """Stop the heartbeat, as if the process were stopped."""
     store.queue.stop_heartbeat()
     store.queue._heartbeat_connection = None
 
@@ -109,7 +109,7 @@ def late(store: Store) -> None:
     ],
     ids=["suspect one", "suspect all", "keep", "ask", "renew", "leave"],
 )
-def test_process_past_its_lease_touches_nothing_of_the_new_owner(tmp_path, monkeypatch, write):
+def test_process_past_its_lease_changes_nothing_of_the_new_owner(tmp_path, monkeypatch, write):
     monkeypatch.setattr(queue, "LEASE_SECONDS", 0.5)
     with Store(tmp_path) as other:
         one = Store(tmp_path).__enter__()
@@ -128,7 +128,7 @@ def test_process_past_its_lease_touches_nothing_of_the_new_owner(tmp_path, monke
         assert (status.done, status.failed, status.open) == (1, 0, 0)
 
 
-def test_text_that_failed_here_and_was_kept_elsewhere_is_done(tmp_path):
+def test_completion_that_failed_here_and_was_stored_elsewhere_is_done(tmp_path):
     with Store(tmp_path) as one, Store(tmp_path) as other:
         one.queue.enqueue(["x"])
         one.queue.claim(1)
@@ -140,7 +140,7 @@ def test_text_that_failed_here_and_was_kept_elsewhere_is_done(tmp_path):
         assert not one.status().failures
 
 
-def test_one_text_that_fails_leaves_the_others_of_its_run(tmp_path):
+def test_failing_completion_leaves_the_others_of_its_run(tmp_path):
     with Store(tmp_path) as store:
         store.queue.enqueue(["a", "b", "c"])
         assert store.queue.claim(3) == ["a", "b", "c"]
@@ -150,7 +150,7 @@ def test_one_text_that_fails_leaves_the_others_of_its_run(tmp_path):
         assert store.queue.errors(["a", "b", "c"]) == {"b": "overflowed", "c": "the engine died"}
 
 
-def test_row_that_another_process_removed_is_no_suspect(tmp_path):
+def test_row_removed_by_another_process_is_no_suspect(tmp_path):
     with Store(tmp_path) as store:
         assert not store.queue.is_suspect("gone")
 
@@ -172,12 +172,12 @@ MINE = Process.current()
     ],
     ids=["itself", "host renamed", "number reused", "ended", "another container", "unknown", "unknown start"],
 )
-def test_process_has_ended_only_where_it_is_proven(change, has_ended):
+def test_process_has_ended_only_with_proof(change, has_ended):
     assert replace(MINE, **change).has_ended() is has_ended
 
 
 @pytest.mark.skipif(MINE.namespace is None, reason="needs /proc, which proves that a process has ended")
-def test_process_that_was_killed_and_not_waited_for_has_ended():
+def test_zombie_process_has_ended():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     stat = owners._read_stat(child.pid)
     process = replace(MINE, pid=child.pid, started=stat[1])
@@ -187,8 +187,8 @@ def test_process_that_was_killed_and_not_waited_for_has_ended():
     child.wait()
 
 
-def test_containers_of_one_host_name_keep_their_leases(tmp_path, monkeypatch):
-    """Same host, same process numbers: only the heartbeat tells that the other is alive."""
+def test_containers_with_equal_host_name_keep_their_leases(tmp_path, monkeypatch):
+    """Share host name and process numbers: only the heartbeat shows that the other process is alive."""
     monkeypatch.setattr(owners, "_read_namespace", lambda: "boot pid:[1]")
     monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
     monkeypatch.setattr(owners, "_read_stat", lambda pid: ("S", 5) if pid == 2**22 + 1 else None)
@@ -205,7 +205,7 @@ def test_containers_of_one_host_name_keep_their_leases(tmp_path, monkeypatch):
     one.__exit__(None, None, None)
 
 
-def test_lease_of_a_crafted_time_is_free(tmp_path):
+def test_lease_with_an_impossible_time_is_free(tmp_path):
     with Store(tmp_path) as store:
         store.queue.enqueue(["a"])
         store._database.rows("UPDATE work SET owner = 'me', expires = 9e99")
@@ -213,21 +213,21 @@ def test_lease_of_a_crafted_time_is_free(tmp_path):
         assert store.queue.claim(1) == ["a"]
 
 
-def test_lock_that_a_stopped_process_holds_is_an_error_that_names_it(tmp_path, monkeypatch, child):
+def test_lock_of_a_stopped_process_raises_with_its_name(tmp_path, monkeypatch, child):
     os.kill(child.pid, signal.SIGSTOP)
     monkeypatch.setattr(queue, "LEASE_SECONDS", 0.3)
     with pytest.raises(SnpatchError, match=f"locked for 0.6 s by .* process {child.pid}, which is stopped"):
         Store(tmp_path).__enter__()
 
 
-def test_lock_that_a_sweep_holds_is_an_error_that_names_it(tmp_path, monkeypatch, child):
+def test_lock_of_a_sweep_raises_with_its_name(tmp_path, monkeypatch, child):
     monkeypatch.setattr(queue, "LEASE_SECONDS", 0.3)
     with pytest.raises(SnpatchError, match=rf"by .* process {child.pid} \(last heartbeat \d+ s ago\)") as caught:
         Store(tmp_path).__enter__()
     assert "\n" not in str(caught.value)
 
 
-def test_lock_is_waited_for_and_does_not_count_against_leases(tmp_path, monkeypatch):
+def test_time_of_a_lock_does_not_count_against_leases(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "LEASE_SECONDS", 2.0)
     with Store(tmp_path) as one, Store(tmp_path) as other:
         for store in (one, other):
@@ -243,7 +243,7 @@ def test_lock_is_waited_for_and_does_not_count_against_leases(tmp_path, monkeypa
         one.add("a", TEXT)
 
 
-def test_scores_and_failures_of_a_live_run_outlast_the_begin_of_another(tmp_path):
+def test_scores_and_failures_of_a_live_run_survive_the_start_of_another(tmp_path):
     with Store(tmp_path) as other:
         with Store(tmp_path) as one:
             one.set_judges({"words": f"{one.owner} words"})
@@ -259,4 +259,4 @@ def test_scores_and_failures_of_a_live_run_outlast_the_begin_of_another(tmp_path
         fingerprint = f"{other.owner} words"
         third.add_scores(fingerprint, {"text": 1.0})
         third.set_judges({"words": f"{third.owner} words"})
-        assert third.scores(fingerprint) == {}, "nobody asks for the scores of a run that has ended"
+        assert third.scores(fingerprint) == {}, "scores of an ended run without a fingerprint are deleted"

@@ -1,4 +1,4 @@
-"""Stores that are only read: nothing is written, damage and craft are one line, what is missing is seen."""
+"""Stores opened to read: nothing is written, damage is a one-line error, missing completions are reported."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def labels_of(index: int) -> dict:
 
 
 def fill(store: Store) -> None:
-    """Write a text, an empty one, one that failed, one that is open, and one whose prompt cannot be run."""
+    """Write five completions: done, done and empty, failed, open, and one whose prompt cannot be run."""
     keys = list(STATES)
     run_id = store.start_run("snpatch sweep")
     store.queue.enqueue(keys[:4])
@@ -48,7 +48,7 @@ def fill(store: Store) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return the folder of a sweep that was left unfinished."""
+    """Return the folder of an unfinished sweep."""
     with Store(tmp_path / "sweep") as store:
         fill(store)
     return tmp_path / "sweep"
@@ -56,14 +56,14 @@ def folder(tmp_path):
 
 @pytest.fixture
 def live(tmp_path):
-    """Return the folder of a sweep that is being written: all of it is still in the log."""
+    """Return the folder of a running sweep: all rows are still in the log."""
     with Store(tmp_path / "live") as store:
         fill(store)
         yield tmp_path / "live"
 
 
 def copied(source, target, *suffixes: str):
-    """Copy a store's files, as an archive or a killed process has them."""
+    """Copy a store's files, as an archive or a killed process leaves them."""
     target.mkdir()
     for suffix in ("", *suffixes):
         shutil.copyfile(source / f"{STORE_FILE}{suffix}", target / f"{STORE_FILE}{suffix}")
@@ -81,14 +81,14 @@ def change(folder, script: str) -> None:
 
 
 def read(folder) -> list[dict]:
-    """Return the records of a store, after everything else that a reader asks for."""
+    """Call all methods of a reader, and return the records."""
     with Store(folder, must_exist=True) as store:
         store.status()
         store.completions(["k0"])
         return store.records()
 
 
-def test_records_of_an_unfinished_sweep_have_a_state(folder):
+def test_records_of_unfinished_sweep_have_a_state(folder):
     records = read(folder)
     assert [record["state"] for record in records] == list(STATES.values())
     assert [record["completion"] for record in records] == ["text", "", None, None, None]
@@ -112,7 +112,7 @@ def test_reader_sees_all_rows_and_writes_nothing(folder, live, tmp_path, state):
         assert after[name] == before[name]
 
 
-def test_commands_on_a_read_only_folder_work(capsys, folder, tmp_path):
+def test_commands_on_read_only_folder_succeed(capsys, folder, tmp_path):
     folder.chmod(0o555)
     (folder / STORE_FILE).chmod(0o444)
     before = stamps(folder)
@@ -127,8 +127,8 @@ def test_commands_on_a_read_only_folder_work(capsys, folder, tmp_path):
     folder.chmod(0o755)
 
 
-def test_log_in_a_folder_that_cannot_share_it_is_read(live, tmp_path, monkeypatch):
-    """As on a read-only file system: SQLite cannot open the shared index, and the rows of the log must be seen."""
+def test_log_without_shared_index_is_read(live, tmp_path, monkeypatch):
+    """Simulate a read-only file system: SQLite cannot open the shared index, but the log's rows must be read."""
     place = copied(live, tmp_path / "killed", "-wal", "-shm")
     connect = sqlite3.connect
 
@@ -143,20 +143,20 @@ def test_log_in_a_folder_that_cannot_share_it_is_read(live, tmp_path, monkeypatc
     assert len(read(place)) == 5
 
 
-def test_file_that_changed_under_a_reader_is_an_error(folder):
+def test_file_changed_while_reading_raises(folder):
     with pytest.raises(SnpatchError, match="a sweep wrote to it while it was read"), Store(folder, True) as reader:
         reader.status()
         with Store(folder) as writer:
             writer.add("k3", TEXT)
 
 
-def test_reader_that_writes_is_an_error(folder):
+def test_write_of_a_reader_raises(folder):
     with Store(folder, must_exist=True) as reader, pytest.raises(SnpatchError, match="readonly database"):
         reader.add("k3", TEXT)
 
 
 def error_of(step, *arguments) -> str | None:
-    """Return the line that a step ends with, None where it ends well; anything but a SnpatchError fails the test."""
+    """Return the error line of a step, or None. Any other error than a SnpatchError fails the test."""
     try:
         step(*arguments)
     except SnpatchError as error:
@@ -167,8 +167,8 @@ def error_of(step, *arguments) -> str | None:
     return line
 
 
-def test_random_bytes_in_a_store_are_one_line(folder, tmp_path):
-    """1,500 of them in the attack; here a part, with the same kinds of damage."""
+def test_random_bytes_in_a_store_raise_one_line(folder, tmp_path):
+    """Damage a store at random; bench_attack does it 1,500 times with the same kinds of damage."""
     good, draw, place, damaged = (folder / STORE_FILE).read_bytes(), random.Random(2), tmp_path / "damaged", 0
     place.mkdir()
     for _ in range(150):
@@ -186,7 +186,7 @@ def test_random_bytes_in_a_store_are_one_line(folder, tmp_path):
 
 
 def opened(folder) -> None:
-    """Open a store to write, and do what a sweep does."""
+    """Open a store to write, and call what a sweep calls."""
     with Store(folder) as store:
         fill(store)
         store.completions(STATES)
@@ -201,7 +201,7 @@ PROCESS = "INSERT INTO owners VALUES ('o', 'h', {}, {}, 5, 1.0)"
 
 
 def labelled(**changes: object) -> str:
-    """Return the statement that adds a text with other labels."""
+    """Return the statement that adds a completion with other labels."""
     return f"INSERT INTO asked (sweep, labels) VALUES ('s', '{json.dumps({**labels_of(0), **changes})}')"
 
 
@@ -243,7 +243,7 @@ FINE = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_crafted_store_is_named_as_damaged(folder, name):
+def test_crafted_store_is_reported_as_damaged(folder, name):
     change(folder, DAMAGED[name])
     with pytest.raises(SnpatchError, match=rf"{STORE_FILE}: damaged: .*another folder") as caught:
         read(folder)
@@ -252,20 +252,20 @@ def test_crafted_store_is_named_as_damaged(folder, name):
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_crafted_store_does_not_break_a_sweep(folder, name):
-    """What a sweep does not look at it may pass by; all else is one line."""
+    """Allow what a sweep does not read; anything else raises one line."""
     change(folder, DAMAGED[name])
     error_of(opened, folder)
 
 
 @pytest.mark.parametrize("name", FINE)
-def test_harmless_additions_to_a_store_are_passed_by(folder, name):
+def test_harmless_additions_to_a_store_are_ignored(folder, name):
     change(folder, FINE[name])
     assert len(read(folder)) == 5
     opened(folder)
 
 
 @pytest.mark.parametrize("name", ["failures nested", "labels no JSON", "texts an endless view"])
-def test_commands_on_a_crafted_store_are_one_line(capsys, folder, tmp_path, name):
+def test_commands_on_crafted_store_print_one_line(capsys, folder, tmp_path, name):
     change(folder, DAMAGED[name])
     codes = []
     for command in (["sweep", "status", folder], ["sweep", "export", folder, tmp_path / "t.csv"], ["report", folder]):
@@ -276,7 +276,7 @@ def test_commands_on_a_crafted_store_are_one_line(capsys, folder, tmp_path, name
 
 
 @pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, -1])
-def test_store_of_another_version_is_named(folder, version):
+def test_store_of_another_version_raises(folder, version):
     change(folder, f"PRAGMA user_version = {version}")
     before = (folder / STORE_FILE).read_bytes()
     with pytest.raises(SnpatchError, match=r"expected (version \d of )?a sweep's store") as caught:
@@ -287,7 +287,7 @@ def test_store_of_another_version_is_named(folder, version):
     assert (folder / STORE_FILE).read_bytes() == before or version == 0
 
 
-def test_empty_file_is_no_store_to_a_reader_and_a_new_one_to_a_writer(tmp_path):
+def test_empty_file_is_rejected_by_a_reader_and_initialized_by_a_writer(tmp_path):
     (tmp_path / STORE_FILE).write_bytes(b"")
     with pytest.raises(SnpatchError, match="expected a sweep's store, got a file without its tables"):
         read(tmp_path)
@@ -295,7 +295,7 @@ def test_empty_file_is_no_store_to_a_reader_and_a_new_one_to_a_writer(tmp_path):
         assert store.queue.enqueue(["a"]) == 1
 
 
-def test_damaged_part_of_a_worker_is_named(folder, tmp_path):
+def test_damaged_shard_raises_with_its_name(folder, tmp_path):
     part = folder / shard_name(1, 2)
     with Store(folder, name=part.name) as other:
         other.add("mine", TEXT)
@@ -317,7 +317,7 @@ def test_schema_has_no_expression_that_sqlite_distrusts():
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_export_says_how_much_is_written_and_gives_each_row_a_state(capsys, folder, tmp_path, suffix):
+def test_export_prints_progress_and_writes_states(capsys, folder, tmp_path, suffix):
     path = tmp_path / f"texts{suffix}"
     code, out, err = run(capsys, "sweep", "export", folder, path)
     assert code == 0, err
@@ -332,7 +332,7 @@ def test_export_says_how_much_is_written_and_gives_each_row_a_state(capsys, fold
     assert [row["error"] or None for row in found] == [None, None, "overflowed", None, "too long"]
 
 
-def test_export_of_a_finished_sweep_says_so(capsys, tmp_path):
+def test_export_of_finished_sweep_prints_it(capsys, tmp_path):
     with Store(tmp_path) as store:
         store.queue.enqueue(["k0"])
         store.set_labels("s", [("k0", labels_of(0), None)])
@@ -340,7 +340,7 @@ def test_export_of_a_finished_sweep_says_so(capsys, tmp_path):
     assert "All 1 completions are written." in run(capsys, "sweep", "export", tmp_path, tmp_path / "texts.csv")[1]
 
 
-def test_export_of_a_prompt_with_a_lone_surrogate_is_whole(capsys, tmp_path):
+def test_export_of_prompt_with_lone_surrogate_succeeds(capsys, tmp_path):
     with Store(tmp_path) as store:
         store.set_labels("s", [(None, {**labels_of(0), "prompt": "a\ud800"}, "too long")])
     for suffix in ("csv", "parquet"):
@@ -357,7 +357,7 @@ def test_status_shows_control_characters_as_escapes(capsys, folder):
     assert r"two\nlines \u001b[31m" in out
 
 
-def test_page_of_an_unfinished_sweep_says_how_much_is_written(folder):
+def test_page_of_unfinished_sweep_has_progress(folder):
     page = load_page(folder)
     assert page.unfinished == "Unfinished: 2 of 5 completions are written, 1 are open and 2 failed."
     assert [text["state"] for text in page.completions] == list(STATES.values())
@@ -381,7 +381,7 @@ TABLE = {"provenance": {}, "headline": ["one"], "rows": [{"a": 1}]}
     ],
     ids=["no JSON", "nested", "provenance", "command", "headline", "sentence", "rows", "row", "keys"],
 )
-def test_report_of_a_folder_with_a_broken_table_is_one_line(capsys, folder, content):
+def test_report_of_folder_with_broken_table_prints_one_line(capsys, folder, content):
     (folder / "curve.json").write_text(content)
     code, _, err = run(capsys, "report", folder)
     assert (code, err.count("\n")) == (2, 1)
@@ -389,7 +389,7 @@ def test_report_of_a_folder_with_a_broken_table_is_one_line(capsys, folder, cont
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_store_that_may_not_be_read_is_one_line(folder):
+def test_store_without_read_permission_prints_one_line(folder):
     (folder / STORE_FILE).chmod(0)
     with pytest.raises(SnpatchError, match="cannot use"):
         read(folder)

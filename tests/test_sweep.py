@@ -1,4 +1,4 @@
-"""Sweeps: what runs, Eq. 4 and its intervals, controls, resuming."""
+"""Sweeps: their points, Eq. 4 and its intervals, random controls, resuming."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def ranking(engine):
 
 
 def judge(prompts, completions):
-    """Some number that depends on the text alone."""
+    """Return scores that depend only on the completion."""
     return [sum(map(ord, completion)) % 97 / 10 for completion in completions]
 
 
@@ -50,7 +50,7 @@ def run(engine, ranking, store=None, judge=judge, **changes):
     return sweep(engine, PROMPTS, {"safety": ranking}, judges, config, store=store)
 
 
-def test_every_point_equals_the_engine_run_alone(engine, ranking):
+def test_each_point_equals_a_separate_engine_run(engine, ranking):
     result = run(engine, ranking)
     points = {(r["recipient"], r["ranking"], r["control_seed"], r["rank_lo"], r["rank_hi"]) for r in result.records}
     controlled = [(0, 0), (0, 70), (70, 300)]
@@ -72,7 +72,7 @@ def test_every_point_equals_the_engine_run_alone(engine, ranking):
     assert any("[0, 1408) has no random control" in note for note in result.notes)
 
 
-def test_means_effects_and_intervals_are_those_of_the_scores(engine, ranking):
+def test_rows_have_means_effects_and_intervals_of_the_scores(engine, ranking):
     result = run(engine, ranking)
     scores = {}
     for record in result.records:
@@ -96,8 +96,8 @@ def test_means_effects_and_intervals_are_those_of_the_scores(engine, ranking):
         assert by_window[recipient, 1408].effect == pytest.approx(1)
 
 
-def test_effect_on_constructed_costs():
-    """Eq. 4 and its paired resampling: a patch that halves every prompt's own gap has effect 0.5 with no spread."""
+def test_causal_effect_on_constructed_scores():
+    """Check Eq. 4 and its paired resampling: halving each prompt's own gap has effect 0.5 without spread."""
     gap = np.array([1.0, 5.0, 2.0, 9.0])
     recipient = np.array([3.0, 1.0, 4.0, 2.0])
     donor = recipient - gap
@@ -114,7 +114,7 @@ def test_effect_on_constructed_costs():
     assert high > value
 
 
-def test_intervals_cover_the_mean_as_often_as_they_say():
+def test_interval_covers_the_mean_at_its_confidence():
     draw = np.random.default_rng(1)
     covered = [low <= 0 <= high for _, low, high in (interval(np.mean, draw.normal(size=40)) for _ in range(300))]
     assert 0.88 < np.mean(covered) < 0.99
@@ -131,7 +131,7 @@ def test_paired_p_is_the_t_test_over_prompts():
     assert paired_p([1.0], [2.0]) is None
 
 
-def test_promise_8_a_killed_sweep_continues_where_it_was(engine, ranking, tmp_path, written):
+def test_promise_8_killed_sweep_resumes(engine, ranking, tmp_path, written):
     whole = run(engine, ranking)
     written.clear()
     run(engine, ranking, store=tmp_path)
@@ -152,7 +152,7 @@ def test_promise_8_a_killed_sweep_continues_where_it_was(engine, ranking, tmp_pa
 
 
 def model_with(folder, **files) -> Path:
-    """A copy of the golden model with other files."""
+    """Return a copy of the golden model with other files."""
     shutil.copytree(GOLDEN / "model", folder)
     for name, content in files.items():
         (folder / name.replace("__", ".")).write_bytes(content)
@@ -161,7 +161,7 @@ def model_with(folder, **files) -> Path:
 
 @pytest.fixture
 def written(monkeypatch):
-    """The keys of the texts that were written."""
+    """Return a list that collects the keys of stored completions."""
     keys, original = [], Store.add
 
     def keep(self, key, text):
@@ -199,8 +199,8 @@ def another_config() -> bytes:
     ],
     ids=["another place", "more adapters", "another byte", "another config", "other adapters", "another type"],
 )
-def test_texts_are_kept_by_content(engine, ranking, tmp_path, written, is_new, files, adapters, options):
-    """Another place or company of the same models finds their texts; another byte of what made them does not."""
+def test_completions_are_stored_by_content(engine, ranking, tmp_path, written, is_new, files, adapters, options):
+    """Find completions of equal models in other folders, but not of models that differ in one byte."""
     first = run(engine, ranking, store=tmp_path, **SMALL)
     assert len(written) == 2 * len(PROMPTS) + len(PROMPTS)
     written.clear()
@@ -212,7 +212,7 @@ def test_texts_are_kept_by_content(engine, ranking, tmp_path, written, is_new, f
     assert is_new or found.records == first.records
 
 
-def test_texts_of_renamed_models_are_found(engine, ranking, tmp_path, written):
+def test_completions_of_renamed_models_are_found(engine, ranking, tmp_path, written):
     first = run(engine, ranking, store=tmp_path, **SMALL)
     written.clear()
     same = {"dtype": engine.config.dtype, "template": engine.config.template}
@@ -223,8 +223,8 @@ def test_texts_of_renamed_models_are_found(engine, ranking, tmp_path, written):
     assert [r["completion"] for r in found.records] == [r["completion"] for r in first.records]
 
 
-def test_promise_4_overflowing_strength_fails_its_own_texts_alone(engine, ranking, tmp_path):
-    """No store keeps such a text and no judge sees it; all other texts are those of a sweep without it."""
+def test_promise_4_overflowing_strength_fails_only_its_own_completions(engine, ranking, tmp_path):
+    """Store and judge no such completion; all others equal those of a sweep without that strength."""
     seen = []
 
     def watching(prompts, completions):
@@ -250,15 +250,15 @@ def test_promise_4_overflowing_strength_fails_its_own_texts_alone(engine, rankin
         assert store.status().failed == len(broken)
 
 
-def test_controls_may_be_none_or_overlapping(engine, ranking):
+def test_sweep_without_or_with_overlapping_controls(engine, ranking):
     assert not [r for r in run(engine, ranking, controls=0).rows if r.control_seed is not None]
     overlapping = run(engine, ranking, disjoint=False)
     assert not overlapping.notes
     assert {r.rank_hi for r in overlapping.rows if r.control_seed is not None} == {0, 70, 300, 1408}
 
 
-def test_controls_are_drawn_from_all_neurons_outside_their_own_window(ranking):
-    """Not from outside the largest window: that would leave only neurons that change little."""
+def test_controls_are_drawn_from_all_neurons_outside_their_window(ranking):
+    """Do not draw from outside the largest window: that would leave only neurons that change little."""
     reached = set()
     for seed in range(40):
         control = ranking.random_control((0, 70), seed=seed)
@@ -267,7 +267,7 @@ def test_controls_are_drawn_from_all_neurons_outside_their_own_window(ranking):
     assert len(reached & set(range(70, 300))) > 150
 
 
-def test_the_store_tells_templates_and_samples_apart(engine, ranking, tmp_path):
+def test_store_separates_templates_and_samples(engine, ranking, tmp_path):
     adapters = {"sft": GOLDEN / "adapters/sft", "dpo": [GOLDEN / "adapters/sft", GOLDEN / "adapters/dpo"]}
     template = b"{% for m in messages %}{{ m['content'] }}{% endfor %}"
     folder = model_with(tmp_path / "bare", chat_template__jinja=template)
@@ -282,7 +282,7 @@ def test_the_store_tells_templates_and_samples_apart(engine, ranking, tmp_path):
     assert len({r["completion"] for r in sampled.records if r["ranking"]}) > 1
 
 
-def test_the_store_of_an_older_snpatch_is_named(engine, ranking, tmp_path):
+def test_folder_of_older_version_raises(engine, ranking, tmp_path):
     (tmp_path / OLD_STORE_FILE).write_text("{}\n")
     with pytest.raises(SnpatchError, match=f"{OLD_STORE_FILE} is from an older snpatch, .* Move it away"):
         run(engine, ranking, store=tmp_path)
@@ -302,7 +302,7 @@ def test_the_store_of_an_older_snpatch_is_named(engine, ranking, tmp_path):
         ({"judge": lambda prompts, completions: [1.0]}, "'cost'.*one a completion, got 1"),
     ],
 )
-def test_bad_sweeps_are_refused(engine, ranking, changes, message):
+def test_sweep_with_invalid_config_raises(engine, ranking, changes, message):
     with pytest.raises(SnpatchError, match=message):
         run(engine, ranking, **changes)
 
@@ -324,7 +324,7 @@ def test_report_writes_tables_plots_and_headline(engine, ranking, tmp_path):
     assert [line.split(":")[0] for line in build_headline(result)] == ["sft", "base"] * 2
 
 
-def test_every_judge_sees_all_texts(engine, ranking):
+def test_each_judge_scores_all_completions(engine, ranking):
     both = run(engine, ranking, judge={"cost": judge, "length": lambda p, c: [len(text) for text in c]})
     assert both.judges == ["cost", "length"]
     alone = run(engine, ranking)
@@ -339,7 +339,7 @@ def test_every_judge_sees_all_texts(engine, ranking):
         assert row.mean == pytest.approx(np.mean([record["scores"][row.judge] for record in mine]))
 
 
-def test_p_values_compare_with_the_recipient_and_the_random_neurons(engine, ranking):
+def test_p_values_compare_with_recipient_and_random_neurons(engine, ranking):
     result = run(engine, ranking)
     scores = {}
     for r in result.records:
@@ -357,7 +357,7 @@ def test_p_values_compare_with_the_recipient_and_the_random_neurons(engine, rank
     assert next(r for r in result.rows if r.ranking and r.rank_hi == 1408).p_vs_random is None
 
 
-def test_headline_is_the_smallest_window_that_reaches_nine_tenths(engine, ranking):
+def test_headline_names_smallest_window_with_nine_tenths_of_the_best(engine, ranking):
     result = run(engine, ranking, windows=(1408, 70, 1400), controls=0)
     rows = [r for r in result.rows if r.recipient == "sft" and r.ranking]
     best = max(r.effect for r in rows)
@@ -365,13 +365,13 @@ def test_headline_is_the_smallest_window_that_reaches_nine_tenths(engine, rankin
     assert f"({smallest.rank_hi - smallest.rank_lo} by safety)" in build_headline(result)[0]
 
 
-def test_no_prompts_is_refused(engine, ranking):
+def test_sweep_without_prompts_raises(engine, ranking):
     config = SweepConfig(("sft",), "dpo", (1,))
     with pytest.raises(SnpatchError, match="one prompt"):
         sweep(engine, [], {"safety": ranking}, {"cost": judge}, config)
 
 
-def test_headline_says_when_nothing_was_recovered(engine, ranking):
+def test_headline_of_sweep_without_effect(engine, ranking):
     nothing = Ranking.from_order(torch.tensor([[0, 0]]), ranking.shape)
     result = run(engine, nothing, windows=(0,), controls=0)
     assert build_headline(result)[0] == "sft: no window of safety neurons recovered any of the safety gain."

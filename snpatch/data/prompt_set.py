@@ -11,10 +11,14 @@ from snpatch.errors import SnpatchError
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where prompts come from. source, format, split, column, revision: see snpatch.data.load_dataset.
+    """Source of prompts, and which of its rows are used.
 
-    filter: a column and the values of it that are wanted. first: only the first so many; sample: so many drawn with
-    `seed`.
+    Attributes:
+        source: See load_dataset; so are format, split, column and revision.
+        filter: A column and the values of its rows that are used; empty: all rows.
+        first: Number of rows from the start.
+        sample: Number of rows drawn with `seed`.
+        seed: Seed of the sample.
     """
 
     source: str
@@ -34,7 +38,7 @@ class PromptSet:
             raise SnpatchError(f"set {self.source}: expected seed with sample, got it alone. Give both, or neither.")
 
     def read(self, folder: Path, skip_invalid: bool = False) -> Dataset:
-        """The rows that are meant; a path is relative to the folder. skip_invalid: see snpatch.data.load_dataset."""
+        """Read the rows; a path is relative to the folder. skip_invalid: see load_dataset."""
         data = load_dataset(
             resolve_path(folder, self.source),
             format=self.format,

@@ -32,7 +32,7 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class ReplicaInfo:
-    """What an actor knows and the driver does not.
+    """Facts that an actor knows and the driver does not.
 
     Attributes:
         backend: Backend of the engine.

@@ -89,9 +89,9 @@ def plan_completions(
     engine: Engine, prompts: Sequence[Chat], patches: Sequence[Patch | str], sampling: Sampling, samples: int = 1
 ) -> list[list[CompletionTask]]:
     """Return, for each patch, a task per prompt and sample. A task whose prompt cannot be run has an error."""
-    check_sampling(sampling, "texts")
+    check_sampling(sampling, "completions")
     if samples > 1 and sampling.temperature == 0:
-        raise SnpatchError("texts: several samples of a prompt need a temperature above 0: greedy ones are the same")
+        raise SnpatchError("completions: several samples of a prompt need a temperature above 0: greedy ones are equal")
     recipients = [recipient_name(patch) for patch in engine.requests.patches(patches, len(patches))]
     encoded = {recipient: _encode(engine, prompts, recipient) for recipient in dict.fromkeys(recipients)}
     seeded = [_with_seed(sampling, sample, samples) for sample in range(samples)]

@@ -164,7 +164,7 @@ class WorkQueue:
     def _free(self, valid: tuple[float, float], limit: int, attempts: int) -> list[tuple[int, str]]:
         """Return (id, key) of requests that no process writes and that failed `attempts` times.
 
-        valid: the interval of times in which the end of a lease that counts lies.
+        valid: first and last time at which a lease that counts may end.
         """
         return self._database.rows(
             f"SELECT w.id, w.key {FREE_REQUESTS} AND w.attempts = ? ORDER BY r.position LIMIT ?",

@@ -184,7 +184,7 @@ class Point:
 
     @property
     def window_key(self) -> tuple:
-        """What the point has in common with its random controls."""
+        """Key that the point has in common with its random controls."""
         return self.recipient, self.patch and (self.patch.donor, self.patch.strength), self.ranking, self.window
 
     @property
@@ -285,11 +285,12 @@ def plan_sweep(engine: Engine, prompts, rankings: Mapping[str, Ranking], config:
         if recipient != donor and models[0].fingerprint == models[1].fingerprint:
             raise SnpatchError(f"sweep: {recipient} and {donor} are the same model by content: no patch can change it")
     sets = name_sets(prompts)
-    points, notes = build_points(rankings, config)
+    points, window_notes = build_points(rankings, config)
+    notes = [*engine.notes, *window_notes]
     chats = list(chain.from_iterable(sets.values()))
     targets = [point.target for point in points]
     tasks = generation.plan_completions(engine, chats, targets, config.sampling, config.samples)
-    return label_tasks(points, [*engine.notes, *notes], {name: len(chats) for name, chats in sets.items()}, tasks)
+    return label_tasks(points, notes, {name: len(chats) for name, chats in sets.items()}, tasks)
 
 
 def label_tasks(

@@ -1,4 +1,4 @@
-"""Tiny score models in the Beavertails layout and of transformers, and what they give by hand."""
+"""Tiny score models in the Beavertails layout and of transformers, and their scores computed by hand."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def write(
     files: str = "safetensors",
     **changes: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    """A random cost model in `folder`; `changes` replaces tensors by name, or drops them (None)."""
+    """Write a random cost model into `folder`; `changes` replaces tensors by name, or drops them (None)."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -91,7 +91,7 @@ def write(
 
 
 def by_hand(tensors: dict[str, torch.Tensor], text: str, *, normalize: bool = False) -> float:
-    """One text, one row, no padding: Llama written out."""
+    """Score one text without padding, with Llama written out."""
     words = ["<s>", *text.replace("ASSISTANT:", " ASSISTANT: ").replace("</s>", " </s> ").split()]
     x = tensors["model.embed_tokens.weight"][[WORDS.index(word) for word in words]]
     angles = torch.arange(len(words))[:, None] / 10000.0 ** (torch.arange(0, HEAD, 2) / HEAD)
@@ -145,7 +145,7 @@ BERT = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e < > | user assistant .".split()
 
 
 def write_classifier(folder: Path, kind: str = "llama", template: str | None = None, **changes):
-    """A random classifier and its tokenizer; changes are the config's."""
+    """Write a random classifier and its tokenizer; `changes` are fields of its config."""
     torch.manual_seed(0)
     settings = {"vocab_size": len(WORDS), "pad_token_id": 3, "max_position_embeddings": 64}
     settings |= {} if "id2label" in changes else {"num_labels": 1}

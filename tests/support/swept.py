@@ -1,4 +1,4 @@
-"""A small sweep on the golden model, and processes that run it."""
+"""Small sweep on the golden model, and processes that run it."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ ADAPTERS = {"sft": GOLDEN / "adapters/sft", "dpo": [GOLDEN / "adapters/sft", GOL
 
 
 def judge(prompts, completions):
-    """Some number that depends on the text alone."""
+    """Return scores that depend only on the completion."""
     return [sum(map(ord, completion)) % 97 / 10 for completion in completions]
 
 
@@ -28,12 +28,12 @@ def start(**options) -> Engine:
     return Engine(GOLDEN / "model", ADAPTERS, backend="transformers", template="tulu", **options)
 
 
-def run(engine, prompts, ranking, folder=None, config=CONFIG, judges=None, **how):
-    return sweep(engine, prompts, {"safety": ranking}, judges or {"cost": judge}, config, store=folder, **how)
+def run(engine, prompts, ranking, folder=None, config=CONFIG, judges=None, **arguments):
+    return sweep(engine, prompts, {"safety": ranking}, judges or {"cost": judge}, config, store=folder, **arguments)
 
 
 class Forks:
-    """A process with a loaded engine, copies of which run the sweep into a folder."""
+    """Process with a loaded engine; forks of it run the sweep into a folder."""
 
     def __init__(self, prompts: Path, ranking: Path) -> None:
         paths = os.pathsep.join(map(str, (Path(__file__).parent, *sys.path)))
@@ -43,14 +43,14 @@ class Forks:
             command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
 
-    def begin(self, folder: Path) -> int:
-        """The process number of a copy that begins now."""
+    def start(self, folder: Path) -> int:
+        """Start a fork, and return its process number."""
         self._process.stdin.write(f"{folder}\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
-    def end(self) -> str:
-        """Wait for the copy: how many records it got, or nothing."""
+    def wait(self) -> str:
+        """Wait for the fork, and return its number of records (empty if it was killed)."""
         return self._process.stdout.readline().strip()
 
     def close(self) -> None:
