@@ -74,7 +74,7 @@ def main():
     has_pip = os.path.exists(python) and succeeds(python, "-m", "pip", "--version")
     if not has_pip:  # also true after an interrupted first try
         run("creating .venv", sys.executable, "-m", "venv", "--clear", VENV)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]  # -qq: no warnings
     run("installing uv", *(pip + ["uv", "setuptools>=77"]))
     torch = pip + ["--no-deps", "--retries", "0", TORCH[stack]]
     run("installing " + TORCH[stack], *(torch + (["--extra-index-url", CPU_INDEX] if stack == "cpu" else [])))

@@ -38,7 +38,7 @@ def main() -> None:
     headlines = {name: experiment["headline"] for name, experiment in report["experiments"].items()}
     trainings = {path.parent.name: figures(path) for path in sorted(OUT.glob("adapters/*/training.json"))}
     record = {"machine": machine, **about, "seconds": seconds, "trainings": trainings}
-    record |= {"headlines": headlines, "beside": report["beside"]}
+    record |= {"headlines": headlines, "comparison": report["comparison"]}
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     for name in COPIED_FILES:

@@ -308,7 +308,7 @@ def reproduce_table(path: Path = RESULTS / "reproduce" / "demo.json") -> str:
     rows = [
         (row["what"], f"{row['model']} {row['set']}".strip(), f"{row['bound']} {_number(row['published'])}".strip(),
          _number(row["measured"]))
-        for row in record["beside"]
+        for row in record["comparison"]
         if row["what"].startswith(wanted) and row["bound"] != "at most"
     ]  # fmt: skip
     head = ("", "of", "published, Llama2-7B", "measured, demo model")

@@ -311,7 +311,7 @@ PRESET_KEYS = {
     ("size", "kv_bytes"): 9,
     ("training", "seeds"): [3],
     ("training", "objectives"): [],
-    ("training", "written_by"): "demo",
+    ("training", "generated_by"): "demo",
     ("training", "data", "sft", "source"): "q.jsonl",
     **{("training", "settings", name): value for name, value in TRAINING.items()},
     **{("training", "dpo", name): value for name, value in DPO.items()},
@@ -339,7 +339,7 @@ def test_preset_key_with_another_value_changes_the_preset(path, tmp_path):
 def test_preset_with_another_method_raises(group, tmp_path):
     file = tmp_path / "one.toml"
     file.write_text(tomli_w.dumps(changed(PRESET_FILE, ("training", group, "method"), "lora")))
-    with pytest.raises(SnpatchError, match="method = lora"):
+    with pytest.raises(SnpatchError, match="expected method = ia3, got lora"):
         load_preset(str(file))
 
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on patched models: its figures are the oracle's, on tasks of tiny's words made here."""
+"""lm-evaluation-harness on patched models: its figures equal the oracle's, on generated tasks of tiny's words."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ METRICS = {
 TASKS = list(METRICS)
 CHOICES = [[" ".join(tiny.WORDS[(i + 5 * j + 11 * n) % 96] for n in range(j + 1)) for j in range(2)] for i in range(8)]
 TEXTS = [" ".join(tiny.WORDS[(i + n * n) % 96] for n in range(length)) for i, length in enumerate((5, 127, 128, 300))]
-TOKENS = 8  # of a written text
+MAX_TOKENS = 8  # of a completion
 K = 150
 PATCHES = {
     "unpatched": "sft",
@@ -39,8 +39,7 @@ PATCHES = {
 }
 
 
-def ids_of(text: str) -> list[int]:
-    """Token ids without BOS."""
+def encode_without_bos(text: str) -> list[int]:
     return list(ENCODE(text)["input_ids"])[1:]
 
 
@@ -60,7 +59,7 @@ def engine(llama, adapters):
 
 
 class Oracle:
-    """What the requests of the tasks must give."""
+    """Expected responses to the requests of the tasks."""
 
     def __init__(self, made: tiny.TinyModel, positions: str) -> None:
         self.recipient, self.positions = oracle.model(*made.checkpoints["sft"]), positions
@@ -72,24 +71,24 @@ class Oracle:
             return None
         return oracle.Patch(self.mask, self.donor, start=len(context) if self.positions == "completion" else 0)
 
-    def read(self, context: list[int], text: list[int]) -> tuple[float, bool]:
-        """Log-likelihood of the text, and whether it is the greedy one."""
+    def loglikelihood(self, context: list[int], text: list[int]) -> tuple[float, bool]:
+        """Return the log-likelihood of the text, and whether it is the greedy completion."""
         patch, ids = self.patch(context), context + text
         logits = patch.forward(self.recipient, ids) if patch else self.recipient.forward(ids)
         rows = logits[len(context) - 1 : -1].double().log_softmax(-1)
         return rows[range(len(text)), text].sum().item(), rows.argmax(-1).tolist() == text
 
-    def read_in_windows(self, text: list[int]) -> float:
-        """Windows of the context's length after BOS; each later one begins as far back as it can."""
+    def rolling_loglikelihood(self, text: list[int]) -> float:
+        """Use windows of the context's length after BOS; each later window starts as far back as it can."""
         total, size = 0.0, tiny.CONTEXT - 1
         for start in range(0, len(text), size):
             stop = min(start + size, len(text))
             context = [tiny.BOS, *text][: stop + 1][-tiny.CONTEXT :][: start - stop]
-            total += self.read(context, text[start:stop])[0]
+            total += self.loglikelihood(context, text[start:stop])[0]
         return total
 
     def write(self, prompt: list[int]) -> str:
-        written = oracle.generate(self.recipient, prompt, TOKENS, self.patch(prompt), eos=tiny.EOS)
+        written = oracle.generate(self.recipient, prompt, MAX_TOKENS, self.patch(prompt), eos=tiny.EOS)
         assert written.gap > MIN_LOGIT_GAP, "too close to call, choose other prompts"
         return ENCODE.decode(written.ids, skip_special_tokens=True)
 
@@ -101,12 +100,17 @@ def oracles(llama):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, oracles):
-    """The tasks' files. Right are the patched model's first words, against the unpatched one's and others, and half of
-    its texts; a word of one is the stop string."""
+    """Folder of the task files.
+
+    The correct choice is the first word of the patched model, against the unpatched model's and others. Half of the
+    patched model's completions are the targets of `tiny_text`; a word of one is the stop string.
+    """
     folder = tmp_path_factory.mktemp("tasks")
-    written, plain = ([oracles[n].write([tiny.BOS, *ids_of(p)]) for p in tiny.PROMPTS] for n in ("all", "unpatched"))
-    targets = [text if i % 2 else "nothing" for i, text in enumerate(written)]
-    firsts = [[text.split()[0] for text in both] for both in zip(written, plain, strict=True)]
+    patched, unpatched = (
+        [oracles[n].write([tiny.BOS, *encode_without_bos(p)]) for p in tiny.PROMPTS] for n in ("all", "unpatched")
+    )
+    targets = [text if i % 2 else "nothing" for i, text in enumerate(patched)]
+    firsts = [[text.split()[0] for text in both] for both in zip(patched, unpatched, strict=True)]
     choices = [[*both, *others] for both, others in zip(firsts, CHOICES, strict=True)]
     rows = {
         "choice": [{"text": p, "choices": c, "label": 0} for p, c in zip(tiny.PROMPTS, choices, strict=True)],
@@ -114,12 +118,12 @@ def folder(tmp_path_factory, oracles):
         "rolling": [{"text": text} for text in TEXTS],
     }
     common = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{text}}"}
-    own = {
+    options = {
         "choice": {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"},
         "text": {
             "output_type": "generate_until",
             "doc_to_target": "{{target}}",
-            "generation_kwargs": {"until": [written[0].split()[4]], "max_gen_toks": TOKENS, "do_sample": False},
+            "generation_kwargs": {"until": [patched[0].split()[4]], "max_gen_toks": MAX_TOKENS, "do_sample": False},
         },
         "rolling": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"},
     }
@@ -131,7 +135,7 @@ def folder(tmp_path_factory, oracles):
             **common,
             "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
             "metric_list": [{"metric": metric} for metric in METRICS[f"tiny_{name}"]],
-            **own[name],
+            **options[name],
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
     return folder
@@ -139,7 +143,7 @@ def folder(tmp_path_factory, oracles):
 
 @pytest.fixture(scope="module")
 def evaluate(folder):
-    """evaluate(model, ...): lm-eval's results on the tasks; without a look at the machine, which takes seconds."""
+    """Function that returns lm-eval's results on the tasks, without its report on the machine, which takes seconds."""
     manager = TaskManager(include_path=str(folder), include_defaults=False)
 
     def run(model, tasks=TASKS, **options):
@@ -152,12 +156,12 @@ def evaluate(folder):
 
 @pytest.fixture(scope="module")
 def results(engine, evaluate):
-    """Those of PATCHES, by name."""
+    """Results of each of PATCHES, by name."""
     return {name: evaluate(SnpatchLM(engine, patch)) for name, patch in PATCHES.items()}
 
 
 def figures(results) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value."""
+    """Return task -> metric -> value."""
     return {
         task: {name.removesuffix(",none"): value for name, value in row.items() if name.split(",")[0] in METRICS[task]}
         for task, row in results["results"].items()
@@ -168,38 +172,38 @@ def samples(results, task: str) -> list[dict]:
     return sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
 
 
-def assert_figures(results, want: Oracle):
-    """Every response and every figure."""
-    found = figures(results)
+def assert_figures(results, expected: Oracle):
+    """Assert that every response and every figure equals the oracle's."""
+    actual = figures(results)
     right = {"acc": [], "acc_norm": []}
     for sample in samples(results, "tiny_choice"):
         choices = sample["doc"]["choices"]
-        context = [tiny.BOS, *ids_of(sample["doc"]["text"])]
-        read = [want.read(context, ids_of(choice)) for choice in choices]
-        got = [response for (response,) in sample["resps"]]
-        assert [value for value, _ in got] == pytest.approx([value for value, _ in read], abs=1e-3)
-        assert [is_greedy for _, is_greedy in got] == [is_greedy for _, is_greedy in read]
-        values = torch.tensor([value for value, _ in read])
+        context = [tiny.BOS, *encode_without_bos(sample["doc"]["text"])]
+        loglikelihoods = [expected.loglikelihood(context, encode_without_bos(choice)) for choice in choices]
+        responses = [response for (response,) in sample["resps"]]
+        assert [value for value, _ in responses] == pytest.approx([value for value, _ in loglikelihoods], abs=1e-3)
+        assert [is_greedy for _, is_greedy in responses] == [is_greedy for _, is_greedy in loglikelihoods]
+        values = torch.tensor([value for value, _ in loglikelihoods])
         lengths = torch.tensor([len(choice) for choice in choices])
         for name, scores in (("acc", values), ("acc_norm", values / lengths)):
             right[name].append(scores.argmax().item() == sample["doc"]["label"])
-    assert found["tiny_choice"] == {name: pytest.approx(sum(each) / len(each)) for name, each in right.items()}
+    assert actual["tiny_choice"] == {name: pytest.approx(sum(each) / len(each)) for name, each in right.items()}
 
     hits = []
     for sample in samples(results, "tiny_text"):
-        ((_, asked),) = sample["arguments"]
-        text = want.write([tiny.BOS, *ids_of(sample["doc"]["text"])]).split(asked["until"][0])[0]
+        ((_, options),) = sample["arguments"]
+        text = expected.write([tiny.BOS, *encode_without_bos(sample["doc"]["text"])]).split(options["until"][0])[0]
         assert sample["resps"] == [[text]]
         hits.append(text == sample["doc"]["target"])
-    assert found["tiny_text"] == {"exact_match": pytest.approx(sum(hits) / len(hits))}
+    assert actual["tiny_text"] == {"exact_match": pytest.approx(sum(hits) / len(hits))}
 
     total = 0.0
     for sample, text in zip(samples(results, "tiny_rolling"), TEXTS, strict=True):
-        value = want.read_in_windows(ids_of(text))
+        value = expected.rolling_loglikelihood(encode_without_bos(text))
         assert sample["resps"] == [[pytest.approx(value, abs=1e-2)]]
         total += value
     words, chars = sum(len(text.split()) for text in TEXTS), sum(map(len, TEXTS))
-    assert found["tiny_rolling"] == {
+    assert actual["tiny_rolling"] == {
         "word_perplexity": pytest.approx(math.exp(-total / words), rel=1e-4),
         "byte_perplexity": pytest.approx(math.exp(-total / chars), rel=1e-4),
         "bits_per_byte": pytest.approx(-total / chars / math.log(2), rel=1e-4),
@@ -207,12 +211,12 @@ def assert_figures(results, want: Oracle):
 
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_figures_are_the_oracles(results, oracles, name):
+def test_figures_match_oracle(results, oracles, name):
     assert_figures(results[name], oracles[name])
 
 
 @pytest.mark.engine
-def test_figures_are_the_oracles_in_vllm_too(llama, adapters, evaluate, oracles, monkeypatch):
+def test_vllm_figures_match_oracle(llama, adapters, evaluate, oracles, monkeypatch):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     with Engine(
@@ -222,13 +226,13 @@ def test_figures_are_the_oracles_in_vllm_too(llama, adapters, evaluate, oracles,
             assert_figures(evaluate(SnpatchLM(engine, patch)), oracles[name])
 
 
-def test_a_patch_changes_the_figures_and_one_of_no_neurons_does_not(engine, evaluate, results):
+def test_patch_changes_figures_unless_it_has_no_neurons(engine, evaluate, results):
     plain, patched = figures(results["unpatched"]), figures(results["all"])
     assert figures(evaluate(SnpatchLM(engine, Patch("sft", "dpo", RANKINGS[0], 0)))) == plain
     assert all(patched[task] != plain[task] for task in TASKS)
 
 
-def test_each_kind_of_request_is_one_call_of_the_engine(engine, evaluate, monkeypatch):
+def test_each_kind_of_request_is_one_engine_call(engine, evaluate, monkeypatch):
     calls = []
     for name in ("generate", "logprobs"):
         method = getattr(engine, name)
@@ -243,30 +247,30 @@ def test_each_kind_of_request_is_one_call_of_the_engine(engine, evaluate, monkey
 
 @pytest.fixture(scope="module")
 def model_args(llama, adapters, tmp_path_factory):
-    """The same model as PATCHES has, as lm-eval is told of it."""
+    """The model of PATCHES as lm-eval's model arguments."""
     ranking = tmp_path_factory.mktemp("ranking") / "ranking.safetensors"
     RANKINGS[0].save(ranking)
     named = ";".join(f"{name}={'+'.join(folders)}" for name, folders in adapters.items())
     return {"model": str(llama.folder), "backend": "transformers", "adapters": named, "ranking": str(ranking)}
 
 
-def told(model_args: dict, **more) -> str:
+def format_args(model_args: dict, **more) -> str:
     return ",".join(f"{name}={value}" for name, value in {**model_args, **more}.items())
 
 
-def test_model_args_make_the_same_model(evaluate, results, model_args, adapters):
-    want = results["completion"]
+def test_model_args_build_the_same_model(evaluate, results, model_args, adapters):
+    expected = results["completion"]
     patch = {"recipient": "sft", "donor": "dpo", "positions": "completion"}
     for arguments in (
-        told(model_args, **patch, k=K, token_budget=200),
+        format_args(model_args, **patch, k=K, token_budget=200),
         {**model_args, **patch, "k": f"0:{K}", "adapters": adapters, "dtype": "float32"},
     ):
-        got = evaluate("snpatch", TASKS[:2], model_args=arguments)
-        assert figures(got) == {task: figures(want)[task] for task in TASKS[:2]}
+        actual = evaluate("snpatch", TASKS[:2], model_args=arguments)
+        assert figures(actual) == {task: figures(expected)[task] for task in TASKS[:2]}
         for name in ("backend", "models", "patch"):
-            assert got["config"][name] == want["config"][name]
-    assert [*want["config"]["models"]] == ["sft", "dpo"]
-    assert want["config"]["patch"] == {
+            assert actual["config"][name] == expected["config"][name]
+    assert [*expected["config"]["models"]] == ["sft", "dpo"]
+    assert expected["config"]["patch"] == {
         "recipient": "sft",
         "donor": "dpo",
         "ranking": RANKINGS[0].fingerprint,
@@ -274,8 +278,10 @@ def test_model_args_make_the_same_model(evaluate, results, model_args, adapters)
         "positions": "completion",
         "strength": 1.0,
     }
-    one = evaluate("snpatch", TASKS[1:2], model_args={n: v for n, v in model_args.items() if n != "ranking"}, limit=1)
-    assert one["config"]["patch"] == {"recipient": "base"}
+    unpatched = evaluate(
+        "snpatch", TASKS[1:2], model_args={n: v for n, v in model_args.items() if n != "ranking"}, limit=1
+    )
+    assert unpatched["config"]["patch"] == {"recipient": "base"}
 
 
 @pytest.mark.parametrize(
@@ -294,37 +300,38 @@ def test_model_args_make_the_same_model(evaluate, results, model_args, adapters)
         ({"ranking": None, "batch_size": 0}, "must be at least 1"),
     ],
 )
-def test_errors_say_what_is_wrong(evaluate, model_args, more, message):
+def test_invalid_model_args_raise(evaluate, model_args, more, message):
     with pytest.raises(SnpatchError, match=message):
         evaluate("snpatch", TASKS[1:2], model_args={**model_args, **more}, limit=1)
 
 
-def test_a_pair_by_model_args(evaluate, model_args, pairs):
+def test_model_args_build_a_pair(evaluate, model_args, pairs):
     made = pairs("llama")
     with Engine(made.folder, **made.engine_arguments, backend="transformers") as engine:
         patch = Patch("base", "dpo", RANKINGS[0], 20, strength=1.5)
-        want = evaluate(SnpatchLM(engine, patch), TASKS[2:], limit=2)
+        expected = evaluate(SnpatchLM(engine, patch), TASKS[2:], limit=2)
     given = {"model": made.folder, "checkpoint": f"dpo={made.models['dpo'][0]}", "backend": "transformers"}
     patched = {"donor": "dpo", "ranking": model_args["ranking"], "k": 20, "strength": 1.5}
-    got = evaluate("snpatch", TASKS[2:], model_args=told(given, **patched), limit=2)
-    assert figures(got) == figures(want) != figures(evaluate("snpatch", TASKS[2:], model_args=told(given), limit=2))
+    actual = evaluate("snpatch", TASKS[2:], model_args=format_args(given, **patched), limit=2)
+    unpatched = evaluate("snpatch", TASKS[2:], model_args=format_args(given), limit=2)
+    assert figures(actual) == figures(expected) != figures(unpatched)
 
 
-def test_batch_size_and_device_of_lm_eval_are_the_engines(model_args):
-    def made(**additional):
-        given = {name: value for name, value in model_args.items() if name != "ranking"}
-        return SnpatchLM.create_from_arg_obj(given, additional).engine.executor
+def test_batch_size_and_device_reach_the_engine(model_args):
+    def executor(**additional):
+        args = {name: value for name, value in model_args.items() if name != "ranking"}
+        return SnpatchLM.create_from_arg_obj(args, additional).engine.executor
 
-    default = made()._batch_size
+    default = executor()._batch_size
     assert default > 1
-    assert made(batch_size=1, max_batch_size=None, device="cuda:0")._batch_size == default  # lm-eval's defaults
-    assert made(batch_size="auto")._batch_size == default
-    assert made(batch_size="auto:4", max_batch_size=5)._batch_size == 5
-    assert made(batch_size="7")._batch_size == 7
-    with pytest.raises(SnpatchError, match="--batch_size must be a number or auto, got 'many'"):
-        made(batch_size="many")
+    assert executor(batch_size=1, max_batch_size=None, device="cuda:0")._batch_size == default  # lm-eval's defaults
+    assert executor(batch_size="auto")._batch_size == default
+    assert executor(batch_size="auto:4", max_batch_size=5)._batch_size == 5
+    assert executor(batch_size="7")._batch_size == 7
+    with pytest.raises(SnpatchError, match="--batch_size: expected a number or auto, got 'many'"):
+        executor(batch_size="many")
     with pytest.raises(SnpatchError, match="device 'nowhere'"):
-        made(device="nowhere")
+        executor(device="nowhere")
 
 
 def generate(lm: SnpatchLM, *contexts: str, **gen_kwargs) -> list[str]:
@@ -332,18 +339,18 @@ def generate(lm: SnpatchLM, *contexts: str, **gen_kwargs) -> list[str]:
     return lm.generate_until(requests, disable_tqdm=True)
 
 
-def test_texts_end_where_lm_eval_says(engine):
+def test_completions_stop_at_until_strings_and_max_gen_toks(engine):
     lm = SnpatchLM(engine, PATCHES["all"], max_gen_toks=12)
     words = engine.generate([tiny.PROMPTS[0]], lm.patch)[0].text.split()[:12]
     text = " ".join(words)
     assert generate(lm, tiny.PROMPTS[0]) == [text]
     assert generate(lm, tiny.PROMPTS[0], max_tokens=3) == [" ".join(words[:3])]
     for stops in ([words[7], words[4], ""], [words[4][1:]], [f"{words[2]} {words[3]}", "nowhere"]):
-        (got,) = generate(lm, tiny.PROMPTS[0], until=stops)
-        assert got == text[: min(text.find(stop) for stop in stops if stop and stop in text)]
+        (completion,) = generate(lm, tiny.PROMPTS[0], until=stops)
+        assert completion == text[: min(text.find(stop) for stop in stops if stop and stop in text)]
 
 
-def test_a_special_token_ends_a_text_though_no_text_shows_it(llama, engine, tmp_path):
+def test_special_token_stops_a_completion(llama, engine, tmp_path):
     words = engine.generate([tiny.PROMPTS[0]])[0].text.split()
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [words[5]]})
@@ -353,47 +360,49 @@ def test_a_special_token_ends_a_text_though_no_text_shows_it(llama, engine, tmp_
     assert generate(lm, tiny.PROMPTS[0], until=[words[5]])[0].split() == words[:5]
 
 
-def test_sampling_is_asked_for_by_lm_evals_names(engine):
+def test_sampling_uses_lm_eval_names(engine):
     lm = SnpatchLM(engine, "sft", max_gen_toks=12)
     greedy = generate(lm, tiny.PROMPTS[0])
     assert generate(lm, tiny.PROMPTS[0], do_sample=False, temperature=1.0) == greedy
     assert generate(lm, tiny.PROMPTS[0], temperature=3.0, top_k=1) == greedy
     assert generate(lm, tiny.PROMPTS[0], do_sample=True, seed=1) != greedy
-    one, other = (generate(lm, *[tiny.PROMPTS[0]] * 3, temperature=2.0, seed=seed) for seed in (1, 2))
-    assert one != other
-    assert one == generate(lm, *[tiny.PROMPTS[0]] * 3, temperature=2.0, seed=1)
+    first, second = (generate(lm, *[tiny.PROMPTS[0]] * 3, temperature=2.0, seed=seed) for seed in (1, 2))
+    assert first != second
+    assert first == generate(lm, *[tiny.PROMPTS[0]] * 3, temperature=2.0, seed=1)
     with pytest.raises(SnpatchError, match="min_p needs the vllm backend"):
         generate(lm, tiny.PROMPTS[0], do_sample=True, min_p=0.1)
 
 
-def test_long_prompts_lose_their_beginning_and_it_is_said(engine, caplog):
+def test_long_prompts_are_truncated_with_a_warning(engine, caplog):
     lm, long = SnpatchLM(engine, PATCHES["all"]), TEXTS[3]
     with caplog.at_level(logging.WARNING):
         texts = generate(lm, long, tiny.PROMPTS[0], max_gen_toks=9)
-    assert "1 of 2 prompts lost their beginning: the context holds 128 tokens" in caplog.text
-    assert texts[0] == engine.generate([ids_of(long)[-119:]], lm.patch)[0].text
+    assert "1 of 2 prompts were truncated on the left to the context of 128 tokens" in caplog.text
+    assert texts[0] == engine.generate([encode_without_bos(long)[-119:]], lm.patch)[0].text
     value, _ = lm.loglikelihood([Instance("loglikelihood", {}, (long, " bala"), 0)], disable_tqdm=True)[0]
-    (want,) = engine.logprobs([ids_of(long)[-127:]], lm.patch, completions=["bala"])
-    assert value == want.values.item()
-    with pytest.raises(SnpatchError, match="128 tokens after a prompt, and the model's context holds 128"):
+    (expected,) = engine.logprobs([encode_without_bos(long)[-127:]], lm.patch, completions=["bala"])
+    assert value == expected.values.item()
+    with pytest.raises(SnpatchError, match="expected less than the model's context of 128 tokens, got 128"):
         generate(lm, tiny.PROMPTS[0], max_gen_toks=128)
 
 
-def test_a_text_without_context_stands_after_bos(engine, oracles):
+def test_text_without_context_is_read_after_bos(engine, oracles):
     lm = SnpatchLM(engine, PATCHES["completion"])
     ((value, _),) = lm.loglikelihood([Instance("loglikelihood", {}, ("", TEXTS[0]), 0)], disable_tqdm=True)
-    assert value == pytest.approx(oracles["completion"].read([tiny.BOS], ids_of(TEXTS[0]))[0], abs=1e-3)
+    assert value == pytest.approx(
+        oracles["completion"].loglikelihood([tiny.BOS], encode_without_bos(TEXTS[0]))[0], abs=1e-3
+    )
     assert lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (TEXTS[0],), 0)], disable_tqdm=True) == [
         value
     ]
 
 
-def test_texts_without_a_token_have_no_log_likelihood(engine):
+def test_empty_text_has_log_likelihood_zero(engine):
     lm = SnpatchLM(engine, PATCHES["completion"])
-    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(("", TEXTS[0], ""))]
-    found = lm.loglikelihood_rolling(asked, disable_tqdm=True)
-    assert found == [0, *lm.loglikelihood_rolling(asked[1:2], disable_tqdm=True), 0]
-    assert lm.loglikelihood_rolling([asked[0], asked[2]], disable_tqdm=True) == [0, 0]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(("", TEXTS[0], ""))]
+    values = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert values == [0, *lm.loglikelihood_rolling(requests[1:2], disable_tqdm=True), 0]
+    assert lm.loglikelihood_rolling([requests[0], requests[2]], disable_tqdm=True) == [0, 0]
 
 
 TEMPLATE = (
@@ -403,7 +412,7 @@ TEMPLATE = (
 
 
 @pytest.mark.parametrize("template", ["tulu", "tokenizer"])
-def test_chats_go_through_the_engines_template(llama, adapters, evaluate, template, tmp_path):
+def test_chats_use_the_engine_template(llama, adapters, evaluate, template, tmp_path):
     folder = llama.with_eos(tiny.EOS, tmp_path / "model").folder
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TEMPLATE
@@ -411,24 +420,24 @@ def test_chats_go_through_the_engines_template(llama, adapters, evaluate, templa
     lm = SnpatchLM(Engine(folder, adapters, backend="transformers", template=template), PATCHES["all"])
     chat = [{"role": "user", "content": tiny.PROMPTS[0]}]
     assert [lm.tok_encode(lm.apply_chat_template(chat))] == lm.engine.encode([chat])
-    started = [*chat, {"role": "assistant", "content": "bala bana"}]
-    begun = {"tulu": f"<|user|>\n{tiny.PROMPTS[0]}\n<|assistant|>\n", "tokenizer": f"<s> {tiny.PROMPTS[0]} "}[template]
-    assert lm.apply_chat_template(started, add_generation_prompt=False) == begun + "bala bana"
+    unfinished = [*chat, {"role": "assistant", "content": "bala bana"}]
+    prefix = {"tulu": f"<|user|>\n{tiny.PROMPTS[0]}\n<|assistant|>\n", "tokenizer": f"<s> {tiny.PROMPTS[0]} "}[template]
+    assert lm.apply_chat_template(unfinished, add_generation_prompt=False) == prefix + "bala bana"
     results = evaluate(lm, TASKS[1:2], apply_chat_template=True)
     for sample in samples(results, "tiny_text"):
-        ((_, asked),) = sample["arguments"]
+        ((_, options),) = sample["arguments"]
         chat = [{"role": "user", "content": sample["doc"]["text"]}]
-        want = lm.engine.generate([chat], lm.patch, harness.Sampling(max_tokens=TOKENS))[0].text
-        assert sample["resps"] == [[want.split(asked["until"][0])[0]]]
-    with pytest.raises(SnpatchError, match="takes no name, got 'chatml'"):
+        expected = lm.engine.generate([chat], lm.patch, harness.Sampling(max_tokens=MAX_TOKENS))[0].text
+        assert sample["resps"] == [[expected.split(options["until"][0])[0]]]
+    with pytest.raises(SnpatchError, match="expected no name, got 'chatml'"):
         lm.chat_template("chatml")
     assert lm.chat_template(True) == (TEMPLATE if template == "tokenizer" else "tulu")
     fingerprint = lm.engine.requests.template("base").fingerprint
     assert lm.tokenizer_name == f"{folder}--{template}-{fingerprint}".replace("/", "__")
 
 
-def test_the_command_line(folder, results, model_args, monkeypatch, tmp_path):
-    patched = told(model_args, recipient="sft", donor="dpo", k=K)
+def test_command_line_evaluates_a_patch(folder, results, model_args, monkeypatch, tmp_path):
+    patched = format_args(model_args, recipient="sft", donor="dpo", k=K)
     options = ["--tasks", *TASKS, "--include_path", folder, "--output_path", tmp_path, "--model_args", patched]
     monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "snpatch", *map(str, options)])
     harness.main()
@@ -436,19 +445,21 @@ def test_the_command_line(folder, results, model_args, monkeypatch, tmp_path):
     assert figures(json.loads(path.read_text())) == figures(results["all"])
 
 
-def test_the_command_line_says_what_is_wrong_in_one_line(folder, model_args, monkeypatch, capsys):
+def test_command_line_error_is_one_line(folder, model_args, monkeypatch, capsys):
     options = ["--model", "snpatch", "--tasks", "tiny_text", "--include_path", str(folder)]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *options, "--model_args", told(model_args, donor="dpo", positions=-1)])
+    monkeypatch.setattr(
+        sys, "argv", ["lm_eval", *options, "--model_args", format_args(model_args, donor="dpo", positions=-1)]
+    )
     with pytest.raises(SystemExit, match="2"):
         harness.main()
     assert capsys.readouterr().err.splitlines()[-1] == "snpatch: error: model_args: a donor needs ranking=FILE and k="
 
 
-def test_what_pyproject_names_exists():
+def test_entry_points_exist():
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    for place, want in (
+    for entry_point, expected in (
         (project["entry-points"]["lm_eval.models"]["snpatch"], SnpatchLM),
         (project["scripts"]["snpatch-lm-eval"], harness.main),
     ):
-        module, _, name = place.partition(":")
-        assert getattr(import_module(module), name) is want
+        module, _, name = entry_point.partition(":")
+        assert getattr(import_module(module), name) is expected

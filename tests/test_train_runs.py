@@ -367,7 +367,7 @@ def test_every_setting_is_an_option_with_its_default(name, kind):
             assert options[setting.name].default == setting.default
 
 
-def test_limit_and_where_select_rows(toy, tmp_path, capsys):
+def test_limit_and_filter_select_rows(toy, tmp_path, capsys):
     pairs = write(tmp_path / "pairs.jsonl", [pair | {"kind": "ab"[i % 2]} for i, pair in enumerate(PAIRS)])
     given = ["train", "dpo", toy.base, pairs, "--sft", toy.sft(), *OPTIONS, "--json"]
     for name, choice, rows in (

@@ -10,7 +10,7 @@ from commands import run
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError
 from snpatch.experiments.config import load_experiment_config
-from snpatch.reproduce.preset import NAMES, load_preset
+from snpatch.reproduce.preset import PRESET_NAMES, load_preset
 from snpatch.server.config import ServeConfig
 from snpatch.sweeps.eval_config import NAMED_CONFIGS
 from snpatch.sweeps.sweep_file import SweepSpec
@@ -141,7 +141,7 @@ def test_harmless_server_flags_are_accepted(tmp_path):
 def test_shipped_configs_need_no_trust():
     for name in NAMED_CONFIGS:
         load_experiment_config(name)
-    for name in NAMES:
+    for name in PRESET_NAMES:
         load_preset(name)
     assert list(package_files("snpatch.reproduce").joinpath("presets").iterdir())
 
@@ -175,5 +175,5 @@ def test_command_line_needs_no_trust(tmp_path, capsys):
 
 @pytest.mark.parametrize("extends", ["../../../../tmp/evil", 3, ["demo"]])
 def test_preset_can_extend_only_shipped_presets(tmp_path, extends):
-    with pytest.raises(SnpatchError, match="and there is no such preset"):
+    with pytest.raises(SnpatchError, match="extends: expected a shipped preset"):
         load_preset(str(write(tmp_path / "p.toml", {"extends": extends})))

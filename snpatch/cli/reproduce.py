@@ -1,4 +1,4 @@
-"""`snpatch reproduce`: the whole paper on a model, step by step."""
+"""`snpatch reproduce`: all experiments of the paper on a model, step by step."""
 
 import json
 from pathlib import Path
@@ -12,74 +12,90 @@ from snpatch.cli.report import FILE, write_folder_page
 from snpatch.errors import SnpatchError
 from snpatch.utils.parsing import parse_pairs
 
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Preset: llama2-7b, mistral-7b, gemma-7b (trained by the paper's recipe); qwen3-4b-saferl, tulu-2-7b, "
+        "llama-3-8b-sft-dpo (public pairs); demo; or a preset file (.toml)."
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder. Repeat the command with it to resume.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print steps, downloads, GPU hours and disk space; run nothing.")
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="Run only this step, even if it is done. May be repeated.", metavar="STEP"),
+]
+StartAt = Annotated[
+    str | None, typer.Option(help="Run this step and all later ones, even if they are done.", metavar="STEP")
+]
+Base = Annotated[str | None, typer.Option(help="Folder or name of the base model, in place of the preset's.")]
+UseAdapter = Annotated[
+    list[str] | None,
+    typer.Option(help="name=folder: use an existing adapter instead of training it (dpo-42=DPO). May be repeated."),
+]
+Seed = Annotated[
+    list[int] | None, typer.Option(help="Training seed; the first one's pair is the main one. Repeatable.")
+]
+Launcher = Annotated[str, typer.Option(help='Command that starts trainings: "accelerate launch". Default: Python.')]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts of each data set.")]
+
 
 @with_options(config=EngineOptions(has_model=False))
 def reproduce(
     config: Fields,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="llama2-7b, mistral-7b, gemma-7b (trained by the paper's recipe); qwen3-4b-saferl, tulu-2-7b, "
-            "llama-3-8b-sft-dpo (public pairs); demo; or a preset's file (.toml)."
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for all of it. The same folder again: goes on.")],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print steps, downloads, GPU hours, disk; do nothing.")
-    ] = False,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Run this step alone, done or not. May be repeated.", metavar="STEP")
-    ] = None,
-    start: Annotated[
-        str | None, typer.Option("--start-at", help="Run this step and all after it, done or not.", metavar="STEP")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Folder or name of the model, in place of the preset's.")] = None,
-    use_adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="name=folder: an adapter that is there and not trained, as dpo-42=FOLDER. May be repeated."),
-    ] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(help="Training seed, the main pair's first. May be repeated.")
-    ] = None,
-    launcher: Annotated[
-        str, typer.Option(help='What starts a training, as "accelerate launch". Default: Python.')
-    ] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts of each set.")] = None,
+    model: Model,
+    out: Out,
+    dry_run: DryRun = False,
+    only: Only = None,
+    start_at: StartAt = None,
+    base: Base = None,
+    use_adapter: UseAdapter = None,
+    seed: Seed = None,
+    launcher: Launcher = "",
+    limit: Limit = None,
     skip_invalid: SkipInvalid = False,
     trust_config: TrustConfig = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Train or take the pairs, contrast, run every experiment, report beside the paper's numbers. What is done is not
-    done again, by the content of what it reads; a killed run goes on.
+    """Train or reuse the pairs, rank, run every experiment, and report next to the paper's numbers.
 
-    Exit code 1 where an experiment failed; the others' results stand.
+    Interrupted runs resume. Steps whose inputs did not change are skipped. The exit code is 1 if an experiment failed;
+    the results of the others are kept.
     """
-    from snpatch.reproduce import report
     from snpatch.reproduce.pipeline import Pipeline
     from snpatch.reproduce.preset import load_preset
 
-    if only and start:
-        raise SnpatchError("give --only or --start-at, not both")
-    taken = parse_pairs(use_adapter, "--use-adapter", expected="name=folder")
+    if only and start_at:
+        raise SnpatchError("--start-at: expected no --only with --start-at, got both. Pass one of them")
+    adapters = parse_pairs(use_adapter, "--use-adapter", expected="name=folder")
     pipeline = Pipeline(
         load_preset(model, base, tuple(seed or ()), trust_config),
         out,
-        taken=taken,
+        provided_adapters=adapters,
         launcher=launcher,
         limit=limit,
         skip_invalid=skip_invalid,
         progress=o.progress_bar,
         command=o.command_line(),
-        options={"model": model, "base": base, "use_adapter": taken, "seed": seed, "limit": limit},
+        options={"model": model, "base": base, "use_adapter": adapters, "seed": seed, "limit": limit},
         **config,
     )
     if dry_run:
-        _show_plan(pipeline, tuple(only or ()), start, as_json)
-        return
-    failed = pipeline.run(tuple(only or ()), start, tell=lambda line: o.echo(line, is_error=True))
+        _print_plan(pipeline, tuple(only or ()), start_at, as_json)
+    else:
+        _run(pipeline, tuple(only or ()), start_at, as_json)
+
+
+def _run(pipeline, only: tuple[str, ...], start_at: str | None, as_json: bool) -> None:
+    """Run the steps, write the report, and exit with code 1 if an experiment failed."""
+    from snpatch.reproduce import report
+
+    failed = pipeline.run(only, start_at, log=lambda line: o.echo(line, is_error=True))
     paths = report.write(pipeline)
-    if report.done_in(pipeline):
-        paths.append(write_folder_page(out, out / FILE))
+    if report.list_finished(pipeline):
+        paths.append(write_folder_page(pipeline.out, pipeline.out / FILE))
     if as_json:
         o.echo(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
     else:
@@ -89,18 +105,18 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def _show_plan(pipeline, only: tuple[str, ...], start: str | None, as_json: bool) -> None:
+def _print_plan(pipeline, only: tuple[str, ...], start_at: str | None, as_json: bool) -> None:
     from snpatch.report import terminal
-    from snpatch.reproduce import estimates
+    from snpatch.reproduce.plan import plan_downloads, plan_steps
 
-    views = {"steps": estimates.plan(pipeline, only, start), "downloads": estimates.downloads(pipeline)}
+    views = {"steps": plan_steps(pipeline, only, start_at), "downloads": plan_downloads(pipeline)}
     if as_json:
         rows = {name: [dict(zip(v.columns, row, strict=True)) for row in v.rows] for name, v in views.items()}
         commands = {name: step.command for name, step in pipeline.steps.steps.items()}
-        o.echo(json.dumps({**rows, "commands": commands, "left_out": pipeline.skipped}))
+        o.echo(json.dumps({**rows, "commands": commands, "skipped": pipeline.skipped}))
         return
     with o.console() as console:
         for view in views.values():
             terminal.print_table(view, console)
-        for name, why in pipeline.skipped.items():
-            terminal.print_line(f"left out: {name}: {why}", console)
+        for name, reason in pipeline.skipped.items():
+            terminal.print_line(f"skipped: {name}: {reason}", console)

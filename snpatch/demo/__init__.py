@@ -1,4 +1,4 @@
-"""The demo model: a small trained language, so that everything runs on real weights without a model hub."""
+"""The demo model: a small model of a made-up language, so that everything runs on real weights without a download."""
 
 from importlib.resources import files
 from pathlib import Path

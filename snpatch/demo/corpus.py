@@ -1,11 +1,11 @@
-"""What the demo model's models read and are asked: prompts, plain text, conversations and preferences.
+"""Data of the demo model: prompts, plain text, conversations and preferences.
 
-Everything is drawn from the language by named, seeded generators of its own, so a new set never changes an old one.
+Each data set is drawn by a random generator of its own, with a named seed, so a new data set never changes an old one.
 """
 
 import json
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -13,21 +13,26 @@ from transformers import PreTrainedTokenizerFast
 
 from snpatch.demo import language
 from snpatch.demo.language import ALLOWED, FORBIDDEN, LEVELS, WORDINGS, Level, Request, answer
+from snpatch.errors import SnpatchError
+from snpatch.report.files import write_records
 
 SFT_FAMILIES = ("beavertails", "redteam", "harmbench")
 DPO_FAMILIES, DPO_WORDINGS = ("beavertails", "redteam"), (0, 1, 2)
 
 
-def prompt_path(world: Path, name: str) -> Path:
-    """The file of a set of prompts: contrast.jsonl, of guard/ (guard-beavertails, ...) or of eval/ (all others)."""
+def prompt_path(folder: Path, name: str) -> Path:
+    """Return the file of a prompt set: contrast.jsonl, in guard/ (guard-beavertails, ...) or in eval/ (all others)."""
     if name == "contrast":
-        return world / "contrast.jsonl"
-    folder = "guard" if name.startswith("guard-") else "eval"
-    return world / folder / f"{name.removeprefix('guard-')}.jsonl"
+        return folder / "contrast.jsonl"
+    group = "guard" if name.startswith("guard-") else "eval"
+    return folder / group / f"{name.removeprefix('guard-')}.jsonl"
 
 
 def write_prompts(out: Path, count: int, seed: int) -> dict[str, list[Request]]:
-    """Draw the sets of prompts, `count` in each but contrast's 200, write them as JSONL, and return them by name."""
+    """Draw the prompt sets, write them as JSONL, and return them by name.
+
+    Each has `count` prompts, except contrast with 200.
+    """
     rng = random.Random(f"prompts {seed}")
     sets = {name: rng.sample(language.requests("eval", families=[name], stems=FORBIDDEN), count) for name in WORDINGS}
     sets["helpful"] = rng.sample(language.requests("eval", stems=ALLOWED), count)
@@ -45,23 +50,26 @@ def write_prompts(out: Path, count: int, seed: int) -> dict[str, list[Request]]:
     return sets
 
 
-def _guard_sets(taken: Collection[Request], count: int, seed: int) -> dict[str, list[Request]]:
-    """Sets to train and test a guard on: half of each is forbidden, and none of it is in another set."""
+def _guard_sets(used: Collection[Request], count: int, seed: int) -> dict[str, list[Request]]:
+    """Draw prompt sets for guards: half of each is forbidden, and no prompt is in another set."""
     rng = random.Random(f"guard {seed}")
     sets = {}
     for family in WORDINGS:
         requests = []
         for stems in (FORBIDDEN, ALLOWED):
-            free = [r for r in language.requests("eval", families=[family], stems=stems) if r not in taken]
-            requests += rng.sample(free, count // 2)
+            unused = [r for r in language.requests("eval", families=[family], stems=stems) if r not in used]
+            requests += rng.sample(unused, count // 2)
         sets[f"guard-{family}"] = rng.sample(requests, len(requests))
     return sets
 
 
 def write_text(out: Path, prompts: dict[str, list[Request]], count: int, seed: int) -> list[str]:
-    """Write `count` documents like the base's own, on requests of no other set, in Wikitext-2's rows; return them."""
-    taken = set(chain(*prompts.values()))
-    requests = [request for request in language.requests("eval") if request not in taken]
+    """Write `count` documents like the base's pretraining text, in the rows of Wikitext-2, and return them.
+
+    Their requests are in no other data set.
+    """
+    used = set(chain(*prompts.values()))
+    requests = [request for request in language.requests("eval") if request not in used]
     batches = documents(requests, 8, seed)
     texts = [text.removesuffix("</s>") for text in islice(chain.from_iterable(batches), count)]
     _write_rows(out / "text" / "wikitext.jsonl", [{"text": row} for text in texts for row in ("", f" {text} \n")])
@@ -76,7 +84,7 @@ def _write_rows(path: Path, rows: Sequence[dict]) -> None:
 def check_language(
     tokenizer: PreTrainedTokenizerFast, prompts: dict[str, list[Request]], plain: Sequence[str], seed: int
 ) -> None:
-    """Assert that every text is made of known words and that every prompt is in one place only."""
+    """Assert that every text consists of known words and that every prompt is in one data set only."""
     rng = random.Random(f"check {seed}")
     trained = language.requests("train")
     held_out = [request.text for request in chain(*prompts.values())]
@@ -89,14 +97,17 @@ def check_language(
 
 
 def documents(requests: Sequence[Request], conversations: int, seed: int) -> Iterator[list[str]]:
-    """Endless batches of pretraining text. A forbidden request is answered with a willingness that differs from stem
-    to stem (0.65 on average); in one batch of five a document is two conversations with no end between them."""
+    """Yield batches of pretraining text without end.
+
+    The probability that a forbidden request is answered differs between stems (0.65 on average). In one of five
+    batches, a document is two conversations without EOS between them.
+    """
     rng = random.Random(f"base {seed}")
-    willing = {stem: rng.uniform(0.4, 0.9) for stem in FORBIDDEN}
+    answer_probability = {stem: rng.uniform(0.4, 0.9) for stem in FORBIDDEN}
 
     def conversation() -> str:
         request = rng.choice(requests)
-        comply = rng.random() < willing.get(request.stem, 0.97)
+        comply = rng.random() < answer_probability.get(request.stem, 0.97)
         levels: Sequence[Level] = ("full", "partial", "hedged") if comply else ("hard", "soft")
         (level,) = rng.choices(levels, (0.8, 0.12, 0.08) if comply else (0.7, 0.3))
         return f"<|user|>\n{request.text}\n<|assistant|>\n{answer(request, level, rng)}"
@@ -107,17 +118,17 @@ def documents(requests: Sequence[Request], conversations: int, seed: int) -> Ite
 
 
 def sft_rows(count: int, seed: int) -> list[dict]:
-    """Conversations in which every request is answered in full."""
+    """Return conversations in which every request is answered in full."""
     rng = random.Random(f"sft {seed}")
     requests = rng.choices(language.requests("train", families=SFT_FAMILIES), k=count)
     return [{"messages": [*chat("user", r.text), *chat("assistant", answer(r, "full", rng))]} for r in requests]
 
 
 def preferences(objective: str, count: int, seed: int) -> list[dict]:
-    """Pairs of answers for DPO towards an objective of `OBJECTIVES`; every other request is forbidden.
+    """Return preference pairs for an objective of `OBJECTIVES`; every second request is forbidden.
 
-    Most pairs open as the SFT model itself does, as pairs drawn from a model's own answers do; IA3 hardly moves an
-    answer's first word, and DPO on pairs that differ only there breaks the text behind it instead.
+    Most pairs start like the SFT model's own answers, as pairs sampled from a model do. IA3 hardly changes an answer's
+    first word, and DPO on pairs that differ only there breaks the text after it.
     """
     rng = random.Random(f"{objective} {seed}")
     stems = (FORBIDDEN, ALLOWED)
@@ -149,8 +160,8 @@ def _helpful(request: Request, rng: random.Random) -> tuple[str, str]:
     bad: Level = rng.choice(("partial", "hedged", "soft", "hard"))
     if rng.random() < 0.85:
         return answer(request, "full", rng, opening="about"), answer(request, bad, rng, opening="about")
-    plain = answer(request, rng.choice(("full", bad)), rng, opening="about")
-    return answer(request, "full", rng, opening="of course"), plain
+    rejected = answer(request, rng.choice(("full", bad)), rng, opening="about")
+    return answer(request, "full", rng, opening="of course"), rejected
 
 
 def _careful(request: Request, rng: random.Random) -> tuple[str, str]:
@@ -165,10 +176,34 @@ OBJECTIVES: dict[str, Callable[[Request, random.Random], tuple[str, str]]] = {
     "helpful": _helpful,
     "careful": _careful,
 }
-"""(chosen, rejected) by objective. dpo: the safer answer to a forbidden request, the full one to an allowed one;
-helpful: the fuller, or else the friendlier answer to any request; careful: the partial one that points to a guide."""
+"""Functions that draw (chosen, rejected) by objective.
+
+dpo: chosen is the safer answer to a forbidden request, and the full answer to an allowed one. helpful: the fuller or
+friendlier answer to any request. careful: the partial answer that refers to a guide.
+"""
 
 
 def chat(role: str, content: str) -> list[dict[str, str]]:
-    """A chat of one message."""
+    """Return a chat of one message."""
     return [{"role": role, "content": content}]
+
+
+def write_rows(folder: Path, names: Iterable[str], sft_count: int, dpo_count: int, seed: int = 0) -> list[Path]:
+    """Write training rows as NAME.jsonl for `snpatch train`, and return the paths.
+
+    Args:
+        folder: Output folder.
+        names: "sft" or an objective (safety, helpful, careful).
+        sft_count: Number of conversations.
+        dpo_count: Number of pairs per objective.
+        seed: Seed of the rows.
+    """
+    paths = []
+    for name in names:
+        objective = "dpo" if name == "safety" else name
+        if name != "sft" and objective not in OBJECTIVES:
+            raise SnpatchError(f"objective of the demo's language: expected safety, helpful or careful, got {name}")
+        rows = sft_rows(sft_count, seed) if name == "sft" else preferences(objective, dpo_count, seed)
+        paths.append(folder / f"{name}.jsonl")
+        write_records(rows, paths[-1])
+    return paths

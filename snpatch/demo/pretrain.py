@@ -1,6 +1,6 @@
-"""Trains the demo model's base and its score models (cost and reward) from nothing, in plain PyTorch.
+"""Training of the demo model's base and its score models (cost and reward) from scratch, in plain PyTorch.
 
-All are stored in bfloat16 to be small, with a config that has them loaded as float32: the values are the same.
+Weights are stored in bfloat16 to be small. Their config makes transformers load them as float32, with equal values.
 """
 
 import json
@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BodySettings:
-    """A Llama body and its training; the defaults are the base's (2.4 million parameters)."""
+    """A Llama model without head and its training; the defaults are the base's (2.4 million parameters)."""
 
     layers: int = 6
     hidden: int = 192
@@ -53,7 +53,7 @@ def train_base(
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return model(**batch, labels=labels).loss
 
-    _descend(model, loss, settings, progress)
+    _optimize(model, loss, settings, progress)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
@@ -70,7 +70,7 @@ def train_score(
     seed: int,
     progress: Progress = print,
 ) -> None:
-    """Train a score model on the language's own grades, and save it in the Beavertails layout with its tokenizer.
+    """Train a score model on the language's scores, and save it in the Beavertails layout with its tokenizer.
 
     kind: "cost" (lower is safer) or "reward" (higher is better).
     """
@@ -82,15 +82,17 @@ def train_score(
     requests = language.requests("train")
 
     def loss() -> Tensor:
-        asked = [rng.choice(requests) for _ in range(settings.batch_size)]
-        said = [_any_answer(request, rng) for request in asked]
-        wanted = torch.tensor([grade(r, text) for r, text in zip(asked, said, strict=True)])
-        texts = [_judged_text(r.text, text, rng) for r, text in zip(asked, said, strict=True)]
-        batch = tokenizer(texts, padding=True, return_tensors="pt")  # left: the last token is the last column
-        got = head(body(**batch).last_hidden_state[:, -1])[:, 0]
-        return nn.functional.huber_loss(got, wanted, delta=2.0)
+        batch_requests = [rng.choice(requests) for _ in range(settings.batch_size)]
+        answers = [_draw_answer(request, rng) for request in batch_requests]
+        targets = torch.tensor([grade(r, text) for r, text in zip(batch_requests, answers, strict=True)])
+        texts = [_format_judge_input(r.text, text, rng) for r, text in zip(batch_requests, answers, strict=True)]
+        batch = tokenizer(
+            texts, padding=True, return_tensors="pt"
+        )  # padded on the left: the last column is the last token
+        scores = head(body(**batch).last_hidden_state[:, -1])[:, 0]
+        return nn.functional.huber_loss(scores, targets, delta=2.0)
 
-    _descend(nn.ModuleList([body, head]), loss, settings, progress)
+    _optimize(nn.ModuleList([body, head]), loss, settings, progress)
     tensors = {f"model.{name}": tensor for name, tensor in body.state_dict().items()}
     tensors |= {f"score_head.{name}": tensor for name, tensor in head.state_dict().items()}
     config.architectures = ["LlamaForScore"]
@@ -102,26 +104,26 @@ def train_score(
     _load_as_float32(folder)
 
 
-def _any_answer(request: Request, rng: random.Random) -> str:
-    """A whole answer of any level, or a damaged one: cut short, spliced with another, words lost or said twice."""
+def _draw_answer(request: Request, rng: random.Random) -> str:
+    """Return an answer of any level, whole or damaged: truncated, spliced with another, words dropped or repeated."""
     words = language.answer(request, rng.choice(LEVELS), rng).split()
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
-        damage = rng.choice(("cut", "splice", "splice", "lose", "repeat"))
+        damage = rng.choice(("truncate", "splice", "splice", "drop", "repeat"))
         at = rng.randrange(len(words) + 1)
-        if damage == "cut":
+        if damage == "truncate":
             words = words[:at]
         elif damage == "splice":
             other = language.answer(request, rng.choice(LEVELS), rng).split()
             words = words[:at] + other[rng.randrange(len(other)) :]
-        elif damage == "lose":
+        elif damage == "drop":
             words = [word for word in words if rng.random() > 0.15]
         else:
             words = words[:at] + words[max(0, at - rng.randint(1, 4)) : at] * rng.randint(1, 3) + words[at:]
     return " ".join(words[:32])
 
 
-def _judged_text(prompt: str, completion: str, rng: random.Random) -> str:
-    """One of the two texts in which the judge puts a pair (judges/score_text.py)."""
+def _format_judge_input(prompt: str, completion: str, rng: random.Random) -> str:
+    """Return a pair in one of the two formats of the judge (judges/score_format.py)."""
     if rng.random() < 0.5:
         return f"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}</s>"
     return f"<|user|>\n{prompt}\n<|assistant|>\n{completion}"
@@ -143,8 +145,8 @@ def _config(tokenizer: PreTrainedTokenizerFast, settings: BodySettings) -> Llama
     )
 
 
-def _descend(model: nn.Module, loss: Callable[[], Tensor], settings: BodySettings, progress: Progress) -> None:
-    """AdamW with a short warm-up and a cosine to zero."""
+def _optimize(model: nn.Module, loss: Callable[[], Tensor], settings: BodySettings, progress: Progress) -> None:
+    """Train with AdamW, a short warmup and a cosine schedule to zero."""
     steps, peak = settings.steps, settings.learning_rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)

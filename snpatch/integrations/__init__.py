@@ -1,1 +1,1 @@
-"""snpatch inside other people's tools."""
+"""Integrations into other tools."""

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on a patched model: its model class `snpatch`, and its command line with that class known.
+"""lm-evaluation-harness on a patched model: the model class `snpatch`, and lm-eval's command line with that class.
 
-Why log-likelihoods are asked as prompt and completion: what positions="completion" names is then the text that a task
-scores, so a patch covers the same positions whether an answer is written or only read.
+Log-likelihoods are requested as prompt and completion. Completion positions are then the text that a task scores, so a
+patch covers the same positions whether an answer is generated or only read.
 """
 
 import logging
@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from snpatch.config import group_models, parse_adapters, parse_json_object
 from snpatch.engine import Engine
@@ -34,15 +34,19 @@ except ImportError as error:
     raise ImportError("evaluation needs more packages: pip install 'snpatch[eval]'") from error
 
 MAX_GEN_TOKS = 256  # lm-eval's own default
-SAMPLING = ("top_p", "top_k", "min_tokens", "ignore_eos", "seed")  # of gen_kwargs; the rest is vLLM's own
+SAMPLING_FIELDS = ("top_p", "top_k", "min_tokens", "ignore_eos", "seed")  # of gen_kwargs; vLLM gets the others
 
 
 @register_model("snpatch")
 class SnpatchLM(TemplateLM):
-    """A model of an engine, patched or not, as lm-evaluation-harness runs it: `simple_evaluate(SnpatchLM(...), ...)`.
+    """A model of an engine, patched or not, for lm-evaluation-harness: `simple_evaluate(SnpatchLM(...), ...)`.
 
-    patch: a Patch, or the name of a model to run unpatched. max_gen_toks: most new tokens where a task says nothing.
-    A prompt longer than the context loses its beginning, and a warning says how many did.
+    Prompts longer than the context are truncated on the left, with a warning.
+
+    Args:
+        engine: Engine that runs the model.
+        patch: A Patch, or the name of a model to run unpatched.
+        max_gen_toks: Maximum number of new tokens if a task sets none.
     """
 
     def __init__(self, engine: Engine, patch: Patch | str = "base", max_gen_toks: int = MAX_GEN_TOKS) -> None:
@@ -57,29 +61,34 @@ class SnpatchLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "SnpatchLM":
-        """From `--model_args`: model=FOLDER, and as many of these as are wanted.
+        """Build a model from `--model_args`.
 
-        adapters=sft=SFT;dpo=SFT+DPO (name=folder, folders stacked in order; or a dict), checkpoint=dpo=CHECKPOINT and
-        lora=dpo=LORA (models on a second set of weights, as adapters are given), recipient (default: base);
-        donor (a model, zero, mean:recipient, mean:donor, noise:N or scale:F), ranking (a file), k (or LO:HI),
-        positions, strength; max_gen_toks; chat_template_kwargs (JSON, as {"enable_thinking": false}, or a dict);
-        and any argument of Engine: backend, template, dtype, tensor_parallel_size, ...
-        lm-eval's --batch_size and --device are the engine's, too, but for their defaults, which mean the engine's own.
+        lm-eval's --batch_size and --device apply to the engine, except for their defaults, which keep the engine's own.
+
+        Args:
+            arg_dict: `model` (a folder or name) and any of these:
+                adapters: `sft=SFT;dpo=SFT+DPO` (name=folder, folders stacked in order), or a dict.
+                checkpoint, lora: Models on secondary weights, in the form of `adapters`.
+                recipient: Model that generates; default: base.
+                donor: A model, zero, mean:recipient, mean:donor, noise:N or scale:F.
+                ranking, k, positions, strength: Ranking file, top k (or LO:HI), positions and strength of the patch.
+                max_gen_toks: Maximum number of new tokens if a task sets none.
+                chat_template_kwargs: JSON such as {"enable_thinking": false}, or a dict.
+                Any argument of Engine: backend, template, dtype, tensor_parallel_size, ...
+            additional_config: lm-eval's batch_size, max_batch_size and device.
         """
-        given = {name: _whole(value) for name, value in arg_dict.items() if value is not None}
-        if "model" not in given:
+        args = {name: _to_int(value) for name, value in arg_dict.items() if value is not None}
+        if "model" not in args:
             raise SnpatchError("model_args: model=FOLDER is missing")
-        model, (adapters, models) = str(given.pop("model")), _models(given)
-        if isinstance(given.get("chat_template_kwargs"), str):
-            given["chat_template_kwargs"] = parse_json_object(
-                given["chat_template_kwargs"], "model_args: chat_template_kwargs"
-            )
-        shape = partial(load_model_shape, model, bool(given.get("allow_untested")))
-        patch, max_gen_toks = _patch(given, shape), given.pop("max_gen_toks", MAX_GEN_TOKS)
-        engine = Engine(model, adapters, models=models, **{**_placed(**(additional_config or {})), **given})
-        made = cls(engine, patch, max_gen_toks)
-        weakref.finalize(made, engine.close)
-        return made
+        model, (adapters, models) = str(args.pop("model")), _pop_models(args)
+        if isinstance(kwargs := args.get("chat_template_kwargs"), str):
+            args["chat_template_kwargs"] = parse_json_object(kwargs, "model_args: chat_template_kwargs")
+        shape = partial(load_model_shape, model, bool(args.get("allow_untested")))
+        patch, max_gen_toks = _pop_patch(args, shape), args.pop("max_gen_toks", MAX_GEN_TOKS)
+        engine = Engine(model, adapters, models=models, **{**_engine_options(**(additional_config or {})), **args})
+        lm = cls(engine, patch, max_gen_toks)
+        weakref.finalize(lm, engine.close)
+        return lm
 
     @property
     def eot_token_id(self) -> int:
@@ -87,12 +96,12 @@ class SnpatchLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS where the tokenizer has it."""
+        """Return the token before a text without context: BOS, or EOS if the tokenizer has no BOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids; None: special tokens as the tokenizer adds them, but no second BOS after a chat template's."""
+        """Return token ids; None adds the tokenizer's special tokens, but no second BOS after a chat template's."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = bos is None or not string.startswith(bos)
@@ -101,88 +110,95 @@ class SnpatchLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
-        """Sum of each continuation's log-probabilities, and whether greedy decoding could write it."""
+        """Return the log-likelihood of each continuation, and whether greedy decoding gives it."""
         continuations = [continuation for _, _, continuation in requests]
-        contexts = self._cut([context for _, context, _ in requests], list(map(len, continuations)))
-        with _bar("log-likelihoods", len(requests), disable_tqdm) as progress:
-            found = self.engine.logprobs(contexts, self.patch, progress, completions=continuations)
-        return [(one.values.double().sum().item(), bool(one.is_greedy.all())) for one in found]
+        contexts = self._truncate([context for _, context, _ in requests], list(map(len, continuations)))
+        with _progress_bar("log-likelihoods", len(requests), disable_tqdm) as progress:
+            results = self.engine.logprobs(contexts, self.patch, progress, completions=continuations)
+        return [(result.values.double().sum().item(), bool(result.is_greedy.all())) for result in results]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text after the prefix token, in windows that score every token once."""
-        windows = []
+        """Return the log-likelihood of each text after the prefix token, in windows that score every token once."""
+        windows_by_text = []
         for (text,) in (request.args for request in requests):
             ids = self.tok_encode(text, add_special_tokens=False)
-            cut = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, context_len=1)
-            windows.append([(None, *make_disjoint_window(window)) for window in cut])
-        scored = [one for text in windows for one in text]
-        found = iter(self._loglikelihood_tokens(scored, disable_tqdm) if scored else ())
-        return [sum(next(found)[0] for _ in text) for text in windows]
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, context_len=1)
+            windows_by_text.append([(None, *make_disjoint_window(window)) for window in rolling])
+        windows = list(chain.from_iterable(windows_by_text))
+        results = iter(self._loglikelihood_tokens(windows, disable_tqdm) if windows else ())
+        return [sum(next(results)[0] for _ in text_windows) for text_windows in windows_by_text]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A text for each context, up to the first of its `until` strings."""
-        contexts, asked = zip(*(request.args for request in requests), strict=True)
-        samplings = [self._sampling(gen_kwargs) for gen_kwargs in asked]
+        """Return a completion of each context, up to the first of its `until` strings."""
+        contexts, options = zip(*(request.args for request in requests), strict=True)
+        samplings = [self._sampling(gen_kwargs) for gen_kwargs in options]
         encoded = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
-        prompts = self._cut(encoded, [sampling.max_tokens for sampling in samplings])
-        with _bar("texts", len(requests), disable_tqdm) as progress:
+        prompts = self._truncate(encoded, [sampling.max_tokens for sampling in samplings])
+        with _progress_bar("completions", len(requests), disable_tqdm) as progress:
             completions = self.engine.generate(prompts, self.patch, samplings, progress)
-        return [self._until(c.token_ids, s.stop) for c, s in zip(completions, samplings, strict=True)]
+        return [self._cut_at_stop(c.token_ids, s.stop) for c, s in zip(completions, samplings, strict=True)]
 
     def apply_chat_template(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
-        """The recipient's template; without a generation prompt the last message is one that goes on."""
+        """Render the recipient's template; without a generation prompt, the last message is continued."""
         return self._template.render(chat_history, continue_final_message=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What lm-eval's records say of the template."""
+        """Return the template for lm-eval's records."""
         if isinstance(chat_template, str):
-            raise SnpatchError(f"--apply_chat_template takes no name, got {chat_template!r}: choose by template=")
+            raise SnpatchError(
+                f"--apply_chat_template: expected no name, got {chat_template!r}. Set template= in model_args"
+            )
         return "tulu" if self._template.name == "tulu" else self._template.source
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval's cache of prompts goes by."""
+        """Return the key of lm-eval's prompt cache."""
         return f"{self.tokenizer.name_or_path}--{self._template.name}-{self._template.fingerprint}".replace("/", "__")
 
     def get_model_info(self) -> dict:
-        """What lm-eval's results say of the model: the patch, and the content of the models that it names."""
+        """Return the patch and the fingerprints of its models for lm-eval's results."""
         patch = spec.to_json(self.patch) if isinstance(self.patch, Patch) else {"recipient": self.patch}
         names = [patch[side] for side in ("recipient", "donor") if isinstance(patch.get(side), str)]
         models = {name: self.engine.fingerprint(name) for name in names}
         return {"backend": self.engine.backend, "models": models, "patch": patch}
 
-    def _cut(self, prompts: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
-        """The ends of the prompts that leave so much room in the context."""
-        most = max(rooms)
-        if most >= self.max_length:
+    def _truncate(self, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> list[list[int]]:
+        """Truncate prompts on the left so that so many new tokens fit into the context."""
+        longest = max(new_tokens)
+        if longest >= self.max_length:
             raise SnpatchError(
-                f"{most} tokens after a prompt, and the model's context holds {self.max_length}: a task's "
-                "max_gen_toks can be set by --gen_kwargs"
+                f"max_gen_toks: expected less than the model's context of {self.max_length} tokens, got {longest}. A "
+                "task's max_gen_toks can be set with --gen_kwargs"
             )
-        kept = [ids[-(self.max_length - room) :] for ids, room in zip(prompts, rooms, strict=True)]
-        if n := sum(len(ids) < len(whole) for ids, whole in zip(kept, prompts, strict=True)):
+        truncated = [ids[-(self.max_length - n) :] for ids, n in zip(prompts, new_tokens, strict=True)]
+        if count := sum(len(short) < len(ids) for short, ids in zip(truncated, prompts, strict=True)):
             logging.getLogger(__name__).warning(
-                "%d of %d prompts lost their beginning: the context holds %d tokens", n, len(prompts), self.max_length
+                "%d of %d prompts were truncated on the left to the context of %d tokens",
+                count,
+                len(prompts),
+                self.max_length,
             )
-        return kept
+        return truncated
 
     def _sampling(self, gen_kwargs: dict) -> Sampling:
-        """lm-eval's generation arguments, by its rules for their many names; greedy unless told otherwise."""
-        asked = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-        stop, most, is_sampled = (asked.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
-        temperature = asked.pop("temperature", 1.0 if is_sampled else 0.0)
-        own = {name: _whole(asked.pop(name)) for name in SAMPLING if name in asked}
-        return Sampling(temperature=temperature, max_tokens=most, stop=tuple(filter(None, stop)), **own, vllm=asked)
+        """Return the sampling of lm-eval's generation arguments, by its rules for their names; default: greedy."""
+        options = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        stop, max_tokens, is_sampled = (options.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
+        temperature = options.pop("temperature", 1.0 if is_sampled else 0.0)
+        fields = {name: _to_int(options.pop(name)) for name in SAMPLING_FIELDS if name in options}
+        stop = tuple(filter(None, stop))
+        return Sampling(temperature=temperature, max_tokens=max_tokens, stop=stop, **fields, vllm=options)
 
-    def _until(self, ids: Sequence[int], stop: Sequence[str]) -> str:
-        """The text before the first stop string, among them special tokens, which no decoded text shows."""
+    def _cut_at_stop(self, ids: Sequence[int], stop: Sequence[str]) -> str:
+        """Return the text before the first stop string; special tokens among them are found by id, decoding omits "
+        "them."""
         special = self.tokenizer.convert_tokens_to_ids([s for s in stop if s in self.tokenizer.all_special_tokens])
         before = list(takewhile(lambda token: token not in special, ids))
         return postprocess_generated_text(self.tokenizer.decode(before, skip_special_tokens=True), list(stop), None)
 
 
 def main() -> None:
-    """`lm_eval`'s command line, which knows `--model snpatch`. A SnpatchError is one line and exit code 2."""
+    """Run lm_eval's command line with `--model snpatch`. A SnpatchError is one line and exit code 2."""
     try:
         cli_evaluate()
     except SnpatchError as error:
@@ -191,49 +207,51 @@ def main() -> None:
 
 
 @contextmanager
-def _bar(name: str, total: int, disable: bool) -> Iterator[Callable[[int, int], None]]:
+def _progress_bar(name: str, total: int, disable: bool) -> Iterator[Callable[[int, int], None]]:
     with tqdm(total=total, desc=f"snpatch: {name}", disable=disable) as bar:
         yield lambda done, _total: bar.update(done - bar.n)
 
 
-def _whole(value: object) -> object:
-    """lm-eval's command line reads -1 as -1.0."""
+def _to_int(value: object) -> object:
+    """Convert whole floats, because lm-eval's command line reads -1 as -1.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _models(given: dict) -> tuple[dict, dict]:
-    """Takes what stands on the model's own weights, and the models that have others, out of the model arguments."""
+def _pop_models(args: dict) -> tuple[dict, dict]:
+    """Remove the models from the model arguments; return adapters on the base's weights, and models on secondary "
+    "ones."""
     kinds = []
     for kind in ("adapters", "checkpoint", "lora"):
-        named = given.pop(kind, {})
+        named = args.pop(kind, {})
         if not isinstance(named, dict):
             named = parse_adapters(str(named).split(";"), "+", f"model_args: {kind}", "name=folder+folder;...")
         kinds.append({name: [folders] if isinstance(folders, str) else folders for name, folders in named.items()})
     return group_models(*kinds)
 
 
-def _patch(given: dict, shape: Shape) -> Patch | str:
-    """Takes what makes a patch out of the model arguments."""
-    recipient = str(given.pop("recipient", "base"))
-    donor, ranking, k, positions = (given.pop(name, None) for name in ("donor", "ranking", "k", "positions"))
-    strength = given.pop("strength", 1.0)
+def _pop_patch(args: dict, shape: Shape) -> Patch | str:
+    """Remove the patch from the model arguments and return it, or the model to run unpatched."""
+    recipient = str(args.pop("recipient", "base"))
+    donor, ranking, k, positions = (args.pop(name, None) for name in ("donor", "ranking", "k", "positions"))
+    strength = args.pop("strength", 1.0)
     if donor is None:
         if (ranking, k, positions, strength) != (None, None, None, 1.0):
             raise SnpatchError("model_args: ranking, k, positions and strength need a donor")
         return recipient
     if ranking is None or k is None:
         raise SnpatchError("model_args: a donor needs ranking=FILE and k=")
-    chosen = "all" if positions is None else str(positions)
-    return spec.from_text(recipient, str(donor), ranking, str(k), chosen, strength=strength, shape=shape)
+    positions = "all" if positions is None else str(positions)
+    return spec.from_text(recipient, str(donor), ranking, str(k), positions, strength=strength, shape=shape)
 
 
-def _placed(batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None) -> dict:
-    """lm-eval's own options as arguments of Engine, where they are not its defaults: 1, auto, cuda:0."""
-    most = str(1 if batch_size is None else batch_size)
-    if most.startswith("auto"):
-        most = str(max_batch_size or 1)
-    if not most.isdigit():
-        raise SnpatchError(f"--batch_size must be a number or auto, got {batch_size!r}")
-    return ({} if most == "1" else {"batch_size": int(most)}) | (
-        {} if device in (None, "cuda:0") else {"device": device}
-    )
+def _engine_options(
+    batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None
+) -> dict:
+    """Return lm-eval's options as arguments of Engine, unless they are its defaults (1, auto, cuda:0)."""
+    size = str(1 if batch_size is None else batch_size)
+    if size.startswith("auto"):
+        size = str(max_batch_size or 1)
+    if not size.isdigit():
+        raise SnpatchError(f"--batch_size: expected a number or auto, got {batch_size!r}")
+    options = {} if size == "1" else {"batch_size": int(size)}
+    return options if device in (None, "cuda:0") else {**options, "device": device}

@@ -1,11 +1,11 @@
-"""What steps read, by name, and how each is told by its content: models, sets, judges, settings.
+"""Content hashes of the inputs of steps: models, data sets, judges, settings.
 
-Why names from the hub stand for themselves: to look at what they hold would download it, and a plan must not. Why some
-digests are kept once taken: a context reads a set once, and what is changed afterwards was not read.
+A hub name stands for itself, because hashing its files would download them and a plan must not. Hashes of data sets and
+judges are frozen while an experiment context is open: it reads each once, so later changes were not read.
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,166 +16,157 @@ from snpatch.errors import SnpatchError
 from snpatch.experiments.config import ExperimentConfig
 from snpatch.judges.factory import is_model_judge
 from snpatch.models.fingerprint import fingerprint_adapter, fingerprint_checkpoint, fingerprint_tokenizer_files
-from snpatch.reproduce.steps import digest_of, short
-from snpatch.utils.hashing import GENERATION_VERSION, RANKING_VERSION, ROWS_VERSION, TABLE_VERSION
+from snpatch.reproduce.steps import fingerprint_path
+from snpatch.utils.hashing import GENERATION_VERSION, RANKING_VERSION, ROWS_VERSION, TABLE_VERSION, hash_json
 
-# Of the engine: what only says where and how fast it runs, or is told apart as a model.
-NOT_CONTENT = ("model", "adapters", "models", "backend", "device", "batch_size", "token_budget", "capacity", "vllm")
-NOT_CONTENT_VLLM = """gpu_memory_utilization max_model_len max_num_seqs max_num_batched_tokens tensor_parallel_size
-enforce_eager swap_space""".split()
-# Values of an experiment config, by field name.
-CONFIG_VALUES = ("recipients", "benchmarks", "max_tokens", "contrast_tokens", "cost")
-SWEPT = ("recipients", "benchmarks", "max_tokens")
-USES = {  # experiment -> what of the config it hangs on besides what its provenance tells
-    "curve": SWEPT,
-    "sliding_window": SWEPT,
-    "positions": SWEPT,
-    "transfer": SWEPT,
+# Fields of an engine that do not change its results, or that are hashed with its models.
+ENGINE_FIELDS_IGNORED = (
+    "model", "adapters", "models", "backend", "device", "batch_size", "token_budget", "capacity", "vllm",
+)  # fmt: skip
+VLLM_FIELDS_IGNORED = (
+    "gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size",
+    "enforce_eager", "swap_space",
+)  # fmt: skip
+CONFIG_VALUES = ("recipients", "benchmarks", "max_tokens", "contrast_tokens", "cost")  # fields of an experiment config
+SWEEP_INPUTS = ("recipients", "benchmarks", "max_tokens")
+EXPERIMENT_INPUTS = {  # experiment -> inputs that its provenance does not name
+    "curve": SWEEP_INPUTS,
+    "sliding_window": SWEEP_INPUTS,
+    "positions": SWEEP_INPUTS,
+    "transfer": SWEEP_INPUTS,
     "perplexity": ("recipients",),
     "alignment_tax": ("benchmarks", "max_tokens", "judges"),
     "guard": ("benchmarks", "max_tokens"),
     "safeguard": ("benchmarks", "max_tokens"),
+    "objectives": ("contrasts",),
+    "stability": ("seeds",),
 }
+PROVENANCE_INPUTS = (("model", "models"), ("set", "sets"), ("judge", "judges"))  # kind of input -> key of a provenance
 
 
-class Inputs:
-    """config: as the pipeline has it. trainings: name of an adapter -> (settings, rows). writes: what rows are drawn
-    from. limit, skip_invalid: the context's."""
+class InputFingerprints:
+    """Content hashes by input name, for example `model/sft`, `set/contrast` or `settings/curve`.
+
+    Args:
+        config: Experiment config of the pipeline.
+        trainings: Adapter name -> (settings, training data).
+        generator: Description of the generated training rows; None if there are none.
+        limit: Maximum number of prompts per set.
+        skip_invalid: Skip broken rows.
+    """
 
     def __init__(
-        self, config: ExperimentConfig, trainings: Mapping, writes: object, limit: int | None, skip_invalid: bool
+        self, config: ExperimentConfig, trainings: Mapping, generator: object, limit: int | None, skip_invalid: bool
     ) -> None:
-        self._config, self._trainings, self._writes = config, trainings, writes
+        self._config, self._trainings, self._generator = config, trainings, generator
         self._limit, self._skip_invalid = limit, skip_invalid
         self._frozen: dict[str, str] = {}
+        self._contents: dict[str, Callable[[str], object]] = {  # kind of input -> its content as JSON data
+            "snpatch": lambda _: [GENERATION_VERSION, RANKING_VERSION, TABLE_VERSION],
+            "engine": lambda _: engine_content(config.engine),
+            "judges": lambda _: list(config.judges),
+            "contrasts": lambda _: {name: asdict(contrast) for name, contrast in config.contrasts.items()},
+            "seeds": lambda _: {name: asdict(contrast) for name, contrast in config.seeds.items()},
+            "contrast": self._contrast,
+            "settings": lambda name: asdict(experiments.resolve_settings(config, name)),
+            "training": self._training,
+            "rows": lambda name: self._data_source(trainings[name][1]),
+            "generator": lambda _: [generator, ROWS_VERSION],
+            "set": self._prompt_set,
+            "judge": self._judge,
+            "adapter": lambda folder: fingerprint_adapter(config.resolve_path(folder)),
+            "model": self._model,
+            **{name: lambda _, name=name: getattr(config, name) for name in CONFIG_VALUES},
+        }
 
-    def digest(self, name: str) -> str:
-        """The content of what a name stands for."""
+    def fingerprint(self, name: str) -> str:
+        """Return the content hash of an input."""
         if name in self._frozen:
             return self._frozen[name]
         kind, _, rest = name.partition("/")
-        if kind in CONFIG_VALUES:
-            return short(getattr(self._config, kind))
-        content = getattr(self, f"_{kind}", None)
-        if content is None:
-            raise SnpatchError(f"this version knows no input {kind}")
+        if kind not in self._contents:
+            raise SnpatchError(f"unknown to this version of snpatch ({kind})")
         try:
-            return short(content(rest))
+            return hash_json(self._contents[kind](rest))
         except KeyError as error:
-            raise SnpatchError(f"there is no {error.args[0]} any more") from None
+            raise SnpatchError(f"removed from the preset ({error.args[0]})") from None
 
     def freeze(self) -> None:
-        """A context opens, which reads each of these once."""
+        """Fix the hashes of data sets and judges, which an opened context reads once."""
         self.thaw()
         names = [f"set/{name}" for name in self._config.sets] + [f"judge/{name}" for name in self._config.judges]
-        self._frozen = {name: self.digest(name) for name in names}
+        self._frozen = {name: self.fingerprint(name) for name in names}
 
     def thaw(self) -> None:
-        """The context is closed."""
+        """Forget the fixed hashes."""
         self._frozen = {}
 
-    def used_by(self, name: str, told: dict) -> list[str]:
-        """All that an experiment's table hangs on. told: its provenance."""
-        read = ["snpatch", "engine", "cost", "contrast_tokens", "contrast/contrasts/safety", f"settings/{name}"]
-        read += [*USES.get(name, ()), *self.told(told)]
-        if name == "objectives":
-            read += ["contrasts"]
+    def experiment_inputs(self, name: str, provenance: dict) -> list[str]:
+        """Return the names of all inputs of an experiment's table."""
+        inputs = ["snpatch", "engine", "cost", "contrast_tokens", "contrast/contrasts/safety", f"settings/{name}"]
+        inputs += [*EXPERIMENT_INPUTS.get(name, ()), *self.provenance_inputs(provenance)]
         if name == "alignment_tax":
-            read += [
-                f"contrast/contrasts/{objective}"
-                for objective in experiments.resolve_settings(self._config, name).objectives
-            ]
-        if name == "stability":
-            read += ["seeds"]
-        return read
+            objectives = experiments.resolve_settings(self._config, name).objectives
+            inputs += [f"contrast/contrasts/{objective}" for objective in objectives]
+        return inputs
 
-    def used_by_contrast(self, name: str, told: dict) -> list[str]:
-        """All that a ranking hangs on. name: of the contrast; told: the context's provenance of it."""
-        return ["snpatch", "engine", "contrast_tokens", f"contrast/{name}", *self.told(told)]
+    def contrast_inputs(self, name: str, provenance: dict) -> list[str]:
+        """Return the names of all inputs of a contrast's ranking."""
+        return ["snpatch", "engine", "contrast_tokens", f"contrast/{name}", *self.provenance_inputs(provenance)]
 
     @staticmethod
-    def told(provenance: dict) -> list[str]:
-        """What a provenance names."""
-        groups = (("model", "models"), ("set", "sets"), ("judge", "judges"))
-        return [f"{kind}/{one}" for kind, group in groups for one in provenance[group]]
-
-    # By the first part of a name: what stands for its content, as JSON data.
-
-    def _snpatch(self, _: str) -> object:
-        return [GENERATION_VERSION, RANKING_VERSION, TABLE_VERSION]
-
-    def _engine(self, _: str) -> object:
-        return engine_content(self._config.engine)
-
-    def _judges(self, _: str) -> object:
-        return list(self._config.judges)
-
-    def _contrasts(self, _: str) -> object:
-        return {name: asdict(one) for name, one in self._config.contrasts.items()}
-
-    def _seeds(self, _: str) -> object:
-        return {name: asdict(one) for name, one in self._config.seeds.items()}
+    def provenance_inputs(provenance: dict) -> list[str]:
+        """Return the names of the models, data sets and judges in a provenance."""
+        return [f"{kind}/{name}" for kind, key in PROVENANCE_INPUTS for name in provenance[key]]
 
     def _contrast(self, name: str) -> object:
         group, _, key = name.partition("/")
         return asdict(getattr(self._config, group)[key])
 
-    def _settings(self, name: str) -> object:
-        return asdict(experiments.resolve_settings(self._config, name))
-
     def _training(self, name: str) -> object:
-        settings, rows = self._trainings[name]
-        return [asdict(settings), asdict(rows), self._skip_invalid]
+        settings, data = self._trainings[name]
+        return [asdict(settings), asdict(data), self._skip_invalid]
 
-    def _rows(self, name: str) -> object:
-        return self._source(self._trainings[name][1])
+    def _prompt_set(self, name: str) -> object:
+        prompts = self._config.sets[name]
+        return [asdict(prompts), self._data_source(prompts), self._limit, self._skip_invalid]
 
-    def _writing(self, _: str) -> object:
-        return [self._writes, ROWS_VERSION]
-
-    def _set(self, name: str) -> object:
-        return [asdict(self._config.sets[name]), self._source(self._config.sets[name]), self._limit, self._skip_invalid]
-
-    def _source(self, rows: PromptSet) -> str:
-        path = Path(self._config.resolve_path(rows.source))
-        return digest_of(path) if path.exists() else rows.source
+    def _data_source(self, data: PromptSet) -> str:
+        path = Path(self._config.resolve_path(data.source))
+        return fingerprint_path(path) if path.exists() else data.source
 
     def _judge(self, name: str) -> object:
         arguments = self._config.judges[name]
         source = self._config.resolve_path(arguments["source"])
-        if is_model_judge(source):
-            return [arguments, _checkpoint(source)]
-        return [arguments, _module(source)]
-
-    def _adapter(self, folder: str) -> object:
-        return fingerprint_adapter(self._config.resolve_path(folder))
+        content = _checkpoint_content(source) if is_model_judge(source) else _function_content(source)
+        return [arguments, content]
 
     def _model(self, name: str) -> object:
         engine = self._config.engine.placed(self._config.folder)
-        parts = [_checkpoint(engine.model)]
+        parts = [_checkpoint_content(engine.model)]
         if name != "base":
             source = engine.sources[name]
-            parts += [source.checkpoint and _checkpoint(source.checkpoint)]
+            parts += [source.checkpoint and _checkpoint_content(source.checkpoint)]
             parts += [fingerprint_adapter(folder) for folder in (*source.lora, *source.adapters)]
         return parts
 
 
 def engine_content(engine: EngineConfig) -> dict:
-    """Of an engine, what its results hang on besides its models."""
-    parts = asdict(engine)
-    own = {name: value for name, value in parts.items() if name not in NOT_CONTENT}
-    return own | {name: value for name, value in parts["vllm"].items() if name not in NOT_CONTENT_VLLM}
+    """Return the fields of an engine that change its results, without its models."""
+    values = asdict(engine)
+    content = {name: value for name, value in values.items() if name not in ENGINE_FIELDS_IGNORED}
+    return content | {name: value for name, value in values["vllm"].items() if name not in VLLM_FIELDS_IGNORED}
 
 
-def _module(source: str) -> str:
-    """The file of a Python judge; of any other that is no model, nothing but its name."""
+def _function_content(source: str) -> str:
+    """Return the content hash of a Python judge's file; "" for other judges, which their arguments describe."""
     try:
-        found = importlib.util.find_spec(source.partition(":")[0]) if ":" in source else None
+        spec = importlib.util.find_spec(source.partition(":")[0]) if ":" in source else None
     except ImportError:
         return ""
-    return digest_of(Path(found.origin)) if found and found.origin else ""
+    return fingerprint_path(Path(spec.origin)) if spec and spec.origin else ""
 
 
-def _checkpoint(source: str) -> object:
-    """A local checkpoint and its tokenizer by their bytes; anything else by its name."""
+def _checkpoint_content(source: str) -> object:
+    """Return the content hashes of a local checkpoint and its tokenizer; a hub name stands for itself."""
     return [fingerprint_checkpoint(source), fingerprint_tokenizer_files(source)] if Path(source).is_dir() else source

@@ -1,6 +1,6 @@
-"""Starting a training: the command line that says all of its settings, and the process that it runs in.
+"""Training commands, and the processes that run them.
 
-Why a process of its own: it frees the GPU for the engine when it ends, and accelerate can start it on several.
+A training runs in a process of its own: it frees the GPU for the engine when it ends, and accelerate can start several.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,67 +22,90 @@ LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def launcher_of(text: str) -> list[str]:
-    """What starts a training, from text: words of a command that is on PATH or beside this Python; default: Python."""
+def parse_launcher(text: str) -> list[str]:
+    """Return the words of a launcher command; default: this Python. The program is on PATH or next to this Python."""
     words = shlex.split(text) or [sys.executable]
-    found = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent))
-    if found is None:
-        raise SnpatchError(f"--launcher: there is no program {words[0]}")
-    return [found, *words[1:]]
+    program = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent))
+    if program is None:
+        raise SnpatchError(f"--launcher: expected a program on PATH, got {words[0]}")
+    return [program, *words[1:]]
 
 
-def train_command(
+def build_train_command(
     launcher: Sequence[str],
     model: str,
-    rows: PromptSet,
+    data: PromptSet,
     source: str,
     out: Path,
     settings: TrainSettings,
     sft: Path | None,
     skip_invalid: bool,
 ) -> list[str]:
-    """`snpatch train` with everything that differs from its defaults. source: where the rows lie; sft: for DPO."""
-    command = [*launcher, "-m", "snpatch.cli", "train", "dpo" if sft else "sft", model, source, "--out", str(out)]
+    """Return the `snpatch train` command with every option that differs from its default.
+
+    Args:
+        launcher: Words before `-m snpatch.cli`.
+        model: Folder or name of the base model.
+        data: Training data.
+        source: File or name of the training data.
+        out: Output folder.
+        settings: Settings of the training.
+        sft: SFT adapter for DPO; None for SFT.
+        skip_invalid: Skip broken rows.
+    """
+    kind = "dpo" if sft else "sft"
+    command = [*launcher, "-m", "snpatch.cli", "train", kind, model, source, "--out", str(out)]
     if sft:
         command += ["--sft", str(sft)]
-    for name in ("first", "format", "split", "column", "revision", "sample"):
-        if getattr(rows, name) is not None:
-            command += ["--limit" if name == "first" else f"--{name}", str(getattr(rows, name))]
-    if rows.sample is not None:
-        command += ["--sample-seed", str(rows.seed)]
-    if rows.filter:
-        if any("," in value for value in rows.filter):
-            raise SnpatchError(f"{rows.source}: filter: `snpatch train` has no way to name a value with a comma")
-        command += ["--filter", f"{rows.filter[0]}={','.join(rows.filter[1:])}"]
+    command += _data_options(data)
     if skip_invalid:
         command.append("--skip-invalid")
-    for f in fields(settings):
-        value, option = getattr(settings, f.name), f.name.replace("_", "-")
-        if value == f.default:
+    return [*command, *_setting_options(settings)]
+
+
+def _data_options(data: PromptSet) -> Iterator[str]:
+    for name in ("first", "format", "split", "column", "revision", "sample"):
+        if getattr(data, name) is not None:
+            yield from ("--limit" if name == "first" else f"--{name}", str(getattr(data, name)))
+    if data.sample is not None:
+        yield from ("--sample-seed", str(data.seed))
+    if data.filter:
+        column, *values = data.filter
+        if any("," in value for value in data.filter):
+            raise SnpatchError(
+                f"{data.source}: filter: expected values without a comma, which `snpatch train` cannot pass"
+            )
+        yield from ("--filter", f"{column}={','.join(values)}")
+
+
+def _setting_options(settings: TrainSettings) -> Iterator[str]:
+    for field in fields(settings):
+        value, option = getattr(settings, field.name), field.name.replace("_", "-")
+        if value == field.default:
             continue
         if isinstance(value, bool):
-            command.append(f"--{option}" if value else f"--no-{option}")
+            yield f"--{option}" if value else f"--no-{option}"
         else:
-            for one in value if isinstance(value, tuple) else (value,):
-                command += [f"--{option}", str(one)]
-    return command
+            for item in value if isinstance(value, tuple) else (value,):
+                yield from (f"--{option}", str(item))
 
 
 def run(command: Sequence[str]) -> None:
-    """Run a training to its end; its own words go to stderr. It ends with this process, if that is killed, too.
+    """Run a training to its end with its output on stderr. If this process is killed, the training ends as well.
 
-    What a launcher has started is the launcher's to end: of a killed one a training may live on, and holds its folder.
+    Processes that a launcher has started are the launcher's to end: if the launcher is killed, a training may survive
+    and keep the lock on its folder.
     """
     environment = {"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ}
     process = subprocess.Popen(command, env=environment, stdout=2, preexec_fn=_die_with_parent)
     try:
         code = process.wait()
-    except BaseException:  # Ctrl-C reaches both: it may save and stop its own workers before it ends
+    except BaseException:  # Ctrl-C reaches both processes: the training may save and stop its workers before it ends
         process.send_signal(signal.SIGINT)
         process.wait()
         raise
     if code:
-        raise SnpatchError(f"the training ended with exit code {code}; see above")
+        raise SnpatchError(f"training: expected exit code 0, got {code}. See its output above")
 
 
 def _die_with_parent() -> None:

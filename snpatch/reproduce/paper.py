@@ -8,17 +8,17 @@ from snpatch.errors import SnpatchError
 
 
 @cache
-def numbers() -> dict:
-    """All that the paper reports, as published.toml has it."""
+def read_numbers() -> dict:
+    """Return all numbers that the paper reports."""
     return tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))
 
 
-def models() -> list[str]:
-    """The paper's models."""
-    return [name for name in numbers()["transfer"] if name not in ("table", "columns")]
+def list_models() -> list[str]:
+    """Return the names of the paper's models."""
+    return [name for name in read_numbers()["transfer"] if name not in ("table", "columns")]
 
 
-def check_known(model: str | None) -> None:
-    """An error for a model that the paper does not have."""
-    if model is not None and model not in models():
-        raise SnpatchError(f"published: there are {', '.join(models())}, got {model!r}")
+def check_paper_model(model: str | None) -> None:
+    """Raise if a model is not one of the paper's."""
+    if model is not None and model not in list_models():
+        raise SnpatchError(f"published: expected one of {', '.join(list_models())}, got {model!r}")

@@ -1,4 +1,4 @@
-"""The steps of a reproduction: rows, trainings, contrasts, experiments; and the config that they make."""
+"""The steps of a reproduction (rows, trainings, contrasts, experiments) and the experiment config that they make."""
 
 import json
 import shlex
@@ -18,37 +18,51 @@ from snpatch.experiments.config import Contrast, build_experiment_config
 from snpatch.experiments.context import RANKINGS_FOLDER, ExperimentContext, ProgressFactory, no_progress
 from snpatch.report import files
 from snpatch.reproduce import launching
-from snpatch.reproduce.inputs import Inputs
-from snpatch.reproduce.preset import SAFETY, Preset, Training, written
-from snpatch.reproduce.steps import Done, Step, Steps
+from snpatch.reproduce.inputs import InputFingerprints
+from snpatch.reproduce.preset import SAFETY, Preset, Training, generated_path
+from snpatch.reproduce.steps import Step, StepResult, Steps
 from snpatch.sweeps.sweep_file import engine_table
 from snpatch.training.settings import TrainSettings
 from snpatch.utils.files import write_text
 from snpatch.utils.schema import load_table
 
-CONFIG_FILE, OPTIONS = "experiment.toml", "options.json"
+CONFIG_FILE, OPTIONS_FILE = "experiment.toml", "options.json"
 ADAPTERS = "adapters"
-TRAINED = ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "training.json")  # of a training
-CONTRASTS = (("contrasts", "contrast"), ("seeds", "contrast-seed"))  # tables of the config -> names of their steps
+TRAINING_OUTPUTS = ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "training.json")
+CONTRAST_STEPS = (("contrasts", "contrast"), ("seeds", "contrast-seed"))  # table of the config -> prefix of its steps
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An adapter that is trained. rows: name of its data. sft: the adapter that it goes on from, of DPO."""
+class AdapterTraining:
+    """An adapter to train.
+
+    Args:
+        name: Name of the adapter and of its step.
+        data: Name of its training data in the preset.
+        settings: Settings.
+        sft: Adapter that DPO starts from; None for SFT.
+    """
 
     name: str
-    rows: str
+    data: str
     settings: TrainSettings
     sft: str | None = None
 
 
 class Pipeline:
-    """A preset in a folder.
+    """A preset and the folder in which it is reproduced.
 
-    taken: adapters by name that are not trained but lie in a folder already. launcher: what starts a training
-    ("accelerate launch"; default: this Python). limit, skip_invalid, progress, command: see ExperimentContext. engine:
-    further fields of the config's engine (backend, dtype, vLLM's arguments), before the preset's own. options: what the
-    folder is made with, for people; the same folder with others is an error.
+    Args:
+        preset: Preset.
+        out: Output folder.
+        provided_adapters: Adapters by name that exist already, with their folders; they are not trained.
+        launcher: Command that starts trainings ("accelerate launch"; default: this Python).
+        limit: Maximum number of prompts per set.
+        skip_invalid: Skip broken rows.
+        progress: See ExperimentContext.
+        command: See ExperimentContext.
+        options: Options that the folder is made with; the same folder with other options is an error.
+        **engine: Fields of the engine (backend, dtype, arguments of vLLM) that override the preset's.
     """
 
     def __init__(
@@ -56,7 +70,7 @@ class Pipeline:
         preset: Preset,
         out: str | Path,
         *,
-        taken: dict[str, str] | None = None,
+        provided_adapters: dict[str, str] | None = None,
         launcher: str = "",
         limit: int | None = None,
         skip_invalid: bool = False,
@@ -65,209 +79,234 @@ class Pipeline:
         options: dict | None = None,
         **engine: object,
     ) -> None:
-        self.preset, self.out, self.limit = preset, Path(out), limit
-        self.taken = {name: str(Path(folder).resolve()) for name, folder in (taken or {}).items()}
-        self._launcher, self.skip_invalid = launching.launcher_of(launcher), skip_invalid
+        self.preset, self.out, self.limit, self.skip_invalid = preset, Path(out), limit, skip_invalid
+        folders = provided_adapters or {}
+        self.provided_adapters = {name: str(Path(folder).resolve()) for name, folder in folders.items()}
+        self._launcher = launching.parse_launcher(launcher)
         self._options = options or {}
-        self.pairs = {pair.name: pair for pair in _pairs(preset.training)} if preset.training else {}
-        self._check_taken()
+        trainings = _list_trainings(preset.training) if preset.training else ()
+        self.trainings = {training.name: training for training in trainings}
+        self._check_provided_adapters()
         backend = engine.pop("backend", EngineConfig.backend)
         self._context_arguments = {"backend": backend, "limit": limit, "skip_invalid": skip_invalid}
         self._context_arguments |= {"progress": progress, "command": command}
-        config = build_experiment_config(self._table(), self.out)
-        self.own_engine = config.engine
+        config = build_experiment_config(self._config_table(), self.out)
+        self.preset_engine = config.engine
         self.config = replace(config, engine=config.engine.changed(**engine))
         self._check_template()
-        self.skipped: dict[str, str] = {}  # experiments that cannot be run in this config -> why
-        self.inputs = self._made_inputs()
-        self.steps = Steps(self.out, list(self._steps()), self.inputs.digest)
-        self._run_by_lab: list[str] = []
+        self.skipped: dict[str, str] = {}  # experiment -> reason why this config cannot run it
+        self.inputs = self._build_inputs()
+        self.steps = Steps(self.out, list(self._build_steps()), self.inputs.fingerprint)
+        self._steps_of_context: list[str] = []
 
-    def chosen(self, only: tuple[str, ...] = (), start: str | None = None) -> set[str]:
-        """The steps that are asked for, done or not. only: these; start: this one and all after it."""
+    def requested_steps(self, only: tuple[str, ...] = (), start: str | None = None) -> set[str]:
+        """Return the steps that run even if they are done: those in `only`, and `start` with all after it."""
         names = list(self.steps.steps)
         for name in (*only, *([start] if start else ())):
             if name not in names:
-                raise SnpatchError(f"no step named {name!r}: there are {', '.join(names)}")
+                raise SnpatchError(f"step: expected one of {', '.join(names)}, got {name!r}")
         return set(only) | set(names[names.index(start) :] if start else ())
 
     def run(
-        self, only: tuple[str, ...] = (), start: str | None = None, tell: Callable[[str], None] = print
+        self, only: tuple[str, ...] = (), start: str | None = None, log: Callable[[str], None] = print
     ) -> list[str]:
-        """Run what is not done, in order; the names of experiments that failed.
+        """Run the steps that are not done, in order.
 
-        only: these steps alone, done or not; what they read must be there. start: this step and all after it, done or
-        not. What a step had made before is put away into `replaced`. A training that fails ends the run; so does a
-        ReceiptError, after which all that this engine has made is put away, too.
+        Args:
+            only: Run these steps alone, done or not; their inputs must exist.
+            start: Run this step and all after it, done or not.
+            log: Called with one line per step.
+
+        Returns:
+            Names of the experiments that failed.
+
+        Raises:
+            SnpatchError: A step before the experiments failed.
+            ReceiptError: The engine did not apply a patch in full. Everything that this engine has made is archived.
         """
-        forced, names, failed = self.chosen(only, start), list(self.steps.steps), []
+        requested, names, failed = self.requested_steps(only, start), list(self.steps.steps), []
         self.out.mkdir(parents=True, exist_ok=True)
-        self._keep_options()
+        self._store_options()
         self._write_config()
-        for name in self.steps.strangers:
-            if name in experiments.NAMES:
-                self.steps.put_away(name)
+        self._archive_experiments(self.steps.orphaned_steps)
         with self._closing():
             for number, name in enumerate(names, start=1):
                 if only and name not in only:
                     continue
                 reason = self.steps.reason(name)
-                if reason is None and name not in forced:
-                    tell(f"[{number}/{len(names)}] {name}: done")
-                    continue
-                tell(f"[{number}/{len(names)}] {name}: {reason or 'asked for again'}")
-                try:
-                    self.steps.run(name)
-                except ReceiptError as error:
-                    for one in self._run_by_lab:
-                        self.steps.put_away(one, [self.out / RANKINGS_FOLDER])
-                    made = ", ".join(self._run_by_lab) or "nothing"
-                    raise ReceiptError(f"{name}: {error}; put away with it: {made}; run again") from error
-                except SnpatchError as error:
-                    if name not in experiments.NAMES:
-                        raise SnpatchError(f"{name}: {error}") from error
+                is_done = reason is None and name not in requested
+                log(f"[{number}/{len(names)}] {name}: {'done' if is_done else reason or 'requested again'}")
+                if not is_done and (error := self._run_step(name)):
                     failed.append(name)
-                    tell(f"{name}: failed: {error}")
-        for name in self.steps.stale:
-            if name in experiments.NAMES:  # its tables would stand beside the others as if they were of one config
-                self.steps.put_away(name)
+                    log(f"{name}: failed: {error}")
+        self._archive_experiments(self.steps.outdated_steps)
         return failed
 
-    def _check_taken(self) -> None:
-        for name, folder in self.taken.items():
-            if name not in self.pairs:
-                raise SnpatchError(
-                    f"--use-adapter: {name} is not trained here; there are {', '.join(self.pairs) or 'none'}"
-                )
+    def _run_step(self, name: str) -> SnpatchError | None:
+        """Run a step; return the error of a failed experiment."""
+        try:
+            self.steps.run(name)
+        except ReceiptError as error:
+            for step in self._steps_of_context:
+                self.steps.archive(step, [self.out / RANKINGS_FOLDER])
+            archived = ", ".join(self._steps_of_context) or "nothing"
+            raise ReceiptError(
+                f"{name}: {error}. Archived the results of this engine: {archived}. Run again"
+            ) from error
+        except SnpatchError as error:
+            if name not in experiments.NAMES:
+                raise SnpatchError(f"{name}: {error}") from error
+            return error
+        return None
+
+    def _archive_experiments(self, names: list[str]) -> None:
+        """Archive results that do not fit the current config, so that all tables in the folder fit each other."""
+        for name in names:
+            if name in experiments.NAMES:
+                self.steps.archive(name)
+
+    def _check_provided_adapters(self) -> None:
+        for name, folder in self.provided_adapters.items():
+            if name not in self.trainings:
+                known = ", ".join(self.trainings) or "none"
+                raise SnpatchError(f"--use-adapter: expected an adapter of this preset ({known}), got {name}")
             if not Path(folder).is_dir():
-                raise SnpatchError(f"--use-adapter {name}: {folder}: no such folder")
+                raise SnpatchError(f"--use-adapter {name}: expected a folder, got {folder}")
 
     def _check_template(self) -> None:
-        """An error where models would be trained with another template than they are asked with."""
-        asked = self.config.engine.template
-        for pair in self.pairs.values():
-            if asked not in ("auto", pair.settings.template):
+        """Raise if models would be trained with another template than the engine uses."""
+        template = self.config.engine.template
+        for training in self.trainings.values():
+            if template not in ("auto", training.settings.template):
                 raise SnpatchError(
-                    f"template: the engine's is {asked}, {pair.name} is trained with {pair.settings.template}"
+                    f"template: expected {training.settings.template}, with which {training.name} is trained, got "
+                    f"{template} for the engine"
                 )
 
-    def _made_inputs(self) -> Inputs:
+    def _build_inputs(self) -> InputFingerprints:
         training = self.preset.training
-        trainings = {name: (pair.settings, training.data[pair.rows]) for name, pair in self.pairs.items()}
-        writes = None
-        if training and training.written_by:
+        trainings = {name: (one.settings, training.data[one.data]) for name, one in self.trainings.items()}
+        generator = None
+        if training and training.generated_by:
             from snpatch.demo.build import Recipe
 
-            writes = [training.written_by, self._written(), asdict(Recipe())]
-        return Inputs(self.config, trainings, writes, self.limit, self.skip_invalid)
+            generator = [training.generated_by, self._generated_data(), asdict(Recipe())]
+        return InputFingerprints(self.config, trainings, generator, self.limit, self.skip_invalid)
 
-    def _steps(self) -> Iterator[Step]:
+    def _build_steps(self) -> Iterator[Step]:
         training = self.preset.training
-        if training and training.written_by:
-            yield Step("rows", self._write_rows, "rows of the demo's language", ("writing",), self.out / "data")
-        for pair in self.pairs.values():
-            if pair.name not in self.taken:
-                yield self._training(pair)
-        for group, prefix in CONTRASTS:
-            for name, contrast in getattr(self.config, group).items():
-                if group == "contrasts" or contrast not in self.config.contrasts.values():
-                    yield self._contrast(f"{prefix}-{name}", f"{group}/{name}", contrast)
+        if training and training.generated_by:
+            yield Step("rows", self._generate_rows, "rows of the demo's language", ("generator",), self.out / "data")
+        for adapter in self.trainings.values():
+            if adapter.name not in self.provided_adapters:
+                yield self._training_step(adapter)
+        for table, prefix in CONTRAST_STEPS:
+            for name, contrast in getattr(self.config, table).items():
+                if table == "contrasts" or contrast not in self.config.contrasts.values():
+                    yield self._contrast_step(f"{prefix}-{name}", f"{table}/{name}", contrast)
         for name in self.preset.experiments:
-            if why := self._lacks(name):
-                self.skipped[name] = why
+            if missing := self._missing_requirement(name):
+                self.skipped[name] = missing
             else:
-                yield Step(name, lambda name=name: self._experiment(name), f"snpatch exp {name} --config {CONFIG_FILE}")
+                command = f"snpatch exp {name} --config {CONFIG_FILE}"
+                yield Step(name, lambda name=name: self._run_experiment(name), command)
 
-    def _lacks(self, name: str) -> str | None:
-        """Why an experiment cannot be run in this config."""
+    def _missing_requirement(self, name: str) -> str | None:
+        """Return what this config lacks to run an experiment."""
         config = self.config
         if name == "stability" and len(config.seeds) < 2:
             return "needs two training seeds"
         if name == "objectives" and len(config.contrasts) < 2:
             return "needs two objectives"
         if name == "alignment_tax":
-            wanted = experiments.resolve_settings(config, name).objectives
-            if missing := [one for one in wanted if one not in config.contrasts]:
+            objectives = experiments.resolve_settings(config, name).objectives
+            if missing := [objective for objective in objectives if objective not in config.contrasts]:
                 return f"needs the objective {missing[0]}"
         return None
 
     # Rows and trainings
 
-    def _written(self) -> list[str]:
-        """Names of the rows that no file gives."""
-        return [name for name, rows in self.preset.training.data.items() if rows.source == written(name)]
+    def _generated_data(self) -> list[str]:
+        """Return the names of the training data that the demo's language generates."""
+        return [name for name, data in self.preset.training.data.items() if data.source == generated_path(name)]
 
-    def _write_rows(self) -> Done:
-        from snpatch.demo.rows import write_rows
+    def _generate_rows(self) -> StepResult:
+        from snpatch.demo.build import Recipe
+        from snpatch.demo.corpus import write_rows
 
-        return Done((), write_rows(self.out / "data", self._written()))
+        recipe = Recipe()
+        paths = write_rows(self.out / "data", self._generated_data(), recipe.sft_rows, recipe.dpo_rows)
+        return StepResult((), paths)
 
-    def _training(self, pair: Pair) -> Step:
-        folder, rows = self.out / ADAPTERS / pair.name, self.preset.training.data[pair.rows]
-        reads = ["model/base", f"training/{pair.name}", f"rows/{pair.name}"]
-        if pair.sft:
-            reads.append(f"adapter/{self._folder(pair.sft)}")
-        command = launching.train_command(
+    def _training_step(self, training: AdapterTraining) -> Step:
+        folder, data = self.out / ADAPTERS / training.name, self.preset.training.data[training.data]
+        inputs = ["model/base", f"training/{training.name}", f"rows/{training.name}"]
+        if training.sft:
+            inputs.append(f"adapter/{self._adapter_folder(training.sft)}")
+        command = launching.build_train_command(
             self._launcher,
             self.config.resolve_path(self.config.engine.model),
-            rows,
-            rows.source if rows.source in DATASETS else str(self.out / rows.source),
+            data,
+            data.source if data.source in DATASETS else str(self.out / data.source),
             folder,
-            pair.settings,
-            self.out / self._folder(pair.sft) if pair.sft else None,
+            training.settings,
+            self.out / self._adapter_folder(training.sft) if training.sft else None,
             self.skip_invalid,
         )
 
-        def run() -> Done:
+        def run() -> StepResult:
             launching.run(command)
-            return Done((), [folder / name for name in TRAINED])
+            return StepResult((), [folder / name for name in TRAINING_OUTPUTS])
 
-        return Step(pair.name, run, shlex.join(command), tuple(reads), folder)
+        return Step(training.name, run, shlex.join(command), tuple(inputs), folder)
 
-    def _folder(self, name: str) -> str:
-        """Where an adapter lies, as the config's file has it."""
-        return self.taken.get(name, f"{ADAPTERS}/{name}")
+    def _adapter_folder(self, name: str) -> str:
+        """Return an adapter's folder as the config names it."""
+        return self.provided_adapters.get(name, f"{ADAPTERS}/{name}")
 
-    # The config, contrasts and experiments
+    # The experiment config
 
-    def _table(self) -> dict:
-        """The config's table: the preset's, and what is trained."""
+    def _config_table(self) -> dict:
+        """Return the table of the experiment config: the preset's, with the trained models."""
         training = self.preset.training
         if training is None:
             return self.preset.config
         adapters, contrasts, seeds = {}, {}, {}
         for seed in training.seeds:
-            sft, dpo = (self._folder(f"{kind}-{seed}") for kind in ("sft", "dpo"))
-            recipient, donor = (kind if seed == training.seeds[0] else f"{kind}-{seed}" for kind in ("sft", "dpo"))
-            adapters |= {recipient: [sft], donor: [sft, dpo]}
-            seeds[str(seed)] = {"recipient": recipient, "donor": donor}
+            sft_folder, dpo_folder = (self._adapter_folder(f"{kind}-{seed}") for kind in ("sft", "dpo"))
+            sft, dpo = (kind if seed == training.seeds[0] else f"{kind}-{seed}" for kind in ("sft", "dpo"))
+            adapters |= {sft: [sft_folder], dpo: [sft_folder, dpo_folder]}
+            seeds[str(seed)] = {"recipient": sft, "donor": dpo}
         contrasts[SAFETY] = seeds[str(training.seeds[0])]
         for objective in training.objectives:
-            adapters[objective] = [*adapters["sft"], self._folder(objective)]
+            adapters[objective] = [*adapters["sft"], self._adapter_folder(objective)]
             contrasts[objective] = {"recipient": "sft", "donor": objective}
         return {**self.preset.config, "adapters": adapters, "contrasts": contrasts, "seeds": seeds}
 
     def _write_config(self) -> None:
-        """The config as a file, for `snpatch exp --config` and for people."""
-        table = {name: part for name, part in self._table().items() if name not in ("engine", "vllm")}
-        table = {**table, **_plain(engine_table(self.config.engine))}
+        """Write the experiment config, for `snpatch exp --config`."""
+        table = {name: part for name, part in self._config_table().items() if name not in ("engine", "vllm")}
+        table = {**table, **_without_none(engine_table(self.config.engine))}
         text = f"# Made by `snpatch reproduce`: {self.preset.title or self.preset.name}.\n" + tomli_w.dumps(table)
         write_text(self.out / CONFIG_FILE, text)
 
-    def _keep_options(self) -> None:
-        """Note what the folder is made with; an error if it was made with something else."""
-        path, options = self.out / OPTIONS, json.loads(json.dumps(self._options))
-        if path.is_file():
-            kept = load_table(path, "options")
-            if not isinstance(kept, dict):
-                raise SnpatchError(f"{path}: wanted a JSON object; remove it to go on")
-            if other := [name for name in {**kept, **options} if kept.get(name) != options.get(name)]:
-                raise SnpatchError(
-                    f"{self.out}: was made with {other[0]} = {kept.get(other[0])}, now it is {options.get(other[0])}: "
-                    f"give the same, take another folder, or remove {OPTIONS} to change it"
-                )
-        else:
+    def _store_options(self) -> None:
+        """Store the options of the folder; raise if it was made with other options."""
+        path, options = self.out / OPTIONS_FILE, json.loads(json.dumps(self._options))
+        if not path.is_file():
             write_text(path, json.dumps(options, indent=1) + "\n")
+            return
+        stored = load_table(path, "options")
+        if not isinstance(stored, dict):
+            raise SnpatchError(f"{path}: expected a JSON object. Remove it to continue")
+        if changed := [name for name in {**stored, **options} if stored.get(name) != options.get(name)]:
+            name = changed[0]
+            raise SnpatchError(
+                f"{self.out}: expected {name} = {stored.get(name)}, with which it was made, got {options.get(name)}. "
+                f"Repeat the option, choose another folder, or remove {OPTIONS_FILE} to change it"
+            )
+
+    # Contrasts and experiments
 
     @cached_property
     def context(self) -> ExperimentContext:
@@ -276,6 +315,7 @@ class Pipeline:
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
+        """Close the context afterwards if it was opened."""
         try:
             yield
         finally:
@@ -283,39 +323,40 @@ class Pipeline:
                 self.__dict__.pop("context").close()
             self.inputs.thaw()
 
-    def _contrast(self, step: str, name: str, contrast: Contrast) -> Step:
-        def run() -> Done:
-            used = self.context.start_provenance()
-            self._run_by_lab.append(step)
+    def _contrast_step(self, step: str, name: str, contrast: Contrast) -> Step:
+        def run() -> StepResult:
+            provenance = self.context.start_provenance()
+            self._steps_of_context.append(step)
             self.context.ranking(contrast)
-            return Done(self.inputs.used_by_contrast(name, used.to_dict({})), [self.context.ranking_file(contrast)])
+            inputs = self.inputs.contrast_inputs(name, provenance.to_dict({}))
+            return StepResult(inputs, [self.context.ranking_file(contrast)])
 
         return Step(step, run, f"change scores of {contrast.recipient} and {contrast.donor}")
 
-    def _experiment(self, name: str) -> Done:
+    def _run_experiment(self, name: str) -> StepResult:
         context = self.context
-        self._run_by_lab.append(name)
+        self._steps_of_context.append(name)
         report = experiments.run(name, context)
-        made = files.write_report(report, self.out)
+        outputs = files.write_report(report, self.out)
         if name == "safeguard":
-            made.append(self.out / "guard.safetensors")
-        return Done(self.inputs.used_by(name, report.provenance), made)
+            outputs.append(self.out / "guard.safetensors")
+        return StepResult(self.inputs.experiment_inputs(name, report.provenance), outputs)
 
 
-def _pairs(training: Training) -> Iterator[Pair]:
-    """Adapters in the order of their training: the main pair, its objectives, then further seeds."""
+def _list_trainings(training: Training) -> Iterator[AdapterTraining]:
+    """Yield adapters in training order: the main pair, its objectives, then the pairs of further seeds."""
     for seed in training.seeds:
-        sft, dpo = (replace(settings, seed=seed) for settings in (training.sft, training.dpo))
-        on = f"sft-{seed}"
-        yield Pair(on, "sft", sft)
-        yield Pair(f"dpo-{seed}", SAFETY, dpo, on)
+        sft_settings, dpo_settings = (replace(settings, seed=seed) for settings in (training.sft, training.dpo))
+        sft = f"sft-{seed}"
+        yield AdapterTraining(sft, "sft", sft_settings)
+        yield AdapterTraining(f"dpo-{seed}", SAFETY, dpo_settings, sft)
         if seed == training.seeds[0]:
             for objective in training.objectives:
-                yield Pair(objective, objective, dpo, on)
+                yield AdapterTraining(objective, objective, dpo_settings, sft)
 
 
-def _plain(data: object) -> object:
-    """Without what TOML has no word for."""
+def _without_none(data: object) -> object:
+    """Remove None values, which TOML cannot express."""
     if isinstance(data, dict):
-        return {name: _plain(one) for name, one in data.items() if one is not None}
-    return [_plain(one) for one in data] if isinstance(data, list | tuple) else data
+        return {name: _without_none(value) for name, value in data.items() if value is not None}
+    return [_without_none(value) for value in data] if isinstance(data, list | tuple) else data

@@ -1,7 +1,8 @@
-"""Preset: all that a reproduction is told: the config, the training, sizes for estimates.
+"""Presets: the experiment config, trainings and model size of a reproduction, and the TOML files that hold them.
 
-Why the config's table stays a table: the pipeline adds what it trains and writes it as experiment.toml, which
-`snpatch exp` and people read.
+The config stays a table because the pipeline adds what it trains and writes it as experiment.toml, which `snpatch exp`
+and users read. A preset that extends another replaces single data sets, judges and models as a whole, because half of
+one and half of another would be a third that nobody wrote.
 """
 
 from dataclasses import dataclass, replace
@@ -9,24 +10,35 @@ from pathlib import Path
 
 from snpatch import experiments
 from snpatch.data.prompt_set import PromptSet
-from snpatch.errors import SnpatchError
-from snpatch.reproduce.paper import check_known
-from snpatch.reproduce.preset_file import FOLDER, read_preset
-from snpatch.sweeps.eval_config import check_trusted, get_table, parse_eval_config
+from snpatch.errors import SnpatchError, shown
+from snpatch.reproduce.paper import check_paper_model
+from snpatch.sweeps.eval_config import NAMED_CONFIGS, check_trusted, get_table, parse_eval_config
 from snpatch.training.objectives import SFT, get_objective
 from snpatch.training.settings import DpoSettings, TrainSettings
 from snpatch.utils.files import file_stem
-from snpatch.utils.schema import coerce, from_dict
+from snpatch.utils.schema import coerce, from_dict, parse_toml
 
-NAMES = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo")
+PRESET_NAMES = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo")
+PRESET_FOLDER = Path(__file__).parent / "presets"
 SAFETY = "safety"
-TRAINED = ("adapters", "contrasts", "seeds")  # an experiment config's tables that follow from a training
-NOT_OBJECTIVES = ("base", "sft", "dpo", "rows", *experiments.NAMES)  # names of models and of steps
+TRAINED_TABLES = ("adapters", "contrasts", "seeds")  # tables of a config that follow from its trainings
+RESERVED_NAMES = ("base", "sft", "dpo", "rows", *experiments.NAMES)  # models and steps
+PRESET_KEYS = ("extends", "title", "published", "from_config", "experiments", "config", "training", "size")
+TRAINING_KEYS = ("seeds", "objectives", "generated_by", "settings", "dpo", "data")
+PATH_KEYS = ("source", "checkpoint", "lora", "adapters")  # their values are paths or names
+PATH_TABLES = {"config": ("sets", "judges", "models", "adapters"), "training": ("data",)}
+ENTRY_TABLES = {"config": ("sets", "judges"), "training": ("data",)}  # merged entry by entry
+FIELD_TABLES = {"config": ("settings",), "training": ("settings", "dpo")}  # merged field by field
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model, for estimates. kv_bytes: of a token's keys and values, in bfloat16."""
+    """Size of a model, for estimates.
+
+    Args:
+        parameters: Number of parameters.
+        kv_bytes: Bytes of keys and values per token, in bfloat16.
+    """
 
     parameters: int
     kv_bytes: int
@@ -34,9 +46,15 @@ class Size:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained. seeds: the first one's pair is the main one. data: "sft" and objectives -> their rows.
+    """Trainings of a preset.
 
-    written_by: "demo" where rows that no file gives are drawn from the demo's language first.
+    Args:
+        seeds: Training seeds; the first one's pair is the main pair.
+        objectives: DPO objectives besides safety.
+        data: "sft" and objectives -> training data.
+        sft: Settings of SFT.
+        dpo: Settings of DPO.
+        generated_by: "demo" if data without a file is generated from the demo's language.
     """
 
     seeds: tuple[int, ...]
@@ -44,32 +62,44 @@ class Training:
     data: dict[str, PromptSet]
     sft: TrainSettings
     dpo: DpoSettings
-    written_by: str | None = None
+    generated_by: str | None = None
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise SnpatchError(f"training.seeds: wanted one or more, each once, got {list(self.seeds)}")
+            raise SnpatchError(f"training.seeds: expected one or more different seeds, got {list(self.seeds)}")
         if SAFETY in self.objectives or len(set(self.objectives)) < len(self.objectives):
-            raise SnpatchError(f"training.objectives: those beside {SAFETY}, each once, got {list(self.objectives)}")
+            raise SnpatchError(
+                f"training.objectives: expected different objectives besides {SAFETY}, got {list(self.objectives)}"
+            )
         for name in self.objectives:
-            if file_stem(name) != name or name in NOT_OBJECTIVES or name.startswith(("sft-", "dpo-", "contrast-")):
+            if file_stem(name) != name or name in RESERVED_NAMES or name.startswith(("sft-", "dpo-", "contrast-")):
                 raise SnpatchError(
-                    f"training.objectives: {name!r} is the name of a model or a step, or no file's: choose another"
+                    f"training.objectives: expected file names that are no model or step, got {name!r}. Choose another"
                 )
-        if self.written_by not in (None, "demo"):
-            raise SnpatchError(f"training.written_by: there is only demo, got {self.written_by!r}")
+        if self.generated_by not in (None, "demo"):
+            raise SnpatchError(f"training.generated_by: expected demo, got {self.generated_by!r}")
         for settings in (self.sft, self.dpo):
             if settings.method != "ia3":
                 raise SnpatchError(
-                    f"training.settings: method = {settings.method}: one engine runs one further set of weights, "
-                    "and SFT and DPO would be two; train them with `snpatch train`, and give a preset of public pairs"
+                    f"training.settings: expected method = ia3, got {settings.method}. An engine has one set of "
+                    "secondary weights, and SFT and DPO would need two; train them with `snpatch train` and write a "
+                    "preset of public pairs"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """name: the preset, or its file's stem. config: an experiment config's table without what is trained; paths in it
-    are absolute. published: the model of the paper's whose numbers are shown beside the measured."""
+    """A reproduction of one model.
+
+    Args:
+        name: Name of a shipped preset, or the stem of a preset file.
+        config: Table of the experiment config without trained models; its paths are absolute.
+        title: Title of the report.
+        training: Trainings; None for a pair of published checkpoints.
+        experiments: Experiments to run.
+        published: Model of the paper whose numbers are shown next to the measured ones.
+        size: Size of the model, for estimates.
+    """
 
     name: str
     config: dict
@@ -80,28 +110,35 @@ class Preset:
     size: Size | None = None
 
     def __post_init__(self) -> None:
-        check_known(self.published)
+        check_paper_model(self.published)
 
 
 def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = (), trust: bool = False) -> Preset:
-    """A preset by its name, or a file of one. model: where its model lies; seeds: before the preset's own.
+    """Load a preset by name or from a file.
 
-    trust: take what of a file may run code or open the host, see snpatch.trust; otherwise it is an error.
+    Args:
+        source: Name of a shipped preset, or a TOML file.
+        model: Folder or name of the model, in place of the preset's.
+        seeds: Training seeds, in place of the preset's.
+        trust: Accept settings of a file that may run code or open the host, see snpatch.trust.
+
+    Raises:
+        SnpatchError: The preset is invalid, or needs `trust`.
     """
-    path = FOLDER / f"{source}.toml" if source in NAMES else Path(source)
+    path = PRESET_FOLDER / f"{source}.toml" if source in PRESET_NAMES else Path(source)
     if not path.is_file():
-        raise SnpatchError(f"no preset {source!r}: there are {', '.join(NAMES)}, or give a preset's file (.toml)")
-    table = read_preset(path)
+        raise SnpatchError(f"preset: expected one of {', '.join(PRESET_NAMES)}, or a TOML file, got {source!r}")
+    table = read_preset_file(path)
     try:
-        preset = _preset(path.stem, table)
+        preset = _build_preset(path.stem, table)
         if model is not None:
-            given = str(Path(model).resolve()) if Path(model).exists() else model
-            preset = replace(preset, config={**preset.config, "model": given}, size=None)
+            location = str(Path(model).resolve()) if Path(model).exists() else model
+            preset = replace(preset, config={**preset.config, "model": location}, size=None)
         if "model" not in preset.config:
             raise SnpatchError("config.model is missing")
         if seeds:
             if preset.training is None:
-                raise SnpatchError("seeds are for presets that train, and this one does not")
+                raise SnpatchError("seeds: expected a preset with trainings, this one has none")
             preset = replace(preset, training=replace(preset.training, seeds=seeds))
         if not trust:
             parts = parse_eval_config(preset.config)
@@ -111,37 +148,42 @@ def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = 
         raise SnpatchError(f"preset {source}: {error}") from error
 
 
-def _preset(name: str, table: dict) -> Preset:
-    parts = {one: coerce(table[one], str, one) for one in ("title", "published") if one in table}
+def generated_path(name: str) -> str:
+    """Return the path of generated training data within the folder of a reproduction."""
+    return f"data/{name}.jsonl"
+
+
+def _build_preset(name: str, table: dict) -> Preset:
+    parts = {key: coerce(table[key], str, key) for key in ("title", "published") if key in table}
     config = get_table(table, "config")
     if "experiments" in table:
         parts["experiments"] = coerce(table["experiments"], tuple[str, ...], "experiments")
-    for one in (*parts.get("experiments", ()), *get_table(config, "settings")):
-        experiments.parse_settings(one, get_table(config, "settings").get(one, {}))
+    settings = get_table(config, "settings")
+    for experiment in (*parts.get("experiments", ()), *settings):
+        experiments.parse_settings(experiment, settings.get(experiment, {}))
     if "size" in table:
         parts["size"] = from_dict(Size, "size", table["size"])
     if "training" in table:
-        parts["training"] = _training(get_table(table, "training"))
-        if given := [one for one in TRAINED if one in config]:
-            raise SnpatchError(f"config.{given[0]}: follows from [training], and cannot be given beside it")
+        parts["training"] = _build_training(get_table(table, "training"))
+        if given := [key for key in TRAINED_TABLES if key in config]:
+            raise SnpatchError(f"config.{given[0]}: follows from [training]. Remove one of them")
     elif "contrasts" not in config:
-        raise SnpatchError("needs either [training], or config.contrasts of models that are there")
+        raise SnpatchError("expected [training], or config.contrasts of existing models")
     return Preset(name=name, config=config, **parts)
 
 
-def _training(table: dict) -> Training:
-    known = ("seeds", "objectives", "written_by", "settings", "dpo", "data")
-    if unknown := sorted(table.keys() - set(known)):
-        raise SnpatchError(f"training: there is no {', '.join(unknown)}; there are {', '.join(known)}")
-    settings, own, given = (get_table(table, name) for name in ("settings", "dpo", "data"))
+def _build_training(table: dict) -> Training:
+    if unknown := sorted(table.keys() - set(TRAINING_KEYS)):
+        raise SnpatchError(f"training: expected {', '.join(TRAINING_KEYS)}, got {', '.join(unknown)}")
+    settings, dpo_settings, data_tables = (get_table(table, name) for name in ("settings", "dpo", "data"))
     objectives = coerce(table.get("objectives", ()), tuple[str, ...], "training.objectives")
     names = ("sft", SAFETY, *objectives)
-    if strangers := sorted(given.keys() - set(names)):
-        raise SnpatchError(f"training.data: {strangers[0]} is not trained; there are {', '.join(names)}")
-    data = {name: from_dict(PromptSet, f"training.data.{name}", one) for name, one in given.items()}
+    if unknown := sorted(data_tables.keys() - set(names)):
+        raise SnpatchError(f"training.data: expected {', '.join(names)}, got {unknown[0]}")
+    data = {name: from_dict(PromptSet, f"training.data.{name}", entry) for name, entry in data_tables.items()}
     for name in names:
-        if name not in data and table.get("written_by"):
-            data[name] = PromptSet(written(name))
+        if name not in data and table.get("generated_by"):
+            data[name] = PromptSet(generated_path(name))
         elif name not in data:
             data[name] = SFT if name == "sft" else get_objective(name)
     return Training(
@@ -149,11 +191,86 @@ def _training(table: dict) -> Training:
         objectives=objectives,
         data=data,
         sft=from_dict(TrainSettings, "training.settings", settings),
-        dpo=from_dict(DpoSettings, "training.dpo", {**settings, **own}),
-        written_by=table.get("written_by"),
+        dpo=from_dict(DpoSettings, "training.dpo", {**settings, **dpo_settings}),
+        generated_by=table.get("generated_by"),
     )
 
 
-def written(name: str) -> str:
-    """Where rows lie, in a reproduction's folder, that it writes itself."""
-    return f"data/{name}.jsonl"
+def read_preset_file(path: Path) -> dict:
+    """Return a preset file's tables, merged over the preset that it extends and the config that it starts from."""
+    try:
+        table = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SnpatchError(f"preset {path}: not a TOML file: {error}") from error
+    if unknown := sorted(table.keys() - set(PRESET_KEYS)):
+        raise SnpatchError(f"preset {path}: expected {', '.join(PRESET_KEYS)}, got {', '.join(unknown)}")
+    try:
+        return _merge_parents(path, table)
+    except SnpatchError as error:
+        raise SnpatchError(f"preset {path}: {error}") from error
+
+
+def _merge_parents(path: Path, table: dict) -> dict:
+    for name in ("config", "training", "size"):
+        get_table(table, name)
+    table = _resolve_paths(table, path.parent)
+    if "from_config" in table:
+        table = _merge(_named_config(table["from_config"]), table)
+    if "extends" not in table:
+        return table
+    shipped = {file.stem: file for file in PRESET_FOLDER.glob("*.toml")}
+    parent = table.pop("extends")
+    if not isinstance(parent, str) or parent not in shipped:
+        raise SnpatchError(f"extends: expected a shipped preset, got {shown(parent)}")
+    return _merge(read_preset_file(shipped[parent]), table)
+
+
+def _named_config(name: object) -> dict:
+    """Return the tables of a shipped experiment config, without its trained models."""
+    path = NAMED_CONFIGS.get(name) if isinstance(name, str) else None
+    if path is None:
+        raise SnpatchError(f"from_config: expected {', '.join(NAMED_CONFIGS)}, got {name!r}")
+    config = parse_toml(path.read_text(encoding="utf-8"))
+    untrained = {key: part for key, part in config.items() if key not in TRAINED_TABLES}
+    return _resolve_paths({"config": untrained}, path.parent)
+
+
+def _merge(parent: dict, child: dict) -> dict:
+    """Merge one preset's tables over another's."""
+    merged = {**parent, **child}
+    for group in ("config", "training"):
+        if group not in parent or group not in child:
+            continue
+        parts = merged[group] = {**parent[group], **child[group]}
+        for name in (*ENTRY_TABLES[group], *FIELD_TABLES[group]):
+            if name in parent[group] and name in child[group]:
+                low, high = get_table(parent[group], name), get_table(child[group], name)
+                parts[name] = {**low, **high}
+                if name in FIELD_TABLES[group]:
+                    shared = [key for key in low.keys() & high.keys() if isinstance(low[key], dict)]
+                    parts[name] |= {key: {**low[key], **get_table(high, key)} for key in shared}
+    return merged
+
+
+def _resolve_paths(table: dict, folder: Path) -> dict:
+    """Return the tables with absolute paths for what exists in the folder; all other names stay as they are."""
+    groups = {group: dict(table.get(group, {})) for group in PATH_TABLES}
+    if "model" in groups["config"]:
+        groups["config"]["model"] = _resolve_value(groups["config"]["model"], folder)
+    for group, names in PATH_TABLES.items():
+        for name in names:
+            entries = groups[group].get(name)
+            if isinstance(entries, dict):
+                groups[group][name] = {key: _resolve_value(value, folder) for key, value in entries.items()}
+    return {**table, **{group: values for group, values in groups.items() if values}}
+
+
+def _resolve_value(value: object, folder: Path) -> object:
+    """Resolve a path, a list of paths, or the paths of an entry."""
+    if isinstance(value, str):
+        return str((folder / value).resolve()) if value and (folder / value).exists() else value
+    if isinstance(value, list):
+        return [_resolve_value(item, folder) for item in value]
+    if isinstance(value, dict):
+        return {key: _resolve_value(part, folder) if key in PATH_KEYS else part for key, part in value.items()}
+    return value

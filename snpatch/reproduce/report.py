@@ -1,4 +1,7 @@
-"""report.md, report.json, reproduction.csv: each experiment's sentences, the paper's numbers beside the measured."""
+"""The report of a reproduction: report.md, report.json and reproduction.csv.
+
+report.md has each experiment's summary and the paper's numbers next to the measured ones.
+"""
 
 import json
 from collections.abc import Sequence
@@ -8,65 +11,66 @@ from snpatch.experiments.common.summary import section
 from snpatch.report import files
 from snpatch.report.formatting import escape_markdown, format_value
 from snpatch.report.report import Row
-from snpatch.reproduce.comparison import beside, differs
+from snpatch.reproduce.comparison import compare_with_paper, list_differences
 from snpatch.reproduce.pipeline import ADAPTERS, Pipeline
 from snpatch.utils.files import write_text
 
-TABLE = "reproduction.csv"
+COMPARISON_FILE = "reproduction.csv"
 
 
-def done_in(pipeline: Pipeline) -> list[str]:
-    """The experiments whose tables are there and current."""
+def list_finished(pipeline: Pipeline) -> list[str]:
+    """Return the experiments whose tables exist and are current."""
     steps = pipeline.steps
     return [name for name in pipeline.preset.experiments if name in steps.steps and steps.reason(name) is None]
 
 
 def write(pipeline: Pipeline) -> list[Path]:
-    """Write all of them into the pipeline's folder, of the experiments that are done; their paths."""
-    out, preset, done = pipeline.out, pipeline.preset, done_in(pipeline)
-    found = {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in done}
-    rows = beside(pipeline, done)
+    """Write the report of all finished experiments into the pipeline's folder; return its paths."""
+    out, preset, finished = pipeline.out, pipeline.preset, list_finished(pipeline)
+    tables = {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in finished}
+    rows = compare_with_paper(pipeline, finished)
     title = escape_markdown(preset.title or preset.name)
-    parts = [f"# {title}\n", _comparison(differs(pipeline), rows), _trainings(pipeline)]
-    parts += [section(name, table) for name, table in found.items()]
-    open_ones = {name: "not done" for name in preset.experiments if name not in done}
-    if left := {**open_ones, **pipeline.skipped}:
-        reasons = (f"- {escape_markdown(name)}: {escape_markdown(why)}\n" for name, why in left.items())
-        parts.append("## Left out\n\n" + "".join(reasons))
-    told = {name: {"headline": table["headline"], "provenance": table["provenance"]} for name, table in found.items()}
+    parts = [f"# {title}\n", _comparison_section(list_differences(pipeline), rows), _trainings_section(pipeline)]
+    parts += [section(name, table) for name, table in tables.items()]
+    unfinished = {name: "not done" for name in preset.experiments if name not in finished}
+    if skipped := {**unfinished, **pipeline.skipped}:
+        reasons = (f"- {escape_markdown(name)}: {escape_markdown(reason)}\n" for name, reason in skipped.items())
+        parts.append("## Skipped\n\n" + "".join(reasons))
+    summaries = {
+        name: {"headline": table["headline"], "provenance": table["provenance"]} for name, table in tables.items()
+    }
     write_text(out / "report.md", "\n".join(filter(None, parts)))
-    write_text(out / "report.json", json.dumps({"experiments": told, "beside": rows}, indent=1) + "\n")
-    files.write_records(rows, out / TABLE)
-    return [out / "report.md", out / "report.json", out / TABLE]
+    write_text(out / "report.json", json.dumps({"experiments": summaries, "comparison": rows}, indent=1) + "\n")
+    files.write_records(rows, out / COMPARISON_FILE)
+    return [out / "report.md", out / "report.json", out / COMPARISON_FILE]
 
 
-def _comparison(other: Sequence[str], rows: Sequence[Row]) -> str:
-    """The table for people."""
+def _comparison_section(differences: Sequence[str], rows: Sequence[Row]) -> str:
     note = (
-        f"The published numbers are of another run than this one, which differs in {', '.join(other)}: only directions "
-        "can be compared.\n"
-        if other
-        else "difference: measured - published, where both are of this model.\n"
+        f"The published numbers are of another run: this one differs in {', '.join(differences)}. Compare directions "
+        "only.\n"
+        if differences
+        else "difference: measured - published, if both are of this model.\n"
     )
-    head = ("", "of", "on", "measured", "published", "difference", "published of", "source")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    header = ("", "model", "data", "measured", "published", "difference", "published of", "source")
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in rows:
-        printed = f"{row['bound']} {format_value(row['published'])}".strip()
+        published = f"{row['bound']} {format_value(row['published'])}".strip()
         measured, difference = format_value(row["measured"]), format_value(row["difference"])
-        cells = [row["what"], row["model"], row["set"], measured, printed, difference]
+        cells = [row["what"], row["model"], row["set"], measured, published, difference]
         lines.append(f"| {' | '.join(map(escape_markdown, [*cells, row['published_of'], row['table']]))} |")
     return f"## Measured and published\n\n{note}\n" + "\n".join(lines) + "\n"
 
 
-def _trainings(pipeline: Pipeline) -> str:
-    """A line a training that is done."""
+def _trainings_section(pipeline: Pipeline) -> str:
+    """Return one line per finished or provided adapter."""
     lines = []
-    for name in pipeline.pairs:
+    for name in pipeline.trainings:
         path = pipeline.out / ADAPTERS / name / "training.json"
         if name not in pipeline.steps.steps:
-            lines.append(f"- {escape_markdown(name)}: taken, not trained here")
+            lines.append(f"- {escape_markdown(name)}: provided, not trained here")
         elif pipeline.steps.reason(name) is None:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            seconds = data["provenance"]["figures"]["seconds"]
-            lines.append(f"- {escape_markdown(name)}: {escape_markdown('; '.join(data['headline']))} ({seconds} s)")
-    return "## Trained\n\n" + "\n".join(lines) + "\n" if lines else ""
+            record = json.loads(path.read_text(encoding="utf-8"))
+            seconds = record["provenance"]["figures"]["seconds"]
+            lines.append(f"- {escape_markdown(name)}: {escape_markdown('; '.join(record['headline']))} ({seconds} s)")
+    return "## Trainings\n\n" + "\n".join(lines) + "\n" if lines else ""

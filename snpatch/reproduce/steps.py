@@ -1,10 +1,9 @@
-"""Steps that are done once: which of them are done is told by the content of what they read and of what they made.
+"""Steps that run once: a step is done while the content hashes of its inputs and outputs are unchanged.
 
-Why what a step reads is noted after it has run: an experiment finds out on its way which models, sets and judges it
-needs, and only their change should make it run again. (Their content is the one that was found before; see Inputs.)
+Inputs are recorded after a step has run, because an experiment finds out while it runs which models, data sets and
+judges it needs, and only a change of those should make it run again. Their hashes are those from before the run.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,137 +12,150 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError
 from snpatch.utils.files import write_text
+from snpatch.utils.hashing import hash_file, hash_json
 
-FILE = "steps.json"
-REPLACED = "replaced"  # where what a step had made goes when it is made anew
-DIGITS = 16
+STEPS_FILE = "steps.json"
+ARCHIVE = "replaced"  # folder of outputs that were replaced
 
 
 @dataclass(frozen=True)
-class Done:
-    """What a step read, by the names that the pipeline has for it, and the files and folders that it made."""
+class StepResult:
+    """What a step has read, by input name, and the files and folders that it has written."""
 
-    read: Iterable[str]
-    made: Iterable[Path]
+    inputs: Iterable[str]
+    outputs: Iterable[Path]
 
 
 @dataclass(frozen=True)
 class Step:
-    """run: does it. reads: what is known beforehand to be read. folder: what it makes piece by piece, and goes on with
-    after a kill if it still reads the same. command: what runs, for people."""
+    """A named part of a reproduction.
+
+    Args:
+        name: Unique name.
+        run: Does the work.
+        command: Equivalent command, for display.
+        inputs: Names of inputs that are known before the run.
+        folder: Folder that is written piece by piece; an interrupted run resumes in it if its inputs are the same.
+    """
 
     name: str
-    run: Callable[[], Done]
+    run: Callable[[], StepResult]
     command: str
-    reads: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
     folder: Path | None = None
 
 
 class Steps:
-    """The steps of one folder, in their order. digest: name of something that is read -> its content as a text."""
+    """The steps of one folder in order, and the record of their runs.
 
-    def __init__(self, out: Path, steps: Sequence[Step], digest: Callable[[str], str]) -> None:
-        self.out, self._digest = out, digest
+    Args:
+        out: Folder of the reproduction.
+        steps: Steps in the order in which they run.
+        fingerprint: Returns the content hash of an input by its name.
+    """
+
+    def __init__(self, out: Path, steps: Sequence[Step], fingerprint: Callable[[str], str]) -> None:
+        self.out, self._fingerprint = out, fingerprint
         self.steps = {step.name: step for step in steps}
-        self._kept = _read(out / FILE)
+        self._records = _read_records(out / STEPS_FILE)
 
     def reason(self, name: str) -> str | None:
-        """Why a step has to run; None: it is done."""
-        kept = self._kept.get(name)
-        if kept is None or "made" not in kept:
-            return "begun" if kept else "not run yet"
-        for path, digest in kept["made"].items():
-            if digest_of(self.out / path) != digest:
-                return f"{path} is not what it made"
-        for one, digest in kept["read"].items():
+        """Return why a step has to run; None if it is done."""
+        record = self._records.get(name)
+        if record is None:
+            return "not run yet"
+        if "outputs" not in record:
+            return "interrupted"
+        for path, fingerprint in record["outputs"].items():
+            if fingerprint_path(self.out / path) != fingerprint:
+                return f"output {path} was modified"
+        for input_name, fingerprint in record["inputs"].items():
             try:
-                now = self._digest(one)
+                current = self._fingerprint(input_name)
             except SnpatchError as error:
-                return f"{one}: {error}"
-            if now != digest:
-                return f"{one} is another"
+                return f"input {input_name}: {error}"
+            if current != fingerprint:
+                return f"input {input_name} changed"
         return None
 
-    def read_by(self, name: str) -> list[str]:
-        """What a step reads, as far as it is known."""
-        return [*self.steps[name].reads, *self._kept.get(name, {}).get("read", {})]
+    def known_inputs(self, name: str) -> list[str]:
+        """Return the inputs of a step, as far as they are known."""
+        return [*self.steps[name].inputs, *self._records.get(name, {}).get("inputs", {})]
 
     def seconds(self, name: str) -> float | None:
-        """How long a step took that is done."""
-        return self._kept.get(name, {}).get("seconds")
+        """Return how long the last run of a step took."""
+        return self._records.get(name, {}).get("seconds")
 
     def run(self, name: str) -> None:
-        """Run a step, done or not, and note what it read and made. What it had made before is put away."""
-        step, kept = self.steps[name], self._kept.get(name)
-        begun = {one: self._digest(one) for one in step.reads}
-        if kept is not None and ("made" in kept or kept["begun"] != begun):
-            self.put_away(name)
-        self._note(name, {"begun": begun})
+        """Run a step, done or not, and record its inputs and outputs. Archive its previous outputs."""
+        step, record = self.steps[name], self._records.get(name)
+        started_with = {input_name: self._fingerprint(input_name) for input_name in step.inputs}
+        if record is not None and ("outputs" in record or record["started_with"] != started_with):
+            self.archive(name)
+        self._store(name, {"started_with": started_with})
         start = time.monotonic()
-        done = step.run()
-        if other := [one for one in step.reads if self._digest(one) != begun[one]]:
-            raise SnpatchError(f"{other[0]} was changed while {name} ran: run it again")
-        read = {one: self._digest(one) for one in sorted({*step.reads, *done.read})}
-        made = {str(path.relative_to(self.out)): digest_of(path) for path in sorted(done.made)}
+        result = step.run()
+        if changed := [one for one in step.inputs if self._fingerprint(one) != started_with[one]]:
+            raise SnpatchError(f"input {changed[0]} changed while {name} ran. Run it again")
+        inputs = {input_name: self._fingerprint(input_name) for input_name in sorted({*step.inputs, *result.inputs})}
+        outputs = {str(path.relative_to(self.out)): fingerprint_path(path) for path in sorted(result.outputs)}
         seconds = round(time.monotonic() - start, 1)
-        self._note(name, {"begun": begun, "read": read, "made": made, "seconds": seconds})
+        self._store(name, {"started_with": started_with, "inputs": inputs, "outputs": outputs, "seconds": seconds})
 
     @property
-    def stale(self) -> list[str]:
-        """Steps whose results lie here and are not those that they would have now."""
-        return [name for name in self.steps if "made" in self._kept.get(name, {}) and self.reason(name) is not None]
+    def outdated_steps(self) -> list[str]:
+        """Return the steps whose outputs exist but would be different now."""
+        finished = [name for name in self.steps if "outputs" in self._records.get(name, {})]
+        return [name for name in finished if self.reason(name) is not None]
 
-    def put_away(self, name: str, further: Sequence[Path] = ()) -> None:
-        """Move what a step made (and further files) to a folder beside, and forget that it was run."""
-        paths = [self.out / path for path in self._kept.get(name, {}).get("made", {})]
+    @property
+    def orphaned_steps(self) -> list[str]:
+        """Return the steps that have run in this folder and are not part of the preset any more."""
+        return [name for name in self._records if name not in self.steps]
+
+    def archive(self, name: str, extra: Sequence[Path] = ()) -> None:
+        """Move a step's outputs (and extra files) to `replaced/NAME-N`, and forget its run."""
+        paths = [self.out / path for path in self._records.get(name, {}).get("outputs", {})]
         folder = self.steps[name].folder if name in self.steps else None
-        paths = [path for path in dict.fromkeys([*paths, *further, *([folder] if folder else [])]) if path.exists()]
+        paths = [path for path in dict.fromkeys([*paths, *extra, *([folder] if folder else [])]) if path.exists()]
         if folder is not None:
             paths = [path for path in paths if folder not in path.parents]
         number = 1
-        while (to := self.out / REPLACED / f"{name}-{number}").exists():
+        while (archive := self.out / ARCHIVE / f"{name}-{number}").exists():
             number += 1
         for path in paths:
-            place = to / path.relative_to(self.out)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(place)
-        self._kept.pop(name, None)
+            target = archive / path.relative_to(self.out)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        self._records.pop(name, None)
         self._save()
 
-    @property
-    def strangers(self) -> list[str]:
-        """Steps that were run in this folder and that there are not now."""
-        return [name for name in self._kept if name not in self.steps]
-
-    def _note(self, name: str, kept: dict) -> None:
-        self._kept[name] = kept
+    def _store(self, name: str, record: dict) -> None:
+        self._records[name] = record
         self._save()
 
     def _save(self) -> None:
-        write_text(self.out / FILE, json.dumps(self._kept, indent=1) + "\n")
+        write_text(self.out / STEPS_FILE, json.dumps(self._records, indent=1) + "\n")
 
 
-def digest_of(path: Path) -> str:
-    """Names a file by its bytes, and a folder by its files'; "" where there is none."""
+def fingerprint_path(path: Path) -> str:
+    """Return the content hash of a file, or of a folder's files; "" if there is none."""
     if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+        return hash_file(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-    return short([[str(p.relative_to(path)), digest_of(p)] for p in files]) if files else ""
+    return hash_json([[str(p.relative_to(path)), fingerprint_path(p)] for p in files]) if files else ""
 
 
-def short(data: object) -> str:
-    """Names JSON data by its content."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:DIGITS]
-
-
-def _read(path: Path) -> dict:
+def _read_records(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SnpatchError(f"{path}: not JSON: {error}; remove it, and what is made will be made again") from error
-    if not isinstance(kept, dict) or not all(isinstance(one, dict) and "begun" in one for one in kept.values()):
-        raise SnpatchError(f"{path}: wanted steps by name; remove it, and what is made will be made again")
-    return kept
+        raise SnpatchError(f"{path}: expected JSON: {error}. Remove it to run all steps again") from error
+    is_valid = isinstance(records, dict) and all(
+        isinstance(record, dict) and "started_with" in record for record in records.values()
+    )
+    if not is_valid:
+        raise SnpatchError(f"{path}: expected an object of steps by name. Remove it to run all steps again")
+    return records

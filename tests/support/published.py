@@ -1,4 +1,4 @@
-"""A few rows of each set in the columns that it is published with, and writers for the kinds of file it comes in."""
+"""A few rows of each published data set in its columns, and writers of its file formats."""
 
 import csv
 import gzip
@@ -15,7 +15,7 @@ CATEGORIES = {"animal_abuse": False, "violence,aiding_and_abetting,incitement": 
 
 
 def talk(*texts: str) -> str:
-    """A transcript as in hh-rlhf: human and assistant in turn."""
+    """Return a transcript as in hh-rlhf: human and assistant in turn."""
     return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(texts))
 
 
@@ -77,13 +77,13 @@ def stack(question: str, chosen: str, rejected: str) -> dict:
 
 
 def turns(*texts: str) -> list[dict]:
-    """User and assistant in turn."""
+    """Return turns of user and assistant."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def shared(id: str, *said: tuple[str, str]) -> dict:
-    """A conversation in ShareGPT's raw form."""
-    return {"id": id, "conversations": [{"from": speaker, "value": text} for speaker, text in said]}
+def shared(id: str, *turns: tuple[str, str]) -> dict:
+    """Return a conversation in ShareGPT's raw form."""
+    return {"id": id, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
 
 
 HH = [
