@@ -207,9 +207,10 @@ def summarize(result: "Report") -> str:
     _, patched = _unpatched_and_patched(result)
     line = [row for row in patched if row["recipient"] == patched[0]["recipient"]]
     row = min(line, key=lambda row: abs(row["rank_hi"] - 0.1 * max(r["rank_hi"] for r in line)))
+    neurons = f"{row['rank_hi']} neurons ({row['neuron_fraction']:.1%})"
     sentence = (
-        f"Patching {row['rank_hi']} neurons ({row['neuron_fraction']:.1%}) of {row['donor']} into {row['recipient']} recovers "
-        f"{format_percent(row['effect'])} of the safety gain"
+        f"Patching {neurons} of {row['donor']} into {row['recipient']} recovers {format_percent(row['effect'])} of the "
+        "safety gain"
     )
     effects = _control_effects(result, row)
     return f"{sentence}; random neurons recover {format_range(effects, format_percent)}." if effects else f"{sentence}."
