@@ -1,4 +1,4 @@
-"""The README's table of packages: each with its docstring's first sentence, in the layers' order."""
+"""CONTRIBUTING.md's table of packages: each with its docstring's first sentence, in the layers' order."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OTHER_FOLDERS = {
     "kernels/": "the op for GPUs, in Triton; kernels/README.md has its formula and its predicted cost",
     "csrc/": "the op for CPUs, in C++",
-    "bench/": "benchmarks, their records, the check of a GPU, and the generator of this README's tables",
+    "bench/": "benchmarks, their records, the check of a GPU, and the generator of the tables in README and guides",
     "tests/": "tests; shared helpers are in support/, outputs of the published code in goldens/",
 }
 

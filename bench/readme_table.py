@@ -1,4 +1,4 @@
-"""Generator of the README's tables from the records in bench/results/: `python bench/readme_table.py`.
+"""Generator of the tables in README and guides from the records in bench/results/: `python bench/readme_table.py`.
 
 Why a new measurement needs no code here: its record describes itself (`extra_info`: side, size, batch, baselines).
 Tables of GPU measurements stay empty until there are records of a GPU.
@@ -115,10 +115,20 @@ def generate_table(runs: list[Run]) -> str:
     return "\n\n".join(_generate_group(group) for group in groups.values())
 
 
+def speed_table(runs: list[Run]) -> str:
+    """Build the README's table: decoding of patched requests on the first machine with a record."""
+    decoding = [run for run in runs if _is_decoding(run)]
+    return _generate_group([run for run in decoding if run.machine == decoding[0].machine]) if decoding else ""
+
+
+def _is_decoding(run: Run) -> bool:
+    return run.info.get("side") == "twin" and {"native 2B", "native B"} <= run.ratios.keys()
+
+
 def _generate_group(group: list[Run]) -> str:
     decoding, others = [], []
     for run in group:
-        if run.info["side"] == "twin" and {"native 2B", "native B"} <= run.ratios.keys():
+        if _is_decoding(run):
             speed = run.info["batch"] * run.info["new"] / run.seconds
             ratios = run.ratios["native 2B"], run.ratios["native B"]
             decoding.append((f"batch of {run.info['batch']}", f"{speed:.0f}", *ratios))
@@ -344,10 +354,11 @@ def _versions(run: Run, *packages: str) -> str:
 
 
 def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
-    """Return marker name in the README -> function that builds its table."""
+    """Return marker name in a page -> function that builds its table."""
     runs = list(load_runs(folder))
     cpu, gpu = [run for run in runs if not run.is_gpu], [run for run in runs if run.is_gpu]
     return {
+        "speed": lambda: speed_table(cpu),
         "generate": lambda: generate_table(cpu),
         "generate on a GPU": lambda: generate_table(gpu),
         "sweeps": lambda: sweeps_table(cpu),
@@ -364,17 +375,31 @@ def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
     }
 
 
-def fill_tables(text: str, folder: Path = RESULTS) -> str:
-    """Return the README with every table between its markers generated again."""
+def pages() -> list[Path]:
+    """Return the pages that may have tables: README, CONTRIBUTING and the guides of the packages."""
+    guides = [*(ROOT / "bench").glob("README.md"), *sorted((ROOT / "snpatch").rglob("README.md"))]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *guides]
+
+
+def fill_pages(folder: Path = RESULTS) -> dict[Path, str]:
+    """Return page -> its text with every table between its markers generated again.
+
+    Raises:
+        SystemExit: A table's marker is missing, or is there more than once over all pages.
+    """
+    texts = {page: page.read_text() for page in pages()}
     for name, build in tables(folder).items():
         table = "".join(f"{part}\n" for part in [build()] if part)
         pattern = rf"(<!-- table: {name} -->\n)(?:(?!<!--).)*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}{m[2]}", text, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"README.md: expected one marker for the table {name}, got {count}")
-    return text
+        total = 0
+        for page, text in texts.items():
+            texts[page], count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}{m[2]}", text, flags=re.DOTALL)
+            total += count
+        if total != 1:
+            raise SystemExit(f"README and guides: expected one marker for the table {name}, got {total}")
+    return texts
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(fill_tables(readme.read_text()))
+    for page, text in fill_pages().items():
+        page.write_text(text)

@@ -1,4 +1,4 @@
-"""The README's tables equal those of the records, and its Python names and links exist."""
+"""README and guides: tables equal those of the records, links and Python names exist."""
 
 import importlib.util
 import json
@@ -21,9 +21,13 @@ def readme_table():
     return module
 
 
-def test_readme_tables_equal_those_of_the_records(readme_table):
-    readme = (ROOT / "README.md").read_text()
-    assert readme_table.fill_tables(readme) == readme
+def test_tables_of_all_pages_equal_those_of_the_records(readme_table):
+    for page, text in readme_table.fill_pages().items():
+        assert page.read_text() == text, page
+
+
+def test_readme_fits_two_hundred_lines():
+    assert (ROOT / "README.md").read_text().count("\n") <= 200
 
 
 def test_gpu_records_fill_separate_tables(readme_table, tmp_path):
@@ -98,17 +102,19 @@ def test_kernels_readme_has_the_predicted_times():
     assert predict.fill_table(readme) == readme
 
 
-def test_readme_links_and_imported_names_exist():
-    readme = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", readme):
-        assert (ROOT / target).exists(), target
-    for imported in re.findall(r"from snpatch import (.+)", readme):
-        for name in imported.split(", "):
-            exec(f"from snpatch import {name}")
+def test_links_and_imported_names_of_all_pages_exist(readme_table):
+    for page in readme_table.pages():
+        text = page.read_text()
+        for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+        for block in re.findall(r"```python\n(.*?)```", text, re.S):
+            for line in re.findall(r"^from snpatch\S* import .+", block, re.M):
+                exec(line)
+            compile(block, str(page), "exec")
 
 
-def test_readme_sweep_file_is_valid(tmp_path):
-    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_sweep_file_of_the_guide_is_valid(tmp_path):
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "snpatch/sweeps/README.md").read_text(), re.S)
     (tmp_path / "sweep.toml").write_text(block)
     spec = SweepSpec.load(tmp_path / "sweep.toml")
     assert [window.hi for window in spec.sweep.windows] == [0, 200, 1000, 5000, 20_000]
