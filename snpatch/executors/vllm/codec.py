@@ -1,6 +1,6 @@
 """Conversion of requests to vLLM's arguments and of vLLM's results to checked outputs.
 
-A request names adapters, rankings and constants by integers (executors/rows.py). Their fingerprints are its salt in the
+A request names adapters, rankings and constants by integers (request_rows.py). Their fingerprints are its salt in the
 prefix cache, so that no request reads keys and values that another patch has made.
 """
 
