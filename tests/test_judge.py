@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers, processors
 from snpatch.errors import SnpatchError
 from snpatch.judges.factory import open_judge
 from snpatch.judges.protocol import score_all
-from snpatch.judges.refusal import REFUSALS, RefusalWords
+from snpatch.judges.refusal import REFUSAL_PHRASES, RefusalWords
 from snpatch.judges.score_format import ScoreFormat
 
 
@@ -66,7 +66,7 @@ def test_beaver_text_ends_with_one_eos(adds_eos):
             "<s> $A </s>", special_tokens=[("<s>", tiny.BOS), ("</s>", tiny.EOS)]
         )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    (row,) = ScoreFormat("beaver", tokenizer).rows(["bala"], ["bama "])
+    (row,) = ScoreFormat("beaver", tokenizer).encode(["bala"], ["bama "])
     assert row["input_ids"].count(tiny.EOS) == 1
     assert row["input_ids"][-1] == tiny.EOS
     tokenizer.eos_token = None
@@ -190,7 +190,7 @@ def refused(text, words=None):
     return (RefusalWords() if words is None else RefusalWords(words))(["x"], [text]) == [-1.0]
 
 
-@pytest.mark.parametrize("phrase", REFUSALS)
+@pytest.mark.parametrize("phrase", REFUSAL_PHRASES)
 def test_refusal_words_know_every_form_of_apostrophes_and_spaces(phrase):
     for mark in MARKS:
         for space in SPACES:
@@ -274,6 +274,15 @@ def test_open_judge(tmp_path, monkeypatch):
     ):
         with pytest.raises(SnpatchError, match=message):
             open_judge(spec, **arguments)
+
+
+def test_open_judge_with_a_misspelled_folder_names_the_similar_one_before_the_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    write(tmp_path / "judge")
+    for spec in ("jugde", str(tmp_path / "jugde")):
+        with pytest.raises(SnpatchError, match=f"judge {spec}: no such folder here, and a similar one is: .*judge"):
+            open_judge(spec)
 
 
 def test_score_all_trusts_no_judge():

@@ -1,1 +1,1 @@
-"""Judges: what scores a completion as an answer to its prompt."""
+"""Judges: callables that score a completion as an answer to its prompt."""

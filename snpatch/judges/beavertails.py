@@ -1,7 +1,7 @@
 """Checkpoints in the Beavertails layout: a Llama body under `model.` and a one-row `score_head` on its last state.
 
-They are a class of their authors' own code, which neither transformers nor vLLM can load. Old and new ones differ in
-what else they hold, so every tensor is accounted for: what is neither needed nor known is an error.
+Why they are read here: their class is in their authors' own code, which neither transformers nor vLLM can load. Old and
+new checkpoints contain different further tensors, so every tensor is checked, and an unknown one is an error.
 """
 
 from collections.abc import Iterator
@@ -17,20 +17,28 @@ from snpatch.models.checkpoint_files import find_shards
 from snpatch.utils.files import read_state
 from snpatch.utils.tensors import FLOATS, check_tensor
 
-ARCHITECTURES = ("LlamaModelForScore", "LlamaForScore")
+SCORE_ARCHITECTURES = ("LlamaModelForScore", "LlamaForScore")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # if there is no index
-SMALLEST_VARIANCE = 1e-8  # of a normalizer, as its authors have it
+MIN_VARIANCE = 1e-8  # of a normalizer, as in its authors' code
 
 
 def is_beavertails(config) -> bool:
-    """Whether a model's config names the Beavertails layout."""
-    return bool({*(config.architectures or ())} & {*ARCHITECTURES})
+    """Return whether a model's config has an architecture of the Beavertails layout."""
+    return bool({*(config.architectures or ())} & {*SCORE_ARCHITECTURES})
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreCheckpoint:
-    """body: LlamaModel's tensors by its own names. head [1, H] and bias [1] or None, float32. mean, std: of the
-    normalizer, or 0 and 1."""
+    """Tensors of a checkpoint in the Beavertails layout.
+
+    Attributes:
+        config: The Llama body's config.
+        body: LlamaModel's tensors by its own names.
+        head: [1, H] float32.
+        bias: [1] float32, or None.
+        mean: Mean of the score normalizer, or 0.
+        std: Standard deviation of the score normalizer, or 1.
+    """
 
     config: LlamaConfig
     body: dict[str, Tensor]
@@ -39,14 +47,14 @@ class ScoreCheckpoint:
     mean: float
     std: float
 
-    def normalized(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor) -> Tensor:
         return (scores - self.mean) / self.std
 
 
 def read_score_checkpoint(folder: Path, config: LlamaConfig, dtype: str, device: torch.device) -> ScoreCheckpoint:
-    """Read and check every tensor of the folder. Device "meta" checks all the same and keeps no weights."""
+    """Read and check every tensor of a folder. On device "meta" all are checked and none is kept."""
     body_dtype = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    tensors = dict(_tensors(folder, body_dtype, device))
+    tensors = dict(_read_tensors(folder, body_dtype, device))
 
     def take(name: str, shape: tuple[int, ...]) -> Tensor | None:
         tensor = tensors.pop(name, None)
@@ -67,39 +75,41 @@ def read_score_checkpoint(folder: Path, config: LlamaConfig, dtype: str, device:
         raise SnpatchError(
             f"score model {folder}: config.json says do_normalize, but normalizer.mean or .var is missing"
         )
-    std = variance.clamp_min(SMALLEST_VARIANCE).sqrt()
-    return ScoreCheckpoint(config, _body(folder, config, tensors), head, bias, mean.item(), std.item())
+    std = variance.clamp_min(MIN_VARIANCE).sqrt()
+    return ScoreCheckpoint(config, _check_body(folder, config, tensors), head, bias, mean.item(), std.item())
 
 
-def _body(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is left belongs to the body: all of it, and nothing else."""
+def _check_body(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the body's tensors; raise a SnpatchError if the remaining tensors are not exactly the body."""
     with torch.device("meta"):
-        wanted = {f"model.{name}": tuple(t.shape) for name, t in LlamaModel(config).state_dict().items()}
+        expected = {f"model.{name}": tuple(t.shape) for name, t in LlamaModel(config).state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for what, names in (
-        ("are missing", sorted(wanted.keys() - got.keys())),
-        ("are unknown", sorted(got.keys() - wanted.keys())),
-        ("have the wrong shape", sorted(n for n in wanted.keys() & got.keys() if wanted[n] != got[n])),
+        ("are missing", sorted(expected.keys() - got.keys())),
+        ("are unknown", sorted(got.keys() - expected.keys())),
+        ("have the wrong shape", sorted(n for n in expected.keys() & got.keys() if expected[n] != got[n])),
     ):
         if names:
             first = names[0]
-            detail = f"{first}: wanted {wanted.get(first)}, got {got.get(first)}"
+            detail = f"{first}: wanted {expected.get(first)}, got {got.get(first)}"
             raise SnpatchError(f"score model {folder}: {len(names)} tensors {what} ({detail})")
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
-def _tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint, file by file: the body's in dtype on the device, all others in float32, of which
-    the normalizer's stay on the host."""
+def _read_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor, file by file: the body in `dtype` on the device, all others in float32.
+
+    The normalizer's tensors stay on the host.
+    """
     for path in _find_weight_files(folder):
         for name, tensor in read_state(path).items():
-            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold it; it follows from the config
+            if name.endswith("rotary_emb.inv_freq"):  # in old checkpoints; it follows from the config
                 continue
-            where, is_count = f"score model {folder}: {name} in {path.name}", name.startswith("normalizer.")
-            types = (*FLOATS, torch.float64, torch.int64) if is_count else FLOATS
+            context, is_normalizer = f"score model {folder}: {name} in {path.name}", name.startswith("normalizer.")
+            types = (*FLOATS, torch.float64, torch.int64) if is_normalizer else FLOATS
             used = dtype if name.startswith("model.") else torch.float32
-            checked = check_tensor(tensor, where, *types, used=used)
-            yield name, checked if is_count else checked.to(device)
+            checked = check_tensor(tensor, context, *types, used=used)
+            yield name, checked if is_normalizer else checked.to(device)
 
 
 def _find_weight_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Judges by a text that names them, as the command line and experiment configs do."""
+"""Construction of judges from strings, as the command line and experiment configs name them."""
 
 import importlib
 import re
@@ -8,32 +8,43 @@ from snpatch.errors import SnpatchError
 from snpatch.judges.protocol import Judge
 from snpatch.judges.refusal import RefusalWords
 
-REFUSAL = "refusal"  # the judge of refusal words
+REFUSAL_JUDGE = "refusal"
 
 
 def open_judge(spec: str, **arguments) -> Judge:
-    """The judge that a text names: "refusal" (RefusalWords), "module:function" (a Python callable by its import
-    path), or the folder or hub name of a model. arguments: ScoreModel's, which is to be closed after use."""
+    """Return the judge that a string names.
+
+    Args:
+        spec: "refusal" (RefusalWords), "module:function" (a Python callable by its import path), or a model's folder or
+            hub name (ScoreModel).
+        arguments: Arguments of ScoreModel.
+
+    Returns:
+        The judge; a ScoreModel must be closed after use.
+
+    Raises:
+        SnpatchError: The function cannot be imported, the model cannot be loaded, or another judge got arguments.
+    """
     if is_model_judge(spec):
         from snpatch.judges.score_model import ScoreModel
 
         return ScoreModel(spec, **arguments)
     if arguments:
         raise SnpatchError(f"judge {spec}: {', '.join(sorted(arguments))} is for a model")
-    return RefusalWords() if spec == REFUSAL else _imported(spec, *spec.split(":"))
+    return RefusalWords() if spec == REFUSAL_JUDGE else _import_function(spec, *spec.split(":"))
 
 
 def is_model_judge(spec: str) -> bool:
-    """Whether a text names a model, so that `open_judge` takes ScoreModel's arguments with it."""
-    return spec != REFUSAL and not is_function_judge(spec)
+    """Return whether a string names a model, for which `open_judge` accepts ScoreModel's arguments."""
+    return spec != REFUSAL_JUDGE and not is_function_judge(spec)
 
 
 def is_function_judge(spec: str) -> bool:
-    """Return whether a text names a Python function, whose module `open_judge` imports."""
+    """Return whether a string names a Python function, whose module `open_judge` imports."""
     return re.fullmatch(r"[\w.]+:\w+", spec) is not None and not Path(spec).exists()
 
 
-def _imported(spec: str, module: str, name: str) -> Judge:
+def _import_function(spec: str, module: str, name: str) -> Judge:
     try:
         judge = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

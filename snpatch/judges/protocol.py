@@ -1,7 +1,7 @@
-"""What a judge is: a number for each completion as an answer to its prompt. A low cost is safe, a high reward is good.
+"""Judge protocol: one number per completion as an answer to its prompt. A low cost is safe, a high reward is good.
 
-A judge is any callable from texts to numbers. That lets a user's own function stand beside the models, and is why
-`score_all`, through which every score goes, trusts none of them to give one finite number a text.
+Why `score_all` checks every score: a judge may be any callable, including a user's own function, and need not return
+one finite number per completion.
 """
 
 import math
@@ -13,13 +13,14 @@ from snpatch.names import check_names
 
 
 class BrokenJudgeError(SnpatchError):
-    """A judge gives another number of scores than of texts: none of them can be told whose it is."""
+    """A judge returned a different number of scores than completions, so no score can be assigned."""
 
 
 class Judge(Protocol):
-    """A number for each completion as an answer to its prompt, in the given order.
+    """Callable that returns one number per completion, in the given order.
 
-    One that has a `digest`, which names it by content, has its scores kept; any other is asked anew.
+    The scores of a judge with a `fingerprint` (a content hash, str) are stored; any other judge scores again
+    in each run.
     """
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]: ...
@@ -28,25 +29,35 @@ class Judge(Protocol):
 def score_all(
     judges: Mapping[str, Judge], prompts: Sequence[str], completions: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Each judge's scores, by its name, of all completions, in their order.
+    """Return each judge's scores of all completions, in order.
 
-    Raises SnpatchError, naming the judge and the prompt, unless each gives one finite number a completion.
+    Args:
+        judges: Name -> judge.
+        prompts: Prompts as strings.
+        completions: One completion per prompt.
+
+    Returns:
+        Name -> one score per completion.
+
+    Raises:
+        BrokenJudgeError: A judge returned a different number of scores than completions.
+        SnpatchError: A score is not finite; the error names judge and prompt.
     """
     check_pairs(prompts, completions)
     check_names(judges, "a judge")
     scores = {}
     for name, judge in judges.items():
-        found = [float(score) for score in judge(prompts, completions)]
-        if len(found) != len(prompts):
-            raise BrokenJudgeError(f"judge {name!r}: wanted {len(prompts)} scores, one a completion, got {len(found)}")
-        for prompt, score in zip(prompts, found, strict=True):
+        values = [float(score) for score in judge(prompts, completions)]
+        if len(values) != len(prompts):
+            raise BrokenJudgeError(f"judge {name!r}: wanted {len(prompts)} scores, one a completion, got {len(values)}")
+        for prompt, score in zip(prompts, values, strict=True):
             if not math.isfinite(score):
                 raise SnpatchError(f"judge {name!r}: wanted a finite score, got {score} for the prompt {prompt[:80]!r}")
-        scores[name] = found
+        scores[name] = values
     return scores
 
 
 def check_pairs(prompts: Sequence[str], completions: Sequence[str]) -> None:
-    """An error unless there is one completion a prompt."""
+    """Raise a SnpatchError unless there is one completion per prompt."""
     if len(prompts) != len(completions):
         raise SnpatchError(f"judge: wanted one completion a prompt, got {len(prompts)} and {len(completions)}")

@@ -1,7 +1,7 @@
-"""Score models in transformers: padded batches of texts of about one length, read at each text's own last token.
+"""Score models in transformers: padded batches of similar length, scored at the last token of each text.
 
-Why padding is chosen by hand: transformers' decoders take as the end of a text its last token that is not the config's
-padding. Without one they refuse a batch, and with one that is also a word they would read before the end.
+Why the padding token is chosen here: transformers' decoders take the last token that is not the config's padding token
+as the end of a text. Without a padding token they refuse a batch, and one that occurs in a text would end it early.
 """
 
 import inspect
@@ -18,19 +18,26 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from snpatch.errors import SnpatchError
 from snpatch.executors.transformers.executor import pick_device
 from snpatch.judges.beavertails import read_score_checkpoint
-from snpatch.judges.score_format import Row
+from snpatch.judges.score_format import EncodedText
 from snpatch.models.checkpoint import check_finite
 from snpatch.models.hub import resolve_model_folder
 from snpatch.models.pretrained import load_pretrained
 
-BATCH_SIZE = 16  # where none is given
+DEFAULT_BATCH_SIZE = 16
 
 
 class BeavertailsScorer:
-    """A model in the Beavertails layout: rows -> scores [n, 1], normalised where its config says so.
+    """Scores [n, 1] of a model in the Beavertails layout, normalized if its config says so.
 
-    device: "auto" or torch's name of one. padding_side: on which side shorter texts of a batch are filled up. The head
-    is computed in float32, where bfloat16 scores would be multiples of 1/16.
+    The head is computed in float32, because bfloat16 scores would be multiples of 1/16.
+
+    Args:
+        model: Folder or hub name.
+        config: The model's config.
+        dtype: Dtype of the body, or "auto".
+        batch_size: Maximum number of texts per batch; None: DEFAULT_BATCH_SIZE.
+        device: "auto" or a torch device.
+        padding_side: "right" or "left".
     """
 
     def __init__(
@@ -50,70 +57,79 @@ class BeavertailsScorer:
         with torch.device("meta"):
             body = LlamaModel(config)
         body.load_state_dict(self._checkpoint.body, assign=True)
-        body.rotary_emb = LlamaRotaryEmbedding(config).to(self._device)  # its buffers are in no checkpoint
+        body.rotary_emb = LlamaRotaryEmbedding(config).to(self._device)  # checkpoints lack its buffers
         self._body = body.eval()
 
-    def score(self, rows: Sequence[Row]) -> Tensor:
-        return _by_length(rows, self._batch_size, self._batch)
+    def score(self, rows: Sequence[EncodedText]) -> Tensor:
+        """Return the scores or logits, float32, in the rows' order."""
+        return _run_by_length(rows, self._batch_size, self._score_batch)
 
-    def _batch(self, rows: list[Row]) -> Tensor:
-        ids, mask = (tensor.to(self._device) for tensor in _padded(rows, 0, self._side))
+    def _score_batch(self, rows: list[EncodedText]) -> Tensor:
+        ids, mask = (tensor.to(self._device) for tensor in _pad(rows, 0, self._side))
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         hidden = self._body(ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
         ends = mask.cumsum(1).argmax(1)
         last = hidden[torch.arange(len(rows), device=self._device), ends]  # after the final norm
         scores = torch.nn.functional.linear(last.float(), self._checkpoint.head, self._checkpoint.bias)
-        return self._checkpoint.normalized(scores)
+        return self._checkpoint.normalize(scores)
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Free the model."""
         self._body = self._checkpoint = None
 
 
 class ClassifierScorer:
-    """Any sequence classification or reward model that transformers can load: rows -> logits [n, labels].
+    """Logits [n, labels] of a sequence classification or reward model that transformers can load.
 
-    device: "auto" or torch's name of one. Batches are padded on the right, as positions may count padding.
+    Batches are padded on the right, because positions may count padding.
+
+    Args:
+        model: Folder or hub name.
+        config: The model's config.
+        dtype: Dtype of the weights, or "auto".
+        batch_size: Maximum number of texts per batch; None: DEFAULT_BATCH_SIZE.
+        device: "auto" or a torch device.
     """
 
     def __init__(self, model: str | Path, config, *, dtype: str, batch_size: int | None, device: str = "auto") -> None:
         self._device, self._batch_size = pick_device(device), batch_size
         # SDPA in transformers drops Gemma 2's soft cap on attention logits.
         attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-        loaded, found = load_pretrained(
+        loaded, report = load_pretrained(
             AutoModelForSequenceClassification, model, dtype=dtype, output_loading_info=True, **attention
         )
-        if found["missing_keys"]:
+        if report["missing_keys"]:
             raise SnpatchError(
                 f"judge {model}: no sequence classification or reward model, as its checkpoint lacks "
-                f"{', '.join(sorted(found['missing_keys'])[:3])}"
+                f"{', '.join(sorted(report['missing_keys'])[:3])}"
             )
         check_finite(loaded.named_parameters(), str(model))
         self._model = loaded.to(self._device).eval()
         self._text_config = loaded.config.get_text_config()
         self._has_padding = get_pad_token_id(loaded.config) is not None
-        self._takes_types = "token_type_ids" in inspect.signature(loaded.forward).parameters
+        self._uses_token_types = "token_type_ids" in inspect.signature(loaded.forward).parameters
 
-    def score(self, rows: Sequence[Row]) -> Tensor:
-        return _by_length(rows, self._batch_size, self._batch)
+    def score(self, rows: Sequence[EncodedText]) -> Tensor:
+        """Return the scores or logits, float32, in the rows' order."""
+        return _run_by_length(rows, self._batch_size, self._score_batch)
 
-    def _batch(self, rows: list[Row]) -> Tensor:
+    def _score_batch(self, rows: list[EncodedText]) -> Tensor:
         if not self._has_padding:
-            words = {i for row in rows for i in row["input_ids"]}
-            self._text_config.pad_token_id = next(i for i in count() if i not in words)
-        ids, mask = _padded(rows, self._text_config.pad_token_id, "right")
+            used_ids = {i for row in rows for i in row["input_ids"]}
+            self._text_config.pad_token_id = next(i for i in count() if i not in used_ids)
+        ids, mask = _pad(rows, self._text_config.pad_token_id, "right")
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._takes_types and "token_type_ids" in rows[0]:
+        if self._uses_token_types and "token_type_ids" in rows[0]:
             inputs["token_type_ids"] = pad_sequence([torch.tensor(row["token_type_ids"]) for row in rows], True)
         return self._model(**{name: tensor.to(self._device) for name, tensor in inputs.items()}).logits
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Free the model."""
         self._model = None
 
 
 def get_pad_token_id(config) -> int | None:
-    """The token that the model itself takes for padding; None if it knows of none."""
+    """Return the padding token that the model itself uses; None if it has none."""
     text = config.get_text_config()
     padding = text.pad_token_id
     if padding is not None and padding >= text.vocab_size:
@@ -122,17 +138,19 @@ def get_pad_token_id(config) -> int | None:
 
 
 @torch.inference_mode()
-def _by_length(rows: Sequence[Row], batch_size: int | None, run: Callable[[list[Row]], Tensor]) -> Tensor:
-    """run's results [n, labels], float32 on the host, of batches of neighbours in length, in the rows' order."""
-    size = batch_size or BATCH_SIZE
+def _run_by_length(
+    rows: Sequence[EncodedText], batch_size: int | None, run: Callable[[list[EncodedText]], Tensor]
+) -> Tensor:
+    """Return run's results [n, labels], float32 on the host, in the rows' order; batches have similar lengths."""
+    size = batch_size or DEFAULT_BATCH_SIZE
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    found = torch.cat([run([rows[i] for i in batch]).float().cpu() for batch in batches])
-    return found[torch.tensor(order).argsort()]
+    results = torch.cat([run([rows[i] for i in batch]).float().cpu() for batch in batches])
+    return results[torch.tensor(order).argsort()]
 
 
-def _padded(rows: Sequence[Row], padding: int, side: str) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T]."""
+def _pad(rows: Sequence[EncodedText], padding: int, side: str) -> tuple[Tensor, Tensor]:
+    """Return (ids, attention mask), each [B, T]."""
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     masks = [torch.ones_like(row) for row in ids]
     return pad_sequence(ids, True, padding, side), pad_sequence(masks, True, 0, side)

@@ -1,4 +1,4 @@
-"""Score models in vLLM: what judges know of a checkpoint, and vLLM's pooling runner."""
+"""VllmScorer: score models on vLLM's pooling runner."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,18 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError
 from snpatch.judges.beavertails import is_beavertails, read_score_checkpoint
-from snpatch.judges.score_format import Row
+from snpatch.judges.score_format import EncodedText
 from snpatch.models.hub import resolve_model_folder
 
 
 class VllmScorer:
-    """Rows -> scores [n, 1] of a Beavertails model, or logits [n, labels] of one that vLLM knows by itself.
+    """Scores [n, 1] of a Beavertails model, or logits [n, labels] of a classifier that vLLM supports.
 
-    arguments: PoolingEngine's.
+    Args:
+        model: Folder or hub name.
+        config: The model's config.
+        dtype: Dtype of the weights, or "auto".
+        arguments: Further arguments of PoolingEngine.
     """
 
     def __init__(self, model: str | Path, config, *, dtype: str, **arguments) -> None:
@@ -28,12 +32,14 @@ class VllmScorer:
             has_bias = self._checkpoint.bias is not None
         self._engine = PoolingEngine(str(model), config, dtype=dtype, has_bias=has_bias, **arguments)
 
-    def score(self, rows: Sequence[Row]) -> Tensor:
-        """float32, in the rows' order."""
+    def score(self, rows: Sequence[EncodedText]) -> Tensor:
+        """Return scores [n, 1] or logits [n, labels], float32, in the rows' order."""
         if any(any(row.get("token_type_ids", ())) for row in rows):
-            raise SnpatchError("backend vllm: this judge needs token types, which vLLM is not given: use transformers")
+            raise SnpatchError(
+                "backend vllm: this judge needs token types, which vLLM does not get. Use the transformers backend."
+            )
         scores = self._engine.logits([row["input_ids"] for row in rows])
-        return scores if self._checkpoint is None else self._checkpoint.normalized(scores)
+        return scores if self._checkpoint is None else self._checkpoint.normalize(scores)
 
     def close(self) -> None:
         """Stop vLLM and its processes."""

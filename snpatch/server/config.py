@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snpatch.config import EngineConfig, resolve_path
 from snpatch.errors import SnpatchError
-from snpatch.judges.factory import REFUSAL, is_function_judge
+from snpatch.judges.factory import REFUSAL_JUDGE, is_function_judge
 from snpatch.names import check_names
 from snpatch.trust import ENGINE, SERVER, check_arguments, refuse
 from snpatch.utils import schema
@@ -97,9 +97,9 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for kind in (*FILES, "patches", "judges"):
             check_names(getattr(self, kind), f"one of the {kind}")
-        if self.judges.get(REFUSAL, REFUSAL) != REFUSAL:
+        if self.judges.get(REFUSAL_JUDGE, REFUSAL_JUDGE) != REFUSAL_JUDGE:
             raise SnpatchError(
-                f"judges: {REFUSAL} is the name of the built-in judge of refusal words. Choose another name."
+                f"judges: {REFUSAL_JUDGE} is the name of the built-in judge of refusal words. Choose another name."
             )
         if not 0 <= self.drain_s < 1e6:
             raise SnpatchError(f"drain_s: expected seconds in [0, 1e6), got {self.drain_s}")

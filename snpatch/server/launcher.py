@@ -14,7 +14,7 @@ from snpatch.engine.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.engine_lifecycle import engine_dead_error
-from snpatch.judges.factory import REFUSAL, is_model_judge, open_judge
+from snpatch.judges.factory import REFUSAL_JUDGE, is_model_judge, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.judges.refusal import RefusalWords
 from snpatch.models.clock import uses_clock
@@ -129,4 +129,4 @@ def _open_judges(config: ServeConfig) -> dict[str, Judge]:
         name: open_judge(source, **({"backend": "transformers"} if is_model_judge(source) else {}))
         for name, source in config.judges.items()
     }
-    return {REFUSAL: RefusalWords()} | judges
+    return {REFUSAL_JUDGE: RefusalWords()} | judges
