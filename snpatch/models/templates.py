@@ -49,7 +49,7 @@ class ChatTemplate:
     Args:
         name: "tokenizer" (the tokenizer's own template), "tulu" or "adapter" (saved with an adapter).
         tokenizer: Tokenizer that encodes the rendered chat.
-        source: Jinja source; None: the source that the name stands for.
+        source: Jinja source; None: chosen by the name.
         variables: Further variables of the template, such as enable_thinking.
 
     Raises:
