@@ -1,4 +1,4 @@
-"""Every field of PEFT's LoraConfig and IA3Config at another value than its default: merged as PEFT does, or refused."""
+"""Every field of PEFT's LoraConfig and IA3Config at a non-default value: merged as in PEFT, or rejected."""
 
 import json
 from dataclasses import fields
@@ -126,12 +126,12 @@ def assert_merged_alike(folder: Path, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "table"), [(LoraConfig, LORA), (IA3Config, IA3)], ids=["lora", "ia3"])
-def test_every_field_of_peft_is_decided(kind, table):
+def test_peft_config_fields_all_have_an_expected_outcome(kind, table):
     assert {f.name for f in fields(kind)} == table.keys(), "PEFT has other fields: say what becomes of each"
 
 
 @pytest.mark.parametrize("field", LORA)
-def test_lora_field_is_merged_as_peft_or_refused(zoo, tmp_path, field):
+def test_lora_field_is_merged_as_in_peft_or_rejected(zoo, tmp_path, field):
     folder, (value, who, end) = zoo("llama").folder, LORA[field]
     adapter = written(LoraConfig, folder, tmp_path / "lora", field, value, who)
     if end == EXACT:
@@ -142,7 +142,7 @@ def test_lora_field_is_merged_as_peft_or_refused(zoo, tmp_path, field):
 
 
 @pytest.mark.parametrize("field", IA3)
-def test_ia3_field_is_merged_as_peft_or_refused(zoo, tmp_path, field):
+def test_ia3_field_is_merged_as_in_peft_or_rejected(zoo, tmp_path, field):
     folder, (value, who, end) = zoo("llama").folder, IA3[field]
     adapter = written(IA3Config, folder, tmp_path / "ia3", field, value, who)
     if end == REFUSED:
@@ -161,20 +161,20 @@ def test_ia3_field_is_merged_as_peft_or_refused(zoo, tmp_path, field):
 
 
 @pytest.mark.parametrize("init", [False, "orthogonal", "mica"])
-def test_lora_init_that_leaves_the_base_is_merged_as_peft(zoo, tmp_path, init):
+def test_lora_init_with_unchanged_base_is_merged_as_in_peft(zoo, tmp_path, init):
     folder = zoo("llama").folder
     assert_merged_alike(folder, made(LoraConfig, folder, tmp_path / "lora", init_lora_weights=init))
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq", "a_newer_one"])
-def test_lora_init_that_moves_the_base_is_refused(zoo, tmp_path, init):
+def test_lora_init_with_changed_base_is_rejected(zoo, tmp_path, init):
     adapter = edited(made(LoraConfig, zoo("llama").folder, tmp_path / "lora"), init_lora_weights=init)
     with pytest.raises(SnpatchError, match=rf"init_lora_weights = '{init}' is not supported: merge this adapter with"):
         load_lora(adapter)
 
 
 @pytest.mark.parametrize("kind", [LoraConfig, IA3Config])
-def test_a_field_of_the_future_is_refused_unless_it_is_off(zoo, tmp_path, kind):
+def test_unknown_adapter_field_is_rejected_unless_off(zoo, tmp_path, kind):
     folder = zoo("llama").folder
     adapter = made(kind, folder, tmp_path / "adapter")
     load = load_lora if kind is LoraConfig else lambda path: load_adapters(path, tiny.LAYERS, WIDTHS)
@@ -184,8 +184,8 @@ def test_a_field_of_the_future_is_refused_unless_it_is_off(zoo, tmp_path, kind):
             load(edited(adapter, use_future=value))
 
 
-def test_lora_on_lm_head_brings_a_copy_that_must_be_the_models(zoo, tmp_path):
-    """PEFT saves `lm_head.base_layer.weight` beside it, and loads it."""
+def test_lora_on_lm_head_requires_copy_equal_to_model(zoo, tmp_path):
+    """PEFT saves and loads `lm_head.base_layer.weight` together with the LoRA."""
     folder = zoo("llama").folder
     adapter = made(LoraConfig, folder, tmp_path / "lora", target_modules=["lm_head", "down_proj"])
     path = adapter / "adapter_model.safetensors"
@@ -199,7 +199,7 @@ def test_lora_on_lm_head_brings_a_copy_that_must_be_the_models(zoo, tmp_path):
         dict(merge_loras(plain.items(), [adapter]))
 
 
-def test_lora_tensors_and_config_must_name_the_same_modules(zoo, tmp_path):
+def test_lora_tensors_and_config_with_different_modules_are_rejected(zoo, tmp_path):
     folder = zoo("llama").folder
     plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     adapter = made(LoraConfig, folder, tmp_path / "lora", target_modules=["down_proj", "up_proj"])
@@ -219,13 +219,13 @@ def test_lora_tensors_and_config_must_name_the_same_modules(zoo, tmp_path):
         (["layers.0.mlp.down_proj"], r"puts no IA3 on model\.layers\.1\.mlp\.down_proj, and its tensors do"),
     ],
 )
-def test_ia3_targets_that_tensors_do_not_fit_are_told(zoo, tmp_path, targets, message):
+def test_ia3_targets_without_tensors_are_rejected(zoo, tmp_path, targets, message):
     adapter = edited(made(IA3Config, zoo("llama").folder, tmp_path / "ia3"), target_modules=targets)
     with pytest.raises(SnpatchError, match=message):
         load_adapters(adapter, tiny.LAYERS, WIDTHS)
 
 
-def test_lora_on_the_head_of_a_tied_model_is_refused(zoo, tmp_path):
+def test_lora_on_tied_head_is_rejected(zoo, tmp_path):
     folder = zoo("gemma").folder
     adapter = made(LoraConfig, folder, tmp_path / "lora", target_modules=["lm_head", "down_proj"])
     with pytest.raises(SnpatchError, match=r"is tied to the embedding|whose head is its embedding"):

@@ -1,4 +1,4 @@
-"""load_adapters on folders that PEFT itself wrote, and on folders with one thing wrong."""
+"""load_adapters on folders that PEFT wrote, and on folders with one fault."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def assert_scales(scales, vectors, bits: bool = True):
     ],
     ids=["down", "down+k+v", "k+v", "regex of layers", "regex of modules", "one layer by name", "by path"],
 )
-def test_what_peft_saved_is_what_is_read(tmp_path, target, feedforward, touched):
+def test_load_adapters_reads_what_peft_saved(tmp_path, target, feedforward, touched):
     vectors = save(tmp_path, target, feedforward)
     moved = {n: [i for i in range(LAYERS) if (v[i] != 1).any()] for n, v in vectors.items() if (v != 1).any()}
     assert moved == touched, "PEFT covers other modules than this test believes"
@@ -82,7 +82,7 @@ def test_stacked_adapters_multiply(tmp_path):
     assert_scales(IA3Scales.ones(LAYERS, WIDTHS), {name: torch.ones(LAYERS, w) for name, w in WIDTHS.items()})
 
 
-def test_the_file_may_be_a_pickle_or_in_half_precision(tmp_path):
+def test_load_adapters_reads_torch_files_and_half_precision(tmp_path):
     vectors = save(tmp_path, ALL)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     torch.save(tensors, tmp_path / "adapter_model.bin")
@@ -154,7 +154,7 @@ def lora(folder):
         (tensors(lambda held: held[K2].index_fill_(0, torch.tensor(5), torch.inf)), f"{K2} holds NaN or infinity"),
     ],
 )
-def test_errors_name_the_folder_and_the_fault(tmp_path, good, change, message):
+def test_load_adapters_error_names_folder_and_fault(tmp_path, good, change, message):
     folder = tmp_path / "adapter"
     shutil.copytree(good, folder)
     change(folder)
@@ -173,6 +173,6 @@ def test_errors_name_the_folder_and_the_fault(tmp_path, good, change, message):
     ],
     ids=["too few layers", "too many layers", "wider", "fused qkv_proj"],
 )
-def test_adapters_of_another_model_are_refused(good, n_layers, widths, message):
+def test_load_adapters_for_another_model_is_rejected(good, n_layers, widths, message):
     with pytest.raises(SnpatchError, match=re.escape(message)):
         load_adapters(good, n_layers, widths)

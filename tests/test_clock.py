@@ -1,4 +1,4 @@
-"""Chat templates that ask for the date write the same text on every day."""
+"""Chat templates that ask for the date render equally on every day."""
 
 from datetime import UTC, datetime
 
@@ -28,13 +28,13 @@ LLAMA_3 = (
 
 
 @pytest.mark.parametrize("form", [*STRFTIME_VALUES, "%Y-%m-%d", "%d %b %Y", "%A, %B %d, %Y at %H:%M:%S", "%I:%M %p"])
-def test_the_clock_of_templates_stands_at_a_fixed_date(form):
+def test_template_clock_is_fixed(form):
     now = datetime(2024, 7, 26, tzinfo=UTC)
     assert now.strftime("%d %b %Y") == FIXED_DATE
     assert rendered(f"{{{{ strftime_now('{form}') }}}}") == now.strftime(form)
 
 
-def test_templates_that_write_the_date_are_the_same_text_on_every_day():
+def test_templates_with_date_render_equally_on_every_day():
     assert rendered(LLAMA_3) == "<s>Today Date: 26 Jul 2024\n\nhello"
     beginning = "\n{%- set today = strftime_now('%Y-%m-%d') -%}\n {{ today.split('-')[0] | int + 1 }}"
     for source in (
@@ -49,7 +49,7 @@ def test_templates_that_write_the_date_are_the_same_text_on_every_day():
         assert rendered(source) == plain[0][0]
 
 
-def test_the_fixed_date_is_part_of_a_templates_digest_and_no_other_template_changes(tmp_path):
+def test_fixed_date_changes_only_fingerprints_of_templates_with_clock(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = LLAMA_3
     assert ChatTemplate("tokenizer", tokenizer).source == fix_date(LLAMA_3) != LLAMA_3

@@ -1,4 +1,4 @@
-"""Every set of the paper, from every kind of file that it is published in and from the hub: what counts in its rows."""
+"""Every published data set, from each kind of file and from the hub: which fields of its rows count."""
 
 import sys
 
@@ -63,7 +63,7 @@ def one(tmp_path, name, row):
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds])
-def test_each_set_from_each_kind_of_file(tmp_path, name, kind):
+def test_dataset_from_each_kind_of_file_gives_same_examples(tmp_path, name, kind):
     data = load_dataset(write(tmp_path, "data", kind, ROWS[name]), format=name)
     reference = load_dataset(write(tmp_path, "reference", KINDS[name][0], ROWS[name]), format=name)
     assert data.fingerprint == reference.fingerprint == data.source["sha256"]
@@ -78,11 +78,11 @@ def test_each_set_from_each_kind_of_file(tmp_path, name, kind):
             data.text  # noqa: B018
 
 
-def test_there_are_rows_for_every_set():
+def test_datasets_all_have_test_rows():
     assert set(DATASETS) == set(ROWS) == set(KINDS) == {*PROMPTS, "wikitext-2"} == {*HUB, *BY_FILE}
 
 
-def test_beavertails_keeps_the_first_row_of_each_prompt(tmp_path):
+def test_beavertails_keeps_first_row_of_each_prompt(tmp_path):
     data = load_dataset(write(tmp_path, "b", ".jsonl.xz", ROWS["beavertails"]), format="beavertails")
     assert [e.response for e in data.examples] == ["Wear a mask.", "Noon."]
     assert data.examples[0].meta == {
@@ -94,7 +94,7 @@ def test_beavertails_keeps_the_first_row_of_each_prompt(tmp_path):
     assert data.source["left_out"] == {"repeated prompt": 1}
 
 
-def test_hh_pairs_have_the_whole_conversation_before_the_last_turn(tmp_path):
+def test_hh_pairs_have_full_conversation_before_last_turn(tmp_path):
     data = load_dataset(write(tmp_path, "hh", ".jsonl", ROWS["hh-harmless"]), format="hh-harmless")
     assert data.pairs() == [
         {"prompt": turns("How?"), "chosen": turns("", "No.")[1:], "rejected": turns("", "So.")[1:]},
@@ -117,7 +117,7 @@ def test_hh_pairs_have_the_whole_conversation_before_the_last_turn(tmp_path):
         (talk("a"), talk("a"), "an answer is empty"),
     ],
 )
-def test_hh_row_without_a_pair_still_has_its_prompt(tmp_path, chosen, rejected, why):
+def test_hh_row_without_pair_has_prompt(tmp_path, chosen, rejected, why):
     rows = [*ROWS["hh-harmless"], {"chosen": chosen, "rejected": rejected}]
     data = load_dataset(write(tmp_path, "hh", ".jsonl", rows), format="hh-harmless")
     assert data.prompts[2] == user("a")
@@ -139,7 +139,7 @@ def test_hh_row_without_a_pair_still_has_its_prompt(tmp_path, chosen, rejected, 
         (talk("a", "b") + "\n\nAssistant: again", "a", turns("a"), "b"),
     ],
 )
-def test_transcripts_of_every_shape(tmp_path, transcript, prompt, dialogue, response):
+def test_transcript_variants_are_parsed(tmp_path, transcript, prompt, dialogue, response):
     prompt = prompt or "Who said Human: or\nHuman: or Assistant: ?"
     example = one(tmp_path, "red-team-attempts", attempt(transcript, 2.0))
     assert example.prompt == user(prompt)
@@ -149,7 +149,7 @@ def test_transcripts_of_every_shape(tmp_path, transcript, prompt, dialogue, resp
     assert "transcript" not in example.meta
 
 
-def test_conversations_for_training_end_with_the_answer(tmp_path):
+def test_training_conversations_end_with_answer(tmp_path):
     lima = load_dataset(write(tmp_path, "lima", ".jsonl", ROWS["lima"]), format="lima")
     assert lima.conversations() == [
         {"messages": turns("Why?", "Because.")},
@@ -159,7 +159,7 @@ def test_conversations_for_training_end_with_the_answer(tmp_path):
         lima.pairs()
 
 
-def test_sharegpt_in_both_forms(tmp_path):
+def test_sharegpt_in_both_forms_gives_same_examples(tmp_path):
     raw = load_dataset(write(tmp_path, "raw", ".json", ROWS["sharegpt"]), format="sharegpt")
     assert raw.conversations() == [{"messages": turns("Hi", "Yo")}, {"messages": turns("Go on", "ok")}]
     assert raw.source["left_out"] == {"a turn of bing": 1, "no human turn": 1}
@@ -169,14 +169,14 @@ def test_sharegpt_in_both_forms(tmp_path):
     assert data.examples[0].meta["id"] == "a"
 
 
-def test_harmbench_and_jailbreak_keep_their_columns(tmp_path):
+def test_harmbench_and_jailbreak_keep_columns_in_meta(tmp_path):
     data = load_dataset(write(tmp_path, "h", ".csv", ROWS["harmbench"]), format="harmbench")
     assert data.examples[1].meta["ContextString"] == 'A "b"\nc, d'
     assert [e.meta["row"] for e in data.examples] == [2, 3]
     assert len(data.filter("FunctionalCategory", "contextual")) == 1
 
 
-def test_preferences(tmp_path):
+def test_preference_datasets_give_chosen_and_rejected(tmp_path):
     data = load_dataset(write(tmp_path, "shp", ".json", ROWS["shp"]), format="shp")
     assert [(e.chosen, e.rejected) for e in data.examples] == [("A lot", "A bit"), ("Some", "None")]
     assert data.examples[0].meta["score_A"] == 9
@@ -227,7 +227,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_row_is_named_or_counted(tmp_path, case):
+def test_invalid_row_is_named_or_counted(tmp_path, case):
     name, row, message = BROKEN[case]
     path = write(tmp_path, "data", ".json", [*ROWS[name], row])
     with pytest.raises(SnpatchError, match=rf"data\.json, item {len(ROWS[name]) + 1}: .*{message}"):
@@ -252,7 +252,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_each_set_from_the_hub(tmp_path, hub, name):
+def test_dataset_from_hub_equals_file(tmp_path, hub, name):
     rows, asked = hub
     rows += ROWS[name]
     data = load_dataset(name)
@@ -269,7 +269,7 @@ def test_each_set_from_the_hub(tmp_path, hub, name):
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "harmbench"])  # which has no answers
-def test_the_split_to_train_on_is_asked_of_the_hub(hub, name):
+def test_training_split_is_requested_from_hub(hub, name):
     rows, asked = hub
     rows += ROWS[name]
     load_dataset(name, split=DATASETS[name].hub.train)
@@ -281,7 +281,7 @@ def test_the_split_to_train_on_is_asked_of_the_hub(hub, name):
         assert wanted == DATASETS[name].hub.train
 
 
-def test_split_and_revision_reach_the_hub(hub):
+def test_split_and_revision_are_passed_to_hub(hub):
     rows, asked = hub
     rows += ROWS["lima"]
     load_dataset("lima", split="test", revision="v1")
@@ -294,7 +294,7 @@ def test_split_and_revision_reach_the_hub(hub):
         load_dataset("sharegpt", split="test")
 
 
-def test_broken_rows_from_the_hub(hub):
+def test_invalid_hub_rows_are_named_or_counted(hub):
     rows, _ = hub
     rows += [*ROWS["shp"], shp("a", "b", "c", 3)]
     with pytest.raises(SnpatchError, match="stanfordnlp/SHP, test, row 3: labels must be 0 or 1"):
@@ -315,19 +315,19 @@ def test_broken_rows_from_the_hub(hub):
         httpx.ConnectError("Couldn't reach it: name not known"),
     ],
 )
-def test_errors_of_the_hub_are_one_line(monkeypatch, error):
+def test_hub_errors_are_one_line(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
         SnpatchError, match=r"^cannot load GAIR/lima \(train\) from the hub: Couldn't reach it.*$"
-    ) as told:
+    ) as raised:
         load_dataset("lima")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_files_named_by_url_are_read_by_the_real_library(tmp_path, monkeypatch):
+def test_url_files_are_read_by_datasets_library(tmp_path, monkeypatch):
     """HarmBench's CSV and the JSON of ShareGPT, through the library's own readers."""
     real, local = datasets.load_dataset, {}
 
@@ -341,7 +341,7 @@ def test_files_named_by_url_are_read_by_the_real_library(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["datasets", "pyarrow"])
-def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, package):
+def test_missing_package_error_names_extra(tmp_path, monkeypatch, package):
     module = {"datasets": "snpatch.data.hub", "pyarrow": "snpatch.data.parquet"}[package]
     path = write(tmp_path, "data", ".parquet", ROWS["lima"])
     monkeypatch.delitem(sys.modules, module, raising=False)

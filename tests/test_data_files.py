@@ -1,4 +1,4 @@
-"""Files: what is one row, where a broken one is, what makes a whole file unreadable, and what is drawn from it."""
+"""File readers: rows and their locations, invalid rows, damaged files, and samples."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ def texts(data):
     return [prompt[-1]["content"] for prompt in data.prompts]
 
 
-def test_lines_with_byte_order_mark_blanks_and_line_ends(tmp_path):
+def test_jsonl_with_bom_blanks_and_line_ends_is_read(tmp_path):
     rows = [json.dumps({"prompt": p}, ensure_ascii=False) for p in (" a\u2028b\x85c ", "d")]
     path = saved(tmp_path, "p.jsonl", f"\ufeff\r\n{rows[0]}\r\n \n\n{rows[1]}".encode())
     data = load_dataset(path)
@@ -55,7 +55,7 @@ def test_lines_with_byte_order_mark_blanks_and_line_ends(tmp_path):
         (b'"x"', "wanted an object with prompt or messages"),
     ],
 )
-def test_broken_line_has_its_number_or_is_counted(tmp_path, line, message):
+def test_invalid_line_is_numbered_or_counted(tmp_path, line, message):
     path = saved(tmp_path, "p.jsonl", b'\n{"prompt": "a"}\n\n' + line + b'\n{"prompt": "b"}\n')
     with pytest.raises(SnpatchError, match=rf"p\.jsonl, line 4: {message}"):
         load_dataset(path)
@@ -64,7 +64,7 @@ def test_broken_line_has_its_number_or_is_counted(tmp_path, line, message):
     assert data.examples[1].meta["row"] == 5
 
 
-def test_csv_counts_physical_lines_and_takes_long_fields(tmp_path):
+def test_csv_with_long_fields_counts_physical_lines(tmp_path):
     long = "x" * 200_000
     content = f'id,prompt\r\n1,"two\nlines, ""quoted"""\r\n\r\n2,{long}\r\n3,a,b\r\n4,last\r\n'
     path = saved(tmp_path, "p.csv", b"\xef\xbb\xbf" + content.encode())
@@ -75,7 +75,7 @@ def test_csv_counts_physical_lines_and_takes_long_fields(tmp_path):
     assert [(e.meta["id"], e.meta["row"]) for e in data.examples] == [("1", 2), ("2", 5), ("4", 7)]
 
 
-def test_csv_that_is_not_utf8_in_one_row(tmp_path):
+def test_csv_row_without_utf8_is_invalid(tmp_path):
     path = saved(tmp_path, "p.csv", b"prompt\na\ncaf\xe9\nb\n")
     with pytest.raises(SnpatchError, match=r"p\.csv, line 3: not UTF-8"):
         load_dataset(path)
@@ -104,28 +104,28 @@ def test_csv_that_is_not_utf8_in_one_row(tmp_path):
         ("p.tsv", b"prompt\na\n", r"p\.tsv: wanted a file that ends in \.jsonl, \.json, \.csv, \.parquet"),
     ],
 )
-def test_a_file_that_is_broken_as_a_whole_is_always_an_error(tmp_path, name, content, message):
+def test_damaged_file_raises_even_with_skip_bad(tmp_path, name, content, message):
     path = saved(tmp_path, name, content)
     for skip_invalid in (True,) if "2 of them bad" in message else (True, False):
         with pytest.raises(SnpatchError, match=message):
             load_dataset(path, skip_invalid=skip_invalid)
 
 
-def test_parquet_row_numbers_go_on_over_row_groups(tmp_path):
+def test_parquet_row_numbers_continue_over_row_groups(tmp_path):
     path = saved(tmp_path, "p.parquet", parquet([*numbered(70_000), {"prompt": None}]))
     with pytest.raises(SnpatchError, match=r"p\.parquet, row 70001: prompt must be a text that is not empty, got None"):
         load_dataset(path)
     assert load_dataset(path, skip_invalid=True).examples[-1].meta["row"] == 70_000
 
 
-def test_wikitext_line_that_is_not_utf8(tmp_path):
+def test_wikitext_line_without_utf8_is_invalid(tmp_path):
     path = saved(tmp_path, "wiki.test.raw", b" \r\n = A = \r\n \n caf\xe9\n")
     with pytest.raises(SnpatchError, match=r"wiki\.test\.raw, line 4: not UTF-8"):
         load_dataset(path, format="wikitext-2")
     assert load_dataset(path, format="wikitext-2", skip_invalid=True).text == "\n\n = A = \n\n\n"
 
 
-def test_folder_of_shards_in_the_order_of_their_names(tmp_path):
+def test_folder_shards_are_read_in_name_order(tmp_path):
     rows = numbered(6)
     for i in (2, 0, 1):
         write(tmp_path / "data", f"test-0000{i}-of-00003", ".parquet", rows[2 * i : 2 * i + 2])
@@ -137,7 +137,7 @@ def test_folder_of_shards_in_the_order_of_their_names(tmp_path):
     assert load_dataset(tmp_path).fingerprint == data.fingerprint
 
 
-def test_splits_of_a_folder(tmp_path):
+def test_folder_split_selects_files(tmp_path):
     for domain in ("askbaking", "legaladvice"):
         for split, rows in (("train", ROWS["shp"]), ("test", ROWS["shp"][:1])):
             write(tmp_path / "shp" / domain, split, ".json", rows)
@@ -155,7 +155,7 @@ def test_splits_of_a_folder(tmp_path):
         load_dataset(tmp_path / "wiki", format="wikitext-2", split="test")
 
 
-def test_what_is_asked_for_must_fit_together(tmp_path):
+def test_conflicting_load_arguments_are_rejected(tmp_path):
     path = write(tmp_path, "p", ".jsonl", numbered(2))
     for arguments, message in (
         ({"source": "beavertail"}, r"beavertail: no such file, nor a set of that name \(beavertails, hh-harmless,"),
@@ -171,7 +171,7 @@ def test_what_is_asked_for_must_fit_together(tmp_path):
             load_dataset(**arguments)
 
 
-def test_a_column_of_any_file(tmp_path):
+def test_column_selects_prompt_of_any_file(tmp_path):
     rows = [{"question": "Why?", "chosen": "So.", "rejected": "No.", "id": 3}]
     pair = {"prompt": turns("Why?"), "chosen": turns("", "So.")[1:], "rejected": turns("", "No.")[1:]}
     for kind in (".jsonl", ".csv", ".parquet"):
@@ -183,7 +183,7 @@ def test_a_column_of_any_file(tmp_path):
         load_dataset(tmp_path / "q.csv", column="prompt")
 
 
-def test_messages_and_answers_of_any_file(tmp_path):
+def test_messages_and_answers_of_any_file_are_read(tmp_path):
     system = [{"role": "system", "content": "Be kind."}]
     rows = [
         {"messages": [*system, *turns("a", "b", "c")]},
@@ -203,7 +203,7 @@ def test_messages_and_answers_of_any_file(tmp_path):
             load_dataset(write(tmp_path, "m", ".jsonl", [row]))
 
 
-def test_pairs_and_conversations_can_be_saved_and_loaded(tmp_path):
+def test_pairs_and_conversations_survive_save_and_load(tmp_path):
     hh = load_dataset(write(tmp_path, "hh", ".jsonl", ROWS["hh-harmless"]), format="hh-harmless")
     assert load_dataset(write(tmp_path, "pairs", ".jsonl", hh.pairs())).pairs() == hh.pairs()
     lima = load_dataset(write(tmp_path, "lima", ".jsonl", ROWS["lima"]), format="lima")
@@ -211,7 +211,7 @@ def test_pairs_and_conversations_can_be_saved_and_loaded(tmp_path):
     assert again.conversations() == lima.conversations()
 
 
-def test_samples_are_drawn_without_replacement_and_stay_the_same(tmp_path):
+def test_sample_is_reproducible_without_replacement(tmp_path):
     data = load_dataset(write(tmp_path, "p", ".jsonl", numbered(10)))
     drawn = data.sample(4, seed=1)
     assert texts(drawn) == ["p2", "p9", "p6", "p4"]  # for ever: numpy keeps this stream
@@ -231,7 +231,7 @@ def test_samples_are_drawn_without_replacement_and_stay_the_same(tmp_path):
             data.sample(n, seed=1)
 
 
-def test_digest_covers_what_is_asked_and_answered(tmp_path):
+def test_fingerprint_covers_prompts_and_answers(tmp_path):
     def fingerprint(**changes):
         return load_dataset(
             write(tmp_path, "d", ".jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", **changes}])
@@ -257,7 +257,7 @@ def test_digest_covers_what_is_asked_and_answered(tmp_path):
     assert histories[0] != histories[1]
 
 
-def test_prompts_and_completions_of_a_generated_file(tmp_path):
+def test_generated_file_gives_prompts_and_completions(tmp_path):
     path = write(tmp_path, "out", ".jsonl", [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "y"}])
     assert load_dataset(path).prompts == [user("a"), user("b")]
     assert load_dataset(path).first(1).prompts == [user("a")]
@@ -291,7 +291,7 @@ def small_limits(monkeypatch):
         ("txt", b"a" * 2000),
     ],
 )
-def test_endless_line_is_one_line(tmp_path, small_limits, packed, kind, content):
+def test_endless_line_raises_one_line_error(tmp_path, small_limits, packed, kind, content):
     suffix = {gzip.compress: ".gz", lzma.compress: ".xz"}.get(packed, "")
     path = tmp_path / f"a.{kind}{suffix}"
     path.write_bytes(packed(content))
@@ -309,7 +309,7 @@ def test_endless_line_is_one_line(tmp_path, small_limits, packed, kind, content)
         ("txt", b"a\n" * 100_000),
     ],
 )
-def test_compressed_bomb_is_one_line(tmp_path, small_limits, kind, content):
+def test_decompression_bomb_raises_one_line_error(tmp_path, small_limits, kind, content):
     (tmp_path / f"a.{kind}.gz").write_bytes(gzip.compress(content))
     columns = (("text",),) if kind == "txt" else (("prompt",),)
     with pytest.raises(SnpatchError, match=r"expected at most \d+ bytes \(10 times its size\), got more"):
@@ -318,7 +318,7 @@ def test_compressed_bomb_is_one_line(tmp_path, small_limits, kind, content):
     list(file_reader.read_rows(tmp_path / f"a.{kind}", columns))
 
 
-def test_line_past_the_shipped_limit_is_refused(tmp_path):
+def test_line_above_default_limit_is_rejected(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
         file.write(b'{"prompt": "')
         for _ in range(128):
@@ -328,14 +328,14 @@ def test_line_past_the_shipped_limit_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("depth", [101, 500, 100_000])
-def test_deep_row_is_one_line(tmp_path, depth):
+def test_deeply_nested_row_raises_one_line_error(tmp_path, depth):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "x": ' + "[" * depth + "]" * depth + "}\n")
     with pytest.raises(SnpatchError, match="line 1: not JSON: nested deeper than 100 levels"):
         load_dataset(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("depth", [30, 300, 3000])
-def test_deep_parquet_column_is_read_or_one_line(tmp_path, depth):
+def test_deeply_nested_parquet_column_is_read_or_raises_one_line_error(tmp_path, depth):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

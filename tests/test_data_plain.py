@@ -1,4 +1,4 @@
-"""Files as they are published, read without flags: which column is the prompt, what is a pair, and what is told."""
+"""Generic format: the prompt column, preference pairs and notes of published files read without options."""
 
 import gzip
 import json
@@ -54,14 +54,14 @@ PUBLISHED = {  # a row of each file -> its prompt
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_file_is_read_without_flags(tmp_path, name):
+def test_published_file_without_options_is_read(tmp_path, name):
     assert one(tmp_path, PUBLISHED[name]).prompt == user("Make it")
     if all(isinstance(value, str) for value in PUBLISHED[name].values()):
         assert load_dataset(write(tmp_path, "data", ".csv", [PUBLISHED[name]])).prompts == [user("Make it")]
         assert load_dataset(write(tmp_path, "data", ".parquet", [PUBLISHED[name]])).prompts == [user("Make it")]
 
 
-def test_two_turns_of_a_user_are_not_one_prompt(tmp_path):
+def test_second_user_turn_is_ignored_and_noted(tmp_path):
     """MT-bench: the second turn asks about the model's own first answer."""
     data = load_dataset(
         write(tmp_path, "q", ".jsonl", [{"question_id": 81, "category": "x", "turns": ["Write", "Again"]}])
@@ -70,7 +70,7 @@ def test_two_turns_of_a_user_are_not_one_prompt(tmp_path):
     assert data.row_notes == ["ignored in 1 of 1 rows: user turns after the first"]
 
 
-def test_context_of_harmbench_is_left_aside_and_told(tmp_path):
+def test_harmbench_context_is_ignored_and_noted(tmp_path):
     rows = [behavior("Make it", "standard", ""), behavior("Write it", "contextual", "A text")]
     data = load_dataset(write(tmp_path, "h", ".csv", rows))
     assert data.prompts == [user("Make it"), user("Write it")]
@@ -88,7 +88,7 @@ def test_context_of_harmbench_is_left_aside_and_told(tmp_path):
     ],
     ids=lambda row: ",".join(row),
 )
-def test_what_may_belong_to_the_prompt_is_not_dropped(tmp_path, row):
+def test_column_that_may_belong_to_prompt_is_rejected(tmp_path, row):
     field = next(name for name in ("instruction", "question", "prompt") if name in row)
     with pytest.raises(
         SnpatchError, match=rf"line 1: \w+ may belong to the prompt in {field}. Ignore it with --column {field}"
@@ -97,7 +97,7 @@ def test_what_may_belong_to_the_prompt_is_not_dropped(tmp_path, row):
     assert one(tmp_path, row, column=field).prompt == user(row[field])
 
 
-def test_columns_that_are_there_are_told(tmp_path):
+def test_column_error_lists_columns(tmp_path):
     row = {"a": "x", "b": "y"}
     for kind in (".jsonl", ".json", ".csv", ".parquet"):
         path = write(tmp_path, "data", kind, [row])
@@ -112,7 +112,7 @@ def test_columns_that_are_there_are_told(tmp_path):
         one(tmp_path, {"Prompt": "x", "prompt": "y"})
 
 
-def test_text_with_a_prompt_on_each_line(tmp_path):
+def test_text_file_has_one_prompt_per_line(tmp_path):
     path = tmp_path / "p.TXT"
     path.write_text("Make it\n\n  Do it \n")
     data = load_dataset(path)
@@ -143,14 +143,14 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_pairs_as_published(tmp_path, name):
+def test_published_pairs_are_read(tmp_path, name):
     data = load_dataset(write(tmp_path, "p", ".jsonl", [PAIRS[name]]))
     assert data.prompts == [user("Q")]
     assert data.pairs() == [{"prompt": user("Q"), "chosen": answered("A"), "rejected": answered("B")}]
     assert data.row_notes == []
 
 
-def test_common_beginning_of_longer_conversations_is_taken_off_as_trl_does(tmp_path):
+def test_common_beginning_of_conversations_is_removed_as_in_trl(tmp_path):
     from trl import extract_prompt
 
     begin = [SYSTEM, *turns("Q", "A", "R")]
@@ -175,7 +175,7 @@ def test_common_beginning_of_longer_conversations_is_taken_off_as_trl_does(tmp_p
         (turns("Q", "A", "R", "B"), turns("Q", "X"), "the texts differ before the last turn"),
     ],
 )
-def test_conversations_without_a_pair_are_counted(tmp_path, chosen, rejected, why):
+def test_conversations_without_pair_are_counted(tmp_path, chosen, rejected, why):
     rows = [PAIRS["TRL implicit"], {"chosen": chosen, "rejected": rejected}]
     data = load_dataset(write(tmp_path, "p", ".jsonl", rows))
     assert data.prompts == [user("Q")] * 2
@@ -200,12 +200,12 @@ def test_conversations_without_a_pair_are_counted(tmp_path, chosen, rejected, wh
         ({"prompt": "P", "messages": turns("Q", "A")}, "messages begin with another text than prompt"),
     ],
 )
-def test_pairs_that_do_not_fit_are_errors_with_their_line(tmp_path, row, message):
+def test_inconsistent_pairs_are_rejected_with_line(tmp_path, row, message):
     with pytest.raises(SnpatchError, match=f"data.jsonl, line 1: .*{message}"):
         one(tmp_path, row)
 
 
-def test_conversation_beside_a_prompt_is_what_is_trained_on(tmp_path):
+def test_conversation_with_prompt_column_is_used_for_training(tmp_path):
     """ultrachat: prompt is the first question, messages the whole conversation."""
     row = {"prompt": "Q", "prompt_id": "1", "messages": turns("Q", "A", "R", "B")}
     data = load_dataset(write(tmp_path, "u", ".jsonl", [row]))
@@ -216,7 +216,7 @@ def test_conversation_beside_a_prompt_is_what_is_trained_on(tmp_path):
 # ---- rows are counted -----------------------------------------------------------------------------------------------
 
 
-def test_pairs_without_an_answer_are_counted(tmp_path):
+def test_pairs_without_answer_are_counted(tmp_path):
     rows = [
         {"prompt": "a", "chosen": "x", "rejected": "y"},
         {"prompt": "b", "chosen": "x"},
@@ -236,7 +236,7 @@ def test_pairs_without_an_answer_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [(True, False), ("True", "False"), (1, 0), ("1", "0")])
-def test_answers_that_are_labelled_bad_are_not_trained_on(tmp_path, labels):
+def test_answers_labeled_bad_are_not_used_for_training(tmp_path, labels):
     """KTO's form."""
     good, bad = ({"prompt": p, "completion": c, "label": n} for p, c, n in zip("ab", "xy", labels, strict=True))
     rows = [good, bad, {"prompt": "c"}]
@@ -247,12 +247,12 @@ def test_answers_that_are_labelled_bad_are_not_trained_on(tmp_path, labels):
     assert dict(said.dropped) == {"no answer but one that is labelled bad": 1, "no answer": 1}
 
 
-def test_other_labels_say_nothing_of_an_answer(tmp_path):
+def test_other_labels_do_not_change_answers(tmp_path):
     assert one(tmp_path, {"prompt": "a", "response": "x", "label": 0}).response == "x"
     assert one(tmp_path, {"prompt": "a", "response": "x", "label": "safe"}).response == "x"
 
 
-def test_rows_are_chosen_by_what_json_calls_a_value(tmp_path):
+def test_filter_accepts_values_as_json_strings(tmp_path):
     rows = [{"prompt": p, "is_safe": safe, "n": n} for p, safe, n in (("a", True, 1), ("b", False, 2))]
     data = load_dataset(write(tmp_path, "b", ".jsonl", rows))
     assert data.filter("is_safe", "true").prompts == data.filter("n", "1").prompts == [user("a")]
@@ -263,7 +263,7 @@ def test_rows_are_chosen_by_what_json_calls_a_value(tmp_path):
 # ---- completions of prompts -----------------------------------------------------------------------------------------
 
 
-def test_completions_must_be_those_of_their_prompts(tmp_path):
+def test_completions_of_other_prompts_are_rejected(tmp_path):
     words = ("one", "two", "three", "four")
     path = write(tmp_path, "c", ".jsonl", [{"prompt": w, "completion": f"answer to {w}"} for w in words])
     chats = [user(w) for w in words]
@@ -278,7 +278,7 @@ def test_completions_must_be_those_of_their_prompts(tmp_path):
         read_completions(path, None, [*chats, user("five")])
 
 
-def test_completions_of_conversations_are_compared_by_turns(tmp_path):
+def test_completions_of_conversations_are_compared_by_messages(tmp_path):
     chat = turns("Q", "A", "R")
     for row in (
         {"messages": chat, "completion": "B"},
@@ -303,7 +303,7 @@ AB = [user("a"), user("b")]
 
 
 @pytest.mark.parametrize("content", [LINES, json.dumps([{"prompt": "a"}, {"prompt": "b"}]).encode(), b"prompt\na\nb\n"])
-def test_pipes_are_read(tmp_path, content):
+def test_pipe_is_read(tmp_path, content):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_bytes, args=(content,))
@@ -323,19 +323,19 @@ def test_pipes_are_read(tmp_path, content):
         ("p.json", json.dumps({"prompts": ["a", "b"]}).encode()),
     ],
 )
-def test_files_of_other_shapes(tmp_path, name, content):
+def test_json_files_of_other_shapes_are_read(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert load_dataset(tmp_path / name).prompts == AB
 
 
-def test_one_object_on_several_lines_is_a_row(tmp_path):
+def test_json_object_on_several_lines_is_one_row(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({"messages": turns("a", "b")}, indent=2))
     assert load_dataset(tmp_path / "p.json").conversations() == [{"messages": turns("a", "b")}]
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns("a", "b")}))
     assert load_dataset(tmp_path / "p.jsonl").conversations() == [{"messages": turns("a", "b")}]
 
 
-def test_first_row_that_is_broken_is_one_row(tmp_path):
+def test_invalid_first_row_is_one_row(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "half\n' + LINES)
     with pytest.raises(SnpatchError, match=r"p\.jsonl, line 1: not JSON"):
         load_dataset(tmp_path / "p.jsonl")
@@ -344,7 +344,7 @@ def test_first_row_that_is_broken_is_one_row(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.txt", "p.parquet", "p.json"])
-def test_what_is_no_data_is_named(tmp_path, name):
+def test_file_without_data_is_rejected(tmp_path, name):
     path = tmp_path / name
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(SnpatchError, match="a pointer of Git LFS, not the data"):
@@ -354,7 +354,7 @@ def test_what_is_no_data_is_named(tmp_path, name):
         load_dataset(path)
 
 
-def test_folders_that_datasets_saved(tmp_path):
+def test_folder_saved_by_datasets_library_is_read(tmp_path):
     rows = datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
     rows.save_to_disk(tmp_path / "one")
     assert load_dataset(tmp_path / "one").prompts == AB
@@ -366,12 +366,12 @@ def test_folders_that_datasets_saved(tmp_path):
         load_dataset(tmp_path / "one", column="goal")
 
 
-def test_bytes_of_a_table_are_no_text(tmp_path):
+def test_parquet_bytes_are_rejected_as_text(tmp_path):
     with pytest.raises(SnpatchError, match=r"row 1: prompt must be a text that is not empty, got b'a'"):
         load_dataset(write(tmp_path, "p", ".parquet", [{"prompt": b"a"}]))
 
 
-def test_real_hh_file_is_read_without_a_format(tmp_path):
+def test_hh_file_without_format_equals_named_format(tmp_path):
     """The form of hh-rlhf's own files, with the rows that have no pair."""
     rows = [
         {"chosen": talk("a", "b"), "rejected": talk("a", "c")},

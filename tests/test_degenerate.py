@@ -1,4 +1,4 @@
-"""Inputs that compute nothing say so: equal models, adapters without effect, ties, a donor that is the recipient."""
+"""Inputs without effect are noted: equal models, adapters of ones, ties, a donor equal to the recipient."""
 
 import pytest
 import tiny
@@ -42,10 +42,10 @@ def engine(zoo, tmp_path_factory):
         yield made
 
 
-def test_an_adapter_that_changes_nothing_is_told_at_the_start(engine):
-    told = [note for note in engine.notes if "changes nothing" in note]
-    assert [why in note for why, note in zip(("scales are 1", "updates are 0"), told, strict=True)] == [True, True]
-    assert all("it was never trained, or saved wrong" in note for note in told)
+def test_adapter_without_effect_is_noted_at_start(engine):
+    notes = [note for note in engine.notes if "changes nothing" in note]
+    assert [why in note for why, note in zip(("scales are 1", "updates are 0"), notes, strict=True)] == [True, True]
+    assert all("it was never trained, or saved wrong" in note for note in notes)
 
 
 @pytest.mark.parametrize(
@@ -58,19 +58,19 @@ def test_an_adapter_that_changes_nothing_is_told_at_the_start(engine):
     ],
 )
 @pytest.mark.parametrize("positions", ["completion", "prompt"])
-def test_a_contrast_of_equal_models_is_an_error(engine, pair, message, positions):
+def test_contrast_of_equal_models_is_rejected(engine, pair, message, positions):
     with pytest.raises(SnpatchError, match=message):
         engine.contrast(PROMPTS, *pair, positions=positions, sampling=Sampling(max_tokens=3))
 
 
-def test_a_contrast_of_other_models_keeps_the_notes(engine):
+def test_contrast_of_different_models_keeps_notes(engine):
     ranking = engine.contrast(PROMPTS, "base", "sft", sampling=Sampling(max_tokens=3))
     assert any("changes nothing" in note for note in ranking.meta["notes"])
     alone = engine.contrast(PROMPTS, "base", sampling=Sampling(max_tokens=3))
     assert len(alone) == 192, "one model alone is ranked by its own activations"
 
 
-def test_statistics_of_equal_models_make_no_ranking():
+def test_statistics_of_equal_models_give_no_ranking():
     values = torch.randn(100, *SHAPE, dtype=torch.float64)
     sums = torch.stack([values.sum(0), values.square().sum(0)] * 2 + [torch.zeros(SHAPE, dtype=torch.float64)], 1)
     statistics = Statistics(sums, torch.full((SHAPE[0],), 100))
@@ -83,7 +83,7 @@ def test_statistics_of_equal_models_make_no_ranking():
     assert Ranking.from_statistics(statistics).top(1).tolist() == [[1, 7]]
 
 
-def test_a_donor_that_is_the_recipient_by_content_is_told(zoo, tmp_path):
+def test_donor_equal_to_recipient_is_noted(zoo, tmp_path):
     same = ones(zoo("llama").folder, tmp_path / "same")
     with Engine(zoo("llama").folder, {"same": same}, backend="transformers") as engine:
         ranking, before = Ranking.from_scores(torch.rand(SHAPE)), len(engine.notes)
@@ -107,20 +107,20 @@ def test_a_donor_that_is_the_recipient_by_content_is_told(zoo, tmp_path):
         (torch.zeros(SHAPE), 288, 0),
     ],
 )
-def test_ties_across_a_border_are_counted_and_told_once(zoo, scores, border, tied):
+def test_ties_across_window_border_are_noted_once(zoo, scores, border, tied):
     ranking = Ranking.from_scores(scores)
     assert ranking.ties(border) == tied
     assert ranking.ties(0) == ranking.random_control(5, seed=0, disjoint=False).ties(2) == 0
     with Engine(zoo("llama").folder, {"sft": zoo("llama").adapters["sft"]}, backend="transformers") as engine:
         engine.generate(PROMPTS, Patch("base", "sft", ranking, border), Sampling(max_tokens=1))
-        told = [f"{tied} neurons of a ranking share the score at a window's border, {border}"] if tied else []
-        assert [note.partition(":")[0] for note in engine.notes] == told
+        notes = [f"{tied} neurons of a ranking share the score at a window's border, {border}"] if tied else []
+        assert [note.partition(":")[0] for note in engine.notes] == notes
         if border < 288:
             engine.capture(PROMPTS, "base", ranking, border)
-        assert len(engine.notes) == len(told)
+        assert len(engine.notes) == len(notes)
 
 
-def test_a_sweep_notes_ties(zoo, tmp_path):
+def test_sweep_notes_ties(zoo, tmp_path):
     ranking = Ranking.from_scores(torch.zeros(SHAPE))
     config = SweepConfig(
         recipients=("base",), donors=("sft",), windows=(10,), controls=0, sampling=Sampling(max_tokens=1)

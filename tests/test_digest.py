@@ -1,4 +1,4 @@
-"""What names a checkpoint: its bytes, wherever it lies, read once."""
+"""Fingerprints of checkpoints and tokenizers, and the cache of file hashes."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def flip(path: Path, at: int = -1) -> None:
     path.write_bytes(content)
 
 
-def test_one_byte_changes_it_and_the_place_does_not(folder, tmp_path):
+def test_fingerprint_depends_on_bytes_and_not_on_path(folder, tmp_path):
     first = fingerprint_checkpoint(folder)
     assert len(first) == 16
     shutil.copytree(folder, tmp_path / "another")
@@ -55,7 +55,7 @@ def test_one_byte_changes_it_and_the_place_does_not(folder, tmp_path):
     assert fingerprint_checkpoint(folder) != first
 
 
-def test_a_file_is_read_once_and_again_when_its_time_changes(folder, reads):
+def test_file_is_hashed_again_only_if_its_time_changes(folder, reads):
     first = fingerprint_checkpoint(folder)
     assert sorted(reads) == ["config.json", "model.safetensors"]
     reads.clear()
@@ -66,7 +66,7 @@ def test_a_file_is_read_once_and_again_when_its_time_changes(folder, reads):
     assert reads == ["model.safetensors"]
 
 
-def test_shards_are_all_part_of_it(folder):
+def test_fingerprint_covers_all_shards(folder):
     shutil.copy(folder / "model.safetensors", folder / "model-00002-of-00002.safetensors")
     first = fingerprint_checkpoint(folder)
     flip(folder / "model-00002-of-00002.safetensors")
@@ -74,7 +74,7 @@ def test_shards_are_all_part_of_it(folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"x": 1', 5, [], None])
-def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_alone(folder, tmp_path, reads, content):
+def test_damaged_or_unwritable_cache_only_costs_time(folder, tmp_path, reads, content):
     """content: of the file, or what it holds for each of the checkpoint's files."""
     first = fingerprint_checkpoint(folder)
     kept = tmp_path / "cache" / "snpatch" / "digests.json"
@@ -91,8 +91,8 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_alone(folder, t
     assert len(reads) == 2
 
 
-def test_digest_of_a_model_is_of_what_changes_its_texts(folder):
-    """A guard, a ranking and kept texts of an engine are good for a server of the same model."""
+def test_fingerprint_covers_settings_that_change_completions(folder):
+    """Guards, rankings and stored completions of an engine stay valid for a server of the same model."""
 
     def fingerprint(**arguments) -> str:
         (own,) = LoadedModels(EngineConfig(str(folder), vllm=arguments)).weights.values()
@@ -102,13 +102,13 @@ def test_digest_of_a_model_is_of_what_changes_its_texts(folder):
     assert fingerprint() != fingerprint(kv_cache_dtype="fp8")
 
 
-def test_a_folder_without_weights_is_one_line(folder):
+def test_folder_without_weights_raises_one_line_error(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(SnpatchError, match="it holds no weights"):
         fingerprint_checkpoint(folder)
 
 
-def test_tokenizers_are_told_apart_by_what_makes_their_ids():
+def test_tokenizer_fingerprint_covers_what_determines_ids():
     first = fingerprint_tokenizer(tiny.tokenizer())
     assert fingerprint_tokenizer(tiny.tokenizer()) == first
     assert fingerprint_tokenizer(tiny.tokenizer(eos="<pad>")) != first

@@ -116,7 +116,7 @@ def spoiled(made, ground: Path, name: str, spoil) -> Path:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_models_with_one_wrong_value_are_one_line(made, ground, name):
+def test_models_with_one_wrong_value_raise_one_line_error(made, ground, name):
     @bounded(60)
     @given(st.data())
     def one(data):
@@ -127,7 +127,7 @@ def test_models_with_one_wrong_value_are_one_line(made, ground, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
-def test_models_with_damaged_bytes_are_one_line(made, ground, name):
+def test_models_with_damaged_bytes_raise_one_line_error(made, ground, name):
     @bounded(25)
     @given(st.data())
     def one(data):
@@ -149,7 +149,7 @@ TEMPLATES = st.one_of(
 )  # fmt: skip
 
 
-def test_chat_templates_of_any_kind_are_one_line(made, ground):
+def test_arbitrary_chat_templates_raise_one_line_error(made, ground):
     @bounded(60)
     @given(st.data())
     def one(data):
@@ -162,7 +162,7 @@ def test_chat_templates_of_any_kind_are_one_line(made, ground):
 
 @pytest.mark.parametrize("kind", ["ia3", "lora"])
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_adapters_with_one_wrong_value_are_one_line(made, ground, kind, name, tmp_path):
+def test_adapters_with_one_wrong_value_raise_one_line_error(made, ground, kind, name, tmp_path):
     source = made.adapters["sft"][0] if kind == "ia3" else tiny.write_lora(made.folder, tmp_path / "l")
 
     @bounded(60)
@@ -195,7 +195,7 @@ def read_all(path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz"])
-def test_data_with_anything_in_them_are_one_line(ground, kind):
+def test_arbitrary_data_files_raise_one_line_error(ground, kind):
     import gzip
 
     import pyarrow
@@ -244,7 +244,7 @@ SERVER = {**ENGINE, "rankings": {"r": "r.safetensors"}, "judges": {"c": "refusal
     ("read", "table"), [(EngineConfig.load, ENGINE), (SweepSpec.load, SPEC), (ServeConfig.load, SERVER)]
 )
 @pytest.mark.parametrize("suffix", ["json", "toml"])
-def test_config_files_with_one_wrong_value_are_one_line(ground, read, table, suffix):
+def test_config_files_with_one_wrong_value_raise_one_line_error(ground, read, table, suffix):
     tomli_w = pytest.importorskip("tomli_w")
 
     @bounded(100)
@@ -263,7 +263,7 @@ def test_config_files_with_one_wrong_value_are_one_line(ground, read, table, suf
 
 
 @pytest.mark.parametrize("kind", ["ranking", "constant", "guard", "store"])
-def test_files_of_results_with_damaged_bytes_are_one_line(ground, kind):
+def test_result_files_with_damaged_bytes_raise_one_line_error(ground, kind):
     path = ground / ("store" if kind == "store" else f"{kind}.safetensors")
     order = Ranking.from_scores(torch.arange(16.0).reshape(2, 8))
     if kind == "store":

@@ -1,4 +1,4 @@
-"""The Beavertails layout in every shape it comes in, against a forward pass written out here; judges of any kind."""
+"""Beavertails checkpoints in every layout, against a forward pass written out here; judges of any kind."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ from snpatch.judges.score_format import ScoreFormat
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("normalize", [None, False, True])
 @pytest.mark.parametrize("architecture", ["LlamaModelForScore", "LlamaForScore"])
-def test_equals_a_forward_pass_by_hand(tmp_path, bias, normalize, architecture):
+def test_beavertails_scores_equal_reference_forward_pass(tmp_path, bias, normalize, architecture):
     tensors = write(tmp_path, bias=bias, normalize=normalize, architecture=architecture)
     wanted = all_by_hand(tensors, normalize=bool(normalize))
     for side in ("right", "left"):
@@ -29,7 +29,7 @@ def test_equals_a_forward_pass_by_hand(tmp_path, bias, normalize, architecture):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_bfloat16_is_near_and_finer_than_bfloat16_itself(tmp_path, side):
+def test_bfloat16_scores_are_close_with_float32_head(tmp_path, side):
     tensors = write(tmp_path, bias=True)
     wanted = all_by_hand(tensors)
     spread = max(wanted) - min(wanted)
@@ -42,14 +42,14 @@ def test_bfloat16_is_near_and_finer_than_bfloat16_itself(tmp_path, side):
 
 
 @pytest.mark.parametrize("files", ["bin", "sharded bin", "sharded safetensors"])
-def test_every_file_layout_gives_the_same_costs(tmp_path, files):
+def test_checkpoint_layouts_give_same_costs(tmp_path, files):
     write(tmp_path / "one")
     write(tmp_path / "other", files=files)
     wanted = opened(tmp_path / "one")(PROMPTS, COMPLETIONS)
     assert opened(tmp_path / "other")(PROMPTS, COMPLETIONS) == wanted
 
 
-def test_tulu_format_strips_special_tokens_and_cuts_at_a_second_user(tmp_path):
+def test_tulu_format_strips_special_tokens_and_second_user_turn(tmp_path):
     tensors = write(tmp_path)
     judge = opened(tmp_path, format="tulu")
     assert judge.text("a b", "c d</s><pad>") == "<|user|>\na b\n<|assistant|>\nc d"
@@ -59,7 +59,7 @@ def test_tulu_format_strips_special_tokens_and_cuts_at_a_second_user(tmp_path):
 
 
 @pytest.mark.parametrize("adds_eos", [False, True])
-def test_beaver_text_ends_with_one_eos(adds_eos):
+def test_beaver_format_ends_with_one_eos(adds_eos):
     tokenizer = tiny.tokenizer()
     if adds_eos:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -74,7 +74,7 @@ def test_beaver_text_ends_with_one_eos(adds_eos):
         ScoreFormat("beaver", tokenizer)
 
 
-def test_order_and_batch_size_do_not_matter(tmp_path):
+def test_scores_do_not_depend_on_order_or_batch_size(tmp_path):
     write(tmp_path)
     one, all_at_once = (opened(tmp_path, batch_size=b)(PROMPTS, COMPLETIONS) for b in (1, 16))
     assert one == pytest.approx(all_at_once, abs=1e-5)
@@ -82,7 +82,7 @@ def test_order_and_batch_size_do_not_matter(tmp_path):
     assert opened(tmp_path)([], []) == []
 
 
-def test_rotary_buffers_of_old_checkpoints_are_accepted(tmp_path):
+def test_old_checkpoints_with_rotary_buffers_are_accepted(tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     write(tmp_path / "old", **{name: torch.ones(4)})
     write(tmp_path / "new")
@@ -90,14 +90,14 @@ def test_rotary_buffers_of_old_checkpoints_are_accepted(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), BROKEN)
-def test_a_bad_checkpoint_is_refused_in_one_line(tmp_path, changes, message):
+def test_invalid_checkpoint_raises_one_line_error(tmp_path, changes, message):
     write(tmp_path, **changes)
     with pytest.raises(SnpatchError, match=message) as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_no_score_model_is_refused(tmp_path):
+def test_folder_without_score_model_is_rejected(tmp_path):
     with pytest.raises(SnpatchError, match="no such folder"):
         opened(tmp_path / "nowhere")
     write(tmp_path / "causal", architecture="LlamaForCausalLM", **{"score_head.weight": None})
@@ -126,7 +126,7 @@ def test_a_folder_that_is_no_score_model_is_refused(tmp_path):
         opened(tmp_path / "cut")
 
 
-def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
+def test_checkpoint_with_code_is_rejected(tmp_path):
     write(tmp_path, files="bin")
     torch.save({"score_head.weight": Path("anything but a tensor")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(SnpatchError, match="cannot be read"):
@@ -147,13 +147,13 @@ def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
         ({"max_num_seqs": 4}, "BeavertailsScorer has no argument max_num_seqs"),
     ],
 )
-def test_bad_arguments_are_refused(tmp_path, arguments, message):
+def test_invalid_arguments_are_rejected(tmp_path, arguments, message):
     write(tmp_path)
     with pytest.raises(SnpatchError, match=message):
         opened(tmp_path, **arguments)
 
 
-def test_texts_that_cannot_be_scored_are_refused(tmp_path):
+def test_unscorable_texts_are_rejected(tmp_path):
     write(tmp_path)
     with opened(tmp_path) as judge:
         with pytest.raises(SnpatchError, match="one completion a prompt"):
@@ -164,13 +164,13 @@ def test_texts_that_cannot_be_scored_are_refused(tmp_path):
         judge(["a"], ["b"])
 
 
-def test_a_prompt_may_hold_the_words_of_a_template(tmp_path):
+def test_prompt_may_contain_format_slots(tmp_path):
     write(tmp_path)
     judge = opened(tmp_path, format="a {prompt} b {completion} c")
     assert judge.text("{completion}", "d") == "a {completion} b d c"
 
 
-def test_refusal_words():
+def test_refusal_words_score_refusals_negative():
     assert RefusalWords()(["x"] * 2, ["I'm sorry, but no.", "Sure!"]) == [-1.0, 1.0]
     judge = RefusalWords(["i can not", re.compile(r"^no\b")])
     assert judge(["x"] * 4, ["Sorry, I CAN NOT.", "no way", "oh no", ""]) == [-1.0, -1.0, 1.0, 1.0]
@@ -191,7 +191,7 @@ def refused(text, words=None):
 
 
 @pytest.mark.parametrize("phrase", REFUSAL_PHRASES)
-def test_refusal_words_know_every_form_of_apostrophes_and_spaces(phrase):
+def test_refusal_words_match_all_apostrophes_and_spaces(phrase):
     for mark in MARKS:
         for space in SPACES:
             text = phrase.replace("'", mark).replace(" ", space)
@@ -203,7 +203,7 @@ def test_refusal_words_know_every_form_of_apostrophes_and_spaces(phrase):
         assert refused(phrase.replace("a", f"a{mark}").replace("'", f"'{mark}"))
 
 
-def test_refusal_words_know_every_form_of_letters_and_quotation_marks():
+def test_refusal_words_match_all_letter_forms_and_quotation_marks():
     assert refused("\uff29\u3000\uff43\uff41\uff4e\uff4e\uff4f\uff54")  # full width
     assert refused("\U0001d408 \U0001d41c\U0001d41a\U0001d427\u2019\U0001d42d")  # mathematical bold
     for marks in ("\u201c\u201d", "\u201e\u201f", "\u00ab\u00bb", "\uff02\uff02", "\u301d\u301e", '""'):
@@ -212,7 +212,7 @@ def test_refusal_words_know_every_form_of_letters_and_quotation_marks():
     assert refused("un cafe\u0301", ["CAF\u00c9"])
 
 
-def test_refusal_patterns_match_texts_as_they_are_and_plain():
+def test_refusal_patterns_match_original_and_normalized_text():
     for mark in MARKS:
         assert refused(f"so:\nI can{mark}t", [re.compile(r"^I can't", re.MULTILINE)]), ascii(mark)
         assert refused("so:\nI can't", [re.compile(f"^I can[{mark}]t$", re.MULTILINE)]), ascii(mark)
@@ -221,7 +221,7 @@ def test_refusal_patterns_match_texts_as_they_are_and_plain():
     assert refused("no\u200bway", [re.compile(r"^no way$")])
 
 
-def test_refusal_words_leave_other_texts_alone():
+def test_refusal_words_do_not_match_other_texts():
     for text in (
         "",
         "Sure, I can.",
@@ -237,13 +237,13 @@ def test_refusal_words_leave_other_texts_alone():
 
 
 @pytest.mark.parametrize("words", [[b"no"], [""], [" \u200b "], [None], [re.compile(b"no")], "sorry", [], [1]])
-def test_refusal_words_of_another_kind_are_one_line(words):
+def test_refusal_words_of_wrong_type_raise_one_line_error(words):
     with pytest.raises(SnpatchError, match="RefusalWords: ") as caught:
         RefusalWords(words)
     assert "\n" not in str(caught.value)
 
 
-def test_refusal_digests_tell_words_apart_and_not_their_marks():
+def test_refusal_fingerprint_depends_on_words_and_not_on_marks():
     assert RefusalWords(["can\u2019t"]).fingerprint == RefusalWords(["can't"]).fingerprint
     assert RefusalWords(["can't"]).fingerprint != RefusalWords(["cant"]).fingerprint
     assert RefusalWords(["no", "never"]).fingerprint == RefusalWords(["never", "no", "no"]).fingerprint
@@ -257,7 +257,7 @@ def shout(prompts, completions):
 NUMBER = 7
 
 
-def test_open_judge(tmp_path, monkeypatch):
+def test_open_judge_builds_each_kind_of_judge(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert isinstance(open_judge("refusal"), RefusalWords)
     assert open_judge(f"{__name__}:shout")(["a"], ["bcd"]) == [3.0]
@@ -276,7 +276,7 @@ def test_open_judge(tmp_path, monkeypatch):
             open_judge(spec, **arguments)
 
 
-def test_open_judge_with_a_misspelled_folder_names_the_similar_one_before_the_network(tmp_path, monkeypatch):
+def test_open_judge_with_misspelled_folder_suggests_similar_one_without_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     write(tmp_path / "judge")
@@ -285,7 +285,7 @@ def test_open_judge_with_a_misspelled_folder_names_the_similar_one_before_the_ne
             open_judge(spec)
 
 
-def test_score_all_trusts_no_judge():
+def test_score_all_checks_every_score():
     judges = {"shout": shout, "refusal": RefusalWords()}
     assert score_all(judges, ["x", "y"], ["abc", "i cannot"]) == {"shout": [3.0, 8.0], "refusal": [1.0, -1.0]}
     assert score_all({"numpy": lambda p, c: torch.ones(1).numpy()}, ["x"], ["y"]) == {"numpy": [1.0]}

@@ -1,4 +1,4 @@
-"""Sequence classification and reward models of transformers as judges: each text scored as it is alone."""
+"""Sequence classification and reward models as judges: a text's score does not depend on its batch."""
 
 import json
 
@@ -24,7 +24,7 @@ def filled(template: str) -> list[str]:
 
 
 @pytest.mark.parametrize("padding", [3, 2, None, -1], ids=["own", "eos", "none", "negative"])
-def test_a_batch_scores_each_text_as_alone_whatever_the_padding(tmp_path, padding):
+def test_batch_scores_equal_single_scores_with_any_padding(tmp_path, padding):
     """Texts end in </s>, which is the padding of many models, and many have none."""
     model = write_classifier(tmp_path, pad_token_id=None)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -37,7 +37,7 @@ def test_a_batch_scores_each_text_as_alone_whatever_the_padding(tmp_path, paddin
         assert got == pytest.approx(wanted, abs=1e-4)
 
 
-def test_several_labels_are_scored_by_log_odds(tmp_path):
+def test_competing_labels_are_scored_by_log_odds(tmp_path):
     model = write_classifier(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"})
     template = "{prompt} {completion}"
     wanted = logits(model, filled(template)).softmax(-1).logit()
@@ -50,13 +50,13 @@ def test_several_labels_are_scored_by_log_odds(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
-def test_independent_labels_are_scored_by_their_own_logit(tmp_path, kind):
+def test_independent_labels_are_scored_by_raw_logit(tmp_path, kind):
     model = write_classifier(tmp_path, id2label={0: "rude", 1: "threat"}, problem_type=kind)
     got = opened(tmp_path, format="{prompt} {completion}", label="threat")(PROMPTS, COMPLETIONS)
     assert got == pytest.approx(logits(model, filled("{prompt} {completion}"))[:, 1].tolist(), abs=1e-4)
 
 
-def test_the_chat_template_is_the_default_where_there_is_one(tmp_path):
+def test_chat_template_is_default_format(tmp_path):
     model = write_classifier(tmp_path, template=TEMPLATE)
     judge = opened(tmp_path)
     assert judge.text("a b", "c") == "<|user|> a b </s> <|assistant|> c </s> "
@@ -66,8 +66,8 @@ def test_the_chat_template_is_the_default_where_there_is_one(tmp_path):
     assert judge(["a b", "d"], ["c", "e e e"])[0] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_pairs_with_token_types_in_an_encoder(tmp_path):
-    """What the tokenizer's own pair call gives is what the model says, alone and in batches."""
+def test_pair_format_passes_token_types_to_encoder(tmp_path):
+    """Scores of pairs, alone and in batches, equal the model's on the tokenizer's own pair encoding."""
     model = write_classifier(tmp_path, "bert", pad_token_id=0)
     words = BertTokenizer.from_pretrained(tmp_path)
     wanted = []
@@ -82,7 +82,7 @@ def test_pairs_with_token_types_in_an_encoder(tmp_path):
         opened(tmp_path, padding_side="left")
 
 
-def test_models_that_cannot_be_judges_are_refused(tmp_path):
+def test_models_that_cannot_be_judges_are_rejected(tmp_path):
     write_classifier(
         tmp_path / "longrope", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     )

@@ -1,4 +1,4 @@
-"""Names and texts of others are text wherever they are shown: terminal, plots, Markdown, file names."""
+"""Names from users are shown as plain text everywhere: terminal, plots, Markdown, file names."""
 
 import json
 import os
@@ -24,7 +24,7 @@ MARKUP = "[red]a[/red] [link=https://evil.example]b[/link] [/]"
 PROVENANCE = {"model": "m", "backend": "vllm", "seconds": 1}
 
 
-def test_printable_escapes_what_a_terminal_obeys():
+def test_printable_escapes_terminal_control_characters():
     assert printable(ESCAPES) == ESCAPED
     assert printable("é\t\n漢 [red]") == "é\t\n漢 [red]"
     data = {"completion": ESCAPES}
@@ -39,7 +39,7 @@ def test_errors_are_one_printable_line():
     assert len(shown("a" * 10**6)) < 300
 
 
-def test_tables_in_a_terminal_show_names_as_they_are():
+def test_terminal_tables_show_names_unchanged():
     view = TableView((MARKUP, "b"), ((MARKUP, ESCAPES),), title=MARKUP)
     console = Console(width=300, force_terminal=True, color_system=None, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     terminal.print_report(Report("t", {}, {}, (view,), headline=[MARKUP, ESCAPES]), console)
@@ -49,7 +49,7 @@ def test_tables_in_a_terminal_show_names_as_they_are():
     assert "\x1b]8" not in text
 
 
-def test_errors_of_the_command_line_hold_no_escapes(tmp_path, capsys):
+def test_cli_errors_contain_no_escape_sequences(tmp_path, capsys):
     path = tmp_path / "experiment.toml"
     path.write_text('"a\\u001b[2J\\nb" = 1\n')
     code, _, err = run(capsys, "exp", "curve", "-c", path)
@@ -67,11 +67,11 @@ def test_errors_of_the_command_line_hold_no_escapes(tmp_path, capsys):
         ("plain", "plain"),
     ],
 )
-def test_plot_name_is_no_formula(name, expected):
+def test_plot_name_is_not_rendered_as_formula(name, expected):
     assert to_plot_label(name) == expected
 
 
-def test_plots_show_names_as_they_are(tmp_path):
+def test_plots_show_names_unchanged(tmp_path):
     """`$\\frac{$` is no formula of Matplotlib, and ends in an error where it is read as one."""
     figure = Figure()
     axis = figure.subplots()
@@ -94,11 +94,11 @@ def test_plots_show_names_as_they_are(tmp_path):
         ("effect 0.97 (0.93 .. 1.00), 41.7%", "effect 0.97 (0.93 .. 1.00), 41.7%"),
     ],
 )
-def test_markdown_is_text(text, expected):
+def test_markdown_in_names_is_escaped(text, expected):
     assert escape_markdown(text) == expected
 
 
-def test_report_md_holds_no_links_of_names():
+def test_report_md_contains_no_links_from_names():
     provenance = {**PROVENANCE, "model": "[m](x)"}
     text = section("curve", {"headline": ["<b>[a](https://evil.example)"], "provenance": provenance})
     assert "<b>" not in text
@@ -138,7 +138,7 @@ def table(folder, **changes):
     return folder
 
 
-def test_page_follows_no_link_out_of_its_folder(tmp_path):
+def test_page_does_not_follow_links_out_of_its_folder(tmp_path):
     out = table(tmp_path / "out")
     (tmp_path / "secret").write_bytes(b"secret")
     (out / "t.png").symlink_to(tmp_path / "secret")
@@ -153,12 +153,12 @@ def test_page_follows_no_link_out_of_its_folder(tmp_path):
     [{"rows": [1]}, {"rows": [{"a": 1}, {"b": 2}]}, {"rows": {"a": 1}}, {"headline": [1]}, {"headline": 3},
      {"provenance": []}],
 )  # fmt: skip
-def test_page_of_a_damaged_table_is_one_line(tmp_path, changes):
+def test_page_of_damaged_table_raises_one_line_error(tmp_path, changes):
     with pytest.raises(SnpatchError, match=r"t\.json: damaged"):
         load_page(table(tmp_path / "out", **changes))
 
 
-def test_page_of_a_deep_table_is_one_line(tmp_path):
+def test_page_of_deeply_nested_table_raises_one_line_error(tmp_path):
     table(tmp_path / "out")
     (tmp_path / "out" / "t.json").write_text("[" * 100_000)
     with pytest.raises(SnpatchError, match="nested deeper than 100 levels"):

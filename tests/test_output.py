@@ -1,4 +1,4 @@
-"""What is printed: nothing is lost for an encoding, a closed pipe or a full disk is one line, markup is text."""
+"""Printed output: all encodings, closed pipes and full disks, and markup shown as text."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def written(monkeypatch, encoding, act):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "utf-16", "shift_jis"])
 @pytest.mark.parametrize("as_json", [False, True])
-def test_completions_are_written_whole_in_every_encoding(monkeypatch, encoding, as_json):
+def test_completions_are_written_completely_in_every_encoding(monkeypatch, encoding, as_json):
     completion = SimpleNamespace(text=TEXT, finish_reason="eos", overwrites=0, token_ids=[1])
     text = written(monkeypatch, encoding, lambda: write_completions([CHAT], [completion], [{}], None, as_json))
     if as_json:
@@ -49,7 +49,7 @@ def test_completions_are_written_whole_in_every_encoding(monkeypatch, encoding, 
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_tables_and_lines_are_written_whole_in_every_encoding(monkeypatch, encoding, tmp_path):
+def test_tables_and_lines_are_written_completely_in_every_encoding(monkeypatch, encoding, tmp_path):
     report = Report("t", {"t": [{"a": 1}]}, {}, (TableView(("é",), ((TEXT,),), title="漢"),), [TEXT])
     text = written(monkeypatch, encoding, lambda: options.write_report(report, tmp_path, as_json=False))
     assert text.count("[/INST] [b]") == 2
@@ -59,12 +59,12 @@ def test_tables_and_lines_are_written_whole_in_every_encoding(monkeypatch, encod
     assert json.loads(f'"{line.strip()}"') == TEXT
 
 
-def test_encodable_leaves_what_can_be_encoded():
+def test_encodable_keeps_encodable_text():
     assert encodable("é😀", "latin-1") == "é\\ud83d\\ude00"
     assert encodable("é😀", "utf-8") == "é😀"
 
 
-def test_progress_bars_show_names_and_notes_as_they_are(monkeypatch):
+def test_progress_bars_show_names_and_notes_unchanged(monkeypatch):
     seen = []
     screen = io.StringIO()
     screen.isatty = lambda: True
@@ -83,7 +83,7 @@ def test_progress_bars_show_names_and_notes_as_they_are(monkeypatch):
         ("| true", "stdout: cannot be written: Broken pipe"),
     ],
 )
-def test_a_stdout_that_takes_nothing_is_one_line(redirection, message):
+def test_unwritable_stdout_raises_one_line_error(redirection, message):
     command = f"{sys.executable} -m snpatch.cli env --json {redirection}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     if redirection == "| true" and done.returncode == 0:
@@ -91,7 +91,7 @@ def test_a_stdout_that_takes_nothing_is_one_line(redirection, message):
     assert (done.returncode, done.stderr) == (2, f"snpatch: error: {message}\n")
 
 
-def test_a_closed_stderr_adds_nothing_to_stdout():
+def test_closed_stderr_adds_nothing_to_stdout():
     command = f"{sys.executable} -m snpatch.cli env --json 2>&-"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0
@@ -101,7 +101,7 @@ def test_a_closed_stderr_adds_nothing_to_stdout():
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_ascii_locales_change_no_result(tmp_path):
+def test_ascii_locale_does_not_change_results(tmp_path):
     for name, env in (("utf", {}), ("ascii", {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})):
         code = (
             "import json, sys; from pathlib import Path; from snpatch.data import load_dataset; "
@@ -121,7 +121,7 @@ def test_ascii_locales_change_no_result(tmp_path):
 NO_UTF8 = os.fsdecode(b"caf\xe9")
 
 
-def test_files_whose_names_are_no_utf8_are_read_and_written(tmp_path, capsys, monkeypatch):
+def test_files_with_non_utf8_names_are_read_and_written(tmp_path, capsys, monkeypatch):
     folder = tmp_path / NO_UTF8
     folder.mkdir()
     (folder / "p.jsonl").write_text('{"prompt": "a"}\n')
@@ -142,7 +142,7 @@ def test_files_whose_names_are_no_utf8_are_read_and_written(tmp_path, capsys, mo
     assert (code, err.count("\n"), "caf\\udce9" in err) == (2, 1, True)
 
 
-def test_digests_know_no_encoding_of_names(tmp_path, monkeypatch):
+def test_fingerprint_does_not_depend_on_encoding_of_names(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("config.json", "a.safetensors", f"{NO_UTF8}.safetensors"):
         (tmp_path / name).write_text("{}")
@@ -150,7 +150,7 @@ def test_digests_know_no_encoding_of_names(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kept", ["[]", "{}", "[" * 10**5, '{"x": 1}', "\x00", None])
-def test_a_cache_of_digests_that_is_missing_or_damaged_costs_time_alone(tmp_path, monkeypatch, kept):
+def test_missing_or_damaged_hash_cache_only_costs_time(tmp_path, monkeypatch, kept):
     for name in ("config.json", "a.safetensors"):
         (tmp_path / name).write_text("{}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -168,7 +168,7 @@ def no_home():
     raise RuntimeError("Could not determine home directory.")
 
 
-def test_console_of_rich_reads_no_markup_of_paths(capsys, tmp_path):
+def test_rich_console_ignores_markup_in_paths(capsys, tmp_path):
     folder = tmp_path / "[red]x[" / "y]"
     report = Report("t", {"t": [{"a": 1}]}, {}, (TableView(("a",), (("[/]",),)),), [])
     options.write_report(report, folder, as_json=False)

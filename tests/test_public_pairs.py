@@ -1,4 +1,4 @@
-"""Pairs as they are published: what their configs and tokenizers say, and which of them one engine runs."""
+"""Published model pairs: their configs and tokenizers, and which pairs one engine accepts."""
 
 import json
 from pathlib import Path
@@ -209,10 +209,10 @@ def check(tmp_path: Path, one: dict, other: dict) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("turn", [1, -1])
-def test_public_pair_is_run_and_foreign_keys_are_noted(tmp_path, name, turn):
+def test_public_pair_is_accepted_and_unused_keys_are_noted(tmp_path, name, turn):
     one, other, keys = PAIRS[name]
-    told = check(tmp_path, *(one, other)[::turn])
-    assert [f"does not compute with: {keys}" in note for note in told] == ([True] if keys else [])
+    notes = check(tmp_path, *(one, other)[::turn])
+    assert [f"does not compute with: {keys}" in note for note in notes] == ([True] if keys else [])
 
 
 CHANGES = {
@@ -234,7 +234,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_is_computed_with_must_be_equal(tmp_path, name):
+def test_different_used_config_key_is_rejected(tmp_path, name):
     config, change = CHANGES[name]
     keys = {"sliding_window": "layer_types|sliding_window", "sliding_window, gemma": "layer_types|sliding_window"}
     key = keys.get(name, name.split(",")[0])
@@ -255,12 +255,12 @@ UNUSED = {
 
 
 @pytest.mark.parametrize("name", UNUSED)
-def test_what_nobody_computes_with_may_differ(tmp_path, name):
+def test_different_unused_config_key_is_accepted(tmp_path, name):
     config, one, other = UNUSED[name]
     assert check(tmp_path, {**config, **one}, {**config, **other}) == ()
 
 
-def test_a_window_that_texts_reach_is_refused(tmp_path):
+def test_different_window_within_context_is_rejected(tmp_path):
     longer = {**MISTRAL, "max_position_embeddings": 32768}
     with pytest.raises(SnpatchError, match=r"sliding_window = 4096, and .* has None"):
         check(tmp_path, {**longer, "sliding_window": None}, {**longer, "sliding_window": 4096})
@@ -290,7 +290,7 @@ def compare(one, other, sizes=ROWS) -> tuple[str, ...]:
     return notes.messages
 
 
-def test_ids_that_only_one_tokenizer_defines_are_noted_where_there_is_a_row():
+def test_unshared_ids_with_embedding_row_are_noted():
     plain, more = bpe(LETTERS, MERGES), bpe(LETTERS, MERGES, ("<tool>", "<think>"))
     for pair in ((plain, more), (more, plain)):
         (note,) = compare(*pair)
@@ -303,7 +303,7 @@ def test_ids_that_only_one_tokenizer_defines_are_noted_where_there_is_a_row():
     assert compare(plain, bpe(LETTERS, MERGES)) == ()
 
 
-def test_a_padding_token_needs_no_row():
+def test_padding_token_without_row_is_accepted():
     """Tulu 3's SFT checkpoint pads with id 128256, which its base has no row for."""
     plain, padded = bpe(LETTERS, MERGES), bpe(LETTERS, MERGES, ("<pad>",), pad="<pad>")
     (note,) = compare(padded, plain, (8, 5))
@@ -319,7 +319,7 @@ def test_a_padding_token_needs_no_row():
         (bpe([*LETTERS, "bc"], [("a", "b"), ("b", "c"), ("ab", "c")]), None),
     ],
 )
-def test_ids_mean_the_same_and_merges_agree(other, message):
+def test_different_ids_or_merges_are_rejected(other, message):
     own = bpe(LETTERS, MERGES)
     if message is None:
         assert len(compare(own, other)) == 1, "a merge into a token that only one has is that token's"
@@ -328,7 +328,7 @@ def test_ids_mean_the_same_and_merges_agree(other, message):
             compare(own, other)
 
 
-def test_other_marks_of_added_tokens_and_other_bos_are_noted():
+def test_different_added_token_flags_and_bos_are_noted():
     one, other = (bpe(LETTERS, MERGES, (AddedToken("<x>", lstrip=strip),)) for strip in (True, False))
     (note,) = compare(one, other)
     assert "how the text '<x>' is found" in note
@@ -338,7 +338,7 @@ def test_other_marks_of_added_tokens_and_other_bos_are_noted():
 # ---- what is held twice ------------------------------------------------------------------------------------------
 
 
-def test_an_abliterated_pair_holds_two_kinds_of_modules_twice(tmp_path):
+def test_abliterated_pair_stores_two_module_kinds_twice(tmp_path):
     made = tiny.make_pair("llama", tmp_path, same=lambda name: "o_proj" not in name and "down_proj" not in name)
     with Engine(made.folder, models={"abliterated": made.models["dpo"][0]}, backend="transformers") as engine:
         memory = engine.executor.memory

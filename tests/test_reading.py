@@ -1,4 +1,4 @@
-"""What lies beside weights: tokenizers, templates and EOS of adapters, LoRA and second sets, by one rule for all."""
+"""Text processors: tokenizers, templates and EOS in the folders of adapters, LoRA and secondary weights."""
 
 import json
 import shutil
@@ -30,8 +30,8 @@ def lora(zoo, tmp_path_factory):
 
 
 @pytest.fixture
-def beside(zoo, lora, tmp_path):
-    """beside(kind, path): the arguments of an engine with a copy of an adapter of that kind, which lies in path."""
+def with_adapter(zoo, lora, tmp_path):
+    """Return with_adapter(kind, path): (engine arguments, folder of a copy of an adapter of this kind)."""
 
     def made(kind: str, name: str = "adapter") -> tuple[dict, object]:
         folder = tmp_path / name
@@ -60,8 +60,8 @@ KINDS = ["ia3", "lora"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("source", "text"), [(TULU, "<|user|>\nbana\n<|assistant|>\n"), (OTHER, "bana bama")])
-def test_the_template_beside_an_adapter_is_used(model, beside, kind, source, text):
-    given, folder = beside(kind)
+def test_template_in_adapter_folder_is_used(model, with_adapter, kind, source, text):
+    given, folder = with_adapter(kind)
     (folder / TEMPLATE_FILE).write_text(source)
     one = opened(model, given)
     assert one.templates[-1].render(CHAT) == text
@@ -75,9 +75,9 @@ def test_the_template_beside_an_adapter_is_used(model, beside, kind, source, tex
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_templates_on_one_set_are_an_error_that_names_both(model, beside, kind):
-    given, first = beside(kind, "first")
-    _, second = beside("ia3", "second")
+def test_two_templates_on_one_set_are_rejected_naming_both(model, with_adapter, kind):
+    given, first = with_adapter(kind, "first")
+    _, second = with_adapter("ia3", "second")
     (first / TEMPLATE_FILE).write_text(TULU)
     (second / TEMPLATE_FILE).write_text(OTHER)
     if kind == "ia3":
@@ -88,8 +88,8 @@ def test_two_templates_on_one_set_are_an_error_that_names_both(model, beside, ki
         opened(model, given)
 
 
-def test_a_template_inside_a_tokenizer_beside_a_lora_is_used(model, beside):
-    given, folder = beside("lora")
+def test_template_of_tokenizer_in_lora_folder_is_used(model, with_adapter):
+    given, folder = with_adapter("lora")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = OTHER
     tokenizer.save_pretrained(folder)
@@ -97,8 +97,8 @@ def test_a_template_inside_a_tokenizer_beside_a_lora_is_used(model, beside):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_eos_beside_an_adapter_ends_texts(model, beside, kind):
-    given, folder = beside(kind)
+def test_eos_in_adapter_folder_ends_completions(model, with_adapter, kind):
+    given, folder = with_adapter(kind)
     end = tiny.VOCAB.index(tiny.WORDS[7])
     tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(folder)
     config = EngineConfig.of(model, given.get("adapters"), models=given.get("models", {}))
@@ -111,8 +111,8 @@ def test_the_eos_beside_an_adapter_ends_texts(model, beside, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_ids_beside_an_adapter_are_an_error_that_names_both(model, beside, kind):
-    given, folder = beside(kind)
+def test_different_ids_in_adapter_folder_are_rejected_naming_both(model, with_adapter, kind):
+    given, folder = with_adapter(kind)
     tiny.tokenizer().save_pretrained(folder)
     table = json.loads((folder / "tokenizer.json").read_text())
     vocab = table["model"]["vocab"]
@@ -125,8 +125,8 @@ def test_other_ids_beside_an_adapter_are_an_error_that_names_both(model, beside,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_that_an_adapter_adds_need_rows(model, beside, kind):
-    given, folder = beside(kind)
+def test_tokens_added_by_adapter_need_embedding_rows(model, with_adapter, kind):
+    given, folder = with_adapter(kind)
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<|im_start|>"])
     tokenizer.save_pretrained(folder)
@@ -135,9 +135,9 @@ def test_tokens_that_an_adapter_adds_need_rows(model, beside, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_tokenizers_on_one_set_must_read_alike(model, beside, kind):
-    given, first = beside(kind, "first")
-    _, second = beside("ia3", "second")
+def test_two_different_tokenizers_on_one_set_are_rejected(model, with_adapter, kind):
+    given, first = with_adapter(kind, "first")
+    _, second = with_adapter("ia3", "second")
     tiny.tokenizer().save_pretrained(first)
     tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(second)
     if kind == "ia3":
@@ -150,7 +150,7 @@ def test_two_tokenizers_on_one_set_must_read_alike(model, beside, kind):
     assert opened(model, given).text_processors[-1].eos_ids == {tiny.EOS}
 
 
-def test_a_model_whose_own_template_is_tulus_needs_no_note(model):
+def test_model_with_tulu_template_gets_no_note(model):
     (model / TEMPLATE_FILE).write_text(TULU)
     one = opened(model, {})
     assert (one.templates[0].name, one.notes.messages) == ("tulu", ())
@@ -164,8 +164,8 @@ def ending(folder):
     tokenizer.save_pretrained(folder)
 
 
-def test_a_tokenizer_that_ends_every_text_is_an_error_at_the_start(model, beside):
-    given, folder = beside("lora")
+def test_tokenizer_that_appends_eos_is_rejected_at_start(model, with_adapter):
+    given, folder = with_adapter("lora")
     tiny.tokenizer().save_pretrained(folder)
     ending(folder)
     with pytest.raises(
@@ -177,7 +177,7 @@ def test_a_tokenizer_that_ends_every_text_is_an_error_at_the_start(model, beside
         Engine(model, backend="transformers")
 
 
-def test_a_vocabulary_past_the_embedding_is_told_and_its_tokens_are_refused(model):
+def test_tokens_without_embedding_row_are_noted_and_rejected(model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["<image>"])
     tokenizer.save_pretrained(model)
@@ -194,7 +194,7 @@ def test_a_vocabulary_past_the_embedding_is_told_and_its_tokens_are_refused(mode
             engine.logprobs(["bana"], completions=["bama <image>"])
 
 
-def test_a_text_with_bos_and_a_chat_with_marks_are_told_once_and_run_as_they_are(model):
+def test_prompts_with_bos_or_template_marks_are_noted_once_and_unchanged(model):
     with Engine(model, backend="transformers") as engine:
         assert engine.encode(["<s> bana", "<s> bama"])[0][:2] == [tiny.BOS, tiny.BOS]
         (note,) = engine.notes
@@ -205,8 +205,8 @@ def test_a_text_with_bos_and_a_chat_with_marks_are_told_once_and_run_as_they_are
         assert "holds '[/INST]', which chat templates write" in engine.notes[1]
 
 
-def test_later_adapters_must_be_read_as_the_engine_reads(model, beside):
-    (_, folder), (_, silent) = beside("ia3"), beside("ia3", "silent")
+def test_late_adapter_with_different_text_files_is_rejected(model, with_adapter):
+    (_, folder), (_, silent) = with_adapter("ia3"), with_adapter("ia3", "silent")
     with Engine(model, backend="transformers") as engine:
         engine.add_adapter("silent", silent)
         (folder / TEMPLATE_FILE).write_text(OWN)
@@ -221,7 +221,7 @@ def test_later_adapters_must_be_read_as_the_engine_reads(model, beside):
 THINKS = "{{ messages[0].content }}{% if enable_thinking is not defined or enable_thinking %} bama{% endif %}"
 
 
-def test_template_variables_are_part_of_a_config_and_of_content(model, tmp_path):
+def test_template_variables_change_config_and_fingerprint(model, tmp_path):
     (model / TEMPLATE_FILE).write_text(THINKS)
     config = EngineConfig.of(model, chat_template_kwargs={"enable_thinking": False}, backend="transformers")
     config.save(tmp_path / "engine.json")
@@ -247,7 +247,7 @@ def test_template_variables_are_part_of_a_config_and_of_content(model, tmp_path)
         ([1], "wanted a table of names and values"),
     ],
 )
-def test_wrong_template_variables_are_one_line(model, given, message):
+def test_invalid_template_variables_raise_one_line_error(model, given, message):
     (model / TEMPLATE_FILE).write_text(THINKS)
     with pytest.raises(SnpatchError, match=f"chat_template_kwargs: {message}"):
         LoadedModels(EngineConfig.of(model, chat_template_kwargs=given))
@@ -270,7 +270,7 @@ def hub(zoo, lora, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
-def test_adapters_and_lora_are_found_on_the_hub(zoo, lora, hub):
+def test_adapters_and_lora_are_downloaded_from_hub(zoo, lora, hub):
     folder = zoo("llama").folder
     local = {"adapters": {"sft": zoo("llama").adapters["sft"]}, "models": {"tuned": {"lora": lora}}}
     named = {"adapters": {"sft": "org/sft"}, "models": {"tuned": {"lora": "org/tuned@v2:runs/last"}}}
@@ -293,7 +293,7 @@ def test_adapters_and_lora_are_found_on_the_hub(zoo, lora, hub):
         ("org/tuned@v2:../..", "no such folder"),
     ],
 )
-def test_what_the_hub_has_not_is_one_line(zoo, hub, name, message):
+def test_missing_hub_adapter_raises_one_line_error(zoo, hub, name, message):
     with pytest.raises(SnpatchError, match=message):
         load_lora(name)
     with pytest.raises(SnpatchError, match=message):
@@ -301,12 +301,12 @@ def test_what_the_hub_has_not_is_one_line(zoo, hub, name, message):
 
 
 @pytest.mark.parametrize("name", ["org/sft", "org/sft@main"])
-def test_a_name_of_the_hub_is_a_folder_of_its_cache(hub, tmp_path, name):
+def test_hub_name_resolves_to_cache_folder(hub, tmp_path, name):
     assert resolve_adapter_folder(name) == tmp_path / "cache" / "models--org--sft" / "snapshots" / "commit-main"
     assert resolve_adapter_folder(tmp_path) == tmp_path
 
 
-def test_the_command_line_and_lm_eval_take_template_variables(model, tmp_path, capsys):
+def test_cli_and_lm_eval_accept_template_variables(model, tmp_path, capsys):
     (model / TEMPLATE_FILE).write_text(THINKS)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "bana"}) + "\n")

@@ -1,4 +1,4 @@
-"""Patterns and templates of downloaded folders end in a line, however long they would run."""
+"""Patterns and templates of downloaded folders end with a one-line error, however long they would run."""
 
 import importlib.util
 import json
@@ -69,7 +69,7 @@ def lora(tmp_path, **config):
         ({"name": "base_model.model.model.layers.\u0660.mlp.down_proj.ia3_l"}, "unknown tensor"),
     ],
 )
-def test_ia3_folder_with_bad_patterns_is_one_line(tmp_path, config, message):
+def test_ia3_folder_with_bad_patterns_raises_one_line_error(tmp_path, config, message):
     with pytest.raises(SnpatchError, match=message) as error:
         load_adapters(ia3(tmp_path, **config), 1, {"down_proj": 4})
     assert "\n" not in str(error.value)
@@ -80,19 +80,19 @@ def test_ia3_folder_with_bad_patterns_is_one_line(tmp_path, config, message):
     ("pattern", "message"),
     [(ENDLESS, "expected an end within 0.3 s"), ("(", "error: missing"), ("(?P<a>x)(?P<a>y)", "error: redefinition")],
 )
-def test_lora_folder_with_bad_patterns_is_one_line(tmp_path, field, pattern, message):
+def test_lora_folder_with_bad_patterns_raises_one_line_error(tmp_path, field, pattern, message):
     with pytest.raises(SnpatchError, match=rf"adapter_config\.json: {field}: .*{message}"):
         load_lora(lora(tmp_path, **{field: {pattern: 1}}))
 
 
-def test_lora_patterns_are_peft_s(tmp_path):
+def test_lora_patterns_match_as_in_peft(tmp_path):
     """The end of a name, a regular expression, and the first of several that fit."""
     lora(tmp_path, alpha_pattern={"x": 9, r"layers\.\d\..*": 3, "q_proj": 5})
     assert load_lora(tmp_path).updates["model.layers.0.self_attn.q_proj.weight"][2] == 3
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" * 500 + "]" * 500, "9" * 5000, "{"])
-def test_deep_adapter_config_is_one_line(tmp_path, text):
+def test_deeply_nested_adapter_config_raises_one_line_error(tmp_path, text):
     with pytest.raises(SnpatchError, match=r"adapter_config\.json: (not JSON|wanted a JSON object)"):
         load_adapters(resolve_model_folder(tmp_path, text, {"a": torch.ones(1)}), 1, {"down_proj": 4})
 
@@ -126,7 +126,7 @@ def rendered(template: str) -> str:
         ("{{ lipsum(n=10 ** 7) }}", "expected an end within 0.5 s"),
     ],
 )
-def test_failing_or_endless_template_is_one_line(template, message):
+def test_failing_or_endless_template_raises_one_line_error(template, message):
     with pytest.raises(SnpatchError, match=f"the template: .*({message})") as error:
         rendered(template)
     assert "\n" not in str(error.value)
@@ -135,8 +135,8 @@ def test_failing_or_endless_template_is_one_line(template, message):
 
 @pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize("name", ["llama3", "gemma", "qwen3", "llama3_training"])
-def test_sandbox_renders_as_transformers(name, goes_on):
-    """The same text, also where the last message goes on."""
+def test_sandbox_renders_as_in_transformers(name, goes_on):
+    """Both give the same string, also with continue_final_message."""
     options = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
     source, variables = (REAL / f"{name}.jinja").read_text(), {"bos_token": "<s>", "eos_token": "</s>"}
     [expected], _ = render_jinja_template([CHAT], chat_template=source, **options, **variables)
@@ -155,7 +155,7 @@ def test_threads_share_the_sandbox():
     assert found == list("01234567")
 
 
-def test_forked_process_has_a_sandbox_of_its_own():
+def test_forked_process_has_own_sandbox():
     assert rendered("{{ 1 }}") == "1"
     child = os.fork()
     if not child:
@@ -164,21 +164,21 @@ def test_forked_process_has_a_sandbox_of_its_own():
     assert rendered("{{ 3 }}") == "3"
 
 
-def test_sandbox_that_was_killed_is_started_again():
+def test_killed_sandbox_is_restarted():
     assert rendered("{{ 1 }}") == "1"
     os.kill(sandbox._sandbox._process.pid, signal.SIGKILL)
     sandbox._sandbox._process.wait()
     assert rendered("{{ 2 }}") == "2"
 
 
-def test_sandbox_ends_with_its_process():
+def test_sandbox_ends_with_parent_process():
     code = (
         "from snpatch.models import sandbox; import os\n"
         "sandbox.match(['a'], ['a'], 's')\n"
         "print(sandbox._sandbox._process.pid, flush=True); os.kill(os.getpid(), 9)"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    pid = int(told.stdout)
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    pid = int(completed.stdout)
     for _ in range(1000):
         try:
             os.kill(pid, 0)
@@ -191,7 +191,7 @@ def test_sandbox_ends_with_its_process():
     pytest.fail("the sandbox is still there")
 
 
-def test_tokenizer_template_runs_in_the_sandbox_and_tulu_does_not(monkeypatch):
+def test_tokenizer_template_runs_in_sandbox_and_tulu_does_not(monkeypatch):
     asked = []
     monkeypatch.setattr(sandbox, "render", lambda source, *rest: asked.append(source) or "text")
     tokenizer = tiny.tokenizer()

@@ -1,4 +1,4 @@
-"""The one Tulu template against the published format, in writing, training and judging; which template is chosen."""
+"""The Tulu template against the published format, in generation, training and judging; the choice of templates."""
 
 import pytest
 import tiny
@@ -32,11 +32,11 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("turns", range(1, len(CHAT) + 1))
-def test_text_is_the_published_one_over_several_turns(tokenizer, turns):
+def test_tulu_equals_published_format_over_several_turns(tokenizer, turns):
     assert render_tulu(CHAT[:turns], tokenizer) == published(CHAT[:turns], "</s>")
 
 
-def test_an_assistants_turn_ends_with_eos_in_the_ids(tokenizer):
+def test_assistant_turn_ends_with_eos_id(tokenizer):
     ids = ChatTemplate("tulu", tokenizer).encode(CHAT[1:4])
     assert ids[0] == tiny.BOS
     assert tiny.BOS not in ids[1:]
@@ -45,7 +45,7 @@ def test_an_assistants_turn_ends_with_eos_in_the_ids(tokenizer):
     assert render_tulu(spaced, tokenizer).count("</s>") == 1
 
 
-def test_training_reads_what_writing_reads(tokenizer):
+def test_training_and_generation_use_same_text(tokenizer):
     """TRL renders the template by itself: its text is BOS and the published one, up to the next prompt."""
     tokenizer.chat_template = TULU
     for turns in (2, 4, 6):
@@ -59,12 +59,12 @@ def test_training_reads_what_writing_reads(tokenizer):
     )
 
 
-def test_a_judge_reads_the_same_format(tokenizer):
+def test_judge_uses_same_tulu_format(tokenizer):
     text = ScoreFormat("tulu", tokenizer).text("bala bale", "bama bana")
     assert text == render_tulu([{"role": "user", "content": "bala bale"}], tokenizer) + "bama bana"
 
 
-def test_the_last_message_may_go_on(tokenizer):
+def test_last_message_can_be_continued(tokenizer):
     chat = [*CHAT[1:2], {"role": "assistant", "content": "bama"}]
     assert (
         ChatTemplate("tulu", tokenizer).render(chat, continue_final_message=True)
@@ -81,12 +81,12 @@ def test_the_last_message_may_go_on(tokenizer):
         ([{"role": "user"}], "wants a text in each message, got None"),
     ],
 )
-def test_what_is_no_chat_is_refused(tokenizer, chat, message):
+def test_invalid_chat_is_rejected(tokenizer, chat, message):
     with pytest.raises(SnpatchError, match=message):
         ChatTemplate("tulu", tokenizer).encode(chat)
 
 
-def test_auto_takes_what_the_adapters_were_trained_with(tokenizer, tmp_path):
+def test_auto_uses_template_of_adapters(tokenizer, tmp_path):
     own = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     silent, with_tulu, with_own = (tmp_path / name for name in ("silent", "tulu", "own"))
     for folder, source in ((silent, None), (with_tulu, TULU), (with_own, own)):
@@ -115,7 +115,7 @@ def test_auto_takes_what_the_adapters_were_trained_with(tokenizer, tmp_path):
 THINKS = "{{ messages[0].content }}{% if enable_thinking %} bama{% endif %}"
 
 
-def test_variables_reach_the_template_and_its_name(tokenizer):
+def test_variables_change_rendering_and_fingerprint(tokenizer):
     chat = [{"role": "user", "content": "bana"}]
     plain, thinking = (ChatTemplate("tokenizer", tokenizer, THINKS, {"enable_thinking": on}) for on in (False, True))
     assert (plain.render(chat), thinking.render(chat)) == ("bana", "bana bama")
@@ -139,27 +139,27 @@ def test_variables_reach_the_template_and_its_name(tokenizer):
         "{{ '%d' | format('a') }}",
     ],
 )
-def test_a_template_that_raises_is_one_line(tokenizer, source):
+def test_template_that_raises_gives_one_line_error(tokenizer, source):
     with pytest.raises(SnpatchError, match="refuses a chat: ") as error:
         ChatTemplate("tokenizer", tokenizer, source).render([{"role": "user", "content": "bana"}])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [None, 3, [{"type": "text", "text": "a"}], {"a": 1}])
-def test_content_that_a_template_cannot_add_is_one_line(tokenizer, content):
+def test_content_of_wrong_type_raises_one_line_error(tokenizer, content):
     with pytest.raises(SnpatchError, match="refuses a chat: TypeError"):
         ChatTemplate("tokenizer", tokenizer, "{{ 'a' + messages[0]['content'] }}").encode(
             [{"role": "user", "content": content}]
         )
 
 
-def test_named_templates_without_a_default_are_one_line(tokenizer):
+def test_named_templates_without_default_raise_one_line_error(tokenizer):
     tokenizer.chat_template = {"tool_use": "{{ 'a' }}", "rag": "{{ 'b' }}"}
     with pytest.raises(SnpatchError, match="default"):
         ChatTemplate("tokenizer", tokenizer)
 
 
-def test_templates_and_tokenizers_are_told_apart(tokenizer):
+def test_fingerprint_differs_between_templates_and_tokenizers(tokenizer):
     first = ChatTemplate("tulu", tokenizer).fingerprint
     assert ChatTemplate("tulu", tiny.tokenizer()).fingerprint == first
     assert ChatTemplate("tulu", tiny.tokenizer(eos="<pad>")).fingerprint != first

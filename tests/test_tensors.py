@@ -1,4 +1,4 @@
-"""Types and finiteness of all tensors that files hold, in the type in which they are used."""
+"""Dtype and finiteness checks of all tensors from files, in the dtype in which they are used."""
 
 import json
 import zipfile
@@ -45,26 +45,26 @@ def lora(folder, a, b, **config):
 
 @pytest.mark.parametrize("dtype", WRONG)
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_adapter_of_another_dtype_is_refused(tmp_path, dtype, suffix):
+def test_adapter_of_wrong_dtype_is_rejected(tmp_path, dtype, suffix):
     folder = ia3(tmp_path / "a", torch.ones(1, 4).to(dtype), suffix)
     with pytest.raises(SnpatchError, match=rf"layers\.0\.mlp\.down_proj\.ia3_l: expected .*float32.*, got {dtype}"):
         load_adapters(folder, 1, WIDTHS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_adapter_of_an_allowed_dtype_is_float32(tmp_path, dtype):
+def test_adapter_of_allowed_dtype_becomes_float32(tmp_path, dtype):
     scales = load_adapters(ia3(tmp_path / "a", torch.full((1, 4), 1.5, dtype=dtype)), 1, WIDTHS)
     assert torch.equal(scales.vectors["down_proj"], torch.full((1, 4), 1.5))
 
 
-def test_stacked_adapters_that_overflow_are_refused(tmp_path):
+def test_stacked_adapters_that_overflow_are_rejected(tmp_path):
     large = [ia3(tmp_path / name, torch.full((1, 4), 1e30)) for name in "ab"]
     with pytest.raises(SnpatchError, match=r"stacked adapters: down_proj holds NaN or infinity: .*float32, got inf"):
         load_adapters(large, 1, WIDTHS)
 
 
 @pytest.mark.parametrize("dtype", WRONG)
-def test_lora_of_another_dtype_is_refused(tmp_path, dtype):
+def test_lora_of_wrong_dtype_is_rejected(tmp_path, dtype):
     folder = lora(tmp_path / "a", torch.ones(1, 2), torch.ones(2, 1).to(dtype))
     with pytest.raises(SnpatchError, match=rf"w\.lora_B\.weight: expected .*, got {dtype}"):
         load_lora(folder)
@@ -73,7 +73,7 @@ def test_lora_of_another_dtype_is_refused(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("dtype", "value"), [(torch.float16, 300.0), (torch.bfloat16, 1.844e19), (torch.float32, 1e20)]
 )
-def test_lora_whose_merge_overflows_is_refused(tmp_path, dtype, value):
+def test_lora_with_overflowing_merge_is_rejected(tmp_path, dtype, value):
     folder = lora(tmp_path / "a", torch.full((1, 2), value), torch.full((2, 1), value))
     with pytest.raises(SnpatchError, match=f"w.weight: the merged weight overflows in {dtype}"):
         dict(merge_loras([("w.weight", torch.ones(2, 2, dtype=dtype))], [folder]))
@@ -90,14 +90,14 @@ def test_lora_whose_merge_overflows_is_refused(tmp_path, dtype, value):
         ({"r": 0}, "has rank 1, its config says 0"),
     ],
 )
-def test_lora_config_without_numbers_is_refused(tmp_path, config, message):
+def test_lora_config_without_numbers_is_rejected(tmp_path, config, message):
     with pytest.raises(SnpatchError, match=message):
         load_lora(lora(tmp_path / "a", torch.ones(1, 2), torch.ones(2, 1), **config))
 
 
 @pytest.mark.parametrize("name", ["scores", "recipient_mean", "donor_std"])
 @pytest.mark.parametrize("dtype", [torch.float16, *WRONG])
-def test_ranking_of_another_dtype_is_refused(tmp_path, name, dtype):
+def test_ranking_of_wrong_dtype_is_rejected(tmp_path, name, dtype):
     tensor = torch.ones(2, 3).to(dtype)
     write_tensors(tmp_path / "r.safetensors", {"rank": RANK, name: tensor}, kind="ranking", meta={})
     for make in (
@@ -109,12 +109,12 @@ def test_ranking_of_another_dtype_is_refused(tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_scores_that_are_no_floats_are_refused(dtype):
+def test_scores_of_wrong_dtype_are_rejected(dtype):
     with pytest.raises(SnpatchError, match="ranking: scores: expected a tensor of"):
         Ranking.from_scores(torch.ones(2, 3).to(dtype))
 
 
-def test_scores_that_overflow_in_float32_are_refused():
+def test_scores_that_overflow_float32_are_rejected():
     with pytest.raises(SnpatchError, match="scores is not finite at layer 0, neuron 0"):
         Ranking.from_scores(torch.full((2, 3), 1e300, dtype=torch.float64))
 
@@ -128,14 +128,14 @@ def test_scores_that_overflow_in_float32_are_refused():
         (torch.full((2, 5, 3), torch.inf).double(), torch.tensor([4, 4]), "NaN or infinite"),
     ],
 )
-def test_statistics_without_tokens_or_numbers_are_refused(tmp_path, sums, count, message):
+def test_statistics_without_tokens_or_numbers_are_rejected(tmp_path, sums, count, message):
     write_tensors(tmp_path / "r", {"rank": RANK, "sums": sums, "count": count}, kind="ranking", meta={})
     for make in (lambda: Statistics(sums, count), lambda: Ranking.load(tmp_path / "r")):
         with pytest.raises(SnpatchError, match=message):
             make()
 
 
-def test_sums_whose_mean_overflows_in_float32_are_refused(tmp_path):
+def test_sums_whose_mean_overflows_float32_are_rejected(tmp_path):
     tensors = {"sums": torch.full((2, 5, 3), 1e300, dtype=torch.float64), "count": torch.tensor([2, 2])}
     write_tensors(tmp_path / "r", {"rank": RANK, **tensors}, kind="ranking", meta={})
     with pytest.raises(SnpatchError, match="recipient_mean is not finite at layer 0, neuron 0"):
@@ -151,7 +151,7 @@ def test_sums_whose_mean_overflows_in_float32_are_refused(tmp_path):
         (torch.ones(2, dtype=torch.complex64), None, "w: expected real numbers, got torch.complex64"),
     ],
 )
-def test_weights_that_are_not_finite_in_use_are_refused(weight, used, message):
+def test_weights_not_finite_in_used_dtype_are_rejected(weight, used, message):
     with pytest.raises(SnpatchError, match=message):
         list(iter_finite([("w", weight)], "m", used))
 
@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_in_use_are_refused(weight, used, message):
 @pytest.mark.parametrize(
     "value", [3, [1.0], torch.ones(2).to_sparse(), torch.ones(2, device="meta"), None], ids=lambda v: type(v).__name__
 )
-def test_what_is_no_dense_tensor_is_refused(value):
+def test_non_dense_tensors_are_rejected(value):
     with pytest.raises(SnpatchError, match=r"x: expected a tensor of torch\.float32, got"):
         check_tensor(value, "x", torch.float32)
 
@@ -167,7 +167,7 @@ def test_what_is_no_dense_tensor_is_refused(value):
 # ---- torch files ----------------------------------------------------------------------------------------------------
 
 
-def test_expanded_tensors_are_refused_before_they_take_room(tmp_path):
+def test_expanded_tensors_are_rejected_before_allocation(tmp_path):
     """Each asks for 200 GB."""
     wide = torch.zeros(1).expand(50_000, 1_000_000)
     torch.save((wide, torch.zeros(1, 2).long(), wide, wide, wide, wide), tmp_path / "r.pt")
@@ -176,7 +176,7 @@ def test_expanded_tensors_are_refused_before_they_take_room(tmp_path):
         Ranking.from_published(tmp_path / "r.pt")
 
 
-def test_compressed_torch_file_is_refused(tmp_path):
+def test_compressed_torch_file_is_rejected(tmp_path):
     torch.save({"w": torch.zeros(1_000_000)}, tmp_path / "a.pt")
     with (
         zipfile.ZipFile(tmp_path / "a.pt") as old,
@@ -190,7 +190,7 @@ def test_compressed_torch_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 3}, {3: torch.ones(2)}, 5])
-def test_checkpoint_without_named_tensors_is_refused(tmp_path, content):
+def test_checkpoint_without_named_tensors_is_rejected(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(SnpatchError, match="expected tensors by name"):
         open_weights(tmp_path)
@@ -206,14 +206,14 @@ def test_nested_containers_are_read_once(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
-def test_published_ranking_of_another_dtype_is_refused(tmp_path, kind):
+def test_published_ranking_of_wrong_dtype_is_rejected(tmp_path, kind):
     one = torch.ones(1, 2)
     torch.save((one, torch.zeros(1, 2).long(), one, one, one.to(kind), one), tmp_path / "r.pt")
     with pytest.raises(SnpatchError, match=r"r\.pt: tensor 4: expected a tensor of"):
         Ranking.from_published(tmp_path / "r.pt")
 
 
-def test_safetensors_header_past_its_limit_is_one_line(tmp_path):
+def test_safetensors_header_above_limit_raises_one_line_error(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes((2**63).to_bytes(8, "little") + b"{}")
     for read in (lambda: read_state(path), lambda: Ranking.load(path), lambda: open_weights(tmp_path)):
@@ -221,7 +221,7 @@ def test_safetensors_header_past_its_limit_is_one_line(tmp_path):
             read()
 
 
-def test_index_that_leaves_its_folder_is_refused(tmp_path):
+def test_index_with_path_outside_folder_is_rejected(tmp_path):
     index = {"weight_map": {"w": "../elsewhere/model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SnpatchError, match="w: expected the name of a file in its folder"):

@@ -1,4 +1,4 @@
-"""Weights read from a checkpoint's files: one file or several, safetensors or torch's, and what is broken."""
+"""Weights read from checkpoint files: one file or several, safetensors or torch, and damaged ones."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def as_torch_shards(model, folder):
 
 
 @pytest.mark.parametrize("save", [as_safetensors, as_shards, as_torch, as_torch_shards])
-def test_every_tensor_is_the_models(model, tmp_path, save):
+def test_read_tensors_equal_the_models(model, tmp_path, save):
     save(model, tmp_path)
     weights = open_weights(tmp_path)
     for name, tensor in model.state_dict().items():
@@ -78,7 +78,7 @@ def nothing(folder):
         (nothing, "holds no weights"),
     ],
 )
-def test_broken_checkpoints_are_one_line(model, tmp_path, breaking, message):
+def test_damaged_checkpoints_raise_one_line_error(model, tmp_path, breaking, message):
     as_shards(model, tmp_path)
     breaking(tmp_path)
     with pytest.raises(SnpatchError, match=message) as caught:

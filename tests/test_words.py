@@ -32,7 +32,7 @@ def ranking():
     return Ranking.from_scores(torch.arange(16.0).reshape(SHAPE))
 
 
-def test_words_of_patches_are_those_that_patches_know():
+def test_reserved_words_are_the_words_of_patches():
     order = ranking()
     for word in names.SOURCES:
         with pytest.raises(SnpatchError):
@@ -46,7 +46,7 @@ def test_words_of_patches_are_those_that_patches_know():
 
 
 @pytest.mark.parametrize("name", [*WORDS, *NO_NAMES])
-def test_names_that_are_words_of_patches_are_refused_everywhere(name, tmp_path):
+def test_reserved_names_are_rejected_everywhere(name, tmp_path):
     def config(**given):
         return EngineConfig("m", **given)
 
@@ -73,7 +73,7 @@ def test_names_that_are_words_of_patches_are_refused_everywhere(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_names_of_files_that_are_words_of_patches_are_refused(name, tmp_path, capsys):
+def test_reserved_file_names_are_rejected(name, tmp_path, capsys):
     spec = {"model": "m", "adapters": {"sft": "a", "dpo": "b"}, "sets": {"p": {"source": "p.jsonl"}},
             "judges": {"cost": {"source": "refusal"}}, "rankings": {"safety": "r.safetensors"},
             "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [1]}}  # fmt: skip
@@ -96,7 +96,7 @@ def test_names_of_files_that_are_words_of_patches_are_refused(name, tmp_path, ca
 SWEPT = ("--donor", "dpo", "--recipient", "sft", "-k", "1", "--judge", "refusal")
 
 
-def test_files_that_are_called_as_a_word_need_a_name(tmp_path, capsys):
+def test_file_with_reserved_name_needs_explicit_name(tmp_path, capsys):
     arguments = ("sweep", "m", "p.jsonl", *SWEPT, "-o", tmp_path)
     code, _, err = run(capsys, *arguments, "--ranking", "runs/zero.safetensors")
     assert code == 2
@@ -107,13 +107,13 @@ def test_files_that_are_called_as_a_word_need_a_name(tmp_path, capsys):
 @pytest.mark.parametrize(
     "donor", ["mean", "mean:sft", "noise", "noise:", "scale:", "constant", "add", "add:", "zero:1"]
 )
-def test_donors_that_begin_with_a_word_and_mean_nothing_are_refused(donor):
+def test_donors_with_reserved_prefix_and_no_meaning_are_rejected(donor):
     with pytest.raises(SnpatchError, match="is no model's name"):
         parse_donor(donor, ranking())
 
 
 @pytest.mark.parametrize("donor", ["zero", "mean:donor", "noise:3", "scale:2", "constant:x", "add:zero"])
-def test_patches_in_python_refuse_donors_that_are_words(donor):
+def test_python_patch_with_reserved_donor_is_rejected(donor):
     with pytest.raises(SnpatchError, match="in Python give a Constant, Noise or Scale"):
         Patch("base", donor, ranking(), 1)
 
@@ -126,7 +126,7 @@ def test_patches_in_python_refuse_donors_that_are_words(donor):
         ((3, "dpo", None, 1), "recipient: expected a model's name"),
     ],
 )
-def test_patches_of_other_types_are_one_line(parts, message):
+def test_patches_of_wrong_type_raise_one_line_error(parts, message):
     recipient, donor, order, window = parts
     with pytest.raises(SnpatchError, match=message):
         Patch("base" if recipient is None else recipient, donor, order or ranking(), window)
@@ -135,18 +135,18 @@ def test_patches_of_other_types_are_one_line(parts, message):
 @pytest.mark.parametrize(
     "name", ["Zero", "zeros", "meaner", "my mödel 1", "a@b", "safety[/v2]", "zero-shot", "org/zero", "a,b"]
 )
-def test_names_that_are_no_words_are_taken(name):
+def test_names_that_are_not_reserved_are_accepted(name):
     assert EngineConfig("m", {name: "a"}).adapters == {name: ("a",)}
     assert parse_donor(name, ranking()) == name
 
 
 @pytest.mark.parametrize("word", names.WORDS)
-def test_uploads_cannot_be_named_by_a_word(word):
+def test_upload_with_reserved_name_is_rejected(word):
     with pytest.raises(SnpatchError, match=f"cannot be named '{word}'"):
         check_served_name(word, "one of the rankings")
 
 
-def test_the_judge_of_refusal_words_keeps_its_name():
+def test_refusal_judge_keeps_its_name():
     config = EngineConfig("m")
     assert ServeConfig(config, judges={"refusal": "refusal"}).judges
     with pytest.raises(SnpatchError, match="refusal is the name of the built-in judge of refusal words"):
@@ -184,7 +184,7 @@ def inside(tmp_path, monkeypatch):
         ("=v", ("", "v")),
     ],
 )
-def test_names_end_at_the_first_equals_sign(inside, text, expected):
+def test_name_ends_at_first_equals_sign(inside, text, expected):
     assert parsing.split_name(text) == expected
 
 
@@ -200,11 +200,11 @@ def test_names_end_at_the_first_equals_sign(inside, text, expected):
         ("", ",", [""]),
     ],
 )
-def test_paths_that_exist_may_hold_what_parts_them(inside, text, between, expected):
+def test_existing_paths_may_contain_separators(inside, text, between, expected):
     assert parsing.split_paths(text, between) == expected
 
 
-def test_adapters_judges_and_rankings_take_any_path(inside):
+def test_adapters_judges_and_rankings_accept_any_path(inside):
     form = "--adapter", "name=folder"
     assert parse_adapters([f"dpo={FOLDER},hub/x"], ",", *form) == {"dpo": [FOLDER, "hub/x"]}
     for text in (FOLDER, "x=y", "=a", "a=", "plain"):
@@ -219,7 +219,7 @@ def test_adapters_judges_and_rankings_take_any_path(inside):
         options.parse_sources(["b="], "judge", lambda _: "cost")
 
 
-def test_a_sweep_by_flags_keeps_paths_as_they_are(inside, capsys):
+def test_sweep_options_keep_paths_unchanged(inside, capsys):
     file = f"{FOLDER}/s=1.safetensors"
     Path("p.jsonl").write_text('{"prompt": "a"}\n')
     run(capsys, "sweep", "missing", "p.jsonl", "-a", f"dpo={FOLDER}", "-a", "sft=a,b", "--donor", "dpo",
