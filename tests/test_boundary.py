@@ -10,8 +10,8 @@ import torch
 from snpatch.engine import requests as module
 from snpatch.engine.requests import Completion, Requests
 from snpatch.errors import SnpatchError
-from snpatch.executors.base import Geometry
 from snpatch.models.adapters import IA3Scales
+from snpatch.models.geometry import Geometry
 from snpatch.models.model import Model, Weights
 from snpatch.models.notes import Notes
 from snpatch.models.templates import ChatTemplate

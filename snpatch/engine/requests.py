@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from snpatch.errors import SnpatchError, is_unicode, shown
-from snpatch.executors.base import Capture, Geometry, Observation, Output, Request
+from snpatch.executors.base import Capture, Observation, Output, Request
+from snpatch.models.geometry import Geometry
 from snpatch.models.model import Model
 from snpatch.models.notes import Notes
 from snpatch.models.templates import Chat, ChatTemplate

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from snpatch.errors import OverflowedError
+from snpatch.models.geometry import Geometry
 from snpatch.models.model import Model
 from snpatch.patching.patch import Overwrite
 from snpatch.ranking.ranking import Ranking
@@ -95,31 +95,6 @@ class Output:
     captured: Tensor | None = None  # [positions, k] float32
     overwrites: int = 0
     error: OverflowedError | None = None  # why the completion must not be used
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a model.
-
-    widths: module that IA3 can scale -> width of its vector. dtype: of the activations, such as "bfloat16".
-    """
-
-    n_layers: int
-    n_neurons: int
-    context: int
-    vocab_size: int
-    widths: dict[str, int]
-    dtype: str
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(layers, neurons per layer)."""
-        return self.n_layers, self.n_neurons
-
-    @property
-    def max_activation(self) -> float:
-        """Largest activation that fits the dtype and whose square fits float32, as a norm needs."""
-        return min(torch.finfo(getattr(torch, self.dtype)).max, torch.finfo(torch.float32).max ** 0.5)
 
 
 @dataclass(frozen=True)

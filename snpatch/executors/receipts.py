@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import OverflowedError, ReceiptError
-from snpatch.executors.base import Geometry, Output, Request
+from snpatch.executors.base import Output, Request
 from snpatch.executors.request_rows import implied_overwrites
+from snpatch.models.geometry import Geometry
 from snpatch.op.plan import INT32_MAX
 from snpatch.patching.patch import digest_of
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from snpatch.errors import OverflowedError
-from snpatch.executors.base import Geometry, Logprobs, Output, Request
+from snpatch.executors.base import Logprobs, Output, Request
 from snpatch.executors.receipts import confirm
 from snpatch.executors.transformers.decoding import CompletionWriter, choose_tokens
 from snpatch.executors.transformers.surgery import ForwardState
 from snpatch.executors.transformers.tables import OpTables, build_receipts
+from snpatch.models.geometry import Geometry
 from snpatch.op.plan import PlanColumn, fill_plan
 from snpatch.op.reference import count_nonfinite, has_overflowed
 

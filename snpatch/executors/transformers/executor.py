@@ -5,7 +5,6 @@ exact, whatever else shares the batch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -13,12 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from snpatch.config import PRIMARY_WEIGHTS, EngineConfig, ModelSource
 from snpatch.errors import SnpatchError, first_line
-from snpatch.executors.base import Geometry, Memory, Output, Request
+from snpatch.executors.base import Memory, Output, Request
 from snpatch.executors.transformers.batch import BatchRun
 from snpatch.executors.transformers.surgery import install_streams
 from snpatch.executors.transformers.tables import OpTables
 from snpatch.models.checkpoint import check_finite, load_config
 from snpatch.models.compatibility import module_kinds, total_bytes
+from snpatch.models.geometry import Geometry, build_geometry
 from snpatch.models.lora import merge_loras
 from snpatch.models.model import Model
 from snpatch.models.pretrained import load_pretrained
@@ -40,16 +40,11 @@ class TransformersExecutor:
         model_config = load_config(config.model, config.allow_untested)
         self._device = pick_device(config.device)
         self._model = load_model(config.model, PRIMARY_WEIGHTS, config.dtype, self._device)
-        self.geometry = model_geometry(model_config, self._model)
+        self.geometry = _build_geometry(model_config, self._model)
         secondary = None
         if config.secondary is not None:
             secondary = load_model(config.model, config.secondary, config.dtype, self._device)
-            other = model_geometry(secondary.config, secondary)
-            self.geometry = replace(
-                self.geometry,
-                context=min(self.geometry.context, other.context),
-                vocab_size=min(self.geometry.vocab_size, other.vocab_size),
-            )
+            self.geometry = self.geometry.limit(secondary.config.vocab_size, secondary.config.max_position_embeddings)
         self._tokenizer, self._token_budget = text_processors[0].tokenizer, config.token_budget
         self._batch_size = DEFAULT_BATCH_SIZE if config.batch_size is None else config.batch_size
         primary_bytes = total_bytes(self._model.parameters())
@@ -158,17 +153,10 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def model_geometry(config, model) -> Geometry:
+def _build_geometry(config, model) -> Geometry:
     """Return the sizes in a config, and the widths of the modules that IA3 can scale."""
     attention, widths = model.model.layers[0].self_attn, {"down_proj": config.intermediate_size}
     for name in ("k_proj", "v_proj"):
         if hasattr(attention, name):
             widths[name] = getattr(attention, name).out_features
-    return Geometry(
-        config.num_hidden_layers,
-        config.intermediate_size,
-        config.max_position_embeddings,
-        config.vocab_size,
-        widths,
-        str(model.dtype).removeprefix("torch."),
-    )
+    return build_geometry(config, str(model.dtype).removeprefix("torch."), widths=widths)

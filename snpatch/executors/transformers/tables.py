@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from snpatch.executors.base import Geometry, Request
+from snpatch.executors.base import Request
 from snpatch.executors.receipts import WorkerReceipt
 from snpatch.executors.request_rows import (
     RequestResources,
@@ -22,6 +22,7 @@ from snpatch.executors.request_rows import (
     implied_overwrites,
     observed_statistics,
 )
+from snpatch.models.geometry import Geometry
 from snpatch.op.layer_tables import LayerTables
 from snpatch.op.plan import UNRANKED, Receipt, RequestColumn
 from snpatch.op.reference import SUMS

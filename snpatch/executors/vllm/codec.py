@@ -12,12 +12,13 @@ import torch
 
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.executors import receipts
-from snpatch.executors.base import Geometry, Logprobs, Output, Request
+from snpatch.executors.base import Logprobs, Output, Request
 from snpatch.executors.receipts import WorkerReceipt
 from snpatch.executors.request_rows import build_request_row, stream_models
 from snpatch.executors.vllm.rpc import unpack
 from snpatch.executors.vllm.settings import KEY, SAME_WEIGHTS
 from snpatch.executors.vllm.slots import SlotLease
+from snpatch.models.geometry import Geometry
 from snpatch.op.plan import RequestRow
 from snpatch.op.reference import SUMS
 from snpatch.patching.patch import digest_of

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from dataclasses import MISSING, is_dataclass, replace
 from importlib.metadata import entry_points
 
-import torch
-
 from snpatch.config import EngineConfig
 from snpatch.errors import SnpatchError, first_line
-from snpatch.executors.base import Geometry
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.settings import DualStreamSettings, dual_stream_capture_sizes
 from snpatch.executors.vllm.worker import plugin
 from snpatch.models.checkpoint import TESTED_ARCHITECTURES, check_has_weights, load_config
+from snpatch.models.geometry import Geometry, build_geometry, resolve_dtype
 from snpatch.models.hub import resolve_revision
 from snpatch.models.model import Model
 from snpatch.models.text_processing import TextProcessor
@@ -40,9 +38,9 @@ class DualStreamLaunch:
             arguments["max_num_seqs"] = config.batch_size
         if arguments.get("load_format") != "dummy":
             check_has_weights(model)
-        self.geometry = model_geometry(model_config, arguments.get("max_model_len"), config.dtype)
+        self.geometry = build_geometry(model_config, config.dtype, arguments.get("max_model_len"))
         if config.secondary is not None:
-            self.geometry = self._common_geometry(config, model_config, arguments)
+            self.geometry = self._common_geometry(config, arguments)
         self._arguments = dual_stream_arguments(model, model_config, config.dtype, arguments)
         self._arguments["tokenizer"] = str(text_processors[0].tokenizer.name_or_path)  # an adapter may have its own
         self.settings = DualStreamSettings.build(
@@ -55,7 +53,7 @@ class DualStreamLaunch:
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {model_config.model_type} model has no separate k_proj and v_proj")
 
-    def _common_geometry(self, config: EngineConfig, model_config, arguments: dict) -> Geometry:
+    def _common_geometry(self, config: EngineConfig, arguments: dict) -> Geometry:
         """Check the secondary model, and return the sizes that both models support."""
         if config.capacity.streams == 1:
             raise SnpatchError("streams=1: secondary weights run in a second stream; start two engines")
@@ -63,10 +61,8 @@ class DualStreamLaunch:
         secondary_config = load_config(secondary, config.allow_untested)
         if arguments.get("load_format") != "dummy":
             check_has_weights(secondary)
-        limits = {"vocab_size": min(model_config.vocab_size, secondary_config.vocab_size)}
-        if "max_model_len" not in arguments:
-            limits["context"] = min(self.geometry.context, secondary_config.max_position_embeddings)
-        return replace(self.geometry, **limits)
+        context = None if "max_model_len" in arguments else secondary_config.max_position_embeddings
+        return self.geometry.limit(secondary_config.vocab_size, context)
 
     def check_model(self, name: str, model: Model) -> None:
         """Raise if a model scales keys or values and the engine is started without that."""
@@ -91,30 +87,6 @@ class DualStreamLaunch:
             own["cudagraph_capture_sizes"] = dual_stream_capture_sizes(self._arguments.get("max_num_seqs"))
         own["additional_config"] = {**self._arguments.get("additional_config", {}), **self.settings.as_config()}
         return AsyncEngineArgs(**{**self._arguments, **own})
-
-
-def model_geometry(config, max_model_len: int | None, dtype: str) -> Geometry:
-    """Return the sizes of a model. dtype: see EngineConfig."""
-    widths = {"down_proj": config.intermediate_size}
-    if config.model_type != "phi3":  # its queries, keys and values are one projection
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        widths |= dict.fromkeys(("k_proj", "v_proj"), config.num_key_value_heads * head)
-    context = config.max_position_embeddings if max_model_len is None else max_model_len
-    if not 1 <= context <= config.max_position_embeddings:
-        raise SnpatchError(f"max_model_len: expected 1 to {config.max_position_embeddings}, got {context}")
-    return Geometry(
-        config.num_hidden_layers,
-        config.intermediate_size,
-        context,
-        config.vocab_size,
-        widths,
-        resolve_dtype(config, dtype),
-    )
-
-
-def resolve_dtype(config, dtype: str) -> str:
-    """Return the dtype of a model's activations; for "auto" the checkpoint's."""
-    return str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
 
 
 def dual_stream_arguments(model, config, dtype: str, arguments: dict) -> dict:
