@@ -155,6 +155,8 @@ class EngineConfig:
             raise SnpatchError(f"models: {name} is also among the adapters")
         if isinstance(source, str | Path):
             source = {"checkpoint": str(source)}
+        if not isinstance(source, ModelSource | Mapping):
+            raise SnpatchError(f"models: {name}: expected a checkpoint or a table, got {shown(source)}")
         if not isinstance(source, ModelSource):
             parts = {part: _paths_as_texts(value) for part, value in source.items()}
             source = schema.from_dict(ModelSource, f"models: {name}", parts)
