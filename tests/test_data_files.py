@@ -104,7 +104,7 @@ def test_csv_row_without_utf8_is_invalid(tmp_path):
         ("p.tsv", b"prompt\na\n", r"p\.tsv: wanted a file that ends in \.jsonl, \.json, \.csv, \.parquet"),
     ],
 )
-def test_damaged_file_raises_even_with_skip_bad(tmp_path, name, content, message):
+def test_damaged_file_raises_even_with_skip_invalid(tmp_path, name, content, message):
     path = saved(tmp_path, name, content)
     for skip_invalid in (True,) if "2 of them bad" in message else (True, False):
         with pytest.raises(SnpatchError, match=message):
