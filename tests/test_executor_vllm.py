@@ -237,12 +237,13 @@ def test_cached_prefix_is_patched_but_not_in_the_receipt(engine):
 
 
 @pytest.mark.parametrize("positions", ["completion", "completion_shifted", "prompt", "last_prompt_token"])
-def test_contrast_of_given_completions_matches_the_oracle(llama, engine, at):
+def test_contrast_of_given_completions_matches_the_oracle(llama, engine, positions):
     for first, second in (("sft", "dpo"), ("base", "sft_kv")):
         models = [oracle.model(*llama.checkpoints[name]) for name in (first, second)]
         for _ in range(2):  # the second time from the prefix cache
-            ranking = engine.contrast(IDS, first, second, positions=at, completions=COMPLETIONS, exclude_layers=())
-            assert_ranking(ranking, oracle.contrast(*models, forced_sequences(at)))
+            options = {"positions": positions, "completions": COMPLETIONS, "exclude_layers": ()}
+            ranking = engine.contrast(IDS, first, second, **options)
+            assert_ranking(ranking, oracle.contrast(*models, forced_sequences(positions)))
 
 
 def test_statistics_of_one_run_are_separate(llama, engine):
@@ -619,10 +620,10 @@ def test_completions_end_as_on_transformers(ended, sampling):
 
 
 @pytest.mark.parametrize("positions", ["completion", "completion_shifted"])
-def test_contrast_generates_completions_and_excludes_eos(ended, at):
+def test_contrast_generates_completions_and_excludes_eos(ended, positions):
     token, engine, other = ended
     sampling = Sampling(max_tokens=10)
-    actual, expected = (e.contrast(IDS, "sft", "dpo", positions=at, sampling=sampling) for e in (engine, other))
+    actual, expected = (e.contrast(IDS, "sft", "dpo", positions=positions, sampling=sampling) for e in (engine, other))
     assert actual.meta["tokens"] == expected.meta["tokens"]
     assert (actual.scores - expected.scores).abs().max() <= 1e-5 * expected.scores.max()
     assert any(c.token_ids[-1] == token for c in other.generate(IDS, "sft", sampling)), "no completion ends early"
