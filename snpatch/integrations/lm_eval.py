@@ -163,7 +163,7 @@ class SnpatchLM(TemplateLM):
         return {"backend": self.engine.backend, "models": models, "patch": patch}
 
     def _truncate(self, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> list[list[int]]:
-        """Truncate prompts on the left so that so many new tokens fit into the context."""
+        """Truncate prompts on the left so that `new_tokens` fit into the context."""
         longest = max(new_tokens)
         if longest >= self.max_length:
             raise SnpatchError(

@@ -155,7 +155,7 @@ def _estimate_experiment(pipeline: Pipeline, name: str, size: Size) -> CostEstim
 def _estimate_generation(
     pipeline: Pipeline, completions: int, tokens: int, size: Size, contrast_completions: int = 0
 ) -> CostEstimate:
-    """Return the cost of completions of so many tokens in two streams, and of those that extra contrasts read."""
+    """Return the cost of `completions` of `tokens` each in two streams, plus those that extra contrasts read."""
     if not completions and not contrast_completions:
         return CostEstimate(source="no completions of its own")
     weight_sets = 1 if pipeline.config.engine.secondary is None else 2

@@ -1,7 +1,7 @@
 """Content hashes of the inputs of steps: models, data sets, judges, settings.
 
-A hub name stands for itself, because hashing its files would download them and a plan must not. Hashes of data sets and
-judges are frozen while an experiment context is open: it reads each once, so later changes were not read.
+A hub name is hashed as a name, because hashing its files would download them and a plan must not. Hashes of data sets
+and judges are frozen while an experiment context is open: it reads each once, so later changes were not read.
 """
 
 import importlib.util
@@ -168,5 +168,5 @@ def _function_content(source: str) -> str:
 
 
 def _checkpoint_content(source: str) -> object:
-    """Return the content hashes of a local checkpoint and its tokenizer; a hub name stands for itself."""
+    """Return the content hashes of a local checkpoint and its tokenizer; for a hub name, return the name."""
     return [fingerprint_checkpoint(source), fingerprint_tokenizer_files(source)] if Path(source).is_dir() else source

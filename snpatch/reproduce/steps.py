@@ -20,7 +20,7 @@ ARCHIVE = "replaced"  # folder of outputs that were replaced
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step has read, by input name, and the files and folders that it has written."""
+    """Names of the inputs that a step has read, and the files and folders that it has written."""
 
     inputs: Iterable[str]
     outputs: Iterable[Path]
