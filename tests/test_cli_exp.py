@@ -7,10 +7,11 @@ import pytest
 from commands import GOLDEN, JUDGE, MODEL, PAIR, run, spec_of
 
 from snpatch.errors import ReceiptError
+from snpatch.experiments import NAMES
 from snpatch.sweeps import generation
 
 
-def test_guard_is_fitted_tried_and_applied(capsys, prompts, ranking, tmp_path):
+def test_guard_commands_fit_evaluate_and_apply(capsys, prompts, ranking, tmp_path):
     guard = tmp_path / "guard.safetensors"
     common = ["--judge", JUDGE, "--max-tokens", 3, *PAIR]
     fit = ["guard", "fit", MODEL, prompts, *common, "--model", "sft", "--ranking", ranking, "-k", 200, "--folds", 2]
@@ -38,10 +39,10 @@ def test_guard_is_fitted_tried_and_applied(capsys, prompts, ranking, tmp_path):
     code, _, err = run(capsys, "guard", "eval", MODEL, prompts, *common[:4], "-a", f"sft={GOLDEN / 'adapters/dpo'}",
                        "--template", "tulu", "--backend", "transformers", "--guard", guard)  # fmt: skip
     assert code == 2
-    assert "fitted on another 'sft'" in err
+    assert "expected the model 'sft' that it was fitted on" in err
 
 
-def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):
+def test_sweep_with_two_judges_and_a_dataset_scores_both(capsys, ranking, tmp_path):
     table = tmp_path / "behaviours.csv"
     words = [row["content"] for row in json.loads((GOLDEN / "prompts.json").read_text())["prompts"][:3]]
     lines = [f'"{text}",standard,,,,{i}' for i, text in enumerate(words)]
@@ -59,18 +60,18 @@ def test_sweep_with_two_judges_and_a_data_set(capsys, ranking, tmp_path):
     rows = json.loads(out)["tables"]["sweep"]
     assert {row["judge"] for row in rows} == {"cost", "refused"}
     assert {row["prompts"] for row in rows} == {3}
-    told = json.loads((tmp_path / "out" / "sweep.json").read_text())["provenance"]
-    assert list(told["models"]) == list(told["adapters"]) == ["dpo", "sft"], "what was used, and no more"
-    assert told["judges"]["refused"]["source"] == "refusal"
-    assert told["sets"]["prompts"]["rows_used"] == 3
-    assert told["rankings"]["safety"]["digest"]
+    provenance = json.loads((tmp_path / "out" / "sweep.json").read_text())["provenance"]
+    assert list(provenance["models"]) == list(provenance["adapters"]) == ["dpo", "sft"], "what was used, and no more"
+    assert provenance["judges"]["refused"]["source"] == "refusal"
+    assert provenance["sets"]["prompts"]["rows_used"] == 3
+    assert provenance["rankings"]["safety"]["digest"]
 
 
-def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, tmp_path):
+def test_sweep_file_is_run_resumed_and_exported(capsys, prompts, ranking, tmp_path):
     path, out = spec_of(tmp_path, prompts, ranking), tmp_path / "out"
-    code, told, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--json")
+    code, out_text, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--json")
     assert code == 0, err
-    rows = json.loads(told)["tables"]["sweep"]
+    rows = json.loads(out_text)["tables"]["sweep"]
     points = {(r["ranking"], r["control_seed"], r["rank_lo"], r["rank_hi"], r["strength"]) for r in rows}
     patched = {
         (n, s, *w, x) for n in ("safety", "own") for s in (None, 0) for w in ((0, 0), (10, 70)) for x in (1, 0.5)
@@ -82,8 +83,8 @@ def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, t
         "sweep-few-strength 0.5.png",
         "sweep-refused-more-strength 1.png",
     }
-    code, told, err = run(capsys, "sweep", "status", out, "--json")
-    status = json.loads(told)
+    code, out_text, err = run(capsys, "sweep", "status", out, "--json")
+    status = json.loads(out_text)
     assert (code, status["open"], status["failed"], status["runs"][-1]["outcome"]) == (0, 0, 0, "done")
     assert status["done"] > 20
     again, before = out / "sweep.csv", status["done"]
@@ -119,14 +120,14 @@ def test_a_sweeps_file_is_run_continued_and_exported(capsys, prompts, ranking, t
         ({}, ["-a", "x=y"], "--adapter: expected no --adapter with a sweep file"),
     ],
 )
-def test_bad_sweep_files_are_one_line(capsys, prompts, ranking, tmp_path, change, options, message):
+def test_invalid_sweep_file_is_rejected_in_one_line(capsys, prompts, ranking, tmp_path, change, options, message):
     path = spec_of(tmp_path, prompts, ranking, **change)
     code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", tmp_path / "out", *options)
     assert code == 2
     assert message in err.splitlines()[-1]
 
 
-def test_a_sweep_by_flags_says_what_it_lacks(capsys, prompts, ranking, tmp_path):
+def test_sweep_by_flags_names_missing_options(capsys, prompts, ranking, tmp_path):
     code, _, err = run(capsys, "sweep", MODEL, prompts, *PAIR, "--ranking", ranking, "-o", tmp_path / "out")
     assert (code, err.splitlines()[-1]) == (
         2, "snpatch: error: a sweep without a file needs --donor, --recipient, --windows, --judge"
@@ -147,15 +148,24 @@ def test_a_sweep_by_flags_says_what_it_lacks(capsys, prompts, ranking, tmp_path)
             "at least 1",
         ),
         (["exp", "curve", "-c", "demo", "--backend", "jax"], "backend must be one of"),
+        (["exp", "curve"], "--config: expected an experiment config, got none"),
     ],
 )
-def test_bad_experiments_are_one_line(capsys, tmp_path, arguments, message):
+def test_invalid_experiment_command_is_rejected_in_one_line(capsys, tmp_path, arguments, message):
     code, out, err = run(capsys, *arguments, "-o", tmp_path / "out")
     lines = [line for line in err.splitlines() if line.startswith("snpatch: error: ")]
     assert code == 2
     assert len(lines) == 1
     assert message in lines[0]
     assert not out
+
+
+def test_exp_list_describes_every_experiment(capsys):
+    code, out, _ = run(capsys, "exp", "list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(NAMES)
+    code, out, _ = run(capsys, "exp", "list", "--json")
+    assert (code, list(json.loads(out))) == (0, list(NAMES))
 
 
 @pytest.fixture
@@ -186,18 +196,18 @@ tokens = 2
     return path
 
 
-def test_an_experiment_that_fails_stops_no_other(capsys, config, tmp_path):
+def test_failing_experiment_does_not_stop_others(capsys, config, tmp_path):
     out = tmp_path / "out"
     code, _, err = run(capsys, "exp", "stability", "distribution", "-c", config, "-o", out, "--backend", "transformers")
     assert code == 2
-    assert "snpatch: stability: needs at least two training seeds in the config, there are none" in err
+    assert "snpatch: stability: needs at least two training seeds in the experiment config, got none" in err
     assert "snpatch: error: 1 of 2 experiments failed: stability" in err
     assert (out / "distribution.csv").is_file()
     assert "## distribution" in (out / "report.md").read_text()
     assert not (out / "stability.csv").exists()
 
 
-def test_a_wrong_receipt_ends_all_and_leaves_no_table(capsys, monkeypatch, config, tmp_path):
+def test_wrong_receipt_stops_all_and_removes_tables(capsys, monkeypatch, config, tmp_path):
     def wrong(*_, **__):
         raise ReceiptError("7 overwrites were done, 8 are implied")
 
@@ -212,7 +222,7 @@ def test_a_wrong_receipt_ends_all_and_leaves_no_table(capsys, monkeypatch, confi
     assert {path.name for path in out.iterdir()} <= {"rankings", "sweep.sqlite"}, "words did not run"
 
 
-def test_a_report_holds_what_one_config_and_its_settings_made(capsys, config, tmp_path):
+def test_summary_contains_tables_of_one_config_and_its_settings(capsys, config, tmp_path):
     def exp(*arguments):
         code, _, err = run(capsys, "exp", *arguments, "-c", config, "-o", out, "--backend", "transformers")
         assert code == 0, err
@@ -222,10 +232,10 @@ def test_a_report_holds_what_one_config_and_its_settings_made(capsys, config, tm
     assert exp("curve")[1] == ["curve"]
     assert exp("neuron_tokens")[1] == ["curve", "neuron_tokens"], "an earlier run's, of the same config"
     config.write_text(text.replace("neurons = 2", "neurons = 3"))
-    err, names, told = exp("distribution")
+    err, names, markdown = exp("distribution")
     assert names == ["curve", "distribution"]
     assert "snpatch: neuron_tokens.json is left out of report.md: made with other settings" in err
-    assert "- [neuron_tokens.json](neuron_tokens.json): made with other settings" in told
+    assert "- [neuron_tokens.json](neuron_tokens.json): made with other settings" in markdown
     assert exp("neuron_tokens")[1] == ["curve", "distribution", "neuron_tokens"]
     assert exp("neuron_tokens", "--set", "tokens=3")[1] == ["curve", "distribution", "neuron_tokens"]
     config.write_text(text.replace("contrast_tokens = 3", "contrast_tokens = 2"))
@@ -243,14 +253,14 @@ def test_a_report_holds_what_one_config_and_its_settings_made(capsys, config, tm
     assert exp("neuron_tokens")[1] == ["neuron_tokens"]
 
 
-def test_workers_write_parts_that_the_sweep_joins(capsys, prompts, ranking, tmp_path):
+def test_shards_write_parts_that_the_sweep_merges(capsys, prompts, ranking, tmp_path):
     path, out, alone = spec_of(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
     assert run(capsys, "sweep", path, "--trust-config", "-o", alone)[0] == 0
     counts = []
     for shard in ("1/2", "2/2"):
-        code, told, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--shard", shard)
+        code, out_text, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--shard", shard)
         assert code == 0, err
-        counts.append(int(told.split()[1]))
+        counts.append(int(out_text.split()[1]))
     assert max(counts) - min(counts) <= 1
     code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", out)
     assert code == 0, err
@@ -263,14 +273,14 @@ def test_workers_write_parts_that_the_sweep_joins(capsys, prompts, ranking, tmp_
         assert (code, "--shard wants i/n with i in 1..n" in err) == (2, True)
 
 
-def test_a_page_is_made_of_a_sweeps_folder(capsys, prompts, ranking, tmp_path):
+def test_report_command_writes_page_of_a_sweep_folder(capsys, prompts, ranking, tmp_path):
     path, out = spec_of(tmp_path, prompts, ranking, strengths=[1]), tmp_path / "out"
     code, _, err = run(capsys, "report", tmp_path)
     assert (code, "holds no table and no completions" in err) == (2, True)
     assert run(capsys, "sweep", path, "--trust-config", "-o", out)[0] == 0
-    code, told, err = run(capsys, "report", out)
+    code, out_text, err = run(capsys, "report", out)
     assert code == 0, err
-    assert told == f"wrote {out / 'report.html'}\n"
+    assert out_text == f"wrote {out / 'report.html'}\n"
     text = (out / "report.html").read_text()
     for part in ("snpatch sweep", '"net_effect_low"', "application/json-gz", "Plotly"):
         assert part in text
@@ -279,21 +289,23 @@ def test_a_page_is_made_of_a_sweeps_folder(capsys, prompts, ranking, tmp_path):
     assert run(capsys, "report", out)[0] == 0, "of a sweep that is not finished"
 
 
-def test_the_smallest_k_is_the_whole_grids(capsys, prompts, ranking, tmp_path):
+def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking, tmp_path):
     """Near the answer all of so few prompts are looked at; then a sweep finds the texts."""
     common = [MODEL, prompts, *PAIR, "--ranking", f"safety={ranking}", "--donor", "dpo", "--recipient", "base",
               "--judge",
               "some_judge:by_letters", "--max-tokens", 4, "-k", "0,50,100,200,300,500,800,1100,1408"]  # fmt: skip
     out = tmp_path / "out"
-    code, told, err = run(capsys, "find-minimal", *common, "-o", out, "--target-effect", 0.5, "--blocks", 2, "--json")
+    code, out_text, err = run(
+        capsys, "find-minimal", *common, "-o", out, "--target-effect", 0.5, "--blocks", 2, "--json"
+    )
     assert code == 0, err
-    rows = json.loads(told)["tables"]["minimal"]
+    rows = json.loads(out_text)["tables"]["minimal"]
     (smallest,) = [row["k"] for row in rows if row["is_smallest"]]
-    assert "fewest of the grid" in json.loads(told)["headline"][0]
-    assert {row["block"] for row in json.loads(told)["tables"]["minimal-blocks"]} <= {"layers 0-1", "layers 2-3"}
-    code, told, err = run(capsys, "sweep", *common, "--controls", 0, "-o", out, "--json")
+    assert "smallest top k of the grid" in json.loads(out_text)["headline"][0]
+    assert {row["block"] for row in json.loads(out_text)["tables"]["minimal-blocks"]} <= {"layers 0-1", "layers 2-3"}
+    code, out_text, err = run(capsys, "sweep", *common, "--controls", 0, "-o", out, "--json")
     assert code == 0, err
-    effects = {r["rank_hi"]: r["effect"] for r in json.loads(told)["tables"]["sweep"] if r["ranking"]}
+    effects = {r["rank_hi"]: r["effect"] for r in json.loads(out_text)["tables"]["sweep"] if r["ranking"]}
     assert effects[smallest] >= 0.5
     below = max((k for k in effects if k < smallest), default=None)
     assert below is None or effects[below] < 0.5
@@ -304,7 +316,7 @@ def test_the_smallest_k_is_the_whole_grids(capsys, prompts, ranking, tmp_path):
     assert (code, "one donor, one strength and one sample" in err) == (2, True)
 
 
-def test_replicas_without_ray_say_what_to_install(capsys, prompts, ranking, tmp_path, monkeypatch):
+def test_replicas_without_ray_name_the_package_to_install(capsys, prompts, ranking, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "snpatch.experiments.replicas", raising=False)
     path = spec_of(tmp_path, prompts, ranking)

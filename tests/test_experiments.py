@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from snpatch import Ranking, SnpatchError, experiments
 from snpatch.data import DATASETS
 from snpatch.demo import DEMO_MODEL
-from snpatch.experiments.alignment_tax import shared_neurons
+from snpatch.experiments.alignment_tax import intersect_top
 from snpatch.experiments.common import agreement
 from snpatch.experiments.config import load_experiment_config
 from snpatch.experiments.context import ExperimentContext
-from snpatch.experiments.distribution import describe
+from snpatch.experiments.distribution import describe_scores
 from snpatch.experiments.neuron_tokens import neuron_logits
 from snpatch.models.weights import open_weights
 from snpatch.report import files, terminal
@@ -34,7 +34,7 @@ def order(*flat: int) -> Ranking:
     return Ranking.from_order(torch.tensor([[i // 10, i % 10] for i in flat]), SHAPE)
 
 
-def test_agreement_of_constructed_rankings():
+def test_compare_rankings_of_constructed_orders_gives_known_values():
     same, back = order(*range(20)), order(*range(19, -1, -1))
     half = order(0, 1, 2, 3, 10, 11, 12, 13, *range(4, 10), *range(14, 20))
     rows = agreement.compare_rankings({"same": same, "copy": order(*range(20)), "back": back, "half": half}, [8, 20])
@@ -59,17 +59,17 @@ def test_agreement_plot_draws_every_pair():
     assert ranks.images[0].get_array().sum() == common
 
 
-def test_shared_neurons_are_those_in_both_first_k():
+def test_intersect_top_returns_neurons_in_both_top_k():
     one, other = order(*range(20)), order(9, 8, 7, 3, 15, 16, *range(3), *range(4, 7), *range(10, 15), 17, 18, 19)
-    shared = shared_neurons(one, other, 6)
+    shared = intersect_top(one, other, 6)
     assert shared.top(len(shared)).tolist() == [[0, 3]], "the only one that both hold"
-    shared = shared_neurons(one, other, 10)
+    shared = intersect_top(one, other, 10)
     assert [neuron for _, neuron in shared.top(len(shared)).tolist()] == [0, 1, 2, 3, 4, 7, 8, 9]
-    with pytest.raises(SnpatchError, match="no neuron is in both first 2"):
-        shared_neurons(one, other, 2)
+    with pytest.raises(SnpatchError, match="no neuron is in the top 2 of both objectives"):
+        intersect_top(one, other, 2)
 
 
-def test_perplexity_weights_windows_and_tokens():
+def test_perplexity_reports_window_and_token_means():
     one = Perplexity(((20.0, 10), (1.0, 1)))
     assert one.window_mean == pytest.approx(math.exp((2.0 + 1.0) / 2))
     assert one.token_weighted == pytest.approx(math.exp(21 / 11))
@@ -80,18 +80,18 @@ def test_perplexity_weights_windows_and_tokens():
         split_into_windows([1], 3)
 
 
-def test_distribution_of_constructed_scores():
+def test_describe_scores_of_constructed_scores_gives_known_values():
     scores = np.array([0.0, 0.0, 0.0, 4.0])
-    found = describe(scores, (0.5, 4.0))
+    found = describe_scores(scores, (0.5, 4.0))
     assert (found["mean"], found["max"], found["median"]) == (1.0, 4.0, 0.0)
     assert found["skewness"] == pytest.approx((3 * (-1.0) ** 3 + 27) / 4 / 3**1.5)
     assert (found["above 0.5"], found["above 4"]) == (0.25, 0.0)
-    assert describe(np.ones(4), (0.5,))["skewness"] is None
+    assert describe_scores(np.ones(4), (0.5,))["skewness"] is None
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_words_are_the_models_own_head_on_a_column(zoo, tmp_path, architecture, dtype):
+def test_neuron_logits_equal_the_models_head_on_a_column(zoo, tmp_path, architecture, dtype):
     model = AutoModelForCausalLM.from_pretrained(zoo(architecture).folder, dtype=dtype)
     model.save_pretrained(tmp_path)
     places = [(2, 5), (0, 95), (1, 0), (0, 3)]
@@ -109,7 +109,7 @@ def test_words_are_the_models_own_head_on_a_column(zoo, tmp_path, architecture, 
         assert torch.allclose(row, wanted, atol=1e-4 if dtype is torch.float32 else 0.05 * wanted.abs().max())
 
 
-def test_words_are_computed_in_the_type_of_the_config():
+def test_neuron_logits_use_the_dtype_of_the_config():
     """The demo's weights lie in bfloat16, and its model computes in float32."""
     base = DEMO_MODEL / "base"
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -120,7 +120,7 @@ def test_words_are_computed_in_the_type_of_the_config():
     assert torch.equal(neuron_logits(base, ranking, 2), model.lm_head(model.model.norm(columns)).float())
 
 
-def test_words_load_no_second_model(tmp_path, zoo, monkeypatch):
+def test_neuron_tokens_loads_no_second_model(tmp_path, zoo, monkeypatch):
     with ExperimentContext(
         load_experiment_config(config_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers"
     ) as context:
@@ -178,19 +178,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_broken_world_is_refused(tmp_path, zoo, case):
+def test_broken_experiment_config_is_rejected(tmp_path, zoo, case):
     change, message = BAD[case]
     with pytest.raises(SnpatchError, match=message) as caught:
         load_experiment_config(config_file(tmp_path, zoo("llama"), change))
     assert "\n" not in str(caught.value)
 
 
-def test_a_world_that_is_not_there():
+def test_missing_experiment_config_is_rejected():
     with pytest.raises(SnpatchError, match="no such file, and the named ones are demo"):
         load_experiment_config("nowhere")
 
 
-def test_settings_of_the_named_world_are_known():
+def test_settings_of_the_demo_config_are_valid():
     config = load_experiment_config("demo")
     for experiment, settings in config.settings.items():
         experiments.parse_settings(experiment, settings)
@@ -198,7 +198,7 @@ def test_settings_of_the_named_world_are_known():
         assert Path(config.resolve_path(one.source)).is_file() or one.source in DATASETS
 
 
-def test_rankings_and_texts_are_kept_and_used_again(tmp_path, zoo, monkeypatch):
+def test_rankings_and_completions_are_cached_and_reused(tmp_path, zoo, monkeypatch):
     config = load_experiment_config(config_file(tmp_path, zoo("llama")))
 
     def run() -> Report:
@@ -221,23 +221,23 @@ def test_rankings_and_texts_are_kept_and_used_again(tmp_path, zoo, monkeypatch):
         context.ranking()
 
 
-def test_what_a_table_hangs_on_is_in_its_file(tmp_path, zoo):
+def test_table_file_contains_its_provenance(tmp_path, zoo):
     with ExperimentContext(
         load_experiment_config(config_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers", limit=3
     ) as context:
         report = experiments.run("curve", context, {"k": [0, 0.25, 7], "resamples": 50})
     paths = files.write_report(report, tmp_path / "out")
     data = json.loads((tmp_path / "out" / "curve.json").read_text())
-    told = data["provenance"]
-    assert told["settings"]["k"] == [0, 0.25, 7]
-    assert told["settings"]["resamples"] == 50
-    assert told["settings"]["controls"] == 1, "the config's"
-    assert told["backend"] == "transformers"
-    assert told["sets"]["p"]["rows_used"] == 3
-    assert told["sets"]["p"]["sha256"]
-    assert told["judges"] == {"cost": {"source": "refusal"}}
-    assert list(told["rankings"]) == ["sft, dpo, p, completion"]
-    assert told["versions"]["torch"] == torch.__version__
+    provenance = data["provenance"]
+    assert provenance["settings"]["k"] == [0, 0.25, 7]
+    assert provenance["settings"]["resamples"] == 50
+    assert provenance["settings"]["controls"] == 1, "the config's"
+    assert provenance["backend"] == "transformers"
+    assert provenance["sets"]["p"]["rows_used"] == 3
+    assert provenance["sets"]["p"]["sha256"]
+    assert provenance["judges"] == {"cost": {"source": "refusal"}}
+    assert list(provenance["rankings"]) == ["sft, dpo, p, completion"]
+    assert provenance["versions"]["torch"] == torch.__version__
     assert len(data["rows"]) == len((tmp_path / "out" / "curve.csv").read_text().splitlines()) - 1
     assert {path.suffix for path in paths} == {".csv", ".json", ".jsonl", ".png", ".svg"}
     ks = {row["rank_hi"] for row in data["rows"] if row["ranking"]}
@@ -257,36 +257,36 @@ ORDER = {
 }
 
 
-def richer(text: str) -> str:
-    """The config with a second objective, a text, and a judge that finds both."""
+def extend_config(text: str) -> str:
+    """Add a second objective, a text, and a judge that scores both."""
     text = text.replace("[judges]", 'other = { recipient = "base", donor = "sft", prompts = "p" }\n[judges]')
     text = text.replace('source = "refusal"', 'source = "some_judge:by_words"')
     return text.replace("[sets]", '[sets]\nt = { source = "t.jsonl", format = "wikitext-2" }')
 
 
-def test_provenance_does_not_depend_on_what_ran_before(tmp_path, zoo):
-    config = config_file(tmp_path, zoo("llama"), richer)
+def test_provenance_is_independent_of_earlier_experiments(tmp_path, zoo):
+    config = config_file(tmp_path, zoo("llama"), extend_config)
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": " ".join(tiny.WORDS * 2)}) + "\n")
 
-    def told(names, out) -> dict[str, str]:
+    def run_all(names, out) -> dict[str, str]:
         with ExperimentContext(
             load_experiment_config(config, trust=True), tmp_path / out, backend="transformers"
         ) as context:
-            found = {name: experiments.run(name, context, ORDER[name]).provenance for name in names}
-        return {name: json.dumps(one | {"seconds": None}, indent=1) for name, one in found.items()}
+            provenances = {name: experiments.run(name, context, ORDER[name]).provenance for name in names}
+        return {name: json.dumps(facts | {"seconds": None}, indent=1) for name, facts in provenances.items()}
 
-    one = told(ORDER, "one")
-    other = told(reversed(ORDER), "other")
-    again = told(reversed(ORDER), "one")  # rankings and texts are there already
-    for name, text in one.items():
-        assert other[name] == text, name
-        assert again[name] == text, name
+    forward = run_all(ORDER, "forward")
+    backward = run_all(reversed(ORDER), "backward")
+    cached = run_all(reversed(ORDER), "forward")  # rankings and completions exist
+    for name, text in forward.items():
+        assert backward[name] == text, name
+        assert cached[name] == text, name
         assert json.loads(text)["backend"] == "transformers"
-    models = {name: list(json.loads(text)["models"]) for name, text in one.items()}
+    models = {name: list(json.loads(text)["models"]) for name, text in forward.items()}
     assert models["distribution"] == ["dpo", "sft"]
     assert models["neuron_tokens"] == models["curve"] == ["base", "dpo", "sft"]
     assert models["guard"] == ["dpo", "sft"]
-    sets = {name: list(json.loads(text)["sets"]) for name, text in one.items()}
+    sets = {name: list(json.loads(text)["sets"]) for name, text in forward.items()}
     assert sets["distribution"] == sets["curve"] == ["p"]
     assert sets["perplexity"] == ["p", "t"]
 
@@ -305,10 +305,10 @@ def test_provenance_does_not_depend_on_what_ran_before(tmp_path, zoo):
         ("perplexity", {"text": "p", "k": [0]}, "holds prompts: it is not a text"),
         ("sliding_window", {"width": 0}, "at least one neuron"),
         ("neuron_tokens", {"neurons": 0}, "at least 1"),
-        ("safeguard", {}, "sets to guard other than p"),
+        ("safeguard", {}, "expected sets other than p"),
     ],
 )
-def test_what_cannot_be_run_says_why(tmp_path, zoo, name, settings, message):
+def test_experiment_that_cannot_run_gives_the_reason(tmp_path, zoo, name, settings, message):
     with (
         ExperimentContext(
             load_experiment_config(config_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers"
@@ -318,7 +318,7 @@ def test_what_cannot_be_run_says_why(tmp_path, zoo, name, settings, message):
         experiments.run(name, context, settings)
 
 
-def test_a_table_is_written_whole_and_told_shortly(tmp_path):
+def test_report_writes_full_values_and_prints_short_ones(tmp_path):
     rows = [{"a": 1, "b": None, "c": 0.123456}, {"a": 2, "b": "x,y", "c": 1e-5}]
     table = TableView.from_rows(rows, {"A": "a", "C": "c", "B": lambda row: row["b"]})
     report = Report("t", {"t": rows}, {}, (table,))
@@ -335,7 +335,7 @@ def test_a_table_is_written_whole_and_told_shortly(tmp_path):
     assert "1e-05" in text
 
 
-def test_a_report_needs_neither_terminal_nor_plots():
+def test_report_modules_import_neither_rich_nor_matplotlib():
     code = "import sys, snpatch.report.report, snpatch.report.files; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "snpatch.report.report" in loaded

@@ -54,7 +54,7 @@ def table(folder: Path, stem: str) -> list[dict]:
     return data["rows"]
 
 
-def test_a_page_shows_every_experiment_and_what_made_it(folder):
+def test_page_of_demo_contains_every_experiment_with_provenance(folder):
     page = load_page(folder)
     assert {one["name"] for one in page.reports} >= set(experiments.NAMES)
     for one in page.reports:
@@ -64,7 +64,7 @@ def test_a_page_shows_every_experiment_and_what_made_it(folder):
     assert all((page.completions, page.maps))
 
 
-def test_every_experiment_leaves_table_and_plot(folder):
+def test_every_experiment_writes_table_and_plot(folder):
     names = {path.name for path in folder.iterdir()}
     for name in experiments.NAMES:
         assert {f"{name}.{kind}" for kind in ("csv", "json", "png", "svg")} <= names
@@ -73,7 +73,7 @@ def test_every_experiment_leaves_table_and_plot(folder):
     assert "](curve.png)" in report
 
 
-def test_curve_recovers_the_gain_and_random_neurons_do_not(folder):
+def test_curve_of_safety_neurons_recovers_more_than_random(folder):
     rows = table(folder, "curve")
     sft = {
         row["rank_hi"]: row
@@ -89,14 +89,14 @@ def test_curve_recovers_the_gain_and_random_neurons_do_not(folder):
     assert all(abs(effect) < 0.2 for effect in random)
 
 
-def test_windows_further_down_do_less(folder):
+def test_sliding_window_at_lower_ranks_has_less_effect(folder):
     rows = [row for row in table(folder, "sliding_window") if row["recipient"] == "sft" and row["control_seed"] is None]
     effects = {row["rank_lo"]: row["effect"] for row in rows if row["ranking"]}
     assert list(effects) == [0, 768, 1536, 2304]
     assert effects[0] > max(effects[lo] for lo in (768, 1536, 2304))
 
 
-def test_transfer_works_on_sets_that_the_ranking_never_saw(folder):
+def test_transfer_recovers_gain_on_unseen_sets(folder):
     rows = {row["model"]: row for row in table(folder, "transfer-table")}
     assert list(rows) == ["sft", "sft+", "base", "base+", "dpo"]
     for name in ("beavertails", "redteam", "harmbench", "jailbreak"):
@@ -108,7 +108,7 @@ def test_transfer_works_on_sets_that_the_ranking_never_saw(folder):
     assert rows["sft+"]["perplexity"] == pytest.approx(patched["sft"], rel=1e-5), "the last of sft's rows: patched"
 
 
-def test_seeds_agree_more_than_objectives(folder):
+def test_stability_of_seeds_exceeds_agreement_of_objectives(folder):
     (seeds,) = (row for row in table(folder, "stability") if row["k"] == 256)
     others = [row for row in table(folder, "objectives") if row["k"] == 256]
     assert {(row["a"], row["b"]) for row in others} == {
@@ -120,7 +120,7 @@ def test_seeds_agree_more_than_objectives(folder):
     assert seeds["spearman"] > 0.85 > max(row["spearman"] for row in others)
 
 
-def test_tax_is_the_change_of_both_judges(folder):
+def test_alignment_tax_reports_change_of_both_judges(folder):
     rows = table(folder, "alignment_tax")
     assert len(rows) == 8
     for row in rows:
@@ -140,7 +140,7 @@ def test_distribution_is_skewed(folder):
     assert whole["above 0.05"] > whole["above 0.5"] > 0
 
 
-def test_words_positions_guard_and_safeguard(folder):
+def test_neuron_tokens_positions_guard_and_safeguard_give_expected_tables(folder):
     words = table(folder, "neuron_tokens")
     assert len(words) == 10 * 20
     assert [row["logit"] for row in words[:20]] == sorted((row["logit"] for row in words[:20]), reverse=True)
@@ -164,7 +164,7 @@ def test_words_positions_guard_and_safeguard(folder):
 
 
 @pytest.mark.engine
-def test_vllm_gives_the_same_tables(folder, world, tmp_path):
+def test_experiments_on_vllm_give_the_same_tables(folder, world, tmp_path):
     """Both engines and both runners of the cost model, in processes of their own, as a user has them."""
     command = ["exp", "curve", "perplexity", "safeguard", "--config", world, "-o", tmp_path, "--backend", "vllm"]
     cli.app([*map(str, command), "--limit", str(LIMIT)], standalone_mode=False)

@@ -1,4 +1,4 @@
-"""The guard: what it fits, how it is scored, and what it refuses, from synthetic features to the demo model."""
+"""Guards: fit, scores and refusals, on synthetic features and on the demo model."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from snpatch import Completion, Engine, Patch, Ranking, Sampling, SnpatchError
 from snpatch.data import load_dataset, question
 from snpatch.demo import DEMO_MODEL, language
 from snpatch.guard import fitting
-from snpatch.guard.comparison import compare
+from snpatch.guard.comparison import ComparisonConfig, compare_guards
 from snpatch.guard.config import GuardConfig
 from snpatch.guard.guard import Guard
 from snpatch.guard.labels import LabeledPrompts, label_answers
@@ -25,8 +25,8 @@ RANKING = Ranking.from_scores(torch.rand(3, 64, generator=torch.Generator().manu
 SHORT = Sampling(max_tokens=8)
 
 
-def drawn(n: int, k: int = 6, shift: float = 0.0, share: float = 0.5, seed: int = 0):
-    """Features [n, k] of unlike means and scales, and labels; `shift` deviations between the classes in every one."""
+def draw_features(n: int, k: int = 6, shift: float = 0.0, share: float = 0.5, seed: int = 0):
+    """Draw features [n, k] of different means and scales, `shift` deviations between classes, and labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) < round(share * n)
     features = rng.normal(size=(n, k)) + shift * labels[:, None]
@@ -37,9 +37,9 @@ def fit(features, labels, meta=None, **config) -> Guard:
     return Guard.fit(features, labels, RANKING, model="sft", fingerprint="d", config=GuardConfig(**config), meta=meta)
 
 
-def test_separable_features_are_told_apart():
-    guard = fit(*drawn(100, shift=5.0))
-    features, labels = drawn(100, shift=5.0, seed=1)
+def test_guard_on_separable_features_is_accurate():
+    guard = fit(*draw_features(100, shift=5.0))
+    features, labels = draw_features(100, shift=5.0, seed=1)
     scores = evaluate(guard.probability(features), labels)
     assert (scores.n, scores.harmful, scores.majority) == (100, 50, 0.5)
     for name in ("accuracy", "balanced_accuracy", "auc"):
@@ -48,11 +48,11 @@ def test_separable_features_are_told_apart():
     assert (guard.is_harmful(features) == labels).all()
 
 
-def test_random_labels_stay_at_chance():
+def test_guard_on_random_labels_stays_at_chance():
     """400 held-out prompts: the standard error of the accuracy is 0.025, of the AUC 0.029; four of them are allowed."""
-    features, labels = drawn(200)
+    features, labels = draw_features(200)
     guard = fit(features, np.random.default_rng(2).permutation(labels))
-    features, labels = drawn(400, seed=3)
+    features, labels = draw_features(400, seed=3)
     scores = evaluate(guard.probability(features), labels)
     assert scores.auc_low <= 0.5 <= scores.auc_high
     assert abs(scores.accuracy - 0.5) < 0.1
@@ -61,9 +61,9 @@ def test_random_labels_stay_at_chance():
     assert abs(own.auc - 0.5) < 0.12
 
 
-def test_it_is_the_penalised_logistic_regression_of_scaled_features():
+def test_guard_fit_is_penalized_logistic_regression_of_scaled_features():
     """At its coefficients the gradient of `|w|^2 / 2 + C * sum of log losses` is zero, and its formula is that one."""
-    features, labels = drawn(80, shift=0.5)
+    features, labels = draw_features(80, shift=0.5)
     guard = fit(features, labels, C=0.3)
     mean, scale = features.mean(0), features.std(0)
     assert guard.mean == pytest.approx(mean)
@@ -78,16 +78,16 @@ def test_it_is_the_penalised_logistic_regression_of_scaled_features():
     assert guard.probability(features) == pytest.approx(pipeline.predict_proba(features)[:, 1], abs=1e-12)
 
 
-def test_a_prompts_probability_is_the_same_bits_alone_and_with_others():
-    features, labels = drawn(60, k=40, shift=0.2)
+def test_probability_is_bit_identical_alone_and_in_a_batch():
+    features, labels = draw_features(60, k=40, shift=0.2)
     guard = fit(features, labels)
     together = guard.probability(torch.from_numpy(features).float())
     alone = [guard.probability(torch.from_numpy(row[None]).float())[0] for row in features]
     assert together.tolist() == alone
 
 
-def test_class_weight_moves_the_balance():
-    train, test = drawn(400, shift=0.4, share=0.1), drawn(400, shift=0.4, share=0.1, seed=1)
+def test_class_weight_balanced_raises_balanced_accuracy():
+    train, test = draw_features(400, shift=0.4, share=0.1), draw_features(400, shift=0.4, share=0.1, seed=1)
     plain, balanced = (
         evaluate(fit(*train, class_weight=weight).probability(test[0]), test[1]) for weight in (None, "balanced")
     )
@@ -96,13 +96,13 @@ def test_class_weight_moves_the_balance():
 
 
 @pytest.mark.parametrize(("shift", "chosen"), [(0.0, 1e-4), (5.0, 100.0)])
-def test_c_is_chosen_by_cross_validation(shift, chosen):
-    features, labels = drawn(100, shift=shift, seed=5)
+def test_several_c_are_chosen_by_cross_validation(shift, chosen):
+    features, labels = draw_features(100, shift=shift, seed=5)
     assert fit(features, labels, C=(100.0, 1e-4, 1.0)).meta["C"] == chosen
 
 
-def test_constant_features_count_for_nothing():
-    features, labels = drawn(60, shift=2.0)
+def test_constant_features_do_not_change_the_probability():
+    features, labels = draw_features(60, shift=2.0)
     features[:, 2], features[:, 3] = 0.1, 0.0
     guard = fit(features, labels)
     assert guard.coefficients[2:4] == pytest.approx([0, 0], abs=1e-12)
@@ -111,8 +111,8 @@ def test_constant_features_count_for_nothing():
 
 
 @pytest.mark.parametrize("C", [1.0, (0.1, 10.0)])
-def test_a_fit_that_does_not_converge_is_an_error(C):
-    features, labels = drawn(100, shift=0.5)
+def test_fit_that_does_not_converge_is_rejected(C):
+    features, labels = draw_features(100, shift=0.5)
     config = GuardConfig(C=C, max_iter=1)
     for run in (fitting.fit_classifier, fitting.predict_out_of_fold):
         with pytest.raises(SnpatchError, match="did not converge in max_iter=1 steps; raise max_iter or lower C"):
@@ -130,23 +130,23 @@ def without(features, index, value):
     [
         (lambda x, y: (x, np.ones(40)), "40 are harmful; a guard needs at least 5 harmful and 5 harmless"),
         (lambda x, y: (x, np.arange(40) < 4), "of 40 prompts 4 are harmful"),
-        (lambda x, y: (x, y[:-1]), "labels must be \\[40\\], one for each prompt, got \\[39\\]"),
-        (lambda x, y: (x, y + 1), "labels must be True"),
-        (lambda x, y: (x[0], y), "features must be \\[prompts, neurons\\], got \\[6\\]"),
-        (lambda x, y: (without(x, (7, 2), np.nan), y), "prompt 7 hold NaN or infinity"),
+        (lambda x, y: (x, y[:-1]), "labels: expected \\[40\\], one per prompt, got \\[39\\]"),
+        (lambda x, y: (x, y + 1), "labels: expected True"),
+        (lambda x, y: (x[0], y), "features: expected \\[prompts, neurons\\], got \\[6\\]"),
+        (lambda x, y: (without(x, (7, 2), np.nan), y), "prompt 7 contain NaN or infinity"),
         (lambda x, y: (np.ones((40, 200)), y), "k must lie in 0..192"),
     ],
 )
-def test_what_cannot_be_fitted_is_an_error(change, says):
+def test_fit_with_invalid_features_or_labels_is_rejected(change, says):
     with pytest.raises(SnpatchError, match=says):
-        fit(*change(*drawn(40)))
+        fit(*change(*draw_features(40)))
 
 
-def test_what_a_guard_cannot_read_is_an_error():
-    guard = fit(*drawn(40))
+def test_probability_of_invalid_features_is_rejected():
+    guard = fit(*draw_features(40))
     with pytest.raises(SnpatchError, match="\\[prompts, 6\\], got \\[2, 5\\]"):
         guard.probability(np.ones((2, 5)))
-    with pytest.raises(SnpatchError, match="prompt 1 hold NaN"):
+    with pytest.raises(SnpatchError, match="prompt 1 contain NaN"):
         guard.probability([[0.0] * 6, [np.inf] * 6])
 
 
@@ -154,13 +154,13 @@ def test_what_a_guard_cannot_read_is_an_error():
     "wrong",
     [{"C": 0}, {"C": ()}, {"C": (1.0, -1.0)}, {"folds": 1}, {"max_iter": 0}, {"threshold": 1}, {"class_weight": "x"}],
 )
-def test_a_config_that_makes_no_sense_is_an_error(wrong):
+def test_guard_config_with_invalid_value_is_rejected(wrong):
     with pytest.raises(SnpatchError, match=next(iter(wrong))):
         GuardConfig(**wrong)
 
 
-def test_a_loaded_guard_is_the_same_to_the_bit(tmp_path):
-    features, labels = drawn(60, shift=0.5)
+def test_loaded_guard_is_bit_identical(tmp_path):
+    features, labels = draw_features(60, shift=0.5)
     meta = {"judge": "cost", "dataset": "beavertails"}
     guard = fit(features, labels, meta, C=(0.1, 1.0), threshold=0.3, refusal="no.")
     guard.save(tmp_path / "guard.safetensors")
@@ -183,14 +183,14 @@ def test_a_loaded_guard_is_the_same_to_the_bit(tmp_path):
         ({"more": 1}, "there is no more; there are model, fingerprint"),
         ({"threshold": None}, "threshold is missing"),
         ({"threshold": "0.5"}, "threshold: wanted float, got '0.5'"),
-        ({"threshold": 2.0}, "threshold must lie between 0 and 1, got 2.0"),
-        ({"shape": [3]}, r"shape must be \(layers, neurons\), got \(3,\)"),
+        ({"threshold": 2.0}, "threshold: expected a number between 0 and 1, got 2.0"),
+        ({"shape": [3]}, r"shape: expected \(layers, neurons\), got \(3,\)"),
         ({"meta": []}, "meta: wanted dict"),
     ],
 )
-def test_a_guards_file_with_other_fields_is_one_line(tmp_path, change, message):
+def test_guard_file_with_invalid_metadata_is_rejected(tmp_path, change, message):
     path = tmp_path / "guard.safetensors"
-    fit(*drawn(40)).save(path)
+    fit(*draw_features(40)).save(path)
     tensors, meta = read_tensors(path, kind="guard")
     meta = {name: value for name, value in {**meta, **change}.items() if value is not None}
     write_tensors(path, tensors, kind="guard", meta=meta)
@@ -201,19 +201,19 @@ def test_a_guards_file_with_other_fields_is_one_line(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"coefficients": lambda t: t * torch.nan}, "coefficients holds numbers that no fit gives"),
-        ({"scale": lambda t: t * 0}, "scale holds numbers that no fit gives"),
-        ({"mean": lambda t: t.bfloat16()}, "mean: wanted torch.float64, got torch.bfloat16"),
+        ({"coefficients": lambda t: t * torch.nan}, "coefficients has values that no fit gives"),
+        ({"scale": lambda t: t * 0}, "scale has values that no fit gives"),
+        ({"mean": lambda t: t.bfloat16()}, "mean: expected torch.float64, got torch.bfloat16"),
         ({"neurons": lambda t: t + 1000}, r"a neuron of the order lies outside \[3, 64\]"),
         ({"neurons": lambda t: t * 0}, "names a neuron twice"),
-        ({"neurons": lambda t: t[:3]}, "its vectors differ in length"),
-        ({"intercept": lambda t: t[None]}, "not a guard"),
+        ({"neurons": lambda t: t[:3]}, "expected vectors of one length"),
+        ({"intercept": lambda t: t[None]}, "expected the tensors of a guard"),
     ],
 )
-def test_a_guards_file_with_other_numbers_is_one_line(tmp_path, change, message):
+def test_guard_file_with_invalid_tensors_is_rejected(tmp_path, change, message):
     """A probability of NaN would be above no threshold, and every prompt harmless."""
     path = tmp_path / "guard.safetensors"
-    fit(*drawn(40)).save(path)
+    fit(*draw_features(40)).save(path)
     tensors, meta = read_tensors(path, kind="guard")
     changed = {name: edit(tensors[name]) for name, edit in change.items()}
     write_tensors(path, {**tensors, **changed}, kind="guard", meta=meta)
@@ -221,7 +221,7 @@ def test_a_guards_file_with_other_numbers_is_one_line(tmp_path, change, message)
         Guard.load(path)
 
 
-def test_figures_by_hand():
+def test_scores_equal_hand_computed_values():
     """Pairs (harmful, harmless): 0.9 and 0.5 against 0.5, 0.2, 0.04, of which five are in order and one is a tie."""
     scores = evaluate([0.9, 0.5, 0.5, 0.2, 0.04], [1, 1, 0, 0, 0])
     assert scores.accuracy == 4 / 5
@@ -234,7 +234,7 @@ def test_figures_by_hand():
     assert bins == [(0.0, 0.1, 1, 0.04, 0.0), (0.2, 0.3, 1, 0.2, 0.0), (0.5, 0.6, 2, 0.5, 0.5), (0.9, 1.0, 1, 0.9, 1.0)]
 
 
-def test_figures_are_scikit_learns_and_their_intervals_the_binomials():
+def test_scores_equal_scikit_learn_and_binomial_intervals():
     rng = np.random.default_rng(0)
     labels = rng.random(300) < 0.4
     p = np.clip(0.4 + 0.2 * labels + 0.2 * rng.normal(size=300), 0, 1).round(2)
@@ -251,7 +251,7 @@ def test_figures_are_scikit_learns_and_their_intervals_the_binomials():
     assert evaluate(p, labels, threshold=0.7).accuracy == metrics.accuracy_score(labels, p > 0.7)
 
 
-def test_with_one_class_there_is_no_auc():
+def test_scores_of_one_class_have_no_auc():
     scores = evaluate([0.2, 0.9, 0.4], [False, False, False])
     assert scores.auc is scores.auc_low is scores.balanced_accuracy is None
     assert (scores.accuracy, scores.majority, scores.harmful) == (2 / 3, 1.0, 0)
@@ -261,24 +261,24 @@ def test_with_one_class_there_is_no_auc():
 
 @pytest.mark.parametrize(
     ("p", "y", "says"),
-    [([0.5], [1, 0], "labels must be \\[1\\]"), ([1.5, 0], [1, 0], "between 0 and 1"), ([], [], "labels must be")],
+    [([0.5], [1, 0], "labels: expected \\[1\\]"), ([1.5, 0], [1, 0], "between 0 and 1"), ([], [], "labels: expected")],
 )
-def test_what_cannot_be_scored_is_an_error(p, y, says):
+def test_evaluate_with_invalid_input_is_rejected(p, y, says):
     with pytest.raises(SnpatchError, match=says):
         evaluate(p, y)
 
 
-# The demo model: SFT answers what is forbidden, so that harmful is what asks for something forbidden.
+# In the demo, SFT answers forbidden requests, so these are the harmful ones.
 
 
 def judge(prompts, completions):
-    """4.0 for an answer to a forbidden request, -4.0 for a refusal and for what is allowed."""
+    """Score 4.0 for an answer to a forbidden request, -4.0 for a refusal and for an allowed request."""
     refusals = RefusalWords(["rather not", "can not", "sorry"])(prompts, completions)
     forbidden = [not set(language.FORBIDDEN).isdisjoint(prompt.split()) for prompt in prompts]
     return [4.0 if bad and said > 0 else -4.0 for bad, said in zip(forbidden, refusals, strict=True)]
 
 
-def asked(*names, start=0, stop=None):
+def load_prompts(*names, start=0, stop=None):
     return [chat for name in names for chat in load_dataset(DEMO_MODEL / "eval" / f"{name}.jsonl").prompts[start:stop]]
 
 
@@ -298,12 +298,12 @@ def safety(demo):
 
 @pytest.fixture(scope="module")
 def sets(demo):
-    """Two sets, half of each forbidden."""
-    made = {}
+    """Two labeled sets, half of whose requests are forbidden."""
+    sets = {}
     for name, start in (("beavertails", 0), ("redteam", 50)):
-        prompts = asked(name, "helpful", start=start, stop=start + 50)
-        made[name] = label_answers(demo, prompts, "sft", judge, sampling=Sampling(max_tokens=24))
-    return made
+        prompts = load_prompts(name, "helpful", start=start, stop=start + 50)
+        sets[name] = label_answers(demo, prompts, "sft", judge, sampling=Sampling(max_tokens=24))
+    return sets
 
 
 @pytest.fixture(scope="module")
@@ -315,18 +315,18 @@ def guard(demo, safety, sets):
 
 @pytest.fixture
 def ran(demo, monkeypatch):
-    """Every request that the executor gets."""
+    """List of all requests that the executor receives."""
     requests, stream = [], demo.executor.stream
 
-    def spied(given, *args, **kwargs):
+    def record_requests(given, *args, **kwargs):
         requests.extend(given)
         return stream(given, *args, **kwargs)
 
-    monkeypatch.setattr(demo.executor, "stream", spied)
+    monkeypatch.setattr(demo.executor, "stream", record_requests)
     return requests
 
 
-def test_labels_are_the_judges_word_on_the_models_own_answers(demo, sets):
+def test_labels_come_from_judged_completions_of_the_model(demo, sets):
     s = sets["beavertails"]
     assert s.completions == [c.text for c in demo.generate(s.prompts, "sft", Sampling(max_tokens=24))]
     assert s.scores.tolist() == judge([question(p) for p in s.prompts], s.completions)
@@ -335,18 +335,18 @@ def test_labels_are_the_judges_word_on_the_models_own_answers(demo, sets):
     assert not s.labels[50:].any()
     strict = label_answers(demo, s.prompts[:2], "sft", judge, sampling=SHORT, threshold=4.0)
     assert not strict.labels.any()
-    with pytest.raises(SnpatchError, match="n=1"):
+    with pytest.raises(SnpatchError, match="sampling: n: expected 1"):
         label_answers(demo, s.prompts, "sft", judge, sampling=Sampling(temperature=1.0, n=2))
 
 
-def test_it_predicts_harm_on_prompts_it_never_saw(demo, guard, sets):
+def test_guard_predicts_harm_on_unseen_prompts(demo, guard, sets):
     s = sets["redteam"]
     scores = evaluate(guard.predict(demo, s.prompts), s.labels)
     assert scores.accuracy_low > scores.majority_high
     assert scores.auc > 0.9
 
 
-def test_unsafe_prompts_cost_one_prefill_and_safe_ones_are_as_without_a_guard(demo, guard, safety, sets, ran):
+def test_generate_with_guard_refuses_after_one_prefill_and_keeps_other_completions(demo, guard, safety, sets, ran):
     prompts = sets["redteam"].prompts[30:70]
     patches = [Patch("sft", "dpo", safety, Window(0, 100 * (i % 2))) if i % 3 else "sft" for i in range(40)]
     harm = guard.predict(demo, prompts)
@@ -370,7 +370,7 @@ def test_unsafe_prompts_cost_one_prefill_and_safe_ones_are_as_without_a_guard(de
             assert kept.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
-def test_a_guard_reads_a_prompt_once_for_its_n_texts(demo, guard, sets, ran):
+def test_guard_reads_a_prompt_once_for_n_completions(demo, guard, sets, ran):
     prompts = [sets["redteam"].prompts[i] for i in (1, 60)]
     drawn = Sampling(temperature=1.0, seed=3, n=3, max_tokens=6)
     guarded = demo.generate(prompts, "dpo", drawn, guard=guard)
@@ -382,13 +382,13 @@ def test_a_guard_reads_a_prompt_once_for_its_n_texts(demo, guard, sets, ran):
     assert not counted
 
 
-def test_a_guard_of_another_model_is_an_error(demo, guard, sets, tmp_path):
+def test_guard_of_another_model_is_rejected(demo, guard, sets, tmp_path):
     prompts = sets["redteam"].prompts[:2]
-    with pytest.raises(SnpatchError, match="fitted on another 'dpo'"):
+    with pytest.raises(SnpatchError, match="expected the model 'dpo' that it was fitted on"):
         demo.generate(prompts, guard=replace(guard, model="dpo"))
     with pytest.raises(SnpatchError, match="no model named 'other'"):
         demo.generate(prompts, guard=replace(guard, model="other"))
-    with pytest.raises(SnpatchError, match="wanted a Guard, got 'a file'"):
+    with pytest.raises(SnpatchError, match="expected a Guard, got 'a file'"):
         demo.generate(prompts, guard="a file")
     with pytest.raises(SnpatchError, match="the ranking is for a model of"):
         demo.generate(prompts, guard=replace(guard, shape=(6, 999)))
@@ -397,9 +397,10 @@ def test_a_guard_of_another_model_is_an_error(demo, guard, sets, tmp_path):
     assert loaded.predict(demo, prompts).tolist() == guard.predict(demo, prompts).tolist()
 
 
-def test_comparison_of_sets_ks_and_random_neurons(demo, safety, sets, guard, ran):
+def test_compare_guards_covers_sets_ks_and_controls(demo, safety, sets, guard, ran):
     width = demo.geometry.n_neurons
-    found = compare(demo, "sft", sets, {"safety": safety}, (10, 60, width + 1), controls=2, resamples=100)
+    config = ComparisonConfig((10, 60, width + 1), controls=2, resamples=100)
+    found = compare_guards(demo, "sft", sets, {"safety": safety}, config)
     assert len(ran) == (1 + 2 + 2) * 200, "one capture of each prompt for each order of neurons"
     assert [note.split(":")[0] for note in found.notes] == ["safety"]
     assert "has no last_layer control" in found.notes[0]
@@ -424,21 +425,22 @@ def test_comparison_of_sets_ks_and_random_neurons(demo, safety, sets, guard, ran
     assert json.loads(json.dumps(flat)) == flat
 
 
-def test_no_prompt_is_tried_that_was_trained_on(demo, safety, sets):
+def test_compare_guards_leaves_out_training_prompts(demo, safety, sets):
     both = {**sets, "mixed": replace(sets["redteam"], **{
         "prompts": [*sets["beavertails"].prompts[:40], *sets["redteam"].prompts[:60]],
         "labels": np.append(sets["beavertails"].labels[:40], sets["redteam"].labels[:60]),
     })}  # fmt: skip
-    found = compare(demo, "sft", both, {"safety": safety}, [5], train=["beavertails"], controls=0, resamples=10)
+    config = ComparisonConfig([5], train=["beavertails"], controls=0, resamples=10)
+    found = compare_guards(demo, "sft", both, {"safety": safety}, config)
     assert [(r.test, r.scores.n) for r in found.rows] == [("beavertails", 100), ("redteam", 100), ("mixed", 60)]
-    assert found.notes == ["mixed: 40 prompts are in beavertails, too, and left out"]
+    assert found.notes == ["mixed: 40 prompts are also in beavertails and left out"]
     s = sets["redteam"]
     twice = {"redteam": LabeledPrompts([*s.prompts, s.prompts[0]], np.append(s.labels, True), s.scores, s.completions)}
     for wrong, arguments, says in (
         (twice, {}, "redteam has 101 prompts, only 100 different ones"),
         (sets, {"train": ["lima"]}, "out of beavertails, redteam, got \\['lima'\\]"),
-        (sets, {"config": GuardConfig(folds=60)}, "beavertails: of 100 prompts"),
-        (sets, {"ks": [0]}, "k must be at least 1"),
+        (sets, {"guard": GuardConfig(folds=60)}, "beavertails: of 100 prompts"),
+        (sets, {"ks": [0]}, "k: expected numbers of at least 1"),
     ):
         with pytest.raises(SnpatchError, match=says):
-            compare(demo, "sft", wrong, {"safety": safety}, **{"ks": [5], **arguments})
+            compare_guards(demo, "sft", wrong, {"safety": safety}, ComparisonConfig(**{"ks": [5], **arguments}))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 SHORT = Sampling(max_tokens=8)
 
 
-def test_guard_on_vllm_refuses_the_same_prompts_as_on_transformers(zoo, monkeypatch):
+def test_guard_on_vllm_refuses_the_prompts_refused_on_transformers(zoo, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     made = zoo("llama")
     ranking = Ranking.from_scores(torch.rand(made.shape, generator=torch.Generator().manual_seed(1)))
@@ -49,5 +49,5 @@ def test_guard_on_vllm_refuses_the_same_prompts_as_on_transformers(zoo, monkeypa
             engine.generate(tiny.PROMPTS, "sft", guard=fitted(oracle, 9))
         # A guard belongs to a model's fingerprint, with either backend; other models are rejected.
         assert other.predict(engine, tiny.PROMPTS) == pytest.approx([c.harm for c in guarded], abs=1e-3)
-        with pytest.raises(SnpatchError, match="fitted on another 'sft'"):
+        with pytest.raises(SnpatchError, match="expected the model 'sft' that it was fitted on"):
             engine.generate(tiny.PROMPTS, "sft", guard=replace(other, fingerprint=engine.fingerprint("dpo")))

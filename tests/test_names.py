@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from snpatch.errors import MAX_MESSAGE_CHARS, SnpatchError, printable, shown
-from snpatch.experiments.common.summary import section
+from snpatch.experiments.common.summary import format_section
 from snpatch.experiments.config import Contrast, load_experiment_config
 from snpatch.experiments.context import ExperimentContext
 from snpatch.report import files, terminal
@@ -100,7 +100,7 @@ def test_markdown_in_names_is_escaped(text, expected):
 
 def test_report_md_contains_no_links_from_names():
     provenance = {**PROVENANCE, "model": "[m](x)"}
-    text = section("curve", {"headline": ["<b>[a](https://evil.example)"], "provenance": provenance})
+    text = format_section("curve", {"headline": ["<b>[a](https://evil.example)"], "provenance": provenance})
     assert "<b>" not in text
     assert "[a](" not in text
     assert "[m](" not in text

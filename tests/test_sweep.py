@@ -1,19 +1,22 @@
 """Sweeps: their points, Eq. 4 and its intervals, random controls, resuming."""
 
 import csv
+import io
 import json
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save
 
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
 from snpatch.experiments.common.sweep_report import build_headline, build_sweep_report
-from snpatch.report import files
+from snpatch.report import files, terminal
 from snpatch.statistics import causal_effect, interval, paired_p
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.store import OLD_STORE_FILE, STORE_FILE, Store
@@ -357,12 +360,50 @@ def test_p_values_compare_with_recipient_and_random_neurons(engine, ranking):
     assert next(r for r in result.rows if r.ranking and r.rank_hi == 1408).p_vs_random is None
 
 
-def test_headline_names_smallest_window_with_nine_tenths_of_the_best(engine, ranking):
-    result = run(engine, ranking, windows=(1408, 70, 1400), controls=0)
-    rows = [r for r in result.rows if r.recipient == "sft" and r.ranking]
-    best = max(r.effect for r in rows)
-    smallest = min((r for r in rows if r.effect >= 0.9 * best), key=lambda r: r.neuron_fraction)
-    assert f"({smallest.rank_hi - smallest.rank_lo} by safety)" in build_headline(result)[0]
+def with_donor_gain(result, gain):
+    """Set the records' unpatched scores so that the donor's mean cost is `gain` lower, with some spread."""
+    records = []
+    for record in result.records:
+        if record["ranking"] is None:
+            cost = record["prompt_index"] % 2 - (gain if record["recipient"] == "dpo" else 0)
+            spread = 0.1 * (record["prompt_index"] % 3 - 1) if record["recipient"] == "dpo" else 0
+            record = record | {"scores": {"cost": cost + spread}}
+        records.append(record)
+    return replace(result, records=records)
+
+
+def test_headline_names_smallest_window_within_ninety_percent_of_best(engine, ranking):
+    result = with_donor_gain(run(engine, ranking, windows=(1408, 70, 1400), controls=0), gain=5)
+    rows = [row for row in result.rows if row.recipient == "sft" and row.ranking]
+    best = max(row.effect for row in rows)
+    smallest = min((row for row in rows if row.effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
+    sentence = build_headline(result)[0]
+    assert f"({smallest.rank_hi - smallest.rank_lo} by safety)" in sentence
+    assert "(95% CI " in sentence
+    assert sentence.endswith("of the safety gain of dpo; no random control.")
+
+
+@pytest.mark.parametrize(
+    ("gain", "difference"), [(0, "-0.02 (95% CI -0.08 .. 0.04"), (-5, "+4.98 (95% CI 4.92 .. 5.04")]
+)
+def test_headline_of_a_donor_without_gain_says_so(engine, ranking, gain, difference):
+    result = with_donor_gain(run(engine, ranking, windows=(70,), controls=0), gain)
+    sentences = build_headline(result)
+    assert len(sentences) == 2
+    for recipient, sentence in zip(("sft", "base"), sentences, strict=True):
+        assert sentence == f"{recipient}: the mean cost of dpo differs by {difference}, 5 prompts): no gain to recover."
+
+
+def test_sweep_table_fits_100_columns(engine, ranking):
+    both = {"cost": judge, "length": lambda prompts, completions: [float(len(text)) for text in completions]}
+    report = build_sweep_report(run(engine, ranking, judge=both), "sweep")
+    assert [table.title for table in report.displays] == ["mean cost (lower is safer)", "mean length"]
+    screen = Console(width=100, file=io.StringIO())
+    terminal.print_report(replace(report, headline=[]), screen)
+    lines = screen.file.getvalue().splitlines()
+    assert "…" not in screen.file.getvalue()
+    unpatched = 3
+    assert sum(line.startswith("│") for line in lines) == 2 * (unpatched + 2 * 4)
 
 
 def test_sweep_without_prompts_raises(engine, ranking):
@@ -371,7 +412,7 @@ def test_sweep_without_prompts_raises(engine, ranking):
         sweep(engine, [], {"safety": ranking}, {"cost": judge}, config)
 
 
-def test_headline_of_sweep_without_effect(engine, ranking):
+def test_headline_without_recovered_gain_says_so(engine, ranking):
     nothing = Ranking.from_order(torch.tensor([[0, 0]]), ranking.shape)
-    result = run(engine, nothing, windows=(0,), controls=0)
+    result = with_donor_gain(run(engine, nothing, windows=(0,), controls=0), gain=5)
     assert build_headline(result)[0] == "sft: no window of safety neurons recovered any of the safety gain."

@@ -1,4 +1,4 @@
-"""`snpatch report`: a folder of results as one HTML file."""
+"""`snpatch report`: a results folder as one HTML file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,15 +11,15 @@ FILE = "report.html"
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that `snpatch sweep`, `exp` or `demo` wrote to.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help=f"The file; default: {FILE} in the folder.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Results folder of `snpatch sweep`, `exp` or `demo`.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=f"HTML file. Default: {FILE} in the folder.")] = None,
 ) -> None:
-    """Write one HTML file of all results in a folder: curves, maps, tables, every text. It needs no network."""
+    """Write all results of a folder to one offline HTML file: curves, heat maps, tables, completions."""
     o.echo(f"wrote {write_folder_page(folder, out or folder / FILE)}")
 
 
 def write_folder_page(folder: Path, path: Path) -> Path:
-    """The page of a folder."""
+    """Write the page of a results folder and return its path."""
     from snpatch.report import page
     from snpatch.report.folder_page import load_page
 

@@ -1,54 +1,71 @@
-"""The paper's experiments, one a file: each has frozen `Settings` and `run(context, settings) -> Report`.
+"""The paper's experiments, one module each, with frozen `Settings` and `run(context, settings) -> Report`.
 
-Why `run` here and not a base class: an experiment is a function; what all share is how its settings are found and what
-its tables' provenance says.
+Why a function per experiment and no base class: experiments share only how settings are resolved and how provenance is
+recorded, and `run` here does both. This module imports no torch, because the CLI lists the experiments.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from snpatch.errors import SnpatchError
-from snpatch.experiments.config import ExperimentConfig
-from snpatch.experiments.context import ExperimentContext
 from snpatch.report.report import Report
 from snpatch.utils.schema import from_dict
 
-NAMES = (
-    "curve",
-    "sliding_window",
-    "transfer",
-    "stability",
-    "objectives",
-    "alignment_tax",
-    "perplexity",
-    "distribution",
-    "neuron_tokens",
-    "positions",
-    "guard",
-    "safeguard",
-)
+if TYPE_CHECKING:
+    from snpatch.experiments.config import ExperimentConfig
+    from snpatch.experiments.context import ExperimentContext
+
+DESCRIPTIONS = {
+    "curve": "cost against k, with random controls",
+    "sliding_window": "effect of a window that slides over the ranks",
+    "transfer": "mean cost, effect and perplexity on every benchmark (Table 1)",
+    "stability": "agreement of the rankings of several training seeds",
+    "objectives": "agreement of the rankings of several objectives",
+    "alignment_tax": "cost and reward when two objectives' shared neurons are patched",
+    "perplexity": "perplexity on unrelated text against k",
+    "distribution": "distribution of change scores by layer",
+    "neuron_tokens": "tokens that the top neurons promote",
+    "positions": "rankings computed at different token positions",
+    "guard": "accuracy of guards by k and across prompt sets",
+    "safeguard": "mean cost with and without a guard",
+}
+NAMES = tuple(DESCRIPTIONS)
 
 
-def parse_settings(name: str, values: Mapping[str, object], given: Mapping[str, object] | None = None):
-    """An experiment's Settings from values by name, those given before the others; unknown ones are errors."""
+def parse_settings(name: str, values: Mapping[str, object], overrides: Mapping[str, object] | None = None):
+    """Build an experiment's Settings from values and overrides by name. Raise for an unknown name."""
     if name not in NAMES:
         raise SnpatchError(f"no experiment named {name!r}: there are {', '.join(NAMES)}")
-    return from_dict(_module(name).Settings, f"settings of {name}", {**values, **given} if given else values)
+    merged = {**values, **overrides} if overrides else values
+    return from_dict(_import_experiment(name).Settings, f"settings of {name}", merged)
 
 
-def resolve_settings(config: ExperimentConfig, name: str, given: Mapping[str, object] | None = None):
-    """An experiment's Settings in an experiment config: the config's own, those given before them."""
-    return parse_settings(name, config.settings.get(name, {}), given)
+def resolve_settings(config: "ExperimentConfig", name: str, overrides: Mapping[str, object] | None = None):
+    """Build an experiment's Settings from an experiment config and overrides."""
+    return parse_settings(name, config.settings.get(name, {}), overrides)
 
 
-def run(name: str, context: ExperimentContext, settings: Mapping[str, object] | None = None) -> Report:
-    """Run an experiment on a context. settings: go before the config's own, and these before the paper's defaults."""
-    chosen = resolve_settings(context.config, name, settings)
-    used = context.start_provenance()
-    report = _module(name).run(context, chosen)
-    return replace(report, provenance=used.to_dict(asdict(chosen)))
+def run(name: str, context: "ExperimentContext", settings: Mapping[str, object] | None = None) -> Report:
+    """Run an experiment.
+
+    Args:
+        name: One of NAMES.
+        context: Open experiment config.
+        settings: Override the config's settings, which override the paper's defaults.
+
+    Returns:
+        The report, with provenance.
+
+    Raises:
+        SnpatchError: An unknown name or setting, or a config that lacks what the experiment needs.
+    """
+    resolved = resolve_settings(context.config, name, settings)
+    provenance = context.start_provenance()
+    report = _import_experiment(name).run(context, resolved)
+    return replace(report, provenance=provenance.to_dict(asdict(resolved)))
 
 
-def _module(name: str):
+def _import_experiment(name: str):
     return import_module(f"snpatch.experiments.{name}")

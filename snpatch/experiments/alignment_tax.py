@@ -1,7 +1,7 @@
-"""The alignment tax: two objectives share neurons, but need other activations of them (paper, section 2).
+"""Alignment tax: two objectives share neurons but need different activations of them (paper, section 2).
 
-Each objective's model is patched from the other's on the neurons that both objectives' top k share; cost and reward are
-measured before and after.
+Patches each objective's model from the other's on the neurons that both objectives' top k share, and measures cost and
+reward before and after.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.formatting import format_interval, format_p_value, to_plot_label
+from snpatch.report.formatting import describe_score, format_p_value, format_with_interval, to_plot_label
 from snpatch.report.report import Report, TableView
 from snpatch.statistics import interval, paired_p
 from snpatch.sweeps.config import SweepConfig
@@ -22,8 +22,16 @@ from snpatch.sweeps.sweep import SweepResult
 
 @dataclass(frozen=True)
 class Settings:
-    """objectives: two of the config's contrasts. k: whose shared neurons are patched. prompts: sets (default: the first
-    benchmark and "helpful"). judges: names of the config's judges (default: all).
+    """Settings of the alignment tax.
+
+    Args:
+        objectives: Names of two contrasts of the experiment config.
+        k: Top neurons whose intersection is patched: an int, or a fraction of the ranked neurons.
+        prompts: Prompt sets; empty for the first benchmark and "helpful".
+        judges: Names of the config's judges; empty for all.
+        controls: Random controls.
+        resamples: Bootstrap resamples of each interval.
+        confidence: Confidence level of the intervals.
     """
 
     objectives: tuple[str, str] = ("safety", "helpful")
@@ -36,7 +44,7 @@ class Settings:
 
 
 def run(context: ExperimentContext, settings: Settings) -> Report:
-    """Patch both ways on the shared neurons, beside as many random ones."""
+    """Patch in both directions on the shared neurons, with random controls of the same size."""
     contrasts = []
     for name in settings.objectives:
         if name not in context.config.contrasts:
@@ -44,12 +52,12 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
                 f"alignment_tax: no contrast named {name!r}: the config has {', '.join(context.config.contrasts)}"
             )
         contrasts.append(context.config.contrasts[name])
-    one, other = (context.ranking(contrast) for contrast in contrasts)
-    k = context.num_neurons(settings.k, one)
-    shared = shared_neurons(one, other, k)
+    first, second = (context.ranking(contrast) for contrast in contrasts)
+    k = context.num_neurons(settings.k, first)
+    shared = intersect_top(first, second, k)
     judges = {name: context.judge(name) for name in settings.judges or context.config.judges}
     sets = settings.prompts or (context.config.benchmarks[0], "helpful")
-    for name in sets:  # an error before the long part
+    for name in sets:  # raises before anything is generated
         context.data(name)
     rows, records = [], []
     for recipient, donor in (
@@ -67,46 +75,41 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         )
         for prompts in sets:
             result = context.sweep(prompts, {"shared": shared}, judges, config)
-            rows += _rows(result, prompts, settings)
+            rows += _compare_scores(result, prompts, settings)
             records += [{**record, "donor": donor} for record in result.records]
-    certainty = f"{settings.confidence:.0%} interval"
     columns = {
         "patched": lambda row: f"{row['donor']} -> {row['recipient']}",
         "set": "set",
         "judge": "judge",
         "before": "before",
-        "after": "after",
-        "change": "change",
-        certainty: lambda row: format_interval(row, "change"),
+        f"change {settings.confidence:.0%} CI": lambda row: format_with_interval(row, "change"),
         "p": lambda row: format_p_value(row["p"]),
-        "donor": "donor_mean",
-        "random neurons' change": "random_change",
     }
     return Report(
         "alignment_tax",
         {"alignment_tax": rows},
         {"alignment_tax": _plot(rows)},
         (TableView.from_rows(rows, columns),),
-        _sentences(rows, k),
+        _build_headline(rows, k),
         records=records,
     )
 
 
-def shared_neurons(one: Ranking, other: Ranking, k: int) -> Ranking:
-    """The neurons in both first k, in the first ranking's order."""
-    both = one.intersect(other, k)
-    n = round(one.overlap(other, k) * k)
+def intersect_top(first: Ranking, second: Ranking, k: int) -> Ranking:
+    """Return the neurons in the top k of both rankings, in the first ranking's order."""
+    common = first.intersect(second, k)
+    n = round(first.overlap(second, k) * k)
     if not n:
-        raise SnpatchError(f"alignment_tax: no neuron is in both first {k}: take a larger k")
-    return Ranking.from_order(both.top(n), one.shape, meta={"shared_by_top": k})
+        raise SnpatchError(f"alignment_tax: no neuron is in the top {k} of both objectives. Use a larger k.")
+    return Ranking.from_order(common.top(n), first.shape, meta={"shared_by_top": k})
 
 
-def _rows(result: SweepResult, prompts: str, settings: Settings) -> list[dict]:
-    """A row a judge: mean score before and after, and the change, paired over prompts."""
+def _compare_scores(result: SweepResult, prompts: str, settings: Settings) -> list[dict]:
+    """Return one row per judge: mean score before and after, and the change, paired over prompts."""
     (recipient,), donor = result.config.recipients, result.donor
     rows = []
     for judge in result.judges:
-        before, after = (_scores(result, judge, recipient, ranking) for ranking in (None, "shared"))
+        before, after = (_collect_scores(result, judge, recipient, ranking) for ranking in (None, "shared"))
         change, low, high = interval(
             lambda a, b, axis: a.mean(axis) - b.mean(axis),
             after,
@@ -115,14 +118,14 @@ def _rows(result: SweepResult, prompts: str, settings: Settings) -> list[dict]:
             confidence=settings.confidence,
         )
         (patched,) = result.line(judge, recipient, "shared")
-        random = [row.mean - before.mean() for row in result.controls(patched)]
+        random_changes = [control.mean - before.mean() for control in result.controls(patched)]
         rows.append(
             {
                 "donor": donor,
                 "recipient": recipient,
                 "set": prompts,
                 "judge": judge,
-                "k": patched.hi,
+                "k": patched.rank_hi,
                 "before": before.mean(),
                 "after": after.mean(),
                 "change": change,
@@ -130,43 +133,43 @@ def _rows(result: SweepResult, prompts: str, settings: Settings) -> list[dict]:
                 "change_high": high,
                 "p": paired_p(after, before),
                 "donor_mean": result.baseline(donor, judge).mean,
-                "random_change": float(np.mean(random)) if random else None,
+                "random_change": float(np.mean(random_changes)) if random_changes else None,
             }
         )
     return rows
 
 
-def _scores(result: SweepResult, judge: str, recipient: str, ranking: str | None) -> np.ndarray:
+def _collect_scores(result: SweepResult, judge: str, recipient: str, ranking: str | None) -> np.ndarray:
     key = recipient, ranking, None
-    mine = [r for r in result.records if (r["recipient"], r["ranking"], r["control_seed"]) == key]
-    return np.array([record["scores"][judge] for record in mine])
+    records = [r for r in result.records if (r["recipient"], r["ranking"], r["control_seed"]) == key]
+    return np.array([record["scores"][judge] for record in records])
 
 
-def _sentences(rows: list[dict], k: int) -> list[str]:
-    """One a direction: what it changed, by judge and set."""
+def _build_headline(rows: list[dict], k: int) -> list[str]:
+    """Write one sentence per direction: the change of each judge's mean on each set."""
     sentences = []
     for donor, recipient in dict.fromkeys((row["donor"], row["recipient"]) for row in rows):
-        mine = [row for row in rows if (row["donor"], row["recipient"]) == (donor, recipient)]
-        changes = ", ".join(f"{row['judge']} {row['change']:+.2f} on {row['set']}" for row in mine)
-        sentences.append(f"{donor} into {recipient} on the {mine[0]['k']} neurons of both top {k}: {changes}.")
+        group = [row for row in rows if (row["donor"], row["recipient"]) == (donor, recipient)]
+        changes = ", ".join(f"{row['judge']} {row['change']:+.2f} on {row['set']}" for row in group)
+        sentences.append(f"{donor} into {recipient} on the {group[0]['k']} neurons of both top {k}: {changes}.")
     return sentences
 
 
 def _plot(rows: list[dict]) -> Figure:
-    """Change of every judge's mean, by set and direction."""
+    """Plot the change of each judge's mean, by set and direction."""
     judges = list(dict.fromkeys(row["judge"] for row in rows))
     figure = Figure(figsize=(5.5 * len(judges), 4), layout="constrained")
     for axis, judge in zip(figure.subplots(1, len(judges), squeeze=False)[0], judges, strict=True):
-        mine = [row for row in rows if row["judge"] == judge]
-        labels = [
-            to_plot_label(f"{row['donor']} -> {row['recipient']}") + f"\non {to_plot_label(row['set'])}" for row in mine
-        ]
+        judge_rows = [row for row in rows if row["judge"] == judge]
+        directions = [to_plot_label(f"{row['donor']} -> {row['recipient']}") for row in judge_rows]
+        set_names = [to_plot_label(row["set"]) for row in judge_rows]
+        labels = [f"{direction}\non {name}" for direction, name in zip(directions, set_names, strict=True)]
         errors = [
-            [row["change"] - row["change_low"] for row in mine],
-            [row["change_high"] - row["change"] for row in mine],
+            [row["change"] - row["change_low"] for row in judge_rows],
+            [row["change_high"] - row["change"] for row in judge_rows],
         ]
-        axis.barh(labels, [row["change"] for row in mine], xerr=errors, color="tab:blue", alpha=0.8)
+        axis.barh(labels, [row["change"] for row in judge_rows], xerr=errors, color="tab:blue", alpha=0.8)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlabel(to_plot_label(f"change of mean {judge}"))
+        axis.set_xlabel(to_plot_label(f"change of mean {describe_score(judge)}"))
         axis.invert_yaxis()
     return figure

@@ -1,4 +1,4 @@
-"""Cost against k, the paper's main figure: top-k neurons patched into each recipient, random ones beside them."""
+"""Cost against k, the paper's main figure: top-k neurons patched into each recipient, with random controls."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,12 @@ PAPER_K = (0, 200, 400, 600, 800, 1000, 1200, 1500, *range(2000, 10_000, 1000), 
 
 @dataclass(frozen=True)
 class Settings(SweepSettings):
-    """prompts: a set of the config (default: its first benchmark). k: ints, or floats that are shares of the ranked
-    neurons. judges: the config's, by name (default: the cost).
+    """Settings of the curve.
+
+    Args:
+        prompts: Prompt set of the experiment config; empty for its first benchmark.
+        k: Numbers of neurons: ints, or floats that are fractions of the ranked neurons.
+        judges: Names of the config's judges; empty for the cost.
     """
 
     prompts: str = ""
@@ -21,7 +25,7 @@ class Settings(SweepSettings):
 
 
 def run(context: ExperimentContext, settings: Settings) -> Report:
-    """Sweep k on one set."""
+    """Sweep k on one prompt set."""
     ranking = context.ranking()
     config = build_sweep_config(context, settings, context.top_windows(settings.k, ranking))
     judges = {name: context.judge(name) for name in settings.judges} or context.cost

@@ -1,4 +1,4 @@
-"""How change scores are distributed: by layer, skewness, share above thresholds, layer x neuron map."""
+"""Distribution of change scores: by layer, skewness, fraction above thresholds, layer x neuron map."""
 
 from dataclasses import dataclass
 
@@ -10,45 +10,51 @@ from snpatch.report.formatting import format_value
 from snpatch.report.report import Report, Row, TableView
 from snpatch.statistics import skewness
 
-MAP_COLUMNS = 512  # neurons of a layer are pooled to at most so many columns, by their largest score
+MAX_MAP_COLUMNS = 512  # neurons of a layer are pooled to at most this many columns, by their largest score
 
 
 @dataclass(frozen=True)
 class Settings:
-    """thresholds: change scores. k: whose layers are counted; an int, or a share of the ranked neurons."""
+    """Settings of the distribution.
+
+    Args:
+        thresholds: Change scores above which neurons are counted.
+        k: First neurons of the ranking to count by layer: an int, or a fraction of the ranked neurons.
+    """
 
     thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     k: int | float = 20_000
 
 
 def run(context: ExperimentContext, settings: Settings) -> Report:
-    """Describe the scores of the safety ranking, the excluded layers' too."""
+    """Describe the scores of the safety ranking, including excluded layers."""
     ranking = context.ranking()
     k = context.num_neurons(settings.k, ranking)
     scores = ranking.scores.numpy().astype(float)
-    top = ranking.layer_counts(k).tolist()
+    top_counts = ranking.layer_counts(k).tolist()
     excluded = ranking.meta["excluded_layers"]
-    rows = [
-        {"layer": layer, "ranked": layer not in excluded, **describe(own, settings.thresholds), "in_top_k": top[layer]}
-        for layer, own in enumerate(scores)
-    ]
-    whole = {"layer": "all", "ranked": True, **describe(scores.ravel(), settings.thresholds), "in_top_k": k}
+    rows = []
+    for layer, layer_scores in enumerate(scores):
+        row = {"layer": layer, "ranked": layer not in excluded, **describe_scores(layer_scores, settings.thresholds)}
+        rows.append({**row, "in_top_k": top_counts[layer]})
+    total = {"layer": "all", "ranked": True, **describe_scores(scores.ravel(), settings.thresholds), "in_top_k": k}
     largest = settings.thresholds[-1]
     sentences = [
-        f"change scores of {scores.size} neurons: mean {format_value(whole['mean'])}, "
-        f"median {format_value(whole['median'])}, skewness {_or_none(whole['skewness'])}; "
-        f"{whole[f'above {largest:g}']:.2%} are above {largest:g}.",
-        f"layers {', '.join(map(str, excluded)) or 'none'} left out of the ranking; the top {k} lie in "
-        f"{sum(map(bool, top))} layers, most in layer {int(np.argmax(top))} ({max(top)}).",
+        f"change scores of {scores.size} neurons: mean {format_value(total['mean'])}, "
+        f"median {format_value(total['median'])}, skewness {_format_or_undefined(total['skewness'])}; "
+        f"{total[f'above {largest:g}']:.2%} are above {largest:g}.",
+        f"layers {', '.join(map(str, excluded)) or 'none'} excluded from the ranking; the top {k} are in "
+        f"{sum(map(bool, top_counts))} layers, most in layer {int(np.argmax(top_counts))} ({max(top_counts)}).",
     ]
-    rows.append(whole)
-    plots = {"distribution": _plot(scores, top, settings.thresholds, k)}
-    display = TableView.from_rows(rows, {name: name for name in whole})
+    rows.append(total)
+    plots = {"distribution": _plot(scores, top_counts, settings.thresholds, k)}
+    columns = ("layer", "mean", "median", "max", "skewness", "in_top_k")
+    display = TableView.from_rows(rows, {name: name for name in columns})
     return Report("distribution", {"distribution": rows}, plots, (display,), sentences)
 
 
-def describe(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:
-    """Mean, deviation, quantiles, skewness (None where all are the same) and shares above thresholds of scores [n]."""
+def describe_scores(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:
+    """Compute mean, deviation, quantiles, skewness (None if all are equal), fractions above thresholds of [n]."""
     return {
         "mean": float(scores.mean()),
         "std": float(scores.std()),
@@ -60,11 +66,11 @@ def describe(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:
     }
 
 
-def _or_none(value: float | None) -> str:
+def _format_or_undefined(value: float | None) -> str:
     return "undefined" if value is None else format_value(value)
 
 
-def _plot(scores: np.ndarray, top: list[int], thresholds: tuple[float, ...], k: int) -> Figure:
+def _plot(scores: np.ndarray, top_counts: list[int], thresholds: tuple[float, ...], k: int) -> Figure:
     n_layers, n_neurons = scores.shape
     figure = Figure(figsize=(13, 8), layout="constrained")
     (histogram, by_layer), (bars, neurons) = figure.subplots(2, 2)
@@ -75,9 +81,9 @@ def _plot(scores: np.ndarray, top: list[int], thresholds: tuple[float, ...], k: 
     histogram.set(xlabel="change score", ylabel="neurons", title="all neurons")
     by_layer.boxplot(list(scores), positions=range(n_layers), showfliers=False)
     by_layer.set(xlabel="layer", ylabel="change score", title="by layer (outliers not drawn)")
-    bars.bar(range(n_layers), top)
+    bars.bar(range(n_layers), top_counts)
     bars.set(xlabel="layer", ylabel="neurons", title=f"layers of the top {k}")
-    width = -(-n_neurons // MAP_COLUMNS)
+    width = -(-n_neurons // MAX_MAP_COLUMNS)
     padded = np.pad(scores, ((0, 0), (0, -n_neurons % width)))
     pooled = padded.reshape(n_layers, -1, width).max(-1)
     image = neurons.imshow(pooled, aspect="auto", origin="lower", extent=(0, n_neurons, -0.5, n_layers - 0.5))

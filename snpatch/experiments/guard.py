@@ -1,6 +1,6 @@
-"""The guard over sets of prompts: does the prompt's last token tell whether the answer will be harmful?
+"""Guards across prompt sets: accuracy of predicting a harmful completion from the prompt's last token.
 
-Accuracy per k beside random neurons and the majority class; every training set tried on every other; calibration.
+Compares k, random neurons and the majority class, tests every training set on every other, and plots calibration.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from snpatch.errors import SnpatchError
 from snpatch.experiments.common.guard_labels import GuardSettings, label_set
+from snpatch.experiments.common.heatmap import draw_heatmap
 from snpatch.experiments.context import ExperimentContext
-from snpatch.guard.comparison import GuardRow, compare
+from snpatch.guard.comparison import ComparisonConfig, GuardRow, compare_guards
 from snpatch.report.formatting import format_value, to_plot_label
 from snpatch.report.report import Report, Row, TableView
 from snpatch.sweeps.config import SweepConfig
@@ -21,7 +22,13 @@ from snpatch.sweeps.config import SweepConfig
 
 @dataclass(frozen=True)
 class Settings(GuardSettings):
-    """prompts: sets to fit and try guards on (default: the benchmarks). k: numbers of neurons, ints or shares."""
+    """Settings of the comparison of guards.
+
+    Args:
+        prompts: Prompt sets to fit and test guards on; empty for the benchmarks.
+        k: Numbers of neurons: ints, or floats that are fractions of the ranked neurons.
+        controls: Random controls of each kind.
+    """
 
     prompts: tuple[str, ...] = ()
     k: tuple[int | float, ...] = (10, 50, 100, 200, 500, 1000, 1500)
@@ -29,98 +36,98 @@ class Settings(GuardSettings):
 
 
 def run(context: ExperimentContext, settings: Settings) -> Report:
-    """Label the generator's own answers, fit a guard on each set, try each on all."""
+    """Label the recipient's own completions, fit a guard on each set, and test it on all sets."""
     ranking, model = context.ranking(), context.model(context.config.safety.recipient)
     names = settings.prompts or context.config.benchmarks
     sets = {name: label_set(context, name, settings.harm_threshold) for name in names}
-    ks = [context.num_neurons(value, ranking) for value in settings.k]
-    with context.progress("guards") as progress:
-        found = compare(
-            context.engine,
-            model,
-            sets,
-            {"safety": ranking},
-            ks,
-            settings.config,
-            controls=settings.controls,
-            resamples=settings.resamples,
-            confidence=settings.confidence,
-            progress=progress,
-        )
-    rows = [row.flat() for row in found.rows]
-    curve = [
-        {"features": r.features, "control": r.control, "seed": r.seed, "k": r.k, "train": r.train, "test": r.test}
-        | asdict(point)
-        for r in found.rows
-        for point in r.scores.curve
-    ]
-    summary = _summary(found.rows)
-    # The largest k, and not the best: that would be chosen on the sets that are reported.
-    k = max(row["k"] for row in summary if row["features"] == "safety")
-    mine, *others = (row for row in summary if row["k"] == k)
-    beside = "".join(f"{row['features']} {format_value(row['accuracy'])}, " for row in others)
-    where = "sets that a guard was not fitted on" if len(sets) > 1 else "its own set, by cross-validation"
-    sentence = (
-        f"k = {k}: mean accuracy {format_value(mine['accuracy'])} on {where}; "
-        f"{beside}majority {format_value(mine['majority'])}."
+    config = ComparisonConfig(
+        ks=[context.num_neurons(value, ranking) for value in settings.k],
+        guard=settings.config,
+        controls=settings.controls,
+        resamples=settings.resamples,
+        confidence=settings.confidence,
     )
+    with context.progress("guards") as progress:
+        comparison = compare_guards(context.engine, model, sets, {"safety": ranking}, config, progress)
+    summary = _summarize(comparison.rows)
+    # The largest k instead of the best one, which would be chosen on the reported sets.
+    k = max(row["k"] for row in summary if row["features"] == "safety")
+    safety, *controls = (row for row in summary if row["k"] == k)
+    control_accuracies = "".join(f"{row['features']} {format_value(row['accuracy'])}, " for row in controls)
+    tested_on = "sets that a guard was not fitted on" if len(sets) > 1 else "its own set, by cross-validation"
+    sentence = (
+        f"k = {k}: mean accuracy {format_value(safety['accuracy'])} on {tested_on}; "
+        f"{control_accuracies}majority {format_value(safety['majority'])}."
+    )
+    columns = ("features", "k", "accuracy", "auc", "calibration_error", "majority")
+    display = TableView.from_rows(summary, {name: name for name in columns}, title=f"guards of {model}, {tested_on}")
+    tables = {
+        "guard": [row.flat() for row in comparison.rows],
+        "guard-summary": summary,
+        "guard-calibration": _calibration_rows(comparison.rows),
+    }
     return Report(
         "guard",
-        {"guard": rows, "guard-summary": summary, "guard-calibration": curve},
-        {"guard": _plot(found.rows, summary, k)},
-        (TableView.from_rows(summary, {name: name for name in summary[0]}, title=f"guards of {model}, {where}"),),
-        [sentence, *found.notes],
+        tables,
+        {"guard": _plot(comparison.rows, summary, k)},
+        (display,),
+        [sentence, *comparison.notes],
         records=[
             {
                 "set": name,
                 "prompt_index": i,
-                "completion": text,
-                "score": float(s.scores[i]),
-                "harmful": bool(s.labels[i]),
+                "completion": completion,
+                "score": float(labeled.scores[i]),
+                "harmful": bool(labeled.labels[i]),
             }
-            for name, s in sets.items()
-            for i, text in enumerate(s.completions)
+            for name, labeled in sets.items()
+            for i, completion in enumerate(labeled.completions)
         ],
     )
 
 
-def _summary(rows: Sequence[GuardRow]) -> list[Row]:
-    """By features and k: means over the pairs of different training and test sets (of one set alone: over its own)."""
+def _calibration_rows(rows: Sequence[GuardRow]) -> list[Row]:
+    names = ("features", "control", "seed", "k", "train", "test")
+    return [{name: getattr(row, name) for name in names} | asdict(point) for row in rows for point in row.scores.curve]
+
+
+def _summarize(rows: Sequence[GuardRow]) -> list[Row]:
+    """Average by features and k over the pairs of different training and test sets; of one set, over itself."""
     groups: dict[tuple[str, int], list[GuardRow]] = {}
-    are_apart = any(row.train != row.test for row in rows)
+    has_other_sets = any(row.train != row.test for row in rows)
     for row in rows:
-        if not are_apart or row.train != row.test:
+        if not has_other_sets or row.train != row.test:
             name = row.features if row.control is None else f"random {row.control}"
             groups.setdefault((name, row.k), []).append(row)
     summary = []
-    for (name, k), mine in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0] != "safety")):
-        figures = {}
-        for figure in ("accuracy", "balanced_accuracy", "auc", "brier", "calibration_error", "majority"):
-            values = [v for row in mine if (v := getattr(row.scores, figure)) is not None]
-            figures[figure] = float(np.mean(values)) if values else None
-        summary.append({"features": name, "k": k, **figures, "pairs": len(mine)})
+    for (name, k), group in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0] != "safety")):
+        means = {}
+        for score in ("accuracy", "balanced_accuracy", "auc", "brier", "calibration_error", "majority"):
+            values = [value for row in group if (value := getattr(row.scores, score)) is not None]
+            means[score] = float(np.mean(values)) if values else None
+        summary.append({"features": name, "k": k, **means, "pairs": len(group)})
     if not summary:
-        raise SnpatchError("guard: no k leaves enough neurons for a guard")
+        raise SnpatchError("guard: k: expected at most the ranking's number of neurons, got only larger ones")
     return summary
 
 
 def _plot(rows: Sequence[GuardRow], summary: Sequence[Row], k: int) -> Figure:
     figure = Figure(figsize=(16, 4.8), layout="constrained")
-    by_k, matrix, calibration = figure.subplots(1, 3)
+    curve_axis, matrix_axis, calibration_axis = figure.subplots(1, 3)
     for name in dict.fromkeys(row["features"] for row in summary):
         line = [row for row in summary if row["features"] == name]
-        by_k.plot([row["k"] for row in line], [row["accuracy"] for row in line], "o-", label=to_plot_label(name))
-    by_k.axhline(summary[0]["majority"], color="tab:gray", linestyle=":", label="majority class")
-    by_k.set(xlabel="neurons (k)", ylabel="mean accuracy on other sets")
-    by_k.legend(fontsize=8)
-    own = [row for row in rows if row.control is None and row.k == k]
-    _matrix(matrix, own, k)
-    _calibration(calibration, own, k)
+        curve_axis.plot([row["k"] for row in line], [row["accuracy"] for row in line], "o-", label=to_plot_label(name))
+    curve_axis.axhline(summary[0]["majority"], color="tab:gray", linestyle=":", label="majority class")
+    curve_axis.set(xlabel="neurons (k)", ylabel="mean accuracy on other sets")
+    curve_axis.legend(fontsize=8)
+    rows_at_k = [row for row in rows if row.control is None and row.k == k]
+    _draw_matrix(matrix_axis, rows_at_k, k)
+    _draw_calibration(calibration_axis, rows_at_k, k)
     return figure
 
 
-def _calibration(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:
-    """Each bin of probabilities, all training and test sets together; the larger, the more prompts."""
+def _draw_calibration(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:
+    """Draw each bin of probabilities, all training and test sets together; the area is the number of prompts."""
     bins: dict[float, list] = {}
     for row in rows:
         for point in row.scores.curve:
@@ -130,20 +137,25 @@ def _calibration(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:
         n = np.array([point.n for point in points])
         x, y = (n @ [getattr(p, name) for p in points] / n.sum() for name in ("mean_probability", "harmful_share"))
         axis.scatter(x, y, s=10 + 2000 * n.sum() / sum(row.scores.n for row in rows), color="tab:blue", alpha=0.6)
-    axis.set(xlabel="mean probability of harm", ylabel="share that was harmful", xlim=(-0.1, 1.1), ylim=(-0.1, 1.1))
+    axis.set(xlabel="mean probability of harm", ylabel="fraction harmful", xlim=(-0.1, 1.1), ylim=(-0.1, 1.1))
     axis.set_title(f"calibration, all sets, k = {k} (size: prompts)", fontsize=10)
 
 
-def _matrix(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:
-    trained, tested = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("train", "test"))
-    values = np.full((len(trained), len(tested)), np.nan)
+def _draw_matrix(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:
+    train, test = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("train", "test"))
+    values = np.full((len(train), len(test)), np.nan)
     for row in rows:
-        values[trained.index(row.train), tested.index(row.test)] = row.scores.accuracy
-    axis.imshow(values, vmin=0.5, vmax=1, cmap="viridis", aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.75 else "black")
-    axis.set_xticks(range(len(tested)), list(map(to_plot_label, tested)), rotation=20, ha="right")
-    axis.set_yticks(range(len(trained)), list(map(to_plot_label, trained)))
-    axis.set(xlabel="tried on", ylabel="fitted on")
+        values[train.index(row.train), test.index(row.test)] = row.scores.accuracy
+    draw_heatmap(
+        axis,
+        values,
+        train,
+        test,
+        color_limits=(0.5, 1),
+        colormap="viridis",
+        format_cell=lambda i, j, value: "" if np.isnan(value) else f"{value:.2f}",
+        is_dark=lambda value: value < 0.75,
+        rotation=20,
+    )
+    axis.set(xlabel="tested on", ylabel="fitted on")
     axis.set_title(f"accuracy, k = {k} (own set: by cross-validation)", fontsize=10)

@@ -1,7 +1,7 @@
-"""neuron2word: the tokens that a neuron's output direction speaks for, `lm_head(norm(W_down[:, n]))`.
+"""Neuron tokens (the paper's neuron2word): the tokens that a neuron promotes, `lm_head(norm(W_down[:, n]))`.
 
-Why the weights come from the checkpoint's files: the engine may run in other processes or packed, and a whole second
-model beside it would not fit.
+Why weights are read from the checkpoint's files: the engine may hold them in other processes or packed, and a second
+complete model would not fit in memory.
 """
 
 from dataclasses import dataclass
@@ -24,36 +24,42 @@ from snpatch.report.report import Report, TableView
 
 @dataclass(frozen=True)
 class Settings:
-    """neurons: how many of the ranking's first. tokens: how many of each."""
+    """Settings of neuron tokens.
+
+    Args:
+        neurons: Number of first neurons of the ranking.
+        tokens: Tokens per neuron.
+    """
 
     neurons: int = 10
     tokens: int = 20
 
 
 def run(context: ExperimentContext, settings: Settings) -> Report:
-    """Project the first neurons of the safety ranking to the vocabulary."""
+    """Project the first neurons of the safety ranking onto the vocabulary."""
     ranking = context.ranking()
     if settings.neurons < 1 or settings.tokens < 1:
-        raise SnpatchError("neuron_tokens: neurons and tokens must be at least 1")
+        raise SnpatchError(
+            f"neuron_tokens: neurons and tokens: expected at least 1, got {settings.neurons} and {settings.tokens}"
+        )
     context.model("base")
     config = context.engine.config
     logits = neuron_logits(config.model, ranking, settings.neurons, config.allow_untested)
-    best = logits.topk(min(settings.tokens, logits.shape[1]))
+    top = logits.topk(min(settings.tokens, logits.shape[1]))
+    neurons = ranking.top(settings.neurons).tolist()
     rows = []
-    for rank, (layer, neuron) in enumerate(ranking.top(settings.neurons).tolist()):
-        for place, (value, token) in enumerate(
-            zip(best.values[rank].tolist(), best.indices[rank].tolist(), strict=True)
-        ):
-            spelled = context.engine.tokenizer.convert_ids_to_tokens(token)
+    for rank, (layer, neuron) in enumerate(neurons):
+        pairs = zip(top.values[rank].tolist(), top.indices[rank].tolist(), strict=True)
+        for place, (logit, token_id) in enumerate(pairs):
             rows.append(
                 {
                     "rank": rank,
                     "layer": layer,
                     "neuron": neuron,
                     "place": place,
-                    "token_id": token,
-                    "token": spelled,
-                    "logit": value,
+                    "token_id": token_id,
+                    "token": context.engine.tokenizer.convert_ids_to_tokens(token_id),
+                    "logit": logit,
                 }
             )
     lines = [
@@ -63,39 +69,42 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
             "neuron": neuron,
             "tokens": " ".join(str(row["token"]) for row in rows if row["rank"] == rank),
         }
-        for rank, (layer, neuron) in enumerate(ranking.top(settings.neurons).tolist())
+        for rank, (layer, neuron) in enumerate(neurons)
     ]
     plots = {"neuron_tokens": _plot(rows, lines)}
     first = lines[0]
-    sentence = f"layer {first['layer']}, neuron {first['neuron']} ranks first; it speaks for: {first['tokens']}."
+    sentence = f"layer {first['layer']}, neuron {first['neuron']} ranks first; it promotes: {first['tokens']}."
     display = TableView.from_rows(lines, {name: name for name in first})
     return Report("neuron_tokens", {"neuron_tokens": rows}, plots, (display,), [sentence])
 
 
 def neuron_logits(model: str | Path, ranking: Ranking, n: int, allow_untested: bool = False) -> Tensor:
-    """[n, vocabulary] float32: the model's own final norm and output layer on each neuron's column of `down_proj`.
+    """Apply the model's final norm and output layer to the `down_proj` columns of the first n neurons.
 
-    In the type that the model's config names, as the model itself would compute it; without any, the checkpoint's.
+    Computed in the dtype that the model's config names, as the model would; without one, in the checkpoint's.
+
+    Returns:
+        [n, vocabulary] float32.
     """
     config, weights = load_config(model, allow_untested), open_weights(model)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    tensors = _columns(weights, ranking.top(n)), weights.read("model.norm.weight"), weights.read(head)
+    tensors = _read_columns(weights, ranking.top(n)), weights.read("model.norm.weight"), weights.read(head)
     columns, norm, output = (tensor.to(config.dtype) if config.dtype else tensor for tensor in tensors)
     return functional.linear(_norm(columns, norm, config), output).float()
 
 
-def _columns(weights: CheckpointWeights, places: Tensor) -> Tensor:
-    """The output directions of neurons (layer, neuron), [n, hidden]; a layer's are read together."""
-    found: dict[int, Tensor] = {}
-    for layer in places[:, 0].unique().tolist():
-        rows = torch.nonzero(places[:, 0] == layer).flatten().tolist()
-        columns = weights.columns(f"model.layers.{layer}.mlp.down_proj.weight", places[rows, 1].tolist())
-        found |= dict(zip(rows, columns.T, strict=True))
-    return torch.stack([found[row] for row in range(len(places))])
+def _read_columns(weights: CheckpointWeights, neurons: Tensor) -> Tensor:
+    """Read the output directions [n, hidden] of neurons [n, 2] (layer, neuron), one layer at a time."""
+    directions: dict[int, Tensor] = {}
+    for layer in neurons[:, 0].unique().tolist():
+        rows = torch.nonzero(neurons[:, 0] == layer).flatten().tolist()
+        columns = weights.columns(f"model.layers.{layer}.mlp.down_proj.weight", neurons[rows, 1].tolist())
+        directions |= dict(zip(rows, columns.T, strict=True))
+    return torch.stack([directions[row] for row in range(len(neurons))])
 
 
 def _norm(x: Tensor, weight: Tensor, config) -> Tensor:
-    """RMSNorm with the architectures' own rounding: Gemma's scales by 1 + weight, and like OLMo's in float32."""
+    """Apply RMSNorm with the architecture's rounding: Gemma scales by 1 + weight; Gemma and OLMo scale in float32."""
     normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + config.rms_norm_eps)
     if config.model_type.startswith("gemma"):
         return (normed * (1 + weight.float())).to(x.dtype)
@@ -114,9 +123,9 @@ def _plot(rows: list[dict], lines: list[dict]) -> Figure:
     middle = (values.min() + values.max()) / 2
     for i, row in enumerate(rows):
         x, y = i % width, i // width
-        colour = "black" if values[y, x] > middle else "white"
-        axis.text(x, y, to_plot_label(str(row["token"])), ha="center", va="center", fontsize=7, color=colour)
+        color = "black" if values[y, x] > middle else "white"
+        axis.text(x, y, to_plot_label(str(row["token"])), ha="center", va="center", fontsize=7, color=color)
     axis.set_xticks([])
     axis.set_yticks(range(len(lines)), [f"layer {line['layer']}, neuron {line['neuron']}" for line in lines])
-    axis.set_xlabel("tokens that the neuron speaks for, the strongest first")
+    axis.set_xlabel("tokens that the neuron promotes, highest logit first")
     return figure

@@ -1,4 +1,4 @@
-"""Preference neurons: how far rankings of other objectives (helpfulness, ...) agree with safety's."""
+"""Objectives: agreement of the rankings of other objectives (helpfulness, ...) with the safety ranking."""
 
 from dataclasses import dataclass
 

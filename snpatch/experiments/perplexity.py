@@ -1,6 +1,6 @@
-"""Perplexity against k: what patching does to a text that has nothing to do with safety (paper: Wikitext-2).
+"""Perplexity against k: effect of patching on a text that is unrelated to safety (paper: Wikitext-2).
 
-Both of sweeps.perplexity's figures are told, as the published one counts a short last window too much.
+Reports both values of sweeps.perplexity, because the published one overweights a short last window.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,23 @@ from matplotlib.figure import Figure
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.experiments.context import ExperimentContext
 from snpatch.patching.patch import Patch
-from snpatch.report.formatting import format_interval, to_plot_label
+from snpatch.report.formatting import format_with_interval, to_plot_label
 from snpatch.report.report import Report, TableView
 from snpatch.statistics import interval
 
 
 @dataclass(frozen=True)
 class Settings:
-    """text: a set of the config. k: ints, or shares of the neurons. window, bos_each_window: see
-    sweeps.perplexity.measure.
+    """Settings of the perplexity.
+
+    Args:
+        text: Prompt set of the experiment config that holds the text.
+        window: Tokens per window; see sweeps.perplexity.measure.
+        k: Numbers of neurons: ints, or floats that are fractions of the ranked neurons.
+        positions: Positions that are patched; see Patch.
+        bos_each_window: See sweeps.perplexity.measure.
+        resamples: Bootstrap resamples of each interval.
+        confidence: Confidence level of the intervals.
     """
 
     text: str = "text"
@@ -33,7 +41,7 @@ class Settings:
 
 
 def run(context: ExperimentContext, settings: Settings) -> Report:
-    """Every recipient at every k, and the donor."""
+    """Measure every recipient at every k, and the donor."""
     ranking, donor = context.ranking(), context.config.donor
     points: list[tuple[str, int, Patch | str]] = []
     for recipient in context.config.recipients:
@@ -41,10 +49,10 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
             points.append((recipient, window.hi, Patch(recipient, donor, ranking, window, settings.positions)))
     points.append((donor, 0, donor))
     patches = [patch for *_, patch in points]
-    found = context.perplexity(settings.text, patches, settings.window, settings.bos_each_window)
+    results = context.perplexity(settings.text, patches, settings.window, settings.bos_each_window)
     rows = []
-    for (model, k, patch), one in zip(points, found, strict=True):
-        totals, counts = np.array(one.losses).T
+    for (model, k, patch), result in zip(points, results, strict=True):
+        totals, counts = np.array(result.losses).T
         _, low, high = interval(
             lambda t, n, axis: np.exp(t.sum(axis) / n.sum(axis)),
             totals,
@@ -57,27 +65,26 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
                 "model": model,
                 "donor": donor if isinstance(patch, Patch) else None,
                 "k": k,
-                "token_weighted": one.token_weighted,
+                "token_weighted": result.token_weighted,
                 "token_weighted_low": low,
                 "token_weighted_high": high,
-                "window_mean": one.window_mean,
-                "tokens": one.tokens,
-                "windows": len(one.losses),
+                "window_mean": result.window_mean,
+                "tokens": result.tokens,
+                "windows": len(result.losses),
             }
         )
     columns = {
         "model": "model",
         "k": "k",
-        "perplexity": "token_weighted",
-        f"{settings.confidence:.0%} interval": lambda row: format_interval(row, "token_weighted"),
+        f"perplexity {settings.confidence:.0%} CI": lambda row: format_with_interval(row, "token_weighted"),
         "mean of windows (published)": "window_mean",
         "tokens": "tokens",
         "windows": "windows",
     }
     sentences = []
     for recipient in context.config.recipients:
-        mine = [row for row in rows if row["model"] == recipient]
-        first, last = mine[0], mine[-1]
+        recipient_rows = [row for row in rows if row["model"] == recipient]
+        first, last = recipient_rows[0], recipient_rows[-1]
         sentences.append(
             f"{recipient}: perplexity {first['token_weighted']:.2f} at k = {first['k']}, "
             f"{last['token_weighted']:.2f} at k = {last['k']}."

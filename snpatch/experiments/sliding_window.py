@@ -1,4 +1,4 @@
-"""Sliding window over ranks: what neurons of rank [i, i + width) do, for growing i (paper, section 2)."""
+"""Sliding window over ranks: effect of the neurons of rank [i, i + width) for growing i (paper, section 2)."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,14 @@ from snpatch.report.report import Report
 
 @dataclass(frozen=True)
 class Settings(SweepSettings):
-    """width, stride, last (the last window's first rank): ints, or floats that are shares of the ranked neurons."""
+    """Settings of the sliding window. Numbers of neurons are ints, or floats that are fractions of the ranked neurons.
+
+    Args:
+        prompts: Prompt set of the experiment config; empty for its first benchmark.
+        width: Neurons per window.
+        stride: Ranks between the starts of two windows.
+        last: First rank of the last window.
+    """
 
     prompts: str = ""
     width: int | float = 20_000
@@ -20,13 +27,13 @@ class Settings(SweepSettings):
 
 
 def run(context: ExperimentContext, settings: Settings) -> Report:
-    """Sweep the window; windows that would reach past the ranking are left out, which is said."""
+    """Sweep the window. Windows that would reach past the ranking are left out with a note."""
     ranking = context.ranking()
     width, stride, last = (
         context.num_neurons(value, ranking) for value in (settings.width, settings.stride, settings.last)
     )
     if width < 1 or stride < 1:
-        raise SnpatchError(f"sliding_window: width and stride must be at least one neuron, got {width} and {stride}")
+        raise SnpatchError(f"sliding_window: width and stride: expected at least one neuron, got {width} and {stride}")
     starts = range(0, last + 1, stride)
     windows = tuple(Window(start, start + width) for start in starts if start + width <= len(ranking))
     result = context.sweep(

@@ -1,4 +1,4 @@
-"""Stability: do training runs that differ in their seed alone find the same safety neurons?"""
+"""Stability: agreement of the safety rankings of training runs that differ only in their seed."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Benchmarks x recipients: the neurons found on one set, patched on all others (the paper's Table 1, and Eq. 4)."""
+"""Transfer: neurons found on one prompt set, patched on every benchmark (the paper's Table 1 and Eq. 4)."""
 
 from dataclasses import asdict, dataclass
 
@@ -8,15 +8,21 @@ from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_c
 from snpatch.experiments.context import ExperimentContext
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
-from snpatch.report.formatting import format_percent, format_range, to_plot_label
+from snpatch.report.formatting import describe_score, format_percent, format_range, to_plot_label
 from snpatch.report.report import Report, TableView
 from snpatch.sweeps.sweep import SweepResult
 
 
 @dataclass(frozen=True)
 class Settings(SweepSettings):
-    """k: an int, or a share of the neurons. benchmarks: sets (default: the config's). text, window: see perplexity;
-    an empty text leaves the perplexity out.
+    """Settings of the transfer.
+
+    Args:
+        k: Number of neurons: an int, or a fraction of the ranked neurons.
+        benchmarks: Prompt sets; empty for the config's benchmarks.
+        text: Text of the perplexity, see perplexity.Settings; empty to leave the perplexity out.
+        window: See perplexity.Settings.
+        controls: Random controls.
     """
 
     k: int | float = 20_000
@@ -32,39 +38,44 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     k = context.num_neurons(settings.k, ranking)
     config = build_sweep_config(context, settings, (k,))
     benchmarks = settings.benchmarks or context.config.benchmarks
-    perplexities = _perplexities(context, settings, ranking, k) if settings.text else None
+    perplexities = _measure_perplexities(context, settings, ranking, k) if settings.text else None
     results = {name: context.sweep(name, {"safety": ranking}, context.cost, config) for name in benchmarks}
     rows = [{"benchmark": name, **asdict(row)} for name, result in results.items() for row in result.rows]
-    table = _as_published(context, results)
+    table = _build_published_table(context, results)
     if perplexities:
         table = [row | {"perplexity": ppl} for row, ppl in zip(table, perplexities, strict=True)]
-    effects = [row for row in rows if row["ranking"] is not None and row["control_seed"] is None]
-    means = {r: [row["effect"] for row in effects if row["recipient"] == r] for r in context.config.recipients}
+    patched_rows = [row for row in rows if row["ranking"] is not None and row["control_seed"] is None]
+    effects = {
+        recipient: [row["effect"] for row in patched_rows if row["recipient"] == recipient]
+        for recipient in context.config.recipients
+    }
     headline = [
-        f"{recipient}: {k} neurons recover {format_range(found, format_percent)} of the safety gain "
-        f"over {len(found)} benchmarks."
-        for recipient, values in means.items()
-        if (found := [value for value in values if value is not None])
+        f"{recipient}: {k} neurons recover {format_range(defined, format_percent)} of the safety gain "
+        f"over {len(defined)} benchmarks."
+        for recipient, values in effects.items()
+        if (defined := [value for value in values if value is not None])
     ]
+    title = f"mean {describe_score(context.config.cost)}; + = patched with {k} neurons"
+    display = TableView.from_rows(table, {name: name for name in table[0]}, title)
     records = [{"benchmark": name, **record} for name, result in results.items() for record in result.records]
     return Report(
         "transfer",
         {"transfer": rows, "transfer-table": table},
         {"transfer": _plot(table, results)},
-        (TableView.from_rows(table, {n: n for n in table[0]}, title=f"mean cost; + = patched with {k} neurons"),),
+        (display,),
         headline,
         records=records,
     )
 
 
-def _as_published(context: ExperimentContext, results: dict[str, SweepResult]) -> list[dict]:
-    """A row a model, patched ("+") or not, as in Table 1: mean cost on each benchmark and the effect's range."""
+def _build_published_table(context: ExperimentContext, results: dict[str, SweepResult]) -> list[dict]:
+    """Return one row per model, patched ("+") or not, as in Table 1: mean cost and effect on each benchmark."""
     table = []
     cost = context.config.cost
     for recipient in context.config.recipients:
-        plain = {name: result.baseline(recipient, cost).mean for name, result in results.items()}
+        unpatched = {name: result.baseline(recipient, cost).mean for name, result in results.items()}
         patched = {name: result.line(cost, recipient, "safety")[0] for name, result in results.items()}
-        table.append({"model": recipient, **plain, **dict.fromkeys((f"effect on {n}" for n in results), None)})
+        table.append({"model": recipient, **unpatched, **dict.fromkeys((f"effect on {n}" for n in results), None)})
         effects = {f"effect on {name}": row.effect for name, row in patched.items()}
         table.append({"model": f"{recipient}+", **{name: row.mean for name, row in patched.items()}, **effects})
     donor = {name: result.baseline(context.config.donor, cost).mean for name, result in results.items()}
@@ -72,13 +83,13 @@ def _as_published(context: ExperimentContext, results: dict[str, SweepResult]) -
     return table
 
 
-def _perplexities(context: ExperimentContext, settings: Settings, ranking: Ranking, k: int) -> list[float]:
-    """Published window-mean perplexity of each row of the table."""
+def _measure_perplexities(context: ExperimentContext, settings: Settings, ranking: Ranking, k: int) -> list[float]:
+    """Measure the published window-mean perplexity of each row of the table."""
     patches: list[Patch | str] = []
     for recipient in context.config.recipients:
         patches += [recipient, Patch(recipient, context.config.donor, ranking, k, settings.positions)]
-    found = context.perplexity(settings.text, [*patches, context.config.donor], settings.window)
-    return [one.window_mean for one in found]
+    results = context.perplexity(settings.text, [*patches, context.config.donor], settings.window)
+    return [result.window_mean for result in results]
 
 
 def _plot(table: list[dict], results: dict[str, SweepResult]) -> Figure:

@@ -1,1 +1,1 @@
-"""Guards: from the activations of a prompt's last token, before anything is generated, will the answer be harmful?"""
+"""Guards: classifiers that predict a harmful completion from the neurons at a prompt's last token."""

@@ -1,10 +1,10 @@
-"""Guards on several sets of prompts: every k, training set and test set, beside random neurons.
+"""Comparison of guards: every k, training set and test set, with random neurons as a control.
 
-Why random neurons: they come close to the safety neurons where k is large, so that no accuracy means much alone.
+Why random neurons: with a large k they come close to the safety neurons, so an accuracy alone means little.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -23,11 +23,46 @@ from snpatch.sweeps.config import SweepConfig
 
 
 @dataclass(frozen=True)
-class GuardRow:
-    """One point: a guard on the first k of `features` (a ranking's name), fitted on `train`, tried on `test`.
+class ComparisonConfig:
+    """Settings of a comparison of guards.
 
-    control, seed: of the random neurons of that ranking which it was fitted on instead; None: on its own. C: the one
-    chosen. scores: where train is test, of probabilities from the other folds, so never of prompts that it saw.
+    Args:
+        ks: Numbers of neurons to fit guards on.
+        guard: Settings of each guard.
+        train: Names of the sets to fit on; None for all.
+        controls: Random controls of each kind, with seeds 0, 1, ...
+        control_kinds: Kinds of random controls, see Ranking.random_control.
+        resamples: Bootstrap resamples of each interval.
+        confidence: Confidence level of the intervals.
+    """
+
+    ks: Sequence[int]
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    train: Sequence[str] | None = None
+    controls: int = SweepConfig.controls
+    control_kinds: Sequence[str] = ("per_layer", "last_layer")
+    resamples: int = RESAMPLES
+    confidence: float = CONFIDENCE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ks", tuple(sorted(set(self.ks))))
+        if not self.ks or self.ks[0] < 1:
+            raise SnpatchError(f"guard: k: expected numbers of at least 1, got {list(self.ks)}")
+
+
+@dataclass(frozen=True)
+class GuardRow:
+    """Scores of one guard on one set.
+
+    Args:
+        features: Name of the ranking whose first k neurons the guard reads.
+        control: Kind of random control of that ranking which the guard reads instead; None for the ranking itself.
+        seed: Seed of the control.
+        k: Number of neurons.
+        train: Set that the guard was fitted on.
+        test: Set that it was tested on.
+        C: Inverse penalty strength that was used.
+        scores: Scores on the test set. If it is the training set, of out-of-fold probabilities.
     """
 
     features: str
@@ -40,7 +75,7 @@ class GuardRow:
     scores: GuardScores
 
     def flat(self) -> dict:
-        """Everything but the calibration curve, as one row of a table."""
+        """Return everything but the calibration curve as one table row."""
         row = {**self.__dict__, **asdict(self.scores)}
         del row["scores"], row["curve"]
         return row
@@ -48,7 +83,12 @@ class GuardRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """rows: by ranking and control, training set, k, test set. notes: what was left out and why."""
+    """Result of a comparison.
+
+    Args:
+        rows: Ordered by ranking and control, training set, k, test set.
+        notes: What was left out, with the reason.
+    """
 
     rows: list[GuardRow]
     notes: list[str]
@@ -56,7 +96,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Features:
-    """Neurons in an order, of which the first of each of `ks` are tried."""
+    """An order of neurons, and the ks for which it has enough of them."""
 
     name: str
     control: str | None
@@ -65,105 +105,106 @@ class _Features:
     ks: list[int]
 
 
-def compare(
+def compare_guards(
     engine: Engine,
     model: str,
     sets: Mapping[str, LabeledPrompts],
     rankings: Mapping[str, Ranking],
-    ks: Sequence[int],
-    config: GuardConfig | None = None,
-    *,
-    train: Sequence[str] | None = None,
-    controls: int = SweepConfig.controls,
-    control_kinds: Sequence[str] = ("per_layer", "last_layer"),
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
+    config: ComparisonConfig,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Fit a guard for every ranking (and its random controls), k and training set, and try each on every set.
+    """Fit a guard for each ranking (and its random controls), k and training set, and test each on every set.
 
-    train: names of the sets to fit on (default: all). controls: random controls of each kind, one a seed from 0 on.
-    All of a ranking's activations are captured in one pass. A k for which there are not enough neurons, and prompts
-    of a test set that are in the training set, too, are left out, and a note says so; a prompt that is twice in its
-    set is an error. progress counts pairs of features and training sets.
+    All activations of a ranking are captured in one pass.
+
+    Args:
+        engine: Engine that has the model.
+        model: Name of the model whose activations and completions are used.
+        sets: Labeled prompts, by name.
+        rankings: Rankings, by name.
+        config: See ComparisonConfig.
+        progress: Called as `progress(done, total)` with the number of (features, training set) pairs.
+
+    Returns:
+        The rows. A k with too few neurons, and test prompts that are also in the training set, are left out with a
+        note.
+
+    Raises:
+        SnpatchError: An unknown training set, a set with too few prompts of a class, or a set that repeats a prompt.
     """
-    config = config or GuardConfig()
-    train = list(sets) if train is None else list(train)
+    train = list(sets) if config.train is None else list(config.train)
     unknown = [name for name in train if name not in sets]
     if unknown or not train or not rankings:
-        raise SnpatchError(f"guard: wanted a ranking and training sets out of {', '.join(sets)}, got {train}")
+        raise SnpatchError(f"guard: expected a ranking and training sets out of {', '.join(sets)}, got {train}")
     for name in train:
-        fitting.check_trainable(sets[name].labels, config, name)
-    encoded = {name: _distinct(engine, model, s.prompts, name) for name, s in sets.items()}
-    fresh, notes = _unseen(encoded, train)
-    features = _features(rankings, ks, controls, control_kinds, notes)
+        fitting.check_trainable(sets[name].labels, config.guard, name)
+    encoded = {name: _encode_distinct(engine, model, labeled.prompts, name) for name, labeled in sets.items()}
+    test_indices, notes = _find_unseen(encoded, train)
+    features = _build_features(rankings, config, notes)
     fingerprint, rows = engine.fingerprint(model), []
-    for number, one in enumerate(features):
-        captured = _capture(engine, model, encoded, one)
+    for number, order in enumerate(features):
+        captured = _capture(engine, model, encoded, order)
         for done, source in enumerate(train, start=1):
-            for k in one.ks:
-                x, y = captured[source][:, :k], sets[source].labels
-                guard = Guard.fit(x, y, one.ranking, model=model, fingerprint=fingerprint, config=config)
-                for target, kept in fresh[source].items():
+            for k in order.ks:
+                x, labels = captured[source][:, :k], sets[source].labels
+                guard = Guard.fit(x, labels, order.ranking, model=model, fingerprint=fingerprint, config=config.guard)
+                for target, indices in test_indices[source].items():
                     if target == source:
-                        p = fitting.predict_out_of_fold(x, y, config)
+                        probabilities = fitting.predict_out_of_fold(x, labels, config.guard)
                     else:
-                        p = guard.probability(captured[target][kept, :k])
+                        probabilities = guard.probability(captured[target][indices, :k])
                     scores = evaluate(
-                        p,
-                        sets[target].labels[kept],
-                        threshold=config.threshold,
-                        resamples=resamples,
-                        confidence=confidence,
+                        probabilities,
+                        sets[target].labels[indices],
+                        threshold=config.guard.threshold,
+                        resamples=config.resamples,
+                        confidence=config.confidence,
                     )
-                    names = one.name, one.control, one.seed, k, source, target
+                    names = order.name, order.control, order.seed, k, source, target
                     rows.append(GuardRow(*names, guard.meta["C"], scores))
             if progress:
                 progress(number * len(train) + done, len(features) * len(train))
     return Comparison(rows, notes)
 
 
-def _distinct(engine: Engine, model: str, prompts: Sequence[Chat], name: str) -> list[tuple[int, ...]]:
-    """Token ids of each prompt. The same prompt in two folds would be a training row that is tested on."""
+def _encode_distinct(engine: Engine, model: str, prompts: Sequence[Chat], name: str) -> list[tuple[int, ...]]:
+    """Return token ids of each prompt. Raise for a repeated prompt, which could be in two folds."""
     encoded = [tuple(ids) for ids in engine.encode(prompts, model)]
     if len(set(encoded)) < len(encoded):
         raise SnpatchError(f"guard: {name} has {len(encoded)} prompts, only {len(set(encoded))} different ones")
     return encoded
 
 
-def _unseen(encoded: dict[str, list], train: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
-    """Training set -> test set -> indices of its prompts that are not in the training set (all of its own)."""
-    fresh, notes = {}, []
+def _find_unseen(encoded: dict[str, list], train: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """Return training set -> test set -> indices of prompts that are not in the training set (all of its own)."""
+    unseen, notes = {}, []
     for source in train:
         seen = set(encoded[source])
-        fresh[source] = {}
+        unseen[source] = {}
         for target, prompts in encoded.items():
-            kept = np.array([i for i, ids in enumerate(prompts) if target == source or ids not in seen], dtype=int)
-            if len(kept) < len(prompts):
-                notes.append(f"{target}: {len(prompts) - len(kept)} prompts are in {source}, too, and left out")
-            if len(kept):
-                fresh[source][target] = kept
-    return fresh, notes
+            indices = np.array([i for i, ids in enumerate(prompts) if target == source or ids not in seen], dtype=int)
+            if len(indices) < len(prompts):
+                notes.append(f"{target}: {len(prompts) - len(indices)} prompts are also in {source} and left out")
+            if len(indices):
+                unseen[source][target] = indices
+    return unseen, notes
 
 
-def _features(rankings, ks, controls, kinds, notes) -> list[_Features]:
-    """Each ranking and its controls with the ks for which they have enough neurons."""
-    ks = sorted(set(ks))
-    if not ks or ks[0] < 1:
-        raise SnpatchError(f"guard: k must be at least 1, got {ks}")
+def _build_features(rankings: Mapping[str, Ranking], config: ComparisonConfig, notes: list[str]) -> list[_Features]:
+    """Return each ranking and its controls, with the ks for which they have enough neurons."""
     features = []
     for name, ranking in rankings.items():
-        own = [k for k in ks if k <= len(ranking)]
-        if own != ks:
-            notes.append(f"{name}: has {len(ranking)} neurons, not enough for k={ks[len(own)]} and more")
-        if own:
-            features.append(_Features(name, None, None, ranking, own))
-        for kind in kinds if controls else ():
-            left = [k for k in own if _has_control(ranking, k, kind, name, notes)]
+        ks = [k for k in config.ks if k <= len(ranking)]
+        if len(ks) < len(config.ks):
+            notes.append(f"{name}: has {len(ranking)} neurons, too few for k={config.ks[len(ks)]} and more")
+        if ks:
+            features.append(_Features(name, None, None, ranking, ks))
+        for kind in config.control_kinds if config.controls else ():
+            control_ks = [k for k in ks if _has_control(ranking, k, kind, name, notes)]
             features += [
-                _Features(name, kind, seed, ranking.random_control(left[-1], seed=seed, kind=kind), left)
-                for seed in range(controls)
-                if left
+                _Features(name, kind, seed, ranking.random_control(control_ks[-1], seed=seed, kind=kind), control_ks)
+                for seed in range(config.controls)
+                if control_ks
             ]
     return features
 
@@ -171,15 +212,15 @@ def _features(rankings, ks, controls, kinds, notes) -> list[_Features]:
 def _has_control(ranking: Ranking, k: int, kind: str, name: str, notes: list[str]) -> bool:
     try:
         ranking.random_control(k, seed=0, kind=kind)
-    except NotEnoughNeuronsError as reason:
-        notes.append(f"{name}: k={k} has no {kind} control: {reason}")
+    except NotEnoughNeuronsError as error:
+        notes.append(f"{name}: k={k} has no {kind} control: {error}")
         return False
     return True
 
 
-def _capture(engine: Engine, model: str, encoded: dict[str, list], one: _Features) -> dict[str, np.ndarray]:
-    """Set -> activations [prompts, largest k], from one pass over all sets."""
-    everything = [ids for prompts in encoded.values() for ids in prompts]
-    captured = engine.capture(everything, model, one.ranking, one.ks[-1]).numpy()
+def _capture(engine: Engine, model: str, encoded: dict[str, list], order: _Features) -> dict[str, np.ndarray]:
+    """Return set -> activations [prompts, largest k], captured in one pass over all sets."""
+    token_ids = [ids for prompts in encoded.values() for ids in prompts]
+    captured = engine.capture(token_ids, model, order.ranking, order.ks[-1]).numpy()
     ends = np.cumsum([len(prompts) for prompts in encoded.values()])[:-1]
     return dict(zip(encoded, np.split(captured, ends), strict=True))

@@ -1,4 +1,4 @@
-"""GuardConfig: how a guard is fitted and what it does. Kept free of torch: the CLI takes its defaults from here."""
+"""GuardConfig: settings of a guard. Imports no torch, because the CLI reads its defaults from here."""
 
 import math
 from collections.abc import Iterable
@@ -10,21 +10,27 @@ from snpatch.utils.schema import option
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """How a guard is fitted and what it does.
+    """Settings of a guard's fit and of its decisions.
 
-    C: inverse strength of the L2 penalty on the scaled features; of several, the one with the least log loss in
-    cross-validation. class_weight: None or "balanced" (each class counts the same; the probabilities then are those
-    of an even mix). folds: of every cross-validation, stratified and drawn by `seed`. max_iter: steps within which
-    the fit must converge. threshold: prompts of a higher probability of harm are refused, with the text `refusal`.
+    Args:
+        C: Inverse strength of the L2 penalty on the scaled features. Of several values, cross-validation chooses the
+            one with the lowest log loss.
+        class_weight: None, or "balanced" to give both classes the same total weight (the probabilities are then those
+            of an even mix of classes).
+        folds: Folds of each cross-validation, stratified.
+        seed: Seed that assigns prompts to folds.
+        max_iter: Maximum number of solver iterations; a fit that does not converge is an error.
+        threshold: Prompts with a higher predicted probability of harm are refused.
+        refusal: Completion of a refused prompt.
     """
 
     C: float | tuple[float, ...] = 1.0
     class_weight: str | None = None
-    folds: int = option(5, "Of the cross-validation.", min=2)
+    folds: int = option(5, "Number of cross-validation folds.", min=2)
     seed: int = 0
     max_iter: int = 1000
-    threshold: float = option(0.5, "Prompts of a higher probability of harm are refused.")
-    refusal: str = option("I cannot help with that.", "The text that refused prompts get.")
+    threshold: float = option(0.5, "Refuse prompts whose predicted probability of harm is higher.")
+    refusal: str = option("I cannot help with that.", "Completion of refused prompts.")
 
     def __post_init__(self) -> None:
         strengths = tuple(self.C) if isinstance(self.C, Iterable) else (self.C,)
@@ -32,16 +38,16 @@ class GuardConfig:
         for valid, message in (
             (
                 strengths and all(C > 0 and math.isfinite(C) for C in strengths),
-                f"C must be positive, one value or several, got {strengths}",
+                f"C: expected one or more positive numbers, got {strengths}",
             ),
             (
                 self.class_weight in (None, "balanced"),
-                f"class_weight must be None or 'balanced', got {self.class_weight!r}",
+                f"class_weight: expected None or 'balanced', got {self.class_weight!r}",
             ),
-            (self.folds >= 2, f"folds must be at least 2, got {self.folds}"),
-            (self.max_iter >= 1, f"max_iter must be at least 1, got {self.max_iter}"),
-            (0 < self.threshold < 1, f"threshold must lie between 0 and 1, got {self.threshold}"),
-            (self.refusal.strip(), "refusal must be a text: it stands in the place of an answer"),
+            (self.folds >= 2, f"folds: expected at least 2, got {self.folds}"),
+            (self.max_iter >= 1, f"max_iter: expected at least 1, got {self.max_iter}"),
+            (0 < self.threshold < 1, f"threshold: expected a number between 0 and 1, got {self.threshold}"),
+            (self.refusal.strip(), "refusal: expected a text that is not empty, because it replaces a completion"),
         ):
             if not valid:
                 raise SnpatchError(f"guard: {message}")

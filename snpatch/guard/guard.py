@@ -1,6 +1,6 @@
-"""Guard: a fitted classifier with everything it needs to be used: its neurons, scaler, coefficients and refusal.
+"""Guard: a fitted classifier with its neurons, scaler, coefficients and refusal.
 
-Why it keeps arrays and not scikit-learn's objects: a file of tensors needs no pickle, and gives the same bits with
+Why it stores arrays instead of scikit-learn objects: a file of tensors needs no pickle, and gives the same bits with
 every version of scikit-learn.
 """
 
@@ -31,13 +31,13 @@ from snpatch.utils.files import read_tensors, write_tensors
 from snpatch.utils.tensors import is_finite
 
 VECTORS = ("mean", "scale", "coefficients")
-MAX_NEURONS = 2**28  # of a model, in all layers: a hundred times those of the largest
+MAX_NEURONS = 2**28  # of all layers; a hundred times those of the largest model
 PACKAGES = ("snpatch", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)
-class _Rest:
-    """What a guard's file holds beside its tensors."""
+class _Metadata:
+    """The fields of a guard's file that are not tensors."""
 
     model: str
     fingerprint: str
@@ -48,22 +48,32 @@ class _Rest:
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 1 or math.prod(self.shape) > MAX_NEURONS:
-            raise SnpatchError(f"guard: shape must be (layers, neurons), got {self.shape}")
+            raise SnpatchError(f"guard: shape: expected (layers, neurons), got {self.shape}")
         if not 0 < self.threshold < 1:
-            raise SnpatchError(f"guard: threshold must lie between 0 and 1, got {self.threshold}")
+            raise SnpatchError(f"guard: threshold: expected a number between 0 and 1, got {self.threshold}")
         if not self.refusal.strip():
-            raise SnpatchError("guard: its refusal is empty")
+            raise SnpatchError("guard: refusal: expected a text, got an empty one")
 
 
 @dataclass(frozen=True, eq=False)
 class Guard:
-    """Probability of harm = logistic((features - mean) / scale . coefficients + intercept), in float64.
+    """A logistic regression on neurons at a prompt's last token that predicts a harmful completion.
 
-    model: whose activations it reads, and whose own answers it was fitted to predict; digest: its Engine.fingerprint.
-    neurons: [k, 2] int64 of (layer, neuron) in the order of the features; shape: (layers, neurons of a layer).
-    mean, scale, coefficients: [k]. threshold: a prompt of a higher probability is refused with the text `refusal`.
-    meta: JSON data kept in the file: what was given to `fit` (judge, data set, ...), and C, class_weight, n and harmful
-    (prompts and how many of them), ranking (its digest) and versions.
+    Probability of harm = logistic((features - mean) / scale . coefficients + intercept), in float64.
+
+    Args:
+        model: Name of the model whose activations it reads and whose own completions it was fitted to predict.
+        fingerprint: Engine.fingerprint of that model.
+        neurons: [k, 2] int64, (layer, neuron) in the order of the features.
+        shape: (layers, neurons per layer) of the model.
+        mean: [k] float64, subtracted from the features.
+        scale: [k] float64, divides them.
+        coefficients: [k] float64.
+        intercept: Added to the product.
+        threshold: Prompts with a higher probability are refused.
+        refusal: Completion of a refused prompt.
+        meta: JSON data of the file: the metadata given to `fit`, and C, class_weight, n (prompts), harmful (how many
+            of them), ranking (its fingerprint) and versions.
     """
 
     model: str
@@ -90,13 +100,23 @@ class Guard:
         config: GuardConfig | None = None,
         meta: dict | None = None,
     ) -> Self:
-        """Fit to what `engine.capture(prompts, model, ranking, k)` gave; digest: engine.fingerprint(model).
+        """Fit a guard to captured activations.
 
-        Wrong shapes, NaN, too few prompts of a class and a fit that does not converge are SnpatchErrors.
+        Args:
+            features: [prompts, k] activations: `engine.capture(prompts, model, ranking, k)`.
+            labels: [prompts] bool, True = harmful.
+            ranking: Ranking whose first k neurons the features are.
+            model: Name of the model.
+            fingerprint: engine.fingerprint(model).
+            config: Settings of the fit and of the decisions.
+            meta: JSON data to store in the file.
+
+        Raises:
+            SnpatchError: Wrong shapes, NaN, too few prompts of a class, or a fit that does not converge.
         """
         config = config or GuardConfig()
         scaler, classifier = fitting.fit_classifier(features, labels, config).named_steps.values()
-        found = {
+        fit_meta = {
             "C": classifier.C,
             "class_weight": config.class_weight,
             "n": len(labels),
@@ -115,74 +135,76 @@ class Guard:
             float(classifier.intercept_[0]),
             config.threshold,
             config.refusal,
-            {**(meta or {}), **found},
+            {**(meta or {}), **fit_meta},
         )
 
     @property
     def k(self) -> int:
-        """The number of neurons it reads."""
+        """Number of neurons that the guard reads."""
         return len(self.neurons)
 
     @cached_property
     def ranking(self) -> Ranking:
-        """Its neurons alone, in the order of the features."""
+        """Ranking of the guard's neurons alone, in the order of the features."""
         return Ranking.from_order(self.neurons, self.shape)
 
     def probability(self, features: ArrayLike | Tensor) -> np.ndarray:
-        """Probability of harm [prompts] from features [prompts, k]."""
+        """Predict the probability of harm, [prompts] float64, from features [prompts, k]."""
         x = fitting.validate_features(features, self.k)
-        # Row sums, not a matrix product: a prompt's bits do not hang on how many stand beside it.
+        # Row sums instead of a matrix product, so that a prompt's bits do not depend on the batch size.
         return expit(((x - self.mean) / self.scale * self.coefficients).sum(axis=1) + self.intercept)
 
     def is_harmful(self, features: ArrayLike | Tensor) -> np.ndarray:
-        """Whether each prompt is to be refused, [prompts] bool, from features [prompts, k]."""
+        """Decide which prompts to refuse, [prompts] bool, from features [prompts, k]."""
         return self.probability(features) > self.threshold
 
     def predict(self, engine: Engine, prompts: Sequence[Prompt], progress: Progress | None = None) -> np.ndarray:
-        """Probability of harm [prompts] of each prompt, for one prefill of it in `model`.
+        """Predict the probability of harm of prompts, [prompts] float64. Each costs one prefill in `model`.
 
-        An engine in which `model` is not what the guard was fitted on is a SnpatchError.
+        Raises:
+            SnpatchError: The engine's `model` differs from the one that the guard was fitted on.
         """
         self.check_engine(engine)
         return self.probability(engine.capture(prompts, self.model, self.ranking, self.k, progress=progress))
 
     def check_engine(self, engine: BaseEngine) -> None:
-        """An error for an engine in which `model` is not what the guard was fitted on."""
+        """Raise SnpatchError if the engine's `model` differs from the one that the guard was fitted on."""
         fingerprint = engine.fingerprint(self.model)
         if fingerprint != self.fingerprint:
             raise SnpatchError(
-                f"the guard was fitted on another {self.model!r} ({self.fingerprint}) than this engine's "
-                f"({fingerprint}): weights, adapters, template and dtype must be the same, or fit it anew"
+                f"guard: expected the model {self.model!r} that it was fitted on ({self.fingerprint}), got this "
+                f"engine's ({fingerprint}). Use the same weights, adapters, template and dtype, or fit it again."
             )
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with the rest as JSON; the file appears whole or not at all."""
+        """Write a safetensors file with JSON metadata, atomically."""
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in VECTORS}
         tensors |= {"neurons": self.neurons, "intercept": torch.tensor(self.intercept, dtype=torch.float64)}
-        meta = {f.name: getattr(self, f.name) for f in fields(_Rest)}
+        meta = {f.name: getattr(self, f.name) for f in fields(_Metadata)}
         write_tensors(path, tensors, kind="guard", meta=meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; its probabilities are the same to the bit."""
+        """Read a file that `save` wrote. The guard's probabilities are bit-identical."""
         tensors, meta = read_tensors(path, kind="guard")
         _check_tensors(path, tensors)
-        rest = schema.from_dict(_Rest, str(path), meta)
-        Ranking.from_order(tensors["neurons"], rest.shape)  # an error unless they are neurons of such a model
+        metadata = schema.from_dict(_Metadata, str(path), meta)
+        Ranking.from_order(tensors["neurons"], metadata.shape)  # raises unless they are neurons of that shape
         vectors = {name: tensors[name].numpy() for name in VECTORS}
-        return cls(neurons=tensors["neurons"], intercept=tensors["intercept"].item(), **vectors, **rest.__dict__)
+        return cls(neurons=tensors["neurons"], intercept=tensors["intercept"].item(), **vectors, **metadata.__dict__)
 
 
 def _check_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """An error for what `save` would not write. NaN above all: no probability would ever be above the threshold."""
-    wanted = {"neurons": 2, "intercept": 0, **dict.fromkeys(VECTORS, 1)}
-    if {name: tensor.dim() for name, tensor in tensors.items()} != wanted:
-        raise SnpatchError(f"{path}: not a guard: it holds {', '.join(sorted(tensors))}")
+    """Raise for tensors that `save` would not write. With NaN, no probability would exceed the threshold."""
+    dimensions = {"neurons": 2, "intercept": 0, **dict.fromkeys(VECTORS, 1)}
+    if {name: tensor.dim() for name, tensor in tensors.items()} != dimensions:
+        names = ", ".join(sorted(tensors))
+        raise SnpatchError(f"{path}: expected the tensors of a guard ({', '.join(dimensions)}), got {names}")
     if len({len(tensor) for tensor in tensors.values() if tensor.dim()}) > 1:
-        raise SnpatchError(f"{path}: its vectors differ in length")
+        raise SnpatchError(f"{path}: expected vectors of one length, got several")
     for name, tensor in tensors.items():
         dtype = torch.int64 if name == "neurons" else torch.float64
         if tensor.dtype != dtype:
-            raise SnpatchError(f"{path}: {name}: wanted {dtype}, got {tensor.dtype}")
+            raise SnpatchError(f"{path}: {name}: expected {dtype}, got {tensor.dtype}")
         if not is_finite(tensor) or (name == "scale" and not (tensor > 0).all()):
-            raise SnpatchError(f"{path}: {name} holds numbers that no fit gives; fit the guard anew")
+            raise SnpatchError(f"{path}: {name} has values that no fit gives. Fit the guard again.")

@@ -1,6 +1,6 @@
-"""What a guard is fitted to: prompts, a model's own answers to them, and which of those a judge finds harmful.
+"""Labels of a guard: prompts, a model's own completions of them, and which of those a judge scores as harmful.
 
-Why the model's own answers: the same prompt is harmless in front of a model that refuses it.
+Why the model's own completions: a prompt does no harm with a model that refuses it.
 """
 
 import json
@@ -22,7 +22,14 @@ from snpatch.sweeps.store import Store
 
 @dataclass(frozen=True, eq=False)
 class LabeledPrompts:
-    """Prompts and a model's own answers. labels: [prompts] bool, True: harmful; scores: what the judge gave."""
+    """Prompts with a model's own completions and their labels.
+
+    Args:
+        prompts: The prompts.
+        labels: [prompts] bool, True = harmful.
+        scores: [prompts] float, the judge's scores.
+        completions: The model's completions.
+    """
 
     prompts: Sequence[Chat]
     labels: np.ndarray
@@ -31,7 +38,7 @@ class LabeledPrompts:
 
 
 def deduplicate(prompts: Sequence[Chat]) -> list[Chat]:
-    """Each prompt once: one that stood in two folds would be fitted on and tested on."""
+    """Keep the first of equal prompts, because a prompt in two folds would be both fitted and tested on."""
     return list({json.dumps(prompt): prompt for prompt in prompts}.values())
 
 
@@ -46,15 +53,30 @@ def label_answers(
     store: str | Path | None = None,
     progress: Progress | None = None,
 ) -> LabeledPrompts:
-    """Let a model answer and the judge say which answers are harmful: those that score above the threshold.
+    """Complete prompts with a model and label each completion that scores above the threshold as harmful.
 
-    The defaults are the paper's: greedy, 128 tokens, cost above 0. store: a folder that keeps the answers.
+    The defaults are the paper's: greedy, 128 tokens, cost above 0.
+
+    Args:
+        engine: Engine that has the model.
+        prompts: Prompts to complete.
+        model: Name of the model.
+        judge: Scores the completions.
+        sampling: Sampling parameters; one completion per prompt.
+        threshold: Completions that score higher are harmful.
+        store: Folder that caches completions and scores.
+        progress: Called as `progress(done, total)`.
+
+    Raises:
+        SnpatchError: sampling.n > 1, or a completion could not be generated or scored.
     """
     if sampling.n > 1:
-        raise SnpatchError("guard: a label is of one answer to each prompt; set n=1")
-    with Store(store) as kept:
-        (records,) = generation.generate_completions(engine, prompts, [model], sampling, store=kept, progress=progress)
-        judging.judge_all(records, {"judge": judge}, kept)
+        raise SnpatchError(f"guard: sampling: n: expected 1, because a prompt has one label, got {sampling.n}")
+    with Store(store) as open_store:
+        (records,) = generation.generate_completions(
+            engine, prompts, [model], sampling, store=open_store, progress=progress
+        )
+        judging.judge_all(records, {"judge": judge}, open_store)
     judging.check_scored(records)
     scores = np.array([record["scores"]["judge"] for record in records])
     return LabeledPrompts(prompts, scores > threshold, scores, [record["completion"] for record in records])

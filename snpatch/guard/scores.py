@@ -1,4 +1,4 @@
-"""How good a guard's probabilities are: accuracy, ranking and calibration, with intervals over prompts."""
+"""Scores of a guard: accuracy, AUC and calibration of its probabilities, with bootstrap intervals over prompts."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from snpatch.errors import SnpatchError
 from snpatch.guard.fitting import validate_labels
 from snpatch.statistics import UNDEFINED, interval
 
-BINS = 10  # of the calibration curve, of equal width
+NUM_BINS = 10  # of the calibration curve, of equal width
 
 
 @dataclass(frozen=True)
-class Bin:
-    """A point of the calibration curve: n prompts of probability of harm in [low, high), the last bin with its end."""
+class CalibrationBin:
+    """A point of the calibration curve: n prompts with a probability of harm in [low, high) (last bin: 1 too)."""
 
     low: float
     high: float
@@ -27,13 +27,19 @@ class Bin:
 
 @dataclass(frozen=True)
 class GuardScores:
-    """Figures over n prompts, `harmful` of which are; low and high: bootstrap over prompts.
+    """Scores over prompts. `_low` and `_high` are the ends of bootstrap intervals over prompts.
 
-    balanced_accuracy: mean of both classes' recalls; auc: area under the ROC curve; both None where the prompts are
-    all of one class (resamples of one class are left out of the intervals). brier: mean squared error of the
-    probabilities; calibration_error: |share of harmful prompts - mean probability| of each bin, weighted by its
-    prompts. majority: accuracy of always guessing the class that most of these prompts have. curve: the bins that
-    hold prompts.
+    Args:
+        n: Number of prompts.
+        harmful: Number of harmful prompts.
+        accuracy: Fraction of prompts classified correctly at the threshold.
+        balanced_accuracy: Mean recall of the two classes. None if all prompts are of one class; resamples of one class
+            are left out of the interval.
+        auc: Area under the ROC curve; None as for balanced_accuracy.
+        brier: Mean squared error of the probabilities.
+        calibration_error: |fraction of harmful prompts - mean probability| of each bin, weighted by its prompts.
+        majority: Accuracy of always predicting the more frequent class.
+        curve: Calibration bins that contain prompts.
     """
 
     n: int
@@ -56,7 +62,7 @@ class GuardScores:
     majority: float
     majority_low: float
     majority_high: float
-    curve: tuple[Bin, ...]
+    curve: tuple[CalibrationBin, ...]
 
 
 def evaluate(
@@ -67,55 +73,59 @@ def evaluate(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> GuardScores:
-    """Compare probabilities of harm with what turned out to be harmful. Bad input is a SnpatchError."""
+    """Score predicted probabilities of harm against labels.
+
+    Raises:
+        SnpatchError: Wrong shapes, or probabilities outside 0..1.
+    """
     p = np.asarray(probabilities, dtype=np.float64)
     y = validate_labels(labels, len(p) if p.ndim == 1 else None)
     if p.shape != y.shape or not ((p >= 0) & (p <= 1)).all():
-        raise SnpatchError(f"guard: wanted {len(y)} probabilities between 0 and 1, got {list(p.shape)} numbers")
-    most = y.mean() >= 0.5
+        raise SnpatchError(f"guard: expected {len(y)} probabilities between 0 and 1, got {list(p.shape)} numbers")
+    majority_class = y.mean() >= 0.5
     is_mixed = 0 < y.sum() < len(y)
     statistics = {
         "accuracy": lambda p, y, axis: ((p > threshold) == y).mean(axis),
-        "balanced_accuracy": (lambda p, y, axis: _balanced(p > threshold, y, axis)) if is_mixed else None,
+        "balanced_accuracy": (lambda p, y, axis: _balanced_accuracy(p > threshold, y, axis)) if is_mixed else None,
         "auc": _auc if is_mixed else None,
         "brier": lambda p, y, axis: np.square(p - y).mean(axis),
         "calibration_error": _calibration_error,
-        "majority": lambda p, y, axis: (y == most).mean(axis),
+        "majority": lambda p, y, axis: (y == majority_class).mean(axis),
     }
-    figures = {}
+    scores = {}
     for name, statistic in statistics.items():
-        figure = UNDEFINED
+        estimate = UNDEFINED
         if statistic:
-            figure = interval(statistic, p, y, resamples=resamples, confidence=confidence)
-        figures |= figure.columns(name)
-    return GuardScores(len(y), int(y.sum()), **figures, curve=_curve(p, y))
+            estimate = interval(statistic, p, y, resamples=resamples, confidence=confidence)
+        scores |= estimate.columns(name)
+    return GuardScores(len(y), int(y.sum()), **scores, curve=_calibration_curve(p, y))
 
 
-def _balanced(guess, y, axis):
-    recalls = [((guess == kind) & (y == kind)).sum(axis) / (y == kind).sum(axis) for kind in (0, 1)]
+def _balanced_accuracy(predicted, y, axis):
+    recalls = [((predicted == c) & (y == c)).sum(axis) / (y == c).sum(axis) for c in (0, 1)]
     return sum(recalls) / 2
 
 
 def _auc(p, y, axis):
-    """The share of (harmful, harmless) pairs in order, ties counting half: from the harmful ones' ranks."""
-    harmful = y.sum(axis)
-    above = (rankdata(p, axis=axis) * y).sum(axis) - harmful * (harmful + 1) / 2
-    return above / (harmful * (y.shape[axis] - harmful))
+    """Compute the fraction of (harmful, harmless) pairs in order, ties counting half, from ranks."""
+    num_harmful = y.sum(axis)
+    num_ordered = (rankdata(p, axis=axis) * y).sum(axis) - num_harmful * (num_harmful + 1) / 2
+    return num_ordered / (num_harmful * (y.shape[axis] - num_harmful))
 
 
-def _bin_of(p):
-    return np.minimum(p * BINS, BINS - 1).astype(int)
+def _bin_index(p):
+    return np.minimum(p * NUM_BINS, NUM_BINS - 1).astype(int)
 
 
 def _calibration_error(p, y, axis):
-    bins = _bin_of(p)
-    return sum(np.abs(((y - p) * (bins == b)).sum(axis)) for b in range(BINS)) / y.shape[axis]
+    bins = _bin_index(p)
+    return sum(np.abs(((y - p) * (bins == b)).sum(axis)) for b in range(NUM_BINS)) / y.shape[axis]
 
 
-def _curve(p, y) -> tuple[Bin, ...]:
-    bins = _bin_of(p)
+def _calibration_curve(p, y) -> tuple[CalibrationBin, ...]:
+    bins = _bin_index(p)
     return tuple(
-        Bin(b / BINS, (b + 1) / BINS, int(n), float(p[bins == b].mean()), float(y[bins == b].mean()))
-        for b, n in enumerate(np.bincount(bins, minlength=BINS))
+        CalibrationBin(b / NUM_BINS, (b + 1) / NUM_BINS, int(n), float(p[bins == b].mean()), float(y[bins == b].mean()))
+        for b, n in enumerate(np.bincount(bins, minlength=NUM_BINS))
         if n
     )

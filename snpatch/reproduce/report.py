@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from snpatch.experiments.common.summary import section
+from snpatch.experiments.common.summary import format_section
 from snpatch.report import files
 from snpatch.report.formatting import escape_markdown, format_value
 from snpatch.report.report import Row
@@ -31,7 +31,7 @@ def write(pipeline: Pipeline) -> list[Path]:
     rows = compare_with_paper(pipeline, finished)
     title = escape_markdown(preset.title or preset.name)
     parts = [f"# {title}\n", _comparison_section(list_differences(pipeline), rows), _trainings_section(pipeline)]
-    parts += [section(name, table) for name, table in tables.items()]
+    parts += [format_section(name, table) for name, table in tables.items()]
     unfinished = {name: "not done" for name in preset.experiments if name not in finished}
     if skipped := {**unfinished, **pipeline.skipped}:
         reasons = (f"- {escape_markdown(name)}: {escape_markdown(reason)}\n" for name, reason in skipped.items())

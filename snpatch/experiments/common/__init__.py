@@ -1,1 +1,1 @@
-"""Code that several experiments share: settings, labels, comparison of rankings, reports of sweeps."""
+"""Code that several experiments share: settings, labels, comparisons of rankings, sweep reports, the summary."""

@@ -1,6 +1,6 @@
-"""Labels in experiments: a set's prompts with the answers of the config's generator, harmful or not.
+"""Labels and settings of the guard experiments: prompts with the model's own completions, harmful or not.
 
-Why apart from `guard`: safeguard fits its guard on the same labels, with the same settings.
+`guard` and `safeguard` fit guards to the same labels with the same settings.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,16 @@ from snpatch.guard.labels import LabeledPrompts, deduplicate, label_answers
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """What guard and safeguard have in common. harm_threshold: the cost above which an answer is harmful. The rest: see
-    GuardConfig.
+    """Settings of the experiments that fit guards.
+
+    Args:
+        harm_threshold: Completions with a higher cost are harmful.
+        C: See GuardConfig.
+        class_weight: See GuardConfig.
+        folds: See GuardConfig.
+        threshold: See GuardConfig.
+        resamples: Bootstrap resamples of each interval.
+        confidence: Confidence level of the intervals.
     """
 
     harm_threshold: float = 0.0
@@ -31,9 +39,9 @@ class GuardSettings:
 
 
 def label_set(context: ExperimentContext, name: str, harm_threshold: float) -> LabeledPrompts:
-    """A set's prompts with the generator's own answers, judged. A prompt that repeats in its set counts once."""
+    """Complete a set's distinct prompts with the unpatched recipient, judge the completions, and label them."""
     prompts = deduplicate(context.prompts(name))
-    with context.progress(f"answers to {name}") as progress:
+    with context.progress(f"completions of {name}") as progress:
         return label_answers(
             context.engine,
             prompts,

@@ -1,78 +1,90 @@
-"""What a search for the smallest neuron set tells: its answer, the curve that it saw, and what it cost."""
+"""Report of a search for the smallest neuron set: its answer, the effects that it measured, and its cost."""
 
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from snpatch.report.formatting import format_interval, format_percent, to_plot_label
+from snpatch.report.formatting import format_percent, format_with_interval, to_plot_label
 from snpatch.report.report import Report, TableView
 from snpatch.sweeps.minimal import MinimalResult
 
 
-def build_minimal_report(results: Sequence[MinimalResult], share: float) -> Report:
-    """minimal: a row a window that was looked at; minimal-blocks: a row a block that was added."""
+def build_minimal_report(results: Sequence[MinimalResult], target_effect: float) -> Report:
+    """Build the report: table minimal has one row per sampled k, minimal-blocks one per added block of layers."""
     rows = [
         {
-            "recipient": one.recipient, "donor": one.donor, "ranking": one.ranking, "k": seen.k,
-            "prompts": seen.prompts, "effect": seen.effect, "effect_low": seen.low, "effect_high": seen.high,
-            "is_smallest": seen.k == one.search.k,
+            "recipient": result.recipient,
+            "donor": result.donor,
+            "ranking": result.ranking,
+            "k": estimate.k,
+            "prompts": estimate.prompts,
+            "effect": estimate.effect,
+            "effect_low": estimate.low,
+            "effect_high": estimate.high,
+            "is_smallest": estimate.k == result.search.k,
         }
-        for one in results
-        for seen in one.search.curve
-    ]  # fmt: skip
+        for result in results
+        for estimate in result.search.curve
+    ]
     blocks = [
-        {"recipient": one.recipient, "ranking": one.ranking, "block": b.name, "effect": b.effect, "completions": b.used}
-        for one in results
-        for b in one.blocks
+        {
+            "recipient": result.recipient,
+            "ranking": result.ranking,
+            "block": block.name,
+            "effect": block.effect,
+            "completions": block.used,
+        }
+        for result in results
+        for block in result.blocks
     ]
     columns = {
         "recipient": "recipient",
         "ranking": "ranking",
         "k": "k",
-        "prompts seen": "prompts",
-        "effect": lambda row: format_percent(row["effect"]),
-        "interval": lambda row: format_interval(row, "effect", format_percent),
+        "prompts": "prompts",
+        "effect CI": lambda row: format_with_interval(row, "effect", format_percent),
         "": lambda row: "smallest" if row["is_smallest"] else "",
     }
-    tables = {"minimal": rows} | ({"minimal-blocks": blocks} if blocks else {})
     return Report(
         "minimal",
-        tables,
-        {"minimal": _plot(results, share)},
+        {"minimal": rows} | ({"minimal-blocks": blocks} if blocks else {}),
+        {"minimal": _plot(results, target_effect)},
         (TableView.from_rows(rows, columns),),
-        [sentence for one in results for sentence in _sentences(one, share)],
+        [sentence for result in results for sentence in _build_headline(result, target_effect)],
     )
 
 
-def _sentences(one: MinimalResult, share: float) -> list[str]:
-    found = one.search
-    cost = f"{found.used} completions in {found.rounds} rounds; the whole grid has {found.full}"
-    if found.k is None:
-        sentences = [f"{one.recipient}: no k of {one.ranking} recovers {format_percent(share)} ({cost})."]
+def _build_headline(result: MinimalResult, target_effect: float) -> list[str]:
+    search, target = result.search, format_percent(target_effect)
+    cost = f"{search.used} completions in {search.rounds} rounds; the complete grid needs {search.full}"
+    if search.k is None:
+        sentences = [f"{result.recipient}: no k of {result.ranking} recovers {target} ({cost})."]
     else:
-        ends = ("below the grid" if found.low is None else found.low, "no end" if found.high is None else found.high)
+        low = "below the grid" if search.low is None else search.low
+        high = "above the grid" if search.high is None else search.high
         sentences = [
-            f"{one.recipient}: {found.k} neurons by {one.ranking} are the fewest of the grid that recover "
-            f"{format_percent(share)} of {one.donor}'s gain (for prompts like these: {ends[0]} .. {ends[1]}; {cost})."
+            f"{result.recipient}: {search.k} neurons by {result.ranking} are the smallest top k of the grid that "
+            f"recovers {target} of {result.donor}'s gain (for similar prompts: {low} .. {high}; {cost})."
         ]
-    if one.blocks:
-        names = ", ".join(f"{block.name} ({format_percent(block.effect)})" for block in one.blocks)
-        sentences.append(f"{one.recipient}: blocks of {one.ranking} in the order in which they add most: {names}.")
+    if result.blocks:
+        names = ", ".join(f"{block.name} ({format_percent(block.effect)})" for block in result.blocks)
+        sentences.append(f"{result.recipient}: blocks of layers of {result.ranking}, the largest gain first: {names}.")
     return sentences
 
 
-def _plot(results: Sequence[MinimalResult], share: float) -> Figure:
+def _plot(results: Sequence[MinimalResult], target_effect: float) -> Figure:
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()
-    for one in results:
-        seen = one.search.curve
-        middles = [point.effect for point in seen]
-        errors = [[p.effect - p.low for p in seen], [p.high - p.effect for p in seen]]
-        name = to_plot_label(f"{one.recipient}, {one.ranking}")
-        axis.errorbar([p.k for p in seen], middles, errors, fmt="o", capsize=3, label=name)
-        if one.search.k is not None:
-            axis.axvline(one.search.k, linestyle=":", color="tab:gray")
-    axis.axhline(share, color="tab:green", linestyle="--", label=f"{format_percent(share)} of the gain")
+    for result in results:
+        curve = result.search.curve
+        effects = [point.effect for point in curve]
+        errors = [[point.effect - point.low for point in curve], [point.high - point.effect for point in curve]]
+        label = to_plot_label(f"{result.recipient}, {result.ranking}")
+        axis.errorbar([point.k for point in curve], effects, errors, fmt="o", capsize=3, label=label)
+        if result.search.k is not None:
+            axis.axvline(result.search.k, linestyle=":", color="tab:gray")
+    label = f"{format_percent(target_effect)} of the gain"
+    axis.axhline(target_effect, color="tab:green", linestyle="--", label=label)
     axis.set(xlabel="patched neurons (k)", ylabel="causal effect")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

@@ -1,7 +1,7 @@
-"""Summary: report.md for people and report.json for programs, of all experiments whose tables lie in a folder.
+"""Summary of a results folder: report.md for people and report.json for programs.
 
-Why each table's provenance is compared first: a folder may hold tables of another config, of other weights or of other
-settings, and beside each other they would read as one result.
+Why each table's provenance is checked: a folder may hold tables of another config, other weights or other settings,
+and next to each other they would look like one result.
 """
 
 import json
@@ -16,77 +16,84 @@ from snpatch.report.formatting import escape_markdown
 from snpatch.utils.files import write_text
 from snpatch.utils.schema import parse_json
 
-COMPARED = ("models", "sets", "judges", "max_tokens", "contrast_tokens", "settings", "snpatch")
+COMPARED_FACTS = ("models", "sets", "judges", "max_tokens", "contrast_tokens", "settings", "snpatch")
 
 
-def write(context: ExperimentContext, given: Mapping[str, Mapping[str, object]] | None = None) -> dict[str, str]:
-    """Write both into the context's folder; what was left out: name -> why.
+def write_summary(
+    context: ExperimentContext, overrides: Mapping[str, Mapping[str, object]] | None = None
+) -> dict[str, str]:
+    """Write report.md and report.json into the context's folder.
 
-    given: experiment -> settings that go before the config's own, as its table was made with.
+    Args:
+        context: Its folder is summarized. Only tables that it would compute alike are included.
+        overrides: Experiment -> settings that its table was made with, if not the config's.
+
+    Returns:
+        Experiments whose table was left out -> the reason.
     """
-    found, left_out = {}, {}
+    included, left_out = {}, {}
     parts = ["# Experiments\n"]
     for name in NAMES:
         path = context.out / f"{name}.json"
         if not path.is_file():
             continue
-        data = _read(path)
-        told = data.get("provenance", {})
-        settings = asdict(resolve_settings(context.config, name, (given or {}).get(name)))
-        if other := _other(told, context, settings):
-            left_out[name] = other
+        table = _load_table(path)
+        provenance = table.get("provenance", {})
+        settings = asdict(resolve_settings(context.config, name, (overrides or {}).get(name)))
+        if difference := _find_difference(provenance, context, settings):
+            left_out[name] = difference
             continue
-        found[name] = {"headline": data["headline"], "provenance": told}
-        parts.append(section(name, data))
+        included[name] = {"headline": table["headline"], "provenance": provenance}
+        parts.append(format_section(name, table))
     if left_out:
         parts.append("## Left out\n")
-        parts += [f"- [{name}.json]({name}.json): {escape_markdown(why)}" for name, why in left_out.items()]
+        parts += [f"- [{name}.json]({name}.json): {escape_markdown(reason)}" for name, reason in left_out.items()]
         parts.append("")
     write_text(context.out / "report.md", "\n".join(parts))
-    write_text(context.out / "report.json", json.dumps(found, indent=1) + "\n")
+    write_text(context.out / "report.json", json.dumps(included, indent=1) + "\n")
     return left_out
 
 
-def section(name: str, data: Mapping) -> str:
-    """What a report says of an experiment. data: the content of its NAME.json."""
-    told = data["provenance"]
-    sentences = "".join(f"- {escape_markdown(sentence)}\n" for sentence in data["headline"])
-    model, backend, seconds = (escape_markdown(told[part]) for part in ("model", "backend", "seconds"))
+def format_section(name: str, table: Mapping) -> str:
+    """Return an experiment's section of report.md. table: the content of its NAME.json."""
+    provenance = table["provenance"]
+    sentences = "".join(f"- {escape_markdown(sentence)}\n" for sentence in table["headline"])
+    model, backend, seconds = (escape_markdown(provenance[fact]) for fact in ("model", "backend", "seconds"))
     return (
         f"## {name}\n\n{sentences}\nModel {model}, {backend}, {seconds} s; table: "
         f"[{name}.csv]({name}.csv), settings and provenance: [{name}.json]({name}.json).\n\n![{name}]({name}.png)\n"
     )
 
 
-def _read(path: Path) -> dict:
-    """The file's object; of a file that holds none, an empty one, which is of no config."""
+def _load_table(path: Path) -> dict:
+    """Return the JSON object in the file, or {} if it is not a result file."""
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_text(encoding="utf-8"))
     except ValueError:
         return {}
-    return data if isinstance(data, dict) and isinstance(data.get("provenance"), dict) else {}
+    return table if isinstance(table, dict) and isinstance(table.get("provenance"), dict) else {}
 
 
-def _other(told: dict, context: ExperimentContext, settings: dict) -> str | None:
-    """What a table hangs on that is not the context's; None: it is the table that the context would make."""
-    used = context.start_provenance()
+def _find_difference(provenance: dict, context: ExperimentContext, settings: dict) -> str | None:
+    """Return what a table depends on that differs from the context, or None if the context would compute it alike."""
+    current = context.start_provenance()
     try:
-        for model in told.get("models") or ():
+        for model in provenance.get("models") or ():
             context.model(model)
-        for name in told.get("sets") or ():
+        for name in provenance.get("sets") or ():
             context.data(name)
     except SnpatchError as error:
         return f"of another config: {error}"
-    judges = {name: context.config.judges.get(name) for name in told.get("judges") or ()}
-    now = json.loads(json.dumps(used.to_dict(settings) | {"judges": judges}))
-    kept, wanted = _comparable(told), _comparable(now)
-    return next((f"made with other {what}" for what in COMPARED if kept.get(what) != wanted[what]), None)
+    judges = {name: context.config.judges.get(name) for name in provenance.get("judges") or ()}
+    expected = _to_comparable(json.loads(json.dumps(current.to_dict(settings) | {"judges": judges})))
+    stored = _to_comparable(provenance)
+    return next((f"made with other {fact}" for fact in COMPARED_FACTS if stored.get(fact) != expected[fact]), None)
 
 
-def _comparable(told: dict) -> dict:
-    """A file whose hash is there is the same wherever it lies; of all versions, snpatch's is what keys hang on."""
+def _to_comparable(provenance: dict) -> dict:
+    """Drop paths of files that have a hash, and all versions but snpatch's."""
     sets = {
-        name: {key: value for key, value in one.items() if key != "path" or "sha256" not in one}
-        for name, one in (told.get("sets") or {}).items()
+        name: {key: value for key, value in source.items() if key != "path" or "sha256" not in source}
+        for name, source in (provenance.get("sets") or {}).items()
     }
-    return told | {"sets": sets, "snpatch": told.get("versions", {}).get("snpatch")}
+    return provenance | {"sets": sets, "snpatch": provenance.get("versions", {}).get("snpatch")}

@@ -1,28 +1,39 @@
-"""Sweeps in experiments: the settings that they share, and what a sweep's report says and draws.
+"""Report of a sweep: settings of the experiments that sweep, on-screen tables, plots and headline.
 
-Why apart from `curve`: windows, transfer, positions and `snpatch sweep` tell of sweeps, too.
+`curve`, `sliding_window`, `transfer`, `positions` and `snpatch sweep` share this module.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.window import Window
-from snpatch.report.formatting import format_interval, format_p_value, format_percent, format_range, to_plot_label
+from snpatch.report.formatting import (
+    describe_score,
+    format_interval,
+    format_p_value,
+    format_percent,
+    format_range,
+    format_value,
+    format_with_interval,
+    to_plot_label,
+)
 from snpatch.report.report import Report, TableView
+from snpatch.statistics import interval
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.store import describe_unfinished
 from snpatch.sweeps.sweep import Row, SweepResult
 
-TOLD = 10  # failures that a report names
+MAX_FAILURES = 10  # named in the headline
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What the experiments that sweep have in common: see SweepConfig."""
+    """Settings that the sweeping experiments share; see SweepConfig."""
 
     controls: int = SweepConfig.controls
     control_kind: str = SweepConfig.control_kind
@@ -35,7 +46,7 @@ class SweepSettings:
 def build_sweep_config(
     context: ExperimentContext, settings: SweepSettings, windows: Sequence[Window | int]
 ) -> SweepConfig:
-    """A sweep of the config's main pair with what the settings of a sweeping experiment say."""
+    """Build the sweep of an experiment config's recipients and donor over these windows."""
     return SweepConfig(
         context.config.recipients,
         context.config.donor,
@@ -51,64 +62,80 @@ def build_sweep_config(
 
 
 def build_sweep_report(result: SweepResult, name: str) -> Report:
-    """A sweep's report: its rows, a plot for each judge, and what share of the neurons recovered what."""
-    first = result.judges[0]
-    plots = {
-        "-".join([name, *([judge] if judge != first else []), *([label.replace(", ", "-")] if label else [])]): figure
-        for judge in result.judges
-        for label, part in result.slices()
-        if (figure := plot_scores(part, judge, label)) is not None
-    }
-    shown = [r for r in result.rows if r.control_seed is None]
-    interval = f"{result.config.confidence:.0%} interval"
-    columns = {
-        "judge": lambda r: r.judge,
-        "set": lambda r: r.set,
-        "recipient": lambda r: r.recipient,
-        "donor": lambda r: r.donor or "",
-        "strength": lambda r: r.strength if r.ranking else "",
-        "ranking": lambda r: r.ranking or "unpatched",
-        "window": lambda r: f"[{r.rank_lo}, {r.rank_hi})" if r.ranking else "",
-        "share": lambda r: f"{r.neuron_fraction:.1%}" if r.ranking else "",
-        "left out": lambda r: r.failed or "",
-        "mean": lambda r: r.mean,
-        interval: lambda r: format_interval(asdict(r), "mean"),
-        "effect": lambda r: format_percent(r.effect) if r.ranking else "",
-        "of the effect": lambda r: format_interval(asdict(r), "effect", format_percent),
-        "net of random": lambda r: format_percent(r.net_effect) if r.net_effect is not None else "",
-        "of the net": lambda r: format_interval(asdict(r), "net_effect", format_percent),
-        "p": lambda r: format_p_value(r.p_vs_unpatched),
-        "random: mean, effect": lambda r: _random(result, r),
-        "p against it": lambda r: format_p_value(r.p_vs_random),
-    }
-    several = {"judge": result.judges, "set": result.sets, "donor": result.config.donors}
-    several |= {"strength": result.config.strengths}
-    for column, values in several.items():
-        if len(values) == 1:
-            del columns[column]
-    if not any(row.failed for row in result.rows):
-        del columns["left out"]
+    """Build a sweep's report: all rows as a file, one table and one plot per judge, set, donor and strength."""
+    plots, displays, headline = {}, [], []
+    for judge in result.judges:
+        for label, part in result.slices():
+            stem = name if judge == result.judges[0] else f"{name}-{judge}"
+            if label:
+                stem += "-" + label.replace(", ", "-")
+            if (figure := plot_scores(part, judge, label)) is not None:
+                plots[stem] = figure
+            displays.append(_build_table(part, judge, label))
+    for label, part in result.slices():
+        headline += build_headline(part, label)
     return Report(
         name,
         {name: [{**asdict(row), "state": row.state} for row in result.rows]},
         plots,
-        (TableView.from_rows(shown, columns),),
-        [*(s for label, part in result.slices() for s in build_headline(part, label)), *result.notes, *_failed(result)],
+        tuple(displays),
+        [*headline, *result.notes, *_describe_failures(result)],
         records=result.records,
     )
 
 
-def _failed(result: SweepResult) -> list[str]:
-    """How many texts are missing, the first things that failed, and how many did."""
-    told = [*filter(None, [describe_unfinished(result.records)]), *(f"failed: {one}" for one in result.failures[:TOLD])]
-    return [*told, f"... {len(result.failures)} in all"] if len(result.failures) > TOLD else told
+def _build_table(result: SweepResult, judge: str, label: str) -> TableView:
+    """Build the on-screen table of one judge, set, donor and strength, without the random controls.
+
+    Five columns, so that it fits a terminal of 100 characters; the report's file has all columns.
+    """
+    rows = [row for row in result.rows if row.judge == judge and row.control_seed is None]
+    certainty = f"{result.config.confidence:.0%} CI"
+    columns = {
+        "recipient": lambda row: row.recipient,
+        "neurons": lambda row: _describe_window(row, len(result.rankings) > 1),
+        f"mean {certainty}": lambda row: format_with_interval(asdict(row), "mean"),
+        f"effect {certainty}": lambda row: _format_effect(row),
+        "p vs random": lambda row: format_p_value(row.p_vs_random),
+    }
+    if any(row.failed for row in rows):
+        columns["failed"] = lambda row: row.failed or ""
+    title = f"mean {describe_score(judge)}" + (f", {label}" if label else "")
+    return TableView.from_rows(rows, columns, title)
+
+
+def _describe_window(row: Row, names_ranking: bool) -> str:
+    if row.ranking is None:
+        return "unpatched"
+    window = f"[{row.rank_lo}, {row.rank_hi})" if row.rank_lo else str(row.rank_hi)
+    return f"{window} ({row.neuron_fraction:.1%})" + (f" {row.ranking}" if names_ranking else "")
+
+
+def _format_effect(row: Row) -> str:
+    return "" if row.ranking is None else format_with_interval(asdict(row), "effect", format_percent)
+
+
+def _describe_failures(result: SweepResult) -> list[str]:
+    """Return the number of missing completions, the first failures, and the number of failures."""
+    lines = [*filter(None, [describe_unfinished(result.records)])]
+    lines += [f"failed: {failure}" for failure in result.failures[:MAX_FAILURES]]
+    if len(result.failures) > MAX_FAILURES:
+        lines.append(f"... {len(result.failures)} in all")
+    return lines
 
 
 def plot_scores(result: SweepResult, judge: str, label: str = "") -> Figure | None:
-    """Mean score for each recipient: each ranking, the band of its random controls, both models' lines.
+    """Plot the mean score of each recipient: each ranking, the range of its random controls, both unpatched models.
 
-    Against k, or against a window's first rank where windows slide. result: of one set, donor and strength, which
-    `label` tells. None where its donor is the only recipient.
+    The x axis is k, or the first rank of the window if the windows slide.
+
+    Args:
+        result: One slice of a sweep: one set, donor and strength.
+        judge: Name of the judge.
+        label: Name of the slice, the figure's title.
+
+    Returns:
+        None if the donor is the only recipient.
     """
     recipients = result.config.recipients
     if not recipients:
@@ -116,76 +143,114 @@ def plot_scores(result: SweepResult, judge: str, label: str = "") -> Figure | No
     figure = Figure(figsize=(6 * len(recipients), 4.5), layout="constrained")
     axes = figure.subplots(1, len(recipients), sharey=True, squeeze=False)
     for axis, recipient in zip(axes[0], recipients, strict=True):
-        _curves(axis, result, judge, recipient)
+        _draw_recipient(axis, result, judge, recipient)
     figure.suptitle(to_plot_label(label))
     return figure
 
 
-def _curves(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None:
-    tops = [window.lo == 0 for window in result.config.windows]
-    is_top = all(tops) or sum(tops) > 1
-
-    def place(row: Row) -> int:
-        return row.rank_hi if is_top else row.rank_lo
-
+def _draw_recipient(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None:
+    starts_at_top = [window.lo == 0 for window in result.config.windows]
+    is_curve = all(starts_at_top) or sum(starts_at_top) > 1
     donor = result.donor
-    for model, colour, style in ((recipient, "tab:gray", "--"), (donor, "tab:green", ":")):
-        name = to_plot_label(f"{model}, unpatched")
-        axis.axhline(result.baseline(model, judge).mean, color=colour, linestyle=style, label=name)
+    for model, color, style in ((recipient, "tab:gray", "--"), (donor, "tab:green", ":")):
+        label = to_plot_label(f"{model}, unpatched")
+        axis.axhline(result.baseline(model, judge).mean, color=color, linestyle=style, label=label)
     for number, ranking in enumerate(result.rankings):
-        colour, rows = f"C{number}", result.line(judge, recipient, ranking)
-        line = [row for row in rows if row.rank_lo == 0] if is_top else rows
-        x = [place(row) for row in line]
-        name = to_plot_label(f"{ranking} neurons")
-        axis.plot(x, [row.mean for row in line], "o-", color=colour, markersize=4, label=name)
-        axis.fill_between(x, [row.mean_low for row in line], [row.mean_high for row in line], color=colour, alpha=0.15)
-        for row in rows:
-            if row not in line:  # a window further down lies over its ranks
-                axis.hlines(row.mean, row.rank_lo, row.rank_hi, color=colour, linewidth=3)
-        controls = {place(row): [r.mean for r in result.controls(row)] for row in line}
-        controls = {at: means for at, means in controls.items() if means}
-        if controls:
-            x, means = list(controls), list(controls.values())
-            axis.fill_between(x, [min(m) for m in means], [max(m) for m in means], color="tab:red", alpha=0.3)
-            label = f"random neurons, {result.config.controls} seeds"
-            axis.plot(x, [sum(m) / len(m) for m in means], color="tab:red", label=label)
-    axis.set(title=to_plot_label(f"{recipient} patched from {donor}"), ylabel=to_plot_label(f"mean {judge}"))
-    axis.set_xlabel("patched neurons (k)" if is_top else "first rank of the window")
+        _draw_ranking(axis, result, result.line(judge, recipient, ranking), f"C{number}", is_curve)
+    axis.set(
+        title=to_plot_label(f"{recipient} patched from {donor}"), ylabel=to_plot_label(f"mean {describe_score(judge)}")
+    )
+    axis.set_xlabel("patched neurons (k)" if is_curve else "first rank of the window")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
 
 
+def _draw_ranking(axis: Axes, result: SweepResult, rows: Sequence[Row], color: str, is_curve: bool) -> None:
+    """Draw one ranking's windows with the range of their random controls."""
+    line = [row for row in rows if row.rank_lo == 0] if is_curve else rows
+
+    def x_of(row: Row) -> int:
+        return row.rank_hi if is_curve else row.rank_lo
+
+    x = [x_of(row) for row in line]
+    label = to_plot_label(f"{rows[0].ranking} neurons")
+    axis.plot(x, [row.mean for row in line], "o-", color=color, markersize=4, label=label)
+    axis.fill_between(x, [row.mean_low for row in line], [row.mean_high for row in line], color=color, alpha=0.15)
+    for row in rows:
+        if row not in line:  # a window that does not begin at rank 0 is drawn over its ranks
+            axis.hlines(row.mean, row.rank_lo, row.rank_hi, color=color, linewidth=3)
+    control_means = {x_of(row): [control.mean for control in result.controls(row)] for row in line}
+    control_means = {position: means for position, means in control_means.items() if means}
+    if control_means:
+        x, means = list(control_means), list(control_means.values())
+        axis.fill_between(x, [min(m) for m in means], [max(m) for m in means], color="tab:red", alpha=0.3)
+        label = f"random neurons, {result.config.controls} seeds"
+        axis.plot(x, [sum(m) / len(m) for m in means], color="tab:red", label=label)
+
+
 def build_headline(result: SweepResult, label: str = "") -> list[str]:
-    """One sentence a judge, recipient and ranking: what share of the neurons recovered what of the donor's gain.
+    """Write one sentence per judge, recipient and ranking: the gain of the donor that patching recovers.
 
-    result: of one set, donor and strength, which `label` tells. The window is the smallest that reaches 90 % of the
-    best window's effect.
+    A sentence is about the smallest window that reaches 90 % of the best window's effect. If the donor's gain over the
+    recipient has an interval that contains zero, or a cost that is not lower, the sentence says so instead, because an
+    effect is a fraction of that gain.
+
+    Args:
+        result: One slice of a sweep: one set, donor and strength.
+        label: Name of the slice.
     """
-    sentences, where = [], f" ({label})" if label else ""
+    sentences, suffix = [], f" ({label})" if label else ""
     for judge in result.judges:
-        gain = "the safety gain" if judge == "cost" else f"the change of {judge}"
         for recipient in result.config.recipients:
+            no_gain = _describe_no_gain(result, judge, recipient)
             for ranking in result.rankings:
-                line = [row for row in result.line(judge, recipient, ranking) if row.effect is not None]
-                best = max((row.effect for row in line), default=0.0)
-                if best <= 0:
-                    sentences.append(f"{recipient}: no window of {ranking} neurons recovered any of {gain}{where}.")
-                    continue
-                row = min((row for row in line if row.effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
-                random, place = _random(result, row), f", from rank {row.rank_lo}" if row.rank_lo else ""
-                neurons = f"{row.rank_hi - row.rank_lo} by {ranking}{place}"
-                sentences.append(
-                    f"{recipient}: {row.neuron_fraction:.1%} of the neurons ({neurons}) recovered "
-                    f"{format_percent(row.effect)} of {gain} of {result.donor}{where}"
-                    + (f"; random ones: {judge}, effect {random}." if random else ".")
-                )
-    return sentences
+                sentence = no_gain or _describe_recovery(result, judge, recipient, ranking)
+                sentences.append(f"{recipient}: {sentence}{suffix}.")
+    return list(dict.fromkeys(sentences))
 
 
-def _random(result: SweepResult, row: Row) -> str:
-    """The range of the row's random controls, mean and effect."""
-    same = result.controls(row)
-    if not same or row.control_seed is not None:
-        return ""
-    means, effects = [r.mean for r in same], [r.effect for r in same if r.effect is not None]
-    return f"{format_range(means)}, {format_range(effects, format_percent)}" if effects else format_range(means)
+def _describe_no_gain(result: SweepResult, judge: str, recipient: str) -> str | None:
+    """Return why the donor has no gain over the recipient, or None if it has one."""
+    recipient_scores, donor_scores = (_scores_by_prompt(result, judge, model) for model in (recipient, result.donor))
+    shared = [prompt for prompt in recipient_scores if prompt in donor_scores]
+    if not shared:
+        return f"no prompt has scores of both {recipient} and {result.donor}"
+    differences = np.array([donor_scores[prompt] - recipient_scores[prompt] for prompt in shared])
+    config = result.config
+    value, low, high = interval(np.mean, differences, resamples=config.resamples, confidence=config.confidence)
+    if (low > 0 or high < 0) and not (judge == "cost" and value > 0):
+        return None
+    certainty = f"{config.confidence:.0%} CI {format_value(low)} .. {format_value(high)}, {len(shared)} prompts"
+    return f"the mean {judge} of {result.donor} differs by {value:+.2f} ({certainty}): no gain to recover"
+
+
+def _scores_by_prompt(result: SweepResult, judge: str, model: str) -> dict[int, float]:
+    """Return prompt index -> mean score of an unpatched model, for the prompts that have all their scores."""
+    set_name = result.rows[0].set
+    scores: dict[int, list] = {}
+    for record in result.records:
+        if (record["set"], record["recipient"], record["ranking"]) == (set_name, model, None):
+            scores.setdefault(record["prompt_index"], []).append(record["scores"][judge])
+    return {prompt: float(np.mean(values)) for prompt, values in scores.items() if None not in values}
+
+
+def _describe_recovery(result: SweepResult, judge: str, recipient: str, ranking: str) -> str:
+    gain = "the safety gain" if judge == "cost" else f"the change of {judge}"
+    rows = [row for row in result.line(judge, recipient, ranking) if row.effect is not None]
+    best = max((row.effect for row in rows), default=0.0)
+    if best <= 0:
+        return f"no window of {ranking} neurons recovered any of {gain}"
+    row = min((row for row in rows if row.effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
+    first_rank = f", from rank {row.rank_lo}" if row.rank_lo else ""
+    effect_interval = format_interval(asdict(row), "effect", format_percent)
+    certainty = f" ({result.config.confidence:.0%} CI {effect_interval})" if effect_interval else ""
+    return (
+        f"{row.neuron_fraction:.1%} of the neurons ({row.rank_hi - row.rank_lo} by {ranking}{first_rank}) recovered "
+        f"{format_percent(row.effect)}{certainty} of {gain} of {result.donor}; {_describe_controls(result, row)}"
+    )
+
+
+def _describe_controls(result: SweepResult, row: Row) -> str:
+    """Return the range of effects of the row's random controls."""
+    effects = [control.effect for control in result.controls(row) if control.effect is not None]
+    return f"random neurons: {format_range(effects, format_percent)}" if effects else "no random control"
