@@ -68,7 +68,7 @@ class SnpatchError(Exception):
 
 
 class NotEnoughNeuronsError(SnpatchError):
-    """A random control needs more neurons than it may draw from."""
+    """Too few neurons to draw a random control from."""
 
 
 class ReceiptError(SnpatchError):

@@ -1,7 +1,7 @@
 import os
 from functools import cache
 
-# Models are tiny here: threads that wait for one another spin, and take ten times as long beside another process.
+# The models are tiny: threads that wait for each other spin, and are ten times as slow if another process runs.
 os.environ["OMP_NUM_THREADS"] = "1"
 for name, value in {
     "TRITON_INTERPRET": "1",
@@ -19,7 +19,7 @@ from serving import RUNNING, client, offline, server  # noqa: E402, F401
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """The server ends with the last test that may use it: others look at all processes below this one."""
+    """Stop the server after the last test that may use it, because later tests look at all child processes."""
     if nextitem is None or not nextitem.path.name.startswith("test_serve"):
         while RUNNING:
             RUNNING.pop().end()
@@ -27,19 +27,19 @@ def pytest_runtest_teardown(item, nextitem):
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
-    """zoo(architecture): its tiny.TinyModel (folder, adapters), made once a session."""
-    made = {}
+    """Return a function architecture -> tiny.TinyModel (folder, adapters), built once per session."""
+    models = {}
 
     def get(architecture: str, **options) -> tiny.TinyModel:
         key = (architecture, *sorted(options.items()))
-        if key not in made:
-            made[key] = tiny.make(architecture, tmp_path_factory.mktemp(architecture), **options)
-        return made[key]
+        if key not in models:
+            models[key] = tiny.make(architecture, tmp_path_factory.mktemp(architecture), **options)
+        return models[key]
 
     return get
 
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """pairs(architecture): its tiny.TinyModel on two sets of weights, made once a session."""
+    """Return a function architecture -> tiny.TinyModel on two sets of weights, built once per session."""
     return cache(lambda architecture: tiny.make_pair(architecture, tmp_path_factory.mktemp(f"{architecture}-pair")))

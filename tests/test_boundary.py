@@ -53,9 +53,9 @@ NO_PROMPT = [
 
 @pytest.mark.parametrize(("prompt", "message"), NO_PROMPT, ids=lambda one: ascii(one)[:40])
 def test_encode_invalid_prompt_is_one_line(requests, prompt, message):
-    with pytest.raises(SnpatchError, match=f"prompt 1,? ?.*{message}") as told:
+    with pytest.raises(SnpatchError, match=f"prompt 1,? ?.*{message}") as caught:
         requests.encode([TEXT, prompt], "base")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ NO_SAMPLING = [
 @pytest.mark.parametrize(("given", "message"), NO_SAMPLING, ids=lambda one: ascii(one)[:40])
 def test_sampling_wrong_type_is_one_line(given, message):
     (name,) = given
-    with pytest.raises(SnpatchError, match=f"sampling: {name}:? {message}") as told:
+    with pytest.raises(SnpatchError, match=f"sampling: {name}:? {message}") as caught:
         Sampling(**given)
-    assert told.value.field == name
+    assert caught.value.field == name
 
 
 def test_sampling_accepts_numpy_numbers():

@@ -324,7 +324,7 @@ def test_prompts_any_unicode_is_one_line_each(tmp_path):
 
 @pytest.mark.parametrize(("words", "code"), [(["env"], 0), (["generate", "nothing", "none.jsonl"], 2), (["--no"], 2)])
 def test_program_exits_before_library_destructors(words, code):
-    """abort() stands for what nanobind registers, which prints a line for each object that is left."""
+    """abort() replaces the handler that nanobind registers, which prints a line for each remaining object."""
     begin = "import ctypes, sys; ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).abort); from snpatch import cli"
     program = f"{begin}; sys.argv[1:] = {words}; cli.program()"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == code

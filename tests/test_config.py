@@ -93,7 +93,7 @@ def test_config_option_of_other_backend_is_refused():
 
 
 def called(command, arguments: list[str]):
-    """What a command of these options got."""
+    """Return the arguments that a command with these options received."""
     app, got = typer.Typer(), []
     app.command()(with_options(**command)(_taking(list(command), got)))
     app(arguments, standalone_mode=False)

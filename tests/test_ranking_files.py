@@ -114,7 +114,7 @@ def test_load_reads_published_and_own_files(tmp_path):
         ("r.csv", table([(0, 1, 1), (0, 2, 1)], "layer,neuron,rank"), "two neurons have one rank"),
         ("r.csv", table([]), "holds no neuron"),
         ("r.csv", table([(0, 1), (0, 1)]), "names a neuron twice"),
-        ("r.csv", table([(0, 4)]), r"lies outside \[3, 4\]"),
+        ("r.csv", table([(0, 4)]), r"is outside \[3, 4\]"),
         ("r.json", [[0, 1.5], [1, 2]], "wanted .* scores .*|holds scores"),
         ("r.json", [[0, 1, 2, 3]], "got integers"),
         ("r.json", [[0, 1], [2]], "wanted numbers in a list of equal rows"),
@@ -133,9 +133,9 @@ def test_load_reads_published_and_own_files(tmp_path):
     ],
 )
 def test_load_invalid_file_is_one_line(tmp_path, file, value, message):
-    with pytest.raises(SnpatchError, match=message) as told:
+    with pytest.raises(SnpatchError, match=message) as caught:
         Ranking.load(saved(tmp_path / file, value), SHAPE)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 class Evil:

@@ -18,7 +18,7 @@ PANELS = {
     "Advanced": ("dtype", "device", "batch_size", "allow_untested", "engine_arg", "trust_config"),
 }  # fmt: skip
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
-OTHER_MEANING = {("reproduce", "seed")}  # (command, option) whose name stands for something else there
+OTHER_MEANING = {("reproduce", "seed")}  # (command, option): the name has another meaning there
 
 
 def arrange(command: object) -> None:

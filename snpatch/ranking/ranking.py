@@ -153,7 +153,7 @@ class Ranking:
         if order.dim() != 2 or order.shape[1] != 2:
             raise SnpatchError(f"ranking: order must be [n, 2] of (layer, neuron), got {list(order.shape)}")
         if ((order < 0) | (order >= torch.tensor(shape))).any():
-            raise SnpatchError(f"ranking: a neuron of the order lies outside {list(shape)}")
+            raise SnpatchError(f"ranking: a neuron of the order is outside {list(shape)}")
         flat = order[:, 0] * shape[1] + order[:, 1]
         if len(flat.unique()) != len(flat):
             raise SnpatchError("ranking: the order names a neuron twice")
