@@ -224,11 +224,11 @@ class EngineConfig:
         context: names the table in errors.
         """
         if not isinstance(table, Mapping):
-            raise SnpatchError(f"{context}: wanted a table, got {shown(table)}")
+            raise SnpatchError(f"{context}: expected a table, got {shown(table)}")
         parts = dict(table)
         for kind in ("adapters", "models"):
             if not isinstance(parts.get(kind, {}), Mapping):
-                raise SnpatchError(f"{context}: {kind}: wanted a table, got {parts[kind]!r}")
+                raise SnpatchError(f"{context}: {kind}: expected a table, got {parts[kind]!r}")
         parts["adapters"] = {
             name: schema.coerce(folders, tuple[str, ...], f"{context}: adapters.{name}")
             for name, folders in parts.get("adapters", {}).items()
@@ -296,7 +296,7 @@ def group_models(
     adapters, models = dict(adapters), {}
     for name in checkpoints.keys() | loras.keys():
         if len(checkpoints.get(name, ())) > 1:
-            raise SnpatchError(f"checkpoint: wanted one a name, got {','.join(checkpoints[name])} for {name}")
+            raise SnpatchError(f"checkpoint: expected one a name, got {','.join(checkpoints[name])} for {name}")
         source = checkpoints.get(name, [None])[0]
         models[name] = {"checkpoint": source, "lora": loras.get(name, ()), "adapters": adapters.pop(name, ())}
     return adapters, models
@@ -304,7 +304,7 @@ def group_models(
 
 def parse_json_object(text: str, context: str) -> dict[str, object]:
     """Parse a JSON object. context: names it in errors."""
-    expected = 'wanted a JSON object, as {"enable_thinking": false}'
+    expected = 'expected a JSON object, as {"enable_thinking": false}'
     try:
         table = schema.parse_json(text)
     except ValueError as error:
@@ -324,13 +324,13 @@ def _check_variables(variables: object) -> dict[str, object]:
     """Return variables of chat templates as JSON data."""
     is_table = isinstance(variables, Mapping)
     if not is_table or not all(isinstance(name, str) and name.isidentifier() for name in variables):
-        raise SnpatchError(f"chat_template_kwargs: wanted a table of names and values, got {shown(variables)}")
+        raise SnpatchError(f"chat_template_kwargs: expected a table of names and values, got {shown(variables)}")
     if reserved := sorted(RESERVED_TEMPLATE_VARIABLES & variables.keys()):
         raise SnpatchError(f"chat_template_kwargs: {reserved[0]} is set by snpatch, or by the tokenizer")
     try:
         return json.loads(json.dumps(dict(variables), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise SnpatchError(f"chat_template_kwargs: wanted values that JSON can hold: {error}") from error
+        raise SnpatchError(f"chat_template_kwargs: expected values that JSON can hold: {error}") from error
 
 
 def _paths_as_texts(value: object) -> object:

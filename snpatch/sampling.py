@@ -53,7 +53,7 @@ class Sampling:
             try:
                 object.__setattr__(self, name, convert(value))
             except TypeError:
-                raise SnpatchError(f"sampling: {name}: wanted {expected}, got {shown(value)}", field=name) from None
+                raise SnpatchError(f"sampling: {name}: expected {expected}, got {shown(value)}", field=name) from None
         schema.validate(self, "sampling: ")
         temperature, n = self.temperature, self.n
         for is_valid, name, message in (

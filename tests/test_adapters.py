@@ -131,7 +131,7 @@ def lora(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (shutil.rmtree, "no such folder (wanted a PEFT adapter)"),
+        (shutil.rmtree, "no such folder (expected a PEFT adapter)"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: not JSON"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "neither adapter_model.safetensors nor"),

@@ -29,7 +29,7 @@ def requests():
     return Requests([ChatTemplate("tulu", tokenizer)], geometry, {"base": model}, Notes())
 
 
-KIND = "wanted a text, a chat .a list of role and content. or a list of token ids"
+KIND = "expected a text, a chat .a list of role and content. or a list of token ids"
 IDS = r"token ids must be integers in 0\.\."
 NO_PROMPT = [
     (b"the cat", KIND), (bytearray(b"a"), KIND), (np.bytes_(b"a"), KIND), ({"the cat": 1}, KIND), (None, KIND),
@@ -42,11 +42,11 @@ NO_PROMPT = [
     ([{"role": "user", "content": HALF}], "message 0 holds half of a surrogate pair"),
     ([{"role": "user", "content": [{"type": "text", "text": HALF}]}], "message 0 holds half of a surrogate pair"),
     ([{"role": HALF, "content": "a"}], "message 0 holds half of a surrogate pair"),
-    ([{"role": "user", "content": None}], "message 0: wanted content"),
-    ([{"role": "user"}], "message 0: wanted content"),
-    ([{"role": "user", "content": 3}], "message 0: wanted content"),
-    ([{"content": "a"}], "message 0: wanted a table with role and content"),
-    ([{"role": "user", "content": "a"}, 3], "message 1: wanted a table with role and content"),
+    ([{"role": "user", "content": None}], "message 0: expected content"),
+    ([{"role": "user"}], "message 0: expected content"),
+    ([{"role": "user", "content": 3}], "message 0: expected content"),
+    ([{"content": "a"}], "message 0: expected a table with role and content"),
+    ([{"role": "user", "content": "a"}, 3], "message 1: expected a table with role and content"),
     ([], "has no tokens"),
 ]  # fmt: skip
 
@@ -92,8 +92,8 @@ def test_encode_without_list_is_one_line(requests, given):
 
 @pytest.mark.parametrize(
     ("completion", "message"),
-    [(b"a", "wanted a text or a list of token ids"), (None, "wanted a text"), ({"a": 1}, "wanted a text"),
-     (3, "wanted a text"), ([1.5], IDS), ([True], IDS), (HALF, "half of a surrogate pair")],
+    [(b"a", "expected a text or a list of token ids"), (None, "expected a text"), ({"a": 1}, "expected a text"),
+     (3, "expected a text"), ([1.5], IDS), ([True], IDS), (HALF, "half of a surrogate pair")],
     ids=lambda one: ascii(one)[:40],
 )  # fmt: skip
 def test_completions_invalid_is_one_line(requests, completion, message):
@@ -101,7 +101,7 @@ def test_completions_invalid_is_one_line(requests, completion, message):
         requests.completions([TEXT, completion], 2)
 
 
-WHOLE, NUMBER, FLAG = "wanted a whole number", "wanted a number", "wanted True or False"
+WHOLE, NUMBER, FLAG = "expected a whole number", "expected a number", "expected True or False"
 NO_SAMPLING = [
     *(
         ({name: value}, WHOLE)
@@ -111,8 +111,8 @@ NO_SAMPLING = [
     *(({"seed": value}, WHOLE) for value in (1.5, "3", True, b"1")),
     *(({name: value}, NUMBER) for name in ("temperature", "top_p") for value in (None, "0.7", True, [1], 1j)),
     *(({name: value}, FLAG) for name in ("ignore_eos", "logprobs") for value in (None, 1, "yes")),
-    *(({"stop": value}, "wanted a text or a list of texts") for value in (None, b"", 3, [None], {"a"}, [b"a"], HALF)),
-    *(({"vllm": value}, "wanted a mapping") for value in (None, [1], {1: 2})),
+    *(({"stop": value}, "expected a text or a list of texts") for value in (None, b"", 3, [None], {"a"}, [b"a"], HALF)),
+    *(({"vllm": value}, "expected a mapping") for value in (None, [1], {1: 2})),
     *(({"temperature": value}, "must be 0 .greedy. or at least") for value in (float("nan"), float("inf"), -1)),
     ({"top_p": float("nan")}, "must lie in"),
 ]
@@ -145,8 +145,8 @@ def test_encode_accepts_rows_of_files(requests):
         ([{"role": "user", "content": TEXT}], r"one message of a chat\. Wrap the chat in a list"),
         ({"prompt": TEXT}, r"prompts must be a list; got one row .*Wrap it in a list"),
         ([{"question": TEXT}], "or a row with messages or prompt; got {'question'"),
-        ([{"prompt": 3}], "wanted a text, a chat"),
-        ([{"messages": [{"role": "user"}]}], "message 0: wanted content"),
+        ([{"prompt": 3}], "expected a text, a chat"),
+        ([{"messages": [{"role": "user"}]}], "message 0: expected content"),
     ],
 )
 def test_encode_misplaced_row_or_chat_is_explained(requests, prompts, message):

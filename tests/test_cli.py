@@ -84,7 +84,7 @@ def test_contrast_completions_of_other_prompts_are_refused(capsys, tmp_path):
     code, _, err = run(capsys, "contrast", *pair, "--skip-invalid", "--limit", 3, "--completions", written)
     assert code == 2
     assert f"{prompts}: skipped 1 invalid rows\n" in err
-    assert "c.jsonl, line 2: wanted the completion of the prompt 'tiva', got that of 'mabo'" in err
+    assert "c.jsonl, line 2: expected the completion of the prompt 'tiva', got that of 'mabo'" in err
 
 
 def test_public_files_are_read_as_prompts_and_rankings(capsys, tmp_path):
@@ -103,7 +103,7 @@ def test_public_files_are_read_as_prompts_and_rankings(capsys, tmp_path):
     assert all(json.loads(line)["overwrites"] > 0 for line in outs[0].splitlines())
     code, _, err = run(capsys, "generate", MODEL, data, *PAIR)
     assert code == 2
-    assert "p.csv: wanted the columns prompt or messages, got text, other. Name the prompt's column (--column)" in err
+    assert "p.csv: expected the columns prompt or messages, got text, other. Name the prompt's column (--column)" in err
     folder = tmp_path / "sweep"
     given = ["--recipient", "sft", "--donor", "dpo", "-k", "0,3", "--judge", "refusal", "--max-tokens", 2, "-o", folder]
     code, _, err = run(capsys, "sweep", MODEL, data, *PAIR, "--column", "text", "--ranking", f"own={neurons}", *given)
@@ -239,7 +239,7 @@ BAD = {
     "NaN in scores": (nan_scores, "scores is not finite at layer 2, neuron 5"),
     "missing ranking": (lambda t: {"ranking": str(t / "r.safetensors")}, "r.safetensors: no such file"),
     "window outside the ranking": (lambda t: {"window": "1409"}, "reaches past the ranking's 1408 neurons"),
-    "window the wrong way round": (lambda t: {"window": "9:5"}, r"wanted 0 <= lo <= hi, got \[9, 5\)"),
+    "window the wrong way round": (lambda t: {"window": "9:5"}, r"expected 0 <= lo <= hi, got \[9, 5\)"),
     "window that is no number": (lambda t: {"window": "many"}, "'many' is not a number"),
     "unknown model name": (lambda t: {"recipient": "tulu"}, "no model named 'tulu': there are base, sft, dpo"),
     "unknown donor name": (lambda t: {"donor": "tulu"}, "no model named 'tulu'"),
@@ -248,7 +248,7 @@ BAD = {
     "missing prompts": (lambda t: {"prompts": str(t / "p.jsonl")}, "p.jsonl: no such file"),
     "no prompt": (empty_file, "holds no prompt"),
     "broken JSON": (bad_jsonl('{"prompt": "half'), "bad.jsonl, line 3: not JSON"),
-    "row without a prompt": (bad_jsonl('{"text": "x"}'), "line 3: wanted an object with prompt or messages"),
+    "row without a prompt": (bad_jsonl('{"text": "x"}'), "line 3: expected an object with prompt or messages"),
     "prompt that is no text": (bad_jsonl('{"prompt": 7}'), "line 3: prompt must be a text"),
     "broken messages": (bad_jsonl('{"messages": [{"role": "user"}]}'), "line 3: messages must be a list"),
     "prompt past the context": (long_prompt, "prompt 0 has .* tokens, the model's context holds 512"),

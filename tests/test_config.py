@@ -54,10 +54,10 @@ def test_config_file_paths_are_relative_to_it(tmp_path):
     [
         ({}, "engine: model is missing"),
         ({"model": "m", "nonsense": 1}, "there is no nonsense; there are model, adapters"),
-        ({"model": 3}, "model: wanted str, got 3"),
-        ({"model": "m", "adapters": ["a"]}, "adapters: wanted a table"),
-        ({"model": "m", "adapters": {"sft": 3}}, "adapters.sft: wanted str, got 3"),
-        ({"model": "m", "capacity": {"max_rankings": "3"}}, "capacity: max_rankings: wanted int"),
+        ({"model": 3}, "model: expected str, got 3"),
+        ({"model": "m", "adapters": ["a"]}, "adapters: expected a table"),
+        ({"model": "m", "adapters": {"sft": 3}}, "adapters.sft: expected str, got 3"),
+        ({"model": "m", "capacity": {"max_rankings": "3"}}, "capacity: max_rankings: expected int"),
         ({"model": "m", "capacity": {"max_rankings": 0}}, "max_rankings must be at least 1, got 0"),
         ({"model": "m", "dtype": "float99"}, "dtype must be one of auto, float32"),
         ({"model": "m", "backend": "jax"}, "backend must be one of"),
@@ -166,6 +166,6 @@ def test_config_deeply_nested_file_is_one_line(tmp_path, name, content, depth):
 
 def test_error_long_value_is_shortened(tmp_path):
     (tmp_path / "a.toml").write_text(f"model = {['m' * 10_000]}")
-    with pytest.raises(SnpatchError, match="wanted str") as error:
+    with pytest.raises(SnpatchError, match="expected str") as error:
         EngineConfig.load(tmp_path / "a.toml")
     assert len(str(error.value)) < 500

@@ -199,7 +199,11 @@ BROKEN = {
     "empty prompt": ("beavertails", tails(" \n", "x", True), "prompt must be a text that is not empty, got ' "),
     "label that is no label": ("beavertails", tails("p", "x", 1), "is_safe must be true or false"),
     "no response": ("beavertails", tails("p", None, True), "response must be a text, got None"),
-    "column of another set": ("beavertails", {"prompt": "p"}, "wanted an object with prompt, response, category, is_s"),
+    "column of another set": (
+        "beavertails",
+        {"prompt": "p"},
+        "expected an object with prompt, response, category, is_s",
+    ),
     "no human turn": ("hh-harmless", {"chosen": "Hello", "rejected": talk("a", "b")}, "chosen has no human turn"),
     "assistant only": ("hh-helpful", {"chosen": talk("a"), "rejected": "\n\nAssistant: b"}, "rejected has no human"),
     "empty human turn": ("red-team-attempts", attempt(talk(" ", "b"), 1.0), "the first human turn of transcript is em"),
@@ -220,9 +224,13 @@ BROKEN = {
     "no preference": ("shp", shp("a", "b", "c", 2), "labels must be 0 or 1, got 2"),
     "no rejected answer": ("reward-bench", bench("a", "b", None, "s"), "rejected must be a text .* got None"),
     "no better answer": ("stack-exchange", stack("a", " ", "c"), "chosen must be a text that is not empty, got ' '"),
-    "no question": ("stack-exchange", {"chosen": "b", "rejected": "c"}, "wanted an object with question, chosen, rej"),
+    "no question": (
+        "stack-exchange",
+        {"chosen": "b", "rejected": "c"},
+        "expected an object with question, chosen, rej",
+    ),
     "half a surrogate pair": ("reward-bench", bench("a\ud800", "b", "c", "s"), "prompt holds half a surrogate pair"),
-    "row that is no object": ("reward-bench", ["a", "b"], "wanted an object with prompt, chosen, rejected, subset"),
+    "row that is no object": ("reward-bench", ["a", "b"], "expected an object with prompt, chosen, rejected, subset"),
 }
 
 
@@ -301,7 +309,7 @@ def test_invalid_hub_rows_are_named_or_counted(hub):
         load_dataset("shp")
     assert load_dataset("shp", skip_invalid=True).skipped == 1
     rows[:] = ROWS["lima"]
-    with pytest.raises(SnpatchError, match=r"SHP, test: wanted the columns history, .* got conversations, source"):
+    with pytest.raises(SnpatchError, match=r"SHP, test: expected the columns history, .* got conversations, source"):
         load_dataset("shp", skip_invalid=True)
 
 

@@ -50,9 +50,9 @@ def test_jsonl_with_bom_blanks_and_line_ends_is_read(tmp_path):
         (b'{"prompt": 7}', "prompt must be a text that is not empty, got 7"),
         (b'{"prompt": " "}', "prompt must be a text that is not empty, got ' '"),
         (b'{"messages": "hi"}', "messages must be a list of role and content, got 'hi'"),
-        (b'{"messages": []}', "wanted turns with a user turn"),
-        (b'{"text": "x"}', "wanted an object with prompt or messages"),
-        (b'"x"', "wanted an object with prompt or messages"),
+        (b'{"messages": []}', "expected turns with a user turn"),
+        (b'{"text": "x"}', "expected an object with prompt or messages"),
+        (b'"x"', "expected an object with prompt or messages"),
     ],
 )
 def test_invalid_line_is_numbered_or_counted(tmp_path, line, message):
@@ -68,7 +68,7 @@ def test_csv_with_long_fields_counts_physical_lines(tmp_path):
     long = "x" * 200_000
     content = f'id,prompt\r\n1,"two\nlines, ""quoted"""\r\n\r\n2,{long}\r\n3,a,b\r\n4,last\r\n'
     path = saved(tmp_path, "p.csv", b"\xef\xbb\xbf" + content.encode())
-    with pytest.raises(SnpatchError, match=r"p\.csv, line 6: wanted 2 fields, got 3"):
+    with pytest.raises(SnpatchError, match=r"p\.csv, line 6: expected 2 fields, got 3"):
         load_dataset(path)
     data = load_dataset(path, skip_invalid=True)
     assert texts(data) == ['two\nlines, "quoted"', long, "last"]
@@ -87,10 +87,10 @@ def test_csv_row_without_utf8_is_invalid(tmp_path):
     [
         ("p.csv", b'prompt\na\n"b\nc\n', r"p\.csv, line 3: not CSV: unexpected end of data"),
         ("p.csv", b'prompt\n"a"b\n', r"p\.csv, line 2: not CSV"),
-        ("p.csv", b"text,id\na,1\n", r"p\.csv: wanted the columns prompt or messages, got text, id"),
+        ("p.csv", b"text,id\na,1\n", r"p\.csv: expected the columns prompt or messages, got text, id"),
         ("p.csv", b"prompt,prompt\na,b\n", r"p\.csv: two columns have one name"),
         ("p.csv", b"", r"p\.csv: holds no prompt"),
-        ("p.raw", b"a\nb\n", r"p\.raw: wanted the columns prompt or messages, got text"),
+        ("p.raw", b"a\nb\n", r"p\.raw: expected the columns prompt or messages, got text"),
         ("p.json", b'\n[{"prompt": "a"},\n{"prompt": }]', r"p\.json: not JSON: .* line 3"),
         ("p.jsonl", b"\n\n", r"p\.jsonl: holds no prompt \(0 rows, 0 of them bad\)"),
         ("p.jsonl", b"{}\n{}\n", r"p\.jsonl: holds no prompt \(2 rows, 2 of them bad\)"),
@@ -100,8 +100,8 @@ def test_csv_row_without_utf8_is_invalid(tmp_path):
         ("p.jsonl.xz", lines(numbered(9)), r"p\.jsonl\.xz: cannot be read"),
         ("p.csv.gz", gzip.compress(b"prompt\n" + b"a\n" * 9999)[:-9], r"p\.csv\.gz: cannot be read"),
         ("p.parquet", parquet(numbered(9))[:-9], r"p\.parquet: cannot be read"),
-        ("p.parquet", parquet([{"text": "a"}]), r"p\.parquet: wanted the columns prompt or messages, got text"),
-        ("p.tsv", b"prompt\na\n", r"p\.tsv: wanted a file that ends in \.jsonl, \.json, \.csv, \.parquet"),
+        ("p.parquet", parquet([{"text": "a"}]), r"p\.parquet: expected the columns prompt or messages, got text"),
+        ("p.tsv", b"prompt\na\n", r"p\.tsv: expected a file that ends in \.jsonl, \.json, \.csv, \.parquet"),
     ],
 )
 def test_damaged_file_raises_even_with_skip_invalid(tmp_path, name, content, message):
@@ -159,7 +159,7 @@ def test_conflicting_load_arguments_are_rejected(tmp_path):
     path = write(tmp_path, "p", ".jsonl", numbered(2))
     for arguments, message in (
         ({"source": "beavertail"}, r"beavertail: no such file, nor a set of that name \(beavertails, hh-harmless,"),
-        ({"source": path, "format": "beavertail"}, "format: wanted one of beavertails, .* got 'beavertail'"),
+        ({"source": path, "format": "beavertail"}, "format: expected one of beavertails, .* got 'beavertail'"),
         ({"source": path, "format": "lima", "column": "prompt"}, "column: lima has its own columns, got 'prompt'"),
         ({"source": path, "split": "test"}, r"p\.jsonl: split chooses among the files of a folder"),
         ({"source": path, "revision": "main"}, "revision is for sets from the hub, this is a path"),
@@ -179,7 +179,7 @@ def test_column_selects_prompt_of_any_file(tmp_path):
         assert data.prompts == [user("Why?")]
         assert data.pairs() == [pair]
         assert str(data.examples[0].meta["id"]) == "3"
-    with pytest.raises(SnpatchError, match=r"q\.csv: wanted the columns prompt, got question, chosen"):
+    with pytest.raises(SnpatchError, match=r"q\.csv: expected the columns prompt, got question, chosen"):
         load_dataset(tmp_path / "q.csv", column="prompt")
 
 
@@ -195,7 +195,7 @@ def test_messages_and_answers_of_any_file_are_read(tmp_path):
     assert [e.response for e in data.examples] == [None, "d", "b"]
     assert data.conversations() == [{"messages": turns("a", "b", "c", "d")}, {"messages": turns("a", "b")}]
     for row, message in (
-        ({"messages": turns("a", "b") + turns("", "c")[1:]}, "wanted nothing but one assistant turn after the last"),
+        ({"messages": turns("a", "b") + turns("", "c")[1:]}, "expected nothing but one assistant turn after the last"),
         ({"prompt": "a", "chosen": user("b")}, "chosen must be a text or one assistant turn"),
         ({"prompt": "a", "response": 7}, "response must be a text, got 7"),
     ):
@@ -264,7 +264,7 @@ def test_generated_file_gives_prompts_and_completions(tmp_path):
     assert read_completions(path) == ["", "y"]
     path = saved(tmp_path, "bad.jsonl", path.read_bytes() + b'{"prompt": "c"}\n')
     assert read_completions(path, 2) == ["", "y"]
-    with pytest.raises(SnpatchError, match=r"bad\.jsonl, line 3: wanted an object with a completion"):
+    with pytest.raises(SnpatchError, match=r"bad\.jsonl, line 3: expected an object with a completion"):
         read_completions(path)
     with pytest.raises(SnpatchError, match=r"none\.jsonl: no such file"):
         read_completions(tmp_path / "none.jsonl")

@@ -101,9 +101,9 @@ def test_column_error_lists_columns(tmp_path):
     row = {"a": "x", "b": "y"}
     for kind in (".jsonl", ".json", ".csv", ".parquet"):
         path = write(tmp_path, "data", kind, [row])
-        with pytest.raises(SnpatchError, match=r"wanted .*prompt or messages, got a, b\. Name the prompt's column"):
+        with pytest.raises(SnpatchError, match=r"expected .*prompt or messages, got a, b\. Name the prompt's column"):
             load_dataset(path)
-        with pytest.raises(SnpatchError, match=r"wanted .* goal, got a, b"):
+        with pytest.raises(SnpatchError, match=r"expected .* goal, got a, b"):
             load_dataset(path, column="goal")
         assert load_dataset(path, column="b").prompts == [user("y")]
     with pytest.raises(SnpatchError, match="one prompt, got goal, question, each of which may be it"):
@@ -270,7 +270,9 @@ def test_completions_of_other_prompts_are_rejected(tmp_path):
     assert read_completions(path, None, chats) == [f"answer to {w}" for w in words]
     assert read_completions(path, 2, chats[:2]) == ["answer to one", "answer to two"]
     shifted = [chats[0], *chats[2:]]
-    with pytest.raises(SnpatchError, match=r"c\.jsonl, line 2: wanted the completion of the prompt 'three', .* 'two'"):
+    with pytest.raises(
+        SnpatchError, match=r"c\.jsonl, line 2: expected the completion of the prompt 'three', .* 'two'"
+    ):
         read_completions(path, 3, shifted)
     with pytest.raises(SnpatchError, match=r"c\.jsonl: 3 prompts and 4 completions"):
         read_completions(path, None, chats[:3])
@@ -290,7 +292,7 @@ def test_completions_of_conversations_are_compared_by_messages(tmp_path):
     ):
         assert read_completions(write(tmp_path, "c", ".jsonl", [row]), None, [chat]) == ["B"]
     for row in ({"prompt": "Q", "completion": "B"}, {"messages": turns("Q", "X", "R"), "completion": "B"}):
-        with pytest.raises(SnpatchError, match="line 1: wanted the completion of the prompt 'R'"):
+        with pytest.raises(SnpatchError, match="line 1: expected the completion of the prompt 'R'"):
             read_completions(write(tmp_path, "c", ".jsonl", [row]), None, [chat])
     with pytest.raises(SnpatchError, match="line 1: prompt must be a text that is not empty, got 7"):
         read_completions(write(tmp_path, "c", ".jsonl", [{"prompt": 7, "completion": "B"}]), None, [chat])
@@ -350,7 +352,7 @@ def test_file_without_data_is_rejected(tmp_path, name):
     with pytest.raises(SnpatchError, match="a pointer of Git LFS, not the data"):
         load_dataset(path)
     path.write_bytes('{"prompt": "a"}'.encode("utf-16"))
-    with pytest.raises(SnpatchError, match="UTF-16, wanted UTF-8"):
+    with pytest.raises(SnpatchError, match="UTF-16, expected UTF-8"):
         load_dataset(path)
 
 
@@ -362,7 +364,7 @@ def test_folder_saved_by_datasets_library_is_read(tmp_path):
     assert load_dataset(tmp_path / "two", split="test").prompts == AB[1:]
     with pytest.raises(SnpatchError, match="two: holds the splits train, test: choose one with split"):
         load_dataset(tmp_path / "two")
-    with pytest.raises(SnpatchError, match="one: wanted the columns goal, got prompt"):
+    with pytest.raises(SnpatchError, match="one: expected the columns goal, got prompt"):
         load_dataset(tmp_path / "one", column="goal")
 
 

@@ -167,7 +167,7 @@ BAD = {
     ),
     "a judge without source": (
         lambda t: t.replace('source = "refusal"', ""),
-        "judges.cost: wanted a table with source",
+        "judges.cost: expected a table with source",
     ),
     "a missing key": (lambda t: t.replace('recipients = ["sft", "base"]', ""), "one recipient"),
     "no model": (lambda t: t.replace("model =", "#"), "model is missing"),

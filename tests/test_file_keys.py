@@ -179,11 +179,11 @@ def test_experiment_key_with_another_value_changes_the_run(path, tmp_path):
     ("path", "value", "message"),
     [
         (("max_tokens",), 9, "max_tokens: expected under sampling, got it at the top. Move it there."),
-        (("contrast_tokens",), "9", "contrast_tokens: wanted int, got '9'"),
+        (("contrast_tokens",), "9", "contrast_tokens: expected int, got '9'"),
         (("engine", "dtpe"), "bfloat16", "engine: dtpe: expected one of backend, chat_template_kwargs, dtype"),
         (("engine", "max_model_len"), 9, "engine: max_model_len: .* Arguments of vLLM's own are under vllm."),
         (("engine", "template"), "tulu", "engine: template: expected at the top of the file"),
-        (("engine", "batch_size"), "9", "batch_size: wanted int"),
+        (("engine", "batch_size"), "9", "batch_size: expected int"),
         (("vllm", "dtype"), "bfloat16", "vllm: dtype: expected under engine. Move it there."),
         (("vllm", "template"), "tulu", "vllm: template: expected at the top of the file. Move it there."),
     ],

@@ -37,7 +37,7 @@ def test_tensors_round_trip_and_other_kind_raises(tmp_path):
     tensors, meta = read_tensors(path, kind="ranking")
     assert torch.equal(tensors["a"], torch.tensor([[0, 3], [1, 4], [2, 5]]))
     assert meta == {"n": [1, "two"]}
-    with pytest.raises(SnpatchError, match="wanted a snpatch capture, got ranking"):
+    with pytest.raises(SnpatchError, match="expected a snpatch capture, got ranking"):
         read_tensors(path, kind="capture")
     path.write_bytes(b"not safetensors at all")
     with pytest.raises(SnpatchError, match="not a safetensors file"):

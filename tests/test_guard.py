@@ -182,10 +182,10 @@ def test_loaded_guard_is_bit_identical(tmp_path):
     [
         ({"more": 1}, "there is no more; there are model, fingerprint"),
         ({"threshold": None}, "threshold is missing"),
-        ({"threshold": "0.5"}, "threshold: wanted float, got '0.5'"),
+        ({"threshold": "0.5"}, "threshold: expected float, got '0.5'"),
         ({"threshold": 2.0}, "threshold: expected a number between 0 and 1, got 2.0"),
         ({"shape": [3]}, r"shape: expected \(layers, neurons\), got \(3,\)"),
-        ({"meta": []}, "meta: wanted dict"),
+        ({"meta": []}, "meta: expected dict"),
     ],
 )
 def test_guard_file_with_invalid_metadata_is_rejected(tmp_path, change, message):

@@ -136,8 +136,8 @@ def test_checkpoint_with_code_is_rejected(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "alpaca"}, "format: wanted beaver, tulu, chat, pair or a text with {prompt} and {completion}"),
-        ({"format": "{prompt} alone"}, "format: wanted"),
+        ({"format": "alpaca"}, "format: expected beaver, tulu, chat, pair or a text with {prompt} and {completion}"),
+        ({"format": "{prompt} alone"}, "format: expected"),
         ({"format": "chat"}, "no chat template"),
         ({"label": "harm"}, "label must be one of score or an index, got 'harm'"),
         ({"padding_side": "middle"}, "padding_side must be right or left"),
@@ -158,7 +158,7 @@ def test_unscorable_texts_are_rejected(tmp_path):
     with opened(tmp_path) as judge:
         with pytest.raises(SnpatchError, match="one completion a prompt"):
             judge(["a"], [])
-        with pytest.raises(SnpatchError, match="wanted a text of 1 to 64 tokens, got 109 with the prompt 'a b'"):
+        with pytest.raises(SnpatchError, match="expected a text of 1 to 64 tokens, got 109 with the prompt 'a b'"):
             judge(["a b"], ["c " * 100])
     with pytest.raises(SnpatchError, match="this judge is closed"):
         judge(["a"], ["b"])
@@ -270,7 +270,7 @@ def test_open_judge_builds_each_kind_of_judge(tmp_path, monkeypatch):
         (f"{__name__}:shout", {"dtype": "auto"}, "dtype is for a model"),
         (f"{__name__}:nothing", {}, "cannot be imported"),
         ("no_such_module:judge", {}, "cannot be imported"),
-        (f"{__name__}:NUMBER", {}, "wanted a callable"),
+        (f"{__name__}:NUMBER", {}, "expected a callable"),
     ):
         with pytest.raises(SnpatchError, match=message):
             open_judge(spec, **arguments)
@@ -290,8 +290,8 @@ def test_score_all_checks_every_score():
     assert score_all(judges, ["x", "y"], ["abc", "i cannot"]) == {"shout": [3.0, 8.0], "refusal": [1.0, -1.0]}
     assert score_all({"numpy": lambda p, c: torch.ones(1).numpy()}, ["x"], ["y"]) == {"numpy": [1.0]}
     for given, message in (
-        ([1.0], "judge 'bad': wanted 2 scores, one a completion, got 1"),
-        ([1.0, float("nan")], "judge 'bad': wanted a finite score, got nan for the prompt 'y'"),
+        ([1.0], "judge 'bad': expected 2 scores, one a completion, got 1"),
+        ([1.0, float("nan")], "judge 'bad': expected a finite score, got nan for the prompt 'y'"),
         ([float("inf"), 1.0], "got inf for the prompt 'x'"),
     ):
         with pytest.raises(SnpatchError, match=message):

@@ -103,6 +103,6 @@ def test_models_that_cannot_be_judges_are_rejected(tmp_path):
     write_classifier(tmp_path / "few words", vocab_size=15)
     with pytest.raises(SnpatchError, match="its tokenizer made token 15, its model knows 15 tokens"):
         opened(tmp_path / "few words")(["a"], ["b e"])
-    with pytest.raises(SnpatchError, match="wanted a text of 1 to 64 tokens, got 0"):
+    with pytest.raises(SnpatchError, match="expected a text of 1 to 64 tokens, got 0"):
         write_classifier(tmp_path / "short", template="{{ '' }}")
         opened(tmp_path / "short")(["a"], ["b"])

@@ -46,7 +46,7 @@ def test_scores_in_any_batch_match_transformers(tmp_path, in_process):
         assert alone == pytest.approx(got, abs=1e-4)
         assert all(type(value) is float for value in got)
         assert judge([], []) == []
-        with pytest.raises(SnpatchError, match="wanted a text of 1 to 64 tokens, got 109"):
+        with pytest.raises(SnpatchError, match="expected a text of 1 to 64 tokens, got 109"):
             judge(["a b"], ["c " * 100])
     with pytest.raises(SnpatchError, match="this judge is closed"):
         judge(["a"], ["b"])

@@ -291,7 +291,7 @@ def test_command_line_with_secondary_weights(capsys, pairs, tmp_path):
         want = engine.generate(chats, patch, Sampling(max_tokens=5))
     assert [json.loads(line)["token_ids"] for line in out.splitlines()] == [c.token_ids for c in want]
     code, _, err = run(capsys, "generate", made.folder, prompts, "--checkpoint", f"dpo={second},{second}")
-    assert (code, "checkpoint: wanted one a name" in err) == (2, True)
+    assert (code, "checkpoint: expected one a name" in err) == (2, True)
 
 
 def test_experiment_config_with_secondary_weights(capsys, pairs, tmp_path):

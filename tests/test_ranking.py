@@ -233,7 +233,7 @@ def test_from_published_pads_missing_layers(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (PUBLISHED[:5], "wanted the published 6-tuple"),
+        (PUBLISHED[:5], "expected the published 6-tuple"),
         ({"a": SCORES}, "6-tuple, got dict"),
         (b"", r"p\.pt: not a torch file of plain tensors"),
         (b"some text", r"p\.pt: not a torch file of plain tensors"),
@@ -306,7 +306,11 @@ def test_load_file_of_other_kind_is_refused(tmp_path):
     write_tensors(other, {"x": SCORES}, kind="features", meta={})
     save_file({"rank": RANK}, plain)
     text.write_text("not safetensors at all")
-    for path, message in ((other, "wanted a snpatch ranking, got features"), (plain, "another file"), (text, "not a")):
+    for path, message in (
+        (other, "expected a snpatch ranking, got features"),
+        (plain, "another file"),
+        (text, "not a"),
+    ):
         with pytest.raises(SnpatchError, match=message):
             Ranking.load(path)
     write_tensors(other, {"x": SCORES}, kind="ranking", meta={})
@@ -367,8 +371,8 @@ def test_load_computes_missing_moments(tmp_path):
 @pytest.mark.parametrize(
     ("sums", "count", "message"),
     [
-        (torch.zeros(3, 4, 5).double(), torch.zeros(3).long(), r"wanted sums \[layers, 5, neurons\]"),
-        (torch.zeros(3, 5, 5), torch.zeros(3).long(), "wanted float64 sums and int64 counts"),
+        (torch.zeros(3, 4, 5).double(), torch.zeros(3).long(), r"expected sums \[layers, 5, neurons\]"),
+        (torch.zeros(3, 5, 5), torch.zeros(3).long(), "expected float64 sums and int64 counts"),
         (torch.full((3, 5, 5), torch.nan).double(), torch.zeros(3).long(), "NaN or infinite"),
     ],
 )

@@ -241,10 +241,10 @@ def test_template_variables_change_config_and_fingerprint(model, tmp_path):
         ({"thinking": False}, "the chat template of .* reads no thinking"),
         ({"messages": []}, "messages is set by snpatch, or by the tokenizer"),
         ({"bos_token": "a"}, "bos_token is set by snpatch"),
-        ({"enable_thinking": {1, 2}}, "wanted values that JSON can hold"),
-        ({"enable_thinking": float("nan")}, "wanted values that JSON can hold"),
-        ({1: 2}, "wanted a table of names and values"),
-        ([1], "wanted a table of names and values"),
+        ({"enable_thinking": {1, 2}}, "expected values that JSON can hold"),
+        ({"enable_thinking": float("nan")}, "expected values that JSON can hold"),
+        ({1: 2}, "expected a table of names and values"),
+        ([1], "expected a table of names and values"),
     ],
 )
 def test_invalid_template_variables_raise_one_line_error(model, given, message):
@@ -323,7 +323,7 @@ def test_cli_and_lm_eval_accept_template_variables(model, tmp_path, capsys):
     for wrong in ("enable_thinking=false", "[1]", "{"):
         code, _, err = run(capsys, *common, "--chat-template-kwargs", wrong)
         assert (code, err.count("\n")) == (2, 1)
-        assert "--chat-template-kwargs: wanted a JSON object" in err
+        assert "--chat-template-kwargs: expected a JSON object" in err
     given = {"model": str(model), "backend": "transformers", "chat_template_kwargs": '{"enable_thinking": false}'}
     harness = SnpatchLM.create_from_arg_obj(given)
     assert harness.apply_chat_template(CHAT) == "bana"

@@ -93,7 +93,7 @@ def test_lora_patterns_match_as_in_peft(tmp_path):
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" * 500 + "]" * 500, "9" * 5000, "{"])
 def test_deeply_nested_adapter_config_raises_one_line_error(tmp_path, text):
-    with pytest.raises(SnpatchError, match=r"adapter_config\.json: (not JSON|wanted a JSON object)"):
+    with pytest.raises(SnpatchError, match=r"adapter_config\.json: (not JSON|expected a JSON object)"):
         load_adapters(resolve_model_folder(tmp_path, text, {"a": torch.ones(1)}), 1, {"down_proj": 4})
 
 

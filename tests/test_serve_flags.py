@@ -103,8 +103,8 @@ def test_config_round_trips_through_table(tmp_path):
     assert placed.rankings == {"safety": str(tmp_path / "r.safetensors")}
     assert placed.allow_upload == str(tmp_path / "up")
     for bad, message in (
-        ({**table, "rankings": {"a": 3}}, "rankings.a: wanted str, got 3"),
-        ({**table, "patches": {"a": "b"}}, "patches.a: wanted Mapping"),
+        ({**table, "rankings": {"a": 3}}, "rankings.a: expected str, got 3"),
+        ({**table, "patches": {"a": "b"}}, "patches.a: expected Mapping"),
         ({**table, "drain_s": float("inf")}, r"drain_s: expected seconds in \[0, 1e6\), got inf"),
         ({**table, "nothing": 1}, "there is no nothing"),
         ([], "expected a table"),

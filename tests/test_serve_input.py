@@ -35,7 +35,7 @@ CALLED = {
         ({"recipient": "nobody"}, "recipient", "no model named 'nobody': there are base, sft, dpo"),
         ({**SAFE, "donor": "nobody"}, "donor", "no model named 'nobody'"),
         ({**SAFE, "ranking": "none"}, "ranking", "no ranking named 'none': there are first, second"),
-        ({**SAFE, "window": [5, 3]}, "window", "wanted 0 <= lo <= hi, got [5, 3)"),
+        ({**SAFE, "window": [5, 3]}, "window", "expected 0 <= lo <= hi, got [5, 3)"),
         ({**SAFE, "window": ALL + 1}, "window", "reaches past the ranking's 288 neurons"),
         ({**SAFE, "positions": "here"}, "positions", "positions must be one of all, prompt, last_prompt_token"),
         ({**SAFE, "positions": 99}, None, "positions=99 is past the"),
@@ -48,7 +48,7 @@ CALLED = {
         ({"recipient": "sft", "interventions": [{**SAFE}]}, "interventions.recipient", "there is no recipient"),
         ({"recipient": "sft", "interventions": TWO_DONORS}, "interventions", "2 donor models"),
         ({**SAFE, "interventions": TWO_DONORS}, "donor", "expected in each of the interventions"),
-        (7, None, "wanted a table, got 7"),
+        (7, None, "expected a table, got 7"),
     ],
 )
 def test_invalid_patch_is_400_with_field(server, given, field, message):

@@ -46,9 +46,9 @@ def test_interventions_json_round_trip():
     one = spec.from_json({"recipient": "sft", "interventions": [first]}, NAMED)
     assert spec.to_json(one) == {"recipient": "sft", **first, "ranking": rankings[0]}, "one is written flat"
     for bad, message, field in (
-        ({"interventions": 7}, "interventions: wanted InterventionSchema, got 7", "interventions"),
+        ({"interventions": 7}, "interventions: expected InterventionSchema, got 7", "interventions"),
         ({"interventions": [{"donor": "dpo"}]}, "interventions: ranking, window is missing", "interventions.ranking"),
-        ({"interventions": [first, {**first, "window": [9, 3]}]}, "wanted 0 <= lo <= hi", "interventions.1.window"),
+        ({"interventions": [first, {**first, "window": [9, 3]}]}, "expected 0 <= lo <= hi", "interventions.1.window"),
         ({"interventions": [first], **second}, "donor: expected in each of the interventions", "donor"),
         ({"interventions": [first], "strength": 0.5}, "strength: expected in each of the interventions", "strength"),
     ):
@@ -108,22 +108,22 @@ GOOD = {"recipient": "sft", "donor": "dpo", "ranking": "safety", "window": 9}
     [
         ({"k": 1}, "patch: there is no k; there are donor, ranking, window, positions"),
         ({"donor": None}, "patch: donor is missing"),
-        ({"recipient": 3}, "recipient: wanted str, got 3"),
+        ({"recipient": 3}, "recipient: expected str, got 3"),
         ({"ranking": "none"}, "no ranking named 'none': there are safety, other"),
-        ({"window": "9"}, "window: wanted int or \\[int, int\\], got '9'"),
-        ({"window": [1, 2, 3]}, "window: wanted int"),
-        ({"window": True}, "window: wanted int"),
-        ({"window": [9, 1]}, "wanted 0 <= lo <= hi"),
+        ({"window": "9"}, "window: expected int or \\[int, int\\], got '9'"),
+        ({"window": [1, 2, 3]}, "window: expected int"),
+        ({"window": True}, "window: expected int"),
+        ({"window": [9, 1]}, "expected 0 <= lo <= hi"),
         ({"window": ALL + 1}, "reaches past the ranking's"),
-        ({"positions": 1.5}, "positions: wanted str or int, got 1.5"),
+        ({"positions": 1.5}, "positions: expected str or int, got 1.5"),
         ({"positions": "here"}, "positions must be one of"),
-        ({"seed": "1"}, "seed: wanted int, got"),
+        ({"seed": "1"}, "seed: expected int, got"),
         ({"donor": "noise:x"}, "donor noise:N: 'x' is not a number"),
         ({"donor": "mean:donor"}, "the ranking holds no donor_mean"),
         ({"donor": "constant:none"}, "no constant named 'none': there are mine"),
         ({"donor": "add:dpo"}, "only mean:recipient, mean:donor and constants can be added"),
-        ({"strength": "1"}, "strength: wanted float, got '1'"),
-        ({"strength": True}, "strength: wanted float, got True"),
+        ({"strength": "1"}, "strength: expected float, got '1'"),
+        ({"strength": True}, "strength: expected float, got True"),
         ({"strength": float("nan")}, "strength must be a finite number"),
         ({"strength": 1e39}, "strength must be a finite number of float32"),
         ({"strength": 10**400}, "strength must be a finite number of float32"),
@@ -139,7 +139,7 @@ def test_patch_json_invalid_value_names_field(change, message):
 
 @pytest.mark.parametrize("data", [None, [], "sft", 3])
 def test_patch_json_without_object_is_refused(data):
-    with pytest.raises(SnpatchError, match="patch: wanted a table"):
+    with pytest.raises(SnpatchError, match="patch: expected a table"):
         spec.from_json(data, NAMED)
 
 
@@ -182,7 +182,7 @@ def test_patch_text_equals_its_json(text, data):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("recipient", "wanted name=value"),
+        ("recipient", "expected name=value"),
         ("k=1,window=2", "each name once"),
         ("k=x", "'x' is not a number"),
         ("{", "no JSON"),

@@ -36,12 +36,12 @@ def read_completions(path: str | Path, limit: int | None = None, prompts: Sequen
     completions = []
     for row in islice(rows, limit):
         if row.error or not isinstance(row.value, dict) or not isinstance(row.value.get("completion"), str):
-            raise SnpatchError(f"{row.location}: {row.error or 'wanted an object with a completion (a text)'}")
+            raise SnpatchError(f"{row.location}: {row.error or 'expected an object with a completion (a text)'}")
         if prompts is not None and len(completions) < len(prompts):
             _check_prompt(row, prompts[len(completions)])
         completions.append(row.value["completion"])
     if prompts is not None and len(completions) != len(prompts):
-        raise SnpatchError(f"{path}: {len(prompts)} prompts and {len(completions)} completions: wanted one for each")
+        raise SnpatchError(f"{path}: {len(prompts)} prompts and {len(completions)} completions: expected one for each")
     return completions
 
 
@@ -54,4 +54,4 @@ def _check_prompt(row: SourceRow, chat: Chat) -> None:
     if prompt is None or prompt == chat or (len(prompt) == 1 and prompt[0]["content"] == question(chat).strip()):
         return
     expected, got = (shorten(question(turns), MAX_PROMPT_CHARS, placeholder="...") for turns in (chat, prompt))
-    raise SnpatchError(f"{row.location}: wanted the completion of the prompt {expected!r}, got that of {got!r}")
+    raise SnpatchError(f"{row.location}: expected the completion of the prompt {expected!r}, got that of {got!r}")

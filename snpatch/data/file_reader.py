@@ -61,10 +61,10 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
         raise SnpatchError(f"{path}: holds several splits ({', '.join(splits)}): choose one with split")
     if not names:
         which = f" with {split!r} in its name" if split else ""
-        raise SnpatchError(f"{path}: holds no data file{which} (wanted {', '.join(KINDS)})")
+        raise SnpatchError(f"{path}: holds no data file{which} (expected {', '.join(KINDS)})")
     kinds = sorted({kind_of(path / name) for name in names})
     if len(kinds) > 1:
-        raise SnpatchError(f"{path}: holds several kinds of file ({', '.join(kinds)}): wanted one kind")
+        raise SnpatchError(f"{path}: holds several kinds of file ({', '.join(kinds)}): expected one kind")
     return [path / name for name in names]
 
 
@@ -82,7 +82,7 @@ def read_rows(path: Path, columns: Columns) -> Iterator[SourceRow]:
     """
     kind, is_stream = kind_of(path), not path.is_file() or path.parts[:2] == ("/", "dev")
     if kind not in KINDS and not is_stream:
-        raise SnpatchError(f"{path}: wanted a file that ends in {', '.join(KINDS)} (with or without .gz, .xz)")
+        raise SnpatchError(f"{path}: expected a file that ends in {', '.join(KINDS)} (with or without .gz, .xz)")
     with _open(path) as stream:
         if kind not in KINDS:
             kind = ".json" if stream.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] in b"{[" else ".csv"
@@ -116,7 +116,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
             if head.startswith(LFS_POINTER):
                 raise SnpatchError(f"{path}: a pointer of Git LFS, not the data. Fetch them with `git lfs pull`.")
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise SnpatchError(f"{path}: UTF-16, wanted UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
+                raise SnpatchError(f"{path}: UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
             yield stream
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise SnpatchError(f"{path}: cannot be read: {error}") from error
@@ -230,7 +230,7 @@ def _read_csv(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[Sourc
 
 def _build_csv_row(path: Path, number: int, header: list[str], cells: list[str]) -> SourceRow:
     if len(cells) != len(header):
-        return SourceRow(str(path), "line", number, error=f"wanted {len(header)} fields, got {len(cells)}")
+        return SourceRow(str(path), "line", number, error=f"expected {len(header)} fields, got {len(cells)}")
     if not all(map(is_unicode, cells)):
         return SourceRow(str(path), "line", number, error="not UTF-8")
     return SourceRow(str(path), "line", number, dict(zip(header, cells, strict=True)))

@@ -188,10 +188,10 @@ def _split_response(turns: Chat) -> tuple[Chat, str | None]:
     """Return (turns up to the last user turn, the assistant turn after it or None)."""
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
     if last is None or not turns[last]["content"]:
-        raise RowError("wanted turns with a user turn, the last of them not empty")
+        raise RowError("expected turns with a user turn, the last of them not empty")
     after = turns[last + 1 :]
     if after and [turn["role"] for turn in after] != ["assistant"]:
-        raise RowError("wanted nothing but one assistant turn after the last user turn")
+        raise RowError("expected nothing but one assistant turn after the last user turn")
     return turns[: last + 1], after[0]["content"] if after else None
 
 
@@ -217,7 +217,7 @@ def _build_example(
             raise RowError("messages and chosen are different conversations: choose the prompt by column")
         meta |= {"no_pair": reason} if reason else {}
     elif prompt is None:
-        raise RowError("chosen and rejected hold no prompt: wanted conversations that begin alike")
+        raise RowError("chosen and rejected hold no prompt: expected conversations that begin alike")
     if response is not None and rejected is None and _is_bad(row):
         response, rejected = None, response
     return Example(prompt, response, chosen, rejected, None if dialogue == prompt else dialogue, meta)

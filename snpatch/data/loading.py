@@ -75,7 +75,7 @@ def _get_format(format: str | None, column: str | None) -> Format:
     if format is None:
         return generic_format(column)
     if format not in DATASETS:
-        raise SnpatchError(f"format: wanted one of {', '.join(DATASETS)}, got {format!r}")
+        raise SnpatchError(f"format: expected one of {', '.join(DATASETS)}, got {format!r}")
     if column:
         raise SnpatchError(f"column: {format} has its own columns, got {column!r}")
     return DATASETS[format]
@@ -115,6 +115,6 @@ def _parse_row(row: SourceRow, row_format: Format) -> Example | str:
     is_object = isinstance(row.value, dict)
     if error := find_column_error(row.value if is_object else (), row_format.columns):
         raise RowError(
-            f"wanted an object with {error if is_object else f'{error}; the row is {shorten_repr(row.value)}'}"
+            f"expected an object with {error if is_object else f'{error}; the row is {shorten_repr(row.value)}'}"
         )
     return row_format.parse(row.value)

@@ -46,4 +46,4 @@ def list_columns(columns: Iterable[str]) -> str:
 def check_columns(source: object, columns: Iterable[str], required: Columns) -> None:
     """Raise a SnpatchError if required columns are missing."""
     if error := find_column_error(columns, required):
-        raise SnpatchError(f"{source}: wanted the columns {error}")
+        raise SnpatchError(f"{source}: expected the columns {error}")

@@ -93,7 +93,7 @@ def _check_arguments(positions: str, method: str, sampling: Sampling, generate_w
     if generate_with == "donor" and donor is None:
         raise SnpatchError("generate_with: expected recipient, as there is no donor; name a donor")
     if not isinstance(sampling, Sampling):
-        raise SnpatchError(f"sampling: wanted a Sampling, got {shown(sampling)}")
+        raise SnpatchError(f"sampling: expected a Sampling, got {shown(sampling)}")
     if sampling.n > 1:
         raise SnpatchError("contrast: one completion a prompt; give a prompt several times for several")
     if sampling.ignore_eos:

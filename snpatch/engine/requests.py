@@ -198,7 +198,7 @@ class Requests:
         """Return the token ids of a list, or of a numpy array or tensor of integers."""
         value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, list | tuple | range) or any(isinstance(i, str | list | tuple | Set) for i in value):
-            raise SnpatchError(f"{name}: wanted {wanted}, got {shown(value)}")
+            raise SnpatchError(f"{name}: expected {wanted}, got {shown(value)}")
         try:
             ids = [-1 if isinstance(i, bool) else operator.index(i) for i in value]
         except TypeError:
@@ -350,10 +350,10 @@ def broadcast(value, n: int, name: str, kinds: tuple[type, ...]) -> list:
     """Return a list of n values from one value for all prompts, or from a list of one per prompt."""
     values = list(value) if isinstance(value, list | tuple) else [value] * n
     if len(values) != n:
-        raise SnpatchError(f"{name}: wanted one for all or one for each of {n} prompts, got {len(values)}")
+        raise SnpatchError(f"{name}: expected one for all or one for each of {n} prompts, got {len(values)}")
     for one in values:
         if not isinstance(one, kinds):
-            raise SnpatchError(f"{name}: wanted {' or '.join(k.__name__ for k in kinds)}, got {one!r}")
+            raise SnpatchError(f"{name}: expected {' or '.join(k.__name__ for k in kinds)}, got {one!r}")
     return values
 
 
@@ -364,16 +364,18 @@ def _is_row(value: Mapping) -> bool:
 def _prompt_of_row(row: Mapping, name: str) -> Chat:
     """Return the chat of a file's row, as load_dataset reads it: a `prompt` that is a text is a user's message."""
     if "role" in row and "content" in row and not _is_row(row):
-        raise SnpatchError(f"{name}: wanted {PROMPT_KINDS}, got one message of a chat. Wrap the chat in a list: [chat]")
+        raise SnpatchError(
+            f"{name}: expected {PROMPT_KINDS}, got one message of a chat. Wrap the chat in a list: [chat]"
+        )
     if not _is_row(row):
-        raise SnpatchError(f"{name}: wanted {PROMPT_KINDS}, or a row with messages or prompt; got {shown(row)}")
+        raise SnpatchError(f"{name}: expected {PROMPT_KINDS}, or a row with messages or prompt; got {shown(row)}")
     value = row["messages"] if "messages" in row else row["prompt"]
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
 def _check_text(text: str, name: str) -> str:
     if not is_unicode(text):
-        raise SnpatchError(f"{name} holds half of a surrogate pair: wanted text, got {shown(text)}")
+        raise SnpatchError(f"{name} holds half of a surrogate pair: expected text, got {shown(text)}")
     return text
 
 
@@ -382,10 +384,10 @@ def _check_chat(chat: Sequence[Mapping], name: str) -> Chat:
     for index, message in enumerate(chat):
         context = f"{name}, message {index}"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise SnpatchError(f"{context}: wanted a table with role and content, got {shown(message)}")
+            raise SnpatchError(f"{context}: expected a table with role and content, got {shown(message)}")
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.keys() - {"role", "content"}):
-            raise SnpatchError(f"{context}: wanted content (a text), got {shown(content)}")
+            raise SnpatchError(f"{context}: expected content (a text), got {shown(content)}")
         for text in _texts_in(message):
             _check_text(text, context)
     return [dict(message) for message in chat]

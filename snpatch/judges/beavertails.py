@@ -60,7 +60,7 @@ def read_score_checkpoint(folder: Path, config: LlamaConfig, dtype: str, device:
         tensor = tensors.pop(name, None)
         if tensor is not None and tuple(tensor.shape) != shape:
             raise SnpatchError(
-                f"score model {folder}: {name} has the wrong shape, wanted {list(shape)}, got {list(tensor.shape)}"
+                f"score model {folder}: {name} has the wrong shape, expected {list(shape)}, got {list(tensor.shape)}"
             )
         return tensor
 
@@ -91,7 +91,7 @@ def _check_body(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor]) -
     ):
         if names:
             first = names[0]
-            detail = f"{first}: wanted {expected.get(first)}, got {got.get(first)}"
+            detail = f"{first}: expected {expected.get(first)}, got {got.get(first)}"
             raise SnpatchError(f"score model {folder}: {len(names)} tensors {what} ({detail})")
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 

@@ -50,5 +50,5 @@ def _import_function(spec: str, module: str, name: str) -> Judge:
     except (ImportError, AttributeError) as error:
         raise SnpatchError(f"judge {spec}: cannot be imported: {error} (is it on PYTHONPATH?)") from error
     if not callable(judge):
-        raise SnpatchError(f"judge {spec}: wanted a callable (prompts, completions) -> scores, got {judge!r}")
+        raise SnpatchError(f"judge {spec}: expected a callable (prompts, completions) -> scores, got {judge!r}")
     return judge

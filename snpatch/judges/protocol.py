@@ -49,10 +49,14 @@ def score_all(
     for name, judge in judges.items():
         values = [float(score) for score in judge(prompts, completions)]
         if len(values) != len(prompts):
-            raise BrokenJudgeError(f"judge {name!r}: wanted {len(prompts)} scores, one a completion, got {len(values)}")
+            raise BrokenJudgeError(
+                f"judge {name!r}: expected {len(prompts)} scores, one a completion, got {len(values)}"
+            )
         for prompt, score in zip(prompts, values, strict=True):
             if not math.isfinite(score):
-                raise SnpatchError(f"judge {name!r}: wanted a finite score, got {score} for the prompt {prompt[:80]!r}")
+                raise SnpatchError(
+                    f"judge {name!r}: expected a finite score, got {score} for the prompt {prompt[:80]!r}"
+                )
         scores[name] = values
     return scores
 
@@ -60,4 +64,4 @@ def score_all(
 def check_pairs(prompts: Sequence[str], completions: Sequence[str]) -> None:
     """Raise a SnpatchError unless there is one completion per prompt."""
     if len(prompts) != len(completions):
-        raise SnpatchError(f"judge: wanted one completion a prompt, got {len(prompts)} and {len(completions)}")
+        raise SnpatchError(f"judge: expected one completion a prompt, got {len(prompts)} and {len(completions)}")

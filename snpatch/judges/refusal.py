@@ -46,7 +46,7 @@ class RefusalWords:
 
     def __init__(self, words: Sequence[str | re.Pattern[str]] = REFUSAL_PHRASES) -> None:
         if not words or isinstance(words, str):
-            raise SnpatchError(f"RefusalWords: wanted a list of strings or patterns, got {words!r}")
+            raise SnpatchError(f"RefusalWords: expected a list of strings or patterns, got {words!r}")
         self.patterns = [pattern for word in words for pattern in _patterns(word)]
 
     @property

@@ -33,7 +33,7 @@ class ScoreFormat:
     def __init__(self, format: str, tokenizer) -> None:
         if format not in FORMATS and {*SLOT.findall(format)} != {"prompt", "completion"}:
             raise SnpatchError(
-                f"format: wanted {', '.join(FORMATS)} or a text with {{prompt}} and {{completion}}, got {format!r}"
+                f"format: expected {', '.join(FORMATS)} or a text with {{prompt}} and {{completion}}, got {format!r}"
             )
         if format == "chat" and not tokenizer.chat_template:
             raise SnpatchError("format chat: the judge's tokenizer has no chat template; give another format")

@@ -132,7 +132,7 @@ class ScoreModel:
             n -= 1
         if not 1 <= n <= self.context:
             raise SnpatchError(
-                f"judge: wanted a text of 1 to {self.context} tokens, got {n} with the prompt {prompt[:80]!r}"
+                f"judge: expected a text of 1 to {self.context} tokens, got {n} with the prompt {prompt[:80]!r}"
             )
         if max(row["input_ids"]) >= self._vocab_size:
             raise SnpatchError(

@@ -61,7 +61,7 @@ def resolve_adapter_folder(adapter: str | Path) -> Path:
         folder = Path(snapshot_download(match["name"], revision=match["revision"], allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise SnpatchError(
-            f"{adapter}: no such folder (wanted a PEFT adapter), and no adapter of that name can be downloaded: "
+            f"{adapter}: no such folder (expected a PEFT adapter), and no adapter of that name can be downloaded: "
             f"{first_line(error)}"
         ) from error
     if not (folder / prefix).is_dir():

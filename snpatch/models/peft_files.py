@@ -30,7 +30,7 @@ def read_adapter_config(folder: Path, *kinds: str) -> dict:
     """Return the config of an adapter of one of the PEFT types `kinds` (IA3, LORA)."""
     path = folder / ADAPTER_CONFIG_FILE
     if not folder.is_dir():
-        raise SnpatchError(f"{folder}: no such folder (wanted a PEFT adapter)")
+        raise SnpatchError(f"{folder}: no such folder (expected a PEFT adapter)")
     if not path.is_file():
         raise SnpatchError(f"{folder}: no {ADAPTER_CONFIG_FILE}: not a PEFT adapter folder")
     try:
@@ -38,7 +38,7 @@ def read_adapter_config(folder: Path, *kinds: str) -> dict:
     except ValueError as error:
         raise SnpatchError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise SnpatchError(f"{path}: wanted a JSON object, got {type(config).__name__}")
+        raise SnpatchError(f"{path}: expected a JSON object, got {type(config).__name__}")
     if config.get("peft_type") not in kinds:
         supported = " and ".join(kinds)
         raise SnpatchError(f"{folder}: adapter type {config.get('peft_type')} is not supported, only {supported}")

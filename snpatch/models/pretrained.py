@@ -30,7 +30,7 @@ def load_pretrained(loader, model: str | Path, **arguments):
         SnpatchError: There is no such folder or hub model, or its files are damaged.
     """
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith(".")):
-        raise SnpatchError(f"{model}: no such folder (wanted a Hugging Face model)")
+        raise SnpatchError(f"{model}: no such folder (expected a Hugging Face model)")
     folder = resolve_revision(model)
     with wrap_loader_errors(model, loader.__name__):
         loaded = loader.from_pretrained(folder, **arguments)

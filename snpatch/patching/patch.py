@@ -354,7 +354,7 @@ def _check_factor(factor: object, name: str, field: str | None = None) -> None:
 
 def _check_values(values: Tensor, name: str) -> None:
     if values.dim() != 2:
-        raise SnpatchError(f"{name}: wanted [layers, neurons], got {list(values.shape)}")
+        raise SnpatchError(f"{name}: expected [layers, neurons], got {list(values.shape)}")
     check_tensor(values, name, *FLOATS, used=torch.float32)
 
 

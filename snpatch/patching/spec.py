@@ -95,7 +95,7 @@ def parse_patch_table(text: str) -> dict:
         name, equals, value = (one.strip() for one in part.partition("="))
         name = "window" if name == "k" else name
         if not equals or name in table:
-            raise SnpatchError(f"patch {text!r}: wanted name=value,name=value, each name once, got {part!r}")
+            raise SnpatchError(f"patch {text!r}: expected name=value,name=value, each name once, got {part!r}")
         table[name] = _FIELD_PARSERS.get(name, str)(value)
     return table
 

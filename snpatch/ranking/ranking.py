@@ -330,7 +330,7 @@ class Ranking:
         """
         published = read_checkpoint(path)
         if not isinstance(published, list | tuple) or len(published) != 6:
-            raise SnpatchError(f"{path}: wanted the published 6-tuple, got {type(published).__name__}")
+            raise SnpatchError(f"{path}: expected the published 6-tuple, got {type(published).__name__}")
         types, (scores, order, *moments) = (*FLOATS, torch.float64), published
         scores, *moments = (
             check_tensor(one, f"{path}: tensor {i}", *types, used=torch.float32)

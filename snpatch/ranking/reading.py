@@ -26,7 +26,7 @@ COLUMN_NAMES = {  # of a row's fields, in upper or lower case
     "rank": ("rank",),
 }
 VALUE_KEYS = ("neurons", "order", "ranking", "scores", "rank")  # of the list or matrix, if it has a name
-WANTED = "wanted (layer, neuron) or (layer, neuron, score) of each neuron, or scores [layers, neurons]"
+FORMS = "expected (layer, neuron) or (layer, neuron, score) of each neuron, or scores [layers, neurons]"
 MAX_UNPACKED_BYTES = 2**31  # of an .npz file
 Shape = tuple[int, int] | Callable[[], tuple[int, int]] | None  # (layers, neurons of a layer), or a function
 
@@ -66,7 +66,7 @@ def read_neurons(path: Path) -> Neurons | tuple:
     if kind in TABLES:
         return _of_rows(path)
     raise SnpatchError(
-        f"{path}: wanted a ranking that snpatch wrote (.safetensors), or one in {', '.join((*TABLES, *NUMPY, *TORCH))}"
+        f"{path}: expected a ranking of snpatch (.safetensors), or one in {', '.join((*TABLES, *NUMPY, *TORCH))}"
     )
 
 
@@ -80,7 +80,9 @@ def array_of(value: object, name: str) -> Tensor:
             raise ValueError(f"got {array.dtype}")
         return torch.from_numpy(array.astype("int64" if array.dtype.kind in "iu" else "float64"))
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise SnpatchError(f"{name}: wanted numbers in a list of equal rows, an array or a tensor: {error}") from error
+        raise SnpatchError(
+            f"{name}: expected numbers in a list of equal rows, an array or a tensor: {error}"
+        ) from error
 
 
 def _has_flags(value: object) -> bool:
@@ -115,20 +117,20 @@ def _of_value(value: object, path: Path) -> Neurons:
         if len(names) != 1:
             lists = [name for name, one in folded.items() if isinstance(one, list | Tensor | np.ndarray)]
             hint = ". Write one of its lists into a file of its own" if len(lists) > 1 else ""
-            raise SnpatchError(f"{path}: {WANTED}, got a table of {list_columns(folded)}{hint}")
+            raise SnpatchError(f"{path}: {FORMS}, got a table of {list_columns(folded)}{hint}")
         value = folded[names[0]]
     if isinstance(value, dict):
-        raise SnpatchError(f"{path}: {WANTED}, got another table, which has no order")
+        raise SnpatchError(f"{path}: {FORMS}, got another table, which has no order")
     array = array_of(value, str(path))
     if array.dim() != 2:
-        raise SnpatchError(f"{path}: {WANTED}, got {list(array.shape)}")
+        raise SnpatchError(f"{path}: {FORMS}, got {list(array.shape)}")
     columns = array.T.unbind() if array.shape[1] in (2, 3) else ()
     if columns and not array.is_floating_point():
         return _of_columns(columns, path, shape)
     if len(columns) == 3 and all(bool((one == one.round()).all()) for one in columns[:2]):
         return _of_columns(columns, path, shape)
     if not array.is_floating_point():
-        raise SnpatchError(f"{path}: {WANTED}, got integers {list(array.shape)}")
+        raise SnpatchError(f"{path}: {FORMS}, got integers {list(array.shape)}")
     return Neurons(scores=array, shape=shape)
 
 
@@ -176,7 +178,7 @@ def _of_rows(path: Path) -> Neurons:
 def _numbers(row: SourceRow) -> dict[str, float | int]:
     """Return the fields of a row as numbers; layer and neuron are integers."""
     if row.error or not isinstance(row.value, dict):
-        raise SnpatchError(f"{row.location}: {row.error or f'wanted layer and neuron, got {shown(row.value)}'}")
+        raise SnpatchError(f"{row.location}: {row.error or f'expected layer and neuron, got {shown(row.value)}'}")
     found = {}
     for field, name in _columns(row.value).items():
         value, kind = row.value[name], float if field == "score" else int
@@ -186,7 +188,7 @@ def _numbers(row: SourceRow) -> dict[str, float | int]:
             found[field] = kind(value)
         except (TypeError, ValueError):
             wanted = "a number" if kind is float else "a whole number"
-            raise SnpatchError(f"{row.location}: {name}: wanted {wanted}, got {shown(value)}") from None
+            raise SnpatchError(f"{row.location}: {name}: expected {wanted}, got {shown(value)}") from None
     if missing := {"layer", "neuron"} - found.keys():
         raise SnpatchError(f"{row.location}: {' and '.join(sorted(missing))} is missing")
     if found.get("score") is not None and not np.isfinite(found["score"]):
@@ -214,5 +216,5 @@ def _shape_of(value: object, path: Path) -> tuple[int, int] | None:
         return None
     shape = array_of(value, f"{path}: shape").flatten().tolist()
     if len(shape) != 2 or not all(isinstance(one, int) and one > 0 for one in shape):
-        raise SnpatchError(f"{path}: shape: wanted [layers, neurons], got {shown(value)}")
+        raise SnpatchError(f"{path}: shape: expected [layers, neurons], got {shown(value)}")
     return tuple(shape)

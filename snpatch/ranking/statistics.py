@@ -30,10 +30,10 @@ class Statistics:
         n_layers = self.count.numel()
         if not n_layers or self.count.dim() != 1 or self.sums.dim() != 3 or self.sums.shape[:2] != (n_layers, SUMS):
             got = f"{list(self.sums.shape)} and {list(self.count.shape)}"
-            raise SnpatchError(f"statistics: wanted sums [layers, {SUMS}, neurons] and count [layers], got {got}")
+            raise SnpatchError(f"statistics: expected sums [layers, {SUMS}, neurons] and count [layers], got {got}")
         if self.sums.dtype != torch.float64 or self.count.dtype != torch.int64:
             got = f"{self.sums.dtype} and {self.count.dtype}"
-            raise SnpatchError(f"statistics: wanted float64 sums and int64 counts, got {got}")
+            raise SnpatchError(f"statistics: expected float64 sums and int64 counts, got {got}")
         if not is_finite(self.sums):
             raise SnpatchError("statistics: a sum is NaN or infinite: an activation overflowed in this dtype")
         if (self.count < 0).any():

@@ -17,7 +17,7 @@ class Window:
 
     def __post_init__(self) -> None:
         if not 0 <= self.lo <= self.hi:
-            raise SnpatchError(f"window: wanted 0 <= lo <= hi, got [{self.lo}, {self.hi})")
+            raise SnpatchError(f"window: expected 0 <= lo <= hi, got [{self.lo}, {self.hi})")
 
     def __len__(self) -> int:
         return self.hi - self.lo
@@ -31,4 +31,4 @@ class Window:
             lo, hi = window if isinstance(window, tuple | list) else (0, window)
             return cls(operator.index(lo), operator.index(hi))
         except (TypeError, ValueError):
-            raise SnpatchError(f"window: wanted k, (lo, hi) or a Window, got {window!r}") from None
+            raise SnpatchError(f"window: expected k, (lo, hi) or a Window, got {window!r}") from None

@@ -109,7 +109,7 @@ def parse_eval_config(data: dict) -> dict:
     check_names(parts["judges"], "a judge")
     for name, judge in parts["judges"].items():
         if not isinstance(judge, dict) or not isinstance(judge.get("source"), str):
-            raise SnpatchError(f"judges.{name}: wanted a table with source")
+            raise SnpatchError(f"judges.{name}: expected a table with source")
     return parts
 
 
@@ -126,7 +126,7 @@ def get_table(data: dict, name: str) -> dict:
     """Return a table of a file; an empty one if the file has none of this name."""
     table = data.get(name, {})
     if not isinstance(table, dict):
-        raise SnpatchError(f"{name}: wanted a table, got {table!r}")
+        raise SnpatchError(f"{name}: expected a table, got {table!r}")
     return table
 
 

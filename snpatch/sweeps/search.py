@@ -174,7 +174,7 @@ class _SequentialTest:
         recipient, donor = (np.asarray(scores, dtype=float) for scores in (recipient, donor))
         if recipient.shape != donor.shape or recipient.ndim != 1 or not len(recipient):
             raise SnpatchError(
-                f"minimal: wanted a score of both models for each prompt, got {list(recipient.shape)} and "
+                f"minimal: expected a score of both models for each prompt, got {list(recipient.shape)} and "
                 f"{list(donor.shape)}"
             )
         if not 0 < target <= 1:
@@ -206,7 +206,7 @@ class _SequentialTest:
             pairs += [(key, int(prompt)) for prompt in self._order[self.num_seen(key) : n]]
         scores = [float(score) for score in self._measure(pairs)] if pairs else []
         if len(scores) != len(pairs) or not all(map(math.isfinite, scores)):
-            raise SnpatchError(f"minimal: wanted {len(pairs)} finite scores, got {len(scores)}")
+            raise SnpatchError(f"minimal: expected {len(pairs)} finite scores, got {len(scores)}")
         self.used += len(pairs)
         for (key, prompt), score in zip(pairs, scores, strict=True):
             self._surpluses.setdefault(key, []).append(self._sign * (score - self._target_scores[prompt]))

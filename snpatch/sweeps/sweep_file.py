@@ -115,7 +115,7 @@ class SweepSpec(EvalConfig):
     def from_dict(cls, data: Mapping, folder: Path) -> Self:
         """Build a sweep from the table of its file, whose paths are relative to `folder`."""
         if not isinstance(data, Mapping):
-            raise SnpatchError(f"wanted a table, got {data!r}")
+            raise SnpatchError(f"expected a table, got {data!r}")
         data = dict(data)
         _check_keys(data)
         parts = _parts_of_config(data, folder) if "config" in data else {}
@@ -224,7 +224,7 @@ def _parse_ranking(name: str, source: object, folder: Path) -> str | RankingSour
 def _parse_grid(grid: dict, sampling: Sampling) -> SweepConfig:
     windows = grid.pop("windows", [])
     if not isinstance(windows, list | tuple):
-        raise SnpatchError(f"sweep: windows: wanted a list of k or 'LO:HI', got {windows!r}")
+        raise SnpatchError(f"sweep: windows: expected a list of k or 'LO:HI', got {windows!r}")
     parsed = {"windows": tuple(_parse_window(window) for window in windows), "sampling": sampling}
     return from_dict(SweepConfig, "sweep", {**grid, **parsed})
 

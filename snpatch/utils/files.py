@@ -92,7 +92,7 @@ def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             if header.get("kind") != kind:
-                raise SnpatchError(f"{path}: wanted a snpatch {kind}, got {header.get('kind', 'another file')}")
+                raise SnpatchError(f"{path}: expected a snpatch {kind}, got {header.get('kind', 'another file')}")
             return {name: file.get_tensor(name) for name in file.keys()}, _meta(path, header)  # noqa: SIM118
     except SafetensorError as error:
         raise SnpatchError(f"{path}: not a safetensors file: {error}") from error

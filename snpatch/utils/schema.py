@@ -112,7 +112,7 @@ def from_dict(kind: type, context: str, values: object):
         SnpatchError: An unknown or missing key, or a value of another type. Its `field` is the key's path.
     """
     if not isinstance(values, Mapping):
-        raise SnpatchError(f"{context}: wanted a table, got {shown(values)}")
+        raise SnpatchError(f"{context}: expected a table, got {shown(values)}")
     known = [f.name for f in fields(kind)]
     if unknown := sorted(map(str, values.keys() - set(known))):
         message = f"{context}: there is no {', '.join(unknown)}; there are {', '.join(known)}"
@@ -154,7 +154,7 @@ def coerce(value: object, hint: object, context: str):
         elif is_dataclass(base) and isinstance(value, Mapping):
             return from_dict(base, context, value)
     names = " or ".join(_type_name(kind) for kind in kinds if kind is not NoneType)
-    raise SnpatchError(f"{context}: wanted {names}, got {shown(value)}")
+    raise SnpatchError(f"{context}: expected {names}, got {shown(value)}")
 
 
 def json_schema(kind: type) -> dict:

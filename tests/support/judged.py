@@ -132,7 +132,7 @@ def all_by_hand(tensors: dict[str, torch.Tensor], *, normalize: bool = False) ->
 
 BROKEN = [
     ({"score_head.weight": None}, "score_head.weight is missing"),
-    ({"score_head.weight": torch.ones(1, 31)}, r"score_head.weight has the wrong shape, wanted \[1, 32\]"),
+    ({"score_head.weight": torch.ones(1, 31)}, r"score_head.weight has the wrong shape, expected \[1, 32\]"),
     ({"model.norm.weight": None}, "1 tensors are missing .*model.norm.weight"),
     ({"model.norm.weight": torch.ones(31)}, "1 tensors have the wrong shape .*model.norm.weight"),
     ({"lm_head.weight": torch.ones(2, 2)}, "1 tensors are unknown .*lm_head.weight"),
