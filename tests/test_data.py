@@ -247,7 +247,7 @@ def test_invalid_row_is_named_or_counted(tmp_path, case):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands for the hub: gives tables of the published rows and keeps what it was asked for."""
+    """Fake hub that returns tables of the published rows and records the requests."""
     asked = []
 
     def load_dataset(path, **arguments):

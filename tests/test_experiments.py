@@ -1,4 +1,4 @@
-"""What experiments compute, on constructed data: agreement, shared neurons, perplexity, words, distribution, tables."""
+"""Experiments on constructed data: agreement, shared neurons, perplexity, words, distribution, tables."""
 
 import json
 import math

@@ -41,7 +41,7 @@ CHAT = [[{"role": "user", "content": "bala bale"}]]
 
 
 def bounded(examples):
-    """Settings of a test whose inputs are files: so many of them, without looking for smaller ones."""
+    """Return settings for a test whose inputs are files: this many examples, no shrinking."""
     return settings(max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
                     suppress_health_check=list(HealthCheck))  # fmt: skip
 

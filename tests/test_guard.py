@@ -173,7 +173,7 @@ def test_loaded_guard_is_bit_identical(tmp_path):
     assert (loaded.meta["judge"], loaded.meta["n"], loaded.meta["harmful"]) == ("cost", 60, 30)
     assert loaded.meta["ranking"] == RANKING.fingerprint
     RANKING.save(tmp_path / "ranking.safetensors")
-    with pytest.raises(SnpatchError, match="wanted a snpatch guard, got ranking"):
+    with pytest.raises(SnpatchError, match="expected a snpatch guard, got ranking"):
         Guard.load(tmp_path / "ranking.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""The plan: one row of integers per token that tells the op what to do, and the request table it is filled from.
+"""The plan: one row of integers per token that directs the op, and the request table it is filled from.
 
 Why integers only: the plan is rewritten at every step into a tensor that never changes shape, so no name is looked up
 and no float is sent while text is generated. Both executors call `fill_plan`, in NumPy on the host: a dozen small
