@@ -82,7 +82,8 @@ def test_adapters_on_keys_and_values_equal_the_oracle(zoo, engines, architecture
 
 def test_oracle_patches_change_most_completions(zoo):
     """On most architectures the unpatched model chooses another token somewhere in each patched completion, so a patch
-    without effect would fail the comparison."""
+    without effect would fail the comparison.
+    """
     for job in JOBS:
         if job.window == (0, 0):
             continue

@@ -1,5 +1,6 @@
 """bench/gpu_check.py as a user runs it: a rehearsal of all steps without a card, and parts that fail, hang, skip, or
-have no time left. The numbers of a rehearsal are meaningless, so none is checked."""
+have no time left. The numbers of a rehearsal are meaningless, so none is checked.
+"""
 
 import json
 import os

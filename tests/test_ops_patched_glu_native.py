@@ -391,7 +391,8 @@ def test_one_compilation_serves_every_step_of_an_engine():
 @pytest.mark.parametrize(("T", "F"), [(5, 1025), (129, 257), (257, 60)])
 def test_patched_glu_strided_views_and_several_groups_in_a_tile(name, T, F):
     """F just above a tile, T just above a multiple of its tokens, another row stride, adjacent tokens with different
-    groups and shared receipts, and NaN in unobserved rows next to observed ones."""
+    groups and shared receipts, and NaN in unobserved rows next to observed ones.
+    """
     given = case(T, F, 2, torch.float32, groups=5, slots=3)
     wide = torch.full((2 * T + 1, 2 * F + 8), torch.nan)
     wide[1:, 5 : 5 + 2 * F] = given["gate_up"]

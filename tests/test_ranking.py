@@ -150,7 +150,8 @@ def test_overlap_and_spearman_equal_hand_computed():
 
 def test_spearman_reranks_common_neurons():
     """Common to both first 6 are 0, 5, 7: at places 0, 1, 2 of the one and 1, 0, 2 of the other, though their ranks
-    0, 1, 5 and 4, 0, 5 would give another correlation if they were not ranked again."""
+    0, 1, 5 and 4, 0, 5 would give another correlation if they were not ranked again.
+    """
     mine, other = line(0, 5, 1, 2, 3, 7), line(5, 8, 9, 10, 0, 7)
     assert mine.overlap(other, 6) == pytest.approx(1 / 2)
     assert mine.spearman(other, 6) == pytest.approx(1 - 6 * 2 / (3 * 8))

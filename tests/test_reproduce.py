@@ -299,7 +299,8 @@ def test_train_command_has_all_settings(capsys, tmp_path, monkeypatch):
 
 class FakePipeline:
     """Three steps: `sft` reads `rows`; `dpo` reads `pairs`; `curve` reads the output of `sft`, and `prompts`, which it
-    reports only after it has run."""
+    reports only after it has run.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out, self.values, self.log = out, {"rows": "1", "pairs": "1", "prompts": "1", "unused": "1"}, []

@@ -235,7 +235,8 @@ if other:
 def test_two_processes_train_the_same_as_one(toy, tmp_path, capsys):
     """Processes start as accelerate starts them, on a CPU. Rows have unequal lengths, so the processes' shares are
     unequal.
-    `late` resumes what one process began."""
+    `late` resumes what one process began.
+    """
     messages, pairs = write(tmp_path / "sft.jsonl", MESSAGES), write(tmp_path / "dpo.jsonl", PAIRS)
 
     def lines(home):

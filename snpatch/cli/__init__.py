@@ -1,5 +1,4 @@
-"""The command line: `snpatch contrast | generate | sweep | find-minimal | exp | train | reproduce | serve | report |
-guard | demo | env`.
+"""The command line, `snpatch COMMAND`.
 
 Commands import torch and what needs it inside their functions, so that `--help` is instant. Results go to stdout,
 progress and errors to stderr. Exit codes: 0 success, 2 invalid input (one line on stderr), 130 interrupted.

@@ -79,8 +79,10 @@ def serve(
         bool, typer.Option("--print-config", help="Print the complete configuration as TOML and exit.")
     ] = False,
 ) -> None:
-    """Serve a model and its patches to OpenAI clients. MODEL may be a file written by --print-config. All options of
-    `vllm serve` are accepted, too: --port, --api-key, --max-model-len, --tensor-parallel-size, ...
+    """Serve a model and its patches to OpenAI clients.
+
+    MODEL may be a file written by --print-config. All options of `vllm serve` are accepted, too: --port, --api-key,
+    --max-model-len, --tensor-parallel-size, ...
 
     The exit code is 0 after SIGTERM or Ctrl-C and 2 if the engine crashes. A spoiled engine restarts the server.
     """

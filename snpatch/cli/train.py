@@ -126,8 +126,10 @@ def dpo(
     report_to: ReportTo = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Train on pairs of a chosen and a rejected answer, starting from SFT. DATA defaults to HH harmless, as in the
-    paper. Repeat the command to resume."""
+    """Train on pairs of a chosen and a rejected answer, starting from SFT.
+
+    DATA defaults to HH harmless, as in the paper. Repeat the command to resume.
+    """
     from snpatch.training import objectives
 
     if objective is not None and "source" in data:

@@ -180,7 +180,7 @@ def get_turns(row: dict, field: str, role: str = "role", content: str = "content
 
 
 def parse_transcript(row: dict, field: str) -> Chat:
-    """Return the turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", from the first human turn on."""
+    r"""Return the turns of "\n\nHuman: ...\n\nAssistant: ...", from the first human turn on."""
     _, *parts = TURN.split(get_text(row, field))
     turns = [
         {"role": TRANSCRIPT_ROLES[speaker], "content": content.strip()}

@@ -46,10 +46,10 @@ TURNS_DIFFER, EMPTY_ANSWER, SAME_ANSWER = (
 
 
 def generic_format(column: str | None = None) -> Format:
-    """Return the format of rows of no published data set.
+    r"""Return the format of rows of no published data set.
 
     The prompt is a string, or messages that end with the user's or with the answer (the response). A transcript
-    ("\\n\\nHuman: ...") is parsed to messages; of a list of strings ("turns") the first is the prompt.
+    ("\n\nHuman: ...") is parsed to messages; of a list of strings ("turns") the first is the prompt.
 
     Other columns may hold the answer (`response`, `completion`, `output`, `answer`; KTO's form has a `label`), and
     `chosen` and `rejected`: strings, an assistant message, or conversations, whose common beginning is removed. Without

@@ -236,8 +236,7 @@ def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: S
 
 
 def measure(folder: Path, prompts: dict[str, list[Request]]) -> dict:
-    """Return by model and prompt set: the fraction of refusals, and means of the score models and the language's "
-    "scores."""
+    """Return, by model and prompt set, the fraction of refusals and the mean scores."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder / "base"))
     judges = {
         "cost": ScoreModel(folder / "cost", backend="transformers", batch_size=64),

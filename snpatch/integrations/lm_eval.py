@@ -190,8 +190,10 @@ class SnpatchLM(TemplateLM):
         return Sampling(temperature=temperature, max_tokens=max_tokens, stop=stop, **fields, vllm=options)
 
     def _cut_at_stop(self, ids: Sequence[int], stop: Sequence[str]) -> str:
-        """Return the text before the first stop string; special tokens among them are found by id, decoding omits "
-        "them."""
+        """Return the text before the first stop string.
+
+        Stop strings that are special tokens are found by their ids, because decoding omits them.
+        """
         special = self.tokenizer.convert_tokens_to_ids([s for s in stop if s in self.tokenizer.all_special_tokens])
         before = list(takewhile(lambda token: token not in special, ids))
         return postprocess_generated_text(self.tokenizer.decode(before, skip_special_tokens=True), list(stop), None)
@@ -218,8 +220,10 @@ def _to_int(value: object) -> object:
 
 
 def _pop_models(args: dict) -> tuple[dict, dict]:
-    """Remove the models from the model arguments; return adapters on the base's weights, and models on secondary "
-    "ones."""
+    """Remove the models from the model arguments.
+
+    Return adapters on the base's weights, and models on secondary weights.
+    """
     kinds = []
     for kind in ("adapters", "checkpoint", "lora"):
         named = args.pop(kind, {})

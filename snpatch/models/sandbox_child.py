@@ -25,6 +25,7 @@ FAILURES = (
 
 
 def main() -> None:
+    """Run requests from stdin until the parent ends."""
     _limit_memory()
     parent = os.getppid()
     while _wait_for_request(parent):

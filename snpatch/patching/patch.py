@@ -297,8 +297,10 @@ def recipient_name(patch: Patch | str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Overwrite:
-    """An intervention as an executor applies it: at positions [start, stop), the window's neurons become `factors` of
-    their own and the source's values."""
+    """An intervention as an executor applies it.
+
+    At positions [start, stop), the window's neurons become `factors` of their own and the source's values.
+    """
 
     source: Model | Source
     ranking: Ranking

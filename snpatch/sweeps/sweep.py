@@ -84,7 +84,7 @@ class Row:
 
     @property
     def state(self) -> str:
-        """ "whole", or how many prompts the figures are of: "4 of 5 prompts"."""
+        """Completeness of the figures: "whole" or, for example, "4 of 5 prompts"."""
         return "whole" if not self.failed else f"{self.prompts} of {self.prompts + self.failed} prompts"
 
 

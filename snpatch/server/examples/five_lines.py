@@ -1,4 +1,4 @@
-"""Get a patched answer with OpenAI's client: python five_lines.py [URL]"""
+"""Get a patched answer with OpenAI's client: python five_lines.py [URL]."""
 
 import sys
 
