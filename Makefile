@@ -32,6 +32,7 @@ HALF OTHER: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell snpatch bench kernels csrc .ci tests *.md
 	$(BIN)/lint-imports
 
 format: $(READY)

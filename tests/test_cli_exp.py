@@ -43,7 +43,7 @@ def test_guard_commands_fit_evaluate_and_apply(capsys, prompts, ranking, tmp_pat
 
 
 def test_sweep_with_two_judges_and_a_dataset_scores_both(capsys, ranking, tmp_path):
-    table = tmp_path / "behaviours.csv"
+    table = tmp_path / "behaviors.csv"
     words = [row["content"] for row in json.loads((GOLDEN / "prompts.json").read_text())["prompts"][:3]]
     lines = [f'"{text}",standard,,,,{i}' for i, text in enumerate(words)]
     header = "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID"
@@ -53,7 +53,7 @@ def test_sweep_with_two_judges_and_a_dataset_scores_both(capsys, ranking, tmp_pa
                "--controls", 0, "--max-tokens", 3, "-o", tmp_path / "out", "--json"]  # fmt: skip
     code, _, err = run(capsys, *command)
     assert code == 2
-    assert "behaviours.csv, line 5: Behavior" in err
+    assert "behaviors.csv, line 5: Behavior" in err
     code, out, err = run(capsys, *command, "--skip-invalid")
     assert code == 0, err
     assert "skipped 1 invalid rows" in err

@@ -212,7 +212,7 @@ BROKEN = {
         attempt(["a"], 1.0),
         r"transcript must be a text .* got \['a'\]",
     ),
-    "empty behaviour": ("harmbench", {"Behavior": ""}, "Behavior must be a text that is not empty"),
+    "empty behavior": ("harmbench", {"Behavior": ""}, "Behavior must be a text that is not empty"),
     "question that is a number": ("jailbreak-llms", {"question": 7}, "question must be a text .* got 7"),
     "no turns": ("lima", {"conversations": []}, r"conversations must be a list of texts .* got \[\]"),
     "turn that is no text": ("lima", {"conversations": ["a", 7]}, "conversations must be a text .* got 7"),

@@ -244,7 +244,7 @@ def test_answers_labeled_bad_are_not_used_for_training(tmp_path, labels):
     assert data.prompts == [user("a"), user("b"), user("c")]
     said = data.conversations()
     assert said == [{"messages": turns("a", "x")}]
-    assert dict(said.dropped) == {"no answer but one that is labelled bad": 1, "no answer": 1}
+    assert dict(said.dropped) == {"no answer but one that is labeled bad": 1, "no answer": 1}
 
 
 def test_other_labels_do_not_change_answers(tmp_path):

@@ -157,7 +157,7 @@ controls = 1
 
 
 BAD = {
-    "an unknown key": (lambda t: 'colour = "red"\n' + t, "the file: there is no colour"),
+    "an unknown key": (lambda t: 'color = "red"\n' + t, "the file: there is no color"),
     "no safety": (lambda t: t.replace("safety =", "other ="), "must have one named safety"),
     "an unknown model": (lambda t: t.replace('donor = "dpo"', 'donor = "tulu"'), "no model named 'tulu'"),
     "an unknown set": (lambda t: t.replace('benchmarks = ["p"]', 'benchmarks = ["q"]'), "no set named 'q'"),

@@ -200,7 +200,7 @@ ENDLESS = (
 PROCESS = "INSERT INTO owners VALUES ('o', 'h', {}, {}, 5, 1.0)"
 
 
-def labelled(**changes: object) -> str:
+def labeled(**changes: object) -> str:
     """Return the statement that adds a completion with other labels."""
     return f"INSERT INTO asked (sweep, labels) VALUES ('s', '{json.dumps({**labels_of(0), **changes})}')"
 
@@ -211,11 +211,11 @@ DAMAGED = {
     "failures nested": f"INSERT INTO failures VALUES ('{'[' * 100_000}', 'e', 1)",
     "labels no JSON": "INSERT INTO asked (sweep, key, labels) VALUES ('s', 'k0', 'nope')",
     "labels without a prompt": "INSERT INTO asked (sweep, key, labels) VALUES ('s', 'k0', '{}')",
-    "labels with another key": labelled(x=1),
-    "a prompt that is a list": labelled(prompt=[]),
-    "a window that is true": labelled(rank_hi=True),
-    "a window past int64": labelled(rank_hi=10**30),
-    "an infinite strength": labelled(strength=float("inf")),
+    "labels with another key": labeled(x=1),
+    "a prompt that is a list": labeled(prompt=[]),
+    "a window that is true": labeled(rank_hi=True),
+    "a window past int64": labeled(rank_hi=10**30),
+    "an infinite strength": labeled(strength=float("inf")),
     "token_ids of 3 bytes": "UPDATE texts SET token_ids = x'010203'",
     "token_ids a text": "UPDATE texts SET token_ids = 'abc'",
     "completion a blob": "UPDATE texts SET completion = x'ff00'",

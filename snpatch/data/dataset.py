@@ -147,7 +147,7 @@ class Dataset:
             if e.prompt and e.response:
                 rows.append({"messages": e.context + _to_message(e.response)})
             else:
-                dropped["no answer but one that is labelled bad" if e.rejected and not e.chosen else "no answer"] += 1
+                dropped["no answer but one that is labeled bad" if e.rejected and not e.chosen else "no answer"] += 1
         return self._build_rows(rows, dropped, "responses to train on")
 
     def _build_rows(self, rows: list[dict[str, Chat]], dropped: Counter, what: str) -> "TrainingRows":

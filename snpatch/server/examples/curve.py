@@ -56,7 +56,7 @@ def plot(rows: list[dict], floor: dict, path: Path) -> None:
     axes.plot(k, mean, marker="o")
     axes.fill_between(k, *([row[name] for row in patched] for name in ("mean_low", "mean_high")), alpha=0.2)
     for row in unpatched:
-        axes.axhline(row["mean"], linestyle="--", linewidth=1, color="grey")
+        axes.axhline(row["mean"], linestyle="--", linewidth=1, color="gray")
         axes.annotate(row["recipient"], (0, row["mean"]))
     noise = ", ".join(f"{name}: {point.get('changed', 0):.0%} of completions differ" for name, point in floor.items())
     axes.set(xlabel="k, patched neurons", ylabel=f"mean {rows[0]['judge']}", title=f"noise floor: {noise}")
