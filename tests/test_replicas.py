@@ -19,7 +19,7 @@ from snpatch.sweeps.store import STORE_FILE  # noqa: E402
 
 def replicas() -> list[int]:
     """Return the processes of all replicas."""
-    found = subprocess.run(["pgrep", "-f", "ray::Replica.write"], capture_output=True, text=True).stdout
+    found = subprocess.run(["pgrep", "-f", "ray::Replica.generate"], capture_output=True, text=True).stdout
     return [int(line) for line in found.split()]
 
 
