@@ -202,7 +202,7 @@ def test_prompts_with_bos_or_template_marks_are_noted_once_and_unchanged(model):
         for content in ("[INST] bana [/INST]", "Be kind.\n\nHuman: bana\n\nAssistant:", "bana </s>"):
             engine.encode([[{"role": "user", "content": content}]])
         assert len(engine.notes) == 2
-        assert "holds '[/INST]', which chat templates write" in engine.notes[1]
+        assert "contains '[/INST]', which chat templates write" in engine.notes[1]
 
 
 def test_late_adapter_with_different_text_files_is_rejected(model, with_adapter):
