@@ -204,7 +204,7 @@ def test_guard_file_with_invalid_metadata_is_rejected(tmp_path, change, message)
         ({"coefficients": lambda t: t * torch.nan}, "coefficients has values that no fit gives"),
         ({"scale": lambda t: t * 0}, "scale has values that no fit gives"),
         ({"mean": lambda t: t.bfloat16()}, "mean: expected torch.float64, got torch.bfloat16"),
-        ({"neurons": lambda t: t + 1000}, r"a neuron of the order lies outside \[3, 64\]"),
+        ({"neurons": lambda t: t + 1000}, r"a neuron of the order is outside \[3, 64\]"),
         ({"neurons": lambda t: t * 0}, "names a neuron twice"),
         ({"neurons": lambda t: t[:3]}, "expected vectors of one length"),
         ({"intercept": lambda t: t[None]}, "expected the tensors of a guard"),
