@@ -99,7 +99,7 @@ def test_sweep_after_killed_engine_continues_with_a_new_one(zoo, tmp_path, capsy
         killer.start()
         result = run(tmp_path)
         killer.join()
-        assert "a run failed and is begun again: vLLM's engine has ended" in capsys.readouterr().err
+        assert "a run failed and starts again: vLLM's engine has ended" in capsys.readouterr().err
         assert result.failures == []
         assert result.rows == run().rows
     wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
