@@ -136,7 +136,7 @@ def test_ctrl_c_keeps_the_engine_and_a_killed_client_ends_it(client):
     start_time = time.monotonic()
     os.killpg(client.pid, signal.SIGINT)
     assert any(line == "KeyboardInterrupt\n" for line in lines)
-    assert next(lines) == "generated 1\n"
+    assert next(lines) == "completion 1\n"
     assert time.monotonic() - start_time < 15
     assert next(lines) == "round\n"
     assert all(map(is_running, children))
