@@ -453,7 +453,7 @@ def test_without_key_nothing_runs(narrow):
     assert narrow.post("/tokenize", {"prompt": "bala"}, headers=KEY).json()["count"] > 0
     assert narrow.post(CHATS, body, headers=KEY).status_code == 200
     upload = request(narrow, "PUT", "rankings/x", content=b"", headers=KEY)
-    assert (upload.status_code, "start it with --allow-upload" in upload.text) == (403, True)
+    assert (upload.status_code, "Start it with --allow-upload" in upload.text) == (403, True)
 
 
 def test_full_slots_serve_in_order_and_refuse_over_limit(narrow):
