@@ -119,7 +119,7 @@ def native(folder, traces):
     return LLM(str(folder / "model"), dtype="bfloat16", disable_log_stats=True, **options)
 
 
-def runner_of(native) -> str:
+def get_runner(native) -> str:
     return "v2" if native.llm_engine.vllm_config.use_v2_model_runner else "v1"
 
 
@@ -171,7 +171,7 @@ def about() -> dict:
 def against_native(benchmark, twin, native, name: str, sides: dict[str, int], run, new: int, prompt: int, **info):
     """Time `run` against native vLLM with each number of requests in `sides`, both on one model runner."""
     runner = twin.executor.worker_info.runner
-    assert runner == runner_of(native), "the two sides run different model runners"
+    assert runner == get_runner(native), "the two sides run different model runners"
     others = {side: lambda n=n: run_native(native, n, new, prompt) for side, n in sides.items()}
     paired(benchmark, name, run, others, runner=runner, new=new, prompt=prompt, **info)
 
@@ -198,7 +198,7 @@ def test_native_alone(benchmark, native, batch):
     benchmark.pedantic(run_native, (native, batch, new, prompt), rounds=rounds, iterations=1, warmup_rounds=1)
     speed = batch * new / benchmark.stats.stats.median
     benchmark.extra_info.update(
-        **about(), side="native", runner=runner_of(native), batch=batch, prompt=prompt, new=new, tokens_per_s=speed
+        **about(), side="native", runner=get_runner(native), batch=batch, prompt=prompt, new=new, tokens_per_s=speed
     )
 
 
@@ -300,7 +300,7 @@ def test_profile(request, benchmark, traces, side):
         run_twin(engine, batch, PATCH, new) if side == "twin" else run_native(engine, batch, new)
 
     profiled = engine.executor.engine if side == "twin" else engine.llm_engine
-    runner = engine.executor.worker_info.runner if side == "twin" else runner_of(engine)
+    runner = engine.executor.worker_info.runner if side == "twin" else get_runner(engine)
     before = set(traces[name].glob("*.json.gz"))
 
     def profile():

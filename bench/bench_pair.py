@@ -18,10 +18,10 @@ from bench_generate import (
     RANKING,
     SIZE,
     K,
+    get_runner,
     paired,
     run_native,
     run_twin,
-    runner_of,
 )
 
 from snpatch import Engine, Patch
@@ -94,7 +94,7 @@ class TestPair:
 
         run = partial(run_twin, pair, batch, PATCH)
         runner, memory = pair.executor.worker_info.runner, pair.executor.memory
-        assert runner == runner_of(natives[0])
+        assert runner == get_runner(natives[0])
         paired(benchmark, "pair", run, {"two natives": both}, batch=batch, runner=runner,
                memory={"weights": memory.weights, "second": memory.secondary, "cache": memory.kv_cache,
                        "twice": memory.duplicated})  # fmt: skip

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from commands import GOLDEN, JUDGE, MODEL, PAIR, run, spec_of
+from commands import GOLDEN, JUDGE, MODEL, PAIR, run, write_sweep_file
 
 from snpatch.errors import ReceiptError
 from snpatch.experiments import NAMES
@@ -68,7 +68,7 @@ def test_sweep_with_two_judges_and_a_dataset_scores_both(capsys, ranking, tmp_pa
 
 
 def test_sweep_file_is_run_resumed_and_exported(capsys, prompts, ranking, tmp_path):
-    path, out = spec_of(tmp_path, prompts, ranking), tmp_path / "out"
+    path, out = write_sweep_file(tmp_path, prompts, ranking), tmp_path / "out"
     code, out_text, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--json")
     assert code == 0, err
     rows = json.loads(out_text)["tables"]["sweep"]
@@ -121,7 +121,7 @@ def test_sweep_file_is_run_resumed_and_exported(capsys, prompts, ranking, tmp_pa
     ],
 )
 def test_invalid_sweep_file_is_rejected_in_one_line(capsys, prompts, ranking, tmp_path, change, options, message):
-    path = spec_of(tmp_path, prompts, ranking, **change)
+    path = write_sweep_file(tmp_path, prompts, ranking, **change)
     code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", tmp_path / "out", *options)
     assert code == 2
     assert message in err.splitlines()[-1]
@@ -254,7 +254,7 @@ def test_summary_contains_tables_of_one_config_and_its_settings(capsys, config, 
 
 
 def test_shards_write_parts_that_the_sweep_merges(capsys, prompts, ranking, tmp_path):
-    path, out, alone = spec_of(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
+    path, out, alone = write_sweep_file(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
     assert run(capsys, "sweep", path, "--trust-config", "-o", alone)[0] == 0
     counts = []
     for shard in ("1/2", "2/2"):
@@ -274,7 +274,7 @@ def test_shards_write_parts_that_the_sweep_merges(capsys, prompts, ranking, tmp_
 
 
 def test_report_command_writes_page_of_a_sweep_folder(capsys, prompts, ranking, tmp_path):
-    path, out = spec_of(tmp_path, prompts, ranking, strengths=[1]), tmp_path / "out"
+    path, out = write_sweep_file(tmp_path, prompts, ranking, strengths=[1]), tmp_path / "out"
     code, _, err = run(capsys, "report", tmp_path)
     assert (code, "holds no table and no completions" in err) == (2, True)
     assert run(capsys, "sweep", path, "--trust-config", "-o", out)[0] == 0
@@ -319,6 +319,6 @@ def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking,
 def test_replicas_without_ray_name_the_package_to_install(capsys, prompts, ranking, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "snpatch.experiments.replicas", raising=False)
-    path = spec_of(tmp_path, prompts, ranking)
+    path = write_sweep_file(tmp_path, prompts, ranking)
     code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", tmp_path / "out", "--ray", 2)
     assert (code, "--ray: replicas need more packages: pip install 'snpatch[ray]'" in err) == (2, True)

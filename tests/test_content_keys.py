@@ -9,9 +9,8 @@ import snpatch
 from snpatch import Constant, Intervention, Noise, Patch, Ranking, Sampling
 from snpatch.experiments.config import Contrast
 from snpatch.experiments.context import ExperimentContext
-from snpatch.patching.patch import digest_of
 from snpatch.sweeps import generation
-from snpatch.utils.hashing import hash_json, hash_tensor
+from snpatch.utils.hashing import REQUEST_DIGITS, hash_json, hash_tensor
 
 RANKING = Ranking.from_order(torch.tensor([[1, 2], [0, 1], [1, 0], [0, 3]]), (2, 4))
 ENGINE = SimpleNamespace(
@@ -40,7 +39,10 @@ def ranking_key() -> str:
 
 def keys() -> dict[str, str]:
     found = {name: hash_json(generation._describe_patch(ENGINE, patch)) for name, patch in PATCHES.items()}
-    found |= {"patch": digest_of(PATCHES["donor"].content(ENGINE.fingerprint)), "ranking": RANKING.fingerprint}
+    found |= {
+        "patch": hash_json(PATCHES["donor"].content(ENGINE.fingerprint), REQUEST_DIGITS),
+        "ranking": RANKING.fingerprint,
+    }
     found |= {"window": RANKING.window_fingerprint(PATCHES["donor"].window), "contrast": ranking_key()}
     return found | {"sampling": hash_json(vars(Sampling(max_tokens=7, seed=1))), "tensor": hash_tensor(torch.arange(3))}
 

@@ -94,7 +94,7 @@ def engine(start):
     return start("llama", max_num_batched_tokens=512, max_num_seqs=48)
 
 
-def dual_stream_of(engine):
+def get_dual_stream(engine):
     """Return the surgery's additions to the model of an engine in this process."""
     worker = engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker
     return worker.model_runner.get_model().snpatch
@@ -190,7 +190,7 @@ def test_generate_with_overflowing_logits_raises(engine, positions):
 
 def test_unpatched_overflow_restarts_the_engine(engine):
     want, executor = complete_long_prompts(engine, "base"), engine.executor
-    dual_stream_of(engine).tables.layers[1].scale[0] = torch.inf
+    get_dual_stream(engine).tables.layers[1].scale[0] = torch.inf
     with pytest.raises(SpoiledEngineError, match=r"the engine is spoiled: .* in float32 at layer 1 without a patch"):
         engine.generate(LONG_PROMPTS, "base", Sampling(max_tokens=10))
     assert engine.executor is not executor
@@ -294,7 +294,7 @@ def clear_receipts(dual_stream):
 @pytest.mark.parametrize("fault", [remove_rank, bypass_op, clear_receipts])
 def test_promise_6_patch_not_applied_in_full_raises(engine, fault):
     """Less is done than planned: a ranking lacks a rank, a layer bypasses the op, or receipts are cleared."""
-    dual_stream, job = dual_stream_of(engine), Job(2, "sft", "dpo", (0, ALL))
+    dual_stream, job = get_dual_stream(engine), Job(2, "sft", "dpo", (0, ALL))
     assert generate(engine, [job])[0].overwrites == ALL * (len(job.ids) + 9)
     tables, tracker, glu = dual_stream.tables, dual_stream.tracker, dual_stream.glus[2]
     ranks, run, fetch = [layer.rank.clone() for layer in tables.layers], glu.run, tracker.fetch
@@ -312,7 +312,7 @@ def test_promise_6_patch_not_applied_in_full_raises(engine, fault):
 
 def test_promise_6_step_without_a_plan_raises(engine, monkeypatch):
     """The host's own counts are compared with the text, too: one step is not planned."""
-    planner = dual_stream_of(engine).planner
+    planner = get_dual_stream(engine).planner
     plan_step, calls = planner.plan_step, []
 
     def skip_third_plan(request_ids, start, count):
@@ -329,7 +329,7 @@ def test_promise_6_step_without_a_plan_raises(engine, monkeypatch):
 
 def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
     """A layer patches, but adds statistics and captures to copies."""
-    glu = dual_stream_of(engine).glus[1]
+    glu = get_dual_stream(engine).glus[1]
     stats, count, capture, receipt = glu.outputs
     monkeypatch.setattr(glu, "outputs", (stats.clone(), count.clone(), capture.clone(), receipt))
     with pytest.raises(ReceiptError, match="tokens should have counted"):
@@ -340,7 +340,7 @@ def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
 
 def test_op_with_nan_in_padded_rows_changes_nothing(engine):
     """Rows past the last token of a step are the padding of a captured graph."""
-    dual_stream, draw = dual_stream_of(engine), torch.Generator().manual_seed(0)
+    dual_stream, draw = get_dual_stream(engine), torch.Generator().manual_seed(0)
     request_ids, tables = ["padded"], dual_stream.tables
     row = [0] * len(RequestColumn)
     for column, value in {
@@ -370,7 +370,7 @@ def test_settle_excludes_positions_that_end_a_text(engine):
     """With asynchronous scheduling a step is planned before its token is known to end the text."""
     from snpatch.op.plan import SKIP_EOS_OFFSET
 
-    dual_stream = dual_stream_of(engine)
+    dual_stream = get_dual_stream(engine)
     for ticket, group in ((1, 2), (2, SKIP_EOS_OFFSET + 2)):
         row = [0] * len(RequestColumn)
         row[RequestColumn.GROUP], row[RequestColumn.OBSERVE_START], row[RequestColumn.OBSERVE_STOP] = group, 1, 9
@@ -567,7 +567,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing(llama, start):
     tracemalloc.stop()
     assert completion_data(generate(engine, plain)) == fresh
     engine.executor.engine.step()  # the worker learns which requests have ended
-    tracker = dual_stream_of(engine).tracker
+    tracker = get_dual_stream(engine).tracker
     assert not tracker._records
     assert not tracker._tickets
     assert not tracker._ended

@@ -118,7 +118,7 @@ EXPERIMENT_KEYS = {
 }
 
 
-def sweep_of(table: dict, folder: Path) -> tuple:
+def load_sweep_content(table: dict, folder: Path) -> tuple:
     """Return everything in a sweep file that a run reads."""
     spec = SweepSpec.from_dict(table, folder)
     engine = [spec.engine_config(backend) for backend in ("vllm", "transformers")] + [spec.engine.backend]
@@ -160,9 +160,9 @@ def test_sweep_key_with_another_value_changes_the_run(path, tmp_path):
     table = changed(SWEEP_FILE, path, SWEEP_KEYS[path])
     if path in REFUSED:
         with pytest.raises(SnpatchError, match=REFUSED[path]):
-            sweep_of(table, tmp_path)
+            load_sweep_content(table, tmp_path)
         return
-    assert sweep_of(table, tmp_path) != sweep_of(SWEEP_FILE, tmp_path)
+    assert load_sweep_content(table, tmp_path) != load_sweep_content(SWEEP_FILE, tmp_path)
 
 
 @pytest.mark.parametrize("path", EXPERIMENT_KEYS, ids=".".join)

@@ -18,7 +18,7 @@ from golden import (
     RUNS,
     WRITE,
     assert_near,
-    patch_of,
+    parse_golden_patch,
     read,
     without_padding,
 )
@@ -101,7 +101,7 @@ def test_contrast_of_golden_completions_gives_the_same_scores(engine):
 def test_generation_equals_golden(engine, eos_engine, logits, name):
     """Tokens are equal and the logits of the first and the last step close, for the batched and the single run."""
     run = RUNS[f"{name}.batch5"]
-    completions = (eos_engine if name.startswith("eos") else engine).generate(IDS, patch_of(run), WRITE)
+    completions = (eos_engine if name.startswith("eos") else engine).generate(IDS, parse_golden_patch(run), WRITE)
     steps = logits()
     for batch in ("batch5", "batch1"):
         ids = RUNS[f"{name}.{batch}"]["ids"]
@@ -120,7 +120,7 @@ def test_generation_of_all_runs_in_one_batch_equals_golden():
     names = sorted(n for n in RUNS if n.endswith("batch1") and not n.startswith("eos"))
     engine = Engine(HOME / "model", ADAPTERS, backend="transformers", dtype="float32")
     pairs = [(name, prompt) for prompt in (0, 5, 11) for name in names]
-    patches = [patch_of(RUNS[name]) for name, _ in pairs]
+    patches = [parse_golden_patch(RUNS[name]) for name, _ in pairs]
     completions = engine.generate([IDS[prompt] for _, prompt in pairs], patches, WRITE)
     assert [c.token_ids for c in completions] == [RUNS[name]["ids"][prompt] for name, prompt in pairs]
 

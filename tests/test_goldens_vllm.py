@@ -16,7 +16,7 @@ from golden import (
     RELATIVE,
     RUNS,
     assert_near,
-    patch_of,
+    parse_golden_patch,
     read,
     without_padding,
 )
@@ -67,7 +67,7 @@ def test_generation_of_all_runs_in_one_batch_matches_goldens(engine):
     """Tokens are equal, and log-probabilities of the first and last token match the golden logits."""
     names = [name for name in NAMES if name.startswith("eos") == engine.is_eos]
     pairs = [(name, prompt) for name in names for prompt in range(len(IDS))]
-    patches = [patch_of(RUNS[f"{name}.batch1"]) for name, _ in pairs]
+    patches = [parse_golden_patch(RUNS[f"{name}.batch1"]) for name, _ in pairs]
     completions = engine.generate([IDS[prompt] for _, prompt in pairs], patches, SAMPLING)
     for (name, prompt), completion in zip(pairs, completions, strict=True):
         run = RUNS[f"{name}.batch1"]

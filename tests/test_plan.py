@@ -41,7 +41,7 @@ def request_row(**fields) -> list[int]:
     return row
 
 
-def plan_of(rows: list[list[int]], request: list[int], position: list[int]) -> np.ndarray:
+def build_plan(rows: list[list[int]], request: list[int], position: list[int]) -> np.ndarray:
     request, position = (np.array(integers, dtype=np.int64) for integers in (request, position))
     return fill_plan(np.array(rows, dtype=np.int32), request, position)
 
@@ -79,7 +79,7 @@ def test_fill_plan_two_requests_and_padding_match_hand_computed_rows():
             group=2,
         ),
     ]
-    plan = plan_of(rows, [0, 0, 0, 0, 0, 1, 1, 1, 1, -1], [0, 1, 2, 3, 4, 2, 3, 4, 5, 2])
+    plan = build_plan(rows, [0, 0, 0, 0, 0, 1, 1, 1, 1, -1], [0, 1, 2, 3, 4, 2, 3, 4, 5, 2])
     assert plan.dtype == np.int32
     assert plan.tolist()[3] == [1, 2, 1, 3, 5, 9, 0, 0, 77, 8, 9, 3, -1, -1, 0]
     assert plan.tolist()[6] == [4, 0, 0, 0, 0, 8, 1, 6, 0, 0, 0, 3, -1, 10, 1]
@@ -93,7 +93,7 @@ def test_fill_plan_two_requests_and_padding_match_hand_computed_rows():
 
 @pytest.mark.parametrize("ranges", [{"patch": (0, NO_END)}, {"observe": (0, NO_END)}, {"capture": (0, NO_END)}])
 def test_fill_plan_padding_requests_nothing(ranges):
-    plan = plan_of([request_row(lo=1, hi=9, group=3, receipt=4, capture_row=5, **ranges)], [-1, 0], [0, 0])
+    plan = build_plan([request_row(lo=1, hi=9, group=3, receipt=4, capture_row=5, **ranges)], [-1, 0], [0, 0])
     assert plan[0, PlanColumn.LO] == plan[0, PlanColumn.HI]
     assert [column(plan, name)[0] for name in ("group", "capture", "receipt")] == [-1, -1, -1]
     # As a real token, the same row requests exactly what its range says.
@@ -113,19 +113,19 @@ def test_fill_plan_padding_requests_nothing(ranges):
 )
 def test_fill_plan_ranges_are_half_open_and_independent_of_steps(patch, expected):
     rows = [request_row(hi=1, patch=patch)]
-    whole = plan_of(rows, [0] * 6, [0, 1, 2, 3, 4, 5])
+    whole = build_plan(rows, [0] * 6, [0, 1, 2, 3, 4, 5])
     assert column(whole, "hi") == expected
-    chunks = [plan_of(rows, [0] * len(p), p) for p in ([0, 1, 2], [3], [4, 5])]
+    chunks = [build_plan(rows, [0] * len(p), p) for p in ([0, 1, 2], [3], [4, 5])]
     assert np.array_equal(np.concatenate(chunks), whole)
 
 
 def test_fill_plan_rows_follow_their_request_in_any_order():
     rows = [request_row(adapter_0=i, hi=i, patch=(0, NO_END), receipt=i) for i in range(4)]
-    plan = plan_of(rows, [3, 0, 3, 2], [9, 8, 7, 6])
+    plan = build_plan(rows, [3, 0, 3, 2], [9, 8, 7, 6])
     assert column(plan, "adapter_0") == [3, 0, 3, 2]
     assert column(plan, "hi") == [3, 0, 3, 2]
     assert column(plan, "receipt") == [3, 0, 3, 2]
-    assert plan_of(rows, [], []).shape == (0, 15)
+    assert build_plan(rows, [], []).shape == (0, 15)
 
 
 def test_fill_plan_padding_alone_needs_no_table():
@@ -136,7 +136,7 @@ def test_fill_plan_padding_alone_needs_no_table():
 def test_fill_plan_recomputed_positions_are_patched_again_but_counted_once():
     ranges = dict.fromkeys(("patch", "observe", "capture"), (0, NO_END))
     rows = [request_row(lo=1, hi=9, receipt=4, group=3, capture_row=5, computed_stop=2, **ranges)]
-    plan = plan_of(rows, [0, 0, 0, 0], [0, 1, 2, 3])
+    plan = build_plan(rows, [0, 0, 0, 0], [0, 1, 2, 3])
     assert column(plan, "hi") == [9, 9, 9, 9]
     assert column(plan, "receipt") == [4, 4, 4, 4]
     assert column(plan, "group") == [-1, -1, 3, 3]
@@ -183,7 +183,7 @@ def test_fill_plan_each_intervention_has_its_own_window_and_range():
     for i, values in ((1, (2, 5, 8, 1, 3, 0, 9, 9, 1, 3)), (2, (0, 6, 7, 2, 0, 5, 1, 1, 4, NO_END))):
         for name, value in zip(block, values, strict=True):
             row[request_column(name, i)] = value
-    plan = plan_of([row], [0] * 6 + [-1], [0, 1, 2, 3, 4, 5, 0])
+    plan = build_plan([row], [0] * 6 + [-1], [0, 1, 2, 3, 4, 5, 0])
     assert plan.shape == (7, plan_width(3))
     assert num_plan_interventions(plan.shape[1]) == 3
     his = [plan[:, plan_column(PlanColumn.HI, i)].tolist() for i in range(3)]

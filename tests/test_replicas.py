@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from commands import run, spec_of
+from commands import run, write_sweep_file
 
 ray = pytest.importorskip("ray", reason="replicas need Ray: pip install 'snpatch[ray]'")
 
@@ -32,7 +32,7 @@ def written(out) -> int:
 
 
 def test_killed_replica_is_replaced(capsys, prompts, ranking, tmp_path):
-    path, out, alone = spec_of(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
+    path, out, alone = write_sweep_file(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
     assert run(capsys, "sweep", path, "--trust-config", "-o", alone)[0] == 0
     command = [
         sys.executable,
@@ -68,7 +68,7 @@ def test_killed_replica_without_restarts_raises(capsys, prompts, ranking, tmp_pa
     from snpatch.experiments import replicas
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    path = spec_of(tmp_path, prompts, ranking, recipients=["base"])
+    path = write_sweep_file(tmp_path, prompts, ranking, recipients=["base"])
     monkeypatch.setattr(replicas.Replica, "prepare", lambda self: os._exit(1))
     code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", tmp_path / "out", "--ray", 1)
     assert (code, "a replica has ended" in err) == (2, True)

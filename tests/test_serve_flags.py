@@ -157,6 +157,12 @@ def test_registry_resolves_names_and_inline_patches(registry):
     assert names.lookup("safe").patch is inline.patch
 
 
+def build_state(config: EngineConfig) -> ServerState:
+    engine, serve_config = AsyncEngine.from_config(config), ServeConfig(config)
+    registry = PatchRegistry(engine, serve_config)
+    return ServerState(serve_config, engine, registry, InflightRequests(1), {}, None, (), has_own_template=False)
+
+
 def test_chat_for_model_with_other_template_is_refused(pairs, tmp_path):
     """The secondary weights have their own template."""
     made = pairs("llama")
@@ -168,17 +174,7 @@ def test_chat_for_model_with_other_template_is_refused(pairs, tmp_path):
     shutil.copytree(made.folder, base)
     (base / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     config = EngineConfig.of(base, models={"dpo": str(other)})
-    engine = AsyncEngine.from_config(config)
-    state = ServerState(
-        ServeConfig(config),
-        engine,
-        PatchRegistry(engine, ServeConfig(config)),
-        InflightRequests(1),
-        {},
-        None,
-        (),
-        False,
-    )
+    state = build_state(config)
     state.check_template("base")
     with pytest.raises(SnpatchError, match="expected a model with this server's chat template, got dpo") as caught:
         state.check_template("dpo")
@@ -196,21 +192,12 @@ def test_server_uses_engine_chat_template_and_variables(zoo, tmp_path, flag_vari
     (adapter / "chat_template.jinja").write_text(source)
     tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(adapter)
     config = EngineConfig.of(made.folder, {"sft": [adapter]}, chat_template_kwargs={"enable_thinking": False})
-    engine = AsyncEngine.from_config(config)
-    state = ServerState(
-        ServeConfig(config),
-        engine,
-        PatchRegistry(engine, ServeConfig(config)),
-        InflightRequests(1),
-        {},
-        None,
-        (),
-        False,
-    )
+    state = build_state(config)
     args = Namespace(chat_template=None, default_chat_template_kwargs=flag_variables)
     set_chat_template(args, state)
     assert args.chat_template == source
     assert args.default_chat_template_kwargs == {"enable_thinking": False, **(flag_variables or {})}
+    engine = state.engine
     launched = engine.executor.launch.engine_args(scales_kv=False)
     assert launched.tokenizer == str(adapter)
     assert engine.executor.launch.settings.eos_ids == ((tiny.EOS, tiny.VOCAB.index(tiny.WORDS[7])),)

@@ -71,7 +71,7 @@ def gated(engine):
     config = ServeConfig(engine.config)
     registry, judges = PatchRegistry(engine, config), {"refusal": RefusalWords()}
     state = ServerState(config, engine, registry, InflightRequests(1), judges, None, (), has_own_template=True)
-    return app_of(vllm_args.parse_config("m", {}, {}), state), state
+    return build_app(vllm_args.parse_config("m", {}, {}), state), state
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ class Handler:
         return ErrorResponse(error={"message": message, "type": err_type, "code": status_code, "param": param})
 
 
-def app_of(args, state: ServerState):
+def build_app(args, state: ServerState):
     from vllm.entrypoints.openai.api_server import build_app
 
     async def check_health() -> None: ...
@@ -585,7 +585,7 @@ async def slowest_health(app, path: str, content: bytes) -> float:
                 begun = time.thread_time()
                 assert (await http.get("/health")).status_code == 200
                 slowest = max(slowest, time.thread_time() - begun)
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)  # without a pause, other threads can wait for the GIL for minutes
 
         await http.get("/health")
         asking = asyncio.create_task(ask_health())

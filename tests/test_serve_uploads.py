@@ -58,7 +58,7 @@ def files(folder):
     return {path.name for path in folder.iterdir()} - {"index.json", ".lock"}
 
 
-def file_of(body: bytes) -> str:
+def get_file_name(body: bytes) -> str:
     return f"{hashlib.sha256(body).hexdigest()}.safetensors"
 
 
@@ -72,7 +72,7 @@ def test_upload_over_quota_leaves_no_file(folder, bodies):
     for kind, name, file in (("rankings", "b", stored["b"]), ("constants", "c", constant)):
         with pytest.raises(PayloadTooLargeError, match="at most 64 rankings and constants, got one more"):
             uploads_folder.assign_name(kind, name, *file)
-    assert files(folder) == {file_of(bodies["first"]), file_of(bodies["second"])}
+    assert files(folder) == {get_file_name(bodies["first"]), get_file_name(bodies["second"])}
 
 
 @pytest.mark.parametrize("body", [b"", b"\x80\x04cos\nsystem\n.", "values"])
@@ -96,7 +96,7 @@ def test_upload_with_unwritable_index_leaves_no_file(folder, bodies, monkeypatch
         with pytest.raises(InternalError, match="No space left on device") as error:
             uploads_folder.upload("rankings", name, bodies["second"])
         assert str(folder) not in str(error.value)
-    assert files(folder) == {file_of(bodies["first"])}
+    assert files(folder) == {get_file_name(bodies["first"])}
     assert uploads_folder._registry.rankings["a"].fingerprint == RANKINGS[0].fingerprint
 
 
@@ -135,7 +135,7 @@ def test_start_removes_only_files_of_interrupted_uploads(folder, bodies):
     uploads_folder = Uploads(folder, FakeRegistry())
     uploads_folder.upload("rankings", "a", bodies["first"])
     uploads_folder.store_file("rankings", "b", bodies["second"])  # killed before it was named
-    first = file_of(bodies["first"])
+    first = get_file_name(bodies["first"])
     for name in (f".{first}.partial77", ".index.json.partial77"):
         (folder / name).write_bytes(b"half")
     for name in ("safety.safetensors", ".notes.partial", "readme.txt"):
@@ -167,15 +167,15 @@ def test_damaged_file_is_skipped_until_replaced_or_deleted(folder, bodies, capsy
     uploads_folder = Uploads(folder, FakeRegistry())
     uploads_folder.upload("rankings", "bad", bodies["first"])
     uploads_folder.upload("rankings", "good", bodies["second"])
-    damage(folder / file_of(bodies["first"]))
+    damage(folder / get_file_name(bodies["first"]))
     again = Uploads(folder, FakeRegistry())
     (line,) = capsys.readouterr().err.splitlines()
-    assert (file_of(bodies["first"]) in line, "rankings: bad is skipped" in line) == (True, True)
+    assert (get_file_name(bodies["first"]) in line, "rankings: bad is skipped" in line) == (True, True)
     assert again._registry.rankings.keys() == {"good"}
     again.upload("rankings", "new", bodies["second"])
-    if not (folder / file_of(bodies["first"])).is_dir():
+    if not (folder / get_file_name(bodies["first"])).is_dir():
         assert again.delete("rankings", "bad")
-        assert files(folder) == {file_of(bodies["second"])}
+        assert files(folder) == {get_file_name(bodies["second"])}
         again.upload("rankings", "bad", bodies["first"])
         assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"good", "new", "bad"}
 
@@ -209,7 +209,7 @@ def test_unreadable_index_prints_one_line_and_removes_no_file(folder, bodies, ca
     (line,) = capsys.readouterr().err.splitlines()
     assert "index.json: expected the names of uploads as JSON, got" in line
     assert not again._registry.rankings
-    assert files(folder) == {file_of(bodies["first"])}
+    assert files(folder) == {get_file_name(bodies["first"])}
     again.upload("rankings", "b", bodies["second"])
     assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"b"}
 

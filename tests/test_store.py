@@ -265,8 +265,8 @@ def test_added_judge_scores_stored_completions_without_generating(engine, chats,
 
 
 def test_judge_that_raises_leaves_the_other_scores(engine, chats, ranking, tmp_path):
-    texts_of = {r["completion"] for r in run(engine, chats, ranking).records if r["ranking"] and r["rank_hi"] == 70}
-    bad = sorted(texts_of)[0]
+    iter_prose = {r["completion"] for r in run(engine, chats, ranking).records if r["ranking"] and r["rank_hi"] == 70}
+    bad = sorted(iter_prose)[0]
     result = run(engine, chats, ranking, tmp_path, judges={"one": Words(bad=[bad]), "other": Words("good")})
     missing = [r for r in result.records if r["scores"]["one"] is None]
     assert missing

@@ -21,7 +21,7 @@ PROMPT = "how?"
 STATES = {"k0": "done", "k1": "done", "k2": "failed", "k3": "open", "k4": "failed"}
 
 
-def labels_of(index: int) -> dict:
+def build_labels(index: int) -> dict:
     return {
         "set": "s", "prompt_index": index, "prompt": PROMPT, "sample": 0, "recipient": "base", "donor": None,
         "ranking": None, "control_seed": None, "rank_lo": 0, "rank_hi": 0, "strength": 1.0,
@@ -34,7 +34,7 @@ def fill(store: Store) -> None:
     run_id = store.start_run("snpatch sweep")
     store.queue.enqueue(keys[:4])
     store.set_labels(
-        "s", [(key, labels_of(i), None) for i, key in enumerate(keys[:4])] + [(None, labels_of(4), "too long")]
+        "s", [(key, build_labels(i), None) for i, key in enumerate(keys[:4])] + [(None, build_labels(4), "too long")]
     )
     store.set_judges({"cost": "digest"})
     store.queue.claim(4)
@@ -155,7 +155,7 @@ def test_write_of_a_reader_raises(folder):
         reader.add("k3", TEXT)
 
 
-def error_of(step, *arguments) -> str | None:
+def get_error(step, *arguments) -> str | None:
     """Return the error line of a step, or None. Any other error than a SnpatchError fails the test."""
     try:
         step(*arguments)
@@ -181,7 +181,7 @@ def test_random_bytes_in_a_store_raise_one_line(folder, tmp_path):
             for path in place.iterdir():
                 path.unlink()
             (place / STORE_FILE).write_bytes(content)
-            damaged += error_of(used, place) is not None
+            damaged += get_error(used, place) is not None
     assert damaged > 150
 
 
@@ -202,7 +202,7 @@ PROCESS = "INSERT INTO owners VALUES ('o', 'h', {}, {}, 5, 1.0)"
 
 def labeled(**changes: object) -> str:
     """Return the statement that adds a completion with other labels."""
-    return f"INSERT INTO asked (sweep, labels) VALUES ('s', '{json.dumps({**labels_of(0), **changes})}')"
+    return f"INSERT INTO asked (sweep, labels) VALUES ('s', '{json.dumps({**build_labels(0), **changes})}')"
 
 
 DAMAGED = {
@@ -254,7 +254,7 @@ def test_crafted_store_is_reported_as_damaged(folder, name):
 def test_crafted_store_does_not_break_a_sweep(folder, name):
     """Allow what a sweep does not read; anything else raises one line."""
     change(folder, DAMAGED[name])
-    error_of(opened, folder)
+    get_error(opened, folder)
 
 
 @pytest.mark.parametrize("name", FINE)
@@ -335,14 +335,14 @@ def test_export_prints_progress_and_writes_states(capsys, folder, tmp_path, suff
 def test_export_of_finished_sweep_prints_it(capsys, tmp_path):
     with Store(tmp_path) as store:
         store.queue.enqueue(["k0"])
-        store.set_labels("s", [("k0", labels_of(0), None)])
+        store.set_labels("s", [("k0", build_labels(0), None)])
         store.add("k0", TEXT)
     assert "All 1 completions are written." in run(capsys, "sweep", "export", tmp_path, tmp_path / "texts.csv")[1]
 
 
 def test_export_of_prompt_with_lone_surrogate_succeeds(capsys, tmp_path):
     with Store(tmp_path) as store:
-        store.set_labels("s", [(None, {**labels_of(0), "prompt": "a\ud800"}, "too long")])
+        store.set_labels("s", [(None, {**build_labels(0), "prompt": "a\ud800"}, "too long")])
     for suffix in ("csv", "parquet"):
         code, _, err = run(capsys, "sweep", "export", tmp_path, tmp_path / f"texts.{suffix}")
         assert code == 0, err

@@ -19,7 +19,7 @@ OPENING = re.compile(r"(What|Whether|Who|Which|Of)\b")
 MESSAGE_CALLS = re.compile(r"(\w*Error|print|warn|warning|info|Option|Argument|cli_field|field|note|notes)$")
 
 
-def texts_of(path: Path) -> Iterator[tuple[int, str, str]]:
+def iter_prose(path: Path) -> Iterator[tuple[int, str, str]]:
     """Yield (line, kind, text) of a file's prose; kind: docstring, comment, message or markdown."""
     source = path.read_text()
     if path.suffix == ".md":
@@ -45,7 +45,7 @@ def texts_of(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def violations(path: Path) -> list[str]:
     found = []
-    for line, kind, text in texts_of(path):
+    for line, kind, text in iter_prose(path):
         found += [f"{path}:{line}: {kind} has the banned word {m[0]!r}" for m in BANNED.finditer(text)]
         if kind == "docstring" and (opening := OPENING.match(text)):
             found.append(f"{path}:{line}: docstring begins with {opening[0]!r}")

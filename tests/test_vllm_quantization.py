@@ -340,7 +340,7 @@ def test_quantized_engine_uses_quantized_kernels_and_the_op_in_each_layer(served
     """The test above therefore covers these kernels, and none of them has fused the activation."""
     from snpatch.executors.vllm.worker.surgery import DualStreamGLU
 
-    kernels = {type(kernel).__name__ for layer in served.layers for kernel in kernels_of(layer)}
+    kernels = {type(kernel).__name__ for layer in served.layers for kernel in list_kernels(layer)}
     assert (
         kernels
         == {
@@ -356,7 +356,7 @@ def test_quantized_engine_uses_quantized_kernels_and_the_op_in_each_layer(served
     quantization.check_activation_scales(served.worker.model_runner.get_model())
 
 
-def kernels_of(layer) -> list:
+def list_kernels(layer) -> list:
     linears = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
     holders = [getattr(linear, "scheme", linear.quant_method) for linear in linears]
     return [getattr(holder, "kernel", None) or holder.fp8_linear for holder in holders]
@@ -396,7 +396,7 @@ def test_fused_activation_is_not_used_and_would_fail_the_receipt(served, monkeyp
     assert generate(served.engine, [JOBS[2]])[0].token_ids == before[0].token_ids
 
 
-def linear_of(served, config, linear: Linear | None, n_in: int = tiny.NEURONS, n_out: int = tiny.HIDDEN):
+def build_linear(served, config, linear: Linear | None, n_in: int = tiny.NEURONS, n_out: int = tiny.HIDDEN):
     """Build vLLM's linear layer for a quantization config, and return it with the weight that it represents."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.linear import RowParallelLinear
@@ -433,7 +433,7 @@ def w4a16_config():
 def test_other_4_bit_formats_compute_each_row_on_its_own(served, config, linear):
     """One layer instead of an engine: AWQ's kernel reads these layouts, and each row is independent of the others."""
     skip_without_kernels("awq")
-    layer, weight = linear_of(served, config(), linear)
+    layer, weight = build_linear(served, config(), linear)
     kernel = getattr(layer, "scheme", layer.quant_method).kernel
     assert type(kernel).__name__ == "CPUWNA16LinearKernel"
     x = torch.randn(9, tiny.NEURONS, generator=torch.Generator().manual_seed(4)).to(torch.float16)
@@ -448,7 +448,7 @@ def test_check_activation_scales_with_one_scale_per_step_raises(served):
     """FP8 with a dynamic scale for the whole tensor: the largest row of a step determines the rounding of all rows."""
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
-    layer, _ = linear_of(served, Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic"), None)
+    layer, _ = build_linear(served, Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic"), None)
     rows = torch.tensor([[0.3, 0.7], [900.0, -5.0]])
     quantize = layer.quant_method.fp8_linear.quant_fp8.forward_native
     (alone, scale), (together, shared) = quantize(rows[:1]), quantize(rows)
@@ -466,7 +466,7 @@ HEADS = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": T
 TESTED = r"because it is not tested \(tested: AWQ, GPTQ, .*int W4A16.*\); allow_untested=True accepts it"
 
 
-def config_of(made, folder, settings, **options):
+def build_vllm_config(made, folder, settings, **options):
     """Return the config with which vLLM would start."""
     checkpoint = tiny.TinyModel(folder / "model", made.adapters)
     shutil.copytree(made.folder, checkpoint.folder)
@@ -495,22 +495,24 @@ def config_of(made, folder, settings, **options):
 def test_untested_quantization_raises_unless_allowed(zoo, tmp_path, settings, options, name):
     """The check runs before vLLM starts its engine."""
     with pytest.raises(SnpatchError, match=f"cannot be combined with the quantization {name}, {TESTED}"):
-        config_of(zoo("llama"), tmp_path / "refused", settings, **options)
-    assert config_of(zoo("llama"), tmp_path / "allowed", settings, **options, allow_untested=True)
+        build_vllm_config(zoo("llama"), tmp_path / "refused", settings, **options)
+    assert build_vllm_config(zoo("llama"), tmp_path / "allowed", settings, **options, allow_untested=True)
 
 
 @pytest.mark.parametrize(
     "settings", [AWQ_CONFIG, GPTQ_CONFIG, compressed({"proj": W4A16.scheme}), *[f.settings for f in FORMATS.values()]]
 )
 def test_tested_quantization_is_accepted(zoo, tmp_path, settings):
-    assert config_of(zoo("llama"), tmp_path, settings).model_config.quantization
+    assert build_vllm_config(zoo("llama"), tmp_path, settings).model_config.quantization
 
 
 def test_per_head_cache_scales_raise(zoo, tmp_path):
     with pytest.raises(
         SnpatchError, match=r"a scale for each head of the cache .* a dual-stream model has twice the heads"
     ):
-        config_of(zoo("llama"), tmp_path, compressed({"proj": INT8.scheme}, kv_cache_scheme=HEADS), allow_untested=True)
+        build_vllm_config(
+            zoo("llama"), tmp_path, compressed({"proj": INT8.scheme}, kv_cache_scheme=HEADS), allow_untested=True
+        )
 
 
 @pytest.mark.parametrize("kind", [FP8, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float16], ids=str)

@@ -35,7 +35,7 @@ def engine(zoo):
             yield engine
 
 
-def runner_of(engine):
+def get_runner(engine):
     return engine.executor.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
@@ -45,7 +45,7 @@ def log(engine):
 
     Each step has the scheduler's output, the start positions and the plan by (request, position).
     """
-    runner, steps = runner_of(engine), []
+    runner, steps = get_runner(engine), []
     dual_stream = runner.model.snpatch
     tracker, planner, tables = dual_stream.tracker, dual_stream.planner, dual_stream.tables
     real_update, real_step, real_fetch = runner._update_states, planner.plan_step, tracker.fetch
@@ -103,7 +103,7 @@ def state(engine):
     from snpatch.executors.vllm.worker.request_tracker import RequestTracker
     from snpatch.executors.vllm.worker.step_planner import StepPlanner
 
-    dual_stream = runner_of(engine).model.snpatch
+    dual_stream = get_runner(engine).model.snpatch
     tables = OpTables(dual_stream.settings, tiny.LAYERS, 0, tiny.NEURONS, None, 512, torch.device("cpu"))
     tracker = RequestTracker(tables)
     tracker.handles = dual_stream.tracker.handles
@@ -112,7 +112,7 @@ def state(engine):
     return runners.dual_stream_model_state()(config, model, None, torch.device("cpu"))
 
 
-def batch_of(request_ids, start, count):
+def build_batch(request_ids, start, count):
     """Build vLLM's batch object as V2 prepares it."""
     from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
@@ -158,7 +158,7 @@ def test_model_state_makes_the_plans_and_records_of_model_runner_v1(state, log):
         count = [output.num_scheduled_tokens[i] for i in request_ids]
         start = [step.start[i] for i in request_ids]
         chunks += any(s and c > 1 for s, c in zip(start, count, strict=True))
-        state.prepare_inputs(batch_of(request_ids, start, count), None)
+        state.prepare_inputs(build_batch(request_ids, start, count), None)
         plan = by_position(tables, request_ids, start, count)
         assert plan.keys() == step.plan.keys()
         for place, row in plan.items():
@@ -179,7 +179,7 @@ def test_model_state_dummy_batch_leaves_the_plan_blank(state, log):
 
     new = next(d for step in log.steps for d in step.output.scheduled_new_reqs if d.sampling_params.extra_args)
     state.add_request(0, new)
-    state.prepare_inputs(batch_of([new.req_id], [0], [4]), None)
+    state.prepare_inputs(build_batch([new.req_id], [0], [4]), None)
     assert state.tracker.tables.plan[:4, : PlanColumn.POSITION].any()
     state.prepare_inputs(InputBatch.make_dummy(2, 8, InputBuffers(64, 512, torch.device("cpu"))), None)
     assert not state.tracker.tables.plan[:, : PlanColumn.POSITION].any()

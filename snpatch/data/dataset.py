@@ -108,7 +108,7 @@ class Dataset:
         if not any(column in e.meta for e in self.examples):
             columns = ", ".join(dict.fromkeys(name for e in self.examples for name in e.meta))
             raise SnpatchError(f"{self.name}: no example has a column {column}: there are {columns}")
-        examples = tuple(e for e in self.examples if _is_one_of(e.meta.get(column), values))
+        examples = tuple(e for e in self.examples if _matches_any(e.meta.get(column), values))
         if not examples:
             raise SnpatchError(f"{self.name}: no example has {column} in {', '.join(map(repr, values))}")
         return self._select(examples, f"{column} in {', '.join(map(repr, values))}")
@@ -192,7 +192,7 @@ def question(chat: Chat) -> str:
     return next(m["content"] for m in reversed(chat) if m["role"] == "user")
 
 
-def _is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+def _matches_any(value: Any, choices: tuple[Any, ...]) -> bool:
     return value in choices or (isinstance(value, bool | int | float) and json.dumps(value) in choices)
 
 

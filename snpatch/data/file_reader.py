@@ -51,7 +51,7 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
     names = sorted(
         p.relative_to(path).as_posix()
         for p in path.rglob("*")
-        if p.is_file() and kind_of(p) in KINDS and p.name not in METADATA_FILES
+        if p.is_file() and get_suffix(p) in KINDS and p.name not in METADATA_FILES
     )
     names = [name for name in names if not name.startswith(".") and "/." not in name]
     splits = [word for word in SPLITS if any(_has_word(name, word) for name in names)]
@@ -62,7 +62,7 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
     if not names:
         which = f" with {split!r} in its name" if split else ""
         raise SnpatchError(f"{path}: holds no data file{which} (expected {', '.join(KINDS)})")
-    kinds = sorted({kind_of(path / name) for name in names})
+    kinds = sorted({get_suffix(path / name) for name in names})
     if len(kinds) > 1:
         raise SnpatchError(f"{path}: holds several kinds of file ({', '.join(kinds)}): expected one kind")
     return [path / name for name in names]
@@ -80,7 +80,7 @@ def read_rows(path: Path, columns: Columns) -> Iterator[SourceRow]:
     Raises:
         SnpatchError: The file cannot be read to its end, or its header lacks a required column.
     """
-    kind, is_stream = kind_of(path), not path.is_file() or path.parts[:2] == ("/", "dev")
+    kind, is_stream = get_suffix(path), not path.is_file() or path.parts[:2] == ("/", "dev")
     if kind not in KINDS and not is_stream:
         raise SnpatchError(f"{path}: expected a file that ends in {', '.join(KINDS)} (with or without .gz, .xz)")
     with _open(path) as stream:
@@ -98,7 +98,7 @@ def read_rows(path: Path, columns: Columns) -> Iterator[SourceRow]:
         yield from read_parquet_rows(path, columns)
 
 
-def kind_of(path: Path) -> str:
+def get_suffix(path: Path) -> str:
     """Return a file's suffix, without .gz or .xz: one of KINDS if it is a data file."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in OPENERS else suffix

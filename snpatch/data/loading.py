@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from snpatch.data.dataset import Dataset, Example, fingerprint_examples
-from snpatch.data.file_reader import find_files, kind_of, read_rows
+from snpatch.data.file_reader import find_files, get_suffix, read_rows
 from snpatch.data.formats import DATASETS, Format, RowError, shorten_repr
 from snpatch.data.generic import generic_format, line_format
 from snpatch.data.source_row import SourceRow, find_column_error
@@ -64,7 +64,7 @@ def load_dataset(
             rows = read_saved(path, row_format.columns, split)
         else:
             files = find_files(path, split)
-            if (format or column) is None and all(kind_of(file) == ".txt" for file in files):
+            if (format or column) is None and all(get_suffix(file) == ".txt" for file in files):
                 row_format = line_format()
             rows = (row for file in files for row in read_rows(file, row_format.columns))
         origin = {"path": str(path), "format": format, "split": split, "column": column}

@@ -4,8 +4,6 @@ Statistics of the completion's own tokens are gathered during generation. The po
 pass, because only a finished completion shows which position predicted an EOS.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,6 +19,7 @@ from snpatch.ranking.methods import METHODS
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.statistics import Statistics
 from snpatch.sampling import Sampling
+from snpatch.utils.hashing import hash_json
 
 EXCLUDED_LAYERS = (-1,)  # the last layer's difference is the answer itself
 COMPLETION_POSITIONS = ("completion", "completion_shifted")
@@ -75,7 +74,7 @@ def contrast(
         "tokens": expected,
         "prompts": len(ids),
         "empty": observed.count(0),
-        "prompts_digest": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
+        "prompts_digest": hash_json(ids),
         "versions": {"snpatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     if engine.notes:

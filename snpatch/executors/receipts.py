@@ -15,7 +15,7 @@ from snpatch.executors.base import Output, Request
 from snpatch.executors.request_rows import implied_overwrites
 from snpatch.models.geometry import Geometry
 from snpatch.op.plan import INT32_MAX
-from snpatch.patching.patch import digest_of
+from snpatch.utils.hashing import REQUEST_DIGITS, hash_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ def _overflow(request: Request, shards: Sequence[WorkerReceipt], geometry: Geome
     location = "in the logits" if layer == geometry.n_layers else f"at layer {layer}"
     unpatched = None
     if not request.overwrites:
-        unpatched = digest_of([request.recipient.fingerprint, list(request.prompt_ids)])
+        unpatched = hash_json([request.recipient.fingerprint, list(request.prompt_ids)], REQUEST_DIGITS)
     cause = "under its patch" if unpatched is None else "without a patch"
     return OverflowedError(
         f"the completion overflowed in {geometry.dtype} {location} {cause}: {count} of its values are not finite",

@@ -1,13 +1,11 @@
 """Patch: interventions on a recipient, each with donor, ranking, window, positions and strength.
 
 The content hash of a patch, its JSON and the key of the prefix cache are made from the fields of `Intervention` and
-`Overwrite` (`content_of`), so a new field is part of all three. Everything is checked when a patch is made, because a
+`Overwrite` (`to_json_data`), so a new field is part of all three. Everything is checked when a patch is made, because a
 window past the end of the ranking or a mean of the wrong shape would patch fewer neurons than the caller believes, and
 the completion would not show it.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -24,6 +22,7 @@ from snpatch.op.plan import NO_END
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 from snpatch.utils.files import read_tensors, write_tensors
+from snpatch.utils.hashing import hash_tensor
 from snpatch.utils.tensors import FLOATS, check_tensor
 
 LARGEST_FACTOR = torch.finfo(torch.float32).max  # factors are float32 on the device
@@ -60,7 +59,7 @@ class Constant:
 
     @cached_property
     def fingerprint(self) -> str:
-        return _digest(self.values)
+        return hash_tensor(self.values.float())
 
     @cached_property
     def magnitude(self) -> float:
@@ -108,7 +107,7 @@ class Noise:
 
     @cached_property
     def fingerprint(self) -> str:
-        return _digest(self.deviation)
+        return hash_tensor(self.deviation.float())
 
     @cached_property
     def magnitude(self) -> float:
@@ -176,7 +175,7 @@ class Intervention:
 
     def content(self, name_of: Callable[[str], str]) -> dict:
         """Return the intervention as JSON data. name_of: maps a model's name to what identifies the model."""
-        data = {f.name: content_of(getattr(self, f.name)) for f in fields(Intervention)}
+        data = {f.name: to_json_data(getattr(self, f.name)) for f in fields(Intervention)}
         return data | ({"donor": name_of(self.donor)} if isinstance(self.donor, str) else {})
 
     def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "Overwrite":
@@ -324,21 +323,16 @@ class Overwrite:
     @property
     def content(self) -> dict:
         """Return the overwrite as JSON data."""
-        return {f.name: content_of(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: to_json_data(getattr(self, f.name)) for f in fields(self)}
 
 
-def content_of(value: object) -> object:
+def to_json_data(value: object) -> object:
     """Return a field of a patch as JSON data; tensors and models by their content hash."""
     if isinstance(value, Source):
         return [type(value).__name__, value.fingerprint, getattr(value, "seed", None), getattr(value, "mode", None)]
     if isinstance(value, Ranking | Model):
         return value.fingerprint
     return [value.lo, value.hi] if isinstance(value, Window) else value
-
-
-def digest_of(content: object) -> str:
-    """Names JSON data by its canonical text."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _moment(ranking: Ranking, name: str) -> Tensor:
@@ -358,7 +352,3 @@ def _check_values(values: Tensor, name: str) -> None:
     if values.dim() != 2:
         raise SnpatchError(f"{name}: expected [layers, neurons], got {list(values.shape)}")
     check_tensor(values, name, *FLOATS, used=torch.float32)
-
-
-def _digest(values: Tensor) -> str:
-    return hashlib.sha256(values.float().contiguous().numpy().tobytes()).hexdigest()[:16]

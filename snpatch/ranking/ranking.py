@@ -4,7 +4,6 @@ It stores `rank` and not a list of neurons, because a window is then two integer
 k share one tensor on the device.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,15 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from snpatch.data.file_reader import kind_of
+from snpatch.data.file_reader import get_suffix
 from snpatch.errors import SnpatchError
 from snpatch.op.plan import UNRANKED
 from snpatch.ranking import controls
 from snpatch.ranking.methods import METHODS
-from snpatch.ranking.reading import NUMPY, TABLES, TORCH, Shape, array_of, read_neurons
+from snpatch.ranking.reading import NUMPY, TABLES, TORCH, Shape, read_neurons, to_tensor
 from snpatch.ranking.statistics import Statistics
 from snpatch.ranking.window import Window
 from snpatch.utils.files import read_checkpoint, read_tensors, write_tensors
+from snpatch.utils.hashing import hash_tensor
 from snpatch.utils.tensors import FLOATS, check_tensor, check_type, is_finite
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Ranking:
             moments: Name -> [L, F] float32, any of MOMENTS.
             meta: JSON data of the file. `tied` is added: the number of neurons with the score of the one before them.
         """
-        scores = array_of(scores, "ranking: scores")
+        scores = to_tensor(scores, "ranking: scores")
         check_type(scores, "ranking: scores", *FLOATS, torch.float64)
         scores = scores.float()
         if scores.dim() != 2:
@@ -125,7 +125,7 @@ class Ranking:
         excluded = _layers(exclude_layers, n_layers, "exclude_layers")
         order = torch.sort(scores.flatten(), descending=True, stable=True).indices
         order = order[~torch.isin(order // n_neurons, torch.tensor(excluded, dtype=torch.int64))]
-        rank = _rank_of(order, scores.shape)
+        rank = _build_ranks(order, scores.shape)
         tied = int((scores.flatten()[order].diff() == 0).sum())
         meta = {**(meta or {}), "excluded_layers": excluded, **({"tied": tied} if tied else {})}
         return cls(rank, scores, moments or {}, meta)
@@ -146,7 +146,7 @@ class Ranking:
             meta: JSON data of the file.
             kept: scores, moments or statistics.
         """
-        order = array_of(order, "ranking: order")
+        order = to_tensor(order, "ranking: order")
         if order.numel():
             check_type(order, "ranking: order", torch.int64, torch.int32, torch.int16)
         order = order.long()
@@ -157,7 +157,7 @@ class Ranking:
         flat = order[:, 0] * shape[1] + order[:, 1]
         if len(flat.unique()) != len(flat):
             raise SnpatchError("ranking: the order names a neuron twice")
-        return cls(_rank_of(flat, shape), meta=meta or {}, **kept)
+        return cls(_build_ranks(flat, shape), meta=meta or {}, **kept)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -175,12 +175,12 @@ class Ranking:
     @cached_property
     def fingerprint(self) -> str:
         """Return the content hash of the order."""
-        return hashlib.sha256(self.rank.contiguous().numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
+        return hash_tensor(self.rank, self.shape)
 
     def window_fingerprint(self, window: Window) -> str:
         """Return the content hash of a window's neurons, in any order."""
         neurons = self._first(window.hi)[window.lo :].sort().values
-        return hashlib.sha256(neurons.numpy().tobytes() + repr(self.shape).encode()).hexdigest()[:16]
+        return hash_tensor(neurons, self.shape)
 
     def ties(self, border: int) -> int:
         """Return the number of neurons that share a score across a window's border; 0 if scores are not known."""
@@ -246,7 +246,7 @@ class Ranking:
         own = self._first((window := Window.of(window)).hi)[window.lo :]
         chosen = controls.draw(own, self.shape, seed=seed, kind=kind, disjoint=disjoint)
         meta = {"control": kind, "of": self.fingerprint, "window": [window.lo, window.hi], "seed": seed}
-        return Ranking(_rank_of(chosen, self.shape), meta={**meta, "disjoint": disjoint})
+        return Ranking(_build_ranks(chosen, self.shape), meta={**meta, "disjoint": disjoint})
 
     def overlap(self, other: "Ranking", k: int) -> float:
         """Return the size of the intersection of both first k, divided by k."""
@@ -283,7 +283,7 @@ class Ranking:
                 last layers are missing, these layers are not ranked.
         """
         path = Path(path)
-        if kind_of(path) not in (*TORCH, *NUMPY, *TABLES):
+        if get_suffix(path) not in (*TORCH, *NUMPY, *TABLES):
             return cls._load_own(path)
         found, shape = read_neurons(path), shape() if callable(shape) else shape
         if isinstance(found, tuple):
@@ -373,7 +373,7 @@ class Ranking:
 
     def _of(self, order: Tensor, meta: dict) -> "Ranking":
         """Return a ranking of some of the neurons."""
-        rank = _rank_of(order, self.shape)
+        rank = _build_ranks(order, self.shape)
         return Ranking(rank, self.scores, self.moments, {**self.meta, **meta}, self.statistics)
 
 
@@ -385,7 +385,7 @@ def _layers(layers: Sequence[int], n_layers: int, name: str) -> list[int]:
     return sorted({layer % n_layers for layer in layers})
 
 
-def _rank_of(order: Tensor, shape: tuple[int, int]) -> Tensor:
+def _build_ranks(order: Tensor, shape: tuple[int, int]) -> Tensor:
     rank = torch.full((shape[0] * shape[1],), UNRANKED, dtype=torch.int32)
     rank[order] = torch.arange(len(order), dtype=torch.int32)
     return rank.view(shape)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snpatch.data.file_reader import kind_of, read_rows
+from snpatch.data.file_reader import get_suffix, read_rows
 from snpatch.data.source_row import SourceRow, list_columns
 from snpatch.errors import SnpatchError, first_line, shown
 from snpatch.utils.files import read_checkpoint
@@ -53,7 +53,7 @@ def read_neurons(path: Path) -> Neurons | tuple:
 
     A list with scores is ordered by them, largest first; a list with ranks by these, smallest first.
     """
-    kind = kind_of(path)
+    kind = get_suffix(path)
     if not path.exists():
         raise SnpatchError(f"{path}: no such file")
     if kind in TORCH:
@@ -70,7 +70,7 @@ def read_neurons(path: Path) -> Neurons | tuple:
     )
 
 
-def array_of(value: object, name: str) -> Tensor:
+def to_tensor(value: object, name: str) -> Tensor:
     """Return the tensor of a tensor, an array, or nested lists of numbers."""
     if isinstance(value, Tensor):
         return value
@@ -93,7 +93,7 @@ def _has_flags(value: object) -> bool:
 def _numpy(path: Path) -> object:
     """Return an array, or a dict of arrays. Pickles and files that unpack to too many bytes raise."""
     try:
-        if kind_of(path) == ".npy":
+        if get_suffix(path) == ".npy":
             return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
         with zipfile.ZipFile(path) as packed:
             if (size := sum(entry.file_size for entry in packed.infolist())) > MAX_UNPACKED_BYTES:
@@ -111,8 +111,8 @@ def _of_value(value: object, path: Path) -> Neurons:
         folded = {str(name).lower(): one for name, one in value.items()}
         if {"layer", "neuron"} <= folded.keys():
             columns = [folded[name] for name in ("layer", "neuron", "score") if name in folded]
-            return _of_columns([array_of(one, f"{path}: a column").flatten() for one in columns], path)
-        shape = _shape_of(folded.get("shape"), path)
+            return _of_columns([to_tensor(one, f"{path}: a column").flatten() for one in columns], path)
+        shape = _parse_shape(folded.get("shape"), path)
         names = [name for name in VALUE_KEYS if name in folded] or [name for name in folded if name != "shape"]
         if len(names) != 1:
             lists = [name for name, one in folded.items() if isinstance(one, list | Tensor | np.ndarray)]
@@ -121,7 +121,7 @@ def _of_value(value: object, path: Path) -> Neurons:
         value = folded[names[0]]
     if isinstance(value, dict):
         raise SnpatchError(f"{path}: {FORMS}, got another table, which has no order")
-    array = array_of(value, str(path))
+    array = to_tensor(value, str(path))
     if array.dim() != 2:
         raise SnpatchError(f"{path}: {FORMS}, got {list(array.shape)}")
     columns = array.T.unbind() if array.shape[1] in (2, 3) else ()
@@ -211,10 +211,10 @@ def _fault(names: Sequence[str]) -> str | None:
     return None if {"layer", "neuron"} <= _columns(names).keys() else f"layer, neuron, got {list_columns(names)}"
 
 
-def _shape_of(value: object, path: Path) -> tuple[int, int] | None:
+def _parse_shape(value: object, path: Path) -> tuple[int, int] | None:
     if value is None:
         return None
-    shape = array_of(value, f"{path}: shape").flatten().tolist()
+    shape = to_tensor(value, f"{path}: shape").flatten().tolist()
     if len(shape) != 2 or not all(isinstance(one, int) and one > 0 for one in shape):
         raise SnpatchError(f"{path}: shape: expected [layers, neurons], got {shown(value)}")
     return tuple(shape)

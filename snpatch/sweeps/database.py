@@ -182,7 +182,7 @@ class Database:
 
     def _open_to_read(self) -> None:
         log, index = (self.path.with_name(f"{self.path.name}-{suffix}") for suffix in ("wal", "shm"))
-        if not _size_of(log):
+        if not _get_file_size(log):
             self._stamp = self._stamped()
             self._connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1")
         elif not index.exists() or not self._is_shared():
@@ -203,7 +203,7 @@ class Database:
             self._connect(f"{self.path.resolve().as_uri()}?mode=ro")
             self._wait_for(lambda: self._connection.execute("SELECT count(*) FROM sqlite_master").fetchall())
         except sqlite3.OperationalError as error:
-            if _code_of(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            if _get_error_code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
                 raise
             self._discard()
             return False
@@ -264,7 +264,7 @@ class Database:
             try:
                 return step()
             except sqlite3.OperationalError as error:
-                if _code_of(error) not in LOCK_CODES or time.monotonic() >= deadline:
+                if _get_error_code(error) not in LOCK_CODES or time.monotonic() >= deadline:
                     raise
                 time.sleep(0.01)  # SQLite has waited already, unless it expects a deadlock
 
@@ -275,12 +275,12 @@ class Database:
         except sqlite3.ProgrammingError:
             raise  # a bug of this package
         except (sqlite3.Error, UnicodeDecodeError, MemoryError) as error:
-            if _code_of(error) in LOCK_CODES:
+            if _get_error_code(error) in LOCK_CODES:
                 raise SnpatchError(
                     f"cannot use {self.path}: it was locked for {self._patience_s:g} s by {self._holders()}. Let that "
                     "process continue or end it, and run the command again."
                 ) from error
-            if _code_of(error) in ENVIRONMENT_CODES or self.path is None:
+            if _get_error_code(error) in ENVIRONMENT_CODES or self.path is None:
                 raise SnpatchError(f"cannot use {self.path}: {first_line(error)}") from error
             self._check_unchanged()
             raise self.damaged(first_line(error)) from error
@@ -332,13 +332,13 @@ def _expected_columns() -> dict[str, list[tuple]]:
     return {name: columns[name] for name in names if not name.startswith("sqlite_")}
 
 
-def _code_of(error: Exception) -> int | None:
+def _get_error_code(error: Exception) -> int | None:
     """Return SQLite's primary error code, or None for other errors."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
 
 
-def _size_of(path: Path) -> int:
+def _get_file_size(path: Path) -> int:
     try:
         return path.stat().st_size
     except FileNotFoundError:

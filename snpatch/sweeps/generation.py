@@ -18,11 +18,11 @@ from snpatch.engine.requests import Completion
 from snpatch.errors import EngineCrashedError, ReceiptError, SnpatchError, SpoiledEngineError
 from snpatch.executors.base import Progress, Request
 from snpatch.judges.protocol import BrokenJudgeError
-from snpatch.patching.patch import Intervention, Patch, digest_of, recipient_name
+from snpatch.patching.patch import Intervention, Patch, recipient_name
 from snpatch.sampling import Sampling
 from snpatch.sweeps.config import check_sampling
 from snpatch.sweeps.store import Store, StoredCompletion, completion_state
-from snpatch.utils.hashing import GENERATION_VERSION
+from snpatch.utils.hashing import GENERATION_VERSION, REQUEST_DIGITS, hash_json
 
 MAX_FAILED_RUNS = 8  # in a row without a finished completion
 MAX_RESTARTS = 5  # of a crashed engine, per call
@@ -225,7 +225,7 @@ def _with_request(
     fitted = engine.requests.fitted(ids, sampling)
     # Two sampled completions of equal prompts are two completions; two greedy ones are one.
     copy = task.prompt_index if sampling.temperature > 0 else None
-    key = digest_of({**content, "sampling": asdict(fitted), "prompt": ids, "copy": copy})
+    key = hash_json({**content, "sampling": asdict(fitted), "prompt": ids, "copy": copy}, REQUEST_DIGITS)
     return replace(task, key=key, request=engine.requests.patched(ids, patch, sampling=fitted))
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # `snpatch --help` does not wait for torch
     from torch import Tensor
 
 DIGITS = 16
+REQUEST_DIGITS = 32  # of stored completions and cached prompts, of which there are many
 
 # Raise a version by hand when the same inputs can give another result. Work of older versions is then computed again.
 GENERATION_VERSION = 1  # completions: op, sampling, receipts

@@ -29,7 +29,7 @@ def parse_pairs(
     """
     values = {}
     for entry in entries or ():
-        name, value = split_name(entry)
+        name, value = split_name(entry, has_name=default_name is None)
         if not name and default_name is not None and value:
             name = default_name(value)
         if not name or not value:
@@ -40,13 +40,14 @@ def parse_pairs(
     return values
 
 
-def split_name(text: str) -> tuple[str, str]:
+def split_name(text: str, *, has_name: bool = False) -> tuple[str, str]:
     """Return name and value of `name=value`, split at the first "="; the name is "" if there is none.
 
-    A path that exists, and a text with a slash before its first "=", have no name.
+    A path that exists has no name. Unless `has_name`, neither has a text with a slash before its first "=".
     """
     name, equals, value = text.partition("=")
-    return (name, value) if equals and "/" not in name and not Path(text).exists() else ("", text)
+    is_path = ("/" in name and not has_name) or Path(text).exists()
+    return (name, value) if equals and not is_path else ("", text)
 
 
 def split_paths(text: str, between: str) -> list[str]:

@@ -47,7 +47,7 @@ def run(capsys, *arguments):
     return code, out, err
 
 
-def spec_of(tmp_path, prompts, ranking, **sweep):
+def write_sweep_file(tmp_path, prompts, ranking, **sweep):
     """A sweep's file with two sets, two strengths and an engine of its own."""
     adapters = {"sft": str(GOLDEN / "adapters/sft"), "dpo": [str(GOLDEN / f"adapters/{n}") for n in ("sft", "dpo")]}
     spec = {

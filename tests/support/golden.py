@@ -39,7 +39,7 @@ def assert_near(got: torch.Tensor, expected: torch.Tensor, relative: float = REL
     assert (got - expected).abs().max() <= relative * expected.abs().max()
 
 
-def patch_of(run: dict) -> Patch | str:
+def parse_golden_patch(run: dict) -> Patch | str:
     """Return the patch of a run in generation.json or ablation.json."""
     if "value" in run:
         donor = {

@@ -21,8 +21,8 @@ from snpatch.executors.vllm.slots import SlotLease
 from snpatch.models.geometry import Geometry
 from snpatch.op.plan import RequestRow
 from snpatch.op.reference import SUMS
-from snpatch.patching.patch import digest_of
 from snpatch.ranking.statistics import Statistics
+from snpatch.utils.hashing import REQUEST_DIGITS, hash_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,10 +123,11 @@ def cache_salt(request: Request, recipient_stream: int = 0, swaps_donor: bool = 
         is_plain = all(model.is_unscaled for model in models) and not swaps_donor
         if is_plain:
             return None
-        return digest_of([*(model.scales.fingerprint for model in models), swaps_donor and recipient_stream])
+        content = [*(model.scales.fingerprint for model in models), swaps_donor and recipient_stream]
+        return hash_json(content, REQUEST_DIGITS)
     contents = [overwrite.content for overwrite in request.overwrites]
     fingerprints = [model.scales.fingerprint for model in models]
-    return digest_of([*fingerprints, recipient_stream, swaps_donor, contents])
+    return hash_json([*fingerprints, recipient_stream, swaps_donor, contents], REQUEST_DIGITS)
 
 
 def _record(data: dict) -> WorkerReceipt:

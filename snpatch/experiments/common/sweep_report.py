@@ -169,17 +169,17 @@ def _draw_ranking(axis: Axes, result: SweepResult, rows: Sequence[Row], color: s
     """Draw one ranking's windows with the range of their random controls."""
     line = [row for row in rows if row.rank_lo == 0] if is_curve else rows
 
-    def x_of(row: Row) -> int:
+    def get_x(row: Row) -> int:
         return row.rank_hi if is_curve else row.rank_lo
 
-    x = [x_of(row) for row in line]
+    x = [get_x(row) for row in line]
     label = to_plot_label(f"{rows[0].ranking} neurons")
     axis.plot(x, [row.mean for row in line], "o-", color=color, markersize=4, label=label)
     axis.fill_between(x, [row.mean_low for row in line], [row.mean_high for row in line], color=color, alpha=0.15)
     for row in rows:
         if row not in line:  # a window that does not begin at rank 0 is drawn over its ranks
             axis.hlines(row.mean, row.rank_lo, row.rank_hi, color=color, linewidth=3)
-    control_means = {x_of(row): [control.mean for control in result.controls(row)] for row in line}
+    control_means = {get_x(row): [control.mean for control in result.controls(row)] for row in line}
     control_means = {position: means for position, means in control_means.items() if means}
     if control_means:
         x, means = list(control_means), list(control_means.values())
