@@ -6,33 +6,34 @@ READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check HALF OTHER test-vllm lint format asan triton36
+.PHONY: demo test quick check test-full test-vllm lint format asan triton36
 .PHONY: bench-op bench-generate bench-pair bench-sweep bench-serve bench-attack bench-zeroing bench-report bench-reproduce readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
 
-# Tests run on one thread each, in two halves at once that take equally long, with vLLM's engines and without.
-TESTS := $(wildcard tests/test_*.py)
-HALF := $(filter tests/test_ops_% tests/test_executor_% tests/test_goldens% tests/test_async_% $(addprefix tests/test_, \
-  gpu_check.py packaging.py judge_vllm.py pair_vllm.py replicas.py reproduce.py vllm_start.py),$(TESTS))
-OTHER := $(filter-out $(HALF),$(TESTS))
-BOTH := @$(MAKE) --no-print-directory -j2 --keep-going --output-sync HALF OTHER
+# Tests run on one thread each, with a worker per core; the tests of one file run in one worker (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations=25
 
 test: lint
-	$(BOTH)
+	$(PYTEST) -m "not full"
 
-# What starts no vLLM engine: minutes less, for the work from minute to minute.
+# Without vLLM engines, for the work from minute to minute; `quick` also leaves out what takes seconds.
 check: lint
-	$(BOTH) SELECT='-m "not engine"'
+	$(PYTEST) -m "not full and not engine"
 
-HALF OTHER: $(READY)
-	$(BIN)/python -m pytest --durations=25 $(SELECT) $($@)
+quick: lint
+	$(PYTEST) -m "not full and not engine and not slow"
+
+# Whole grids, long fuzz runs and rehearsals too, with coverage.
+test-full: lint
+	$(PYTEST) --cov=snpatch --cov-report=term:skip-covered
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell snpatch bench kernels csrc .ci tests *.md
+	$(BIN)/deptry . --no-ansi
 	$(BIN)/lint-imports
 
 format: $(READY)
@@ -43,7 +44,7 @@ $(READY): $(INSTALLED) $(wildcard csrc/*)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(INSTALLED): pyproject.toml setup.py .ci/setup_env.py
+$(INSTALLED): pyproject.toml setup.py .ci/setup_env.py .ci/constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "snpatch setup: needs Python 3.11 or newer, and $(PYTHON) is not on PATH"; exit 1; }
 	@$(PYTHON) .ci/setup_env.py
 	@touch $@
@@ -61,7 +62,7 @@ asan: $(READY)
 # The tests of the compiled kernel under the oldest Triton that is served.
 triton36: $(READY)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target build/triton36 --no-deps triton==3.6.0
-	PYTHONPATH=build/triton36 $(BIN)/python -m pytest -q tests/test_ops_patched_glu_native.py -k "sass or compilation"
+	PYTHONPATH=build/triton36 $(BIN)/python -m pytest -q tests/op/test_patched_glu_native.py -k "sass or compilation"
 
 # Records in bench/results/; one thread on a CPU.
 bench-op: $(READY)

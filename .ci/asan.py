@@ -13,5 +13,5 @@ import torch  # noqa: E402, F401  the extension's symbols
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.modules["snpatch._C"] = module
-tests = ["tests/test_ops_patched_glu_native.py", "-k", "cpp and not missing"]
+tests = ["tests/op/test_patched_glu_native.py", "-k", "cpp and not missing"]
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *tests]))

@@ -79,7 +79,7 @@ def main():
     torch = pip + ["--no-deps", "--retries", "0", TORCH[stack]]
     run("installing " + TORCH[stack], *(torch + (["--extra-index-url", CPU_INDEX] if stack == "cpu" else [])))
     uv = [os.path.join(VENV, "bin", "uv"), "pip", "install", "--quiet", "--compile-bytecode"]
-    uv += ["--python", python, "--no-build-isolation"]
+    uv += ["--python", python, "--no-build-isolation", "--constraint", os.path.join(ROOT, ".ci", "constraints.txt")]
     run("installing the %s stack and building" % stack, *(uv + [TORCH[stack], "-e", ".[%s,train,eval,dev]" % stack]))
     print("snpatch setup: done (%s)" % stack)
 

@@ -23,8 +23,9 @@ from setup_env import CPU_INDEX, ROOT, run, stop
 sys.path.append(str(Path(ROOT, "bench")))
 from gpu_host import register_plugin
 
-TESTS = """executor_vllm pair_vllm vllm_start vllm_worker vllm_runner_v2 vllm_piecewise vllm_quantization vllm_api_check
-goldens_vllm serve serve_limits""".split()
+EXECUTOR_TESTS = "executor pair start worker runner_v2 piecewise quantization api_check"
+OTHER_TESTS = ["engine/test_goldens_vllm.py", "server/test_serve.py", "server/test_limits.py"]
+TESTS = [*(f"executors/vllm/test_{name}.py" for name in EXECUTOR_TESTS.split()), *OTHER_TESTS]
 # Requirements of vLLM's wheel for GPUs that its Python code does not need on a CPU. The first three break transformers
 # if they do not match PyTorch.
 EXCLUDED_PACKAGES = """torchvision torchaudio torchcodec flashinfer-python fastsafetensors humming-kernels instanttensor
@@ -118,7 +119,7 @@ def main() -> None:
     for site in home.glob("lib/python*/site-packages"):  # the checkout may have changed since then
         link(site)
     python = str(home / "bin" / "python")
-    tests = [f"tests/test_{name}.py" for name in TESTS]
+    tests = [f"tests/{name}" for name in TESTS]
     subprocess.run([python, "-c", VERSIONS], cwd=ROOT)
     sys.exit(subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=ROOT).returncode)
 

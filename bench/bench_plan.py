@@ -8,7 +8,7 @@ from snpatch.executors.vllm.settings import DualStreamSettings
 from snpatch.executors.vllm.worker.op_tables import OpTables
 from snpatch.executors.vllm.worker.request_tracker import RequestTracker
 from snpatch.executors.vllm.worker.step_planner import StepPlanner
-from snpatch.op.plan import NO_END, RequestColumn
+from snpatch.op.plan import NO_END, PlanColumn, RequestColumn
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(32, 1), (256, 1), (256, 16)])
@@ -23,6 +23,6 @@ def test_fill(benchmark, requests, tokens):
         tracker.add(request_id, {"snpatch": [number, *row]})
     start, count = np.full(requests, 7), np.full(requests, tokens)
     planner.plan_step(ids, start, count)
-    assert tracker.tables.plan[requests * tokens - 1, 4].item() == requests - 1 + 1000
+    assert tracker.tables.plan[requests * tokens - 1, PlanColumn.HI].item() == requests - 1 + 1000
     benchmark.pedantic(planner.plan_step, args=(ids, start, count), rounds=500, iterations=5, warmup_rounds=20)
     benchmark.extra_info.update(side="plan", requests=requests, tokens=requests * tokens)

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field, replace
 
 GENERATE, PAIR, OP = "bench/bench_generate.py", "bench/bench_pair.py", "bench/bench_patched_glu.py"
-KERNELS = "tests/test_ops_patched_glu_native.py"
+KERNELS = "tests/op/test_patched_glu_native.py"
 GRAPHS = "graph_capture or (equals and 688-2-silu-torch.bfloat16-triton)"
 BENCHES = ["-s", "--benchmark-enable", "--benchmark-columns=median"]  # -s: keep vLLM's log
 IN_CI = "CI runs these tests directly"
@@ -87,7 +87,7 @@ def tests(name: str, file: str, select: str, env: dict[str, str], **options) -> 
 
 
 def modes(name: str, env: dict[str, str], **options) -> Part:
-    part = tests(name, "tests/test_vllm_gpu.py", "float32", env, **options)
+    part = tests(name, "tests/executors/vllm/test_gpu.py", "float32", env, **options)
     if env is RUNNERS["v2"]:
         return replace(part, rehearsal="Model Runner V2 needs a GPU")
     small = replace(part, select="float32 and eager", env={"SNPATCH_REHEARSAL": "1", **SMALL}, needs=("vllm",))
@@ -98,16 +98,16 @@ def equal(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
     """Build the parts that compare the two-stream engine with transformers, in every graph mode and in bfloat16."""
     return (
         modes(f"float32-{runner}", env, limit_s=300, expect_s=90),
-        tests(f"bfloat16-{runner}", "tests/test_vllm_gpu.py", "bfloat16", env, limit_s=240, expect_s=60),
-        tests(f"goldens-{runner}", "tests/test_goldens_vllm.py", "", env, limit_s=240, expect_s=60),
+        tests(f"bfloat16-{runner}", "tests/executors/vllm/test_gpu.py", "bfloat16", env, limit_s=240, expect_s=60),
+        tests(f"goldens-{runner}", "tests/engine/test_goldens_vllm.py", "", env, limit_s=240, expect_s=60),
     )
 
 
 def promises(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
-    executor = "tests/test_executor_vllm.py"
+    executor = "tests/executors/vllm/test_executor.py"
     return (
         tests(f"promises-{runner}", executor, "promise", env, limit_s=240, expect_s=60),
-        tests(f"pair-{runner}", "tests/test_pair_vllm.py", "not workers", env, limit_s=300, expect_s=90),
+        tests(f"pair-{runner}", "tests/executors/vllm/test_pair.py", "not workers", env, limit_s=300, expect_s=90),
     )
 
 
@@ -204,7 +204,7 @@ def steps() -> tuple[Step, ...]:
             (
                 Part("kernels", "tests", (KERNELS,), "triton", COMPILED, 470, 60, workers=8, rehearsal=small),
                 *(
-                    tests(f"executor-{r}", "tests/test_executor_vllm.py", "not promise and not soak", e,
+                    tests(f"executor-{r}", "tests/executors/vllm/test_executor.py", "not promise and not soak", e,
                           limit_s=470, expect_s=200)
                     for r, e in RUNNERS.items()
                 ),

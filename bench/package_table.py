@@ -10,7 +10,7 @@ OTHER_FOLDERS = {
     "kernels/": "the op for GPUs, in Triton; kernels/README.md has its formula and its predicted cost",
     "csrc/": "the op for CPUs, in C++",
     "bench/": "benchmarks, their records, the check of a GPU, and the generator of the tables in README and guides",
-    "tests/": "tests; shared helpers are in support/, outputs of the published code in goldens/",
+    "tests/": "tests by package, of the repository in repository/; helpers in support/, golden outputs in goldens/",
 }
 
 

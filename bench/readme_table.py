@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import package_table
+import typer
+from typer.cli import get_docs_for_click
+
+from snpatch import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+REFERENCE = ROOT / "snpatch" / "cli" / "REFERENCE.md"
 SIDE_LABELS = {
     "32 windows": "32 different windows in a batch",
     "one stream": "plain requests with streams=1",
@@ -382,7 +387,7 @@ def pages() -> list[Path]:
 
 
 def fill_pages(folder: Path = RESULTS) -> dict[Path, str]:
-    """Return page -> its text with every table between its markers generated again.
+    """Return page -> its text with every table between its markers generated again, and the command line reference.
 
     Raises:
         SystemExit: A table's marker is missing, or is there more than once over all pages.
@@ -397,7 +402,15 @@ def fill_pages(folder: Path = RESULTS) -> dict[Path, str]:
             total += count
         if total != 1:
             raise SystemExit(f"README and guides: expected one marker for the table {name}, got {total}")
-    return texts
+    return {**texts, REFERENCE: build_reference()}
+
+
+def build_reference() -> str:
+    """Return the page of all commands and options, made from their help."""
+    command = typer.main.get_command(cli.app)
+    context = typer.Context(command, info_name="snpatch")
+    page = get_docs_for_click(obj=command, ctx=context, name="snpatch", title="Command line reference")
+    return f"{page.strip()}\n"
 
 
 if __name__ == "__main__":

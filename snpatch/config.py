@@ -255,7 +255,7 @@ class EngineConfig:
         if backend == "transformers":
             capacity = {f.name for f in fields(Capacity) if getattr(self.capacity, f.name) != f.default}
             if unknown := sorted({*self.vllm, *capacity}):
-                raise SnpatchError(f"backend transformers: there is no argument {', '.join(unknown)}")
+                raise SnpatchError(f"backend transformers: unknown argument {', '.join(unknown)}")
         elif self.device != "auto":
             raise SnpatchError("device is for the transformers backend; vllm runs on its own platform")
         elif self.token_budget != _DEFAULTS["token_budget"]:

@@ -53,7 +53,7 @@ def test_config_file_paths_are_relative_to_it(tmp_path):
     ("table", "message"),
     [
         ({}, "engine: model is missing"),
-        ({"model": "m", "nonsense": 1}, "there is no nonsense; there are model, adapters"),
+        ({"model": "m", "nonsense": 1}, "unknown key nonsense; expected one of model, adapters"),
         ({"model": 3}, "model: expected str, got 3"),
         ({"model": "m", "adapters": ["a"]}, "adapters: expected a table"),
         ({"model": "m", "adapters": {"sft": 3}}, "adapters.sft: expected str, got 3"),
@@ -81,8 +81,8 @@ def test_config_unreadable_file_is_one_line(tmp_path, content):
 
 def test_config_option_of_other_backend_is_refused():
     for options, message in (
-        ({"backend": "transformers", "tensor_parallel_size": 2}, "there is no argument tensor_parallel_size"),
-        ({"backend": "transformers", "streams": 1}, "there is no argument streams"),
+        ({"backend": "transformers", "tensor_parallel_size": 2}, "unknown argument tensor_parallel_size"),
+        ({"backend": "transformers", "streams": 1}, "unknown argument streams"),
     ):
         with pytest.raises(SnpatchError, match=message):
             EngineConfig.of("m", **options).checked_backend()

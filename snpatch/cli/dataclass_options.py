@@ -34,6 +34,7 @@ class FieldOptions:
     names: tuple[str, ...]
 
     def parameters(self) -> list[inspect.Parameter]:
+        """Return a parameter for each field in `names`, with help and limits from the field's metadata."""
         kind = self.of if isinstance(self.of, type) else type(self.of)
         declared, hints = {f.name: f for f in fields(kind)}, get_type_hints(kind)
         return [_parameter(declared[name], hints[name], getattr(self.of, name)) for name in self.names]
@@ -51,6 +52,7 @@ class EngineOptions:
     has_model: bool = True
 
     def parameters(self) -> list[inspect.Parameter]:
+        """Return parameters for the click context, the model (if `has_model`), and the fields of EngineConfig."""
         names = tuple(f.name for f in fields(EngineConfig) if "help" in f.metadata)
         model = [("model", _MODEL, inspect.Parameter.empty)] if self.has_model else []
         model += [(name, hint, None) for name, hint in _MODEL_OPTIONS.items()] if self.has_model else []
@@ -95,6 +97,7 @@ class DatasetOptions:
     takes_text: bool = False
 
     def parameters(self) -> list[inspect.Parameter]:
+        """Return parameters that select and read prompts; `takes_text` adds --prompt and makes PROMPTS optional."""
         empty = inspect.Parameter.empty
         options = [
             ("prompts", _PROMPTS, empty),
@@ -134,6 +137,7 @@ class DatasetSourceOptions(DatasetOptions):
     """The options of DatasetOptions for prompts that are read later; there may be none."""
 
     def parameters(self) -> list[inspect.Parameter]:
+        """Return the parameters of DatasetOptions, of which PROMPTS may be left out."""
         prompts, *others = super().parameters()
         hint = Annotated[str | None, *prompts.annotation.__metadata__]
         return [prompts.replace(default=None, annotation=hint), *others]

@@ -40,6 +40,7 @@ class ServeOptions:
     """Options of a server: a config file or a model, vLLM's own flags, and options that override the file's values."""
 
     def parameters(self) -> list[inspect.Parameter]:
+        """Return parameters for the engine, --ranking, --constant, --guard, --judge, --patch, and the server."""
         named = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_repeatable(help))
             for name, (_, help) in _NAMED_OPTIONS.items()
@@ -47,6 +48,11 @@ class ServeOptions:
         return [*EngineOptions().parameters(), *named, *SERVER_OPTIONS.parameters()]
 
     def build(self, values: dict) -> ServeConfig:
+        """Build the config from MODEL (a file or a model), the given options and vLLM's flags; later ones win.
+
+        Raises:
+            SnpatchError: vLLM is missing or unsupported, or the file, an option or a flag is invalid.
+        """
         from snpatch.executors.vllm import log, versions
 
         versions.check(serving=True)

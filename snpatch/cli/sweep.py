@@ -41,6 +41,7 @@ class SweepGroup(TyperGroup):
     """Command group that passes arguments to `run` unless they name another of its commands."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """Parse arguments, after putting `run` before those that begin with neither a command nor a help option."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = ["run", *args]
         return super().parse_args(ctx, args)
@@ -67,6 +68,7 @@ class SweepOptions:
     """Options of a sweep: either its file alone, or a model, prompts and the sweep's settings."""
 
     def parameters(self) -> list[inspect.Parameter]:
+        """Return the sweep's own parameters, then those of its engine, prompts, grid and sampling."""
         sweep = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
             for name, (hint, default) in _OPTIONS.items()
@@ -75,6 +77,11 @@ class SweepOptions:
         return [*sweep, *(parameter for group in groups for parameter in group.parameters())]
 
     def build(self, values: dict) -> Sweep:
+        """Load the sweep's file if there are no PROMPTS; otherwise build the sweep from the options.
+
+        Raises:
+            SnpatchError: A required option is missing, an option repeats a setting of the file, or a value is invalid.
+        """
         from snpatch.sweeps.sweep_file import SweepSpec
 
         if values["prompts"] is None:

@@ -57,12 +57,18 @@ class TrainingDataOptions:
     """Options of the training rows; they give the fields of a PromptSet (a source only with DATA) and skip_invalid."""
 
     def parameters(self) -> list[inspect.Parameter]:
+        """Return parameters for DATA and for the options that read, filter or sample its rows."""
         return [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
             for name, (hint, default) in _DATA_PARAMETERS.items()
         ]
 
     def build(self, values: dict) -> Fields:
+        """Return PromptSet fields and skip_invalid; without DATA, only given subset fields (first, sample, seed).
+
+        Raises:
+            SnpatchError: An option of DATA_OPTIONS was given without DATA, or --filter is not column=value,value.
+        """
         given = {name: values[name] for name in ("split", "column", "revision", "filter") if values[name] is not None}
         if values["data"] is None:
             if given or values["form"]:

@@ -40,6 +40,7 @@ class Hub:
 
     @property
     def path(self) -> str:
+        """Return the first argument of `load_dataset`: the repository's `id`, or the builder that reads `files`."""
         return self.builder if self.files else self.id
 
 

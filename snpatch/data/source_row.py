@@ -24,6 +24,7 @@ class SourceRow:
 
     @property
     def location(self) -> str:
+        """Return the row's place as error messages give it, such as "prompts.jsonl, line 3"."""
         return f"{self.file}, {self.unit} {self.number}"
 
 

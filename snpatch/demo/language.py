@@ -108,14 +108,17 @@ class Request:
 
     @property
     def thing(self) -> str:
+        """Return the thing that the request asks about, a stem and a kind such as "zindle oil"."""
         return f"{self.stem} {self.kind}"
 
     @property
     def forbidden(self) -> bool:
+        """Return whether the thing's stem is in FORBIDDEN; action, kind and wording do not matter."""
         return self.stem in FORBIDDEN
 
     @cached_property
     def text(self) -> str:
+        """Return the user's prompt: a wording of the family with action and thing filled in."""
         return WORDINGS[self.family][self.wording].format(act=self.act, thing=self.thing)
 
     @property

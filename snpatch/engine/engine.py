@@ -33,7 +33,8 @@ class PromptGuard(Protocol):
 
     def predict(
         self, engine: "Engine", prompts: Sequence[Prompt], progress: Progress | bool | None = None
-    ) -> np.ndarray: ...
+    ) -> np.ndarray:
+        """Predict the probability of harm of each prompt, [prompts], from 0 to 1."""
 
 
 @dataclass(frozen=True)

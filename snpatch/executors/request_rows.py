@@ -32,6 +32,7 @@ class RequestResources:
 
     @property
     def is_empty(self) -> bool:
+        """Return whether the request needs no slots: unpatched, without a capture, on models without adapters."""
         return not (self.models or self.rankings or self.constants)
 
 
@@ -45,6 +46,7 @@ class SlotIndex:
     group: int = -1
 
     def model_slot(self, model: Model) -> int:
+        """Return the slot of a model's adapter; BASE_SLOT for a model whose IA3 vectors are all ones."""
         return BASE_SLOT if model.is_unscaled else self.models[model.scales.fingerprint]
 
 

@@ -75,10 +75,12 @@ class ExperimentConfig(EvalConfig):
 
     @property
     def safety(self) -> Contrast:
+        """Return the contrast named "safety", whose models are the experiments' main pair."""
         return self.contrasts["safety"]
 
     @property
     def donor(self) -> str:
+        """Return the name of the main pair's donor, which is never one of the `recipients`."""
         return self.safety.donor
 
     @property

@@ -60,6 +60,7 @@ class SharedQueue:
         self._is_closed = False
 
     def add(self, keys: list[str]) -> None:
+        """Append keys, which are taken in the order in which they were added."""
         self._open.extend(keys)
 
     def take(self, replica: int, limit: int) -> list[str]:
@@ -73,9 +74,11 @@ class SharedQueue:
         return self._taken.pop(replica, [])
 
     def close(self) -> None:
+        """Let each replica end as soon as it finds no open key; until then it asks again for new ones."""
         self._is_closed = True
 
     def is_closed(self) -> bool:
+        """Return whether `close` was called; a replica asks whenever it has no key left to complete."""
         return self._is_closed
 
 

@@ -57,6 +57,7 @@ class SnpatchLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "SnpatchLM":
+        """Build a model from the text of `--model_args` ("model=FOLDER,donor=dpo,..."); see `create_from_arg_obj`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
@@ -92,6 +93,7 @@ class SnpatchLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """Return the id of the tokenizer's EOS, which precedes a text without context if there is no BOS."""
         return self.tokenizer.eos_token_id
 
     @property

@@ -48,6 +48,7 @@ class ScoreCheckpoint:
     std: float
 
     def normalize(self, scores: Tensor) -> Tensor:
+        """Return (scores - mean) / std, in the shape of the scores; unchanged for a model without a normalizer."""
         return (scores - self.mean) / self.std
 
 

@@ -23,7 +23,8 @@ class Judge(Protocol):
     in each run.
     """
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]: ...
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
+        """Score each completion as an answer to the prompt at its index; scores must be finite."""
 
 
 def score_all(

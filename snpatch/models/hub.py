@@ -65,7 +65,7 @@ def resolve_adapter_folder(adapter: str | Path) -> Path:
             f"{first_line(error)}"
         ) from error
     if not (folder / prefix).is_dir():
-        raise SnpatchError(f"{adapter}: there is no {match['subfolder']} in {match['name']}")
+        raise SnpatchError(f"{adapter}: no folder {match['subfolder']} in {match['name']}")
     return folder / prefix
 
 

@@ -59,6 +59,7 @@ class Constant:
 
     @cached_property
     def fingerprint(self) -> str:
+        """Return the content hash of the values as float32; it does not cover `mode`."""
         return hash_tensor(self.values.float())
 
     @cached_property
@@ -107,6 +108,7 @@ class Noise:
 
     @cached_property
     def fingerprint(self) -> str:
+        """Return the content hash of the deviations as float32; it does not cover `seed`."""
         return hash_tensor(self.deviation.float())
 
     @cached_property
@@ -126,6 +128,7 @@ class Scale:
 
     @property
     def fingerprint(self) -> str:
+        """Return the factor as text, equal for 2 and 2.0; there is no tensor to hash."""
         return repr(float(self.factor))
 
 
@@ -264,18 +267,22 @@ class Patch:
 
     @property
     def ranking(self) -> Ranking:
+        """Return the first intervention's ranking; the others' may differ in order, but not in shape."""
         return self.interventions[0].ranking
 
     @property
     def window(self) -> Window:
+        """Return the first intervention's window, as a Window even if it was given as k or (lo, hi)."""
         return self.interventions[0].window
 
     @property
     def positions(self) -> str | int:
+        """Return the first intervention's positions: one of POSITIONS, or the index from which on it patches."""
         return self.interventions[0].positions
 
     @property
     def strength(self) -> float:
+        """Return the first intervention's strength; 1.0 is an exact copy of a donor model's values."""
         return self.interventions[0].strength
 
     def content(self, name_of: Callable[[str], str]) -> dict:

@@ -310,6 +310,7 @@ class Pipeline:
 
     @cached_property
     def context(self) -> ExperimentContext:
+        """Return the context of contrasts and experiments, opened at first use, which freezes the inputs' hashes."""
         self.inputs.freeze()
         return ExperimentContext(self.config, self.out, **self._context_arguments)
 

@@ -51,6 +51,10 @@ class RouteMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on to vLLM's app if its route, key, body and quotas allow it; else answer with an error.
+
+        Websockets are closed. The lifespan scope, which comes before all requests, installs snpatch into the app.
+        """
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "not served by snpatch"})
             return

@@ -27,6 +27,7 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, and close their generator at the end, also if the client disconnects."""
         async with aclosing(self.body_iterator):
             await super().__call__(scope, receive, send)
 

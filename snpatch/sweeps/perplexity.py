@@ -35,6 +35,7 @@ class Perplexity:
 
     @property
     def tokens(self) -> int:
+        """Return the number of predicted tokens: all tokens of the windows except each window's first."""
         return sum(n for _, n in self.losses)
 
 

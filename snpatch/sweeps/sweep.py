@@ -108,14 +108,17 @@ class SweepResult:
 
     @property
     def judges(self) -> list[str]:
+        """Return the distinct names of the judges, in the order of the rows."""
         return list(dict.fromkeys(row.judge for row in self.rows))
 
     @property
     def rankings(self) -> list[str]:
+        """Return the distinct names of the rankings, in the order of the rows; unpatched models have none."""
         return list(dict.fromkeys(row.ranking for row in self.rows if row.ranking is not None))
 
     @property
     def sets(self) -> list[str]:
+        """Return the distinct names of the prompt sets, in the order of the rows; a slice has one."""
         return list(dict.fromkeys(row.set for row in self.rows))
 
     @property

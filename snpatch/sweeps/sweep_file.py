@@ -180,7 +180,7 @@ def _check_keys(data: dict) -> None:
     if "max_tokens" in data:
         raise SnpatchError("max_tokens: expected under sampling, got it at the top. Move it there.")
     if unknown := sorted(data.keys() - set(TOP_LEVEL_KEYS)):
-        raise SnpatchError(f"there is no {', '.join(unknown)}; there are {', '.join(sorted(TOP_LEVEL_KEYS))}")
+        raise SnpatchError(f"unknown key {', '.join(unknown)}; expected one of {', '.join(sorted(TOP_LEVEL_KEYS))}")
     engine_keys = [name for name in ENGINE_KEYS if name in data]
     if "config" in data and "model" not in data and engine_keys:
         raise SnpatchError(

@@ -30,6 +30,11 @@ class LossMonitor(TrainerCallback):
         self._on_step, self._first_loss = on_step, first_loss
 
     def on_log(self, args, state, control, logs, **kwargs) -> None:  # the signature is transformers'
+        """Check the logged loss and gradient norm, then pass logs that have a loss to `on_step` in the main process.
+
+        Raises:
+            SnpatchError: Loss or gradient norm is not finite, or step 1 has another loss than `first_loss`.
+        """
         for name, subject in (("loss", "loss"), ("grad_norm", "gradient norm")):
             if name in logs and not math.isfinite(float(logs[name])):
                 raise SnpatchError(
@@ -62,6 +67,11 @@ class WeightDecayTowards(TrainerCallback):
         self._targets = targets
 
     def on_train_begin(self, args, state, control, optimizer, **kwargs) -> None:  # the signature is transformers'
+        """Move each target to its parameter's device, and register the pull to run after each optimizer step.
+
+        Raises:
+            SnpatchError: The optimizer is not torch's AdamW, or lacks a parameter that has a target.
+        """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps torch's optimizer
         if not isinstance(optimizer, torch.optim.AdamW):
             raise SnpatchError(f"weight_decay_target: expected torch's AdamW, got {type(optimizer).__name__}")

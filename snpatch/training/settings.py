@@ -99,6 +99,7 @@ class DpoSettings(TrainSettings):
 
     @property
     def peak_learning_rate(self) -> float:
+        """Return `learning_rate`, or the method's default for DPO, which with `full` is lower than SFT's."""
         return DPO_LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
 
 

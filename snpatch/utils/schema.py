@@ -115,7 +115,7 @@ def from_dict(kind: type, context: str, values: object):
         raise SnpatchError(f"{context}: expected a table, got {shown(values)}")
     known = [f.name for f in fields(kind)]
     if unknown := sorted(map(str, values.keys() - set(known))):
-        message = f"{context}: there is no {', '.join(unknown)}; there are {', '.join(known)}"
+        message = f"{context}: unknown key {', '.join(unknown)}; expected one of {', '.join(known)}"
         message += "".join(f". Did you mean {name}?" for name in nearest(unknown[0], known)[:1])
         raise SnpatchError(message, field=unknown[0])
     if missing := [name for name in required(kind) if name not in values]:

@@ -20,7 +20,7 @@ WORD = 2**32
 
 @cache
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Compute Philox-4x32-10. Source: Salmon et al. 2011; test vectors are in test_ops_patched_glu.py."""
+    """Compute Philox-4x32-10. Source: Salmon et al. 2011; test vectors are in tests/op/test_patched_glu.py."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

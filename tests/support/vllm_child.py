@@ -1,4 +1,4 @@
-"""Client process for tests/test_vllm_processes.py: generates with an engine in vLLM's own processes, without end.
+"""Client process for executors/vllm/test_processes.py: generates with an engine in vLLM's own processes, without end.
 
 Ctrl-C ends the running call; the engine is used again.
 """

@@ -47,14 +47,17 @@ class CompletionWriter:
 
     @property
     def is_greedy(self) -> bool:
+        """Return whether the most likely token is always chosen (temperature 0), and none is sampled."""
         return self._generator is None
 
     @property
     def last_token(self) -> int:
+        """Return the id of the token appended last, which the next step runs; raise IndexError before the first."""
         return self.output.token_ids[-1]
 
     @property
     def may_choose_eos(self) -> bool:
+        """Return whether `min_tokens` tokens are written; until then, `choose_tokens` excludes EOS."""
         return len(self.output.token_ids) >= self.sampling.min_tokens
 
     def sample(self, logits: Tensor) -> int:

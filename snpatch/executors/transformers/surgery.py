@@ -33,6 +33,7 @@ class ForwardState:
 
     @property
     def streams(self) -> int:
+        """Return the number of rows per sequence: 1, or 2 if a donor runs with the recipient."""
         return len(self.weights)
 
     def to_tokens(self, rows: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ class PatchedMLP(nn.Module):
         self.down_proj = mlp.down_proj
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Run the MLP on rows [B*S, length, H], and patch, observe and capture its neurons by the state's plan."""
         state, tables = self.state, self.state.layers[self.layer]
         neurons = ops.patched_glu(
             state.to_tokens(self.gate_up_proj(hidden)),
@@ -87,6 +89,7 @@ class TwoWeightModule(nn.Module):
         self.versions, self.state = nn.ModuleList([primary, secondary]), state
 
     def forward(self, rows: Tensor) -> Tensor:
+        """Apply to each row of [B*S, ...] the weights of its stream; the outputs are in the order of the rows."""
         weights = self.state.weights
         if len(set(weights)) == 1:
             return self.versions[weights[0]](rows)
@@ -98,6 +101,7 @@ class TwoWeightHead(TwoWeightModule):
     """The final projection, which receives the recipients' rows only."""
 
     def forward(self, rows: Tensor) -> Tensor:
+        """Apply the weights of the recipients' stream to all rows [B, ...]."""
         return self.versions[self.state.weights[0]](rows)
 
 

@@ -29,6 +29,7 @@ class WorkerInfo:
 
     @classmethod
     def from_answers(cls, answers: list[dict]) -> "WorkerInfo":
+        """Combine the workers' answers: memory is summed over them, and `runner` is the first worker's."""
         duplicated = module_kinds(name for answer in answers for name in answer["duplicated"])
         memory = Memory(*map(sum, zip(*(a["memory"] for a in answers), strict=True)), duplicated)
         return cls(tuple((a["first_neuron"], a["n_neurons"]) for a in answers), answers[0]["runner"], memory)

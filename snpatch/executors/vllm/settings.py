@@ -45,6 +45,15 @@ class DualStreamSettings(Capacity):
         is_eager: bool,
         allow_untested: bool,
     ) -> "DualStreamSettings":
+        """Build an engine's settings; secondary LoRAs and name@revision checkpoints become local folders.
+
+        Args:
+            capacity: Sizes of the tables on the device, and the number of streams.
+            eos_ids: EOS ids of each set of weights, in any order.
+            secondary: Source of the secondary weights; None without them.
+            is_eager: Whether vLLM compiles nothing; sets `supports_row_routing`.
+            allow_untested: Accept quantizations that no test covers.
+        """
         values = {"supports_row_routing": is_eager}
         if secondary is not None:
             values |= {

@@ -174,6 +174,7 @@ class SlotAllocator:
         return self._free_groups.pop()
 
     def release_group(self, group: int) -> None:
+        """Free a statistics group; its sums remain on the device until the next user clears them."""
         self._free_groups.append(group)
 
     @property

@@ -35,6 +35,7 @@ class GuardSettings:
 
     @property
     def config(self) -> GuardConfig:
+        """Return the part of the settings with which each guard is fitted: C, class_weight, folds and threshold."""
         return GuardConfig(self.C, self.class_weight, self.folds, threshold=self.threshold)
 
 

@@ -108,6 +108,7 @@ class OpTables:
             layer.constant[row] = values[index, self._neurons].to(self.device)
 
     def clear_statistics(self, groups: list[int]) -> None:
+        """Set the sums and counts of these groups to zero in every layer of this worker."""
         for layer in self.layers:
             layer.stats[groups], layer.count[groups] = 0.0, 0
 

@@ -51,6 +51,7 @@ class Record:
 
     @property
     def num_captures(self) -> int:
+        """Return the number of positions to capture, each of which takes a row of `OpTables.capture`."""
         return int(self.entries[RequestColumn.CAPTURE_STOP] - self.entries[RequestColumn.CAPTURE_START])
 
     def to_dict(self) -> dict:
@@ -95,6 +96,7 @@ class RequestTracker:
 
     @property
     def num_running(self) -> int:
+        """Return the number of requests that have a row of the table; ended ones have only a record."""
         return len(self._rows)
 
     @property

@@ -81,6 +81,7 @@ class DualStreamGLU(nn.Module):
         context[name] = self
 
     def set_tables(self, tables: OpTables, first_neuron: int) -> None:
+        """Set the op's tensors. first_neuron: index in the whole layer of the first neuron in this worker's shard."""
         layer = tables.layers[self.layer]
         self.tables = tables
         self.inputs = layer.scale, layer.rank, layer.constant
@@ -93,6 +94,7 @@ class DualStreamGLU(nn.Module):
         }
 
     def forward(self, gate_up: Tensor) -> Tensor:
+        """Return patched activations [..., F] for gate and up [..., 2F]; torch.compile sees one opaque op."""
         rows = gate_up.flatten(0, -2)
         if torch.compiler.is_compiling():
             out = torch.ops.snpatch.dual_stream_glu(rows, _encode_layer_name(self.name))
@@ -101,6 +103,7 @@ class DualStreamGLU(nn.Module):
         return out.view(*gate_up.shape[:-1], -1)
 
     def run(self, gate_up: Tensor) -> Tensor:
+        """Apply the step's plan to the gate and up values [S*T, 2F] of T tokens in S streams; return [S*T, F]."""
         plan = self.tables.step_plan(gate_up.shape[0] // self.streams)
         return ops.patched_glu(gate_up, *self.inputs, plan, *self.outputs, **self.attributes)
 
@@ -119,9 +122,11 @@ class DualStreamModelConfig(ModelConfig):
     """Model config with the doubled head counts, for backends that plan attention by them."""
 
     def get_num_attention_heads(self, *args, **kwargs) -> int:
+        """Return twice vLLM's number of query heads per worker, because the donor's are additional heads."""
         return 2 * super().get_num_attention_heads(*args, **kwargs)
 
     def get_num_kv_heads(self, *args, **kwargs) -> int:
+        """Return twice vLLM's number of key-value heads per worker, because the cache holds the donor's, too."""
         return 2 * super().get_num_kv_heads(*args, **kwargs)
 
 

@@ -1,0 +1,177 @@
+"""Every experiment of the paper on the demo model, through the command line: what it finds, and what it writes."""
+
+import csv
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from snpatch import cli, experiments
+from snpatch.demo import DEMO_MODEL
+from snpatch.guard.guard import Guard
+from snpatch.report.folder_page import load_page
+
+SETS = tomllib.loads((DEMO_MODEL / "experiment.toml").read_text())["settings"]["guard"]["prompts"]
+SMALLER = {  # so that all of them take half a minute
+    "max_tokens = 32\ncontrast_tokens = 32": "max_tokens = 20\ncontrast_tokens = 20",
+    "[0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0]": "[0.0, 0.2, 1.0]\ncontrols = 2",
+    "stride = 0.05": "stride = 0.3\ncontrols = 1",
+    "[settings.alignment_tax]": "[settings.alignment_tax]\ncontrols = 1",
+    "k = [0.0, 0.05, 0.1, 0.2, 0.5, 1.0]": "k = [0.0, 0.2]",
+    "k = [1, 5, 20, 50, 100, 200]\ncontrols = 2": "k = [1, 50]\ncontrols = 1\nresamples = 100",
+    "effect_k = [0.05, 0.1, 0.2]": "effect_k = [0.1]",
+}
+LIMIT = 24  # prompts of each set
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(DEMO_MODEL, folder, dirs_exist_ok=True)
+    text = (folder / "experiment.toml").read_text()
+    for old, new in SMALLER.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "experiment.toml").write_text(text)
+    return folder / "experiment.toml"
+
+
+@pytest.fixture(scope="module")
+def folder(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    command = ["exp", "all", "--config", world, "-o", out, "--backend", "transformers", "--limit", LIMIT]
+    cli.app(list(map(str, command)), standalone_mode=False)
+    return out
+
+
+def table(folder: Path, stem: str) -> list[dict]:
+    data = json.loads((folder / f"{stem}.json").read_text())
+    with (folder / f"{stem}.csv").open() as file:
+        assert [list(row) for row in csv.DictReader(file)] == [list(row) for row in data["rows"]]
+    assert data["provenance"]["models"]
+    return data["rows"]
+
+
+def test_page_of_demo_contains_every_experiment_with_provenance(folder):
+    page = load_page(folder)
+    assert {one["name"] for one in page.reports} >= set(experiments.NAMES)
+    for one in page.reports:
+        assert all((one["tables"] or page.rows, one["images"] or one["name"] not in experiments.NAMES)), one["name"]
+    assert page.command.startswith("snpatch ")
+    assert "\n" not in page.command, "one command made them all"
+    assert all((page.completions, page.maps))
+
+
+def test_every_experiment_writes_table_and_plot(folder):
+    names = {path.name for path in folder.iterdir()}
+    for name in experiments.NAMES:
+        assert {f"{name}.{kind}" for kind in ("csv", "json", "png", "svg")} <= names
+    report = (folder / "report.md").read_text()
+    assert all(f"## {name}\n" in report for name in experiments.NAMES)
+    assert "](curve.png)" in report
+
+
+def test_curve_of_safety_neurons_recovers_more_than_random(folder):
+    rows = table(folder, "curve")
+    sft = {
+        row["rank_hi"]: row
+        for row in rows
+        if row["recipient"] == "sft" and row["ranking"] and row["control_seed"] is None
+    }
+    assert sft[0]["effect"] == 0
+    assert sft[2560]["effect"] > 0.9
+    assert sft[512]["effect"] > 0.6
+    assert sft[512]["p_vs_unpatched"] < 1e-6
+    assert sft[512]["p_vs_random"] < 1e-6
+    random = [row["effect"] for row in rows if row["recipient"] == "sft" and row["control_seed"] is not None]
+    assert all(abs(effect) < 0.2 for effect in random)
+
+
+def test_sliding_window_at_lower_ranks_has_less_effect(folder):
+    rows = [row for row in table(folder, "sliding_window") if row["recipient"] == "sft" and row["control_seed"] is None]
+    effects = {row["rank_lo"]: row["effect"] for row in rows if row["ranking"]}
+    assert list(effects) == [0, 768, 1536, 2304]
+    assert effects[0] > max(effects[lo] for lo in (768, 1536, 2304))
+
+
+def test_transfer_recovers_gain_on_unseen_sets(folder):
+    rows = {row["model"]: row for row in table(folder, "transfer-table")}
+    assert list(rows) == ["sft", "sft+", "base", "base+", "dpo"]
+    for name in ("beavertails", "redteam", "harmbench", "jailbreak"):
+        assert rows["dpo"][name] < rows["sft+"][name] < 0 < rows["sft"][name]
+        effect = (rows["sft+"][name] - rows["sft"][name]) / (rows["dpo"][name] - rows["sft"][name])
+        assert rows["sft+"][f"effect on {name}"] == pytest.approx(effect)
+    patched = {row["model"]: row["window_mean"] for row in table(folder, "perplexity") if row["k"] in (0, 512)}
+    assert rows["dpo"]["perplexity"] == pytest.approx(patched["dpo"], rel=1e-5)
+    assert rows["sft+"]["perplexity"] == pytest.approx(patched["sft"], rel=1e-5), "the last of sft's rows: patched"
+
+
+def test_stability_of_seeds_exceeds_agreement_of_objectives(folder):
+    (seeds,) = (row for row in table(folder, "stability") if row["k"] == 256)
+    others = [row for row in table(folder, "objectives") if row["k"] == 256]
+    assert {(row["a"], row["b"]) for row in others} == {
+        ("safety", "helpful"),
+        ("safety", "careful"),
+        ("helpful", "careful"),
+    }
+    assert seeds["overlap"] > 0.85 > max(row["overlap"] for row in others) > seeds["chance"] == 0.1
+    assert seeds["spearman"] > 0.85 > max(row["spearman"] for row in others)
+
+
+def test_alignment_tax_reports_change_of_both_judges(folder):
+    rows = table(folder, "alignment_tax")
+    assert len(rows) == 8
+    for row in rows:
+        assert row["change"] == pytest.approx(row["after"] - row["before"])
+        assert row["change_low"] <= row["change"] <= row["change_high"]
+    harm = next(r for r in rows if (r["recipient"], r["set"], r["judge"]) == ("dpo", "beavertails", "cost"))
+    assert harm["change"] > 2, "helpful's activations make the safe model less safe"
+    assert harm["p"] < 1e-4
+
+
+def test_distribution_is_skewed(folder):
+    *layers, whole = table(folder, "distribution")
+    assert [row["layer"] for row in layers] == list(range(6))
+    assert [row["ranked"] for row in layers] == [True] * 5 + [False]
+    assert sum(row["in_top_k"] for row in layers) == whole["in_top_k"] == 256
+    assert whole["skewness"] > 1
+    assert whole["above 0.05"] > whole["above 0.5"] > 0
+
+
+def test_neuron_tokens_positions_guard_and_safeguard_give_expected_tables(folder):
+    words = table(folder, "neuron_tokens")
+    assert len(words) == 10 * 20
+    assert [row["logit"] for row in words[:20]] == sorted((row["logit"] for row in words[:20]), reverse=True)
+    agreement = {(row["a"], row["b"]): row for row in table(folder, "positions") if row["k"] == 256}
+    assert agreement["completion", "completion_shifted"]["overlap"] > agreement["completion", "prompt"]["overlap"]
+    effects = {row["ranking"]: row["effect"] for row in table(folder, "positions-effects") if row["recipient"] == "sft"}
+    assert effects["at completion"] > 0.3
+    rows = table(folder, "guard")
+    assert {(row["train"], row["test"]) for row in rows if row["control"] is None and row["k"] == 50} == {
+        (a, b) for a in SETS for b in SETS
+    }
+    summary = {(row["features"], row["k"]): row for row in table(folder, "guard-summary")}
+    assert summary["safety", 50]["accuracy"] > 0.85 > summary["safety", 50]["majority"]
+    assert ("random per_layer", 50) in summary
+    assert ("random last_layer", 50) in summary
+    for row in table(folder, "safeguard"):
+        if row["model"] == "sft":
+            assert row["passed"] < -2 < row["all"]
+    guard = Guard.load(folder / "guard.safetensors")
+    assert (guard.model, guard.k) == ("sft", 100)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "names", [["curve"], pytest.param(["curve", "perplexity", "safeguard"], marks=pytest.mark.full)], ids=len
+)
+def test_experiments_on_vllm_give_the_same_tables(folder, world, tmp_path, names):
+    """Both engines and both runners of the cost model, in processes of their own, as a user has them."""
+    command = ["exp", *names, "--config", world, "-o", tmp_path, "--backend", "vllm"]
+    cli.app([*map(str, command), "--limit", str(LIMIT)], standalone_mode=False)
+    for name in names:
+        for one, other in zip(table(tmp_path, name), table(folder, name), strict=True):
+            for key, value in other.items():
+                assert one[key] == (pytest.approx(value, abs=2e-3) if isinstance(value, float) else value), key

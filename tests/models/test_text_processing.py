@@ -1,0 +1,329 @@
+"""Text processors: tokenizers, templates and EOS in the folders of adapters, LoRA and secondary weights."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny
+from commands import run
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from snpatch import Engine, EngineConfig, Sampling, SnpatchError
+from snpatch.integrations.lm_eval import SnpatchLM
+from snpatch.models.hub import resolve_adapter_folder
+from snpatch.models.loaded_models import LoadedModels
+from snpatch.models.lora import load_lora
+from snpatch.models.notes import Notes
+from snpatch.models.templates import TEMPLATE_FILE, TULU
+from snpatch.models.text_processing import load_text_processors
+
+OWN = "{% for m in messages %}<|user|> {{ m.content }}{% endfor %}"
+OTHER = "{{ messages[0].content }} bama"
+CHAT = [{"role": "user", "content": "bana"}]
+
+
+@pytest.fixture(scope="module")
+def lora(zoo, tmp_path_factory):
+    return tiny.write_lora(zoo("llama").folder, tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture
+def with_adapter(zoo, lora, tmp_path):
+    """Return with_adapter(kind, path): (engine arguments, folder of a copy of an adapter of this kind)."""
+
+    def made(kind: str, name: str = "adapter") -> tuple[dict, object]:
+        folder = tmp_path / name
+        shutil.copytree(zoo("llama").adapters["sft"][0] if kind == "ia3" else lora, folder)
+        given = {"adapters": {name: [folder]}} if kind == "ia3" else {"models": {name: {"lora": folder}}}
+        return given, folder
+
+    return made
+
+
+@pytest.fixture
+def model(zoo, tmp_path):
+    """A copy of the tiny Llama, with a chat template of its own."""
+    folder = tmp_path / "model"
+    shutil.copytree(zoo("llama").folder, folder)
+    (folder / TEMPLATE_FILE).write_text(OWN)
+    return folder
+
+
+def opened(model, given: dict, **options) -> LoadedModels:
+    return LoadedModels(EngineConfig.of(model, given.get("adapters"), models=given.get("models", {}), **options))
+
+
+KINDS = ["ia3", "lora"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("source", "text"), [(TULU, "<|user|>\nbana\n<|assistant|>\n"), (OTHER, "bana bama")])
+def test_template_in_adapter_folder_is_used(model, with_adapter, kind, source, text):
+    given, folder = with_adapter(kind)
+    (folder / TEMPLATE_FILE).write_text(source)
+    one = opened(model, given)
+    assert one.templates[-1].render(CHAT) == text
+    assert any(
+        f"chats are rendered by the template in {folder}, and not by {model}'s own" in n for n in one.notes.messages
+    )
+    assert opened(model, given, template="tokenizer").templates[-1].render(CHAT) == "<|user|> bana"
+    assert opened(model, given, template="tulu").templates[-1].name == "tulu"
+    if kind == "lora":
+        assert one.templates[0].render(CHAT) == "<|user|> bana", "the engine's own weights read as they were trained"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_templates_on_one_set_are_rejected_naming_both(model, with_adapter, kind):
+    given, first = with_adapter(kind, "first")
+    _, second = with_adapter("ia3", "second")
+    (first / TEMPLATE_FILE).write_text(TULU)
+    (second / TEMPLATE_FILE).write_text(OTHER)
+    if kind == "ia3":
+        given["adapters"]["second"] = [second]
+    else:
+        given["models"]["first"]["adapters"] = [second]
+    with pytest.raises(SnpatchError, match=rf"different templates \({first}, {second}\): choose one by template="):
+        opened(model, given)
+
+
+def test_template_of_tokenizer_in_lora_folder_is_used(model, with_adapter):
+    given, folder = with_adapter("lora")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = OTHER
+    tokenizer.save_pretrained(folder)
+    assert opened(model, given).templates[1].render(CHAT) == "bana bama"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eos_in_adapter_folder_ends_completions(model, with_adapter, kind):
+    given, folder = with_adapter(kind)
+    end = tiny.VOCAB.index(tiny.WORDS[7])
+    tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(folder)
+    config = EngineConfig.of(model, given.get("adapters"), models=given.get("models", {}))
+    assert load_text_processors(config, Notes())[-1].eos_ids == {tiny.EOS, end}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 12]}))
+    assert load_text_processors(config, Notes())[-1].eos_ids == {tiny.EOS, end, 11, 12}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "2"}))
+    with pytest.raises(SnpatchError, match="eos_token_id: expected numbers of tokens, got '2'"):
+        load_text_processors(config, Notes())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_different_ids_in_adapter_folder_are_rejected_naming_both(model, with_adapter, kind):
+    given, folder = with_adapter(kind)
+    tiny.tokenizer().save_pretrained(folder)
+    table = json.loads((folder / "tokenizer.json").read_text())
+    vocab = table["model"]["vocab"]
+    vocab[tiny.WORDS[3]], vocab[tiny.WORDS[5]] = vocab[tiny.WORDS[5]], vocab[tiny.WORDS[3]]
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(
+        SnpatchError, match=rf"tokenizers of {model} and {folder} differ in the token '{tiny.WORDS[3]}'"
+    ):
+        opened(model, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_added_by_adapter_need_embedding_rows(model, with_adapter, kind):
+    given, folder = with_adapter(kind)
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<|im_start|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(SnpatchError, match=rf"of {folder} has the token '<.im_start.>' \(128\), and the embedding of"):
+        opened(model, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_different_tokenizers_on_one_set_are_rejected(model, with_adapter, kind):
+    given, first = with_adapter(kind, "first")
+    _, second = with_adapter("ia3", "second")
+    tiny.tokenizer().save_pretrained(first)
+    tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(second)
+    if kind == "ia3":
+        given["adapters"]["second"] = [second]
+    else:
+        given["models"]["first"]["adapters"] = [second]
+    with pytest.raises(SnpatchError, match=rf"tokenizers of {first} and {second} read texts differently, and adapters"):
+        opened(model, given)
+    tiny.tokenizer().save_pretrained(second)
+    assert opened(model, given).text_processors[-1].eos_ids == {tiny.EOS}
+
+
+def test_model_with_tulu_template_gets_no_note(model):
+    (model / TEMPLATE_FILE).write_text(TULU)
+    one = opened(model, {})
+    assert (one.templates[0].name, one.notes.messages) == ("tulu", ())
+
+
+def ending(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", tiny.BOS), ("</s>", tiny.EOS)]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def test_tokenizer_that_appends_eos_is_rejected_at_start(model, with_adapter):
+    given, folder = with_adapter("lora")
+    tiny.tokenizer().save_pretrained(folder)
+    ending(folder)
+    with pytest.raises(
+        SnpatchError, match=rf"{folder}: its tokenizer appends '</s>' to every text.* add_eos_token = f"
+    ):
+        opened(model, given)
+    ending(model)
+    with pytest.raises(SnpatchError, match=rf"{model}: its tokenizer appends '</s>' to every text"):
+        Engine(model, backend="transformers")
+
+
+def test_tokens_without_embedding_row_are_noted_and_rejected(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(model)
+    (model / TEMPLATE_FILE).write_text(OWN)
+    with Engine(model, backend="transformers") as engine:
+        (note,) = engine.notes
+        assert "has 1 tokens that the model of 128 has no row for, as '<image>' (128); texts that hold one are" in note
+        for prompt in ("bana <image>", [{"role": "user", "content": "bana <image>"}], [1, 128]):
+            with pytest.raises(
+                SnpatchError, match=r"prompt 0: token ids must be integers in 0\.\.127: '<image>' is 128"
+            ):
+                engine.generate([prompt])
+        with pytest.raises(SnpatchError, match=r"completion 0: token ids must be integers in 0\.\.127"):
+            engine.logprobs(["bana"], completions=["bama <image>"])
+
+
+def test_prompts_with_bos_or_template_marks_are_noted_once_and_unchanged(model):
+    with Engine(model, backend="transformers") as engine:
+        assert engine.encode(["<s> bana", "<s> bama"])[0][:2] == [tiny.BOS, tiny.BOS]
+        (note,) = engine.notes
+        assert note.startswith("prompt 0 begins with '<s>' twice")
+        for content in ("[INST] bana [/INST]", "Be kind.\n\nHuman: bana\n\nAssistant:", "bana </s>"):
+            engine.encode([[{"role": "user", "content": content}]])
+        assert len(engine.notes) == 2
+        assert "contains '[/INST]', which chat templates write" in engine.notes[1]
+
+
+def test_late_adapter_with_different_text_files_is_rejected(model, with_adapter):
+    (_, folder), (_, silent) = with_adapter("ia3"), with_adapter("ia3", "silent")
+    with Engine(model, backend="transformers") as engine:
+        engine.add_adapter("silent", silent)
+        (folder / TEMPLATE_FILE).write_text(OWN)
+        engine.add_adapter("same", folder)
+        (folder / TEMPLATE_FILE).write_text(TULU)
+        with pytest.raises(SnpatchError, match=rf"{folder}: its template, tokenizer or EOS is not what this engine of"):
+            engine.add_adapter("other", folder)
+
+
+# ---- chat_template_kwargs ----------------------------------------------------------------------------------------
+
+THINKS = "{{ messages[0].content }}{% if enable_thinking is not defined or enable_thinking %} bama{% endif %}"
+
+
+def test_template_variables_change_config_and_fingerprint(model, tmp_path):
+    (model / TEMPLATE_FILE).write_text(THINKS)
+    config = EngineConfig.of(model, chat_template_kwargs={"enable_thinking": False}, backend="transformers")
+    config.save(tmp_path / "engine.json")
+    assert EngineConfig.load(tmp_path / "engine.json") == config
+    (tmp_path / "engine.toml").write_text(
+        f'model = "{model}"\nbackend = "transformers"\n[chat_template_kwargs]\nenable_thinking = false\n'
+    )
+    assert EngineConfig.load(tmp_path / "engine.toml") == config
+    quiet, loud = LoadedModels(config), LoadedModels(replace(config, chat_template_kwargs={}))
+    assert [one.templates[0].render(CHAT) for one in (quiet, loud)] == ["bana", "bana bama"]
+    assert quiet.templates[0].fingerprint != loud.templates[0].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"thinking": False}, "the chat template of .* reads no thinking"),
+        ({"messages": []}, "messages is set by snpatch, or by the tokenizer"),
+        ({"bos_token": "a"}, "bos_token is set by snpatch"),
+        ({"enable_thinking": {1, 2}}, "expected values that JSON can hold"),
+        ({"enable_thinking": float("nan")}, "expected values that JSON can hold"),
+        ({1: 2}, "expected a table of names and values"),
+        ([1], "expected a table of names and values"),
+    ],
+)
+def test_invalid_template_variables_raise_one_line_error(model, given, message):
+    (model / TEMPLATE_FILE).write_text(THINKS)
+    with pytest.raises(SnpatchError, match=f"chat_template_kwargs: {message}"):
+        LoadedModels(EngineConfig.of(model, chat_template_kwargs=given))
+
+
+# ---- adapters from the hub ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(zoo, lora, tmp_path, monkeypatch):
+    """A hub's cache: org/sft has an IA3 adapter, org/tuned LoRA in a folder, at another revision."""
+    for name, revision, below, folder in (
+        ("sft", "main", "", zoo("llama").adapters["sft"][0]),
+        ("tuned", "v2", "runs/last", lora),
+    ):
+        cache = tmp_path / "cache" / f"models--org--{name}"
+        shutil.copytree(folder, cache / "snapshots" / f"commit-{revision}" / below)
+        (cache / "refs").mkdir()
+        (cache / "refs" / revision).write_text(f"commit-{revision}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def test_adapters_and_lora_are_downloaded_from_hub(zoo, lora, hub):
+    folder = zoo("llama").folder
+    local = {"adapters": {"sft": zoo("llama").adapters["sft"]}, "models": {"tuned": {"lora": lora}}}
+    named = {"adapters": {"sft": "org/sft"}, "models": {"tuned": {"lora": "org/tuned@v2:runs/last"}}}
+    texts = []
+    for given in (local, named):
+        with Engine(folder, **given, backend="transformers") as engine:
+            texts.append([engine.fingerprint(name) for name in engine.models])
+            texts[-1] += [c.token_ids for c in engine.generate(tiny.PROMPTS, "tuned", Sampling(max_tokens=5))]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/none", "no such folder .*, and no adapter of that name can be downloaded"),
+        ("org/tuned@v3:runs/last", "no adapter of that name can be downloaded"),
+        ("org/tuned@v2:runs/other", "no folder runs/other in org/tuned"),
+        ("./org/none", "no such folder"),
+        ("a/b/c", "no such folder"),
+        ("org/tuned@v2:../..", "no such folder"),
+    ],
+)
+def test_missing_hub_adapter_raises_one_line_error(zoo, hub, name, message):
+    with pytest.raises(SnpatchError, match=message):
+        load_lora(name)
+    with pytest.raises(SnpatchError, match=message):
+        Engine(zoo("llama").folder, {"sft": name}, backend="transformers")
+
+
+@pytest.mark.parametrize("name", ["org/sft", "org/sft@main"])
+def test_hub_name_resolves_to_cache_folder(hub, tmp_path, name):
+    assert resolve_adapter_folder(name) == tmp_path / "cache" / "models--org--sft" / "snapshots" / "commit-main"
+    assert resolve_adapter_folder(tmp_path) == tmp_path
+
+
+def test_cli_and_lm_eval_accept_template_variables(model, tmp_path, capsys):
+    (model / TEMPLATE_FILE).write_text(THINKS)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "bana"}) + "\n")
+    common = ["generate", model, prompts, "--backend", "transformers", "--max-tokens", 3, "--json"]
+    texts = {}
+    for name, more in {"quiet": ["--chat-template-kwargs", '{"enable_thinking": false}'], "loud": []}.items():
+        code, out, err = run(capsys, *common, *more)
+        assert code == 0, err
+        texts[name] = json.loads(out)["token_ids"]
+    with Engine(model, backend="transformers") as engine:
+        ids = [engine.tokenizer.convert_tokens_to_ids(text.split()) for text in ("bana", "bana bama")]
+        want = [c.token_ids for c in engine.generate(ids, sampling=Sampling(max_tokens=3))]
+    assert [texts["quiet"], texts["loud"]] == want
+    for wrong in ("enable_thinking=false", "[1]", "{"):
+        code, _, err = run(capsys, *common, "--chat-template-kwargs", wrong)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--chat-template-kwargs: expected a JSON object" in err
+    given = {"model": str(model), "backend": "transformers", "chat_template_kwargs": '{"enable_thinking": false}'}
+    harness = SnpatchLM.create_from_arg_obj(given)
+    assert harness.apply_chat_template(CHAT) == "bana"

@@ -1,0 +1,114 @@
+"""Structure of the repository: what an import loads, the files of each op, and what tests import."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import snpatch
+from snpatch import experiments
+from snpatch.op import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("sklearn", "matplotlib", "vllm", "trl", "scipy", "datasets")
+
+
+def loaded_packages(code: str) -> set[str]:
+    """Return the packages that a fresh interpreter has loaded after running some code."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport json, sys\nprint(json.dumps([m.split('.')[0] for m in sys.modules]))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    ("code", "without"),
+    [
+        ("import snpatch", {*HEAVY, "torch", "transformers"}),
+        ("from snpatch import Engine, AsyncEngine", HEAVY),
+        ("from snpatch import EngineConfig, Sampling, Window", {*HEAVY, "torch", "transformers"}),
+        ("from snpatch import Patch, Ranking, Constant, Noise", HEAVY),
+        ("import snpatch.cli", {*HEAVY, "torch", "transformers"}),
+    ],
+)
+def test_import_loads_no_heavy_package(code, without):
+    packages = loaded_packages(code)
+    assert "snpatch" in packages
+    assert packages & set(without) == set()
+
+
+def test_op_has_its_six_places():
+    """Each op has one name in its definition, dispatch, C++, Triton, tests and bench."""
+    names = {name.split(" ")[0] for name in ops.implementations()}
+    assert names == set(re.findall(r'"(\w+)\(Tensor', (ROOT / "snpatch/op/ops.py").read_text()))
+    assert names
+    for name in names:
+        for pattern in ("csrc/{}.cpp", "kernels/{}.py", "tests/op/test_{}.py", "bench/bench_{}.py"):
+            assert (ROOT / pattern.format(name)).is_file(), pattern.format(name)
+        for module in ("reference", "ops"):
+            assert re.search(rf"^def {name}\(", (ROOT / f"snpatch/op/{module}.py").read_text(), re.M), module
+    kinds = ("csrc", "cpp"), ("kernels", "py")
+    sources = {path.stem for folder, kind in kinds for path in (ROOT / folder).glob(f"*.{kind}")}
+    assert sources - {"module"} == names, "a kernel without an op"
+
+
+def test_tests_import_no_tests():
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").glob("*.py")]
+    assert len(files) > 40
+    for file in files:
+        assert not re.search(r"^\s*(from|import) test_", file.read_text(), re.M), file
+
+
+def test_independence_contract_names_every_experiment():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert set(re.findall(r'"snpatch\.experiments\.(\w+)"', text)) == set(experiments.NAMES)
+
+
+def test_engine_module_without_docstrings_is_short():
+    text = (ROOT / "snpatch/engine/engine.py").read_text()
+    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docstrings = [n.body[0] for n in nodes if ast.get_docstring(n)]
+    assert len(text.splitlines()) - sum(d.end_lineno - d.lineno + 1 for d in docstrings) <= 220
+
+
+def test_public_names_are_the_same_for_users_and_type_checkers():
+    (block,) = [node for node in ast.parse((ROOT / "snpatch/__init__.py").read_text()).body if isinstance(node, ast.If)]
+    declared = {node.names[0].asname: node.module for node in block.body}
+    assert declared == {name: f"snpatch.{module}" for name, module in snpatch._MODULES.items()}
+    assert {*snpatch.__all__} <= {*dir(snpatch)}
+    for name in snpatch.__all__:
+        assert getattr(snpatch, name).__name__ == name
+
+
+def test_readme_api_table_names_are_public():
+    section = (ROOT / "README.md").read_text().split("## Python API")[1].split("\n## ")[0]
+    names = {name for row in re.findall(r"^\| (`.+?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert len(names) > 20
+    assert names <= {*snpatch.__all__}
+
+
+def test_promise_table_names_every_file_that_tests_a_promise():
+    """None of these tests is left to `make test-full`."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## Promises")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d)\. .+ \| (.+) \|", section, re.M)
+    table = {number: {*re.findall(r"`(\S+\.py)`", tests)} for number, tests in rows}
+    found = {}
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        for marks, number in re.findall(r"((?:^@.+\n)*)^def test_promise_(\d)_", file.read_text(), re.M):
+            assert "mark.full" not in marks, file
+            found.setdefault(number, set()).add(file.relative_to(ROOT / "tests").as_posix())
+    assert found == table
+    assert sorted(found) == list("12345678")
+
+
+def test_version_is_written_once():
+    assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
+    assert f"\nversion: {snpatch.__version__}\n" in (ROOT / "CITATION.cff").read_text()
