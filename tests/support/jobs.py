@@ -1,15 +1,20 @@
 """Prompts and patches that both executors are tested with, as the product and as the oracle take them."""
 
-from dataclasses import dataclass, field, replace
+import os
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 
 import oracle
 import pytest
 import tiny
 import torch
+import transformers
 
 from snpatch import Constant, Intervention, Noise, Patch, Ranking, Sampling, Scale
 
+ORACLE_CACHE = Path(__file__).parents[2] / "build" / "oracle"
 SHAPE = (tiny.LAYERS, tiny.NEURONS)
 ALL = tiny.LAYERS * tiny.NEURONS
 ENCODE = tiny.tokenizer()
@@ -182,9 +187,47 @@ def completion_data(completions) -> list[tuple]:
 
 @cache
 def oracle_completion(made: tiny.TinyModel, job: Job) -> oracle.Generation:
-    """Return the oracle's completion of 10 tokens."""
+    """Return the oracle's completion of 10 tokens, from build/oracle if an earlier run computed it.
+
+    SNPATCH_ORACLE=fresh computes all of them again.
+    """
+    path = ORACLE_CACHE / f"{sha256(_model_key(made) + _job_key(job)).hexdigest()[:32]}.pt"
+    if path.exists() and os.environ.get("SNPATCH_ORACLE") != "fresh":
+        return oracle.Generation(**torch.load(path, weights_only=True))
     recipient, patch = job.oracle(made)
-    return oracle.generate(recipient, job.ids, 10, patch)
+    generation = oracle.generate(recipient, job.ids, 10, patch)
+    ORACLE_CACHE.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    torch.save(vars(generation), temporary)
+    temporary.replace(path)
+    return generation
+
+
+@cache
+def _model_key(made: tiny.TinyModel) -> bytes:
+    """Return what determines the oracle's results besides the job: its code, libraries, weights and adapters."""
+    key = f"{torch.__version__} {transformers.__version__} {torch.get_num_threads()}".encode()
+    key += b"".join(sha256(Path(file).read_bytes()).digest() for file in (oracle.__file__, __file__))
+    for name, source in sorted(made.checkpoints.items()):
+        if not isinstance(source, dict):  # the oracle runs none that is an engine's table
+            folder, adapters = source
+            key += name.encode() + b"".join(map(_hash_folder, (folder, *adapters)))
+    return key
+
+
+@cache
+def _hash_folder(folder: Path) -> bytes:
+    return sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())).digest()
+
+
+def _job_key(job: Job) -> bytes:
+    values = [getattr(job, f.name) for f in fields(job)]
+    return b"".join(
+        b"".join(map(_job_key, value)) if name == "further"
+        else value.numpy().tobytes() if isinstance(value, torch.Tensor)
+        else repr((name, value)).encode()
+        for name, value in zip((f.name for f in fields(job)), values, strict=True)
+    )  # fmt: skip
 
 
 def assert_equals_oracle(made, jobs, completions):
