@@ -6,28 +6,35 @@ READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick check test-full test-vllm lint format asan triton36
+.PHONY: demo test quick check test-full HALF OTHER test-vllm lint format asan triton36
 .PHONY: bench-op bench-generate bench-pair bench-sweep bench-serve bench-attack bench-zeroing bench-report bench-reproduce readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
 
-# Tests run on one thread each, with a worker per core; the tests of one file run in one worker (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations=25
+# Tests run on one thread each, in two halves at once that take about equally long.
+TESTS := $(sort $(wildcard tests/test_*.py tests/*/test_*.py tests/*/*/test_*.py))
+HALF := $(filter tests/op/% tests/executors/% tests/engine/% tests/judges/% tests/reproduce/% tests/repository/% \
+  tests/sweeps/test_replicas.py,$(TESTS))
+OTHER := $(filter-out $(HALF),$(TESTS))
+BOTH := @$(MAKE) --no-print-directory -j2 --keep-going --output-sync HALF OTHER
 
 test: lint
-	$(PYTEST) -m "not full"
+	$(BOTH) SELECT='not full'
 
 # Without vLLM engines, for the work from minute to minute; `quick` also leaves out what takes seconds.
 check: lint
-	$(PYTEST) -m "not full and not engine"
+	$(BOTH) SELECT='not full and not engine'
 
 quick: lint
-	$(PYTEST) -m "not full and not engine and not slow"
+	$(BOTH) SELECT='not full and not engine and not slow'
 
 # Whole grids, long fuzz runs and rehearsals too, with coverage.
 test-full: lint
-	$(PYTEST) --cov=snpatch --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --durations=25 --cov=snpatch --cov-report=term:skip-covered
+
+HALF OTHER: $(READY)
+	$(BIN)/python -m pytest --durations=25 -m "$(SELECT)" $($@)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,23 +18,9 @@ from in_process import in_process, start  # noqa: E402, F401
 from serving import RUNNING, client, offline, server  # noqa: E402, F401
 
 
-def pytest_collection_modifyitems(items):
-    """Group tests for `-n`, and begin with groups that start engines, because they take longest.
-
-    The tests of a file share fixtures and run in one worker, one after the other; so do all tests of one server.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
-
-
-def _group(item) -> str:
-    return "server" if {"offline", "server"} & {*item.fixturenames} else str(item.path)
-
-
 def pytest_runtest_teardown(item, nextitem):
     """Stop the server after the last test that may use it, because later tests look at all child processes."""
-    if nextitem is None or _group(nextitem) != "server":
+    if nextitem is None or nextitem.path.parent.name != "server":
         while RUNNING:
             RUNNING.pop().end()
 

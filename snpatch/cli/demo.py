@@ -97,7 +97,7 @@ def _run(out: Path, engine: Fields, steps: "StepDisplay") -> tuple["Report", lis
                 raise ReceiptError(f"{EXPERIMENT}: {error}. Run the demo again") from error
         with steps.next():
             paths = files.write_report(result, out)
-            summary.write(context, {EXPERIMENT: {}})
+            summary.write_summary(context, {EXPERIMENT: {}})
             report.write_folder_page(out, out / report.FILE)
     return result, paths
 
