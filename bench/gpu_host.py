@@ -6,6 +6,7 @@ Why no install: a borrowed machine may have neither a compiler nor write access,
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,9 +87,10 @@ class Host:
 def register_plugin(folder: Path) -> None:
     """Write snpatch's package metadata to a folder on the Python path, so that vLLM finds the plugin uninstalled."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    info = folder / f"{project['name']}-{project['version']}.dist-info"
+    version = re.search(r'^__version__ = "(.+)"', (ROOT / "snpatch" / "__init__.py").read_text(), re.M)[1]
+    info = folder / f"{project['name']}-{version}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
-    metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {version}\n"
     (info / "METADATA").write_text(metadata)
     groups = project["entry-points"].items()
     lines = [line for g, points in groups for line in (f"[{g}]", *(f"{n} = {target}" for n, target in points.items()))]
