@@ -151,8 +151,9 @@ def grid(name: str) -> Iterator:
         shape, dtype, activation, streams = indices
         is_covered = (shape + dtype) % len(VALUES[2]) == activation and (shape // 2 + dtype) % 2 == streams
         marks = [] if name == "cpp" or GPU or is_covered else [pytest.mark.full]
-        shape, *values = (values[i] for values, i in zip(VALUES, indices, strict=True))
-        yield pytest.param(name, *shape, *values, marks=marks)
+        (T, F), dtype, activation, streams = (values[i] for values, i in zip(VALUES, indices, strict=True))
+        case_id = f"{T}-{F}-{streams}-{activation}-{dtype}-{name}"  # bench/gpu_steps.py selects by it
+        yield pytest.param(name, T, F, dtype, activation, streams, marks=marks, id=case_id)
 
 
 def test_cover_has_every_pair_of_values():

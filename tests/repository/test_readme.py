@@ -159,9 +159,8 @@ def parse_command(words: list[str]) -> None:
     command = typer.main.get_command(cli.app)
     context = typer.Context(command, info_name="snpatch")
     while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
-        if words[0] not in command.commands and "run" in command.commands:  # `snpatch sweep FILE` is `sweep run FILE`
-            words = ["run", *words]
-        name, command, words = command.resolve_command(context, words)
+        command.parse_args(context, list(words))
+        name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
         context = typer.Context(command, info_name=name, parent=context, **command.context_settings)
     command.make_parser(context).parse_args(list(words))
 

@@ -1,7 +1,7 @@
 """Prompts and patches that both executors are tested with, as the product and as the oracle take them."""
 
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -221,13 +221,9 @@ def _hash_folder(folder: Path) -> bytes:
 
 
 def _job_key(job: Job) -> bytes:
-    values = [getattr(job, f.name) for f in fields(job)]
-    return b"".join(
-        b"".join(map(_job_key, value)) if name == "further"
-        else value.numpy().tobytes() if isinstance(value, torch.Tensor)
-        else repr((name, value)).encode()
-        for name, value in zip((f.name for f in fields(job)), values, strict=True)
-    )  # fmt: skip
+    """Return a job's fields, with tensors and further jobs by their content."""
+    values = {**vars(job), "further": [_job_key(further) for further in job.further]}.values()
+    return repr([v.numpy().tobytes() if isinstance(v, torch.Tensor) else v for v in values]).encode()
 
 
 def assert_equals_oracle(made, jobs, completions):
