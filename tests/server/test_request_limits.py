@@ -4,6 +4,7 @@ vLLM's own app with snpatch's middleware runs in this process, with an engine th
 """
 
 import asyncio
+import gc
 import json
 import re
 import time
@@ -588,9 +589,11 @@ async def slowest_health(app, path: str, content: bytes) -> float:
                 await asyncio.sleep(0.001)  # without a pause, other threads can wait for the GIL for minutes
 
         await http.get("/health")
+        gc.freeze()  # a collection in this thread would also scan what earlier tests left
         asking = asyncio.create_task(ask_health())
         await asyncio.sleep(0.02)
         await http.post(path, content=content, headers=JSON)
         await asyncio.sleep(0.02)
         asking.cancel()
+        gc.unfreeze()
     return slowest
