@@ -42,6 +42,7 @@ lint: $(READY)
 	$(BIN)/codespell snpatch bench kernels csrc .ci tests *.md
 	$(BIN)/deptry . --no-ansi
 	$(BIN)/lint-imports
+	$(BIN)/basedpyright --level error
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

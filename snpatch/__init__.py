@@ -72,7 +72,7 @@ _MODULES = {
     "train_dpo": "training.trainer",
     "train_sft": "training.trainer",
 }
-__all__ = [*_MODULES]
+__all__ = [*_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]  # type checkers see the imports above
 
 
 def __getattr__(name: str):

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, cast
 
 from snpatch.errors import SnpatchError, shown
 from snpatch.names import check_names
@@ -157,13 +158,15 @@ class EngineConfig:
             source = {"checkpoint": str(source)}
         if not isinstance(source, ModelSource | Mapping):
             raise SnpatchError(f"models: {name}: expected a checkpoint or a table, got {shown(source)}")
-        if not isinstance(source, ModelSource):
+        if isinstance(source, ModelSource):
+            parsed = source
+        else:
             parts = {part: _paths_as_texts(value) for part, value in source.items()}
-            source = schema.from_dict(ModelSource, f"models: {name}", parts)
-        if source.checkpoint is None:
-            return source
-        is_own = resolve_path(Path(), source.checkpoint) == resolve_path(Path(), self.model)
-        return replace(source, checkpoint=None) if is_own else source
+            parsed = schema.from_dict(ModelSource, f"models: {name}", parts)
+        if parsed.checkpoint is None:
+            return parsed
+        is_own = resolve_path(Path(), parsed.checkpoint) == resolve_path(Path(), self.model)
+        return replace(parsed, checkpoint=None) if is_own else parsed
 
     @property
     def sources(self) -> dict[str, ModelSource]:
@@ -184,7 +187,8 @@ class EngineConfig:
     @classmethod
     def of(cls, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> "EngineConfig":
         """Build a config from fields of this class and of Capacity, and vLLM's engine arguments."""
-        return cls(str(model), adapters or {}).changed(**arguments)
+        folders = cast("Mapping[str, tuple[str, ...]]", adapters or {})  # the constructor converts them
+        return cls(str(model), folders).changed(**arguments)
 
     def changed(self, **arguments) -> "EngineConfig":
         """Return the config with other fields of this class or of Capacity, or vLLM's engine arguments."""
@@ -218,14 +222,14 @@ class EngineConfig:
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, object], context: str = "engine") -> "EngineConfig":
+    def from_dict(cls, table: object, context: str = "engine") -> "EngineConfig":
         """Build a config from a table (of `to_dict`, TOML or JSON). Unknown keys and wrong types raise.
 
         context: names the table in errors.
         """
         if not isinstance(table, Mapping):
             raise SnpatchError(f"{context}: expected a table, got {shown(table)}")
-        parts = dict(table)
+        parts: dict[str, Any] = dict(table)
         for kind in ("adapters", "models"):
             if not isinstance(parts.get(kind, {}), Mapping):
                 raise SnpatchError(f"{context}: {kind}: expected a table, got {parts[kind]!r}")

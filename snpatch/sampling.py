@@ -81,13 +81,13 @@ class Sampling:
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
-def _whole(value: object) -> int:
+def _whole(value) -> int:
     if isinstance(value, bool):
         raise TypeError
     return operator.index(value)
 
 
-def _number(value: object) -> int | float:
+def _number(value) -> int | float:
     if type(value) in (int, float):
         return value
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -74,7 +74,7 @@ def causal_effect(patched: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **
 
     UNDEFINED if donor and recipient have the same mean, because there is nothing to recover.
     """
-    if np.mean(donor) == np.mean(recipient):
+    if np.asarray(donor).mean() == np.asarray(recipient).mean():
         return UNDEFINED
 
     def effect(patched, recipient, donor, axis=-1):
@@ -92,7 +92,7 @@ def net_effect(
 
     UNDEFINED if donor and recipient have the same mean.
     """
-    if np.mean(donor) == np.mean(recipient):
+    if np.asarray(donor).mean() == np.asarray(recipient).mean():
         return UNDEFINED
 
     def net(patched, controls, recipient, donor, axis=-1):
@@ -104,7 +104,7 @@ def net_effect(
 
 def paired_p(one: ArrayLike, other: ArrayLike) -> float | None:
     """Return p of the two-sided paired t-test; None for fewer than two prompts, or if no score differs."""
-    if len(one) < 2 or np.allclose(one, other, rtol=1e-12, atol=0):
+    if np.size(one) < 2 or np.allclose(one, other, rtol=1e-12, atol=0):
         return None
     return float(ttest_rel(one, other).pvalue)
 
@@ -129,7 +129,7 @@ def half_width(values: ArrayLike, tail: float, population: int | None = None) ->
 
 def spearman(one: ArrayLike, other: ArrayLike) -> float:
     """Return the rank correlation of paired values."""
-    return float(spearmanr(one, other).statistic)
+    return float(spearmanr(one, other).statistic)  # pyright: ignore[reportAttributeAccessIssue]  # it has one
 
 
 def skewness(values: ArrayLike) -> float | None:

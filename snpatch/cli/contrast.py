@@ -69,6 +69,7 @@ def contrast(
     if n := ranking.meta["empty"]:
         o.echo(f"{prompts.name}: {n} of {len(chats)} completions are empty and were not observed", is_error=True)
     ranking.save(out)
+    assert ranking.scores is not None
     summary = {
         "ranking": str(out),
         "neurons": len(ranking),

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -21,22 +21,34 @@ from snpatch.utils.parsing import parse_pairs
 if TYPE_CHECKING:
     from snpatch.data import Dataset
 
-Fields = dict[str, object]  # values of a dataclass's fields
+Fields = dict[str, Any]  # values of a dataclass's fields
 ENGINE_FILES = (".toml", ".json")
 FOLDERS_FORM = "name=folder or name=folder,folder"
+
+
+class Options(Protocol):
+    """Options in place of a parameter of a command."""
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """Return the options as keyword parameters with typer's annotations."""
+        ...
+
+    def build(self, values: dict) -> Any:
+        """Return the parameter's value. values: of all options of the command."""
+        ...
 
 
 @dataclass(frozen=True)
 class FieldOptions:
     """Options for fields of a dataclass. of: the class, or an instance, whose values are then the defaults."""
 
-    of: object
+    of: Any
     names: tuple[str, ...]
 
     def parameters(self) -> list[inspect.Parameter]:
         """Return a parameter for each field in `names`, with help and limits from the field's metadata."""
         kind = self.of if isinstance(self.of, type) else type(self.of)
-        declared, hints = {f.name: f for f in fields(kind)}, get_type_hints(kind)
+        declared, hints = {f.name: f for f in fields(self.of)}, get_type_hints(kind)
         return [_parameter(declared[name], hints[name], getattr(self.of, name)) for name in self.names]
 
     def build(self, values: dict) -> Fields:
@@ -65,7 +77,7 @@ class EngineOptions:
             inspect.Parameter("engine_arg", _BY_NAME, default=None, annotation=_ENGINE_ARGUMENTS),
         ]
 
-    def build(self, values: dict) -> EngineConfig | Fields:
+    def build(self, values: dict) -> Any:
         """Return the config, in which given options replace those of a file; without a model, the given fields."""
         if not self.has_model:
             return _given_fields(values)
@@ -107,7 +119,7 @@ class DatasetOptions:
             ("limit", _LIMIT, None),
         ]
         if self.takes_text:
-            options[0] = ("prompts", Annotated[str | None, *_PROMPTS.__metadata__], None)
+            options[0] = ("prompts", Annotated[str | None, *get_args(_PROMPTS)[1:]], None)
             options.insert(1, ("prompt", _TEXT, None))
         return [inspect.Parameter(n, _BY_NAME, default=d, annotation=a) for n, a, d in options]
 
@@ -133,12 +145,12 @@ class DatasetOptions:
 
 
 @dataclass(frozen=True)
-class DatasetSourceOptions(DatasetOptions):
+class DatasetSourceOptions:
     """The options of DatasetOptions for prompts that are read later; there may be none."""
 
     def parameters(self) -> list[inspect.Parameter]:
         """Return the parameters of DatasetOptions, of which PROMPTS may be left out."""
-        prompts, *others = super().parameters()
+        prompts, *others = DatasetOptions().parameters()
         hint = Annotated[str | None, *prompts.annotation.__metadata__]
         return [prompts.replace(default=None, annotation=hint), *others]
 
@@ -163,7 +175,7 @@ def is_given(values: dict, name: str) -> bool:
     return values["context"].get_parameter_source(name).name == "COMMANDLINE"
 
 
-def with_options(**kinds: FieldOptions | EngineOptions | DatasetOptions) -> Callable:
+def with_options(**kinds: Options) -> Callable:
     """Decorate a command: replace parameters of these names by options, and pass what the options build."""
 
     def decorate(command: Callable) -> Callable:
@@ -178,7 +190,7 @@ def with_options(**kinds: FieldOptions | EngineOptions | DatasetOptions) -> Call
             own = {name: values[name] for name in signature.parameters if name not in kinds}
             return command(**own, **{name: kind.build(values) for name, kind in kinds.items()})
 
-        run.__signature__ = signature.replace(parameters=parameters)
+        vars(run)["__signature__"] = signature.replace(parameters=parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
         return run
 

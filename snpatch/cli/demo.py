@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from snpatch.cli import options as o
-from snpatch.cli import report
 from snpatch.cli.dataclass_options import FieldOptions, Fields, with_options
+from snpatch.cli.report import FILE, write_folder_page
 from snpatch.config import EngineConfig
 from snpatch.errors import ReceiptError, SnpatchError
 
@@ -56,7 +56,7 @@ def demo(
     with o.console() as console:
         terminal.print_table(build_table(result), console)
         terminal.print_line(summarize(result), console)
-        terminal.print_line(f"Report: {out / report.FILE}", console)
+        terminal.print_line(f"Report: {out / FILE}", console)
 
 
 @app.command("build")
@@ -98,7 +98,7 @@ def _run(out: Path, engine: Fields, steps: "StepDisplay") -> tuple["Report", lis
         with steps.next():
             paths = files.write_report(result, out)
             summary.write_summary(context, {EXPERIMENT: {}})
-            report.write_folder_page(out, out / report.FILE)
+            write_folder_page(out, out / FILE)
     return result, paths
 
 

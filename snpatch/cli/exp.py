@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,7 +69,7 @@ def run_experiments(
     as_json: bool,
     settings: dict | None = None,
     trust: bool = False,
-    **arguments: object,
+    **arguments: Any,
 ) -> None:
     """Run, write and print experiments. One that fails is reported at the end and does not stop the others.
 

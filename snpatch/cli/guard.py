@@ -47,7 +47,7 @@ def fit(
     strengths: Annotated[
         str,
         typer.Option("--C", help="Inverse L2 penalty. Of several (0.01,0.1,1), cross-validation chooses one."),
-    ] = ",".join(map(str, GuardConfig().C)),
+    ] = ",".join(map(str, GuardConfig().strengths)),
     balanced: Annotated[bool, typer.Option("--balanced", help="Give both classes the same weight.")] = False,
     as_json: o.AsJson = False,
 ) -> None:

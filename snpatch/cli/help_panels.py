@@ -21,7 +21,7 @@ PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 OTHER_MEANING = {("reproduce", "seed")}  # (command, option): the name has another meaning there
 
 
-def arrange(command: object) -> None:
+def arrange(command) -> None:
     """Assign the options of a click command, or of all commands of a group, to panels. Flags show no value type."""
     for subcommand in getattr(command, "commands", {}).values():
         arrange(subcommand)
@@ -37,7 +37,7 @@ def arrange(command: object) -> None:
     command.params.sort(key=lambda option: _place(option, order))
 
 
-def _place(option: object, order: list[str]) -> tuple[int, int]:
+def _place(option, order: list[str]) -> tuple[int, int]:
     panel = getattr(option, "rich_help_panel", None)
     if panel not in PANELS:
         return -1, 0

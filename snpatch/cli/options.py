@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -28,7 +28,7 @@ Judges = Annotated[
         "name=judge for several. May be repeated."
     ),
 ]
-OptionalJudges = Annotated[list[str] | None, *Judges.__metadata__]
+OptionalJudges = Annotated[list[str] | None, *get_args(Judges)[1:]]
 JudgeFormat = Annotated[
     str | None,
     typer.Option(
@@ -136,8 +136,8 @@ def console() -> Iterator["Console"]:
     """Yield a rich console on stdout; characters that its encoding lacks are escaped."""
     from rich.console import Console
 
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors=ESCAPE)
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors=ESCAPE)
     with _written():
         yield Console(width=None if sys.stdout.isatty() else 160)
         sys.stdout.flush()

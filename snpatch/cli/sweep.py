@@ -91,6 +91,7 @@ class SweepOptions:
         if missing := [f"--{name}" for name in REQUIRED_OPTIONS if not values[name]]:
             raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
         config, prompts = EngineOptions().build(values), DatasetSourceOptions().build(values)
+        assert prompts is not None
         config.checked_backend()
         arguments = {"backend": config.backend, "skip_invalid": prompts.pop("skip_invalid")}
         fields = SWEEP_FIELDS.build(values) | {"disjoint": not values["overlapping_controls"]}
@@ -215,7 +216,7 @@ def status(
         o.echo(json.dumps(asdict(status)))
         return
     o.echo(f"{status.done} completions done, {status.open} open ({status.claimed} running), {status.failed} failed")
-    if status.rate is not None and status.open:
+    if status.rate is not None and status.left_s is not None and status.open:
         left = timedelta(seconds=round(status.left_s))
         o.echo(f"{format_value(status.rate)} completions/s: {left} left")
     o.echo(f"{status.scores} scores")

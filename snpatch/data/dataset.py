@@ -59,16 +59,17 @@ class Dataset:
     @property
     def prompts(self) -> list[Chat]:
         """Return the prompts; raise a SnpatchError for running text."""
-        if not all(example.prompt for example in self.examples):
+        prompts = [example.prompt for example in self.examples if example.prompt]
+        if len(prompts) < len(self.examples):
             raise SnpatchError(f"{self.name} is a text: it has no prompts")
-        return [example.prompt for example in self.examples]
+        return prompts
 
     @property
     def text(self) -> str:
         """Return the rows joined by blank lines, as for the paper's perplexity; raise a SnpatchError for prompts."""
         if any(example.prompt for example in self.examples):
             raise SnpatchError(f"{self.name} holds prompts: it is not a text")
-        return "\n\n".join(example.response for example in self.examples)
+        return "\n\n".join(example.response or "" for example in self.examples)
 
     @property
     def fingerprint(self) -> str:

@@ -13,9 +13,9 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO, TextIOWrapper
+from io import BufferedReader, BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, AnyStr
+from typing import IO, Any, AnyStr, cast
 
 from snpatch.data.source_row import Columns, SourceRow, check_columns, find_column_error
 from snpatch.errors import SnpatchError, is_unicode
@@ -109,9 +109,9 @@ def _has_word(name: str, word: str) -> bool:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path) -> Iterator[BufferedReader]:
     try:
-        with OPENERS.get(path.suffix.lower(), open)(path, "rb") as stream:
+        with cast(BufferedReader, OPENERS.get(path.suffix.lower(), open)(path, "rb")) as stream:
             head = stream.peek(len(LFS_POINTER))
             if head.startswith(LFS_POINTER):
                 raise SnpatchError(f"{path}: a pointer of Git LFS, not the data. Fetch them with `git lfs pull`.")

@@ -55,7 +55,9 @@ def read_saved(folder: Path, columns: Columns, split: str | None) -> Iterator[So
         raise SnpatchError(f"{folder}: cannot be read as a saved data set: {first_line(error)}") from error
     if isinstance(table, datasets.DatasetDict):
         if split not in table and (split is not None or len(table) != 1):
-            raise SnpatchError(f"{folder}: holds the splits {', '.join(table)}: choose one with split, got {split}")
+            raise SnpatchError(
+                f"{folder}: holds the splits {', '.join(map(str, table))}: choose one with split, got {split}"
+            )
         table = table[split or next(iter(table))]
     elif split is not None:
         raise SnpatchError(f"{folder}: split chooses among splits, this is one")

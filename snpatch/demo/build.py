@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from snpatch.demo import language
 from snpatch.demo.corpus import chat, check_language, preferences, sft_rows, write_prompts, write_text
@@ -205,7 +206,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_models(folder: Path) -> Iterator[tuple[str, PreTrainedModel]]:
+def load_models(folder: Path) -> Iterator[tuple[str, Any]]:
     """Yield the base and every aligned model with its name.
 
     They share their weights, so finish with one before taking the next.
@@ -214,7 +215,7 @@ def load_models(folder: Path) -> Iterator[tuple[str, PreTrainedModel]]:
 
     adapters = load_experiment_config(folder / CONFIG_FILE).engine.placed(folder).adapters
     chains = {name: [Path(part) for part in parts] for name, parts in adapters.items()}
-    model = AutoModelForCausalLM.from_pretrained(str(folder / "base")).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder / "base")).eval()
     yield "base", model
     for part in dict.fromkeys(chain.from_iterable(chains.values())):
         if isinstance(model, PeftModel):
@@ -222,12 +223,13 @@ def load_models(folder: Path) -> Iterator[tuple[str, PreTrainedModel]]:
         else:
             model = PeftModel.from_pretrained(model, str(part), adapter_name=part.name).eval()
     for name, parts in chains.items():
-        model.base_model.set_adapter([part.name for part in parts], inference_mode=True)
+        tuner: Any = model.base_model
+        tuner.set_adapter([part.name for part in parts], inference_mode=True)
         yield name, model
 
 
 @torch.inference_mode()
-def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
+def reply(model, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
     """Return greedy completions of at most 32 tokens, without special tokens."""
     batch = tokenizer([render_tulu(chat("user", p), tokenizer) for p in prompts], padding=True, return_tensors="pt")
     batch.pop("token_type_ids", None)

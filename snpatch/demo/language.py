@@ -124,7 +124,8 @@ class Request:
     @property
     def split(self) -> Split:
         """Return the split of the text: 8 of 10 texts are for training, 1 for the contrast, 1 for evaluation."""
-        return {0: "eval", 1: "contrast"}.get(zlib.crc32(self.text.encode()) % 10, "train")
+        others: dict[int, Split] = {0: "eval", 1: "contrast"}
+        return others.get(zlib.crc32(self.text.encode()) % 10, "train")
 
     @property
     def steps(self) -> tuple[str, str, str]:

@@ -57,7 +57,7 @@ def train_base(
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
-    model.to(torch.bfloat16).save_pretrained(str(folder))
+    model.bfloat16().save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     _load_as_float32(folder)
 
@@ -138,9 +138,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, settings: BodySettings) -> Llama
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.kv_heads,
         max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         tie_word_embeddings=False,
     )
 

@@ -1,6 +1,6 @@
 """AsyncEngine: one engine for many concurrent callers, whose completions are streamed. The server uses it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -97,10 +97,10 @@ class AsyncEngine(BaseEngine):
         (patch,) = self.requests.patches(patch, 1)
         ids = self.encode([prompt], recipient_name(patch))
         ((_, request),) = self.requests.writing(ids, patch, sampling)
-        return self._deltas(request)
+        return self._deltas(request, sampling.stop)
 
-    async def _deltas(self, request: Request) -> AsyncIterator[Delta]:
-        num_held_back = max((len(stop) for stop in request.sampling.stop), default=1) - 1  # may begin a stop string
+    async def _deltas(self, request: Request, stop_strings: Sequence[str]) -> AsyncIterator[Delta]:
+        num_held_back = max(map(len, stop_strings), default=1) - 1  # may begin a stop string
         sent, executor = Output(), self.executor
         try:
             async with aclosing(executor.stream(request)) as outputs:

@@ -80,7 +80,7 @@ class BaseEngine:
         Raises:
             SnpatchError: The name is taken or reserved, or the adapter does not fit the model.
         """
-        source = EngineConfig(self.config.model, {name: folders}).sources[name]
+        source = EngineConfig.of(self.config.model, {name: folders}).sources[name]
         self._opened.check_late_adapter(source)
         self._opened.add({name: source}, self.geometry, self.executor.check_model)
 

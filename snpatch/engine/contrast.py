@@ -6,6 +6,7 @@ pass, because only a finished completion shows which position predicted an EOS.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import transformers
@@ -37,7 +38,7 @@ def contrast(
     sampling: Sampling,
     exclude_layers: Sequence[int],
     method: str,
-    progress: Progress | None,
+    progress: Progress | Literal[False],
 ) -> Ranking:
     """Rank neurons; see Engine.contrast, which has the defaults."""
     _check_arguments(positions, method, sampling, generate_with, donor)

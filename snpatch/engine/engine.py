@@ -3,7 +3,7 @@
 It holds no logic of its own, so that the server, sweeps and the async engine check and build requests the same way.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -21,6 +21,7 @@ from snpatch.executors.base import Executor, Logprobs, Output, Request
 from snpatch.patching.patch import Patch, recipient_name
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import CONTRAST, GREEDY, Sampling
+from snpatch.utils.optional import present
 from snpatch.utils.progress import Progress, announced, open_progress
 
 
@@ -28,13 +29,21 @@ from snpatch.utils.progress import Progress, announced, open_progress
 class PromptGuard(Protocol):
     """Predictor of harm that refuses prompts before anything is generated; see guard.Guard."""
 
-    threshold: float
-    refusal: str
+    @property
+    def threshold(self) -> float:
+        """Probability of harm from which a prompt is refused."""
+        ...
+
+    @property
+    def refusal(self) -> str:
+        """Answer in place of the model's."""
+        ...
 
     def predict(
         self, engine: "Engine", prompts: Sequence[Prompt], progress: Progress | bool | None = None
     ) -> np.ndarray:
         """Predict the probability of harm of each prompt, [prompts], from 0 to 1."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ class Engine(BaseEngine):
             SnpatchError: Invalid prompts, patches or sampling parameters.
         """
         jobs = self._build_jobs(prompts, patch, sampling, guard)
-        completions: list[Completion | None] = [None] * len(jobs)
+        completions: dict[int, Completion] = {}
         num_done, num_requests = 0, sum(job.refusal is None for job in jobs)
         with open_progress(progress, "generate") as report:
             for index, completion in self._stream(jobs):
@@ -144,7 +153,7 @@ class Engine(BaseEngine):
                 if report and jobs[index].refusal is None:
                     num_done += 1
                     report(num_done, num_requests)
-        return completions
+        return [completions[index] for index in range(len(jobs))]
 
     def contrast(
         self,
@@ -224,7 +233,7 @@ class Engine(BaseEngine):
         """
         requests = self.requests.capturing(self.encode(prompts, model), model, ranking, k, positions)
         with open_progress(progress, "capture") as report:
-            return torch.cat([output.captured for output in self.execute(requests, report)])
+            return torch.cat([present(output.captured) for output in self.execute(requests, report)])
 
     def logprobs(
         self,
@@ -248,22 +257,22 @@ class Engine(BaseEngine):
         read = None if completions is None else self.requests.completions(completions, len(ids))
         with open_progress(progress, "logprobs") as report:
             outputs = self.execute(self.requests.reading(ids, patches, read), report)
-        logprobs = [output.prompt_logprobs for output in outputs]
+        logprobs = [present(output.prompt_logprobs) for output in outputs]
         if read is None:
             return logprobs
         return [found.last(len(completion)) for found, completion in zip(logprobs, read, strict=True)]
 
     def execute(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
         """Return the outputs of requests in their order. Raise OverflowedError if a text overflowed."""
-        outputs: list[Output | None] = [None] * len(requests)
+        outputs: dict[int, Output] = {}
         with self._restarted_if_spoiled():
             for done, (index, output) in enumerate(self.run(requests), start=1):
                 outputs[index] = _check_usable(output)
                 if progress:
                     progress(done, len(requests))
-        return outputs
+        return [outputs[index] for index in range(len(requests))]
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
+    def run(self, requests: Iterable[Request]) -> Generator[tuple[int, Output], None, None]:
         """Yield (index, output) of each request as it finishes; see Executor.stream.
 
         A patched text that overflowed has its `error`, and the other requests continue. An unpatched one raises

@@ -8,6 +8,7 @@ import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from snpatch.errors import SnpatchError, is_unicode, shown
 from snpatch.executors.base import Capture, Observation, Output, Request
@@ -65,7 +66,7 @@ class Completion:
             list(request.prompt_ids),
             output.token_ids,
             output.text,
-            output.finish_reason,
+            cast(str, output.finish_reason),  # a finished one has a reason
             output.stop_reason,
             output.logprobs,
             output.overwrites,
@@ -73,7 +74,7 @@ class Completion:
         )
 
     @classmethod
-    def refused(cls, prompt_ids: Sequence[int], refusal: str, harm: float) -> "Completion":
+    def refused(cls, prompt_ids: Sequence[int], refusal: str, harm: float | None) -> "Completion":
         """Build the completion of a prompt that a guard refused."""
         return cls(list(prompt_ids), [], refusal, "guard", None, None, 0, harm)
 
@@ -166,7 +167,7 @@ class Requests:
         if isinstance(prompt, str):
             ids = template.tokenizer(_check_text(prompt, name))["input_ids"]
         elif isinstance(prompt, list | tuple) and any(isinstance(message, Mapping) for message in prompt):
-            chat = _check_chat(prompt, name)
+            chat = _check_chat(cast(Chat, prompt), name)
             ids = template.encode(chat)
             if not self.notes.has("marks") and (mark := template.find_mark(chat)):
                 self.notes.add(
@@ -194,7 +195,7 @@ class Requests:
         """Raise for token ids that the model's embedding has no row for."""
         self._parse_ids(ids, name, self.templates[0].tokenizer, "a list of token ids")
 
-    def _parse_ids(self, value: Sequence[int], name: str, tokenizer, wanted: str) -> list[int]:
+    def _parse_ids(self, value: Any, name: str, tokenizer, wanted: str) -> list[int]:
         """Return the token ids of a list, or of a numpy array or tensor of integers."""
         value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, list | tuple | range) or any(isinstance(i, str | list | tuple | Set) for i in value):
@@ -245,7 +246,7 @@ class Requests:
         return [self.patched(*each, prompt_logprobs=True) for each in zip(ids, patches, read, strict=True)]
 
     def capturing(
-        self, ids: Sequence[list[int]], model: str, ranking: Ranking, k: int, position: str | int
+        self, ids: Sequence[Sequence[int]], model: str, ranking: Ranking, k: int, position: str | int
     ) -> list[Request]:
         """Return a request per prompt that captures activations. position: "last_prompt_token" or an index."""
         if not 1 <= k <= len(ranking):
@@ -267,8 +268,9 @@ class Requests:
 
     def observing(self, ids: list[int], pair: tuple[str, str | None], observe: Observation, **options) -> Request:
         """Return a request that both models of a pair read, the first as the recipient. None: the recipient alone."""
-        recipient, donor = (None if name is None else self.model(name) for name in pair)
-        return Request(ids, recipient, donor, observe=observe, **options)
+        recipient, donor = pair
+        donor_model = None if donor is None else self.model(donor)
+        return Request(ids, self.model(recipient), donor_model, observe=observe, **options)
 
     def patched(self, prompt: list[int], patch: Patch | str, completion: Sequence[int] = (), **options) -> Request:
         """Return the request of a prompt, and of a completion to read, under a patch or in an unpatched model."""

@@ -28,9 +28,12 @@ def main() -> None:
         result = sweep(engine, prompts, {"safety": ranking}, {"cost": cost}, config, store="sweep")
     lines = {None: "top k", 0: "random neurons, seed 0", 1: "random neurons, seed 1"}
     for seed, label in lines.items():
-        rows = [row for row in result.line("cost", "sft", "safety", seed) if row.mean is not None]
-        plt.plot([row.rank_hi for row in rows], [row.mean for row in rows], "o-", label=label)
-    plt.axhline(result.baseline("dpo", "cost").mean, linestyle=":", color="gray", label="dpo")
+        rows = result.line("cost", "sft", "safety", seed)
+        points = [(row.rank_hi, row.mean) for row in rows if row.mean is not None]
+        plt.plot([k for k, _ in points], [mean for _, mean in points], "o-", label=label)
+    dpo = result.baseline("dpo", "cost").mean
+    if dpo is not None:
+        plt.axhline(dpo, linestyle=":", color="gray", label="dpo")
     plt.xlabel("patched neurons")
     plt.ylabel("mean cost")
     plt.legend()

@@ -4,7 +4,7 @@ Why one kind of request: generation, contrast, capture and log-probabilities dif
 generated and which positions are observed. So they mix in one batch, and an executor has one path to get right.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -124,7 +124,11 @@ class Executor(Protocol):
     """Runs requests."""
 
     geometry: Geometry  # known before `start`
-    memory: Memory  # known after it
+
+    @property
+    def memory(self) -> Memory:
+        """Memory of the engine, known after `start`."""
+        ...
 
     def check_model(self, name: str, model: Model) -> None:
         """Raise if this executor cannot run the model, as early as that is known."""
@@ -135,13 +139,14 @@ class Executor(Protocol):
     def check_request(self, request: Request) -> None:
         """Raise if this executor can never run the request, however long it waits."""
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
+    def stream(self, requests: Iterable[Request]) -> Generator[tuple[int, Output], None, None]:
         """Yield (index, output) as each request finishes, with its receipt checked.
 
         An output that overflowed has its `error` set. Requests are taken as capacity allows. The requests of a list
         are all checked before any runs; the caller checks the requests of a generator. Statistics are complete after
         the last output; if the consumer stops iterating earlier, running requests are aborted.
         """
+        ...
 
     def close(self) -> None:
         """Free all resources; nothing can be run afterwards."""

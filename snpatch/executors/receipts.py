@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from snpatch.errors import OverflowedError, ReceiptError
-from snpatch.executors.base import Output, Request
+from snpatch.executors.base import Capture, Output, Request
 from snpatch.executors.request_rows import implied_overwrites
 from snpatch.models.geometry import Geometry
 from snpatch.op.plan import INT32_MAX
 from snpatch.utils.hashing import REQUEST_DIGITS, hash_json
+from snpatch.utils.optional import present
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ def confirm(request: Request, output: Output, shards: Sequence[WorkerReceipt], g
     num_positions = len(request.prompt_ids) + max(len(output.token_ids) - 1, 0)
     output.overwrites = _count_overwrites(request, shards, num_positions)
     if request.capture:
-        output.captured = _merge_captures(request, [shard.captured for shard in shards])
+        output.captured = _merge_captures(request.capture, [present(shard.captured) for shard in shards])
 
 
 def _overflow(request: Request, shards: Sequence[WorkerReceipt], geometry: Geometry) -> OverflowedError | None:
@@ -91,9 +92,8 @@ def _count_overwrites(request: Request, shards: Sequence[WorkerReceipt], num_pos
     return expected
 
 
-def _merge_captures(request: Request, parts: Sequence[Tensor]) -> Tensor:
+def _merge_captures(capture: Capture, parts: Sequence[Tensor]) -> Tensor:
     """Return [positions, k] float32; each neuron comes from the one worker that has it."""
-    capture = request.capture
     merged, *others = (part[:, : capture.k] for part in parts)
     for part in others:
         merged = torch.where(merged.isnan(), part, merged)

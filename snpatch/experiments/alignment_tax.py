@@ -13,6 +13,7 @@ from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.window import Window
 from snpatch.report.formatting import describe_score, format_p_value, format_with_interval, to_plot_label
 from snpatch.report.report import Report, TableView
 from snpatch.statistics import interval, paired_p
@@ -66,8 +67,8 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     ):
         config = SweepConfig(
             (recipient,),
-            donor,
-            (len(shared),),
+            (donor,),
+            (Window(0, len(shared)),),
             controls=settings.controls,
             sampling=context.sampling,
             resamples=settings.resamples,

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 from snpatch.data import Chat, Dataset
 from snpatch.engine import Engine
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
-from snpatch.experiments.config import Contrast
-from snpatch.experiments.provenance import Provenance
+from snpatch.experiments.config import Contrast, ExperimentConfig
+from snpatch.experiments.provenance import FingerprintSource, Provenance
 from snpatch.judges.factory import is_model_judge, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch, recipient_name
@@ -68,7 +69,8 @@ class ExperimentContext:
         command: str | None = None,
         **engine,
     ) -> None:
-        self.config, self.out, self.progress, self._command = config, Path(out), progress, command
+        self.config = cast(ExperimentConfig, config)  # of a SweepSpec only the fields of EvalConfig are read
+        self.out, self.progress, self._command = Path(out), progress, command
         self._backend = config.engine.backend if backend == "auto" else backend
         self._limit, self._skip_invalid, self._engine_arguments = limit, skip_invalid, engine
         self._sets: dict[str, Dataset] = {}
@@ -85,8 +87,8 @@ class ExperimentContext:
     def close(self) -> None:
         """Close engine and judges."""
         for judge in self._judges.values():
-            if hasattr(judge, "close"):
-                judge.close()
+            if close := getattr(judge, "close", None):
+                close()
         self._judges = {}
         if "engine" in self.__dict__:
             self.__dict__.pop("engine").close()
@@ -111,7 +113,7 @@ class ExperimentContext:
         self.record_model(self.engine, name)
         return name
 
-    def record_model(self, engine: Engine, name: str) -> None:
+    def record_model(self, engine: FingerprintSource, name: str) -> None:
         """Record the use of a model of some engine."""
         self._provenance.model(engine, name, self.config.engine.origin(name))
 
@@ -238,9 +240,10 @@ class ExperimentContext:
         """Return the perplexity of each patched or unpatched model on a text of the config; see measure_perplexity."""
         content = self.data(text).text
         for patch in patches:
-            donors = [intervention.donor for intervention in patch.interventions] if isinstance(patch, Patch) else []
+            donors = [] if isinstance(patch, str) else [intervention.donor for intervention in patch.interventions]
             for model in (recipient_name(patch), *donors):
-                self.model(model)
+                if isinstance(model, str):
+                    self.model(model)
         with self.progress(f"perplexity on {text}") as progress:
             return measure_perplexity(
                 self.engine, content, patches, window, bos_each_window=bos_each_window, progress=progress

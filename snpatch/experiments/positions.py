@@ -34,7 +34,10 @@ class Settings(sweep_report.SweepSettings):
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Rank neurons at each kind of position, compare the rankings, and patch their top neurons."""
     rankings = {positions: context.ranking(positions=positions) for positions in CONTRAST_POSITIONS}
-    agreement_report = agreement.build_agreement_report(context, "positions", rankings, settings, "kinds of positions")
+    agreement_settings = agreement.AgreementSettings(settings.k, settings.more_k)
+    agreement_report = agreement.build_agreement_report(
+        context, "positions", rankings, agreement_settings, "kinds of positions"
+    )
     config = sweep_report.build_sweep_config(
         context, settings, context.top_windows(settings.effect_k, rankings["completion"])
     )

@@ -6,12 +6,25 @@ ran before it.
 
 import time
 from collections.abc import Mapping
+from typing import Protocol
 
 from snpatch.data import Dataset
-from snpatch.engine import Engine
 from snpatch.op import ops
 from snpatch.ranking.ranking import Ranking
 from snpatch.utils.environment import describe_environment
+
+
+class FingerprintSource(Protocol):
+    """An engine, or the properties that a replica reported about its own engine."""
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend."""
+        ...
+
+    def fingerprint(self, model: str, /) -> str:
+        """Return the fingerprint of a model."""
+        ...
 
 
 class Provenance:
@@ -22,7 +35,7 @@ class Provenance:
         self._backend: str | None = None
         self._used: dict[str, dict] = {"adapters": {}, "models": {}, "sets": {}, "judges": {}, "rankings": {}}
 
-    def model(self, engine: Engine, name: str, adapters: object = ()) -> None:
+    def model(self, engine: FingerprintSource, name: str, adapters: object = ()) -> None:
         """Record a model. adapters: their sources, as the user wrote them."""
         self._backend = engine.backend
         self._used["models"][name] = engine.fingerprint(name)

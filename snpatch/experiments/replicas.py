@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from snpatch.engine.requests import Completion
 from snpatch.errors import EngineCrashedError, ReceiptError, SnpatchError, first_line
@@ -178,13 +179,13 @@ class _Team:
         self._actor_class = ray.remote(Replica).options(num_gpus=gpus, max_restarts=0)
         self._actor_arguments = (spec, out, arguments)
         self._events: queue.Queue = queue.Queue()
-        self._actors: dict[int, object] = {}
+        self._actors: dict[int, Any] = {}  # Ray's handles have no methods that a type checker knows
         self._owns_ray = not ray.is_initialized()
 
     def __enter__(self) -> "_Team":
         if self._owns_ray:
             ray.init(log_to_driver=False, include_dashboard=False)
-        self._shared_queue = ray.remote(SharedQueue).options(num_cpus=0).remote()
+        self._shared_queue: Any = ray.remote(SharedQueue).options(num_cpus=0).remote()
         return self
 
     def __exit__(self, *_: object) -> None:

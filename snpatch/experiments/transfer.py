@@ -9,7 +9,7 @@ from snpatch.experiments.context import ExperimentContext
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.formatting import describe_score, format_percent, format_range, to_plot_label
-from snpatch.report.report import Report, TableView
+from snpatch.report.report import Report, Row, TableView
 from snpatch.sweeps.sweep import SweepResult
 
 
@@ -40,7 +40,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     benchmarks = settings.benchmarks or context.config.benchmarks
     perplexities = _measure_perplexities(context, settings, ranking, k) if settings.text else None
     results = {name: context.sweep(name, {"safety": ranking}, context.cost, config) for name in benchmarks}
-    rows = [{"benchmark": name, **asdict(row)} for name, result in results.items() for row in result.rows]
+    rows: list[Row] = [{"benchmark": name, **asdict(row)} for name, result in results.items() for row in result.rows]
     table = _build_published_table(context, results)
     if perplexities:
         table = [row | {"perplexity": ppl} for row, ppl in zip(table, perplexities, strict=True)]
@@ -68,7 +68,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     )
 
 
-def _build_published_table(context: ExperimentContext, results: dict[str, SweepResult]) -> list[dict]:
+def _build_published_table(context: ExperimentContext, results: dict[str, SweepResult]) -> list[Row]:
     """Return one row per model, patched ("+") or not, as in Table 1: mean cost and effect on each benchmark."""
     table = []
     cost = context.config.cost

@@ -51,3 +51,9 @@ class GuardConfig:
         ):
             if not valid:
                 raise SnpatchError(f"guard: {message}")
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Return the values of C, also if it was given as one number."""
+        assert isinstance(self.C, tuple)
+        return self.C

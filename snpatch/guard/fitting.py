@@ -7,6 +7,7 @@ converged, so its scores depend on where it stopped.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -44,7 +45,7 @@ def validate_labels(labels: ArrayLike, n: int | None = None) -> np.ndarray:
 
 def check_trainable(labels: np.ndarray, config: GuardConfig, name: str) -> None:
     """Raise if a class has too few prompts for the folds. Choosing C inside a fold needs two per fold."""
-    needed = config.folds * min(len(config.C), 2)
+    needed = config.folds * min(len(config.strengths), 2)
     harmful = int(labels.sum())
     if min(harmful, len(labels) - harmful) < needed:
         raise SnpatchError(
@@ -66,7 +67,7 @@ def predict_out_of_fold(features: ArrayLike, labels: ArrayLike, config: GuardCon
     x, y = _validate(features, labels, config)
     with _convergence_required(config):
         estimator = _build_estimator(config)
-        return cross_val_predict(estimator, x, y, cv=_build_folds(config), method="predict_proba")[:, 1]
+        return np.asarray(cross_val_predict(estimator, x, y, cv=_build_folds(config), method="predict_proba"))[:, 1]
 
 
 def _validate(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -77,12 +78,14 @@ def _validate(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> tu
 
 
 def _build_estimator(config: GuardConfig) -> Pipeline | GridSearchCV:
-    classifier = LogisticRegression(C=config.C[0], class_weight=config.class_weight, max_iter=config.max_iter)
+    strengths = config.strengths
+    classifier = LogisticRegression(C=strengths[0], class_weight=config.class_weight, max_iter=config.max_iter)
     pipeline = make_pipeline(StandardScaler(), classifier)
-    if len(config.C) == 1:
+    if len(strengths) == 1:
         return pipeline
-    grid = {"logisticregression__C": sorted(config.C)}  # of equal scores the first wins: the strongest penalty
-    return GridSearchCV(pipeline, grid, scoring="neg_log_loss", cv=_build_folds(config), error_score="raise")
+    grid = {"logisticregression__C": sorted(strengths)}  # of equal scores the first wins: the strongest penalty
+    raises: Any = "raise"  # the stubs allow only numbers
+    return GridSearchCV(pipeline, grid, scoring="neg_log_loss", cv=_build_folds(config), error_score=raises)
 
 
 def _build_folds(config: GuardConfig) -> StratifiedKFold:
@@ -99,5 +102,5 @@ def _convergence_required(config: GuardConfig) -> Iterator[None]:
     except ConvergenceWarning:
         raise SnpatchError(
             f"guard: the fit did not converge in max_iter={config.max_iter} steps; raise max_iter or lower C "
-            f"({', '.join(map(str, config.C))})"
+            f"({', '.join(map(str, config.strengths))})"
         ) from None

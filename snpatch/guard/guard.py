@@ -119,7 +119,7 @@ class Guard:
         fit_meta = {
             "C": classifier.C,
             "class_weight": config.class_weight,
-            "n": len(labels),
+            "n": np.size(labels),
             "harmful": int(np.sum(labels)),
             "ranking": ranking.fingerprint,
             "versions": {name: version(name) for name in PACKAGES},
@@ -158,7 +158,7 @@ class Guard:
         """Decide which prompts to refuse, [prompts] bool, from features [prompts, k]."""
         return self.probability(features) > self.threshold
 
-    def predict(self, engine: Engine, prompts: Sequence[Prompt], progress: Progress | None = None) -> np.ndarray:
+    def predict(self, engine: Engine, prompts: Sequence[Prompt], progress: Progress | bool | None = None) -> np.ndarray:
         """Predict the probability of harm of prompts, [prompts] float64. Each costs one prefill in `model`.
 
         Raises:

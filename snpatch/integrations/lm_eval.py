@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, takewhile
+from typing import Any
 
 from snpatch.config import group_models, parse_adapters, parse_json_object
 from snpatch.engine import Engine
@@ -184,7 +185,7 @@ class SnpatchLM(TemplateLM):
 
     def _sampling(self, gen_kwargs: dict) -> Sampling:
         """Return the sampling of lm-eval's generation arguments, by its rules for their names; default: greedy."""
-        options = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         stop, max_tokens, is_sampled = (options.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
         temperature = options.pop("temperature", 1.0 if is_sampled else 0.0)
         fields = {name: _to_int(options.pop(name)) for name in SAMPLING_FIELDS if name in options}
@@ -213,10 +214,14 @@ def main() -> None:
 @contextmanager
 def _progress_bar(name: str, total: int, disable: bool) -> Iterator[Callable[[int, int], None]]:
     with tqdm(total=total, desc=f"snpatch: {name}", disable=disable) as bar:
-        yield lambda done, _total: bar.update(done - bar.n)
+
+        def update(done: int, _total: int) -> None:
+            bar.update(done - bar.n)
+
+        yield update
 
 
-def _to_int(value: object) -> object:
+def _to_int(value: Any) -> Any:
     """Convert whole floats, because lm-eval's command line reads -1 as -1.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

@@ -7,6 +7,7 @@ new checkpoints contain different further tensors, so every tensor is checked, a
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -54,7 +55,9 @@ class ScoreCheckpoint:
 
 def read_score_checkpoint(folder: Path, config: LlamaConfig, dtype: str, device: torch.device) -> ScoreCheckpoint:
     """Read and check every tensor of a folder. On device "meta" all are checked and none is kept."""
-    body_dtype = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    # transformers has replaced the name in config.json by a dtype.
+    own_dtype = cast(torch.dtype | None, config.dtype)
+    body_dtype = own_dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     tensors = dict(_read_tensors(folder, body_dtype, device))
 
     def take(name: str, shape: tuple[int, ...]) -> Tensor | None:

@@ -3,14 +3,22 @@
 import importlib
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, cast, overload
 
 from snpatch.errors import SnpatchError
 from snpatch.judges.protocol import Judge
 from snpatch.judges.refusal import RefusalWords
 
+if TYPE_CHECKING:
+    from snpatch.judges.score_model import ScoreModel
+
 REFUSAL_JUDGE = "refusal"
 
 
+@overload
+def open_judge(spec: str, *, format: str, **arguments) -> "ScoreModel": ...
+@overload
+def open_judge(spec: str, **arguments) -> Judge: ...
 def open_judge(spec: str, **arguments) -> Judge:
     """Return the judge that a string names.
 
@@ -51,4 +59,4 @@ def _import_function(spec: str, module: str, name: str) -> Judge:
         raise SnpatchError(f"judge {spec}: cannot be imported: {error} (is it on PYTHONPATH?)") from error
     if not callable(judge):
         raise SnpatchError(f"judge {spec}: expected a callable (prompts, completions) -> scores, got {judge!r}")
-    return judge
+    return cast(Judge, judge)

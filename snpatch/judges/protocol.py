@@ -25,6 +25,7 @@ class Judge(Protocol):
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
         """Score each completion as an answer to the prompt at its index; scores must be finite."""
+        ...
 
 
 def score_all(

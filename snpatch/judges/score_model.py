@@ -71,7 +71,7 @@ class ScoreModel:
         default = "beaver" if is_beaver else "chat" if tokenizer.chat_template else "pair"
         self._format = ScoreFormat(format or default, tokenizer)
         self._identity = model, [fingerprint_tokenizer(tokenizer), format or default, label, dtype, self.backend]
-        self._label = _find_label(model, ["score"] if is_beaver else list(config.id2label.values()), label)
+        self._label = _find_label(model, ["score"] if is_beaver else list((config.id2label or {}).values()), label)
         self._is_independent = config.problem_type in INDEPENDENT_PROBLEM_TYPES
         padding = get_pad_token_id(config)
         # A Beavertails model scores the last token; transformers' decoders score the last one before padding.

@@ -65,6 +65,8 @@ class BeavertailsScorer:
         return _run_by_length(rows, self._batch_size, self._score_batch)
 
     def _score_batch(self, rows: list[EncodedText]) -> Tensor:
+        assert self._body is not None, "this judge is closed"
+        assert self._checkpoint is not None
         ids, mask = (tensor.to(self._device) for tensor in _pad(rows, 0, self._side))
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         hidden = self._body(ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
@@ -114,6 +116,7 @@ class ClassifierScorer:
         return _run_by_length(rows, self._batch_size, self._score_batch)
 
     def _score_batch(self, rows: list[EncodedText]) -> Tensor:
+        assert self._model is not None, "this judge is closed"
         if not self._has_padding:
             used_ids = {i for row in rows for i in row["input_ids"]}
             self._text_config.pad_token_id = next(i for i in count() if i not in used_ids)

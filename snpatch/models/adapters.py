@@ -92,8 +92,8 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> IA3Scal
     feedforward = read_module_names(folder, config, "feedforward_modules")
     expected = _find_expected_vectors(folder, config, n_layers, widths)
     tensors = read_adapter_tensors(folder)
-    matches = {key: _KEY.fullmatch(key) for key in tensors}
-    if unknown := [key for key, match in matches.items() if not match]:
+    matches = {key: match for key in tensors if (match := _KEY.fullmatch(key))}
+    if unknown := [key for key in tensors if key not in matches]:
         raise SnpatchError(f"{folder}: unknown tensor {unknown[0]}")
     modules = [match["module"] for match in matches.values()]
     scales_input = match_modules(folder, "feedforward_modules", feedforward, modules)

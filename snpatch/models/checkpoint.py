@@ -94,7 +94,7 @@ def _parse_ids(declared: object, name: str | Path) -> list[int]:
     ids = declared if isinstance(declared, list) else [declared]
     if wrong := [i for i in ids if i is not None and type(i) is not int]:
         raise SnpatchError(f"{name}: eos_token_id: expected numbers of tokens, got {shown(wrong[0])}")
-    return [i for i in ids if i is not None]
+    return [i for i in ids if type(i) is int]
 
 
 def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:

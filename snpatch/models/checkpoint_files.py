@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from snpatch.errors import SnpatchError
 from snpatch.utils.schema import parse_json
@@ -42,7 +43,8 @@ def find_shards(folder: Path, patterns: Sequence[str] = SHARD_PATTERNS) -> tuple
 def read_index(path: Path) -> dict[str, Path]:
     """Return the file of each tensor from an index of weights; all files are in the index's own folder."""
     try:
-        names = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
+        index: Any = parse_json(path.read_text(encoding="utf-8"))
+        names = index["weight_map"]
         files = {tensor: path.parent / name for tensor, name in names.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SnpatchError(f"{path}: not an index of weights ({type(error).__name__}): download it again") from error

@@ -129,12 +129,11 @@ def _used_rope(parameters: Mapping) -> dict[str, object]:
     names = ROPE_TYPE_KEYS.get(kind, parameters.keys() - {"type"})
     values = {name: value for name in names if (value := parameters.get(name)) is not None}
     share = parameters.get("partial_rotary_factor")
-    return {"rope_theta": parameters.get("rope_theta"), "share": 1.0 if share is None else share, **values} | {
-        "rope_type": kind
-    }
+    fixed = {"rope_theta": parameters.get("rope_theta"), "share": 1.0 if share is None else share}
+    return {**fixed, **values, "rope_type": kind}
 
 
-def _to_plain(value: object) -> object:
+def _to_plain(value) -> object:
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 
@@ -239,7 +238,7 @@ def _check_unshared_ids(tokenizer, size: int, name: str, other: str, ids: set[in
     )
 
 
-def _restrict_to_shared(value: object, key: str, shared: set[str]) -> object:
+def _restrict_to_shared(value, key: str, shared: set[str]) -> object:
     """Return the part of a tokenizer model's vocabulary or merges that is about tokens of both tokenizers."""
     if key == "vocab":  # a table was compared as the tokenizer's; a list has scores
         return None if isinstance(value, dict) else [entry for entry in value or () if entry[0] in shared]

@@ -100,10 +100,10 @@ class _FileHashCache:
             stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
             entry = self._stored.get(key)
             if not isinstance(entry, list) or entry[:-1] != stamp or not isinstance(entry[-1], str):
-                self._new[key] = [*stamp, hash_file(path, SHA256_DIGITS)]
+                entry = self._new[key] = [*stamp, hash_file(path, SHA256_DIGITS)]
         except OSError as error:
             raise SnpatchError(f"cannot read {path}: {error.strerror or error}") from error
-        return self._new.get(key, self._stored.get(key))[-1]
+        return entry[-1]
 
     def save(self) -> None:
         """Write the new hashes, and drop those of files that no longer exist."""

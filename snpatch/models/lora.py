@@ -93,7 +93,8 @@ def load_lora(adapter: str | Path) -> Lora:
         rank, config_rank = pair["A"].shape[0], ranks.get(module, config["r"])
         if rank != config_rank or not rank:
             raise SnpatchError(f"{folder}: {module} has rank {rank}, its config says {config_rank}")
-        scale = alphas.get(module, config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        alpha = alphas[module] if module in alphas else config["lora_alpha"]
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         updates[f"{module}.weight"] = pair["A"], pair["B"], scale
     if not updates:
         raise SnpatchError(f"{folder}: it holds no LoRA matrices")

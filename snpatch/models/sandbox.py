@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from snpatch.errors import SnpatchError
 
@@ -60,9 +61,10 @@ class _Sandbox:
     """The child process: started when it is needed, and again after it has ended."""
 
     def __init__(self) -> None:
-        self._lock, self._process = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
 
-    def run(self, request: Mapping, subject: str) -> object:
+    def run(self, request: Mapping, subject: str) -> Any:
         """Return the result of one request; raise a SnpatchError if it fails or exceeds its limits."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
@@ -89,13 +91,21 @@ class _Sandbox:
             self._process.wait()
 
     @staticmethod
-    def _start() -> subprocess.Popen:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen([sys.executable, "-P", CHILD_PROGRAM], **pipes, text=True, start_new_session=True)
+    def _start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-P", CHILD_PROGRAM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
 
 
-def _exchange(process: subprocess.Popen, request: Mapping) -> str:
+def _exchange(process: subprocess.Popen[str], request: Mapping) -> str:
     """Send a request and return the response line; empty if the process has ended."""
+    assert process.stdin is not None  # both are pipes
+    assert process.stdout is not None
     with suppress(BrokenPipeError):
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()

@@ -13,8 +13,10 @@ import resource
 import select
 import signal
 import sys
+from io import BufferedReader
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 MEMORY_BYTES = 2**31  # address space
 POLL_SECONDS = 2.0
@@ -79,15 +81,18 @@ def _prepare(task) -> tuple[type[BaseException], ...]:
 
 def _stub_transformers() -> None:
     """Replace the packages around transformers' `chat_template_utils` by empty ones."""
-    [folder] = importlib.util.find_spec("transformers").submodule_search_locations
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    [folder] = spec.submodule_search_locations
     for name, path in (("transformers", folder), ("transformers.utils", str(Path(folder, "utils")))):
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = [path]
     names = {"is_jinja_available": True, "is_torch_available": False, "is_vision_available": False}
     imports = sys.modules["transformers.utils.import_utils"] = ModuleType("transformers.utils.import_utils")
     imports.__dict__.update({name: lambda value=value: value for name, value in names.items()})
-    sys.modules["transformers.utils.logging"] = ModuleType("transformers.utils.logging")
-    sys.modules["transformers.utils.logging"].get_logger = logging.getLogger
+    logs = sys.modules["transformers.utils.logging"] = ModuleType("transformers.utils.logging")
+    logs.__dict__["get_logger"] = logging.getLogger
 
 
 def _limit_memory() -> None:
@@ -104,7 +109,7 @@ def _wait_for_request(parent: int) -> bool:
     while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
         if os.getppid() != parent:
             return False
-    return bool(sys.stdin.buffer.peek(1))
+    return bool(cast(BufferedReader, sys.stdin.buffer).peek(1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ models on its set of weights; if two folders contradict each other, that is an e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from snpatch.config import PRIMARY_WEIGHTS, EngineConfig
 from snpatch.errors import SnpatchError
@@ -30,7 +31,7 @@ from snpatch.models.templates import (
 class TextProcessor:
     """Tokenizer, chat template and EOS tokens of one set of weights."""
 
-    tokenizer: object
+    tokenizer: Any  # of transformers
     template: ChatTemplate
     eos_ids: frozenset[int]
 
@@ -51,7 +52,7 @@ def load_text_processors(config: EngineConfig, notes: Notes) -> list[TextProcess
     names = [source.checkpoint or config.model for source in sources]
     tokenizers = {name: load_pretrained(AutoTokenizer, name) for name in names}
     if names[0] != names[-1]:
-        check_compatible(*names, *tokenizers.values(), notes)
+        check_compatible(names[0], names[1], tokenizers[names[0]], tokenizers[names[1]], notes)
     folders = [_get_adapter_folders(config, index) for index in range(len(names))]
     processors = []
     for index, name in enumerate(names):

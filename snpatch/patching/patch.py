@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -141,9 +142,20 @@ class Intervention:
 
     donor: str | Source
     ranking: Ranking
-    window: Window | int | tuple[int, int]
+    window: Window
     positions: str | int = "all"
     strength: float = 1.0
+
+    if TYPE_CHECKING:  # the constructor takes windows in other forms, too
+
+        def __init__(
+            self,
+            donor: str | Source,
+            ranking: Ranking,
+            window: Window | int | tuple[int, int],
+            positions: str | int = "all",
+            strength: float = 1.0,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if not isinstance(self.ranking, Ranking):
@@ -241,9 +253,10 @@ class Patch:
     ) -> None:
         if not isinstance(recipient, str):
             raise SnpatchError(f"recipient: expected a model's name, got {shown(recipient)}{ORDER}", field="recipient")
+        single: tuple[Any, ...] = (donor, ranking, window, positions, strength)
         if not interventions:
-            interventions = [Intervention(donor, ranking, window, positions, strength)]
-        elif (donor, ranking, window, positions, strength) != (None, None, None, "all", 1.0):
+            interventions = [Intervention(*single)]  # raises for an argument that is None
+        elif single != (None, None, None, "all", 1.0):
             raise SnpatchError("patch: expected either one donor, ranking and window, or interventions, got both")
         for intervention in interventions:
             if not isinstance(intervention, Intervention):
@@ -349,9 +362,9 @@ def _moment(ranking: Ranking, name: str) -> Tensor:
     return ranking.moments[name]
 
 
-def _check_factor(factor: object, name: str, field: str | None = None) -> None:
+def _check_factor(factor, name: str, field: str | None = None) -> None:
     is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
-    if not (is_number and abs(factor) <= LARGEST_FACTOR):  # NaN is not, either
+    if not is_number or not abs(factor) <= LARGEST_FACTOR:  # NaN is not, either
         raise SnpatchError(f"{name} must be a finite number of float32, got {factor!r}", field=field)
 
 

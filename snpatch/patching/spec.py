@@ -6,7 +6,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from snpatch.errors import SnpatchError, error_field
@@ -28,25 +28,29 @@ RANKING, WINDOW = "Name of a ranking.", "k for its first k neurons, or [lo, hi].
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterventionSchema:
-    """JSON fields of an intervention."""
-
-    donor: str = field(metadata={"help": DONORS})
-    ranking: str = field(metadata={"help": RANKING})
-    window: int | tuple[int, int] = field(metadata={"help": WINDOW})
+class _CommonSchema:
+    donor: str | None = option(None, DONORS)
+    ranking: str | None = option(None, RANKING)
+    window: int | tuple[int, int] | None = option(None, WINDOW)
     positions: str | int = option("all", f"{', '.join(POSITIONS)}, or the index to start from (-1: last prompt token).")
     strength: float = option(1.0, "1: the donor's value, 0.5: half of each, 2: twice the difference, -1: its reverse.")
     seed: int | None = option(None, "Seed of the noise. Default: 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchSchema(InterventionSchema):
+class InterventionSchema(_CommonSchema):
+    """JSON fields of an intervention."""
+
+    donor: str = field(metadata={"help": DONORS})
+    ranking: str = field(metadata={"help": RANKING})
+    window: int | tuple[int, int] = field(metadata={"help": WINDOW})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchSchema(_CommonSchema):
     """JSON fields of a patch: those of one intervention, or a list of interventions, or neither (unpatched)."""
 
     recipient: str = field(metadata={"help": "Name of the model that is patched and generates."})
-    donor: str | None = option(None, DONORS)
-    ranking: str | None = option(None, RANKING)
-    window: int | tuple[int, int] | None = option(None, WINDOW)
     interventions: tuple[InterventionSchema, ...] = option((), "All interventions, in place of donor to seed.")
 
 
@@ -122,7 +126,8 @@ def build_patch(form: PatchSchema, named: PatchNamespace) -> Patch | str:
     if len(missing) < len(REQUIRED):
         if missing:
             raise SnpatchError(f"patch: {', '.join(missing)} is missing", field=missing[0])
-        return Patch(form.recipient, interventions=[_intervention(form, named)])
+        own = InterventionSchema(**{f.name: getattr(form, f.name) for f in fields(InterventionSchema)})
+        return Patch(form.recipient, interventions=[_intervention(own, named)])
     if given:
         raise SnpatchError(f"patch: {given[0]} needs a donor, a ranking and a window", field=given[0])
     return form.recipient
@@ -164,8 +169,9 @@ def parse_donor(
     if kind == "mean" and argument in ("recipient", "donor"):
         return Constant.mean(ranking, argument)
     if kind == "constant" and argument:
-        if argument not in (constants or {}):
-            raise SnpatchError(f"no constant named {argument!r}: there are {', '.join(constants or ()) or 'none'}")
+        constants = constants or {}
+        if argument not in constants:
+            raise SnpatchError(f"no constant named {argument!r}: there are {', '.join(constants) or 'none'}")
         return constants[argument]
     if kind == "noise" and argument:
         deviations = parse_number(argument, float, "donor noise:N")

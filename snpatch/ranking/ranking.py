@@ -23,6 +23,7 @@ from snpatch.ranking.statistics import Statistics
 from snpatch.ranking.window import Window
 from snpatch.utils.files import read_checkpoint, read_tensors, write_tensors
 from snpatch.utils.hashing import hash_tensor
+from snpatch.utils.optional import present
 from snpatch.utils.tensors import FLOATS, check_tensor, check_type, is_finite
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Ranking:
         excluded = _layers(exclude_layers, n_layers, "exclude_layers")
         order = torch.sort(scores.flatten(), descending=True, stable=True).indices
         order = order[~torch.isin(order // n_neurons, torch.tensor(excluded, dtype=torch.int64))]
-        rank = _build_ranks(order, scores.shape)
+        rank = _build_ranks(order, (n_layers, n_neurons))
         tied = int((scores.flatten()[order].diff() == 0).sum())
         meta = {**(meta or {}), "excluded_layers": excluded, **({"tied": tied} if tied else {})}
         return cls(rank, scores, moments or {}, meta)
@@ -162,7 +163,8 @@ class Ranking:
     @property
     def shape(self) -> tuple[int, int]:
         """Return (layers, neurons of a layer)."""
-        return tuple(self.rank.shape)
+        n_layers, n_neurons = self.rank.shape
+        return n_layers, n_neurons
 
     def __len__(self) -> int:
         return len(self._order)
@@ -295,7 +297,7 @@ class Ranking:
             raise SnpatchError(
                 f"{path}: lists neurons, not the model's size: give shape = (layers, neurons of a layer)"
             )
-        return cls.from_order(found.order, shape, {**meta, **({"tied": found.tied} if found.tied else {})})
+        return cls.from_order(present(found.order), shape, {**meta, **({"tied": found.tied} if found.tied else {})})
 
     @classmethod
     def _of_scores(cls, scores: Tensor, shape: tuple[int, int] | None, path: Path, meta: dict) -> "Ranking":
@@ -315,7 +317,7 @@ class Ranking:
         sums, count = (tensors.pop(name, None) for name in ("sums", "count"))
         if (sums is None) != (count is None):
             raise SnpatchError(f"{path}: damaged: of sums and count it holds one")
-        statistics = None if sums is None else Statistics(sums, count)
+        statistics = None if sums is None or count is None else Statistics(sums, count)
         rank, scores, moments = tensors.pop("rank"), tensors.pop("scores", None), tensors
         if statistics is not None and not moments:
             moments = statistics.moments()
@@ -344,9 +346,10 @@ class Ranking:
             raise SnpatchError(f"{path}: holds {len(scores)} layers, the model has {n_layers}")
         padded = [torch.nn.functional.pad(one, (0, 0, 0, missing)) for one in (scores, *moments)]
         names = ("donor_mean", "donor_std", "recipient_mean", "recipient_std")
+        rows, columns = padded[0].shape
         return cls.from_order(
             order,
-            tuple(padded[0].shape),
+            (rows, columns),
             scores=padded[0],
             moments=dict(zip(names, padded[1:], strict=True)),
             meta={"imported": Path(path).name, "positions": "completion"},

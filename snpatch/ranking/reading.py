@@ -5,7 +5,7 @@ could be either, or that has no order, raises.
 """
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,7 +196,7 @@ def _numbers(row: SourceRow) -> dict[str, float | int]:
     return found
 
 
-def _columns(names: Sequence[str]) -> dict[str, str]:
+def _columns(names: Iterable[str]) -> dict[str, str]:
     """Return field -> column."""
     found = {}
     for field, spellings in COLUMN_NAMES.items():
@@ -206,7 +206,7 @@ def _columns(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _fault(names: Sequence[str]) -> str | None:
+def _fault(names: Iterable[str]) -> str | None:
     names = list(names)
     return None if {"layer", "neuron"} <= _columns(names).keys() else f"layer, neuron, got {list_columns(names)}"
 

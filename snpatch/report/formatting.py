@@ -5,6 +5,7 @@ Why one module: a table in the terminal, a sentence of a headline and the HTML p
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from snpatch.errors import one_line
 
@@ -27,19 +28,19 @@ def format_value(value: object) -> str:
     return str(value)
 
 
-def format_interval(row: Mapping[str, object], name: str, form: Callable[[object], str] = format_value) -> str:
+def format_interval(row: Mapping[str, Any], name: str, form: Callable[[Any], str] = format_value) -> str:
     """Return "low .. high" from a row's columns `{name}_low` and `{name}_high`; empty if undefined."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     return "" if low is None else f"{form(low)} .. {form(high)}"
 
 
-def format_with_interval(row: Mapping[str, object], name: str, form: Callable[[object], str] = format_value) -> str:
+def format_with_interval(row: Mapping[str, Any], name: str, form: Callable[[Any], str] = format_value) -> str:
     """Return "value [low .. high]" from a row's columns; without brackets if the interval is undefined."""
     interval = format_interval(row, name, form)
     return f"{form(row[name])} [{interval}]" if interval else form(row[name])
 
 
-def format_range(values: Sequence[float], form: Callable[[object], str] = format_value) -> str:
+def format_range(values: Sequence[float], form: Callable[[Any], str] = format_value) -> str:
     """Return "smallest .. largest" of several values, or one value if both are formatted alike."""
     low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low} .. {high}"

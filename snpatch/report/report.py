@@ -6,12 +6,12 @@ files (files.py), and neither is needed to create one.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, object]
+Row = dict[str, Any]
 Columns = Mapping[str, str | Callable[[Row], object]]
 
 

@@ -32,7 +32,7 @@ def list_differences(pipeline: Pipeline) -> list[str]:
         return ["model"]
     shipped = load_preset(preset.published)
     differences = [name for name in COMPARED_FIELDS if preset.config.get(name) != shipped.config.get(name)]
-    if preset.training is None or not _train_alike(preset.training, shipped.training):
+    if not preset.training or not shipped.training or not _train_alike(preset.training, shipped.training):
         differences.append("training")
     if engine_content(pipeline.config.engine) != engine_content(pipeline.preset_engine):
         differences.append("engine")

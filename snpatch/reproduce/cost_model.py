@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from snpatch import experiments
 from snpatch.data.prompt_set import PromptSet
@@ -19,6 +20,7 @@ from snpatch.models.checkpoint import load_config
 from snpatch.names import CONTRAST_POSITIONS
 from snpatch.reproduce.pipeline import ADAPTERS, CONTRAST_STEPS, AdapterTraining, Pipeline
 from snpatch.reproduce.preset import PRESET_NAMES, Size
+from snpatch.utils.optional import present
 
 TRAIN_FLOPS = 0.4 * 989e12  # per second: 40 % of an H100's dense bfloat16 peak
 READ_BYTES = 0.6 * 3.35e12  # per second: 60 % of an H100's memory bandwidth
@@ -101,7 +103,7 @@ def _shipped_record(pipeline: Pipeline) -> dict:
 
 def _estimate_training(pipeline: Pipeline, training: AdapterTraining, size: Size) -> CostEstimate:
     kind = "dpo" if training.sft else "sft"
-    tokens = _num_training_tokens(pipeline, training.data, pipeline.preset.training.data[training.data])
+    tokens = _num_training_tokens(pipeline, training.data, present(pipeline.preset.training).data[training.data])
     if tokens is None:
         return CostEstimate(None, source="rows of unknown size")
     tokens *= training.settings.epochs
@@ -148,7 +150,7 @@ def _estimate_experiment(pipeline: Pipeline, name: str, size: Size) -> CostEstim
     if name in ("perplexity", "transfer") and settings.text:
         points = len(config.recipients) * (len(settings.k) if name == "perplexity" else 2) + 1
         seconds = points * WIKITEXT_TOKENS * 2 * 2 * size.parameters / TRAIN_FLOPS
-        return CostEstimate(cost.seconds + seconds, cost.disk_gb, f"{cost.source}; {points} perplexities")
+        return CostEstimate(present(cost.seconds) + seconds, cost.disk_gb, f"{cost.source}; {points} perplexities")
     return cost
 
 
@@ -211,7 +213,7 @@ def _num_benchmark_prompts(pipeline: Pipeline, names: Sequence[str]) -> int:
     return sum(_num_prompts(pipeline, name) for name in names or pipeline.config.benchmarks)
 
 
-def _sweep_counter(num_windows: Callable[[object], int]) -> Callable[[Pipeline, object], int]:
+def _sweep_counter(num_windows: Callable[[Any], int]) -> Callable[[Pipeline, Any], int]:
     def count(pipeline: Pipeline, settings) -> int:
         prompts = _num_prompts(pipeline, settings.prompts or pipeline.config.benchmarks[0])
         return prompts * _num_points(pipeline, num_windows(settings), settings.controls)
@@ -224,7 +226,7 @@ def _count_tax(pipeline: Pipeline, settings) -> int:
     return 2 * _num_benchmark_prompts(pipeline, sets) * (3 + settings.controls)
 
 
-COMPLETION_COUNTS: dict[str, Callable[[Pipeline, object], int]] = {  # of the experiments that generate any
+COMPLETION_COUNTS: dict[str, Callable[[Pipeline, Any], int]] = {  # of the experiments that generate any
     "curve": _sweep_counter(lambda s: len(s.k)),
     "sliding_window": _sweep_counter(lambda s: math.floor(s.last / s.stride) + 1),
     "positions": _sweep_counter(lambda s: len(s.effect_k) * len(CONTRAST_POSITIONS)),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -24,6 +25,7 @@ from snpatch.reproduce.steps import Step, StepResult, Steps
 from snpatch.sweeps.sweep_file import engine_table
 from snpatch.training.settings import TrainSettings
 from snpatch.utils.files import write_text
+from snpatch.utils.optional import present
 from snpatch.utils.schema import load_table
 
 CONFIG_FILE, OPTIONS_FILE = "experiment.toml", "options.json"
@@ -185,7 +187,8 @@ class Pipeline:
 
     def _build_inputs(self) -> InputFingerprints:
         training = self.preset.training
-        trainings = {name: (one.settings, training.data[one.data]) for name, one in self.trainings.items()}
+        data = training.data if training else {}
+        trainings = {name: (one.settings, data[one.data]) for name, one in self.trainings.items()}
         generator = None
         if training and training.generated_by:
             from snpatch.demo.build import Recipe
@@ -228,7 +231,8 @@ class Pipeline:
 
     def _generated_data(self) -> list[str]:
         """Return the names of the training data that the demo's language generates."""
-        return [name for name, data in self.preset.training.data.items() if data.source == generated_path(name)]
+        training = present(self.preset.training)
+        return [name for name, data in training.data.items() if data.source == generated_path(name)]
 
     def _generate_rows(self) -> StepResult:
         from snpatch.demo.build import Recipe
@@ -239,7 +243,7 @@ class Pipeline:
         return StepResult((), paths)
 
     def _training_step(self, training: AdapterTraining) -> Step:
-        folder, data = self.out / ADAPTERS / training.name, self.preset.training.data[training.data]
+        folder, data = self.out / ADAPTERS / training.name, present(self.preset.training).data[training.data]
         inputs = ["model/base", f"training/{training.name}", f"rows/{training.name}"]
         if training.sft:
             inputs.append(f"adapter/{self._adapter_folder(training.sft)}")
@@ -356,7 +360,7 @@ def _list_trainings(training: Training) -> Iterator[AdapterTraining]:
                 yield AdapterTraining(objective, objective, dpo_settings, sft)
 
 
-def _without_none(data: object) -> object:
+def _without_none(data: object) -> Any:
     """Remove None values, which TOML cannot express."""
     if isinstance(data, dict):
         return {name: _without_none(value) for name, value in data.items() if value is not None}

@@ -115,9 +115,10 @@ class Steps:
 
     def archive(self, name: str, extra: Sequence[Path] = ()) -> None:
         """Move a step's outputs (and extra files) to `replaced/NAME-N`, and forget its run."""
-        paths = [self.out / path for path in self._records.get(name, {}).get("outputs", {})]
+        outputs = [self.out / path for path in self._records.get(name, {}).get("outputs", {})]
         folder = self.steps[name].folder if name in self.steps else None
-        paths = [path for path in dict.fromkeys([*paths, *extra, *([folder] if folder else [])]) if path.exists()]
+        written: list[Path] = [*outputs, *extra, *([folder] if folder else [])]
+        paths = [path for path in dict.fromkeys(written) if path.exists()]
         if folder is not None:
             paths = [path for path in paths if folder not in path.parents]
         number = 1

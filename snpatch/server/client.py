@@ -7,7 +7,7 @@ tools, structured output and streams stay vLLM's, and so will those of its next 
 import asyncio
 import copy
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -21,10 +21,12 @@ from snpatch.executors.request_rows import collect_resources
 from snpatch.executors.vllm.codec import EngineRequest
 from snpatch.executors.vllm.settings import KEY
 from snpatch.executors.vllm.slots import SlotLease
+from snpatch.guard.guard import Guard
 from snpatch.sampling import SEED_LIMIT, Sampling
 from snpatch.server import metrics
 from snpatch.server.patch_request import CURRENT_PATCH, PatchContext, Receipt
 from snpatch.server.state import ServerState
+from snpatch.utils.optional import present
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "structural_tag")  # of vLLM's StructuredOutputsParams
 UNVERIFIED_REASONS = ("abort", "error")  # finish reasons of completions whose receipt cannot be checked
@@ -72,7 +74,7 @@ class PatchedClient:
 
     def generate(
         self, prompt, sampling_params: SamplingParams, request_id: str, *, lora_request=None, **options
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Check a request now and return vLLM's results, patched. lora_request: vLLM's form of a patch's name, unused.
 
         Raises:
@@ -108,7 +110,7 @@ class PatchedClient:
         generation = _Generation(context, len(context.receipts), request, prompt, params, request_id, options)
         context.receipts += [Receipt()] * n
         if context.guard is not None:
-            return self._generate_guarded(generation)
+            return self._generate_guarded(generation, context.guard)
         return self._generate(generation)
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -120,6 +122,7 @@ class PatchedClient:
 
     def _check_logprobs(self, context: PatchContext, params: SamplingParams, prompt_length: int) -> None:
         """Raise for more log-probabilities than can be serialized without blocking other requests."""
+        assert params.max_tokens is not None  # set from the context's length
         is_whole, limit = params.output_kind != RequestOutputKind.DELTA, self.state.config.max_logprob_values
         context.num_logprobs += params.n * (
             prompt_length * self._num_logprobs(params.prompt_logprobs)
@@ -151,32 +154,31 @@ class PatchedClient:
                     field="structured_outputs",
                 )
 
-    def _generate(self, generation: _Generation) -> AsyncIterator[RequestOutput]:
+    def _generate(self, generation: _Generation) -> AsyncGenerator[RequestOutput, None]:
         return self._generate_one(generation) if generation.params.n == 1 else self._generate_several(generation)
 
-    async def _generate_guarded(self, generation: _Generation) -> AsyncIterator[RequestOutput]:
+    async def _generate_guarded(self, generation: _Generation, guard: Guard) -> AsyncGenerator[RequestOutput, None]:
         """Let the guard read the prompt first; it may refuse it."""
         context, start, n = generation.context, generation.index, generation.params.n
-        harm = await self._predict_harm(generation)
-        is_refused = harm > context.guard.threshold
+        harm = await self._predict_harm(generation, guard)
+        is_refused = harm > guard.threshold
         receipt = Receipt(verified=is_refused, harm=harm, refused=is_refused)
         context.receipts[start : start + n] = [receipt] * n
         if is_refused:
             metrics.REFUSED.inc()
-            yield _refusal(generation)
+            yield _refusal(generation, guard)
             return
         async with aclosing(self._generate(generation)) as results:
             async for result in results:
                 yield result
 
-    async def _predict_harm(self, generation: _Generation) -> float:
-        guard = generation.context.guard
+    async def _predict_harm(self, generation: _Generation, guard: Guard) -> float:
         prompts = [generation.request.prompt_ids]
         (request,) = self.engine.requests.capturing(prompts, guard.model, guard.ranking, guard.k, "last_prompt_token")
         output = await self.engine.executor.output(request)
-        return float(guard.probability(output.captured)[0])
+        return float(guard.probability(present(output.captured))[0])
 
-    async def _generate_several(self, generation: _Generation) -> AsyncIterator[RequestOutput]:
+    async def _generate_several(self, generation: _Generation) -> AsyncGenerator[RequestOutput, None]:
         """Generate n completions, each with its receipt, and yield them as vLLM does: as they grow or all at once."""
         n, is_final_only = generation.params.n, generation.params.output_kind == RequestOutputKind.FINAL_ONLY
         queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
@@ -213,7 +215,7 @@ class PatchedClient:
             for task in tasks:
                 task.cancel()
 
-    async def _generate_one(self, generation: _Generation) -> AsyncIterator[RequestOutput]:
+    async def _generate_one(self, generation: _Generation) -> AsyncGenerator[RequestOutput, None]:
         """Yield vLLM's results of one completion; the last one after its receipt was checked."""
         params, state = generation.params, self.state
         token_ids, is_delta = [], params.output_kind == RequestOutputKind.DELTA
@@ -305,12 +307,12 @@ def _num_patched(request: Request, num_positions: int) -> int:
     return covered
 
 
-def _refusal(generation: _Generation) -> RequestOutput:
+def _refusal(generation: _Generation, guard: Guard) -> RequestOutput:
     """Return the guard's refusal as vLLM's result, with OpenAI's finish reason for filtered content."""
     logprobs = None if generation.params.logprobs is None else []
     output = CompletionOutput(
         index=0,
-        text=generation.context.guard.refusal,
+        text=guard.refusal,
         token_ids=[],
         cumulative_logprob=None,
         logprobs=logprobs,

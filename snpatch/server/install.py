@@ -6,7 +6,7 @@ A wrapped handler parses the patch of a request before any work, and adds the re
 import asyncio
 import functools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from anthropic.types import message_create_params as message_params
@@ -27,6 +27,7 @@ from snpatch.server.receipts import add_receipt
 from snpatch.server.request_fields import check_fields, published_fields
 from snpatch.server.request_limits import body_fields, check_num_values
 from snpatch.server.state import ServerState
+from snpatch.utils.optional import present
 
 EVENTS_BEFORE_GENERATION = ("response.created", "response.in_progress")
 WRAPPED = {  # handler in the app's state -> the method that its route calls
@@ -139,9 +140,10 @@ async def _build_context(state: ServerState, request, raw_request) -> PatchConte
 
 def _check_num_completions(state: ServerState, request) -> None:
     """Raise for too many completions before any is started."""
-    prompt, limit = getattr(request, "prompt", None), state.config.max_completions
-    is_list_of_prompts = isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt)
-    num_prompts = len(prompt) if is_list_of_prompts else 1
+    prompt, limit = getattr(request, "prompt", None), present(state.config.max_completions)
+    num_prompts = 1
+    if isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt):  # a list of prompts
+        num_prompts = len(prompt)
     n = max(getattr(request, name, None) or 1 for name in ("n", "best_of"))
     if num_prompts * n > limit:
         raise SnpatchError(
@@ -151,7 +153,7 @@ def _check_num_completions(state: ServerState, request) -> None:
         )
 
 
-async def _wait_for_generation(events: AsyncIterator) -> AsyncIterator:
+async def _wait_for_generation(events: AsyncGenerator) -> AsyncGenerator:
     """Return a stream of Responses once the engine has produced something, because until then an error can be a 400."""
     first_events = []
     async for event in events:
@@ -159,7 +161,7 @@ async def _wait_for_generation(events: AsyncIterator) -> AsyncIterator:
         if event.type not in EVENTS_BEFORE_GENERATION:
             break
 
-    async def all_events() -> AsyncIterator:
+    async def all_events() -> AsyncGenerator:
         async with aclosing(events):
             for event in first_events:
                 yield event

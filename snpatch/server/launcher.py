@@ -9,6 +9,7 @@ from argparse import Namespace
 from contextlib import closing
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from snpatch.engine.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
@@ -25,6 +26,9 @@ from snpatch.server.registry import PatchRegistry
 from snpatch.server.request_limits import build_protocol
 from snpatch.server.state import InflightRequests, ServerState
 from snpatch.server.uploads import Uploads
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
 
 GRACE_S = 5  # seconds for connections to close after their requests were ended
 
@@ -85,7 +89,7 @@ async def _serve(config: ServeConfig) -> None:
         client, timeout_s = PatchedClient(state), ceil(config.drain_s) + GRACE_S
         protocol = build_protocol(config.body_timeout_s)
         shutdown = await build_and_serve(
-            client, address, sock, args, http=protocol, timeout_graceful_shutdown=timeout_s
+            cast("EngineClient", client), address, sock, args, http=protocol, timeout_graceful_shutdown=timeout_s
         )
         has_crashed = engine.executor.engine.errored
         engine.close()

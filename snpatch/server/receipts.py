@@ -6,9 +6,10 @@ chunk instead.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import cache
+from typing import Any
 
 from pydantic import BaseModel, create_model
 
@@ -23,7 +24,7 @@ LAST_ANTHROPIC_EVENT = "event: message_delta"
 LAST_RESPONSES_EVENTS = ("response.completed", "response.incomplete", "response.failed")
 
 
-def add_receipt(answer: object, context: PatchContext) -> object:
+def add_receipt(answer: Any, context: PatchContext) -> BaseModel | AsyncGenerator:
     """Return a handler's answer with the receipt: a model, a stream, or an unchanged error."""
     if isinstance(answer, BaseModel):
         is_error = hasattr(answer, "error") and not hasattr(answer, "id")
@@ -35,12 +36,14 @@ def _add_to_model(answer: BaseModel, context: PatchContext) -> BaseModel:
     if type(answer).model_config.get("extra") == "allow":
         setattr(answer, KEY, context.to_dict())
         return answer
-    return _with_receipt_field(type(answer)).model_construct(**dict(answer), **{KEY: context.to_dict()})
+    values: dict[str, Any] = {**dict(answer), KEY: context.to_dict()}
+    return _with_receipt_field(type(answer)).model_construct(**values)
 
 
 @cache
 def _with_receipt_field(model: type[BaseModel]) -> type[BaseModel]:
-    return create_model(model.__name__, __base__=model, **{KEY: (dict, ...)})
+    added: dict[str, Any] = {KEY: (dict, ...)}
+    return create_model(model.__name__, __base__=model, **added)
 
 
 class ChunkDelayer:
@@ -70,7 +73,7 @@ class ChunkDelayer:
         return []
 
 
-async def _add_to_stream(chunks: AsyncIterator, context: PatchContext) -> AsyncIterator:
+async def _add_to_stream(chunks: AsyncGenerator, context: PatchContext) -> AsyncGenerator:
     CURRENT_PATCH.set(context)  # because a stream runs in another context than the handler that returned it
     delayer = ChunkDelayer(context)
     async with aclosing(chunks):
@@ -98,7 +101,7 @@ def _add_to_event(event: str, context: PatchContext, changes: dict | None = None
     return f"{head}{data}{json.dumps(fields, ensure_ascii=False)}\n\n"
 
 
-def _add_to_responses_event(event: BaseModel, context: PatchContext) -> BaseModel:
+def _add_to_responses_event(event: Any, context: PatchContext) -> BaseModel:
     if event.type in LAST_RESPONSES_EVENTS:
         setattr(event.response, KEY, context.to_dict())
     return event

@@ -4,7 +4,7 @@ Everything named in the config is checked at startup, so that a server with a pa
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from snpatch.engine.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, error_field, nearest
 from snpatch.guard.guard import Guard
 from snpatch.patching import spec
-from snpatch.patching.patch import Constant, Patch
+from snpatch.patching.patch import Constant, Patch, Source
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.reading import Shape
 from snpatch.server.config import ServeConfig
@@ -31,6 +31,8 @@ COMPUTED_DONOR = re.compile(r"(add:)?(zero|mean:\w{1,16}|noise:.{1,32})")  # don
 
 class _CachedNamespace(spec.PatchNamespace):
     """Namespace that computes a donor's values once for all patches and requests; the last CACHE_SIZE are cached."""
+
+    _cached_donor: Callable[[str, Ranking, int | None], str | Source]
 
     def __init__(self, rankings: Mapping[str, Ranking], constants: Mapping[str, Constant]) -> None:
         super().__init__(rankings, constants)
@@ -133,8 +135,8 @@ class PatchRegistry:
         }
 
     def _patch_to_dict(self, context: PatchContext) -> dict:
-        is_patch = isinstance(context.patch, Patch)
-        table = spec.to_json(context.patch) if is_patch else {"recipient": context.patch}
+        patch = context.patch
+        table = spec.to_json(patch) if isinstance(patch, Patch) else {"recipient": patch}
         guards = [name for name, guard in self.guards.items() if guard is context.guard]
         return table | ({"guard": guards[0]} if guards else {})
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -103,7 +103,7 @@ def _edit_distance(a: str, b: str) -> int:
 @cache
 def _scalar_fields(model: type[BaseModel]) -> dict[str, tuple[str, TypeAdapter]]:
     """Return, for each field of numbers, strings, flags or lists of them, its type's name and validator."""
-    declared = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+    declared: dict[str, Any] = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
     return {name: (_type_name(hint), TypeAdapter(hint)) for name, hint in declared.items() if _is_scalar(hint)}
 
 

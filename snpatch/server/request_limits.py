@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect
@@ -23,6 +23,7 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.server.config import ServeConfig
 from snpatch.server.errors import PayloadTooLargeError, RequestTimeoutError, UnsupportedMediaTypeError
 from snpatch.server.state import Quota
+from snpatch.utils.optional import present
 
 RESPONSES, INVOCATIONS, SWEEP = "/v1/responses", "/invocations", "/v1/snpatch/sweep"
 TOKENIZE_ROUTES = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")  # without a limit of vLLM's own
@@ -44,6 +45,7 @@ class BodyField(Protocol):
 
     def validate(self, value: object, values: dict, *, loc: tuple) -> tuple[object, list[dict] | None]:
         """Return the argument and the validation errors."""
+        ...
 
 
 class BodyReader:
@@ -107,9 +109,13 @@ def build_protocol(timeout_s: float) -> type[asyncio.Protocol]:
     """
 
     class Protocol(AutoHTTPProtocol):
+        # Of uvicorn's protocols: the request that is being answered, the event loop and the connection.
+        cycle: Any
+        loop: asyncio.AbstractEventLoop
+        transport: asyncio.Transport
         _timer: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             self._update_timer()
 
@@ -138,7 +144,8 @@ def build_protocol(timeout_s: float) -> type[asyncio.Protocol]:
 
 def body_fields(app: FastAPI) -> dict[str, BodyField]:
     """Return FastAPI's body field of each path that has one."""
-    return {route.path: route.body_field for route in app.routes if getattr(route, "body_field", None) is not None}
+    routes = cast(list[Any], app.routes)  # only some kinds have a body
+    return {route.path: route.body_field for route in routes if getattr(route, "body_field", None) is not None}
 
 
 def check_content_type(headers: Mapping[str, str]) -> None:
@@ -171,7 +178,7 @@ def _check_body(body: bytes, path: str, config: ServeConfig, fields: Mapping[str
     _check_limit(n := _num_values(data), limit, path)
     if not isinstance(data, dict):
         return
-    if path in TOKENIZE_ROUTES and (length := _num_chars(data)) > config.max_prompt_chars:
+    if path in TOKENIZE_ROUTES and (length := _num_chars(data)) > present(config.max_prompt_chars):
         raise PayloadTooLargeError(
             f"{path}: expected at most {config.max_prompt_chars} characters or token ids (--max-prompt-chars), got "
             f"{length}. Send it in parts.",

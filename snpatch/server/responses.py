@@ -6,9 +6,10 @@ stops reading is reported as disconnected, because all routes, vLLM's included, 
 
 import asyncio
 import re
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from pathlib import Path
+from typing import cast
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import StreamingResponse
@@ -28,7 +29,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, and close their generator at the end, also if the client disconnects."""
-        async with aclosing(self.body_iterator):
+        async with aclosing(cast(AsyncGenerator, self.body_iterator)):
             await super().__call__(scope, receive, send)
 
 

@@ -8,6 +8,7 @@ import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from snpatch.engine.async_engine import AsyncEngine
 from snpatch.errors import OverflowedError, ServerBusyError, SnpatchError, SpoiledEngineError
@@ -16,6 +17,7 @@ from snpatch.server.config import ServeConfig
 from snpatch.server.registry import PatchRegistry
 from snpatch.server.responses import find_private_folders
 from snpatch.server.uploads import Uploads
+from snpatch.utils.optional import present
 
 
 @dataclass(eq=False)
@@ -94,7 +96,7 @@ class ServerState:
     uploads: Uploads | None
     api_keys: tuple[str, ...]
     has_own_template: bool
-    body_fields: dict[str, object] = field(default_factory=dict)
+    body_fields: dict[str, Any] = field(default_factory=dict)
     num_waiting: int = 0
     sweeps: set = field(default_factory=set)
     num_preparing_sweeps: int = 0
@@ -118,12 +120,12 @@ class ServerState:
     @cached_property
     def request_quota(self) -> Quota:
         """Requests that change or run something."""
-        return Quota("requests", self.config.max_requests, "--max-requests")
+        return Quota("requests", present(self.config.max_requests), "--max-requests")
 
     @cached_property
     def body_quota(self) -> Quota:
         """Bytes of request bodies that have not arrived in full."""
-        return Quota("bytes of incomplete bodies", self.config.max_incoming_bytes, "--max-incoming-bytes")
+        return Quota("bytes of incomplete bodies", present(self.config.max_incoming_bytes), "--max-incoming-bytes")
 
     @cached_property
     def upload_quota(self) -> Quota:

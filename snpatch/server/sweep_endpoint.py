@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from snpatch.server.errors import error_message
 from snpatch.server.state import ServerState
 from snpatch.statistics import UNDEFINED, causal_effect, interval, paired_p
 from snpatch.sweeps.sweep import DEFAULT_SET, Row
+from snpatch.utils.optional import present
 from snpatch.utils.schema import option
 
 MAX_CONCURRENT_SWEEPS = 4
@@ -78,6 +80,8 @@ class Sweep:
         self._questions = [prompt if isinstance(prompt, str) else question(prompt) for prompt in self._prompts]
         self._points = self._build_points()
         self._requests = self._build_requests()
+        # By point and prompt; None while it is not finished.
+        self._completions: list[list[Completion | OverflowedError | None]] = []
 
     @classmethod
     async def build(cls, state: ServerState, request: SweepRequest) -> "Sweep":
@@ -128,7 +132,7 @@ class Sweep:
                 f"sweep: expected at most {limit} completions (--max-sweep-completions), got {num_prompts} prompts x "
                 f"({num_windows} windows + {MAX_EXTRA_POINTS}) = {num_completions}. Send several sweeps."
             )
-        max_chars = config.max_prompt_chars
+        max_chars = present(config.max_prompt_chars)
         for index, prompt in enumerate(request.prompts):
             field = f"prompts.{index}"
             contents = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
@@ -246,21 +250,22 @@ class Sweep:
 
     def _describe(self, point: _Point) -> dict:
         """Return the fields that name a point in its events; see sweeps.sweep.Row."""
-        request, is_patched = self._request, isinstance(point.patch, Patch)
+        request, patch = self._request, point.patch
+        is_patched = isinstance(patch, Patch)
         donor = request.recipient if point.floor == SELF_PATCH else request.donor
         return {
-            "recipient": recipient_name(point.patch),
+            "recipient": recipient_name(patch),
             "donor": donor if is_patched else None,
             "ranking": request.ranking if is_patched else None,
-            "rank_lo": point.patch.window.lo if is_patched else 0,
-            "rank_hi": point.patch.window.hi if is_patched else 0,
-            "strength": point.patch.strength if is_patched else None,
+            "rank_lo": patch.window.lo if is_patched else 0,
+            "rank_hi": patch.window.hi if is_patched else 0,
+            "strength": patch.strength if is_patched else None,
             **({"floor": point.floor} if point.floor else {}),
         }
 
     def _completion(self, p: int, i: int) -> dict:
         """Return the data of a `completion` event."""
-        completion, point = self._completions[p][i], {**self._describe(self._points[p]), "prompt_index": i}
+        completion, point = present(self._completions[p][i]), {**self._describe(self._points[p]), "prompt_index": i}
         if isinstance(completion, OverflowedError):
             empty = {"text": None, "tokens": 0, "finish_reason": None, "overwrites": 0}
             return {**point, **empty, "error": error_message(completion)}
@@ -299,6 +304,11 @@ class Sweep:
         if len(own_scores):
             mean = interval(np.mean, own_scores)
             effect = causal_effect(own_scores, *other_scores) if has_donor else effect
+        figures: dict[str, Any] = {
+            **mean.columns("mean"),
+            **effect.columns("effect"),
+            **UNDEFINED.columns("net_effect"),
+        }
         row = Row(
             **description,
             judge=self._request.judge,
@@ -309,9 +319,7 @@ class Sweep:
             failed=len(self._questions) - len(own_scores),
             tokens=sum(len(completion.token_ids) for completion in completions),
             overwrites=sum(completion.overwrites for completion in completions),
-            **mean.columns("mean"),
-            **effect.columns("effect"),
-            **UNDEFINED.columns("net_effect"),
+            **figures,
             p_vs_unpatched=paired_p(own_scores, other_scores[0]) if is_patched and len(own_scores) else None,
             p_vs_random=None,
         )
@@ -320,12 +328,12 @@ class Sweep:
     def _changed_fraction(self, p: int) -> float | None:
         """Return the fraction of completions that differ from the unpatched recipient's, or None without a pair."""
         pairs = zip(self._completions[p], self._completions[0], strict=True)
-        complete = [pair for pair in pairs if all(isinstance(completion, Completion) for completion in pair)]
+        complete = [(a, b) for a, b in pairs if isinstance(a, Completion) and isinstance(b, Completion)]
         return sum(a.token_ids != b.token_ids for a, b in complete) / len(complete) if complete else None
 
     def _summary(self, scores: dict[int, np.ndarray], seconds: float) -> dict:
         completions = [c for row in self._completions for c in row if isinstance(c, Completion)]
-        floor = {
+        floor: dict[str, dict[str, Any]] = {
             point.floor: {"changed": self._changed_fraction(p), "difference": _nan_mean(scores[p] - scores[0])}
             for p, point in enumerate(self._points)
             if point.floor

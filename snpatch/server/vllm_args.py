@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import cast
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -95,9 +96,9 @@ class _Parser(FlexibleArgumentParser):
         super().__init__(*args, **kwargs)
         self.texts: dict[str, str] = {}
 
-    def _get_value(self, action, text):
-        self.texts[action.dest] = text
-        return super()._get_value(action, text)
+    def _get_value(self, action, arg_string):
+        self.texts[action.dest] = arg_string
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str):
         raise SnpatchError(f"vLLM's server: {message}")
@@ -108,12 +109,12 @@ def _build_parser() -> _Parser:
         warnings.simplefilter("ignore")
         parser = _Parser(add_help=False)
         commands = parser.add_subparsers(parser_class=_Parser, dest="subparser")
-        return ServeSubcommand().subparser_init(commands)
+        return cast(_Parser, ServeSubcommand().subparser_init(commands))  # made by `commands`
 
 
 def _parse(parser: _Parser, argv: Sequence[str]) -> argparse.Namespace:
     try:
-        return parser.parse_args(list(argv))
+        return cast(argparse.Namespace, parser.parse_args(list(argv)))  # never None
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         raise SnpatchError(f"vLLM's server: invalid flags: {error}") from error
 

@@ -1,7 +1,9 @@
 """SweepConfig: the grid of a sweep. It does not import torch, because the CLI takes its defaults from it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
@@ -53,6 +55,24 @@ class SweepConfig:
     )
     resamples: int = RESAMPLES
     confidence: float = CONFIDENCE
+
+    if TYPE_CHECKING:  # what the constructor accepts and __post_init__ converts
+
+        def __init__(
+            self,
+            recipients: str | Sequence[str],
+            donors: str | Sequence[str],
+            windows: Sequence[Window | int | tuple[int, int]],
+            strengths: Sequence[float] = (1.0,),
+            controls: int = 3,
+            control_kind: str = "per_layer",
+            disjoint: bool = True,
+            positions: str | int = "all",
+            sampling: Sampling = GREEDY,
+            samples: int = 1,
+            resamples: int = RESAMPLES,
+            confidence: float = CONFIDENCE,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for name in ("recipients", "donors"):

@@ -10,12 +10,13 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import UnionType
+from typing import TypeVar
 
 from snpatch.errors import SnpatchError, first_line, one_line
 from snpatch.sweeps.owners import Process
@@ -90,6 +91,7 @@ LOCK_TIMEOUT_S = 1.0  # SQLite waits at most this long for a lock, so that Pytho
 MAX_VARIABLES = 500  # of one statement
 
 Kinds = tuple[type | UnionType, ...]
+Result = TypeVar("Result")
 
 
 class Database:
@@ -103,19 +105,22 @@ class Database:
 
     def __init__(self, path: Path | None, is_reader: bool = False, patience_s: float = 0.0) -> None:
         self.path, self._is_reader, self._patience_s = path, is_reader, patience_s
-        self._copy: TemporaryDirectory | None = None
+        self._opened = ExitStack()  # the connection, and the folder of a copy
         self._stamp: tuple | None = None
-        self._connection: sqlite3.Connection | None = None
         try:
             with self._errors():
-                self._open_to_read() if is_reader else self._open_to_write()
+                if is_reader:
+                    assert path is not None
+                    self._open_to_read(path)
+                else:
+                    self._open_to_write()
         except BaseException:
-            self._discard()
+            self._opened.close()
             raise
 
     def close(self) -> None:
         """Close the file. Raise if it changed while a reader could not see changes."""
-        self._discard()
+        self._opened.close()
         self._check_unchanged()
 
     def rows(self, statement: str, *values: object, kinds: Kinds | None = None) -> list[tuple]:
@@ -131,7 +136,9 @@ class Database:
     def insert(self, statement: str, *values: object) -> int:
         """Insert one row and return its number."""
         with self._errors():
-            return self._wait_for(lambda: self._connection.execute(statement, values).lastrowid)
+            number = self._wait_for(lambda: self._connection.execute(statement, values).lastrowid)
+        assert number is not None  # after an INSERT
+        return number
 
     def many(self, statement: str, rows: Iterable[tuple]) -> None:
         """Run a statement for each row, within a transaction."""
@@ -180,32 +187,31 @@ class Database:
                 self.rows(f"PRAGMA user_version = {VERSION}")
         self._check_content()
 
-    def _open_to_read(self) -> None:
-        log, index = (self.path.with_name(f"{self.path.name}-{suffix}") for suffix in ("wal", "shm"))
+    def _open_to_read(self, path: Path) -> None:
+        log, index = (path.with_name(f"{path.name}-{suffix}") for suffix in ("wal", "shm"))
         if not _get_file_size(log):
-            self._stamp = self._stamped()
-            self._connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1")
-        elif not index.exists() or not self._is_shared():
-            self._copy = TemporaryDirectory(prefix="snpatch-")
-            copy = Path(self._copy.name) / self.path.name
-            shutil.copyfile(self.path, copy)
+            self._stamp = _stamp(path)
+            self._connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1")
+        elif not index.exists() or not self._is_shared(path):
+            copy = Path(self._opened.enter_context(TemporaryDirectory(prefix="snpatch-"))) / path.name
+            shutil.copyfile(path, copy)
             shutil.copyfile(log, copy.with_name(f"{copy.name}-wal"))
             self._connect(copy)
         self.rows("PRAGMA query_only = ON")
         self._check_version()
         if self._version() == 0:
-            raise SnpatchError(f"{self.path}: expected a sweep's store, got a file without its tables.")
+            raise SnpatchError(f"{path}: expected a sweep's store, got a file without its tables.")
         self._check_content()
 
-    def _is_shared(self) -> bool:
+    def _is_shared(self, path: Path) -> bool:
         """Open the file together with its writer; return False if the folder does not allow that."""
         try:
-            self._connect(f"{self.path.resolve().as_uri()}?mode=ro")
+            self._connect(f"{path.resolve().as_uri()}?mode=ro")
             self._wait_for(lambda: self._connection.execute("SELECT count(*) FROM sqlite_master").fetchall())
         except sqlite3.OperationalError as error:
             if _get_error_code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
                 raise
-            self._discard()
+            self._opened.close()
             return False
         return True
 
@@ -213,6 +219,7 @@ class Database:
         is_uri = str(target).startswith("file:")
         timeout = min(LOCK_TIMEOUT_S, self._patience_s)
         self._connection = sqlite3.connect(target, timeout=timeout, isolation_level=None, uri=is_uri)
+        self._opened.callback(self._connection.close)
         self._connection.execute("PRAGMA trusted_schema = OFF")
 
     def _check_version(self) -> None:
@@ -257,7 +264,7 @@ class Database:
             processes[owner] = process, beat
         return processes
 
-    def _wait_for(self, step):
+    def _wait_for(self, step: Callable[[], Result]) -> Result:
         """Run a step; repeat it while another process holds the lock."""
         deadline = time.monotonic() + self._patience_s
         while True:
@@ -301,18 +308,8 @@ class Database:
         return one_line(" or ".join(stopped or others)) or "a process that is no sweep"
 
     def _check_unchanged(self) -> None:
-        if self._stamp is not None and self._stamp != self._stamped():
+        if self.path is not None and self._stamp is not None and self._stamp != _stamp(self.path):
             raise SnpatchError(f"{self.path}: a sweep wrote to it while it was read. Run the command again.")
-
-    def _stamped(self) -> tuple:
-        stat = os.stat(self.path)
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
-
-    def _discard(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        if self._copy is not None:
-            self._copy.cleanup()
 
 
 def chunked(keys: list[str]) -> Iterator[list[str]]:
@@ -336,6 +333,12 @@ def _get_error_code(error: Exception) -> int | None:
     """Return SQLite's primary error code, or None for other errors."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
+
+
+def _stamp(path: Path) -> tuple:
+    """Return what differs after a file was changed or replaced."""
+    stat = os.stat(path)
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def _get_file_size(path: Path) -> int:

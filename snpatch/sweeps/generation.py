@@ -7,7 +7,7 @@ neurons are one completion, whichever ranking selects them.
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -140,7 +140,7 @@ def generate_missing(
         progress: Called as `progress(done, total)`.
     """
     prompts = {task.key: task.prompt for task in tasks}
-    requests = {task.key: task.request for task in tasks if task.request is not None}
+    requests = {task.key: task.request for task in tasks if task.key is not None and task.request is not None}
     for request in requests.values():
         engine.executor.check_request(request)
     missing = store.queue.enqueue(list(requests))
@@ -179,10 +179,7 @@ def build_records(tasks: Sequence[Sequence[CompletionTask]], store: Store) -> li
     keys = {task.key for patch_tasks in tasks for task in patch_tasks if task.key is not None}
     completions = store.completions(keys)
     errors = store.queue.errors(keys - completions.keys())
-    return [
-        [_build_record(task, completions.get(task.key), errors.get(task.key)) for task in patch_tasks]
-        for patch_tasks in tasks
-    ]
+    return [[_build_record(task, completions, errors) for task in patch_tasks] for patch_tasks in tasks]
 
 
 def to_stored(completion: Completion) -> StoredCompletion:
@@ -192,7 +189,7 @@ def to_stored(completion: Completion) -> StoredCompletion:
 
 def _generate_claimed(
     engine: Engine, store: Store, requests: dict[str, Request], claimed: list[str]
-) -> Iterator[tuple[str, Completion | None]]:
+) -> Generator[tuple[str, Completion | None]]:
     """Claim, generate and store completions until none is free; yield key and completion, None if it failed."""
     with closing(engine.run(_claim_requests(store, requests, claimed))) as outputs:
         for index, output in outputs:
@@ -229,7 +226,7 @@ def _with_request(
     return replace(task, key=key, request=engine.requests.patched(ids, patch, sampling=fitted))
 
 
-def _encode(engine: Engine, prompts: Sequence[Chat], recipient: str) -> list[list[int] | str]:
+def _encode(engine: Engine, prompts: Sequence[Chat], recipient: str) -> Sequence[list[int] | str]:
     """Return token ids of each prompt, or the error of a prompt that cannot be encoded."""
     try:
         return engine.encode(prompts, recipient)
@@ -271,7 +268,8 @@ def _describe_intervention(engine: Engine, intervention: Intervention) -> dict:
     return content | {"neurons": intervention.ranking.window_fingerprint(intervention.window)}
 
 
-def _build_record(task: CompletionTask, stored: StoredCompletion | None, error: str | None) -> dict:
+def _build_record(task: CompletionTask, completions: Mapping[str, StoredCompletion], errors: Mapping[str, str]) -> dict:
+    stored, error = (None, None) if task.key is None else (completions.get(task.key), errors.get(task.key))
     error, completion = task.error or error, None if stored is None else stored.completion
     record = {"prompt_index": task.prompt_index, "prompt": task.prompt, "sample": task.sample}
     record["state"] = completion_state(completion, error)

@@ -104,7 +104,7 @@ def score_pairs(name: str, judge: Judge, pairs: Sequence[Pair], store: Store, ju
         consecutive_failures = 0 if new_scores else consecutive_failures + len(chunk)
         if consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
             break
-    if to_score and not scores:
+    if first_error is not None and not scores:
         raise SnpatchError(first_error)
     return scores
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from snpatch.ranking.ranking import Ranking
 from snpatch.sweeps import generation, judging, search
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.generation import CompletionTask
+from snpatch.sweeps.search import Block, SearchResult
 from snpatch.sweeps.store import Store
 
 
@@ -40,8 +42,8 @@ class MinimalResult:
     recipient: str
     donor: str
     ranking: str
-    search: search.SearchResult
-    blocks: tuple[search.Block, ...]
+    search: SearchResult
+    blocks: tuple[Block, ...]
 
 
 def find_minimal(
@@ -111,7 +113,7 @@ class _Scorer:
         self._store, self._progress = store, progress
         self._tasks: dict[Patch | str, list[CompletionTask]] = {}  # by patch or unpatched model, one per prompt
 
-    def score(self, patches: Mapping[object, Patch | str], pairs: Sequence[tuple[object, int]]) -> list[float]:
+    def score(self, patches: Mapping[Any, Patch | str], pairs: Sequence[tuple[Any, int]]) -> list[float]:
         """Return the score of each (key of `patches`, index of a prompt)."""
         for patch in dict.fromkeys(patches[key] for key, _ in pairs):
             if patch not in self._tasks:

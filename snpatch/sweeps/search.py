@@ -209,7 +209,7 @@ class _SequentialTest:
             raise SnpatchError(f"minimal: expected {len(pairs)} finite scores, got {len(scores)}")
         self.used += len(pairs)
         for (key, prompt), score in zip(pairs, scores, strict=True):
-            self._surpluses.setdefault(key, []).append(self._sign * (score - self._target_scores[prompt]))
+            self._surpluses.setdefault(key, []).append(self._sign * (score - self._target_scores.item(prompt)))
 
     def mean(self, key: Hashable) -> float:
         """Return the mean score past the target."""

@@ -55,35 +55,42 @@ class Store:
         self.path = None if folder is None else Path(folder) / name
         self.owner = f"{socket.gethostname()}:{uuid.uuid4().hex}"
         self._is_reader = must_exist
-        self._database: Database | None = None
-        self._queue: WorkQueue | None = None
+        self._open_database: Database | None = None
+        self._open_queue: WorkQueue | None = None
 
     def __enter__(self) -> "Store":
         if self.path is not None:
-            self._check_folder()
-        self._database = Database(self.path, self._is_reader, patience_s=2 * work_queue.LEASE_SECONDS)
+            self._check_folder(self.path)
+        database = self._open_database = Database(self.path, self._is_reader, 2 * work_queue.LEASE_SECONDS)
         if not self._is_reader:
             try:
-                self._queue = WorkQueue(self._database, self.owner)
-                self._queue.open()
+                self._open_queue = WorkQueue(database, self.owner)
+                self._open_queue.open()
             except BaseException:
-                self._database.close()
+                database.close()
                 raise
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self._queue is not None:
-                self._queue.stop_heartbeat()
-                self._queue.close()
+            if self._open_queue is not None:
+                self._open_queue.stop_heartbeat()
+                self._open_queue.close()
         finally:
             self._database.close()
-            self._database = self._queue = None
+            self._open_database = self._open_queue = None
 
     @property
     def queue(self) -> WorkQueue:
         """Completions that are still to be generated; only in a store that is open to write."""
-        return self._queue
+        assert self._open_queue is not None
+        return self._open_queue
+
+    @property
+    def _database(self) -> Database:
+        """The open file; only within the context."""
+        assert self._open_database is not None
+        return self._open_database
 
     def completions(self, keys: Iterable[str]) -> dict[str, StoredCompletion]:
         """Return those of the completions that are stored, by key."""
@@ -104,8 +111,8 @@ class Store:
             "INSERT OR IGNORE INTO texts VALUES (?, ?, ?, ?, ?, ?)",
             key, completion.completion, token_ids, completion.finish_reason, completion.overwrites, time.time(),
         )  # fmt: skip
-        if self._queue is not None:
-            self._queue.finish(key)
+        if self._open_queue is not None:
+            self._open_queue.finish(key)
 
     def scores(self, judge_key: str) -> dict[str, float]:
         """Return all stored scores of a judge, by completion_key."""
@@ -138,7 +145,7 @@ class Store:
         The key of a judge without a fingerprint holds its owner and a space; such scores of ended runs are deleted.
         """
         with self._database.transaction():
-            self._queue.release_dead()
+            self.queue.release_dead()
             self._database.many(
                 "DELETE FROM scores WHERE judge = (SELECT judge FROM judges WHERE name = ? AND judge LIKE '% %' AND "
                 "substr(judge, 1, instr(judge, ' ') - 1) NOT IN (SELECT owner FROM owners))",
@@ -174,7 +181,7 @@ class Store:
                 "finish_reason": reason,
                 "overwrites": overwrites or 0,
                 "error": None if completion is not None else error,
-                "scores": {name: judge_scores.get(key) for name, judge_scores in scores.items()},
+                "scores": {name: None if key is None else own.get(key) for name, own in scores.items()},
             }
         return list(records.values())
 
@@ -191,7 +198,7 @@ class Store:
     def start_run(self, command: str) -> int:
         """Record the start of a run, and return its id. Failures of ended runs are forgotten."""
         with self._database.transaction():
-            self._queue.release_dead()
+            self.queue.release_dead()
             self._database.rows(
                 "DELETE FROM failures WHERE NOT EXISTS (SELECT 1 FROM owners WHERE owner != ?)", self.owner
             )
@@ -212,11 +219,11 @@ class Store:
         """Return the progress of everything that was ever requested."""
         return read_status(self._database)
 
-    def _check_folder(self) -> None:
-        folder = self.path.parent
-        if self._is_reader and not self.path.is_file():
+    def _check_folder(self, path: Path) -> None:
+        folder = path.parent
+        if self._is_reader and not path.is_file():
             raise SnpatchError(f"{folder} holds no sweep ({STORE_FILE})")
-        if (folder / OLD_STORE_FILE).is_file() and not self.path.is_file():
+        if (folder / OLD_STORE_FILE).is_file() and not path.is_file():
             raise SnpatchError(
                 f"{folder / OLD_STORE_FILE} is from an older snpatch, whose completions have other keys. Move it away, "
                 "or choose another folder."

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -391,6 +392,7 @@ def _build_rows(
     for point, point_records, own in zip(points, records, scores, strict=True):
         compared = [own]
         if point.patch is not None:
+            assert isinstance(point.patch.donor, str)  # see build_points
             compared += [unpatched[point.recipient], unpatched[point.patch.donor]]
             if point.control_seed is None and point.window_key in control_scores:
                 compared.append(np.mean(control_scores[point.window_key], axis=0))
@@ -418,13 +420,13 @@ def _compare(
     recipient: np.ndarray | None = None,
     donor: np.ndarray | None = None,
     random: np.ndarray | None = None,
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """Return mean, effects and p values of a point's scores [prompts] against those that it is compared with."""
     certainty = {"resamples": config.resamples, "confidence": config.confidence}
     mean: Interval = interval(np.mean, own, **certainty) if len(own) else UNDEFINED
     effect = net = UNDEFINED
     p_vs_unpatched = p_vs_random = None
-    if recipient is not None and len(own):
+    if recipient is not None and donor is not None and len(own):
         effect, p_vs_unpatched = causal_effect(own, recipient, donor, **certainty), paired_p(own, recipient)
         if random is not None:
             net, p_vs_random = net_effect(own, random, recipient, donor, **certainty), paired_p(own, random)

@@ -112,7 +112,7 @@ class SweepSpec(EvalConfig):
             raise SnpatchError(f"sweep {path}: {error}") from error
 
     @classmethod
-    def from_dict(cls, data: Mapping, folder: Path) -> Self:
+    def from_dict(cls, data: object, folder: Path) -> Self:
         """Build a sweep from the table of its file, whose paths are relative to `folder`."""
         if not isinstance(data, Mapping):
             raise SnpatchError(f"expected a table, got {data!r}")
@@ -229,7 +229,7 @@ def _parse_grid(grid: dict, sampling: Sampling) -> SweepConfig:
     return from_dict(SweepConfig, "sweep", {**grid, **parsed})
 
 
-def _parse_window(window: object) -> Window:
+def _parse_window(window) -> Window:
     if isinstance(window, str):
         return parse_window(window)
     return Window.of(tuple(window) if isinstance(window, list) else window)

@@ -29,7 +29,8 @@ class LossMonitor(TrainerCallback):
     def __init__(self, on_step: StepCallback | None, first_loss: float | None = None) -> None:
         self._on_step, self._first_loss = on_step, first_loss
 
-    def on_log(self, args, state, control, logs, **kwargs) -> None:  # the signature is transformers'
+    # transformers always gives `logs` and `optimizer`; the base class has them in **kwargs.
+    def on_log(self, args, state, control, logs, **kwargs) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Check the logged loss and gradient norm, then pass logs that have a loss to `on_step` in the main process.
 
         Raises:
@@ -44,14 +45,15 @@ class LossMonitor(TrainerCallback):
         if "loss" not in logs:
             return
         if state.global_step == 1 and self._first_loss is not None:
-            self._check_first_loss(float(logs["loss"]))
+            self._check_first_loss(float(logs["loss"]), self._first_loss)
         if state.is_world_process_zero and self._on_step:
             self._on_step(state.global_step, state.max_steps, logs)
 
-    def _check_first_loss(self, loss: float) -> None:
-        if abs(loss - self._first_loss) > FIRST_LOSS_TOLERANCE:
+    @staticmethod
+    def _check_first_loss(loss: float, expected: float) -> None:
+        if abs(loss - expected) > FIRST_LOSS_TOLERANCE:
             raise SnpatchError(
-                f"training: expected a loss of {self._first_loss:.4f} at step 1, got {loss}. The reference is not the "
+                f"training: expected a loss of {expected:.4f} at step 1, got {loss}. The reference is not the "
                 "model that training starts from; check that this version of TRL and PEFT is supported"
             )
 
@@ -66,7 +68,9 @@ class WeightDecayTowards(TrainerCallback):
     def __init__(self, targets: Mapping[torch.nn.Parameter, Tensor]) -> None:
         self._targets = targets
 
-    def on_train_begin(self, args, state, control, optimizer, **kwargs) -> None:  # the signature is transformers'
+    def on_train_begin(  # pyright: ignore[reportIncompatibleMethodOverride]  # as on_log
+        self, args, state, control, optimizer, **kwargs
+    ) -> None:
         """Move each target to its parameter's device, and register the pull to run after each optimizer step.
 
         Raises:

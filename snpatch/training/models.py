@@ -7,6 +7,7 @@ saved adapter is DPO's own factor, the quotient, because engines stack the two: 
 
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
@@ -65,8 +66,8 @@ def _tulu_with_bos(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -
     """
     chat, bare = [{"role": "user", "content": "a"}], TULU.removeprefix(BOS)
     for prefix in (BOS, "", f"{BOS} "):
-        ids = tokenizer.apply_chat_template(chat, chat_template=prefix + bare, add_generation_prompt=True)["input_ids"]
-        if list(ids) == template.encode(chat):
+        encoded: Any = tokenizer.apply_chat_template(chat, chat_template=prefix + bare, add_generation_prompt=True)
+        if list(encoded["input_ids"]) == template.encode(chat):
             return prefix + bare
     return TULU  # check_prompt_ids rejects the first prompt
 
@@ -93,7 +94,7 @@ def new_adapter_config(settings: TrainSettings) -> PeftConfig | None:
 
 def prepare_dpo_model(
     model: PreTrainedModel, sft: Path | None, settings: DpoSettings
-) -> tuple[nn.Module, PeftConfig | None]:
+) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
     """Return the model that DPO starts from, and the config of an adapter that TRL still has to add.
 
     An IA3 or LoRA on an SFT adapter of its own kind continues that adapter. Anything else gets a new adapter on the
@@ -120,13 +121,14 @@ def prepare_dpo_model(
     if not (kind == "ia3" and settings.as_published):
         _check_nonzero(sft, ia3_scales(with_sft) if kind == "ia3" else {})
         return with_sft, None
-    return with_sft.merge_and_unload(), new_adapter_config(settings)
+    return cast(PreTrainedModel, with_sft.merge_and_unload()), new_adapter_config(settings)
 
 
 def ia3_scales(model: nn.Module, adapter: str = TRAINED) -> dict[str, nn.Parameter]:
     """Return the IA3 vectors of an adapter by module name; empty without IA3."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return {name: module.ia3_l[adapter] for name, module in layers if adapter in getattr(module, "ia3_l", {})}
+    vectors = {name: getattr(module, "ia3_l", {}) for name, module in layers}
+    return {name: by_adapter[adapter] for name, by_adapter in vectors.items() if adapter in by_adapter}
 
 
 def freeze_reference(model: nn.Module, sft_scales: dict[str, Tensor]) -> None:
@@ -175,11 +177,12 @@ def saved_dtype(model: nn.Module, source: str | Path) -> torch.dtype:
     """Return the dtype that weights are saved in: the base's for a checkpoint, float32 for an adapter."""
     if isinstance(model, PeftModel):
         return torch.float32
-    return load_pretrained(AutoConfig, source).dtype or torch.float32
+    # transformers has replaced the name in config.json by a dtype.
+    return cast(torch.dtype | None, load_pretrained(AutoConfig, source).dtype) or torch.float32
 
 
 def save(
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     out: Path,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
@@ -200,9 +203,10 @@ def save(
     """
     chat_template = template.source
     if not isinstance(model, PeftModel):
-        chat_template = tokenizer.chat_template
+        chat_template = cast(str, tokenizer.chat_template)
         _restore_configs(model, source)
-        model.to(saved_dtype(model, source)).save_pretrained(str(out))
+        model.to(saved_dtype(model, source))  # pyright: ignore[reportArgumentType]  # its decorator hides `self`
+        model.save_pretrained(str(out))
         load_pretrained(AutoTokenizer, source).save_pretrained(str(out))
     else:
         _divide_scales(ia3_scales(model), sft_scales)

@@ -108,6 +108,7 @@ def _check_same_inputs(out: Path, inputs: dict, stored: dict) -> None:
         return
     expected, actual = inputs[name], stored.get(name)
     if name == "settings":
+        actual = actual or {}
         name = next(field for field in {**actual, **expected} if actual.get(field) != expected.get(field))
         expected, actual = expected.get(name), actual.get(name)
     raise SnpatchError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
+from typing import Any
 
 from snpatch.data.dataset import TrainingRows
 from snpatch.errors import SnpatchError
@@ -55,7 +56,7 @@ def count_dropped(rows: Sequence[Mapping]) -> dict[str, int]:
 
 def filter_conversations(
     dataset, settings: TrainSettings, context: int, dropped_before: Mapping[str, int] = MappingProxyType({})
-) -> tuple[object, RowStats]:
+) -> tuple[Any, RowStats]:
     """Truncate tokenized conversations at max_length and drop those without a label.
 
     Args:
@@ -86,7 +87,7 @@ def filter_conversations(
 
 def filter_pairs(
     dataset, rows: int, settings: DpoSettings, context: int, dropped_before: Mapping[str, int] = MappingProxyType({})
-) -> tuple[object, RowStats]:
+) -> tuple[Any, RowStats]:
     """Drop uninformative tokenized preference pairs.
 
     Args:

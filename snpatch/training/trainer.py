@@ -3,6 +3,7 @@
 README.md in this folder derives the memory and time that training needs.
 """
 
+import logging
 import math
 import os
 import time
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -23,12 +25,13 @@ from snpatch.models.templates import ChatTemplate
 from snpatch.training import record, row_filters
 from snpatch.training.callbacks import LossMonitor, StepCallback, WeightDecayTowards
 from snpatch.training.settings import DpoSettings, TrainSettings
+from snpatch.utils.optional import present
 
 try:
     import datasets
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # public
 
     from snpatch.training import models
 except ImportError as error:
@@ -90,7 +93,7 @@ def train_sft(
             processing_class=tokenizer,
             peft_config=models.new_adapter_config(settings),
         )
-    first_row = trainer.train_dataset[0]
+    first_row = _tokenized(trainer)[0]
     row_filters.check_ends(first_row, tokenizer.all_special_ids)
     row_filters.check_prompt_ids(template.encode, _prompt_turns(messages[0]["messages"]), first_row["input_ids"])
     trainer.train_dataset, stats = row_filters.filter_conversations(
@@ -155,9 +158,9 @@ def train_dpo(
             processing_class=tokenizer,
             peft_config=adapter,
         )
-    models.freeze_reference(trainer.model, sft_scales)
-    if len(trainer.train_dataset):
-        first_row = trainer.train_dataset[0]
+    models.freeze_reference(present(trainer.model), sft_scales)
+    if len(_tokenized(trainer)):
+        first_row = _tokenized(trainer)[0]
         row_filters.check_prompt_ids(template.encode, first_row["prompt"], first_row["prompt_ids"])
     trainer.train_dataset, stats = row_filters.filter_pairs(
         trainer.train_dataset,
@@ -179,7 +182,7 @@ def silence_libraries() -> None:
     """Hide progress bars and all messages but errors of transformers, TRL and datasets."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.get_logger("trl").setLevel("ERROR")
+    transformers.utils.logging.get_logger("trl").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
 
 
@@ -203,7 +206,7 @@ def _processes() -> PartialState:
 
 
 def _on_gpu() -> bool:
-    return _processes().device.type == "cuda"
+    return present(_processes().device).type == "cuda"
 
 
 def _start_or_load(out: Path, inputs: dict) -> dict | None:
@@ -217,6 +220,11 @@ def _start_or_load(out: Path, inputs: dict) -> dict | None:
 
 def _to_dataset(data: Sequence[Mapping], columns: Sequence[str]) -> datasets.Dataset:
     return datasets.Dataset.from_list([{name: row[name] for name in columns} for row in data])
+
+
+def _tokenized(trainer: Trainer) -> datasets.Dataset:
+    """Return the rows that TRL has tokenized."""
+    return cast(datasets.Dataset, trainer.train_dataset)
 
 
 def _prompt_turns(turns: list[dict]) -> list[dict]:
@@ -284,7 +292,7 @@ def _build_config(kind: type, settings: TrainSettings, out: Path, save_steps: in
         return kind(**arguments, **extra)
 
 
-def _run(trainer: Trainer, job: _Job) -> dict:
+def _run(trainer: SFTTrainer | DPOTrainer, job: _Job) -> dict:
     """Train, check that weights changed, save model and record, and return the figures."""
     state = _processes()
     with record.lock_folder(job.out, state.is_main_process):
@@ -293,14 +301,13 @@ def _run(trainer: Trainer, job: _Job) -> dict:
         if job.settings.weight_decay_target:
             trainer.add_callback(WeightDecayTowards(_decay_targets(trainer, job.sft_scales)))
         checkpoint = record.find_checkpoint(job.out)
-        before = models.trainable_snapshot(trainer.model)
+        before = models.trainable_snapshot(present(trainer.model))
         if state.is_main_process:
             record.remove_other_checkpoints(job.out, checkpoint, models.REFERENCE)
         state.wait_for_everyone()
         seconds = _train_from(trainer, checkpoint)
-        unchanged, changed_fraction = models.assert_trained(
-            trainer.model, before, models.saved_dtype(trainer.model, job.model)
-        )
+        model = present(trainer.model)
+        unchanged, changed_fraction = models.assert_trained(model, before, models.saved_dtype(model, job.model))
         table = record.build_table(trainer.state.log_history)
         figures = {
             "steps": trainer.state.global_step,
@@ -319,7 +326,8 @@ def _run(trainer: Trainer, job: _Job) -> dict:
         }
         if state.is_main_process:
             trained = trainer.accelerator.unwrap_model(trainer.model)
-            models.save(trained, job.out, trainer.processing_class, job.template, job.sft_scales, job.model)
+            tokenizer = cast(transformers.PreTrainedTokenizerBase, trainer.processing_class)
+            models.save(trained, job.out, tokenizer, job.template, job.sft_scales, job.model)
             record.write_record(job.out, job.inputs, job.data, figures, job.stats, table)
         state.wait_for_everyone()
         return figures
@@ -327,7 +335,7 @@ def _run(trainer: Trainer, job: _Job) -> dict:
 
 def _decay_targets(trainer: Trainer, sft_scales: dict[str, torch.Tensor]) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Return the value without effect of each trained IA3 scale: SFT's in DPO, else 1."""
-    scales = models.ia3_scales(trainer.model)
+    scales = models.ia3_scales(present(trainer.model))
     ones = {name: torch.ones_like(scale) for name, scale in scales.items()}
     return {scales[name]: target for name, target in (sft_scales or ones).items()}
 

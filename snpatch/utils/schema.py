@@ -11,9 +11,12 @@ from dataclasses import MISSING, field, fields, is_dataclass
 from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from snpatch.errors import SnpatchError, error_field, nearest, shown
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MAX_DEPTH = 100  # nested tables and lists, because their readers may recurse once per level
 MAX_CONFIG_BYTES = 2**24
@@ -21,7 +24,7 @@ MAX_KEY_PARTS = 100  # of a dotted TOML key; tomllib takes quadratic time for th
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
 
 
-def option(default, help: str, **metadata):
+def option(default, help: str, **metadata) -> Any:
     """Declare a dataclass field that is an option of the command line.
 
     Args:
@@ -32,7 +35,7 @@ def option(default, help: str, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def validate(config: object, name: str = "") -> None:
+def validate(config: "DataclassInstance", name: str = "") -> None:
     """Raise SnpatchError for the first field of a dataclass that is outside `min`, `max` or `choices` of its metadata.
 
     None is always allowed. name: of the dataclass in errors, for example "sampling: ".
@@ -64,14 +67,15 @@ def load_table(path: str | Path, what: str) -> object:
 def parse_json(text: str | bytes) -> object:
     """Parse JSON. Raise ValueError if it is invalid, or nested deeper than MAX_DEPTH."""
     try:
-        return _check_depth(json.loads(_strip_byte_order_mark(text)))
+        # A byte order mark; json itself removes it from bytes.
+        return _check_depth(json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text))
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
 
 
 def parse_toml(text: str) -> dict:
     """Parse TOML. Raise ValueError if it is invalid, or nested deeper than MAX_DEPTH."""
-    text = _strip_byte_order_mark(text)
+    text = text.removeprefix("\ufeff")
     for line in text.splitlines():
         *keys, value = line.split("=")
         if max(part.count(".") for part in keys or [value]) >= MAX_KEY_PARTS:
@@ -80,11 +84,6 @@ def parse_toml(text: str) -> dict:
         return _check_depth(tomllib.loads(text))
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
-
-
-def _strip_byte_order_mark(text: str | bytes) -> str | bytes:
-    """Return a text without a leading byte order mark; json itself removes it from bytes."""
-    return text.removeprefix("\ufeff") if isinstance(text, str) else text
 
 
 def _check_depth(value):
@@ -132,10 +131,10 @@ def required(kind: type) -> list[str]:
     return [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
 
 
-def coerce(value: object, hint: object, context: str):
+def coerce(value: object, hint: Any, context: str) -> Any:
     """Return a value as its type hint declares it: lists as tuples, tables as dataclasses."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    bases = [get_origin(kind) or kind for kind in kinds]
+    bases: list[Any] = [get_origin(kind) or kind for kind in kinds]
     plain = tuple(base for base in bases if base is not tuple)
     if isinstance(value, bool):
         is_plain = bool in plain or object in plain
@@ -151,7 +150,7 @@ def coerce(value: object, hint: object, context: str):
                 return tuple(coerce(item, each[0], context) for item in items)
             if isinstance(value, list | tuple) and len(value) == len(each) + 1:
                 return tuple(coerce(one, wanted, context) for one, wanted in zip(value, (*each, last), strict=True))
-        elif is_dataclass(base) and isinstance(value, Mapping):
+        elif isinstance(base, type) and is_dataclass(base) and isinstance(value, Mapping):
             return from_dict(base, context, value)
     names = " or ".join(_type_name(kind) for kind in kinds if kind is not NoneType)
     raise SnpatchError(f"{context}: expected {names}, got {shown(value)}")
@@ -175,7 +174,7 @@ def json_schema(kind: type) -> dict:
     return {"type": "object", "properties": properties, "required": required(kind), "additionalProperties": False}
 
 
-def _hint_schema(hint: object) -> dict:
+def _hint_schema(hint: Any) -> dict:
     if isinstance(hint, UnionType):
         return {"anyOf": [_hint_schema(kind) for kind in get_args(hint)]}
     if get_origin(hint) is tuple:
@@ -184,7 +183,7 @@ def _hint_schema(hint: object) -> dict:
             return {"type": "array", "items": _hint_schema(each[0])}
         items = [_hint_schema(one) for one in (*each, last)]
         return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
-    return json_schema(hint) if is_dataclass(hint) else {"type": JSON_TYPES[hint]}
+    return json_schema(hint) if isinstance(hint, type) and is_dataclass(hint) else {"type": JSON_TYPES[hint]}
 
 
 def _type_name(kind: object) -> str:

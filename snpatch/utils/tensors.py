@@ -23,8 +23,8 @@ def check_tensor(value: object, name: str, *allowed: torch.dtype, used: torch.dt
     Raises:
         SnpatchError: It is not a dense tensor of an allowed dtype, or a value is not finite in the dtype that is used.
     """
-    check_type(value, name, *allowed)
-    converted = value.detach().to(used or value.dtype)
+    tensor = check_type(value, name, *allowed)
+    converted = tensor.detach().to(used or tensor.dtype)
     if not is_finite(converted):
         place = torch.nonzero(~torch.isfinite(converted))[0].tolist()
         got = f"{converted[tuple(place)].item()} at {place}"
@@ -32,14 +32,15 @@ def check_tensor(value: object, name: str, *allowed: torch.dtype, used: torch.dt
     return converted
 
 
-def check_type(value: object, name: str, *allowed: torch.dtype) -> None:
-    """Raise SnpatchError unless a value is a dense tensor of an allowed dtype."""
+def check_type(value: object, name: str, *allowed: torch.dtype) -> Tensor:
+    """Return a value. Raise SnpatchError unless it is a dense tensor of an allowed dtype."""
     expected = " or ".join(map(str, allowed))
     if not isinstance(value, Tensor):
         raise SnpatchError(f"{name}: expected a tensor of {expected}, got {type(value).__name__}")
     if value.dtype not in allowed or value.layout != torch.strided or value.is_meta:
         kind = "" if value.layout == torch.strided and not value.is_meta else f", {value.layout} on {value.device}"
         raise SnpatchError(f"{name}: expected a tensor of {expected}, got {value.dtype}{kind}")
+    return value
 
 
 def is_finite(tensor: Tensor, used: torch.dtype | None = None) -> bool:

@@ -5,9 +5,10 @@ all copies together cost less than one copy of the first cache.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from snpatch.errors import OverflowedError
@@ -20,6 +21,9 @@ from snpatch.models.geometry import Geometry
 from snpatch.op.plan import PlanColumn, fill_plan
 from snpatch.op.reference import count_nonfinite, has_overflowed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class BatchRun:
     """The run of one batch; all its requests use the same weights."""
@@ -29,7 +33,7 @@ class BatchRun:
         requests: Sequence[Request],
         tables: OpTables,
         weights: tuple[int, ...],
-        model: nn.Module,
+        model: "PreTrainedModel",
         state: ForwardState,
         tokenizer,
         geometry: Geometry,
@@ -96,6 +100,7 @@ class BatchRun:
         """Keep only the unfinished rows of the batch; return their attention mask."""
         keep = torch.tensor(unfinished, device=self._device)
         streams = torch.arange(self._state.streams, device=self._device)
+        assert self._cache is not None, "rows are dropped only while tokens are generated"
         self._cache.batch_select_indices((keep[:, None] * self._state.streams + streams).flatten())
         self._active = [self._active[row] for row in unfinished]
         return mask[keep]

@@ -1,6 +1,7 @@
 """Decoding: choosing each next token and deciding when a completion ends."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers.generation.logits_process import (
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Output, Request
 from snpatch.op.reference import has_overflowed
+from snpatch.sampling import Sampling
 
 
 class CompletionWriter:
@@ -21,13 +23,13 @@ class CompletionWriter:
 
     def __init__(self, request: Request, tokenizer) -> None:
         self.output = Output()
-        self.sampling, self.eos_ids = request.sampling, request.recipient.weights.eos_ids
-        self.done = self.sampling is None
+        self._sampling, self.eos_ids = request.sampling, request.recipient.weights.eos_ids
+        self.done = self._sampling is None
         self._tokenizer = tokenizer
         self._cut_at: int | None = None
         self._search_from = 0  # index in the text from which a stop string may end, with min_tokens
         self._generator, self._warpers = None, LogitsProcessorList()
-        if self.sampling is None:
+        if self._sampling is None:
             return
         if self.sampling.vllm:
             raise SnpatchError(f"sampling: {', '.join(self.sampling.vllm)} needs the vllm backend")
@@ -46,6 +48,12 @@ class CompletionWriter:
                 self._warpers.append(TopPLogitsWarper(self.sampling.top_p))
 
     @property
+    def sampling(self) -> Sampling:
+        """Return the request's sampling; a request without one has no tokens to write."""
+        assert self._sampling is not None
+        return self._sampling
+
+    @property
     def is_greedy(self) -> bool:
         """Return whether the most likely token is always chosen (temperature 0), and none is sampled."""
         return self._generator is None
@@ -62,14 +70,16 @@ class CompletionWriter:
 
     def sample(self, logits: Tensor) -> int:
         """Sample a token from logits [V]. The result is the same on every device and in every batch."""
-        probabilities = self._warpers(None, logits[None].cpu())[0].softmax(-1)
+        scores = cast(torch.FloatTensor, logits[None].cpu())
+        read = cast(torch.LongTensor, None)  # the tokens so far, which these warpers do not read
+        probabilities = self._warpers(read, scores)[0].softmax(-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
     def append(self, token: int, logprob: float | None) -> None:
         """Append a token and decide whether the completion ends with it."""
         output, sampling = self.output, self.sampling
         output.token_ids.append(token)
-        if sampling.logprobs:
+        if output.logprobs is not None and logprob is not None:
             output.logprobs.append(logprob)
         if token in self.eos_ids and not sampling.ignore_eos:
             self._end("eos")
@@ -81,7 +91,7 @@ class CompletionWriter:
 
     def finish(self) -> Output:
         """Return the output with its text, without special tokens and cut before a stop string."""
-        if self.sampling is not None:
+        if self._sampling is not None:
             self.output.text = self._decode()[: self._cut_at]
         return self.output
 

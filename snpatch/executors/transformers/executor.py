@@ -4,8 +4,9 @@ Why it is simple rather than fast: the vLLM executor is compared with it. It mus
 exact, whatever else shares the batch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -61,7 +62,7 @@ class TransformersExecutor:
     def check_request(self, request: Request) -> None:
         """Accept every request whose models fit the geometry."""
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
+    def stream(self, requests: Iterable[Request]) -> Generator[tuple[int, Output], None, None]:
         """Yield (index, output) of each request; those of a batch come together."""
         if self._state is None:
             raise SnpatchError("this engine is closed")
@@ -81,6 +82,8 @@ class TransformersExecutor:
     def _run_all(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
         tables = OpTables(requests, self.geometry, self._device)
         for indices in self._group_into_batches(requests):
+            assert self._model is not None, "the engine was closed during a run"
+            assert self._state is not None
             batch = [requests[i] for i in indices]
             self._state.layers = tables.layers
             run = BatchRun(batch, tables, _weights(batch[0]), self._model, self._state, self._tokenizer, self.geometry)
@@ -129,7 +132,8 @@ def load_model(model: str, source: ModelSource, dtype: str, device: torch.device
     # SDPA in transformers drops Gemma 2's soft cap on attention logits.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     load_dtype = "float32" if source.lora else dtype
-    network = load_pretrained(AutoModelForCausalLM, name, dtype=load_dtype, attn_implementation=attention)
+    # transformers declares no class for what an Auto class loads.
+    network = cast(Any, load_pretrained(AutoModelForCausalLM, name, dtype=load_dtype, attn_implementation=attention))
     network = network.to(device).eval().requires_grad_(False)
     if source.lora:
         parameters = dict(network.named_parameters())

@@ -6,6 +6,7 @@ projection know that rows come in streams. With secondary weights, so does each 
 """
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,10 @@ class PatchedMLP(nn.Module):
             raise SnpatchError(f"activation {kind} is not supported, only {', '.join(sorted(_ACTIVATIONS))}")
         self.activation, self.layer, self.state = _ACTIVATIONS[kind], layer, state
         fused = getattr(mlp, "gate_up_proj", None)
-        self.gate_up_proj = fused if fused is not None else _fuse(mlp.gate_proj, mlp.up_proj)
-        self.down_proj = mlp.down_proj
+        if fused is None:
+            fused = _fuse(_linear(mlp, "gate_proj"), _linear(mlp, "up_proj"))
+        self.gate_up_proj = fused
+        self.down_proj = _linear(mlp, "down_proj")
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Run the MLP on rows [B*S, length, H], and patch, observe and capture its neurons by the state's plan."""
@@ -117,15 +120,15 @@ def install_streams(model: nn.Module, secondary: nn.Module | None = None) -> For
     """
     state = ForwardState()
     for network in (model, secondary) if secondary is not None else (model,):
-        for index, layer in enumerate(network.model.layers):
-            layer.mlp = PatchedMLP(layer.mlp, index, state)
+        for index, layer in enumerate(_layers(network)):
+            layer.mlp = PatchedMLP(layer.get_submodule("mlp"), index, state)
     if secondary is not None:
         _install_secondary(model, secondary, state)
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(_layers(model)):
         for name in ("k_proj", "v_proj"):
             if hasattr(layer.self_attn, name):
                 getattr(layer.self_attn, name).register_forward_hook(_make_scale_hook(state, index, name))
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:: state.streams],))
+    model.get_submodule("lm_head").register_forward_pre_hook(lambda _, inputs: (inputs[0][:: state.streams],))
     return state
 
 
@@ -140,6 +143,14 @@ def _install_secondary(model: nn.Module, secondary: nn.Module, state: ForwardSta
         kind = TwoWeightHead if module is model.lm_head else TwoWeightModule
         setattr(model.get_submodule(parent), child, kind(module, counterparts[name], state))
         state.duplicated.append(name)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    return cast(nn.ModuleList, model.get_submodule("model.layers"))
+
+
+def _linear(mlp: nn.Module, name: str) -> nn.Linear:
+    return cast(nn.Linear, getattr(mlp, name))
 
 
 def _fuse(gate: nn.Linear, up: nn.Linear) -> nn.Linear:

@@ -114,10 +114,11 @@ def build_receipts(
     """
     receipts, start = [], 0
     for request, positions, counts in zip(requests, num_positions, receipt.tolist(), strict=True):
+        overwrites, nonfinite, layer = counts
         captured = None
         if request.capture:
             stop = start + request.capture.stop - request.capture.start
             captured, start = capture[start:stop].cpu(), stop
         planned = implied_overwrites(request, positions)
-        receipts.append(WorkerReceipt(positions, planned, 0, *counts, captured))
+        receipts.append(WorkerReceipt(positions, planned, 0, overwrites, nonfinite, layer, captured))
     return receipts

@@ -10,6 +10,7 @@ import importlib.util
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # module -> name -> used members: (parameters of a call), attributes, methods(and their parameters).
 ENGINE_NAMES = {
@@ -209,12 +210,19 @@ def missing_names(serving: bool = False) -> list[str]:
 
 def read_source(module: str) -> str | None:
     """Return the source of one of vLLM's modules; None if it does not exist."""
-    root = Path(importlib.util.find_spec("vllm").origin).parent
-    path = root.joinpath(*module.split(".")[1:])
+    path = _module_path(module)
     for file in (path / "__init__.py", path.with_suffix(".py")):
         if file.is_file():
             return file.read_text()
     return None
+
+
+def _module_path(module: str) -> Path:
+    """Return the folder of one of vLLM's packages, or the file of a module without its suffix."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None, "vLLM is not installed"
+    assert spec.origin is not None
+    return Path(spec.origin).parent.joinpath(*module.split(".")[1:])
 
 
 def _missing_in(table: dict[str, dict[str, str]]) -> list[str]:
@@ -246,14 +254,14 @@ def _missing_uses(module: str, name: str, uses: str) -> list[str]:
 
 
 @cache
-def _module_names(module: str) -> dict[str, ast.AST] | None:
+def _module_names(module: str) -> dict[str, Any] | None:
     """Return the names that a module defines or imports, also under `if` and `try`; "*" has its star imports."""
     source = read_source(module)
     return None if source is None else _defined_names(ast.parse(source).body)
 
 
-def _defined_names(body: list[ast.stmt]) -> dict[str, ast.AST]:
-    names: dict = {"*": []}
+def _defined_names(body: list[ast.stmt]) -> dict[str, Any]:
+    names: dict[str, Any] = {"*": []}
     for node in body:
         match node:
             case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -298,9 +306,9 @@ def _resolve(module: str, name: str) -> Definition | None:
 def _imported_module(module: str, node: ast.ImportFrom) -> str:
     """Return the absolute name of the module that an import names."""
     if not node.level:
+        assert node.module is not None  # only a relative import may name no module
         return node.module
-    path = Path(importlib.util.find_spec("vllm").origin).parent.joinpath(*module.split(".")[1:])
-    parts = module.split(".") if path.is_dir() else module.split(".")[:-1]
+    parts = module.split(".") if _module_path(module).is_dir() else module.split(".")[:-1]
     return ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
 
 

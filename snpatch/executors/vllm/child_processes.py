@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import tempfile
 import threading
+import time
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -17,7 +18,8 @@ SHARED_MEMORY = Path("/dev/shm")
 SHARED_NAMES = ("psm_", "sem.mp-", "sem.loky-", "vllm_dist_", "-cpushm")  # Python's, joblib's, and vLLM's on a CPU
 MAX_FOLDER_CHARS = 53  # of the temporary folder: the path of a socket has at most 107
 POLL_SECONDS = 0.5
-KILL_SECONDS = 5.0  # how long to wait for a killed process to end
+KILL_SECONDS = 5.0  # how long to wait for killed processes to end
+KILL_POLL_SECONDS = 0.01
 
 
 class ChildProcesses:
@@ -28,6 +30,7 @@ class ChildProcesses:
         self._temporary = TemporaryFolder(root if len(root) <= MAX_FOLDER_CHARS else "/tmp")
         self.folder = self._temporary.path
         self._older = {child.pid for child in multiprocessing.active_children()}
+        self._start_times: dict[int, str] = {}  # of each process that was seen
         self._shared: set[str] = set()
         self._has_started = threading.Event()
         threading.Thread(target=self._poll, daemon=True, name="snpatch-child-processes").start()
@@ -67,6 +70,9 @@ class ChildProcesses:
             processes.kill(process)
         for child in self._children():
             child.join(KILL_SECONDS)
+        deadline = time.monotonic() + KILL_SECONDS  # a process whose parent has ended cannot be joined
+        while self._processes() and time.monotonic() < deadline:
+            time.sleep(KILL_POLL_SECONDS)
         for name in self._shared:
             _remove_shared(name)
         self._temporary.remove()
@@ -86,7 +92,11 @@ class ChildProcesses:
         return [child for child in multiprocessing.active_children() if child.pid not in self._older]
 
     def _processes(self) -> list[int]:
-        return processes.descendants(child.pid for child in self._children())
+        """Return the processes that run now, with those whose parent was killed: they are no descendants any more."""
+        for process in processes.descendants(child.pid for child in self._children()):
+            if started := processes.start_time(process):
+                self._start_times[process] = started
+        return [process for process, started in self._start_times.items() if processes.start_time(process) == started]
 
 
 def _mapped_inodes(process: int) -> set[int]:

@@ -4,9 +4,10 @@ A request names adapters, rankings and constants by integers (request_rows.py). 
 prefix cache, so that no request reads keys and values that another patch has made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -44,8 +45,8 @@ class EngineRequest:
 
     name: str
     tag: RequestTag
-    prompt: dict
-    params: object
+    prompt: Mapping[str, Any]
+    params: Any
     more: dict = field(default_factory=dict)
 
 
@@ -64,7 +65,7 @@ class RequestCodec:
         swaps_donor = self._has_secondary and has_same_weights(request)
         ticket, salt = next(self._tickets), cache_salt(request, recipient_stream, swaps_donor)
         columns = build_request_row(request, lease.slots, self._max_interventions, recipient_stream)
-        extra_args = {KEY: RequestRow(ticket, columns).pack()}
+        extra_args: dict[str, Any] = {KEY: RequestRow(ticket, columns).pack()}
         if swaps_donor:
             extra_args[SAME_WEIGHTS] = True
         return RequestTag(ticket, salt, extra_args)
@@ -154,7 +155,7 @@ def _sampling_params(request: Request, extra_args: dict, streaming: bool):
     sampling = request.sampling
     if sampling is None:
         return SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, **common)
-    arguments = {
+    arguments: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -172,7 +173,7 @@ def _sampling_params(request: Request, extra_args: dict, streaming: bool):
     if reserved:
         raise SnpatchError(f"sampling: {', '.join(sorted(reserved))} cannot be set through vllm=")
     try:
-        return SamplingParams(**arguments, **sampling.vllm)
+        return SamplingParams(**{**arguments, **sampling.vllm})
     except (TypeError, ValueError, VLLMValidationError) as error:
         raise SnpatchError(f"sampling: vLLM does not take {dict(sampling.vllm)}: {error}") from error
 

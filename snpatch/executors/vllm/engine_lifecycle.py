@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -21,13 +22,16 @@ from snpatch.executors.vllm.processes import interrupt_on_ctrl_c
 from snpatch.executors.vllm.quantization import check_kernels
 from snpatch.executors.vllm.settings import KEY, check_heads, check_supported
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 SHUTDOWN_SECONDS = 2.0  # how long vLLM may take to end its processes
 POLL_SECONDS = 0.2
 # oneDNN caches compiled code for each new shape, 1024 by default: hundreds of MB in a worker on a CPU.
 ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 
-def start_engine(engine_args, check: Callable[[object], None] = check_supported):
+def start_engine(engine_args, check: Callable[["VllmConfig"], None] = check_supported):
     """Start an LLMEngine; return it and an ExitStack that ends it. check: called with vLLM's config beforehand."""
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -56,8 +60,8 @@ def engine_dead_error() -> EngineCrashedError:
 
 @contextmanager
 def engine_startup(
-    engine_args, check: Callable[[object], None] = check_supported
-) -> Iterator[tuple[object, ExitStack]]:
+    engine_args, check: Callable[["VllmConfig"], None] = check_supported
+) -> Iterator[tuple["VllmConfig", ExitStack]]:
     """Build and check vLLM's config; start an engine of it in this block.
 
     Yields the config and an ExitStack that ends the engine's processes, to which the caller adds the engine's own

@@ -6,9 +6,9 @@ and an interrupted run can abort its remaining requests.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from snpatch.errors import OverflowedError, SnpatchError
 from snpatch.executors.base import Memory, Output, Request
@@ -50,7 +50,7 @@ class VllmExecutor(VllmExecutorBase):
         """Raise for a request that this engine can never run, however long it waits."""
         self.slots.check_request(request)
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
+    def stream(self, requests: Iterable[Request]) -> Generator[tuple[int, Output], None, None]:
         """Yield (index, output) of each request as it finishes, with a checked receipt.
 
         Requests are read from the iterable as slots become free; those of a list are all checked first.
@@ -90,13 +90,13 @@ class VllmExecutor(VllmExecutorBase):
 
 @dataclass(eq=False)
 class _Active:
-    """A request inside the engine. output: set when it has finished, before its receipt is fetched."""
+    """A request inside the engine. output: empty until it has finished; its receipt is fetched later."""
 
     index: int
     request: Request
     engine_request: EngineRequest
     lease: SlotLease
-    output: Output | None = None
+    output: Output = field(default_factory=Output)
 
     @property
     def ticket(self) -> int:
@@ -164,14 +164,15 @@ class _Run:
         """Pass requests to vLLM while there are free slots; return whether any was passed."""
         executor, has_admitted = self._executor, False
         while len(self._running) < executor.backlog:
-            index, request = self._waiting or next(remaining, (None, None))
-            if request is None:
+            following = self._waiting or next(remaining, None)
+            if following is None:
                 break
+            index, request = following
             group = self._group_column(request)
             lease = executor.slots.acquire(request, group)
             if lease is None:
                 assert executor.owners, "nothing runs, and no slots are free for a request that fits"
-                self._waiting = index, request
+                self._waiting = following
                 break
             self._waiting = None
             self._send(_Active(index, request, self._write(request, lease), lease))

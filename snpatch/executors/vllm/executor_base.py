@@ -5,6 +5,7 @@ Why it is built before vLLM starts: everything that can be checked without vLLM 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from snpatch.config import EngineConfig
 from snpatch.executors.base import Memory
@@ -31,14 +32,15 @@ class WorkerInfo:
     def from_answers(cls, answers: list[dict]) -> "WorkerInfo":
         """Combine the workers' answers: memory is summed over them, and `runner` is the first worker's."""
         duplicated = module_kinds(name for answer in answers for name in answer["duplicated"])
-        memory = Memory(*map(sum, zip(*(a["memory"] for a in answers), strict=True)), duplicated)
+        weights, secondary, kv_cache = map(sum, zip(*(a["memory"] for a in answers), strict=True))
+        memory = Memory(weights, secondary, kv_cache, duplicated)
         return cls(tuple((a["first_neuron"], a["n_neurons"]) for a in answers), answers[0]["runner"], memory)
 
 
 class VllmExecutorBase:
     """Launch arguments, slots and request codec of an engine. engine: vLLM's; None before `start` and after `close`."""
 
-    engine = None
+    engine: Any = None  # vLLM's names are checked in api_check.py
 
     def __init__(self, config: EngineConfig, text_processors: Sequence[TextProcessor]) -> None:
         self.launch = DualStreamLaunch(config, text_processors)

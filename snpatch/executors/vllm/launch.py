@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import MISSING, is_dataclass, replace
 from importlib.metadata import entry_points
+from typing import Any
 
-from snpatch.config import EngineConfig
+from snpatch.config import EngineConfig, ModelSource
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.settings import DualStreamSettings, dual_stream_capture_sizes
@@ -30,7 +31,8 @@ class DualStreamLaunch:
 
     def __init__(self, config: EngineConfig, text_processors: Sequence[TextProcessor]) -> None:
         versions.check()
-        arguments, model = dict(config.vllm), config.model
+        arguments: dict[str, Any] = {**config.vllm}
+        model = config.model
         model_config = load_config(model, config.allow_untested)
         if config.batch_size is not None:
             if "max_num_seqs" in arguments:
@@ -40,7 +42,7 @@ class DualStreamLaunch:
             check_has_weights(model)
         self.geometry = build_geometry(model_config, config.dtype, arguments.get("max_model_len"))
         if config.secondary is not None:
-            self.geometry = self._common_geometry(config, arguments)
+            self.geometry = self._common_geometry(config, config.secondary, arguments)
         self._arguments = dual_stream_arguments(model, model_config, config.dtype, arguments)
         self._arguments["tokenizer"] = str(text_processors[0].tokenizer.name_or_path)  # an adapter may have its own
         self.settings = DualStreamSettings.build(
@@ -53,11 +55,11 @@ class DualStreamLaunch:
         if self.settings.scales_kv and "k_proj" not in self.geometry.widths:
             raise SnpatchError(f"scales_kv: a {model_config.model_type} model has no separate k_proj and v_proj")
 
-    def _common_geometry(self, config: EngineConfig, arguments: dict) -> Geometry:
+    def _common_geometry(self, config: EngineConfig, source: ModelSource, arguments: dict) -> Geometry:
         """Check the secondary model, and return the sizes that both models support."""
         if config.capacity.streams == 1:
             raise SnpatchError("streams=1: secondary weights run in a second stream; start two engines")
-        secondary = config.secondary.checkpoint or config.model
+        secondary = source.checkpoint or config.model
         secondary_config = load_config(secondary, config.allow_untested)
         if arguments.get("load_format") != "dummy":
             check_has_weights(secondary)
@@ -82,7 +84,7 @@ class DualStreamLaunch:
         if self.settings.scales_kv is None:
             self.settings = replace(self.settings, scales_kv=scales_kv)
         # vLLM requires space for a token after every prompt; with one more, a prompt can fill the context.
-        own = {"max_model_len": self.geometry.context + 1}
+        own: dict[str, Any] = {"max_model_len": self.geometry.context + 1}
         if self.settings.streams == 2 and not CAPTURE_ARGUMENTS & self._arguments.keys():
             own["cudagraph_capture_sizes"] = dual_stream_capture_sizes(self._arguments.get("max_num_seqs"))
         own["additional_config"] = {**self._arguments.get("additional_config", {}), **self.settings.as_config()}

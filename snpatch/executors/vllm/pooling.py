@@ -5,8 +5,9 @@ reserves little memory: it often shares a GPU with the engine whose completions 
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class PoolingEngine:
             if "max_num_seqs" in arguments:
                 raise SnpatchError("backend vllm: batch_size is max_num_seqs; give one of them")
             arguments["max_num_seqs"] = batch_size
-        own = {
+        own: dict[str, Any] = {
             "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
             "runner": "pooling",
             "worker_extension_cls": "snpatch.executors.vllm.worker.score_head.WorkerExtension",
@@ -61,7 +62,7 @@ class PoolingEngine:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        logits: list[Tensor | None] = [None] * len(rows)
+        logits: dict[int, Tensor] = {}
         running: dict[str, int] = {}
         try:
             for index, row in enumerate(rows):
@@ -78,14 +79,14 @@ class PoolingEngine:
             with suppress(EngineDeadError):
                 self._engine.abort_request(list(running))
             raise
-        return torch.stack(logits).float()
+        return torch.stack([logits[index] for index in range(len(rows))]).float()
 
     def close(self) -> None:
         """Stop vLLM and its processes."""
         self._end.close()
 
 
-def _start(model: str, arguments: dict):
+def _start(model: str, arguments: dict) -> tuple[Any, ExitStack]:
     """Start an engine whose processes end with the client process; return it and an ExitStack that ends it."""
     from vllm.engine.arg_utils import EngineArgs
 

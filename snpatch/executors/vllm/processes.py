@@ -64,6 +64,15 @@ def descendants(roots: Iterable[int]) -> list[int]:
     return processes
 
 
+def start_time(process: int) -> str | None:
+    """Return when a process started, in clock ticks since the machine's start; None if it does not run any more.
+
+    A zombie does not run. A later process with the same id has another start time.
+    """
+    fields = _read_stat(process)
+    return fields[19] if fields and fields[0] not in "ZX" else None
+
+
 def kill(process: int) -> None:
     """Kill a process if it still exists."""
     with suppress(ProcessLookupError):
@@ -103,17 +112,11 @@ def _client_process() -> int:
 
 
 def _watch_parent(parent: int, engine: int) -> None:
-    while _is_running(parent) and os.getppid() == engine:
+    while start_time(parent) and os.getppid() == engine:
         time.sleep(PARENT_CHECK_SECONDS)
     if engine != parent and os.getppid() == engine:
         os.kill(engine, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _is_running(process: int) -> bool:
-    """Return whether a process runs; a zombie does not."""
-    fields = _read_stat(process)
-    return bool(fields) and fields[0] not in "ZX"
 
 
 def _read_stat(process: int) -> list[str]:

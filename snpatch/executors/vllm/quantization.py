@@ -59,7 +59,8 @@ def _weight_bits(vllm_config) -> set[int]:
     table = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
     groups = table.get("config_groups", {}).values()
     weights = [group.get("weights") or {} for group in groups]
-    return {table.get("bits"), table.get("w_bit"), *(scheme.get("num_bits") for scheme in weights)} - {None}
+    declared = [table.get("bits"), table.get("w_bit"), *(scheme.get("num_bits") for scheme in weights)]
+    return {bits for bits in declared if bits is not None}
 
 
 def check_activation_scales(model: nn.Module) -> None:

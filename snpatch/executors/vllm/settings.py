@@ -7,7 +7,7 @@ compile cache depends on them.
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from snpatch.config import Capacity, ModelSource
 from snpatch.errors import SnpatchError
@@ -54,7 +54,7 @@ class DualStreamSettings(Capacity):
             is_eager: Whether vLLM compiles nothing; sets `supports_row_routing`.
             allow_untested: Accept quantizations that no test covers.
         """
-        values = {"supports_row_routing": is_eager}
+        values: dict[str, Any] = {"supports_row_routing": is_eager}
         if secondary is not None:
             values |= {
                 "has_secondary": True,

@@ -5,8 +5,9 @@ reached the workers before the request does.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
+from typing import Any
 
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Output, Request
@@ -17,6 +18,7 @@ from snpatch.executors.vllm.executor_base import VllmExecutorBase, WorkerInfo
 from snpatch.executors.vllm.rpc import unwrap_answers
 from snpatch.executors.vllm.slots import SlotLease
 from snpatch.models.model import Model
+from snpatch.utils.optional import present
 
 ENGINE_CHECK_SECONDS = 0.2
 
@@ -45,7 +47,7 @@ class StreamingExecutor(VllmExecutorBase):
             self.close()
             raise
 
-    async def stream(self, request: Request) -> AsyncIterator[Output]:
+    async def stream(self, request: Request) -> AsyncGenerator[Output, None]:
         """Yield the output so far each time it grows; the last one has a checked receipt.
 
         Closing the iterator aborts the request. Requests with statistics need `VllmExecutor`.
@@ -60,16 +62,18 @@ class StreamingExecutor(VllmExecutorBase):
 
     async def output(self, request: Request) -> Output:
         """Return a request's finished output with a checked receipt."""
+        output: Output | None = None
         async with aclosing(self.results(request, lambda lease: self.codec.encode(request, lease))) as results:
             async for result, records in results:
                 output = self.codec.decode(request, result)
                 if records is not None:
                     self.codec.confirm(request, output, records)
+        assert output is not None, "vLLM ended a request without a result"
         return output
 
     async def results(
         self, request: Request, encode: Callable[[SlotLease], EngineRequest]
-    ) -> AsyncIterator[tuple[object, list[list[dict]] | None]]:
+    ) -> AsyncGenerator[tuple[Any, list[list[dict]] | None], None]:
         """Yield vLLM's own results of a request; the last one comes with each worker's records of it.
 
         encode: returns the arguments for vLLM after the request's slots are leased.
@@ -82,16 +86,17 @@ class StreamingExecutor(VllmExecutorBase):
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         lease = await self._admit(request)
-        sent, is_fetched = None, True
+        unfetched: int | None = None  # the request's ticket, until its records are fetched
         try:
-            sent, is_fetched = encode(lease), False
+            sent = encode(lease)
+            unfetched = sent.tag.ticket
             # aclosing aborts the request of a caller that stops iterating before its record is dropped below.
             async with aclosing(self.engine.generate(sent.prompt, sent.params, sent.name, **sent.more)) as results:
                 async for result in results:
                     records = None
-                    if result.finished and not is_fetched:
-                        records = await self._fetch_records(sent.tag.ticket)
-                        is_fetched = True
+                    if result.finished and unfetched is not None:
+                        records = await self._fetch_records(unfetched)
+                        unfetched = None
                     yield result, records
         except EngineDeadError as error:
             raise engine_dead_error() from error
@@ -103,8 +108,8 @@ class StreamingExecutor(VllmExecutorBase):
             ) from error
         finally:
             self._release(lease)
-            if not is_fetched:  # in a background task, because a cancelled caller must not wait
-                self._start_background(self._drop_record(sent.tag.ticket))
+            if unfetched is not None:  # in a background task, because a cancelled caller must not wait
+                self._start_background(self._drop_record(unfetched))
 
     async def command(self, name: str, *arguments) -> list:
         """Call a command of worker/commands.py in every worker and return the answers."""
@@ -131,7 +136,7 @@ class StreamingExecutor(VllmExecutorBase):
         A request that names no adapter, ranking or constant does not wait.
         """
         if collect_resources(request).is_empty:
-            return self.slots.acquire(request)
+            return present(self.slots.acquire(request))
         self._queued += 1
         try:
             async with self._admission:

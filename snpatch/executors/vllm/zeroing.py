@@ -9,11 +9,14 @@ all layers.
 import os
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from snpatch.errors import SnpatchError
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
 
 ENABLED = "SNPATCH_ZERO_BLOCKS"  # environment variable, set in all processes of a dual-stream engine
 
@@ -22,14 +25,15 @@ def enable() -> None:
     """Make vLLM zero blocks in this process; may be called more than once."""
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    original = KVCacheConfig.needs_kv_cache_zeroing
-    if not hasattr(original.fget, "snpatch"):
+    config_class = cast(Any, KVCacheConfig)  # its property is replaced
+    original = config_class.needs_kv_cache_zeroing.fget
+    if not hasattr(original, "snpatch"):
 
         def needs_kv_cache_zeroing(config) -> bool:
-            return ENABLED in os.environ or original.fget(config)
+            return ENABLED in os.environ or original(config)
 
-        needs_kv_cache_zeroing.snpatch = True
-        KVCacheConfig.needs_kv_cache_zeroing = property(needs_kv_cache_zeroing)
+        cast(Any, needs_kv_cache_zeroing).snpatch = True
+        config_class.needs_kv_cache_zeroing = property(needs_kv_cache_zeroing)
 
 
 def cache_tensors(caches: Iterable) -> list[torch.Tensor]:
@@ -46,7 +50,7 @@ def zero_on_cpu(runner, block_ids: list[int]) -> None:
         kv.index_fill_(1 if has_parts else 0, ids, 0)
 
 
-def widen_windows(attention: Iterable[nn.Module]) -> None:
+def widen_windows(attention: Iterable["Attention"]) -> None:
     """Give layers with a sliding window a full cache, because vLLM before 0.28 zeroes blocks of full caches only."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 

@@ -88,11 +88,12 @@ def plot_agreement(rows: Sequence[Row], rankings: Mapping[str, Ranking], k: int)
     """Plot the overlap by k, the overlap and Spearman matrix at k, and the ranks of the common neurons at k."""
     figure = Figure(figsize=(16, 4.8), layout="constrained")
     curve_axis, matrix_axis, rank_axis = figure.subplots(1, 3)
+    pair_rows: list[Row] = []
     for a, b in combinations(rankings, 2):
         pair_rows = [row for row in rows if (row["a"], row["b"]) == (a, b)]
         ks, overlaps = [row["k"] for row in pair_rows], [row["overlap"] for row in pair_rows]
         curve_axis.plot(ks, overlaps, "o-", markersize=3, label=to_plot_label(f"{a}, {b}"))
-    chances = [row["chance"] for row in pair_rows]
+    ks, chances = [row["k"] for row in pair_rows], [row["chance"] for row in pair_rows]
     curve_axis.plot(ks, chances, ":", color="tab:gray", label="random orders")
     curve_axis.set(xlabel="k", ylabel="overlap of the top k", ylim=(0, 1.02))
     curve_axis.legend(fontsize=8)

@@ -3,6 +3,7 @@
 `curve`, `sliding_window`, `transfer`, `positions` and `snpatch sweep` share this module.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -27,6 +28,7 @@ from snpatch.statistics import interval
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.store import describe_unfinished
 from snpatch.sweeps.sweep import Row, SweepResult
+from snpatch.utils.optional import present
 
 MAX_FAILURES = 10  # named in the headline
 
@@ -49,8 +51,8 @@ def build_sweep_config(
     """Build the sweep of an experiment config's recipients and donor over these windows."""
     return SweepConfig(
         context.config.recipients,
-        context.config.donor,
-        tuple(windows),
+        (context.config.donor,),
+        tuple(map(Window.of, windows)),
         controls=settings.controls,
         control_kind=settings.control_kind,
         disjoint=settings.disjoint,
@@ -154,7 +156,7 @@ def _draw_recipient(axis: Axes, result: SweepResult, judge: str, recipient: str)
     donor = result.donor
     for model, color, style in ((recipient, "tab:gray", "--"), (donor, "tab:green", ":")):
         label = to_plot_label(f"{model}, unpatched")
-        axis.axhline(result.baseline(model, judge).mean, color=color, linestyle=style, label=label)
+        axis.axhline(_or_nan(result.baseline(model, judge).mean), color=color, linestyle=style, label=label)
     for number, ranking in enumerate(result.rankings):
         _draw_ranking(axis, result, result.line(judge, recipient, ranking), f"C{number}", is_curve)
     axis.set(
@@ -174,18 +176,24 @@ def _draw_ranking(axis: Axes, result: SweepResult, rows: Sequence[Row], color: s
 
     x = [get_x(row) for row in line]
     label = to_plot_label(f"{rows[0].ranking} neurons")
-    axis.plot(x, [row.mean for row in line], "o-", color=color, markersize=4, label=label)
-    axis.fill_between(x, [row.mean_low for row in line], [row.mean_high for row in line], color=color, alpha=0.15)
+    axis.plot(x, [_or_nan(row.mean) for row in line], "o-", color=color, markersize=4, label=label)
+    low, high = [_or_nan(row.mean_low) for row in line], [_or_nan(row.mean_high) for row in line]
+    axis.fill_between(x, low, high, color=color, alpha=0.15)
     for row in rows:
         if row not in line:  # a window that does not begin at rank 0 is drawn over its ranks
-            axis.hlines(row.mean, row.rank_lo, row.rank_hi, color=color, linewidth=3)
-    control_means = {get_x(row): [control.mean for control in result.controls(row)] for row in line}
+            axis.hlines(_or_nan(row.mean), row.rank_lo, row.rank_hi, color=color, linewidth=3)
+    control_means = {get_x(row): [c.mean for c in result.controls(row) if c.mean is not None] for row in line}
     control_means = {position: means for position, means in control_means.items() if means}
     if control_means:
         x, means = list(control_means), list(control_means.values())
         axis.fill_between(x, [min(m) for m in means], [max(m) for m in means], color="tab:red", alpha=0.3)
         label = f"random neurons, {result.config.controls} seeds"
         axis.plot(x, [sum(m) / len(m) for m in means], color="tab:red", label=label)
+
+
+def _or_nan(value: float | None) -> float:
+    """Return NaN, which is not drawn, for a figure that is undefined."""
+    return math.nan if value is None else value
 
 
 def build_headline(result: SweepResult, label: str = "") -> list[str]:
@@ -217,7 +225,8 @@ def _describe_no_gain(result: SweepResult, judge: str, recipient: str) -> str | 
         return f"no prompt has scores of both {recipient} and {result.donor}"
     differences = np.array([donor_scores[prompt] - recipient_scores[prompt] for prompt in shared])
     config = result.config
-    value, low, high = interval(np.mean, differences, resamples=config.resamples, confidence=config.confidence)
+    figures = interval(np.mean, differences, resamples=config.resamples, confidence=config.confidence)
+    value, low, high = map(present, figures)  # all are defined for a mean of at least one difference
     if (low > 0 or high < 0) and not (judge == "cost" and value > 0):
         return None
     certainty = f"{config.confidence:.0%} CI {format_value(low)} .. {format_value(high)}, {len(shared)} prompts"
@@ -236,11 +245,11 @@ def _scores_by_prompt(result: SweepResult, judge: str, model: str) -> dict[int, 
 
 def _describe_recovery(result: SweepResult, judge: str, recipient: str, ranking: str) -> str:
     gain = "the safety gain" if judge == "cost" else f"the change of {judge}"
-    rows = [row for row in result.line(judge, recipient, ranking) if row.effect is not None]
-    best = max((row.effect for row in rows), default=0.0)
+    effects = [(row, row.effect) for row in result.line(judge, recipient, ranking) if row.effect is not None]
+    best = max((effect for _, effect in effects), default=0.0)
     if best <= 0:
         return f"no window of {ranking} neurons recovered any of {gain}"
-    row = min((row for row in rows if row.effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
+    row = min((row for row, effect in effects if effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
     first_rank = f", from rank {row.rank_lo}" if row.rank_lo else ""
     effect_interval = format_interval(asdict(row), "effect", format_percent)
     certainty = f" ({result.config.confidence:.0%} CI {effect_interval})" if effect_interval else ""

@@ -54,7 +54,8 @@ def plot(rows: list[dict], floor: dict, path: Path) -> None:
     figure, axes = plt.subplots(layout="constrained")
     k, mean = [row["rank_hi"] - row["rank_lo"] for row in patched], [row["mean"] for row in patched]
     axes.plot(k, mean, marker="o")
-    axes.fill_between(k, *([row[name] for row in patched] for name in ("mean_low", "mean_high")), alpha=0.2)
+    low, high = ([row[name] for row in patched] for name in ("mean_low", "mean_high"))
+    axes.fill_between(k, low, high, alpha=0.2)
     for row in unpatched:
         axes.axhline(row["mean"], linestyle="--", linewidth=1, color="gray")
         axes.annotate(row["recipient"], (0, row["mean"]))

@@ -62,12 +62,18 @@ def test_killed_engine_leaves_only_its_log(zoo, temporary):
         (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
         shared = shared_memory_files(os.getpid())
         assert shared
+        # A slow worker would write its last messages into the log of the next engine.
+        workers = descendants(core)
+        assert workers
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
         threading.Timer(0.5, os.kill, (core, signal.SIGKILL)).start()
         with pytest.raises(SnpatchError, match=r"vLLM's engine has ended; its log: \S+\.log$") as error:
             while True:
                 engine.generate([[1, 5, 6]] * 64, sampling=Sampling(max_tokens=100, ignore_eos=True))
     assert "vllm" in Path(str(error.value).rpartition(" ")[2]).read_text()
     assert not [path for path in shared if path.exists()]
+    assert not any(map(is_running, workers))
 
 
 @pytest.mark.engine

@@ -6,6 +6,7 @@ They exchange plain data, see rpc.py. Errors are returned as data, because an ex
 import functools
 from collections.abc import Callable, Iterator
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -35,6 +36,8 @@ def _command(method: Callable) -> Callable:
 
 class WorkerExtension:
     """Commands that vLLM adds to its worker class."""
+
+    model_runner: Any  # of vLLM's worker
 
     @_command
     def snpatch_start(self) -> dict:

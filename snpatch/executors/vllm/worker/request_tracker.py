@@ -7,6 +7,7 @@ their requests until the client process fetches them, because receipts are compa
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from typing import cast
 
 import numpy as np
 import torch
@@ -106,8 +107,7 @@ class RequestTracker:
 
     def add(self, request_id: str, extra_args: dict | None) -> None:
         """Start a request, or continue it after a preemption; ignore requests without snpatch's key."""
-        ints = (extra_args or {}).get(KEY)
-        if ints is None:
+        if extra_args is None or (ints := extra_args.get(KEY)) is None:
             return
         record = self._records.get(request_id)
         if record is None:
@@ -192,7 +192,7 @@ class RequestTracker:
             row = RequestRow.unpack(ints, self.table.shape[1])
         except SnpatchError as error:
             raise SnpatchError(f"request {request_id}: {error}") from None
-        record = Record(row.ticket, row.columns)
+        record = Record(row.ticket, cast("NDArray[np.int32]", row.columns))
         for column, kind in self._handle_kinds.items():
             handle = int(record.entries[column])
             if handle not in self.handles[kind]:
@@ -262,7 +262,8 @@ class RequestTracker:
     def _has_slots(self, record: Record) -> bool:
         """Return whether a record has the receipt and capture slots that it needs."""
         entries = record.entries
-        return entries[RequestColumn.RECEIPT] >= 0 and (not record.num_captures or entries[RequestColumn.CAPTURE] >= 0)
+        has_captures = not record.num_captures or bool(entries[RequestColumn.CAPTURE] >= 0)
+        return bool(entries[RequestColumn.RECEIPT] >= 0) and has_captures
 
     def _take_slots(self, record: Record) -> None:
         record.entries[RequestColumn.RECEIPT] = self._take_receipt()

@@ -8,6 +8,7 @@ is imported on demand: V1 is deprecated since vLLM 0.33, V2's modules need Trito
 
 import functools
 from functools import cache
+from typing import Any, cast
 
 import numpy as np
 from vllm.platforms import current_platform
@@ -79,7 +80,7 @@ def hook_v1() -> None:
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-        CPUModelRunner._zero_block_ids = zeroing.zero_on_cpu
+        cast(Any, CPUModelRunner)._zero_block_ids = zeroing.zero_on_cpu
     for name, wrapper in WRAPPERS.items():
         original = getattr(runner_class, name)
         if not hasattr(original, "snpatch"):
@@ -88,7 +89,7 @@ def hook_v1() -> None:
             def wrapped(runner, *args, _wrapper=wrapper, _original=original, **kwargs):
                 return _wrapper(_original, runner, *args, **kwargs)
 
-            wrapped.snpatch = True
+            cast(Any, wrapped).snpatch = True
             setattr(runner_class, name, wrapped)
 
 
@@ -104,7 +105,7 @@ def dual_stream_model_state() -> type:
             super().__init__(vllm_config, model, *args, **kwargs)
             self.tracker, self.planner = model.snpatch.tracker, model.snpatch.planner
 
-        def add_request(self, req_index, new_req_data) -> None:
+        def add_request(self, req_index, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
             self.tracker.add(new_req_data.req_id, new_req_data.sampling_params.extra_args)
 

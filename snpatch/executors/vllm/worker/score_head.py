@@ -21,6 +21,7 @@ class SnpatchLlamaForScore(as_seq_cls_model(LlamaForCausalLM)):
 
     def _init_pooler(self, vllm_config: VllmConfig, prefix: str = "") -> DispatchPooler:
         config = vllm_config.model_config
+        assert config.pooler_config is not None  # a pooling engine has one
         self.score_head = ReplicatedLinear(
             config.hf_config.hidden_size,
             1,

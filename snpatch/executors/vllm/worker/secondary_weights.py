@@ -15,6 +15,7 @@ over tensor-parallel workers, then runs once for both streams.
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import psutil
 import torch
@@ -51,18 +52,19 @@ class SecondaryWeights:
         self._planner = planner
         self.name = self._settings.secondary_checkpoint or vllm_config.model_config.model
         self.bytes, self.attached, self.has_head = 0, [], False
-        self._rows: tuple | None = None  # swapped rows, and the row indices of each set of weights for them
+        # Swapped rows, and the row indices of each set of weights for them.
+        self._rows: tuple[Any, Any, Any] = (None, None, None)
         self._vocabulary = vllm_config.model_config.get_vocab_size()
         check_free_memory(primary_bytes, vllm_config)
         with _weights_only_config(vllm_config) as weights_only:
-            self._holder = base(vllm_config=weights_only, prefix=prefix)
+            self._holder: Any = base(vllm_config=weights_only, prefix=prefix)
 
     def load(self, model: nn.Module) -> set[str]:
         """Load the weights and attach them to a loaded model; return the parameter names under which it has them."""
         config = copy.copy(self._config.model_config)
         if self._settings.secondary_checkpoint is not None:
             config.model, config.revision = self._settings.secondary_checkpoint, None
-        loader = get_model_loader(self._config.load_config)
+        loader: Any = get_model_loader(self._config.load_config)
         if not hasattr(loader, "get_all_weights"):
             raise SnpatchError(f"load_format {self._config.load_config.load_format} cannot load secondary weights")
         weights = merge_loras(loader.get_all_weights(config, self._holder), self._settings.secondary_lora)
@@ -86,10 +88,10 @@ class SecondaryWeights:
             names |= {f"{name}.{SECONDARY}.{parameter}" for parameter in parameters}
         self._holder = None
         # Attached modules change the graphs that vLLM compiles and caches, so they have to be in its cache key.
-        self._config.additional_config[f"{KEY}_paired"] = self.attached
+        cast(dict, self._config.additional_config)[f"{KEY}_paired"] = self.attached
         return names
 
-    def _replace_forward(self, name: str, primary: nn.Module, secondary: nn.Module) -> None:
+    def _replace_forward(self, name: str, primary: nn.Module, secondary: Any) -> None:
         if isinstance(primary, LinearBase):
             if primary.skip_bias_add and primary.bias is not None:
                 raise SnpatchError(f"{name}: a layer with skip_bias_add and a bias cannot have secondary weights")
@@ -114,7 +116,7 @@ class SecondaryWeights:
         swapped = self._planner.swapped_rows
         if swapped is None:
             return rows[0::2], rows[1::2]
-        if self._rows is None or self._rows[0] is not swapped:
+        if self._rows[0] is not swapped:
             is_second = torch.arange(len(rows), device=rows.device) % 2 == 1
             is_second[torch.from_numpy(swapped).to(rows.device)] ^= True
             self._rows = swapped, (~is_second).nonzero().squeeze(1), is_second.nonzero().squeeze(1)
@@ -128,7 +130,7 @@ class SecondaryWeights:
         rows[self._rows[1]], rows[self._rows[2]] = first, second
         return rows
 
-    def _linear(self, primary: nn.Module, secondary: nn.Module) -> Callable[..., Tensor]:
+    def _linear(self, primary: Any, secondary: Any) -> Callable[..., Tensor]:
         """Return the `apply` of a linear layer with two sets of weights."""
         apply = primary.quant_method.apply
 
@@ -140,7 +142,7 @@ class SecondaryWeights:
 
         return apply_both
 
-    def _norm(self, forward: Callable, secondary: nn.Module) -> Callable:
+    def _norm(self, forward: Callable, secondary: Callable) -> Callable:
         """Return the forward of a norm with two sets of weights, with or without a residual that it adds first.
 
         vLLM's kernels need contiguous rows.
@@ -158,7 +160,7 @@ class SecondaryWeights:
 
         return norm
 
-    def _head(self, primary: nn.Module, secondary: nn.Module) -> Callable[..., Tensor]:
+    def _head(self, primary: Any, secondary: Any) -> Callable[..., Tensor]:
         """Return the `apply` of the head: rows [n, 2H] have zeros in the half that is not the recipient's stream."""
         apply = primary.quant_method.apply
 

@@ -14,6 +14,7 @@ Why a module gets another class and no wrapper: its parameters keep their names.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ from snpatch.op.plan import PlanColumn
 _LIBRARY = torch.library.Library("snpatch", "FRAGMENT")
 
 
-def _layer(name: LayerNameType) -> nn.Module:
+def _layer(name: LayerNameType) -> "DualStreamGLU":
     return get_forward_context().no_compile_layers[_resolve_layer_name(name)]
 
 
@@ -86,7 +87,7 @@ class DualStreamGLU(nn.Module):
         self.tables = tables
         self.inputs = layer.scale, layer.rank, layer.constant
         self.outputs = layer.stats, layer.count, tables.capture, tables.receipt
-        self.attributes = {
+        self.attributes: dict[str, Any] = {
             "activation": self.activation,
             "streams": self.streams,
             "layer": self.layer,
@@ -135,7 +136,8 @@ def _override_forward(module: nn.Module, forward) -> None:
     base = type(module)
 
     def dual_stream_forward(self, *args, **kwargs):
-        return forward(super(subclass, self).forward, *args, **kwargs)
+        # The class is made below, so that its type is not known.
+        return forward(super(subclass, self).forward, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     subclass = type(f"DualStream{base.__name__}", (base,), {"forward": dual_stream_forward})
     module.__class__ = subclass
@@ -267,7 +269,7 @@ class DualStream:
             if secondary is None:
                 rows = forward(ids).repeat_interleave(2, dim=0)
             else:
-                rows = self.secondary.embed(ids, forward, secondary)
+                rows = self.secondary.embed(ids, forward, secondary)  # pyright: ignore[reportOptionalMemberAccess]
             return rows if input_ids.dim() == 1 else rows[None]  # vLLM's Transformers models expect a batch of one
 
         _override_forward(embedding, embed)
@@ -309,7 +311,7 @@ class DualStream:
 def dual_stream_class(base: type[nn.Module]) -> type[nn.Module]:
     """Return the dual-stream subclass of one of vLLM's model classes."""
 
-    class DualStreamModel(base):
+    class DualStreamModel(cast(Any, base)):
         @processes.report_errors()
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             from snpatch.executors.vllm.worker import runners
@@ -327,9 +329,10 @@ def dual_stream_class(base: type[nn.Module]) -> type[nn.Module]:
                 zeroing.widen_windows(attention)
             self.snpatch = added = DualStream(self, vllm_config, attention)
             if added.settings.has_secondary:
-                added.secondary = SecondaryWeights(base, vllm_config, prefix, added.planner, added.primary_bytes)
+                secondary = SecondaryWeights(base, vllm_config, prefix, added.planner, added.primary_bytes)
+                added.secondary = secondary
                 if vllm_config.load_config.load_format == "dummy":  # vLLM fills existing parameters, and loads nothing
-                    added.secondary.attach(self, is_shared=lambda primary, secondary: False)
+                    secondary.attach(self, is_shared=lambda primary, secondary: False)
 
         @processes.report_errors()
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
