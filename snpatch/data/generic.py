@@ -25,7 +25,7 @@ from snpatch.data.formats import (
     user,
 )
 from snpatch.data.source_row import list_columns
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 PREFERRED_COLUMNS = ("prompt", "messages")  # taken before all others
 PROMPT_COLUMNS = (
@@ -261,7 +261,7 @@ def _split_pair(
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise RowError("chosen and rejected must be of one form, got a conversation and a text")
     if chosen is None or rejected is None:
-        dialogue, answer = split_answer(present(chosen or rejected))
+        dialogue, answer = split_answer(require(chosen or rejected))
         return (dialogue, answer, None, None) if rejected is None else (dialogue, None, answer, None)
     n_common = 0
     while n_common < min(len(chosen), len(rejected)) - 1 and chosen[n_common] == rejected[n_common]:

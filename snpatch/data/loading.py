@@ -11,7 +11,7 @@ from snpatch.data.formats import DATASETS, Format, RowError, shorten_repr
 from snpatch.data.generic import generic_format, line_format
 from snpatch.data.source_row import SourceRow, find_column_error
 from snpatch.errors import SnpatchError
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 SAVED_FILES = ("state.json", "dataset_dict.json")  # in a folder written by `save_to_disk` of the `datasets` library
 
@@ -51,7 +51,7 @@ def load_dataset(
         from snpatch.data.hub import fetch
 
         name, row_format = source, DATASETS[source]
-        rows, origin = fetch(present(row_format.hub), row_format.columns, split, revision)
+        rows, origin = fetch(require(row_format.hub), row_format.columns, split, revision)
     else:
         if revision:
             raise SnpatchError(f"{source}: revision is for sets from the hub, this is a path")

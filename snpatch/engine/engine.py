@@ -21,7 +21,7 @@ from snpatch.executors.base import Executor, Logprobs, Output, Request
 from snpatch.patching.patch import Patch, recipient_name
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import CONTRAST, GREEDY, Sampling
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 from snpatch.utils.progress import Progress, announced, open_progress
 
 
@@ -233,7 +233,7 @@ class Engine(BaseEngine):
         """
         requests = self.requests.capturing(self.encode(prompts, model), model, ranking, k, positions)
         with open_progress(progress, "capture") as report:
-            return torch.cat([present(output.captured) for output in self.execute(requests, report)])
+            return torch.cat([require(output.captured) for output in self.execute(requests, report)])
 
     def logprobs(
         self,
@@ -257,7 +257,7 @@ class Engine(BaseEngine):
         read = None if completions is None else self.requests.completions(completions, len(ids))
         with open_progress(progress, "logprobs") as report:
             outputs = self.execute(self.requests.reading(ids, patches, read), report)
-        logprobs = [present(output.prompt_logprobs) for output in outputs]
+        logprobs = [require(output.prompt_logprobs) for output in outputs]
         if read is None:
             return logprobs
         return [found.last(len(completion)) for found, completion in zip(logprobs, read, strict=True)]

@@ -16,7 +16,7 @@ from snpatch.executors.request_rows import implied_overwrites
 from snpatch.models.geometry import Geometry
 from snpatch.op.plan import INT32_MAX
 from snpatch.utils.hashing import REQUEST_DIGITS, hash_json
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ def confirm(request: Request, output: Output, shards: Sequence[WorkerReceipt], g
     num_positions = len(request.prompt_ids) + max(len(output.token_ids) - 1, 0)
     output.overwrites = _count_overwrites(request, shards, num_positions)
     if request.capture:
-        output.captured = _merge_captures(request.capture, [present(shard.captured) for shard in shards])
+        output.captured = _merge_captures(request.capture, [require(shard.captured) for shard in shards])
 
 
 def _overflow(request: Request, shards: Sequence[WorkerReceipt], geometry: Geometry) -> OverflowedError | None:

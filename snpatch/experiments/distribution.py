@@ -9,7 +9,7 @@ from snpatch.experiments.context import ExperimentContext
 from snpatch.report.formatting import format_value
 from snpatch.report.report import Report, Row, TableView
 from snpatch.statistics import skewness
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 MAX_MAP_COLUMNS = 512  # neurons of a layer are pooled to at most this many columns, by their largest score
 
@@ -31,7 +31,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     """Describe the scores of the safety ranking, including excluded layers."""
     ranking = context.ranking()
     k = context.num_neurons(settings.k, ranking)
-    scores = present(ranking.scores).numpy().astype(float)
+    scores = require(ranking.scores).numpy().astype(float)
     top_counts = ranking.layer_counts(k).tolist()
     excluded = ranking.meta["excluded_layers"]
     rows = []

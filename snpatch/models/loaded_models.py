@@ -19,7 +19,7 @@ from snpatch.models.pretrained import load_pretrained
 from snpatch.models.text_processing import has_text_files, load_text_processors
 from snpatch.names import BASE
 from snpatch.utils.hashing import hash_bytes, hash_json
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 # vLLM's arguments that change speed or memory but no completion. All others are part of a model's fingerprint.
 RESOURCE_ARGUMENTS = (
@@ -121,7 +121,7 @@ class LoadedModels:
 
     def _check_lora(self, folder: str) -> None:
         lora = load_lora(folder)
-        config = load_pretrained(AutoConfig, present(self._config.secondary).checkpoint or self._config.model)
+        config = load_pretrained(AutoConfig, require(self._config.secondary).checkpoint or self._config.model)
         if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} & lora.updates.keys():
             raise SnpatchError(
                 f"{folder}: it has a LoRA on the head of a model whose head is its embedding: merge this adapter with "

@@ -23,7 +23,7 @@ from snpatch.ranking.statistics import Statistics
 from snpatch.ranking.window import Window
 from snpatch.utils.files import read_checkpoint, read_tensors, write_tensors
 from snpatch.utils.hashing import hash_tensor
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 from snpatch.utils.tensors import FLOATS, check_tensor, check_type, is_finite
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ class Ranking:
             raise SnpatchError(
                 f"{path}: lists neurons, not the model's size: give shape = (layers, neurons of a layer)"
             )
-        return cls.from_order(present(found.order), shape, {**meta, **({"tied": found.tied} if found.tied else {})})
+        return cls.from_order(require(found.order), shape, {**meta, **({"tied": found.tied} if found.tied else {})})
 
     @classmethod
     def _of_scores(cls, scores: Tensor, shape: tuple[int, int] | None, path: Path, meta: dict) -> "Ranking":

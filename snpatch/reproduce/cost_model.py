@@ -20,7 +20,7 @@ from snpatch.models.checkpoint import load_config
 from snpatch.names import CONTRAST_POSITIONS
 from snpatch.reproduce.pipeline import ADAPTERS, CONTRAST_STEPS, AdapterTraining, Pipeline
 from snpatch.reproduce.preset import PRESET_NAMES, Size
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 TRAIN_FLOPS = 0.4 * 989e12  # per second: 40 % of an H100's dense bfloat16 peak
 READ_BYTES = 0.6 * 3.35e12  # per second: 60 % of an H100's memory bandwidth
@@ -103,7 +103,7 @@ def _shipped_record(pipeline: Pipeline) -> dict:
 
 def _estimate_training(pipeline: Pipeline, training: AdapterTraining, size: Size) -> CostEstimate:
     kind = "dpo" if training.sft else "sft"
-    tokens = _num_training_tokens(pipeline, training.data, present(pipeline.preset.training).data[training.data])
+    tokens = _num_training_tokens(pipeline, training.data, require(pipeline.preset.training).data[training.data])
     if tokens is None:
         return CostEstimate(None, source="rows of unknown size")
     tokens *= training.settings.epochs
@@ -150,7 +150,7 @@ def _estimate_experiment(pipeline: Pipeline, name: str, size: Size) -> CostEstim
     if name in ("perplexity", "transfer") and settings.text:
         points = len(config.recipients) * (len(settings.k) if name == "perplexity" else 2) + 1
         seconds = points * WIKITEXT_TOKENS * 2 * 2 * size.parameters / TRAIN_FLOPS
-        return CostEstimate(present(cost.seconds) + seconds, cost.disk_gb, f"{cost.source}; {points} perplexities")
+        return CostEstimate(require(cost.seconds) + seconds, cost.disk_gb, f"{cost.source}; {points} perplexities")
     return cost
 
 

@@ -25,7 +25,7 @@ from snpatch.reproduce.steps import Step, StepResult, Steps
 from snpatch.sweeps.sweep_file import engine_table
 from snpatch.training.settings import TrainSettings
 from snpatch.utils.files import write_text
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 from snpatch.utils.schema import load_table
 
 CONFIG_FILE, OPTIONS_FILE = "experiment.toml", "options.json"
@@ -231,7 +231,7 @@ class Pipeline:
 
     def _generated_data(self) -> list[str]:
         """Return the names of the training data that the demo's language generates."""
-        training = present(self.preset.training)
+        training = require(self.preset.training)
         return [name for name, data in training.data.items() if data.source == generated_path(name)]
 
     def _generate_rows(self) -> StepResult:
@@ -243,7 +243,7 @@ class Pipeline:
         return StepResult((), paths)
 
     def _training_step(self, training: AdapterTraining) -> Step:
-        folder, data = self.out / ADAPTERS / training.name, present(self.preset.training).data[training.data]
+        folder, data = self.out / ADAPTERS / training.name, require(self.preset.training).data[training.data]
         inputs = ["model/base", f"training/{training.name}", f"rows/{training.name}"]
         if training.sft:
             inputs.append(f"adapter/{self._adapter_folder(training.sft)}")

@@ -26,7 +26,7 @@ from snpatch.sampling import SEED_LIMIT, Sampling
 from snpatch.server import metrics
 from snpatch.server.patch_request import CURRENT_PATCH, PatchContext, Receipt
 from snpatch.server.state import ServerState
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "structural_tag")  # of vLLM's StructuredOutputsParams
 UNVERIFIED_REASONS = ("abort", "error")  # finish reasons of completions whose receipt cannot be checked
@@ -176,7 +176,7 @@ class PatchedClient:
         prompts = [generation.request.prompt_ids]
         (request,) = self.engine.requests.capturing(prompts, guard.model, guard.ranking, guard.k, "last_prompt_token")
         output = await self.engine.executor.output(request)
-        return float(guard.probability(present(output.captured))[0])
+        return float(guard.probability(require(output.captured))[0])
 
     async def _generate_several(self, generation: _Generation) -> AsyncGenerator[RequestOutput, None]:
         """Generate n completions, each with its receipt, and yield them as vLLM does: as they grow or all at once."""

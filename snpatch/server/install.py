@@ -27,7 +27,7 @@ from snpatch.server.receipts import add_receipt
 from snpatch.server.request_fields import check_fields, published_fields
 from snpatch.server.request_limits import body_fields, check_num_values
 from snpatch.server.state import ServerState
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 EVENTS_BEFORE_GENERATION = ("response.created", "response.in_progress")
 WRAPPED = {  # handler in the app's state -> the method that its route calls
@@ -140,7 +140,7 @@ async def _build_context(state: ServerState, request, raw_request) -> PatchConte
 
 def _check_num_completions(state: ServerState, request) -> None:
     """Raise for too many completions before any is started."""
-    prompt, limit = getattr(request, "prompt", None), present(state.config.max_completions)
+    prompt, limit = getattr(request, "prompt", None), require(state.config.max_completions)
     num_prompts = 1
     if isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt):  # a list of prompts
         num_prompts = len(prompt)

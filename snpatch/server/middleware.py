@@ -26,7 +26,7 @@ from snpatch.server.errors import (
 from snpatch.server.install import install
 from snpatch.server.responses import limit_send_time, remove_paths_from_errors
 from snpatch.server.state import ServerState
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 GENERATING_ROUTES = (
     "/v1/chat/completions",
@@ -94,7 +94,7 @@ async def _admit(
     receive = body.receive
     if method == "POST":  # quotas are acquired after the body has arrived, so that slow bodies keep no request out
         request_limits.check_content_type(headers)
-        content = await body.read(int(headers.get("content-length", 0)), present(config.max_body_bytes))
+        content = await body.read(int(headers.get("content-length", 0)), require(config.max_body_bytes))
         await request_limits.check_body(content, path, config, state.body_fields)
         receive = body.replay(content)
     if state.inflight.is_closing:

@@ -23,7 +23,7 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.server.config import ServeConfig
 from snpatch.server.errors import PayloadTooLargeError, RequestTimeoutError, UnsupportedMediaTypeError
 from snpatch.server.state import Quota
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 RESPONSES, INVOCATIONS, SWEEP = "/v1/responses", "/invocations", "/v1/snpatch/sweep"
 TOKENIZE_ROUTES = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")  # without a limit of vLLM's own
@@ -178,7 +178,7 @@ def _check_body(body: bytes, path: str, config: ServeConfig, fields: Mapping[str
     _check_limit(n := _num_values(data), limit, path)
     if not isinstance(data, dict):
         return
-    if path in TOKENIZE_ROUTES and (length := _num_chars(data)) > present(config.max_prompt_chars):
+    if path in TOKENIZE_ROUTES and (length := _num_chars(data)) > require(config.max_prompt_chars):
         raise PayloadTooLargeError(
             f"{path}: expected at most {config.max_prompt_chars} characters or token ids (--max-prompt-chars), got "
             f"{length}. Send it in parts.",

@@ -17,7 +17,7 @@ from snpatch.server.config import ServeConfig
 from snpatch.server.registry import PatchRegistry
 from snpatch.server.responses import find_private_folders
 from snpatch.server.uploads import Uploads
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 
 @dataclass(eq=False)
@@ -120,12 +120,12 @@ class ServerState:
     @cached_property
     def request_quota(self) -> Quota:
         """Requests that change or run something."""
-        return Quota("requests", present(self.config.max_requests), "--max-requests")
+        return Quota("requests", require(self.config.max_requests), "--max-requests")
 
     @cached_property
     def body_quota(self) -> Quota:
         """Bytes of request bodies that have not arrived in full."""
-        return Quota("bytes of incomplete bodies", present(self.config.max_incoming_bytes), "--max-incoming-bytes")
+        return Quota("bytes of incomplete bodies", require(self.config.max_incoming_bytes), "--max-incoming-bytes")
 
     @cached_property
     def upload_quota(self) -> Quota:

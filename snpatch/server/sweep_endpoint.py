@@ -25,7 +25,7 @@ from snpatch.server.errors import error_message
 from snpatch.server.state import ServerState
 from snpatch.statistics import UNDEFINED, causal_effect, interval, paired_p
 from snpatch.sweeps.sweep import DEFAULT_SET, Row
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 from snpatch.utils.schema import option
 
 MAX_CONCURRENT_SWEEPS = 4
@@ -132,7 +132,7 @@ class Sweep:
                 f"sweep: expected at most {limit} completions (--max-sweep-completions), got {num_prompts} prompts x "
                 f"({num_windows} windows + {MAX_EXTRA_POINTS}) = {num_completions}. Send several sweeps."
             )
-        max_chars = present(config.max_prompt_chars)
+        max_chars = require(config.max_prompt_chars)
         for index, prompt in enumerate(request.prompts):
             field = f"prompts.{index}"
             contents = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
@@ -265,7 +265,7 @@ class Sweep:
 
     def _completion(self, p: int, i: int) -> dict:
         """Return the data of a `completion` event."""
-        completion, point = present(self._completions[p][i]), {**self._describe(self._points[p]), "prompt_index": i}
+        completion, point = require(self._completions[p][i]), {**self._describe(self._points[p]), "prompt_index": i}
         if isinstance(completion, OverflowedError):
             empty = {"text": None, "tokens": 0, "finish_reason": None, "overwrites": 0}
             return {**point, **empty, "error": error_message(completion)}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from snpatch.sweeps.database import Database, chunked
 from snpatch.sweeps.owners import Process
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 LEASE_SECONDS = 60.0
 SUSPECT_GROUPS = 8  # groups into which the requests of a failed run are split until the one that fails is found
@@ -196,7 +196,7 @@ class WorkQueue:
     def _renew(self) -> None:
         if self._heartbeat_connection is None:
             self._heartbeat_connection = sqlite3.connect(
-                present(self._database.path), timeout=1.0, isolation_level=None
+                require(self._database.path), timeout=1.0, isolation_level=None
             )
         execute = self._heartbeat_connection.execute
         execute("UPDATE work SET expires = ? WHERE owner = ?", (time.time() + LEASE_SECONDS, self.owner))

@@ -8,12 +8,12 @@ and safety objectives are subsets of RewardBench, as published.
 from snpatch.data import DATASETS
 from snpatch.data.prompt_set import PromptSet
 from snpatch.errors import SnpatchError
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 
 def training_split(source: str) -> str | None:
     """Return the training split of a named data set; None for a file."""
-    return present(DATASETS[source].hub).train if source in DATASETS else None
+    return require(DATASETS[source].hub).train if source in DATASETS else None
 
 
 def _training_set(source: str, **more) -> PromptSet:

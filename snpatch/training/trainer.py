@@ -25,7 +25,7 @@ from snpatch.models.templates import ChatTemplate
 from snpatch.training import record, row_filters
 from snpatch.training.callbacks import LossMonitor, StepCallback, WeightDecayTowards
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 try:
     import datasets
@@ -158,7 +158,7 @@ def train_dpo(
             processing_class=tokenizer,
             peft_config=adapter,
         )
-    models.freeze_reference(present(trainer.model), sft_scales)
+    models.freeze_reference(require(trainer.model), sft_scales)
     if len(_tokenized(trainer)):
         first_row = _tokenized(trainer)[0]
         row_filters.check_prompt_ids(template.encode, first_row["prompt"], first_row["prompt_ids"])
@@ -206,7 +206,7 @@ def _processes() -> PartialState:
 
 
 def _on_gpu() -> bool:
-    return present(_processes().device).type == "cuda"
+    return require(_processes().device).type == "cuda"
 
 
 def _start_or_load(out: Path, inputs: dict) -> dict | None:
@@ -301,12 +301,12 @@ def _run(trainer: SFTTrainer | DPOTrainer, job: _Job) -> dict:
         if job.settings.weight_decay_target:
             trainer.add_callback(WeightDecayTowards(_decay_targets(trainer, job.sft_scales)))
         checkpoint = record.find_checkpoint(job.out)
-        before = models.trainable_snapshot(present(trainer.model))
+        before = models.trainable_snapshot(require(trainer.model))
         if state.is_main_process:
             record.remove_other_checkpoints(job.out, checkpoint, models.REFERENCE)
         state.wait_for_everyone()
         seconds = _train_from(trainer, checkpoint)
-        model = present(trainer.model)
+        model = require(trainer.model)
         unchanged, changed_fraction = models.assert_trained(model, before, models.saved_dtype(model, job.model))
         table = record.build_table(trainer.state.log_history)
         figures = {
@@ -335,7 +335,7 @@ def _run(trainer: SFTTrainer | DPOTrainer, job: _Job) -> dict:
 
 def _decay_targets(trainer: Trainer, sft_scales: dict[str, torch.Tensor]) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Return the value without effect of each trained IA3 scale: SFT's in DPO, else 1."""
-    scales = models.ia3_scales(present(trainer.model))
+    scales = models.ia3_scales(require(trainer.model))
     ones = {name: torch.ones_like(scale) for name, scale in scales.items()}
     return {scales[name]: target for name, target in (sft_scales or ones).items()}
 

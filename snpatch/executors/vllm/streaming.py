@@ -18,7 +18,7 @@ from snpatch.executors.vllm.executor_base import VllmExecutorBase, WorkerInfo
 from snpatch.executors.vllm.rpc import unwrap_answers
 from snpatch.executors.vllm.slots import SlotLease
 from snpatch.models.model import Model
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 ENGINE_CHECK_SECONDS = 0.2
 
@@ -136,7 +136,7 @@ class StreamingExecutor(VllmExecutorBase):
         A request that names no adapter, ranking or constant does not wait.
         """
         if collect_resources(request).is_empty:
-            return present(self.slots.acquire(request))
+            return require(self.slots.acquire(request))
         self._queued += 1
         try:
             async with self._admission:

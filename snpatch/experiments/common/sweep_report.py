@@ -28,7 +28,7 @@ from snpatch.statistics import interval
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.store import describe_unfinished
 from snpatch.sweeps.sweep import Row, SweepResult
-from snpatch.utils.optional import present
+from snpatch.utils.optional import require
 
 MAX_FAILURES = 10  # named in the headline
 
@@ -226,7 +226,7 @@ def _describe_no_gain(result: SweepResult, judge: str, recipient: str) -> str | 
     differences = np.array([donor_scores[prompt] - recipient_scores[prompt] for prompt in shared])
     config = result.config
     figures = interval(np.mean, differences, resamples=config.resamples, confidence=config.confidence)
-    value, low, high = map(present, figures)  # all are defined for a mean of at least one difference
+    value, low, high = map(require, figures)  # all are defined for a mean of at least one difference
     if (low > 0 or high < 0) and not (judge == "cost" and value > 0):
         return None
     certainty = f"{config.confidence:.0%} CI {format_value(low)} .. {format_value(high)}, {len(shared)} prompts"
