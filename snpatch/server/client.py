@@ -229,8 +229,7 @@ class PatchedClient:
 
         state.num_waiting += 1
         try:
-            async with state.start_lock:  # start one completion of all requests in each turn of the event loop
-                await asyncio.sleep(0)
+            await state.starts.wait()
             async with aclosing(self.engine.executor.results(generation.request, build_request)) as results:
                 async for result, records in results:
                     output = result.outputs[0]

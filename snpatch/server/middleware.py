@@ -95,6 +95,7 @@ async def _admit(
     if method == "POST":  # quotas are acquired after the body has arrived, so that slow bodies keep no request out
         request_limits.check_content_type(headers)
         content = await body.read(int(headers.get("content-length", 0)), require(config.max_body_bytes))
+        await state.bodies.wait()
         await request_limits.check_body(content, path, config, state.body_fields)
         receive = body.replay(content)
     if state.inflight.is_closing:

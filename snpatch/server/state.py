@@ -46,6 +46,21 @@ class Quota:
         self.release()
 
 
+class Turnstile:
+    """Lets one waiter pass in each turn of the event loop, in the order of arrival.
+
+    Without it, a burst of requests would be handled in one turn, and `/health` would wait for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def wait(self) -> None:
+        """Wait for those that came earlier, and one turn."""
+        async with self._lock:
+            await asyncio.sleep(0)
+
+
 class InflightRequests:
     """Count of the requests being answered. The event loop enters and leaves it; a thread waits for zero.
 
@@ -84,7 +99,8 @@ class ServerState:
         num_waiting: Completions that clients requested and that have no slots yet.
         sweeps: Running sweeps.
         num_preparing_sweeps: Sweeps whose requests are being built.
-        start_lock: Held while one completion is started.
+        bodies: Passed by each request before its body is parsed.
+        starts: Passed by each completion before it is started.
         spoiled_error: The reason to restart the server.
     """
 
@@ -100,7 +116,8 @@ class ServerState:
     num_waiting: int = 0
     sweeps: set = field(default_factory=set)
     num_preparing_sweeps: int = 0
-    start_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    bodies: Turnstile = field(default_factory=Turnstile)
+    starts: Turnstile = field(default_factory=Turnstile)
     spoiled_error: SpoiledEngineError | None = None
 
     def handle_overflow(self, error: OverflowedError) -> OverflowedError:
