@@ -5,6 +5,7 @@ INSTALLED := .venv/.installed
 READY := .venv/.built
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
+unexport PYTHONDONTWRITEBYTECODE  # tests start many processes, and each would compile the package again
 
 .PHONY: demo test quick check test-full HALF OTHER test-vllm lint format asan triton36
 .PHONY: bench-op bench-generate bench-pair bench-sweep bench-serve bench-attack bench-zeroing bench-report bench-reproduce readme gpu-check clean

@@ -94,6 +94,7 @@ def test_pieces_are_compiled_once_then_loaded_and_match_the_oracle(zoo, forced):
     assert not [node for node in ours if any(isinstance(argument, str) for argument in node.args)]
 
 
+@pytest.mark.full
 def test_dual_stream_layer_launches_one_gpu_kernel_more_than_vllms(zoo, forced):
     """The additional kernel copies V; the op replaces silu_and_mul, and queries and keys are views."""
     model = zoo("llama")
@@ -107,6 +108,7 @@ def test_dual_stream_layer_launches_one_gpu_kernel_more_than_vllms(zoo, forced):
     assert len(ours) == len(theirs) + 1, (ours, theirs)
 
 
+@pytest.mark.full
 def test_secondary_weights_are_compiled_once_then_loaded(pairs, forced):
     made = pairs("llama")
     for want in ((1, 0), (0, 1)):

@@ -46,6 +46,7 @@ def start(made, **options) -> Engine:
     return Engine(made.folder, adapters, backend="vllm", **{**SMALL, **options})
 
 
+@pytest.mark.full
 def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(zoo):
     """A mixed batch, statistics and captures with the neurons split over two workers; then the engine is killed."""
     if len(os.sched_getaffinity(0)) < 2:

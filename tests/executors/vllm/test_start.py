@@ -298,6 +298,7 @@ def test_program_without_main_guard_gets_the_fix_in_its_error(tmp_path):
     assert 'put the code under if __name__ == "__main__":' in reason.read_text()
 
 
+@pytest.mark.full
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("is_stdin", "message"),
