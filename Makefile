@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE  # tests start many processes, and each would compile the package again
 
-.PHONY: demo test quick check test-full HALF OTHER test-vllm lint format asan triton36
+.PHONY: demo test quick check test-full HALF OTHER test-vllm lint format wheel asan triton36
 .PHONY: bench-op bench-generate bench-pair bench-sweep bench-serve bench-attack bench-zeroing bench-report bench-reproduce readme gpu-check clean
 
 demo: $(READY)
@@ -48,6 +48,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A wheel with the C++ kernels and an sdist, in dist/. Not isolated: the kernels are compiled against .venv's PyTorch.
+wheel: $(READY)
+	$(BIN)/python -m build --no-isolation
 
 $(READY): $(INSTALLED) $(wildcard csrc/*)
 	@$(BIN)/python setup.py --quiet build_ext --inplace

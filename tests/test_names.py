@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from commands import run
@@ -21,6 +22,7 @@ from snpatch.utils.files import file_stem
 ESCAPES = "\x1b]8;;https://evil.example\x07a\x1b[2J\x9b31m\r\u202e\ud800"
 ESCAPED = r"\u001b]8;;https://evil.example\u0007a\u001b[2J\u009b31m\u000d\u202e\ud800"
 MARKUP = "[red]a[/red] [link=https://evil.example]b[/link] [/]"
+CURVE = Path(__file__).parents[1] / "bench" / "results" / "demo" / "curve.json"
 PROVENANCE = {"model": "m", "backend": "vllm", "seconds": 1}
 
 
@@ -156,6 +158,14 @@ def test_page_does_not_follow_links_out_of_its_folder(tmp_path):
 def test_page_of_damaged_table_raises_one_line_error(tmp_path, changes):
     with pytest.raises(SnpatchError, match=r"t\.json: damaged"):
         load_page(table(tmp_path / "out", **changes))
+
+
+def test_page_reads_a_sweep_without_the_newest_columns(tmp_path):
+    curve = json.loads(CURVE.read_text())
+    rows = [{name: value for name, value in row.items() if name != "control_overlap"} for row in curve["rows"]]
+    page = load_page(table(tmp_path / "out", rows=rows))
+    assert len(page.rows) == len(rows)
+    assert {row["control_overlap"] for row in page.rows} == {None}
 
 
 def test_page_of_deeply_nested_table_raises_one_line_error(tmp_path):

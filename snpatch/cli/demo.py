@@ -184,6 +184,7 @@ def build_table(result: "Report") -> "TableView":
             row = min(line, key=lambda row: abs(row["rank_hi"] - fraction * num_ranked))
             effects = _control_effects(result, row)
             interval = format_interval(row, "effect", format_percent)
+            overlap = f" ({row['control_overlap']:.0%} overlap)" if row.get("control_overlap") else ""
             cells.append(
                 (
                     recipient,
@@ -191,7 +192,7 @@ def build_table(result: "Report") -> "TableView":
                     f"{row['neuron_fraction']:.1%}",
                     format_value(row["mean"]),
                     f"{format_percent(row['effect'])} ({interval})",
-                    format_range(effects, format_percent) if effects else "",
+                    format_range(effects, format_percent) + overlap if effects else "",
                 )
             )
     donor = patched[0]["donor"]

@@ -60,7 +60,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     sets = settings.prompts or (context.config.benchmarks[0], "helpful")
     for name in sets:  # raises before anything is generated
         context.data(name)
-    rows, records = [], []
+    rows, records, notes = [], [], []
     for recipient, donor in (
         (contrasts[0].donor, contrasts[1].donor),
         (contrasts[1].donor, contrasts[0].donor),
@@ -77,6 +77,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         for prompts in sets:
             result = context.sweep(prompts, {"shared": shared}, judges, config)
             rows += _compare_scores(result, prompts, settings)
+            notes += result.notes
             records += [{**record, "donor": donor} for record in result.records]
     columns = {
         "patched": lambda row: f"{row['donor']} -> {row['recipient']}",
@@ -91,7 +92,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         {"alignment_tax": rows},
         {"alignment_tax": _plot(rows)},
         (TableView.from_rows(rows, columns),),
-        _build_headline(rows, k),
+        [*_build_headline(rows, k), *dict.fromkeys(notes)],
         records=records,
     )
 

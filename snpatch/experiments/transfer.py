@@ -63,7 +63,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         {"transfer": rows, "transfer-table": table},
         {"transfer": _plot(table, results)},
         (display,),
-        headline,
+        [*headline, *dict.fromkeys(note for result in results.values() for note in result.notes)],
         records=records,
     )
 

@@ -231,7 +231,13 @@ class Ranking:
         return self._of(self._order[rank_in_layer < k], {"top_per_layer": k})
 
     def random_control(
-        self, window: Window | int | tuple[int, int], *, seed: int, kind: str = "per_layer", disjoint: bool = True
+        self,
+        window: Window | int | tuple[int, int],
+        *,
+        seed: int,
+        kind: str = "per_layer",
+        disjoint: bool = True,
+        fill_up: bool = False,
     ) -> "Ranking":
         """Return a random control: as many random neurons as a window of this ranking has.
 
@@ -241,14 +247,20 @@ class Ranking:
             kind: "per_layer" (the i-th neuron is in the layer of the window's i-th, so that the number of neurons in
                 each layer is the same), "last_layer", or "everywhere" (any neuron, ranked or not).
             disjoint: Draw none of the window's own neurons, as in the paper's text (its code does draw them).
+            fill_up: Where a disjoint control has too few neurons to draw from, draw the missing ones from the window
+                instead of raising.
+
+        Returns:
+            The control. `meta["overlap"]` is the fraction of its neurons that are the window's own.
 
         Raises:
             NotEnoughNeuronsError: There are fewer neurons to draw from.
         """
         own = self._first((window := Window.of(window)).hi)[window.lo :]
-        chosen = controls.draw(own, self.shape, seed=seed, kind=kind, disjoint=disjoint)
+        chosen = controls.draw(own, self.shape, seed=seed, kind=kind, disjoint=disjoint, fill_up=fill_up)
+        overlap = int(torch.isin(chosen, own).sum()) / len(own) if len(own) else 0.0
         meta = {"control": kind, "of": self.fingerprint, "window": [window.lo, window.hi], "seed": seed}
-        return Ranking(_build_ranks(chosen, self.shape), meta={**meta, "disjoint": disjoint})
+        return Ranking(_build_ranks(chosen, self.shape), meta={**meta, "disjoint": disjoint, "overlap": overlap})
 
     def overlap(self, other: "Ranking", k: int) -> float:
         """Return the size of the intersection of both first k, divided by k."""

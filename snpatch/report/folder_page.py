@@ -8,7 +8,7 @@ import base64
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from snpatch.utils.schema import parse_json
 
 RANK_BINS = 50
 SWEEP_COLUMNS = tuple(f.name for f in fields(Row))
+REQUIRED_COLUMNS = {f.name for f in fields(Row) if f.default is MISSING}  # tables of an older snpatch lack the others
 MAX_TABLE_ROWS = 500
 
 
@@ -41,7 +42,7 @@ def load_page(folder: str | Path) -> Page:
         raise SnpatchError(f"{folder} holds no table and no completions of a sweep or an experiment")
     sweeps = {stem: table for stem, table in tables.items() if _is_sweep(table["rows"])}
     all_rows = [row for table in sweeps.values() for row in table["rows"]]
-    rows = {tuple(row[name] for name in SWEEP_COLUMNS): row for row in all_rows}.values()
+    rows = {tuple(row.get(name) for name in SWEEP_COLUMNS): row for row in all_rows}.values()
     commands = [table["provenance"].get("command") for table in tables.values()] + [run["command"] for run in runs[-1:]]
     judges = {row["judge"] for row in rows} | {judge for record in completions for judge in record["scores"]}
     return Page(
@@ -98,11 +99,11 @@ def _is_valid_table(provenance: object, headline: object, rows: object) -> bool:
         return False
     if not _is_sweep(rows):
         return True
-    return all(isinstance(row[name], str | int | float | None) for row in rows for name in SWEEP_COLUMNS)
+    return all(isinstance(row.get(name), str | int | float | None) for row in rows for name in SWEEP_COLUMNS)
 
 
 def _is_sweep(rows: list[dict]) -> bool:
-    return rows[0].keys() >= set(SWEEP_COLUMNS)
+    return rows[0].keys() >= REQUIRED_COLUMNS
 
 
 def _load_completions(folder: Path) -> tuple[list[dict], Sequence[dict]]:

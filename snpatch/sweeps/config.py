@@ -31,7 +31,7 @@ class SweepConfig:
         strengths: Strengths of the patch, see Patch.
         controls: Random controls of each window, with the seeds 0, 1, ...
         control_kind: How random controls are drawn, see Ranking.random_control.
-        disjoint: Draw controls without neurons of the window.
+        disjoint: Draw controls without neurons of the window, or with as few as possible where too few others are left.
         positions: Positions that are patched, see Patch.
         sampling: Sampling of one completion.
         samples: Completions per prompt, whose scores are averaged. Their seeds count up from the sampling's seed.

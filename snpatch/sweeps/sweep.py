@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,8 @@ class Row:
         net_effect: The same without what the random controls recover.
         p_vs_unpatched: p of a paired t-test against the scores of the unpatched recipient.
         p_vs_random: p of a paired t-test against the mean scores of the random controls.
+        control_overlap: Fraction of a control's neurons that are the window's own; of a window, the mean over its
+            controls. Above 0, net_effect and p_vs_random are conservative: the controls contain what they control for.
 
     A figure is None if there is nothing to compare with; a p also if no prompt's score differs.
     """
@@ -82,6 +85,7 @@ class Row:
     net_effect_high: float | None
     p_vs_unpatched: float | None
     p_vs_random: float | None
+    control_overlap: float | None = None
 
     @property
     def state(self) -> str:
@@ -173,6 +177,7 @@ class Point:
         ranking: Name of the ranking.
         control_seed: Seed of a random control; None for the ranking's own neurons.
         window: Window over the named ranking.
+        control_overlap: See Row.
     """
 
     recipient: str
@@ -180,6 +185,7 @@ class Point:
     ranking: str | None = None
     control_seed: int | None = None
     window: Window = EMPTY_WINDOW
+    control_overlap: float | None = None
 
     @property
     def target(self) -> Patch | str:
@@ -249,8 +255,9 @@ def sweep(
 ) -> SweepResult:
     """Run every window of every ranking and of its random controls, for every recipient and donor, and judge the texts.
 
-    A window from which no disjoint random control can be drawn has none, and a note says so. Completions and scores
-    that fail are left out of the rows and listed in `failures`.
+    Where too few neurons are left for disjoint random controls, these contain some of the window's own. A note names
+    such windows and their overlap. A window that leaves no neuron has no control, and a note says so. Completions and
+    scores that fail are left out of the rows and listed in `failures`.
 
     Args:
         engine: The engine.
@@ -343,10 +350,14 @@ def build_points(rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[
     check_names(rankings, "a ranking")
     pairs = [(r, d, s) for r, d, s in product(config.recipients, config.donors, config.strengths) if r != d]
     points, notes = [Point(model) for model in config.models], []
+    overlaps: dict[str, list[str]] = {}
     for (name, ranking), window in product(rankings.items(), config.windows):
         controls, note = _draw_controls(ranking, window, config)
         if note:
             notes.append(f"{name} [{window.lo}, {window.hi}) has no random control: {note}")
+        mean_overlap = mean(control.meta["overlap"] for control in controls) if controls else None
+        if config.disjoint and mean_overlap:
+            overlaps.setdefault(name, []).append(f"[{window.lo}, {window.hi}) by {mean_overlap:.1%}")
         for border in {window.lo, window.hi}:
             if tied := ranking.ties(border):
                 notes.append(f"{name}: {tied} neurons share the score at the border {border} of a window")
@@ -354,17 +365,26 @@ def build_points(rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[
         selections += [(seed, control, len(window)) for seed, control in enumerate(controls)]
         for (recipient, donor, strength), (seed, source, size) in product(pairs, selections):
             patch = Patch(recipient, donor, source, size, positions=config.positions, strength=strength)
-            points.append(Point(recipient, patch, name, seed, window))
+            overlap = mean_overlap if seed is None else source.meta["overlap"]
+            points.append(Point(recipient, patch, name, seed, window, overlap))
+    notes += [
+        f"{name}: random controls overlap with the window where too few other neurons are left: {', '.join(windows)}; "
+        "net_effect and p_vs_random are conservative there"
+        for name, windows in overlaps.items()
+    ]
     return points, notes
 
 
 def _draw_controls(ranking: Ranking, window: Window, config: SweepConfig) -> tuple[list[Ranking], str | None]:
     """Return the random controls of a window, or why there are none."""
-    kind = {"kind": config.control_kind, "disjoint": config.disjoint}
+    options = {"kind": config.control_kind, "disjoint": config.disjoint, "fill_up": True}
     try:
-        return [ranking.random_control(window, seed=seed, **kind) for seed in range(config.controls)], None
+        controls = [ranking.random_control(window, seed=seed, **options) for seed in range(config.controls)]
     except NotEnoughNeuronsError as error:
         return [], str(error)
+    if config.disjoint and any(control.meta["overlap"] == 1 for control in controls):
+        return [], "no other neurons are left, so a control would be the window itself"
+    return controls, None
 
 
 def _mean_scores(records: Sequence[dict], judge: str, shape: tuple[int, int, int]) -> np.ndarray:
@@ -409,6 +429,7 @@ def _build_rows(
                 tokens=sum(len(record["token_ids"]) for record in point_records),
                 overwrites=sum(record["overwrites"] for record in point_records),
                 **figures,
+                control_overlap=point.control_overlap,
             )
         )
     return rows

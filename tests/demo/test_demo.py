@@ -1,11 +1,13 @@
 """The shipped demo model: known words only, separate data sets, and models and judges with the expected behavior."""
 
+import io
 import itertools
 import json
 import random
 import re
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -305,6 +307,19 @@ def test_demo_table_has_at_most_ten_rows_of_100_columns(recorded_curve, capsys):
     assert "38% (28% .. 48%)" in capsys.readouterr().out  # no cell is wrapped
     assert table.rows[2] == ("sft", "256", "8.3%", "-0.75", "64% (54% .. 74%)", "0%")
     assert table.rows[-1] == ("dpo", "unpatched", "", "-5.10", "100%", "")
+
+
+def test_demo_table_marks_overlapping_controls(recorded_curve):
+    rows = recorded_curve.tables["curve"]
+    window = next(row for row in rows if row["rank_hi"] == 1280 and row["recipient"] == "sft")
+    control = {**window, "control_seed": 0, "effect": 0.25, "control_overlap": 0.3}
+    marked = [*rows[: rows.index(window)], {**window, "control_overlap": 0.3}, control, *rows[rows.index(window) + 1 :]]
+    table = demo.build_table(replace(recorded_curve, tables={"curve": marked}))
+    assert [row[1] for row in table.rows if "overlap" in row[-1]] == ["1280"]
+    assert table.rows[4][-1] == "25% (30% overlap)"
+    screen = Console(width=100, file=io.StringIO())
+    terminal.print_table(table, screen)
+    assert "25% (30% overlap)" in screen.file.getvalue()  # no cell is wrapped
 
 
 def test_demo_summary_has_the_effect_of_a_tenth_of_the_neurons(recorded_curve):

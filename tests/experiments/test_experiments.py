@@ -291,6 +291,21 @@ def test_provenance_is_independent_of_earlier_experiments(tmp_path, zoo):
     assert sets["perplexity"] == ["p", "t"]
 
 
+def test_experiments_name_overlapping_controls_once(tmp_path, zoo):
+    config = config_file(tmp_path, zoo("llama"), extend_config)
+    settings = {
+        "curve": {"k": [0.9]},
+        "transfer": {"k": 0.9, "text": "", "controls": 1},
+        "alignment_tax": {"objectives": ["safety", "other"], "k": 0.9, "prompts": ["p"], "controls": 1},
+    }
+    with ExperimentContext(
+        load_experiment_config(config, trust=True), tmp_path / "out", backend="transformers"
+    ) as context:
+        for name, one in settings.items():
+            headline = experiments.run(name, context, one).headline
+            assert sum("random controls overlap with the window" in line for line in headline) == 1, name
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import NotEnoughNeuronsError, SnpatchError
 from snpatch.op.plan import UNRANKED
 from snpatch.ranking.ranking import MOMENTS, Ranking
 from snpatch.ranking.statistics import Statistics
@@ -122,6 +122,54 @@ def test_control_too_few_neurons_raises():
         half.random_control(1, seed=0, kind="all")
     with pytest.raises(SnpatchError, match=r"k must lie in 0\.\.6"):
         half.random_control(7, seed=0)
+
+
+def test_filled_control_takes_all_free_neurons_then_the_windows_own():
+    control = line(*range(7)).random_control(7, seed=0, fill_up=True)
+    drawn = [neuron for _, neuron in order(control)]
+    assert sorted(drawn[:5]) == [7, 8, 9, 10, 11]
+    assert set(drawn[5:]) < set(range(7))
+    assert control.meta["overlap"] == 2 / 7
+    others = {tuple(order(line(*range(7)).random_control(7, seed=seed, fill_up=True))[5]) for seed in range(20)}
+    assert len(others) > 3, "the window's own neurons are drawn at random, too"
+
+
+def test_filled_control_overlaps_only_in_the_layer_that_runs_out():
+    window = [[0, 0], [1, 3], [0, 1], [0, 2]]
+    ranking = Ranking.from_order(torch.tensor(window), (2, 4))
+    control = ranking.random_control(4, seed=0, fill_up=True)
+    assert [layer for layer, _ in order(control)] == [0, 1, 0, 0]
+    assert [0, 3] in order(control)
+    assert [1, 3] not in order(control)
+    assert control.meta["overlap"] == 2 / 4
+    assert ranking.random_control((1, 2), seed=0, fill_up=True).meta["overlap"] == 0
+
+
+@pytest.mark.parametrize("kind", ["per_layer", "last_layer", "everywhere"])
+def test_filled_control_is_the_disjoint_one_where_neurons_suffice(kind):
+    ranking = shuffled()
+    for seed, window in enumerate([(0, 0), (0, 13), (20, 39)]):
+        disjoint, filled = (ranking.random_control(window, seed=seed, kind=kind, fill_up=f) for f in (False, True))
+        assert order(filled) == order(disjoint)
+        assert filled.fingerprint == disjoint.fingerprint
+        assert filled.meta == disjoint.meta
+        assert filled.meta["overlap"] == 0
+
+
+def test_filled_control_of_all_neurons_is_the_window_itself():
+    ranking = shuffled(exclude_layers=[2])
+    assert ranking.random_control(80, seed=0, fill_up=True).meta["overlap"] == 1
+    everywhere = ranking.random_control(80, seed=0, kind="everywhere", fill_up=True)
+    assert everywhere.meta["overlap"] == 40 / 80, "the 40 neurons of the excluded layer are free"
+    with pytest.raises(NotEnoughNeuronsError, match="41 neurons are needed in the last layer, which has 40") as error:
+        ranking.random_control(41, seed=0, kind="last_layer", fill_up=True)
+    assert "disjoint" not in str(error.value), "overlapping draws do not help"
+
+
+def test_overlapping_control_names_its_overlap():
+    control = shuffled().random_control((10, 60), seed=3, disjoint=False)
+    ranks = [int(shuffled().rank[tuple(neuron)]) for neuron in order(control)]
+    assert control.meta["overlap"] == sum(10 <= rank < 60 for rank in ranks) / 50 > 0
 
 
 @pytest.mark.parametrize("kind", ["per_layer", "last_layer", "everywhere"])

@@ -1,5 +1,13 @@
-"""The folder kernels/ is only snpatch.kernels: installed, from the repository root, and together with transformers."""
+"""The distributions that `make wheel` builds: their contents, and the demo in an environment that holds nothing else.
 
+The folder kernels/ is only snpatch.kernels: installed, from the repository root, and together with transformers.
+"""
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -9,6 +17,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def execute(*command: object, cwd: Path) -> str:
+    """Run a command without this checkout on its path; return its stdout."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    run = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    return run.stdout
 
 
 def test_kernels_is_no_regular_package():
@@ -26,13 +43,12 @@ def test_transformers_imports_from_the_root_next_to_kernels():
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """Build a wheel and an sdist from a copy of the tracked files."""
-    tree, out = tmp_path_factory.mktemp("tree") / "snpatch", tmp_path_factory.mktemp("dist")
+    """Run `make wheel` in a copy of the tracked files; return wheel and sdist."""
+    tree = tmp_path_factory.mktemp("tree") / "snpatch"
     subprocess.run(["git", "-C", ROOT, "checkout-index", "-a", f"--prefix={tree}/"], check=True)
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
-    run = subprocess.run(build, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+    execute("make", "wheel", f"BIN={BIN}", "READY=", cwd=tree)  # without the set-up of a .venv
+    (wheel,), (sdist,) = (tree / "dist").glob("*.whl"), (tree / "dist").glob("*.tar.gz")
+    return wheel, sdist
 
 
 def test_wheel_and_sdist_contain_kernels_as_a_subpackage(distributions):
@@ -56,3 +72,41 @@ def test_wheel_contains_the_demo_model_and_the_page_assets(distributions):
     assert {f"snpatch/server/examples/{name}" for name in ("five_lines.py", "curl.sh", "curve.py")} <= names
     for part in ("base/model.safetensors", "sft/adapter_config.json", "cost/config.json", "contrast.jsonl"):
         assert f"snpatch/demo/model/{part}" in names
+
+
+@pytest.fixture
+def empty_environment(tmp_path):
+    """The bin/ of a new environment that holds pip and PyTorch's CPU build, as .ci/setup_env.py installs it."""
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / ".ci" / "setup_env.py")
+    setup_env = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup_env)
+    execute(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    bin = tmp_path / "venv" / "bin"
+    torch = ["--no-deps", "--retries", "0", setup_env.TORCH["cpu"], "--extra-index-url", setup_env.CPU_INDEX]
+    execute(bin / "python", "-m", "pip", "install", "--quiet", *torch, cwd=tmp_path)
+    yield bin
+    shutil.rmtree(bin.parent)  # a gigabyte
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "op"), [("wheel", "C++"), ("sdist", "reference (PyTorch)")])
+def test_demo_runs_in_an_empty_environment(distributions, empty_environment, tmp_path, kind, op):
+    """An sdist is built in isolation, without PyTorch, so that its op is the one in PyTorch."""
+    archive = dict(zip(("wheel", "sdist"), distributions, strict=True))[kind]
+    python, elsewhere = empty_environment / "python", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    execute(BIN / "uv", "pip", "install", "--python", python, archive, cwd=elsewhere)
+    execute(BIN / "uv", "pip", "check", "--python", python, cwd=elsewhere)
+    environment = json.loads(execute(empty_environment / "snpatch", "env", "--json", cwd=elsewhere))
+    assert environment["versions"]["vllm"] == "not installed"
+    assert environment["ops"]["patched_glu (cpu)"] == op
+    output = execute(empty_environment / "snpatch", "demo", cwd=elsewhere)
+    assert "Patching 256 neurons (8.3%) of dpo into sft recovers" in output
+    out = elsewhere / "snpatch-demo"
+    assert (out / "report.html").is_file()
+    with (out / "curve.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["recipient"] == "sft" and row["ranking"]]
+    effects = {row["rank_hi"]: float(row["effect"]) for row in rows if not row["control_seed"]}
+    assert effects["0"] == 0
+    assert effects["256"] > 0.5
+    assert effects["2560"] > 0.9

@@ -260,6 +260,92 @@ def test_sweep_without_or_with_overlapping_controls(engine, ranking):
     assert {r.rank_hi for r in overlapping.rows if r.control_seed is not None} == {0, 70, 300, 1408}
 
 
+@pytest.fixture(scope="module")
+def overlapping(engine, ranking):
+    """A sweep with a window that leaves too few neurons in a layer, [0, 600), and one that leaves none, [0, 1408)."""
+    return run(engine, ranking, windows=(70, 600, 1408), controls=3)
+
+
+@pytest.fixture(scope="module")
+def overlap(ranking):
+    """Return the fraction of [0, 600) for which its layers have no other neurons, counted by hand."""
+    width = ranking.shape[1]
+    missing = [max(0, 2 * count - width) for count in ranking.layer_counts(600).tolist()]
+    return sum(missing) / 600
+
+
+def test_window_with_too_few_other_neurons_has_overlapping_controls(engine, ranking, overlapping, overlap):
+    assert 0 < overlap < 0.5
+    shares = {(row.control_seed, row.rank_hi): row.control_overlap for row in overlapping.rows if row.ranking}
+    assert shares == {
+        **{(seed, 70): 0 for seed in (None, 0, 1, 2)},
+        **{(seed, 600): overlap for seed in (None, 0, 1, 2)},
+        (None, 1408): None,
+    }
+    assert {row.control_overlap for row in overlapping.rows if row.ranking is None} == {None}
+    for seed in range(3):
+        control = ranking.random_control(600, seed=seed, fill_up=True)
+        expected = [c.text for c in engine.generate(PROMPTS, Patch("sft", "dpo", control, 600), GREEDY)]
+        key = "sft", "safety", seed, 600
+        assert expected == [
+            r["completion"]
+            for r in overlapping.records
+            if (r["recipient"], r["ranking"], r["control_seed"], r["rank_hi"]) == key
+        ]
+
+
+def test_overlapping_controls_are_compared_and_noted_once(overlapping, overlap):
+    scores = {}
+    for r in overlapping.records:
+        scores.setdefault((r["recipient"], r["control_seed"], r["rank_hi"]), []).append(r["scores"]["cost"])
+    for row in overlapping.rows:
+        if row.ranking and row.rank_hi == 600 and row.control_seed is None:
+            random = np.mean([scores[row.recipient, seed, 600] for seed in range(3)], axis=0)
+            assert row.p_vs_random == paired_p(np.array(scores[row.recipient, None, 600]), random)
+            assert row.net_effect is not None
+    whole, note = overlapping.notes
+    assert whole == (
+        "safety [0, 1408) has no random control: no other neurons are left, so a control would be the window itself"
+    )
+    assert note == (
+        "safety: random controls overlap with the window where too few other neurons are left: "
+        f"[0, 600) by {overlap:.1%}; net_effect and p_vs_random are conservative there"
+    )
+
+
+def test_overlapping_controls_leave_other_rows_and_stored_completions_unchanged(
+    engine, ranking, overlapping, tmp_path, written
+):
+    run(engine, ranking, store=tmp_path, windows=(70, 1408))
+    before = len(written)
+    again = run(engine, ranking, store=tmp_path, windows=(70, 600, 1408))
+    added = {(r["control_seed"], r["rank_hi"]) for r in again.records if r["rank_hi"] == 600}
+    assert added == {(None, 600), (0, 600), (1, 600)}
+    assert len(written) - before == 2 * 3 * len(PROMPTS), "of two recipients, and nothing else is generated again"
+    alone = run(engine, ranking, windows=(70, 1408), controls=3)
+    assert [row for row in overlapping.rows if row.rank_hi != 600] == alone.rows
+
+
+def test_controls_of_last_layer_too_small_for_the_window_are_absent(engine, ranking):
+    result = run(engine, ranking, windows=(353,), control_kind="last_layer", recipients=("sft",))
+    assert not [row for row in result.rows if row.control_seed is not None]
+    (note,) = result.notes
+    assert note.startswith("safety [0, 353) has no random control: random_control: 353 neurons are needed in the last")
+
+
+def test_report_marks_overlapping_controls(overlapping, overlap):
+    report = build_sweep_report(overlapping, "sweep")
+    (rows,) = report.tables.values()
+    assert {row["rank_hi"] for row in rows if row["control_overlap"]} == {600}
+    (table,) = report.displays
+    neurons, column = table.columns.index("neurons"), table.columns.index("overlap")
+    marked = {row[neurons]: row[column] for row in table.rows if row[column]}
+    assert marked == {f"600 ({600 / 1408:.1%})": f"{overlap:.1%}"}
+    assert report.headline.count(overlapping.notes[-1]) == 1
+    best = with_donor_gain(replace(overlapping, rows=[r for r in overlapping.rows if r.rank_hi in (0, 600)]), gain=5)
+    assert all(f"({overlap:.1%} of them in the window: conservative)." in line for line in build_headline(best))
+
+
 def test_controls_are_drawn_from_all_neurons_outside_their_window(ranking):
     """Do not draw from outside the largest window: that would leave only neurons that change little."""
     reached = set()

@@ -100,6 +100,8 @@ def _build_table(result: SweepResult, judge: str, label: str) -> TableView:
         f"effect {certainty}": lambda row: _format_effect(row),
         "p vs random": lambda row: format_p_value(row.p_vs_random),
     }
+    if any(row.control_overlap for row in rows):
+        columns["overlap"] = lambda row: f"{row.control_overlap:.1%}" if row.control_overlap else ""
     if any(row.failed for row in rows):
         columns["failed"] = lambda row: row.failed or ""
     title = f"mean {describe_score(judge)}" + (f", {label}" if label else "")
@@ -188,7 +190,12 @@ def _draw_ranking(axis: Axes, result: SweepResult, rows: Sequence[Row], color: s
         x, means = list(control_means), list(control_means.values())
         axis.fill_between(x, [min(m) for m in means], [max(m) for m in means], color="tab:red", alpha=0.3)
         label = f"random neurons, {result.config.controls} seeds"
-        axis.plot(x, [sum(m) / len(m) for m in means], color="tab:red", label=label)
+        center = {position: sum(m) / len(m) for position, m in control_means.items()}
+        axis.plot(x, list(center.values()), color="tab:red", label=label)
+        overlapping = [get_x(row) for row in line if row.control_overlap and get_x(row) in center]
+        if overlapping:
+            label = "random neurons, some of them the window's"
+            axis.plot(overlapping, [center[x] for x in overlapping], "x", color="tab:red", label=label)
 
 
 def _or_nan(value: float | None) -> float:
@@ -260,6 +267,9 @@ def _describe_recovery(result: SweepResult, judge: str, recipient: str, ranking:
 
 
 def _describe_controls(result: SweepResult, row: Row) -> str:
-    """Return the range of effects of the row's random controls."""
+    """Return the range of effects of the row's random controls, and how many of their neurons are the window's own."""
     effects = [control.effect for control in result.controls(row) if control.effect is not None]
-    return f"random neurons: {format_range(effects, format_percent)}" if effects else "no random control"
+    if not effects:
+        return "no random control"
+    overlap = f" ({row.control_overlap:.1%} of them in the window: conservative)" if row.control_overlap else ""
+    return f"random neurons: {format_range(effects, format_percent)}{overlap}"
