@@ -5,8 +5,11 @@ progress and errors to stderr. Exit codes: 0 success, 2 invalid input (one line 
 """
 
 import atexit
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -22,7 +25,7 @@ from snpatch.cli.help_panels import arrange
 from snpatch.cli.report import report
 from snpatch.cli.reproduce import reproduce
 from snpatch.cli.serve import FORWARD_UNKNOWN_OPTIONS, serve
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, printable
 from snpatch.utils import progress
 
 app = typer.Typer(
@@ -87,7 +90,8 @@ def main() -> None:
     try:
         group = typer.main.get_command(app)
         arrange(group)
-        group()
+        with _log_to_stderr():
+            group()
     except SnpatchError as error:
         sys.exit(_report(f"snpatch: error: {error}", 2))
     except KeyboardInterrupt:
@@ -97,3 +101,26 @@ def main() -> None:
 def _report(message: str, code: int) -> int:
     print(message, file=sys.stderr)
     return code
+
+
+class _StderrHandler(logging.Handler):
+    """Handler that prints messages to the current stderr, with control characters escaped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(printable(record.getMessage()), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Print the log of snpatch's modules, and only this, to stderr."""
+    logger, handler = logging.getLogger("snpatch"), _StderrHandler()
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # libraries give the root logger handlers of their own
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates

@@ -140,7 +140,7 @@ class DatasetOptions:
 
             options = {"format": values["form"], "column": values.get("column"), "skip_invalid": values["skip_invalid"]}
             data = load_dataset(name, **options)
-            data.print_row_notes(name)
+            data.log_row_notes(name)
         return Prompts(name or "--prompt", data if limit is None else data.first(min(limit, len(data))), limit)
 
 

@@ -161,7 +161,7 @@ def _read_data(data: Fields, default):
             values.setdefault("sample", None)  # the default's own sample
         prompt_set = replace(default, **values)
     rows = prompt_set.read(Path(), skip_invalid)
-    rows.print_row_notes(prompt_set.source)
+    rows.log_row_notes(prompt_set.source)
     return rows
 
 

@@ -207,7 +207,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except SnpatchError as error:
-        print(f"snpatch: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"snpatch: error: {error}\n")
         sys.exit(2)
 
 
