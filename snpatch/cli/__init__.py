@@ -22,6 +22,7 @@ from snpatch.cli.exp import exp
 from snpatch.cli.find_minimal import find_minimal
 from snpatch.cli.generate import generate
 from snpatch.cli.help_panels import arrange
+from snpatch.cli.interrupts import EXIT_CODE, report_interrupts
 from snpatch.cli.report import report
 from snpatch.cli.reproduce import reproduce
 from snpatch.cli.serve import FORWARD_UNKNOWN_OPTIONS, serve
@@ -90,12 +91,13 @@ def main() -> None:
     try:
         group = typer.main.get_command(app)
         arrange(group)
+        report_interrupts(group)
         with _log_to_stderr():
             group()
     except SnpatchError as error:
         sys.exit(_report(f"snpatch: error: {error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_report("snpatch: interrupted", 130))
+        sys.exit(_report("snpatch: interrupted", EXIT_CODE))
 
 
 def _report(message: str, code: int) -> int:
