@@ -23,12 +23,13 @@ from snpatch.ranking.ranking import Ranking
 from snpatch.sweeps import generation, judging, sweep
 from snpatch.sweeps.store import Store, StoredCompletion
 from snpatch.sweeps.sweep_file import SweepSpec
+from snpatch.utils.optional import install_hint
 
 try:
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 except ImportError as error:
-    raise ImportError("replicas need more packages: pip install 'snpatch[ray]'") from error
+    raise ImportError(f"replicas need more packages: {install_hint('ray')}") from error
 
 logger = logging.getLogger(__name__)
 

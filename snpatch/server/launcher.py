@@ -54,7 +54,7 @@ async def _serve(config: ServeConfig) -> None:
         from vllm.entrypoints.openai.api_server import build_and_serve, setup_server
 
     if config.engine.checked_backend() != "vllm":
-        raise SnpatchError("snpatch serve: expected the vllm backend. Install snpatch[cpu] or snpatch[cuda].")
+        raise SnpatchError("snpatch serve: expected the vllm backend, got transformers. Pass --backend vllm.")
     versions.check(serving=True)
     args = vllm_args.parse_config(config.engine.model, config.vllm_server, config.engine.vllm)
     base_names = _base_names(args, config.engine.model)

@@ -255,7 +255,7 @@ BAD = {
     "unwritable output": (blocked_output, "cannot write .*out.jsonl"),
     "a ranking without a donor": (
         lambda t: {"donor": None},
-        "--ranking, --window, --positions and --strength need --donor",
+        "--donor: expected with --ranking, --window, got none. Pass --donor",
     ),
     "unknown dtype": (lambda t: {"more": ["--dtype", "float99"]}, "dtype must be one of auto, float32"),
     "a GPU that is not there": (lambda t: {"more": ["--device", "cuda:77"]}, "device 'cuda:77': "),
@@ -302,11 +302,22 @@ def test_unknown_option_is_refused(capsys, prompts):
     assert "No such option" in err
 
 
-@pytest.mark.parametrize("given", [[], ["-k", 1], ["--ranking", "r.safetensors"]])
-def test_donor_without_ranking_or_window_is_refused(capsys, prompts, given):
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [([], "--ranking and --window"), (["-k", 1], "--ranking"), (["--ranking", "r.safetensors"], "--window")],
+)
+def test_donor_without_ranking_or_window_names_the_missing_option(capsys, prompts, given, missing):
     code, _, err = run(capsys, "generate", MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", *given)
     assert code == 2
-    assert "--donor needs --ranking and --window" in err
+    assert f"--donor: expected {missing} with it, got none. Pass {missing}\n" in err
+
+
+def test_help_and_guide_say_that_the_last_layer_is_not_ranked(capsys):
+    code, out, _ = run(capsys, "contrast", "--help")
+    assert code == 0
+    assert "The last layer is not ranked by default; --no-exclude-layers ranks all layers." in out
+    guide = (Path(snpatch.__file__).parent / "patching" / "README.md").read_text()
+    assert "The last layer is not ranked by default" in guide
 
 
 def test_rankings_with_one_name_are_refused(capsys, prompts, ranking, tmp_path):

