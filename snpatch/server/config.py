@@ -47,8 +47,7 @@ class ServeConfig:
     )
     open_route: tuple[str, ...] = option(
         (),
-        f"Route that needs no API key, like {' and '.join(ALWAYS_OPEN)}: one of {', '.join(OPENABLE)}. May be "
-        "repeated.",
+        f"Route that needs no API key, like {' and '.join(ALWAYS_OPEN)}: one of {', '.join(OPENABLE)}. Repeatable.",
     )
     max_requests: int | None = option(
         None, "Maximum number of concurrent requests; further ones get HTTP 503. Default: 4 x max_num_seqs.", min=1

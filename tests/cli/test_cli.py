@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from commands import ADAPTERS, DPO, GOLDEN, MODEL, PAIR, SFT, run
 from safetensors.torch import load_file, save_file
 
 import snpatch
-from snpatch import Ranking
+from snpatch import Ranking, cli
+from snpatch.cli import help_panels
 from snpatch.data import load_dataset
 
 
@@ -362,8 +364,53 @@ def test_prompts_and_prompt_option_exclude_each_other(capsys, given, got):
 def test_help_groups_options_by_subject_with_common_ones_first(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     _, out, _ = run(capsys, "generate", "--help")
-    panels = ["Data", "Model", "Recipient, donor and neurons", "Sampling", "Output", "Advanced"]
-    places = [out.index(f"─ {panel} ─") for panel in panels]
-    assert places == sorted(places)
+    assert shown_panels(out) == ["Arguments", "Model", "Data", "Patch", "Sampling", "Output", "Advanced"]
     assert out.index("--max-tokens") < out.index("--min-tokens")
-    assert not re.search(r"--(json|logprobs|allow-untested) .*<bool>", out)
+    assert "<bool>" not in out
+
+
+def shown_panels(text: str) -> list[str]:
+    return re.findall("^╭─ ([A-Z][a-z]+) ─", text, re.M)
+
+
+def test_serve_help_begins_with_the_model_and_ends_with_limits(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    _, out, _ = run(capsys, "serve", "--help")
+    assert shown_panels(out) == ["Arguments", "Model", "Patch", "Guard", "Judges", "Server", "Advanced", "Limits"]
+    assert out.index("--patch ") < out.index("--open-route ") < out.index("--max-requests ")
+
+
+def test_train_help_has_panels(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    panels = ["Arguments", "Model", "Data", "Training", "Output", "Advanced"]
+    assert shown_panels(run(capsys, "train", "sft", "--help")[1]) == panels
+    _, out, _ = run(capsys, "train", "dpo", "--help")
+    assert shown_panels(out) == panels
+    training = out[out.index("─ Training ─") : out.index("─ Output ─")]
+    assert all(f"--{name} " in training for name in ("learning-rate", "batch-size", "seed", "beta", "save-steps"))
+
+
+def iter_commands(command):
+    yield command
+    for subcommand in getattr(command, "commands", {}).values():
+        yield from iter_commands(subcommand)
+
+
+def test_every_option_of_a_grouped_command_has_its_panel_and_help_no_type():
+    group = typer.main.get_command(cli.app)
+    help_panels.arrange(group)
+    for command in iter_commands(group):
+        options = [option for option in command.params if option.param_type_name == "option"]
+        if any(option.name in help_panels.GROUPED_BY for option in options):
+            for option in options:
+                assert option.name in help_panels.PANELS[option.rich_help_panel], (command.name, option.name)
+        assert command._help_option.metavar == ""
+        assert command._help_option.opts == ["-h", "--help"]
+
+
+def test_reference_lists_options_in_the_order_of_the_panels():
+    page = (Path(snpatch.__file__).parent / "cli" / "REFERENCE.md").read_text()
+    generate = page[page.index("## `snpatch generate`") : page.index("## `snpatch find-minimal`")]
+    places = [generate.index(f"--{name}") for name in ("adapter", "limit", "recipient", "max-tokens", "out", "dtype")]
+    assert places == sorted(places)
+    assert "May be repeated" not in page
