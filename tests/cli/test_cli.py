@@ -405,7 +405,7 @@ def test_every_option_of_a_grouped_command_has_its_panel_and_help_no_type():
             for option in options:
                 assert option.name in help_panels.PANELS[option.rich_help_panel], (command.name, option.name)
         assert command._help_option.metavar == ""
-        assert command._help_option.opts == ["-h", "--help"]
+        assert sorted(command._help_option.opts) == ["--help", "-h"]
 
 
 def test_reference_lists_options_in_the_order_of_the_panels():
