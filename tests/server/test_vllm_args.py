@@ -105,7 +105,7 @@ def test_config_round_trips_through_table(tmp_path):
     for bad, message in (
         ({**table, "rankings": {"a": 3}}, "rankings.a: expected str, got 3"),
         ({**table, "patches": {"a": "b"}}, "patches.a: expected Mapping"),
-        ({**table, "drain_s": float("inf")}, r"drain_s: expected seconds in \[0, 1e6\), got inf"),
+        ({**table, "drain_s": float("inf")}, "drain_s: expected less than 1000000, got inf"),
         ({**table, "nothing": 1}, "unknown key nothing"),
         ([], "expected a table"),
     ):
