@@ -15,6 +15,7 @@ import typer
 from typer.cli import get_docs_for_click
 
 from snpatch import cli
+from snpatch.cli.help_panels import arrange
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -408,6 +409,7 @@ def fill_pages(folder: Path = RESULTS) -> dict[Path, str]:
 def build_reference() -> str:
     """Return the page of all commands and options, made from their help."""
     command = typer.main.get_command(cli.app)
+    arrange(command)
     context = typer.Context(command, info_name="snpatch")
     page = get_docs_for_click(obj=command, ctx=context, name="snpatch", title="Command line reference")
     return f"{page.strip()}\n"

@@ -38,7 +38,7 @@ class Sampling:
     top_k: int = option(0, "Sample from the k most likely tokens; 0 disables.", min=0)
     max_tokens: int = option(128, "Maximum number of generated tokens.", min=1)
     min_tokens: int = option(0, "Minimum number of tokens before EOS is allowed.", min=0)
-    stop: tuple[str, ...] = option((), "String that ends a completion. May be repeated.")
+    stop: tuple[str, ...] = option((), "String that ends a completion. Repeatable.")
     ignore_eos: bool = False
     seed: int | None = option(None, "Seed of sampling, and of noise (there 0 by default).")
     logprobs: bool = option(False, "Report the log-probability of each token.")

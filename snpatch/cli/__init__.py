@@ -5,8 +5,11 @@ progress and errors to stderr. Exit codes: 0 success, 2 invalid input (one line 
 """
 
 import atexit
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -19,10 +22,11 @@ from snpatch.cli.exp import exp
 from snpatch.cli.find_minimal import find_minimal
 from snpatch.cli.generate import generate
 from snpatch.cli.help_panels import arrange
+from snpatch.cli.interrupts import EXIT_CODE, report_interrupts
 from snpatch.cli.report import report
 from snpatch.cli.reproduce import reproduce
 from snpatch.cli.serve import FORWARD_UNKNOWN_OPTIONS, serve
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, printable
 from snpatch.utils import progress
 
 app = typer.Typer(
@@ -87,13 +91,38 @@ def main() -> None:
     try:
         group = typer.main.get_command(app)
         arrange(group)
-        group()
+        report_interrupts(group)
+        with _log_to_stderr():
+            group()
     except SnpatchError as error:
         sys.exit(_report(f"snpatch: error: {error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_report("snpatch: interrupted", 130))
+        sys.exit(_report("snpatch: interrupted", EXIT_CODE))
 
 
 def _report(message: str, code: int) -> int:
     print(message, file=sys.stderr)
     return code
+
+
+class _StderrHandler(logging.Handler):
+    """Handler that prints messages to the current stderr, with control characters escaped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(printable(record.getMessage()), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Print the log of snpatch's modules, and only this, to stderr."""
+    logger, handler = logging.getLogger("snpatch"), _StderrHandler()
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # libraries give the root logger handlers of their own
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates

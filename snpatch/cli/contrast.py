@@ -36,12 +36,16 @@ def contrast(
         Path | None, typer.Option(help="JSONL with a `completion` per prompt, instead of generated ones.")
     ] = None,
     exclude_layer: Annotated[
-        list[int] | None, typer.Option(help="Layer that is not ranked; -1 is the last. May be repeated. Default: -1.")
+        list[int] | None,
+        typer.Option(help="Layer to exclude from the ranking; -1 is the last layer. Repeatable. Default: -1."),
     ] = None,
     no_exclude_layers: Annotated[bool, typer.Option("--no-exclude-layers", help="Rank all layers.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Rank neurons by how much two models' activations differ on the same text."""
+    """Rank neurons by how much two models' activations differ on the same text.
+
+    The last layer is not ranked by default; --no-exclude-layers ranks all layers.
+    """
     from snpatch.data import read_completions
     from snpatch.engine.contrast import COMPLETION_POSITIONS, EXCLUDED_LAYERS
     from snpatch.utils.files import check_writable

@@ -140,7 +140,7 @@ class DatasetOptions:
 
             options = {"format": values["form"], "column": values.get("column"), "skip_invalid": values["skip_invalid"]}
             data = load_dataset(name, **options)
-            data.print_row_notes(name)
+            data.log_row_notes(name)
         return Prompts(name or "--prompt", data if limit is None else data.first(min(limit, len(data))), limit)
 
 
@@ -232,9 +232,7 @@ _PROMPTS = Annotated[
 Format = Annotated[str | None, typer.Option("--format", help="Data set whose published format the file has.")]
 Column = Annotated[str | None, typer.Option(help="Column that holds the prompt.")]
 SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Drop invalid rows and print their number.")]
-_TEXT = Annotated[
-    list[str] | None, typer.Option("--prompt", help="A prompt as text, instead of PROMPTS. May be repeated.")
-]
+_TEXT = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt as text, instead of PROMPTS. Repeatable.")]
 _LIMIT = Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts.")]
 _ADAPTERS = Annotated[
     list[str] | None,
@@ -242,16 +240,16 @@ _ADAPTERS = Annotated[
         "--adapter",
         "-a",
         help="name=folder: a model with a PEFT IA3 adapter, a folder or owner/name on the hub; name=folder,folder "
-        "stacks several in order. May be repeated.",
+        "stacks several in order. Repeatable.",
     ),
 ]
 _CHECKPOINTS = Annotated[
     list[str] | None,
-    typer.Option("--checkpoint", help="name=checkpoint: a model with other weights than MODEL's. May be repeated."),
+    typer.Option("--checkpoint", help="name=checkpoint: a model with other weights than MODEL's. Repeatable."),
 ]
 _LORA = Annotated[
     list[str] | None,
-    typer.Option("--lora", help="name=folder: a model with a PEFT LoRA, merged into its weights. May be repeated."),
+    typer.Option("--lora", help="name=folder: a model with a PEFT LoRA, merged into its weights. Repeatable."),
 ]
 _MODEL_OPTIONS = {"adapter": _ADAPTERS, "checkpoint": _CHECKPOINTS, "lora": _LORA}
 _TEMPLATE_KWARGS = Annotated[
@@ -261,7 +259,7 @@ _TEMPLATE_KWARGS = Annotated[
 _ENGINE_ARGUMENTS = Annotated[
     list[str] | None,
     typer.Option(
-        "--engine-arg", help="name=value: argument of the backend, such as tensor_parallel_size=2. May be repeated."
+        "--engine-arg", help="name=value: argument of the backend, such as tensor_parallel_size=2. Repeatable."
     ),
 ]
 

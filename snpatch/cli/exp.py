@@ -27,7 +27,7 @@ def exp(
     ] = Path("snpatch-results"),
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Setting of the experiment as name=value, e.g. k=[0,200]. May be repeated."),
+        typer.Option("--set", help="Setting of the experiment as name=value, e.g. k=[0,200]. Repeatable."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts of each set.")] = None,
     skip_invalid: SkipInvalid = False,

@@ -54,10 +54,12 @@ def generate(
     parameters = Sampling(**sampling)
     if out:
         check_writable(out)
-    if donor is None and (ranking or window or positions != "all" or strength != 1):
-        raise SnpatchError("--ranking, --window, --positions and --strength need --donor")
-    if donor and (ranking is None or window is None):
-        raise SnpatchError("--donor needs --ranking and --window")
+    given = {"--ranking": ranking, "--window": window, "--positions": positions != "all", "--strength": strength != 1}
+    patch_options = [name for name, value in given.items() if value]
+    if donor is None and patch_options:
+        raise SnpatchError(f"--donor: expected with {', '.join(patch_options)}, got none. Pass --donor")
+    if donor and (missing := [name for name in ("--ranking", "--window") if given[name] is None]):
+        raise SnpatchError(f"--donor: expected {' and '.join(missing)} with it, got none. Pass {' and '.join(missing)}")
     patch = recipient
     if donor:
         from snpatch.models.checkpoint import load_model_shape

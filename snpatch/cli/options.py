@@ -25,7 +25,7 @@ Judges = Annotated[
     list[str],
     typer.Option(
         help="Judge: folder or hub name of a cost or reward model, `refusal` (refusal words), or module:function. "
-        "name=judge for several. May be repeated."
+        "name=judge for several. Repeatable."
     ),
 ]
 OptionalJudges = Annotated[list[str] | None, *get_args(Judges)[1:]]

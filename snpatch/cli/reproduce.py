@@ -25,7 +25,7 @@ DryRun = Annotated[
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option(help="Run only this step, even if it is done. May be repeated.", metavar="STEP"),
+    typer.Option(help="Run only this step, even if it is done. Repeatable.", metavar="STEP"),
 ]
 StartAt = Annotated[
     str | None, typer.Option(help="Run this step and all later ones, even if they are done.", metavar="STEP")
@@ -33,7 +33,7 @@ StartAt = Annotated[
 Base = Annotated[str | None, typer.Option(help="Folder or name of the base model, in place of the preset's.")]
 UseAdapter = Annotated[
     list[str] | None,
-    typer.Option(help="name=folder: use an existing adapter instead of training it (dpo-42=DPO). May be repeated."),
+    typer.Option(help="name=folder: use an existing adapter instead of training it (dpo-42=DPO). Repeatable."),
 ]
 Seed = Annotated[
     list[int] | None, typer.Option(help="Training seed; the first one's pair is the main one. Repeatable.")

@@ -162,7 +162,7 @@ def run(
     """
     from snpatch.experiments.common.sweep_report import build_sweep_report
     from snpatch.experiments.context import ExperimentContext
-    from snpatch.sweeps.store import STORE_FILE, Store, find_shards, shard_name
+    from snpatch.sweeps.store import STORE_FILE, Store, find_shards, parse_shard, shard_name
     from snpatch.sweeps.sweep_file import SPEC_FILE
     from snpatch.utils.files import check_writable
 
@@ -170,7 +170,7 @@ def run(
     check_writable(out / "sweep.csv")
     spec.save(out / SPEC_FILE)
     command, outcome = o.command_line(), "interrupted"
-    shard_numbers = None if shard is None else _parse_shard(shard)
+    shard_numbers = None if shard is None else parse_shard(shard)
     with (
         ExperimentContext(spec, out, progress=o.progress_bar, command=command, **sweep.context_arguments) as context,
         Store(out, name=STORE_FILE if shard_numbers is None else shard_name(*shard_numbers)) as store,
@@ -290,11 +290,3 @@ def _build_table(config: EngineConfig, prompts: Fields, values: dict, fields: Fi
             "windows": values["windows"].split(","),
         },
     }
-
-
-def _parse_shard(text: str) -> tuple[int, int]:
-    """Return i and n of "i/n"."""
-    number, slash, total = text.partition("/")
-    if not (slash and number.isdigit() and total.isdigit() and 1 <= int(number) <= int(total)):
-        raise SnpatchError(f"--shard wants i/n with i in 1..n, got {text!r}")
-    return int(number), int(total)

@@ -25,7 +25,7 @@ Out = Annotated[
 ]
 SaveSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints. A killed run resumes there.")]
 ReportTo = Annotated[
-    list[str] | None, typer.Option(help="Integration of transformers: wandb, tensorboard, ... May be repeated.")
+    list[str] | None, typer.Option(help="Integration of transformers: wandb, tensorboard, ... Repeatable.")
 ]
 DATA_OPTIONS = "--format, --split, --column, --revision, --filter"
 _DATA_PARAMETERS = {
@@ -161,7 +161,7 @@ def _read_data(data: Fields, default):
             values.setdefault("sample", None)  # the default's own sample
         prompt_set = replace(default, **values)
     rows = prompt_set.read(Path(), skip_invalid)
-    rows.print_row_notes(prompt_set.source)
+    rows.log_row_notes(prompt_set.source)
     return rows
 
 

@@ -6,7 +6,7 @@ whole conversations.
 
 import hashlib
 import json
-import sys
+import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from snpatch.errors import SnpatchError, one_line
 
+logger = logging.getLogger(__name__)
 Chat = list[dict[str, str]]
 
 
@@ -126,10 +127,10 @@ class Dataset:
             lines += [text.format(n, self.source["rows"], why) for why, n in self.source[key].items()]
         return lines
 
-    def print_row_notes(self, name: str) -> None:
-        """Print `row_notes` to stderr, each after the source's name."""
+    def log_row_notes(self, name: str) -> None:
+        """Log `row_notes` as warnings, each after the source's name."""
         for line in self.row_notes:
-            print(one_line(f"{name}: {line}"), file=sys.stderr)
+            logger.warning(one_line(f"{name}: {line}"))
 
     def pairs(self) -> "TrainingRows":
         """Return rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples with both answers."""

@@ -11,13 +11,14 @@ from typing import Any
 from snpatch.data.formats import Hub
 from snpatch.data.source_row import Columns, SourceRow, check_columns
 from snpatch.errors import SnpatchError, first_line
+from snpatch.utils.optional import install_hint
 
 try:
     import datasets
     from datasets.exceptions import DatasetsError
     from huggingface_hub.utils import httpx
 except ImportError as error:
-    raise SnpatchError("data sets from the hub need more packages: pip install 'snpatch[data]'") from error
+    raise SnpatchError(f"data sets from the hub need more packages: {install_hint('data')}") from error
 
 
 def fetch(

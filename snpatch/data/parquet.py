@@ -8,6 +8,7 @@ from pathlib import Path
 
 from snpatch.data.source_row import Columns, SourceRow, check_columns
 from snpatch.errors import SnpatchError
+from snpatch.utils.optional import install_hint
 
 BATCH_ROWS = 64
 
@@ -15,7 +16,7 @@ try:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 except ImportError as error:
-    raise SnpatchError("reading Parquet needs more packages: pip install 'snpatch[data]'") from error
+    raise SnpatchError(f"reading Parquet needs more packages: {install_hint('data')}") from error
 
 
 def read_parquet_rows(path: Path, columns: Columns) -> Iterator[SourceRow]:

@@ -5,7 +5,6 @@ bfloat16.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -263,7 +262,3 @@ def measure(folder: Path, prompts: dict[str, list[Request]]) -> dict:
 
 def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 3)
-
-
-if __name__ == "__main__":
-    print(json.dumps(build(Path(sys.argv[1]))["figures"], indent=1))

@@ -45,7 +45,10 @@ class AsyncEngine(BaseEngine):
 
     def _build_executor(self, config: EngineConfig):
         if self.backend != "vllm":
-            raise SnpatchError("AsyncEngine runs in vLLM: install snpatch[cpu] or snpatch[cuda], or use Engine")
+            from snpatch.executors.vllm import versions
+
+            hint = versions.missing_hint() if versions.installed() is None else "pass backend='vllm'"
+            raise SnpatchError(f"AsyncEngine: expected the vllm backend, got transformers: {hint}, or use Engine")
         from snpatch.executors.vllm.streaming import StreamingExecutor
 
         return StreamingExecutor(config, self._opened.text_processors)

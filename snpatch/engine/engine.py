@@ -182,7 +182,7 @@ class Engine(BaseEngine):
                 "last_prompt_token". EOS never counts.
             completions: Completions to read, one per prompt, instead of generated ones.
             sampling: Sampling parameters of the completions. Unused where `positions` are of the prompt.
-            exclude_layers: Layers that are not ranked; negative ones count from the end.
+            exclude_layers: Layers that are not ranked; negative ones count from the end. Default: the last layer.
             method: Score that orders the neurons, see ranking.methods.
             progress: See `generate`.
 

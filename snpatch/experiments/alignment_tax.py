@@ -112,7 +112,7 @@ def _compare_scores(result: SweepResult, prompts: str, settings: Settings) -> li
     rows = []
     for judge in result.judges:
         before, after = (_collect_scores(result, judge, recipient, ranking) for ranking in (None, "shared"))
-        change, low, high = interval(
+        change = interval(
             lambda a, b, axis: a.mean(axis) - b.mean(axis),
             after,
             before,
@@ -130,9 +130,7 @@ def _compare_scores(result: SweepResult, prompts: str, settings: Settings) -> li
                 "k": patched.rank_hi,
                 "before": before.mean(),
                 "after": after.mean(),
-                "change": change,
-                "change_low": low,
-                "change_high": high,
+                **change.columns("change"),
                 "p": paired_p(after, before),
                 "donor_mean": result.baseline(donor, judge).mean,
                 "random_change": float(np.mean(random_changes)) if random_changes else None,

@@ -10,6 +10,7 @@ from pathlib import Path
 from snpatch.errors import SnpatchError
 from snpatch.names import ROLES
 from snpatch.sweeps.eval_config import EvalConfig, check_trusted, get_table, parse_eval_config, read_config_file
+from snpatch.utils import schema
 from snpatch.utils.schema import from_dict
 
 
@@ -27,11 +28,10 @@ class Contrast:
     recipient: str
     donor: str
     prompts: str = "contrast"
-    generate_with: str = "recipient"
+    generate_with: str = field(default="recipient", metadata={"choices": ROLES})
 
     def __post_init__(self) -> None:
-        if self.generate_with not in ROLES:
-            raise SnpatchError(f"generate_with must be one of {', '.join(ROLES)}, got {self.generate_with!r}")
+        schema.validate(self)
 
     @property
     def generator(self) -> str:

@@ -150,7 +150,7 @@ class ExperimentContext:
             raise SnpatchError(f"no set named {name!r}: the config has {', '.join(self.config.sets)}")
         if name not in self._sets:
             data = self.config.sets[name].read(self.config.folder, self._skip_invalid)
-            data.print_row_notes(name)
+            data.log_row_notes(name)
             self._sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
         self._provenance.set(name, self._sets[name])
         return self._sets[name]

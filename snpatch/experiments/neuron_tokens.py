@@ -4,7 +4,7 @@ Why weights are read from the checkpoint's files: the engine may hold them in ot
 complete model would not fit in memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
-from snpatch.errors import SnpatchError
 from snpatch.experiments.context import ExperimentContext
 from snpatch.models.checkpoint import load_config
 from snpatch.models.weights import CheckpointWeights, open_weights
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.formatting import to_plot_label
 from snpatch.report.report import Report, TableView
+from snpatch.utils import schema
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,14 @@ class Settings:
         tokens: Tokens per neuron.
     """
 
-    neurons: int = 10
-    tokens: int = 20
+    neurons: int = field(default=10, metadata={"min": 1})
+    tokens: int = field(default=20, metadata={"min": 1})
 
 
 def run(context: ExperimentContext, settings: Settings) -> Report:
     """Project the first neurons of the safety ranking onto the vocabulary."""
     ranking = context.ranking()
-    if settings.neurons < 1 or settings.tokens < 1:
-        raise SnpatchError(
-            f"neuron_tokens: neurons and tokens: expected at least 1, got {settings.neurons} and {settings.tokens}"
-        )
+    schema.validate(settings, "neuron_tokens: ")
     context.model("base")
     config = context.engine.config
     logits = neuron_logits(config.model, ranking, settings.neurons, config.allow_untested)

@@ -53,7 +53,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     rows = []
     for (model, k, patch), result in zip(points, results, strict=True):
         totals, counts = np.array(result.losses).T
-        _, low, high = interval(
+        token_weighted = interval(
             lambda t, n, axis: np.exp(t.sum(axis) / n.sum(axis)),
             totals,
             counts,
@@ -65,9 +65,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
                 "model": model,
                 "donor": donor if isinstance(patch, Patch) else None,
                 "k": k,
-                "token_weighted": result.token_weighted,
-                "token_weighted_low": low,
-                "token_weighted_high": high,
+                **token_weighted._replace(value=result.token_weighted).columns("token_weighted"),
                 "window_mean": result.window_mean,
                 "tokens": result.tokens,
                 "windows": len(result.losses),

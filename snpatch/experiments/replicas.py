@@ -4,9 +4,9 @@ Why only the driver writes the store: actors may run on machines without a share
 prompts but no engine; what needs one (token ids, fingerprints, contrasts) comes from the first actor.
 """
 
+import logging
 import os
 import queue
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -23,12 +23,15 @@ from snpatch.ranking.ranking import Ranking
 from snpatch.sweeps import generation, judging, sweep
 from snpatch.sweeps.store import Store, StoredCompletion
 from snpatch.sweeps.sweep_file import SweepSpec
+from snpatch.utils.optional import install_hint
 
 try:
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 except ImportError as error:
-    raise ImportError("replicas need more packages: pip install 'snpatch[ray]'") from error
+    raise ImportError(f"replicas need more packages: {install_hint('ray')}") from error
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,7 @@ class _Team:
                 if isinstance(error, ReceiptError) or not max_restarts:
                     raise error
                 max_restarts -= 1
-                print(f"snpatch: replica {replica} is replaced: {error}", file=sys.stderr)
+                logger.warning("snpatch: replica %d is replaced: %s", replica, error)
                 lost = [key for key in ray.get(self._shared_queue.forget.remote(replica)) if key in waiting]
                 ray.kill(self._actors.pop(replica))
                 num_losses.update(lost)

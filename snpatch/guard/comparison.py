@@ -141,30 +141,46 @@ def compare_guards(
     encoded = {name: _encode_distinct(engine, model, labeled.prompts, name) for name, labeled in sets.items()}
     test_indices, notes = _find_unseen(encoded, train)
     features = _build_features(rankings, config, notes)
-    fingerprint, rows = engine.fingerprint(model), []
+    identity, rows = {"model": model, "fingerprint": engine.fingerprint(model)}, []
     for number, order in enumerate(features):
         captured = _capture(engine, model, encoded, order)
         for done, source in enumerate(train, start=1):
             for k in order.ks:
-                x, labels = captured[source][:, :k], sets[source].labels
-                guard = Guard.fit(x, labels, order.ranking, model=model, fingerprint=fingerprint, config=config.guard)
-                for target, indices in test_indices[source].items():
-                    if target == source:
-                        probabilities = fitting.predict_out_of_fold(x, labels, config.guard)
-                    else:
-                        probabilities = guard.probability(captured[target][indices, :k])
-                    scores = evaluate(
-                        probabilities,
-                        sets[target].labels[indices],
-                        threshold=config.guard.threshold,
-                        resamples=config.resamples,
-                        confidence=config.confidence,
-                    )
-                    names = order.name, order.control, order.seed, k, source, target
-                    rows.append(GuardRow(*names, guard.meta["C"], scores))
+                rows += _fit_and_test(captured, sets, test_indices[source], order, k, source, config, identity)
             if progress:
                 progress(number * len(train) + done, len(features) * len(train))
     return Comparison(rows, notes)
+
+
+def _fit_and_test(
+    captured: Mapping[str, np.ndarray],
+    sets: Mapping[str, LabeledPrompts],
+    test_indices: Mapping[str, np.ndarray],
+    order: _Features,
+    k: int,
+    source: str,
+    config: ComparisonConfig,
+    identity: dict[str, str],
+) -> list[GuardRow]:
+    """Fit a guard on the first k neurons of the training set `source`, and return its scores on each test set."""
+    x, labels = captured[source][:, :k], sets[source].labels
+    guard = Guard.fit(x, labels, order.ranking, **identity, config=config.guard)
+    rows = []
+    for target, indices in test_indices.items():
+        if target == source:
+            probabilities = fitting.predict_out_of_fold(x, labels, config.guard)
+        else:
+            probabilities = guard.probability(captured[target][indices, :k])
+        scores = evaluate(
+            probabilities,
+            sets[target].labels[indices],
+            threshold=config.guard.threshold,
+            resamples=config.resamples,
+            confidence=config.confidence,
+        )
+        names = order.name, order.control, order.seed, k, source, target
+        rows.append(GuardRow(*names, guard.meta["C"], scores))
+    return rows
 
 
 def _encode_distinct(engine: Engine, model: str, prompts: Sequence[Chat], name: str) -> list[tuple[int, ...]]:

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from snpatch.errors import SnpatchError
+from snpatch.utils import schema
 from snpatch.utils.schema import option
 
 
@@ -25,28 +26,22 @@ class GuardConfig:
     """
 
     C: float | tuple[float, ...] = 1.0
-    class_weight: str | None = None
+    class_weight: str | None = field(default=None, metadata={"choices": ("balanced",)})
     folds: int = option(5, "Number of cross-validation folds.", min=2)
     seed: int = 0
-    max_iter: int = 1000
-    threshold: float = option(0.5, "Refuse prompts whose predicted probability of harm is higher.")
+    max_iter: int = field(default=1000, metadata={"min": 1})
+    threshold: float = option(0.5, "Refuse prompts whose predicted probability of harm is higher.", above=0, below=1)
     refusal: str = option("I cannot help with that.", "Completion of refused prompts.")
 
     def __post_init__(self) -> None:
         strengths = tuple(self.C) if isinstance(self.C, Iterable) else (self.C,)
         object.__setattr__(self, "C", strengths)
+        schema.validate(self, "guard: ")
         for valid, message in (
             (
                 strengths and all(C > 0 and math.isfinite(C) for C in strengths),
                 f"C: expected one or more positive numbers, got {strengths}",
             ),
-            (
-                self.class_weight in (None, "balanced"),
-                f"class_weight: expected None or 'balanced', got {self.class_weight!r}",
-            ),
-            (self.folds >= 2, f"folds: expected at least 2, got {self.folds}"),
-            (self.max_iter >= 1, f"max_iter: expected at least 1, got {self.max_iter}"),
-            (0 < self.threshold < 1, f"threshold: expected a number between 0 and 1, got {self.threshold}"),
             (self.refusal.strip(), "refusal: expected a text that is not empty, because it replaces a completion"),
         ):
             if not valid:

@@ -42,15 +42,14 @@ class _Metadata:
     model: str
     fingerprint: str
     shape: tuple[int, ...]
-    threshold: float
+    threshold: float = field(metadata={"above": 0, "below": 1})
     refusal: str
     meta: dict
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 1 or math.prod(self.shape) > MAX_NEURONS:
             raise SnpatchError(f"guard: shape: expected (layers, neurons), got {self.shape}")
-        if not 0 < self.threshold < 1:
-            raise SnpatchError(f"guard: threshold: expected a number between 0 and 1, got {self.threshold}")
+        schema.validate(self, "guard: ")
         if not self.refusal.strip():
             raise SnpatchError("guard: refusal: expected a text, got an empty one")
 

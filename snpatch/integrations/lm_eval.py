@@ -22,6 +22,7 @@ from snpatch.patching import spec
 from snpatch.patching.patch import Patch
 from snpatch.ranking.reading import Shape
 from snpatch.sampling import Sampling
+from snpatch.utils.optional import install_hint
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -32,7 +33,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError("evaluation needs more packages: pip install 'snpatch[eval]'") from error
+    raise ImportError(f"evaluation needs more packages: {install_hint('eval')}") from error
 
 MAX_GEN_TOKS = 256  # lm-eval's own default
 SAMPLING_FIELDS = ("top_p", "top_k", "min_tokens", "ignore_eos", "seed")  # of gen_kwargs; vLLM gets the others
@@ -207,7 +208,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except SnpatchError as error:
-        print(f"snpatch: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"snpatch: error: {error}\n")
         sys.exit(2)
 
 

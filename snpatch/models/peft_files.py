@@ -23,6 +23,10 @@ ORIGIN_FIELDS = ("task_type", "peft_type", "auto_mapping", "peft_version", "base
                  "inference_mode")  # fmt: skip
 TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 OUTPUT_MODULES = ("lm_head", "embed_tokens")  # not covered by "all-linear"
+REMEDIES = {  # by the type of an adapter that was passed as one of another type
+    "LORA": '. Pass a LoRA as models={"name": {"lora": folder}} (command line: --lora name=folder)',
+    "IA3": '. Pass an IA3 adapter as adapters={"name": folder} (command line: --adapter name=folder)',
+}
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
@@ -40,8 +44,9 @@ def read_adapter_config(folder: Path, *kinds: str) -> dict:
     if not isinstance(config, dict):
         raise SnpatchError(f"{path}: expected a JSON object, got {type(config).__name__}")
     if config.get("peft_type") not in kinds:
-        supported = " and ".join(kinds)
-        raise SnpatchError(f"{folder}: adapter type {config.get('peft_type')} is not supported, only {supported}")
+        kind = config.get("peft_type")
+        remedy = REMEDIES.get(kind, "") if isinstance(kind, str) else ""
+        raise SnpatchError(f"{folder}: expected an adapter of type {' or '.join(kinds)}, got {shown(kind)}{remedy}")
     return config
 
 

@@ -31,7 +31,8 @@ def main() -> None:
     _limit_memory()
     parent = os.getppid()
     while _wait_for_request(parent):
-        print(json.dumps(respond(json.loads(sys.stdin.readline()))), flush=True)
+        sys.stdout.write(json.dumps(respond(json.loads(sys.stdin.readline()))) + "\n")
+        sys.stdout.flush()
 
 
 def respond(request: dict) -> dict:

@@ -16,6 +16,9 @@ from snpatch.errors import SnpatchError
 from snpatch.op import reference
 from snpatch.op.plan import Receipt, num_plan_interventions, plan_width
 
+_MISSING_KERNELS = (
+    "the C++ kernels cannot be loaded: {}. To build them, run in snpatch's checkout: pip install --no-build-isolation ."
+)
 _LIBRARY = torch.library.Library("snpatch", "DEF")
 _LIBRARY.define(
     "patched_glu(Tensor gate_up, Tensor scale, Tensor rank, Tensor constant, Tensor plan, Tensor(a!) stats, "
@@ -123,9 +126,9 @@ def _register() -> dict[str, str]:
             servers["cpu"] = "C++"
         except ImportError as error:
             if forced:
-                raise SnpatchError(f"SNPATCH_OPS=cpp: the C++ kernels cannot be loaded: {error}") from error
+                raise SnpatchError(f"SNPATCH_OPS=cpp: {_MISSING_KERNELS.format(error)}") from error
             warnings.warn(
-                f"snpatch: CPU ops run in plain PyTorch because the C++ kernels cannot be loaded: {error}", stacklevel=2
+                f"snpatch: CPU ops run in plain PyTorch because {_MISSING_KERNELS.format(error)}", stacklevel=2
             )
     has_triton = importlib.util.find_spec("triton") is not None
     if forced == "triton" and not has_triton:

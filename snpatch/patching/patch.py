@@ -8,7 +8,7 @@ the completion would not show it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from snpatch.names import MODES, POSITIONS, SOURCES
 from snpatch.op.plan import NO_END
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
+from snpatch.utils import schema
 from snpatch.utils.files import read_tensors, write_tensors
 from snpatch.utils.hashing import hash_tensor
 from snpatch.utils.tensors import FLOATS, check_tensor
@@ -41,12 +42,11 @@ class Constant:
     """
 
     values: Tensor
-    mode: str = "replace"
+    mode: str = field(default="replace", metadata={"choices": MODES})
 
     def __post_init__(self) -> None:
         _check_values(self.values, "constant")
-        if self.mode not in MODES:
-            raise SnpatchError(f"constant: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        schema.validate(self, "constant: ")
 
     @classmethod
     def zero(cls, ranking: Ranking) -> "Constant":

@@ -13,6 +13,7 @@ from snpatch.utils import schema
 from snpatch.utils.schema import option
 
 FILES = ("rankings", "constants", "guards")  # fields that map names to files
+MAX_SECONDS = 10**6  # of a timeout
 ALWAYS_OPEN = ("/health", "/ping")  # routes that never need an API key
 OPENABLE = """/version /metrics /load /docs /docs/oauth2-redirect /redoc /openapi.json /tokenize /detokenize""".split()
 MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN = 1 << 20, 8  # of the default limit; a token id takes up to 8 bytes of JSON
@@ -47,8 +48,7 @@ class ServeConfig:
     )
     open_route: tuple[str, ...] = option(
         (),
-        f"Route that needs no API key, like {' and '.join(ALWAYS_OPEN)}: one of {', '.join(OPENABLE)}. May be "
-        "repeated.",
+        f"Route that needs no API key, like {' and '.join(ALWAYS_OPEN)}: one of {', '.join(OPENABLE)}. Repeatable.",
     )
     max_requests: int | None = option(
         None, "Maximum number of concurrent requests; further ones get HTTP 503. Default: 4 x max_num_seqs.", min=1
@@ -69,7 +69,10 @@ class ServeConfig:
         min=8,
     )
     body_timeout_s: float = option(
-        60.0, "Timeout in seconds for the head of a request, and again for its body, to arrive.", min=0.001
+        60.0,
+        "Timeout in seconds for the head of a request, and again for its body, to arrive.",
+        min=0.001,
+        below=MAX_SECONDS,
     )
     max_completions: int | None = option(
         None, "Maximum number of completions per request (prompts x n). Default: 4 x max_num_seqs.", min=1
@@ -89,10 +92,15 @@ class ServeConfig:
     )
     max_sweep_completions: int = option(10_000, "Maximum number of completions of a client's sweep.", min=1)
     send_timeout_s: float = option(
-        120.0, "Timeout in seconds for a client to read each part of its answer; then it is disconnected.", min=0.001
+        120.0,
+        "Timeout in seconds for a client to read each part of its answer; then it is disconnected.",
+        min=0.001,
+        below=MAX_SECONDS,
     )
     max_sweep_windows: int = option(1024, "Maximum number of windows of a client's sweep.", min=1)
-    drain_s: float = option(120.0, "Seconds that shutdown (SIGTERM) waits for running requests.", min=0)
+    drain_s: float = option(
+        120.0, "Seconds that shutdown (SIGTERM) waits for running requests.", min=0, below=MAX_SECONDS
+    )
 
     def __post_init__(self) -> None:
         for kind in (*FILES, "patches", "judges"):
@@ -101,12 +109,7 @@ class ServeConfig:
             raise SnpatchError(
                 f"judges: {REFUSAL_JUDGE} is the name of the built-in judge of refusal words. Choose another name."
             )
-        if not 0 <= self.drain_s < 1e6:
-            raise SnpatchError(f"drain_s: expected seconds in [0, 1e6), got {self.drain_s}")
-        if not 0 < self.send_timeout_s < 1e6:
-            raise SnpatchError(f"send_timeout_s: expected seconds in (0, 1e6), got {self.send_timeout_s}")
-        if not 0 < self.body_timeout_s < 1e6:
-            raise SnpatchError(f"body_timeout_s: expected seconds in (0, 1e6), got {self.body_timeout_s}")
+        schema.validate(self)
         if unknown := [path for path in self.open_route if path not in OPENABLE]:
             raise SnpatchError(f"open_route: expected one of {', '.join(OPENABLE)}, got {', '.join(unknown)}")
 

@@ -1,9 +1,9 @@
 """Start and shutdown of a server."""
 
 import inspect
+import logging
 import os
 import socket
-import sys
 import warnings
 from argparse import Namespace
 from contextlib import closing
@@ -26,6 +26,8 @@ from snpatch.server.registry import PatchRegistry
 from snpatch.server.request_limits import build_protocol
 from snpatch.server.state import InflightRequests, ServerState
 from snpatch.server.uploads import Uploads
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -52,7 +54,7 @@ async def _serve(config: ServeConfig) -> None:
         from vllm.entrypoints.openai.api_server import build_and_serve, setup_server
 
     if config.engine.checked_backend() != "vllm":
-        raise SnpatchError("snpatch serve: expected the vllm backend. Install snpatch[cpu] or snpatch[cuda].")
+        raise SnpatchError("snpatch serve: expected the vllm backend, got transformers. Pass --backend vllm.")
     versions.check(serving=True)
     args = vllm_args.parse_config(config.engine.model, config.vllm_server, config.engine.vllm)
     base_names = _base_names(args, config.engine.model)
@@ -83,7 +85,7 @@ async def _serve(config: ServeConfig) -> None:
         state.config = config.resolve_limits(engine.geometry.context, max_num_seqs)
         _complete_args(args, state, base_names)
         models, patches = ", ".join(engine.models), ", ".join(registry.patches) or "none"
-        print(f"snpatch: serving at {address}: models {models}; patches {patches}", file=sys.stderr, flush=True)
+        logger.info("snpatch: serving at %s: models %s; patches %s", address, models, patches)
         # Clients that still read after the drain are disconnected, because uvicorn would wait for them forever. In vLLM
         # 0.24 uvicorn handles SIGTERM itself and counts from there.
         client, timeout_s = PatchedClient(state), ceil(config.drain_s) + GRACE_S

@@ -80,15 +80,19 @@ async def _add_to_stream(chunks: AsyncGenerator, context: PatchContext) -> Async
         try:
             async for chunk in chunks:
                 await asyncio.sleep(0)  # because chunks that are ready arrive in one turn of the event loop
-                if not isinstance(chunk, str):
-                    yield _add_to_responses_event(chunk, context)
-                elif chunk.startswith("event: "):
-                    yield _add_to_event(chunk, context) if chunk.startswith(LAST_ANTHROPIC_EVENT) else chunk
-                else:
-                    for ready in delayer.push(chunk):
-                        yield ready
+                for ready in _convert_chunk(chunk, delayer, context):
+                    yield ready
         except SnpatchError as error:  # only from Responses; vLLM's other streams send errors themselves
             yield _error_event(error)
+
+
+def _convert_chunk(chunk: Any, delayer: ChunkDelayer, context: PatchContext) -> list:
+    """Return the chunks to send now, with the receipt in the last one of the stream."""
+    if not isinstance(chunk, str):
+        return [_add_to_responses_event(chunk, context)]
+    if chunk.startswith("event: "):
+        return [_add_to_event(chunk, context) if chunk.startswith(LAST_ANTHROPIC_EVENT) else chunk]
+    return delayer.push(chunk)
 
 
 def _add_to_event(event: str, context: PatchContext, changes: dict | None = None) -> str:

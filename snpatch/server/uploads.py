@@ -11,8 +11,8 @@ the index. A name without its file is skipped until a client deletes or replaces
 import fcntl
 import hashlib
 import json
+import logging
 import re
-import sys
 from pathlib import Path
 
 from snpatch.errors import SnpatchError, first_line
@@ -32,6 +32,7 @@ OWN_FILE_PATTERN = re.compile(
     r"(?P<digest>[0-9a-f]{64})\.safetensors|\.([0-9a-f]{64}\.safetensors|index\.json)\.partial\d+"
 )
 
+logger = logging.getLogger(__name__)
 Index = dict[str, dict[str, str]]  # kind -> name -> digest
 
 
@@ -125,7 +126,7 @@ class Uploads:
                 raise SnpatchError(f"expected content with this SHA-256, got {len(content)} other bytes")
             self._registry.add(kind, name, self._load(kind, name, path))
         except (SnpatchError, OSError) as error:
-            _warn(f"{path}: {kind}: {name} is skipped: {_reason(error)}")
+            logger.warning(f"snpatch: {path}: {kind}: {name} is skipped: {_reason(error)}")
 
     def _load(self, kind: str, name: str, path: Path) -> Ranking | Constant:
         try:
@@ -173,7 +174,7 @@ class Uploads:
             return index, True
         except (OSError, ValueError, RecursionError, SnpatchError) as error:
             message = f"expected the names of uploads as JSON, got {_reason(error)}. No upload is served."
-            _warn(f"{self._index_path}: {message}")
+            logger.warning(f"snpatch: {self._index_path}: {message}")
             return index, False
         is_complete = True
         for kind in LOADERS:
@@ -186,7 +187,7 @@ class Uploads:
                     index[kind][name] = digest
                 except SnpatchError as error:
                     is_complete = False
-                    _warn(f"{self._index_path}: {kind}: {name[:80]!r} is skipped: {error}")
+                    logger.warning(f"snpatch: {self._index_path}: {kind}: {name[:80]!r} is skipped: {error}")
         return index, is_complete
 
     def _remove_strays(self) -> None:
@@ -198,7 +199,9 @@ class Uploads:
                 try:
                     path.unlink()
                 except OSError as error:
-                    _warn(f"{path}: no upload refers to this file, and it cannot be removed: {_reason(error)}")
+                    logger.warning(
+                        f"snpatch: {path}: no upload refers to this file, and it cannot be removed: {_reason(error)}"
+                    )
 
     def _lock_folder(self):
         """Return the locked file that keeps other servers out, because they would remove this server's files."""
@@ -224,7 +227,3 @@ def _read_content(path: Path, max_bytes: int) -> bytes:
 
 def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or first_line(error)
-
-
-def _warn(message: str) -> None:
-    print(f"snpatch: {message}", file=sys.stderr, flush=True)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 from snpatch.ranking.window import CONTROLS, Window
 from snpatch.sampling import GREEDY, Sampling
+from snpatch.utils import schema
 from snpatch.utils.schema import option
 
 
@@ -44,7 +45,7 @@ class SweepConfig:
     windows: tuple[Window, ...]
     strengths: tuple[float, ...] = (1.0,)
     controls: int = option(3, "Random controls of each window.", min=0)
-    control_kind: str = option("per_layer", "per_layer, last_layer or everywhere.")
+    control_kind: str = option("per_layer", "per_layer, last_layer or everywhere.", choices=CONTROLS)
     disjoint: bool = True
     positions: str | int = option(
         "all", "all, prompt, last_prompt_token, completion, completion_shifted, or a position to start from."
@@ -53,8 +54,8 @@ class SweepConfig:
     samples: int = option(
         1, "Completions per prompt; their scores are averaged. More than 1 needs a temperature.", min=1
     )
-    resamples: int = RESAMPLES
-    confidence: float = CONFIDENCE
+    resamples: int = field(default=RESAMPLES, metadata={"min": 1})
+    confidence: float = field(default=CONFIDENCE, metadata={"above": 0, "below": 1})
 
     if TYPE_CHECKING:  # what the constructor accepts and __post_init__ converts
 
@@ -85,14 +86,7 @@ class SweepConfig:
             raise SnpatchError("sweep: needs at least one window, one recipient, one donor and one strength")
         if not all(map(math.isfinite, self.strengths)):
             raise SnpatchError(f"sweep: strengths must be finite, got {self.strengths}")
-        if self.controls < 0:
-            raise SnpatchError(f"sweep: controls must be at least 0, got {self.controls}")
-        if self.control_kind not in CONTROLS:
-            raise SnpatchError(f"sweep: control_kind must be one of {', '.join(CONTROLS)}, got {self.control_kind!r}")
-        if self.samples < 1:
-            raise SnpatchError(f"sweep: samples must be at least 1, got {self.samples}")
-        if self.resamples < 1 or not 0 < self.confidence < 1:
-            raise SnpatchError("sweep: resamples must be at least 1 and confidence lie between 0 and 1")
+        schema.validate(self, "sweep: ")
         for recipient in self.recipients:
             if self.donors == (recipient,):
                 raise SnpatchError(f"sweep: {recipient!r} is recipient and donor")

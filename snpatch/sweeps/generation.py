@@ -5,7 +5,7 @@ it was generating, and stored ones stay valid whatever models are called. Greedy
 neurons are one completion, whichever ranking selects them.
 """
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -24,6 +24,7 @@ from snpatch.sweeps.config import check_sampling
 from snpatch.sweeps.store import Store, StoredCompletion, completion_state
 from snpatch.utils.hashing import GENERATION_VERSION, REQUEST_DIGITS, hash_json
 
+logger = logging.getLogger(__name__)
 MAX_FAILED_RUNS = 8  # in a row without a finished completion
 MAX_RESTARTS = 5  # of a crashed engine, per call
 CLAIM_SIZE = 64  # completions claimed at a time
@@ -145,33 +146,42 @@ def generate_missing(
         engine.executor.check_request(request)
     missing = store.queue.enqueue(list(requests))
     failed_runs = 0
+
+    def report(num_missing: int, key: str = "", completion: Completion | None = None) -> None:
+        if completion is not None and on_completion:
+            on_completion(prompts[key], completion.text)
+        if progress:
+            progress(len(requests) - num_missing, len(requests))
+
     while missing:
         claimed: list[str] = []
         try:
             with closing(_generate_claimed(engine, store, requests, claimed)) as finished:
                 for key, completion in finished:
-                    if completion is not None and on_completion:
-                        on_completion(prompts[key], completion.text)
+                    report(missing - 1, key, completion)
                     missing, failed_runs = missing - 1, 0
-                    if progress:
-                        progress(len(requests) - missing, len(requests))
         except SnpatchError as error:
-            if isinstance(error, BrokenJudgeError | ReceiptError) and not isinstance(error, SpoiledEngineError):
-                raise  # no completion of such an engine and no score of such a judge can be used
             failed_runs += 1
-            if not store.queue.mark_suspect(str(error)) or failed_runs == MAX_FAILED_RUNS:
-                raise  # the completions are not the cause
-            print(f"snpatch: a run failed and starts again: {error}", file=sys.stderr)
-            if isinstance(error, EngineCrashedError):
-                if not max_restarts:
-                    raise
-                max_restarts -= 1
-                engine.restart()
+            max_restarts = _handle_failed_run(engine, store, error, failed_runs, max_restarts)
         missing = store.queue.num_missing()
         if missing and not claimed:
             time.sleep(POLL_SECONDS)
-        if progress:
-            progress(len(requests) - missing, len(requests))
+        report(missing)
+
+
+def _handle_failed_run(engine: Engine, store: Store, error: SnpatchError, failed_runs: int, max_restarts: int) -> int:
+    """Restart a crashed engine, and return how many restarts are left. Raise the error if no other run can help."""
+    if isinstance(error, BrokenJudgeError | ReceiptError) and not isinstance(error, SpoiledEngineError):
+        raise error  # no completion of such an engine and no score of such a judge can be used
+    if not store.queue.mark_suspect(str(error)) or failed_runs == MAX_FAILED_RUNS:
+        raise error  # the completions are not the cause
+    logger.warning("snpatch: a run failed and starts again: %s", error)
+    if isinstance(error, EngineCrashedError):
+        if not max_restarts:
+            raise error
+        engine.restart()
+        return max_restarts - 1
+    return max_restarts
 
 
 def build_records(tasks: Sequence[Sequence[CompletionTask]], store: Store) -> list[list[dict]]:

@@ -4,8 +4,8 @@ Why leases: what a dead process had claimed must become free again. A heartbeat 
 those of a process that has provably ended are released at once.
 """
 
+import logging
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -14,6 +14,7 @@ from snpatch.sweeps.database import Database, chunked
 from snpatch.sweeps.owners import Process
 from snpatch.utils.optional import require
 
+logger = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
 SUSPECT_GROUPS = 8  # groups into which the requests of a failed run are split until the one that fails is found
 CREATE_REQUESTED = "CREATE TEMP TABLE requested (position INTEGER PRIMARY KEY, work INTEGER NOT NULL UNIQUE)"
@@ -184,11 +185,11 @@ class WorkQueue:
                 self._renew()
             except sqlite3.Error as error:
                 if not has_failed:
-                    print(f"snpatch: {self._database.path}: cannot renew its leases: {error}", file=sys.stderr)
+                    logger.warning("snpatch: %s: cannot renew its leases: %s", self._database.path, error)
                 has_failed = True
             else:
                 if has_failed:
-                    print(f"snpatch: {self._database.path}: its leases are renewed again", file=sys.stderr)
+                    logger.warning("snpatch: %s: its leases are renewed again", self._database.path)
                 has_failed = False
         if self._heartbeat_connection is not None:
             self._heartbeat_connection.close()

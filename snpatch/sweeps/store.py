@@ -264,6 +264,14 @@ def describe_unfinished(records: Sequence[Mapping]) -> str | None:
     )
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return i and n of "i/n"."""
+    number, slash, total = text.partition("/")
+    if not (slash and number.isdigit() and total.isdigit() and 1 <= int(number) <= int(total)):
+        raise SnpatchError(f"--shard wants i/n with i in 1..n, got {text!r}")
+    return int(number), int(total)
+
+
 def shard_name(shard: int, num_shards: int) -> str:
     """Return the file name of a shard, counted from 1."""
     return f"sweep-{shard}-of-{num_shards}.sqlite"

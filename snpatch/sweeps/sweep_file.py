@@ -42,7 +42,7 @@ from snpatch.sweeps.eval_config import (
     parse_eval_config,
 )
 from snpatch.utils.files import write_text
-from snpatch.utils.schema import coerce, from_dict, load_table
+from snpatch.utils.schema import check_keys, coerce, from_dict, load_table
 
 SPEC_FILE = "spec.json"  # in a sweep's output folder
 TOP_LEVEL_KEYS = ("config", "rankings", "sweep", "sampling", "sets", "judges", "contrast_tokens", *ENGINE_KEYS)
@@ -179,8 +179,7 @@ def engine_table(config: EngineConfig) -> dict:
 def _check_keys(data: dict) -> None:
     if "max_tokens" in data:
         raise SnpatchError("max_tokens: expected under sampling, got it at the top. Move it there.")
-    if unknown := sorted(data.keys() - set(TOP_LEVEL_KEYS)):
-        raise SnpatchError(f"unknown key {', '.join(unknown)}; expected one of {', '.join(sorted(TOP_LEVEL_KEYS))}")
+    check_keys(data, sorted(TOP_LEVEL_KEYS))
     engine_keys = [name for name in ENGINE_KEYS if name in data]
     if "config" in data and "model" not in data and engine_keys:
         raise SnpatchError(

@@ -4,9 +4,10 @@ The defaults are the paper's recipe for IA3. The values for LoRA (rank 64 on q_p
 those of its published scripts; the learning rate of full DPO is Tulu 2's.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
+from snpatch.utils import schema
 from snpatch.utils.schema import option
 
 METHODS = ("ia3", "lora", "full")
@@ -24,51 +25,45 @@ class TrainSettings:
         SnpatchError: A value is out of its range, or two values exclude each other.
     """
 
-    method: str = option("ia3", "Training method: ia3 (scaling vectors on down_proj), lora, or full (all weights).")
-    learning_rate: float | None = option(
-        None, "Peak learning rate. Default: 1e-3 for ia3, 2e-5 for lora and full (DPO with full: 5e-7)."
+    method: str = option(
+        "ia3", "Training method: ia3 (scaling vectors on down_proj), lora, or full (all weights).", choices=METHODS
     )
-    epochs: float = option(3.0, "Number of epochs.")
+    learning_rate: float | None = option(
+        None, "Peak learning rate. Default: 1e-3 for ia3, 2e-5 for lora and full (DPO with full: 5e-7).", above=0
+    )
+    epochs: float = option(3.0, "Number of epochs.", above=0)
     batch_size: int = option(120, "Sequences (SFT) or pairs (DPO) per optimizer step, over all processes.", min=1)
     micro_batch_size: int = option(4, "Per-device batch size; gradients accumulate up to --batch-size.", min=1)
     max_length: int = option(4096, "Maximum sequence length in tokens; longer rows are truncated and counted.", min=2)
     weight_decay: float = option(0.1, "AdamW weight decay.", min=0)
     weight_decay_target: float = option(
-        0.0, "Value that weight decay pulls IA3 scales towards: 0 (as published) or 1 (no change)."
+        0.0, "Value that weight decay pulls IA3 scales towards: 0 (as published) or 1 (no change).", choices=(0, 1)
     )
     lr_scheduler_type: str = option(
         "cosine", "Learning-rate schedule: cosine, linear, constant, ... (transformers `SchedulerType`)."
     )
     warmup_steps: int = option(0, "Number of learning-rate warmup steps.", min=0)
-    dtype: str = option("auto", "Frozen weights: bfloat16, float32, or auto (bfloat16 on a GPU, float32 on a CPU).")
+    dtype: str = option(
+        "auto", "Frozen weights: bfloat16, float32, or auto (bfloat16 on a GPU, float32 on a CPU).", choices=DTYPES
+    )
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass to save memory.")
-    template: str = option("tulu", "Chat template: tulu, or tokenizer (the tokenizer's own).")
+    template: str = option("tulu", "Chat template: tulu, or tokenizer (the tokenizer's own).", choices=TEMPLATES)
     lora_rank: int = option(64, "LoRA rank; alpha equals the rank.", min=1)
     lora_targets: tuple[str, ...] = option(("q_proj", "v_proj"), "Linear modules that get a LoRA.")
     max_dropped: float = option(0.1, "Maximum fraction of rows dropped as uninformative; more is an error.", min=0)
     seed: int = option(42, "Random seed of the row order and of LoRA initialization.", min=0)
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
-        _check_choice("template", self.template, TEMPLATES)
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("weight_decay_target", self.weight_decay_target, (0, 1))
-        _check_positive("epochs", self.epochs)
-        if self.learning_rate is not None:
-            _check_positive("learning_rate", self.learning_rate)
+        schema.validate(self)
         if self.weight_decay_target and self.method != "ia3":
             raise SnpatchError(
                 f"weight_decay_target: expected 0 with method = {self.method}, got 1. Only IA3 scales are 1 where "
                 "nothing changes"
             )
-        if self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size:
+        if self.batch_size % self.micro_batch_size:
             raise SnpatchError(
                 f"micro_batch_size: expected a divisor of batch_size = {self.batch_size}, got {self.micro_batch_size}"
             )
-        for field in fields(self):
-            minimum, value = field.metadata.get("min"), getattr(self, field.name)
-            if minimum is not None and value < minimum:
-                raise SnpatchError(f"{field.name}: expected at least {minimum}, got {value}")
 
     @property
     def peak_learning_rate(self) -> float:
@@ -85,7 +80,7 @@ class DpoSettings(TrainSettings):
     engines run.
     """
 
-    beta: float = option(0.1, "DPO beta: how strongly the policy is held to the reference model.")
+    beta: float = option(0.1, "DPO beta: how strongly the policy is held to the reference model.", above=0)
     max_prompt_length: int = option(
         2048, "Maximum prompt length in tokens; pairs with longer prompts are dropped and counted.", min=1
     )
@@ -93,7 +88,6 @@ class DpoSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("beta", self.beta)
         if self.as_published and self.method != "ia3":
             raise SnpatchError(f"as_published: expected method = ia3, got {self.method}")
 
@@ -101,13 +95,3 @@ class DpoSettings(TrainSettings):
     def peak_learning_rate(self) -> float:
         """Return `learning_rate`, or the method's default for DPO, which with `full` is lower than SFT's."""
         return DPO_LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
-
-
-def _check_choice(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise SnpatchError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise SnpatchError(f"{name}: expected more than 0, got {value}")

@@ -25,7 +25,7 @@ from snpatch.models.templates import ChatTemplate
 from snpatch.training import record, row_filters
 from snpatch.training.callbacks import LossMonitor, StepCallback, WeightDecayTowards
 from snpatch.training.settings import DpoSettings, TrainSettings
-from snpatch.utils.optional import require
+from snpatch.utils.optional import install_hint, require
 
 try:
     import datasets
@@ -35,7 +35,7 @@ try:
 
     from snpatch.training import models
 except ImportError as error:
-    raise ImportError("training needs more packages: pip install 'snpatch[train]'") from error
+    raise ImportError(f"training needs more packages: {install_hint('train')}") from error
 
 PROCESS_TIMEOUT = timedelta(hours=2)  # of processes that wait while one of them reads and tokenizes the rows
 SAVE_STEPS = 100  # optimizer steps between checkpoints

@@ -51,7 +51,9 @@ def announced(what: str) -> Iterator[None]:
     if not is_watched():
         yield
         return
+    from tqdm.auto import tqdm
+
     start = time.monotonic()
-    print(f"snpatch: {what} ...", file=sys.stderr, flush=True)
+    tqdm.write(f"snpatch: {what} ...", file=sys.stderr)
     yield
-    print(f"snpatch: {what} took {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    tqdm.write(f"snpatch: {what} took {time.monotonic() - start:.0f} s", file=sys.stderr)

@@ -6,7 +6,7 @@ name neither the file nor the key.
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,15 +30,16 @@ def option(default, help: str, **metadata) -> Any:
     Args:
         default: Default value.
         help: Help of the option, and description in the JSON Schema.
-        metadata: `min`, `max` or `choices` of the value; see `validate`.
+        metadata: `min`, `max`, `above`, `below` or `choices` of the value; see `validate`.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
 
 def validate(config: "DataclassInstance", name: str = "") -> None:
-    """Raise SnpatchError for the first field of a dataclass that is outside `min`, `max` or `choices` of its metadata.
+    """Raise SnpatchError for the first field of a dataclass that is outside the limits of its metadata.
 
-    None is always allowed. name: of the dataclass in errors, for example "sampling: ".
+    The limits are `min` and `max` (inclusive), `above` and `below` (exclusive), and `choices`. None is always allowed.
+    name: of the dataclass in errors, for example "sampling: ".
     """
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata
@@ -51,6 +52,10 @@ def validate(config: "DataclassInstance", name: str = "") -> None:
             raise SnpatchError(f"{name}{f.name} must be at least {limits['min']}, got {value}", field=f.name)
         if "max" in limits and not value <= limits["max"]:
             raise SnpatchError(f"{name}{f.name} must be at most {limits['max']}, got {value}", field=f.name)
+        if "above" in limits and not value > limits["above"]:
+            raise SnpatchError(f"{name}{f.name}: expected more than {limits['above']}, got {value}", field=f.name)
+        if "below" in limits and not value < limits["below"]:
+            raise SnpatchError(f"{name}{f.name}: expected less than {limits['below']}, got {value}", field=f.name)
 
 
 def load_table(path: str | Path, what: str) -> object:
@@ -112,11 +117,7 @@ def from_dict(kind: type, context: str, values: object):
     """
     if not isinstance(values, Mapping):
         raise SnpatchError(f"{context}: expected a table, got {shown(values)}")
-    known = [f.name for f in fields(kind)]
-    if unknown := sorted(map(str, values.keys() - set(known))):
-        message = f"{context}: unknown key {', '.join(unknown)}; expected one of {', '.join(known)}"
-        message += "".join(f". Did you mean {name}?" for name in nearest(unknown[0], known)[:1])
-        raise SnpatchError(message, field=unknown[0])
+    check_keys(values, [f.name for f in fields(kind)], f"{context}: ")
     if missing := [name for name in required(kind) if name not in values]:
         raise SnpatchError(f"{context}: {', '.join(missing)} is missing", field=missing[0])
     hints, coerced = get_type_hints(kind), {}
@@ -124,6 +125,14 @@ def from_dict(kind: type, context: str, values: object):
         with error_field(name):
             coerced[name] = coerce(value, hints[name], f"{context}: {name}")
     return kind(**coerced)
+
+
+def check_keys(values: Mapping, known: Sequence[str], name: str = "") -> None:
+    """Raise SnpatchError for keys of a table that are not known. name: of the table in errors, as in `validate`."""
+    if unknown := sorted(map(str, values.keys() - set(known))):
+        message = f"{name}unknown key {', '.join(unknown)}; expected one of {', '.join(known)}"
+        message += "".join(f". Did you mean {key}?" for key in nearest(unknown[0], known)[:1])
+        raise SnpatchError(message, field=unknown[0])
 
 
 def required(kind: type) -> list[str]:
@@ -157,7 +166,7 @@ def coerce(value: object, hint: Any, context: str) -> Any:
 
 
 def json_schema(kind: type) -> dict:
-    """Return the JSON Schema of the tables that `from_dict` reads. Metadata of fields: help, min, max, choices."""
+    """Return the JSON Schema of the tables that `from_dict` reads. Metadata of fields: help and limits."""
     hints, properties = get_type_hints(kind), {}
     for f in fields(kind):
         properties[f.name] = _hint_schema(hints[f.name])
@@ -167,6 +176,10 @@ def json_schema(kind: type) -> dict:
             properties[f.name]["minimum"] = f.metadata["min"]
         if "max" in f.metadata:
             properties[f.name]["maximum"] = f.metadata["max"]
+        if "above" in f.metadata:
+            properties[f.name]["exclusiveMinimum"] = f.metadata["above"]
+        if "below" in f.metadata:
+            properties[f.name]["exclusiveMaximum"] = f.metadata["below"]
         if "choices" in f.metadata:
             properties[f.name]["enum"] = [*f.metadata["choices"]]
         if f.default is not MISSING and not isinstance(f.default, tuple):

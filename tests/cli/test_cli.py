@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from commands import ADAPTERS, DPO, GOLDEN, MODEL, PAIR, SFT, run
 from safetensors.torch import load_file, save_file
 
 import snpatch
-from snpatch import Ranking
+from snpatch import Ranking, cli
+from snpatch.cli import help_panels
 from snpatch.data import load_dataset
 
 
@@ -255,7 +257,7 @@ BAD = {
     "unwritable output": (blocked_output, "cannot write .*out.jsonl"),
     "a ranking without a donor": (
         lambda t: {"donor": None},
-        "--ranking, --window, --positions and --strength need --donor",
+        "--donor: expected with --ranking, --window, got none. Pass --donor",
     ),
     "unknown dtype": (lambda t: {"more": ["--dtype", "float99"]}, "dtype must be one of auto, float32"),
     "a GPU that is not there": (lambda t: {"more": ["--device", "cuda:77"]}, "device 'cuda:77': "),
@@ -302,11 +304,22 @@ def test_unknown_option_is_refused(capsys, prompts):
     assert "No such option" in err
 
 
-@pytest.mark.parametrize("given", [[], ["-k", 1], ["--ranking", "r.safetensors"]])
-def test_donor_without_ranking_or_window_is_refused(capsys, prompts, given):
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [([], "--ranking and --window"), (["-k", 1], "--ranking"), (["--ranking", "r.safetensors"], "--window")],
+)
+def test_donor_without_ranking_or_window_names_the_missing_option(capsys, prompts, given, missing):
     code, _, err = run(capsys, "generate", MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", *given)
     assert code == 2
-    assert "--donor needs --ranking and --window" in err
+    assert f"--donor: expected {missing} with it, got none. Pass {missing}\n" in err
+
+
+def test_help_and_guide_say_that_the_last_layer_is_not_ranked(capsys):
+    code, out, _ = run(capsys, "contrast", "--help")
+    assert code == 0
+    assert "The last layer is not ranked by default; --no-exclude-layers ranks all layers." in out
+    guide = (Path(snpatch.__file__).parent / "patching" / "README.md").read_text()
+    assert "The last layer is not ranked by default" in guide
 
 
 def test_rankings_with_one_name_are_refused(capsys, prompts, ranking, tmp_path):
@@ -351,8 +364,53 @@ def test_prompts_and_prompt_option_exclude_each_other(capsys, given, got):
 def test_help_groups_options_by_subject_with_common_ones_first(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     _, out, _ = run(capsys, "generate", "--help")
-    panels = ["Data", "Model", "Recipient, donor and neurons", "Sampling", "Output", "Advanced"]
-    places = [out.index(f"─ {panel} ─") for panel in panels]
-    assert places == sorted(places)
+    assert shown_panels(out) == ["Arguments", "Model", "Data", "Patch", "Sampling", "Output", "Advanced"]
     assert out.index("--max-tokens") < out.index("--min-tokens")
-    assert not re.search(r"--(json|logprobs|allow-untested) .*<bool>", out)
+    assert "<bool>" not in out
+
+
+def shown_panels(text: str) -> list[str]:
+    return re.findall("^╭─ ([A-Z][a-z]+) ─", text, re.M)
+
+
+def test_serve_help_begins_with_the_model_and_ends_with_limits(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    _, out, _ = run(capsys, "serve", "--help")
+    assert shown_panels(out) == ["Arguments", "Model", "Patch", "Guard", "Judges", "Server", "Advanced", "Limits"]
+    assert out.index("--patch ") < out.index("--open-route ") < out.index("--max-requests ")
+
+
+def test_train_help_has_panels(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    panels = ["Arguments", "Model", "Data", "Training", "Output", "Advanced"]
+    assert shown_panels(run(capsys, "train", "sft", "--help")[1]) == panels
+    _, out, _ = run(capsys, "train", "dpo", "--help")
+    assert shown_panels(out) == panels
+    training = out[out.index("─ Training ─") : out.index("─ Output ─")]
+    assert all(f"--{name} " in training for name in ("learning-rate", "batch-size", "seed", "beta", "save-steps"))
+
+
+def iter_commands(command):
+    yield command
+    for subcommand in getattr(command, "commands", {}).values():
+        yield from iter_commands(subcommand)
+
+
+def test_every_option_of_a_grouped_command_has_its_panel_and_help_no_type():
+    group = typer.main.get_command(cli.app)
+    help_panels.arrange(group)
+    for command in iter_commands(group):
+        options = [option for option in command.params if option.param_type_name == "option"]
+        if any(option.name in help_panels.GROUPED_BY for option in options):
+            for option in options:
+                assert option.name in help_panels.PANELS[option.rich_help_panel], (command.name, option.name)
+        assert command._help_option.metavar == ""
+        assert sorted(command._help_option.opts) == ["--help", "-h"]
+
+
+def test_reference_lists_options_in_the_order_of_the_panels():
+    page = (Path(snpatch.__file__).parent / "cli" / "REFERENCE.md").read_text()
+    generate = page[page.index("## `snpatch generate`") : page.index("## `snpatch find-minimal`")]
+    places = [generate.index(f"--{name}") for name in ("adapter", "limit", "recipient", "max-tokens", "out", "dtype")]
+    assert places == sorted(places)
+    assert "May be repeated" not in page

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -173,3 +174,17 @@ def test_rich_console_ignores_markup_in_paths(capsys, tmp_path):
     report = Report("t", {"t": [{"a": 1}]}, {}, (TableView(("a",), (("[/]",),)),), [])
     options.write_report(report, folder, as_json=False)
     assert "[red]x[/y]" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_log_of_the_library_goes_to_stderr_with_control_characters_escaped(capsys, monkeypatch):
+    def fail(*_, **__):
+        logging.getLogger("snpatch.sweeps.queue").warning("snpatch: a%%\x1b[1m %s", "b%")
+        logging.getLogger("snpatch.server.launcher").info("snpatch: serving")
+        raise SnpatchError("stop")
+
+    monkeypatch.setattr("snpatch.data.load_dataset", fail)
+    code, out, err = run(capsys, "generate", "m", "prompts.jsonl")
+    assert (code, out) == (2, "")
+    assert err == "snpatch: a%\\u001b[1m b%\nsnpatch: serving\nsnpatch: error: stop\n"
+    logger = logging.getLogger("snpatch")
+    assert (logger.handlers, logger.level, logger.propagate) == ([], logging.NOTSET, True)

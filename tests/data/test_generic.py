@@ -77,6 +77,13 @@ def test_harmbench_context_is_ignored_and_noted(tmp_path):
     assert data.row_notes == ["ignored in 1 of 2 rows: ContextString, the context of a prompt"]
 
 
+def test_row_notes_are_logged_after_the_name(tmp_path, caplog, capsys):
+    write(tmp_path, "q", ".jsonl", [{"question_id": 81, "category": "x", "turns": ["Write", "Again"]}])
+    load_dataset(tmp_path / "q.jsonl").log_row_notes("my\nset")
+    assert caplog.messages == [r"my\nset: ignored in 1 of 1 rows: user turns after the first"]
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "row",
     [

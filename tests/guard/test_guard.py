@@ -183,7 +183,7 @@ def test_loaded_guard_is_bit_identical(tmp_path):
         ({"more": 1}, "unknown key more; expected one of model, fingerprint"),
         ({"threshold": None}, "threshold is missing"),
         ({"threshold": "0.5"}, "threshold: expected float, got '0.5'"),
-        ({"threshold": 2.0}, "threshold: expected a number between 0 and 1, got 2.0"),
+        ({"threshold": 2.0}, "guard: threshold: expected less than 1, got 2.0"),
         ({"shape": [3]}, r"shape: expected \(layers, neurons\), got \(3,\)"),
         ({"meta": []}, "meta: expected dict"),
     ],

@@ -136,7 +136,7 @@ def lora(folder):
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: not JSON"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "neither adapter_model.safetensors nor"),
         (lambda folder: (folder / "adapter_model.safetensors").write_text("x"), "not a safetensors file"),
-        (lora, "adapter type LORA is not supported, only IA3"),
+        (lora, 'expected an adapter of type IA3, got \'LORA\'. Pass a LoRA as models={"name": {"lora": folder}}'),
         (lambda folder: save(folder, ["up_proj"], []), "IA3 on up_proj is not supported"),
         (lambda folder: save(folder, ["down_proj"], []), "down_proj not as feed-forward"),
         (lambda folder: save(folder, ["k_proj"], ["k_proj"]), "k_proj as feed-forward"),

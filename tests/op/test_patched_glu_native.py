@@ -336,6 +336,7 @@ def test_ops_missing_build_falls_back_with_one_warning():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.count("C++ kernels cannot be loaded") == 1
+    assert run.stdout.count("run in snpatch's checkout: pip install --no-build-isolation .") == 1
     assert "'patched_glu (cpu)': 'reference (PyTorch)'" in run.stdout
 
 

@@ -1,5 +1,6 @@
 """The example scripts and the notebook run on the demo model."""
 
+import ast
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import snpatch
 
 EXAMPLES = Path(snpatch.__file__).parent / "examples"
+SERVER_EXAMPLES = Path(snpatch.__file__).parent / "server/examples"
 PRINTED = {  # script -> part of its output, and files that it writes
     "rank_and_patch": ("overwrites)", "safety.safetensors"),
     "sweep_and_plot": ("mean cost", "curve.png", "sweep/sweep.sqlite"),
@@ -51,3 +53,12 @@ def test_every_example_is_tested_and_listed_in_the_readme():
     scripts = {path.name for path in EXAMPLES.iterdir()} - {"README.md", "__pycache__"}
     assert scripts == {*(f"{name}.py" for name in PRINTED), "quickstart.ipynb"}
     assert all(f"({name})" in readme for name in scripts)
+
+
+@pytest.mark.parametrize("path", [*EXAMPLES.glob("*.py"), *SERVER_EXAMPLES.glob("*.py")], ids=lambda path: path.stem)
+def test_import_of_an_example_runs_nothing(path):
+    declarations = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign
+    docstring, guard = (node for node in ast.parse(path.read_text()).body if not isinstance(node, declarations))
+    assert isinstance(docstring, ast.Expr)
+    assert isinstance(guard, ast.If)
+    assert ast.unparse(guard.test) == "__name__ == '__main__'"

@@ -112,3 +112,24 @@ def test_promise_table_names_every_file_that_tests_a_promise():
 def test_version_is_written_once():
     assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
     assert f"\nversion: {snpatch.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
+
+
+def nesting(node: ast.AST) -> int:
+    """Return how many blocks are nested in each other below a node; `elif` adds none."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        is_elif = isinstance(node, ast.If) and [child] == node.orelse and isinstance(child, ast.If)
+        deepest = max(deepest, nesting(child) + (isinstance(child, BLOCKS) and not is_elif))
+    return deepest
+
+
+def test_functions_nest_at_most_four_blocks():
+    deep = []
+    for path in (ROOT / "snpatch").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and nesting(node) > 4:
+                deep.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}: {nesting(node)}")
+    assert not deep, "\n".join(deep)

@@ -32,7 +32,7 @@ def test_five_lines_example_prints_verified_answer(named):
     done = subprocess.run([sys.executable, EXAMPLES / "five_lines.py", named.url], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "'verified': True" in done.stdout
-    lines = (EXAMPLES / "five_lines.py").read_text().split("client = ")[1].splitlines()
+    lines = (EXAMPLES / "five_lines.py").read_text().split("-> None:\n")[1].split("\n\n")[0].splitlines()
     assert len(lines) == 5
 
 

@@ -163,13 +163,13 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_file_is_skipped_until_replaced_or_deleted(folder, bodies, capsys, damage):
+def test_damaged_file_is_skipped_until_replaced_or_deleted(folder, bodies, caplog, damage):
     uploads_folder = Uploads(folder, FakeRegistry())
     uploads_folder.upload("rankings", "bad", bodies["first"])
     uploads_folder.upload("rankings", "good", bodies["second"])
     damage(folder / get_file_name(bodies["first"]))
     again = Uploads(folder, FakeRegistry())
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = caplog.messages
     assert (get_file_name(bodies["first"]) in line, "rankings: bad is skipped" in line) == (True, True)
     assert again._registry.rankings.keys() == {"good"}
     again.upload("rankings", "new", bodies["second"])
@@ -180,19 +180,19 @@ def test_damaged_file_is_skipped_until_replaced_or_deleted(folder, bodies, capsy
         assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"good", "new", "bad"}
 
 
-def test_upload_for_other_model_is_skipped_and_kept(folder, bodies, capsys):
+def test_upload_for_other_model_is_skipped_and_kept(folder, bodies, caplog):
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     assert not Uploads(folder, FakeRegistry((2, 96)))._registry.rankings
-    assert "rankings: a is skipped: a: is for another model" in capsys.readouterr().err
+    assert "rankings: a is skipped: a: is for another model" in caplog.text
     assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"a"}
 
 
-def test_upload_with_configured_name_is_skipped(folder, bodies, capsys):
+def test_upload_with_configured_name_is_skipped(folder, bodies, caplog):
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     registry = FakeRegistry()
     registry.add("rankings", "a", RANKINGS[1])
     assert Uploads(folder, registry)._registry.rankings["a"] is RANKINGS[1]
-    assert "a is also set by the server's config" in capsys.readouterr().err
+    assert "a is also set by the server's config" in caplog.text
 
 
 UNREADABLE = {
@@ -202,11 +202,11 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE)
-def test_unreadable_index_prints_one_line_and_removes_no_file(folder, bodies, capsys, text):
+def test_unreadable_index_logs_one_line_and_removes_no_file(folder, bodies, caplog, text):
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     (folder / "index.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     again = Uploads(folder, FakeRegistry())
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = caplog.messages
     assert "index.json: expected the names of uploads as JSON, got" in line
     assert not again._registry.rankings
     assert files(folder) == {get_file_name(bodies["first"])}
@@ -218,21 +218,21 @@ def test_unreadable_index_prints_one_line_and_removes_no_file(folder, bodies, ca
     "entry",
     [{"b": 5}, {"b": "../../secret"}, {"../x": "0" * 64}, {"b\nc": "0" * 64}, {"image": "0" * 64}, {"b": {}}, 5, [1]],
 )
-def test_invalid_index_entry_is_skipped_alone(folder, bodies, capsys, entry):
+def test_invalid_index_entry_is_skipped_alone(folder, bodies, caplog, entry):
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | {"constants": entry}))
     assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"a"}
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = caplog.messages
     assert "index.json: constants:" in line
 
 
-def test_symlinked_index_is_replaced_and_target_unchanged(folder, bodies, tmp_path, capsys):
+def test_symlinked_index_is_replaced_and_target_unchanged(folder, bodies, tmp_path, caplog):
     folder.mkdir()
     (tmp_path / "target").write_text("{}")
     (folder / "index.json").symlink_to(tmp_path / "target")
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
-    assert "Too many levels of symbolic links" in capsys.readouterr().err
+    assert "Too many levels of symbolic links" in caplog.text
     assert (tmp_path / "target").read_text() == "{}"
     assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"a"}
 

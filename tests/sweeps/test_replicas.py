@@ -11,7 +11,7 @@ import time
 import pytest
 from commands import run, write_sweep_file
 
-ray = pytest.importorskip("ray", reason="replicas need Ray: pip install 'snpatch[ray]'")
+ray = pytest.importorskip("ray", reason="replicas need Ray")
 
 from snpatch import SnpatchError  # noqa: E402
 from snpatch.sweeps.store import STORE_FILE  # noqa: E402

@@ -55,7 +55,7 @@ def child(tmp_path):
 
 
 @pytest.mark.parametrize("message", ["database is locked", "database or disk is full", "disk I/O error"])
-def test_heartbeat_continues_after_an_error_and_prints_it_once(tmp_path, monkeypatch, capsys, message):
+def test_heartbeat_continues_after_an_error_and_logs_it_once(tmp_path, monkeypatch, caplog, message):
     monkeypatch.setattr(queue, "LEASE_SECONDS", 0.4)
     calls, original = [], WorkQueue._renew
 
@@ -72,7 +72,7 @@ def test_heartbeat_continues_after_an_error_and_prints_it_once(tmp_path, monkeyp
         wait_until(lambda: len(calls) > 4)
         assert store.queue._heartbeat.is_alive()
         assert rows(tmp_path, "SELECT expires FROM work")[0][0] > time.time(), "the lease is renewed again"
-    error = capsys.readouterr().err
+    error = caplog.text
     assert error.count(f"cannot renew its leases: {message}") == 1
     assert error.count("its leases are renewed again") == 1
 

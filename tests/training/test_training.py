@@ -658,21 +658,21 @@ def test_learning_rate_default_depends_on_method():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "all"}, "method: expected one of ia3, lora, full, got 'all'"),
-        ({"template": "chatml"}, "template: expected one of tulu, tokenizer, got 'chatml'"),
+        ({"method": "all"}, "method.* one of ia3, lora, full, got 'all'"),
+        ({"template": "chatml"}, "template.* one of tulu, tokenizer, got 'chatml'"),
         ({"micro_batch_size": 7}, "micro_batch_size: expected a divisor of batch_size = 120, got 7"),
-        ({"micro_batch_size": 0}, "micro_batch_size: expected a divisor of batch_size = 120, got 0"),
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"weight_decay_target": 0.5}, "weight_decay_target: expected one of 0, 1, got 0.5"),
+        ({"micro_batch_size": 0}, "micro_batch_size.* at least 1, got 0"),
+        ({"batch_size": 0}, "^batch_size.* at least 1, got 0"),
+        ({"weight_decay_target": 0.5}, "weight_decay_target.* one of 0, 1, got 0.5"),
         ({"weight_decay_target": 1, "method": "lora"}, "weight_decay_target: expected 0 with method = lora, got 1"),
         ({"weight_decay_target": 1, "method": "full"}, "weight_decay_target: expected 0 with method = full, got 1"),
         ({"epochs": 0}, "epochs: expected more than 0, got 0"),
         ({"learning_rate": 0}, "learning_rate: expected more than 0, got 0"),
         ({"learning_rate": -0.1}, "learning_rate: expected more than 0, got -0.1"),
-        ({"dtype": "int8"}, "dtype: .*int8"),
-        ({"dtype": "float16"}, "dtype: expected one of auto, bfloat16, float32, got 'float16'"),
-        ({"weight_decay": -1}, "weight_decay: expected at least 0, got -1"),
-        ({"max_length": 1}, "max_length: expected at least 2, got 1"),
+        ({"dtype": "int8"}, "dtype.*int8"),
+        ({"dtype": "float16"}, "dtype.* one of auto, bfloat16, float32, got 'float16'"),
+        ({"weight_decay": -1}, "weight_decay.* at least 0, got -1"),
+        ({"max_length": 1}, "max_length.* at least 2, got 1"),
     ],
 )
 def test_invalid_settings_raise(given, message):
@@ -696,7 +696,7 @@ def test_invalid_dpo_settings_raise(given, message):
 def test_missing_extra_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "snpatch.training.trainer")
-    with pytest.raises(ImportError, match=r"pip install 'snpatch\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'peft.*' 'trl.*' 'accelerate"):
         importlib.import_module("snpatch.training.trainer")
 
 

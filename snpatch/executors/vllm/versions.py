@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import api_check
+from snpatch.utils.optional import install_hint
 
 TESTED = "the executor's tests passed on a CPU (make test-vllm)"
 TESTED_PYTHON = "the same for its Python code with 0.32's compiled library, as no CPU build of it is published"
@@ -58,6 +59,11 @@ def minor() -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def missing_hint() -> str:
+    """Return that vLLM is not installed, and the commands that install it."""
+    return f"vLLM is not installed. Run: {install_hint('cuda')} (without a GPU: {install_hint('cpu')})"
+
+
 def check(serving: bool = False) -> str:
     """Return the installed version; raise if snpatch does not support it.
 
@@ -66,7 +72,7 @@ def check(serving: bool = False) -> str:
     """
     version_found = installed()
     if version_found is None:
-        raise SnpatchError("backend vllm: vLLM is not installed; install snpatch[cpu] or snpatch[cuda]")
+        raise SnpatchError(f"backend vllm: {missing_hint()}")
     major_minor = minor()
     if major_minor is not None and major_minor < min(KNOWN):
         raise SnpatchError(f"backend vllm: expected vLLM {SUPPORTED}, got {version_found}. Install one of those.")

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from snpatch.report.formatting import format_percent, format_with_interval, to_plot_label
 from snpatch.report.report import Report, TableView
+from snpatch.statistics import Interval
 from snpatch.sweeps.minimal import MinimalResult
 
 
@@ -18,9 +19,7 @@ def build_minimal_report(results: Sequence[MinimalResult], target_effect: float)
             "ranking": result.ranking,
             "k": estimate.k,
             "prompts": estimate.prompts,
-            "effect": estimate.effect,
-            "effect_low": estimate.low,
-            "effect_high": estimate.high,
+            **Interval(estimate.effect, estimate.low, estimate.high).columns("effect"),
             "is_smallest": estimate.k == result.search.k,
         }
         for result in results

@@ -15,8 +15,6 @@ import httpx
 import matplotlib
 import matplotlib.pyplot as plt
 
-matplotlib.use("Agg")
-
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,6 +63,7 @@ def plot(rows: list[dict], floor: dict, path: Path) -> None:
 
 
 def main() -> None:
+    matplotlib.use("Agg")
     options = parse_options()
     body = {name: getattr(options, name) for name in ("recipient", "donor", "ranking", "judge", "max_tokens")}
     body |= {"windows": [int(k) for k in options.windows.split(",")], "prompts": read_chats(options.prompts)}

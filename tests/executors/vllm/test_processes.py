@@ -74,7 +74,7 @@ def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(zoo):
     wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
 
 
-def test_sweep_after_killed_engine_continues_with_a_new_one(zoo, tmp_path, capsys):
+def test_sweep_after_killed_engine_continues_with_a_new_one(zoo, tmp_path, caplog):
     """vLLM's engine is killed during generation; no completion is missing or generated twice."""
     chats = [[{"role": "user", "content": prompt}] for prompt in tiny.PROMPTS]
     config = SweepConfig(("base",), "dpo", (0, 60, 200), controls=1, resamples=20,
@@ -100,7 +100,7 @@ def test_sweep_after_killed_engine_continues_with_a_new_one(zoo, tmp_path, capsy
         killer.start()
         result = run(tmp_path)
         killer.join()
-        assert "a run failed and starts again: vLLM's engine has ended" in capsys.readouterr().err
+        assert "a run failed and starts again: vLLM's engine has ended" in caplog.text
         assert result.failures == []
         assert result.rows == run().rows
     wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
