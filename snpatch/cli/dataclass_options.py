@@ -78,7 +78,10 @@ class EngineOptions:
         ]
 
     def build(self, values: dict) -> Any:
-        """Return the config, in which given options replace those of a file; without a model, the given fields."""
+        """Return the config: given options replace those of a file.
+
+        Without a model, return the given fields.
+        """
         if not self.has_model:
             return _given_fields(values)
         model = values["model"]
@@ -109,7 +112,10 @@ class DatasetOptions:
     takes_text: bool = False
 
     def parameters(self) -> list[inspect.Parameter]:
-        """Return parameters that select and read prompts; `takes_text` adds --prompt and makes PROMPTS optional."""
+        """Return parameters that select and read prompts.
+
+        `takes_text` adds --prompt and makes PROMPTS optional.
+        """
         empty = inspect.Parameter.empty
         options = [
             ("prompts", _PROMPTS, empty),

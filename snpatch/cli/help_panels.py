@@ -22,7 +22,10 @@ OTHER_MEANING = {("reproduce", "seed")}  # (command, option): the name has anoth
 
 
 def arrange(command) -> None:
-    """Assign the options of a click command, or of all commands of a group, to panels. Flags show no value type."""
+    """Assign the options of a click command, or of all commands of a group, to panels.
+
+    Flags show no value type.
+    """
     for subcommand in getattr(command, "commands", {}).values():
         arrange(subcommand)
     for option in command.params:

@@ -64,7 +64,9 @@ class TrainingDataOptions:
         ]
 
     def build(self, values: dict) -> Fields:
-        """Return PromptSet fields and skip_invalid; without DATA, only given subset fields (first, sample, seed).
+        """Return PromptSet fields and skip_invalid.
+
+        Without DATA, return only the given subset fields (first, sample, seed).
 
         Raises:
             SnpatchError: An option of DATA_OPTIONS was given without DATA, or --filter is not column=value,value.

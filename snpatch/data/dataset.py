@@ -66,7 +66,11 @@ class Dataset:
 
     @property
     def text(self) -> str:
-        """Return the rows joined by blank lines, as for the paper's perplexity; raise a SnpatchError for prompts."""
+        """Return the rows joined by blank lines, as for the paper's perplexity.
+
+        Raises:
+            SnpatchError: The rows are prompts.
+        """
         if any(example.prompt for example in self.examples):
             raise SnpatchError(f"{self.name} holds prompts: it is not a text")
         return "\n\n".join(example.response or "" for example in self.examples)

@@ -21,7 +21,10 @@ DPO_FAMILIES, DPO_WORDINGS = ("beavertails", "redteam"), (0, 1, 2)
 
 
 def prompt_path(folder: Path, name: str) -> Path:
-    """Return the file of a prompt set: contrast.jsonl, in guard/ (guard-beavertails, ...) or in eval/ (all others)."""
+    """Return the file of a prompt set.
+
+    It is contrast.jsonl, or is in guard/ (guard-beavertails, ...) or eval/ (all others).
+    """
     if name == "contrast":
         return folder / "contrast.jsonl"
     group = "guard" if name.startswith("guard-") else "eval"
@@ -64,9 +67,9 @@ def _guard_sets(used: Collection[Request], count: int, seed: int) -> dict[str, l
 
 
 def write_text(out: Path, prompts: dict[str, list[Request]], count: int, seed: int) -> list[str]:
-    """Write `count` documents like the base's pretraining text, in the rows of Wikitext-2, and return them.
+    """Write `count` documents like the base's pretraining text, and return them.
 
-    Their requests are in no other data set.
+    The file has the rows of Wikitext-2. Their requests are in no other data set.
     """
     used = set(chain(*prompts.values()))
     requests = [request for request in language.requests("eval") if request not in used]

@@ -159,7 +159,10 @@ def engine_content(engine: EngineConfig) -> dict:
 
 
 def _function_content(source: str) -> str:
-    """Return the content hash of a Python judge's file; "" for other judges, which their arguments describe."""
+    """Return the content hash of a Python judge's file.
+
+    It is "" for other judges, which their arguments describe.
+    """
     try:
         spec = importlib.util.find_spec(source.partition(":")[0]) if ":" in source else None
     except ImportError:

@@ -197,7 +197,10 @@ def _build_training(table: dict) -> Training:
 
 
 def read_preset_file(path: Path) -> dict:
-    """Return a preset file's tables, merged over the preset that it extends and the config that it starts from."""
+    """Return a preset file's tables.
+
+    They are merged over the preset that it extends and the config that it starts from.
+    """
     try:
         table = parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -253,7 +256,10 @@ def _merge(parent: dict, child: dict) -> dict:
 
 
 def _resolve_paths(table: dict, folder: Path) -> dict:
-    """Return the tables with absolute paths for what exists in the folder; all other names stay as they are."""
+    """Return the tables with absolute paths for files and folders that exist in the folder.
+
+    All other names stay as they are.
+    """
     groups = {group: dict(table.get(group, {})) for group in PATH_TABLES}
     if "model" in groups["config"]:
         groups["config"]["model"] = _resolve_value(groups["config"]["model"], folder)

@@ -160,7 +160,9 @@ def check_answered(rows: Sequence[Mapping]) -> None:
 
 
 def check_ends(row: Mapping[str, Sequence[int]], special: Sequence[int]) -> None:
-    """Raise if the token that ends an assistant turn has no label, because the model would not learn to stop.
+    """Raise if the token that ends an assistant turn has no label.
+
+    The model would not learn to stop.
 
     Args:
         row: `input_ids` and `labels` of a conversation.

@@ -36,9 +36,10 @@ def option(default, help: str, **metadata) -> Any:
 
 
 def validate(config: "DataclassInstance", name: str = "") -> None:
-    """Raise SnpatchError for the first field of a dataclass that is outside `min`, `max` or `choices` of its metadata.
+    """Raise SnpatchError for the first field of a dataclass outside its metadata's limits.
 
-    None is always allowed. name: of the dataclass in errors, for example "sampling: ".
+    The limits are `min`, `max` and `choices`. None is always allowed. name: of the dataclass in errors, for example
+    "sampling: ".
     """
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata
@@ -157,7 +158,10 @@ def coerce(value: object, hint: Any, context: str) -> Any:
 
 
 def json_schema(kind: type) -> dict:
-    """Return the JSON Schema of the tables that `from_dict` reads. Metadata of fields: help, min, max, choices."""
+    """Return the JSON Schema of the tables that `from_dict` reads.
+
+    Metadata of fields: help, min, max, choices.
+    """
     hints, properties = get_type_hints(kind), {}
     for f in fields(kind):
         properties[f.name] = _hint_schema(hints[f.name])
