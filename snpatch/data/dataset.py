@@ -20,7 +20,7 @@ Chat = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Example:
-    """A row of a data set. A row of running text (Wikitext-2) has no prompt; its `response` is the text."""
+    """A row of a dataset. A row of running text (Wikitext-2) has no prompt; its `response` is the text."""
 
     prompt: Chat  # ends with a user message
     response: str | None = None  # answer to `dialogue`
@@ -40,7 +40,7 @@ class Dataset:
     """Examples in the order of their source.
 
     Attributes:
-        name: Name of the data set, or of its file.
+        name: Name of the dataset, or of its file.
         examples: The examples.
         skipped: Number of invalid rows that were skipped.
         source: Provenance: path or hub id, split, revision; `rows` read and `skipped`; `left_out`, `no_pair` and

@@ -1,7 +1,7 @@
-"""Formats of the paper's data sets: the fields of their published rows, and their location on the hub.
+"""Formats of the paper's datasets: the fields of their published rows, and their location on the hub.
 
-Why some rows are dropped and counted instead of being invalid: the published data sets contain them (conversations with
-Bing in ShareGPT, repeated prompts in BeaverTails), and a data set must load without `skip_invalid`.
+Why some rows are dropped and counted instead of being invalid: the published datasets contain them (conversations with
+Bing in ShareGPT, repeated prompts in BeaverTails), and a dataset must load without `skip_invalid`.
 """
 
 import re
@@ -26,7 +26,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True)
 class Hub:
-    """Location of a data set, as arguments of `datasets.load_dataset`."""
+    """Location of a dataset, as arguments of `datasets.load_dataset`."""
 
     id: str
     split: str  # default split, for prompts

@@ -1,4 +1,4 @@
-"""Generic format for files of no published data set: finds the prompt column by name, and the answers in other columns.
+"""Generic format for files of no published dataset: finds the prompt column by name, and the answers in other columns.
 
 Why ambiguity is an error: if two columns could be the prompt, or another column may belong to it, a guess could give
 another prompt. `column` chooses one.
@@ -47,7 +47,7 @@ TURNS_DIFFER, EMPTY_ANSWER, SAME_ANSWER = (
 
 
 def generic_format(column: str | None = None) -> Format:
-    r"""Return the format of rows of no published data set.
+    r"""Return the format of rows of no published dataset.
 
     The prompt is a string, or messages that end with the user's or with the answer (the response). A transcript
     ("\n\nHuman: ...") is parsed to messages; of a list of strings ("turns") the first is the prompt.

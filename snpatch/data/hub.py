@@ -1,6 +1,6 @@
-"""Published data sets, downloaded and cached by the `datasets` library.
+"""Published datasets, downloaded and cached by the `datasets` library.
 
-Why some data sets are loaded by file: `datasets` refuses repositories that contain a loading script (LIMA) or files of
+Why some datasets are loaded by file: `datasets` refuses repositories that contain a loading script (LIMA) or files of
 different columns (ShareGPT), and HarmBench is published on GitHub.
 """
 
@@ -17,16 +17,16 @@ try:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.utils import httpx
 except ImportError as error:
-    raise SnpatchError("data sets from the hub need more packages: pip install 'snpatch[data]'") from error
+    raise SnpatchError("datasets from the hub need more packages: pip install 'snpatch[data]'") from error
 
 
 def fetch(
     hub: Hub, columns: Columns, split: str | None, revision: str | None
 ) -> tuple[Iterator[SourceRow], dict[str, Any]]:
-    """Return (rows, provenance) of a published data set.
+    """Return (rows, provenance) of a published dataset.
 
     Raises:
-        SnpatchError: The hub cannot be reached, or the data set lacks the split or a column.
+        SnpatchError: The hub cannot be reached, or the dataset lacks the split or a column.
     """
     split = split or hub.split
     if hub.files:
@@ -52,7 +52,7 @@ def read_saved(folder: Path, columns: Columns, split: str | None) -> Iterator[So
     try:
         table = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
-        raise SnpatchError(f"{folder}: cannot be read as a saved data set: {first_line(error)}") from error
+        raise SnpatchError(f"{folder}: cannot be read as a saved dataset: {first_line(error)}") from error
     if isinstance(table, datasets.DatasetDict):
         if split not in table and (split is not None or len(table) != 1):
             raise SnpatchError(

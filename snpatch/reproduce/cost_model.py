@@ -30,7 +30,7 @@ PASSES = {"sft": 3, "dpo": 4}  # forward, recomputation, backward through frozen
 COMPLETION_BYTES, TOKEN_BYTES = 700, 6  # in the store: of a completion with its labels and scores, and of each token
 WIKITEXT_TOKENS = 341_469  # Wikitext-2 test
 BYTES_PER_TOKEN = 4  # of text files, about
-DEFAULT_PROMPTS = 200  # in a data set of unknown size
+DEFAULT_PROMPTS = 200  # in a dataset of unknown size
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def model_size(pipeline: Pipeline) -> Size | None:
 
 @cache
 def read_sizes() -> dict:
-    """Return the sizes of published data sets, from sizes.toml."""
+    """Return the sizes of published datasets, from sizes.toml."""
     return tomllib.loads((Path(__file__).parent / "sizes.toml").read_text(encoding="utf-8"))
 
 

@@ -1,7 +1,7 @@
 """Presets: the experiment config, trainings and model size of a reproduction, and the TOML files that hold them.
 
 The config stays a table because the pipeline adds what it trains and writes it as experiment.toml, which `snpatch exp`
-and users read. A preset that extends another replaces single data sets, judges and models as a whole, because half of
+and users read. A preset that extends another replaces single datasets, judges and models as a whole, because half of
 one and half of another would be a third that nobody wrote.
 """
 
