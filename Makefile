@@ -23,14 +23,14 @@ BOTH := @$(MAKE) --no-print-directory -j2 --keep-going --output-sync HALF OTHER
 test: lint
 	$(BOTH) SELECT='not full'
 
-# Without vLLM engines, for the work from minute to minute; `quick` also leaves out what takes seconds.
+# Tests without vLLM engines; `quick` also skips tests that take seconds.
 check: lint
 	$(BOTH) SELECT='not full and not engine'
 
 quick: lint
 	$(BOTH) SELECT='not full and not engine and not slow'
 
-# Whole grids, long fuzz runs and rehearsals too, with coverage.
+# Also whole grids, long fuzz runs and rehearsals, with coverage.
 test-full: lint
 	$(BIN)/python -m pytest --durations=25 --cov=snpatch --cov-report=term:skip-covered
 
@@ -127,7 +127,7 @@ bench-report: $(READY)
 bench-reproduce: $(READY)
 	$(BIN)/python bench/bench_reproduce.py
 
-# What the README shows: the experiments on the demo model (minutes), and its tables made from the records.
+# Rerun the experiments on the demo model (minutes) and rebuild the tables of README and guides.
 readme: $(READY)
 	rm -rf build/experiments
 	$(BIN)/snpatch exp all --config demo --out build/experiments

@@ -10,7 +10,8 @@ OTHER_FOLDERS = {
     "kernels/": "the op for GPUs, in Triton; kernels/README.md has its formula and its predicted cost",
     "csrc/": "the op for CPUs, in C++",
     "bench/": "benchmarks, their records, the check of a GPU, and the generator of the tables in README and guides",
-    "tests/": "tests by package, of the repository in repository/; helpers in support/, golden outputs in goldens/",
+    "tests/": "tests, in the same folders as the packages; repository/ tests the repository itself, support/ has "
+    "helpers, goldens/ golden outputs",
 }
 
 

@@ -168,10 +168,11 @@ def sweeps_table(runs: list[Run]) -> str:
         if run.info.get("side") == "minimal":
             for name, result in run.info.items():
                 if isinstance(result, dict):
-                    interval = f"interval {result['low']} .. {result['high']}; whole grid: {result['whole_grid']}"
+                    high = "above the grid" if result["high"] is None else result["high"]
+                    interval = f"interval {result['low'] or 0} .. {high}; whole grid: {result['whole_grid']}"
                     answer = f"k = {result['k']} ({interval})"
                     rows.append((f"smallest k, {name}: {answer}", f"{result['used']} of {result['full']} completions"))
-    return _table(("sweeps", ""), rows)
+    return _table(("measurement", "result"), rows)
 
 
 def serve_table(runs: list[Run]) -> str:
@@ -192,11 +193,8 @@ def serve_table(runs: list[Run]) -> str:
             "vs plain requests, same server",
             "vs vLLM's server, twice the concurrency",
         )
-        tables.append(
-            _table(
-                (*head, "TTFT, ms: patched / plain / vLLM's server, twice the concurrency", "TPOT, ms: likewise"), rows
-            )
-        )
+        latencies = (f"{name}, ms: patched / plain / vLLM's server, twice the concurrency" for name in ("TTFT", "TPOT"))
+        tables.append(_table((*head, *latencies), rows))
     for run in runs:
         if run.info.get("side") == "http":
             i = run.info
@@ -264,9 +262,9 @@ def zeroing_table(runs: list[Run]) -> str:
         "tokens/s",
         "speed vs no zeroing",
         time_share,
-        "first tokens, s",
-        "vs no zeroing",
-        time_share,
+        "time to first tokens, s",
+        "speed of first tokens vs no zeroing",
+        f"{time_share} until then",
     )
     i = whole.info
     return (
@@ -301,6 +299,19 @@ def demo_table(folder: Path = RESULTS / "demo") -> str:
                 (row["recipient"], f"{row['rank_hi']} ({row['neuron_fraction']:.1%})", f"{row['mean']:.2f}", effect)
             )
     return _table(("recipient", "k (fraction of neurons)", "mean cost", "effect (95 % interval)"), rows)
+
+
+def curve_sentence(folder: Path = RESULTS / "demo", k: int = 256) -> str:
+    """Build the sentence under the README's plot: the safety gain that the top k neurons recover, and random ones."""
+    rows = json.loads((folder / "curve.json").read_text())["rows"]
+    rows = [row for row in rows if row["recipient"] == "sft" and row["rank_hi"] == k]
+    (patched,) = (row for row in rows if row["control_seed"] is None)
+    effects = [row["effect"] for row in rows if row["control_seed"] is not None]
+    random = round(sum(effects) / len(effects), 2) + 0.0  # + 0.0: no "-0%"
+    return (
+        f"Patching {k} neurons ({patched['neuron_fraction']:.0%}) into the SFT model recovers {patched['effect']:.0%} of "
+        f"the safety gain; {k} random neurons of the same layers recover {random:.0%}."
+    )
 
 
 def experiments_table(folder: Path = RESULTS / "demo") -> str:
@@ -374,6 +385,7 @@ def tables(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "contrast": lambda: contrast_table(cpu),
         "op": lambda: op_table(cpu),
         "op on a GPU": lambda: op_table(gpu),
+        "curve": lambda: curve_sentence(folder / "demo"),
         "demo": lambda: demo_table(folder / "demo"),
         "experiments": lambda: experiments_table(folder / "demo"),
         "reproduce": lambda: reproduce_table(folder / "reproduce" / "demo.json"),

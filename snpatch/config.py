@@ -174,7 +174,10 @@ class EngineConfig:
         return {name: ModelSource(adapters=folders) for name, folders in self.adapters.items()} | dict(self.models)
 
     def origin(self, name: str) -> object:
-        """Return a model's source as JSON data: adapters on the primary weights, or the parts of a ModelSource."""
+        """Return a model's source as JSON data.
+
+        This is its adapters on the primary weights, or the parts of a ModelSource.
+        """
         source = self.sources.get(name, PRIMARY_WEIGHTS)
         return source.adapters if source.weights_source == PRIMARY_WEIGHTS else asdict(source)
 

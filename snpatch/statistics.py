@@ -32,7 +32,9 @@ UNDEFINED = Interval(None, None, None)
 
 
 def interval(statistic, *samples: ArrayLike, resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> Interval:
-    """Return a statistic of paired samples and its percentile bootstrap interval over prompts. The seed is fixed.
+    """Return a statistic of paired samples and its bootstrap interval over prompts.
+
+    The interval is a percentile interval. The seed is fixed.
 
     Args:
         statistic: Called as `statistic(*samples, axis=axis)`; returns values.
@@ -88,9 +90,9 @@ def causal_effect(patched: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **
 def net_effect(
     patched: ArrayLike, controls: ArrayLike, recipient: ArrayLike, donor: ArrayLike, **certainty
 ) -> Interval:
-    """Return the causal effect without what random neurons recover (`controls`: their mean score of each prompt).
+    """Return the causal effect without what random neurons recover.
 
-    UNDEFINED if donor and recipient have the same mean.
+    UNDEFINED if donor and recipient have the same mean. controls: mean score of the random controls on each prompt.
     """
     if np.asarray(donor).mean() == np.asarray(recipient).mean():
         return UNDEFINED
@@ -110,7 +112,9 @@ def paired_p(one: ArrayLike, other: ArrayLike) -> float | None:
 
 
 def half_width(values: ArrayLike, tail: float, population: int | None = None) -> float:
-    """Return half the width of the t-interval of a mean; infinite for fewer than two values of a larger population.
+    """Return half the width of the t-interval of a mean.
+
+    It is infinite for fewer than two values of a larger population.
 
     Args:
         values: The sample.

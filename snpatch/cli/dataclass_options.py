@@ -78,7 +78,10 @@ class EngineOptions:
         ]
 
     def build(self, values: dict) -> Any:
-        """Return the config, in which given options replace those of a file; without a model, the given fields."""
+        """Return the config: given options replace those of a file.
+
+        Without a model, return the given fields.
+        """
         if not self.has_model:
             return _given_fields(values)
         model = values["model"]
@@ -109,7 +112,10 @@ class DatasetOptions:
     takes_text: bool = False
 
     def parameters(self) -> list[inspect.Parameter]:
-        """Return parameters that select and read prompts; `takes_text` adds --prompt and makes PROMPTS optional."""
+        """Return parameters that select and read prompts.
+
+        `takes_text` adds --prompt and makes PROMPTS optional.
+        """
         empty = inspect.Parameter.empty
         options = [
             ("prompts", _PROMPTS, empty),
@@ -128,7 +134,7 @@ class DatasetOptions:
         name, texts, limit = values["prompts"], values.get("prompt"), values["limit"]
         if (name is None) == (not texts):
             raise SnpatchError(
-                "PROMPTS: expected a file or data set, or --prompt TEXT, got " + ("both" if name else "none")
+                "PROMPTS: expected a file or dataset, or --prompt TEXT, got " + ("both" if name else "none")
             )
         if texts:
             from snpatch.data.dataset import Dataset, Example
@@ -227,9 +233,9 @@ TrustConfig = Annotated[
 _MODEL = Annotated[str, typer.Argument(help="Hugging Face folder or name, or an engine config (.toml, .json).")]
 _PROMPTS = Annotated[
     str,
-    typer.Argument(help="File (JSONL, CSV, Parquet, or text with a prompt per line) or data set, such as beavertails."),
+    typer.Argument(help="File (JSONL, CSV, Parquet, or text with a prompt per line) or dataset, such as beavertails."),
 ]
-Format = Annotated[str | None, typer.Option("--format", help="Data set whose published format the file has.")]
+Format = Annotated[str | None, typer.Option("--format", help="Dataset whose published format the file has.")]
 Column = Annotated[str | None, typer.Option(help="Column that holds the prompt.")]
 SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Drop invalid rows and print their number.")]
 _TEXT = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt as text, instead of PROMPTS. Repeatable.")]

@@ -42,7 +42,7 @@ def demo(
     ),
     as_json: o.AsJson = False,
 ) -> None:
-    """Rank the neurons by SFT against DPO, patch the top k into SFT and the base, and judge the completions."""
+    """Rank neurons by SFT against DPO, patch the top k into SFT and base, and judge the completions."""
     if context.invoked_subcommand:
         return
     with StepDisplay(STEPS) as steps:
@@ -64,7 +64,10 @@ def build(
     out: Annotated[Path, typer.Argument(help="Folder: new, empty, or a demo model to complete.")],
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
 ) -> None:
-    """Build the demo model from scratch: base, SFT, DPO objectives, a second seed, score models. Takes minutes."""
+    """Build the demo model from scratch: base, SFT, DPO objectives, a second seed, score models.
+
+    Takes minutes.
+    """
     try:
         from snpatch.demo.build import build as build_demo_model
     except ImportError as error:  # the message names the extra to install

@@ -71,9 +71,10 @@ def run_experiments(
     trust: bool = False,
     **arguments: Any,
 ) -> None:
-    """Run, write and print experiments. One that fails is reported at the end and does not stop the others.
+    """Run, write and print experiments.
 
-    A ReceiptError stops all: the device did not do what was requested, so the tables and plots of this run are removed.
+    One that fails is reported at the end and does not stop the others. A ReceiptError stops all: the device did not do
+    what was requested, so the tables and plots of this run are removed.
 
     Args:
         names: Experiments, or ["all"].

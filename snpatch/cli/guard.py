@@ -51,7 +51,7 @@ def fit(
     balanced: Annotated[bool, typer.Option("--balanced", help="Give both classes the same weight.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Complete prompts, judge the completions, and fit a classifier that predicts harm from the prompts alone."""
+    """Complete prompts, judge the completions, and fit a classifier of harm from the prompts alone."""
     from snpatch.guard.fitting import predict_out_of_fold
     from snpatch.guard.guard import Guard
     from snpatch.guard.labels import deduplicate

@@ -145,7 +145,10 @@ def console() -> Iterator["Console"]:
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Callable[..., None]]:
-    """Yield a callback `(done, total, note="")` that draws a bar on stderr, or without a terminal a line per tenth."""
+    """Yield a callback `(done, total, note="")` that draws a bar on stderr.
+
+    Without a terminal it writes a line per tenth.
+    """
     name = one_line(name)
     if not sys.stderr.isatty():
         last_tenth = -1

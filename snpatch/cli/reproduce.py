@@ -39,7 +39,7 @@ Seed = Annotated[
     list[int] | None, typer.Option(help="Training seed; the first one's pair is the main one. Repeatable.")
 ]
 Launcher = Annotated[str, typer.Option(help='Command that starts trainings: "accelerate launch". Default: Python.')]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts of each data set.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts of each dataset.")]
 
 
 @with_options(config=EngineOptions(has_model=False))

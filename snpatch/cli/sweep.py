@@ -41,7 +41,10 @@ class SweepGroup(TyperGroup):
     """Command group that passes arguments to `run` unless they name another of its commands."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        """Parse arguments, after putting `run` before those that begin with neither a command nor a help option."""
+        """Parse arguments; `run` is the default command.
+
+        `run` is put before arguments that begin with neither a command nor a help option.
+        """
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = ["run", *args]
         return super().parse_args(ctx, args)
@@ -232,7 +235,10 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
     out: Annotated[Path, typer.Argument(help="File: .csv, .jsonl or .parquet.")],
 ) -> None:
-    """Write one row per completion of a sweep: labels, state (done, open or failed), completion and scores."""
+    """Write one row per completion of a sweep: labels, state, completion and scores.
+
+    State: done, open or failed.
+    """
     from snpatch.report.files import write_records
     from snpatch.sweeps.store import Store, describe_unfinished
 

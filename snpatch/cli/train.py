@@ -32,17 +32,17 @@ _DATA_PARAMETERS = {
     "data": (
         Annotated[
             str | None,
-            typer.Argument(help="Training rows: file or folder (JSONL, JSON, CSV, parquet) or data set name."),
+            typer.Argument(help="Training rows: file or folder (JSONL, JSON, CSV, parquet) or dataset name."),
         ],
         None,
     ),
     "form": (Format, None),
     "split": (
-        Annotated[str | None, typer.Option(help="Split of a named data set. Default: its training split.")],
+        Annotated[str | None, typer.Option(help="Split of a named dataset. Default: its training split.")],
         None,
     ),
     "column": (Column, None),
-    "revision": (Annotated[str | None, typer.Option(help="Branch, tag or commit of a named data set.")], None),
+    "revision": (Annotated[str | None, typer.Option(help="Branch, tag or commit of a named dataset.")], None),
     "filter": (Annotated[str | None, typer.Option(help="column=value,value: only rows with one of the values.")], None),
     "limit": (Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")], None),
     "sample": (Annotated[int | None, typer.Option(min=1, help="Use N random rows, drawn with --sample-seed.")], None),
@@ -64,7 +64,9 @@ class TrainingDataOptions:
         ]
 
     def build(self, values: dict) -> Fields:
-        """Return PromptSet fields and skip_invalid; without DATA, only given subset fields (first, sample, seed).
+        """Return PromptSet fields and skip_invalid.
+
+        Without DATA, return only the given subset fields (first, sample, seed).
 
         Raises:
             SnpatchError: An option of DATA_OPTIONS was given without DATA, or --filter is not column=value,value.

@@ -1,4 +1,4 @@
-"""Data sets: prompts, answers and text of the paper's data sets (hub or files) and of any file with a prompt column.
+"""Datasets: prompts, answers and text of the paper's datasets (hub or files) and of any file with a prompt column.
 
 A prompt that is a string becomes one user message, which the engine renders with the chat template.
 """

@@ -21,7 +21,7 @@ Chat = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Example:
-    """A row of a data set. A row of running text (Wikitext-2) has no prompt; its `response` is the text."""
+    """A row of a dataset. A row of running text (Wikitext-2) has no prompt; its `response` is the text."""
 
     prompt: Chat  # ends with a user message
     response: str | None = None  # answer to `dialogue`
@@ -41,7 +41,7 @@ class Dataset:
     """Examples in the order of their source.
 
     Attributes:
-        name: Name of the data set, or of its file.
+        name: Name of the dataset, or of its file.
         examples: The examples.
         skipped: Number of invalid rows that were skipped.
         source: Provenance: path or hub id, split, revision; `rows` read and `skipped`; `left_out`, `no_pair` and
@@ -67,7 +67,11 @@ class Dataset:
 
     @property
     def text(self) -> str:
-        """Return the rows joined by blank lines, as for the paper's perplexity; raise a SnpatchError for prompts."""
+        """Return the rows joined by blank lines, as for the paper's perplexity.
+
+        Raises:
+            SnpatchError: The rows are prompts.
+        """
         if any(example.prompt for example in self.examples):
             raise SnpatchError(f"{self.name} holds prompts: it is not a text")
         return "\n\n".join(example.response or "" for example in self.examples)

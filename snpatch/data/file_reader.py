@@ -69,9 +69,10 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
 
 
 def read_rows(path: Path, columns: Columns) -> Iterator[SourceRow]:
-    """Yield the rows of a file: JSON (see _read_json), CSV, Parquet or lines of text; of a pipe JSON or CSV.
+    """Yield the rows of a file: JSON, CSV, Parquet or lines of text; of a pipe, JSON or CSV.
 
-    Files ending in .gz or .xz are decompressed. A byte order mark is ignored, and so are blank lines, except in text.
+    For JSON see `_read_json`. Files ending in .gz or .xz are decompressed. A byte order mark is ignored, and so are
+    blank lines, except in text.
 
     Args:
         path: The file.
@@ -145,7 +146,10 @@ def _read_rest(path: Path, stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _max_bytes(path: Path) -> float:
-    """Return the maximum size of a file's content: MAX_EXPANSION times its own size if it is compressed and large."""
+    """Return the maximum size of a file's content.
+
+    It is MAX_EXPANSION times the file's own size if the file is compressed and large.
+    """
     return max(MAX_LINE_BYTES, MAX_EXPANSION * path.stat().st_size) if path.suffix.lower() in OPENERS else math.inf
 
 
@@ -156,7 +160,10 @@ def _bomb_error(path: Path, limit: float) -> SnpatchError:
 
 
 def _read_json(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[SourceRow]:
-    """Yield JSON objects: one per line, the items of an array or of an object's only list, or one on several lines."""
+    """Yield JSON objects.
+
+    They are one per line, the items of an array or of an object's only list, or one object on several lines.
+    """
     first = True
     for number, line in enumerate(_lines(path, stream), start=1):
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -192,7 +199,10 @@ def _read_json_document(path: Path, content: bytes, columns: Columns) -> Iterato
 
 
 def _find_rows(value: object, columns: Columns) -> list | None:
-    """Return the rows in an object such as {"data": [...]}: its only list of objects or strings, else None."""
+    """Return the rows in an object such as {"data": [...]}, or None.
+
+    The rows are its only list of objects or strings.
+    """
     if not isinstance(value, dict) or find_column_error(value, columns) is None:
         return None
     lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict | str)]
@@ -247,5 +257,8 @@ def _read_text(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[Sour
 
 
 def _decode(stream: IO[bytes], newline: str | None = None) -> TextIOWrapper:
-    """Decode UTF-8; invalid bytes become lone surrogates, so that the reader can name their row and continue."""
+    """Decode UTF-8.
+
+    Invalid bytes become lone surrogates, so that the reader can name their row and continue.
+    """
     return TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)

@@ -1,7 +1,7 @@
-"""Formats of the paper's data sets: the fields of their published rows, and their location on the hub.
+"""Formats of the paper's datasets: the fields of their published rows, and their location on the hub.
 
-Why some rows are dropped and counted instead of being invalid: the published data sets contain them (conversations with
-Bing in ShareGPT, repeated prompts in BeaverTails), and a data set must load without `skip_invalid`.
+Why some rows are dropped and counted instead of being invalid: the published datasets contain them (conversations with
+Bing in ShareGPT, repeated prompts in BeaverTails), and a dataset must load without `skip_invalid`.
 """
 
 import re
@@ -26,7 +26,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True)
 class Hub:
-    """Location of a data set, as arguments of `datasets.load_dataset`."""
+    """Location of a dataset, as arguments of `datasets.load_dataset`."""
 
     id: str
     split: str  # default split, for prompts
@@ -40,7 +40,10 @@ class Hub:
 
     @property
     def path(self) -> str:
-        """Return the first argument of `load_dataset`: the repository's `id`, or the builder that reads `files`."""
+        """Return the first argument of `load_dataset`.
+
+        It is the repository's `id`, or the builder that reads `files`.
+        """
         return self.builder if self.files else self.id
 
 
@@ -63,10 +66,11 @@ def _beavertails(row: dict) -> Example:
 
 
 def hh(row: dict) -> Example:
-    """Return an example of hh-rlhf: the prompt is the first human turn, the answers are the last assistant turns.
+    """Return an example of hh-rlhf.
 
-    meta["no_pair"] gives the reason if a published row has no preference pair: the texts differ before the last turn,
-    an answer is empty, or both are the same.
+    The prompt is the first human turn; the answers are the last assistant turns. meta["no_pair"] gives the reason if a
+    published row has no preference pair: the texts differ before the last turn, an answer is empty, or both are the
+    same.
     """
     turns = parse_transcript(row, "chosen")
     (dialogue, chosen), (other, rejected) = split_answer(turns), split_answer(parse_transcript(row, "rejected"))
@@ -110,7 +114,7 @@ def lima(row: dict) -> Example:
 
 
 def sharegpt(row: dict) -> Example | str:
-    """Return an example whose prompt is the first human turn and whose conversation ends with the last answer.
+    """Return an example: the first human turn as prompt, and the conversation up to its last answer.
 
     Reads both published forms: `messages` (role, content) and `conversations` (from, value). As in the paper,
     conversations without a human turn, or with others than a human and ChatGPT, are dropped.
@@ -161,7 +165,11 @@ def _stack_exchange(row: dict) -> Example:
 
 
 def get_text(row: dict, field: str, empty: bool = False) -> str:
-    """Return a field's string, stripped; raise a RowError for another type or, unless `empty`, an empty string."""
+    """Return a field's string, stripped.
+
+    Raises:
+        RowError: The field has another type or, unless `empty`, is an empty string.
+    """
     value = row[field]
     if not isinstance(value, str) or not (empty or value.strip()):
         raise RowError(f"{field} must be a text{'' if empty else ' that is not empty'}, got {shorten_repr(value)}")
@@ -194,7 +202,10 @@ def parse_transcript(row: dict, field: str) -> Chat:
 
 
 def split_answer(turns: Chat) -> tuple[Chat, str | None]:
-    """Return (turns before the last answer, answer or None); an answer is an assistant turn right after a user's."""
+    """Return (turns before the last answer, answer or None).
+
+    An answer is an assistant turn right after a user's.
+    """
     for i in range(len(turns) - 1, 0, -1):
         if turns[i]["role"] == "assistant" and turns[i - 1]["role"] == "user":
             return turns[:i], turns[i]["content"]

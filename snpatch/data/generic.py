@@ -1,4 +1,4 @@
-"""Generic format for files of no published data set: finds the prompt column by name, and the answers in other columns.
+"""Generic format for files of no published dataset: finds the prompt column by name, and the answers in other columns.
 
 Why ambiguity is an error: if two columns could be the prompt, or another column may belong to it, a guess could give
 another prompt. `column` chooses one.
@@ -47,7 +47,7 @@ TURNS_DIFFER, EMPTY_ANSWER, SAME_ANSWER = (
 
 
 def generic_format(column: str | None = None) -> Format:
-    r"""Return the format of rows of no published data set.
+    r"""Return the format of rows of no published dataset.
 
     The prompt is a string, or messages that end with the user's or with the answer (the response). A transcript
     ("\n\nHuman: ...") is parsed to messages; of a list of strings ("turns") the first is the prompt.
@@ -104,7 +104,10 @@ def _parse_row(row: dict, column: str | None) -> Example | str:
 
 
 def _parse_prompt(row: dict, field: str) -> tuple[Chat, str | None]:
-    """Return (prompt, answer that follows it or None) of a string, transcript, list of messages or of strings."""
+    """Return (prompt, answer that follows it or None) of a field.
+
+    The field is a string, a transcript, or a list of messages or of strings.
+    """
     value = row[field]
     if isinstance(value, list) and value and isinstance(value[0], str):
         return user(get_text({field: value[0]}, field)), None
@@ -119,7 +122,11 @@ def _parse_prompt(row: dict, field: str) -> tuple[Chat, str | None]:
 
 
 def _find_prompt_column(names: Iterable[str]) -> str | None:
-    """Return the column with the prompt; None if chosen and rejected contain it. Raise a RowError if it is unclear."""
+    """Return the column with the prompt; None if chosen and rejected contain it.
+
+    Raises:
+        RowError: The column is unclear.
+    """
     names = list(names)
     candidates = (
         _select(names, PREFERRED_COLUMNS[:1]) or _select(names, PREFERRED_COLUMNS[1:]) or _select(names, PROMPT_COLUMNS)
@@ -199,7 +206,10 @@ def _split_response(turns: Chat) -> tuple[Chat, str | None]:
 def _build_example(
     row: dict, prompt: Chat | None, dialogue: Chat | None, response: str | None, meta: dict, field: str | None = None
 ) -> Example:
-    """Return an example of a prompt (None: the beginning of chosen and rejected) and the answers in other columns."""
+    """Return an example of a prompt and the answers in other columns.
+
+    prompt: None if it is the beginning of chosen and rejected.
+    """
     for name in ANSWER_COLUMNS:
         response = _get_response(row, name, response)
     for name in TEXT_ANSWER_COLUMNS:

@@ -1,4 +1,4 @@
-"""`load_dataset`: a Dataset from the name of a published data set, a file or a folder."""
+"""`load_dataset`: a Dataset from the name of a published dataset, a file or a folder."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -28,15 +28,15 @@ def load_dataset(
     """Load prompts, preference pairs, conversations or text.
 
     Args:
-        source: Name of a published data set (see `snpatch.data.DATASETS`), or a path: .jsonl, .json, .csv, .parquet,
+        source: Name of a published dataset (see `snpatch.data.DATASETS`), or a path: .jsonl, .json, .csv, .parquet,
             .txt, .raw, or these as .gz or .xz; a pipe with JSON or CSV; a folder of such files, or one written by
             `save_to_disk` of the `datasets` library.
-        format: Published data set whose format a file has; None: the generic format (`generic.generic_format`), or one
+        format: Published dataset whose format a file has; None: the generic format (`generic.generic_format`), or one
             prompt per line of a .txt file.
-        split: Split of a published data set (default: see DATASETS), or the files of a folder with this word in their
+        split: Split of a published dataset (default: see DATASETS), or the files of a folder with this word in their
             path.
         column: Column with the prompt; None: found by its name.
-        revision: Branch, tag or commit of a published data set.
+        revision: Branch, tag or commit of a published dataset.
         skip_invalid: Count invalid rows instead of raising an error at the first.
 
     Returns:

@@ -14,7 +14,7 @@ Columns = tuple[tuple[str, ...], ...] | Callable[[Iterable[str]], str | None]
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row of a file or of a hub data set."""
+    """A row of a file or of a hub dataset."""
 
     file: str
     unit: str  # meaning of `number`: line (the row's first), row or item

@@ -134,7 +134,10 @@ def _write_record(out: Path, build_record: dict) -> None:
 def _trainings(
     out: Path, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int, progress: Progress
 ) -> dict[str, Callable[[Path], object]]:
-    """Return the trainings in order: folder name -> function that trains and saves to the folder it is given."""
+    """Return the trainings in order, by folder name.
+
+    Each is a function that trains and saves to the folder it is given.
+    """
     base = out / "base"
 
     def sft(settings: TrainSettings) -> Callable[[Path], object]:

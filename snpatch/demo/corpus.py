@@ -1,6 +1,6 @@
 """Data of the demo model: prompts, plain text, conversations and preferences.
 
-Each data set is drawn by a random generator of its own, with a named seed, so a new data set never changes an old one.
+Each dataset is drawn by a random generator of its own, with a named seed, so a new dataset never changes an old one.
 """
 
 import json
@@ -21,7 +21,10 @@ DPO_FAMILIES, DPO_WORDINGS = ("beavertails", "redteam"), (0, 1, 2)
 
 
 def prompt_path(folder: Path, name: str) -> Path:
-    """Return the file of a prompt set: contrast.jsonl, in guard/ (guard-beavertails, ...) or in eval/ (all others)."""
+    """Return the file of a prompt set.
+
+    It is contrast.jsonl, or is in guard/ (guard-beavertails, ...) or eval/ (all others).
+    """
     if name == "contrast":
         return folder / "contrast.jsonl"
     group = "guard" if name.startswith("guard-") else "eval"
@@ -64,9 +67,9 @@ def _guard_sets(used: Collection[Request], count: int, seed: int) -> dict[str, l
 
 
 def write_text(out: Path, prompts: dict[str, list[Request]], count: int, seed: int) -> list[str]:
-    """Write `count` documents like the base's pretraining text, in the rows of Wikitext-2, and return them.
+    """Write `count` documents like the base's pretraining text, and return them.
 
-    Their requests are in no other data set.
+    The file has the rows of Wikitext-2. Their requests are in no other dataset.
     """
     used = set(chain(*prompts.values()))
     requests = [request for request in language.requests("eval") if request not in used]
@@ -84,7 +87,7 @@ def _write_rows(path: Path, rows: Sequence[dict]) -> None:
 def check_language(
     tokenizer: PreTrainedTokenizerFast, prompts: dict[str, list[Request]], plain: Sequence[str], seed: int
 ) -> None:
-    """Assert that every text consists of known words and that every prompt is in one data set only."""
+    """Assert that every text consists of known words and that every prompt is in one dataset only."""
     rng = random.Random(f"check {seed}")
     trained = language.requests("train")
     held_out = [request.text for request in chain(*prompts.values())]

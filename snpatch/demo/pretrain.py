@@ -70,7 +70,9 @@ def train_score(
     seed: int,
     progress: Progress = print,
 ) -> None:
-    """Train a score model on the language's scores, and save it in the Beavertails layout with its tokenizer.
+    """Train a score model on the language's scores, and save it with its tokenizer.
+
+    The files have the Beavertails layout.
 
     kind: "cost" (lower is safer) or "reward" (higher is better).
     """
@@ -105,7 +107,10 @@ def train_score(
 
 
 def _draw_answer(request: Request, rng: random.Random) -> str:
-    """Return an answer of any level, whole or damaged: truncated, spliced with another, words dropped or repeated."""
+    """Return an answer of any level, whole or damaged.
+
+    Damage: truncated, spliced with another answer, words dropped or repeated.
+    """
     words = language.answer(request, rng.choice(LEVELS), rng).split()
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
         damage = rng.choice(("truncate", "splice", "splice", "drop", "repeat"))

@@ -101,9 +101,10 @@ def _check_arguments(positions: str, method: str, sampling: Sampling, generate_w
 
 
 def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics, list[int]]:
-    """Observe the recipient's completions during generation; return statistics and the positions of each prompt.
+    """Observe the recipient's completions during generation.
 
-    The position of the last token is run by generating one more token, which is dropped, unless an EOS ended the text.
+    Return statistics and the positions of each prompt. The position of the last token is run by generating one more
+    token, which is dropped, unless an EOS ended the text.
     """
     statistics, limits, requests = _empty(engine), [], []
     for prompt in ids:

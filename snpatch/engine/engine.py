@@ -92,7 +92,10 @@ class Engine(BaseEngine):
         self._start()
 
     def close(self) -> None:
-        """Free models and processes. The engine cannot be used afterwards; `with Engine(...)` closes it at its end."""
+        """Free models and processes. The engine cannot be used afterwards.
+
+        `with Engine(...)` closes the engine at its end.
+        """
         self.executor.close()
 
     def __enter__(self) -> "Engine":

@@ -267,7 +267,10 @@ class Requests:
         return requests
 
     def observing(self, ids: list[int], pair: tuple[str, str | None], observe: Observation, **options) -> Request:
-        """Return a request that both models of a pair read, the first as the recipient. None: the recipient alone."""
+        """Return a request that both models of a pair read, the first as the recipient.
+
+        If the second is None, the recipient alone reads it.
+        """
         recipient, donor = pair
         donor_model = None if donor is None else self.model(donor)
         return Request(ids, self.model(recipient), donor_model, observe=observe, **options)
@@ -364,7 +367,10 @@ def _is_row(value: Mapping) -> bool:
 
 
 def _prompt_of_row(row: Mapping, name: str) -> Chat:
-    """Return the chat of a file's row, as load_dataset reads it: a `prompt` that is a text is a user's message."""
+    """Return the chat of a file's row, as load_dataset reads it.
+
+    A `prompt` that is a string is a user's message.
+    """
     if "role" in row and "content" in row and not _is_row(row):
         raise SnpatchError(
             f"{name}: expected {PROMPT_KINDS}, got one message of a chat. Wrap the chat in a list: [chat]"
@@ -382,7 +388,11 @@ def _check_text(text: str, name: str) -> str:
 
 
 def _check_chat(chat: Sequence[Mapping], name: str) -> Chat:
-    """Return the chat; raise unless each message has a role and content, or what a template takes in its place."""
+    """Return the chat after checking its messages.
+
+    Raises:
+        SnpatchError: A message lacks a role or content, and what a template takes in its place.
+    """
     for index, message in enumerate(chat):
         context = f"{name}, message {index}"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

@@ -127,7 +127,10 @@ def _overwrite_columns(overwrite: Overwrite, slots: SlotIndex) -> dict[RequestCo
 
 
 def implied_overwrites(request: Request, num_positions: int) -> int:
-    """Return how many neurons a request's patch overwrites in its first positions, each intervention counted."""
+    """Return how many neurons a request's patch overwrites in its first positions.
+
+    Each intervention is counted.
+    """
     return sum(len(overwrite.window) * overwrite.num_positions(num_positions) for overwrite in request.overwrites)
 
 

@@ -17,7 +17,10 @@ class Spoilage:
     _is_inherent: bool = False  # one of them also overflowed on a restarted engine
 
     def judge(self, error: OverflowedError) -> OverflowedError:
-        """Return the error to report: a SpoiledEngineError if the engine must be restarted, else the given one."""
+        """Return the error to report.
+
+        It is a SpoiledEngineError if the engine must be restarted, else the given error.
+        """
         if error.unpatched is None:
             self._texts.clear()  # it may have spoiled the engine
             self._is_inherent = False

@@ -237,7 +237,10 @@ class ExperimentContext:
     def perplexity(
         self, text: str, patches: Sequence[Patch | str], window: int, bos_each_window: bool | str = "auto"
     ) -> list[Perplexity]:
-        """Return the perplexity of each patched or unpatched model on a text of the config; see measure_perplexity."""
+        """Return the perplexity of each patched or unpatched model on a text of the config.
+
+        See `measure_perplexity`.
+        """
         content = self.data(text).text
         for patch in patches:
             donors = [] if isinstance(patch, str) else [intervention.donor for intervention in patch.interventions]

@@ -55,7 +55,10 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
 
 
 def describe_scores(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:
-    """Compute mean, deviation, quantiles, skewness (None if all are equal), fractions above thresholds of [n]."""
+    """Compute the moments, quantiles and fractions above thresholds of scores [n].
+
+    The moments are mean, deviation and skewness (None if all scores are equal).
+    """
     return {
         "mean": float(scores.mean()),
         "std": float(scores.std()),

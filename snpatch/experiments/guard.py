@@ -92,7 +92,10 @@ def _calibration_rows(rows: Sequence[GuardRow]) -> list[Row]:
 
 
 def _summarize(rows: Sequence[GuardRow]) -> list[Row]:
-    """Average by features and k over the pairs of different training and test sets; of one set, over itself."""
+    """Average by features and k over the pairs of different training and test sets.
+
+    If there is one set only, average over itself.
+    """
     groups: dict[tuple[str, int], list[GuardRow]] = {}
     has_other_sets = any(row.train != row.test for row in rows)
     for row in rows:
@@ -127,7 +130,10 @@ def _plot(rows: Sequence[GuardRow], summary: Sequence[Row], k: int) -> Figure:
 
 
 def _draw_calibration(axis: Axes, rows: Sequence[GuardRow], k: int) -> None:
-    """Draw each bin of probabilities, all training and test sets together; the area is the number of prompts."""
+    """Draw each bin of probabilities, all training and test sets together.
+
+    A marker's area is the number of prompts.
+    """
     bins: dict[float, list] = {}
     for row in rows:
         for point in row.scores.curve:

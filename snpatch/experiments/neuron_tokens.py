@@ -101,7 +101,10 @@ def _read_columns(weights: CheckpointWeights, neurons: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, config) -> Tensor:
-    """Apply RMSNorm with the architecture's rounding: Gemma scales by 1 + weight; Gemma and OLMo scale in float32."""
+    """Apply RMSNorm with the architecture's rounding.
+
+    Gemma scales by 1 + weight; Gemma and OLMo scale in float32.
+    """
     normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + config.rms_norm_eps)
     if config.model_type.startswith("gemma"):
         return (normed * (1 + weight.float())).to(x.dtype)

@@ -110,9 +110,9 @@ class Replica:
         )
 
     def generate(self, shared_queue, number: int) -> Iterator[tuple[str, StoredCompletion | str]]:
-        """Yield key and completion of what the replica takes from the queue; a str is the error of a completion.
+        """Yield key and completion of the requests that the replica takes from the queue.
 
-        A crashed or spoiled engine ends the actor.
+        A str is the error of a completion. A crashed or spoiled engine ends the actor.
         """
         while not ray.get(shared_queue.is_closed.remote()):
             claimed: list[str] = []

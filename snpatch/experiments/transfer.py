@@ -69,7 +69,10 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
 
 
 def _build_published_table(context: ExperimentContext, results: dict[str, SweepResult]) -> list[Row]:
-    """Return one row per model, patched ("+") or not, as in Table 1: mean cost and effect on each benchmark."""
+    """Return one row per model, patched ("+") or not, as in Table 1.
+
+    A row has the mean cost and the effect on each benchmark.
+    """
     table = []
     cost = context.config.cost
     for recipient in context.config.recipients:

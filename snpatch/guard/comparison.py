@@ -113,9 +113,10 @@ def compare_guards(
     config: ComparisonConfig,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Fit a guard for each ranking (and its random controls), k and training set, and test each on every set.
+    """Fit guards, and test each on every set.
 
-    All activations of a ranking are captured in one pass.
+    There is one guard for each ranking (and its random controls), k and training set. All activations of a ranking are
+    captured in one pass.
 
     Args:
         engine: Engine that has the model.
@@ -192,7 +193,10 @@ def _encode_distinct(engine: Engine, model: str, prompts: Sequence[Chat], name: 
 
 
 def _find_unseen(encoded: dict[str, list], train: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
-    """Return training set -> test set -> indices of prompts that are not in the training set (all of its own)."""
+    """Return the indices of prompts that are not in the training set.
+
+    They are nested: training set -> test set -> indices. All prompts of the training set itself are included.
+    """
     unseen, notes = {}, []
     for source in train:
         seen = set(encoded[source])

@@ -55,7 +55,10 @@ def check_trainable(labels: np.ndarray, config: GuardConfig, name: str) -> None:
 
 
 def fit_classifier(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> Pipeline:
-    """Fit scaler and classifier to features [n, k] and labels [n]. Cross-validation chooses among several C."""
+    """Fit scaler and classifier to features [n, k] and labels [n].
+
+    Cross-validation chooses among several C.
+    """
     x, y = _validate(features, labels, config)
     with _convergence_required(config):
         estimator = _build_estimator(config).fit(x, y)
@@ -63,7 +66,10 @@ def fit_classifier(features: ArrayLike, labels: ArrayLike, config: GuardConfig) 
 
 
 def predict_out_of_fold(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> np.ndarray:
-    """Predict each prompt's probability of harm, [n], from a fit to the other folds. Each fit chooses its own C."""
+    """Predict each prompt's probability of harm, [n], from a fit to the other folds.
+
+    Each fit chooses its own C.
+    """
     x, y = _validate(features, labels, config)
     with _convergence_required(config):
         estimator = _build_estimator(config)

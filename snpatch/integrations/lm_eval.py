@@ -59,7 +59,10 @@ class SnpatchLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "SnpatchLM":
-        """Build a model from the text of `--model_args` ("model=FOLDER,donor=dpo,..."); see `create_from_arg_obj`."""
+        """Build a model from the text of `--model_args` ("model=FOLDER,donor=dpo,...").
+
+        See `create_from_arg_obj`.
+        """
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
@@ -105,7 +108,10 @@ class SnpatchLM(TemplateLM):
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Return token ids; None adds the tokenizer's special tokens, but no second BOS after a chat template's."""
+        """Return token ids.
+
+        None adds the tokenizer's special tokens, but no second BOS after a chat template's.
+        """
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = bos is None or not string.startswith(bos)
@@ -122,7 +128,10 @@ class SnpatchLM(TemplateLM):
         return [(result.values.double().sum().item(), bool(result.is_greedy.all())) for result in results]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each text after the prefix token, in windows that score every token once."""
+        """Return the log-likelihood of each text after the prefix token.
+
+        Windows score every token once.
+        """
         windows_by_text = []
         for (text,) in (request.args for request in requests):
             ids = self.tok_encode(text, add_special_tokens=False)
@@ -185,7 +194,10 @@ class SnpatchLM(TemplateLM):
         return truncated
 
     def _sampling(self, gen_kwargs: dict) -> Sampling:
-        """Return the sampling of lm-eval's generation arguments, by its rules for their names; default: greedy."""
+        """Return the sampling of lm-eval's generation arguments, by its rules for their names.
+
+        The default is greedy.
+        """
         options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         stop, max_tokens, is_sampled = (options.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
         temperature = options.pop("temperature", 1.0 if is_sampled else 0.0)

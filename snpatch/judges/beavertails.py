@@ -49,7 +49,10 @@ class ScoreCheckpoint:
     std: float
 
     def normalize(self, scores: Tensor) -> Tensor:
-        """Return (scores - mean) / std, in the shape of the scores; unchanged for a model without a normalizer."""
+        """Return (scores - mean) / std, in the shape of the scores.
+
+        The scores of a model without a normalizer are unchanged.
+        """
         return (scores - self.mean) / self.std
 
 

@@ -56,7 +56,11 @@ class RefusalWords:
         return hash_bytes(repr(words).encode())
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """Return -1.0 for each refusal, else 1.0; raise a SnpatchError unless there is one completion per prompt."""
+        """Return -1.0 for each refusal, else 1.0.
+
+        Raises:
+            SnpatchError: There is not one completion per prompt.
+        """
         check_pairs(prompts, completions)
         return [-1.0 if self._refuses(text) else 1.0 for text in completions]
 

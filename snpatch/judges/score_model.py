@@ -150,9 +150,9 @@ class ScoreModel:
 
 
 def _check_spelling(model: str | Path) -> None:
-    """Raise a SnpatchError for a misspelled folder, which would otherwise be looked up on the hub for a long time.
+    """Raise a SnpatchError for a misspelled folder.
 
-    name@revision is always a hub name.
+    Otherwise it would be looked up on the hub for a long time. name@revision is always a hub name.
     """
     path = Path(model)
     if path.exists() or "@" in path.name:
@@ -177,7 +177,10 @@ def _find_label(model: str | Path, names: list[str], label: str | int | None) ->
 
 
 def _max_tokens(config, tokenizer) -> int:
-    """Return the maximum number of tokens; tokenizers of rotary models often state a training setting, not a limit."""
+    """Return the maximum number of tokens.
+
+    Tokenizers of rotary models often state a training setting, not a limit.
+    """
     text = config.get_text_config()
     if getattr(text, "rope_parameters", None):
         return text.max_position_embeddings

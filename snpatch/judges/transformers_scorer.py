@@ -144,7 +144,10 @@ def get_pad_token_id(config) -> int | None:
 def _run_by_length(
     rows: Sequence[EncodedText], batch_size: int | None, run: Callable[[list[EncodedText]], Tensor]
 ) -> Tensor:
-    """Return run's results [n, labels], float32 on the host, in the rows' order; batches have similar lengths."""
+    """Return run's results [n, labels], float32 on the host, in the rows' order.
+
+    Rows of a batch have similar lengths.
+    """
     size = batch_size or DEFAULT_BATCH_SIZE
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
     batches = [order[start : start + size] for start in range(0, len(order), size)]

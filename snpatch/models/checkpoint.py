@@ -72,7 +72,10 @@ def _rope_types(parameters) -> set[str]:
 
 
 def load_eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
-    """Return the tokens that end a completion: the generation config's (else the config's) and the tokenizer's."""
+    """Return the tokens that end a completion.
+
+    They are the generation config's (else the config's) and the tokenizer's.
+    """
     declared = read_generation_eos_ids(resolve_revision(model))
     if declared is None:
         declared = _parse_ids(config.eos_token_id, model)

@@ -26,7 +26,9 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 
 def find_shards(folder: Path, patterns: Sequence[str] = SHARD_PATTERNS) -> tuple[Path | None, list[Path]]:
-    """Return (index, weight files) of a checkpoint: safetensors before torch files; (None, []) if there are none.
+    """Return (index, weight files) of a checkpoint; (None, []) if there are none.
+
+    Safetensors files come before torch files.
 
     Args:
         folder: Folder of the checkpoint.

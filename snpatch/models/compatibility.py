@@ -221,7 +221,11 @@ def check_tokenizers(own, other, model: str, second: str, sizes: tuple[int, int]
 
 
 def _check_unshared_ids(tokenizer, size: int, name: str, other: str, ids: set[int], notes: Notes) -> None:
-    """Raise a SnpatchError if an id of one tokenizer alone has no row in the other model; add a note on others."""
+    """Check the ids that only one tokenizer has; add a note on them.
+
+    Raises:
+        SnpatchError: An id has no row in the other model.
+    """
     if not ids:
         return
     beyond = sorted(i for i in ids if i >= size and i != tokenizer.pad_token_id)

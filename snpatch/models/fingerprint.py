@@ -55,7 +55,10 @@ def fingerprint_adapter(adapter: str | Path) -> str:
 
 
 def fingerprint_tokenizer(tokenizer) -> str:
-    """Return the content hash of everything that determines a tokenizer's ids; its chat template does not count."""
+    """Return the content hash of everything that determines a tokenizer's ids.
+
+    Its chat template does not count.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [type(tokenizer).__name__, tokenizer.all_special_tokens]
     parts += [backend.to_str()] if backend is not None else [sorted(tokenizer.get_vocab().items())]

@@ -70,7 +70,10 @@ def resolve_adapter_folder(adapter: str | Path) -> Path:
 
 
 def resolve_revision(model: str | Path) -> str:
-    """Return a model as other libraries accept it: the local copy of name@revision, else the unchanged name."""
+    """Return a model as other libraries accept it.
+
+    This is the local copy of name@revision, else the unchanged name.
+    """
     return str(resolve_model_folder(model)) if "@" in str(model) and not Path(model).is_dir() else str(model)
 
 

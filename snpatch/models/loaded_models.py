@@ -65,7 +65,10 @@ class LoadedModels:
 
     @cached_property
     def weights(self) -> dict[ModelSource, Weights]:
-        """Return the checkpoints by source; hashed on first use, after the executor has checked their architecture."""
+        """Return the checkpoints by source.
+
+        They are hashed on first use, after the executor has checked their architecture.
+        """
         config = self._config
         sources = [PRIMARY_WEIGHTS] if config.secondary is None else [PRIMARY_WEIGHTS, config.secondary]
         return {
@@ -101,7 +104,11 @@ class LoadedModels:
             self.models[name] = model
 
     def check_late_adapter(self, source: ModelSource) -> None:
-        """Raise a SnpatchError for adapters added after the start that need another tokenizer, template or EOS."""
+        """Check adapters that are added after the start.
+
+        Raises:
+            SnpatchError: They need another tokenizer, template or EOS.
+        """
         if not any(map(has_text_files, source.adapters)):
             return
         name = "an adapter added later"

@@ -73,7 +73,10 @@ def check_fields(
 
 
 def read_module_names(folder: Path, config: Mapping, field: str) -> str | list[str]:
-    """Return a config field that selects modules: a regular expression or a list of names; [] if it is not set."""
+    """Return a config field that selects modules.
+
+    It is a regular expression or a list of names; [] if it is not set.
+    """
     value = config.get(field) or []
     if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
         raise SnpatchError(
@@ -119,9 +122,10 @@ def find_target_modules(folder: Path, config: Mapping, modules: Sequence[str]) -
 
 
 def match_numbers(folder: Path, config: Mapping, field: str, modules: Sequence[str]) -> dict[str, float]:
-    """Return for each module the number of the first pattern of a field (such as rank_pattern) that fits it.
+    """Return for each module the number of the first pattern that fits it.
 
-    By PEFT's rule a pattern is the end of a name, or a regular expression for it.
+    field: name of the patterns in the config, such as rank_pattern. By PEFT's rule a pattern is the end of a name, or a
+    regular expression for it.
     """
     table = config.get(field) or {}
     if not isinstance(table, dict):

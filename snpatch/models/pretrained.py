@@ -48,7 +48,10 @@ def _check_tokenizer(tokenizer) -> None:
 
 @contextmanager
 def wrap_loader_errors(model: str | Path, loader: str) -> Iterator[None]:
-    """Turn any exception of a loader into a one-line SnpatchError; for damaged files tokenizers raises Exception."""
+    """Turn any exception of a loader into a one-line SnpatchError.
+
+    For damaged files, tokenizers raises Exception.
+    """
     try:
         yield
     except BaseException as error:

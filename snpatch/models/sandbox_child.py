@@ -68,7 +68,10 @@ TASKS = {"match": match, "render": render}
 
 
 def _prepare(task) -> tuple[type[BaseException], ...]:
-    """Import what a task needs, so that this does not count as its time; return the exceptions that it raises."""
+    """Import what a task needs; return the exceptions that the task raises.
+
+    The imports then do not count as the task's time.
+    """
     if task is match:
         return FAILURES
     from jinja2 import TemplateError

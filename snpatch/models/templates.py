@@ -103,7 +103,10 @@ class ChatTemplate:
 
     @cached_property
     def _marks(self) -> set[str]:
-        """The marks of common templates, and the tokenizer's special tokens except those that are ordinary words."""
+        """Return the marks of common templates and the tokenizer's special tokens.
+
+        Special tokens that are ordinary words are left out.
+        """
         special = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         return {*MARKS, *(token for token in special if re.search(r"[<\[|]", token))}
 

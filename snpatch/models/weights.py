@@ -41,7 +41,10 @@ class CheckpointWeights:
             return file.get_tensor(name)
 
     def columns(self, name: str, indices: Sequence[int]) -> Tensor:
-        """Return columns of a matrix, [rows, len(indices)]; nothing else of a safetensors file is kept in memory."""
+        """Return columns of a matrix, [rows, len(indices)].
+
+        Nothing else of a safetensors file is kept in memory.
+        """
         path = self._get_path(name)
         if path.suffix != ".safetensors":
             return self._read_torch(path, name)[:, list(indices)]

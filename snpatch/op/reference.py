@@ -31,15 +31,15 @@ def patched_glu(
     layer: int,  # index of this layer, for the noise and the receipt
     first_neuron: int,  # global index of neuron 0 here, for the noise
 ) -> Tensor:
-    """Compute one layer's gated activation, IA3 scale, statistics, capture and overwrite: [S*T, N], model dtype.
+    """Compute one layer's activation: IA3 scale, statistics, capture and overwrite.
 
-    A neuron is `act(gate) * up * scale`, computed in float32. The plan says which stream is a token's recipient.
-    Statistics and captures see the recipient as it would have been (r) and the donor (d), before the overwrite; the
-    donor's own rows are never changed. A patched neuron becomes self_weight * r + source_weight * source. A term
-    whose weight is 0 is not read, so weights 0 and 1 copy the source bit for bit. Further interventions do the same,
-    in order, to the result of the ones before them. The receipt counts the overwrites, and the values of both streams
-    that are not finite after rounding to the model dtype.
-    Source: paper section 3.2 and Algorithm 1, arXiv 2406.14144.
+    The result is [S*T, N] in the model dtype. A neuron is `act(gate) * up * scale`, computed in float32. The plan says
+    which stream is a token's recipient. Statistics and captures see the recipient as it would have been (r) and the
+    donor (d), before the overwrite; the donor's own rows are never changed. A patched neuron becomes self_weight * r +
+    source_weight * source. A term whose weight is 0 is not read, so weights 0 and 1 copy the source bit for bit.
+    Further interventions do the same, in order, to the result of the ones before them. The receipt counts the
+    overwrites, and the values of both streams that are not finite after rounding to the model dtype. Source: paper
+    section 3.2 and Algorithm 1, arXiv 2406.14144.
     """
     tokens, width = plan.shape[0], gate_up.shape[1] // 2
     gate, up = gate_up.float().split(width, dim=1)
@@ -118,10 +118,11 @@ def has_overflowed(logits: Tensor) -> Tensor:
 
 
 def normal(seed: Tensor, position: Tensor, layer: int, first_neuron: int, width: int) -> Tensor:
-    """Return standard normal numbers [T, width] float32, a function of (seed, position, layer, neuron) alone.
+    """Return standard normal numbers [T, width] float32.
 
-    Philox-4x32-10 with key (seed, 0) and counter (neuron, layer, position, 0); Box-Muller turns the first two words
-    into one number. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    They are a function of (seed, position, layer, neuron) alone. Philox-4x32-10 with key (seed, 0) and counter (neuron,
+    layer, position, 0); Box-Muller turns the first two words into one number. Source: Salmon et al. 2011, "Parallel
+    random numbers: as easy as 1, 2, 3".
     """
     neuron = torch.arange(first_neuron, first_neuron + width, device=seed.device)
     zero = torch.zeros(len(seed), width, dtype=torch.int64, device=seed.device)
@@ -138,6 +139,9 @@ def normal(seed: Tensor, position: Tensor, layer: int, first_neuron: int, width:
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """Return the high and low 32 bits of 32-bit products. The int64 product may wrap; its bits are still right."""
+    """Return the high and low 32 bits of 32-bit products.
+
+    The int64 product may wrap; its bits are still right.
+    """
     product = a * b
     return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF

@@ -194,7 +194,10 @@ class Intervention:
         return data | ({"donor": name_of(self.donor)} if isinstance(self.donor, str) else {})
 
     def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "Overwrite":
-        """Return what an executor does for a prompt of `prompt_length` tokens. model_of: maps a name to its Model."""
+        """Return what an executor does for a prompt of `prompt_length` tokens.
+
+        model_of: maps a name to its Model.
+        """
         source = model_of(self.donor) if isinstance(self.donor, str) else self.donor
         return Overwrite(source, self.ranking, self.window, *self.position_range(prompt_length), self.strength)
 
@@ -305,7 +308,10 @@ class Patch:
         return {"recipient": name_of(self.recipient), **parts}
 
     def resolved(self, model_of: Callable[[str], Model], prompt_length: int) -> "tuple[Overwrite, ...]":
-        """Return what an executor does for a prompt of `prompt_length` tokens. model_of: maps a name to its Model."""
+        """Return what an executor does for a prompt of `prompt_length` tokens.
+
+        model_of: maps a name to its Model.
+        """
         return tuple(one.resolved(model_of, prompt_length) for one in self.interventions)
 
 

@@ -269,7 +269,10 @@ class Ranking:
         return torch.isin(self._first(k), self._same_shape(other)._first(k)).float().mean().item()
 
     def spearman(self, other: "Ranking", k: int) -> float:
-        """Return the rank correlation of the neurons in both first k, re-ranked within them (the paper's stability)."""
+        """Return the rank correlation of the neurons that both first k contain.
+
+        Neurons are re-ranked among the shared ones (the paper's stability).
+        """
         from snpatch.statistics import spearman  # importing SciPy takes a second, and engines do not need it
 
         own = self._first(k)
@@ -337,10 +340,11 @@ class Ranking:
 
     @classmethod
     def from_published(cls, path: str | Path, n_layers: int | None = None) -> "Ranking":
-        """Import a `.pt` file of the published code: (scores, ranks, first mean, first std, second mean, second std).
+        """Import a `.pt` file of the published code.
 
-        "first" is the donor and "second" the recipient, which generates. The file lacks trailing layers (by the
-        substring '31'): pass the model's `n_layers` to add them, unranked.
+        It contains (scores, ranks, first mean, first std, second mean, second std). "first" is the donor and "second"
+        the recipient, which generates. The file lacks trailing layers (by the substring '31'): pass the model's
+        `n_layers` to add them, unranked.
         """
         published = read_checkpoint(path)
         if not isinstance(published, list | tuple) or len(published) != 6:

@@ -75,7 +75,10 @@ class Statistics:
         return n
 
     def moments(self) -> dict[str, Tensor]:
-        """Return mean and unbiased standard deviation (of two or more tokens) of each model, [L, F] float32 by name."""
+        """Return mean and unbiased standard deviation of each model, [L, F] float32 by name.
+
+        The deviation needs two or more tokens.
+        """
         n, moments = self.tokens, {}
         r, rr, d, dd, _ = self.sums.unbind(1)
         for name, total, squares in (("recipient", r, rr), ("donor", d, dd))[: 1 + self.is_pair]:

@@ -90,9 +90,10 @@ def _read_asset(name: str) -> str:
 
 
 def _index_completions(records: Sequence[dict]) -> tuple[dict, list[str | None]]:
-    """Sort records by prompt, so that a prompt's completions share a chunk. Return their index and the completions.
+    """Sort records by prompt; return their index and the completions.
 
-    The index lists each case (prompt) and point once; its records refer to them by number.
+    A prompt's completions then share a chunk. The index lists each case (prompt) and point once; its records refer to
+    them by number.
     """
     cases: dict[tuple, int] = {}
     points: dict[tuple, int] = {}

@@ -1,6 +1,6 @@
 """Comparison of measured numbers with the paper's.
 
-A difference is computed only if the run is the shipped preset of the same model. With another model, judge or data set,
+A difference is computed only if the run is the shipped preset of the same model. With another model, judge or dataset,
 the two numbers come from different configs, which may agree in direction but not in size.
 """
 
@@ -136,7 +136,7 @@ def _nearest_point(config: ExperimentConfig, curve: list[Row] | None, recipient:
 
 
 def _describe_point(row: Row | None) -> tuple[str, float | None]:
-    """Return the data set and fraction of a curve's row, and its effect."""
+    """Return the dataset and fraction of a curve's row, and its effect."""
     return (f"{row['set']}, {row['neuron_fraction']:.1%}", row["effect"]) if row else ("", None)
 
 

@@ -30,7 +30,7 @@ PASSES = {"sft": 3, "dpo": 4}  # forward, recomputation, backward through frozen
 COMPLETION_BYTES, TOKEN_BYTES = 700, 6  # in the store: of a completion with its labels and scores, and of each token
 WIKITEXT_TOKENS = 341_469  # Wikitext-2 test
 BYTES_PER_TOKEN = 4  # of text files, about
-DEFAULT_PROMPTS = 200  # in a data set of unknown size
+DEFAULT_PROMPTS = 200  # in a dataset of unknown size
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def model_size(pipeline: Pipeline) -> Size | None:
 
 @cache
 def read_sizes() -> dict:
-    """Return the sizes of published data sets, from sizes.toml."""
+    """Return the sizes of published datasets, from sizes.toml."""
     return tomllib.loads((Path(__file__).parent / "sizes.toml").read_text(encoding="utf-8"))
 
 
@@ -129,7 +129,10 @@ def _measured_rate(pipeline: Pipeline) -> tuple[str, float, int] | None:
 
 
 def _num_training_tokens(pipeline: Pipeline, name: str, data: PromptSet) -> float | None:
-    """Return the tokens of training data: from the size of a local file, or from sizes.toml for a published set."""
+    """Return the tokens of training data.
+
+    They are computed from the size of a local file, or from sizes.toml for a published set.
+    """
     path = Path(pipeline.config.resolve_path(data.source))
     limits = [n for n in (data.first, data.sample) if n is not None]
     if path.is_file():
@@ -157,7 +160,10 @@ def _estimate_experiment(pipeline: Pipeline, name: str, size: Size) -> CostEstim
 def _estimate_generation(
     pipeline: Pipeline, completions: int, tokens: int, size: Size, contrast_completions: int = 0
 ) -> CostEstimate:
-    """Return the cost of `completions` of `tokens` each in two streams, plus those that extra contrasts read."""
+    """Return the cost of `completions` of `tokens` each in two streams.
+
+    It includes the completions that extra contrasts read.
+    """
     if not completions and not contrast_completions:
         return CostEstimate(source="no completions of its own")
     weight_sets = 1 if pipeline.config.engine.secondary is None else 2
@@ -187,7 +193,10 @@ def _num_contrast_prompts(pipeline: Pipeline) -> int:
 
 
 def _num_prompts(pipeline: Pipeline, name: str) -> int:
-    """Return the prompts of a data set: limited by the config, and by its file's lines or its published size."""
+    """Return the number of prompts of a dataset.
+
+    It is limited by the config, and by the file's lines or the published size.
+    """
     prompts = pipeline.config.sets[name]
     limits = [n for n in (prompts.first, prompts.sample, pipeline.limit) if n is not None]
     path = Path(pipeline.config.resolve_path(prompts.source))
@@ -204,7 +213,10 @@ def _count_lines(path: Path) -> int:
 
 
 def _num_points(pipeline: Pipeline, windows: int, controls: int) -> int:
-    """Return the completions per prompt of a sweep over windows: each recipient's, and the unpatched models'."""
+    """Return the completions per prompt of a sweep over windows.
+
+    It counts each recipient's, and the unpatched models'.
+    """
     recipients = len(pipeline.config.recipients)
     return recipients * windows * (1 + controls) + recipients + 1
 

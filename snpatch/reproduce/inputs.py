@@ -1,6 +1,6 @@
-"""Content hashes of the inputs of steps: models, data sets, judges, settings.
+"""Content hashes of the inputs of steps: models, datasets, judges, settings.
 
-A hub name is hashed as a name, because hashing its files would download them and a plan must not. Hashes of data sets
+A hub name is hashed as a name, because hashing its files would download them and a plan must not. Hashes of datasets
 and judges are frozen while an experiment context is open: it reads each once, so later changes were not read.
 """
 
@@ -92,7 +92,7 @@ class InputFingerprints:
             raise SnpatchError(f"removed from the preset ({error.args[0]})") from None
 
     def freeze(self) -> None:
-        """Fix the hashes of data sets and judges, which an opened context reads once."""
+        """Fix the hashes of datasets and judges, which an opened context reads once."""
         self.thaw()
         names = [f"set/{name}" for name in self._config.sets] + [f"judge/{name}" for name in self._config.judges]
         self._frozen = {name: self.fingerprint(name) for name in names}
@@ -116,7 +116,7 @@ class InputFingerprints:
 
     @staticmethod
     def provenance_inputs(provenance: dict) -> list[str]:
-        """Return the names of the models, data sets and judges in a provenance."""
+        """Return the names of the models, datasets and judges in a provenance."""
         return [f"{kind}/{name}" for kind, key in PROVENANCE_INPUTS for name in provenance[key]]
 
     def _contrast(self, name: str) -> object:
@@ -159,7 +159,10 @@ def engine_content(engine: EngineConfig) -> dict:
 
 
 def _function_content(source: str) -> str:
-    """Return the content hash of a Python judge's file; "" for other judges, which their arguments describe."""
+    """Return the content hash of a Python judge's file.
+
+    It is "" for other judges, which their arguments describe.
+    """
     try:
         spec = importlib.util.find_spec(source.partition(":")[0]) if ":" in source else None
     except ImportError:

@@ -23,7 +23,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def parse_launcher(text: str) -> list[str]:
-    """Return the words of a launcher command; default: this Python. The program is on PATH or next to this Python."""
+    """Return the words of a launcher command; default: this Python.
+
+    The program is on PATH or next to this Python.
+    """
     words = shlex.split(text) or [sys.executable]
     program = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent))
     if program is None:
@@ -91,10 +94,10 @@ def _setting_options(settings: TrainSettings) -> Iterator[str]:
 
 
 def run(command: Sequence[str]) -> None:
-    """Run a training to its end with its output on stderr. If this process is killed, the training ends as well.
+    """Run a training to its end with its output on stderr.
 
-    Processes that a launcher has started are the launcher's to end: if the launcher is killed, a training may survive
-    and keep the lock on its folder.
+    If this process is killed, the training ends as well. Processes that a launcher has started are the launcher's to
+    end: if the launcher is killed, a training may survive and keep the lock on its folder.
     """
     environment = {"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ}
     process = subprocess.Popen(command, env=environment, stdout=2, preexec_fn=_die_with_parent)

@@ -314,7 +314,10 @@ class Pipeline:
 
     @cached_property
     def context(self) -> ExperimentContext:
-        """Return the context of contrasts and experiments, opened at first use, which freezes the inputs' hashes."""
+        """Return the context of contrasts and experiments, opened at first use.
+
+        Opening it freezes the inputs' hashes.
+        """
         self.inputs.freeze()
         return ExperimentContext(self.config, self.out, **self._context_arguments)
 

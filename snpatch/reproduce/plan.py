@@ -39,7 +39,7 @@ def plan_steps(pipeline: Pipeline, only: Sequence[str] = (), start: str | None =
 
 
 def plan_downloads(pipeline: Pipeline) -> TableView:
-    """Return the models, judges and data sets that are not local files, with their sizes if known.
+    """Return the models, judges and datasets that are not local files, with their sizes if known.
 
     The hub's cache may contain them already.
     """

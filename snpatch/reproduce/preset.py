@@ -1,7 +1,7 @@
 """Presets: the experiment config, trainings and model size of a reproduction, and the TOML files that hold them.
 
 The config stays a table because the pipeline adds what it trains and writes it as experiment.toml, which `snpatch exp`
-and users read. A preset that extends another replaces single data sets, judges and models as a whole, because half of
+and users read. A preset that extends another replaces single datasets, judges and models as a whole, because half of
 one and half of another would be a third that nobody wrote.
 """
 
@@ -197,7 +197,10 @@ def _build_training(table: dict) -> Training:
 
 
 def read_preset_file(path: Path) -> dict:
-    """Return a preset file's tables, merged over the preset that it extends and the config that it starts from."""
+    """Return a preset file's tables.
+
+    They are merged over the preset that it extends and the config that it starts from.
+    """
     try:
         table = parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -253,7 +256,10 @@ def _merge(parent: dict, child: dict) -> dict:
 
 
 def _resolve_paths(table: dict, folder: Path) -> dict:
-    """Return the tables with absolute paths for what exists in the folder; all other names stay as they are."""
+    """Return the tables with absolute paths for files and folders that exist in the folder.
+
+    All other names stay as they are.
+    """
     groups = {group: dict(table.get(group, {})) for group in PATH_TABLES}
     if "model" in groups["config"]:
         groups["config"]["model"] = _resolve_value(groups["config"]["model"], folder)

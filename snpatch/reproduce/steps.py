@@ -1,6 +1,6 @@
 """Steps that run once: a step is done while the content hashes of its inputs and outputs are unchanged.
 
-Inputs are recorded after a step has run, because an experiment finds out while it runs which models, data sets and
+Inputs are recorded after a step has run, because an experiment finds out while it runs which models, datasets and
 judges it needs, and only a change of those should make it run again. Their hashes are those from before the run.
 """
 

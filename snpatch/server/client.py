@@ -75,7 +75,9 @@ class PatchedClient:
     def generate(
         self, prompt, sampling_params: SamplingParams, request_id: str, *, lora_request=None, **options
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Check a request now and return vLLM's results, patched. lora_request: vLLM's form of a patch's name, unused.
+        """Check a request now and return vLLM's results, patched.
+
+        lora_request: vLLM's form of a patch's name, unused.
 
         Raises:
             SnpatchError: Invalid prompts or parameters.
@@ -114,9 +116,10 @@ class PatchedClient:
         return self._generate(generation)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Wait for running requests. vLLM's server calls this in a thread on SIGTERM, before it stops listening.
+        """Wait for running requests.
 
-        It does not close the engine, which launcher.py does.
+        vLLM's server calls this in a thread on SIGTERM, before it stops listening. It does not close the engine, which
+        launcher.py does.
         """
         self.state.inflight.close(timeout)
 
@@ -179,7 +182,10 @@ class PatchedClient:
         return float(guard.probability(require(output.captured))[0])
 
     async def _generate_several(self, generation: _Generation) -> AsyncGenerator[RequestOutput, None]:
-        """Generate n completions, each with its receipt, and yield them as vLLM does: as they grow or all at once."""
+        """Generate n completions, each with its receipt.
+
+        Yield them as vLLM does: as they grow or all at once.
+        """
         n, is_final_only = generation.params.n, generation.params.output_kind == RequestOutputKind.FINAL_ONLY
         queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
 

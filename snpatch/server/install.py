@@ -46,7 +46,10 @@ PUBLISHED_FIELDS = {  # handler in the app's state -> the fields that client lib
 
 
 def install(state: ServerState, app: FastAPI) -> None:
-    """Install snpatch's model names, routes, handlers and metrics into vLLM's app, whose state must be complete."""
+    """Install snpatch's model names, routes, handlers and metrics into vLLM's app.
+
+    The app's state must be complete.
+    """
     models = app.state.openai_serving_models
     # vLLM takes each name for an adapter's: it lists and checks it, puts it in answers and passes it to `generate`,
     # where PatchedClient drops it.
@@ -154,7 +157,10 @@ def _check_num_completions(state: ServerState, request) -> None:
 
 
 async def _wait_for_generation(events: AsyncGenerator) -> AsyncGenerator:
-    """Return a stream of Responses once the engine has produced something, because until then an error can be a 400."""
+    """Return a stream of responses once the engine has produced something.
+
+    Until then an error can be a 400.
+    """
     first_events = []
     async for event in events:
         first_events.append(event)

@@ -103,7 +103,10 @@ async def _serve(config: ServeConfig) -> None:
 
 
 def _base_names(args: Namespace, model: str) -> tuple[str, ...]:
-    """Return the base model's names besides "base". A folder is not one, because its path is not for clients."""
+    """Return the base model's names besides "base".
+
+    A folder is not one, because its path is not for clients.
+    """
     names = args.served_model_name or ([] if Path(model).is_dir() else [model])
     return (names,) if isinstance(names, str) else tuple(names)
 

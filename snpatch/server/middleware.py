@@ -52,9 +52,10 @@ class RouteMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on to vLLM's app if its route, key, body and quotas allow it; else answer with an error.
+        """Pass a request on to vLLM's app if its route, key, body and quotas allow it.
 
-        Websockets are closed. The lifespan scope, which comes before all requests, installs snpatch into the app.
+        Otherwise respond with an error. Websockets are closed. The lifespan scope, which comes before all requests,
+        installs snpatch into the app.
         """
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "not served by snpatch"})
@@ -88,7 +89,10 @@ class RouteMiddleware:
 async def _admit(
     state: ServerState, path: str, method: str, headers: Headers, receive: Receive, stack: ExitStack
 ) -> Receive:
-    """Check a request's body, acquire its quotas and return the `receive` of its body. stack: releases the quotas."""
+    """Check a request's body, acquire its quotas and return the `receive` of its body.
+
+    stack: releases the quotas.
+    """
     config = state.config
     body = request_limits.BodyReader(receive, config.body_timeout_s, state.body_quota)
     receive = body.receive

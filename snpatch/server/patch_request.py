@@ -67,7 +67,10 @@ class PatchContext:
         return PatchContext(self.label, self.patch, self.guard)
 
     def to_dict(self) -> dict:
-        """Return the object `snpatch` of an answer; with several completions, their sums and the list `choices`."""
+        """Return the object `snpatch` of a response.
+
+        With several completions it has their sums and the list `choices`.
+        """
         choices = [self._receipt_to_dict(receipt) for receipt in self.receipts]
         total = {
             "patch": self.label,

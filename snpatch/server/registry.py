@@ -144,7 +144,10 @@ class PatchRegistry:
         return {"rankings": self.rankings, "constants": self.constants}[kind]
 
     def _reset_caches(self) -> None:
-        """Start new caches. A thread that still parses a request fills the old ones, which hold replaced values."""
+        """Start new caches.
+
+        A thread that still parses a request fills the old ones, which hold replaced values.
+        """
         namespace = _CachedNamespace({**self.rankings}, {**self.constants})
         self._build = lru_cache(CACHE_SIZE)(lambda request: self._build_context(request, namespace))
 
@@ -214,7 +217,10 @@ def _list_names(name: str, known: list[str]) -> str:
 
 
 def check_served_name(name: str, what: str) -> None:
-    """Raise for a keyword of patches, or a name that does not fit in a URL path or in vLLM's list of models."""
+    """Raise for a keyword of patches, or a name that does not fit.
+
+    It must fit in a URL path and in vLLM's list of models.
+    """
     if not NAME_PATTERN.fullmatch(name):
         raise SnpatchError(
             f"{what}: expected a name of up to 64 letters, digits, dots, dashes and underscores that begins with a "

@@ -47,7 +47,10 @@ def check_fields(model: type[BaseModel], body: Mapping, published: Iterable[str]
 
 
 def _check_types(model: type[BaseModel], body: Mapping) -> None:
-    """Raise for values that vLLM would convert ("5", 3.0, true), and for strings that are not valid Unicode."""
+    """Raise for values that vLLM would convert ("5", 3.0, true).
+
+    Also raise for strings that are not valid Unicode.
+    """
     for name, (expected, adapter) in _scalar_fields(model).items():
         if body.get(name) is not None:  # vLLM does not convert null
             try:

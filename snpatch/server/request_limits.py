@@ -103,9 +103,9 @@ class BodyReader:
 
 
 def build_protocol(timeout_s: float) -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol, which closes a connection if a request's head takes longer than timeout_s to arrive.
+    """Return uvicorn's protocol with a limit on the time of a request's head.
 
-    uvicorn itself has no such limit.
+    It closes a connection if the head takes longer than timeout_s to arrive. uvicorn itself has no such limit.
     """
 
     class Protocol(AutoHTTPProtocol):
@@ -159,7 +159,10 @@ def check_content_type(headers: Mapping[str, str]) -> None:
 
 
 async def check_body(body: bytes, path: str, config: ServeConfig, fields: Mapping[str, BodyField]) -> None:
-    """Raise for a body over the limits or with invalid list items. fields: FastAPI's body field of each path."""
+    """Raise for a body over the limits or with invalid list items.
+
+    fields: FastAPI's body field of each path.
+    """
     if len(body) <= INLINE_BYTES:
         _check_body(body, path, config, fields)
     else:
@@ -244,7 +247,10 @@ def _is_token_ids(items: list) -> bool:
 
 
 def _check_item_types(data: dict) -> None:
-    """Raise for list items that are neither objects nor strings, because vLLM's models try each type they know."""
+    """Raise for list items that are neither objects nor strings.
+
+    vLLM's models try each type they know.
+    """
     for name, value in _walk(data):
         if name in ITEM_FIELDS and isinstance(value, list) and not all(isinstance(item, dict | str) for item in value):
             raise SnpatchError(f"{name}: expected a list of objects or strings, got another value in it", field=name)

@@ -34,13 +34,19 @@ class EventStream(StreamingResponse):
 
 
 def find_private_folders(*paths: str | Path) -> tuple[str, ...]:
-    """Return those of the paths, made absolute, that PATH_PATTERN does not match (they hold spaces or the like)."""
+    """Return those of the paths, made absolute, that PATH_PATTERN does not match.
+
+    Such paths contain spaces or the like.
+    """
     absolute = [Path(path).absolute() for path in paths]
     return tuple(str(path) for path in absolute if path.name and not PATH_PATTERN.fullmatch(str(path)))
 
 
 def remove_paths(text: str, folders: Iterable[str] = ()) -> str:
-    """Return a text with each absolute path shortened to its last part. folders: from `find_private_folders`."""
+    """Return a text with each absolute path shortened to its last part.
+
+    folders: from `find_private_folders`.
+    """
     for folder in folders:
         text = text.replace(folder, "/folder")
     return PATH_PATTERN.sub(
@@ -75,7 +81,10 @@ def limit_send_time(receive: Receive, send: Send, timeout_s: float) -> tuple[Rec
 
 
 def remove_paths_from_errors(send: Send, folders: Iterable[str]) -> Send:
-    """Wrap `send` so that bodies with a status from 400 on, and error events of streams, hold no absolute path."""
+    """Wrap `send` so that errors contain no absolute path.
+
+    Errors are bodies with a status from 400 on, and error events of streams.
+    """
     start: Message | None = None
     body = bytearray()
 

@@ -81,7 +81,10 @@ class InflightRequests:
             self._changed.notify_all()
 
     def close(self, timeout_s: float | None) -> None:
-        """Stop accepting requests and wait for the running ones, at most timeout_s (0 or None: the default limit)."""
+        """Stop accepting requests and wait for the running ones.
+
+        timeout_s: maximum time to wait; 0 or None is the default limit.
+        """
         self.is_closing = True
         with self._changed:
             self._changed.wait_for(lambda: not self._count, timeout_s or self._timeout_s)
@@ -121,7 +124,10 @@ class ServerState:
     spoiled_error: SpoiledEngineError | None = None
 
     def handle_overflow(self, error: OverflowedError) -> OverflowedError:
-        """Return the error to report for a completion that overflowed. If the engine is spoiled, stop the server."""
+        """Return the error to report for a completion that overflowed.
+
+        If the engine is spoiled, stop the server.
+        """
         error = self.engine.judge(error)
         if isinstance(error, SpoiledEngineError) and self.spoiled_error is None:
             self.spoiled_error = error

@@ -293,7 +293,10 @@ class Sweep:
             raise SnpatchError(f"judge {judge!r} failed: {first_line(error)}") from error
 
     def _row(self, p: int, scores: dict[int, np.ndarray]) -> dict:
-        """Return a Row over all prompts, plus `changed`, the fraction that differs from the unpatched recipient."""
+        """Return a Row over all prompts, plus `changed`.
+
+        `changed` is the fraction that differs from the unpatched recipient.
+        """
         description, point = self._describe(self._points[p]), self._points[p]
         completions = [completion for completion in self._completions[p] if isinstance(completion, Completion)]
         floor = {"floor": description.pop("floor")} if point.floor else {}
@@ -326,7 +329,10 @@ class Sweep:
         return {**asdict(row), "changed": self._changed_fraction(p), **floor}
 
     def _changed_fraction(self, p: int) -> float | None:
-        """Return the fraction of completions that differ from the unpatched recipient's, or None without a pair."""
+        """Return the fraction of completions that differ from the unpatched recipient's.
+
+        Return None without a pair.
+        """
         pairs = zip(self._completions[p], self._completions[0], strict=True)
         complete = [(a, b) for a, b in pairs if isinstance(a, Completion) and isinstance(b, Completion)]
         return sum(a.token_ids != b.token_ids for a, b in complete) / len(complete) if complete else None

@@ -75,7 +75,10 @@ class Uploads:
         return self.assign_name(kind, name, *self.store_file(kind, name, body))
 
     def store_file(self, kind: str, name: str, body: bytes) -> tuple[str, Ranking | Constant]:
-        """Check and write a file's content, without a name in the index. Return its digest and the value it holds."""
+        """Check and write a file's content, without a name in the index.
+
+        Return its digest and the value it holds.
+        """
         digest = hashlib.sha256(body).hexdigest()
         try:
             with atomic_write(self._file(digest)) as partial:
@@ -90,7 +93,10 @@ class Uploads:
         return digest, value
 
     def assign_name(self, kind: str, name: str, digest: str, value: Ranking | Constant) -> dict:
-        """Let a name refer to a stored file and return its description. The file it referred to before is removed."""
+        """Let a name refer to a stored file and return its description.
+
+        The file it referred to before is removed.
+        """
         old_digest = self._index[kind].get(name)
         try:
             self.check_name(kind, name)

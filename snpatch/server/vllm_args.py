@@ -120,7 +120,10 @@ def _parse(parser: _Parser, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _to_plain(name: str, value: object, texts: Mapping[str, str]) -> object:
-    """Return a value that TOML and JSON can hold. For an object of vLLM's it is parsed from the flag's text."""
+    """Return a value that TOML and JSON can hold.
+
+    For an object of vLLM's it is parsed from the flag's text.
+    """
     if type(value) in PLAIN_TYPES:
         return value
     try:

@@ -147,7 +147,10 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[float]:
-        """Run the block as one transaction, and yield the seconds waited for the lock. A reader sees one state."""
+        """Run the block as one transaction, and yield the seconds waited for the lock.
+
+        A reader sees one state.
+        """
         start = time.monotonic()
         self.rows("BEGIN" if self._is_reader else "BEGIN IMMEDIATE")
         try:
@@ -234,7 +237,10 @@ class Database:
         return self.row("PRAGMA user_version")[0]
 
     def _check_content(self) -> None:
-        """Raise unless the file is intact, has the tables of a store, and nothing that runs on its own (a trigger)."""
+        """Raise unless the file is intact and has the tables of a store.
+
+        It must contain nothing that runs on its own (a trigger).
+        """
         kinds = dict(self.rows("SELECT name, type FROM sqlite_master", kinds=(str, str)))
         if "trigger" in kinds.values():
             raise self.damaged("it has a trigger, and no store has one")
@@ -295,7 +301,10 @@ class Database:
             raise SnpatchError(f"cannot use {self.path}: {error}") from error
 
     def _holders(self) -> str:
-        """Describe the processes that may hold the lock: stopped ones, or else all others that write to the file."""
+        """Describe the processes that may hold the lock.
+
+        These are stopped ones, or else all others that write to the file.
+        """
         try:
             rows = self._connection.execute(SELECT_OWNERS).fetchall()
         except sqlite3.Error:  # the file is locked for readers, too

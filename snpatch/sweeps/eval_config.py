@@ -75,7 +75,10 @@ class EvalConfig:
 
 
 def load_eval_config(source: str | Path) -> EvalConfig:
-    """Load the shared part of an experiment config without checking who may run its code (see check_trusted)."""
+    """Load the shared part of an experiment config.
+
+    It is not checked who may run its code (see check_trusted).
+    """
     path, table = read_config_file(source)
     try:
         parts = parse_eval_config(table)
@@ -131,7 +134,10 @@ def get_table(data: dict, name: str) -> dict:
 
 
 def _parse_engine(data: dict) -> EngineConfig:
-    """Return a file's engine: models at the top level, other fields and Capacity's under engine, vLLM's under vllm."""
+    """Return a file's engine.
+
+    Models are at the top level, other fields and Capacity's under engine, vLLM's under vllm.
+    """
     arguments = {name: data[name] for name in (*TOP_LEVEL_KEYS, "vllm") if name in data}
     capacity = {}
     capacity_keys = [f.name for f in fields(Capacity)]

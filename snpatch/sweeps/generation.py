@@ -89,7 +89,10 @@ def generate_completions(
 def plan_completions(
     engine: Engine, prompts: Sequence[Chat], patches: Sequence[Patch | str], sampling: Sampling, samples: int = 1
 ) -> list[list[CompletionTask]]:
-    """Return, for each patch, a task per prompt and sample. A task whose prompt cannot be run has an error."""
+    """Return, for each patch, a task per prompt and sample.
+
+    A task whose prompt cannot be run has an error.
+    """
     check_sampling(sampling, "completions")
     if samples > 1 and sampling.temperature == 0:
         raise SnpatchError("completions: several samples of a prompt need a temperature above 0: greedy ones are equal")
@@ -111,7 +114,10 @@ def plan_completions(
 def tasks_from_keys(
     chats: Sequence[Chat], keys_and_errors: Sequence[tuple[str | None, str | None]], samples: int
 ) -> list[CompletionTask]:
-    """Rebuild the tasks of one patch, without requests, from what `plan_completions` gave in another process."""
+    """Rebuild the tasks of one patch, without requests.
+
+    keys_and_errors: from `plan_completions` in another process.
+    """
     return [
         CompletionTask(key, index // samples, question(chats[index // samples]), index % samples, error=error)
         for index, (key, error) in enumerate(keys_and_errors)
@@ -200,7 +206,10 @@ def to_stored(completion: Completion) -> StoredCompletion:
 def _generate_claimed(
     engine: Engine, store: Store, requests: dict[str, Request], claimed: list[str]
 ) -> Generator[tuple[str, Completion | None]]:
-    """Claim, generate and store completions until none is free; yield key and completion, None if it failed."""
+    """Claim, generate and store completions until none is free.
+
+    Yield key and completion, None if it failed.
+    """
     with closing(engine.run(_claim_requests(store, requests, claimed))) as outputs:
         for index, output in outputs:
             key = claimed[index]
@@ -214,7 +223,10 @@ def _generate_claimed(
 
 
 def _claim_requests(store: Store, requests: dict[str, Request], claimed: list[str]) -> Iterator[Request]:
-    """Yield requests when the engine has room, and append their keys to `claimed`. A group of suspects ends the run."""
+    """Yield requests when the engine has room, and append their keys to `claimed`.
+
+    A group of suspects ends the run.
+    """
     while keys := store.queue.claim(CLAIM_SIZE):
         for key in keys:
             claimed.append(key)

@@ -110,7 +110,10 @@ def score_pairs(name: str, judge: Judge, pairs: Sequence[Pair], store: Store, ju
 
 
 def score_chunk(name: str, judge: Judge, chunk: Sequence[Pair]) -> tuple[dict[Pair, float], dict[Pair, str]]:
-    """Return scores, and an error for each pair without one. Pairs that cannot be scored together are scored alone."""
+    """Return scores, and an error for each pair without one.
+
+    Pairs that cannot be scored together are scored alone.
+    """
     scores, error = _try_score(name, judge, chunk)
     if error is None or len(chunk) == 1:
         return scores, {} if error is None else {chunk[0]: error}

@@ -38,7 +38,10 @@ class Process:
         return cls(socket.gethostname(), os.getpid(), _read_namespace(), None if stat is None else stat[1])
 
     def has_ended(self) -> bool:
-        """Return True if the process has provably ended: it is of our namespace, and its number is free or reused."""
+        """Return True if the process has provably ended.
+
+        It is of our namespace, and its number is free or reused.
+        """
         if self.namespace is None or self.started is None or self.namespace != _read_namespace():
             return False
         try:

@@ -79,7 +79,9 @@ def compute_perplexities(
 
 
 def split_into_windows(ids: Sequence[int], size: int, bos: int | None = None) -> list[list[int]]:
-    """Split token ids into windows without overlap. A window of one token predicts nothing and is left out.
+    """Split token ids into windows without overlap.
+
+    A window of one token predicts nothing and is left out.
 
     bos: replaces each window's first token.
     """

@@ -150,9 +150,9 @@ class WorkQueue:
         return errors
 
     def release_dead(self) -> None:
-        """Release the leases of processes that have provably ended; forget owners without a heartbeat for two leases.
+        """Release the leases of processes that have provably ended.
 
-        Call it within a transaction.
+        Owners without a heartbeat for two leases are forgotten. Call it within a transaction.
         """
         owners = self._database.owners().items()
         ended = [(owner,) for owner, (process, _) in owners if owner != self.owner and process.has_ended()]

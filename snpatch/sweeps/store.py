@@ -131,7 +131,10 @@ class Store:
             )
 
     def set_labels(self, sweep: str, labels: Sequence[tuple[str | None, Mapping[str, object], str | None]]) -> None:
-        """Store key, labels and error (of a prompt that cannot be run) of a sweep's completions, in their order."""
+        """Store key, labels and error of a sweep's completions, in their order.
+
+        The error is that of a prompt that cannot be run.
+        """
         with self._database.transaction():
             self._database.rows("DELETE FROM asked WHERE sweep = ?", sweep)
             self._database.many(
@@ -212,7 +215,10 @@ class Store:
         self._database.rows(statement, time.time(), outcome, run_id, self.owner)
 
     def record_failure(self, labels: Mapping[str, object], error: str) -> None:
-        """Record a failure other than a completion's: a prompt that cannot be read, a completion without a score."""
+        """Record a failure other than a completion's.
+
+        Examples: a prompt that cannot be read, a completion without a score.
+        """
         self._database.rows("INSERT INTO failures VALUES (?, ?, ?)", json.dumps(labels), error, time.time())
 
     def status(self) -> Status:

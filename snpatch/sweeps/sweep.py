@@ -253,11 +253,12 @@ def sweep(
     max_restarts: int = generation.MAX_RESTARTS,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Run every window of every ranking and of its random controls, for every recipient and donor, and judge the texts.
+    """Run a sweep: generate and judge completions for every window, recipient and donor.
 
-    Where too few neurons are left for disjoint random controls, these contain some of the window's own. A note names
-    such windows and their overlap. A window that leaves no neuron has no control, and a note says so. Completions and
-    scores that fail are left out of the rows and listed in `failures`.
+    The windows are those of every ranking and of its random controls. Where too few neurons are left for a disjoint
+    control, it contains some of the window's own, and a note names the window and the overlap. A window that leaves no
+    neuron has no control, and a note says so. Completions and scores that fail are left out of the rows and listed in
+    `failures`.
 
     Args:
         engine: The engine.
@@ -442,7 +443,10 @@ def _compare(
     donor: np.ndarray | None = None,
     random: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Return mean, effects and p values of a point's scores [prompts] against those that it is compared with."""
+    """Return mean, effects and p values of a point's scores [prompts].
+
+    The other arguments are the scores that it is compared with.
+    """
     certainty = {"resamples": config.resamples, "confidence": config.confidence}
     mean: Interval = interval(np.mean, own, **certainty) if len(own) else UNDEFINED
     effect = net = UNDEFINED

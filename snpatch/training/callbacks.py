@@ -31,7 +31,9 @@ class LossMonitor(TrainerCallback):
 
     # transformers always gives `logs` and `optimizer`; the base class has them in **kwargs.
     def on_log(self, args, state, control, logs, **kwargs) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Check the logged loss and gradient norm, then pass logs that have a loss to `on_step` in the main process.
+        """Check the logged loss and gradient norm, then pass the logs to `on_step`.
+
+        Only logs that have a loss are passed, in the main process.
 
         Raises:
             SnpatchError: Loss or gradient norm is not finite, or step 1 has another loss than `first_loss`.

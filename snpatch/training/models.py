@@ -73,7 +73,10 @@ def _tulu_with_bos(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -
 
 
 def load_model(model: str | Path, settings: TrainSettings, on_gpu: bool) -> PreTrainedModel:
-    """Load the model: frozen weights in the settings' dtype, weights that are trained themselves in float32."""
+    """Load the model.
+
+    Frozen weights have the settings' dtype, weights that are trained themselves float32.
+    """
     dtype = settings.dtype
     if settings.method == "full":
         dtype = "float32"
@@ -156,9 +159,12 @@ def trainable_snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_trained(model: nn.Module, before: dict[str, Tensor], dtype: torch.dtype) -> tuple[list[str], float]:
-    """Return the names of unchanged parameters and the fraction of changed values; raise if nothing changed.
+    """Return the names of unchanged parameters and the fraction of changed values.
 
     dtype: of the saved weights. Values are compared after rounding to it, which may undo small steps.
+
+    Raises:
+        SnpatchError: Nothing changed.
     """
     after = trainable_snapshot(model)
     is_changed = {name: values.to(dtype) != after[name].to(dtype) for name, values in before.items()}

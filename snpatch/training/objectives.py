@@ -1,4 +1,4 @@
-"""The paper's training data: one data set for SFT and one per DPO objective.
+"""The paper's training data: one dataset for SFT and one per DPO objective.
 
 Two differences from the paper's code: it draws 2000 SHP pairs from each of 18 domains, here the same number is drawn
 from all domains together; and it reverses the labels of SHP, here they are read as the data card says. The reasoning
@@ -12,7 +12,7 @@ from snpatch.utils.optional import require
 
 
 def training_split(source: str) -> str | None:
-    """Return the training split of a named data set; None for a file."""
+    """Return the training split of a named dataset; None for a file."""
     return require(DATASETS[source].hub).train if source in DATASETS else None
 
 

@@ -68,7 +68,9 @@ def describe_inputs(
 
 
 def start_or_load(out: Path, inputs: dict, is_main_process: bool) -> dict | None:
-    """Return the figures of a finished training with these inputs; else prepare the folder and return None.
+    """Return the figures of a finished training with these inputs.
+
+    Otherwise prepare the folder and return None.
 
     Raises:
         SnpatchError: The folder contains a training with other inputs, or a model from elsewhere.

@@ -20,7 +20,7 @@ IGNORED_LABEL = -100  # of tokens that the loss skips
 
 @dataclass
 class RowStats:
-    """Counts of a data set's rows: all, truncated, and dropped by reason."""
+    """Counts of a dataset's rows: all, truncated, and dropped by reason."""
 
     rows: int
     truncated: int = 0
@@ -50,7 +50,7 @@ class RowStats:
 
 
 def count_dropped(rows: Sequence[Mapping]) -> dict[str, int]:
-    """Return how many examples of a data set gave no training row, by reason."""
+    """Return how many examples of a dataset gave no training row, by reason."""
     return dict(rows.dropped) if isinstance(rows, TrainingRows) else {}
 
 
@@ -60,13 +60,13 @@ def filter_conversations(
     """Truncate tokenized conversations at max_length and drop those without a label.
 
     Args:
-        dataset: Tokenized data set with columns `input_ids` and `labels`.
+        dataset: Tokenized dataset with columns `input_ids` and `labels`.
         settings: Limits.
         context: Longest sequence of the model in tokens; a longer row is an error.
         dropped_before: Rows that were dropped when the data was read, by reason.
 
     Returns:
-        The filtered data set and its counts.
+        The filtered dataset and its counts.
     """
     stats = RowStats.start(len(dataset), dropped_before)
     limit = settings.max_length
@@ -91,14 +91,14 @@ def filter_pairs(
     """Drop uninformative tokenized preference pairs.
 
     Args:
-        dataset: Tokenized data set with columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        dataset: Tokenized dataset with columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
         rows: Number of rows before TRL dropped those whose prompt fills max_length.
         settings: Limits.
         context: Longest sequence of the model in tokens; a longer row is an error.
         dropped_before: Rows that were dropped when the data was read, by reason.
 
     Returns:
-        The filtered data set and its counts.
+        The filtered dataset and its counts.
     """
     stats = RowStats.start(rows, dropped_before)
     if too_long := rows - len(dataset):
@@ -160,7 +160,9 @@ def check_answered(rows: Sequence[Mapping]) -> None:
 
 
 def check_ends(row: Mapping[str, Sequence[int]], special: Sequence[int]) -> None:
-    """Raise if the token that ends an assistant turn has no label, because the model would not learn to stop.
+    """Raise if the token that ends an assistant turn has no label.
+
+    The model would not learn to stop.
 
     Args:
         row: `input_ids` and `labels` of a conversation.

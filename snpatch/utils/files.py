@@ -53,7 +53,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, as an `opener` of `open`. Links, pipes and devices raise OSError without blocking."""
+    """Open a regular file, as an `opener` of `open`.
+
+    Links, pipes and devices raise OSError without blocking.
+    """
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -35,7 +35,10 @@ def hash_json(data: object, digits: int = DIGITS) -> str:
 
 
 def hash_tensor(tensor: "Tensor", *extra: object, digits: int = DIGITS) -> str:
-    """Return the content hash of a tensor's values and of the `repr` of each `extra` (for example, a shape)."""
+    """Return the content hash of a tensor's values and of the `repr` of each `extra`.
+
+    An `extra` is, for example, a shape.
+    """
     values = tensor.detach().cpu().contiguous().numpy().tobytes()
     return hash_bytes(values + "".join(map(repr, extra)).encode(), digits)
 

@@ -27,7 +27,10 @@ def is_watched() -> bool:
 
 @contextmanager
 def open_progress(progress: Progress | bool | None, name: str) -> Iterator[Progress | None]:
-    """Yield a callback for `progress`: itself, a bar for True, None for False; for None a bar if somebody watches."""
+    """Yield a callback for `progress`: itself, a bar for True, None for False.
+
+    None gives a bar if somebody watches.
+    """
     if callable(progress):
         yield progress
         return

@@ -358,7 +358,7 @@ def test_prompt_option_generates_a_completion_of_a_text(capsys):
 @pytest.mark.parametrize(("given", "got"), [([], "none"), (["p.jsonl", "--prompt", "x"], "both")])
 def test_prompts_and_prompt_option_exclude_each_other(capsys, given, got):
     code, _, err = run(capsys, "generate", MODEL, *given)
-    assert (code, err) == (2, f"snpatch: error: PROMPTS: expected a file or data set, or --prompt TEXT, got {got}\n")
+    assert (code, err) == (2, f"snpatch: error: PROMPTS: expected a file or dataset, or --prompt TEXT, got {got}\n")
 
 
 def test_help_groups_options_by_subject_with_common_ones_first(capsys, monkeypatch):

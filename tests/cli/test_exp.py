@@ -1,4 +1,4 @@
-"""The command line of experiments, guards, data sets and judges: real runs on the golden model, and bad input."""
+"""The command line of experiments, guards, datasets and judges: real runs on the golden model, and bad input."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Every published data set, from each kind of file and from the hub: which fields of its rows count."""
+"""Every published dataset, from each kind of file and from the hub: which fields of its rows count."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The shipped demo model: known words only, separate data sets, and models and judges with the expected behavior."""
+"""The shipped demo model: known words only, separate datasets, and models and judges with the expected behavior."""
 
 import io
 import itertools

@@ -16,11 +16,12 @@ BANNED = re.compile(
     re.IGNORECASE,
 )
 OPENING = re.compile(r"(What|Whether|Who|Which|Of)\b")
+MAX_SUMMARY = 100  # characters of the first line of a function's docstring
 MESSAGE_CALLS = re.compile(r"(\w*Error|print|warn|warning|info|Option|Argument|cli_field|field|note|notes)$")
 
 
 def iter_prose(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield (line, kind, text) of a file's prose; kind: docstring, comment, message or markdown."""
+    """Yield (line, kind, text) of a file's prose; kind: docstring, summary, comment, message or markdown."""
     source = path.read_text()
     if path.suffix == ".md":
         blocks = re.sub(r"```.*?```", lambda m: "\n" * m[0].count("\n"), source, flags=re.S)
@@ -34,6 +35,8 @@ def iter_prose(path: Path) -> Iterator[tuple[int, str, str]]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if docstring := ast.get_docstring(node):
                 yield node.body[0].lineno, "docstring", docstring
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    yield node.body[0].lineno, "summary", docstring.splitlines()[0]
         elif isinstance(node, ast.Call) and MESSAGE_CALLS.match(
             getattr(node.func, "attr", getattr(node.func, "id", ""))
         ):
@@ -46,9 +49,12 @@ def iter_prose(path: Path) -> Iterator[tuple[int, str, str]]:
 def violations(path: Path) -> list[str]:
     found = []
     for line, kind, text in iter_prose(path):
-        found += [f"{path}:{line}: {kind} has the banned word {m[0]!r}" for m in BANNED.finditer(text)]
+        if kind != "summary":
+            found += [f"{path}:{line}: {kind} has the banned word {m[0]!r}" for m in BANNED.finditer(text)]
         if kind == "docstring" and (opening := OPENING.match(text)):
             found.append(f"{path}:{line}: docstring begins with {opening[0]!r}")
+        if kind == "summary" and len(text) > MAX_SUMMARY and not {"tests", "bench", "kernels"} & {*path.parts}:
+            found.append(f"{path}:{line}: the docstring's first line has {len(text)} characters")
     return found
 
 
@@ -71,6 +77,8 @@ def test_prose_has_no_banned_word_or_opening():
         ("x = 1  # lies here", 1),
         ('raise ValueError(f"{x} stands")', 1),
         ('words = "she told me"', 0),
+        (f'def f():\n    """{"x" * 100}"""', 0),
+        (f'def f():\n    """{"x" * 101}"""', 1),
     ],
 )
 def test_style_check_finds_banned_prose(tmp_path, source, count):

@@ -610,7 +610,7 @@ def test_engine_option_without_effect_keeps_fingerprint(tmp_path, options):
 
 
 def test_inputs_have_content_hashes(tmp_path):
-    """Fingerprints of judges, models with tokenizers, data sets and generated rows change with their content only."""
+    """Fingerprints of judges, models with tokenizers, datasets and generated rows change with their content only."""
     config = tmp_path / "models"
     shutil.copytree(DEMO_MODEL, config)
     (tmp_path / "judge_of_mine.py").write_text("def by(prompts, completions): return [0.0 for _ in prompts]\n")

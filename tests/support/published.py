@@ -1,4 +1,4 @@
-"""A few rows of each published data set in its columns, and writers of its file formats."""
+"""A few rows of each published dataset in its columns, and writers of its file formats."""
 
 import csv
 import gzip

@@ -65,7 +65,10 @@ class BatchRun:
         return self._finish()
 
     def _prefill(self) -> tuple[Tensor, Tensor]:
-        """Run the left-padded prompts; return the last position's logits [B, V] and the attention mask [B, length]."""
+        """Run the left-padded prompts.
+
+        Return the last position's logits [B, V] and the attention mask [B, length].
+        """
         requests, device = self._requests, self._device
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
         width = int(lengths.max())

@@ -60,7 +60,11 @@ class CompletionWriter:
 
     @property
     def last_token(self) -> int:
-        """Return the id of the token appended last, which the next step runs; raise IndexError before the first."""
+        """Return the id of the token appended last, which the next step runs.
+
+        Raises:
+            IndexError: No token was appended yet.
+        """
         return self.output.token_ids[-1]
 
     @property

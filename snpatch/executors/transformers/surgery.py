@@ -38,7 +38,10 @@ class ForwardState:
         return len(self.weights)
 
     def to_tokens(self, rows: Tensor) -> Tensor:
-        """Reshape [B*S, length, X] to [B*length*S, X]: a token's streams become adjacent, as the op needs them."""
+        """Reshape [B*S, length, X] to [B*length*S, X].
+
+        A token's streams become adjacent, as the op needs them.
+        """
         split = rows.view(-1, self.streams, self.length, rows.shape[-1])
         return split.transpose(1, 2).reshape(-1, rows.shape[-1])
 
@@ -65,7 +68,10 @@ class PatchedMLP(nn.Module):
         self.down_proj = _linear(mlp, "down_proj")
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Run the MLP on rows [B*S, length, H], and patch, observe and capture its neurons by the state's plan."""
+        """Run the MLP on rows [B*S, length, H].
+
+        Its neurons are patched, observed and captured by the state's plan.
+        """
         state, tables = self.state, self.state.layers[self.layer]
         neurons = ops.patched_glu(
             state.to_tokens(self.gate_up_proj(hidden)),
@@ -154,7 +160,10 @@ def _linear(mlp: nn.Module, name: str) -> nn.Linear:
 
 
 def _fuse(gate: nn.Linear, up: nn.Linear) -> nn.Linear:
-    """Merge both into one Linear [2F, H], so that the op's input is one tensor and the separate weights are freed."""
+    """Merge both into one Linear [2F, H].
+
+    The op's input is then one tensor, and the separate weights are freed.
+    """
     fused = nn.Linear(
         gate.in_features,
         2 * gate.out_features,

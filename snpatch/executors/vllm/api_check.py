@@ -255,7 +255,10 @@ def _missing_uses(module: str, name: str, uses: str) -> list[str]:
 
 @cache
 def _module_names(module: str) -> dict[str, Any] | None:
-    """Return the names that a module defines or imports, also under `if` and `try`; "*" has its star imports."""
+    """Return the names that a module defines or imports, also under `if` and `try`.
+
+    "*" has its star imports.
+    """
     source = read_source(module)
     return None if source is None else _defined_names(ast.parse(source).body)
 
@@ -313,7 +316,10 @@ def _imported_module(module: str, node: ast.ImportFrom) -> str:
 
 
 def _member(definition: Definition, name: str) -> Definition | None:
-    """Return a class's (or its bases') method, field, or attribute set by a method; or a function's local name."""
+    """Return a class's method, field or attribute, or a function's local name.
+
+    Bases are searched, too. An attribute is one that a method sets.
+    """
     module, node = definition
     if not isinstance(node, ast.ClassDef | ast.FunctionDef):
         return None

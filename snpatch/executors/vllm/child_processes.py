@@ -78,7 +78,10 @@ class ChildProcesses:
         self._temporary.remove()
 
     def _poll(self) -> None:
-        """Record shared memory during the start, because the processes of a failed start have ended afterwards."""
+        """Record shared memory during the start.
+
+        The processes of a failed start have ended afterwards.
+        """
         while not self._has_started.wait(POLL_SECONDS):
             self._record_shared_memory()
 
@@ -92,7 +95,10 @@ class ChildProcesses:
         return [child for child in multiprocessing.active_children() if child.pid not in self._older]
 
     def _processes(self) -> list[int]:
-        """Return the processes that run now, with those whose parent was killed: they are no descendants any more."""
+        """Return the processes that run now, with those whose parent was killed.
+
+        The latter are no descendants any more.
+        """
         for process in processes.descendants(child.pid for child in self._children()):
             if started := processes.start_time(process):
                 self._start_times[process] = started
@@ -100,7 +106,10 @@ class ChildProcesses:
 
 
 def _mapped_inodes(process: int) -> set[int]:
-    """Return the inodes of a process's shared memory: a semaphore is mapped under another name than its own."""
+    """Return the inodes of a process's shared memory.
+
+    A semaphore is mapped under another name than its own.
+    """
     try:
         lines = Path(f"/proc/{process}/maps").read_text(errors="replace").splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -109,7 +118,10 @@ def _mapped_inodes(process: int) -> set[int]:
 
 
 def _remove_shared(name: str) -> None:
-    """Remove a file of shared memory and its entry in Python's resource tracker, which would warn about it."""
+    """Remove a file of shared memory and its entry in Python's resource tracker.
+
+    The tracker would warn about it.
+    """
     try:
         SHARED_MEMORY.joinpath(name).unlink()
     except FileNotFoundError:

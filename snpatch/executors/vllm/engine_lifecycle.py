@@ -32,7 +32,10 @@ ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 
 def start_engine(engine_args, check: Callable[["VllmConfig"], None] = check_supported):
-    """Start an LLMEngine; return it and an ExitStack that ends it. check: called with vLLM's config beforehand."""
+    """Start an LLMEngine; return it and an ExitStack that ends it.
+
+    check: called with vLLM's config beforehand.
+    """
     from vllm.v1.engine.llm_engine import LLMEngine
 
     with engine_startup(engine_args, check) as (config, end):
@@ -103,7 +106,10 @@ def engine_startup(
 
 
 def _check_main_guard() -> None:
-    """Raise if a process of vLLM imports the client's program, which starts an engine while it is imported."""
+    """Raise if a process of vLLM imports the client's program.
+
+    The program starts an engine while it is imported.
+    """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         with processes.report_errors():
             raise SnpatchError(
@@ -138,7 +144,10 @@ def _environment_variables(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _fail_calls_of_dead_engine(core) -> None:
-    """Raise EngineDeadError in waiting calls after the engine process has ended: vLLM's client would wait forever."""
+    """Raise EngineDeadError in waiting calls after the engine process has ended.
+
+    vLLM's client would wait forever.
+    """
     from vllm.v1.engine.exceptions import EngineDeadError
 
     resources = getattr(core, "resources", None)  # an engine in this process has none

@@ -111,7 +111,10 @@ def dual_stream_arguments(model, config, dtype: str, arguments: dict) -> dict:
 
 @log.redirect_output()
 def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] = ()) -> dict:
-    """Merge and check the user's and snpatch's engine arguments. refused: arguments that a user must not set."""
+    """Merge and check the user's and snpatch's engine arguments.
+
+    refused: arguments that a user must not set.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
@@ -150,7 +153,10 @@ def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] =
 
 
 def _to_vllm_config(name: str, value: object) -> object:
-    """Return a table as vLLM's config class of that argument, if it has one: vLLM does not convert all of them."""
+    """Return a table as vLLM's config class of that argument, if it has one.
+
+    vLLM does not convert all of them.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     factory = AsyncEngineArgs.__dataclass_fields__[name].default_factory
@@ -163,7 +169,10 @@ def _to_vllm_config(name: str, value: object) -> object:
 
 
 def _use_all_cores(workers: int) -> None:
-    """Bind each worker to its share of all CPU cores, unless the user has bound them: vLLM leaves one core idle."""
+    """Bind each worker to its share of all CPU cores, unless the user has bound them.
+
+    By default vLLM leaves one core idle.
+    """
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // workers)
     parts = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(workers)]

@@ -31,9 +31,9 @@ _redirect_lock = threading.RLock()  # two redirections at once would restore eac
 
 @contextmanager
 def redirect_output() -> Iterator[None]:
-    """Redirect the output of this process and of those it starts to the log, and vLLM's logger permanently.
+    """Redirect this process's output and its children's to the log.
 
-    If the user asked for vLLM's messages, they go to stderr.
+    vLLM's logger is redirected permanently. If the user asked for vLLM's messages, they go to stderr.
     """
     if _is_verbose():
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -84,7 +84,10 @@ def first_error(*, of_engine: bool = False) -> str:
 
 
 def keep_log() -> str:
-    """Move the log out of its temporary folder, so that it is kept, and return where it is, for an error message."""
+    """Move the log out of its temporary folder to keep it.
+
+    Return its new place, for an error message.
+    """
     if _is_verbose():
         return "see vLLM's messages above"
     path = Path(_open_log(os.getpid()).name)
@@ -105,7 +108,10 @@ def _kept_path(path: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment variables with which vLLM logs more than errors, unless the user has set a level."""
+    """Return the environment variables with which vLLM logs more than errors.
+
+    If the user has set a level, that level stays.
+    """
     return {} if _is_verbose() else {"VLLM_LOGGING_LEVEL": "INFO"}
 
 

@@ -87,7 +87,10 @@ class PoolingEngine:
 
 
 def _start(model: str, arguments: dict) -> tuple[Any, ExitStack]:
-    """Start an engine whose processes end with the client process; return it and an ExitStack that ends it."""
+    """Start an engine; return it and an ExitStack that ends it.
+
+    Its processes end with the client process.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     engine, end = start_engine(EngineArgs(**arguments), _check_supported)

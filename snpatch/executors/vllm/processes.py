@@ -27,10 +27,10 @@ def exit_with_parent() -> None:
 
 
 def ignore_ctrl_c() -> None:
-    """Ignore Ctrl-C in a process of vLLM: plugin.py calls this in spawned processes, os.fork in forked ones.
+    """Ignore Ctrl-C in a process of vLLM.
 
-    Why mask and handler: a forked process gets vLLM's handler later, which the mask outlasts; a spawned one may already
-    have threads without the mask.
+    plugin.py calls this in spawned processes, os.fork in forked ones. Why mask and handler: a forked process gets
+    vLLM's handler later, which the mask outlasts; a spawned one may already have threads without the mask.
     """
     if _client_process():
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -43,7 +43,10 @@ os.register_at_fork(after_in_child=ignore_ctrl_c)
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Write a SnpatchError of this block to the client's file, because vLLM reports only that a worker failed."""
+    """Write a SnpatchError of this block to the client's file.
+
+    vLLM reports only that a worker failed.
+    """
     try:
         yield
     except SnpatchError as error:
@@ -65,9 +68,10 @@ def descendants(roots: Iterable[int]) -> list[int]:
 
 
 def start_time(process: int) -> str | None:
-    """Return when a process started, in clock ticks since the machine's start; None if it does not run any more.
+    """Return when a process started, in clock ticks since the machine's start.
 
-    A zombie does not run. A later process with the same id has another start time.
+    Return None if it does not run any more. A zombie does not run. A later process with the same id has another start
+    time.
     """
     fields = _read_stat(process)
     return fields[19] if fields and fields[0] not in "ZX" else None

@@ -35,13 +35,19 @@ def _scheme_name(group: dict) -> str:
 
 
 def has_per_head_scales(vllm_config) -> bool:
-    """Return whether the checkpoint scales each head of the KV cache; a dual-stream model has twice as many heads."""
+    """Return whether the checkpoint scales each head of the KV cache.
+
+    A dual-stream model has twice as many heads.
+    """
     scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
     return bool(scheme) and scheme.get("strategy") == "attn_head"
 
 
 def check_kernels(vllm_config) -> None:
-    """Raise for 4-bit weights on a CPU without AVX-512: vLLM has no kernel for them and would fail while loading."""
+    """Raise for 4-bit weights on a CPU without AVX-512.
+
+    vLLM has no kernel for them and would fail while loading.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or hasattr(torch.ops._C, CPU_4_BIT_OPERATOR):
@@ -55,7 +61,10 @@ def check_kernels(vllm_config) -> None:
 
 
 def _weight_bits(vllm_config) -> set[int]:
-    """Return the bits of a checkpoint's quantized weights, as the formats of METHODS and COMPRESSED declare them."""
+    """Return the bits of a checkpoint's quantized weights.
+
+    The formats of METHODS and COMPRESSED declare them.
+    """
     table = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
     groups = table.get("config_groups", {}).values()
     weights = [group.get("weights") or {} for group in groups]
@@ -64,9 +73,10 @@ def _weight_bits(vllm_config) -> set[int]:
 
 
 def check_activation_scales(model: nn.Module) -> None:
-    """Raise for a layer that quantizes all rows of a step with one scale, which depends on every row of the step.
+    """Raise for a layer that quantizes all rows of a step with one scale.
 
-    Donor rows, other requests and padding would change a request's text, and its receipt would still be right.
+    Such a scale depends on every row of the step. Donor rows, other requests and padding would change a request's text,
+    and its receipt would still be right.
     """
     from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel as Fp8Kernel
 

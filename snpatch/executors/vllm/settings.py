@@ -75,7 +75,10 @@ class DualStreamSettings(Capacity):
 
 
 def check_heads(vllm_config) -> None:
-    """Raise for a head size that vLLM's attention on a CPU does not support; it would fail at its first step."""
+    """Raise for a head size that vLLM's attention on a CPU does not support.
+
+    It would fail at its first step.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -112,7 +115,10 @@ def check_supported(vllm_config) -> None:
 
 
 def _conflicts(vllm_config, settings: DualStreamSettings) -> list[Conflict]:
-    """Return features that lose, split or reorder the tokens that are patched and counted, with one or two streams."""
+    """Return features that lose, split or reorder the tokens that are patched and counted.
+
+    They conflict with one or two streams.
+    """
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     passes = vllm_config.compilation_config.pass_config
     untested = [] if settings.allow_untested else quantization.untested_quantization(vllm_config)
@@ -200,7 +206,10 @@ def _conflicts(vllm_config, settings: DualStreamSettings) -> list[Conflict]:
 
 
 def _two_stream_conflicts(vllm_config) -> list[Conflict]:
-    """Return features with one row per token outside of attention, or with heads that cannot simply be doubled."""
+    """Return features that conflict with two streams.
+
+    They have one row per token outside of attention, or heads that cannot simply be doubled.
+    """
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
     shapes = getattr(getattr(compilation, "dynamic_shapes_config", None), "type", "backed")
     shapes = str(getattr(shapes, "value", shapes))

@@ -51,7 +51,10 @@ def zero_on_cpu(runner, block_ids: list[int]) -> None:
 
 
 def widen_windows(attention: Iterable["Attention"]) -> None:
-    """Give layers with a sliding window a full cache, because vLLM before 0.28 zeroes blocks of full caches only."""
+    """Give layers with a sliding window a full cache.
+
+    vLLM before 0.28 zeroes blocks of full caches only.
+    """
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
     for layer in attention:
@@ -67,7 +70,10 @@ def widen_windows(attention: Iterable["Attention"]) -> None:
 
 
 def check_step(scheduler_output) -> None:
-    """Raise if the scheduler sends no blocks to zero although new requests start: each gets at least one block."""
+    """Raise if the scheduler sends no blocks to zero although new requests start.
+
+    Each new request gets at least one block.
+    """
     if scheduler_output.scheduled_new_reqs and not scheduler_output.new_block_ids_to_zero:
         raise SnpatchError("vLLM's scheduler does not zero blocks of the KV cache: is snpatch's plugin switched off?")
 

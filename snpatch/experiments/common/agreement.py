@@ -85,7 +85,7 @@ def compare_rankings(rankings: Mapping[str, Ranking], ks: Sequence[int]) -> list
 
 
 def plot_agreement(rows: Sequence[Row], rankings: Mapping[str, Ranking], k: int) -> Figure:
-    """Plot the overlap by k, the overlap and Spearman matrix at k, and the ranks of the common neurons at k."""
+    """Plot the overlap by k, a matrix of overlap and Spearman at k, and ranks of common neurons at k."""
     figure = Figure(figsize=(16, 4.8), layout="constrained")
     curve_axis, matrix_axis, rank_axis = figure.subplots(1, 3)
     pair_rows: list[Row] = []

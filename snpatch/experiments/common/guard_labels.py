@@ -35,12 +35,18 @@ class GuardSettings:
 
     @property
     def config(self) -> GuardConfig:
-        """Return the part of the settings with which each guard is fitted: C, class_weight, folds and threshold."""
+        """Return the part of the settings with which each guard is fitted.
+
+        These are C, class_weight, folds and threshold.
+        """
         return GuardConfig(self.C, self.class_weight, self.folds, threshold=self.threshold)
 
 
 def label_set(context: ExperimentContext, name: str, harm_threshold: float) -> LabeledPrompts:
-    """Complete a set's distinct prompts with the unpatched recipient, judge the completions, and label them."""
+    """Complete a set's distinct prompts, judge the completions, and label the prompts.
+
+    The unpatched recipient generates the completions.
+    """
     prompts = deduplicate(context.prompts(name))
     with context.progress(f"completions of {name}") as progress:
         return label_answers(

@@ -11,7 +11,10 @@ from snpatch.sweeps.minimal import MinimalResult
 
 
 def build_minimal_report(results: Sequence[MinimalResult], target_effect: float) -> Report:
-    """Build the report: table minimal has one row per sampled k, minimal-blocks one per added block of layers."""
+    """Build the report of a search for a minimal set of neurons.
+
+    Table minimal has one row per sampled k; minimal-blocks has one per added block of layers.
+    """
     rows = [
         {
             "recipient": result.recipient,

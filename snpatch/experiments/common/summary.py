@@ -75,7 +75,10 @@ def _load_table(path: Path) -> dict:
 
 
 def _find_difference(provenance: dict, context: ExperimentContext, settings: dict) -> str | None:
-    """Return what a table depends on that differs from the context, or None if the context would compute it alike."""
+    """Return a dependency of a table that differs from the context, or None.
+
+    None means that the context would compute the same table.
+    """
     current = context.start_provenance()
     try:
         for model in provenance.get("models") or ():

@@ -64,7 +64,10 @@ def build_sweep_config(
 
 
 def build_sweep_report(result: SweepResult, name: str) -> Report:
-    """Build a sweep's report: all rows as a file, one table and one plot per judge, set, donor and strength."""
+    """Build a sweep's report: all rows as a file, and tables and plots.
+
+    There is one table and one plot per judge, set, donor and strength.
+    """
     plots, displays, headline = {}, [], []
     for judge in result.judges:
         for label, part in result.slices():
@@ -129,9 +132,10 @@ def _describe_failures(result: SweepResult) -> list[str]:
 
 
 def plot_scores(result: SweepResult, judge: str, label: str = "") -> Figure | None:
-    """Plot the mean score of each recipient: each ranking, the range of its random controls, both unpatched models.
+    """Plot the mean score of each recipient.
 
-    The x axis is k, or the first rank of the window if the windows slide.
+    The plot has each ranking, the range of its random controls, and both unpatched models. The x axis is k, or the
+    first rank of the window if the windows slide.
 
     Args:
         result: One slice of a sweep: one set, donor and strength.

@@ -132,7 +132,10 @@ def _runner_kind(runner) -> str:
 
 
 def _check_planned_heads(group, layers: dict) -> None:
-    """Raise if attention is planned for other head counts than its layers have: it would be wrong without an error."""
+    """Raise if attention is planned for other head counts than its layers have.
+
+    Attention would be wrong without an error.
+    """
     for builder, name in product(group.metadata_builders, group.layer_names):
         if name not in layers:
             raise SnpatchError(f"attention layer {name} was not made by the dual-stream surgery")

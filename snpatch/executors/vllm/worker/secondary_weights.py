@@ -60,7 +60,10 @@ class SecondaryWeights:
             self._holder: Any = base(vllm_config=weights_only, prefix=prefix)
 
     def load(self, model: nn.Module) -> set[str]:
-        """Load the weights and attach them to a loaded model; return the parameter names under which it has them."""
+        """Load the weights and attach them to a loaded model.
+
+        Return the parameter names under which the model has them.
+        """
         config = copy.copy(self._config.model_config)
         if self._settings.secondary_checkpoint is not None:
             config.model, config.revision = self._settings.secondary_checkpoint, None
@@ -143,9 +146,9 @@ class SecondaryWeights:
         return apply_both
 
     def _norm(self, forward: Callable, secondary: Callable) -> Callable:
-        """Return the forward of a norm with two sets of weights, with or without a residual that it adds first.
+        """Return the forward of a norm with two sets of weights.
 
-        vLLM's kernels need contiguous rows.
+        It can add a residual first. vLLM's kernels need contiguous rows.
         """
 
         def norm(rows: Tensor, residual: Tensor | None = None):
@@ -161,7 +164,10 @@ class SecondaryWeights:
         return norm
 
     def _head(self, primary: Any, secondary: Any) -> Callable[..., Tensor]:
-        """Return the `apply` of the head: rows [n, 2H] have zeros in the half that is not the recipient's stream."""
+        """Return the `apply` of the head.
+
+        Rows [n, 2H] have zeros in the half that is not the recipient's stream.
+        """
         apply = primary.quant_method.apply
 
         def head(layer: nn.Module, rows: Tensor, bias: Tensor | None = None) -> Tensor:

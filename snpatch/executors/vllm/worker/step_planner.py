@@ -88,7 +88,10 @@ class StepPlanner:
         self.swapped_rows = 2 * token + 1 - recipient_stream[token] if len(token) else None
 
     def _write_plan(self, plan: NDArray[np.int32], is_active: bool) -> None:
-        """Copy the rows of this step, and clear later ones of the last step. is_active: some row does something."""
+        """Copy the rows of this step, and clear later ones of the last step.
+
+        is_active: some row does something.
+        """
         n, self._num_written = max(len(plan), self._num_written), len(plan) if is_active else 0
         if n > len(plan):
             blank = np.zeros((n - len(plan), plan.shape[1]), dtype=np.int32)

@@ -82,7 +82,10 @@ class DualStreamGLU(nn.Module):
         context[name] = self
 
     def set_tables(self, tables: OpTables, first_neuron: int) -> None:
-        """Set the op's tensors. first_neuron: index in the whole layer of the first neuron in this worker's shard."""
+        """Set the op's tensors.
+
+        first_neuron: index in the whole layer of the first neuron in this worker's shard.
+        """
         layer = tables.layers[self.layer]
         self.tables = tables
         self.inputs = layer.scale, layer.rank, layer.constant
@@ -144,12 +147,13 @@ def _override_forward(module: nn.Module, forward) -> None:
 
 
 def _attend(layer: Attention):
-    """Return a forward of an attention layer that gets rows [2T, width] and reads them as tokens [T, 2 * width].
+    """Return a forward of an attention layer on dual-stream rows.
 
-    Values are a part of the projection's rows, so they are copied, into the shape that attention views them as:
-    otherwise Inductor copies them twice. Queries and keys are compiled outputs of the rotary embedding, and are views.
-    Without any copy the cache would have to be written by rows: its slots viewed as [2 * slots, kv_heads, size], with
-    row r of a token in slot 2 * s + r, and a separate cache update for each backend.
+    It gets rows [2T, width] and reads them as tokens [T, 2 * width]. Values are a part of the projection's rows, so
+    they are copied, into the shape that attention views them as: otherwise Inductor copies them twice. Queries and keys
+    are compiled outputs of the rotary embedding, and are views. Without any copy the cache would have to be written by
+    rows: its slots viewed as [2 * slots, kv_heads, size], with row r of a token in slot 2 * s + r, and a separate cache
+    update for each backend.
     """
     kv_heads = layer.num_kv_heads // 2
 
