@@ -64,14 +64,15 @@ def test_attack(benchmark, made, server):
     assert_exact(server, known)
     watch = Watch(server)
     benchmark.pedantic(lambda: asyncio.run(watch.run(known)), rounds=1, iterations=1)
-    wait_for(lambda: not any(server.held().values()), 60)
+    wait_for(lambda: not any(server.count_resources().values()), 60)
     assert_exact(server, known)
     assert not watch.found["faults"], watch.found["faults"]
     assert all(process.is_running() for process in watch.processes.values()), server.read_log()
     watch.sample(REQUESTS)
     benchmark.extra_info.update(
         side="attack", requests=REQUESTS, clients=attackers.CLIENTS, slow_sockets=attackers.SLOW_SOCKETS,
-        cores=len(os.sched_getaffinity(0)), known=len(known), held=server.held(), health=watch.health(), **watch.found,
+        cores=len(os.sched_getaffinity(0)), known=len(known), held=server.count_resources(),
+        health=watch.health(), **watch.found,
         processes={name: summarize(samples) for name, samples in watch.samples.items()},
     )  # fmt: skip
 

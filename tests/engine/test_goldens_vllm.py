@@ -17,7 +17,7 @@ from golden import (
     RUNS,
     assert_near,
     parse_golden_patch,
-    read,
+    read_golden,
     without_padding,
 )
 from safetensors.torch import load_file
@@ -88,7 +88,7 @@ def test_generation_of_all_runs_in_one_batch_matches_goldens(engine):
 def test_captures_and_perplexity_match_goldens(engine):
     golden = load_file(HOME / "features.safetensors")
     assert_near(engine.capture(IDS, "sft", RANKING, 64), golden["batch1.features_rank_order"])
-    golden = read("perplexity.json")
+    golden = read_golden("perplexity.json")
     ids, size = golden["input_ids"], golden["window"]
     windows = [ids[start : start + size] for start in range(0, len(ids), size)]
     for want in golden["results"].values():

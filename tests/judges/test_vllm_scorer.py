@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, opened, write, write_classifier
+from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, open_score_model, write, write_classifier
 from processes import command_line, descendants, wait_for
 
 from snpatch import Engine, Sampling
@@ -35,7 +35,7 @@ def test_scores_in_any_batch_match_transformers(tmp_path, in_process):
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     tensors = write(tmp_path, bias=True, normalize=True, files="sharded bin", **buffers)
     prompts, completions = PROMPTS + SHARED_PREFIX_PROMPTS, COMPLETIONS + ENDINGS
-    wanted = opened(tmp_path)(prompts, completions)
+    wanted = open_score_model(tmp_path)(prompts, completions)
     assert wanted[: len(PROMPTS)] == pytest.approx(all_by_hand(tensors, normalize=True), abs=1e-4)
     with ScoreModel(tmp_path, batch_size=4, max_num_batched_tokens=48, block_size=32) as judge:
         assert judge.backend == "vllm", "the default for the Beavertails layout"
@@ -55,7 +55,7 @@ def test_scores_in_any_batch_match_transformers(tmp_path, in_process):
 def test_bfloat16_scores_are_near_float32(in_process):
     """The demo model's cost model with the paper's format; its scores span a range of 15."""
     prompts, completions = PROMPTS * 4, [*COMPLETIONS, *ENDINGS, *COMPLETIONS, "a", "b"]
-    exact = opened(DEMO_MODEL / "cost", format="tulu")(prompts, completions)
+    exact = open_score_model(DEMO_MODEL / "cost", format="tulu")(prompts, completions)
     with ScoreModel(DEMO_MODEL / "cost", format="tulu", dtype="bfloat16", max_model_len=128) as judge:
         got = judge(prompts, completions)
         assert got == pytest.approx(exact, abs=0.05)
@@ -67,7 +67,7 @@ def test_classifier_supported_by_vllm_matches_transformers(tmp_path, in_process)
     """Its sequences end in the padding token, before which transformers reads the score."""
     write_classifier(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"}, pad_token_id=2)
     arguments = {"format": "<|user|> {prompt} <|assistant|> {completion} </s>", "label": "harm"}
-    wanted = opened(tmp_path, **arguments)(PROMPTS, COMPLETIONS)
+    wanted = open_score_model(tmp_path, **arguments)(PROMPTS, COMPLETIONS)
     with ScoreModel(tmp_path, backend="vllm", **arguments) as judge:
         assert judge(PROMPTS, COMPLETIONS) == pytest.approx(wanted, abs=1e-3)
         with pytest.raises(SnpatchError, match="needs token types"):
@@ -104,7 +104,7 @@ def test_judge_next_to_an_engine_crashes_without_ending_the_engine():
         others = descendants(os.getpid())
         with ScoreModel(DEMO_MODEL / "cost", **small) as judge:
             written = [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))]
-            wanted = opened(DEMO_MODEL / "cost")(prompts, written)
+            wanted = open_score_model(DEMO_MODEL / "cost")(prompts, written)
             assert judge(prompts, written) == pytest.approx(wanted, abs=1e-3)
             judge_processes = descendants(os.getpid()) - others
             (core,) = (pid for pid in judge_processes if b"EngineCore" in command_line(pid))

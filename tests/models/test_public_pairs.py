@@ -339,7 +339,7 @@ def test_different_added_token_flags_and_bos_are_noted():
 
 
 def test_abliterated_pair_stores_two_module_kinds_twice(tmp_path):
-    made = tiny.make_pair("llama", tmp_path, same=lambda name: "o_proj" not in name and "down_proj" not in name)
+    made = tiny.make_pair("llama", tmp_path, is_shared=lambda name: "o_proj" not in name and "down_proj" not in name)
     with Engine(made.folder, models={"abliterated": made.models["dpo"][0]}, backend="transformers") as engine:
         memory = engine.executor.memory
         assert memory.duplicated == ("down_proj", "o_proj")

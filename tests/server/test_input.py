@@ -135,7 +135,7 @@ def test_unknown_model_is_404_listing_models_and_patches(offline, server):
             assert "of the models sft, base, dpo, sft_kv, dpo_kv or of the patches safe, kept; 'saf'" in answer.text
     answer = server.post(CHATS, {**ASKED, "model": "dqo"})
     assert "one of the models dpo, base, sft, sft_kv, dpo_kv or" in answer.text
-    answer = server.post(CHATS, {**ASKED, "model": str(offline.made.folder)})
+    answer = server.post(CHATS, {**ASKED, "model": str(offline.tiny_model.folder)})
     assert (answer.status_code, "/" in answer.json()["error"]["message"]) == (404, False)
 
 
@@ -235,8 +235,8 @@ def fuzzed(offline, server, client):
     """The server; after the test its completions are still exact and it holds nothing."""
     yield server
     for job in JOBS[2:6]:
-        assert complete(client, job).choices[0].token_ids == oracle_completion(offline.made, job).ids
-    assert not any(server.held().values()), server.held()
+        assert complete(client, job).choices[0].token_ids == oracle_completion(offline.tiny_model, job).ids
+    assert not any(server.count_resources().values()), server.count_resources()
 
 
 def _sizes(few: int, many: int) -> list:

@@ -80,9 +80,9 @@ def test_disconnected_clients_leave_nothing_behind(offline, server, client):
             )
 
     asyncio.run(everything())
-    wait_for(lambda: not any(server.held().values()), 10)
+    wait_for(lambda: not any(server.count_resources().values()), 10)
     for job in JOBS[2:5]:
-        assert complete(client, job).choices[0].token_ids == oracle_completion(offline.made, job).ids
+        assert complete(client, job).choices[0].token_ids == oracle_completion(offline.tiny_model, job).ids
 
 
 def test_patched_request_does_not_change_later_plain_one(offline, server, client):
@@ -112,7 +112,7 @@ OVERFLOWING = {"recipient": "base", "interventions": [HUGE] * 3}
 def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(offline, server, client, tokens):
     """One completion, n completions and a stream; the half-filled blocks that they free are reused next."""
     jobs = [Job(i, "base") for i in range(4)] + JOBS[2:6]
-    want = [oracle_completion(offline.made, job).ids for job in jobs]
+    want = [oracle_completion(offline.tiny_model, job).ids for job in jobs]
     body = {"model": "base", "prompt": [40, 41], "max_tokens": tokens, "ignore_eos": True, "snpatch": OVERFLOWING}
     for more in ({}, {"n": 3, "temperature": 1.0, "seed": 2}):
         answer = server.post(COMPLETIONS, {**body, **more})
@@ -126,7 +126,7 @@ def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(offli
     assert chunks[-1] == "data: [DONE]"
     assert not any('"finish_reason":"length"' in chunk for chunk in chunks)
     assert [complete(client, job).choices[0].token_ids for job in jobs] == want
-    wait_for(lambda: not any(server.held().values()), 10)
+    wait_for(lambda: not any(server.count_resources().values()), 10)
 
 
 def test_promise_4_overflowing_sweep_fails_only_its_completions(offline, server, client):
@@ -142,7 +142,7 @@ def test_promise_4_overflowing_sweep_fails_only_its_completions(offline, server,
     ((name, summary),) = stream[-1:]
     assert (name, summary["failed"], summary["completions"]) == ("summary", 2, len(texts) - 2)
     job = JOBS[2]
-    assert complete(client, job).choices[0].token_ids == oracle_completion(offline.made, job).ids
+    assert complete(client, job).choices[0].token_ids == oracle_completion(offline.tiny_model, job).ids
 
 
 # ---- uploads ---------------------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ def test_health_answers_during_largest_request(server, name):
 
     answer = asyncio.run(everything())
     assert answer.status_code < 500, answer.text
-    wait_for(lambda: not any(server.held().values()), 30)
+    wait_for(lambda: not any(server.count_resources().values()), 30)
 
 
 # ---- information about the server ------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def start_narrow(offline, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("narrow")
     limits = ["--engine-arg", "max_rankings=1", "--max-waiting", "2", "--api-key", "secret"]
-    words = [sys.executable, "-m", "snpatch.cli", "serve", *serve_options(offline.made, offline.folder), *limits]
+    words = [sys.executable, "-m", "snpatch.cli", "serve", *serve_options(offline.tiny_model, offline.folder), *limits]
     printed = subprocess.run([*words, "--print-config"], capture_output=True, text=True, check=True).stdout
     (folder / "serve.toml").write_text(printed)
     read = ServeConfig.load(folder / "serve.toml").to_dict()
@@ -526,7 +526,7 @@ def test_overflowing_unpatched_completion_restarts_server(offline, narrow):
     wait_for(narrow.is_up, 180)
     assert narrow.process.poll() is None
     answer = narrow.post(COMPLETIONS, body, headers=KEY)
-    assert answer.json()["choices"][0]["token_ids"] == oracle_completion(offline.made, job).ids
+    assert answer.json()["choices"][0]["token_ids"] == oracle_completion(offline.tiny_model, job).ids
 
 
 def test_sigterm_lets_streams_finish_with_receipts(narrow):
@@ -565,7 +565,7 @@ def test_sigterm_lets_streams_finish_with_receipts(narrow):
 
 
 def test_streams_end_with_error_after_drain_timeout(offline, tmp_path):
-    brief = Server(tmp_path, *serve_options(offline.made, offline.folder), "--drain-s", "0.2")
+    brief = Server(tmp_path, *serve_options(offline.tiny_model, offline.folder), "--drain-s", "0.2")
 
     async def everything():
         body, received = long(JOBS[2], stream=True, n=60), []
@@ -590,14 +590,14 @@ def test_streams_end_with_error_after_drain_timeout(offline, tmp_path):
 def test_two_workers_patch_exactly_and_engine_crash_is_reported(offline, tmp_path):
     """Tensor parallel; then SIGKILL of the engine: open requests get errors, /health a 503, the exit code is 2."""
     two = Server(
-        tmp_path, *serve_options(offline.made, offline.folder), *CAPACITY_OPTIONS, "--tensor-parallel-size", "2"
+        tmp_path, *serve_options(offline.tiny_model, offline.folder), *CAPACITY_OPTIONS, "--tensor-parallel-size", "2"
     )
     with openai.OpenAI(base_url=f"{two.url}/v1", api_key="none", max_retries=0) as client:
-        for job, want in zip(MANY[:16], offline.many[:16], strict=True):
+        for job, want in zip(MANY[:16], offline.completions[:16], strict=True):
             answer = complete(client, job)
             assert answer.choices[0].token_ids == want.token_ids
             assert answer.snpatch["overwrites"] == want.overwrites
-        assert not any(two.held().values())
+        assert not any(two.count_resources().values())
         (core,) = (pid for pid in descendants(two.process.pid) if b"EngineCore" in command_line(pid))
 
         async def everything():
@@ -650,6 +650,6 @@ def test_two_workers_patch_exactly_and_engine_crash_is_reported(offline, tmp_pat
     ],
 )
 def test_invalid_start_prints_one_line(offline, capsys, words, message):
-    code, _, error = run(capsys, "serve", *serve_options(offline.made, offline.folder), *words)
+    code, _, error = run(capsys, "serve", *serve_options(offline.tiny_model, offline.folder), *words)
     assert (code, message in error) == (2, True), error
     assert "Traceback" not in error

@@ -20,7 +20,7 @@ def test_patch_over_http_matches_oracle(offline, client):
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda job: complete(client, job), SERVED))
     for job, answer in zip(SERVED, answers, strict=True):
-        want = oracle_completion(offline.made, job)
+        want = oracle_completion(offline.tiny_model, job)
         assert answer.choices[0].token_ids == want.ids, job
         assert answer.snpatch["overwrites"] == job.overwrites(10), job
         assert answer.snpatch["verified"] is True
@@ -31,11 +31,11 @@ def test_concurrent_clients_get_offline_engine_tokens(offline, server):
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             return await asyncio.gather(*(complete(client, job) for job in MANY))
 
-    for answer, want in zip(asyncio.run(everything()), offline.many, strict=True):
+    for answer, want in zip(asyncio.run(everything()), offline.completions, strict=True):
         assert answer.choices[0].token_ids == want.token_ids
         assert answer.snpatch["overwrites"] == want.overwrites
         assert answer.choices[0].text.split() == want.text.split()
-    assert len({tuple(one.token_ids) for one in offline.many}) > 30
+    assert len({tuple(one.token_ids) for one in offline.completions}) > 30
 
 
 def test_patch_by_name_field_and_xargs_gives_equal_answers(offline, client):
@@ -66,9 +66,9 @@ def test_models_are_listed_and_generate_unpatched(offline, server, client):
     assert {"base", "sft", "dpo", "safe", "kept"} <= listed.keys()
     assert listed["base"].max_model_len == 128
     for path in ("/v1/models", "/metrics"):  # the model's folder is not for clients
-        assert str(offline.made.folder) not in server.get(path).text
+        assert str(offline.tiny_model.folder) not in server.get(path).text
     for name in ("base", "sft", "dpo"):
-        want = oracle_completion(offline.made, Job(1, name))
+        want = oracle_completion(offline.tiny_model, Job(1, name))
         answer = client.completions.create(
             model=name, prompt=IDS[1], max_tokens=10, temperature=0, extra_body={"return_token_ids": True}
         )
@@ -88,9 +88,11 @@ def test_n_completions_have_own_seeds_and_receipts(offline, client):
             receipt = chunk.snpatch
         else:
             ids, receipt = [choice.token_ids for choice in answer.choices], answer.snpatch
-        assert ids == [want.token_ids for want in offline.seeded]
-        assert [choice["overwrites"] for choice in receipt["choices"]] == [want.overwrites for want in offline.seeded]
-        assert receipt["overwrites"] == sum(want.overwrites for want in offline.seeded)
+        assert ids == [want.token_ids for want in offline.seeded_completions]
+        assert [choice["overwrites"] for choice in receipt["choices"]] == [
+            want.overwrites for want in offline.seeded_completions
+        ]
+        assert receipt["overwrites"] == sum(want.overwrites for want in offline.seeded_completions)
 
 
 def test_list_of_prompts_has_receipt_per_prompt(offline, client):

@@ -7,7 +7,19 @@ import torch
 import toys
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from toys import KEYS, LAYERS, MESSAGES, NEURONS, PAIRS, dpo_settings, encode, log_probs, plain, settings, vectors
+from toys import (
+    KEYS,
+    LAYERS,
+    MESSAGES,
+    NEURONS,
+    PAIRS,
+    dpo_settings,
+    encode,
+    load_model,
+    load_vectors,
+    log_probs,
+    settings,
+)
 
 from snpatch import Engine, Sampling
 from snpatch.errors import SnpatchError
@@ -26,7 +38,7 @@ def with_keys(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("keys") / "sft"
     modules = ["k_proj", "v_proj", "down_proj"]
     config = IA3Config(task_type="CAUSAL_LM", target_modules=modules, feedforward_modules=["down_proj"])
-    model = get_peft_model(plain(toy.base), config)
+    model = get_peft_model(load_model(toy.base), config)
     draw = torch.Generator().manual_seed(1)
     for name, vector in model.named_parameters():
         if "ia3_l" in name:
@@ -83,7 +95,7 @@ def answers():
     """Yield (prompt ids, answer ids with EOS) of all chosen, then all rejected answers."""
     for answer in ("chosen", "rejected"):
         for pair in PAIRS:
-            prompt, _ = encode(pair["prompt"], speaks=True)
+            prompt, _ = encode(pair["prompt"], add_generation_prompt=True)
             yield prompt, encode([*pair["prompt"], *pair[answer]])[0][len(prompt) :]
 
 
@@ -128,7 +140,7 @@ def test_policy_and_reference_start_as_served_sft_model_bit_for_bit(toy, with_ke
     where = (sft, None) if on == "full" else (toy.base, sft)
     policy, reference = policy_and_reference(built(*where, PAIRS, tmp_path, dpo_settings(method, dtype=dtype)))
     assert torch.equal(policy, reference)
-    base = sums(model_log_probs(plain(toy.base)))
+    base = sums(model_log_probs(load_model(toy.base)))
     assert (policy.float() - base).abs().median() > 0.5, "the base model would pass, too"
     if dtype == "float32":
         with open_engine(toy.base, **engine_arguments(sft)) as engine:
@@ -182,7 +194,7 @@ def test_trl_reference_of_ia3_is_the_base_model_and_first_loss_detects_it(toy, b
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     trainer = built(toy.base, toy.sft(), PAIRS, tmp_path / "built", dpo_settings())
     policy, reference = policy_and_reference(trainer)
-    torch.testing.assert_close(reference, sums(model_log_probs(plain(toy.base))), rtol=0, atol=1e-4)
+    torch.testing.assert_close(reference, sums(model_log_probs(load_model(toy.base))), rtol=0, atol=1e-4)
     assert (policy - reference).abs().max() > 1
 
 
@@ -218,9 +230,9 @@ def test_as_published_starts_at_ones_on_merged_weights(toy, built, tmp_path):
     trainer = built(toy.base, toy.sft(), PAIRS, tmp_path, given)
     assert all((vector == 1).all() for vector in models.ia3_scales(trainer.model).values())
     assert models.ia3_scales(trainer.model, "ref") == {}
-    own = plain(toy.base).to(torch.bfloat16)
+    own = load_model(toy.base).to(torch.bfloat16)
     layers = trainer.model.base_model.model.model.layers
-    for layer, plain_layer, first in zip(layers, own.model.layers, vectors(toy.sft()), strict=True):
+    for layer, plain_layer, first in zip(layers, own.model.layers, load_vectors(toy.sft()), strict=True):
         exact = plain_layer.mlp.down_proj.weight.float() * first
         merged = layer.mlp.down_proj.base_layer.weight
         assert torch.equal(merged, exact.bfloat16())
@@ -236,20 +248,20 @@ def test_as_published_starts_at_ones_on_merged_weights(toy, built, tmp_path):
 def test_as_published_saves_the_trained_vector(toy, final_scales, tmp_path):
     given = dpo_settings(as_published=True, batch_size=8, epochs=3, weight_decay=0.5)
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)
-    got = vectors(tmp_path / "out")
+    got = load_vectors(tmp_path / "out")
     assert all(
         torch.equal(ours, final_scales[0][models.TRAINED][key].flatten()) for key, ours in zip(KEYS, got, strict=True)
     )
-    model = plain(toy.base)
-    for layer, first in zip(model.model.layers, vectors(toy.sft()), strict=True):
+    model = load_model(toy.base)
+    for layer, first in zip(model.model.layers, load_vectors(toy.sft()), strict=True):
         layer.mlp.down_proj.weight.data *= first
     with torch.no_grad():
-        loss = toys.dpo_loss(toys.margins(model))
+        loss = toys.build_dpo_loss(toys.compute_margins(model))
     zeros = [torch.zeros(NEURONS)] * LAYERS
-    want, _ = toys.descend(model, ONES, loss, steps=3, rate=0.1, decay=0.5, target=zeros)
+    want, _ = toys.train_scales(model, ONES, loss, steps=3, rate=0.1, decay=0.5, target=zeros)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "own", dpo_settings(batch_size=8, epochs=3, weight_decay=0.5))
-    assert max((a - b).abs().max() for a, b in zip(got, vectors(tmp_path / "own"), strict=True)) > 0.01
+    assert max((a - b).abs().max() for a, b in zip(got, load_vectors(tmp_path / "own"), strict=True)) > 0.01
 
 
 # ---- Engine against plain PEFT and transformers
@@ -259,7 +271,7 @@ def test_as_published_saves_the_trained_vector(toy, final_scales, tmp_path):
 def test_engine_and_peft_agree_on_an_adapter(toy, with_keys, on):
     """The adapter is trained here, or made by plain PEFT."""
     folder = toy.sft() if on == "ia3" else with_keys
-    theirs = model_log_probs(PeftModel.from_pretrained(plain(toy.base), folder).eval())
+    theirs = model_log_probs(PeftModel.from_pretrained(load_model(toy.base), folder).eval())
     with open_engine(toy.base, adapters={"sft": folder}) as engine:
         for ours, other, base in zip(
             engine_log_probs(engine, "sft"), theirs, engine_log_probs(engine, "base"), strict=True
@@ -270,7 +282,7 @@ def test_engine_and_peft_agree_on_an_adapter(toy, with_keys, on):
 
 def test_engine_and_peft_agree_on_stacked_adapters(toy, tmp_path):
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path, dpo_settings())
-    model = PeftModel.from_pretrained(plain(toy.base), toy.sft(), adapter_name="sft").eval()
+    model = PeftModel.from_pretrained(load_model(toy.base), toy.sft(), adapter_name="sft").eval()
     model.load_adapter(tmp_path, adapter_name="dpo")
     model.base_model.set_adapter(["sft", "dpo"], inference_mode=True)
     theirs = model_log_probs(model)
@@ -289,13 +301,13 @@ def test_engine_runs_trained_secondary_weights(toy, tmp_path, method):
     sft, start = (None, toy.sft("full")) if method == "full" else (toy.sft("lora"), toy.base)
     train_dpo(start, sft, PAIRS, tmp_path, dpo_settings(method))
     if method == "full":
-        source, model = str(tmp_path), plain(tmp_path)
+        source, model = str(tmp_path), load_model(tmp_path)
     elif on:
         source = {"lora": str(sft), "adapters": str(tmp_path)}
-        model = PeftModel.from_pretrained(plain(toy.base), sft).merge_and_unload()
+        model = PeftModel.from_pretrained(load_model(toy.base), sft).merge_and_unload()
         model = PeftModel.from_pretrained(model, tmp_path).eval()
     else:
-        source, model = {"lora": str(tmp_path)}, PeftModel.from_pretrained(plain(toy.base), tmp_path).eval()
+        source, model = {"lora": str(tmp_path)}, PeftModel.from_pretrained(load_model(toy.base), tmp_path).eval()
     with open_engine(toy.base, models={"dpo": source}) as engine:
         for ours, other, base in zip(
             engine_log_probs(engine, "dpo"), model_log_probs(model), engine_log_probs(engine, "base"), strict=True
@@ -306,7 +318,7 @@ def test_engine_runs_trained_secondary_weights(toy, tmp_path, method):
         completions = engine.generate(chats, "dpo", Sampling(max_tokens=6))
         assert len({tuple(text.token_ids) for text in completions}) > 1
         for chat, text in zip(chats, completions, strict=True):
-            assert text.prompt_ids == encode(chat, speaks=True)[0]
+            assert text.prompt_ids == encode(chat, add_generation_prompt=True)[0]
             assert text.token_ids == _greedy(model, text.prompt_ids, 6)
 
 
@@ -323,5 +335,5 @@ def test_engine_uses_the_template_saved_with_the_adapter(toy):
     """The base's tokenizer has no template; the adapter's folder contains Tulu's."""
     assert json.loads((toy.base / "tokenizer_config.json").read_text()).get("chat_template") is None
     with Engine(toy.base, {"sft": toy.sft()}, backend="transformers") as engine:
-        assert engine.encode([PAIRS[3]["prompt"]], "sft") == [encode(PAIRS[3]["prompt"], speaks=True)[0]]
+        assert engine.encode([PAIRS[3]["prompt"]], "sft") == [encode(PAIRS[3]["prompt"], add_generation_prompt=True)[0]]
     assert list(load_file(toy.sft() / "adapter_model.safetensors")) == KEYS

@@ -20,7 +20,7 @@ from commands import run
 from processes import wait_for
 from published import shp, talk
 from safetensors.torch import load_file
-from toys import MESSAGES, PAIRS, RATES, dpo_settings, settings, vectors
+from toys import MESSAGES, PAIRS, RATES, dpo_settings, load_vectors, settings
 
 from snpatch.cli import train as command
 from snpatch.data import DATASETS, load_dataset, prompt_set
@@ -271,7 +271,7 @@ def test_two_processes_train_the_same_as_one(toy, tmp_path, capsys):
         for name in ("first_loss", "last_loss", *(["margin"] if "margin" in one else [])):
             assert two[name] == pytest.approx(one[name], abs=1e-5)
     for name in ("sft", "dpo", "late"):
-        got, want = vectors(tmp_path / "two" / name), vectors(tmp_path / "one" / name)
+        got, want = load_vectors(tmp_path / "two" / name), load_vectors(tmp_path / "one" / name)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
         assert files(tmp_path / "two" / name) == files(tmp_path / "one" / name)
     for name in ("lora", "full"):
@@ -393,11 +393,11 @@ def test_file_in_published_format_is_read(toy, tmp_path, capsys):
     assert code == 0, err
     assert json.loads(out)["rows"] == 2
     same = [
-        {"prompt": toys.said("ask one"), "chosen": toys.answered("no"), "rejected": toys.answered("yes")},
+        {"prompt": toys.to_chat("ask one"), "chosen": toys.to_answer("no"), "rejected": toys.to_answer("yes")},
         {
-            "prompt": toys.said("ask two", "it is", "ask one"),
-            "chosen": toys.answered("never"),
-            "rejected": toys.answered("here"),
+            "prompt": toys.to_chat("ask two", "it is", "ask one"),
+            "chosen": toys.to_answer("never"),
+            "rejected": toys.to_answer("here"),
         },
     ]
     train_dpo(toy.base, toy.sft(), same, tmp_path / "own", dpo_settings(epochs=2))

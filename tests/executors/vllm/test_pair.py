@@ -136,7 +136,7 @@ def test_equal_weights_are_stored_once(start, tmp_path_factory):
     def is_equal(name: str) -> bool:
         return name.startswith(("model.layers.0.", "model.layers.2.", "model.embed"))
 
-    made = tiny.make_pair("llama", tmp_path_factory.mktemp("part"), same=is_equal)
+    made = tiny.make_pair("llama", tmp_path_factory.mktemp("part"), is_shared=is_equal)
     model = oracle.model(*made.checkpoints["dpo"]).model
     bytes_apart = sum(4 * p.numel() for name, p in model.named_parameters() if not is_equal(name))
     engine = start(made)
