@@ -82,13 +82,13 @@ def policy_and_reference(trainer):
     """Return log-probabilities of all chosen, then all rejected answers, as in DPO's loss at step 1."""
     rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
     batch = trainer.data_collator(rows)
-    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     trainer.model.train()
     with torch.no_grad():
-        policy = trainer.model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(1)
-    chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
-    return policy, torch.cat([chosen, rejected])
+        policy = trainer.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(1)
+    chosen_log_probs, rejected_log_probs = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
+    return policy, torch.cat([chosen_log_probs, rejected_log_probs])
 
 
 def answers():
@@ -150,8 +150,8 @@ def test_policy_and_reference_start_as_served_sft_model_bit_for_bit(toy, with_ke
 @pytest.mark.parametrize(("method", "on"), [("ia3", "ia3"), ("lora", "lora"), ("ia3", "lora"), ("lora", "full")])
 def test_adapters_are_float32_on_weights_in_bfloat16(toy, built, tmp_path, method, on):
     where = (toy.sft("full"), None) if on == "full" else (toy.base, toy.sft(on))
-    given = dpo_settings(method, dtype="bfloat16", epochs=1)
-    model = built(*where, PAIRS, tmp_path / "built", given).model
+    config = dpo_settings(method, dtype="bfloat16", epochs=1)
+    model = built(*where, PAIRS, tmp_path / "built", config).model
     adapter = {name: p for name, p in model.named_parameters() if "ia3_" in name or "lora_" in name}
     assert {p.dtype for p in adapter.values()} == {torch.float32}
     assert {p.dtype for name, p in model.named_parameters() if name not in adapter} == {torch.bfloat16}
@@ -175,8 +175,8 @@ def test_gradient_checkpointing_option_reaches_the_trainer(toy, built, tmp_path,
 
 @pytest.mark.parametrize("method", ["ia3", "lora"])
 def test_adapter_on_bfloat16_weights_is_saved_in_float32(toy, tmp_path, method):
-    given = settings(method, dtype="bfloat16", epochs=1)
-    train_sft(toy.base, MESSAGES, tmp_path / "sft", given)
+    config = settings(method, dtype="bfloat16", epochs=1)
+    train_sft(toy.base, MESSAGES, tmp_path / "sft", config)
     train_dpo(toy.base, tmp_path / "sft", PAIRS, tmp_path / "dpo", dpo_settings(method, dtype="bfloat16", epochs=1))
     for out in ("sft", "dpo"):
         tensors = load_file(tmp_path / out / "adapter_model.safetensors").values()
@@ -226,31 +226,32 @@ def test_saved_factor_times_sft_is_the_trained_scale(toy, with_keys, final_scale
 
 def test_as_published_starts_at_ones_on_merged_weights(toy, built, tmp_path):
     """In bfloat16 those weights are rounded, and so are not what is served."""
-    given = dpo_settings(as_published=True, dtype="bfloat16")
-    trainer = built(toy.base, toy.sft(), PAIRS, tmp_path, given)
+    config = dpo_settings(as_published=True, dtype="bfloat16")
+    trainer = built(toy.base, toy.sft(), PAIRS, tmp_path, config)
     assert all((vector == 1).all() for vector in models.ia3_scales(trainer.model).values())
     assert models.ia3_scales(trainer.model, "ref") == {}
-    own = load_model(toy.base).to(torch.bfloat16)
+    base_model = load_model(toy.base).to(torch.bfloat16)
     layers = trainer.model.base_model.model.model.layers
-    for layer, plain_layer, first in zip(layers, own.model.layers, load_vectors(toy.sft()), strict=True):
+    for layer, plain_layer, first in zip(layers, base_model.model.layers, load_vectors(toy.sft()), strict=True):
         exact = plain_layer.mlp.down_proj.weight.float() * first
         merged = layer.mlp.down_proj.base_layer.weight
         assert torch.equal(merged, exact.bfloat16())
         assert not torch.equal(merged.float(), exact)
     policy, reference = policy_and_reference(trainer)
     assert torch.equal(policy, reference)
-    other, _ = policy_and_reference(
+    default_policy, _ = policy_and_reference(
         built(toy.base, toy.sft(), PAIRS, tmp_path / "other", dpo_settings(dtype="bfloat16"))
     )
-    assert not torch.equal(policy, other)
+    assert not torch.equal(policy, default_policy)
 
 
 def test_as_published_saves_the_trained_vector(toy, final_scales, tmp_path):
-    given = dpo_settings(as_published=True, batch_size=8, epochs=3, weight_decay=0.5)
-    train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)
-    got = load_vectors(tmp_path / "out")
+    config = dpo_settings(as_published=True, batch_size=8, epochs=3, weight_decay=0.5)
+    train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", config)
+    vectors = load_vectors(tmp_path / "out")
     assert all(
-        torch.equal(ours, final_scales[0][models.TRAINED][key].flatten()) for key, ours in zip(KEYS, got, strict=True)
+        torch.equal(vector, final_scales[0][models.TRAINED][key].flatten())
+        for key, vector in zip(KEYS, vectors, strict=True)
     )
     model = load_model(toy.base)
     for layer, first in zip(model.model.layers, load_vectors(toy.sft()), strict=True):
@@ -259,9 +260,9 @@ def test_as_published_saves_the_trained_vector(toy, final_scales, tmp_path):
         loss = toys.build_dpo_loss(toys.compute_margins(model))
     zeros = [torch.zeros(NEURONS)] * LAYERS
     want, _ = toys.train_scales(model, ONES, loss, steps=3, rate=0.1, decay=0.5, target=zeros)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(vectors, want, rtol=0, atol=1e-4)
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "own", dpo_settings(batch_size=8, epochs=3, weight_decay=0.5))
-    assert max((a - b).abs().max() for a, b in zip(got, load_vectors(tmp_path / "own"), strict=True)) > 0.01
+    assert max((a - b).abs().max() for a, b in zip(vectors, load_vectors(tmp_path / "own"), strict=True)) > 0.01
 
 
 # ---- Engine against plain PEFT and transformers
@@ -271,13 +272,13 @@ def test_as_published_saves_the_trained_vector(toy, final_scales, tmp_path):
 def test_engine_and_peft_agree_on_an_adapter(toy, with_keys, on):
     """The adapter is trained here, or made by plain PEFT."""
     folder = toy.sft() if on == "ia3" else with_keys
-    theirs = model_log_probs(PeftModel.from_pretrained(load_model(toy.base), folder).eval())
+    peft_log_probs = model_log_probs(PeftModel.from_pretrained(load_model(toy.base), folder).eval())
     with open_engine(toy.base, adapters={"sft": folder}) as engine:
-        for ours, other, base in zip(
-            engine_log_probs(engine, "sft"), theirs, engine_log_probs(engine, "base"), strict=True
+        for engine_values, peft_values, base_values in zip(
+            engine_log_probs(engine, "sft"), peft_log_probs, engine_log_probs(engine, "base"), strict=True
         ):
-            torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-6)
-            assert (ours - base).abs().max() > 0.05
+            torch.testing.assert_close(engine_values, peft_values, rtol=1e-6, atol=1e-6)
+            assert (engine_values - base_values).abs().max() > 0.05
 
 
 def test_engine_and_peft_agree_on_stacked_adapters(toy, tmp_path):
@@ -285,13 +286,13 @@ def test_engine_and_peft_agree_on_stacked_adapters(toy, tmp_path):
     model = PeftModel.from_pretrained(load_model(toy.base), toy.sft(), adapter_name="sft").eval()
     model.load_adapter(tmp_path, adapter_name="dpo")
     model.base_model.set_adapter(["sft", "dpo"], inference_mode=True)
-    theirs = model_log_probs(model)
+    peft_log_probs = model_log_probs(model)
     with open_engine(toy.base, adapters={"sft": toy.sft(), "dpo": [toy.sft(), tmp_path]}) as engine:
-        for ours, other, sft in zip(
-            engine_log_probs(engine, "dpo"), theirs, engine_log_probs(engine, "sft"), strict=True
+        for engine_values, peft_values, sft_values in zip(
+            engine_log_probs(engine, "dpo"), peft_log_probs, engine_log_probs(engine, "sft"), strict=True
         ):
-            torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-6)
-            assert (ours - sft).abs().max() > 0.05
+            torch.testing.assert_close(engine_values, peft_values, rtol=1e-6, atol=1e-6)
+            assert (engine_values - sft_values).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "ia3 on lora"])
@@ -309,11 +310,11 @@ def test_engine_runs_trained_secondary_weights(toy, tmp_path, method):
     else:
         source, model = {"lora": str(tmp_path)}, PeftModel.from_pretrained(load_model(toy.base), tmp_path).eval()
     with open_engine(toy.base, models={"dpo": source}) as engine:
-        for ours, other, base in zip(
+        for engine_values, peft_values, base_values in zip(
             engine_log_probs(engine, "dpo"), model_log_probs(model), engine_log_probs(engine, "base"), strict=True
         ):
-            torch.testing.assert_close(ours, other, rtol=0, atol=1e-5)
-            assert (ours - base).abs().max() > 0.05
+            torch.testing.assert_close(engine_values, peft_values, rtol=0, atol=1e-5)
+            assert (engine_values - base_values).abs().max() > 0.05
         chats = [pair["prompt"] for pair in PAIRS]
         completions = engine.generate(chats, "dpo", Sampling(max_tokens=6))
         assert len({tuple(text.token_ids) for text in completions}) > 1

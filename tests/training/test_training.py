@@ -80,8 +80,8 @@ def read_headline(out):
 
 @pytest.mark.parametrize("decay_target", [0, 1])
 def test_sft_matches_manual_adamw_on_answer_loss(toy, tmp_path, decay_target):
-    given = settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target)
-    figures = train_sft(toy.base, MESSAGES, tmp_path / "out", given)
+    config = settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target)
+    figures = train_sft(toy.base, MESSAGES, tmp_path / "out", config)
     target = ONES if decay_target else ZEROS
     want, losses = toys.train_scales(
         load_model(toy.base), ONES, toys.compute_sft_loss, steps=3, rate=0.1, decay=0.5, target=target
@@ -95,8 +95,8 @@ def test_sft_matches_manual_adamw_on_answer_loss(toy, tmp_path, decay_target):
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_dpo_matches_manual_adamw_from_sft(toy, tmp_path, beta, decay_target):
     """With weight_decay_target = 1, decay pulls towards SFT's vector, where DPO's own factor is 1."""
-    given = toys.dpo_settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target, beta=beta)
-    figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)
+    config = toys.dpo_settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target, beta=beta)
+    figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", config)
     model, start = load_model(toy.base), load_vectors(toy.sft())
     with torch.no_grad(), toys.apply_scales(model, start):
         loss = toys.build_dpo_loss(toys.compute_margins(model), beta)
@@ -104,8 +104,8 @@ def test_dpo_matches_manual_adamw_from_sft(toy, tmp_path, beta, decay_target):
         model, start, loss, steps=3, rate=0.1, decay=0.5, target=start if decay_target else ZEROS
     )
     assert min((vector - first).abs().max() for vector, first in zip(want, start, strict=True)) > 0.1
-    got = [factor * first for factor, first in zip(load_vectors(tmp_path / "out"), start, strict=True)]
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    vectors = [factor * first for factor, first in zip(load_vectors(tmp_path / "out"), start, strict=True)]
+    torch.testing.assert_close(vectors, want, rtol=0, atol=1e-4)
     assert [figures["first_loss"], figures["last_loss"]] == pytest.approx([math.log(2), losses[-1]], abs=1e-5)
 
 
@@ -135,11 +135,11 @@ def test_each_step_is_reported_and_recorded(trained):
     margin = [float(row["margin"]) for row in table]
     assert margin[0] == 0
     assert margin[-1] == figures["margin"] > 0.5
-    saved = json.loads((out / "training.json").read_text())
-    assert saved["provenance"]["figures"] == figures
-    assert saved["provenance"]["inputs"]["settings"]["beta"] == 0.1
-    assert [row["loss"] for row in saved["rows"]] == [float(row["loss"]) for row in table]
-    assert saved["headline"][0].startswith("dpo: 12 steps, loss 0.6931 -> ")
+    record_content = json.loads((out / "training.json").read_text())
+    assert record_content["provenance"]["figures"] == figures
+    assert record_content["provenance"]["inputs"]["settings"]["beta"] == 0.1
+    assert [row["loss"] for row in record_content["rows"]] == [float(row["loss"]) for row in table]
+    assert record_content["headline"][0].startswith("dpo: 12 steps, loss 0.6931 -> ")
     assert not (out / "checkpoints").exists()
 
 
@@ -152,8 +152,8 @@ def test_plot_shows_loss_margin_and_accuracies(toy, tmp_path, monkeypatch):
 
 
 def test_learning_rate_follows_warmup_and_schedule(toy, tmp_path):
-    given = settings(epochs=2.5, warmup_steps=2, lr_scheduler_type="linear")
-    assert train_sft(toy.base, MESSAGES, tmp_path / "out", given)["steps"] == 5
+    config = settings(epochs=2.5, warmup_steps=2, lr_scheduler_type="linear")
+    assert train_sft(toy.base, MESSAGES, tmp_path / "out", config)["steps"] == 5
     with open(tmp_path / "out" / "training.csv") as file:
         rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.1 * 2 / 3, 0.1 / 3])
@@ -162,9 +162,9 @@ def test_learning_rate_follows_warmup_and_schedule(toy, tmp_path):
 def test_seed_determines_row_order(toy, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
         train_sft(toy.base, MESSAGES, tmp_path / name, settings(epochs=1, seed=seed))
-    one, again, two = (load_vectors(tmp_path / name) for name in ("one", "again", "two"))
-    assert all(map(torch.equal, one, again))
-    assert not any(map(torch.equal, one, two))
+    first, repeat, second_seed = (load_vectors(tmp_path / name) for name in ("one", "again", "two"))
+    assert all(map(torch.equal, first, repeat))
+    assert not any(map(torch.equal, first, second_seed))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -193,11 +193,11 @@ def _load_trained(base, folder):
 @pytest.mark.parametrize("train", ["sft", "dpo"])
 def test_gradient_checkpointing_gives_same_weights(toy, tmp_path, train):
     for name, is_on in (("kept", False), ("again", True)):
-        given = {"gradient_checkpointing": is_on, "epochs": 1}
+        options = {"gradient_checkpointing": is_on, "epochs": 1}
         if train == "sft":
-            train_sft(toy.base, MESSAGES, tmp_path / name, settings(**given))
+            train_sft(toy.base, MESSAGES, tmp_path / name, settings(**options))
         else:
-            train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / name, toys.dpo_settings(**given))
+            train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / name, toys.dpo_settings(**options))
     torch.testing.assert_close(load_vectors(tmp_path / "again"), load_vectors(tmp_path / "kept"), rtol=0, atol=1e-5)
 
 
@@ -210,9 +210,9 @@ def test_first_loss_covers_answers_and_eos_only(toy, tmp_path, add_bos, names):
     figures = train_sft(base, MESSAGES, tmp_path / "out", settings(batch_size=8, epochs=1))
     with torch.no_grad():
         want = toys.compute_sft_loss(load_model(base), add_bos=add_bos).item()
-        other = toys.compute_sft_loss(load_model(base), add_bos=not add_bos).item()
+        wrong_loss = toys.compute_sft_loss(load_model(base), add_bos=not add_bos).item()
     assert figures["first_loss"] == pytest.approx(want, abs=1e-5)
-    assert abs(want - other) > 1e-2
+    assert abs(want - wrong_loss) > 1e-2
 
 
 def test_tulu_template_has_bos_and_eos():
@@ -221,9 +221,9 @@ def test_tulu_template_has_bos_and_eos():
     turns = to_chat("ask one", " yes\n", "ask two")
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == "<s><|user|>\nask one\n<|assistant|>\nyes</s>\n<|user|>\nask two\n<|assistant|>\n"
-    marked = tokenizer.apply_chat_template(to_chat("ask one", "yes here"), return_assistant_tokens_mask=True,
+    encoding = tokenizer.apply_chat_template(to_chat("ask one", "yes here"), return_assistant_tokens_mask=True,
                                            return_dict=True)  # fmt: skip
-    assert (marked["input_ids"], [bool(mask) for mask in marked["assistant_masks"]]) == encode(
+    assert (encoding["input_ids"], [bool(mask) for mask in encoding["assistant_masks"]]) == encode(
         to_chat("ask one", "yes here")
     )
 
@@ -242,11 +242,11 @@ def test_weight_decay_pulls_vector_without_gradient_towards_target():
 
 
 def test_weight_decay_target_rejects_other_optimizers():
-    p, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     with pytest.raises(SnpatchError, match="expected torch's AdamW, got SGD"):
         WeightDecayTowards({p: torch.ones(2)}).on_train_begin(None, None, None, torch.optim.SGD([p], lr=0.1))
     with pytest.raises(SnpatchError, match="expected all trained vectors in the optimizer, 1 are missing"):
-        WeightDecayTowards({p: torch.ones(2), other: torch.ones(2)}).on_train_begin(
+        WeightDecayTowards({p: torch.ones(2), q: torch.ones(2)}).on_train_begin(
             None, None, None, torch.optim.AdamW([p])
         )
 
@@ -267,8 +267,8 @@ def test_ia3_adapter_has_peft_format(toy, trained):
 
 
 def test_lora_adapter_has_requested_rank_and_targets(toy, tmp_path):
-    given = settings("lora", epochs=1, lora_rank=3, lora_targets=("o_proj", "down_proj"))
-    train_sft(toy.base, MESSAGES, tmp_path / "out", given)
+    lora_settings = settings("lora", epochs=1, lora_rank=3, lora_targets=("o_proj", "down_proj"))
+    train_sft(toy.base, MESSAGES, tmp_path / "out", lora_settings)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 3, 0.0)
     assert sorted(config["target_modules"]) == ["down_proj", "o_proj"]
@@ -346,11 +346,11 @@ def test_tokenizer_template_is_used_and_saved(toy, tmp_path):
     tokenizer = toys.tokenizer()
     tokenizer.chat_template = OWN
     base = copy_with_tokenizer(tmp_path / "base", tokenizer, toy.base)
-    given = settings(template="tokenizer", batch_size=2, epochs=1)
-    figures = train_sft(base, [{"messages": to_chat("one", "here")}] * 2, tmp_path / "out", given)
-    ask, one, yes, here = (toys.WORDS.index(word) for word in ("ask", "one", "yes", "here"))
+    config = settings(template="tokenizer", batch_size=2, epochs=1)
+    figures = train_sft(base, [{"messages": to_chat("one", "here")}] * 2, tmp_path / "out", config)
+    ask_id, one_id, yes_id, here_id = (toys.WORDS.index(word) for word in ("ask", "one", "yes", "here"))
     with torch.no_grad():
-        want = -toys.log_probs(load_model(base), [ask, one, yes, here, EOS])[-2:].mean().item()
+        want = -toys.log_probs(load_model(base), [ask_id, one_id, yes_id, here_id, EOS])[-2:].mean().item()
     assert figures["first_loss"] == pytest.approx(want, abs=1e-5)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == OWN
     train_dpo(base, tmp_path / "out", PAIRS, tmp_path / "dpo", toys.dpo_settings(template="tokenizer", epochs=1))
@@ -429,19 +429,19 @@ PAIR_LENGTHS = [max(len(encode(row["prompt"] + row[answer])[0]) for answer in ("
     ids=["same", "same but for unknown words", "same up to max_length", "long prompt", "prompt that leaves no room"],
 )
 def test_uninformative_pair_is_dropped_and_counted(toy, tmp_path, pair, reason):
-    given = toys.dpo_settings(epochs=1, max_prompt_length=20, max_dropped=0.12)
-    figures = train_dpo(toy.base, toy.sft(), [*PAIRS[:3], pair, *PAIRS[3:]], tmp_path / "with", given)
+    config = toys.dpo_settings(epochs=1, max_prompt_length=20, max_dropped=0.12)
+    figures = train_dpo(toy.base, toy.sft(), [*PAIRS[:3], pair, *PAIRS[3:]], tmp_path / "with", config)
     assert figures["dropped"] == {reason: 1}
     assert (figures["rows"], figures["truncated"]) == (9, 0)
     assert f"dropped 1 of 9 rows: {reason}" in read_headline(tmp_path / "with")
-    train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "without", given)
+    train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "without", config)
     assert all(map(torch.equal, load_vectors(tmp_path / "with"), load_vectors(tmp_path / "without")))
 
 
 def test_prompt_of_exactly_max_prompt_length_is_used(toy, tmp_path):
     longest = max(len(encode(row["prompt"], add_generation_prompt=True)[0]) for row in PAIRS)
-    given = toys.dpo_settings(epochs=1, max_prompt_length=longest)
-    assert train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)["dropped"] == {}
+    config = toys.dpo_settings(epochs=1, max_prompt_length=longest)
+    assert train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", config)["dropped"] == {}
     with pytest.raises(SnpatchError, match=f"longer than max_prompt_length = {longest - 1} tokens: more than"):
         train_dpo(
             toy.base,
@@ -454,16 +454,16 @@ def test_prompt_of_exactly_max_prompt_length_is_used(toy, tmp_path):
 
 def test_dropping_more_than_max_dropped_or_all_rows_fails(toy, tmp_path):
     rows = [*PAIRS, SAME, SAME]
-    given = toys.dpo_settings(epochs=1, max_dropped=0.2)
-    assert train_dpo(toy.base, toy.sft(), rows, tmp_path / "most", given)["dropped"].popitem()[1] == 2
+    config = toys.dpo_settings(epochs=1, max_dropped=0.2)
+    assert train_dpo(toy.base, toy.sft(), rows, tmp_path / "most", config)["dropped"].popitem()[1] == 2
     message = r"dropped 2 of 10 rows: chosen and rejected are the same tokens: more than max_dropped = 0\.1 of the rows"
     with pytest.raises(SnpatchError, match=message):
         train_dpo(toy.base, toy.sft(), rows, tmp_path / "many", toys.dpo_settings())
     with pytest.raises(SnpatchError, match="dropped 3 of 3 rows"):
         train_dpo(toy.base, toy.sft(), [SAME] * 3, tmp_path / "all", toys.dpo_settings(max_dropped=1.0))
-    long = [PAIRS[0] | {"prompt": to_chat("ask " * 40)}] * 2
+    long_pairs = [PAIRS[0] | {"prompt": to_chat("ask " * 40)}] * 2
     with pytest.raises(SnpatchError, match="dropped 2 of 2 rows: prompt not shorter than max_length = 32 tokens"):
-        train_dpo(toy.base, toy.sft(), long, tmp_path / "long", toys.dpo_settings(max_dropped=1.0))
+        train_dpo(toy.base, toy.sft(), long_pairs, tmp_path / "long", toys.dpo_settings(max_dropped=1.0))
 
 
 @pytest.mark.parametrize("less", [0, 1, 3])
@@ -563,7 +563,7 @@ def test_tokenizer_that_appends_eos_is_rejected(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sft", "given", "message"),
+    ("sft", "options", "message"),
     [
         (
             "ia3",
@@ -579,9 +579,9 @@ def test_tokenizer_that_appends_eos_is_rejected(toy, tmp_path):
         ("full", {}, "adapter_config.json: No such file"),
     ],
 )
-def test_dpo_rejects_method_that_cannot_continue_sft(toy, tmp_path, sft, given, message):
+def test_dpo_rejects_method_that_cannot_continue_sft(toy, tmp_path, sft, options, message):
     with pytest.raises(SnpatchError, match=message):
-        train_dpo(toy.base, toy.sft(sft), PAIRS, tmp_path / "out", toys.dpo_settings(**given))
+        train_dpo(toy.base, toy.sft(sft), PAIRS, tmp_path / "out", toys.dpo_settings(**options))
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
@@ -635,14 +635,14 @@ def test_unchanged_parameters_are_listed(toy, tmp_path):
 
 
 def test_trl_error_is_one_line(toy, tmp_path):
-    for given, options in (
+    for config, options in (
         (settings(lr_scheduler_type="uphill"), {}),
         (settings(), {"report_to": ["nowhere"]}),
         (settings(), {"report_to": ["clearml"]}),
         (settings("lora", lora_targets=("nothing",)), {}),
     ):
         with pytest.raises(SnpatchError, match="training: TRL refuses: ") as error:
-            train_sft(toy.base, MESSAGES, tmp_path / "out", given, **options)
+            train_sft(toy.base, MESSAGES, tmp_path / "out", config, **options)
         assert "\n" not in str(error.value)
         shutil.rmtree(tmp_path / "out")
 
@@ -652,13 +652,18 @@ def test_trl_error_is_one_line(toy, tmp_path):
 
 def test_default_settings_match_paper():
     for kind in (TrainSettings, DpoSettings):
-        chosen = kind()
-        assert (chosen.method, chosen.peak_learning_rate, chosen.epochs, chosen.batch_size) == ("ia3", 1e-3, 3, 120)
-        assert (chosen.weight_decay, chosen.weight_decay_target) == (0.1, 0)
-        assert (chosen.lr_scheduler_type, chosen.warmup_steps, chosen.max_length) == ("cosine", 0, 4096)
-        assert (chosen.lora_rank, chosen.lora_targets, chosen.template) == (64, ("q_proj", "v_proj"), "tulu")
-    chosen = DpoSettings()
-    assert (chosen.beta, chosen.max_prompt_length, chosen.as_published) == (0.1, 2048, False)
+        defaults = kind()
+        assert (defaults.method, defaults.peak_learning_rate, defaults.epochs, defaults.batch_size) == (
+            "ia3",
+            1e-3,
+            3,
+            120,
+        )
+        assert (defaults.weight_decay, defaults.weight_decay_target) == (0.1, 0)
+        assert (defaults.lr_scheduler_type, defaults.warmup_steps, defaults.max_length) == ("cosine", 0, 4096)
+        assert (defaults.lora_rank, defaults.lora_targets, defaults.template) == (64, ("q_proj", "v_proj"), "tulu")
+    defaults = DpoSettings()
+    assert (defaults.beta, defaults.max_prompt_length, defaults.as_published) == (0.1, 2048, False)
 
 
 def test_learning_rate_default_depends_on_method():
@@ -677,7 +682,7 @@ def test_learning_rate_default_depends_on_method():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("fields", "message"),
     [
         ({"method": "all"}, "method: expected one of ia3, lora, full, got 'all'"),
         ({"template": "chatml"}, "template: expected one of tulu, tokenizer, got 'chatml'"),
@@ -696,22 +701,22 @@ def test_learning_rate_default_depends_on_method():
         ({"max_length": 1}, "max_length: expected at least 2, got 1"),
     ],
 )
-def test_invalid_settings_raise(given, message):
+def test_invalid_settings_raise(fields, message):
     for kind in (TrainSettings, DpoSettings):
         with pytest.raises(SnpatchError, match=message):
-            kind(**given)
+            kind(**fields)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("fields", "message"),
     [
         ({"beta": 0}, "beta: expected more than 0, got 0"),
         ({"as_published": True, "method": "lora"}, "as_published: expected method = ia3, got lora"),
     ],
 )
-def test_invalid_dpo_settings_raise(given, message):
+def test_invalid_dpo_settings_raise(fields, message):
     with pytest.raises(SnpatchError, match=message):
-        DpoSettings(**given)
+        DpoSettings(**fields)
 
 
 def test_missing_extra_names_the_install_command(monkeypatch):
