@@ -107,8 +107,8 @@ def test_generation_equals_golden(engine, eos_engine, logits, name):
         ids = RUNS[f"{name}.{batch}"]["ids"]
         assert [c.token_ids for c in completions] == [without_padding(row, run.get("eos_token_id")) for row in ids]
         for index, prompt in enumerate(GENERATION["logit_prompts"]):
-            for step, which in ((0, "first"), (-1, "last")):
-                expected = GOLDEN_LOGITS[f"{name}.{batch}.{which}_logits"][index]
+            for step, position in ((0, "first"), (-1, "last")):
+                expected = GOLDEN_LOGITS[f"{name}.{batch}.{position}_logits"][index]
                 assert (steps[prompt][step] - expected).abs().max() <= LOGITS
     # The patch covers the prompt and every generated token but the last, which is never read.
     read_tokens = [len(c.prompt_ids) + len(c.token_ids) - 1 for c in completions]

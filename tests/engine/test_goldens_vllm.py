@@ -76,10 +76,10 @@ def test_generation_of_all_runs_in_one_batch_matches_goldens(engine):
         assert completion.overwrites == read_tokens * (run.get("k") or 0)
         if prompt in GENERATION["logit_prompts"]:
             index = GENERATION["logit_prompts"].index(prompt)
-            for step, which in ((0, "first"), (-1, "last")):
-                if which == "last" and run.get("eos_token_id") is not None:
+            for step, position in ((0, "first"), (-1, "last")):
+                if position == "last" and run.get("eos_token_id") is not None:
                     continue  # last step of the padded batch, which an ended completion does not have
-                golden = GOLDEN_LOGITS[f"{name}.batch1.{which}_logits"][index]
+                golden = GOLDEN_LOGITS[f"{name}.batch1.{position}_logits"][index]
                 want = golden.log_softmax(-1)[completion.token_ids[step]].item()
                 assert completion.logprobs[step] == pytest.approx(want, abs=2 * LOGITS)
 
