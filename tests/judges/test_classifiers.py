@@ -31,19 +31,19 @@ def test_batch_scores_equal_single_scores_with_any_padding(tmp_path, padding):
     (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": padding}))
     template = "<|user|> {prompt} <|assistant|> {completion} </s>"
     model.config.pad_token_id = padding
-    wanted = logits(model, filled(template))[:, 0].tolist()
+    expected = logits(model, filled(template))[:, 0].tolist()
     for batch_size in (1, 3, 16):
-        got = open_score_model(tmp_path, format=template, batch_size=batch_size)(PROMPTS, COMPLETIONS)
-        assert got == pytest.approx(wanted, abs=1e-4)
+        scores = open_score_model(tmp_path, format=template, batch_size=batch_size)(PROMPTS, COMPLETIONS)
+        assert scores == pytest.approx(expected, abs=1e-4)
 
 
 def test_competing_labels_are_scored_by_log_odds(tmp_path):
     model = write_classifier(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"})
     template = "{prompt} {completion}"
-    wanted = logits(model, filled(template)).softmax(-1).logit()
+    expected = logits(model, filled(template)).softmax(-1).logit()
     for label, index in (("harm", 1), (1, 1), ("safe", 0), (2, 2)):
-        got = open_score_model(tmp_path, format=template, label=label)(PROMPTS, COMPLETIONS)
-        assert got == pytest.approx(wanted[:, index].tolist(), abs=1e-4)
+        scores = open_score_model(tmp_path, format=template, label=label)(PROMPTS, COMPLETIONS)
+        assert scores == pytest.approx(expected[:, index].tolist(), abs=1e-4)
     for label in (None, "good", 3, -1):
         with pytest.raises(SnpatchError, match=r"label must be one of safe, harm, odd or an index"):
             open_score_model(tmp_path, label=label)
@@ -52,8 +52,8 @@ def test_competing_labels_are_scored_by_log_odds(tmp_path):
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
 def test_independent_labels_are_scored_by_raw_logit(tmp_path, kind):
     model = write_classifier(tmp_path, id2label={0: "rude", 1: "threat"}, problem_type=kind)
-    got = open_score_model(tmp_path, format="{prompt} {completion}", label="threat")(PROMPTS, COMPLETIONS)
-    assert got == pytest.approx(logits(model, filled("{prompt} {completion}"))[:, 1].tolist(), abs=1e-4)
+    scores = open_score_model(tmp_path, format="{prompt} {completion}", label="threat")(PROMPTS, COMPLETIONS)
+    assert scores == pytest.approx(logits(model, filled("{prompt} {completion}"))[:, 1].tolist(), abs=1e-4)
 
 
 def test_chat_template_is_default_format(tmp_path):
@@ -62,23 +62,23 @@ def test_chat_template_is_default_format(tmp_path):
     assert judge.text("a b", "c") == "<|user|> a b </s> <|assistant|> c </s> "
     with torch.inference_mode():
         ids = tokenizer()(judge.text("a b", "c"), add_special_tokens=False)["input_ids"]
-        wanted = model(torch.tensor([ids])).logits.item()
-    assert judge(["a b", "d"], ["c", "e e e"])[0] == pytest.approx(wanted, abs=1e-4)
+        expected = model(torch.tensor([ids])).logits.item()
+    assert judge(["a b", "d"], ["c", "e e e"])[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_pair_format_passes_token_types_to_encoder(tmp_path):
     """Scores of pairs, alone and in batches, equal the model's on the tokenizer's own pair encoding."""
     model = write_classifier(tmp_path, "bert", pad_token_id=0)
     words = BertTokenizer.from_pretrained(tmp_path)
-    wanted = []
+    expected = []
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
         inputs = words([prompt], [completion], return_tensors="pt")
         assert {*inputs["token_type_ids"][0].tolist()} == {0, 1}
         with torch.inference_mode():
-            wanted.append(model(**inputs).logits.item())
+            expected.append(model(**inputs).logits.item())
     for batch_size in (1, 3):
         assert open_score_model(tmp_path, batch_size=batch_size)(PROMPTS, COMPLETIONS) == pytest.approx(
-            wanted, abs=1e-4
+            expected, abs=1e-4
         )
     with pytest.raises(SnpatchError, match="ClassifierScorer has no argument padding_side"):
         open_score_model(tmp_path, padding_side="left")
