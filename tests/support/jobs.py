@@ -137,7 +137,8 @@ JOBS = [
     Job(7, "dpo", 0.2 * VALUES.abs(), (0, 60), seed=7),
     Job(5, "base", VALUES, (0, 60), "completion"),
 ]
-
+PATCHED_JOB, FULL_PATCH_JOB = JOBS[2], JOBS[3]  # of 29 and of all neurons
+DONOR_JOBS = JOBS[2:6]  # patched from dpo at all positions
 
 # Strengths, added constants, scales, and recipients and donors swapped.
 EXTENDED_JOBS = [

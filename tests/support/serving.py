@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from jobs import EXTENDED_JOBS, IDS, INTERVENTION_JOBS, JOBS, RANKINGS, SHAPE, VALUES, Job
+from jobs import EXTENDED_JOBS, FULL_PATCH_JOB, IDS, INTERVENTION_JOBS, JOBS, PATCHED_JOB, RANKINGS, SHAPE, VALUES, Job
 from served import Server
 
 from snpatch import Constant, Engine, Guard, Sampling
@@ -70,8 +70,10 @@ def offline(zoo, tmp_path_factory):
     with Engine(tiny_model.folder, tiny_model.adapters, template="tulu", max_rankings=4, **options) as engine:
         sampling = Sampling(max_tokens=10)
         completions = engine.generate([job.ids for job in MANY], [job.patch for job in MANY], sampling)
-        seeded_completions = engine.generate([IDS[2]], JOBS[2].patch, replace(sampling, temperature=1.0, seed=5, n=3))
-        chat = engine.generate([CHAT], JOBS[3].patch, sampling)
+        seeded_completions = engine.generate(
+            [IDS[2]], PATCHED_JOB.patch, replace(sampling, temperature=1.0, seed=5, n=3)
+        )
+        chat = engine.generate([CHAT], FULL_PATCH_JOB.patch, sampling)
         fingerprint, config = engine.fingerprint("sft"), GuardConfig(folds=2)
         features, labels = engine.capture(IDS, "sft", RANKINGS[0], 5), np.array([True, False] * 4)
         guard = Guard.fit(features, labels, RANKINGS[0], model="sft", fingerprint=fingerprint, config=config)
