@@ -44,12 +44,12 @@ def iter_prose(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def violations(path: Path) -> list[str]:
-    found = []
+    messages = []
     for line, kind, text in iter_prose(path):
-        found += [f"{path}:{line}: {kind} has the banned word {m[0]!r}" for m in BANNED.finditer(text)]
+        messages += [f"{path}:{line}: {kind} has the banned word {m[0]!r}" for m in BANNED.finditer(text)]
         if kind == "docstring" and (opening := OPENING.match(text)):
-            found.append(f"{path}:{line}: docstring begins with {opening[0]!r}")
-    return found
+            messages.append(f"{path}:{line}: docstring begins with {opening[0]!r}")
+    return messages
 
 
 def prose_files() -> Iterator[Path]:
@@ -59,8 +59,8 @@ def prose_files() -> Iterator[Path]:
 
 
 def test_prose_has_no_banned_word_or_opening():
-    found = [line for path in prose_files() if path != Path(__file__) for line in violations(path)]
-    assert not found, "\n".join(found)
+    messages = [line for path in prose_files() if path != Path(__file__) for line in violations(path)]
+    assert not messages, "\n".join(messages)
 
 
 @pytest.mark.parametrize(
