@@ -47,8 +47,8 @@ def run(step, *command):
     """Run a step; if it fails, stop with its name below the tool's output."""
     print("snpatch setup: " + step, flush=True)
     if subprocess.run(list(command), cwd=ROOT).returncode:
-        full = shutil.disk_usage(ROOT).free < 2e8
-        stop(step + " failed" + (": the disk is full" if full else ", see the lines above"))
+        is_full = shutil.disk_usage(ROOT).free < 2e8
+        stop(step + " failed" + (": the disk is full" if is_full else ", see the lines above"))
 
 
 def succeeds(*command):

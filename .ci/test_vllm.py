@@ -62,9 +62,9 @@ def combine_wheels(python: Path, library: Path, version: str) -> Path:
         files |= {n: cpu for n in cpu.namelist() if n.endswith(".so")}
         for name, archive in files.items():
             out.writestr(name, archive.read(name))
-        known = {package for package, _ in requirements(python)}
+        python_packages = {package for package, _ in requirements(python)}
         lines = requirements(python) + [
-            (package, line) for package, line in requirements(library) if package not in known
+            (package, line) for package, line in requirements(library) if package not in python_packages
         ]
         required = "".join(f"Requires-Dist: {line}\n" for _, line in lines)
         texts = {

@@ -74,9 +74,9 @@ class Attack:
                 self.outcomes[await self._send(Random(number))] += 1
             except (AssertionError, aiohttp.ClientError, TimeoutError) as fault:
                 self.faults.append(f"request {number}: {type(fault).__name__}: {fault}")
-            done = self.outcomes.total() + len(self.faults)
-            if done % self._order["every"] == 0:
-                print(done, flush=True)
+            num_done = self.outcomes.total() + len(self.faults)
+            if num_done % self._order["every"] == 0:
+                print(num_done, flush=True)
 
     async def _send(self, draw: Random) -> str:
         """Send a random request and return its outcome; raise AssertionError for a wrong answer."""
@@ -102,8 +102,8 @@ class Attack:
         assert lines[-1:] == ["[DONE]"], f"ended with {lines[-1:]}"
         chunks = [json.loads(line) for line in lines[:-1]]
         choices = [choice for chunk in chunks for choice in chunk["choices"]]
-        ended = sum(choice["finish_reason"] is not None for choice in choices)
-        assert ended == body.get("n", 1), f"{ended} texts ended of {body}"
+        num_ended = sum(choice["finish_reason"] is not None for choice in choices)
+        assert num_ended == body.get("n", 1), f"{num_ended} texts ended of {body}"
         assert chunks[-1].get("snpatch", {}).get("verified") is True, f"no verified receipt: {lines[-2]}"
         if ids is None:
             return "whole"

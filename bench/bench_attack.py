@@ -37,54 +37,55 @@ MB = 1e6
 
 
 @pytest.fixture
-def made(tmp_path):
+def tiny_model(tmp_path):
     """Write the tiny model and its server's files."""
-    made = tiny.make("llama", tmp_path)
+    tiny_model = tiny.make("llama", tmp_path)
     for name, ranking in zip(("first", "second"), RANKINGS, strict=True):
         replace(ranking, moments=MOMENTS).save(tmp_path / f"{name}.safetensors")
     for name, values in CONSTANTS.items():
         Constant(values).save(tmp_path / f"{name}.safetensors")
-    return made
+    return tiny_model
 
 
 @pytest.fixture
-def server(made, tmp_path):
-    server = Server(tmp_path, *serve_options(made, tmp_path), *CAPACITY_OPTIONS, wait_s=600)
+def server(tiny_model, tmp_path):
+    server = Server(tmp_path, *serve_options(tiny_model, tmp_path), *CAPACITY_OPTIONS, wait_s=600)
     yield server
     assert server.end() == 0, server.read_log()
 
 
-def test_attack(benchmark, made, server):
+def test_attack(benchmark, tiny_model, server):
     bodies = [
         {"model": "base", "prompt": job.ids, "max_tokens": 10, "temperature": 0, "return_token_ids": True}
         | {"snpatch": patch_json(job)}
         for job in KNOWN
     ]
-    known = [(body, oracle_completion(made, job).ids) for body, job in zip(bodies, KNOWN, strict=True)]
-    assert_exact(server, known)
+    expected = [(body, oracle_completion(tiny_model, job).ids) for body, job in zip(bodies, KNOWN, strict=True)]
+    assert_exact(server, expected)
     watch = Watch(server)
-    benchmark.pedantic(lambda: asyncio.run(watch.run(known)), rounds=1, iterations=1)
-    wait_for(lambda: not any(server.held().values()), 60)
-    assert_exact(server, known)
-    assert not watch.found["faults"], watch.found["faults"]
+    benchmark.pedantic(lambda: asyncio.run(watch.run(expected)), rounds=1, iterations=1)
+    wait_for(lambda: not any(server.count_resources().values()), 60)
+    assert_exact(server, expected)
+    assert not watch.results["faults"], watch.results["faults"]
     assert all(process.is_running() for process in watch.processes.values()), server.read_log()
     watch.sample(REQUESTS)
     benchmark.extra_info.update(
         side="attack", requests=REQUESTS, clients=attackers.CLIENTS, slow_sockets=attackers.SLOW_SOCKETS,
-        cores=len(os.sched_getaffinity(0)), known=len(known), held=server.held(), health=watch.health(), **watch.found,
+        cores=len(os.sched_getaffinity(0)), known=len(expected), held=server.count_resources(),
+        health=watch.health(), **watch.results,
         processes={name: summarize(samples) for name, samples in watch.samples.items()},
     )  # fmt: skip
 
 
-def assert_exact(server: Server, known: list[tuple[dict, list[int]]]) -> None:
-    for body, ids in known:
+def assert_exact(server: Server, expected: list[tuple[dict, list[int]]]) -> None:
+    for body, ids in expected:
         answer = server.post(attackers.COMPLETIONS, body).json()
         assert answer["choices"][0]["token_ids"] == ids, body
         assert answer["snpatch"]["verified"] is True
 
 
 class Watch:
-    """Samples of a server's processes and times of its `/health` during an attack. found: the attack's results."""
+    """Samples of a server's processes and times of its `/health` during an attack. results: of the attack."""
 
     def __init__(self, server: Server) -> None:
         self._server, api = server, psutil.Process(server.process.pid)
@@ -92,20 +93,20 @@ class Watch:
         children = {title.removeprefix(PROCESS): p for title, p in titles.items() if title.startswith(PROCESS)}
         self.processes = {"API server": api, **children}
         self.samples: dict[str, list[dict]] = {name: [] for name in self.processes}
-        self.found: dict = {}
+        self.results: dict = {}
         self._health_s: list[float] = []
 
-    async def run(self, known: list[tuple[dict, list[int]]]) -> None:
+    async def run(self, expected: list[tuple[dict, list[int]]]) -> None:
         self.sample(0)
         pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "limit": 2**24}
         attack = await asyncio.create_subprocess_exec(sys.executable, attackers.__file__, **pipes)
-        order = {"url": self._server.url, "requests": REQUESTS, "every": EVERY, "known": known}
+        order = {"url": self._server.url, "requests": REQUESTS, "every": EVERY, "known": expected}
         attack.stdin.write(json.dumps(order).encode())
         attack.stdin.write_eof()
         polling = asyncio.create_task(self._poll_health())
         async for line in attack.stdout:
             if line.startswith(b"{"):
-                self.found = json.loads(line)
+                self.results = json.loads(line)
             else:
                 await asyncio.to_thread(self.sample, int(line))
         assert await attack.wait() == 0

@@ -102,12 +102,12 @@ def assert_correct(engine, folder, adapters) -> None:
     equal the transformers executor's, if the weights are on disk.
     """
     ids, full_patch = prompts(4), Patch("sft", "dpo", RANKING, len(RANKING))
-    for got, expected in zip(engine.logprobs(ids, full_patch), engine.logprobs(ids, "dpo"), strict=True):
-        assert (got.values - expected.values).abs().max() < 0.1
+    for actual, expected in zip(engine.logprobs(ids, full_patch), engine.logprobs(ids, "dpo"), strict=True):
+        assert (actual.values - expected.values).abs().max() < 0.1
     if SIZE != "7b":
         with Engine(folder / "model", adapters, backend="transformers") as reference:
-            for got, expected in zip(engine.logprobs(ids, PATCH), reference.logprobs(ids, PATCH), strict=True):
-                assert (got.values - expected.values).abs().mean() < 0.05
+            for actual, expected in zip(engine.logprobs(ids, PATCH), reference.logprobs(ids, PATCH), strict=True):
+                assert (actual.values - expected.values).abs().mean() < 0.05
 
 
 @pytest.fixture(scope="module")
@@ -139,27 +139,28 @@ def run_native(native, batch: int, new: int = NEW, prompt: int = PROMPT) -> None
     assert all(len(result.outputs[0].token_ids) == new for result in results)
 
 
-def paired(benchmark, name: str, run, others: dict, rounds: int = ROUNDS, **info) -> None:
-    """Time `run`, and each of `others` before each of its rounds; ratios are the others' seconds / its seconds."""
-    seconds: dict[str, list[float]] = {other: [] for other in others}
-    own: list[float] = []
+def paired(benchmark, name: str, run, baselines: dict, rounds: int = ROUNDS, **info) -> None:
+    """Time `run`, and each baseline before each round of it; ratios are baseline seconds / seconds of `run`."""
+    seconds: dict[str, list[float]] = {baseline: [] for baseline in baselines}
+    run_seconds: list[float] = []
 
     def take_turns():
-        for other, call in others.items():
+        for baseline, call in baselines.items():
             start = time.perf_counter()
             call()
-            seconds[other].append(time.perf_counter() - start)
+            seconds[baseline].append(time.perf_counter() - start)
 
     def timed():
         start = time.perf_counter()
         run()
-        own.append(time.perf_counter() - start)
+        run_seconds.append(time.perf_counter() - start)
 
     benchmark.pedantic(timed, setup=take_turns, rounds=rounds, iterations=1, warmup_rounds=1)
-    for other, times in seconds.items():
-        ratios = [t / o for t, o in zip(times[1:], own[1:], strict=True)]  # without the warm-up
+    for baseline, times in seconds.items():
+        ratios = [t / o for t, o in zip(times[1:], run_seconds[1:], strict=True)]  # without the warm-up
         low, middle, high = statistics.quantiles(ratios, n=4)
-        benchmark.extra_info[other] = {"median_s": statistics.median(times[1:]), "ratio": middle, "q1": low, "q3": high}
+        quartiles = {"ratio": middle, "q1": low, "q3": high}
+        benchmark.extra_info[baseline] = {"median_s": statistics.median(times[1:]), **quartiles}
     benchmark.extra_info.update({**about(), "side": name, "prompt": PROMPT, "new": NEW, **info})
 
 
@@ -172,8 +173,8 @@ def against_native(benchmark, twin, native, name: str, sides: dict[str, int], ru
     """Time `run` against native vLLM with each number of requests in `sides`, both on one model runner."""
     runner = twin.executor.worker_info.runner
     assert runner == get_runner(native), "the two sides run different model runners"
-    others = {side: lambda n=n: run_native(native, n, new, prompt) for side, n in sides.items()}
-    paired(benchmark, name, run, others, runner=runner, new=new, prompt=prompt, **info)
+    baselines = {side: lambda n=n: run_native(native, n, new, prompt) for side, n in sides.items()}
+    paired(benchmark, name, run, baselines, runner=runner, new=new, prompt=prompt, **info)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -213,9 +214,9 @@ def test_prefill(benchmark, twin, native):
 def test_windows(benchmark, twin):
     """32 different windows in one batch against one window for all requests."""
     patches = [Patch("sft", "dpo", RANKING, (i, i + K)) for i in range(32)]
-    others = {"one window": lambda: run_twin(twin, 32)}
+    baselines = {"one window": lambda: run_twin(twin, 32)}
     runner = twin.executor.worker_info.runner
-    paired(benchmark, "32 windows", lambda: run_twin(twin, 32, patches), others, batch=32, runner=runner)
+    paired(benchmark, "32 windows", lambda: run_twin(twin, 32, patches), baselines, batch=32, runner=runner)
 
 
 def test_statistics(benchmark, twin):
@@ -228,8 +229,8 @@ def test_statistics(benchmark, twin):
         twin.execute([twin.requests.observing(ids, PAIR, observe, sampling=sampling) for ids in prompts(32)])
         assert (statistics.count == (32 * (PROMPT + NEW - 1) if observes else 0)).all()
 
-    others = {"without": lambda: run(False)}
-    paired(benchmark, "statistics", lambda: run(True), others, batch=32, runner=twin.executor.worker_info.runner)
+    baselines = {"without": lambda: run(False)}
+    paired(benchmark, "statistics", lambda: run(True), baselines, batch=32, runner=twin.executor.worker_info.runner)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +243,10 @@ def test_against_hooks(benchmark, twin, folder, batch, lengths):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     adapters = [folder / "sft"], [folder / "sft", folder / "dpo"]
     hooked = Hooked(folder / "model", *adapters, RANKING.top(K), "cuda" if GPU else "cpu")
-    new = [NEW] * batch if lengths == "static" else [8 + 120 * i // (batch - 1) for i in range(batch)]
-    others = {"hooks": lambda: hooked.generate(prompts(batch), new)}
-    paired(benchmark, "twin", lambda: run_twin(twin, batch, PATCH, new), others, max(3, ROUNDS // 2), batch=batch,
-           lengths=lengths, runner=twin.executor.worker_info.runner)  # fmt: skip
+    num_tokens = [NEW] * batch if lengths == "static" else [8 + 120 * i // (batch - 1) for i in range(batch)]
+    baselines = {"hooks": lambda: hooked.generate(prompts(batch), num_tokens)}
+    paired(benchmark, "twin", lambda: run_twin(twin, batch, PATCH, num_tokens), baselines, max(3, ROUNDS // 2),
+           batch=batch, lengths=lengths, runner=twin.executor.worker_info.runner)  # fmt: skip
 
 
 def resident_bytes(process: int) -> int:
@@ -258,7 +259,7 @@ def processes(parent: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def touched(twin):
+def filled_cache(twin):
     """Fill the whole KV cache once: its memory is reserved at startup but resident only after its first use."""
     token = 2 * 2 * 2 * LAYERS * geometry.SIZES[SIZE]["hidden_size"]  # two streams, keys and values, bfloat16
     sequences = prompts(1 + CACHE_BYTES // token // 250, 250)
@@ -266,7 +267,7 @@ def touched(twin):
 
 
 @pytest.mark.parametrize("positions", [10**3, 10**4, 10**5, 10**6])
-def test_contrast(benchmark, twin, touched, positions):
+def test_contrast(benchmark, twin, filled_cache, positions):
     """Positions per second when both models read given texts, and the growth of all processes' memory."""
     if SIZE in ("160m", "1b", "rehearsal") and not GPU and positions > 10**4:
         pytest.skip("takes minutes on a CPU: SNPATCH_BENCH_SIZE=tiny goes to 10^6")
@@ -309,8 +310,8 @@ def test_profile(request, benchmark, traces, side):
         profiled.stop_profile()
 
     benchmark.pedantic(profile, rounds=1, iterations=1)
-    (written,) = set(traces[name].glob("*.json.gz")) - before
-    with gzip.open(written, "rt") as file:
+    (trace_file,) = set(traces[name].glob("*.json.gz")) - before
+    with gzip.open(trace_file, "rt") as file:
         events = json.load(file)["traceEvents"]
     try:
         steps = trace_events.decode_steps(events, "kernel" if GPU else "cpu_op")

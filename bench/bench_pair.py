@@ -40,8 +40,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="class")
 def pair(folders):
-    own, donor = folders
-    with Engine(own, models={"dpo": donor}, backend="vllm", **OPTIONS) as engine:
+    recipient, donor = folders
+    with Engine(recipient, models={"dpo": donor}, backend="vllm", **OPTIONS) as engine:
         if SIZE != "7b":
             assert_correct(engine, folders)
         yield engine
@@ -52,9 +52,9 @@ def assert_correct(engine, folders) -> None:
     prompts = [[(7 * i + 3 * j) % 500 + 3 for j in range(PROMPT)] for i in range(4)]
     with Engine(folders[0], models={"dpo": folders[1]}, backend="transformers") as reference:
         for patch in (PATCH, "base", "dpo"):
-            got, expected = engine.logprobs(prompts, patch), reference.logprobs(prompts, patch)
-            for one, other in zip(got, expected, strict=True):
-                assert (one.values - other.values).abs().mean() < 0.05
+            actual, expected = engine.logprobs(prompts, patch), reference.logprobs(prompts, patch)
+            for actual_row, expected_row in zip(actual, expected, strict=True):
+                assert (actual_row.values - expected_row.values).abs().mean() < 0.05
 
 
 @contextmanager
@@ -88,14 +88,14 @@ def one_stream(folders):
 class TestPair:
     @pytest.mark.parametrize("batch", SHOWN)
     def test_pair_against_two_native_engines(self, benchmark, pair, natives, batch):
-        def both():
+        def run_both():
             for native in natives:
                 run_native(native, batch)
 
         run = partial(run_twin, pair, batch, PATCH)
         runner, memory = pair.executor.worker_info.runner, pair.executor.memory
         assert runner == get_runner(natives[0])
-        paired(benchmark, "pair", run, {"two natives": both}, batch=batch, runner=runner,
+        paired(benchmark, "pair", run, {"two natives": run_both}, batch=batch, runner=runner,
                memory={"weights": memory.weights, "second": memory.secondary, "cache": memory.kv_cache,
                        "twice": memory.duplicated})  # fmt: skip
 
@@ -106,5 +106,5 @@ class TestOneStream:
     @pytest.mark.parametrize("batch", SHOWN)
     def test_one_stream_against_native(self, benchmark, one_stream, native, batch):
         run = partial(run_twin, one_stream, batch, "base")
-        others = {"native B": lambda: run_native(native, batch)}
-        paired(benchmark, "one stream", run, others, batch=batch, runner=one_stream.executor.worker_info.runner)
+        baselines = {"native B": lambda: run_native(native, batch)}
+        paired(benchmark, "one stream", run, baselines, batch=batch, runner=one_stream.executor.worker_info.runner)

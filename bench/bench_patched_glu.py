@@ -67,12 +67,12 @@ def with_tile(block_t, block_f):
     """Return `unobserved` with another tile of the Triton kernel, to check the choice of its tile."""
 
     def run(t):
-        chosen = dict(kernel.TILE)
+        tile = dict(kernel.TILE)
         kernel.TILE.update(BLOCK_T=block_t, BLOCK_F=block_f)
         try:
             return unobserved(t)
         finally:
-            kernel.TILE.update(chosen)
+            kernel.TILE.update(tile)
 
     return run
 
@@ -95,7 +95,7 @@ def unfused(t):
     return out
 
 
-def plain(t):
+def silu_mul(t):
     if GPU:
         return torch.nn.functional.silu(t["gate_up"][:, : t["scale"].shape[1]]) * t["gate_up"][:, t["scale"].shape[1] :]
     return torch.ops.snpatch_bench.silu_mul(t["gate_up"])
@@ -127,7 +127,7 @@ def plain_op():
 
 def sides():
     """Return name -> function of the tensors, for the sides that run on this machine."""
-    functions = {"snpatch": fused, "snpatch, unobserved": unobserved, "plain silu*up": plain, "eager": unfused}
+    functions = {"snpatch": fused, "snpatch, unobserved": unobserved, "plain silu*up": silu_mul, "eager": unfused}
     if GPU:
         functions["copy"] = copy
         functions |= {f"tile {t}x{f}": with_tile(t, f) for t, f in ((1, 1024), (2, 512), (8, 128), (16, 64))}
@@ -163,17 +163,17 @@ def assert_correct(t, side):
         return
     if side in ("plain silu*up", "vllm silu_and_mul"):
         gate, up = t["gate_up"].float().chunk(2, dim=1)
-        got = SIDES[side](t) if side != "vllm silu_and_mul" else (SIDES[side](t), t["plain_out"])[1]
-        torch.testing.assert_close(got.float(), torch.nn.functional.silu(gate) * up, rtol=2e-2, atol=2e-2)
+        actual = SIDES[side](t) if side != "vllm silu_and_mul" else (SIDES[side](t), t["plain_out"])[1]
+        torch.testing.assert_close(actual.float(), torch.nn.functional.silu(gate) * up, rtol=2e-2, atol=2e-2)
         return
     expected = {name: t[name].clone() for name in mutated}
     inputs = [expected.get(name, tensor) for name, tensor in list(t.items())[:9]]
     if side in UNOBSERVED:
         inputs[4] = t["unobserved"]
     out = reference.patched_glu(*inputs, "silu", 2, 0, 0)
-    got = SIDES[side](t)
+    actual = SIDES[side](t)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if out.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(got, out, **tolerance)
+    torch.testing.assert_close(actual, out, **tolerance)
     for name in mutated:
         torch.testing.assert_close(t[name], expected[name], rtol=1e-4, atol=1e-3)
 

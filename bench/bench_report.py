@@ -20,8 +20,8 @@ def tab():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
     if CHROMIUM is None:
         pytest.skip("needs Chromium: no chromium or google-chrome in PATH")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser.new_page()
         browser.close()
 

@@ -29,9 +29,9 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     begin = time.monotonic()
     subprocess.run([sys.executable, "-m", "snpatch.cli", "reproduce", "--model", "demo", "--out", str(OUT)], check=True)
-    whole = round(time.monotonic() - begin, 1)
+    total_s = round(time.monotonic() - begin, 1)
     steps = json.loads((OUT / "steps.json").read_text())
-    seconds = {name: step["seconds"] for name, step in steps.items()} | {ALL: whole}
+    seconds = {name: step["seconds"] for name, step in steps.items()} | {ALL: total_s}
     report = json.loads((OUT / "report.json").read_text())
     about = describe_environment(ops.implementations())
     machine = f"{get_cpu_info()['brand_raw']}, {about['device']['cpu threads']} threads"

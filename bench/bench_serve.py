@@ -44,11 +44,11 @@ def flags(max_model_len: int) -> list[str]:
 def served(folder, tmp_path_factory):  # noqa: F811
     RANKING.save(folder / "ranking.safetensors")
     pair = [f"-asft={folder / 'sft'}", f"-adpo={folder / 'sft'},{folder / 'dpo'}"]
-    named = [
+    patch_options = [
         f"--ranking=ranking={folder / 'ranking.safetensors'}",
         f"--patch=patched=recipient=sft,donor=dpo,ranking=ranking,k={K}",
     ]
-    words = [str(folder / "model"), *pair, *named, *flags(512)]
+    words = [str(folder / "model"), *pair, *patch_options, *flags(512)]
     server = Server(tmp_path_factory.mktemp("served"), *words, program=SERVED, wait_s=WAIT_S)
     yield server
     server.end()
@@ -99,7 +99,7 @@ def test_patched_against_plain_and_native(benchmark, folder, served, native, con
     benchmark.pedantic(turn, rounds=FEW, iterations=1, warmup_rounds=1)
     patched = [result["request_throughput"] for result in results["served patched"][1:]]
     for name in sides.keys() - {"served patched"}:
-        ratios = [p / other["request_throughput"] for p, other in zip(patched, results[name][1:], strict=True)]
+        ratios = [p / baseline["request_throughput"] for p, baseline in zip(patched, results[name][1:], strict=True)]
         if name == "native server 2B":
             ratios = [2 * ratio for ratio in ratios]  # it serves two requests while a patched one runs two rows
         low, middle, high = statistics.quantiles(ratios, n=4)
@@ -142,8 +142,8 @@ def test_http_overhead(benchmark, folder, served):  # noqa: F811
             offline.append(time.perf_counter() - start)
 
         benchmark.pedantic(turn, rounds=ROUNDS, iterations=1, warmup_rounds=1)
-    added = [1e3 * (a - b) / n for a, b in zip(http[1:], offline[1:], strict=True)]
-    low, middle, high = statistics.quantiles(added, n=4)
+    overhead_ms = [1e3 * (a - b) / n for a, b in zip(http[1:], offline[1:], strict=True)]
+    low, middle, high = statistics.quantiles(overhead_ms, n=4)
     benchmark.extra_info.update(
         **about(), side="http", batch=concurrency, new=NEW, requests=n, added_ms=middle, added_q1=low, added_q3=high,
         offline_ms=1e3 * statistics.median(offline[1:]) / n,

@@ -40,7 +40,7 @@ MANY = 40 if IS_REHEARSAL else 10_000
 ROUNDS = 2
 
 
-def write(engine, patches, asked) -> None:
+def write(engine, patches, prompts) -> None:
     """Generate every patch on every prompt, as a sweep does."""
     sampling = Sampling(max_tokens=NEW, ignore_eos=True)
     items = [
@@ -48,12 +48,12 @@ def write(engine, patches, asked) -> None:
             f"{number} {index}", index, "", 0, engine.requests.patched(ids, patch, sampling=sampling)
         )
         for number, patch in enumerate(patches)
-        for index, ids in enumerate(asked)
+        for index, ids in enumerate(prompts)
     ]
     with Store(None) as store:
         generation.generate_missing(engine, items, store)
-        written = store.texts([item.key for item in items])
-    assert sum(len(text.token_ids) for text in written.values()) == NEW * len(items)
+        texts = store.texts([item.key for item in items])
+    assert sum(len(text.token_ids) for text in texts.values()) == NEW * len(items)
 
 
 def windows_in_one_batch(benchmark, engine, ranking, prompts, rounds, **info) -> None:
@@ -65,16 +65,16 @@ def windows_in_one_batch(benchmark, engine, ranking, prompts, rounds, **info) ->
     patches = [Patch(*PAIR, ranking, k) for k in ks]
 
     def one_after_the_other():
-        asked = prompts(PROMPTS)
+        chats = prompts(PROMPTS)
         for patch in patches:
-            write(engine, [patch], asked)
+            write(engine, [patch], chats)
 
-    others = {
+    baselines = {
         "one window": lambda: write(engine, patches[:1], prompts(PROMPTS * WINDOWS)),
         "one after the other": one_after_the_other,
     }
     runner = engine.executor.worker_info.runner
-    paired(benchmark, "sweep", lambda: write(engine, patches, prompts(PROMPTS)), others, rounds=rounds,
+    paired(benchmark, "sweep", lambda: write(engine, patches, prompts(PROMPTS)), baselines, rounds=rounds,
            windows=WINDOWS, prompts=PROMPTS, new=NEW, runner=runner, **info)  # fmt: skip
 
 
@@ -85,8 +85,8 @@ def test_windows(benchmark, twin):  # noqa: F811
 def test_windows_of_the_demo(benchmark, demo):
     engine, _ = demo
     ranking = random_ranking(engine.geometry.n_layers, engine.geometry.n_neurons)
-    new = functools.partial(prompts, words=len(engine.tokenizer))
-    windows_in_one_batch(benchmark, engine, ranking, new, 5 * ROUNDS, size="demo", dtype="float32")
+    draw_prompts = functools.partial(prompts, words=len(engine.tokenizer))
+    windows_in_one_batch(benchmark, engine, ranking, draw_prompts, 5 * ROUNDS, size="demo", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def demo():
         yield engine, load_dataset(experiment.resolve_path(source.source)).prompts
 
 
-def judge(asked, answers):
+def judge(prompts, answers):
     return [float(len(answer)) for answer in answers]
 
 
@@ -107,7 +107,7 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
 
     Why not wall time: with an engine on all cores, the driver waits for a core in whatever it does.
     """
-    engine, asked = demo
+    engine, chats = demo
     spent, depth = Counter(), [0]
 
     def timed(name, method):
@@ -126,17 +126,17 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
     for name in ("keep", "claim", "is_suspect", "ask", "texts", "missing", "name", "keep_scores", "scores", "errors"):
         monkeypatch.setattr(Store, name, timed(name, getattr(Store, name)))
     size = engine.geometry.n_layers * engine.geometry.n_neurons
-    ranking = engine.contrast(asked[:20], "sft", "dpo", sampling=Sampling(max_tokens=16), exclude_layers=())
-    n = max(1, MANY // len(asked))
+    ranking = engine.contrast(chats[:20], "sft", "dpo", sampling=Sampling(max_tokens=16), exclude_layers=())
+    n = max(1, MANY // len(chats))
     config = SweepConfig(("sft",), "dpo", tuple(1 + i * (size - 1) // n for i in range(n)), controls=0, resamples=10,
                          sampling=Sampling(max_tokens=24))  # fmt: skip
     seconds = []
 
     def run():
         start = time.perf_counter()
-        result = sweep(engine, asked, {"safety": ranking}, {"length": judge}, config, store=tmp_path)
+        result = sweep(engine, chats, {"safety": ranking}, {"length": judge}, config, store=tmp_path)
         seconds.append(time.perf_counter() - start)
-        assert len(result.records) >= MANY - len(asked)
+        assert len(result.records) >= MANY - len(chats)
 
     run()
     store_s, by = sum(spent.values()), dict(spent)
@@ -149,7 +149,7 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
 
 def test_minimal(benchmark, demo, tmp_path):
     """Search for the smallest k that recovers 90 %, against the whole grid, without reusing its completions."""
-    engine, asked = demo
+    engine, chats = demo
     experiment = load_experiment_config("demo")
     arguments = dict(experiment.judges[experiment.cost])
     cost = open_judge(experiment.resolve_path(arguments.pop("source")), backend="transformers", **arguments)
@@ -157,17 +157,17 @@ def test_minimal(benchmark, demo, tmp_path):
     ranking = engine.contrast(contrast, "sft", "dpo", sampling=Sampling(max_tokens=experiment.contrast_tokens))
     ks = tuple(round(len(ranking) * i / 24) for i in range(25))
     config = SweepConfig(("sft", "base"), "dpo", ks, controls=0, sampling=Sampling(max_tokens=experiment.max_tokens))
-    grid = sweep(engine, asked, {"safety": ranking}, {"cost": cost}, config, store=tmp_path / "grid")
+    grid = sweep(engine, chats, {"safety": ranking}, {"cost": cost}, config, store=tmp_path / "grid")
 
     def search():
-        return find_minimal(engine, asked, {"safety": ranking}, cost, config, store=tmp_path / "search")
+        return find_minimal(engine, chats, {"safety": ranking}, cost, config, store=tmp_path / "search")
 
     for result in benchmark.pedantic(search, rounds=1):
         line = grid.line("cost", result.recipient, "safety")
         exact = next((row.rank_hi for row in line if row.effect >= 0.9), None)
-        found = result.search
-        record = {"k": found.k, "low": found.low, "high": found.high, "used": found.used, "full": found.full}
-        benchmark.extra_info[result.recipient] = {**record, "rounds": found.rounds, "whole_grid": exact}
+        minimal = result.search
+        record = {"k": minimal.k, "low": minimal.low, "high": minimal.high, "used": minimal.used, "full": minimal.full}
+        benchmark.extra_info[result.recipient] = {**record, "rounds": minimal.rounds, "whole_grid": exact}
     benchmark.extra_info.update({**about(), "side": "minimal"})
 
 

@@ -54,11 +54,11 @@ class BatchGenerator:
     def draw(self) -> list[list[int]]:
         return prompts(BATCH, PROMPT, self._words)
 
-    def generate(self, texts: list[list[int]], new: int, has_zeroing: bool) -> list[list[int]]:
+    def generate(self, texts: list[list[int]], max_tokens: int, has_zeroing: bool) -> list[list[int]]:
         zeroing, blocks, seconds = self.zeroing, self.zeroing.blocks, self.zeroing.seconds
         zeroing.is_on = has_zeroing
         start = time.perf_counter()
-        completions = self.engine.generate(texts, self._patch, Sampling(max_tokens=new, ignore_eos=True))
+        completions = self.engine.generate(texts, self._patch, Sampling(max_tokens=max_tokens, ignore_eos=True))
         if has_zeroing:
             self.shares.append((zeroing.seconds - seconds) / (time.perf_counter() - start))
         assert (zeroing.blocks > blocks) == has_zeroing
@@ -87,8 +87,8 @@ def writer(request, in_process, tmp_path_factory):  # noqa: F811
 def test_zeroing_against_none(benchmark, writer, new):
     """Ratios are of speeds; with one token, of the time until every prompt of the batch has its first token."""
     writer.shares.clear()
-    others = {"no zeroing": lambda: writer.generate(writer.draw(), new, False)}
+    baselines = {"no zeroing": lambda: writer.generate(writer.draw(), new, False)}
     sizes = {"size": writer.size, "batch": BATCH, "prompt": PROMPT, "new": new}
-    paired(benchmark, "zeroing", lambda: writer.generate(writer.draw(), new, True), others, PAIRS, **sizes)
+    paired(benchmark, "zeroing", lambda: writer.generate(writer.draw(), new, True), baselines, PAIRS, **sizes)
     if not GPU:  # on a GPU zeroing runs asynchronously
         benchmark.extra_info["zeroing_share"] = statistics.median(writer.shares[1:])  # without the warm-up

@@ -57,8 +57,8 @@ FOLDER_OPTIONS = ("--out", "--work", "--parts", "--site")
 class Run:
     """One call of this script. machine: the output of gpu_probe.py."""
 
-    def __init__(self, host: Host, machine: dict, options: argparse.Namespace, chosen: list[Step]) -> None:
-        self.host, self.machine, self.options, self.chosen = host, machine, options, chosen
+    def __init__(self, host: Host, machine: dict, options: argparse.Namespace, selected_steps: list[Step]) -> None:
+        self.host, self.machine, self.options, self.selected_steps = host, machine, options, selected_steps
         self.card = machine["card"]
         self.deadline = time.monotonic() + 60 * (options.minutes or 10**6)
         self.about = {
@@ -72,7 +72,7 @@ class Run:
 
     def step(self, step: Step) -> dict:
         """Run the parts of a step that are not settled yet; return its record, which is saved after every part."""
-        record = self._known(step)
+        record = self._load_record(step)
         for part in step.parts:
             before = record["parts"].get(part.name, {})
             if not self.options.again and _is_settled(before):
@@ -88,8 +88,8 @@ class Run:
 
     def _stamp(self) -> dict:
         """Return time, code and command: parts of one record may come from several calls and commits."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return {"time": now, **{n: self.about[n] for n in ("commit", "source")}, "asked": self.options.asked}
+        timestamp = datetime.now(UTC).isoformat(timespec="seconds")
+        return {"time": timestamp, **{n: self.about[n] for n in ("commit", "source")}, "asked": self.options.asked}
 
     def _part(self, step: Step, part: Part) -> dict:
         if self.options.rehearse and part.needs:
@@ -98,16 +98,16 @@ class Run:
             part = part.rehearsal
         if missing := self._missing(part):
             return {"status": "skipped", "reason": missing}
-        if part.what == ("machine",):
+        if part.targets == ("machine",):
             return {"status": "ok", "found": self.machine}
-        left = self.deadline - time.monotonic()
-        if left < part.expect_s:
+        remaining_s = self.deadline - time.monotonic()
+        if remaining_s < part.expect_s:
             return {
                 "status": "left",
-                "reason": f"expected to take {part.expect_s} s or more, {max(left, 0):.0f} s are left",
+                "reason": f"expected to take {part.expect_s} s or more, {max(remaining_s, 0):.0f} s are left",
             }
         if not self.options.rehearse or part.kind != "benches":
-            return self._child(f"{step.name}.{part.name}", part.command, part, min(part.limit_s, left))
+            return self._child(f"{step.name}.{part.name}", part.command, part, min(part.limit_s, remaining_s))
         return self._rehearsed_benches(part)
 
     def _missing(self, part: Part) -> str | None:
@@ -137,15 +137,17 @@ class Run:
 
     def _rehearsed_benches(self, part: Part) -> dict:
         """Return this part's benches from one child that runs those of all chosen steps."""
-        key = (part.what[0].split("::")[0], part.select)
+        key = (part.targets[0].split("::")[0], part.select)
         if key not in self._shared:
-            rehearsed = [p.rehearsal for step in self.chosen for p in step.parts if isinstance(p.rehearsal, Part)]
-            same_file = [p for p in rehearsed if p.kind == "benches" and p.what[0].split("::")[0] == key[0]]
-            what = tuple(dict.fromkeys(test for p in same_file if not self._missing(p) for test in p.what))
-            command = Part("", "benches", what, part.select).command
+            rehearsed = [
+                p.rehearsal for step in self.selected_steps for p in step.parts if isinstance(p.rehearsal, Part)
+            ]
+            same_file = [p for p in rehearsed if p.kind == "benches" and p.targets[0].split("::")[0] == key[0]]
+            targets = tuple(dict.fromkeys(test for p in same_file if not self._missing(p) for test in p.targets))
+            command = Part("", "benches", targets, part.select).command
             self._shared[key] = self._child(f"rehearsal.{Path(key[0]).stem}", command, part, REHEARSAL_LIMIT_S)
         result = dict(self._shared[key])
-        names = [test.split("::")[1] for test in part.what if "::" in test]
+        names = [test.split("::")[1] for test in part.targets if "::" in test]
         result["benchmarks"] = [b for b in result["benchmarks"] if not names or b["name"].startswith(tuple(names))]
         if result["status"] == "ok" and not result["benchmarks"]:
             result |= {"status": "failed", "reason": "nothing was measured"}
@@ -205,17 +207,19 @@ class Run:
             text = text.replace(str(path), name)
         return text
 
-    def _known(self, step: Step) -> dict:
+    def _load_record(self, step: Step) -> dict:
         """Return the step's record, with the stored parts for this card and this code."""
-        now = {"step": step.name, "title": step.title, **self.about, "parts": {}}
+        record = {"step": step.name, "title": step.title, **self.about, "parts": {}}
         homes = [self.options.out] if self.options.rehearse else [self.options.out, self._work_records, RESULTS]
         for home in homes:
-            if stored := load_records(home).get(step.name):
-                is_same = all(stored[name] == now[name] for name in ("rehearsal", "card"))
-                parts = {name: part for name, part in stored["parts"].items() if is_same and self._is_current(part)}
+            if stored_record := load_records(home).get(step.name):
+                is_same = all(stored_record[name] == record[name] for name in ("rehearsal", "card"))
+                parts = {
+                    name: part for name, part in stored_record["parts"].items() if is_same and self._is_current(part)
+                }
                 if parts:
-                    return {**now, "parts": parts}
-        return now
+                    return {**record, "parts": parts}
+        return record
 
     def _is_current(self, part: dict) -> bool:
         return self.options.any_commit or part["source"] == self.about["source"]
@@ -282,14 +286,14 @@ def skip_reason(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    known = steps()
-    options = parse_options(arguments, [step.name for step in known])
+    all_steps = steps()
+    options = parse_options(arguments, [step.name for step in all_steps])
     if options.list:
-        for number, step in enumerate(known, 1):
+        for number, step in enumerate(all_steps, 1):
             print(f"{number} {step.name}: {step.title}")
             print(*(f"    {part.name} ({', '.join(part.needs) or 'any machine'})" for part in step.parts), sep="\n")
         return 0
-    chosen = [step for step in known if options.all or step.name in options.steps]
+    selected_steps = [step for step in all_steps if options.all or step.name in options.steps]
     host = Host(options.work, options.site, has_own_caches=not options.rehearse)
     no_vllm = host.unpack(options.parts) if options.parts else None
     machine = {**host.machine(), "no_vllm": no_vllm}
@@ -297,8 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
         scratch = options.work / ("rehearsal" if options.rehearse else "no-card")
         options.out = RESULTS if machine["card"] and not options.rehearse else scratch
     print(machine["card"] or "no card", *(f"{n} {v}" for n, v in machine["versions"].items()), sep=", ", flush=True)
-    run = Run(host, machine, options, chosen)
-    records = [run.step(step) for step in chosen]
+    run = Run(host, machine, options, selected_steps)
+    records = [run.step(step) for step in selected_steps]
     print(gpu_tables.measurements(records) + gpu_tables.summary(records))
     statuses = {part["status"] for record in records for part in record["parts"].values()}
     return 1 if statuses & set(FAILURES) else 3 if "left" in statuses else 0
@@ -326,9 +330,11 @@ def parse_options(arguments: list[str] | None, names: list[str]) -> argparse.Nam
     parser.add_argument("--site", type=Path, help="folder that has vLLM or that it is unpacked to (default: WORK/site)")
     options = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
-    previous = [None, *words]  # folders are replaced by the names of their options
-    shown = [previous[i][2:].upper() if previous[i] in FOLDER_OPTIONS else word for i, word in enumerate(words)]
-    options.asked = shlex.join(["python", "bench/gpu_check.py", *shown])
+    preceding = [None, *words]  # folders are replaced by the names of their options
+    command_words = [
+        preceding[i][2:].upper() if preceding[i] in FOLDER_OPTIONS else word for i, word in enumerate(words)
+    ]
+    options.asked = shlex.join(["python", "bench/gpu_check.py", *command_words])
     options.steps = [names[int(s) - 1] if s.isdigit() and 0 < int(s) <= len(names) else s for s in options.steps]
     if unknown := set(options.steps) - set(names):
         parser.error(f"unknown step {', '.join(sorted(unknown))}; the steps are {', '.join(names)}")

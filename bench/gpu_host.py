@@ -45,11 +45,11 @@ class Host:
         self._caches = {n: str(work / "cache" / folder) for n, folder in CACHES.items()} if has_own_caches else {}
         self.entry = work / "entry"
 
-    def environment(self, **more: str) -> dict[str, str]:
+    def environment(self, **changes: str) -> dict[str, str]:
         """Return a child's environment. The caller's PYTHONPATH comes last."""
         inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         paths = [str(ROOT), str(self.entry), str(self.site), *inherited]
-        return {**os.environ, **ALWAYS, **self._caches, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+        return {**os.environ, **ALWAYS, **self._caches, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
 
     def unpack(self, parts: Path) -> str | None:
         """Unpack vLLM's parts into the site by their unpack.py; return an error message or None."""
@@ -101,11 +101,11 @@ def commit() -> str | None:
     """Return the checkout's commit, with "-dirty" if files differ; SNPATCH_COMMIT without a checkout."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return os.environ.get("SNPATCH_COMMIT")
-    head, changed = (
+    head, diff = (
         subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
         for arguments in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", *CODE))
     )
-    return head + ("-dirty" if changed else "")
+    return head + ("-dirty" if diff else "")
 
 
 def source() -> str:

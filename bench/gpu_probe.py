@@ -73,8 +73,8 @@ def ceilings() -> dict:
 
     source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    copy_s, product_s = seconds(lambda: target.copy_(source), 20), seconds(lambda: left @ right, 10)
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    copy_s, product_s = seconds(lambda: target.copy_(source), 20), seconds(lambda: a @ b, 10)
     return {"copy_gb_per_s": 2 * source.nbytes / copy_s / 1e9, "bf16_tflop_per_s": 2 * 8192**3 / product_s / 1e12}
 
 

@@ -24,7 +24,7 @@ COMPILED, INTERPRETED = {"TRITON_INTERPRET": "0"}, {"TRITON_INTERPRET": "1"}
 class Part:
     """One child process of a step.
 
-    kind: "probe" (runs gpu_probe.py), "tests" or "benches" (pytest on `what`, with -k `select`).
+    kind: "probe" (runs gpu_probe.py), "tests" or "benches" (pytest on `targets`, with -k `select`).
     limit_s: it is killed after this time. expect_s: it is not started with less time left.
     needs: some of "card", "vllm", "sanitizer".
     prefix: a program that runs the child. {sanitizer} and {kind} are replaced by the program's path and by the card's
@@ -33,7 +33,7 @@ class Part:
 
     name: str
     kind: str
-    what: tuple[str, ...]
+    targets: tuple[str, ...]
     select: str = ""
     env: dict[str, str] = field(default_factory=dict)
     limit_s: int = 240
@@ -46,8 +46,8 @@ class Part:
     @property
     def command(self) -> list[str]:
         if self.kind == "probe":
-            return [*self.prefix, sys.executable, "bench/gpu_probe.py", *self.what]
-        command = [*self.prefix, sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", *self.what]
+            return [*self.prefix, sys.executable, "bench/gpu_probe.py", *self.targets]
+        command = [*self.prefix, sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", *self.targets]
         command += ["-k", self.select] if self.select else []
         return command + (BENCHES if self.kind == "benches" else [])
 
@@ -71,13 +71,17 @@ def generate(
 ) -> Part:
     """Build a part with benches of engines. Those of Model Runner V1 are rehearsed, with `is_rehearsed` others too."""
     sized = {**env, **COMPILED, "SNPATCH_BENCH_SIZE": size, "SNPATCH_BENCH_ROUNDS": str(rounds)}
-    what = tuple(f"{file}::{test}" for test in tests)
-    part = Part(name, "benches", what, env={**sized, "VLLM_LOGGING_LEVEL": "INFO"}, needs=("card", "vllm"), **options)
+    targets = tuple(f"{file}::{test}" for test in tests)
+    part = Part(
+        name, "benches", targets, env={**sized, "VLLM_LOGGING_LEVEL": "INFO"}, needs=("card", "vllm"), **options
+    )
     if env is RUNNERS["v2"] and not is_rehearsed:
         return replace(part, rehearsal="Model Runner V2 needs a GPU")
-    small = {**SMALL, "SNPATCH_BENCH_SIZE": "rehearsal", "SNPATCH_BENCH_ROUNDS": "2"}
-    rehearsed = (re.sub(r"native\[\d+\]", "native", test.replace("[100000]", "[1000]")) for test in what)
-    return replace(part, rehearsal=replace(part, what=tuple(dict.fromkeys(rehearsed)), env=small, needs=("vllm",)))
+    tiny_env = {**SMALL, "SNPATCH_BENCH_SIZE": "rehearsal", "SNPATCH_BENCH_ROUNDS": "2"}
+    rehearsed = (re.sub(r"native\[\d+\]", "native", test.replace("[100000]", "[1000]")) for test in targets)
+    return replace(
+        part, rehearsal=replace(part, targets=tuple(dict.fromkeys(rehearsed)), env=tiny_env, needs=("vllm",))
+    )
 
 
 def tests(name: str, file: str, select: str, env: dict[str, str], **options) -> Part:
@@ -90,8 +94,8 @@ def modes(name: str, env: dict[str, str], **options) -> Part:
     part = tests(name, "tests/executors/vllm/test_gpu.py", "float32", env, **options)
     if env is RUNNERS["v2"]:
         return replace(part, rehearsal="Model Runner V2 needs a GPU")
-    small = replace(part, select="float32 and eager", env={"SNPATCH_REHEARSAL": "1", **SMALL}, needs=("vllm",))
-    return replace(part, rehearsal=small)
+    rehearsal = replace(part, select="float32 and eager", env={"SNPATCH_REHEARSAL": "1", **SMALL}, needs=("vllm",))
+    return replace(part, rehearsal=rehearsal)
 
 
 def equal(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
@@ -128,7 +132,7 @@ def profile(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
     )  # fmt: skip
 
 
-def more(runner: str, env: dict[str, str]) -> Part:
+def extra_benches(runner: str, env: dict[str, str]) -> Part:
     sides = (*(f"test_twin_against_native[{batch}]" for batch in (128, 256)),
              "test_plain_requests_on_a_twin_engine", "test_windows", "test_statistics")  # fmt: skip
     return generate(f"more-{runner}", *sides, size="7b", env=env, limit_s=470, expect_s=400)
@@ -136,9 +140,9 @@ def more(runner: str, env: dict[str, str]) -> Part:
 
 def steps() -> tuple[Step, ...]:
     v2, v1 = RUNNERS["v2"], RUNNERS["v1"]
-    select, slow = "equals and triton and 60 and silu and float32", {**INTERPRETED, **SMALL}
-    small = Part("tests", "tests", (KERNELS,), select, slow, needs=())
-    quick = Part("bench", "benches", (OP,), "snpatch and 688 and float32", needs=())
+    select, interpreted_env = "equals and triton and 60 and silu and float32", {**INTERPRETED, **SMALL}
+    rehearsal = Part("tests", "tests", (KERNELS,), select, interpreted_env, needs=())
+    op_bench = Part("bench", "benches", (OP,), "snpatch and 688 and float32", needs=())
     sanitized = {**COMPILED, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return (
         Step(
@@ -156,7 +160,7 @@ def steps() -> tuple[Step, ...]:
             (
                 Part("predicted", "probe", ("predicted", "{kind}"), needs=()),
                 Part("bench", "benches", (OP,), "F11008 and not tile and (T16 or T64 or T256 or T8192)", COMPILED,
-                     240, 60, rehearsal=quick),
+                     240, 60, rehearsal=op_bench),
             ),
         ),
         Step(
@@ -175,7 +179,7 @@ def steps() -> tuple[Step, ...]:
             "promises, pairs, hooks, larger batches, windows, statistics; Model Runner V1; all of the op",
             (
                 *promises("v2", v2),
-                more("v2", v2),
+                extra_benches("v2", v2),
                 generate("hooks-v2", "test_against_hooks[B32-static]", "test_against_hooks[B32-ragged]", size="7b",
                          env=v2, is_rehearsed=True, limit_s=300, expect_s=150),
                 generate("pairs-v2", "TestPair", "TestOneStream", size="1b",
@@ -184,7 +188,7 @@ def steps() -> tuple[Step, ...]:
                 *equal("v1", v1),
                 *promises("v1", v1),
                 *profile("v1", v1),
-                more("v1", v1),
+                extra_benches("v1", v1),
                 Part("op", "benches", (OP,), "", COMPILED, 400, 60),
             ),
         ),
@@ -202,7 +206,7 @@ def steps() -> tuple[Step, ...]:
             "tests",
             "the kernel in every dtype, and the executor's other tests, on both model runners",
             (
-                Part("kernels", "tests", (KERNELS,), "triton", COMPILED, 470, 60, workers=8, rehearsal=small),
+                Part("kernels", "tests", (KERNELS,), "triton", COMPILED, 470, 60, workers=8, rehearsal=rehearsal),
                 *(
                     tests(f"executor-{r}", "tests/executors/vllm/test_executor.py", "not promise and not soak", e,
                           limit_s=470, expect_s=200)

@@ -101,15 +101,15 @@ def op_table(runs: list[Run]) -> str:
     if not cases:
         return ""
     first = next(iter(cases.values()))
-    others = sorted(first.keys() - {"snpatch"}, key=lambda side: first[side].seconds)
+    baselines = sorted(first.keys() - {"snpatch"}, key=lambda side: first[side].seconds)
     rows = []
     for (tokens, neurons, dtype), sides in cases.items():
-        own = sides["snpatch"]
-        times = [f"{sides[o].seconds * 1e6:.0f} us ({sides[o].seconds / own.seconds:.2f}x)" for o in others]
-        speed = own.info["bytes"] / own.seconds / 1e9
-        rows.append((f"{tokens} x {neurons}, {dtype}", f"{own.seconds * 1e6:.0f} us", *times, f"{speed:.0f}"))
-    table = _table(("tokens x neurons, dtype", "snpatch", *others, "snpatch GB/s"), rows)
-    return f"{table}\n\n{own.machine}; {_versions(own, 'torch', 'triton')}; medians."
+        snpatch_run = sides["snpatch"]
+        times = [f"{sides[o].seconds * 1e6:.0f} us ({sides[o].seconds / snpatch_run.seconds:.2f}x)" for o in baselines]
+        speed = snpatch_run.info["bytes"] / snpatch_run.seconds / 1e9
+        rows.append((f"{tokens} x {neurons}, {dtype}", f"{snpatch_run.seconds * 1e6:.0f} us", *times, f"{speed:.0f}"))
+    table = _table(("tokens x neurons, dtype", "snpatch", *baselines, "snpatch GB/s"), rows)
+    return f"{table}\n\n{snpatch_run.machine}; {_versions(snpatch_run, 'torch', 'triton')}; medians."
 
 
 def generate_table(runs: list[Run]) -> str:
@@ -132,20 +132,20 @@ def _is_decoding(run: Run) -> bool:
 
 
 def _generate_group(group: list[Run]) -> str:
-    decoding, others = [], []
+    decoding, rows = [], []
     for run in group:
         if _is_decoding(run):
             speed = run.info["batch"] * run.info["new"] / run.seconds
             ratios = run.ratios["native 2B"], run.ratios["native B"]
             decoding.append((f"batch of {run.info['batch']}", f"{speed:.0f}", *ratios))
         else:
-            what = SIDE_LABELS.get(run.info["side"], run.info["side"])
+            label = SIDE_LABELS.get(run.info["side"], run.info["side"])
             batch = f", batch of {run.info['batch']}" if "batch" in run.info else ""
             lengths = ", 8 to 128 tokens" if run.info.get("lengths") == "ragged" else ""
-            for other, ratio in run.ratios.items():
-                others.append((f"{what}{batch}{lengths}, vs {BASELINE_LABELS.get(other, other)}", ratio))
+            for baseline, ratio in run.ratios.items():
+                rows.append((f"{label}{batch}{lengths}, vs {BASELINE_LABELS.get(baseline, baseline)}", ratio))
     head = "patched, 5 % of the neurons", "tokens/s", "vs vLLM, same number of rows", "vs vLLM, same number of requests"
-    tables = [_table(head, decoding), _table(("", "ratio of speeds (quartiles)"), others)]
+    tables = [_table(head, decoding), _table(("", "ratio of speeds (quartiles)"), rows)]
     geometry = f"{run.info['size']} geometry, {run.info.get('dtype', 'bfloat16')}"
     about = f"{geometry}, {run.machine}, model runner {run.info['runner']}"
     return "\n\n".join([*filter(None, tables), f"{about}; {_versions(run, 'vllm', 'torch')}; medians."])
@@ -244,15 +244,15 @@ def zeroing_table(runs: list[Run]) -> str:
         if run.info.get("side") == "zeroing":
             sizes.setdefault(run.info["size"], []).append(run)
     rows = []
-    for size, (whole, first) in sizes.items():
-        speed = whole.info["batch"] * whole.info["new"] / whole.seconds
+    for size, (text_run, first_run) in sizes.items():
+        speed = text_run.info["batch"] * text_run.info["new"] / text_run.seconds
         ratios = (
             "{ratio:.1%} ({q1:.1%} .. {q3:.1%})".format(**run.info["no zeroing"]).replace("%", " %")
-            for run in (whole, first)
+            for run in (text_run, first_run)
         )
-        shares = (f"{run.info['zeroing_share']:.2%}".replace("%", " %") for run in (whole, first))
+        shares = (f"{run.info['zeroing_share']:.2%}".replace("%", " %") for run in (text_run, first_run))
         rows.append(
-            (size, f"{speed:.0f}", next(ratios), next(shares), f"{first.seconds:.2f}", next(ratios), next(shares))
+            (size, f"{speed:.0f}", next(ratios), next(shares), f"{first_run.seconds:.2f}", next(ratios), next(shares))
         )
     if not rows:
         return ""
@@ -266,10 +266,10 @@ def zeroing_table(runs: list[Run]) -> str:
         "speed of first tokens vs no zeroing",
         f"{time_share} until then",
     )
-    i = whole.info
+    i = text_run.info
     return (
         f"{_table(head, rows)}\n\n{i['batch']} requests of {i['prompt']} prompt + {i['new']} completion tokens, "
-        f"{whole.machine}; {_versions(whole, 'vllm', 'torch')}; medians (quartiles)."
+        f"{text_run.machine}; {_versions(text_run, 'vllm', 'torch')}; medians (quartiles)."
     )
 
 
@@ -331,19 +331,19 @@ def reproduce_table(path: Path = RESULTS / "reproduce" / "demo.json") -> str:
     if not path.exists():
         return ""
     record = json.loads(path.read_text())
-    wanted = ("effect (Eq. 4)", "share of", "overlap", "Spearman", "mean accuracy", "change of")
+    prefixes = ("effect (Eq. 4)", "share of", "overlap", "Spearman", "mean accuracy", "change of")
     rows = [
         (row["what"], f"{row['model']} {row['set']}".strip(), f"{row['bound']} {_number(row['published'])}".strip(),
          _number(row["measured"]))
         for row in record["comparison"]
-        if row["what"].startswith(wanted) and row["bound"] != "at most"
+        if row["what"].startswith(prefixes) and row["bound"] != "at most"
     ]  # fmt: skip
     head = ("", "of", "published, Llama2-7B", "measured, demo model")
     seconds = record["seconds"]
     trained = sum(s for name, s in seconds.items() if name in record["trainings"])
-    whole = max(seconds.values())
+    total_s = max(seconds.values())
     return (
-        f"{_table(head, rows)}\n\n{whole / 60:.1f} minutes in total, {trained / 60:.1f} of them for "
+        f"{_table(head, rows)}\n\n{total_s / 60:.1f} minutes in total, {trained / 60:.1f} of them for "
         f"{len(record['trainings'])} trainings ({record['machine']}; "
         f"vllm {record['versions']['vllm']}, torch {record['versions']['torch']}, trl {record['versions']['trl']})."
     )

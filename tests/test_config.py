@@ -92,17 +92,17 @@ def test_config_option_of_other_backend_is_refused():
             EngineConfig.of("m", backend="vllm", **options).checked_backend()
 
 
-def called(command, arguments: list[str]):
+def parse_command(command, arguments: list[str]):
     """Return the arguments that a command with these options received."""
-    app, got = typer.Typer(), []
-    app.command()(with_options(**command)(_taking(list(command), got)))
+    app, calls = typer.Typer(), []
+    app.command()(with_options(**command)(_record_values(list(command), calls)))
     app(arguments, standalone_mode=False)
-    return got[0]
+    return calls[0]
 
 
-def _taking(names: list[str], got: list):
+def _record_values(names: list[str], calls: list):
     def command(**values):
-        got.append(values)
+        calls.append(values)
 
     kind = inspect.Parameter.KEYWORD_ONLY
     command.__signature__ = inspect.Signature([inspect.Parameter(n, kind, annotation=Fields) for n in names])
@@ -110,13 +110,13 @@ def _taking(names: list[str], got: list):
 
 
 def test_options_have_dataclass_defaults():
-    """No default is written a second time: commands that name none get the dataclass's."""
+    """Commands without options get the dataclass's defaults; no default is written twice."""
     names = tuple(f.name for f in dataclasses.fields(Sampling) if "help" in f.metadata)
     assert {"max_tokens", "temperature", "stop"} <= set(names)
-    got = called({"config": EngineOptions(), "sampling": FieldOptions(Sampling(), names)}, ["m"])
-    assert got["config"] == EngineConfig("m")
-    assert Sampling(**got["sampling"]) == Sampling()
-    assert called({"sampling": FieldOptions(Sampling(max_tokens=7), ("max_tokens",))}, []) == {
+    values = parse_command({"config": EngineOptions(), "sampling": FieldOptions(Sampling(), names)}, ["m"])
+    assert values["config"] == EngineConfig("m")
+    assert Sampling(**values["sampling"]) == Sampling()
+    assert parse_command({"sampling": FieldOptions(Sampling(max_tokens=7), ("max_tokens",))}, []) == {
         "sampling": {"max_tokens": 7}
     }
 
@@ -124,18 +124,20 @@ def test_options_have_dataclass_defaults():
 def test_options_override_config_file(tmp_path):
     (tmp_path / "engine.toml").write_text('model = "m"\ndtype = "bfloat16"\n[capacity]\nmax_rankings = 3\n')
     arguments = [str(tmp_path / "engine.toml"), "-a", "sft=a,b", "--engine-arg", "max_model_len=9", "--backend", "vllm"]
-    config = called({"config": EngineOptions()}, arguments)["config"]
+    config = parse_command({"config": EngineOptions()}, arguments)["config"]
     assert config == EngineConfig.of(
         "m", {"sft": ["a", "b"]}, dtype="bfloat16", max_rankings=3, max_model_len=9, backend="vllm"
     )
-    assert called({"config": EngineOptions()}, [*arguments, "--dtype", "auto"])["config"].dtype == "auto"
-    assert called({"config": EngineOptions(has_model=False)}, ["--dtype", "float32"])["config"] == {"dtype": "float32"}
+    assert parse_command({"config": EngineOptions()}, [*arguments, "--dtype", "auto"])["config"].dtype == "auto"
+    assert parse_command({"config": EngineOptions(has_model=False)}, ["--dtype", "float32"])["config"] == {
+        "dtype": "float32"
+    }
 
 
-@pytest.mark.parametrize("wrong", ["sft", "=a", "sft="])
-def test_adapter_option_invalid_is_one_line(wrong):
+@pytest.mark.parametrize("option", ["sft", "=a", "sft="])
+def test_adapter_option_invalid_is_one_line(option):
     with pytest.raises(SnpatchError, match="--adapter: expected name=folder"):
-        called({"config": EngineOptions()}, ["m", "-a", wrong])
+        parse_command({"config": EngineOptions()}, ["m", "-a", option])
 
 
 @pytest.mark.parametrize("depth", [101, 500, 100_000])

@@ -135,8 +135,8 @@ def test_reports_and_rankings_stay_in_their_folder(tmp_path):
 
 def table(folder, **changes):
     folder.mkdir(exist_ok=True)
-    held = {"provenance": {}, "headline": [], "rows": [{"a": 1}, {"a": 2}], **changes}
-    (folder / "t.json").write_text(json.dumps(held))
+    content = {"provenance": {}, "headline": [], "rows": [{"a": 1}, {"a": 2}], **changes}
+    (folder / "t.json").write_text(json.dumps(content))
     return folder
 
 

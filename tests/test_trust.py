@@ -55,7 +55,7 @@ def config_table(judge="refusal", **vllm) -> dict:
 
 
 def sweep_table(judge="refusal", **vllm) -> dict:
-    table = {name: one for name, one in config_table(judge, **vllm).items() if name in SWEPT}
+    table = {name: value for name, value in config_table(judge, **vllm).items() if name in SWEPT}
     sweep = {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, 4]}
     return {**table, "rankings": {"r": {"recipient": "sft", "donor": "dpo", "prompts": "p"}}, "sweep": sweep}
 
@@ -108,7 +108,7 @@ def test_judge_with_engine_arguments_is_refused_in_file(tmp_path):
 
 def test_experiment_config_of_sweep_is_checked_with_sweep_file(tmp_path):
     write(tmp_path / "experiment.toml", config_table(judge="mark:go"))
-    table = {name: one for name, one in sweep_table().items() if name not in SWEPT}
+    table = {name: value for name, value in sweep_table().items() if name not in SWEPT}
     path = write(tmp_path / "sweep.json", {**table, "config": "experiment.toml"})
     with pytest.raises(SnpatchError, match=r"sweep\.json: judges\.cost\.source = 'mark:go'"):
         SweepSpec.load(path)
@@ -157,8 +157,8 @@ def test_shipped_configs_need_no_trust():
 def test_command_error_names_key_file_and_option(tmp_path, capsys, words):
     path = write(tmp_path / "engine.toml", {"model": "m", "vllm": {"worker_cls": "evil.Worker"}})
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
-    named = {"FILE": path, "prompts.jsonl": tmp_path / "prompts.jsonl"}
-    code, _, err = run(capsys, *(named.get(word, word) for word in words))
+    paths = {"FILE": path, "prompts.jsonl": tmp_path / "prompts.jsonl"}
+    code, _, err = run(capsys, *(paths.get(word, word) for word in words))
     assert (code, err.count("\n")) == (2, 1)
     assert "engine.toml: vllm.worker_cls" in err
     assert "--trust-config" in err

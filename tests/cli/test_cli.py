@@ -57,33 +57,44 @@ def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_pat
 
 def test_contrast_given_completions_equals_generated_ones(capsys, prompts, tmp_path):
     common, pair = [MODEL, prompts, *PAIR, "--max-tokens", 6], ["--recipient", "sft", "--donor", "dpo"]
-    written, first, second = (tmp_path / name for name in ("w.jsonl", "1.safetensors", "2.safetensors"))
-    assert run(capsys, "generate", *common, "--recipient", "sft", "-o", written)[0] == 0
-    assert run(capsys, "contrast", *common, *pair, "-o", first)[0] == 0
-    assert run(capsys, "contrast", *common, *pair, "-o", second, "--completions", written)[0] == 0
-    assert torch.allclose(Ranking.load(first).scores, Ranking.load(second).scores, rtol=1e-5, atol=1e-7)
-    written.write_text('{"completion": "kuze"}\n')
-    code, _, err = run(capsys, "contrast", *common, *pair, "-o", second, "--completions", written)
+    completions_file, first_ranking, second_ranking = (
+        tmp_path / name for name in ("w.jsonl", "1.safetensors", "2.safetensors")
+    )
+    assert run(capsys, "generate", *common, "--recipient", "sft", "-o", completions_file)[0] == 0
+    assert run(capsys, "contrast", *common, *pair, "-o", first_ranking)[0] == 0
+    assert run(capsys, "contrast", *common, *pair, "-o", second_ranking, "--completions", completions_file)[0] == 0
+    assert torch.allclose(Ranking.load(first_ranking).scores, Ranking.load(second_ranking).scores, rtol=1e-5, atol=1e-7)
+    completions_file.write_text('{"completion": "kuze"}\n')
+    code, _, err = run(capsys, "contrast", *common, *pair, "-o", second_ranking, "--completions", completions_file)
     assert code == 2
     assert "12 prompts and 1 completions" in err
     code, _, err = run(
-        capsys, "contrast", *common, *pair, "-o", second, "--completions", written, "--positions", "prompt"
+        capsys,
+        "contrast",
+        *common,
+        *pair,
+        "-o",
+        second_ranking,
+        "--completions",
+        completions_file,
+        "--positions",
+        "prompt",
     )
     assert (code, err) == (
         2,
         "snpatch: error: --completions is for --positions completion or completion_shifted, got prompt\n",
     )
-    meta = Ranking.load(first).meta
+    meta = Ranking.load(first_ranking).meta
     assert (meta["empty"], meta["data"]["rows"], meta["data"]["path"]) == (0, 12, str(prompts))
 
 
 def test_contrast_completions_of_other_prompts_are_refused(capsys, tmp_path):
-    prompts, written = tmp_path / "p.jsonl", tmp_path / "c.jsonl"
+    prompts, completions_file = tmp_path / "p.jsonl", tmp_path / "c.jsonl"
     words = ("kuze", "mabo", "tiva", "sopu")
     prompts.write_text("".join(json.dumps({"goal": w if w != "mabo" else None}) + "\n" for w in words))
-    written.write_text("".join(json.dumps({"prompt": w, "completion": "kuze"}) + "\n" for w in words))
+    completions_file.write_text("".join(json.dumps({"prompt": w, "completion": "kuze"}) + "\n" for w in words))
     pair = [MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", "-o", tmp_path / "r.safetensors"]
-    code, _, err = run(capsys, "contrast", *pair, "--skip-invalid", "--limit", 3, "--completions", written)
+    code, _, err = run(capsys, "contrast", *pair, "--skip-invalid", "--limit", 3, "--completions", completions_file)
     assert code == 2
     assert f"{prompts}: skipped 1 invalid rows\n" in err
     assert "c.jsonl, line 2: expected the completion of the prompt 'tiva', got that of 'mabo'" in err
@@ -94,10 +105,10 @@ def test_public_files_are_read_as_prompts_and_rankings(capsys, tmp_path):
     data, neurons = tmp_path / "p.csv", tmp_path / "neurons.csv"
     data.write_text("text,other\nkuze,1\nmabo,2\n")
     neurons.write_text("layer,neuron,score\n1,5,0.5\n0,3,0.9\n2,7,0.1\n")
-    given = ["--recipient", "sft", "--donor", "dpo", "-k", 3, "--max-tokens", 3, "--json"]
+    options = ["--recipient", "sft", "--donor", "dpo", "-k", 3, "--max-tokens", 3, "--json"]
     outs = []
     for file in (neurons, tmp_path / "own.safetensors"):
-        code, out, err = run(capsys, "generate", MODEL, data, *PAIR, *given, "--ranking", file, "--column", "text")
+        code, out, err = run(capsys, "generate", MODEL, data, *PAIR, *options, "--ranking", file, "--column", "text")
         assert code == 0, err
         outs.append(out)
         Ranking.from_order([[0, 3], [1, 5], [2, 7]], (4, 352)).save(tmp_path / "own.safetensors")
@@ -107,8 +118,9 @@ def test_public_files_are_read_as_prompts_and_rankings(capsys, tmp_path):
     assert code == 2
     assert "p.csv: expected the columns prompt or messages, got text, other. Name the prompt's column (--column)" in err
     folder = tmp_path / "sweep"
-    given = ["--recipient", "sft", "--donor", "dpo", "-k", "0,3", "--judge", "refusal", "--max-tokens", 2, "-o", folder]
-    code, _, err = run(capsys, "sweep", MODEL, data, *PAIR, "--column", "text", "--ranking", f"own={neurons}", *given)
+    options = ["--recipient", "sft", "--donor", "dpo", "-k", "0,3"]
+    options += ["--judge", "refusal", "--max-tokens", 2, "-o", folder]
+    code, _, err = run(capsys, "sweep", MODEL, data, *PAIR, "--column", "text", "--ranking", f"own={neurons}", *options)
     assert code == 0, err
     assert json.loads((folder / "sweep.json").read_text())["provenance"]["sets"]["prompts"]["column"] == "text"
 
@@ -130,9 +142,9 @@ def test_generate_with_constant_donors(capsys, prompts, tmp_path, donor):
 def test_env_prints_implementation_of_each_op(capsys):
     code, out, _ = run(capsys, "env", "--json")
     assert code == 0
-    found = json.loads(out)
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["ops"] == {"patched_glu (cpu)": "C++", "patched_glu (cuda)": "Triton"}
+    environment = json.loads(out)
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["ops"] == {"patched_glu (cpu)": "C++", "patched_glu (cuda)": "Triton"}
 
 
 def test_help_does_not_import_torch():
@@ -140,7 +152,7 @@ def test_help_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def broken(tmp_path, source, change):
+def copy_changed(tmp_path, source, change):
     """Return a copy of a folder with one change."""
     folder = tmp_path / "broken"
     shutil.copytree(source, folder)
@@ -177,7 +189,7 @@ def bad_jsonl(line):
 
 
 def adapter(change):
-    return lambda tmp_path: {"adapters": ["-a", f"sft={SFT}", "-a", f"dpo={broken(tmp_path, DPO, change)}"]}
+    return lambda tmp_path: {"adapters": ["-a", f"sft={SFT}", "-a", f"dpo={copy_changed(tmp_path, DPO, change)}"]}
 
 
 def other_shape(tmp_path):
@@ -217,9 +229,12 @@ def blocked_output(tmp_path):
 
 BAD = {
     "missing model": (lambda t: {"model": str(t / "nowhere")}, "nowhere: no such folder"),
-    "model without weights": (lambda t: {"model": broken(t, MODEL, lambda f: (f / WEIGHTS).unlink())}, "cannot load"),
+    "model without weights": (
+        lambda t: {"model": copy_changed(t, MODEL, lambda f: (f / WEIGHTS).unlink())},
+        "cannot load",
+    ),
     "NaN in weights": (
-        lambda t: {"model": broken(t, MODEL, damage(WEIGHTS, set_nan("model.norm.weight")))},
+        lambda t: {"model": copy_changed(t, MODEL, damage(WEIGHTS, set_nan("model.norm.weight")))},
         "weight model.norm.weight holds NaN",
     ),
     "missing adapter": (lambda t: {"adapters": ["-a", f"sft={t}/no", "-a", f"dpo={DPO}"]}, "no: no such folder"),
@@ -271,31 +286,31 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_invalid_input_prints_one_line_and_writes_nothing(capsys, tmp_path, prompts, ranking, case):
     make, message = BAD[case]
-    given = {
+    arguments = {
         "model": MODEL, "prompts": prompts, "adapters": PAIR[:4], "recipient": "sft", "donor": "dpo",
         "ranking": ranking, "window": "70", "out": str(tmp_path / "results" / "out.jsonl"), "more": [],
     }  # fmt: skip
-    given.update(make(tmp_path))
-    donor = ["--donor", given["donor"]] if given["donor"] else []
-    code, out, err = run(capsys, "generate", given["model"], given["prompts"], *given["adapters"], "--recipient",
-                         given["recipient"], *donor, "--ranking", given["ranking"], "--window",
-                         given["window"], "--max-tokens", 2, "-o", given["out"], "--template", "tulu",
-                         "--backend", "transformers", *given["more"])  # fmt: skip
+    arguments.update(make(tmp_path))
+    donor = ["--donor", arguments["donor"]] if arguments["donor"] else []
+    code, out, err = run(capsys, "generate", arguments["model"], arguments["prompts"], *arguments["adapters"],
+                         "--recipient", arguments["recipient"], *donor, "--ranking", arguments["ranking"],
+                         "--window", arguments["window"], "--max-tokens", 2, "-o", arguments["out"],
+                         "--template", "tulu", "--backend", "transformers", *arguments["more"])  # fmt: skip
     lines = [line for line in err.splitlines() if line.startswith("snpatch: error: ")]
     assert code == 2
     assert len(lines) == 1
     assert re.search(message, lines[0]), lines[0]
     assert not out
-    assert not Path(given["out"]).exists()
+    assert not Path(arguments["out"]).exists()
     assert not list(tmp_path.glob("results/*"))
 
 
 def test_process_invalid_input_exits_with_2(tmp_path):
     command = [sys.executable, "-m", "snpatch.cli", "generate", str(tmp_path / "no"), str(tmp_path / "p.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"snpatch: error: {tmp_path}/p.jsonl: no such file")
-    assert done.stderr.count("\n") == 1
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"snpatch: error: {tmp_path}/p.jsonl: no such file")
+    assert result.stderr.count("\n") == 1
 
 
 def test_unknown_option_is_refused(capsys, prompts):
@@ -305,11 +320,11 @@ def test_unknown_option_is_refused(capsys, prompts):
 
 
 @pytest.mark.parametrize(
-    ("given", "missing"),
+    ("options", "missing"),
     [([], "--ranking and --window"), (["-k", 1], "--ranking"), (["--ranking", "r.safetensors"], "--window")],
 )
-def test_donor_without_ranking_or_window_names_the_missing_option(capsys, prompts, given, missing):
-    code, _, err = run(capsys, "generate", MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", *given)
+def test_donor_without_ranking_or_window_names_the_missing_option(capsys, prompts, options, missing):
+    code, _, err = run(capsys, "generate", MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", *options)
     assert code == 2
     assert f"--donor: expected {missing} with it, got none. Pass {missing}\n" in err
 
@@ -355,10 +370,10 @@ def test_prompt_option_generates_a_completion_of_a_text(capsys):
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["the cat", "a dog"]
 
 
-@pytest.mark.parametrize(("given", "got"), [([], "none"), (["p.jsonl", "--prompt", "x"], "both")])
-def test_prompts_and_prompt_option_exclude_each_other(capsys, given, got):
-    code, _, err = run(capsys, "generate", MODEL, *given)
-    assert (code, err) == (2, f"snpatch: error: PROMPTS: expected a file or dataset, or --prompt TEXT, got {got}\n")
+@pytest.mark.parametrize(("arguments", "count"), [([], "none"), (["p.jsonl", "--prompt", "x"], "both")])
+def test_prompts_and_prompt_option_exclude_each_other(capsys, arguments, count):
+    code, _, err = run(capsys, "generate", MODEL, *arguments)
+    assert (code, err) == (2, f"snpatch: error: PROMPTS: expected a file or dataset, or --prompt TEXT, got {count}\n")
 
 
 def test_help_groups_options_by_subject_with_common_ones_first(capsys, monkeypatch):

@@ -87,12 +87,12 @@ def test_sweep_file_is_run_resumed_and_exported(capsys, prompts, ranking, tmp_pa
     status = json.loads(out_text)
     assert (code, status["open"], status["failed"], status["runs"][-1]["outcome"]) == (0, 0, 0, "done")
     assert status["done"] > 20
-    again, before = out / "sweep.csv", status["done"]
-    table = again.read_bytes()
+    csv_file, before = out / "sweep.csv", status["done"]
+    table = csv_file.read_bytes()
     assert run(capsys, "sweep", out / "spec.json", "--trust-config", "-o", out)[0] == 0, (
         "the file that it wrote is the same sweep"
     )
-    assert again.read_bytes() == table
+    assert csv_file.read_bytes() == table
     assert json.loads(run(capsys, "sweep", "status", out, "--json")[1])["done"] == before
     assert f"{before} completions done, 0 open" in run(capsys, "sweep", "status", out)[1]
     for name in ("texts.jsonl", "texts.csv", "texts.parquet"):
@@ -208,11 +208,11 @@ def test_failing_experiment_does_not_stop_others(capsys, config, tmp_path):
 
 
 def test_wrong_receipt_stops_all_and_removes_tables(capsys, monkeypatch, config, tmp_path):
-    def wrong(*_, **__):
+    def raise_receipt_error(*_, **__):
         raise ReceiptError("7 overwrites were done, 8 are implied")
 
     out = tmp_path / "out"
-    monkeypatch.setattr(generation, "generate_missing", wrong)
+    monkeypatch.setattr(generation, "generate_missing", raise_receipt_error)
     names = "distribution", "curve", "neuron_tokens"
     code, _, err = run(capsys, "exp", *names, "-c", config, "-o", out, "--backend", "transformers")
     assert code == 2
@@ -254,8 +254,8 @@ def test_summary_contains_tables_of_one_config_and_its_settings(capsys, config, 
 
 
 def test_shards_write_parts_that_the_sweep_merges(capsys, prompts, ranking, tmp_path):
-    path, out, alone = write_sweep_file(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
-    assert run(capsys, "sweep", path, "--trust-config", "-o", alone)[0] == 0
+    path, out, unsharded_out = write_sweep_file(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
+    assert run(capsys, "sweep", path, "--trust-config", "-o", unsharded_out)[0] == 0
     counts = []
     for shard in ("1/2", "2/2"):
         code, out_text, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--shard", shard)
@@ -265,11 +265,11 @@ def test_shards_write_parts_that_the_sweep_merges(capsys, prompts, ranking, tmp_
     code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", out)
     assert code == 0, err
     assert f"merged {counts[1]} completions of sweep-2-of-2.sqlite" in err
-    assert (out / "sweep.csv").read_bytes() == (alone / "sweep.csv").read_bytes()
+    assert (out / "sweep.csv").read_bytes() == (unsharded_out / "sweep.csv").read_bytes()
     status = json.loads(run(capsys, "sweep", "status", out, "--json")[1])
     assert (status["done"], status["rate"] is not None) == (sum(counts), True)
-    for wrong in ("0/2", "3/2", "2"):
-        code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--shard", wrong)
+    for invalid_shard in ("0/2", "3/2", "2"):
+        code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--shard", invalid_shard)
         assert (code, "--shard wants i/n with i in 1..n" in err) == (2, True)
 
 
@@ -290,7 +290,7 @@ def test_report_command_writes_page_of_a_sweep_folder(capsys, prompts, ranking, 
 
 
 def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking, tmp_path):
-    """Near the answer all of so few prompts are looked at; then a sweep finds the texts."""
+    """The search samples all prompts of windows near the result; a later sweep reuses the completions."""
     common = [MODEL, prompts, *PAIR, "--ranking", f"safety={ranking}", "--donor", "dpo", "--recipient", "base",
               "--judge",
               "some_judge:by_letters", "--max-tokens", 4, "-k", "0,50,100,200,300,500,800,1100,1408"]  # fmt: skip

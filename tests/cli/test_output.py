@@ -27,7 +27,7 @@ TEXT = "“yes” é 漢 😀 \ud800 [/INST] [b]"
 CHAT = [{"role": "user", "content": "café 😀"}]
 
 
-def written(monkeypatch, encoding, act):
+def capture_stdout(monkeypatch, encoding, act):
     """Return what an action writes to a stdout of some encoding, as text."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
@@ -40,7 +40,7 @@ def written(monkeypatch, encoding, act):
 @pytest.mark.parametrize("as_json", [False, True])
 def test_completions_are_written_completely_in_every_encoding(monkeypatch, encoding, as_json):
     completion = SimpleNamespace(text=TEXT, finish_reason="eos", overwrites=0, token_ids=[1])
-    text = written(monkeypatch, encoding, lambda: write_completions([CHAT], [completion], [{}], None, as_json))
+    text = capture_stdout(monkeypatch, encoding, lambda: write_completions([CHAT], [completion], [{}], None, as_json))
     if as_json:
         row = json.loads(text)
         assert (row["prompt"], row["completion"]) == (CHAT[0]["content"], TEXT)
@@ -52,11 +52,11 @@ def test_completions_are_written_completely_in_every_encoding(monkeypatch, encod
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_tables_and_lines_are_written_completely_in_every_encoding(monkeypatch, encoding, tmp_path):
     report = Report("t", {"t": [{"a": 1}]}, {}, (TableView(("é",), ((TEXT,),), title="漢"),), [TEXT])
-    text = written(monkeypatch, encoding, lambda: options.write_report(report, tmp_path, as_json=False))
+    text = capture_stdout(monkeypatch, encoding, lambda: options.write_report(report, tmp_path, as_json=False))
     assert text.count("[/INST] [b]") == 2
     assert text.count("\\ud83d\\ude00" if encoding != "utf-8" else "😀") == 2
     assert text.count("\\ud800") == 2
-    line = written(monkeypatch, encoding, lambda: options.echo(TEXT))
+    line = capture_stdout(monkeypatch, encoding, lambda: options.echo(TEXT))
     assert json.loads(f'"{line.strip()}"') == TEXT
 
 
@@ -66,14 +66,14 @@ def test_encodable_keeps_encodable_text():
 
 
 def test_progress_bars_show_names_and_notes_unchanged(monkeypatch):
-    seen = []
+    updates = []
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(Progress, "update", lambda self, task, **how: seen.append(how))
+    monkeypatch.setattr(Progress, "update", lambda self, task, **how: updates.append(how))
     with options.progress_bar("run [/x] [b]") as tell:
         tell(1, 2, "note [/INST]")
-    assert seen[0]["description"] == "run [/x] [b] note [/INST]"
+    assert updates[0]["description"] == "run [/x] [b] note [/INST]"
 
 
 @pytest.mark.parametrize(
@@ -86,20 +86,20 @@ def test_progress_bars_show_names_and_notes_unchanged(monkeypatch):
 )
 def test_unwritable_stdout_raises_one_line_error(redirection, message):
     command = f"{sys.executable} -m snpatch.cli env --json {redirection}; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    if redirection == "| true" and done.returncode == 0:
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    if redirection == "| true" and result.returncode == 0:
         pytest.skip("`true` ended after the text was written")
-    assert (done.returncode, done.stderr) == (2, f"snpatch: error: {message}\n")
+    assert (result.returncode, result.stderr) == (2, f"snpatch: error: {message}\n")
 
 
 def test_closed_stderr_adds_nothing_to_stdout():
     command = f"{sys.executable} -m snpatch.cli env --json 2>&-"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert json.loads(done.stdout)
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert json.loads(result.stdout)
     command = f"{sys.executable} -m snpatch.cli report missing 2>&-"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
 
 
 def test_ascii_locale_does_not_change_results(tmp_path):
@@ -111,10 +111,10 @@ def test_ascii_locale_does_not_change_results(tmp_path):
         row = json.dumps({"prompt": TEXT[:12]}, ensure_ascii=False)
         (tmp_path / "p.jsonl").write_text(f"{row}\n", encoding="utf-8")
         (tmp_path / "p.csv").write_text(f"prompt\n{TEXT[:12]}\n", encoding="utf-8")
-        done = subprocess.run([sys.executable, "-c", code, tmp_path / "p.jsonl", tmp_path / "p.csv"],
+        result = subprocess.run([sys.executable, "-c", code, tmp_path / "p.jsonl", tmp_path / "p.csv"],
                               capture_output=True, text=True, env={**os.environ, **env})  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        (tmp_path / name).write_text(done.stdout)
+        assert result.returncode == 0, result.stderr
+        (tmp_path / name).write_text(result.stdout)
     assert (tmp_path / "utf").read_text() == (tmp_path / "ascii").read_text()
     assert len(json.loads((tmp_path / "utf").read_text())) == 2
 
@@ -150,18 +150,18 @@ def test_fingerprint_does_not_depend_on_encoding_of_names(tmp_path, monkeypatch)
     assert len(fingerprint_checkpoint(tmp_path)) == 16
 
 
-@pytest.mark.parametrize("kept", ["[]", "{}", "[" * 10**5, '{"x": 1}', "\x00", None])
-def test_missing_or_damaged_hash_cache_only_costs_time(tmp_path, monkeypatch, kept):
+@pytest.mark.parametrize("cache_content", ["[]", "{}", "[" * 10**5, '{"x": 1}', "\x00", None])
+def test_missing_or_damaged_hash_cache_only_costs_time(tmp_path, monkeypatch, cache_content):
     for name in ("config.json", "a.safetensors"):
         (tmp_path / name).write_text("{}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    wanted = fingerprint_checkpoint(tmp_path)
-    if kept is None:
+    fingerprint = fingerprint_checkpoint(tmp_path)
+    if cache_content is None:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", no_home)
     else:
-        (tmp_path / "cache" / "snpatch" / "digests.json").write_text(kept)
-    assert fingerprint_checkpoint(tmp_path) == wanted
+        (tmp_path / "cache" / "snpatch" / "digests.json").write_text(cache_content)
+    assert fingerprint_checkpoint(tmp_path) == fingerprint
 
 
 def no_home():

@@ -20,7 +20,7 @@ def numbered(n):
     return [{"prompt": f"p{i}"} for i in range(n)]
 
 
-def saved(tmp_path, name, content):
+def write_file(tmp_path, name, content):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -33,7 +33,7 @@ def texts(data):
 
 def test_jsonl_with_bom_blanks_and_line_ends_is_read(tmp_path):
     rows = [json.dumps({"prompt": p}, ensure_ascii=False) for p in (" a\u2028b\x85c ", "d")]
-    path = saved(tmp_path, "p.jsonl", f"\ufeff\r\n{rows[0]}\r\n \n\n{rows[1]}".encode())
+    path = write_file(tmp_path, "p.jsonl", f"\ufeff\r\n{rows[0]}\r\n \n\n{rows[1]}".encode())
     data = load_dataset(path)
     assert texts(data) == ["a\u2028b\x85c", "d"]
     assert [e.meta for e in data.examples] == [{"file": str(path), "row": 2}, {"file": str(path), "row": 5}]
@@ -56,7 +56,7 @@ def test_jsonl_with_bom_blanks_and_line_ends_is_read(tmp_path):
     ],
 )
 def test_invalid_line_is_numbered_or_counted(tmp_path, line, message):
-    path = saved(tmp_path, "p.jsonl", b'\n{"prompt": "a"}\n\n' + line + b'\n{"prompt": "b"}\n')
+    path = write_file(tmp_path, "p.jsonl", b'\n{"prompt": "a"}\n\n' + line + b'\n{"prompt": "b"}\n')
     with pytest.raises(SnpatchError, match=rf"p\.jsonl, line 4: {message}"):
         load_dataset(path)
     data = load_dataset(path, skip_invalid=True)
@@ -65,18 +65,18 @@ def test_invalid_line_is_numbered_or_counted(tmp_path, line, message):
 
 
 def test_csv_with_long_fields_counts_physical_lines(tmp_path):
-    long = "x" * 200_000
-    content = f'id,prompt\r\n1,"two\nlines, ""quoted"""\r\n\r\n2,{long}\r\n3,a,b\r\n4,last\r\n'
-    path = saved(tmp_path, "p.csv", b"\xef\xbb\xbf" + content.encode())
+    long_text = "x" * 200_000
+    content = f'id,prompt\r\n1,"two\nlines, ""quoted"""\r\n\r\n2,{long_text}\r\n3,a,b\r\n4,last\r\n'
+    path = write_file(tmp_path, "p.csv", b"\xef\xbb\xbf" + content.encode())
     with pytest.raises(SnpatchError, match=r"p\.csv, line 6: expected 2 fields, got 3"):
         load_dataset(path)
     data = load_dataset(path, skip_invalid=True)
-    assert texts(data) == ['two\nlines, "quoted"', long, "last"]
+    assert texts(data) == ['two\nlines, "quoted"', long_text, "last"]
     assert [(e.meta["id"], e.meta["row"]) for e in data.examples] == [("1", 2), ("2", 5), ("4", 7)]
 
 
 def test_csv_row_without_utf8_is_invalid(tmp_path):
-    path = saved(tmp_path, "p.csv", b"prompt\na\ncaf\xe9\nb\n")
+    path = write_file(tmp_path, "p.csv", b"prompt\na\ncaf\xe9\nb\n")
     with pytest.raises(SnpatchError, match=r"p\.csv, line 3: not UTF-8"):
         load_dataset(path)
     assert texts(load_dataset(path, skip_invalid=True)) == ["a", "b"]
@@ -105,21 +105,21 @@ def test_csv_row_without_utf8_is_invalid(tmp_path):
     ],
 )
 def test_damaged_file_raises_even_with_skip_invalid(tmp_path, name, content, message):
-    path = saved(tmp_path, name, content)
+    path = write_file(tmp_path, name, content)
     for skip_invalid in (True,) if "2 of them bad" in message else (True, False):
         with pytest.raises(SnpatchError, match=message):
             load_dataset(path, skip_invalid=skip_invalid)
 
 
 def test_parquet_row_numbers_continue_over_row_groups(tmp_path):
-    path = saved(tmp_path, "p.parquet", parquet([*numbered(70_000), {"prompt": None}]))
+    path = write_file(tmp_path, "p.parquet", parquet([*numbered(70_000), {"prompt": None}]))
     with pytest.raises(SnpatchError, match=r"p\.parquet, row 70001: prompt must be a text that is not empty, got None"):
         load_dataset(path)
     assert load_dataset(path, skip_invalid=True).examples[-1].meta["row"] == 70_000
 
 
 def test_wikitext_line_without_utf8_is_invalid(tmp_path):
-    path = saved(tmp_path, "wiki.test.raw", b" \r\n = A = \r\n \n caf\xe9\n")
+    path = write_file(tmp_path, "wiki.test.raw", b" \r\n = A = \r\n \n caf\xe9\n")
     with pytest.raises(SnpatchError, match=r"wiki\.test\.raw, line 4: not UTF-8"):
         load_dataset(path, format="wikitext-2")
     assert load_dataset(path, format="wikitext-2", skip_invalid=True).text == "\n\n = A = \n\n\n"
@@ -129,8 +129,8 @@ def test_folder_shards_are_read_in_name_order(tmp_path):
     rows = numbered(6)
     for i in (2, 0, 1):
         write(tmp_path / "data", f"test-0000{i}-of-00003", ".parquet", rows[2 * i : 2 * i + 2])
-    saved(tmp_path, "README.md", b"# card")
-    saved(tmp_path, ".cache/test.parquet", b"junk")
+    write_file(tmp_path, "README.md", b"# card")
+    write_file(tmp_path, ".cache/test.parquet", b"junk")
     data = load_dataset(tmp_path, split="test")
     assert texts(data) == [row["prompt"] for row in rows]
     assert data.examples[3].meta == {"file": str(tmp_path / "data/test-00001-of-00003.parquet"), "row": 2}
@@ -207,20 +207,20 @@ def test_pairs_and_conversations_survive_save_and_load(tmp_path):
     hh = load_dataset(write(tmp_path, "hh", ".jsonl", ROWS["hh-harmless"]), format="hh-harmless")
     assert load_dataset(write(tmp_path, "pairs", ".jsonl", hh.pairs())).pairs() == hh.pairs()
     lima = load_dataset(write(tmp_path, "lima", ".jsonl", ROWS["lima"]), format="lima")
-    again = load_dataset(write(tmp_path, "said", ".parquet", lima.conversations()))
-    assert again.conversations() == lima.conversations()
+    reloaded_data = load_dataset(write(tmp_path, "said", ".parquet", lima.conversations()))
+    assert reloaded_data.conversations() == lima.conversations()
 
 
 def test_sample_is_reproducible_without_replacement(tmp_path):
     data = load_dataset(write(tmp_path, "p", ".jsonl", numbered(10)))
-    drawn = data.sample(4, seed=1)
-    assert texts(drawn) == ["p2", "p9", "p6", "p4"]  # for ever: numpy keeps this stream
-    assert texts(data.sample(10, seed=1))[:4] == texts(drawn)
+    sample = data.sample(4, seed=1)
+    assert texts(sample) == ["p2", "p9", "p6", "p4"]  # for ever: numpy keeps this stream
+    assert texts(data.sample(10, seed=1))[:4] == texts(sample)
     assert sorted(texts(data.sample(10, seed=1))) == sorted(texts(data))
-    assert texts(data.sample(4, seed=2)) != texts(drawn)
-    assert drawn.source["selection"] == ["4 drawn with seed 1"]
-    assert drawn.fingerprint != data.fingerprint == drawn.source["sha256"]
-    assert drawn.first(2).source["selection"] == ["4 drawn with seed 1", "first 2"]
+    assert texts(data.sample(4, seed=2)) != texts(sample)
+    assert sample.source["selection"] == ["4 drawn with seed 1"]
+    assert sample.fingerprint != data.fingerprint == sample.source["sha256"]
+    assert sample.first(2).source["selection"] == ["4 drawn with seed 1", "first 2"]
     assert (len(data.first(3)), len(data.first(99)), texts(data.first(2))) == (3, 10, ["p0", "p1"])
     with pytest.raises(SnpatchError, match="cannot take the first 0"):
         data.first(0)
@@ -262,7 +262,7 @@ def test_generated_file_gives_prompts_and_completions(tmp_path):
     assert load_dataset(path).prompts == [user("a"), user("b")]
     assert load_dataset(path).first(1).prompts == [user("a")]
     assert read_completions(path) == ["", "y"]
-    path = saved(tmp_path, "bad.jsonl", path.read_bytes() + b'{"prompt": "c"}\n')
+    path = write_file(tmp_path, "bad.jsonl", path.read_bytes() + b'{"prompt": "c"}\n')
     assert read_completions(path, 2) == ["", "y"]
     with pytest.raises(SnpatchError, match=r"bad\.jsonl, line 3: expected an object with a completion"):
         read_completions(path)

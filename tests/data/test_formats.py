@@ -56,7 +56,7 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
-def one(tmp_path, name, row):
+def load_row(tmp_path, name, row):
     """The single example of a row."""
     (example,) = load_dataset(write(tmp_path, name, ".jsonl", [row]), format=name).examples
     return example
@@ -141,7 +141,7 @@ def test_hh_row_without_pair_has_prompt(tmp_path, chosen, rejected, why):
 )
 def test_transcript_variants_are_parsed(tmp_path, transcript, prompt, dialogue, response):
     prompt = prompt or "Who said Human: or\nHuman: or Assistant: ?"
-    example = one(tmp_path, "red-team-attempts", attempt(transcript, 2.0))
+    example = load_row(tmp_path, "red-team-attempts", attempt(transcript, 2.0))
     assert example.prompt == user(prompt)
     assert example.dialogue == (dialogue or turns(prompt))
     assert example.response == response
@@ -248,27 +248,27 @@ def test_invalid_row_is_named_or_counted(tmp_path, case):
 @pytest.fixture
 def hub(monkeypatch):
     """Fake hub that returns tables of the published rows and records the requests."""
-    asked = []
+    requests = []
 
     def load_dataset(path, **arguments):
-        asked.append((path, {key: value for key, value in arguments.items() if value is not None}))
+        requests.append((path, {key: value for key, value in arguments.items() if value is not None}))
         return datasets.Dataset.from_list(hub_rows)
 
     hub_rows = []
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return hub_rows, asked
+    return hub_rows, requests
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_dataset_from_hub_equals_file(tmp_path, hub, name):
-    rows, asked = hub
+    rows, requests = hub
     rows += ROWS[name]
     data = load_dataset(name)
     if name in HUB:
-        assert asked == [HUB[name]]
+        assert requests == [HUB[name]]
     else:
         builder, files = BY_FILE[name]
-        assert asked == [(builder, {"data_files": files, "split": "train"})]
+        assert requests == [(builder, {"data_files": files, "split": "train"})]
     assert (
         data.fingerprint == load_dataset(write(tmp_path, "data", KINDS[name][0], ROWS[name]), format=name).fingerprint
     )
@@ -278,25 +278,25 @@ def test_dataset_from_hub_equals_file(tmp_path, hub, name):
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "harmbench"])  # which has no answers
 def test_training_split_is_requested_from_hub(hub, name):
-    rows, asked = hub
+    rows, requests = hub
     rows += ROWS[name]
     load_dataset(name, split=DATASETS[name].hub.train)
-    wanted = TRAIN.get(name, "train")
+    split = TRAIN.get(name, "train")
     if name in HUB:
-        assert asked == [(HUB[name][0], HUB[name][1] | {"split": wanted})]
+        assert requests == [(HUB[name][0], HUB[name][1] | {"split": split})]
     else:
-        assert asked == [(BY_FILE[name][0], {"data_files": BY_FILE[name][1], "split": "train"})]
-        assert wanted == DATASETS[name].hub.train
+        assert requests == [(BY_FILE[name][0], {"data_files": BY_FILE[name][1], "split": "train"})]
+        assert split == DATASETS[name].hub.train
 
 
 def test_split_and_revision_are_passed_to_hub(hub):
-    rows, asked = hub
+    rows, requests = hub
     rows += ROWS["lima"]
     load_dataset("lima", split="test", revision="v1")
-    assert asked[0][1]["data_files"] == ["hf://datasets/GAIR/lima@v1/test.jsonl"]
+    assert requests[0][1]["data_files"] == ["hf://datasets/GAIR/lima@v1/test.jsonl"]
     rows[:] = ROWS["beavertails"]
     data = load_dataset("beavertails", split="330k_train", revision="abc")
-    assert asked[1][1] == {"split": "330k_train", "revision": "abc"}
+    assert requests[1][1] == {"split": "330k_train", "revision": "abc"}
     assert (data.source["split"], data.source["revision"]) == ("330k_train", "abc")
     with pytest.raises(SnpatchError, match=r"ShareGPT_Vicuna_unfiltered: has one split, train, got 'test'"):
         load_dataset("sharegpt", split="test")
@@ -330,9 +330,9 @@ def test_hub_errors_are_one_line(monkeypatch, error):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
         SnpatchError, match=r"^cannot load GAIR/lima \(train\) from the hub: Couldn't reach it.*$"
-    ) as raised:
+    ) as error_info:
         load_dataset("lima")
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(error_info.value)
 
 
 def test_url_files_are_read_by_datasets_library(tmp_path, monkeypatch):

@@ -19,11 +19,11 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
-def answered(text):
+def answer(text):
     return [{"role": "assistant", "content": text}]
 
 
-def one(tmp_path, row, **how):
+def load_row(tmp_path, row, **how):
     (example,) = load_dataset(write(tmp_path, "data", ".jsonl", [row]), **how).examples
     return example
 
@@ -55,7 +55,7 @@ PUBLISHED = {  # a row of each file -> its prompt
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_file_without_options_is_read(tmp_path, name):
-    assert one(tmp_path, PUBLISHED[name]).prompt == user("Make it")
+    assert load_row(tmp_path, PUBLISHED[name]).prompt == user("Make it")
     if all(isinstance(value, str) for value in PUBLISHED[name].values()):
         assert load_dataset(write(tmp_path, "data", ".csv", [PUBLISHED[name]])).prompts == [user("Make it")]
         assert load_dataset(write(tmp_path, "data", ".parquet", [PUBLISHED[name]])).prompts == [user("Make it")]
@@ -100,8 +100,8 @@ def test_column_that_may_belong_to_prompt_is_rejected(tmp_path, row):
     with pytest.raises(
         SnpatchError, match=rf"line 1: \w+ may belong to the prompt in {field}. Ignore it with --column {field}"
     ):
-        one(tmp_path, row)
-    assert one(tmp_path, row, column=field).prompt == user(row[field])
+        load_row(tmp_path, row)
+    assert load_row(tmp_path, row, column=field).prompt == user(row[field])
 
 
 def test_column_error_lists_columns(tmp_path):
@@ -116,7 +116,7 @@ def test_column_error_lists_columns(tmp_path):
     with pytest.raises(SnpatchError, match="one prompt, got goal, question, each of which may be it"):
         load_dataset(write(tmp_path, "two", ".csv", [{"goal": "x", "question": "y"}]))
     with pytest.raises(SnpatchError, match="one prompt, got Prompt, prompt, each"):
-        one(tmp_path, {"Prompt": "x", "prompt": "y"})
+        load_row(tmp_path, {"Prompt": "x", "prompt": "y"})
 
 
 def test_text_file_has_one_prompt_per_line(tmp_path):
@@ -133,16 +133,16 @@ def test_text_file_has_one_prompt_per_line(tmp_path):
 # ---- pairs ----------------------------------------------------------------------------------------------------------
 
 
-def dialogue(*said):
-    return turns(*said)
+def dialogue(*texts):
+    return turns(*texts)
 
 
 PAIRS = {
     "texts": {"prompt": "Q", "chosen": "A", "rejected": "B"},
-    "answers as turns": {"prompt": "Q", "chosen": answered("A"), "rejected": answered("B")},
+    "answers as turns": {"prompt": "Q", "chosen": answer("A"), "rejected": answer("B")},
     "UltraFeedback": {"prompt": "Q", "prompt_id": "1", "chosen": turns("Q", "A"), "rejected": turns("Q", "B"),
                       "messages": turns("Q", "A"), "score_chosen": 8.5, "score_rejected": 1.0},
-    "TRL with prompt": {"prompt": user("Q"), "chosen": answered("A"), "rejected": answered("B")},
+    "TRL with prompt": {"prompt": user("Q"), "chosen": answer("A"), "rejected": answer("B")},
     "TRL implicit": {"chosen": turns("Q", "A"), "rejected": turns("Q", "B")},
     "transcripts": {"chosen": talk("Q", "A"), "rejected": talk("Q", "B")},
     "transcripts with prompt": {"prompt": "Q", "chosen": talk("Q", "A"), "rejected": talk("Q", "B")},
@@ -153,7 +153,7 @@ PAIRS = {
 def test_published_pairs_are_read(tmp_path, name):
     data = load_dataset(write(tmp_path, "p", ".jsonl", [PAIRS[name]]))
     assert data.prompts == [user("Q")]
-    assert data.pairs() == [{"prompt": user("Q"), "chosen": answered("A"), "rejected": answered("B")}]
+    assert data.pairs() == [{"prompt": user("Q"), "chosen": answer("A"), "rejected": answer("B")}]
     assert data.row_notes == []
 
 
@@ -161,16 +161,14 @@ def test_common_beginning_of_conversations_is_removed_as_in_trl(tmp_path):
     from trl import extract_prompt
 
     begin = [SYSTEM, *turns("Q", "A", "R")]
-    row = {"chosen": begin + answered("C"), "rejected": begin + answered("D")}
+    row = {"chosen": begin + answer("C"), "rejected": begin + answer("D")}
     data = load_dataset(write(tmp_path, "p", ".jsonl", [row]))
-    assert (
-        data.pairs() == [extract_prompt(row)] == [{"prompt": begin, "chosen": answered("C"), "rejected": answered("D")}]
-    )
-    for prompt, wanted in (("Q", begin), (begin, begin), (user("Q"), begin)):
-        example = one(tmp_path, {"prompt": prompt, **row})
-        assert example.context == wanted
+    assert data.pairs() == [extract_prompt(row)] == [{"prompt": begin, "chosen": answer("C"), "rejected": answer("D")}]
+    for prompt, context in (("Q", begin), (begin, begin), (user("Q"), begin)):
+        example = load_row(tmp_path, {"prompt": prompt, **row})
+        assert example.context == context
     with pytest.raises(SnpatchError, match="line 1: chosen and rejected do not both begin with the prompt"):
-        one(tmp_path, {"prompt": "another", **row})
+        load_row(tmp_path, {"prompt": "another", **row})
 
 
 @pytest.mark.parametrize(
@@ -209,7 +207,7 @@ def test_conversations_without_pair_are_counted(tmp_path, chosen, rejected, why)
 )
 def test_inconsistent_pairs_are_rejected_with_line(tmp_path, row, message):
     with pytest.raises(SnpatchError, match=f"data.jsonl, line 1: .*{message}"):
-        one(tmp_path, row)
+        load_row(tmp_path, row)
 
 
 def test_conversation_with_prompt_column_is_used_for_training(tmp_path):
@@ -245,18 +243,18 @@ def test_pairs_without_answer_are_counted(tmp_path):
 @pytest.mark.parametrize("labels", [(True, False), ("True", "False"), (1, 0), ("1", "0")])
 def test_answers_labeled_bad_are_not_used_for_training(tmp_path, labels):
     """KTO's form."""
-    good, bad = ({"prompt": p, "completion": c, "label": n} for p, c, n in zip("ab", "xy", labels, strict=True))
-    rows = [good, bad, {"prompt": "c"}]
+    good_row, bad_row = ({"prompt": p, "completion": c, "label": n} for p, c, n in zip("ab", "xy", labels, strict=True))
+    rows = [good_row, bad_row, {"prompt": "c"}]
     data = load_dataset(write(tmp_path, "kto", ".jsonl", rows))
     assert data.prompts == [user("a"), user("b"), user("c")]
-    said = data.conversations()
-    assert said == [{"messages": turns("a", "x")}]
-    assert dict(said.dropped) == {"no answer but one that is labeled bad": 1, "no answer": 1}
+    conversations = data.conversations()
+    assert conversations == [{"messages": turns("a", "x")}]
+    assert dict(conversations.dropped) == {"no answer but one that is labeled bad": 1, "no answer": 1}
 
 
 def test_other_labels_do_not_change_answers(tmp_path):
-    assert one(tmp_path, {"prompt": "a", "response": "x", "label": 0}).response == "x"
-    assert one(tmp_path, {"prompt": "a", "response": "x", "label": "safe"}).response == "x"
+    assert load_row(tmp_path, {"prompt": "a", "response": "x", "label": 0}).response == "x"
+    assert load_row(tmp_path, {"prompt": "a", "response": "x", "label": "safe"}).response == "x"
 
 
 def test_filter_accepts_values_as_json_strings(tmp_path):
@@ -291,7 +289,7 @@ def test_completions_of_conversations_are_compared_by_messages(tmp_path):
     chat = turns("Q", "A", "R")
     for row in (
         {"messages": chat, "completion": "B"},
-        {"messages": [*chat, *answered("B")], "completion": "B"},
+        {"messages": [*chat, *answer("B")], "completion": "B"},
         {"prompt": "R", "completion": "B"},  # as `snpatch generate` writes it
         {"prompt": chat, "completion": "B"},
         {"prompt": talk("Q", "A", "R"), "completion": "B"},
@@ -388,6 +386,6 @@ def test_hh_file_without_format_equals_named_format(tmp_path):
         {"chosen": talk("a", "b"), "rejected": talk("a", "")},
     ]
     path = write(tmp_path, "hh", ".jsonl", rows)
-    by_name, own = load_dataset(path, format="hh-harmless"), load_dataset(path)
-    assert own.fingerprint == by_name.fingerprint
-    assert own.source["no_pair"] == by_name.source["no_pair"]
+    by_name, by_content = load_dataset(path, format="hh-harmless"), load_dataset(path)
+    assert by_content.fingerprint == by_name.fingerprint
+    assert by_content.source["no_pair"] == by_name.source["no_pair"]

@@ -167,10 +167,12 @@ def test_plain_text_is_a_few_thousand_words_in_wikitexts_rows():
 
 
 def test_two_sets_have_wordings_unseen_by_dpo():
-    seen = [row["prompt"][0]["content"].split() for name in OBJECTIVES for row in preferences(name, 2000, seed=0)]
+    training_words = [
+        row["prompt"][0]["content"].split() for name in OBJECTIVES for row in preferences(name, 2000, seed=0)
+    ]
     for name in ("harmbench", "jailbreak"):
         starts = {tuple(wording.split()[:3]) for wording in WORDINGS[name]}
-        assert not any(tuple(words[:3]) in starts for words in seen)
+        assert not any(tuple(words[:3]) in starts for words in training_words)
 
 
 def test_chosen_differs_from_rejected(tokenizer):
@@ -275,10 +277,10 @@ def test_figures_in_build_record_match_measurement(answers, costs, rewards):
     figures = json.loads((DEMO_MODEL / "build.json").read_text())["figures"]
     assert {model: set(sets) for model, sets in figures.items()} == {model: set(ALL_SETS) for model in answers}
     for model, name in itertools.product(answers, ANSWERED):
-        stored = figures[model][name]
-        assert stored["refused"] == pytest.approx(refused(answers[model][name]), abs=0.02)
-        assert stored["cost"] == pytest.approx(mean(costs[model][name]), abs=0.2)
-        assert stored["reward"] == pytest.approx(mean(rewards[model][name]), abs=0.2)
+        expected = figures[model][name]
+        assert expected["refused"] == pytest.approx(refused(answers[model][name]), abs=0.02)
+        assert expected["cost"] == pytest.approx(mean(costs[model][name]), abs=0.2)
+        assert expected["reward"] == pytest.approx(mean(rewards[model][name]), abs=0.2)
 
 
 def test_build_rejects_folder_with_other_content(tmp_path):

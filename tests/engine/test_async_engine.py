@@ -20,17 +20,17 @@ TEN = Sampling(max_tokens=10)
 ENDLESS = Sampling(max_tokens=400, ignore_eos=True)
 
 
-async def listen(engine, job: Job, until: int = 999, sampling: Sampling = TEN, begun: asyncio.Event | None = None):
-    """Return the deltas of a job, left after some tokens; the first sets `begun`."""
-    seen, deltas = [], engine.generate(job.ids, job.patch, sampling)
+async def listen(engine, job: Job, until: int = 999, sampling: Sampling = TEN, started: asyncio.Event | None = None):
+    """Return the deltas of a job, left after some tokens; the first sets `started`."""
+    received, deltas = [], engine.generate(job.ids, job.patch, sampling)
     async for delta in deltas:
-        seen.append(delta)
-        if begun:
-            begun.set()
-        if sum(len(d.token_ids) for d in seen) >= until:
+        received.append(delta)
+        if started:
+            started.set()
+        if sum(len(d.token_ids) for d in received) >= until:
             break
     await deltas.aclose()
-    return seen
+    return received
 
 
 LATE = Job(0, "base", 0.2 * VALUES.abs(), (0, 60), seed=7)  # its ranking is loaded in the workers, its constant is not
@@ -42,11 +42,11 @@ async def leave_during_writes(engine, text) -> tuple[list[int], list[tuple]]:
     Return the other caller's token ids, and the writes in order: (kind, handle, slot).
     """
     await text(Patch("base", Scale(0.5), LATE.patch.ranking, 60))
-    first, between, written, command = asyncio.Event(), asyncio.Event(), [], engine.executor.command
+    first, between, writes, command = asyncio.Event(), asyncio.Event(), [], engine.executor.command
 
     async def slow(name, *arguments):
         if name == "snpatch_write":
-            written.append(arguments[:3])
+            writes.append(arguments[:3])
             first.set()
             await between.wait()
         return await command(name, *arguments)
@@ -55,23 +55,23 @@ async def leave_during_writes(engine, text) -> tuple[list[int], list[tuple]]:
     fresh = RANKINGS[0].random_control(40, seed=100)
     leaving = asyncio.create_task(text(Patch("base", Noise(torch.ones(SHAPE), seed=3), fresh, 40)))
     await first.wait()
-    other = asyncio.create_task(text(LATE.patch, LATE.ids))
+    task = asyncio.create_task(text(LATE.patch, LATE.ids))
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
     await asyncio.sleep(0)
     between.set()
-    token_ids = await other
+    token_ids = await task
     del engine.executor.command
-    return token_ids, written
+    return token_ids, writes
 
 
-async def collect_results(made) -> dict:
+async def collect_results(tiny_model) -> dict:
     """Return the results that the tests check, from one engine."""
-    adapters = {name: list(made.adapters[name]) for name in ("sft", "dpo")}
+    adapters = {name: list(tiny_model.adapters[name]) for name in ("sft", "dpo")}
     rankings = [RANKINGS[0].random_control(40, seed=seed) for seed in range(8)]
-    many = [Patch("sft", "dpo", ranking, 40) for ranking in rankings]
+    patches = [Patch("sft", "dpo", ranking, 40) for ranking in rankings]
     results = {}
-    async with AsyncEngine(made.folder, adapters, **SMALL) as engine:
+    async with AsyncEngine(tiny_model.folder, adapters, **SMALL) as engine:
         jobs = [job for job in JOBS if job.positions == "all" and not isinstance(job.donor, torch.Tensor)]
         *results["streams"], results["left early"] = await asyncio.gather(
             *(listen(engine, job) for job in jobs), listen(engine, jobs[3], until=2)
@@ -81,21 +81,21 @@ async def collect_results(made) -> dict:
         async def text(patch, ids=IDS[0]):
             return [d async for d in engine.generate(ids, patch, TEN)][-1].completion.token_ids
 
-        results["alone"] = [await text(patch) for patch in many]
-        results["at once"] = await asyncio.gather(*map(text, many))
+        results["alone"] = [await text(patch) for patch in patches]
+        results["at once"] = await asyncio.gather(*map(text, patches))
         begun = asyncio.Event()
         results["left while written"] = await leave_during_writes(engine, text)
-        task = asyncio.create_task(listen(engine, jobs[3], sampling=ENDLESS, begun=begun))
+        task = asyncio.create_task(listen(engine, jobs[3], sampling=ENDLESS, started=begun))
         await begun.wait()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         results["cancelled"] = task.cancelled()
         await asyncio.sleep(0.5)
         results["in use"] = engine.executor.slots.num_in_use
-        results["after"] = await text(many[3])
+        results["after"] = await text(patches[3])
         stop = results["alone"][0][4]
         word = engine.tokenizer.decode([stop])
-        deltas = [d async for d in engine.generate(IDS[0], many[0], Sampling(max_tokens=10, stop=(word,)))]
+        deltas = [d async for d in engine.generate(IDS[0], patches[0], Sampling(max_tokens=10, stop=(word,)))]
         results["stopped"] = word, deltas
         for name, call in {
             "no such model": lambda: engine.generate(IDS[0], "nobody"),
@@ -106,11 +106,11 @@ async def collect_results(made) -> dict:
             results[name] = str(caught.value)
         (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
         begun = [asyncio.Event() for _ in jobs[:4]]
-        calls = (listen(engine, job, sampling=ENDLESS, begun=one) for job, one in zip(jobs, begun, strict=False))
-        open_ones = [asyncio.create_task(call) for call in calls]
-        await asyncio.gather(*(one.wait() for one in begun))
+        calls = (listen(engine, job, sampling=ENDLESS, started=event) for job, event in zip(jobs, begun, strict=False))
+        tasks = [asyncio.create_task(call) for call in calls]
+        await asyncio.gather(*(event.wait() for event in begun))
         os.kill(core, signal.SIGKILL)
-        results["deaths"] = await asyncio.wait_for(asyncio.gather(*open_ones, return_exceptions=True), 20)
+        results["deaths"] = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
         results["after death"] = await asyncio.wait_for(asyncio.gather(text("sft"), return_exceptions=True), 20)
     with pytest.raises(SnpatchError, match="closed"):
         await text("sft")
@@ -119,14 +119,14 @@ async def collect_results(made) -> dict:
 
 @pytest.fixture(scope="module")
 def results(zoo):
-    made = zoo("llama")
-    return {"made": made, **asyncio.run(collect_results(made))}
+    tiny_model = zoo("llama")
+    return {"tiny_model": tiny_model, **asyncio.run(collect_results(tiny_model))}
 
 
 def test_concurrent_callers_get_oracle_completions(results):
-    made = results["made"]
+    tiny_model = results["tiny_model"]
     for job, deltas in zip(results["jobs"], results["streams"], strict=True):
-        expected = oracle.generate(job.oracle(made)[0], job.ids, 10, job.oracle(made)[1])
+        expected = oracle.generate(job.oracle(tiny_model)[0], job.ids, 10, job.oracle(tiny_model)[1])
         *_, last = deltas
         assert last.completion.token_ids == expected.ids
         assert last.completion.overwrites == job.overwrites(10)
@@ -144,10 +144,10 @@ def test_caller_leaving_ends_its_own_request_only(results):
 
 
 def test_caller_leaving_during_writes_changes_no_other_slot(results):
-    token_ids, written = results["left while written"]
-    recipient, patch = LATE.oracle(results["made"])
+    token_ids, writes = results["left while written"]
+    recipient, patch = LATE.oracle(results["tiny_model"])
     assert token_ids == oracle.generate(recipient, LATE.ids, 10, patch).ids
-    slots = [slot for kind, _, slot in written if kind == "constant"]
+    slots = [slot for kind, _, slot in writes if kind == "constant"]
     assert len(slots) == 2
     assert slots[0] != slots[1]
 
@@ -180,4 +180,4 @@ def test_vllm_death_raises_for_waiting_callers(results):
 
 def test_async_engine_requires_vllm_backend(results):
     with pytest.raises(SnpatchError, match="AsyncEngine runs in vLLM"):
-        AsyncEngine(results["made"].folder, backend="transformers")
+        AsyncEngine(results["tiny_model"].folder, backend="transformers")

@@ -51,7 +51,7 @@ NO_PROMPT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("prompt", "message"), NO_PROMPT, ids=lambda one: ascii(one)[:40])
+@pytest.mark.parametrize(("prompt", "message"), NO_PROMPT, ids=lambda value: ascii(value)[:40])
 def test_encode_invalid_prompt_is_one_line(requests, prompt, message):
     with pytest.raises(SnpatchError, match=f"prompt 1,? ?.*{message}") as caught:
         requests.encode([TEXT, prompt], "base")
@@ -62,7 +62,7 @@ def test_encode_invalid_prompt_is_one_line(requests, prompt, message):
     "prompt",
     [[5, 6], (5, 6), range(5, 7), np.array([5, 6]), [np.int64(5), np.uint8(6)], torch.tensor([5, 6]),
      torch.tensor([5, 6], dtype=torch.int32), [torch.tensor(5), torch.tensor(6)]],
-    ids=lambda one: type(one).__name__,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_encode_accepts_lists_of_integers(requests, prompt):
     assert requests.encode([prompt], "base") == [[5, 6]]
@@ -74,27 +74,27 @@ def test_encode_accepts_other_sequence_types(requests):
     for prompts in ([np.str_(TEXT)], (TEXT,), np.array([TEXT]), collections.deque([TEXT])):
         assert requests.encode(prompts, "base") == want
     chat = [{"role": "user", "content": TEXT}]
-    for same in (tuple(chat), [collections.UserDict(chat[0])]):
-        assert requests.encode([same], "base") == requests.encode([chat], "base")
+    for equal_chat in (tuple(chat), [collections.UserDict(chat[0])]):
+        assert requests.encode([equal_chat], "base") == requests.encode([chat], "base")
     assert requests.encode(np.array([[5, 6], [6, 5]]), "base") == [[5, 6], [6, 5]]
 
 
 NO_LIST = [TEXT, b"a", {"a": 1}, {"a", "b"}, (x for x in ["a"]), None, 3, float("nan"), iter(["a"])]
 
 
-@pytest.mark.parametrize("given", NO_LIST, ids=lambda one: type(one).__name__)
-def test_encode_without_list_is_one_line(requests, given):
+@pytest.mark.parametrize("prompts", NO_LIST, ids=lambda value: type(value).__name__)
+def test_encode_without_list_is_one_line(requests, prompts):
     with pytest.raises(SnpatchError, match="prompts must be a list; got "):
-        requests.encode(given, "base")
+        requests.encode(prompts, "base")
     with pytest.raises(SnpatchError, match="completions must be a list; got "):
-        requests.completions(given, 1)
+        requests.completions(prompts, 1)
 
 
 @pytest.mark.parametrize(
     ("completion", "message"),
     [(b"a", "expected a text or a list of token ids"), (None, "expected a text"), ({"a": 1}, "expected a text"),
      (3, "expected a text"), ([1.5], IDS), ([True], IDS), (HALF, "half of a surrogate pair")],
-    ids=lambda one: ascii(one)[:40],
+    ids=lambda value: ascii(value)[:40],
 )  # fmt: skip
 def test_completions_invalid_is_one_line(requests, completion, message):
     with pytest.raises(SnpatchError, match=f"completion 1:? .*{message}"):
@@ -118,18 +118,18 @@ NO_SAMPLING = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), NO_SAMPLING, ids=lambda one: ascii(one)[:40])
-def test_sampling_wrong_type_is_one_line(given, message):
-    (name,) = given
+@pytest.mark.parametrize(("fields", "message"), NO_SAMPLING, ids=lambda value: ascii(value)[:40])
+def test_sampling_wrong_type_is_one_line(fields, message):
+    (name,) = fields
     with pytest.raises(SnpatchError, match=f"sampling: {name}:? {message}") as caught:
-        Sampling(**given)
+        Sampling(**fields)
     assert caught.value.field == name
 
 
 def test_sampling_accepts_numpy_numbers():
-    given = Sampling(temperature=np.float32(0.5), max_tokens=np.int64(5), seed=np.int32(3), top_p=np.float64(1.0))
-    assert given == Sampling(temperature=0.5, max_tokens=5, seed=3)
-    assert [type(v) for v in (given.temperature, given.max_tokens, given.seed)] == [float, int, int]
+    sampling = Sampling(temperature=np.float32(0.5), max_tokens=np.int64(5), seed=np.int32(3), top_p=np.float64(1.0))
+    assert sampling == Sampling(temperature=0.5, max_tokens=5, seed=3)
+    assert [type(v) for v in (sampling.temperature, sampling.max_tokens, sampling.seed)] == [float, int, int]
 
 
 def test_encode_accepts_rows_of_files(requests):

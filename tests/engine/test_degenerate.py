@@ -16,11 +16,11 @@ PROMPTS = tiny.PROMPTS[:3]
 SHAPE = (tiny.LAYERS, tiny.NEURONS)
 
 
-def ones(folder, out, **other):
+def ones(folder, out, **values):
     """An IA3 adapter of ones but for the given layer's."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     vectors = {(layer, "down_proj"): torch.ones(tiny.NEURONS) for layer in range(tiny.LAYERS)}
-    for layer, value in other.items():
+    for layer, value in values.items():
         vectors[int(layer.removeprefix("layer")), "down_proj"] *= value
     tiny.write_adapter(model, out, ["down_proj"], 0, vectors)
     return out
@@ -38,8 +38,8 @@ def engine(zoo, tmp_path_factory):
         "last": ones(folder, out / "last", layer2=2.0),
         "sft": zoo("llama").adapters["sft"],
     }
-    with Engine(folder, adapters, models={"untrained": {"lora": lora}}, backend="transformers") as made:
-        yield made
+    with Engine(folder, adapters, models={"untrained": {"lora": lora}}, backend="transformers") as degenerate_engine:
+        yield degenerate_engine
 
 
 def test_adapter_without_effect_is_noted_at_start(engine):
@@ -66,8 +66,8 @@ def test_contrast_of_equal_models_is_rejected(engine, pair, message, positions):
 def test_contrast_of_different_models_keeps_notes(engine):
     ranking = engine.contrast(PROMPTS, "base", "sft", sampling=Sampling(max_tokens=3))
     assert any("changes nothing" in note for note in ranking.meta["notes"])
-    alone = engine.contrast(PROMPTS, "base", sampling=Sampling(max_tokens=3))
-    assert len(alone) == 192, "one model alone is ranked by its own activations"
+    base_ranking = engine.contrast(PROMPTS, "base", sampling=Sampling(max_tokens=3))
+    assert len(base_ranking) == 192, "one model alone is ranked by its own activations"
 
 
 def test_statistics_of_equal_models_give_no_ranking():
@@ -84,8 +84,8 @@ def test_statistics_of_equal_models_give_no_ranking():
 
 
 def test_donor_equal_to_recipient_is_noted(zoo, tmp_path):
-    same = ones(zoo("llama").folder, tmp_path / "same")
-    with Engine(zoo("llama").folder, {"same": same}, backend="transformers") as engine:
+    adapter = ones(zoo("llama").folder, tmp_path / "same")
+    with Engine(zoo("llama").folder, {"same": adapter}, backend="transformers") as engine:
         ranking, before = Ranking.from_scores(torch.rand(SHAPE)), len(engine.notes)
         for _ in range(2):
             engine.generate(PROMPTS, Patch("base", "same", ranking, 10), Sampling(max_tokens=2))

@@ -19,7 +19,7 @@ from golden import (
     WRITE,
     assert_near,
     parse_golden_patch,
-    read,
+    read_golden,
     without_padding,
 )
 from safetensors.torch import load_file
@@ -71,7 +71,7 @@ def logits(monkeypatch):
     ],
 )
 def test_contrast_equals_golden(engine, eos_engine, kind, positions, batch):
-    texts = read("contrast.json")[f"{kind}.{batch}"]
+    texts = read_golden("contrast.json")[f"{kind}.{batch}"]
     ranking = (eos_engine if kind == "completion_eos" else engine).contrast(
         IDS, "sft", "dpo", positions=positions, sampling=WRITE, exclude_layers=()
     )
@@ -89,7 +89,7 @@ def test_contrast_equals_golden(engine, eos_engine, kind, positions, batch):
 def test_contrast_of_golden_completions_gives_the_same_scores(engine):
     """Teacher-forced, with completions given as strings."""
     completions = []
-    for prompt, text in zip(IDS, read("contrast.json")["completion.batch5"], strict=True):
+    for prompt, text in zip(IDS, read_golden("contrast.json")["completion.batch5"], strict=True):
         assert text["input_ids"][: len(prompt)] == prompt
         completions.append(engine.tokenizer.decode(text["input_ids"][len(prompt) :]))
     ranking = engine.contrast([p["text"] for p in PROMPTS], "sft", "dpo", completions=completions)
@@ -107,8 +107,8 @@ def test_generation_equals_golden(engine, eos_engine, logits, name):
         ids = RUNS[f"{name}.{batch}"]["ids"]
         assert [c.token_ids for c in completions] == [without_padding(row, run.get("eos_token_id")) for row in ids]
         for index, prompt in enumerate(GENERATION["logit_prompts"]):
-            for step, which in ((0, "first"), (-1, "last")):
-                expected = GOLDEN_LOGITS[f"{name}.{batch}.{which}_logits"][index]
+            for step, position in ((0, "first"), (-1, "last")):
+                expected = GOLDEN_LOGITS[f"{name}.{batch}.{position}_logits"][index]
                 assert (steps[prompt][step] - expected).abs().max() <= LOGITS
     # The patch covers the prompt and every generated token but the last, which is never read.
     read_tokens = [len(c.prompt_ids) + len(c.token_ids) - 1 for c in completions]
@@ -139,9 +139,9 @@ def test_capture_equals_golden_features(engine, batch):
     assert_near(engine.capture(IDS, "sft", RANKING, 64), golden[f"{batch}.features_rank_order"])
 
 
-@pytest.mark.parametrize("name", read("perplexity.json")["results"])
+@pytest.mark.parametrize("name", read_golden("perplexity.json")["results"])
 def test_perplexity_equals_golden(engine, name):
-    golden = read("perplexity.json")
+    golden = read_golden("perplexity.json")
     ids, size, expected = golden["input_ids"], golden["window"], golden["results"][name]
     windows = split_into_windows(ids, size)
     assert list(map(len, windows)) == golden["window_lengths"]

@@ -17,7 +17,7 @@ from golden import (
     RUNS,
     assert_near,
     parse_golden_patch,
-    read,
+    read_golden,
     without_padding,
 )
 from safetensors.torch import load_file
@@ -76,10 +76,10 @@ def test_generation_of_all_runs_in_one_batch_matches_goldens(engine):
         assert completion.overwrites == read_tokens * (run.get("k") or 0)
         if prompt in GENERATION["logit_prompts"]:
             index = GENERATION["logit_prompts"].index(prompt)
-            for step, which in ((0, "first"), (-1, "last")):
-                if which == "last" and run.get("eos_token_id") is not None:
+            for step, position in ((0, "first"), (-1, "last")):
+                if position == "last" and run.get("eos_token_id") is not None:
                     continue  # last step of the padded batch, which an ended completion does not have
-                golden = GOLDEN_LOGITS[f"{name}.batch1.{which}_logits"][index]
+                golden = GOLDEN_LOGITS[f"{name}.batch1.{position}_logits"][index]
                 want = golden.log_softmax(-1)[completion.token_ids[step]].item()
                 assert completion.logprobs[step] == pytest.approx(want, abs=2 * LOGITS)
 
@@ -88,7 +88,7 @@ def test_generation_of_all_runs_in_one_batch_matches_goldens(engine):
 def test_captures_and_perplexity_match_goldens(engine):
     golden = load_file(HOME / "features.safetensors")
     assert_near(engine.capture(IDS, "sft", RANKING, 64), golden["batch1.features_rank_order"])
-    golden = read("perplexity.json")
+    golden = read_golden("perplexity.json")
     ids, size = golden["input_ids"], golden["window"]
     windows = [ids[start : start + size] for start in range(0, len(ids), size)]
     for want in golden["results"].values():

@@ -71,30 +71,30 @@ def test_patching_in_reverse_and_with_the_mean_flips_the_answer(engine, ranking)
 def test_last_layer_is_excluded_by_default(engine, ranking):
     assert len(ranking) == 2 * 48
     assert ranking.layer_counts(len(ranking)).tolist() == [48, 48, 0]
-    whole = engine.contrast(tiny.PROMPTS, "sft", "dpo", sampling=WORDS, exclude_layers=())
-    assert len(whole) == 3 * 48
-    assert torch.equal(whole.scores, ranking.scores)
+    full_ranking = engine.contrast(tiny.PROMPTS, "sft", "dpo", sampling=WORDS, exclude_layers=())
+    assert len(full_ranking) == 3 * 48
+    assert torch.equal(full_ranking.scores, ranking.scores)
 
 
 def test_strength_scales_the_output_of_a_planted_neuron_exactly(engine, planted):
     """Read the answer's direction in the residual stream back from three logits; the last norm cancels out."""
     last = [neuron for neuron in tiny.PLANTED if neuron[0] == 1]  # after them nothing reads or writes the direction
     ranking = Ranking.from_order(torch.tensor(last), planted.shape)
-    ids, other = list(tiny.tokenizer()(tiny.PROMPTS[0])["input_ids"]), 50
+    ids, reference_id = list(tiny.tokenizer()(tiny.PROMPTS[0])["input_ids"]), 50
 
     def direction(patch) -> float:
-        words = [[tiny.VOCAB.index(tiny.SAFE)], [tiny.VOCAB.index(tiny.HARM)], [other]]
-        safe, harm, rest = (p.values.item() for p in engine.logprobs([ids] * 3, patch, completions=words))
-        return (safe - harm) / (safe + harm - 2 * rest)
+        words = [[tiny.VOCAB.index(tiny.SAFE)], [tiny.VOCAB.index(tiny.HARM)], [reference_id]]
+        safe, harm, reference = (p.values.item() for p in engine.logprobs([ids] * 3, patch, completions=words))
+        return (safe - harm) / (safe + harm - 2 * reference)
 
-    none = direction("sft")
-    full = direction(Patch("sft", "dpo", ranking, len(last))) - none
-    assert full > 0.1
+    unpatched = direction("sft")
+    full_shift = direction(Patch("sft", "dpo", ranking, len(last))) - unpatched
+    assert full_shift > 0.1
     for strength in (0.0, 0.25, 1.0, 2.0, 5.0, -1.0):
-        moved = direction(Patch("sft", "dpo", ranking, len(last), strength=strength)) - none
-        assert moved == pytest.approx(strength * full, rel=1e-4, abs=1e-5)
-    own = direction(Patch("sft", Scale(2.0), ranking, len(last))) - none
-    assert own > 0.1
+        shift = direction(Patch("sft", "dpo", ranking, len(last), strength=strength)) - unpatched
+        assert shift == pytest.approx(strength * full_shift, rel=1e-4, abs=1e-5)
+    scale_shift = direction(Patch("sft", Scale(2.0), ranking, len(last))) - unpatched
+    assert scale_shift > 0.1
     for factor in (0.0, 0.5, 4.0, -2.0):
-        moved = direction(Patch("sft", Scale(factor), ranking, len(last))) - none
-        assert moved == pytest.approx((factor - 1) * own, rel=1e-4, abs=1e-5)
+        shift = direction(Patch("sft", Scale(factor), ranking, len(last))) - unpatched
+        assert shift == pytest.approx((factor - 1) * scale_shift, rel=1e-4, abs=1e-5)

@@ -22,10 +22,10 @@ def test_spoilage_of_unpatched_completion_restarts_once():
     first = spoilage.judge(overflow("a"))
     assert isinstance(first, SpoiledEngineError)
     assert "the engine is spoiled: the completion overflowed in float16 at layer 3" in str(first)
-    again = spoilage.judge(overflow("a"))
-    assert type(again) is OverflowedError
-    assert "the model itself overflows on this prompt" in str(again)
-    assert "Use bfloat16 or float32" in str(again)
+    second_error = spoilage.judge(overflow("a"))
+    assert type(second_error) is OverflowedError
+    assert "the model itself overflows on this prompt" in str(second_error)
+    assert "Use bfloat16 or float32" in str(second_error)
 
 
 def test_spoilage_of_inherent_overflow_does_not_restart_again():

@@ -27,21 +27,21 @@ LIMIT = 24  # prompts of each set
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def demo_config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     shutil.copytree(DEMO_MODEL, folder, dirs_exist_ok=True)
     text = (folder / "experiment.toml").read_text()
-    for old, new in SMALLER.items():
-        assert old in text
-        text = text.replace(old, new)
+    for setting, smaller_setting in SMALLER.items():
+        assert setting in text
+        text = text.replace(setting, smaller_setting)
     (folder / "experiment.toml").write_text(text)
     return folder / "experiment.toml"
 
 
 @pytest.fixture(scope="module")
-def folder(world, tmp_path_factory):
+def folder(demo_config, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    command = ["exp", "all", "--config", world, "-o", out, "--backend", "transformers", "--limit", LIMIT]
+    command = ["exp", "all", "--config", demo_config, "-o", out, "--backend", "transformers", "--limit", LIMIT]
     cli.app(list(map(str, command)), standalone_mode=False)
     return out
 
@@ -56,9 +56,11 @@ def table(folder: Path, stem: str) -> list[dict]:
 
 def test_page_of_demo_contains_every_experiment_with_provenance(folder):
     page = load_page(folder)
-    assert {one["name"] for one in page.reports} >= set(experiments.NAMES)
-    for one in page.reports:
-        assert all((one["tables"] or page.rows, one["images"] or one["name"] not in experiments.NAMES)), one["name"]
+    assert {report["name"] for report in page.reports} >= set(experiments.NAMES)
+    for report in page.reports:
+        assert all((report["tables"] or page.rows, report["images"] or report["name"] not in experiments.NAMES)), (
+            report["name"]
+        )
     assert page.command.startswith("snpatch ")
     assert "\n" not in page.command, "one command made them all"
     assert all((page.completions, page.maps))
@@ -110,14 +112,14 @@ def test_transfer_recovers_gain_on_unseen_sets(folder):
 
 def test_stability_of_seeds_exceeds_agreement_of_objectives(folder):
     (seeds,) = (row for row in table(folder, "stability") if row["k"] == 256)
-    others = [row for row in table(folder, "objectives") if row["k"] == 256]
-    assert {(row["a"], row["b"]) for row in others} == {
+    objectives = [row for row in table(folder, "objectives") if row["k"] == 256]
+    assert {(row["a"], row["b"]) for row in objectives} == {
         ("safety", "helpful"),
         ("safety", "careful"),
         ("helpful", "careful"),
     }
-    assert seeds["overlap"] > 0.85 > max(row["overlap"] for row in others) > seeds["chance"] == 0.1
-    assert seeds["spearman"] > 0.85 > max(row["spearman"] for row in others)
+    assert seeds["overlap"] > 0.85 > max(row["overlap"] for row in objectives) > seeds["chance"] == 0.1
+    assert seeds["spearman"] > 0.85 > max(row["spearman"] for row in objectives)
 
 
 def test_alignment_tax_reports_change_of_both_judges(folder):
@@ -132,12 +134,12 @@ def test_alignment_tax_reports_change_of_both_judges(folder):
 
 
 def test_distribution_is_skewed(folder):
-    *layers, whole = table(folder, "distribution")
-    assert [row["layer"] for row in layers] == list(range(6))
-    assert [row["ranked"] for row in layers] == [True] * 5 + [False]
-    assert sum(row["in_top_k"] for row in layers) == whole["in_top_k"] == 256
-    assert whole["skewness"] > 1
-    assert whole["above 0.05"] > whole["above 0.5"] > 0
+    *layer_rows, model_row = table(folder, "distribution")
+    assert [row["layer"] for row in layer_rows] == list(range(6))
+    assert [row["ranked"] for row in layer_rows] == [True] * 5 + [False]
+    assert sum(row["in_top_k"] for row in layer_rows) == model_row["in_top_k"] == 256
+    assert model_row["skewness"] > 1
+    assert model_row["above 0.05"] > model_row["above 0.5"] > 0
 
 
 def test_neuron_tokens_positions_guard_and_safeguard_give_expected_tables(folder):
@@ -167,11 +169,11 @@ def test_neuron_tokens_positions_guard_and_safeguard_give_expected_tables(folder
 @pytest.mark.parametrize(
     "names", [["curve"], pytest.param(["curve", "perplexity", "safeguard"], marks=pytest.mark.full)], ids=len
 )
-def test_experiments_on_vllm_give_the_same_tables(folder, world, tmp_path, names):
+def test_experiments_on_vllm_give_the_same_tables(folder, demo_config, tmp_path, names):
     """Both engines and both runners of the cost model, in processes of their own, as a user has them."""
-    command = ["exp", *names, "--config", world, "-o", tmp_path, "--backend", "vllm"]
+    command = ["exp", *names, "--config", demo_config, "-o", tmp_path, "--backend", "vllm"]
     cli.app([*map(str, command), "--limit", str(LIMIT)], standalone_mode=False)
     for name in names:
-        for one, other in zip(table(tmp_path, name), table(folder, name), strict=True):
-            for key, value in other.items():
-                assert one[key] == (pytest.approx(value, abs=2e-3) if isinstance(value, float) else value), key
+        for row, expected in zip(table(tmp_path, name), table(folder, name), strict=True):
+            for key, value in expected.items():
+                assert row[key] == (pytest.approx(value, abs=2e-3) if isinstance(value, float) else value), key

@@ -35,18 +35,20 @@ def order(*flat: int) -> Ranking:
 
 
 def test_compare_rankings_of_constructed_orders_gives_known_values():
-    same, back = order(*range(20)), order(*range(19, -1, -1))
+    ranking, reverse = order(*range(20)), order(*range(19, -1, -1))
     half = order(0, 1, 2, 3, 10, 11, 12, 13, *range(4, 10), *range(14, 20))
-    rows = agreement.compare_rankings({"same": same, "copy": order(*range(20)), "back": back, "half": half}, [8, 20])
-    found = {(row["a"], row["b"], row["k"]): row for row in rows}
+    rows = agreement.compare_rankings(
+        {"same": ranking, "copy": order(*range(20)), "back": reverse, "half": half}, [8, 20]
+    )
+    row_by_pair = {(row["a"], row["b"], row["k"]): row for row in rows}
     assert len(rows) == 12
-    assert found["same", "copy", 8]["overlap"] == found["same", "copy", 8]["spearman"] == 1
-    assert found["same", "back", 20]["spearman"] == pytest.approx(-1)
-    assert (found["same", "back", 8]["overlap"], found["same", "back", 8]["spearman"]) == (0, None)
-    assert found["same", "half", 8]["overlap"] == 0.5
-    assert found["same", "half", 8]["common"] == 4
-    assert found["same", "half", 8]["spearman"] == pytest.approx(1), "re-ranked within the four that both hold"
-    assert found["same", "half", 8]["chance"] == 0.4
+    assert row_by_pair["same", "copy", 8]["overlap"] == row_by_pair["same", "copy", 8]["spearman"] == 1
+    assert row_by_pair["same", "back", 20]["spearman"] == pytest.approx(-1)
+    assert (row_by_pair["same", "back", 8]["overlap"], row_by_pair["same", "back", 8]["spearman"]) == (0, None)
+    assert row_by_pair["same", "half", 8]["overlap"] == 0.5
+    assert row_by_pair["same", "half", 8]["common"] == 4
+    assert row_by_pair["same", "half", 8]["spearman"] == pytest.approx(1), "re-ranked within the four that both hold"
+    assert row_by_pair["same", "half", 8]["chance"] == 0.4
 
 
 def test_agreement_plot_draws_every_pair():
@@ -60,20 +62,20 @@ def test_agreement_plot_draws_every_pair():
 
 
 def test_intersect_top_returns_neurons_in_both_top_k():
-    one, other = order(*range(20)), order(9, 8, 7, 3, 15, 16, *range(3), *range(4, 7), *range(10, 15), 17, 18, 19)
-    shared = intersect_top(one, other, 6)
-    assert shared.top(len(shared)).tolist() == [[0, 3]], "the only one that both hold"
-    shared = intersect_top(one, other, 10)
-    assert [neuron for _, neuron in shared.top(len(shared)).tolist()] == [0, 1, 2, 3, 4, 7, 8, 9]
+    first, second = order(*range(20)), order(9, 8, 7, 3, 15, 16, *range(3), *range(4, 7), *range(10, 15), 17, 18, 19)
+    common = intersect_top(first, second, 6)
+    assert common.top(len(common)).tolist() == [[0, 3]], "the only one that both hold"
+    common = intersect_top(first, second, 10)
+    assert [neuron for _, neuron in common.top(len(common)).tolist()] == [0, 1, 2, 3, 4, 7, 8, 9]
     with pytest.raises(SnpatchError, match="no neuron is in the top 2 of both objectives"):
-        intersect_top(one, other, 2)
+        intersect_top(first, second, 2)
 
 
 def test_perplexity_reports_window_and_token_means():
-    one = Perplexity(((20.0, 10), (1.0, 1)))
-    assert one.window_mean == pytest.approx(math.exp((2.0 + 1.0) / 2))
-    assert one.token_weighted == pytest.approx(math.exp(21 / 11))
-    assert one.tokens == 11
+    perplexity = Perplexity(((20.0, 10), (1.0, 1)))
+    assert perplexity.window_mean == pytest.approx(math.exp((2.0 + 1.0) / 2))
+    assert perplexity.token_weighted == pytest.approx(math.exp(21 / 11))
+    assert perplexity.tokens == 11
     assert split_into_windows([1, 2, 3, 4, 5, 6, 7], 3) == [[1, 2, 3], [4, 5, 6]], "the last token predicts nothing"
     assert split_into_windows([1, 2, 3, 4, 5], 3, bos=9) == [[9, 2, 3], [9, 5]]
     with pytest.raises(SnpatchError, match="fewer than two tokens"):
@@ -82,10 +84,10 @@ def test_perplexity_reports_window_and_token_means():
 
 def test_describe_scores_of_constructed_scores_gives_known_values():
     scores = np.array([0.0, 0.0, 0.0, 4.0])
-    found = describe_scores(scores, (0.5, 4.0))
-    assert (found["mean"], found["max"], found["median"]) == (1.0, 4.0, 0.0)
-    assert found["skewness"] == pytest.approx((3 * (-1.0) ** 3 + 27) / 4 / 3**1.5)
-    assert (found["above 0.5"], found["above 4"]) == (0.25, 0.0)
+    description = describe_scores(scores, (0.5, 4.0))
+    assert (description["mean"], description["max"], description["median"]) == (1.0, 4.0, 0.0)
+    assert description["skewness"] == pytest.approx((3 * (-1.0) ** 3 + 27) / 4 / 3**1.5)
+    assert (description["above 0.5"], description["above 4"]) == (0.25, 0.0)
     assert describe_scores(np.ones(4), (0.5,))["skewness"] is None
 
 
@@ -96,21 +98,21 @@ def test_neuron_logits_equal_the_models_head_on_a_column(zoo, tmp_path, architec
     model.save_pretrained(tmp_path)
     places = [(2, 5), (0, 95), (1, 0), (0, 3)]
     ranking = Ranking.from_order(torch.tensor(places), (tiny.LAYERS, tiny.NEURONS))
-    got = neuron_logits(tmp_path, ranking, 4)
+    logits = neuron_logits(tmp_path, ranking, 4)
     layers = model.model.layers
     columns = torch.stack([layers[layer].mlp.down_proj.weight[:, neuron] for layer, neuron in places])
-    assert torch.equal(got, model.lm_head(model.model.norm(columns)).float())
+    assert torch.equal(logits, model.lm_head(model.model.norm(columns)).float())
     state = {name: tensor.float() for name, tensor in model.state_dict().items()}
-    for row, (layer, neuron) in zip(got, places, strict=True):
+    for row, (layer, neuron) in zip(logits, places, strict=True):
         column = state[f"model.layers.{layer}.mlp.down_proj.weight"][:, neuron]
         normed = column / (column.square().mean() + model.config.rms_norm_eps).sqrt()
         normed = normed * (state["model.norm.weight"] + architecture.startswith("gemma"))
-        wanted = state["lm_head.weight"] @ normed
-        assert torch.allclose(row, wanted, atol=1e-4 if dtype is torch.float32 else 0.05 * wanted.abs().max())
+        expected = state["lm_head.weight"] @ normed
+        assert torch.allclose(row, expected, atol=1e-4 if dtype is torch.float32 else 0.05 * expected.abs().max())
 
 
 def test_neuron_logits_use_the_dtype_of_the_config():
-    """The demo's weights lie in bfloat16, and its model computes in float32."""
+    """The demo's weights are stored in bfloat16 and computed in float32."""
     base = DEMO_MODEL / "base"
     model = AutoModelForCausalLM.from_pretrained(base)
     places = [(0, 13), (5, 1)]
@@ -130,11 +132,11 @@ def test_neuron_tokens_loads_no_second_model(tmp_path, zoo, monkeypatch):
     assert len(rows) == 12
 
 
-def config_file(folder: Path, made, change=lambda text: text) -> Path:
+def config_file(folder: Path, tiny_model, change=lambda text: text) -> Path:
     (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS))
-    adapters = "\n".join(f"{name} = {[str(f) for f in made.adapters[name]]}" for name in ("sft", "dpo"))
+    adapters = "\n".join(f"{name} = {[str(f) for f in tiny_model.adapters[name]]}" for name in ("sft", "dpo"))
     text = f"""
-model = "{made.folder}"
+model = "{tiny_model.folder}"
 template = "tulu"
 recipients = ["sft", "base"]
 benchmarks = ["p"]
@@ -194,8 +196,8 @@ def test_settings_of_the_demo_config_are_valid():
     config = load_experiment_config("demo")
     for experiment, settings in config.settings.items():
         experiments.parse_settings(experiment, settings)
-    for one in config.sets.values():
-        assert Path(config.resolve_path(one.source)).is_file() or one.source in DATASETS
+    for prompt_set in config.sets.values():
+        assert Path(config.resolve_path(prompt_set.source)).is_file() or prompt_set.source in DATASETS
 
 
 def test_rankings_and_completions_are_cached_and_reused(tmp_path, zoo, monkeypatch):
@@ -211,11 +213,11 @@ def test_rankings_and_completions_are_cached_and_reused(tmp_path, zoo, monkeypat
     monkeypatch.setattr(Engine, "contrast", lambda *_, **__: pytest.fail("the ranking is there"))
     monkeypatch.setattr(Engine, "generate", lambda *_, **__: pytest.fail("the texts are there"))
     assert run().tables == first.tables
-    other = load_experiment_config(
+    second_config = load_experiment_config(
         config_file(tmp_path, zoo("llama"), lambda t: t.replace("contrast_tokens = 4", "contrast_tokens = 5"))
     )
     with (
-        ExperimentContext(other, tmp_path / "out", backend="transformers") as context,
+        ExperimentContext(second_config, tmp_path / "out", backend="transformers") as context,
         pytest.raises(pytest.fail.Exception),
     ):
         context.ranking()
@@ -352,6 +354,6 @@ def test_report_writes_full_values_and_prints_short_ones(tmp_path):
 
 def test_report_modules_import_neither_rich_nor_matplotlib():
     code = "import sys, snpatch.report.report, snpatch.report.files; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "snpatch.report.report" in loaded
-    assert not {"matplotlib", "rich", "scipy"} & {*loaded}
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "snpatch.report.report" in modules
+    assert not {"matplotlib", "rich", "scipy"} & {*modules}

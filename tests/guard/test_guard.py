@@ -57,8 +57,8 @@ def test_guard_on_random_labels_stays_at_chance():
     assert scores.auc_low <= 0.5 <= scores.auc_high
     assert abs(scores.accuracy - 0.5) < 0.1
     shuffled = np.random.default_rng(4).permutation(labels)
-    own = evaluate(fitting.predict_out_of_fold(features, shuffled, GuardConfig()), labels)
-    assert abs(own.auc - 0.5) < 0.12
+    shuffled_scores = evaluate(fitting.predict_out_of_fold(features, shuffled, GuardConfig()), labels)
+    assert abs(shuffled_scores.auc - 0.5) < 0.12
 
 
 def test_guard_fit_is_penalized_logistic_regression_of_scaled_features():
@@ -81,24 +81,24 @@ def test_guard_fit_is_penalized_logistic_regression_of_scaled_features():
 def test_probability_is_bit_identical_alone_and_in_a_batch():
     features, labels = draw_features(60, k=40, shift=0.2)
     guard = fit(features, labels)
-    together = guard.probability(torch.from_numpy(features).float())
-    alone = [guard.probability(torch.from_numpy(row[None]).float())[0] for row in features]
-    assert together.tolist() == alone
+    batch = guard.probability(torch.from_numpy(features).float())
+    singles = [guard.probability(torch.from_numpy(row[None]).float())[0] for row in features]
+    assert batch.tolist() == singles
 
 
 def test_class_weight_balanced_raises_balanced_accuracy():
     train, test = draw_features(400, shift=0.4, share=0.1), draw_features(400, shift=0.4, share=0.1, seed=1)
-    plain, balanced = (
+    unbalanced, balanced = (
         evaluate(fit(*train, class_weight=weight).probability(test[0]), test[1]) for weight in (None, "balanced")
     )
-    assert balanced.balanced_accuracy > plain.balanced_accuracy + 0.1
-    assert plain.calibration_error < balanced.calibration_error
+    assert balanced.balanced_accuracy > unbalanced.balanced_accuracy + 0.1
+    assert unbalanced.calibration_error < balanced.calibration_error
 
 
-@pytest.mark.parametrize(("shift", "chosen"), [(0.0, 1e-4), (5.0, 100.0)])
-def test_several_c_are_chosen_by_cross_validation(shift, chosen):
+@pytest.mark.parametrize(("shift", "best_c"), [(0.0, 1e-4), (5.0, 100.0)])
+def test_several_c_are_chosen_by_cross_validation(shift, best_c):
     features, labels = draw_features(100, shift=shift, seed=5)
-    assert fit(features, labels, C=(100.0, 1e-4, 1.0)).meta["C"] == chosen
+    assert fit(features, labels, C=(100.0, 1e-4, 1.0)).meta["C"] == best_c
 
 
 def test_constant_features_do_not_change_the_probability():
@@ -106,8 +106,8 @@ def test_constant_features_do_not_change_the_probability():
     features[:, 2], features[:, 3] = 0.1, 0.0
     guard = fit(features, labels)
     assert guard.coefficients[2:4] == pytest.approx([0, 0], abs=1e-12)
-    moved = without(features, np.s_[:, 2:4], 7.0)
-    assert guard.probability(moved) == pytest.approx(guard.probability(features), abs=1e-9)
+    constant_features = without(features, np.s_[:, 2:4], 7.0)
+    assert guard.probability(constant_features) == pytest.approx(guard.probability(features), abs=1e-9)
 
 
 @pytest.mark.parametrize("C", [1.0, (0.1, 10.0)])
@@ -120,9 +120,9 @@ def test_fit_that_does_not_converge_is_rejected(C):
 
 
 def without(features, index, value):
-    changed = features.copy()
-    changed[index] = value
-    return changed
+    copy = features.copy()
+    copy[index] = value
+    return copy
 
 
 @pytest.mark.parametrize(
@@ -151,12 +151,12 @@ def test_probability_of_invalid_features_is_rejected():
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "fields",
     [{"C": 0}, {"C": ()}, {"C": (1.0, -1.0)}, {"folds": 1}, {"max_iter": 0}, {"threshold": 1}, {"class_weight": "x"}],
 )
-def test_guard_config_with_invalid_value_is_rejected(wrong):
-    with pytest.raises(SnpatchError, match=next(iter(wrong))):
-        GuardConfig(**wrong)
+def test_guard_config_with_invalid_value_is_rejected(fields):
+    with pytest.raises(SnpatchError, match=next(iter(fields))):
+        GuardConfig(**fields)
 
 
 def test_loaded_guard_is_bit_identical(tmp_path):
@@ -164,14 +164,14 @@ def test_loaded_guard_is_bit_identical(tmp_path):
     meta = {"judge": "cost", "dataset": "beavertails"}
     guard = fit(features, labels, meta, C=(0.1, 1.0), threshold=0.3, refusal="no.")
     guard.save(tmp_path / "guard.safetensors")
-    loaded = Guard.load(tmp_path / "guard.safetensors")
-    assert np.array_equal(loaded.probability(features), guard.probability(features))
-    assert torch.equal(loaded.neurons, RANKING.top(6))
-    assert torch.equal(loaded.ranking.top(6), RANKING.top(6))
+    copy = Guard.load(tmp_path / "guard.safetensors")
+    assert np.array_equal(copy.probability(features), guard.probability(features))
+    assert torch.equal(copy.neurons, RANKING.top(6))
+    assert torch.equal(copy.ranking.top(6), RANKING.top(6))
     for name in ("model", "fingerprint", "shape", "intercept", "threshold", "refusal", "meta", "k"):
-        assert getattr(loaded, name) == getattr(guard, name), name
-    assert (loaded.meta["judge"], loaded.meta["n"], loaded.meta["harmful"]) == ("cost", 60, 30)
-    assert loaded.meta["ranking"] == RANKING.fingerprint
+        assert getattr(copy, name) == getattr(guard, name), name
+    assert (copy.meta["judge"], copy.meta["n"], copy.meta["harmful"]) == ("cost", 60, 30)
+    assert copy.meta["ranking"] == RANKING.fingerprint
     RANKING.save(tmp_path / "ranking.safetensors")
     with pytest.raises(SnpatchError, match="expected a snpatch guard, got ranking"):
         Guard.load(tmp_path / "ranking.safetensors")
@@ -215,8 +215,8 @@ def test_guard_file_with_invalid_tensors_is_rejected(tmp_path, change, message):
     path = tmp_path / "guard.safetensors"
     fit(*draw_features(40)).save(path)
     tensors, meta = read_tensors(path, kind="guard")
-    changed = {name: edit(tensors[name]) for name, edit in change.items()}
-    write_tensors(path, {**tensors, **changed}, kind="guard", meta=meta)
+    new_tensors = {name: edit(tensors[name]) for name, edit in change.items()}
+    write_tensors(path, {**tensors, **new_tensors}, kind="guard", meta=meta)
     with pytest.raises(SnpatchError, match=message):
         Guard.load(path)
 
@@ -275,7 +275,9 @@ def judge(prompts, completions):
     """Score 4.0 for an answer to a forbidden request, -4.0 for a refusal and for an allowed request."""
     refusals = RefusalWords(["rather not", "can not", "sorry"])(prompts, completions)
     forbidden = [not set(language.FORBIDDEN).isdisjoint(prompt.split()) for prompt in prompts]
-    return [4.0 if bad and said > 0 else -4.0 for bad, said in zip(forbidden, refusals, strict=True)]
+    return [
+        4.0 if is_forbidden and refusal > 0 else -4.0 for is_forbidden, refusal in zip(forbidden, refusals, strict=True)
+    ]
 
 
 def load_prompts(*names, start=0, stop=None):
@@ -314,13 +316,13 @@ def guard(demo, safety, sets):
 
 
 @pytest.fixture
-def ran(demo, monkeypatch):
+def executor_requests(demo, monkeypatch):
     """List of all requests that the executor receives."""
     requests, stream = [], demo.executor.stream
 
-    def record_requests(given, *args, **kwargs):
-        requests.extend(given)
-        return stream(given, *args, **kwargs)
+    def record_requests(batch, *args, **kwargs):
+        requests.extend(batch)
+        return stream(batch, *args, **kwargs)
 
     monkeypatch.setattr(demo.executor, "stream", record_requests)
     return requests
@@ -346,40 +348,44 @@ def test_guard_predicts_harm_on_unseen_prompts(demo, guard, sets):
     assert scores.auc > 0.9
 
 
-def test_generate_with_guard_refuses_after_one_prefill_and_keeps_other_completions(demo, guard, safety, sets, ran):
+def test_generate_with_guard_refuses_after_one_prefill_and_keeps_other_completions(
+    demo, guard, safety, sets, executor_requests
+):
     prompts = sets["redteam"].prompts[30:70]
     patches = [Patch("sft", "dpo", safety, Window(0, 100 * (i % 2))) if i % 3 else "sft" for i in range(40)]
     harm = guard.predict(demo, prompts)
-    plain = demo.generate(prompts, patches, replace(SHORT, logprobs=True))
-    ran.clear()
+    unguarded_completions = demo.generate(prompts, patches, replace(SHORT, logprobs=True))
+    executor_requests.clear()
     guarded = demo.generate(prompts, patches, replace(SHORT, logprobs=True), guard=guard)
     refused = harm > 0.5
     assert 0 < refused.sum() < 40
     assert [c.harm for c in guarded] == harm.tolist()
-    reads, writes = ran[:40], ran[40:]
+    reads, writes = executor_requests[:40], executor_requests[40:]
     assert all(r.sampling is None and r.recipient is demo.requests.model("sft") and r.donor is None for r in reads)
-    assert [list(r.prompt_ids) for r in reads] == [c.prompt_ids for c in plain]
-    assert [list(r.prompt_ids) for r in writes] == [plain[i].prompt_ids for i in np.flatnonzero(~refused)]
-    for alone, kept, no in zip(plain, guarded, refused, strict=True):
-        assert alone.harm is None
-        if no:
+    assert [list(r.prompt_ids) for r in reads] == [c.prompt_ids for c in unguarded_completions]
+    assert [list(r.prompt_ids) for r in writes] == [
+        unguarded_completions[i].prompt_ids for i in np.flatnonzero(~refused)
+    ]
+    for unguarded, completion, is_refused in zip(unguarded_completions, guarded, refused, strict=True):
+        assert unguarded.harm is None
+        if is_refused:
             text = "I cannot help with that."
-            assert replace(kept, harm=None) == Completion(alone.prompt_ids, [], text, "guard", None, None, 0)
+            assert replace(completion, harm=None) == Completion(unguarded.prompt_ids, [], text, "guard", None, None, 0)
         else:
-            assert replace(kept, harm=None, logprobs=None) == replace(alone, logprobs=None)
-            assert kept.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+            assert replace(completion, harm=None, logprobs=None) == replace(unguarded, logprobs=None)
+            assert completion.logprobs == pytest.approx(unguarded.logprobs, abs=1e-4)
 
 
-def test_guard_reads_a_prompt_once_for_n_completions(demo, guard, sets, ran):
+def test_guard_reads_a_prompt_once_for_n_completions(demo, guard, sets, executor_requests):
     prompts = [sets["redteam"].prompts[i] for i in (1, 60)]
-    drawn = Sampling(temperature=1.0, seed=3, n=3, max_tokens=6)
-    guarded = demo.generate(prompts, "dpo", drawn, guard=guard)
+    sampling = Sampling(temperature=1.0, seed=3, n=3, max_tokens=6)
+    guarded = demo.generate(prompts, "dpo", sampling, guard=guard)
     assert [c.finish_reason == "guard" for c in guarded] == [True] * 3 + [False] * 3
-    assert len(ran) == 2 + 3
-    assert [replace(c, harm=None) for c in guarded[3:]] == demo.generate(prompts[1:], "dpo", drawn)
-    counted = []
-    demo.generate(prompts[:1], "sft", SHORT, lambda done, total: counted.append((done, total)), guard=guard)
-    assert not counted
+    assert len(executor_requests) == 2 + 3
+    assert [replace(c, harm=None) for c in guarded[3:]] == demo.generate(prompts[1:], "dpo", sampling)
+    counts = []
+    demo.generate(prompts[:1], "sft", SHORT, lambda num_done, total: counts.append((num_done, total)), guard=guard)
+    assert not counts
 
 
 def test_guard_of_another_model_is_rejected(demo, guard, sets, tmp_path):
@@ -393,28 +399,28 @@ def test_guard_of_another_model_is_rejected(demo, guard, sets, tmp_path):
     with pytest.raises(SnpatchError, match="the ranking is for a model of"):
         demo.generate(prompts, guard=replace(guard, shape=(6, 999)))
     guard.save(tmp_path / "guard.safetensors")
-    loaded = Guard.load(tmp_path / "guard.safetensors")
-    assert loaded.predict(demo, prompts).tolist() == guard.predict(demo, prompts).tolist()
+    copy = Guard.load(tmp_path / "guard.safetensors")
+    assert copy.predict(demo, prompts).tolist() == guard.predict(demo, prompts).tolist()
 
 
-def test_compare_guards_covers_sets_ks_and_controls(demo, safety, sets, guard, ran):
+def test_compare_guards_covers_sets_ks_and_controls(demo, safety, sets, guard, executor_requests):
     width = demo.geometry.n_neurons
     config = ComparisonConfig((10, 60, width + 1), controls=2, resamples=100)
-    found = compare_guards(demo, "sft", sets, {"safety": safety}, config)
-    assert len(ran) == (1 + 2 + 2) * 200, "one capture of each prompt for each order of neurons"
-    assert [note.split(":")[0] for note in found.notes] == ["safety"]
-    assert "has no last_layer control" in found.notes[0]
-    rows = {(r.control, r.seed, r.k, r.train, r.test): r for r in found.rows}
+    comparison = compare_guards(demo, "sft", sets, {"safety": safety}, config)
+    assert len(executor_requests) == (1 + 2 + 2) * 200, "one capture of each prompt for each order of neurons"
+    assert [note.split(":")[0] for note in comparison.notes] == ["safety"]
+    assert "has no last_layer control" in comparison.notes[0]
+    rows = {(r.control, r.seed, r.k, r.train, r.test): r for r in comparison.rows}
     kinds = [(None, None), *((kind, seed) for kind in ("per_layer", "last_layer") for seed in range(2))]
     ks = {None: (10, 60, width + 1), "per_layer": (10, 60, width + 1), "last_layer": (10, 60)}
-    wanted = [(c, s, k, a, b) for c, s in kinds for a in sets for k in ks[c] for b in sets]
-    assert [*rows] == wanted
+    expected = [(c, s, k, a, b) for c, s in kinds for a in sets for k in ks[c] for b in sets]
+    assert [*rows] == expected
     across = rows[None, None, 60, "beavertails", "redteam"]
     redteam = sets["redteam"]
     assert across.scores == evaluate(guard.predict(demo, redteam.prompts), redteam.labels, resamples=100)
     x = demo.capture(redteam.prompts, "sft", safety, 60)
-    own = fitting.predict_out_of_fold(x, redteam.labels, GuardConfig())
-    assert rows[None, None, 60, "redteam", "redteam"].scores == evaluate(own, redteam.labels, resamples=100)
+    scores = fitting.predict_out_of_fold(x, redteam.labels, GuardConfig())
+    assert rows[None, None, 60, "redteam", "redteam"].scores == evaluate(scores, redteam.labels, resamples=100)
     control = safety.random_control(width + 1, seed=1)
     x = demo.capture(sets["beavertails"].prompts, "sft", control, 10)
     random = Guard.fit(x, sets["beavertails"].labels, control, model="sft", fingerprint="")
@@ -426,21 +432,23 @@ def test_compare_guards_covers_sets_ks_and_controls(demo, safety, sets, guard, r
 
 
 def test_compare_guards_leaves_out_training_prompts(demo, safety, sets):
-    both = {**sets, "mixed": replace(sets["redteam"], **{
+    overlapping_sets = {**sets, "mixed": replace(sets["redteam"], **{
         "prompts": [*sets["beavertails"].prompts[:40], *sets["redteam"].prompts[:60]],
         "labels": np.append(sets["beavertails"].labels[:40], sets["redteam"].labels[:60]),
     })}  # fmt: skip
     config = ComparisonConfig([5], train=["beavertails"], controls=0, resamples=10)
-    found = compare_guards(demo, "sft", both, {"safety": safety}, config)
-    assert [(r.test, r.scores.n) for r in found.rows] == [("beavertails", 100), ("redteam", 100), ("mixed", 60)]
-    assert found.notes == ["mixed: 40 prompts are also in beavertails and left out"]
+    comparison = compare_guards(demo, "sft", overlapping_sets, {"safety": safety}, config)
+    assert [(r.test, r.scores.n) for r in comparison.rows] == [("beavertails", 100), ("redteam", 100), ("mixed", 60)]
+    assert comparison.notes == ["mixed: 40 prompts are also in beavertails and left out"]
     s = sets["redteam"]
-    twice = {"redteam": LabeledPrompts([*s.prompts, s.prompts[0]], np.append(s.labels, True), s.scores, s.completions)}
-    for wrong, arguments, says in (
-        (twice, {}, "redteam has 101 prompts, only 100 different ones"),
+    repeated_sets = {
+        "redteam": LabeledPrompts([*s.prompts, s.prompts[0]], np.append(s.labels, True), s.scores, s.completions)
+    }
+    for invalid_sets, arguments, says in (
+        (repeated_sets, {}, "redteam has 101 prompts, only 100 different ones"),
         (sets, {"train": ["lima"]}, "out of beavertails, redteam, got \\['lima'\\]"),
         (sets, {"guard": GuardConfig(folds=60)}, "beavertails: of 100 prompts"),
         (sets, {"ks": [0]}, "k: expected numbers of at least 1"),
     ):
         with pytest.raises(SnpatchError, match=says):
-            compare_guards(demo, "sft", wrong, {"safety": safety}, ComparisonConfig(**{"ks": [5], **arguments}))
+            compare_guards(demo, "sft", invalid_sets, {"safety": safety}, ComparisonConfig(**{"ks": [5], **arguments}))

@@ -61,9 +61,9 @@ def engine(llama, adapters):
 class Oracle:
     """Expected responses to the requests of the tasks."""
 
-    def __init__(self, made: tiny.TinyModel, positions: str) -> None:
-        self.recipient, self.positions = oracle.model(*made.checkpoints["sft"]), positions
-        self.donor = oracle.model(*made.checkpoints["dpo"])
+    def __init__(self, tiny_model: tiny.TinyModel, positions: str) -> None:
+        self.recipient, self.positions = oracle.model(*tiny_model.checkpoints["sft"]), positions
+        self.donor = oracle.model(*tiny_model.checkpoints["dpo"])
         self.mask = oracle.build_mask(ORDERS[0][:K], SHAPE)
 
     def patch(self, context: list[int]) -> oracle.Patch | None:
@@ -88,9 +88,9 @@ class Oracle:
         return total
 
     def write(self, prompt: list[int]) -> str:
-        written = oracle.generate(self.recipient, prompt, MAX_TOKENS, self.patch(prompt), eos=tiny.EOS)
-        assert written.gap > MIN_LOGIT_GAP, "too close to call, choose other prompts"
-        return ENCODE.decode(written.ids, skip_special_tokens=True)
+        generation = oracle.generate(self.recipient, prompt, MAX_TOKENS, self.patch(prompt), eos=tiny.EOS)
+        assert generation.gap > MIN_LOGIT_GAP, "too close to call, choose other prompts"
+        return ENCODE.decode(generation.ids, skip_special_tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,8 @@ def folder(tmp_path_factory, oracles):
         [oracles[n].write([tiny.BOS, *encode_without_bos(p)]) for p in tiny.PROMPTS] for n in ("all", "unpatched")
     )
     targets = [text if i % 2 else "nothing" for i, text in enumerate(patched)]
-    firsts = [[text.split()[0] for text in both] for both in zip(patched, unpatched, strict=True)]
-    choices = [[*both, *others] for both, others in zip(firsts, CHOICES, strict=True)]
+    firsts = [[text.split()[0] for text in pair] for pair in zip(patched, unpatched, strict=True)]
+    choices = [[*pair, *other_choices] for pair, other_choices in zip(firsts, CHOICES, strict=True)]
     rows = {
         "choice": [{"text": p, "choices": c, "label": 0} for p, c in zip(tiny.PROMPTS, choices, strict=True)],
         "text": [{"text": p, "target": t} for p, t in zip(tiny.PROMPTS, targets, strict=True)],
@@ -175,7 +175,7 @@ def samples(results, task: str) -> list[dict]:
 def assert_figures(results, expected: Oracle):
     """Assert that every response and every figure equals the oracle's."""
     actual = figures(results)
-    right = {"acc": [], "acc_norm": []}
+    is_correct = {"acc": [], "acc_norm": []}
     for sample in samples(results, "tiny_choice"):
         choices = sample["doc"]["choices"]
         context = [tiny.BOS, *encode_without_bos(sample["doc"]["text"])]
@@ -186,8 +186,10 @@ def assert_figures(results, expected: Oracle):
         values = torch.tensor([value for value, _ in loglikelihoods])
         lengths = torch.tensor([len(choice) for choice in choices])
         for name, scores in (("acc", values), ("acc_norm", values / lengths)):
-            right[name].append(scores.argmax().item() == sample["doc"]["label"])
-    assert actual["tiny_choice"] == {name: pytest.approx(sum(each) / len(each)) for name, each in right.items()}
+            is_correct[name].append(scores.argmax().item() == sample["doc"]["label"])
+    assert actual["tiny_choice"] == {
+        name: pytest.approx(sum(outcomes) / len(outcomes)) for name, outcomes in is_correct.items()
+    }
 
     hits = []
     for sample in samples(results, "tiny_text"):
@@ -227,9 +229,9 @@ def test_vllm_figures_match_oracle(llama, adapters, evaluate, oracles, monkeypat
 
 
 def test_patch_changes_figures_unless_it_has_no_neurons(engine, evaluate, results):
-    plain, patched = figures(results["unpatched"]), figures(results["all"])
-    assert figures(evaluate(SnpatchLM(engine, Patch("sft", "dpo", RANKINGS[0], 0)))) == plain
-    assert all(patched[task] != plain[task] for task in TASKS)
+    unpatched_figures, patched_figures = figures(results["unpatched"]), figures(results["all"])
+    assert figures(evaluate(SnpatchLM(engine, Patch("sft", "dpo", RANKINGS[0], 0)))) == unpatched_figures
+    assert all(patched_figures[task] != unpatched_figures[task] for task in TASKS)
 
 
 def test_each_kind_of_request_is_one_engine_call(engine, evaluate, monkeypatch):
@@ -250,12 +252,12 @@ def model_args(llama, adapters, tmp_path_factory):
     """The model of PATCHES as lm-eval's model arguments."""
     ranking = tmp_path_factory.mktemp("ranking") / "ranking.safetensors"
     RANKINGS[0].save(ranking)
-    named = ";".join(f"{name}={'+'.join(folders)}" for name, folders in adapters.items())
-    return {"model": str(llama.folder), "backend": "transformers", "adapters": named, "ranking": str(ranking)}
+    adapters_text = ";".join(f"{name}={'+'.join(folders)}" for name, folders in adapters.items())
+    return {"model": str(llama.folder), "backend": "transformers", "adapters": adapters_text, "ranking": str(ranking)}
 
 
-def format_args(model_args: dict, **more) -> str:
-    return ",".join(f"{name}={value}" for name, value in {**model_args, **more}.items())
+def format_args(model_args: dict, **changes) -> str:
+    return ",".join(f"{name}={value}" for name, value in {**model_args, **changes}.items())
 
 
 def test_model_args_build_the_same_model(evaluate, results, model_args, adapters):
@@ -285,7 +287,7 @@ def test_model_args_build_the_same_model(evaluate, results, model_args, adapters
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("changes", "message"),
     [
         ({"model": None}, "model=FOLDER is missing"),
         ({"adapters": "sft"}, r"adapters: expected name=folder\+folder;..., got 'sft'"),
@@ -300,20 +302,24 @@ def test_model_args_build_the_same_model(evaluate, results, model_args, adapters
         ({"ranking": None, "batch_size": 0}, "must be at least 1"),
     ],
 )
-def test_invalid_model_args_raise(evaluate, model_args, more, message):
+def test_invalid_model_args_raise(evaluate, model_args, changes, message):
     with pytest.raises(SnpatchError, match=message):
-        evaluate("snpatch", TASKS[1:2], model_args={**model_args, **more}, limit=1)
+        evaluate("snpatch", TASKS[1:2], model_args={**model_args, **changes}, limit=1)
 
 
 def test_model_args_build_a_pair(evaluate, model_args, pairs):
-    made = pairs("llama")
-    with Engine(made.folder, **made.engine_arguments, backend="transformers") as engine:
+    tiny_pair = pairs("llama")
+    with Engine(tiny_pair.folder, **tiny_pair.engine_arguments, backend="transformers") as engine:
         patch = Patch("base", "dpo", RANKINGS[0], 20, strength=1.5)
         expected = evaluate(SnpatchLM(engine, patch), TASKS[2:], limit=2)
-    given = {"model": made.folder, "checkpoint": f"dpo={made.models['dpo'][0]}", "backend": "transformers"}
+    arguments = {
+        "model": tiny_pair.folder,
+        "checkpoint": f"dpo={tiny_pair.models['dpo'][0]}",
+        "backend": "transformers",
+    }
     patched = {"donor": "dpo", "ranking": model_args["ranking"], "k": 20, "strength": 1.5}
-    actual = evaluate("snpatch", TASKS[2:], model_args=format_args(given, **patched), limit=2)
-    unpatched = evaluate("snpatch", TASKS[2:], model_args=format_args(given), limit=2)
+    actual = evaluate("snpatch", TASKS[2:], model_args=format_args(arguments, **patched), limit=2)
+    unpatched = evaluate("snpatch", TASKS[2:], model_args=format_args(arguments), limit=2)
     assert figures(actual) == figures(expected) != figures(unpatched)
 
 
@@ -374,13 +380,13 @@ def test_sampling_uses_lm_eval_names(engine):
 
 
 def test_long_prompts_are_truncated_with_a_warning(engine, caplog):
-    lm, long = SnpatchLM(engine, PATCHES["all"]), TEXTS[3]
+    lm, long_text = SnpatchLM(engine, PATCHES["all"]), TEXTS[3]
     with caplog.at_level(logging.WARNING):
-        texts = generate(lm, long, tiny.PROMPTS[0], max_gen_toks=9)
+        texts = generate(lm, long_text, tiny.PROMPTS[0], max_gen_toks=9)
     assert "1 of 2 prompts were truncated on the left to the context of 128 tokens" in caplog.text
-    assert texts[0] == engine.generate([encode_without_bos(long)[-119:]], lm.patch)[0].text
-    value, _ = lm.loglikelihood([Instance("loglikelihood", {}, (long, " bala"), 0)], disable_tqdm=True)[0]
-    (expected,) = engine.logprobs([encode_without_bos(long)[-127:]], lm.patch, completions=["bala"])
+    assert texts[0] == engine.generate([encode_without_bos(long_text)[-119:]], lm.patch)[0].text
+    value, _ = lm.loglikelihood([Instance("loglikelihood", {}, (long_text, " bala"), 0)], disable_tqdm=True)[0]
+    (expected,) = engine.logprobs([encode_without_bos(long_text)[-127:]], lm.patch, completions=["bala"])
     assert value == expected.values.item()
     with pytest.raises(SnpatchError, match="expected less than the model's context of 128 tokens, got 128"):
         generate(lm, tiny.PROMPTS[0], max_gen_toks=128)

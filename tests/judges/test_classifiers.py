@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from judged import COMPLETIONS, PROMPTS, opened, tokenizer, write_classifier
+from judged import COMPLETIONS, PROMPTS, open_score_model, tokenizer, write_classifier
 from transformers import BertTokenizer
 
 from snpatch.errors import SnpatchError
@@ -31,55 +31,57 @@ def test_batch_scores_equal_single_scores_with_any_padding(tmp_path, padding):
     (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": padding}))
     template = "<|user|> {prompt} <|assistant|> {completion} </s>"
     model.config.pad_token_id = padding
-    wanted = logits(model, filled(template))[:, 0].tolist()
+    expected = logits(model, filled(template))[:, 0].tolist()
     for batch_size in (1, 3, 16):
-        got = opened(tmp_path, format=template, batch_size=batch_size)(PROMPTS, COMPLETIONS)
-        assert got == pytest.approx(wanted, abs=1e-4)
+        scores = open_score_model(tmp_path, format=template, batch_size=batch_size)(PROMPTS, COMPLETIONS)
+        assert scores == pytest.approx(expected, abs=1e-4)
 
 
 def test_competing_labels_are_scored_by_log_odds(tmp_path):
     model = write_classifier(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"})
     template = "{prompt} {completion}"
-    wanted = logits(model, filled(template)).softmax(-1).logit()
+    expected = logits(model, filled(template)).softmax(-1).logit()
     for label, index in (("harm", 1), (1, 1), ("safe", 0), (2, 2)):
-        got = opened(tmp_path, format=template, label=label)(PROMPTS, COMPLETIONS)
-        assert got == pytest.approx(wanted[:, index].tolist(), abs=1e-4)
+        scores = open_score_model(tmp_path, format=template, label=label)(PROMPTS, COMPLETIONS)
+        assert scores == pytest.approx(expected[:, index].tolist(), abs=1e-4)
     for label in (None, "good", 3, -1):
         with pytest.raises(SnpatchError, match=r"label must be one of safe, harm, odd or an index"):
-            opened(tmp_path, label=label)
+            open_score_model(tmp_path, label=label)
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
 def test_independent_labels_are_scored_by_raw_logit(tmp_path, kind):
     model = write_classifier(tmp_path, id2label={0: "rude", 1: "threat"}, problem_type=kind)
-    got = opened(tmp_path, format="{prompt} {completion}", label="threat")(PROMPTS, COMPLETIONS)
-    assert got == pytest.approx(logits(model, filled("{prompt} {completion}"))[:, 1].tolist(), abs=1e-4)
+    scores = open_score_model(tmp_path, format="{prompt} {completion}", label="threat")(PROMPTS, COMPLETIONS)
+    assert scores == pytest.approx(logits(model, filled("{prompt} {completion}"))[:, 1].tolist(), abs=1e-4)
 
 
 def test_chat_template_is_default_format(tmp_path):
     model = write_classifier(tmp_path, template=TEMPLATE)
-    judge = opened(tmp_path)
+    judge = open_score_model(tmp_path)
     assert judge.text("a b", "c") == "<|user|> a b </s> <|assistant|> c </s> "
     with torch.inference_mode():
         ids = tokenizer()(judge.text("a b", "c"), add_special_tokens=False)["input_ids"]
-        wanted = model(torch.tensor([ids])).logits.item()
-    assert judge(["a b", "d"], ["c", "e e e"])[0] == pytest.approx(wanted, abs=1e-4)
+        expected = model(torch.tensor([ids])).logits.item()
+    assert judge(["a b", "d"], ["c", "e e e"])[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_pair_format_passes_token_types_to_encoder(tmp_path):
     """Scores of pairs, alone and in batches, equal the model's on the tokenizer's own pair encoding."""
     model = write_classifier(tmp_path, "bert", pad_token_id=0)
     words = BertTokenizer.from_pretrained(tmp_path)
-    wanted = []
+    expected = []
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
         inputs = words([prompt], [completion], return_tensors="pt")
         assert {*inputs["token_type_ids"][0].tolist()} == {0, 1}
         with torch.inference_mode():
-            wanted.append(model(**inputs).logits.item())
+            expected.append(model(**inputs).logits.item())
     for batch_size in (1, 3):
-        assert opened(tmp_path, batch_size=batch_size)(PROMPTS, COMPLETIONS) == pytest.approx(wanted, abs=1e-4)
+        assert open_score_model(tmp_path, batch_size=batch_size)(PROMPTS, COMPLETIONS) == pytest.approx(
+            expected, abs=1e-4
+        )
     with pytest.raises(SnpatchError, match="ClassifierScorer has no argument padding_side"):
-        opened(tmp_path, padding_side="left")
+        open_score_model(tmp_path, padding_side="left")
 
 
 def test_models_that_cannot_be_judges_are_rejected(tmp_path):
@@ -87,22 +89,22 @@ def test_models_that_cannot_be_judges_are_rejected(tmp_path):
         tmp_path / "longrope", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     )
     with pytest.raises(SnpatchError, match="dynamic rotary positions"):
-        opened(tmp_path / "longrope")
+        open_score_model(tmp_path / "longrope")
     model = write_classifier(tmp_path / "nan")
     with torch.no_grad():
         model.score.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(SnpatchError, match=r"score\.weight holds NaN"):
-        opened(tmp_path / "nan")
+        open_score_model(tmp_path / "nan")
     config = json.loads((tmp_path / "longrope" / "config.json").read_text())
     (tmp_path / "longrope" / "config.json").write_text(
         json.dumps({**config, "rope_parameters": None, "pad_token_id": 99})
     )
     with pytest.raises(SnpatchError, match="pad_token_id 99 must be one of the 16 tokens"):
-        opened(tmp_path / "longrope")
+        open_score_model(tmp_path / "longrope")
     write_classifier(tmp_path / "few words", vocab_size=15)
     with pytest.raises(SnpatchError, match="its tokenizer made token 15, its model knows 15 tokens"):
-        opened(tmp_path / "few words")(["a"], ["b e"])
+        open_score_model(tmp_path / "few words")(["a"], ["b e"])
     with pytest.raises(SnpatchError, match="expected a text of 1 to 64 tokens, got 0"):
         write_classifier(tmp_path / "short", template="{{ '' }}")
-        opened(tmp_path / "short")(["a"], ["b"])
+        open_score_model(tmp_path / "short")(["a"], ["b"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, by_hand, opened, write
+from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, by_hand, open_score_model, write
 from tokenizers import pre_tokenizers, processors
 
 from snpatch.errors import SnpatchError
@@ -21,41 +21,41 @@ from snpatch.judges.score_format import ScoreFormat
 @pytest.mark.parametrize("architecture", ["LlamaModelForScore", "LlamaForScore"])
 def test_beavertails_scores_equal_reference_forward_pass(tmp_path, bias, normalize, architecture):
     tensors = write(tmp_path, bias=bias, normalize=normalize, architecture=architecture)
-    wanted = all_by_hand(tensors, normalize=bool(normalize))
+    expected = all_by_hand(tensors, normalize=bool(normalize))
     for side in ("right", "left"):
-        got = opened(tmp_path, batch_size=3, padding_side=side)(PROMPTS, COMPLETIONS)
-        assert got == pytest.approx(wanted, abs=1e-4)
-        assert all(type(value) is float for value in got)
+        scores = open_score_model(tmp_path, batch_size=3, padding_side=side)(PROMPTS, COMPLETIONS)
+        assert scores == pytest.approx(expected, abs=1e-4)
+        assert all(type(value) is float for value in scores)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_bfloat16_scores_are_close_with_float32_head(tmp_path, side):
     tensors = write(tmp_path, bias=True)
-    wanted = all_by_hand(tensors)
-    spread = max(wanted) - min(wanted)
-    judge = opened(tmp_path, dtype="bfloat16", padding_side=side)
-    got = judge(PROMPTS, COMPLETIONS)
-    assert got == pytest.approx(wanted, abs=0.05 * spread)
-    assert got != torch.tensor(got).bfloat16().tolist(), "the head is in float32"
-    alone = [judge([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    assert alone == pytest.approx(got, abs=0.01 * spread)
+    expected = all_by_hand(tensors)
+    spread = max(expected) - min(expected)
+    judge = open_score_model(tmp_path, dtype="bfloat16", padding_side=side)
+    scores = judge(PROMPTS, COMPLETIONS)
+    assert scores == pytest.approx(expected, abs=0.05 * spread)
+    assert scores != torch.tensor(scores).bfloat16().tolist(), "the head is in float32"
+    single_scores = [judge([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert single_scores == pytest.approx(scores, abs=0.01 * spread)
 
 
 @pytest.mark.parametrize("files", ["bin", "sharded bin", "sharded safetensors"])
 def test_checkpoint_layouts_give_same_costs(tmp_path, files):
     write(tmp_path / "one")
     write(tmp_path / "other", files=files)
-    wanted = opened(tmp_path / "one")(PROMPTS, COMPLETIONS)
-    assert opened(tmp_path / "other")(PROMPTS, COMPLETIONS) == wanted
+    expected = open_score_model(tmp_path / "one")(PROMPTS, COMPLETIONS)
+    assert open_score_model(tmp_path / "other")(PROMPTS, COMPLETIONS) == expected
 
 
 def test_tulu_format_strips_special_tokens_and_second_user_turn(tmp_path):
     tensors = write(tmp_path)
-    judge = opened(tmp_path, format="tulu")
+    judge = open_score_model(tmp_path, format="tulu")
     assert judge.text("a b", "c d</s><pad>") == "<|user|>\na b\n<|assistant|>\nc d"
-    got = judge(["a b", "d d"], ["c d</s>", "a <|user|> b"])
+    scores = judge(["a b", "d d"], ["c d</s>", "a <|user|> b"])
     texts = ["<|user|> a b <|assistant|> c d", "<|user|> d d <|assistant|> a"]
-    assert got == pytest.approx([by_hand(tensors, text) for text in texts], abs=1e-4)
+    assert scores == pytest.approx([by_hand(tensors, text) for text in texts], abs=1e-4)
 
 
 @pytest.mark.parametrize("adds_eos", [False, True])
@@ -76,61 +76,61 @@ def test_beaver_format_ends_with_one_eos(adds_eos):
 
 def test_scores_do_not_depend_on_order_or_batch_size(tmp_path):
     write(tmp_path)
-    one, all_at_once = (opened(tmp_path, batch_size=b)(PROMPTS, COMPLETIONS) for b in (1, 16))
-    assert one == pytest.approx(all_at_once, abs=1e-5)
-    assert opened(tmp_path)(PROMPTS[::-1], COMPLETIONS[::-1])[::-1] == pytest.approx(one, abs=1e-5)
-    assert opened(tmp_path)([], []) == []
+    single_scores, batch_scores = (open_score_model(tmp_path, batch_size=b)(PROMPTS, COMPLETIONS) for b in (1, 16))
+    assert single_scores == pytest.approx(batch_scores, abs=1e-5)
+    assert open_score_model(tmp_path)(PROMPTS[::-1], COMPLETIONS[::-1])[::-1] == pytest.approx(single_scores, abs=1e-5)
+    assert open_score_model(tmp_path)([], []) == []
 
 
 def test_old_checkpoints_with_rotary_buffers_are_accepted(tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     write(tmp_path / "old", **{name: torch.ones(4)})
     write(tmp_path / "new")
-    assert opened(tmp_path / "old")(["a"], ["b"]) == opened(tmp_path / "new")(["a"], ["b"])
+    assert open_score_model(tmp_path / "old")(["a"], ["b"]) == open_score_model(tmp_path / "new")(["a"], ["b"])
 
 
 @pytest.mark.parametrize(("changes", "message"), BROKEN)
 def test_invalid_checkpoint_raises_one_line_error(tmp_path, changes, message):
     write(tmp_path, **changes)
     with pytest.raises(SnpatchError, match=message) as caught:
-        opened(tmp_path)
+        open_score_model(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_folder_without_score_model_is_rejected(tmp_path):
     with pytest.raises(SnpatchError, match="no such folder"):
-        opened(tmp_path / "nowhere")
+        open_score_model(tmp_path / "nowhere")
     write(tmp_path / "causal", architecture="LlamaForCausalLM", **{"score_head.weight": None})
     with pytest.raises(SnpatchError, match=r"no sequence classification or reward model.* lacks score\.weight"):
-        opened(tmp_path / "causal", label=0)
+        open_score_model(tmp_path / "causal", label=0)
     write(tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
     with pytest.raises(SnpatchError, match="no weights there"):
-        opened(tmp_path / "empty")
+        open_score_model(tmp_path / "empty")
     write(tmp_path / "half", files="sharded safetensors")
     (tmp_path / "half" / "part1.safetensors").unlink()
     with pytest.raises(SnpatchError, match=r"files that are not there: \['part1.safetensors'\]"):
-        opened(tmp_path / "half")
+        open_score_model(tmp_path / "half")
     (tmp_path / "half" / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(SnpatchError, match="not an index of weights"):
-        opened(tmp_path / "half")
+        open_score_model(tmp_path / "half")
     write(tmp_path / "unnormalised", normalize=True, **{"normalizer.var": None})
     with pytest.raises(SnpatchError, match="do_normalize"):
-        opened(tmp_path / "unnormalised")
+        open_score_model(tmp_path / "unnormalised")
     write(tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(SnpatchError, match="cannot be read"):
-        opened(tmp_path / "cut")
+        open_score_model(tmp_path / "cut")
     (tmp_path / "cut" / "config.json").write_text("{")
     with pytest.raises(SnpatchError, match="cannot load"):
-        opened(tmp_path / "cut")
+        open_score_model(tmp_path / "cut")
 
 
 def test_checkpoint_with_code_is_rejected(tmp_path):
     write(tmp_path, files="bin")
     torch.save({"score_head.weight": Path("anything but a tensor")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(SnpatchError, match="cannot be read"):
-        opened(tmp_path)
+        open_score_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -150,12 +150,12 @@ def test_checkpoint_with_code_is_rejected(tmp_path):
 def test_invalid_arguments_are_rejected(tmp_path, arguments, message):
     write(tmp_path)
     with pytest.raises(SnpatchError, match=message):
-        opened(tmp_path, **arguments)
+        open_score_model(tmp_path, **arguments)
 
 
 def test_unscorable_texts_are_rejected(tmp_path):
     write(tmp_path)
-    with opened(tmp_path) as judge:
+    with open_score_model(tmp_path) as judge:
         with pytest.raises(SnpatchError, match="one completion a prompt"):
             judge(["a"], [])
         with pytest.raises(SnpatchError, match="expected a text of 1 to 64 tokens, got 109 with the prompt 'a b'"):
@@ -166,7 +166,7 @@ def test_unscorable_texts_are_rejected(tmp_path):
 
 def test_prompt_may_contain_format_slots(tmp_path):
     write(tmp_path)
-    judge = opened(tmp_path, format="a {prompt} b {completion} c")
+    judge = open_score_model(tmp_path, format="a {prompt} b {completion} c")
     assert judge.text("{completion}", "d") == "a {completion} b d c"
 
 
@@ -262,9 +262,9 @@ def test_open_judge_builds_each_kind_of_judge(tmp_path, monkeypatch):
     assert isinstance(open_judge("refusal"), RefusalWords)
     assert open_judge(f"{__name__}:shout")(["a"], ["bcd"]) == [3.0]
     write(tmp_path / "model")
-    wanted = opened(tmp_path / "model", format="tulu")(PROMPTS, COMPLETIONS)
+    expected = open_score_model(tmp_path / "model", format="tulu")(PROMPTS, COMPLETIONS)
     judge = open_judge(str(tmp_path / "model"), format="tulu", backend="transformers", device="cpu")
-    assert judge(PROMPTS, COMPLETIONS) == wanted
+    assert judge(PROMPTS, COMPLETIONS) == expected
     for spec, arguments, message in (
         ("refusal", {"format": "tulu"}, "judge refusal: format is for a model"),
         (f"{__name__}:shout", {"dtype": "auto"}, "dtype is for a model"),
@@ -289,12 +289,12 @@ def test_score_all_checks_every_score():
     judges = {"shout": shout, "refusal": RefusalWords()}
     assert score_all(judges, ["x", "y"], ["abc", "i cannot"]) == {"shout": [3.0, 8.0], "refusal": [1.0, -1.0]}
     assert score_all({"numpy": lambda p, c: torch.ones(1).numpy()}, ["x"], ["y"]) == {"numpy": [1.0]}
-    for given, message in (
+    for scores, message in (
         ([1.0], "judge 'bad': expected 2 scores, one a completion, got 1"),
         ([1.0, float("nan")], "judge 'bad': expected a finite score, got nan for the prompt 'y'"),
         ([float("inf"), 1.0], "got inf for the prompt 'x'"),
     ):
         with pytest.raises(SnpatchError, match=message):
-            score_all({"shout": shout, "bad": lambda p, c, given=given: given}, ["x", "y"], ["a", "b"])
+            score_all({"shout": shout, "bad": lambda p, c, scores=scores: scores}, ["x", "y"], ["a", "b"])
     with pytest.raises(SnpatchError, match="one completion a prompt"):
         score_all(judges, ["x"], [])

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, opened, write, write_classifier
+from judged import BROKEN, COMPLETIONS, PROMPTS, all_by_hand, open_score_model, write, write_classifier
 from processes import command_line, descendants, wait_for
 
 from snpatch import Engine, Sampling
@@ -35,16 +35,16 @@ def test_scores_in_any_batch_match_transformers(tmp_path, in_process):
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     tensors = write(tmp_path, bias=True, normalize=True, files="sharded bin", **buffers)
     prompts, completions = PROMPTS + SHARED_PREFIX_PROMPTS, COMPLETIONS + ENDINGS
-    wanted = opened(tmp_path)(prompts, completions)
-    assert wanted[: len(PROMPTS)] == pytest.approx(all_by_hand(tensors, normalize=True), abs=1e-4)
+    expected = open_score_model(tmp_path)(prompts, completions)
+    assert expected[: len(PROMPTS)] == pytest.approx(all_by_hand(tensors, normalize=True), abs=1e-4)
     with ScoreModel(tmp_path, batch_size=4, max_num_batched_tokens=48, block_size=32) as judge:
         assert judge.backend == "vllm", "the default for the Beavertails layout"
-        got = judge(prompts, completions)
-        assert got == pytest.approx(wanted, abs=1e-3)
-        assert judge(prompts[::-1], completions[::-1])[::-1] == pytest.approx(got, abs=1e-4)
-        alone = [judge([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
-        assert alone == pytest.approx(got, abs=1e-4)
-        assert all(type(value) is float for value in got)
+        scores = judge(prompts, completions)
+        assert scores == pytest.approx(expected, abs=1e-3)
+        assert judge(prompts[::-1], completions[::-1])[::-1] == pytest.approx(scores, abs=1e-4)
+        single_scores = [judge([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+        assert single_scores == pytest.approx(scores, abs=1e-4)
+        assert all(type(value) is float for value in scores)
         assert judge([], []) == []
         with pytest.raises(SnpatchError, match="expected a text of 1 to 64 tokens, got 109"):
             judge(["a b"], ["c " * 100])
@@ -55,21 +55,21 @@ def test_scores_in_any_batch_match_transformers(tmp_path, in_process):
 def test_bfloat16_scores_are_near_float32(in_process):
     """The demo model's cost model with the paper's format; its scores span a range of 15."""
     prompts, completions = PROMPTS * 4, [*COMPLETIONS, *ENDINGS, *COMPLETIONS, "a", "b"]
-    exact = opened(DEMO_MODEL / "cost", format="tulu")(prompts, completions)
+    float32_scores = open_score_model(DEMO_MODEL / "cost", format="tulu")(prompts, completions)
     with ScoreModel(DEMO_MODEL / "cost", format="tulu", dtype="bfloat16", max_model_len=128) as judge:
-        got = judge(prompts, completions)
-        assert got == pytest.approx(exact, abs=0.05)
-        alone = [judge([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
-        assert alone == pytest.approx(got, abs=0.05)
+        scores = judge(prompts, completions)
+        assert scores == pytest.approx(float32_scores, abs=0.05)
+        single_scores = [judge([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+        assert single_scores == pytest.approx(scores, abs=0.05)
 
 
 def test_classifier_supported_by_vllm_matches_transformers(tmp_path, in_process):
     """Its sequences end in the padding token, before which transformers reads the score."""
     write_classifier(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"}, pad_token_id=2)
     arguments = {"format": "<|user|> {prompt} <|assistant|> {completion} </s>", "label": "harm"}
-    wanted = opened(tmp_path, **arguments)(PROMPTS, COMPLETIONS)
+    expected = open_score_model(tmp_path, **arguments)(PROMPTS, COMPLETIONS)
     with ScoreModel(tmp_path, backend="vllm", **arguments) as judge:
-        assert judge(PROMPTS, COMPLETIONS) == pytest.approx(wanted, abs=1e-3)
+        assert judge(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-3)
         with pytest.raises(SnpatchError, match="needs token types"):
             judge._scorer.score([{"input_ids": [5, 6], "token_type_ids": [0, 1]}])
 
@@ -99,18 +99,18 @@ def test_bad_engine_arguments_raise(tmp_path, arguments, message):
 def test_judge_next_to_an_engine_crashes_without_ending_the_engine():
     """Both run in their own processes; calls of a killed judge raise, and the other engine continues."""
     prompts = PROMPTS * 3
-    small = {"backend": "vllm", "enforce_eager": True}  # compiling both takes half a minute, and is tested elsewhere
-    with Engine(DEMO_MODEL / "base", template="tulu", kv_cache_memory_bytes=64 << 20, **small) as engine:
-        others = descendants(os.getpid())
-        with ScoreModel(DEMO_MODEL / "cost", **small) as judge:
-            written = [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))]
-            wanted = opened(DEMO_MODEL / "cost")(prompts, written)
-            assert judge(prompts, written) == pytest.approx(wanted, abs=1e-3)
-            judge_processes = descendants(os.getpid()) - others
+    options = {"backend": "vllm", "enforce_eager": True}  # compiling both takes half a minute, and is tested elsewhere
+    with Engine(DEMO_MODEL / "base", template="tulu", kv_cache_memory_bytes=64 << 20, **options) as engine:
+        engine_processes = descendants(os.getpid())
+        with ScoreModel(DEMO_MODEL / "cost", **options) as judge:
+            completions = [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))]
+            expected = open_score_model(DEMO_MODEL / "cost")(prompts, completions)
+            assert judge(prompts, completions) == pytest.approx(expected, abs=1e-3)
+            judge_processes = descendants(os.getpid()) - engine_processes
             (core,) = (pid for pid in judge_processes if b"EngineCore" in command_line(pid))
             threading.Timer(0.5, os.kill, (core, signal.SIGKILL)).start()
             with pytest.raises(SnpatchError, match="vLLM's engine has ended"):
                 while True:
-                    judge(prompts * 20, written * 20)
+                    judge(prompts * 20, completions * 20)
         wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in judge_processes), 10)
-        assert [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))] == written
+        assert [c.text for c in engine.generate(prompts, sampling=Sampling(max_tokens=8))] == completions

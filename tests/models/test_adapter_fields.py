@@ -81,14 +81,14 @@ SUBCONFIGS = {"monteclora_config": "MontecloraConfig", "kasa_config": "KasaConfi
 WIDTHS = {"down_proj": tiny.NEURONS, "k_proj": tiny.KV_HEADS * tiny.HEAD_DIM, "v_proj": tiny.KV_HEADS * tiny.HEAD_DIM}
 
 
-def made(kind, folder: Path, out: Path, **options) -> Path:
+def save_adapter(kind, folder: Path, out: Path, **options) -> Path:
     """An adapter that PEFT wrote, with random numbers in all that it trains."""
-    plain = {"target_modules": ["down_proj"], "task_type": "CAUSAL_LM"}
-    plain |= {"r": 4, "lora_alpha": 6} if kind is LoraConfig else {"feedforward_modules": ["down_proj"]}
+    defaults = {"target_modules": ["down_proj"], "task_type": "CAUSAL_LM"}
+    defaults |= {"r": 4, "lora_alpha": 6} if kind is LoraConfig else {"feedforward_modules": ["down_proj"]}
     if kind is IA3Config and options.get("target_modules") == ["k_proj"]:
-        plain["feedforward_modules"] = []
+        defaults["feedforward_modules"] = []
     torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), kind(**{**plain, **options}))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), kind(**{**defaults, **options}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or "ia3_" in name:
@@ -97,17 +97,17 @@ def made(kind, folder: Path, out: Path, **options) -> Path:
     return out
 
 
-def edited(folder: Path, **changes) -> Path:
+def edit_config(folder: Path, **changes) -> Path:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return folder
 
 
-def written(kind, folder: Path, out: Path, field: str, value: object, who: str) -> Path:
-    if who == EDITED:
-        return edited(made(kind, folder, out), **{field: value})
-    given = getattr(lora_configs, SUBCONFIGS[field])(**value) if field in SUBCONFIGS else value
-    return made(kind, folder, out, **{field: given})
+def save_with_field(kind, folder: Path, out: Path, field: str, value: object, writer: str) -> Path:
+    if writer == EDITED:
+        return edit_config(save_adapter(kind, folder, out), **{field: value})
+    option = getattr(lora_configs, SUBCONFIGS[field])(**value) if field in SUBCONFIGS else value
+    return save_adapter(kind, folder, out, **{field: option})
 
 
 def by_peft(folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -117,12 +117,12 @@ def by_peft(folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_merged_alike(folder: Path, adapter: Path) -> None:
-    plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-    want, got = by_peft(folder, adapter), dict(merge_loras(plain.items(), [adapter]))
-    assert got.keys() == want.keys()
-    assert any(not torch.equal(got[name], plain[name]) for name in plain)
-    for name, weight in want.items():
-        torch.testing.assert_close(got[name], weight, rtol=1e-6, atol=1e-6)
+    base_tensors = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    expected, merged = by_peft(folder, adapter), dict(merge_loras(base_tensors.items(), [adapter]))
+    assert merged.keys() == expected.keys()
+    assert any(not torch.equal(merged[name], base_tensors[name]) for name in base_tensors)
+    for name, weight in expected.items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "table"), [(LoraConfig, LORA), (IA3Config, IA3)], ids=["lora", "ia3"])
@@ -132,8 +132,8 @@ def test_peft_config_fields_all_have_an_expected_outcome(kind, table):
 
 @pytest.mark.parametrize("field", LORA)
 def test_lora_field_is_merged_as_in_peft_or_rejected(zoo, tmp_path, field):
-    folder, (value, who, end) = zoo("llama").folder, LORA[field]
-    adapter = written(LoraConfig, folder, tmp_path / "lora", field, value, who)
+    folder, (value, writer, end) = zoo("llama").folder, LORA[field]
+    adapter = save_with_field(LoraConfig, folder, tmp_path / "lora", field, value, writer)
     if end == EXACT:
         assert_merged_alike(folder, adapter)
     else:
@@ -143,32 +143,32 @@ def test_lora_field_is_merged_as_in_peft_or_rejected(zoo, tmp_path, field):
 
 @pytest.mark.parametrize("field", IA3)
 def test_ia3_field_is_merged_as_in_peft_or_rejected(zoo, tmp_path, field):
-    folder, (value, who, end) = zoo("llama").folder, IA3[field]
-    adapter = written(IA3Config, folder, tmp_path / "ia3", field, value, who)
+    folder, (value, writer, end) = zoo("llama").folder, IA3[field]
+    adapter = save_with_field(IA3Config, folder, tmp_path / "ia3", field, value, writer)
     if end == REFUSED:
         with pytest.raises(SnpatchError, match="adapter type" if field == "peft_type" else field):
             load_adapters(adapter, tiny.LAYERS, WIDTHS)
         return
-    plain = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     want, scales = by_peft(folder, adapter), load_adapters(adapter, tiny.LAYERS, WIDTHS).vectors
     with torch.no_grad():
-        for index, layer in enumerate(plain.model.layers):
+        for index, layer in enumerate(model.model.layers):
             layer.mlp.down_proj.weight.mul_(scales["down_proj"][index])
             layer.self_attn.k_proj.weight.mul_(scales["k_proj"][index][:, None])
             layer.self_attn.v_proj.weight.mul_(scales["v_proj"][index][:, None])
-    for name, weight in plain.named_parameters():
+    for name, weight in model.named_parameters():
         torch.testing.assert_close(weight, want[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("init", [False, "orthogonal", "mica"])
 def test_lora_init_with_unchanged_base_is_merged_as_in_peft(zoo, tmp_path, init):
     folder = zoo("llama").folder
-    assert_merged_alike(folder, made(LoraConfig, folder, tmp_path / "lora", init_lora_weights=init))
+    assert_merged_alike(folder, save_adapter(LoraConfig, folder, tmp_path / "lora", init_lora_weights=init))
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq", "a_newer_one"])
 def test_lora_init_with_changed_base_is_rejected(zoo, tmp_path, init):
-    adapter = edited(made(LoraConfig, zoo("llama").folder, tmp_path / "lora"), init_lora_weights=init)
+    adapter = edit_config(save_adapter(LoraConfig, zoo("llama").folder, tmp_path / "lora"), init_lora_weights=init)
     with pytest.raises(SnpatchError, match=rf"init_lora_weights = '{init}' is not supported: merge this adapter with"):
         load_lora(adapter)
 
@@ -176,39 +176,43 @@ def test_lora_init_with_changed_base_is_rejected(zoo, tmp_path, init):
 @pytest.mark.parametrize("kind", [LoraConfig, IA3Config])
 def test_unknown_adapter_field_is_rejected_unless_off(zoo, tmp_path, kind):
     folder = zoo("llama").folder
-    adapter = made(kind, folder, tmp_path / "adapter")
+    adapter = save_adapter(kind, folder, tmp_path / "adapter")
     load = load_lora if kind is LoraConfig else lambda path: load_adapters(path, tiny.LAYERS, WIDTHS)
-    load(edited(adapter, use_future=False, future_config=None, future_pattern={}, future_list=[]))
+    load(edit_config(adapter, use_future=False, future_config=None, future_pattern={}, future_list=[]))
     for value in (True, 0, 1.5, "on", {"a": 1}, [0]):
         with pytest.raises(SnpatchError, match=r"use_future = .* is not supported: merge this adapter with PEFT"):
-            load(edited(adapter, use_future=value))
+            load(edit_config(adapter, use_future=value))
 
 
 def test_lora_on_lm_head_requires_copy_equal_to_model(zoo, tmp_path):
     """PEFT saves and loads `lm_head.base_layer.weight` together with the LoRA."""
     folder = zoo("llama").folder
-    adapter = made(LoraConfig, folder, tmp_path / "lora", target_modules=["lm_head", "down_proj"])
+    adapter = save_adapter(LoraConfig, folder, tmp_path / "lora", target_modules=["lm_head", "down_proj"])
     path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     assert "base_model.model.lm_head.base_layer.weight" in tensors
     assert_merged_alike(folder, adapter)
     tensors["base_model.model.lm_head.base_layer.weight"][0, 0] += 1
     save_file(tensors, path)
-    plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    base_tensors = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     with pytest.raises(SnpatchError, match=r"brings a lm_head\.weight of its own, which is not the model's: merge"):
-        dict(merge_loras(plain.items(), [adapter]))
+        dict(merge_loras(base_tensors.items(), [adapter]))
 
 
 def test_lora_tensors_and_config_with_different_modules_are_rejected(zoo, tmp_path):
     folder = zoo("llama").folder
-    plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-    adapter = made(LoraConfig, folder, tmp_path / "lora", target_modules=["down_proj", "up_proj"])
+    base_tensors = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    adapter = save_adapter(LoraConfig, folder, tmp_path / "lora", target_modules=["down_proj", "up_proj"])
     with pytest.raises(SnpatchError, match=r"puts no LoRA on model\.layers\.0\.mlp\.down_proj, and its tensors do"):
-        load_lora(edited(adapter, target_modules=["up_proj"]))
+        load_lora(edit_config(adapter, target_modules=["up_proj"]))
     with pytest.raises(SnpatchError, match=r"no matrices for model\.layers\.0\.mlp\.gate_proj, which its adapter_conf"):
-        dict(merge_loras(plain.items(), [edited(adapter, target_modules=["down_proj", "up_proj", "gate_proj"])]))
+        dict(
+            merge_loras(
+                base_tensors.items(), [edit_config(adapter, target_modules=["down_proj", "up_proj", "gate_proj"])]
+            )
+        )
     with pytest.raises(SnpatchError, match=r"no matrices for model\.layers\.0\.mlp\.gate_proj"):
-        dict(merge_loras(plain.items(), [edited(adapter, target_modules="all-linear")]))
+        dict(merge_loras(base_tensors.items(), [edit_config(adapter, target_modules="all-linear")]))
 
 
 @pytest.mark.parametrize(
@@ -220,16 +224,16 @@ def test_lora_tensors_and_config_with_different_modules_are_rejected(zoo, tmp_pa
     ],
 )
 def test_ia3_targets_without_tensors_are_rejected(zoo, tmp_path, targets, message):
-    adapter = edited(made(IA3Config, zoo("llama").folder, tmp_path / "ia3"), target_modules=targets)
+    adapter = edit_config(save_adapter(IA3Config, zoo("llama").folder, tmp_path / "ia3"), target_modules=targets)
     with pytest.raises(SnpatchError, match=message):
         load_adapters(adapter, tiny.LAYERS, WIDTHS)
 
 
 def test_lora_on_tied_head_is_rejected(zoo, tmp_path):
     folder = zoo("gemma").folder
-    adapter = made(LoraConfig, folder, tmp_path / "lora", target_modules=["lm_head", "down_proj"])
+    adapter = save_adapter(LoraConfig, folder, tmp_path / "lora", target_modules=["lm_head", "down_proj"])
     with pytest.raises(SnpatchError, match=r"is tied to the embedding|whose head is its embedding"):
         Engine(folder, models={"tuned": {"lora": adapter}}, backend="transformers")
-    plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    base_tensors = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     with pytest.raises(SnpatchError, match=r"the model has no weight lm_head\.weight: it is tied to the embedding"):
-        dict(merge_loras(plain.items(), [adapter]))
+        dict(merge_loras(base_tensors.items(), [adapter]))

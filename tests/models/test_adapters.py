@@ -35,10 +35,10 @@ def save(folder, target, feedforward=("down_proj",), seed=0, **options) -> dict[
         for name in WIDTHS:
             module = getattr(getattr(model.base_model.model.model.layers[layer], HOME[name]), name)
             if hasattr(module, "ia3_l"):
-                held = module.ia3_l["default"]
-                held.data = 1 + 0.4 * torch.randn(held.shape, generator=draw)
-                if held.numel() == WIDTHS[name]:
-                    vectors[name][layer] = held.data.flatten()
+                parameter = module.ia3_l["default"]
+                parameter.data = 1 + 0.4 * torch.randn(parameter.shape, generator=draw)
+                if parameter.numel() == WIDTHS[name]:
+                    vectors[name][layer] = parameter.data.flatten()
     model.save_pretrained(folder)
     return vectors
 
@@ -46,13 +46,13 @@ def save(folder, target, feedforward=("down_proj",), seed=0, **options) -> dict[
 def assert_scales(scales, vectors, bits: bool = True):
     assert scales.vectors.keys() == vectors.keys()
     for name, want in vectors.items():
-        got = scales.vectors[name]
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, want, rtol=0 if bits else 1e-6, atol=0)
+        vector = scales.vectors[name]
+        assert vector.dtype == torch.float32
+        torch.testing.assert_close(vector, want, rtol=0 if bits else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("target", "feedforward", "touched"),
+    ("target", "feedforward", "expected_layers"),
     [
         (["down_proj"], ["down_proj"], {"down_proj": [0, 1, 2]}),
         (ALL, ["down_proj"], {name: [0, 1, 2] for name in ALL}),
@@ -64,10 +64,10 @@ def assert_scales(scales, vectors, bits: bool = True):
     ],
     ids=["down", "down+k+v", "k+v", "regex of layers", "regex of modules", "one layer by name", "by path"],
 )
-def test_load_adapters_reads_what_peft_saved(tmp_path, target, feedforward, touched):
+def test_load_adapters_reads_what_peft_saved(tmp_path, target, feedforward, expected_layers):
     vectors = save(tmp_path, target, feedforward)
-    moved = {n: [i for i in range(LAYERS) if (v[i] != 1).any()] for n, v in vectors.items() if (v != 1).any()}
-    assert moved == touched, "PEFT covers other modules than this test believes"
+    changed_layers = {n: [i for i in range(LAYERS) if (v[i] != 1).any()] for n, v in vectors.items() if (v != 1).any()}
+    assert changed_layers == expected_layers, "PEFT covers other modules than this test believes"
     assert_scales(load_adapters(tmp_path, LAYERS, WIDTHS), vectors)
 
 
@@ -94,7 +94,7 @@ def test_load_adapters_reads_torch_files_and_half_precision(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
+def valid_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     save(folder, ALL)
     return folder
@@ -115,9 +115,9 @@ def config(**changes):
 def tensors(edit):
     def change(folder):
         path = folder / "adapter_model.safetensors"
-        held = load_file(path)
-        edit(held)
-        save_file(held, path)
+        state = load_file(path)
+        edit(state)
+        save_file(state, path)
 
     return change
 
@@ -143,20 +143,20 @@ def lora(folder):
         (config(modules_to_save=["lm_head"]), "modules_to_save = ['lm_head'] is not supported"),
         (config(exclude_modules=["k_proj"]), "puts no IA3 on model.layers.0.self_attn.k_proj, and its tensors do"),
         (config(target_modules=[]), "names no target_modules"),
-        (tensors(lambda held: held.pop(DOWN0)), "no tensor for layer 0's down_proj"),
-        (tensors(lambda held: held.pop(K2)), "no tensor for layer 2's k_proj"),
-        (tensors(lambda held: held.clear()), "no tensor for layer 0's down_proj"),
-        (tensors(lambda held: held.update({"lm_head.ia3_l": torch.ones(3)})), "unknown tensor lm_head.ia3_l"),
-        (tensors(lambda held: held.update({DOWN0: torch.ones(1, 25)})), f"{DOWN0} must be [1, 24]"),
-        (tensors(lambda held: held.update({DOWN0: torch.ones(24, 1)})), f"{DOWN0} must be [1, 24]"),
-        (tensors(lambda held: held.update({K2: torch.ones(1, 8)})), f"{K2} must be [8, 1]"),
-        (tensors(lambda held: held[DOWN0].index_fill_(1, torch.tensor(5), torch.nan)), f"{DOWN0} holds NaN"),
-        (tensors(lambda held: held[K2].index_fill_(0, torch.tensor(5), torch.inf)), f"{K2} holds NaN or infinity"),
+        (tensors(lambda state: state.pop(DOWN0)), "no tensor for layer 0's down_proj"),
+        (tensors(lambda state: state.pop(K2)), "no tensor for layer 2's k_proj"),
+        (tensors(lambda state: state.clear()), "no tensor for layer 0's down_proj"),
+        (tensors(lambda state: state.update({"lm_head.ia3_l": torch.ones(3)})), "unknown tensor lm_head.ia3_l"),
+        (tensors(lambda state: state.update({DOWN0: torch.ones(1, 25)})), f"{DOWN0} must be [1, 24]"),
+        (tensors(lambda state: state.update({DOWN0: torch.ones(24, 1)})), f"{DOWN0} must be [1, 24]"),
+        (tensors(lambda state: state.update({K2: torch.ones(1, 8)})), f"{K2} must be [8, 1]"),
+        (tensors(lambda state: state[DOWN0].index_fill_(1, torch.tensor(5), torch.nan)), f"{DOWN0} holds NaN"),
+        (tensors(lambda state: state[K2].index_fill_(0, torch.tensor(5), torch.inf)), f"{K2} holds NaN or infinity"),
     ],
 )
-def test_load_adapters_error_names_folder_and_fault(tmp_path, good, change, message):
+def test_load_adapters_error_names_folder_and_fault(tmp_path, valid_folder, change, message):
     folder = tmp_path / "adapter"
-    shutil.copytree(good, folder)
+    shutil.copytree(valid_folder, folder)
     change(folder)
     with pytest.raises(SnpatchError, match=re.escape(message)) as error:
         load_adapters(folder, LAYERS, WIDTHS)
@@ -173,6 +173,6 @@ def test_load_adapters_error_names_folder_and_fault(tmp_path, good, change, mess
     ],
     ids=["too few layers", "too many layers", "wider", "fused qkv_proj"],
 )
-def test_load_adapters_for_another_model_is_rejected(good, n_layers, widths, message):
+def test_load_adapters_for_another_model_is_rejected(valid_folder, n_layers, widths, message):
     with pytest.raises(SnpatchError, match=re.escape(message)):
-        load_adapters(good, n_layers, widths)
+        load_adapters(valid_folder, n_layers, widths)

@@ -29,9 +29,9 @@ LLAMA_3 = (
 
 @pytest.mark.parametrize("form", [*STRFTIME_VALUES, "%Y-%m-%d", "%d %b %Y", "%A, %B %d, %Y at %H:%M:%S", "%I:%M %p"])
 def test_template_clock_is_fixed(form):
-    now = datetime(2024, 7, 26, tzinfo=UTC)
-    assert now.strftime("%d %b %Y") == FIXED_DATE
-    assert rendered(f"{{{{ strftime_now('{form}') }}}}") == now.strftime(form)
+    moment = datetime(2024, 7, 26, tzinfo=UTC)
+    assert moment.strftime("%d %b %Y") == FIXED_DATE
+    assert rendered(f"{{{{ strftime_now('{form}') }}}}") == moment.strftime(form)
 
 
 def test_templates_with_date_render_equally_on_every_day():
@@ -45,8 +45,8 @@ def test_templates_with_date_render_equally_on_every_day():
     ):
         fixed = fix_date(source)
         assert fix_date(fixed) == fixed
-        plain = render_jinja_template([CHAT], chat_template=source, bos_token="<s>", strftime_now=FRIDAY.strftime)
-        assert rendered(source) == plain[0][0]
+        expected = render_jinja_template([CHAT], chat_template=source, bos_token="<s>", strftime_now=FRIDAY.strftime)
+        assert rendered(source) == expected[0][0]
 
 
 def test_fixed_date_changes_only_fingerprints_of_templates_with_clock(tmp_path):

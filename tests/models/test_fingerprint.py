@@ -77,15 +77,15 @@ def test_fingerprint_covers_all_shards(folder):
 def test_damaged_or_unwritable_cache_only_costs_time(folder, tmp_path, reads, content):
     """content: of the file, or what it holds for each of the checkpoint's files."""
     first = fingerprint_checkpoint(folder)
-    kept = tmp_path / "cache" / "snpatch" / "digests.json"
-    places = json.loads(kept.read_text())
-    kept.unlink()
+    cache_file = tmp_path / "cache" / "snpatch" / "digests.json"
+    places = json.loads(cache_file.read_text())
+    cache_file.unlink()
     if content is None:
-        kept.mkdir()
+        cache_file.mkdir()
     elif isinstance(content, bytes):
-        kept.write_bytes(content)
+        cache_file.write_bytes(content)
     else:
-        kept.write_text(json.dumps(dict.fromkeys(places, content)))
+        cache_file.write_text(json.dumps(dict.fromkeys(places, content)))
     reads.clear()
     assert fingerprint_checkpoint(folder) == first
     assert len(reads) == 2
@@ -95,8 +95,8 @@ def test_fingerprint_covers_settings_that_change_completions(folder):
     """Guards, rankings and stored completions of an engine stay valid for a server of the same model."""
 
     def fingerprint(**arguments) -> str:
-        (own,) = LoadedModels(EngineConfig(str(folder), vllm=arguments)).weights.values()
-        return own.fingerprint
+        (weights,) = LoadedModels(EngineConfig(str(folder), vllm=arguments)).weights.values()
+        return weights.fingerprint
 
     assert fingerprint() == fingerprint(max_num_seqs=4) == fingerprint(served_model_name=["a", "base"])
     assert fingerprint() != fingerprint(kv_cache_dtype="fp8")
@@ -112,6 +112,6 @@ def test_tokenizer_fingerprint_covers_what_determines_ids():
     first = fingerprint_tokenizer(tiny.tokenizer())
     assert fingerprint_tokenizer(tiny.tokenizer()) == first
     assert fingerprint_tokenizer(tiny.tokenizer(eos="<pad>")) != first
-    more = tiny.tokenizer()
-    more.add_tokens(["another"])
-    assert fingerprint_tokenizer(more) != first
+    larger_tokenizer = tiny.tokenizer()
+    larger_tokenizer.add_tokens(["another"])
+    assert fingerprint_tokenizer(larger_tokenizer) != first

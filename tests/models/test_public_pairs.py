@@ -195,23 +195,25 @@ PAIRS = {
 }
 
 
-def written(folder: Path, config: dict) -> Path:
+def write_config(folder: Path, config: dict) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def check(tmp_path: Path, one: dict, other: dict) -> tuple[str, ...]:
+def check(tmp_path: Path, config: dict, second_config: dict) -> tuple[str, ...]:
     notes, words = Notes(), tiny.tokenizer()
-    check_compatible(written(tmp_path / "one", one), written(tmp_path / "other", other), words, words, notes)
+    check_compatible(
+        write_config(tmp_path / "one", config), write_config(tmp_path / "other", second_config), words, words, notes
+    )
     return notes.messages
 
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("turn", [1, -1])
 def test_public_pair_is_accepted_and_unused_keys_are_noted(tmp_path, name, turn):
-    one, other, keys = PAIRS[name]
-    notes = check(tmp_path, *(one, other)[::turn])
+    config, second_config, keys = PAIRS[name]
+    notes = check(tmp_path, *(config, second_config)[::turn])
     assert [f"does not compute with: {keys}" in note for note in notes] == ([True] if keys else [])
 
 
@@ -256,8 +258,8 @@ UNUSED = {
 
 @pytest.mark.parametrize("name", UNUSED)
 def test_different_unused_config_key_is_accepted(tmp_path, name):
-    config, one, other = UNUSED[name]
-    assert check(tmp_path, {**config, **one}, {**config, **other}) == ()
+    config, change, second_change = UNUSED[name]
+    assert check(tmp_path, {**config, **change}, {**config, **second_change}) == ()
 
 
 def test_different_window_within_context_is_rejected(tmp_path):
@@ -269,11 +271,11 @@ def test_different_window_within_context_is_rejected(tmp_path):
 # ---- tokenizers --------------------------------------------------------------------------------------------------
 
 
-def bpe(vocab: list[str], merges: list[tuple[str, str]], added: tuple = (), pad: str | None = None):
+def bpe(vocab: list[str], merges: list[tuple[str, str]], new_tokens: tuple = (), pad: str | None = None):
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-    tokenizer.add_tokens(list(added))
+    tokenizer.add_tokens(list(new_tokens))
     if pad is not None:
         tokenizer.pad_token = pad
     return tokenizer
@@ -284,34 +286,34 @@ MERGES = [("a", "b"), ("ab", "c")]
 ROWS = (8, 8)
 
 
-def compare(one, other, sizes=ROWS) -> tuple[str, ...]:
+def compare(tokenizer, second_tokenizer, sizes=ROWS) -> tuple[str, ...]:
     notes = Notes()
-    check_tokenizers(one, other, "ONE", "OTHER", sizes, notes)
+    check_tokenizers(tokenizer, second_tokenizer, "ONE", "OTHER", sizes, notes)
     return notes.messages
 
 
 def test_unshared_ids_with_embedding_row_are_noted():
-    plain, more = bpe(LETTERS, MERGES), bpe(LETTERS, MERGES, ("<tool>", "<think>"))
-    for pair in ((plain, more), (more, plain)):
+    base, larger = bpe(LETTERS, MERGES), bpe(LETTERS, MERGES, ("<tool>", "<think>"))
+    for pair in ((base, larger), (larger, base)):
         (note,) = compare(*pair)
         assert "has 2 tokens that the one of" in note
         assert "'<tool>' (5)" in note
     with pytest.raises(
         SnpatchError, match=r"of OTHER has the token '<think>' \(6\), and the embedding of ONE has 6 rows"
     ):
-        compare(plain, more, (6, 8))
-    assert compare(plain, bpe(LETTERS, MERGES)) == ()
+        compare(base, larger, (6, 8))
+    assert compare(base, bpe(LETTERS, MERGES)) == ()
 
 
 def test_padding_token_without_row_is_accepted():
     """Tulu 3's SFT checkpoint pads with id 128256, which its base has no row for."""
-    plain, padded = bpe(LETTERS, MERGES), bpe(LETTERS, MERGES, ("<pad>",), pad="<pad>")
-    (note,) = compare(padded, plain, (8, 5))
+    base, padded = bpe(LETTERS, MERGES), bpe(LETTERS, MERGES, ("<pad>",), pad="<pad>")
+    (note,) = compare(padded, base, (8, 5))
     assert "as '<pad>' (5)" in note
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("second_tokenizer", "message"),
     [
         (bpe(["b", "a", "c", "ab", "abc"], MERGES), r"the token 'a': 0 and 1"),
         (bpe(["a", "b", "c", "ab", "xyz"], MERGES[:1]), r"the token of id 4: 'abc' and 'xyz'"),
@@ -319,18 +321,18 @@ def test_padding_token_without_row_is_accepted():
         (bpe([*LETTERS, "bc"], [("a", "b"), ("b", "c"), ("ab", "c")]), None),
     ],
 )
-def test_different_ids_or_merges_are_rejected(other, message):
-    own = bpe(LETTERS, MERGES)
+def test_different_ids_or_merges_are_rejected(second_tokenizer, message):
+    tokenizer = bpe(LETTERS, MERGES)
     if message is None:
-        assert len(compare(own, other)) == 1, "a merge into a token that only one has is that token's"
+        assert len(compare(tokenizer, second_tokenizer)) == 1, "a merge into a token that only one has is that token's"
     else:
         with pytest.raises(SnpatchError, match=f"the tokenizers of ONE and OTHER differ in {message}.* the same ids"):
-            compare(own, other)
+            compare(tokenizer, second_tokenizer)
 
 
 def test_different_added_token_flags_and_bos_are_noted():
-    one, other = (bpe(LETTERS, MERGES, (AddedToken("<x>", lstrip=strip),)) for strip in (True, False))
-    (note,) = compare(one, other)
+    tokenizer, second_tokenizer = (bpe(LETTERS, MERGES, (AddedToken("<x>", lstrip=strip),)) for strip in (True, False))
+    (note,) = compare(tokenizer, second_tokenizer)
     assert "how the text '<x>' is found" in note
     assert "each model's prompts are encoded by its own" in note
 
@@ -339,10 +341,12 @@ def test_different_added_token_flags_and_bos_are_noted():
 
 
 def test_abliterated_pair_stores_two_module_kinds_twice(tmp_path):
-    made = tiny.make_pair("llama", tmp_path, same=lambda name: "o_proj" not in name and "down_proj" not in name)
-    with Engine(made.folder, models={"abliterated": made.models["dpo"][0]}, backend="transformers") as engine:
+    tiny_pair = tiny.make_pair(
+        "llama", tmp_path, is_shared=lambda name: "o_proj" not in name and "down_proj" not in name
+    )
+    with Engine(tiny_pair.folder, models={"abliterated": tiny_pair.models["dpo"][0]}, backend="transformers") as engine:
         memory = engine.executor.memory
         assert memory.duplicated == ("down_proj", "o_proj")
         assert str(memory).endswith("stored twice: down_proj, o_proj")
-        each = tiny.NEURONS * tiny.HIDDEN + tiny.HEADS * tiny.HEAD_DIM * tiny.HIDDEN
-        assert memory.secondary == tiny.LAYERS * each * 4
+        num_values = tiny.NEURONS * tiny.HIDDEN + tiny.HEADS * tiny.HEAD_DIM * tiny.HIDDEN
+        assert memory.secondary == tiny.LAYERS * num_values * 4

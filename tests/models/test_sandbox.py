@@ -144,15 +144,15 @@ def test_sandbox_renders_as_in_transformers(name, goes_on):
 
 
 def test_threads_share_the_sandbox():
-    found = [None] * 8
+    texts = [None] * 8
 
     def ask(i):
-        found[i] = rendered(f"{{{{ {i} }}}}")
+        texts[i] = rendered(f"{{{{ {i} }}}}")
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert found == list("01234567")
+    assert texts == list("01234567")
 
 
 def test_forked_process_has_own_sandbox():
@@ -192,11 +192,11 @@ def test_sandbox_ends_with_parent_process():
 
 
 def test_tokenizer_template_runs_in_sandbox_and_tulu_does_not(monkeypatch):
-    asked = []
-    monkeypatch.setattr(sandbox, "render", lambda source, *rest: asked.append(source) or "text")
+    sources = []
+    monkeypatch.setattr(sandbox, "render", lambda source, *arguments: sources.append(source) or "text")
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ 1 }}"
     assert ChatTemplate("tokenizer", tokenizer).render(CHAT[:1]) == "text"
     tokenizer.chat_template = TULU
     assert render_chat(CHAT[:1], tokenizer, add_generation_prompt=True).endswith("<|assistant|>\n")
-    assert asked == ["{{ 1 }}"]
+    assert sources == ["{{ 1 }}"]

@@ -50,10 +50,10 @@ def test_training_and_generation_use_same_text(tokenizer):
     tokenizer.chat_template = TULU
     for turns in (2, 4, 6):
         trained = tokenizer.apply_chat_template(CHAT[:turns], tokenize=False)
-        asked = render_tulu(CHAT[: turns - 1], tokenizer)
-        assert trained.removeprefix("<s>").startswith(asked.removesuffix("<|assistant|>\n"))
-    whole = tokenizer.apply_chat_template(CHAT[1:3], tokenize=False)
-    assert whole == "<s><|user|>\nbala bale\n<|assistant|>\nbama</s>"
+        prompt_text = render_tulu(CHAT[: turns - 1], tokenizer)
+        assert trained.removeprefix("<s>").startswith(prompt_text.removesuffix("<|assistant|>\n"))
+    text = tokenizer.apply_chat_template(CHAT[1:3], tokenize=False)
+    assert text == "<s><|user|>\nbala bale\n<|assistant|>\nbama</s>"
     assert tokenizer.apply_chat_template(CHAT[1:2], tokenize=False, add_generation_prompt=True) == (
         "<s>" + render_tulu(CHAT[1:2], tokenizer)
     )
@@ -87,14 +87,14 @@ def test_invalid_chat_is_rejected(tokenizer, chat, message):
 
 
 def test_auto_uses_template_of_adapters(tokenizer, tmp_path):
-    own = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    own_source = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     silent, with_tulu, with_own = (tmp_path / name for name in ("silent", "tulu", "own"))
-    for folder, source in ((silent, None), (with_tulu, TULU), (with_own, own)):
+    for folder, source in ((silent, None), (with_tulu, TULU), (with_own, own_source)):
         folder.mkdir()
         if source:
             (folder / TEMPLATE_FILE).write_text(source)
     assert load_template("auto", tokenizer, []).name == "tulu", "there is no other"
-    tokenizer.chat_template = own
+    tokenizer.chat_template = own_source
     assert load_template("auto", tokenizer, []).name == "tokenizer"
     assert load_template("auto", tokenizer, [silent]).name == "tokenizer"
     assert load_template("auto", tokenizer, [silent, with_tulu]).name == "tulu"
@@ -103,11 +103,11 @@ def test_auto_uses_template_of_adapters(tokenizer, tmp_path):
         load_template("auto", tokenizer, [with_own, with_tulu])
     assert load_template("tokenizer", tokenizer, [with_own, with_tulu]).name == "tokenizer"
     tokenizer.chat_template = "{{ 'another' }}"
-    used = load_template("auto", tokenizer, [with_own])
-    assert (used.name, used.source) == ("adapter", own)
-    assert used.render([{"role": "user", "content": "bana"}]) == "bana"
+    template = load_template("auto", tokenizer, [with_own])
+    assert (template.name, template.source) == ("adapter", own_source)
+    assert template.render([{"role": "user", "content": "bana"}]) == "bana"
     tokenizer.chat_template = None
-    assert load_template("auto", tokenizer, [with_own]).source == own
+    assert load_template("auto", tokenizer, [with_own]).source == own_source
     with pytest.raises(SnpatchError, match="has no chat template; use template='tulu'"):
         load_template("tokenizer", tokenizer, [])
 
@@ -117,11 +117,22 @@ THINKS = "{{ messages[0].content }}{% if enable_thinking %} bama{% endif %}"
 
 def test_variables_change_rendering_and_fingerprint(tokenizer):
     chat = [{"role": "user", "content": "bana"}]
-    plain, thinking = (ChatTemplate("tokenizer", tokenizer, THINKS, {"enable_thinking": on}) for on in (False, True))
-    assert (plain.render(chat), thinking.render(chat)) == ("bana", "bana bama")
-    assert len({plain.fingerprint, thinking.fingerprint, ChatTemplate("tokenizer", tokenizer, THINKS).fingerprint}) == 3
-    assert plain.uses_variable("enable_thinking")
-    assert not plain.uses_variable("thinking")
+    default_template, thinking_template = (
+        ChatTemplate("tokenizer", tokenizer, THINKS, {"enable_thinking": on}) for on in (False, True)
+    )
+    assert (default_template.render(chat), thinking_template.render(chat)) == ("bana", "bana bama")
+    assert (
+        len(
+            {
+                default_template.fingerprint,
+                thinking_template.fingerprint,
+                ChatTemplate("tokenizer", tokenizer, THINKS).fingerprint,
+            }
+        )
+        == 3
+    )
+    assert default_template.uses_variable("enable_thinking")
+    assert not default_template.uses_variable("thinking")
 
 
 @pytest.mark.parametrize(

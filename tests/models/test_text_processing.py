@@ -33,13 +33,13 @@ def lora(zoo, tmp_path_factory):
 def with_adapter(zoo, lora, tmp_path):
     """Return with_adapter(kind, path): (engine arguments, folder of a copy of an adapter of this kind)."""
 
-    def made(kind: str, name: str = "adapter") -> tuple[dict, object]:
+    def copy_adapter(kind: str, name: str = "adapter") -> tuple[dict, object]:
         folder = tmp_path / name
         shutil.copytree(zoo("llama").adapters["sft"][0] if kind == "ia3" else lora, folder)
-        given = {"adapters": {name: [folder]}} if kind == "ia3" else {"models": {name: {"lora": folder}}}
-        return given, folder
+        arguments = {"adapters": {name: [folder]}} if kind == "ia3" else {"models": {name: {"lora": folder}}}
+        return arguments, folder
 
-    return made
+    return copy_adapter
 
 
 @pytest.fixture
@@ -51,8 +51,10 @@ def model(zoo, tmp_path):
     return folder
 
 
-def opened(model, given: dict, **options) -> LoadedModels:
-    return LoadedModels(EngineConfig.of(model, given.get("adapters"), models=given.get("models", {}), **options))
+def load_models(model, arguments: dict, **options) -> LoadedModels:
+    return LoadedModels(
+        EngineConfig.of(model, arguments.get("adapters"), models=arguments.get("models", {}), **options)
+    )
 
 
 KINDS = ["ia3", "lora"]
@@ -61,47 +63,47 @@ KINDS = ["ia3", "lora"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("source", "text"), [(TULU, "<|user|>\nbana\n<|assistant|>\n"), (OTHER, "bana bama")])
 def test_template_in_adapter_folder_is_used(model, with_adapter, kind, source, text):
-    given, folder = with_adapter(kind)
+    arguments, folder = with_adapter(kind)
     (folder / TEMPLATE_FILE).write_text(source)
-    one = opened(model, given)
-    assert one.templates[-1].render(CHAT) == text
+    models = load_models(model, arguments)
+    assert models.templates[-1].render(CHAT) == text
     assert any(
-        f"chats are rendered by the template in {folder}, and not by {model}'s own" in n for n in one.notes.messages
+        f"chats are rendered by the template in {folder}, and not by {model}'s own" in n for n in models.notes.messages
     )
-    assert opened(model, given, template="tokenizer").templates[-1].render(CHAT) == "<|user|> bana"
-    assert opened(model, given, template="tulu").templates[-1].name == "tulu"
+    assert load_models(model, arguments, template="tokenizer").templates[-1].render(CHAT) == "<|user|> bana"
+    assert load_models(model, arguments, template="tulu").templates[-1].name == "tulu"
     if kind == "lora":
-        assert one.templates[0].render(CHAT) == "<|user|> bana", "the engine's own weights read as they were trained"
+        assert models.templates[0].render(CHAT) == "<|user|> bana", "the engine's own weights read as they were trained"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_templates_on_one_set_are_rejected_naming_both(model, with_adapter, kind):
-    given, first = with_adapter(kind, "first")
+    arguments, first = with_adapter(kind, "first")
     _, second = with_adapter("ia3", "second")
     (first / TEMPLATE_FILE).write_text(TULU)
     (second / TEMPLATE_FILE).write_text(OTHER)
     if kind == "ia3":
-        given["adapters"]["second"] = [second]
+        arguments["adapters"]["second"] = [second]
     else:
-        given["models"]["first"]["adapters"] = [second]
+        arguments["models"]["first"]["adapters"] = [second]
     with pytest.raises(SnpatchError, match=rf"different templates \({first}, {second}\): choose one by template="):
-        opened(model, given)
+        load_models(model, arguments)
 
 
 def test_template_of_tokenizer_in_lora_folder_is_used(model, with_adapter):
-    given, folder = with_adapter("lora")
+    arguments, folder = with_adapter("lora")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = OTHER
     tokenizer.save_pretrained(folder)
-    assert opened(model, given).templates[1].render(CHAT) == "bana bama"
+    assert load_models(model, arguments).templates[1].render(CHAT) == "bana bama"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eos_in_adapter_folder_ends_completions(model, with_adapter, kind):
-    given, folder = with_adapter(kind)
+    arguments, folder = with_adapter(kind)
     end = tiny.VOCAB.index(tiny.WORDS[7])
     tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(folder)
-    config = EngineConfig.of(model, given.get("adapters"), models=given.get("models", {}))
+    config = EngineConfig.of(model, arguments.get("adapters"), models=arguments.get("models", {}))
     assert load_text_processors(config, Notes())[-1].eos_ids == {tiny.EOS, end}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 12]}))
     assert load_text_processors(config, Notes())[-1].eos_ids == {tiny.EOS, end, 11, 12}
@@ -112,7 +114,7 @@ def test_eos_in_adapter_folder_ends_completions(model, with_adapter, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_different_ids_in_adapter_folder_are_rejected_naming_both(model, with_adapter, kind):
-    given, folder = with_adapter(kind)
+    arguments, folder = with_adapter(kind)
     tiny.tokenizer().save_pretrained(folder)
     table = json.loads((folder / "tokenizer.json").read_text())
     vocab = table["model"]["vocab"]
@@ -121,39 +123,39 @@ def test_different_ids_in_adapter_folder_are_rejected_naming_both(model, with_ad
     with pytest.raises(
         SnpatchError, match=rf"tokenizers of {model} and {folder} differ in the token '{tiny.WORDS[3]}'"
     ):
-        opened(model, given)
+        load_models(model, arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_added_by_adapter_need_embedding_rows(model, with_adapter, kind):
-    given, folder = with_adapter(kind)
+    arguments, folder = with_adapter(kind)
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<|im_start|>"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(SnpatchError, match=rf"of {folder} has the token '<.im_start.>' \(128\), and the embedding of"):
-        opened(model, given)
+        load_models(model, arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_different_tokenizers_on_one_set_are_rejected(model, with_adapter, kind):
-    given, first = with_adapter(kind, "first")
+    arguments, first = with_adapter(kind, "first")
     _, second = with_adapter("ia3", "second")
     tiny.tokenizer().save_pretrained(first)
     tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(second)
     if kind == "ia3":
-        given["adapters"]["second"] = [second]
+        arguments["adapters"]["second"] = [second]
     else:
-        given["models"]["first"]["adapters"] = [second]
+        arguments["models"]["first"]["adapters"] = [second]
     with pytest.raises(SnpatchError, match=rf"tokenizers of {first} and {second} read texts differently, and adapters"):
-        opened(model, given)
+        load_models(model, arguments)
     tiny.tokenizer().save_pretrained(second)
-    assert opened(model, given).text_processors[-1].eos_ids == {tiny.EOS}
+    assert load_models(model, arguments).text_processors[-1].eos_ids == {tiny.EOS}
 
 
 def test_model_with_tulu_template_gets_no_note(model):
     (model / TEMPLATE_FILE).write_text(TULU)
-    one = opened(model, {})
-    assert (one.templates[0].name, one.notes.messages) == ("tulu", ())
+    models = load_models(model, {})
+    assert (models.templates[0].name, models.notes.messages) == ("tulu", ())
 
 
 def ending(folder):
@@ -165,13 +167,13 @@ def ending(folder):
 
 
 def test_tokenizer_that_appends_eos_is_rejected_at_start(model, with_adapter):
-    given, folder = with_adapter("lora")
+    arguments, folder = with_adapter("lora")
     tiny.tokenizer().save_pretrained(folder)
     ending(folder)
     with pytest.raises(
         SnpatchError, match=rf"{folder}: its tokenizer appends '</s>' to every text.* add_eos_token = f"
     ):
-        opened(model, given)
+        load_models(model, arguments)
     ending(model)
     with pytest.raises(SnpatchError, match=rf"{model}: its tokenizer appends '</s>' to every text"):
         Engine(model, backend="transformers")
@@ -231,12 +233,12 @@ def test_template_variables_change_config_and_fingerprint(model, tmp_path):
     )
     assert EngineConfig.load(tmp_path / "engine.toml") == config
     quiet, loud = LoadedModels(config), LoadedModels(replace(config, chat_template_kwargs={}))
-    assert [one.templates[0].render(CHAT) for one in (quiet, loud)] == ["bana", "bana bama"]
+    assert [models.templates[0].render(CHAT) for models in (quiet, loud)] == ["bana", "bana bama"]
     assert quiet.templates[0].fingerprint != loud.templates[0].fingerprint
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("variables", "message"),
     [
         ({"thinking": False}, "the chat template of .* reads no thinking"),
         ({"messages": []}, "messages is set by snpatch, or by the tokenizer"),
@@ -247,10 +249,10 @@ def test_template_variables_change_config_and_fingerprint(model, tmp_path):
         ([1], "expected a table of names and values"),
     ],
 )
-def test_invalid_template_variables_raise_one_line_error(model, given, message):
+def test_invalid_template_variables_raise_one_line_error(model, variables, message):
     (model / TEMPLATE_FILE).write_text(THINKS)
     with pytest.raises(SnpatchError, match=f"chat_template_kwargs: {message}"):
-        LoadedModels(EngineConfig.of(model, chat_template_kwargs=given))
+        LoadedModels(EngineConfig.of(model, chat_template_kwargs=variables))
 
 
 # ---- adapters from the hub ---------------------------------------------------------------------------------------
@@ -272,11 +274,11 @@ def hub(zoo, lora, tmp_path, monkeypatch):
 
 def test_adapters_and_lora_are_downloaded_from_hub(zoo, lora, hub):
     folder = zoo("llama").folder
-    local = {"adapters": {"sft": zoo("llama").adapters["sft"]}, "models": {"tuned": {"lora": lora}}}
-    named = {"adapters": {"sft": "org/sft"}, "models": {"tuned": {"lora": "org/tuned@v2:runs/last"}}}
+    local_arguments = {"adapters": {"sft": zoo("llama").adapters["sft"]}, "models": {"tuned": {"lora": lora}}}
+    hub_arguments = {"adapters": {"sft": "org/sft"}, "models": {"tuned": {"lora": "org/tuned@v2:runs/last"}}}
     texts = []
-    for given in (local, named):
-        with Engine(folder, **given, backend="transformers") as engine:
+    for arguments in (local_arguments, hub_arguments):
+        with Engine(folder, **arguments, backend="transformers") as engine:
             texts.append([engine.fingerprint(name) for name in engine.models])
             texts[-1] += [c.token_ids for c in engine.generate(tiny.PROMPTS, "tuned", Sampling(max_tokens=5))]
     assert texts[0] == texts[1]
@@ -312,18 +314,18 @@ def test_cli_and_lm_eval_accept_template_variables(model, tmp_path, capsys):
     prompts.write_text(json.dumps({"prompt": "bana"}) + "\n")
     common = ["generate", model, prompts, "--backend", "transformers", "--max-tokens", 3, "--json"]
     texts = {}
-    for name, more in {"quiet": ["--chat-template-kwargs", '{"enable_thinking": false}'], "loud": []}.items():
-        code, out, err = run(capsys, *common, *more)
+    for name, options in {"quiet": ["--chat-template-kwargs", '{"enable_thinking": false}'], "loud": []}.items():
+        code, out, err = run(capsys, *common, *options)
         assert code == 0, err
         texts[name] = json.loads(out)["token_ids"]
     with Engine(model, backend="transformers") as engine:
         ids = [engine.tokenizer.convert_tokens_to_ids(text.split()) for text in ("bana", "bana bama")]
         want = [c.token_ids for c in engine.generate(ids, sampling=Sampling(max_tokens=3))]
     assert [texts["quiet"], texts["loud"]] == want
-    for wrong in ("enable_thinking=false", "[1]", "{"):
-        code, _, err = run(capsys, *common, "--chat-template-kwargs", wrong)
+    for invalid_variables in ("enable_thinking=false", "[1]", "{"):
+        code, _, err = run(capsys, *common, "--chat-template-kwargs", invalid_variables)
         assert (code, err.count("\n")) == (2, 1)
         assert "--chat-template-kwargs: expected a JSON object" in err
-    given = {"model": str(model), "backend": "transformers", "chat_template_kwargs": '{"enable_thinking": false}'}
-    harness = SnpatchLM.create_from_arg_obj(given)
+    model_args = {"model": str(model), "backend": "transformers", "chat_template_kwargs": '{"enable_thinking": false}'}
+    harness = SnpatchLM.create_from_arg_obj(model_args)
     assert harness.apply_chat_template(CHAT) == "bana"

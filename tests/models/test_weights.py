@@ -64,7 +64,7 @@ def broken_shard(folder):
     next(folder.glob("*-00002-*.safetensors")).write_bytes(b"nothing")
 
 
-def nothing(folder):
+def clear_folder(folder):
     shutil.rmtree(folder)
     folder.mkdir()
 
@@ -75,7 +75,7 @@ def nothing(folder):
         (broken_index, "not an index of weights"),
         (missing_shard, "no such file, and the index names it"),
         (broken_shard, "not a safetensors file"),
-        (nothing, "holds no weights"),
+        (clear_folder, "holds no weights"),
     ],
 )
 def test_damaged_checkpoints_raise_one_line_error(model, tmp_path, breaking, message):

@@ -65,9 +65,9 @@ def receipts(*overwrites: int) -> torch.Tensor:
     return receipt
 
 
-def is_near(got: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
-    got, expected = got.double(), expected.double()
-    return bool((got - expected).square().sum().sqrt() <= bound * expected.square().sum().sqrt())
+def is_near(actual: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
+    actual, expected = actual.double(), expected.double()
+    return bool((actual - expected).square().sum().sqrt() <= bound * expected.square().sum().sqrt())
 
 
 # silu(1) = 0.7310585786, silu(2) = 1.7615941560, silu(-1) = -0.2689414214, silu(0) = 0;
@@ -310,11 +310,11 @@ def test_patched_glu_full_window_copies_the_donor_and_empty_window_changes_nothi
     tensors["plan"][:, PlanColumn.RECEIPT] = 0
     tensors["plan"][:, PlanColumn.LO], tensors["plan"][:, PlanColumn.HI] = 0, UNRANKED
     tensors["plan"][:, PlanColumn.SELF_WEIGHT], tensors["plan"][:, PlanColumn.SOURCE_WEIGHT] = 0, float_bits(1)
-    full, after = run(patched_glu, tensors, SETTING)
-    assert torch.equal(full[0::2], full[1::2])
+    full_out, after = run(patched_glu, tensors, SETTING)
+    assert torch.equal(full_out[0::2], full_out[1::2])
     assert torch.equal(after["receipt"], receipts(100 + 9 * 33, 200, 300))
     tensors["plan"][:, PlanColumn.HI] = 0
-    empty, after = run(patched_glu, tensors, SETTING)
+    empty_out, after = run(patched_glu, tensors, SETTING)
     single = tensors["plan"].clone()
     stream = single[:, PlanColumn.RECIPIENT_STREAM].long()
     recipient_rows, donor_rows = 2 * torch.arange(9) + stream, 2 * torch.arange(9) + 1 - stream
@@ -326,8 +326,8 @@ def test_patched_glu_full_window_copies_the_donor_and_empty_window_changes_nothi
         {**tensors, "gate_up": tensors["gate_up"][recipient_rows], "plan": single},
         {**SETTING, "streams": 1},
     )
-    assert torch.equal(empty[recipient_rows], unpatched)
-    assert torch.equal(empty[donor_rows], full[donor_rows])
+    assert torch.equal(empty_out[recipient_rows], unpatched)
+    assert torch.equal(empty_out[donor_rows], full_out[donor_rows])
     assert torch.equal(after["receipt"], receipts(100, 200, 300))
 
 
@@ -404,13 +404,13 @@ def test_patched_glu_nan_in_padded_rows_changes_nothing(patched_glu, streams):
 
 def test_statistics_of_a_split_step_equal_the_whole_steps(patched_glu):
     tensors = make_case(30, 19)
-    _, whole = run(patched_glu, tensors, SETTING)
+    _, expected = run(patched_glu, tensors, SETTING)
     first = {**tensors, "gate_up": tensors["gate_up"][:22], "plan": tensors["plan"][:11]}
     _, between = run(patched_glu, first, SETTING)
     second = {**tensors, **between, "gate_up": tensors["gate_up"][22:], "plan": tensors["plan"][11:]}
     _, parts = run(patched_glu, second, SETTING)
-    assert is_near(parts["stats"], whole["stats"], SUMS_ERROR)
-    assert all(torch.equal(parts[name], whole[name]) for name in ("count", "capture", "receipt"))
+    assert is_near(parts["stats"], expected["stats"], SUMS_ERROR)
+    assert all(torch.equal(parts[name], expected[name]) for name in ("count", "capture", "receipt"))
 
 
 def test_statistics_do_not_drift_as_float32_would(patched_glu):
@@ -465,19 +465,19 @@ def generate_noise(patched_glu, width: int, tokens: int, seed: int, layer: int, 
 
 @pytest.mark.parametrize(("seed", "layer", "first"), [(0, 0, 0), (2**31 - 1, 31, 5504), (12345, 5, 100)])
 def test_noise_is_philox_keyed_by_seed_position_layer_and_neuron(patched_glu, seed, layer, first):
-    got = generate_noise(patched_glu, 20, 3, seed, layer, first)
-    want = [[oracle.normal(seed, position, layer, first + n) for n in range(20)] for position in range(3)]
-    torch.testing.assert_close(got.double(), torch.tensor(want, dtype=torch.float64), rtol=1e-5, atol=2e-6)
+    noise = generate_noise(patched_glu, 20, 3, seed, layer, first)
+    expected = [[oracle.normal(seed, position, layer, first + n) for n in range(20)] for position in range(3)]
+    torch.testing.assert_close(noise.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=2e-6)
 
 
 def test_noise_is_standard_normal(patched_glu):
-    got = generate_noise(patched_glu, 1000, 200, seed=7, layer=2).double()
-    assert got.mean().abs() < 4 / math.sqrt(got.numel())
-    assert (got.std() - 1).abs() < 4 / math.sqrt(2 * got.numel())
-    assert (got**3).mean().abs() < 4 * math.sqrt(15 / got.numel())
-    assert ((got**4).mean() - 3).abs() < 4 * math.sqrt(96 / got.numel())
-    assert torch.corrcoef(got[:2])[0, 1].abs() < 4 / math.sqrt(1000)
-    assert torch.corrcoef(got.T[:2])[0, 1].abs() < 4 / math.sqrt(200)
+    noise = generate_noise(patched_glu, 1000, 200, seed=7, layer=2).double()
+    assert noise.mean().abs() < 4 / math.sqrt(noise.numel())
+    assert (noise.std() - 1).abs() < 4 / math.sqrt(2 * noise.numel())
+    assert (noise**3).mean().abs() < 4 * math.sqrt(15 / noise.numel())
+    assert ((noise**4).mean() - 3).abs() < 4 * math.sqrt(96 / noise.numel())
+    assert torch.corrcoef(noise[:2])[0, 1].abs() < 4 / math.sqrt(1000)
+    assert torch.corrcoef(noise.T[:2])[0, 1].abs() < 4 / math.sqrt(200)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
@@ -528,8 +528,8 @@ INVALID = {
 def test_patched_glu_invalid_tensor_is_named(name, device):
     tensors = {key: tensor.to(device) for key, tensor in make_case(4, 6).items()}
     tensors[name] = INVALID[name](tensors[name])
-    got = re.escape(str([*tensors[name].shape]))
-    with pytest.raises(ERRORS, match=rf"patched_glu: {name}: expected .*got {got}"):
+    shape = re.escape(str([*tensors[name].shape]))
+    with pytest.raises(ERRORS, match=rf"patched_glu: {name}: expected .*got {shape}"):
         ops.patched_glu(*tensors.values(), **SETTING)
 
 

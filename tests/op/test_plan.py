@@ -113,10 +113,10 @@ def test_fill_plan_padding_requests_nothing(ranges):
 )
 def test_fill_plan_ranges_are_half_open_and_independent_of_steps(patch, expected):
     rows = [request_row(hi=1, patch=patch)]
-    whole = build_plan(rows, [0] * 6, [0, 1, 2, 3, 4, 5])
-    assert column(whole, "hi") == expected
+    plan = build_plan(rows, [0] * 6, [0, 1, 2, 3, 4, 5])
+    assert column(plan, "hi") == expected
     chunks = [build_plan(rows, [0] * len(p), p) for p in ([0, 1, 2], [3], [4, 5])]
-    assert np.array_equal(np.concatenate(chunks), whole)
+    assert np.array_equal(np.concatenate(chunks), plan)
 
 
 def test_fill_plan_rows_follow_their_request_in_any_order():

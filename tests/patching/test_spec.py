@@ -38,14 +38,14 @@ def test_interventions_json_round_trip():
     first = {"donor": "dpo", "ranking": "safety", "window": [0, 9], "positions": "all", "strength": 1.0}
     second = {"donor": "dpo", "ranking": "other", "window": [3, 9], "positions": -1, "strength": 0.5}
     patch = spec.from_json({"recipient": "sft", "interventions": [first, second]}, NAMED)
-    assert [one.window for one in patch.interventions] == [Window(0, 9), Window(3, 9)]
+    assert [intervention.window for intervention in patch.interventions] == [Window(0, 9), Window(3, 9)]
     rankings = [NAMED.rankings[name].fingerprint for name in ("safety", "other")]
     assert spec.to_json(patch)["interventions"] == [
-        {**one, "ranking": ranking} for one, ranking in zip((first, second), rankings, strict=True)
+        {**table, "ranking": ranking} for table, ranking in zip((first, second), rankings, strict=True)
     ]
-    one = spec.from_json({"recipient": "sft", "interventions": [first]}, NAMED)
-    assert spec.to_json(one) == {"recipient": "sft", **first, "ranking": rankings[0]}, "one is written flat"
-    for bad, message, field in (
+    flat_patch = spec.from_json({"recipient": "sft", "interventions": [first]}, NAMED)
+    assert spec.to_json(flat_patch) == {"recipient": "sft", **first, "ranking": rankings[0]}, "one is written flat"
+    for change, message, field in (
         ({"interventions": 7}, "interventions: expected InterventionSchema, got 7", "interventions"),
         ({"interventions": [{"donor": "dpo"}]}, "interventions: ranking, window is missing", "interventions.ranking"),
         ({"interventions": [first, {**first, "window": [9, 3]}]}, "expected 0 <= lo <= hi", "interventions.1.window"),
@@ -53,16 +53,16 @@ def test_interventions_json_round_trip():
         ({"interventions": [first], "strength": 0.5}, "strength: expected in each of the interventions", "strength"),
     ):
         with pytest.raises(SnpatchError, match=message) as caught:
-            spec.from_json({"recipient": "sft", **bad}, NAMED)
+            spec.from_json({"recipient": "sft", **change}, NAMED)
         assert caught.value.field == field
 
 
 def test_patch_fields_and_interventions_are_refused():
-    one = Intervention("dpo", RANKINGS[0], 5)
+    intervention = Intervention("dpo", RANKINGS[0], 5)
     with pytest.raises(SnpatchError, match="got both"):
-        Patch("sft", "dpo", RANKINGS[0], 5, interventions=[one])
+        Patch("sft", "dpo", RANKINGS[0], 5, interventions=[intervention])
     with pytest.raises(SnpatchError, match="got both"):
-        Patch("sft", strength=0.5, interventions=[one])
+        Patch("sft", strength=0.5, interventions=[intervention])
     with pytest.raises(SnpatchError, match="interventions: expected Intervention"):
         Patch("sft", interventions=["dpo"])
 
@@ -158,8 +158,8 @@ def test_patch_json_of_recipient_is_unpatched():
 def test_patch_json_names_constants():
     patch = spec.from_json(GOOD | {"donor": "constant:mine"}, NAMED)
     assert patch.donor is NAMED.constants["mine"]
-    added = spec.from_json(GOOD | {"donor": "add:constant:mine"}, NAMED)
-    assert (added.donor.mode, added.donor.fingerprint) == ("add", patch.donor.fingerprint)
+    add_patch = spec.from_json(GOOD | {"donor": "add:constant:mine"}, NAMED)
+    assert (add_patch.donor.mode, add_patch.donor.fingerprint) == ("add", patch.donor.fingerprint)
 
 
 @pytest.mark.parametrize(
@@ -209,16 +209,16 @@ extra = st.dictionaries(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # its first input makes the strategy
 @given(near, extra)
-def test_patch_schema_accepts_what_reader_accepts(data, more):
+def test_patch_schema_accepts_what_reader_accepts(data, changes):
     """Compare types and names. Limits of values depend on rankings, which the schema does not know."""
-    given = {**data, **more}
+    table = {**data, **changes}
     try:
-        jsonschema.validate(given, schema.json_schema(spec.PatchSchema))
+        jsonschema.validate(table, schema.json_schema(spec.PatchSchema))
         is_valid = True
     except jsonschema.ValidationError:
         is_valid = False
     try:
-        schema.from_dict(spec.PatchSchema, "patch", given)
+        schema.from_dict(spec.PatchSchema, "patch", table)
         is_read = True
     except SnpatchError:
         is_read = False
@@ -237,12 +237,12 @@ def test_donor_words_build_constants_and_noise():
 
 def test_patch_content_changes_with_every_field():
     """Keys, cache salts and JSON are made from all fields, so that none can be forgotten."""
-    ranking, other = RANKINGS
+    ranking, other_ranking = RANKINGS
     patches = [
         Patch("sft", "dpo", ranking, 5),
         Patch("base", "dpo", ranking, 5),
         Patch("sft", "base", ranking, 5),
-        Patch("sft", "dpo", other, 5),
+        Patch("sft", "dpo", other_ranking, 5),
         Patch("sft", "dpo", ranking, (1, 5)),
         Patch("sft", "dpo", ranking, 5, "prompt"),
         Patch("sft", Constant.zero(ranking), ranking, 5),
@@ -251,8 +251,8 @@ def test_patch_content_changes_with_every_field():
         Patch("sft", Constant(torch.zeros(ranking.shape), mode="add"), ranking, 5),
         Patch("sft", Scale(2.0), ranking, 5),
         Patch("sft", "dpo", ranking, 5, strength=0.5),
-        Patch("sft", interventions=[Intervention("dpo", ranking, 5), Intervention("dpo", other, 5)]),
-        Patch("sft", interventions=[Intervention("dpo", ranking, 5), Intervention("dpo", other, 5, "prompt")]),
+        Patch("sft", interventions=[Intervention("dpo", ranking, 5), Intervention("dpo", other_ranking, 5)]),
+        Patch("sft", interventions=[Intervention("dpo", ranking, 5), Intervention("dpo", other_ranking, 5, "prompt")]),
     ]
     contents = [repr(patch.content(str)) for patch in patches]
     assert len({*contents}) == len(patches)
@@ -260,4 +260,4 @@ def test_patch_content_changes_with_every_field():
     fields = set(Intervention.__dataclass_fields__)
     assert all(set(patch.content(str)) == {"recipient"} | fields for patch in patches[:-2])
     assert set(patches[-1].content(str)) == {"recipient", "interventions"}
-    assert all(set(one) == fields for one in patches[-1].content(str)["interventions"])
+    assert all(set(content) == fields for content in patches[-1].content(str)["interventions"])

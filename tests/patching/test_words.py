@@ -47,8 +47,8 @@ def test_reserved_words_are_the_words_of_patches():
 
 @pytest.mark.parametrize("name", [*WORDS, *NO_NAMES])
 def test_reserved_names_are_rejected_everywhere(name, tmp_path):
-    def config(**given):
-        return EngineConfig("m", **given)
+    def config(**fields):
+        return EngineConfig("m", **fields)
 
     word = re.escape(str(name).partition(":")[0]) if name in WORDS else "expected a name"
     places = [

@@ -21,9 +21,9 @@ def order(ranking: Ranking) -> list[list[int]]:
     return ranking.top(len(ranking)).tolist()
 
 
-def shuffled(n_layers: int = 3, n_neurons: int = 40, seed: int = 0, **kept) -> Ranking:
+def shuffled(n_layers: int = 3, n_neurons: int = 40, seed: int = 0, **options) -> Ranking:
     scores = torch.rand(n_layers, n_neurons, generator=torch.Generator().manual_seed(seed))
-    return Ranking.from_scores(scores, **kept)
+    return Ranking.from_scores(scores, **options)
 
 
 def line(*neurons: int, width: int = 12) -> Ranking:
@@ -64,12 +64,12 @@ def test_from_scores_excluded_layers_keep_scores(excluded, rank):
 
 
 def test_set_operations_keep_order():
-    mine, other = line(5, 3, 8, 1, 0), line(1, 9, 5, 8)
-    assert order(mine.intersect(other, 3)) == [[0, 5], [0, 1]]
-    assert order(mine.difference(other, 3)) == [[0, 3], [0, 8], [0, 0]]
-    assert order(mine.intersect(other, 0)) == []
-    assert order(mine.difference(other, 0)) == order(mine)
-    assert mine.difference(other, 3).rank.tolist() == [[2, N, N, 0, N, N, N, N, 1, N, N, N]]
+    first, second = line(5, 3, 8, 1, 0), line(1, 9, 5, 8)
+    assert order(first.intersect(second, 3)) == [[0, 5], [0, 1]]
+    assert order(first.difference(second, 3)) == [[0, 3], [0, 8], [0, 0]]
+    assert order(first.intersect(second, 0)) == []
+    assert order(first.difference(second, 0)) == order(first)
+    assert first.difference(second, 3).rank.tolist() == [[2, N, N, 0, N, N, N, N, 1, N, N, N]]
 
 
 @pytest.mark.parametrize("disjoint", [True, False])
@@ -104,8 +104,8 @@ def test_control_depends_on_seed_alone(kind):
 
 def test_control_draws_free_neurons_uniformly():
     """One of 9 free neurons, 900 times: about 100 each."""
-    drawn = [line(0, width=10).random_control(1, seed=seed).top(1)[0, 1].item() for seed in range(900)]
-    counts = [drawn.count(neuron) for neuron in range(10)]
+    neurons = [line(0, width=10).random_control(1, seed=seed).top(1)[0, 1].item() for seed in range(900)]
+    counts = [neurons.count(neuron) for neuron in range(10)]
     assert counts[0] == 0
     assert all(60 < count < 140 for count in counts[1:])
 
@@ -175,7 +175,7 @@ def test_overlapping_control_names_its_overlap():
 @pytest.mark.parametrize("kind", ["per_layer", "last_layer", "everywhere"])
 def test_control_of_window_has_its_size_and_avoids_it(kind):
     ranking = shuffled(n_neurons=20)
-    drawn = set()
+    control_ranks = set()
     for seed in range(60):
         control = ranking.random_control((4, 11), seed=seed, kind=kind)
         ranks = {int(ranking.rank[tuple(neuron)]) for neuron in control.top(7).tolist()}
@@ -183,28 +183,30 @@ def test_control_of_window_has_its_size_and_avoids_it(kind):
         assert not ranks & set(range(4, 11))
         if kind == "per_layer":
             assert torch.equal(control.layer_counts(7), ranking.layer_counts(11) - ranking.layer_counts(4))
-        drawn |= ranks
-    assert drawn & set(range(4)), "the neurons before the window may be drawn"
+        control_ranks |= ranks
+    assert control_ranks & set(range(4)), "the neurons before the window may be drawn"
 
 
 def test_overlap_and_spearman_equal_hand_computed():
-    mine, other = line(0, 1, 2, 3, 4), line(1, 0, 2, 4, 3)
-    assert mine.overlap(other, 5) == 1.0
-    assert mine.spearman(other, 5) == pytest.approx(1 - 6 * 4 / (5 * 24))
-    assert mine.overlap(other, 1) == 0.0
-    assert mine.overlap(other, 4) == pytest.approx(3 / 4)
-    assert mine.spearman(line(4, 3, 2, 1, 0), 5) == pytest.approx(-1.0)
+    first, second = line(0, 1, 2, 3, 4), line(1, 0, 2, 4, 3)
+    assert first.overlap(second, 5) == 1.0
+    assert first.spearman(second, 5) == pytest.approx(1 - 6 * 4 / (5 * 24))
+    assert first.overlap(second, 1) == 0.0
+    assert first.overlap(second, 4) == pytest.approx(3 / 4)
+    assert first.spearman(line(4, 3, 2, 1, 0), 5) == pytest.approx(-1.0)
 
 
 def test_spearman_reranks_common_neurons():
-    """Common to both first 6 are 0, 5, 7: at places 0, 1, 2 of the one and 1, 0, 2 of the other, though their ranks
-    0, 1, 5 and 4, 0, 5 would give another correlation if they were not ranked again.
+    """Rank the neurons that both top 6 contain again before correlating them.
+
+    They are 0, 5, 7. The common neurons have ranks 0, 1, 2 in the first ranking and 1, 0, 2 in the second; their
+    ranks 0, 1, 5 and 4, 0, 5 among all neurons would give another correlation.
     """
-    mine, other = line(0, 5, 1, 2, 3, 7), line(5, 8, 9, 10, 0, 7)
-    assert mine.overlap(other, 6) == pytest.approx(1 / 2)
-    assert mine.spearman(other, 6) == pytest.approx(1 - 6 * 2 / (3 * 8))
+    first, second = line(0, 5, 1, 2, 3, 7), line(5, 8, 9, 10, 0, 7)
+    assert first.overlap(second, 6) == pytest.approx(1 / 2)
+    assert first.spearman(second, 6) == pytest.approx(1 - 6 * 2 / (3 * 8))
     with pytest.raises(SnpatchError, match="have 1 neurons in common, need 2"):
-        mine.spearman(line(5, 8, 9), 2)
+        first.spearman(line(5, 8, 9), 2)
 
 
 def with_everything() -> Ranking:
@@ -217,14 +219,14 @@ def with_everything() -> Ranking:
 def test_save_load_round_trip(tmp_path, make):
     ranking = make()
     ranking.save(tmp_path / "new" / "r.safetensors")
-    loaded = Ranking.load(tmp_path / "new" / "r.safetensors")
-    assert torch.equal(loaded.rank, ranking.rank)
-    assert loaded.meta == ranking.meta
-    assert loaded.fingerprint == ranking.fingerprint
-    assert (loaded.scores is None) == (ranking.scores is None)
-    assert ranking.scores is None or torch.equal(loaded.scores, ranking.scores)
-    assert loaded.moments.keys() == ranking.moments.keys()
-    assert all(torch.equal(loaded.moments[name], ranking.moments[name]) for name in ranking.moments)
+    copy = Ranking.load(tmp_path / "new" / "r.safetensors")
+    assert torch.equal(copy.rank, ranking.rank)
+    assert copy.meta == ranking.meta
+    assert copy.fingerprint == ranking.fingerprint
+    assert (copy.scores is None) == (ranking.scores is None)
+    assert ranking.scores is None or torch.equal(copy.scores, ranking.scores)
+    assert copy.moments.keys() == ranking.moments.keys()
+    assert all(torch.equal(copy.moments[name], ranking.moments[name]) for name in ranking.moments)
 
 
 def test_fingerprint_depends_on_order():
@@ -240,11 +242,11 @@ def test_save_failed_write_keeps_old_file(tmp_path, monkeypatch):
     line(3, 1).save(path)
     write = Path.write_bytes
 
-    def broken(self, data):
+    def raise_error(self, data):
         write(self, data[:20])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", broken)
+    monkeypatch.setattr(Path, "write_bytes", raise_error)
     with pytest.raises(SnpatchError, match=r"r\.safetensors: No space left"):
         line(7, 8).save(path)
     monkeypatch.undo()
@@ -265,8 +267,8 @@ def test_from_published_reads_tuple(tmp_path, container):
     ranking = Ranking.from_published(tmp_path / "p.pt")
     assert ranking.rank.tolist() == [[3, 4, 2], [5, 1, 0]]
     assert torch.equal(ranking.scores, SCORES)
-    wanted = {"donor_mean": 1.0, "donor_std": 2.0, "recipient_mean": 3.0, "recipient_std": 4.0}
-    assert {name: value.unique().item() for name, value in ranking.moments.items()} == wanted
+    expected = {"donor_mean": 1.0, "donor_std": 2.0, "recipient_mean": 3.0, "recipient_std": 4.0}
+    assert {name: value.unique().item() for name, value in ranking.moments.items()} == expected
 
 
 def test_from_published_pads_missing_layers(tmp_path):
@@ -351,55 +353,55 @@ def test_ranking_invalid_arguments_raise(make, message):
 def test_load_file_of_other_kind_is_refused(tmp_path):
     from safetensors.torch import save_file
 
-    other, plain, text = tmp_path / "a", tmp_path / "b", tmp_path / "c"
-    write_tensors(other, {"x": SCORES}, kind="features", meta={})
-    save_file({"rank": RANK}, plain)
-    text.write_text("not safetensors at all")
+    snpatch_file, tensors_file, text_file = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    write_tensors(snpatch_file, {"x": SCORES}, kind="features", meta={})
+    save_file({"rank": RANK}, tensors_file)
+    text_file.write_text("not safetensors at all")
     for path, message in (
-        (other, "expected a snpatch ranking, got features"),
-        (plain, "another file"),
-        (text, "not a"),
+        (snpatch_file, "expected a snpatch ranking, got features"),
+        (tensors_file, "another file"),
+        (text_file, "not a"),
     ):
         with pytest.raises(SnpatchError, match=message):
             Ranking.load(path)
-    write_tensors(other, {"x": SCORES}, kind="ranking", meta={})
+    write_tensors(snpatch_file, {"x": SCORES}, kind="ranking", meta={})
     with pytest.raises(SnpatchError, match="not a ranking: it holds x"):
-        Ranking.load(other)
+        Ranking.load(snpatch_file)
 
 
-def seen(tokens: int = 7) -> tuple[Statistics, torch.Tensor, torch.Tensor]:
+def random_statistics(tokens: int = 7) -> tuple[Statistics, torch.Tensor, torch.Tensor]:
     """Statistics of random activations [tokens, layers, neurons] of both models, and these."""
     draw = torch.Generator().manual_seed(3)
     r, d = torch.randn(2, tokens, 3, 5, generator=draw, dtype=torch.float64)
-    found = Statistics.zeros(3, 5)
+    statistics = Statistics.zeros(3, 5)
     for half in (slice(0, 2), slice(2, None)):
         x, y = r[half], d[half]
         sums = torch.stack([x.sum(0), (x * x).sum(0), y.sum(0), (y * y).sum(0), ((x - y) ** 2).sum(0)], 1)
-        found.add(sums, torch.full((3,), len(x)))
-    return found, r, d
+        statistics.add(sums, torch.full((3,), len(x)))
+    return statistics, r, d
 
 
 def test_rms_equals_statistics_of_activations():
-    statistics, r, d = seen()
+    statistics, r, d = random_statistics()
     ranking = Ranking.from_statistics(statistics)
     torch.testing.assert_close(ranking.scores, ((r - d) ** 2).mean(0).sqrt().float())
     torch.testing.assert_close(ranking.moments["recipient_mean"], r.mean(0).float())
     torch.testing.assert_close(ranking.moments["donor_std"], d.std(0).float())
     assert ranking.meta["method"] == "rms"
     assert torch.equal(ranking.top(1)[0], torch.nonzero(ranking.scores == ranking.scores.max())[0])
-    assert "donor_std" not in Ranking.from_statistics(seen(1)[0]).moments
+    assert "donor_std" not in Ranking.from_statistics(random_statistics(1)[0]).moments
     with pytest.raises(SnpatchError, match="method must be one of rms, got 'mean'"):
         Ranking.from_statistics(statistics, "mean")
 
 
 def test_save_keeps_statistics(tmp_path):
     """Other scores can then be computed without reading a text again."""
-    ranking = Ranking.from_statistics(seen()[0], exclude_layers=(-1,), meta={"tokens": 7})
+    ranking = Ranking.from_statistics(random_statistics()[0], exclude_layers=(-1,), meta={"tokens": 7})
     ranking.save(tmp_path / "a.safetensors")
-    loaded = Ranking.load(tmp_path / "a.safetensors")
-    assert torch.equal(loaded.statistics.sums, ranking.statistics.sums)
-    assert torch.equal(loaded.statistics.count, ranking.statistics.count)
-    assert torch.equal(Ranking.from_statistics(loaded.statistics, exclude_layers=(-1,)).rank, ranking.rank)
+    copy = Ranking.load(tmp_path / "a.safetensors")
+    assert torch.equal(copy.statistics.sums, ranking.statistics.sums)
+    assert torch.equal(copy.statistics.count, ranking.statistics.count)
+    assert torch.equal(Ranking.from_statistics(copy.statistics, exclude_layers=(-1,)).rank, ranking.rank)
     assert Ranking.load(tmp_path / "a.safetensors").meta == ranking.meta
     write_tensors(tmp_path / "b.safetensors", {"rank": ranking.rank, "sums": ranking.statistics.sums},
                   kind="ranking", meta={})  # fmt: skip
@@ -410,11 +412,11 @@ def test_save_keeps_statistics(tmp_path):
 
 
 def test_load_computes_missing_moments(tmp_path):
-    ranking, path = Ranking.from_statistics(seen()[0]), tmp_path / "a.safetensors"
+    ranking, path = Ranking.from_statistics(random_statistics()[0]), tmp_path / "a.safetensors"
     replace(ranking, moments={}).save(path)
-    loaded = Ranking.load(path)
-    assert set(loaded.moments) == set(MOMENTS)
-    assert all(torch.equal(loaded.moments[name], ranking.moments[name]) for name in MOMENTS)
+    copy = Ranking.load(path)
+    assert set(copy.moments) == set(MOMENTS)
+    assert all(torch.equal(copy.moments[name], ranking.moments[name]) for name in MOMENTS)
 
 
 @pytest.mark.parametrize(

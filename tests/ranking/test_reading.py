@@ -20,7 +20,7 @@ def table(rows, header="layer,neuron"):
     return f"{header}\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
 
 
-def saved(path, value):
+def save_value(path, value):
     """Write a file by its suffix."""
     if path.suffix == ".npy":
         np.save(path, value)
@@ -45,7 +45,7 @@ LISTS = {
     "json pairs": ("r.json", ORDER),
     "json triples": ("r.json", [[2, 0, 0.1], [1, 2, 0.9], [0, 3, 0.5]]),
     "json objects": ("r.json", NAMED),
-    "json lines": ("r.jsonl", "".join(json.dumps(one) + "\n" for one in NAMED)),
+    "json lines": ("r.jsonl", "".join(json.dumps(row) + "\n" for row in NAMED)),
     "json table": ("r.json", {"neurons": ORDER, "shape": SHAPE}),
     "json table of objects": ("r.json", {"model": "x", "neurons": NAMED}),
     "json as apple has it": ("r.json", [{"gradient_rank": i, "layer": n, "feature": f, "score": 1.0 / (1 + i)}
@@ -62,9 +62,9 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_load_list_of_neurons(tmp_path, name):
+def test_load_reads_list_of_neurons(tmp_path, name):
     file, value = LISTS[name]
-    path = saved(tmp_path / file, value)
+    path = save_value(tmp_path / file, value)
     ranking = Ranking.load(path, SHAPE)
     assert ranking.top(3).tolist() == ORDER
     assert (len(ranking), ranking.shape, ranking.meta["imported"]) == (3, SHAPE, file)
@@ -84,7 +84,7 @@ def test_load_list_of_neurons(tmp_path, name):
     ],
 )
 def test_load_scores_of_all_neurons(tmp_path, file, value):
-    path = saved(tmp_path / file, value)
+    path = save_value(tmp_path / file, value)
     assert Ranking.load(path).top(3).tolist() == BY_SCORE
     padded = Ranking.load(path, SHAPE)  # as published, the last layers are missing
     assert (padded.top(3).tolist(), padded.shape, len(padded)) == (BY_SCORE, SHAPE, 8)
@@ -96,7 +96,7 @@ def test_load_scores_of_all_neurons(tmp_path, file, value):
 
 def test_load_reads_published_and_own_files(tmp_path):
     order = torch.tensor(BY_SCORE)
-    saved(tmp_path / "p.pt", (SCORES, order, SCORES, SCORES, SCORES, SCORES))
+    save_value(tmp_path / "p.pt", (SCORES, order, SCORES, SCORES, SCORES, SCORES))
     ranking = Ranking.load(tmp_path / "p.pt", SHAPE)
     assert (ranking.top(3).tolist(), ranking.shape) == (BY_SCORE, SHAPE)
     assert set(ranking.moments) == {"donor_mean", "donor_std", "recipient_mean", "recipient_std"}
@@ -134,7 +134,7 @@ def test_load_reads_published_and_own_files(tmp_path):
 )
 def test_load_invalid_file_is_one_line(tmp_path, file, value, message):
     with pytest.raises(SnpatchError, match=message) as caught:
-        Ranking.load(saved(tmp_path / file, value), SHAPE)
+        Ranking.load(save_value(tmp_path / file, value), SHAPE)
     assert "\n" not in str(caught.value)
 
 
@@ -145,7 +145,7 @@ class Evil:
 
 @pytest.mark.parametrize("file", ["r.pt", "r.npy"])
 def test_load_does_not_run_pickles(tmp_path, capsys, file):
-    saved(tmp_path / file, np.array([Evil()], dtype=object) if file == "r.npy" else Evil())
+    save_value(tmp_path / file, np.array([Evil()], dtype=object) if file == "r.npy" else Evil())
     with pytest.raises(SnpatchError):
         Ranking.load(tmp_path / file)
     assert capsys.readouterr().out == ""
@@ -167,7 +167,7 @@ def test_load_missing_file_or_shape_is_one_line(tmp_path):
         with pytest.raises(SnpatchError, match="no such file"):
             Ranking.load(tmp_path / name)
     with pytest.raises(SnpatchError, match=r"r\.csv: lists neurons, not the model's size: give shape"):
-        Ranking.load(saved(tmp_path / "r.csv", table(ORDER)))
+        Ranking.load(save_value(tmp_path / "r.csv", table(ORDER)))
 
 
 # ---- lists and arrays -----------------------------------------------------------------------------------------------
@@ -175,9 +175,9 @@ def test_load_missing_file_or_shape_is_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     "order",
-    [ORDER, [tuple(one) for one in ORDER], np.array(ORDER), np.array(ORDER, dtype=np.uint32), torch.tensor(ORDER),
-     torch.tensor(ORDER, dtype=torch.int32), [np.array(one) for one in ORDER]],
-    ids=lambda one: type(one).__name__,
+    [ORDER, [tuple(row) for row in ORDER], np.array(ORDER), np.array(ORDER, dtype=np.uint32), torch.tensor(ORDER),
+     torch.tensor(ORDER, dtype=torch.int32), [np.array(row) for row in ORDER]],
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_from_order_accepts_lists_arrays_tensors(order):
     assert Ranking.from_order(order, SHAPE).top(3).tolist() == ORDER
@@ -213,5 +213,5 @@ def test_from_order_or_scores_invalid_is_one_line(make, message):
 
 def test_ties_are_counted_in_meta(tmp_path):
     assert Ranking.from_scores([[1.0, 2.0, 2.0], [2.0, 1.0, 0.0]]).meta["tied"] == 3
-    path = saved(tmp_path / "r.csv", table([(0, 1, 0.5), (0, 2, 0.5)], "layer,neuron,score"))
+    path = save_value(tmp_path / "r.csv", table([(0, 1, 0.5), (0, 2, 0.5)], "layer,neuron,score"))
     assert Ranking.load(path, SHAPE).meta["tied"] == 1

@@ -62,7 +62,7 @@ def test_completion_with_markup_ends_no_script(tmp_path):
         rows=[row | {"ranking": row["ranking"] and hostile} for row in clean.rows],
         completions=[record | {"completion": hostile} for record in clean.completions],
     )
-    clean_html, hostile_html = (write_page(tmp_path / "page.html", each).read_text() for each in (clean, page))
+    clean_html, hostile_html = (write_page(tmp_path / "page.html", content).read_text() for content in (clean, page))
     for tag in ("<script", "</script", "<img", "<!--"):
         assert hostile_html.count(tag) == clean_html.count(tag)
     assert decompress_chunks(hostile_html)[1] == [hostile] * 26
@@ -119,14 +119,14 @@ def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
     if CHROMIUM is None:
         pytest.skip("needs Chromium: no chromium, chromium-browser or google-chrome in PATH")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 @pytest.fixture
-def opened(chromium, tmp_path):
+def open_page(chromium, tmp_path):
     """Return a function that opens a page in Chromium, offline. Fail if it logged an error or requested a URL."""
     messages, requested_urls = [], []
 
@@ -158,8 +158,8 @@ def expect_position(tab, text: str) -> None:
     expect(tab, "#place").to_have_text(text)
 
 
-def test_page_has_all_sections(opened):
-    tab = opened(pages.page())
+def test_page_has_all_sections(open_page):
+    tab = open_page(pages.page())
     assert tab.locator("nav a").all_inner_texts() == [
         "Mean score", "Causal effect", "Layers of the neurons", "alignment_tax", "Completions", "Rows", "Provenance"
     ]  # fmt: skip
@@ -176,13 +176,13 @@ def test_page_has_all_sections(opened):
 
 
 @pytest.mark.parametrize("without", ["rows", "completions", "maps", "reports", "headline", "provenance", "all"])
-def test_page_without_one_part_hides_its_section(opened, without):
+def test_page_without_one_part_hides_its_section(open_page, without):
     page = (
         Page("nothing", "")
         if without == "all"
         else replace(pages.page(2), **{without: {} if without in ("maps", "provenance") else []})
     )
-    tab = opened(page)
+    tab = open_page(page)
     sections = {
         "rows": "#curve",
         "completions": "#completions",
@@ -194,20 +194,22 @@ def test_page_without_one_part_hides_its_section(opened, without):
         assert not tab.locator(sections[without]).is_visible()
 
 
-def test_page_without_controls_effects_or_unpatched_completions_opens(opened):
+def test_page_without_controls_effects_or_unpatched_completions_opens(open_page):
     page = pages.page(2, controls=0)
-    bare = [
+    rows = [
         {name: None if "effect" in name or "net" in name else value for name, value in row.items()} for row in page.rows
     ]
-    tab = opened(replace(page, rows=bare, completions=[record for record in page.completions if record["ranking"]]))
+    tab = open_page(replace(page, rows=rows, completions=[record for record in page.completions if record["ranking"]]))
     assert not tab.locator("#effects").is_visible()
     assert tab.locator("#case .card").count() == 2 * len(pages.KS)
     assert tab.locator("#case mark").count() == 0
 
 
-def test_page_of_unpatched_completions_opens(opened):
+def test_page_of_unpatched_completions_opens(open_page):
     page = pages.page(2)
-    tab = opened(replace(page, rows=[], completions=[record for record in page.completions if not record["ranking"]]))
+    tab = open_page(
+        replace(page, rows=[], completions=[record for record in page.completions if not record["ranking"]])
+    )
     assert tab.locator("#recipient option").all_inner_texts() == ["base", "dpo"]
     assert tab.locator("#case .card h3").all_inner_texts() == ["base, unpatched"]
     assert not tab.locator("#at").is_visible()
@@ -215,7 +217,7 @@ def test_page_of_unpatched_completions_opens(opened):
     expect(tab, "#case .card h3").to_have_text(["dpo, unpatched"])
 
 
-def test_first_differing_word_is_marked(opened):
+def test_first_differing_word_is_marked(open_page):
     page = pages.page(1, controls=0, ks=(10, 20, 30, 40))
     completions = ["one  two three", "one\ntwo four three", "one  two", "one  two three", "one  two three more", None]
     records = [record for record in page.completions if record["ranking"] in (None, "change")]
@@ -223,43 +225,43 @@ def test_first_differing_word_is_marked(opened):
     order = [0, 2, 3, 4, 5, 1]
     for at, completion, score in zip(order, completions, scores, strict=True):
         records[at] |= {"completion": completion, "scores": score, "state": "open" if completion is None else "done"}
-    tab = opened(replace(page, completions=records))
+    tab = open_page(replace(page, completions=records))
     cards = tab.locator("#case .card")
     marks = [cards.nth(i).locator("mark").all_inner_texts() for i in range(6)]
     assert marks == [[], [], ["four"], ["⏎"], [], ["more"]]
-    same = "1,200 overwrites counted · ended by stop · same completion as unpatched"
-    assert cards.nth(4).locator(".receipt").inner_text() == same
+    receipt = "1,200 overwrites counted · ended by stop · same completion as unpatched"
+    assert cards.nth(4).locator(".receipt").inner_text() == receipt
     assert cards.nth(1).locator(".text").inner_text() == "not written yet"
-    shown = [cards.nth(i).locator(".scores").inner_text() for i in range(1, 6)]
-    assert shown == ["cost 0.00 -1.00", "cost 2.50 +1.50", "", "", "cost 1.00 0.00"]
+    score_texts = [cards.nth(i).locator(".scores").inner_text() for i in range(1, 6)]
+    assert score_texts == ["cost 0.00 -1.00", "cost 2.50 +1.50", "", "", "cost 1.00 0.00"]
 
 
-def test_page_of_unfinished_sweep_shows_warning_and_missing_completions(opened):
+def test_page_of_unfinished_sweep_shows_warning_and_missing_completions(open_page):
     page = pages.page(1, controls=0, ks=(10, 20))
     records = [record for record in page.completions if record["ranking"] in (None, "change")]
     records[0] |= {"completion": ""}
     records[2] |= {"completion": None, "state": "failed", "error": pages.HOSTILE.replace("\ud800", "")}
     records[3] |= {"completion": None, "state": "open"}
-    tab = opened(replace(page, completions=records, unfinished="Unfinished: 2 of 4 completions are written."))
+    tab = open_page(replace(page, completions=records, unfinished="Unfinished: 2 of 4 completions are written."))
     expect(tab, "#unfinished").to_have_text("Unfinished: 2 of 4 completions are written.")
-    shown = [card.inner_text() for card in tab.locator("#case .card .text").all()]
-    assert shown[0] == "empty completion"
-    assert shown[2].startswith("failed: </script>")
-    assert shown[3] == "not written yet"
+    texts = [card.inner_text() for card in tab.locator("#case .card .text").all()]
+    assert texts[0] == "empty completion"
+    assert texts[2].startswith("failed: </script>")
+    assert texts[3] == "not written yet"
     assert tab.evaluate("window.hit") is None
 
 
-def test_page_of_finished_sweep_has_no_warning(opened):
-    assert not opened(pages.page(1)).locator("#unfinished").is_visible()
+def test_page_of_finished_sweep_has_no_warning(open_page):
+    assert not open_page(pages.page(1)).locator("#unfinished").is_visible()
 
 
-def test_search_and_filters_select_prompts(opened):
+def test_search_and_filters_select_prompts(open_page):
     page = pages.page(6)
     page.completions[3] |= {"completion": "A Needle <b>here</b>"}
     for record in page.completions:
         factor = record["rank_hi"] / 1000 if record["prompt_index"] % 2 else -1
         record["scores"]["cost"] = float(record["prompt_index"] * factor)
-    tab = opened(page)
+    tab = open_page(page)
     expect_position(tab, "Prompt 1 of 6")
     tab.fill("#query", "needle")
     expect_position(tab, "Prompt 1 of 1")
@@ -283,12 +285,12 @@ def test_search_and_filters_select_prompts(opened):
     assert tab.locator("#case .prompt").inner_text() == "Question 3: how would one do it?"
 
 
-def test_sort_by_change_and_score_orders_prompts(opened):
+def test_sort_by_change_and_score_orders_prompts(open_page):
     page = pages.page(4)
     changes = {0: 1.0, 1: -9.0, 2: 4.0, 3: 2.0}
     for record in page.completions:
         record["scores"] = {"cost": changes[record["prompt_index"]] if record["rank_hi"] == 1000 else 0.0}
-    tab = opened(page)
+    tab = open_page(page)
     tab.select_option("#at", "k = 1000, change")
     tab.select_option("#sort", "largest change")
     expect(tab, "#matches .change").to_have_text(["-9.00", "+4.00", "+2.00", "+1.00"])
@@ -297,11 +299,11 @@ def test_sort_by_change_and_score_orders_prompts(opened):
     expect(tab, "#case .card.here h3").to_have_text("k = 1000, change")
 
 
-def test_keyboard_shortcuts_step_and_search(opened):
-    tab = opened(pages.page(5))
-    for key, wanted in (("j", 2), ("ArrowRight", 3), ("k", 2), ("ArrowLeft", 1), ("ArrowLeft", 1)):
+def test_keyboard_shortcuts_step_and_search(open_page):
+    tab = open_page(pages.page(5))
+    for key, position in (("j", 2), ("ArrowRight", 3), ("k", 2), ("ArrowLeft", 1), ("ArrowLeft", 1)):
         tab.keyboard.press(key)
-        expect_position(tab, f"Prompt {wanted} of 5")
+        expect_position(tab, f"Prompt {position} of 5")
     tab.keyboard.press("/")
     tab.keyboard.type("question 2jk/")
     assert tab.locator("#query").input_value() == "question 2jk/"
@@ -321,21 +323,21 @@ def test_keyboard_shortcuts_step_and_search(opened):
     expect(tab, "#matches button >> nth=3").to_be_focused()
 
 
-def test_random_controls_checkbox_shows_control_completions(opened):
-    tab = opened(pages.page(2, controls=2))
+def test_random_controls_checkbox_shows_control_completions(open_page):
+    tab = open_page(pages.page(2, controls=2))
     assert tab.locator("#case .card").count() == 2 + 2 * 4
     tab.check("#controls")
     expect(tab, "#case .card.control").to_have_count(16)
 
 
-def test_windows_above_rank_zero_are_drawn_over_their_ranks(opened):
+def test_windows_above_rank_zero_are_drawn_over_their_ranks(open_page):
     page = pages.page(1, controls=1)
     later = [
         row | {"rank_lo": row["rank_hi"], "rank_hi": row["rank_hi"] + 500}
         for row in page.rows
         if row["ranking"] == "change" and row["rank_hi"]
     ]
-    tab = opened(replace(page, rows=[*page.rows, *later]))
+    tab = open_page(replace(page, rows=[*page.rows, *later]))
     names = tab.locator("#plot-mean .legendtext").all_text_contents()
     assert "change, windows" in names
     assert "variance, windows" not in names
@@ -344,11 +346,11 @@ def test_windows_above_rank_zero_are_drawn_over_their_ranks(opened):
     assert tab.locator("#plot-effect .legendtext").all_text_contents().count("change, net, windows") == 1
 
 
-def test_selectors_choose_strength_and_recipient(opened):
+def test_selectors_choose_strength_and_recipient(open_page):
     page = pages.page(2, controls=0)
-    weak = [row | {"strength": 0.5, "mean": row["mean"] / 2} for row in page.rows if row["ranking"]]
-    other = [row | {"recipient": "sft"} for row in page.rows if row["recipient"] == "base"]
-    tab = opened(replace(page, rows=[*page.rows, *weak, *other]))
+    weak_rows = [row | {"strength": 0.5, "mean": row["mean"] / 2} for row in page.rows if row["ranking"]]
+    sft_rows = [row | {"recipient": "sft"} for row in page.rows if row["recipient"] == "base"]
+    tab = open_page(replace(page, rows=[*page.rows, *weak_rows, *sft_rows]))
     assert tab.locator("#strength option").all_inner_texts() == ["0.50", "1"]
     assert tab.locator("#strength").input_value() == "1"
     means = "document.getElementById('plot-mean').data.find(line => line.name === 'change').y"
@@ -360,7 +362,7 @@ def test_selectors_choose_strength_and_recipient(opened):
     assert tab.locator("#plot-mean .legendtext").first.text_content() == "sft, unpatched"
 
 
-def test_hostile_completions_are_inert(opened):
+def test_hostile_completions_are_inert(open_page):
     hostile = pages.HOSTILE
     page = pages.page(2)
     fields = {"completion": hostile, "prompt": hostile, "finish_reason": hostile}
@@ -372,7 +374,7 @@ def test_hostile_completions_are_inert(opened):
         "tables": {hostile: {"columns": [hostile], "rows": [[hostile]]}},
         "images": [],
     }
-    tab = opened(replace(page, provenance={hostile: hostile}, headline=[hostile], command=hostile, reports=[report]))
+    tab = open_page(replace(page, provenance={hostile: hostile}, headline=[hostile], command=hostile, reports=[report]))
     assert tab.locator("#case .text").first.text_content() == hostile
     assert tab.locator("main img").count() == 0
     assert tab.evaluate("window.hit") is None
@@ -389,18 +391,18 @@ def test_content_security_policy_blocks_other_scripts(chromium, tmp_path):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_page_fits_the_window_width(opened, width):
+def test_page_fits_the_window_width(open_page, width):
     page = pages.page(3)
     page.completions[0]["completion"] = page.completions[0]["prompt"] = "long" * 200
-    tab = opened(replace(page, headline=["long" * 100]), viewport={"width": width, "height": 800})
+    tab = open_page(replace(page, headline=["long" * 100]), viewport={"width": width, "height": 800})
     tab.locator("details").evaluate_all("nodes => nodes.forEach(node => node.open = true)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_dark_and_light(opened):
+def test_theme_button_switches_colors(open_page):
     background = "getComputedStyle(document.body).backgroundColor"
     text = "getComputedStyle(document.querySelector('#plot-mean .legendtext')).fill"
-    tab = opened(pages.page(1), color_scheme="dark")
+    tab = open_page(pages.page(1), color_scheme="dark")
     dark = tab.evaluate(background), tab.evaluate(text)
     tab.click("#theme")
     light = tab.evaluate(background), tab.evaluate(text)
@@ -413,8 +415,8 @@ def test_dark_and_light(opened):
     expect(tab, "body").to_have_css("background-color", "rgb(21, 24, 29)")
 
 
-def test_each_input_has_a_label(opened):
-    tab = opened(pages.page(1))
+def test_each_input_has_a_label(open_page):
+    tab = open_page(pages.page(1))
     for control in tab.locator("input, select").all():
         assert control.evaluate("node => node.labels[0].textContent.trim()")
     assert tab.locator("[role=img]:not([aria-label])").count() == 0
@@ -433,21 +435,21 @@ HOVERED = """() => ["plot-mean", "plot-effect"].flatMap(id =>
   }))"""
 
 
-def test_names_are_literal_text_in_every_plot(opened):
+def test_names_are_literal_text_in_every_plot(open_page):
     """Plotly reads pseudo-HTML in names, hover texts and titles."""
     page = pages.page(2)
-    named = {"ranking": MARKED, "recipient": f"{MARKED}r", "donor": f"{MARKED}d", "judge": f"{MARKED}j"}
+    names = {"ranking": MARKED, "recipient": f"{MARKED}r", "donor": f"{MARKED}d", "judge": f"{MARKED}j"}
     rows = [
-        row | {name: value for name, value in named.items() if row[name] is not None} | {"set": MARKED}
+        row | {name: value for name, value in names.items() if row[name] is not None} | {"set": MARKED}
         for row in page.rows
         if row["ranking"] in (None, pages.RANKINGS[0])
     ]
     rows += [row | {"rank_lo": 100, "rank_hi": 300} for row in rows if row["ranking"] and row["control_seed"] is None]
-    tab = opened(replace(page, rows=rows, maps={MARKED: page.maps[pages.RANKINGS[0]]}, completions=[], reports=[]))
+    tab = open_page(replace(page, rows=rows, maps={MARKED: page.maps[pages.RANKINGS[0]]}, completions=[], reports=[]))
     legend = tab.locator("#plot-mean .legendtext").all_text_contents()
     assert MARKED[:60] + "…" in legend
-    shown = tab.evaluate(HOVERED)
-    assert any(MARKED[:9] in text for text in shown)
+    texts = tab.evaluate(HOVERED)
+    assert any(MARKED[:9] in text for text in texts)
     assert tab.locator("svg a").count() == 0
     assert tab.locator("main a").count() == 0
     assert tab.locator("svg tspan[style*=bold]").count() == 0

@@ -27,9 +27,9 @@ def run(code: Path | str, folder: Path) -> str:
         code = f"import runpy\nrunpy.run_path({str(code)!r}, run_name='__main__')"
     command = [sys.executable, "-c", f"import sys\nsys.modules['vllm'] = None\n{code}"]
     environment = {**os.environ, "MPLBACKEND": "Agg"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def under(prefix: tuple[str, ...], keys) -> set[tuple[str, ...]]:
     return {(*prefix, key) for key in keys}
 
 
-def changed(table: dict, path: tuple[str, ...], value: object) -> dict:
+def set_key(table: dict, path: tuple[str, ...], value: object) -> dict:
     """Return a copy of a table with another value at a path of keys."""
     copy = json.loads(json.dumps(table))
     part = copy
@@ -157,7 +157,7 @@ def test_sweep_file_example_covers_its_schema():
 
 @pytest.mark.parametrize("path", SWEEP_KEYS, ids=".".join)
 def test_sweep_key_with_another_value_changes_the_run(path, tmp_path):
-    table = changed(SWEEP_FILE, path, SWEEP_KEYS[path])
+    table = set_key(SWEEP_FILE, path, SWEEP_KEYS[path])
     if path in REFUSED:
         with pytest.raises(SnpatchError, match=REFUSED[path]):
             load_sweep_content(table, tmp_path)
@@ -167,7 +167,7 @@ def test_sweep_key_with_another_value_changes_the_run(path, tmp_path):
 
 @pytest.mark.parametrize("path", EXPERIMENT_KEYS, ids=".".join)
 def test_experiment_key_with_another_value_changes_the_run(path, tmp_path):
-    table = changed(CONFIG_FILE, path, EXPERIMENT_KEYS[path])
+    table = set_key(CONFIG_FILE, path, EXPERIMENT_KEYS[path])
     if path in REFUSED:
         with pytest.raises(SnpatchError, match=REFUSED[path]):
             experiment_parts(table, tmp_path)
@@ -190,21 +190,21 @@ def test_experiment_key_with_another_value_changes_the_run(path, tmp_path):
 )
 def test_misplaced_key_of_sweep_file_raises(path, value, message, tmp_path):
     with pytest.raises(SnpatchError, match=message):
-        SweepSpec.from_dict(changed(SWEEP_FILE, path, value), tmp_path)
+        SweepSpec.from_dict(set_key(SWEEP_FILE, path, value), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapters", "models", "template", "engine", "vllm"])
 def test_engine_key_with_config_and_without_model_raises(name, tmp_path):
     """Reject it, because the config's engine runs and the file's would be ignored."""
-    rest = {key: part for key, part in SWEEP_FILE.items() if key not in MODEL}
+    table = {key: part for key, part in SWEEP_FILE.items() if key not in MODEL}
     part = {"template": "tulu", "engine": {"dtype": "bfloat16"}, "vllm": {"max_model_len": 9}}
     with pytest.raises(SnpatchError, match=f"{name}: expected model with it"):
-        SweepSpec.from_dict({**rest, "config": "demo", name: part.get(name, MODEL.get(name))}, tmp_path)
+        SweepSpec.from_dict({**table, "config": "demo", name: part.get(name, MODEL.get(name))}, tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])
 def test_backend_of_experiment_config_is_the_contexts(backend, tmp_path):
-    config = build_experiment_config(changed(CONFIG_FILE, ("engine", "backend"), backend), tmp_path)
+    config = build_experiment_config(set_key(CONFIG_FILE, ("engine", "backend"), backend), tmp_path)
     assert config.engine_config().backend == backend
     assert ExperimentContext(config, tmp_path)._backend == backend
     assert config.engine_config("transformers").backend == "transformers", "an option goes before the file"
@@ -216,7 +216,7 @@ OTHER = {  # values of settings that not every value of their type is valid for
 }  # fmt: skip
 
 
-def another(name: str, value: object) -> object:
+def change_value(name: str, value: object) -> object:
     """Return another valid value of a setting."""
     if name in OTHER:
         return OTHER[name]
@@ -226,17 +226,17 @@ def another(name: str, value: object) -> object:
         return value + 1
     if isinstance(value, str):
         return f"{value}x"
-    return [another("", one) for one in value]
+    return [change_value("", element) for element in value]
 
 
 @pytest.mark.parametrize("name", experiments.NAMES)
 def test_settings_of_an_experiment_change_and_are_read(name):
-    default, read = experiments.parse_settings(name, {}), _read_by_experiment(name)
+    default, attributes = experiments.parse_settings(name, {}), _attributes_of_experiment(name)
     for field in fields(default):
         value = getattr(default, field.name)
-        other = another(field.name, value) if value != () else ["few"]
-        assert experiments.parse_settings(name, {field.name: other}) != default, field.name
-        assert field.name in read, f"{name} does not read {field.name}"
+        new_value = change_value(field.name, value) if value != () else ["few"]
+        assert experiments.parse_settings(name, {field.name: new_value}) != default, field.name
+        assert field.name in attributes, f"{name} does not read {field.name}"
 
 
 @cache
@@ -251,15 +251,15 @@ def _attributes(path: Path, objects: tuple[str, ...] | None = None) -> set[str]:
     }
 
 
-def _read_by_experiment(name: str) -> set[str]:
+def _attributes_of_experiment(name: str) -> set[str]:
     """Return the settings that an experiment and the modules of `experiments/common` that it imports read."""
     path = SOURCE / "experiments" / f"{name}.py"
-    found = _attributes(path, ("settings", "self"))
+    attributes = _attributes(path, ("settings", "self"))
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("snpatch.experiments.common"):
             modules = node.module.split(".")[3:] or [alias.name for alias in node.names]
-            found |= set().union(*(_read_by_experiment(f"common/{module}") for module in modules))
-    return found
+            attributes |= set().union(*(_attributes_of_experiment(f"common/{module}") for module in modules))
+    return attributes
 
 
 @pytest.mark.parametrize(
@@ -283,9 +283,9 @@ def _read_by_experiment(name: str) -> set[str]:
     ids=lambda kind: kind.__name__,
 )
 def test_fields_of_file_schemas_are_read_elsewhere(kind):
-    own = SOURCE.joinpath(*kind.__module__.split(".")[1:]).with_suffix(".py")
-    read = set().union(*(_attributes(path) for path in SOURCE.rglob("*.py") if path != own))
-    assert names(kind) - read <= {"folder"}
+    schema_file = SOURCE.joinpath(*kind.__module__.split(".")[1:]).with_suffix(".py")
+    attributes = set().union(*(_attributes(path) for path in SOURCE.rglob("*.py") if path != schema_file))
+    assert names(kind) - attributes <= {"folder"}
 
 
 PRESET_FILE = {
@@ -331,30 +331,32 @@ def test_preset_key_with_another_value_changes_the_preset(path, tmp_path):
     file = tmp_path / "one.toml"
     file.write_text(tomli_w.dumps(PRESET_FILE))
     before = load_preset(str(file))
-    file.write_text(tomli_w.dumps(changed(PRESET_FILE, path, PRESET_KEYS[path])))
+    file.write_text(tomli_w.dumps(set_key(PRESET_FILE, path, PRESET_KEYS[path])))
     assert load_preset(str(file)) != before
 
 
 @pytest.mark.parametrize("group", ["settings", "dpo"])
 def test_preset_with_another_method_raises(group, tmp_path):
     file = tmp_path / "one.toml"
-    file.write_text(tomli_w.dumps(changed(PRESET_FILE, ("training", group, "method"), "lora")))
+    file.write_text(tomli_w.dumps(set_key(PRESET_FILE, ("training", group, "method"), "lora")))
     with pytest.raises(SnpatchError, match="expected method = ia3, got lora"):
         load_preset(str(file))
 
 
 def _server_keys() -> dict[tuple[str, ...], object]:
     """Return another value of each key of a server file."""
-    found = {(f.name,): another(f.name, f.default) for f in fields(ServeConfig) if isinstance(f.default, int | float)}
-    found |= {(name, "one"): "file" for name in (*FILES, "judges")}
-    found |= {("patches", "one"): {"recipient": "sft"}, ("vllm_server", "port"): 9, ("vllm", "max_model_len"): 9}
+    values = {
+        (f.name,): change_value(f.name, f.default) for f in fields(ServeConfig) if isinstance(f.default, int | float)
+    }
+    values |= {(name, "one"): "file" for name in (*FILES, "judges")}
+    values |= {("patches", "one"): {"recipient": "sft"}, ("vllm_server", "port"): 9, ("vllm", "max_model_len"): 9}
     for name, default in _defaults(ServeConfig).items():
         if default is None:
-            found[(name,)] = 2 if name.startswith("max_") else f"{name}-2"
-    found[("open_route",)] = ["/metrics"]
-    found |= {("capacity", name): value for name, value in SIZES.items()} | {("adapters", "sft"): ["b"]}
-    found |= {("models", "dpo", name): value for name, value in MODELS.items()}
-    return found | {(name,): value for name, value in (ENGINE | TOP).items()}
+            values[(name,)] = 2 if name.startswith("max_") else f"{name}-2"
+    values[("open_route",)] = ["/metrics"]
+    values |= {("capacity", name): value for name, value in SIZES.items()} | {("adapters", "sft"): ["b"]}
+    values |= {("models", "dpo", name): value for name, value in MODELS.items()}
+    return values | {(name,): value for name, value in (ENGINE | TOP).items()}
 
 
 def _defaults(kind: type) -> dict[str, object]:
@@ -367,15 +369,15 @@ def test_server_file_example_covers_its_schema():
 
 @pytest.mark.parametrize("path", _server_keys(), ids=".".join)
 def test_server_key_with_another_value_changes_the_config(path):
-    assert ServeConfig.from_dict(changed(MODEL, path, _server_keys()[path])) != ServeConfig.from_dict(MODEL)
+    assert ServeConfig.from_dict(set_key(MODEL, path, _server_keys()[path])) != ServeConfig.from_dict(MODEL)
 
 
-@pytest.mark.parametrize("loaded", [SweepSpec.load, load_experiment_config], ids=["sweep", "config"])
-def test_unknown_key_of_a_file_raises_one_line(loaded, tmp_path):
+@pytest.mark.parametrize("load", [SweepSpec.load, load_experiment_config], ids=["sweep", "config"])
+def test_unknown_key_of_a_file_raises_one_line(load, tmp_path):
     file = tmp_path / "one.toml"
-    file.write_text(tomli_w.dumps({**(SWEEP_FILE if loaded == SweepSpec.load else CONFIG_FILE), "nonsense": 1}))
+    file.write_text(tomli_w.dumps({**(SWEEP_FILE if load == SweepSpec.load else CONFIG_FILE), "nonsense": 1}))
     with pytest.raises(SnpatchError, match="unknown key nonsense") as caught:
-        loaded(file)
+        load(file)
     assert "\n" not in str(caught.value)
 
 

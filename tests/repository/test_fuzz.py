@@ -1,4 +1,4 @@
-"""Files with one thing wrong in them, drawn at random: what the library cannot use is a SnpatchError of one line.
+"""Files with one random fault raise a one-line SnpatchError.
 
 Why values are small: a size that is large and right would only take its time and memory.
 """
@@ -40,7 +40,7 @@ VALUES = st.one_of(
 CHAT = [[{"role": "user", "content": "bala bale"}]]
 
 
-def bounded(examples):
+def limit_examples(examples):
     """Return settings for a test whose inputs are files: this many examples, no shrinking."""
     return settings(max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
                     suppress_health_check=list(HealthCheck))  # fmt: skip
@@ -55,8 +55,8 @@ def leaves(table, path=()):
         yield from leaves(value, (*path, key))
 
 
-def changed(draw, table):
-    """Return a table of which one value is another, or is gone, or that has one more."""
+def change_one_value(draw, table):
+    """Return a copy of a table with one random value replaced or removed."""
     table = copy.deepcopy(table)
     path = draw(st.sampled_from(list(leaves(table))))
     parent = table
@@ -69,72 +69,75 @@ def changed(draw, table):
     return table
 
 
-def damaged(draw, content):
-    """Return bytes of which some are others, or that end too early."""
+def damage(draw, content):
+    """Return a copy of bytes with some replaced, or the end cut off."""
     content = bytearray(content)
     for _ in range(draw(st.integers(0, 3))):
         content[draw(st.integers(0, min(len(content) - 1, 400)))] = draw(st.integers(0, 255))
     return bytes(content[: draw(st.sampled_from([len(content), len(content) // 2, 3, 0]))])
 
 
-def tried(act):
-    """Run what may fail; any error but a SnpatchError, which is always one line, fails the test."""
+def allow_snpatch_error(act):
+    """Call a function that may raise a SnpatchError; any other error fails the test."""
     with warnings.catch_warnings(), suppress(SnpatchError):
         warnings.simplefilter("ignore")
         act()
 
 
-def opened(folder, **arguments):
+def generate_text(folder, **arguments):
     """Start an engine and write a text."""
     with Engine(folder, backend="transformers", device="cpu", **arguments) as engine:
         return engine.generate(CHAT, "x" if "x" in engine.models else "base", Sampling(max_tokens=2))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def tiny_model(tmp_path_factory):
     return tiny.make("llama", tmp_path_factory.mktemp("fuzz"))
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A folder that examples overwrite."""
     return tmp_path_factory.mktemp("ground")
 
 
-def copied(source: Path, ground: Path) -> Path:
-    target = ground / source.name
+def copy_folder(source: Path, workspace: Path) -> Path:
+    target = workspace / source.name
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     return target
 
 
-def spoiled(made, ground: Path, name: str, spoil) -> Path:
-    """Copy a model, with the content of one of its files spoiled."""
-    folder = copied(made.folder, ground)
-    (folder / name).write_bytes(spoil((folder / name).read_bytes()))
+def copy_changed(tiny_model, workspace: Path, name: str, change) -> Path:
+    """Copy a model, with the content of one of its files changed."""
+    folder = copy_folder(tiny_model.folder, workspace)
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
     return folder
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_models_with_one_wrong_value_raise_one_line_error(made, ground, name):
-    @bounded(60)
+def test_models_with_one_wrong_value_raise_one_line_error(tiny_model, workspace, name):
+    @limit_examples(60)
     @given(st.data())
-    def one(data):
-        folder = spoiled(made, ground, name, lambda old: json.dumps(changed(data.draw, json.loads(old))).encode())
-        tried(lambda: opened(folder, allow_untested=data.draw(st.booleans())))
+    def check(data):
+        def change(content):
+            return json.dumps(change_one_value(data.draw, json.loads(content))).encode()
 
-    one()
+        folder = copy_changed(tiny_model, workspace, name, change)
+        allow_snpatch_error(lambda: generate_text(folder, allow_untested=data.draw(st.booleans())))
+
+    check()
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
-def test_models_with_damaged_bytes_raise_one_line_error(made, ground, name):
-    @bounded(25)
+def test_models_with_damaged_bytes_raise_one_line_error(tiny_model, workspace, name):
+    @limit_examples(25)
     @given(st.data())
-    def one(data):
-        folder = spoiled(made, ground, name, lambda old: damaged(data.draw, old))
-        tried(lambda: opened(folder))
+    def check(data):
+        folder = copy_changed(tiny_model, workspace, name, lambda content: damage(data.draw, content))
+        allow_snpatch_error(lambda: generate_text(folder))
 
-    one()
+    check()
 
 
 TEMPLATES = st.one_of(
@@ -149,35 +152,35 @@ TEMPLATES = st.one_of(
 )  # fmt: skip
 
 
-def test_arbitrary_chat_templates_raise_one_line_error(made, ground):
-    @bounded(60)
+def test_arbitrary_chat_templates_raise_one_line_error(tiny_model, workspace):
+    @limit_examples(60)
     @given(st.data())
-    def one(data):
-        folder = copied(made.folder, ground)
+    def check(data):
+        folder = copy_folder(tiny_model.folder, workspace)
         (folder / TEMPLATE_FILE).write_text(data.draw(TEMPLATES), encoding="utf-8")
-        tried(lambda: opened(folder, template=data.draw(st.sampled_from(["auto", "tokenizer"]))))
+        allow_snpatch_error(lambda: generate_text(folder, template=data.draw(st.sampled_from(["auto", "tokenizer"]))))
 
-    one()
+    check()
 
 
 @pytest.mark.parametrize("kind", ["ia3", "lora"])
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_adapters_with_one_wrong_value_raise_one_line_error(made, ground, kind, name, tmp_path):
-    source = made.adapters["sft"][0] if kind == "ia3" else tiny.write_lora(made.folder, tmp_path / "l")
+def test_adapters_with_one_wrong_value_raise_one_line_error(tiny_model, workspace, kind, name, tmp_path):
+    source = tiny_model.adapters["sft"][0] if kind == "ia3" else tiny.write_lora(tiny_model.folder, tmp_path / "l")
 
-    @bounded(60)
+    @limit_examples(60)
     @given(st.data())
-    def one(data):
-        folder = copied(source, ground)
+    def check(data):
+        folder = copy_folder(source, workspace)
         path = folder / name
         if name.endswith("json"):
-            path.write_text(json.dumps(changed(data.draw, json.loads(path.read_text()))))
+            path.write_text(json.dumps(change_one_value(data.draw, json.loads(path.read_text()))))
         else:
-            path.write_bytes(damaged(data.draw, path.read_bytes()))
-        given = {"adapters": {"x": folder}} if kind == "ia3" else {"models": {"x": {"lora": [str(folder)]}}}
-        tried(lambda: opened(made.folder, **given))
+            path.write_bytes(damage(data.draw, path.read_bytes()))
+        arguments = {"adapters": {"x": folder}} if kind == "ia3" else {"models": {"x": {"lora": [str(folder)]}}}
+        allow_snpatch_error(lambda: generate_text(tiny_model.folder, **arguments))
 
-    one()
+    check()
 
 
 ROWS = [
@@ -195,38 +198,38 @@ def read_all(path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz"])
-def test_arbitrary_data_files_raise_one_line_error(ground, kind):
+def test_arbitrary_data_files_raise_one_line_error(workspace, kind):
     import gzip
 
     import pyarrow
     import pyarrow.parquet
 
-    @bounded(80)
+    @limit_examples(80)
     @given(st.data())
-    def one(data):
-        draw, path = data.draw, ground / f"data.{kind}"
+    def check(data):
+        draw, path = data.draw, workspace / f"data.{kind}"
         rows = [draw(st.sampled_from(ROWS)) for _ in range(draw(st.integers(1, 3)))]
-        rows = [changed(draw, row) if draw(st.booleans()) else row for row in rows]
+        rows = [change_one_value(draw, row) if draw(st.booleans()) else row for row in rows]
         content = "\n".join(map(json.dumps, rows)).encode()
         if kind == "json":
             content = json.dumps(rows).encode()
         elif kind == "csv":
-            content = ("prompt,completion\n" + "\n".join(str(one.get("prompt")) + ",b" for one in rows)).encode()
+            content = ("prompt,completion\n" + "\n".join(str(row.get("prompt")) + ",b" for row in rows)).encode()
         elif kind == "parquet":
             column = [draw(st.one_of(st.text(max_size=3), st.none())) for _ in range(3)]
-            wanted = draw(st.sampled_from([pyarrow.string(), pyarrow.binary(), pyarrow.large_string()]))
-            pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array(column, wanted)}), path)
+            column_type = draw(st.sampled_from([pyarrow.string(), pyarrow.binary(), pyarrow.large_string()]))
+            pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array(column, column_type)}), path)
             content = path.read_bytes()
         elif kind == "jsonl.gz":
             content = gzip.compress(content)
         if draw(st.integers(0, 2)) == 0:
-            content = damaged(draw, content)
+            content = damage(draw, content)
         path.write_bytes(content)
-        tried(lambda: read_all(path))
+        allow_snpatch_error(lambda: read_all(path))
         if kind == "jsonl":
-            tried(lambda: read_completions(path, None))
+            allow_snpatch_error(lambda: read_completions(path, None))
 
-    one()
+    check()
 
 
 ENGINE = {"model": "m", "adapters": {"a": ["x"]}, "models": {"b": {"checkpoint": "w", "lora": ["l"]}},
@@ -241,30 +244,30 @@ SERVER = {**ENGINE, "rankings": {"r": "r.safetensors"}, "judges": {"c": "refusal
 
 
 @pytest.mark.parametrize(
-    ("read", "table"), [(EngineConfig.load, ENGINE), (SweepSpec.load, SPEC), (ServeConfig.load, SERVER)]
+    ("load", "table"), [(EngineConfig.load, ENGINE), (SweepSpec.load, SPEC), (ServeConfig.load, SERVER)]
 )
 @pytest.mark.parametrize("suffix", ["json", "toml"])
-def test_config_files_with_one_wrong_value_raise_one_line_error(ground, read, table, suffix):
+def test_config_files_with_one_wrong_value_raise_one_line_error(workspace, load, table, suffix):
     tomli_w = pytest.importorskip("tomli_w")
 
-    @bounded(100)
+    @limit_examples(100)
     @given(st.data())
-    def one(data):
-        path, wrong = ground / f"config.{suffix}", changed(data.draw, table)
+    def check(data):
+        path, changed_table = workspace / f"config.{suffix}", change_one_value(data.draw, table)
         if suffix == "json":
-            content = json.dumps(wrong).encode()
+            content = json.dumps(changed_table).encode()
         else:
-            content = tomli_w.dumps(json.loads(json.dumps(wrong).replace("null", '"null"'))).encode()
-        path.write_bytes(damaged(data.draw, content) if data.draw(st.integers(0, 3)) == 0 else content)
-        tried(lambda: read(path, trust=True))
-        tried(lambda: load_experiment_config(path, trust=True))
+            content = tomli_w.dumps(json.loads(json.dumps(changed_table).replace("null", '"null"'))).encode()
+        path.write_bytes(damage(data.draw, content) if data.draw(st.integers(0, 3)) == 0 else content)
+        allow_snpatch_error(lambda: load(path, trust=True))
+        allow_snpatch_error(lambda: load_experiment_config(path, trust=True))
 
-    one()
+    check()
 
 
 @pytest.mark.parametrize("kind", ["ranking", "constant", "guard", "store"])
-def test_result_files_with_damaged_bytes_raise_one_line_error(ground, kind):
-    path = ground / ("store" if kind == "store" else f"{kind}.safetensors")
+def test_result_files_with_damaged_bytes_raise_one_line_error(workspace, kind):
+    path = workspace / ("store" if kind == "store" else f"{kind}.safetensors")
     order = Ranking.from_scores(torch.arange(16.0).reshape(2, 8))
     if kind == "store":
         shutil.rmtree(path, ignore_errors=True)
@@ -280,18 +283,18 @@ def test_result_files_with_damaged_bytes_raise_one_line_error(ground, kind):
         Guard.fit(features, labels, order, model="m", fingerprint="d").save(path)
     content = path.read_bytes()
 
-    @bounded(60)
+    @limit_examples(60)
     @given(st.data())
-    def one(data):
-        path.write_bytes(damaged(data.draw, content))
+    def check(data):
+        path.write_bytes(damage(data.draw, content))
         if kind == "store":
-            for rest in path.parent.glob(f"{STORE_FILE}-*"):
-                rest.unlink()
-            tried(lambda: _status(path.parent))
+            for side_file in path.parent.glob(f"{STORE_FILE}-*"):
+                side_file.unlink()
+            allow_snpatch_error(lambda: _status(path.parent))
         else:
-            tried(lambda: {"ranking": Ranking, "constant": Constant, "guard": Guard}[kind].load(path))
+            allow_snpatch_error(lambda: {"ranking": Ranking, "constant": Constant, "guard": Guard}[kind].load(path))
 
-    one()
+    check()
 
 
 def _status(folder):

@@ -59,8 +59,8 @@ def test_rehearsal_of_two_steps_writes_their_records(tmp_path):
 @pytest.mark.engine
 def test_rehearsal_runs_every_step_and_writes_its_records(tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    found, printed = rehearse(tmp_path, STEPS, "--all")
-    sides = {b["extra_info"]["side"] for record in found.values() for p in record["parts"].values()
+    step_records, printed = rehearse(tmp_path, STEPS, "--all")
+    sides = {b["extra_info"]["side"] for record in step_records.values() for p in record["parts"].values()
              for b in p.get("benchmarks", ())}  # fmt: skip
     assert {"twin", "plain on twin", "32 windows", "statistics", "prefill", "contrast", "profile of twin"} <= sides
     table = printed[printed.index("steps (a rehearsal") :]
@@ -76,9 +76,9 @@ def rehearse(tmp_path, steps: list[str], *words: str) -> tuple[dict[str, dict], 
     run = call(*words, "--rehearse", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert results() == before
-    found = records(tmp_path / "out")
-    assert sorted(found) == sorted(steps)
-    for name, record in found.items():
+    step_records = records(tmp_path / "out")
+    assert sorted(step_records) == sorted(steps)
+    for name, record in step_records.items():
         assert str(ROOT) not in json.dumps(record)
         assert record["rehearsal"] is True
         assert {"step", "title", "card", "versions", "commit", "source", "parts"} <= record.keys()
@@ -94,7 +94,7 @@ def rehearse(tmp_path, steps: list[str], *words: str) -> tuple[dict[str, dict], 
                     if "--benchmark-enable" in part_record["command"]
                     else part_record["seconds"]
                 )
-    return found, run.stdout
+    return step_records, run.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
@@ -102,10 +102,10 @@ def test_run_without_a_card_reports_skipped_parts(tmp_path):
     run = call("2", "sanitizer", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
     assert run.returncode == 0, run.stdout + run.stderr
     assert "sanitizer: memcheck skipped no NVIDIA card here" in run.stdout
-    found = records(tmp_path / "out")
-    assert found["op"]["parts"]["predicted"]["status"] == "ok"
-    assert found["op"]["parts"]["bench"]["status"] == "skipped"
-    assert found["op"]["card"] is None
+    step_records = records(tmp_path / "out")
+    assert step_records["op"]["parts"]["predicted"]["status"] == "ok"
+    assert step_records["op"]["parts"]["bench"]["status"] == "skipped"
+    assert step_records["op"]["card"] is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_failing_part_is_reported_and_the_next_part_runs(fake, capsys):
 def test_hanging_part_is_killed_with_its_children_and_keeps_its_measurements(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("CHILD", str(tmp_path / "pid"))
     monkeypatch.setattr(gpu_check.gpu_tables, "measurements", lambda records: "")
-    hanging = Part("hangs", "benches", fake.part("hangs").what, "hangs", limit_s=6, expect_s=1, needs=())
+    hanging = Part("hangs", "benches", fake.part("hangs").targets, "hangs", limit_s=6, expect_s=1, needs=())
     status, parts = fake(hanging, fake.part("good"))
     assert status == 1
     assert (parts["hangs"]["status"], parts["good"]["status"]) == ("timed out", "ok")
@@ -187,7 +187,7 @@ def test_hanging_part_is_killed_with_its_children_and_keeps_its_measurements(fak
 
 
 def test_part_without_time_is_left_for_the_next_call(fake):
-    slow = Part("slow", "tests", fake.part("good").what, "good", expect_s=600, needs=())
+    slow = Part("slow", "tests", fake.part("good").targets, "good", expect_s=600, needs=())
     status, first = fake(fake.part("good"), slow, options=("--minutes", "1"))
     assert status == 3
     assert [part["status"] for part in first.values()] == ["ok", "left"]
@@ -216,9 +216,9 @@ def test_records_are_reused_for_the_same_card_and_code(fake, tmp_path):
 def test_plugin_is_found_without_an_install(tmp_path):
     host = Host(tmp_path, tmp_path / "site")
     register_plugin(host.entry)
-    (found,) = distributions(path=[str(host.entry)])
-    points = {point.group: point.value for point in found.entry_points}
-    assert found.metadata["Name"] == "snpatch"
+    (distribution,) = distributions(path=[str(host.entry)])
+    points = {point.group: point.value for point in distribution.entry_points}
+    assert distribution.metadata["Name"] == "snpatch"
     assert points["vllm.general_plugins"] == "snpatch.executors.vllm.worker.plugin:register"
 
 
@@ -243,7 +243,7 @@ def test_decode_steps_sums_time_by_kernel():
 def test_timed_out_part_is_tried_once_more(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("CHILD", str(tmp_path / "pid"))
     monkeypatch.setattr(gpu_check.gpu_tables, "measurements", lambda records: "")
-    hanging = Part("hangs", "benches", fake.part("hangs").what, "hangs", limit_s=4, expect_s=1, needs=())
+    hanging = Part("hangs", "benches", fake.part("hangs").targets, "hangs", limit_s=4, expect_s=1, needs=())
     tries = [fake(hanging)[1]["hangs"] for _ in range(3)]
     assert [part["tries"] for part in tries] == [1, 2, 2]
     assert tries[1] == tries[2]
@@ -274,7 +274,7 @@ def test_first_parts_fit_into_two_calls_of_ten_minutes():
 
 def num_compiled(part: Part) -> int:
     """Return how many specializations of the kernel a part's tests launch, counted with the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "specializations", *part.what]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "specializations", *part.targets]
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     run = subprocess.run([*command, "-k", part.select], capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -315,7 +315,7 @@ print(json.dumps(queries), os.environ["VLLM_WORKER_MULTIPROC_METHOD"])
 
 def test_import_of_snpatch_makes_torch_use_nvml():
     code = "import os, snpatch; print(os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'])"
-    for given, expected in (({}, "1"), ({"PYTORCH_NVML_BASED_CUDA_CHECK": "0"}, "0")):
-        environment = {n: v for n, v in os.environ.items() if n != "PYTORCH_NVML_BASED_CUDA_CHECK"} | given
+    for variables, expected in (({}, "1"), ({"PYTORCH_NVML_BASED_CUDA_CHECK": "0"}, "0")):
+        environment = {n: v for n, v in os.environ.items() if n != "PYTORCH_NVML_BASED_CUDA_CHECK"} | variables
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
         assert run.stdout.strip() == expected, run.stderr

@@ -121,8 +121,8 @@ REASONS = {"needs a network", "needs a download", "needs a server", "minutes", "
 def blocks(language: str) -> list[tuple[Path, str | None, str]]:
     """Return (page, why it does not run here, code) of each block in README and guides."""
     pages = [*ROOT.glob("*.md"), ROOT / "bench/README.md", *sorted((ROOT / "snpatch").rglob("README.md"))]
-    found = [(page, *groups) for page in pages for groups in BLOCK.findall(page.read_text())]
-    return [(page, reason or None, code) for page, reason, kind, code in found if kind == language]
+    matches = [(page, *groups) for page in pages for groups in BLOCK.findall(page.read_text())]
+    return [(page, reason or None, code) for page, reason, kind, code in matches if kind == language]
 
 
 def test_blocks_that_do_not_run_have_a_reason():

@@ -25,11 +25,11 @@ def setup_env(monkeypatch):
 
 
 def exit_message(call, *arguments):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         call(*arguments)
-    assert isinstance(stopped.value.code, str)
-    assert "\n" not in stopped.value.code
-    return stopped.value.code
+    assert isinstance(exit_info.value.code, str)
+    assert "\n" not in exit_info.value.code
+    return exit_info.value.code
 
 
 def test_check_machine_with_an_old_python_says_so(setup_env, monkeypatch):

@@ -100,13 +100,13 @@ def test_promise_table_names_every_file_that_tests_a_promise():
     section = (ROOT / "CONTRIBUTING.md").read_text().split("## Promises")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\d)\. .+ \| (.+) \|", section, re.M)
     table = {number: {*re.findall(r"`(\S+\.py)`", tests)} for number, tests in rows}
-    found = {}
+    files_by_promise = {}
     for file in (ROOT / "tests").rglob("test_*.py"):
         for marks, number in re.findall(r"((?:^@.+\n)*)^def test_promise_(\d)_", file.read_text(), re.M):
             assert "mark.full" not in marks, file
-            found.setdefault(number, set()).add(file.relative_to(ROOT / "tests").as_posix())
-    assert found == table
-    assert sorted(found) == list("12345678")
+            files_by_promise.setdefault(number, set()).add(file.relative_to(ROOT / "tests").as_posix())
+    assert files_by_promise == table
+    assert sorted(files_by_promise) == list("12345678")
 
 
 def test_version_is_written_once():

@@ -47,15 +47,15 @@ def iter_prose(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def violations(path: Path) -> list[str]:
-    found = []
+    messages = []
     for line, kind, text in iter_prose(path):
         if kind != "summary":
-            found += [f"{path}:{line}: {kind} has the banned word {m[0]!r}" for m in BANNED.finditer(text)]
+            messages += [f"{path}:{line}: {kind} has the banned word {m[0]!r}" for m in BANNED.finditer(text)]
         if kind == "docstring" and (opening := OPENING.match(text)):
-            found.append(f"{path}:{line}: docstring begins with {opening[0]!r}")
+            messages.append(f"{path}:{line}: docstring begins with {opening[0]!r}")
         if kind == "summary" and len(text) > MAX_SUMMARY and not {"tests", "bench", "kernels"} & {*path.parts}:
-            found.append(f"{path}:{line}: the docstring's first line has {len(text)} characters")
-    return found
+            messages.append(f"{path}:{line}: the docstring's first line has {len(text)} characters")
+    return messages
 
 
 def prose_files() -> Iterator[Path]:
@@ -65,8 +65,8 @@ def prose_files() -> Iterator[Path]:
 
 
 def test_prose_has_no_banned_word_or_opening():
-    found = [line for path in prose_files() if path != Path(__file__) for line in violations(path)]
-    assert not found, "\n".join(found)
+    messages = [line for path in prose_files() if path != Path(__file__) for line in violations(path)]
+    assert not messages, "\n".join(messages)
 
 
 @pytest.mark.parametrize(

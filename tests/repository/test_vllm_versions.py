@@ -52,21 +52,21 @@ def test_spliced_wheel_has_python_of_one_and_libraries_of_the_other(script, tmp_
         ["torch==2.13.0+cpu; platform_machine == 'x86_64'", "intel-openmp==2024.2.1"],
     )
     assert script.pinned_torch(library) == "torch==2.13.0"
-    made = script.combine_wheels(new_wheel, library, "0.33.0")
-    assert made.name == "vllm-0.33.0+cpu-py3-none-any.whl"
-    assert script.pinned_torch(made) == "torch==2.14.0"
-    assert [package for package, _ in script.requirements(made)] == ["torch", "protobuf", "protobuf", "intel-openmp"]
-    with zipfile.ZipFile(made) as archive:
+    file = script.combine_wheels(new_wheel, library, "0.33.0")
+    assert file.name == "vllm-0.33.0+cpu-py3-none-any.whl"
+    assert script.pinned_torch(file) == "torch==2.14.0"
+    assert [package for package, _ in script.requirements(file)] == ["torch", "protobuf", "protobuf", "intel-openmp"]
+    with zipfile.ZipFile(file) as archive:
         record = archive.read("vllm-0.33.0+cpu.dist-info/RECORD").decode()
         assert sorted(row[0] for row in csv.reader(io.StringIO(record))) == sorted(archive.namelist())
     site = tmp_path / "site"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(made)]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(file)]
     subprocess.run(pip, check=True)
     files = {str(p.relative_to(site)): p.read_text() for p in (site / "vllm").glob("*.*")}
     assert files == {"vllm/__init__.py": "new = True", "vllm/a,b.json": "{}", "vllm/_C.abi3.so": "cpu"}
     program = "import importlib.metadata as m; print(m.version('vllm'))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=site, capture_output=True, text=True, check=True)
-    assert done.stdout == "0.33.0+cpu\n"
+    result = subprocess.run([sys.executable, "-c", program], cwd=site, capture_output=True, text=True, check=True)
+    assert result.stdout == "0.33.0+cpu\n"
 
 
 def test_linked_checkout_provides_the_plugins_entry_point(script, tmp_path):
@@ -76,11 +76,11 @@ def test_linked_checkout_provides_the_plugins_entry_point(script, tmp_path):
         "print(m.distribution('snpatch').version, snpatch.__file__, "
         "[e.value for e in m.entry_points(group='vllm.general_plugins') if e.name == 'snpatch'])"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     package = SCRIPT.parent.parent / "snpatch" / "__init__.py"
-    assert done.stdout == f"0.1.0 {package} ['snpatch.executors.vllm.worker.plugin:register']\n"
+    assert result.stdout == f"0.1.0 {package} ['snpatch.executors.vllm.worker.plugin:register']\n"
 
 
 @pytest.fixture

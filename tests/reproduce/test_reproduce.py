@@ -69,7 +69,7 @@ lora_targets = ["k_proj", "o_proj"]
 
 
 @pytest.fixture
-def small(tmp_path):
+def small_preset(tmp_path):
     """A preset file with two trainings and three experiments on the demo model, and a new output folder."""
     path = tmp_path / "small.toml"
     path.write_text(SMALL_PRESET)
@@ -516,8 +516,8 @@ def compare(source, out: Path, **options) -> list[dict]:
 def test_comparison_has_measured_and_published_numbers(tmp_path):
     rows = compare("llama2-7b", tmp_path / "out")
 
-    def row(what: str, model: str, prompt_set: str) -> dict:
-        (match,) = [r for r in rows if (r["what"], r["model"]) == (what, model) and r["set"].startswith(prompt_set)]
+    def row(quantity: str, model: str, prompt_set: str) -> dict:
+        (match,) = [r for r in rows if (r["what"], r["model"]) == (quantity, model) and r["set"].startswith(prompt_set)]
         return match
 
     cost = row("mean cost", "sft+", "harmbench")
@@ -623,7 +623,7 @@ def test_inputs_have_content_hashes(tmp_path):
         names = ["model/base", "judge/cost", "judge/mine", "set/contrast", "judges", "cost", "generator", "benchmarks"]
         return {name: pipeline.inputs.fingerprint(name) for name in names}
 
-    def changed(before: dict, after: dict) -> set[str]:
+    def diff_keys(before: dict, after: dict) -> set[str]:
         return {name for name in before if before[name] != after[name]}
 
     sys.path.insert(0, str(tmp_path))
@@ -633,13 +633,13 @@ def test_inputs_have_content_hashes(tmp_path):
         with open(config / "base" / "tokenizer_config.json", "a") as file:
             file.write(" ")
         second = read_all()
-        assert changed(first, second) == {"model/base"}
+        assert diff_keys(first, second) == {"model/base"}
         (tmp_path / "judge_of_mine.py").write_text("def by(prompts, completions): return [1.0 for _ in prompts]\n")
         third = read_all()
-        assert changed(second, third) == {"judge/mine"}
-        assert changed(third, read_all("more = { source = 'refusal' }")) == {"judges"}
-        assert changed(third, read_all(limit=3)) == {"set/contrast"}
-        assert changed(third, read_all("[training]\nobjectives = ['helpful']")) == {"generator"}
+        assert diff_keys(second, third) == {"judge/mine"}
+        assert diff_keys(third, read_all("more = { source = 'refusal' }")) == {"judges"}
+        assert diff_keys(third, read_all(limit=3)) == {"set/contrast"}
+        assert diff_keys(third, read_all("[training]\nobjectives = ['helpful']")) == {"generator"}
     finally:
         sys.path.remove(str(tmp_path))
 
@@ -672,10 +672,13 @@ def test_paths_in_preset_file_are_relative_to_its_folder(tmp_path):
         "contrasts = { safety = { recipient = 'sft', donor = 'dpo' } }\n"
     )
     engine = Pipeline(load_preset(str(path)), tmp_path / "out").config.engine
-    here = tmp_path / "here"
-    assert engine.model == str(here / "m")
-    assert engine.adapters == {"sft": (str(here / "ia3"),)}
-    assert (engine.models["dpo"].lora, engine.models["dpo"].adapters) == ((str(here / "lora"),), (str(here / "ia3"),))
+    folder = tmp_path / "here"
+    assert engine.model == str(folder / "m")
+    assert engine.adapters == {"sft": (str(folder / "ia3"),)}
+    assert (engine.models["dpo"].lora, engine.models["dpo"].adapters) == (
+        (str(folder / "lora"),),
+        (str(folder / "ia3"),),
+    )
 
 
 def test_extending_preset_replaces_models_and_judges_whole(tmp_path):
@@ -741,9 +744,9 @@ def test_plan_includes_steps_that_follow_from_a_change(tmp_path):
 # End to end
 
 
-def test_killed_run_resumes(small, capsys):
+def test_killed_run_resumes(small_preset, capsys):
     """SIGKILL during DPO training and again during the curve; then a changed input, --only and --start-at."""
-    preset, out = small
+    preset, out = small_preset
     arguments = [sys.executable, "-m", "snpatch.cli", *command(preset, out)]
 
     def killed_when(condition) -> None:
@@ -781,9 +784,9 @@ def test_killed_run_resumes(small, capsys):
     assert code == 0
     assert steps_run(err) == ["curve"]
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    for more, expected in (
+    for options, expected in (
         (["--only", "neuron_tokens"], ["neuron_tokens"]),
         (["--start-at", "stability"], ["stability", "neuron_tokens"]),
         ([], []),
     ):
-        assert steps_run(run(capsys, *command(preset, out, *more))[2]) == expected
+        assert steps_run(run(capsys, *command(preset, out, *options))[2]) == expected

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from jobs import ALL, IDS, JOBS, RANKINGS, oracle_completion
+from jobs import ALL, DONOR_JOBS, IDS, PATCHED_JOB, RANKINGS, oracle_completion
 from serving import CHAT, SAFE, complete
 
 from snpatch import SnpatchError
@@ -30,7 +30,7 @@ CALLED = {
 
 
 @pytest.mark.parametrize(
-    ("given", "field", "message"),
+    ("patch", "field", "message"),
     [
         ({"recipient": "nobody"}, "recipient", "no model named 'nobody': there are base, sft, dpo"),
         ({**SAFE, "donor": "nobody"}, "donor", "no model named 'nobody'"),
@@ -51,7 +51,7 @@ CALLED = {
         (7, None, "expected a table, got 7"),
     ],
 )
-def test_invalid_patch_is_400_with_field(server, given, field, message):
+def test_invalid_patch_is_400_with_field(server, patch, field, message):
     for path, body in (
         (CHATS, ASKED),
         ("/v1/completions", {"model": "base", "prompt": IDS[0], "max_tokens": 1}),
@@ -59,19 +59,19 @@ def test_invalid_patch_is_400_with_field(server, given, field, message):
         (CHATS, {**ASKED, "stream": True}),
         ("/v1/responses", {"model": "base", "input": "bala", "max_output_tokens": 1, "stream": True}),
     ):
-        answer = server.post(path, {**body, "snpatch": given})
+        answer = server.post(path, {**body, "snpatch": patch})
         assert answer.status_code == 400, answer.text
         error = answer.json()["error"]
         assert message in error["message"]
         assert error["param"] == ".".join(filter(None, ("snpatch", field))) or field is None
-    answer = server.post("/v1/messages", {**ASKED, "snpatch": given})
+    answer = server.post("/v1/messages", {**ASKED, "snpatch": patch})
     assert (answer.status_code, message in answer.text) == (400, True)
-    answer = server.post(CHATS, {**ASKED, "vllm_xargs": {"snpatch": json.dumps(given)}})
+    answer = server.post(CHATS, {**ASKED, "vllm_xargs": {"snpatch": json.dumps(patch)}})
     assert (answer.status_code, message in answer.text) == (400, True)
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("fields", "message"),
     [
         ({"use_beam_search": True, "n": 2}, "use_beam_search: expected false, got true"),
         (
@@ -93,8 +93,8 @@ def test_invalid_patch_is_400_with_field(server, given, field, message):
         ({"seed": 2**63 - 1, "n": 2, "temperature": 1.0}, "seed: expected at most 2^63 - 2 for 2 completions"),
     ],
 )
-def test_unsupported_request_is_400(server, more, message):
-    answer = server.post(CHATS, {**ASKED, **more})
+def test_unsupported_request_is_400(server, fields, message):
+    answer = server.post(CHATS, {**ASKED, **fields})
     assert (answer.status_code, message in answer.text) == (400, True), answer.text
 
 
@@ -102,7 +102,7 @@ def test_request_vllm_cannot_send_fails_alone(server, client):
     answer = server.post(CHATS, ASKED, headers={"x-vllm-priority": "9" * 24})
     assert (answer.status_code, "vLLM does not run this request" in answer.text) == (400, True), answer.text
     assert server.get("/health").status_code == 200
-    assert complete(client, JOBS[2]).snpatch["verified"]
+    assert complete(client, PATCHED_JOB).snpatch["verified"]
 
 
 def test_background_response_is_400(server):
@@ -129,13 +129,13 @@ def test_unknown_model_is_404_listing_models_and_patches(offline, server):
         "/v1/messages": ASKED,
     }
     for path, body in bodies.items():
-        for more in ({}, {"snpatch": SAFE}):
-            answer = server.post(path, {**body, "model": "saf", **more})
+        for fields in ({}, {"snpatch": SAFE}):
+            answer = server.post(path, {**body, "model": "saf", **fields})
             assert answer.status_code == 404
             assert "of the models sft, base, dpo, sft_kv, dpo_kv or of the patches safe, kept; 'saf'" in answer.text
     answer = server.post(CHATS, {**ASKED, "model": "dqo"})
     assert "one of the models dpo, base, sft, sft_kv, dpo_kv or" in answer.text
-    answer = server.post(CHATS, {**ASKED, "model": str(offline.made.folder)})
+    answer = server.post(CHATS, {**ASKED, "model": str(offline.tiny_model.folder)})
     assert (answer.status_code, "/" in answer.json()["error"]["message"]) == (404, False)
 
 
@@ -180,7 +180,7 @@ def test_prompt_longer_than_context_is_400(server):
 
 NAMED = spec.PatchNamespace(dict(zip(("first", "second"), RANKINGS, strict=True)), {})
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
-anything = st.recursive(
+json_values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
 )
 numbers = st.integers(-5, ALL + 5) | st.integers() | st.floats()
@@ -194,21 +194,21 @@ intervention = {
     "strength": numbers,
     "seed": numbers,
 }
-mutated = {name: st.one_of(strategy, strategy, strategy, anything) for name, strategy in intervention.items()}
+mutated = {name: st.one_of(strategy, strategy, strategy, json_values) for name, strategy in intervention.items()}
 interventions = st.fixed_dictionaries({}, optional=mutated)
 patches = st.fixed_dictionaries(
-    {"recipient": st.sampled_from(["sft", "base"]) | anything},
+    {"recipient": st.sampled_from(["sft", "base"]) | json_values},
     optional={
         **mutated,
-        "interventions": st.lists(interventions, max_size=2) | anything,
-        "guard": anything,
+        "interventions": st.lists(interventions, max_size=2) | json_values,
+        "guard": json_values,
         "k": numbers,
     },
 )
 fields = (
     "model messages prompt input max_tokens n stream stop seed temperature logprobs logit_bias vllm_xargs tools".split()
 )
-bodies = st.dictionaries(st.sampled_from([*fields, "snpatch", "windows", "prompts"]), anything, max_size=6)
+bodies = st.dictionaries(st.sampled_from([*fields, "snpatch", "windows", "prompts"]), json_values, max_size=6)
 ROUTES = [CHATS, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/snpatch/sweep"]
 READING = ["/tokenize", "/detokenize", "/v1/messages/count_tokens"]
 RUNS = {
@@ -234,13 +234,13 @@ def is_good(data: object) -> bool:
 def fuzzed(offline, server, client):
     """The server; after the test its completions are still exact and it holds nothing."""
     yield server
-    for job in JOBS[2:6]:
-        assert complete(client, job).choices[0].token_ids == oracle_completion(offline.made, job).ids
-    assert not any(server.held().values()), server.held()
+    for job in DONOR_JOBS:
+        assert complete(client, job).choices[0].token_ids == oracle_completion(offline.tiny_model, job).ids
+    assert not any(server.count_resources().values()), server.count_resources()
 
 
-def _sizes(few: int, many: int) -> list:
-    return [few, pytest.param(many, marks=pytest.mark.full)]
+def _sizes(default_size: int, full_size: int) -> list:
+    return [default_size, pytest.param(full_size, marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize("num_patches", _sizes(300, 5000))
@@ -275,20 +275,20 @@ def test_bodies_of_wrong_fields_are_4xx(fuzzed, num_bodies):
         send()
 
 
-def _broken(seed: int) -> bytes:
+def _damage_body(seed: int) -> bytes:
     """Return a malformed body: bytes, truncated JSON, deep nesting, numbers and strings that JSON does not have."""
     draw = random.Random(seed)
-    whole = json.dumps({**ASKED, "snpatch": SAFE}).encode()
+    content = json.dumps({**ASKED, "snpatch": SAFE}).encode()
     return draw.choice(
         [
             lambda: draw.randbytes(draw.randrange(300)),
-            lambda: whole[: draw.randrange(len(whole))],
-            lambda: whole.replace(b"60", draw.choice([b"NaN", b"-Infinity", b"1e999", b"0x3", b"6_0", b"'6'"])),
+            lambda: content[: draw.randrange(len(content))],
+            lambda: content.replace(b"60", draw.choice([b"NaN", b"-Infinity", b"1e999", b"0x3", b"6_0", b"'6'"])),
             lambda: b"[" * draw.randrange(1, 3000),
             lambda: b'{"snpatch":' * draw.randrange(1, 2000) + b"1",
-            lambda: whole.replace(b"sft", b"\\\\ud800"[1:]),
-            lambda: whole.replace(b'"dpo"', str(10 ** draw.randrange(9, 400)).encode()),
-            lambda: bytes(b ^ draw.choice([0, 0, 0, 1, 128]) for b in whole[:-1]),
+            lambda: content.replace(b"sft", b"\\\\ud800"[1:]),
+            lambda: content.replace(b'"dpo"', str(10 ** draw.randrange(9, 400)).encode()),
+            lambda: bytes(b ^ draw.choice([0, 0, 0, 1, 128]) for b in content[:-1]),
         ]
     )()
 
@@ -298,10 +298,10 @@ def test_malformed_bodies_are_4xx(fuzzed, num_bodies):
     def send(seed: int) -> tuple[str, int, str]:
         kind = ("application/json", "text/plain", "application/octet-stream", "")[seed % 4 if seed % 3 else 0]
         path = (ROUTES + READING)[seed % 8]
-        answer = http.post(path, content=_broken(seed), headers={"content-type": kind})
+        answer = http.post(path, content=_damage_body(seed), headers={"content-type": kind})
         return path, answer.status_code, answer.text
 
     with httpx.Client(base_url=fuzzed.url, timeout=60) as http, ThreadPoolExecutor(8) as pool:
         for seed, (path, status, text) in enumerate(pool.map(send, range(num_bodies))):
             is_read = path in READING and status == 200  # these routes ignore `snpatch`
-            assert is_read or 400 <= status < 500, (seed, path, _broken(seed), text)
+            assert is_read or 400 <= status < 500, (seed, path, _damage_body(seed), text)

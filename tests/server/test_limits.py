@@ -11,7 +11,7 @@ import tomllib
 import httpx
 import pytest
 from commands import run
-from jobs import ALL, IDS, JOBS, VALUES, Job, oracle_completion
+from jobs import ALL, DONOR_JOBS, FULL_PATCH_JOB, IDS, PATCHED_JOB, VALUES, Job, oracle_completion
 from processes import command_line, descendants, wait_for
 from served import SPOIL, Server
 from serving import CAPACITY_OPTIONS, CHAT, CONSTANTS, LEAK, MANY, SAFE, WORDS, complete, patch_json, serve_options
@@ -30,9 +30,9 @@ CHATS, COMPLETIONS, SWEEP = "/v1/chat/completions", "/v1/completions", "/v1/snpa
 KEY = {"authorization": "Bearer secret"}
 
 
-def long(job, **more) -> dict:
+def build_long_request(job, **fields) -> dict:
     """Return the body of a request that takes long."""
-    return {"model": "base", "prompt": job.ids, "snpatch": patch_json(job), "n": 40, **ENDLESS, **more}
+    return {"model": "base", "prompt": job.ids, "snpatch": patch_json(job), "n": 40, **ENDLESS, **fields}
 
 
 def events(lines) -> list[tuple[str, dict]]:
@@ -55,13 +55,13 @@ def test_disconnected_clients_leave_nothing_behind(offline, server, client):
     jobs = [MANY[i] for i in range(8)]
 
     async def leave_stream(http, job):
-        async with http.stream("POST", COMPLETIONS, json=long(job, stream=True, n=3)) as answer:
+        async with http.stream("POST", COMPLETIONS, json=build_long_request(job, stream=True, n=3)) as answer:
             async for _ in answer.aiter_lines():
                 return
 
     async def leave_answer(http, job):
         with pytest.raises(httpx.TimeoutException):
-            await http.post(COMPLETIONS, json=long(job), timeout=0.15)
+            await http.post(COMPLETIONS, json=build_long_request(job), timeout=0.15)
 
     async def leave_sweep(http):
         body = {**SAFE, "windows": [10, 20], "prompts": [WORDS] * 20, "max_tokens": 90}
@@ -71,7 +71,7 @@ def test_disconnected_clients_leave_nothing_behind(offline, server, client):
                 if line == "event: completion":
                     return
 
-    async def everything():
+    async def send_all():
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             await asyncio.gather(
                 *(leave_stream(http, job) for job in jobs),
@@ -79,10 +79,10 @@ def test_disconnected_clients_leave_nothing_behind(offline, server, client):
                 leave_sweep(http),
             )
 
-    asyncio.run(everything())
-    wait_for(lambda: not any(server.held().values()), 10)
-    for job in JOBS[2:5]:
-        assert complete(client, job).choices[0].token_ids == oracle_completion(offline.made, job).ids
+    asyncio.run(send_all())
+    wait_for(lambda: not any(server.count_resources().values()), 10)
+    for job in DONOR_JOBS[:3]:
+        assert complete(client, job).choices[0].token_ids == oracle_completion(offline.tiny_model, job).ids
 
 
 def test_patched_request_does_not_change_later_plain_one(offline, server, client):
@@ -90,18 +90,18 @@ def test_patched_request_does_not_change_later_plain_one(offline, server, client
     prompt = [20 + i % 70 for i in range(96)]  # three whole blocks
     ask = {"model": "base", "prompt": prompt, "max_tokens": 8, "temperature": 0}
 
-    def text(**more):
-        body = {"return_token_ids": True, **more}
+    def text(**fields):
+        body = {"return_token_ids": True, **fields}
         return client.completions.create(**ask, extra_body=body).choices[0].token_ids
 
     patch = {**SAFE, "recipient": "base", "window": ALL}
-    patched = text(snpatch=patch)
-    plain = text()
-    assert patched != plain
-    assert text(snpatch=patch) == patched
-    assert text(cache_salt="mine") == plain
-    assert text(cache_salt="mine", snpatch=patch) == patched
-    assert text(cache_salt="mine") == plain == text()
+    patched_text = text(snpatch=patch)
+    unpatched = text()
+    assert patched_text != unpatched
+    assert text(snpatch=patch) == patched_text
+    assert text(cache_salt="mine") == unpatched
+    assert text(cache_salt="mine", snpatch=patch) == patched_text
+    assert text(cache_salt="mine") == unpatched == text()
 
 
 HUGE = {"donor": "scale:1e19", "ranking": "first", "window": ALL}  # the largest factor that a request may have
@@ -111,11 +111,11 @@ OVERFLOWING = {"recipient": "base", "interventions": [HUGE] * 3}
 @pytest.mark.parametrize("tokens", [1, 3, 28])
 def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(offline, server, client, tokens):
     """One completion, n completions and a stream; the half-filled blocks that they free are reused next."""
-    jobs = [Job(i, "base") for i in range(4)] + JOBS[2:6]
-    want = [oracle_completion(offline.made, job).ids for job in jobs]
+    jobs = [Job(i, "base") for i in range(4)] + DONOR_JOBS
+    want = [oracle_completion(offline.tiny_model, job).ids for job in jobs]
     body = {"model": "base", "prompt": [40, 41], "max_tokens": tokens, "ignore_eos": True, "snpatch": OVERFLOWING}
-    for more in ({}, {"n": 3, "temperature": 1.0, "seed": 2}):
-        answer = server.post(COMPLETIONS, {**body, **more})
+    for fields in ({}, {"n": 3, "temperature": 1.0, "seed": 2}):
+        answer = server.post(COMPLETIONS, {**body, **fields})
         assert answer.status_code == 500, answer.text
         message = answer.json()["error"]["message"]
         assert "the completion overflowed in float32 at layer 0 under its patch" in message
@@ -126,7 +126,7 @@ def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_text(offli
     assert chunks[-1] == "data: [DONE]"
     assert not any('"finish_reason":"length"' in chunk for chunk in chunks)
     assert [complete(client, job).choices[0].token_ids for job in jobs] == want
-    wait_for(lambda: not any(server.held().values()), 10)
+    wait_for(lambda: not any(server.count_resources().values()), 10)
 
 
 def test_promise_4_overflowing_sweep_fails_only_its_completions(offline, server, client):
@@ -141,15 +141,15 @@ def test_promise_4_overflowing_sweep_fails_only_its_completions(offline, server,
     assert (row["prompts"], row["failed"], row["mean"], row["changed"]) == (0, 2, None, None)
     ((name, summary),) = stream[-1:]
     assert (name, summary["failed"], summary["completions"]) == ("summary", 2, len(texts) - 2)
-    job = JOBS[2]
-    assert complete(client, job).choices[0].token_ids == oracle_completion(offline.made, job).ids
+    job = PATCHED_JOB
+    assert complete(client, job).choices[0].token_ids == oracle_completion(offline.tiny_model, job).ids
 
 
 # ---- uploads ---------------------------------------------------------------------------------------------------------
 
 
-def request(server, verb: str, path: str, **more) -> httpx.Response:
-    return httpx.request(verb, f"{server.url}/v1/snpatch/{path}", timeout=60, **more)
+def request(server, verb: str, path: str, **options) -> httpx.Response:
+    return httpx.request(verb, f"{server.url}/v1/snpatch/{path}", timeout=60, **options)
 
 
 def test_upload_can_be_used_and_deleted(offline, server, client):
@@ -173,8 +173,8 @@ def test_upload_can_be_used_and_deleted(offline, server, client):
     assert answer.choices[0].token_ids == complete(client, job).choices[0].token_ids
     assert request(server, "DELETE", "rankings/mine").status_code == 204
     assert request(server, "DELETE", "rankings/mine").status_code == 404
-    gone = server.post(COMPLETIONS, {"model": "base", "prompt": job.ids, "snpatch": patch})
-    assert (gone.status_code, "no ranking named 'mine'" in gone.text) == (400, True)
+    deleted_answer = server.post(COMPLETIONS, {"model": "base", "prompt": job.ids, "snpatch": patch})
+    assert (deleted_answer.status_code, "no ranking named 'mine'" in deleted_answer.text) == (400, True)
 
 
 @pytest.mark.parametrize(
@@ -210,19 +210,19 @@ def test_concurrent_uploads_leave_only_named_files(offline, server, tmp_path):
     Constant(VALUES + 1).save(tmp_path / "none")  # content of no other upload
     constant = (tmp_path / "none").read_bytes()
 
-    def named() -> dict[str, dict[str, str]]:
+    def read_index() -> dict[str, dict[str, str]]:
         index = folder / "index.json"
         return json.loads(index.read_text()) if index.exists() else {"rankings": {}, "constants": {}}
 
     def is_clean() -> bool:
-        digests = {digest for names in named().values() for digest in names.values()}
+        digests = {digest for names in read_index().values() for digest in names.values()}
         return {path.name for path in folder.glob("*.safetensors*")} == {f"{digest}.safetensors" for digest in digests}
 
-    many = [f"many{i}" for i in range(uploads.MAX_UPLOADED_NAMES - 1 - sum(map(len, named().values())))]
-    for name in many:
+    ranking_names = [f"many{i}" for i in range(uploads.MAX_UPLOADED_NAMES - 1 - sum(map(len, read_index().values())))]
+    for name in ranking_names:
         assert request(server, "PUT", f"rankings/{name}", content=ranking).status_code == 201
 
-    async def everything():
+    async def send_all():
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
 
             async def slowly(i: int):
@@ -230,21 +230,21 @@ def test_concurrent_uploads_leave_only_named_files(offline, server, tmp_path):
                 await asyncio.sleep(0.5)
                 yield constant[100 + i :]
 
-            async def put(i: int) -> int:
+            async def upload(i: int) -> int:
                 return (await http.put(f"/v1/snpatch/constants/last{i}", content=slowly(i))).status_code
 
             async def leave(i: int) -> None:
                 with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(put(i), 0.3)
+                    await asyncio.wait_for(upload(i), 0.3)
 
             await asyncio.gather(*map(leave, range(3)))
-            return await asyncio.gather(*map(put, range(20)))
+            return await asyncio.gather(*map(upload, range(20)))
 
-    statuses = asyncio.run(everything())
+    statuses = asyncio.run(send_all())
     assert statuses.count(201) == 1
     assert set(statuses) <= {201, 413, 503}
     assert is_clean()
-    for path in (f"constants/last{statuses.index(201)}", *(f"rankings/{name}" for name in many)):
+    for path in (f"constants/last{statuses.index(201)}", *(f"rankings/{name}" for name in ranking_names)):
         assert request(server, "DELETE", path).status_code == 204
     assert is_clean()
 
@@ -283,17 +283,17 @@ def test_sweep_matches_single_completions_and_has_noise_floor(offline, server, c
     ]
     assert [row["changed"] for row in rows[2:5]] == [0, 0, 0]
     assert rows[6]["changed"] > 0
-    nothing = {"changed": 0, "difference": 0}
-    assert summary["floor"] == {"k = 0": nothing, "self-patch": nothing}
+    no_change = {"changed": 0, "difference": 0}
+    assert summary["floor"] == {"k = 0": no_change, "self-patch": no_change}
     for window in ([0, 60], [20, ALL]):
-        written = {one["prompt_index"]: one for one in texts if [one["rank_lo"], one["rank_hi"]] == window}
+        texts_by_prompt = {text["prompt_index"]: text for text in texts if [text["rank_lo"], text["rank_hi"]] == window}
         for i, prompt in ((0, WORDS), (2, "dora mela")):
             patch = {**SAFE, "window": window}
-            alone = client.completions.create(
+            single = client.completions.create(
                 model="base", prompt=prompt, max_tokens=8, temperature=0, extra_body={"snpatch": patch}
             )
-            assert written[i]["text"].split() == alone.choices[0].text.split()
-            assert written[i]["overwrites"] == alone.snpatch["overwrites"]
+            assert texts_by_prompt[i]["text"].split() == single.choices[0].text.split()
+            assert texts_by_prompt[i]["overwrites"] == single.snpatch["overwrites"]
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_impossible_structured_output_is_400_with_reason(server, constraint, is_
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("fields", "message"),
     [
         ({"structured_outputs": {"regex": "|".join(f"a{i}b" for i in range(3000))}}, "16384 characters of regex"),
         ({"structured_outputs": {"choice": [f"w{i}" for i in range(2500)]}}, "16384 characters of choice"),
@@ -368,8 +368,8 @@ def test_impossible_structured_output_is_400_with_reason(server, constraint, is_
         ({"n": 257}, "at most 256 completions (--max-completions), got 1 prompts x 257"),
     ],
 )  # fmt: skip
-def test_request_over_limit_is_400_naming_limit(server, more, message):
-    answer = server.post(CHATS, {"model": "safe", "messages": CHAT, "max_tokens": 1, **more})
+def test_request_over_limit_is_400_naming_limit(server, fields, message):
+    answer = server.post(CHATS, {"model": "safe", "messages": CHAT, "max_tokens": 1, **fields})
     assert (answer.status_code, message in answer.text) == (400, True), answer.text
 
 
@@ -388,7 +388,7 @@ def test_health_answers_during_largest_request(server, name):
     """Latency is measured by `make bench-attack`, and in CPU time by test_request_limits.py."""
     path, body = LARGEST_REQUESTS[name]
 
-    async def everything():
+    async def send_all():
         async with httpx.AsyncClient(base_url=server.url, timeout=300) as http:
             working = asyncio.create_task(http.post(path, json=body))
             while not working.done():
@@ -396,9 +396,9 @@ def test_health_answers_during_largest_request(server, name):
                 await asyncio.sleep(0.01)
         return working.result()
 
-    answer = asyncio.run(everything())
+    answer = asyncio.run(send_all())
     assert answer.status_code < 500, answer.text
-    wait_for(lambda: not any(server.held().values()), 30)
+    wait_for(lambda: not any(server.count_resources().values()), 30)
 
 
 # ---- information about the server ------------------------------------------------------------------------------------
@@ -430,11 +430,11 @@ def start_narrow(offline, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("narrow")
     limits = ["--engine-arg", "max_rankings=1", "--max-waiting", "2", "--api-key", "secret"]
-    words = [sys.executable, "-m", "snpatch.cli", "serve", *serve_options(offline.made, offline.folder), *limits]
+    words = [sys.executable, "-m", "snpatch.cli", "serve", *serve_options(offline.tiny_model, offline.folder), *limits]
     printed = subprocess.run([*words, "--print-config"], capture_output=True, text=True, check=True).stdout
     (folder / "serve.toml").write_text(printed)
-    read = ServeConfig.load(folder / "serve.toml").to_dict()
-    assert json.loads(json.dumps(read)) == tomllib.loads(printed)
+    config_table = ServeConfig.load(folder / "serve.toml").to_dict()
+    assert json.loads(json.dumps(config_table)) == tomllib.loads(printed)
     servers = []
 
     def get() -> Server:
@@ -474,7 +474,7 @@ def test_without_key_nothing_runs(narrow):
 def test_full_slots_serve_in_order_and_refuse_over_limit(narrow):
     """With one ranking slot, requests for another ranking wait in order of arrival; plain requests do not wait."""
 
-    async def everything():
+    async def send_all():
         async with httpx.AsyncClient(base_url=narrow.url, timeout=60, headers=KEY) as http:
             order = []
 
@@ -483,10 +483,10 @@ def test_full_slots_serve_in_order_and_refuse_over_limit(narrow):
                 order.append(name)
                 return answer
 
-            def patch(ranking, **more):
-                return {"model": "base", "snpatch": {**SAFE, "ranking": ranking}, **more}
+            def patch(ranking, **fields):
+                return {"model": "base", "snpatch": {**SAFE, "ranking": ranking}, **fields}
 
-            async with http.stream("POST", COMPLETIONS, json=long(JOBS[2], stream=True)) as holding:
+            async with http.stream("POST", COMPLETIONS, json=build_long_request(PATCHED_JOB, stream=True)) as holding:
                 lines = holding.aiter_lines()
                 await anext(lines)
                 waiting = []
@@ -494,20 +494,20 @@ def test_full_slots_serve_in_order_and_refuse_over_limit(narrow):
                     waiting.append(asyncio.create_task(ask(name, **body)))
                     await asyncio.sleep(0.1)
                 refused = await ask("refused", **patch("first"))
-                plain = await ask("plain", model="base")
+                unpatched = await ask("plain", model="base")
                 metrics = (await http.get("/metrics")).text
                 async for _ in lines:
                     ...
                 order.append("held")
-            return order, refused, plain, metrics, await asyncio.gather(*waiting)
+            return order, refused, unpatched, metrics, await asyncio.gather(*waiting)
 
-    order, refused, plain, metrics, served = asyncio.run(everything())
+    order, refused, unpatched, metrics, served = asyncio.run(send_all())
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     assert (
         "expected at most 2 completions waiting for adapter, ranking or constant slots (--max-waiting), got 2"
         in refused.json()["error"]["message"]
     )
-    assert plain.status_code == 200
+    assert unpatched.status_code == 200
     assert 'snpatch_slots_in_use{kind="ranking"} 1.0' in metrics
     assert "snpatch_waiting_requests 2.0" in metrics
     assert order == ["refused", "plain", "held", "other", "own"]
@@ -526,15 +526,15 @@ def test_overflowing_unpatched_completion_restarts_server(offline, narrow):
     wait_for(narrow.is_up, 180)
     assert narrow.process.poll() is None
     answer = narrow.post(COMPLETIONS, body, headers=KEY)
-    assert answer.json()["choices"][0]["token_ids"] == oracle_completion(offline.made, job).ids
+    assert answer.json()["choices"][0]["token_ids"] == oracle_completion(offline.tiny_model, job).ids
 
 
 def test_sigterm_lets_streams_finish_with_receipts(narrow):
-    async def everything():
+    async def send_all():
         async with httpx.AsyncClient(base_url=narrow.url, timeout=60, headers=KEY) as http:
 
             async def listen(job, begun):
-                async with http.stream("POST", COMPLETIONS, json=long(job, stream=True, n=16)) as answer:
+                async with http.stream("POST", COMPLETIONS, json=build_long_request(job, stream=True, n=16)) as answer:
                     lines = []
                     async for line in answer.aiter_lines():
                         lines.append(line)
@@ -542,7 +542,7 @@ def test_sigterm_lets_streams_finish_with_receipts(narrow):
                     return lines
 
             begun = [asyncio.Event() for _ in range(3)]
-            tasks = [asyncio.create_task(listen(JOBS[2], event)) for event in begun]
+            tasks = [asyncio.create_task(listen(PATCHED_JOB, event)) for event in begun]
             await asyncio.gather(*(event.wait() for event in begun))
             narrow.process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.2)
@@ -551,11 +551,11 @@ def test_sigterm_lets_streams_finish_with_receipts(narrow):
                 with pytest.raises(httpx.ConnectError):
                     await http.post(COMPLETIONS, json=body)
             else:
-                late = await http.post(COMPLETIONS, json=body)
-                assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+                refused = await http.post(COMPLETIONS, json=body)
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
             return await asyncio.gather(*tasks)
 
-    streams = asyncio.run(everything())
+    streams = asyncio.run(send_all())
     for lines in streams:
         assert lines[-2] == "data: [DONE]"
         *_, (_, last) = events(lines)
@@ -565,10 +565,10 @@ def test_sigterm_lets_streams_finish_with_receipts(narrow):
 
 
 def test_streams_end_with_error_after_drain_timeout(offline, tmp_path):
-    brief = Server(tmp_path, *serve_options(offline.made, offline.folder), "--drain-s", "0.2")
+    brief = Server(tmp_path, *serve_options(offline.tiny_model, offline.folder), "--drain-s", "0.2")
 
-    async def everything():
-        body, received = long(JOBS[2], stream=True, n=60), []
+    async def send_all():
+        body, received = build_long_request(PATCHED_JOB, stream=True, n=60), []
         async with (
             httpx.AsyncClient(timeout=60) as http,
             http.stream("POST", brief.url + COMPLETIONS, json=body) as stream,
@@ -579,7 +579,7 @@ def test_streams_end_with_error_after_drain_timeout(offline, tmp_path):
                 received.append(line)
         return received
 
-    lines = asyncio.run(everything())
+    lines = asyncio.run(send_all())
     *_, (_, last) = events(lines)
     assert "vLLM's engine has ended" in last["error"]["message"]
     assert "/" not in last["error"]["message"]  # the path of the log
@@ -589,22 +589,24 @@ def test_streams_end_with_error_after_drain_timeout(offline, tmp_path):
 
 def test_two_workers_patch_exactly_and_engine_crash_is_reported(offline, tmp_path):
     """Tensor parallel; then SIGKILL of the engine: open requests get errors, /health a 503, the exit code is 2."""
-    two = Server(
-        tmp_path, *serve_options(offline.made, offline.folder), *CAPACITY_OPTIONS, "--tensor-parallel-size", "2"
+    server = Server(
+        tmp_path, *serve_options(offline.tiny_model, offline.folder), *CAPACITY_OPTIONS, "--tensor-parallel-size", "2"
     )
-    with openai.OpenAI(base_url=f"{two.url}/v1", api_key="none", max_retries=0) as client:
-        for job, want in zip(MANY[:16], offline.many[:16], strict=True):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        for job, want in zip(MANY[:16], offline.completions[:16], strict=True):
             answer = complete(client, job)
             assert answer.choices[0].token_ids == want.token_ids
             assert answer.snpatch["overwrites"] == want.overwrites
-        assert not any(two.held().values())
-        (core,) = (pid for pid in descendants(two.process.pid) if b"EngineCore" in command_line(pid))
+        assert not any(server.count_resources().values())
+        (core,) = (pid for pid in descendants(server.process.pid) if b"EngineCore" in command_line(pid))
 
-        async def everything():
-            async with httpx.AsyncClient(base_url=two.url, timeout=60) as http:
+        async def send_all():
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
 
                 async def stream(begun):
-                    async with http.stream("POST", COMPLETIONS, json=long(JOBS[2], stream=True)) as answer:
+                    async with http.stream(
+                        "POST", COMPLETIONS, json=build_long_request(PATCHED_JOB, stream=True)
+                    ) as answer:
                         received = []
                         async for line in answer.aiter_lines():
                             received.append(line)
@@ -613,20 +615,20 @@ def test_two_workers_patch_exactly_and_engine_crash_is_reported(offline, tmp_pat
 
                 begun = asyncio.Event()
                 streaming = asyncio.create_task(stream(begun))
-                whole = asyncio.create_task(http.post(COMPLETIONS, json=long(JOBS[3])))
+                single_answer = asyncio.create_task(http.post(COMPLETIONS, json=build_long_request(FULL_PATCH_JOB)))
                 await begun.wait()
                 os.kill(core, signal.SIGKILL)
-                whole, lines = await asyncio.wait_for(asyncio.gather(whole, streaming), 30)
-                return whole, lines, await http.get("/health")
+                single_answer, lines = await asyncio.wait_for(asyncio.gather(single_answer, streaming), 30)
+                return single_answer, lines, await http.get("/health")
 
-        whole, lines, health = asyncio.run(everything())
-    assert (whole.status_code, "vLLM's engine has ended" in whole.text) == (500, True)
+        single_answer, lines, health = asyncio.run(send_all())
+    assert (single_answer.status_code, "vLLM's engine has ended" in single_answer.text) == (500, True)
     *_, (_, last) = events(lines)
     assert "vLLM's engine has ended" in last["error"]["message"]
-    assert not any(choice["finish_reason"] for _, one in events(lines) for choice in one.get("choices", ()))
+    assert not any(choice["finish_reason"] for _, event in events(lines) for choice in event.get("choices", ()))
     assert health.status_code == 503
-    assert two.process.wait(60) == 2, two.read_log()
-    assert "vLLM's engine has ended" in two.read_log()
+    assert server.process.wait(60) == 2, server.read_log()
+    assert "vLLM's engine has ended" in server.read_log()
 
 
 # ---- invalid starts --------------------------------------------------------------------------------------------------
@@ -650,6 +652,6 @@ def test_two_workers_patch_exactly_and_engine_crash_is_reported(offline, tmp_pat
     ],
 )
 def test_invalid_start_prints_one_line(offline, capsys, words, message):
-    code, _, error = run(capsys, "serve", *serve_options(offline.made, offline.folder), *words)
+    code, _, error = run(capsys, "serve", *serve_options(offline.tiny_model, offline.folder), *words)
     assert (code, message in error) == (2, True), error
     assert "Traceback" not in error

@@ -37,9 +37,9 @@ def push_all(context: PatchContext, chunks: list[str]) -> list[list[str]]:
 
 @pytest.mark.parametrize("last", [[chunk("b", "stop")], [chunk("b", "stop"), USAGE]])
 def test_last_chunk_is_held_until_end_and_gets_receipt(context, last):
-    first, *held, end = push_all(context, [chunk("a"), *last, DONE])
+    first, *chunks, end = push_all(context, [chunk("a"), *last, DONE])
     assert first == [chunk("a")]
-    assert held == [[], *([text] for text in last[:-1])]
+    assert chunks == [[], *([text] for text in last[:-1])]
     assert json.loads(end[0].removeprefix("data: ")) == with_receipt(context, last[-1])
     assert end[1:] == [DONE]
 
@@ -50,8 +50,8 @@ def test_unfinished_chunk_is_sent_at_once_after_a_held_one(context):
 
 
 def test_stream_without_finished_choice_gets_chunk_without_choices(context):
-    *sent, end = push_all(context, [chunk("a"), DONE])
-    assert sent == [[chunk("a")]]
+    *chunks, end = push_all(context, [chunk("a"), DONE])
+    assert chunks == [[chunk("a")]]
     assert json.loads(end[0].removeprefix("data: ")) == with_receipt(context, chunk("a"), choices=[])
 
 

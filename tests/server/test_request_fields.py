@@ -91,7 +91,7 @@ def test_free_fields_are_not_checked(body):
 
 
 @pytest.mark.parametrize(
-    ("kind", "given"),
+    ("kind", "fields"),
     [
         *(("openai_serving_completion", {"max_tokens": value}) for value in ("5", 3.0, True, [1])),
         *(("openai_serving_chat", {"max_tokens": value}) for value in ("5", 3.0, True)),
@@ -104,11 +104,11 @@ def test_free_fields_are_not_checked(body):
         ("openai_serving_chat", {"messages": [{"role": "user", "content": "a\ud83d"}]}),
     ],
 )
-def test_value_of_wrong_type_is_refused(kind, given):
+def test_value_of_wrong_type_is_refused(kind, fields):
     """vLLM would convert "5", 3.0 and true to numbers, and true to a token id."""
-    (field,) = given
+    (field,) = fields
     with pytest.raises(SnpatchError, match=f"^request: {field}: expected .*, got ") as error:
-        check(kind, given)
+        check(kind, fields)
     assert error.value.field == field
 
 

@@ -51,9 +51,9 @@ JSON = {"content-type": "application/json"}
 @pytest.fixture(scope="module")
 def engine(zoo):
     """The tiny model's engine, not started, with the shapes of Llama-2-7B."""
-    made = zoo("llama")
-    adapters = {name: list(made.adapters[name]) for name in ("sft", "dpo")}
-    engine = AsyncEngine.from_config(EngineConfig.of(made.folder, adapters, template="tulu", max_interventions=8))
+    tiny_model = zoo("llama")
+    adapters = {name: list(tiny_model.adapters[name]) for name in ("sft", "dpo")}
+    engine = AsyncEngine.from_config(EngineConfig.of(tiny_model.folder, adapters, template="tulu", max_interventions=8))
     engine.geometry = replace(engine.geometry, n_layers=LAYERS, n_neurons=NEURONS, context=CONTEXT)
     engine.requests._geometry = engine.geometry
     return engine
@@ -135,12 +135,12 @@ def build_app(args, state: ServerState):
 def send(app, *requests: tuple) -> list[httpx.Response]:
     """Return the answers to (method, path, arguments of httpx), sent one after the other."""
 
-    async def everything():
+    async def send_all():
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
-            return [await http.request(method, path, **more) for method, path, more in requests]
+            return [await http.request(method, path, **options) for method, path, options in requests]
 
-    return asyncio.run(everything())
+    return asyncio.run(send_all())
 
 
 def post(app, path: str, table: object) -> httpx.Response:
@@ -279,7 +279,7 @@ WHOLE, HALF = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET / HT"
 
 
 @pytest.mark.parametrize(
-    ("sent", "answers", "is_closed"),
+    ("parts", "answers", "is_closed"),
     [
         ((b"",), 0, True),
         ((HALF,), 0, True),
@@ -289,13 +289,13 @@ WHOLE, HALF = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET / HT"
         ((HALF, WHOLE[len(HALF) :]), 1, False),
     ],
 )
-def test_connection_without_complete_head_is_closed_but_not_slow_answer(sent, answers, is_closed):
+def test_connection_without_complete_head_is_closed_but_not_slow_answer(parts, answers, is_closed):
     async def app(scope, receive, send):
         await asyncio.sleep(0.3)  # past the deadline
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    async def everything():
+    async def send_all():
         config = uvicorn.Config(app, http=build_protocol(0.15), lifespan="off", log_level="error")
         config.load()
         state = uvicorn.server.ServerState()
@@ -303,7 +303,7 @@ def test_connection_without_complete_head_is_closed_but_not_slow_answer(sent, an
         server = await loop.create_server(lambda: config.http_protocol_class(config, state, {}), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         received = b""
-        for data in sent:
+        for data in parts:
             writer.write(data)
             await asyncio.sleep(0.01)
             if data.endswith(b"\r\n\r\n"):
@@ -317,7 +317,7 @@ def test_connection_without_complete_head_is_closed_but_not_slow_answer(sent, an
         server.close()
         return received.count(b"200 OK"), is_over
 
-    assert asyncio.run(everything()) == (answers, is_closed)
+    assert asyncio.run(send_all()) == (answers, is_closed)
 
 
 @pytest.mark.parametrize(
@@ -385,11 +385,11 @@ def test_list_of_invalid_items_is_refused_at_first_item(serve, monkeypatch, path
 class CountingField:
     """FastAPI's body field that records the number of errors of each validation."""
 
-    def __init__(self, model, found: list[int]) -> None:
-        self._model, self._found = model, found
+    def __init__(self, model, counts: list[int]) -> None:
+        self._model, self._found = model, counts
 
-    def validate(self, *arguments, **more):
-        value, errors = self._model.validate(*arguments, **more)
+    def validate(self, *arguments, **options):
+        value, errors = self._model.validate(*arguments, **options)
         self._found.append(len(errors or ()))
         return value, errors
 
@@ -414,7 +414,7 @@ def test_long_valid_lists_are_accepted(serve):
 
 
 @pytest.mark.parametrize(
-    ("path", "more", "n"),
+    ("path", "fields", "n"),
     [
         (CHATS, {"messages": CHAT, "n": 11}, "1 prompts x 11"),
         (COMPLETIONS, {"prompt": "a", "n": 11}, "1 prompts x 11"),
@@ -423,14 +423,14 @@ def test_long_valid_lists_are_accepted(serve):
         ("/invocations", {"prompt": ["a"] * 11}, "11 prompts x 1"),
     ],
 )
-def test_completions_over_limit_are_refused_before_start(serve, path, more, n):
+def test_completions_over_limit_are_refused_before_start(serve, path, fields, n):
     app, _ = serve(max_completions=10)
-    answer = post(app, path, {"model": "base", **more})
+    answer = post(app, path, {"model": "base", **fields})
     assert (answer.status_code, f"at most 10 completions (--max-completions), got {n}" in answer.text) == (400, True), (
         answer.text
     )
-    fewer = {"prompt": [5] * 11} if "prompt" in more else {"messages": CHAT, "n": 10}
-    assert post(app, path, {"model": "base", **fewer}).status_code == 200
+    smaller_fields = {"prompt": [5] * 11} if "prompt" in fields else {"messages": CHAT, "n": 10}
+    assert post(app, path, {"model": "base", **smaller_fields}).status_code == 200
 
 
 def test_interventions_over_limit_are_refused_before_build(serve, monkeypatch):
@@ -477,10 +477,10 @@ def test_requests_and_uploads_over_quota_are_503(serve):
 def test_slow_bodies_do_not_block_requests_and_have_byte_quota(serve):
     app, state = serve(max_requests=1, max_incoming_bytes=2500)
 
-    async def everything():
+    async def send_all():
         end = asyncio.Event()
 
-        async def slow():
+        async def slow_answer():
             yield b" " * 900
             await end.wait()
             yield json.dumps(ASKED).encode()
@@ -489,7 +489,7 @@ def test_slow_bodies_do_not_block_requests_and_have_byte_quota(serve):
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
 
             async def ask():
-                return await http.post(CHATS, content=slow(), headers=JSON)
+                return await http.post(CHATS, content=slow_answer(), headers=JSON)
 
             tasks = [asyncio.create_task(ask()) for _ in range(2)]
             await asyncio.sleep(0.05)
@@ -498,18 +498,18 @@ def test_slow_bodies_do_not_block_requests_and_have_byte_quota(serve):
             end.set()
             return *answers, num_bytes, await tasks[0]
 
-    whole, late, num_bytes, slow = asyncio.run(everything())
-    assert (whole.status_code, slow.status_code, num_bytes) == (200, 200, 1800)
-    assert (late.status_code, "at most 2500 at once (--max-incoming-bytes)" in late.text) == (503, True)
+    answer, refused, num_bytes, slow_answer = asyncio.run(send_all())
+    assert (answer.status_code, slow_answer.status_code, num_bytes) == (200, 200, 1800)
+    assert (refused.status_code, "at most 2500 at once (--max-incoming-bytes)" in refused.text) == (503, True)
     assert state.body_quota.used == 0
 
 
 @pytest.mark.parametrize("limit", ["max_requests", "max_body_bytes", "max_completions", "max_prompt_chars"])
 def test_unset_limits_follow_engine_sizes(limit):
     config = ServeConfig(EngineConfig("m"))
-    small, large = config.resolve_limits(2048, 16), config.resolve_limits(1 << 20, 1024)
-    want = {"max_requests": (64, 4096), "max_completions": (64, 4096), "max_body_bytes": (1 << 20, 8 << 20)}
-    assert (getattr(small, limit), getattr(large, limit)) == want.get(limit, (32 * 2048, 32 << 20))
+    small_limits, large_limits = config.resolve_limits(2048, 16), config.resolve_limits(1 << 20, 1024)
+    expected = {"max_requests": (64, 4096), "max_completions": (64, 4096), "max_body_bytes": (1 << 20, 8 << 20)}
+    assert (getattr(small_limits, limit), getattr(large_limits, limit)) == expected.get(limit, (32 * 2048, 32 << 20))
     assert getattr(replace(config, **{limit: 7}).resolve_limits(2048, 16), limit) == 7
 
 
@@ -520,8 +520,8 @@ def test_donor_values_are_cached_until_ranking_is_replaced(serve, ranking):
     _, state = serve()
     registry = state.registry
 
-    def donor(text, window, **more):
-        return registry.parse({"recipient": "base", **NOISE, "donor": text, "window": window, **more}).patch.donor
+    def donor(text, window, **fields):
+        return registry.parse({"recipient": "base", **NOISE, "donor": text, "window": window, **fields}).patch.donor
 
     for text in ("noise:1", "zero", "mean:donor", "add:mean:recipient"):
         assert donor(text, 1) is donor(text, 2)
@@ -533,11 +533,11 @@ def test_donor_values_are_cached_until_ranking_is_replaced(serve, ranking):
 
 def test_patch_parsed_during_ranking_replacement_is_not_cached(serve, ranking):
     _, state = serve()
-    registry, other = state.registry, replace(ranking)
+    registry, new_ranking = state.registry, replace(ranking)
     build, patch = registry._build, {"recipient": "base", **NOISE}
-    registry.add("rankings", "safety", other)
+    registry.add("rankings", "safety", new_ranking)
     assert build(schema.from_dict(PatchRequest, "snpatch", patch)).patch.ranking is ranking
-    assert registry.parse(patch).patch.ranking is other
+    assert registry.parse(patch).patch.ranking is new_ranking
 
 
 # ---- the event loop --------------------------------------------------------------------------------------------------

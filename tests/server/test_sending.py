@@ -117,7 +117,7 @@ def test_finished_sweep_is_not_counted_while_unread(sweep):
 
 
 def test_sweep_of_stalled_client_ends(sweep):
-    ended = []
+    endings = []
 
     async def generate(send):
         try:
@@ -125,7 +125,7 @@ def test_sweep_of_stalled_client_ends(sweep):
                 send("event")
                 await asyncio.sleep(0)
         finally:
-            ended.append(True)
+            endings.append(True)
 
     async def run():
         sweep._generate_all = generate
@@ -134,7 +134,7 @@ def test_sweep_of_stalled_client_ends(sweep):
             await asyncio.sleep(0)
 
     asyncio.run(run())
-    assert ended == [True]
+    assert endings == [True]
     assert not sweep._state.sweeps
 
 

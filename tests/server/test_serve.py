@@ -5,7 +5,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from jobs import ALL, IDS, JOBS, Job, oracle_completion
+from jobs import ALL, IDS, PATCHED_JOB, Job, oracle_completion
 from served import MISCOUNT
 from serving import CHAT, MANY, SAFE, SERVED, WORDS, complete
 
@@ -20,22 +20,22 @@ def test_patch_over_http_matches_oracle(offline, client):
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda job: complete(client, job), SERVED))
     for job, answer in zip(SERVED, answers, strict=True):
-        want = oracle_completion(offline.made, job)
+        want = oracle_completion(offline.tiny_model, job)
         assert answer.choices[0].token_ids == want.ids, job
         assert answer.snpatch["overwrites"] == job.overwrites(10), job
         assert answer.snpatch["verified"] is True
 
 
 def test_concurrent_clients_get_offline_engine_tokens(offline, server):
-    async def everything():
+    async def send_all():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             return await asyncio.gather(*(complete(client, job) for job in MANY))
 
-    for answer, want in zip(asyncio.run(everything()), offline.many, strict=True):
+    for answer, want in zip(asyncio.run(send_all()), offline.completions, strict=True):
         assert answer.choices[0].token_ids == want.token_ids
         assert answer.snpatch["overwrites"] == want.overwrites
         assert answer.choices[0].text.split() == want.text.split()
-    assert len({tuple(one.token_ids) for one in offline.many}) > 30
+    assert len({tuple(completion.token_ids) for completion in offline.completions}) > 30
 
 
 def test_patch_by_name_field_and_xargs_gives_equal_answers(offline, client):
@@ -54,11 +54,11 @@ def test_patch_by_name_field_and_xargs_gives_equal_answers(offline, client):
             "positions": positions,
             "verified": True,
         }
-    named = client.chat.completions.create(model="safe", **request)
+    by_name = client.chat.completions.create(model="safe", **request)
     by_request = client.chat.completions.create(model="base", **request, extra_body={"snpatch": SAFE})
-    assert named.model == "safe"
-    assert named.snpatch == {**by_request.snpatch, "patch": "safe"}
-    assert named.choices[0].message.content == by_request.choices[0].message.content
+    assert by_name.model == "safe"
+    assert by_name.snpatch == {**by_request.snpatch, "patch": "safe"}
+    assert by_name.choices[0].message.content == by_request.choices[0].message.content
 
 
 def test_models_are_listed_and_generate_unpatched(offline, server, client):
@@ -66,9 +66,9 @@ def test_models_are_listed_and_generate_unpatched(offline, server, client):
     assert {"base", "sft", "dpo", "safe", "kept"} <= listed.keys()
     assert listed["base"].max_model_len == 128
     for path in ("/v1/models", "/metrics"):  # the model's folder is not for clients
-        assert str(offline.made.folder) not in server.get(path).text
+        assert str(offline.tiny_model.folder) not in server.get(path).text
     for name in ("base", "sft", "dpo"):
-        want = oracle_completion(offline.made, Job(1, name))
+        want = oracle_completion(offline.tiny_model, Job(1, name))
         answer = client.completions.create(
             model=name, prompt=IDS[1], max_tokens=10, temperature=0, extra_body={"return_token_ids": True}
         )
@@ -77,7 +77,7 @@ def test_models_are_listed_and_generate_unpatched(offline, server, client):
 
 
 def test_n_completions_have_own_seeds_and_receipts(offline, client):
-    job = JOBS[2]
+    job = PATCHED_JOB
     for stream in (False, True):
         answer = complete(client, job, temperature=1.0, seed=5, n=3, stream=stream)
         if stream:
@@ -88,18 +88,20 @@ def test_n_completions_have_own_seeds_and_receipts(offline, client):
             receipt = chunk.snpatch
         else:
             ids, receipt = [choice.token_ids for choice in answer.choices], answer.snpatch
-        assert ids == [want.token_ids for want in offline.seeded]
-        assert [choice["overwrites"] for choice in receipt["choices"]] == [want.overwrites for want in offline.seeded]
-        assert receipt["overwrites"] == sum(want.overwrites for want in offline.seeded)
+        assert ids == [want.token_ids for want in offline.seeded_completions]
+        assert [choice["overwrites"] for choice in receipt["choices"]] == [
+            want.overwrites for want in offline.seeded_completions
+        ]
+        assert receipt["overwrites"] == sum(want.overwrites for want in offline.seeded_completions)
 
 
 def test_list_of_prompts_has_receipt_per_prompt(offline, client):
     arguments = {"model": "safe", "prompt": [IDS[0], IDS[1]], "max_tokens": 5, "temperature": 0}
     answer = client.completions.create(**arguments)
-    alone = [client.completions.create(**{**arguments, "prompt": ids}) for ids in IDS[:2]]
-    assert [choice.text for choice in answer.choices] == [one.choices[0].text for one in alone]
+    singles = [client.completions.create(**{**arguments, "prompt": ids}) for ids in IDS[:2]]
+    assert [choice.text for choice in answer.choices] == [single.choices[0].text for single in singles]
     assert answer.snpatch["choices"] == [
-        {name: one.snpatch[name] for name in ("overwrites", "positions", "verified")} for one in alone
+        {name: single.snpatch[name] for name in ("overwrites", "positions", "verified")} for single in singles
     ]
 
 
@@ -107,17 +109,17 @@ def test_stream_has_receipt_in_last_chunk(client):
     arguments = {"model": "safe", "messages": CHAT, "max_tokens": 10, "temperature": 0}
     want = client.chat.completions.create(**arguments)
     for usage in (None, {"include_usage": True}):
-        *others, last = client.chat.completions.create(**arguments, stream=True, stream_options=usage)
-        assert last.snpatch == want.snpatch
-        assert not any(hasattr(chunk, "snpatch") for chunk in others)
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in (*others, last) if chunk.choices)
+        *earlier_chunks, last_chunk = client.chat.completions.create(**arguments, stream=True, stream_options=usage)
+        assert last_chunk.snpatch == want.snpatch
+        assert not any(hasattr(chunk, "snpatch") for chunk in earlier_chunks)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in (*earlier_chunks, last_chunk) if chunk.choices)
         assert text == want.choices[0].message.content
-        reasons = [choice.finish_reason for chunk in (*others, last) for choice in chunk.choices]
+        reasons = [choice.finish_reason for chunk in (*earlier_chunks, last_chunk) for choice in chunk.choices]
         assert reasons[-1] == "length"
         assert not any(reasons[:-1])
     prompts = {"model": "safe", "prompt": [IDS[0], IDS[1]], "max_tokens": 4, "temperature": 0}
-    *_, last = client.completions.create(**prompts, stream=True)
-    assert last.snpatch == client.completions.create(**prompts).snpatch
+    *_, last_chunk = client.completions.create(**prompts, stream=True)
+    assert last_chunk.snpatch == client.completions.create(**prompts).snpatch
 
 
 def test_responses_and_messages_are_patched_and_have_receipt(server, client):
@@ -137,28 +139,30 @@ def test_responses_and_messages_are_patched_and_have_receipt(server, client):
     assert answer.snpatch == chat.snpatch
     inline = anthropic.messages.create(**{**arguments, "model": "base"}, extra_body={"temperature": 0, "snpatch": SAFE})
     assert inline.content[0].text == answer.content[0].text
-    receipts = [one.snpatch for one in anthropic.messages.create(**greedy, stream=True) if hasattr(one, "snpatch")]
+    receipts = [
+        event.snpatch for event in anthropic.messages.create(**greedy, stream=True) if hasattr(event, "snpatch")
+    ]
     assert receipts == [answer.snpatch]
 
 
 def test_vllm_features_work_with_patch(client):
     arguments = {"model": "safe", "messages": CHAT, "max_tokens": 6, "temperature": 0}
-    plain = client.chat.completions.create(**arguments)
+    answer = client.chat.completions.create(**arguments)
     scored = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=3)
-    assert [len(one.top_logprobs) for one in scored.choices[0].logprobs.content] == [3] * 6
-    assert scored.choices[0].message.content == plain.choices[0].message.content
-    word = plain.choices[0].message.content.split()[2]
-    stopped = client.chat.completions.create(**arguments, stop=[word])
-    assert (stopped.choices[0].finish_reason, stopped.choices[0].stop_reason) == ("stop", word)
-    assert word not in stopped.choices[0].message.content
-    assert stopped.snpatch["verified"]
+    assert [len(token.top_logprobs) for token in scored.choices[0].logprobs.content] == [3] * 6
+    assert scored.choices[0].message.content == answer.choices[0].message.content
+    word = answer.choices[0].message.content.split()[2]
+    stopped_answer = client.chat.completions.create(**arguments, stop=[word])
+    assert (stopped_answer.choices[0].finish_reason, stopped_answer.choices[0].stop_reason) == ("stop", word)
+    assert word not in stopped_answer.choices[0].message.content
+    assert stopped_answer.snpatch["verified"]
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
     called = client.chat.completions.create(**arguments, tools=[tool], tool_choice="none")
     assert called.snpatch["verified"]
     choice = {"structured_outputs": {"choice": ["bala bama", "bara"]}}
-    chosen = client.chat.completions.create(**arguments, extra_body=choice)
-    assert chosen.choices[0].message.content.strip() in choice["structured_outputs"]["choice"]
-    assert chosen.snpatch["verified"]
+    choice_answer = client.chat.completions.create(**arguments, extra_body=choice)
+    assert choice_answer.choices[0].message.content.strip() in choice["structured_outputs"]["choice"]
+    assert choice_answer.snpatch["verified"]
     echoed = client.completions.create(model="safe", prompt=IDS[0], max_tokens=1, echo=True, logprobs=1, temperature=0)
     assert len(echoed.choices[0].logprobs.token_logprobs) == len(IDS[0]) + 1
 
@@ -196,8 +200,10 @@ def test_failed_receipt_is_500_or_error_chunk_without_finish_reason(miscounting,
             reason = str(error)
         # For Responses the client returns errors as events.
         assert "a patch was not applied in full" in (reason or chunks[-1].message)
-        assert not any(choice.finish_reason for one in chunks for choice in getattr(one, "choices", ()))
-        assert not any(getattr(one, "type", "") == "response.completed" or hasattr(one, "snpatch") for one in chunks)
+        assert not any(choice.finish_reason for event in chunks for choice in getattr(event, "choices", ()))
+        assert not any(
+            getattr(event, "type", "") == "response.completed" or hasattr(event, "snpatch") for event in chunks
+        )
     message = {"model": "safe", "messages": CHAT, "max_tokens": 4}
     answer = miscounting.post("/v1/messages", message)
     assert (answer.status_code, "a patch was not applied in full" in answer.text) == (500, True)
@@ -205,8 +211,8 @@ def test_failed_receipt_is_500_or_error_chunk_without_finish_reason(miscounting,
     assert "event: error" in streamed
     assert "message_stop" not in streamed
     assert "stop_reason" not in streamed.split("event: message_start")[1].partition("event: ")[2]
-    plain = client.chat.completions.create(**{**chat, "model": "sft"})
-    assert plain.snpatch["verified"], "no patch, so no receipt can fail"
+    unpatched = client.chat.completions.create(**{**chat, "model": "sft"})
+    assert unpatched.snpatch["verified"], "no patch, so no receipt can fail"
     assert _metric(miscounting, "snpatch_receipts_failed_total") >= before + 10
 
 
@@ -229,8 +235,8 @@ def test_guard_refuses_same_prompts_as_offline(offline, server, client):
             assert answer.choices[0].text == guard.refusal
             assert (answer.choices[0].finish_reason, answer.choices[0].stop_reason) == ("content_filter", "guard")
         else:
-            plain = client.completions.create(**{**arguments, "model": "sft"})
-            assert answer.choices[0].text == plain.choices[0].text
+            unguarded = client.completions.create(**{**arguments, "model": "sft"})
+            assert answer.choices[0].text == unguarded.choices[0].text
     assert 0 < refused < len(IDS)
     assert _metric(server, "snpatch_refused_prompts_total") == before + 2 * refused
 

@@ -66,10 +66,10 @@ def test_upload_over_quota_leaves_no_file(folder, bodies):
     uploads_folder = Uploads(folder, FakeRegistry())
     for i in range(uploads.MAX_UPLOADED_NAMES - 1):
         uploads_folder.upload("rankings", f"r{i}", bodies["first"])
-    stored = {name: uploads_folder.store_file("rankings", name, bodies["second"]) for name in ("a", "b")}
+    stored_files = {name: uploads_folder.store_file("rankings", name, bodies["second"]) for name in ("a", "b")}
     constant = uploads_folder.store_file("constants", "c", bodies["values"])  # all started before the quota was full
-    uploads_folder.assign_name("rankings", "a", *stored["a"])
-    for kind, name, file in (("rankings", "b", stored["b"]), ("constants", "c", constant)):
+    uploads_folder.assign_name("rankings", "a", *stored_files["a"])
+    for kind, name, file in (("rankings", "b", stored_files["b"]), ("constants", "c", constant)):
         with pytest.raises(PayloadTooLargeError, match="at most 64 rankings and constants, got one more"):
             uploads_folder.assign_name(kind, name, *file)
     assert files(folder) == {get_file_name(bodies["first"]), get_file_name(bodies["second"])}
@@ -88,10 +88,10 @@ def test_upload_with_unwritable_index_leaves_no_file(folder, bodies, monkeypatch
     uploads_folder = Uploads(folder, FakeRegistry())
     uploads_folder.upload("rankings", "a", bodies["first"])
 
-    def full(path, text):
+    def raise_disk_full(path, text):
         raise SnpatchError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr(uploads, "write_text", full)
+    monkeypatch.setattr(uploads, "write_text", raise_disk_full)
     for name in ("a", "b"):
         with pytest.raises(InternalError, match="No space left on device") as error:
             uploads_folder.upload("rankings", name, bodies["second"])
@@ -105,12 +105,12 @@ def test_delete_removes_file_before_writing_index(folder, bodies, monkeypatch):
     uploads_folder.upload("rankings", "a", bodies["first"])
     write = uploads.write_text
 
-    def full(path, text):
+    def raise_disk_full(path, text):
         if files(folder):
             raise SnpatchError(f"cannot write {path}: No space left on device")
         write(path, text)
 
-    monkeypatch.setattr(uploads, "write_text", full)
+    monkeypatch.setattr(uploads, "write_text", raise_disk_full)
     assert uploads_folder.delete("rankings", "a")
     assert not files(folder)
     assert json.loads((folder / "index.json").read_text())["rankings"] == {}
@@ -120,11 +120,11 @@ def test_delete_with_unwritable_index_can_be_repeated(folder, bodies, monkeypatc
     uploads_folder = Uploads(folder, FakeRegistry())
     uploads_folder.upload("rankings", "a", bodies["first"])
 
-    def broken(path, text):
+    def raise_error(path, text):
         raise SnpatchError(f"cannot write {path}: Input/output error")
 
     with monkeypatch.context() as patch, pytest.raises(InternalError, match="Input/output error"):
-        patch.setattr(uploads, "write_text", broken)
+        patch.setattr(uploads, "write_text", raise_error)
         uploads_folder.delete("rankings", "a")
     assert not uploads_folder._registry.rankings
     assert uploads_folder.delete("rankings", "a")
@@ -140,9 +140,9 @@ def test_start_removes_only_files_of_interrupted_uploads(folder, bodies):
         (folder / name).write_bytes(b"half")
     for name in ("safety.safetensors", ".notes.partial", "readme.txt"):
         (folder / name).write_bytes(b"the user's")
-    again = Uploads(folder, FakeRegistry())
+    restarted_uploads = Uploads(folder, FakeRegistry())
     assert files(folder) == {first, "safety.safetensors", ".notes.partial", "readme.txt"}
-    assert again._registry.rankings.keys() == {"a"}
+    assert restarted_uploads._registry.rankings.keys() == {"a"}
 
 
 def _replace(path, make):
@@ -168,15 +168,15 @@ def test_damaged_file_is_skipped_until_replaced_or_deleted(folder, bodies, caplo
     uploads_folder.upload("rankings", "bad", bodies["first"])
     uploads_folder.upload("rankings", "good", bodies["second"])
     damage(folder / get_file_name(bodies["first"]))
-    again = Uploads(folder, FakeRegistry())
+    restarted_uploads = Uploads(folder, FakeRegistry())
     (line,) = caplog.messages
     assert (get_file_name(bodies["first"]) in line, "rankings: bad is skipped" in line) == (True, True)
-    assert again._registry.rankings.keys() == {"good"}
-    again.upload("rankings", "new", bodies["second"])
+    assert restarted_uploads._registry.rankings.keys() == {"good"}
+    restarted_uploads.upload("rankings", "new", bodies["second"])
     if not (folder / get_file_name(bodies["first"])).is_dir():
-        assert again.delete("rankings", "bad")
+        assert restarted_uploads.delete("rankings", "bad")
         assert files(folder) == {get_file_name(bodies["second"])}
-        again.upload("rankings", "bad", bodies["first"])
+        restarted_uploads.upload("rankings", "bad", bodies["first"])
         assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"good", "new", "bad"}
 
 
@@ -205,12 +205,12 @@ UNREADABLE = {
 def test_unreadable_index_logs_one_line_and_removes_no_file(folder, bodies, caplog, text):
     Uploads(folder, FakeRegistry()).upload("rankings", "a", bodies["first"])
     (folder / "index.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    again = Uploads(folder, FakeRegistry())
+    restarted_uploads = Uploads(folder, FakeRegistry())
     (line,) = caplog.messages
     assert "index.json: expected the names of uploads as JSON, got" in line
-    assert not again._registry.rankings
+    assert not restarted_uploads._registry.rankings
     assert files(folder) == {get_file_name(bodies["first"])}
-    again.upload("rankings", "b", bodies["second"])
+    restarted_uploads.upload("rankings", "b", bodies["second"])
     assert Uploads(folder, FakeRegistry())._registry.rankings.keys() == {"b"}
 
 
@@ -240,8 +240,8 @@ def test_symlinked_index_is_replaced_and_target_unchanged(folder, bodies, tmp_pa
 def test_folder_of_other_server_is_refused(folder):
     folder.mkdir()
     command = [sys.executable, "-c", HOLD, folder / ".lock"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
         with pytest.raises(SnpatchError, match=r"got one of another server\. Stop the other server"):
             Uploads(folder, FakeRegistry())
     Uploads(folder, FakeRegistry())

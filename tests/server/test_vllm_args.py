@@ -54,8 +54,8 @@ def test_server_flags_round_trip_to_vllm_values():
     want = vars(vllm_args._parse(vllm_args._build_parser(), ["m", *SERVER_FLAGS]))
     assert actual["middleware"] == ["a.b", "c.d", vllm_args.MIDDLEWARE]
     assert actual["model"] == "m"
-    changed = {name for name in want if actual[name] != want[name] and name not in ("middleware", "model")}
-    assert changed == set(), {name: (actual[name], want[name]) for name in changed}
+    differences = {name for name in want if actual[name] != want[name] and name not in ("middleware", "model")}
+    assert differences == set(), {name: (actual[name], want[name]) for name in differences}
 
 
 def test_vllm_config_file_is_read(tmp_path):
@@ -102,7 +102,7 @@ def test_config_round_trips_through_table(tmp_path):
     placed = config.placed(tmp_path)
     assert placed.rankings == {"safety": str(tmp_path / "r.safetensors")}
     assert placed.allow_upload == str(tmp_path / "up")
-    for bad, message in (
+    for invalid_table, message in (
         ({**table, "rankings": {"a": 3}}, "rankings.a: expected str, got 3"),
         ({**table, "patches": {"a": "b"}}, "patches.a: expected Mapping"),
         ({**table, "drain_s": float("inf")}, "drain_s: expected less than 1000000, got inf"),
@@ -110,15 +110,17 @@ def test_config_round_trips_through_table(tmp_path):
         ([], "expected a table"),
     ):
         with pytest.raises(SnpatchError, match=message):
-            ServeConfig.from_dict(bad)
+            ServeConfig.from_dict(invalid_table)
 
 
 @pytest.fixture
 def registry(zoo, tmp_path):
     """Return a function (base_names, **fields of ServeConfig) that builds a registry without starting the engine."""
-    made = zoo("llama")
+    tiny_model = zoo("llama")
     RANKINGS[0].save(tmp_path / "first.safetensors")
-    config = EngineConfig.of(made.folder, {n: list(made.adapters[n]) for n in ("sft", "dpo")}, template="tulu")
+    config = EngineConfig.of(
+        tiny_model.folder, {n: list(tiny_model.adapters[n]) for n in ("sft", "dpo")}, template="tulu"
+    )
     engine = AsyncEngine.from_config(config)
 
     def get(base_names=(), **fields) -> PatchRegistry:
@@ -140,8 +142,8 @@ def test_registry_resolves_names_and_inline_patches(registry):
     assert str(names.unknown_model_error("dqo")) == (
         "model: expected one of the models dpo, m, base, sft or of the patches safe; 'dqo' does not exist"
     )
-    many = registry((), patches={f"p{i:02}": SAFE for i in range(20)})
-    assert str(many.unknown_model_error("p19")).endswith(
+    large_registry = registry((), patches={f"p{i:02}": SAFE for i in range(20)})
+    assert str(large_registry.unknown_model_error("p19")).endswith(
         "or of the patches p19, p18, p17, p00, p01, p02, p03, p04, p05, p06, p07, p08 and 8 more; 'p19' does not exist"
     )
     assert names.lookup("m").patch == names.lookup("base").patch == names.lookup(None).patch == "base"
@@ -165,15 +167,19 @@ def build_state(config: EngineConfig) -> ServerState:
 
 def test_chat_for_model_with_other_template_is_refused(pairs, tmp_path):
     """The secondary weights have their own template."""
-    made = pairs("llama")
-    folder = made.models["dpo"][0] if not isinstance(made.models["dpo"], dict) else made.models["dpo"]["checkpoint"]
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
-    (other / "chat_template.jinja").write_text("{{ messages[-1]['content'] }} other")
+    tiny_pair = pairs("llama")
+    folder = (
+        tiny_pair.models["dpo"][0]
+        if not isinstance(tiny_pair.models["dpo"], dict)
+        else tiny_pair.models["dpo"]["checkpoint"]
+    )
+    second_folder = tmp_path / "other"
+    shutil.copytree(folder, second_folder)
+    (second_folder / "chat_template.jinja").write_text("{{ messages[-1]['content'] }} other")
     base = tmp_path / "base"
-    shutil.copytree(made.folder, base)
+    shutil.copytree(tiny_pair.folder, base)
     (base / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
-    config = EngineConfig.of(base, models={"dpo": str(other)})
+    config = EngineConfig.of(base, models={"dpo": str(second_folder)})
     state = build_state(config)
     state.check_template("base")
     with pytest.raises(SnpatchError, match="expected a model with this server's chat template, got dpo") as caught:
@@ -186,12 +192,12 @@ def test_chat_for_model_with_other_template_is_refused(pairs, tmp_path):
 @pytest.mark.parametrize("flag_variables", [None, {"enable_thinking": True, "more": 1}])
 def test_server_uses_engine_chat_template_and_variables(zoo, tmp_path, flag_variables):
     """A template and a tokenizer next to an adapter, and variables; a flag's variables override the engine's."""
-    made, adapter = zoo("llama"), tmp_path / "sft"
-    shutil.copytree(made.adapters["sft"][0], adapter)
+    tiny_model, adapter = zoo("llama"), tmp_path / "sft"
+    shutil.copytree(tiny_model.adapters["sft"][0], adapter)
     source = "{{ messages[-1]['content'] }}{% if enable_thinking %} bama{% endif %}"
     (adapter / "chat_template.jinja").write_text(source)
     tiny.tokenizer(eos=tiny.WORDS[7]).save_pretrained(adapter)
-    config = EngineConfig.of(made.folder, {"sft": [adapter]}, chat_template_kwargs={"enable_thinking": False})
+    config = EngineConfig.of(tiny_model.folder, {"sft": [adapter]}, chat_template_kwargs={"enable_thinking": False})
     state = build_state(config)
     args = Namespace(chat_template=None, default_chat_template_kwargs=flag_variables)
     set_chat_template(args, state)

@@ -40,13 +40,15 @@ def _cuda_code(graph: torch.fx.GraphModule) -> str:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     arguments, tensors = _inputs(graph)
     with fake:
-        given = [torch.empty(shape, dtype=dtype) for shape, dtype in tensors.values()]
+        fake_inputs = [torch.empty(shape, dtype=dtype) for shape, dtype in tensors.values()]
 
         def run(*values):
-            return graph(*({**arguments, **dict(zip(tensors, values, strict=True))}[i] for i in range(len(every))))
+            return graph(
+                *({**arguments, **dict(zip(tensors, values, strict=True))}[i] for i in range(len(placeholders)))
+            )
 
-        every = [*arguments, *tensors]
-        traced = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="fake")(*given)
+        placeholders = [*arguments, *tensors]
+        traced = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="fake")(*fake_inputs)
     traced.graph.eliminate_dead_code()
 
     def on_card(tensor):
@@ -64,7 +66,7 @@ def _cuda_code(graph: torch.fx.GraphModule) -> str:
     traced.recompile()
     with pytest.MonkeyPatch.context() as patch, config.patch(compile_threads=1):
         _pretend_there_is_a_card(patch)
-        inputs = [on_card(tensor) for tensor in given]
+        inputs = [on_card(tensor) for tensor in fake_inputs]
         with V.set_fake_mode(fake):
             lowering = GraphLowering(traced, example_inputs=inputs, is_inference=True)
             from torch._inductor.debug import DebugContext
@@ -77,14 +79,14 @@ def _cuda_code(graph: torch.fx.GraphModule) -> str:
 
 def _inputs(graph: torch.fx.GraphModule) -> tuple[dict, dict]:
     """Return the graph's placeholders by index: values of numbers and others, and (shape, dtype) of tensors."""
-    others, tensors = {}, {}
+    values, tensors = {}, {}
     for index, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder"):
         value = node.meta.get("example_value", node.meta.get("val"))
         if isinstance(value, torch.Tensor):
             tensors[index] = tuple(map(_size, value.shape)), value.dtype
         else:
-            others[index] = _size(value) if isinstance(value, int | torch.SymInt) else value
-    return others, tensors
+            values[index] = _size(value) if isinstance(value, int | torch.SymInt) else value
+    return values, tensors
 
 
 def _size(size) -> int:

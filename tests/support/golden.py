@@ -17,13 +17,13 @@ WRITE = Sampling(max_tokens=24)
 PAD = 3
 
 
-def read(name: str):
+def read_golden(name: str):
     return json.loads((HOME / name).read_text())
 
 
-PROMPTS = read("prompts.json")["prompts"]
+PROMPTS = read_golden("prompts.json")["prompts"]
 IDS = [prompt["input_ids"] for prompt in PROMPTS]
-CONTRAST, GENERATION = load_file(HOME / "contrast.safetensors"), read("generation.json")
+CONTRAST, GENERATION = load_file(HOME / "contrast.safetensors"), read_golden("generation.json")
 RANKING = Ranking.from_order(
     CONTRAST["completion.batch5.neuron_ranks"],
     SHAPE,
@@ -34,9 +34,9 @@ RANKING = Ranking.from_order(
 )
 
 
-def assert_near(got: torch.Tensor, expected: torch.Tensor, relative: float = RELATIVE):
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= relative * expected.abs().max()
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, relative: float = RELATIVE):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= relative * expected.abs().max()
 
 
 def parse_golden_patch(run: dict) -> Patch | str:
@@ -55,5 +55,5 @@ def without_padding(ids: list[int], eos: int | None) -> list[int]:
     return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
-RUNS = {**GENERATION["runs"], **read("ablation.json")["runs"]}
+RUNS = {**GENERATION["runs"], **read_golden("ablation.json")["runs"]}
 GOLDEN_LOGITS = {**load_file(HOME / "generation.safetensors"), **load_file(HOME / "ablation.safetensors")}

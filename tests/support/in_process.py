@@ -57,9 +57,11 @@ def start(in_process, zoo):
         while engines:
             engines.pop().close()
         gc.collect()
-        made = zoo(architecture) if isinstance(architecture, str) else architecture
+        tiny_model = zoo(architecture) if isinstance(architecture, str) else architecture
         with _untouched(Olmo2Model, Olmo3Model):
-            engines.append(Engine(made.folder, **made.engine_arguments, backend="vllm", **{**SMALL, **options}))
+            engines.append(
+                Engine(tiny_model.folder, **tiny_model.engine_arguments, backend="vllm", **{**SMALL, **options})
+            )
         return engines[0]
 
     yield get

@@ -70,9 +70,9 @@ class Job:
             donor = Noise(self.donor, seed=self.seed)
         else:
             donor = self.donor + self.suffix if isinstance(self.donor, str) else Constant(self.donor, self.mode)
-        own = Intervention(donor, RANKINGS[self.order], self.window, self.positions, self.strength)
+        intervention = Intervention(donor, RANKINGS[self.order], self.window, self.positions, self.strength)
         further = [job.within(self).patch.interventions[0] for job in self.further]
-        return Patch(self.recipient_name, interventions=[own, *further])
+        return Patch(self.recipient_name, interventions=[intervention, *further])
 
     def within(self, job: "Job") -> "Job":
         """Return a further intervention as a job of its own."""
@@ -90,14 +90,14 @@ class Job:
             return (self.positions if self.positions >= 0 else n + self.positions), 10**6
         return {"all": (0, 10**6), "prompt": (0, n), "completion": (n, 10**6)}[self.positions]
 
-    def oracle(self, made) -> tuple[oracle.Model, oracle.Patch | None]:
-        recipient = oracle.model(*made.checkpoints[self.recipient_name])
+    def oracle(self, tiny_model) -> tuple[oracle.Model, oracle.Patch | None]:
+        recipient = oracle.model(*tiny_model.checkpoints[self.recipient_name])
         if not self.is_patched:
             return recipient, None
         mask = oracle.build_mask(ORDERS[self.order][slice(*self.window)], SHAPE)
         start, stop = self.span
         if isinstance(self.donor, str):
-            values = {"donor": oracle.model(*made.checkpoints[self.donor + self.suffix])}
+            values = {"donor": oracle.model(*tiny_model.checkpoints[self.donor + self.suffix])}
         elif self.factor is not None:
             values = {"constant": torch.zeros(SHAPE)}
         else:
@@ -106,8 +106,10 @@ class Job:
         keep, take = 1.0 if is_added else 1 - self.strength, self.strength
         if self.factor is not None:
             keep = 1 - self.strength + self.strength * self.factor
-        then = tuple(job.within(self).oracle(made)[1] for job in self.further)
-        return recipient, oracle.Patch(mask, **values, start=start, stop=stop, keep=keep, take=take, then=then)
+        further_patches = tuple(job.within(self).oracle(tiny_model)[1] for job in self.further)
+        return recipient, oracle.Patch(
+            mask, **values, start=start, stop=stop, keep=keep, take=take, further=further_patches
+        )
 
     def overwrites(self, num_tokens: int) -> int:
         """Return neurons x patched positions; the last generated token is never read."""
@@ -135,7 +137,8 @@ JOBS = [
     Job(7, "dpo", 0.2 * VALUES.abs(), (0, 60), seed=7),
     Job(5, "base", VALUES, (0, 60), "completion"),
 ]
-
+PATCHED_JOB, FULL_PATCH_JOB = JOBS[2], JOBS[3]  # of 29 and of all neurons
+DONOR_JOBS = JOBS[2:6]  # patched from dpo at all positions
 
 # Strengths, added constants, scales, and recipients and donors swapped.
 EXTENDED_JOBS = [
@@ -186,15 +189,15 @@ def completion_data(completions) -> list[tuple]:
 
 
 @cache
-def oracle_completion(made: tiny.TinyModel, job: Job) -> oracle.Generation:
+def oracle_completion(tiny_model: tiny.TinyModel, job: Job) -> oracle.Generation:
     """Return the oracle's completion of 10 tokens, from build/oracle if an earlier run computed it.
 
     SNPATCH_ORACLE=fresh computes all of them again.
     """
-    path = ORACLE_CACHE / f"{sha256(_model_key(made) + _job_key(job)).hexdigest()[:32]}.pt"
+    path = ORACLE_CACHE / f"{sha256(_model_key(tiny_model) + _job_key(job)).hexdigest()[:32]}.pt"
     if path.exists() and os.environ.get("SNPATCH_ORACLE") != "fresh":
         return oracle.Generation(**torch.load(path, weights_only=True))
-    recipient, patch = job.oracle(made)
+    recipient, patch = job.oracle(tiny_model)
     generation = oracle.generate(recipient, job.ids, 10, patch)
     ORACLE_CACHE.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
@@ -204,11 +207,11 @@ def oracle_completion(made: tiny.TinyModel, job: Job) -> oracle.Generation:
 
 
 @cache
-def _model_key(made: tiny.TinyModel) -> bytes:
+def _model_key(tiny_model: tiny.TinyModel) -> bytes:
     """Return what determines the oracle's results besides the job: its code, libraries, weights and adapters."""
     key = f"{torch.__version__} {transformers.__version__} {torch.get_num_threads()}".encode()
     key += b"".join(sha256(Path(file).read_bytes()).digest() for file in (oracle.__file__, __file__))
-    for name, source in sorted(made.checkpoints.items()):
+    for name, source in sorted(tiny_model.checkpoints.items()):
         if not isinstance(source, dict):  # the oracle runs none that is an engine's table
             folder, adapters = source
             key += name.encode() + b"".join(map(_hash_folder, (folder, *adapters)))
@@ -226,9 +229,9 @@ def _job_key(job: Job) -> bytes:
     return repr([v.numpy().tobytes() if isinstance(v, torch.Tensor) else v for v in values]).encode()
 
 
-def assert_equals_oracle(made, jobs, completions):
+def assert_equals_oracle(tiny_model, jobs, completions):
     for job, completion in zip(jobs, completions, strict=True):
-        expected = oracle_completion(made, job)
+        expected = oracle_completion(tiny_model, job)
         assert expected.gap > MIN_LOGIT_GAP, f"{job}: logits too close, choose other weights"
         assert completion.token_ids == expected.ids, job
         assert completion.logprobs == pytest.approx(expected.logprobs, abs=LOGPROB)
@@ -237,20 +240,20 @@ def assert_equals_oracle(made, jobs, completions):
         assert completion.finish_reason == "length"
 
 
-def assert_logprobs_equal_generation(engine, made, jobs):
+def assert_logprobs_equal_generation(engine, tiny_model, jobs):
     """Compare logprobs of the oracle's texts, given as completions, with those of their generation.
 
     `positions` distinguishes completions from prompts. Every token but a wrong last one is greedy.
     """
-    expected = [oracle_completion(made, job) for job in jobs]
-    wrong = [[*one.ids[:-1], (one.ids[-1] + 1) % 90 + 10] for one in expected]
+    expected = [oracle_completion(tiny_model, job) for job in jobs]
+    wrong_completions = [[*generation.ids[:-1], (generation.ids[-1] + 1) % 90 + 10] for generation in expected]
     prompts, patches = [job.ids for job in jobs], [job.patch for job in jobs]
-    results = engine.logprobs(prompts, patches, completions=[one.ids for one in expected])
-    for one, result in zip(expected, results, strict=True):
+    results = engine.logprobs(prompts, patches, completions=[generation.ids for generation in expected])
+    for generation, result in zip(expected, results, strict=True):
         assert result.values.dtype == torch.float32
-        assert result.values.tolist() == pytest.approx(one.logprobs, abs=LOGPROB)
+        assert result.values.tolist() == pytest.approx(generation.logprobs, abs=LOGPROB)
         assert result.is_greedy.all()
-    for result in engine.logprobs(prompts, patches, completions=wrong):
+    for result in engine.logprobs(prompts, patches, completions=wrong_completions):
         assert result.is_greedy.tolist() == [True] * 9 + [False]
 
 
@@ -260,8 +263,8 @@ MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
 
 def assert_ranking(ranking, expected, order: bool = True):
     for name in ("scores", *MOMENTS):
-        got = ranking.scores if name == "scores" else ranking.moments[name]
-        assert (got - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+        array = ranking.scores if name == "scores" else ranking.moments[name]
+        assert (array - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
     assert ranking.meta["tokens"] == expected["tokens"]
     if order:
         scores = expected["scores"].flatten()[ranking.rank.flatten().argsort()][: len(ranking)]
@@ -291,25 +294,27 @@ def forced_sequences(positions: str) -> list[tuple[list[int], list[int]]]:
 def assert_k_zero_and_all_give_pure_completions(engine):
     """Check promise 1 for down_proj adapters: with all neurons patched, nothing of the recipient is left."""
     for recipient in ("base", "sft"):
-        none = [Job(i, recipient, "dpo", (0, 0)) for i in range(8)]
-        full = [Job(i, recipient, "dpo", (0, ALL)) for i in range(8)]
-        plain = [Job(i, name) for name in (recipient, "dpo") for i in range(8)]
-        token_ids = [c.token_ids for c in generate(engine, [*none, *full])]
-        assert token_ids == [c.token_ids for c in generate(engine, plain)]
+        zero_jobs = [Job(i, recipient, "dpo", (0, 0)) for i in range(8)]
+        all_jobs = [Job(i, recipient, "dpo", (0, ALL)) for i in range(8)]
+        unpatched_jobs = [Job(i, name) for name in (recipient, "dpo") for i in range(8)]
+        token_ids = [c.token_ids for c in generate(engine, [*zero_jobs, *all_jobs])]
+        assert token_ids == [c.token_ids for c in generate(engine, unpatched_jobs)]
 
 
 def assert_self_patch_changes_nothing(engine, model):
     """Check promise 2."""
-    plain = generate(engine, [Job(i, model) for i in range(8)])
-    patched = generate(engine, [Job(i, model, model, (0, k)) for i, k in enumerate((0, 1, 50, ALL, 7, 100, ALL, 3))])
-    assert [c.token_ids for c in patched] == [c.token_ids for c in plain]
-    for one, other in zip(patched, plain, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    unpatched_completions = generate(engine, [Job(i, model) for i in range(8)])
+    patched_completions = generate(
+        engine, [Job(i, model, model, (0, k)) for i, k in enumerate((0, 1, 50, ALL, 7, 100, ALL, 3))]
+    )
+    assert [c.token_ids for c in patched_completions] == [c.token_ids for c in unpatched_completions]
+    for completion, unpatched in zip(patched_completions, unpatched_completions, strict=True):
+        assert completion.logprobs == pytest.approx(unpatched.logprobs, abs=1e-5)
 
 
-def assert_batch_equals_single(together, alone, logprob: float):
+def assert_batch_equals_single(batch, singles, logprob: float):
     """Check promise 3: a batch gives what its requests give one by one."""
-    assert completion_data(together) == completion_data(alone)
-    for one, other in zip(together, alone, strict=True):
-        assert (one.logprobs is None) == (other.logprobs is None)
-        assert one.logprobs is None or one.logprobs == pytest.approx(other.logprobs, abs=logprob)
+    assert completion_data(batch) == completion_data(singles)
+    for completion, single in zip(batch, singles, strict=True):
+        assert (completion.logprobs is None) == (single.logprobs is None)
+        assert completion.logprobs is None or completion.logprobs == pytest.approx(single.logprobs, abs=logprob)

@@ -23,7 +23,7 @@ PROMPTS = ["a b", "c", "a b c d e", "d d"]
 COMPLETIONS = ["b c d", "", "e", "a <|user|> b"]
 
 
-def opened(folder: Path, **arguments) -> ScoreModel:
+def open_score_model(folder: Path, **arguments) -> ScoreModel:
     return ScoreModel(folder, **{"backend": "transformers", "device": "cpu", **arguments})
 
 
@@ -102,15 +102,15 @@ def by_hand(tensors: dict[str, torch.Tensor], text: str, *, normalize: bool = Fa
 
     def heads(x: torch.Tensor, name: str, rotate: bool) -> torch.Tensor:
         y = (x @ tensors[f"model.{name}.weight"].T).unflatten(-1, (-1, HEAD)).transpose(0, 1)
-        turned = torch.cat([-y[..., HEAD // 2 :], y[..., : HEAD // 2]], -1)
-        y = y * cos + turned * sin if rotate else y
+        rotated_half = torch.cat([-y[..., HEAD // 2 :], y[..., : HEAD // 2]], -1)
+        y = y * cos + rotated_half * sin if rotate else y
         return y.repeat_interleave(4 // y.shape[0], 0)
 
-    future = torch.ones(len(words), len(words)).triu(1).bool()
+    causal_mask = torch.ones(len(words), len(words)).triu(1).bool()
     for i in range(2):
         h, layer = norm(x, f"layers.{i}.input_layernorm"), f"layers.{i}.self_attn"
         q, k = heads(h, f"{layer}.q_proj", True), heads(h, f"{layer}.k_proj", True)
-        weights = (q @ k.mT / HEAD**0.5).masked_fill(future, -torch.inf).softmax(-1)
+        weights = (q @ k.mT / HEAD**0.5).masked_fill(causal_mask, -torch.inf).softmax(-1)
         mixed = (weights @ heads(h, f"{layer}.v_proj", False)).transpose(0, 1).flatten(1)
         x = x + mixed @ tensors[f"model.{layer}.o_proj.weight"].T
         h = norm(x, f"layers.{i}.post_attention_layernorm")

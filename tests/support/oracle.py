@@ -94,7 +94,7 @@ def model(folder: Path, adapters: tuple[Path, ...] = ()) -> Model:
 
 @dataclass
 class Patch:
-    """One intervention, and the further ones in `then`.
+    """One intervention, and the ones in `further`.
 
     mask: [L, F] bool, neurons to overwrite at positions [start, stop) with keep * own value + take * source. The source
     is the donor model's value, `constant` [L, F], or `deviation` [L, F] times the noise of `seed`.
@@ -109,11 +109,11 @@ class Patch:
     stop: int = 10**9
     keep: float = 0.0
     take: float = 1.0
-    then: "tuple[Patch, ...]" = ()
+    further: "tuple[Patch, ...]" = ()
 
     def forward(self, recipient: Model, ids: list[int]) -> Tensor:
         """Return the patched recipient's logits [T, V]."""
-        overwrites = [patch._overwrite(ids) for patch in (self, *self.then)]
+        overwrites = [patch._overwrite(ids) for patch in (self, *self.further)]
 
         def overwrite(layer: int, value: Tensor) -> Tensor:
             for apply in overwrites:
@@ -131,14 +131,16 @@ class Patch:
         def overwrite(layer: int, value: Tensor) -> Tensor:
             value = value.clone()
             for position in positions:
-                own, mask = value[position].clone(), self.mask[layer]
+                recipient_value, mask = value[position].clone(), self.mask[layer]
                 if self.deviation is not None:
-                    new = torch.zeros_like(own)
+                    source_value = torch.zeros_like(recipient_value)
                     for neuron in mask.nonzero().flatten().tolist():
-                        new[neuron] = self.deviation[layer, neuron].item() * normal(self.seed, position, layer, neuron)
+                        source_value[neuron] = self.deviation[layer, neuron].item() * normal(
+                            self.seed, position, layer, neuron
+                        )
                 else:
-                    new = self.constant[layer] if self.donor is None else donor_values[layer][position]
-                value[position, mask] = self.keep * own[mask] + self.take * new[mask]
+                    source_value = self.constant[layer] if self.donor is None else donor_values[layer][position]
+                value[position, mask] = self.keep * recipient_value[mask] + self.take * source_value[mask]
             return value
 
         return overwrite
@@ -173,10 +175,10 @@ def generate(
         ids.append(int(allowed.argmax()))
         if ids[-1] == eos:
             break
-    logits, new = torch.stack(rows), ids[len(prompt) :]
+    logits, completion_ids = torch.stack(rows), ids[len(prompt) :]
     top = logits.topk(2).values
-    logprobs = logits.log_softmax(-1)[range(len(new)), new].tolist()
-    return Generation(new, logprobs, (top[:, 0] - top[:, 1]).min().item(), logits)
+    logprobs = logits.log_softmax(-1)[range(len(completion_ids)), completion_ids].tolist()
+    return Generation(completion_ids, logprobs, (top[:, 0] - top[:, 1]).min().item(), logits)
 
 
 def logprobs(recipient: Model, ids: list[int], patch: Patch | None = None) -> Tensor:
@@ -201,13 +203,13 @@ def contrast(recipient: Model, donor: Model, texts: list[tuple[list[int], list[i
     }
 
 
-def scored_positions(positions: str, prompt: int, written: int) -> list[int]:
-    """The positions that `positions` names, of a prompt of `prompt` tokens and `written` tokens without an EOS."""
+def scored_positions(positions: str, num_prompt: int, num_completion: int) -> list[int]:
+    """Return the positions that `positions` names of a sequence; the completion has no EOS."""
     return {
-        "completion": list(range(prompt, prompt + written)),
-        "completion_shifted": list(range(prompt - 1, prompt - 1 + written)),
-        "prompt": list(range(prompt)),
-        "last_prompt_token": [prompt - 1],
+        "completion": list(range(num_prompt, num_prompt + num_completion)),
+        "completion_shifted": list(range(num_prompt - 1, num_prompt - 1 + num_completion)),
+        "prompt": list(range(num_prompt)),
+        "last_prompt_token": [num_prompt - 1],
     }[positions]
 
 

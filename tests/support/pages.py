@@ -62,14 +62,14 @@ def _effect(name: str, value: float | None) -> dict:
 
 def _record(index: int, point: tuple, words: int, draw: random.Random) -> dict:
     recipient, donor, ranking, seed, k = point
-    chosen = random.Random(index).choices(WORDS, k=words)
-    changed = words // 4 + index % 3 if k else words if recipient == "base" else 2
-    chosen[changed:] = draw.choices(WORDS, k=len(chosen[changed:]))
+    completion_words = random.Random(index).choices(WORDS, k=words)
+    num_shared = words // 4 + index % 3 if k else words if recipient == "base" else 2
+    completion_words[num_shared:] = draw.choices(WORDS, k=len(completion_words[num_shared:]))
     return {
         "set": SETS[index % 2], "prompt_index": index, "seed": None,
         "prompt": f"Question {index}: how would one do it?",
         "recipient": recipient, "donor": donor, "ranking": ranking, "control_seed": seed, "rank_lo": 0, "rank_hi": k,
-        "strength": 1.0, "state": "done", "error": None, "completion": " ".join(chosen), "finish_reason": "stop",
-        "overwrites": k * words,
+        "strength": 1.0, "state": "done", "error": None, "completion": " ".join(completion_words),
+        "finish_reason": "stop", "overwrites": k * words,
         "scores": {judge: draw.gauss(1 + k / 1000, 1) for judge in JUDGES},
     }  # fmt: skip

@@ -9,9 +9,9 @@ def descendants(process: int) -> set[int]:
     pids, parents = set(), [process]
     while parents:
         text = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parents.pop())], capture_output=True, text=True).stdout
-        new = {int(pid) for pid in text.split()} - pids
-        pids |= new
-        parents += new
+        children = {int(pid) for pid in text.split()} - pids
+        pids |= children
+        parents += children
     return pids
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import httpx
 import torch
 
-HELD, MISCOUNT, SPOIL = (f"/v1/snpatch/{name}" for name in ("held", "miscount", "spoil"))  # routes of the tests
+# Routes of the tests.
+RESOURCES, MISCOUNT, SPOIL = (f"/v1/snpatch/{name}" for name in ("resources", "miscount", "spoil"))
 SERVE = (__file__, "serve")
 
 
@@ -45,15 +46,15 @@ class Server:
         """Return the server's log."""
         return self._log.read_text()
 
-    def get(self, path: str, **more) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **more)
+    def get(self, path: str, **options) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **options)
 
-    def post(self, path: str, table: object, **more) -> httpx.Response:
-        return httpx.post(self.url + path, json=table, timeout=60, **more)
+    def post(self, path: str, table: object, **options) -> httpx.Response:
+        return httpx.post(self.url + path, json=table, timeout=60, **options)
 
-    def held(self) -> dict[str, int]:
+    def count_resources(self) -> dict[str, int]:
         """Return what the engine and its workers hold for requests, summed over workers."""
-        return self.get(HELD).json()
+        return self.get(RESOURCES).json()
 
     def end(self, number: int = signal.SIGTERM, wait_s: float = 60) -> int:
         """Stop the server and return its exit code."""
@@ -68,7 +69,7 @@ class Server:
             return False
 
 
-def count_held(worker) -> dict[str, int]:
+def count_worker_resources(worker) -> dict[str, int]:
     """Return, in a worker, what it holds for requests."""
     tracker = worker.model_runner.get_model().snpatch.tracker
     return {
@@ -89,10 +90,10 @@ def miscount(worker) -> None:
     fetch = tracker.fetch
 
     def fetch_less(tickets):
-        found = fetch(tickets)
-        for record in (record for records in found for record in records):
+        records_by_worker = fetch(tickets)
+        for record in (record for records in records_by_worker for record in records):
             record["overwrites"] -= record["overwrites"] > 0
-        return found
+        return records_by_worker
 
     tracker.fetch = fetch_less
 
@@ -109,11 +110,11 @@ def main() -> None:
     def build_router(state):
         routes, executor = plain_router(state), state.engine.executor
 
-        @routes.get(HELD)
-        async def held() -> dict:
-            found = await executor.engine.collective_rpc(count_held)
-            here = {**executor.slots.num_in_use, "waiting": executor.num_waiting, "sweeps": len(state.sweeps)}
-            return here | {name: sum(one[name] for one in found) for name in found[0]}
+        @routes.get(RESOURCES)
+        async def count_resources() -> dict:
+            worker_counts = await executor.engine.collective_rpc(count_worker_resources)
+            engine_counts = {**executor.slots.num_in_use, "waiting": executor.num_waiting, "sweeps": len(state.sweeps)}
+            return engine_counts | {name: sum(counts[name] for counts in worker_counts) for name in worker_counts[0]}
 
         @routes.post(MISCOUNT)
         async def toggle() -> None:

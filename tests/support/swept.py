@@ -58,17 +58,18 @@ class Forks:
 
 
 def _serve(prompts: str, ranking: str) -> None:
-    engine, chats, loaded = start(batch_size=2, device="cpu"), load_dataset(prompts).prompts, Ranking.load(ranking)
+    engine, chats = start(batch_size=2, device="cpu"), load_dataset(prompts).prompts
+    neuron_ranking = Ranking.load(ranking)
     for folder in map(str.strip, sys.stdin):
-        read, write = os.pipe()
+        read_end, write_end = os.pipe()
         if not (pid := os.fork()):
-            os.write(write, str(len(run(engine, chats, loaded, folder, LONG).records)).encode())
+            os.write(write_end, str(len(run(engine, chats, neuron_ranking, folder, LONG).records)).encode())
             os._exit(0)
         print(pid, flush=True)
-        os.close(write)
+        os.close(write_end)
         os.waitpid(pid, 0)
-        print(os.read(read, 100).decode(), flush=True)
-        os.close(read)
+        print(os.read(read_end, 100).decode(), flush=True)
+        os.close(read_end)
 
 
 if __name__ == "__main__":

@@ -162,23 +162,23 @@ def make(architecture: str, folder: Path, seed: int = 1) -> TinyModel:
 
 
 def make_pair(
-    architecture: str, folder: Path, same: Callable[[str], bool] = lambda name: False, **options
+    architecture: str, folder: Path, is_shared: Callable[[str], bool] = lambda name: False, **options
 ) -> TinyModel:
     """Write two models with independent weights: base and sft (an adapter) on the first, dpo and tuned on the second.
 
-    same: selects weights, by name, that the second shares with the first. options: of the second's config.
+    is_shared: selects weights, by name, that the second shares with the first. options: of the second's config.
     """
     first = make(architecture, folder / "first")
-    own = AutoModelForCausalLM.from_pretrained(first.folder)
+    base_model = AutoModelForCausalLM.from_pretrained(first.folder)
     with torch.no_grad():
-        own.get_output_embeddings().weight[-8:] *= 0.02  # the second model's vocabulary may lack them
-    own.save_pretrained(first.folder)
+        base_model.get_output_embeddings().weight[-8:] *= 0.02  # the second model's vocabulary may lack them
+    base_model.save_pretrained(first.folder)
     second = AutoModelForCausalLM.from_config(config(architecture, **options), dtype=torch.float32)
     init_weights(second, seed=7)
     with torch.no_grad():
         parameters = dict(second.named_parameters())
-        for name, weight in own.named_parameters():
-            if same(name):
+        for name, weight in base_model.named_parameters():
+            if is_shared(name):
                 parameters[name].copy_(weight)
     second.generation_config.eos_token_id = EOS
     second.save_pretrained(folder / "second")

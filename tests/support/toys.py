@@ -27,36 +27,36 @@ WORDS = (
 UNK, BOS, EOS, PAD = range(4)
 LAYERS, NEURONS = 2, 96
 KEYS = [f"base_model.model.model.layers.{i}.mlp.down_proj.ia3_l" for i in range(LAYERS)]
-TOY = {"batch_size": 4, "micro_batch_size": 2, "epochs": 4, "max_length": 32, "gradient_checkpointing": False}
+TOY_SETTINGS = {"batch_size": 4, "micro_batch_size": 2, "epochs": 4, "max_length": 32, "gradient_checkpointing": False}
 PLOT = record.plot
 RATES = {"ia3": 0.1, "lora": 0.02, "full": 0.005}
 
 
-def said(*texts: str) -> list[dict[str, str]]:
+def to_chat(*texts: str) -> list[dict[str, str]]:
     """Return messages of user and assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def answered(text: str) -> list[dict[str, str]]:
+def to_answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
 MESSAGES = [
     {"messages": turns}
     for turns in (
-        said("ask one", "yes"),
-        said("ask two", "yes here it is"),
-        said("ask three", "here it is"),
-        said("ask one", "yes it is", "ask two", "it is here yes"),
-        [{"role": "system", "content": "be calm"}, *said("ask two", "yes here")],
-        said("ask one two", "here"),
-        said("ask two three", "yes here it is yes"),
-        said("ask three", "it is", "ask one", "yes"),
+        to_chat("ask one", "yes"),
+        to_chat("ask two", "yes here it is"),
+        to_chat("ask three", "here it is"),
+        to_chat("ask one", "yes it is", "ask two", "it is here yes"),
+        [{"role": "system", "content": "be calm"}, *to_chat("ask two", "yes here")],
+        to_chat("ask one two", "here"),
+        to_chat("ask two three", "yes here it is yes"),
+        to_chat("ask three", "it is", "ask one", "yes"),
     )
 ]
 PAIRS = [
-    {"prompt": said(*asked), "chosen": answered(chosen), "rejected": answered(rejected)}
-    for asked, chosen, rejected in (
+    {"prompt": to_chat(*prompt_texts), "chosen": to_answer(chosen), "rejected": to_answer(rejected)}
+    for prompt_texts, chosen, rejected in (
         (["ask one"], "no never", "yes here it is"),
         (["ask two"], "no", "yes here"),
         (["ask three"], "never no", "here it is yes"),
@@ -69,14 +69,14 @@ PAIRS = [
 ]
 
 
-def tokenizer(begins: bool = True, **names: str) -> PreTrainedTokenizerFast:
+def tokenizer(add_bos: bool = True, **names: str) -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer that splits on white space, without a chat template.
 
-    begins: add BOS before each text. names: other special tokens than the default ones.
+    add_bos: add BOS before each text. names: other special tokens than the default ones.
     """
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if begins:
+    if add_bos:
         core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"} | names
     return PreTrainedTokenizerFast(tokenizer_object=core, **names)
@@ -134,27 +134,27 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
 _toy = cache(Toy)
 
 
-def settings(method: str = "ia3", kind: type = TrainSettings, **given) -> TrainSettings:
-    return kind(**{**TOY, "method": method, "learning_rate": RATES[method], **given})
+def settings(method: str = "ia3", config_class: type = TrainSettings, **changes) -> TrainSettings:
+    return config_class(**{**TOY_SETTINGS, "method": method, "learning_rate": RATES[method], **changes})
 
 
-def dpo_settings(method: str = "ia3", **given) -> DpoSettings:
-    return settings(method, DpoSettings, **given)
+def dpo_settings(method: str = "ia3", **changes) -> DpoSettings:
+    return settings(method, DpoSettings, **changes)
 
 
-def encode(turns: Sequence[Mapping[str, str]], speaks: bool = False) -> tuple[list[int], list[bool]]:
+def encode(turns: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
     """Return a chat's ids in Tulu's format, and a mask of the assistant's ids, including EOS.
 
-    speaks: the ids end with the assistant's tag, so that it continues.
+    add_generation_prompt: the ids end with the assistant's tag, so that it continues.
     """
-    ids, own = [BOS], [False]
+    ids, mask = [BOS], [False]
     for turn in turns:
         words = [WORDS.index(word) if word in WORDS else UNK for word in turn["content"].split()]
         is_own = turn["role"] == "assistant"
         words += [EOS] * is_own
         ids += [WORDS.index(f"<|{turn['role']}|>"), *words]
-        own += [False, *[is_own] * len(words)]
-    return ([*ids, WORDS.index("<|assistant|>")], [*own, False]) if speaks else (ids, own)
+        mask += [False, *[is_own] * len(words)]
+    return ([*ids, WORDS.index("<|assistant|>")], [*mask, False]) if add_generation_prompt else (ids, mask)
 
 
 def log_probs(model: nn.Module, ids: Sequence[int]) -> Tensor:
@@ -165,18 +165,18 @@ def log_probs(model: nn.Module, ids: Sequence[int]) -> Tensor:
 
 def answer_log_probs(model: nn.Module, pair: Mapping, answer: str) -> Tensor:
     """Return the log-probability of each token of a pair's "chosen" or "rejected", including EOS."""
-    prompt, _ = encode(pair["prompt"], speaks=True)
+    prompt, _ = encode(pair["prompt"], add_generation_prompt=True)
     ids, _ = encode([*pair["prompt"], *pair[answer]])
     assert ids[: len(prompt)] == prompt
     return log_probs(model, ids)[len(prompt) - 1 :]
 
 
-def plain(folder: Path) -> LlamaForCausalLM:
+def load_model(folder: Path) -> LlamaForCausalLM:
     """Load a checkpoint with transformers in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def vectors(folder: Path) -> list[Tensor]:
+def load_vectors(folder: Path) -> list[Tensor]:
     """Return an IA3 adapter's vector of each layer."""
     tensors = load_file(folder / "adapter_model.safetensors")
     assert sorted(tensors) == sorted(KEYS)
@@ -184,7 +184,7 @@ def vectors(folder: Path) -> list[Tensor]:
 
 
 @contextmanager
-def scaled(model: LlamaForCausalLM, scales: Sequence[Tensor]) -> Iterator[None]:
+def apply_scales(model: LlamaForCausalLM, scales: Sequence[Tensor]) -> Iterator[None]:
     """Multiply the inputs of each down_proj: IA3 without PEFT."""
 
     def times(vector: Tensor) -> Callable:
@@ -199,30 +199,33 @@ def scaled(model: LlamaForCausalLM, scales: Sequence[Tensor]) -> Iterator[None]:
         handle.remove()
 
 
-def sft_loss(model: nn.Module, limit: int | None = None, begins: bool = True) -> Tensor:
-    """Return the mean loss over the assistants' tokens in MESSAGES. limit: tokens per row. begins: with BOS."""
+def compute_sft_loss(model: nn.Module, limit: int | None = None, add_bos: bool = True) -> Tensor:
+    """Return the mean loss over the assistants' tokens in MESSAGES. limit: tokens per row. add_bos: with BOS."""
     parts = []
     for row in MESSAGES:
-        ids, own = (part[not begins :][:limit] for part in encode(row["messages"]))
-        parts.append(log_probs(model, ids)[torch.tensor(own[1:])])
+        ids, mask = (part[not add_bos :][:limit] for part in encode(row["messages"]))
+        parts.append(log_probs(model, ids)[torch.tensor(mask[1:])])
     return -torch.cat(parts).mean()
 
 
-def margins(model: nn.Module) -> Tensor:
+def compute_margins(model: nn.Module) -> Tensor:
     """Return log p(chosen) - log p(rejected) of each pair in PAIRS, in nats."""
-    found = ([answer_log_probs(model, pair, answer).sum() for answer in ("chosen", "rejected")] for pair in PAIRS)
-    return torch.stack([chosen - rejected for chosen, rejected in found])
+
+    def total(pair: Mapping, answer: str) -> Tensor:
+        return answer_log_probs(model, pair, answer).sum()
+
+    return torch.stack([total(pair, "chosen") - total(pair, "rejected") for pair in PAIRS])
 
 
-def dpo_loss(reference: Tensor, beta: float = 0.1) -> Callable[[nn.Module], Tensor]:
+def build_dpo_loss(reference: Tensor, beta: float = 0.1) -> Callable[[nn.Module], Tensor]:
     """Return the DPO loss as a function of a model. reference: the SFT model's margins."""
-    return lambda model: -nn.functional.logsigmoid(beta * (margins(model) - reference)).mean()
+    return lambda model: -nn.functional.logsigmoid(beta * (compute_margins(model) - reference)).mean()
 
 
-def descend(
+def train_scales(
     model: LlamaForCausalLM,
     start: Sequence[Tensor],
-    loss_of: Callable[[nn.Module], Tensor],
+    compute_loss: Callable[[nn.Module], Tensor],
     *,
     steps: int,
     rate: float,
@@ -236,17 +239,17 @@ def descend(
     scales = [vector.clone().requires_grad_() for vector in start]
     mean, square, losses = [0.0] * len(scales), [0.0] * len(scales), []
     for step in range(1, steps + 1):
-        with scaled(model, scales):
-            loss = loss_of(model)
-        found = torch.autograd.grad(loss, scales)
-        norm = torch.cat(found).norm()
-        own = rate * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-        for i, gradient in enumerate(found):
+        with apply_scales(model, scales):
+            loss = compute_loss(model)
+        gradients = torch.autograd.grad(loss, scales)
+        norm = torch.cat(gradients).norm()
+        current_rate = rate * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        for i, gradient in enumerate(gradients):
             gradient = gradient * min(1.0, 1.0 / (norm.item() + 1e-6))
             mean[i] = 0.9 * mean[i] + 0.1 * gradient
             square[i] = 0.999 * square[i] + 0.001 * gradient**2
             move = (mean[i] / (1 - 0.9**step)) / ((square[i] / (1 - 0.999**step)).sqrt() + 1e-8)
             with torch.no_grad():
-                scales[i] -= own * (decay * (scales[i] - target[i]) + move)
+                scales[i] -= current_rate * (decay * (scales[i] - target[i]) + move)
         losses.append(loss.item())
     return [vector.detach() for vector in scales], losses

@@ -42,55 +42,55 @@ class TwoScores(RisingScores):
 
 
 def test_smallest_window_with_few_failing_prompts_is_that_of_the_grid():
-    used, right = [], 0
+    used_fractions, num_exact = [], 0
     for seed in range(60):
         scores = TwoScores(seed, prompts=100)
         result = find_smallest_window(scores.measure, KS, scores.recipient, scores.donor, target=0.9, seed=seed)
-        right += result.k == scores.exact(0.9)
-        used.append(result.used / result.full)
-    assert right >= 59
-    assert np.mean(used) < 1 / 3
+        num_exact += result.k == scores.exact(0.9)
+        used_fractions.append(result.used / result.full)
+    assert num_exact >= 59
+    assert np.mean(used_fractions) < 1 / 3
 
 
 @pytest.mark.parametrize("target", [0.3, 0.6, 0.9])
 def test_smallest_window_is_that_of_the_grid_for_a_third_of_the_completions(target):
-    used, right = [], 0
+    used_fractions, num_exact = [], 0
     for seed in range(40):
         scores = RisingScores(seed)
         result = find_smallest_window(scores.measure, KS, scores.recipient, scores.donor, target=target, seed=seed)
         exact = scores.exact(target)
-        right += result.k == exact
-        used.append(result.used / result.full)
+        num_exact += result.k == exact
+        used_fractions.append(result.used / result.full)
         assert len(scores.requested) == len(set(scores.requested)) == result.used, "no pair is measured twice"
         assert result.full == len(KS) * 150
-    assert right >= 39
-    assert np.mean(used) < 1 / 3
-    assert max(used) < 0.55
+    assert num_exact >= 39
+    assert np.mean(used_fractions) < 1 / 3
+    assert max(used_fractions) < 0.55
 
 
 def test_interval_contains_the_result_for_other_prompts_at_its_confidence():
     """Draw prompts from a large population: its result is in the interval as often as the confidence says."""
-    many = RisingScores(0, prompts=20_000)
-    truth, covered = many.exact(0.6), 0
+    population = RisingScores(0, prompts=20_000)
+    truth, covered = population.exact(0.6), 0
     draw = np.random.default_rng(1)
     for seed in range(200):
         some = draw.choice(20_000, 120, replace=False)
         result = find_smallest_window(
-            lambda pairs, some=some: [many.scores(k)[some[prompt]] for k, prompt in pairs],
-            KS, many.recipient[some], many.donor[some], target=0.6, seed=seed,
+            lambda pairs, some=some: [population.scores(k)[some[prompt]] for k, prompt in pairs],
+            KS, population.recipient[some], population.donor[some], target=0.6, seed=seed,
         )  # fmt: skip
         covered += (result.low is not None and result.low <= truth) and (result.high is None or truth <= result.high)
     assert covered >= 190
 
 
-def test_smallest_window_at_the_ends_of_the_grid():
+def test_smallest_window_is_found_at_grid_ends():
     scores = RisingScores(3, top=0.2)
     assert find_smallest_window(scores.measure, KS, scores.recipient, scores.donor).k is None
     result = find_smallest_window(scores.measure, [1300, 2000], scores.recipient, scores.donor, target=0.01)
     assert (result.k, result.low) == (1300, 1300)
-    same = RisingScores(4, noise=0.0)
-    same.scores = lambda k: same.donor if k >= 250 else same.recipient
-    result = find_smallest_window(same.measure, KS, same.recipient, same.donor)
+    step_scores = RisingScores(4, noise=0.0)
+    step_scores.scores = lambda k: step_scores.donor if k >= 250 else step_scores.recipient
+    result = find_smallest_window(step_scores.measure, KS, step_scores.recipient, step_scores.donor)
     assert (result.k, result.low) == (250, 250)
     assert result.high in (250, None), "too few prompts to be sure about others"
     assert result.used < result.full / 3
@@ -138,7 +138,7 @@ def test_blocks_are_chosen_greedily_until_they_suffice():
     assert [block.name for block in result] == ["l2", "l5"]
     assert result[1].effect == pytest.approx(0.95, abs=0.03)
     assert len(requested) == len(set(requested)) == sum(block.used for block in result) < 15 * 150 * 0.6
-    chosen = find_blocks(measure, ["l0", "l1"], scores.recipient, scores.donor)
-    assert {block.name for block in chosen} == {"l0", "l1"}, "all, because they do not suffice"
+    blocks = find_blocks(measure, ["l0", "l1"], scores.recipient, scores.donor)
+    assert {block.name for block in blocks} == {"l0", "l1"}, "all, because they do not suffice"
     with pytest.raises(SnpatchError, match="a name each"):
         find_blocks(measure, ["l0", "l0"], scores.recipient, scores.donor)

@@ -19,11 +19,11 @@ from snpatch.sweeps.store import STORE_FILE  # noqa: E402
 
 def replicas() -> list[int]:
     """Return the processes of all replicas."""
-    found = subprocess.run(["pgrep", "-f", "ray::Replica.generate"], capture_output=True, text=True).stdout
-    return [int(line) for line in found.split()]
+    output = subprocess.run(["pgrep", "-f", "ray::Replica.generate"], capture_output=True, text=True).stdout
+    return [int(line) for line in output.split()]
 
 
-def written(out) -> int:
+def count_texts(out) -> int:
     if not (out / STORE_FILE).is_file():
         return 0
     with sqlite3.connect(out / STORE_FILE) as file:
@@ -32,8 +32,8 @@ def written(out) -> int:
 
 
 def test_killed_replica_is_replaced(capsys, prompts, ranking, tmp_path):
-    path, out, alone = write_sweep_file(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
-    assert run(capsys, "sweep", path, "--trust-config", "-o", alone)[0] == 0
+    path, out, expected_out = write_sweep_file(tmp_path, prompts, ranking), tmp_path / "out", tmp_path / "alone"
+    assert run(capsys, "sweep", path, "--trust-config", "-o", expected_out)[0] == 0
     command = [
         sys.executable,
         "-m",
@@ -50,13 +50,13 @@ def test_killed_replica_is_replaced(capsys, prompts, ranking, tmp_path):
     ]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_AUTH_MODE": "disabled"}
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while process.poll() is None and written(out) < 5:
+    while process.poll() is None and count_texts(out) < 5:
         time.sleep(0.02)
     os.kill(replicas()[0], signal.SIGKILL)
     err = process.communicate(timeout=200)[1]
     assert process.returncode == 0, err[-3000:]
     assert "is replaced: a replica has ended" in err
-    assert (out / "sweep.csv").read_bytes() == (alone / "sweep.csv").read_bytes()
+    assert (out / "sweep.csv").read_bytes() == (expected_out / "sweep.csv").read_bytes()
     with sqlite3.connect(out / STORE_FILE) as file:
         assert file.execute("SELECT count(*) FROM work").fetchone() == (0,)
     provenance = json.loads((out / "sweep.json").read_text())["provenance"]

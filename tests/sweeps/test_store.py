@@ -30,7 +30,7 @@ def prompts(tmp_path_factory):
     """Return a file of five prompts."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     texts = json.loads((GOLDEN / "prompts.json").read_text())["prompts"][:5]
-    path.write_text("".join(json.dumps({"prompt": one["content"]}) + "\n" for one in texts))
+    path.write_text("".join(json.dumps({"prompt": text["content"]}) + "\n" for text in texts))
     return path
 
 
@@ -50,35 +50,35 @@ def ranking(engine, chats):
 
 
 def test_claims_are_exclusive_and_released_at_close(tmp_path):
-    with Store(tmp_path) as one, Store(tmp_path) as other:
-        assert one.queue.enqueue(["a", "b", "c"]) == other.queue.enqueue(["c", "b", "a"]) == 3
-        assert one.queue.claim(2) == ["a", "b"], "in the order of the requests"
-        assert other.queue.claim(5) == ["c"]
-        assert one.queue.claim(5) == []
-        other.add("c", TEXT)
-        assert (one.queue.num_missing(), other.queue.num_missing()) == (0, 2), "without its own claims"
-        assert one.status().claimed == 2
-        one.add("a", TEXT)
-        assert one.completions(["a", "b", "c"]) == {"a": TEXT, "c": TEXT}
-    with Store(tmp_path) as other:
-        assert other.queue.enqueue(["a", "b"]) == 1
-        assert other.queue.claim(5) == ["b"], "who ends gives back what it had taken"
+    with Store(tmp_path) as first, Store(tmp_path) as second:
+        assert first.queue.enqueue(["a", "b", "c"]) == second.queue.enqueue(["c", "b", "a"]) == 3
+        assert first.queue.claim(2) == ["a", "b"], "in the order of the requests"
+        assert second.queue.claim(5) == ["c"]
+        assert first.queue.claim(5) == []
+        second.add("c", TEXT)
+        assert (first.queue.num_missing(), second.queue.num_missing()) == (0, 2), "without its own claims"
+        assert first.status().claimed == 2
+        first.add("a", TEXT)
+        assert first.completions(["a", "b", "c"]) == {"a": TEXT, "c": TEXT}
+    with Store(tmp_path) as second:
+        assert second.queue.enqueue(["a", "b"]) == 1
+        assert second.queue.claim(5) == ["b"], "who ends gives back what it had taken"
 
 
 def test_lease_is_renewed_by_a_live_process_and_expires_otherwise(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "LEASE_SECONDS", 0.4)
-    with Store(tmp_path) as one, Store(tmp_path) as other:
-        for store in (one, other):
+    with Store(tmp_path) as first, Store(tmp_path) as second:
+        for store in (first, second):
             store.queue.enqueue(["a"])
-        assert one.queue.claim(1) == ["a"]
+        assert first.queue.claim(1) == ["a"]
         time.sleep(0.8)
-        assert other.queue.claim(1) == [], "it was renewed"
-        one.queue.stop_heartbeat()
+        assert second.queue.claim(1) == [], "it was renewed"
+        first.queue.stop_heartbeat()
         time.sleep(0.5)
-        assert other.queue.claim(1) == ["a"]
-        one.add("a", TEXT)
-        other.add("a", StoredCompletion("another", [], "eos", 0))
-        assert other.completions(["a"]) == {"a": TEXT}, "the first one stays"
+        assert second.queue.claim(1) == ["a"]
+        first.add("a", TEXT)
+        second.add("a", StoredCompletion("another", [], "eos", 0))
+        assert second.completions(["a"]) == {"a": TEXT}, "the first one stays"
 
 
 def test_lease_of_a_dead_process_is_released_at_once(tmp_path):
@@ -107,11 +107,11 @@ def test_failing_completion_is_isolated_by_bisection(tmp_path):
         runs = 0
         while store.queue.num_missing():
             runs += 1
-            taken = store.queue.claim(64)
-            if "k17" in taken:
+            claimed_keys = store.queue.claim(64)
+            if "k17" in claimed_keys:
                 store.queue.mark_suspect("it died")
                 continue
-            for key in taken:
+            for key in claimed_keys:
                 store.add(key, TEXT)
         assert store.queue.errors(keys) == {"k17": "it died"}
         assert len(store.completions(keys)) == 39
@@ -126,8 +126,8 @@ def test_full_disk_raises_and_loses_nothing(engine, chats, ranking, tmp_path):
             for i in range(1000):
                 store.add(f"k{i}", StoredCompletion("word " * 50, [1] * 50, "eos", 0))
     with Store(tmp_path) as store:
-        kept = store.completions([f"k{i}" for i in range(1000)])
-        assert len(kept) == i > 0
+        completions = store.completions([f"k{i}" for i in range(1000)])
+        assert len(completions) == i > 0
 
 
 def test_store_rejects_another_file(tmp_path):
@@ -145,7 +145,7 @@ def test_store_rejects_another_file(tmp_path):
 
 
 def test_crashed_engine_is_restarted(engine, chats, ranking, tmp_path, monkeypatch):
-    whole, restarts, original = run(engine, chats, ranking), [], type(engine.executor).stream
+    uninterrupted, restarts, original = run(engine, chats, ranking), [], type(engine.executor).stream
 
     def dying(self, requests):
         for n, output in enumerate(original(self, requests)):
@@ -157,7 +157,7 @@ def test_crashed_engine_is_restarted(engine, chats, ranking, tmp_path, monkeypat
     monkeypatch.setattr(type(engine), "restart", lambda self: restarts.append(self))
     result = run(engine, chats, ranking, tmp_path)
     assert len(restarts) == 2
-    assert (result.rows, result.records, result.failures) == (whole.rows, whole.records, [])
+    assert (result.rows, result.records, result.failures) == (uninterrupted.rows, uninterrupted.records, [])
     restarts.clear()
     with pytest.raises(EngineCrashedError):
         run(engine, chats, ranking, tmp_path / "other", max_restarts=1)
@@ -166,13 +166,17 @@ def test_crashed_engine_is_restarted(engine, chats, ranking, tmp_path, monkeypat
 
 
 def test_failing_completion_leaves_the_others(engine, chats, ranking, tmp_path, monkeypatch, capsys):
-    whole, original = run(engine, chats, ranking), type(engine.executor).stream
-    bad = engine.encode([chats[2]], "sft")[0]
+    expected, original = run(engine, chats, ranking), type(engine.executor).stream
+    failing_ids = engine.encode([chats[2]], "sft")[0]
 
     def failing(self, requests):
         def checked():
             for request in requests:
-                if request.prompt_ids == bad and len(request.overwrites) and request.overwrites[0].window.hi == 300:
+                if (
+                    request.prompt_ids == failing_ids
+                    and len(request.overwrites)
+                    and request.overwrites[0].window.hi == 300
+                ):
                     raise SnpatchError("this one cannot be run")
                 yield request
 
@@ -182,18 +186,18 @@ def test_failing_completion_leaves_the_others(engine, chats, ranking, tmp_path, 
     result = run(engine, chats, ranking, tmp_path)
     assert "this one cannot be run" in capsys.readouterr().err
     assert result.failures == ["prompts, prompt 2: this one cannot be run"]
-    lost = [r for r in result.records if r["completion"] is None]
-    assert {(r["rank_hi"], r["prompt_index"], r["scores"]["cost"]) for r in lost} == {(300, 2, None)}
-    for row, before in zip(result.rows, whole.rows, strict=True):
+    failed_records = [r for r in result.records if r["completion"] is None]
+    assert {(r["rank_hi"], r["prompt_index"], r["scores"]["cost"]) for r in failed_records} == {(300, 2, None)}
+    for row, before in zip(result.rows, expected.rows, strict=True):
         assert (row.prompts, row.failed) == ((4, 1) if row.rank_hi == 300 else (5, 0))
         assert row.rank_hi == 300 or row == before or row.net_effect is not None
     monkeypatch.setattr(type(engine.executor), "stream", original)
-    assert run(engine, chats, ranking, tmp_path).rows == whole.rows, "the same command again does what failed"
+    assert run(engine, chats, ranking, tmp_path).rows == expected.rows, "the same command again does what failed"
 
 
 def test_invalid_prompt_leaves_the_others(engine, chats, ranking, tmp_path):
-    long = [{"role": "user", "content": "bala " * 4000}]
-    result = run(engine, [*chats, long], ranking, tmp_path)
+    long_chat = [{"role": "user", "content": "bala " * 4000}]
+    result = run(engine, [*chats, long_chat], ranking, tmp_path)
     assert len(result.failures) == 1
     assert "prompts, prompt 5: prompt 0 has" in result.failures[0]
     assert {(row.prompts, row.failed) for row in result.rows} == {(5, 1)}
@@ -219,11 +223,11 @@ def test_sweep_gives_up_after_repeated_failed_runs(engine, chats, ranking, tmp_p
 
 
 def test_wrong_receipt_ends_the_sweep(engine, chats, ranking, monkeypatch):
-    def wrong(self, requests):
+    def raise_receipt_error(self, requests):
         raise ReceiptError("the device did something else")
         yield
 
-    monkeypatch.setattr(type(engine.executor), "stream", wrong)
+    monkeypatch.setattr(type(engine.executor), "stream", raise_receipt_error)
     with pytest.raises(ReceiptError):
         run(engine, chats, ranking)
 
@@ -238,39 +242,41 @@ def record_keys(monkeypatch) -> list[str]:
 class Words:
     """Judge with a fingerprint that records its calls."""
 
-    def __init__(self, fingerprint="words", bad=()):
-        self.fingerprint, self.bad, self.asked = fingerprint, bad, []
+    def __init__(self, fingerprint="words", failing=()):
+        self.fingerprint, self.failing, self.judged_pairs = fingerprint, failing, []
 
     def __call__(self, prompts, completions):
-        self.asked += zip(prompts, completions, strict=True)
-        if any(text in self.bad for text in completions):
+        self.judged_pairs += zip(prompts, completions, strict=True)
+        if any(text in self.failing for text in completions):
             raise ZeroDivisionError("no such text")
         return judge(prompts, completions)
 
 
 def test_added_judge_scores_stored_completions_without_generating(engine, chats, ranking, tmp_path, monkeypatch):
-    written = record_keys(monkeypatch)
+    stored_keys = record_keys(monkeypatch)
     first, second = Words("a"), Words("b")
     run(engine, chats, ranking, tmp_path, judges={"one": first})
-    n = len(first.asked)
-    assert n == len(set(first.asked)) > 5
-    written.clear()
+    n = len(first.judged_pairs)
+    assert n == len(set(first.judged_pairs)) > 5
+    stored_keys.clear()
     result = run(engine, chats, ranking, tmp_path, judges={"one": first, "two": second})
-    assert not written
-    assert (len(first.asked), sorted(second.asked)) == (n, sorted(first.asked))
+    assert not stored_keys
+    assert (len(first.judged_pairs), sorted(second.judged_pairs)) == (n, sorted(first.judged_pairs))
     assert result.judges == ["one", "two"]
-    more = SweepConfig(("sft",), "dpo", (0, 70, 300, 500), controls=1, sampling=GREEDY, resamples=50)
-    run(engine, chats, ranking, tmp_path, judges={"one": first}, config=more)
-    assert 0 < len(written) <= 2 * len(chats), "a larger grid generates only new completions"
+    config = SweepConfig(("sft",), "dpo", (0, 70, 300, 500), controls=1, sampling=GREEDY, resamples=50)
+    run(engine, chats, ranking, tmp_path, judges={"one": first}, config=config)
+    assert 0 < len(stored_keys) <= 2 * len(chats), "a larger grid generates only new completions"
 
 
 def test_judge_that_raises_leaves_the_other_scores(engine, chats, ranking, tmp_path):
     iter_prose = {r["completion"] for r in run(engine, chats, ranking).records if r["ranking"] and r["rank_hi"] == 70}
-    bad = sorted(iter_prose)[0]
-    result = run(engine, chats, ranking, tmp_path, judges={"one": Words(bad=[bad]), "other": Words("good")})
+    failing_text = sorted(iter_prose)[0]
+    result = run(
+        engine, chats, ranking, tmp_path, judges={"one": Words(failing=[failing_text]), "other": Words("good")}
+    )
     missing = [r for r in result.records if r["scores"]["one"] is None]
     assert missing
-    assert {r["completion"] for r in missing} == {bad}
+    assert {r["completion"] for r in missing} == {failing_text}
     assert all(r["scores"]["other"] is not None for r in result.records)
     assert all("one has no score of its completion" in line for line in result.failures)
     with Store(tmp_path) as store:
@@ -283,7 +289,7 @@ def test_judge_that_raises_leaves_the_other_scores(engine, chats, ranking, tmp_p
 
 def test_completions_are_judged_while_others_are_generated(engine, chats, ranking, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "JUDGE_BATCH_SIZE", 4)
-    threads, seen, original = set(), [], type(engine.executor).stream
+    threads, num_judged, original = set(), [], type(engine.executor).stream
 
     class Threaded(Words):
         def __call__(self, prompts, completions):
@@ -293,26 +299,26 @@ def test_completions_are_judged_while_others_are_generated(engine, chats, rankin
     def slow(self, requests):
         for output in original(self, requests):
             time.sleep(0.01)
-            seen.append(len(words.asked))
+            num_judged.append(len(words.judged_pairs))
             yield output
 
     words = Threaded()
     monkeypatch.setattr(type(engine.executor), "stream", slow)
     result = run(engine, chats, ranking, tmp_path, judges={"one": words})
-    assert seen[-1] > 8, "before the last text was written"
+    assert num_judged[-1] > 8, "before the last text was written"
     assert threads == {"snpatch-judges", "MainThread"}
-    assert len(words.asked) == len(set(words.asked)), "and none is asked for twice"
+    assert len(words.judged_pairs) == len(set(words.judged_pairs)), "and none is asked for twice"
     assert result.rows == run(engine, chats, ranking, judges={"one": Words()}).rows
 
 
 def test_equal_requests_are_generated_once(engine, chats, ranking, tmp_path, monkeypatch):
     """Run k = 0 of all rankings, and the same neurons under another name or in another order."""
-    written = record_keys(monkeypatch)
+    stored_keys = record_keys(monkeypatch)
     shuffled = type(ranking).from_order(ranking.top(70).flip(0), ranking.shape)
     config = SweepConfig(("sft",), "dpo", (0, 70), controls=0, sampling=GREEDY)
     rankings = {"safety": ranking, "same": ranking, "shuffled": shuffled}
     result = sweep(engine, chats, rankings, {"cost": judge}, config, store=tmp_path)
-    assert len(written) == 4 * len(chats), "two models, k = 0 and k = 70"
+    assert len(stored_keys) == 4 * len(chats), "two models, k = 0 and k = 70"
     by = {(row.ranking, row.rank_hi): row for row in result.rows}
     assert by["safety", 70].mean == by["same", 70].mean == by["shuffled", 70].mean
     assert by["safety", 0].mean == by["shuffled", 0].mean
@@ -330,8 +336,8 @@ def test_each_donor_strength_and_sample_is_a_point(engine, chats, ranking, tmp_p
         ((*p, s, c) for p in pairs for s in (1.0, 0.5) for c in (None, 0)), key=str
     )
     assert len(result.records) == (3 + 12) * len(chats) * 3
-    one = [r for r in result.records if (r["recipient"], r["ranking"], r["prompt_index"]) == ("base", None, 0)]
-    assert len({tuple(r["token_ids"]) for r in one}) > 1, "each sample has a seed of its own"
+    samples = [r for r in result.records if (r["recipient"], r["ranking"], r["prompt_index"]) == ("base", None, 0)]
+    assert len({tuple(r["token_ids"]) for r in samples}) > 1, "each sample has a seed of its own"
     assert run(engine, chats, ranking, config=config).records == result.records, "and always the same"
     row = next(r for r in result.rows if (r.recipient, r.donor, r.ranking) == ("base", "sft", "safety"))
     means = {r.recipient: r.mean for r in result.rows if r.ranking is None}
@@ -346,35 +352,38 @@ def test_each_donor_strength_and_sample_is_a_point(engine, chats, ranking, tmp_p
 @pytest.fixture
 def forks(prompts, ranking, tmp_path_factory):
     """Return processes that run the sweep into a folder on request."""
-    path, started = tmp_path_factory.mktemp("ranking") / "ranking.safetensors", []
+    path, processes = tmp_path_factory.mktemp("ranking") / "ranking.safetensors", []
     ranking.save(path)
 
     def start():
-        started.append(Forks(prompts, path))
-        return started[-1]
+        processes.append(Forks(prompts, path))
+        return processes[-1]
 
     yield start
-    for one in started:
-        one.close()
+    for process in processes:
+        process.close()
 
 
 def test_promise_8_sweep_resumes_after_twenty_random_kills(engine, chats, ranking, tmp_path, forks):
-    whole, process, draw, done = run(engine, chats, ranking, config=LONG), forks(), random.Random(0), 0
-    keys = {(r["recipient"], r["rank_lo"], r["rank_hi"], r["control_seed"], r["prompt_index"]) for r in whole.records}
+    uninterrupted, process, draw, num_stored = run(engine, chats, ranking, config=LONG), forks(), random.Random(0), 0
+    keys = {
+        (r["recipient"], r["rank_lo"], r["rank_hi"], r["control_seed"], r["prompt_index"])
+        for r in uninterrupted.records
+    }
     for _ in range(20):
-        pid, until = process.start(tmp_path), min(done + draw.randint(0, 2), len(keys) // 2)
-        while _written(tmp_path) < until:
+        pid, until = process.start(tmp_path), min(num_stored + draw.randint(0, 2), len(keys) // 2)
+        while _count_texts(tmp_path) < until:
             time.sleep(draw.random() * 0.01)
         os.kill(pid, signal.SIGKILL)
         assert process.wait() == ""
-        assert _written(tmp_path) >= done, "nothing that was written is lost"
-        done = _written(tmp_path)
-    assert 20 < done < len(keys)
+        assert _count_texts(tmp_path) >= num_stored, "nothing that was written is lost"
+        num_stored = _count_texts(tmp_path)
+    assert 20 < num_stored < len(keys)
     result = run(engine, chats, ranking, tmp_path, LONG)
-    assert (result.rows, result.records) == (whole.rows, whole.records)
+    assert (result.rows, result.records) == (uninterrupted.rows, uninterrupted.records)
 
 
-def _written(folder) -> int:
+def _count_texts(folder) -> int:
     if not (folder / STORE_FILE).is_file():
         return 0
     with sqlite3.connect(folder / STORE_FILE, timeout=60) as file:
@@ -384,10 +393,12 @@ def _written(folder) -> int:
 
 
 def test_two_processes_share_a_folder(engine, chats, ranking, tmp_path, forks):
-    whole, processes = run(engine, chats, ranking, config=LONG), [forks(), forks()]
+    expected, processes = run(engine, chats, ranking, config=LONG), [forks(), forks()]
     for process in processes:
         process.start(tmp_path)
-    assert [process.wait() for process in processes] == [str(len(whole.records))] * 2, "both have the complete result"
+    assert [process.wait() for process in processes] == [str(len(expected.records))] * 2, (
+        "both have the complete result"
+    )
     with sqlite3.connect(tmp_path / STORE_FILE) as file:
         assert file.execute("SELECT count(*) FROM work").fetchone() == (0,)
-    assert run(engine, chats, ranking, tmp_path, LONG).rows == whole.rows
+    assert run(engine, chats, ranking, tmp_path, LONG).rows == expected.rows

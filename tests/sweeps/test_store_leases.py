@@ -39,9 +39,9 @@ def wait_until(holds) -> None:
 def rows(folder, statement: str) -> list[tuple]:
     """Return rows as another program reads them."""
     connection = sqlite3.connect(folder / STORE_FILE)
-    found = connection.execute(statement).fetchall()
+    records = connection.execute(statement).fetchall()
     connection.close()
-    return found
+    return records
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_heartbeat_continues_after_a_lock_of_another_process(tmp_path, monkeypat
         assert store.queue._heartbeat.is_alive()
 
 
-def late(store: Store) -> None:
+def lose_heartbeat(store: Store) -> None:
     """Stop the heartbeat, as if the process were stopped."""
     store.queue.stop_heartbeat()
     store.queue._heartbeat_connection = None
@@ -111,33 +111,33 @@ def late(store: Store) -> None:
 )
 def test_process_past_its_lease_changes_nothing_of_the_new_owner(tmp_path, monkeypatch, write):
     monkeypatch.setattr(queue, "LEASE_SECONDS", 0.5)
-    with Store(tmp_path) as other:
-        one = Store(tmp_path).__enter__()
-        for store in (one, other):
+    with Store(tmp_path) as owner:
+        expired = Store(tmp_path).__enter__()
+        for store in (expired, owner):
             store.queue.enqueue(["x"])
-        assert one.queue.claim(1) == ["x"]
-        late(one)
+        assert expired.queue.claim(1) == ["x"]
+        lose_heartbeat(expired)
         time.sleep(0.6)
-        assert other.queue.claim(1) == ["x"]
+        assert owner.queue.claim(1) == ["x"]
         statement = "SELECT owner, attempts, error, failed FROM work"
         before = rows(tmp_path, statement)
-        write(one)
+        write(expired)
         assert rows(tmp_path, statement) == before
-        other.add("x", StoredCompletion("another", [], "eos", 0))
-        status = other.status()
+        owner.add("x", StoredCompletion("another", [], "eos", 0))
+        status = owner.status()
         assert (status.done, status.failed, status.open) == (1, 0, 0)
 
 
 def test_completion_that_failed_here_and_was_stored_elsewhere_is_done(tmp_path):
-    with Store(tmp_path) as one, Store(tmp_path) as other:
-        one.queue.enqueue(["x"])
-        one.queue.claim(1)
-        one.queue.mark_suspect("overflowed in bfloat16 at layer 12", ["x"])
-        assert one.queue.errors(["x"]) == {"x": "overflowed in bfloat16 at layer 12"}
-        assert (one.queue.num_missing(), one.status().failed, one.status().open) == (0, 1, 0)
-        other.add("x", TEXT)
-        assert (one.status().done, one.status().failed) == (1, 0)
-        assert not one.status().failures
+    with Store(tmp_path) as first, Store(tmp_path) as second:
+        first.queue.enqueue(["x"])
+        first.queue.claim(1)
+        first.queue.mark_suspect("overflowed in bfloat16 at layer 12", ["x"])
+        assert first.queue.errors(["x"]) == {"x": "overflowed in bfloat16 at layer 12"}
+        assert (first.queue.num_missing(), first.status().failed, first.status().open) == (0, 1, 0)
+        second.add("x", TEXT)
+        assert (first.status().done, first.status().failed) == (1, 0)
+        assert not first.status().failures
 
 
 def test_failing_completion_leaves_the_others_of_its_run(tmp_path):
@@ -192,17 +192,17 @@ def test_containers_with_equal_host_name_keep_their_leases(tmp_path, monkeypatch
     monkeypatch.setattr(owners, "_read_namespace", lambda: "boot pid:[1]")
     monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
     monkeypatch.setattr(owners, "_read_stat", lambda pid: ("S", 5) if pid == 2**22 + 1 else None)
-    one = Store(tmp_path).__enter__()
-    one.queue.enqueue(["a"])
-    assert one.queue.claim(1) == ["a"]
+    first = Store(tmp_path).__enter__()
+    first.queue.enqueue(["a"])
+    assert first.queue.claim(1) == ["a"]
     monkeypatch.setattr(owners, "_read_namespace", lambda: "boot pid:[2]")
-    with Store(tmp_path) as other:
-        other.queue.enqueue(["a"])
-        assert other.queue.claim(1) == [], "its number is free here, and it lives elsewhere"
-        assert other.status().claimed == 1
+    with Store(tmp_path) as second:
+        second.queue.enqueue(["a"])
+        assert second.queue.claim(1) == [], "its number is free here, and it lives elsewhere"
+        assert second.status().claimed == 1
         monkeypatch.setattr(owners, "_read_namespace", lambda: "boot pid:[1]")
-        assert other.queue.claim(1) == ["a"], "in its own namespace its number is free: it has ended"
-    one.__exit__(None, None, None)
+        assert second.queue.claim(1) == ["a"], "in its own namespace its number is free: it has ended"
+    first.__exit__(None, None, None)
 
 
 def test_lease_with_an_impossible_time_is_free(tmp_path):
@@ -229,34 +229,34 @@ def test_lock_of_a_sweep_raises_with_its_name(tmp_path, monkeypatch, child):
 
 def test_time_of_a_lock_does_not_count_against_leases(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "LEASE_SECONDS", 2.0)
-    with Store(tmp_path) as one, Store(tmp_path) as other:
-        for store in (one, other):
+    with Store(tmp_path) as first, Store(tmp_path) as second:
+        for store in (first, second):
             store.queue.enqueue(["a"])
-        assert one.queue.claim(1) == ["a"]
+        assert first.queue.claim(1) == ["a"]
         holder = sqlite3.connect(tmp_path / STORE_FILE, isolation_level=None, check_same_thread=False)
         holder.execute("BEGIN IMMEDIATE")
         release = threading.Timer(2.5, holder.execute, ["ROLLBACK"])
         release.start()
-        assert other.queue.claim(1) == [], "the lease ran out while nobody could renew it"
+        assert second.queue.claim(1) == [], "the lease ran out while nobody could renew it"
         release.join()
         holder.close()
-        one.add("a", TEXT)
+        first.add("a", TEXT)
 
 
 def test_scores_and_failures_of_a_live_run_survive_the_start_of_another(tmp_path):
-    with Store(tmp_path) as other:
-        with Store(tmp_path) as one:
-            one.set_judges({"words": f"{one.owner} words"})
-            one.add_scores(f"{one.owner} words", {"text": 1.0})
-            one.record_failure({"judge": "words"}, "no score")
-            other.start_run("snpatch sweep")
-            other.set_judges({"words": f"{other.owner} words"})
-            assert one.scores(f"{one.owner} words") == {"text": 1.0}
-            assert len(one.status().failures) == 1
-        other.start_run("snpatch sweep")
-        assert not other.status().failures
+    with Store(tmp_path) as restarted:
+        with Store(tmp_path) as live:
+            live.set_judges({"words": f"{live.owner} words"})
+            live.add_scores(f"{live.owner} words", {"text": 1.0})
+            live.record_failure({"judge": "words"}, "no score")
+            restarted.start_run("snpatch sweep")
+            restarted.set_judges({"words": f"{restarted.owner} words"})
+            assert live.scores(f"{live.owner} words") == {"text": 1.0}
+            assert len(live.status().failures) == 1
+        restarted.start_run("snpatch sweep")
+        assert not restarted.status().failures
     with Store(tmp_path) as third:
-        fingerprint = f"{other.owner} words"
+        fingerprint = f"{restarted.owner} words"
         third.add_scores(fingerprint, {"text": 1.0})
         third.set_judges({"words": f"{third.owner} words"})
         assert third.scores(fingerprint) == {}, "scores of an ended run without a fingerprint are deleted"

@@ -80,7 +80,7 @@ def change(folder, script: str) -> None:
     connection.close()
 
 
-def read(folder) -> list[dict]:
+def read_store(folder) -> list[dict]:
     """Call all methods of a reader, and return the records."""
     with Store(folder, must_exist=True) as store:
         store.status()
@@ -89,7 +89,7 @@ def read(folder) -> list[dict]:
 
 
 def test_records_of_unfinished_sweep_have_a_state(folder):
-    records = read(folder)
+    records = read_store(folder)
     assert [record["state"] for record in records] == list(STATES.values())
     assert [record["completion"] for record in records] == ["text", "", None, None, None]
     assert [record["error"] for record in records] == [None, None, "overflowed", None, "too long"]
@@ -105,7 +105,7 @@ def test_reader_sees_all_rows_and_writes_nothing(folder, live, tmp_path, state):
         "live": lambda: live,
     }[state]()
     before = stamps(place)
-    assert len(read(place)) == 5
+    assert len(read_store(place)) == 5
     after = stamps(place)
     assert after.keys() == before.keys()
     for name in {STORE_FILE, f"{STORE_FILE}-wal"} & before.keys():
@@ -140,7 +140,7 @@ def test_log_without_shared_index_is_read(live, tmp_path, monkeypatch):
         return connect(target, *args, **kwargs)
 
     monkeypatch.setattr(database.sqlite3, "connect", connect_read_only)
-    assert len(read(place)) == 5
+    assert len(read_store(place)) == 5
 
 
 def test_file_changed_while_reading_raises(folder):
@@ -169,23 +169,24 @@ def get_error(step, *arguments) -> str | None:
 
 def test_random_bytes_in_a_store_raise_one_line(folder, tmp_path):
     """Damage a store at random; bench_attack does it 1,500 times with the same kinds of damage."""
-    good, draw, place, damaged = (folder / STORE_FILE).read_bytes(), random.Random(2), tmp_path / "damaged", 0
-    place.mkdir()
+    valid_bytes, damaged_folder = (folder / STORE_FILE).read_bytes(), tmp_path / "damaged"
+    draw, num_errors = random.Random(2), 0
+    damaged_folder.mkdir()
     for _ in range(150):
-        content = bytearray(good)
+        content = bytearray(valid_bytes)
         for _ in range(draw.choice([1, 3, 30, 300])):
             content[draw.randrange(len(content))] = draw.randrange(256)
         if draw.random() < 0.1:
             content = content[: draw.randrange(len(content))]
-        for used in (read, opened):
-            for path in place.iterdir():
+        for use_store in (read_store, write_store):
+            for path in damaged_folder.iterdir():
                 path.unlink()
-            (place / STORE_FILE).write_bytes(content)
-            damaged += get_error(used, place) is not None
-    assert damaged > 150
+            (damaged_folder / STORE_FILE).write_bytes(content)
+            num_errors += get_error(use_store, damaged_folder) is not None
+    assert num_errors > 150
 
 
-def opened(folder) -> None:
+def write_store(folder) -> None:
     """Open a store to write, and call what a sweep calls."""
     with Store(folder) as store:
         fill(store)
@@ -246,7 +247,7 @@ FINE = {
 def test_crafted_store_is_reported_as_damaged(folder, name):
     change(folder, DAMAGED[name])
     with pytest.raises(SnpatchError, match=rf"{STORE_FILE}: damaged: .*another folder") as caught:
-        read(folder)
+        read_store(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -254,14 +255,14 @@ def test_crafted_store_is_reported_as_damaged(folder, name):
 def test_crafted_store_does_not_break_a_sweep(folder, name):
     """Allow what a sweep does not read; anything else raises one line."""
     change(folder, DAMAGED[name])
-    get_error(opened, folder)
+    get_error(write_store, folder)
 
 
 @pytest.mark.parametrize("name", FINE)
 def test_harmless_additions_to_a_store_are_ignored(folder, name):
     change(folder, FINE[name])
-    assert len(read(folder)) == 5
-    opened(folder)
+    assert len(read_store(folder)) == 5
+    write_store(folder)
 
 
 @pytest.mark.parametrize("name", ["failures nested", "labels no JSON", "texts an endless view"])
@@ -280,7 +281,7 @@ def test_store_of_another_version_raises(folder, version):
     change(folder, f"PRAGMA user_version = {version}")
     before = (folder / STORE_FILE).read_bytes()
     with pytest.raises(SnpatchError, match=r"expected (version \d of )?a sweep's store") as caught:
-        read(folder)
+        read_store(folder)
     assert "\n" not in str(caught.value)
     with pytest.raises(SnpatchError, match="damaged" if version == 0 else "of another snpatch"), Store(folder):
         pass
@@ -290,15 +291,15 @@ def test_store_of_another_version_raises(folder, version):
 def test_empty_file_is_rejected_by_a_reader_and_initialized_by_a_writer(tmp_path):
     (tmp_path / STORE_FILE).write_bytes(b"")
     with pytest.raises(SnpatchError, match="expected a sweep's store, got a file without its tables"):
-        read(tmp_path)
+        read_store(tmp_path)
     with Store(tmp_path) as store:
         assert store.queue.enqueue(["a"]) == 1
 
 
 def test_damaged_shard_raises_with_its_name(folder, tmp_path):
     part = folder / shard_name(1, 2)
-    with Store(folder, name=part.name) as other:
-        other.add("mine", TEXT)
+    with Store(folder, name=part.name) as shard:
+        shard.add("mine", TEXT)
     with Store(folder) as store:
         assert store.merge(part) == 1
         assert store.completions(["mine"]) == {"mine": TEXT}
@@ -323,13 +324,13 @@ def test_export_prints_progress_and_writes_states(capsys, folder, tmp_path, suff
     assert code == 0, err
     assert "Unfinished: 2 of 5 completions are written, 1 are open and 2 failed." in out
     if suffix == ".csv":
-        found = list(csv.DictReader(path.open()))
+        rows = list(csv.DictReader(path.open()))
     elif suffix == ".jsonl":
-        found = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
     else:
-        found = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
-    assert [row["state"] for row in found] == list(STATES.values())
-    assert [row["error"] or None for row in found] == [None, None, "overflowed", None, "too long"]
+        rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    assert [row["state"] for row in rows] == list(STATES.values())
+    assert [row["error"] or None for row in rows] == [None, None, "overflowed", None, "too long"]
 
 
 def test_export_of_finished_sweep_prints_it(capsys, tmp_path):
@@ -392,4 +393,4 @@ def test_report_of_folder_with_broken_table_prints_one_line(capsys, folder, cont
 def test_store_without_read_permission_prints_one_line(folder):
     (folder / STORE_FILE).chmod(0)
     with pytest.raises(SnpatchError, match="cannot use"):
-        read(folder)
+        read_store(folder)

@@ -65,13 +65,13 @@ def test_each_point_equals_a_separate_engine_run(engine, ranking):
         elif name is not None:
             patch = Patch(recipient, "dpo", ranking.random_control((lo, hi), seed=seed), hi - lo)
         expected = [completion.text for completion in engine.generate(PROMPTS, patch, GREEDY)]
-        mine = [
+        completions = [
             r["completion"]
             for r in result.records
             if (r["recipient"], r["ranking"], r["control_seed"], r["rank_lo"], r["rank_hi"])
             == (recipient, name, seed, lo, hi)
         ]
-        assert mine == expected
+        assert completions == expected
     assert any("[0, 1408) has no random control" in note for note in result.notes)
 
 
@@ -82,8 +82,8 @@ def test_rows_have_means_effects_and_intervals_of_the_scores(engine, ranking):
         key = record["recipient"], record["ranking"], record["control_seed"], record["rank_lo"], record["rank_hi"]
         scores.setdefault(key, []).append(judge([], [record["completion"]])[0])
     for row in result.rows:
-        mine = np.array(scores[row.recipient, row.ranking, row.control_seed, row.rank_lo, row.rank_hi])
-        assert row.mean == pytest.approx(mine.mean())
+        row_scores = np.array(scores[row.recipient, row.ranking, row.control_seed, row.rank_lo, row.rank_hi])
+        assert row.mean == pytest.approx(row_scores.mean())
         assert row.mean_low <= row.mean <= row.mean_high
         assert row.neuron_fraction == (row.rank_hi - row.rank_lo) / 1408
         if row.ranking is None:
@@ -91,7 +91,7 @@ def test_rows_have_means_effects_and_intervals_of_the_scores(engine, ranking):
             continue
         recipient = np.array(scores[row.recipient, None, None, 0, 0]).mean()
         donor = np.array(scores["dpo", None, None, 0, 0]).mean()
-        assert row.effect == pytest.approx((mine.mean() - recipient) / (donor - recipient))
+        assert row.effect == pytest.approx((row_scores.mean() - recipient) / (donor - recipient))
         assert row.effect_low <= row.effect <= row.effect_high
     by_window = {(row.recipient, row.rank_hi): row for row in result.rows if row.ranking and row.control_seed is None}
     for recipient in ("sft", "base"):
@@ -134,24 +134,24 @@ def test_paired_p_is_the_t_test_over_prompts():
     assert paired_p([1.0], [2.0]) is None
 
 
-def test_promise_8_killed_sweep_resumes(engine, ranking, tmp_path, written):
-    whole = run(engine, ranking)
-    written.clear()
+def test_promise_8_killed_sweep_resumes(engine, ranking, tmp_path, stored_keys):
+    uninterrupted = run(engine, ranking)
+    stored_keys.clear()
     run(engine, ranking, store=tmp_path)
-    keys = list(written)
+    keys = list(stored_keys)
     assert len(keys) == len(set(keys)) > 30
     with sqlite3.connect(tmp_path / STORE_FILE) as file:  # as if it had been killed after the 20th text
         file.executemany("DELETE FROM texts WHERE key = ?", [(key,) for key in keys[20:]])
         file.execute("DELETE FROM work")
-    written.clear()
+    stored_keys.clear()
     resumed = run(engine, ranking, store=tmp_path)
-    assert sorted(written) == sorted(keys[20:])
-    assert resumed.records == whole.records
-    assert resumed.rows == whole.rows
-    written.clear()
-    other = Ranking.from_order(ranking.top(100).flip(0), ranking.shape)
-    run(engine, other, store=tmp_path, windows=(50,), controls=0)
-    assert len(written) == 2 * len(PROMPTS), "another ranking must not find the first one's texts"
+    assert sorted(stored_keys) == sorted(keys[20:])
+    assert resumed.records == uninterrupted.records
+    assert resumed.rows == uninterrupted.rows
+    stored_keys.clear()
+    other_ranking = Ranking.from_order(ranking.top(100).flip(0), ranking.shape)
+    run(engine, other_ranking, store=tmp_path, windows=(50,), controls=0)
+    assert len(stored_keys) == 2 * len(PROMPTS), "another ranking must not find the first one's texts"
 
 
 def model_with(folder, **files) -> Path:
@@ -163,7 +163,7 @@ def model_with(folder, **files) -> Path:
 
 
 @pytest.fixture
-def written(monkeypatch):
+def stored_keys(monkeypatch):
     """Return a list that collects the keys of stored completions."""
     keys, original = [], Store.add
 
@@ -202,55 +202,55 @@ def another_config() -> bytes:
     ],
     ids=["another place", "more adapters", "another byte", "another config", "other adapters", "another type"],
 )
-def test_completions_are_stored_by_content(engine, ranking, tmp_path, written, is_new, files, adapters, options):
+def test_completions_are_stored_by_content(engine, ranking, tmp_path, stored_keys, is_new, files, adapters, options):
     """Find completions of equal models in other folders, but not of models that differ in one byte."""
     first = run(engine, ranking, store=tmp_path, **SMALL)
-    assert len(written) == 2 * len(PROMPTS) + len(PROMPTS)
-    written.clear()
-    same = {"dtype": engine.config.dtype, "template": engine.config.template}
+    assert len(stored_keys) == 2 * len(PROMPTS) + len(PROMPTS)
+    stored_keys.clear()
+    shared_options = {"dtype": engine.config.dtype, "template": engine.config.template}
     folder = model_with(tmp_path / "copy", **files)
-    other = Engine(folder, adapters, backend="transformers", **{**same, **options})
-    found = run(other, ranking, store=tmp_path, **SMALL)
-    assert bool(written) == is_new
-    assert is_new or found.records == first.records
+    copy_engine = Engine(folder, adapters, backend="transformers", **{**shared_options, **options})
+    result = run(copy_engine, ranking, store=tmp_path, **SMALL)
+    assert bool(stored_keys) == is_new
+    assert is_new or result.records == first.records
 
 
-def test_completions_of_renamed_models_are_found(engine, ranking, tmp_path, written):
+def test_completions_of_renamed_models_are_found(engine, ranking, tmp_path, stored_keys):
     first = run(engine, ranking, store=tmp_path, **SMALL)
-    written.clear()
-    same = {"dtype": engine.config.dtype, "template": engine.config.template}
-    renamed = Engine(GOLDEN / "model", {"s": SFT, "d": DPO}, backend="transformers", **same)
+    stored_keys.clear()
+    options = {"dtype": engine.config.dtype, "template": engine.config.template}
+    renamed_engine = Engine(GOLDEN / "model", {"s": SFT, "d": DPO}, backend="transformers", **options)
     config = SweepConfig(("s",), "d", (70,), controls=0, sampling=GREEDY)
-    found = sweep(renamed, PROMPTS, {"safety": ranking}, {"cost": judge}, config, store=tmp_path)
-    assert not written
-    assert [r["completion"] for r in found.records] == [r["completion"] for r in first.records]
+    result = sweep(renamed_engine, PROMPTS, {"safety": ranking}, {"cost": judge}, config, store=tmp_path)
+    assert not stored_keys
+    assert [r["completion"] for r in result.records] == [r["completion"] for r in first.records]
 
 
 def test_promise_4_overflowing_strength_fails_only_its_own_completions(engine, ranking, tmp_path):
     """Store and judge no such completion; all others equal those of a sweep without that strength."""
-    seen = []
+    judged_texts = []
 
     def watching(prompts, completions):
-        seen.extend(completions)
+        judged_texts.extend(completions)
         return judge(prompts, completions)
 
     windows = (0, 70, 1408)
     want = run(engine, ranking, controls=0, windows=windows).records
     result = run(engine, ranking, tmp_path, watching, controls=0, windows=windows, strengths=(1.0, 1e19))
-    broken = [r for r in result.records if r["strength"] == 1e19 and r["rank_hi"]]
-    assert len(broken) == 2 * 2 * len(PROMPTS)
-    for record in broken:
+    failed_records = [r for r in result.records if r["strength"] == 1e19 and r["rank_hi"]]
+    assert len(failed_records) == 2 * 2 * len(PROMPTS)
+    for record in failed_records:
         assert record["completion"] is None
         assert "overflowed in float32" in record["error"]
         assert "under its patch" in record["error"]
         assert record["scores"] == {"cost": None}
-    others = [r for r in result.records if r["strength"] != 1e19]
-    assert [r["completion"] for r in others] == [r["completion"] for r in want]
-    assert set(seen) == {r["completion"] for r in result.records if r not in broken}
+    finite_records = [r for r in result.records if r["strength"] != 1e19]
+    assert [r["completion"] for r in finite_records] == [r["completion"] for r in want]
+    assert set(judged_texts) == {r["completion"] for r in result.records if r not in failed_records}
     assert {row.failed for row in result.rows if row.strength == 1e19 and row.rank_hi} == {len(PROMPTS)}
     assert {row.failed for row in result.rows if row.strength != 1e19} == {0}
     with Store(tmp_path) as store:
-        assert store.status().failed == len(broken)
+        assert store.status().failed == len(failed_records)
 
 
 def test_sweep_without_or_with_overlapping_controls(engine, ranking):
@@ -360,11 +360,13 @@ def test_store_separates_templates_and_samples(engine, ranking, tmp_path):
     adapters = {"sft": GOLDEN / "adapters/sft", "dpo": [GOLDEN / "adapters/sft", GOLDEN / "adapters/dpo"]}
     template = b"{% for m in messages %}{{ m['content'] }}{% endfor %}"
     folder = model_with(tmp_path / "bare", chat_template__jinja=template)
-    bare = Engine(folder, adapters, backend="transformers", template="tokenizer")
-    small = {"windows": (70,), "controls": 0, "recipients": ("sft",)}
-    first = run(engine, ranking, store=tmp_path, **small)
-    second = run(bare, ranking, store=tmp_path, **small)
-    assert [r["completion"] for r in second.records] == [r["completion"] for r in run(bare, ranking, **small).records]
+    template_engine = Engine(folder, adapters, backend="transformers", template="tokenizer")
+    grid = {"windows": (70,), "controls": 0, "recipients": ("sft",)}
+    first = run(engine, ranking, store=tmp_path, **grid)
+    second = run(template_engine, ranking, store=tmp_path, **grid)
+    assert [r["completion"] for r in second.records] == [
+        r["completion"] for r in run(template_engine, ranking, **grid).records
+    ]
     assert [r["completion"] for r in first.records] != [r["completion"] for r in second.records]
     config = SweepConfig(("sft",), "dpo", (70,), controls=0, sampling=Sampling(temperature=1.0, max_tokens=6))
     sampled = sweep(engine, [PROMPTS[0]] * 4, {"safety": ranking}, {"cost": judge}, config, store=tmp_path)
@@ -414,18 +416,18 @@ def test_report_writes_tables_plots_and_headline(engine, ranking, tmp_path):
 
 
 def test_each_judge_scores_all_completions(engine, ranking):
-    both = run(engine, ranking, judge={"cost": judge, "length": lambda p, c: [len(text) for text in c]})
-    assert both.judges == ["cost", "length"]
-    alone = run(engine, ranking)
-    assert [row for row in both.rows if row.judge == "cost"] == alone.rows
-    for row in both.rows:
+    result = run(engine, ranking, judge={"cost": judge, "length": lambda p, c: [len(text) for text in c]})
+    assert result.judges == ["cost", "length"]
+    cost_result = run(engine, ranking)
+    assert [row for row in result.rows if row.judge == "cost"] == cost_result.rows
+    for row in result.rows:
         key = row.recipient, row.ranking, row.control_seed, row.rank_lo, row.rank_hi
-        mine = [
+        records = [
             r
-            for r in both.records
+            for r in result.records
             if (r["recipient"], r["ranking"], r["control_seed"], r["rank_lo"], r["rank_hi"]) == key
         ]
-        assert row.mean == pytest.approx(np.mean([record["scores"][row.judge] for record in mine]))
+        assert row.mean == pytest.approx(np.mean([record["scores"][row.judge] for record in records]))
 
 
 def test_p_values_compare_with_recipient_and_random_neurons(engine, ranking):
@@ -438,10 +440,11 @@ def test_p_values_compare_with_recipient_and_random_neurons(engine, ranking):
     row = next(
         r for r in result.rows if (r.recipient, r.ranking, r.control_seed, r.rank_hi) == ("sft", "safety", None, 300)
     )
-    own, plain = np.array(scores["sft", "safety", None, 70, 300]), np.array(scores["sft", None, None, 0, 0])
-    random = np.mean([scores["sft", "safety", seed, 70, 300] for seed in range(2)], axis=0)
-    assert row.p_vs_unpatched == paired_p(own, plain)
-    assert row.p_vs_random == paired_p(own, random)
+    patched_scores = np.array(scores["sft", "safety", None, 70, 300])
+    recipient_scores = np.array(scores["sft", None, None, 0, 0])
+    random_scores = np.mean([scores["sft", "safety", seed, 70, 300] for seed in range(2)], axis=0)
+    assert row.p_vs_unpatched == paired_p(patched_scores, recipient_scores)
+    assert row.p_vs_random == paired_p(patched_scores, random_scores)
     assert next(r for r in result.rows if r.ranking and r.rank_hi == 0).p_vs_unpatched is None
     assert next(r for r in result.rows if r.ranking and r.rank_hi == 1408).p_vs_random is None
 
@@ -481,8 +484,8 @@ def test_headline_of_a_donor_without_gain_says_so(engine, ranking, gain, differe
 
 
 def test_sweep_table_fits_100_columns(engine, ranking):
-    both = {"cost": judge, "length": lambda prompts, completions: [float(len(text)) for text in completions]}
-    report = build_sweep_report(run(engine, ranking, judge=both), "sweep")
+    judges = {"cost": judge, "length": lambda prompts, completions: [float(len(text)) for text in completions]}
+    report = build_sweep_report(run(engine, ranking, judge=judges), "sweep")
     assert [table.title for table in report.displays] == ["mean cost (lower is safer)", "mean length"]
     screen = Console(width=100, file=io.StringIO())
     terminal.print_report(replace(report, headline=[]), screen)
@@ -499,6 +502,6 @@ def test_sweep_without_prompts_raises(engine, ranking):
 
 
 def test_headline_without_recovered_gain_says_so(engine, ranking):
-    nothing = Ranking.from_order(torch.tensor([[0, 0]]), ranking.shape)
-    result = with_donor_gain(run(engine, nothing, windows=(0,), controls=0), gain=5)
+    single_neuron = Ranking.from_order(torch.tensor([[0, 0]]), ranking.shape)
+    result = with_donor_gain(run(engine, single_neuron, windows=(0,), controls=0), gain=5)
     assert build_headline(result)[0] == "sft: no window of safety neurons recovered any of the safety gain."

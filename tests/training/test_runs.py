@@ -20,7 +20,7 @@ from commands import run
 from processes import wait_for
 from published import shp, talk
 from safetensors.torch import load_file
-from toys import MESSAGES, PAIRS, RATES, dpo_settings, settings, vectors
+from toys import MESSAGES, PAIRS, RATES, dpo_settings, load_vectors, settings
 
 from snpatch.cli import train as command
 from snpatch.data import DATASETS, load_dataset, prompt_set
@@ -68,12 +68,12 @@ def weights(out):
     return load_file(out / ("model.safetensors" if (out / "config.json").exists() else "adapter_model.safetensors"))
 
 
-def assert_same_training(got, want):
+def assert_same_training(folder, expected_folder):
     """Assert equal weights, bit for bit, and equal tables."""
-    ours, theirs = weights(got), weights(want)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (got / "training.csv").read_text() == (want / "training.csv").read_text()
+    tensors, expected_tensors = weights(folder), weights(expected_folder)
+    assert tensors.keys() == expected_tensors.keys()
+    assert all(torch.equal(tensors[name], expected_tensors[name]) for name in tensors)
+    assert (folder / "training.csv").read_text() == (expected_folder / "training.csv").read_text()
 
 
 def files(folder):
@@ -90,18 +90,18 @@ def checkpoints(out):
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_training_resumes_and_gives_same_result(toy, tmp_path, kind):
     """The interrupt is within an epoch, so the row order must resume as well."""
-    whole = start(toy, kind, tmp_path / "whole")
+    uninterrupted = start(toy, kind, tmp_path / "whole")
     interrupted(toy, kind, tmp_path / "parts", at=5, save_steps=3)
     assert checkpoints(tmp_path / "parts") == ["checkpoint-3"]
     assert not (tmp_path / "parts" / "training.json").exists()
     steps = []
     figures = start(toy, kind, tmp_path / "parts", on_step=lambda step, *_: steps.append(step))
     assert steps == [4, 5, 6]
-    assert (whole["resumed_at"], figures["resumed_at"]) == (0, 3)
+    assert (uninterrupted["resumed_at"], figures["resumed_at"]) == (0, 3)
     assert_same_training(tmp_path / "parts", tmp_path / "whole")
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     names = ("steps", "first_loss", "last_loss", "rows", "unchanged_parameters")
-    assert [figures[name] for name in names] == [whole[name] for name in names]
+    assert [figures[name] for name in names] == [uninterrupted[name] for name in names]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing"])
@@ -142,8 +142,8 @@ def test_training_killed_before_its_record_resumes_at_the_end(toy, tmp_path, mon
 
 def test_killed_command_resumes_when_repeated(toy, tmp_path, capsys):
     rows = write(tmp_path / "pairs.jsonl", PAIRS)
-    given = ["train", "dpo", toy.base, rows, "--sft", toy.sft(), "--save-steps", 2, *OPTIONS, "--epochs", 20]
-    argv = [sys.executable, "-m", "snpatch.cli", *map(str, [*given, "-o", tmp_path / "killed"])]
+    command = ["train", "dpo", toy.base, rows, "--sft", toy.sft(), "--save-steps", 2, *OPTIONS, "--epochs", 20]
+    argv = [sys.executable, "-m", "snpatch.cli", *map(str, [*command, "-o", tmp_path / "killed"])]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = "checkpoints/checkpoint-*/trainer_state.json"
     try:
@@ -153,10 +153,10 @@ def test_killed_command_resumes_when_repeated(toy, tmp_path, capsys):
         process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "training.json").exists()
-    code, out, err = run(capsys, *given, "-o", tmp_path / "killed", "--json")
+    code, out, err = run(capsys, *command, "-o", tmp_path / "killed", "--json")
     assert code == 0, err
     assert 2 <= json.loads(out)["resumed_at"] < 40
-    assert run(capsys, *given, "-o", tmp_path / "whole")[0] == 0
+    assert run(capsys, *command, "-o", tmp_path / "whole")[0] == 0
     assert_same_training(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -172,32 +172,32 @@ def test_finished_training_is_not_repeated(toy, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == stamps
 
 
-@pytest.mark.parametrize("done", [True, False])
-def test_folder_of_other_training_is_rejected_with_first_difference(toy, tmp_path, done):
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_folder_of_other_training_is_rejected_with_first_difference(toy, tmp_path, is_complete):
     out = tmp_path / "out"
-    given = dpo_settings(epochs=1)
-    if done:
-        train_dpo(toy.base, toy.sft(), PAIRS, out, given)
+    config = dpo_settings(epochs=1)
+    if is_complete:
+        train_dpo(toy.base, toy.sft(), PAIRS, out, config)
     else:
         with pytest.raises(KeyboardInterrupt):
-            train_dpo(toy.base, toy.sft(), PAIRS, out, given, on_step=_stop_at(1))
+            train_dpo(toy.base, toy.sft(), PAIRS, out, config, on_step=_stop_at(1))
     before = files(out)
-    others = [
+    changes = [
         ((toy.base, toy.sft(), PAIRS), dpo_settings(epochs=1, beta=0.2), r"beta = 0\.2, it contains one with 0\.1"),
         ((toy.base, toy.sft(), PAIRS), dpo_settings("lora", epochs=1), "method = lora, it contains one with ia3"),
-        ((toy.base, toy.sft(), PAIRS[:4]), given, r"data = \{'rows': 4, .* it contains one with \{'rows': 8"),
-        ((toy.base, toy.sft(), PAIRS[::-1]), given, r"data = \{'rows': 8, .* it contains one with \{'rows': 8"),
-        ((toy.sft("full"), toy.sft(), PAIRS), given, r"model = [0-9a-f]{16}, it contains one with [0-9a-f]{16}\."),
-        ((toy.base, toy.sft("lora"), PAIRS), given, r"sft = [0-9a-f]{16}, it contains one with [0-9a-f]{16}\."),
-        ((toy.base, None, PAIRS), given, r"sft = None, it contains one with [0-9a-f]{16}\."),
+        ((toy.base, toy.sft(), PAIRS[:4]), config, r"data = \{'rows': 4, .* it contains one with \{'rows': 8"),
+        ((toy.base, toy.sft(), PAIRS[::-1]), config, r"data = \{'rows': 8, .* it contains one with \{'rows': 8"),
+        ((toy.sft("full"), toy.sft(), PAIRS), config, r"model = [0-9a-f]{16}, it contains one with [0-9a-f]{16}\."),
+        ((toy.base, toy.sft("lora"), PAIRS), config, r"sft = [0-9a-f]{16}, it contains one with [0-9a-f]{16}\."),
+        ((toy.base, None, PAIRS), config, r"sft = None, it contains one with [0-9a-f]{16}\."),
     ]
-    for arguments, options, message in others:
+    for arguments, options, message in changes:
         with pytest.raises(SnpatchError, match=f"expected a training with {message}"):
             train_dpo(*arguments, out, options)
     with pytest.raises(SnpatchError, match=r"expected a training with kind = sft, it contains one with dpo\."):
         train_sft(toy.base, MESSAGES, out, settings(epochs=1))
     assert files(out) == before
-    assert train_dpo(toy.base, toy.sft(), PAIRS, out, given)["steps"] == 2
+    assert train_dpo(toy.base, toy.sft(), PAIRS, out, config)["steps"] == 2
 
 
 @pytest.mark.parametrize("method", ["ia3", "full"])
@@ -235,44 +235,44 @@ if other:
 def test_two_processes_train_the_same_as_one(toy, tmp_path, capsys):
     """Processes start as accelerate starts them, on a CPU. Rows have unequal lengths, so the processes' shares are
     unequal.
-    `late` resumes what one process began.
+    `resumed_dpo` resumes a training that one process began.
     """
     messages, pairs = write(tmp_path / "sft.jsonl", MESSAGES), write(tmp_path / "dpo.jsonl", PAIRS)
 
     def lines(home):
         sft = ["train", "sft", toy.base, messages, "-o", home / "sft", *OPTIONS, "--json"]
         dpo = ["train", "dpo", toy.base, pairs, "--sft", home / "sft", "-o", home / "dpo", *OPTIONS, "--json"]
-        late = ["train", "dpo", toy.base, pairs, "--sft", toy.sft(), "-o", home / "late", *OPTIONS, "--json"]
-        lora = ["train", "dpo", toy.base, pairs, "--sft", toy.sft("lora"), "--method", "lora", "-o", home / "lora"]
-        full = ["train", "dpo", toy.sft("full"), pairs, "--method", "full", "-o", home / "full"]
-        further = [[*one, *OPTIONS, "--learning-rate", 1e-3, "--json"] for one in (lora, full)]
-        odd = ["train", "sft", toy.base, messages, "-o", home / "odd", *OPTIONS, "--batch-size", 2]
-        return [sft, dpo, late, *further, sft, odd]
+        resumed_dpo = ["train", "dpo", toy.base, pairs, "--sft", toy.sft(), "-o", home / "late", *OPTIONS, "--json"]
+        lora_dpo = ["train", "dpo", toy.base, pairs, "--sft", toy.sft("lora"), "--method", "lora", "-o", home / "lora"]
+        full_dpo = ["train", "dpo", toy.sft("full"), pairs, "--method", "full", "-o", home / "full"]
+        further = [[*command, *OPTIONS, "--learning-rate", 1e-3, "--json"] for command in (lora_dpo, full_dpo)]
+        invalid = ["train", "sft", toy.base, messages, "-o", home / "odd", *OPTIONS, "--batch-size", 2]
+        return [sft, dpo, resumed_dpo, *further, sft, invalid]
 
     with pytest.raises(KeyboardInterrupt):
-        late = tmp_path / "two" / "late"
-        train_dpo(toy.base, toy.sft(), PAIRS, late, dpo_settings(epochs=2), on_step=_stop_at(4), save_steps=3)
+        folder = tmp_path / "two" / "late"
+        train_dpo(toy.base, toy.sft(), PAIRS, folder, dpo_settings(epochs=2), on_step=_stop_at(4), save_steps=3)
     outputs = _run_in_two_processes(lines(tmp_path / "two"), tmp_path)
-    main, other = (out.splitlines() for out, _ in outputs)
-    assert other == ["exit 2"], outputs[1]
-    assert len(main) == 7, outputs[0]
-    sft, dpo, late, lora, full, again = map(json.loads, main[:6])
-    assert main[6] == "exit 2"
+    rank_0_lines, rank_1_lines = (out.splitlines() for out, _ in outputs)
+    assert rank_1_lines == ["exit 2"], outputs[1]
+    assert len(rank_0_lines) == 7, outputs[0]
+    sft, dpo, resumed_dpo, lora_dpo, full_dpo, repeated_sft = map(json.loads, rank_0_lines[:6])
+    assert rank_0_lines[6] == "exit 2"
     message = "batch_size: expected a multiple of micro_batch_size x processes = 2 x 2, got 2"
     assert all(message in err for _, err in outputs)
-    assert {sft["processes"], dpo["processes"], late["processes"]} == {2}
-    assert (sft["resumed_at"], dpo["resumed_at"], late["resumed_at"]) == (0, 0, 3)
-    assert again == sft
-    for line, two in zip(lines(tmp_path / "one"), (sft, dpo, late, lora, full), strict=False):
+    assert {sft["processes"], dpo["processes"], resumed_dpo["processes"]} == {2}
+    assert (sft["resumed_at"], dpo["resumed_at"], resumed_dpo["resumed_at"]) == (0, 0, 3)
+    assert repeated_sft == sft
+    for line, expected in zip(lines(tmp_path / "one"), (sft, dpo, resumed_dpo, lora_dpo, full_dpo), strict=False):
         code, out, err = run(capsys, *line)
         assert code == 0, err
-        one = json.loads(out)
-        assert (one["processes"], one["steps"]) == (1, two["steps"])
-        for name in ("first_loss", "last_loss", *(["margin"] if "margin" in one else [])):
-            assert two[name] == pytest.approx(one[name], abs=1e-5)
+        figures = json.loads(out)
+        assert (figures["processes"], figures["steps"]) == (1, expected["steps"])
+        for name in ("first_loss", "last_loss", *(["margin"] if "margin" in figures else [])):
+            assert expected[name] == pytest.approx(figures[name], abs=1e-5)
     for name in ("sft", "dpo", "late"):
-        got, want = vectors(tmp_path / "two" / name), vectors(tmp_path / "one" / name)
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        vectors, expected_vectors = load_vectors(tmp_path / "two" / name), load_vectors(tmp_path / "one" / name)
+        torch.testing.assert_close(vectors, expected_vectors, rtol=0, atol=1e-5)
         assert files(tmp_path / "two" / name) == files(tmp_path / "one" / name)
     for name in ("lora", "full"):
         torch.testing.assert_close(*(weights(tmp_path / by / name) for by in ("two", "one")), rtol=0, atol=1e-5)
@@ -339,21 +339,23 @@ def test_commands_train_the_same_as_functions(toy, tmp_path, capsys):
     assert (code, out.splitlines()[-1]) == (0, f"{tmp_path / 'sft'}: training was already done")
     train_sft(toy.base, MESSAGES, tmp_path / "own-sft", settings(epochs=2, weight_decay=0.1))
     assert_same_training(tmp_path / "sft", tmp_path / "own-sft")
-    given = ["train", "dpo", toy.base, pairs, "--sft", tmp_path / "sft", "-o", tmp_path / "dpo", *OPTIONS, "--json"]
-    code, out, err = run(capsys, *given)
+    command = ["train", "dpo", toy.base, pairs, "--sft", tmp_path / "sft", "-o", tmp_path / "dpo", *OPTIONS, "--json"]
+    code, out, err = run(capsys, *command)
     assert code == 0, err
     figures = json.loads(out)
     assert (figures["out"], figures["steps"], figures["rows"]) == (str(tmp_path / "dpo"), 4, 8)
     train_dpo(toy.base, tmp_path / "sft", PAIRS, tmp_path / "own-dpo", dpo_settings(epochs=2))
     assert_same_training(tmp_path / "dpo", tmp_path / "own-dpo")
-    assert run(capsys, *given) == (0, out, "")
+    assert run(capsys, *command) == (0, out, "")
 
 
 def test_lora_options_reach_the_adapter(toy, tmp_path, capsys):
     messages = write(tmp_path / "sft.jsonl", MESSAGES)
-    given = ["train", "sft", toy.base, messages, *OPTIONS, "--method", "lora", "--lora-rank", 2]
-    assert run(capsys, *given, "-o", tmp_path / "default")[0] == 0
-    assert run(capsys, *given, "-o", tmp_path / "own", "--lora-targets", "o_proj", "--lora-targets", "up_proj")[0] == 0
+    command = ["train", "sft", toy.base, messages, *OPTIONS, "--method", "lora", "--lora-rank", 2]
+    assert run(capsys, *command, "-o", tmp_path / "default")[0] == 0
+    assert (
+        run(capsys, *command, "-o", tmp_path / "own", "--lora-targets", "o_proj", "--lora-targets", "up_proj")[0] == 0
+    )
     for name, targets in (("default", ["q_proj", "v_proj"]), ("own", ["o_proj", "up_proj"])):
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert (config["r"], sorted(config["target_modules"])) == (2, targets)
@@ -370,13 +372,13 @@ def test_every_setting_is_an_option_with_its_default(name, kind):
 
 def test_limit_and_filter_select_rows(toy, tmp_path, capsys):
     pairs = write(tmp_path / "pairs.jsonl", [pair | {"kind": "ab"[i % 2]} for i, pair in enumerate(PAIRS)])
-    given = ["train", "dpo", toy.base, pairs, "--sft", toy.sft(), *OPTIONS, "--json"]
+    command = ["train", "dpo", toy.base, pairs, "--sft", toy.sft(), *OPTIONS, "--json"]
     for name, choice, rows in (
         ("limit", ["--limit", 3], PAIRS[:3]),
         ("filter", ["--filter", "kind=b,c"], PAIRS[1::2]),
         ("both", ["--filter", "kind=b", "--limit", 2], PAIRS[1::2][:2]),
     ):
-        code, out, err = run(capsys, *given, *choice, "-o", tmp_path / name)
+        code, out, err = run(capsys, *command, *choice, "-o", tmp_path / name)
         assert code == 0, err
         assert json.loads(out)["rows"] == len(rows)
         train_dpo(toy.base, toy.sft(), rows, tmp_path / f"own-{name}", dpo_settings(epochs=2))
@@ -385,27 +387,27 @@ def test_limit_and_filter_select_rows(toy, tmp_path, capsys):
 
 def test_file_in_published_format_is_read(toy, tmp_path, capsys):
     rows = [
-        {"chosen": talk(*asked, chosen), "rejected": talk(*asked, rejected)}
-        for *asked, chosen, rejected in (("ask one", "no", "yes"), ("ask two", "it is", "ask one", "never", "here"))
+        {"chosen": talk(*turns, chosen), "rejected": talk(*turns, rejected)}
+        for *turns, chosen, rejected in (("ask one", "no", "yes"), ("ask two", "it is", "ask one", "never", "here"))
     ]
-    given = ["train", "dpo", toy.base, write(tmp_path / "hh.jsonl", rows), "--sft", toy.sft(), *OPTIONS, "--json"]
-    code, out, err = run(capsys, *given, "--format", "hh-harmless", "-o", tmp_path / "out")
+    command = ["train", "dpo", toy.base, write(tmp_path / "hh.jsonl", rows), "--sft", toy.sft(), *OPTIONS, "--json"]
+    code, out, err = run(capsys, *command, "--format", "hh-harmless", "-o", tmp_path / "out")
     assert code == 0, err
     assert json.loads(out)["rows"] == 2
-    same = [
-        {"prompt": toys.said("ask one"), "chosen": toys.answered("no"), "rejected": toys.answered("yes")},
+    equal_pairs = [
+        {"prompt": toys.to_chat("ask one"), "chosen": toys.to_answer("no"), "rejected": toys.to_answer("yes")},
         {
-            "prompt": toys.said("ask two", "it is", "ask one"),
-            "chosen": toys.answered("never"),
-            "rejected": toys.answered("here"),
+            "prompt": toys.to_chat("ask two", "it is", "ask one"),
+            "chosen": toys.to_answer("never"),
+            "rejected": toys.to_answer("here"),
         },
     ]
-    train_dpo(toy.base, toy.sft(), same, tmp_path / "own", dpo_settings(epochs=2))
+    train_dpo(toy.base, toy.sft(), equal_pairs, tmp_path / "own", dpo_settings(epochs=2))
     assert_same_training(tmp_path / "out", tmp_path / "own")
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("arguments", "expected"),
     [
         (["sft"], {"source": "sharegpt", "split": "train"}),
         (["sft", "lima"], {"source": "lima", "split": "train"}),
@@ -422,9 +424,9 @@ def test_file_in_published_format_is_read(toy, tmp_path, capsys):
     ],
     ids=" ".join,
 )
-def test_named_data_set_uses_its_training_split(toy, tmp_path, capsys, hub_calls, given, expected):
-    kind, *rest = given
-    code, _, err = run(capsys, "train", kind, toy.base, *rest, "-o", tmp_path / "out")
+def test_named_data_set_uses_its_training_split(toy, tmp_path, capsys, hub_calls, arguments, expected):
+    kind, *options = arguments
+    code, _, err = run(capsys, "train", kind, toy.base, *options, "-o", tmp_path / "out")
     assert (code, err) == (2, "snpatch: error: no hub here\n")
     assert hub_calls == [{"skip_invalid": False, **expected}]
 
@@ -432,9 +434,9 @@ def test_named_data_set_uses_its_training_split(toy, tmp_path, capsys, hub_calls
 def test_subset_options_override_the_objectives_sample(toy, tmp_path, capsys, hub_calls):
     rows = [shp("ask one", "no", "yes", 1), shp("ask two", "yes", "never", 0), shp("ask", "no", "yes", 1)]
     hub_calls.rows = write(tmp_path / "shp.jsonl", rows)
-    given = ["train", "dpo", toy.base, "--sft", toy.sft(), "--objective", "shp", *OPTIONS, "--json"]
+    command = ["train", "dpo", toy.base, "--sft", toy.sft(), "--objective", "shp", *OPTIONS, "--json"]
     for choice in ([], ["--sample-seed", 3]):
-        code, _, err = run(capsys, *given, *choice, "-o", tmp_path / "all")
+        code, _, err = run(capsys, *command, *choice, "-o", tmp_path / "all")
         assert code == 2
         assert "shp: cannot draw 36000 examples, it has 3" in err
     pairs = load_dataset(hub_calls.rows, format="shp")
@@ -443,7 +445,7 @@ def test_subset_options_override_the_objectives_sample(toy, tmp_path, capsys, hu
         ("sample", ["--sample", 2], pairs.sample(2, 0)),
         ("other", ["--sample", 2, "--sample-seed", 3], pairs.sample(2, 3)),
     ):
-        code, out, err = run(capsys, *given, *choice, "-o", tmp_path / name)
+        code, out, err = run(capsys, *command, *choice, "-o", tmp_path / name)
         assert code == 0, err
         assert json.loads(out)["rows"] == 2
         data = json.loads((tmp_path / name / "training.json").read_text())["provenance"]["inputs"]["data"]
@@ -451,13 +453,13 @@ def test_subset_options_override_the_objectives_sample(toy, tmp_path, capsys, hu
         assert data == {"rows": 2, "sha256": digest.hexdigest()}
 
 
-def test_skip_bad_drops_broken_rows_with_a_note(toy, tmp_path, capsys):
+def test_skip_invalid_drops_rows_and_counts_them(toy, tmp_path, capsys):
     path = write(tmp_path / "sft.jsonl", [*MESSAGES, {"messages": "hello"}])
-    given = ["train", "sft", toy.base, path, *OPTIONS, "--json", "-o", tmp_path / "out"]
-    code, _, err = run(capsys, *given)
+    command = ["train", "sft", toy.base, path, *OPTIONS, "--json", "-o", tmp_path / "out"]
+    code, _, err = run(capsys, *command)
     assert code == 2
     assert "sft.jsonl, line 9: " in err
-    code, out, err = run(capsys, *given, "--skip-invalid")
+    code, out, err = run(capsys, *command, "--skip-invalid")
     assert code == 0, err
     assert err.startswith(f"{path}: skipped 1 invalid rows\n")
     assert json.loads(out)["rows"] == 8
@@ -466,8 +468,8 @@ def test_skip_bad_drops_broken_rows_with_a_note(toy, tmp_path, capsys):
 def test_pairs_without_an_answer_are_counted_everywhere(toy, tmp_path, capsys):
     half = [*PAIRS, {"prompt": "ask one", "chosen": "yes"}]
     path, reason = write(tmp_path / "half.jsonl", half), "no rejected answer"
-    given = ["train", "dpo", toy.base, path, "--sft", toy.sft(), *OPTIONS, "--max-dropped"]
-    code, out, err = run(capsys, *given, 0.12, "-o", tmp_path / "out")
+    command = ["train", "dpo", toy.base, path, "--sft", toy.sft(), *OPTIONS, "--max-dropped"]
+    code, out, err = run(capsys, *command, 0.12, "-o", tmp_path / "out")
     assert code == 0, err
     assert f"{path}: 1 of 9 rows have a prompt and no pair: {reason}\n" in err
     assert f"dropped 1 of 9 rows: {reason}" in out
@@ -477,13 +479,13 @@ def test_pairs_without_an_answer_are_counted_everywhere(toy, tmp_path, capsys):
     assert (provenance["source"]["rows"], provenance["source"]["no_pair"]) == (9, {reason: 1})
     train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "own", dpo_settings(epochs=2))
     assert_same_training(tmp_path / "out", tmp_path / "own")
-    code, _, err = run(capsys, *given, 0.1, "-o", tmp_path / "less")
+    code, _, err = run(capsys, *command, 0.1, "-o", tmp_path / "less")
     assert code == 2
     assert f"dropped 1 of 9 rows: {reason}: more than max_dropped = 0.1 of the rows" in err
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (["dpo", "DATA", "--objective", "safety"], "--objective: expected no DATA with --objective, got both"),
         (["dpo", "--objective", "kindness"], "objective: expected one of safety, helpful, shp, reasoning, stack-"),
@@ -510,10 +512,10 @@ def test_pairs_without_an_answer_are_counted_everywhere(toy, tmp_path, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_invalid_command_is_one_line_and_exit_code_2(toy, tmp_path, capsys, given, message):
+def test_invalid_command_is_one_line_and_exit_code_2(toy, tmp_path, capsys, arguments, message):
     write(tmp_path / "DATA.jsonl", PAIRS)
-    kind, *rest = (str(tmp_path / "DATA.jsonl") if word == "DATA" else word for word in given)
-    code, out, err = run(capsys, "train", kind, toy.base, *rest, "-o", tmp_path / "out")
+    kind, *options = (str(tmp_path / "DATA.jsonl") if word == "DATA" else word for word in arguments)
+    code, out, err = run(capsys, "train", kind, toy.base, *options, "-o", tmp_path / "out")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert message in err
@@ -521,17 +523,17 @@ def test_invalid_command_is_one_line_and_exit_code_2(toy, tmp_path, capsys, give
 
 
 def test_report_to_reaches_the_trainer(toy, tmp_path, capsys, monkeypatch):
-    seen, config = [], trainer._build_config
+    values, build_config = [], trainer._build_config
 
-    def spy(*arguments, **own):
-        seen.append(config(*arguments, **own).report_to)
+    def spy(*arguments, **options):
+        values.append(build_config(*arguments, **options).report_to)
         raise SnpatchError("seen")
 
     monkeypatch.setattr(trainer, "_build_config", spy)
-    given = ["train", "sft", toy.base, write(tmp_path / "sft.jsonl", MESSAGES), "-o", tmp_path / "out"]
-    assert run(capsys, *given, "--report-to", "tensorboard", "--report-to", "mlflow")[0] == 2
-    assert run(capsys, *given)[0] == 2
-    assert seen == [["tensorboard", "mlflow"], []]
+    command = ["train", "sft", toy.base, write(tmp_path / "sft.jsonl", MESSAGES), "-o", tmp_path / "out"]
+    assert run(capsys, *command, "--report-to", "tensorboard", "--report-to", "mlflow")[0] == 2
+    assert run(capsys, *command)[0] == 2
+    assert values == [["tensorboard", "mlflow"], []]
 
 
 # ---- Objectives and locks

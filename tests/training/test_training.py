@@ -14,7 +14,20 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from toys import EOS, KEYS, LAYERS, MESSAGES, NEURONS, PAIRS, answered, encode, plain, said, settings, vectors
+from toys import (
+    EOS,
+    KEYS,
+    LAYERS,
+    MESSAGES,
+    NEURONS,
+    PAIRS,
+    encode,
+    load_model,
+    load_vectors,
+    settings,
+    to_answer,
+    to_chat,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerState
 
 from snpatch.errors import SnpatchError
@@ -67,12 +80,14 @@ def read_headline(out):
 
 @pytest.mark.parametrize("decay_target", [0, 1])
 def test_sft_matches_manual_adamw_on_answer_loss(toy, tmp_path, decay_target):
-    given = settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target)
-    figures = train_sft(toy.base, MESSAGES, tmp_path / "out", given)
+    config = settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target)
+    figures = train_sft(toy.base, MESSAGES, tmp_path / "out", config)
     target = ONES if decay_target else ZEROS
-    want, losses = toys.descend(plain(toy.base), ONES, toys.sft_loss, steps=3, rate=0.1, decay=0.5, target=target)
+    want, losses = toys.train_scales(
+        load_model(toy.base), ONES, toys.compute_sft_loss, steps=3, rate=0.1, decay=0.5, target=target
+    )
     assert min((vector - 1).abs().max() for vector in want) > 0.1
-    torch.testing.assert_close(vectors(tmp_path / "out"), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(load_vectors(tmp_path / "out"), want, rtol=0, atol=1e-4)
     assert [figures["first_loss"], figures["last_loss"]] == pytest.approx([losses[0], losses[-1]], abs=1e-5)
 
 
@@ -80,28 +95,28 @@ def test_sft_matches_manual_adamw_on_answer_loss(toy, tmp_path, decay_target):
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_dpo_matches_manual_adamw_from_sft(toy, tmp_path, beta, decay_target):
     """With weight_decay_target = 1, decay pulls towards SFT's vector, where DPO's own factor is 1."""
-    given = toys.dpo_settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target, beta=beta)
-    figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)
-    model, start = plain(toy.base), vectors(toy.sft())
-    with torch.no_grad(), toys.scaled(model, start):
-        loss = toys.dpo_loss(toys.margins(model), beta)
-    want, losses = toys.descend(
+    config = toys.dpo_settings(batch_size=8, epochs=3, weight_decay=0.5, weight_decay_target=decay_target, beta=beta)
+    figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", config)
+    model, start = load_model(toy.base), load_vectors(toy.sft())
+    with torch.no_grad(), toys.apply_scales(model, start):
+        loss = toys.build_dpo_loss(toys.compute_margins(model), beta)
+    want, losses = toys.train_scales(
         model, start, loss, steps=3, rate=0.1, decay=0.5, target=start if decay_target else ZEROS
     )
     assert min((vector - first).abs().max() for vector, first in zip(want, start, strict=True)) > 0.1
-    got = [factor * first for factor, first in zip(vectors(tmp_path / "out"), start, strict=True)]
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    vectors = [factor * first for factor, first in zip(load_vectors(tmp_path / "out"), start, strict=True)]
+    torch.testing.assert_close(vectors, want, rtol=0, atol=1e-4)
     assert [figures["first_loss"], figures["last_loss"]] == pytest.approx([math.log(2), losses[-1]], abs=1e-5)
 
 
 def test_stacked_sft_and_dpo_prefer_chosen_answers(toy, trained):
     out, figures, _ = trained
     with torch.no_grad():
-        model = PeftModel.from_pretrained(plain(toy.base), toy.sft(), adapter_name="sft").eval()
-        before = toys.margins(model)
+        model = PeftModel.from_pretrained(load_model(toy.base), toy.sft(), adapter_name="sft").eval()
+        before = toys.compute_margins(model)
         model.load_adapter(out, adapter_name="dpo")
         model.base_model.set_adapter(["sft", "dpo"], inference_mode=True)
-        after = toys.margins(model)
+        after = toys.compute_margins(model)
     assert (after > before + 2).all()
     assert figures["accuracy"] == 1
     assert figures["last_loss"] < 0.7 * figures["first_loss"]
@@ -120,11 +135,11 @@ def test_each_step_is_reported_and_recorded(trained):
     margin = [float(row["margin"]) for row in table]
     assert margin[0] == 0
     assert margin[-1] == figures["margin"] > 0.5
-    saved = json.loads((out / "training.json").read_text())
-    assert saved["provenance"]["figures"] == figures
-    assert saved["provenance"]["inputs"]["settings"]["beta"] == 0.1
-    assert [row["loss"] for row in saved["rows"]] == [float(row["loss"]) for row in table]
-    assert saved["headline"][0].startswith("dpo: 12 steps, loss 0.6931 -> ")
+    record_content = json.loads((out / "training.json").read_text())
+    assert record_content["provenance"]["figures"] == figures
+    assert record_content["provenance"]["inputs"]["settings"]["beta"] == 0.1
+    assert [row["loss"] for row in record_content["rows"]] == [float(row["loss"]) for row in table]
+    assert record_content["headline"][0].startswith("dpo: 12 steps, loss 0.6931 -> ")
     assert not (out / "checkpoints").exists()
 
 
@@ -137,8 +152,8 @@ def test_plot_shows_loss_margin_and_accuracies(toy, tmp_path, monkeypatch):
 
 
 def test_learning_rate_follows_warmup_and_schedule(toy, tmp_path):
-    given = settings(epochs=2.5, warmup_steps=2, lr_scheduler_type="linear")
-    assert train_sft(toy.base, MESSAGES, tmp_path / "out", given)["steps"] == 5
+    config = settings(epochs=2.5, warmup_steps=2, lr_scheduler_type="linear")
+    assert train_sft(toy.base, MESSAGES, tmp_path / "out", config)["steps"] == 5
     with open(tmp_path / "out" / "training.csv") as file:
         rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.1 * 2 / 3, 0.1 / 3])
@@ -147,9 +162,9 @@ def test_learning_rate_follows_warmup_and_schedule(toy, tmp_path):
 def test_seed_determines_row_order(toy, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
         train_sft(toy.base, MESSAGES, tmp_path / name, settings(epochs=1, seed=seed))
-    one, again, two = (vectors(tmp_path / name) for name in ("one", "again", "two"))
-    assert all(map(torch.equal, one, again))
-    assert not any(map(torch.equal, one, two))
+    first, repeat, second_seed = (load_vectors(tmp_path / name) for name in ("one", "again", "two"))
+    assert all(map(torch.equal, first, repeat))
+    assert not any(map(torch.equal, first, second_seed))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -162,52 +177,54 @@ def test_lora_and_full_training_learn_sft_and_dpo(toy, tmp_path, method):
     assert figures["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert figures["accuracy"] == 1
     with torch.no_grad():
-        base = toys.sft_loss(plain(toy.base))
+        base = toys.compute_sft_loss(load_model(toy.base))
         models = [_load_trained(toy.base, folder) for folder in (toy.sft(method), tmp_path / "dpo")]
-        assert toys.sft_loss(models[0]) < 0.7 * base
-        assert (toys.margins(models[1]) > toys.margins(models[0]) + 2).all()
+        assert toys.compute_sft_loss(models[0]) < 0.7 * base
+        assert (toys.compute_margins(models[1]) > toys.compute_margins(models[0]) + 2).all()
 
 
 def _load_trained(base, folder):
     """Load a checkpoint, or an adapter on the base in plain PEFT."""
     if (folder / "config.json").exists():
-        return plain(folder)
-    return PeftModel.from_pretrained(plain(base), folder).eval()
+        return load_model(folder)
+    return PeftModel.from_pretrained(load_model(base), folder).eval()
 
 
 @pytest.mark.parametrize("train", ["sft", "dpo"])
 def test_gradient_checkpointing_gives_same_weights(toy, tmp_path, train):
     for name, is_on in (("kept", False), ("again", True)):
-        given = {"gradient_checkpointing": is_on, "epochs": 1}
+        options = {"gradient_checkpointing": is_on, "epochs": 1}
         if train == "sft":
-            train_sft(toy.base, MESSAGES, tmp_path / name, settings(**given))
+            train_sft(toy.base, MESSAGES, tmp_path / name, settings(**options))
         else:
-            train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / name, toys.dpo_settings(**given))
-    torch.testing.assert_close(vectors(tmp_path / "again"), vectors(tmp_path / "kept"), rtol=0, atol=1e-5)
+            train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / name, toys.dpo_settings(**options))
+    torch.testing.assert_close(load_vectors(tmp_path / "again"), load_vectors(tmp_path / "kept"), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("begins", "names"), [(True, {}), (False, {}), (True, {"pad_token": None, "unk_token": None})])
-def test_first_loss_covers_answers_and_eos_only(toy, tmp_path, begins, names):
+@pytest.mark.parametrize(
+    ("add_bos", "names"), [(True, {}), (False, {}), (True, {"pad_token": None, "unk_token": None})]
+)
+def test_first_loss_covers_answers_and_eos_only(toy, tmp_path, add_bos, names):
     """With and without BOS at the start of a text, and with EOS as the padding token."""
-    base = copy_with_tokenizer(tmp_path / "base", toys.tokenizer(begins, **names), toy.base)
+    base = copy_with_tokenizer(tmp_path / "base", toys.tokenizer(add_bos, **names), toy.base)
     figures = train_sft(base, MESSAGES, tmp_path / "out", settings(batch_size=8, epochs=1))
     with torch.no_grad():
-        want = toys.sft_loss(plain(base), begins=begins).item()
-        other = toys.sft_loss(plain(base), begins=not begins).item()
+        want = toys.compute_sft_loss(load_model(base), add_bos=add_bos).item()
+        wrong_loss = toys.compute_sft_loss(load_model(base), add_bos=not add_bos).item()
     assert figures["first_loss"] == pytest.approx(want, abs=1e-5)
-    assert abs(want - other) > 1e-2
+    assert abs(want - wrong_loss) > 1e-2
 
 
 def test_tulu_template_has_bos_and_eos():
     tokenizer = toys.tokenizer()
     tokenizer.chat_template = TULU
-    turns = said("ask one", " yes\n", "ask two")
+    turns = to_chat("ask one", " yes\n", "ask two")
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == "<s><|user|>\nask one\n<|assistant|>\nyes</s>\n<|user|>\nask two\n<|assistant|>\n"
-    marked = tokenizer.apply_chat_template(said("ask one", "yes here"), return_assistant_tokens_mask=True,
+    encoding = tokenizer.apply_chat_template(to_chat("ask one", "yes here"), return_assistant_tokens_mask=True,
                                            return_dict=True)  # fmt: skip
-    assert (marked["input_ids"], [bool(mask) for mask in marked["assistant_masks"]]) == encode(
-        said("ask one", "yes here")
+    assert (encoding["input_ids"], [bool(mask) for mask in encoding["assistant_masks"]]) == encode(
+        to_chat("ask one", "yes here")
     )
 
 
@@ -225,11 +242,11 @@ def test_weight_decay_pulls_vector_without_gradient_towards_target():
 
 
 def test_weight_decay_target_rejects_other_optimizers():
-    p, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     with pytest.raises(SnpatchError, match="expected torch's AdamW, got SGD"):
         WeightDecayTowards({p: torch.ones(2)}).on_train_begin(None, None, None, torch.optim.SGD([p], lr=0.1))
     with pytest.raises(SnpatchError, match="expected all trained vectors in the optimizer, 1 are missing"):
-        WeightDecayTowards({p: torch.ones(2), other: torch.ones(2)}).on_train_begin(
+        WeightDecayTowards({p: torch.ones(2), q: torch.ones(2)}).on_train_begin(
             None, None, None, torch.optim.AdamW([p])
         )
 
@@ -250,8 +267,8 @@ def test_ia3_adapter_has_peft_format(toy, trained):
 
 
 def test_lora_adapter_has_requested_rank_and_targets(toy, tmp_path):
-    given = settings("lora", epochs=1, lora_rank=3, lora_targets=("o_proj", "down_proj"))
-    train_sft(toy.base, MESSAGES, tmp_path / "out", given)
+    lora_settings = settings("lora", epochs=1, lora_rank=3, lora_targets=("o_proj", "down_proj"))
+    train_sft(toy.base, MESSAGES, tmp_path / "out", lora_settings)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 3, 0.0)
     assert sorted(config["target_modules"]) == ["down_proj", "o_proj"]
@@ -307,13 +324,15 @@ def test_full_training_of_bfloat16_weights_runs_in_float32(tmp_path):
     assert 0 < figures["changed_fraction"] < 0.5  # one or two steps of 1e-6 change the rounding of some values
 
 
-@pytest.mark.parametrize("begins", [True, False])
-def test_checkpoint_template_is_the_training_template(toy, tmp_path, begins):
-    base = copy_with_tokenizer(tmp_path / "base", toys.tokenizer(begins), toy.base)
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_checkpoint_template_is_the_training_template(toy, tmp_path, add_bos):
+    base = copy_with_tokenizer(tmp_path / "base", toys.tokenizer(add_bos), toy.base)
     train_sft(base, MESSAGES, tmp_path / "out", settings("full", epochs=1))
-    ids = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(said("ask one", "yes", "ask two"),
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(to_chat("ask one", "yes", "ask two"),
                                                                               add_generation_prompt=True)  # fmt: skip
-    assert ids["input_ids"] == encode(said("ask one", "yes", "ask two"), speaks=True)[0][not begins :]
+    assert (
+        ids["input_ids"] == encode(to_chat("ask one", "yes", "ask two"), add_generation_prompt=True)[0][not add_bos :]
+    )
 
 
 OWN = (
@@ -327,11 +346,11 @@ def test_tokenizer_template_is_used_and_saved(toy, tmp_path):
     tokenizer = toys.tokenizer()
     tokenizer.chat_template = OWN
     base = copy_with_tokenizer(tmp_path / "base", tokenizer, toy.base)
-    given = settings(template="tokenizer", batch_size=2, epochs=1)
-    figures = train_sft(base, [{"messages": said("one", "here")}] * 2, tmp_path / "out", given)
-    ask, one, yes, here = (toys.WORDS.index(word) for word in ("ask", "one", "yes", "here"))
+    config = settings(template="tokenizer", batch_size=2, epochs=1)
+    figures = train_sft(base, [{"messages": to_chat("one", "here")}] * 2, tmp_path / "out", config)
+    ask_id, one_id, yes_id, here_id = (toys.WORDS.index(word) for word in ("ask", "one", "yes", "here"))
     with torch.no_grad():
-        want = -toys.log_probs(plain(base), [ask, one, yes, here, EOS])[-2:].mean().item()
+        want = -toys.log_probs(load_model(base), [ask_id, one_id, yes_id, here_id, EOS])[-2:].mean().item()
     assert figures["first_loss"] == pytest.approx(want, abs=1e-5)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == OWN
     train_dpo(base, tmp_path / "out", PAIRS, tmp_path / "dpo", toys.dpo_settings(template="tokenizer", epochs=1))
@@ -380,7 +399,7 @@ def test_training_and_engine_tokenize_prompts_alike(tmp_path, prepend):
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(tmp_path)
     tokenizer, template = load_tokenizer(tmp_path, TrainSettings())
-    for turns in (said("a"), said("ab", "c", "b")):
+    for turns in (to_chat("a"), to_chat("ab", "c", "b")):
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
         assert list(ids) == template.encode(turns)
         assert ids.count(tokenizer.bos_token_id) == 1
@@ -390,7 +409,7 @@ def test_training_and_engine_tokenize_prompts_alike(tmp_path, prepend):
 # ---- Row counts and rejected inputs
 
 
-SAME = {"prompt": said("ask one"), "chosen": answered("yes"), "rejected": answered("yes")}
+SAME = {"prompt": to_chat("ask one"), "chosen": to_answer("yes"), "rejected": to_answer("yes")}
 LENGTHS = [len(encode(row["messages"])[0]) for row in MESSAGES]
 PAIR_LENGTHS = [max(len(encode(row["prompt"] + row[answer])[0]) for answer in ("chosen", "rejected")) for row in PAIRS]
 
@@ -399,30 +418,30 @@ PAIR_LENGTHS = [max(len(encode(row["prompt"] + row[answer])[0]) for answer in ("
     ("pair", "reason"),
     [
         (SAME, "chosen and rejected are the same tokens"),
-        (SAME | {"chosen": answered("nope"), "rejected": answered("yep")}, "chosen and rejected are the same tokens"),
+        (SAME | {"chosen": to_answer("nope"), "rejected": to_answer("yep")}, "chosen and rejected are the same tokens"),
         (
-            {"prompt": said("ask one"), "chosen": answered("yes " * 40), "rejected": answered("yes " * 40 + "no")},
+            {"prompt": to_chat("ask one"), "chosen": to_answer("yes " * 40), "rejected": to_answer("yes " * 40 + "no")},
             "chosen and rejected are the same tokens up to max_length",
         ),
-        (PAIRS[0] | {"prompt": said("ask " * 18)}, "prompt longer than max_prompt_length = 20 tokens"),
-        (PAIRS[0] | {"prompt": said("ask " * 29)}, "prompt not shorter than max_length = 32 tokens"),
+        (PAIRS[0] | {"prompt": to_chat("ask " * 18)}, "prompt longer than max_prompt_length = 20 tokens"),
+        (PAIRS[0] | {"prompt": to_chat("ask " * 29)}, "prompt not shorter than max_length = 32 tokens"),
     ],
     ids=["same", "same but for unknown words", "same up to max_length", "long prompt", "prompt that leaves no room"],
 )
 def test_uninformative_pair_is_dropped_and_counted(toy, tmp_path, pair, reason):
-    given = toys.dpo_settings(epochs=1, max_prompt_length=20, max_dropped=0.12)
-    figures = train_dpo(toy.base, toy.sft(), [*PAIRS[:3], pair, *PAIRS[3:]], tmp_path / "with", given)
+    config = toys.dpo_settings(epochs=1, max_prompt_length=20, max_dropped=0.12)
+    figures = train_dpo(toy.base, toy.sft(), [*PAIRS[:3], pair, *PAIRS[3:]], tmp_path / "with", config)
     assert figures["dropped"] == {reason: 1}
     assert (figures["rows"], figures["truncated"]) == (9, 0)
     assert f"dropped 1 of 9 rows: {reason}" in read_headline(tmp_path / "with")
-    train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "without", given)
-    assert all(map(torch.equal, vectors(tmp_path / "with"), vectors(tmp_path / "without")))
+    train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "without", config)
+    assert all(map(torch.equal, load_vectors(tmp_path / "with"), load_vectors(tmp_path / "without")))
 
 
 def test_prompt_of_exactly_max_prompt_length_is_used(toy, tmp_path):
-    longest = max(len(encode(row["prompt"], speaks=True)[0]) for row in PAIRS)
-    given = toys.dpo_settings(epochs=1, max_prompt_length=longest)
-    assert train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", given)["dropped"] == {}
+    longest = max(len(encode(row["prompt"], add_generation_prompt=True)[0]) for row in PAIRS)
+    config = toys.dpo_settings(epochs=1, max_prompt_length=longest)
+    assert train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "out", config)["dropped"] == {}
     with pytest.raises(SnpatchError, match=f"longer than max_prompt_length = {longest - 1} tokens: more than"):
         train_dpo(
             toy.base,
@@ -435,16 +454,16 @@ def test_prompt_of_exactly_max_prompt_length_is_used(toy, tmp_path):
 
 def test_dropping_more_than_max_dropped_or_all_rows_fails(toy, tmp_path):
     rows = [*PAIRS, SAME, SAME]
-    given = toys.dpo_settings(epochs=1, max_dropped=0.2)
-    assert train_dpo(toy.base, toy.sft(), rows, tmp_path / "most", given)["dropped"].popitem()[1] == 2
+    config = toys.dpo_settings(epochs=1, max_dropped=0.2)
+    assert train_dpo(toy.base, toy.sft(), rows, tmp_path / "most", config)["dropped"].popitem()[1] == 2
     message = r"dropped 2 of 10 rows: chosen and rejected are the same tokens: more than max_dropped = 0\.1 of the rows"
     with pytest.raises(SnpatchError, match=message):
         train_dpo(toy.base, toy.sft(), rows, tmp_path / "many", toys.dpo_settings())
     with pytest.raises(SnpatchError, match="dropped 3 of 3 rows"):
         train_dpo(toy.base, toy.sft(), [SAME] * 3, tmp_path / "all", toys.dpo_settings(max_dropped=1.0))
-    long = [PAIRS[0] | {"prompt": said("ask " * 40)}] * 2
+    long_pairs = [PAIRS[0] | {"prompt": to_chat("ask " * 40)}] * 2
     with pytest.raises(SnpatchError, match="dropped 2 of 2 rows: prompt not shorter than max_length = 32 tokens"):
-        train_dpo(toy.base, toy.sft(), long, tmp_path / "long", toys.dpo_settings(max_dropped=1.0))
+        train_dpo(toy.base, toy.sft(), long_pairs, tmp_path / "long", toys.dpo_settings(max_dropped=1.0))
 
 
 @pytest.mark.parametrize("less", [0, 1, 3])
@@ -454,7 +473,9 @@ def test_truncated_rows_are_counted_exactly(toy, tmp_path, less):
     assert figures["truncated"] == sum(length > limit for length in LENGTHS) == (0 if less == 0 else 1)
     assert figures["dropped"] == {}
     with torch.no_grad():
-        assert figures["first_loss"] == pytest.approx(toys.sft_loss(plain(toy.base), limit).item(), abs=1e-5)
+        assert figures["first_loss"] == pytest.approx(
+            toys.compute_sft_loss(load_model(toy.base), limit).item(), abs=1e-5
+        )
     limit = max(PAIR_LENGTHS) - less
     figures = train_dpo(toy.base, toy.sft(), PAIRS, tmp_path / "dpo", toys.dpo_settings(epochs=1, max_length=limit))
     assert figures["truncated"] == sum(length > limit for length in PAIR_LENGTHS)
@@ -465,13 +486,13 @@ def test_truncated_rows_are_counted_exactly(toy, tmp_path, less):
 
 
 def test_conversation_without_answer_within_max_length_is_dropped(toy, tmp_path):
-    rows = [*MESSAGES, {"messages": said("ask " * 40, "yes")}]
+    rows = [*MESSAGES, {"messages": to_chat("ask " * 40, "yes")}]
     reason = "no assistant token within max_length = 32"
     figures = train_sft(toy.base, rows, tmp_path / "with", settings(epochs=1, max_dropped=0.12))
     assert (figures["dropped"], figures["truncated"]) == ({reason: 1}, 0)
     assert f"dropped 1 of 9 rows: {reason}" in read_headline(tmp_path / "with")
     train_sft(toy.base, MESSAGES, tmp_path / "without", settings(epochs=1, max_dropped=0.12))
-    assert all(map(torch.equal, vectors(tmp_path / "with"), vectors(tmp_path / "without")))
+    assert all(map(torch.equal, load_vectors(tmp_path / "with"), load_vectors(tmp_path / "without")))
     with pytest.raises(SnpatchError, match=f"dropped 1 of 9 rows: {reason}: more than max_dropped"):
         train_sft(toy.base, rows, tmp_path / "out", settings())
 
@@ -482,9 +503,9 @@ def test_conversation_without_answer_within_max_length_is_dropped(toy, tmp_path)
         ([], "expected rows with messages, got none"),
         ([{"text": "ask one"}], "expected rows with messages, row 0 has text"),
         ([MESSAGES[0], {"text": "ask one"}], "expected rows with messages, row 1 has text"),
-        ([MESSAGES[0], {"messages": said("ask one")}], "row 1 has no assistant turn"),
+        ([MESSAGES[0], {"messages": to_chat("ask one")}], "row 1 has no assistant turn"),
         (
-            [MESSAGES[0], {"messages": [{"role": "tool", "content": "no"}, *said("ask one", "yes")]}],
+            [MESSAGES[0], {"messages": [{"role": "tool", "content": "no"}, *to_chat("ask one", "yes")]}],
             r"row 1: expected a role of the Tulu template \(system, user, assistant\), got 'tool'",
         ),
     ],
@@ -500,10 +521,10 @@ def test_sft_rejects_bad_conversations(toy, tmp_path, rows, message):
     [
         ([], "expected rows with prompt, chosen, rejected, got none"),
         (
-            [{"prompt": said("ask one"), "chosen": answered("no")}],
+            [{"prompt": to_chat("ask one"), "chosen": to_answer("no")}],
             "expected rows with prompt, chosen, rejected, row 0 has prompt, chosen$",
         ),
-        ([PAIRS[0], {"prompt": said("ask one"), "chosen": answered("no")}], "row 1 has prompt, chosen$"),
+        ([PAIRS[0], {"prompt": to_chat("ask one"), "chosen": to_answer("no")}], "row 1 has prompt, chosen$"),
     ],
 )
 def test_dpo_rejects_bad_preferences(toy, tmp_path, rows, message):
@@ -518,12 +539,12 @@ def test_row_longer_than_model_context_is_rejected(toy, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     train_sft(base, MESSAGES, tmp_path / "sft", settings(epochs=1, max_length=400))
-    longer = [*MESSAGES, {"messages": said("ask " * 20, "yes")}]
+    longer = [*MESSAGES, {"messages": to_chat("ask " * 20, "yes")}]
     with pytest.raises(
         SnpatchError, match=r"at most 20 tokens, the model's context, got 25 in row .* Set max_length = 20"
     ):
         train_sft(base, longer, tmp_path / "out", settings(epochs=1, max_length=400))
-    pair = {"prompt": said("ask " * 20), "chosen": answered("no"), "rejected": answered("yes")}
+    pair = {"prompt": to_chat("ask " * 20), "chosen": to_answer("no"), "rejected": to_answer("yes")}
     with pytest.raises(SnpatchError, match="at most 20 tokens, the model's context, got 25"):
         train_dpo(base, None, [*PAIRS, pair], tmp_path / "dpo", toys.dpo_settings(epochs=1, max_length=400))
 
@@ -542,7 +563,7 @@ def test_tokenizer_that_appends_eos_is_rejected(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sft", "given", "message"),
+    ("sft", "options", "message"),
     [
         (
             "ia3",
@@ -558,9 +579,9 @@ def test_tokenizer_that_appends_eos_is_rejected(toy, tmp_path):
         ("full", {}, "adapter_config.json: No such file"),
     ],
 )
-def test_dpo_rejects_method_that_cannot_continue_sft(toy, tmp_path, sft, given, message):
+def test_dpo_rejects_method_that_cannot_continue_sft(toy, tmp_path, sft, options, message):
     with pytest.raises(SnpatchError, match=message):
-        train_dpo(toy.base, toy.sft(sft), PAIRS, tmp_path / "out", toys.dpo_settings(**given))
+        train_dpo(toy.base, toy.sft(sft), PAIRS, tmp_path / "out", toys.dpo_settings(**options))
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
@@ -569,7 +590,7 @@ def test_zero_sft_scale_fails_with_its_neuron(toy, tmp_path):
     with pytest.raises(SnpatchError, match=r"the scale of layer 1, neuron 17 is 0 \(and 0 more"):
         train_dpo(toy.base, sft, PAIRS, tmp_path / "out", toys.dpo_settings())
     train_dpo(toy.base, sft, PAIRS, tmp_path / "published", toys.dpo_settings(epochs=1, as_published=True))
-    assert all(vector.isfinite().all() for vector in vectors(tmp_path / "published"))
+    assert all(vector.isfinite().all() for vector in load_vectors(tmp_path / "published"))
 
 
 def test_non_finite_factor_is_not_saved(toy, tmp_path):
@@ -614,14 +635,14 @@ def test_unchanged_parameters_are_listed(toy, tmp_path):
 
 
 def test_trl_error_is_one_line(toy, tmp_path):
-    for given, options in (
+    for config, options in (
         (settings(lr_scheduler_type="uphill"), {}),
         (settings(), {"report_to": ["nowhere"]}),
         (settings(), {"report_to": ["clearml"]}),
         (settings("lora", lora_targets=("nothing",)), {}),
     ):
         with pytest.raises(SnpatchError, match="training: TRL refuses: ") as error:
-            train_sft(toy.base, MESSAGES, tmp_path / "out", given, **options)
+            train_sft(toy.base, MESSAGES, tmp_path / "out", config, **options)
         assert "\n" not in str(error.value)
         shutil.rmtree(tmp_path / "out")
 
@@ -631,13 +652,18 @@ def test_trl_error_is_one_line(toy, tmp_path):
 
 def test_default_settings_match_paper():
     for kind in (TrainSettings, DpoSettings):
-        chosen = kind()
-        assert (chosen.method, chosen.peak_learning_rate, chosen.epochs, chosen.batch_size) == ("ia3", 1e-3, 3, 120)
-        assert (chosen.weight_decay, chosen.weight_decay_target) == (0.1, 0)
-        assert (chosen.lr_scheduler_type, chosen.warmup_steps, chosen.max_length) == ("cosine", 0, 4096)
-        assert (chosen.lora_rank, chosen.lora_targets, chosen.template) == (64, ("q_proj", "v_proj"), "tulu")
-    chosen = DpoSettings()
-    assert (chosen.beta, chosen.max_prompt_length, chosen.as_published) == (0.1, 2048, False)
+        defaults = kind()
+        assert (defaults.method, defaults.peak_learning_rate, defaults.epochs, defaults.batch_size) == (
+            "ia3",
+            1e-3,
+            3,
+            120,
+        )
+        assert (defaults.weight_decay, defaults.weight_decay_target) == (0.1, 0)
+        assert (defaults.lr_scheduler_type, defaults.warmup_steps, defaults.max_length) == ("cosine", 0, 4096)
+        assert (defaults.lora_rank, defaults.lora_targets, defaults.template) == (64, ("q_proj", "v_proj"), "tulu")
+    defaults = DpoSettings()
+    assert (defaults.beta, defaults.max_prompt_length, defaults.as_published) == (0.1, 2048, False)
 
 
 def test_learning_rate_default_depends_on_method():
@@ -656,7 +682,7 @@ def test_learning_rate_default_depends_on_method():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("fields", "message"),
     [
         ({"method": "all"}, "method.* one of ia3, lora, full, got 'all'"),
         ({"template": "chatml"}, "template.* one of tulu, tokenizer, got 'chatml'"),
@@ -675,22 +701,22 @@ def test_learning_rate_default_depends_on_method():
         ({"max_length": 1}, "max_length.* at least 2, got 1"),
     ],
 )
-def test_invalid_settings_raise(given, message):
+def test_invalid_settings_raise(fields, message):
     for kind in (TrainSettings, DpoSettings):
         with pytest.raises(SnpatchError, match=message):
-            kind(**given)
+            kind(**fields)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("fields", "message"),
     [
         ({"beta": 0}, "beta: expected more than 0, got 0"),
         ({"as_published": True, "method": "lora"}, "as_published: expected method = ia3, got lora"),
     ],
 )
-def test_invalid_dpo_settings_raise(given, message):
+def test_invalid_dpo_settings_raise(fields, message):
     with pytest.raises(SnpatchError, match=message):
-        DpoSettings(**given)
+        DpoSettings(**fields)
 
 
 def test_missing_extra_names_the_install_command(monkeypatch):

@@ -68,20 +68,20 @@ def test_load_pretrained_empty_message_is_one_line():
 
 
 def test_atomic_write_syncs_before_rename(tmp_path, monkeypatch):
-    done = []
+    calls = []
 
     def synced(descriptor):
-        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
     def replaced(partial, path):
-        done.append("replaced")
+        calls.append("replaced")
         rename(partial, path)
 
     rename = os.replace
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
     write_text(tmp_path / "table.csv", "new")
-    assert done == [f"{tmp_path}/.table.csv.partial{os.getpid()}", "replaced", str(tmp_path)]
+    assert calls == [f"{tmp_path}/.table.csv.partial{os.getpid()}", "replaced", str(tmp_path)]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/etc/hosts", path)])

@@ -38,13 +38,16 @@ def ranking_key() -> str:
 
 
 def keys() -> dict[str, str]:
-    found = {name: hash_json(generation._describe_patch(ENGINE, patch)) for name, patch in PATCHES.items()}
-    found |= {
+    hashes = {name: hash_json(generation._describe_patch(ENGINE, patch)) for name, patch in PATCHES.items()}
+    hashes |= {
         "patch": hash_json(PATCHES["donor"].content(ENGINE.fingerprint), REQUEST_DIGITS),
         "ranking": RANKING.fingerprint,
     }
-    found |= {"window": RANKING.window_fingerprint(PATCHES["donor"].window), "contrast": ranking_key()}
-    return found | {"sampling": hash_json(vars(Sampling(max_tokens=7, seed=1))), "tensor": hash_tensor(torch.arange(3))}
+    hashes |= {"window": RANKING.window_fingerprint(PATCHES["donor"].window), "contrast": ranking_key()}
+    return hashes | {
+        "sampling": hash_json(vars(Sampling(max_tokens=7, seed=1))),
+        "tensor": hash_tensor(torch.arange(3)),
+    }
 
 
 GOLDEN = {

@@ -1,4 +1,4 @@
-"""Progress bars of Python calls: who gets one, and what is announced."""
+"""Progress bars of Python calls: when they are shown, and messages of long steps."""
 
 import io
 import sys
@@ -65,7 +65,7 @@ def test_progress_false_and_default_off_show_nothing(open_terminal, monkeypatch)
 
 def test_progress_callback_is_passed_on():
     calls = []
-    with open_progress(lambda *done: calls.append(done), "generate") as report:
+    with open_progress(lambda *counts: calls.append(counts), "generate") as report:
         report(1, 2)
     assert calls == [(1, 2)]
 

@@ -28,9 +28,9 @@ def ia3(folder, tensor, suffix="safetensors"):
     folder.mkdir(exist_ok=True)
     config = {"peft_type": "IA3", "target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    held = {DOWN.format(0): tensor}
+    tensors = {DOWN.format(0): tensor}
     path = folder / f"adapter_model.{suffix}"
-    save_file(held, path) if suffix == "safetensors" else torch.save(held, path)
+    save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
     return folder
 
 
@@ -38,7 +38,7 @@ def lora(folder, a, b, **config):
     """A LoRA folder on the weight `w.weight`."""
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1, **config}))
-    tensors = {f"base_model.model.w.lora_{side}.weight": one for side, one in (("A", a), ("B", b))}
+    tensors = {f"base_model.model.w.lora_{side}.weight": matrix for side, matrix in (("A", a), ("B", b))}
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
@@ -58,9 +58,9 @@ def test_adapter_of_allowed_dtype_becomes_float32(tmp_path, dtype):
 
 
 def test_stacked_adapters_that_overflow_are_rejected(tmp_path):
-    large = [ia3(tmp_path / name, torch.full((1, 4), 1e30)) for name in "ab"]
+    adapters = [ia3(tmp_path / name, torch.full((1, 4), 1e30)) for name in "ab"]
     with pytest.raises(SnpatchError, match=r"stacked adapters: down_proj holds NaN or infinity: .*float32, got inf"):
-        load_adapters(large, 1, WIDTHS)
+        load_adapters(adapters, 1, WIDTHS)
 
 
 @pytest.mark.parametrize("dtype", WRONG)
@@ -143,7 +143,7 @@ def test_sums_whose_mean_overflows_float32_are_rejected(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weight", "used", "message"),
+    ("weight", "dtype", "message"),
     [
         (torch.full((2,), 1e5), torch.float16, "w holds NaN or infinity in torch.float16"),
         (torch.full((2,), 3.4e38), torch.bfloat16, "w holds NaN or infinity in torch.bfloat16"),
@@ -151,9 +151,9 @@ def test_sums_whose_mean_overflows_float32_are_rejected(tmp_path):
         (torch.ones(2, dtype=torch.complex64), None, "w: expected real numbers, got torch.complex64"),
     ],
 )
-def test_weights_not_finite_in_used_dtype_are_rejected(weight, used, message):
+def test_weights_not_finite_in_used_dtype_are_rejected(weight, dtype, message):
     with pytest.raises(SnpatchError, match=message):
-        list(iter_finite([("w", weight)], "m", used))
+        list(iter_finite([("w", weight)], "m", dtype))
 
 
 @pytest.mark.parametrize(
@@ -179,11 +179,11 @@ def test_expanded_tensors_are_rejected_before_allocation(tmp_path):
 def test_compressed_torch_file_is_rejected(tmp_path):
     torch.save({"w": torch.zeros(1_000_000)}, tmp_path / "a.pt")
     with (
-        zipfile.ZipFile(tmp_path / "a.pt") as old,
-        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+        zipfile.ZipFile(tmp_path / "a.pt") as torch_file,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as compressed_file,
     ):
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry))
+        for entry in torch_file.infolist():
+            compressed_file.writestr(entry.filename, torch_file.read(entry))
     assert torch.equal(read_state(tmp_path / "a.pt")["w"], torch.zeros(1_000_000))
     with pytest.raises(SnpatchError, match="not a torch file of plain tensors"):
         read_state(tmp_path / "b.pt")
@@ -207,8 +207,8 @@ def test_nested_containers_are_read_once(tmp_path):
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
 def test_published_ranking_of_wrong_dtype_is_rejected(tmp_path, kind):
-    one = torch.ones(1, 2)
-    torch.save((one, torch.zeros(1, 2).long(), one, one, one.to(kind), one), tmp_path / "r.pt")
+    ones = torch.ones(1, 2)
+    torch.save((ones, torch.zeros(1, 2).long(), ones, ones, ones.to(kind), ones), tmp_path / "r.pt")
     with pytest.raises(SnpatchError, match=r"r\.pt: tensor 4: expected a tensor of"):
         Ranking.from_published(tmp_path / "r.pt")
 
@@ -216,9 +216,9 @@ def test_published_ranking_of_wrong_dtype_is_rejected(tmp_path, kind):
 def test_safetensors_header_above_limit_raises_one_line_error(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes((2**63).to_bytes(8, "little") + b"{}")
-    for read in (lambda: read_state(path), lambda: Ranking.load(path), lambda: open_weights(tmp_path)):
+    for load in (lambda: read_state(path), lambda: Ranking.load(path), lambda: open_weights(tmp_path)):
         with pytest.raises(SnpatchError, match="not a safetensors file"):
-            read()
+            load()
 
 
 def test_index_with_path_outside_folder_is_rejected(tmp_path):

@@ -43,15 +43,15 @@ from snpatch.op.plan import UNRANKED, PlanColumn
 
 @pytest.fixture(scope="module")
 def engines(zoo):
-    made = {}
+    engines_by_options = {}
 
     def get(architecture="llama", **options) -> Engine:
         key = (architecture, *sorted(options.items()))
-        if key not in made:
+        if key not in engines_by_options:
             model = zoo(architecture)
             adapters = {n: list(f) for n, f in model.adapters.items()}
-            made[key] = Engine(model.folder, adapters, backend="transformers", **options)
-        return made[key]
+            engines_by_options[key] = Engine(model.folder, adapters, backend="transformers", **options)
+        return engines_by_options[key]
 
     return get
 
@@ -88,11 +88,11 @@ def test_oracle_patches_change_most_completions(zoo):
         if job.window == (0, 0):
             continue
         num_changed = 0
-        for made in map(zoo, tiny.ARCHITECTURES):
-            recipient, _ = job.oracle(made)
-            ids = oracle_completion(made, job).ids
-            plain = recipient.forward([*job.ids, *ids])[len(job.ids) - 1 : -1].argmax(-1)
-            num_changed += plain.tolist() != ids
+        for tiny_model in map(zoo, tiny.ARCHITECTURES):
+            recipient, _ = job.oracle(tiny_model)
+            ids = oracle_completion(tiny_model, job).ids
+            unpatched_ids = recipient.forward([*job.ids, *ids])[len(job.ids) - 1 : -1].argmax(-1)
+            num_changed += unpatched_ids.tolist() != ids
         assert num_changed > len(tiny.ARCHITECTURES) / 2, job
 
 
@@ -120,32 +120,32 @@ def test_promise_2_model_patched_into_itself_is_unchanged(engine, model):
 def test_promise_3_mixed_batch_equals_its_requests_one_by_one(engines, architecture, options):
     samplings = [Sampling(max_tokens=3 + i % 9, logprobs=i % 2 == 0) for i in range(len(JOBS))]
     samplings[3] = samplings[8] = Sampling(temperature=1.0, seed=11, max_tokens=9)
-    alone = [generate(engines(architecture), [job], s)[0] for job, s in zip(JOBS, samplings, strict=True)]
-    together = generate(engines(architecture, **options), JOBS, samplings)
-    assert_batch_equals_single(together, alone, LOGPROB)
+    singles = [generate(engines(architecture), [job], s)[0] for job, s in zip(JOBS, samplings, strict=True)]
+    batch = generate(engines(architecture, **options), JOBS, samplings)
+    assert_batch_equals_single(batch, singles, LOGPROB)
 
 
 def test_promise_4_patched_request_does_not_change_later_plain_ones(engine):
-    plain = [Job(i, name) for i in range(8) for name in ("base", "sft")]
-    before = generate(engine, plain)
+    unpatched_jobs = [Job(i, name) for i in range(8) for name in ("base", "sft")]
+    before = generate(engine, unpatched_jobs)
     generate(engine, JOBS)
     engine.contrast(IDS, "sft", "dpo", positions="prompt")
-    assert generate(engine, plain) == before
+    assert generate(engine, unpatched_jobs) == before
 
 
 @pytest.mark.parametrize("source", TOO_LARGE, ids=lambda source: type(source).__name__)
 def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_request(engine, source):
-    plain = [Job(i, name) for i in range(4) for name in ("base", "sft")]
-    expected = [completion.token_ids for completion in generate(engine, plain)]
+    unpatched_jobs = [Job(i, name) for i in range(4) for name in ("base", "sft")]
+    expected = [completion.token_ids for completion in generate(engine, unpatched_jobs)]
     sampling = Sampling(max_tokens=10)
-    requests = [engine.requests.patched(job.ids, job.patch, sampling=sampling) for job in plain]
+    requests = [engine.requests.patched(job.ids, job.patch, sampling=sampling) for job in unpatched_jobs]
     outputs = dict(engine.run([overflowing(engine, [40, 41], source, 10), *requests]))
     assert type(outputs[0].error) is OverflowedError
     assert "overflowed in float32 at layer 0 under its patch" in str(outputs[0].error)
     assert [outputs[index].token_ids for index in range(1, 9)] == expected
     with pytest.raises(OverflowedError, match="under its patch"):
         engine.generate([[40, 41]], huge_patch(), sampling)
-    assert [completion.token_ids for completion in generate(engine, plain)] == expected
+    assert [completion.token_ids for completion in generate(engine, unpatched_jobs)] == expected
 
 
 def test_unpatched_completion_that_overflows_restarts_the_engine(engine, monkeypatch):
@@ -188,14 +188,14 @@ def inject_fault(monkeypatch, fault, skip_layer=None):
     """Replace the op: `fault` may change its ranks and plan; a skipped layer does not record anything."""
     real = ops.patched_glu
 
-    def broken(gate_up, scale, rank, constant, plan, stats, count, capture, receipt, **setting):
+    def run_with_fault(gate_up, scale, rank, constant, plan, stats, count, capture, receipt, **setting):
         rank, plan = rank.clone(), plan.clone()
         fault(setting["layer"], rank, plan)
         if setting["layer"] == skip_layer:
             stats, count, receipt, capture = stats.clone(), count.clone(), receipt.clone(), capture.clone()
         return real(gate_up, scale, rank, constant, plan, stats, count, capture, receipt, **setting)
 
-    monkeypatch.setattr(ops, "patched_glu", broken)
+    monkeypatch.setattr(ops, "patched_glu", run_with_fault)
 
 
 def no_fault(layer, rank, plan):
@@ -266,8 +266,8 @@ def test_contrast_of_given_completions_equals_the_oracle(llama, engine, position
 
 @pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name != "llama"])
 def test_contrast_on_every_architecture_equals_the_oracle(zoo, engines, architecture):
-    made = zoo(architecture)
-    models = [oracle.model(*made.checkpoints[name]) for name in ("base", "dpo")]
+    tiny_model = zoo(architecture)
+    models = [oracle.model(*tiny_model.checkpoints[name]) for name in ("base", "dpo")]
     options = {"batch_size": 3, "token_budget": None}
     ranking = engines(architecture, **options).contrast(IDS, "base", "dpo", completions=COMPLETIONS)
     assert_ranking(ranking, oracle.contrast(*models, forced_sequences("completion")))
@@ -290,7 +290,7 @@ def test_contrast_of_one_model_with_itself_is_an_error(engine):
 
 
 @pytest.fixture(scope="module")
-def ended(llama, tmp_path_factory):
+def eos_engine(llama, tmp_path_factory):
     """Return the Llama with an EOS that sft generates in some completions, at different positions."""
     texts = [oracle.generate(oracle.model(*llama.checkpoints["sft"]), ids, 10).ids for ids in IDS]
 
@@ -300,14 +300,18 @@ def ended(llama, tmp_path_factory):
     token = max({t for text in texts for t in text}, key=lambda t: (len({i for i in ends(t) if i < 9}), -len(ends(t))))
     assert len(set(ends(token))) >= 2
     assert len(ends(token)) < len(IDS)
-    made = llama.with_eos(token, tmp_path_factory.mktemp("ended") / "model")
-    return made, token, Engine(made.folder, {n: list(f) for n, f in made.adapters.items()}, backend="transformers")
+    tiny_model = llama.with_eos(token, tmp_path_factory.mktemp("ended") / "model")
+    return (
+        tiny_model,
+        token,
+        Engine(tiny_model.folder, {n: list(f) for n, f in tiny_model.adapters.items()}, backend="transformers"),
+    )
 
 
 @pytest.mark.parametrize("positions", ["completion", "completion_shifted"])
-def test_contrast_generates_completions_and_does_not_count_eos(ended, positions):
-    made, token, engine = ended
-    models = [oracle.model(*made.checkpoints[name]) for name in ("sft", "dpo")]
+def test_contrast_generates_completions_and_does_not_count_eos(eos_engine, positions):
+    tiny_model, token, engine = eos_engine
+    models = [oracle.model(*tiny_model.checkpoints[name]) for name in ("sft", "dpo")]
     texts = []
     for prompt in IDS:
         text = oracle.generate(models[0], prompt, 10, eos=token).ids
@@ -317,17 +321,17 @@ def test_contrast_generates_completions_and_does_not_count_eos(ended, positions)
     assert_ranking(ranking, oracle.contrast(*models, texts))
 
 
-def test_contrast_of_given_completions_does_not_count_eos(ended):
-    _, _, engine = ended
+def test_contrast_of_given_completions_does_not_count_eos(eos_engine):
+    _, _, engine = eos_engine
     sampling = Sampling(max_tokens=10)
     texts = [c.token_ids for c in engine.generate(IDS, "sft", sampling)]
-    given = engine.contrast(IDS, "sft", "dpo", completions=texts)
-    assert given.meta["tokens"] == engine.contrast(IDS, "sft", "dpo", sampling=sampling).meta["tokens"]
+    ranking = engine.contrast(IDS, "sft", "dpo", completions=texts)
+    assert ranking.meta["tokens"] == engine.contrast(IDS, "sft", "dpo", sampling=sampling).meta["tokens"]
 
 
-def test_eos_ends_a_completion_after_min_tokens(ended):
-    made, token, engine = ended
-    sft = oracle.model(*made.checkpoints["sft"])
+def test_eos_ends_a_completion_after_min_tokens(eos_engine):
+    tiny_model, token, engine = eos_engine
+    sft = oracle.model(*tiny_model.checkpoints["sft"])
     for min_tokens in (0, 4):
         completions = engine.generate(IDS, "sft", Sampling(max_tokens=10, min_tokens=min_tokens, logprobs=True))
         for prompt, completion in zip(IDS, completions, strict=True):
@@ -342,13 +346,13 @@ def test_eos_ends_a_completion_after_min_tokens(ended):
     assert {c.finish_reason for c in on} == {"length"}
 
 
-def test_patched_completion_that_ends_early_counts_its_read_positions(ended):
-    made, token, engine = ended
+def test_patched_completion_that_ends_early_counts_its_read_positions(eos_engine):
+    tiny_model, token, engine = eos_engine
     jobs = [Job(i, "sft", "dpo", (0, 30)) for i in range(8)]
     completions = generate(engine, jobs)
     lengths = set()
     for job, completion in zip(jobs, completions, strict=True):
-        recipient, patch = job.oracle(made)
+        recipient, patch = job.oracle(tiny_model)
         expected = oracle.generate(recipient, job.ids, 10, patch, eos=token).ids
         assert completion.token_ids == expected
         assert completion.overwrites == 30 * (len(job.ids) + len(expected) - 1)
@@ -357,23 +361,29 @@ def test_patched_completion_that_ends_early_counts_its_read_positions(ended):
 
 
 def test_stop_strings_and_max_tokens_end_a_completion(engine):
-    (whole,) = engine.generate([IDS[0]], "base", Sampling(max_tokens=10))
-    words = whole.text.split()
+    (full_completion,) = engine.generate([IDS[0]], "base", Sampling(max_tokens=10))
+    words = full_completion.text.split()
     assert len(set(words[:6])) == 6
-    (one,) = engine.generate([IDS[0]], "base", Sampling(max_tokens=1))
-    assert (one.token_ids, one.finish_reason, one.text) == (whole.token_ids[:1], "length", words[0])
-    for stop, found in (((words[4],), words[4]), (("nowhere", words[5], words[3]), words[3])):
-        (cut,) = engine.generate([IDS[0]], "base", Sampling(max_tokens=10, stop=stop))
-        at = words.index(found)
-        assert (cut.finish_reason, cut.stop_reason) == ("stop", found)
-        assert cut.token_ids == whole.token_ids[: at + 1]
-        assert cut.text == " ".join(words[:at]) + " "
+    (first_token,) = engine.generate([IDS[0]], "base", Sampling(max_tokens=1))
+    assert (first_token.token_ids, first_token.finish_reason, first_token.text) == (
+        full_completion.token_ids[:1],
+        "length",
+        words[0],
+    )
+    for stop, match in (((words[4],), words[4]), (("nowhere", words[5], words[3]), words[3])):
+        (stopped_completion,) = engine.generate([IDS[0]], "base", Sampling(max_tokens=10, stop=stop))
+        at = words.index(match)
+        assert (stopped_completion.finish_reason, stopped_completion.stop_reason) == ("stop", match)
+        assert stopped_completion.token_ids == full_completion.token_ids[: at + 1]
+        assert stopped_completion.text == " ".join(words[:at]) + " "
     across = f"{words[2]} {words[3]}"
-    (cut,) = engine.generate([IDS[0]], "base", Sampling(max_tokens=10, stop=(across,)))
-    assert cut.text == " ".join(words[:2]) + " "
-    assert len(cut.token_ids) == 4
-    (late,) = engine.generate([IDS[0]], "base", Sampling(max_tokens=10, min_tokens=6, stop=(words[0],)))
-    assert len(late.token_ids) >= 6
+    (stopped_completion,) = engine.generate([IDS[0]], "base", Sampling(max_tokens=10, stop=(across,)))
+    assert stopped_completion.text == " ".join(words[:2]) + " "
+    assert len(stopped_completion.token_ids) == 4
+    (min_tokens_completion,) = engine.generate(
+        [IDS[0]], "base", Sampling(max_tokens=10, min_tokens=6, stop=(words[0],))
+    )
+    assert len(min_tokens_completion.token_ids) >= 6
 
 
 def test_context_length_ends_a_completion(llama, engine):
@@ -396,17 +406,17 @@ def test_sampling_depends_only_on_the_seed(engine):
     assert together == texts(seeds[::-1])[::-1]
     assert len(set(map(tuple, together))) == 8
     fresh = texts([None] * 8)
-    written = [
+    sampled_texts = [
         tuple(ids) for ids in fresh if len(ids) > 1
     ]  # one in a hundred is only an EOS, and two of those are equal
-    assert len(set(written)) == len(written) > 4
+    assert len(set(sampled_texts)) == len(sampled_texts) > 4
 
 
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
 def test_sampling_from_one_candidate_is_greedy(engine, narrow):
     sampling = Sampling(**{"temperature": 1.0, "max_tokens": 8, "seed": 3, **narrow})
-    drawn = engine.generate(IDS, "sft", sampling)
-    assert [c.token_ids for c in drawn] == [c.token_ids for c in engine.generate(IDS, "sft", Sampling(max_tokens=8))]
+    samples = engine.generate(IDS, "sft", sampling)
+    assert [c.token_ids for c in samples] == [c.token_ids for c in engine.generate(IDS, "sft", Sampling(max_tokens=8))]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 1.0, "top_k": 5}])
@@ -420,31 +430,31 @@ def test_sampling_follows_the_models_distribution(llama, engine, options):
     n = 1000
     samplings = [Sampling(max_tokens=1, seed=seed, logprobs=True, **options) for seed in range(n)]
     completions = engine.generate([IDS[4]] * n, "sft", samplings)
-    drawn = torch.tensor([c.token_ids[0] for c in completions])
-    counts = torch.bincount(drawn, minlength=len(logits)).double()
+    token_ids = torch.tensor([c.token_ids[0] for c in completions])
+    counts = torch.bincount(token_ids, minlength=len(logits)).double()
     assert (counts[share == 0] == 0).all()
     assert ((counts - n * share).abs() <= 5 * (n * share * (1 - share)).sqrt() + 1).all()
-    own = logits.log_softmax(-1)[drawn]
-    assert torch.tensor([c.logprobs[0] for c in completions]).sub(own).abs().max() < LOGPROB
+    expected_logprobs = logits.log_softmax(-1)[token_ids]
+    assert torch.tensor([c.logprobs[0] for c in completions]).sub(expected_logprobs).abs().max() < LOGPROB
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_capture_is_in_rank_order_on_every_architecture(zoo, engines, architecture):
-    made = zoo(architecture)
+    tiny_model = zoo(architecture)
     engine = engines(architecture)
     for model, positions, k in (("sft", "last_prompt_token", 40), ("dpo", 1, 288), ("base", -2, 1)):
-        got = engine.capture(IDS, model, RANKINGS[0], k, positions=positions)
+        features = engine.capture(IDS, model, RANKINGS[0], k, positions=positions)
         position = -1 if positions == "last_prompt_token" else positions
-        activations = [oracle.model(*made.checkpoints[model]).activations(ids)[position] for ids in IDS]
+        activations = [oracle.model(*tiny_model.checkpoints[model]).activations(ids)[position] for ids in IDS]
         expected = torch.stack([torch.stack([a[layer, n] for layer, n in ORDERS[0][:k]]) for a in activations])
-        assert got.shape == (8, k)
-        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert features.shape == (8, k)
+        assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi3"])
 def test_logprobs_patched_and_unpatched_equal_the_oracle(zoo, engines, architecture):
-    got = engines(architecture).logprobs([job.ids for job in JOBS], [job.patch for job in JOBS])
-    for job, logprobs in zip(JOBS, got, strict=True):
+    results = engines(architecture).logprobs([job.ids for job in JOBS], [job.patch for job in JOBS])
+    for job, logprobs in zip(JOBS, results, strict=True):
         recipient, patch = job.oracle(zoo(architecture))
         expected = oracle.logprobs(recipient, job.ids, patch)
         torch.testing.assert_close(logprobs.values, expected, rtol=0, atol=LOGPROB)
@@ -488,7 +498,7 @@ SCORED = Ranking.from_scores(torch.rand(SHAPE), [-1])
         (lambda e: e.generate(IDS, ["base"]), "one for each of 8 prompts, got 1"),
         (lambda e: e.generate([IDS[0]], Patch("sft", "dpo", OTHER, 1)), r"model of \[2, 5\], this one is \[3, 96\]"),
         (lambda e: e.generate("a text"), "prompts must be a list"),
-        (lambda e: e.generate(one for one in IDS), "prompts must be a list; got generator"),
+        (lambda e: e.generate(ids for ids in IDS), "prompts must be a list; got generator"),
         (lambda e: e.logprobs({"a": 1}), "prompts must be a list; got dict"),
         (lambda e: e.generate([b"the cat"]), "prompt 0: expected a text, a chat"),
         (lambda e: e.capture([None], "sft", RANKINGS[0], 3), "prompt 0: expected a text, a chat"),
@@ -551,12 +561,12 @@ def test_broken_or_untested_model_is_an_error(tmp_path, llama):
         Engine(tmp_path / "gpt2", backend="transformers")
     with pytest.raises(SnpatchError, match="no such folder"):
         Engine(tmp_path / "nothing", backend="transformers")
-    broken = llama.with_eos(tiny.EOS, tmp_path / "broken").folder
-    weights = load_file(broken / "model.safetensors")
+    folder = llama.with_eos(tiny.EOS, tmp_path / "broken").folder
+    weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SnpatchError, match=r"weight model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
-        Engine(broken, backend="transformers")
+        Engine(folder, backend="transformers")
 
 
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
@@ -574,9 +584,9 @@ def test_rotary_positions_that_depend_on_the_batch_are_an_error(llama, tmp_path,
 def test_stop_string_within_min_tokens_does_not_end_a_completion(engine):
     """As in vLLM, only text after min_tokens is searched, and nothing before it is cut."""
     free = engine.generate([IDS[0]], "sft", Sampling(max_tokens=8))[0]
-    early = engine.tokenizer.decode([free.token_ids[1]])
-    last = max(i for i in range(8) if engine.tokenizer.decode([free.token_ids[i]]) == early)
-    assert engine.generate([IDS[0]], "sft", Sampling(max_tokens=8, stop=early))[0].token_ids == free.token_ids[:2]
-    late = engine.generate([IDS[0]], "sft", Sampling(max_tokens=8, min_tokens=last + 1, stop=early))[0]
-    assert late.finish_reason == "length"
-    assert late.text == free.text
+    stop = engine.tokenizer.decode([free.token_ids[1]])
+    last = max(i for i in range(8) if engine.tokenizer.decode([free.token_ids[i]]) == stop)
+    assert engine.generate([IDS[0]], "sft", Sampling(max_tokens=8, stop=stop))[0].token_ids == free.token_ids[:2]
+    completion = engine.generate([IDS[0]], "sft", Sampling(max_tokens=8, min_tokens=last + 1, stop=stop))[0]
+    assert completion.finish_reason == "length"
+    assert completion.text == free.text

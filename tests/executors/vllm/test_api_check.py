@@ -24,10 +24,10 @@ def edited_source(*edits):
 
     def source(module):
         text = read_source(module)
-        for name, old, new in edits:
+        for name, pattern, replacement in edits:
             if name == module and text is not None:
-                assert new is None or old in text, f"{name} has no {old}"
-                text = None if new is None else text.replace(old, new)
+                assert replacement is None or pattern in text, f"{name} has no {pattern}"
+                text = None if replacement is None else text.replace(pattern, replacement)
         return text
 
     return source
@@ -91,11 +91,11 @@ def version(monkeypatch):
     versions._check_unknown.cache_clear()
 
 
-@pytest.mark.parametrize("known", ["0.24.0", "0.29.1", "0.32.0+cpu", "0.33.0"])
-def test_known_version_is_not_checked(version, monkeypatch, recwarn, known):
-    version(known)
+@pytest.mark.parametrize("number", ["0.24.0", "0.29.1", "0.32.0+cpu", "0.33.0"])
+def test_known_version_is_not_checked(version, monkeypatch, recwarn, number):
+    version(number)
     monkeypatch.setattr(api_check, "missing_names", lambda serving: pytest.fail("a known version was checked"))
-    assert versions.check() == known
+    assert versions.check() == number
     assert not recwarn
 
 
@@ -111,7 +111,7 @@ def test_unknown_version_with_all_names_warns_once(version, unknown):
 
 
 @pytest.mark.parametrize(
-    ("edits", "named"),
+    ("edits", "names"),
     [
         ([(CORE, "def abort_request(", "def abort(")], f"{CORE}.LLMEngine.abort_request"),
         ([("vllm.inputs.engine", "cache_salt", "salt")],
@@ -126,27 +126,27 @@ def test_unknown_version_with_all_names_warns_once(version, unknown):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_unknown_version_without_a_used_name_raises_naming_it(version, monkeypatch, recwarn, edits, named):
+def test_unknown_version_without_a_used_name_raises_naming_it(version, monkeypatch, recwarn, edits, names):
     version("0.34.0")
     monkeypatch.setattr(api_check, "read_source", edited_source(*edits))
     with pytest.raises(SnpatchError) as error:
         versions.check()
     assert str(error.value) == (
-        f"backend vllm: expected vLLM 0.24 to 0.33, got 0.34.0, which lacks {named}. Install vLLM 0.24 to 0.33."
+        f"backend vllm: expected vLLM 0.24 to 0.33, got 0.34.0, which lacks {names}. Install vLLM 0.24 to 0.33."
     )
     assert not recwarn
 
 
-@pytest.mark.parametrize("gone", ["vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_states.default"])
-def test_missing_names_with_one_model_runner_is_empty(monkeypatch, gone):
-    monkeypatch.setattr(api_check, "read_source", edited_source((gone, "", None)))
+@pytest.mark.parametrize("module", ["vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_states.default"])
+def test_missing_names_with_one_model_runner_is_empty(monkeypatch, module):
+    monkeypatch.setattr(api_check, "read_source", edited_source((module, "", None)))
     assert api_check.missing_names(serving=True) == []
 
 
-@pytest.mark.parametrize("old", ["0.9.2", "0.23.0"])
-def test_older_version_raises(version, old):
-    version(old)
-    with pytest.raises(SnpatchError, match=f"expected vLLM 0.24 to 0.33, got {old}. Install one of those."):
+@pytest.mark.parametrize("number", ["0.9.2", "0.23.0"])
+def test_older_version_raises(version, number):
+    version(number)
+    with pytest.raises(SnpatchError, match=f"expected vLLM 0.24 to 0.33, got {number}. Install one of those."):
         versions.check()
 
 

@@ -23,6 +23,7 @@ from jobs import (
     INTERVENTION_JOBS,
     JOBS,
     MIN_LOGIT_GAP,
+    PATCHED_JOB,
     RANKINGS,
     VALUES,
     Job,
@@ -62,14 +63,14 @@ DROPS_SEEDS = platforms.current_platform.is_cpu() and VERSION < (0, 29)  # by vL
 @pytest.mark.parametrize("architecture", architectures())
 def test_mixed_batch_matches_the_oracle(zoo, start, architecture):
     """Completions, log-probabilities and receipts of a batch; then statistics, captures and prompt logprobs."""
-    engine, made = start(architecture), zoo(architecture)
+    engine, tiny_model = start(architecture), zoo(architecture)
     jobs = [*JOBS, *EXTENDED_JOBS, *(KV_JOBS if architecture in tiny.KV_ARCHITECTURES else ())]
-    jobs += [job for job in PLAIN_JOBS if oracle_completion(made, job).gap > MIN_LOGIT_GAP]
+    jobs += [job for job in PLAIN_JOBS if oracle_completion(tiny_model, job).gap > MIN_LOGIT_GAP]
     assert len(jobs) >= 32
     fill_with_nan(engine)  # the worst case for promise 4, for every layout and kind of attention
-    assert_equals_oracle(made, jobs, generate(engine, jobs))
+    assert_equals_oracle(tiny_model, jobs, generate(engine, jobs))
 
-    models = {name: oracle.model(*made.checkpoints[name]) for name in ("base", "sft", "dpo")}
+    models = {name: oracle.model(*tiny_model.checkpoints[name]) for name in ("base", "sft", "dpo")}
     ranking = engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
     assert_ranking(ranking, oracle.contrast(models["base"], models["dpo"], forced_sequences("completion")))
     captured = engine.capture(IDS, "sft", RANKINGS[0], 40)
@@ -77,10 +78,10 @@ def test_mixed_batch_matches_the_oracle(zoo, start, architecture):
     want = torch.stack([a[tuple(RANKINGS[0].top(40).T)] for a in activations])
     assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
     for job, logprobs in zip(JOBS[:8], engine.logprobs(IDS, [job.patch for job in JOBS[:8]]), strict=True):
-        recipient, patch = job.oracle(made)
+        recipient, patch = job.oracle(tiny_model)
         want = oracle.logprobs(recipient, IDS[JOBS.index(job)], patch)
         torch.testing.assert_close(logprobs.values, want, rtol=0, atol=1e-4)
-    assert_logprobs_equal_generation(engine, made, JOBS)
+    assert_logprobs_equal_generation(engine, tiny_model, JOBS)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +120,9 @@ def test_promise_3_mixed_batch_equals_single_requests(engine, sampled):
     samplings = [Sampling(max_tokens=3 + i % 9, logprobs=i % 2 == 0) for i in range(len(jobs))]
     for i in sampled:
         samplings[i] = Sampling(temperature=1.0, seed=11, max_tokens=9)
-    alone = [generate(engine, [job], s)[0] for job, s in zip(jobs, samplings, strict=True)]
-    together = generate(engine, jobs, samplings)
-    assert_batch_equals_single(together, alone, 1e-4)
+    singles = [generate(engine, [job], s)[0] for job, s in zip(jobs, samplings, strict=True)]
+    batch = generate(engine, jobs, samplings)
+    assert_batch_equals_single(batch, singles, 1e-4)
 
 
 LONG_PROMPTS = [
@@ -203,13 +204,13 @@ def test_cache_salt_differs_between_patches_and_is_reproducible(engine):
     def salt(patch, ids=LONG_PROMPTS[0]):
         return cache_salt(engine.requests.patched(ids, patch, sampling=Sampling()), recipient_stream=0)
 
-    ranking, other = RANKINGS
+    ranking, other_ranking = RANKINGS
     patches = [
         "sft",
         Patch("sft", "dpo", ranking, 0),
         Patch("sft", "dpo", ranking, 5),
         Patch("sft", "dpo", ranking, (1, 6)),
-        Patch("sft", "dpo", other, 5),
+        Patch("sft", "dpo", other_ranking, 5),
         Patch("base", "dpo", ranking, 5),
         Patch("sft", "base", ranking, 5),
         Patch("sft", "dpo_kv", ranking, 5),
@@ -272,11 +273,11 @@ def test_statistics_of_one_run_are_separate(llama, engine):
 
 def test_capture_is_in_rank_order(llama, engine):
     for model, at, k in (("sft", "last_prompt_token", 40), ("dpo", 1, 288), ("base", -2, 1)):
-        got = engine.capture(IDS, model, RANKINGS[0], k, positions=at)
+        features = engine.capture(IDS, model, RANKINGS[0], k, positions=at)
         position = -1 if at == "last_prompt_token" else at
         activations = [oracle.model(*llama.checkpoints[model]).activations(ids)[position] for ids in IDS]
         want = torch.stack([a[tuple(RANKINGS[0].top(k).T)] for a in activations])
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        assert (features - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def remove_rank(dual_stream):
@@ -419,8 +420,8 @@ def test_nested_streams_keep_their_completions_and_closed_ones_leave_nothing(eng
     assert inner == [want] * 8
     stream = engine.stream(IDS, "sft", replace(sampling, max_tokens=100))
     stream.close()
-    short = [Sampling(max_tokens=n, ignore_eos=True) for n in (1, *[100] * 7)]
-    next(stream := engine.stream(IDS, "sft", short))
+    samplings = [Sampling(max_tokens=n, ignore_eos=True) for n in (1, *[100] * 7)]
+    next(stream := engine.stream(IDS, "sft", samplings))
     stream.close()
     assert not engine.executor.owners
     assert not any(engine.executor.slots.num_in_use.values())
@@ -442,9 +443,9 @@ def test_slots_are_reused_when_no_request_uses_them(llama, start):
         *("sft", "dpo", "sft_kv", "base"),
         *(Patch("sft", Constant(VALUES + i), rankings[0], 40) for i in range(3)),
     ]
-    alone = [engine.generate([IDS[i % 8]], patch)[0].token_ids for i, patch in enumerate(together)]
+    expected = [engine.generate([IDS[i % 8]], patch)[0].token_ids for i, patch in enumerate(together)]
     queued = engine.generate([IDS[i % 8] for i in range(len(together))], together)
-    assert [c.token_ids for c in queued] == alone
+    assert [c.token_ids for c in queued] == expected
     assert not any(engine.executor.slots.num_in_use.values())
 
 
@@ -472,9 +473,9 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
     jobs = [Job(i % 8, "sft", "dpo", (0, 29 + i)) for i in range(24)]
     preempted = []
     preempt = stats._preempt_request
-    stats._preempt_request = lambda request, *rest, **more: (
+    stats._preempt_request = lambda request, *arguments, **options: (
         preempted.append(request),
-        preempt(request, *rest, **more),
+        preempt(request, *arguments, **options),
     )[1]
     completions = engine.generate([job.ids for job in jobs], [job.patch for job in jobs], Sampling(max_tokens=60))
     assert preempted, "nothing was preempted: the cache is too large for this test"
@@ -483,9 +484,9 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
         assert completion.token_ids[:10] == oracle.generate(recipient, job.ids, 10, patch).ids
         assert completion.overwrites == (29 + jobs.index(job)) * (len(job.ids) + 59)
     models = [oracle.model(*llama.checkpoints[name]) for name in ("sft", "dpo")]
-    long = [LONG_PROMPTS[i % 3][: 60 + i] for i in range(12)]
-    ranking = engine.contrast(long, "sft", "dpo", positions="prompt", exclude_layers=())
-    assert_ranking(ranking, oracle.contrast(*models, [(text, list(range(len(text)))) for text in long]))
+    prompts = [LONG_PROMPTS[i % 3][: 60 + i] for i in range(12)]
+    ranking = engine.contrast(prompts, "sft", "dpo", positions="prompt", exclude_layers=())
+    assert_ranking(ranking, oracle.contrast(*models, [(text, list(range(len(text)))) for text in prompts]))
     # Observed during generation, so that preempted requests are observed, too.
     preempted.clear()
     sampling, statistics = Sampling(max_tokens=60, ignore_eos=True), Statistics.zeros(tiny.LAYERS, tiny.NEURONS)
@@ -499,16 +500,16 @@ def test_promise_5_preemption_and_chunks_count_every_token_once(llama, start, ca
     assert ((statistics.sums[:, 4] / n).sqrt() - want["scores"]).abs().max() <= 1e-5 * want["scores"].max()
 
 
-def test_patches_of_several_clauses(llama, start):
+def test_patch_with_several_interventions_matches_the_oracle(llama, start):
     engine = start("llama", max_interventions=3, max_num_batched_tokens=64)
     jobs = [*JOBS, *INTERVENTION_JOBS, *EXTENDED_JOBS]
     assert_equals_oracle(llama, jobs, generate(engine, jobs))
     assert_equals_oracle(llama, jobs, generate(engine, jobs))  # from the prefix cache
-    four = replace(INTERVENTION_JOBS[3], further=(*INTERVENTION_JOBS[3].further, INTERVENTION_JOBS[0])).patch
+    large_patch = replace(INTERVENTION_JOBS[3], further=(*INTERVENTION_JOBS[3].further, INTERVENTION_JOBS[0])).patch
     with pytest.raises(
         SnpatchError, match=r"a patch of 4 interventions: start the engine with a larger max_interventions \(3\)"
     ):
-        engine.generate([IDS[0]], four)
+        engine.generate([IDS[0]], large_patch)
     donors = Job(0, "base", "dpo", (0, 5), further=(Job(0, "", "sft", (5, 9)),))
     with pytest.raises(SnpatchError, match=r"its interventions name 2 donor models \(dpo, sft\): one can run"):
         donors.patch  # noqa: B018
@@ -540,15 +541,15 @@ def held_bytes() -> tuple[int, int]:
 def test_soak_of_random_requests_with_aborts_leaves_nothing(llama, start, num_batches):
     """Batches of 100 requests; every third is aborted halfway. Each patched request has its receipt checked."""
     engine = start("llama", max_num_seqs=48, max_num_batched_tokens=256, max_receipts=256)
-    plain = [Job(i, name) for i in range(8) for name in ("base", "sft")]
-    fresh = completion_data(generate(engine, plain))
+    unpatched_jobs = [Job(i, name) for i in range(8) for name in ("base", "sft")]
+    fresh = completion_data(generate(engine, unpatched_jobs))
     rng, sizes, first_measured = random.Random(7), [], num_batches // 4
 
     class AbortedError(Exception):
         pass
 
-    def abort_halfway(done, total):
-        if done >= total // 2:
+    def abort_halfway(num_done, total):
+        if num_done >= total // 2:
             raise AbortedError
 
     for batch in range(num_batches):
@@ -566,7 +567,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing(llama, start, num_ba
         if batch >= first_measured:
             sizes.append(held_bytes())
     tracemalloc.stop()
-    assert completion_data(generate(engine, plain)) == fresh
+    assert completion_data(generate(engine, unpatched_jobs)) == fresh
     engine.executor.engine.step()  # the worker learns which requests have ended
     tracker = get_dual_stream(engine).tracker
     assert not tracker._records
@@ -583,14 +584,14 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing(llama, start, num_ba
 
 
 @pytest.fixture(scope="module")
-def ended(llama, start, tmp_path_factory):
+def eos_engines(llama, start, tmp_path_factory):
     """An engine whose EOS is a token that sft generates, and the same on transformers."""
     texts = [oracle.generate(oracle.model(*llama.checkpoints["sft"]), ids, 10).ids for ids in IDS]
     token = max({t for text in texts for t in text}, key=lambda t: len({x.index(t) for x in texts if t in x[:9]}))
-    made = llama.with_eos(token, tmp_path_factory.mktemp("ended") / "model")
-    adapters = {name: list(folders) for name, folders in made.adapters.items()}
-    engine = start(made)
-    return token, engine, Engine(made.folder, adapters, backend="transformers")
+    tiny_model = llama.with_eos(token, tmp_path_factory.mktemp("ended") / "model")
+    adapters = {name: list(folders) for name, folders in tiny_model.adapters.items()}
+    engine = start(tiny_model)
+    return token, engine, Engine(tiny_model.folder, adapters, backend="transformers")
 
 
 @pytest.mark.parametrize(
@@ -605,65 +606,69 @@ def ended(llama, start, tmp_path_factory):
     ],
     ids=str,
 )
-def test_completions_end_as_on_transformers(ended, sampling):
-    _, engine, other = ended
+def test_completions_end_as_on_transformers(eos_engines, sampling):
+    _, engine, reference = eos_engines
     if "stop" in sampling:
-        words = other.generate([IDS[0]], "sft", Sampling(max_tokens=12, ignore_eos=True))[0].text.split()
+        words = reference.generate([IDS[0]], "sft", Sampling(max_tokens=12, ignore_eos=True))[0].text.split()
         sampling = {
             **sampling,
             "stop": tuple(s.replace("STOP0", words[1]).replace("STOP1", words[4]) for s in sampling["stop"]),
         }
     patches = ["sft"] * 8 + [Patch("sft", "dpo", RANKINGS[0], 30)] * 8
-    actual, expected = (e.generate(IDS * 2, patches, Sampling(logprobs=True, **sampling)) for e in (engine, other))
+    actual, expected = (e.generate(IDS * 2, patches, Sampling(logprobs=True, **sampling)) for e in (engine, reference))
     assert completion_data(actual) == completion_data(expected)
     for first, second in zip(actual, expected, strict=True):
         assert first.logprobs == pytest.approx(second.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["completion", "completion_shifted"])
-def test_contrast_generates_completions_and_excludes_eos(ended, positions):
-    token, engine, other = ended
+def test_contrast_generates_completions_and_excludes_eos(eos_engines, positions):
+    token, engine, reference = eos_engines
     sampling = Sampling(max_tokens=10)
-    actual, expected = (e.contrast(IDS, "sft", "dpo", positions=positions, sampling=sampling) for e in (engine, other))
+    actual, expected = (
+        e.contrast(IDS, "sft", "dpo", positions=positions, sampling=sampling) for e in (engine, reference)
+    )
     assert actual.meta["tokens"] == expected.meta["tokens"]
     assert (actual.scores - expected.scores).abs().max() <= 1e-5 * expected.scores.max()
-    assert any(c.token_ids[-1] == token for c in other.generate(IDS, "sft", sampling)), "no completion ends early"
+    assert any(c.token_ids[-1] == token for c in reference.generate(IDS, "sft", sampling)), "no completion ends early"
 
 
-def test_context_ends_a_completion_and_can_be_filled_by_a_prompt(ended):
-    _, engine, other = ended
+def test_context_ends_a_completion_and_can_be_filled_by_a_prompt(eos_engines):
+    _, engine, reference = eos_engines
     prompt = [tiny.BOS, *(10 + i % 90 for i in range(tiny.CONTEXT - 4))]
     sampling = Sampling(max_tokens=10, ignore_eos=True)
-    actual, expected = (e.generate([prompt], "sft", sampling)[0] for e in (engine, other))
+    actual, expected = (e.generate([prompt], "sft", sampling)[0] for e in (engine, reference))
     assert (actual.token_ids, actual.finish_reason) == (expected.token_ids, "length")
-    whole = [*prompt, 9, 9, 9]
-    assert len(whole) == tiny.CONTEXT
-    torch.testing.assert_close(*(e.logprobs([whole], "dpo")[0].values for e in (engine, other)), rtol=0, atol=1e-4)
+    full_context = [*prompt, 9, 9, 9]
+    assert len(full_context) == tiny.CONTEXT
+    torch.testing.assert_close(
+        *(e.logprobs([full_context], "dpo")[0].values for e in (engine, reference)), rtol=0, atol=1e-4
+    )
     with pytest.raises(SnpatchError, match=f"prompt 0 has 128 tokens, the model's context holds {tiny.CONTEXT}"):
-        engine.generate([whole], "sft")
+        engine.generate([full_context], "sft")
 
 
-def test_n_samples_equal_single_ones_and_vllm_settings_are_applied(ended):
-    _, engine, other = ended
+def test_n_samples_equal_single_ones_and_vllm_settings_are_applied(eos_engines):
+    _, engine, reference = eos_engines
     patch, sampling = Patch("sft", "dpo", RANKINGS[0], 30), Sampling(temperature=1.0, seed=5, max_tokens=8, n=3)
-    three = engine.generate(IDS[:2], patch, sampling)
-    assert [c.prompt_ids for c in three] == [IDS[0]] * 3 + [IDS[1]] * 3
-    alone = [
+    samples = engine.generate(IDS[:2], patch, sampling)
+    assert [c.prompt_ids for c in samples] == [IDS[0]] * 3 + [IDS[1]] * 3
+    singles = [
         engine.generate([IDS[i]], patch, replace(sampling, n=1, seed=5 + s))[0] for i in range(2) for s in range(3)
     ]
-    assert [c.token_ids for c in three] == [c.token_ids for c in alone]
-    assert len({tuple(c.token_ids) for c in three}) > 3
+    assert [c.token_ids for c in samples] == [c.token_ids for c in singles]
+    assert len({tuple(c.token_ids) for c in samples}) > 3
     free = engine.generate([IDS[0]], "sft", Sampling(max_tokens=6, ignore_eos=True))[0]
     bias = Sampling(max_tokens=6, ignore_eos=True, vllm={"logit_bias": {free.token_ids[0]: -100.0}})
     assert engine.generate([IDS[0]], "sft", bias)[0].token_ids[0] != free.token_ids[0]
-    for wrong, message in {"nonsense": "vLLM does not take", "temperature": "temperature cannot be set"}.items():
+    for setting, message in {"nonsense": "vLLM does not take", "temperature": "temperature cannot be set"}.items():
         with pytest.raises(SnpatchError, match=message):
-            engine.generate([IDS[0]], "sft", Sampling(vllm={wrong: 1}))
+            engine.generate([IDS[0]], "sft", Sampling(vllm={setting: 1}))
     with pytest.raises(SnpatchError, match="logit_bias needs the vllm backend"):
-        other.generate([IDS[0]], "sft", bias)
+        reference.generate([IDS[0]], "sft", bias)
 
 
-def test_one_stream_runs_all_requests_but_donors(llama, start):
+def test_one_stream_rejects_donors_only(llama, start):
     engine = start("llama", streams=1)
     jobs = [
         job
@@ -676,7 +681,10 @@ def test_one_stream_runs_all_requests_but_donors(llama, start):
     want = torch.stack([model.activations(ids)[-1][tuple(RANKINGS[0].top(40).T)] for ids in IDS])
     assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
     assert_ranked_by_one_model(engine.contrast(IDS, "sft", completions=COMPLETIONS, exclude_layers=()), model)
-    for call in (lambda: generate(engine, [JOBS[2]]), lambda: engine.contrast(IDS, "sft", "dpo", positions="prompt")):
+    for call in (
+        lambda: generate(engine, [PATCHED_JOB]),
+        lambda: engine.contrast(IDS, "sft", "dpo", positions="prompt"),
+    ):
         with pytest.raises(SnpatchError, match="a donor model needs streams=2"):
             call()
 
@@ -727,14 +735,14 @@ def other_model(kind: str, folder, **options) -> tiny.TinyModel:
 
 
 def test_untested_architecture_raises_unless_allowed(start, tmp_path):
-    made = other_model("granite", tmp_path)
+    tiny_model = other_model("granite", tmp_path)
     with pytest.raises(SnpatchError, match=r"architecture granite is not tested .* allow_untested=True tries it"):
-        start(made)
-    engine = start(made, allow_untested=True)
-    adapters = {"sft": list(made.adapters["sft"])}
-    other = Engine(made.folder, adapters, backend="transformers", allow_untested=True)
+        start(tiny_model)
+    engine = start(tiny_model, allow_untested=True)
+    adapters = {"sft": list(tiny_model.adapters["sft"])}
+    reference = Engine(tiny_model.folder, adapters, backend="transformers", allow_untested=True)
     patches = [Patch("base", "sft", RANKINGS[0], 30 * i) for i in range(8)]
-    actual, expected = (e.logprobs(IDS, patches) for e in (engine, other))
+    actual, expected = (e.logprobs(IDS, patches) for e in (engine, reference))
     for first, second in zip(actual, expected, strict=True):
         torch.testing.assert_close(first.values, second.values, rtol=0, atol=1e-4)
 
@@ -742,28 +750,28 @@ def test_untested_architecture_raises_unless_allowed(start, tmp_path):
 def test_mixture_of_experts_raises(start, tmp_path):
     if torch.cuda.is_available() and not hasattr(torch.ops._moe_C, "topk_softmax"):
         pytest.skip("this vLLM has no kernels for mixtures of experts")
-    made = other_model("mixtral", tmp_path, num_local_experts=2, num_experts_per_tok=1)
+    tiny_model = other_model("mixtral", tmp_path, num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(SnpatchError, match="a mixture of experts or shared layers cannot be patched"):
-        start(made, allow_untested=True)
+        start(tiny_model, allow_untested=True)
 
 
 def test_one_stream_patches_a_hybrid_model_with_constants(start, tmp_path):
     """State-space layers have a gated MLP as well; two streams raise an error that names the alternative."""
-    made = other_model("falcon_h1", tmp_path, mamba_d_ssm=64, mamba_n_heads=2, mamba_d_head=32, mamba_d_state=16)
+    tiny_model = other_model("falcon_h1", tmp_path, mamba_d_ssm=64, mamba_n_heads=2, mamba_d_head=32, mamba_d_state=16)
     with pytest.raises(SnpatchError, match=r"hybrid and attention-free models.*; streams=1 patches it with constants"):
-        start(made, allow_untested=True)
+        start(tiny_model, allow_untested=True)
     try:
-        engine = start(made, allow_untested=True, streams=1, max_num_seqs=8)
+        engine = start(tiny_model, allow_untested=True, streams=1, max_num_seqs=8)
     except SnpatchError as error:
         if "causal_conv1d" in str(error):
             pytest.skip("this vLLM has no float32 kernel for state-space layers on a CPU")
         raise
-    model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model.folder, dtype=torch.float32).eval()
     layers = [next(m for n, m in layer.named_modules() if n.endswith("down_proj")) for layer in model.model.layers]
     ranking, zero = RANKINGS[0], Constant.zero(RANKINGS[0])
 
     def zeroing(layer, k):
-        return lambda module, given: (torch.where(ranking.rank[layer] < k, 0.0, given[0]),)
+        return lambda module, inputs: (torch.where(ranking.rank[layer] < k, 0.0, inputs[0]),)
 
     for k in (0, 40, len(ranking)):
         handles = [m.register_forward_pre_hook(zeroing(i, k)) for i, m in enumerate(layers)]

@@ -57,12 +57,12 @@ def start():
     """start(made, mode, **options): open an engine in this process and close the last one."""
     engines = []
 
-    def get(made: tiny.TinyModel, mode: str, **options) -> Engine:
+    def get(tiny_model: tiny.TinyModel, mode: str, **options) -> Engine:
         while engines:
             engines.pop().close()
         gc.collect()
-        adapters = {name: list(folders) for name, folders in made.adapters.items()}
-        engines.append(Engine(made.folder, adapters, backend="vllm", **SMALL, **MODES[mode], **options))
+        adapters = {name: list(folders) for name, folders in tiny_model.adapters.items()}
+        engines.append(Engine(tiny_model.folder, adapters, backend="vllm", **SMALL, **MODES[mode], **options))
         return engines[0]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -75,26 +75,26 @@ def start():
 @pytest.mark.parametrize("mode", MODES)
 def test_float32_in_each_graph_mode_matches_transformers(zoo, start, mode):
     """Completions, log-probabilities, receipts, statistics and captures, also of batches without a captured graph."""
-    made = zoo("llama")
-    engine = start(made, mode)
-    jobs = [job for job in MANY_JOBS if oracle_completion(made, job).gap > MIN_LOGIT_GAP]
+    tiny_model = zoo("llama")
+    engine = start(tiny_model, mode)
+    jobs = [job for job in MANY_JOBS if oracle_completion(tiny_model, job).gap > MIN_LOGIT_GAP]
     assert len(jobs) >= 30
     for size in BATCHES:
-        assert_equals_oracle(made, jobs[:size], generate(engine, jobs[:size]))
+        assert_equals_oracle(tiny_model, jobs[:size], generate(engine, jobs[:size]))
     for source in TOO_LARGE:
         error = dict(engine.run([overflowing(engine, [40, 41], source)]))[0].error
         assert "overflowed in float32 at layer 0 under its patch" in str(error)
-        assert_equals_oracle(made, jobs[:8], generate(engine, jobs[:8]))
+        assert_equals_oracle(tiny_model, jobs[:8], generate(engine, jobs[:8]))
     fill_with_nan(engine)  # attention kernels may read a block past the end of its tokens
-    assert_equals_oracle(made, jobs, generate(engine, jobs))
-    assert_logprobs_equal_generation(engine, made, JOBS)
-    models = [oracle.model(*made.checkpoints[name]) for name in ("base", "dpo")]
+    assert_equals_oracle(tiny_model, jobs, generate(engine, jobs))
+    assert_logprobs_equal_generation(engine, tiny_model, JOBS)
+    models = [oracle.model(*tiny_model.checkpoints[name]) for name in ("base", "dpo")]
     ranking = engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
     assert_ranking(ranking, oracle.contrast(*models, forced_sequences("completion")))
-    adapters = {name: list(folders) for name, folders in made.adapters.items()}
+    adapters = {name: list(folders) for name, folders in tiny_model.adapters.items()}
     patches = [job.patch for job in JOBS[:8]]
-    with Engine(made.folder, adapters, backend="transformers") as other:
-        for actual, expected in zip(engine.logprobs(IDS, patches), other.logprobs(IDS, patches), strict=True):
+    with Engine(tiny_model.folder, adapters, backend="transformers") as reference:
+        for actual, expected in zip(engine.logprobs(IDS, patches), reference.logprobs(IDS, patches), strict=True):
             torch.testing.assert_close(actual.values, expected.values, rtol=0, atol=1e-4)
 
 
@@ -125,13 +125,19 @@ def test_bfloat16_at_odd_batch_sizes_is_near_the_oracle(bf16, start, mode):
         for job, completion in zip(jobs, generate(engine, jobs, GREEDY), strict=True):
             assert completion.overwrites == job.overwrites(10), job
             want = oracle_completion(bf16, job)
-            same = sum(itertools.accumulate((a == b for a, b in zip(completion.token_ids, want.ids, strict=True)), min))
-            if same < len(want.ids):
-                best, second = want.logits[same].topk(2).values.tolist()
-                assert best - second < MIN_LOGIT_GAP_BF16, f"{job}: token {same} differs"
-            assert completion.logprobs[:same] == pytest.approx(want.logprobs[:same], abs=LOGPROB_TOLERANCE_BF16), job
-            compared += same
+            num_equal = sum(
+                itertools.accumulate((a == b for a, b in zip(completion.token_ids, want.ids, strict=True)), min)
+            )
+            if num_equal < len(want.ids):
+                top_logit, second_logit = want.logits[num_equal].topk(2).values.tolist()
+                assert top_logit - second_logit < MIN_LOGIT_GAP_BF16, f"{job}: token {num_equal} differs"
+            assert completion.logprobs[:num_equal] == pytest.approx(
+                want.logprobs[:num_equal], abs=LOGPROB_TOLERANCE_BF16
+            ), job
+            compared += num_equal
     assert compared >= 5 * sum(BATCHES), f"{compared} of {10 * sum(BATCHES)} tokens could be compared"
     engine.contrast(IDS, "sft", "dpo", positions="prompt")  # counts every token once, or raises
-    every = generate(engine, [Job(i, "sft", "dpo", (0, ALL)) for i in range(8)])
-    assert [c.token_ids for c in every] == [c.token_ids for c in generate(engine, [Job(i, "dpo") for i in range(8)])]
+    full_patches = generate(engine, [Job(i, "sft", "dpo", (0, ALL)) for i in range(8)])
+    assert [c.token_ids for c in full_patches] == [
+        c.token_ids for c in generate(engine, [Job(i, "dpo") for i in range(8)])
+    ]

@@ -38,7 +38,7 @@ SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}  # for an engine
 PLAIN_JOBS = [Job(i, name) for i in range(8) for name in ("base", "dpo", "tuned")]
 
 
-def assert_matches_two_models(engine, made, is_across: bool = False) -> None:
+def assert_matches_two_models(engine, tiny_pair, is_across: bool = False) -> None:
     """Compare completions, statistics, captures and log-probabilities.
 
     is_across: donor and recipient of every request are on different weights.
@@ -47,25 +47,25 @@ def assert_matches_two_models(engine, made, is_across: bool = False) -> None:
         *JOBS,
         *EXTENDED_JOBS,
         *INTERVENTION_JOBS,
-        *(job for job in PLAIN_JOBS if oracle_completion(made, job).gap > MIN_LOGIT_GAP),
+        *(job for job in PLAIN_JOBS if oracle_completion(tiny_pair, job).gap > MIN_LOGIT_GAP),
         *([] if is_across else SAME_WEIGHTS_JOBS),
     ]
-    assert_equals_oracle(made, jobs, generate(engine, jobs))
+    assert_equals_oracle(tiny_pair, jobs, generate(engine, jobs))
     for pair in (("base", "dpo"), ("dpo", "sft"), *([] if is_across else [("dpo", "tuned")])):
-        models = [oracle.model(*made.checkpoints[name]) for name in pair]
+        models = [oracle.model(*tiny_pair.checkpoints[name]) for name in pair]
         ranking = engine.contrast(IDS, *pair, completions=COMPLETIONS)
         assert_ranking(ranking, oracle.contrast(*models, forced_sequences("completion")))
     captured = engine.capture(IDS, "dpo", RANKINGS[0], 40)
-    activations = [oracle.model(*made.checkpoints["dpo"]).activations(ids)[-1] for ids in IDS]
+    activations = [oracle.model(*tiny_pair.checkpoints["dpo"]).activations(ids)[-1] for ids in IDS]
     want = torch.stack([a[tuple(RANKINGS[0].top(40).T)] for a in activations])
     assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
-    assert_logprobs_equal_generation(engine, made, [*JOBS, *EXTENDED_JOBS])
+    assert_logprobs_equal_generation(engine, tiny_pair, [*JOBS, *EXTENDED_JOBS])
 
 
 @pytest.mark.parametrize("architecture", architectures())
 def test_mixed_batch_matches_two_hooked_models(pairs, start, architecture):
-    made = pairs(architecture)
-    assert_matches_two_models(start(made, max_interventions=3), made)
+    tiny_pair = pairs(architecture)
+    assert_matches_two_models(start(tiny_pair, max_interventions=3), tiny_pair)
 
 
 def test_step_with_secondary_weights_reads_nothing_on_the_host(pairs, start, monkeypatch):
@@ -77,9 +77,9 @@ def test_step_with_secondary_weights_reads_nothing_on_the_host(pairs, start, mon
 
 
 def test_compiled_engine_matches_two_models_and_rejects_one_set_of_weights(pairs, start):
-    made = pairs("qwen3")
-    engine = start(made, enforce_eager=False, max_interventions=3)
-    assert_matches_two_models(engine, made, is_across=True)
+    tiny_pair = pairs("qwen3")
+    engine = start(tiny_pair, enforce_eager=False, max_interventions=3)
+    assert_matches_two_models(engine, tiny_pair, is_across=True)
     with pytest.raises(
         SnpatchError, match=r"recipient and donor .* both use the weights of .* start it with enforce_eager=True"
     ):
@@ -90,44 +90,46 @@ def test_promises_1_2_3_and_5_hold_with_secondary_weights(pairs, start):
     """1: k = 0 is the recipient; 2: a model patched into itself; 3: together as alone; 5: chunked prefill."""
     engine = start(pairs("llama"), max_num_batched_tokens=64)
     jobs = [*JOBS, *EXTENDED_JOBS, *SAME_WEIGHTS_JOBS]
-    together, alone = generate(engine, jobs), [generate(engine, [job])[0] for job in jobs]
-    assert_batch_equals_single(together, alone, 1e-5)
+    batch, singles = generate(engine, jobs), [generate(engine, [job])[0] for job in jobs]
+    assert_batch_equals_single(batch, singles, 1e-5)
     for model in ("base", "dpo", "tuned"):
         assert_self_patch_changes_nothing(engine, model)
     for recipient, donor in (("base", "dpo"), ("dpo", "sft")):
-        none = generate(engine, [Job(i, recipient, donor, (0, 0)) for i in range(8)])
-        plain = generate(engine, [Job(i, recipient) for i in range(8)])
-        assert [c.token_ids for c in none] == [c.token_ids for c in plain]
+        zero_patches = generate(engine, [Job(i, recipient, donor, (0, 0)) for i in range(8)])
+        unpatched = generate(engine, [Job(i, recipient) for i in range(8)])
+        assert [c.token_ids for c in zero_patches] == [c.token_ids for c in unpatched]
 
 
 def test_statistics_and_captures_in_a_full_batch_are_per_request(pairs, start):
     """Compared with the oracle's single requests, with reused slots; then with a prefix cache."""
-    engine, made = start(pairs("llama"), max_num_seqs=6, enable_prefix_caching=True), pairs("llama")
+    engine, tiny_pair = start(pairs("llama"), max_num_seqs=6, enable_prefix_caching=True), pairs("llama")
     pair_of = [("base", "dpo"), ("dpo", "base"), ("sft", "dpo"), ("dpo", "tuned")]
     texts = [[*ids, *range(20, 60)] for ids in IDS]
-    models = {name: oracle.model(*made.checkpoints[name]) for name in ("base", "sft", "dpo", "tuned")}
+    models = {name: oracle.model(*tiny_pair.checkpoints[name]) for name in ("base", "sft", "dpo", "tuned")}
     rankings = [engine.contrast(texts, *pair, positions="prompt", exclude_layers=()) for pair in pair_of * 2]
     for pair, ranking in zip(pair_of * 2, rankings, strict=True):
-        want = oracle.contrast(*(models[name] for name in pair), [(ids, list(range(len(ids)))) for ids in texts])
-        assert_ranking(ranking, want)
+        expected = oracle.contrast(*(models[name] for name in pair), [(ids, list(range(len(ids)))) for ids in texts])
+        assert_ranking(ranking, expected)
     for name in models:
-        got, want = engine.capture(texts, name, RANKINGS[0], 60), [models[name].activations(ids)[-1] for ids in texts]
+        features = engine.capture(texts, name, RANKINGS[0], 60)
+        expected = [models[name].activations(ids)[-1] for ids in texts]
         top = tuple(RANKINGS[0].top(60).T)
-        assert (got - torch.stack([each[top] for each in want])).abs().max() < 1e-4
+        assert (features - torch.stack([activations[top] for activations in expected])).abs().max() < 1e-4
     jobs = [*JOBS, *EXTENDED_JOBS, *SAME_WEIGHTS_JOBS]
     first, cached = generate(engine, jobs), generate(engine, jobs)
     assert_batch_equals_single(cached, first, 1e-5)
-    assert_equals_oracle(made, jobs, cached)
+    assert_equals_oracle(tiny_pair, jobs, cached)
 
 
 def test_two_workers_match_two_hooked_models(pairs):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
-    made = pairs("gemma2")
+    tiny_pair = pairs("gemma2")
     with Engine(
-        made.folder, **made.engine_arguments, backend="vllm", tensor_parallel_size=2, max_interventions=3, **SMALL
-    ) as engine:
-        assert_matches_two_models(engine, made)
+        tiny_pair.folder, **tiny_pair.engine_arguments, backend="vllm",
+        tensor_parallel_size=2, max_interventions=3, **SMALL,
+    ) as engine:  # fmt: skip
+        assert_matches_two_models(engine, tiny_pair)
 
 
 def test_equal_weights_are_stored_once(start, tmp_path_factory):
@@ -136,28 +138,28 @@ def test_equal_weights_are_stored_once(start, tmp_path_factory):
     def is_equal(name: str) -> bool:
         return name.startswith(("model.layers.0.", "model.layers.2.", "model.embed"))
 
-    made = tiny.make_pair("llama", tmp_path_factory.mktemp("part"), same=is_equal)
-    model = oracle.model(*made.checkpoints["dpo"]).model
+    tiny_pair = tiny.make_pair("llama", tmp_path_factory.mktemp("part"), is_shared=is_equal)
+    model = oracle.model(*tiny_pair.checkpoints["dpo"]).model
     bytes_apart = sum(4 * p.numel() for name, p in model.named_parameters() if not is_equal(name))
-    engine = start(made)
+    engine = start(tiny_pair)
     assert engine.executor.memory.secondary == bytes_apart
     jobs = [*JOBS, *EXTENDED_JOBS]
-    assert_equals_oracle(made, jobs, generate(engine, jobs))
+    assert_equals_oracle(tiny_pair, jobs, generate(engine, jobs))
 
 
 def test_vocabularies_with_different_padding_match_two_models(start, tmp_path_factory):
-    made = tiny.make_pair("llama", tmp_path_factory.mktemp("narrow"), vocab_size=len(tiny.VOCAB) - 8)
-    jobs = [job for job in (*JOBS, *EXTENDED_JOBS) if oracle_completion(made, job).gap > MIN_LOGIT_GAP]
+    tiny_pair = tiny.make_pair("llama", tmp_path_factory.mktemp("narrow"), vocab_size=len(tiny.VOCAB) - 8)
+    jobs = [job for job in (*JOBS, *EXTENDED_JOBS) if oracle_completion(tiny_pair, job).gap > MIN_LOGIT_GAP]
     assert len(jobs) > 20
-    assert_equals_oracle(made, jobs, generate(start(made), jobs))
+    assert_equals_oracle(tiny_pair, jobs, generate(start(tiny_pair), jobs))
 
 
 def test_lora_as_secondary_weights_matches_merged_model(zoo, start, tmp_path):
-    own = zoo("qwen2").folder
-    made = tiny.TinyModel(own, {}, models={"dpo": (tmp_path / "merged", ())})
-    given = tiny.TinyModel(own, {}, models={"dpo": {"lora": str(tiny.write_lora(own, tmp_path))}})
+    folder = zoo("qwen2").folder
+    merged_model = tiny.TinyModel(folder, {}, models={"dpo": (tmp_path / "merged", ())})
+    lora_model = tiny.TinyModel(folder, {}, models={"dpo": {"lora": str(tiny.write_lora(folder, tmp_path))}})
     jobs = [job for job in (*JOBS, *EXTENDED_JOBS) if "sft" not in (job.recipient, job.donor)]
-    assert_equals_oracle(made, jobs, generate(start(given), jobs))
+    assert_equals_oracle(merged_model, jobs, generate(start(lora_model), jobs))
 
 
 def test_too_little_memory_raises_with_missing_bytes(monkeypatch):

@@ -22,8 +22,8 @@ OPTIONS = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 
 
 
 @pytest.fixture(scope="module")
-def forced(tmp_path_factory):
-    """forced(make): open an engine whose model vLLM compiles in pieces; yields it with the pieces and cache counts."""
+def open_piecewise(tmp_path_factory):
+    """open_piecewise(make): open an engine that vLLM compiles in pieces; yield it, the pieces and cache counts."""
     from vllm.compilation.compiler_interface import InductorStandaloneAdaptor
     from vllm.compilation.counter import compilation_counter
     from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
@@ -49,10 +49,10 @@ def forced(tmp_path_factory):
     def start(make):
         compiled.clear()
         torch.compiler.reset()  # as in another process
-        saved, loaded = artifacts()
+        artifact_counts = artifacts()
         with make() as engine:
-            now = artifacts()
-            yield SimpleNamespace(engine=engine, pieces=list(compiled), saved=now[0] - saved, loaded=now[1] - loaded)
+            saved, loaded = (after - before for after, before in zip(artifacts(), artifact_counts, strict=True))
+            yield SimpleNamespace(engine=engine, pieces=list(compiled), saved=saved, loaded=loaded)
         gc.collect()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -64,8 +64,8 @@ def forced(tmp_path_factory):
         yield start
 
 
-def engine_factory(made: tiny.TinyModel):
-    return lambda: Engine(made.folder, **made.engine_arguments, backend="vllm", **OPTIONS)
+def engine_factory(tiny_model: tiny.TinyModel):
+    return lambda: Engine(tiny_model.folder, **tiny_model.engine_arguments, backend="vllm", **OPTIONS)
 
 
 @contextmanager
@@ -77,41 +77,45 @@ def native(folder):
     llm.llm_engine.engine_core.shutdown()
 
 
-def test_pieces_are_compiled_once_then_loaded_and_match_the_oracle(zoo, forced):
-    made = zoo("llama")
-    with forced(engine_factory(made)) as cold:
+def test_pieces_are_compiled_once_then_loaded_and_match_the_oracle(zoo, open_piecewise):
+    tiny_model = zoo("llama")
+    with open_piecewise(engine_factory(tiny_model)) as cold:
         assert (cold.saved, cold.loaded) == (1, 0)
-        assert_equals_oracle(made, JOBS, generate(cold.engine, JOBS))
-    with forced(engine_factory(made)) as warm:
+        assert_equals_oracle(tiny_model, JOBS, generate(cold.engine, JOBS))
+    with open_piecewise(engine_factory(tiny_model)) as warm:
         assert (warm.saved, warm.loaded) == (0, 1)
-        assert_equals_oracle(made, JOBS, generate(warm.engine, JOBS))
+        assert_equals_oracle(tiny_model, JOBS, generate(warm.engine, JOBS))
     # A layer's name is an input of its piece; as a constant it would make a different graph of each layer.
     assert len(cold.pieces) == tiny.LAYERS + 1
-    first, other = ([(n.op, str(n.target)) for n in g.graph.nodes if n.op == "call_function"] for g in cold.pieces[1:3])
-    assert first == other
-    ours = [node for graph in cold.pieces for node in graph.graph.nodes if "dual_stream_" in str(node.target)]
-    assert len(ours) == 2 * tiny.LAYERS
-    assert not [node for node in ours if any(isinstance(argument, str) for argument in node.args)]
+    first_layer, second_layer = (
+        [(n.op, str(n.target)) for n in g.graph.nodes if n.op == "call_function"] for g in cold.pieces[1:3]
+    )
+    assert first_layer == second_layer
+    dual_stream_nodes = [
+        node for graph in cold.pieces for node in graph.graph.nodes if "dual_stream_" in str(node.target)
+    ]
+    assert len(dual_stream_nodes) == 2 * tiny.LAYERS
+    assert not [node for node in dual_stream_nodes if any(isinstance(argument, str) for argument in node.args)]
 
 
 @pytest.mark.full
-def test_dual_stream_layer_launches_one_gpu_kernel_more_than_vllms(zoo, forced):
+def test_dual_stream_layer_launches_one_gpu_kernel_more_than_vllms(zoo, open_piecewise):
     """The additional kernel copies V; the op replaces silu_and_mul, and queries and keys are views."""
     model = zoo("llama")
     model = replace(model, adapters={"sft": model.adapters["sft"]})  # one that scales no keys
-    with forced(engine_factory(model)) as dual_stream, torch.inference_mode():
-        ours = launches(dual_stream.pieces[1])
-    with forced(lambda: native(model.folder)) as plain, torch.inference_mode():
-        theirs = launches(plain.pieces[1])
-    assert sum("dual_stream_glu" in name for name in ours) == 1
-    assert not any("dual_stream_glu" in name for name in theirs)
-    assert len(ours) == len(theirs) + 1, (ours, theirs)
+    with open_piecewise(engine_factory(model)) as dual_stream, torch.inference_mode():
+        dual_stream_kernels = launches(dual_stream.pieces[1])
+    with open_piecewise(lambda: native(model.folder)) as native_engine, torch.inference_mode():
+        native_kernels = launches(native_engine.pieces[1])
+    assert sum("dual_stream_glu" in name for name in dual_stream_kernels) == 1
+    assert not any("dual_stream_glu" in name for name in native_kernels)
+    assert len(dual_stream_kernels) == len(native_kernels) + 1, (dual_stream_kernels, native_kernels)
 
 
 @pytest.mark.full
-def test_secondary_weights_are_compiled_once_then_loaded(pairs, forced):
-    made = pairs("llama")
+def test_secondary_weights_are_compiled_once_then_loaded(pairs, open_piecewise):
+    tiny_pair = pairs("llama")
     for want in ((1, 0), (0, 1)):
-        with forced(engine_factory(made)) as pair:
+        with open_piecewise(engine_factory(tiny_pair)) as pair:
             assert (pair.saved, pair.loaded) == want
-            assert_equals_oracle(made, JOBS, generate(pair.engine, JOBS))
+            assert_equals_oracle(tiny_pair, JOBS, generate(pair.engine, JOBS))

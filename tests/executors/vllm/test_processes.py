@@ -41,9 +41,9 @@ SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
 KV_JOBS = [Job(j.prompt, j.recipient, j.donor, j.window, j.positions, j.order, j.seed, suffix="_kv") for j in JOBS[:11]]
 
 
-def start(made, **options) -> Engine:
-    adapters = {name: list(folders) for name, folders in made.adapters.items()}
-    return Engine(made.folder, adapters, backend="vllm", **{**SMALL, **options})
+def start(tiny_model, **options) -> Engine:
+    adapters = {name: list(folders) for name, folders in tiny_model.adapters.items()}
+    return Engine(tiny_model.folder, adapters, backend="vllm", **{**SMALL, **options})
 
 
 @pytest.mark.full
@@ -51,11 +51,11 @@ def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(zoo):
     """A mixed batch, statistics and captures with the neurons split over two workers; then the engine is killed."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
-    made = zoo("llama")
-    with start(made, enforce_eager=False, tensor_parallel_size=2) as engine:
+    tiny_model = zoo("llama")
+    with start(tiny_model, enforce_eager=False, tensor_parallel_size=2) as engine:
         jobs = [*JOBS, *KV_JOBS]
-        assert_equals_oracle(made, jobs, generate(engine, jobs))
-        models = [oracle.model(*made.checkpoints[name]) for name in ("sft", "dpo")]
+        assert_equals_oracle(tiny_model, jobs, generate(engine, jobs))
+        models = [oracle.model(*tiny_model.checkpoints[name]) for name in ("sft", "dpo")]
         ranking = engine.contrast(IDS, "sft", "dpo", completions=COMPLETIONS, exclude_layers=())
         assert_ranking(ranking, oracle.contrast(*models, forced_sequences("completion")))
         captured = engine.capture(IDS, "sft", RANKINGS[0], ALL)
@@ -113,10 +113,10 @@ def lengths(prompts, completions):
 @pytest.fixture
 def client(zoo):
     """A client process that starts an engine."""
-    made = zoo("llama")
-    adapters = {name: [str(f) for f in folders] for name, folders in made.adapters.items()}
+    tiny_model = zoo("llama")
+    adapters = {name: [str(f) for f in folders] for name, folders in tiny_model.adapters.items()}
     child = Path(__file__).parents[2] / "support" / "vllm_child.py"
-    process = subprocess.Popen([sys.executable, child, made.folder, json.dumps(adapters)], stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, child, tiny_model.folder, json.dumps(adapters)], stdout=subprocess.PIPE,
                                text=True, start_new_session=True)  # fmt: skip
     yield process
     with suppress(ProcessLookupError):  # all have ended

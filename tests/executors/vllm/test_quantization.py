@@ -16,7 +16,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from jobs import COMPLETIONS, IDS, JOBS, Job, forced_sequences, generate, oracle_completion
+from jobs import COMPLETIONS, IDS, JOBS, PATCHED_JOB, Job, forced_sequences, generate, oracle_completion
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -176,11 +176,11 @@ GPTQ_CONFIG = {
 MIXED = {"[qkv]_proj": INT8, "o_proj": INT8, "(gate|up)_proj": FP8_CHANNEL, "down_proj": FP8_TENSOR}
 
 
-def compressed(schemes: dict[str, dict], **more) -> dict:
+def compressed(schemes: dict[str, dict], **options) -> dict:
     """Build a compressed-tensors config from layer names and their schemes."""
     groups = {f"group_{i}": {"targets": [f"re:.*{name}$"], **group} for i, (name, group) in enumerate(schemes.items())}
-    own = {"format": "mixed-precision", "ignore": ["lm_head"], "quantization_status": "compressed"}
-    return {"quant_method": "compressed-tensors", "config_groups": groups, **own, **more}
+    defaults = {"format": "mixed-precision", "ignore": ["lm_head"], "quantization_status": "compressed"}
+    return {"quant_method": "compressed-tensors", "config_groups": groups, **defaults, **options}
 
 
 @dataclass(frozen=True)
@@ -213,24 +213,27 @@ FORMATS = {
 }
 
 
-def write_checkpoint(made: tiny.TinyModel, folder: Path, form: Format) -> tuple[tiny.TinyModel, tiny.TinyModel]:
+def write_checkpoint(tiny_model: tiny.TinyModel, folder: Path, form: Format) -> tuple[tiny.TinyModel, tiny.TinyModel]:
     """Write a quantized checkpoint and its dequantized float32 copy."""
-    model, dtype = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32), getattr(torch, form.dtype)
+    model, dtype = (
+        AutoModelForCausalLM.from_pretrained(tiny_model.folder, dtype=torch.float32),
+        getattr(torch, form.dtype),
+    )
     tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            own, module.weight.data = form.linear(name).write(module.weight.data)
-            tensors |= {f"{name}.{part}": tensor for part, tensor in own.items()}
+            parameters, module.weight.data = form.linear(name).write(module.weight.data)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parameters.items()}
         else:
             for part, tensor in module.named_parameters(recurse=False):
                 tensors[f"{name}.{part}"] = tensor.data.to(dtype)
                 tensor.data = tensor.data.to(dtype).float()
     copy, checkpoint = (
-        tiny.TinyModel(folder / "copy", made.adapters),
-        tiny.TinyModel(folder / "checkpoint", made.adapters),
+        tiny.TinyModel(folder / "copy", tiny_model.adapters),
+        tiny.TinyModel(folder / "checkpoint", tiny_model.adapters),
     )
     model.save_pretrained(copy.folder)
-    shutil.copytree(made.folder, checkpoint.folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(tiny_model.folder, checkpoint.folder, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, checkpoint.folder / "model.safetensors", metadata={"format": "pt"})
     configure(checkpoint, form.dtype, form.settings)
     for name in ("base", "sft", "dpo"):
@@ -241,8 +244,8 @@ def write_checkpoint(made: tiny.TinyModel, folder: Path, form: Format) -> tuple[
     return checkpoint, copy
 
 
-def configure(made: tiny.TinyModel, dtype: str, settings: dict) -> None:
-    path = made.folder / "config.json"
+def configure(tiny_model: tiny.TinyModel, dtype: str, settings: dict) -> None:
+    path = tiny_model.folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": dtype, "quantization_config": settings}))
 
 
@@ -383,17 +386,17 @@ def test_fused_activation_is_not_used_and_would_fail_the_receipt(served, monkeyp
         return QuantizedActivation(data, linear.input_scale, x.dtype, value.shape, kFp8StaticTensorSym)
 
     monkeypatch.setitem(fused._FUSED_ACT_QUANT, (SiluAndMul, kFp8StaticTensorSym), silu_and_mul_quant)
-    before = generate(served.engine, [JOBS[2]])
+    before = generate(served.engine, [PATCHED_JOB])
     assert before[0].overwrites
     assert not calls
     op = mlp.act_fn
     with set_current_vllm_config(served.worker.vllm_config):
         mlp.act_fn = SiluAndMul()
     with pytest.raises(ReceiptError, match=r"expected \d+ overwrites, the device did \d+"):
-        generate(served.engine, [JOBS[2]])
+        generate(served.engine, [PATCHED_JOB])
     assert calls
     mlp.act_fn = op
-    assert generate(served.engine, [JOBS[2]])[0].token_ids == before[0].token_ids
+    assert generate(served.engine, [PATCHED_JOB])[0].token_ids == before[0].token_ids
 
 
 def build_linear(served, config, linear: Linear | None, n_in: int = tiny.NEURONS, n_out: int = tiny.HIDDEN):
@@ -451,8 +454,8 @@ def test_check_activation_scales_with_one_scale_per_step_raises(served):
     layer, _ = build_linear(served, Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic"), None)
     rows = torch.tensor([[0.3, 0.7], [900.0, -5.0]])
     quantize = layer.quant_method.fp8_linear.quant_fp8.forward_native
-    (alone, scale), (together, shared) = quantize(rows[:1]), quantize(rows)
-    assert not torch.equal(alone[0].float() * scale, together[0].float() * shared)
+    (single_rows, scale), (batch_rows, batch_scale) = quantize(rows[:1]), quantize(rows)
+    assert not torch.equal(single_rows[0].float() * scale, batch_rows[0].float() * batch_scale)
     with pytest.raises(
         SnpatchError, match=r"PerTensorTorchFP8\w+ quantizes all rows of a step with one scale, .* per-token"
     ):
@@ -466,14 +469,16 @@ HEADS = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": T
 TESTED = r"because it is not tested \(tested: AWQ, GPTQ, .*int W4A16.*\); allow_untested=True accepts it"
 
 
-def build_vllm_config(made, folder, settings, **options):
+def build_vllm_config(tiny_model, folder, settings, **options):
     """Return the config with which vLLM would start."""
-    checkpoint = tiny.TinyModel(folder / "model", made.adapters)
-    shutil.copytree(made.folder, checkpoint.folder)
+    checkpoint = tiny.TinyModel(folder / "model", tiny_model.adapters)
+    shutil.copytree(tiny_model.folder, checkpoint.folder)
     if settings:
         configure(checkpoint, "float16", settings)
-    own = EngineConfig.of(checkpoint.folder, None, backend="vllm", **{**SMALL, "dtype": "float16", **options})
-    with engine_startup(DualStreamLaunch(own, load_text_processors(own, Notes())).engine_args(scales_kv=False)) as (
+    engine_config = EngineConfig.of(checkpoint.folder, None, backend="vllm", **{**SMALL, "dtype": "float16", **options})
+    with engine_startup(
+        DualStreamLaunch(engine_config, load_text_processors(engine_config, Notes())).engine_args(scales_kv=False)
+    ) as (
         config,
         end,
     ):
@@ -517,9 +522,16 @@ def test_per_head_cache_scales_raise(zoo, tmp_path):
 
 @pytest.mark.parametrize("kind", [FP8, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float16], ids=str)
 def test_check_finite_finds_nan_in_quantized_weights_and_accepts_integers(kind):
-    good = torch.full((64, 8), 2.0).to(kind)
-    check_finite([("qweight", torch.full((64, 8), 0x77777777, dtype=torch.int32)), ("w", good), ("e", good[:0])], "m")
-    bad = good.float()
-    bad[5, 3] = torch.nan
+    finite_weight = torch.full((64, 8), 2.0).to(kind)
+    check_finite(
+        [
+            ("qweight", torch.full((64, 8), 0x77777777, dtype=torch.int32)),
+            ("w", finite_weight),
+            ("e", finite_weight[:0]),
+        ],
+        "m",
+    )
+    nan_weight = finite_weight.float()
+    nan_weight[5, 3] = torch.nan
     with pytest.raises(SnpatchError, match="m: weight w holds NaN or infinity"):
-        check_finite([("w", bad.to(kind))], "m")
+        check_finite([("w", nan_weight.to(kind))], "m")

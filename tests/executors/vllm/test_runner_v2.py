@@ -26,12 +26,12 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def engine(zoo):
-    made = zoo("llama")
+    tiny_model = zoo("llama")
     options = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_num_seqs": 32, "block_size": 32}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        adapters = {name: list(folders) for name, folders in made.adapters.items()}
-        with Engine(made.folder, adapters, backend="vllm", enforce_eager=True, **options) as engine:
+        adapters = {name: list(folders) for name, folders in tiny_model.adapters.items()}
+        with Engine(tiny_model.folder, adapters, backend="vllm", enforce_eager=True, **options) as engine:
             yield engine
 
 
@@ -70,14 +70,14 @@ def log(engine):
     runner._update_states, planner.plan_step, tracker.fetch = update, step, fetch
     jobs = [Job(i % 8, "sft" if i % 3 else "base", "dpo", (i, 29 + i), ("all", "prompt", "completion")[i % 3])
             for i in range(20)]  # fmt: skip
-    long = [*IDS[3], *range(10, 90)]
+    long_prompt = [*IDS[3], *range(10, 90)]
     make, pair = engine.requests, ("sft", "dpo")
     statistics = [Statistics.zeros(tiny.LAYERS, tiny.NEURONS) for _ in range(2)]
     writing = Sampling(max_tokens=40, ignore_eos=True)
     requests = [make.patched(j.ids, j.patch, sampling=writing) for j in jobs]
-    requests += [make.observing(long, pair, Observation(s, 3, 70)) for s in statistics]
+    requests += [make.observing(long_prompt, pair, Observation(s, 3, 70)) for s in statistics]
     requests += [make.observing(ids, pair, Observation(statistics[0], 2, 99), sampling=writing) for ids in IDS]
-    requests += [Request(long, make.model("dpo"), capture=Capture(RANKINGS[0], 50, 60, 65))]
+    requests += [Request(long_prompt, make.model("dpo"), capture=Capture(RANKINGS[0], 50, 60, 65))]
     requests += [make.patched(ids, name, sampling=Sampling(max_tokens=9)) for ids in IDS for name in ("base", "sft")]
     engine.execute(requests)
     del runner._update_states
@@ -136,7 +136,7 @@ def test_model_state_makes_the_plans_and_records_of_model_runner_v1(state, log):
         # V2 removes ended and preempted requests, and receives resumed ones as new requests.
         for request_id in sorted(output.finished_req_ids | (output.preempted_req_ids or set())):
             state.remove_request(request_id)
-        new = list(output.scheduled_new_reqs)
+        new_requests = list(output.scheduled_new_reqs)
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             if request_id in cached.resumed_req_ids:
@@ -145,10 +145,10 @@ def test_model_state_makes_the_plans_and_records_of_model_runner_v1(state, log):
                 ids = step.states[request_id]
                 fields = {"prompt_token_ids": ids, "prefill_token_ids": ids, "block_ids": ([],), "mm_features": []}
                 fields |= {"pooling_params": None, "lora_request": None, "sampling_params": params[request_id]}
-                new.append(
+                new_requests.append(
                     NewRequestData(req_id=request_id, num_computed_tokens=cached.num_computed_tokens[i], **fields)
                 )
-        for data in new:
+        for data in new_requests:
             params[data.req_id] = data.sampling_params
             state.add_request(0, data)
         if step.plan is None:
@@ -177,9 +177,9 @@ def test_model_state_makes_the_plans_and_records_of_model_runner_v1(state, log):
 def test_model_state_dummy_batch_leaves_the_plan_blank(state, log):
     from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
-    new = next(d for step in log.steps for d in step.output.scheduled_new_reqs if d.sampling_params.extra_args)
-    state.add_request(0, new)
-    state.prepare_inputs(build_batch([new.req_id], [0], [4]), None)
+    new_request = next(d for step in log.steps for d in step.output.scheduled_new_reqs if d.sampling_params.extra_args)
+    state.add_request(0, new_request)
+    state.prepare_inputs(build_batch([new_request.req_id], [0], [4]), None)
     assert state.tracker.tables.plan[:4, : PlanColumn.POSITION].any()
     state.prepare_inputs(InputBatch.make_dummy(2, 8, InputBuffers(64, 512, torch.device("cpu"))), None)
     assert not state.tracker.tables.plan[:, : PlanColumn.POSITION].any()

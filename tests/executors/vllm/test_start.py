@@ -119,11 +119,11 @@ def test_start_with_unsupported_head_size_raises(tmp_path, monkeypatch):
     if not current_platform.is_cpu():
         pytest.skip("a GPU's attention has code for them")
     monkeypatch.setitem(tiny.ARCHITECTURES, "llama", NARROW)
-    made = tiny.make("llama", tmp_path)
+    tiny_model = tiny.make("llama", tmp_path)
     with pytest.raises(
         SnpatchError, match=r"its heads have 16 values, .* takes 32, 64, .*; use backend=\"transformers\""
     ):
-        Engine(made.folder, backend="vllm", **SMALL)
+        Engine(tiny_model.folder, backend="vllm", **SMALL)
 
 
 def test_plugin_registers_all_untested_architectures(monkeypatch):
@@ -185,16 +185,16 @@ def test_redirect_output_with_a_logging_level_prints_to_stderr(capfd, monkeypatc
 @pytest.mark.engine
 def test_command_prints_only_its_own_lines_and_leaves_no_files(zoo, tmp_path, temporary):
     """stderr has no messages of vLLM, torch, transformers or the resource tracker."""
-    made = zoo("llama")
+    tiny_model = zoo("llama")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": tiny.PROMPTS[0]}) + "\n")
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    command = [sys.executable, "-m", "snpatch.cli", "generate", made.folder, tmp_path / "prompts.jsonl",
+    command = [sys.executable, "-m", "snpatch.cli", "generate", tiny_model.folder, tmp_path / "prompts.jsonl",
                "--max-tokens", "4", "--backend", "vllm", "--engine-arg", "kv_cache_memory_bytes=67108864"]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     # A CUDA build of PyTorch without a GPU prints this.
-    lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
-    assert (done.returncode, lines) == (0, ["generate: 1/1"])
-    assert done.stdout.startswith("> ")
+    lines = [line for line in result.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert (result.returncode, lines) == (0, ["generate: 1/1"])
+    assert result.stdout.startswith("> ")
     assert not list(temporary.iterdir())
 
 
@@ -293,8 +293,8 @@ def test_program_without_main_guard_gets_the_fix_in_its_error(tmp_path):
     (tmp_path / "program.py").write_text(UNGUARDED)
     reason = tmp_path / "reason"
     environment = {**os.environ, processes.ERROR_FILE_VARIABLE: str(reason), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
-    assert 'put the code under if __name__ == "__main__":' in done.stderr
+    result = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
+    assert 'put the code under if __name__ == "__main__":' in result.stderr
     assert 'put the code under if __name__ == "__main__":' in reason.read_text()
 
 
@@ -312,9 +312,9 @@ def test_engine_in_a_program_without_main_guard_raises_one_line(zoo, tmp_path, i
     )
     command = [sys.executable, "-"] if is_stdin else [sys.executable, program]
     source = program.read_text() if is_stdin else None
-    done = subprocess.run(command, input=source, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert message in done.stderr.splitlines()[-1]
+    result = subprocess.run(command, input=source, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1]
 
 
 def test_vllm_plugins_without_snpatch_raises(zoo, monkeypatch):

@@ -22,16 +22,16 @@ def names(folder):
 
 def test_temporary_folder_next_start_removes_those_of_killed_processes_only(tmp_path):
     command = [sys.executable, "-c", MAKE, tmp_path]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        theirs = other.stdout.readline().strip()
-        own = TemporaryFolder(tmp_path)
-        assert names(tmp_path) == {theirs, own.path.name}
-        other.kill()
-        other.wait()
-        assert names(tmp_path) == {theirs, own.path.name}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process_folder = process.stdout.readline().strip()
+        folder = TemporaryFolder(tmp_path)
+        assert names(tmp_path) == {process_folder, folder.path.name}
+        process.kill()
+        process.wait()
+        assert names(tmp_path) == {process_folder, folder.path.name}
         second = TemporaryFolder(tmp_path)
-        assert names(tmp_path) == {own.path.name, second.path.name}
-        own.remove()
+        assert names(tmp_path) == {folder.path.name, second.path.name}
+        folder.remove()
         second.remove()
     assert not names(tmp_path)
 

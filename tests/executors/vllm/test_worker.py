@@ -133,8 +133,8 @@ def test_slot_pool_reassigns_least_recent_unused_slot():
     assert writes["c"][2] == 1  # b's row: a is used
     assert fresh["c"] not in ids.values()
     pool.release("ac")
-    again, writes = pool.acquire({"b": {}})
-    assert again["b"] not in (*ids.values(), *fresh.values())
+    new_slots, writes = pool.acquire({"b": {}})
+    assert new_slots["b"] not in (*ids.values(), *fresh.values())
     assert writes["b"][2] == 0
 
 
@@ -165,17 +165,17 @@ def test_planner_leaves_no_row_of_an_earlier_step_in_the_plan():
         else:
             count = draw.integers(1, 8, n)
             planner.plan_step(names, draw.integers(0, 50, n), count)
-        done = int(count.sum())
-        rest = tables.plan[done:].clone()
-        rest[:, PlanColumn.POSITION] = 0  # a blank row may have any position
-        assert (rest == blank).all(), (names, count)
+        num_rows = int(count.sum())
+        blank_rows = tables.plan[num_rows:].clone()
+        blank_rows[:, PlanColumn.POSITION] = 0  # a blank row may have any position
+        assert (blank_rows == blank).all(), (names, count)
         before = [tensor.clone() for tensor in (tables.receipt, tables.layers[0].stats, tables.layers[0].count)]
         layer = tables.layers[0]
-        rows = torch.full((2 * (tokens - done), 2 * neurons), torch.nan)
-        ops.patched_glu(rows, layer.scale, layer.rank, layer.constant, tables.plan[done:], layer.stats, layer.count,
+        rows = torch.full((2 * (tokens - num_rows), 2 * neurons), torch.nan)
+        ops.patched_glu(rows, layer.scale, layer.rank, layer.constant, tables.plan[num_rows:], layer.stats, layer.count,
                         tables.capture, tables.receipt, activation="silu", streams=2, layer=0)  # fmt: skip
-        for old, new in zip(before, (tables.receipt, layer.stats, layer.count), strict=True):
-            assert torch.equal(old, new)
+        for expected, actual in zip(before, (tables.receipt, layer.stats, layer.count), strict=True):
+            assert torch.equal(expected, actual)
 
 
 def test_plugin_in_a_process_forked_after_cuda_started_raises(monkeypatch, tmp_path):
@@ -214,8 +214,8 @@ def fake_config(streams: int = 2, has_secondary: bool = False, top: dict | None 
     """Build the attributes of a vLLM config that `check_supported` reads. top, parts: changes to a supported config."""
     settings = DualStreamSettings(streams=streams, has_secondary=has_secondary)
     configs = {name: SimpleNamespace(**{**fields, **parts.get(name, {})}) for name, fields in CONFIG.items()}
-    rest = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None, "quant_config": None}
-    return SimpleNamespace(**{**configs, **rest, "additional_config": settings.as_config(), **(top or {})})
+    unset_configs = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None, "quant_config": None}
+    return SimpleNamespace(**{**configs, **unset_configs, "additional_config": settings.as_config(), **(top or {})})
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,9 @@ print(unchanged, kept, size - resident())
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library is not glibc")
 def test_worker_heap_keeps_freed_memory_and_returns_it_after_enough_requests():
     output = subprocess.run([sys.executable, "-c", HEAP_SCRIPT], capture_output=True, text=True, check=True).stdout
-    unchanged, kept, returned = map(int, output.split())
-    assert unchanged > 64 * 2**20 / os.sysconf("SC_PAGE_SIZE") / 2  # a fault for each page of 64 MiB, or a few fewer
-    assert kept < unchanged / 10
-    assert returned > 60e6
+    unchanged_bytes, kept_bytes, returned_bytes = map(int, output.split())
+    assert (
+        unchanged_bytes > 64 * 2**20 / os.sysconf("SC_PAGE_SIZE") / 2
+    )  # a fault for each page of 64 MiB, or a few fewer
+    assert kept_bytes < unchanged_bytes / 10
+    assert returned_bytes > 60e6
