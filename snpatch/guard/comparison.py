@@ -142,7 +142,7 @@ def compare_guards(
     encoded = {name: _encode_distinct(engine, model, labeled.prompts, name) for name, labeled in sets.items()}
     test_indices, notes = _find_unseen(encoded, train)
     features = _build_features(rankings, config, notes)
-    identity, rows = {"model": model, "fingerprint": engine.fingerprint(model)}, []
+    identity, rows = (model, engine.fingerprint(model)), []
     for number, order in enumerate(features):
         captured = _capture(engine, model, encoded, order)
         for done, source in enumerate(train, start=1):
@@ -161,11 +161,12 @@ def _fit_and_test(
     k: int,
     source: str,
     config: ComparisonConfig,
-    identity: dict[str, str],
+    identity: tuple[str, str],
 ) -> list[GuardRow]:
     """Fit a guard on the first k neurons of the training set `source`, and return its scores on each test set."""
     x, labels = captured[source][:, :k], sets[source].labels
-    guard = Guard.fit(x, labels, order.ranking, **identity, config=config.guard)
+    model, fingerprint = identity
+    guard = Guard.fit(x, labels, order.ranking, model=model, fingerprint=fingerprint, config=config.guard)
     rows = []
     for target, indices in test_indices.items():
         if target == source:

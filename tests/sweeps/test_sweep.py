@@ -314,14 +314,14 @@ def test_overlapping_controls_are_compared_and_noted_once(overlapping, overlap):
 
 
 def test_overlapping_controls_leave_other_rows_and_stored_completions_unchanged(
-    engine, ranking, overlapping, tmp_path, written
+    engine, ranking, overlapping, tmp_path, stored_keys
 ):
     run(engine, ranking, store=tmp_path, windows=(70, 1408))
-    before = len(written)
+    before = len(stored_keys)
     again = run(engine, ranking, store=tmp_path, windows=(70, 600, 1408))
     added = {(r["control_seed"], r["rank_hi"]) for r in again.records if r["rank_hi"] == 600}
     assert added == {(None, 600), (0, 600), (1, 600)}
-    assert len(written) - before == 2 * 3 * len(PROMPTS), "of two recipients, and nothing else is generated again"
+    assert len(stored_keys) - before == 2 * 3 * len(PROMPTS), "of two recipients, and nothing else is generated again"
     alone = run(engine, ranking, windows=(70, 1408), controls=3)
     assert [row for row in overlapping.rows if row.rank_hi != 600] == alone.rows
 
