@@ -320,6 +320,7 @@ def test_report_writes_tables_plots_and_headline(engine, ranking, tmp_path):
     assert [row["mean"] for row in json.loads((tmp_path / "curve.json").read_text())["rows"]] == [
         row.mean for row in result.rows
     ]
+    assert json.loads((tmp_path / "curve.json").read_text())["notes"] == result.notes != []
     assert len((tmp_path / "curve-records.jsonl").read_text().splitlines()) == len(result.records)
     for plot in ("curve", "curve-length"):
         assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
