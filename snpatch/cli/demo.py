@@ -48,7 +48,7 @@ def demo(
     with StepDisplay(STEPS) as steps:
         result, paths = _run(out, engine, steps)
     if as_json:
-        content = {"name": result.name, "tables": result.tables, "headline": result.headline}
+        content = {"name": result.name, "tables": result.tables, "headline": result.headline, "notes": result.notes}
         o.echo(json.dumps({**content, "files": [str(path) for path in paths]}))
         return
     from snpatch.report import terminal

@@ -122,7 +122,7 @@ def write_report(report, out: Path, as_json: bool) -> list[Path]:
 
     paths = files.write_report(report, out)
     if as_json:
-        content = {"name": report.name, "tables": report.tables, "headline": report.headline}
+        content = {"name": report.name, "tables": report.tables, "headline": report.headline, "notes": report.notes}
         echo(json.dumps({**content, "files": [str(path) for path in paths]}))
         return paths
     with console() as screen:

@@ -75,7 +75,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
             confidence=settings.confidence,
         )
         for prompts in sets:
-            result = context.sweep(prompts, {"shared": shared}, judges, config)
+            result = context.sweep(f"alignment_tax of {donor}", prompts, {"shared": shared}, judges, config)
             rows += _compare_scores(result, prompts, settings)
             notes += result.notes
             records += [{**record, "donor": donor} for record in result.records]

@@ -189,14 +189,17 @@ class ExperimentContext:
         return tuple(dict.fromkeys(Window(0, self.num_neurons(k, ranking)) for k in ks))
 
     def sweep(
-        self, prompts: str, rankings: dict[str, Ranking], judges: dict[str, Judge], config: SweepConfig
+        self, experiment: str, prompts: str, rankings: dict[str, Ranking], judges: dict[str, Judge], config: SweepConfig
     ) -> SweepResult:
-        """Run a sweep over a prompt set of the config. Raise if a completion or a score fails."""
+        """Run a sweep over a prompt set of the config. Raise if a completion or a score fails.
+
+        experiment: Separates its completions in the store from those of other sweeps of the same prompts.
+        """
         for model in config.models:
             self.model(model)
         sets = {prompts: self.prompts(prompts)}
         with self.progress(f"sweep of {prompts}") as progress:
-            name = f"{', '.join(rankings)} on {prompts}"
+            name = f"{experiment} on {prompts}"
             result = sweep(self.engine, sets, rankings, judges, config, store=self.out, name=name, progress=progress)
         judging.check_scored(result.records)
         return result

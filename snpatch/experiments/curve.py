@@ -29,5 +29,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     ranking = context.ranking()
     config = build_sweep_config(context, settings, context.top_windows(settings.k, ranking))
     judges = {name: context.judge(name) for name in settings.judges} or context.cost
-    result = context.sweep(settings.prompts or context.config.benchmarks[0], {"safety": ranking}, judges, config)
+    result = context.sweep(
+        "curve", settings.prompts or context.config.benchmarks[0], {"safety": ranking}, judges, config
+    )
     return build_sweep_report(result, "curve")

@@ -71,7 +71,8 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         tables,
         {"guard": _plot(comparison.rows, summary, k)},
         (display,),
-        [sentence, *comparison.notes],
+        [sentence],
+        notes=comparison.notes,
         records=[
             {
                 "set": name,

@@ -43,7 +43,9 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     )
     # Words for positions are not allowed as names of rankings.
     named_rankings = {f"at {positions}": ranking for positions, ranking in rankings.items()}
-    result = context.sweep(settings.prompts or context.config.benchmarks[0], named_rankings, context.cost, config)
+    result = context.sweep(
+        "positions", settings.prompts or context.config.benchmarks[0], named_rankings, context.cost, config
+    )
     effect_report = sweep_report.build_sweep_report(result, "positions-effects")
     patched = [asdict(row) for row in result.rows if row.ranking is not None and row.control_seed is None]
     columns = {
@@ -61,6 +63,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
         (TableView.from_rows(patched, columns),),
         [*agreement_report.headline, *effect_report.headline],
         records=result.records,
+        notes=effect_report.notes,
     )
 
 

@@ -92,7 +92,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     ]
     tables, plots = {"safeguard": rows}, {"safeguard": _plot(rows)}
     return Report(
-        "safeguard", tables, plots, (TableView.from_rows(rows, columns),), [*sentences, *notes], records=records
+        "safeguard", tables, plots, (TableView.from_rows(rows, columns),), sentences, records=records, notes=notes
     )
 
 

@@ -37,6 +37,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     starts = range(0, last + 1, stride)
     windows = tuple(Window(start, start + width) for start in starts if start + width <= len(ranking))
     result = context.sweep(
+        "sliding_window",
         settings.prompts or context.config.benchmarks[0],
         {"safety": ranking},
         context.cost,

@@ -39,7 +39,7 @@ def run(context: ExperimentContext, settings: Settings) -> Report:
     config = build_sweep_config(context, settings, (k,))
     benchmarks = settings.benchmarks or context.config.benchmarks
     perplexities = _measure_perplexities(context, settings, ranking, k) if settings.text else None
-    results = {name: context.sweep(name, {"safety": ranking}, context.cost, config) for name in benchmarks}
+    results = {name: context.sweep("transfer", name, {"safety": ranking}, context.cost, config) for name in benchmarks}
     rows: list[Row] = [{"benchmark": name, **asdict(row)} for name, result in results.items() for row in result.rows]
     table = _build_published_table(context, results)
     if perplexities:

@@ -31,7 +31,7 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
     for stem, rows in report.tables.items():
         stem = file_stem(stem)
         contents[f"{stem}.csv"] = _to_csv(rows)
-        table = {"provenance": report.provenance, "headline": report.headline, "rows": rows}
+        table = {"provenance": report.provenance, "headline": report.headline, "notes": report.notes, "rows": rows}
         contents[f"{stem}.json"] = json.dumps(table, indent=1) + "\n"
     if report.records:
         contents[f"{report.name}-records.jsonl"] = "".join(json.dumps(record) + "\n" for record in report.records)

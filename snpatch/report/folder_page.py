@@ -7,8 +7,9 @@ a sweep that is still running or was killed.
 import base64
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def load_page(folder: str | Path) -> Page:
         SnpatchError: The folder has neither tables nor completions, or one of its files is damaged.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stem)
     tables = {path.stem: table for path in paths if (table := _load_table(path)) is not None}
     completions, runs = _load_completions(folder)
     if not tables and not completions:
@@ -43,18 +44,22 @@ def load_page(folder: str | Path) -> Page:
     sweeps = {stem: table for stem, table in tables.items() if _is_sweep(table["rows"])}
     all_rows = [row for table in sweeps.values() for row in table["rows"]]
     rows = {tuple(row.get(name) for name in SWEEP_COLUMNS): row for row in all_rows}.values()
+    unfinished = describe_unfinished(completions)
+    headline = _join_distinct(table["headline"] for table in sweeps.values() if _is_drawn(table["rows"]))
+    notes = _join_distinct(table.get("notes", []) for table in tables.values())
     commands = [table["provenance"].get("command") for table in tables.values()] + [run["command"] for run in runs[-1:]]
     judges = {row["judge"] for row in rows} | {judge for record in completions for judge in record["scores"]}
     return Page(
         title=f"snpatch: {folder.resolve().name}",
         command="\n".join(dict.fromkeys(filter(None, commands))),
-        unfinished=describe_unfinished(completions),
-        headline=[sentence for table in sweeps.values() for sentence in table["headline"]],
+        unfinished=unfinished,
+        headline=headline,
+        notes=[note for note in notes if note != unfinished],
         provenance={stem: table["provenance"] for stem, table in tables.items()},
         rows=[{name: row.get(name) for name in (*SWEEP_COLUMNS, "state")} for row in rows],
         score_names={judge: describe_score(judge) for judge in sorted(map(str, judges))},
         maps={name: build_rank_map(ranking) for name, ranking in _load_rankings(folder).items()},
-        reports=[_build_section(folder, stem, table, stem in sweeps) for stem, table in tables.items()],
+        reports=_build_sections(folder, tables, headline),
         completions=completions,
     )
 
@@ -84,16 +89,18 @@ def _load_table(path: Path) -> dict | None:
     parts = ("provenance", "headline", "rows")
     if not (isinstance(data, dict) and set(parts) <= data.keys() and data["rows"]):
         return None
-    if not _is_valid_table(**{name: data[name] for name in parts}):
+    if not _is_valid_table(**{name: data[name] for name in parts}, notes=data.get("notes", [])):
         raise SnpatchError(f"{path}: damaged: expected the table of a report. Restore a copy, or move it away.")
     return data
 
 
-def _is_valid_table(provenance: object, headline: object, rows: object) -> bool:
+def _is_valid_table(provenance: object, headline: object, rows: object, notes: object) -> bool:
     """Return True if the parts of a table have the types that report.files writes."""
-    if not (isinstance(provenance, dict) and isinstance(headline, list) and isinstance(rows, list)):
+    if not (isinstance(provenance, dict) and isinstance(rows, list)):
         return False
-    if not isinstance(provenance.get("command"), str | None) or not all(isinstance(line, str) for line in headline):
+    if not isinstance(provenance.get("command"), str | None):
+        return False
+    if not all(isinstance(lines, list) and all(isinstance(line, str) for line in lines) for lines in (headline, notes)):
         return False
     if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
         return False
@@ -104,6 +111,15 @@ def _is_valid_table(provenance: object, headline: object, rows: object) -> bool:
 
 def _is_sweep(rows: list[dict]) -> bool:
     return rows[0].keys() >= REQUIRED_COLUMNS
+
+
+def _is_drawn(rows: list[dict]) -> bool:
+    """Return True for the rows of a sweep's own report: the page's figure shows all that its plot does."""
+    return _is_sweep(rows) and rows[0].keys() <= {*SWEEP_COLUMNS, "state"}
+
+
+def _join_distinct(lists: Iterable[list[str]]) -> list[str]:
+    return list(dict.fromkeys(chain.from_iterable(lists)))
 
 
 def _load_completions(folder: Path) -> tuple[list[dict], Sequence[dict]]:
@@ -127,18 +143,32 @@ def _load_rankings(folder: Path) -> dict[str, Ranking]:
     return {name: Ranking.load(path) for name, path in paths.items()}
 
 
-def _build_section(folder: Path, stem: str, table: dict, is_sweep: bool) -> dict:
-    """Build an experiment's section. A sweep's rows are left out: the page shows them in its own views."""
-    columns = list(table["rows"][0])
-    rows = [[_to_cell(row[name]) for name in columns] for row in table["rows"][:MAX_TABLE_ROWS]]
+def _build_sections(folder: Path, tables: Mapping[str, dict], headline: Sequence[str]) -> list[dict]:
+    """Build the experiments' sections, without what the page shows elsewhere: rows of sweeps, and sentences."""
+    sections, shown = [], set(headline)
+    for stem, table in tables.items():
+        section = {
+            "name": stem,
+            "headline": [sentence for sentence in table["headline"] if sentence not in shown],
+            "tables": {} if _is_sweep(table["rows"]) else {stem: _build_table(table["rows"])},
+            "images": [] if _is_drawn(table["rows"]) else _load_images(folder, stem),
+        }
+        shown.update(section["headline"])
+        if section["headline"] or section["tables"] or section["images"]:
+            sections.append(section)
+    return sections
+
+
+def _build_table(rows: list[dict]) -> dict:
+    columns = list(rows[0])
+    return {"columns": columns, "rows": [[_to_cell(row[name]) for name in columns] for row in rows[:MAX_TABLE_ROWS]]}
+
+
+def _load_images(folder: Path, stem: str) -> list[str]:
+    """Return the data URI of a table's plot, if it has one in the folder."""
     image = folder / f"{stem}.png"
     is_inside = image.is_file() and image.resolve().is_relative_to(folder.resolve())  # a link may lead to any file
-    return {
-        "name": stem,
-        "headline": table["headline"],
-        "tables": {} if is_sweep else {stem: {"columns": columns, "rows": rows}},
-        "images": [_to_data_uri(image)] if is_inside else [],
-    }
+    return [_to_data_uri(image)] if is_inside else []
 
 
 def _to_cell(value: object) -> object:

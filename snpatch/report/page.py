@@ -25,7 +25,7 @@ COMPLETIONS_PER_CHUNK = 500
 CASE_FIELDS = ("set", "prompt_index", "seed", "prompt")
 POINT_FIELDS = ("recipient", "donor", "ranking", "control_seed", "rank_lo", "rank_hi", "strength")
 RECORD_FIELDS = ("state", "error", "finish_reason", "overwrites", "scores")
-DATA_FIELDS = ("command", "unfinished", "headline", "provenance", "rows", "score_names", "maps", "reports")
+DATA_FIELDS = ("command", "unfinished", "headline", "notes", "provenance", "rows", "score_names", "maps", "reports")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Page:
         command: Command that made the results.
         unfinished: Number of completions that are written, as a sentence; None if all are.
         headline: Sentences that state the results.
+        notes: Remarks about how the results were made, and failures; folded at the end of the page.
         provenance: Table -> its provenance.
         rows: One row per judge and point: judge, set, POINT_FIELDS (ranking None: unpatched), prompts, tokens,
             overwrites, state ("whole", or the number of prompts that count), the other columns of a sweep's row, and
@@ -52,6 +53,7 @@ class Page:
     command: str
     unfinished: str | None = None
     headline: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
     score_names: dict[str, str] = field(default_factory=dict)

@@ -48,6 +48,7 @@ class Report:
         headline: Sentences that state the results.
         provenance: Models, data, settings and versions that the tables depend on.
         records: Completions with their scores.
+        notes: Remarks about how the results were made, and failures.
     """
 
     name: str
@@ -57,3 +58,4 @@ class Report:
     headline: list[str] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
     records: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)

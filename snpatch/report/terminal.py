@@ -16,7 +16,7 @@ def print_report(report: Report, console: Console) -> None:
     """Print the report's tables and sentences."""
     for table in report.displays:
         print_table(table, console)
-    for sentence in report.headline:
+    for sentence in [*report.headline, *report.notes]:
         print_line(sentence, console)
 
 

@@ -37,7 +37,8 @@ def write(pipeline: Pipeline) -> list[Path]:
         reasons = (f"- {escape_markdown(name)}: {escape_markdown(reason)}\n" for name, reason in skipped.items())
         parts.append("## Skipped\n\n" + "".join(reasons))
     summaries = {
-        name: {"headline": table["headline"], "provenance": table["provenance"]} for name, table in tables.items()
+        name: {part: table[part] for part in ("headline", "notes", "provenance") if part in table}
+        for name, table in tables.items()
     }
     write_text(out / "report.md", "\n".join(filter(None, parts)))
     write_text(out / "report.json", json.dumps({"experiments": summaries, "comparison": rows}, indent=1) + "\n")

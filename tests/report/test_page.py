@@ -161,13 +161,13 @@ def expect_position(tab, text: str) -> None:
 def test_page_has_all_sections(open_page):
     tab = open_page(pages.page())
     assert tab.locator("nav a").all_inner_texts() == [
-        "Mean score", "Causal effect", "Layers of the neurons", "alignment_tax", "Completions", "Rows", "Provenance"
+        "Results", "Layers of the neurons", "alignment_tax", "Completions", "Rows", "Notes", "Provenance"
     ]  # fmt: skip
     assert tab.locator("#headline li").all_inner_texts() == ["1000 neurons give 80% of the effect."]
-    assert tab.locator("#plot-mean .legendtext").all_text_contents() == [
-        "base, unpatched", "dpo, donor, unpatched", "random controls", "change", "variance"
+    assert tab.locator("#plot-curve .legendtext").all_text_contents() == [
+        "recipient, unpatched", "dpo, donor, unpatched", "random controls", "change", "variance"
     ]  # fmt: skip
-    assert tab.locator("#plot-effect .errorbar").count() == 2 * 2 * 3
+    assert tab.locator("#plot-curve .errorbar").count() == 2 * len(pages.KS)
     assert tab.locator("#maps .heatmaplayer image").count() == 2
     assert tab.locator("#rows tbody tr").count() == 2 + 2 * 3 * len(pages.KS)
     assert tab.locator("#report-alignment_tax img").count() == 1
@@ -175,7 +175,168 @@ def test_page_has_all_sections(open_page):
     assert tab.locator("#report-alignment_tax tbody tr td:first-child").all_inner_texts() == ["a", "b"]
 
 
-@pytest.mark.parametrize("without", ["rows", "completions", "maps", "reports", "headline", "provenance", "all"])
+def build_recipients(page: Page, *names: str) -> list[dict]:
+    """Return the page's rows, with copies of those of its recipient under other names."""
+    copies = [row | {"recipient": name} for name in names for row in page.rows if row["recipient"] == "base"]
+    return [*page.rows, *copies]
+
+
+def read_panels(tab) -> dict[str, dict]:
+    """Return the line of the ranking `change` in each panel of the figure, by its title."""
+    panels = """() => {
+      const {data, layout} = document.getElementById("plot-curve");
+      return layout.annotations.map(({text, xref}) =>
+        [text, data.find(line => line.name === "change" && `${line.xaxis} domain` === xref)]);
+    }"""
+    return dict(tab.evaluate(panels))
+
+
+def test_figure_shows_all_recipients_side_by_side_on_equal_axes(open_page):
+    page = pages.page(1)
+    tab = open_page(replace(page, rows=build_recipients(page, "sft")), viewport={"width": 1280, "height": 800})
+    panels = read_panels(tab)
+    assert list(panels) == ["base", "sft"]
+    assert [line["xaxis"] for line in panels.values()] == ["x", "x2"]
+    assert [line["yaxis"] for line in panels.values()] == ["y", "y"]
+    x_ranges = "(({xaxis, xaxis2}) => [xaxis.range, xaxis2.range])(document.getElementById('plot-curve')._fullLayout)"
+    assert len({tuple(ends) for ends in tab.evaluate(x_ranges)}) == 1
+    assert tab.locator("#plot-curve .legendtext").all_text_contents().count("random controls") == 1
+    assert tab.locator(".js-plotly-plot:not(#maps *)").count() == 1
+    bottom = tab.evaluate("document.getElementById('plot-curve').getBoundingClientRect().bottom")
+    assert bottom <= 800, "cards and figure are on the first screen"
+    tab.set_viewport_size({"width": 390, "height": 800})
+    tab.wait_for_function("document.getElementById('plot-curve').data.some(line => line.yaxis === 'y2')")
+    ranges = "(({yaxis, yaxis2}) => [yaxis.range, yaxis2.range])(document.getElementById('plot-curve')._fullLayout)"
+    assert len({tuple(ends) for ends in tab.evaluate(ranges)}) == 1
+
+
+def test_figure_switches_between_share_and_log_k(open_page):
+    tab = open_page(pages.page(1))
+    assert read_panels(tab)["base"]["x"] == [pytest.approx(k / 16384) for k in pages.KS]
+    tab.select_option("#scale", "log k")
+    x = read_panels(tab)["base"]["x"]
+    assert x[0] == 0
+    assert x == [pytest.approx(math.asinh(k / 200)) for k in pages.KS]
+    ticks = tab.evaluate("document.getElementById('plot-curve').layout.xaxis.ticktext")
+    assert ticks == ["0", "200", "500", "1000", "2000"]
+    tab.select_option("#estimate", "effect")
+    assert read_panels(tab)["base"]["x"] == x[1:], "the effect of k = 0 is undefined here"
+
+
+def test_cards_show_effect_controls_and_gap_at_the_selected_window(open_page):
+    page = pages.page(1)
+    for row in page.rows:
+        if row["ranking"] == "change" and row["rank_hi"] == 1000:
+            row["effect"], row["effect_low"], row["effect_high"] = 0.5, 0.25, 0.75
+            row |= {} if row["control_seed"] is None else {"effect": 0.1 * row["control_seed"] - 0.001}
+        if row["ranking"] is None:
+            row["mean"], row["mean_low"], row["mean_high"] = {"base": (7, 6, 8), "dpo": (-5, -6, -4)}[row["recipient"]]
+    tab = open_page(page)
+    assert tab.locator("#window option").all_inner_texts()[2] == "k = 1000 (6.1% of the neurons)"
+    assert tab.locator("#window").input_value() == "k = 1000 (6.1% of the neurons)", "the nearest to the paper's k"
+    expect(tab, "#cards h3").to_have_text(["base, patched from dpo"])
+    expected = "50% [25% .. 75%] effect of k = 1000, change random controls: 0% .. 10%"
+    assert tab.locator("#cards button").first.inner_text().split() == expected.split()
+    assert tab.locator("#cards").inner_text().split("\n").count("gap of the mean cost: -12.00") == 1
+    assert [text.strip() for text in tab.locator("#cards button").all_inner_texts()[2:]] == [
+        "base: 7.00 [6.00 .. 8.00]",
+        "dpo: -5.00 [-6.00 .. -4.00]",
+    ]
+    tab.select_option("#window", "k = 0 (0.0% of the neurons)")
+    assert tab.locator("#cards strong").all_inner_texts() == ["undefined"] * 2
+    expect(tab, "#case .card.here h3").to_have_text("k = 0, change")
+
+
+def test_card_opens_the_completions_by_keyboard(open_page):
+    page = pages.page(3)
+    tab = open_page(page)
+    titles = {
+        0: "k = 1000, change",
+        1: "k = 1000, variance",
+        2: "base, unpatched",
+        3: "dpo, unpatched, donor",
+    }
+    for number, title in titles.items():
+        tab.locator("#cards button").nth(number).press("Enter")
+        expect(tab, "#case .card.here h3").to_have_text(title)
+        expect(tab, "#case").to_be_focused()
+        expect(tab, "#case .card.here").to_be_in_viewport()
+    tab.keyboard.press("j")
+    expect_position(tab, "Prompt 2 of 2")
+    assert tab.locator("#of-set").input_value() == "attacks"
+
+
+def test_click_on_a_point_opens_its_completions(open_page):
+    page = pages.page(3)
+    completions = [*page.completions, *(record | {"recipient": "sft"} for record in page.completions)]
+    tab = open_page(replace(page, rows=build_recipients(page, "sft"), completions=completions))
+    points = tab.locator("#plot-curve .subplot.x2y .points path")
+    box = points.nth(3).bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tab.wait_for_selector("#plot-curve .hovertext")
+    tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    expect(tab, "#case .card.here h3").to_have_text("k = 4000, change")
+    assert tab.locator("#recipient").input_value() == "sft"
+    control = "document.getElementById('plot-curve').data.find(line => line.name === 'random controls').customdata[1]"
+    tab.evaluate(f"document.getElementById('plot-curve').emit('plotly_click', {{points: [{{customdata: {control}}}]}})")
+    expect(tab, "#case .card.here h3").to_have_text("k = 200, random control 0 of change")
+    assert tab.locator("#controls").is_checked()
+
+
+def test_donor_selector_separates_donors(open_page):
+    page = pages.page(2)
+    rows = [row | {"donor": "ppo", "mean": 0.0} for row in page.rows if row["ranking"]]
+    completions = [record | {"donor": "ppo"} for record in page.completions if record["ranking"]]
+    tab = open_page(replace(page, rows=[*page.rows, *rows], completions=[*page.completions, *completions]))
+    assert tab.locator("#donor option").all_inner_texts() == ["dpo", "ppo"]
+    assert any(read_panels(tab)["base"]["y"])
+    tab.select_option("#donor", "ppo")
+    assert not any(read_panels(tab)["base"]["y"])
+    expect(tab, "#cards h3").to_have_text(["base, patched from ppo"])
+    expect(tab, "#case .card").to_have_count(1 + 2 * len(pages.KS))
+
+
+@pytest.mark.parametrize("scale", ["share of neurons", "log k"])
+@pytest.mark.parametrize("kind", ["undefined", "one window", "only k = 0", "many windows", "many recipients", "failed"])
+def test_sweeps_of_every_kind_are_drawn(open_page, kind, scale):
+    page = pages.page(1, controls=0 if kind == "one window" else 1)
+    rows = page.rows
+    if kind == "undefined":
+        rows = [row | {name: None for name in row if "mean" in name or "effect" in name} for row in rows]
+    elif kind in ("one window", "only k = 0"):
+        rows = [row for row in rows if not row["ranking"] or row["rank_hi"] == (4000 if kind == "one window" else 0)]
+    elif kind == "many windows":
+        windows = [row for row in rows if row["rank_hi"] == 1000]
+        rows = [*rows, *(row | {"rank_lo": 20 * i, "rank_hi": 20 * i + 1000} for row in windows for i in range(300))]
+    elif kind == "many recipients":
+        rows = build_recipients(page, *(f"model {i}" for i in range(6)))
+    else:
+        rows = [row | {"failed": 2, "state": "4 of 6 prompts"} for row in rows]
+    tab = open_page(replace(page, rows=rows))
+    tab.select_option("#scale", scale)
+    assert tab.locator("#plot-curve .main-svg").count() > 0
+    assert tab.locator("#cards h3").count() == (7 if kind == "many recipients" else 1)
+    if kind == "failed":
+        assert tab.locator("#cards").inner_text().count("on 4 of 6 prompts") == 2
+    if kind == "one window":
+        assert tab.locator("#cards").inner_text().count("random controls: none") == 2
+        assert tab.locator("#plot-curve .errorbar").count() == 2
+
+
+def test_notes_are_folded_at_the_end(open_page):
+    tab = open_page(pages.page(1))
+    assert tab.locator("main > section >> nth=-2").get_attribute("id") == "notes"
+    assert not tab.locator("#notes li").first.is_visible()
+    tab.locator("#notes summary").press("Enter")
+    expect(tab, "#notes li").to_have_text(["change [0, 4000] has no random control."])
+    text = tab.evaluate("document.body.innerText")
+    for sentence in ("1000 neurons give 80% of the effect.", "change [0, 4000] has no random control."):
+        assert text.count(sentence) == 1
+
+
+@pytest.mark.parametrize(
+    "without", ["rows", "completions", "maps", "reports", "headline", "notes", "provenance", "all"]
+)
 def test_page_without_one_part_hides_its_section(open_page, without):
     page = (
         Page("nothing", "")
@@ -187,6 +348,7 @@ def test_page_without_one_part_hides_its_section(open_page, without):
         "rows": "#curve",
         "completions": "#completions",
         "maps": "#maps",
+        "notes": "#notes",
         "provenance": "#origin",
         "all": "#selection",
     }
@@ -200,7 +362,8 @@ def test_page_without_controls_effects_or_unpatched_completions_opens(open_page)
         {name: None if "effect" in name or "net" in name else value for name, value in row.items()} for row in page.rows
     ]
     tab = open_page(replace(page, rows=rows, completions=[record for record in page.completions if record["ranking"]]))
-    assert not tab.locator("#effects").is_visible()
+    assert not tab.locator("#estimate").is_visible()
+    assert tab.locator("#cards strong").all_inner_texts() == ["undefined"] * 2
     assert tab.locator("#case .card").count() == 2 * len(pages.KS)
     assert tab.locator("#case mark").count() == 0
 
@@ -226,7 +389,9 @@ def test_first_differing_word_is_marked(open_page):
     for at, completion, score in zip(order, completions, scores, strict=True):
         records[at] |= {"completion": completion, "scores": score, "state": "open" if completion is None else "done"}
     tab = open_page(replace(page, completions=records))
+    tab.select_option("#at", "base, unpatched")
     cards = tab.locator("#case .card")
+    expect(tab, "#case .card.here h3").to_have_text("base, unpatched")
     marks = [cards.nth(i).locator("mark").all_inner_texts() for i in range(6)]
     assert marks == [[], [], ["four"], ["⏎"], [], ["more"]]
     receipt = "1,200 overwrites counted · ended by stop · same completion as unpatched"
@@ -243,6 +408,8 @@ def test_page_of_unfinished_sweep_shows_warning_and_missing_completions(open_pag
     records[2] |= {"completion": None, "state": "failed", "error": pages.HOSTILE.replace("\ud800", "")}
     records[3] |= {"completion": None, "state": "open"}
     tab = open_page(replace(page, completions=records, unfinished="Unfinished: 2 of 4 completions are written."))
+    tab.select_option("#at", "base, unpatched")
+    expect(tab, "#case .card.here h3").to_have_text("base, unpatched")
     expect(tab, "#unfinished").to_have_text("Unfinished: 2 of 4 completions are written.")
     texts = [card.inner_text() for card in tab.locator("#case .card .text").all()]
     assert texts[0] == "empty completion"
@@ -276,6 +443,7 @@ def test_search_and_filters_select_prompts(open_page):
     expect(tab, "#matches li").to_have_count(6)
     tab.select_option("#of-set", "questions")
     expect(tab, "#matches li").to_have_count(3)
+    tab.select_option("#at", "k = 4000, change")
     tab.fill("#least", "10")
     tab.locator("#least").blur()
     expect(tab, "#matches li").to_have_count(2)
@@ -338,12 +506,15 @@ def test_windows_above_rank_zero_are_drawn_over_their_ranks(open_page):
         if row["ranking"] == "change" and row["rank_hi"]
     ]
     tab = open_page(replace(page, rows=[*page.rows, *later]))
-    names = tab.locator("#plot-mean .legendtext").all_text_contents()
+    names = tab.locator("#plot-curve .legendtext").all_text_contents()
     assert "change, windows" in names
     assert "variance, windows" not in names
-    bars = "document.getElementById('plot-mean').data.find(line => line.name === 'change, windows').x"
-    assert tab.evaluate(bars)[:4] == [200, 450, 700, None]
-    assert tab.locator("#plot-effect .legendtext").all_text_contents().count("change, net, windows") == 1
+    bars = "document.getElementById('plot-curve').data.find(line => line.name === 'change, windows').x"
+    *shares, end = tab.evaluate(bars)[:4]
+    assert shares == [pytest.approx(rank / 16384) for rank in (200, 450, 700)]
+    assert end is None
+    tab.select_option("#estimate", "net effect")
+    assert tab.locator("#plot-curve .legendtext").all_text_contents().count("change, windows") == 1
 
 
 def test_selectors_choose_strength_and_recipient(open_page):
@@ -353,13 +524,12 @@ def test_selectors_choose_strength_and_recipient(open_page):
     tab = open_page(replace(page, rows=[*page.rows, *weak_rows, *sft_rows]))
     assert tab.locator("#strength option").all_inner_texts() == ["0.50", "1"]
     assert tab.locator("#strength").input_value() == "1"
-    means = "document.getElementById('plot-mean').data.find(line => line.name === 'change').y"
+    means = "document.getElementById('plot-curve').data.find(line => line.name === 'change').y"
     strong = tab.evaluate(means)
     tab.select_option("#strength", "0.50")
     assert tab.evaluate(means) == [pytest.approx(mean / 2) for mean in strong]
     tab.select_option("#strength", "1")
-    tab.select_option("#recipient", "sft")
-    assert tab.locator("#plot-mean .legendtext").first.text_content() == "sft, unpatched"
+    assert tab.locator("#recipient option").all_inner_texts() == ["base", "sft"]
 
 
 def test_hostile_completions_are_inert(open_page):
@@ -374,7 +544,11 @@ def test_hostile_completions_are_inert(open_page):
         "tables": {hostile: {"columns": [hostile], "rows": [[hostile]]}},
         "images": [],
     }
-    tab = open_page(replace(page, provenance={hostile: hostile}, headline=[hostile], command=hostile, reports=[report]))
+    tab = open_page(
+        replace(
+            page, provenance={hostile: hostile}, headline=[hostile], notes=[hostile], command=hostile, reports=[report]
+        )
+    )
     assert tab.locator("#case .text").first.text_content() == hostile
     assert tab.locator("main img").count() == 0
     assert tab.evaluate("window.hit") is None
@@ -401,7 +575,7 @@ def test_page_fits_the_window_width(open_page, width):
 
 def test_theme_button_switches_colors(open_page):
     background = "getComputedStyle(document.body).backgroundColor"
-    text = "getComputedStyle(document.querySelector('#plot-mean .legendtext')).fill"
+    text = "getComputedStyle(document.querySelector('#plot-curve .legendtext')).fill"
     tab = open_page(pages.page(1), color_scheme="dark")
     dark = tab.evaluate(background), tab.evaluate(text)
     tab.click("#theme")
@@ -426,13 +600,11 @@ MARKED = '<a href="https://evil.example/x" target="_top">click</a><b>&amp; $x^2$
 
 
 # Hovers over the first point of each trace and returns the labels' texts. Throws if a label contains a link.
-HOVERED = """() => ["plot-mean", "plot-effect"].flatMap(id =>
-  document.getElementById(id).data.flatMap(({text}, curveNumber) => {
-    if (!Array.isArray(text)) return [];
-    Plotly.Fx.hover(id, [{curveNumber, pointNumber: 0}]);
-    if (document.querySelector("svg a")) throw new Error("a name became a link");
-    return [...document.querySelectorAll(`#${id} .hovertext`)].map(label => label.textContent);
-  }))"""
+HOVERED = """() => document.getElementById("plot-curve").data.flatMap((_, curveNumber) => {
+  Plotly.Fx.hover("plot-curve", [{curveNumber, pointNumber: 0}]);
+  if (document.querySelector("svg a")) throw new Error("a name became a link");
+  return [...document.querySelectorAll("#plot-curve .hovertext")].map(label => label.textContent);
+})"""
 
 
 def test_names_are_literal_text_in_every_plot(open_page):
@@ -446,7 +618,7 @@ def test_names_are_literal_text_in_every_plot(open_page):
     ]
     rows += [row | {"rank_lo": 100, "rank_hi": 300} for row in rows if row["ranking"] and row["control_seed"] is None]
     tab = open_page(replace(page, rows=rows, maps={MARKED: page.maps[pages.RANKINGS[0]]}, completions=[], reports=[]))
-    legend = tab.locator("#plot-mean .legendtext").all_text_contents()
+    legend = tab.locator("#plot-curve .legendtext").all_text_contents()
     assert MARKED[:60] + "…" in legend
     texts = tab.evaluate(HOVERED)
     assert any(MARKED[:9] in text for text in texts)

@@ -29,6 +29,7 @@ def page(prompts: int = 6, words: int = 40, ks: tuple[int, ...] = KS, controls: 
         title="Sweep of <base> & dpo",
         command="snpatch sweep --config demo",
         headline=["1000 neurons give 80% of the effect."],
+        notes=["change [0, 4000] has no random control."],
         provenance={"snpatch": "0.1.0", "models": {"base": "sha256:00", "dpo": None}, "k": [1, 2]},
         rows=[_row(judge, name, point, draw) for judge in JUDGES for name in SETS for point in points],
         score_names={"cost": "cost (lower is safer)"},

@@ -341,7 +341,7 @@ def test_report_marks_overlapping_controls(overlapping, overlap):
     neurons, column = table.columns.index("neurons"), table.columns.index("overlap")
     marked = {row[neurons]: row[column] for row in table.rows if row[column]}
     assert marked == {f"600 ({600 / 1408:.1%})": f"{overlap:.1%}"}
-    assert report.headline.count(overlapping.notes[-1]) == 1
+    assert report.notes.count(overlapping.notes[-1]) == 1
     best = with_donor_gain(replace(overlapping, rows=[r for r in overlapping.rows if r.rank_hi in (0, 600)]), gain=5)
     assert all(f"({overlap:.1%} of them in the window: conservative)." in line for line in build_headline(best))
 
@@ -408,6 +408,7 @@ def test_report_writes_tables_plots_and_headline(engine, ranking, tmp_path):
     assert [row["mean"] for row in json.loads((tmp_path / "curve.json").read_text())["rows"]] == [
         row.mean for row in result.rows
     ]
+    assert json.loads((tmp_path / "curve.json").read_text())["notes"] == result.notes != []
     assert len((tmp_path / "curve-records.jsonl").read_text().splitlines()) == len(result.records)
     for plot in ("curve", "curve-length"):
         assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")

@@ -43,7 +43,7 @@ def write_summary(
         if difference := _find_difference(provenance, context, settings):
             left_out[name] = difference
             continue
-        included[name] = {"headline": table["headline"], "provenance": provenance}
+        included[name] = {"headline": table["headline"], "notes": table.get("notes", []), "provenance": provenance}
         parts.append(format_section(name, table))
     if left_out:
         parts.append("## Left out\n")
@@ -57,7 +57,8 @@ def write_summary(
 def format_section(name: str, table: Mapping) -> str:
     """Return an experiment's section of report.md. table: the content of its NAME.json."""
     provenance = table["provenance"]
-    sentences = "".join(f"- {escape_markdown(sentence)}\n" for sentence in table["headline"])
+    lines = [*table["headline"], *table.get("notes", [])]
+    sentences = "".join(f"- {escape_markdown(line)}\n" for line in lines)
     model, backend, seconds = (escape_markdown(provenance[fact]) for fact in ("model", "backend", "seconds"))
     return (
         f"## {name}\n\n{sentences}\nModel {model}, {backend}, {seconds} s; table: "

@@ -30,7 +30,7 @@ from snpatch.sweeps.store import describe_unfinished
 from snpatch.sweeps.sweep import Row, SweepResult
 from snpatch.utils.optional import require
 
-MAX_FAILURES = 10  # named in the headline
+MAX_FAILURES = 10  # named in the notes
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ def build_sweep_report(result: SweepResult, name: str) -> Report:
         {name: [{**asdict(row), "state": row.state} for row in result.rows]},
         plots,
         tuple(displays),
-        [*headline, *result.notes, *_describe_failures(result)],
+        headline,
         records=result.records,
+        notes=[*result.notes, *_describe_failures(result)],
     )
 
 

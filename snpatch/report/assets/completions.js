@@ -35,10 +35,12 @@ const openCompletions = async () => {
 
 const pointLabel = (point, donor) => {
   if (!isDefined(point.ranking)) return `${point.recipient}, unpatched${point.recipient === donor ? ", donor" : ""}`;
-  const window = point.rank_lo ? `ranks ${point.rank_lo} to ${point.rank_hi}` : `k = ${point.rank_hi}`;
-  const control = isDefined(point.control_seed) ? `random control ${point.control_seed} of ` : "";
-  return `${window}, ${control}${point.ranking}`;
+  const control = isControl(point) ? `random control ${point.control_seed} of ` : "";
+  return `${windowLabel(point)}, ${control}${point.ranking}`;
 };
+
+const POINT_FIELDS = ["recipient", "donor", "ranking", "control_seed", "rank_lo", "rank_hi", "strength"];
+const isSamePoint = (one, other) => POINT_FIELDS.every(name => one[name] === other[name]);
 
 /** Mark the first word of a completion that differs from the reference, or its end if the reference continues. */
 const markDifference = (completion, reference) => {
@@ -57,7 +59,11 @@ const markDifference = (completion, reference) => {
 const changeLabel = value =>
   element("span", {class: `change ${value > 0 ? "up" : value < 0 ? "down" : ""}`}, formatSigned(value));
 
-/** Create the browser. selection(): the page's judge, recipient and strength. Return a function that refreshes it. */
+/**
+ * Create the browser of completions. selection(): the page's judge, donor, recipient, set, strength and window.
+ *
+ * Return show(wanted), which refreshes it and selects the wanted point, and open(row), which also moves there.
+ */
 const createBrowser = ({cases, points, byCase, load, buildSearch}, selection) => {
   const setNames = [null, ...distinct(cases.map(({set}) => set))];
   const selectedSet = fillSelect(byId("of-set"), setNames, {label: name => name ?? "all"});
@@ -65,30 +71,36 @@ const createBrowser = ({cases, points, byCase, load, buildSearch}, selection) =>
   let selectedPoint, compared, matches = [], position = 0, latestTicket = 0;
 
   /** Collect the points to compare for the page's selection: recipient, donor, then each ranking's windows. */
-  const collectPoints = () => {
-    const {recipient, strength} = selection();
+  const collectPoints = wanted => {
+    const {recipient, donor, strength, window} = selection();
     const numbered = points.map((point, number) => ({...point, number}));
     const rankings = rankingNames(points);
-    const patched = numbered.filter(point => isDefined(point.ranking) && matchesFields({recipient, strength}, point))
+    const wantedFields = {recipient, donor, strength};
+    const patched = numbered.filter(point => isDefined(point.ranking) && matchesFields(wantedFields, point))
       .sort((a, b) => rankings.indexOf(a.ranking) - rankings.indexOf(b.ranking) || a.rank_lo - b.rank_lo
         || a.rank_hi - b.rank_hi || (a.control_seed ?? -1) - (b.control_seed ?? -1));
-    const donor = patched[0]?.donor;
     const findUnpatched = name => numbered.find(point => !isDefined(point.ranking) && point.recipient === name);
-    const neurons = patched.filter(point => !isDefined(point.control_seed));
-    const last = neurons.findLastIndex(point => point.ranking === neurons[0].ranking && isTop(point));
-    const previous = selectedPoint?.();
-    const same = previous ? neurons.findIndex(point => pointLabel(point) === pointLabel(previous)) : -1;
-    const options = {label: pointLabel, selected: same >= 0 ? same : last, alwaysVisible: neurons.length > 0};
-    selectedPoint = fillSelect(byId("at"), neurons, options);
-    const unpatched = [findUnpatched(recipient), findUnpatched(donor)];
-    compared = {donor, recipient: unpatched[0], points: [...unpatched, ...patched].filter(Boolean)};
-    byId("controls").closest("label").hidden = neurons.length === patched.length;
+    const unpatched = distinct([recipient, donor]).map(findUnpatched).filter(isDefined);
+    const visible = [...unpatched, ...patched.filter(point => !isControl(point) || byId("controls").checked)];
+    compared = {donor, recipient: findUnpatched(recipient), points: visible};
+    const neurons = patched.filter(point => !isControl(point)), previous = selectedPoint?.();
+    const selected = wanted && visible.find(point => isSamePoint(point, wanted))
+      || previous && visible.find(point => pointLabel(point) === pointLabel(previous))
+      || neurons.find(point => isSameWindow(point, window))
+      || neurons.findLast(point => point.ranking === neurons[0].ranking && isTop(point));
+    selectedPoint = fillSelect(byId("at"), visible, {label: point => pointLabel(point, donor)});
+    selectedPoint.choose(selected);
+    byId("controls").closest("label").hidden = !patched.some(isControl);
   };
 
-  const visiblePoints = () =>
-    compared.points.filter(point => !isDefined(point.control_seed) || byId("controls").checked);
+  /** Return the compared points: both unpatched models, the selected point, then all others. */
+  const visiblePoints = () => {
+    const place = point => !isDefined(point.ranking) ? 0 : point === selectedPoint() ? 1 : 2;
+    return compared.points.toSorted((a, b) => place(a) - place(b));
+  };
   const getScore = (number, point) => point && byCase[number].get(point.number)?.scores[selection().judge];
   const getChange = (number, point) => {
+    if (point === compared.recipient) return null;
     const [score, unpatched] = [getScore(number, point), getScore(number, compared.recipient)];
     return isDefined(score) && isDefined(unpatched) ? score - unpatched : null;
   };
@@ -160,9 +172,8 @@ const createBrowser = ({cases, points, byCase, load, buildSearch}, selection) =>
 
   const completionCard = (point, record, unpatched) => {
     const {judge} = selection();
-    const isControl = isDefined(point.control_seed);
     const isSelected = point === selectedPoint();
-    const classes = [!isDefined(point.ranking) && "unpatched", isControl && "control", isSelected && "here"];
+    const classes = [!isDefined(point.ranking) && "unpatched", isControl(point) && "control", isSelected && "here"];
     const judges = distinct([judge, ...Object.keys(record.scores)]).filter(name => isDefined(record.scores[name]));
     const scores = judges.map(name => {
       const score = record.scores[name], before = unpatched === record ? null : unpatched?.scores[name];
@@ -206,7 +217,8 @@ const createBrowser = ({cases, points, byCase, load, buildSearch}, selection) =>
     clearTimeout(timer);
     timer = setTimeout(filterPrompts, 150);
   });
-  for (const id of ["of-set", "at", "least", "most", "sort", "controls"]) byId(id).addEventListener("change", filterPrompts);
+  byId("controls").addEventListener("change", () => show());
+  for (const id of ["of-set", "at", "least", "most", "sort"]) byId(id).addEventListener("change", filterPrompts);
   byId("previous").addEventListener("click", () => showPrompt(position - 1));
   byId("next").addEventListener("click", () => showPrompt(position + 1));
   document.addEventListener("keydown", event => {
@@ -219,8 +231,16 @@ const createBrowser = ({cases, points, byCase, load, buildSearch}, selection) =>
     else return;
     event.preventDefault();
   });
-  return () => {
-    collectPoints();
+  const show = wanted => {
+    collectPoints(wanted);
     return filterPrompts();
   };
+  const open = async row => {
+    selectedSet.choose(selection().set);
+    byId("controls").checked ||= isControl(row);
+    await show(row);
+    byId("completions").scrollIntoView();
+    byId("case").focus({preventScroll: true});
+  };
+  return {show, open};
 };

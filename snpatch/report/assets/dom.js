@@ -23,6 +23,20 @@ const formatValue = (value, isCount = false) => {
   return value && Math.abs(value) < 0.01 ? String(Number(value.toPrecision(3))) : value.toFixed(2);
 };
 
+/** Format a fraction as a percentage. */
+const formatPercent = (value, digits = 0) =>
+  isDefined(value) ? `${(Number((100 * value).toFixed(digits)) + 0).toFixed(digits)}%` : "undefined"; // + 0: no -0%
+
+/** Return "[low .. high]" from a row's columns; empty if the interval is undefined. */
+const formatInterval = (row, name, format = formatValue) => {
+  const [low, high] = [row[`${name}_low`], row[`${name}_high`]];
+  return isDefined(low) && isDefined(high) ? `[${format(low)} .. ${format(high)}]` : "";
+};
+
+/** Return "smallest .. largest" of several values, or one value if both are formatted alike. */
+const formatRange = (values, format) =>
+  distinct([Math.min(...values), Math.max(...values)].map(value => format(value))).join(" .. ");
+
 const formatSigned = value => (value > 0 ? "+" : "") + formatValue(value);
 
 /** Fill a select element with values; hide it if there is no choice. Return a getter of the selected value. */
@@ -30,7 +44,9 @@ const fillSelect = (select, values, {label = String, selected = 0, alwaysVisible
   select.replaceChildren(...values.map(value => element("option", {}, label(value))));
   select.selectedIndex = values.length ? Math.max(0, selected) : -1;
   select.closest("label").hidden = values.length < 2 && !alwaysVisible;
-  return () => values[select.selectedIndex];
+  const selectedValue = () => values[select.selectedIndex];
+  selectedValue.choose = value => select.selectedIndex = Math.max(0, values.indexOf(value));
+  return selectedValue;
 };
 
 /** Create a table that sorts by a column when its heading is clicked. */

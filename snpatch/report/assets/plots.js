@@ -1,4 +1,4 @@
-// Plots of one judge, recipient, set and strength, in the colors of the page.
+// Plots of one judge, donor, set and strength, in the colors of the page.
 
 const PALETTE = {
   light: ["#0b62a8", "#c4501b", "#1a7f4b", "#8a3ea8", "#946000", "#b0285a"],
@@ -7,7 +7,6 @@ const PALETTE = {
 
 const isDark = () => byId("theme").getAttribute("aria-pressed") === "true";
 const rankingColor = at => PALETTE[isDark() ? "dark" : "light"].at(at % 6);
-const translucent = color => `${color}2e`;
 
 /** Return the current value of one of the style sheet's colors. */
 const cssColor = name => {
@@ -27,6 +26,7 @@ const escapeLabel = name => {
 const drawPlot = (id, traces, layout, description) => {
   const [text, line, faint] = [cssColor("ink"), cssColor("line"), cssColor("faint")];
   const axis = {gridcolor: line, zerolinecolor: line, linecolor: faint, automargin: true};
+  const axes = Object.entries(layout).filter(([name]) => /^[xy]axis/.test(name));
   byId(id).setAttribute("aria-label", description);
   Plotly.react(id, traces, {
     paper_bgcolor: "rgba(0,0,0,0)",
@@ -38,14 +38,26 @@ const drawPlot = (id, traces, layout, description) => {
     legend: {orientation: "h", yref: "container", y: 1, yanchor: "top", x: 0},
     modebar: {bgcolor: "rgba(0,0,0,0)", color: faint, activecolor: text},
     ...layout,
-    xaxis: {...axis, ...layout.xaxis},
-    yaxis: {...axis, ...layout.yaxis},
+    ...Object.fromEntries(axes.map(([name, own]) => [name, {...axis, ...own}])),
   }, {responsive: true, displaylogo: false});
 };
 
 const rankingNames = rows => distinct(rows.map(row => row.ranking).filter(isDefined));
 const sortByWindow = rows => rows.toSorted((a, b) => a.rank_hi - b.rank_hi || a.rank_lo - b.rank_lo);
 const isTop = row => row.rank_lo === 0;
+const isControl = row => isDefined(row.control_seed);
+const windowLabel = row => row.rank_lo ? `ranks ${row.rank_lo} to ${row.rank_hi}` : `k = ${row.rank_hi}`;
+const isSameWindow = (one, other) => one?.rank_lo === other?.rank_lo && one?.rank_hi === other?.rank_hi;
+const describeWindow = row => `${windowLabel(row)} (${formatPercent(row.neuron_fraction, 1)} of the neurons)`;
+
+const SCALES = ["share of neurons", "log k"];
+
+/** Estimates that the figure can show. levels: those of the unpatched recipient and donor, if not their scores. */
+const ESTIMATES = {
+  mean: {label: "mean score", format: formatValue},
+  effect: {label: "effect", format: formatPercent, levels: [0, 1], tickformat: ".0%"},
+  net_effect: {label: "net effect", format: formatPercent, levels: [], tickformat: ".0%"},
+};
 
 /** Return the distance from an estimate to one end of its interval, low or high. */
 const distanceToEnd = (row, name, side) => {
@@ -53,97 +65,120 @@ const distanceToEnd = (row, name, side) => {
   return isDefined(end) ? Math.abs(end - row[name]) : null;
 };
 
-const hoverText = (row, name) => {
-  const [low, high] = [row[`${name}_low`], row[`${name}_high`]];
-  return escapeLabel(formatValue(row[name]) + (isDefined(low) ? ` [${formatValue(low)}, ${formatValue(high)}]` : ""));
-};
-
 /** Build error bars for rows that are each `repeat` points of a trace; point number `at` of each has the bar. */
 const errorBars = (rows, name, repeat = 1, at = 0) => {
   const distances = side => rows.flatMap(row => Array(repeat).fill(null).with(at, distanceToEnd(row, name, side)));
-  const look = {thickness: 1.2, width: 3};
+  const look = {thickness: 1.2, width: rows.length > 40 ? 0 : 3};
   return {type: "data", symmetric: false, array: distances("high"), arrayminus: distances("low"), ...look};
 };
 
-/** Build a trace for windows that do not begin at rank 0: a line over its ranks, with the interval in the middle. */
-const windowTraces = (rows, name, look) => {
-  const windows = rows.filter(row => !isTop(row) && isDefined(row[name]));
-  const label = row => `ranks ${escapeLabel(row.rank_lo)} to ${escapeLabel(row.rank_hi)}: ${hoverText(row, name)}`;
-  return windows.length ? [{
-    x: windows.flatMap(row => [row.rank_lo, (row.rank_lo + row.rank_hi) / 2, row.rank_hi, null]),
-    y: windows.flatMap(row => [row[name], row[name], row[name], null]),
-    text: windows.flatMap(row => Array(4).fill(label(row))),
-    hovertemplate: "%{text}", mode: "lines", error_y: errorBars(windows, name, 4, 1), ...look,
-  }] : [];
+/** Build the x axis: ranks as a share of all neurons, or k: linear up to the smallest, so that 0 has a place, then log. */
+const createRankAxis = (rows, isLog) => {
+  if (!isLog) {
+    const {rank_lo = 0, rank_hi = 1, neuron_fraction = 0} = rows.find(row => row.neuron_fraction) ?? {};
+    const toX = rank => rank * neuron_fraction / (rank_hi - rank_lo);
+    return {toX, axis: {title: {text: "patched neurons, share of all"}, tickformat: "~%"}};
+  }
+  const ranks = distinct(rows.flatMap(row => [row.rank_lo, row.rank_hi])).filter(Boolean).sort((a, b) => a - b);
+  const [smallest, largest] = [ranks[0] ?? 1, ranks.at(-1) ?? 1];
+  const toX = rank => Math.asinh(rank / smallest);
+  const steps = largest > 200 * smallest ? [1] : [1, 2, 5];
+  const round = [...Array(16).keys()].flatMap(power => steps.map(step => step * 10 ** power));
+  const ticks = [0, smallest, ...round.filter(tick => tick > 1.4 * smallest && tick <= largest)];
+  const axis = {title: {text: "patched neurons (k, log scale)"}, tickvals: ticks.map(toX), ticktext: ticks.map(String)};
+  return {toX, axis};
 };
 
-/** Draw the mean score against k: each ranking with its interval, random controls in gray, unpatched models dashed. */
-const drawMean = (rows, unpatched, scoreName) => {
-  const end = Math.max(1, ...rows.map(row => row.rank_hi));
-  const traces = unpatched.map(({label, row}, at) => ({
-    x: [0, end], y: [row.mean, row.mean], mode: "lines", name: escapeLabel(label), text: hoverText(row, "mean"),
-    hovertemplate: "%{text}", line: {color: cssColor("ink"), width: 1.5, dash: at ? "dot" : "dash"},
-  }));
-  const random = {name: "random controls", legendgroup: "controls", line: {color: cssColor("control"), width: 1}};
-  for (const [at, ranking] of rankingNames(rows).entries()) {
-    const rankingRows = sortByWindow(rows.filter(row => row.ranking === ranking && isDefined(row.mean)));
-    for (const seed of distinct(rankingRows.map(row => row.control_seed).filter(isDefined))) {
-      const control = rankingRows.filter(row => row.control_seed === seed), top = control.filter(isTop);
-      if (top.length) traces.push({
-        x: top.map(row => row.rank_hi), y: top.map(row => row.mean),
-        text: top.map(row => `${hoverText(row, "mean")}, seed ${escapeLabel(seed)}`),
-        hovertemplate: "k %{x}: %{text}", mode: "lines", ...random,
-      });
-      traces.push(...windowTraces(control, "mean", {...random, error_y: {}}));
-    }
-    const neurons = rankingRows.filter(row => !isDefined(row.control_seed));
-    const top = neurons.filter(isTop);
-    const band = top.filter(row => isDefined(row.mean_low));
-    traces.push({
-      x: [...band, ...band.toReversed()].map(row => row.rank_hi),
-      y: [...band.map(row => row.mean_low), ...band.toReversed().map(row => row.mean_high)],
-      fill: "toself", fillcolor: translucent(rankingColor(at)), line: {width: 0}, mode: "lines", hoverinfo: "skip",
-      legendgroup: ranking, showlegend: false,
-    }, {
-      x: top.map(row => row.rank_hi), y: top.map(row => row.mean), text: top.map(row => hoverText(row, "mean")),
-      hovertemplate: "k %{x}: %{text}", mode: "lines+markers", name: escapeLabel(ranking), legendgroup: ranking,
-      line: {color: rankingColor(at), width: 2}, marker: {size: 6},
+/** Build a panel's traces of an estimate: rankings with intervals, random controls in gray, unpatched models dashed. */
+const panelTraces = ({recipient, donor, rows, unpatched}, rankings, name, toX) => {
+  const {format, levels} = ESTIMATES[name];
+  const hover = rows => ({
+    text: rows.map(row => [
+      isDefined(row.ranking) ? describeWindow(row) : row.recipient, isControl(row) && `seed ${row.control_seed}`,
+      `${format(row[name])} ${formatInterval(row, name, format)}`,
+    ].filter(Boolean).map(escapeLabel).join("<br>")),
+    customdata: rows.map(row => ({recipient, row})), hovertemplate: "%{text}<extra></extra>", mode: "lines",
+  });
+  const topTrace = rows =>
+    ({x: rows.map(row => toX(row.rank_hi)), y: rows.map(row => row[name]), ...hover(rows)});
+  /** Build a trace for windows that do not begin at rank 0: a line over the ranks of each. */
+  const windowTrace = rows => ({
+    x: rows.flatMap(row => [...[row.rank_lo, (row.rank_lo + row.rank_hi) / 2, row.rank_hi].map(toX), null]),
+    y: rows.flatMap(row => [row[name], row[name], row[name], null]),
+    ...hover(rows.flatMap(row => Array(4).fill(row))),
+  });
+  const traces = [], ranks = distinct([0, ...rows.flatMap(row => [row.rank_lo, row.rank_hi])]).sort((a, b) => a - b);
+  for (const [at, row] of unpatched.entries()) {
+    const level = levels ? levels[at] : row?.[name];
+    if (row && isDefined(level)) traces.push({
+      ...hover(ranks.map(() => ({...row, [name]: level}))), x: ranks.map(toX), y: ranks.map(() => level),
+      name: at ? `${donor}, donor, unpatched` : "recipient, unpatched",
+      line: {color: cssColor("ink"), width: 1.5, dash: at ? "dot" : "dash"},
     });
-    const line = {color: rankingColor(at), width: 3};
-    traces.push(...windowTraces(neurons, "mean", {name: escapeLabel(`${ranking}, windows`), line}));
   }
-  traces.filter(trace => trace.legendgroup === "controls").forEach((trace, i) => trace.showlegend = i === 0);
-  const yaxis = {title: {text: escapeLabel(`mean ${scoreName}`)}};
-  drawPlot("plot-mean", traces, {xaxis: {title: {text: "patched neurons (k)"}}, yaxis},
-    `Mean score against k for ${rankingNames(rows).join(", ") || "no ranking"}; the table of rows has the figures`);
+  for (const [at, ranking] of rankings.entries()) {
+    const rankingRows = sortByWindow(rows.filter(row => row.ranking === ranking && isDefined(row[name])));
+    const controls = {name: "random controls", line: {color: cssColor("control"), width: 1}};
+    for (const seed of distinct(rankingRows.filter(isControl).map(row => row.control_seed))) {
+      const seedRows = rankingRows.filter(row => row.control_seed === seed);
+      traces.push({...topTrace(seedRows.filter(isTop)), ...controls});
+      traces.push({...windowTrace(seedRows.filter(row => !isTop(row))), ...controls});
+    }
+    const neurons = rankingRows.filter(row => !isControl(row));
+    const top = neurons.filter(isTop), windows = neurons.filter(row => !isTop(row)), color = rankingColor(at);
+    traces.push({
+      ...topTrace(top), name: ranking, mode: "lines+markers", error_y: errorBars(top, name), line: {color, width: 2},
+      marker: {size: 6},
+    }, {
+      ...windowTrace(windows), name: `${ranking}, windows`, error_y: errorBars(windows, name, 4, 1),
+      line: {color, width: 3},
+    });
+  }
+  return traces.filter(trace => trace.x.length);
 };
 
-/** Draw the causal effect and the net effect against k, with their intervals. */
-const drawEffect = rows => {
-  const traces = [];
-  for (const [at, ranking] of rankingNames(rows).entries()) {
-    const neurons = sortByWindow(rows.filter(row => row.ranking === ranking && !isDefined(row.control_seed)));
-    for (const [name, dash, symbol] of [["effect", "solid", "circle"], ["net_effect", "dot", "circle-open"]]) {
-      const top = neurons.filter(row => isTop(row) && isDefined(row[name]));
-      const label = name === "net_effect" ? `${ranking}, net` : ranking;
-      if (top.length) traces.push({
-        x: top.map(row => row.rank_hi), y: top.map(row => row[name]), text: top.map(row => hoverText(row, name)),
-        hovertemplate: "k %{x}: %{text}", mode: "lines+markers", name: escapeLabel(label),
-        line: {color: rankingColor(at), width: 2, dash}, marker: {symbol, size: 8},
-        error_y: errorBars(top, name),
-      });
-      const line = {color: rankingColor(at), width: 3, dash};
-      traces.push(...windowTraces(neurons, name, {name: escapeLabel(`${label}, windows`), line}));
-    }
-  }
-  byId("effects").hidden = !traces.length;
-  if (traces.length) drawPlot("plot-effect", traces, {
-    xaxis: {title: {text: "patched neurons (k)"}},
-    yaxis: {title: {text: "effect"}, tickformat: ".0%"},
-    shapes: [0, 1].map(y => ({
-      type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: {color: cssColor("faint"), width: 1},
+/**
+ * Draw the figure of a sweep: a panel for each recipient, side by side, on equal axes.
+ *
+ * panels: recipient, donor, rows, and unpatched: the rows of recipient and donor. estimate: a key of ESTIMATES.
+ * scoreName: name of the mean score. marked: window that a vertical line marks. columns: panels in a row.
+ * open(recipient, row): called when a point is clicked.
+ */
+const drawFigure = (panels, {estimate, isLog, scoreName, marked, columns, open}) => {
+  const rows = panels.flatMap(panel => panel.rows), rankings = rankingNames(rows);
+  const {toX, axis} = createRankAxis(rows, isLog);
+  const axisNumber = at => at ? at + 1 : "";
+  const places = panels.map((_, at) => [at % columns, Math.floor(at / columns)].map(axisNumber));
+  const legend = new Set();
+  const traces = panels.flatMap((panel, at) => panelTraces(panel, rankings, estimate, toX).map(trace => {
+    const isFirst = !legend.has(trace.name), [x, y] = places[at];
+    legend.add(trace.name);
+    const name = escapeLabel(trace.name);
+    return {...trace, name, legendgroup: trace.name, showlegend: isFirst, xaxis: `x${x}`, yaxis: `y${y}`};
+  }));
+  const label = estimate === "mean" ? `mean ${scoreName}` : ESTIMATES[estimate].label;
+  const matching = letter => number => [`${letter}axis${number}`, {
+    ...letter === "x" ? axis : {title: {text: escapeLabel(label)}, tickformat: ESTIMATES[estimate].tickformat},
+    ...number && {matches: letter},
+  }];
+  const columnNumbers = distinct(places.map(([x]) => x)), rowNumbers = distinct(places.map(([, y]) => y));
+  byId("plot-curve").style.height = `${rowNumbers.length > 1 ? 60 + 300 * rowNumbers.length : 400}px`;
+  drawPlot("plot-curve", traces, {
+    margin: {l: 56, r: 12, t: 32, b: 48},
+    grid: {rows: rowNumbers.length, columns: columnNumbers.length, xgap: 0.06, ygap: 0.16},
+    ...Object.fromEntries([...columnNumbers.map(matching("x")), ...rowNumbers.map(matching("y"))]),
+    annotations: panels.map(({recipient}, at) => ({
+      text: escapeLabel(recipient), showarrow: false,
+      xref: `x${places[at][0]} domain`, yref: `y${places[at][1]} domain`, x: 0, y: 1, xanchor: "left", yanchor: "bottom",
     })),
-  }, "Causal effect and net effect against k; the table of rows has the figures");
+    shapes: marked ? columnNumbers.map(x => ({
+      type: "line", layer: "below", xref: `x${x}`, yref: "paper", y0: 0, y1: 1,
+      ...Object.fromEntries(["x0", "x1"].map(end => [end, toX((marked.rank_hi + (marked.rank_lo || marked.rank_hi)) / 2)])),
+      line: {color: cssColor("faint"), width: 1},
+    })) : [],
+  }, `${label} against k for ${panels.map(panel => panel.recipient).join(", ")}; the table of rows has the figures`);
+  byId("plot-curve").removeAllListeners("plotly_click");
+  byId("plot-curve").on("plotly_click", ({points: [{customdata}]}) => open(customdata.recipient, customdata.row));
 };
 
 /** Draw a heat map of layers and rank bins for each ranking. */
